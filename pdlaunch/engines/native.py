@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from pdlaunch import __version__
 from pdlaunch.checks.registry import all_rules
 from pdlaunch.checks.rule import Rule
 from pdlaunch.config.engine_spec import EngineSpec
@@ -62,6 +63,7 @@ class NativeEngine:
 
     def capabilities(self, spec: EngineSpec) -> Capabilities:
         return Capabilities(
+            version=__version__,
             verifies=spec.kv_transfer.verify,
             resumes=True,
             gives_first_token=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pdlaunch.config.models import EngineName
 from pdlaunch.engines.kind import EngineKind
 from pdlaunch.engines.native import NativeEngine, light_environment, python_command
+from pdlaunch.engines.vllm import CAPABILITIES as VLLM_CAPABILITIES
 from pdlaunch.engines.vllm import VllmEngine
 from pdlaunch.protocol.control import Capabilities
 from pdlaunch.resolve.plan import Plan, ProcessSpec
@@ -25,7 +26,7 @@ def capabilities_over_http(kind: EngineName) -> Capabilities:
     Native ones tell only their launch's router where their leases are (``awaits_lease``).
     """
     if kind == "vllm":
-        return Capabilities()
+        return VLLM_CAPABILITIES
     return Capabilities(resumes=True, gives_first_token=True)
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 
+import msgspec
 from pydantic import JsonValue
 
 from pdlaunch.checks.registry import all_rules
@@ -16,6 +17,11 @@ from pdlaunch.engines.native import light_environment, python_command
 from pdlaunch.protocol.control import Capabilities
 from pdlaunch.resolve.plan import ProcessSpec
 from pdlaunch.resolve.roles import RoleEngines
+
+CAPABILITIES = Capabilities(
+    kind="vllm", needs_proof=True, has_own_fields=True, takes_launch_token=False
+)
+"""What every version of vLLM can do; who watches an engine adds what its version can."""
 
 
 class VllmEngine:
@@ -78,7 +84,13 @@ class VllmEngine:
         return process.kind == "server" and process.role == "decode"
 
     def capabilities(self, spec: EngineSpec) -> Capabilities:
-        return Capabilities()
+        return msgspec.structs.replace(
+            CAPABILITIES,
+            lease_s=float(int(self._config.kv_transfer.lease_s)),
+            splits_reasoning=any(
+                name.replace("_", "-") == "reasoning-parser" for name in spec.engine_args
+            ),
+        )
 
     def rules(self) -> Sequence[Rule]:
         return tuple(rule for rule in all_rules().values() if rule.code[:3] in ("PD1", "PD6"))

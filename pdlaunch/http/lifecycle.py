@@ -20,6 +20,7 @@ from pdlaunch.process.bootstrap import Bootstrap, read_bootstrap
 from pdlaunch.process.control_client import ControlClient, Heartbeat
 from pdlaunch.protocol.control import (
     Address,
+    Capabilities,
     Failed,
     FromSupervisor,
     Register,
@@ -44,6 +45,7 @@ class Supervised:
         self.inbox: asyncio.Queue[FromSupervisor | PdlaunchError] = asyncio.Queue()
         """The supervisor's message; an error is the reason why this process cannot go on."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._is_registered = False
 
         def deliver(message: FromSupervisor) -> None:
             # Called in the control channel's thread, which may outlive the loop.
@@ -58,19 +60,25 @@ class Supervised:
         """Queue a message for the supervisor; never blocks."""
         self._control.send(message)
 
-    def register(self, url: str) -> None:
-        """Tell where this process listens, and show from now on that its loop turns."""
+    def register(self, url: str, capabilities: Capabilities | None = None) -> None:
+        """Tell where this process listens, and show from now on that its loop turns.
+
+        ``capabilities``: instead of those of the bootstrap. What is registered again replaces the
+        first.
+        """
         self.send(
             Register(
                 name=self.bootstrap.name,
                 incarnation=self.bootstrap.incarnation,
                 pid=os.getpid(),
                 address=Address(http=url),
-                capabilities=self.bootstrap.capabilities,
+                capabilities=capabilities or self.bootstrap.capabilities,
             )
         )
-        # Only now: the supervisor takes Register for the first message of a process.
-        self.spawn(Heartbeat(self.send, self.bootstrap.heartbeat_s).run())
+        if not self._is_registered:
+            # Only now: the supervisor takes Register for the first message of a process.
+            self.spawn(Heartbeat(self.send, self.bootstrap.heartbeat_s).run())
+        self._is_registered = True
 
     def spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         """Run ``work`` until it ends or this process leaves."""

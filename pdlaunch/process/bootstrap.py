@@ -69,7 +69,9 @@ class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
     engine_json: str | None = None
     """``EngineSpec`` of servers and ranks."""
     engine_api_key: str | None = None
-    """Another router sends it to servers; the launch's own sends the token."""
+    """Another router sends it to servers; the launch's own sends the token, but this key to engines
+    that know no token.
+    """
     capabilities: Capabilities = msgspec.field(default_factory=Capabilities)
     """A server registers that its engine can do this."""
     router: RouterSpec | None = None

@@ -49,6 +49,26 @@ class Capabilities(Message, tag=False):
     """Takes a prompt whose blocks a prefill engine is still computing, and names leases as it is
     told.
     """
+    kind: str = "native"
+    version: str = ""
+    """The version of the engine's software; empty until it has told."""
+    needs_proof: bool = False
+    """Pulls unverified, and so only over pairs that a canary has proven. A lease is read once."""
+    lease_s: float = 0.0
+    """Seconds for which a prefill engine that needs proof keeps blocks; 0: not known."""
+    continues: bool = False
+    """Goes on after output tokens that stand behind the token ids of their prompt."""
+    splits_reasoning: bool = False
+    """Its answers to chats have the reasoning apart from the content."""
+    has_own_fields: bool = False
+    """Knows fields and models that the router does not: bodies and answers pass unchanged."""
+    takes_launch_token: bool = True
+    """Asks routers for the launch's token; else for ``engine_api_key``, where that is set."""
+
+    @property
+    def goes_on(self) -> bool:
+        """Tell whether it can go on with an answer that another engine has begun."""
+        return self.resumes or self.continues
 
 
 class Entry(Message, tag=False):
@@ -130,6 +150,18 @@ class PairFailed(Message):
     fatal: bool
 
 
+class PairSuspect(Message):
+    """Tells, from the router, that a proven pair has served by decoding alone.
+
+    The pair counts as proven again after its next canary.
+    """
+
+    local: str
+    peer: str
+    peer_incarnation: int
+    error: str
+
+
 class Failed(Message):
     """Tells why the process is about to exit; ``error`` is for the user."""
 
@@ -170,6 +202,7 @@ ToSupervisor = (
     | Alive
     | PairReady
     | PairFailed
+    | PairSuspect
     | Failed
     | Drained
     | SleepState

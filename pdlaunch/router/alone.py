@@ -64,6 +64,7 @@ class LoneRouter:
             EngineClient(self._membership.key_of, EngineTimeouts()),
             metrics,
             RecoverySettings(),
+            doubt=self._membership.suspect,
         )
         self._link = SupervisorLink(self._refuse_restart)
         self._router = RouterApp(router, self._state, self._link, self._membership)

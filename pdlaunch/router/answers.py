@@ -152,6 +152,8 @@ class WholeAnswer(Answer):
 def total_usage(transcripts: Iterable[Transcript]) -> Usage:
     """Return the sum over all prompts of a request."""
     usages = [transcript.usage() for transcript in transcripts]
+    if len(usages) == 1:
+        return usages[0]
     cached = [
         usage.prompt_tokens_details.cached_tokens or 0
         for usage in usages

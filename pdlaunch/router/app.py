@@ -209,6 +209,7 @@ class RouterApp:
                 hop_id=_hop_id(request_id, is_own=REQUEST_ID_HEADER not in request.headers),
                 headers=_headers_to_pass(request),
                 strict_fields=self._spec.strict_fields,
+                has_own_fields=self._state.pool.has_own_fields,
             ),
         )
         with (
@@ -224,7 +225,7 @@ class RouterApp:
         answer = StreamedAnswer(
             client_request,
             stream,
-            model=self._spec.served_model_name,
+            model=client_request.fields.model or self._spec.served_model_name,
             metrics=self._state.metrics.requests,
             ignored=self._ignored_fields,
         )
@@ -242,7 +243,7 @@ class RouterApp:
     async def _whole(self, client_request: ClientRequest, stream: EventStream) -> web.Response:
         answer = WholeAnswer(
             client_request,
-            model=self._spec.served_model_name,
+            model=client_request.fields.model or self._spec.served_model_name,
             metrics=self._state.metrics.requests,
         )
         async with self._deadlines.start().guard():
@@ -310,11 +311,15 @@ class RouterApp:
         return json_response(body, status=200 if status == "ok" else 503)
 
     async def _status(self, _: web.Request) -> web.Response:
-        """List the engines and where they answer, for `pdlaunch smoke` and people."""
+        """List the engines and where they answer, and their pairs, for `pdlaunch smoke` and
+        people.
+        """
         engines = [
             {
                 "name": engine.name,
                 "role": engine.role,
+                "kind": engine.capabilities.kind,
+                "version": engine.capabilities.version,
                 "url": engine.url,
                 "state": engine.state,
                 "reason": engine.reason,
@@ -322,7 +327,16 @@ class RouterApp:
             }
             for engine in self._state.pool.engines
         ]
-        return json_response({"engines": engines})
+        pairs = [
+            {
+                "prefill": pair.peer,
+                "decode": pair.local,
+                "path": pair.path,
+                "gigabytes_per_s": pair.gigabytes_per_s,
+            }
+            for pair in self._state.pool.pairs
+        ]
+        return json_response({"engines": engines, "pairs": pairs, "doubts": self._state.doubts()})
 
     async def _metrics(self, _: web.Request) -> web.Response:
         """Answer with the router's metrics and those of all engines."""

@@ -140,6 +140,38 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.json.encode(body)
 
     @property
+    def is_stream(self) -> bool:
+        """Tell whether the client wants a stream."""
+        return bool(self.body.get("stream"))
+
+    @property
+    def tells_tokens(self) -> bool:
+        """Tell whether the client sees single tokens."""
+        return bool(self.body.get("return_token_ids")) or bool(self.body.get("logprobs"))
+
+    @property
+    def alone(self) -> str:
+        """Return why two engines that need proof cannot share it; empty when they can.
+
+        A lease is given back by the first choice that has read it, and engines compute prompts
+        anew whose own log probabilities are wanted.
+        """
+        body = self.body
+        if self.num_choices > 1:
+            return "several choices cannot read one lease"
+        if body.get("use_beam_search"):
+            return "a beam search cannot read a lease"
+        if body.get("prompt_logprobs") is not None or (body.get("echo") and body.get("logprobs")):
+            return "log probabilities of the prompt are not handed over"
+        if body.get("prompt_embeds") is not None:
+            return "embeddings are not handed over"
+        return ""
+
+    def whole_body(self, extra: dict[str, Any]) -> bytes:
+        """Return the body that asks for the whole answer at once."""
+        return msgspec.json.encode(self.body | {"return_token_ids": True} | extra)
+
+    @property
     def text(self) -> msgspec.Raw | None:
         """Return the prompt or the messages as the client wrote them."""
         text = self.body.get("messages" if self.endpoint.is_chat else "prompt")
@@ -213,10 +245,14 @@ def read_client_request(
     hop_id: HopId,
     headers: dict[str, str],
     strict_fields: bool = False,
+    has_own_fields: bool = False,
     draw_seed: Callable[[], int] = lambda: secrets.randbits(63),
 ) -> ClientRequest:
     """Check and split a client's body. ``headers`` go to the engines with it. Raises
     RequestError.
+
+    ``has_own_fields``: the engines know models by names that the router does not, and get no seed
+    that the client has not given.
     """
     body = _read_body(raw)
     refuse_internal_fields(body)
@@ -224,8 +260,8 @@ def read_client_request(
     ignored_fields = _unknown_stream_options(body)
     if strict_fields:
         refuse_unknown(ignored_fields, StreamOptions.model_fields)
-    if fields.model is not None and fields.model != served_model_name:
-        raise model_not_found(fields.model, served_model_name)
+    if fields.model not in (None, served_model_name) and not has_own_fields:
+        raise model_not_found(str(fields.model), served_model_name)
     max_tokens = _check_limits(fields)
     bodies = (
         [body]
@@ -241,7 +277,9 @@ def read_client_request(
             PromptRequest(
                 endpoint=endpoint,
                 origin=(origin := PromptOrigin(secrets.randbelow(2**63 - 1) + 1)),
-                body=one if fields.seed is not None else one | {"seed": draw_seed()},
+                body=one
+                if fields.seed is not None or has_own_fields
+                else one | {"seed": draw_seed()},
                 index=index,
                 num_choices=fields.n or 1,
                 max_tokens=max_tokens,

@@ -220,6 +220,30 @@ class EngineClient:
         except (aiohttp.ClientError, TimeoutError) as error:
             logger.warning("%s: lease of %s not released: %r", engine.name, name, error)
 
+    async def refuse_lease(self, decode: Engine, params: Mapping[str, Any]) -> None:
+        """Have a decode engine of vLLM end a lease that nobody will pull; errors are logged.
+
+        vLLM tells prefill to free the blocks of a request that it refuses, and it refuses a beam
+        search that is streamed before it computes anything.
+        """
+        body = {
+            "prompt": [0],
+            "max_tokens": 1,
+            "stream": True,
+            "use_beam_search": True,
+            "kv_transfer_params": params,
+        }
+        try:
+            timeout = aiohttp.ClientTimeout(total=self._timeouts.probe_s)
+            async with self._session(decode).post(
+                http_url(decode.url) + "/v1/completions",
+                data=msgspec.json.encode(body),
+                timeout=timeout,
+            ) as response:
+                await response.read()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            logger.warning("%s: a lease is not released: %r", decode.name, error)
+
     async def is_alive(self, engine: Engine) -> bool:
         """Tell whether the engine's server answers."""
         try:

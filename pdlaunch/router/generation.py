@@ -25,11 +25,18 @@ from pdlaunch.errors import PdlaunchError, RequestError
 from pdlaunch.http.errors import RANK_LOST
 from pdlaunch.http.headers import REQUEST_ID_HEADER
 from pdlaunch.protocol.ids import HopId, LeaseId
-from pdlaunch.router.client_request import PromptRequest
+from pdlaunch.router.client_request import COMPLETIONS, PromptRequest
+from pdlaunch.router.continuation import Continuation, StreamLostError, find_text, obstacle
 from pdlaunch.router.early_decode import EarlyDecode
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import Chunk, EngineFailure, EngineRefusal, EngineStream
-from pdlaunch.router.handover import Handover, HandoverStream, read_handover
+from pdlaunch.router.handover import (
+    Handover,
+    HandoverStream,
+    num_recomputed,
+    read_handover,
+    whole_chunk,
+)
 from pdlaunch.router.metrics import EarlyOutcome
 from pdlaunch.router.policy import NO_NEEDS, Hop, Need, RoutingRequest, covers
 from pdlaunch.router.recovery import Attempts
@@ -41,7 +48,7 @@ logger = logging.getLogger(__name__)
 _MALFORMED = (msgspec.DecodeError, LookupError, TypeError, AttributeError, ValueError)
 _BROKEN = frozenset({"error", "abort"})
 """Reasons with which an engine gives a request up that nobody has cancelled."""
-_RESUMES: frozenset[Need] = frozenset({"resumes"})
+_RESUMES: frozenset[Need] = frozenset({"goes_on"})
 _TAKES_FIRST_TOKEN: frozenset[Need] = frozenset({"gives_first_token"})
 
 
@@ -59,7 +66,9 @@ class Generation:
     """Answers one prompt; ``run`` once."""
 
     def __init__(self, prompt: PromptRequest, state: RouterState, sink: ChunkSink) -> None:
-        self.transcript = Transcript(prompt.num_choices)
+        self.transcript = Transcript(
+            prompt.num_choices, keeps_text=prompt.is_stream and state.pool.has_own_fields
+        )
         self._prompt = prompt
         self._state = state
         self._sink = sink
@@ -69,6 +78,7 @@ class Generation:
         self._first_token_sent = False
         self._decode_has_answered = False
         self._lease_taken = False
+        self._handed_over_at = 0.0
         self._num_decode_attempts = 0
 
     async def run(self) -> None:
@@ -176,7 +186,10 @@ class Generation:
     async def _begin_answer(self, handover: Handover) -> None:
         """Tell the client what prefill knows, if the decode engines need not tell it again."""
         self._handover = handover
+        self._handed_over_at = self._state.now()
         self._attempts.begin_decode()
+        if handover.engine.capabilities.needs_proof:
+            self.transcript.note_prefill(handover.usage)
         # Before anything is sent: this is the last moment for a status.
         if not handover.is_final:
             self._refuse_too_long(handover.num_prompt_tokens)
@@ -235,6 +248,7 @@ class Generation:
             if self._attempts.is_final(engine, "decode", failure):
                 raise
             await self._hear_cause(engine, failure)
+            self._refuse_lost(engine)
             if self._attempts.exhausts_decode(engine, failure) or not self._can_go_on():
                 raise
 
@@ -247,12 +261,30 @@ class Generation:
             await self._state.news_of_death(engine)
         self._state.suspects.check(self._prompt.origin)
 
+    def _refuse_lost(self, engine: Engine) -> None:
+        """Raise StreamLostError for a stream that engines like this one cannot go on with."""
+        if self._must_resume() and engine.capabilities.has_own_fields:
+            reason = obstacle(self._prompt, self.transcript, engine.capabilities)
+            if reason:
+                raise self._lost(engine, reason)
+
+    def _lost(self, engine: Engine, reason: str) -> StreamLostError:
+        self._state.metrics.lost_stream(reason)
+        return StreamLostError(engine.name, reason)
+
     async def _stream_from(self, engine: Engine, attempt: int) -> None:
-        prompt, extra = self._prompt, self._decode_extra(engine)
-        if "resume" in extra:
+        prompt = self._prompt
+        if self._must_resume():
             self._state.metrics.migrated()
             logger.info("goes on at %s after %d tokens", engine.name, self.transcript.num_tokens)
+            if not engine.capabilities.resumes:
+                await self._continue_at(engine, attempt)
+                return
+        extra = self._decode_extra(engine)
         pulls = bool(extra.get("kv_transfer_params", {}).get("do_remote_prefill"))
+        if engine.capabilities.has_own_fields and not prompt.is_stream:
+            await self._ask_whole(engine, prompt.whole_body(extra), attempt, pulls=pulls)
+            return
         body = prompt.decode_body(extra)
         with engine.working(
             num_prompt_tokens=prompt.num_prompt_tokens, num_streams=prompt.num_choices
@@ -263,6 +295,73 @@ class Generation:
                 self._sink.ignores(stream.ignored_fields)
                 await self._relay(engine, stream, pulls=pulls)
 
+    async def _ask_whole(self, engine: Engine, body: bytes, attempt: int, *, pulls: bool) -> None:
+        """Have the engine make the answer whole: some of it is not told in streams."""
+        prompt = self._prompt
+        with engine.working(
+            num_prompt_tokens=prompt.num_prompt_tokens, num_streams=prompt.num_choices
+        ):
+            answer = await self._state.client.ask(
+                engine, prompt.endpoint.path, body, self._headers(attempt)
+            )
+        self._sink.ignores(answer.ignored_fields)
+        with _malformed_is_failure(engine):
+            chunk = whole_chunk(msgspec.json.decode(answer.body))
+        self._check_pulled(engine, chunk, pulls=pulls)
+        await self._tell(engine, chunk)
+        self._state.pool.succeeded(engine)
+
+    async def _continue_at(self, engine: Engine, attempt: int) -> None:
+        """Have the engine go on behind the tokens so far, which it gets as a prompt."""
+        prompt, transcript, client = self._prompt, self.transcript, self._state.client
+
+        async def detokenize(token_ids: list[int]) -> str:
+            body = msgspec.json.encode({"model": prompt.body.get("model"), "tokens": token_ids})
+            answer = await client.ask(engine, "/detokenize", body, prompt.headers)
+            return str(msgspec.json.decode(answer.body)["prompt"])
+
+        told = transcript.text
+        try:
+            text, num_tokens = await find_text(
+                detokenize, transcript.prompt_token_ids, transcript.output_token_ids, told
+            )
+            if num_tokens < len(transcript.output_token_ids):
+                if prompt.tells_tokens:
+                    raise LookupError("half a character")
+                transcript.drop_tokens(num_tokens)
+            continuation = Continuation(
+                prompt,
+                transcript.prompt_token_ids,
+                list(transcript.output_token_ids),
+                text=text,
+                num_told=len(told),
+                text_offset=transcript.text_offset,
+            )
+            body = continuation.body(engine.max_model_len)
+        except LookupError as error:
+            raise self._lost(engine, str(error.args[0])) from error
+        with engine.working(num_prompt_tokens=prompt.num_prompt_tokens, num_streams=1):
+            async with client.stream(
+                engine, COMPLETIONS.path, body, self._headers(attempt)
+            ) as stream:
+                # A stop string across the seam ends it before the engine does.
+                while not transcript.is_done and (chunk := await stream.next_chunk()) is not None:
+                    with _malformed_is_failure(engine):
+                        _refuse_broken(engine, chunk)
+                        continued = continuation.take(chunk)
+                    await self._tell(engine, continued)
+                if not transcript.is_done:
+                    raise EngineFailure(engine, "its stream ended too early")
+        self._state.pool.succeeded(engine)
+
+    def _check_pulled(self, engine: Engine, chunk: Chunk, *, pulls: bool) -> None:
+        """Report a pair whose decode engine has computed what it was handed blocks of."""
+        if pulls and self._handover is not None and engine.capabilities.needs_proof:
+            with _malformed_is_failure(engine):
+                num_tokens = num_recomputed(chunk)
+            if num_tokens:
+                self._state.recomputed(self._handover.engine, engine, num_tokens)
+
     async def _relay(self, engine: Engine, stream: EngineStream, *, pulls: bool) -> None:
         """Tell the client all that the engine says.
 
@@ -271,6 +370,7 @@ class Generation:
         while (chunk := await stream.next_chunk()) is not None:
             self._decode_has_answered = True
             self._lease_taken |= pulls  # a stream that pulls starts after its pull has ended
+            self._check_pulled(engine, chunk, pulls=pulls)
             await self._tell(engine, chunk)
         if not self.transcript.is_done:
             raise EngineFailure(engine, "its stream ended too early")
@@ -290,8 +390,23 @@ class Generation:
             return {"resume": self.transcript.resume_field()}
         if self._handover is None:
             return {}
+        if engine.capabilities.needs_proof:
+            if not self._may_hand_over(self._handover.engine, engine):
+                return {}
+            # Whatever comes of it: another one could read blocks that prefill has given away.
+            self._lease_taken = True
         params = self._handover.decode_params(engine, first_token_sent=self._first_token_sent)
         return {} if params is None else {"kv_transfer_params": params}
+
+    def _may_hand_over(self, prefill: Engine, decode: Engine) -> bool:
+        """Tell whether blocks of an engine that does not verify are safe to be read."""
+        age_s = self._state.now() - self._handed_over_at
+        lease_s = prefill.capabilities.lease_s
+        return (
+            not self._lease_taken
+            and (not lease_s or age_s < lease_s / 2)
+            and self._state.pool.may_hand_over(prefill, decode)
+        )
 
     def _must_resume(self) -> bool:
         return (self._decode_has_answered or self._handover is None) and self.transcript.has_tokens
@@ -315,6 +430,10 @@ class Generation:
             is_suspect=self._state.suspects.is_suspect(prompt.origin),
             tried=frozenset(self._attempts.tried),
             needs=needs,
+            prefill=""
+            if self._handover is None or self._lease_taken
+            else self._handover.engine.name,
+            alone=prompt.alone,
         )
 
     def _refuse_too_long(self, num_prompt_tokens: int) -> None:
@@ -336,7 +455,20 @@ class Generation:
         handover = self._handover
         if handover is None or handover.lease_id is None or self._lease_taken:
             return
-        self._release(handover.engine, handover.lease_id)
+        if handover.engine.capabilities.needs_proof:
+            self._release_through_decode(handover)
+        else:
+            self._release(handover.engine, handover.lease_id)
+
+    def _release_through_decode(self, handover: Handover) -> None:
+        """Have a decode engine tell prefill that nobody pulls: it listens to nobody else."""
+        decode = self._state.pool.route(self._routing_request("decode")).decode
+        if decode is None or not self._may_hand_over(handover.engine, decode):
+            return
+        params = handover.decode_params(decode, first_token_sent=False)
+        if params is not None:
+            self._state.metrics.released()
+            self._state.spawn(self._state.client.refuse_lease(decode, params))
 
     def _release(self, engine: Engine, name: HopId | LeaseId) -> None:
         if covers(engine.capabilities, _TAKES_FIRST_TOKEN):

@@ -11,6 +11,11 @@ from pdlaunch.protocol.ids import LeaseId
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import Chunk
 
+_CACHED_AT_PREFILL = "remote_prefill_cached_tokens"
+"""With it vLLM's decode engine repeats what prefill had cached."""
+NUM_BACKED_OFF_TOKENS = 16
+"""Tokens at the end of a prompt that decode may compute though it has pulled all it can."""
+
 
 class Handover(msgspec.Struct, frozen=True, kw_only=True):
     """Says what prefill has done for one prompt."""
@@ -23,6 +28,7 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
     open_choices: frozenset[int]
     """Choices that go on after their first token."""
     num_prompt_tokens: int
+    usage: dict[str, Any] = {}
     chunks: list[Chunk]
     """The answer as the chunks of a stream."""
 
@@ -46,7 +52,10 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
         if self.params is None or (engine.role != "decode" and not first_token_sent):
             return None
         if not first_token_sent:
-            return self.params
+            # With it decode would tell how much prefill had cached, and not whether it pulled.
+            return {
+                name: value for name, value in self.params.items() if name != _CACHED_AT_PREFILL
+            }
         ours = self.params["pdlaunch"] | {"first_token_sent": True}
         if engine.role != "decode":
             return {"do_remote_prefill": False, "do_remote_decode": False, "pdlaunch": ours}
@@ -112,7 +121,10 @@ def read_handover(engine: Engine, raw: bytes, *, is_chat: bool) -> Handover:
     open_choices = frozenset(
         choice["index"]
         for choice in answer["choices"]
-        if choice["finish_reason"] in (None, "length") and not _ends(first_tokens, choice["index"])
+        # An engine that gives no first token has drawn one that nobody gets: decode draws all.
+        if (ours is None and params is not None)
+        or (choice["finish_reason"] in (None, "length")
+        and not _ends(first_tokens, choice["index"]))
     )
     return Handover(
         engine=engine,
@@ -120,6 +132,7 @@ def read_handover(engine: Engine, raw: bytes, *, is_chat: bool) -> Handover:
         has_first_tokens=bool(first_tokens),
         open_choices=open_choices,
         num_prompt_tokens=answer["usage"]["prompt_tokens"],
+        usage=answer["usage"],
         chunks=chunks_of_answer(answer, is_chat=is_chat, open_choices=open_choices),
     )
 
@@ -158,6 +171,28 @@ def chunks_of_answer(
             choice["finish_reason"] = None
         chunks.append(head | {"choices": [choice]})
     return chunks
+
+
+def whole_chunk(answer: dict[str, Any]) -> Chunk:
+    """Return a whole answer as one chunk, with all that stands in it."""
+    answer.pop("kv_transfer_params", None)
+    for choice in answer["choices"]:
+        if "message" in choice:
+            choice["delta"] = choice.pop("message")
+    return answer
+
+
+def num_recomputed(chunk: Chunk) -> int:
+    """Return how many tokens of a prompt decode has computed though it was handed their blocks.
+
+    It is told at the end of an answer; 0 before, and by an engine that does not tell.
+    """
+    usage = chunk.get("usage") or {}
+    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+    if cached is None:
+        return 0
+    num_tokens: int = usage["prompt_tokens"] - cached
+    return num_tokens if num_tokens > NUM_BACKED_OFF_TOKENS else 0
 
 
 def _role_choice(index: int, role: str) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from pdlaunch.protocol.control import (
     Entry,
     ListedState,
     PairReady,
+    PairSuspect,
     Registry,
     Role,
 )
@@ -36,6 +37,7 @@ from pdlaunch.router.membership import AnnouncedMembership
 from pdlaunch.router.membership_pairs import Pair, due_pairs, judge
 from pdlaunch.watch.canary import CanaryDied, Proof, send_canary
 from pdlaunch.watch.engine_api import EngineApi, Kind
+from pdlaunch.watch.versions import with_version
 
 CanaryOutcome = Literal["proven", "failed"]
 
@@ -224,6 +226,11 @@ class WatchedMembership:
             _logger.info("removed %s, with %d pieces of work running", name, num_works)
         return num_works
 
+    def suspect(self, pair: PairSuspect) -> None:
+        """Have a pair proven again that has served by decoding alone."""
+        if self._results.pop((pair.peer, pair.local), None) is not None:
+            self._publish()
+
     async def close(self) -> None:
         """End all watching."""
         tasks = [*self._tasks, *self._canaries.values()]
@@ -291,9 +298,10 @@ class WatchedMembership:
 
         It does not tell a router that is not its launch's where its leases are (``awaits_lease``).
         """
-        if self._settings.kind == "native" and await api.version(ASK_TIMEOUT_S) != __version__:
-            return Capabilities()
-        return self._settings.capabilities
+        version = await api.version(ASK_TIMEOUT_S)
+        if self._settings.kind == "native" and version != __version__:
+            return Capabilities(version=version)
+        return with_version(self._settings.capabilities, version)
 
     def _doubt(self, watched: _Watched) -> None:
         """Have the pairs of an engine proven again that has failed requests since the last look.

@@ -85,6 +85,18 @@ class RouterMetrics:
             ("outcome",),
             registry=registry,
         )
+        self._recomputes = Counter(
+            "pdlaunch_router_silent_recomputes",
+            "Prompts that decode computed though it was handed their KV blocks.",
+            ("prefill", "decode"),
+            registry=registry,
+        )
+        self._lost_streams = Counter(
+            "pdlaunch_router_lost_streams",
+            "Streams that ended with an error because no other engine can go on with them.",
+            ("reason",),
+            registry=registry,
+        )
         self._pairs = Gauge(
             "pdlaunch_pair_gigabytes_per_second",
             "Speed that the handshake has measured between two ranks, over the path in use.",
@@ -125,6 +137,12 @@ class RouterMetrics:
 
     def released(self) -> None:
         self._releases.inc()
+
+    def recomputed(self, prefill: str, decode: str) -> None:
+        self._recomputes.labels(prefill, decode).inc()
+
+    def lost_stream(self, reason: str) -> None:
+        self._lost_streams.labels(reason).inc()
 
     def text(self) -> bytes:
         """Return the metrics in Prometheus's text format."""

@@ -16,7 +16,7 @@ from pdlaunch.router.engine import Engine, EngineKey
 
 Hop = Literal["prefill", "decode"]
 
-Need = Literal["resumes", "gives_first_token", "awaits_lease"]
+Need = Literal["goes_on", "gives_first_token", "awaits_lease"]
 """Names a capability that an engine must have."""
 NO_NEEDS: frozenset[Need] = frozenset()
 MAX_QUEUED = 8
@@ -47,6 +47,10 @@ class RoutingRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Engines that failed this prompt and are not to be asked again now."""
     needs: frozenset[Need] = NO_NEEDS
     """The next engine must be able to do this."""
+    prefill: str = ""
+    """The engine that has computed the prompt and holds its KV blocks; empty: none does."""
+    alone: str = ""
+    """The reason why engines that need proof cannot share the request; empty: they can."""
 
 
 class Route(msgspec.Struct, frozen=True, kw_only=True):
@@ -111,14 +115,18 @@ class LeastWork:
         now_at: float,
     ) -> Route:
         if request.hop == "decode":
-            return _serve_alone(request, engines, now_at)
+            return _serve_alone(request, engines, pairs, now_at)
         if request.max_tokens == 1:
             return Route(reason="one token needs no decode engine")
         if not any(engine.ready and engine.role == "decode" for engine in engines):
             return Route(reason="no decode engine is ready")
-        prefill = least_work(engines, "prefill", now_at, strict=True, tried=request.tried)
+        if request.alone and any(engine.capabilities.needs_proof for engine in engines):
+            return Route(reason=request.alone)
+        able = [engine for engine in engines if _can_hand_over(engine, engines, pairs)]
+        prefill = least_work(able, "prefill", now_at, strict=True, tried=request.tried)
         if prefill is None:
-            return Route(reason="no prefill engine is ready")
+            is_left = any(engine.ready and engine.role == "prefill" for engine in engines)
+            return Route(reason=f"no {'pair is proven' if is_left else 'prefill engine is ready'}")
         return Route(
             reason="least work",
             prefill=prefill,
@@ -155,8 +163,37 @@ def covers(has: Capabilities, needs: Collection[Need]) -> bool:
     return all(getattr(has, need) for need in needs)
 
 
-def _serve_alone(request: RoutingRequest, engines: Sequence[Engine], now_at: float) -> Route:
+def may_pull(decode: Engine, prefill: Engine, pairs: Sequence[PairReady]) -> bool:
+    """Tell whether ``decode`` may be handed KV blocks of ``prefill``."""
+    return not decode.capabilities.needs_proof or any(
+        (pair.local, pair.peer, pair.peer_incarnation)
+        == (decode.name, prefill.name, prefill.processes[0])
+        for pair in pairs
+    )
+
+
+def _can_hand_over(prefill: Engine, engines: Sequence[Engine], pairs: Sequence[PairReady]) -> bool:
+    return any(
+        engine.ready and engine.role == "decode" and may_pull(engine, prefill, pairs)
+        for engine in engines
+    )
+
+
+def _serve_alone(
+    request: RoutingRequest,
+    engines: Sequence[Engine],
+    pairs: Sequence[PairReady],
+    now_at: float,
+) -> Route:
     role: Role = "prefill" if request.max_tokens == 1 else "decode"
+    prefill = next((engine for engine in engines if engine.name == request.prefill), None)
+    if prefill is not None and prefill.capabilities.needs_proof:
+        able = [engine for engine in engines if may_pull(engine, prefill, pairs)]
+        puller = least_work(
+            able, "decode", now_at, strict=True, tried=request.tried, needs=request.needs
+        )
+        if puller is not None:
+            return Route(decode=puller, reason=f"least work of those proven with {prefill.name}")
     engine = least_work(engines, role, now_at, tried=request.tried, needs=request.needs)
     if engine is None:
         return Route(reason="no engine is ready")

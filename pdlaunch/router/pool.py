@@ -19,6 +19,7 @@ from pdlaunch.router.policy import (
     Route,
     RoutingRequest,
     covers,
+    may_pull,
 )
 
 BACKOFF_S = 1.0
@@ -40,7 +41,8 @@ class EnginePool:
         self._policy = policy or LeastWork()
         self._index = index or NoIndex()
         self._engines: dict[str, Engine] = {}
-        self._pairs: Sequence[PairReady] = ()
+        self.pairs: Sequence[PairReady] = ()
+        """The paths that are proven now."""
         self.serving = False
         """The supervisor has seen every process and every pair ready."""
         self._with_ranks: set[str] = set()
@@ -54,6 +56,22 @@ class EnginePool:
         """Tell whether the registry still shows these very processes, ready."""
         return self._engines.get(engine.name) is engine and engine.ready
 
+    @property
+    def has_own_fields(self) -> bool:
+        """Tell whether the engines know fields that the router does not; they are of one kind."""
+        return any(engine.capabilities.has_own_fields for engine in self._engines.values())
+
+    def may_hand_over(self, prefill: Engine, decode: Engine) -> bool:
+        """Tell whether ``decode`` may be given KV blocks of ``prefill`` as it is now."""
+        is_there = self.lists(prefill) or not decode.capabilities.needs_proof
+        return is_there and may_pull(decode, prefill, self.pairs)
+
+    def doubt(self, prefill: Engine, decode: Engine) -> None:
+        """Forget the proof of a pair until the registry has a new one."""
+        self.pairs = [
+            pair for pair in self.pairs if (pair.local, pair.peer) != (decode.name, prefill.name)
+        ]
+
     def update(self, registry: Registry) -> None:
         """Take over a registry; an engine whose processes are the same keeps its counts."""
         found: dict[str, Engine] = {}
@@ -66,13 +84,13 @@ class EnginePool:
                 ]
                 found[server.name] = self._renew(server, ranks)
         self._engines = found
-        self._pairs = registry.pairs
+        self.pairs = registry.pairs
         self.serving = registry.serving
 
     def route(self, request: RoutingRequest) -> Route:
         """Have the policy choose, and count what it chose."""
         route = self._policy.choose(
-            request, list(self._engines.values()), self._pairs, self._index, self._clock()
+            request, list(self._engines.values()), self.pairs, self._index, self._clock()
         )
         for engine in (route.prefill, route.decode):
             if engine is not None:

@@ -30,6 +30,7 @@ from pdlaunch.protocol.control import (
 from pdlaunch.router.admin import SupervisorLink
 from pdlaunch.router.admin_socket import listen_at_admin_socket
 from pdlaunch.router.app import RouterApp
+from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import EngineClient, EngineTimeouts
 from pdlaunch.router.membership import AnnouncedMembership, Membership
 from pdlaunch.router.metrics import RouterMetrics
@@ -54,13 +55,21 @@ class RouterProcess:
         self._membership = AnnouncedMembership()
         self._state = RouterState(
             EnginePool(time.monotonic),
-            EngineClient(supervised.bootstrap.keys.http_token, EngineTimeouts()),
+            EngineClient(self._key_of, EngineTimeouts()),
             RouterMetrics(spec.served_model_name),
             RecoverySettings(),
+            doubt=supervised.send,
         )
         self._link = SupervisorLink(supervised.send)
         self._router = RouterApp(spec, self._state, self._link)
         self._draining: asyncio.Task[None] | None = None
+
+    def _key_of(self, engine: Engine) -> str | None:
+        """Return what the engine asks for: the launch's token leaves for none that does not."""
+        bootstrap = self._supervised.bootstrap
+        if engine.capabilities.takes_launch_token:
+            return bootstrap.keys.http_token
+        return bootstrap.engine_api_key
 
     async def run(self) -> None:
         """Serve until Stop or a signal."""

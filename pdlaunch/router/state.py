@@ -5,7 +5,8 @@ registry.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterator
+import logging
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,12 +14,14 @@ import msgspec
 
 from pdlaunch.errors import KillsEngineError
 from pdlaunch.http.headers import ORIGIN_HEADER, format_origin
-from pdlaunch.protocol.control import Registry, Suspects
+from pdlaunch.protocol.control import PairSuspect, Registry, Suspects
 from pdlaunch.protocol.ids import PromptOrigin
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import EngineClient
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
+
+logger = logging.getLogger(__name__)
 
 SETTLE_TIMEOUT_S = 2.0
 DEATH_NEWS_S = 1.0
@@ -95,8 +98,13 @@ class RouterState:
         client: EngineClient,
         metrics: RouterMetrics,
         recovery: RecoverySettings,
+        *,
+        doubt: Callable[[PairSuspect], None],
     ) -> None:
         self.pool = pool
+        self._doubt = doubt
+        self._doubts: dict[tuple[str, str], str] = {}
+        """Why a pair of engines is not used, until the registry has shown a new proof."""
         self.client = client
         self.metrics = metrics
         self.recovery = recovery
@@ -108,6 +116,8 @@ class RouterState:
     def update(self, registry: Registry) -> None:
         """Take over a registry and wake the requests that wait for an engine."""
         self.pool.update(registry)
+        for pair in registry.pairs:
+            self._doubts.pop((pair.peer, pair.local), None)
         self.metrics.show_pairs(registry.pairs)
         self._has_registry.set()
         # A new event for each change: those that wait from now on wait for the next one.
@@ -116,6 +126,32 @@ class RouterState:
         for engine in self.pool.engines:
             if engine.ready and engine.max_model_len is None:
                 self.spawn(self._learn_max_model_len(engine))
+
+    def recomputed(self, prefill: Engine, decode: Engine, num_tokens: int) -> None:
+        """Note that decode has computed ``num_tokens`` that it was handed KV blocks for.
+
+        The pair is used again when a canary has proven it.
+        """
+        error = f"decode computed {num_tokens} tokens whose KV blocks it was handed"
+        logger.warning("%s -> %s: %s", prefill.name, decode.name, error)
+        self.metrics.recomputed(prefill.name, decode.name)
+        self._doubts[prefill.name, decode.name] = error
+        self.pool.doubt(prefill, decode)
+        self._doubt(
+            PairSuspect(
+                local=decode.name,
+                peer=prefill.name,
+                peer_incarnation=prefill.processes[0],
+                error=error,
+            )
+        )
+
+    def doubts(self) -> list[dict[str, str]]:
+        """Return the pairs that have to be proven again, and why."""
+        return [
+            {"prefill": prefill, "decode": decode, "error": error}
+            for (prefill, decode), error in self._doubts.items()
+        ]
 
     async def knows_engines(self) -> None:
         """Return once there has been a registry."""

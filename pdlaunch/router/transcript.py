@@ -21,12 +21,19 @@ class ChoiceTranscript(msgspec.Struct):
     finish_reason: str | None = None
     has_role: bool = False
     has_prompt_token_ids: bool = False
+    texts: list[str] = []
+    text_offset: int = 0
 
 
 class Transcript:
     """Remembers what was told of one prompt's answer; every chunk passes through ``admit``."""
 
-    def __init__(self, num_choices: int) -> None:
+    def __init__(self, num_choices: int, *, keeps_text: bool = False) -> None:
+        self._keeps_text = keeps_text
+        self.prompt_token_ids: list[int] = []
+        """Known only where text is kept, and once an engine has told them."""
+        self.has_other_output = False
+        """Something was told that is not the content of a message: reasoning, tool calls."""
         self._choices = [ChoiceTranscript() for _ in range(num_choices)]
         self._usage = Usage()
         self._has_usage = False
@@ -53,6 +60,29 @@ class Transcript:
         """Tell whether the ids of all tokens that were sent are known."""
         return not self._has_untold_tokens
 
+    @property
+    def output_token_ids(self) -> list[int]:
+        """Return the tokens of the first choice."""
+        return self._choices[0].token_ids
+
+    @property
+    def text(self) -> str:
+        """Return what was told of the first choice, where text is kept."""
+        return "".join(self._choices[0].texts)
+
+    @property
+    def text_offset(self) -> int:
+        """Return the offset at which log probabilities of the first choice go on."""
+        return self._choices[0].text_offset
+
+    def drop_tokens(self, num_tokens: int) -> None:
+        """Forget the tokens of the first choice after ``num_tokens``, whose text nobody has."""
+        del self._choices[0].token_ids[num_tokens:]
+
+    def note_prefill(self, usage: dict[str, Any]) -> None:
+        """Note the usage of a prefill engine that tells the client nothing itself."""
+        self._note_usage(usage)
+
     def admit(self, chunk: Chunk) -> bool:
         """Note what ``chunk`` says and take out of it what is not new; False when nothing is left
         for the client.
@@ -61,6 +91,8 @@ class Transcript:
         form.
         """
         self._note_usage(chunk.pop("usage", None))
+        if self._keeps_text:
+            self._keep(chunk)
         if "prompt_token_ids" in chunk and self._has_prompt_token_ids:
             del chunk["prompt_token_ids"]
         elif chunk.get("prompt_token_ids") is not None:
@@ -82,7 +114,23 @@ class Transcript:
             completion_tokens=completion_tokens,
             total_tokens=self._usage.prompt_tokens + completion_tokens,
             prompt_tokens_details=self._usage.prompt_tokens_details,
+            completion_tokens_details=self._usage.completion_tokens_details,
         )
+
+    def _keep(self, chunk: Chunk) -> None:
+        for choice in chunk["choices"]:
+            told = self._choices[choice["index"]]
+            ids = chunk.get("prompt_token_ids") or choice.get("prompt_token_ids")
+            if ids and not self.prompt_token_ids:
+                self.prompt_token_ids = ids
+            delta = choice.get("delta") or {}
+            told.texts.append(choice.get("text") or delta.get("content") or "")
+            self.has_other_output |= any(
+                value for name, value in delta.items() if name not in ("role", "content")
+            )
+            logprobs = choice.get("logprobs") or {}
+            if logprobs.get("text_offset"):
+                told.text_offset = logprobs["text_offset"][-1] + len(logprobs["tokens"][-1])
 
     def _note_usage(self, usage: dict[str, Any] | None) -> None:
         """Note the usage of a chunk.
@@ -97,9 +145,9 @@ class Transcript:
             self._usage.prompt_tokens = usage["prompt_tokens"]
             details = usage.get("prompt_tokens_details")
             if details is not None:
-                self._usage.prompt_tokens_details = PromptTokensDetails(
-                    details.get("cached_tokens")
-                )
+                self._usage.prompt_tokens_details = msgspec.convert(details, PromptTokensDetails)
+        if usage.get("completion_tokens_details") is not None:
+            self._usage.completion_tokens_details = usage["completion_tokens_details"]
         self._usage.completion_tokens = usage.get("completion_tokens") or 0
 
     def _admit_choice(self, choice: dict[str, Any]) -> bool:

@@ -35,6 +35,7 @@ from pdlaunch.protocol.control import (
 from pdlaunch.sidecar.child import EngineChild
 from pdlaunch.watch.canary import CanaryDied, send_canary
 from pdlaunch.watch.engine_api import EngineApi
+from pdlaunch.watch.versions import with_version
 
 _logger = logging.getLogger(__name__)
 
@@ -76,6 +77,8 @@ class SidecarProcess:
         self._canaries: dict[tuple[str, int], asyncio.Task[None]] = {}
         """Of each prefill engine and incarnation that is proven or being proven."""
         self._one_at_a_time = asyncio.Semaphore(1)
+        self._listed: set[tuple[str, int]] = set()
+        """Those of them that the registry has shown as proven."""
 
     async def run(self) -> None:
         """Run until Stop or a signal. Raises StartupError when the engine ends by itself."""
@@ -121,6 +124,7 @@ class SidecarProcess:
         self._supervised.send(Progress(text="vLLM is starting"))
         while not await self._api.is_healthy(HEALTH_TIMEOUT_S):  # noqa: ASYNC110 - it tells nobody
             await asyncio.sleep(START_POLL_S)
+        await self._tell_version()
         self._supervised.send(Ready())
         self._is_ready.set()
         done, moved_at = 0.0, time.monotonic()
@@ -144,6 +148,16 @@ class SidecarProcess:
                 )
                 return
 
+    async def _tell_version(self) -> None:
+        """Register again, with what this version of the engine can do."""
+        try:
+            version = await self._api.version(HEALTH_TIMEOUT_S)
+        except ProtocolError as error:
+            _logger.warning("%s", error)
+            return
+        capabilities = with_version(self._supervised.bootstrap.capabilities, version)
+        self._supervised.register(self._url, capabilities)
+
     def _fail(self, reason: str) -> None:
         self._supervised.inbox.put_nowait(StartupError(reason))
 
@@ -163,7 +177,9 @@ class SidecarProcess:
                     pass  # said to routers alone
 
     def _prove_pairs(self, registry: Registry) -> None:
-        """Send a canary through each prefill engine that has none yet; forget those that left."""
+        """Send a canary through each prefill engine that has none yet or whose proof was dropped;
+        forget those that left.
+        """
         own = next((entry for entry in registry.entries if entry.name == self._name), None)
         if own is None or own.role != "decode":
             return
@@ -172,8 +188,16 @@ class SidecarProcess:
             for entry in registry.entries
             if entry.kind == "server" and entry.role == "prefill" and entry.state == "ready"
         }
-        for key in self._canaries.keys() - peers.keys():
-            self._canaries.pop(key).cancel()
+        listed = {
+            (pair.peer, pair.peer_incarnation)
+            for pair in registry.pairs
+            if pair.local == self._name
+        }
+        # What was listed and is no more is in doubt, and has to be proven anew.
+        for key in self._canaries.keys() - peers.keys() | self._listed - listed:
+            if key in self._canaries:
+                self._canaries.pop(key).cancel()
+        self._listed = listed
         for key in peers.keys() - self._canaries.keys():
             self._canaries[key] = self._supervised.spawn(self._prove(peers[key]))
 

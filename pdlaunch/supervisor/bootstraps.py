@@ -74,7 +74,9 @@ class LaunchBootstraps:
             keys=self._keys,
             run_dir=str(self._run_dir),
             log_level=self._config.log_level,
-            engine_api_key=_plain(self._config.engine_api_key) if spec.kind == "server" else None,
+            engine_api_key=_plain(self._config.engine_api_key)
+            if spec.kind in ("server", "router")
+            else None,
             capabilities=self._kind.capabilities(engine)
             if engine is not None and spec.kind == "server"
             else Capabilities(),

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from pdlaunch.engines.kind import EngineKind
-from pdlaunch.protocol.control import Entry, PairReady, Registry
+from pdlaunch.protocol.control import Entry, PairReady, PairSuspect, Registry
 from pdlaunch.resolve.plan import Plan
 from pdlaunch.supervisor.instance import Instance
 
@@ -67,6 +67,15 @@ class Pairs:
 
     def fail(self, local: str, peer: str, error: str) -> None:
         self._errors[local, peer] = error
+
+    def suspect(self, pair: PairSuspect) -> bool:
+        """Drop the proof that is in doubt; False when it is gone or renewed already."""
+        proof = self._proven.get((pair.local, pair.peer))
+        if proof is None or proof.peer_incarnation != pair.peer_incarnation:
+            return False
+        del self._proven[pair.local, pair.peer]
+        self.fail(pair.local, pair.peer, pair.error)
+        return True
 
     def forget(self, name: str) -> None:
         """Drop what a dead process has proven, and what was proven about it."""

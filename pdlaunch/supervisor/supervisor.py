@@ -20,6 +20,7 @@ from pdlaunch.protocol.control import (
     Failed,
     PairFailed,
     PairReady,
+    PairSuspect,
     Progress,
     Ready,
     Register,
@@ -228,6 +229,12 @@ class Supervisor:
                 self._on_pair_ready(instance, message)
             case PairFailed():
                 self._on_pair_failed(instance, message)
+            case PairSuspect():
+                if self._pairs.suspect(message):
+                    self._note(
+                        f"{message.local} has to prove its path to {message.peer} again: "
+                        f"{message.error}"
+                    )
             case SleepState():
                 instance.sleep_state = message.state
                 self._note(f"{name} is {message.state}")

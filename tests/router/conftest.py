@@ -11,7 +11,7 @@ import pytest
 
 from pdlaunch.http.connections import HttpRunner
 from pdlaunch.process.bootstrap import RouterSpec
-from pdlaunch.protocol.control import Registry, Restart
+from pdlaunch.protocol.control import PairSuspect, Registry, Restart
 from pdlaunch.router.admin import SupervisorLink
 from pdlaunch.router.app import RouterApp
 from pdlaunch.router.engine_client import EngineClient, EngineTimeouts
@@ -41,6 +41,7 @@ class Stand:
     def __init__(self) -> None:
         self.engines: dict[str, FakeEngine] = {}
         self.version = 0
+        self.doubted: list[PairSuspect] = []
 
     async def start(
         self,
@@ -64,6 +65,7 @@ class Stand:
             client,
             self.metrics,
             RecoverySettings(wait_s=recovery_wait_s, busy_wait_s=0.01),
+            doubt=self.doubted.append,
         )
         self.asked: list[Restart] = []
         self.link = SupervisorLink(self.asked.append)

@@ -94,7 +94,7 @@ REQUESTS = st.builds(
     max_tokens=st.sampled_from([None, 1, 5]),
     num_choices=st.integers(1, 2),
     is_suspect=st.booleans(),
-    needs=st.frozensets(st.sampled_from(["resumes", "awaits_lease"])),
+    needs=st.frozensets(st.sampled_from(["goes_on", "awaits_lease"])),
 )
 
 

@@ -47,6 +47,7 @@ async def launch(
         EngineClient(TOKEN, EngineTimeouts()),
         RouterMetrics("tiny"),
         RecoverySettings(),
+        doubt=lambda _: None,
     )
 
     def announce(said: SleepState) -> None:

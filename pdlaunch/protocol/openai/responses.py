@@ -16,6 +16,8 @@ class PromptTokensDetails(msgspec.Struct):
     """Tells how much of the prompt was not computed for this request."""
 
     cached_tokens: int | None = None
+    created_cache_tokens: int | UnsetType | None = UNSET
+    multimodal_tokens: dict[str, int] | UnsetType | None = UNSET
 
 
 class Usage(msgspec.Struct, kw_only=True):
@@ -25,6 +27,8 @@ class Usage(msgspec.Struct, kw_only=True):
     completion_tokens: int = 0
     total_tokens: int = 0
     prompt_tokens_details: PromptTokensDetails | None = None
+    completion_tokens_details: dict[str, Any] | UnsetType = UNSET
+    """Of engines that tell more than we do: reasoning tokens and the like."""
 
 
 class CompletionLogprobs(msgspec.Struct, kw_only=True):

@@ -1,0 +1,336 @@
+"""Goes on with a stream at an engine that takes output tokens only as the end of a prompt.
+
+::
+
+    first engine    P ─> o1 o2 .. ok      told: text of o1 .. ok, but what may begin a stop string
+    next engine     P o1 o2 .. ok ─> ok+1 ..          text held back ─┘ + text of ok+1 ..
+
+So an answer goes on whose next token depends on nothing but the tokens before. The next engine is
+asked for the text of the tokens so far: what the client lacks of it is told first, and stop strings
+may lie across the seam.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+
+from pdlaunch.errors import OverloadedError
+from pdlaunch.http.errors import RETRY_AFTER_S
+from pdlaunch.protocol.control import Capabilities
+from pdlaunch.router.client_request import PromptRequest
+from pdlaunch.router.engine_client import Chunk
+from pdlaunch.router.transcript import Transcript
+
+Detokenize = Callable[[list[int]], Awaitable[str]]
+
+NUM_CONTEXT_TOKENS = 64
+"""Tokens of the prompt that are detokenized with the output: the first one's text depends on what
+stands before it.
+"""
+MAX_PARTS = 8
+"""Tokens at the end that may be parts of one character."""
+DEFAULT_MAX_TOKENS = 16
+"""The limit of a completion that names none."""
+_HALF_CHARACTER = "\ufffd"
+
+_PASSED = (
+    "model",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "stop",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "logit_bias",
+    "allowed_token_ids",
+    "cache_salt",
+    "priority",
+    "user",
+)
+"""Fields that mean the same behind a longer prompt."""
+_DONE = frozenset(
+    {
+        "add_generation_prompt",
+        "add_special_tokens",
+        "chat_template",
+        "chat_template_kwargs",
+        "continue_final_message",
+        "documents",
+        "include_reasoning",
+        "logprobs",
+        "max_completion_tokens",
+        "max_tokens",
+        "messages",
+        "metadata",
+        "min_tokens",
+        "n",
+        "parallel_tool_calls",
+        "prompt",
+        "prompt_cache_key",
+        "reasoning_effort",
+        "request_id",
+        "return_token_ids",
+        "safety_identifier",
+        "service_tier",
+        "session_id",
+        "store",
+        "stream",
+        "stream_interval",
+        "stream_options",
+        "tool_choice",
+        "top_logprobs",
+        "truncate_prompt_tokens",
+        "truncation_side",
+    }
+)
+"""Fields that are labels, have shaped the prompt already, or are made anew here."""
+_STRUCTURED = ("structured_outputs", "guided_json", "guided_regex", "guided_choice")
+
+
+class StreamLostError(OverloadedError):
+    """Ends a stream whose engine has died, because no other engine can go on with it."""
+
+    def __init__(self, engine: str, reason: str) -> None:
+        super().__init__(
+            f"engine {engine} was lost in the middle of this answer, which cannot go on at another "
+            f"engine ({reason}); send the request again",
+            status=503,
+            retry_after_s=RETRY_AFTER_S,
+            code="stream_lost",
+        )
+        self.reason = reason
+
+
+def obstacle(prompt: PromptRequest, transcript: Transcript, capabilities: Capabilities) -> str:
+    """Return why the answer cannot go on at another engine; empty when it can."""
+    body = prompt.body
+    response_format = body.get("response_format") or {"type": "text"}
+    if body.get("seed") is not None:
+        return "seed"
+    if prompt.num_choices > 1:
+        return "several choices"
+    if body.get("tools") or body.get("functions"):
+        return "tools"
+    if any(body.get(name) for name in _STRUCTURED) or response_format != {"type": "text"}:
+        return "structured output"
+    if prompt.endpoint.is_chat and (capabilities.splits_reasoning or transcript.has_other_output):
+        return "reasoning"
+    if prompt.endpoint.is_chat and _has_media(prompt.text):
+        return "images"
+    known = {*_PASSED, *_DONE, "response_format"}
+    if any(value and name not in known for name, value in body.items()):
+        return "fields"
+    if not transcript.can_resume or not transcript.prompt_token_ids:
+        return "token ids"
+    return ""
+
+
+def _has_media(messages: msgspec.Raw | None) -> bool:
+    if messages is None:
+        return False
+    return any(
+        isinstance(part, dict) and part.get("type") != "text"
+        for message in msgspec.json.decode(messages)
+        if isinstance(message.get("content"), list)
+        for part in message["content"]
+    )
+
+
+class Continuation:
+    """Turns what the next engine says into chunks of the answer that was begun."""
+
+    def __init__(
+        self,
+        prompt: PromptRequest,
+        prompt_token_ids: list[int],
+        output_token_ids: list[int],
+        *,
+        text: str,
+        num_told: int,
+        text_offset: int,
+    ) -> None:
+        self._prompt = prompt
+        self._prompt_token_ids = prompt_token_ids
+        self._output_token_ids = output_token_ids
+        self._text_offset = text_offset
+        stops = prompt.body.get("stop") or []
+        self._splice = Splice(
+            [stops] if isinstance(stops, str) else stops,
+            text,
+            num_told,
+            includes_stop=bool(prompt.body.get("include_stop_str_in_output")),
+        )
+
+    def body(self, max_model_len: int | None) -> bytes:
+        """Return the body for /v1/completions. Raises LookupError when no limit is known."""
+        body, num_tokens = self._prompt.body, len(self._output_token_ids)
+        limit = self._prompt.max_tokens
+        if limit is None and self._prompt.endpoint.is_chat:
+            if max_model_len is None:
+                raise LookupError("length")
+            limit = max_model_len - len(self._prompt_token_ids)
+        max_tokens = (DEFAULT_MAX_TOKENS if limit is None else limit) - num_tokens
+        if max_tokens < 1:
+            raise LookupError("length")
+        min_tokens = max(0, (body.get("min_tokens") or 0) - num_tokens)
+        if min_tokens and self._splice.is_open:
+            raise LookupError("min_tokens and stop strings")
+        logprobs = body.get("logprobs")
+        if self._prompt.endpoint.is_chat:
+            logprobs = (body.get("top_logprobs") or 0) if logprobs else None
+        return msgspec.json.encode(
+            {name: body[name] for name in _PASSED if body.get(name) is not None}
+            | {
+                "prompt": self._prompt_token_ids + self._output_token_ids,
+                "max_tokens": max_tokens,
+                "min_tokens": min_tokens,
+                "logprobs": logprobs,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+                "return_token_ids": True,
+            }
+        )
+
+    def take(self, chunk: Chunk) -> Chunk:
+        """Return the chunk as one of the first engine's. Raises LookupError, TypeError."""
+        usage = chunk.get("usage")
+        if usage is not None:
+            num_tokens = len(self._output_token_ids)
+            chunk["usage"] = {
+                "prompt_tokens": usage["prompt_tokens"] - num_tokens,
+                "completion_tokens": usage["completion_tokens"] + num_tokens,
+                "total_tokens": usage["total_tokens"],
+            }
+        chunk["choices"] = [self._choice(choice) for choice in chunk["choices"]]
+        return chunk
+
+    def _choice(self, choice: dict[str, Any]) -> dict[str, Any]:
+        choice.pop("prompt_token_ids", None)
+        is_end = choice.get("finish_reason") is not None
+        text, stop = self._splice.take(choice.pop("text"), is_end=is_end)
+        if stop is not None:
+            choice |= {"finish_reason": "stop", "stop_reason": stop}
+        logprobs = choice.get("logprobs")
+        if not self._prompt.endpoint.is_chat:
+            if logprobs:
+                offsets = logprobs["text_offset"]
+                logprobs["text_offset"] = [offset + self._text_offset for offset in offsets]
+            return choice | {"text": text}
+        return choice | {
+            "delta": {"content": text},
+            "logprobs": _chat_logprobs(logprobs, self._prompt.body.get("top_logprobs") or 0),
+        }
+
+
+def _chat_logprobs(logprobs: dict[str, Any] | None, num_top: int) -> dict[str, Any] | None:
+    """Return the log probabilities of a completion in the form of a chat's."""
+    if not logprobs:
+        return None
+    return {
+        "content": [
+            _token_logprob(token, logprob)
+            | {
+                "top_logprobs": [
+                    _token_logprob(other, value) for other, value in list(top.items())[:num_top]
+                ]
+            }
+            for token, logprob, top in zip(
+                logprobs["tokens"],
+                logprobs["token_logprobs"],
+                logprobs["top_logprobs"],
+                strict=True,
+            )
+        ]
+    }
+
+
+def _token_logprob(token: str, logprob: float) -> dict[str, Any]:
+    return {
+        "token": token,
+        "logprob": logprob,
+        "bytes": list(token.encode("utf-8", errors="replace")),
+    }
+
+
+class Splice:
+    """Joins the text of the next engine to what the client has, with stop strings across the seam.
+
+    ::
+
+        text so far   ......told|held        new text  ....
+                          └──window──┘└──window──┘         a stop string may lie here
+
+    The next engine finds the stop strings that lie in its own text.
+    """
+
+    def __init__(self, stops: list[str], text: str, num_told: int, *, includes_stop: bool) -> None:
+        self._stops = stops
+        self._includes_stop = includes_stop
+        self._window = max((len(stop) for stop in stops), default=1) - 1
+        self._before = text[max(0, min(num_told, len(text) - self._window)) :]
+        self._num_held = len(text) - num_told
+        self._new = ""
+        self.is_open = self._window > 0
+        """A stop string may still lie across the seam."""
+        self._has_begun = False
+
+    def take(self, text: str, *, is_end: bool) -> tuple[str, str | None]:
+        """Return what the client is told now, and the stop string that ends the answer."""
+        if self._has_begun:
+            return text, None
+        self._new += text
+        joined = self._before + self._new
+        told = len(self._before) - self._num_held
+        if self.is_open and (found := self._find(joined)):
+            start, end, stop = found
+            self._has_begun = True
+            return joined[told : end if self._includes_stop else max(told, start)], stop
+        if self.is_open and not is_end and len(self._new) < self._window:
+            return "", None
+        self._has_begun, self.is_open = True, False
+        return joined[told:], None
+
+    def _find(self, joined: str) -> tuple[int, int, str] | None:
+        """Return start, end and text of the stop string across the seam that ends first."""
+        seam = len(self._before)
+        found = [
+            (start + len(stop), place, start, stop)
+            for place, stop in enumerate(self._stops)
+            if 0 <= (start := joined.find(stop, max(0, seam - len(stop) + 1))) < seam
+            and start + len(stop) > seam
+        ]
+        if not found:
+            return None
+        end, _, start, stop = min(found)
+        return start, end, stop
+
+
+async def find_text(
+    detokenize: Detokenize, prompt_token_ids: list[int], output_token_ids: list[int], told: str
+) -> tuple[str, int]:
+    """Return the text of the output, and the number of tokens that it is the text of.
+
+    The last ones are left out while they are parts of a character: an engine would tell all of the
+    prompt's text once that character is whole. Raises LookupError when the text is not what the
+    client was told.
+    """
+    context = prompt_token_ids[-NUM_CONTEXT_TOKENS:]
+    before = await detokenize(context)
+    for num_parts in range(min(MAX_PARTS, len(output_token_ids))):
+        num_tokens = len(output_token_ids) - num_parts
+        whole = await detokenize(context + output_token_ids[:num_tokens])
+        if whole.endswith(_HALF_CHARACTER):
+            continue
+        text = whole[len(before) :]
+        if not whole.startswith(before) or not text.startswith(told):
+            break
+        return text, num_tokens
+    raise LookupError("text")
