@@ -220,17 +220,18 @@ def has_bearer(http: web.Request, keys: Collection[str]) -> bool:
     return scheme.lower() == "bearer" and any(matches)
 
 
-def model_routes(card: Callable[[], ModelCard]) -> list[AppRoute]:
-    """Return the routes of /v1/models for a process that serves one model."""
+def model_routes(cards: Callable[[], list[ModelCard]]) -> list[AppRoute]:
+    """Return the routes of /v1/models; the first card is that of the model itself."""
 
     async def models(_: web.Request) -> web.StreamResponse:
-        return json_response(ModelList(data=[card()]))
+        return json_response(ModelList(data=cards()))
 
     async def model(http: web.Request) -> web.StreamResponse:
-        served, name = card(), http.match_info["name"]
-        if name != served.id:
-            raise model_not_found(name, served.id)
-        return json_response(served)
+        served, name = cards(), http.match_info["name"]
+        for card in served:
+            if card.id == name:
+                return json_response(card)
+        raise model_not_found(name, served[0].id)
 
     return [
         AppRoute("GET", "/v1/models", models, None, Operation("List the model.", answer=ModelList)),

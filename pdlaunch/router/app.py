@@ -115,7 +115,7 @@ class RouterApp:
                     COMPLETIONS_OPERATION,
                 ),
                 AppRoute("POST", CHAT.path, partial(self._generate, CHAT), None, CHAT_OPERATION),
-                *model_routes(self._model_card),
+                *model_routes(self._model_cards),
                 AppRoute("POST", "/tokenize", self._proxied, None, TOKENIZE_OPERATION),
                 AppRoute("POST", "/detokenize", self._proxied, None, DETOKENIZE_OPERATION),
                 *health_routes(self._health),
@@ -285,14 +285,22 @@ class RouterApp:
                 tried |= {engine.key}
         raise no_engine_ready("no engine is ready")
 
-    def _model_card(self) -> ModelCard:
-        pool = self._state.pool
-        return ModelCard(
-            id=self._spec.served_model_name,
+    def _model_cards(self) -> list[ModelCard]:
+        """Describe the served model, and what else engines with names of their own have told."""
+        pool, name = self._state.pool, self._spec.served_model_name
+        own = ModelCard(
+            id=name,
             created=self._started,
-            root=self._spec.served_model_name,
+            root=name,
             max_model_len=pool.max_model_len("decode") or pool.max_model_len("prefill"),
         )
+        others = {
+            card.id: card
+            for engine in pool.engines
+            if engine.ready and engine.capabilities.has_own_fields
+            for card in engine.models
+        }
+        return [own, *(card for card in others.values() if card.id != name)]
 
     async def _health(self, _: web.Request) -> web.Response:
         """Answer 200 once the launch is ready, while some engine can serve and the door is open."""

@@ -10,6 +10,7 @@ import msgspec
 from pdlaunch.protocol.control import Capabilities, Role
 from pdlaunch.protocol.ids import EngineId, LeaseId
 from pdlaunch.protocol.kv_params import RemoteKV
+from pdlaunch.protocol.openai.responses import ModelCard
 
 Processes = tuple[int, ...]
 """Incarnations of an engine's server and ranks."""
@@ -59,6 +60,8 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     times_ready: int = 0
     max_model_len: int | None = None
     """Prompt plus output in tokens; None until the engine has been asked."""
+    models: list[ModelCard] = []
+    """What it has told of its models: the served one, and adapters."""
     num_prompt_tokens: int = 0
     """Estimated tokens of the prompts it is working on."""
     num_streams: int = 0

@@ -23,6 +23,7 @@ from pdlaunch.http.errors import RETRY_AFTER_S, RelayedError
 from pdlaunch.http.ignored_fields import IGNORED_FIELDS_HEADER, read_ignored_fields
 from pdlaunch.http.sse import DONE_DATA, EventDecoder
 from pdlaunch.protocol.ids import HopId, LeaseId
+from pdlaunch.protocol.openai.responses import ModelCard, ModelList
 from pdlaunch.router.engine import Engine
 
 logger = logging.getLogger(__name__)
@@ -255,25 +256,17 @@ class EngineClient:
         except (aiohttp.ClientError, TimeoutError):
             return False
 
-    async def read_max_model_len(self, engine: Engine) -> int | None:
-        """Return what the engine's /v1/models says; None when it says nothing."""
+    async def read_models(self, engine: Engine) -> list[ModelCard]:
+        """Return what the engine's /v1/models says; nothing when it says nothing."""
         try:
             timeout = aiohttp.ClientTimeout(total=self._timeouts.probe_s)
             async with self._session(engine).get(
                 http_url(engine.url) + "/v1/models", timeout=timeout, allow_redirects=False
             ) as response:
-                length = msgspec.json.decode(await response.read())["data"][0]["max_model_len"]
-                return int(length)
-        except (
-            aiohttp.ClientError,
-            TimeoutError,
-            msgspec.DecodeError,
-            LookupError,
-            TypeError,
-            ValueError,
-        ) as error:
-            logger.info("%s does not tell its max_model_len: %r", engine.name, error)
-            return None
+                return msgspec.json.decode(await response.read(), type=ModelList).data
+        except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError) as error:
+            logger.info("%s does not tell its models: %r", engine.name, error)
+            return []
 
     async def read_metrics(self, engine: Engine) -> str | None:
         """Return the engine's /metrics.

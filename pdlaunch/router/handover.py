@@ -123,8 +123,9 @@ def read_handover(engine: Engine, raw: bytes, *, is_chat: bool) -> Handover:
         for choice in answer["choices"]
         # An engine that gives no first token has drawn one that nobody gets: decode draws all.
         if (ours is None and params is not None)
-        or (choice["finish_reason"] in (None, "length")
-        and not _ends(first_tokens, choice["index"]))
+        or (
+            choice["finish_reason"] in (None, "length") and not _ends(first_tokens, choice["index"])
+        )
     )
     return Handover(
         engine=engine,

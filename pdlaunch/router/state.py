@@ -125,7 +125,7 @@ class RouterState:
         self._changed = asyncio.Event()
         for engine in self.pool.engines:
             if engine.ready and engine.max_model_len is None:
-                self.spawn(self._learn_max_model_len(engine))
+                self.spawn(self._learn_models(engine))
 
     def recomputed(self, prefill: Engine, decode: Engine, num_tokens: int) -> None:
         """Note that decode has computed ``num_tokens`` that it was handed KV blocks for.
@@ -195,5 +195,7 @@ class RouterState:
         await self.settled()
         await self.client.close()
 
-    async def _learn_max_model_len(self, engine: Engine) -> None:
-        engine.max_model_len = await self.client.read_max_model_len(engine)
+    async def _learn_models(self, engine: Engine) -> None:
+        engine.models = await self.client.read_models(engine)
+        if engine.models:
+            engine.max_model_len = engine.models[0].max_model_len

@@ -49,7 +49,7 @@ def make_app(service: EngineService, *, keys: Collection[str]) -> web.Applicatio
     routes = [
         AppRoute("POST", "/v1/completions", generate.completions, None, COMPLETIONS_OPERATION),
         AppRoute("POST", "/v1/chat/completions", generate.chat, None, CHAT_OPERATION),
-        *model_routes(endpoints.card),
+        *model_routes(lambda: [endpoints.card()]),
         AppRoute("POST", "/tokenize", endpoints.tokenize, None, TOKENIZE_OPERATION),
         AppRoute("POST", "/detokenize", endpoints.detokenize, None, DETOKENIZE_OPERATION),
         *health_routes(endpoints.health),

@@ -11,7 +11,7 @@ import pytest
 
 from pdlaunch.http.connections import HttpRunner
 from pdlaunch.process.bootstrap import RouterSpec
-from pdlaunch.protocol.control import PairSuspect, Registry, Restart
+from pdlaunch.protocol.control import PairReady, PairSuspect, Registry, Restart
 from pdlaunch.router.admin import SupervisorLink
 from pdlaunch.router.app import RouterApp
 from pdlaunch.router.engine_client import EngineClient, EngineTimeouts
@@ -42,6 +42,8 @@ class Stand:
         self.engines: dict[str, FakeEngine] = {}
         self.version = 0
         self.doubted: list[PairSuspect] = []
+        self.pairs: list[PairReady] = []
+        """The pairs that are proven."""
 
     async def start(
         self,
@@ -58,7 +60,9 @@ class Stand:
         self.metrics = RouterMetrics("tiny")
         self.pool = EnginePool(time.monotonic)
         client = EngineClient(
-            "launch-token", EngineTimeouts(stall_s=stall_s, probe_s=1.0, metrics_s=metrics_s)
+            "launch-token",
+            EngineTimeouts(stall_s=stall_s, probe_s=1.0, metrics_s=metrics_s),
+            engine_api_key="engine-key",
         )
         self.state = RouterState(
             self.pool,
@@ -90,7 +94,7 @@ class Stand:
             if engine.name not in without
             for entry in engine.entries(ready=engine.name not in starting)
         ]
-        self.state.update(Registry(version=self.version, entries=entries))
+        self.state.update(Registry(version=self.version, entries=entries, pairs=self.pairs))
 
     async def close(self) -> None:
         await self.session.close()

@@ -91,6 +91,7 @@ class FakeEngine:
                 web.get("/metrics", self._metrics),
                 web.post("/pdlaunch/release", self._release),
                 web.post("/tokenize", self._tokenize),
+                web.post("/detokenize", self._detokenize),
                 web.post("/sleep", self._fall_asleep),
                 web.post("/wake_up", self._wake_up),
                 web.get("/is_sleeping", self._is_sleeping),
@@ -322,6 +323,9 @@ class FakeEngine:
         self.leases.pop(request_id, None)
         self.release_event.set()
         return web.Response()
+
+    async def _detokenize(self, request: web.Request) -> web.Response:
+        return web.json_response({"prompt": "hello"})
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         return web.json_response(

@@ -6,7 +6,15 @@ import signal
 
 from pdlaunch.errors import ConfigError
 from pdlaunch.hosts.host import ProcessExited
-from pdlaunch.protocol.control import Drain, PairFailed, Progress, Ready, Register, Stop
+from pdlaunch.protocol.control import (
+    Drain,
+    PairFailed,
+    PairSuspect,
+    Progress,
+    Ready,
+    Register,
+    Stop,
+)
 from pdlaunch.supervisor.restarts import RestartPolicy
 from pdlaunch.supervisor.shutdown import Grace
 from pdlaunch.supervisor.states import LaunchPhase
@@ -109,6 +117,22 @@ def test_incompatible_engines_fail_the_start_and_unreachable_ones_do_not() -> No
     world.say("decode-0/rank-0", pair)
     assert world.supervisor.failure is not None
     assert world.supervisor.failure.said == "block_size 16 and 32"
+
+
+def test_a_pair_in_doubt_is_not_listed_until_it_is_proven_again() -> None:
+    world = World(make_plan()).start().all_ready()
+    (pair,) = world.supervisor.status().pairs
+    doubt = PairSuspect(
+        local=pair.local, peer=pair.peer, peer_incarnation=pair.peer_incarnation + 1, error="old"
+    )
+    world.say("router", doubt)
+    assert world.supervisor.status().pairs == (pair,)
+    doubt.peer_incarnation -= 1
+    world.say("router", doubt)
+    assert world.supervisor.status().pairs == ()
+    assert world.supervisor.phase is LaunchPhase.READY
+    world.say(pair.local, pair)
+    assert world.supervisor.status().pairs == (pair,)
 
 
 def test_the_startup_timeout_names_what_is_not_ready() -> None:

@@ -1,0 +1,224 @@
+"""An engine of vLLM to a router: tokens are bytes of UTF-8, and the model writes ``script``.
+
+What it has written so far is what stands behind the last ``|`` of its prompt, so that a prompt with
+output goes on there. Leases are read once, by anybody who shares ``leases``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from pdlaunch.engines.vllm import VllmEngine
+from pdlaunch.protocol.control import Address, Capabilities, Entry, PairReady, Role
+from tests.router.fake_engine import FakeEngine, Seen, _break, until
+
+CAPABILITIES = Capabilities(
+    kind=VllmEngine.name,
+    version="0.32.0",
+    needs_proof=True,
+    lease_s=30.0,
+    continues=True,
+    has_own_fields=True,
+    takes_launch_token=False,
+)
+SCRIPT = "Grüße 🙂 an alle, STOP und weiter"
+CACHED_AT_PREFILL = 3
+
+
+def text_of(ids: list[int]) -> str:
+    return bytes(ids).decode("utf-8", errors="replace")
+
+
+class FakeVllmEngine(FakeEngine):
+    """``pulls=False``: it computes what it was handed blocks of."""
+
+    def __init__(self, name: str, role: Role, leases: dict[str, list[int]]) -> None:
+        super().__init__(name, role, ours=False)
+        self.leases = leases
+        self.pulls = True
+        self.script = SCRIPT
+        self.capabilities = CAPABILITIES
+        self.message: dict[str, Any] | None = None
+        self.models = ["tiny", "tiny-lora"]
+
+    def entries(self, *, ready: bool = True) -> list[Entry]:
+        return [
+            Entry(
+                name=self.name,
+                kind="server",
+                incarnation=self.incarnation,
+                engine=self.name,
+                role=self.role,
+                address=Address(http=self.url),
+                capabilities=self.capabilities,
+                state="ready" if ready else "starting",
+            )
+        ]
+
+    async def _models(self, request: web.Request) -> web.Response:
+        cards = [
+            {"id": name, "max_model_len": self.max_model_len, "parent": None}
+            for name in self.models
+        ]
+        return web.json_response({"object": "list", "data": cards})
+
+    async def _detokenize(self, request: web.Request) -> web.Response:
+        return web.json_response({"prompt": text_of((await request.json())["tokens"])})
+
+    async def _answer(self, request: web.Request, seen: Seen) -> web.StreamResponse:
+        body, params = seen.body, seen.body.get("kv_transfer_params") or {}
+        if self.status is not None:
+            return web.Response(status=self.status, body=self.error_body)
+        if body.get("stream") and body.get("use_beam_search"):
+            self.leases.pop(params.get("remote_request_id", ""), None)
+            return web.json_response({"error": {"message": "no beam search"}}, status=400)
+        if body.get("model", "tiny") not in self.models:
+            return web.json_response({"error": {"message": "no such model"}}, status=404)
+        prompt = self._prompt(seen)
+        pulled = len(prompt) if params.get("do_remote_prefill") and self.pulls else 0
+        if pulled:
+            assert self.leases.pop(params["remote_request_id"]) == prompt
+        if self.hold_prefill and params.get("do_remote_decode"):
+            self.holding.set()
+            await self.go.wait()
+        usage = {
+            "prompt_tokens": len(prompt),
+            "prompt_tokens_details": {
+                "cached_tokens": CACHED_AT_PREFILL if params.get("do_remote_decode") else pulled
+            },
+        }
+        chunks = self._chunks(body, prompt)
+        if body.get("stream"):
+            return await self._tell_stream(request, seen, chunks, usage, prompt)
+        return self._whole(seen, chunks, usage, prompt)
+
+    def _prompt(self, seen: Seen) -> list[int]:
+        if seen.path.endswith("chat/completions"):
+            content = seen.body["messages"][-1]["content"]
+            return list(f"<chat>{content}|".encode())
+        prompt = seen.body["prompt"]
+        return list(prompt.encode()) if isinstance(prompt, str) else prompt
+
+    def _chunks(self, body: dict[str, Any], prompt: list[int]) -> list[dict[str, Any]]:
+        """One token each, with what vLLM's detokenizer tells of it."""
+        done = len(prompt) - 1 - max(at for at, token in enumerate(prompt) if token == ord("|"))
+        left = list(self.script.encode())[done:]
+        # A prompt that ends within a character is told with it.
+        primed = prompt if text_of(prompt).endswith("\ufffd") else []
+        stop = body.get("stop") or []
+        stops = [stop] if isinstance(stop, str) else stop
+        held = max((len(stop) for stop in stops), default=1) - 1
+        limit = body.get("max_completion_tokens") or body.get("max_tokens") or 16
+        chunks: list[dict[str, Any]] = []
+        num_told, reason, stop_reason = 0, None, None
+        for count in range(1, min(limit, len(left)) + 1):
+            text = text_of(primed + left[:count])
+            text = "" if text.endswith("\ufffd") else text
+            whole = text or text_of(left[:count]).rstrip("\ufffd")
+            for stop in stops:
+                if stop in whole:
+                    text = whole = whole[: whole.index(stop)]
+                    reason, stop_reason, held = "stop", stop, 0
+            if reason is None and count == len(left):
+                reason, held = "stop", 0
+            elif reason is None and count == limit:
+                reason, held = "length", 0
+            upto = max(num_told, len(whole) - held) if whole else num_told
+            chunks.append(
+                {
+                    "text": whole[num_told:upto],
+                    "token_ids": [left[count - 1]],
+                    "finish_reason": reason,
+                    "stop_reason": stop_reason,
+                }
+            )
+            num_told = upto
+            if reason is not None:
+                break
+        return chunks
+
+    async def _tell_stream(
+        self,
+        request: web.Request,
+        seen: Seen,
+        chunks: list[dict[str, Any]],
+        usage: dict[str, Any],
+        prompt: list[int],
+    ) -> web.StreamResponse:
+        is_chat = seen.path.endswith("chat/completions")
+        response = await self._open_stream(request)
+
+        async def send(payload: dict[str, Any]) -> None:
+            await response.write(b"data: " + msgspec.json.encode(payload) + b"\n\n")
+
+        if is_chat:
+            opening = {"index": 0, "delta": {"role": "assistant", "content": ""}}
+            await send({"choices": [opening], "prompt_token_ids": prompt})
+        for num_sent, chunk in enumerate(chunks):
+            if num_sent == self.hold_after:
+                self.holding.set()
+                await self.go.wait()
+            if num_sent == self.die_after:
+                await until(self.may_die)
+                _break(request)
+            choice = {"index": 0} | chunk
+            if is_chat:
+                delta = {"content": choice.pop("text")}
+                choice["delta"] = self.message or delta
+            elif not num_sent:
+                choice["prompt_token_ids"] = prompt
+            await send({"choices": [choice]})
+        ends = {"completion_tokens": len(chunks), "total_tokens": len(prompt) + len(chunks)}
+        await send({"choices": [], "usage": usage | ends})
+        await response.write_eof(b"data: [DONE]\n\n")
+        return response
+
+    def _whole(
+        self, seen: Seen, chunks: list[dict[str, Any]], usage: dict[str, Any], prompt: list[int]
+    ) -> web.Response:
+        choice: dict[str, Any] = {
+            "index": 0,
+            "text": "".join(chunk["text"] for chunk in chunks),
+            "token_ids": [chunk["token_ids"][0] for chunk in chunks],
+            "finish_reason": chunks[-1]["finish_reason"],
+            "stop_reason": chunks[-1]["stop_reason"],
+        }
+        if seen.path.endswith("chat/completions"):
+            text = choice.pop("text")
+            choice["message"] = self.message or {"role": "assistant", "content": text}
+        answer: dict[str, Any] = {
+            "choices": [choice | {"index": index} for index in range(seen.body.get("n") or 1)],
+            "usage": usage | {"completion_tokens": len(chunks), "total_tokens": 0},
+            "system_fingerprint": "fake",
+        }
+        if seen.is_prefill:
+            lease = f"{self.name}-{len(self.seen)}"
+            self.leases[lease] = prompt
+            answer["kv_transfer_params"] = {
+                "do_remote_prefill": True,
+                "remote_request_id": lease,
+                "remote_prefill_cached_tokens": CACHED_AT_PREFILL,
+            }
+        return web.json_response(answer)
+
+
+def vllm_pairs(number: int = 1) -> list[FakeVllmEngine]:
+    leases: dict[str, list[int]] = {}
+    return [
+        FakeVllmEngine(f"{role}-{index}", role, leases)
+        for role in ("prefill", "decode")
+        for index in range(number)
+    ]
+
+
+def proof(prefill: FakeEngine, decode: FakeEngine) -> PairReady:
+    return PairReady(
+        local=decode.name,
+        peer=prefill.name,
+        peer_incarnation=prefill.incarnation,
+        seconds=0.1,
+        path="nixl/vLLM",
+    )

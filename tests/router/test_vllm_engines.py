@@ -1,0 +1,342 @@
+"""A router in front of engines of vLLM, which verify nothing, name no first token and know fields
+of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from tests.router.conftest import Stand
+from tests.router.fake_engine import until
+from tests.router.fake_vllm_engine import (
+    CACHED_AT_PREFILL,
+    SCRIPT,
+    FakeVllmEngine,
+    proof,
+    text_of,
+    vllm_pairs,
+)
+
+PROMPT = "a prompt of more than twenty tokens|"
+NUM_BYTES = len(SCRIPT.encode())
+
+
+def completion(**fields: Any) -> dict[str, Any]:
+    return {"model": "tiny", "prompt": PROMPT, "max_tokens": 100} | fields
+
+
+def chat(**fields: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": "Say something that is long enough"}]
+    return {"model": "tiny", "messages": messages, "max_tokens": 100} | fields
+
+
+async def start_pair(stand: Stand, **options: Any) -> tuple[FakeVllmEngine, FakeVllmEngine]:
+    prefill, decode = engines = vllm_pairs()
+    stand.pairs = [proof(prefill, decode)]
+    await stand.start(engines, **options)
+    return prefill, decode
+
+
+def asked(engine: FakeVllmEngine) -> list[dict[str, Any]]:
+    """Return the bodies of generations, without what the router asks besides."""
+    return [seen.body for seen in engine.seen if not seen.body.get("use_beam_search")]
+
+
+async def test_kv_goes_over_proven_pairs_alone(stand: Stand) -> None:
+    engines = vllm_pairs(2)
+    prefills, decodes = engines[:2], engines[2:]
+    stand.pairs = [proof(prefills[0], decodes[1])]
+    await stand.start(engines)
+    for _ in range(4):
+        answer = await stand.post(completion())
+        assert answer.texts() == {0: SCRIPT}
+    assert [len(engine.seen) for engine in engines] == [4, 0, 0, 4]
+    assert all(body["kv_transfer_params"]["do_remote_prefill"] for body in asked(decodes[1]))
+
+    # What was proven of its predecessor says nothing of a prefill engine.
+    prefills[0].incarnation = 2
+    stand.publish()
+    assert (await stand.post(completion())).texts() == {0: SCRIPT}
+    assert len(prefills[0].seen) == 4
+    assert stand.metric("pdlaunch_router_fallbacks_total") == 1
+
+
+async def test_without_a_proven_pair_one_engine_does_all(stand: Stand) -> None:
+    engines = vllm_pairs()
+    await stand.start(engines)
+    assert (await stand.post(completion())).texts() == {0: SCRIPT}
+    (body,) = asked(engines[1])
+    assert "kv_transfer_params" not in body
+    assert not engines[0].seen
+
+
+async def test_decode_that_dies_is_no_reason_to_read_a_lease_twice(stand: Stand) -> None:
+    """It may have read the blocks already, and prefill given them to others."""
+    prefill, first, second = (*vllm_pairs(2)[:1], *vllm_pairs(2)[2:])
+    prefill.leases = first.leases = second.leases
+    stand.pairs = [proof(prefill, first), proof(prefill, second)]
+    first.die_after = 0
+    await stand.start([prefill, first, second])
+    answers = [await stand.post(completion(stream=True)) for _ in range(2)]
+    assert [answer.texts() for answer in answers] == [{0: SCRIPT}] * 2
+    assert first.seen
+    handed = [body.get("kv_transfer_params") for body in asked(first) + asked(second)]
+    leases = [params["remote_request_id"] for params in handed if params]
+    assert len(leases) == len(set(leases)) == len(prefill.seen) == 2
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_silent_recompute_is_found_and_the_pair_proven_anew(
+    stand: Stand, stream: bool
+) -> None:
+    _, decode = await start_pair(stand)
+    assert (await stand.post(completion(stream=stream))).texts() == {0: SCRIPT}
+    assert not stand.doubted
+    decode.pulls = False
+    assert (await stand.post(completion(stream=stream))).texts() == {0: SCRIPT}
+    (doubted,) = stand.doubted
+    assert (doubted.local, doubted.peer, doubted.peer_incarnation) == ("decode-0", "prefill-0", 1)
+    counted = 'pdlaunch_router_silent_recomputes_total{decode="decode-0",prefill="prefill-0"}'
+    assert stand.metric(counted) == 1
+    async with stand.session.get("/pdlaunch/status") as response:
+        status = await response.json()
+    assert status["pairs"] == []
+    (doubt,) = status["doubts"]
+    assert doubt["prefill"] == "prefill-0"
+    assert "whose KV blocks it was handed" in doubt["error"]
+
+    assert (await stand.post(completion(stream=stream))).texts() == {0: SCRIPT}
+    assert "kv_transfer_params" not in asked(decode)[-1]
+    decode.pulls = True
+    stand.publish()  # the canary has come through
+    await stand.post(completion(stream=stream))
+    assert "kv_transfer_params" in asked(decode)[-1]
+    assert stand.metric(counted) == 1
+
+
+async def test_status_shows_kinds_versions_and_pairs(stand: Stand) -> None:
+    await start_pair(stand)
+    async with stand.session.get("/pdlaunch/status") as response:
+        status = await response.json()
+    assert {(engine["kind"], engine["version"]) for engine in status["engines"]} == {
+        ("vllm", "0.32.0")
+    }
+    assert [(pair["prefill"], pair["decode"]) for pair in status["pairs"]] == [
+        ("prefill-0", "decode-0")
+    ]
+    assert status["doubts"] == []
+
+
+FIELDS: dict[str, Any] = {
+    "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+    "tool_choice": "required",
+    "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}},
+    "structured_outputs": {"regex": "a+"},
+    "include_reasoning": True,
+    "a_field_of_tomorrow": {"deep": [1, None]},
+}
+MESSAGE = {
+    "role": "assistant",
+    "content": None,
+    "reasoning": "because",
+    "reasoning_content": "because",
+    "tool_calls": [
+        {"id": "call-1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    ],
+    "refusal": None,
+}
+
+
+async def test_fields_and_whole_answers_pass_unchanged(stand: Stand) -> None:
+    prefill, decode = await start_pair(stand)
+    decode.message = MESSAGE
+    images = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]
+    messages = [{"role": "user", "content": "Look|"}]
+    answer = await stand.post(
+        chat(**FIELDS, messages=messages, mm_processor_kwargs={"images": images}),
+        path="/v1/chat/completions",
+    )
+    for engine in (prefill, decode):
+        (body,) = asked(engine)
+        assert {name: body[name] for name in FIELDS} == FIELDS
+        assert body["mm_processor_kwargs"] == {"images": images}
+        assert "seed" not in body
+    said = answer.json()
+    assert said["choices"][0]["message"] == MESSAGE
+    assert said["system_fingerprint"] == "fake"
+    assert "kv_transfer_params" not in said
+    # What prefill had cached, and not what decode has pulled.
+    assert said["usage"]["prompt_tokens_details"] == {"cached_tokens": CACHED_AT_PREFILL}
+
+
+async def test_streamed_tool_calls_and_reasoning_pass_unchanged(stand: Stand) -> None:
+    _, decode = await start_pair(stand)
+    decode.message = {name: value for name, value in MESSAGE.items() if value is not None}
+    answer = await stand.post(
+        chat(**FIELDS, max_tokens=2, stream=True), path="/v1/chat/completions"
+    )
+    deltas = [choice["delta"] for event in answer.events() for choice in event["choices"]]
+    assert deltas[0] == {"role": "assistant", "content": ""}
+    expected = {name: value for name, value in decode.message.items() if name != "role"}
+    assert deltas[1:] == [expected] * 2
+
+
+async def test_adapters_are_models_that_engines_name(stand: Stand) -> None:
+    _, decode = await start_pair(stand)
+    async with stand.session.get("/v1/models") as response:
+        models = (await response.json())["data"]
+    assert [model["id"] for model in models] == ["tiny", "tiny-lora"]
+    async with stand.session.get("/v1/models/tiny-lora") as response:
+        assert response.status == 200
+    answer = await stand.post(completion(model="tiny-lora"))
+    assert answer.json()["model"] == "tiny-lora"
+    assert asked(decode)[0]["model"] == "tiny-lora"
+    assert (await stand.post(completion(model="nobody"))).status == 404
+
+
+@pytest.mark.parametrize("fields", [{"n": 2}, {"prompt_logprobs": 1}, {"use_beam_search": True}])
+async def test_what_cannot_share_a_lease_is_served_by_one_engine(
+    stand: Stand, fields: dict[str, Any]
+) -> None:
+    prefill, decode = await start_pair(stand)
+    answer = await stand.post(completion(**fields))
+    assert answer.texts()[0] == SCRIPT
+    assert len(answer.json()["choices"]) == fields.get("n", 1)
+    assert not prefill.seen
+    (body,) = asked(decode) or [decode.seen[0].body]
+    assert fields.items() <= body.items()
+
+
+CUTS = [1, 3, 4, 9, 10, 11, 12, 17, 24, 26, 28, 30]
+"""Tokens after which decode dies: within ü and the smiley, within and behind the stop string."""
+
+
+@pytest.mark.parametrize("is_chat", [False, True], ids=["completion", "chat"])
+@pytest.mark.parametrize("stop", [None, "STOP", ["zzz", "OP u"]], ids=["", "stop", "late"])
+async def test_a_stream_goes_on_from_its_tokens(
+    stand: Stand, is_chat: bool, stop: str | list[str] | None
+) -> None:
+    prefill, decode = await start_pair(stand)
+    path = "/v1/chat/completions" if is_chat else "/v1/completions"
+    body = (chat if is_chat else completion)(
+        stop=stop, stream=True, stream_options={"include_usage": True}
+    )
+    unbroken = await stand.post(body, path=path)
+    (end,) = unbroken.finish_reasons()[0]
+    num_tokens = unbroken.events()[-1]["usage"]["completion_tokens"]
+    for cut in [cut for cut in CUTS if cut < num_tokens]:
+        # The connection breaks once the router has read what was sent before.
+        told = stand.metric("pdlaunch_router_generation_tokens_total")
+        stand.die_after(decode, cut, num_told=int(told) + cut)
+        broken = await stand.post(body, path=path)
+        assert broken.texts() == unbroken.texts(), cut
+        assert broken.finish_reasons() == {0: [end]}, cut
+        usage = broken.events()[-1]["usage"]
+        assert usage["prompt_tokens"] == unbroken.events()[-1]["usage"]["prompt_tokens"]
+        if stop is None:
+            assert usage["completion_tokens"] == num_tokens
+            assert text_of(asked(prefill)[-1]["prompt"]).count("|") == 1
+        decode.incarnation += 1
+        stand.publish()
+    assert stand.metric("pdlaunch_router_migrations_total") > 5
+    assert stand.metric("pdlaunch_router_lost_streams_total") == 0
+
+
+async def test_the_limit_of_the_whole_answer_holds_across_the_seam(stand: Stand) -> None:
+    prefill, decode = await start_pair(stand)
+    stand.die_after(decode, 6, num_told=6)
+    body = completion(max_tokens=20, min_tokens=7, stream=True, temperature=0)
+    answer = await stand.post(body)
+    assert answer.texts() == {0: text_of(list(SCRIPT.encode()[:20]))}
+    assert answer.finish_reasons() == {0: ["length"]}
+    continued = asked(prefill)[-1]
+    assert (continued["max_tokens"], continued["min_tokens"]) == (14, 1)
+    assert continued["temperature"] == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"seed": 7}, "seed"),
+        ({"tools": FIELDS["tools"]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "structured output"),
+        ({"structured_outputs": {"regex": "a+"}}, "structured output"),
+        ({"frequency_penalty": 0.5}, "fields"),
+        ({"a_field_of_tomorrow": 1}, "fields"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "image_url", "image_url": {}}, {}]}
+                ]
+            },
+            "images",
+        ),
+    ],
+)
+async def test_a_stream_that_cannot_go_on_ends_with_a_named_error(
+    stand: Stand, fields: dict[str, Any], reason: str
+) -> None:
+    prefill, decode = await start_pair(stand)
+    stand.die_after(decode, 5, num_told=5)
+    answer = await stand.post(chat(**fields, stream=True), path="/v1/chat/completions")
+    error = answer.events()[-1]["error"]
+    assert error["code"] == "stream_lost"
+    assert f"({reason})" in error["message"]
+    assert stand.metric(f'pdlaunch_router_lost_streams_total{{reason="{reason}"}}') == 1
+    assert len(prefill.seen) == 1
+
+
+async def test_reasoning_that_was_told_cannot_go_on(stand: Stand) -> None:
+    _, decode = await start_pair(stand)
+    decode.message = {"reasoning": "hm"}
+    stand.die_after(decode, 5, num_told=5)
+    answer = await stand.post(chat(stream=True), path="/v1/chat/completions")
+    assert "(reasoning)" in answer.events()[-1]["error"]["message"]
+
+
+async def test_a_whole_answer_is_asked_for_again(stand: Stand) -> None:
+    _, decode = await start_pair(stand)
+    decode.status = 500
+    answer = await stand.post(completion(seed=7))
+    assert answer.texts() == {0: SCRIPT}
+
+
+async def test_a_client_that_leaves_ends_both_legs(stand: Stand) -> None:
+    prefill, decode = await start_pair(stand)
+    prefill.hold_prefill = True
+    request = asyncio.ensure_future(stand.post(completion(stream=True)))
+    await prefill.holding.wait()
+    request.cancel()
+    await prefill.aborted.wait()
+    assert not decode.seen
+
+    prefill.hold_prefill = False
+    decode.hold_after = 1
+    request = asyncio.ensure_future(stand.post(completion(stream=True)))
+    await decode.holding.wait()
+    request.cancel()
+    await decode.aborted.wait()
+    assert not prefill.leases
+
+
+async def test_a_lease_that_nobody_pulls_is_given_back_through_decode(stand: Stand) -> None:
+    prefill, decode = await start_pair(stand)
+    decode.max_model_len = 50
+    decode.incarnation = 2
+    stand.publish()
+    await stand.state.settled()
+    answer = await stand.post(completion(max_tokens=40))
+    assert answer.status == 400
+    assert len(prefill.seen) == 1
+    await until(lambda: not prefill.leases)
+    assert stand.metric("pdlaunch_router_releases_total") == 1
+
+
+async def test_engines_get_their_own_key_and_never_the_launchs(stand: Stand) -> None:
+    prefill, decode = await start_pair(stand)
+    await stand.post(completion(), headers={"Authorization": "Bearer clients"})
+    keys = {seen.headers.get("Authorization") for seen in (*prefill.seen, *decode.seen)}
+    assert keys == {"Bearer engine-key"}

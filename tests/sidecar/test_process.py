@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import pytest_asyncio
+
+from pdlaunch.http.lifecycle import Supervised
+from pdlaunch.process.bootstrap import Bootstrap
+from pdlaunch.protocol.control import (
+    Address,
+    Capabilities,
+    Entry,
+    PairReady,
+    Ready,
+    Registry,
+    Role,
+    Stop,
+    ToSupervisor,
+)
+from pdlaunch.protocol.sockets import new_launch_keys
+from pdlaunch.sidecar.process import SidecarOptions, SidecarProcess
+from tests.sidecar.fake_vllm import FakeVllm, listen
+
+pytestmark = pytest.mark.processes
+COMMAND = ("sh", "-c", "exec sleep 600", "sh", "--served-model-name", "m")
+"""Stands for the engine's process; its socket belongs to the test."""
+
+
+class FakeSupervisor:
+    """Stands for ``Supervised``: keeps what the sidecar says."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.bootstrap = Bootstrap(
+            name="decode-0",
+            incarnation=1,
+            control="",
+            keys=new_launch_keys(),
+            run_dir=str(run_dir),
+            log_level="info",
+            capabilities=Capabilities(kind="vllm"),
+        )
+        self.inbox: asyncio.Queue[Any] = asyncio.Queue()
+        self.said: asyncio.Queue[ToSupervisor] = asyncio.Queue()
+        self.capabilities: list[Capabilities] = []
+        self.prefill: FakeVllm
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def register(self, url: str, capabilities: Capabilities | None = None) -> None:
+        self.capabilities.append(capabilities or self.bootstrap.capabilities)
+
+    def send(self, message: ToSupervisor) -> None:
+        self.said.put_nowait(message)
+
+    def spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        return task
+
+    async def next(self, kind: type[Any]) -> Any:
+        while not isinstance(said := await self.said.get(), kind):
+            pass
+        return said
+
+
+@pytest_asyncio.fixture
+async def supervisor(tmp_path: Path) -> AsyncIterator[FakeSupervisor]:
+    """A sidecar of a decode engine beside a prefill engine, both of them fakes."""
+    shares: dict[str, list[int]] = {}
+    supervisor = FakeSupervisor(tmp_path)
+    sidecar = SidecarProcess(
+        cast(Supervised, supervisor), SidecarOptions(COMMAND, is_exact=True, hang_timeout_s=0.0)
+    )
+    running = asyncio.create_task(sidecar.run())
+    supervisor.prefill = FakeVllm("prefill-0", shares)
+    runners = [
+        await listen(engine, tmp_path / f"{engine.name}.sock")
+        for engine in (supervisor.prefill, FakeVllm("decode-0", shares))
+    ]
+    yield supervisor
+    supervisor.inbox.put_nowait(Stop())
+    await running
+    for runner in runners:
+        await runner.cleanup()
+
+
+def registry(run_dir: str, *pairs: PairReady) -> Registry:
+    def entry(name: str, role: Role) -> Entry:
+        address = Address(http=f"unix:{run_dir}/{name}.sock")
+        return Entry(
+            name=name, kind="server", incarnation=1, role=role, address=address, state="ready"
+        )
+
+    entries = [entry("prefill-0", "prefill"), entry("decode-0", "decode")]
+    return Registry(version=1, entries=entries, pairs=list(pairs))
+
+
+async def test_the_version_is_told_before_ready(supervisor: FakeSupervisor) -> None:
+    await supervisor.next(Ready)
+    assert [(c.version, c.continues) for c in supervisor.capabilities] == [
+        ("", False),
+        ("0.32.0+cpu", True),
+    ]
+
+
+async def test_a_pair_is_proven_once_and_again_when_its_proof_is_dropped(
+    supervisor: FakeSupervisor,
+) -> None:
+    run_dir, prefill = supervisor.bootstrap.run_dir, supervisor.prefill
+    supervisor.inbox.put_nowait(registry(run_dir))
+    first = await supervisor.next(PairReady)
+    # Registries from before the proof was listed are no doubt of it.
+    for listed in (registry(run_dir), registry(run_dir, first), registry(run_dir, first)):
+        supervisor.inbox.put_nowait(listed)
+    supervisor.inbox.put_nowait(registry(run_dir))
+    assert (await supervisor.next(PairReady)).peer == "prefill-0"
+    # Each canary asks it for the first token and for all, and nobody has sent a third one.
+    assert len(prefill.bodies) == 4
