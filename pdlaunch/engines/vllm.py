@@ -19,9 +19,11 @@ from pdlaunch.resolve.plan import ProcessSpec
 from pdlaunch.resolve.roles import RoleEngines
 
 CAPABILITIES = Capabilities(
-    kind="vllm", needs_proof=True, has_own_fields=True, takes_launch_token=False
+    kind="vllm", needs_proof=True, lease_s=30.0, has_own_fields=True, takes_launch_token=False
 )
-"""What every version of vLLM can do; who watches an engine adds what its version can."""
+"""What every version of vLLM can do, with its default lease; who watches an engine adds what its
+version can do.
+"""
 
 
 class VllmEngine:

@@ -112,6 +112,17 @@ class EngineRefusal(RelayedError):
         return self.status == 429
 
 
+def keys_of_launch(http_token: str, engine_api_key: str | None) -> Callable[[Engine], str | None]:
+    """Return what says the key of a launch's engine: its token leaves for none that does not ask
+    for it.
+    """
+
+    def key_of(engine: Engine) -> str | None:
+        return http_token if engine.capabilities.takes_launch_token else engine_api_key
+
+    return key_of
+
+
 class EngineClient:
     """Sends the router's requests to engines; one object for the process.
 

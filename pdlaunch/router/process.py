@@ -30,8 +30,7 @@ from pdlaunch.protocol.control import (
 from pdlaunch.router.admin import SupervisorLink
 from pdlaunch.router.admin_socket import listen_at_admin_socket
 from pdlaunch.router.app import RouterApp
-from pdlaunch.router.engine import Engine
-from pdlaunch.router.engine_client import EngineClient, EngineTimeouts
+from pdlaunch.router.engine_client import EngineClient, EngineTimeouts, keys_of_launch
 from pdlaunch.router.membership import AnnouncedMembership, Membership
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
@@ -55,7 +54,12 @@ class RouterProcess:
         self._membership = AnnouncedMembership()
         self._state = RouterState(
             EnginePool(time.monotonic),
-            EngineClient(self._key_of, EngineTimeouts()),
+            EngineClient(
+                keys_of_launch(
+                    supervised.bootstrap.keys.http_token, supervised.bootstrap.engine_api_key
+                ),
+                EngineTimeouts(),
+            ),
             RouterMetrics(spec.served_model_name),
             RecoverySettings(),
             doubt=supervised.send,
@@ -63,13 +67,6 @@ class RouterProcess:
         self._link = SupervisorLink(supervised.send)
         self._router = RouterApp(spec, self._state, self._link)
         self._draining: asyncio.Task[None] | None = None
-
-    def _key_of(self, engine: Engine) -> str | None:
-        """Return what the engine asks for: the launch's token leaves for none that does not."""
-        bootstrap = self._supervised.bootstrap
-        if engine.capabilities.takes_launch_token:
-            return bootstrap.keys.http_token
-        return bootstrap.engine_api_key
 
     async def run(self) -> None:
         """Serve until Stop or a signal."""

@@ -14,7 +14,7 @@ from pdlaunch.process.bootstrap import RouterSpec
 from pdlaunch.protocol.control import PairReady, PairSuspect, Registry, Restart
 from pdlaunch.router.admin import SupervisorLink
 from pdlaunch.router.app import RouterApp
-from pdlaunch.router.engine_client import EngineClient, EngineTimeouts
+from pdlaunch.router.engine_client import EngineClient, EngineTimeouts, keys_of_launch
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.process import listen
@@ -60,9 +60,8 @@ class Stand:
         self.metrics = RouterMetrics("tiny")
         self.pool = EnginePool(time.monotonic)
         client = EngineClient(
-            "launch-token",
+            keys_of_launch("launch-token", "engine-key"),
             EngineTimeouts(stall_s=stall_s, probe_s=1.0, metrics_s=metrics_s),
-            engine_api_key="engine-key",
         )
         self.state = RouterState(
             self.pool,

@@ -11,19 +11,12 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from pdlaunch.engines.vllm import VllmEngine
-from pdlaunch.protocol.control import Address, Capabilities, Entry, PairReady, Role
+from pdlaunch.engines.plan import capabilities_over_http
+from pdlaunch.protocol.control import Address, Entry, PairReady, Role
+from pdlaunch.watch.versions import with_version
 from tests.router.fake_engine import FakeEngine, Seen, _break, until
 
-CAPABILITIES = Capabilities(
-    kind=VllmEngine.name,
-    version="0.32.0",
-    needs_proof=True,
-    lease_s=30.0,
-    continues=True,
-    has_own_fields=True,
-    takes_launch_token=False,
-)
+CAPABILITIES = with_version(capabilities_over_http("vllm"), "0.32.0")
 SCRIPT = "Grüße 🙂 an alle, STOP und weiter"
 CACHED_AT_PREFILL = 3
 

@@ -13,8 +13,9 @@ import msgspec
 import pytest
 from aiohttp import web
 
+from pdlaunch.engines.plan import capabilities_over_http
 from pdlaunch.errors import RequestError
-from pdlaunch.protocol.control import Capabilities, Role
+from pdlaunch.protocol.control import Role
 from pdlaunch.router.admin import SupervisorLink
 from pdlaunch.router.admin_socket import listen_at_admin_socket
 from pdlaunch.router.app import RouterApp
@@ -58,7 +59,7 @@ class Alone:
         settings = WatchSettings(
             served_model_name="m",
             kind="vllm",
-            capabilities=Capabilities(),
+            capabilities=capabilities_over_http("vllm"),
             is_exact=True,
             engine_urls=(f"unix:{folder}",) if urls is None else urls,
             poll_s=0.01,
@@ -67,7 +68,13 @@ class Alone:
             settings, lambda: self.pool.engines, self.metrics.sent_canary
         )
         client = EngineClient(self.watch.key_of, EngineTimeouts())
-        self.state = RouterState(self.pool, client, self.metrics, RecoverySettings(wait_s=5.0))
+        self.state = RouterState(
+            self.pool,
+            client,
+            self.metrics,
+            RecoverySettings(wait_s=5.0),
+            doubt=self.watch.suspect,
+        )
         spec = msgspec.structs.replace(SPEC, served_model_name="m")
         router = RouterApp(spec, self.state, SupervisorLink(lambda _: None), self.watch)
         self.app = router.app
