@@ -122,6 +122,7 @@ def _capture(
     latest: LatestTokens | None,
     pool: Any,
 ) -> _Graph:
+    # Rows of length 0 with slots of -1: warm-up and capture touch no block of the KV cache.
     inputs.buffer.zero_()
     for slots in inputs.slots:
         slots.fill_(-1)

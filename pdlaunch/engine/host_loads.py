@@ -112,6 +112,7 @@ class HostLoads:
         if job is None:
             return None
         if job.direction == "store":
+            # Reversed, so that the tail of a prompt is reused before its head.
             self._kv.pool.unhold(reversed(job.block_ids))
             return None
         load = self._loads.pop(job.job_id)
@@ -195,6 +196,8 @@ class HostLoads:
     def _cache(self, load: Load, request: Request) -> None:
         """Put the loaded blocks into the prefix cache, where the pull of the others finds them."""
         hashes = request.block_hasher.block_hashes
+        # A block can be registered only while it has an owner. It is released at once, and then
+        # cached.
         for group, block_ids in enumerate(load.block_ids):
             self._kv.pool.finish_pull(block_ids)
             for index, block_id in enumerate(block_ids, load.hit.device.end(group)):

@@ -204,6 +204,7 @@ class BlockPulls:
         counts = self._counts(request, hit)
         if not (any(counts) or awaits):
             return None
+        # From now on nobody can reuse them before the pull has ended.
         for cached in hit.block_ids:
             self._kv.pool.share(cached)
         block_ids = [self._kv.pool.allocate_for_pull(count) for count in counts]
@@ -225,6 +226,7 @@ class BlockPulls:
         pull_id = self._add(
             BlockPull(None, source_of(request), PrefixHit([0] * num_groups, []), [])
         )
+        # No group wants a block: each begins where the prompt ends.
         end = self._kv.num_logical_blocks(request.num_prompt_tokens)
         return self._command(pull_id, request, [[] for _ in range(num_groups)], [end] * num_groups)
 

@@ -200,6 +200,8 @@ class Leader:
     def _on_request(self, message: ToRank) -> None:
         match message:
             case Hello():
+                # The server that says Hello is a new process, which knows none of the requests
+                # here.
                 self._requests.abort_all()
                 self._requests.outputs.take()
                 self._sleep.forget_caller()

@@ -162,6 +162,8 @@ class RequestLifecycle:
         if load is None or load.request is None:
             return
         request = load.request
+        # It waits again after a failed load, and before a pull: what was loaded is in the prefix
+        # cache then, and the pull brings the rest.
         self.queues.wait(
             request, Phase.READY if report.ok and not request.wants_pull else Phase.WAITING
         )
@@ -198,6 +200,7 @@ class RequestLifecycle:
             self.commands.append(command)
             self.queues.await_kv(request, Phase.PULLING)
             return
+        # All blocks are cached here, so that the lease is not needed.
         self.commands.append(self.pulls.tell_prefill_side(request))
         self.kv.share(request.tables, hit)
         request.phase = Phase.READY
@@ -276,6 +279,7 @@ class RequestLifecycle:
         """Prove that each request is in its place and each block has the owner that its request,
         lease, pull or load says. Raises AssertionError.
         """
+        # Requests that have ended own row and blocks as long as a step in flight computes them.
         requests = {*self.queues.by_id.values(), *self.in_flight.ended()}
         owned = [block_id for request in requests for block_id in request.tables.all_ids()]
         self.kv.pool.check_integrity(
@@ -323,6 +327,7 @@ class RequestLifecycle:
                 0, request.num_pulled_tokens - pull.hit.end(0) * self._block_size
             )
             self._take_pulled(request)
+        # With its first token the request may have ended: then there is nothing to recompute.
         goes_on = not pull.awaits or self._take_first_token(request, event)
         if goes_on and not event.ok:
             self._do_without(request, event.error)
@@ -402,6 +407,8 @@ class RequestLifecycle:
             and request.phase is not Phase.PULLING
         ):
             self.commands.append(self.pulls.tell_prefill_side(request))
+        # A step in flight still writes to its blocks: ``Scheduler.postprocess`` lets it go after
+        # that step.
         if not self.in_flight.keep(request):
             self.let_go(request)
         self.queues.end(request)

@@ -92,6 +92,9 @@ class RowTable:
         """Return the batch of one step; rows in the order given, with decode rows first."""
         counts = np.array([item.num_tokens for item in scheduled], dtype=np.int64)
         computed = np.array([item.num_computed_tokens for item in scheduled], dtype=np.int64)
+        # row_starts    0    1    2                   5
+        # tokens        | d0 | d1 | p0   p0     p0     |    decode rows, then chunks of prompts
+        # positions       c0   c1   c2   c2+1   c2+2        c: computed tokens of the row
         row_starts = np.concatenate([[0], np.cumsum(counts)])
         row_of_token = np.repeat(np.arange(len(scheduled)), counts)
         positions = np.arange(len(row_of_token)) - row_starts[row_of_token] + computed[row_of_token]

@@ -149,11 +149,15 @@ class ModelRunner:
             return LaunchedStep(plan.step_id)
         if not self._attention.reads_only_context:
             self._clean(plan.scheduled)
+        # Decode rows first, as backends want them; the sort keeps the order within both kinds.
         packed = sorted(plan.scheduled, key=lambda item: item.num_tokens != 1)
         batch = self._rows.pack(packed)
         place = {item.row: index for index, item in enumerate(packed)}
         sampled = [item for item in plan.scheduled if item.sample]
+        # Every rank has the whole output layer; rank 0 draws for all.
         drawn_here = sampled if self._tp_rank == 0 else []
+        # Logits of the last token of each row that draws, in the order of ``plan.scheduled``, which
+        # is not that of the batch.
         logits, likeliest = self._forward(
             batch, [int(batch.row_starts[place[item.row] + 1]) - 1 for item in drawn_here]
         )
@@ -202,6 +206,7 @@ class ModelRunner:
         num_blocks = blocks_per_group * len(self.layout.groups)
         if num_tokens < 1 or num_blocks > self.num_blocks:
             return
+        # Groups take blocks in turns: of G groups, group g has g, g + G, g + 2 * G, ..
         blocks = [
             NewBlocks(
                 row=0,
@@ -284,6 +289,7 @@ class ModelRunner:
         replayed = None if self._graphs is None else self._graphs.run(batch)
         if replayed is not None:
             logits, likeliest = replayed
+            # The usual case: every row draws, in the order of the batch.
             if sampled_tokens == [*range(batch.num_rows)]:
                 return logits, likeliest
             places = upload_array(np.array(sampled_tokens, dtype=np.int64), self._device)
@@ -315,6 +321,7 @@ class ModelRunner:
             self._latest.keep(
                 drawn.token_ids if self._tp is None else self._tp.broadcast(drawn.token_ids)
             )
+        # Until the token is known, the number of its place in ``LatestTokens`` stands for it.
         places = [
             (row, row.expect(self.shape.vocab_size + index)) for index, row in enumerate(rows)
         ]

@@ -140,7 +140,10 @@ class Scheduler:
         """
         if request.phase is not Phase.RUNNING or step.budget == 0:
             return
+        # Counted from num_computed: tokens in flight are queries too, and still read their windows.
         self._kv.release_left(request.tables, request.num_computed)
+        # 0 ............... num_computed ......... start ............. start + num_tokens
+        #   in the KV cache      │     in flight     │  for this step  │
         start = request.num_scheduled
         num_tokens = min(request.num_to_schedule, step.budget)
         if start + num_tokens > request.tables.end * self._kv.block_size:

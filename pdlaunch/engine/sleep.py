@@ -105,6 +105,7 @@ class RankSleeper:
             self._transfer.suspend(TRANSFER_TIMEOUT_S)
         except TransferError as error:
             return self._report(error=error)
+        # Peers see it in the registry, and unmap this memory.
         self._announce(SleepState(state="sleeping"))
         if not self._transfer.wait_unmapped(UNMAP_TIMEOUT_S):
             logger.warning(
@@ -292,6 +293,7 @@ class SleepCoordinator:
         num_bytes = sum(report.num_bytes for report in self._reports)
         sleeping = any(report.sleeping_tags for report in self._reports)
         if self.phase is SleepPhase.FALLING_ASLEEP:
+            # Also when a rank has failed: the KV cache of the others is lost.
             self._scheduler.requests.reset_prefix_cache()
             if errors:
                 self._failure = "; ".join(errors)

@@ -104,6 +104,8 @@ class StepBuilder:
                     row=row,
                     num_computed_tokens=start,
                     num_tokens=num_tokens,
+                    # The last known token: what follows it is drawn. Tokens in flight count as
+                    # known, as the device looks them up.
                     sample=start + num_tokens == len(request.token_ids) + request.num_unknown,
                 )
             )

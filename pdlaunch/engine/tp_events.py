@@ -52,6 +52,8 @@ class EventAggregator:
         reports = self._finished.get(pull_id, [])
         if len(reports) < self._tp_size:
             return []
+        # Each rank that reports a READ in flight sends a PullDrained, too, perhaps before the last
+        # rank reports.
         num_in_flight = sum(report.in_flight for report in reports)
         num_drained = self._num_drained.get(pull_id, 0)
         all_drained = num_drained >= num_in_flight

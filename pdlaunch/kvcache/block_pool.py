@@ -34,6 +34,7 @@ class BlockPool:
         # A stack, low ids on top: a young engine touches few pages of its cache.
         self._free = list(range(num_blocks - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()
+        # All three by block id. A block has an owner while one of them is not zero.
         self._num_requests = [0] * num_blocks
         self._num_leases = [0] * num_blocks
         self._num_holds = [0] * num_blocks
@@ -76,6 +77,7 @@ class BlockPool:
         """Let one more request own these registered blocks."""
         for block_id in block_ids:
             assert self._keys[block_id] is not None
+            # Registered and without an owner: it is cached, and counts as free until now.
             if self._is_unowned(block_id):
                 del self._cached[block_id]
             self._num_requests[block_id] += 1
@@ -91,6 +93,7 @@ class BlockPool:
         """Turn what one request owned into a lease."""
         for block_id in block_ids:
             assert self._num_requests[block_id] > 0
+            # Not by ``release``: a block without owner would be free before the lease has it.
             self._num_requests[block_id] -= 1
             self._num_leases[block_id] += 1
             self._num_leased_blocks += self._num_leases[block_id] == 1
@@ -135,6 +138,7 @@ class BlockPool:
     def drop_pull(self, block_ids: Iterable[int]) -> None:
         """Free the blocks of a transfer that has ended without an owner for them."""
         for block_id in block_ids:
+            # Free, not cached: nobody knows what a transfer that failed has left in it.
             self._pulling.remove(block_id)
             self._free.append(block_id)
 

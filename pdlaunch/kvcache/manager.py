@@ -122,6 +122,7 @@ class KVCacheManager:
             num_taken = (
                 self.pool.num_cached_among(hit.block_ids[group]) + num_logical - hit.end(group)
             )
+            # A sliding group never holds more than its window spans: it gives back what leaves.
             num_needed += num_taken if window is None else min(num_taken, self._span(window))
         return num_needed + num_reserved <= self.pool.num_free_blocks
 
@@ -147,6 +148,7 @@ class KVCacheManager:
         if count * self._num_groups > self.pool.num_free_blocks:
             return False
         block_ids = self.pool.allocate(count * self._num_groups)
+        # The first ``count`` ids are for group 0, the next for group 1, and so on.
         new_ids = [block_ids[start : start + count] for start in range(0, len(block_ids), count)]
         tables.append([tables.end] * self._num_groups, new_ids)
         return True
@@ -203,6 +205,9 @@ class KVCacheManager:
         assert all(
             len(block_ids) == end - start for block_ids, start in zip(leased, first, strict=True)
         )
+        # tables.first ....... first ............ end .......... tables.end
+        #    left the window   │   under lease    │  output only  │
+        #         released     │                  │   released    │
         for group, block_ids in enumerate(leased):
             self.pool.release(tables.between(group, end, tables.end))
             self.pool.lease(block_ids)
@@ -212,6 +217,7 @@ class KVCacheManager:
         return PrefixHit(first, leased)
 
     def _first_visible(self, window: int | None, num_computed: int) -> int:
+        # The query at num_computed sees tokens [num_computed - window + 1, num_computed].
         return 0 if window is None else max(0, num_computed - window + 1) // self.block_size
 
     def _span(self, window: int) -> int:
@@ -222,6 +228,8 @@ class KVCacheManager:
         """Note when the next block leaves: its group's window then begins after it."""
         tables.next_release = min(
             (
+                # Block ``first`` is left when the first token in sight, num_computed - window + 1,
+                # is that of the next block: (first + 1) * block_size.
                 (tables.first[group] + 1) * self.block_size + window - 1
                 for group, window in enumerate(self._windows)
                 if window is not None
@@ -246,6 +254,8 @@ class KVCacheManager:
 
         At most ``length`` blocks.
         """
+        # Walk back from the end. Where a block lacks, a prefix can at most end there, and its
+        # window begins earlier: so the walk goes on from that block.
         index = length
         while index > self._first_visible(window, length * self.block_size):
             index -= 1

@@ -111,6 +111,7 @@ class AllocationTable:
         with self._lock:
             allocation = self._allocations.pop(address)
             if allocation.handle is not None:
+                # Queued work may still use the range, which must not be unmapped under it.
                 self._driver.synchronize()
                 self._unback(allocation)
             self._drop_backup(allocation)
@@ -168,6 +169,7 @@ class AllocationTable:
                 raise MemoryPoolError(
                     f"{wanted} bytes of {', '.join(sorted(tags))} cannot wake up: {error}"
                 ) from error
+            # Not before all copies have ended: after a failure everything sleeps on with its bytes.
             for allocation in waking:
                 self._drop_backup(allocation)
             self._sleeping_tags.difference_update(tags)

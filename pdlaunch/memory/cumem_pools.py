@@ -103,6 +103,7 @@ class CuMemPools(MemoryPools):
             torch.cuda.use_mem_pool(mem_pool, self._device),
         ):
             yield
+        # The segments of temporaries go back to the device now; tensors keep their own.
         del mem_pool
         torch.cuda.empty_cache()
 

@@ -121,6 +121,8 @@ def attend_decode(
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + row)
     first = _first_tile(length, WINDOW, TILE)
+    # 0 ............ first ................................................ length
+    #   not in sight   │ split 0: size tokens │ split 1 │ .. │ the rest │
     size = _split_size(length - first, NUM_SPLITS, MIN_SPLIT, TILE)
     start = first + split * size
     stop = tl.minimum(start + size, length)
@@ -158,6 +160,7 @@ def attend_decode(
             scores = tl.where(visible[None, :], scores, float("-inf"))
             new_best = tl.maximum(best, tl.max(scores, 1))
             weights = tl.exp2(scores - new_best[:, None])
+            # Turns what was summed relative to the old maximum into terms of the new one.
             decay = tl.exp2(best - new_best)
             values = tl.load(
                 layer + BLOCK_SIZE * HEAD_DIM + rows[:, None] + dims[None, :],
@@ -169,6 +172,7 @@ def attend_decode(
             )
             total = total * decay + tl.sum(weights, 1)
             best = new_best
+        # ``partial`` is [rows, heads, NUM_SPLITS, D].
         place = (row.to(tl.int64) * tl.num_programs(1) * GROUP + heads) * NUM_SPLITS + split
         tl.store(partial_max + place, best, mask=is_member)
         tl.store(partial_sum + place, total, mask=is_member)
@@ -210,6 +214,7 @@ def reduce_splits(
     sums = tl.load(partial_sum + place, mask=used, other=0.0)
     best = tl.max(maxima, 0)
     if HAS_SINKS:
+        # The factor is log2(e).
         sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
         best = tl.maximum(best, sink)
     shares = tl.where(used, tl.exp2(maxima - best), 0.0)
@@ -265,6 +270,9 @@ def attend_chunks(
     token = tl.load(tile_tokens + tl.program_id(0))
     row_start, length = tl.load(row_starts + row), tl.load(lengths + row)
     num_tokens = tl.load(row_starts + row + 1) - row_start
+    # 0 ................. before ......................... length
+    #   computed earlier  │  the chunk: tokens 0 .. num_tokens │
+    # This program's queries are at positions before + token .. before + token + TOKENS.
     before = length - num_tokens
     dims, tokens = tl.arange(0, PADDED_DIM), token + tl.arange(0, TOKENS)
     is_dim, is_token = dims < HEAD_DIM, tokens < num_tokens

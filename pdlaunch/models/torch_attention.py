@@ -134,6 +134,8 @@ class TorchAttention(AttentionBackend):
         lengths = batch.context_lengths[: batch.num_decode_rows]
         first, num_blocks = self._blocks_in_sight(group, lengths - 1, lengths)
         order = np.argsort(-num_blocks, kind="stable")
+        # All are of like length. In their own order they can be one bucket, of which nothing has to
+        # be picked out (``is_all``).
         if len(order) and num_blocks[order[-1]] * 2 >= num_blocks[order[0]]:
             order = np.arange(len(order))
         start = 0
@@ -195,6 +197,8 @@ class TorchAttention(AttentionBackend):
             group, np.array([first_position]), np.array([length])
         )
         blocks = table[row, first[0] : first[0] + num_blocks[0]]
+        # 0 ........ seen_from ............ first_position ............ length
+        #   not seen │  computed earlier    │  the chunk, just written  │
         seen_from = int(first[0]) * self.layout.block_size
         context = int(num_blocks[0]) * self.layout.block_size
         mask = self._chunk_mask(window, first_position, seen_from, stop - start, context)

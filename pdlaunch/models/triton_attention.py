@@ -80,6 +80,8 @@ class TritonAttention(AttentionBackend):
         if has_chunks:
             arrays += [*self._chunk_arrays(batch), *(array for pair in gathered for array in pair)]
         stride_at, lengths, tables, *rest = upload_int32(arrays, self.setup.kv_cache.device)
+        # ``rest``: the slots of each group; then, with chunks, their four arrays and two more for
+        # each group that is gathered.
         uploaded = rest[num_shared - 3 :]
         tensors = StepTensors(
             slots=tuple(rest[: num_shared - 3]),
@@ -135,6 +137,8 @@ class TritonAttention(AttentionBackend):
     ) -> tuple[IntArray, IntArray]:
         window, size = group.sliding_window, self.setup.layout.block_size
         first = np.zeros_like(before) if window is None else np.maximum(before - window + 1, 0)
+        # A row contributes its tokens [first, length); the first query, at ``before``, sees none
+        # earlier.
         starts = np.concatenate([[0], np.cumsum(lengths - first)])
         row = np.repeat(np.arange(len(lengths)), lengths - first)
         positions = np.arange(starts[-1]) - starts[row] + first[row]

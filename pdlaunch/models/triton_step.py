@@ -135,6 +135,7 @@ class TritonStep(AttentionStep):
         layout = self._setup.layout
         num_tokens, head_dim, num_kv_heads = len(projected), layout.head_dim, layout.num_kv_heads
         num_heads = projected.shape[1] // head_dim - 2 * num_kv_heads
+        # The kernel takes pointers in any case, and reads none that its constants switch off.
         cosines, sines = rotary or (projected, projected)
         applied = norms or HeadNorms(projected, projected, 0.0)
         tokens = COPY_TOKENS if num_tokens > FEW_TOKENS else 1
@@ -344,6 +345,7 @@ class TritonStep(AttentionStep):
         assert self._setup.flash is not None
         index, _ = self._setup.place[layer]
         window = self._setup.layout.groups[index].sliding_window
+        # Whole prompts that fit into the window go to cuDNN, which wants all three side by side.
         if chunks.lengths and (window is None or window >= chunks.longest):
             stacked = torch.cat((query, key, value), dim=1) if stacked is None else stacked
             return attend_whole_prompts(chunks.lengths, stacked, query.shape[1], scaling)

@@ -97,6 +97,8 @@ class OffloadPlanner:
         which must follow at once or never.
         """
         length = min(max_blocks, len(block_hashes))
+        # A shorter prefix moves every window towards the beginning: repeat until no group shortens
+        # it any more.
         settled = False
         while not settled:
             fitting = length
@@ -176,6 +178,7 @@ class OffloadPlanner:
         ]
         num_jobs = max(map(len, runs), default=0)
         return [
+            # Job i takes run i of each group that has so many.
             self._store_job([of_group[place : place + 1] for of_group in runs])
             for place in range(num_jobs)
         ]
@@ -328,11 +331,14 @@ class OffloadPlanner:
         size = self._blocks_per_chunk
         run: _Run | None = None
         for chunk in range(start // size, end // size):
+            # chunk of 4 slots  [ .  .  b  b ]    blocks before tables.first have left the window:
+            #                    first % 4 = 2    the slots before it hold nothing
             first, last = max(tables.first[group], chunk * size), (chunk + 1) * size
             chunk_hash = self._chunk_hash(block_hashes, chunk)
             chunk_id = (
                 self._tier.begin_store(group, chunk_hash, first % size) if first < last else None
             )
+            # A chunk that is not stored ends the run: the blocks of a run are neighbours.
             if chunk_id is None:
                 if run is not None:
                     yield run

@@ -196,6 +196,7 @@ class HostTier:
         if chunk_id is None:
             return True
         chunk = self._chunks[chunk_id]
+        # The chunk has all that the new one would have, or a copy writes or reads it.
         if first_slot >= chunk.first_slot or not chunk.is_resident or chunk.pins:
             return False
         self._forget(chunk)

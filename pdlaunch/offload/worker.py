@@ -1,8 +1,10 @@
 """The host tier of one rank executes jobs, proves what it loads, and reports. The step loop calls
 it and never waits.
 
-store copy ──▶ checksums ──▶ recorded ──▶ JobFinished load recorded? ──▶ copy, checksums ──▶ equal
-to those recorded? ──▶ JobFinished
+::
+
+    store   copy ──▶ checksums ──▶ recorded ──▶ JobFinished
+    load    recorded? ──▶ copy, checksums ──▶ equal to those recorded? ──▶ JobFinished
 """
 
 from __future__ import annotations
@@ -179,6 +181,7 @@ class OffloadWorker:
         pending = self._pending[job.job_id] = _Pending(job, slots)
         if job.direction == "store":
             for item in slots:
+                # While the copy writes, the chunk holds neither its old content nor the new one.
                 self._contents.pop(item.chunk_id, None)
         elif self._block_hasher is None:
             self._hash(pending)

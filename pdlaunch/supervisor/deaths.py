@@ -188,6 +188,7 @@ class Deaths:
                     + f"; tried again {delay_s:g} s later"
                 )
             other.kill_at = other.respawn_at = None
+            # With a cause, its members die without being reported one by one.
             other.cause = other.cause or cause
             if other.alive:
                 self.kill(other)

@@ -192,6 +192,7 @@ class ChunkedReads:
         self._chunks.clear()
         self._prepared = None
         self._next_block = self.num_bytes = 0
+        # It cannot be taken back. It may go on, but what it brings does not count.
         if self._current is not None:
             self._current.counts = False
 
@@ -233,9 +234,12 @@ class ChunkedReads:
         if offer is None or link.status != "ready" or not (offer.leased or link.reads_early):
             return False
         num_blocks = len(self._command.block_hashes)
+        # 0 ............ next_block ............ end ............ num_blocks
+        #   read already      │      this READ     │  not ready yet  │
         end = num_blocks if offer.leased else min(num_blocks, offer.num_ready_blocks)
         if end <= self._next_block:
             return False
+        # A prepared READ fits only if it is of the same blocks in the same places.
         prepared, self._prepared = self._prepared, None
         chunk = (
             prepared[1]
@@ -249,6 +253,7 @@ class ChunkedReads:
                 link.reconnect()
                 raise ReadFailed(f"{self._share.prefill_rank}: {error}") from error
             self._current = chunk
+        # Also when the pull wants none of these blocks, as they were cached here.
         self._next_block = end
         return True
 

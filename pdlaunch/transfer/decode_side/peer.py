@@ -183,6 +183,7 @@ class Peer:
         assert self._connection is not None
         self._pushes.check_channel(self.channel)
         read, landing = self._connection.read_scratch(path)
+        # To a prefill side that writes, no blocks mean the scratch.
         return self._started(read, BlockRead([], [], range(0), range(0))), landing
 
     def release(self, read: Read) -> None:
@@ -260,6 +261,7 @@ class Peer:
             self._connection.paths(),
             is_right=lambda landing: has_pattern(landing, reply.agent_name),
             clock=self._setup.clock,
+            # What question and answer have left of the time for the handshake.
             timeout_s=self._asked_at + self._setup.handshake_timeout_s - self._setup.clock(),
         )
         self._try_paths()

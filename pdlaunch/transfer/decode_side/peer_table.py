@@ -107,6 +107,7 @@ class PeerTable:
 
     def _replace(self, addresses: dict[str, PeerAddress]) -> None:
         for name, peer in list(self.peers.items()):
+            # Gone, or there in another incarnation, whose PeerAddress differs.
             if addresses.get(name) != peer.address:
                 reason = f"incarnation {peer.address.identity.incarnation} of {name} is gone"
                 logger.info("%s", reason)

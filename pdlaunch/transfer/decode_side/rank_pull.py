@@ -213,6 +213,7 @@ class RankPull:
                 # there is one has none.
                 self._link.ask(self._begin_message, None)
             self._ask_about(PullEnd, None)
+        # Lost or incompatible: nobody is left to be told. Connecting: try until the deadline.
         if status != "connecting" or self._setup.clock() >= owes_until_at:
             self._owes_until_at = None
 
@@ -347,6 +348,7 @@ class RankPull:
         self.lease_known_at = now if self.lease_known_at is None else self.lease_known_at
         self._held_until_at = asked_at + reply.lease_s
         self._heartbeat_s = reply.lease_s / HEARTBEATS_A_LEASE
+        # Due one interval after the question; at once, where the answer took longer.
         self._next_heartbeat_at = max(now, asked_at + self._heartbeat_s)
         if self._reads.lacks_checksums:
             self._next_checksums_at = now
@@ -368,6 +370,7 @@ class RankPull:
         """Return whether the lease is known to have held throughout the READ. Raises PullFailed
         when it has not.
         """
+        # Without checksums a READ counts once a heartbeat is answered that was sent after its end.
         if self._setup.hasher is None and self._last_answered_at < self._reads.ended_at:
             if self._last_heartbeat_at < self._reads.ended_at:
                 self._next_heartbeat_at = self._setup.clock()
@@ -400,6 +403,7 @@ class RankPull:
             return False
         self.num_retries += 1
         logger.warning("pull %s begins anew: %s", self._command.pull_id, failure)
+        # The next answer says anew which blocks there are.
         self._reads.wait()
         self.stage = Stage.CONNECTING
         self._next_begin_at = self._next_heartbeat_at = self._next_checksums_at = None

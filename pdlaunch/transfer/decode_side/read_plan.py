@@ -106,6 +106,9 @@ def plan_read(
     spans = tuple(_wanted_spans(command, blocks))
     for index, span in spans:
         group, first = reply.groups[index], command.first_block_index[index]
+        # logical index      first ........................ first + len(command.block_ids[index])
+        # wanted now                 span.start .. span.stop
+        # at the prefill rank    group.first_block_index ........ + len(group.block_ids)
         start = span.start - group.first_block_index
         found = group.block_ids[start : start + len(span)] if start >= 0 else []
         if len(found) != len(span) or span.stop > len(command.block_hashes):
@@ -151,6 +154,7 @@ def stated_checksums(
         group, num_heads = groups[index], geometry.num_kv_heads
         stated, start = group.checksums or b"", span.start - group.first_block_index
         if len(stated) == len(group.block_ids) * num_heads * 8 and start >= 0:
+            # 8 bytes for each block and head of the prefill rank, block by block.
             by_block = np.frombuffer(stated, "<u8").reshape(-1, num_heads)
             found.append(by_block[start : start + len(span), heads.start : heads.stop])
     return np.concatenate(found)

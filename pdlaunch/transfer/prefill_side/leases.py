@@ -75,6 +75,7 @@ class LeaseTable:
         """
         if grant.lease_id in self._leases:
             raise LeaseError(f"request {grant.lease_id} has a lease already")
+        # A client may use an id again, once its first lease has ended.
         self._past.pop(grant.lease_id, None)
         now = self._clock()
         last_deadline_at = now + MAX_EXTENSIONS * grant.lease_s
@@ -125,6 +126,7 @@ class LeaseTable:
             raise LeaseError(f"reader {reader} has ended its pull of request {lease_id}")
         if len(lease.open_readers) >= MAX_OPEN_READERS:
             raise LeaseError(f"request {lease_id} has {MAX_OPEN_READERS} open pulls")
+        # A reader that begins anew takes its own place.
         lease.open_readers[reader] = num_decode_ranks
         self._extend(lease)
         return lease

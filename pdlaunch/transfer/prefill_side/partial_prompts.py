@@ -35,6 +35,8 @@ class PartialPrompts:
         """Take in more blocks of a prompt, or its first ones."""
         self._num_offers += 1
         earlier = self._prompts.get(command.lease_id)
+        # Nothing is offered yet, or it was withdrawn since: what readers have of an earlier
+        # generation does not count any more.
         generation = self._num_offers if earlier is None else earlier.generation
         self._prompts[command.lease_id] = _PartialPrompt(command, generation, self._num_offers)
 
