@@ -325,7 +325,7 @@ class FakeEngine:
         return web.Response()
 
     async def _detokenize(self, request: web.Request) -> web.Response:
-        return web.json_response({"prompt": "hello"})
+        raise web.HTTPNotFound
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         return web.json_response(
