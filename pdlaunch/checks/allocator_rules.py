@@ -32,9 +32,9 @@ def expandable_segments(context: Context) -> Iterator[Found]:
     the last of repeated keys wins. `true` and `1` are taken as they are meant, though torch refuses
     them (PD205).
     """
-    if not context.pair() or not context.config.kv_transfer.opens_device_memory:
+    if not context.config.kv_transfer.opens_device_memory:
         return
-    for engine in context.on("cuda"):
+    for engine in context.peers("cuda"):
         conf = read_allocator_conf(engine.given_environ)
         if conf.variable and conf.expandable_segments and engine.cumem_allocator is False:
             yield Found(
@@ -92,12 +92,11 @@ def allocator_backend(context: Context) -> Iterator[Found]:
     p2p can map it. The connector file does without.
     """
     transfer = context.config.kv_transfer
-    is_shared = context.pair() is not None and (
-        transfer.opens_device_memory or transfer.maps_memory
-    )
+    is_shared = transfer.opens_device_memory or transfer.maps_memory
+    peers = list(context.peers()) if is_shared else []
     for engine in context.on("cuda"):
         conf = read_allocator_conf(engine.given_environ)
-        if conf.backend != "cudaMallocAsync" or not (engine.cumem_allocator or is_shared):
+        if conf.backend != "cudaMallocAsync" or not (engine.cumem_allocator or engine in peers):
             continue
         what = "has no CuMem pools" if engine.cumem_allocator else "has no handle for peers"
         # What HIP's variable says of the backend is not read.

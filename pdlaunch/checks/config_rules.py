@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from pdlaunch.checks.context import Context
 from pdlaunch.checks.rule import Found, rule
-from pdlaunch.resolve.models import ROLES
+from pdlaunch.config.roles import PAIR
 
 CUDA_BLOCK_STEP_TOKENS = 16
 _LOOPBACK = ("127.", "localhost", "::1")
@@ -15,34 +15,36 @@ _LOOPBACK = ("127.", "localhost", "::1")
 @rule(
     "PD101",
     "error",
-    fix="Set prefill.replicas and decode.replicas to 1 or more.",
+    fix="Set prefill.replicas and decode.replicas, or both.replicas, to 1 or more.",
     source="The plan of a launch.",
 )
 def no_engine(context: Context) -> Iterator[Found]:
     """There is no engine at all.
 
-    With no prefill and no decode engine nothing can answer a request.
+    Nothing can answer a request.
     """
     if not context.engines:
-        yield Found("prefill.replicas", "prefill.replicas and decode.replicas are both 0")
+        yield Found(
+            "prefill.replicas", "prefill.replicas, decode.replicas and both.replicas are all 0"
+        )
 
 
 @rule(
     "PD102",
     "error",
-    fix="Give both roles at least one engine.",
+    fix="Give both roles at least one engine, or neither, and `both` some.",
     source="The plan of a launch.",
 )
 def role_without_peer(context: Context) -> Iterator[Found]:
-    """A role has engines, but the other role has none.
+    """There are prefill engines without decode engines, or the other way round.
 
     Prefill hands its KV blocks to decode: without a peer nothing is handed over, and one role does
     the work of both.
     """
-    # PD101 speaks of a launch without any engine.
-    if len(context.engines) == 1:
-        (present,) = context.engines
-        absent = next(role for role in ROLES if role != present)
+    present_roles = [role for role in PAIR if role in context.engines]
+    if len(present_roles) == 1:
+        (present,) = present_roles
+        absent = next(role for role in PAIR if role != present)
         count = context.engines[present].replicas
         yield Found(
             f"{absent}.replicas",

@@ -8,7 +8,8 @@ from typing import Literal
 
 from pdlaunch.checks.nixl_answers import NixlAnswer, uses_ucx
 from pdlaunch.config.model_files.shape import ModelShape
-from pdlaunch.config.models import LaunchConfig, Role
+from pdlaunch.config.models import LaunchConfig
+from pdlaunch.config.roles import Role
 from pdlaunch.config.sources import Origin
 from pdlaunch.errors import ConfigError
 from pdlaunch.platform.facts import Fact, Machine, PortState
@@ -117,6 +118,10 @@ class Context:
     def on(self, device: DeviceKind) -> Iterator[RoleEngines]:
         """Return the engines on this kind of device."""
         return (engines for engines in self.engines.values() if engines.device == device)
+
+    def peers(self, device: DeviceKind | None = None) -> Iterator[RoleEngines]:
+        """Return the engines that exchange KV blocks, those on this kind of device."""
+        return (engines for engines in self.pair() or () if device in (None, engines.device))
 
     def pair(self) -> tuple[RoleEngines, RoleEngines] | None:
         """Return the prefill and the decode side, where there are both."""

@@ -29,7 +29,7 @@ def mnnvl_off_with_fabric(context: Context) -> Iterator[Found]:
     the switch off, UCX takes the network, or copies fabric-handle memory through the host.
     """
     has_fabric = any(gpu.is_grace and gpu.has_fabric_handles for gpu in context.machine.gpus)
-    for engine in context.on("cuda") if has_fabric else ():
+    for engine in context.peers("cuda") if has_fabric else ():
         if context.uses_ucx and _is_off(engine.given_environ.get(_MNNVL)):
             yield Found(
                 context.where_variable(engine, _MNNVL),
@@ -56,7 +56,7 @@ def mnnvl_on_without_fabric(context: Context) -> Iterator[Found]:
     gpus = context.machine.gpus
     if not gpus or any(gpu.has_fabric_handles is not False for gpu in gpus):
         return
-    for engine in context.on("cuda"):
+    for engine in context.peers("cuda"):
         if context.uses_ucx and _is_on(engine.given_environ.get(_MNNVL)):
             yield Found(
                 context.where_variable(engine, _MNNVL),
@@ -104,7 +104,7 @@ def mnnvl_without_cumem(context: Context) -> Iterator[Found]:
     """
     if all(not gpu.has_fabric_handles for gpu in context.machine.gpus):
         return  # PD436
-    for engine in context.on("cuda"):
+    for engine in context.peers("cuda"):
         is_demanded = _is_on(engine.given_environ.get(_MNNVL))
         if context.uses_ucx and is_demanded and engine.allocator != "cumem":
             yield Found(

@@ -130,8 +130,8 @@ def connector_needs_cuda(context: Context) -> Iterator[Found]:
     Its ranks could not register their KV cache.
     """
     transfer = context.config.kv_transfer
-    for engines in context.on("cpu"):
-        if transfer.needs_cuda and context.pair() is not None:
+    for engines in context.peers("cpu"):
+        if transfer.needs_cuda:
             yield Found(
                 "kv_transfer.connector",
                 f"connector {transfer.carrier} needs GPUs; {engines.role} is on the CPU",

@@ -52,5 +52,5 @@ def nvlink_on_cpu(context: Context) -> Iterator[Found]:
     NVLink joins GPUs: memory of the host has no way there.
     """
     if context.uses("mooncake") and context.config.kv_transfer.mooncake.protocol == "nvlink":
-        for engine in context.on("cpu"):
+        for engine in context.peers("cpu"):
             yield Found(_PROTOCOL, f"the protocol is nvlink, but {engine.role} runs on the CPU")

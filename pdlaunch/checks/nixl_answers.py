@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from pdlaunch.config.models import Role
+from pdlaunch.config.roles import PAIR, Role
 from pdlaunch.config.ucx_variables import is_known_variable
 from pdlaunch.platform.availability import ProcessOutcome, run_briefly
 from pdlaunch.resolve.resolve import ResolvedLaunch
@@ -47,7 +47,7 @@ def ask_nixl(launch: ResolvedLaunch) -> dict[Role, NixlAnswer]:
     """
     if not uses_ucx(launch):
         return {}
-    questions = {role: _question(each) for role, each in launch.roles.items()}
+    questions = {role: _question(each) for role, each in launch.roles.items() if role in PAIR}
     asked = list(dict.fromkeys(questions.values()))
     with ThreadPoolExecutor(max_workers=max(1, len(asked))) as threads:
         answers = dict(zip(asked, threads.map(lambda item: _ask(launch, item), asked), strict=True))
@@ -59,9 +59,10 @@ def uses_ucx(launch: ResolvedLaunch) -> bool:
     without.
     """
     transfer = launch.config.kv_transfer
-    has_pair = {"prefill", "decode"} <= launch.roles.keys()
     is_native = all(each.settings.engine == "native" for each in launch.roles.values())
-    return is_native and has_pair and transfer.carrier == "nixl" and transfer.nixl.path != "p2p"
+    return (
+        is_native and launch.has_pair and transfer.carrier == "nixl" and transfer.nixl.path != "p2p"
+    )
 
 
 def sets_ucx(launch: ResolvedLaunch) -> bool:

@@ -1,4 +1,4 @@
-"""Rules PD3xx judge what must be equal, or fit, between a prefill and a decode engine.
+"""Rules PD3xx judge what must be equal, or fit, between engines: most, a prefill and a decode one.
 
 vLLM sees these at the first request, when both engines are already "healthy".
 """
@@ -74,6 +74,35 @@ def model_paths_differ(context: Context) -> Iterator[Found]:
         yield Found(
             "decode.model", f"prefill serves {prefill.model.path}, decode {decode.model.path}"
         )
+
+
+@rule(
+    "PD316",
+    "error",
+    fix="Set model and load_format once, at the top level.",
+    source="The router: requests go to either, and a stream whose engine dies to the other.",
+    needs=("model",),
+)
+def both_roles_differ(context: Context) -> Iterator[Found]:
+    """Engines of both roles serve another model than the pair beside them.
+
+    The router takes one for the other: an answer would come from either model, and one that goes on
+    elsewhere from two.
+    """
+    both = context.engines.get("both")
+    for other in context.peers() if both is not None else ():
+        assert both is not None
+        formats = [engine.settings.load_format for engine in (other, both)]
+        paths = [engine.model.path for engine in (other, both)]
+        if formats[0] != formats[1]:
+            message = f"load_format of {other.role} is {formats[0]}, of both {formats[1]}"
+            yield Found(_differing_place(other, both, "load_format"), message)
+        elif other.shape != both.shape:
+            message = f"{other.role} and both serve models of different shapes"
+            yield Found(_differing_place(other, both, "model"), message)
+        elif paths[0] and paths[1] and not _same_folder(paths[0], paths[1]):
+            message = f"{other.role} serves {paths[0]}, both {paths[1]}"
+            yield Found(_differing_place(other, both, "model"), message)
 
 
 @rule(

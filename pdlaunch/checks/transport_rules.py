@@ -149,7 +149,7 @@ def _reasons(context: Context, pair: PairTransport) -> str:
     if pair.path.startswith("nixl"):
         values = {
             engine.given_environ["UCX_TLS"]
-            for engine in context.engines.values()
+            for engine in context.peers()
             if "UCX_TLS" in engine.given_environ
         }
         reasons += [f"UCX_TLS is {value}" for value in sorted(values)]

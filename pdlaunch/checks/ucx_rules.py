@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from pdlaunch.checks.context import Context
 from pdlaunch.checks.nixl_answers import NixlAnswer
 from pdlaunch.checks.rule import MANY_HOSTS, Found, rule
-from pdlaunch.config.models import Role
 from pdlaunch.config.problems import nearest, shown, shown_name
+from pdlaunch.config.roles import Role
 from pdlaunch.config.ucx import (
     CUDA,
     RDMA,
@@ -43,7 +43,7 @@ def ucx_without_cuda(context: Context) -> Iterator[Found]:
 
     UCX then takes GPU addresses for host memory: registration fails, or blocks go through the host.
     """
-    for engine in context.on("cuda"):
+    for engine in context.peers("cuda"):
         if context.uses_ucx and not CUDA.intersection(engine.ucx_transports):
             yield Found(
                 context.where_variable(engine, "UCX_TLS"),
@@ -63,7 +63,7 @@ def ucx_without_cuda_ipc(context: Context) -> Iterator[Found]:
 
     GPUs of one host then exchange blocks through host memory instead of NVLink.
     """
-    for engine in context.on("cuda"):
+    for engine in context.peers("cuda"):
         transports = engine.ucx_transports
         # PD430 speaks of UCX_TLS without any CUDA transport.
         if context.uses_ucx and "cuda_copy" in transports and "cuda_ipc" not in transports:
@@ -88,7 +88,7 @@ def ucx_without_cma(context: Context) -> Iterator[Found]:
     The prefill rank then copies its blocks into shared memory, piece by piece, and the decode rank
     out of it again.
     """
-    for engine in context.on("cpu"):
+    for engine in context.peers("cpu"):
         transports = engine.ucx_transports
         # Without posix nothing connects two processes at all: PD433.
         if context.uses_ucx and "posix" in transports and "cma" not in transports:
@@ -111,7 +111,7 @@ def ucx_without_path(context: Context) -> Iterator[Found]:
     authentication (tcp, RDMA) or open memory to other users (sysv, knem). posix has to be there:
     UCX finds its peers through it.
     """
-    for engine in context.engines.values():
+    for engine in context.peers():
         if context.uses_ucx and "posix" not in engine.ucx_transports:
             yield Found(
                 context.where_variable(engine, "UCX_TLS"),
@@ -145,7 +145,7 @@ def ucx_without_rdma(context: Context) -> Iterator[Found]:
     """
     if len(context.launch.machines) < 2 or not context.machine.rdma_devices or not context.uses_ucx:
         return
-    for engine in context.engines.values():
+    for engine in context.peers():
         if lacks_rdma(engine.given_environ):
             devices = ", ".join(context.machine.rdma_devices[:4])
             yield Found(
@@ -166,7 +166,7 @@ def unknown_transport(context: Context) -> Iterator[Found]:
     UCX goes on without it: the transport that was meant is missing, or is used although it was to
     be left out.
     """
-    for engine in context.engines.values() if context.uses_ucx else ():
+    for engine in context.peers() if context.uses_ucx else ():
         for name in unknown_transports(engine.given_environ):
             message = f"UCX knows no transport {shown_name(name)}"
             yield Found(
@@ -189,7 +189,7 @@ def unknown_variable(context: Context) -> Iterator[Found]:
     left alone, because other programs use them. With --probe UCX itself judges those of the
     transports in use.
     """
-    for engine in context.engines.values() if context.uses_ucx else ():
+    for engine in context.peers() if context.uses_ucx else ():
         for name, meant in _misspelt(context, engine):
             message = f"UCX has no variable {shown_name(name)}"
             yield Found(context.where_variable(engine, name), message, _did_you_mean(meant))
@@ -207,7 +207,7 @@ def network_without_effect(context: Context) -> Iterator[Found]:
     All ranks are on this host, and pdlaunch leaves them no transport that uses a network: devices
     that do not exist do no harm either.
     """
-    for engine in context.engines.values() if context.uses_ucx else ():
+    for engine in context.peers() if context.uses_ucx else ():
         for name in network_variables(engine.given_environ):
             value = shown(engine.given_environ[name])
             yield Found(context.where_variable(engine, name), f"{name} {value} has no effect")

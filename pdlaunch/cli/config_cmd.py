@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -19,7 +19,8 @@ from pdlaunch.cli.findings import safe
 from pdlaunch.cli.flags import with_serve_flags
 from pdlaunch.cli.output import FormatOption
 from pdlaunch.cli.serve_command import ServeCommand
-from pdlaunch.config.models import EngineSettings, LaunchConfig, Role
+from pdlaunch.config.models import EngineSettings, LaunchConfig
+from pdlaunch.config.roles import ROLES
 from pdlaunch.config.settings import Setting, all_settings
 from pdlaunch.config.shown import ShownValue, changed_values, shown_values
 from pdlaunch.config.sources import load_config
@@ -38,8 +39,9 @@ Flags beat variables, variables beat the YAML file, the file beats the defaults.
 is a level: `limits.max_connections` is `limits: {max_connections: 4096}`."""
 _GROUPS = {
     "Engines": """\
-These stand at the top level and hold for all engines. The sections `prefill` and `decode` may
-override each of them for one role: `decode: {block_size: 32}`, `PDLAUNCH_DECODE__BLOCK_SIZE`.""",
+These stand at the top level and hold for all engines. The sections `prefill`, `decode` and
+`both` may override each of them for one role: `decode: {block_size: 32}`,
+`PDLAUNCH_DECODE__BLOCK_SIZE`.""",
     "Roles": "How many engines a role has.",
     "`kv_transfer`": "How KV blocks get from prefill to decode: [connectors.md](connectors.md).",
     "`limits`": "What a router or an engine takes before it refuses requests.",
@@ -114,7 +116,7 @@ def settings_markdown() -> str:
         first, _, rest = path.partition(".")
         if first in EngineSettings.model_fields:
             groups["Engines"].append(_row(setting))
-        elif first not in get_args(Role):
+        elif first not in ROLES:
             groups[f"`{first}`" if rest else "Deployment"].append(_row(setting))
         # Overrides are not listed but for those with a flag.
         elif setting.flag or rest.partition(".")[0] not in EngineSettings.model_fields:

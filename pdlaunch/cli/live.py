@@ -14,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from pdlaunch.config.roles import ROLES
 from pdlaunch.supervisor.states import LaunchPhase, ProcessState
 from pdlaunch.supervisor.status import LaunchStatus, ProcessStatus
 
@@ -201,7 +202,7 @@ def render_ready(rows: Sequence[tuple[str, str]]) -> RenderableType:
 
 
 def ready_rows(
-    status: LaunchStatus, *, model: str, connector: str, log_dir: str, needs_key: bool
+    status: LaunchStatus, *, model: str, connector: str | None, log_dir: str, needs_key: bool
 ) -> list[tuple[str, str]]:
     """Return the lines of the panel: URL, a request to try, topology, speeds of pairs, logs."""
     key = f"{CONTINUATION}-H 'Authorization: Bearer YOUR_KEY'" if needs_key else ""
@@ -216,7 +217,7 @@ def ready_rows(
         ("URL", status.url),
         ("try", curl),
         ("topology", _topology(status.processes)),
-        ("connector", connector),
+        *([("connector", connector)] if connector else []),
         *(("pair", line) for line in _pairs(status)),
         ("logs", log_dir),
         ("stop", "Ctrl-C waits for running requests; a second one does not"),
@@ -241,7 +242,7 @@ def _progress(process: ProcessStatus, columns: int) -> RenderableType:
 
 def _topology(processes: Sequence[ProcessStatus]) -> str:
     ranks: Counter[str] = Counter()
-    engines: dict[str, set[str]] = {"prefill": set(), "decode": set()}
+    engines: dict[str, set[str]] = {role: set() for role in ROLES}
     for process in processes:
         if process.kind == "rank":
             engine = process.name.partition("/")[0]

@@ -23,6 +23,7 @@ from pdlaunch.checks.run import run_checks
 from pdlaunch.cli import EXIT_FAILED
 from pdlaunch.cli.findings import STYLES, place, safe
 from pdlaunch.config.models import LaunchConfig
+from pdlaunch.config.roles import ROLES
 from pdlaunch.config.sources import Origin
 from pdlaunch.engines.plan import kind_of
 from pdlaunch.errors import ConfigError
@@ -172,9 +173,8 @@ def _rehearsal(config: LaunchConfig) -> LaunchConfig:
     leaves fixed ports free.
     """
     role = {"load_format": "dummy", "port": 0}
-    changes = {
-        "prefill": config.prefill.model_copy(update=role),
-        "decode": config.decode.model_copy(update=role),
+    changes: dict[str, object] = {
+        **{name: config.role(name).model_copy(update=role) for name in ROLES},
         "host": "127.0.0.1",
         "port": 0,
         "drain_timeout_s": 0.0,

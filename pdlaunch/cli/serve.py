@@ -132,7 +132,7 @@ def _serve(
         rows = ready_rows(
             status,
             model=resolved.served_model_name,
-            connector=config.kv_transfer.connector,
+            connector=config.kv_transfer.connector if resolved.has_pair else None,
             log_dir=str(log_dir),
             needs_key=config.api_key is not None,
         )

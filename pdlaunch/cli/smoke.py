@@ -42,7 +42,7 @@ def smoke_command(
     *,
     flags: dict[str, object],
 ) -> None:
-    """Start the deployment, compare prefill/decode with one engine alone token by token, stop it.
+    """Start the deployment, compare its tokens with those of one engine alone, stop it.
 
     The exit code is 1 when a check failed.
     """

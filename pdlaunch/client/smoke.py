@@ -1,9 +1,9 @@
 """Checks that a deployment does what it promises (``pdlaunch smoke``).
 
-Every check has a name and, when it fails, a reason. The same prompts go through prefill and decode
-(the public router) and through one engine alone. In float32 the tokens must be equal; in other
-dtypes the log-probabilities of the common prefix, and of the first token that differs, must lie
-within ``SMOKE_LOGPROB_TOLERANCE``.
+Every check has a name and, when it fails, a reason. The same prompts go through the public router
+(prefill and decode), through each engine of both roles, and through one engine alone. In float32
+the tokens must be equal; in other dtypes the log-probabilities of the common prefix, and of the
+first token that differs, must lie within ``SMOKE_LOGPROB_TOLERANCE``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,24 +63,33 @@ def smoke(url: str, *, api_key: str | None = None, exact: bool) -> list[Check]:
     """
     router, admin = Api(url, api_key), admin_api(url)
     engines = engines_of(admin)
-    decode = [admin.engine(engine["name"]) for engine in engines if engine["role"] == "decode"]
-    prefill = [admin.engine(engine["name"]) for engine in engines if engine["role"] == "prefill"]
-    if not (decode or prefill):
+    decode, prefill, both = (
+        {name: admin.engine(name) for name in _names(engines, role)}
+        for role in ("decode", "prefill", "both")
+    )
+    if not (decode or prefill or both):
         return [Check("the deployment has engines", 0.0, "it lists none that lives")]
     # One engine alone moves no KV blocks: its answers are the reference.
-    alone = (decode or prefill)[0]
-    pulled_before = _pulled_bytes(decode)
+    alone_name, alone = next(iter((decode | prefill | both).items()))
+    pulled_before = _pulled_bytes(decode.values())
+    asked = {"prefill/decode" if prefill and decode else "the router": router}
+    # The router prefers pairs, so engines of both roles are asked themselves.
+    asked |= {name: engine for name, engine in both.items() if name != alone_name}
     checks = [
         _check(
-            f"prefill/decode equals one engine alone, prompt {index}",
-            partial(_compare, router, alone, prompt, exact=exact),
+            f"{name} equals one engine alone, prompt {index}",
+            partial(_compare, api, alone, prompt, exact=exact),
         )
+        for name, api in asked.items()
         for index, prompt in enumerate(_PROMPTS)
     ]
     checks.append(_check("streamed text equals the whole answer", partial(_compare_stream, router)))
     if prefill and decode:
         checks.append(
-            _check("KV bytes moved from prefill to decode", partial(_moved, decode, pulled_before))
+            _check(
+                "KV bytes moved from prefill to decode",
+                partial(_moved, decode.values(), pulled_before),
+            )
         )
     checks.append(_check("nothing is left running, leased or quarantined", partial(_idle, admin)))
     return checks
@@ -107,13 +116,17 @@ def engines_of(router: Api) -> list[dict[str, Any]]:
     return [engine for engine in engines if engine["state"] != "failed"]
 
 
-def _compare(router: Api, engine: Api, prompt: str, *, exact: bool) -> None:
-    """Send ``prompt`` twice through the pair (the second time from prefix caches) and once through
-    an engine alone.
+def _names(engines: Sequence[Mapping[str, Any]], role: str) -> list[str]:
+    return [engine["name"] for engine in engines if engine["role"] == role]
+
+
+def _compare(asked: Api, engine: Api, prompt: str, *, exact: bool) -> None:
+    """Send ``prompt`` twice to what is judged (the second time from prefix caches) and once to an
+    engine alone.
     """
     alone = _complete(engine, prompt, cache_salt="alone")
     for _ in range(2):
-        _equal(_complete(router, prompt), alone, exact=exact)
+        _equal(_complete(asked, prompt), alone, exact=exact)
 
 
 def _complete(api: Api, prompt: str, **fields: Any) -> list[tuple[int, float]]:
@@ -132,27 +145,21 @@ def _complete(api: Api, prompt: str, **fields: Any) -> list[tuple[int, float]]:
     return list(zip(choice["token_ids"], choice["logprobs"]["token_logprobs"], strict=True))
 
 
-def _equal(pair: list[tuple[int, float]], alone: list[tuple[int, float]], *, exact: bool) -> None:
-    pair_ids, alone_ids = [token for token, _ in pair], [token for token, _ in alone]
+def _equal(judged: list[tuple[int, float]], alone: list[tuple[int, float]], *, exact: bool) -> None:
+    ids, alone_ids = [token for token, _ in judged], [token for token, _ in alone]
     if exact:
-        if pair_ids != alone_ids:
-            raise _Failure(
-                f"tokens differ: {pair_ids} through prefill and decode, {alone_ids} through one "
-                "engine"
-            )
+        if ids != alone_ids:
+            raise _Failure(f"tokens differ: {ids}, and {alone_ids} from the engine alone")
         return
-    for (token, logprob), (other, other_logprob) in zip(pair, alone, strict=False):
+    for (token, logprob), (other, other_logprob) in zip(judged, alone, strict=False):
         if abs(logprob - other_logprob) > SMOKE_LOGPROB_TOLERANCE:
             raise _Failure(
-                f"logprobs differ by more than {SMOKE_LOGPROB_TOLERANCE}: {pair} and {alone}"
+                f"logprobs differ by more than {SMOKE_LOGPROB_TOLERANCE}: {judged} and {alone}"
             )
         if token != other:
             return
-    if len(pair) != len(alone):
-        raise _Failure(
-            f"one answer is longer: {pair_ids} through prefill and decode, {alone_ids} through one "
-            "engine"
-        )
+    if len(judged) != len(alone):
+        raise _Failure(f"one answer is longer: {ids}, and {alone_ids} from the engine alone")
 
 
 def _compare_stream(router: Api) -> None:
@@ -171,11 +178,11 @@ def _stream_text(router: Api, body: dict[str, Any]) -> list[str]:
     return texts
 
 
-def _pulled_bytes(engines: list[Api]) -> float:
+def _pulled_bytes(engines: Iterable[Api]) -> float:
     return sum(engine.metrics()["pdlaunch_kv_transfer_bytes_total"] for engine in engines)
 
 
-def _moved(engines: list[Api], before: float) -> None:
+def _moved(engines: Collection[Api], before: float) -> None:
     deadline_at = time.monotonic() + _IDLE_TIMEOUT_S
     while _pulled_bytes(engines) <= before:
         if time.monotonic() > deadline_at:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pdlaunch.config.models import EngineSettings, LaunchConfig, Role, SharedSettings
+from pdlaunch.config.models import EngineSettings, LaunchConfig, SharedSettings
+from pdlaunch.config.roles import PAIR, Role
 
 ENGINE_HOST = "127.0.0.1"
 """Engines listen here for their router."""
@@ -44,6 +45,11 @@ class EngineSpec(SharedSettings, EngineSettings):
     """Ranks tell their peers to connect here."""
     http_port: int = 0
     """0 takes a free port, which is registered with the supervisor."""
+
+    @property
+    def has_peers(self) -> bool:
+        """It lends KV blocks to engines of another role, or pulls theirs."""
+        return self.role in PAIR
 
     @classmethod
     def of(cls, config: LaunchConfig, role: Role, **resolved: object) -> Self:

@@ -1,16 +1,23 @@
 """Every setting of pdlaunch, declared once: frozen models that refuse unknown fields.
 
 ``LaunchConfig`` is what a YAML file, ``PDLAUNCH_*`` variables and flags are merged into
-(``config.sources``). Its top level holds what every engine shares; ``prefill`` and ``decode`` say
-how many engines of a role there are and may override any of ``EngineSettings`` for that role.
+(``config.sources``). Its top level holds what every engine shares; ``prefill``, ``decode`` and
+``both`` say how many engines of a role there are and may override any of ``EngineSettings`` for it.
 ``config.settings`` derives flags, variables and docs.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, JsonValue, SecretStr, field_validator, model_validator
+from pydantic import (
+    Field,
+    JsonValue,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from pdlaunch.config.external import EngineUrls, RunningEngine, RunningEngines, named
@@ -25,9 +32,9 @@ from pdlaunch.config.field_types import (
 from pdlaunch.config.http_names import HostNames, Origins
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.config.model_files.hub import Revision
+from pdlaunch.config.roles import PAIR, ROLES, Role
 from pdlaunch.config.sizes import parse_size
 
-Role = Literal["prefill", "decode"]
 EngineName = Literal["native", "vllm"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -171,6 +178,28 @@ class RoleSettings(FrozenModel):
         return range(self.port, self.port + self.replicas) if self.port else range(0)
 
 
+class BothSettings(RoleSettings):
+    """Says how many engines compute prompts and tokens of a request themselves."""
+
+    replicas: Annotated[
+        int,
+        Flag(
+            "both",
+            help=(
+                "Number of engines that do prefill and decode of a request themselves. Alone it "
+                "leaves out prefill and decode engines."
+            ),
+        ),
+    ] = Field(
+        0,
+        ge=0,
+        le=1024,
+        description=(
+            "Number of engines; without prefill.replicas and decode.replicas these become 0."
+        ),
+    )
+
+
 class LimitSettings(FrozenModel):
     """Limits beyond which a router or an engine refuses requests."""
 
@@ -243,10 +272,11 @@ class SharedSettings(FrozenModel):
 
 
 class LaunchConfig(SharedSettings, EngineSettings):
-    """Describes one deployment of prefill and decode engines behind one router."""
+    """Describes one deployment of engines behind one router."""
 
     prefill: RoleSettings = RoleSettings()
     decode: RoleSettings = RoleSettings()
+    both: BothSettings = BothSettings()
     served_model_name: Annotated[str | None, Flag(panel=DEPLOYMENT)] = Field(
         None, min_length=1, description="Name in the API; the model's own name when unset."
     )
@@ -333,6 +363,19 @@ class LaunchConfig(SharedSettings, EngineSettings):
     def _can_tell_engines_apart(cls, value: tuple[RunningEngine, ...]) -> tuple[RunningEngine, ...]:
         return tuple(named(value))
 
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_pairs_out(cls, values: Any) -> Any:
+        """Start no pairs where ``both`` has engines and nobody says how many of a pair."""
+        try:
+            both = BothSettings.model_validate(values["both"])
+            pair = {name: RoleSettings.model_validate(values.get(name, {})) for name in PAIR}
+        except (LookupError, TypeError, ValidationError):
+            return values  # Not said, or wrong, of which the fields speak themselves.
+        if not both.replicas or any("replicas" in one.model_fields_set for one in pair.values()):
+            return values
+        return values | {name: one.model_copy(update={"replicas": 0}) for name, one in pair.items()}
+
     @model_validator(mode="after")
     def _has_a_key_for_each_door(self) -> Self:
         """Require keys that differ: each is for other people."""
@@ -351,7 +394,7 @@ class LaunchConfig(SharedSettings, EngineSettings):
     def _has_a_port_for_each_server(self) -> Self:
         # Found here, and not only when a process tries to listen.
         taken = {self.port: "port"} if self.port else {}
-        for role in get_args(Role):
+        for role in ROLES:
             field = {"field": f"{role}.port"}
             ports = self.role(role).ports()
             if ports and self.engine_api_key is None:
@@ -378,7 +421,8 @@ class LaunchConfig(SharedSettings, EngineSettings):
 
     def role(self, role: Role) -> RoleSettings:
         """Return the section of ``role``."""
-        return self.prefill if role == "prefill" else self.decode
+        section: RoleSettings = getattr(self, role)
+        return section
 
     def engine_settings(self, role: Role) -> EngineSettings:
         """Return the engine settings of ``role``, its overrides applied."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pdlaunch.config.models import LaunchConfig
+from pdlaunch.config.roles import ROLES
 from pdlaunch.config.settings import SECRET, all_settings, is_secret, split_path
 from pdlaunch.config.sources import LoadedConfig, Origin
 
@@ -26,9 +27,7 @@ def shown_values(loaded: LoadedConfig) -> list[ShownValue]:
     return [
         ShownValue(path, value, origin)
         for path, value, origin in _values(loaded)
-        if value is not None
-        or origin.kind != "default"
-        or not path.startswith(("prefill.", "decode."))
+        if value is not None or origin.kind != "default" or path.partition(".")[0] not in ROLES
     ]
 
 

@@ -47,6 +47,7 @@ from pdlaunch.protocol.control import (
 from pdlaunch.protocol.ids import EngineId
 from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.transfer.channel.handshake import RankIdentity, draw_engine_id
+from pdlaunch.transfer.connectors.no_connector import NoConnector
 from pdlaunch.transfer.connectors.opening import new_connector, rank_part
 from pdlaunch.transfer.sides import RankMemory, TransferSetup
 from pdlaunch.transfer.thread import TransferThread
@@ -252,7 +253,9 @@ class RankProcess:
                 total_kv_heads=runner.shape.num_kv_heads,
                 first_kv_head=runner.first_kv_head,
             ),
-            connector=new_connector(spec.kv_transfer, bootstrap.name, bootstrap.incarnation),
+            connector=new_connector(spec.kv_transfer, bootstrap.name, bootstrap.incarnation)
+            if spec.has_peers
+            else NoConnector(bootstrap.name),
             context=self._context,
             wake=self._wakeup.set,
             report=self._control.send,
@@ -261,7 +264,9 @@ class RankProcess:
         return rank_part(TransferThread, spec.kv_transfer)(setup)
 
     def _side_channel(self, transfer: TransferThread) -> str:
-        """Return the endpoint that peers are told."""
+        """Return the endpoint that peers are told; empty where there are none."""
+        if not self._spec.has_peers:
+            return ""
         port = transfer.endpoint.rpartition(":")[2]
         return f"tcp://{self._spec.advertise_address}:{port}"
 
@@ -302,7 +307,7 @@ class RankProcess:
         match message:
             case Registry():
                 self._registry = message
-                if self._transfer is not None:
+                if self._transfer is not None and self._spec.has_peers:
                     self._transfer.update_registry(message.entries)
             case Drain():
                 # The router and the server hold back new requests; a rank has nothing to refuse.

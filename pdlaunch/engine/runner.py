@@ -116,8 +116,8 @@ class ModelRunner:
         self.kv_memory = open_kv_memory(
             self._pools,
             self._device,
-            shared=spec.kv_transfer.maps_memory,
-            mapped_alone=spec.kv_transfer.only_maps_memory,
+            shared=spec.has_peers and spec.kv_transfer.maps_memory,
+            mapped_alone=spec.has_peers and spec.kv_transfer.only_maps_memory,
         )
         self.kv_cache = allocate_kv_cache(self.layout, self.num_blocks, dtype, self.kv_memory)
         self._latest = (

@@ -13,6 +13,7 @@ from pdlaunch.checks.registry import all_rules
 from pdlaunch.checks.rule import Rule
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.models import LaunchConfig
+from pdlaunch.config.roles import PAIR
 from pdlaunch.engines.native import light_environment, python_command
 from pdlaunch.protocol.control import Capabilities
 from pdlaunch.resolve.plan import ProcessSpec
@@ -123,6 +124,8 @@ class VllmEngine:
             yield "kv-cache-memory-bytes", settings.kv_cache_memory
         yield "shutdown-timeout", int(self._config.drain_timeout_s)
         yield "enable-prompt-tokens-details", True
+        if engines.role not in PAIR:
+            return
         yield (
             "kv-transfer-config",
             {

@@ -10,10 +10,10 @@ from typing import Literal
 
 import msgspec
 
+from pdlaunch.config.roles import Role
 from pdlaunch.protocol.ids import EngineId, PromptOrigin
 from pdlaunch.protocol.wire import Codec, Message
 
-Role = Literal["prefill", "decode"]
 ProcessKind = Literal["router", "server", "rank"]
 
 

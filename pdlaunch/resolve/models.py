@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
 
 from pdlaunch.config.model_files.aliases import is_on_hub, resolve_model
 from pdlaunch.config.model_files.fetch import Fetch
@@ -13,10 +12,9 @@ from pdlaunch.config.model_files.gguf import check_gguf
 from pdlaunch.config.model_files.hub import NotDownloadedError
 from pdlaunch.config.model_files.shape import ModelShape, read_model_shape
 from pdlaunch.config.model_files.weights import weight_files
-from pdlaunch.config.models import EngineName, LaunchConfig, Role
+from pdlaunch.config.models import EngineName, LaunchConfig
+from pdlaunch.config.roles import ROLES, Role
 from pdlaunch.errors import ConfigError, UnsupportedModelError
-
-ROLES: tuple[Role, ...] = get_args(Role)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-from pdlaunch.config.models import Role
+from pdlaunch.config.roles import Role
 
 _SECRET_WORDS = frozenset({"KEY", "APIKEY", "TOKEN", "SECRET", "PASSWORD"})
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.model_files.hub import not_cached
-from pdlaunch.config.models import LaunchConfig, Role
+from pdlaunch.config.models import LaunchConfig
+from pdlaunch.config.roles import PAIR, Role
 from pdlaunch.errors import ConfigError
 from pdlaunch.platform.facts import Machine
 from pdlaunch.platform.visible_gpus import VISIBLE_DEVICES
@@ -48,6 +49,11 @@ class ResolvedLaunch:
     def machine(self) -> Machine:
         """The machine that all engines run on."""
         return next(iter(self.machines.values()))
+
+    @property
+    def has_pair(self) -> bool:
+        """KV blocks go from prefill engines to decode engines."""
+        return self.roles.keys() >= set(PAIR)
 
     @property
     def conversions(self) -> tuple[str, ...]:
@@ -106,7 +112,7 @@ class ResolvedLaunch:
                 "there is no engine to start",
                 field="prefill.replicas",
                 value=0,
-                fix="set prefill.replicas and decode.replicas to 1 or more",
+                fix="set prefill.replicas and decode.replicas, or both.replicas, to 1 or more",
             )
         _require_one_kind(self.roles.values())
         for engines in self.roles.values():
@@ -177,7 +183,7 @@ def _require_one_kind(roles: Iterable[RoleEngines]) -> None:
     kinds = {engines.settings.engine: engines for engines in roles}
     if len(kinds) > 1:
         raise ConfigError(
-            "prefill and decode engines must be of one kind: engines of different kinds cannot "
+            "the engines of a launch must be of one kind: engines of different kinds cannot "
             "read each other's KV blocks",
             field="engine",
             value=", ".join(f"{engines.role}: {kind}" for kind, engines in kinds.items()),

@@ -9,13 +9,14 @@ from typing import Literal
 from pdlaunch.config.engine_spec import ENGINE_HOST
 from pdlaunch.config.field_types import set_paths
 from pdlaunch.config.model_files.shape import ModelShape
-from pdlaunch.config.models import EngineSettings, LaunchConfig, Role
+from pdlaunch.config.models import EngineSettings, LaunchConfig
+from pdlaunch.config.roles import PAIR, ROLES, Role
 from pdlaunch.config.sizes import parse_size
 from pdlaunch.platform.allocator_conf import read_allocator_conf
 from pdlaunch.platform.facts import Gpu, Machine
 from pdlaunch.platform.visible_gpus import VISIBLE_DEVICES, VisibleGpus, visible_gpus
 from pdlaunch.resolve.footprint import Footprint, make_footprint
-from pdlaunch.resolve.models import ROLES, Model
+from pdlaunch.resolve.models import Model
 from pdlaunch.resolve.vllm_environment import vllm_environment
 
 DeviceKind = Literal["cpu", "cuda"]
@@ -129,7 +130,8 @@ class RoleEngines:
         """Return the CUDA device of each rank of one engine, as the rank numbers them; empty on a
         CPU or without GPUs.
 
-        GPUs are dealt out in turn over the ranks of all engines that see the same, prefill first.
+        GPUs are dealt out in turn over the ranks of all engines that see the same, in the order of
+        ``ROLES``.
         """
         num_gpus = len(self.gpus)
         if self.device == "cpu" or not num_gpus:
@@ -245,12 +247,15 @@ def _resolve(
             kv_cache_bytes=kv_cache_bytes,
         ),
         given_environ=given_environ,
-        environment=_environment(config, settings, device, machine, given_environ, num_threads),
+        environment=_environment(
+            config, role, settings, device, machine, given_environ, num_threads
+        ),
     )
 
 
 def _environment(
     config: LaunchConfig,
+    role: Role,
     settings: EngineSettings,
     device: DeviceKind,
     machine: Machine,
@@ -269,6 +274,8 @@ def _environment(
     if settings.engine == "vllm":
         cache_bytes = settings.kv_cache_memory or CPU_KV_CACHE_BYTES
         return common | vllm_environment(device, cache_bytes) | settings.env
+    if role not in PAIR:
+        return common | settings.env
     # NIXL refuses a UCX_TLS without CUDA on a host with GPUs, even to a rank on the CPU that sees
     # none.
     of_host: DeviceKind = "cuda" if machine.gpus or machine.has_hidden_gpus else device

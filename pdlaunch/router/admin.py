@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 import msgspec
 from aiohttp import hdrs, web
 
+from pdlaunch.config.roles import Role
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.app import AppRoute, request_id_of
 from pdlaunch.http.errors import error_body
 from pdlaunch.http.headers import REQUEST_ID_HEADER
 from pdlaunch.http.openapi import Operation
-from pdlaunch.protocol.control import Restart, Restarting, Role
+from pdlaunch.protocol.control import Restart, Restarting
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import EngineFailure
 from pdlaunch.router.state import RouterState

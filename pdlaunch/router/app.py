@@ -292,7 +292,9 @@ class RouterApp:
             id=name,
             created=self._started,
             root=name,
-            max_model_len=pool.max_model_len("decode") or pool.max_model_len("prefill"),
+            max_model_len=pool.max_model_len("decode")
+            or pool.max_model_len("both")
+            or pool.max_model_len("prefill"),
         )
         others = {
             card.id: card

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import msgspec
 
-from pdlaunch.protocol.control import Capabilities, Role
+from pdlaunch.config.roles import Role
+from pdlaunch.protocol.control import Capabilities
 from pdlaunch.protocol.ids import EngineId, LeaseId
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.openai.responses import ModelCard

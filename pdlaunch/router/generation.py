@@ -123,7 +123,8 @@ class Generation:
             else:
                 await self._begin_answer(handover)
                 return
-        self._state.metrics.fell_back()
+        if self._state.pool.has_pairs:
+            self._state.metrics.fell_back()
 
     async def _ask_prefill(self, engine: Engine, told_early: Engine | None) -> Handover:
         prompt = self._prompt

@@ -21,6 +21,7 @@ from typing import Literal
 
 from pdlaunch import __version__
 from pdlaunch.config.external import is_allowed
+from pdlaunch.config.roles import Role
 from pdlaunch.errors import ProtocolError, RequestError
 from pdlaunch.protocol.control import (
     Address,
@@ -30,7 +31,6 @@ from pdlaunch.protocol.control import (
     PairReady,
     PairSuspect,
     Registry,
-    Role,
 )
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.membership import AnnouncedMembership

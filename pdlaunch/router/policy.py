@@ -11,7 +11,8 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from pdlaunch.protocol.control import Capabilities, PairReady, Role
+from pdlaunch.config.roles import Role
+from pdlaunch.protocol.control import Capabilities, PairReady
 from pdlaunch.router.engine import Engine, EngineKey
 
 Hop = Literal["prefill", "decode"]
@@ -102,8 +103,9 @@ class Policy(Protocol):
 class LeastWork:
     """Gives each hop to the ready engine of its role with the least outstanding work.
 
-    Work is prompt tokens for prefill and active streams for decode. A role is a preference: where
-    nobody else is left, any engine serves. An engine that failed a moment ago is the last choice.
+    Work is prompt tokens for prefill and active streams for decode. Pairs come first; where none
+    can take a prompt, an engine of both roles does all of it. A role is a preference: where nobody
+    else is left, any engine serves. An engine that failed a moment ago is the last choice.
     """
 
     def choose(
@@ -185,7 +187,7 @@ def _serve_alone(
     pairs: Sequence[PairReady],
     now_at: float,
 ) -> Route:
-    role: Role = "prefill" if request.max_tokens == 1 else "decode"
+    role = _role_alone(request, engines)
     prefill = next((engine for engine in engines if engine.name == request.prefill), None)
     if prefill is not None and prefill.capabilities.needs_proof:
         able = [engine for engine in engines if may_pull(engine, prefill, pairs)]
@@ -199,6 +201,22 @@ def _serve_alone(
         return Route(reason="no engine is ready")
     reason = "least work" if engine.role == role else f"no {role} engine is ready"
     return Route(decode=engine, reason=reason)
+
+
+def _role_alone(request: RoutingRequest, engines: Sequence[Engine]) -> Role:
+    """Return the role of engines that are best for all that is left of a request."""
+    if request.max_tokens == 1:
+        return "prefill"
+    if request.prefill:
+        return "decode"
+    has_both = any(
+        engine.role == "both"
+        and engine.ready
+        and engine.key not in request.tried
+        and covers(engine.capabilities, request.needs)
+        for engine in engines
+    )
+    return "both" if has_both else "decode"
 
 
 def _told_early(
@@ -216,7 +234,7 @@ def _told_early(
     return least_work(engines, "decode", now_at, strict=True, needs=waits)
 
 
-def _rank(engine: Engine, role: Role, now_at: float) -> tuple[bool, bool, int, int, int]:
+def _rank(engine: Engine, role: Role, now_at: float) -> tuple[bool, int, int, int, int]:
     """Return a key whose smallest value is best; engines of equal work take turns."""
     work = (
         (engine.num_prompt_tokens, engine.num_streams)
@@ -224,4 +242,9 @@ def _rank(engine: Engine, role: Role, now_at: float) -> tuple[bool, bool, int, i
         else (engine.num_streams, engine.num_prompt_tokens)
     )
     # A recent failure outweighs a wrong role: any engine can do the work of the other role.
-    return (engine.avoid_until_at > now_at, engine.role != role, *work, engine.num_picks)
+    return (engine.avoid_until_at > now_at, _distance(engine, role), *work, engine.num_picks)
+
+
+def _distance(engine: Engine, role: Role) -> int:
+    """Return 0 for an engine of the role; of others, those of both roles are next."""
+    return 0 if engine.role == role else 1 if engine.role == "both" else 2

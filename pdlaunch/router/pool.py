@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
-from pdlaunch.protocol.control import Entry, ListedState, PairReady, Registry, Role
+from pdlaunch.config.roles import PAIR, Role
+from pdlaunch.protocol.control import Entry, ListedState, PairReady, Registry
 from pdlaunch.router.engine import Engine, Lender
 from pdlaunch.router.policy import (
     NO_NEEDS,
@@ -96,6 +97,11 @@ class EnginePool:
             if engine is not None:
                 engine.num_picks += 1
         return route
+
+    @property
+    def has_pairs(self) -> bool:
+        """Tell whether there are prefill and decode engines, ready or not."""
+        return {engine.role for engine in self._engines.values()} >= set(PAIR)
 
     def has_ready(self, role: Role, needs: Collection[Need] = NO_NEEDS) -> bool:
         """Tell whether some engine of this role can be given work."""

@@ -52,8 +52,10 @@ class GenerateHandler:
             deadline = self._service.deadlines.start()
             async with deadline.guard():
                 request, prompts = await self._read_completion(http, ticket)
-            model = self._service.model
-            prepared = prepare(call, request, prompts, model, prompt_param="prompt")
+            model, has_peers = self._service.model, self._service.spec.has_peers
+            prepared = prepare(
+                call, request, prompts, model, prompt_param="prompt", has_peers=has_peers
+            )
             renderer = CompletionRenderer(
                 request, call.hop_id, model.name, model.tokenizer, prompts
             )
@@ -65,8 +67,10 @@ class GenerateHandler:
             deadline = self._service.deadlines.start()
             async with deadline.guard():
                 request, prompt = await self._read_chat(http, ticket)
-            model = self._service.model
-            prepared = prepare(call, request, [prompt], model, prompt_param="messages")
+            model, has_peers = self._service.model, self._service.spec.has_peers
+            prepared = prepare(
+                call, request, [prompt], model, prompt_param="messages", has_peers=has_peers
+            )
             renderer = ChatRenderer(request, call.hop_id, model.name, model.tokenizer, [prompt])
             return await self._run(http, call, prepared, renderer, deadline)
 

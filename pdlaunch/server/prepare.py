@@ -77,9 +77,19 @@ def prepare(
     model: ServedModel,
     *,
     prompt_param: str,
+    has_peers: bool,
 ) -> Prepared:
-    """Split a request into choices. Raises RequestError."""
+    """Split a request into choices. Raises RequestError.
+
+    ``has_peers``: the engine exchanges KV blocks with others.
+    """
     transfer = request.kv_transfer()
+    if not has_peers and (transfer.do_remote_decode or transfer.remote_kv is not None):
+        raise RequestError(
+            "this engine computes prompts and tokens itself: it hands no KV blocks over and pulls "
+            "none",
+            param="kv_transfer_params",
+        )
     known = _known(request, transfer)
     if (known is not None or transfer.remote_kv is not None or transfer.do_remote_decode) and len(
         prompts

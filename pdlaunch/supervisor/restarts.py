@@ -14,8 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pdlaunch.config.models import Role
-from pdlaunch.resolve.models import ROLES
+from pdlaunch.config.roles import ROLES, Role
 from pdlaunch.resolve.plan import Plan
 from pdlaunch.supervisor.instance import Instance
 
@@ -121,21 +120,32 @@ class GivenUp:
         self._num_times.pop(engine, None)
 
     def left_of(self, role: Role | None) -> list[str]:
-        """Return the other engines of a role that serve; the router has no role and none."""
-        return (
-            []
-            if role is None
-            else [engine for engine in self._engines[role] if engine not in self._why]
-        )
+        """Return the engines that can do the work of a role and serve; the router has no role and
+        none.
+
+        Engines of both roles can do all work, and so can a pair.
+        """
+        if role is None:
+            return []
+        serving = {
+            each: [engine for engine in engines if engine not in self._why]
+            for each, engines in self._engines.items()
+        }
+        if serving[role]:
+            return serving[role]
+        pair = serving["prefill"] + serving["decode"]
+        is_whole = bool(serving["prefill"] and serving["decode"])
+        return serving["both"] or (pair if is_whole else [])
 
     def details(self, last: Instance) -> list[str]:
-        """Return lines that tell what became of the other engines of a role, once ``last`` is gone
-        too.
+        """Return lines that tell what became of other engines that could have done its work, once
+        ``last`` is gone too.
         """
-        role = last.spec.role
-        others = (
-            [engine for engine in self._engines[role] if engine != last.spec.engine]
-            if role is not None
-            else []
-        )
-        return [f"  before that, {self._why[engine]}" for engine in others]
+        others = [] if last.spec.role is None else self._engines[last.spec.role]
+        if self._engines["both"]:
+            others = [engine for engines in self._engines.values() for engine in engines]
+        return [
+            f"  before that, {self._why[engine]}"
+            for engine in others
+            if engine != last.spec.engine and engine in self._why
+        ]

@@ -135,11 +135,8 @@ async def make_cases(options: SoakOptions) -> list[Case]:
     Raises PdlaunchError when it does not answer.
     """
     admin = admin_api(options.url)
-    name = next(
-        engine["name"]
-        for engine in await asyncio.to_thread(engines_of, admin)
-        if engine["role"] == "decode"
-    )
+    engines = await asyncio.to_thread(engines_of, admin)
+    name = next(engine["name"] for engine in engines if engine["role"] in ("decode", "both"))
     source = random.Random(options.seed)
     prefixes = [_tokens(source, options, options.longest_prompt_tokens) for _ in range(3)]
     bodies = [_random_body(source, options, prefixes) for _ in range(options.num_cases)]

@@ -116,6 +116,18 @@ CASES: dict[str, Case] = {
         [on(CPU, paths=("/models/a", "/models/b"))],
         [on(CPU, paths=("/models/a", "/models/x/../a"))],
     ),
+    "PD316": Case(
+        [
+            on(CPU, prefill__replicas=1, both__replicas=1, shapes=(SHAPE, SMALL_SHAPE)),
+            on(CPU, prefill__replicas=1, both__replicas=1, paths=("/models/a", "/models/b")),
+            on(CPU, prefill__replicas=1, both__replicas=1, both__load_format="dummy"),
+        ],
+        [
+            on(CPU, prefill__replicas=1, both__replicas=1),
+            on(CPU, both__replicas=1, shapes=(SHAPE, SMALL_SHAPE)),
+            on(CPU, both__replicas=0, shapes=(SHAPE, SMALL_SHAPE)),
+        ],
+    ),
     "PD303": Case(
         [on(CPU, prefill__dtype="float32"), on(GPU, decode__dtype="float16")],
         [on(GPU, decode__dtype="bfloat16"), on(CPU, dtype="float32")],

@@ -135,6 +135,7 @@ def on(
         {
             "prefill": Model("a", paths[0], prefill, error=model_error),
             "decode": Model("a", paths[1], decode, error=model_error),
+            "both": Model("a", paths[1], decode, error=model_error),
         },
     )
     names = ("ports", "nixl", "connector_errors", "folder_problems", "weight_errors")

@@ -13,12 +13,18 @@ CASES = [
     Case(
         "PD101",
         Setup("prefill: {replicas: 0}\ndecode: {replicas: 0}\n"),
-        {"Set prefill.replicas and decode.replicas to 1 or more": PLAIN},
+        {
+            "Set prefill.replicas and decode.replicas": PLAIN,
+            "or both.replicas, to 1 or more": Setup("both: {replicas: 1}\n"),
+        },
     ),
     Case(
         "PD102",
         Setup(flags=("--decode", "0")),
-        {"Give both roles at least one engine": Setup(flags=("--decode", "1"))},
+        {
+            "Give both roles at least one engine": Setup(flags=("--decode", "1")),
+            "or neither, and `both` some": Setup(flags=("--both", "1")),
+        },
     ),
     Case(
         "PD103",

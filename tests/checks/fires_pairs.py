@@ -27,6 +27,16 @@ CASES = [
         },
     ),
     Case(
+        "PD316",
+        Setup("prefill: {replicas: 1}\nboth: {replicas: 1, model: tiny-deep}\n"),
+        {
+            "Set model and load_format once, at the top level": Setup(
+                "prefill: {replicas: 1}\nboth: {replicas: 1}\nload_format: dummy\n",
+                model="tiny-deep",
+            )
+        },
+    ),
+    Case(
         "PD303",
         Setup("decode: {dtype: bfloat16}\n"),
         {"Set dtype once, at the top level": Setup("dtype: bfloat16\n")},

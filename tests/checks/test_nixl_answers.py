@@ -90,6 +90,7 @@ def test_serve_asks_where_the_user_has_set_variables(variables, sets):
         {"kv_transfer__nixl__path": "p2p"},
         {"kv_transfer__connector": "mooncake"},
         {"decode__replicas": 0},
+        {"both__replicas": 2},
     ],
 )
 def test_nobody_is_asked_without_ucx(config):

@@ -15,7 +15,7 @@ from pdlaunch.checks.nixl_answers import NixlAnswer
 from pdlaunch.checks.rule import Finding
 from pdlaunch.cli import preflight
 from pdlaunch.cli.preflight import judge_pairs, refuse_errors
-from pdlaunch.config.models import Role
+from pdlaunch.config.roles import Role
 from pdlaunch.config.sources import LoadedConfig, load_config
 from pdlaunch.platform.facts import Gpu, Machine
 from pdlaunch.platform.gpu_links import BusPair, GpuLink

@@ -392,3 +392,34 @@ def test_a_flag_and_a_variable_are_named_once(flags, environ, said):
     with pytest.raises(ConfigError) as raised:
         load_config(None, environ, flags)
     assert str(raised.value).startswith(f"{said}: ")
+
+
+class TestBothRoles:
+    """Engines of both roles alone leave pairs out."""
+
+    @staticmethod
+    def counts(loaded: LoadedConfig) -> tuple[int, int, int]:
+        config = loaded.config
+        return config.prefill.replicas, config.decode.replicas, config.both.replicas
+
+    def test_no_pair_is_started_unless_somebody_says_how_many(self, file):
+        assert self.counts(load()) == (1, 1, 0)
+        assert self.counts(load(both__replicas=2)) == (0, 0, 2)
+        assert self.counts(load(environ={"PDLAUNCH_BOTH": "2"})) == (0, 0, 2)
+        assert self.counts(load(file("both: {replicas: 2}\nprefill: {block_size: 8}"))) == (0, 0, 2)
+
+    def test_a_number_from_anywhere_puts_them_beside_pairs(self, file):
+        assert self.counts(load(both__replicas=1, decode__replicas=2)) == (1, 2, 1)
+        in_file = file("prefill: {replicas: 3}")
+        assert self.counts(load(in_file, both__replicas=1)) == (3, 1, 1)
+        assert self.counts(load(environ={"PDLAUNCH_DECODE": "1"}, both__replicas=1)) == (1, 1, 1)
+
+    def test_settings_without_a_number_start_none(self, file):
+        loaded = load(file("both: {max_model_len: 100}"))
+        assert self.counts(loaded) == (1, 1, 0)
+        assert loaded.config.engine_settings("both").max_model_len == 100
+
+    def test_a_wrong_number_is_named(self):
+        assert only(problems(both__replicas=-1)).field == "both.replicas"
+        assert only(problems(both__replicas="two")).field == "both.replicas"
+        assert only(problems(both="two")).field == "both"

@@ -50,3 +50,29 @@ def test_an_engine_verifies_as_the_settings_say(tmp_path: Path, verify: bool) ->
 
 def test_every_rule_says_something_of_native_engines() -> None:
     assert [rule.code for rule in NativeEngine().rules()] == list(all_rules())
+
+
+def test_engines_of_both_roles_prove_no_pair_and_await_no_lease(tmp_path: Path) -> None:
+    launch = resolved(tmp_path, both={"replicas": 2}, kv_transfer={"connector": "nixl"})
+    kind, planned = kind_of(launch), plan_processes(launch)
+    assert [p.name for p in planned.processes] == [
+        "both-0/rank-0",
+        "both-1/rank-0",
+        "both-0",
+        "both-1",
+        "router",
+    ]
+    assert not any(kind.proves_pairs(p) for p in planned.processes)
+    capabilities = kind.capabilities(launch.engine_specs()["both-1"])
+    assert capabilities.resumes
+    assert not capabilities.awaits_lease
+
+
+def test_a_rank_without_peers_has_no_variables_of_a_connector(tmp_path: Path) -> None:
+    launch = resolved(tmp_path, both={"replicas": 1}, prefill={"replicas": 1})
+    with_ucx = {
+        role: sorted(name for name in engines.environment if name.startswith(("UCX", "NIXL")))
+        for role, engines in launch.roles.items()
+    }
+    assert with_ucx["both"] == []
+    assert with_ucx["prefill"] == with_ucx["decode"] != []

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from pdlaunch.config.models import LaunchConfig
+from pdlaunch.config.roles import ROLES
 from pdlaunch.engines.plan import plan_processes
 from pdlaunch.errors import ConfigError
 from pdlaunch.platform.facts import Gpu, Machine
@@ -26,7 +27,7 @@ def resolved(
 ) -> ResolvedLaunch:
     """Resolve with models that are yet to be converted: no file is read."""
     pending = Model("smollm2", "/cache", pending="smollm2 is converted at the first start")
-    models = {"prefill": pending, "decode": pending}
+    models = dict.fromkeys(ROLES, pending)
     return resolve(config, {"localhost": machine}, environ or {}, models)
 
 
@@ -153,3 +154,21 @@ def test_what_cannot_be_placed_is_a_config_error(
         resolved(config(**values), machine).require_startable()
     assert raised.value.field == field
     assert raised.value.fix
+
+
+def test_engines_of_both_roles_get_gpus_after_those_of_pairs() -> None:
+    one_each = {"prefill": {"replicas": 1}, "both": {"replicas": 2}}
+    planned = plan(config(**one_each), FOUR_GPUS)
+    assert {p.name: p.devices for p in planned.processes if p.kind == "rank"} == {
+        "prefill-0/rank-0": ("cuda:0",),
+        "decode-0/rank-0": ("cuda:1",),
+        "both-0/rank-0": ("cuda:2",),
+        "both-1/rank-0": ("cuda:3",),
+    }
+    alone = plan(config(both={"replicas": 2, "tensor_parallel_size": 2}), FOUR_GPUS)
+    assert [p.devices for p in alone.processes if p.kind == "rank"] == [
+        ("cuda:0",),
+        ("cuda:1",),
+        ("cuda:2",),
+        ("cuda:3",),
+    ]

@@ -76,3 +76,13 @@ def test_kinds_are_not_mixed() -> None:
     with pytest.raises(ConfigError, match="one kind") as caught:
         resolved(config(decode={"engine": "vllm"}), CPU).require_startable()
     assert caught.value.field == "engine"
+
+
+def test_engines_of_both_roles_have_no_connector() -> None:
+    launch = resolved(config(engine="vllm", both={"replicas": 2, "tensor_parallel_size": 2}), CPU)
+    planned = plan_processes(launch)
+    assert [p.name for p in planned.processes] == ["both-0", "both-1", "router"]
+    assert not any(kind_of(launch).proves_pairs(p) for p in planned.processes)
+    command = commands(planned)["both-1"]
+    assert value_of(command, "--tensor-parallel-size") == "2"
+    assert "--kv-transfer-config" not in command

@@ -11,9 +11,10 @@ import msgspec
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 
+from pdlaunch.config.roles import Role
 from pdlaunch.http.ignored_fields import IGNORED_FIELDS_HEADER
 from pdlaunch.observe.metrics import render_metrics
-from pdlaunch.protocol.control import Address, Capabilities, Entry, ListedState, Role
+from pdlaunch.protocol.control import Address, Capabilities, Entry, ListedState
 from pdlaunch.server.metrics import ServerMetrics
 from tests.router.fake_generation import Job, Seen
 

@@ -15,7 +15,7 @@ import pytest
 from pdlaunch.router import app
 from pdlaunch.router.generation import Generation
 from tests.router.conftest import SPEC, Stand, pair, pairs
-from tests.router.fake_engine import until
+from tests.router.fake_engine import FakeEngine, until
 from tests.router.fake_generation import expected_tokens
 from tests.router.test_life_of_a_request import (
     CHAT,
@@ -72,6 +72,52 @@ async def test_without_decode_engines_prefill_does_all(stand: Stand) -> None:
     stand.publish(without=["decode-0"])
     answer = await stand.post(completion())
     assert answer.texts() == {0: expected_text("hello", 6)}
+
+
+@pytest.mark.parametrize("why", ["prefill is busy", "prefill fails", "decode is not there"])
+async def test_without_a_pair_an_engine_of_both_roles_does_all(stand: Stand, why: str) -> None:
+    prefill, decode = pair()
+    both = FakeEngine("both-0", "both")
+    prefill.status = {"prefill is busy": 429, "prefill fails": 500}.get(why)
+    await stand.start([prefill, decode, both])
+    if why == "decode is not there":
+        stand.publish(without=["decode-0"])
+    answer = await stand.post(completion(stream=True))
+    assert answer.texts() == {0: expected_text("hello", 6)}
+    assert "kv_transfer_params" not in both.seen[0].body
+    assert not decode.seen
+    assert stand.metric("pdlaunch_router_fallbacks_total") == (why != "decode is not there")
+
+
+async def test_a_pair_that_serves_leaves_engines_of_both_roles_alone(stand: Stand) -> None:
+    both = FakeEngine("both-0", "both")
+    await stand.start([*pair(), both])
+    for _ in range(3):
+        assert (await stand.post(completion())).texts() == {0: expected_text("hello", 6)}
+    assert not both.seen
+
+
+async def test_a_busy_decode_engine_leaves_the_rest_to_one_of_both_roles(stand: Stand) -> None:
+    prefill, decode = pair()
+    both = FakeEngine("both-0", "both")
+    decode.status = 429
+    await stand.start([prefill, decode, both])
+    answer = await stand.post(completion(stream=True))
+    assert answer.texts() == {0: expected_text("hello", 6)}
+    assert both.seen[0].body["kv_transfer_params"]["do_remote_prefill"] is False, "no blocks"
+
+
+async def test_engines_of_both_roles_alone(stand: Stand) -> None:
+    """A stream goes on at the other one, and nothing counts as a fallback."""
+    first, second = FakeEngine("both-0", "both"), FakeEngine("both-1", "both")
+    await stand.start([first, second])
+    stand.die_after(first, 3, num_told=3)
+    answer = await stand.post(completion(stream=True))
+    assert answer.texts() == {0: expected_text("hello", 6)}
+    assert len(second.seen[0].body["resume"]) > 0
+    assert stand.metric("pdlaunch_router_migrations_total") == 1
+    assert stand.metric("pdlaunch_router_fallbacks_total") == 0
+    assert (await stand.session.get("/v1/models")).status == 200
 
 
 @pytest.mark.parametrize("how", ["gone", "status", "breaks"])

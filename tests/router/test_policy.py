@@ -73,10 +73,39 @@ def test_without_a_pair_the_reason_says_what_is_missing() -> None:
     assert str(choose(prompt(hop="decode"), [])) == "no engine: no engine is ready"
 
 
+def test_pairs_come_first_then_engines_of_both_roles() -> None:
+    prefill, decode, both = engine("prefill-0"), engine("decode-0"), engine("both-0")
+    route = choose(prompt(), [both, prefill, decode])
+    assert (route.prefill, route.decode) == (prefill, decode)
+    whole = prompt(hop="decode")
+    alone = choose(whole, [prefill, decode, both])
+    assert (alone.decode, alone.reason) == (both, "least work")
+    # One that is not there, or has failed this prompt, leaves it to the others.
+    assert choose(whole, [prefill, decode]).decode is decode
+    tried = prompt(hop="decode", tried=frozenset({both.key}))
+    assert choose(tried, [prefill, decode, both]).decode is decode
+
+
+def test_what_prefill_has_computed_goes_to_decode_before_engines_of_both_roles() -> None:
+    prefill, decode, both = engine("prefill-0"), engine("decode-0"), engine("both-0")
+    computed = prompt(hop="decode", prefill="prefill-0")
+    assert choose(computed, [both, prefill, decode]).decode is decode
+    assert choose(computed, [both, prefill]).decode is both
+    first_token = prompt(hop="decode", max_tokens=1)
+    assert choose(first_token, [both, decode, prefill]).decode is prefill
+    assert choose(first_token, [decode, both]).decode is both
+
+
+def test_engines_of_both_roles_share_the_requests_by_their_work() -> None:
+    busy, free = engine("both-0", num_streams=2), engine("both-1", num_streams=1)
+    assert choose(prompt(), [busy, free]).prefill is None
+    assert choose(prompt(hop="decode"), [busy, free]).decode is free
+
+
 ENGINES = st.lists(
     st.builds(
         engine,
-        st.sampled_from(["prefill-0", "prefill-1", "decode-0", "decode-1"]),
+        st.sampled_from(["prefill-0", "prefill-1", "decode-0", "decode-1", "both-0"]),
         ready=st.booleans(),
         num_prompt_tokens=st.integers(0, 3),
         num_streams=st.integers(0, 3),

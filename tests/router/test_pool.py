@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdlaunch.protocol.control import Address, Capabilities, Entry, Registry, Role
+from pdlaunch.config.roles import Role
+from pdlaunch.protocol.control import Address, Capabilities, Entry, Registry
 from pdlaunch.router.engine import Engine, EngineKey
 from pdlaunch.router.policy import NO_NEEDS, Need, least_work
 from pdlaunch.router.pool import BACKOFF_S, MAX_BACKOFF_S, EnginePool

@@ -214,3 +214,18 @@ async def test_a_lease_can_be_released(engine: Engine, rank: FakeRank, by: str):
     assert [abort.request_id for abort in await rank.wait_for(AbortRequest)] == [remote_id]
     _, released, _ = await engine.post("/pdlaunch/release", {"request_id": "other"})
     assert released == {"released": False}
+
+
+async def test_an_engine_of_both_roles_refuses_blocks_and_takes_first_tokens(make_engine):
+    both = await make_engine(name="both-0", role="both")
+    params = (await prefill(await make_engine()))["kv_transfer_params"]
+    for path, fields in (("/v1/completions", {}), (CHAT, {"messages": HELLO})):
+        for asked in (REMOTE_DECODE, params):
+            status, error = await both.refusal(
+                path, max_tokens=1, kv_transfer_params=asked, **fields
+            )
+            assert (status, error["param"]) == (400, "kv_transfer_params")
+            assert "pulls none" in error["message"]
+    only_tokens = {"do_remote_prefill": False, "do_remote_decode": False}
+    continued = only_tokens | {"pdlaunch": params["pdlaunch"] | {"first_token_sent": True}}
+    assert (await both.complete(max_tokens=5, kv_transfer_params=continued))["choices"]

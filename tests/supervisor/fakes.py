@@ -36,10 +36,16 @@ from pdlaunch.supervisor.supervisor import Supervisor, Timing
 
 
 def make_plan(
-    *, num_prefill: int = 1, num_decode: int = 1, tp_size: int = 1, conversions: int = 0
+    *,
+    num_prefill: int = 1,
+    num_decode: int = 1,
+    num_both: int = 0,
+    tp_size: int = 1,
+    conversions: int = 0,
 ) -> Plan:
     processes = []
-    for role, num_engines in (("prefill", num_prefill), ("decode", num_decode)):
+    counts = {"prefill": num_prefill, "decode": num_decode, "both": num_both}
+    for role, num_engines in counts.items():
         for index in range(num_engines):
             engine = f"{role}-{index}"
             where = {"engine": engine, "role": role, "tp_size": tp_size}

@@ -100,6 +100,21 @@ def test_the_launch_ends_with_the_last_engine_of_a_role_and_tells_of_the_others(
     ]
 
 
+def test_engines_of_both_roles_serve_on_without_a_pair_and_the_pair_without_them() -> None:
+    for lost, left in (("decode-0", "both-0"), ("both-0", "prefill-0, decode-0")):
+        world = World(make_plan(num_both=1)).start().all_ready()
+        crash_loop(world, lost)
+        world.exit(f"{lost}/rank-0", -9)
+        assert world.supervisor.failure is None
+        assert world.observer.notes[-1].endswith(f"tried again in 60 s, {left} serves on")
+    crash_loop(world, "decode-0")
+    failure = world.supervisor.failure
+    assert failure is not None, "a prefill engine alone is no pair"
+    assert list(failure.details) == [
+        "  before that, both-0 died 5 times in a row, each within 60 s of its start: disk full"
+    ]
+
+
 def test_it_is_tried_again_and_serves_as_if_nothing_had_been() -> None:
     world = World(make_plan(num_decode=2)).start().all_ready()
     give_up(world)

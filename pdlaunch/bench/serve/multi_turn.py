@@ -205,7 +205,10 @@ async def _counted(
     )
 
     def is_complete(counters: EngineCounters) -> bool:
-        queries = counters.since(before).of_role("prefill", "prefix_cache_queries")
-        return queries is None or queries >= num_prompt_tokens
+        counted = counters.since(before)
+        # A decode engine is asked too, for prompts that prefill has computed.
+        of_roles = [counted.of_role(role, "prefix_cache_queries") for role in ("prefill", "both")]
+        queries = [number for number in of_roles if number is not None]
+        return not queries or sum(queries) >= num_prompt_tokens
 
     return (await counters_when(target.session, is_complete)).since(before)

@@ -14,7 +14,7 @@ from pdlaunch.bench.transfer.bare import BareKind, Part, parts_of
 from pdlaunch.bench.transfer.rank import Process, PullTimes, RankOptions, run_rank
 from pdlaunch.bench.transfer.shape import BenchShape
 from pdlaunch.config.kv_transfer import KVTransferSettings
-from pdlaunch.config.models import Role
+from pdlaunch.config.roles import Role
 from pdlaunch.protocol.ids import EngineId, LeaseId, PullId, RequestId
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.sockets import new_launch_keys

@@ -20,7 +20,7 @@ from pdlaunch.bench.transfer.bare import BareKind, Part
 from pdlaunch.bench.transfer.shape import BenchShape
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.kv_transfer import KVTransferSettings
-from pdlaunch.config.models import Role
+from pdlaunch.config.roles import Role
 from pdlaunch.errors import TransferError
 from pdlaunch.memory.cumem_pools import open_memory_pools
 from pdlaunch.memory.kv_memories import open_kv_memory

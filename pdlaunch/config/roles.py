@@ -1,0 +1,11 @@
+"""Names the roles of engines."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Role = Literal["prefill", "decode", "both"]
+"""``prefill`` hands a prompt's KV blocks to ``decode``; ``both`` does a request alone."""
+ROLES: tuple[Role, ...] = get_args(Role)
+PAIR: tuple[Role, Role] = ("prefill", "decode")
+"""The roles whose engines exchange KV blocks."""

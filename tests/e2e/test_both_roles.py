@@ -1,0 +1,112 @@
+"""Engines of both roles without any pair: with real processes and a tiny model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pdlaunch.bench.serve.sweep import BenchOptions, bench_serve
+from pdlaunch.client.api import Api
+from pdlaunch.client.deployment import Deployment, running_deployment
+from pdlaunch.client.smoke import engines_of, smoke
+from tests.e2e.api import complete, streamed
+from tests.e2e.conftest import clean_environ
+from tests.e2e.faults import tracebacks
+from tests.e2e.tiny_models import greedy, make_tiny_model
+from tests.e2e.waiting import await_true
+
+PROMPTS = [list(range(start, start + 40)) for start in range(20, 28)]
+NUM_TOKENS = 400
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model("llama", tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_model: Path) -> list[list[int]]:
+    return greedy(tiny_model, PROMPTS, NUM_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def deployment(tiny_model: Path) -> Iterator[Deployment]:
+    arguments = ("--both", "2", "--model", str(tiny_model), "--kv-cache-memory", "32MiB")
+    with running_deployment(arguments, environ=clean_environ()) as deployment:
+        yield deployment
+
+
+def test_two_engines_share_the_requests_and_load_no_connector(
+    deployment: Deployment, expected: list[list[int]]
+) -> None:
+    assert set(deployment.processes()) == {
+        "router", "both-0", "both-1", "both-0/rank-0", "both-1/rank-0"
+    }  # fmt: skip
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda prompt: complete(deployment.url, prompt, 16), PROMPTS)
+    assert list(found) == [answer[:16] for answer in expected]
+    page = Api(deployment.url).get("/metrics")[1]
+    served = [line for line in page.splitlines() if line.startswith("pdlaunch_router_fallbacks_t")]
+    assert served == ["pdlaunch_router_fallbacks_total 0.0"], "nothing else was wanted"
+    for name, process in deployment.processes().items():
+        mapped = [each.path for each in process.memory_maps() if "rank" in name]
+        assert not [path for path in mapped if "nixl" in path or "libuc" in path]
+    assert "2 both" in deployment.output()
+    labels = [line.split()[:1] for line in deployment.output().splitlines()]
+    assert ["topology"] in labels
+    assert ["connector"] not in labels
+
+
+def test_smoke_passes(deployment: Deployment) -> None:
+    checks = smoke(deployment.url, exact=True)
+    assert [check for check in checks if check.failure is not None] == []
+    names = {check.name for check in checks}
+    assert "the router equals one engine alone, prompt 0" in names
+    assert "both-1 equals one engine alone, prompt 0" in names
+    assert "KV bytes moved from prefill to decode" not in names
+
+
+async def test_bench_serve_runs_a_closed_loop(deployment: Deployment) -> None:
+    options = BenchOptions(
+        url=deployment.url,
+        input_tokens=(20,),
+        output_tokens=4,
+        concurrencies=(2,),
+        num_requests=4,
+        max_token_id=200,
+    )
+    (row,) = [row async for row in bench_serve(options, lambda _: None)]
+    assert (row.num_requests, row.errors) == (4, [])
+    assert row.ttft_ms_median is not None
+    assert row.tpot_ms_median is not None
+
+
+def test_a_killed_rank_loses_no_request(deployment: Deployment, expected: list[list[int]]) -> None:
+    """Streams of the dead engine go on at the other one, token by token."""
+
+    def read(prompt: list[int]) -> list[int]:
+        with streamed(deployment.url, prompt, NUM_TOKENS) as token_ids:
+            return list(token_ids)
+
+    def streams() -> dict[str, int]:
+        return {each["name"]: each["streams"] for each in engines_of(Api(deployment.url))}
+
+    before = deployment.processes()
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        answers = [pool.submit(read, prompt) for prompt in PROMPTS]
+        await_true(lambda: streams() == {"both-0": 4, "both-1": 4}, "streams at both engines")
+        time.sleep(0.3)
+        before["both-0/rank-0"].kill()
+        assert [answer.result() for answer in answers] == expected
+    migrated = Api(deployment.url).metrics()["pdlaunch_router_migrations_total"]
+    assert migrated >= 1
+    await_true(
+        lambda: all(each["state"] == "ready" for each in engines_of(Api(deployment.url))),
+        "the engine is back",
+    )
+    assert complete(deployment.url, PROMPTS[0], 16) == expected[0][:16]
+    assert tracebacks(deployment) == {}
