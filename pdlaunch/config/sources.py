@@ -37,6 +37,9 @@ from pdlaunch.config.yaml_file import read_yaml
 OTHER_VARIABLES = frozenset({"PDLAUNCH_CACHE"})
 """Variables that other parts of pdlaunch read and that are no settings."""
 
+_OTHER_VALUES = {"half": "float16", "fp16": "float16", "float": "float32", "fp32": "float32"}
+"""What vLLM and others call some values."""
+
 OriginKind = Literal["argument", "flag", "environment", "file", "default", "derived"]
 
 
@@ -220,10 +223,9 @@ def _from_pydantic(detail: ErrorDetails, given: Mapping[str, _Given]) -> Problem
         message = "must not be empty"
     fix = None
     if detail["type"] == "literal_error" and isinstance(detail["input"], str):
-        match = nearest(
-            detail["input"],
-            [part for part in str(detail["ctx"]["expected"]).split("'") if part.isidentifier()],
-        )
+        values = [part for part in str(detail["ctx"]["expected"]).split("'") if part.isidentifier()]
+        other = _OTHER_VALUES.get(detail["input"])
+        match = other if other in values else nearest(detail["input"], values)
         fix = f"did you mean {match}?" if match else None
     return _refused(path, given.get(path), message, fix)
 

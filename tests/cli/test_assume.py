@@ -158,7 +158,7 @@ def test_memory_that_other_processes_hold_is_not_there(free, code, tmp_path):
     (tmp_path / "m.json").write_text(json.dumps({"version": 1, "gpus": gpus}))
     result = run("check-config", "--assume", "m.json", "--kv-cache-memory", "4GiB")
     assert result.exit_code == code
-    told = "GPU 0 gives 139 GiB, of which other processes hold 136 GiB now" in result.stdout
+    told = "GPU 0 has 139 GiB, of which other processes hold 136 GiB now" in result.stdout
     assert told is bool(code)
     assert ("stop the processes that hold memory of GPU 0 (nvidia-smi" in result.stdout) is told
 

@@ -192,6 +192,7 @@ class TestFileProblems:
             ("port: true\n", (1, 7), "switch", None),
             ("port: 99999\n", (1, 7), "less than or equal to 65535", None),
             ("dtype: float33\n", (1, 8), "'float33' is wrong", "did you mean float32?"),
+            ("dtype: half\n", (1, 8), "'half' is wrong", "did you mean float16?"),
             ("kv_cache_memory: 3XB\n", (1, 18), "not a size", None),
             ("kv_transfer: {lease_s: .inf}\n", (1, 24), "valid number", None),
             ("kv_transfer: {lease_s: inf}\n", (1, 24), "finite", None),
