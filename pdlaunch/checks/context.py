@@ -12,6 +12,7 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import Role
 from pdlaunch.config.sources import Origin
 from pdlaunch.errors import ConfigError
+from pdlaunch.platform.engine_commands import EngineCommand, EngineFlags
 from pdlaunch.platform.facts import Fact, Machine, PortState
 from pdlaunch.resolve.resolve import ResolvedLaunch
 from pdlaunch.resolve.roles import Allocator, DeviceKind, RoleEngines
@@ -19,12 +20,21 @@ from pdlaunch.resolve.roles import Allocator, DeviceKind, RoleEngines
 Need = (
     Fact
     | Literal[
-        "model", "model_files", "ports", "nixl", "connector", "folders", "weights", "transport"
+        "model",
+        "model_files",
+        "ports",
+        "nixl",
+        "connector",
+        "folders",
+        "weights",
+        "transport",
+        "engine_commands",
+        "engine_flags",
     ]
 )
 """Facts that can be missing."""
 
-WITHOUT_PROBE: frozenset[Need] = frozenset({"nixl", "transport"})
+WITHOUT_PROBE: frozenset[Need] = frozenset({"nixl", "transport", "engine_flags"})
 """Facts that are missing in every check without ``--probe``."""
 
 _NOT_PROBED: Mapping[str, tuple[Need, str]] = {
@@ -34,6 +44,8 @@ _NOT_PROBED: Mapping[str, tuple[Need, str]] = {
     "folder_problems": ("folders", "folders were not probed on this machine"),
     "weight_errors": ("weights", "files of weights were not looked at"),
     "transport": ("transport", "serve measures it after the handshake"),
+    "engine_commands": ("engine_commands", "executables were not looked at on this machine"),
+    "engine_flags": ("engine_flags", "executables of engines are asked with --probe"),
 }
 """Names, for each field of ``Probes``, the fact and why it is missing where nobody looked."""
 
@@ -78,6 +90,10 @@ class Probes:
     """Reasons why folders cannot be written to, by setting."""
     weight_errors: Mapping[Role, ConfigError] | None = None
     """Reasons why the engines of a role cannot read their weights."""
+    engine_commands: Mapping[Role, EngineCommand] | None = None
+    """What can be seen of the executables of engines that are not native."""
+    engine_flags: Mapping[Role, EngineFlags] | None = None
+    """What these executables say of their flags."""
     transport: tuple[PairTransport, ...] | None = None
     """Every pair of ranks of a launch that was measured."""
 

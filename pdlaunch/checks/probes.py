@@ -9,7 +9,13 @@ import os
 from pdlaunch.checks.context import Probes
 from pdlaunch.config.connectors import ConnectorImportError, connector_spec
 from pdlaunch.config.models import LaunchConfig
+from pdlaunch.config.roles import Role
 from pdlaunch.platform.availability import probe_port, why_not_importable, why_not_writable
+from pdlaunch.platform.engine_commands import (
+    EngineFlags,
+    ask_engine_flags,
+    find_engine_command,
+)
 from pdlaunch.platform.facts import PortState
 from pdlaunch.resolve.models import weight_error
 from pdlaunch.resolve.resolve import ResolvedLaunch
@@ -29,7 +35,27 @@ def probe_files(resolved: ResolvedLaunch) -> Probes:
         connector_errors=_connector_errors(resolved.config),
         folder_problems={name: text for name, text in problems.items() if text is not None},
         weight_errors=weight_errors,
+        engine_commands={
+            role: find_engine_command(engines.settings.engine_command, engines.given_environ)
+            for role, engines in resolved.roles.items()
+            if not engines.is_native
+        },
     )
+
+
+def probe_engine_flags(resolved: ResolvedLaunch) -> dict[Role, EngineFlags]:
+    """Ask the executables of engines that are not native for their flags; takes them a while."""
+    answers: dict[tuple[str, frozenset[tuple[str, str]]], EngineFlags] = {}
+    flags: dict[Role, EngineFlags] = {}
+    for role, engines in resolved.roles.items():
+        if engines.is_native:
+            continue
+        command, environ = engines.settings.engine_command, engines.given_environ
+        key = (command, frozenset(environ.items()))
+        if key not in answers:
+            answers[key] = ask_engine_flags(command, environ)
+        flags[role] = answers[key]
+    return flags
 
 
 def probe_ports(resolved: ResolvedLaunch) -> dict[tuple[str, int], PortState] | None:

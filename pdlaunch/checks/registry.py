@@ -7,6 +7,10 @@ from types import ModuleType
 from pdlaunch.checks import (
     allocator_rules,
     config_rules,
+    engine_args_rules,
+    engine_pair_rules,
+    engine_rules,
+    engine_variables_rules,
     fabric_rules,
     kv_cache_rules,
     library_rules,
@@ -29,6 +33,7 @@ FAMILIES = {
     "PD3": "Prefill and decode pairs",
     "PD4": "Environment",
     "PD5": "Transport",
+    "PD6": "Other engines",
 }
 
 
@@ -50,6 +55,10 @@ def all_rules() -> dict[str, Rule]:
         fabric_rules,
         network_rules,
         transport_rules,
+        engine_args_rules,
+        engine_rules,
+        engine_pair_rules,
+        engine_variables_rules,
     )
     rules = [
         value for module in modules for value in vars(module).values() if isinstance(value, Rule)

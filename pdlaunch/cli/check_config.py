@@ -14,7 +14,7 @@ from rich.text import Text
 
 from pdlaunch.checks.context import Probes
 from pdlaunch.checks.nixl_answers import ask_nixl
-from pdlaunch.checks.probes import probe_files, probe_ports
+from pdlaunch.checks.probes import probe_engine_flags, probe_files, probe_ports
 from pdlaunch.checks.run import run_checks
 from pdlaunch.cli import EXIT_FAILED, EXIT_UNUSABLE
 from pdlaunch.cli.assume import AssumeOption, judged_machine
@@ -85,7 +85,9 @@ def check_config(
         judged.environ,
         read(loaded.config, ShownDownloads(Console(stderr=True))),
     )
-    probes = Probes(nixl=ask_nixl(resolved) if probe else None)
+    probes = Probes()
+    if probe:
+        probes = Probes(nixl=ask_nixl(resolved), engine_flags=probe_engine_flags(resolved))
     if is_this:
         files = probe_files(resolved)
         probes = replace(
@@ -94,6 +96,7 @@ def check_config(
             connector_errors=files.connector_errors,
             folder_problems=files.folder_problems,
             weight_errors=files.weight_errors,
+            engine_commands=files.engine_commands,
         )
     report = run_checks(resolved, loaded.origins, probes, rules=kind_of(resolved).rules())
     if probe and report.is_ok():

@@ -147,7 +147,7 @@ class EngineSettings(FrozenModel):
     engine_args: dict[str, JsonValue] = Field(
         default_factory=dict,
         description=(
-            "Further flags of engines that are not native, such as `max-num-partial-prefills: 2`; "
+            "Further flags of engines that are not native, such as `max-logprobs: 5`; "
             "true for a flag without a value."
         ),
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BeforeValidator, SecretStr
+from pydantic import BeforeValidator, JsonValue, SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -51,6 +51,11 @@ class Setting:
     def is_mapping(self) -> bool:
         """Its entries are settings of their own (``env.UCX_TLS``)."""
         return dict in self.kinds
+
+    @property
+    def holds_flags(self) -> bool:
+        """It is a mapping whose entries are flags of another program: switches, texts, or JSON."""
+        return JsonValue in self.kinds
 
     @property
     def is_list(self) -> bool:
@@ -243,3 +248,5 @@ def _kinds(annotation: Any, metadata: Sequence[Any] = ()) -> Iterator[Any]:
             yield from _kinds(part)
     else:
         yield origin or annotation
+        if JsonValue in arguments:
+            yield JsonValue

@@ -32,6 +32,7 @@ from pdlaunch.config.settings import (
     variable_name,
     variable_paths,
 )
+from pdlaunch.config.vllm_arguments import value_of_text
 from pdlaunch.config.yaml_file import read_yaml
 
 OTHER_VARIABLES = frozenset({"PDLAUNCH_CACHE"})
@@ -134,7 +135,10 @@ def _from_environment(environ: Mapping[str, str]) -> tuple[dict[str, _Given], li
                 Problem("is empty", path, fix=f"unset {name}, or give it a value", where=name)
             )
         else:
-            given[path] = _Given(environ[name], Origin("environment", shown_name(name)))
+            parent = all_settings().get(path.rpartition(".")[0])
+            has_flags = parent is not None and parent.holds_flags
+            value = value_of_text(environ[name]) if has_flags else environ[name]
+            given[path] = _Given(value, Origin("environment", shown_name(name)))
     return given, problems
 
 

@@ -16,11 +16,13 @@ import yaml
 from pdlaunch.config.kv_transfer import RENAMED
 from pdlaunch.config.problems import InvalidConfigError, Problem, nearest, shown_name, shown_path
 from pdlaunch.config.settings import all_settings, known_names, sections
+from pdlaunch.config.vllm_arguments import is_name
 
 MAX_FILE_BYTES = 256 * 1024
 MAX_VALUES = 10_000
 
 _DECIMAL = re.compile(r"[-+]?\d{1,400}")
+_FRACTION = re.compile(r"[-+]?\d{1,20}\.\d{1,20}([eE][-+]?\d{1,2})?")
 _LEADING_ZERO = re.compile(r"[-+]?0\d")
 _QUOTED = re.compile(r"'[^'<>]{2,}'")
 
@@ -68,7 +70,7 @@ class _Reader:
             elif path in sections():
                 self.read_section(value, path)
             elif all_settings()[path].is_mapping:
-                self._read_mapping(value, path)
+                self._read_mapping(value, path, has_flags=all_settings()[path].holds_flags)
             elif all_settings()[path].is_list and isinstance(value, yaml.SequenceNode):
                 self._read_list(value, path)
             else:
@@ -108,18 +110,47 @@ class _Reader:
                 fields[name] = None if isinstance(found, yaml.Node) else found
         return fields
 
-    def _read_mapping(self, node: yaml.Node, parent: str) -> None:
-        """Read a mapping of free names to texts, such as ``env``.
+    def _read_mapping(self, node: yaml.Node, parent: str, *, has_flags: bool) -> None:
+        """Read a mapping of free names to texts, such as ``env``, or to flags' values.
 
-        Numbers and switches are the text that was written.
+        Numbers and switches are the text that was written; but flags may be switches, and hold
+        lists and mappings.
         """
         for name, path, key, value in self._entries(node, parent):
-            if not name or "=" in name or "\0" in name:
+            if has_flags and not is_name(name):
+                self._problem(key, "not the name of a flag", path, "write it as in vLLM's help")
+            elif not name or "=" in name or "\0" in name:
                 self._problem(key, "not the name of an environment variable", path, None)
-            elif isinstance(value, yaml.ScalarNode) and not value.tag.endswith(":null"):
-                self._keep(path, value, value.value)
+            elif isinstance(value, yaml.ScalarNode):
+                if value.tag.endswith(":null"):
+                    self._problem(
+                        value, "must be a text", path, "write a value, or remove the line"
+                    )
+                elif has_flags and value.tag.endswith(":bool"):
+                    self._keep(path, value, self._scalar(value, path))
+                else:
+                    self._keep(path, value, value.value)
+            elif has_flags:
+                self._keep(path, value, self._json(value, path))
             else:
                 self._problem(value, "must be a text", path, "write a value, or remove the line")
+
+    def _json(self, node: yaml.Node, path: str) -> object:
+        """Return what a node holds; fractions are numbers here."""
+        match node:
+            case yaml.SequenceNode():
+                items = list(node.value)
+                for item in items:
+                    self._count(item)
+                return [self._json(item, path) for item in items]
+            case yaml.MappingNode():
+                return {
+                    name: self._json(value, path) for name, _, _, value in self._entries(node, path)
+                }
+            case _:
+                value = self._scalar(node, path)
+                is_fraction = node.tag.endswith(":float") and _FRACTION.fullmatch(node.value)
+                return float(node.value) if is_fraction else value
 
     def _entries(
         self, node: yaml.Node, parent: str

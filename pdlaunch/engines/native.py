@@ -13,6 +13,8 @@ from pdlaunch.protocol.control import Capabilities
 from pdlaunch.resolve.plan import ProcessSpec
 from pdlaunch.resolve.roles import RoleEngines
 
+_OF_ALL_KINDS = ("PD610", "PD615")
+
 
 class NativeEngine:
     """An ``EngineKind`` whose processes register themselves and speak the control channel."""
@@ -71,7 +73,9 @@ class NativeEngine:
         )
 
     def rules(self) -> Sequence[Rule]:
-        return tuple(all_rules().values())
+        """Rules on other engines say nothing here, but that kinds are mixed or settings idle."""
+        rules = all_rules().values()
+        return tuple(rule for rule in rules if rule.code[:3] != "PD6" or rule.code in _OF_ALL_KINDS)
 
 
 def python_command(*arguments: str) -> tuple[str, ...]:

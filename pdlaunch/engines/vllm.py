@@ -14,6 +14,7 @@ from pdlaunch.checks.rule import Rule
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import PAIR
+from pdlaunch.config.vllm_arguments import flag_name
 from pdlaunch.engines.native import light_environment, python_command
 from pdlaunch.protocol.control import Capabilities
 from pdlaunch.resolve.plan import ProcessSpec
@@ -25,6 +26,26 @@ CAPABILITIES = Capabilities(
 """What every version of vLLM can do, with its default lease; who watches an engine adds what its
 version can do.
 """
+_SHARED_RULES = frozenset(
+    (
+        # Settings, addresses, models and weights.
+        *("PD101", "PD102", "PD103", "PD104", "PD105", "PD106", "PD108", "PD112", "PD114"),
+        *("PD115", "PD117", "PD119"),
+        # Memory: whether it fits, and the allocators.
+        *("PD201", "PD202", "PD203", "PD205", "PD206", "PD207", "PD208", "PD209", "PD210"),
+        *("PD211", "PD212", "PD215", "PD216"),
+        # Pairs: models and dtypes. Block sizes, names and ranks have rules of their own.
+        *("PD301", "PD303", "PD305", "PD306", "PD308", "PD309", "PD310", "PD311", "PD315"),
+        # The machine: GPUs, cores, files, ports.
+        *("PD400", "PD410", "PD411", "PD412", "PD413", "PD415", "PD420", "PD421", "PD422"),
+        "PD450",
+        *("PD501", "PD505"),
+    )
+)
+"""Rules on launches that hold for engines of vLLM too.
+
+The others judge what native engines do: their libraries, verification, host tier, paths of KV
+blocks, variables, time limits."""
 
 
 class VllmEngine:
@@ -96,12 +117,12 @@ class VllmEngine:
         )
 
     def rules(self) -> Sequence[Rule]:
-        return tuple(rule for rule in all_rules().values() if rule.code[:3] in ("PD1", "PD6"))
+        rules = all_rules().values()
+        return tuple(rule for rule in rules if rule.code[:3] == "PD6" or rule.code in _SHARED_RULES)
 
     def _flags(self, engines: RoleEngines) -> Iterator[tuple[str, JsonValue]]:
         """Yield vLLM's flags from the settings; what is not set is left to vLLM."""
         settings, transfer = engines.settings, self._config.kv_transfer
-        given = self._config.model_fields_set | engines.overrides
         yield "served-model-name", self._served_model_name
         yield "tensor-parallel-size", engines.tp_size
         if engines.dtype is not None:
@@ -110,7 +131,7 @@ class VllmEngine:
             if (value := getattr(settings, name)) is not None:
                 yield name.replace("_", "-"), value
         for name in ("block_size", "max_num_seqs", "gpu_memory_utilization"):
-            if name in given:
+            if name in engines.given:
                 yield name.replace("_", "-"), getattr(settings, name)
         if settings.load_format != "auto":
             yield "load-format", settings.load_format
@@ -120,6 +141,10 @@ class VllmEngine:
             yield "enforce-eager", True
         if settings.enable_sleep_mode:
             yield "enable-sleep-mode", True
+        if settings.enable_cumem_allocator is not None and engines.device == "cuda":
+            yield "enable-cumem-allocator", settings.enable_cumem_allocator
+        if not settings.async_scheduling:
+            yield "no-async-scheduling", True
         if settings.kv_cache_memory is not None and engines.device == "cuda":
             yield "kv-cache-memory-bytes", settings.kv_cache_memory
         yield "shutdown-timeout", int(self._config.drain_timeout_s)
@@ -140,7 +165,7 @@ class VllmEngine:
 
 def _as_arguments(flags: Mapping[str, JsonValue]) -> Iterator[str]:
     for name, value in flags.items():
-        flag = f"--{name.replace('_', '-')}"
+        flag = f"--{flag_name(name)}"
         match value:
             case True:
                 yield flag
@@ -148,7 +173,12 @@ def _as_arguments(flags: Mapping[str, JsonValue]) -> Iterator[str]:
                 yield f"--no-{flag.removeprefix('--')}"
             case None:
                 continue
-            case dict() | list():
-                yield from (flag, json.dumps(value, separators=(",", ":")))
+            case list():
+                yield flag
+                yield from map(_as_value, value)
             case _:
-                yield from (flag, str(value))
+                yield from (flag, _as_value(value))
+
+
+def _as_value(value: JsonValue) -> str:
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))

@@ -8,7 +8,7 @@ from pdlaunch.config.shown import ShownValue, shown_config
 from pdlaunch.config.sources import LoadedConfig, Origin
 from pdlaunch.resolve.plan import mask_environment
 from pdlaunch.resolve.resolve import ResolvedLaunch
-from pdlaunch.resolve.roles import RoleEngines
+from pdlaunch.resolve.roles import CHOSEN_BY_ENGINE, RoleEngines
 
 
 def effective_values(launch: ResolvedLaunch, origins: Mapping[str, Origin]) -> dict[str, object]:
@@ -45,7 +45,7 @@ def effective_engines(launch: ResolvedLaunch) -> dict[str, dict[str, object]]:
             "advertise_address": engines.advertise_address,
             "served_model_name": launch.served_model_name,
             "model_dir": engines.model.path,
-            "block_size": engines.settings.block_size,
+            "block_size": engines.block_size,
             "enable_sleep_mode": engines.settings.enable_sleep_mode,
             "kv_cache_allocator": engines.allocator,
             **engines.derived(),
@@ -67,6 +67,8 @@ def effective_settings(launch: ResolvedLaunch) -> Iterator[ShownValue]:
     for role, engines in launch.roles.items():
         reasons = _reasons(engines)
         for name, value in engines.derived().items():
+            if value is None and name in CHOSEN_BY_ENGINE and not engines.is_native:
+                continue
             if value is None or value != getattr(engines.settings, name):
                 yield ShownValue(f"{role}.{name}", value, Origin("derived", reasons[name]))
 
@@ -102,10 +104,13 @@ def _dtype_reason(engines: RoleEngines) -> str:
 
 
 def _memory(engines: RoleEngines) -> dict[str, object] | None:
-    """Return the memory of one rank; None while its model is not known."""
+    """Return what is known of the memory of one rank; None while its model is not known."""
     needed = engines.footprint
     if needed is None:
         return None
+    if not engines.is_native:
+        # Blocks and activations are the engine's own affair.
+        return {"weight_bytes": needed.weight_bytes, "kv_cache_bytes": engines.kv_cache_bytes}
     return {
         "weight_bytes": needed.weight_bytes,
         "activation_bytes": needed.activation_bytes,

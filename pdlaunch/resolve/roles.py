@@ -17,13 +17,15 @@ from pdlaunch.platform.facts import Gpu, Machine
 from pdlaunch.platform.visible_gpus import VISIBLE_DEVICES, VisibleGpus, visible_gpus
 from pdlaunch.resolve.footprint import Footprint, make_footprint
 from pdlaunch.resolve.models import Model
-from pdlaunch.resolve.vllm_environment import vllm_environment
+from pdlaunch.resolve.vllm_environment import vllm_environment, whole_gibibytes
 
 DeviceKind = Literal["cpu", "cuda"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
 Allocator = Literal["host", "cuda", "cumem", "expandable_segments"]
 """Allocators of KV caches."""
 
+CHOSEN_BY_ENGINE = frozenset(("max_num_batched_tokens", "async_scheduling"))
+"""Derived settings that engines which are not native choose by themselves where they are unset."""
 CPU_KV_CACHE_BYTES = parse_size("1GiB")
 CPU_BATCHED_TOKENS = 512
 CUDA_BATCHED_TOKENS = 8192
@@ -44,6 +46,8 @@ class RoleEngines:
     """The settings as written, the role's own section over the top level."""
     overrides: frozenset[str]
     """Settings that the role's own section gives."""
+    given: frozenset[str]
+    """Settings that its section or the top level gives."""
     ports: range
     """Fixed HTTP ports of the engines; empty when they take free ones."""
 
@@ -100,16 +104,34 @@ class RoleEngines:
         """Host memory of one rank for KV blocks; 0: no host tier."""
         return self.settings.kv_offload.host_memory
 
+    @property
+    def is_native(self) -> bool:
+        return self.settings.engine == "native"
+
+    @property
+    def block_size(self) -> int | None:
+        """Tokens in a KV block; None: the engine is not native and chooses by itself."""
+        is_known = self.is_native or "block_size" in self.given
+        return self.settings.block_size if is_known else None
+
     def derived(self) -> dict[str, object]:
-        """Return the settings that are derived where they are not set, by name."""
+        """Return the settings that are derived where they are not set, by name.
+
+        None for what engines that are not native choose by themselves.
+        """
+        own = self.is_native
         return {
             "device": self.device,
             "dtype": self.dtype,
             "max_model_len": self.max_model_len,
-            "max_num_batched_tokens": self.max_num_batched_tokens,
+            "max_num_batched_tokens": self.max_num_batched_tokens
+            if own
+            else self.settings.max_num_batched_tokens,
             "kv_cache_memory": self.kv_cache_bytes,
             "num_threads": self.num_threads,
-            "async_scheduling": self.async_scheduling,
+            "async_scheduling": self.async_scheduling
+            if own or not self.settings.async_scheduling
+            else None,
             "enable_cumem_allocator": self.cumem_allocator,
         }
 
@@ -207,6 +229,8 @@ def _resolve(
         CPU_BATCHED_TOKENS if on_cpu else CUDA_BATCHED_TOKENS
     )
     kv_cache_bytes = settings.kv_cache_memory or (CPU_KV_CACHE_BYTES if on_cpu else None)
+    if settings.engine == "vllm" and on_cpu and kv_cache_bytes is not None:
+        kv_cache_bytes = whole_gibibytes(kv_cache_bytes)
     num_threads = settings.num_threads or max(1, len(machine.cpus) // count_ranks(config))
     cumem = _cumem_allocator(settings)
     return RoleEngines(
@@ -215,6 +239,7 @@ def _resolve(
         tp_size=settings.tensor_parallel_size,
         settings=settings,
         overrides=frozenset(set_paths(section)),
+        given=frozenset(set_paths(section)) | config.model_fields_set,
         ports=section.ports(),
         host=host,
         machine=machine,
@@ -248,7 +273,7 @@ def _resolve(
         ),
         given_environ=given_environ,
         environment=_environment(
-            config, role, settings, device, machine, given_environ, num_threads
+            config, role, settings, device, machine, given_environ, num_threads, kv_cache_bytes
         ),
     )
 
@@ -261,6 +286,7 @@ def _environment(
     machine: Machine,
     given_environ: Mapping[str, str],
     num_threads: int,
+    kv_cache_bytes: int | None,
 ) -> dict[str, str]:
     """Return the variables that the processes of an engine get over the supervisor's."""
     common = {
@@ -272,8 +298,8 @@ def _environment(
         "HF_HUB_OFFLINE": given_environ.get("HF_HUB_OFFLINE", "1"),
     }
     if settings.engine == "vllm":
-        cache_bytes = settings.kv_cache_memory or CPU_KV_CACHE_BYTES
-        return common | vllm_environment(device, cache_bytes) | settings.env
+        own = vllm_environment(kv_cache_bytes if device == "cpu" else None, settings)
+        return common | own | settings.env
     if role not in PAIR:
         return common | settings.env
     # NIXL refuses a UCX_TLS without CUDA on a host with GPUs, even to a rank on the CPU that sees

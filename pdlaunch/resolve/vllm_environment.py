@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pdlaunch.config.engine_spec import ENGINE_HOST
+from pdlaunch.config.models import EngineSettings
 
 GIBIBYTE = 1024**3
 
 
-def vllm_environment(device: Literal["cpu", "cuda"], kv_cache_bytes: int) -> dict[str, str]:
+def whole_gibibytes(num_bytes: int) -> int:
+    """Return the size of the KV cache that vLLM makes of ``num_bytes`` on a CPU."""
+    return max(1, num_bytes // GIBIBYTE) * GIBIBYTE
+
+
+def vllm_environment(kv_cache_bytes: int | None, settings: EngineSettings) -> dict[str, str]:
     """Return the variables for ``vllm serve``; those of the user go over them.
 
-    ``kv_cache_bytes``: of one rank; vLLM takes whole GiB on a CPU.
+    ``kv_cache_bytes``: of one rank on a CPU; None on a GPU.
     """
     common = {
         # It would report model, hardware and settings to its makers.
@@ -24,11 +28,13 @@ def vllm_environment(device: Literal["cpu", "cuda"], kv_cache_bytes: int) -> dic
         "VLLM_HOST_IP": ENGINE_HOST,
         # The InfiniBand module crashes the process in a finaliser at exit (NIXL 1.5.1).
         "UCX_MODULES": "^ib",
+        # Routes by which anybody who can connect runs methods in the engine; /sleep is among them.
+        "VLLM_SERVER_DEV_MODE": "1" if settings.enable_sleep_mode else "0",
     }
-    if device == "cuda":
+    if kv_cache_bytes is None:
         return common
     return common | {
         # Else it pins its threads to cores by itself, all engines to the same ones.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_CPU_KVCACHE_SPACE": str(max(1, kv_cache_bytes // GIBIBYTE)),
+        "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_bytes // GIBIBYTE),
     }

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import socket
 import time
@@ -45,6 +46,7 @@ HEALTH_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 5.0
 CANARY_RETRY_S = (0.5, 10.0)
 """First and longest pause before a canary that died is sent again."""
+EVENTS_FLAG = "--kv-events-config"
 _RUNNING = ("vllm:num_requests_running", "vllm:num_requests_waiting")
 _PROGRESS = ("vllm:generation_tokens_total", "vllm:iteration_tokens_total_sum")
 
@@ -105,13 +107,15 @@ class SidecarProcess:
 
     def _command(self) -> tuple[str, ...]:
         where = () if self._socket_path is None else ("--uds", str(self._socket_path))
-        return (*self._options.command, *where)
+        events = Path(self._supervised.bootstrap.run_dir) / f"{self._name}.events"
+        return (*with_events_at(self._options.command, f"ipc://{events}"), *where)
 
     def _environment(self) -> dict[str, str]:
         run_dir = self._supervised.bootstrap.run_dir
         # The sockets between the engine's own processes: anybody may open those in /tmp.
         own = {"VLLM_RPC_BASE_PATH": run_dir, "VLLM_NIXL_SIDE_CHANNEL_PORT": str(_free_port())}
-        return own if self._key is None else own | {"VLLM_API_KEY": self._key}
+        # Empty without one: a key of the user's shell would keep the router out.
+        return own | {"VLLM_API_KEY": self._key or ""}
 
     async def _fail_with(self, child: EngineChild) -> None:
         how = await child.ended()
@@ -247,6 +251,18 @@ class SidecarProcess:
                 break
             await asyncio.sleep(START_POLL_S)
         self._supervised.send(Drained())
+
+
+def with_events_at(command: tuple[str, ...], endpoint: str) -> tuple[str, ...]:
+    """Return the command with KV events published at ``endpoint``, where it asks for events.
+
+    vLLM's own default is a TCP port on every address. A command that names an endpoint keeps it.
+    """
+    if EVENTS_FLAG not in command:
+        return command
+    at = command.index(EVENTS_FLAG) + 1
+    config = {"endpoint": endpoint, **json.loads(command[at])}
+    return (*command[:at], json.dumps(config), *command[at + 1 :])
 
 
 def _fixed_url(command: tuple[str, ...]) -> str:

@@ -138,7 +138,15 @@ def on(
             "both": Model("a", paths[1], decode, error=model_error),
         },
     )
-    names = ("ports", "nixl", "connector_errors", "folder_problems", "weight_errors")
+    names = (
+        "ports",
+        "nixl",
+        "connector_errors",
+        "folder_problems",
+        "weight_errors",
+        "engine_commands",
+        "engine_flags",
+    )
     known: dict[str, Any] = {name: {} for name in names}
     return make_context(
         launch,

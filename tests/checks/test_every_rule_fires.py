@@ -10,6 +10,7 @@ from pdlaunch.config.settings import flag_name, variable_name
 from tests.checks import (
     fires_allocators,
     fires_configuration,
+    fires_engines,
     fires_libraries,
     fires_machine,
     fires_memory,
@@ -30,8 +31,9 @@ CASES = [
     *fires_ucx.CASES,
     *fires_network.CASES,
     *fires_transport.CASES,
+    *fires_engines.CASES,
 ]
-IMPORTS = [*fires_libraries.IMPORTS, *fires_ucx.TRIALS]
+IMPORTS = [*fires_libraries.IMPORTS, *fires_ucx.TRIALS, *fires_engines.ASKED]
 CODES = {case.code for case in [*CASES, *IMPORTS]}
 SET = re.compile(r"(?:set|or) ([a-z_.]+) to (\d[\d.]*[A-Za-z]*)(?: |$)")
 """What a finding says to do, where it names a setting and a value."""

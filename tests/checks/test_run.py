@@ -34,6 +34,8 @@ def test_a_clean_set_up():
         connector_errors={},
         folder_problems={},
         weight_errors={},
+        engine_commands={},
+        engine_flags={},
         transport=(),
     )
     assert report.findings == ()

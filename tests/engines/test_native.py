@@ -48,8 +48,9 @@ def test_an_engine_verifies_as_the_settings_say(tmp_path: Path, verify: bool) ->
     assert capabilities.awaits_lease
 
 
-def test_every_rule_says_something_of_native_engines() -> None:
-    assert [rule.code for rule in NativeEngine().rules()] == list(all_rules())
+def test_rules_on_other_engines_say_nothing_of_native_ones() -> None:
+    others = {code for code in all_rules() if code.startswith("PD6")} - {"PD610", "PD615"}
+    assert {rule.code for rule in NativeEngine().rules()} == all_rules().keys() - others
 
 
 def test_engines_of_both_roles_prove_no_pair_and_await_no_lease(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from pdlaunch.engines.plan import kind_of, plan_processes
 from pdlaunch.errors import ConfigError
+from pdlaunch.resolve.effective import effective_engines, effective_settings
 from tests.engines.test_plan import CPU, FOUR_GPUS, config, resolved
 
 
@@ -51,17 +52,42 @@ def test_only_what_is_set_is_handed_on() -> None:
 
 def test_further_arguments_are_flags() -> None:
     arguments = {
-        "enforce_eager": True,
+        "enable_lora": True,
         "enable-chunked-prefill": False,
         "seed": 3,
-        "compilation-config": {"level": 0},
+        "cc": {"level": 0},
+        "lora-modules": ["a=/a", {"name": "b", "path": "/b"}],
     }
     given = commands(plan_processes(resolved(config(engine="vllm", engine_args=arguments), CPU)))
     text = shlex.join(given["prefill-0"])
-    assert "--enforce-eager" in text
+    assert "--enable-lora " in text
     assert "--no-enable-chunked-prefill" in text
     assert "--seed 3" in text
     assert """--compilation-config '{"level":0}'""" in text
+    assert """--lora-modules a=/a '{"name":"b","path":"/b"}'""" in text
+
+
+def test_dev_mode_is_on_for_sleep_alone() -> None:
+    for sleeps, value in ((False, "0"), (True, "1")):
+        launch = resolved(config(engine="vllm", enable_sleep_mode=sleeps), FOUR_GPUS)
+        prefill = plan_processes(launch).processes[0]
+        assert prefill.environment["VLLM_SERVER_DEV_MODE"] == value
+        assert ("--enable-sleep-mode" in prefill.command) is sleeps
+
+
+def test_effective_values_are_what_vllm_is_given() -> None:
+    settings = {"engine": "vllm", "kv_cache_memory": "2.5GiB", "decode": {"block_size": 64}}
+    launch = resolved(config(**settings), CPU)
+    shown = effective_engines(launch)
+    assert [shown[role]["block_size"] for role in ("prefill", "decode")] == [None, 64]
+    prefill = shown["prefill"]
+    assert prefill["max_num_batched_tokens"] is None
+    assert prefill["async_scheduling"] is None
+    assert prefill["kv_cache_memory"] == 2 << 30
+    assert prefill["environment"]["VLLM_CPU_KVCACHE_SPACE"] == "2"
+    assert "num_blocks" not in (prefill["memory_of_a_rank"] or {})
+    names = {value.path for value in effective_settings(launch)}
+    assert not names & {"prefill.max_num_batched_tokens", "prefill.async_scheduling"}
 
 
 def test_engines_see_their_own_devices() -> None:

@@ -1,0 +1,144 @@
+"""For each rule on engines of vLLM (PD6xx): where it fires, and near misses."""
+
+from typing import Any
+
+from pdlaunch.checks.context import Context
+from pdlaunch.platform.engine_commands import EngineCommand, EngineFlags
+from tests.checks.case import EXPANDABLE, Case
+from tests.checks.contexts import CPU, GB200, GPU, on
+
+HOST = "VLLM_NIXL_SIDE_CHANNEL_HOST"
+FOUND = EngineCommand(version="0.32.0", variables=frozenset({"VLLM_LOGGING_LEVEL"}))
+OLDER = EngineCommand(version="0.31.1")
+NO_NAMES = EngineFlags(problem="exit code 1")
+NAMES = EngineFlags(frozenset({"--seed", "--seed-file", "--lora-dtype"}))
+
+
+def vllm(machine=CPU, /, **config: Any) -> Context:
+    return on(machine, engine="vllm", **config)
+
+
+def args(**arguments: Any) -> Context:
+    return vllm(engine_args={name.replace("__", "."): value for name, value in arguments.items()})
+
+
+def differing(**decode: Any) -> Context:
+    """Prefill has seed alone; decode has what is given, too."""
+    return vllm(engine_args={"seed": 1}, decode__engine_args=decode)
+
+
+def variables(**env: str) -> Context:
+    return vllm(env=env)
+
+
+def told(prefill: EngineCommand, decode: EngineCommand = FOUND, **config: Any) -> Context:
+    return vllm(probes={"engine_commands": {"prefill": prefill, "decode": decode}}, **config)
+
+
+def asked(answer: EngineFlags, **arguments: Any) -> Context:
+    probes = {"engine_flags": {"prefill": answer}, "engine_commands": {}}
+    return vllm(probes=probes, engine_args=arguments)
+
+
+CASES: dict[str, Case] = {
+    "PD601": Case(
+        [args(tp=2), args(max_model_len=9), args(no_enforce_eager=True), args(dtype=False)],
+        [on(CPU, engine_args={"tp": 2}), args(max_num_active_seqs=9), args(tokenizer="x")],
+    ),
+    "PD602": Case(
+        [args(dp=2), args(ssl_keyf="k"), args(headless=True)],
+        [args(enable_expert_parallel=True), args(enable_lora=True), args(headless=False)],
+    ),
+    "PD603": Case(
+        [args(trust_remote_code=True), args(middleware=["a.B"]), args(reasoning_parser_plugin="x")],
+        [args(trust_remote_code=False), args(reasoning_parser="x")],
+    ),
+    "PD604": Case(
+        [args(profiler_config={"profiler": "torch"}), args(allow_credentials=True)],
+        [args(no_allow_credentials=True)],
+    ),
+    "PD605": Case(
+        [
+            args(kv_events_config={"replay_endpoint": "tcp://127.0.0.1:1"}),
+            args(kv_events_config__enable_kv_cache_events=True),
+        ],
+        [
+            args(kv_events_config={"enable_kv_cache_events": True}),
+            args(kv_events_config={"endpoint": "ipc:///run/e"}),
+        ],
+    ),
+    "PD606": Case(
+        [
+            args(seed="--grpc"),
+            args(lora_modules=["a=b", "-x"]),
+            vllm(engine_args={"seed=1 --grpc": True}),
+            vllm(engine_args={"enable_lora": True, "enable-lora": True}),
+        ],
+        [args(seed="-1"), args(a="b--c")],
+    ),
+    "PD607": Case([asked(NAMES, sead=1)], [asked(NAMES, lora=1), asked(NO_NAMES, sead=1)]),
+    "PD610": Case([on(CPU, decode__engine="vllm")], [vllm(), vllm(decode__replicas=0)]),
+    "PD611": Case([told(EngineCommand(problem="it is a folder"))], [told(FOUND)]),
+    "PD612": Case(
+        [told(OLDER)], [told(FOUND), told(EngineCommand()), told(OLDER, decode__replicas=0)]
+    ),
+    "PD613": Case([vllm(block_size=48)], [vllm(block_size=96), vllm(GPU, block_size=48), vllm()]),
+    "PD614": Case([vllm(kv_transfer__connector="mooncake")], [vllm()]),
+    "PD615": Case(
+        [vllm(strict_fields=True), on(CPU, engine_command="vllm"), vllm(kv_cache_memory="1.5GiB")],
+        [vllm(kv_cache_memory="2GiB"), vllm(GPU, kv_cache_memory="1.5GiB"), on(CPU)],
+    ),
+    "PD616": Case([vllm()], [on(CPU), vllm(decode__replicas=0)]),
+    "PD617": Case(
+        [vllm(kv_transfer__on_failure="fail")], [on(CPU, kv_transfer__on_failure="fail")]
+    ),
+    "PD618": Case(
+        [vllm(GPU, enable_sleep_mode=True, decode__port=8200, engine_api_key="k")],
+        [vllm(GPU, decode__port=8200, engine_api_key="k"), vllm(GPU, enable_sleep_mode=True)],
+    ),
+    "PD619": Case([vllm(kv_transfer__lease_s=0.9)], [vllm(kv_transfer__lease_s=5)]),
+    "PD620": Case(
+        [vllm(paths=("/a", "/b"))], [vllm(paths=("/a", "/a")), on(CPU, paths=("/a", "/b"))]
+    ),
+    "PD621": Case([differing(kv_cache_dtype="fp8")], [args(kv_cache_dtype="fp8")]),
+    "PD622": Case(
+        [vllm(decode__block_size=64), vllm(GPU, block_size=64, decode__block_size=32)],
+        [vllm(GPU, block_size=32, decode__block_size=64), vllm(block_size=64)],
+    ),
+    "PD623": Case([differing(sc={"method": "ngram"})], [args(sc={"method": "ngram"})]),
+    "PD624": Case([differing(lora_modules=["a=/a"])], [differing(max_loras=2)]),
+    "PD625": Case([differing(dcp=2)], [differing(max_log_len=2)]),
+    "PD626": Case(
+        [
+            vllm(prefill__tensor_parallel_size=3, decode__tensor_parallel_size=2),
+            vllm(GPU, prefill__tensor_parallel_size=16),
+        ],
+        [vllm(GPU, prefill__tensor_parallel_size=8)],
+    ),
+    "PD627": Case(
+        [vllm(GPU, enable_cumem_allocator=True), vllm(GPU, decode__enable_sleep_mode=True)],
+        [vllm(GB200, enable_cumem_allocator=True), vllm(GPU)],
+    ),
+    "PD628": Case(
+        [vllm(GPU, environ=EXPANDABLE)],
+        [vllm(environ=EXPANDABLE), vllm(GPU, environ=EXPANDABLE, enable_cumem_allocator=True)],
+    ),
+    "PD630": Case([variables(**{HOST: "0.0.0.0"})], [variables(**{HOST: "127.0.0.2"})]),
+    "PD631": Case([variables(**{HOST: "node-7"})], [variables(**{HOST: "localhost"})]),
+    "PD632": Case([variables(VLLM_RPC_BASE_PATH="/tmp")], [variables(VLLM_USE_V1="1")]),
+    "PD633": Case([variables(VLLM_DP_RANK="1")], [variables(VLLM_USE_V1="1")]),
+    "PD634": Case(
+        [variables(VLLM_SERVER_DEV_MODE="1")],
+        [vllm(environ={"VLLM_SERVER_DEV_MODE": "1"}), variables(VLLM_SERVER_DEV_MODE="0")],
+    ),
+    "PD635": Case([variables(VLLM_PLUGINS="mine")], [variables(VLLM_PLUGINS="")]),
+    "PD636": Case(
+        [variables(VLLM_CPU_KVCACHE_SPACE="4")],
+        [vllm(GPU, env={"VLLM_CPU_KVCACHE_SPACE": "4"})],
+    ),
+    "PD637": Case(
+        [told(FOUND, env={"VLLM_LOGING_LEVEL": "DEBUG"})],
+        [told(FOUND, env={"VLLM_LOGGING_LEVEL": "DEBUG"})],
+    ),
+    "PD638": Case([vllm(decode__env={"VLLM_MLA_DISABLE": "1"})], [variables(VLLM_MLA_DISABLE="1")]),
+}
