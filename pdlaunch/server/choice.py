@@ -11,7 +11,7 @@ from pdlaunch.server.text_stream import TextStream
 
 @dataclass(slots=True)
 class Delta:
-    """Holds what a choice has new for the client."""
+    """Holds what is new of a choice, for the client."""
 
     index: int
     text: str = ""

@@ -127,7 +127,7 @@ class EngineService:
     async def read_stats(self) -> None:
         """Bring the rank's totals up to date, or leave them as they were when it does not answer.
 
-        What an answer counts is so in the next scrape.
+        So the next scrape has what an answer that has left has counted.
         """
         with contextlib.suppress(OverloadedError, TimeoutError):
             async with asyncio.timeout(READ_STATS_TIMEOUT_S):

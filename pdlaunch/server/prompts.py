@@ -84,7 +84,9 @@ def detokenize(raw: bytes, model: ServedModel, strict_fields: bool) -> Converted
 
 
 PROBED_CHARS_PER_TOKEN = 16
-"""Text of the whole context has a third of it."""
+"""Of a very long text, so many characters for each token of the context are tokenized first. Text
+that just fills the context has about a third as many.
+"""
 
 
 def read_completion(raw: bytes, model: ServedModel, strict_fields: bool) -> CompletionRequest:

@@ -120,7 +120,7 @@ class SleepDesk:
         return SleepStatus(bool(self._tags), self._tags, num_bytes)
 
     def on_welcome(self, welcome: Welcome) -> None:
-        """Take over how a rank 0 is.
+        """Take over the state of a rank 0.
 
         It may have slept through a restart of this server, or have been restarted itself.
         """

@@ -1,8 +1,8 @@
 """Converts the output tokens of one choice to the text that a stream emits.
 
 The text emitted after k tokens is a pure function of the prompt, these k tokens and the stop
-strings: another engine that is fed the same tokens is at the same place. Three things hold text
-back: half UTF-8 characters, text that may begin a stop string, and nothing else.
+strings: another engine that is fed the same tokens is at the same place. Two things hold text back:
+a UTF-8 character that is incomplete, and text that may begin a stop string.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def test_bare_loops_move_each_head_of_each_block_once(pair, by_head):
     holders, readers = caches
     for part in parts:
         for here, there in zip(part.local, part.remote, strict=True):
-            readers[part.reader][here : here + part.piece_bytes] = holders[part.holder][
+            readers[part.decode_rank][here : here + part.piece_bytes] = holders[part.prefill_rank][
                 there : there + part.piece_bytes
             ]
     replicas = max(1, pair[0] // 3)

@@ -29,7 +29,7 @@ from pdlaunch.offload.spec import DIRECTIONS, Direction
 KIB = 1024
 BLOCK_SIZES = (4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, 1024 * KIB)
 DEFAULT_BYTES = {"cuda": 1024**3, "cpu": 32 * 1024**2}
-"""Bytes to copy by kind of device: enough to measure, seconds to wait."""
+"""Bytes to copy by kind of device: enough to measure, and copied within seconds."""
 
 _WAYS: tuple[tuple[Direction, ...], ...] = (("load",), ("store",), ("load", "store"))
 """Directions that are measured, in the order of ``Speeds``."""

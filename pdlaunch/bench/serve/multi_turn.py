@@ -63,7 +63,7 @@ class MultiTurnOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TurnRow(msgspec.Struct, frozen=True, kw_only=True):
-    """Holds the figures of one turn of all conversations; None: nothing to say it from."""
+    """Holds the figures of one turn of all conversations; None where nothing was measured."""
 
     turn: int
     prompt_tokens: int

@@ -17,7 +17,7 @@ _MAX_ERRORS = 3
 
 
 class BenchRow(msgspec.Struct, frozen=True, kw_only=True):
-    """Holds the figures of one length at one concurrency; None: nothing to say it from."""
+    """Holds the figures of one length at one concurrency; None where nothing was measured."""
 
     input_tokens: int
     concurrency: int
@@ -49,7 +49,7 @@ class BenchRow(msgspec.Struct, frozen=True, kw_only=True):
     step_output_tokens_per_s: float | None
     """Rate that the bare decode step allows: concurrency / step time."""
     of_step_share: float | None
-    """Share that ``output_tokens_per_s`` has in it."""
+    """``output_tokens_per_s`` as a share of that rate."""
     errors: list[str] = []
     """The most frequent errors, as the deployment worded them, with their counts."""
 
@@ -109,7 +109,7 @@ def summarise(
 
 
 def milliseconds(seconds: Sequence[float], quantile: float) -> float | None:
-    """Return a quantile in milliseconds; None of nothing."""
+    """Return a quantile in milliseconds; None without any value."""
     if not seconds:
         return None
     if quantile == 0.5:

@@ -27,7 +27,7 @@ from pdlaunch.config.model_files.shape import DTYPE_BYTES, ModelShape
 from pdlaunch.offload.measure import cuda_seconds, host_seconds
 
 CPU_BUFFER_BYTES = 512 * 1024**2
-"""More than caches hold."""
+"""Bytes of the buffer on a GPU, more than its caches hold."""
 CUDA_BUFFER_BYTES = 2 * 1024**3
 
 

@@ -22,14 +22,14 @@ from pdlaunch.transfer.connectors.piece_copies import HostCopier, PieceCopier, P
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The pieces that one reader gets from one holder; both are TP ranks."""
+    """Names the pieces that one decode rank gets from one prefill rank, by their TP ranks."""
 
-    holder: int
-    reader: int
+    prefill_rank: int
+    decode_rank: int
     local: list[int]
-    """Offsets of the pieces in bytes from the start of the reader's cache."""
+    """Offsets of the pieces in bytes from the start of the decode rank's cache."""
     remote: list[int]
-    """Offsets of the pieces in bytes from the start of the holder's cache."""
+    """Offsets of the pieces in bytes from the start of the prefill rank's cache."""
     piece_bytes: int
 
 
@@ -42,14 +42,14 @@ def parts_of(
     ``by_head``.
     """
     head_bytes, parts = shape.layout().head_bytes, []
-    for reader in range(pair[1]):
+    for decode_rank in range(pair[1]):
         sources = map_sources(
             num_kv_heads=shape.num_kv_heads,
             prefill_tp_size=pair[0],
             decode_tp_size=pair[1],
-            decode_tp_rank=reader,
+            decode_tp_rank=decode_rank,
         )
-        ours = heads_of_rank(shape.num_kv_heads, pair[1], reader)
+        ours = heads_of_rank(shape.num_kv_heads, pair[1], decode_rank)
         for source in sources:
             theirs = heads_of_rank(shape.num_kv_heads, pair[0], source.tp_rank)
             num_heads = 1 if by_head and ours != theirs else len(source.heads)
@@ -63,7 +63,9 @@ def parts_of(
                 for blocks, held in ((local, ours), (remote, theirs))
             )
             parts.append(
-                Part(source.tp_rank, reader, local_places, remote_places, num_heads * head_bytes)
+                Part(
+                    source.tp_rank, decode_rank, local_places, remote_places, num_heads * head_bytes
+                )
             )
     return [part for part in parts if part.local]
 
@@ -77,9 +79,9 @@ class _Read:
 
 
 class BareNixl:
-    """Moves blocks by another NIXL agent of the same settings; the reader reads."""
+    """Moves blocks by another NIXL agent of the same settings; the decode side reads."""
 
-    reader_moves = True
+    decode_side_moves = True
     by_head = True
 
     def __init__(self, name: str, kv_cache: torch.Tensor) -> None:
@@ -100,7 +102,7 @@ class BareNixl:
         ]
 
     def move(self, parts: Sequence[Part]) -> float:
-        """Return the seconds of the slowest READ from one holder, as in pulls.
+        """Return the seconds of the slowest READ from one prefill rank, as in pulls.
 
         All begin at once, with their descriptors prepared.
         """
@@ -125,7 +127,7 @@ class BareNixl:
             read.ended_at = time.perf_counter()
 
     def _prepare(self, part: Part) -> Any:
-        name, base, index = self._peers[part.holder]
+        name, base, index = self._peers[part.prefill_rank]
         ours = self._descriptors(
             self._cache.data_ptr(), self._device_index, part.local, part.piece_bytes
         )
@@ -139,9 +141,9 @@ class BareNixl:
 
 
 class BareMooncake:
-    """Moves blocks by a transfer engine; the holder writes."""
+    """Moves blocks by a transfer engine; the prefill side writes."""
 
-    reader_moves = False
+    decode_side_moves = False
     by_head = False
 
     def __init__(self, name: str, kv_cache: torch.Tensor) -> None:
@@ -171,7 +173,7 @@ class BareMooncake:
         return sum(self._write(part) for part in parts)
 
     def _write(self, part: Part) -> float:
-        segment, base = self._peers[part.reader]
+        segment, base = self._peers[part.decode_rank]
         ours = [self._cache.data_ptr() + place for place in part.remote]
         theirs = [base + place for place in part.local]
         start_at = time.perf_counter()
@@ -185,11 +187,11 @@ class BareMooncake:
 
 
 class BareCopy:
-    """Copies blocks as the P2P path does: they lie in the reader's process too, on the holders'
-    devices.
+    """Copies blocks as the P2P path does: they lie in the process of the decode rank too, on the
+    devices of the prefill ranks.
     """
 
-    reader_moves = True
+    decode_side_moves = True
     by_head = False
 
     def __init__(self, name: str, kv_cache: torch.Tensor) -> None:
@@ -218,7 +220,9 @@ class BareCopy:
         self._copier = new_cuda_copiers(self._cache)[0]
 
     def move(self, parts: Sequence[Part]) -> float:
-        """Return the seconds of the slowest copy from a holder; as in pulls, all begin at once."""
+        """Return the seconds of the slowest copy from a prefill rank; as in pulls, all begin at
+        once.
+        """
         copies = [self._copier.start(self._pieces(part)) for part in parts]
         while "pending" in [copy.poll() for copy in copies]:
             time.sleep(0)
@@ -229,7 +233,7 @@ class BareCopy:
             np.array(places, dtype=np.uint64) + np.uint64(cache.data_ptr())
             for places, cache in (
                 (part.local, self._cache),
-                (part.remote, self._sources[part.holder]),
+                (part.remote, self._sources[part.prefill_rank]),
             )
         )
         return Pieces(ours, theirs, part.piece_bytes)

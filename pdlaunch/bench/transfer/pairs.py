@@ -159,7 +159,7 @@ class BareTransfers:
         )
         self._movers, addresses = (
             (ranks.decode_ranks, prefill_addresses)
-            if kind.reader_moves
+            if kind.decode_side_moves
             else (ranks.prefill_ranks, decode_addresses)
         )
         for mover in self._movers:
@@ -185,7 +185,7 @@ class BareTransfers:
         return PullTimes(seconds, seconds)
 
     def _mover_of(self, part: Part) -> int:
-        return part.reader if self._kind.reader_moves else part.holder
+        return part.decode_rank if self._kind.decode_side_moves else part.prefill_rank
 
 
 def _device(device: str, index: int) -> str:

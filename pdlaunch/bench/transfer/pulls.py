@@ -39,10 +39,10 @@ from pdlaunch.resolve.roles import DTypeName
 
 NUM_WARM_UP_TURNS = 2
 NUM_CACHES = 4
-"""KV caches of all heads that there are at a time: of both sides, with checksums and without."""
+"""Whole KV caches that exist at a time: one for each side, with checksums and without."""
 TURN = ("unverified", "pull", "bare", "pull")
-"""Order of a round. What is compared follows the same: blocks are as cold for the one as for the
-other.
+"""Order of a round. The things compared run after the same predecessor, so that blocks are equally
+cold for both.
 """
 
 Way = Callable[[list[int], list[int]], PullTimes]
@@ -222,7 +222,7 @@ def _ways(
 ) -> tuple[str, dict[str, Way], BareTransfers | None]:
     """Return the path in use, and all ways to move blocks.
 
-    They are measured in turns: what else the machine does then hits all alike.
+    They are measured in turns, so that other work of the machine slows all of them alike.
     """
     unverified = new_pair(stack, settings.model_copy(update={"verify": False}), pair, shape, place)
     whole = new_pair(stack, settings, pair, shape, place)
@@ -231,7 +231,7 @@ def _ways(
     kind = BARE.get(
         "p2p" if all(path.startswith("p2p/") for path in unverified.paths) else settings.connector
     )
-    if kind is None or not (kind.reader_moves or settings.mooncake.protocol == "tcp"):
+    if kind is None or not (kind.decode_side_moves or settings.mooncake.protocol == "tcp"):
         return used, ways, None
     bare = BareTransfers(kind, unverified, pair, shape)
     return used, {**ways, "bare": bare.move}, bare

@@ -110,7 +110,7 @@ class Process:
         return found
 
     def call(self, *call: object) -> Any:
-        """``send`` and ``wait``."""
+        """Call a method: ``send``, then ``wait``."""
         self.send(*call)
         return self.wait()
 
