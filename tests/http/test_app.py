@@ -68,7 +68,7 @@ async def ask(registry: CollectorRegistry) -> AsyncIterator[Ask]:
             AppRoute("POST", "/closed", echo),
             AppRoute("GET", "/other", echo, other),
             *(AppRoute("GET", path, raising(error)) for path, error in ERRORS.items()),
-            *model_routes(lambda: ModelCard(id="org/tiny")),
+            *model_routes(lambda: [ModelCard(id="org/tiny")]),
         ],
         guard=Guard("127.0.0.1"),
         check_key=check,
