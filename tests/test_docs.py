@@ -26,6 +26,14 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
 
 
+def test_the_readme_leads_to_every_page() -> None:
+    links = {
+        path for path, _ in LINK.findall((ROOT / "README.md").read_text().split("\n## Read on")[1])
+    }
+    pages = {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}
+    assert pages <= links, pages - links
+
+
 def test_broken_links_are_found() -> None:
     assert LINK.findall("[a](b.md#c) [d](#e) [f](https://g.h/)") == [("b.md", "c"), ("", "e")]
     assert "faults-make-soak" in anchors(ROOT / "docs" / "reliability.md")
