@@ -15,7 +15,7 @@ import yaml
 
 from pdlaunch.config.kv_transfer import RENAMED
 from pdlaunch.config.problems import InvalidConfigError, Problem, nearest, shown_name, shown_path
-from pdlaunch.config.settings import all_settings, known_names, sections
+from pdlaunch.config.settings import all_flags, all_settings, known_names, sections
 from pdlaunch.config.vllm_arguments import is_name
 
 MAX_FILE_BYTES = 256 * 1024
@@ -66,6 +66,8 @@ class _Reader:
                 fix = f"did you mean {match}?" if match else f"known here: {', '.join(names)}"
                 if path in RENAMED:
                     fix = f"it is {RENAMED[path]} now"
+                elif meant := _path_of_flag(path):
+                    fix = f"in a file it is {meant}"
                 self._problem(key, "unknown field", path, fix)
             elif path in sections():
                 self.read_section(value, path)
@@ -161,7 +163,7 @@ class _Reader:
                 node,
                 f"must be a mapping of fields, not {_kind(node)}",
                 parent or None,
-                "write `field: value` lines",
+                _as_mapping(node, parent),
             )
             return
         first_lines: dict[str, int] = {}
@@ -240,6 +242,20 @@ class _Reader:
         return _problem_at(
             self._file, node.start_mark.line, node.start_mark.column, message, field, fix
         )
+
+
+def _path_of_flag(name: str) -> str | None:
+    """Return the setting whose flag is spelt like this: ``kv_connector``, ``prefill.tp``."""
+    plain = name.replace("_", "-").replace(".", "-")
+    return next((path for path, flag in all_flags().items() if flag.name == plain), None)
+
+
+def _as_mapping(node: yaml.Node, section: str) -> str:
+    """Return how to write a section that has a single value: that of the flag of its name."""
+    path = _path_of_flag(section) if isinstance(node, yaml.ScalarNode) else None
+    if path is None:
+        return "write `field: value` lines"
+    return f"write {section}: {{{path.removeprefix(f'{section}.')}: {shown_name(node.value)}}}"
 
 
 def _kind(node: yaml.Node) -> str:
