@@ -35,7 +35,7 @@ Need = (
 """Facts that can be missing."""
 
 WITHOUT_PROBE: frozenset[Need] = frozenset({"nixl", "transport", "engine_flags"})
-"""Facts that are missing in every check without ``--probe``."""
+"""Facts that are missing without ``--probe``: transport, and another for each kind of engine."""
 
 _NOT_PROBED: Mapping[str, tuple[Need, str]] = {
     "ports": ("ports", "ports were not probed on this machine"),

@@ -63,7 +63,8 @@ def without_probe(report: Report) -> list[str]:
     out; empty when more or less is.
     """
     missing = {need for item in report.not_checked for need in item.needs}
-    return [item.rule for item in report.not_checked] if missing == WITHOUT_PROBE else []
+    is_all = len(missing) > 1 and missing <= WITHOUT_PROBE
+    return [item.rule for item in report.not_checked] if is_all else []
 
 
 def span(codes: Sequence[str]) -> str:
