@@ -251,6 +251,7 @@ class EngineClient:
                 http_url(decode.url) + "/v1/completions",
                 data=msgspec.json.encode(body),
                 timeout=timeout,
+                allow_redirects=False,
             ) as response:
                 await response.read()
         except (aiohttp.ClientError, TimeoutError) as error:

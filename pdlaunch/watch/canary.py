@@ -38,8 +38,8 @@ SECONDS_READ: dict[Kind, str] = {
 """Names of what decode engines count, by their kind."""
 FIRST_TOKEN_ID = 100
 """Ids below are often special tokens."""
-NUM_TOKEN_IDS = 1000
-"""Ids that prompts are drawn from; every vocabulary is larger."""
+NUM_TOKEN_IDS = 150
+"""Ids that prompts are drawn from; a vocabulary of bytes has them too."""
 
 REMOTE_DECODE: dict[str, Any] = {
     "do_remote_decode": True,

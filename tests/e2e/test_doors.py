@@ -31,6 +31,7 @@ from pdlaunch.server.app import make_app
 from pdlaunch.server.engine_service import EngineService
 from tests.e2e.api import total_now
 from tests.e2e.conftest import clean_environ
+from tests.e2e.lone_router import running_router
 from tests.e2e.tiny_models import make_tiny_model
 from tests.e2e.vllm_router import needs_vllm_router, running_vllm_router
 from tests.router.test_admin import COMMANDS
@@ -175,6 +176,62 @@ def test_the_real_vllm_router_answers_with_the_same_tokens(
     assert len(theirs[0]) == 12
     logs = [path.read_text() for path in doors.deployment.log_dir.glob("*.log")]
     assert sum(log.count("ignored: 'no_stop_trim'") for log in logs) == 2, "once an engine"
+
+
+@pytest.fixture(scope="module")
+def lone_router(doors: Doors, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Our own router in front of the launch's engines, which it knows by their URLs alone."""
+    urls = ("--prefill", doors.engines["prefill-0"], "--decode", doors.engines["decode-0"])
+    with running_router(
+        (*urls, "--engine-key-env", "KEY_OF_ENGINES", "--dtype", "float32"),
+        clean_environ() | {"KEY_OF_ENGINES": OTHER_ROUTER},
+        tmp_path_factory.mktemp("router") / "log",
+    ) as url:
+        yield url
+
+
+def test_a_router_alone_answers_with_the_same_tokens(doors: Doors, lone_router: str) -> None:
+    for stream in (False, True):
+        fields = {"prompt": f"What comes next {stream}?", "max_tokens": 12, "ignore_eos": True}
+        fields |= {"return_token_ids": True, "temperature": 0, "stream": stream}
+        num_pulls = total_now(doors.router, "transfers")
+        theirs = answered(lone_router, "completions", fields)
+        assert total_now(doors.router, "transfers") == num_pulls + 1
+        assert theirs == answered(doors.router, "completions", fields)
+        assert len(theirs[0]) == 12
+
+
+def test_a_router_alone_has_proven_the_pair_and_shows_its_metrics(
+    doors: Doors, lone_router: str
+) -> None:
+    lines = ask("GET", f"{lone_router}/metrics")[1].splitlines()
+    assert 'pdlaunch_router_canaries_total{outcome="proven"} 1.0' in lines
+    assert any(
+        line.startswith("pdlaunch_kv_transfer_bytes_total") and 'engine="decode-0"' in line
+        for line in lines
+    )
+    engines = json.loads(ask("GET", f"{lone_router}/pdlaunch/status")[1])["engines"]
+    assert {engine["name"]: engine["url"] for engine in engines} == doors.engines
+    assert {engine["state"] for engine in engines} == {"ready"}
+
+
+def test_commands_of_a_router_alone_leave_the_engines_as_they_are(
+    doors: Doors, lone_router: str
+) -> None:
+    admin = admin_api(lone_router)
+    before = {name: process.pid for name, process in doors.deployment.processes().items()}
+    status, answer = admin.post("/pdlaunch/restart?engine=decode-0", {})
+    assert status == 409
+    assert "whoever started it restarts it" in answer["error"]["message"]
+    new = {"name": "x", "role": "decode", "url": "http://127.0.0.1:1"}
+    status, answer = admin.post("/pdlaunch/engines", new)
+    assert (status, answer["error"]["code"]) == (403, "url_not_allowed")
+    # Over TCP the commands are closed, as there is no admin_api_key.
+    assert ask("POST", f"{lone_router}/pdlaunch/engines", new)[0] == 403
+    assert ask("DELETE", f"{lone_router}/pdlaunch/engines/decode-0")[0] == 403
+    status, answer = admin_api(doors.router).post("/pdlaunch/engines", new)
+    assert (status, answer["error"]["code"]) == (409, "own_engines")
+    assert before == {name: process.pid for name, process in doors.deployment.processes().items()}
 
 
 def test_the_clients_key_opens_no_command(doors: Doors) -> None:
