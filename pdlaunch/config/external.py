@@ -58,18 +58,19 @@ def read_engine_url(url: str) -> EngineAddress:
         if not path.startswith("/") or posixpath.normpath(path) != path or "\0" in path:
             raise ValueError(f"{url[:100]!r}: write the whole path of the socket: unix:/run/x.sock")
         return EngineAddress("unix", "", 0, path)
+    if "@" in url:
+        raise ValueError("a URL holds no user or key here; name the key's variable in api_key_env")
     try:
         parts = urlsplit(url.removeprefix(DNS))
         port = parts.port  # raises when it is none
     except ValueError:
         raise ValueError(f"{url[:100]!r} is no URL") from None
     host = (parts.hostname or "").rstrip(".")
-    # A user, a path or a query would be dropped or sent along: neither is what was meant.
+    # A path or a query would be dropped or sent along: neither is what was meant.
     plain = f"{parts.scheme}://{parts.netloc}"
     if (
         parts.scheme not in _DEFAULT_PORTS
         or not host
-        or "@" in parts.netloc
         or url.removeprefix(DNS).rstrip("/") != plain
         or not re.fullmatch(r"[A-Za-z0-9_.:-]+", host)
     ):

@@ -237,7 +237,10 @@ def _from_pydantic(detail: ErrorDetails, given: Mapping[str, _Given]) -> Problem
 def _refused(path: str, item: _Given | None, message: str, fix: str | None) -> Problem:
     if item is None:
         return Problem(message, path, fix=fix)
-    value = None if is_secret(path) else shown(item.value)
+    setting = all_settings().get(path)
+    # Somebody may have written a key into a mapping's text, such as a URL.
+    is_hidden = is_secret(path) or (setting is not None and bool(setting.item_fields))
+    value = None if is_hidden else shown(item.value)
     text = (
         f"{value} is wrong: {message}"
         if value is not None and (not isinstance(item.value, str) or value not in message)

@@ -90,7 +90,11 @@ class LoneRouter:
             runners.append(await self._take_commands())
             await listen(runner, spec.listeners)
             runner.drop_stalled_readers(CLIENT_READ_TIMEOUT_S)
-            _logger.info("listening at %s", local_url(spec.host, spec.port))
+            _logger.info(
+                "listening at %s, for commands at %s",
+                local_url(spec.host, spec.port),
+                self._spec.run_dir / ADMIN_SOCKET,
+            )
             await self._signals.get()
             await self._drain()
         finally:

@@ -1,0 +1,149 @@
+"""Lists of engines that change while a router runs: a file, a name in DNS."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from pdlaunch.config.external import read_engine_url
+from pdlaunch.errors import ConfigError
+from pdlaunch.router.membership_sources import DnsSource, FileSource, read_engines_file
+from pdlaunch.router.membership_watch import Member
+from tests.router.test_membership_watch import Alone
+
+
+@pytest.fixture
+async def alone(tmp_path: Path) -> AsyncIterator[Alone]:
+    alone = Alone(tmp_path, urls=(f"unix:{tmp_path}", "http://127.0.0.0/29:1-9"))
+    await alone.open()
+    alone.watch.begin()
+    yield alone
+    await alone.close()
+
+
+def listing(alone: Alone, *names: str) -> str:
+    lines = [
+        f"- {{name: {name}, role: {name.partition('-')[0]}, url: '{alone.url(name)}'}}\n"
+        for name in names
+    ]
+    return f"engines:\n{''.join(lines)}"
+
+
+async def test_the_file_s_engines_come_and_go_and_bad_content_changes_nothing(
+    alone: Alone, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("prefill-0", "decode-0", "decode-1"):
+        await alone.start(name)
+    file = tmp_path / "engines.yaml"
+    file.write_text(listing(alone, "prefill-0", "decode-0"))
+    following = asyncio.ensure_future(FileSource(file, alone.watch, "vllm", 5.0, poll_s=0.01).run())
+    try:
+        await alone.until(lambda: alone.ready == {"prefill-0", "decode-0"})
+        file.write_text("engines: [{role: prefill}]")
+        await alone.until(lambda: "the engines stay as they are" in caplog.text)
+        assert alone.ready == {"prefill-0", "decode-0"}
+
+        file.write_text(listing(alone, "prefill-0", "decode-1"))
+        await alone.until(lambda: alone.ready == {"prefill-0", "decode-1"})
+        elsewhere = listing(alone, "prefill-0", "decode-1").replace("decode-1.sock", "../x.sock")
+        file.write_text(elsewhere + "- {name: decode-2, role: decode, url: 'http://10.9.9.9:1'}\n")
+        await alone.until(lambda: "write the whole path" in caplog.text)
+
+        file.write_text(
+            listing(alone, "prefill-0", "decode-1")
+            + "- {name: decode-2, role: decode, url: 'http://10.9.9.9:1'}\n"
+        )
+        await alone.until(lambda: "decode-2 is left out: engine_urls does not" in caplog.text)
+        assert alone.ready == {"prefill-0", "decode-1"}
+    finally:
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+
+
+async def test_an_engine_whose_key_changes_is_taken_anew(
+    alone: Alone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await alone.start("prefill-0")
+    monkeypatch.setenv("FIRST_KEY", "first")
+    monkeypatch.setenv("SECOND_KEY", "second")
+    file = tmp_path / "engines.yaml"
+    text = listing(alone, "prefill-0")
+    file.write_text(text.replace("}", ", api_key_env: FIRST_KEY}"))
+    following = asyncio.ensure_future(FileSource(file, alone.watch, "vllm", 5.0, poll_s=0.01).run())
+    try:
+        await alone.until(lambda: alone.ready == {"prefill-0"})
+        assert alone.keys["prefill-0"].seen == {"Bearer first"}
+        file.write_text(text.replace("}", ", api_key_env: SECOND_KEY}"))
+        await alone.until(lambda: "Bearer second" in alone.keys["prefill-0"].seen)
+    finally:
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "and nothing else"),
+        ("engines: []\nport: 3", "and nothing else"),
+        ("engines: {a: b}", "prefill=URL"),
+        ("engines: [{role: prefill}]", "url: Field required"),
+        ("engines: [{role: prefill, url: 'http://u:secret@h:1'}]", "api_key_env"),
+        ("engines: [{role: prefill, url: 'http://h:1', api_key: secret}]", "api_key"),
+        ("engines: ['prefill=http://h:1', 'prefill=http://h:1/']", "the url http://h:1"),
+        ("engines: [", "expected the node content"),
+        ("a" * 300_000, "larger than"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_named(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "engines.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        read_engines_file(file)
+    assert message in str(caught.value)
+    assert "secret" not in str(caught.value)
+    assert caught.value.field == "engines_file"
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        read_engines_file(tmp_path / "none.yaml")
+
+
+async def test_a_name_stands_for_an_engine_at_each_of_its_addresses(
+    alone: Alone, caplog: pytest.LogCaptureFixture
+) -> None:
+    found: set[str] | None = {"127.0.0.1", "127.0.0.2", "127.9.9.9"}
+
+    async def resolve(host: str, port: int) -> set[str]:
+        assert (host, port) == ("prefill.svc", 7)
+        if found is None:
+            raise OSError("no such name")
+        return found
+
+    member = Member("prefill", "prefill", "dns+http://prefill.svc:7", "vllm", "key")
+    source = DnsSource(member, alone.watch, 5.0, poll_s=0.01, resolve=resolve)
+    following = asyncio.ensure_future(source.run())
+
+    def urls() -> set[str]:
+        return {engine.url for engine in alone.pool.engines}
+
+    try:
+        await alone.until(lambda: urls() == {"http://127.0.0.1:7", "http://127.0.0.2:7"})
+        await alone.until(lambda: "does not allow http://127.9.9.9:7" in caplog.text)
+        assert {alone.watch.key_of(engine) for engine in alone.pool.engines} == {"key"}
+        found = {"127.0.0.2", "127.0.0.3"}
+        await alone.until(lambda: urls() == {"http://127.0.0.2:7", "http://127.0.0.3:7"})
+        found = None
+        await alone.until(lambda: "has no address" in caplog.text)
+        assert urls() == {"http://127.0.0.2:7", "http://127.0.0.3:7"}
+    finally:
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+
+
+def test_a_name_keeps_its_scheme_and_port() -> None:
+    address = read_engine_url("dns+https://Prefill.SVC.:8443")
+    assert str(address._replace(host="fd00::1")) == "https://[fd00::1]:8443"
