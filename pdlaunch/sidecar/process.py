@@ -26,6 +26,7 @@ from pdlaunch.protocol.control import (
     Entry,
     PairFailed,
     PairReady,
+    PairSuspect,
     Progress,
     Ready,
     Registry,
@@ -34,8 +35,8 @@ from pdlaunch.protocol.control import (
     Suspects,
 )
 from pdlaunch.sidecar.child import EngineChild
-from pdlaunch.watch.canary import CanaryDied, send_canary
-from pdlaunch.watch.engine_api import EngineApi
+from pdlaunch.watch.canary import BYTES_READ, CanaryDied, send_canary
+from pdlaunch.watch.engine_api import Counts, EngineApi
 from pdlaunch.watch.versions import with_version
 
 _logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ CANARY_RETRY_S = (0.5, 10.0)
 """First and longest pause before a canary that died is sent again."""
 EVENTS_FLAG = "--kv-events-config"
 _RUNNING = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+_FAILED_READS = "vllm:nixl_num_failed_transfers_total"
 _PROGRESS = ("vllm:generation_tokens_total", "vllm:iteration_tokens_total_sum")
 
 
@@ -79,6 +81,8 @@ class SidecarProcess:
         self._canaries: dict[tuple[str, int], asyncio.Task[None]] = {}
         """Of each prefill engine and incarnation that is proven or being proven."""
         self._one_at_a_time = asyncio.Semaphore(1)
+        self._reads: tuple[float, float] | None = None
+        """Failed READs and bytes read, at the last look."""
         self._listed: set[tuple[str, int]] = set()
         """Those of them that the registry has shown as proven."""
 
@@ -142,6 +146,7 @@ class SidecarProcess:
             except ProtocolError as error:
                 _logger.warning("%s", error)
                 continue
+            self._doubt_pairs(counts)
             now_done = sum(counts.total(name) for name in _PROGRESS)
             if now_done != done or not any(counts.total(name) for name in _RUNNING):
                 done, moved_at = now_done, time.monotonic()
@@ -151,6 +156,29 @@ class SidecarProcess:
                     " s"
                 )
                 return
+
+    def _doubt_pairs(self, counts: Counts) -> None:
+        """Have all pairs proven anew when READs have failed since the last look and none has come
+        through: prompts that were handed over are computed here.
+        """
+        before, self._reads = (
+            self._reads,
+            (
+                counts.total(_FAILED_READS),
+                counts.total(BYTES_READ["vllm"]),
+            ),
+        )
+        if before is None or self._reads[0] <= before[0] or self._reads[1] > before[1]:
+            return
+        for peer, incarnation in self._listed:
+            self._supervised.send(
+                PairSuspect(
+                    local=self._name,
+                    peer=peer,
+                    peer_incarnation=incarnation,
+                    error="READs of KV blocks fail, and none comes through",
+                )
+            )
 
     async def _tell_version(self) -> None:
         """Register again, with what this version of the engine can do."""

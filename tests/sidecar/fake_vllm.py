@@ -33,6 +33,8 @@ class FakeVllm:
     num_running: int = 0
     healthy: bool = True
     num_bytes: int = 0
+    num_failed_reads: int = 0
+    num_looks: int = 0
     num_tokens: int = 0
     bodies: list[dict[str, Any]] = field(default_factory=list)
 
@@ -52,6 +54,7 @@ class FakeVllm:
         return web.json_response({"version": "0.32.0+cpu"})
 
     async def _metrics(self, _: web.Request) -> web.Response:
+        self.num_looks += 1
         page = (
             "# TYPE vllm:num_requests_running gauge\n"
             f'vllm:num_requests_running{{engine="0"}} {self.num_running}\n'
@@ -63,6 +66,8 @@ class FakeVllm:
             f'vllm:nixl_bytes_transferred_bucket{{engine="0",le="+Inf"}} 1\n'
             f'vllm:nixl_bytes_transferred_count{{engine="0"}} 1\n'
             f'vllm:nixl_bytes_transferred_sum{{engine="0"}} {self.num_bytes}\n'
+            "# TYPE vllm:nixl_num_failed_transfers counter\n"
+            f'vllm:nixl_num_failed_transfers_total{{engine="0"}} {self.num_failed_reads}\n'
         )
         return web.Response(text=page)
 

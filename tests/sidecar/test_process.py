@@ -15,6 +15,7 @@ from pdlaunch.protocol.control import (
     Capabilities,
     Entry,
     PairReady,
+    PairSuspect,
     Ready,
     Registry,
     Role,
@@ -23,6 +24,7 @@ from pdlaunch.protocol.control import (
 )
 from pdlaunch.protocol.sockets import new_launch_keys
 from pdlaunch.sidecar.process import SidecarOptions, SidecarProcess
+from tests.router.fake_engine import until
 from tests.sidecar.fake_vllm import FakeVllm, listen
 
 pytestmark = pytest.mark.processes
@@ -47,6 +49,7 @@ class FakeSupervisor:
         self.said: asyncio.Queue[ToSupervisor] = asyncio.Queue()
         self.capabilities: list[Capabilities] = []
         self.prefill: FakeVllm
+        self.decode: FakeVllm
         self._tasks: set[asyncio.Task[None]] = set()
 
     def register(self, url: str, capabilities: Capabilities | None = None) -> None:
@@ -67,8 +70,11 @@ class FakeSupervisor:
 
 
 @pytest_asyncio.fixture
-async def supervisor(tmp_path: Path) -> AsyncIterator[FakeSupervisor]:
+async def supervisor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[FakeSupervisor]:
     """A sidecar of a decode engine beside a prefill engine, both of them fakes."""
+    monkeypatch.setattr("pdlaunch.sidecar.process.WATCH_POLL_S", 0.05)
     shares: dict[str, list[int]] = {}
     supervisor = FakeSupervisor(tmp_path)
     sidecar = SidecarProcess(
@@ -76,9 +82,10 @@ async def supervisor(tmp_path: Path) -> AsyncIterator[FakeSupervisor]:
     )
     running = asyncio.create_task(sidecar.run())
     supervisor.prefill = FakeVllm("prefill-0", shares)
+    supervisor.decode = FakeVllm("decode-0", shares)
     runners = [
         await listen(engine, tmp_path / f"{engine.name}.sock")
-        for engine in (supervisor.prefill, FakeVllm("decode-0", shares))
+        for engine in (supervisor.prefill, supervisor.decode)
     ]
     yield supervisor
     supervisor.inbox.put_nowait(Stop())
@@ -119,3 +126,21 @@ async def test_a_pair_is_proven_once_and_again_when_its_proof_is_dropped(
     assert (await supervisor.next(PairReady)).peer == "prefill-0"
     # Each canary asks it for the first token and for all, and nobody has sent a third one.
     assert len(prefill.bodies) == 4
+
+
+async def test_reads_that_fail_without_one_that_comes_through_are_a_doubt(
+    supervisor: FakeSupervisor,
+) -> None:
+    run_dir, decode = supervisor.bootstrap.run_dir, supervisor.decode
+    supervisor.inbox.put_nowait(registry(run_dir))
+    supervisor.inbox.put_nowait(registry(run_dir, await supervisor.next(PairReady)))
+    looks_of_canary = decode.num_looks
+    await until(lambda: decode.num_looks >= looks_of_canary + 1)
+    looks = decode.num_looks
+    # A failure beside READs that come through is one request's own.
+    decode.num_failed_reads, decode.num_bytes = 1, decode.num_bytes + 1
+    await until(lambda: decode.num_looks >= looks + 2)
+    assert supervisor.said.empty()
+    decode.num_failed_reads = 2
+    doubt = await supervisor.next(PairSuspect)
+    assert (doubt.local, doubt.peer, doubt.peer_incarnation) == ("decode-0", "prefill-0", 1)
