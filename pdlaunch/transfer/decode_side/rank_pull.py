@@ -47,13 +47,13 @@ from pdlaunch.protocol.side_channel import (
 from pdlaunch.protocol.transfer import StartPull
 from pdlaunch.transfer.channel.head_mapping import SourceRank
 from pdlaunch.transfer.decode_side.chunked_reads import ChunkedReads, ReadFailed
+from pdlaunch.transfer.decode_side.lease_hold import LeaseHold
 from pdlaunch.transfer.decode_side.links import PrefillLink, PullSetup
 from pdlaunch.transfer.decode_side.read_plan import PullFailed, Share
 from pdlaunch.transfer.instants import earliest, is_due
 
 logger = logging.getLogger(__name__)
 
-HEARTBEATS_A_LEASE = 4
 REPEAT_S = 5.0
 """A question without an answer is asked again after this time: a connection between two hosts may
 break unnoticed.
@@ -104,14 +104,7 @@ class RankPull:
         """The instant at which PullBegin is sent again, while no lease is known."""
         self._next_checksums_at: float | None = None
         """The instant at which the checksums are asked for, while they are missing."""
-        self._held_until_at = 0.0
-        """Instant until which the lease is known to hold."""
-        self._heartbeat_s = 0.0
-        """Time between two heartbeats, once there is a lease."""
-        self._next_heartbeat_at: float | None = None
-        self._awaits_heartbeat = False
-        self._last_heartbeat_at = self._last_answered_at = 0.0
-        """Instants at which the last heartbeat, and the last one that was answered, were sent."""
+        self._hold = LeaseHold(setup.clock)
         self._failure: PullFailed | None = None
         """Failure that an answer brought; only ``advance`` raises."""
         self._given_up = False
@@ -155,7 +148,9 @@ class RankPull:
             return self._owes_until_at
         if self._given_up or self._link.status != "ready":
             return None
-        return earliest((self._next_heartbeat_at, self._next_begin_at, self._next_checksums_at))
+        return earliest(
+            (self._hold.next_heartbeat_at, self._next_begin_at, self._next_checksums_at)
+        )
 
     def advance(self) -> None:
         """Do what can be done now; never waits. Raises PullFailed."""
@@ -220,11 +215,12 @@ class RankPull:
     def _on_disconnected(self) -> None:
         """Stop waiting for answers, which do not come any more."""
         now = self._setup.clock()
-        self._version, self._awaits_heartbeat = 0, False
+        self._version = 0
+        self._hold.forget_question()
         if self.stage is Stage.BEGINNING:
             self.stage, self._next_begin_at = Stage.CONNECTING, None
         if self.stage is not Stage.CONNECTING:
-            self._next_heartbeat_at = now
+            self._hold.ask_now()
         if self._next_checksums_at is not None:
             self._next_checksums_at = now
 
@@ -235,7 +231,7 @@ class RankPull:
             self._begin()
         if is_due(self._next_checksums_at, now):
             self._ask_for_checksums()
-        if is_due(self._next_heartbeat_at, now):
+        if is_due(self._hold.next_heartbeat_at, now):
             self._heartbeat()
 
     def _begin(self) -> None:
@@ -256,12 +252,8 @@ class RankPull:
         self._ask_about(StateChecksums, partial(self._on_reply, 0.0))
 
     def _heartbeat(self) -> None:
-        """Send a heartbeat. The next is due one interval after this one, and again one interval
-        after its answer.
-        """
         now = self._setup.clock()
-        self._next_heartbeat_at, self._awaits_heartbeat = now + self._heartbeat_s, True
-        self._last_heartbeat_at = now
+        self._hold.sent(now)
         self._ask_about(PullHeartbeat, partial(self._on_reply, now))
 
     def _ask_about(
@@ -326,11 +318,9 @@ class RankPull:
                     self._next_checksums_at = None
                     self._read()
             case HeartbeatReply():
-                self._awaits_heartbeat = False
-                self._last_answered_at = max(self._last_answered_at, asked_at)
+                self._hold.answered(asked_at)
                 if self.stage in (Stage.READING, Stage.VERIFYING, Stage.PROVEN):
-                    self._held_until_at = asked_at + reply.lease_s
-                    self._next_heartbeat_at = self._setup.clock() + self._heartbeat_s
+                    self._hold.extend(asked_at, reply.lease_s)
             case Refused():
                 raise PullFailed(
                     f"{self.name} refused: {reply.reason}", late=self.lease_known_at is not None
@@ -346,10 +336,7 @@ class RankPull:
         self.stage, self._next_begin_at = Stage.READING, None
         self.first_tokens = reply.first_tokens
         self.lease_known_at = now if self.lease_known_at is None else self.lease_known_at
-        self._held_until_at = asked_at + reply.lease_s
-        self._heartbeat_s = reply.lease_s / HEARTBEATS_A_LEASE
-        # Due one interval after the question; at once, where the answer took longer.
-        self._next_heartbeat_at = max(now, asked_at + self._heartbeat_s)
+        self._hold.begin(asked_at, reply.lease_s)
         if self._reads.lacks_checksums:
             self._next_checksums_at = now
         # The READ takes longest: it begins before other questions, and before the step loop wakes.
@@ -371,17 +358,14 @@ class RankPull:
         when it has not.
         """
         # Without checksums a READ counts once a heartbeat is answered that was sent after its end.
-        if self._setup.hasher is None and self._last_answered_at < self._reads.ended_at:
-            if self._last_heartbeat_at < self._reads.ended_at:
-                self._next_heartbeat_at = self._setup.clock()
+        ended_at = self._reads.ended_at
+        if self._setup.hasher is None and not self._hold.is_confirmed_after(ended_at):
             return False
-        if self._reads.ended_at < self._held_until_at:
+        if self._hold.held_at(ended_at):
             return True
-        if self._command.awaits and (
-            self._awaits_heartbeat or is_due(self._next_heartbeat_at, self._setup.clock())
-        ):
-            # The lease became known by the answer to a question of long ago, so ``_held_until_at``
-            # is too early: the answer to the heartbeat moves it.
+        if self._command.awaits and self._hold.is_being_asked:
+            # The lease became known by the answer to a question of long ago, so that it holds
+            # longer than is known here: the answer to the heartbeat says how long.
             return False
         raise PullFailed(f"{self.name}: the lease did not hold throughout the READ", late=True)
 
@@ -406,5 +390,6 @@ class RankPull:
         # The next answer says anew which blocks there are.
         self._reads.wait()
         self.stage = Stage.CONNECTING
-        self._next_begin_at = self._next_heartbeat_at = self._next_checksums_at = None
+        self._next_begin_at = self._next_checksums_at = None
+        self._hold.stop()
         return True
