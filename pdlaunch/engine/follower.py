@@ -74,6 +74,7 @@ class Follower:
                 case StopRank():
                     self.stopped = True
                     return
+        # Ends are reported by themselves, whether or not a step runs: rank 0 counts the ranks.
         events = self._transfer.take_events()
         jobs = [] if self._offload is None else self._offload.take_finished()
         if report is not None or events or jobs:

@@ -95,6 +95,7 @@ def draw_tokens(
     host waits for nothing, unless a row has penalties.
     """
     if all(row.takes_the_likeliest for row in rows):
+        # Greedy rows need no float32 copy of the logits, and no noise.
         return DrawnTokens(
             likeliest_tokens(logits) if likeliest is None else likeliest, rows, logits
         )
@@ -104,6 +105,7 @@ def draw_tokens(
     if sampled:
         places = _indices(sampled, logits)
         found = _sample_in_slices(changed, sampled, rows)
+        # A row with a NaN stays without a token: its sampled one means nothing.
         token_ids[places] = torch.where(token_ids[places] == NO_TOKEN, NO_TOKEN, found)
     return DrawnTokens(token_ids, rows, logits, tells=True)
 
@@ -178,6 +180,8 @@ def draw_by_noise(scaled: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     padded = torch.nn.functional.pad(scaled, (0, -vocab_size % GROUP_TOKENS), value=float("-inf"))
     groups = padded.view(num_rows, -1, GROUP_TOKENS)
     num_groups = groups.shape[1]
+    # number    -num_groups .. -1      0 .. GROUP_TOKENS - 1
+    # noise of  groups                 places in the group that was drawn
     noise = exponential_noise(keys, torch.arange(-num_groups, GROUP_TOKENS, device=scaled.device))
     group = (groups.exp().sum(dim=-1).double() / noise[:, :num_groups]).argmax(dim=-1, keepdim=True)
     neighbours = groups.gather(1, group[:, :, None].expand(-1, -1, GROUP_TOKENS))[:, 0].double()

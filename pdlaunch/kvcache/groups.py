@@ -66,6 +66,7 @@ def make_groups(layer_windows: Sequence[int | None]) -> tuple[KVCacheGroup, ...]
     kinds: dict[int | None, list[int]] = {}
     for layer, window in enumerate(layer_windows):
         kinds.setdefault(window, []).append(layer)
+    # Larger groups would leave slots of the rarest kind's blocks empty.
     size = min(len(layers) for layers in kinds.values())
     ordered = sorted(kinds.items(), key=lambda kind: (kind[0] is not None, kind[0] or 0))
     return tuple(

@@ -20,6 +20,7 @@ def root_hash(model_digest: str, *, adapter: str = "", cache_salt: str = "") -> 
     """Return h[-1]; each part carries its length, so that no two triples share a hash."""
     digest = sha256(_FORMAT)
     for part in (model_digest, adapter, cache_salt):
+        # A text with lone surrogates must not fail here: any text may be a salt.
         data = part.encode("utf-8", "surrogatepass")
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
@@ -54,6 +55,7 @@ class TokenHasher:
         hashes = self.block_hashes[:num_full_blocks]
         tail = token_ids[num_full_blocks * self._block_size : num_prompt_tokens]
         if tail:
+            # A partial block is hashed with its own length, so that it never equals a full one.
             hashes += _chain(hashes[-1] if hashes else self._root, tail, len(tail))
         return hashes
 

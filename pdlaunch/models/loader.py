@@ -90,6 +90,8 @@ def reload_model(
 
     Raises ConfigError when the checkpoint is not the same any more.
     """
+    # Names and shapes are checked against a model without memory; the content goes into the old
+    # tensors, whose addresses graphs and kernels hold.
     blank = _build_empty(model_dir, dtype)
     cuts = _cuts(blank, shape, tp)
     device = next(model.parameters()).device
@@ -133,6 +135,7 @@ def _fill(
     progress: ReportProgress,
 ) -> None:
     """Put each weight in its place with ``put``; tied ones once."""
+    # A tied weight is another name of one that is loaded; checkpoints may hold it under both names.
     tied = set(model.all_tied_weights_keys)
     expected = {
         name: parameter.shape for name, parameter in model.named_parameters() if name not in tied
@@ -162,6 +165,7 @@ def _compute_buffers(model: nn.Module, device: torch.device) -> None:
     """Give memory to what no checkpoint holds (rotary frequencies, scales), and its content."""
     blank = []
     for module in model.modules():
+        # What is still on the meta device was in no checkpoint.
         buffers = {
             name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta
         }

@@ -40,6 +40,7 @@ def attend_whole_prompts(
             heads = stacked.new_empty((length + padding, *stacked.shape[1:]))
             heads[:length] = stacked[start : start + length]
             heads[length:] = 0
+        # Attention is causal: no token sees the padding behind it, whose own results are cut off.
         results.append(attend_with_cudnn(heads, num_heads, scaling)[:length])
         start += length
     return results[0] if len(results) == 1 else torch.cat(results)

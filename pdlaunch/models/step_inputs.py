@@ -79,6 +79,7 @@ def upload_int32(
     host = _host_buffer(int(starts[-1]), device)
     content = host.numpy()
     for start, array in zip(starts[:-1], arrays, strict=True):
+        # Each array begins at a multiple of ALIGNMENT; what lies between is not read.
         content[start : start + array.size] = array.reshape(-1)
     copied = host.to(device, non_blocking=True)
     return [
@@ -175,6 +176,9 @@ class DecodeInputs:
         stride = max(table.shape[1] for table in batch.block_tables)
         used = self._tables_start + len(batch.block_tables) * self.num_rows * stride
         content = self.staging.host()
+        # | stride | lengths | token_ids | positions | slots ..   | tables ..        |
+        # 0        ALIGNMENT, then a line of num_rows for each    └ _tables_start    └ used
+        # Rows past the batch get length 0 and slots of -1, so that they read and write nothing.
         content[: self._tables_start] = 0
         content[0] = stride
         slots = slots_of(batch.block_tables, batch, self.layout.block_size)

@@ -182,6 +182,8 @@ class Shard:
 
     @property
     def first_kv_head(self) -> int:
+        # 8 ranks, 2 KV heads:   rank   0 1 2 3 4 5 6 7
+        #                        head   0 0 0 0 1 1 1 1
         return self.tp_rank * self.shape.num_kv_heads // self.tp_size
 
     def share(self, module_name: str, size: int) -> slice:
@@ -209,6 +211,7 @@ class RowwiseLinear(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return [..., out_features], the same on every rank, of [..., in_features / tp_size]."""
+        # Each rank has the part of the sum over its own inputs. The bias is added once, afterwards.
         result = self._tp.all_reduce(linear(inputs, self.weight))
         return result if self.bias is None else result + self.bias
 
@@ -241,6 +244,7 @@ def plan_cuts(
                 f"tensor parallelism cannot cut {name} ({style})", field="model"
             )
         size = module.out_features if style == "colwise" else module.in_features
+        # Weights are [out_features, in_features].
         cut = (0 if style == "colwise" else 1, shard.share(name, size))
         cuts[f"{name}.weight"] = cut
         if style == "colwise" and module.bias is not None:

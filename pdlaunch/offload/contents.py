@@ -97,6 +97,8 @@ class ChunkHasher:
 
     def submit(self, slots: Sequence[Slots]) -> list[Future[list[Digests]]]:
         """Return futures of the digests by chunk; together, in order, they cover all slots."""
+        # Chunks are shared out in order, so that the futures one after another give all of them in
+        # order.
         parts = np.array_split(np.arange(len(slots)), min(self._num_parts, len(slots)) or 1)
         return [
             self._executor.submit(self._hash_all, [slots[index] for index in part])

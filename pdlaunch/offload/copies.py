@@ -83,6 +83,8 @@ def plan_copies(
     copies = []
     for span in spans:
         chunk_ids, offsets = layout.places(span)
+        # one block in a chunk   | page of tensor 0 | page of tensor 1 | ..
+        #                        └ offsets          └ offsets + page bytes
         for pages in groups[span.group]:
             copies.append(PageCopies(pages, span.block_ids, host, chunk_ids, offsets))
             offsets = offsets + pages.shape[1]
@@ -95,6 +97,8 @@ def merge_runs(copies: PageCopies) -> Runs:
     device = copies.block_ids * page_bytes
     pieces = copies.host.piece_of(copies.chunk_ids)
     host = copies.host.offsets(copies.chunk_ids) + copies.chunk_offsets
+    # Runs end where pages are no neighbours on one of the sides, or where host memory goes on in
+    # another piece.
     breaks = (
         (np.diff(device) != page_bytes) | (np.diff(host) != page_bytes) | (np.diff(pieces) != 0)
     )

@@ -100,11 +100,14 @@ class ARC(EvictionPolicy[Key]):
 
     def add(self, key: Key) -> None:
         if key in self._gone_once:
+            # It would still be here if ``once`` had been larger; the step is larger the rarer such
+            # hits are.
             step = max(1.0, len(self._gone_often) / len(self._gone_once))
             self._target = min(float(self._capacity), self._target + step)
             del self._gone_once[key]
             self._often[key] = None
         elif key in self._gone_often:
+            # The same for ``often``, at the cost of ``once``.
             step = max(1.0, len(self._gone_once) / len(self._gone_often))
             self._target = max(0.0, self._target - step)
             del self._gone_often[key]
@@ -123,6 +126,7 @@ class ARC(EvictionPolicy[Key]):
 
     def evict(self, may_leave: Callable[[Key], bool]) -> Key | None:
         queues = [(self._once, self._gone_once), (self._often, self._gone_often)]
+        # ``once`` has no more than its share, so ``often`` gives a key up first.
         if len(self._once) <= self._target:
             queues.reverse()
         for queue, gone in queues:

@@ -96,6 +96,8 @@ class ChunkLayout:
 
     def places(self, span: GroupSpan) -> tuple[IntArray, IntArray]:
         """Return for each block of the span its chunk and its first byte in the chunk."""
+        # Slots before ``skip`` and after the last block belong to the first and last chunk, and are
+        # not used.
         used = slice(span.skip, span.skip + len(span.block_ids))
         offsets = (
             np.arange(self.blocks_per_chunk, dtype=np.int64) * self.groups[span.group].block_bytes

@@ -78,6 +78,7 @@ def causes_first(
     that died of it (a rank aborts when a peer of its group is gone), and both before those that
     report an error or leave with an exit code.
     """
+    # Exit codes below 0 are signals. Of the killed, those that somebody else killed come first.
     killed = [gone for gone in exits if gone.returncode < 0]
     return [
         *stops,

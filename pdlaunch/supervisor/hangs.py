@@ -65,6 +65,7 @@ class HangWatch:
         now = self._clock()
         if now < self.due_at:
             return []
+        # This process itself was stopped or starved if it looks so much later than it meant to.
         overslept = now - self._looked_at > 3 * self._interval_s
         self._looked_at = now
         watched = [instance for instance in instances if instance.state is ProcessState.READY]

@@ -108,6 +108,7 @@ class Pairs:
 
     def _is_connected(self, local: str, engine: str) -> bool:
         pairs = self._pairs(local, engine)
+        # Before the first proof nobody here knows how many ranks of the engine this one talks to.
         return bool(pairs) and len(pairs) >= max(pair.num_peers for pair in pairs)
 
     def _pairs(self, local: str, engine: str) -> list[PairReady]:

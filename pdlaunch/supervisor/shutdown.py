@@ -100,6 +100,7 @@ class LaunchShutdown:
         now = self._clock()
         match phase:
             case LaunchPhase.DRAINING_ROUTER | LaunchPhase.DRAINING_ENGINES:
+                # Router and engines share one deadline for the drain.
                 self.ends_at = self._drain_ends_at
                 self._drain(_DRAINED_KIND[phase], max(0.0, self._drain_ends_at - now))
             case LaunchPhase.STOPPING_ROUTER:

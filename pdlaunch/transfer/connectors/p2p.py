@@ -112,6 +112,7 @@ class P2PConnector(Connector):
             raise TransferError(
                 f"the metadata of agent {peer.name} cannot be read: {error}"
             ) from None
+        # An empty name is that of a kernel that does not tell: two of them need not be one host.
         if not self._host or card.host != self._host:
             raise TransferError(f"{peer.name} is not on this host, or in another network namespace")
         _check_sizes(card, peer.geometry)
@@ -195,6 +196,8 @@ class _P2PConnection(Connection):
 
     def read(self, blocks: BlockRead) -> Read:
         pieces = self._prepared.pop(blocks, None) or self._pieces_of(blocks)
+        # The chosen copier was timed with pieces of the scratch; these may be too small or
+        # unaligned for it.
         copier = self._copier if self._copier.supports(pieces) else self._any_copier
         return copier.start(pieces)
 
@@ -223,11 +226,14 @@ class _P2PConnection(Connection):
     def _pieces_of(self, blocks: BlockRead) -> Pieces:
         geometry, layout = self._peer.geometry, self._memory.layout
         remote = blocks.remote_blocks
+        # Past the last block lies memory that this mapping does not cover.
         if not 0 <= min(remote) <= max(remote) < geometry.num_blocks:
             raise TransferError(
                 f"{self._peer.name} has {geometry.num_blocks} blocks: others were asked for"
             )
         head_bytes = layout.head_bytes
+        # block   | head 0 | head 1 | head 2 | ..      heads of a block lie side by side, so that
+        #                  └─ heads asked for ─┘         one piece for each block holds all of them
         ours = self._memory.kv_cache.data_ptr() + blocks.local_heads.start * head_bytes
         theirs = self._kv_cache.address + blocks.remote_heads.start * head_bytes
         return Pieces(

@@ -56,6 +56,7 @@ class Pieces:
         on both sides are one.
         """
         size = self.piece_bytes
+        # A copy ends where the next piece does not follow on both sides.
         breaks = (np.diff(self.destinations) != size) | (np.diff(self.sources) != size)
         starts = np.flatnonzero(np.concatenate(([True], breaks)))
         sizes = np.diff(np.append(starts, len(self.sources))).astype(np.uint64) * np.uint64(size)

@@ -75,6 +75,8 @@ class _Hashing:
     def stated(self) -> list[GroupBlocks]:
         """Return the groups with their checksums, which must be ready."""
         assert self.checksums is not None
+        # The hasher was given the blocks of all groups in one list: cut its rows at the ends of
+        # groups.
         ends = np.cumsum([len(group.block_ids) for group in self.groups])
         parts = np.split(self.checksums.result().astype("<u8"), ends[:-1])
         pairs = zip(self.groups, parts, strict=True)
@@ -136,6 +138,8 @@ class LeaseAnswers:
         try:
             self._leases.grant(command, groups, generation=self._partial.end(command.lease_id))
         except LeaseError as error:
+            # The scheduler refuses a request whose id still has a lease, so this is a fault of
+            # ours.
             raise AssertionError(str(error)) from error
         if self._hasher is not None:
             self._hashing[command.lease_id] = _Hashing(groups, self._clock())
@@ -187,6 +191,7 @@ class LeaseAnswers:
                 # Grants and questions travel over different connections: either may be first.
                 if isinstance(message, StateChecksums) and lease_id in self._hashing:
                     return True
+                # A partial prompt can be answered, although there is no lease yet.
                 if isinstance(message, PullBegin) and self._has_news_for(message):
                     return False
                 return not self._leases.knows(lease_id)
