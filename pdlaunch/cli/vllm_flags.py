@@ -13,6 +13,8 @@ from pdlaunch.config.settings import all_flags, all_settings, flag_name, variabl
 _BOTH_ROLES = "use --tensor-parallel-size, or --prefill-tp and --decode-tp"
 _MANY_ENGINES = "--prefill N and --decode N start several engines behind one router"
 _OWN_FILES = "the files of the model itself are used"
+_FOR_VLLM = "with engine: vllm it goes into engine_args of the file"
+_UNQUANTIZED = f"weights are served unquantized, a .gguf file too; {_FOR_VLLM}"
 _FROM_SCRATCH = "pdlaunch wires prefill and decode itself"
 
 INSTEAD: Mapping[str, str] = {
@@ -43,9 +45,9 @@ INSTEAD: Mapping[str, str] = {
     "--tokenizer-revision": _OWN_FILES,
     "--hf-config-path": _OWN_FILES,
     "--chat-template": _OWN_FILES,
-    "--trust-remote-code": "code that comes with a model is never run",
-    "--quantization": "weights are served unquantized, a .gguf file too",
-    "-q": "weights are served unquantized, a .gguf file too",
+    "--trust-remote-code": f"code that comes with a model is never run; {_FOR_VLLM}",
+    "--quantization": _UNQUANTIZED,
+    "-q": _UNQUANTIZED,
     "--ssl-keyfile": "a proxy in front of the router has to end TLS",
     "--ssl-certfile": "a proxy in front of the router has to end TLS",
 }
@@ -102,6 +104,8 @@ MISSING = frozenset(_MISSING.split())
 
 def advice(name: str) -> str | None:
     """Say what to do instead of vLLM's flag ``name``; None for a name that vLLM does not know."""
+    if name.startswith("--no-"):
+        name = f"--{name.removeprefix('--no-')}"
     if name in INSTEAD:
         return INSTEAD[name]
     path = name.removeprefix("--").replace("-", "_")
@@ -109,4 +113,4 @@ def advice(name: str) -> str | None:
         return f"did you mean {flag_name(path)}?"
     if path in all_settings():
         return f"set {path} in the file, or the variable {variable_name(path)}"
-    return "it is a flag of vLLM for which pdlaunch has nothing" if name in MISSING else None
+    return f"pdlaunch's own engines have nothing like it; {_FOR_VLLM}" if name in MISSING else None

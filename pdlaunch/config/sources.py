@@ -229,7 +229,7 @@ def _from_pydantic(detail: ErrorDetails, given: Mapping[str, _Given]) -> Problem
     if detail["type"] == "literal_error" and isinstance(detail["input"], str):
         values = [part for part in str(detail["ctx"]["expected"]).split("'") if part.isidentifier()]
         other = _OTHER_VALUES.get(detail["input"])
-        match = other if other in values else nearest(detail["input"], values)
+        match = other if other in values else nearest(detail["input"].lower(), values)
         fix = f"did you mean {match}?" if match else None
     return _refused(path, given.get(path), message, fix)
 

@@ -7,9 +7,10 @@ from typer.testing import CliRunner
 
 from pdlaunch.cli.app import build_app
 from pdlaunch.cli.vllm_flags import INSTEAD, MISSING
+from pdlaunch.config.field_types import ROUTER
 from pdlaunch.config.settings import all_flags, all_settings
 
-OWN = {f"--{flag.name}" for flag in all_flags().values()}
+OWN = {f"--{flag.name}" for flag in all_flags().values() if flag.panel != ROUTER}
 
 
 def run(*arguments: str, columns: int = 200) -> tuple[int, str]:
@@ -29,7 +30,9 @@ def run(*arguments: str, columns: int = 200) -> tuple[int, str]:
         ("-tp", "use --tensor-parallel-size"),
         ("--data-parallel-size", "--prefill N and --decode N"),
         ("--quantization=fp8", "No such option: --quantization; weights are served unquantized"),
-        ("--pipeline-parallel-size", "a flag of vLLM for which pdlaunch has nothing"),
+        ("--pipeline-parallel-size", "nothing like it; with engine: vllm it goes into engine_args"),
+        ("--no-enable-chunked-prefill", "long prompts are always computed in parts"),
+        ("--no-enable-log-requests", "nothing like it"),
         ("--max_model_len", "did you mean --max-model-len?"),
         ("--num-threads", "set num_threads in the file, or the variable PDLAUNCH_NUM_THREADS"),
         ("--max-num-seq", "--max-num-seqs"),

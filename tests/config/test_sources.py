@@ -195,6 +195,7 @@ class TestFileProblems:
             ("prefill: [2]\n", (1, 10), "must be a mapping", "write `field: value` lines"),
             ("prefill: {tp: 2}\n", (1, 11), "unknown", "it is prefill.tensor_parallel_size"),
             ("kv_connector: file\n", (1, 1), "unknown", "in a file it is kv_transfer.connector"),
+            ("log_level: INFO\n", (1, 12), "'INFO' is wrong", "did you mean info?"),
             ("dtype: half\n", (1, 8), "'half' is wrong", "did you mean float16?"),
             ("kv_cache_memory: 3XB\n", (1, 18), "not a size", None),
             ("kv_transfer: {lease_s: .inf}\n", (1, 24), "valid number", None),
