@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pydantic import JsonValue
 
 from pdlaunch.checks.context import Context
-from pdlaunch.checks.other_engines import by_name, place, vllm_engines, vllm_pair
+from pdlaunch.checks.other_engines import by_name, place, vllm_pair
 from pdlaunch.checks.rule import Found, rule
 from pdlaunch.platform.allocator_conf import read_allocator_conf
 
@@ -188,9 +188,7 @@ def cumem_beside_nixl(context: Context) -> Iterator[Found]:
     Without fabric handles a peer cannot map such memory, and UCX copies it through the host,
     without an error.
     """
-    if vllm_pair(context) is None:
-        return
-    for engines in vllm_engines(context):
+    for engines in vllm_pair(context) or ():
         if engines.device == "cuda" and any(
             gpu.has_fabric_handles is False for gpu in engines.gpus
         ):
@@ -214,9 +212,7 @@ def expandable_segments(context: Context) -> Iterator[Found]:
     vLLM refuses to start with the one spelling that it looks for; with others it starts and is
     slow. Its CuMem allocator switches the segments off for the KV cache.
     """
-    if vllm_pair(context) is None:
-        return
-    for engines in vllm_engines(context):
+    for engines in vllm_pair(context) or ():
         conf = read_allocator_conf(engines.given_environ)
         if (
             engines.device == "cuda"

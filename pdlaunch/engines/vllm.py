@@ -36,6 +36,7 @@ _SHARED_RULES = frozenset(
         *("PD211", "PD212", "PD215", "PD216"),
         # Pairs: models and dtypes. Block sizes, names and ranks have rules of their own.
         *("PD301", "PD303", "PD305", "PD306", "PD308", "PD309", "PD310", "PD311", "PD315"),
+        "PD316",
         # The machine: GPUs, cores, files, ports.
         *("PD400", "PD410", "PD411", "PD412", "PD413", "PD415", "PD420", "PD421", "PD422"),
         "PD450",
