@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pdlaunch.checks.deployment import SeenDeployment
 from pdlaunch.checks.nixl_answers import NixlAnswer, uses_ucx
 from pdlaunch.config.model_files.shape import ModelShape
 from pdlaunch.config.models import LaunchConfig
@@ -30,6 +31,8 @@ Need = (
         "transport",
         "engine_commands",
         "engine_flags",
+        "deployment",
+        "canary",
     ]
 )
 """Facts that can be missing."""
@@ -45,6 +48,7 @@ _NOT_PROBED: Mapping[str, tuple[Need, str]] = {
     "weight_errors": ("weights", "files of weights were not looked at"),
     "transport": ("transport", "serve measures it after the handshake"),
     "engine_commands": ("engine_commands", "executables were not looked at on this machine"),
+    "deployment": ("deployment", "engines that run already are looked at by `pdlaunch doctor`"),
     "engine_flags": ("engine_flags", "executables of engines are asked with --probe"),
 }
 """Names, for each field of ``Probes``, the fact and why it is missing where nobody looked."""
@@ -94,6 +98,8 @@ class Probes:
     """What can be seen of the executables of engines that are not native."""
     engine_flags: Mapping[Role, EngineFlags] | None = None
     """What these executables say of their flags."""
+    deployment: SeenDeployment | None = None
+    """Engines that run already."""
     transport: tuple[PairTransport, ...] | None = None
     """Every pair of ranks of a launch that was measured."""
 
@@ -186,4 +192,6 @@ def make_context(launch: ResolvedLaunch, origins: Mapping[str, Origin], probes: 
     for name, (need, reason) in _NOT_PROBED.items():
         if getattr(probes, name) is None:
             missing[need] = reason
+    if probes.deployment is None or probes.deployment.pairs is None:
+        missing["canary"] = "no canary was sent"
     return Context(launch, origins, probes, missing)

@@ -7,6 +7,7 @@ from types import ModuleType
 from pdlaunch.checks import (
     allocator_rules,
     config_rules,
+    deployment_rules,
     engine_args_rules,
     engine_pair_rules,
     engine_rules,
@@ -59,6 +60,7 @@ def all_rules() -> dict[str, Rule]:
         engine_rules,
         engine_pair_rules,
         engine_variables_rules,
+        deployment_rules,
     )
     rules = [
         value for module in modules for value in vars(module).values() if isinstance(value, Rule)

@@ -55,6 +55,15 @@ COMMANDS = (
         ),
     ),
     Command(
+        "doctor",
+        "pdlaunch.cli.doctor:doctor",
+        "Find what is wrong with engines of vLLM that run already.",
+        exit_codes=(
+            "0 no errors (with --strict: nor warnings), 1 findings that fail the check, "
+            f"{_UNUSABLE}, 130 interrupted"
+        ),
+    ),
+    Command(
         "probe",
         "pdlaunch.cli.probe:probe",
         "Describe this machine in JSON, for checks on another one.",

@@ -15,7 +15,7 @@ from rich.text import Text
 from pdlaunch.checks.context import Probes
 from pdlaunch.checks.nixl_answers import ask_nixl
 from pdlaunch.checks.probes import probe_engine_flags, probe_files, probe_ports
-from pdlaunch.checks.run import run_checks
+from pdlaunch.checks.run import Report, run_checks
 from pdlaunch.cli import EXIT_FAILED, EXIT_UNUSABLE
 from pdlaunch.cli.assume import AssumeOption, judged_machine
 from pdlaunch.cli.downloads import ShownDownloads
@@ -36,6 +36,7 @@ from pdlaunch.config.problems import InvalidConfigError, Problem
 from pdlaunch.config.sources import load_config
 from pdlaunch.engines.plan import kind_of
 from pdlaunch.errors import ConfigError
+from pdlaunch.platform.machine_file import AssumedMachine
 from pdlaunch.resolve.models import read_models, read_models_elsewhere
 from pdlaunch.resolve.resolve import THIS_HOST, resolve
 
@@ -76,7 +77,7 @@ def check_config(
         name = _assumed_name(assume, assume_platform, probe=probe)
         judged = judged_machine(name, loaded.config)
     except ConfigError as error:
-        _refuse(error, output, config)
+        refuse_input(error, output, config)
     is_this = judged.assumed is None
     read = read_models if is_this else read_models_elsewhere
     resolved = resolve(
@@ -103,18 +104,30 @@ def check_config(
         # Only a set-up without errors can start.
         probes = replace(probes, transport=probe_transport(resolved))
         report = run_checks(resolved, loaded.origins, probes, rules=kind_of(resolved).rules())
+    print_report(report, output, strict=strict, assumed=judged.assumed, path=config)
+
+
+def print_report(
+    report: Report,
+    output: Format,
+    *,
+    strict: bool,
+    assumed: AssumedMachine | None = None,
+    path: Path | None = None,
+) -> NoReturn:
+    """Print a report in the form of ``output``, and exit with 0, or 1 with what fails the check."""
     ok = report.is_ok(strict=strict)
     exit_code = 0 if ok else EXIT_FAILED
     match output:
         case "table":
-            print_table(report_console(), report, ok=ok, assumed=judged.assumed)
+            print_table(report_console(), report, ok=ok, assumed=assumed)
         case "json":
-            typer.echo(report_json(report, ok=ok, assumed=judged.assumed))
+            typer.echo(report_json(report, ok=ok, assumed=assumed))
         case "github":
             for line in github_report(report):
                 typer.echo(line)
         case "sarif":
-            typer.echo(report_sarif(report, exit_code, config))
+            typer.echo(report_sarif(report, exit_code, path))
         case "junit":
             typer.echo(report_junit(report, strict=strict))
     raise typer.Exit(exit_code)
@@ -136,7 +149,7 @@ def _assumed_name(assume: str | None, platform: Platform | None, *, probe: bool)
     return name
 
 
-def _refuse(error: ConfigError, output: Format, path: Path | None) -> NoReturn:
+def refuse_input(error: ConfigError, output: Format, path: Path | None) -> NoReturn:
     """Print why the input is unusable: on stderr, and on stdout in the form of ``output``."""
     found = (
         error.problems

@@ -9,11 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from pdlaunch.checks import deployment_rules
 from pdlaunch.checks.rule import Rule
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.protocol.control import Capabilities
 from pdlaunch.resolve.plan import ProcessSpec
 from pdlaunch.resolve.roles import RoleEngines
+
+OF_RUNNING_ENGINES = frozenset(
+    rule.code for rule in vars(deployment_rules).values() if isinstance(rule, Rule)
+)
+"""Rules on engines that run already: what they need is seen by `pdlaunch doctor` alone."""
 
 
 class EngineKind(Protocol):

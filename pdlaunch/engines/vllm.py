@@ -15,6 +15,7 @@ from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import PAIR
 from pdlaunch.config.vllm_arguments import flag_name
+from pdlaunch.engines.kind import OF_RUNNING_ENGINES
 from pdlaunch.engines.native import light_environment, python_command
 from pdlaunch.protocol.control import Capabilities
 from pdlaunch.resolve.plan import ProcessSpec
@@ -119,7 +120,12 @@ class VllmEngine:
 
     def rules(self) -> Sequence[Rule]:
         rules = all_rules().values()
-        return tuple(rule for rule in rules if rule.code[:3] == "PD6" or rule.code in _SHARED_RULES)
+        return tuple(
+            rule
+            for rule in rules
+            if rule.code in _SHARED_RULES
+            or (rule.code[:3] == "PD6" and rule.code not in OF_RUNNING_ENGINES)
+        )
 
     def _flags(self, engines: RoleEngines) -> Iterator[tuple[str, JsonValue]]:
         """Yield vLLM's flags from the settings; what is not set is left to vLLM."""

@@ -94,6 +94,14 @@ class EngineApi:
         except (ValueError, LookupError, TypeError) as error:
             raise ProtocolError(f"/version: {error!r}") from error
 
+    async def server_info(self, timeout_s: float) -> dict[str, Any] | None:
+        """Read /server_info, which vLLM has in dev mode alone; None without it."""
+        try:
+            raw = await self._answer("GET", "/server_info?config_format=json", None, timeout_s)
+            return msgspec.json.decode(raw, type=dict[str, Any])
+        except (ProtocolError, ValueError):
+            return None
+
     async def complete(self, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         """Return the answer to /v1/completions. Raises ProtocolError."""
         raw = await self._answer("POST", "/v1/completions", msgspec.json.encode(body), timeout_s)

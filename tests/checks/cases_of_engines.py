@@ -3,6 +3,7 @@
 from typing import Any
 
 from pdlaunch.checks.context import Context
+from pdlaunch.checks.deployment import SeenDeployment, SeenEngine, SeenPair
 from pdlaunch.platform.engine_commands import EngineCommand, EngineFlags
 from tests.checks.case import EXPANDABLE, Case
 from tests.checks.contexts import CPU, GB200, GPU, on
@@ -11,6 +12,13 @@ HOST = "VLLM_NIXL_SIDE_CHANNEL_HOST"
 FOUND = EngineCommand(version="0.32.0", variables=frozenset({"VLLM_LOGGING_LEVEL"}))
 OLDER = EngineCommand(version="0.31.1")
 NO_NAMES = EngineFlags(problem="exit code 1")
+ALIKE = {
+    "version": "0.32.0",
+    "models": ("a",),
+    "max_model_len": 4096,
+    "block_size": "32",
+    "cache_dtype": "auto",
+}
 NAMES = EngineFlags(frozenset({"--seed", "--seed-file", "--lora-dtype"}))
 
 
@@ -40,7 +48,37 @@ def asked(answer: EngineFlags, **arguments: Any) -> Context:
     return vllm(probes=probes, engine_args=arguments)
 
 
+def seen(*pairs: SeenPair, prefill: dict[str, Any] | None = None, **decode: Any) -> Context:
+    """One engine of each role that runs already."""
+    engines = (
+        SeenEngine("prefill", "http://p", **(ALIKE | (prefill or {}))),
+        SeenEngine("decode", "http://d", **(ALIKE | decode)),
+    )
+    return vllm(probes={"deployment": SeenDeployment(engines, pairs)})
+
+
+def seen_pair(**fields: Any) -> Context:
+    return seen(SeenPair("http://p", "http://d", **fields))
+
+
 CASES: dict[str, Case] = {
+    "PD650": Case([seen(problem="it does not answer")], [seen()]),
+    "PD651": Case([seen(version="0.31.1")], [seen(), seen(version=None)]),
+    "PD652": Case(
+        [seen(models=("b",)), seen(max_model_len=100)],
+        [seen(), seen(prefill={"max_model_len": 100})],
+    ),
+    "PD653": Case([seen(block_size="16"), seen(cache_dtype="fp8")], [seen(cache_dtype=None)]),
+    "PD654": Case([seen_pair(problem="no byte")], [seen_pair(num_bytes=1), seen()]),
+    "PD655": Case([seen(prompt_tokens=9)], [seen(prompt_tokens=9, bytes_read=1), seen()]),
+    "PD656": Case([seen(prefill={"num_expired": 1})], [seen()]),
+    "PD657": Case([seen(num_failed=1)], [seen()]),
+    "PD658": Case([seen(has_dev_mode=True)], [seen()]),
+    "PD659": Case(
+        [seen(kv_role="kv_producer"), seen(on_failure="fail"), seen(prefill={"lease_s": 5})],
+        [seen(kv_role="kv_consumer"), seen(prefill={"on_failure": "fail", "lease_s": 30})],
+    ),
+    "PD660": Case([seen()], [vllm()]),
     "PD601": Case(
         [args(tp=2), args(max_model_len=9), args(no_enforce_eager=True), args(dtype=False)],
         [on(CPU, engine_args={"tp": 2}), args(max_num_active_seqs=9), args(tokenizer="x")],

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from pdlaunch.checks.context import Context, PairTransport, Probes, make_context
+from pdlaunch.checks.deployment import SeenDeployment
 from pdlaunch.config.model_files.shape import ModelShape
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.settings import all_settings
@@ -148,6 +149,7 @@ def on(
         "engine_flags",
     )
     known: dict[str, Any] = {name: {} for name in names}
+    known["deployment"] = SeenDeployment((), ())
     return make_context(
         launch,
         {path: Origin("default") for path in all_settings()} | given,

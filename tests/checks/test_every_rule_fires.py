@@ -7,6 +7,7 @@ import pytest
 
 from pdlaunch.checks.registry import all_rules
 from pdlaunch.config.settings import flag_name, variable_name
+from pdlaunch.engines.kind import OF_RUNNING_ENGINES
 from tests.checks import (
     fires_allocators,
     fires_configuration,
@@ -41,6 +42,8 @@ WAITING = {rule.code for rule in all_rules().values() if rule.waits_for}
 """Rules that no set-up of today can fire; their pages say what they wait for."""
 SEEN_IN_A_LAUNCH = {"PD501", "PD505"}
 """Rules on measurements that ``tests/e2e/test_checks.py`` sees in a launch on a CPU."""
+SEEN_BY_DOCTOR = OF_RUNNING_ENGINES
+"""Rules that ``tests/cli/test_doctor.py`` sees the other command name."""
 
 
 def named(case):
@@ -59,8 +62,8 @@ def models(tmp_path_factory):
 
 
 def test_every_rule_has_a_case_or_says_what_it_waits_for():
-    assert sorted(CODES | WAITING) == sorted(all_rules())
-    assert not CODES & WAITING
+    assert sorted(CODES | WAITING | SEEN_BY_DOCTOR) == sorted(all_rules())
+    assert not CODES & (WAITING | SEEN_BY_DOCTOR)
 
 
 def test_what_only_hardware_can_show_is_marked():

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from pdlaunch.checks.context import PairTransport, Probes
+from pdlaunch.checks.deployment import SeenDeployment
 from pdlaunch.checks.registry import all_rules
 from pdlaunch.checks.run import run_checks
 from pdlaunch.config.models import LaunchConfig
@@ -36,6 +37,7 @@ def test_a_clean_set_up():
         weight_errors={},
         engine_commands={},
         engine_flags={},
+        deployment=SeenDeployment((), ()),
         transport=(),
     )
     assert report.findings == ()

@@ -5,6 +5,8 @@ import shlex
 
 import pytest
 
+from pdlaunch.checks.registry import all_rules
+from pdlaunch.engines.kind import OF_RUNNING_ENGINES
 from pdlaunch.engines.plan import kind_of, plan_processes
 from pdlaunch.errors import ConfigError
 from pdlaunch.resolve.effective import effective_engines, effective_settings
@@ -96,6 +98,13 @@ def test_engines_see_their_own_devices() -> None:
     assert [e["CUDA_VISIBLE_DEVICES"] for e in environments] == ["0,1", "2,3"]
     assert all(e["VLLM_NIXL_SIDE_CHANNEL_HOST"] == "127.0.0.1" for e in environments)
     assert all("UCX_TLS" not in e for e in environments)
+
+
+def test_rules_on_engines_that_run_already_are_not_for_launches() -> None:
+    codes = {rule.code for rule in kind_of(resolved(config(engine="vllm"), CPU)).rules()}
+    assert {code for code in all_rules() if code.startswith("PD6")} - codes == OF_RUNNING_ENGINES
+    assert not codes & {"PD121", "PD122", "PD304", "PD402", "PD504"}
+    assert codes >= {"PD103", "PD212", "PD303", "PD410", "PD420", "PD501"}
 
 
 def test_kinds_are_not_mixed() -> None:

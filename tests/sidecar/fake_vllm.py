@@ -31,6 +31,13 @@ class FakeVllm:
     model: str = "m"
     logprob_error: float = 0.0
     num_running: int = 0
+    cache_dtype: str = "auto"
+    version: str = "0.32.0+cpu"
+    prompt_tokens: int = 0
+    num_expired: int = 0
+    num_failed: int = 0
+    server_info: dict[str, Any] | None = None
+    """What dev mode tells; None: it is off."""
     healthy: bool = True
     num_bytes: int = 0
     num_failed_reads: int = 0
@@ -44,6 +51,8 @@ class FakeVllm:
         app.router.add_get("/version", self._version)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/v1/models", self._models)
+        if self.server_info is not None:
+            app.router.add_get("/server_info", self._server_info)
         app.router.add_post("/v1/completions", self._complete)
         return app
 
@@ -51,7 +60,10 @@ class FakeVllm:
         return web.Response(status=200 if self.healthy else 503)
 
     async def _version(self, _: web.Request) -> web.Response:
-        return web.json_response({"version": "0.32.0+cpu"})
+        return web.json_response({"version": self.version})
+
+    async def _server_info(self, _: web.Request) -> web.Response:
+        return web.json_response(self.server_info)
 
     async def _metrics(self, _: web.Request) -> web.Response:
         self.num_looks += 1
@@ -60,8 +72,15 @@ class FakeVllm:
             f'vllm:num_requests_running{{engine="0"}} {self.num_running}\n'
             "# TYPE vllm:generation_tokens counter\n"
             f'vllm:generation_tokens_total{{engine="0"}} {self.num_tokens}\n'
+            "# TYPE vllm:prompt_tokens counter\n"
+            f'vllm:prompt_tokens_total{{engine="0"}} {self.prompt_tokens}\n'
+            "# TYPE vllm:nixl_num_kv_expired_reqs counter\n"
+            f'vllm:nixl_num_kv_expired_reqs_total{{engine="0"}} {self.num_expired}\n'
+            "# TYPE vllm:nixl_num_failed_transfers counter\n"
+            f'vllm:nixl_num_failed_transfers_total{{engine="0"}} {self.num_failed}\n'
             "# TYPE vllm:cache_config_info gauge\n"
-            f'vllm:cache_config_info{{block_size="{BLOCK_SIZE}",engine="0"}} 1\n'
+            f'vllm:cache_config_info{{block_size="{BLOCK_SIZE}",'
+            f'cache_dtype="{self.cache_dtype}",engine="0"}} 1\n'
             "# TYPE vllm:nixl_bytes_transferred histogram\n"
             f'vllm:nixl_bytes_transferred_bucket{{engine="0",le="+Inf"}} 1\n'
             f'vllm:nixl_bytes_transferred_count{{engine="0"}} 1\n'

@@ -1,0 +1,232 @@
+"""Rules PD65x judge a deployment that runs already, as ``pdlaunch doctor`` sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from pdlaunch.checks.context import Context
+from pdlaunch.checks.deployment import SeenDeployment, SeenEngine
+from pdlaunch.checks.rule import Found, rule
+from pdlaunch.config.sizes import format_size
+
+VLLM_LEASE_S = 30
+
+
+@rule(
+    "PD650",
+    "error",
+    fix="Start it, or correct its URL; give its key with --engine-key-env.",
+    source="GET /health, /version, /v1/models and /metrics.",
+    needs=("deployment",),
+)
+def engine_silent(context: Context) -> Iterator[Found]:
+    """An engine does not answer.
+
+    Nothing else is said of it.
+    """
+    for engine in _deployment(context).engines:
+        if engine.problem:
+            yield Found(engine.name, engine.problem)
+
+
+@rule(
+    "PD651",
+    "error",
+    fix="Run the same vLLM everywhere.",
+    source="vLLM's NIXL handshake refuses another version (compute_nixl_compatibility_hash).",
+    needs=("deployment",),
+)
+def running_versions_differ(context: Context) -> Iterator[Found]:
+    """Engines run different versions of vLLM.
+
+    All are healthy; the handshake of each such pair fails, and decode computes every prompt itself.
+    """
+    yield from _differ(context, "version", lambda engine: engine.version)
+
+
+@rule(
+    "PD652",
+    "error",
+    fix="Serve the same model by the same name, and no longer requests on prefill than decode.",
+    source="GET /v1/models.",
+    needs=("deployment",),
+)
+def running_models_differ(context: Context) -> Iterator[Found]:
+    """Prefill and decode engines do not serve the same model.
+
+    A request names its model to both.
+    """
+    yield from _differ(context, "models", lambda engine: ", ".join(sorted(engine.models)))
+    longest = [
+        min((each.max_model_len for each in side if each.max_model_len), default=0)
+        for side in (_deployment(context).of("prefill"), _deployment(context).of("decode"))
+    ]
+    if 0 < longest[1] < longest[0]:
+        yield Found("decode engines", f"prefill takes {longest[0]} tokens, decode {longest[1]}")
+
+
+@rule(
+    "PD653",
+    "error",
+    fix="Start all engines with the same --block-size, --dtype and --kv-cache-dtype.",
+    source="vllm:cache_config_info in /metrics.",
+    needs=("deployment",),
+)
+def running_caches_differ(context: Context) -> Iterator[Found]:
+    """KV blocks of the engines have different sizes or dtypes.
+
+    Blocks are handed over as bytes: in another dtype they are other numbers.
+    """
+    yield from _differ(context, "block size", lambda engine: engine.block_size)
+    yield from _differ(context, "KV dtype", lambda engine: engine.cache_dtype)
+
+
+@rule(
+    "PD654",
+    "error",
+    fix="Read the error and the logs of both engines; restart the one that is wrong.",
+    source="A canary: a new prompt through prefill and decode, compared with prefill alone.",
+    needs=("canary",),
+)
+def canary_died(context: Context) -> Iterator[Found]:
+    """A pair does not hand KV blocks over, or decode answers other tokens than it should.
+
+    Health says nothing of it: decode computes such prompts itself, or with other blocks.
+    """
+    for pair in _deployment(context).pairs or ():
+        if pair.problem:
+            yield Found(f"{pair.prefill} -> {pair.decode}", pair.problem)
+
+
+@rule(
+    "PD655",
+    "warning",
+    fix="Have the router send prompts to prefill first, and its kv_transfer_params to decode.",
+    source="vllm:nixl_bytes_transferred and vllm:prompt_tokens; modelplaneai/modelplane#175.",
+    needs=("deployment",),
+)
+def prefill_never_used(context: Context) -> Iterator[Found]:
+    """A decode engine has computed prompts, and has never read a KV block.
+
+    Prefill engines stand idle, and requests are none the faster for them.
+    """
+    for engine in _deployment(context).of("decode"):
+        if engine.prompt_tokens and not engine.bytes_read:
+            yield Found(engine.name, f"{engine.prompt_tokens} tokens of prompts, 0 KV bytes read")
+
+
+@rule(
+    "PD656",
+    "warning",
+    fix="Raise kv_lease_duration of the prefill engine, or give decode more room.",
+    source="vllm:nixl_num_kv_expired_reqs in /metrics.",
+    needs=("deployment",),
+)
+def leases_expired(context: Context) -> Iterator[Found]:
+    """Leases have ended before decode had read their blocks.
+
+    vLLM's prefill gives such blocks to other requests; a late read succeeds, and decode answers
+    with the text of another prompt (HTTP 200).
+    """
+    for engine in _deployment(context).engines:
+        if engine.num_expired:
+            yield Found(engine.name, f"{engine.num_expired} leases have expired since its start")
+
+
+@rule(
+    "PD657",
+    "warning",
+    fix="Look for NIXL's errors in the logs of this engine and its peers.",
+    source="vllm:nixl_num_failed_transfers and _notifications in /metrics.",
+    needs=("deployment",),
+)
+def transfers_failed(context: Context) -> Iterator[Found]:
+    """Transfers of KV blocks have failed.
+
+    By its load-failure policy vLLM has computed such prompts again, or ended their requests.
+    """
+    for engine in _deployment(context).engines:
+        if engine.num_failed:
+            yield Found(engine.name, f"{engine.num_failed} transfers have failed since its start")
+
+
+@rule(
+    "PD658",
+    "warning",
+    fix="Unset VLLM_SERVER_DEV_MODE, unless engines are to sleep and nobody else can connect.",
+    source="GET /server_info, which dev mode adds together with /collective_rpc.",
+    needs=("deployment",),
+)
+def running_in_dev_mode(context: Context) -> Iterator[Found]:
+    """An engine runs in dev mode.
+
+    Whoever can connect runs any method in it, without a key.
+    """
+    for engine in _deployment(context).engines:
+        if engine.has_dev_mode:
+            yield Found(engine.name, "dev mode is on: /server_info answers")
+
+
+@rule(
+    "PD659",
+    "warning",
+    fix="Give --kv-transfer-config kv_role kv_both (or the role's own), policy recompute, 30 s.",
+    source="kv_transfer_config in /server_info, where dev mode tells it.",
+    needs=("deployment",),
+)
+def transfer_settings(context: Context) -> Iterator[Found]:
+    """An engine's settings of KV transfers do not suit its role.
+
+    A consumer hands nothing over and a producer reads nothing; policy `fail` ends requests that
+    decode could compute itself; a lease under vLLM's own 30 s may end in the queue of decode.
+    """
+    for engine in _deployment(context).engines:
+        wrong = "kv_consumer" if engine.role == "prefill" else "kv_producer"
+        if engine.kv_role == wrong:
+            yield Found(engine.name, f"kv_role is {wrong}")
+        if engine.role == "decode" and engine.on_failure == "fail":
+            yield Found(engine.name, "kv_load_failure_policy is fail")
+        if engine.lease_s is not None and engine.lease_s < VLLM_LEASE_S:
+            yield Found(engine.name, f"kv_lease_duration is {engine.lease_s} s")
+
+
+@rule(
+    "PD660",
+    "info",
+    fix="Nothing to fix; compare the speed with what the link between the hosts should give.",
+    source="/version and /metrics of each engine, and a canary through each pair.",
+    needs=("deployment",),
+)
+def seen(context: Context) -> Iterator[Found]:
+    """What an engine or a pair is seen to do.
+
+    The speed is the mean of all READs since the start, given once 64 MiB were read.
+    """
+    for engine in _deployment(context).engines:
+        if not engine.problem:
+            lease = "unknown" if engine.lease_s is None else f"{engine.lease_s} s"
+            speed = engine.gigabytes_per_s
+            read = format_size(engine.bytes_read) + (f" at {speed:.2f} GB/s" if speed else "")
+            reads = f", {read} read" if engine.role == "decode" else ""
+            yield Found(engine.name, f"vLLM {engine.version}, lease {lease}{reads}")
+    for pair in _deployment(context).pairs or ():
+        if not pair.problem:
+            moved = f"a canary moved {format_size(pair.num_bytes)} in {pair.seconds:.2f} s"
+            yield Found(f"{pair.prefill} -> {pair.decode}", moved)
+
+
+def _deployment(context: Context) -> SeenDeployment:
+    return context.probes.deployment or SeenDeployment((), None)
+
+
+def _differ(
+    context: Context, what: str, value_of: Callable[[SeenEngine], str | None]
+) -> Iterator[Found]:
+    """Yield the engines whose value is not that of the first engine that tells one."""
+    told = [
+        (engine, value) for engine in _deployment(context).engines if (value := value_of(engine))
+    ]
+    for engine, value in told[1:]:
+        if value != told[0][1]:
+            first = told[0]
+            yield Found(engine.name, f"{what} {value}, of {first[0].name} {first[1]}")

@@ -1,0 +1,154 @@
+"""``pdlaunch doctor`` in front of engines that answer as vLLM does."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+from typer.testing import CliRunner, Result
+
+from pdlaunch.cli.app import build_app
+from pdlaunch.engines.kind import OF_RUNNING_ENGINES
+from tests.sidecar.fake_vllm import BLOCK_SIZE, BYTES_OF_TOKEN, FakeVllm, listen
+
+DEV_MODE = {
+    "vllm_config": {
+        "kv_transfer_config": {
+            "kv_role": "kv_producer",
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": {"kv_lease_duration": 60},
+        }
+    }
+}
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "PD650": ({"healthy": False}, "is not healthy"),
+    "PD651": ({"version": "0.31.1"}, "version 0.31.1, of prefill"),
+    "PD652": ({"model": "other"}, "models other"),
+    "PD653": ({"cache_dtype": "fp8"}, "KV dtype fp8"),
+    "PD654": ({"moves_bytes": False}, "computed the prompt itself"),
+    "PD655": ({"prompt_tokens": 77}, "77 tokens of prompts, 0 KV bytes read"),
+    "PD656": ({"num_expired": 2}, "2 leases have expired"),
+    "PD657": ({"num_failed": 3}, "3 transfers have failed"),
+    "PD658": ({"server_info": {}}, "dev mode is on"),
+    "PD659": ({"server_info": DEV_MODE}, "kv_role is kv_producer"),
+}
+"""What is wrong with the decode engine, and words of the finding."""
+
+
+@contextlib.contextmanager
+def serving(folder: Path, **decode: Any) -> Iterator[tuple[FakeVllm, FakeVllm, list[str]]]:
+    """Run a prefill and a decode engine in a thread; yield them and their flags."""
+    shares: dict[str, list[int]] = {}
+    engines = (FakeVllm("prefill", shares), FakeVllm("decode", shares, **decode))
+    paths = [folder / f"{engine.name}.sock" for engine in engines]
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+
+    async def start() -> list[web.AppRunner]:
+        return [await listen(each, path) for each, path in zip(engines, paths, strict=True)]
+
+    async def stop(runners: list[web.AppRunner]) -> None:
+        for runner in runners:
+            await runner.cleanup()
+
+    runners = asyncio.run_coroutine_threadsafe(start(), loop).result()
+    try:
+        flags = [f"--{each.name}=unix:{path}" for each, path in zip(engines, paths, strict=True)]
+        yield (*engines, flags)
+    finally:
+        asyncio.run_coroutine_threadsafe(stop(runners), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+def run(*flags: str) -> Result:
+    arguments = ["doctor", *flags]
+    return CliRunner().invoke(build_app(arguments), arguments)
+
+
+def report_of(result: Result) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads(result.stdout)
+    return report
+
+
+def test_a_good_pair_is_proven_by_one_short_prompt(tmp_path: Path) -> None:
+    with serving(tmp_path) as (prefill, decode, flags):
+        result = run(*flags, "--format", "json")
+        assert result.exit_code == 0, result.output
+        assert [len(engine.bodies) for engine in (prefill, decode)] == [2, 1]
+    report = report_of(result)
+    assert {item["rule"] for item in report["findings"]} == {"PD660"}
+    (pair,) = report["resolved"]["deployment"]["pairs"]
+    assert pair["num_bytes"] == (2 * BLOCK_SIZE + 1) * BYTES_OF_TOKEN
+    texts = [item["message"] for item in report["findings"]]
+    assert any("vLLM 0.32.0+cpu, lease unknown" in text for text in texts)
+
+
+@pytest.mark.parametrize("code", WRONG)
+def test_what_is_wrong_is_named_and_fails_the_check(tmp_path: Path, code: str) -> None:
+    behaviour, words = WRONG[code]
+    with serving(tmp_path, **behaviour) as (_, _, flags):
+        result = run(*flags, "--strict", "--format", "json")
+    assert result.exit_code == 1, result.output
+    found = [item["message"] for item in report_of(result)["findings"] if item["rule"] == code]
+    assert any(words in message for message in found), found
+
+
+def test_every_rule_of_the_doctor_is_seen_here() -> None:
+    assert {*WRONG, "PD660"} == OF_RUNNING_ENGINES
+
+
+def test_without_a_canary_no_prompt_is_sent(tmp_path: Path) -> None:
+    with serving(tmp_path, moves_bytes=False) as (prefill, decode, flags):
+        result = run(*flags, "--no-canary", "--format", "json")
+        assert not prefill.bodies
+        assert not decode.bodies
+    assert result.exit_code == 0
+    unchecked = report_of(result)["resolved"]["not_checked"]
+    assert [item["rule"] for item in unchecked] == ["PD654"]
+
+
+def test_exact_tokens_are_compared_where_they_must_be_equal(tmp_path: Path) -> None:
+    with serving(tmp_path, garbles=True) as (_, _, flags):
+        assert run(*flags).exit_code == 0
+        result = run(*flags, "--exact")
+    assert result.exit_code == 1
+    assert "other KV blocks" in result.output
+
+
+def test_engines_that_are_not_there(tmp_path: Path) -> None:
+    gone = [f"--prefill=unix:{tmp_path / 'p'}", "--decode=http://127.0.0.1:1"]
+    result = run(*gone)
+    assert result.exit_code == 1
+    assert result.output.count("it does not answer") == 2
+
+
+@pytest.mark.parametrize("form", ["table", "json", "github", "sarif", "junit"])
+def test_every_form_names_the_rule(tmp_path: Path, form: str) -> None:
+    with serving(tmp_path, version="0.31.1") as (_, _, flags):
+        result = run(*flags, "--no-canary", "--format", form)
+    assert result.exit_code == 1
+    assert "PD651" in result.stdout
+
+
+def test_unusable_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    for flags, words in (
+        (["--prefill=host:8000", "--decode=http://d"], "not the URL of an engine"),
+        (
+            ["--prefill=http://p", "--decode=http://d", "--engine-key-env=NO_SUCH_KEY"],
+            "the variable is not set",
+        ),
+    ):
+        result = run(*flags)
+        assert result.exit_code == 2
+        assert words in result.stderr

@@ -1,0 +1,49 @@
+"""What pdlaunch knows of vLLM's flags, beside the parser of the installed vLLM."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import pytest
+
+from pdlaunch.config.vllm_arguments import (
+    ALIASES,
+    DOORS,
+    FOREIGN_CODE,
+    KV_EVENTS,
+    OURS,
+    REFUSED,
+    long_name,
+)
+from pdlaunch.platform.engine_commands import ask_engine_flags, find_engine_command
+
+
+@pytest.fixture(scope="module")
+def names(vllm_command: str) -> frozenset[str]:
+    answer = ask_engine_flags(vllm_command, os.environ)
+    assert not answer.problem
+    return answer.names
+
+
+def test_the_version_is_known_without_running_it(vllm_command: str) -> None:
+    found = find_engine_command(vllm_command, os.environ)
+    assert not found.problem
+    assert found.version is not None
+    assert "VLLM_NIXL_SIDE_CHANNEL_HOST" in (found.variables or ())
+
+
+@pytest.mark.parametrize("table", [OURS, REFUSED, FOREIGN_CODE, DOORS])
+def test_every_flag_of_the_tables_exists(names: frozenset[str], table: Mapping[str, str]) -> None:
+    assert not [name for name in table if f"--{name}" not in names]
+
+
+def test_no_other_flag_is_taken_for_one_of_them(names: frozenset[str]) -> None:
+    known = [name[2:] for name in names if name.startswith("--") and not name.startswith("--no-")]
+    assert len(known) > 200
+    assert KV_EVENTS in known
+    assert not [name for name in known if long_name(name) != name]
+
+
+def test_every_short_name_is_known(names: frozenset[str]) -> None:
+    assert {name[1:] for name in names if not name.startswith("--")} - {"h"} == set(ALIASES)
