@@ -14,6 +14,7 @@ from pdlaunch.checks.context import Context
 from pdlaunch.checks.other_engines import by_name, place, vllm_pair
 from pdlaunch.checks.rule import Found, rule
 from pdlaunch.platform.allocator_conf import read_allocator_conf
+from pdlaunch.vllm.support import SUPPORTED_VERSIONS
 
 _HANDSHAKE = "vLLM 0.32: compute_nixl_compatibility_hash, _validate_remote_agent_handshake."
 _SPECULATIVE = ("speculative-config", "spec-method", "spec-model", "spec-tokens")
@@ -224,6 +225,25 @@ def expandable_segments(context: Context) -> Iterator[Found]:
                 context.where_variable(engines, conf.variable),
                 f"{conf.variable} switches expandable_segments on",
             )
+
+
+@rule(
+    "PD629",
+    "warning",
+    fix=f"Have engine_command name a vLLM {', '.join(SUPPORTED_VERSIONS)}; take the argument out "
+    "of engine_args; or serve the model with engine: native.",
+    source="vLLM 0.32: an expired lease's blocks are reused, and read without an error.",
+)
+def not_verified(context: Context) -> Iterator[Found]:
+    """Engines of vLLM use pulled KV blocks unproven, though kv_transfer.verify is on.
+
+    pdlaunch's connector proves them, for the versions of vLLM and the models that it knows. With
+    vLLM's own, a READ that comes after its lease brings another prompt's blocks, and the answer is
+    wrong with HTTP 200.
+    """
+    if (pair := vllm_pair(context)) and context.config.kv_transfer.verify and pair[0].unverified:
+        reason = pair[0].unverified
+        yield Found("kv_transfer.verify", f"wrong KV blocks would be used unnoticed: {reason}")
 
 
 def _differing(context: Context, names: tuple[str, ...]) -> Iterator[Found]:

@@ -164,8 +164,9 @@ def native_setting(context: Context) -> Iterator[Found]:
     "PD616",
     "warning",
     fix=(
-        "Use engine: native, which listens nowhere. In a network namespace of its own a deployment "
-        "is safe, though the warning stays."
+        "Use a vLLM whose KV pdlaunch verifies (PD629), with kv_transfer.verify: on: its connector "
+        "has UCX listen nowhere. Or use engine: native. In a network namespace of its own a "
+        "deployment is safe, though the warning stays."
     ),
     source="Listening sockets of vLLM 0.32 with NIXL 1.5.1 (ss -ltnp).",
 )
@@ -176,7 +177,7 @@ def open_listeners(context: Context) -> Iterator[Found]:
     from whoever can connect; it cannot be told otherwise. gloo and the side channel listen on the
     loopback device.
     """
-    if vllm_pair(context):
+    if (pair := vllm_pair(context)) and pair[0].unverified:
         yield Found("engine", "UCX in each engine of vLLM listens on TCP for everybody")
 
 

@@ -42,8 +42,11 @@ class EngineKind(Protocol):
         for every prefill engine.
         """
 
-    def capabilities(self, spec: EngineSpec) -> Capabilities:
-        """Return what the server of an engine registers and the router reads."""
+    def capabilities(self, process: ProcessSpec, spec: EngineSpec | None) -> Capabilities:
+        """Return what the server of an engine registers and the router reads.
+
+        ``process``: the server; ``spec``: of a native engine, None of others.
+        """
 
     def rules(self) -> Sequence[Rule]:
         """Return the rules of ``check-config`` that say something of such engines."""

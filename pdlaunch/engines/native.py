@@ -63,7 +63,8 @@ class NativeEngine:
         """Each decode rank shakes hands with the prefill ranks that it pulls from."""
         return process.kind == "rank" and process.role == "decode"
 
-    def capabilities(self, spec: EngineSpec) -> Capabilities:
+    def capabilities(self, process: ProcessSpec, spec: EngineSpec | None) -> Capabilities:
+        assert spec is not None
         return Capabilities(
             version=__version__,
             verifies=spec.kv_transfer.verify,

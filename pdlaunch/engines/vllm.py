@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import msgspec
 from pydantic import JsonValue
@@ -30,8 +31,8 @@ version can do.
 _SHARED_RULES = frozenset(
     (
         # Settings, addresses, models and weights.
-        *("PD101", "PD102", "PD103", "PD104", "PD105", "PD106", "PD108", "PD112", "PD114"),
-        *("PD115", "PD117", "PD119"),
+        *("PD101", "PD102", "PD103", "PD104", "PD105", "PD106", "PD108", "PD111", "PD112"),
+        *("PD114", "PD115", "PD117", "PD119"),
         # Memory: whether it fits, and the allocators.
         *("PD201", "PD202", "PD203", "PD205", "PD206", "PD207", "PD208", "PD209", "PD210"),
         *("PD211", "PD212", "PD215", "PD216"),
@@ -46,8 +47,15 @@ _SHARED_RULES = frozenset(
 )
 """Rules on launches that hold for engines of vLLM too.
 
-The others judge what native engines do: their libraries, verification, host tier, paths of KV
+The others judge what native engines do: their libraries, host tier, paths of KV
 blocks, variables, time limits."""
+STOCK_CONNECTOR: Mapping[str, JsonValue] = MappingProxyType({"kv_connector": "NixlConnector"})
+VERIFIED_CONNECTOR: Mapping[str, JsonValue] = MappingProxyType(
+    {
+        "kv_connector": "VerifiedNixlConnector",
+        "kv_connector_module_path": "pdlaunch.vllm.connector",
+    }
+)
 
 
 class VllmEngine:
@@ -55,9 +63,11 @@ class VllmEngine:
 
     name = "vllm"
 
-    def __init__(self, config: LaunchConfig, served_model_name: str) -> None:
+    def __init__(self, config: LaunchConfig, served_model_name: str, unverified: str) -> None:
+        """``unverified``: ``RoleEngines.unverified``."""
         self._config = config
         self._served_model_name = served_model_name
+        self._unverified = unverified
 
     def processes(self, engines: RoleEngines, index: int) -> Sequence[ProcessSpec]:
         """Plan the sidecar of one engine; vLLM's own processes are its children."""
@@ -73,6 +83,7 @@ class VllmEngine:
             "--hang-timeout",
             f"{self._config.hang_timeout_s:g}",
             *(("--exact",) if engines.dtype == "float32" else ()),
+            *(("--unverified", self._unverified) if self._unverified else ()),
         )
         return (
             ProcessSpec(
@@ -109,12 +120,15 @@ class VllmEngine:
         """The sidecar of each decode engine sends a canary through every prefill engine."""
         return process.kind == "server" and process.role == "decode"
 
-    def capabilities(self, spec: EngineSpec) -> Capabilities:
+    def capabilities(self, process: ProcessSpec, spec: EngineSpec | None) -> Capabilities:
+        assert process.role is not None
+        engine_args = self._config.engine_settings(process.role).engine_args
         return msgspec.structs.replace(
             CAPABILITIES,
+            verifies=not self._unverified,
             lease_s=float(int(self._config.kv_transfer.lease_s)),
             splits_reasoning=any(
-                name.replace("_", "-") == "reasoning-parser" for name in spec.engine_args
+                name.replace("_", "-") == "reasoning-parser" for name in engine_args
             ),
         )
 
@@ -158,10 +172,11 @@ class VllmEngine:
         yield "enable-prompt-tokens-details", True
         if engines.role not in PAIR:
             return
+        connector = STOCK_CONNECTOR if self._unverified else VERIFIED_CONNECTOR
         yield (
             "kv-transfer-config",
             {
-                "kv_connector": "NixlConnector",
+                **connector,
                 "kv_role": "kv_both",
                 "kv_buffer_device": engines.device,
                 "kv_load_failure_policy": transfer.on_failure,

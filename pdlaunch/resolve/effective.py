@@ -49,6 +49,7 @@ def effective_engines(launch: ResolvedLaunch) -> dict[str, dict[str, object]]:
             "enable_sleep_mode": engines.settings.enable_sleep_mode,
             "kv_cache_allocator": engines.allocator,
             **engines.derived(),
+            "kv_blocks_verified": f"no: {engines.unverified}" if engines.unverified else "yes",
             "environment": mask_environment(engines.environment),
             "memory_of_a_rank": _memory(engines),
         }

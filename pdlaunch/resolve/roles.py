@@ -12,12 +12,14 @@ from pdlaunch.config.model_files.shape import ModelShape
 from pdlaunch.config.models import EngineSettings, LaunchConfig
 from pdlaunch.config.roles import PAIR, ROLES, Role
 from pdlaunch.config.sizes import parse_size
+from pdlaunch.config.ucx import local_transports
 from pdlaunch.platform.allocator_conf import read_allocator_conf
 from pdlaunch.platform.facts import Gpu, Machine
 from pdlaunch.platform.visible_gpus import VISIBLE_DEVICES, VisibleGpus, visible_gpus
 from pdlaunch.resolve.footprint import Footprint, make_footprint
 from pdlaunch.resolve.models import Model
 from pdlaunch.resolve.vllm_environment import vllm_environment, whole_gibibytes
+from pdlaunch.resolve.vllm_verification import unverified_because
 
 DeviceKind = Literal["cpu", "cuda"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
@@ -81,6 +83,10 @@ class RoleEngines:
     """Allocator of the KV cache."""
     footprint: Footprint | None
     """Memory of one rank."""
+    unverified: str
+    """Why pulled KV blocks are used unproven; empty: they are proven before use. The same for both
+    roles.
+    """
     given_environ: Mapping[str, str]
     """The user's environment of a rank: the supervisor's, and ``env`` over it."""
     environment: Mapping[str, str]
@@ -196,9 +202,10 @@ def resolve_roles(
     """
     host, machine = next(iter(machines.items()))
     roles: dict[Role, RoleEngines] = {}
+    unverified = _unverified(config, environ, models)
     for role in ROLES:
         if config.role(role).replicas:
-            engines = _resolve(config, role, host, machine, environ, models[role])
+            engines = _resolve(config, role, host, machine, environ, models[role], unverified)
             before = sum(
                 other.num_ranks
                 for other in roles.values()
@@ -215,6 +222,7 @@ def _resolve(
     machine: Machine,
     environ: Mapping[str, str],
     model: Model,
+    unverified: str,
 ) -> RoleEngines:
     section, settings = config.role(role), config.engine_settings(role)
     given_environ = {**environ, **settings.env}
@@ -271,11 +279,36 @@ def _resolve(
             max_num_batched_tokens=batched_tokens,
             kv_cache_bytes=kv_cache_bytes,
         ),
+        unverified=unverified,
         given_environ=given_environ,
         environment=_environment(
-            config, role, settings, device, machine, given_environ, num_threads, kv_cache_bytes
+            config,
+            role,
+            settings,
+            device,
+            machine,
+            given_environ,
+            num_threads,
+            kv_cache_bytes,
+            is_verified=not unverified,
         ),
     )
+
+
+def _unverified(
+    config: LaunchConfig, environ: Mapping[str, str], models: Mapping[Role, Model]
+) -> str:
+    """Return why blocks are not proven; it takes the engines of both roles to prove them."""
+    if not config.kv_transfer.verify:
+        return "kv_transfer.verify is off"
+    for role in PAIR:
+        settings = config.engine_settings(role)
+        if config.role(role).replicas and settings.engine == "vllm":
+            model = models[role]
+            unknown = "" if model.error is None else str(model.error)
+            if reason := unverified_because(settings, environ, model.shape, unknown):
+                return reason
+    return ""
 
 
 def _environment(
@@ -287,6 +320,8 @@ def _environment(
     given_environ: Mapping[str, str],
     num_threads: int,
     kv_cache_bytes: int | None,
+    *,
+    is_verified: bool,
 ) -> dict[str, str]:
     """Return the variables that the processes of an engine get over the supervisor's."""
     common = {
@@ -299,7 +334,10 @@ def _environment(
     }
     if settings.engine == "vllm":
         own = vllm_environment(kv_cache_bytes if device == "cpu" else None, settings)
-        return common | own | settings.env
+        is_quiet = is_verified and role in PAIR
+        quiet = ",".join(local_transports(given_environ, device)) if is_quiet else ""
+        # pdlaunch's connector makes NIXL's agent such that UCX can do without a listener.
+        return common | own | settings.env | ({"UCX_TLS": quiet} if quiet else {})
     if role not in PAIR:
         return common | settings.env
     # NIXL refuses a UCX_TLS without CUDA on a host with GPUs, even to a rank on the CPU that sees

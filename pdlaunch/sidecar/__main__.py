@@ -1,7 +1,8 @@
-"""Runs as ``python -m pdlaunch.sidecar --name NAME [--exact] -- COMMAND``: one engine of vLLM.
+"""Runs as ``python -m pdlaunch.sidecar --name NAME [OPTIONS] -- COMMAND``: one engine of vLLM.
 
 The supervisor starts it, with a Bootstrap on standard input that has the name too. ``COMMAND``
 starts the engine. ``--exact``: a canary's tokens must be equal, as they are in float32.
+``--unverified``: the engine has vLLM's own connector, for this reason.
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ def _options() -> SidecarOptions:
     parser = argparse.ArgumentParser()
     parser.add_argument("--name")
     parser.add_argument("--exact", action="store_true")
+    parser.add_argument("--unverified", default="")
     parser.add_argument("--hang-timeout", type=float, default=0.0)
     found = parser.parse_args(arguments)
     return SidecarOptions(
-        command=tuple(command), is_exact=found.exact, hang_timeout_s=found.hang_timeout
+        command=tuple(command),
+        is_exact=found.exact,
+        hang_timeout_s=found.hang_timeout,
+        unverified=found.unverified,
     )
 
 

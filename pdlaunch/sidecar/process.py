@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import socket
 import time
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from pdlaunch.protocol.control import (
     Suspects,
 )
 from pdlaunch.sidecar.child import EngineChild
+from pdlaunch.sidecar.connector import connector_environment
 from pdlaunch.watch.canary import BYTES_READ, CanaryDied, send_canary
 from pdlaunch.watch.engine_api import Counts, EngineApi
 from pdlaunch.watch.versions import with_version
@@ -62,6 +64,8 @@ class SidecarOptions:
     is_exact: bool
     hang_timeout_s: float
     """An engine that has requests and makes no progress for so long is killed; 0: never."""
+    unverified: str
+    """Why the engine uses pulled KV blocks unproven; empty: it has pdlaunch's connector."""
 
 
 class SidecarProcess:
@@ -91,6 +95,11 @@ class SidecarProcess:
         supervised = self._supervised
         if self._socket_path is not None:
             self._socket_path.unlink(missing_ok=True)
+        if self._options.unverified:
+            _logger.warning(
+                "pulled KV blocks are used unproven: %s (kv_transfer.verify)",
+                self._options.unverified,
+            )
         child = await EngineChild.start(self._command(), self._environment())
         _logger.info("started %s as process %d", self._options.command[0], child.pid)
         watches: list[asyncio.Task[None]] = []
@@ -118,6 +127,8 @@ class SidecarProcess:
         run_dir = self._supervised.bootstrap.run_dir
         # The sockets between the engine's own processes: anybody may open those in /tmp.
         own = {"VLLM_RPC_BASE_PATH": run_dir, "VLLM_NIXL_SIDE_CHANNEL_PORT": str(_free_port())}
+        if not self._options.unverified:
+            own |= connector_environment(Path(run_dir), os.environ.get("PYTHONPATH", ""))
         # Empty without one: a key of the user's shell would keep the router out.
         return own | {"VLLM_API_KEY": self._key or ""}
 

@@ -77,8 +77,8 @@ class LaunchBootstraps:
             engine_api_key=_plain(self._config.engine_api_key)
             if spec.kind in ("server", "router")
             else None,
-            capabilities=self._kind.capabilities(engine)
-            if engine is not None and spec.kind == "server"
+            capabilities=self._kind.capabilities(spec, engine)
+            if spec.kind == "server"
             else Capabilities(),
             engine_json=None if engine is None else engine.model_dump_json(),
             router=router_spec(self._config, self._resolved.served_model_name, self._listeners)

@@ -127,6 +127,10 @@ CASES: dict[str, Case] = {
         [vllm(kv_cache_memory="2GiB"), vllm(GPU, kv_cache_memory="1.5GiB"), on(CPU)],
     ),
     "PD616": Case([vllm()], [on(CPU), vllm(decode__replicas=0)]),
+    "PD629": Case(
+        [vllm(), vllm(engine_command="/no/vllm")],
+        [on(CPU), vllm(decode__replicas=0), vllm(kv_transfer__verify="off")],
+    ),
     "PD617": Case(
         [vllm(kv_transfer__on_failure="fail")], [on(CPU, kv_transfer__on_failure="fail")]
     ),

@@ -14,6 +14,7 @@ from tests.checks.firing import Arrange, Case, Setup
 
 VLLM = "engine: vllm\n"
 PLAIN = Setup(VLLM)
+VERSION = f"{VLLM}engine_command: one/bin/vllm\n"
 
 
 def arguments(text: str, *, decode: str = "") -> Setup:
@@ -179,7 +180,35 @@ CASES = [
         )
     ),
     Case("PD615", Setup("engine_args: {seed: 1}\n"), {"Remove it": Setup()}),
-    Case("PD616", PLAIN, {"Use engine: native": Setup()}),
+    Case(
+        "PD616",
+        PLAIN,
+        {
+            "a vLLM whose KV pdlaunch verifies": Setup(VERSION, arrange=installed(one="0.32.0")),
+            "use engine: native": Setup(),
+        },
+    ),
+    Case(
+        "PD629",
+        Setup(VERSION, arrange=installed(one="0.31.0")),
+        {
+            "Have engine_command name a vLLM 0.32": Setup(VERSION, arrange=installed(one="0.32.0")),
+            "engine: native": Setup(),
+        },
+    ),
+    Case(
+        "PD629",
+        Setup(
+            f"{VERSION}engine_args: {{speculative-config: {{method: ngram}}}}\n",
+            arrange=installed(one="0.32.0"),
+        ),
+        {"take the argument out": Setup(VERSION, arrange=installed(one="0.32.0"))},
+    ),
+    Case(
+        "PD629",
+        Setup(VERSION, model="qwen-sliding", arrange=installed(one="0.32.0")),
+        {"serve the model with engine: native": Setup(model="qwen-sliding")},
+    ),
     Case(
         "PD617",
         Setup(f"{VLLM}kv_transfer: {{on_failure: fail}}\n"),

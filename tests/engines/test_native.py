@@ -41,7 +41,8 @@ def test_the_decode_ranks_prove_the_pairs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("verify", [True, False])
 def test_an_engine_verifies_as_the_settings_say(tmp_path: Path, verify: bool) -> None:
     launch = resolved(tmp_path, kv_transfer={"verify": verify})
-    capabilities = NativeEngine().capabilities(launch.engine_specs()["prefill-0"])
+    (server,) = (p for p in plan_processes(launch).processes if p.name == "prefill-0")
+    capabilities = NativeEngine().capabilities(server, launch.engine_specs()["prefill-0"])
     assert capabilities.verifies is verify
     assert capabilities.resumes
     assert capabilities.gives_first_token
@@ -64,7 +65,7 @@ def test_engines_of_both_roles_prove_no_pair_and_await_no_lease(tmp_path: Path) 
         "router",
     ]
     assert not any(kind.proves_pairs(p) for p in planned.processes)
-    capabilities = kind.capabilities(launch.engine_specs()["both-1"])
+    capabilities = kind.capabilities(planned.processes[3], launch.engine_specs()["both-1"])
     assert capabilities.resumes
     assert not capabilities.awaits_lease
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,18 @@ from tests.engines.test_plan import CPU, FOUR_GPUS, config, resolved
 
 def commands(planned: object) -> dict[str, tuple[str, ...]]:
     return {p.name: p.command for p in planned.processes}  # type: ignore[attr-defined]
+
+
+def installed(root: Path, version: str) -> str:
+    """Make an environment as far as its executable and the metadata of vLLM go."""
+    script = root / "bin" / "vllm"
+    info = root / "lib" / "python3.11" / "site-packages" / f"vllm-{version}.dist-info"
+    for folder in (script.parent, info):
+        folder.mkdir(parents=True)
+    script.write_text(f"#!{root}/bin/python\n")
+    script.chmod(0o755)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+    return str(script)
 
 
 def value_of(command: tuple[str, ...], flag: str) -> str:
@@ -121,3 +134,51 @@ def test_engines_of_both_roles_have_no_connector() -> None:
     command = commands(planned)["both-1"]
     assert value_of(command, "--tensor-parallel-size") == "2"
     assert "--kv-transfer-config" not in command
+
+
+def test_an_engine_that_can_be_verified_has_our_connector(tmp_path: Path) -> None:
+    command = installed(tmp_path, "0.32.4")
+    launch = resolved(config(engine="vllm", engine_command=command), CPU)
+    prefill, decode, _ = plan_processes(launch).processes
+    for process in (prefill, decode):
+        transfer = json.loads(value_of(process.command, "--kv-transfer-config"))
+        assert transfer["kv_connector"] == "VerifiedNixlConnector"
+        assert transfer["kv_connector_module_path"] == "pdlaunch.vllm.connector"
+        assert process.environment["UCX_TLS"] == "posix,cma,self"
+        assert "--unverified" not in process.command
+    assert kind_of(launch).capabilities(decode, None).verifies
+    assert effective_engines(launch)["decode"]["kv_blocks_verified"] == "yes"
+
+
+@pytest.mark.parametrize(
+    ("version", "settings", "reason"),
+    [
+        ("0.31.2", {}, "it is vLLM 0.31.2, and 0.32 can be verified"),
+        ("0.33.0", {}, "it is vLLM 0.33.0, and 0.32 can be verified"),
+        ("0.32.0", {"kv_transfer": {"verify": False}}, "kv_transfer.verify is off"),
+        (
+            "0.32.0",
+            {"engine_args": {"speculative_config.method": "ngram"}},
+            "engine_args has speculative_config.method",
+        ),
+        (
+            "0.32.0",
+            {"prefill": {"engine_command": "/no/vllm"}},
+            "the version of /no/vllm is not known",
+        ),
+    ],
+)
+def test_one_that_cannot_has_the_stock_connector_and_says_why(
+    tmp_path: Path, version: str, settings: dict[str, object], reason: str
+) -> None:
+    command = installed(tmp_path, version)
+    launch = resolved(config(engine="vllm", engine_command=command, **settings), CPU)
+    prefill, decode, _ = plan_processes(launch).processes
+    for process in (prefill, decode):
+        transfer = json.loads(value_of(process.command, "--kv-transfer-config"))
+        assert transfer["kv_connector"] == "NixlConnector"
+        assert "kv_connector_module_path" not in transfer
+        assert value_of(process.command, "--unverified") == reason
+        assert "UCX_TLS" not in process.environment
+    assert not kind_of(launch).capabilities(decode, None).verifies
+    assert effective_engines(launch)["decode"]["kv_blocks_verified"] == f"no: {reason}"

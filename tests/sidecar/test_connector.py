@@ -1,0 +1,49 @@
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pdlaunch
+from pdlaunch.sidecar.connector import connector_environment
+
+
+def test_engines_of_a_launch_get_one_folder_of_their_user(tmp_path: Path) -> None:
+    first, second = (connector_environment(tmp_path, "") for _ in range(2))
+    assert first == second
+    folder = Path(first["PDLAUNCH_STATEMENTS_DIR"])
+    assert folder.parent == tmp_path
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_of_what_is_installed_here_vllm_sees_pdlaunch_alone(tmp_path: Path) -> None:
+    paths = connector_environment(tmp_path, "/first:/second")["PYTHONPATH"].split(":")
+    assert paths[1:] == ["/first", "/second"]
+    (package,) = Path(paths[0]).iterdir()
+    assert package.name == "pdlaunch"
+    assert package.resolve() == Path(pdlaunch.__file__).parent.resolve()
+
+
+@pytest.mark.processes
+def test_the_room_is_imported_without_pdlaunchs_dependencies(tmp_path: Path) -> None:
+    """What vLLM's environment need not have is not imported; ``connector`` needs vLLM itself."""
+    program = (
+        "import sys, pdlaunch.vllm.worker, pdlaunch.vllm.support, pdlaunch.vllm.agent\n"
+        "import pdlaunch\n"
+        "print(pdlaunch.__file__)\n"
+        "missing = {'msgspec', 'pydantic', 'xxhash', 'aiohttp', 'zmq', 'typer', 'vllm'}\n"
+        "print(sorted(missing & set(sys.modules)))\n"
+    )
+    environment = connector_environment(tmp_path, "")
+    found = subprocess.run(
+        [sys.executable, "-c", program],
+        env={"PYTHONPATH": environment["PYTHONPATH"], "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    path, missing = found.stdout.splitlines()
+    assert path.startswith(str(tmp_path))
+    assert missing == "[]"

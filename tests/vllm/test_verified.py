@@ -1,0 +1,166 @@
+"""What goes wrong with vLLM's own connector, and does not with ours: the real programs.
+
+Both pairs get the same treatment. Wrong answers of the stock one show that the treatment works.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+
+from pdlaunch.client.admin import admin_api
+from pdlaunch.client.api import Api
+from pdlaunch.client.deployment import Deployment, running_deployment
+from tests.e2e.api import complete
+from tests.e2e.conftest import clean_environ
+from tests.vllm.conftest import ARGUMENTS, START_TIMEOUT_S
+from tests.vllm.kv_memory import flip_bit, tcp_listeners, worker_of
+
+NUM_TOKENS = 12
+LEASE_S = 1
+BLOCK_SIZE = 32
+NUM_BLOCKS = 40
+"""Four prompts fill the KV cache, so that blocks are soon used again."""
+PROMPT_TOKENS = 300
+REMOTE_DECODE = {
+    "do_remote_decode": True,
+    "do_remote_prefill": False,
+    "remote_engine_id": None,
+    "remote_block_ids": None,
+    "remote_host": None,
+    "remote_port": None,
+}
+FAILED = "vllm:nixl_num_failed_transfers_total"
+BYTES_READ = "vllm:nixl_bytes_transferred_sum"
+
+LISTENERS: dict[str, int] = {}
+"""Listening sockets of a prefill worker, by the connector it has."""
+
+
+@pytest.fixture(scope="module", params=["stock", "verified"])
+def launch(
+    request: pytest.FixtureRequest, vllm_command: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, Deployment]]:
+    """One pair, with vLLM's connector and then with ours."""
+    verify = "on" if request.param == "verified" else "off"
+    config = tmp_path_factory.mktemp("config") / "deployment.yaml"
+    config.write_text(
+        f"engine_args: {{num-gpu-blocks-override: {NUM_BLOCKS}}}\n"
+        f"block_size: {BLOCK_SIZE}\n"
+        f"kv_transfer: {{lease_s: {LEASE_S}, pull_timeout_s: 0.5, verify: {verify}}}\n"
+    )
+    with running_deployment(
+        (str(config), *ARGUMENTS, "--engine-command", vllm_command),
+        environ=clean_environ(),
+        timeout_s=START_TIMEOUT_S,
+    ) as deployment:
+        yield request.param, deployment
+
+
+class Pair:
+    """Sends the two legs of a request itself, with time in between."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        admin = admin_api(deployment.url)
+        self.prefill, self.decode = admin.engine("prefill-0"), admin.engine("decode-0")
+        self._deployment = deployment
+
+    def worker(self, name: str) -> psutil.Process:
+        return worker_of(self._deployment.processes()[name])
+
+    def hand_over(self, prompt: list[int]) -> dict[str, Any]:
+        body = {
+            "prompt": prompt,
+            "max_tokens": 1,
+            "temperature": 0,
+            "kv_transfer_params": REMOTE_DECODE,
+        }
+        status, answer = self.prefill.post("/v1/completions", body)
+        assert status == 200, answer
+        params: dict[str, Any] = answer["kv_transfer_params"]
+        return params
+
+    def take(self, prompt: list[int], params: dict[str, Any]) -> list[int]:
+        return complete(self.decode, prompt, NUM_TOKENS, kv_transfer_params=params)
+
+    def counts(self) -> tuple[float, float]:
+        """Return bytes read and failed loads of the decode engine."""
+        metrics = self.decode.metrics()
+        return metrics[BYTES_READ], metrics[FAILED]
+
+
+def prompt_of(seed: int) -> list[int]:
+    draw = random.Random(seed)
+    return [draw.randrange(100, 40_000) for _ in range(PROMPT_TOKENS)]
+
+
+def test_pulled_blocks_are_used(launch: tuple[str, Deployment]) -> None:
+    _, deployment = launch
+    pair = Pair(deployment)
+    for seed in range(2):
+        prompt = prompt_of(seed)
+        num_bytes, num_failed = pair.counts()
+        assert pair.take(prompt, pair.hand_over(prompt)) == complete(
+            pair.prefill, prompt, NUM_TOKENS
+        )
+        after = pair.counts()
+        assert after[0] > num_bytes
+        assert after[1] == num_failed
+
+
+def test_an_expired_lease_whose_blocks_were_used_again(launch: tuple[str, Deployment]) -> None:
+    connector, deployment = launch
+    pair = Pair(deployment)
+    prompt = prompt_of(10)
+    params = pair.hand_over(prompt)
+    time.sleep(LEASE_S + 0.5)
+    for seed in range(11, 16):
+        complete(pair.prefill, prompt_of(seed), 1)
+    _, num_failed = pair.counts()
+    told = pair.take(prompt, params)
+    is_right = told == complete(pair.prefill, prompt, NUM_TOKENS)
+    # The stock one answers with tokens of other prompts, and counts no failure.
+    assert is_right == (connector == "verified")
+    assert pair.counts()[1] - num_failed == (1 if connector == "verified" else 0)
+
+
+def test_a_bit_that_flips_after_the_answer(launch: tuple[str, Deployment]) -> None:
+    connector, deployment = launch
+    pair = Pair(deployment)
+    wrong = 0
+    for seed in range(20, 22):
+        prompt = prompt_of(seed)
+        expected = complete(pair.prefill, prompt, NUM_TOKENS)
+        params = pair.hand_over(prompt)
+        for block in range(len(params["remote_block_ids"][0])):
+            flip_bit(params, pair.worker("prefill-0"), block)
+        num_bytes, num_failed = pair.counts()
+        wrong += pair.take(prompt, params) != expected
+        after = pair.counts()
+        assert after[0] > num_bytes
+        assert after[1] - num_failed == (1 if connector == "verified" else 0)
+    assert wrong == 0 if connector == "verified" else wrong > 0
+
+
+def test_the_worker_of_ours_has_fewer_doors(launch: tuple[str, Deployment]) -> None:
+    """Torch's process groups listen in both; UCX does in the stock one alone."""
+    connector, deployment = launch
+    LISTENERS[connector] = tcp_listeners(Pair(deployment).worker("prefill-0"))
+    if connector == "verified" and "stock" in LISTENERS:
+        assert LISTENERS["verified"] < LISTENERS["stock"]
+
+
+def test_the_launch_says_whether_it_verifies(launch: tuple[str, Deployment]) -> None:
+    connector, deployment = launch
+    _, status = Api(deployment.url).get_object("/pdlaunch/status")
+    assert len(status["engines"]) == 2
+    log = (deployment.log_dir / "decode-0.log").read_text()
+    said = "pulled KV blocks are used unproven: kv_transfer.verify is off"
+    assert (said in log) == (connector == "stock")
+    judged = "their lease has expired; the prompt is computed here"
+    assert (judged in log) == (connector == "verified")

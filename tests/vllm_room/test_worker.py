@@ -1,0 +1,294 @@
+"""Statements and proofs on a stand-in for vLLM's worker: which calls its code makes, it makes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from pdlaunch.vllm.statements import StatementBoard, token_hash
+from pdlaunch.vllm.worker import Orders, Prompt, ProvingWorker, StatingScheduler
+
+NUM_BLOCKS, NUM_HEADS = 12, 4
+PROMPT = token_hash([1, 2, 3])
+
+
+@dataclass
+class Stats:
+    num_failed: int = 0
+
+    def record_failed_transfer(self) -> None:
+        self.num_failed += 1
+
+
+class PlainWorker:
+    """Does what of NixlBaseConnectorWorker (0.32.0) the connector builds on."""
+
+    def __init__(self, engine_id: str, tp_rank: int, tp_size: int) -> None:
+        self.engine_id, self.tp_rank, self.world_size = engine_id, tp_rank, tp_size
+        self.model_config = SimpleNamespace(get_total_num_kv_heads=lambda: NUM_HEADS)
+        self.xfer_stats = Stats()
+        self.tp_mappings: dict[str, Any] = {}
+        self._recv_failures: set[str] = set()
+        self._recving_metadata: dict[str, Any] = {}
+        self._reqs_to_process: set[str] = set()
+        self.expired: set[str] = set()
+        self.read: set[str] = set()
+        self.broken: set[str] = set()
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        self.kv_caches = kv_caches
+
+    def start_load_kv(self, metadata: Any) -> None:
+        self._recving_metadata.update(metadata.reqs_to_recv)
+
+    def _pop_done_transfers(self, transfers: Mapping[str, Any]) -> tuple[set[str], set[str]]:
+        return self.read | self.broken, set(self.broken)
+
+    def _reap_expired_send_leases(self, done_sending: set[str]) -> None:
+        done_sending |= self.expired
+
+    def shutdown(self) -> None:
+        pass
+
+
+class Worker(ProvingWorker, PlainWorker):
+    pass
+
+
+@dataclass
+class Pair:
+    """A prefill and a decode engine, and a READ that copies tensors."""
+
+    folder: Path
+    prefill_tp: int = 1
+    decode_tp: int = 1
+    prefill: list[Worker] = field(default_factory=list)
+    decode: list[Worker] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(0)
+        for name, tp_size, workers in (
+            ("prefill", self.prefill_tp, self.prefill),
+            ("decode", self.decode_tp, self.decode),
+        ):
+            for rank in range(tp_size):
+                worker = Worker(StatementBoard(self.folder), name, rank, tp_size)
+                shape = (NUM_BLOCKS, NUM_HEADS // tp_size, 4, 8)
+                worker.register_kv_caches(
+                    {f"model.layers.{layer}": torch.randn(shape) for layer in range(11)}
+                )
+                workers.append(worker)
+
+    def compute(self, request: str, blocks: tuple[int, ...], prompt: str = PROMPT) -> None:
+        orders = Orders(to_state={request: Prompt(prompt, blocks)})
+        for worker in self.prefill:
+            worker._reqs_to_process.add(request)
+            worker.state_prompts(SimpleNamespace(pdlaunch=orders))
+
+    def pull(
+        self,
+        request: str,
+        local: tuple[int, ...],
+        remote: tuple[int, ...],
+        prompt: str = PROMPT,
+    ) -> list[bool]:
+        """READ the last blocks; return by rank whether they are used."""
+        wanted = SimpleNamespace(
+            local_physical_block_ids=[list(local)] if local else [],
+            remote=SimpleNamespace(
+                engine_id="prefill", request_id=request, block_ids=[list(remote)]
+            ),
+        )
+        orders = Orders(to_prove={f"d-{request}": prompt})
+        for worker in self.decode:
+            share = self.prefill_tp / self.decode_tp
+            first = int(worker.tp_rank * share)
+            sources = tuple(range(first, first + max(1, int(share))))
+            worker.tp_mappings["prefill"] = SimpleNamespace(all_source_ranks=sources)
+            worker.start_load_kv(
+                SimpleNamespace(reqs_to_recv={f"d-{request}": wanted}, pdlaunch=orders)
+            )
+            self._copy(worker, local, remote[len(remote) - len(local) :])
+        return [self.is_used(worker, f"d-{request}") for worker in self.decode]
+
+    def _copy(self, worker: Worker, local: tuple[int, ...], remote: tuple[int, ...]) -> None:
+        for name, cache in worker.kv_caches.items():
+            whole = torch.cat([each.kv_caches[name] for each in self.prefill], dim=1)
+            first = worker.tp_rank * NUM_HEADS // self.decode_tp
+            cache[list(local)] = whole[list(remote), first : first + cache.shape[1]]
+
+    @staticmethod
+    def is_used(worker: Worker, request: str) -> bool:
+        worker.read = {request}
+        done, failed = worker._pop_done_transfers({})
+        assert done == {request}
+        assert worker.xfer_stats.num_failed == len(failed)
+        return request not in failed
+
+
+@pytest.mark.parametrize(("prefill_tp", "decode_tp"), [(1, 1), (2, 2), (1, 2), (4, 2)])
+def test_blocks_that_prefill_has_stated_are_used(
+    tmp_path: Path, prefill_tp: int, decode_tp: int
+) -> None:
+    pair = Pair(tmp_path, prefill_tp, decode_tp)
+    pair.compute("r", (4, 2, 7))
+    assert pair.pull("r", (1, 5, 3), (4, 2, 7)) == [True] * decode_tp
+
+
+def test_of_a_prompt_in_the_prefix_cache_the_last_blocks_are_proven(tmp_path: Path) -> None:
+    pair = Pair(tmp_path)
+    pair.compute("r", (4, 2, 7))
+    assert pair.pull("r", (1,), (4, 2, 7)) == [True]
+    assert pair.pull("r", (), (4, 2, 7)) == [True]
+
+
+@pytest.mark.parametrize("layer", [0, 2, 10])
+def test_bytes_that_change_after_the_statement(tmp_path: Path, layer: int) -> None:
+    pair = Pair(tmp_path, 2, 2)
+    pair.compute("r", (4, 2, 7))
+    pair.prefill[1].kv_caches[f"model.layers.{layer}"][2, 0, 3, 7] += 1e-6
+    assert pair.pull("r", (1, 5, 3), (4, 2, 7)) == [True, False]
+
+
+def test_an_expired_lease_even_while_the_bytes_are_there(tmp_path: Path) -> None:
+    pair = Pair(tmp_path)
+    pair.compute("r", (4, 2))
+    pair.compute("kept", (5, 6))
+    (prefill,) = pair.prefill
+    prefill.expired = {"r"}
+    notified: set[str] = {"kept"}
+    prefill._reap_expired_send_leases(notified)
+    assert notified == {"r", "kept"}
+    assert pair.pull("r", (1, 5), (4, 2)) == [False]
+    pair.decode[0].xfer_stats.num_failed = 0
+    assert pair.pull("kept", (1, 5), (5, 6)) == [True]
+
+
+def test_another_prompt(tmp_path: Path) -> None:
+    pair = Pair(tmp_path)
+    pair.compute("r", (4, 2))
+    assert pair.pull("r", (1, 5), (4, 2), prompt=token_hash([1, 2, 4])) == [False]
+
+
+def test_blocks_of_another_request_under_its_name(tmp_path: Path) -> None:
+    pair = Pair(tmp_path)
+    pair.compute("r", (4, 2))
+    assert pair.pull("r", (1, 5), (4, 3)) == [False]
+
+
+def test_an_engine_that_states_nothing(tmp_path: Path) -> None:
+    assert Pair(tmp_path).pull("r", (1,), (4,)) == [False]
+
+
+def test_a_read_that_has_failed_is_left_to_vllm(tmp_path: Path) -> None:
+    (worker,) = Pair(tmp_path).decode
+    worker.broken = {"r"}
+    assert worker._pop_done_transfers({}) == ({"r"}, {"r"})
+    assert worker.xfer_stats.num_failed == 0
+
+
+def test_prompts_that_left_are_forgotten(tmp_path: Path) -> None:
+    (worker,) = Pair(tmp_path).decode
+    orders = Orders(to_prove={"r": PROMPT})
+    worker.start_load_kv(SimpleNamespace(reqs_to_recv={"r": object()}, pdlaunch=orders))
+    worker.state_prompts(SimpleNamespace())
+    assert worker._to_prove == {"r": PROMPT}
+    worker._recving_metadata.clear()
+    worker.state_prompts(SimpleNamespace())
+    assert worker._to_prove == {}
+
+
+class PlainScheduler:
+    """Does what of NixlPullConnectorScheduler (0.32.0) the connector builds on."""
+
+    block_size = 4
+
+    def __init__(self) -> None:
+        self._reqs_need_recv: dict[str, Any] = {}
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_tokens: int) -> None:
+        if request.kv_transfer_params and request.kv_transfer_params.get("do_remote_prefill"):
+            self._reqs_need_recv[request.request_id] = (request, [], (), True)
+
+    def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, None]:
+        return False, None
+
+    def build_connector_meta(self, scheduler_output: Any) -> Any:
+        self._reqs_need_recv.clear()
+        return SimpleNamespace()
+
+
+class Scheduler(StatingScheduler, PlainScheduler):
+    pass
+
+
+def request_of(name: str, direction: str, tokens: list[int], **values: Any) -> Any:
+    return SimpleNamespace(
+        request_id=name,
+        kv_transfer_params={direction: True},
+        prompt_token_ids=tokens,
+        num_prompt_tokens=len(tokens),
+        num_computed_tokens=0,
+        lora_request=None,
+        mm_features=[],
+        **{**values},
+    )
+
+
+@pytest.fixture
+def scheduler() -> Scheduler:
+    found = Scheduler()
+    manager = SimpleNamespace(get_block_ids=lambda name: ([7, 8, 9, 10],))
+    found.kv_cache_manager = manager
+    return found
+
+
+def orders_of(scheduler: Scheduler, **num_scheduled: int) -> Orders:
+    output = SimpleNamespace(num_scheduled_tokens=num_scheduled)
+    orders = scheduler.build_connector_meta(output).pdlaunch
+    assert isinstance(orders, Orders)
+    return orders
+
+
+def test_a_prompt_is_stated_with_the_step_that_completes_it(scheduler: Scheduler) -> None:
+    request = request_of("r", "do_remote_decode", list(range(9)))
+    scheduler.update_state_after_alloc(request, None, 0)
+    assert orders_of(scheduler, r=5).to_state == {}
+    request.num_computed_tokens = 5
+    assert orders_of(scheduler).to_state == {}  # a step without it
+    stated = {"r": Prompt(token_hash(range(9), ("",)), (7, 8, 9))}
+    assert orders_of(scheduler, r=4).to_state == stated
+    request.num_computed_tokens = 9
+    assert orders_of(scheduler, r=1).to_state == {}
+    request.num_computed_tokens = 0  # preempted
+    assert orders_of(scheduler, r=9).to_state == stated
+    scheduler.request_finished(request, None)
+    assert orders_of(scheduler, r=9).to_state == {}
+
+
+def test_a_prompt_that_is_pulled_is_proven_by_the_same_hash(scheduler: Scheduler) -> None:
+    tokens = list(range(9))
+    scheduler.update_state_after_alloc(request_of("d", "do_remote_prefill", tokens), None, 9)
+    assert orders_of(scheduler).to_prove == {"d": token_hash(tokens, ("",))}
+    assert orders_of(scheduler).to_prove == {}
+
+
+def test_loras_and_inputs_beside_tokens_count(scheduler: Scheduler) -> None:
+    image = SimpleNamespace(identifier="abc", mm_position=SimpleNamespace(offset=3))
+    lora = SimpleNamespace(lora_name="french")
+    plain = request_of("p", "do_remote_prefill", [1, 2])
+    others = [
+        request_of("i", "do_remote_prefill", [1, 2]),
+        request_of("l", "do_remote_prefill", [1, 2]),
+    ]
+    others[0].mm_features = [image]
+    others[1].lora_request = lora
+    for request in (plain, *others):
+        scheduler.update_state_after_alloc(request, None, 2)
+    assert len(set(orders_of(scheduler).to_prove.values())) == 3
