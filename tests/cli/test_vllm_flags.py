@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from pdlaunch.cli.app import build_app
 from pdlaunch.cli.vllm_flags import INSTEAD, MISSING
-from pdlaunch.config.field_types import ROUTER
+from pdlaunch.config.models import ROUTER
 from pdlaunch.config.settings import all_flags, all_settings
 
 OWN = {f"--{flag.name}" for flag in all_flags().values() if flag.panel != ROUTER}
