@@ -255,7 +255,12 @@ class WatchedMembership:
 
     async def _watch(self, watched: _Watched) -> None:
         while True:
-            trouble = await self._look(watched)
+            try:
+                trouble = await self._look(watched)
+            except Exception as error:
+                # Whatever an engine answers must not end its watch.
+                _logger.exception("%s cannot be watched", watched.member.name)
+                trouble = f"{type(error).__name__}: {error}"
             if trouble:
                 if watched.is_healthy or watched.reason != trouble:
                     _logger.warning("%s: %s", watched.member.name, trouble)
@@ -422,3 +427,7 @@ class WatchedMembership:
                 )
         except (CanaryDied, ProtocolError) as error:
             return str(error)
+        except Exception as error:
+            # Whatever an engine answers must not keep the pair from being tried again.
+            _logger.exception("a canary cannot be sent")
+            return f"{type(error).__name__}: {error}"

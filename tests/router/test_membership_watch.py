@@ -27,7 +27,7 @@ from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.process import follow
 from pdlaunch.router.state import RecoverySettings, RouterState
 from tests.router.conftest import SPEC
-from tests.sidecar.fake_vllm import FakeVllm, answer_of
+from tests.sidecar.fake_vllm import FakeVllm, answer_of, listen
 
 PROMPT = [300, 301, 302]
 
@@ -48,7 +48,9 @@ class Keys:
 class Alone:
     """A router that watches engines of vLLM at Unix sockets; commands go to its admin socket."""
 
-    def __init__(self, folder: Path, *, urls: tuple[str, ...] | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, urls: tuple[str, ...] | None = None, is_exact: bool = True
+    ) -> None:
         self.folder = folder
         self.shares: dict[str, list[int]] = {}
         self.engines: dict[str, FakeVllm] = {}
@@ -60,7 +62,7 @@ class Alone:
             served_model_name="m",
             kind="vllm",
             capabilities=capabilities_over_http("vllm"),
-            is_exact=True,
+            is_exact=is_exact,
             engine_urls=(f"unix:{folder}",) if urls is None else urls,
             poll_s=0.01,
         )
@@ -333,3 +335,32 @@ async def test_redirects_are_not_followed(alone: Alone, tmp_path: Path) -> None:
     assert await client.read_metrics(engine) is None
     assert not await client.is_alive(engine)
     assert reached == []
+
+
+class Nonsense(FakeVllm):
+    """Answers without tokens, while ``is_odd``."""
+
+    is_odd = True
+
+    async def _complete(self, request: web.Request) -> web.StreamResponse:
+        if not self.is_odd:
+            return await super()._complete(request)
+        choice = {"index": 0, "token_ids": [], "logprobs": {"token_logprobs": []}}
+        return web.json_response({"choices": [choice]})
+
+
+async def test_an_engine_that_answers_nonsense_is_tried_again(tmp_path: Path) -> None:
+    """No answer ends the watch of an engine or the canaries of a pair."""
+    alone = Alone(tmp_path, is_exact=False)
+    await alone.open()
+    try:
+        await alone.start("prefill-0")
+        alone.add("prefill-0")
+        odd = Nonsense("decode-0", alone.shares)
+        alone.sockets["decode-0"] = await listen(odd, tmp_path / "decode-0.sock")
+        alone.add("decode-0")
+        await alone.until(lambda: "ValueError" in alone.reason("decode-0"))
+        odd.is_odd = False
+        await alone.until(lambda: "decode-0" in alone.ready)
+    finally:
+        await alone.close()
