@@ -46,14 +46,16 @@ class Capabilities(Message, tag=False):
     gives_first_token: bool = False
     """Answers do_remote_decode with the first token under the ``pdlaunch`` key."""
     awaits_lease: bool = False
-    """Takes a prompt whose blocks a prefill engine is still computing, and names leases as it is
-    told.
+    """As a decode engine, takes a prompt whose blocks a prefill engine still computes; as a prefill
+    engine, gives a lease the name that it is told.
     """
     kind: str = "native"
     version: str = ""
     """The version of the engine's software; empty until it has told."""
     needs_proof: bool = False
-    """Pulls unverified, and so only over pairs that a canary has proven. A lease is read once."""
+    """Does not verify what it pulls, so it pulls only over pairs that a canary has proven. A lease
+    is read once.
+    """
     lease_s: float = 0.0
     """Seconds for which a prefill engine that needs proof keeps blocks; 0: not known."""
     continues: bool = False

@@ -33,7 +33,7 @@ class SamplingParams(Message, tag=False):
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = {}
     stop_token_ids: tuple[int, ...] = ()
-    """End the request; the model's own end tokens are among them unless ignore_eos."""
+    """Tokens that end the request; the model's own end tokens are among them unless ignore_eos."""
     eos_token_ids: tuple[int, ...] = ()
     """The model's end tokens; masked out while fewer than min_tokens are there, as are
     stop_token_ids.

@@ -1,7 +1,7 @@
 """Reads and writes ``kv_transfer_params``: vLLM's wire form, plus one key of ours.
 
-What a prefill engine answers and a decode engine is given. The routers of vLLM pass it on unread;
-ours reads and completes the ``pdlaunch`` key. Source: vLLM 0.24 to 0.32, NIXL connector.
+A prefill engine answers with them, and a decode engine is given them. The routers of vLLM pass them
+on unread; ours reads and completes the ``pdlaunch`` key. Source: vLLM 0.24 to 0.32, NIXL connector.
 """
 
 from __future__ import annotations

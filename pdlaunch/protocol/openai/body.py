@@ -27,7 +27,7 @@ INTERNAL_FIELDS = frozenset({"kv_transfer_params", "resume"})
 """Accepted by engines; refused by the public router."""
 
 MAX_IGNORED_NAMES = 64
-"""Names of ignored fields that a request is remembered by; it may have very many."""
+"""Names of ignored fields that are kept of a request, which may have very many."""
 
 TOKEN_IDS = re.compile(rb"\s*\[\s*\d")
 """A list of token ids begins like this."""

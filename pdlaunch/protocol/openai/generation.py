@@ -204,8 +204,8 @@ class GenerationRequest(SamplingFields):
 
     @property
     def is_remote_prefill(self) -> bool:
-        """Tell whether a router asks for the first token only; other fields are of the whole
-        request.
+        """Tell whether a router asks for the first token only; the other fields then describe the
+        whole request.
         """
         return (
             self.kv_transfer_params is not None

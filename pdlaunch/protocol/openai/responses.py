@@ -28,7 +28,7 @@ class Usage(msgspec.Struct, kw_only=True):
     total_tokens: int = 0
     prompt_tokens_details: PromptTokensDetails | None = None
     completion_tokens_details: dict[str, Any] | UnsetType = UNSET
-    """Of engines that tell more than we do: reasoning tokens and the like."""
+    """Filled in by engines that tell more than we do: reasoning tokens and the like."""
 
 
 class CompletionLogprobs(msgspec.Struct, kw_only=True):
