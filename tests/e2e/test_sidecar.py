@@ -69,6 +69,10 @@ def is_back(deployment: Deployment, folder: Path, name: str, old_pid: object) ->
 def test_serves_heals_after_a_kill_and_leaves_nothing(tmp_path: Path, model: Path) -> None:
     with launched(tmp_path, model, environ={"PDLAUNCH_HANG_TIMEOUT_S": "5"}) as deployment:
         assert complete(deployment.url, PROMPT, 5, model=None) == answer_of(PROMPT, 5)
+        _, status = Api(deployment.url).get_object("/pdlaunch/status")
+        assert {(each["kind"], each["version"]) for each in status["engines"]} == {
+            ("vllm", "0.32.0+cpu")
+        }
         told = started(tmp_path, "decode-0")
         environment = told["environment"]
         assert isinstance(environment, dict)

@@ -182,3 +182,13 @@ def test_one_that_cannot_has_the_stock_connector_and_says_why(
         assert "UCX_TLS" not in process.environment
     assert not kind_of(launch).capabilities(decode, None).verifies
     assert effective_engines(launch)["decode"]["kv_blocks_verified"] == f"no: {reason}"
+
+
+@pytest.mark.parametrize("arguments", [{}, {"reasoning_parser": "qwen3"}])
+def test_what_it_can_do_follows_from_lease_and_arguments(arguments: dict[str, str]) -> None:
+    settings = config(engine="vllm", engine_args=arguments, kv_transfer={"lease_s": 12})
+    launch = resolved(settings, CPU)
+    can = kind_of(launch).capabilities(plan_processes(launch).processes[1], None)
+    assert (can.kind, can.needs_proof, can.takes_launch_token) == ("vllm", True, False)
+    assert can.lease_s == 12
+    assert can.splits_reasoning == bool(arguments)
