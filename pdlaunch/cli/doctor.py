@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Annotated, Any
 
@@ -32,12 +32,18 @@ _FAILED = ("vllm:nixl_num_failed_transfers_total", "vllm:nixl_num_failed_notific
 
 
 def doctor(
+    routers: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[URL]...", help="A router of pdlaunch, which names its engines."),
+    ] = None,
     prefill: Annotated[
-        list[str], typer.Option("--prefill", metavar="URL", help="A prefill engine. Repeats.")
-    ],
+        list[str] | None,
+        typer.Option("--prefill", metavar="URL", help="A prefill engine. Repeats."),
+    ] = None,
     decode: Annotated[
-        list[str], typer.Option("--decode", metavar="URL", help="A decode engine. Repeats.")
-    ],
+        list[str] | None,
+        typer.Option("--decode", metavar="URL", help="A decode engine. Repeats."),
+    ] = None,
     engine_key_env: Annotated[
         str | None,
         typer.Option(
@@ -61,16 +67,54 @@ def doctor(
     """
     try:
         key = _key(engine_key_env, os.environ)
-        urls: list[tuple[Role, str]] = [
-            *(("prefill", url) for url in dict.fromkeys(prefill)),
-            *(("decode", url) for url in dict.fromkeys(decode)),
+        for name, given in (("URL", routers), ("--prefill", prefill), ("--decode", decode)):
+            for url in given or ():
+                _require_url(name, url)
+        listed = asyncio.run(_engines_of(routers or ()))
+        named: list[tuple[Role, str]] = [
+            *(("prefill", url) for url in prefill or ()),
+            *(("decode", url) for url in decode or ()),
         ]
-        for role, url in urls:
-            _require_url(role, url)
+        urls = list(dict.fromkeys([*named, *listed]))
+        if not urls:
+            raise ConfigError(
+                "no engine is named",
+                fix="give the URL of a router of pdlaunch, or --prefill URL --decode URL",
+            )
     except ConfigError as error:
         refuse_input(error, output, None)
     seen = asyncio.run(examine(urls, key, sends_canaries=canary, is_exact=exact))
     print_report(judge(seen), output, strict=strict)
+
+
+async def _engines_of(routers: Sequence[str]) -> list[tuple[Role, str]]:
+    """Return the engines that routers list. Raises ConfigError where they are not of vLLM."""
+    found: list[tuple[Role, str]] = []
+    for url in routers:
+        # Without the key, which is for engines.
+        api = EngineApi(url)
+        try:
+            engines = await api.listed_engines(ASK_TIMEOUT_S)
+        except ProtocolError as error:
+            raise ConfigError(
+                f"not a router of pdlaunch: {error}",
+                field="URL",
+                value=url,
+                fix="name engines by --prefill and --decode: vLLM does not tell its role",
+            ) from None
+        finally:
+            await api.close()
+        for role, engine, kind in engines:
+            if kind != "vllm":
+                raise ConfigError(
+                    f"its engine {engine} is {kind}: pdlaunch proves its own pairs by itself",
+                    field="URL",
+                    value=url,
+                    fix="name engines of vLLM",
+                )
+            if role in ("prefill", "decode"):
+                found.append(("prefill" if role == "prefill" else "decode", engine))
+    return found
 
 
 def judge(seen: SeenDeployment) -> Report:
@@ -185,11 +229,11 @@ def _key(variable: str | None, environ: Mapping[str, str]) -> str | None:
     return key
 
 
-def _require_url(role: Role, url: str) -> None:
+def _require_url(name: str, url: str) -> None:
     if not url.startswith(("http://", "https://", "unix:/")):
         raise ConfigError(
-            "not the URL of an engine",
-            field=f"--{role}",
+            "not a URL",
+            field=name,
             value=url,
             fix="write http://HOST:PORT, or unix:/PATH of a socket",
         )

@@ -94,6 +94,15 @@ class EngineApi:
         except (ValueError, LookupError, TypeError) as error:
             raise ProtocolError(f"/version: {error!r}") from error
 
+    async def listed_engines(self, timeout_s: float) -> list[tuple[str, str, str]]:
+        """Read role, URL and kind of each engine of a router of pdlaunch. Raises ProtocolError."""
+        raw = await self._answer("GET", "/pdlaunch/status", None, timeout_s)
+        try:
+            engines = msgspec.json.decode(raw)["engines"]
+            return [(str(each["role"]), str(each["url"]), str(each["kind"])) for each in engines]
+        except (ValueError, LookupError, TypeError) as error:
+            raise ProtocolError(f"/pdlaunch/status: not a list of engines: {error!r}") from error
+
     async def server_info(self, timeout_s: float) -> dict[str, Any] | None:
         """Read /server_info, which vLLM has in dev mode alone; None without it."""
         try:

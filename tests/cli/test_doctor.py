@@ -140,10 +140,29 @@ def test_every_form_names_the_rule(tmp_path: Path, form: str) -> None:
     assert "PD651" in result.stdout
 
 
+def test_a_router_of_pdlaunch_names_its_engines(tmp_path: Path) -> None:
+    with serving(tmp_path) as (prefill, _, flags):
+        engines = [
+            {"role": role, "url": url, "kind": "vllm"}
+            for role, _, url in (flag[2:].partition("=") for flag in flags)
+        ]
+        prefill.status = {"engines": engines}
+        router = flags[0].partition("=")[2]
+        found = report_of(run(router, "--format", "json"))["resolved"]["deployment"]["pairs"]
+        assert len(found) == 1
+        prefill.status = {"engines": [{**engines[0], "kind": "native"}]}
+        result = run(router)
+        assert result.exit_code == 2
+        assert "proves its own pairs" in result.stderr
+        prefill.status = {}
+        assert "does not tell its role" in run(router).stderr
+
+
 def test_unusable_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     for flags, words in (
-        (["--prefill=host:8000", "--decode=http://d"], "not the URL of an engine"),
+        ([], "no engine is named"),
+        (["--prefill=host:8000", "--decode=http://d"], "not a URL"),
         (
             ["--prefill=http://p", "--decode=http://d", "--engine-key-env=NO_SUCH_KEY"],
             "the variable is not set",

@@ -38,6 +38,8 @@ class FakeVllm:
     num_failed: int = 0
     server_info: dict[str, Any] | None = None
     """What dev mode tells; None: it is off."""
+    status: dict[str, Any] = field(default_factory=dict)
+    """What it answers in the place of a router."""
     healthy: bool = True
     num_bytes: int = 0
     num_failed_reads: int = 0
@@ -51,6 +53,7 @@ class FakeVllm:
         app.router.add_get("/version", self._version)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/pdlaunch/status", self._status)
         if self.server_info is not None:
             app.router.add_get("/server_info", self._server_info)
         app.router.add_post("/v1/completions", self._complete)
@@ -61,6 +64,9 @@ class FakeVllm:
 
     async def _version(self, _: web.Request) -> web.Response:
         return web.json_response({"version": self.version})
+
+    async def _status(self, _: web.Request) -> web.Response:
+        return web.json_response(self.status)
 
     async def _server_info(self, _: web.Request) -> web.Response:
         return web.json_response(self.server_info)
