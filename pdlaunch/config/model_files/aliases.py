@@ -134,6 +134,10 @@ def _why_not_found(model: str, source: Path) -> str:
 
 
 def _how_to_find(model: str, source: Path) -> str:
+    if model.startswith("~/"):
+        return "A ~ stands for nothing here: write the path of the home folder."
+    if model.startswith(("https://", "http://")):
+        return "Name a model of the hub as ORG/NAME, without the address."
     meant = None if source.exists() else nearest(model, ALIASES)
     hint = f"Did you mean {meant}? " if meant else ""
     if source.is_file():
