@@ -1,4 +1,4 @@
-"""Rules PD400, PD410 to PD419 and PD450 judge the system, its devices and its limits."""
+"""Rules PD400, PD410 to PD419, PD450 and PD451 judge the system, its devices and its limits."""
 
 from __future__ import annotations
 
@@ -56,6 +56,29 @@ def no_gpu(context: Context) -> Iterator[Found]:
         reason = "" if context.machine.gpus else f": {context.machine.cumem.reason}"
         message = f"device is cuda, but no CUDA device is visible{hidden}{reason}"
         yield Found(engine.where("device"), message)
+
+
+@rule(
+    "PD451",
+    "warning",
+    fix=(
+        "Check nvidia-smi, and give the container the GPUs (docker run --gpus all); or set device: "
+        "cpu."
+    ),
+    source="The PCI bus, and cuDeviceGetCount.",
+    needs=("gpus",),
+)
+def gpus_out_of_sight(context: Context) -> Iterator[Found]:
+    """The engines run on the CPU of a host whose GPUs the driver does not show.
+
+    Nobody chose the CPU: the driver is missing or broken, or the container was not given the GPUs.
+    A CUDA_VISIBLE_DEVICES that hides them is a choice.
+    """
+    for engine in context.on("cpu"):
+        chosen = engine.settings.device == "cpu" or VISIBLE_DEVICES in engine.given_environ
+        if context.machine.has_hidden_gpus and not chosen:
+            message = f"{engine.role} runs on the CPU, though this host has NVIDIA GPUs"
+            yield Found(engine.where("device"), message)
 
 
 @rule(

@@ -19,6 +19,7 @@ from tests.checks.case import (
 from tests.checks.contexts import CPU, GB200, GIB, GPU, on
 from tests.checks.machines import NO_FABRIC, NO_IMEX
 
+HIDDEN_GPUS = replace(CPU, has_hidden_gpus=True)
 NO_CUDA = "transports 'cuda_ipc','cuda_copy' are not available, please use one or more of: cma, sm"
 MNNVL = {"UCX_CUDA_IPC_ENABLE_MNNVL": "y"}
 
@@ -126,6 +127,14 @@ CASES: dict[str, Case] = {
             ),
             on(GPU, environ={"CUDA_VISIBLE_DEVICES": "0,0"}),
             on(GPU, decode__env={"CUDA_VISIBLE_DEVICES": ""}),
+        ],
+    ),
+    "PD451": Case(
+        [on(HIDDEN_GPUS), on(HIDDEN_GPUS, decode__device="cpu")],
+        [
+            on(CPU),
+            on(HIDDEN_GPUS, device="cpu"),
+            on(HIDDEN_GPUS, environ={"CUDA_VISIBLE_DEVICES": ""}),
         ],
     ),
     "PD412": Case([on(machine(cpus=(0,)))], [on(machine(cpus=(0, 1)))]),

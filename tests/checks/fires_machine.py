@@ -12,6 +12,16 @@ ON_RDMA = "kv_transfer: {connector: mooncake, mooncake: {protocol: rdma}}\n"
 ON_NVLINK = "kv_transfer: {connector: mooncake, mooncake: {protocol: nvlink}}\n"
 
 CASES = [
+    Case(
+        "PD451",
+        Setup(machine=replace(CPU, has_hidden_gpus=True), measured=()),
+        {
+            "give the container the GPUs": Setup(machine=GPU, measured=()),
+            "set device: cpu": Setup(
+                "device: cpu\n", machine=replace(CPU, has_hidden_gpus=True), measured=()
+            ),
+        },
+    ),
     Case("PD400", Setup(machine=replace(CPU, system="Darwin")), {"Run serve on Linux": Setup()}),
     Case(
         "PD410",
