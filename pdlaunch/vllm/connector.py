@@ -27,7 +27,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPu
 
 from pdlaunch.vllm.agent import new_agent
 from pdlaunch.vllm.statements import StatementBoard
-from pdlaunch.vllm.support import SUPPORTED_VERSIONS, is_supported, refusal
+from pdlaunch.vllm.support import SUPPORTED_VERSIONS, is_supported, refusal, refused
 from pdlaunch.vllm.worker import ProvingWorker, StatingScheduler
 
 STATEMENTS_DIR = "PDLAUNCH_STATEMENTS_DIR"
@@ -63,10 +63,7 @@ class VerifiedNixlConnector(NixlPullConnector):  # type: ignore[misc]
         with _agents_without_listener():
             self.connector_worker = _Worker(board, *arguments)
         if reason := refusal(self.connector_worker):
-            raise ValueError(
-                f"KV blocks of this engine cannot be verified: {reason}; use NixlConnector "
-                "(kv_transfer.verify: off)"
-            )
+            raise refused(reason)
 
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
         super().bind_kv_cache_manager(kv_cache_manager)

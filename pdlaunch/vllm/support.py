@@ -14,6 +14,14 @@ def is_supported(version: str) -> bool:
     return ".".join(version.split(".")[:2]) in SUPPORTED_VERSIONS
 
 
+def refused(reason: str) -> ValueError:
+    """Return the error with which an engine does not start."""
+    return ValueError(
+        f"KV blocks of this engine cannot be verified: {reason}; use NixlConnector "
+        "(kv_transfer.verify: off)"
+    )
+
+
 def refusal(worker: Any) -> str:
     """Return why blocks of an engine cannot be proven; empty: they can.
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pdlaunch.vllm.checksums import BlockHasher, new_hasher
 from pdlaunch.vllm.proof import ReadBlocks, first_head, judge
 from pdlaunch.vllm.statements import Statement, StatementBoard, token_hash
+from pdlaunch.vllm.support import refused
 
 if TYPE_CHECKING:
     from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import (
@@ -110,7 +111,10 @@ class ProvingWorker(WorkerBase):  # type: ignore[misc]
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         super().register_kv_caches(kv_caches)
         layers = sorted(kv_caches, key=lambda name: (len(name), name))
-        self._hasher = new_hasher([kv_caches[name] for name in layers])
+        try:
+            self._hasher = new_hasher([kv_caches[name] for name in layers])
+        except ValueError as error:
+            raise refused(str(error)) from error
 
     def start_load_kv(self, metadata: Any) -> None:
         self._to_prove.update(_orders(metadata).to_prove)

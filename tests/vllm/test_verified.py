@@ -22,11 +22,13 @@ from tests.vllm.conftest import ARGUMENTS, START_TIMEOUT_S
 from tests.vllm.kv_memory import flip_bit, tcp_listeners, worker_of
 
 NUM_TOKENS = 12
-LEASE_S = 1
+LEASE_S = 2
 BLOCK_SIZE = 32
 NUM_BLOCKS = 40
 """Four prompts fill the KV cache, so that blocks are soon used again."""
 PROMPT_TOKENS = 300
+STEP_TOKENS = 256
+"""A prompt takes two steps; a longer step would need a longer lease (PD619)."""
 REMOTE_DECODE = {
     "do_remote_decode": True,
     "do_remote_prefill": False,
@@ -52,7 +54,8 @@ def launch(
     config.write_text(
         f"engine_args: {{num-gpu-blocks-override: {NUM_BLOCKS}}}\n"
         f"block_size: {BLOCK_SIZE}\n"
-        f"kv_transfer: {{lease_s: {LEASE_S}, pull_timeout_s: 0.5, verify: {verify}}}\n"
+        f"max_num_batched_tokens: {STEP_TOKENS}\n"
+        f"kv_transfer: {{lease_s: {LEASE_S}, verify: {verify}}}\n"
     )
     with running_deployment(
         (str(config), *ARGUMENTS, "--engine-command", vllm_command),
