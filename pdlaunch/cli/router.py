@@ -51,12 +51,16 @@ def router(
         list[str] | None,
         typer.Option("--decode", metavar="URL", help="A decode engine, in the same forms."),
     ] = None,
+    both: Annotated[
+        list[str] | None,
+        typer.Option("--both", metavar="URL", help="An engine of both roles, in the same forms."),
+    ] = None,
     engine_key_env: Annotated[
         str | None,
         typer.Option(
             "--engine-key-env",
             metavar="NAME",
-            help="Variable with the key of the engines that --prefill and --decode name.",
+            help="Variable with the key of the engines that --prefill, --decode and --both name.",
         ),
     ] = None,
     stop_on_stdin_eof: Annotated[
@@ -81,8 +85,10 @@ def router(
                 f"{flags['model']} is no file of a deployment (.yaml, .yml or .json)",
                 fix="name a file; engines have their models already",
             )
-        named = [("prefill", url) for url in prefill or ()] + [
-            ("decode", url) for url in decode or ()
+        named = [
+            (role, url)
+            for role, urls in (("prefill", prefill), ("decode", decode), ("both", both))
+            for url in urls or ()
         ]
         if named:
             flags["engines"] = [

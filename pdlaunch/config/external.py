@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from pdlaunch.config.field_types import FrozenModel
+from pdlaunch.config.roles import Role
 
 UNIX = "unix:"
 DNS = "dns+"
@@ -158,7 +159,7 @@ def _read_engine(value: object) -> object:
     if isinstance(value, str):
         role, equals, url = value.partition("=")
         if not equals:
-            raise ValueError(f"{value[:100]!r}: write prefill=URL or decode=URL")
+            raise ValueError(f"{value[:100]!r}: write prefill=URL, decode=URL or both=URL")
         return {"role": role.strip(), "url": url.strip()}
     return value
 
@@ -171,7 +172,7 @@ class RunningEngine(FrozenModel):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$",
         description="Name in metrics and logs; ROLE-N when unset.",
     )
-    role: Literal["prefill", "decode"] = Field(description="What the router uses it for.")
+    role: Role = Field(description="What the router uses it for.")
     url: Annotated[str, AfterValidator(_check_url)] = Field(
         description="http://HOST:PORT, https://HOST:PORT, unix:/PATH, or dns+http://NAME:PORT for "
         "one engine at each address of a name.",

@@ -10,6 +10,7 @@ from aiohttp import web
 from pydantic import ValidationError
 
 from pdlaunch.config.external import DNS, RunningEngine
+from pdlaunch.config.roles import Role
 from pdlaunch.errors import RequestError
 from pdlaunch.http.app import AppRoute
 from pdlaunch.http.errors import json_response
@@ -23,7 +24,7 @@ class NewEngine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Names an engine to add."""
 
     name: str
-    role: Literal["prefill", "decode"]
+    role: Role
     url: str
     kind: Literal["native", "vllm"] | None = None
     """None: that of the others."""

@@ -342,7 +342,8 @@ class WatchedMembership:
         for pair in due - self._canaries.keys() - self._results.keys():
             self._canaries[pair] = self._spawn(self._prove(pair))
         verdict = judge(prefill, decode, self._results, self._ready)
-        self._ready = verdict.ready
+        # Engines of both roles have no pair to prove.
+        self._ready = verdict.ready.union(self._healthy("both"))
         self._serving = self._serving or self._can_serve(prefill, decode)
         entries = [
             self._entry(watched, verdict.reasons.get(name, watched.reason))
@@ -357,9 +358,9 @@ class WatchedMembership:
             self._announced.announce(self._registry)
 
     def _can_serve(self, prefill: list[str], decode: list[str]) -> bool:
-        """Tell whether requests can be taken: with engines of both roles, a pair must be proven."""
+        """Tell whether requests can be taken: where there are to be pairs, one must be proven."""
         roles = {watched.member.role for watched in self._watched.values()}
-        if len(roles) == 2:
+        if roles == {"prefill", "decode"}:
             return not self._ready.isdisjoint(prefill) and not self._ready.isdisjoint(decode)
         return bool(self._ready)
 

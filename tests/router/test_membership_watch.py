@@ -13,9 +13,9 @@ import msgspec
 import pytest
 from aiohttp import web
 
+from pdlaunch.config.roles import Role
 from pdlaunch.engines.plan import capabilities_over_http
 from pdlaunch.errors import RequestError
-from pdlaunch.protocol.control import Role
 from pdlaunch.router.admin import SupervisorLink
 from pdlaunch.router.admin_socket import listen_at_admin_socket
 from pdlaunch.router.app import RouterApp
@@ -117,7 +117,8 @@ class Alone:
         await self.sockets.pop(name).cleanup()
 
     def add(self, name: str, key: str | None = None) -> None:
-        role: Role = "prefill" if name.startswith("prefill") else "decode"
+        roles: dict[str, Role] = {"prefill": "prefill", "decode": "decode", "both": "both"}
+        role = roles[name.partition("-")[0]]
         self.watch.add(Member(name, role, self.url(name), "vllm", key), "config", is_trusted=True)
 
     async def pair(self) -> None:
@@ -199,6 +200,15 @@ async def test_one_wrong_engine_does_not_keep_the_others_from_serving(alone: Alo
         alone.add(name)
     await alone.until(lambda: alone.ready == {"prefill-0", "decode-0", "decode-1"})
     assert "no KV connector" in alone.reason("prefill-1")
+
+
+async def test_an_engine_of_both_roles_serves_without_a_canary(alone: Alone) -> None:
+    for name in ("prefill-0", "both-0"):
+        await alone.start(name)
+        alone.add(name)
+    await alone.until(lambda: alone.ready == {"prefill-0", "both-0"})
+    assert (await alone.complete())[0] == 200
+    assert alone.outcomes("proven") == 0
 
 
 async def test_an_engine_that_dies_is_left_and_proven_again_when_it_is_back(alone: Alone) -> None:
@@ -285,7 +295,7 @@ async def test_an_engine_that_does_not_finish_in_time_goes_all_the_same(alone: A
         ({"kind": "native"}, 400, "kinds_differ"),
         ({"name": "prefill-0"}, 409, "engine_exists"),
         ({"name": "a/b"}, 400, "invalid_engine"),
-        ({"role": "both"}, 400, "invalid_engine"),
+        ({"role": "other"}, 400, "invalid_engine"),
         ({"api_key": "two words"}, 400, "invalid_engine"),
         ({"surprise": 1}, 400, "invalid_engine"),
     ],
