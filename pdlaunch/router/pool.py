@@ -47,6 +47,7 @@ class EnginePool:
         self.serving = False
         """The supervisor has seen every process and every pair ready."""
         self._with_ranks: set[str] = set()
+        self._roles_seen: set[Role | None] = set()
 
     @property
     def engines(self) -> list[Engine]:
@@ -85,6 +86,7 @@ class EnginePool:
                 ]
                 found[server.name] = self._renew(server, ranks)
         self._engines = found
+        self._roles_seen.update(engine.role for engine in found.values())
         self.pairs = registry.pairs
         self.serving = registry.serving
 
@@ -100,8 +102,8 @@ class EnginePool:
 
     @property
     def has_pairs(self) -> bool:
-        """Tell whether there are prefill and decode engines, ready or not."""
-        return {engine.role for engine in self._engines.values()} >= set(PAIR)
+        """Tell whether there are prefill and decode engines, or were: the dead are not listed."""
+        return self._roles_seen.issuperset(PAIR)
 
     def has_ready(self, role: Role, needs: Collection[Need] = NO_NEEDS) -> bool:
         """Tell whether some engine of this role can be given work."""

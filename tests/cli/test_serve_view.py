@@ -212,6 +212,23 @@ def test_the_panel_shows_what_was_measured_between_gpus_the_slowest_first() -> N
     ]
 
 
+def test_the_panel_of_engines_of_both_roles_names_no_connector() -> None:
+    shown = tuple(
+        replace(process, name=process.name.replace("decode", "both"))
+        for process in serving().processes
+        if not process.name.startswith("prefill")
+    )
+    rows = ready_rows(
+        replace(serving(), processes=shown, pairs=()),
+        model="m",
+        connector=None,
+        log_dir="/logs",
+        needs_key=False,
+    )
+    assert dict(rows)["topology"] == "1 both (tp 2)"
+    assert "connector" not in dict(rows)
+
+
 @pytest.mark.parametrize("columns", [40, 60, 80])
 def test_the_curl_line_of_the_panel_can_be_copied(columns: int) -> None:
     target = console(columns)
