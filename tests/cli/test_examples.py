@@ -60,6 +60,7 @@ def test_the_workflow_runs_from_its_configuration_to_the_check(tmp_path: Path) -
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
+        "PDLAUNCH_PORT": "0",  # 8000 may be busy here
     }
 
     def shell(script: str) -> str:
