@@ -173,8 +173,8 @@ def native_setting(context: Context) -> Iterator[Found]:
 def open_listeners(context: Context) -> Iterator[Found]:
     """vLLM's stock NixlConnector listens without authentication.
 
-    UCX listens on TCP, on every address of this machine, and takes READs and WRITEs of KV blocks
-    from whoever can connect; it cannot be told otherwise. gloo and the side channel listen on the
+    UCX listens on TCP, on addresses that other hosts can reach, and takes READs and WRITEs of KV
+    blocks from whoever can connect; it cannot be told otherwise. gloo and the side channel listen on the
     loopback device.
     """
     if (pair := vllm_pair(context)) and pair[0].unverified:
