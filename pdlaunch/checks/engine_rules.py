@@ -174,8 +174,8 @@ def open_listeners(context: Context) -> Iterator[Found]:
     """vLLM's stock NixlConnector listens without authentication.
 
     UCX listens on TCP, on addresses that other hosts can reach, and takes READs and WRITEs of KV
-    blocks from whoever can connect; it cannot be told otherwise. gloo and the side channel listen on the
-    loopback device.
+    blocks from whoever can connect; it cannot be told otherwise. gloo and the side channel
+    listen on the loopback device.
     """
     if (pair := vllm_pair(context)) and pair[0].unverified:
         yield Found("engine", "UCX in each engine of vLLM listens on TCP for everybody")
