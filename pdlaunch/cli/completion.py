@@ -1,4 +1,4 @@
-"""What a shell offers after Tab: values of settings, models, configuration files, rules."""
+"""Completes words for a shell: values of settings, models, configuration files, rules."""
 
 from __future__ import annotations
 
