@@ -78,7 +78,8 @@ async def supervisor(
     shares: dict[str, list[int]] = {}
     supervisor = FakeSupervisor(tmp_path)
     sidecar = SidecarProcess(
-        cast(Supervised, supervisor), SidecarOptions(COMMAND, is_exact=True, hang_timeout_s=0.0)
+        cast(Supervised, supervisor),
+        SidecarOptions(COMMAND, is_exact=True, hang_timeout_s=0.0, unverified="by a test"),
     )
     running = asyncio.create_task(sidecar.run())
     supervisor.prefill = FakeVllm("prefill-0", shares)
