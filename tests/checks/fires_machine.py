@@ -21,7 +21,6 @@ CASES = [
                 "device: cpu\n", machine=replace(CPU, has_hidden_gpus=True), measured=()
             ),
         },
-        only_on="a host whose GPUs the driver does not show",
     ),
     Case("PD400", Setup(machine=replace(CPU, system="Darwin")), {"Run serve on Linux": Setup()}),
     Case(
