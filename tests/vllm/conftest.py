@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from tests.e2e.conftest import clean_environ
 
 ENVIRONMENT = Path(__file__).parents[2] / ".venv-vllm"
 ARGUMENTS = ("--engine", "vllm", "--max-model-len", "512", "--enforce-eager")
+ENGINE_ARGS = {"enable-auto-tool-choice": True, "tool-call-parser": "hermes"}
 START_TIMEOUT_S = 600.0
 """Two of them take 40 s on two quiet cores, and several times that beside other work."""
 
@@ -36,10 +38,12 @@ def vllm_command() -> str:
 
 
 @pytest.fixture(scope="package")
-def pair(vllm_command: str) -> Iterator[Deployment]:
+def pair(vllm_command: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     """One prefill and one decode engine of vLLM."""
+    config = tmp_path_factory.mktemp("pair") / "pair.yaml"
+    config.write_text(json.dumps({"engine_args": ENGINE_ARGS}))
     with running_deployment(
-        (*ARGUMENTS, "--engine-command", vllm_command),
+        (str(config), *ARGUMENTS, "--engine-command", vllm_command),
         environ=clean_environ(),
         timeout_s=START_TIMEOUT_S,
     ) as deployment:

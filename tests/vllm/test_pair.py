@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import time
+from typing import Any
 
 import psutil
 import pytest
-from openai import OpenAI
+from openai import APIError, OpenAI
 
 from pdlaunch.client.admin import admin_api
 from pdlaunch.client.api import Api
@@ -62,6 +64,85 @@ def test_streams_and_chats(pair: Deployment) -> None:
     assert 0 < whole.usage.completion_tokens <= 20
 
 
+COLOURS = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "green"]}},
+    "required": ["colour"],
+    "additionalProperties": False,
+}
+ASK = {
+    "model": "smollm2",
+    "messages": [{"role": "user", "content": "Which colour has grass in the summer? " * 5}],
+    "max_tokens": 40,
+    "temperature": 0,
+}
+
+
+PAINT = {"name": "paint", "parameters": COLOURS}
+FIELDS: dict[str, dict[str, Any]] = {
+    "structured": {
+        "response_format": {"type": "json_schema", "json_schema": {"name": "c", "schema": COLOURS}}
+    },
+    "tools": {
+        "tools": [{"type": "function", "function": PAINT}],
+        "tool_choice": {"type": "function", "function": {"name": "paint"}},
+    },
+}
+
+
+@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
+def test_structured_output_and_tools_pass(pair: Deployment, fields: dict[str, Any]) -> None:
+    def message(api: Api) -> dict[str, Any]:
+        status, answer = api.post("/v1/chat/completions", ASK | fields)
+        assert status == 200, answer
+        (choice,) = answer["choices"]
+        found: dict[str, Any] = choice["message"]
+        for call in found.get("tool_calls") or []:
+            del call["id"]  # drawn anew each time
+        return found
+
+    said = message(Api(pair.url))
+    assert said == message(admin_api(pair.url).engine("prefill-0"))
+    if "tools" in fields:
+        return
+    assert json.loads(said["content"])["colour"] in ("red", "green")
+    client = OpenAI(base_url=pair.url + "/v1", api_key="none")
+    parts = client.chat.completions.create(**ASK, **fields, stream=True)  # type: ignore[call-overload]
+    text = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
+    assert text == said["content"]
+
+
+def test_several_choices_come_from_one_engine(pair: Deployment) -> None:
+    before = bytes_read(pair.url)
+    body = {"prompt": prompt_of(50), "max_tokens": 4, "n": 3, "temperature": 0.5}
+    status, answer = Api(pair.url).post("/v1/completions", body)
+    assert status == 200, answer
+    assert len(answer["choices"]) == 3
+    assert bytes_read(pair.url) == before
+
+
+def test_a_lease_that_nobody_pulls_is_given_back_at_once(pair: Deployment) -> None:
+    """Prefill has computed the prompt before anybody knows that the answer would be too long."""
+    body = {"prompt": "Grass is green. " * 60, "max_tokens": 400}
+    status, answer = Api(pair.url).post("/v1/completions", body)
+    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+    assert Api(pair.url).metrics()["pdlaunch_router_releases_total"] == 1
+    # The lease itself would last 30 s.
+    prefill = admin_api(pair.url).engine("prefill-0")
+    await_true(lambda: prefill.metrics()["vllm:kv_cache_usage_perc"] == 0, "it is freed", 20)
+
+
+def test_status_has_kinds_versions_and_pairs_and_nothing_was_recomputed(pair: Deployment) -> None:
+    _, status = Api(pair.url).get_object("/pdlaunch/status")
+    assert {engine["kind"] for engine in status["engines"]} == {"vllm"}
+    assert all(engine["version"][0].isdigit() for engine in status["engines"])
+    assert [(each["prefill"], each["decode"]) for each in status["pairs"]] == [
+        ("prefill-0", "decode-0")
+    ]
+    assert status["doubts"] == []
+    assert "pdlaunch_router_silent_recomputes_total" not in Api(pair.url).metrics()
+
+
 def test_a_client_that_leaves_frees_both_engines(pair: Deployment) -> None:
     with streamed(pair.url, prompt_of(20), 300) as tokens:
         assert next(tokens) is not None
@@ -94,14 +175,30 @@ def test_an_engine_that_is_killed_comes_back_and_is_proven_again(
 ) -> None:
     prompt = prompt_of(30)
     expected = complete(pair.url, prompt, NUM_TOKENS)
+    client = OpenAI(base_url=pair.url + "/v1", api_key="none", max_retries=0)
+    chat = ASK | {"max_tokens": 60, "stop": ["no such words"]}
+    unbroken = client.chat.completions.create(**chat)  # type: ignore[call-overload]
+    broken = client.chat.completions.create(**chat, stream=True)  # type: ignore[call-overload]
+    seeded = client.completions.create(
+        model="smollm2", prompt=prompt_of(31), max_tokens=200, seed=5, stream=True
+    )
+    texts = [next(broken).choices[0].delta.content or "" for _ in range(8)]
+    next(seeded)
     sidecar = pair.processes()[name]
     (engine,) = [child for child in sidecar.children() if "serve" in child.cmdline()]
     engine.send_signal(signal.SIGKILL)
-    # The prefill engine answers alone meanwhile.
+    # The prefill engine goes on with the stream and answers alone meanwhile.
+    texts += [part.choices[0].delta.content or "" for part in broken if part.choices]
+    assert "".join(texts) == unbroken.choices[0].message.content
     assert complete(pair.url, prompt, NUM_TOKENS) == expected
+    with pytest.raises(APIError, match="seed"):
+        list(seeded)
+    counts = Api(pair.url).metrics()
+    assert counts["pdlaunch_router_migrations_total"] == 1
+    assert counts["pdlaunch_router_lost_streams_total"] == 1
 
-    await_true(lambda: states(pair.url)[name] != "ready", "its death is seen", 30)
-    await_true(lambda: states(pair.url)[name] == "ready", "it is back", 600)
+    await_true(lambda: states(pair.url).get(name) != "ready", "its death is seen", 30)
+    await_true(lambda: states(pair.url).get(name) == "ready", "it is back", 600)
     deadline_at = time.monotonic() + 120
     while time.monotonic() < deadline_at:
         before = bytes_read(pair.url)
