@@ -1,7 +1,7 @@
 """Defines what the rest of pdlaunch knows of one kind of engine.
 
-Supervisor, commands and checks know kinds only through ``EngineKind``. ``NativeEngine`` is the only
-one today; another kind is a module beside it, which ``plan.kind_of`` chooses.
+Supervisor, commands and checks know kinds only through ``EngineKind``. ``native.NativeEngine``
+and ``vllm.VllmEngine`` are the kinds, of which ``plan.kind_of`` chooses.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Reads what the router needs of a client's request, and makes the bodies that engines get.
 
-The engines check the fields; the router checks those alone that it replaces on one of the state.
+The engines check the fields; the router checks those alone that it replaces.
 """
 
 from __future__ import annotations

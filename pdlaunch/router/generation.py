@@ -84,7 +84,7 @@ class Generation:
     async def run(self) -> None:
         """Answer the prompt. Raises RequestError, EngineRefusal or EngineFailure.
 
-        Cancelling it ends both state.
+        Cancelling it ends the work of both engines.
         """
         with self._state.suspects.watch(self._prompt.origin):
             try:
