@@ -309,7 +309,7 @@ def test_status_hands_out_no_key(doors: Doors) -> None:
     status, text = ask("GET", f"{doors.router}/pdlaunch/status", Authorization=bearer(CLIENT))
     assert status == 200
     names = {name for engine in json.loads(text)["engines"] for name in engine}
-    assert names == {"name", "role", "url", "state", "reason", "streams"}
+    assert names == {"name", "role", "kind", "version", "url", "state", "reason", "streams"}
     assert ask("GET", f"{doors.router}/pdlaunch/status")[0] == 401
 
 
