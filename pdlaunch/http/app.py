@@ -13,7 +13,7 @@ import asyncio
 import secrets
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import msgspec
 from aiohttp import web
@@ -82,11 +82,24 @@ class Description(NamedTuple):
     """Need no key."""
 
 
+class DoorWatch(Protocol):
+    """Sees clients' requests come and leave."""
+
+    def came(self, http: web.Request, request_id: HttpRequestId) -> None:
+        """Take a request before anything is checked."""
+
+    def failed(self, http: web.Request, error: BaseException) -> None:
+        """Take the error that the client is told of; ``left`` follows."""
+
+    def left(self, http: web.Request, status: int) -> None:
+        """Take the end of the answer; 499: the client went away."""
+
+
 class HttpApp:
     """Builds the ``web.Application`` of a process from its table of routes.
 
     A request that ``is_trusted`` needs no key, and cannot come from a web page that the guard would
-    have to look at.
+    have to look at. ``watch`` sees each POST of a client, but no health checks and no commands.
     """
 
     def __init__(
@@ -99,8 +112,10 @@ class HttpApp:
         max_body_bytes: int,
         description: Description,
         is_trusted: Callable[[web.Request], bool] = lambda _: False,
+        watch: DoorWatch | None = None,
     ) -> None:
         self._guard = guard
+        self._watch = watch
         self._check_key = check_key
         self._metrics = metrics
         self._is_trusted = is_trusted
@@ -127,11 +142,16 @@ class HttpApp:
     async def _at_the_door(self, route: AppRoute, http: web.Request) -> web.StreamResponse:
         request_id, id_error = _read_id(http)
         http[_REQUEST_ID] = request_id
+        watch = self._watch if _is_watched(route, http) else None
+        status = CLIENT_CLOSED_REQUEST
         with request_logging(request_id):
+            if watch is not None:
+                watch.came(http, request_id)
             try:
                 if id_error is not None:
                     raise id_error
                 response = self._answer_at_once(route, http) or await route.handler(http)
+                status = response.status
             except asyncio.CancelledError:
                 # The client has closed its connection, or this process leaves.
                 self._metrics.failed(CLIENT_CLOSED_REQUEST)
@@ -141,7 +161,13 @@ class HttpApp:
                 return web.Response(status=CLIENT_CLOSED_REQUEST)
             except Exception as error:
                 response = error_response(error)
-                self._metrics.failed(response.status)
+                status = response.status
+                self._metrics.failed(status)
+                if watch is not None:
+                    watch.failed(http, error)
+            finally:
+                if watch is not None:
+                    watch.left(http, status)
         # A stream has sent its headers already, with the id among them.
         if not response.prepared:
             response.headers[REQUEST_ID_HEADER] = request_id
@@ -269,6 +295,11 @@ def health_routes(health: Handler) -> list[AppRoute]:
         AppRoute(method, path, health, None, operation)
         for method, path in (("GET", "/health"), ("GET", "/ping"), ("POST", "/ping"))
     ]
+
+
+def _is_watched(route: AppRoute, http: web.Request) -> bool:
+    """Tell whether a client wants something done: commands have a key of their own."""
+    return http.method == "POST" and route.check_key is None and route.path != "/ping"
 
 
 def _read_id(http: web.Request) -> tuple[HttpRequestId, RequestError | None]:

@@ -12,6 +12,8 @@ REQUEST_ID_HEADER = "X-Request-Id"
 TRACEPARENT_HEADER = "traceparent"
 ORIGIN_HEADER = "X-Pdlaunch-Origin"
 """The router tells engines the PromptOrigin, and whether a rank may have died of the prompt."""
+SPANS_HEADER = "X-Pdlaunch-Spans"
+"""A router that sends it gets a ``SpanReport`` with the answer, under the key ``pdlaunch``."""
 MAX_REQUEST_ID_LENGTH = 200
 
 _REQUEST_ID = re.compile(rf"[!-~]{{1,{MAX_REQUEST_ID_LENGTH}}}")

@@ -52,6 +52,8 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     strict_fields: bool = False
+    kept_requests: int = 500
+    """Requests that have ended and of which it can tell."""
 
 
 class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):

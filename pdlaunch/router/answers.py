@@ -16,6 +16,7 @@ from pdlaunch.observe.metrics import RequestClock, RequestMetrics
 from pdlaunch.protocol.openai.responses import PromptTokensDetails, Usage
 from pdlaunch.router.client_request import ClientRequest, PromptRequest
 from pdlaunch.router.engine_client import Chunk
+from pdlaunch.router.request_record import RequestRecord
 from pdlaunch.router.transcript import Transcript
 
 _HEAD = ("id", "object", "created", "model", "choices")
@@ -30,9 +31,11 @@ class Answer:
         *,
         model: str,
         metrics: RequestMetrics,
+        record: RequestRecord,
     ) -> None:
         self._request = request
         self._metrics = metrics
+        self._record = record
         self._clock = RequestClock(metrics)
         self._id = request.endpoint.id_prefix + request.request_id
         self._model = model
@@ -67,12 +70,16 @@ class Answer:
 
     def _observe(self, chunk: Chunk) -> None:
         for choice in chunk["choices"]:
-            self._clock.tokens(choice["index"], len(choice.get("token_ids") or ()))
+            if num_tokens := len(choice.get("token_ids") or ()):
+                self._clock.tokens(choice["index"], num_tokens)
+                self._record.tokens(choice["index"], num_tokens)
             if choice.get("finish_reason") is not None:
                 self._metrics.finished(choice["finish_reason"])
+                self._record.finished(choice["finish_reason"])
 
     def _observe_end(self, usage: Usage) -> None:
         self._clock.end(usage.completion_tokens)
+        self._record.count(usage)
         self._metrics.prompt_tokens.inc(usage.prompt_tokens)
         self._metrics.prompt_length.observe(usage.prompt_tokens)
 
@@ -87,9 +94,10 @@ class StreamedAnswer(Answer):
         *,
         model: str,
         metrics: RequestMetrics,
+        record: RequestRecord,
         ignored: IgnoredFields,
     ) -> None:
-        super().__init__(request, model=model, metrics=metrics)
+        super().__init__(request, model=model, metrics=metrics, record=record)
         self._stream = stream
         self._ignored = ignored
 
@@ -123,8 +131,9 @@ class WholeAnswer(Answer):
         *,
         model: str,
         metrics: RequestMetrics,
+        record: RequestRecord,
     ) -> None:
-        super().__init__(request, model=model, metrics=metrics)
+        super().__init__(request, model=model, metrics=metrics, record=record)
         self._choices: dict[int, dict[str, Any]] = {}
         self._extra: dict[str, Any] = {}
 

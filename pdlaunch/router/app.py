@@ -38,7 +38,12 @@ from pdlaunch.http.errors import (
     json_response,
 )
 from pdlaunch.http.guard import Guard
-from pdlaunch.http.headers import REQUEST_ID_HEADER, TRACEPARENT_HEADER, read_traceparent
+from pdlaunch.http.headers import (
+    REQUEST_ID_HEADER,
+    SPANS_HEADER,
+    TRACEPARENT_HEADER,
+    read_traceparent,
+)
 from pdlaunch.http.ignored_fields import IgnoredFields
 from pdlaunch.http.large_inputs import LARGE_BODY_BYTES, LargeInputs
 from pdlaunch.http.openapi import Operation
@@ -66,6 +71,8 @@ from pdlaunch.router.membership_watch import WatchedMembership
 from pdlaunch.router.metrics import scrape
 from pdlaunch.router.policy import RoutingRequest
 from pdlaunch.router.recovery import no_engine_ready
+from pdlaunch.router.request_book import RequestBook, record_of
+from pdlaunch.router.request_record import RequestRecord
 from pdlaunch.router.state import RouterState
 from pdlaunch.router.transcript import Transcript
 
@@ -104,6 +111,7 @@ class RouterApp:
         self._bodies = BodyBudget(spec.body_budget_bytes)
         self._inputs = LargeInputs()
         self._ignored_fields = IgnoredFields()
+        self.book = RequestBook(spec.kept_requests)
         check_admin_key = _admin_key_check(spec.admin_api_key)
         self.app = HttpApp(
             [
@@ -123,6 +131,7 @@ class RouterApp:
                 AppRoute(
                     "GET", "/pdlaunch/status", self._status, None, Operation("List the engines.")
                 ),
+                *self.book.routes(),
                 *(
                     route._replace(check_key=check_admin_key)
                     for route in (
@@ -145,6 +154,7 @@ class RouterApp:
                 open_paths=OPEN_PATHS,
             ),
             is_trusted=came_through_admin_socket,
+            watch=self.book,
         ).app
 
     async def close(self) -> None:
@@ -197,7 +207,7 @@ class RouterApp:
         stream: EventStream,
     ) -> web.Response | None:
         """Return the whole answer, or None when ``stream`` was told all of it."""
-        request_id = request_id_of(request)
+        request_id, record = request_id_of(request), record_of(request)
         client_request = await self._inputs.run(
             len(body) >= LARGE_BODY_BYTES,
             partial(
@@ -212,49 +222,61 @@ class RouterApp:
                 has_own_fields=self._state.pool.has_own_fields,
             ),
         )
+        record.understood(client_request.fields.model, len(client_request.prompts))
         with (
             self.admission.admit(len(client_request.prompts)),
             self._state.metrics.requests.in_flight.track_inprogress(),
         ):
             if client_request.stream:
-                await self._stream(client_request, stream)
+                await self._stream(client_request, stream, record)
                 return None
-            return await self._whole(client_request, stream)
+            return await self._whole(client_request, stream, record)
 
-    async def _stream(self, client_request: ClientRequest, stream: EventStream) -> None:
+    async def _stream(
+        self, client_request: ClientRequest, stream: EventStream, record: RequestRecord
+    ) -> None:
         answer = StreamedAnswer(
             client_request,
             stream,
             model=client_request.fields.model or self._spec.served_model_name,
             metrics=self._state.metrics.requests,
+            record=record,
             ignored=self._ignored_fields,
         )
         try:
             async with self._deadlines.start().guard():
-                await answer.finish(await self._run(client_request, answer))
+                await answer.finish(await self._run(client_request, answer, record))
         except ConnectionError:
             raise
         except Exception as error:
             if not stream.has_begun:
                 raise
             self._state.metrics.requests.failed(error_status(error))
+            record.fail(error)
             await stream.fail(error)
 
-    async def _whole(self, client_request: ClientRequest, stream: EventStream) -> web.Response:
+    async def _whole(
+        self, client_request: ClientRequest, stream: EventStream, record: RequestRecord
+    ) -> web.Response:
         answer = WholeAnswer(
             client_request,
             model=client_request.fields.model or self._spec.served_model_name,
             metrics=self._state.metrics.requests,
+            record=record,
         )
         async with self._deadlines.start().guard():
-            transcripts = await self._run(client_request, answer)
+            transcripts = await self._run(client_request, answer, record)
         headers = self._ignored_fields.headers(answer.ignored_fields)
         stream.add_headers(headers)  # a recording repeats them
         return json_response(answer.finish(transcripts), headers=headers)
 
-    async def _run(self, client_request: ClientRequest, sink: ChunkSink) -> list[Transcript]:
+    async def _run(
+        self, client_request: ClientRequest, sink: ChunkSink, record: RequestRecord
+    ) -> list[Transcript]:
         """Answer all prompts at once; the first error ends the others and is raised."""
-        generations = [Generation(prompt, self._state, sink) for prompt in client_request.prompts]
+        generations = [
+            Generation(prompt, self._state, sink, record) for prompt in client_request.prompts
+        ]
         await _together([generation.run() for generation in generations])
         return [generation.transcript for generation in generations]
 
@@ -377,13 +399,15 @@ def _hop_id(request_id: HttpRequestId, *, is_own: bool) -> HopId:
 
 
 def _headers_to_pass(request: web.Request) -> dict[str, str]:
+    """Return what engines get of the client's headers, and the question for their spans."""
+    headers = {SPANS_HEADER: "1"}
     traceparent = read_traceparent(request.headers.get(TRACEPARENT_HEADER))
-    if traceparent is None:
-        return {}
-    tracestate = request.headers.get(_TRACESTATE_HEADER)
-    return {TRACEPARENT_HEADER: traceparent} | (
-        {} if tracestate is None else {_TRACESTATE_HEADER: tracestate}
-    )
+    if traceparent is not None:
+        headers[TRACEPARENT_HEADER] = traceparent
+        tracestate = request.headers.get(_TRACESTATE_HEADER)
+        if tracestate is not None:
+            headers[_TRACESTATE_HEADER] = tracestate
+    return headers
 
 
 async def _together(works: Sequence[Coroutine[Any, Any, None]]) -> None:

@@ -22,6 +22,7 @@ from pdlaunch.protocol.kv_params import PdlaunchParams, to_wire
 from pdlaunch.router.client_request import PromptRequest
 from pdlaunch.router.engine import Engine, Lender
 from pdlaunch.router.engine_client import EngineClient, EngineStream
+from pdlaunch.router.request_record import Leg
 
 HEAD_START_S = 0.002
 """The prefill engine is told first: until it computes, each piece of work here would hold up the
@@ -33,15 +34,22 @@ class EarlyDecode:
     """Keeps one request open to a decode engine that waits for ``lease_id``, until ``close``."""
 
     def __init__(
-        self, engine: Engine, lender: Lender, prompt: PromptRequest, client: EngineClient
+        self,
+        engine: Engine,
+        lender: Lender,
+        prompt: PromptRequest,
+        client: EngineClient,
+        leg: Leg,
     ) -> None:
         self.engine = engine
+        self.leg = leg
         self.lease_id = LeaseId(f"{prompt.hop_id}-{secrets.token_hex(4)}")
         """Unique at the prefill engine: the one of another attempt may still be there."""
         self._prompt = prompt
         self._client = client
         self._params = to_wire(lender.remote_kv(self.lease_id), PdlaunchParams(awaits_lease=True))
         self._stack = contextlib.AsyncExitStack()
+        self._stack.enter_context(leg)
         self._stack.enter_context(
             engine.working(
                 num_prompt_tokens=prompt.num_prompt_tokens, num_streams=prompt.num_choices
@@ -65,6 +73,7 @@ class EarlyDecode:
 
     async def _open(self) -> EngineStream:
         await asyncio.sleep(HEAD_START_S)
+        self.leg.sends()
         prompt = self._prompt
         headers = prompt.headers | {REQUEST_ID_HEADER: f"{prompt.hop_id}-early"}
         body = prompt.decode_body({"kv_transfer_params": self._params})

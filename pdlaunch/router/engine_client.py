@@ -32,6 +32,8 @@ T = TypeVar("T")
 Chunk = dict[str, Any]
 """A chunk of an engine's stream; members that the router does not know are passed on."""
 
+REPORT_KEY = "pdlaunch"
+"""The member of an answer, or of an event before the end of a stream, that holds the spans."""
 KEEPALIVE_S = 2.0
 """Shorter than any engine's own, so that no request is sent into a connection that is being
 closed.
@@ -373,12 +375,22 @@ class EngineStream:
         self._pending: deque[bytes] = deque()
         self.ignored_fields = _ignored_fields(response)
         """Names of the fields that the engine has ignored."""
+        self.report: object = None
+        """What the engine has recorded, once it has said so, before its end."""
 
     async def next_chunk(self) -> Chunk | None:
         """Return the next chunk, None at the end.
 
         Raises EngineFailure, or EngineRefusal for an error event about the request.
         """
+        while (data := await self._next_event()) not in (None, DONE_DATA):
+            chunk = self._decode(data)
+            if REPORT_KEY not in chunk:
+                return chunk
+            self.report = chunk[REPORT_KEY]
+        return None
+
+    async def _next_event(self) -> bytes | None:
         while not self._pending:
             received = await self._client.read_some(self._engine, self._response)
             if not received:
@@ -387,8 +399,7 @@ class EngineStream:
                 self._pending.extend(self._events.feed(received))
             except ProtocolError as error:
                 raise EngineFailure(self._engine, str(error), may_return=False) from error
-        data = self._pending.popleft()
-        return None if data == DONE_DATA else self._decode(data)
+        return self._pending.popleft()
 
     def _decode(self, data: bytes) -> Chunk:
         try:

@@ -40,6 +40,7 @@ from pdlaunch.router.handover import (
 from pdlaunch.router.metrics import EarlyOutcome
 from pdlaunch.router.policy import NO_NEEDS, Hop, Need, RoutingRequest, covers
 from pdlaunch.router.recovery import Attempts
+from pdlaunch.router.request_record import Leg, RequestRecord
 from pdlaunch.router.state import RouterState
 from pdlaunch.router.transcript import Transcript
 
@@ -65,13 +66,20 @@ class ChunkSink(Protocol):
 class Generation:
     """Answers one prompt; ``run`` once."""
 
-    def __init__(self, prompt: PromptRequest, state: RouterState, sink: ChunkSink) -> None:
+    def __init__(
+        self,
+        prompt: PromptRequest,
+        state: RouterState,
+        sink: ChunkSink,
+        record: RequestRecord,
+    ) -> None:
         self.transcript = Transcript(
             prompt.num_choices, keeps_text=prompt.is_stream and state.pool.has_own_fields
         )
         self._prompt = prompt
         self._state = state
         self._sink = sink
+        self._record = record
         self._attempts = Attempts(state)
         self._handover: Handover | None = None
         self._early: EarlyDecode | None = None
@@ -105,11 +113,12 @@ class Generation:
             return
         while len(self._attempts.tried) < self._state.recovery.max_attempts:
             route = self._state.pool.route(self._routing_request("prefill"))
-            logger.debug("route: %s", route)
+            self._record.routed("prefill", route)
             if route.prefill is None:
                 break
             if self._attempts.has_failed:
                 self._state.metrics.retried("prefill")
+                self._record.retries += 1
             try:
                 handover = await self._ask_prefill(route.prefill, route.decode)
             except (EngineFailure, EngineRefusal) as failure:
@@ -131,14 +140,23 @@ class Generation:
         early = self._early = (
             None
             if told_early is None or engine.lender is None
-            else EarlyDecode(told_early, engine.lender, prompt, self._state.client)
+            else EarlyDecode(
+                told_early,
+                engine.lender,
+                prompt,
+                self._state.client,
+                self._record.leg("decode", told_early.name, early=True),
+            )
         )
         try:
-            with engine.working(num_prompt_tokens=prompt.num_prompt_tokens):
+            with (
+                engine.working(num_prompt_tokens=prompt.num_prompt_tokens),
+                self._record.leg("prefill", engine.name) as leg,
+            ):
                 handover = await (
-                    self._await_prefill(engine)
+                    self._await_prefill(engine, leg)
                     if early is None
-                    else self._stream_prefill(engine, early.lease_id)
+                    else self._stream_prefill(engine, early.lease_id, leg)
                 )
         except BaseException as error:
             self._drop_early()
@@ -150,7 +168,7 @@ class Generation:
         self._state.pool.succeeded(engine)
         return handover
 
-    async def _stream_prefill(self, engine: Engine, lease_id: LeaseId) -> Handover:
+    async def _stream_prefill(self, engine: Engine, lease_id: LeaseId, leg: Leg) -> Handover:
         """Tell the client the first token when it is there; its lease may come later."""
         prompt, answer = self._prompt, HandoverStream(engine)
         prompt_token_ids = prompt.wanted_token_ids
@@ -168,10 +186,11 @@ class Generation:
                 if not answer.is_final:
                     self._refuse_too_long(answer.num_prompt_tokens)
                 await self._tell(engine, chunk)
+            leg.hear(stream.report)
         with _malformed_is_failure(engine):
             return answer.handover()
 
-    async def _await_prefill(self, engine: Engine) -> Handover:
+    async def _await_prefill(self, engine: Engine, leg: Leg) -> Handover:
         prompt = self._prompt
         body = prompt.prefill_body(knows_whole_request=engine.capabilities.gives_first_token)
         answer = await self._state.client.ask(
@@ -180,6 +199,7 @@ class Generation:
         self._sink.ignores(answer.ignored_fields)
         with _malformed_is_failure(engine):
             handover = read_handover(engine, answer.body, is_chat=prompt.endpoint.is_chat)
+        leg.hear(handover.report)
         for chunk in handover.chunks:
             _refuse_broken(engine, chunk)
         return handover
@@ -215,8 +235,11 @@ class Generation:
             await self._hear_cause(early.engine, failure)
             return
         self._num_decode_attempts += 1
+        self._note_path(early.engine)
         try:
-            await self._attempt(early.engine, self._relay(early.engine, stream, pulls=True))
+            await self._attempt(
+                early.engine, self._relay(early.engine, stream, early.leg, pulls=True)
+            )
         finally:
             self._drop_early("used")
 
@@ -224,12 +247,14 @@ class Generation:
         early, self._early = self._early, None
         if early is not None:
             self._state.metrics.told_early(outcome)
+            early.leg.was_dropped |= outcome == "dropped"
             self._state.spawn(early.close())
 
     async def _decode(self) -> None:
         """Stream from one engine, for as long as it lives; what failed is noted for the next."""
         engine = await self._attempts.next_engine(
             lambda: self._routing_request("decode"),
+            on_route=lambda route: self._record.routed("decode", route),
             has_begun=self.transcript.has_tokens,
             may_wait=self._handover is not None,
         )
@@ -237,6 +262,7 @@ class Generation:
         self._num_decode_attempts += 1
         if attempt:
             self._state.metrics.retried("decode")
+            self._record.retries += 1
         await self._attempt(engine, self._stream_from(engine, attempt))
 
     async def _attempt(self, engine: Engine, work: Coroutine[Any, Any, None]) -> None:
@@ -283,24 +309,32 @@ class Generation:
                 return
         extra = self._decode_extra(engine)
         pulls = bool(extra.get("kv_transfer_params", {}).get("do_remote_prefill"))
+        if pulls:
+            self._note_path(engine)
         if engine.capabilities.has_own_fields and not prompt.is_stream:
             await self._ask_whole(engine, prompt.whole_body(extra), attempt, pulls=pulls)
             return
         body = prompt.decode_body(extra)
-        with engine.working(
-            num_prompt_tokens=prompt.num_prompt_tokens, num_streams=prompt.num_choices
+        with (
+            engine.working(
+                num_prompt_tokens=prompt.num_prompt_tokens, num_streams=prompt.num_choices
+            ),
+            self._record.leg("decode", engine.name) as leg,
         ):
             async with self._state.client.stream(
                 engine, prompt.endpoint.path, body, self._headers(attempt)
             ) as stream:
                 self._sink.ignores(stream.ignored_fields)
-                await self._relay(engine, stream, pulls=pulls)
+                await self._relay(engine, stream, leg, pulls=pulls)
 
     async def _ask_whole(self, engine: Engine, body: bytes, attempt: int, *, pulls: bool) -> None:
         """Have the engine make the answer whole: some of it is not told in streams."""
         prompt = self._prompt
-        with engine.working(
-            num_prompt_tokens=prompt.num_prompt_tokens, num_streams=prompt.num_choices
+        with (
+            engine.working(
+                num_prompt_tokens=prompt.num_prompt_tokens, num_streams=prompt.num_choices
+            ),
+            self._record.leg("decode", engine.name),
         ):
             answer = await self._state.client.ask(
                 engine, prompt.endpoint.path, body, self._headers(attempt)
@@ -341,7 +375,10 @@ class Generation:
             body = continuation.body(engine.max_model_len)
         except LookupError as error:
             raise self._lost(engine, str(error.args[0])) from error
-        with engine.working(num_prompt_tokens=prompt.num_prompt_tokens, num_streams=1):
+        with (
+            engine.working(num_prompt_tokens=prompt.num_prompt_tokens, num_streams=1),
+            self._record.leg("decode", engine.name),
+        ):
             async with client.stream(
                 engine, COMPLETIONS.path, body, self._headers(attempt)
             ) as stream:
@@ -363,7 +400,7 @@ class Generation:
             if num_tokens:
                 self._state.recomputed(self._handover.engine, engine, num_tokens)
 
-    async def _relay(self, engine: Engine, stream: EngineStream, *, pulls: bool) -> None:
+    async def _relay(self, engine: Engine, stream: EngineStream, leg: Leg, *, pulls: bool) -> None:
         """Tell the client all that the engine says.
 
         ``pulls``: the stream starts only after its pull has ended, so its lease is used up.
@@ -373,9 +410,15 @@ class Generation:
             self._lease_taken |= pulls  # a stream that pulls starts after its pull has ended
             self._check_pulled(engine, chunk, pulls=pulls)
             await self._tell(engine, chunk)
+        leg.hear(stream.report)
         if not self.transcript.is_done:
             raise EngineFailure(engine, "its stream ended too early")
         self._state.pool.succeeded(engine)
+
+    def _note_path(self, decode: Engine) -> None:
+        """Note how the blocks that prefill has handed over come to decode."""
+        if self._handover is not None:
+            self._record.kv_path = self._state.pool.path(self._handover.engine, decode)
 
     async def _tell(self, engine: Engine, chunk: Chunk) -> None:
         with _malformed_is_failure(engine):

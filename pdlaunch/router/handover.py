@@ -9,7 +9,7 @@ import msgspec
 
 from pdlaunch.protocol.ids import LeaseId
 from pdlaunch.router.engine import Engine
-from pdlaunch.router.engine_client import Chunk
+from pdlaunch.router.engine_client import REPORT_KEY, Chunk
 
 _CACHED_AT_PREFILL = "remote_prefill_cached_tokens"
 """With it vLLM's decode engine repeats what prefill had cached."""
@@ -29,6 +29,8 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
     """Choices that go on after their first token."""
     num_prompt_tokens: int
     usage: dict[str, Any] = {}
+    report: Any = None
+    """What the engine has recorded, as it came."""
     chunks: list[Chunk]
     """The answer as the chunks of a stream."""
 
@@ -115,6 +117,7 @@ def read_handover(engine: Engine, raw: bytes, *, is_chat: bool) -> Handover:
     OpenAI form.
     """
     answer: dict[str, Any] = msgspec.json.decode(raw)
+    report = answer.pop(REPORT_KEY, None)
     params = answer.get("kv_transfer_params") or None
     ours = None if params is None else params.get("pdlaunch")
     first_tokens = (ours or {}).get("first_tokens") or []
@@ -134,6 +137,7 @@ def read_handover(engine: Engine, raw: bytes, *, is_chat: bool) -> Handover:
         open_choices=open_choices,
         num_prompt_tokens=answer["usage"]["prompt_tokens"],
         usage=answer["usage"],
+        report=report,
         chunks=chunks_of_answer(answer, is_chat=is_chat, open_choices=open_choices),
     )
 

@@ -68,6 +68,18 @@ class EnginePool:
         is_there = self.lists(prefill) or not decode.capabilities.needs_proof
         return is_there and may_pull(decode, prefill, self.pairs)
 
+    def path(self, prefill: Engine, decode: Engine) -> str | None:
+        """Return the path on which they exchange KV blocks; None: it is not known here."""
+        return next(
+            (
+                pair.path
+                for pair in self.pairs
+                if pair.peer.partition("/")[0] == prefill.name
+                and pair.local.partition("/")[0] == decode.name
+            ),
+            None,
+        )
+
     def doubt(self, prefill: Engine, decode: Engine) -> None:
         """Forget the proof of a pair until the registry has a new one."""
         self.pairs = [

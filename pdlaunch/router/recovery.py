@@ -9,7 +9,7 @@ from pdlaunch.errors import OverloadedError
 from pdlaunch.http.errors import RETRY_AFTER_S
 from pdlaunch.router.engine import Engine, EngineKey
 from pdlaunch.router.engine_client import EngineFailure, EngineRefusal
-from pdlaunch.router.policy import Hop, RoutingRequest
+from pdlaunch.router.policy import Hop, Route, RoutingRequest
 from pdlaunch.router.state import RouterState
 
 logger = logging.getLogger(__name__)
@@ -78,12 +78,18 @@ class Attempts:
         return self._num_decode_failures >= self._state.recovery.max_attempts
 
     async def next_engine(
-        self, request: Callable[[], RoutingRequest], *, has_begun: bool, may_wait: bool
+        self,
+        request: Callable[[], RoutingRequest],
+        *,
+        on_route: Callable[[Route], None],
+        has_begun: bool,
+        may_wait: bool,
     ) -> Engine:
         """Return the engine for the next attempt; after a failure it is waited for.
 
-        ``request`` is asked before each try. ``has_begun``: the client has tokens. ``may_wait``:
-        somebody has worked for the request. Raises the last failure, or OverloadedError.
+        ``request`` is asked before each try; ``on_route`` is told what the policy says.
+        ``has_begun``: the client has tokens. ``may_wait``: somebody has worked for the request.
+        Raises the last failure, or OverloadedError.
         """
         state = self._state
         # The time counts from the first failure, so that engines that fail in turn end it too.
@@ -91,7 +97,7 @@ class Attempts:
         end_at = since_at + state.recovery.wait_s
         while True:
             route = state.pool.route(request())
-            logger.debug("route: %s", route)
+            on_route(route)
             if route.decode is not None:
                 return route.decode
             left_s = end_at - state.now()

@@ -12,6 +12,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 
 from pdlaunch.config.roles import Role
+from pdlaunch.http.headers import SPANS_HEADER
 from pdlaunch.http.ignored_fields import IGNORED_FIELDS_HEADER
 from pdlaunch.observe.metrics import render_metrics
 from pdlaunch.protocol.control import Address, Capabilities, Entry, ListedState
@@ -78,6 +79,8 @@ class FakeEngine:
         self.metrics_page: str | None = None
         self.tells_metrics = asyncio.Event()
         self.tells_metrics.set()
+        self.report: Any = None
+        """What it tells a router of its spans that asks for them."""
         self.url = ""
         self._runner: web.AppRunner | None = None
 
@@ -210,17 +213,21 @@ class FakeEngine:
                 )
             await until(lambda: any(job.awaits in lender.leases for lender in self.lenders))
         if seen.body.get("stream") and not job.is_prefill:
-            return await self._stream(request, job)
+            return await self._stream(request, job, self._reported(seen))
         if self.hold_prefill:
             self.holding.set()
             await self.go.wait()
         if seen.body.get("stream"):
-            return await self._stream_prefill(request, job)
+            return await self._stream_prefill(request, job, self._reported(seen))
         if self.die_after == 0:
             assert request.transport is not None
             request.transport.abort()
             raise ConnectionResetError
-        return web.json_response(job.whole(), headers=self._told())
+        return web.json_response(job.whole() | self._reported(seen), headers=self._told())
+
+    def _reported(self, seen: Seen) -> dict[str, Any]:
+        asked = seen.headers.get(SPANS_HEADER) == "1"
+        return {"pdlaunch": self.report} if asked and self.report is not None else {}
 
     def _told(self) -> dict[str, str]:
         told = self.ignored_fields
@@ -250,7 +257,9 @@ class FakeEngine:
         await response.prepare(request)
         return response
 
-    async def _stream(self, request: web.Request, job: Job) -> web.StreamResponse:
+    async def _stream(
+        self, request: web.Request, job: Job, reported: dict[str, Any]
+    ) -> web.StreamResponse:
         response = await self._open_stream(request)
 
         async def send(payload: object) -> None:
@@ -274,11 +283,15 @@ class FakeEngine:
             await send(chunk)
         if (job.body.get("stream_options") or {}).get("include_usage"):
             await send(job.head() | {"choices": [], "usage": job.usage()})
+        if reported:
+            await send({"choices": []} | reported)
         await response.write(b"data: [DONE]\n\n")
         await response.write_eof()
         return response
 
-    async def _stream_prefill(self, request: web.Request, job: Job) -> web.StreamResponse:
+    async def _stream_prefill(
+        self, request: web.Request, job: Job, reported: dict[str, Any]
+    ) -> web.StreamResponse:
         response = await self._open_stream(request)
 
         async def send(payload: dict[str, Any]) -> None:
@@ -300,6 +313,8 @@ class FakeEngine:
             _break(request)
         await send(job.head() | {"choices": [job._choice(0, [], reason=reason)]})
         await send(job.head() | {"choices": [], "kv_transfer_params": job.handed_over()})
+        if reported:
+            await send({"choices": []} | reported)
         await response.write_eof(b"data: [DONE]\n\n")
         return response
 

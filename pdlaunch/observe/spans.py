@@ -1,0 +1,137 @@
+"""Records what processes do for one request, as spans on one clock.
+
+Each process has a ``SpanLog`` of its own for a request. With its answer it hands a ``SpanReport``
+to whoever asked it, who places the report on a clock of its own::
+
+    asker     sent ├──────────────────────────────────────────┤ received
+    process          received ├─ its spans, seconds from here ─┤ reported
+                   └ half of what is left over on each side ──┘
+
+So no two clocks are ever compared, and the error is at most half of the time on the way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+import msgspec
+
+Attribute = str | int | float | bool | None
+
+MAX_SPANS = 128
+"""Spans that one process keeps for one request; further ones are counted."""
+
+QUEUE = "queue"
+"""Names the wait for a place in the batch."""
+PREFILL = "prefill"
+"""Names what one step computes of a prompt; ``tokens`` says how many."""
+PULL = "pull"
+"""Names a pull, from when its lease was known: ``bytes``, ``gb_s``, ``verified``."""
+AT_RANK = "rank"
+"""Names the time that rank 0 had the request: ``device_tokens``, ``host_tokens``,
+``remote_tokens`` say what of the prompt it did not compute.
+"""
+
+
+class Span(msgspec.Struct):
+    """Says what a process did from one instant to another; at an instant alone they are equal."""
+
+    name: str
+    start_at: float
+    """Seconds on the clock of whoever holds it."""
+    end_at: float
+    attributes: dict[str, Attribute] = {}
+    process: str = ""
+    """Empty: the one that holds it."""
+
+    @property
+    def duration_s(self) -> float:
+        return self.end_at - self.start_at
+
+    def moved(self, by_s: float, process: str) -> Span:
+        """Return it on another clock, held by somebody else than ``process``."""
+        return Span(
+            self.name,
+            self.start_at + by_s,
+            self.end_at + by_s,
+            self.attributes,
+            self.process or process,
+        )
+
+
+class SpanReport(msgspec.Struct, kw_only=True):
+    """Tells what a process, and those that it asked, did for a request."""
+
+    elapsed_s: float
+    """From when the process got the request until it reported."""
+    spans: list[Span]
+    """In seconds from when the process got the request."""
+    num_dropped: int = 0
+    """Spans beyond ``MAX_SPANS``."""
+
+    def placed(self, sent_at: float, received_at: float, process: str) -> list[Span]:
+        """Return the spans on the clock of the asker, who sent the request and received the report
+        at these instants.
+        """
+        start_at = sent_at + self.clock_error_s(sent_at, received_at)
+        return [span.moved(start_at, process) for span in self.spans]
+
+    def clock_error_s(self, sent_at: float, received_at: float) -> float:
+        """Return by how much the places may be wrong: half of the time on the way."""
+        return max(0.0, received_at - sent_at - self.elapsed_s) / 2
+
+
+class SpanLog:
+    """Records the spans of one request in one process. ``clock`` counts seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.start_at = clock()
+        self.spans: list[Span] = []
+        self.num_dropped = 0
+
+    def add(
+        self, name: str, start_at: float, end_at: float | None = None, /, **attributes: Attribute
+    ) -> None:
+        """Add a span that has ended; without ``end_at`` just now."""
+        if len(self.spans) < MAX_SPANS:
+            end_at = self.clock() if end_at is None else end_at
+            self.spans.append(Span(name, start_at, end_at, attributes))
+        else:
+            self.num_dropped += 1
+
+    def mark(self, name: str, /, **attributes: Attribute) -> None:
+        """Add an instant: now."""
+        now_at = self.clock()
+        self.add(name, now_at, now_at, **attributes)
+
+    @contextlib.contextmanager
+    def measure(self, name: str, /, **attributes: Attribute) -> Iterator[dict[str, Attribute]]:
+        """Add the span that the block takes, also when it raises.
+
+        Yields its attributes, to which the block may add.
+        """
+        start_at = self.clock()
+        try:
+            yield attributes
+        finally:
+            self.add(name, start_at, **attributes)
+
+    def take(
+        self, report: SpanReport, *, sent_at: float, received_at: float, process: str = ""
+    ) -> None:
+        """Add what ``process`` reports of a request that it was sent."""
+        placed = report.placed(sent_at, received_at, process)
+        num_fitting = max(0, MAX_SPANS * 4 - len(self.spans))
+        self.spans += placed[:num_fitting]
+        self.num_dropped += report.num_dropped + len(placed[num_fitting:])
+
+    def report(self) -> SpanReport:
+        """Return all spans until now."""
+        return SpanReport(
+            elapsed_s=self.clock() - self.start_at,
+            spans=[span.moved(-self.start_at, "") for span in self.spans],
+            num_dropped=self.num_dropped,
+        )

@@ -1,0 +1,84 @@
+"""Defines what the router tells of the requests that it has served: ``/pdlaunch/requests``.
+
+None stands for what is unknown: engines that are not ours tell less of themselves. No text of a
+prompt or an output is among it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from pdlaunch.observe.spans import Attribute
+
+
+class RequestSummary(msgspec.Struct, kw_only=True):
+    """Says in one line how a request went."""
+
+    id: str
+    received_at: float
+    """Unix time in seconds, on the router's clock."""
+    status: int | None = None
+    """None while it runs; 499: the client went away."""
+    state: Literal["running", "done"] = "running"
+    path: str
+    model: str | None = None
+    """As the client named it."""
+    prefill: str | None = None
+    """Engine that computed the prompt for another one."""
+    decode: str | None = None
+    """Engine that computed the tokens, after the first one where ``prefill`` is set."""
+    route: str | None = None
+    explanation: str | None = None
+    """The reason why these engines were chosen."""
+    kv_path: str | None = None
+    """The path on which the pair exchanges KV blocks, such as ``nixl/UCX``."""
+    prompt_tokens: int | None = None
+    cached_device_tokens: int | None = None
+    """Prompt tokens that the first engine found in its device's memory."""
+    cached_host_tokens: int | None = None
+    remote_tokens: int | None = None
+    """Prompt tokens whose blocks decode has pulled."""
+    queue_ms: float | None = None
+    """Waiting for a place in an engine's batch."""
+    prefill_ms: float | None = None
+    pull_ms: float | None = None
+    """From when the lease was known until the blocks were proven."""
+    pull_mb: float | None = None
+    pull_gb_s: float | None = None
+    verified: bool | None = None
+    """The pulled blocks were proven to be right."""
+    first_token_ms: float | None = None
+    output_tokens: int | None = None
+    ms_per_token: float | None = None
+    """Mean time between two tokens of a choice."""
+    total_ms: float | None = None
+    retries: int = 0
+    """Times that it was sent to an engine again."""
+    finish_reason: str | None = None
+    error: str | None = None
+
+
+class SpanView(msgspec.Struct, kw_only=True):
+    """Shows a span in milliseconds from when the router received the request."""
+
+    name: str
+    process: str
+    start_ms: float
+    end_ms: float
+    attributes: dict[str, Attribute] = {}
+
+
+class RequestTrace(RequestSummary, kw_only=True):
+    """Tells all that is known of a request."""
+
+    spans: list[SpanView] = []
+    dropped_spans: int = 0
+    """Spans that there was no room for."""
+
+
+class RequestList(msgspec.Struct, kw_only=True):
+    """Answers /pdlaunch/requests."""
+
+    requests: list[RequestSummary] = []

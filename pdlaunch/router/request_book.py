@@ -1,0 +1,133 @@
+"""Keeps the records of the requests that run, and of the last ones that have ended."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+from aiohttp import web
+
+from pdlaunch.errors import RequestError
+from pdlaunch.http.app import AppRoute
+from pdlaunch.http.errors import json_response
+from pdlaunch.http.openapi import Operation
+from pdlaunch.protocol.ids import HttpRequestId
+from pdlaunch.protocol.requests import RequestList, RequestTrace
+from pdlaunch.router.request_record import RequestRecord
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_LISTED = 20
+Choice = Literal["last", "slowest", "failed"]
+_CHOICES: tuple[Choice, ...] = ("last", "slowest", "failed")
+_RECORD = web.RequestKey("record", RequestRecord)
+
+
+def record_of(http: web.Request) -> RequestRecord:
+    """Return the record of a request; one that nobody keeps where the door has made none."""
+    return http.get(_RECORD) or RequestRecord()
+
+
+class RequestBook:
+    """Holds every record; watches the door of the router.
+
+    ``keep``: how many of those that have ended. ``on_end`` takes each record when it has ended.
+    """
+
+    def __init__(self, keep: int, on_end: Callable[[RequestRecord], None] = lambda _: None) -> None:
+        self._running: dict[int, RequestRecord] = {}
+        self._done: deque[RequestRecord] = deque(maxlen=keep)
+        self._on_end = on_end
+
+    def came(self, http: web.Request, request_id: HttpRequestId) -> None:
+        """Begin the record of a client's request, as ``DoorWatch``."""
+        record = http[_RECORD] = RequestRecord(request_id, http.path[:200])
+        self._running[id(record)] = record
+
+    def failed(self, http: web.Request, error: BaseException) -> None:
+        """Note what the client is told instead of an answer, as ``DoorWatch``."""
+        record_of(http).fail(error)
+
+    def left(self, http: web.Request, status: int) -> None:
+        """End the record, as ``DoorWatch``."""
+        record = http.get(_RECORD)
+        if record is None or self._running.pop(id(record), None) is None:
+            return
+        record.end(status)
+        self._done.append(record)
+        try:
+            self._on_end(record)
+        except Exception:  # A record must never cost an answer.
+            logger.exception("a request could not be logged")
+
+    def chosen(self, choice: Choice, limit: int) -> list[RequestRecord]:
+        """Return at most ``limit`` records, the latest or the slowest first; running ones among the
+        last and the slowest.
+        """
+        latest = [*reversed(self._running.values()), *reversed(self._done)]
+        if choice == "slowest":
+            latest.sort(key=lambda record: record.duration_s, reverse=True)
+        elif choice == "failed":
+            latest = [record for record in latest if record.has_failed]
+        return latest[:limit]
+
+    def find(self, request_id: str) -> RequestRecord | None:
+        """Return the latest request of this id."""
+        return next(
+            (record for record in self.chosen("last", len(self)) if record.id == request_id), None
+        )
+
+    def __len__(self) -> int:
+        return len(self._running) + len(self._done)
+
+    def routes(self) -> list[AppRoute]:
+        """Return the routes that tell of requests."""
+        return [
+            AppRoute(
+                "GET",
+                "/pdlaunch/requests",
+                self._list,
+                None,
+                Operation("List requests: last=N, slowest=N or failed=N.", answer=RequestList),
+            ),
+            AppRoute(
+                "GET",
+                "/pdlaunch/requests/{id:.+}",
+                self._trace,
+                None,
+                Operation("Tell all that is known of a request.", answer=RequestTrace),
+            ),
+        ]
+
+    async def _list(self, http: web.Request) -> web.Response:
+        choice, limit = _read_query(http.query)
+        records = self.chosen(choice, limit)
+        return json_response(RequestList(requests=[record.summary() for record in records]))
+
+    async def _trace(self, http: web.Request) -> web.Response:
+        record = self.find(http.match_info["id"])
+        if record is None:
+            raise RequestError(
+                f"no request of this id is remembered; the last {self._done.maxlen} are",
+                param="id",
+                status=404,
+                code="request_not_found",
+            )
+        return json_response(record.trace())
+
+
+def _read_query(query: Mapping[str, str]) -> tuple[Choice, int]:
+    """Return what a list is to hold. Raises RequestError."""
+    given = [choice for choice in _CHOICES if choice in query]
+    if len(given) > 1:
+        raise RequestError(f"{given[0]} and {given[1]} exclude each other", param=given[1])
+    if not given:
+        return "last", DEFAULT_LISTED
+    (choice,) = given
+    text = query[choice]
+    # Longer numbers than any that can be meant are refused before Python would refuse to read them.
+    if not (text.isascii() and text.isdecimal() and len(text) <= 9):
+        raise RequestError(f"{choice} must be a whole number, 0 or more", param=choice)
+    return choice, int(text)

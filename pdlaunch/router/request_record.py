@@ -1,0 +1,351 @@
+"""Records what the router does for one request, and what engines tell of their parts of it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from types import TracebackType
+
+import msgspec
+
+from pdlaunch.errors import RequestError
+from pdlaunch.http.errors import CLIENT_CLOSED_REQUEST, RelayedError, error_status
+from pdlaunch.observe.spans import (
+    AT_RANK,
+    PREFILL,
+    PULL,
+    QUEUE,
+    Attribute,
+    Span,
+    SpanLog,
+    SpanReport,
+)
+from pdlaunch.protocol.ids import HttpRequestId
+from pdlaunch.protocol.openai.responses import Usage
+from pdlaunch.protocol.requests import RequestSummary, RequestTrace, SpanView
+from pdlaunch.router.policy import Hop, Route
+
+logger = logging.getLogger(__name__)
+
+ROUTER = "router"
+MAX_ERROR_LENGTH = 300
+MAX_MODEL_LENGTH = 200
+CLIENT_LEFT = "the client went away"
+
+
+class Leg:
+    """Records one call of an engine, as a block; ``hear`` adds what the engine tells of it."""
+
+    def __init__(
+        self, log: SpanLog, hop: Hop, engine: str, attributes: dict[str, Attribute]
+    ) -> None:
+        self.hop: Hop = hop
+        self.engine = engine
+        self.error: str | None = None
+        self.was_dropped = False
+        """Its answer was not needed."""
+        self.spans: list[Span] = []
+        """Those that the engine has told, on the router's clock."""
+        self._log = log
+        self._attributes = attributes
+        self._sent_at = log.clock()
+        self._ended = False
+
+    def __enter__(self) -> Leg:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.end(None if error is None else describe_error(error))
+
+    @property
+    def duration_s(self) -> float:
+        return self._end_at - self._sent_at if self._ended else 0.0
+
+    def sends(self) -> None:
+        """Note that the engine is asked only now."""
+        self._sent_at = self._log.clock()
+
+    def hear(self, told: object) -> None:
+        """Take the report with which an engine has ended its answer; None: it tells nothing."""
+        if told is None:
+            return
+        try:
+            report = msgspec.convert(told, SpanReport)
+        except msgspec.ValidationError as error:
+            logger.debug("%s: its spans cannot be read: %s", self.engine, error)
+            return
+        received_at, num_before = self._log.clock(), len(self._log.spans)
+        self._log.take(report, sent_at=self._sent_at, received_at=received_at, process=self.engine)
+        self.spans = self._log.spans[num_before:]
+        error_s = report.clock_error_s(self._sent_at, received_at)
+        self._attributes["clock_error_ms"] = round(error_s * 1000, 3)
+
+    def end(self, error: str | None = None) -> None:
+        """End it, once."""
+        if self._ended:
+            return
+        self._ended, self._end_at = True, self._log.clock()
+        if error is not None:
+            self.error = self._attributes["error"] = error
+        if self.was_dropped:
+            self._attributes["dropped"] = True
+        self._log.add(
+            f"{self.hop} at {self.engine}", self._sent_at, self._end_at, **self._attributes
+        )
+
+    def longest_s(self, name: str) -> float | None:
+        """Return the longest of the engine's spans of this name; None: it has told none."""
+        return max((span.duration_s for span in self.spans if span.name == name), default=None)
+
+    def covered_s(self, name: str) -> float | None:
+        """Return the time from the first to the last of its spans of this name."""
+        spans = [span for span in self.spans if span.name == name]
+        if not spans:
+            return None
+        return max(span.end_at for span in spans) - min(span.start_at for span in spans)
+
+    def attributes(self, name: str) -> dict[str, Attribute]:
+        """Return those of its first span of this name; empty without one."""
+        return next((span.attributes for span in self.spans if span.name == name), {})
+
+
+class RequestRecord:
+    """Gathers what is known of one request, from the door to the end of its answer.
+
+    ``clock`` counts seconds, ``wall`` is the time of day.
+    """
+
+    def __init__(
+        self,
+        request_id: str = "",
+        path: str = "",
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self.id = HttpRequestId(request_id)
+        self.path = path
+        self.received_at = wall()
+        self.model: str | None = None
+        self.kv_path: str | None = None
+        self.retries = 0
+        self.status: int | None = None
+        self.error: str | None = None
+        self.log = SpanLog(clock)
+        self._legs: list[Leg] = []
+        self._explanation: str | None = None
+        self._usage: Usage | None = None
+        self._first_token_at: float | None = None
+        self._last_token_at = 0.0
+        self._num_tokens = 0
+        self._choices: set[int] = set()
+        self._reasons: dict[str, None] = {}
+        self._end_at: float | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return self._end_at is not None
+
+    @property
+    def has_failed(self) -> bool:
+        """Tell whether the request was refused, dropped, or ended with an error."""
+        return self.is_done and (self.error is not None or (self.status or 0) >= 400)
+
+    @property
+    def duration_s(self) -> float:
+        """Return the time that it has taken so far, or took."""
+        end_at = self.log.clock() if self._end_at is None else self._end_at
+        return end_at - self.log.start_at
+
+    def understood(self, model: str | None, num_prompts: int) -> None:
+        """Note that the body is here and read."""
+        self.model = None if model is None else model[:MAX_MODEL_LENGTH]
+        self.log.add("receive", self.log.start_at, prompts=num_prompts)
+
+    def routed(self, hop: Hop, route: Route) -> None:
+        """Note what the policy has decided."""
+        logger.debug("route of %s: %s", hop, route)
+        explanation = str(getattr(route, "explanation", None) or route.reason)
+        self._explanation = explanation
+        self.log.mark(
+            "route",
+            hop=hop,
+            prefill=None if route.prefill is None else route.prefill.name,
+            decode=None if route.decode is None else route.decode.name,
+            explanation=explanation,
+        )
+
+    def leg(self, hop: Hop, engine: str, **attributes: Attribute) -> Leg:
+        """Begin a call of an engine."""
+        leg = Leg(self.log, hop, engine, attributes)
+        self._legs.append(leg)
+        return leg
+
+    def tokens(self, choice: int, num_tokens: int) -> None:
+        """Note output tokens on their way to the client."""
+        self._last_token_at = self.log.clock()
+        if self._first_token_at is None:
+            self._first_token_at = self._last_token_at
+        self._choices.add(choice)
+        self._num_tokens += num_tokens
+
+    def finished(self, reason: str) -> None:
+        """Note that a choice has ended."""
+        self._reasons[reason] = None
+
+    def count(self, usage: Usage) -> None:
+        """Note the tokens of the whole answer."""
+        self._usage = usage
+
+    def fail(self, error: BaseException) -> None:
+        """Note an error that the client is told of, the first one alone."""
+        if self.error is None:
+            self.status, self.error = error_status(error), describe_error(error)
+
+    def end(self, status: int) -> None:
+        """End the record, once. A ``status`` that an error has set before stays."""
+        if self.is_done:
+            return
+        if self.status is None:
+            self.status = status
+        if status == CLIENT_CLOSED_REQUEST and self.error is None:
+            self.status, self.error = status, CLIENT_LEFT
+        for leg in self._legs:
+            leg.end()
+        if self._first_token_at is not None:
+            self.log.add("first token", self._first_token_at, self._first_token_at)
+            self.log.add(
+                "tokens", self._first_token_at, self._last_token_at, tokens=self._num_tokens
+            )
+        self._end_at = self.log.clock()
+        self.log.add("end", self._end_at, self._end_at, status=self.status, error=self.error)
+
+    def summary(self) -> RequestSummary:
+        """Return what is known of the request in one line."""
+        used = [leg for leg in self._legs if leg.error is None and not leg.was_dropped]
+        prefill = next((leg for leg in reversed(used) if leg.hop == "prefill"), None)
+        decode = next((leg for leg in reversed(used) if leg.hop == "decode"), None)
+        computing = prefill or decode
+        pull: dict[str, Attribute] = {} if decode is None else decode.attributes(PULL)
+        at_first: dict[str, Attribute] = {} if computing is None else computing.attributes(AT_RANK)
+        at_decode: dict[str, Attribute] = {} if decode is None else decode.attributes(AT_RANK)
+        names = [leg.engine for leg in (prefill, decode) if leg is not None]
+        num_bytes, usage = _number(pull.get("bytes")), self._usage
+        return RequestSummary(
+            id=self.id,
+            received_at=self.received_at,
+            status=self.status,
+            state="done" if self.is_done else "running",
+            path=self.path,
+            model=self.model,
+            prefill=None if prefill is None else prefill.engine,
+            decode=None if decode is None else decode.engine,
+            route="->".join(names) or None,
+            explanation=self._explanation,
+            kv_path=self.kv_path,
+            prompt_tokens=None if usage is None else usage.prompt_tokens,
+            cached_device_tokens=_count(at_first.get("device_tokens")),
+            cached_host_tokens=_count(at_first.get("host_tokens")),
+            remote_tokens=_count(at_decode.get("remote_tokens")),
+            queue_ms=_ms(_sum(leg.longest_s(QUEUE) for leg in used)),
+            prefill_ms=_ms(_prefill_s(prefill, decode)),
+            pull_ms=None if decode is None else _ms(decode.longest_s(PULL)),
+            pull_mb=None if num_bytes is None else round(num_bytes / 1e6, 3),
+            pull_gb_s=_number(pull.get("gb_s")),
+            verified=bool(pull["verified"]) if "verified" in pull else None,
+            first_token_ms=None
+            if self._first_token_at is None
+            else _ms(self._first_token_at - self.log.start_at),
+            output_tokens=self._num_tokens if usage is None else usage.completion_tokens,
+            ms_per_token=self._ms_per_token(),
+            total_ms=_ms(self.duration_s),
+            retries=self.retries,
+            finish_reason=",".join(self._reasons) or None,
+            error=self.error,
+        )
+
+    def trace(self) -> RequestTrace:
+        """Return all that is known of the request, its spans in the order of their beginnings."""
+        start_at = self.log.start_at
+        whole = Span("request", start_at, start_at + self.duration_s, {"path": self.path})
+        spans = [
+            SpanView(
+                name=span.name,
+                process=span.process or ROUTER,
+                start_ms=round((span.start_at - start_at) * 1000, 3),
+                end_ms=round((span.end_at - start_at) * 1000, 3),
+                attributes=span.attributes,
+            )
+            for span in (whole, *sorted(self.log.spans, key=lambda span: span.start_at))
+        ]
+        return RequestTrace(
+            **msgspec.structs.asdict(self.summary()),
+            spans=spans,
+            dropped_spans=self.log.num_dropped,
+        )
+
+    def _ms_per_token(self) -> float | None:
+        """Return the mean time between two tokens of a choice."""
+        num_steps = self._num_tokens - len(self._choices)
+        if self._first_token_at is None or num_steps <= 0:
+            return None
+        return _ms((self._last_token_at - self._first_token_at) * len(self._choices) / num_steps)
+
+
+def describe_error(error: BaseException) -> str:
+    """Say what went wrong.
+
+    An engine's refusal may quote the prompt: what it says beside its status is left out.
+    """
+    if isinstance(error, ConnectionError) or not isinstance(error, Exception):
+        return CLIENT_LEFT
+    if isinstance(error, RelayedError):
+        return _relayed(error)
+    if not isinstance(error, RequestError):
+        return type(error).__name__
+    text = f"{error.code}: {error}" if error.code else str(error)
+    return text[:MAX_ERROR_LENGTH]
+
+
+def _relayed(error: RelayedError) -> str:
+    """Name what an engine's answer names: its code and the parameter, not its message."""
+    try:
+        body = msgspec.json.decode(error.body)["error"]
+        named = [str(body[key]) for key in ("code", "param") if body.get(key)]
+    except (msgspec.DecodeError, LookupError, TypeError, AttributeError):
+        named = []
+    return ": ".join([str(error), *named])[:MAX_ERROR_LENGTH]
+
+
+def _prefill_s(prefill: Leg | None, decode: Leg | None) -> float | None:
+    """Return how long the prompt was computed; of an engine that does not tell, its whole answer.
+
+    Where decode does all, what it takes before its first token is known by its own word alone.
+    """
+    if prefill is None:
+        return None if decode is None else decode.covered_s(PREFILL)
+    computed_s = prefill.covered_s(PREFILL)
+    return prefill.duration_s if computed_s is None and not prefill.spans else computed_s
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1000, 3)
+
+
+def _number(value: Attribute) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _count(value: Attribute) -> int | None:
+    return value if isinstance(value, int) else None

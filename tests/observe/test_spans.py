@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdlaunch.observe.spans import MAX_SPANS, SpanLog, SpanReport
+
+_SECONDS = st.floats(0, 1000)
+
+
+class HandClock:
+    def __init__(self, now_at: float = 0.0) -> None:
+        self.now_at = now_at
+
+    def __call__(self) -> float:
+        return self.now_at
+
+
+@given(there=_SECONDS, out_s=_SECONDS, work_s=_SECONDS, back_s=_SECONDS, offset_s=_SECONDS)
+def test_a_report_is_placed_as_well_as_the_way_is_even(there, out_s, work_s, back_s, offset_s):
+    """However far the clocks are apart, places are wrong by the stated error at most."""
+    clock = HandClock(offset_s)
+    log = SpanLog(clock)
+    clock.now_at += work_s
+    log.add("work", offset_s)
+    sent_at, received_at = there, there + out_s + work_s + back_s
+    (span,) = log.report().placed(sent_at, received_at, "engine")
+    error_s = log.report().clock_error_s(sent_at, received_at)
+    assert span.process == "engine"
+    assert span.duration_s == pytest.approx(work_s, abs=1e-6)
+    assert abs(span.start_at - (sent_at + out_s)) <= error_s + 1e-6
+    assert span.start_at >= sent_at - 1e-6
+    assert span.end_at <= received_at + 1e-6
+
+
+def test_a_report_within_a_report_keeps_its_process():
+    rank, server = HandClock(7000.0), HandClock(50.0)
+    of_rank = SpanLog(rank)
+    rank.now_at += 2
+    of_rank.mark("drawn", tokens=1)
+    of_server = SpanLog(server)
+    server.now_at += 4
+    of_server.take(of_rank.report(), sent_at=51.0, received_at=53.0, process="decode-0/rank-0")
+    of_server.add("answer", 50.0)
+    placed = of_server.report().placed(10.0, 14.0, "decode-0")
+    assert [(span.name, span.process, span.start_at) for span in placed] == [
+        ("drawn", "decode-0/rank-0", 13.0),
+        ("answer", "decode-0", 10.0),
+    ]
+    assert placed[0].attributes == {"tokens": 1}
+
+
+def test_spans_are_bounded_and_the_rest_is_counted():
+    log = SpanLog(HandClock())
+    for _ in range(MAX_SPANS + 3):
+        log.mark("again")
+    report = log.report()
+    assert (len(report.spans), report.num_dropped) == (MAX_SPANS, 3)
+    asker = SpanLog(HandClock())
+    for _ in range(6):
+        asker.take(report, sent_at=0.0, received_at=0.0)
+    assert len(asker.spans) + asker.num_dropped == 6 * (MAX_SPANS + 3)
+    assert len(asker.spans) <= 4 * MAX_SPANS
+
+
+def test_a_block_that_raises_is_measured_too():
+    clock = HandClock()
+    log = SpanLog(clock)
+
+    def work() -> None:
+        with log.measure("work", size=3) as attributes:
+            attributes["seen"] = True
+            clock.now_at = 2.0
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        work()
+    (span,) = log.spans
+    assert (span.name, span.duration_s) == ("work", 2.0)
+    assert span.attributes == {"size": 3, "seen": True}
+
+
+def test_a_report_that_claims_more_time_than_there_was_is_placed_within_it():
+    report = SpanReport(elapsed_s=9.0, spans=[])
+    assert report.clock_error_s(1.0, 2.0) == 0.0

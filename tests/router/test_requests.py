@@ -1,0 +1,236 @@
+"""What the router tells of the requests that it has served: /pdlaunch/requests."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+import pytest
+
+from pdlaunch.protocol.requests import RequestList, RequestSummary, RequestTrace
+from tests.router.conftest import SPEC, Stand, pair, pairs
+from tests.router.fake_engine import FakeEngine, until
+from tests.router.test_life_of_a_request import completion
+
+
+def report(*spans: tuple[str, float, float, dict[str, Any]], elapsed_s: float = 0.5) -> Any:
+    return {
+        "elapsed_s": elapsed_s,
+        "spans": [
+            {"name": name, "start_at": start, "end_at": end, "attributes": attributes}
+            for name, start, end, attributes in spans
+        ],
+    }
+
+
+def told_pair() -> list[FakeEngine]:
+    prefill, decode = pair()
+    prefill.report = report(
+        ("queue", 0.0, 0.001, {}),
+        ("prefill", 0.001, 0.002, {"tokens": 8}),
+        ("prefill", 0.003, 0.004, {"tokens": 4}),
+        ("rank", 0.0, 0.004, {"device_tokens": 16, "host_tokens": 4, "remote_tokens": 0}),
+    )
+    decode.report = report(
+        ("queue", 0.0, 0.0005, {}),
+        ("pull", 0.001, 0.003, {"bytes": 4_000_000, "gb_s": 2.5, "verified": True}),
+        ("rank", 0.0, 0.4, {"device_tokens": 2, "host_tokens": 0, "remote_tokens": 30}),
+    )
+    return [prefill, decode]
+
+
+async def listed(stand: Stand, query: str = "") -> list[RequestSummary]:
+    async with stand.session.get(f"/pdlaunch/requests{query}") as response:
+        assert response.status == 200, await response.text()
+        return msgspec.json.decode(await response.read(), type=RequestList).requests
+
+
+async def trace(stand: Stand, request_id: str) -> RequestTrace:
+    async with stand.session.get(f"/pdlaunch/requests/{request_id}") as response:
+        assert response.status == 200, await response.text()
+        return msgspec.json.decode(await response.read(), type=RequestTrace)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_request_through_a_pair_is_told_whole(stand: Stand, stream: bool) -> None:
+    await stand.start(told_pair())
+    answer = await stand.post(completion(stream=stream), headers={"X-Request-Id": "r/1"})
+    assert answer.status == 200
+    assert b"elapsed_s" not in answer.raw, "the client sees what engines tell the router"
+    (summary,) = await listed(stand)
+    assert summary.id == "r/1"
+    assert (summary.status, summary.state, summary.error) == (200, "done", None)
+    assert (summary.path, summary.model) == ("/v1/completions", "tiny")
+    assert (summary.prefill, summary.decode) == ("prefill-0", "decode-0")
+    assert summary.route == "prefill-0->decode-0"
+    assert summary.explanation
+    assert (summary.cached_device_tokens, summary.cached_host_tokens) == (16, 4)
+    assert summary.remote_tokens == 30
+    assert summary.queue_ms == pytest.approx(1.5)
+    assert summary.prefill_ms == pytest.approx(3.0)
+    assert summary.pull_ms == pytest.approx(2.0)
+    assert (summary.pull_mb, summary.pull_gb_s, summary.verified) == (4.0, 2.5, True)
+    assert (summary.output_tokens, summary.finish_reason, summary.retries) == (6, "length", 0)
+    assert summary.first_token_ms is not None
+    assert summary.ms_per_token is not None
+    assert summary.total_ms is not None
+    assert 0 < summary.first_token_ms <= summary.total_ms
+
+    whole = await trace(stand, "r/1")
+    assert msgspec.structs.asdict(summary).items() <= msgspec.structs.asdict(whole).items()
+    by_process = {
+        process: [span.name for span in whole.spans if span.process == process]
+        for process in ("router", "prefill-0", "decode-0")
+    }
+    assert by_process["prefill-0"] == ["queue", "rank", "prefill", "prefill"]
+    assert by_process["decode-0"] == ["queue", "rank", "pull"]
+    assert set(by_process["router"]) >= {
+        "request",
+        "receive",
+        "route",
+        "prefill at prefill-0",
+        "decode at decode-0",
+        "first token",
+        "tokens",
+        "end",
+    }
+    assert whole.spans[0].name == "request"
+    assert whole.spans[0].end_ms == whole.total_ms
+
+
+async def test_what_engines_do_not_tell_is_null(stand: Stand) -> None:
+    """Of engines that are not ours their answers tell when they began and ended."""
+    await stand.start(pair(ours=False))
+    await stand.post(completion())
+    (summary,) = await listed(stand)
+    assert summary.route == "prefill-0->decode-0"
+    assert summary.prefill_ms is not None
+    assert summary.output_tokens == 6
+    assert (summary.queue_ms, summary.pull_ms, summary.verified) == (None, None, None)
+    assert (summary.cached_device_tokens, summary.remote_tokens) == (None, None)
+
+
+@pytest.mark.parametrize("told", ["?", {"spans": 3}, [], {"elapsed_s": "x", "spans": []}])
+async def test_a_report_that_makes_no_sense_costs_no_answer(stand: Stand, told: Any) -> None:
+    engines = pair()
+    for engine in engines:
+        engine.report = told
+    await stand.start(engines)
+    assert (await stand.post(completion())).status == 200
+    (summary,) = await listed(stand)
+    assert summary.output_tokens == 6
+
+
+async def test_retries_name_the_engine_that_failed(stand: Stand) -> None:
+    await stand.start(pairs(2))
+    engine = stand.engines["decode-0"]
+    stand.die_after(engine, 2, num_told=2)
+    assert (await stand.post(completion(stream=True))).status == 200
+    (summary,) = await listed(stand)
+    assert (summary.retries, summary.decode, summary.error) == (1, "decode-1", None)
+    whole = await trace(stand, summary.id)
+    (lost,) = [span for span in whole.spans if span.name == "decode at decode-0"]
+    assert "decode-0" in str(lost.attributes["error"])
+
+
+REFUSALS = [
+    ({"max_tokens": 0}, {}, 400, "max_tokens"),
+    ({"model": "other"}, {}, 404, "model_not_found"),
+    ({"temperature": -1}, {}, 400, "answered 400"),
+    ({}, {"Authorization": "Bearer wrong"}, 401, "invalid_api_key"),
+    ({}, {"Content-Type": "text/plain"}, 415, ""),
+    ({}, {"X-Request-Id": "x" * 300}, 400, "X-Request-Id"),
+]
+
+
+@pytest.mark.parametrize(("fields", "headers", "status", "said"), REFUSALS)
+async def test_refusals_are_told(
+    stand: Stand, fields: dict[str, Any], headers: dict[str, str], status: int, said: str
+) -> None:
+    await stand.start(pair(), spec=msgspec.structs.replace(SPEC, api_key="right"))
+    right = {"Authorization": "Bearer right"}
+    answer = await stand.post(completion(**fields), headers=right | headers)
+    assert answer.status == status
+    async with stand.session.get("/pdlaunch/requests?failed=5", headers=right) as response:
+        (summary,) = msgspec.json.decode(await response.read(), type=RequestList).requests
+    assert (summary.status, summary.state) == (status, "done")
+    assert said in (summary.error or "")
+
+
+async def test_an_engine_that_quotes_the_prompt_does_not_bring_it_here(stand: Stand) -> None:
+    engines = pair()
+    for engine in engines:
+        engine.status = 400
+        engine.error_body = (
+            b'{"error": {"message": "cannot read: my secret", "type": "invalid_request_error", '
+            b'"param": "prompt", "code": "bad"}}'
+        )
+    await stand.start(engines)
+    answer = await stand.post(completion(prompt="my secret"))
+    assert b"my secret" in answer.raw
+    (summary,) = await listed(stand)
+    assert summary.error == "engine prefill-0 answered 400: bad: prompt"
+
+
+async def test_a_client_that_goes_away_is_told(stand: Stand) -> None:
+    engines = pair()
+    engines[1].hold_after = 2
+    await stand.start(engines)
+    asked = asyncio.ensure_future(stand.post(completion(stream=True)))
+    await engines[1].holding.wait()
+    (running,) = await listed(stand)
+    assert (running.state, running.status, running.decode) == ("running", None, "decode-0")
+    assert running.output_tokens
+    asked.cancel()
+    await engines[1].aborted.wait()
+    await until(lambda: stand.router.book.chosen("failed", 1))
+    (summary,) = await listed(stand)
+    assert (summary.status, summary.error) == (499, "the client went away")
+
+
+async def test_the_last_requests_are_kept_and_no_more(stand: Stand) -> None:
+    await stand.start(pair(), spec=msgspec.structs.replace(SPEC, kept_requests=3))
+    for number in range(5):
+        await stand.post(completion(), headers={"X-Request-Id": f"r{number}"})
+    assert [summary.id for summary in await listed(stand)] == ["r4", "r3", "r2"]
+    assert [summary.id for summary in await listed(stand, "?last=1")] == ["r4"]
+    assert await listed(stand, "?failed=9") == []
+    slowest = await listed(stand, "?slowest=3")
+    times = [summary.total_ms for summary in slowest]
+    assert times == sorted(times, key=lambda ms: -(ms or 0))
+    async with stand.session.get("/pdlaunch/requests/r0") as response:
+        assert response.status == 404
+        assert (await response.json())["error"]["code"] == "request_not_found"
+
+
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [
+        ("?last=x", "last"),
+        ("?slowest=-1", "slowest"),
+        ("?failed=", "failed"),
+        ("?last=1&failed=1", "failed"),
+    ],
+)
+async def test_a_wrong_question_is_refused(stand: Stand, query: str, param: str) -> None:
+    await stand.start(pair())
+    async with stand.session.get(f"/pdlaunch/requests{query}") as response:
+        assert response.status == 400
+        assert (await response.json())["error"]["param"] == param
+
+
+async def test_the_clients_key_opens_it(stand: Stand) -> None:
+    await stand.start(pair(), spec=msgspec.structs.replace(SPEC, api_key="right"))
+    for path in ("/pdlaunch/requests", "/pdlaunch/requests/x"):
+        async with stand.session.get(path) as response:
+            assert response.status == 401
+
+
+async def test_health_checks_and_commands_are_no_requests(stand: Stand) -> None:
+    await stand.start(pair())
+    async with stand.session.post("/ping", json={}) as response:
+        assert response.status in (200, 503)
+    async with stand.session.post("/sleep", json={}) as response:
+        assert response.status == 403
+    assert await listed(stand) == []
