@@ -280,4 +280,5 @@ class Leader:
         if now_s < self._stats_due_s:
             return
         self._stats_due_s = now_s + STATS_INTERVAL_S
-        self._server.send(self._requests.stats())
+        histograms = self._requests.histograms.shown()
+        self._server.send(msgspec.structs.replace(self._requests.stats(), histograms=histograms))

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from pdlaunch.config.kv_transfer import KVTransferSettings
+from pdlaunch.engine.histograms import Histograms
 from pdlaunch.engine.host_loads import HostLoads
 from pdlaunch.engine.in_flight import StepsInFlight
 from pdlaunch.engine.kv_requests import BlockLeases, BlockPulls
@@ -97,6 +98,7 @@ class RequestLifecycle:
         self.may_progress = False
         """Something has happened that may let a waiting request start; the scheduler clears it."""
         self._totals = Totals(num_blocks)
+        self.histograms = Histograms()
 
     # Messages of the server and of the connectors
 
@@ -111,6 +113,7 @@ class RequestLifecycle:
             )
             return
         request = self._intake.new_request(message)
+        self.histograms.arrived(request)
         self.queues.add(request)
         self.may_progress = True
         if error := self._intake.refusal(request):
@@ -185,6 +188,7 @@ class RequestLifecycle:
 
     def seat(self, request: Request) -> None:
         """Move a waiting or ready request into the batch."""
+        self.histograms.seated(request)
         self.queues.run(request)
         self.builder.seat(request)
 
@@ -220,6 +224,7 @@ class RequestLifecycle:
         request.num_computed = request.num_registered_blocks = 0
         request.may_load = True
         self._totals.counts.preemptions += 1
+        request.times.num_preemptions += 1
         self.may_progress = True
 
     def offer_partial(self, requests: Iterable[Request]) -> None:
@@ -240,6 +245,7 @@ class RequestLifecycle:
         if request.is_suspect:
             request.survive()
         self._totals.counts.generation_tokens += 1
+        self.histograms.drew_token(request)
         if not self._finish_if_complete(request, token.token_id, token):
             self.builder.add_sampled(request)
             self.outputs.add_token(request, token)
@@ -317,6 +323,8 @@ class RequestLifecycle:
             return
         if pull.tells_of_blocks(event):
             self._totals.add_pull(event)
+            if event.ok:
+                self.histograms.pulled(event)
         request = pull.request
         if request is None:
             return
@@ -395,6 +403,7 @@ class RequestLifecycle:
         """End a request: give back what it holds, unless a step in flight still uses it, and tell
         the server.
         """
+        self.histograms.ended(request)
         self._withdraw(request)
         if request.phase is Phase.PULLING:
             self.commands.append(self.pulls.cancel(request))

@@ -41,6 +41,23 @@ class Phase(enum.Enum):
     FINISHED = "finished"
 
 
+class RequestTimes:
+    """Holds the instants of one request; ``Histograms`` sets and reads them."""
+
+    __slots__ = (
+        "arrived_at", "first_at", "last_at", "num_drawn", "num_preemptions", "started_at"
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self.arrived_at = 0.0
+        self.started_at: float | None = None
+        self.first_at: float | None = None
+        """Instant of the first token drawn here."""
+        self.last_at: float | None = None
+        self.num_drawn = 0
+        self.num_preemptions = 0
+
+
 class Request:
     """Holds the state of one request.
 
@@ -70,6 +87,7 @@ class Request:
         "pull_id",
         "row",
         "tables",
+        "times",
         "token_ids",
         "wants_pull",
     )
@@ -104,6 +122,7 @@ class Request:
         """
         self.phase = Phase.WAITING
         self.tables = tables
+        self.times = RequestTimes()
         self.block_hasher = hasher
         self.num_registered_blocks = 0
         """Logical blocks that the prefix cache has been told of."""

@@ -81,6 +81,7 @@ class Scheduler:
 
     def postprocess(self, plan: StepPlan, output: StepOutput) -> None:
         """Account for a step that has run, the oldest in flight; ``output`` is that of rank 0."""
+        self.requests.histograms.ran_step(sum(item.num_tokens for item in plan.scheduled))
         tokens = iter(output.tokens)
         for item, request in self._in_flight.collect(plan):
             drawn = next(tokens) if item.sample else None

@@ -11,6 +11,7 @@ from pdlaunch.protocol.transfer import (
     PullDrained,
     PullFinished,
     TransferEvent,
+    join_paths,
 )
 
 
@@ -83,6 +84,8 @@ def _merge(reports: list[PullFinished], *, in_flight: bool) -> PullFinished:
         num_bytes=sum(report.num_bytes for report in reports),
         seconds=max(report.seconds for report in reports),
         read_s=max(report.read_s for report in reports),
+        prefill=next((report.prefill for report in reports if report.prefill), ""),
+        path=join_paths(report.path for report in reports),
         verification_failed=any(report.verification_failed for report in reports),
         late=any(report.late for report in reports),
         num_retries=sum(report.num_retries for report in reports),

@@ -8,94 +8,48 @@ them up. Building blocks: label names are fixed at construction, as are their va
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-METRICS_CONTENT_TYPE = CONTENT_TYPE_LATEST
+from pdlaunch.observe.histograms import (
+    INTER_TOKEN_BUCKETS_S,
+    REQUEST_BUCKETS_S,
+    TOKEN_BUCKETS,
+    TTFT_BUCKETS_S,
+)
 
-TTFT_BUCKETS_S = (
-    0.01,
-    0.02,
-    0.04,
-    0.08,
-    0.1,
-    0.25,
-    0.5,
-    0.75,
-    1.0,
-    2.5,
-    5.0,
-    7.5,
-    10.0,
-    20.0,
-    40.0,
-    80.0,
-    160.0,
-)
-INTER_TOKEN_BUCKETS_S = (
-    0.002,
-    0.005,
-    0.01,
-    0.02,
-    0.03,
-    0.05,
-    0.075,
-    0.1,
-    0.15,
-    0.2,
-    0.3,
-    0.5,
-    0.75,
-    1.0,
-    2.5,
-    5.0,
-    10.0,
-)
-REQUEST_BUCKETS_S = (
-    0.1,
-    0.3,
-    0.5,
-    0.8,
-    1.0,
-    1.5,
-    2.0,
-    2.5,
-    5.0,
-    10.0,
-    15.0,
-    20.0,
-    30.0,
-    60.0,
-    120.0,
-    300.0,
-    600.0,
-)
-TOKEN_BUCKETS = (
-    1,
-    2,
-    5,
-    10,
-    20,
-    50,
-    100,
-    200,
-    500,
-    1000,
-    2000,
-    5000,
-    10_000,
-    20_000,
-    50_000,
-    100_000,
-)
+METRICS_CONTENT_TYPE = CONTENT_TYPE_LATEST
+FINISH_REASONS = ("stop", "length", "abort", "error")
+"""They are shown from the start, others once they occur."""
+ERROR_STATUSES = (400, 401, 404, 429, 499, 500, 503)
+"""The same; 499: the client went away."""
+
+
+class _WithoutCreated(Collector):
+    """Leaves out when each series began: Prometheus takes these for series of their own."""
+
+    def __init__(self, source: Collector) -> None:
+        self._source = source
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self._source.collect():
+            family.samples = [
+                sample for sample in family.samples if not sample.name.endswith("_created")
+            ]
+            if family.samples or not family.name.endswith("_created"):
+                yield family
 
 
 def render_metrics(registry: Collector) -> bytes:
-    """Return the registry, or whatever else collects, in Prometheus's text format."""
-    return generate_latest(registry)
+    """Return the registry, or whatever else collects, in Prometheus's text format.
+
+    No series tells when another one was created.
+    """
+    return generate_latest(_WithoutCreated(registry))
 
 
 class RequestMetrics:
@@ -150,6 +104,11 @@ class RequestMetrics:
         )
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of accepted requests.")
         self.generation_tokens = counter("generation_tokens", "Output tokens sent to clients.")
+
+        for reason in FINISH_REASONS:
+            self._finished.labels(*values, reason)
+        for status in ERROR_STATUSES:
+            self._failed.labels(*values, str(status))
 
     def finished(self, reason: str) -> None:
         """Count a choice that ended with ``reason``."""

@@ -23,6 +23,9 @@ left alone for a while.
 """
 
 
+EndReason = Literal["died", "hung"]
+
+
 class Address(Message, tag=False):
     """Tells where a process listens; empty strings where it has no such socket."""
 
@@ -223,6 +226,10 @@ class Registry(Message):
     """
     pairs: list[PairReady] = []
     """The paths between ranks that are proven now."""
+    ends: dict[str, dict[EndReason, int]] = {}
+    """How often processes have ended while the launch served, by name: those that died by
+    themselves and those that were killed because they hung.
+    """
 
 
 class Suspects(Message):

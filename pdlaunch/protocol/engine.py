@@ -218,6 +218,28 @@ class Outputs(Message):
     items: list[Tokens | FirstTokens | RequestFinished]
 
 
+class HistogramCounts(Message, tag=False):
+    """Counts values by bucket; the last bucket has those above all bounds."""
+
+    counts: list[int]
+    sum: float = 0.0
+
+
+class PullHistograms(Message, tag=False):
+    """Holds the histograms of the pulls from one prefill engine over one path."""
+
+    prefill: str
+    path: str
+    by_name: dict[str, HistogramCounts]
+
+
+class EngineHistograms(Message, tag=False):
+    """Holds the histograms of ``observe/histograms.py``, as they are since the rank started."""
+
+    requests: dict[str, HistogramCounts] = {}
+    pulls: list[PullHistograms] = []
+
+
 class EngineStats(Message):
     """Counts what the engine does; sent about once a second, unless a step takes longer,
     and when the server asks (ReadStats).
@@ -267,6 +289,8 @@ class EngineStats(Message):
     offload_bad_blocks: int = 0
     offload_evicted_blocks: int = 0
     offload_refused_blocks: int = 0
+    histograms: EngineHistograms | None = None
+    """Sent with the rest, but for the answer to CheckIntegrity."""
 
 
 class IntegrityReport(Message):

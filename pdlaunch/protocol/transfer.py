@@ -7,6 +7,8 @@ Block ids are the engine's own. Blocks named in ``GrantLease`` belong to the lea
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from pdlaunch.protocol.ids import LeaseId, PullId, RequestId
 from pdlaunch.protocol.kv_params import FirstToken, RemoteKV
 from pdlaunch.protocol.wire import Message
@@ -130,6 +132,10 @@ class PullFinished(Message):
     seconds: float = 0.0
     read_s: float = 0.0
     """Duration of the slowest READ, when the blocks are proven."""
+    prefill: str = ""
+    """Name of the engine that the blocks came from, when they are proven."""
+    path: str = ""
+    """The path that they came over, when they are proven; several where ranks differ."""
     verification_failed: bool = False
     """Hashes or checksums differed, though perhaps not in the last attempt."""
     late: bool = False
@@ -140,6 +146,11 @@ class PullFinished(Message):
     """First tokens as the lease states them, also when the pull failed later; empty when no lease
     was known.
     """
+
+
+def join_paths(paths: Iterable[str]) -> str:
+    """Return the paths of several ranks as one name: a single one where all have the same."""
+    return " + ".join(sorted(set(filter(None, paths))))
 
 
 class PullDrained(Message):

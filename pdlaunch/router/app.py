@@ -373,7 +373,9 @@ class RouterApp:
     async def _metrics(self, _: web.Request) -> web.Response:
         """Answer with the router's metrics and those of all engines."""
         self._state.metrics.in_flight.set(self.admission.in_flight)
-        self._state.metrics.show_engines([engine.state for engine in self._state.pool.engines])
+        self._state.metrics.show_engines(
+            {engine.name: engine.state for engine in self._state.pool.engines}
+        )
         page = await scrape(
             self._state.metrics.text(), self._state.client, self._state.pool.engines
         )

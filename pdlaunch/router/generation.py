@@ -87,6 +87,8 @@ class Generation:
         self._decode_has_answered = False
         self._lease_taken = False
         self._handed_over_at = 0.0
+        self._first_told_at: float | None = None
+        """When the client was sent the first token; None once it has the second one."""
         self._num_decode_attempts = 0
 
     async def run(self) -> None:
@@ -426,7 +428,18 @@ class Generation:
             has_news = self.transcript.admit(chunk)
             self._attempts.heard()
         if has_news:
+            self._time_second_token(engine)
             await self._sink.chunk(self._prompt, self.transcript, chunk)
+
+    def _time_second_token(self, engine: Engine) -> None:
+        """Measure what the hand-over takes of a client's time, where there is one choice."""
+        num_tokens = self.transcript.num_tokens
+        if num_tokens == 1 and self._prompt.num_choices == 1:
+            self._first_told_at = self._first_told_at or self._state.now()
+        elif num_tokens > 1 and self._first_told_at is not None:
+            told_s, self._first_told_at = self._state.now() - self._first_told_at, None
+            if self._handover is not None and self._handover.engine is not engine:
+                self._state.metrics.second_token(self._handover.engine.name, engine.name, told_s)
 
     def _decode_extra(self, engine: Engine) -> dict[str, Any]:
         """Return what the next decode engine is given besides the client's body."""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Literal, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
-from prometheus_client.metrics_core import Metric
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.metrics_core import CounterMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
+from pdlaunch.observe.histograms import INTER_TOKEN_BUCKETS_S
 from pdlaunch.observe.metrics import RequestMetrics, render_metrics
-from pdlaunch.protocol.control import ListedState, PairReady
+from pdlaunch.protocol.control import EndReason, ListedState, PairReady
+from pdlaunch.protocol.transfer import join_paths
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import EngineClient
 from pdlaunch.router.membership_watch import CanaryOutcome
@@ -98,14 +101,35 @@ class RouterMetrics:
             registry=registry,
         )
         self._pairs = Gauge(
-            "pdlaunch_pair_gigabytes_per_second",
+            "pdlaunch_pair_bytes_per_second",
             "Speed that the handshake has measured between two ranks, over the path in use.",
-            ("holder", "puller", "path"),
+            ("prefill", "decode", "holder", "puller", "path"),
             registry=registry,
         )
+        self._second_token = Histogram(
+            "pdlaunch_pair_second_token_seconds",
+            "First to second token that a client was sent, where a pair of engines did the prompt.",
+            ("prefill", "decode", "path"),
+            registry=registry,
+            buckets=INTER_TOKEN_BUCKETS_S,
+        )
+        self._paths: dict[tuple[str, str], str] = {}
+        """The path of each pair of engines."""
+        self._ends = _Ends()
+        registry.register(self._ends)
+        for hop in get_args(Hop):
+            self._retries.labels(hop)
+        for early in get_args(EarlyOutcome):
+            self._early_decodes.labels(early)
+        for canary in get_args(CanaryOutcome):
+            self._canaries.labels(canary)
 
-    def show_engines(self, states: Sequence[str]) -> None:
-        """Show the present state of each engine."""
+    def show_engines(self, engines: Mapping[str, str]) -> None:
+        """Show the present states of engines, which are by name."""
+        states = list(engines.values())
+        for engine in engines:
+            for hop in get_args(Hop):
+                self._engine_failures.labels(engine, hop)
         self._engines_ready.set(states.count("ready"))
         for state in get_args(ListedState):
             self._engines.labels(state).set(states.count(state))
@@ -113,9 +137,26 @@ class RouterMetrics:
     def show_pairs(self, pairs: Sequence[PairReady]) -> None:
         """Show the speed of the pairs that are proven now."""
         self._pairs.clear()
+        paths: dict[tuple[str, str], list[str]] = {}
         for pair in pairs:
+            # Names of ranks begin with that of their engine.
+            prefill, decode = (name.partition("/")[0] for name in (pair.peer, pair.local))
+            paths.setdefault((prefill, decode), []).append(pair.path)
+            self._recomputes.labels(prefill, decode)
             if pair.gigabytes_per_s is not None:
-                self._pairs.labels(pair.peer, pair.local, pair.path).set(pair.gigabytes_per_s)
+                self._pairs.labels(prefill, decode, pair.peer, pair.local, pair.path).set(
+                    pair.gigabytes_per_s * 1e9
+                )
+        self._paths = {pair: join_paths(found) for pair, found in paths.items()}
+
+    def show_ends(self, ends: Mapping[str, Mapping[EndReason, int]]) -> None:
+        """Show how often processes of this launch have ended, by name and reason."""
+        self._ends.counts = ends
+
+    def second_token(self, prefill: str, decode: str, seconds: float) -> None:
+        """Count the time between the first two tokens that a client was sent."""
+        path = self._paths.get((prefill, decode), "unknown")
+        self._second_token.labels(prefill, decode, path).observe(seconds)
 
     def engine_failed(self, engine: str, hop: Hop) -> None:
         self._engine_failures.labels(engine, hop).inc()
@@ -147,6 +188,24 @@ class RouterMetrics:
     def text(self) -> bytes:
         """Return the metrics in Prometheus's text format."""
         return render_metrics(self._registry)
+
+
+class _Ends(Collector):
+    """Shows what the supervisor counts; begins again with each launch."""
+
+    def __init__(self) -> None:
+        self.counts: Mapping[str, Mapping[EndReason, int]] = {}
+
+    def collect(self) -> Iterator[Metric]:
+        family = CounterMetricFamily(
+            "pdlaunch_process_ends",
+            "Processes that ended while the launch served: they died, or hung and were killed.",
+            labels=["process", "reason"],
+        )
+        for process, counts in self.counts.items():
+            for reason, count in counts.items():
+                family.add_metric([process, reason], count)
+        yield family
 
 
 logger = logging.getLogger(__name__)

@@ -119,6 +119,7 @@ class RouterState:
         for pair in registry.pairs:
             self._doubts.pop((pair.peer, pair.local), None)
         self.metrics.show_pairs(registry.pairs)
+        self.metrics.show_ends(registry.ends)
         self._has_registry.set()
         # A new event for each change: those that wait from now on wait for the next one.
         self._changed.set()

@@ -53,7 +53,16 @@ class EngineService:
         self.inputs = LargeInputs()
         self.ignored_fields = IgnoredFields()
         self.metrics = ServerMetrics(
-            registry, engine=spec.name, role=spec.role, model_name=spec.served_model_name
+            registry,
+            engine=spec.name,
+            role=spec.role,
+            model_name=spec.served_model_name,
+            cache_config={
+                "block_size": str(spec.block_size),
+                "cache_dtype": spec.dtype,
+                "enable_prefix_caching": str(spec.enable_prefix_caching),
+                "gpu_memory_utilization": str(spec.gpu_memory_utilization),
+            },
         )
         self.leases = LeaseIndex()
         self.sleep = SleepDesk(spec, self.admission, self.live_link)

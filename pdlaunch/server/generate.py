@@ -15,6 +15,7 @@ from functools import partial
 
 from aiohttp import web
 
+from pdlaunch.errors import PdlaunchError
 from pdlaunch.http.admission import Ticket
 from pdlaunch.http.app import request_id_of
 from pdlaunch.http.deadline import Deadline
@@ -126,12 +127,13 @@ class GenerateHandler:
         On the way out, whatever is not finished is aborted, and so is a lease whose answer could
         not be written.
         """
-        metrics = self._service.metrics.requests
-        clock = RequestClock(metrics)
+        metrics = self._service.metrics
+        clock = RequestClock(metrics.requests)
         if call.traceparent is not None:
             _log.info("traceparent %s", call.traceparent)
-        metrics.prompt_tokens.inc(prepared.num_prompt_tokens)
-        metrics.prompt_length.observe(prepared.num_prompt_tokens)
+        metrics.requests.prompt_tokens.inc(prepared.num_prompt_tokens)
+        metrics.requests.prompt_length.observe(prepared.num_prompt_tokens)
+        metrics.asked(renderer.request.n, prepared.choices)
         running = RunningChoices(
             self._service.live_link(),
             prepared.choices,
@@ -144,19 +146,26 @@ class GenerateHandler:
         answerer = Answerer(http, headers, prepared, renderer, running, clock, deadline)
         # Until the last byte is written nobody knows of the lease, and nobody else would end it.
         answered = False
+        # What becomes of choices without a reason of their own: their client has gone away, unless
+        # something else is known.
+        otherwise = "abort"
         try:
             running.start()
             response = await (answerer.stream() if renderer.request.stream else answerer.answer())
             answered = not answerer.broke_off
+            if answerer.broke_off:
+                otherwise = "error"
+        except PdlaunchError:
+            otherwise = "error"
+            raise
         finally:
+            metrics.ended(prepared.choices, otherwise)
             running.abort()
             if prepared.is_remote_prefill and not answered:
                 running.release()
         if prepared.is_remote_prefill and answered:
             self._service.leases.add(call.hop_id, prepared.choices[0].request.request_id)
         clock.end(sum(choice.num_tokens for choice in prepared.choices))
-        for choice in prepared.choices:
-            metrics.finished(choice.finish_reason or "abort")
         _log.info("%s", _summary(prepared))
         return response
 

@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable, Sequence
 
 from pdlaunch.hosts.host import Host, ProcessExited
-from pdlaunch.protocol.control import Suspects
+from pdlaunch.protocol.control import EndReason, Suspects
 from pdlaunch.resolve.plan import Plan
 from pdlaunch.supervisor.failure import Failure
 from pdlaunch.supervisor.instance import Instance, Unit
@@ -45,6 +45,10 @@ class Deaths:
         self._fail = fail
         self._note = note
         self._given_up = GivenUp(plan, policy)
+        self.ends: dict[str, dict[EndReason, int]] = {
+            process.name: {"died": 0, "hung": 0} for process in plan.processes
+        }
+        """How often each process was the first of its unit to end."""
 
     @property
     def due_at(self) -> float:
@@ -65,6 +69,7 @@ class Deaths:
         # The first to die is the cause; the others die of it, or are killed for it.
         if unit.cause is None:
             unit.cause = instance
+            self.ends[instance.name]["died"] += 1
             self.tell(unit, instance, event)
             self.kill(unit)
         instance.error = instance.error or event.how()
@@ -79,6 +84,7 @@ class Deaths:
         """Kill the unit of a process that hangs; SIGKILL reaches a stopped process too."""
         if unit.cause is None:
             unit.cause = instance
+            self.ends[instance.name]["hung"] += 1
             silent_s = self._clock() - instance.heard_at
             instance.error = f"hung: its loop did not turn for {silent_s:.0f} s (hang_timeout_s)"
             self._note(f"{instance.name} {instance.error}: killed")

@@ -4,10 +4,10 @@ proven.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from pdlaunch.engines.kind import EngineKind
-from pdlaunch.protocol.control import Entry, PairReady, PairSuspect, Registry
+from pdlaunch.protocol.control import EndReason, Entry, PairReady, PairSuspect, Registry
 from pdlaunch.resolve.plan import Plan
 from pdlaunch.supervisor.instance import Instance
 
@@ -23,9 +23,15 @@ class RegistryVersions:
         return self._current
 
     def update(
-        self, instances: Iterable[Instance], pairs: Sequence[PairReady] = (), *, serving: bool
+        self,
+        instances: Iterable[Instance],
+        pairs: Sequence[PairReady] = (),
+        *,
+        serving: bool,
+        ends: Mapping[str, Mapping[EndReason, int]] | None = None,
     ) -> bool:
-        """Take in the state of all instances, of pairs and of the launch.
+        """Take in the state of all instances, of pairs and of the launch. ``ends``: as in Registry;
+        who ends leaves the entries, too.
 
         Returns True when the registry has changed and must be sent.
         """
@@ -36,7 +42,11 @@ class RegistryVersions:
         if (entries, list(pairs), serving) == (current.entries, current.pairs, current.serving):
             return False
         self._current = Registry(
-            version=current.version + 1, entries=entries, serving=serving, pairs=list(pairs)
+            version=current.version + 1,
+            entries=entries,
+            serving=serving,
+            pairs=list(pairs),
+            ends={name: dict(counts) for name, counts in (ends or {}).items()},
         )
         return True
 

@@ -392,7 +392,12 @@ class Supervisor:
             self._phase = LaunchPhase.READY
             self.was_ready = True
             logger.info("serving at %s", self.status().url)
-        if self._registry.update(self._processes, self._pairs.proven(), serving=self.was_ready):
+        if self._registry.update(
+            self._processes,
+            self._pairs.proven(),
+            serving=self.was_ready,
+            ends=self._deaths.ends,
+        ):
             # All get every version: who is told late would use a peer that is gone.
             for entry in self._registry.current.entries:
                 self._host.send(entry.name, self._registry.current)

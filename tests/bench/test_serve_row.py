@@ -115,11 +115,11 @@ def test_what_began_again_is_not_counted() -> None:
 
 
 def test_hit_rates_of_the_tiers_that_are_told() -> None:
-    decode = {"prefix_cache_queries": 0.0, "prefix_cache_device_hits": 0.0}
+    decode = {"prefix_cache_queries": 0.0, "prompt_tokens_cached_by_source/device": 0.0}
     prefill = {
         "prefix_cache_queries": 300.0,
-        "prefix_cache_device_hits": 30.0,
-        "prefix_cache_host_hits": 200.0,
+        "prompt_tokens_cached_by_source/device": 30.0,
+        "prompt_tokens_cached_by_source/host": 200.0,
     }
     assert tier_rows(EngineCounters({"decode": decode, "prefill": prefill})) == [
         TierRow(role="prefill", tier="device", hit_share=0.1),

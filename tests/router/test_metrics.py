@@ -3,7 +3,7 @@ from __future__ import annotations
 from pdlaunch.protocol.control import PairReady
 from pdlaunch.router.metrics import RouterMetrics
 
-NAME = "pdlaunch_pair_gigabytes_per_second"
+NAME = "pdlaunch_pair_bytes_per_second"
 
 
 def pair(local: str, path: str, speed: float) -> PairReady:
@@ -17,6 +17,66 @@ def pair(local: str, path: str, speed: float) -> PairReady:
     )
 
 
+def line(decode: str, rank: int, path: str, value: str) -> str:
+    return (
+        f'{NAME}{{decode="{decode}",holder="prefill-0/rank-0",path="{path}",prefill="prefill-0",'
+        f'puller="{decode}/rank-{rank}"}} {value}'
+    )
+
+
+def value(metrics: RouterMetrics, sample: str) -> float | None:
+    """The value of one sample of the page; None when it is not there."""
+    for text in metrics.text().decode().splitlines():
+        name, _, number = text.rpartition(" ")
+        if name == sample:
+            return float(number)
+    return None
+
+
+def test_failures_that_have_not_happened_are_there_with_0() -> None:
+    metrics = RouterMetrics("m")
+    metrics.show_engines({"prefill-0": "ready", "decode-0": "ready"})
+    metrics.show_pairs([pair("decode-0/rank-0", "p2p/memfd", 9.5)])
+    metrics.show_ends({"router": {"died": 0, "hung": 0}})
+    for sample in (
+        'pdlaunch_router_request_errors_total{model_name="m",status="503"}',
+        'pdlaunch_router_request_success_total{finished_reason="error",model_name="m"}',
+        'pdlaunch_router_engine_failures_total{engine="decode-0",hop="prefill"}',
+        'pdlaunch_router_retries_total{hop="decode"}',
+        'pdlaunch_router_silent_recomputes_total{decode="decode-0",prefill="prefill-0"}',
+        'pdlaunch_process_ends_total{process="router",reason="hung"}',
+    ):
+        assert value(metrics, sample) == 0, sample
+
+
+def test_ends_of_processes_are_shown_as_the_supervisor_counts_them() -> None:
+    metrics = RouterMetrics("m")
+    metrics.show_ends({"decode-0/rank-0": {"died": 3, "hung": 1}})
+    assert (
+        value(metrics, 'pdlaunch_process_ends_total{process="decode-0/rank-0",reason="died"}') == 3
+    )
+    assert (
+        value(metrics, 'pdlaunch_process_ends_total{process="decode-0/rank-0",reason="hung"}') == 1
+    )
+
+
+def test_second_tokens_are_counted_by_pair_and_by_the_paths_of_its_ranks() -> None:
+    metrics = RouterMetrics("m")
+    metrics.show_pairs(
+        [
+            pair("decode-0/rank-0", "p2p/memfd", 9.5),
+            pair("decode-0/rank-1", "nixl/UCX", 9.5),
+            pair("decode-0/rank-2", "nixl/UCX", 9.5),
+        ]
+    )
+    metrics.second_token("prefill-0", "decode-0", 0.02)
+    metrics.second_token("prefill-1", "decode-0", 0.02)
+    count = "pdlaunch_pair_second_token_seconds_count"
+    for prefill, path in (("prefill-0", "nixl/UCX + p2p/memfd"), ("prefill-1", "unknown")):
+        labels = f'{{decode="decode-0",path="{path}",prefill="{prefill}"}}'
+        assert value(metrics, count + labels) == 1
+
+
 def test_pairs_are_shown_with_the_path_in_use_and_go_with_their_ranks() -> None:
     metrics = RouterMetrics("m")
     metrics.show_pairs(
@@ -24,14 +84,12 @@ def test_pairs_are_shown_with_the_path_in_use_and_go_with_their_ranks() -> None:
     )
     lines = [line for line in metrics.text().decode().splitlines() if line.startswith(NAME)]
     assert lines == [
-        f'{NAME}{{holder="prefill-0/rank-0",path="p2p/memfd",puller="decode-0/rank-0"}} 9.5',
-        f'{NAME}{{holder="prefill-0/rank-0",path="nixl/UCX",puller="decode-1/rank-0"}} 2.5',
+        line("decode-0", 0, "p2p/memfd", "9.5e+09"),
+        line("decode-1", 0, "nixl/UCX", "2.5e+09"),
     ]
     metrics.show_pairs([pair("decode-1/rank-0", "p2p/memfd", 8.0)])
     lines = [line for line in metrics.text().decode().splitlines() if line.startswith(NAME)]
-    assert lines == [
-        f'{NAME}{{holder="prefill-0/rank-0",path="p2p/memfd",puller="decode-1/rank-0"}} 8.0'
-    ]
+    assert lines == [line("decode-1", 0, "p2p/memfd", "8e+09")]
 
 
 def test_pairs_of_gpus_are_shown_by_the_copies_in_use() -> None:
@@ -44,7 +102,6 @@ def test_pairs_of_gpus_are_shown_by_the_copies_in_use() -> None:
     )
     lines = [line for line in metrics.text().decode().splitlines() if line.startswith(NAME)]
     assert lines == [
-        f'{NAME}{{holder="prefill-0/rank-0",path="p2p/posix_fd/batch1",'
-        'puller="decode-0/rank-0"} 391.7',
-        f'{NAME}{{holder="prefill-0/rank-0",path="nixl/UCX",puller="decode-0/rank-1"}} 0.583',
+        line("decode-0", 0, "p2p/posix_fd/batch1", "3.917e+11"),
+        line("decode-0", 1, "nixl/UCX", "5.83e+08"),
     ]

@@ -37,12 +37,12 @@ def families_of(text: str) -> dict[str, Metric]:
     return {family.name: family for family in families}
 
 
-def values(family: Metric, suffix: str = "") -> dict[str | None, float]:
-    """By engine, None for the router."""
+def values(family: Metric, suffix: str = "", **labels: str) -> dict[str | None, float]:
+    """By engine, None for the router; of the samples with ``labels``."""
     return {
         sample.labels.get("engine"): sample.value
         for sample in family.samples
-        if sample.name == family.name + suffix
+        if sample.name == family.name + suffix and labels.items() <= sample.labels.items()
     }
 
 
@@ -67,8 +67,11 @@ async def test_engines_are_beside_the_router(stand: Stand) -> None:
         name: 10**i for i, name in enumerate(names)
     }
     assert families["pdlaunch_kv_transfer_bytes"].type == "counter"
-    assert values(families["pdlaunch_request_success"], "_total") == dict.fromkeys(names, 1)
-    assert values(families["pdlaunch_router_request_success"], "_total") == {None: 1}
+    finished = {"finished_reason": "length"}
+    of_engines = values(families["pdlaunch_request_success"], "_total", **finished)
+    assert of_engines == dict.fromkeys(names, 1)
+    of_router = values(families["pdlaunch_router_request_success"], "_total", **finished)
+    assert of_router == {None: 1}
     first_tokens = families["pdlaunch_time_to_first_token_seconds"]
     assert first_tokens.type == "histogram"
     assert values(first_tokens, "_count") == dict.fromkeys(names, 1)
@@ -91,7 +94,9 @@ async def test_no_sum_over_a_name_adds_up_router_and_engines(stand: Stand) -> No
     assert len(of_engines) > 10
     assert not own & of_engines
     assert {name for name in own if not name.startswith("pdlaunch_router_")} == {
-        "pdlaunch_pair_gigabytes_per_second"
+        "pdlaunch_pair_bytes_per_second",
+        "pdlaunch_pair_second_token_seconds",
+        "pdlaunch_process_ends",
     }
 
 
@@ -143,6 +148,32 @@ async def test_engines_with_equal_labels_stay_apart(stand: Stand) -> None:
         "prefill-0": 1,
         "decode-0": 1,
     }
+
+
+async def test_no_series_tells_when_another_was_created(stand: Stand) -> None:
+    """Not even of engines whose pages have them."""
+    (engine, _) = engines = pair(ours=False)
+    engine.metrics_page = (
+        "# TYPE vllm:a counter\nvllm:a_total 1\n# TYPE vllm:a_created gauge\nvllm:a_created 1e9\n"
+    )
+    await stand.start(engines)
+    await stand.post(completion())
+    text = await scraped(stand)
+    assert "vllm:a_total{" in text
+    assert "_created" not in text
+
+
+async def test_the_second_token_is_timed_by_pair(stand: Stand) -> None:
+    await stand.start(pair())
+    await stand.post(completion(stream=True, max_tokens=4))
+    families = families_of(await scraped(stand))
+    (count,) = [
+        sample
+        for sample in families["pdlaunch_pair_second_token_seconds"].samples
+        if sample.name.endswith("_count")
+    ]
+    assert count.value == 1
+    assert (count.labels["prefill"], count.labels["decode"]) == ("prefill-0", "decode-0")
 
 
 async def test_a_merged_page_is_merged_unchanged(stand: Stand) -> None:

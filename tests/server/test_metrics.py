@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pdlaunch.protocol.engine import EngineStats
+from pdlaunch.engine.histograms import Histograms
+from pdlaunch.protocol.engine import EngineStats, RequestFinished
+from pdlaunch.protocol.transfer import PullFinished
 from tests.server.conftest import END_TOKEN, Engine
 from tests.server.fake_rank import FakeRank
 
@@ -13,15 +15,15 @@ LABELS = {"engine": "prefill-0", "role": "prefill", "model_name": "tiny"}
 
 
 async def scrape(engine: Engine) -> dict[str, float]:
-    """Samples by name, and by name and the one label beside the common ones."""
+    """Samples by name, and by name and the labels beside the common ones."""
     async with engine.session.get(engine.url + "/metrics") as response:
         text = await response.text()
     found = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             assert sample.labels.items() >= LABELS.items()
-            (extra,) = set(sample.labels) - set(LABELS) or {""}
-            found[f"{sample.name}/{sample.labels[extra]}" if extra else sample.name] = sample.value
+            extra = [sample.labels[name] for name in sample.labels if name not in LABELS]
+            found["/".join([sample.name, *extra])] = sample.value
     return found
 
 
@@ -115,6 +117,59 @@ async def test_the_host_tier_is_shown(engine: Engine, rank: FakeRank):
     await engine.complete(max_tokens=1)
     found = await scrape(engine)
     assert found["pdlaunch_kv_offload_usage_perc"] == 0.25
-    assert found["pdlaunch_prefix_cache_host_hits_total"] == 32
+    assert found["pdlaunch_prompt_tokens_cached_by_source_total/host"] == 32
     assert found["pdlaunch_kv_offload_loaded_bytes_total"] == 9
     assert found["pdlaunch_kv_offload_bad_blocks_total"] == 1
+
+
+async def test_reasons_and_parameters_of_requests_are_counted(
+    engine: Engine, rank: FakeRank
+) -> None:
+    await engine.complete(prompt=[5, 6, 7], max_tokens=3, n=2)
+    rank.script = lambda request: [
+        RequestFinished(request_id=request.request_id, reason="error", error="it broke")
+    ]
+    await engine.refusal(prompt=[5, 6, 7], max_tokens=3)
+    found = await scrape(engine)
+    reasons = {
+        reason: found[f"pdlaunch_request_success_total/{reason}"]
+        for reason in ("stop", "length", "abort", "error")
+    }
+    assert reasons == {"stop": 0, "length": 2, "abort": 0, "error": 1}
+    assert found["pdlaunch_request_params_n_sum"] == 3
+    assert found["pdlaunch_request_params_max_tokens_count"] == 3
+    assert found["pdlaunch_request_params_max_tokens_sum"] == 9
+    assert found["pdlaunch_request_max_num_generation_tokens_sum"] == 3
+
+
+async def test_the_rank_s_histograms_are_shown(engine: Engine, rank: FakeRank) -> None:
+    histograms = Histograms()
+    histograms.ran_step(7)
+    histograms.ran_step(9)
+    for num_bytes in (4096, 8192):
+        histograms.pulled(
+            PullFinished(
+                pull_id="p",
+                ok=True,
+                num_bytes=num_bytes,
+                seconds=0.004,
+                read_s=0.002,
+                prefill="prefill-7",
+                path="p2p/memfd",
+            )
+        )
+    await rank.stats(num_blocks=64, histograms=histograms.shown())
+    await engine.complete(max_tokens=1)
+    found = await scrape(engine)
+    steps = "pdlaunch_iteration_tokens_total"
+    assert [found[f"{steps}_bucket/{le}"] for le in ("1.0", "8.0", "16.0", "+Inf")] == [0, 1, 2, 2]
+    assert found[f"{steps}_sum"] == 16
+    pair = "prefill-0/p2p/memfd/prefill-7"
+    assert found[f"pdlaunch_kv_pull_bytes_sum/{pair}"] == 12288
+    assert found[f"pdlaunch_kv_pull_seconds_count/{pair}"] == 2
+    assert found[f"pdlaunch_kv_pull_bytes_per_second_sum/{pair}"] == 6_144_000
+    assert found["pdlaunch_request_queue_time_seconds_count"] == 0
+
+
+async def test_no_series_tells_when_another_was_created(engine: Engine) -> None:
+    assert not [name for name in await scrape(engine) if "_created" in name]

@@ -22,7 +22,9 @@ class EngineCounters(msgspec.Struct, frozen=True):
     """Holds totals over all engines of a role since they started."""
 
     values: dict[str, dict[str, float]] = {}
-    """Totals by role and name, which is without ``pdlaunch_`` and ``_total``."""
+    """Totals by role and name, which is without ``pdlaunch_`` and ``_total``, and with
+    ``/source`` where there is such a label.
+    """
 
     def total(self, name: str) -> float | None:
         """Return the sum over all roles."""
@@ -88,14 +90,16 @@ def parse_counters(page: str) -> EngineCounters:
             if family.type == "counter" and role is not None and sample.name.endswith("_total"):
                 counters = values.setdefault(role, {})
                 name = sample.name.removeprefix("pdlaunch_").removesuffix("_total")
+                if source := sample.labels.get("source"):
+                    name = f"{name}/{source}"
                 counters[name] = counters.get(name, 0.0) + sample.value
     return EngineCounters(values)
 
 
 _TIERS = {
-    "device": ("prefix_cache_device_hits", "prefix_cache_queries"),
-    "host": ("prefix_cache_host_hits", "prefix_cache_queries"),
-    "remote": ("prefix_cache_remote_hits", "prefix_cache_queries"),
+    "device": ("prompt_tokens_cached_by_source/device", "prefix_cache_queries"),
+    "host": ("prompt_tokens_cached_by_source/host", "prefix_cache_queries"),
+    "remote": ("prompt_tokens_cached_by_source/p2p", "prefix_cache_queries"),
 }
 """For each tier this names the counters of prompt tokens that it held, and of all prompt tokens."""
 

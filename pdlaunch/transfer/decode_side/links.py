@@ -23,6 +23,8 @@ class PrefillLink(Protocol):
     """Gives a pull what it needs of one prefill rank."""
 
     name: str
+    path: str
+    """The path that it is read over; empty before the first handshake."""
     error: str
     """The reason why it is not ready."""
 

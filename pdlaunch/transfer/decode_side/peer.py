@@ -74,6 +74,7 @@ class Peer:
     def __init__(self, address: PeerAddress, setup: PeerSetup) -> None:
         self.address = address
         self.name = address.identity.name
+        self.path = ""
         self.error = "no handshake yet"
         self.channel: Channel | None = None
         self._setup = setup
@@ -297,6 +298,7 @@ class Peer:
         setup = self._setup
         assert self._connection is not None
         self._connection.use_path(best.path)
+        self.path = best.path
         self._state = _State.READY
         self._deadline_at = None
         self._num_failures = 0

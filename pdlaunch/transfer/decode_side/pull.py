@@ -14,7 +14,13 @@ from __future__ import annotations
 from pdlaunch.errors import TransferError
 from pdlaunch.protocol.ids import PullId
 from pdlaunch.protocol.side_channel import LONGEST_WAIT_S
-from pdlaunch.protocol.transfer import CancelPull, PullDrained, PullFinished, StartPull
+from pdlaunch.protocol.transfer import (
+    CancelPull,
+    PullDrained,
+    PullFinished,
+    StartPull,
+    join_paths,
+)
 from pdlaunch.transfer.channel.head_mapping import SourceRank
 from pdlaunch.transfer.decode_side.links import PrefillLink, PullSetup
 from pdlaunch.transfer.decode_side.peer_table import PeerTable
@@ -126,6 +132,9 @@ class Pull:
                 num_bytes=sum(pull.num_bytes for pull in self._rank_pulls) if ok else 0,
                 seconds=self._setup.clock() - self._started_at,
                 read_s=max(pull.read_s for pull in self._rank_pulls) if ok else 0.0,
+                # Names of ranks begin with that of their engine.
+                prefill=self._rank_pulls[0].name.partition("/")[0] if ok else "",
+                path=join_paths(pull.path for pull in self._rank_pulls) if ok else "",
                 verification_failed=verification_failed
                 or any(pull.verification_failed for pull in self._rank_pulls),
                 late=late,

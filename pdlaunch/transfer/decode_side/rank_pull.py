@@ -114,6 +114,10 @@ class RankPull:
         """
 
     @property
+    def path(self) -> str:
+        return self._link.path
+
+    @property
     def num_bytes(self) -> int:
         return self._reads.num_bytes
 

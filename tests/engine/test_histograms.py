@@ -1,0 +1,64 @@
+"""Times of requests, as ranks count them for the histograms of /metrics."""
+
+from __future__ import annotations
+
+from pdlaunch.engine.histograms import Histograms
+from pdlaunch.protocol.engine import HistogramCounts
+from tests.engine.fake_engine import FakeEngine
+
+
+class Clock:
+    """Goes on by 1 s with every look."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+def histograms_of(engine: FakeEngine) -> Histograms:
+    engine.scheduler.requests.histograms = histograms = Histograms(Clock())
+    return histograms
+
+
+def count(found: HistogramCounts) -> int:
+    return sum(found.counts)
+
+
+def test_the_phases_of_a_request_add_up() -> None:
+    engine = FakeEngine()
+    shown = histograms_of(engine).shown().requests
+    engine.add("a", range(6), max_tokens=3)
+    engine.run()
+    # The clock was looked at on arrival, in the batch, and for each of three tokens.
+    sums = {name: found.sum for name, found in shown.items()}
+    assert sums["request_queue_time_seconds"] == 1
+    assert sums["request_prefill_time_seconds"] == 1
+    assert sums["request_decode_time_seconds"] == 2
+    assert sums["request_inference_time_seconds"] == 3
+    assert sums["request_time_per_output_token_seconds"] == 1
+    assert sums["request_prefill_kv_computed_tokens"] == 6
+    assert sums["iteration_tokens_total"] == 6 + 2
+    assert {count(shown[name]) for name in shown if name.startswith("request_")} == {1}
+    assert count(shown["iteration_tokens_total"]) == 3
+
+
+def test_a_request_that_never_ran_took_no_time() -> None:
+    engine = FakeEngine(max_num_seqs=1)
+    shown = histograms_of(engine).shown().requests
+    engine.add("a", range(6), max_tokens=3)
+    engine.add("b", range(6), max_tokens=3)
+    engine.scheduler.requests.abort("b")
+    engine.run()
+    assert count(shown["request_queue_time_seconds"]) == 1
+
+
+def test_one_token_has_no_time_between_tokens() -> None:
+    engine = FakeEngine()
+    shown = histograms_of(engine).shown().requests
+    engine.add("a", range(6), max_tokens=1)
+    engine.run()
+    assert count(shown["request_time_per_output_token_seconds"]) == 0
+    assert count(shown["request_decode_time_seconds"]) == 1
