@@ -36,6 +36,7 @@ from pdlaunch.protocol.control import (
     Drain,
     Drained,
     FromSupervisor,
+    Happened,
     Progress,
     Ready,
     Register,
@@ -314,7 +315,7 @@ class RankProcess:
                 self._control.send(Drained())
             case Stop():
                 self._stopped = True
-            case Suspects() | Restarting():
+            case Suspects() | Restarting() | Happened():
                 pass  # said to routers alone
 
     def _on_control(self, message: FromSupervisor) -> None:

@@ -268,7 +268,17 @@ class Restarting(Message):
     error: str = ""
 
 
-FromSupervisor = Registry | Suspects | Drain | Stop | Restarting
+class Happened(Message):
+    """Tells the router what the supervisor has told people: a death, a restart, a drain."""
+
+    text: str
+    ago_s: float = 0.0
+    prefill: str = ""
+    decode: str = ""
+    """The engines of a pair that has failed."""
+
+
+FromSupervisor = Registry | Suspects | Drain | Stop | Restarting | Happened
 
 to_supervisor: Codec[ToSupervisor] = Codec(ToSupervisor)
 from_supervisor: Codec[FromSupervisor] = Codec(FromSupervisor)

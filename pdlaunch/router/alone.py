@@ -111,7 +111,7 @@ class LoneRouter:
 
     def _follow_engines(self) -> list[asyncio.Task[None]]:
         spec, drain_s = self._spec, self._router_spec.drain_timeout_s
-        works = [follow(self._membership, self._state)]
+        works = [follow(self._membership, self._state), self._router.view.run()]
         for member in spec.engines:
             if member.url.startswith(DNS):
                 works.append(DnsSource(member, self._membership, drain_s).run())

@@ -46,7 +46,6 @@ from pdlaunch.http.headers import (
 )
 from pdlaunch.http.ignored_fields import IgnoredFields
 from pdlaunch.http.large_inputs import LARGE_BODY_BYTES, LargeInputs
-from pdlaunch.http.openapi import Operation
 from pdlaunch.http.sse import ClientStream, EventStream
 from pdlaunch.observe.metrics import METRICS_CONTENT_TYPE
 from pdlaunch.process.bootstrap import RouterSpec
@@ -63,6 +62,7 @@ from pdlaunch.router.client_request import (
     Endpoint,
     read_client_request,
 )
+from pdlaunch.router.deployment_view import DeploymentView
 from pdlaunch.router.engine import EngineKey
 from pdlaunch.router.engine_client import EngineFailure
 from pdlaunch.router.generation import ChunkSink, Generation
@@ -104,6 +104,7 @@ class RouterApp:
         self._state = state
         self._started = int(time.time())
         self.admission = Admission(spec.max_queued_requests, _shutting_down)
+        self.view = DeploymentView(state, self.admission, spec.served_model_name)
         self._deadlines = Deadlines(
             spec.request_timeout_s, _shutting_down, retry_after_s=RETRY_AFTER_S
         )
@@ -128,9 +129,7 @@ class RouterApp:
                 AppRoute("POST", "/detokenize", self._proxied, None, DETOKENIZE_OPERATION),
                 *health_routes(self._health),
                 AppRoute("GET", "/metrics", self._metrics, None, METRICS_OPERATION),
-                AppRoute(
-                    "GET", "/pdlaunch/status", self._status, None, Operation("List the engines.")
-                ),
+                *self.view.routes(),
                 *self.book.routes(),
                 *(
                     route._replace(check_key=check_admin_key)
@@ -163,6 +162,7 @@ class RouterApp:
         Waits at most ``CLOSE_TIMEOUT_S`` for the last client to be told.
         """
         self._deadlines.close()
+        await self.view.close()
         if not await self.admission.drain(CLOSE_TIMEOUT_S):
             logger.warning(
                 "%d requests could not be told that the router leaves", self.admission.in_flight
@@ -328,47 +328,9 @@ class RouterApp:
 
     async def _health(self, _: web.Request) -> web.Response:
         """Answer 200 once the launch is ready, while some engine can serve and the door is open."""
-        pool = self._state.pool
-        engines = pool.engines
-        status = (
-            "starting"
-            if not pool.serving
-            else "ok"
-            if any(engine.ready for engine in engines)
-            else "unavailable"
-        )
-        if self.admission.is_draining:
-            status = "draining"
+        status, engines = self.view.state(), self._state.pool.engines
         body = {"status": status, "engines": {engine.name: engine.state for engine in engines}}
         return json_response(body, status=200 if status == "ok" else 503)
-
-    async def _status(self, _: web.Request) -> web.Response:
-        """List the engines and where they answer, and their pairs, for `pdlaunch smoke` and
-        people.
-        """
-        engines = [
-            {
-                "name": engine.name,
-                "role": engine.role,
-                "kind": engine.capabilities.kind,
-                "version": engine.capabilities.version,
-                "url": engine.url,
-                "state": engine.state,
-                "reason": engine.reason,
-                "streams": engine.num_streams,
-            }
-            for engine in self._state.pool.engines
-        ]
-        pairs = [
-            {
-                "prefill": pair.peer,
-                "decode": pair.local,
-                "path": pair.path,
-                "gigabytes_per_s": pair.gigabytes_per_s,
-            }
-            for pair in self._state.pool.pairs
-        ]
-        return json_response({"engines": engines, "pairs": pairs, "doubts": self._state.doubts()})
 
     async def _metrics(self, _: web.Request) -> web.Response:
         """Answer with the router's metrics and those of all engines."""

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import CounterMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 
 from pdlaunch.observe.histograms import INTER_TOKEN_BUCKETS_S
 from pdlaunch.observe.metrics import RequestMetrics, render_metrics
@@ -184,6 +185,11 @@ class RouterMetrics:
 
     def lost_stream(self, reason: str) -> None:
         self._lost_streams.labels(reason).inc()
+
+    def samples(self, names: Collection[str]) -> Iterator[Sample]:
+        """Yield the samples of these names as they are now."""
+        for metric in self._registry.restricted_registry(list(names)).collect():
+            yield from metric.samples
 
     def text(self) -> bytes:
         """Return the metrics in Prometheus's text format."""

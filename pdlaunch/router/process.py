@@ -21,6 +21,7 @@ from pdlaunch.process.run_dirs import ADMIN_SOCKET, LaunchCard
 from pdlaunch.protocol.control import (
     Drain,
     Drained,
+    Happened,
     Ready,
     Registry,
     Restarting,
@@ -79,6 +80,7 @@ class RouterProcess:
         await runner.setup()
         self._supervised.register(self._url)
         self._supervised.spawn(follow(self._membership, self._state))
+        self._supervised.spawn(self._router.view.run())
         obeying = asyncio.ensure_future(self._obey())
         try:
             # Clients who waited for this router are not to hear that the deployment starts.
@@ -110,6 +112,10 @@ class RouterProcess:
             match await self._supervised.inbox.get():
                 case Registry() as registry:
                     self._membership.announce(registry)
+                case Happened() as told if told.prefill:
+                    self._state.pair_failed(told.prefill, told.decode, told.text, told.ago_s)
+                case Happened(text=text, ago_s=ago_s):
+                    self._state.events.add("launch", "", text, is_bad=False, ago_s=ago_s)
                 case Restarting() as answer:
                     self._link.answered(answer)
                 case Suspects() as suspects:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,14 +17,17 @@ from pdlaunch.errors import KillsEngineError
 from pdlaunch.http.headers import ORIGIN_HEADER, format_origin
 from pdlaunch.protocol.control import PairSuspect, Registry, Suspects
 from pdlaunch.protocol.ids import PromptOrigin
+from pdlaunch.protocol.status import Doubt
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import EngineClient
+from pdlaunch.router.event_log import EventLog
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
 
 logger = logging.getLogger(__name__)
 
 SETTLE_TIMEOUT_S = 2.0
+MAX_PAIR_FAILURES = 1000
 DEATH_NEWS_S = 1.0
 """Seconds that the supervisor may take to tell of a death that an engine's server has spoken of."""
 
@@ -109,6 +113,9 @@ class RouterState:
         self.metrics = metrics
         self.recovery = recovery
         self.suspects = SuspectBook()
+        self.events = EventLog(time.time)
+        self.pair_failures: dict[tuple[str, str], str] = {}
+        """Why a prefill and a decode engine could not work together the last time."""
         self._changed = asyncio.Event()
         self._has_registry = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -116,6 +123,7 @@ class RouterState:
     def update(self, registry: Registry) -> None:
         """Take over a registry and wake the requests that wait for an engine."""
         self.pool.update(registry)
+        self.events.engines_changed(registry, self.pool.engines)
         for pair in registry.pairs:
             self._doubts.pop((pair.peer, pair.local), None)
         self.metrics.show_pairs(registry.pairs)
@@ -137,6 +145,7 @@ class RouterState:
         logger.warning("%s -> %s: %s", prefill.name, decode.name, error)
         self.metrics.recomputed(prefill.name, decode.name)
         self._doubts[prefill.name, decode.name] = error
+        self.pair_failed(prefill.name, decode.name, error)
         self.pool.doubt(prefill, decode)
         self._doubt(
             PairSuspect(
@@ -147,10 +156,18 @@ class RouterState:
             )
         )
 
-    def doubts(self) -> list[dict[str, str]]:
+    def pair_failed(self, prefill: str, decode: str, error: str, ago_s: float = 0.0) -> None:
+        """Note that blocks of one engine could not be used by another one."""
+        self.events.add("pair", f"{prefill} -> {decode}", error, is_bad=True, ago_s=ago_s)
+        self.pair_failures.pop((prefill, decode), None)
+        self.pair_failures[prefill, decode] = error
+        if len(self.pair_failures) > MAX_PAIR_FAILURES:
+            del self.pair_failures[next(iter(self.pair_failures))]
+
+    def doubts(self) -> list[Doubt]:
         """Return the pairs that have to be proven again, and why."""
         return [
-            {"prefill": prefill, "decode": decode, "error": error}
+            Doubt(prefill=prefill, decode=decode, error=error)
             for (prefill, decode), error in self._doubts.items()
         ]
 

@@ -23,6 +23,7 @@ from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S, Supervised
 from pdlaunch.protocol.control import (
     Drain,
     Drained,
+    Happened,
     Progress,
     Ready,
     Registry,
@@ -115,7 +116,7 @@ class ServerProcess:
                     return
                 case PdlaunchError() as error:
                     raise error
-                case Suspects() | Restarting():
+                case Suspects() | Restarting() | Happened():
                     pass  # said to routers alone
 
     async def _find_rank(self, registry: Registry) -> None:

@@ -25,6 +25,7 @@ from pdlaunch.protocol.control import (
     Drain,
     Drained,
     Entry,
+    Happened,
     PairFailed,
     PairReady,
     PairSuspect,
@@ -216,7 +217,7 @@ class SidecarProcess:
                     return
                 case PdlaunchError() as error:
                     raise error
-                case Suspects() | Restarting():
+                case Suspects() | Restarting() | Happened():
                     pass  # said to routers alone
 
     def _prove_pairs(self, registry: Registry) -> None:

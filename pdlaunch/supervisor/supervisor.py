@@ -36,6 +36,7 @@ from pdlaunch.supervisor.events import Event, StopRequested
 from pdlaunch.supervisor.failure import Failure, startup_timeout
 from pdlaunch.supervisor.hangs import HangLimits, HangWatch
 from pdlaunch.supervisor.instance import Instance
+from pdlaunch.supervisor.notes import Notes
 from pdlaunch.supervisor.processes import LaunchProcesses
 from pdlaunch.supervisor.registry import Pairs, RegistryVersions
 from pdlaunch.supervisor.restarts import RestartPolicy
@@ -87,6 +88,7 @@ class Supervisor:
         self._processes = LaunchProcesses(
             plan, host, bootstraps, clock, startup_timeout_s=timing.startup_timeout_s
         )
+        self._notes = Notes(observer, host, self._processes, clock)
         self._registry = RegistryVersions()
         self._pairs = Pairs(plan, kind)
         self._deaths = Deaths(
@@ -98,7 +100,7 @@ class Supervisor:
             clock,
             start=self._processes.spawn,
             fail=self._fail,
-            note=self._note,
+            note=self._notes.add,
         )
         self._restarts = EngineRestarts(
             host,
@@ -231,13 +233,13 @@ class Supervisor:
                 self._on_pair_failed(instance, message)
             case PairSuspect():
                 if self._pairs.suspect(message):
-                    self._note(
+                    self._notes.add(
                         f"{message.local} has to prove its path to {message.peer} again: "
                         f"{message.error}"
                     )
             case SleepState():
                 instance.sleep_state = message.state
-                self._note(f"{name} is {message.state}")
+                self._notes.add(f"{name} is {message.state}")
             case Drained():
                 if self._shutdown is not None:
                     self._shutdown.drained(name)
@@ -258,6 +260,8 @@ class Supervisor:
         instance.registration = message
         # It needs the registry now, and not with the next change.
         self._host.send(instance.name, self._registry.current)
+        if instance.spec.kind == "router":
+            self._notes.repeat(instance.name)
 
     def _on_ready(self, instance: Instance, message: Ready) -> None:
         instance.info = message.info
@@ -269,7 +273,7 @@ class Supervisor:
             unit.ready_at = self._clock()
             unit.kill_at = None
             if unit.incarnation > 1:
-                self._note(f"{unit.name} is ready again (incarnation {unit.incarnation})")
+                self._notes.add(f"{unit.name} is ready again (incarnation {unit.incarnation})")
             self._deaths.ready(unit)
 
     def _on_failed(self, instance: Instance, error: str) -> None:
@@ -308,7 +312,11 @@ class Supervisor:
                 )
             )
         else:
-            self._note(f"{instance.name} cannot reach {pair.peer}: {pair.error}")
+            self._notes.add(
+                f"{instance.name} cannot reach {pair.peer}: {pair.error}",
+                prefill=pair.peer.partition("/")[0],
+                decode=instance.spec.engine,
+            )
 
     # Deaths
 
@@ -357,14 +365,14 @@ class Supervisor:
     def _on_stop(self, event: StopRequested) -> None:
         reason = event.reason or signal.Signals(event.signal_number).name
         if self._shutdown is not None:
-            self._note(f"{reason}, while stopping: not waiting any longer")
+            self._notes.add(f"{reason}, while stopping: not waiting any longer")
             self._shutdown.hurry()
             return
         self.stop_signal = event.signal_number
         drain_s = self._timing.grace.drain_s
         drain = self._phase is LaunchPhase.READY and drain_s > 0
         wait = f"running requests get up to {drain_s:g} s, a second Ctrl-C skips that"
-        self._note(f"{reason}: {wait if drain else 'stopping'}")
+        self._notes.add(f"{reason}: {wait if drain else 'stopping'}")
         self._begin_shutdown(drain=drain)
 
     def _begin_shutdown(self, *, drain: bool) -> None:
@@ -404,7 +412,3 @@ class Supervisor:
         self._observer.changed(self.status())
         if becomes_ready:
             self._observer.ready(self.status())
-
-    def _note(self, text: str) -> None:
-        logger.info("%s", text)
-        self._observer.note(text)

@@ -308,8 +308,13 @@ def test_they_still_do_after_a_restart_of_the_router(doors: Doors) -> None:
 def test_status_hands_out_no_key(doors: Doors) -> None:
     status, text = ask("GET", f"{doors.router}/pdlaunch/status", Authorization=bearer(CLIENT))
     assert status == 200
-    names = {name for engine in json.loads(text)["engines"] for name in engine}
-    assert names == {"name", "role", "kind", "version", "url", "state", "reason", "streams"}
+    engines = json.loads(text)["engines"]
+    assert {name for engine in engines for name in engine} == {
+        *("name", "role", "kind", "version", "url", "host", "state", "reason", "streams"),
+        *("load", "prompt_tokens", "reading"),
+    }
+    for key in (CLIENT, OTHER_ROUTER):
+        assert key not in text
     assert ask("GET", f"{doors.router}/pdlaunch/status")[0] == 401
 
 

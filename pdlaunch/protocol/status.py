@@ -1,0 +1,183 @@
+"""Defines what ``GET /pdlaunch/status`` and each line of ``/pdlaunch/stream`` say of a deployment.
+
+Shares and usages go from 0 to 1, null stands for what is not known. No text of a prompt or of an
+answer is in it, and no key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import msgspec
+
+DeploymentState = Literal["starting", "ok", "unavailable", "draining"]
+EventKind = Literal["engine", "launch", "pair", "pull"]
+
+
+class CacheHits(msgspec.Struct, frozen=True, kw_only=True):
+    """Tells which share of the prompt tokens of the last minute came from which tier."""
+
+    device: float
+    host: float
+    remote: float
+
+
+class PullTotals(msgspec.Struct, frozen=True, kw_only=True):
+    """Counts the pulls of an engine since its start."""
+
+    done: int
+    num_bytes: int
+    failed: int
+    refused: int
+    """Pulls whose hashes or checksums differed; nothing of them was used."""
+    recomputed: int
+    """Prompts that were computed again after failed pulls."""
+
+
+class EngineReading(msgspec.Struct, frozen=True, kw_only=True):
+    """Tells what an engine's own metrics said when they were last read."""
+
+    age_s: float
+    """Seconds since they were read."""
+    running: int
+    waiting: int
+    kv_usage: float
+    host_usage: float | None
+    """Of the host tier; null without one."""
+    prompt_tokens_per_s: float
+    output_tokens_per_s: float
+    pulled_bytes_per_s: float
+    pull_gigabytes_per_s: float | None
+    """Speed of the last minute's pulls while they ran; null without any."""
+    cache: CacheHits | None
+    """Null while no prompt has come for a minute."""
+    pulls: PullTotals
+    preemptions: int
+    leased_requests: int
+    """Finished prefills whose blocks wait for a decode engine."""
+
+
+class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """Describes one engine as the router sees it."""
+
+    name: str
+    role: str | None
+    kind: str
+    version: str
+    url: str
+    host: str
+    """The host of its URL."""
+    state: str
+    """``ready``, or why it is given no work."""
+    reason: str
+    """The reason why it has ``failed``, and what comes next."""
+    streams: int
+    load: int
+    """Pieces of work that it has been given and not ended."""
+    prompt_tokens: int
+    """Estimated tokens of the prompts that it works on."""
+    reading: EngineReading | None = None
+    """Null until its metrics have been read."""
+
+
+class GoneEngine(msgspec.Struct, frozen=True, kw_only=True):
+    """Names an engine that has left the registry in the last minutes: it died, or was removed."""
+
+    name: str
+    role: str | None
+    gone_s: float
+
+
+class PairStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """Describes the path from one prefill engine to one decode engine."""
+
+    prefill: str
+    decode: str
+    path: str
+    gigabytes_per_s: float | None
+    """The speed that was measured when the path was proven: that of the slowest ranks."""
+    other_paths: dict[str, str]
+    """Speeds of the other paths, or why they cannot be used."""
+    pulls: int
+    """Pulls since the start of the decode engine that ended well."""
+    num_bytes: int
+    bytes_per_s: float
+    """Of the last ten seconds."""
+    pull_gigabytes_per_s: float | None
+    """Speed of the last minute's pulls while they ran; null without any."""
+    last_failure: str
+    """Empty without one."""
+
+
+class Doubt(msgspec.Struct, frozen=True, kw_only=True):
+    """Names a pair that is not used until it has been proven again."""
+
+    prefill: str
+    decode: str
+    error: str
+
+
+class StatusEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """Tells what has happened: a death, a restart, a refused pull."""
+
+    at: float
+    """Unix time in seconds."""
+    kind: EventKind
+    name: str
+    """The engine or pair; empty for the launch."""
+    text: str
+    is_bad: bool
+
+
+class Percentiles(msgspec.Struct, frozen=True, kw_only=True):
+    """Holds times in milliseconds, estimated from the buckets of a histogram."""
+
+    p50: float
+    p95: float
+
+
+class Rates(msgspec.Struct, frozen=True, kw_only=True):
+    """Tells what clients saw in a span of time that ended ``at``."""
+
+    at: float
+    """Unix time in seconds."""
+    span_s: float
+    requests_per_s: float
+    errors_per_s: float
+    """Refused and failed requests, without those whose client left."""
+    prompt_tokens_per_s: float
+    output_tokens_per_s: float
+    first_token_ms: Percentiles | None
+    """Null where no answer has begun."""
+    inter_token_ms: Percentiles | None
+
+
+class DeploymentStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """Describes the whole deployment."""
+
+    at: float
+    """Unix time in seconds."""
+    version: str
+    model: str
+    state: DeploymentState
+    uptime_s: float
+    in_flight: int
+    """Prompts that are being answered."""
+    requests: int
+    """Answers that were finished since the router started."""
+    errors: int
+    engines: Sequence[EngineStatus]
+    gone: Sequence[GoneEngine]
+    pairs: Sequence[PairStatus]
+    num_pairs: int
+    """Proven pairs; those beyond the first 1,000 are left out of ``pairs``."""
+    doubts: Sequence[Doubt]
+    rates: Rates
+    """The last ten seconds."""
+    history: Sequence[Rates]
+    """The last five minutes, oldest first; a line of the stream has the newest alone, but for its
+    first.
+    """
+    events: Sequence[StatusEvent]
+    """The last 100, oldest first."""

@@ -1,0 +1,95 @@
+"""Keeps the last events of a deployment, for the status and the page."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from pdlaunch.protocol.control import Registry
+from pdlaunch.protocol.status import EventKind, GoneEngine, StatusEvent
+from pdlaunch.router.engine import Engine
+
+MAX_EVENTS = 100
+MAX_TEXT = 500
+"""Characters; what a dead process said may be longer."""
+GONE_S = 600.0
+MAX_GONE = 100
+
+
+class Seen(msgspec.Struct, frozen=True):
+    """Remembers of an engine what tells its next state apart."""
+
+    role: str | None
+    state: str
+
+
+class EventLog:
+    """Holds what has happened, and the engines that are gone. ``wall_clock`` tells Unix time."""
+
+    def __init__(self, wall_clock: Callable[[], float]) -> None:
+        self._wall_clock = wall_clock
+        self._events: deque[StatusEvent] = deque(maxlen=MAX_EVENTS)
+        self._seen: dict[str, Seen] = {}
+        self._gone: dict[str, tuple[str | None, float]] = {}
+
+    @property
+    def events(self) -> list[StatusEvent]:
+        """Return the events, oldest first."""
+        return list(self._events)
+
+    def add(
+        self, kind: EventKind, name: str, text: str, *, is_bad: bool, ago_s: float = 0.0
+    ) -> None:
+        """Keep an event that happened ``ago_s`` seconds ago."""
+        at = self._wall_clock() - ago_s
+        event = StatusEvent(at=at, kind=kind, name=name, text=text[:MAX_TEXT], is_bad=is_bad)
+        # What the supervisor tells a new router happened before what that one saw itself.
+        later = [self._events.pop() for _ in range(len(self._events)) if self._events[-1].at > at]
+        self._events.append(event)
+        self._events.extend(reversed(later))
+
+    def gone(self) -> list[GoneEngine]:
+        """Return the engines that have left in the last minutes and are not back."""
+        now = self._wall_clock()
+        self._gone = {
+            name: (role, at) for name, (role, at) in self._gone.items() if now - at < GONE_S
+        }
+        return [
+            GoneEngine(name=name, role=role, gone_s=now - at)
+            for name, (role, at) in self._gone.items()
+        ]
+
+    def engines_changed(self, registry: Registry, engines: Sequence[Engine]) -> None:
+        """Note each engine whose state is another one than in the registry before.
+
+        The start of a launch is no event: it would be one for each engine.
+        """
+        before, self._seen = (
+            self._seen,
+            {engine.name: Seen(engine.role, engine.state) for engine in engines},
+        )
+        for engine in engines:
+            name = engine.name
+            self._gone.pop(name, None)
+            known = before.get(name)
+            if known is not None and known.state == engine.state:
+                continue
+            if known is None and (not before or not registry.serving):
+                continue
+            reason = f": {engine.reason}" if engine.reason else ""
+            text = "is here" if known is None else f"was {known.state}"
+            self.add(
+                "engine",
+                name,
+                f"{engine.state} ({text}){reason}",
+                is_bad=engine.state in ("failed", "stalled")
+                or (known is not None and known.state == "ready" and engine.state == "starting"),
+            )
+        for name, seen in before.items():
+            if name not in self._seen:
+                self.add("engine", name, f"gone (was {seen.state})", is_bad=seen.state == "ready")
+                self._gone[name] = (seen.role, self._wall_clock())
+        while len(self._gone) > MAX_GONE:
+            del self._gone[next(iter(self._gone))]
