@@ -25,7 +25,8 @@ from pdlaunch.errors import ConfigError, PdlaunchError, StartupError
 from pdlaunch.platform.probe import probe_machine
 from pdlaunch.resolve.models import fetch_weights, read_models
 from pdlaunch.resolve.plan import Plan
-from pdlaunch.resolve.resolve import THIS_HOST, ResolvedLaunch, resolve
+from pdlaunch.resolve.planned_hosts import planned_hosts
+from pdlaunch.resolve.resolve import ResolvedLaunch, resolve_on
 
 __all__ = [
     "ConfigError",
@@ -156,7 +157,8 @@ class Launch:
 
 def _resolve(config: LoadedConfig) -> ResolvedLaunch:
     models = read_models(config.config, fetch_part)
-    return resolve(config.config, {THIS_HOST: probe_machine()}, os.environ, models)
+    hosts = planned_hosts(config.config, probe_machine(), os.environ)
+    return resolve_on(config.config, hosts, os.environ, models)
 
 
 def _child_settings(loaded: LoadedConfig) -> tuple[dict[str, object], dict[str, str]]:

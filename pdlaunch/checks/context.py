@@ -15,8 +15,9 @@ from pdlaunch.config.sources import Origin
 from pdlaunch.errors import ConfigError
 from pdlaunch.platform.engine_commands import EngineCommand, EngineFlags
 from pdlaunch.platform.facts import Fact, Machine, PortState
+from pdlaunch.resolve.hosts import DeviceKind
 from pdlaunch.resolve.resolve import ResolvedLaunch
-from pdlaunch.resolve.roles import Allocator, DeviceKind, RoleEngines
+from pdlaunch.resolve.roles import Allocator, RoleEngines
 
 Need = (
     Fact
@@ -120,11 +121,12 @@ class Context:
 
     @property
     def machine(self) -> Machine:
+        """The machine that is judged; rules that need facts of machines are asked for each."""
         return self.launch.machine
 
     @property
     def engines(self) -> Mapping[Role, RoleEngines]:
-        """The roles that have engines."""
+        """The roles that have engines, on the machine that is judged where that is one of many."""
         return self.launch.roles
 
     def given(self, path: str) -> bool:
@@ -147,7 +149,7 @@ class Context:
 
     def pair(self) -> tuple[RoleEngines, RoleEngines] | None:
         """Return the prefill and the decode side, where there are both."""
-        prefill, decode = self.engines.get("prefill"), self.engines.get("decode")
+        prefill, decode = self.launch.peers.get("prefill"), self.launch.peers.get("decode")
         return (prefill, decode) if prefill and decode else None
 
     def uses(self, connector: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pdlaunch.checks.context import Context
-from pdlaunch.checks.rule import MANY_HOSTS, Found, rule
+from pdlaunch.checks.rule import Found, rule
 from pdlaunch.platform.facts import PortState
 from pdlaunch.resolve.resolve import ListenAddress
 
@@ -75,19 +75,20 @@ def host_not_here(context: Context) -> Iterator[Found]:
     "error",
     fix="Give an address of this machine that the other hosts can reach.",
     source="vLLM: the side channel listens on localhost by default, and the first request hangs.",
-    waits_for=MANY_HOSTS,
 )
 def side_channel_unreachable(context: Context) -> Iterator[Found]:
-    """Peers on other hosts cannot reach the side channel.
+    """Peers on other hosts cannot reach a host.
 
-    A rank tells its peers where to ask for blocks. To a peer on another host, localhost and 0.0.0.0
-    mean its own machine: every pull fails.
+    Ranks and servers tell others where to ask. To a peer on another host, localhost and 0.0.0.0
+    mean its own machine: every pull fails. Where all hosts have such an address they are one
+    machine.
     """
-    num_hosts = len(context.launch.machines)
-    for engine in context.engines.values() if num_hosts > 1 else ():
-        if is_local_alone(engine.advertise_address):
-            message = f"ranks on {num_hosts} hosts are told to ask {engine.advertise_address}"
-            yield Found("side channel host", message)
+    hosts = [host for host in context.launch.hosts if host.advertise_address]
+    local = [host for host in hosts if is_local_alone(host.advertise_address)]
+    for host in local if len(local) < len(hosts) else ():
+        is_own = host is context.launch.hosts[0]
+        place = "control_address" if is_own else "hosts.advertise_address"
+        yield Found(place, f"others are told to reach {host.name} at {host.advertise_address}")
 
 
 @rule(

@@ -100,7 +100,7 @@ _Question = tuple[tuple[tuple[str, str], ...], str | None]
 
 
 def _question(engines: RoleEngines) -> _Question:
-    indices = engines.device_indices(0)
+    indices = engines.device_indices(0, 1)
     gpu = f"cuda:{indices[0]}" if indices else None
     return tuple(sorted(engines.environment.items())), "cpu" if engines.device == "cpu" else gpu
 

@@ -19,12 +19,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from pdlaunch.checks.context import Context, Need
+from pdlaunch.platform.facts import Fact
 
 Severity = Literal["error", "warning", "info"]
 
+_FACTS: frozenset[str] = frozenset(get_args(Fact))
 MANY_HOSTS = "launches over several hosts, which no setting makes yet"
 """What some rules wait for."""
 
@@ -76,6 +78,11 @@ class Rule:
     waits_for: str
     """What pdlaunch cannot do yet: until then the rule finds nothing. Empty for most rules."""
     check: Callable[[Context], Iterable[Found]]
+
+    @property
+    def is_of_machine(self) -> bool:
+        """It needs facts of a machine: of several hosts it judges each with the engines there."""
+        return not _FACTS.isdisjoint(self.needs)
 
 
 def rule(

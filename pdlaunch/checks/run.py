@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import get_args
 
 from pdlaunch.checks.context import Context, Need, Probes, make_context
@@ -64,18 +64,39 @@ def run_checks(
     Rules that need what was not probed are listed as not checked. ``serve`` calls with
     ``family="PD5"`` and the measured pairs after the handshake.
     """
-    context = make_context(launch, origins, probes)
+    whole = make_context(launch, origins, probes)
+    hosts = {
+        host.name: make_context(launch.on_host(host), origins, probes)
+        for host in (launch.engine_hosts if launch.spans_hosts else ())
+    }
     applied = [rule for rule in rules if rule.code.startswith(family)]
-    findings = [finding for rule in applied for finding in apply_rule(rule, context)]
+    findings: list[Finding] = []
+    not_checked: list[NotChecked] = []
+    for rule in applied:
+        contexts = hosts if rule.is_of_machine and hosts else {"": whole}
+        findings += _of_hosts({name: apply_rule(rule, one) for name, one in contexts.items()})
+        gaps = {
+            name: missing for name, one in contexts.items() if (missing := missing_facts(rule, one))
+        }
+        for name, missing in list(gaps.items())[:1]:
+            reason = contexts[name].missing[missing[0]]
+            on = f"{', '.join(gaps)}: " if name else ""
+            not_checked.append(NotChecked(rule.code, rule.title, missing, f"{on}{reason}"))
     findings.sort(key=lambda finding: (SEVERITIES.index(finding.severity), finding.rule))
-    not_checked = [
-        NotChecked(rule.code, rule.title, missing, context.missing[missing[0]])
-        for rule in applied
-        if (missing := missing_facts(rule, context))
-    ]
     return Report(
         tuple(findings), tuple(not_checked), tuple(applied), effective_values(launch, origins)
     )
+
+
+def _of_hosts(found: Mapping[str, Sequence[Finding]]) -> Iterator[Finding]:
+    """Yield what was found on hosts, once what several have in common; the message names them."""
+    hosts: dict[Finding, list[str]] = {}
+    for name, findings in found.items():
+        for finding in findings:
+            hosts.setdefault(finding, []).append(name)
+    for finding, names in hosts.items():
+        on = ", ".join(filter(None, names))
+        yield replace(finding, message=f"on {on}: {finding.message}") if on else finding
 
 
 def apply_rule(rule: Rule, context: Context) -> list[Finding]:

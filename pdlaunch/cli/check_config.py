@@ -38,7 +38,8 @@ from pdlaunch.engines.plan import kind_of
 from pdlaunch.errors import ConfigError
 from pdlaunch.platform.machine_file import AssumedMachine
 from pdlaunch.resolve.models import read_models, read_models_elsewhere
-from pdlaunch.resolve.resolve import THIS_HOST, resolve
+from pdlaunch.resolve.planned_hosts import planned_hosts
+from pdlaunch.resolve.resolve import resolve_on
 
 Format = Literal["table", "json", "github", "sarif", "junit"]
 Platform = Literal["cuda", "cpu"]
@@ -76,13 +77,14 @@ def check_config(
         refuse_running_engines(loaded.config)
         name = _assumed_name(assume, assume_platform, probe=probe)
         judged = judged_machine(name, loaded.config)
+        hosts = planned_hosts(loaded.config, judged.machine, judged.environ)
     except ConfigError as error:
         refuse_input(error, output, config)
     is_this = judged.assumed is None
     read = read_models if is_this else read_models_elsewhere
-    resolved = resolve(
+    resolved = resolve_on(
         loaded.config,
-        {THIS_HOST: judged.machine},
+        hosts,
         judged.environ,
         read(loaded.config, ShownDownloads(Console(stderr=True))),
     )

@@ -26,7 +26,8 @@ from pdlaunch.config.shown import ShownValue, changed_values, shown_values
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError
 from pdlaunch.resolve.effective import effective_settings
-from pdlaunch.resolve.resolve import THIS_HOST, resolve
+from pdlaunch.resolve.planned_hosts import planned_hosts
+from pdlaunch.resolve.resolve import resolve_on
 
 _REFERENCE_HEAD = """\
 # Settings
@@ -91,6 +92,7 @@ def show(
     try:
         loaded = load_config(config, os.environ, flags)
         judged = judged_machine(assume, loaded.config)
+        hosts = planned_hosts(loaded.config, judged.machine, judged.environ)
     except ConfigError as error:
         Console(file=sys.stderr, soft_wrap=True).print(
             Text(f"error: {safe(str(error))}", style="red")
@@ -99,7 +101,7 @@ def show(
     if changed:
         values = changed_values(loaded)
     else:
-        resolved = resolve(loaded.config, {THIS_HOST: judged.machine}, judged.environ)
+        resolved = resolve_on(loaded.config, hosts, judged.environ)
         by_path = {item.path: item for item in shown_values(loaded)}
         by_path |= {item.path: item for item in effective_settings(resolved)}
         values = list(by_path.values())

@@ -30,7 +30,7 @@ from pdlaunch.errors import ConfigError
 from pdlaunch.platform.facts import LinkKind
 from pdlaunch.platform.gpu_links import read_gpu_links
 from pdlaunch.platform.memory_speed import measure_copy_gigabytes_per_s
-from pdlaunch.resolve.resolve import ResolvedLaunch, resolve
+from pdlaunch.resolve.resolve import ResolvedLaunch, resolve_on
 from pdlaunch.resolve.roles import Allocator
 from pdlaunch.supervisor.folders import new_launch_id
 from pdlaunch.supervisor.launch import check_platform, launch
@@ -133,7 +133,7 @@ def probe_transport(resolved: ResolvedLaunch) -> tuple[PairTransport, ...]:
     What keeps them from getting ready is the error of a pair. Raises ConfigError.
     """
     check_platform()
-    rehearsal = resolve(_rehearsal(resolved.config), resolved.machines, resolved.environ)
+    rehearsal = resolve_on(_rehearsal(resolved.config), resolved.hosts, resolved.environ)
     rehearsal.require_startable()
     with (
         tempfile.TemporaryDirectory(prefix="pdlaunch-probe-") as log_dir,

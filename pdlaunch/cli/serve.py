@@ -27,9 +27,10 @@ from pdlaunch.cli.preflight import judge_pairs, refuse_errors, refuse_running_en
 from pdlaunch.config.sources import LoadedConfig, load_config
 from pdlaunch.engines.plan import plan_processes
 from pdlaunch.errors import ConfigError, StartupError
-from pdlaunch.resolve.effective import effective_engines
+from pdlaunch.resolve.effective import effective_engines, effective_hosts
 from pdlaunch.resolve.models import fetch_weights, read_models
-from pdlaunch.resolve.resolve import THIS_HOST, ResolvedLaunch, resolve
+from pdlaunch.resolve.planned_hosts import planned_hosts
+from pdlaunch.resolve.resolve import ResolvedLaunch, resolve_on
 from pdlaunch.supervisor.folders import new_launch_id, new_log_dir
 from pdlaunch.supervisor.launch import LaunchOutcome, check_platform, launch
 from pdlaunch.supervisor.ports import check_engine_ports, listening
@@ -83,11 +84,19 @@ def serve(
         loaded = load_config(config, os.environ, flags)
         refuse_running_engines(loaded.config)
         judged = judged_machine(assume, loaded.config)
+        hosts = planned_hosts(loaded.config, judged.machine, judged.environ)
         downloads = ShownDownloads(errors)
         models = read_models(loaded.config, downloads)
-        resolved = resolve(loaded.config, {THIS_HOST: judged.machine}, judged.environ, models)
+        resolved = resolve_on(loaded.config, hosts, judged.environ, models)
         if not dry_run:
             check_platform()
+            if loaded.config.placement != "local":
+                raise ConfigError(
+                    "engines on other hosts can be planned, and not started yet",
+                    field="placement",
+                    value=loaded.config.placement,
+                    fix="add --dry-run, or leave placement out",
+                )
         resolved.require_startable()
         elsewhere = judged.assumed is not None
         refuse_errors(resolved, loaded.origins, errors, elsewhere=elsewhere)
@@ -168,7 +177,11 @@ def print_plan(resolved: ResolvedLaunch, output: Format) -> None:
     """Print what engines use, and each process with its command and environment; secrets masked."""
     shown = plan_processes(resolved).shown()
     if output == "json":
-        document = {"engines": effective_engines(resolved), **msgspec.to_builtins(shown)}
+        document = {
+            "engines": effective_engines(resolved),
+            "hosts": effective_hosts(resolved),
+            **msgspec.to_builtins(shown),
+        }
         sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(document)) + b"\n")
         sys.stdout.flush()
         return

@@ -29,6 +29,7 @@ from pdlaunch.config.field_types import (
     may_override,
     override,
 )
+from pdlaunch.config.hosts import HostAddress, Hosts, Placement, PlacementStrategy
 from pdlaunch.config.http_names import HostNames, Origins
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.config.model_files.hub import Revision
@@ -48,7 +49,13 @@ DEPLOYMENT = "Deployment"
 ROUTER = "Engines that run already"
 """The panel of flags that `pdlaunch router` alone has."""
 
+HOSTS = "Hosts"
+"""The panel of flags about launches over several hosts."""
+
+_HOSTS_HELP = "Names of the hosts that engines are placed on; `local` is this one."
+
 DEFAULT_MODEL = "smollm2"
+MIN_AGENT_TIMEOUT_S = 2.0
 MIN_HANG_TIMEOUT_S = 5.0
 MAX_PORT = 65535
 
@@ -135,6 +142,9 @@ class EngineSettings(FrozenModel):
     )
     num_threads: int | None = Field(
         None, gt=0, description="CPU threads of a rank; an even share of the cores when unset."
+    )
+    hosts_per_engine: Annotated[int, Flag()] = Field(
+        1, gt=0, le=1024, description="Hosts that the ranks of one engine are spread over."
     )
     engine: Annotated[EngineName, Flag()] = Field(
         "native", description="What computes: `native`, this project's own engine, or `vllm`."
@@ -324,6 +334,46 @@ class LaunchConfig(SharedSettings, EngineSettings):
             "`http://10.0.0.0/24:8000-8100`; none when empty."
         ),
     )
+    placement: Annotated[Placement, Flag(panel=HOSTS)] = Field(
+        "local",
+        description="`local` starts all on this host, `hosts` on those of `hosts`, whose agents "
+        "join.",
+    )
+    hosts: Annotated[Hosts, Flag(panel=HOSTS, metavar="NAMES", help=_HOSTS_HELP)] = Field(
+        (),
+        description=(
+            "Hosts that engines are placed on: `[{name, bind_address, advertise_address, roles, "
+            "domain, machine}]`, or names; `local` is this one."
+        ),
+    )
+    placement_strategy: Annotated[PlacementStrategy, Flag(panel=HOSTS)] = Field(
+        "pack",
+        description="`pack` fills hosts in turn, so that pairs share one; `spread` takes the "
+        "emptiest.",
+    )
+    control_address: Annotated[HostAddress | None, Flag(panel=HOSTS)] = Field(
+        None,
+        description=(
+            "Address of this host at which the others reach the supervisor; that of the default "
+            "route when unset."
+        ),
+    )
+    control_port: Annotated[int, Flag(panel=HOSTS)] = Field(
+        0, ge=0, le=MAX_PORT, description="Port at which agents join; 0 picks a free one."
+    )
+    join_file: Annotated[str | None, Flag(panel=HOSTS, metavar="FILE")] = Field(
+        None,
+        min_length=1,
+        description="File that `pdlaunch agent --join` reads; in the folder of the logs if unset.",
+    )
+    join_timeout_s: Annotated[float, Flag("join-timeout", HOSTS)] = Field(
+        300.0, gt=0, description="Time for the agents of all hosts to join."
+    )
+    agent_timeout_s: Annotated[float, Flag("agent-timeout", HOSTS)] = Field(
+        20.0,
+        ge=MIN_AGENT_TIMEOUT_S,
+        description="An agent that hears nothing of its supervisor for so long ends its processes.",
+    )
     log_dir: Annotated[str | None, Flag(panel=DEPLOYMENT, metavar="DIR")] = Field(
         None,
         description=(
@@ -362,6 +412,18 @@ class LaunchConfig(SharedSettings, EngineSettings):
     @classmethod
     def _can_tell_engines_apart(cls, value: tuple[RunningEngine, ...]) -> tuple[RunningEngine, ...]:
         return tuple(named(value))
+
+    @model_validator(mode="after")
+    def _has_hosts_to_place_on(self) -> Self:
+        if self.placement == "hosts" and not self.hosts:
+            message = (
+                "placement is hosts, and there is none: name them, as in --hosts node-1,node-2"
+            )
+            raise PydanticCustomError("hosts", message, {"field": "hosts"})
+        if self.placement == "local" and self.hosts:
+            message = "hosts are named, and placement is local: set placement to hosts"
+            raise PydanticCustomError("hosts", message, {"field": "placement"})
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -14,7 +14,7 @@ from pdlaunch.checks.rule import Rule
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.protocol.control import Capabilities
 from pdlaunch.resolve.plan import ProcessSpec
-from pdlaunch.resolve.roles import RoleEngines
+from pdlaunch.resolve.roles import PlacedEngine
 
 OF_RUNNING_ENGINES = frozenset(
     rule.code for rule in vars(deployment_rules).values() if isinstance(rule, Rule)
@@ -28,8 +28,8 @@ class EngineKind(Protocol):
     name: str
     """The word for the kind in settings."""
 
-    def processes(self, engines: RoleEngines, index: int) -> Sequence[ProcessSpec]:
-        """Plan the processes of one engine on the host that its role runs on.
+    def processes(self, engine: PlacedEngine) -> Sequence[ProcessSpec]:
+        """Plan the processes of one engine on the hosts that it was placed on.
 
         One of them is a ``server`` with the engine's name: it registers the URL that the router
         uses, and says Ready, Drained and the like for an engine that cannot speak for itself.

@@ -11,7 +11,7 @@ from pdlaunch.checks.rule import Rule
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.protocol.control import Capabilities
 from pdlaunch.resolve.plan import ProcessSpec
-from pdlaunch.resolve.roles import RoleEngines
+from pdlaunch.resolve.roles import PlacedEngine
 
 _OF_ALL_KINDS = ("PD610", "PD615")
 
@@ -21,41 +21,40 @@ class NativeEngine:
 
     name = "native"
 
-    def processes(self, engines: RoleEngines, index: int) -> Sequence[ProcessSpec]:
+    def processes(self, engine: PlacedEngine) -> Sequence[ProcessSpec]:
         """Plan the ranks of one engine, then its server."""
-        name = engines.engine_name(index)
-        devices = engines.device_indices(index)
+        name, role = engine.name, engine.engines.role
         ranks = [
             ProcessSpec(
                 name=f"{name}/rank-{tp_rank}",
                 kind="rank",
                 unit=f"{name}/ranks",
                 engine=name,
-                role=engines.role,
+                role=role,
                 tp_rank=tp_rank,
-                tp_size=engines.tp_size,
-                host=engines.host,
+                tp_size=share.engines.tp_size,
+                host=share.host.name,
                 command=python_command("pdlaunch.engine", "--name", f"{name}/rank-{tp_rank}"),
-                environment=dict(engines.environment),
+                environment=dict(share.engines.environment),
                 ports={"side_channel": 0},
-                devices=(f"cuda:{devices[tp_rank]}",) if devices else ("cpu",),
-                num_threads=engines.num_threads,
-                cpus=engines.machine.cpus,
+                devices=(device,),
+                num_threads=share.engines.num_threads,
+                cpus=share.host.machine.cpus,
             )
-            for tp_rank in range(engines.tp_size)
+            for tp_rank, (share, device) in enumerate(engine.shares_by_rank())
         ]
         server = ProcessSpec(
             name=name,
             kind="server",
             unit=name,
             engine=name,
-            role=engines.role,
-            tp_size=engines.tp_size,
-            host=engines.host,
+            role=role,
+            tp_size=engine.engines.tp_size,
+            host=engine.host.name,
             command=python_command("pdlaunch.server", "--name", name),
             environment=light_environment(),
-            ports={"http": engines.http_port(index)},
-            cpus=engines.machine.cpus,
+            ports={"http": engine.engines.http_port(engine.index)},
+            cpus=engine.host.machine.cpus,
         )
         return (*ranks, server)
 

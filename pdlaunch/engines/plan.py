@@ -8,6 +8,7 @@ from pdlaunch.engines.native import NativeEngine, light_environment, python_comm
 from pdlaunch.engines.vllm import CAPABILITIES as VLLM_CAPABILITIES
 from pdlaunch.engines.vllm import VllmEngine
 from pdlaunch.protocol.control import Capabilities
+from pdlaunch.resolve.hosts import ResolvedHost
 from pdlaunch.resolve.plan import Plan, ProcessSpec
 from pdlaunch.resolve.resolve import ResolvedLaunch
 
@@ -32,26 +33,21 @@ def capabilities_over_http(kind: EngineName) -> Capabilities:
 
 def plan_processes(launch: ResolvedLaunch) -> Plan:
     """Plan every process; ranks come first, because they take longest to start."""
-    kind, cpus = kind_of(launch), launch.machine.cpus
-    engines = [
-        process
-        for role in launch.roles.values()
-        for index in range(role.replicas)
-        for process in kind.processes(role, index)
-    ]
+    kind, here = kind_of(launch), launch.hosts[0]
+    engines = [process for engine in launch.engines for process in kind.processes(engine)]
     return Plan(
         conversions=tuple(
-            _conversion(cpus, index, model) for index, model in enumerate(launch.conversions)
+            _conversion(here, index, model) for index, model in enumerate(launch.conversions)
         ),
         processes=(
             *(process for process in engines if process.kind != "server"),
             *(process for process in engines if process.kind == "server"),
-            _router(launch.config.port, cpus),
+            _router(launch.config.port, here),
         ),
     )
 
 
-def _router(port: int, cpus: tuple[int, ...]) -> ProcessSpec:
+def _router(port: int, here: ResolvedHost) -> ProcessSpec:
     return ProcessSpec(
         name="router",
         kind="router",
@@ -59,11 +55,12 @@ def _router(port: int, cpus: tuple[int, ...]) -> ProcessSpec:
         command=python_command("pdlaunch.router", "--name", "router"),
         environment=light_environment(),
         ports={"http": port},
-        cpus=cpus,
+        host=here.name,
+        cpus=here.machine.cpus,
     )
 
 
-def _conversion(cpus: tuple[int, ...], index: int, source: str) -> ProcessSpec:
+def _conversion(here: ResolvedHost, index: int, source: str) -> ProcessSpec:
     name = f"convert-{index}"
     return ProcessSpec(
         name=name,
@@ -77,5 +74,6 @@ def _conversion(cpus: tuple[int, ...], index: int, source: str) -> ProcessSpec:
             "--traceback",
         ),
         environment={"PYTHONUNBUFFERED": "1"},
-        cpus=cpus,
+        host=here.name,
+        cpus=here.machine.cpus,
     )

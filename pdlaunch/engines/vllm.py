@@ -20,7 +20,7 @@ from pdlaunch.engines.kind import OF_RUNNING_ENGINES
 from pdlaunch.engines.native import light_environment, python_command
 from pdlaunch.protocol.control import Capabilities
 from pdlaunch.resolve.plan import ProcessSpec
-from pdlaunch.resolve.roles import RoleEngines
+from pdlaunch.resolve.roles import PlacedEngine, RoleEngines
 
 CAPABILITIES = Capabilities(
     kind="vllm", needs_proof=True, lease_s=30.0, has_own_fields=True, takes_launch_token=False
@@ -41,7 +41,7 @@ _SHARED_RULES = frozenset(
         "PD316",
         # The machine: GPUs, cores, files, ports.
         *("PD400", "PD410", "PD411", "PD412", "PD413", "PD415", "PD420", "PD421", "PD422"),
-        "PD450",
+        *("PD424", "PD450", "PD452", "PD453", "PD454", "PD455"),
         *("PD501", "PD505"),
     )
 )
@@ -69,10 +69,10 @@ class VllmEngine:
         self._served_model_name = served_model_name
         self._unverified = unverified
 
-    def processes(self, engines: RoleEngines, index: int) -> Sequence[ProcessSpec]:
+    def processes(self, engine: PlacedEngine) -> Sequence[ProcessSpec]:
         """Plan the sidecar of one engine; vLLM's own processes are its children."""
-        name = engines.engine_name(index)
-        devices = engines.device_indices(index)
+        engines, index, name = engine.engines, engine.index, engine.name
+        devices = engine.device_indices
         visible = (
             {"CUDA_VISIBLE_DEVICES": ",".join(str(device) for device in devices)} if devices else {}
         )

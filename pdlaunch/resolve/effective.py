@@ -17,6 +17,7 @@ def effective_values(launch: ResolvedLaunch, origins: Mapping[str, Origin]) -> d
     return {
         "config": shown_config(LoadedConfig(launch.config, origins)),
         "engines": effective_engines(launch),
+        "hosts": effective_hosts(launch),
         "host_tier_bytes": sum(
             engines.num_ranks * engines.host_tier_bytes for engines in launch.roles.values()
         ),
@@ -41,8 +42,9 @@ def effective_engines(launch: ResolvedLaunch) -> dict[str, dict[str, object]]:
             "replicas": engines.replicas,
             "tensor_parallel_size": engines.tp_size,
             "host": engines.host,
-            "bind_address": engines.bind_address,
-            "advertise_address": engines.advertise_address,
+            # Not known before the agents of other hosts have joined.
+            "bind_address": engines.bind_address or None,
+            "advertise_address": engines.advertise_address or None,
             "served_model_name": launch.served_model_name,
             "model_dir": engines.model.path,
             "block_size": engines.block_size,
@@ -55,6 +57,28 @@ def effective_engines(launch: ResolvedLaunch) -> dict[str, dict[str, object]]:
         }
         for role, engines in launch.roles.items()
     }
+
+
+def effective_hosts(launch: ResolvedLaunch) -> list[dict[str, object]]:
+    """Return each host of the launch, with the engines whose ranks run there and how many do."""
+    return [
+        {
+            "name": host.name,
+            "bind_address": host.bind_address or None,
+            "advertise_address": host.advertise_address or None,
+            "domain": host.domain,
+            "cpus": len(host.machine.cpus),
+            "memory_bytes": host.machine.memory_bytes,
+            "num_gpus": len(host.machine.gpus),
+            "ranks": {
+                engine.name: share.num_ranks
+                for engine in launch.engines
+                for share in engine.shares
+                if share.host is host
+            },
+        }
+        for host in launch.hosts
+    ]
 
 
 def effective_settings(launch: ResolvedLaunch) -> Iterator[ShownValue]:

@@ -7,6 +7,7 @@ from typing import Literal
 
 import msgspec
 
+from pdlaunch.config.hosts import LOCAL
 from pdlaunch.config.roles import Role
 
 _SECRET_WORDS = frozenset({"KEY", "APIKEY", "TOKEN", "SECRET", "PASSWORD"})
@@ -26,7 +27,7 @@ class ProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
     role: Role | None = None
     tp_rank: int = 0
     tp_size: int = 1
-    host: str = "localhost"
+    host: str = LOCAL
     command: tuple[str, ...] = ()
     environment: dict[str, str] = {}
     """Variables that are set over the supervisor's."""

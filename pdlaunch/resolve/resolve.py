@@ -5,21 +5,23 @@ Checks judge a ``ResolvedLaunch``, ``serve`` starts it, ``--dry-run`` and ``conf
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.config.hosts import LOCAL
 from pdlaunch.config.model_files.hub import not_cached
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import PAIR, Role
 from pdlaunch.errors import ConfigError
 from pdlaunch.platform.facts import Machine
 from pdlaunch.platform.visible_gpus import VISIBLE_DEVICES
+from pdlaunch.resolve.hosts import ResolvedHost, one_host
 from pdlaunch.resolve.models import Model, read_models
-from pdlaunch.resolve.roles import RoleEngines, resolve_roles
+from pdlaunch.resolve.roles import PlacedEngine, PlacedRoles, RoleEngines, resolve_roles
 
-THIS_HOST = "localhost"
+THIS_HOST = LOCAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,8 @@ class ListenAddress:
     port: int
     where: str
     """Dotted path of the setting that gives the port."""
+    on: str = LOCAL
+    """Name of the machine that listens."""
 
 
 @dataclass(frozen=True)
@@ -38,22 +42,61 @@ class ResolvedLaunch:
     """Holds one launch with every value that is derived for it."""
 
     config: LaunchConfig
-    machines: Mapping[str, Machine]
-    """The hosts that engines run on, by name."""
+    hosts: tuple[ResolvedHost, ...]
+    """The hosts of the launch, the supervisor's own first: the router runs there."""
     environ: Mapping[str, str]
     """The supervisor's environment."""
-    roles: Mapping[Role, RoleEngines]
-    """The roles that have engines."""
+    placed: PlacedRoles
+    whole: ResolvedLaunch | None = None
+    """The launch that this is the part of on one host; None: it is a whole one."""
+
+    @property
+    def roles(self) -> Mapping[Role, RoleEngines]:
+        """The roles that have engines."""
+        return self.placed.roles
+
+    @property
+    def engines(self) -> tuple[PlacedEngine, ...]:
+        """Every engine, with the hosts and devices of its ranks."""
+        return self.placed.engines
 
     @property
     def machine(self) -> Machine:
-        """The machine that all engines run on."""
-        return next(iter(self.machines.values()))
+        """The machine of the first host."""
+        return self.hosts[0].machine
+
+    @property
+    def engine_hosts(self) -> tuple[ResolvedHost, ...]:
+        """The hosts of the whole launch on which ranks run."""
+        launch = self.whole or self
+        return tuple(host for host in launch.hosts if host.name in launch.placed.by_host)
+
+    @property
+    def machines(self) -> Mapping[str, Machine]:
+        """The machines of the whole launch on which ranks run, by name."""
+        return {host.name: host.machine for host in self.engine_hosts}
+
+    @property
+    def spans_hosts(self) -> bool:
+        """Processes of the launch talk to others on other hosts."""
+        return len((self.whole or self).hosts) > 1
+
+    @property
+    def peers(self) -> Mapping[Role, RoleEngines]:
+        """The roles of the whole launch, of which a host may have some."""
+        return (self.whole or self).roles
+
+    def on_host(self, host: ResolvedHost) -> ResolvedLaunch:
+        """Return the part of this launch that runs on a host, which rules on machines judge."""
+        here = self.placed.by_host.get(host.name, {})
+        engines = tuple(engine for engine in self.engines if engine.host is host)
+        part = PlacedRoles(here, {host.name: here}, engines)
+        return replace(self, hosts=(host,), placed=part, whole=self)
 
     @property
     def has_pair(self) -> bool:
         """KV blocks go from prefill engines to decode engines."""
-        return self.roles.keys() >= set(PAIR)
+        return self.peers.keys() >= set(PAIR)
 
     @property
     def conversions(self) -> tuple[str, ...]:
@@ -66,18 +109,23 @@ class ResolvedLaunch:
         router = ListenAddress("router", self.config.host, self.config.port, "port")
         return (router, *self.engine_addresses)
 
+    def host(self, name: str) -> ResolvedHost:
+        """Return the host of that name."""
+        return next(host for host in self.hosts if host.name == name)
+
     @property
     def engine_addresses(self) -> tuple[ListenAddress, ...]:
         """The addresses of engines with a fixed port; others choose free ones and register them."""
         return tuple(
             ListenAddress(
-                f"server of {engines.engine_name(index)}",
-                engines.bind_address,
-                port,
-                f"{role}.port",
+                f"server of {engine.name}",
+                engine.host.bind_address,
+                engine.engines.ports[engine.index],
+                f"{engine.engines.role}.port",
+                engine.host.name,
             )
-            for role, engines in self.roles.items()
-            for index, port in enumerate(engines.ports)
+            for engine in self.engines
+            if engine.engines.ports
         )
 
     @property
@@ -115,14 +163,15 @@ class ResolvedLaunch:
                 fix="set prefill.replicas and decode.replicas, or both.replicas, to 1 or more",
             )
         _require_one_kind(self.roles.values())
+        for share in (share for engine in self.engines for share in engine.shares):
+            _require_devices(share.engines, share.num_ranks)
         for engines in self.roles.values():
-            _require_devices(engines)
             _require_allocator(engines)
             _require_length(engines)
 
     def after_conversion(self) -> ResolvedLaunch:
         """Resolve again, now that all models can be read. Raises ConfigError."""
-        launch = resolve(self.config, self.machines, self.environ) if self._pending else self
+        launch = resolve_on(self.config, self.hosts, self.environ) if self._pending else self
         launch.require_startable()
         return launch
 
@@ -132,10 +181,9 @@ class ResolvedLaunch:
         Only of a launch that can be started, and whose models have been converted.
         """
         specs = [
-            self._engine_spec(engines, index)
-            for engines in self.roles.values()
-            if engines.settings.engine == "native"
-            for index in range(engines.replicas)
+            self._engine_spec(engine)
+            for engine in self.engines
+            if engine.engines.settings.engine == "native"
         ]
         return {spec.name: spec for spec in specs}
 
@@ -143,23 +191,24 @@ class ResolvedLaunch:
     def _pending(self) -> list[RoleEngines]:
         return [engines for engines in self.roles.values() if engines.model.pending]
 
-    def _engine_spec(self, engines: RoleEngines, index: int) -> EngineSpec:
+    def _engine_spec(self, engine: PlacedEngine) -> EngineSpec:
+        engines = engine.engines
         assert engines.model.path is not None
         assert engines.footprint is not None
         return EngineSpec.of(
             self.config,
             engines.role,
             **engines.derived(),
-            name=engines.engine_name(index),
+            name=engine.name,
             model_dir=engines.model.path,
             served_model_name=self.served_model_name,
             activation_bytes=engines.footprint.activation_bytes,
             blocks_per_chunk=engines.footprint.blocks_per_chunk,
-            device_indices=engines.device_indices(index),
+            device_indices=engine.device_indices,
             tensor_parallel_size=engines.tp_size,
             bind_address=engines.bind_address,
             advertise_address=engines.advertise_address,
-            http_port=engines.http_port(index),
+            http_port=engines.http_port(engine.index),
         )
 
 
@@ -171,12 +220,22 @@ def resolve(
 ) -> ResolvedLaunch:
     """Resolve a configuration; never raises, what cannot be derived is None.
 
-    ``machines``: the hosts that engines run on, by name; one at least. ``environ``: the
-    supervisor's. ``models``: of each role with engines; read from disk when None.
+    ``machines``: the hosts that engines run on, by name, the supervisor's own first. ``environ``:
+    the supervisor's. ``models``: of each role with engines; read from disk when None.
     """
+    return resolve_on(config, one_host(machines, environ), environ, models)
+
+
+def resolve_on(
+    config: LaunchConfig,
+    hosts: Sequence[ResolvedHost],
+    environ: Mapping[str, str],
+    models: Mapping[Role, Model] | None = None,
+) -> ResolvedLaunch:
+    """Resolve a configuration on hosts, as ``resolve`` does."""
     found = read_models(config) if models is None else models
-    roles = resolve_roles(config, machines, environ, found)
-    return ResolvedLaunch(config, dict(machines), dict(environ), roles)
+    placed = resolve_roles(config, hosts, environ, found)
+    return ResolvedLaunch(config, tuple(hosts), dict(environ), placed)
 
 
 def _require_one_kind(roles: Iterable[RoleEngines]) -> None:
@@ -202,7 +261,8 @@ def _require_allocator(engines: RoleEngines) -> None:
         )
 
 
-def _require_devices(engines: RoleEngines) -> None:
+def _require_devices(engines: RoleEngines, num_ranks: int) -> None:
+    """``num_ranks``: of one engine on this host."""
     num_gpus = len(engines.gpus)
     if engines.gpus_problem:
         raise ConfigError(
@@ -220,10 +280,9 @@ def _require_devices(engines: RoleEngines) -> None:
             value=engines.settings.device,
             fix="set device: cpu, or check nvidia-smi",
         )
-    if engines.tp_size > num_gpus:
+    if num_ranks > num_gpus:
         raise ConfigError(
-            f"an engine of {engines.tp_size} ranks needs {engines.tp_size} GPUs, its ranks see "
-            f"{num_gpus}",
+            f"an engine of {num_ranks} ranks needs {num_ranks} GPUs, its ranks see {num_gpus}",
             field=engines.where("tensor_parallel_size"),
             value=engines.tp_size,
             fix=f"set it to {num_gpus} or less",

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from pdlaunch.config.engine_spec import ENGINE_HOST
 from pdlaunch.config.field_types import set_paths
 from pdlaunch.config.model_files.shape import ModelShape
 from pdlaunch.config.models import EngineSettings, LaunchConfig
@@ -17,11 +16,19 @@ from pdlaunch.platform.allocator_conf import read_allocator_conf
 from pdlaunch.platform.facts import Gpu, Machine
 from pdlaunch.platform.visible_gpus import VISIBLE_DEVICES, VisibleGpus, visible_gpus
 from pdlaunch.resolve.footprint import Footprint, make_footprint
+from pdlaunch.resolve.hosts import (
+    DeviceKind,
+    Places,
+    ResolvedHost,
+    Room,
+    Share,
+    demands_of,
+    place_engines,
+)
 from pdlaunch.resolve.models import Model
 from pdlaunch.resolve.vllm_environment import vllm_environment, whole_gibibytes
 from pdlaunch.resolve.vllm_verification import unverified_because
 
-DeviceKind = Literal["cpu", "cuda"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
 Allocator = Literal["host", "cuda", "cumem", "expandable_segments"]
 """Allocators of KV caches."""
@@ -35,7 +42,10 @@ CUDA_BATCHED_TOKENS = 8192
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RoleEngines:
-    """Describes the engines of one role, which are all alike, with every derived value.
+    """Describes the engines of one role, with every derived value: all of them, or those of a host.
+
+    All of a role are alike, but for what follows from the host; of all of them, this is as it is on
+    the first one's host.
 
     None stands for what is not known: of a model that cannot be read or is yet to be converted, of
     settings that contradict each other, or of a device's free memory, known only at start.
@@ -44,6 +54,8 @@ class RoleEngines:
     role: Role
     replicas: int
     tp_size: int
+    num_ranks: int
+    """Ranks of all these engines; on a host, those that run there."""
     settings: EngineSettings
     """The settings as written, the role's own section over the top level."""
     overrides: frozenset[str]
@@ -69,7 +81,7 @@ class RoleEngines:
     gpus_problem: str
     """What is wrong with that variable; empty when nothing is."""
     first_gpu_rank: int
-    """Number of ranks that are placed on the same GPUs before those of this role."""
+    """Number of ranks that are placed on the same GPUs of the host before those of this role."""
     dtype: DTypeName | None
     max_model_len: int | None
     max_num_batched_tokens: int
@@ -95,10 +107,6 @@ class RoleEngines:
     @property
     def shape(self) -> ModelShape | None:
         return self.model.shape
-
-    @property
-    def num_ranks(self) -> int:
-        return self.replicas * self.tp_size
 
     @property
     def num_blocks(self) -> int | None:
@@ -154,18 +162,18 @@ class RoleEngines:
         """Return the HTTP port of one engine; 0: a free one, registered with the supervisor."""
         return self.ports[index] if self.ports else 0
 
-    def device_indices(self, index: int) -> tuple[int, ...]:
-        """Return the CUDA device of each rank of one engine, as the rank numbers them; empty on a
-        CPU or without GPUs.
+    def device_indices(self, first: int, num_ranks: int) -> tuple[int, ...]:
+        """Return the CUDA devices of ranks of this role on the host, as they number them; empty on
+        a CPU or without GPUs.
 
-        GPUs are dealt out in turn over the ranks of all engines that see the same, in the order of
-        ``ROLES``.
+        ``first``: how many ranks of the role the host has before them. GPUs are dealt out in turn
+        over the ranks of all engines on the host that see the same, in the order of ``ROLES``.
         """
         num_gpus = len(self.gpus)
         if self.device == "cpu" or not num_gpus:
             return ()
-        first = self.first_gpu_rank + index * self.tp_size
-        return tuple((first + tp_rank) % num_gpus for tp_rank in range(self.tp_size))
+        begin = self.first_gpu_rank + first
+        return tuple((begin + place) % num_gpus for place in range(num_ranks))
 
     def num_ranks_on(self, gpu: int) -> int:
         """Return how many ranks of all these engines ``device_indices`` puts on a GPU of the
@@ -189,46 +197,182 @@ class RoleEngines:
         return max(0, (num_ranks - gpu + num_gpus - 1) // num_gpus)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PlacedShare:
+    """Holds ranks of one engine on one host."""
+
+    host: ResolvedHost
+    engines: RoleEngines
+    """The role on this host."""
+    num_ranks: int
+    device_indices: tuple[int, ...]
+    """The CUDA device of each, as the ranks number them; empty on a CPU."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlacedEngine:
+    """Is one engine: where its ranks run. Its server runs on the host of rank 0."""
+
+    index: int
+    shares: tuple[PlacedShare, ...]
+
+    @property
+    def engines(self) -> RoleEngines:
+        """The role on the host of rank 0."""
+        return self.shares[0].engines
+
+    @property
+    def host(self) -> ResolvedHost:
+        return self.shares[0].host
+
+    @property
+    def name(self) -> str:
+        return self.engines.engine_name(self.index)
+
+    @property
+    def device_indices(self) -> tuple[int, ...]:
+        """The CUDA device of each rank on its host; empty on a CPU."""
+        return tuple(device for share in self.shares for device in share.device_indices)
+
+    def shares_by_rank(self) -> Iterator[tuple[PlacedShare, str]]:
+        """Yield the share that each rank belongs to, and its device: ``cpu`` or ``cuda:N``."""
+        for share in self.shares:
+            devices = share.device_indices
+            for place in range(share.num_ranks):
+                yield share, f"cuda:{devices[place]}" if devices else "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedRoles:
+    """Holds the engines of a launch by role, by host, and one by one."""
+
+    roles: Mapping[Role, RoleEngines]
+    by_host: Mapping[str, Mapping[Role, RoleEngines]]
+    """The roles of each host that has ranks; ``replicas`` counts engines whose rank 0 is there."""
+    engines: tuple[PlacedEngine, ...]
+    """In the order of ``ROLES``, then of the index."""
+
+
 def resolve_roles(
     config: LaunchConfig,
-    machines: Mapping[str, Machine],
+    hosts: Sequence[ResolvedHost],
     environ: Mapping[str, str],
     models: Mapping[Role, Model],
-) -> dict[Role, RoleEngines]:
-    """Resolve the engines of each role that has any; never raises, see ``RoleEngines``.
+) -> PlacedRoles:
+    """Place and resolve the engines of each role that has any; never raises, see ``RoleEngines``.
 
-    ``machines``: the hosts that engines run on, by name; today all run on the first. ``environ``:
-    the supervisor's.
+    ``environ``: the supervisor's.
     """
-    host, machine = next(iter(machines.items()))
-    roles: dict[Role, RoleEngines] = {}
+    used = [role for role in ROLES if config.role(role).replicas]
+    settings = {role: config.engine_settings(role) for role in used}
+    places = place_engines(
+        demands_of(
+            {role: config.role(role).replicas for role in used},
+            {role: settings[role].tensor_parallel_size for role in used},
+            {role: settings[role].hosts_per_engine for role in used},
+        ),
+        [_room(host, settings) for host in hosts if host.roles] or [_room(hosts[0], settings)],
+        config.placement_strategy,
+    )
     unverified = _unverified(config, environ, models)
-    for role in ROLES:
-        if config.role(role).replicas:
-            engines = _resolve(config, role, host, machine, environ, models[role], unverified)
+    num_ranks = {
+        host.name: sum(_ranks_on(places, host.name, role) for role in used) for host in hosts
+    }
+    by_host: dict[str, dict[Role, RoleEngines]] = {}
+    for host in hosts:
+        here = by_host.setdefault(host.name, {})
+        for role in used:
+            if not _ranks_on(places, host.name, role):
+                continue
+            engines = _resolve(config, role, host, models[role], unverified, num_ranks[host.name])
             before = sum(
                 other.num_ranks
-                for other in roles.values()
+                for other in here.values()
                 if other.device == engines.device == "cuda" and other.gpus == engines.gpus
             )
-            roles[role] = replace(engines, first_gpu_rank=before)
-    return roles
+            here[role] = replace(
+                engines,
+                replicas=_engines_on(places, host.name, role),
+                num_ranks=_ranks_on(places, host.name, role),
+                first_gpu_rank=before,
+            )
+    placed = tuple(_placed(places, hosts, by_host, used))
+    roles: dict[Role, RoleEngines] = {}
+    for role in used:
+        first = next(engine for engine in placed if engine.engines.role == role)
+        replicas = config.role(role).replicas
+        roles[role] = replace(
+            first.engines, replicas=replicas, num_ranks=replicas * first.engines.tp_size
+        )
+    return PlacedRoles(roles, {name: here for name, here in by_host.items() if here}, placed)
+
+
+def _placed(
+    places: Places,
+    hosts: Sequence[ResolvedHost],
+    by_host: Mapping[str, Mapping[Role, RoleEngines]],
+    roles: Sequence[Role],
+) -> Iterator[PlacedEngine]:
+    by_name = {host.name: host for host in hosts}
+    for role in roles:
+        dealt = dict.fromkeys(by_name, 0)
+        for index in range(sum(1 for other, _ in places if other == role)):
+            shares = []
+            for share in places[role, index]:
+                engines = by_host[share.host][role]
+                devices = engines.device_indices(dealt[share.host], share.num_ranks)
+                dealt[share.host] += share.num_ranks
+                shares.append(PlacedShare(by_name[share.host], engines, share.num_ranks, devices))
+            yield PlacedEngine(index, tuple(shares))
+
+
+def _room(host: ResolvedHost, settings: Mapping[Role, EngineSettings]) -> Room:
+    devices: dict[Role, tuple[DeviceKind, int]] = {}
+    for role, own in settings.items():
+        if role in host.roles:
+            visible = _visible(host, own)
+            kind = _device(own, host.machine, visible)
+            num = len(visible.gpus) if kind == "cuda" else len(host.machine.cpus)
+            devices[role] = (kind, num)
+    return Room(host.name, devices, host.domain)
+
+
+def _visible(host: ResolvedHost, settings: EngineSettings) -> VisibleGpus:
+    own = {**host.environ, **settings.env}.get(VISIBLE_DEVICES)
+    return visible_gpus(host.machine.gpus, host.environ.get(VISIBLE_DEVICES), own)
+
+
+def _shares(places: Places, host: str, role: Role) -> list[tuple[int, Share]]:
+    """Return the shares of a role on a host, each with its place among those of its engine."""
+    return [
+        (place, share)
+        for (other, _), shares in places.items()
+        if other == role
+        for place, share in enumerate(shares)
+        if share.host == host
+    ]
+
+
+def _ranks_on(places: Places, host: str, role: Role) -> int:
+    return sum(share.num_ranks for _, share in _shares(places, host, role))
+
+
+def _engines_on(places: Places, host: str, role: Role) -> int:
+    return sum(place == 0 for place, _ in _shares(places, host, role))
 
 
 def _resolve(
     config: LaunchConfig,
     role: Role,
-    host: str,
-    machine: Machine,
-    environ: Mapping[str, str],
+    host: ResolvedHost,
     model: Model,
     unverified: str,
+    num_ranks: int,
 ) -> RoleEngines:
-    section, settings = config.role(role), config.engine_settings(role)
-    given_environ = {**environ, **settings.env}
-    visible = visible_gpus(
-        machine.gpus, environ.get(VISIBLE_DEVICES), given_environ.get(VISIBLE_DEVICES)
-    )
+    """Resolve a role on a host. ``num_ranks``: those of all roles there, which share its cores."""
+    section, settings, machine = config.role(role), config.engine_settings(role), host.machine
+    given_environ = {**host.environ, **settings.env}
+    visible = _visible(host, settings)
     device = _device(settings, machine, visible)
     on_cpu = device == "cpu"
     dtype = _dtype(settings, model.shape, device, machine)
@@ -239,20 +383,21 @@ def _resolve(
     kv_cache_bytes = settings.kv_cache_memory or (CPU_KV_CACHE_BYTES if on_cpu else None)
     if settings.engine == "vllm" and on_cpu and kv_cache_bytes is not None:
         kv_cache_bytes = whole_gibibytes(kv_cache_bytes)
-    num_threads = settings.num_threads or max(1, len(machine.cpus) // count_ranks(config))
+    num_threads = settings.num_threads or max(1, len(machine.cpus) // num_ranks)
     cumem = _cumem_allocator(settings)
     return RoleEngines(
         role=role,
         replicas=section.replicas,
         tp_size=settings.tensor_parallel_size,
+        num_ranks=section.replicas * settings.tensor_parallel_size,
         settings=settings,
         overrides=frozenset(set_paths(section)),
         given=frozenset(set_paths(section)) | config.model_fields_set,
         ports=section.ports(),
-        host=host,
+        host=host.name,
         machine=machine,
-        bind_address=ENGINE_HOST,
-        advertise_address=ENGINE_HOST,
+        bind_address=host.bind_address,
+        advertise_address=host.advertise_address,
         model=model,
         device=device,
         gpus=visible.gpus,

@@ -66,6 +66,14 @@ class LaunchBootstraps:
 
     def make(self, spec: ProcessSpec, incarnation: int) -> Bootstrap:
         engine = self._engines.get(spec.engine)
+        host = self._resolved.host(spec.host)
+        if engine is not None:
+            engine = engine.model_copy(
+                update={
+                    "bind_address": host.bind_address,
+                    "advertise_address": host.advertise_address,
+                }
+            )
         rendezvous = self._run_dir / f"{spec.engine}.tp.{incarnation}"
         return Bootstrap(
             name=spec.name,

@@ -42,13 +42,14 @@ def _place(bus_ids: Mapping[str, str], pair: PairReady) -> BusPair | None:
 
 
 def _bus_ids(resolved: ResolvedLaunch) -> dict[str, str]:
-    """Return the PCI address of each rank's GPU, where it is known."""
-    planned = plan_processes(resolved)
+    """Return the PCI address of each rank's GPU on this host, where it is known."""
+    planned, here = plan_processes(resolved), resolved.hosts[0].name
     return {
         rank.name: address
-        for role, engines in resolved.roles.items()
+        for role, engines in resolved.placed.by_host.get(here, {}).items()
         for rank in planned.ranks(role)
-        if _RENUMBERING not in rank.environment
+        if rank.host == here
+        and _RENUMBERING not in rank.environment
         and (address := _bus_id(engines, rank.devices[0])) is not None
     }
 

@@ -93,6 +93,8 @@ class Setup:
     model: str = "tiny"
     machine: Machine | None = CPU
     """The machine that is assumed; None: this one, as it is probed."""
+    machines: Mapping[str, Machine] = field(default_factory=dict)
+    """Machines of other hosts, by the name of their file."""
     measured: tuple[PairTransport, ...] | None = None
     """What a launch of ``--probe`` would have measured."""
     arrange: Arrange = as_it_is
@@ -136,6 +138,8 @@ def found_by_check_config(setup: Setup, folder: Path) -> dict[str, str]:
 def check_config(setup: Setup, folder: Path) -> dict[str, Any]:
     """Return what the command prints as JSON, run in the folder of the models."""
     (folder / "deploy.yaml").write_text(f"model: {setup.model}\nport: 0\n{setup.config}")
+    for name, machine in setup.machines.items():
+        (folder / name).write_text(encode_machine(machine, {}))
     kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
     environ = {"HOME": str(folder), **kept, **setup.environ}
     flags = ["--format", "json", *setup.flags]
@@ -144,8 +148,8 @@ def check_config(setup: Setup, folder: Path) -> dict[str, Any]:
         stack.enter_context(patch.dict(os.environ, environ, clear=True))
         if (measured := setup.measured) is not None:
             # Only this machine is measured, so this one must be the machine.
-            machine = setup.machine
-            stack.enter_context(patch.object(assume, "probe_machine", lambda: machine))
+            this = setup.machine
+            stack.enter_context(patch.object(assume, "probe_machine", lambda: this))
             stack.enter_context(patch.object(command, "ask_nixl", lambda launch: {}))
             stack.enter_context(patch.object(command, "probe_transport", lambda launch: measured))
             flags.append("--probe")

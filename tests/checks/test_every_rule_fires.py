@@ -17,6 +17,7 @@ from tests.checks import (
     fires_memory,
     fires_network,
     fires_pairs,
+    fires_placement,
     fires_transport,
     fires_ucx,
 )
@@ -27,6 +28,7 @@ CASES = [
     *fires_memory.CASES,
     *fires_allocators.CASES,
     *fires_pairs.CASES,
+    *fires_placement.CASES,
     *fires_libraries.CASES,
     *fires_machine.CASES,
     *fires_ucx.CASES,

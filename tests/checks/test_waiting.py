@@ -11,7 +11,7 @@ WAITING = [rule for rule in all_rules().values() if rule.waits_for]
 
 
 def test_what_needs_several_hosts_waits():
-    assert [rule.code for rule in WAITING] == ["PD424", "PD434"]
+    assert [rule.code for rule in WAITING] == ["PD434"]
 
 
 @pytest.mark.parametrize("rule", WAITING, ids=lambda rule: rule.code)

@@ -28,7 +28,7 @@ SHAPE = {
 def resolved(folder: Path, **values: object) -> ResolvedLaunch:
     (folder / "config.json").write_text(json.dumps(SHAPE))
     config = LaunchConfig.model_validate({"model": str(folder), **values})
-    return resolve(config, {"localhost": Machine(cpus=(0, 1))}, {})
+    return resolve(config, {"local": Machine(cpus=(0, 1))}, {})
 
 
 def test_the_decode_ranks_prove_the_pairs(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def resolved(
     """Resolve with models that are yet to be converted: no file is read."""
     pending = Model("smollm2", "/cache", pending="smollm2 is converted at the first start")
     models = dict.fromkeys(ROLES, pending)
-    return resolve(config, {"localhost": machine}, environ or {}, models)
+    return resolve(config, {"local": machine}, environ or {}, models)
 
 
 def plan(config: LaunchConfig, machine: Machine, environ: Mapping[str, str] | None = None) -> Plan:
@@ -72,14 +72,14 @@ def test_gpus_are_dealt_round_robin_over_all_ranks() -> None:
     planned = plan(settings, FOUR_GPUS)
     devices = [device for p in planned.processes if p.kind == "rank" for device in p.devices]
     assert devices == ["cuda:0", "cuda:1", "cuda:2", "cuda:3", "cuda:0", "cuda:1"]
-    assert resolved(settings, FOUR_GPUS).roles["decode"].device_indices(1) == (0, 1)
+    assert resolved(settings, FOUR_GPUS).engines[-1].device_indices == (0, 1)
 
 
 def test_a_role_on_the_cpu_takes_no_gpu() -> None:
     settings = config(prefill={"device": "cpu"})
-    roles = resolved(settings, FOUR_GPUS).roles
-    assert roles["prefill"].device_indices(0) == ()
-    assert roles["decode"].device_indices(0) == (0,)
+    prefill, decode = resolved(settings, FOUR_GPUS).engines
+    assert prefill.device_indices == ()
+    assert decode.device_indices == (0,)
 
 
 @pytest.mark.parametrize(("num_cpus", "expected"), [(8, 2), (3, 1), (1, 1)])

@@ -83,10 +83,9 @@ def test_ranks_are_dealt_as_the_supervisor_places_them(prefill, decode, num_gpus
     }
     assert dealt == expected
     placed = [
-        (index, engines.role)
-        for engines in context.engines.values()
-        for engine in range(engines.replicas)
-        for index in engines.device_indices(engine)
+        (index, engine.engines.role)
+        for engine in context.launch.engines
+        for index in engine.device_indices
     ]
     assert [role for _, role in placed] == order
     assert [index for index, _ in placed] == [rank % num_gpus for rank in range(len(order))]

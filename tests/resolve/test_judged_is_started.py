@@ -173,7 +173,8 @@ def assert_same_settings(engines: RoleEngines, spec: EngineSpec, launch: Resolve
         assert getattr(spec, name) == ({} if name == "env" else expected), name
     index = int(spec.name.rpartition("-")[2])
     assert spec.name == engines.engine_name(index)
-    assert spec.device_indices == engines.device_indices(index)
+    placed = {engine.name: engine for engine in launch.engines}
+    assert spec.device_indices == placed[spec.name].device_indices
     assert spec.tensor_parallel_size == engines.tp_size
     assert spec.model_dir == engines.model.path
     assert (spec.bind_address, spec.advertise_address) == (

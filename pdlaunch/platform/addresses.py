@@ -1,0 +1,42 @@
+"""Finds the address of this machine on a route; no packet is sent."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+
+_ELSEWHERE = ("192.0.2.1", "2001:db8::1")
+"""Addresses of nobody, whose route is the default one."""
+_ANY_PORT = 9
+
+
+def address_towards(host: str) -> str | None:
+    """Return the address from which this machine would speak to ``host``; None without a route."""
+    try:
+        found = socket.getaddrinfo(host, _ANY_PORT, type=socket.SOCK_DGRAM)
+        family, kind, protocol, _, target = found[0]
+        with socket.socket(family, kind, protocol) as probe:
+            # It chooses the route and its address, as for any datagram, and sends nothing.
+            probe.connect(target)
+            return str(probe.getsockname()[0]).partition("%")[0]
+    except OSError:
+        return None
+
+
+def default_address() -> str | None:
+    """Return this machine's address on its default route; None where it has none but loopback."""
+    found = (address_towards(host) for host in _ELSEWHERE)
+    return next((each for each in found if each is not None and not is_loopback(each)), None)
+
+
+def is_loopback(address: str) -> bool:
+    """Tell whether only processes of the same machine reach an address; False for names."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
+
+
+def tcp_endpoint(address: str, port: int) -> str:
+    """Return the ZMQ endpoint of an address, IPv6 in brackets: ``tcp://[fd00::7]:5555``."""
+    return f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"

@@ -1,0 +1,70 @@
+"""Cases of the rules on where engines are placed."""
+
+from dataclasses import replace
+
+from pdlaunch.checks.context import Context, make_context
+from pdlaunch.resolve.hosts import ResolvedHost
+from pdlaunch.resolve.planned_hosts import settled
+from pdlaunch.resolve.resolve import resolve_on
+from tests.checks.case import Case
+from tests.checks.contexts import CPU, GPU, on
+
+WIDE = replace(CPU, cpus=tuple(range(4)))
+
+
+def hosts(*listed, machines=(WIDE, WIDE), local="10.0.0.1", **config) -> Context:
+    """A launch on hosts with these settings, whose agents have joined."""
+    context = on(WIDE, placement="hosts", hosts=listed, **config)
+    here = ResolvedHost("local", WIDE, {}, local, local, frozenset())
+    joined = [
+        settled(settings, ResolvedHost(settings.name, machine, {}, f"10.0.0.{place + 2}"))
+        for place, (settings, machine) in enumerate(
+            zip(context.config.hosts, machines, strict=True)
+        )
+    ]
+    models = {role: engines.model for role, engines in context.launch.roles.items()}
+    launch = resolve_on(context.config, [here, *joined], {}, models)
+    return make_context(launch, context.origins, context.probes)
+
+
+A, B = {"name": "a", "advertise_address": "10.0.0.2"}, {"name": "b", "advertise_address": "fd00::3"}
+LONE = {"name": "b", "advertise_address": "127.0.0.1"}
+SPREAD = {"placement_strategy": "spread"}
+CASES = {
+    "PD424": Case(
+        [hosts(A, LONE), hosts(A, B, local="127.0.0.1")],
+        [
+            hosts(A, B),
+            hosts(LONE | {"name": "a"}, LONE, local="127.0.0.1"),
+        ],
+    ),
+    "PD452": Case(
+        [
+            hosts(A | {"roles": "prefill"}, B | {"roles": "prefill"}),
+            hosts(A, B, decode__tensor_parallel_size=3, decode__hosts_per_engine=3),
+        ],
+        [hosts(A, B, decode__tensor_parallel_size=2, decode__hosts_per_engine=2)],
+    ),
+    "PD453": Case(
+        [hosts(A | {"domain": "x"}, B | {"domain": "y"}, **SPREAD)],
+        [
+            hosts(A | {"domain": "x"}, B, **SPREAD),
+            hosts(A | {"domain": "x"}, B | {"domain": "x"}, **SPREAD),
+            hosts(A | {"domain": "x"}, B | {"domain": "y"}),
+        ],
+    ),
+    "PD454": Case([hosts(A, B)], [hosts(A, B, **SPREAD)]),
+    "PD455": Case(
+        [hosts(A, B, machines=(WIDE, GPU), prefill__replicas=3, **SPREAD)],
+        [
+            hosts(A, B, machines=(WIDE, GPU), **SPREAD),
+            hosts(
+                A,
+                B,
+                machines=(WIDE, replace(WIDE, cpus=tuple(range(64)))),
+                prefill__replicas=3,
+                **SPREAD,
+            ),
+        ],
+    ),
+}
