@@ -60,10 +60,14 @@ $(MOONCAKE): $(DEV)
 	touch $@
 
 test: install $(DEV) $(MOONCAKE)  ## Run all tests
-	$(PYTEST) -m "not vllm" $(ARGS)
+	$(PYTEST) -m "not vllm and not hosts" $(ARGS)
 
 test-fast: $(DEV)  ## Run the tests that start no process
 	$(PYTEST) -m "not processes" $(ARGS)
+
+# Several hosts on this machine, each of namespaces; skipped where these are not permitted.
+test-hosts: install $(DEV) $(MOONCAKE)  ## Run the tests with several hosts
+	$(BIN)/python -m pytest -v tests/netns $(ARGS)
 
 coverage: install $(DEV) $(MOONCAKE)  ## Run all tests, show what they cover
 	$(BIN)/coverage erase
@@ -118,5 +122,5 @@ wheel: $(RUNTIME)  ## Build dist/pdlaunch-*.whl
 clean:  ## Remove .venv, dist and the tools' caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* build dist *.egg-info
 
-.PHONY: help install serve test test-fast test-vllm coverage soak kills cancels attack lint types format rules \
+.PHONY: help install serve test test-fast test-hosts test-vllm coverage soak kills cancels attack lint types format rules \
   settings wheel clean
