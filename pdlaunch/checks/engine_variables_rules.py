@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Iterator, Mapping
 
 from pdlaunch.checks.context import Context
 from pdlaunch.checks.other_engines import vllm_engines, vllm_pair
 from pdlaunch.checks.rule import Found, rule
+from pdlaunch.config.http_names import is_loopback
 from pdlaunch.config.problems import nearest, shown_name
 from pdlaunch.resolve.roles import RoleEngines
 
@@ -222,14 +222,6 @@ def variables_differ(context: Context) -> Iterator[Found]:
                 context.where_variable(side, name),
                 f"{name} of prefill is {values[0]}, of decode {values[1]}",
             )
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether this is an address, or the name, of the loopback device."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _given(context: Context) -> Iterator[tuple[RoleEngines, str]]:

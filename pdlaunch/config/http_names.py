@@ -25,8 +25,20 @@ _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
 
 def local_url(host: str, port: int) -> str:
     """Return the URL at which this machine's processes reach a server that listens on ``host``."""
-    name = WILDCARDS.get(host, host)
-    return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
+    return url_of("http", WILDCARDS.get(host, host), port)
+
+
+def url_of(scheme: str, host: str, port: int) -> str:
+    """Return the URL of a server, whose address may be one of IPv6."""
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def is_loopback(address: str) -> bool:
+    """Return whether this is an address, or the name, of the loopback device."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
 
 
 def _read_list(value: object) -> object:

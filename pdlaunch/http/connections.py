@@ -199,7 +199,8 @@ class _Refusal(asyncio.Protocol):
         transport.write(head.encode() + body)
         # Not closed at once: a request that is still to come would reset the connection before the
         # answer is read.
-        transport.write_eof()
+        if transport.can_write_eof():  # TLS cannot
+            transport.write_eof()
         asyncio.get_running_loop().call_later(REFUSAL_S, transport.abort)
 
 

@@ -5,6 +5,7 @@ A socket in the launch's folder is open to the user who started the launch alone
 
 from __future__ import annotations
 
+import ssl
 from typing import Any
 
 import aiohttp
@@ -13,15 +14,24 @@ UNIX = "unix:"
 """Begins the URL of an engine that listens on a Unix socket; the rest is its path."""
 
 
-def new_session(url: str, *, keepalive_timeout_s: float, **options: Any) -> aiohttp.ClientSession:
-    """Return a session whose requests go to one engine; ``options`` are the session's."""
+def new_session(
+    url: str,
+    *,
+    keepalive_timeout_s: float,
+    tls: ssl.SSLContext | None = None,
+    **options: Any,
+) -> aiohttp.ClientSession:
+    """Return a session whose requests go to one engine; ``options`` are the session's.
+
+    ``tls``: what an https URL is called with; without it the system's authorities are trusted.
+    """
     # No limit: routers admit requests by themselves, and one here would make them wait unseen.
     connector: aiohttp.BaseConnector = (
         aiohttp.UnixConnector(
             url.removeprefix(UNIX), limit=0, keepalive_timeout=keepalive_timeout_s
         )
         if url.startswith(UNIX)
-        else aiohttp.TCPConnector(limit=0, keepalive_timeout=keepalive_timeout_s)
+        else aiohttp.TCPConnector(limit=0, keepalive_timeout=keepalive_timeout_s, ssl=tls or True)
     )
     return aiohttp.ClientSession(connector=connector, **options)
 

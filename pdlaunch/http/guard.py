@@ -17,13 +17,12 @@ and the answer gives nothing away.
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 from urllib.parse import urlsplit
 
 from aiohttp import hdrs, web
 
-from pdlaunch.config.http_names import ANY, WILDCARDS
+from pdlaunch.config.http_names import ANY, WILDCARDS, is_loopback
 from pdlaunch.errors import RequestError
 from pdlaunch.http.headers import REQUEST_ID_HEADER
 from pdlaunch.http.ignored_fields import IGNORED_FIELDS_HEADER
@@ -79,7 +78,7 @@ class Guard:
         # Two Host headers: servers disagree on which one counts, so neither does.
         given = http.headers.getall(hdrs.HOST, [])
         host = _host_name(given[0]) if len(given) == 1 else ""
-        if host not in self._hosts and not _is_loopback(host) and host != _local_address(http):
+        if host not in self._hosts and not is_loopback(host) and host != _local_address(http):
             shown = ", ".join(given)[:200]
             raise RequestError(
                 (
@@ -156,13 +155,6 @@ def _host_name(host_header: str) -> str:
 
 def _plain(name: str) -> str:
     return name.strip("[]").rstrip(".").lower()
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _local_address(http: web.Request) -> str | None:

@@ -14,27 +14,31 @@ import msgspec
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
+from pdlaunch.protocol.certificates import LaunchCertificate, new_certificate
 from pdlaunch.protocol.wire import MAX_FRAME_BYTES
 
 
 class LaunchKeys(msgspec.Struct, frozen=True):
     """Holds the secrets that all processes of one launch share.
 
-    They are a CURVE key pair (Z85) and the token of the HTTP ports.
+    They are a CURVE key pair (Z85) and the token of the HTTP ports; on several hosts also the
+    certificate of these ports.
     """
 
     public: str
     secret: str
     http_token: str
+    certificate: LaunchCertificate | None = None
 
     def __repr__(self) -> str:
         return "LaunchKeys(...)"
 
 
-def new_launch_keys() -> LaunchKeys:
+def new_launch_keys(*, with_certificate: bool = False) -> LaunchKeys:
     """Return fresh keys for one launch."""
     public, secret = zmq.curve_keypair()
-    return LaunchKeys(public.decode(), secret.decode(), secrets.token_urlsafe(32))
+    certificate = new_certificate() if with_certificate else None
+    return LaunchKeys(public.decode(), secret.decode(), secrets.token_urlsafe(32), certificate)
 
 
 class _OneKey:

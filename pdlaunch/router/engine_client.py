@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -129,14 +130,18 @@ class EngineClient:
     """Sends the router's requests to engines; one object for the process.
 
     ``keys``: the launch's own token, which its engines ask for; or returns the key of each engine,
-    None for one that is sent none. Redirects are not followed: an engine must not choose where
-    prompts and keys go.
+    None for one that is sent none. ``tls``: what engines on other hosts are called with. Redirects
+    are not followed: an engine must not choose where prompts and keys go.
     """
 
     def __init__(
-        self, keys: str | Callable[[Engine], str | None], timeouts: EngineTimeouts
+        self,
+        keys: str | Callable[[Engine], str | None],
+        timeouts: EngineTimeouts,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self._timeouts = timeouts
+        self._tls = tls
         self._keys = keys
         self._sessions: dict[tuple[str, str | None], aiohttp.ClientSession] = {}
         """One for all TCP ports, under an empty name, and one for each Unix socket; by key."""
@@ -154,6 +159,7 @@ class EngineClient:
             session = self._sessions[socket, key] = new_session(
                 engine.url,
                 keepalive_timeout_s=KEEPALIVE_S,
+                tls=self._tls,
                 timeout=aiohttp.ClientTimeout(total=None, connect=self._timeouts.connect_s),
                 headers=authorization | {"Content-Type": "application/json"},
                 auto_decompress=True,

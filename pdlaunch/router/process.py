@@ -18,6 +18,7 @@ from pdlaunch.http.connections import HttpRunner, fit_connections, fit_requests
 from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S, Supervised
 from pdlaunch.process.bootstrap import LISTEN_BACKLOG, RouterSpec
 from pdlaunch.process.run_dirs import ADMIN_SOCKET, LaunchCard
+from pdlaunch.protocol.certificates import client_context
 from pdlaunch.protocol.control import (
     Drain,
     Drained,
@@ -49,6 +50,7 @@ class RouterProcess:
     def __init__(self, supervised: Supervised) -> None:
         assert supervised.bootstrap.router is not None
         spec = fit(supervised.bootstrap.router)
+        certificate = supervised.bootstrap.keys.certificate
         self._supervised = supervised
         self._spec = spec
         self._url = local_url(spec.host, spec.port)
@@ -60,6 +62,7 @@ class RouterProcess:
                     supervised.bootstrap.keys.http_token, supervised.bootstrap.engine_api_key
                 ),
                 EngineTimeouts(),
+                None if certificate is None else client_context(certificate.certificate),
             ),
             RouterMetrics(spec.served_model_name),
             RecoverySettings(),

@@ -68,7 +68,9 @@ def make_app(service: EngineService, *, keys: Collection[str]) -> web.Applicatio
     return HttpApp(
         [_counted(route, service) for route in routes],
         guard=Guard(
-            spec.bind_address, allowed_hosts=spec.allowed_hosts, cors_origins=spec.cors_origins
+            spec.bind_address,
+            allowed_hosts=(*spec.allowed_hosts, spec.advertise_address),
+            cors_origins=spec.cors_origins,
         ),
         check_key=bearer_check(
             keys,

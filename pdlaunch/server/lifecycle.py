@@ -16,10 +16,11 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.config.http_names import local_url
+from pdlaunch.config.http_names import is_loopback, url_of
 from pdlaunch.errors import PdlaunchError, StartupError
 from pdlaunch.http.connections import HttpRunner, fit_connections
 from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S, Supervised
+from pdlaunch.protocol.certificates import server_context
 from pdlaunch.protocol.control import (
     Drain,
     Drained,
@@ -75,16 +76,23 @@ class ServerProcess:
             await runner.cleanup()
 
     async def _bind(self, runner: HttpRunner) -> str:
-        """Listen and return the URL. Raises StartupError."""
+        """Listen and return the URL: of HTTP on this host alone, of TLS to others. Raises
+        StartupError.
+        """
         host, port = self._spec.bind_address, self._spec.http_port
+        certificate = self._supervised.bootstrap.keys.certificate
+        if not (is_local := is_loopback(host)) and certificate is None:
+            raise StartupError(f"{self._spec.name} has no certificate to listen on {host} with")
+        tls = None if is_local or certificate is None else server_context(certificate)
         try:
-            await web.TCPSite(runner, host, port).start()
+            await web.TCPSite(runner, host, port, ssl_context=tls).start()
             runner.drop_stalled_readers(ROUTER_READ_TIMEOUT_S)
         except OSError as error:
             raise StartupError(
                 f"{self._spec.name} cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}"
             ) from None
-        return local_url(host, runner.addresses[0][1])
+        scheme = "http" if tls is None else "https"
+        return url_of(scheme, self._spec.advertise_address, runner.addresses[0][1])
 
     async def _start(self) -> None:
         """Load the text side, wait for rank 0, say Ready."""
