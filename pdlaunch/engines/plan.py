@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
+
+import msgspec
+
 from pdlaunch.config.models import EngineName
 from pdlaunch.engines.kind import EngineKind
 from pdlaunch.engines.native import NativeEngine, light_environment, python_command
 from pdlaunch.engines.vllm import CAPABILITIES as VLLM_CAPABILITIES
 from pdlaunch.engines.vllm import VllmEngine
 from pdlaunch.protocol.control import Capabilities
+from pdlaunch.protocol.due_pairs import MAX_PEERS, due_pairs
 from pdlaunch.resolve.hosts import ResolvedHost
 from pdlaunch.resolve.plan import Plan, ProcessSpec
 from pdlaunch.resolve.resolve import ResolvedLaunch
@@ -34,7 +40,9 @@ def capabilities_over_http(kind: EngineName) -> Capabilities:
 def plan_processes(launch: ResolvedLaunch) -> Plan:
     """Plan every process; ranks come first, because they take longest to start."""
     kind, here = kind_of(launch), launch.hosts[0]
-    engines = [process for engine in launch.engines for process in kind.processes(engine)]
+    engines = with_peers(
+        [process for engine in launch.engines for process in kind.processes(engine)]
+    )
     return Plan(
         conversions=tuple(
             _conversion(here, index, model) for index, model in enumerate(launch.conversions)
@@ -45,6 +53,24 @@ def plan_processes(launch: ResolvedLaunch) -> Plan:
             _router(launch.config.port, here),
         ),
     )
+
+
+def with_peers(processes: Sequence[ProcessSpec]) -> list[ProcessSpec]:
+    """Return the processes of all engines, told their peers where there are too many for all."""
+    names = {
+        role: {process.engine for process in processes if process.role == role}
+        for role in ("prefill", "decode")
+    }
+    if max(map(len, names.values())) <= MAX_PEERS:
+        return list(processes)
+    peers: dict[str, list[str]] = defaultdict(list)
+    for prefill, decode in sorted(due_pairs(names["prefill"], names["decode"])):
+        peers[prefill].append(decode)
+        peers[decode].append(prefill)
+    return [
+        msgspec.structs.replace(process, peers=tuple(peers[process.engine]))
+        for process in processes
+    ]
 
 
 def _router(port: int, here: ResolvedHost) -> ProcessSpec:

@@ -94,6 +94,8 @@ class Entry(Message, tag=False):
     state: ListedState = "starting"
     reason: str = ""
     """The reason why it is ``failed``, and what comes next; for people."""
+    peers: tuple[str, ...] | None = None
+    """Of a server: the engines that its engine exchanges KV blocks with; None: all."""
 
 
 class Register(Message):

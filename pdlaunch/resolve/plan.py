@@ -40,6 +40,8 @@ class ProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Cores that it may run on. All of them: a rank that is pinned would queue behind servers and
     router while cores idle.
     """
+    peers: tuple[str, ...] | None = None
+    """The engines that its engine exchanges KV blocks with; None: all."""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):

@@ -73,10 +73,23 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     """Failures in a row."""
     avoid_until_at: float = 0.0
     """Instant on the pool's clock."""
+    peers: frozenset[str] | None = None
+    """The engines that it exchanges KV blocks with; None: all."""
+    proofs: dict[str, int] = {}
+    """Incarnations of the processes with which it has proven a path, by name."""
 
     @property
     def key(self) -> EngineKey:
         return (self.name, self.processes, self.times_ready)
+
+    def may_pull_from(self, prefill: Engine) -> bool:
+        """Tell whether it may be handed KV blocks of ``prefill``."""
+        if self.peers is not None and prefill.name not in self.peers:
+            return False
+        return (
+            not self.capabilities.needs_proof
+            or self.proofs.get(prefill.name) == prefill.processes[0]
+        )
 
     @contextlib.contextmanager
     def working(self, *, num_prompt_tokens: int = 0, num_streams: int = 0) -> Iterator[None]:

@@ -5,18 +5,13 @@ Pure: what is known of engines and pairs comes in, a verdict goes out.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
+from pdlaunch.protocol.due_pairs import Pair, due_pairs
 from pdlaunch.watch.canary import Proof
 
-MAX_PEERS = 8
-"""Engines of the other role with which each is proven at most, so that the number of canaries grows
-with the engines and not with their square."""
-
-Pair = tuple[str, str]
-"""Names of a prefill and a decode engine."""
 Results = Mapping[Pair, Proof | str]
 """What canaries have shown: a proof, or why there is none. Pairs without a result are missing."""
 
@@ -27,22 +22,6 @@ class Verdict(NamedTuple):
     ready: frozenset[str]
     reasons: Mapping[str, str]
     """The reason why each of the others may not."""
-
-
-def due_pairs(prefill: Collection[str], decode: Collection[str]) -> set[Pair]:
-    """Return the pairs to prove: each engine with up to ``MAX_PEERS`` of the other role.
-
-    Engines that come or go change few of the other pairs.
-    """
-    pairs = {(first, second) for first in prefill for second in _nearest(first, decode)}
-    return pairs | {(first, second) for second in decode for first in _nearest(second, prefill)}
-
-
-def _nearest(name: str, others: Iterable[str]) -> list[str]:
-    def distance(other: str) -> bytes:
-        return hashlib.blake2b("\0".join(sorted((name, other))).encode(), digest_size=8).digest()
-
-    return sorted(others, key=distance)[:MAX_PEERS]
 
 
 def judge(
@@ -56,11 +35,15 @@ def judge(
     """
     due = due_pairs(prefill, decode)
     failed = {pair for pair in due if isinstance(results.get(pair), str)}
+    due_of: dict[str, list[Pair]] = defaultdict(list)
+    for pair in due:
+        for name in pair:
+            due_of[name].append(pair)
     reasons: dict[str, str] = {}
     order = [*prefill, *decode]
     while failed:
         # The last of equals: of a lone pair the prefill engine stays, which can serve alone.
-        worst = max(reversed(order), key=lambda name: _blame(name, failed, due, results))
+        worst = max(reversed(order), key=lambda name: _blame(due_of[name], failed, results))
         pair = min(each for each in failed if worst in each)
         reasons[worst] = f"{pair[0]} -> {pair[1]}: {results[pair]}"
         failed = {pair for pair in failed if worst not in pair}
@@ -69,10 +52,10 @@ def judge(
     for name in left:
         missing = [
             other
-            for pair in due
-            if name in pair and pair not in results
+            for pair in due_of[name]
+            if pair not in results
             for other in pair
-            if other in ready - {name}
+            if other != name and other in ready
         ]
         if name in ready or not missing:
             ready.add(name)
@@ -81,8 +64,11 @@ def judge(
     return Verdict(frozenset(ready), reasons)
 
 
-def _blame(name: str, failed: set[Pair], due: set[Pair], results: Results) -> tuple[int, int]:
-    """Return a key that is largest for the engine that failures are put down to."""
-    num_failures = sum(name in pair for pair in failed)
-    num_proofs = sum(name in pair and isinstance(results.get(pair), Proof) for pair in due)
+def _blame(due: Sequence[Pair], failed: Collection[Pair], results: Results) -> tuple[int, int]:
+    """Return a key that is largest for the engine that failures are put down to.
+
+    ``due``: the pairs of the engine.
+    """
+    num_failures = sum(pair in failed for pair in due)
+    num_proofs = sum(isinstance(results.get(pair), Proof) for pair in due)
     return (num_failures, -num_proofs)

@@ -15,7 +15,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -32,9 +33,10 @@ from pdlaunch.protocol.control import (
     PairSuspect,
     Registry,
 )
+from pdlaunch.protocol.due_pairs import MAX_PEERS, Pair, due_pairs
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.membership import AnnouncedMembership
-from pdlaunch.router.membership_pairs import Pair, due_pairs, judge
+from pdlaunch.router.membership_pairs import judge
 from pdlaunch.watch.canary import CanaryDied, Proof, send_canary
 from pdlaunch.watch.engine_api import EngineApi, Kind
 from pdlaunch.watch.versions import with_version
@@ -345,8 +347,12 @@ class WatchedMembership:
         # Engines of both roles have no pair to prove.
         self._ready = verdict.ready.union(self._healthy("both"))
         self._serving = self._serving or self._can_serve(prefill, decode)
+        peers: dict[str, list[str]] = defaultdict(list)
+        for first, second in sorted(due):
+            peers[first].append(second)
+            peers[second].append(first)
         entries = [
-            self._entry(watched, verdict.reasons.get(name, watched.reason))
+            self._entry(watched, verdict.reasons.get(name, watched.reason), peers[name])
             for name, watched in self._watched.items()
         ]
         pairs = list(self._proven_pairs())
@@ -364,7 +370,7 @@ class WatchedMembership:
             return not self._ready.isdisjoint(prefill) and not self._ready.isdisjoint(decode)
         return bool(self._ready)
 
-    def _entry(self, watched: _Watched, reason: str) -> Entry:
+    def _entry(self, watched: _Watched, reason: str, peers: Sequence[str]) -> Entry:
         member = watched.member
         state: ListedState = "starting"
         if watched.is_draining:
@@ -383,6 +389,8 @@ class WatchedMembership:
             capabilities=watched.capabilities,
             state=state,
             reason=reason,
+            # Fewer than this many are all that there are.
+            peers=tuple(peers) if len(peers) >= MAX_PEERS else None,
         )
 
     def _proven_pairs(self) -> Iterator[PairReady]:

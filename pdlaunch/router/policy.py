@@ -6,7 +6,7 @@ be tested by properties, and a simulator can replay it on a clock of its own.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Literal, Protocol
 
 import msgspec
@@ -117,14 +117,14 @@ class LeastWork:
         now_at: float,
     ) -> Route:
         if request.hop == "decode":
-            return _serve_alone(request, engines, pairs, now_at)
+            return _serve_alone(request, engines, now_at)
         if request.max_tokens == 1:
             return Route(reason="one token needs no decode engine")
         if not any(engine.ready and engine.role == "decode" for engine in engines):
             return Route(reason="no decode engine is ready")
         if request.alone and any(engine.capabilities.needs_proof for engine in engines):
             return Route(reason=request.alone)
-        able = [engine for engine in engines if _can_hand_over(engine, engines, pairs)]
+        able = list(_with_pullers(engines))
         prefill = least_work(able, "prefill", now_at, strict=True, tried=request.tried)
         if prefill is None:
             is_left = any(engine.ready and engine.role == "prefill" for engine in engines)
@@ -165,32 +165,26 @@ def covers(has: Capabilities, needs: Collection[Need]) -> bool:
     return all(getattr(has, need) for need in needs)
 
 
-def may_pull(decode: Engine, prefill: Engine, pairs: Sequence[PairReady]) -> bool:
-    """Tell whether ``decode`` may be handed KV blocks of ``prefill``."""
-    return not decode.capabilities.needs_proof or any(
-        (pair.local, pair.peer, pair.peer_incarnation)
-        == (decode.name, prefill.name, prefill.processes[0])
-        for pair in pairs
-    )
-
-
-def _can_hand_over(prefill: Engine, engines: Sequence[Engine], pairs: Sequence[PairReady]) -> bool:
-    return any(
-        engine.ready and engine.role == "decode" and may_pull(engine, prefill, pairs)
-        for engine in engines
-    )
+def _with_pullers(engines: Sequence[Engine]) -> Iterator[Engine]:
+    """Yield the engines whose KV blocks a ready decode engine may be handed."""
+    pullers = {
+        engine.name: engine for engine in engines if engine.ready and engine.role == "decode"
+    }
+    for engine in engines:
+        names = pullers if engine.peers is None else engine.peers & pullers.keys()
+        if any(pullers[name].may_pull_from(engine) for name in names):
+            yield engine
 
 
 def _serve_alone(
     request: RoutingRequest,
     engines: Sequence[Engine],
-    pairs: Sequence[PairReady],
     now_at: float,
 ) -> Route:
     role = _role_alone(request, engines)
     prefill = next((engine for engine in engines if engine.name == request.prefill), None)
-    if prefill is not None and prefill.capabilities.needs_proof:
-        able = [engine for engine in engines if may_pull(engine, prefill, pairs)]
+    if prefill is not None and (prefill.capabilities.needs_proof or prefill.peers is not None):
+        able = [engine for engine in engines if engine.may_pull_from(prefill)]
         puller = least_work(
             able, "decode", now_at, strict=True, tried=request.tried, needs=request.needs
         )
@@ -231,7 +225,8 @@ def _told_early(
         or not covers(prefill.capabilities, waits)
     ):
         return None
-    return least_work(engines, "decode", now_at, strict=True, needs=waits)
+    pullers = [engine for engine in engines if engine.may_pull_from(prefill)]
+    return least_work(pullers, "decode", now_at, strict=True, needs=waits)
 
 
 def _rank(engine: Engine, role: Role, now_at: float) -> tuple[bool, int, int, int, int]:

@@ -5,6 +5,7 @@ The pool asks nobody. A role is a preference: every engine can prefill and decod
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 
 from pdlaunch.config.roles import PAIR, Role
@@ -20,7 +21,6 @@ from pdlaunch.router.policy import (
     Route,
     RoutingRequest,
     covers,
-    may_pull,
 )
 
 BACKOFF_S = 1.0
@@ -66,7 +66,7 @@ class EnginePool:
     def may_hand_over(self, prefill: Engine, decode: Engine) -> bool:
         """Tell whether ``decode`` may be given KV blocks of ``prefill`` as it is now."""
         is_there = self.lists(prefill) or not decode.capabilities.needs_proof
-        return is_there and may_pull(decode, prefill, self.pairs)
+        return is_there and decode.may_pull_from(prefill)
 
     def path(self, prefill: Engine, decode: Engine) -> str | None:
         """Return the path on which they exchange KV blocks; None: it is not known here."""
@@ -82,23 +82,26 @@ class EnginePool:
 
     def doubt(self, prefill: Engine, decode: Engine) -> None:
         """Forget the proof of a pair until the registry has a new one."""
+        decode.proofs.pop(prefill.name, None)
         self.pairs = [
             pair for pair in self.pairs if (pair.local, pair.peer) != (decode.name, prefill.name)
         ]
 
     def update(self, registry: Registry) -> None:
         """Take over a registry; an engine whose processes are the same keeps its counts."""
-        found: dict[str, Engine] = {}
-        for server in registry.entries:
-            if server.kind == "server":
-                ranks = [
-                    entry
-                    for entry in registry.entries
-                    if entry.kind == "rank" and entry.engine == server.name
-                ]
-                found[server.name] = self._renew(server, ranks)
-        self._engines = found
-        self._roles_seen.update(engine.role for engine in found.values())
+        ranks: dict[str, list[Entry]] = defaultdict(list)
+        for entry in registry.entries:
+            if entry.kind == "rank":
+                ranks[entry.engine].append(entry)
+        proofs: dict[str, dict[str, int]] = defaultdict(dict)
+        for pair in registry.pairs:
+            proofs[pair.local][pair.peer] = pair.peer_incarnation
+        self._engines = {
+            server.name: self._renew(server, ranks[server.name], proofs[server.name])
+            for server in registry.entries
+            if server.kind == "server"
+        }
+        self._roles_seen.update(engine.role for engine in self._engines.values())
         self.pairs = registry.pairs
         self.serving = registry.serving
 
@@ -146,7 +149,7 @@ class EnginePool:
         engine.num_failures = 0
         engine.avoid_until_at = 0.0
 
-    def _renew(self, server: Entry, ranks: list[Entry]) -> Engine:
+    def _renew(self, server: Entry, ranks: list[Entry], proofs: dict[str, int]) -> Engine:
         ready = self._is_ready(server, ranks)
         by_rank = sorted(ranks, key=lambda entry: entry.tp_rank)
         processes = (server.incarnation, *(entry.incarnation for entry in by_rank))
@@ -168,6 +171,8 @@ class EnginePool:
         engine.lender = _find_lender(by_rank)
         engine.capabilities = server.capabilities
         engine.reason = server.reason
+        engine.peers = None if server.peers is None else frozenset(server.peers)
+        engine.proofs = proofs
         engine.state = "ready" if ready else _why_not_ready(server, ranks)
         return engine
 

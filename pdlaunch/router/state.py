@@ -18,7 +18,7 @@ from pdlaunch.http.headers import ORIGIN_HEADER, format_origin
 from pdlaunch.protocol.control import PairSuspect, Registry, Suspects
 from pdlaunch.protocol.ids import PromptOrigin
 from pdlaunch.protocol.status import Doubt
-from pdlaunch.router.engine import Engine
+from pdlaunch.router.engine import Engine, EngineKey
 from pdlaunch.router.engine_client import EngineClient
 from pdlaunch.router.event_log import EventLog
 from pdlaunch.router.metrics import RouterMetrics
@@ -119,6 +119,8 @@ class RouterState:
         self._changed = asyncio.Event()
         self._has_registry = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._asked: set[EngineKey] = set()
+        """Engines that are being asked for their models."""
 
     def update(self, registry: Registry) -> None:
         """Take over a registry and wake the requests that wait for an engine."""
@@ -133,7 +135,8 @@ class RouterState:
         self._changed.set()
         self._changed = asyncio.Event()
         for engine in self.pool.engines:
-            if engine.ready and engine.max_model_len is None:
+            if engine.ready and engine.max_model_len is None and engine.key not in self._asked:
+                self._asked.add(engine.key)
                 self.spawn(self._learn_models(engine))
 
     def recomputed(self, prefill: Engine, decode: Engine, num_tokens: int) -> None:
@@ -214,6 +217,10 @@ class RouterState:
         await self.client.close()
 
     async def _learn_models(self, engine: Engine) -> None:
-        engine.models = await self.client.read_models(engine)
+        key = engine.key
+        try:
+            engine.models = await self.client.read_models(engine)
+        finally:
+            self._asked.discard(key)
         if engine.models:
             engine.max_model_len = engine.models[0].max_model_len

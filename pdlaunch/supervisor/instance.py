@@ -88,6 +88,7 @@ class Instance:
             capabilities=said.capabilities,
             state=self._listed_state(),
             reason=self.given_up_for if self._is_given_up_server() else "",
+            peers=self.spec.peers if self.spec.kind == "server" else None,
         )
 
     def _listed_state(self) -> ListedState:

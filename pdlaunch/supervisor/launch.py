@@ -174,11 +174,15 @@ class EventSource(Protocol):
 def drive(supervisor: Supervisor, events: EventSource, clock: Callable[[], float]) -> None:
     """Drive a launch to its end: wait for events, act on them, do what is due."""
     supervisor.start()
+    timers_at = supervisor.next_tick_at()
     while not supervisor.done:
-        timeout_s = max(0.0, supervisor.next_tick_at() - clock())
+        timeout_s = max(0.0, min(timers_at, supervisor.settles_at) - clock())
         for event in events.wait(timeout_s):
             supervisor.handle(event)
-        supervisor.tick()
+        # Heartbeats alone need no look at all processes.
+        if clock() >= min(timers_at, supervisor.settles_at):
+            supervisor.tick()
+            timers_at = supervisor.next_tick_at()
 
 
 def _close(listeners: Sequence[socket.socket]) -> None:

@@ -4,6 +4,7 @@ proven.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from pdlaunch.engines.kind import EngineKind
@@ -66,6 +67,7 @@ class Pairs:
             for process in plan.processes
             if kind.proves_pairs(process)
             for engine in plan.engines("prefill")
+            if process.peers is None or engine in process.peers
         ]
         self._given_up: set[str] = set()
         self._proven: dict[tuple[str, str], PairReady] = {}
@@ -110,34 +112,28 @@ class Pairs:
             # Names of ranks begin with that of their engine.
             if self._given_up.isdisjoint((rank.partition("/")[0], engine))
         ]
+        proven: dict[tuple[str, str], list[PairReady]] = defaultdict(list)
+        for pair in self._proven.values():
+            proven[pair.local, self._engine_of.get(pair.peer, "")].append(pair)
+        errors = {
+            (local, self._engine_of.get(peer, "")): error
+            for (local, peer), error in self._errors.items()
+        }
         return [
-            self._describe(rank, engine)
+            _describe(rank, engine, proven[rank, engine], errors.get((rank, engine), ""))
             for rank, engine in due
-            if not self._is_connected(rank, engine)
+            if not _is_connected(proven[rank, engine])
         ]
 
-    def _is_connected(self, local: str, engine: str) -> bool:
-        pairs = self._pairs(local, engine)
-        # Before the first proof nobody here knows how many ranks of the engine this one talks to.
-        return bool(pairs) and len(pairs) >= max(pair.num_peers for pair in pairs)
 
-    def _pairs(self, local: str, engine: str) -> list[PairReady]:
-        return [
-            pair
-            for pair in self._proven.values()
-            if pair.local == local and self._engine_of.get(pair.peer) == engine
-        ]
+def _is_connected(pairs: Sequence[PairReady]) -> bool:
+    # Before the first proof nobody here knows how many ranks of the engine this one talks to.
+    return bool(pairs) and len(pairs) >= max(pair.num_peers for pair in pairs)
 
-    def _describe(self, local: str, engine: str) -> str:
-        errors = [
-            error
-            for (l_name, peer), error in self._errors.items()
-            if l_name == local and self._engine_of.get(peer) == engine
-        ]
-        pairs = self._pairs(local, engine)
-        what = (
-            f"a path to only {len(pairs)} of {pairs[0].num_peers} ranks of"
-            if pairs
-            else "no path to"
-        )
-        return f"{local} has {what} {engine}" + (f": {errors[-1]}" if errors else "")
+
+def _describe(local: str, engine: str, pairs: Sequence[PairReady], error: str) -> str:
+    """Say what is missing between a rank and an engine, with the last error."""
+    what = (
+        f"a path to only {len(pairs)} of {pairs[0].num_peers} ranks of" if pairs else "no path to"
+    )
+    return f"{local} has {what} {engine}" + (f": {error}" if error else "")

@@ -7,6 +7,7 @@ It acts on events and never waits. ``launch.drive`` is the loop: wait for events
 from __future__ import annotations
 
 import logging
+import math
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -43,9 +44,15 @@ from pdlaunch.supervisor.restarts import RestartPolicy
 from pdlaunch.supervisor.shutdown import Grace, LaunchShutdown
 from pdlaunch.supervisor.states import LaunchPhase, ProcessState
 from pdlaunch.supervisor.status import LaunchStatus, Observer, ProcessStatus
+from pdlaunch.supervisor.views import Views
 
 logger = logging.getLogger(__name__)
 
+SETTLE_S = 0.25e-3
+"""Time for each process of the plan between two looks at all of them.
+
+One look costs a few microseconds a process, and the registry that follows about as much: with a
+thousand engines a message each would keep the supervisor from its work."""
 FAILED_GRACE_S = 5.0
 """Time that a process that has said Failed gets to leave by itself."""
 
@@ -90,6 +97,10 @@ class Supervisor:
         )
         self._notes = Notes(observer, host, self._processes, clock)
         self._registry = RegistryVersions()
+        self._views = Views(plan)
+        self._settle_every_s = SETTLE_S * len(plan.processes)
+        self._settled_at = -self._settle_every_s
+        self._has_news = False
         self._pairs = Pairs(plan, kind)
         self._deaths = Deaths(
             plan,
@@ -139,30 +150,30 @@ class Supervisor:
         self._settle()
 
     def handle(self, event: Event) -> None:
-        """Act on one event."""
+        """Act on one event; ``tick`` tells others of it."""
         match event:
             case ProcessExited():
                 self._on_exit(event)
             case MessageReceived(message=Alive()):
                 # Changes nothing that others need to know now, and comes often.
+                was_stalled = self._is_stalled(event.name)
                 self._on_message(event.name, event.message)
+                self._has_news |= was_stalled
                 return
             case MessageReceived():
                 self._on_message(event.name, event.message)
             case StopRequested():
                 self._on_stop(event)
-        self._settle()
+        self._has_news = True
 
     def tick(self) -> None:
-        """Do what is due by the clock."""
-        if self._shutdown is not None:
-            self._shutdown.advance()
-        elif self._phase is LaunchPhase.READY:
+        """Do what is due by the clock, and tell children and views of what has changed."""
+        if self._shutdown is None and self._phase is LaunchPhase.READY:
             for instance in self._hangs.look(self._processes):
                 self._deaths.hung(self._processes.unit_of(instance), instance)
             self._restarts.tick()
             self._deaths.tick()
-        elif self._clock() >= self._startup_ends_at:
+        elif self._shutdown is None and self._clock() >= self._startup_ends_at:
             self._fail(
                 startup_timeout(
                     list(self._processes),
@@ -172,8 +183,15 @@ class Supervisor:
             )
         self._settle()
 
+    @property
+    def settles_at(self) -> float:
+        """Return the instant at which ``tick`` is due for what events have changed."""
+        return self._settled_at + self._settle_every_s if self._has_news else math.inf
+
     def next_tick_at(self) -> float:
-        """Return the instant at which ``tick`` is due; a minute from now when nothing is."""
+        """Return the instant at which ``tick`` is due without an event; a minute from now when
+        nothing is.
+        """
         if self._shutdown is not None:
             return self._shutdown.ends_at
         if self._phase is not LaunchPhase.READY:
@@ -259,7 +277,8 @@ class Supervisor:
             return
         instance.registration = message
         # It needs the registry now, and not with the next change.
-        self._host.send(instance.name, self._registry.current)
+        view = self._views.of(instance.name, self._registry.current)
+        self._host.send(instance.name, view)
         if instance.spec.kind == "router":
             self._notes.repeat(instance.name)
 
@@ -385,10 +404,15 @@ class Supervisor:
         )
         self._shutdown.begin(drain=drain)
 
-    # After every event
+    # After events
+
+    def _is_stalled(self, name: str) -> bool:
+        instance = self._processes.get(name)
+        return instance is not None and instance.stalled
 
     def _settle(self) -> None:
         """Tell children and views what has changed, and notice that the launch is ready or over."""
+        self._has_news, self._settled_at = False, self._clock()
         if self._shutdown is not None:
             self._shutdown.advance()
         becomes_ready = (
@@ -400,15 +424,15 @@ class Supervisor:
             self._phase = LaunchPhase.READY
             self.was_ready = True
             logger.info("serving at %s", self.status().url)
+        before = self._registry.current
         if self._registry.update(
             self._processes,
             self._pairs.proven(),
             serving=self.was_ready,
             ends=self._deaths.ends,
         ):
-            # All get every version: who is told late would use a peer that is gone.
-            for entry in self._registry.current.entries:
-                self._host.send(entry.name, self._registry.current)
+            for name, view in self._views.news(before, self._registry.current):
+                self._host.send(name, view)
         self._observer.changed(self.status())
         if becomes_ready:
             self._observer.ready(self.status())

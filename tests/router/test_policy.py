@@ -158,3 +158,23 @@ def test_what_is_chosen_can_serve_and_nothing_is_changed(
     ]
     assert route.prefill.num_prompt_tokens == min(one.num_prompt_tokens for one in others)
     assert route.decode is None or (route.decode.role == "decode" and route.decode.ready)
+
+
+def test_kv_blocks_go_to_peers_alone() -> None:
+    """In large launches an engine shakes hands with some of the others."""
+    prefill = engine("prefill-0", peers=frozenset({"decode-1"}))
+    stranger = engine("decode-0", peers=frozenset({"prefill-1"}))
+    peer = engine("decode-1", peers=frozenset({"prefill-0"}), num_streams=5)
+    assert choose(prompt(), [prefill, stranger]).prefill is None
+    assert choose(prompt(), [prefill, stranger, peer]).prefill is prefill
+    computed = prompt(hop="decode", prefill="prefill-0")
+    assert choose(computed, [prefill, stranger, peer]).decode is peer
+    # Without a peer the prompt is computed again.
+    assert choose(computed, [prefill, stranger]).decode is stranger
+
+
+def test_decode_is_told_early_by_its_peers_alone() -> None:
+    prefill = engine("prefill-0", peers=frozenset({"decode-1"}))
+    stranger = engine("decode-0", peers=frozenset({"prefill-1"}))
+    peer = engine("decode-1", peers=frozenset({"prefill-0"}), num_streams=5)
+    assert choose(prompt(), [prefill, stranger, peer]).decode is peer

@@ -30,7 +30,7 @@ from pdlaunch.protocol.control import (
 )
 from pdlaunch.protocol.sockets import LaunchKeys
 from pdlaunch.resolve.plan import Plan, ProcessSpec
-from pdlaunch.supervisor.events import StopRequested
+from pdlaunch.supervisor.events import Event, StopRequested
 from pdlaunch.supervisor.status import LaunchStatus
 from pdlaunch.supervisor.supervisor import Supervisor, Timing
 
@@ -182,6 +182,12 @@ class World:
             close_listeners=self._close_listeners,
         )
 
+    def _handle(self, event: Event) -> None:
+        """Have the supervisor act on an event and tell of it, as ``launch.drive`` does."""
+        self.supervisor.handle(event)
+        if self.supervisor.settles_at < math.inf:
+            self.supervisor.tick()
+
     def _close_listeners(self) -> None:
         self.listens = False
 
@@ -190,7 +196,7 @@ class World:
         return self
 
     def say(self, name: str, message: ToSupervisor) -> None:
-        self.supervisor.handle(MessageReceived(name, message))
+        self._handle(MessageReceived(name, message))
 
     def register(self, name: str, address: Address | None = None) -> None:
         incarnation = self.host.running[name]
@@ -214,7 +220,7 @@ class World:
 
     def exit(self, name: str, returncode: int = 0) -> None:
         incarnation = self.host.running.pop(name)
-        self.supervisor.handle(ProcessExited(name, incarnation, returncode))
+        self._handle(ProcessExited(name, incarnation, returncode))
 
     def exit_all(self) -> None:
         for name in list(self.host.running):
@@ -249,7 +255,7 @@ class World:
         self.say(name, Failed(error=error))
 
     def interrupt(self, number: int = signal.SIGINT) -> None:
-        self.supervisor.handle(StopRequested(number))
+        self._handle(StopRequested(number))
 
     def pass_time(self, seconds: float) -> None:
         self.clock.now += seconds

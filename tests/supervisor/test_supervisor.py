@@ -333,6 +333,7 @@ def test_the_end_of_an_old_incarnation_is_not_taken_for_the_new_one() -> None:
     world.exit("decode-0", 1)
     world.pass_time(1)
     world.supervisor.handle(ProcessExited("decode-0", 1, 1))
+    world.supervisor.tick()
     assert world.state("decode-0") == "starting"
 
 
