@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from pdlaunch.config.roles import PAIR, Role
 from pdlaunch.config.ucx_variables import is_known_variable
+from pdlaunch.platform.addresses import is_address
 from pdlaunch.platform.availability import ProcessOutcome, run_briefly
 from pdlaunch.resolve.resolve import ResolvedLaunch
 from pdlaunch.resolve.roles import RoleEngines
@@ -116,6 +117,11 @@ def _ask(launch: ResolvedLaunch, question: _Question) -> NixlAnswer:
         "NIXL_LOG_LEVEL": "WARN",
     }
     environ.pop("UCX_LOG_FILE", None)
+    # The address of a host, of which this machine need not be one; nothing is opened to others.
+    devices = environ.get("UCX_NET_DEVICES", "").split(",")
+    if any(map(is_address, devices)):
+        of_others = [name for name in devices if not is_address(name)]
+        environ["UCX_NET_DEVICES"] = ",".join(["lo", *of_others])
     command = [sys.executable, "-P", "-m", _MODULE, *([device] if device else [])]
     return read_answer(run_briefly(command, environ, TIMEOUT_S))
 

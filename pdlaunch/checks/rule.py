@@ -27,8 +27,6 @@ from pdlaunch.platform.facts import Fact
 Severity = Literal["error", "warning", "info"]
 
 _FACTS: frozenset[str] = frozenset(get_args(Fact))
-MANY_HOSTS = "launches over several hosts, which no setting makes yet"
-"""What some rules wait for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +73,6 @@ class Rule:
     """The source of the knowledge."""
     needs: tuple[Need, ...]
     """Facts without which the rule cannot say anything; it is then listed as not checked."""
-    waits_for: str
-    """What pdlaunch cannot do yet: until then the rule finds nothing. Empty for most rules."""
     check: Callable[[Context], Iterable[Found]]
 
     @property
@@ -92,7 +88,6 @@ def rule(
     fix: str,
     source: str,
     needs: tuple[Need, ...] = (),
-    waits_for: str = "",
 ) -> Callable[[Callable[[Context], Iterable[Found]]], Rule]:
     """Make a rule of a function; its docstring says what is wrong, and why it matters."""
 
@@ -106,7 +101,6 @@ def rule(
             fix,
             source,
             needs,
-            waits_for,
             check,
         )
 

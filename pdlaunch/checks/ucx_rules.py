@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from pdlaunch.checks.context import Context
 from pdlaunch.checks.nixl_answers import NixlAnswer
-from pdlaunch.checks.rule import MANY_HOSTS, Found, rule
+from pdlaunch.checks.rule import Found, rule
 from pdlaunch.config.problems import nearest, shown, shown_name
 from pdlaunch.config.roles import Role
 from pdlaunch.config.ucx import (
@@ -15,6 +15,7 @@ from pdlaunch.config.ucx import (
     RDMA,
     known_transports,
     leaves_out_shared_memory,
+    opens_network,
     setting,
     ucx_transports,
     unknown_transports,
@@ -136,18 +137,16 @@ def ucx_without_path(context: Context) -> Iterator[Found]:
     fix="Add rc (or ib) to UCX_TLS, or unset it.",
     source=_UCX,
     needs=("rdma",),
-    waits_for=MANY_HOSTS,
 )
 def ucx_without_rdma(context: Context) -> Iterator[Found]:
     """UCX_TLS leaves out RDMA between hosts that have it.
 
     Blocks between hosts then go through TCP.
     """
-    if len(context.launch.machines) < 2 or not context.machine.rdma_devices or not context.uses_ucx:
-        return
-    for engine in context.peers():
-        if lacks_rdma(engine.given_environ):
-            devices = ", ".join(context.machine.rdma_devices[:4])
+    for engine in context.engines.values() if context.uses_ucx else ():
+        there = engine.machine.rdma_devices
+        if there and engine.has_far_peers and lacks_rdma(engine.given_environ):
+            devices = ", ".join(there[:4])
             yield Found(
                 context.where_variable(engine, "UCX_TLS"),
                 f"UCX_TLS {_given(engine)} has no RDMA transport; this host has {devices}",
@@ -204,10 +203,12 @@ def unknown_variable(context: Context) -> Iterator[Found]:
 def network_without_effect(context: Context) -> Iterator[Found]:
     """Variables for UCX's network have no effect.
 
-    All ranks are on this host, and pdlaunch leaves them no transport that uses a network: devices
-    that do not exist do no harm either.
+    All ranks are on this host, or the network between hosts is not trusted, and pdlaunch leaves
+    them no transport that uses a network: devices that do not exist do no harm either.
     """
     for engine in context.peers() if context.uses_ucx else ():
+        if opens_network(engine.environment):
+            continue
         for name in network_variables(engine.given_environ):
             value = shown(engine.given_environ[name])
             yield Found(context.where_variable(engine, name), f"{name} {value} has no effect")

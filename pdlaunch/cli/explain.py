@@ -65,8 +65,6 @@ def rules_markdown(rules: dict[str, Rule]) -> str:
         lines += _wrap(f"- Fix: {rule.fix}") + _wrap(f"- Source: {rule.source}")
         if rule.needs:
             lines += _wrap(f"- Needs: {', '.join(rule.needs)}")
-        if rule.waits_for:
-            lines += _wrap(f"- Waits for: {rule.waits_for}")
     return "\n".join(lines) + "\n"
 
 
@@ -94,7 +92,6 @@ def _print_rule(console: Console, rule: Rule) -> None:
         ("Why", rule.why),
         ("Fix", rule.fix),
         ("Source", rule.source),
-        ("Finds nothing yet: it waits for", rule.waits_for),
     )
     for heading, text in sections:
         if text:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from types import MappingProxyType
 from typing import Annotated, Any, Generic, Literal, TypeVar
@@ -20,7 +21,7 @@ from pydantic_core import PydanticKnownError
 
 from pdlaunch.config.field_types import ByteSize, Flag, FrozenModel
 from pdlaunch.config.sizes import parse_size
-from pdlaunch.config.ucx import local_transports
+from pdlaunch.config.ucx import local_transports, network_transports
 from pdlaunch.errors import ConfigError
 
 ENTRY_POINT_GROUP = "pdlaunch.connectors"
@@ -31,6 +32,17 @@ RankDevice = Literal["cpu", "cuda"]
 
 S = TypeVar("S", bound=FrozenModel)
 """The settings of one connector."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVNetwork:
+    """Describes how KV blocks get from and to other hosts, of which the user trusts the network."""
+
+    address: str
+    """Address of this host at which data ports open."""
+    ports: str
+    """First and last port that they may have: ``21000-21999``."""
+    rdma_devices: tuple[str, ...] = ()
 
 
 class NoSettings(FrozenModel):
@@ -63,6 +75,22 @@ class ConnectorSpec(Generic[S]):
         rank on the CPU of a host with GPUs.
         """
         return {}
+
+    def network_environment(
+        self, section: S, environ: Mapping[str, str], device: RankDevice, network: KVNetwork
+    ) -> dict[str, str]:
+        """Return variables over those of ``environment`` for a rank with peers on other hosts."""
+        return {}
+
+    def opens_data_ports(self, section: S) -> bool:
+        """Say whether ranks open ports that ask nobody who he is to peers on other hosts. Such
+        ranks do so with ``kv_transfer.trusted_network`` alone.
+        """
+        return False
+
+    def joins_hosts(self, section: S) -> bool:
+        """Say whether ranks reach peers on other hosts at all."""
+        return True
 
     def maps_memory(self, section: S) -> bool:
         """Say whether ranks may map the KV cache of their peers, which decides how it is
@@ -116,6 +144,28 @@ class NixlSpec(ConnectorSpec[NixlSettings]):
         transports = ",".join(local_transports(environ, device)) or "none"
         return _with_defaults(environ, defaults) | {"UCX_TLS": transports}
 
+    def network_environment(
+        self,
+        section: NixlSettings,
+        environ: Mapping[str, str],
+        device: RankDevice,
+        network: KVNetwork,
+    ) -> dict[str, str]:
+        to_hosts = network_transports(environ, has_rdma=bool(network.rdma_devices))
+        transports = ",".join((*to_hosts, *local_transports(environ, device))) or "none"
+        # In the rank the name of its device stands in the address's place.
+        devices = (network.address, *(f"{name}:1" for name in network.rdma_devices))
+        defaults = {"UCX_NET_DEVICES": ",".join(devices), "UCX_TCP_PORT_RANGE": network.ports}
+        if network.rdma_devices:
+            defaults["UCX_MODULES"] = "*"
+        return _with_defaults(environ, defaults) | {"UCX_TLS": transports}
+
+    def opens_data_ports(self, section: NixlSettings) -> bool:
+        return section.path != "p2p"
+
+    def joins_hosts(self, section: NixlSettings) -> bool:
+        return section.path != "p2p"
+
     def maps_memory(self, section: NixlSettings) -> bool:
         return section.path != "nixl"
 
@@ -141,6 +191,10 @@ class MooncakeSettings(PushSettings):
     )
 
 
+MOONCAKE_ADDRESS = "MC_TCP_BIND_ADDRESS"
+"""Ranks tell their peers this address, and take no packet to another one."""
+
+
 class MooncakeSpec(ConnectorSpec[MooncakeSettings]):
     """Mooncake's transfer engine."""
 
@@ -157,14 +211,31 @@ class MooncakeSpec(ConnectorSpec[MooncakeSettings]):
             "nvlink": {"MC_INTRA_NVLINK": "1"},
         }
         defaults = {
-            "MC_TCP_BIND_ADDRESS": "127.0.0.1",
             # A call that gives up by its own time-out leaves its write under way: only the
             # transport's time-outs end one.
             "MC_TRANSFER_TIMEOUT": "3600",
             "MC_LOG_LEVEL": "WARNING",
             **transports[section.protocol],
         }
-        return _with_defaults(environ, defaults)
+        return _with_defaults(environ, defaults) | {MOONCAKE_ADDRESS: "127.0.0.1"}
+
+    def network_environment(
+        self,
+        section: MooncakeSettings,
+        environ: Mapping[str, str],
+        device: RankDevice,
+        network: KVNetwork,
+    ) -> dict[str, str]:
+        first, _, last = network.ports.partition("-")
+        # Mooncake reads both spellings.
+        ports = {f"MC_MIN_{word}_PORT": first for word in ("PRC", "RPC")}
+        ports |= {f"MC_MAX_{word}_PORT": last for word in ("PRC", "RPC")}
+        if ":" in network.address:
+            ports["MC_USE_IPV6"] = "1"
+        return _with_defaults(environ, ports) | {MOONCAKE_ADDRESS: network.address}
+
+    def opens_data_ports(self, section: MooncakeSettings) -> bool:
+        return True
 
 
 class FileSettings(PushSettings):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model
 from pydantic.fields import FieldInfo
 
 from pdlaunch.config.sizes import parse_size
@@ -65,6 +65,25 @@ def _read_switch(value: object) -> object:
 Switch = Annotated[
     bool, BeforeValidator(_read_switch, json_schema_input_type=bool | Literal["on", "off"])
 ]
+
+
+MIN_PORTS = 16
+"""Libraries draw ports at random, and give up after a few that are taken."""
+
+
+def _check_port_range(text: str) -> str:
+    first, _, last = text.partition("-")
+    if not (first.isascii() and first.isdigit() and last.isascii() and last.isdigit()):
+        raise ValueError(f"{text[:40]!r} is no range of ports; write FIRST-LAST, as 21000-21999")
+    if not 1024 <= int(first) <= int(last) <= 65535:
+        raise ValueError(f"{text[:40]!r} must be within 1024-65535, the lower port first")
+    if int(last) - int(first) + 1 < MIN_PORTS:
+        raise ValueError(f"{text[:40]!r} has fewer than {MIN_PORTS} ports; widen it")
+    return f"{int(first)}-{int(last)}"
+
+
+PortRange = Annotated[str, AfterValidator(_check_port_range)]
+"""``FIRST-LAST``, both included."""
 
 
 def may_override(model: type[FrozenModel]) -> Callable[[type[ModelType]], type[ModelType]]:

@@ -14,6 +14,7 @@ from pdlaunch.config.connectors import (
     ConnectorImportError,
     ConnectorSpec,
     FileSettings,
+    KVNetwork,
     MooncakeSettings,
     NixlSettings,
     RankDevice,
@@ -21,7 +22,7 @@ from pdlaunch.config.connectors import (
     connector_spec,
     other_sections,
 )
-from pdlaunch.config.field_types import Flag, FrozenModel, Switch
+from pdlaunch.config.field_types import Flag, FrozenModel, PortRange, Switch
 
 RENAMED: Mapping[str, str] = {
     "kv_transfer.path": "kv_transfer.nixl.path",
@@ -76,6 +77,17 @@ class KVTransferSettings(FrozenModel):
     )
     handshake_timeout_s: float = Field(
         20.0, gt=0, description="Seconds for the handshake of one pair."
+    )
+    trusted_network: Switch = Field(
+        False,
+        description=(
+            "Let KV blocks go between hosts over ports of NIXL or Mooncake, which ask nobody who "
+            "he is: whoever reaches them can read and write the memory of ranks."
+        ),
+    )
+    data_ports: PortRange = Field(
+        "21000-21999",
+        description="Ports of that network at which ranks take KV blocks, for a firewall's rules.",
     )
     nixl: NixlSettings = NixlSettings()
     mooncake: MooncakeSettings = MooncakeSettings()
@@ -159,6 +171,23 @@ class KVTransferSettings(FrozenModel):
         """Return the settings of a connector; its defaults where none were given."""
         found = getattr(self, name, None)
         return found if isinstance(found, FrozenModel) else _spec_of(name).settings()
+
+    def network_environment(
+        self, environ: Mapping[str, str], device: RankDevice, network: KVNetwork
+    ) -> dict[str, str]:
+        """Return what the environment of a rank with peers on other hosts must hold over that."""
+        section = self.section(self.carrier)
+        return self._spec.network_environment(section, environ, device, network)
+
+    @property
+    def opens_data_ports(self) -> bool:
+        """Ranks with peers on other hosts open ports that ask nobody who he is."""
+        return self._spec.opens_data_ports(self.section(self.carrier))
+
+    @property
+    def joins_hosts(self) -> bool:
+        """Ranks reach peers on other hosts."""
+        return self._spec.joins_hosts(self.section(self.carrier))
 
     @property
     def _spec(self) -> ConnectorSpec[Any]:

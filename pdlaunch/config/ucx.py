@@ -64,6 +64,18 @@ def local_transports(environ: Mapping[str, str], device: Literal["cpu", "cuda"])
     )
 
 
+def network_transports(environ: Mapping[str, str], *, has_rdma: bool) -> tuple[str, ...]:
+    """Return the transports in UCX_TLS that join hosts: TCP, and RDMA where there is a device."""
+    allowed = ucx_transports(environ)
+    wanted = (*sorted(_GROUPS["rc"]), *sorted(TCP)) if has_rdma else sorted(TCP)
+    return tuple(name for name in wanted if name in allowed)
+
+
+def opens_network(environ: Mapping[str, str]) -> bool:
+    """Return whether a process with this UCX_TLS is to use a network; unset, it names none."""
+    return "UCX_TLS" in environ and bool(ucx_transports(environ) & (TCP | RDMA))
+
+
 def ucx_transports(environ: Mapping[str, str]) -> frozenset[str]:
     """Return the transports that UCX may use: all when UCX_TLS is unset. Unknown names are kept."""
     value, names = _names(environ)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ipaddress
 import socket
 
+import psutil
+
 _ELSEWHERE = ("192.0.2.1", "2001:db8::1")
 """Addresses of nobody, whose route is the default one."""
 _ANY_PORT = 9
@@ -27,6 +29,27 @@ def default_address() -> str | None:
     """Return this machine's address on its default route; None where it has none but loopback."""
     found = (address_towards(host) for host in _ELSEWHERE)
     return next((each for each in found if each is not None and not is_loopback(each)), None)
+
+
+def device_of(address: str) -> str | None:
+    """Return the network device that has an address of this machine; None where none has."""
+    return next(
+        (
+            name
+            for name, found in psutil.net_if_addrs().items()
+            if any(each.address.partition("%")[0] == address for each in found)
+        ),
+        None,
+    )
+
+
+def is_address(text: str) -> bool:
+    """Tell whether this is an IP address, and no name."""
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def is_loopback(address: str) -> bool:

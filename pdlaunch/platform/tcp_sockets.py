@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import ipaddress
 import os
 import socket
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +14,11 @@ from pathlib import Path
 import psutil
 
 LOOPBACK_DEVICE = "lo"
+_SO_ATTACH_FILTER = 26
+_NETWORK_HEADER = 0xFFF00000
+"""SKF_NET_OFF: offsets from here count from the IP header."""
+_LOAD_WORD, _LOAD_BYTE, _SHIFT_RIGHT, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x30, 0x74, 0x15, 0x06
+_WHOLE_PACKET = 0xFFFFFFFF
 _LISTENING = "0A"
 _END_UNREAD = frozenset({"08", "09"})
 _END_UNSENT = frozenset({"04", "09", "0B"})
@@ -46,6 +54,44 @@ def bind_to_loopback(listener: Listener) -> None:
     """
     with socket.socket(fileno=os.dup(listener.fd)) as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, LOOPBACK_DEVICE.encode())
+
+
+def admit_one_address(listener: Listener, address: str) -> None:
+    """Keep packets to other addresses than this one from a socket, and from its connections.
+
+    It is what a bind to the address would have done; a socket that listens cannot be bound again.
+    Raises OSError.
+
+    Source: SO_ATTACH_FILTER in socket(7); linux/filter.h.
+    """
+    packed = ipaddress.ip_address(address).packed
+    # The destination in a header of IPv4, or of IPv6; the version is in the first four bits.
+    version, offset = (4, 16) if len(packed) == 4 else (6, 24)
+    words = struct.unpack(f"!{len(packed) // 4}I", packed)
+    checks: list[tuple[int, int, int, int]] = [
+        (_LOAD_BYTE, 0, 0, _NETWORK_HEADER),
+        (_SHIFT_RIGHT, 0, 0, 4),
+        (_JUMP_IF_EQUAL, 0, 2 * len(words) + 1, version),
+    ]
+    for place, word in enumerate(words):
+        left = 2 * (len(words) - place) - 1
+        checks.append((_LOAD_WORD, 0, 0, _NETWORK_HEADER + offset + 4 * place))
+        checks.append((_JUMP_IF_EQUAL, 0, left, word))
+    checks += [(_RETURN, 0, 0, _WHOLE_PACKET), (_RETURN, 0, 0, 0)]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *check) for check in checks))
+    program = struct.pack("HP", len(checks), ctypes.addressof(code))
+    with socket.socket(fileno=os.dup(listener.fd)) as listening:
+        listening.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
+
+
+def is_connected(port: int, address: str) -> bool:
+    """Return whether this process holds a connection from ``address`` to its own ``port``."""
+    return any(
+        connection.laddr.port == port
+        and connection.raddr
+        and connection.raddr.ip.removeprefix("::ffff:") == address
+        for connection in psutil.Process().net_connections("tcp")
+    )
 
 
 def bound_device(listener: Listener) -> str:

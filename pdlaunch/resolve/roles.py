@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from pdlaunch.config.connectors import KVNetwork
 from pdlaunch.config.field_types import set_paths
 from pdlaunch.config.model_files.shape import ModelShape
 from pdlaunch.config.models import EngineSettings, LaunchConfig
@@ -103,6 +104,8 @@ class RoleEngines:
     """The user's environment of a rank: the supervisor's, and ``env`` over it."""
     environment: Mapping[str, str]
     """Variables that are set for a rank over the supervisor's environment."""
+    has_far_peers: bool = False
+    """Its ranks exchange KV blocks with ranks on other hosts."""
 
     @property
     def shape(self) -> ModelShape | None:
@@ -284,7 +287,21 @@ def resolve_roles(
         for role in used:
             if not _ranks_on(places, host.name, role):
                 continue
-            engines = _resolve(config, role, host, models[role], unverified, num_ranks[host.name])
+            is_far = any(
+                _ranks_on(places, other.name, peer)
+                for other in hosts
+                for peer in PAIR
+                if other is not host and role in PAIR and peer != role
+            )
+            engines = _resolve(
+                config,
+                role,
+                host,
+                models[role],
+                unverified,
+                num_ranks[host.name],
+                has_far_peers=is_far,
+            )
             before = sum(
                 other.num_ranks
                 for other in here.values()
@@ -368,6 +385,8 @@ def _resolve(
     model: Model,
     unverified: str,
     num_ranks: int,
+    *,
+    has_far_peers: bool,
 ) -> RoleEngines:
     """Resolve a role on a host. ``num_ranks``: those of all roles there, which share its cores."""
     section, settings, machine = config.role(role), config.engine_settings(role), host.machine
@@ -436,7 +455,13 @@ def _resolve(
             num_threads,
             kv_cache_bytes,
             is_verified=not unverified,
+            network=KVNetwork(
+                host.bind_address, config.kv_transfer.data_ports, machine.rdma_devices
+            )
+            if has_far_peers and config.kv_transfer.trusted_network
+            else None,
         ),
+        has_far_peers=has_far_peers,
     )
 
 
@@ -467,8 +492,12 @@ def _environment(
     kv_cache_bytes: int | None,
     *,
     is_verified: bool,
+    network: KVNetwork | None,
 ) -> dict[str, str]:
-    """Return the variables that the processes of an engine get over the supervisor's."""
+    """Return the variables that the processes of an engine get over the supervisor's.
+
+    ``network``: of a role with peers on other hosts; None where KV blocks may not use it.
+    """
     common = {
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -489,7 +518,11 @@ def _environment(
     # none.
     of_host: DeviceKind = "cuda" if machine.gpus or machine.has_hidden_gpus else device
     # Last: what the connector needs narrows what the user has set.
-    return common | settings.env | config.kv_transfer.environment(given_environ, of_host)
+    transfer = config.kv_transfer
+    own = transfer.environment(given_environ, of_host)
+    if network is not None:
+        own |= transfer.network_environment(given_environ, of_host, network)
+    return common | settings.env | own
 
 
 def count_ranks(config: LaunchConfig) -> int:

@@ -92,7 +92,7 @@ def launch(
     )
     setup_logging("supervisor", config.log_level, file=log_dir / SUPERVISOR_LOG)
     raise_open_files()
-    keys = new_launch_keys()
+    keys = new_launch_keys(with_certificate=resolved.spans_hosts)
     with (
         keep_logs(log_dir),
         new_run_dir() as run_dir,

@@ -2,6 +2,7 @@
 
 from tests.checks import (
     cases_of_engines,
+    cases_of_far_pairs,
     cases_of_machines,
     cases_of_memory,
     cases_of_placement,
@@ -15,4 +16,5 @@ CASES: dict[str, Case] = {
     **cases_of_machines.CASES,
     **cases_of_engines.CASES,
     **cases_of_placement.CASES,
+    **cases_of_far_pairs.CASES,
 }

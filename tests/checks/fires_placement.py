@@ -9,6 +9,7 @@ from tests.checks.firing import Case, Setup
 
 _TWO = """
 placement: hosts
+kv_transfer: {trusted_network: true}
 control_address: 10.0.0.1
 hosts:
   - {name: node-1, machine: a.json, bind_address: 10.0.0.2%s}

@@ -17,7 +17,7 @@ def rule(request):
     return RULES[request.param]
 
 
-@pytest.fixture(params=sorted(code for code, rule in RULES.items() if not rule.waits_for))
+@pytest.fixture(params=sorted(RULES))
 def firing_rule(request):
     return RULES[request.param]
 

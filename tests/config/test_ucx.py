@@ -1,7 +1,10 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from pdlaunch.config.connectors import KVNetwork
+from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.config.ucx import (
     ALL,
     CUDA,
@@ -9,6 +12,8 @@ from pdlaunch.config.ucx import (
     SHARED_MEMORY,
     leaves_out_shared_memory,
     local_transports,
+    network_transports,
+    opens_network,
     ucx_transports,
     unknown_transports,
 )
@@ -107,3 +112,61 @@ def test_variables_are_known_by_name_or_by_their_transport():
     )
     assert list(unknown_variables(environ)) == ["UCX_TSL", "UCX_NET_DEVICE"]
     assert list(network_variables(environ)) == ["UCX_IB_GID_INDEX", "UCX_RC_MLX5_TIMEOUT"]
+
+
+@pytest.mark.parametrize(
+    ("value", "tcp_alone", "with_rdma"),
+    [
+        ("all", ("tcp",), ("rc_mlx5", "rc_verbs", "tcp")),
+        ("tcp,sm", ("tcp",), ("tcp",)),
+        ("rc,sm", (), ("rc_mlx5", "rc_verbs")),
+        ("^tcp", (), ("rc_mlx5", "rc_verbs")),
+        ("sm", (), ()),
+    ],
+)
+def test_transports_between_hosts(value, tcp_alone, with_rdma):
+    environ = {"UCX_TLS": value}
+    assert network_transports(environ, has_rdma=False) == tcp_alone
+    assert network_transports(environ, has_rdma=True) == with_rdma
+
+
+@pytest.mark.parametrize(
+    ("environ", "opens"),
+    [
+        ({}, False),
+        ({"UCX_TLS": "posix,cma,self"}, False),
+        ({"UCX_TLS": "none"}, False),
+        ({"UCX_TLS": "tcp,posix"}, True),
+        ({"UCX_TLS": "rc_mlx5,self"}, True),
+    ],
+)
+def test_a_network_is_used_where_it_is_named(environ, opens):
+    assert opens_network(environ) is opens
+
+
+def of_rank(environ, *rdma_devices):
+    settings, network = KVTransferSettings(), KVNetwork("10.0.0.7", "21000-21999", rdma_devices)
+    own = settings.environment(environ, "cpu")
+    assert not opens_network(own)
+    return own | settings.network_environment(environ, "cpu", network)
+
+
+def test_ranks_with_peers_elsewhere_use_one_device_and_known_ports():
+    found = of_rank({})
+    assert found["UCX_TLS"] == "tcp,posix,cma,self"
+    assert found["UCX_NET_DEVICES"] == "10.0.0.7"
+    assert found["UCX_TCP_PORT_RANGE"] == "21000-21999"
+    assert found["UCX_MODULES"] == "^ib"
+    found = of_rank({}, "mlx5_0", "mlx5_1")
+    assert found["UCX_TLS"] == "rc_mlx5,rc_verbs,tcp,posix,cma,self"
+    assert found["UCX_NET_DEVICES"] == "10.0.0.7,mlx5_0:1,mlx5_1:1"
+    assert found["UCX_MODULES"] == "*"
+    assert of_rank({"UCX_NET_DEVICES": "eth7"})["UCX_NET_DEVICES"] == "eth7"
+
+
+@pytest.mark.parametrize(
+    "value", ["21000", "a-b", "0-100", "500-1000", "30000-20000", "9000-9003", "-1-5"]
+)
+def test_ranges_of_ports_that_are_none(value):
+    with pytest.raises(ValidationError, match=r"range of ports|lower port first|fewer than"):
+        KVTransferSettings(data_ports=value)

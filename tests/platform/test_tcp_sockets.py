@@ -26,6 +26,36 @@ def test_a_new_listener_is_found_and_bound_to_loopback() -> None:
             server.accept()[0].close()
 
 
+@pytest.mark.parametrize(
+    ("family", "mine", "other"),
+    [(socket.AF_INET, "127.0.0.1", "127.0.0.2"), (socket.AF_INET6, "::1", "127.0.0.1")],
+)
+def test_a_listener_takes_packets_to_one_address_alone(
+    family: socket.AddressFamily, mine: str, other: str
+) -> None:
+    before = tcp_sockets.listeners()
+    any_address = "0.0.0.0" if family is socket.AF_INET else "::"
+    with socket.create_server(
+        (any_address, 0), family=family, dualstack_ipv6=family is socket.AF_INET6
+    ) as server:
+        (listener,) = tcp_sockets.listeners() - before
+        socket.create_connection((other, listener.port), timeout=10).close()
+        server.accept()[0].close()
+        tcp_sockets.admit_one_address(listener, mine)
+        with socket.create_connection((mine, listener.port), timeout=10) as client:
+            accepted, _ = server.accept()
+            client.sendall(bytes(1 << 20))
+            left = 1 << 20
+            while left:
+                left -= len(accepted.recv(left))
+            assert tcp_sockets.is_connected(listener.port, mine)
+            assert not tcp_sockets.is_connected(listener.port, other)
+            accepted.close()
+        assert not tcp_sockets.is_connected(listener.port, mine)
+        with pytest.raises(TimeoutError):
+            socket.create_connection((other, listener.port), timeout=0.3)
+
+
 def test_bytes_are_under_way_until_they_are_read() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

@@ -1,8 +1,9 @@
 """Moves KV blocks over Mooncake's transfer engine: the prefill side writes to its readers.
 
 Mooncake has no authentication, and listens on two ports of all network devices. These sockets are
-bound to the loopback device as soon as they exist. A write counts as done when the reader's engine
-has acknowledged it, which TCP does from 0.3.13 on.
+bound to the loopback device as soon as they exist; where the network to other hosts is trusted,
+they take packets to this host's address in it alone. A write counts as done when the reader's
+engine has acknowledged it, which TCP does from 0.3.13 on.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import msgspec
 import torch
 
-from pdlaunch.config.connectors import MooncakeProtocol
+from pdlaunch.config.connectors import MOONCAKE_ADDRESS, MooncakeProtocol
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.errors import TransferError
 from pdlaunch.platform import tcp_sockets
@@ -35,7 +36,8 @@ from pdlaunch.transfer.connectors.pushing import PendingRead, PushingConnector, 
 
 logger = logging.getLogger(__name__)
 
-HOST = "127.0.0.1"
+_LOOPBACK = "127.0.0.1"
+
 _FIX = (
     "install mooncake-transfer-engine (without CUDA: mooncake-transfer-engine-non-cuda) and "
     "Debian's libibverbs1"
@@ -85,18 +87,21 @@ class MooncakeConnector(PushingConnector):
         parse_agent_metadata(peer)
         return _MooncakeConnection(self, peer)
 
-    def read(self, blocks: BlockRead) -> PendingRead:
+    def read(self, peer: PeerAgent, blocks: BlockRead) -> PendingRead:
         """Wait for the write that the prefill side is asked for."""
         addresses, piece_bytes = _pieces(self._memory, blocks.local_blocks, blocks.local_heads)
-        return PendingRead(self._target(addresses, piece_bytes), self._settle, blocks)
+        settle = partial(self._settle, _host_of(peer))
+        return PendingRead(self._target(addresses, piece_bytes), settle, blocks)
 
-    def read_scratch(self, num_bytes: int) -> tuple[PendingRead, torch.Tensor]:
+    def read_scratch(self, peer: PeerAgent) -> tuple[PendingRead, torch.Tensor]:
         """Wait for a scratch in memory that is registered until ``release``."""
+        num_bytes = peer.geometry.scratch_bytes
         landing = self._new_landing(num_bytes)
         self._register(landing)
         target = self._target([landing.data_ptr()], num_bytes)
         let_go = partial(self._engine.unregister_memory, landing.data_ptr())
-        return PendingRead(target, self._settle, None, landing, let_go), landing
+        settle = partial(self._settle, _host_of(peer))
+        return PendingRead(target, settle, None, landing, let_go), landing
 
     def _start(self, memory: LocalMemory) -> None:
         self._engine = self._new_engine()
@@ -130,16 +135,22 @@ class MooncakeConnector(PushingConnector):
                 f"Mooncake could not write to {target.segment} over {self._protocol}: code {code}"
             )
 
-    def _settle(self, read: PendingRead) -> ReadState:
+    def _settle(self, holder: str, read: PendingRead) -> ReadState:
         """Return the state of the READ. After a failed write bytes may still wait in the kernel,
         and this process's engine will write them to the target: until they are gone the READ is
-        pending.
+        pending. ``holder``: the address of the host that wrote; of another one's kernel nothing is
+        known but that it sends nothing once its connections have ended.
         """
         if not read.error:
             return "done"
-        return (
-            "pending" if any(map(tcp_sockets.has_bytes_under_way, self._data_ports)) else "failed"
+        is_far = holder != self._host
+        is_under_way = any(
+            tcp_sockets.is_connected(port, holder)
+            if is_far
+            else tcp_sockets.has_bytes_under_way(port)
+            for port in self._data_ports
         )
+        return "pending" if is_under_way else "failed"
 
     def _new_engine(self) -> Any:
         try:
@@ -150,15 +161,17 @@ class MooncakeConnector(PushingConnector):
         if os.environ.get("MC_TCP_PROTO") == "1":
             raise TransferError("MC_TCP_PROTO=1 has no acknowledged writes: unset it")
         before = tcp_sockets.listeners()
+        self._host = os.environ.get(MOONCAKE_ADDRESS, _LOOPBACK)
+        name = f"[{self._host}]" if ":" in self._host else self._host
         engine = mooncake.TransferEngine()
-        code = engine.initialize(HOST, "P2PHANDSHAKE", protocol, self._devices)
+        code = engine.initialize(name, "P2PHANDSHAKE", protocol, self._devices)
         if code != 0:
             raise TransferError(
                 f"Mooncake cannot start over {self._protocol}: code {code}; its reason is in this "
                 "rank's log"
             )
         rpc_port = engine.get_rpc_port()
-        self._segment = f"{HOST}:{rpc_port}"
+        self._segment = f"{name}:{rpc_port}"
         for listener in tcp_sockets.listeners() - before:
             self._close_to_strangers(listener)
             if listener.port != rpc_port:
@@ -166,6 +179,21 @@ class MooncakeConnector(PushingConnector):
         return engine
 
     def _close_to_strangers(self, listener: tcp_sockets.Listener) -> None:
+        if self._host != _LOOPBACK:
+            try:
+                tcp_sockets.admit_one_address(listener, self._host)
+            except OSError as error:
+                raise TransferError(
+                    f"Mooncake listens on {listener.address}:{listener.port}, which cannot be "
+                    f"closed to packets that are not for {self._host}: {error}"
+                ) from error
+            logger.info(
+                "takes KV blocks at %s:%d: whoever reaches it can read and write them "
+                "(kv_transfer.trusted_network)",
+                self._host,
+                listener.port,
+            )
+            return
         try:
             tcp_sockets.bind_to_loopback(listener)
         except OSError as error:
@@ -196,13 +224,17 @@ class _MooncakeConnection(Connection):
         return (self.connector.path,)
 
     def read(self, blocks: BlockRead) -> Read:
-        return self.connector.read(blocks)
+        return self.connector.read(self.peer, blocks)
 
     def read_scratch(self, path: str) -> tuple[Read, torch.Tensor]:
-        return self.connector.read_scratch(self.peer.geometry.scratch_bytes)
+        return self.connector.read_scratch(self.peer)
 
     def close(self) -> None:
         """Keep nothing: a peer that writes needs no state here."""
+
+
+def _host_of(peer: PeerAgent) -> str:
+    return parse_agent_metadata(peer).rpartition(":")[0].strip("[]")
 
 
 def _pieces(memory: LocalMemory, blocks: Sequence[int], heads: range) -> tuple[list[int], int]:

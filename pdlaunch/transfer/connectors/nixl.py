@@ -7,8 +7,10 @@ neighbours.
 
 from __future__ import annotations
 
+import logging
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +19,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pdlaunch.config.ucx import opens_network
 from pdlaunch.errors import TransferError
+from pdlaunch.platform import tcp_sockets
+from pdlaunch.platform.addresses import device_of, is_address
 from pdlaunch.transfer.connectors.connector import (
     BlockRead,
     Connection,
@@ -30,7 +35,11 @@ from pdlaunch.transfer.connectors.connector import (
 )
 from pdlaunch.transfer.connectors.scratch import new_landing, piece_offsets
 
+logger = logging.getLogger(__name__)
+
 BACKEND = "UCX"
+
+_DEVICES = "UCX_NET_DEVICES"
 
 _MEMORY_NAMES = {"DRAM": "host memory", "VRAM": "GPU memory"}
 
@@ -55,6 +64,22 @@ def load_nixl() -> tuple[Any, Any]:
     return _api, _bindings
 
 
+def choose_devices(environ: MutableMapping[str, str]) -> None:
+    """Put the name of the network device in the place of its address, which is all that the
+    supervisor knows of another host. Before ``load_nixl``. Raises TransferError.
+    """
+    names = []
+    for name in environ.get(_DEVICES, "").split(","):
+        if is_address(name):
+            device = device_of(name)
+            if device is None:
+                raise TransferError(f"no network device of this host has the address {name}")
+            name = device
+        names.append(name)
+    if any(names):
+        environ[_DEVICES] = ",".join(names)
+
+
 def new_agent(api: Any, bindings: Any, name: str, kind: str) -> Any:
     """Make an agent whose progress thread sleeps between events.
 
@@ -69,8 +94,10 @@ def new_agent(api: Any, bindings: Any, name: str, kind: str) -> Any:
     config.pthrDelay = _PROGRESS_INTERVAL_US[kind]
     agent.agent = bindings.nixlAgent(name, config)
     # With error handling UCX insists on a transport that listens on TCP, where it takes writes to
-    # any address from anybody. Without it nobody is told of a peer's death.
-    agent.create_backend(BACKEND, {"ucx_error_handling_mode": "none"})
+    # any address from anybody. Without it nobody is told of a peer's death. A trusted network has
+    # such a listener anyway.
+    mode = "peer" if opens_network(os.environ) else "none"
+    agent.create_backend(BACKEND, {"ucx_error_handling_mode": mode})
     return agent
 
 
@@ -102,6 +129,8 @@ class NixlConnector(Connector):
             torch.cuda.set_device(
                 self._device_index
             )  # of this thread: UCX takes the context that is current
+        choose_devices(os.environ)
+        before = tcp_sockets.listeners()
         try:
             # NIXL never closes the endpoint of an agent that is removed, which is a socket on both
             # sides; a new agent has none.
@@ -123,6 +152,15 @@ class NixlConnector(Connector):
             raise TransferError(
                 f"the NIXL agent {self.agent_name} cannot start: {error}"
             ) from error
+        for each in sorted(tcp_sockets.listeners() - before, key=lambda each: each.port):
+            logger.info(
+                "takes KV blocks' READs at %s:%d (%s), over UCX_TLS %s: whoever reaches it can "
+                "read and write this process (kv_transfer.trusted_network)",
+                each.address,
+                each.port,
+                os.environ.get(_DEVICES),
+                os.environ.get("UCX_TLS"),
+            )
 
     def agent_metadata(self) -> bytes:
         return self._metadata

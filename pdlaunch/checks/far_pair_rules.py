@@ -1,0 +1,137 @@
+"""Rules PD423, PD428, PD429, PD439 and PD639 judge the ways of KV blocks from host to host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pdlaunch.checks.context import Context
+from pdlaunch.checks.rule import Found, rule
+from pdlaunch.config.ucx import RDMA, TCP, opens_network, setting
+from pdlaunch.resolve.roles import PlacedEngine
+
+_TRUSTED = "kv_transfer.trusted_network"
+_PORTS = "UCX 1.19 and Mooncake 0.3.13: neither knows whom it talks to (measured)."
+
+
+@rule(
+    "PD423",
+    "error",
+    fix="Set kv_transfer.nixl.path to auto, or place prefill and decode engines on one host.",
+    source="Memory is mapped through file descriptors and handles of one kernel.",
+)
+def path_within_a_host(context: Context) -> Iterator[Found]:
+    """The path of KV blocks ends at the host, and engines of a pair are on different ones.
+
+    Path p2p maps the memory of a peer, which only processes of the same host can.
+    """
+    if _far_engines(context) and not context.config.kv_transfer.joins_hosts:
+        hosts = ", ".join(_names_of_hosts(context))
+        yield Found("kv_transfer.nixl.path", f"p2p does not join the hosts {hosts}")
+
+
+@rule(
+    "PD428",
+    "error",
+    fix=(
+        f"Set {_TRUSTED}: true where nobody else reaches that network (docs/hosts.md has the "
+        "rules for a firewall), use connector file, or place prefill and decode engines on one "
+        "host."
+    ),
+    source=_PORTS,
+)
+def network_is_not_trusted(context: Context) -> Iterator[Found]:
+    """KV blocks would go between hosts over ports that ask nobody who he is.
+
+    NIXL's UCX and Mooncake cannot authenticate their peers, nor encrypt. Whoever reaches the data
+    port of a rank can read and write the memory of its process: prompts, answers, and what it
+    computes. So they open only where the network is said to be trusted.
+    """
+    transfer = context.config.kv_transfer
+    if _far_engines(context) and transfer.opens_data_ports and not transfer.trusted_network:
+        hosts = ", ".join(_names_of_hosts(context))
+        message = f"engines of a pair are on different hosts ({hosts})"
+        yield Found(_TRUSTED, f"{message}, and their network is not said to be trusted")
+
+
+@rule(
+    "PD429",
+    "info",
+    fix=(
+        "Nothing to fix where a firewall lets the hosts alone through to these ports; "
+        "docs/hosts.md has its rules."
+    ),
+    source=_PORTS,
+)
+def open_data_ports(context: Context) -> Iterator[Found]:
+    """Ranks take KV blocks at ports that ask nobody who he is.
+
+    The network was said to be trusted. UCX listens at one port of each rank, on the device of the
+    host's address alone.
+    """
+    transfer = context.config.kv_transfer
+    if transfer.opens_data_ports and transfer.trusted_network:
+        hosts = {engine.host.name: engine.host for engine in _far_engines(context)}
+        for host in hosts.values():
+            address = host.bind_address or "its address"
+            message = f"{host.name} takes KV blocks at {address}, ports {transfer.data_ports}"
+            yield Found(_TRUSTED, message)
+
+
+@rule(
+    "PD439",
+    "error",
+    fix="Add tcp (or rc) to UCX_TLS, or unset it.",
+    source="UCX_TLS, UCX 1.19 as NIXL 1.5.1 ships it.",
+)
+def ucx_joins_no_hosts(context: Context) -> Iterator[Found]:
+    """UCX_TLS leaves no transport between hosts.
+
+    Engines of a pair are on different hosts, and what is left joins processes of one host alone:
+    the handshake of such a pair fails.
+    """
+    if not context.uses_ucx or not context.config.kv_transfer.trusted_network:
+        return
+    for engine in {engine.host.name: engine for engine in _far_engines(context)}.values():
+        engines = engine.engines
+        if not opens_network(engines.environment):
+            wanted = " or ".join(sorted(TCP | RDMA if engines.machine.rdma_devices else TCP))
+            yield Found(
+                context.where_variable(engines, "UCX_TLS"),
+                f"UCX_TLS {setting(engines.given_environ)} has none of {wanted}",
+            )
+
+
+@rule(
+    "PD639",
+    "error",
+    fix="Set engine: native, or placement: local.",
+    source="A sidecar and its vLLM meet at a Unix socket and the loopback device.",
+)
+def vllm_on_hosts(context: Context) -> Iterator[Found]:
+    """Engines of vLLM are placed on other hosts.
+
+    pdlaunch starts vLLM for its own host alone: its HTTP, and the side channel of its connector,
+    would have to be open to others, with a key in plain sight.
+    """
+    far = [engine for engine in context.launch.engines if engine.host is not _own_host(context)]
+    if any(engine.engines.settings.engine == "vllm" for engine in far):
+        names = ", ".join(dict.fromkeys(engine.host.name for engine in far))
+        yield Found("placement", f"engines of vLLM are placed on {names}")
+
+
+def _own_host(context: Context) -> object:
+    return context.launch.hosts[0]
+
+
+def _far_engines(context: Context) -> list[PlacedEngine]:
+    """Return pdlaunch's own engines that exchange KV blocks with engines on other hosts."""
+    return [
+        engine
+        for engine in context.launch.engines
+        if engine.engines.settings.engine == "native"
+        and any(share.engines.has_far_peers for share in engine.shares)
+    ]
+
+
+def _names_of_hosts(context: Context) -> list[str]:
+    return list(dict.fromkeys(engine.host.name for engine in _far_engines(context)))
