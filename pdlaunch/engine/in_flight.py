@@ -38,6 +38,8 @@ class StepsInFlight:
         for item, request in zip(plan.scheduled, requests, strict=True):
             request.num_in_flight += item.num_tokens
             request.num_unknown += item.sample
+            if request.spans.wants_steps:
+                request.spans.launched()
 
     def collect(self, plan: StepPlan) -> Iterator[tuple[ScheduledRow, Request]]:
         """Take the oldest step out: yield what it computed and for which request.

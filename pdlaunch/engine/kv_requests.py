@@ -321,6 +321,7 @@ class BlockPulls:
             timeout_s=self._settings.pull_timeout_s,
             num_attempts=self._settings.pull_attempts,
             awaits=awaits,
+            records_spans=request.message.records_spans,
         )
 
 

@@ -165,6 +165,8 @@ class RequestLifecycle:
         if load is None or load.request is None:
             return
         request = load.request
+        num_tokens = load.hit.num_blocks_to_load(0) * self._block_size
+        request.spans.loaded(ok=report.ok, num_tokens=num_tokens)
         # It waits again after a failed load, and before a pull: what was loaded is in the prefix
         # cache then, and the pull brings the rest.
         self.queues.wait(
@@ -175,7 +177,7 @@ class RequestLifecycle:
                 "load of request %s from host memory failed: %s", request.request_id, report.error
             )
             return
-        request.num_host_tokens = load.hit.num_blocks_to_load(0) * self._block_size
+        request.num_host_tokens = num_tokens
         if not request.wants_pull:
             self._skip_to(request, load.hit.ends[0] * self._block_size)
 
@@ -309,7 +311,7 @@ class RequestLifecycle:
         request.num_computed = num_computed
         if request.num_cached_tokens is None:
             request.num_cached_tokens = min(num_computed, request.num_prompt_tokens)
-            self._totals.add_prompt(request, request.num_cached_tokens)
+            self._totals.add_prompt(request)
         self.registrations.add_pending(request)
 
     def _take_pulled(self, request: Request) -> None:
@@ -328,12 +330,12 @@ class RequestLifecycle:
         request = pull.request
         if request is None:
             return
+        num_tokens = max(0, request.num_pulled_tokens - pull.hit.end(0) * self._block_size)
+        request.spans.pulled(event, num_tokens=num_tokens, verifies=self._settings.verify)
         self.queues.wait(request, Phase.READY if event.ok else Phase.WAITING)
         request.wants_pull = False
         if event.ok:
-            request.num_remote_tokens = max(
-                0, request.num_pulled_tokens - pull.hit.end(0) * self._block_size
-            )
+            request.num_remote_tokens = num_tokens
             self._take_pulled(request)
         # With its first token the request may have ended: then there is nothing to recompute.
         goes_on = not pull.awaits or self._take_first_token(request, event)
@@ -374,6 +376,7 @@ class RequestLifecycle:
         remote_kv = None
         if token is not None and (granted := self._leases.grant(request, token, reason)):
             command, remote_kv = granted
+            request.spans.leased(command.lease_s, sum(map(len, command.block_ids)))
             self.commands.append(command)
             if reason == "length" and request.message.num_readers == 1:
                 # The token can be streamed before the answer with the lease. With more choices the

@@ -21,7 +21,13 @@ class RequestOutputs:
         self._items: list[Tokens | FirstTokens | RequestFinished] = []
 
     def add_token(self, request: Request, token: TokenOutput) -> None:
-        self._items.append(Tokens(request_id=request.request_id, tokens=[token]))
+        self._items.append(
+            Tokens(
+                request_id=request.request_id,
+                tokens=[token],
+                spans=request.spans.first_news(),
+            )
+        )
 
     def add_first_token(self, request: Request, token: FirstToken) -> None:
         """Add the first token, which the prefill engine has drawn."""
@@ -49,6 +55,7 @@ class RequestOutputs:
                 error_param=error_param,
                 num_cached_tokens=request.num_cached_tokens or 0,
                 remote_kv=remote_kv,
+                spans=request.spans.end(reason, request.num_output_tokens),
             )
         )
 

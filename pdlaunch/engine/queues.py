@@ -7,6 +7,7 @@ from operator import attrgetter
 from typing import Literal
 
 from pdlaunch.engine.request import Phase, Request
+from pdlaunch.observe.spans import QUEUE
 from pdlaunch.protocol.ids import RequestId
 
 _by_arrival = attrgetter("arrival")
@@ -36,18 +37,22 @@ class RequestQueues:
     ) -> None:
         """Let a request that is in neither queue wait for a place in the batch."""
         request.phase = phase
+        request.spans.enter(QUEUE)
         insort(self.waiting, request, key=_by_arrival)
 
     def run(self, request: Request) -> None:
         """Move a waiting request into the batch."""
         self._remove(self.waiting, request)
         request.phase = Phase.RUNNING
+        request.spans.enter("run")
+        request.spans.seated(**request.cached_tokens._asdict())
         insort(self.running, request, key=_by_arrival)
 
     def await_kv(self, request: Request, phase: Literal[Phase.LOADING, Phase.PULLING]) -> None:
         """Take a waiting request out of the queues until its blocks are there."""
         self._remove(self.waiting, request)
         request.phase = phase
+        request.spans.enter(phase.value)
 
     def preempt(self, request: Request) -> None:
         """Let a running or ready request wait again."""
@@ -55,6 +60,8 @@ class RequestQueues:
             self._remove(self.running, request)
             insort(self.waiting, request, key=_by_arrival)
         request.phase = Phase.WAITING
+        request.spans.preempted()
+        request.spans.enter(QUEUE)
 
     def end(self, request: Request) -> None:
         """Remove a request that has ended."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import enum
+from typing import NamedTuple
 
+from pdlaunch.engine.request_spans import RequestSpans
 from pdlaunch.kvcache.block_table import BlockTables
 from pdlaunch.kvcache.hashing import TokenHasher, root_hash
 from pdlaunch.kvcache.manager import KVCacheManager
@@ -58,6 +60,14 @@ class RequestTimes:
         self.num_preemptions = 0
 
 
+class CachedTokens(NamedTuple):
+    """Counts prompt tokens by where they were found."""
+
+    device: int
+    host: int
+    remote: int
+
+
 class Request:
     """Holds the state of one request.
 
@@ -86,6 +96,7 @@ class Request:
         "phase",
         "pull_id",
         "row",
+        "spans",
         "tables",
         "times",
         "token_ids",
@@ -143,12 +154,21 @@ class Request:
         """A rank may have died of it; False once a step has drawn a token for it here."""
         self.mark = message.origin | (SUSPECT_BIT if message.is_suspect else 0)
         """The number that stands for the request in the record of steps."""
+        self.spans = RequestSpans(message.records_spans)
         self.is_offered = False
         """Decode engines may read its complete blocks until it is leased or they are withdrawn."""
 
     @property
     def request_id(self) -> RequestId:
         return self.message.request_id
+
+    @property
+    def cached_tokens(self) -> CachedTokens:
+        """Return where the prompt tokens come from that were not computed here."""
+        num_cached = self.num_cached_tokens or 0
+        num_remote = min(self.num_remote_tokens, num_cached)
+        num_host = min(self.num_host_tokens, num_cached - num_remote)
+        return CachedTokens(num_cached - num_remote - num_host, num_host, num_remote)
 
     @property
     def num_output_tokens(self) -> int:

@@ -90,6 +90,9 @@ class Scheduler:
                 if self._in_flight.is_free(request):
                     self.requests.let_go(request)
                 continue
+            if request.spans.wants_steps:
+                of_prompt = request.num_computed < request.num_prompt_tokens
+                request.spans.computed(item.num_tokens, of_prompt=of_prompt, step_id=plan.step_id)
             request.num_computed += item.num_tokens
             self._registrations.register(request)
             if item.sample:

@@ -13,18 +13,14 @@ class Totals:
     def __init__(self, num_blocks: int) -> None:
         self.counts = EngineStats(num_blocks=num_blocks)
 
-    def add_prompt(self, request: Request, num_cached: int) -> None:
-        """Count where the tokens of a prompt come from, of which ``num_cached`` need not be
-        computed.
-        """
-        num_remote = min(request.num_remote_tokens, num_cached)
-        num_host = min(request.num_host_tokens, num_cached - num_remote)
-        counts = self.counts
+    def add_prompt(self, request: Request) -> None:
+        """Count where the tokens of a prompt come from."""
+        cached, counts = request.cached_tokens, self.counts
         counts.prompt_tokens += request.num_prompt_tokens
-        counts.cached_prompt_tokens += num_cached
-        counts.remote_hit_tokens += num_remote
-        counts.host_hit_tokens += num_host
-        counts.device_hit_tokens += num_cached - num_remote - num_host
+        counts.cached_prompt_tokens += sum(cached)
+        counts.remote_hit_tokens += cached.remote
+        counts.host_hit_tokens += cached.host
+        counts.device_hit_tokens += cached.device
 
     def add_pull(self, event: PullFinished) -> None:
         """Count a pull that has ended and had blocks to bring."""

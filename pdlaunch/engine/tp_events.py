@@ -90,4 +90,5 @@ def _merge(reports: list[PullFinished], *, in_flight: bool) -> PullFinished:
         late=any(report.late for report in reports),
         num_retries=sum(report.num_retries for report in reports),
         first_tokens=next((report.first_tokens for report in reports if report.first_tokens), []),
+        reports={rank: told for report in reports for rank, told in report.reports.items()},
     )

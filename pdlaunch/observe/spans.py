@@ -21,7 +21,7 @@ import msgspec
 Attribute = str | int | float | bool | None
 
 MAX_SPANS = 128
-"""Spans that one process keeps for one request; further ones are counted."""
+"""Spans of its own that one process keeps for one request; further ones are counted."""
 
 QUEUE = "queue"
 """Names the wait for a place in the batch."""
@@ -29,9 +29,9 @@ PREFILL = "prefill"
 """Names what one step computes of a prompt; ``tokens`` says how many."""
 PULL = "pull"
 """Names a pull, from when its lease was known: ``bytes``, ``gb_s``, ``verified``."""
-AT_RANK = "rank"
-"""Names the time that rank 0 had the request: ``device_tokens``, ``host_tokens``,
-``remote_tokens`` say what of the prompt it did not compute.
+SEATED = "seated"
+"""Names the instant at which a request gets into the batch: ``device_tokens``, ``host_tokens`` and
+``remote_tokens`` of its prompt are not computed here.
 """
 
 
@@ -44,20 +44,22 @@ class Span(msgspec.Struct):
     end_at: float
     attributes: dict[str, Attribute] = {}
     process: str = ""
-    """Empty: the one that holds it."""
+    """As whoever holds it calls it; empty for itself. ``rank-0`` of ``decode-0`` becomes
+    ``decode-0/rank-0``.
+    """
 
     @property
     def duration_s(self) -> float:
         return self.end_at - self.start_at
 
     def moved(self, by_s: float, process: str) -> Span:
-        """Return it on another clock, held by somebody else than ``process``."""
+        """Return it on another clock, as somebody holds it who calls its holder ``process``."""
         return Span(
             self.name,
             self.start_at + by_s,
             self.end_at + by_s,
             self.attributes,
-            self.process or process,
+            "/".join(filter(None, (process, self.process))),
         )
 
 
@@ -128,10 +130,12 @@ class SpanLog:
         self.spans += placed[:num_fitting]
         self.num_dropped += report.num_dropped + len(placed[num_fitting:])
 
-    def report(self) -> SpanReport:
-        """Return all spans until now."""
+    def report(self, process: str = "") -> SpanReport:
+        """Return all spans until now; ``process`` names those that have no name yet."""
         return SpanReport(
             elapsed_s=self.clock() - self.start_at,
-            spans=[span.moved(-self.start_at, "") for span in self.spans],
+            spans=[
+                span.moved(-self.start_at, "" if span.process else process) for span in self.spans
+            ],
             num_dropped=self.num_dropped,
         )

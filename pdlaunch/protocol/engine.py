@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pdlaunch.observe.spans import SpanReport
 from pdlaunch.protocol.ids import NO_ORIGIN, EngineId, PromptOrigin, RequestId
 from pdlaunch.protocol.kv_params import FirstToken, RemoteKV
 from pdlaunch.protocol.wire import Codec, Message
@@ -96,6 +97,8 @@ class AddRequest(Message):
     has survived one.
     """
     traceparent: str | None = None
+    records_spans: bool = False
+    """Somebody wants to see what becomes of it."""
 
 
 class AbortRequest(Message):
@@ -169,6 +172,8 @@ class Tokens(Message):
 
     request_id: RequestId
     tokens: list[TokenOutput]
+    spans: SpanReport | None = None
+    """With the first ones, where they were asked for: what has become of the request so far."""
 
 
 class FirstTokens(Message):
@@ -198,6 +203,8 @@ class RequestFinished(Message):
     """Set with do_remote_decode: says where the leased blocks can be pulled from; None when nothing
     is left to decode.
     """
+    spans: SpanReport | None = None
+    """What has become of the request since its first tokens."""
 
 
 class Welcome(Message):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from pdlaunch.observe.spans import SpanReport
 from pdlaunch.protocol.ids import LeaseId, PullId, RequestId
 from pdlaunch.protocol.kv_params import FirstToken, RemoteKV
 from pdlaunch.protocol.wire import Message
@@ -94,6 +95,7 @@ class StartPull(Message):
     """The prompt may still be being computed: ``timeout_s`` then counts from when its lease is
     known, and ``block_ids`` may be empty.
     """
+    records_spans: bool = False
 
 
 class CancelPull(Message):
@@ -146,6 +148,8 @@ class PullFinished(Message):
     """First tokens as the lease states them, also when the pull failed later; empty when no lease
     was known.
     """
+    reports: dict[int, SpanReport] = {}
+    """What each rank did for it, by tp_rank, where its StartPull asked for that."""
 
 
 def join_paths(paths: Iterable[str]) -> str:

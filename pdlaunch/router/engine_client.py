@@ -24,7 +24,7 @@ from pdlaunch.http.errors import RETRY_AFTER_S, RelayedError
 from pdlaunch.http.ignored_fields import IGNORED_FIELDS_HEADER, read_ignored_fields
 from pdlaunch.http.sse import DONE_DATA, EventDecoder
 from pdlaunch.protocol.ids import HopId, LeaseId
-from pdlaunch.protocol.openai.responses import ModelCard, ModelList
+from pdlaunch.protocol.openai.responses import REPORT_KEY, ModelCard, ModelList
 from pdlaunch.router.engine import Engine
 
 logger = logging.getLogger(__name__)
@@ -33,8 +33,6 @@ T = TypeVar("T")
 Chunk = dict[str, Any]
 """A chunk of an engine's stream; members that the router does not know are passed on."""
 
-REPORT_KEY = "pdlaunch"
-"""The member of an answer, or of an event before the end of a stream, that holds the spans."""
 KEEPALIVE_S = 2.0
 """Shorter than any engine's own, so that no request is sent into a connection that is being
 closed.

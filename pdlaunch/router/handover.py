@@ -8,8 +8,9 @@ from typing import Any
 import msgspec
 
 from pdlaunch.protocol.ids import LeaseId
+from pdlaunch.protocol.openai.responses import REPORT_KEY
 from pdlaunch.router.engine import Engine
-from pdlaunch.router.engine_client import REPORT_KEY, Chunk
+from pdlaunch.router.engine_client import Chunk
 
 _CACHED_AT_PREFILL = "remote_prefill_cached_tokens"
 """With it vLLM's decode engine repeats what prefill had cached."""

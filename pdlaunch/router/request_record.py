@@ -12,10 +12,10 @@ import msgspec
 from pdlaunch.errors import RequestError
 from pdlaunch.http.errors import CLIENT_CLOSED_REQUEST, RelayedError, error_status
 from pdlaunch.observe.spans import (
-    AT_RANK,
     PREFILL,
     PULL,
     QUEUE,
+    SEATED,
     Attribute,
     Span,
     SpanLog,
@@ -102,6 +102,15 @@ class Leg:
     def longest_s(self, name: str) -> float | None:
         """Return the longest of the engine's spans of this name; None: it has told none."""
         return max((span.duration_s for span in self.spans if span.name == name), default=None)
+
+    def total_s(self, name: str) -> float | None:
+        """Return the sum of its spans of this name, of the first choice alone."""
+        times = [
+            span.duration_s
+            for span in self.spans
+            if span.name == name and not span.attributes.get("choice")
+        ]
+        return sum(times) if times else None
 
     def covered_s(self, name: str) -> float | None:
         """Return the time from the first to the last of its spans of this name."""
@@ -233,8 +242,8 @@ class RequestRecord:
         decode = next((leg for leg in reversed(used) if leg.hop == "decode"), None)
         computing = prefill or decode
         pull: dict[str, Attribute] = {} if decode is None else decode.attributes(PULL)
-        at_first: dict[str, Attribute] = {} if computing is None else computing.attributes(AT_RANK)
-        at_decode: dict[str, Attribute] = {} if decode is None else decode.attributes(AT_RANK)
+        at_first: dict[str, Attribute] = {} if computing is None else computing.attributes(SEATED)
+        at_decode: dict[str, Attribute] = {} if decode is None else decode.attributes(SEATED)
         names = [leg.engine for leg in (prefill, decode) if leg is not None]
         num_bytes, usage = _number(pull.get("bytes")), self._usage
         return RequestSummary(
@@ -253,7 +262,7 @@ class RequestRecord:
             cached_device_tokens=_count(at_first.get("device_tokens")),
             cached_host_tokens=_count(at_first.get("host_tokens")),
             remote_tokens=_count(at_decode.get("remote_tokens")),
-            queue_ms=_ms(_sum(leg.longest_s(QUEUE) for leg in used)),
+            queue_ms=_ms(_sum(leg.total_s(QUEUE) for leg in used)),
             prefill_ms=_ms(_prefill_s(prefill, decode)),
             pull_ms=None if decode is None else _ms(decode.longest_s(PULL)),
             pull_mb=None if num_bytes is None else round(num_bytes / 1e6, 3),

@@ -22,12 +22,14 @@ from pdlaunch.http.deadline import Deadline
 from pdlaunch.http.headers import (
     ORIGIN_HEADER,
     REQUEST_ID_HEADER,
+    SPANS_HEADER,
     TRACEPARENT_HEADER,
     read_origin,
     read_traceparent,
 )
 from pdlaunch.http.large_inputs import LARGE_BODY_BYTES, LARGE_TEXT_BYTES
 from pdlaunch.observe.metrics import RequestClock
+from pdlaunch.observe.spans import SpanLog
 from pdlaunch.protocol.ids import HopId
 from pdlaunch.protocol.openai.chat import ChatCompletionRequest
 from pdlaunch.protocol.openai.completions import CompletionRequest
@@ -52,7 +54,7 @@ class GenerateHandler:
         with self._service.admit() as ticket:
             deadline = self._service.deadlines.start()
             async with deadline.guard():
-                request, prompts = await self._read_completion(http, ticket)
+                request, prompts = await self._read_completion(http, ticket, call.spans)
             model, has_peers = self._service.model, self._service.spec.has_peers
             prepared = prepare(
                 call, request, prompts, model, prompt_param="prompt", has_peers=has_peers
@@ -67,7 +69,7 @@ class GenerateHandler:
         with self._service.admit() as ticket:
             deadline = self._service.deadlines.start()
             async with deadline.guard():
-                request, prompt = await self._read_chat(http, ticket)
+                request, prompt = await self._read_chat(http, ticket, call.spans)
             model, has_peers = self._service.model, self._service.spec.has_peers
             prepared = prepare(
                 call, request, [prompt], model, prompt_param="messages", has_peers=has_peers
@@ -76,7 +78,7 @@ class GenerateHandler:
             return await self._run(http, call, prepared, renderer, deadline)
 
     async def _read_completion(
-        self, http: web.Request, ticket: Ticket
+        self, http: web.Request, ticket: Ticket, spans: SpanLog
     ) -> tuple[CompletionRequest, list[list[int]]]:
         """Return the request, and the token ids of its prompts.
 
@@ -90,13 +92,16 @@ class GenerateHandler:
             )
             num_prompts = len(request.prompts)
             ticket.grow(num_prompts * request.n, "n" if num_prompts == 1 else "prompt")
-            prompts = await inputs.run(
-                len(raw) >= LARGE_TEXT_BYTES, partial(completion_prompts, request, model)
-            )
+            spans.add("receive", spans.start_at, bytes=len(raw))
+            with spans.measure("tokenize") as attributes:
+                prompts = await inputs.run(
+                    len(raw) >= LARGE_TEXT_BYTES, partial(completion_prompts, request, model)
+                )
+                attributes["tokens"] = sum(map(len, prompts))
             return request, prompts
 
     async def _read_chat(
-        self, http: web.Request, ticket: Ticket
+        self, http: web.Request, ticket: Ticket, spans: SpanLog
     ) -> tuple[ChatCompletionRequest, list[int]]:
         """Return the request, and the token ids of its one prompt.
 
@@ -109,9 +114,12 @@ class GenerateHandler:
                 partial(read_chat, raw, model, self._service.spec.strict_fields),
             )
             ticket.grow(request.n, "n")
-            prompt = await inputs.run(
-                len(raw) >= LARGE_TEXT_BYTES, partial(chat_prompt, request, model)
-            )
+            spans.add("receive", spans.start_at, bytes=len(raw))
+            with spans.measure("tokenize") as attributes:
+                prompt = await inputs.run(
+                    len(raw) >= LARGE_TEXT_BYTES, partial(chat_prompt, request, model)
+                )
+                attributes["tokens"] = len(prompt)
             return request, prompt
 
     async def _run(
@@ -139,11 +147,21 @@ class GenerateHandler:
             prepared.choices,
             num_prompt_tokens=prepared.num_prompt_tokens,
             on_first_tokens=clock.restart,
+            spans=call.spans,
         )
         headers = {REQUEST_ID_HEADER: call.hop_id} | self._service.ignored_fields.headers(
             renderer.request.ignored_fields
         )
-        answerer = Answerer(http, headers, prepared, renderer, running, clock, deadline)
+        answerer = Answerer(
+            http,
+            headers,
+            prepared,
+            renderer,
+            running,
+            clock,
+            deadline,
+            call.spans if call.wants_spans else None,
+        )
         # Until the last byte is written nobody knows of the lease, and nobody else would end it.
         answered = False
         # What becomes of choices without a reason of their own: their client has gone away, unless
@@ -179,6 +197,7 @@ def _read_call(http: web.Request) -> Call:
         traceparent=read_traceparent(http.headers.get(TRACEPARENT_HEADER)),
         origin=origin,
         is_suspect=is_suspect,
+        wants_spans=http.headers.get(SPANS_HEADER) == "1",
     )
 
 

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pdlaunch.errors import RequestError
+from pdlaunch.observe.spans import SpanLog
 from pdlaunch.protocol.engine import AddRequest, SamplingParams, TokenOutput, output_of
 from pdlaunch.protocol.ids import NO_ORIGIN, HopId, PromptOrigin, RequestId, request_of
 from pdlaunch.protocol.kv_params import FirstToken, KVTransferParams
@@ -42,6 +43,9 @@ class Call:
     origin: PromptOrigin = NO_ORIGIN
     is_suspect: bool = False
     """A rank may have died of it."""
+    spans: SpanLog = field(default_factory=SpanLog)
+    wants_spans: bool = False
+    """The caller is to be told them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +259,7 @@ def _choice(
         origin=call.origin,
         is_suspect=call.is_suspect,
         traceparent=call.traceparent,
+        records_spans=call.wants_spans,
     )
     text = TextStream(
         IncrementalDetokenizer(

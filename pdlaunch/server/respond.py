@@ -14,7 +14,8 @@ from pdlaunch.errors import RequestError
 from pdlaunch.http.deadline import Deadline
 from pdlaunch.http.sse import DONE, ClientStream, encode_event
 from pdlaunch.observe.metrics import RequestClock
-from pdlaunch.protocol.openai.responses import Usage
+from pdlaunch.observe.spans import SpanLog
+from pdlaunch.protocol.openai.responses import REPORT_KEY, Usage
 from pdlaunch.server.choice import Delta
 from pdlaunch.server.prepare import Prepared
 from pdlaunch.server.render import Renderer
@@ -35,7 +36,9 @@ class Answerer:
         running: RunningChoices,
         clock: RequestClock,
         deadline: Deadline,
+        spans: SpanLog | None = None,
     ) -> None:
+        """``spans``: what the caller is told, behind the answer; None: nothing."""
         self._http = http
         self._headers = headers
         self._prepared = prepared
@@ -43,6 +46,7 @@ class Answerer:
         self._running = running
         self._clock = clock
         self._deadline = deadline
+        self._spans = spans
         self._whole = [Delta(choice.index) for choice in running.choices]
         self.broke_off = False
         """A stream has ended with an error."""
@@ -57,6 +61,10 @@ class Answerer:
             if self._prepared.is_remote_prefill:
                 params = self._running.hand_over(deltas)
             body = msgspec.json.encode(self._renderer.answer(deltas, self._running.usage(), params))
+            if self._spans is not None:
+                # Into the object that is written already: no other caller's answer has the member.
+                report = msgspec.json.encode(self._spans.report())
+                body = b'%s,"%s":%s}' % (body[:-1], REPORT_KEY.encode(), report)
             response = web.Response(
                 body=body, content_type="application/json", headers=self._headers
             )
@@ -133,6 +141,12 @@ class Answerer:
             end = encode_event(self._renderer.usage_chunk(self._running.usage(), params)) + end
         elif self._renderer.request.include_usage:
             end = encode_event(self._renderer.usage_chunk(self._running.usage())) + end
+        if self._spans is not None:
+            end = (
+                end.removesuffix(DONE)
+                + encode_event({"choices": [], REPORT_KEY: self._spans.report()})
+                + DONE
+            )
         return end
 
     def _chunk(self, delta: Delta) -> object:

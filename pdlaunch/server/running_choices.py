@@ -10,6 +10,7 @@ import msgspec
 
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.errors import RANK_LOST
+from pdlaunch.observe.spans import SpanLog, SpanReport
 from pdlaunch.protocol.engine import FirstTokens, RequestFinished, SetReaders, Tokens
 from pdlaunch.protocol.ids import RequestId
 from pdlaunch.protocol.kv_params import FirstToken, PdlaunchParams, RemoteKV, to_wire
@@ -33,8 +34,11 @@ class RunningChoices:
         *,
         num_prompt_tokens: int,
         on_first_tokens: Callable[[], None] = lambda: None,
+        spans: SpanLog | None = None,
     ) -> None:
         self._link = link
+        self._spans = spans or SpanLog()
+        self._sent_at = 0.0
         self._on_first_tokens = on_first_tokens
         self.choices = list(choices)
         self._running = {
@@ -51,6 +55,7 @@ class RunningChoices:
         Raises RequestError when one of the ids is in use: that request is somebody else's, and is
         left alone.
         """
+        self._sent_at = self._spans.clock()
         for request_id, choice in self._running.items():
             self._link.submit(choice.request, self._events.put_nowait)
             self._submitted.add(request_id)
@@ -125,6 +130,7 @@ class RunningChoices:
             case RankLost():
                 raise OverloadedError("the engine is restarting", status=503, code=RANK_LOST)
             case Tokens(tokens=tokens):
+                self._hear(choice, event.spans)
                 delta = choice.take(tokens)
             case FirstTokens(tokens=tokens):
                 self._on_first_tokens()
@@ -135,7 +141,17 @@ class RunningChoices:
             self._end(choice, event)
         return delta
 
+    def _hear(self, choice: Choice, report: SpanReport | None) -> None:
+        """Take what rank 0 tells of a choice; only of several choices it matters which."""
+        if report is None:
+            return
+        if len(self.choices) > 1:
+            for span in report.spans:
+                span.attributes["choice"] = choice.index
+        self._spans.take(report, sent_at=self._sent_at, received_at=self._spans.clock())
+
     def _take_end(self, choice: Choice, event: RequestFinished) -> Delta:
+        self._hear(choice, event.spans)
         if event.reason in ("error", "abort"):
             self._submitted.discard(event.request_id)  # rank 0 has nothing of ours under this id
             if event.error is not None and event.error_param is not None:

@@ -13,6 +13,7 @@ from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.step import StepPlan
 from pdlaunch.kvcache.groups import KVCacheGroup
 from pdlaunch.kvcache.hashing import TokenHasher, root_hash
+from pdlaunch.observe.spans import Span
 from pdlaunch.offload.jobs import JobFinished, JobMerger, OffloadJob
 from pdlaunch.offload.planner import OffloadPlanner
 from pdlaunch.offload.tier import HeadSlice, HostTier
@@ -141,6 +142,8 @@ class FakeEngine:
         self.added: dict[str, AddRequest] = {}
         self.outputs: dict[str, list[TokenOutput]] = {}
         self.finished: dict[str, RequestFinished] = {}
+        self.spans: dict[str, list[Span]] = {}
+        """What was told of requests that ask for it."""
         self.pulls: dict[str, StartPull] = {}
         self.offered: dict[str, OfferPartialPrompt] = {}
         """The latest of each request that has neither a lease nor been withdrawn."""
@@ -242,6 +245,8 @@ class FakeEngine:
                 self.first_tokens[item.request_id] = [token.token_id for token in item.tokens]
                 continue
             self.outputs[item.request_id].extend(item.tokens)
+            if item.spans is not None:
+                self.spans.setdefault(item.request_id, []).extend(item.spans.spans)
             if isinstance(item, RequestFinished):
                 self.finished[item.request_id] = item
             else:

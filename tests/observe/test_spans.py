@@ -41,7 +41,7 @@ def test_a_report_within_a_report_keeps_its_process():
     of_rank.mark("drawn", tokens=1)
     of_server = SpanLog(server)
     server.now_at += 4
-    of_server.take(of_rank.report(), sent_at=51.0, received_at=53.0, process="decode-0/rank-0")
+    of_server.take(of_rank.report(), sent_at=51.0, received_at=53.0, process="rank-0")
     of_server.add("answer", 50.0)
     placed = of_server.report().placed(10.0, 14.0, "decode-0")
     assert [(span.name, span.process, span.start_at) for span in placed] == [

@@ -30,12 +30,12 @@ def told_pair() -> list[FakeEngine]:
         ("queue", 0.0, 0.001, {}),
         ("prefill", 0.001, 0.002, {"tokens": 8}),
         ("prefill", 0.003, 0.004, {"tokens": 4}),
-        ("rank", 0.0, 0.004, {"device_tokens": 16, "host_tokens": 4, "remote_tokens": 0}),
+        ("seated", 0.0, 0.0, {"device_tokens": 16, "host_tokens": 4, "remote_tokens": 0}),
     )
     decode.report = report(
         ("queue", 0.0, 0.0005, {}),
         ("pull", 0.001, 0.003, {"bytes": 4_000_000, "gb_s": 2.5, "verified": True}),
-        ("rank", 0.0, 0.4, {"device_tokens": 2, "host_tokens": 0, "remote_tokens": 30}),
+        ("seated", 0.0, 0.0, {"device_tokens": 2, "host_tokens": 0, "remote_tokens": 30}),
     )
     return [prefill, decode]
 
@@ -83,8 +83,8 @@ async def test_a_request_through_a_pair_is_told_whole(stand: Stand, stream: bool
         process: [span.name for span in whole.spans if span.process == process]
         for process in ("router", "prefill-0", "decode-0")
     }
-    assert by_process["prefill-0"] == ["queue", "rank", "prefill", "prefill"]
-    assert by_process["decode-0"] == ["queue", "rank", "pull"]
+    assert by_process["prefill-0"] == ["queue", "seated", "prefill", "prefill"]
+    assert by_process["decode-0"] == ["queue", "seated", "pull"]
     assert set(by_process["router"]) >= {
         "request",
         "receive",

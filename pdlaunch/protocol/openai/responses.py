@@ -11,6 +11,11 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
+REPORT_KEY = "pdlaunch"
+"""Holds the ``SpanReport`` in an answer, or in an event before the end of a stream, for a router
+that has asked for it.
+"""
+
 
 class PromptTokensDetails(msgspec.Struct):
     """Tells how much of the prompt was not computed for this request."""

@@ -23,6 +23,7 @@ import torch
 
 from pdlaunch.errors import TransferError, VerificationError
 from pdlaunch.integrity.checksum import ChecksumArray, Checksums, HashBatch
+from pdlaunch.observe.spans import SpanLog
 from pdlaunch.protocol.side_channel import Geometry, GroupBlocks, PullReply
 from pdlaunch.protocol.transfer import StartPull
 from pdlaunch.transfer.connectors.connector import Read, ReadPart
@@ -113,8 +114,14 @@ class ChunkedReads:
     """Reads what the prefill rank offers, as soon as it does."""
 
     def __init__(
-        self, command: StartPull, link: PrefillLink, setup: PullSetup, share: Share
+        self,
+        command: StartPull,
+        link: PrefillLink,
+        setup: PullSetup,
+        share: Share,
+        log: SpanLog | None = None,
     ) -> None:
+        self._log = log
         self.num_bytes = 0
         self.read_s = 0.0
         """Duration of all READs, as exactly as the connector knows."""
@@ -130,6 +137,8 @@ class ChunkedReads:
         self._next_block = 0
         """Logical blocks before this one have been read, or are being read."""
         self._reading: Read | None = None
+        self._started_at = 0.0
+        """Instant at which the latest READ began."""
         self._current: _Chunk | None = None
         self._chunks: list[_Chunk] = []
         """Chunks that are done."""
@@ -252,7 +261,7 @@ class ChunkedReads:
             except TransferError as error:
                 link.reconnect()
                 raise ReadFailed(f"{self._share.prefill_rank}: {error}") from error
-            self._current = chunk
+            self._current, self._started_at = chunk, self._setup.clock()
         # Also when the pull wants none of these blocks, as they were cached here.
         self._next_block = end
         return True
@@ -297,6 +306,7 @@ class ChunkedReads:
             return False
         self.ended_at = self._setup.clock()
         read_s = self._reading.seconds() if state == "done" else 0.0
+        self._note_read(chunk, read_s, state)
         self._release()
         if state == "failed":
             # The next READ begins with the same blocks, unless all of them are read anew anyway.
@@ -307,6 +317,20 @@ class ChunkedReads:
         if chunk.counts:
             self._count(chunk, read_s)
         return True
+
+    def _note_read(self, chunk: _Chunk, read_s: float, state: str) -> None:
+        if self._log is not None:
+            num_bytes = self._num_bytes(chunk)
+            self._log.add(
+                "read",
+                self._started_at,
+                self.ended_at,
+                source=self._share.prefill_rank,
+                bytes=num_bytes,
+                gb_s=round(num_bytes / read_s / 1e9, 3) if read_s else None,
+                blocks=len(chunk.plan.read.local_blocks),
+                state=state,
+            )
 
     def _count(self, chunk: _Chunk, read_s: float) -> None:
         self.num_bytes += self._num_bytes(chunk)

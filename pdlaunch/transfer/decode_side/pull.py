@@ -12,6 +12,7 @@ A READ that is pending when its pull fails still owns its destination blocks. Th
 from __future__ import annotations
 
 from pdlaunch.errors import TransferError
+from pdlaunch.observe.spans import SpanLog
 from pdlaunch.protocol.ids import PullId
 from pdlaunch.protocol.side_channel import LONGEST_WAIT_S
 from pdlaunch.protocol.transfer import (
@@ -40,7 +41,10 @@ class Pull:
         """``links`` are the prefill ranks that this rank turns to, from ``map_sources``."""
         self.command = command
         self._setup = setup
-        self._rank_pulls = [RankPull(command, source, link, setup) for source, link in links]
+        self._log = SpanLog(setup.clock) if command.records_spans else None
+        self._rank_pulls = [
+            RankPull(command, source, link, setup, self._log) for source, link in links
+        ]
         self._started_at = setup.clock()
         """Instant from which the time limit counts: the start or, if the pull awaits its lease,
         when the lease became known.
@@ -142,6 +146,7 @@ class Pull:
                 first_tokens=next(
                     (pull.first_tokens for pull in self._rank_pulls if pull.first_tokens), []
                 ),
+                reports={} if self._log is None else {self._setup.tp_rank: self._log.report()},
             )
         )
 

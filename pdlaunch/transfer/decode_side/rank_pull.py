@@ -32,6 +32,7 @@ from enum import Enum, auto
 from functools import partial
 
 from pdlaunch.errors import VerificationError
+from pdlaunch.observe.spans import SpanLog
 from pdlaunch.protocol.kv_params import FirstToken
 from pdlaunch.protocol.side_channel import (
     ChecksumsReply,
@@ -75,8 +76,14 @@ class RankPull:
     """
 
     def __init__(
-        self, command: StartPull, source: SourceRank, link: PrefillLink, setup: PullSetup
+        self,
+        command: StartPull,
+        source: SourceRank,
+        link: PrefillLink,
+        setup: PullSetup,
+        log: SpanLog | None = None,
     ) -> None:
+        """``log`` takes what is done, where somebody wants to see it."""
         self.name = link.name
         self.stage = Stage.CONNECTING
         self.num_retries = 0
@@ -89,12 +96,14 @@ class RankPull:
         self._source = source
         self._link = link
         self._setup = setup
+        self._log = log
         self._reader = setup.reader(command.pull_id)
         self._reads = ChunkedReads(
             command,
             link,
             setup,
             Share(link.name, self._reader, source.heads, setup.first_kv_head),
+            log,
         )
         self._begin_calls: list[int] = []
         """Calls of PullBegin without an answer."""
@@ -377,11 +386,17 @@ class RankPull:
         try:
             if self._reads.is_proven():
                 self.stage = Stage.PROVEN
+                self._note_checksums(ok=True)
         except VerificationError as error:
             self.verification_failed = True
+            self._note_checksums(ok=False)
             logger.error("pull %s from %s: %s", self._command.pull_id, self.name, error)
             self._reads.forget()
             raise ReadFailed(f"{self.name}: {error}", verification=True) from error
+
+    def _note_checksums(self, *, ok: bool) -> None:
+        if self._log is not None and self._setup.hasher is not None:
+            self._log.add("checksums", self._reads.ended_at, None, source=self.name, ok=ok)
 
     def _try_again(self, failure: ReadFailed) -> bool:
         """Begin anew, as the READ is over and writes no more. Returns False when no attempt is
