@@ -315,6 +315,13 @@ class LaunchConfig(SharedSettings, EngineSettings):
             "may."
         ),
     )
+    page: Annotated[bool, Flag(panel=DEPLOYMENT)] = Field(
+        True,
+        description=(
+            "Answer at the router's `/` with a page that shows the deployment; it asks for the "
+            "clients' key."
+        ),
+    )
     engines: RunningEngines = Field(
         (),
         description=(

@@ -54,6 +54,8 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     strict_fields: bool = False
     kept_requests: int = 500
     """Requests that have ended and of which it can tell."""
+    page: bool = True
+    """Answer at ``/`` with a page that shows the deployment."""
 
 
 class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):

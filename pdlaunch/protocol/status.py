@@ -70,6 +70,8 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     """The host of its URL."""
     state: str
     """``ready``, or why it is given no work."""
+    is_down: bool
+    """It has died, hangs or failed: it would work if it could."""
     reason: str
     """The reason why it has ``failed``, and what comes next."""
     streams: int

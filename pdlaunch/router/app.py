@@ -69,6 +69,7 @@ from pdlaunch.router.generation import ChunkSink, Generation
 from pdlaunch.router.idempotency import Repeats, Work, read_idempotency_key
 from pdlaunch.router.membership_watch import WatchedMembership
 from pdlaunch.router.metrics import scrape
+from pdlaunch.router.page import PAGE_PATHS, page_routes
 from pdlaunch.router.policy import RoutingRequest
 from pdlaunch.router.recovery import no_engine_ready
 from pdlaunch.router.request_book import RequestBook, record_of
@@ -78,8 +79,8 @@ from pdlaunch.router.transcript import Transcript
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS = ("/health", "/ping", "/metrics")
-"""Need no key."""
+OPEN_PATHS = ("/health", "/ping", "/metrics", *PAGE_PATHS)
+"""Need no key; the page holds no data."""
 CLOSE_TIMEOUT_S = 1.0
 """Seconds that clients may take to read that the router leaves."""
 MAX_HOP_ID_LENGTH = 160
@@ -131,6 +132,7 @@ class RouterApp:
                 AppRoute("GET", "/metrics", self._metrics, None, METRICS_OPERATION),
                 *self.view.routes(),
                 *self.book.routes(),
+                *(page_routes() if spec.page else []),
                 *(
                     route._replace(check_key=check_admin_key)
                     for route in (

@@ -148,6 +148,7 @@ class DeploymentView:
             url=engine.url,
             host=urlsplit(engine.url).hostname or "",
             state=engine.state,
+            is_down=self._state.events.is_down(engine),
             reason=engine.reason,
             streams=engine.num_streams,
             load=engine.num_works,

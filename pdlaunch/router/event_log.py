@@ -33,6 +33,8 @@ class EventLog:
         self._events: deque[StatusEvent] = deque(maxlen=MAX_EVENTS)
         self._seen: dict[str, Seen] = {}
         self._gone: dict[str, tuple[str | None, float]] = {}
+        self._served: set[str] = set()
+        """Engines that were ready, and were not seen to sleep or drain since."""
 
     @property
     def events(self) -> list[StatusEvent]:
@@ -61,6 +63,12 @@ class EventLog:
             for name, (role, at) in self._gone.items()
         ]
 
+    def is_down(self, engine: Engine) -> bool:
+        """Tell whether an engine does not work though nobody has asked for that."""
+        if engine.state == "starting":
+            return engine.name in self._served
+        return engine.state in ("failed", "stalled")
+
     def engines_changed(self, registry: Registry, engines: Sequence[Engine]) -> None:
         """Note each engine whose state is another one than in the registry before.
 
@@ -72,6 +80,10 @@ class EventLog:
         )
         for engine in engines:
             name = engine.name
+            if engine.state == "ready":
+                self._served.add(name)
+            elif engine.state in ("sleeping", "draining"):
+                self._served.discard(name)
             self._gone.pop(name, None)
             known = before.get(name)
             if known is not None and known.state == engine.state:
@@ -84,8 +96,7 @@ class EventLog:
                 "engine",
                 name,
                 f"{engine.state} ({text}){reason}",
-                is_bad=engine.state in ("failed", "stalled")
-                or (known is not None and known.state == "ready" and engine.state == "starting"),
+                is_bad=self.is_down(engine),
             )
         for name, seen in before.items():
             if name not in self._seen:
@@ -93,3 +104,4 @@ class EventLog:
                 self._gone[name] = (seen.role, self._wall_clock())
         while len(self._gone) > MAX_GONE:
             del self._gone[next(iter(self._gone))]
+        self._served &= self._seen.keys() | self._gone.keys()

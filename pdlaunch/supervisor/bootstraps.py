@@ -113,6 +113,7 @@ def router_spec(
         allowed_hosts=config.allowed_hosts,
         cors_origins=config.cors_origins,
         strict_fields=config.strict_fields,
+        page=config.page,
         max_body_bytes=config.limits.max_body_bytes,
         body_budget_bytes=config.limits.body_budget_bytes,
         max_queued_requests=config.limits.max_queued_requests,

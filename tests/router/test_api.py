@@ -111,7 +111,7 @@ async def test_an_unknown_model_is_404(stand: Stand) -> None:
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/v2", 404), ("GET", "/v1/completions", 405), ("PUT", "/", 404)],
+    [("GET", "/v2", 404), ("GET", "/v1/completions", 405), ("PUT", "/nowhere", 404)],
 )
 async def test_unknown_paths_answer_in_the_same_form(
     stand: Stand, method: str, path: str, status: int

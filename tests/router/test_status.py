@@ -111,7 +111,7 @@ async def test_refused_pulls_deaths_and_returns_are_events(stand: Stand) -> None
     assert status["gone"] == []
     assert [(event["text"], event["is_bad"]) for event in status["events"][1:]] == [
         ("gone (was ready)", True),
-        ("starting (is here)", False),
+        ("starting (is here)", True),
         ("ready (was starting)", False),
     ]
 
