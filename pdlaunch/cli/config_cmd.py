@@ -45,6 +45,7 @@ These stand at the top level and hold for all engines. The sections `prefill`, `
 `PDLAUNCH_DECODE__BLOCK_SIZE`.""",
     "Roles": "How many engines a role has.",
     "`kv_transfer`": "How KV blocks get from prefill to decode: [connectors.md](connectors.md).",
+    "`routing`": "What a router prefers when it chooses engines: [router.md](router.md).",
     "`limits`": "What a router or an engine takes before it refuses requests.",
     "Deployment": "The router and the launch as a whole.",
 }

@@ -254,11 +254,33 @@ class LimitSettings(FrozenModel):
         )
 
 
+class RoutingSettings(FrozenModel):
+    """Says what matters when a router chooses the engines of a request."""
+
+    max_itl_ms: Annotated[float | None, Flag(panel=DEPLOYMENT)] = Field(
+        None,
+        gt=0,
+        description=(
+            "Longest time between two tokens of a stream that prompts may cause. When unset, "
+            "prompts at most double the steps of a decode engine."
+        ),
+    )
+    max_ttft_ms: Annotated[float | None, Flag(panel=DEPLOYMENT)] = Field(
+        None,
+        gt=0,
+        description=(
+            "Time to the first token: routes that are estimated to keep it come first. When "
+            "unset, the least estimated time of all requests decides."
+        ),
+    )
+
+
 class SharedSettings(FrozenModel):
     """Holds what all engines share and no role may override."""
 
     kv_transfer: KVTransferSettings = KVTransferSettings()
     limits: LimitSettings = LimitSettings()
+    routing: RoutingSettings = RoutingSettings()
     allowed_hosts: Annotated[HostNames, Flag(panel=DEPLOYMENT)] = Field(
         (),
         description=(

@@ -27,6 +27,7 @@ from pdlaunch.kvcache.groups import KVCacheGroup
 from pdlaunch.kvcache.manager import KVCacheManager, PrefixHit
 from pdlaunch.offload.jobs import JobFinished
 from pdlaunch.offload.planner import HostHit, OffloadPlanner
+from pdlaunch.protocol.costs import EngineCosts, EngineReport
 from pdlaunch.protocol.engine import (
     AddRequest,
     EngineStats,
@@ -281,6 +282,25 @@ class RequestLifecycle:
             num_free_blocks=pool.num_free_blocks,
             num_leased_blocks=pool.num_leased_blocks,
             num_quarantined_blocks=pool.num_quarantined_blocks,
+        )
+
+    def report(self, costs: EngineCosts) -> EngineReport:
+        """Return what there is to do now, which routers weigh their routes by."""
+        queues, pool = self.queues, self.kv.pool
+        streams = [request for request in queues.running if request.num_to_schedule <= 1]
+        waiting_tokens = sum(
+            request.num_to_schedule for request in queues.running if request.num_to_schedule > 1
+        ) + sum(
+            request.num_remaining
+            for request in queues.waiting
+            if request.num_remaining > 1 and not request.wants_pull
+        )
+        return EngineReport(
+            waiting_tokens,
+            len(streams),
+            sum(request.num_computed for request in streams),
+            pool.num_free_blocks // self.kv.num_groups * self._block_size,
+            costs,
         )
 
     def check_integrity(self) -> None:

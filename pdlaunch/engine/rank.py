@@ -13,7 +13,7 @@ import logging
 import os
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import zmq
 
@@ -25,6 +25,8 @@ from pdlaunch.engine.lifecycle import RequestLifecycle
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.stay_awake import StayAwake
+from pdlaunch.engine.step_costs import StepModel, limits_of
+from pdlaunch.engine.warm_up import Measurement
 from pdlaunch.errors import StartupError
 from pdlaunch.models.tensor_parallel import TPGroup, init_tp_group
 from pdlaunch.offload.worker import OffloadWorker
@@ -95,7 +97,7 @@ class RankProcess:
         engine_id = self._agree_on_engine_id(tp)
         runner = ModelRunner(self._spec, tp=tp, progress=self._progress)
         self._progress("warming up", None)
-        runner.warm_up()
+        measured = runner.warm_up()
         # Objects that exist now stay for the life of the rank. Collections leave them out, so that
         # none takes long in a step.
         gc.freeze()
@@ -107,7 +109,7 @@ class RankProcess:
         )
         if self._bootstrap.tp_rank == 0:
             self._turn(
-                self._new_leader(runner, transfer, offload, engine_id),
+                self._new_leader(runner, transfer, offload, engine_id, measured),
                 info={"num_blocks": str(runner.num_blocks), "dtype": self._spec.dtype},
                 stay_awake=StayAwake(transfer, runner.rehearse)
                 if self._spec.async_scheduling
@@ -129,6 +131,7 @@ class RankProcess:
         transfer: TransferThread,
         offload: OffloadWorker | None,
         engine_id: EngineId,
+        measured: Sequence[Measurement],
     ) -> Leader:
         spec = self._spec
         followers = (
@@ -143,6 +146,7 @@ class RankProcess:
             side_channel=self._side_channel(transfer),
         )
         port = transfer.endpoint.rpartition(":")[2]
+        model = StepModel(limits_of(spec, runner.layout, runner.num_blocks), measured)
         scheduler = Scheduler(
             RequestLifecycle(
                 groups=runner.layout.groups,
@@ -157,6 +161,7 @@ class RankProcess:
                 offload=new_offload_planner(spec, runner, offload),
             ),
             max_num_batched_tokens=spec.max_num_batched_tokens,
+            costs=lambda: model.costs,
         )
         leader = Leader(
             spec=spec,
@@ -165,6 +170,7 @@ class RankProcess:
             runner=runner,
             transfer=transfer,
             scheduler=scheduler,
+            model=model,
             server=server,
             followers=followers,
             offload=offload,

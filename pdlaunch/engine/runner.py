@@ -21,7 +21,8 @@ from pdlaunch.engine.kv_cache_size import count_kv_blocks
 from pdlaunch.engine.latest_tokens import LatestTokens
 from pdlaunch.engine.rows import Row, RowTable
 from pdlaunch.engine.sampler import DrawnTokens, draw_tokens
-from pdlaunch.engine.step import NewBlocks, NewRow, ScheduledRow, StepOutput, StepPlan
+from pdlaunch.engine.step import ScheduledRow, StepOutput, StepPlan
+from pdlaunch.engine.warm_up import Measurement, WarmUp
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.memory.cumem_pools import open_memory_pools
 from pdlaunch.memory.kv_memories import open_kv_memory
@@ -35,8 +36,6 @@ from pdlaunch.models.progress import ReportProgress
 from pdlaunch.models.tensor_parallel import Shard, TPGroup
 from pdlaunch.models.torch_attention import TorchAttention
 from pdlaunch.models.weights import digest_model
-from pdlaunch.protocol.engine import SamplingParams
-from pdlaunch.protocol.ids import RequestId
 
 if TYPE_CHECKING:
     from pdlaunch.engine.decode_graphs import DecodeGraphs
@@ -187,50 +186,25 @@ class ModelRunner:
                 row.set(position, token.token_id)
         return StepOutput(step_id=step.step_id, tokens=tokens)
 
-    def warm_up(self) -> None:
-        """Run a chunk of a prompt and a decode step, so that the first request pays for no lazy
-        initialisation; capture graphs.
+    def warm_up(self) -> list[Measurement]:
+        """Run chunks of prompts and decode steps, so that the first request pays for no lazy
+        initialisation; capture graphs. Returns what the steps took.
 
-        Uses row 0 and the first blocks, and leaves both as they were at the start: only to be
-        called before the first step.
+        Leaves rows and blocks as they were at the start: only to be called before the first step.
         """
         assert len(self._rows) == 0
         self._attention.warm_up(self.num_heads, self._spec.max_num_batched_tokens, self._progress)
         self._graphs = self._capture_graphs()
-        num_tokens = min(
-            2 * self._spec.block_size,
-            self._spec.max_model_len - 1,
-            self._spec.max_num_batched_tokens,
+        warm_up = WarmUp(
+            self.execute,
+            self._spec,
+            num_groups=len(self.layout.groups),
+            num_blocks=self.num_blocks,
         )
-        blocks_per_group = -(-(num_tokens + 1) // self._spec.block_size)
-        num_blocks = blocks_per_group * len(self.layout.groups)
-        if num_tokens < 1 or num_blocks > self.num_blocks:
-            return
-        # Groups take blocks in turns: of G groups, group g has g, g + G, g + 2 * G, ..
-        blocks = [
-            NewBlocks(
-                row=0,
-                group=group,
-                first_block_index=0,
-                block_ids=[*range(group, num_blocks, len(self.layout.groups))],
-            )
-            for group in range(len(self.layout.groups))
-        ]
-        new_row = NewRow(
-            row=0,
-            request_id=RequestId("warm-up"),
-            token_ids=[0] * (num_tokens + 1),
-            num_prompt_tokens=num_tokens + 1,
-            sampling=SamplingParams(max_tokens=1, temperature=0.0),
-        )
-        prompt = ScheduledRow(row=0, num_computed_tokens=0, num_tokens=num_tokens, sample=False)
-        decode = ScheduledRow(row=0, num_computed_tokens=num_tokens, num_tokens=1, sample=True)
-        self.execute(
-            StepPlan(step_id=-1, new_rows=[new_row], new_blocks=blocks, scheduled=[prompt])
-        )
-        self.execute(StepPlan(step_id=-1, scheduled=[decode]))
+        measured = warm_up.run()
         self._rows = self._new_rows()
-        self.kv_cache[:num_blocks].zero_()
+        self.kv_cache[: warm_up.num_used_blocks].zero_()
+        return measured
 
     @property
     def weight_bytes(self) -> int:

@@ -1,20 +1,24 @@
 """Choose what an engine computes next: continuous batching under a token budget, on paged KV.
 
 A step holds first the next token of every request that decodes, then chunks of prompts, in order
-of arrival. When blocks run out, the latest arrival gives its own back and computes its tokens again
-later. Requests wait without row and budget while their blocks are pulled from another engine or
-loaded from host memory. A prefix is looked for on the device, then on the host, then at the
-prefill engine; what is left is computed.
+of arrival: beside streams only as much of them as keeps the step as short as it has to be. When
+blocks run out, the latest arrival gives its own back and computes its tokens again later. Requests
+wait without row and budget while their blocks are pulled from another engine or loaded from host
+memory. A prefix is looked for on the device, then on the host, then at the prefill engine; what is
+left is computed.
 
 This module only chooses; ``lifecycle.py`` does what it has chosen.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from pdlaunch.engine.lifecycle import RequestLifecycle
 from pdlaunch.engine.request import Phase, Request
 from pdlaunch.engine.step import StepOutput, StepPlan
 from pdlaunch.engine.step_builder import StepDraft
+from pdlaunch.protocol.costs import EngineCosts
 from pdlaunch.protocol.transfer import TransferCommand
 
 
@@ -26,7 +30,14 @@ class Scheduler:
     to ``requests`` in between.
     """
 
-    def __init__(self, requests: RequestLifecycle, *, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self,
+        requests: RequestLifecycle,
+        *,
+        max_num_batched_tokens: int,
+        costs: Callable[[], EngineCosts] | None = None,
+    ) -> None:
+        """``costs``: what steps cost now, and how long they may be; None: as long as they get."""
         self.requests = requests
         self._kv = requests.kv
         self._blocks = requests.blocks
@@ -37,6 +48,7 @@ class Scheduler:
         self._queues = requests.queues
         self._registrations = requests.registrations
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._costs = costs
         self._stalls = False
         """Nothing can be computed before copies to host memory let go of their blocks."""
 
@@ -134,22 +146,30 @@ class Scheduler:
                 prefilling.append(request)
             else:
                 self._schedule_chunk(request, step)
+        step.prompt_budget = self._room_beside_streams(step)
         for request in prefilling:
             self._schedule_chunk(request, step)
+
+    def _room_beside_streams(self, step: StepDraft) -> int:
+        """Return how many tokens of prompts may stand in a step beside the streams in it."""
+        if self._costs is None or not step.scheduled:
+            return step.budget
+        num_context_tokens = sum(request.num_scheduled for request in step.scheduled)
+        return self._costs().chunk_tokens(len(step.scheduled), num_context_tokens)
 
     def _schedule_chunk(self, request: Request, step: StepDraft) -> None:
         """Add as many next tokens of a running request as budget and blocks allow.
 
         Later arrivals give up their blocks so that at least one token fits.
         """
-        if request.phase is not Phase.RUNNING or step.budget == 0:
+        num_tokens = step.room(request.num_to_schedule)
+        if request.phase is not Phase.RUNNING or num_tokens == 0:
             return
         # Counted from num_computed: tokens in flight are queries too, and still read their windows.
         self._kv.release_left(request.tables, request.num_computed)
         # 0 ............... num_computed ......... start ............. start + num_tokens
         #   in the KV cache      │     in flight     │  for this step  │
         start = request.num_scheduled
-        num_tokens = min(request.num_to_schedule, step.budget)
         if start + num_tokens > request.tables.end * self._kv.block_size:
             while not (room := self._blocks.room(request)):
                 # The request itself is the victim if it came last; then it is not computed now.
@@ -175,7 +195,7 @@ class Scheduler:
                 lacks_blocks |= not self._start_pull(request)
             if (
                 not request.wants_pull
-                and step.budget
+                and step.room(request.num_remaining)
                 and self._builder.has_free_row
                 and not self._has_to_be_apart(request)
             ):
@@ -206,7 +226,7 @@ class Scheduler:
         if not room:
             return False
         self.requests.seat(request)
-        num_tokens = min(request.num_remaining, step.budget, room)
+        num_tokens = min(step.room(request.num_remaining), room)
         self._kv.extend(request.tables, request.num_computed + num_tokens)
         step.add(request, num_tokens)
         return True

@@ -11,20 +11,33 @@ from pdlaunch.protocol.transfer import TransferCommand
 class StepDraft:
     """Collects what the next step computes."""
 
-    __slots__ = ("budget", "preempted", "scheduled")
+    __slots__ = ("budget", "preempted", "prompt_budget", "scheduled")
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
         """Tokens that may still be added."""
+        self.prompt_budget = budget
+        """Tokens of prompts that may still be added; others do not count for it."""
         self.scheduled: dict[Request, int] = {}
         self.preempted = False
+
+    def room(self, num_wanted: int) -> int:
+        """Return how many of the next tokens of a request may be added."""
+        return min(num_wanted, self.budget if num_wanted == 1 else self._room_for_prompts)
 
     def add(self, request: Request, num_tokens: int) -> None:
         self.scheduled[request] = num_tokens
         self.budget -= num_tokens
+        self.prompt_budget -= num_tokens if num_tokens > 1 else 0
 
     def remove(self, request: Request) -> None:
-        self.budget += self.scheduled.pop(request, 0)
+        num_tokens = self.scheduled.pop(request, 0)
+        self.budget += num_tokens
+        self.prompt_budget += num_tokens if num_tokens > 1 else 0
+
+    @property
+    def _room_for_prompts(self) -> int:
+        return max(0, min(self.budget, self.prompt_budget))
 
 
 class StepBuilder:

@@ -56,6 +56,9 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Requests that have ended and of which it can tell."""
     page: bool = True
     """Answer at ``/`` with a page that shows the deployment."""
+    max_itl_ms: float | None = None
+    """Routes that keep these come first."""
+    max_ttft_ms: float | None = None
 
 
 class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):

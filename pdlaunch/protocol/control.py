@@ -11,6 +11,7 @@ from typing import Literal
 import msgspec
 
 from pdlaunch.config.roles import Role
+from pdlaunch.protocol.costs import EngineCosts
 from pdlaunch.protocol.ids import EngineId, PromptOrigin
 from pdlaunch.protocol.wire import Codec, Message
 
@@ -67,6 +68,8 @@ class Capabilities(Message, tag=False):
     """Its answers to chats have the reasoning apart from the content."""
     has_own_fields: bool = False
     """Knows fields and models that the router does not: bodies and answers pass unchanged."""
+    costs: EngineCosts | None = None
+    """What its steps took at its warm-up; None: not known."""
     takes_launch_token: bool = True
     """Asks routers for the launch's token; else for ``engine_api_key``, where that is set."""
 

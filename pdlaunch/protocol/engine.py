@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 from pdlaunch.observe.spans import SpanReport
+from pdlaunch.protocol.costs import EngineCosts, EngineReport
 from pdlaunch.protocol.ids import NO_ORIGIN, EngineId, PromptOrigin, RequestId
 from pdlaunch.protocol.kv_params import FirstToken, RemoteKV
 from pdlaunch.protocol.wire import Codec, Message
@@ -217,12 +218,16 @@ class Welcome(Message):
     block_size: int
     sleeping_tags: list[str] = []
     """Pools that sleep: the engine serves nothing before all are awake."""
+    costs: EngineCosts | None = None
+    """Measured at the warm-up."""
 
 
 class Outputs(Message):
     """Holds all messages of one step in one frame."""
 
     items: list[Tokens | FirstTokens | RequestFinished]
+    report: EngineReport | None = None
+    """The work that is left after it."""
 
 
 class HistogramCounts(Message, tag=False):

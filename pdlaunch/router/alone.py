@@ -32,7 +32,7 @@ from pdlaunch.router.membership_sources import DnsSource, FileSource
 from pdlaunch.router.membership_watch import Member, WatchedMembership, WatchSettings
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
-from pdlaunch.router.process import CLIENT_READ_TIMEOUT_S, fit, follow, listen
+from pdlaunch.router.process import CLIENT_READ_TIMEOUT_S, fit, follow, listen, new_policy
 from pdlaunch.router.state import RecoverySettings, RouterState
 
 _logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class LoneRouter:
     def __init__(self, spec: AloneSpec) -> None:
         self._spec = spec
         self._router_spec = router = fit(spec.router)
-        pool = EnginePool(time.monotonic)
+        pool = EnginePool(time.monotonic, new_policy(router))
         metrics = RouterMetrics(router.served_model_name)
         self._membership = WatchedMembership(spec.watch, lambda: pool.engines, metrics.sent_canary)
         self._state = RouterState(

@@ -16,9 +16,13 @@ from pdlaunch.observe.metrics import RequestClock, RequestMetrics
 from pdlaunch.protocol.openai.responses import PromptTokensDetails, Usage
 from pdlaunch.router.client_request import ClientRequest, PromptRequest
 from pdlaunch.router.engine_client import Chunk
+from pdlaunch.router.policy import Route
 from pdlaunch.router.request_record import RequestRecord
 from pdlaunch.router.transcript import Transcript
 
+ROUTE_HEADER = "X-Pdlaunch-Route"
+MAX_TOLD_ROUTES = 4
+"""Prompts of a request whose routes stand in the header."""
 _HEAD = ("id", "object", "created", "model", "choices")
 
 
@@ -40,6 +44,7 @@ class Answer:
         self._id = request.endpoint.id_prefix + request.request_id
         self._model = model
         self._created = int(time.time())
+        self._routes: dict[int, Route] = {}
         self._ignored_fields = dict.fromkeys(request.ignored_fields)
 
     @property
@@ -50,6 +55,15 @@ class Answer:
     def ignores(self, names: Iterable[str]) -> None:
         """Take the names of fields that an engine has ignored."""
         self._ignored_fields |= dict.fromkeys(names)
+
+    def routed(self, prompt: PromptRequest, route: Route) -> None:
+        """Take the route of a prompt, the last one before the answer begins."""
+        self._routes[prompt.index] = route
+
+    def headers(self) -> dict[str, str]:
+        """Return the header that says which routes were taken."""
+        told = [_tell_route(self._routes[index]) for index in sorted(self._routes)]
+        return {ROUTE_HEADER: ", ".join(told[:MAX_TOLD_ROUTES])} if told else {}
 
     async def chunk(self, prompt: PromptRequest, transcript: Transcript, chunk: Chunk) -> None:
         """Take one chunk that is new to the client."""
@@ -109,7 +123,9 @@ class StreamedAnswer(Answer):
             chunk["usage"] = transcript.usage() if self._request.continuous_usage else None
         if chunk["choices"]:
             if not self._stream.has_begun:
-                self._stream.add_headers(self._ignored.headers(self.ignored_fields))
+                self._stream.add_headers(
+                    self._ignored.headers(self.ignored_fields) | self.headers()
+                )
             await self._stream.write(encode_event(chunk))
 
     async def finish(self, transcripts: Iterable[Transcript]) -> None:
@@ -156,6 +172,17 @@ class WholeAnswer(Answer):
             | self._head(self._request.endpoint.answer_object)
             | {"choices": choices, "usage": usage}
         )
+
+
+def _tell_route(route: Route) -> str:
+    """Return a route and its estimate, short: ``prefill-0->decode-0; ttft_ms=12; itl_ms=5``."""
+    if route.estimate is None:
+        return f"{route.name}; kind={route.kind}"
+    estimate = route.estimate
+    return (
+        f"{route.name}; kind={route.kind}; ttft_ms={estimate.first_token_s * 1000:.1f}; "
+        f"itl_ms={estimate.itl_s * 1000:.1f}"
+    )
 
 
 def total_usage(transcripts: Iterable[Transcript]) -> Usage:

@@ -268,7 +268,7 @@ class RouterApp:
         )
         async with self._deadlines.start().guard():
             transcripts = await self._run(client_request, answer, record)
-        headers = self._ignored_fields.headers(answer.ignored_fields)
+        headers = self._ignored_fields.headers(answer.ignored_fields) | answer.headers()
         stream.add_headers(headers)  # a recording repeats them
         return json_response(answer.finish(transcripts), headers=headers)
 

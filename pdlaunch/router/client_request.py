@@ -26,6 +26,7 @@ from pdlaunch.protocol.openai.body import (
 )
 from pdlaunch.protocol.openai.completions import MAX_PROMPTS
 from pdlaunch.protocol.openai.generation import MAX_CHOICES, StreamOptions
+from pdlaunch.router.prefix_index import PrefixHashes, hash_prefix
 
 CHARACTERS_PER_TOKEN = 4
 """Rough; only compares the work of engines."""
@@ -176,6 +177,15 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
         """Return the prompt or the messages as the client wrote them."""
         text = self.body.get("messages" if self.endpoint.is_chat else "prompt")
         return text if isinstance(text, msgspec.Raw) else None
+
+    @property
+    def prefix(self) -> PrefixHashes:
+        """Return what stands for the prompt in an index of prefixes."""
+        salt = self.body.get("cache_salt")
+        text = self.text
+        return hash_prefix(
+            None if text is None else bytes(text), salt if isinstance(salt, str) else ""
+        )
 
     @property
     def wanted_token_ids(self) -> msgspec.Raw | None:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import msgspec
 
 from pdlaunch.config.roles import Role
+from pdlaunch.observe.online_fit import OnlineFit
 from pdlaunch.protocol.control import Capabilities
+from pdlaunch.protocol.costs import EngineCosts, EngineReport
 from pdlaunch.protocol.ids import EngineId, LeaseId
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.openai.responses import ModelCard
+
+EXPERIENCE_DOUBT = (0.05, 0.5)
+"""How wrong an estimate may be before any request was seen: by 50 ms, and by half of it."""
+REPORT_LASTS_S = 1.0
+"""Engines report with every step, so that this router hears several times a second of an engine
+that works for it.
+"""
 
 Processes = tuple[int, ...]
 """Incarnations of an engine's server and ranks."""
@@ -68,6 +77,20 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     num_streams: int = 0
     num_works: int = 0
     """Pieces of work that are outstanding."""
+    report: EngineReport | None = None
+    """What the engine has said last of its work."""
+    reported_at: float = 0.0
+    """Instants are on the pool's clock."""
+    unanswered_tokens: int = 0
+    """Tokens of prompts that were sent and of which no token has come yet."""
+    progressed_at: float = 0.0
+    """Instant since which the first of these are computed."""
+    context_tokens: int = 0
+    """Estimated tokens of the streams that this router has here."""
+    experience: OnlineFit = msgspec.field(
+        default_factory=lambda: OnlineFit((0.0, 1.0), EXPERIENCE_DOUBT)
+    )
+    """Corrects estimates of the time to the first token: a constant, and a factor."""
     num_picks: int = 0
     num_failures: int = 0
     """Failures in a row."""
@@ -91,15 +114,63 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
             or self.proofs.get(prefill.name) == prefill.processes[0]
         )
 
+    @property
+    def costs(self) -> EngineCosts | None:
+        """Return what its work costs; None: it has not told."""
+        return self.capabilities.costs if self.report is None else self.report.costs
+
+    def hear(self, report: EngineReport, now_at: float) -> None:
+        """Take what the engine says of its work."""
+        self.report, self.reported_at = report, now_at
+
+    def queued_tokens(self, now_at: float, seconds_per_token: float) -> float:
+        """Return the prompt tokens that are to be computed before those of a new prompt.
+
+        It is what this router has sent, or what the engine has told, which knows of other routers'
+        prompts but not of what is on its way: the larger one, less what was computed since.
+        """
+        own = self.unanswered_tokens - (now_at - self.progressed_at) / seconds_per_token
+        told = 0.0
+        if self.report is not None:
+            age_s = now_at - self.reported_at
+            told = self.report.waiting_tokens - age_s / seconds_per_token
+        return max(0.0, own, told)
+
+    def streams(self, now_at: float) -> tuple[int, float]:
+        """Return the streams and their tokens; what the engine has told counts for a while only,
+        as nobody says when streams of other routers end.
+        """
+        told = self.report
+        if told is None or now_at - self.reported_at > REPORT_LASTS_S:
+            return self.num_streams, self.context_tokens
+        return (
+            max(self.num_streams, told.num_streams),
+            max(self.context_tokens, told.context_tokens),
+        )
+
+    @contextlib.contextmanager
+    def computing(self, num_tokens: int, clock: Callable[[], float]) -> Iterator[None]:
+        """Count a prompt as unanswered for as long as the block runs."""
+        if not self.unanswered_tokens:
+            self.progressed_at = clock()
+        self.unanswered_tokens += num_tokens
+        try:
+            yield
+        finally:
+            self.unanswered_tokens -= num_tokens
+            self.progressed_at = clock()
+
     @contextlib.contextmanager
     def working(self, *, num_prompt_tokens: int = 0, num_streams: int = 0) -> Iterator[None]:
         """Count a piece of work as outstanding for as long as the block runs."""
         self.num_prompt_tokens += num_prompt_tokens
         self.num_streams += num_streams
+        self.context_tokens += num_streams * num_prompt_tokens
         self.num_works += 1
         try:
             yield
         finally:
             self.num_prompt_tokens -= num_prompt_tokens
             self.num_streams -= num_streams
+            self.context_tokens -= num_streams * num_prompt_tokens
             self.num_works -= 1

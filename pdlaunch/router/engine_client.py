@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import ssl
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -23,8 +24,9 @@ from pdlaunch.http.engine_url import UNIX, http_url, new_session
 from pdlaunch.http.errors import RETRY_AFTER_S, RelayedError
 from pdlaunch.http.ignored_fields import IGNORED_FIELDS_HEADER, read_ignored_fields
 from pdlaunch.http.sse import DONE_DATA, EventDecoder
+from pdlaunch.protocol.costs import EngineReport
 from pdlaunch.protocol.ids import HopId, LeaseId
-from pdlaunch.protocol.openai.responses import REPORT_KEY, ModelCard, ModelList
+from pdlaunch.protocol.openai.responses import REPORT_KEY, WORK_KEY, ModelCard, ModelList
 from pdlaunch.router.engine import Engine
 
 logger = logging.getLogger(__name__)
@@ -137,9 +139,11 @@ class EngineClient:
         keys: str | Callable[[Engine], str | None],
         timeouts: EngineTimeouts,
         tls: ssl.SSLContext | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._timeouts = timeouts
         self._tls = tls
+        self._clock = clock
         self._keys = keys
         self._sessions: dict[tuple[str, str | None], aiohttp.ClientSession] = {}
         """One for all TCP ports, under an empty name, and one for each Unix socket; by key."""
@@ -220,6 +224,15 @@ class EngineClient:
                 )
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             raise _broken(engine, error) from error
+
+    def hear(self, engine: Engine, work: object) -> None:
+        """Take what a native engine tells of its work beside an answer."""
+        try:
+            report = msgspec.convert(work, EngineReport)
+        except msgspec.ValidationError as error:
+            logger.debug("%s tells its work in a form that is not known: %s", engine.name, error)
+        else:
+            engine.hear(report, self._clock())
 
     async def release(self, engine: Engine, name: HopId | LeaseId) -> None:
         """End the lease of a hop that nobody will pull; errors are logged, the lease ends by
@@ -414,6 +427,8 @@ class EngineStream:
             ) from error
         if not isinstance(chunk, dict):
             raise EngineFailure(self._engine, "an event that is no object", may_return=False)
+        if WORK_KEY in chunk:
+            self._client.hear(self._engine, chunk.pop(WORK_KEY))
         if "error" in chunk:
             self._raise_error(data, chunk["error"])
         return chunk

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Coroutine, Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -27,6 +27,7 @@ from pdlaunch.http.headers import REQUEST_ID_HEADER
 from pdlaunch.protocol.ids import HopId, LeaseId
 from pdlaunch.router.client_request import COMPLETIONS, PromptRequest
 from pdlaunch.router.continuation import Continuation, StreamLostError, find_text, obstacle
+from pdlaunch.router.cost_model import Estimate
 from pdlaunch.router.early_decode import EarlyDecode
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import Chunk, EngineFailure, EngineRefusal, EngineStream
@@ -38,7 +39,7 @@ from pdlaunch.router.handover import (
     whole_chunk,
 )
 from pdlaunch.router.metrics import EarlyOutcome
-from pdlaunch.router.policy import NO_NEEDS, Hop, Need, RoutingRequest, covers
+from pdlaunch.router.policy import NO_NEEDS, Hop, Need, Route, RoutingRequest, covers
 from pdlaunch.router.recovery import Attempts
 from pdlaunch.router.request_record import Leg, RequestRecord
 from pdlaunch.router.state import RouterState
@@ -59,8 +60,19 @@ class ChunkSink(Protocol):
     def ignores(self, names: Iterable[str]) -> None:
         """Take the names of fields that an engine has ignored; it comes before any chunk."""
 
+    def routed(self, prompt: PromptRequest, route: Route) -> None:
+        """Take the route of a prompt, again when another one is taken."""
+
     async def chunk(self, prompt: PromptRequest, transcript: Transcript, chunk: Chunk) -> None:
         """Take one chunk that is new to the client."""
+
+
+class Forecast(NamedTuple):
+    """Holds what a route promises of the first token."""
+
+    engine: Engine
+    estimate: Estimate
+    sent_at: float
 
 
 class Generation:
@@ -90,6 +102,12 @@ class Generation:
         self._first_told_at: float | None = None
         """When the client was sent the first token; None once it has the second one."""
         self._num_decode_attempts = 0
+        self._prefix = prompt.prefix
+        self._planned: Engine | None = None
+        """The engine that the route names for what is left, until it has been asked."""
+        self._forecast: Forecast | None = None
+        """What the route promises, until a token has come or an engine has failed."""
+        self._unanswered = contextlib.ExitStack()
 
     async def run(self) -> None:
         """Answer the prompt. Raises RequestError, EngineRefusal or EngineFailure.
@@ -103,7 +121,9 @@ class Generation:
                     await self._decode_early(self._early)
                 while not self.transcript.is_done:
                     await self._decode()
+                self._state.pool.answered(self.transcript.num_tokens)
             finally:
+                self._unanswered.close()
                 self._drop_early()
                 self._release_untaken_lease()
                 # Its traceback leads back here: a cycle would keep the body in memory.
@@ -116,8 +136,11 @@ class Generation:
         while len(self._attempts.tried) < self._state.recovery.max_attempts:
             route = self._state.pool.route(self._routing_request("prefill"))
             self._record.routed("prefill", route)
-            if route.prefill is None:
+            if route.prefill is None and route.decode is None:
                 break
+            self._follow(route)
+            if route.prefill is None:
+                return
             if self._attempts.has_failed:
                 self._state.metrics.retried("prefill")
                 self._record.retries += 1
@@ -151,6 +174,7 @@ class Generation:
             )
         )
         try:
+            self._count_unanswered(engine, self._routing_request("prefill"))
             with (
                 engine.working(num_prompt_tokens=prompt.num_prompt_tokens),
                 self._record.leg("prefill", engine.name) as leg,
@@ -161,13 +185,16 @@ class Generation:
                     else self._stream_prefill(engine, early.lease_id, leg)
                 )
         except BaseException as error:
+            self._unanswered.close()
             self._drop_early()
             if not isinstance(error, EngineFailure | EngineRefusal):
                 # The answer may be on its way, and the lease that it speaks of would wait for its
                 # deadline.
                 self._release(engine, prompt.hop_id)
             raise
+        self._unanswered.close()
         self._state.pool.succeeded(engine)
+        self._state.pool.served(engine, self._routing_request("prefill"), 0)
         return handover
 
     async def _stream_prefill(self, engine: Engine, lease_id: LeaseId, leg: Leg) -> Handover:
@@ -202,6 +229,8 @@ class Generation:
         with _malformed_is_failure(engine):
             handover = read_handover(engine, answer.body, is_chat=prompt.endpoint.is_chat)
         leg.hear(handover.report)
+        if handover.work is not None:
+            self._state.client.hear(engine, handover.work)
         for chunk in handover.chunks:
             _refuse_broken(engine, chunk)
         return handover
@@ -254,12 +283,14 @@ class Generation:
 
     async def _decode(self) -> None:
         """Stream from one engine, for as long as it lives; what failed is noted for the next."""
-        engine = await self._attempts.next_engine(
+        engine = self._take_planned() or await self._attempts.next_engine(
             lambda: self._routing_request("decode"),
             on_route=lambda route: self._record.routed("decode", route),
             has_begun=self.transcript.has_tokens,
             may_wait=self._handover is not None,
         )
+        if not self.transcript.has_tokens and self._forecast is None:
+            self._sink.routed(self._prompt, Route(reason="least work", decode=engine))
         attempt = self._num_decode_attempts
         self._num_decode_attempts += 1
         if attempt:
@@ -272,6 +303,7 @@ class Generation:
         try:
             await work
         except (EngineFailure, EngineRefusal) as failure:
+            self._unanswered.close()
             if self.transcript.is_done:
                 return
             if self._attempts.is_final(engine, "decode", failure):
@@ -317,6 +349,8 @@ class Generation:
             await self._ask_whole(engine, prompt.whole_body(extra), attempt, pulls=pulls)
             return
         body = prompt.decode_body(extra)
+        if not extra:
+            self._count_unanswered(engine, self._routing_request("decode"))
         with (
             engine.working(
                 num_prompt_tokens=prompt.num_prompt_tokens, num_streams=prompt.num_choices
@@ -416,6 +450,40 @@ class Generation:
         if not self.transcript.is_done:
             raise EngineFailure(engine, "its stream ended too early")
         self._state.pool.succeeded(engine)
+        self._state.pool.served(engine, self._routing_request("decode"), self.transcript.num_tokens)
+
+    def _follow(self, route: Route) -> None:
+        """Note what was chosen for a prompt that nobody has computed."""
+        self._sink.routed(self._prompt, route)
+        self._state.metrics.routed(route.kind)
+        self._planned = route.planned if route.prefill is not None else route.decode
+        first = route.prefill or route.decode
+        if route.estimate is not None and first is not None:
+            self._forecast = Forecast(first, route.estimate, self._state.now())
+
+    def _take_planned(self) -> Engine | None:
+        """Return the engine that the route named, once, if it can still be asked."""
+        engine, self._planned = self._planned, None
+        is_usable = (
+            engine is not None and self._state.pool.lists(engine) and not self._must_resume()
+        )
+        return engine if is_usable else None
+
+    def _count_unanswered(self, engine: Engine, request: RoutingRequest) -> None:
+        """Count the prompt as work of the engine until its first token comes."""
+        num_tokens = self._state.pool.num_new_tokens(engine, request)
+        self._unanswered.enter_context(engine.computing(num_tokens, self._state.pool.clock))
+
+    def _compare(self, engine: Engine) -> None:
+        """Learn from the time that the first token took, if it came as it was meant to."""
+        forecast, self._forecast = self._forecast, None
+        if forecast is None or forecast.engine is not engine or self._attempts.has_failed:
+            return
+        took_s = self._state.now() - forecast.sent_at
+        if took_s > 0:
+            error = abs(forecast.estimate.first_token_s - took_s) / took_s
+            self._state.metrics.estimated(forecast.estimate.kind, error)
+            engine.experience.observe((1.0, forecast.estimate.computed_s), took_s)
 
     def _note_path(self, decode: Engine) -> None:
         """Note how the blocks that prefill has handed over come to decode."""
@@ -427,6 +495,9 @@ class Generation:
             _refuse_broken(engine, chunk)
             has_news = self.transcript.admit(chunk)
             self._attempts.heard()
+        if self.transcript.has_tokens:
+            self._unanswered.close()
+            self._compare(engine)
         if has_news:
             self._time_second_token(engine)
             await self._sink.chunk(self._prompt, self.transcript, chunk)
@@ -483,7 +554,8 @@ class Generation:
             num_prompt_tokens=prompt.num_prompt_tokens,
             max_tokens=prompt.max_tokens,
             num_choices=prompt.num_choices,
-            prefix=prompt.text,
+            expected_tokens=self._state.pool.expected_tokens,
+            prefix=self._prefix,
             is_suspect=self._state.suspects.is_suspect(prompt.origin),
             tried=frozenset(self._attempts.tried),
             needs=needs,

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from pdlaunch.protocol.ids import LeaseId
-from pdlaunch.protocol.openai.responses import REPORT_KEY
+from pdlaunch.protocol.openai.responses import REPORT_KEY, WORK_KEY
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import Chunk
 
@@ -29,6 +29,8 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
     open_choices: frozenset[int]
     """Choices that go on after their first token."""
     num_prompt_tokens: int
+    work: object = None
+    """What the engine tells of its work beside the answer."""
     usage: dict[str, Any] = {}
     report: Any = None
     """What the engine has recorded, as it came."""
@@ -119,6 +121,7 @@ def read_handover(engine: Engine, raw: bytes, *, is_chat: bool) -> Handover:
     """
     answer: dict[str, Any] = msgspec.json.decode(raw)
     report = answer.pop(REPORT_KEY, None)
+    work = answer.pop(WORK_KEY, None)
     params = answer.get("kv_transfer_params") or None
     ours = None if params is None else params.get("pdlaunch")
     first_tokens = (ours or {}).get("first_tokens") or []
@@ -137,6 +140,7 @@ def read_handover(engine: Engine, raw: bytes, *, is_chat: bool) -> Handover:
         has_first_tokens=bool(first_tokens),
         open_choices=open_choices,
         num_prompt_tokens=answer["usage"]["prompt_tokens"],
+        work=work,
         usage=answer["usage"],
         report=report,
         chunks=chunks_of_answer(answer, is_chat=is_chat, open_choices=open_choices),

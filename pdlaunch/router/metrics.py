@@ -17,11 +17,13 @@ from pdlaunch.observe.histograms import INTER_TOKEN_BUCKETS_S
 from pdlaunch.observe.metrics import RequestMetrics, render_metrics
 from pdlaunch.protocol.control import EndReason, ListedState, PairReady
 from pdlaunch.protocol.transfer import join_paths
+from pdlaunch.router.cost_model import RouteKind
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import EngineClient
 from pdlaunch.router.membership_watch import CanaryOutcome
 from pdlaunch.router.policy import Hop
 
+_ERROR_BUCKETS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0)
 EarlyOutcome = Literal["used", "dropped"]
 
 
@@ -101,6 +103,22 @@ class RouterMetrics:
             ("reason",),
             registry=registry,
         )
+        self._routes = Counter(
+            "pdlaunch_router_routes",
+            (
+                "Prompts by the route that was chosen: a pair of engines, one engine of a role "
+                "alone, or least_work where costs are not known or an engine has failed."
+            ),
+            ("kind",),
+            registry=registry,
+        )
+        self._estimate_errors = Histogram(
+            "pdlaunch_router_estimate_relative_error",
+            "Error of the estimated time to the first token, as a share of the time it took.",
+            ("kind",),
+            buckets=_ERROR_BUCKETS,
+            registry=registry,
+        )
         self._pairs = Gauge(
             "pdlaunch_pair_bytes_per_second",
             "Speed that the handshake has measured between two ranks, over the path in use.",
@@ -124,6 +142,13 @@ class RouterMetrics:
             self._early_decodes.labels(early)
         for canary in get_args(CanaryOutcome):
             self._canaries.labels(canary)
+
+    def routed(self, kind: RouteKind) -> None:
+        self._routes.labels(kind).inc()
+
+    def estimated(self, kind: RouteKind, relative_error: float) -> None:
+        """Count an estimate of the time to a first token that has come."""
+        self._estimate_errors.labels(kind).observe(relative_error)
 
     def show_engines(self, engines: Mapping[str, str]) -> None:
         """Show the present states of engines, which are by name."""

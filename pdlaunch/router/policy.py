@@ -7,19 +7,30 @@ be tested by properties, and a simulator can replay it on a clock of its own.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 
 from pdlaunch.config.roles import Role
 from pdlaunch.protocol.control import Capabilities, PairReady
+from pdlaunch.router.cost_model import (
+    Estimate,
+    Load,
+    RouteKind,
+    Work,
+    estimate_alone,
+    estimate_pair,
+    load_of,
+)
 from pdlaunch.router.engine import Engine, EngineKey
+from pdlaunch.router.prefix_index import PrefixHashes
 
 Hop = Literal["prefill", "decode"]
 
 Need = Literal["goes_on", "gives_first_token", "awaits_lease"]
 """Names a capability that an engine must have."""
 NO_NEEDS: frozenset[Need] = frozenset()
+_WAITS: frozenset[Need] = frozenset({"awaits_lease"})
 MAX_QUEUED = 8
 """Decode is told early only of prompts behind at most so many at the prefill engine.
 
@@ -38,8 +49,10 @@ class RoutingRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Estimated length of the prompt."""
     max_tokens: int | None = None
     num_choices: int = 1
-    prefix: msgspec.Raw | None = None
-    """The prompt or messages as the client wrote them."""
+    expected_tokens: float | None = None
+    """Output tokens as they are to be expected; None: ``max_tokens``."""
+    prefix: PrefixHashes = ()
+    """Stands for the prompt or messages as the client wrote them."""
     priority: int = 0
     """Lower numbers go first, as in vLLM; clients cannot set it yet."""
     is_suspect: bool = False
@@ -65,6 +78,43 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     """With a prefill engine: the one that is told of the prompt while that computes, None: decode
     is chosen afterwards. Alone: the one that is asked now, None: nobody can be asked.
     """
+    planned: Engine | None = None
+    """The decode engine that is meant to go on, whether it is told early or not; None: any."""
+    estimate: Estimate | None = None
+    """What the route is estimated to cost; None: it was chosen without."""
+    alternatives: tuple[Estimate, ...] = ()
+    """The best route of each other kind."""
+
+    @property
+    def kind(self) -> RouteKind:
+        return "least_work" if self.estimate is None else self.estimate.kind
+
+    @property
+    def name(self) -> str:
+        """Return the names of the engines in their order."""
+        if self.estimate is not None:
+            return self.estimate.route
+        engines = (self.prefill, self.decode)
+        return "->".join(engine.name for engine in engines if engine is not None)
+
+    @property
+    def explanation(self) -> dict[str, Any]:
+        """Return route, reason, alternatives and estimates as plain values."""
+        considered = () if self.estimate is None else (self.estimate, *self.alternatives)
+        return {
+            "route": self.name,
+            "kind": self.kind,
+            "reason": self.reason,
+            "estimates": [_explain(estimate) for estimate in considered],
+        }
+
+    @property
+    def explained(self) -> str:
+        """Return reason, estimates and alternatives in one line."""
+        if self.estimate is None:
+            return self.reason
+        told = [_tell(estimate) for estimate in (self.estimate, *self.alternatives)]
+        return f"{self.reason}: {', else '.join(told)}"
 
     def __str__(self) -> str:
         engines = (self.prefill, self.decode)
@@ -75,14 +125,14 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
 class PrefixIndex(Protocol):
     """Knows approximately what the engines' prefix caches hold."""
 
-    def num_cached_tokens(self, engine: Engine, prefix: msgspec.Raw | None) -> int:
+    def num_cached_tokens(self, engine: Engine, prefix: PrefixHashes) -> int:
         """Return how many tokens of the prefix this engine need not compute."""
 
 
 class NoIndex:
     """Knows nothing, as a PrefixIndex."""
 
-    def num_cached_tokens(self, engine: Engine, prefix: msgspec.Raw | None) -> int:
+    def num_cached_tokens(self, engine: Engine, prefix: PrefixHashes) -> int:
         return 0
 
 
@@ -134,6 +184,157 @@ class LeastWork:
             prefill=prefill,
             decode=_told_early(request, prefill, engines, now_at),
         )
+
+
+class LeastCost:
+    """Gives a new prompt the route of the least estimated cost (``cost_model.py``).
+
+    ``max_ttft_s`` and ``max_itl_s`` come first: routes that exceed them least. What costs cannot
+    decide is left to ``LeastWork``: prompts of which an engine has failed, all that comes after the
+    first route, and deployments with an engine that tells no costs.
+    """
+
+    def __init__(self, *, max_ttft_s: float | None = None, max_itl_s: float | None = None) -> None:
+        self._max_ttft_s = max_ttft_s
+        self._max_itl_s = max_itl_s
+        self._otherwise = LeastWork()
+
+    def choose(
+        self,
+        request: RoutingRequest,
+        engines: Sequence[Engine],
+        pairs: Sequence[PairReady],
+        index: PrefixIndex,
+        now_at: float,
+    ) -> Route:
+        is_new = request.hop == "prefill" and not request.tried and not request.is_suspect
+        if is_new and request.max_tokens != 1:
+            routes = self._routes(request, engines, pairs, index, now_at)
+            if routes:
+                return routes[0]
+        return self._otherwise.choose(request, engines, pairs, index, now_at)
+
+    def _routes(
+        self,
+        request: RoutingRequest,
+        engines: Sequence[Engine],
+        pairs: Sequence[PairReady],
+        index: PrefixIndex,
+        now_at: float,
+    ) -> list[Route]:
+        """Return the best route, if costs can decide."""
+        usable = [one for one in engines if one.ready and one.avoid_until_at <= now_at]
+        loads = [load for one in usable if (load := load_of(one, now_at)) is not None]
+        if len(loads) != len(usable):
+            return []
+        estimates = [
+            *_estimates_alone(request, loads, index),
+            *_estimates_of_pairs(request, loads, pairs, index),
+        ]
+        if not estimates:
+            return []
+        by_name = {engine.name: engine for engine in usable}
+
+        def rank(estimate: Estimate) -> tuple[float, float, int]:
+            num_picks = sum(by_name[name].num_picks for name in estimate.engines)
+            return (self._excess(estimate), estimate.cost_s, num_picks)
+
+        best, *others = sorted(estimates, key=rank)
+        first_of_kind = {other.kind: other for other in reversed(others) if other.kind != best.kind}
+        first, last = by_name[best.engines[0]], by_name[best.engines[-1]]
+        is_pair = first is not last
+        early = is_pair and may_tell_early(request, first) and covers(last.capabilities, _WAITS)
+        return [
+            Route(
+                reason="least cost" if not self._excess(best) else "least excess of the limits",
+                prefill=first if is_pair else None,
+                decode=last if early or not is_pair else None,
+                planned=last if is_pair else None,
+                estimate=best,
+                alternatives=tuple(sorted(first_of_kind.values(), key=rank)),
+            )
+        ]
+
+    def _excess(self, estimate: Estimate) -> float:
+        """Return by how much a route exceeds what was asked for, as shares of it."""
+        limits = (
+            (estimate.first_token_s, self._max_ttft_s),
+            (estimate.itl_s, self._max_itl_s),
+        )
+        return sum(max(0.0, value / limit - 1) for value, limit in limits if limit is not None)
+
+
+def _work(request: RoutingRequest) -> Work:
+    expected = request.expected_tokens or request.max_tokens or 1
+    return Work(
+        num_prompt_tokens=request.num_prompt_tokens,
+        num_output_tokens=min(expected, request.max_tokens or expected),
+        num_choices=request.num_choices,
+    )
+
+
+def _num_cached(request: RoutingRequest, load: Load, index: PrefixIndex) -> int:
+    num_tokens = index.num_cached_tokens(load.engine, request.prefix)
+    return min(num_tokens, request.num_prompt_tokens - 1)
+
+
+def _estimates_alone(
+    request: RoutingRequest, loads: Sequence[Load], index: PrefixIndex
+) -> Iterator[Estimate]:
+    for load in loads:
+        if load.engine.role != "prefill" and covers(load.engine.capabilities, request.needs):
+            yield estimate_alone(load, _work(request), _num_cached(request, load, index))
+
+
+def _estimates_of_pairs(
+    request: RoutingRequest,
+    loads: Sequence[Load],
+    pairs: Sequence[PairReady],
+    index: PrefixIndex,
+) -> Iterator[Estimate]:
+    decodes = [
+        (load, _num_cached(request, load, index)) for load in loads if load.engine.role == "decode"
+    ]
+    for prefill in loads:
+        if prefill.engine.role != "prefill":
+            continue
+        num_cached = _num_cached(request, prefill, index)
+        for decode, num_cached_there in decodes:
+            if not decode.engine.may_pull_from(prefill.engine):
+                continue
+            speed = _gigabytes_per_s(prefill.engine, decode.engine, pairs)
+            cached = (num_cached, num_cached_there)
+            yield estimate_pair(prefill, decode, _work(request), cached, speed)
+
+
+def _gigabytes_per_s(prefill: Engine, decode: Engine, pairs: Sequence[PairReady]) -> float:
+    """Return the speed between the slowest ranks of two engines; 0 where none was measured."""
+    speeds = [
+        pair.gigabytes_per_s
+        for pair in pairs
+        if pair.gigabytes_per_s is not None
+        and pair.local.partition("/")[0] == decode.name
+        and pair.peer.partition("/")[0] == prefill.name
+    ]
+    return min(speeds, default=0.0)
+
+
+def _tell(estimate: Estimate) -> str:
+    return (
+        f"{estimate.route} first token {estimate.first_token_s * 1000:.1f} ms, "
+        f"all {estimate.total_s * 1000:.0f} ms, others +{estimate.delay_s * 1000:.1f} ms"
+    )
+
+
+def _explain(estimate: Estimate) -> dict[str, Any]:
+    return {
+        "route": estimate.route,
+        "kind": estimate.kind,
+        "first_token_ms": round(estimate.first_token_s * 1000, 2),
+        "total_ms": round(estimate.total_s * 1000, 2),
+        "delay_ms": round(estimate.delay_s * 1000, 2),
+        "itl_ms": round(estimate.itl_s * 1000, 2),
+    }
 
 
 def least_work(
@@ -216,17 +417,21 @@ def _role_alone(request: RoutingRequest, engines: Sequence[Engine]) -> Role:
 def _told_early(
     request: RoutingRequest, prefill: Engine, engines: Sequence[Engine], now_at: float
 ) -> Engine | None:
-    waits: frozenset[Need] = frozenset({"awaits_lease"})
-    if (
+    if not may_tell_early(request, prefill):
+        return None
+    pullers = [engine for engine in engines if engine.may_pull_from(prefill)]
+    return least_work(pullers, "decode", now_at, strict=True, needs=_WAITS)
+
+
+def may_tell_early(request: RoutingRequest, prefill: Engine) -> bool:
+    """Tell whether decode may be told of the prompt while this engine computes it."""
+    return not (
         request.is_suspect
         or request.num_choices > 1
         or prefill.num_works > MAX_QUEUED
         or prefill.lender is None
-        or not covers(prefill.capabilities, waits)
-    ):
-        return None
-    pullers = [engine for engine in engines if engine.may_pull_from(prefill)]
-    return least_work(pullers, "decode", now_at, strict=True, needs=waits)
+        or not covers(prefill.capabilities, _WAITS)
+    )
 
 
 def _rank(engine: Engine, role: Role, now_at: float) -> tuple[bool, int, int, int, int]:

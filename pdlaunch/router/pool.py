@@ -13,15 +13,14 @@ from pdlaunch.protocol.control import Entry, ListedState, PairReady, Registry
 from pdlaunch.router.engine import Engine, Lender
 from pdlaunch.router.policy import (
     NO_NEEDS,
-    LeastWork,
+    LeastCost,
     Need,
-    NoIndex,
     Policy,
-    PrefixIndex,
     Route,
     RoutingRequest,
     covers,
 )
+from pdlaunch.router.prefix_index import ServedPrefixes
 
 BACKOFF_S = 1.0
 MAX_BACKOFF_S = 30.0
@@ -36,11 +35,12 @@ class EnginePool:
         self,
         clock: Callable[[], float],
         policy: Policy | None = None,
-        index: PrefixIndex | None = None,
+        index: ServedPrefixes | None = None,
     ) -> None:
-        self._clock = clock
-        self._policy = policy or LeastWork()
-        self._index = index or NoIndex()
+        self.clock = clock
+        self._policy = policy or LeastCost()
+        self._index = index or ServedPrefixes()
+        self._usual_output_tokens: float | None = None
         self._engines: dict[str, Engine] = {}
         self.pairs: Sequence[PairReady] = ()
         """The paths that are proven now."""
@@ -101,6 +101,7 @@ class EnginePool:
             for server in registry.entries
             if server.kind == "server"
         }
+        self._index.keep(self._engines)
         self._roles_seen.update(engine.role for engine in self._engines.values())
         self.pairs = registry.pairs
         self.serving = registry.serving
@@ -108,12 +109,34 @@ class EnginePool:
     def route(self, request: RoutingRequest) -> Route:
         """Have the policy choose, and count what it chose."""
         route = self._policy.choose(
-            request, list(self._engines.values()), self.pairs, self._index, self._clock()
+            request, list(self._engines.values()), self.pairs, self._index, self.clock()
         )
         for engine in (route.prefill, route.decode):
             if engine is not None:
                 engine.num_picks += 1
         return route
+
+    def num_new_tokens(self, engine: Engine, request: RoutingRequest) -> int:
+        """Return how many tokens of a prompt an engine will probably compute."""
+        num_cached = self._index.num_cached_tokens(engine, request.prefix)
+        return max(1, request.num_prompt_tokens - num_cached)
+
+    def served(self, engine: Engine, request: RoutingRequest, num_output_tokens: int) -> None:
+        """Note that an engine has the blocks of a prompt, and of so many tokens after it."""
+        if engine.costs is not None:
+            self._index.served(engine, request.prefix, request.num_prompt_tokens, num_output_tokens)
+
+    @property
+    def expected_tokens(self) -> float | None:
+        """Return the usual length of an answer; None before the first."""
+        return self._usual_output_tokens
+
+    def answered(self, num_output_tokens: int) -> None:
+        """Take the length of an answer."""
+        usual = self._usual_output_tokens
+        self._usual_output_tokens = (
+            num_output_tokens if usual is None else usual + (num_output_tokens - usual) / 32
+        )
 
     @property
     def has_pairs(self) -> bool:
@@ -142,7 +165,7 @@ class EnginePool:
         """Avoid the engine for a while, twice as long after each failure in a row."""
         backoff_s = min(MAX_BACKOFF_S, BACKOFF_S * 2 ** min(engine.num_failures, _MAX_DOUBLINGS))
         engine.num_failures += 1
-        engine.avoid_until_at = self._clock() + backoff_s
+        engine.avoid_until_at = self.clock() + backoff_s
 
     def succeeded(self, engine: Engine) -> None:
         """Note that the engine has answered."""

@@ -35,6 +35,7 @@ from pdlaunch.router.app import RouterApp
 from pdlaunch.router.engine_client import EngineClient, EngineTimeouts, keys_of_launch
 from pdlaunch.router.membership import AnnouncedMembership, Membership
 from pdlaunch.router.metrics import RouterMetrics
+from pdlaunch.router.policy import LeastCost
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.state import RecoverySettings, RouterState
 
@@ -56,7 +57,7 @@ class RouterProcess:
         self._url = local_url(spec.host, spec.port)
         self._membership = AnnouncedMembership()
         self._state = RouterState(
-            EnginePool(time.monotonic),
+            EnginePool(time.monotonic, new_policy(spec)),
             EngineClient(
                 keys_of_launch(
                     supervised.bootstrap.keys.http_token, supervised.bootstrap.engine_api_key
@@ -142,6 +143,14 @@ class RouterProcess:
             )
             await self._router.close()
         self._supervised.send(Drained())
+
+
+def new_policy(spec: RouterSpec) -> LeastCost:
+    """Return the policy that keeps to the settings of a router."""
+    return LeastCost(
+        max_ttft_s=None if spec.max_ttft_ms is None else spec.max_ttft_ms / 1000,
+        max_itl_s=None if spec.max_itl_ms is None else spec.max_itl_ms / 1000,
+    )
 
 
 async def listen(runner: web.AppRunner, listeners: Sequence[int]) -> None:

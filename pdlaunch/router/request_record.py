@@ -180,7 +180,7 @@ class RequestRecord:
     def routed(self, hop: Hop, route: Route) -> None:
         """Note what the policy has decided."""
         logger.debug("route of %s: %s", hop, route)
-        explanation = str(getattr(route, "explanation", None) or route.reason)
+        explanation = route.explained
         self._explanation = explanation
         self.log.mark(
             "route",

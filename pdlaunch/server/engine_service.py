@@ -20,6 +20,7 @@ from pdlaunch.http.ignored_fields import IgnoredFields
 from pdlaunch.http.large_inputs import LargeInputs
 from pdlaunch.protocol.engine import EngineStats, Welcome
 from pdlaunch.protocol.ids import HopId, RequestId
+from pdlaunch.server.engine_reports import EngineReports
 from pdlaunch.server.metrics import ServerMetrics
 from pdlaunch.server.rank_link import RankLink
 from pdlaunch.server.served_model import ServedModel
@@ -65,6 +66,7 @@ class EngineService:
             },
         )
         self.leases = LeaseIndex()
+        self.reports = EngineReports()
         self.sleep = SleepDesk(spec, self.admission, self.live_link)
         self.loaded: ServedModel | None = None
         self.welcomed = asyncio.Event()

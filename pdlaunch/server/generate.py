@@ -30,9 +30,10 @@ from pdlaunch.http.headers import (
 from pdlaunch.http.large_inputs import LARGE_BODY_BYTES, LARGE_TEXT_BYTES
 from pdlaunch.observe.metrics import RequestClock
 from pdlaunch.observe.spans import SpanLog
-from pdlaunch.protocol.ids import HopId
+from pdlaunch.protocol.ids import NO_ORIGIN, HopId
 from pdlaunch.protocol.openai.chat import ChatCompletionRequest
 from pdlaunch.protocol.openai.completions import CompletionRequest
+from pdlaunch.server.engine_reports import EngineReports
 from pdlaunch.server.engine_service import EngineService
 from pdlaunch.server.prepare import Call, Prepared, prepare
 from pdlaunch.server.prompts import chat_prompt, completion_prompts, read_chat, read_completion
@@ -60,7 +61,12 @@ class GenerateHandler:
                 call, request, prompts, model, prompt_param="prompt", has_peers=has_peers
             )
             renderer = CompletionRenderer(
-                request, call.hop_id, model.name, model.tokenizer, prompts
+                request,
+                call.hop_id,
+                model.name,
+                model.tokenizer,
+                prompts,
+                self._reports_for(call),
             )
             return await self._run(http, call, prepared, renderer, deadline)
 
@@ -74,8 +80,19 @@ class GenerateHandler:
             prepared = prepare(
                 call, request, [prompt], model, prompt_param="messages", has_peers=has_peers
             )
-            renderer = ChatRenderer(request, call.hop_id, model.name, model.tokenizer, [prompt])
+            renderer = ChatRenderer(
+                request,
+                call.hop_id,
+                model.name,
+                model.tokenizer,
+                [prompt],
+                self._reports_for(call),
+            )
             return await self._run(http, call, prepared, renderer, deadline)
+
+    def _reports_for(self, call: Call) -> EngineReports | None:
+        """Return what a router of ours is told, which names the origin of each prompt."""
+        return self._service.reports if call.origin != NO_ORIGIN else None
 
     async def _read_completion(
         self, http: web.Request, ticket: Ticket, spans: SpanLog

@@ -12,6 +12,7 @@ import asyncio
 import logging
 import os
 
+import msgspec
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 
@@ -32,6 +33,7 @@ from pdlaunch.protocol.control import (
     Stop,
     Suspects,
 )
+from pdlaunch.protocol.engine import Welcome
 from pdlaunch.server.app import make_app
 from pdlaunch.server.engine_service import EngineService
 from pdlaunch.server.rank_link import RankLink
@@ -54,6 +56,7 @@ class ServerProcess:
         self._spec: EngineSpec = supervised.bootstrap.engine()
         self._service = EngineService(self._spec, CollectorRegistry())
         self._service.sleep.announce = supervised.send
+        self._url: str | None = None
         self._rank: tuple[int, str] | None = None
         """Incarnation and endpoint of the rank 0 that the link leads to."""
 
@@ -68,7 +71,8 @@ class ServerProcess:
         )
         try:
             await runner.setup()
-            supervised.register(await self._bind(runner))
+            self._url = await self._bind(runner)
+            supervised.register(self._url)
             supervised.spawn(self._start())
             await self._obey()
         finally:
@@ -149,10 +153,20 @@ class ServerProcess:
             endpoint,
             identity=self._supervised.bootstrap.name,
             server_incarnation=self._supervised.bootstrap.incarnation,
-            on_welcome=self._service.on_welcome,
+            on_welcome=self._on_welcome,
             on_stats=self._service.on_stats,
             on_sleep=self._service.sleep.on_reply,
+            on_report=self._service.reports.take,
         )
+
+    def _on_welcome(self, welcome: Welcome) -> None:
+        """Tell routers what the rank has measured at its warm-up, then take its work."""
+        if welcome.costs is not None and self._url is not None:
+            capabilities = self._supervised.bootstrap.capabilities
+            self._supervised.register(
+                self._url, msgspec.structs.replace(capabilities, costs=welcome.costs)
+            )
+        self._service.on_welcome(welcome)
 
     async def _drain(self, timeout_s: float) -> None:
         await self._service.admission.drain(timeout_s)

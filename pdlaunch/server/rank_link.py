@@ -15,6 +15,7 @@ import zmq
 import zmq.asyncio
 
 from pdlaunch.errors import OverloadedError, ProtocolError, RequestError
+from pdlaunch.protocol.costs import EngineReport
 from pdlaunch.protocol.engine import (
     AbortRequest,
     AddRequest,
@@ -70,6 +71,7 @@ class RankLink:
         on_welcome: Callable[[Welcome], None],
         on_stats: Callable[[EngineStats], None],
         on_sleep: Callable[[SleepReply], None] = lambda _: None,
+        on_report: Callable[[EngineReport | None], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._socket: Any = context.connect(
@@ -78,6 +80,7 @@ class RankLink:
         self._on_welcome = on_welcome
         self._on_stats = on_stats
         self._on_sleep = on_sleep
+        self._on_report = on_report
         self._clock = clock
         self._heard_at = clock()
         self._sinks: dict[RequestId, Sink] = {}
@@ -199,7 +202,8 @@ class RankLink:
 
     def _handle(self, message: FromRank) -> None:
         match message:
-            case Outputs(items=items):
+            case Outputs(items=items, report=report):
+                self._on_report(report)
                 for item in items:
                     self._deliver(item)
             case Welcome():

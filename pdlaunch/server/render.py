@@ -28,6 +28,7 @@ from pdlaunch.protocol.openai.responses import (
     Usage,
 )
 from pdlaunch.server.choice import Delta
+from pdlaunch.server.engine_reports import EngineReports
 from pdlaunch.server.tokenizer import TextTokenizer
 
 _LOWEST = -9999.0
@@ -112,8 +113,11 @@ class Renderer(ABC):
         model: str,
         tokenizer: TextTokenizer,
         prompts: Sequence[list[int]],
+        reports: EngineReports | None = None,
     ) -> None:
+        """``reports``: what routers are told of the engine; None: it is none of ours that asks."""
         self.request = request
+        self._reports = reports or EngineReports()
         self.id = f"{self.PREFIX}{hop_id}"
         self.created = int(time.time())
         self.model = model
@@ -166,12 +170,15 @@ class CompletionRenderer(Renderer):
         return [self._completion(choices, usage)]
 
     def chunk(self, delta: Delta, usage: Usage | UnsetType) -> object:
-        return self._completion([self._choice(delta)], usage)
+        completion = self._completion([self._choice(delta)], usage)
+        completion.pdlaunch_work = self._reports.unheard()
+        return completion
 
     def usage_chunk(
         self, usage: Usage, kv_transfer_params: KVParams | UnsetType | None = UNSET
     ) -> object:
         completion = self._completion([], usage)
+        completion.pdlaunch_work = self._reports.latest()
         completion.kv_transfer_params = kv_transfer_params
         return completion
 
@@ -183,6 +190,7 @@ class CompletionRenderer(Renderer):
             for choice in choices:
                 choice.prompt_token_ids = self.prompts[choice.index // self.request.n]
         completion = self._completion(choices, usage)
+        completion.pdlaunch_work = self._reports.latest()
         completion.kv_transfer_params = kv_transfer_params
         return completion
 
@@ -238,12 +246,15 @@ class ChatRenderer(Renderer):
             stop_reason=delta.stop_reason,
             token_ids=self.token_ids(delta),
         )
-        return self._chunk([choice], usage)
+        chunk = self._chunk([choice], usage)
+        chunk.pdlaunch_work = self._reports.unheard()
+        return chunk
 
     def usage_chunk(
         self, usage: Usage, kv_transfer_params: KVParams | UnsetType | None = UNSET
     ) -> object:
         chunk = self._chunk([], usage)
+        chunk.pdlaunch_work = self._reports.latest()
         chunk.kv_transfer_params = kv_transfer_params
         return chunk
 
@@ -252,6 +263,7 @@ class ChatRenderer(Renderer):
     ) -> object:
         completion = ChatCompletion(id=self.id, created=self.created, model=self.model, usage=usage)
         completion.choices = [self._choice(delta) for delta in deltas]
+        completion.pdlaunch_work = self._reports.latest()
         completion.kv_transfer_params = kv_transfer_params
         if self.request.return_token_ids:
             (completion.prompt_token_ids,) = self.prompts

@@ -114,6 +114,8 @@ def router_spec(
         cors_origins=config.cors_origins,
         strict_fields=config.strict_fields,
         page=config.page,
+        max_itl_ms=config.routing.max_itl_ms,
+        max_ttft_ms=config.routing.max_ttft_ms,
         max_body_bytes=config.limits.max_body_bytes,
         body_budget_bytes=config.limits.body_budget_bytes,
         max_queued_requests=config.limits.max_queued_requests,

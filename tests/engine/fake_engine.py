@@ -5,7 +5,7 @@ after every step.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.engine.lifecycle import RequestLifecycle
@@ -17,6 +17,7 @@ from pdlaunch.observe.spans import Span
 from pdlaunch.offload.jobs import JobFinished, JobMerger, OffloadJob
 from pdlaunch.offload.planner import OffloadPlanner
 from pdlaunch.offload.tier import HeadSlice, HostTier
+from pdlaunch.protocol.costs import EngineCosts
 from pdlaunch.protocol.engine import (
     AddRequest,
     FirstTokens,
@@ -94,6 +95,7 @@ class FakeEngine:
         blocks_per_chunk: int = 1,
         runs_ahead: bool = False,
         shares_tokens: bool = False,
+        costs: Callable[[], EngineCosts] | None = None,
     ) -> None:
         """``shares_tokens``: other ranks get what rank 0 draws at once, without which they cannot
         run ahead. ``num_chunks``: room of the host tier, which needs ``caching``; 0: there is
@@ -118,6 +120,7 @@ class FakeEngine:
                 else None,
             ),
             max_num_batched_tokens=max_num_batched_tokens,
+            costs=costs,
         )
         self.runners = [
             FakeRunner(

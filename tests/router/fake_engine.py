@@ -16,6 +16,7 @@ from pdlaunch.http.headers import SPANS_HEADER
 from pdlaunch.http.ignored_fields import IGNORED_FIELDS_HEADER
 from pdlaunch.observe.metrics import render_metrics
 from pdlaunch.protocol.control import Address, Capabilities, Entry, ListedState
+from pdlaunch.protocol.costs import EngineCosts, EngineReport
 from pdlaunch.server.metrics import ServerMetrics
 from tests.router.fake_generation import Job, Seen
 
@@ -81,6 +82,9 @@ class FakeEngine:
         self.tells_metrics.set()
         self.report: Any = None
         """What it tells a router of its spans that asks for them."""
+        self.waiting_tokens = 0
+        self.costs: EngineCosts | None = None
+        """What it has registered, and reports with each answer."""
         self.url = ""
         self._runner: web.AppRunner | None = None
 
@@ -133,6 +137,7 @@ class FakeEngine:
                 resumes=self.ours,
                 gives_first_token=self.ours,
                 awaits_lease=bool(self.lenders),
+                costs=self.costs,
             ),
             state=state,
         )
@@ -223,11 +228,21 @@ class FakeEngine:
             assert request.transport is not None
             request.transport.abort()
             raise ConnectionResetError
-        return web.json_response(job.whole() | self._reported(seen), headers=self._told())
+        return web.Response(
+            body=msgspec.json.encode(job.whole() | self._reported(seen)),
+            content_type="application/json",
+            headers=self._told(),
+        )
 
     def _reported(self, seen: Seen) -> dict[str, Any]:
         asked = seen.headers.get(SPANS_HEADER) == "1"
         return {"pdlaunch": self.report} if asked and self.report is not None else {}
+
+    def work(self) -> dict[str, Any]:
+        """Tell of work that another router has given it."""
+        if self.costs is None:
+            return {}
+        return {"pdlaunch_work": EngineReport(self.waiting_tokens, 0, 0, 999, self.costs)}
 
     def _told(self) -> dict[str, str]:
         told = self.ignored_fields

@@ -93,6 +93,7 @@ class Job:
         if self.chat and self.body.get("stream"):
             kind += ".chunk"
         head = {"id": f"engine-{self.engine.name}", "object": kind, "created": 1, "model": "tiny"}
+        head |= self.engine.work()
         return head | {"padding": self.engine.padding} if self.engine.padding else head
 
     def opening(self) -> list[dict[str, Any]]:

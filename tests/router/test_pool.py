@@ -72,7 +72,7 @@ def pick(
     needs: Collection[Need] = NO_NEEDS,
 ) -> Engine | None:
     """Choose as the pool's policy does for one hop, and count it as the pool does."""
-    engine = least_work(pool.engines, role, pool._clock(), strict=strict, tried=tried, needs=needs)
+    engine = least_work(pool.engines, role, pool.clock(), strict=strict, tried=tried, needs=needs)
     if engine is not None:
         engine.num_picks += 1
     return engine

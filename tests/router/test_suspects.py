@@ -125,9 +125,9 @@ async def test_stream_goes_on_marked_and_ends_with_the_error_when_that_kills_too
 def dying_stream(stand: Stand, engine: FakeEngine) -> Any:
     stream = engine._stream
 
-    async def die(request: web.Request, job: Job) -> web.StreamResponse:
+    async def die(request: web.Request, job: Job, report: dict[str, Any]) -> web.StreamResponse:
         tell_of_death(stand, engine, engine.seen[-1])
-        return await stream(request, job)
+        return await stream(request, job, report)
 
     return die
 

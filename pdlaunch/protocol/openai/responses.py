@@ -11,10 +11,14 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from pdlaunch.protocol.costs import EngineReport
+
 REPORT_KEY = "pdlaunch"
 """Holds the ``SpanReport`` in an answer, or in an event before the end of a stream, for a router
 that has asked for it.
 """
+WORK_KEY = "pdlaunch_work"
+"""Holds the ``EngineReport`` in an answer or a chunk, for a router of ours."""
 
 
 class PromptTokensDetails(msgspec.Struct):
@@ -94,6 +98,8 @@ class Completion(msgspec.Struct, kw_only=True):
     choices: list[CompletionChoice] = []
     usage: Usage | UnsetType | None = UNSET
     kv_transfer_params: dict[str, Any] | UnsetType | None = UNSET
+    pdlaunch_work: EngineReport | UnsetType = UNSET
+    """Tells a router of ours what the engine has to do."""
 
 
 class AssistantMessage(msgspec.Struct, kw_only=True):
@@ -126,6 +132,8 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     usage: Usage | UnsetType | None = UNSET
     prompt_token_ids: list[int] | UnsetType | None = UNSET
     kv_transfer_params: dict[str, Any] | UnsetType | None = UNSET
+    pdlaunch_work: EngineReport | UnsetType = UNSET
+    """Tells a router of ours what the engine has to do."""
 
 
 class ChatDelta(msgspec.Struct, kw_only=True):
@@ -157,6 +165,8 @@ class ChatChunk(msgspec.Struct, kw_only=True):
     usage: Usage | UnsetType | None = UNSET
     prompt_token_ids: list[int] | UnsetType | None = UNSET
     kv_transfer_params: dict[str, Any] | UnsetType | None = UNSET
+    pdlaunch_work: EngineReport | UnsetType = UNSET
+    """Tells a router of ours what the engine has to do."""
 
 
 class ModelCard(msgspec.Struct, kw_only=True):

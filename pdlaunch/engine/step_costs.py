@@ -1,0 +1,87 @@
+"""Learns what the steps of this engine cost: from the warm-up, then from every step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.engine.step import StepPlan
+from pdlaunch.kvcache.groups import KVCacheLayout
+from pdlaunch.observe.online_fit import OnlineFit
+from pdlaunch.protocol.costs import MAX_SLOWDOWN, EngineCosts, StepCosts, StepWork
+
+_DOUBT = (1.0, 0.1, 1e-4, 0.1, 1e-5)
+"""Seconds by which each of ``StepCosts`` may be wrong before anything is measured: more than any
+machine takes.
+"""
+
+
+def work_of(plan: StepPlan) -> StepWork:
+    """Count what a plan computes; a row of one token is taken for a stream."""
+    num_streams = context_tokens = prompt_tokens = 0
+    attended_tokens = 0.0
+    for item in plan.scheduled:
+        if item.num_tokens == 1:
+            num_streams += 1
+            context_tokens += item.num_computed_tokens
+        else:
+            prompt_tokens += item.num_tokens
+            attended_tokens += item.num_tokens * (item.num_computed_tokens + item.num_tokens / 2)
+    return StepWork(
+        num_streams=num_streams,
+        context_tokens=context_tokens,
+        prompt_tokens=prompt_tokens,
+        attended_tokens=attended_tokens,
+    )
+
+
+class StepModel:
+    """Fits the costs of steps to what steps took; lives in rank 0."""
+
+    def __init__(self, limits: EngineCosts, measured: Iterable[tuple[StepWork, float]]) -> None:
+        """``limits``: what is no cost of these is taken over as it is."""
+        self._limits = limits
+        self._fit = OnlineFit([0.0] * len(_DOUBT), _DOUBT)
+        for work, seconds in measured:
+            self.observe(work, seconds)
+
+    def observe(self, work: StepWork, seconds: float) -> None:
+        """Take what a step took."""
+        if seconds > 0:
+            self._fit.observe(work.features, seconds)
+
+    @property
+    def costs(self) -> EngineCosts:
+        """Return the costs as they are known now."""
+        limits = self._limits
+        return EngineCosts(
+            StepCosts(*self._fit.coefficients),
+            limits.max_num_seqs,
+            limits.max_num_batched_tokens,
+            limits.block_size,
+            limits.num_kv_tokens,
+            limits.kv_bytes_per_token,
+            limits.max_itl_s,
+            limits.max_slowdown,
+        )
+
+
+def limits_of(spec: EngineSpec, layout: KVCacheLayout, num_blocks: int) -> EngineCosts:
+    """Return the limits of an engine, of which no cost is known."""
+    num_groups = len(layout.groups)
+    max_itl_ms = spec.routing.max_itl_ms
+    return EngineCosts(
+        StepCosts(0.0, 0.0, 0.0, 0.0, 0.0),
+        max_num_seqs=spec.max_num_seqs,
+        max_num_batched_tokens=spec.max_num_batched_tokens,
+        block_size=spec.block_size,
+        num_kv_tokens=num_blocks // num_groups * spec.block_size,
+        kv_bytes_per_token=layout.block_bytes
+        * num_groups
+        * spec.tensor_parallel_size
+        // spec.block_size,
+        max_itl_s=None if max_itl_ms is None else max_itl_ms / 1000,
+        # A decode engine is there for steady streams; one of both roles serves nobody's prompts
+        # but its own streams', which a short chunk would keep waiting.
+        max_slowdown=MAX_SLOWDOWN if spec.role == "decode" else None,
+    )

@@ -1,0 +1,75 @@
+"""Fits a linear model to measurements as they come: recursive least squares that forget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+DRIFT = 0.001
+"""Coefficients may change by this share from one measurement to the next, so that what was
+measured a few hundred measurements ago counts for little.
+"""
+NOISE = 0.1
+"""Relative error of a usual measurement."""
+MAX_SURPRISE = 3.0
+"""A measurement counts at most as if it were off by so many times the usual error."""
+SMALLEST_SHARE = 0.05
+
+
+class OnlineFit:
+    """Keeps coefficients, none negative, with ``sum(coefficient * feature)`` close to what was
+    measured.
+
+    Errors count relative to the measured value, so that short steps count as much as long ones.
+    ``start``: the coefficients before any measurement. ``doubt``: by how much each may be wrong;
+    one that no measurement speaks of stays as it is.
+    """
+
+    def __init__(self, start: Sequence[float], doubt: Sequence[float]) -> None:
+        self.coefficients = list(start)
+        self._covariance = [
+            [value * value if row == column else 0.0 for column in range(len(doubt))]
+            for row, value in enumerate(doubt)
+        ]
+        self._doubt = tuple(doubt)
+        self._usual_error = 1.0
+        """It begins large, so that nothing surprises at the start."""
+
+    def predict(self, features: Sequence[float]) -> float:
+        """Return what a measurement of these features should find."""
+        return sum(
+            coefficient * feature
+            for coefficient, feature in zip(self.coefficients, features, strict=True)
+        )
+
+    def observe(self, features: Sequence[float], value: float) -> None:
+        """Take a measurement; ``value`` must be positive."""
+        inputs = [feature / value for feature in features]
+        error = 1.0 - self.predict(inputs)
+        limit = MAX_SURPRISE * self._usual_error
+        # Slow, and never small: a lasting change must not be taken for a row of outliers.
+        self._usual_error += 0.05 * (max(NOISE, min(abs(error), 10.0)) - self._usual_error)
+        error = max(-limit, min(limit, error))
+        self._drift(inputs)
+        spread = [
+            sum(entry * feature for entry, feature in zip(row, inputs, strict=True))
+            for row in self._covariance
+        ]
+        total = NOISE * NOISE + sum(
+            entry * feature for entry, feature in zip(spread, inputs, strict=True)
+        )
+        gains = [entry / total for entry in spread]
+        self.coefficients = [
+            max(0.0, coefficient + gain * error)
+            for coefficient, gain in zip(self.coefficients, gains, strict=True)
+        ]
+        for row, gain in enumerate(gains):
+            for column, entry in enumerate(spread):
+                self._covariance[row][column] -= gain * entry
+
+    def _drift(self, inputs: Sequence[float]) -> None:
+        """Doubt the coefficients that this measurement speaks of a little more."""
+        for index, feature in enumerate(inputs):
+            if feature > 0:
+                share = max(self.coefficients[index], SMALLEST_SHARE / feature)
+                share = min(share, self._doubt[index])
+                self._covariance[index][index] += (DRIFT * share) ** 2

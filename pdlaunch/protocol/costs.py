@@ -1,0 +1,113 @@
+"""Says what the steps of an engine cost and how much work waits for them, on the wire and in use.
+
+The engine's scheduler and the router compute with the same values, so that the router knows in
+which chunks an engine would compute a prompt.
+"""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+MAX_SLOWDOWN = 2.0
+"""A decode engine without ``max_itl_ms`` lets the chunk of a prompt make a step at most so many
+times as long as its streams alone do: then no gap between tokens is more than twice the usual.
+"""
+
+
+class StepWork(msgspec.Struct, frozen=True, kw_only=True):
+    """Counts what one step computes."""
+
+    num_streams: int = 0
+    """Rows that compute the one token after those so far."""
+    context_tokens: int = 0
+    """Tokens so far of these rows, which they attend to."""
+    prompt_tokens: int = 0
+    attended_tokens: float = 0.0
+    """Sum over the prompt tokens of the tokens before them."""
+
+    @property
+    def features(self) -> tuple[float, float, float, float, float]:
+        """Return what the step is charged for, in the order of ``StepCosts``."""
+        return (
+            1.0,
+            self.num_streams,
+            self.context_tokens,
+            self.prompt_tokens,
+            self.attended_tokens,
+        )
+
+
+class StepCosts(msgspec.Struct, frozen=True, array_like=True):
+    """Says how long a step takes: the sum of these seconds, each times what it is for."""
+
+    step_s: float
+    """Any step."""
+    stream_s: float
+    context_s: float
+    prompt_s: float
+    attended_s: float
+
+    def seconds(self, work: StepWork) -> float:
+        """Return the time that a step with this work takes."""
+        values = (self.step_s, self.stream_s, self.context_s, self.prompt_s, self.attended_s)
+        return sum(
+            cost * number for cost, number in zip(values, work.features, strict=True) if number
+        )
+
+    def decode_s(self, num_streams: float, context_tokens: float) -> float:
+        """Return the time of a step that computes the next tokens of streams and nothing else."""
+        return self.step_s + self.stream_s * num_streams + self.context_s * context_tokens
+
+    def tokens_s(self, num_tokens: float, num_before: float = 0.0) -> float:
+        """Return by how much prompt tokens behind ``num_before`` others lengthen their steps."""
+        return self.prompt_s * num_tokens + self.attended_s * num_tokens * (
+            num_before + num_tokens / 2
+        )
+
+
+class EngineCosts(msgspec.Struct, frozen=True, array_like=True):
+    """Says what an engine's work costs, and the limits that its scheduler keeps."""
+
+    steps: StepCosts
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    num_kv_tokens: int
+    """Tokens for which the KV cache has room."""
+    kv_bytes_per_token: int
+    """Bytes that a pull moves for a token, over all ranks."""
+    max_itl_s: float | None = None
+    """A step with streams takes no longer because of prompts."""
+    max_slowdown: float | None = None
+    """The same as a multiple of the step without prompts, where ``max_itl_s`` is None."""
+
+    def chunk_tokens(self, num_streams: int, context_tokens: float) -> int:
+        """Return how many prompt tokens a step may compute beside its streams; one block at least.
+
+        An engine without streams computes as many as fit into a step.
+        """
+        limit = self.max_itl_s is not None or self.max_slowdown is not None
+        if not limit or num_streams == 0 or self.steps.prompt_s <= 0:
+            return self.max_num_batched_tokens
+        alone_s = self.steps.decode_s(num_streams, context_tokens)
+        allowed_s = (
+            self.max_itl_s if self.max_itl_s is not None else alone_s * (self.max_slowdown or 1.0)
+        )
+        fits = math.floor((allowed_s - alone_s) / self.steps.prompt_s)
+        return max(self.block_size, min(fits, self.max_num_batched_tokens - num_streams))
+
+
+class EngineReport(msgspec.Struct, frozen=True, array_like=True):
+    """Tells a router what an engine has to do after a step, with the tokens of that step."""
+
+    waiting_tokens: int
+    """Tokens of prompts that are here and not computed yet."""
+    num_streams: int
+    """Requests that decode."""
+    context_tokens: int
+    """Tokens of these."""
+    free_tokens: int
+    """Tokens for which the KV cache has room without taking it from anybody."""
+    costs: EngineCosts

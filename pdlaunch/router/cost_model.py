@@ -1,0 +1,197 @@
+"""Estimates what the routes of a request would cost, from what engines have told of themselves.
+
+::
+
+    pair     wait + prompt at prefill │ pull │ tokens at decode
+    alone    wait + prompt in chunks that the engine's streams bear │ tokens at the same engine
+
+A route's cost is the time until the request's end, and the time by which it delays all other
+streams: what is least is best for all requests together. All functions are pure.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import msgspec
+
+from pdlaunch.protocol.costs import EngineCosts
+from pdlaunch.router.engine import Engine
+
+RouteKind = Literal["pair", "decode", "both", "prefill", "least_work"]
+"""A pair of engines; one of this role alone; chosen without costs."""
+MAX_CORRECTION = 4.0
+"""What requests really took changes the estimate by this factor at most."""
+
+
+class Estimate(msgspec.Struct, frozen=True, kw_only=True):
+    """Says what one route would cost."""
+
+    kind: RouteKind
+    engines: tuple[str, ...]
+    computed_s: float
+    """Time to the first token as the engine's costs have it, without anybody's experience."""
+    first_token_s: float
+    """The same, corrected by what requests really took."""
+    total_s: float
+    """Time to the last token."""
+    delay_s: float
+    """Sum of the times by which other streams end later."""
+    itl_s: float
+    """Longest usual time between two tokens of the streams at the deciding engine."""
+
+    @property
+    def cost_s(self) -> float:
+        return self.total_s + self.delay_s
+
+    @property
+    def route(self) -> str:
+        return "->".join(self.engines)
+
+
+class Work(msgspec.Struct, frozen=True, kw_only=True):
+    """Counts what a request needs."""
+
+    num_prompt_tokens: int
+    num_output_tokens: float
+    num_choices: int = 1
+
+
+class Load(msgspec.Struct, frozen=True, kw_only=True):
+    """Describes an engine at one instant: its costs, and what it has to do."""
+
+    engine: Engine
+    costs: EngineCosts
+    queued_tokens: float
+    """Tokens of prompts that are to be computed before a new one."""
+    num_streams: int
+    context_tokens: float
+    decode_s: float
+    """Time of a step with its streams alone."""
+    chunk_tokens: int
+    """Prompt tokens that such a step may have."""
+
+    def prompt_s(self, num_tokens: float, num_before: float = 0.0) -> float:
+        """Return the time in which prompt tokens are computed, in chunks beside the streams."""
+        if num_tokens <= 0:
+            return 0.0
+        num_steps = math.ceil(num_tokens / self.chunk_tokens)
+        return num_steps * self.decode_s + self.costs.steps.tokens_s(num_tokens, num_before)
+
+    def room_s(self, work: Work) -> float:
+        """Return the time until there is a seat and room in the KV cache for one more request.
+
+        As streams end one after the other, each after ``num_output_tokens`` steps.
+        """
+        if not self.num_streams:
+            return 0.0
+        lasts_s = work.num_output_tokens * self.decode_s
+        lacking_seats = self.num_streams + work.num_choices - self.costs.max_num_seqs
+        num_tokens = work.num_prompt_tokens + work.num_output_tokens * work.num_choices
+        lacking_tokens = self.context_tokens + num_tokens - self.costs.num_kv_tokens
+        return lasts_s * max(
+            0.0,
+            lacking_seats / self.num_streams,
+            lacking_tokens / max(self.context_tokens, 1.0),
+        )
+
+
+def load_of(engine: Engine, now_at: float) -> Load | None:
+    """Return the load of an engine; None while its costs are not known."""
+    costs = engine.costs
+    if costs is None or costs.steps.prompt_s <= 0:
+        return None
+    num_streams, context_tokens = engine.streams(now_at)
+    decode_s = costs.steps.decode_s(num_streams, context_tokens)
+    chunk_tokens = costs.chunk_tokens(num_streams, context_tokens)
+    seconds_per_token = costs.steps.prompt_s + decode_s / chunk_tokens
+    return Load(
+        engine=engine,
+        costs=costs,
+        queued_tokens=engine.queued_tokens(now_at, seconds_per_token),
+        num_streams=num_streams,
+        context_tokens=context_tokens,
+        decode_s=decode_s,
+        chunk_tokens=chunk_tokens,
+    )
+
+
+def corrected(engine: Engine, computed_s: float) -> float:
+    """Return a time to the first token as it is to be expected after what requests took."""
+    expected_s = engine.experience.predict((1.0, computed_s))
+    overhead_s = engine.experience.coefficients[0]
+    most_s = overhead_s + MAX_CORRECTION * computed_s
+    return min(max(expected_s, computed_s / MAX_CORRECTION), most_s)
+
+
+def estimate_alone(load: Load, work: Work, num_cached: int) -> Estimate:
+    """Estimate that one engine does all."""
+    steps, num_new = load.costs.steps, max(1, work.num_prompt_tokens - num_cached)
+    computed_s = (
+        load.room_s(work) + load.prompt_s(load.queued_tokens) + load.prompt_s(num_new, num_cached)
+    )
+    chunk_s = steps.tokens_s(min(num_new, load.chunk_tokens), num_cached)
+    first_token_s = corrected(load.engine, computed_s)
+    role = load.engine.role or "both"
+    return Estimate(
+        kind=role,
+        engines=(load.engine.name,),
+        computed_s=computed_s,
+        first_token_s=first_token_s,
+        total_s=first_token_s + _tokens_s(load, work),
+        delay_s=load.num_streams * steps.tokens_s(num_new, num_cached) + _crowding_s(load, work),
+        itl_s=load.decode_s + chunk_s if load.num_streams else _step_with(load, work),
+    )
+
+
+def estimate_pair(
+    prefill: Load, decode: Load, work: Work, num_cached: tuple[int, int], gigabytes_per_s: float
+) -> Estimate:
+    """Estimate that ``prefill`` computes the prompt, and ``decode`` pulls it and goes on.
+
+    ``num_cached``: prompt tokens in the caches of the two. ``gigabytes_per_s``: of a pull, 0 where
+    it was not measured, which counts as no time.
+    """
+    num_new = max(1, work.num_prompt_tokens - num_cached[0])
+    computed_s = (
+        prefill.room_s(msgspec.structs.replace(work, num_output_tokens=1.0))
+        + prefill.prompt_s(prefill.queued_tokens)
+        + prefill.prompt_s(num_new, num_cached[0])
+    )
+    num_bytes = max(0, work.num_prompt_tokens - num_cached[1]) * prefill.costs.kv_bytes_per_token
+    pull_s = num_bytes / (gigabytes_per_s * 1e9) if gigabytes_per_s else 0.0
+    first_token_s = corrected(prefill.engine, computed_s)
+    return Estimate(
+        kind="pair",
+        engines=(prefill.engine.name, decode.engine.name),
+        computed_s=computed_s,
+        first_token_s=first_token_s,
+        total_s=first_token_s + pull_s + decode.room_s(work) + _tokens_s(decode, work),
+        delay_s=prefill.num_streams * prefill.costs.steps.tokens_s(num_new, num_cached[0])
+        + _crowding_s(decode, work),
+        itl_s=_step_with(decode, work),
+    )
+
+
+def _step_with(load: Load, work: Work) -> float:
+    """Return the time of a decode step with this request, half of its tokens drawn."""
+    num_tokens = work.num_prompt_tokens + work.num_output_tokens / 2
+    return load.costs.steps.decode_s(
+        load.num_streams + work.num_choices, load.context_tokens + work.num_choices * num_tokens
+    )
+
+
+def _tokens_s(load: Load, work: Work) -> float:
+    """Return the time of all tokens after the first.
+
+    Prompts that wait at the engine lengthen the steps in which they are computed.
+    """
+    waiting_s = load.costs.steps.tokens_s(load.queued_tokens)
+    return max(0.0, work.num_output_tokens - 1) * _step_with(load, work) + waiting_s
+
+
+def _crowding_s(load: Load, work: Work) -> float:
+    """Return by how much the tokens of this request delay the other streams in all their steps."""
+    longer_s = _step_with(load, work) - load.decode_s if load.num_streams else 0.0
+    return load.num_streams * longer_s * max(0.0, work.num_output_tokens - 1)

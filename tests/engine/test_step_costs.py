@@ -1,0 +1,136 @@
+"""What steps cost, and how long the chunks of a prompt may be beside streams."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from pdlaunch.engine.step import ScheduledRow, StepPlan
+from pdlaunch.engine.step_costs import StepModel, work_of
+from pdlaunch.engine.warm_up import WarmUp
+from pdlaunch.protocol.costs import EngineCosts, StepCosts, StepWork
+from tests.engine.fake_engine import FakeEngine, output
+from tests.engine.hand_scheduler import make_spec
+
+COSTS = StepCosts(step_s=0.004, stream_s=1e-4, context_s=1e-8, prompt_s=2e-5, attended_s=1e-9)
+LIMITS = EngineCosts(COSTS, 4, 16, 4, 128, 1024)
+
+
+def limits(**changes: object) -> EngineCosts:
+    fields = {name: getattr(LIMITS, name) for name in LIMITS.__struct_fields__}
+    return EngineCosts(**(fields | changes))  # type: ignore[arg-type]
+
+
+def test_a_plan_is_counted() -> None:
+    rows = [(0, 10, 1), (1, 20, 1), (2, 8, 4)]
+    plan = StepPlan(
+        step_id=0,
+        scheduled=[
+            ScheduledRow(row=row, num_computed_tokens=start, num_tokens=number, sample=True)
+            for row, start, number in rows
+        ],
+    )
+    assert work_of(plan).features == (1.0, 2, 30, 4, 4 * (8 + 2))
+
+
+def test_the_model_learns_from_steps_what_they_cost() -> None:
+    model, source = StepModel(LIMITS, []), random.Random(1)
+    for _ in range(600):
+        work = StepWork(
+            num_streams=source.randrange(32),
+            context_tokens=source.randrange(20_000),
+            prompt_tokens=source.choice([0, 0, source.randrange(512)]),
+        )
+        model.observe(work, COSTS.seconds(work) * source.uniform(0.95, 1.05))
+    for work in (
+        StepWork(num_streams=8, context_tokens=4000),
+        StepWork(num_streams=16, context_tokens=9000, prompt_tokens=200),
+    ):
+        assert model.costs.steps.seconds(work) == pytest.approx(COSTS.seconds(work), rel=0.1)
+    assert model.costs.max_num_seqs == LIMITS.max_num_seqs
+
+
+def test_the_warm_up_measures_streams_and_prompts_and_uses_what_there_is() -> None:
+    """A made-up clock advances by what each step costs: the fit finds it again."""
+    now = [0.0]
+    plans: list[StepPlan] = []
+
+    def execute(plan: StepPlan) -> None:
+        plans.append(plan)
+        now[0] += COSTS.seconds(work_of(plan))
+
+    spec = make_spec("unused", max_num_seqs=8)
+    warm_up = WarmUp(execute, spec, num_groups=2, num_blocks=80, clock=lambda: now[0])
+    measured = warm_up.run()
+    used = [block_id for plan in plans for new in plan.new_blocks for block_id in new.block_ids]
+    assert max(used) + 1 == warm_up.num_used_blocks <= 80
+    model = StepModel(LIMITS, measured)
+    for work in (StepWork(num_streams=6, context_tokens=48), StepWork(prompt_tokens=12)):
+        assert model.costs.steps.seconds(work) == pytest.approx(COSTS.seconds(work), rel=0.1)
+
+
+@pytest.mark.parametrize("num_blocks", [0, 1, 2, 6])
+def test_a_warm_up_needs_no_more_blocks_than_there_are(num_blocks: int) -> None:
+    plans: list[StepPlan] = []
+    warm_up = WarmUp(plans.append, make_spec("unused"), num_groups=2, num_blocks=num_blocks)
+    warm_up.run()
+    used = [block_id for plan in plans for new in plan.new_blocks for block_id in new.block_ids]
+    assert all(block_id < num_blocks for block_id in used)
+
+
+def test_chunks_leave_streams_the_time_that_they_are_allowed() -> None:
+    decode_s = COSTS.decode_s(8, 1000)
+    bounded = limits(max_itl_s=decode_s + 100 * COSTS.prompt_s + 1e-9, max_num_batched_tokens=512)
+    assert bounded.chunk_tokens(8, 1000) == 100
+    doubled = limits(max_slowdown=2.0, max_num_batched_tokens=4096)
+    assert doubled.chunk_tokens(8, 1000) == int(decode_s / COSTS.prompt_s)
+    # Without streams nobody waits; with a limit that streams alone exceed a block goes on.
+    assert doubled.chunk_tokens(0, 0) == 4096
+    assert limits(max_itl_s=1e-6).chunk_tokens(8, 1000) == LIMITS.block_size
+    assert LIMITS.chunk_tokens(8, 1000) == LIMITS.max_num_batched_tokens
+
+
+def test_a_prompt_beside_a_stream_is_computed_in_chunks_that_it_bears() -> None:
+    costs = limits(max_itl_s=COSTS.decode_s(1, 10) + 5.5 * COSTS.prompt_s)
+    engine = FakeEngine(costs=lambda: costs)
+    engine.add("chat", [1, 2, 3], max_tokens=20)
+    engine.step()
+    engine.add("long", range(30), max_tokens=2)
+    engine.add("short", [5, 4, 3, 2, 1, 0], max_tokens=3)
+    plans = engine.run()
+    beside = [
+        sum(item.num_tokens for item in plan.scheduled if item.num_tokens > 1)
+        for plan in plans
+        if any(item.num_tokens == 1 for item in plan.scheduled)
+    ]
+    assert max(beside) == 5
+    assert engine.token_ids("long") == output(list(range(30)), 2)
+    assert engine.token_ids("short") == output([5, 4, 3, 2, 1, 0], 3)
+
+
+def test_a_stream_whose_blocks_were_pulled_does_not_wait_for_prompts() -> None:
+    """The bound on prompts is none for the next tokens of others."""
+    costs = limits(max_itl_s=1e-6)
+    engine = FakeEngine(costs=lambda: costs, max_num_batched_tokens=16)
+    engine.add("chat", [1, 2, 3], max_tokens=30)
+    engine.step()
+    engine.add("long", range(40), max_tokens=2)
+    engine.step()
+    engine.add("other", [6, 5], max_tokens=4, output=output([6, 5], 1))
+    engine.run()
+    assert list(engine.finished).index("other") < list(engine.finished).index("chat")
+
+
+def test_the_report_counts_what_waits_and_what_runs() -> None:
+    engine = FakeEngine(max_num_seqs=2, max_num_batched_tokens=8)
+    engine.add("chat", [1, 2, 3], max_tokens=20)
+    engine.step()
+    engine.add("long", range(30), max_tokens=2)
+    engine.add("behind", range(10), max_tokens=2)
+    engine.step()
+    report = engine.scheduler.requests.report(LIMITS)
+    assert report.num_streams == 1
+    assert report.context_tokens == 4
+    assert report.waiting_tokens == 30 - 7 + 10
+    assert 0 < report.free_tokens < engine.num_blocks * engine.block_size

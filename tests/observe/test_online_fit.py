@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdlaunch.observe.online_fit import OnlineFit
+
+
+def true_value(coefficients: tuple[float, float], feature: float) -> float:
+    return coefficients[0] + coefficients[1] * feature
+
+
+def learn(fit: OnlineFit, coefficients: tuple[float, float], count: int, noise: float) -> None:
+    source = random.Random(7)
+    for _ in range(count):
+        feature = source.uniform(0, 500)
+        value = true_value(coefficients, feature) * source.uniform(1 - noise, 1 + noise)
+        fit.observe((1.0, feature), value)
+
+
+def test_it_finds_what_few_measurements_say_and_follows_when_that_changes() -> None:
+    fit = OnlineFit((0.0, 0.0), (1.0, 0.1))
+    learn(fit, (0.005, 2e-5), 10, noise=0.0)
+    assert fit.predict((1.0, 300)) == pytest.approx(0.011, rel=0.05)
+    learn(fit, (0.005, 6e-5), 600, noise=0.1)
+    assert fit.predict((1.0, 300)) == pytest.approx(0.023, rel=0.15)
+
+
+def test_one_outlier_moves_it_little() -> None:
+    fit = OnlineFit((0.0, 0.0), (1.0, 0.1))
+    learn(fit, (0.005, 2e-5), 100, noise=0.05)
+    before = fit.predict((1.0, 100))
+    fit.observe((1.0, 100), 5.0)
+    assert fit.predict((1.0, 100)) == pytest.approx(before, rel=0.1)
+
+
+def test_what_no_measurement_speaks_of_stays() -> None:
+    fit = OnlineFit((0.0, 0.25), (1.0, 0.1))
+    for _ in range(1000):
+        fit.observe((1.0, 0.0), 0.01)
+    assert fit.coefficients[1] == 0.25
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1e6), st.floats(1e-6, 1e3)), max_size=60),
+)
+def test_nothing_makes_it_negative_or_infinite(measured: list[tuple[float, float]]) -> None:
+    fit = OnlineFit((0.0, 0.0), (1.0, 0.1))
+    for feature, value in measured:
+        fit.observe((1.0, feature), value)
+    assert all(0 <= coefficient < 1e9 for coefficient in fit.coefficients)

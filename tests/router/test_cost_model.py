@@ -1,0 +1,283 @@
+"""Estimates of routes, and the policy that compares them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdlaunch.protocol.control import Capabilities, PairReady
+from pdlaunch.protocol.costs import MAX_SLOWDOWN, EngineCosts, EngineReport, StepCosts
+from pdlaunch.router.cost_model import MAX_CORRECTION, Load, Work, estimate_alone, load_of
+from pdlaunch.router.engine import REPORT_LASTS_S, Engine
+from pdlaunch.router.policy import LeastCost, LeastWork, NoIndex, Route, RoutingRequest
+from pdlaunch.router.prefix_index import PrefixHashes
+from tests.router.test_policy import engine
+
+STEPS = StepCosts(step_s=0.005, stream_s=1e-5, context_s=1e-8, prompt_s=2e-5, attended_s=0.0)
+NOW = 100.0
+
+
+def costs(role: str = "decode", **changes: object) -> EngineCosts:
+    fields: dict[str, object] = {
+        "steps": STEPS,
+        "max_num_seqs": 64,
+        "max_num_batched_tokens": 8192,
+        "block_size": 16,
+        "num_kv_tokens": 400_000,
+        "kv_bytes_per_token": 131_072,
+        "max_slowdown": MAX_SLOWDOWN if role == "decode" else None,
+    }
+    return EngineCosts(**(fields | changes))  # type: ignore[arg-type]
+
+
+def costed(name: str, **fields: object) -> Engine:
+    role = name.partition("-")[0]
+    able = Capabilities(awaits_lease=True, resumes=True, gives_first_token=True, costs=costs(role))
+    made = engine(name, **({"capabilities": able} | fields))
+    made.progressed_at = NOW
+    return made
+
+
+def busy(name: str, num_streams: int = 0, unanswered_tokens: int = 0) -> Engine:
+    return costed(
+        name,
+        num_streams=num_streams,
+        context_tokens=num_streams * 512,
+        unanswered_tokens=unanswered_tokens,
+        num_works=bool(unanswered_tokens),
+    )
+
+
+def choose(
+    engines: Sequence[Engine],
+    policy: LeastCost | None = None,
+    index: object = None,
+    pairs: Sequence[PairReady] = (),
+    **fields: object,
+) -> Route:
+    request = RoutingRequest(
+        **({"hop": "prefill", "num_prompt_tokens": 512, "max_tokens": 256} | fields)  # type: ignore[arg-type]
+    )
+    return (policy or LeastCost()).choose(request, engines, pairs, index or NoIndex(), NOW)  # type: ignore[arg-type]
+
+
+def load(one: Engine) -> Load:
+    found = load_of(one, NOW)
+    assert found is not None
+    return found
+
+
+# Estimates
+
+
+def test_a_prompt_alone_on_an_idle_engine_takes_its_step() -> None:
+    estimate = estimate_alone(
+        load(costed("decode-0")), Work(num_prompt_tokens=1000, num_output_tokens=1), 0
+    )
+    assert estimate.first_token_s == pytest.approx(0.005 + 1000 * 2e-5)
+    assert estimate.delay_s == 0
+    known = estimate_alone(
+        load(costed("decode-0")), Work(num_prompt_tokens=1000, num_output_tokens=1), 900
+    )
+    assert known.first_token_s == pytest.approx(0.005 + 100 * 2e-5)
+
+
+def test_streams_are_delayed_by_the_prompt_and_the_prompt_by_their_steps() -> None:
+    work = Work(num_prompt_tokens=1000, num_output_tokens=1)
+    alone = estimate_alone(load(costed("decode-0")), work, 0)
+    beside = estimate_alone(load(busy("decode-0", num_streams=20)), work, 0)
+    assert beside.first_token_s > alone.first_token_s
+    assert beside.delay_s == pytest.approx(20 * 1000 * 2e-5)
+    # No step is more than twice as long as the streams' own.
+    assert beside.itl_s <= MAX_SLOWDOWN * load(busy("decode-0", num_streams=20)).decode_s + 1e-9
+
+
+def test_what_waits_is_what_was_sent_or_told_less_what_was_done_since() -> None:
+    one = busy("prefill-0", unanswered_tokens=1000)
+    assert one.queued_tokens(NOW, 1e-3) == 1000
+    assert one.queued_tokens(NOW + 0.4, 1e-3) == pytest.approx(600)
+    one.hear(EngineReport(2500, 3, 900, 10, costs()), NOW)
+    assert one.queued_tokens(NOW + 0.5, 1e-3) == pytest.approx(2000)
+    assert one.queued_tokens(NOW + 9, 1e-3) == 0
+    assert one.streams(NOW) == (3, 900)
+    assert one.streams(NOW + 2 * REPORT_LASTS_S) == (0, 0)
+
+
+def test_prompts_count_until_their_first_token() -> None:
+    one = costed("decode-0")
+    with one.computing(100, lambda: NOW + 1):
+        with one.computing(50, lambda: NOW + 2):
+            assert (one.unanswered_tokens, one.progressed_at) == (150, NOW + 1)
+        assert (one.unanswered_tokens, one.progressed_at) == (100, NOW + 2)
+    assert one.unanswered_tokens == 0
+
+
+def test_experience_corrects_an_estimate_within_bounds() -> None:
+    one, work = costed("decode-0"), Work(num_prompt_tokens=1000, num_output_tokens=1)
+    before = estimate_alone(load(one), work, 0)
+    for _ in range(200):
+        one.experience.observe((1.0, before.computed_s), 2 * before.computed_s)
+    after = estimate_alone(load(one), work, 0)
+    assert after.computed_s == before.computed_s
+    assert after.first_token_s == pytest.approx(2 * before.computed_s, rel=0.1)
+    for _ in range(5000):
+        one.experience.observe((1.0, before.computed_s), 100 * before.computed_s)
+    most = one.experience.coefficients[0] + MAX_CORRECTION * before.computed_s
+    assert estimate_alone(load(one), work, 0).first_token_s <= most
+
+
+def test_a_full_engine_makes_wait_for_a_seat() -> None:
+    work = Work(num_prompt_tokens=10, num_output_tokens=100)
+    room = estimate_alone(load(busy("decode-0", num_streams=63)), work, 0)
+    full = estimate_alone(load(busy("decode-0", num_streams=64)), work, 0)
+    assert full.first_token_s > room.first_token_s + 100 * load(busy("decode-0", 64)).decode_s / 70
+
+
+# Choices
+
+
+def test_streams_that_run_send_a_prompt_to_prefill() -> None:
+    route = choose([busy("prefill-0"), busy("decode-0", num_streams=32)])
+    assert route.name == "prefill-0->decode-0"
+    assert (route.kind, route.reason) == ("pair", "least cost")
+
+
+def test_a_burst_at_prefill_sends_a_prompt_to_idle_decode() -> None:
+    route = choose([busy("prefill-0", unanswered_tokens=20_000), busy("decode-0", num_streams=2)])
+    assert (route.kind, route.name, route.prefill) == ("decode", "decode-0", None)
+    assert [estimate.kind for estimate in route.alternatives] == ["pair"]
+
+
+def test_an_idle_engine_of_both_roles_takes_what_a_busy_pair_would_delay() -> None:
+    engines = [busy("prefill-0", unanswered_tokens=9000), busy("decode-0", 60), busy("both-0")]
+    assert choose(engines).name == "both-0"
+
+
+def test_a_burst_is_shared_by_prefill_and_decode() -> None:
+    engines = [costed("prefill-0"), costed("decode-0")]
+    kinds = []
+    for _ in range(64):
+        route = choose(engines)
+        first = route.prefill or route.decode
+        assert first is not None
+        first.unanswered_tokens += 512
+        kinds.append(route.kind)
+    assert kinds.count("pair") >= 20
+    assert kinds.count("decode") >= 20
+
+
+def test_limits_come_before_costs() -> None:
+    engines = [busy("prefill-0", unanswered_tokens=3000), busy("decode-0", num_streams=30)]
+    assert choose(engines).kind == "pair"
+    fast = choose(engines, LeastCost(max_ttft_s=0.05))
+    assert fast.kind == "decode"
+    steady = [busy("prefill-0", unanswered_tokens=200_000), busy("decode-0", num_streams=2)]
+    assert choose(steady).kind == "decode"
+    assert choose(steady, LeastCost(max_itl_s=0.006)).kind == "pair"
+    assert choose(steady, LeastCost(max_itl_s=1e-4)).reason == "least excess of the limits"
+
+
+class Known:
+    """All of the prompt but 32 tokens is cached at one engine."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def num_cached_tokens(self, one: Engine, prefix: PrefixHashes) -> int:
+        return 480 if one.name == self.name else 0
+
+
+def test_the_next_turn_goes_where_the_chat_is() -> None:
+    engines = [busy("prefill-0"), busy("decode-0", 8), busy("decode-1", 8)]
+    assert choose(engines, index=Known("decode-1")).name == "decode-1"
+    assert choose(engines, index=Known("prefill-0")).kind == "pair"
+
+
+def test_pulls_over_a_slow_path_cost_their_time() -> None:
+    def ready(speed: float) -> PairReady:
+        return PairReady(
+            local="decode-0/rank-0",
+            peer="prefill-0/rank-0",
+            peer_incarnation=1,
+            seconds=1.0,
+            path="nixl",
+            gigabytes_per_s=speed,
+        )
+
+    engines = [busy("prefill-0"), busy("decode-0", num_streams=4)]
+    assert choose(engines, pairs=[ready(300.0)]).kind == "pair"
+    assert choose(engines, pairs=[ready(0.6)]).kind == "decode"
+
+
+def test_what_costs_cannot_decide_is_decided_by_work() -> None:
+    unknown = engine("decode-0")
+    for engines, fields in [
+        ([costed("prefill-0"), unknown], {}),
+        ([costed("prefill-0"), costed("decode-0")], {"is_suspect": True}),
+        ([costed("prefill-0"), costed("decode-0")], {"tried": frozenset({("x", (1,), 0)})}),
+        ([costed("prefill-0"), costed("decode-0")], {"max_tokens": 1}),
+        ([costed("prefill-0"), costed("decode-0")], {"hop": "decode"}),
+    ]:
+        route = choose(engines, **fields)
+        request = RoutingRequest(
+            **({"hop": "prefill", "num_prompt_tokens": 512, "max_tokens": 256} | fields)
+        )
+        assert route == LeastWork().choose(request, engines, [], NoIndex(), NOW)
+        assert route.kind == "least_work"
+
+
+def test_engines_that_failed_a_moment_ago_are_left_alone() -> None:
+    failed = costed("decode-0", avoid_until_at=NOW + 1)
+    assert choose([costed("prefill-0"), failed, costed("decode-1")]).name.endswith("decode-1")
+
+
+def test_a_route_explains_itself() -> None:
+    explanation = choose([busy("prefill-0"), busy("decode-0", 8), busy("both-0", 8)]).explanation
+    assert explanation["route"] == "prefill-0->decode-0"
+    kinds = [estimate["kind"] for estimate in explanation["estimates"]]
+    assert (kinds[0], {*kinds}) == ("pair", {"pair", "decode", "both"})
+    assert msgspec.json.decode(msgspec.json.encode(explanation)) == explanation
+    costs_ms = [one["total_ms"] + one["delay_ms"] for one in explanation["estimates"]]
+    assert costs_ms[0] == min(costs_ms)
+
+
+ENGINES = st.lists(
+    st.builds(
+        costed,
+        st.sampled_from(["prefill-0", "prefill-1", "decode-0", "decode-1", "both-0"]),
+        ready=st.booleans(),
+        num_streams=st.integers(0, 100),
+        context_tokens=st.integers(0, 100_000),
+        unanswered_tokens=st.integers(0, 100_000),
+        avoid_until_at=st.sampled_from([0.0, NOW + 1]),
+        num_picks=st.integers(0, 3),
+    ),
+    max_size=5,
+    unique_by=lambda one: one.name,
+)
+
+
+@given(ENGINES, st.integers(1, 10_000), st.integers(2, 1000), st.integers(1, 3))
+def test_the_cheapest_route_is_taken_and_nothing_is_changed(
+    engines: list[Engine], num_prompt_tokens: int, max_tokens: int, num_choices: int
+) -> None:
+    fields = {
+        "num_prompt_tokens": num_prompt_tokens,
+        "max_tokens": max_tokens,
+        "num_choices": num_choices,
+    }
+    before = [(one.num_streams, one.unanswered_tokens, one.num_picks) for one in engines]
+    route = choose(engines, **fields)
+    assert choose(engines, **fields) == route
+    assert [(one.num_streams, one.unanswered_tokens, one.num_picks) for one in engines] == before
+    if route.estimate is None:
+        return
+    assert all(route.estimate.cost_s <= other.cost_s for other in route.alternatives)
+    for one in (route.prefill, route.decode, route.planned):
+        assert one is None or (one.ready and one.avoid_until_at <= NOW)
+    assert route.prefill is None or route.prefill.role == "prefill"
+    assert route.prefill is not None or route.decode is not None

@@ -1,0 +1,139 @@
+"""A router in front of engines that tell their costs."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from pdlaunch.router.answers import ROUTE_HEADER
+from tests.router.conftest import Stand, pair
+from tests.router.fake_engine import FakeEngine
+from tests.router.fake_generation import expected_tokens
+from tests.router.test_cost_model import costs
+from tests.router.test_life_of_a_request import chat, completion, expected_text
+
+
+def costed_pair() -> list[FakeEngine]:
+    engines = pair()
+    for engine in engines:
+        engine.costs = costs(engine.role)
+    return engines
+
+
+def load_decode(stand: Stand, num_streams: int = 40) -> None:
+    """Give the decode engine streams, which a prompt would delay."""
+    for engine in stand.pool.engines:
+        if engine.role == "decode":
+            engine.num_streams, engine.context_tokens = num_streams, 512 * num_streams
+
+
+def load_prefill(stand: Stand, num_tokens: int = 1_000_000) -> None:
+    for engine in stand.pool.engines:
+        if engine.role == "prefill":
+            engine.unanswered_tokens, engine.progressed_at = num_tokens, stand.pool.clock()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_decode_computes_the_prompt_while_prefill_is_busy(stand: Stand, stream: bool) -> None:
+    prefill, decode = costed_pair()
+    await stand.start([prefill, decode])
+    load_prefill(stand)
+    answer = await stand.post(completion(stream=stream))
+    assert answer.texts() == {0: expected_text("hello", 6)}
+    assert prefill.seen == []
+    (seen,) = decode.seen
+    assert "kv_transfer_params" not in seen.body
+    assert answer.headers[ROUTE_HEADER].startswith("decode-0; kind=decode; ttft_ms=")
+    assert stand.metric('pdlaunch_router_routes_total{kind="decode"}') == 1
+    assert stand.metric('pdlaunch_router_estimate_relative_error_count{kind="decode"}') == 1
+    assert stand.metric("pdlaunch_router_fallbacks_total") == 0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_pair_serves_while_decode_has_streams(stand: Stand, stream: bool) -> None:
+    prefill, decode = costed_pair()
+    await stand.start([prefill, decode])
+    load_decode(stand)
+    answer = await stand.post(chat(stream=stream), path="/v1/chat/completions")
+    assert answer.status == 200
+    assert (len(prefill.seen), len(decode.seen)) == (1, 1)
+    assert answer.headers[ROUTE_HEADER].startswith("prefill-0->decode-0; kind=pair; ttft_ms=")
+    assert stand.metric('pdlaunch_router_routes_total{kind="pair"}') == 1
+    # What engines tell routers is not for clients.
+    assert b"pdlaunch_work" not in answer.raw
+    heard = {engine.name for engine in stand.pool.engines if engine.report is not None}
+    assert heard == {"prefill-0", "decode-0"}
+
+
+async def test_nothing_is_left_counted_after_answers_errors_and_retries(stand: Stand) -> None:
+    prefill, decode = costed_pair()
+    await stand.start([prefill, decode])
+    await stand.post(completion(stream=True))
+    decode.status = 500
+    await stand.post(completion(stream=True))
+    decode.status = None
+    prefill.die_after = 0
+    load_prefill(stand, 0)
+    await stand.post(completion(temperature=-1.0))
+    await stand.state.settled()
+    for engine in stand.pool.engines:
+        assert (engine.unanswered_tokens, engine.context_tokens, engine.num_streams) == (0, 0, 0)
+
+
+async def test_an_engine_that_fails_the_prompt_alone_leaves_it_to_others(stand: Stand) -> None:
+    prefill, decode = costed_pair()
+    decode.status = 503
+    await stand.start([prefill, decode])
+    load_prefill(stand)
+    answer = await stand.post(completion(stream=True))
+    assert answer.texts() == {0: expected_text("hello", 6)}
+    assert len(prefill.seen) == 1
+
+
+async def test_a_stream_that_breaks_at_an_engine_alone_goes_on_elsewhere(stand: Stand) -> None:
+    prefill, decode = costed_pair()
+    await stand.start([prefill, decode])
+    load_prefill(stand)
+    stand.die_after(decode, 2, num_told=2)
+    answer = await stand.post(completion(stream=True))
+    assert answer.texts() == {0: expected_text("hello", 6)}
+    assert prefill.seen[-1].body["resume"]["choices"] == [
+        [{"token_id": token} for token in expected_tokens("hello", 7, 0, 2)]
+    ]
+
+
+async def test_engines_without_costs_have_a_route_in_the_header_too(stand: Stand) -> None:
+    await stand.start(pair())
+    for max_tokens in (1, 6):
+        answer = await stand.post(completion(max_tokens=max_tokens))
+        assert answer.headers[ROUTE_HEADER] == "prefill-0; kind=least_work"
+    assert stand.metric('pdlaunch_router_routes_total{kind="least_work"}') >= 1
+
+
+async def test_a_report_that_is_none_changes_nothing(stand: Stand) -> None:
+    engines = costed_pair()
+    await stand.start(engines)
+    (decode,) = [engine for engine in stand.pool.engines if engine.role == "decode"]
+    for work in (None, 5, [1], "x", {}):
+        stand.state.client.hear(decode, msgspec.json.decode(msgspec.json.encode(work)))
+    assert decode.report is None
+
+
+async def test_the_next_turn_of_a_chat_goes_to_the_engine_of_its_last_answer(stand: Stand) -> None:
+    """Both decode engines have streams, so that a prompt unknown to them is for prefill, which
+    would have to compute the answer, too.
+    """
+    engines = [*costed_pair(), FakeEngine("decode-1", "decode")]
+    engines[2].costs = costs("decode")
+    await stand.start(engines)
+    load_decode(stand, 3)
+    said = [{"role": "user", "content": "word " * 400}]
+    await stand.post(chat(messages=said, max_tokens=300), path="/v1/chat/completions")
+    served = next(engine for engine in engines[1:] if engine.seen)
+    said += [{"role": "assistant", "content": "yes"}, {"role": "user", "content": "more"}]
+    answer = await stand.post(chat(messages=said), path="/v1/chat/completions")
+    assert answer.headers[ROUTE_HEADER].startswith(f"{served.name}; kind=decode")
+    assert len(engines[0].seen) == 1
+    # Another salt shares nothing.
+    salted = await stand.post(chat(messages=said, cache_salt="other"), path="/v1/chat/completions")
+    assert "kind=pair" in salted.headers[ROUTE_HEADER]

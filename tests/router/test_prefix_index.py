@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdlaunch.router.prefix_index import MAX_PIECES, PIECE_BYTES, ServedPrefixes, hash_prefix
+from tests.router.test_policy import engine
+
+TEXT = bytes(range(256)) * 8
+
+
+def test_texts_share_the_pieces_that_they_begin_with() -> None:
+    one, other = hash_prefix(TEXT, ""), hash_prefix(TEXT[:600] + b"!" * 600, "")
+    assert len(one) == len(TEXT) // PIECE_BYTES
+    assert one[:4] == other[:4]
+    assert not {*one[4:]} & {*other[4:]}
+    assert not {*one} & {*hash_prefix(TEXT, "salt")}
+    assert hash_prefix(None, "") == hash_prefix(b"short", "") == ()
+    assert len(hash_prefix(b"x" * PIECE_BYTES * (MAX_PIECES + 5), "")) == MAX_PIECES
+
+
+def test_the_next_turn_finds_prompt_and_answer() -> None:
+    index, one, other = ServedPrefixes(), engine("decode-0"), engine("decode-1")
+    index.served(one, hash_prefix(TEXT, ""), 500, 32)
+    assert index.num_cached_tokens(one, hash_prefix(TEXT + b"answer and more", "")) == 532
+    assert index.num_cached_tokens(other, hash_prefix(TEXT, "")) == 0
+    half = index.num_cached_tokens(one, hash_prefix(TEXT[:1024] + b"?" * 1024, ""))
+    assert 200 <= half <= 250
+    assert index.num_cached_tokens(one, hash_prefix(TEXT, "salt")) == 0
+
+
+def test_an_engine_that_was_restarted_knows_nothing() -> None:
+    index, one = ServedPrefixes(), engine("decode-0")
+    prefix = hash_prefix(TEXT, "")
+    index.served(one, prefix, 500, 32)
+    restarted = engine("decode-0", processes=(2,))
+    assert index.num_cached_tokens(restarted, prefix) == 0
+    index.served(restarted, prefix[:2], 60, 0)
+    assert index.num_cached_tokens(restarted, prefix) == 60
+    index.keep([])
+    assert index.num_cached_tokens(restarted, prefix) == 0
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 9), st.integers(0, 5)), max_size=40))
+def test_memory_is_bounded_and_nothing_is_known_that_was_not_served(
+    served: list[tuple[int, int, int]],
+) -> None:
+    index, one = ServedPrefixes(max_pieces=20), engine("decode-0")
+    most: dict[int, int] = {}
+    for text, num_pieces, num_output_tokens in served:
+        prefix = tuple(text * 100 + number for number in range(num_pieces))
+        index.served(one, prefix, 32 * num_pieces, num_output_tokens)
+        most[text] = max(most.get(text, 0), 32 * num_pieces + num_output_tokens)
+    assert sum(len(pieces) for _, pieces in index._engines.values()) <= 20
+    for text, num_tokens in most.items():
+        prefix = tuple(text * 100 + number for number in range(9))
+        assert index.num_cached_tokens(one, prefix) <= num_tokens
