@@ -34,6 +34,7 @@ Need = (
         "engine_flags",
         "deployment",
         "canary",
+        "handshake",
     ]
 )
 """Facts that can be missing."""
@@ -187,8 +188,8 @@ def make_context(launch: ResolvedLaunch, origins: Mapping[str, Origin], probes: 
     """Put together what the rules look at, and name what is not known."""
     missing: dict[Need, str] = {fact: reason for fact, reason in launch.machine.unknown.items()}  # noqa: C416
     for engines in launch.roles.values():
-        if engines.model.pending:
-            missing["model"] = engines.model.pending
+        if reason := engines.model.pending or engines.model.foreign:
+            missing["model"] = reason
         if engines.model.elsewhere:
             missing["model_files"] = engines.model.pending
     for name, (need, reason) in _NOT_PROBED.items():
@@ -196,4 +197,6 @@ def make_context(launch: ResolvedLaunch, origins: Mapping[str, Origin], probes: 
             missing[need] = reason
     if probes.deployment is None or probes.deployment.pairs is None:
         missing["canary"] = "no canary was sent"
+    if probes.deployment is None or not probes.deployment.has_asked_side_channels:
+        missing["handshake"] = "side channels are asked with --handshake, after a canary"
     return Context(launch, origins, probes, missing)

@@ -13,6 +13,7 @@ class SeenEngine:
 
     role: Role
     url: str
+    kind: str = "vllm"
     problem: str = ""
     """The reason why it cannot be asked; nothing else is known then."""
     version: str | None = None
@@ -52,6 +53,14 @@ class SeenPair:
     """The reason why the canary died; empty: it came through."""
     num_bytes: int = 0
     seconds: float = 0.0
+    side_channel: str = ""
+    """``HOST:PORT`` at which decode is told to shake hands; empty: of an engine without one."""
+    wrong_address: str = ""
+    """Why decode cannot find it there; empty: nothing speaks against it."""
+    handshake: str | None = None
+    """What came of a handshake: what it told; None: nobody asked."""
+    silence: str = ""
+    """Why the side channel did not answer; empty: it did, or nobody asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +70,7 @@ class SeenDeployment:
     engines: tuple[SeenEngine, ...]
     pairs: tuple[SeenPair, ...] | None
     """None: no canary was sent."""
+    has_asked_side_channels: bool = False
 
     def of(self, role: Role) -> tuple[SeenEngine, ...]:
         """Return the engines of a role that answer."""

@@ -32,15 +32,16 @@ def engine_silent(context: Context) -> Iterator[Found]:
 @rule(
     "PD651",
     "error",
-    fix="Run the same vLLM everywhere.",
+    fix="Run the same engine in the same version everywhere.",
     source="vLLM's NIXL handshake refuses another version (compute_nixl_compatibility_hash).",
     needs=("deployment",),
 )
 def running_versions_differ(context: Context) -> Iterator[Found]:
-    """Engines run different versions of vLLM.
+    """Engines are of different kinds or versions.
 
     All are healthy; the handshake of each such pair fails, and decode computes every prompt itself.
     """
+    yield from _differ(context, "kind", lambda engine: engine.kind)
     yield from _differ(context, "version", lambda engine: engine.version)
 
 
@@ -102,7 +103,10 @@ def canary_died(context: Context) -> Iterator[Found]:
     "PD655",
     "warning",
     fix="Have the router send prompts to prefill first, and its kv_transfer_params to decode.",
-    source="vllm:nixl_bytes_transferred and vllm:prompt_tokens; modelplaneai/modelplane#175.",
+    source=(
+        "vllm:nixl_bytes_transferred and vllm:prompt_tokens, or pdlaunch_kv_transfer_bytes and "
+        "pdlaunch_prefix_cache_queries; modelplaneai/modelplane#175."
+    ),
     needs=("deployment",),
 )
 def prefill_never_used(context: Context) -> Iterator[Found]:
@@ -119,14 +123,14 @@ def prefill_never_used(context: Context) -> Iterator[Found]:
     "PD656",
     "warning",
     fix="Raise kv_lease_duration of the prefill engine, or give decode more room.",
-    source="vllm:nixl_num_kv_expired_reqs in /metrics.",
+    source="vllm:nixl_num_kv_expired_reqs or pdlaunch_kv_leases_expired in /metrics.",
     needs=("deployment",),
 )
 def leases_expired(context: Context) -> Iterator[Found]:
     """Leases have ended before decode had read their blocks.
 
     vLLM's prefill gives such blocks to other requests; a late read succeeds, and decode answers
-    with the text of another prompt (HTTP 200).
+    with the text of another prompt (HTTP 200). Native engines compute such prompts again.
     """
     for engine in _deployment(context).engines:
         if engine.num_expired:
@@ -137,13 +141,16 @@ def leases_expired(context: Context) -> Iterator[Found]:
     "PD657",
     "warning",
     fix="Look for NIXL's errors in the logs of this engine and its peers.",
-    source="vllm:nixl_num_failed_transfers and _notifications in /metrics.",
+    source=(
+        "vllm:nixl_num_failed_transfers and _notifications, or pdlaunch_kv_transfer_failures, in "
+        "/metrics."
+    ),
     needs=("deployment",),
 )
 def transfers_failed(context: Context) -> Iterator[Found]:
     """Transfers of KV blocks have failed.
 
-    By its load-failure policy vLLM has computed such prompts again, or ended their requests.
+    By its load-failure policy an engine has computed such prompts again, or ended their requests.
     """
     for engine in _deployment(context).engines:
         if engine.num_failed:
@@ -208,11 +215,52 @@ def seen(context: Context) -> Iterator[Found]:
             speed = engine.gigabytes_per_s
             read = format_size(engine.bytes_read) + (f" at {speed:.2f} GB/s" if speed else "")
             reads = f", {read} read" if engine.role == "decode" else ""
-            yield Found(engine.name, f"vLLM {engine.version}, lease {lease}{reads}")
+            kind = {"vllm": "vLLM"}.get(engine.kind, engine.kind)
+            yield Found(engine.name, f"{kind} {engine.version}, lease {lease}{reads}")
     for pair in _deployment(context).pairs or ():
         if not pair.problem:
             moved = f"a canary moved {format_size(pair.num_bytes)} in {pair.seconds:.2f} s"
             yield Found(f"{pair.prefill} -> {pair.decode}", moved)
+        if pair.handshake:
+            yield Found(f"side channel {pair.side_channel}", pair.handshake)
+
+
+@rule(
+    "PD661",
+    "error",
+    fix="Start prefill with VLLM_NIXL_SIDE_CHANNEL_HOST set to its own address, seen from decode.",
+    source="remote_host in prefill's kv_transfer_params; volcano-sh/kthena#1781.",
+    needs=("canary",),
+)
+def running_side_channel(context: Context) -> Iterator[Found]:
+    """Prefill tells decode to shake hands with it at an address that is not its own.
+
+    vLLM binds and advertises the same variable. At 0.0.0.0, and at localhost from another host,
+    decode dials itself: it finds no engine there, or a wrong one, and computes the prompt itself.
+    """
+    for pair in _deployment(context).pairs or ():
+        if pair.wrong_address:
+            yield Found(f"prefill {pair.prefill}", pair.wrong_address)
+
+
+@rule(
+    "PD662",
+    "error",
+    fix="Restart this prefill engine; let nobody but its decode engines reach the side channel.",
+    source="A question to the side channel for each rank that prefill names (--handshake).",
+    needs=("handshake",),
+)
+def side_channel_silent(context: Context) -> Iterator[Found]:
+    """The side channel of a prefill engine does not answer.
+
+    Decode engines that have shaken hands before read on; those that are new, or are restarted,
+    compute every prompt themselves. vLLM's listener ends at a question for a rank that does not
+    exist, and the engine stays healthy.
+    """
+    for pair in _deployment(context).pairs or ():
+        if pair.silence:
+            where = f"prefill {pair.prefill}"
+            yield Found(where, f"its side channel {pair.side_channel}: {pair.silence}")
 
 
 def _deployment(context: Context) -> SeenDeployment:

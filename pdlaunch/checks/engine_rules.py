@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 from pdlaunch.checks.context import Context
@@ -218,29 +219,43 @@ def dev_routes_on_a_port(context: Context) -> Iterator[Found]:
     "error",
     fix="Make kv_transfer.lease_s longer (30 is vLLM's own), or lower max_num_batched_tokens.",
     source=(
-        "vLLM 0.32 counts a lease in whole seconds; from when a request is in its queue, decode "
-        "renews it every sixth of the lease, but only between two steps, for two thirds of it."
+        "vLLM 0.32 (_heartbeat_interval, _lease_extension): from when a request is in its queue, "
+        "decode renews the lease every lease // 6 s, each time for lease * 2 // 3 s, between two "
+        "steps."
     ),
 )
 def lease_shorter_than_queue(context: Context) -> Iterator[Found]:
     """A lease ends while its request waits in the queue of decode.
 
     vLLM's prefill then gives the blocks to others, the late read succeeds, and decode answers with
-    the text of another prompt (HTTP 200). A sixth of the lease and a step of decode must fit into
-    two thirds of it. The time of a step is the least that it can take.
+    the text of another prompt (HTTP 200). The queue may be long, as decode renews the lease; but
+    the time between two renewals and a step of decode must fit into what one adds. vLLM counts all
+    of these in whole seconds, and the time of a step here is the least that it can take.
     """
-    lease_s, pair = context.config.kv_transfer.lease_s, vllm_pair(context)
+    pair = vllm_pair(context)
     if pair is None:
         return
+    lease_s = int(context.config.kv_transfer.lease_s)
+    left_s = renewed_for_s(lease_s)
     step_s = least_step_s(pair[1]) or 0.0
-    if lease_s < 1:
-        yield Found("kv_transfer.lease_s", f"lease_s is {lease_s:g}, which is 0 to vLLM")
-    elif lease_s < 2 * step_s:
+    if left_s <= 0:
         yield Found(
             "kv_transfer.lease_s",
-            f"lease_s is {lease_s:g}, and a step of decode takes at least {step_s:.2g} s",
-            f"set lease_s to {2 * int(step_s + 1)} or more, or lower max_num_batched_tokens",
+            f"lease_s is {lease_s} to vLLM, too short to be renewed while a request waits",
+            "set lease_s to 2 or more",
         )
+    elif left_s <= step_s:
+        enough_s = next(each for each in itertools.count(lease_s) if renewed_for_s(each) > step_s)
+        yield Found(
+            "kv_transfer.lease_s",
+            f"lease_s is {lease_s}, and a step of decode takes at least {step_s:.2g} s",
+            f"set lease_s to {enough_s} or more, or lower max_num_batched_tokens",
+        )
+
+
+def renewed_for_s(lease_s: int) -> int:
+    """Return what is left of a renewed lease of vLLM when its next renewal is due."""
+    return lease_s * 2 // 3 - lease_s // 6
 
 
 def _given(context: Context, role: str, name: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""``pdlaunch doctor``: judge a deployment of vLLM that somebody else started."""
+"""``pdlaunch doctor``: judge a deployment that somebody else started."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import asyncio
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
+from urllib.parse import urlsplit
 
 import typer
 
@@ -15,6 +16,7 @@ from pdlaunch.checks.deployment import SeenDeployment, SeenEngine, SeenPair
 from pdlaunch.checks.registry import all_rules
 from pdlaunch.checks.run import Report, run_checks
 from pdlaunch.cli.check_config import Format, print_report, refuse_input
+from pdlaunch.config.http_names import WILDCARDS, is_loopback
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import Role
 from pdlaunch.engines.kind import OF_RUNNING_ENGINES
@@ -22,13 +24,36 @@ from pdlaunch.errors import ConfigError, PdlaunchError, ProtocolError
 from pdlaunch.platform.facts import Machine
 from pdlaunch.resolve.models import Model
 from pdlaunch.resolve.resolve import THIS_HOST, resolve
-from pdlaunch.watch.canary import BYTES_READ, SECONDS_READ, send_canary
-from pdlaunch.watch.engine_api import Counts, EngineApi
+from pdlaunch.watch.canary import BYTES_READ, SECONDS_READ, CanaryDied, send_canary
+from pdlaunch.watch.engine_api import Counts, EngineApi, Kind
+from pdlaunch.watch.handshake import SideChannel, shake_hands, side_channel_of
 
 ASK_TIMEOUT_S = 10.0
 MEASURABLE_BYTES = 64 * 1024**2
 """Of fewer bytes the time is that of starting their READs."""
-_FAILED = ("vllm:nixl_num_failed_transfers_total", "vllm:nixl_num_failed_notifications_total")
+HANDSHAKE_TIMEOUT_S = 5.0
+
+
+class _Names(NamedTuple):
+    """Names what a kind of engine counts."""
+
+    prompt_tokens: str
+    expired: str
+    failed: tuple[str, ...]
+
+
+_COUNTED: Mapping[Kind, _Names] = {
+    "vllm": _Names(
+        "vllm:prompt_tokens_total",
+        "vllm:nixl_num_kv_expired_reqs_total",
+        ("vllm:nixl_num_failed_transfers_total", "vllm:nixl_num_failed_notifications_total"),
+    ),
+    "native": _Names(
+        "pdlaunch_prefix_cache_queries_total",
+        "pdlaunch_kv_leases_expired_total",
+        ("pdlaunch_kv_transfer_failures_total",),
+    ),
+}
 
 
 def doctor(
@@ -57,13 +82,21 @@ def doctor(
     canary: Annotated[
         bool, typer.Option(help="Send a short prompt through each pair of engines.")
     ] = True,
+    handshake: Annotated[
+        bool,
+        typer.Option(
+            "--handshake",
+            help="After the canary, ask the side channel of prefill too, for ranks it has named.",
+        ),
+    ] = False,
     output: Annotated[Format, typer.Option("--format", help="How findings are printed.")] = "table",
     strict: Annotated[bool, typer.Option("--strict", help="Warnings count as errors.")] = False,
 ) -> None:
-    """Find what is wrong with engines of vLLM that run already, and harm nothing.
+    """Find what is wrong with engines that run already, of vLLM or native, and harm nothing.
 
     Each engine is asked for its health, version, models and metrics; through each pair goes one
-    prompt of two KV blocks with at most 4 tokens out. The side channel is not touched.
+    prompt of two KV blocks with at most 4 tokens out. The side channel of vLLM is not touched
+    without --handshake.
     """
     try:
         key = _key(engine_key_env, os.environ)
@@ -76,6 +109,12 @@ def doctor(
             *(("decode", url) for url in decode or ()),
         ]
         urls = list(dict.fromkeys([*named, *listed]))
+        if handshake and not canary:
+            raise ConfigError(
+                "the ranks that exist are not known: a canary's answer names them",
+                field="--handshake",
+                fix="leave --no-canary out",
+            )
         if not urls:
             raise ConfigError(
                 "no engine is named",
@@ -83,12 +122,14 @@ def doctor(
             )
     except ConfigError as error:
         refuse_input(error, output, None)
-    seen = asyncio.run(examine(urls, key, sends_canaries=canary, is_exact=exact))
+    seen = asyncio.run(
+        examine(urls, key, sends_canaries=canary, is_exact=exact, shakes_hands=handshake)
+    )
     print_report(judge(seen), output, strict=strict)
 
 
 async def _engines_of(routers: Sequence[str]) -> list[tuple[Role, str]]:
-    """Return the engines that routers list. Raises ConfigError where they are not of vLLM."""
+    """Return the engines that routers list. Raises ConfigError."""
     found: list[tuple[Role, str]] = []
     for url in routers:
         # Without the key, which is for engines.
@@ -100,18 +141,11 @@ async def _engines_of(routers: Sequence[str]) -> list[tuple[Role, str]]:
                 f"not a router of pdlaunch: {error}",
                 field="URL",
                 value=url,
-                fix="name engines by --prefill and --decode: vLLM does not tell its role",
+                fix="name engines by --prefill and --decode: engines do not tell their role",
             ) from None
         finally:
             await api.close()
-        for role, engine, kind in engines:
-            if kind != "vllm":
-                raise ConfigError(
-                    f"its engine {engine} is {kind}: pdlaunch proves its own pairs by itself",
-                    field="URL",
-                    value=url,
-                    fix="name engines of vLLM",
-                )
+        for role, engine, _ in engines:
             if role in ("prefill", "decode"):
                 found.append(("prefill" if role == "prefill" else "decode", engine))
     return found
@@ -129,9 +163,17 @@ def judge(seen: SeenDeployment) -> Report:
 
 
 async def examine(
-    urls: list[tuple[Role, str]], key: str | None, *, sends_canaries: bool, is_exact: bool
+    urls: list[tuple[Role, str]],
+    key: str | None,
+    *,
+    sends_canaries: bool,
+    is_exact: bool,
+    shakes_hands: bool = False,
 ) -> SeenDeployment:
-    """Look at engines, all at the same time, then send a canary through each pair in turn."""
+    """Look at engines, all at the same time, then send a canary through each pair in turn.
+
+    ``shakes_hands``: then ask each side channel that a canary has named.
+    """
     apis = {url: EngineApi(url, key) for _, url in urls}
     try:
         engines = await asyncio.gather(*(_look(role, url, apis[url]) for role, url in urls))
@@ -139,11 +181,11 @@ async def examine(
         if not sends_canaries:
             return seen
         pairs = [
-            await _prove(prefill, decode, apis, is_exact=is_exact)
+            await _prove(prefill, decode, apis, is_exact=is_exact, shakes_hands=shakes_hands)
             for prefill in seen.of("prefill")
             for decode in seen.of("decode")
         ]
-        return replace(seen, pairs=tuple(pairs))
+        return replace(seen, pairs=tuple(pairs), has_asked_side_channels=shakes_hands)
     finally:
         for api in apis.values():
             await api.close()
@@ -154,50 +196,102 @@ async def _look(role: Role, url: str, api: EngineApi) -> SeenEngine:
         said = "does not answer" if healthy is None else "is not healthy"
         return SeenEngine(role, url, problem=f"it {said}: GET /health")
     try:
+        counts = await api.counts(ASK_TIMEOUT_S)
+        kind: Kind = "native" if counts.has(_COUNTED["native"].prompt_tokens) else "vllm"
         version = await api.version(ASK_TIMEOUT_S)
         models = await api.models(ASK_TIMEOUT_S)
-        counts = await api.counts(ASK_TIMEOUT_S)
     except ProtocolError as error:
         return SeenEngine(role, url, problem=str(error))
     info = await api.server_info(ASK_TIMEOUT_S)
     lengths = [length for length in models.values() if length is not None]
-    cache = "vllm:cache_config_info"
-    num_bytes = int(counts.total(BYTES_READ["vllm"]))
+    cache, names = "vllm:cache_config_info", _COUNTED[kind]
+    num_bytes = int(counts.total(BYTES_READ[kind]))
     return SeenEngine(
         role,
         url,
+        kind=kind,
         version=version,
         models=tuple(models),
         max_model_len=min(lengths, default=None),
         block_size=counts.label(cache, "block_size"),
         cache_dtype=counts.label(cache, "cache_dtype"),
-        prompt_tokens=int(counts.total("vllm:prompt_tokens_total")),
+        prompt_tokens=int(counts.total(names.prompt_tokens)),
         bytes_read=num_bytes,
-        gigabytes_per_s=_speed(counts, num_bytes),
-        num_expired=int(counts.total("vllm:nixl_num_kv_expired_reqs_total")),
-        num_failed=sum(int(counts.total(name)) for name in _FAILED),
+        gigabytes_per_s=_speed(counts, num_bytes, kind),
+        num_expired=int(counts.total(names.expired)),
+        num_failed=sum(int(counts.total(name)) for name in names.failed),
         has_dev_mode=info is not None,
         **_transfer_settings(info or {}),
     )
 
 
 async def _prove(
-    prefill: SeenEngine, decode: SeenEngine, apis: Mapping[str, EngineApi], *, is_exact: bool
+    prefill: SeenEngine,
+    decode: SeenEngine,
+    apis: Mapping[str, EngineApi],
+    *,
+    is_exact: bool,
+    shakes_hands: bool,
 ) -> SeenPair:
     common = [name for name in prefill.models if name in decode.models]
     if not common:
         return SeenPair(prefill.url, decode.url, "they serve no model of the same name")
+    kind: Kind = "native" if decode.kind == "native" else "vllm"
     try:
-        proof = await send_canary(apis[prefill.url], apis[decode.url], common[0], is_exact=is_exact)
+        proof = await send_canary(
+            apis[prefill.url], apis[decode.url], common[0], is_exact=is_exact, kind=kind
+        )
     except PdlaunchError as error:
-        return SeenPair(prefill.url, decode.url, str(error))
-    return SeenPair(
-        prefill.url, decode.url, num_bytes=proof.num_bytes, seconds=round(proof.seconds, 3)
+        pair = SeenPair(prefill.url, decode.url, str(error))
+        params = error.params if isinstance(error, CanaryDied) else {}
+    else:
+        pair = SeenPair(
+            prefill.url, decode.url, num_bytes=proof.num_bytes, seconds=round(proof.seconds, 3)
+        )
+        params = proof.params
+    channel = side_channel_of(params) if prefill.kind == "vllm" else None
+    if channel is None:
+        return pair
+    pair = replace(
+        pair,
+        side_channel=f"{channel.host}:{channel.port}",
+        wrong_address=_wrong_address(channel, prefill.url, decode.url),
+    )
+    # What an engine of another host calls localhost is somebody else here.
+    dialed = WILDCARDS.get(channel.host, channel.host)
+    if not shakes_hands or (is_loopback(dialed) and not _is_here(prefill.url)):
+        return pair
+    try:
+        told = await shake_hands(replace(channel, host=dialed), HANDSHAKE_TIMEOUT_S)
+    except ProtocolError as error:
+        return replace(pair, silence=str(error))
+    return replace(
+        pair,
+        handshake=f"{told.num_ranks} of its ranks tell {told.num_blocks} KV blocks of "
+        f"{told.block_size} tokens, layout {told.layout}, {told.attention}",
     )
 
 
-def _speed(counts: Counts, num_bytes: int) -> float | None:
-    seconds = counts.total(SECONDS_READ["vllm"])
+def _wrong_address(channel: SideChannel, prefill: str, decode: str) -> str:
+    """Return why decode does not find the side channel where prefill says."""
+    if channel.host in WILDCARDS:
+        return f"it tells decode to dial {channel.host}, which is decode's own host"
+    if is_loopback(channel.host) and _host(prefill) != _host(decode):
+        return f"it tells decode on {_host(decode)} to dial {channel.host}, which is that host"
+    return ""
+
+
+def _host(url: str) -> str:
+    """Return the host of a URL; all names of this one are one."""
+    return "localhost" if _is_here(url) else urlsplit(url).hostname or ""
+
+
+def _is_here(url: str) -> bool:
+    return url.startswith("unix:") or is_loopback(urlsplit(url).hostname or "")
+
+
+def _speed(counts: Counts, num_bytes: int, kind: Kind) -> float | None:
+    seconds = counts.total(SECONDS_READ[kind])
     return num_bytes / seconds / 1e9 if seconds and num_bytes >= MEASURABLE_BYTES else None
 
 

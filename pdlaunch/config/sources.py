@@ -124,8 +124,12 @@ def _from_environment(environ: Mapping[str, str]) -> tuple[dict[str, _Given], li
         if not name.startswith(VARIABLE_PREFIX) or name in OTHER_VARIABLES:
             continue
         path = known.get(name) or _mapping_entry(name, known)
-        if path is None or (path in all_settings() and all_settings()[path].is_mapping):
+        if path is None:
             problems.append(_unknown_variable(name, known))
+        elif path in all_settings() and all_settings()[path].is_mapping:
+            message = "holds several entries, and a variable gives one"
+            fix = f"set one variable for each: {name}__NAME=VALUE gives {path}.NAME"
+            problems.append(Problem(message, path, fix=fix, where=name))
         elif path in given:
             message = f"gives {path}, and so does {given[path].origin.detail}"
             problems.append(Problem(message, path, fix="unset one of them", where=name))

@@ -10,7 +10,7 @@ from pdlaunch.config.model_files.aliases import is_on_hub, resolve_model
 from pdlaunch.config.model_files.fetch import Fetch
 from pdlaunch.config.model_files.gguf import check_gguf
 from pdlaunch.config.model_files.hub import NotDownloadedError
-from pdlaunch.config.model_files.shape import ModelShape, read_model_shape
+from pdlaunch.config.model_files.shape import ModelShape, read_model_shape, unproven_layers
 from pdlaunch.config.model_files.weights import weight_files
 from pdlaunch.config.models import EngineName, LaunchConfig
 from pdlaunch.config.roles import ROLES, Role
@@ -30,6 +30,10 @@ class Model:
     """The reason why the model cannot be served."""
     pending: str = ""
     """The reason why the shape is not known yet: the model is converted or downloaded first."""
+    foreign: str = ""
+    """The reason why its shape is not known here, though another engine may serve it."""
+    unproven: str = ""
+    """The reason why KV blocks of such a model cannot be proven; empty: none is known."""
     on_hub: bool = False
     """Its files come from a hub, the weights after everything has been judged."""
     elsewhere: bool = False
@@ -102,7 +106,7 @@ def _read(name: str, revision: str | None, engine: EngineName, fetch: Fetch | No
         if not resolved.ready:
             check_gguf(resolved.source)
             return Model(name, path, pending=f"{name} is converted at the first start")
-        return Model(name, path, _shape(resolved.cache_dir, engine), on_hub=on_hub)
+        return replace(_described(resolved.cache_dir, engine), name=name, path=path, on_hub=on_hub)
     except NotDownloadedError as error:
         # Nobody tried to download it.
         if fetch is None:
@@ -116,11 +120,12 @@ def _read(name: str, revision: str | None, engine: EngineName, fetch: Fetch | No
         return Model(name, error=ConfigError(message, field="model", value=name))
 
 
-def _shape(folder: Path, engine: EngineName) -> ModelShape | None:
-    """Return the shape; None where another engine may know a model that this project does not."""
+def _described(folder: Path, engine: EngineName) -> Model:
+    """Return the shape of a model, or why another engine alone may know it. Raises ConfigError."""
     try:
-        return read_model_shape(folder)
-    except UnsupportedModelError:
+        return Model(shape=read_model_shape(folder))
+    except UnsupportedModelError as error:
         if engine == "native":
             raise
-        return None
+        reason = f"native engines cannot serve it, so its shape is not known: {error}"
+        return Model(foreign=reason, unproven=unproven_layers(folder))

@@ -473,11 +473,10 @@ def _unverified(
         return "kv_transfer.verify is off"
     for role in PAIR:
         settings = config.engine_settings(role)
-        if config.role(role).replicas and settings.engine == "vllm":
-            model = models[role]
-            unknown = "" if model.error is None else str(model.error)
-            if reason := unverified_because(settings, environ, model.shape, unknown):
-                return reason
+        if not config.role(role).replicas or settings.engine != "vllm":
+            continue
+        if reason := unverified_because(settings, environ, models[role]):
+            return reason
     return ""
 
 

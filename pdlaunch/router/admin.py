@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import msgspec
@@ -26,6 +27,7 @@ from pdlaunch.protocol.control import Restart, Restarting
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import EngineFailure
 from pdlaunch.router.state import RouterState
+from pdlaunch.router.vllm_sleep import fall_asleep, wake_up
 
 AWAKE_TIMEOUT_S = 10.0
 """The registry may take this long to say what an engine has just said itself."""
@@ -76,12 +78,19 @@ class Admin:
         awake.
         """
         return _together(
-            [await self._post(engine, http) for engine in self._chosen(http, first="prefill")]
+            [
+                await self._post(engine, http, partial(fall_asleep, query=http.query))
+                for engine in self._chosen(http, first="prefill")
+            ]
         )
 
     async def _wake_up(self, http: web.Request) -> web.Response:
         """Decode engines first: they shake hands with prefill engines as these come back."""
-        outcomes = [await self._post(engine, http) for engine in self._chosen(http, first="decode")]
+        tags = http.query.getall("tags", [])
+        outcomes = [
+            await self._post(engine, http, partial(wake_up, tags=tags))
+            for engine in self._chosen(http, first="decode")
+        ]
         await self._see_awake(
             {outcome.engine for outcome in outcomes if outcome.answer.get("is_sleeping") is False}
         )
@@ -171,7 +180,20 @@ class Admin:
         )
         return web.Response(status=status, body=body, headers={"Content-Type": content_type})
 
-    async def _post(self, engine: Engine, http: web.Request) -> Outcome:
+    async def _post(
+        self,
+        engine: Engine,
+        http: web.Request,
+        with_vllm: Callable[[RouterState, Engine], Awaitable[dict[str, Any]]],
+    ) -> Outcome:
+        """Send the command on; ``with_vllm`` does it for an engine of vLLM."""
+        if engine.capabilities.kind == "vllm":
+            try:
+                return Outcome(engine.name, 200, await with_vllm(self._state, engine))
+            except EngineFailure as error:
+                return _failed(engine, error)
+            except (RequestError, OverloadedError) as error:
+                return Outcome(engine.name, error.status, error_body(error))
         query = [(name, value) for name, value in http.query.items() if name != "engine"]
         return await self._ask(engine, "POST", http.path, query)
 
@@ -190,8 +212,7 @@ class Admin:
             )
             answer = msgspec.json.decode(body, type=dict[str, Any])
         except (EngineFailure, msgspec.DecodeError) as error:
-            failure = OverloadedError(str(error), status=503, code="engine_failed")
-            return Outcome(engine.name, failure.status, error_body(failure))
+            return _failed(engine, error)
         return Outcome(engine.name, status, answer)
 
     def _chosen(self, http: web.Request, first: Role = "prefill") -> list[Engine]:
@@ -236,6 +257,11 @@ class Admin:
                     code="not_listed_yet",
                 )
             await self._state.registry_change(left_s)
+
+
+def _failed(engine: Engine, error: Exception) -> Outcome:
+    failure = OverloadedError(str(error), status=503, code="engine_failed")
+    return Outcome(engine.name, failure.status, error_body(failure))
 
 
 def _together(outcomes: Sequence[Outcome], **fields: Any) -> web.Response:

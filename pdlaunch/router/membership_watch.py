@@ -93,6 +93,8 @@ class _Watched:
     is_healthy: bool = False
     has_been_healthy: bool = False
     is_draining: bool = False
+    tells_sleep: bool = False
+    is_sleeping: bool = False
     reason: str = "it has not been asked yet"
     started_at: float = 0.0
     capabilities: Capabilities = field(default_factory=Capabilities)
@@ -274,6 +276,8 @@ class WatchedMembership:
                 watched.incarnation += watched.has_been_healthy
                 watched.is_healthy = watched.has_been_healthy = True
                 watched.reason = ""
+            elif watched.is_sleeping:
+                self._forget_pairs(watched.member.name)
             else:
                 self._doubt(watched)
             self._publish()
@@ -296,6 +300,10 @@ class WatchedMembership:
                 if name not in models:
                     return f"it serves {', '.join(models) or 'no model'}, not {name}"
                 watched.capabilities = await self._capabilities(api)
+                # Each look would be a line more in the log of an engine that knows no sleep.
+                watched.tells_sleep = await api.is_sleeping(ASK_TIMEOUT_S) is not None
+            if watched.tells_sleep:
+                watched.is_sleeping = bool(await api.is_sleeping(ASK_TIMEOUT_S))
         except ProtocolError as error:
             return str(error)
         return ""
@@ -332,7 +340,10 @@ class WatchedMembership:
         return [
             name
             for name, watched in self._watched.items()
-            if watched.is_healthy and not watched.is_draining and watched.member.role == role
+            if watched.is_healthy
+            and not watched.is_draining
+            and not watched.is_sleeping
+            and watched.member.role == role
         ]
 
     def _publish(self) -> None:
@@ -375,6 +386,8 @@ class WatchedMembership:
         state: ListedState = "starting"
         if watched.is_draining:
             state, reason = "draining", ""
+        elif watched.is_sleeping:
+            state, reason = "sleeping", ""
         elif member.name in self._ready:
             state, reason = "ready", ""
         elif not watched.is_healthy and watched.has_been_healthy:

@@ -9,8 +9,8 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 
 from pdlaunch.config.roles import PAIR, Role
-from pdlaunch.protocol.control import Entry, ListedState, PairReady, Registry
-from pdlaunch.router.engine import Engine, Lender
+from pdlaunch.protocol.control import Entry, ListedState, PairReady, PairSuspect, Registry
+from pdlaunch.router.engine import Engine, Lender, Processes
 from pdlaunch.router.policy import (
     NO_NEEDS,
     LeastCost,
@@ -46,6 +46,9 @@ class EnginePool:
         """The paths that are proven now."""
         self.serving = False
         """The supervisor has seen every process and every pair ready."""
+        self._registry = Registry(version=0, entries=[])
+        self._held: dict[str, tuple[Processes, ListedState]] = {}
+        """Engines that are given no work, as these processes, with the state that is shown."""
         self._with_ranks: set[str] = set()
         self._roles_seen: set[Role | None] = set()
 
@@ -80,15 +83,26 @@ class EnginePool:
             None,
         )
 
-    def doubt(self, prefill: Engine, decode: Engine) -> None:
+    def doubt(self, suspect: PairSuspect) -> None:
         """Forget the proof of a pair until the registry has a new one."""
-        decode.proofs.pop(prefill.name, None)
-        self.pairs = [
-            pair for pair in self.pairs if (pair.local, pair.peer) != (decode.name, prefill.name)
-        ]
+        names = suspect.local, suspect.peer
+        self.pairs = [pair for pair in self.pairs if (pair.local, pair.peer) != names]
+        if (decode := self._engines.get(suspect.local)) is not None:
+            decode.proofs.pop(suspect.peer, None)
+
+    def hold(self, engine: Engine, state: ListedState) -> None:
+        """Give an engine no work, whatever the registry says, until ``release`` or its restart."""
+        self._held[engine.name] = (engine.processes, state)
+        engine.ready, engine.state = False, state
+
+    def release(self, engine: Engine) -> None:
+        """Go by the registry again."""
+        if self._held.pop(engine.name, None) is not None:
+            self.update(self._registry)
 
     def update(self, registry: Registry) -> None:
         """Take over a registry; an engine whose processes are the same keeps its counts."""
+        self._registry = registry
         ranks: dict[str, list[Entry]] = defaultdict(list)
         for entry in registry.entries:
             if entry.kind == "rank":
@@ -187,6 +201,12 @@ class EnginePool:
                 ready=False,
                 state="",
             )
+        incarnations, held_state = self._held.get(server.name, ((), None))
+        if incarnations == processes and held_state is not None:
+            ready = False
+        else:
+            held_state = None
+            self._held.pop(server.name, None)
         # Ready again, it counts as another engine: requests that it failed may ask it once more.
         engine.times_ready += ready and not engine.ready
         engine.ready = ready
@@ -196,7 +216,7 @@ class EnginePool:
         engine.reason = server.reason
         engine.peers = None if server.peers is None else frozenset(server.peers)
         engine.proofs = proofs
-        engine.state = "ready" if ready else _why_not_ready(server, ranks)
+        engine.state = held_state or ("ready" if ready else _why_not_ready(server, ranks))
         return engine
 
     def _is_ready(self, server: Entry, ranks: list[Entry]) -> bool:

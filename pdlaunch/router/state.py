@@ -147,10 +147,8 @@ class RouterState:
         error = f"decode computed {num_tokens} tokens whose KV blocks it was handed"
         logger.warning("%s -> %s: %s", prefill.name, decode.name, error)
         self.metrics.recomputed(prefill.name, decode.name)
-        self._doubts[prefill.name, decode.name] = error
         self.pair_failed(prefill.name, decode.name, error)
-        self.pool.doubt(prefill, decode)
-        self._doubt(
+        self.doubt(
             PairSuspect(
                 local=decode.name,
                 peer=prefill.name,
@@ -166,6 +164,12 @@ class RouterState:
         self.pair_failures[prefill, decode] = error
         if len(self.pair_failures) > MAX_PAIR_FAILURES:
             del self.pair_failures[next(iter(self.pair_failures))]
+
+    def doubt(self, pair: PairSuspect) -> None:
+        """Use a pair no more until a new canary has proven it."""
+        self._doubts[pair.peer, pair.local] = pair.error
+        self.pool.doubt(pair)
+        self._doubt(pair)
 
     def doubts(self) -> list[Doubt]:
         """Return the pairs that have to be proven again, and why."""

@@ -12,9 +12,9 @@ _STATEMENTS = "kv-statements"
 _PACKAGES = "python"
 
 
-def connector_environment(run_dir: Path, python_path: str) -> dict[str, str]:
-    """Return the variables with which vLLM finds the connector, and engines each other's
-    statements; what they name is made in the launch's folder.
+def connector_environment(run_dir: Path, name: str, python_path: str) -> dict[str, str]:
+    """Return the variables with which an engine of vLLM finds the connector, and engines each
+    other's statements; what they name is made in the launch's folder.
 
     ``python_path``: the PYTHONPATH so far. Engines of one launch call this at the same time.
     """
@@ -28,5 +28,33 @@ def connector_environment(run_dir: Path, python_path: str) -> dict[str, str]:
     paths = [str(packages), *([python_path] if python_path else [])]
     return {
         "PDLAUNCH_STATEMENTS_DIR": str(statements),
+        "PDLAUNCH_FAILURES_FILE": str(_failures_file(run_dir, name)),
         "PYTHONPATH": os.pathsep.join(paths),
     }
+
+
+class Failures:
+    """Reads from which engines an engine could not read KV blocks, as its connector tells."""
+
+    def __init__(self, run_dir: Path, name: str) -> None:
+        """Begin a new file."""
+        self._path = _failures_file(run_dir, name)
+        self._path.unlink(missing_ok=True)
+        self._offset = 0
+
+    def latest(self) -> list[str]:
+        """Return the ids of the engines, one for each failure since the last call."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                lines, _, _ = file.read().rpartition(b"\n")
+        except OSError:
+            return []
+        if not lines:
+            return []
+        self._offset += len(lines) + 1
+        return lines.decode(errors="replace").split("\n")
+
+
+def _failures_file(run_dir: Path, name: str) -> Path:
+    return run_dir / f"{name}.failures"

@@ -15,6 +15,7 @@ import logging
 import os
 import socket
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,11 +34,12 @@ from pdlaunch.protocol.control import (
     Ready,
     Registry,
     Restarting,
+    SleepState,
     Stop,
     Suspects,
 )
 from pdlaunch.sidecar.child import EngineChild
-from pdlaunch.sidecar.connector import connector_environment
+from pdlaunch.sidecar.connector import Failures, connector_environment
 from pdlaunch.watch.canary import BYTES_READ, CanaryDied, send_canary
 from pdlaunch.watch.engine_api import Counts, EngineApi
 from pdlaunch.watch.versions import with_version
@@ -51,6 +53,7 @@ STOP_TIMEOUT_S = 5.0
 CANARY_RETRY_S = (0.5, 10.0)
 """First and longest pause before a canary that died is sent again."""
 EVENTS_FLAG = "--kv-events-config"
+SLEEP_FLAG = "--enable-sleep-mode"
 _RUNNING = ("vllm:num_requests_running", "vllm:num_requests_waiting")
 _FAILED_READS = "vllm:nixl_num_failed_transfers_total"
 _PROGRESS = ("vllm:generation_tokens_total", "vllm:iteration_tokens_total_sum")
@@ -88,6 +91,9 @@ class SidecarProcess:
         self._one_at_a_time = asyncio.Semaphore(1)
         self._reads: tuple[float, float] | None = None
         """Failed READs and bytes read, at the last look."""
+        self._failures = Failures(Path(supervised.bootstrap.run_dir), self._name)
+        self._proven: dict[str, tuple[str, int]] = {}
+        """Prefill engines and their incarnations, by the id that vLLM has given them."""
         self._listed: set[tuple[str, int]] = set()
         """Those of them that the registry has shown as proven."""
 
@@ -129,7 +135,9 @@ class SidecarProcess:
         # The sockets between the engine's own processes: anybody may open those in /tmp.
         own = {"VLLM_RPC_BASE_PATH": run_dir, "VLLM_NIXL_SIDE_CHANNEL_PORT": str(_free_port())}
         if not self._options.unverified:
-            own |= connector_environment(Path(run_dir), os.environ.get("PYTHONPATH", ""))
+            own |= connector_environment(
+                Path(run_dir), self._name, os.environ.get("PYTHONPATH", "")
+            )
         # Empty without one: a key of the user's shell would keep the router out.
         return own | {"VLLM_API_KEY": self._key or ""}
 
@@ -148,8 +156,13 @@ class SidecarProcess:
         self._supervised.send(Ready())
         self._is_ready.set()
         done, moved_at = 0.0, time.monotonic()
+        can_sleep, is_asleep = SLEEP_FLAG in self._options.command, False
         while True:
             await asyncio.sleep(WATCH_POLL_S)
+            told = await self._api.is_sleeping(HEALTH_TIMEOUT_S) if can_sleep else None
+            if told is not None and told != is_asleep:
+                is_asleep = told
+                self._supervised.send(SleepState(state="sleeping" if is_asleep else "awake"))
             if not await self._api.is_healthy(HEALTH_TIMEOUT_S):
                 self._fail(f"/health did not say 200 within {HEALTH_TIMEOUT_S:g} s")
                 return
@@ -170,8 +183,10 @@ class SidecarProcess:
                 return
 
     def _doubt_pairs(self, counts: Counts) -> None:
-        """Have all pairs proven anew when READs have failed since the last look and none has come
-        through: prompts that were handed over are computed here.
+        """Have pairs proven anew from which READs have failed since the last look.
+
+        pdlaunch's connector tells which these are; vLLM's does not, so that all are in doubt when
+        no READ has come through: prompts that were handed over are computed here.
         """
         before, self._reads = (
             self._reads,
@@ -180,17 +195,23 @@ class SidecarProcess:
                 counts.total(BYTES_READ["vllm"]),
             ),
         )
-        if before is None or self._reads[0] <= before[0] or self._reads[1] > before[1]:
-            return
-        for peer, incarnation in self._listed:
-            self._supervised.send(
-                PairSuspect(
-                    local=self._name,
-                    peer=peer,
-                    peer_incarnation=incarnation,
-                    error="READs of KV blocks fail, and none comes through",
+        told = Counter(self._failures.latest())
+        for engine_id, count in told.items():
+            if engine_id in self._proven:
+                self._doubt(
+                    *self._proven[engine_id], f"READs of its KV blocks fail, {count} just now"
                 )
-            )
+        if told or before is None:
+            return
+        if self._reads[0] > before[0] and self._reads[1] <= before[1]:
+            for peer, incarnation in self._listed:
+                self._doubt(peer, incarnation, "READs of KV blocks fail, and none comes through")
+
+    def _doubt(self, peer: str, incarnation: int, error: str) -> None:
+        _logger.warning("%s -> %s: %s", peer, self._name, error)
+        self._supervised.send(
+            PairSuspect(local=self._name, peer=peer, peer_incarnation=incarnation, error=error)
+        )
 
     async def _tell_version(self) -> None:
         """Register again, with what this version of the engine can do."""
@@ -242,6 +263,9 @@ class SidecarProcess:
             if key in self._canaries:
                 self._canaries.pop(key).cancel()
         self._listed = listed
+        for entry in registry.entries:
+            if entry.state == "sleeping" and (entry.name, entry.incarnation) in listed:
+                self._doubt(entry.name, entry.incarnation, "it sleeps")
         for key in peers.keys() - self._canaries.keys():
             self._canaries[key] = self._supervised.spawn(self._prove(peers[key]))
 
@@ -267,6 +291,7 @@ class SidecarProcess:
             fatal = isinstance(error, CanaryDied) and error.fatal
             send(PairFailed(local=self._name, peer=peer.name, error=str(error), fatal=fatal))
             return False
+        self._proven[str(proof.params.get("remote_engine_id"))] = (peer.name, peer.incarnation)
         send(
             PairReady(
                 local=self._name,

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pdlaunch.vllm.checksums import BlockHasher, new_hasher
+from pdlaunch.vllm.failures import report_failure
 from pdlaunch.vllm.proof import ReadBlocks, first_head, judge
 from pdlaunch.vllm.statements import Statement, StatementBoard, token_hash
 from pdlaunch.vllm.support import refused
@@ -144,14 +145,24 @@ class ProvingWorker(WorkerBase):  # type: ignore[misc]
         done, failed = super()._pop_done_transfers(transfers)
         for request_id in done - failed - self._recv_failures:
             if reason := self._judge(request_id):
+                engine_id = self._recving_metadata[request_id].remote.engine_id
                 _logger.warning(
-                    "KV blocks of request %s are not used: %s; the prompt is computed here",
+                    "KV blocks of request %s of engine %s are not used: %s; the prompt is computed "
+                    "here",
                     request_id,
+                    engine_id,
                     reason,
                 )
                 self.xfer_stats.record_failed_transfer()
+                report_failure(engine_id)
                 failed.add(request_id)
         return done, failed
+
+    def _handle_failed_transfer(self, req_id: str, *args: Any, **options: Any) -> Any:
+        metadata = self._recving_metadata.get(req_id)
+        if metadata is not None and metadata.remote is not None:
+            report_failure(metadata.remote.engine_id)
+        return super()._handle_failed_transfer(req_id, *args, **options)
 
     def _reap_expired_send_leases(self, done_sending: set[str]) -> None:
         before = set(done_sending)

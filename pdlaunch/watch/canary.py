@@ -15,7 +15,8 @@ from __future__ import annotations
 import math
 import random
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from pdlaunch.errors import PdlaunchError, ProtocolError
@@ -55,11 +56,15 @@ class CanaryDied(PdlaunchError):
     """Tells why a pair must not be used.
 
     ``fatal``: the engines are healthy and their answers differ, so that trying again is no help.
+    ``params``: as in Proof.
     """
 
-    def __init__(self, reason: str, *, fatal: bool = False) -> None:
+    def __init__(
+        self, reason: str, *, fatal: bool = False, params: Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__(reason)
         self.fatal = fatal
+        self.params = params or {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +75,8 @@ class Proof:
     num_bytes: int
     transfer_s: float
     """Seconds that the engine counted for the READs; 0 when it counts none."""
+    params: Mapping[str, Any] = field(default_factory=dict)
+    """What prefill told decode: ``remote_engine_id``, ``remote_host`` and so on."""
 
     @property
     def gigabytes_per_s(self) -> float | None:
@@ -113,17 +120,19 @@ async def send_canary(
     told = _tokens(await decode.complete(request | {"kv_transfer_params": params}, TIMEOUT_S))
     expected = _tokens(await prefill.complete(request, TIMEOUT_S))
     if reason := _difference(told, expected, is_exact=is_exact):
-        raise CanaryDied(reason, fatal=True)
+        raise CanaryDied(reason, fatal=True, params=params)
     after = await decode.counts(TIMEOUT_S)
     num_bytes = int(after.total(BYTES_READ[kind]) - before.total(BYTES_READ[kind]))
     if num_bytes <= 0:
         raise CanaryDied(
-            "decode read no byte of the prompt's KV blocks: it computed the prompt itself"
+            "decode read no byte of the prompt's KV blocks: it computed the prompt itself",
+            params=params,
         )
     return Proof(
         time.monotonic() - started_at,
         num_bytes,
         after.total(SECONDS_READ[kind]) - before.total(SECONDS_READ[kind]),
+        params,
     )
 
 

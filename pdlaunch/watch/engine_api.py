@@ -37,6 +37,10 @@ class Counts:
             if sample.name == name and labels.items() <= sample.labels.items()
         )
 
+    def has(self, name: str) -> bool:
+        """Return whether there is a sample of this name."""
+        return any(sample.name == name for sample in self._samples)
+
     def label(self, name: str, label: str) -> str | None:
         """Return a label of the first sample of this name."""
         return next(
@@ -109,6 +113,14 @@ class EngineApi:
             raw = await self._answer("GET", "/server_info?config_format=json", None, timeout_s)
             return msgspec.json.decode(raw, type=dict[str, Any])
         except (ProtocolError, ValueError):
+            return None
+
+    async def is_sleeping(self, timeout_s: float) -> bool | None:
+        """Read /is_sleeping, which vLLM has in dev mode alone; None where nothing is told."""
+        try:
+            raw = await self._answer("GET", "/is_sleeping", None, timeout_s)
+            return bool(msgspec.json.decode(raw)["is_sleeping"])
+        except (ProtocolError, ValueError, LookupError, TypeError):
             return None
 
     async def complete(self, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:

@@ -229,10 +229,13 @@ CASES = [
             ),
         },
     ),
-    Case(
-        "PD619",
-        Setup(f"{VLLM}kv_transfer: {{lease_s: 0.5}}\n"),
-        {"Make kv_transfer.lease_s longer": PLAIN},
+    *(
+        Case(
+            "PD619",
+            Setup(f"{VLLM}kv_transfer: {{lease_s: {lease_s}}}\n"),
+            {"Make kv_transfer.lease_s longer": Setup(f"{VLLM}kv_transfer: {{lease_s: 2}}\n")},
+        )
+        for lease_s in (0.5, 1.9)
     ),
     Case(
         "PD619",

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zmq
 from aiohttp import web
+from msgspec.msgpack import decode, encode
 from typer.testing import CliRunner, Result
 
 from pdlaunch.cli.app import build_app
@@ -104,7 +106,97 @@ def test_what_is_wrong_is_named_and_fails_the_check(tmp_path: Path, code: str) -
 
 
 def test_every_rule_of_the_doctor_is_seen_here() -> None:
-    assert {*WRONG, "PD660"} == OF_RUNNING_ENGINES
+    assert {*WRONG, "PD660", "PD661", "PD662"} == OF_RUNNING_ENGINES
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_an_address_at_which_decode_finds_itself(tmp_path: Path, host: str) -> None:
+    """Also where the canary has died of it."""
+    for moves_bytes in (True, False):
+        with serving(tmp_path, moves_bytes=moves_bytes) as (prefill, _, flags):
+            prefill.side_channel = (host, 5600)
+            result = run(*flags, "--format", "json")
+        assert result.exit_code == 1
+        messages = {item["rule"]: item["message"] for item in report_of(result)["findings"]}
+        assert f"to dial {host}" in messages["PD661"]
+        assert ("PD654" in messages) == (not moves_bytes)
+
+
+class SideChannel:
+    """Listens as vLLM does: it ends at a question for a rank that it does not have."""
+
+    def __init__(self, engine_id: str, num_ranks: int) -> None:
+        self.asked: list[list[Any]] = []
+        self._engine_id, self._num_ranks = engine_id, num_ranks
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self.port = self._socket.bind_to_random_port("tcp://127.0.0.1")
+        self._socket.setsockopt(zmq.RCVTIMEO, 50)
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._listen)
+
+    def __enter__(self) -> SideChannel:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+        self._context.destroy(linger=0)
+
+    def _listen(self) -> None:
+        metadata = {
+            "engine_id": self._engine_id,
+            "kv_cache_layout": "HND",
+            "attn_backend_name": "CPU_ATTN",
+            "block_size": 32,
+            "num_blocks": 99,
+        }
+        payload = {"compatibility_hash": "x", "agent_metadata_bytes": encode(metadata)}
+        while not self._is_over.is_set():
+            try:
+                identity, _, raw = self._socket.recv_multipart()
+            except zmq.Again:
+                continue
+            question = decode(raw)
+            self.asked.append(question)
+            if question[1] > 0 or question[2] >= self._num_ranks:
+                return
+            self._socket.send_multipart([identity, b"", encode(payload), encode(1.0)])
+
+
+def test_a_handshake_asks_the_ranks_that_prefill_names(tmp_path: Path) -> None:
+    with (
+        serving(tmp_path) as (prefill, _, flags),
+        SideChannel("prefill", num_ranks=2) as channel,
+    ):
+        prefill.side_channel = ("127.0.0.1", channel.port)
+        assert run(*flags).exit_code == 0
+        assert not channel.asked, "without --handshake nobody asks"
+        result = run(*flags, "--handshake", "--format", "json")
+        assert channel.asked == [[b"get_meta_msg", 0, 0], [b"get_meta_msg", 0, 1]]
+    assert result.exit_code == 0, result.output
+    told = [item["message"] for item in report_of(result)["findings"]]
+    assert any("2 of its ranks tell 99 KV blocks of 32 tokens, layout HND" in text for text in told)
+
+
+@pytest.mark.parametrize(
+    ("engine_id", "num_ranks", "words"),
+    [("prefill", 1, "says nothing within"), ("other", 2, "another engine answers")],
+)
+def test_a_side_channel_that_does_not_answer_for_prefill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine_id: str, num_ranks: int, words: str
+) -> None:
+    monkeypatch.setattr("pdlaunch.cli.doctor.HANDSHAKE_TIMEOUT_S", 0.5)
+    with (
+        serving(tmp_path) as (prefill, _, flags),
+        SideChannel(engine_id, num_ranks) as channel,
+    ):
+        prefill.side_channel = ("127.0.0.1", channel.port)
+        result = run(*flags, "--handshake", "--format", "json")
+    assert result.exit_code == 1
+    found = {item["rule"]: item["message"] for item in report_of(result)["findings"]}
+    assert words in found["PD662"]
 
 
 def test_without_a_canary_no_prompt_is_sent(tmp_path: Path) -> None:
@@ -114,7 +206,7 @@ def test_without_a_canary_no_prompt_is_sent(tmp_path: Path) -> None:
         assert not decode.bodies
     assert result.exit_code == 0
     unchecked = report_of(result)["resolved"]["not_checked"]
-    assert [item["rule"] for item in unchecked] == ["PD654"]
+    assert [item["rule"] for item in unchecked] == ["PD654", "PD661", "PD662"]
 
 
 def test_exact_tokens_are_compared_where_they_must_be_equal(tmp_path: Path) -> None:
@@ -150,12 +242,8 @@ def test_a_router_of_pdlaunch_names_its_engines(tmp_path: Path) -> None:
         router = flags[0].partition("=")[2]
         found = report_of(run(router, "--format", "json"))["resolved"]["deployment"]["pairs"]
         assert len(found) == 1
-        prefill.status = {"engines": [{**engines[0], "kind": "native"}]}
-        result = run(router)
-        assert result.exit_code == 2
-        assert "proves its own pairs" in result.stderr
         prefill.status = {}
-        assert "does not tell its role" in run(router).stderr
+        assert "do not tell their role" in run(router).stderr
 
 
 def test_unusable_input(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,6 +254,10 @@ def test_unusable_input(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             ["--prefill=http://p", "--decode=http://d", "--engine-key-env=NO_SUCH_KEY"],
             "the variable is not set",
+        ),
+        (
+            ["--prefill=http://p", "--decode=http://d", "--handshake", "--no-canary"],
+            "leave --no-canary out",
         ),
     ):
         result = run(*flags)

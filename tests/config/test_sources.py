@@ -121,6 +121,14 @@ class TestEnvironment:
     def test_reaches_its_field(self, name, value, path):
         assert load(environ={name: value}).origins[path] == Origin("environment", name)
 
+    @pytest.mark.parametrize("name", ["PDLAUNCH_ENGINE_ARGS", "PDLAUNCH_DECODE__ENV"])
+    def test_a_mapping_is_given_entry_by_entry(self, name):
+        (problem,) = problems(environ={name: '{"a": 1}'})
+        assert problem.where == name
+        assert f"{name}__NAME=VALUE" in problem.fix
+        path = {"PDLAUNCH_ENGINE_ARGS": "engine_args.A"}.get(name, "decode.env.A")
+        assert path in load(environ={f"{name}__A": "1"}).origins
+
     def test_values_are_read_as_in_the_file(self):
         config = load(
             environ={"PDLAUNCH_KV_TRANSFER__VERIFY": "off", "PDLAUNCH_KV_CACHE_MEMORY": "2GiB"}

@@ -21,7 +21,10 @@ from typing import Any
 import openai
 import pytest
 from prometheus_client import CollectorRegistry
+from typer.testing import CliRunner
 
+from pdlaunch import __version__
+from pdlaunch.cli.app import build_app
 from pdlaunch.client.admin import admin_api
 from pdlaunch.client.api import Api
 from pdlaunch.client.deployment import Deployment, free_port, running_deployment
@@ -126,7 +129,7 @@ def test_another_router_s_key_opens_the_engines_and_nothing_else(doors: Doors) -
 @pytest.fixture(scope="module")
 def vllm_router(doors: Doors, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with running_vllm_router(
-        prefill=doors.engines["prefill-0"],
+        prefill=[doors.engines["prefill-0"]],
         decode=doors.engines["decode-0"],
         api_key=OTHER_ROUTER,
         log_file=tmp_path_factory.mktemp("vllm-router") / "log",
@@ -232,6 +235,25 @@ def test_commands_of_a_router_alone_leave_the_engines_as_they_are(
     status, answer = admin_api(doors.router).post("/pdlaunch/engines", new)
     assert (status, answer["error"]["code"]) == (409, "own_engines")
     assert before == {name: process.pid for name, process in doors.deployment.processes().items()}
+
+
+def test_doctor_examines_native_engines_and_proves_their_pair(
+    doors: Doors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["doctor", "--exact", "--format", "json", "--engine-key-env", "KEY_OF_ENGINES"]
+    arguments += [f"--{role}={doors.engines[f'{role}-0']}" for role in ("prefill", "decode")]
+    monkeypatch.setenv("KEY_OF_ENGINES", OTHER_ROUTER)
+    result = CliRunner().invoke(build_app(arguments), arguments)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)["resolved"]["deployment"]
+    assert [(each["kind"], each["version"]) for each in found["engines"]] == [
+        ("native", __version__)
+    ] * 2
+    assert found["pairs"][0]["num_bytes"] > 0
+    monkeypatch.setenv("KEY_OF_ENGINES", CLIENT)
+    result = CliRunner().invoke(build_app(arguments), arguments)
+    assert result.exit_code == 1
+    assert "others send engine_api_key" in result.output
 
 
 def test_the_clients_key_opens_no_command(doors: Doors) -> None:

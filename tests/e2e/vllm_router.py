@@ -9,7 +9,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -25,14 +25,15 @@ needs_vllm_router = pytest.mark.skipif(
 
 @contextlib.contextmanager
 def running_vllm_router(
-    *, prefill: str, decode: str, api_key: str, log_file: Path
+    *, prefill: Sequence[str], decode: str, api_key: str, log_file: Path
 ) -> Iterator[str]:
     """Yield its URL once it is healthy; it sends ``api_key`` to the engines."""
     port = free_port()
     command = [
         str(Path(sys.executable).with_name("vllm-router")),
         "--vllm-pd-disaggregation",
-        *("--prefill", prefill, "--decode", decode, "--kv-connector", "nixl"),
+        *(flag for url in prefill for flag in ("--prefill", url)),
+        *("--decode", decode, "--kv-connector", "nixl"),
         *("--policy", "round_robin", "--host", "127.0.0.1", "--port", str(port)),
         *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())),
     ]

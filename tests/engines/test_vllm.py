@@ -68,6 +68,8 @@ def test_only_what_is_set_is_handed_on() -> None:
 def test_further_arguments_are_flags() -> None:
     arguments = {
         "enable_lora": True,
+        "enable-expert-parallel": True,
+        "dcp": 2,
         "enable-chunked-prefill": False,
         "seed": 3,
         "cc": {"level": 0},
@@ -75,7 +77,7 @@ def test_further_arguments_are_flags() -> None:
     }
     given = commands(plan_processes(resolved(config(engine="vllm", engine_args=arguments), CPU)))
     text = shlex.join(given["prefill-0"])
-    assert "--enable-lora " in text
+    assert "--enable-lora --enable-expert-parallel --decode-context-parallel-size 2 " in text
     assert "--no-enable-chunked-prefill" in text
     assert "--seed 3" in text
     assert """--compilation-config '{"level":0}'""" in text

@@ -240,6 +240,70 @@ async def test_a_pair_that_has_failed_requests_is_proven_again(alone: Alone) -> 
     await alone.until(lambda: "decode-0" in alone.ready)
 
 
+async def test_an_engine_sleeps_when_nothing_runs_or_is_leased_and_is_proven_again(
+    alone: Alone,
+) -> None:
+    for name in ("prefill-0", "decode-0"):
+        await alone.start(name, is_sleeping=False)
+        alone.add(name)
+    await alone.until(lambda: alone.ready == {"prefill-0", "decode-0"})
+    prefill, decode = alone.engines["prefill-0"], alone.engines["decode-0"]
+
+    prefill.lends = 0.25
+    status, answer = await alone.command("POST", "/sleep?engine=prefill-0&mode=refuse")
+    assert (status, answer["error"]["code"]) == (409, "engine_busy")
+    assert alone.ready == {"prefill-0", "decode-0"}
+
+    falling = asyncio.ensure_future(alone.command("POST", "/sleep?engine=prefill-0&level=2"))
+    await alone.until(lambda: alone.engine("prefill-0").state == "draining")
+    assert (await alone.complete())[0] == 200
+    assert not prefill.is_sleeping, "its blocks are still leased"
+    prefill.lends = 0.0
+    status, answer = await falling
+    assert (status, answer["engines"]) == (
+        200,
+        [{"engine": "prefill-0", "is_sleeping": True, "num_bytes": 0}],
+    )
+    assert alone.engine("prefill-0").state == "sleeping"
+    num_bytes = decode.num_bytes
+    assert (await alone.complete())[0] == 200
+    assert decode.num_bytes == num_bytes, "decode serves alone"
+
+    status, answer = await alone.command("POST", "/wake_up?engine=prefill-0&tags=weights")
+    assert answer["engines"][0]["is_sleeping"] is True
+    assert alone.ready == {"decode-0"}
+    num_proven = alone.outcomes("proven")
+    status, answer = await alone.command("POST", "/wake_up?engine=prefill-0")
+    assert answer["engines"][0]["is_sleeping"] is False
+    await alone.until(lambda: alone.ready == {"prefill-0", "decode-0"})
+    assert alone.outcomes("proven") > num_proven
+    num_bytes = decode.num_bytes
+    assert (await alone.complete())[0] == 200
+    assert decode.num_bytes > num_bytes
+
+
+async def test_an_engine_that_others_put_to_sleep_gets_no_work(alone: Alone) -> None:
+    for name in ("prefill-0", "decode-0"):
+        await alone.start(name, is_sleeping=False)
+        alone.add(name)
+    await alone.until(lambda: alone.ready == {"prefill-0", "decode-0"})
+    alone.engines["prefill-0"].is_sleeping = True
+    await alone.until(lambda: alone.engine("prefill-0").state == "sleeping")
+    assert (await alone.complete())[0] == 200
+    alone.engines["prefill-0"].is_sleeping = False
+    await alone.until(lambda: alone.ready == {"prefill-0", "decode-0"})
+    assert alone.outcomes("proven") == 2
+
+
+async def test_an_engine_without_dev_mode_cannot_sleep(alone: Alone) -> None:
+    await alone.pair()
+    status, answer = await alone.command("POST", "/sleep?engine=decode-0")
+    assert (status, answer["error"]["code"]) == (400, "sleep_mode_off")
+    status, answer = await alone.command("POST", "/sleep?engine=decode-0&level=3")
+    assert (status, "level is 1 or 2" in answer["error"]["message"]) == (400, True)
+    assert alone.ready == {"prefill-0", "decode-0"}
+
+
 async def test_no_engine_is_sent_a_key_but_its_own(alone: Alone) -> None:
     for name, key in (("prefill-0", None), ("decode-0", "secret-of-decode-0")):
         await alone.start(name)

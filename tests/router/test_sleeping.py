@@ -31,3 +31,20 @@ def test_a_sleeping_rank_is_enough() -> None:
     pool = EnginePool(Clock())
     update(pool, server("prefill-0"), rank("prefill-0", state="sleeping"))
     assert pick(pool, "prefill") is None
+
+
+def test_an_engine_that_is_held_is_given_work_when_released_or_replaced() -> None:
+    pool = EnginePool(Clock())
+    update(pool, server("prefill-0"), server("decode-0"))
+    prefill = pool.engines[1]
+    pool.hold(prefill, "draining")
+    assert named(pick(pool, "prefill")) == "decode-0"
+    # A registry that does not know of it changes nothing.
+    update(pool, server("prefill-0"), server("decode-0"))
+    assert named(pick(pool, "prefill")) == "decode-0"
+    assert prefill.state == "draining"
+    pool.release(prefill)
+    assert named(pick(pool, "prefill")) == "prefill-0"
+    pool.hold(prefill, "sleeping")
+    update(pool, server("prefill-0", incarnation=2), server("decode-0"))
+    assert named(pick(pool, "prefill")) == "prefill-0"

@@ -28,6 +28,7 @@ class FakeVllm:
     moves_bytes: bool = True
     garbles: bool = False
     has_connector: bool = True
+    side_channel: tuple[str, int] = ("127.0.0.1", 5600)
     model: str = "m"
     logprob_error: float = 0.0
     num_running: int = 0
@@ -41,6 +42,10 @@ class FakeVllm:
     status: dict[str, Any] = field(default_factory=dict)
     """What it answers in the place of a router."""
     healthy: bool = True
+    is_sleeping: bool | None = None
+    """What dev mode tells; None: it is off."""
+    lends: float = 0.0
+    """Share of its KV cache that is under lease."""
     num_bytes: int = 0
     num_failed_reads: int = 0
     num_looks: int = 0
@@ -56,6 +61,9 @@ class FakeVllm:
         app.router.add_get("/pdlaunch/status", self._status)
         if self.server_info is not None:
             app.router.add_get("/server_info", self._server_info)
+        app.router.add_get("/is_sleeping", self._is_sleeping)
+        app.router.add_post("/sleep", self._sleep)
+        app.router.add_post("/wake_up", self._wake_up)
         app.router.add_post("/v1/completions", self._complete)
         return app
 
@@ -71,11 +79,32 @@ class FakeVllm:
     async def _server_info(self, _: web.Request) -> web.Response:
         return web.json_response(self.server_info)
 
+    async def _is_sleeping(self, _: web.Request) -> web.Response:
+        if self.is_sleeping is None:
+            raise web.HTTPNotFound
+        return web.json_response({"is_sleeping": self.is_sleeping})
+
+    async def _sleep(self, request: web.Request) -> web.Response:
+        if self.is_sleeping is None:
+            raise web.HTTPNotFound
+        assert dict(request.query) in ({"level": level, "mode": "wait"} for level in "12")
+        assert not self.num_running
+        assert not self.lends
+        self.is_sleeping = True
+        return web.json_response({"status": "sleeping", "level": 1})
+
+    async def _wake_up(self, request: web.Request) -> web.Response:
+        self.is_sleeping = request.query.getall("tags", []) == ["weights"]
+        status = "sleeping" if self.is_sleeping else "awake"
+        return web.json_response({"status": status, "tags": None})
+
     async def _metrics(self, _: web.Request) -> web.Response:
         self.num_looks += 1
         page = (
             "# TYPE vllm:num_requests_running gauge\n"
             f'vllm:num_requests_running{{engine="0"}} {self.num_running}\n'
+            "# TYPE vllm:kv_cache_usage_perc gauge\n"
+            f'vllm:kv_cache_usage_perc{{engine="0"}} {self.lends}\n'
             "# TYPE vllm:generation_tokens counter\n"
             f'vllm:generation_tokens_total{{engine="0"}} {self.num_tokens}\n'
             "# TYPE vllm:prompt_tokens counter\n"
@@ -101,6 +130,7 @@ class FakeVllm:
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
+        assert not self.is_sleeping, "vLLM would keep it until it is awake"
         self.bodies.append(body)
         prompt, params = body["prompt"], body.get("kv_transfer_params") or {}
         length = len(prompt)
@@ -111,6 +141,11 @@ class FakeVllm:
             answer["kv_transfer_params"] = {
                 "do_remote_prefill": True,
                 "remote_request_id": request_id,
+                "remote_engine_id": self.name,
+                "remote_host": self.side_channel[0],
+                "remote_port": self.side_channel[1],
+                "tp_size": 2,
+                "pp_size": 1,
             }
         if params.get("do_remote_prefill") and self.moves_bytes:
             prompt = self.shares.pop(params["remote_request_id"])

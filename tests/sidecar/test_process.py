@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 import pytest_asyncio
+from msgspec import structs
 
 from pdlaunch.http.lifecycle import Supervised
 from pdlaunch.process.bootstrap import Bootstrap
@@ -19,6 +20,7 @@ from pdlaunch.protocol.control import (
     Ready,
     Registry,
     Role,
+    SleepState,
     Stop,
     ToSupervisor,
 )
@@ -145,3 +147,54 @@ async def test_reads_that_fail_without_one_that_comes_through_are_a_doubt(
     decode.num_failed_reads = 2
     doubt = await supervisor.next(PairSuspect)
     assert (doubt.local, doubt.peer, doubt.peer_incarnation) == ("decode-0", "prefill-0", 1)
+
+
+async def test_the_pair_is_named_whose_reads_fail(supervisor: FakeSupervisor) -> None:
+    run_dir = supervisor.bootstrap.run_dir
+    supervisor.inbox.put_nowait(registry(run_dir))
+    supervisor.inbox.put_nowait(registry(run_dir, await supervisor.next(PairReady)))
+    file = Path(run_dir) / "decode-0.failures"
+    for count in (1, 2):
+        with file.open("a") as failures:
+            failures.write("of-an-engine-that-is-gone\n" + "prefill-0\n" * count)
+        doubt = await supervisor.next(PairSuspect)
+        assert (doubt.local, doubt.peer, doubt.peer_incarnation) == ("decode-0", "prefill-0", 1)
+        assert f"{count} just now" in doubt.error
+
+
+async def test_a_peer_that_sleeps_has_to_prove_its_pair_again(supervisor: FakeSupervisor) -> None:
+    run_dir = supervisor.bootstrap.run_dir
+    supervisor.inbox.put_nowait(registry(run_dir))
+    proven = await supervisor.next(PairReady)
+    asleep = registry(run_dir, proven)
+    asleep.entries[0] = structs.replace(asleep.entries[0], state="sleeping")
+    supervisor.inbox.put_nowait(registry(run_dir, proven))
+    supervisor.inbox.put_nowait(asleep)
+    assert (await supervisor.next(PairSuspect)).peer == "prefill-0"
+    supervisor.inbox.put_nowait(registry(run_dir))
+    assert (await supervisor.next(PairReady)).peer == "prefill-0"
+
+
+async def test_an_engine_that_sleeps_is_told_until_it_is_awake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pdlaunch.sidecar.process.WATCH_POLL_S", 0.02)
+    supervisor = FakeSupervisor(tmp_path)
+    options = SidecarOptions(
+        (*COMMAND, "--enable-sleep-mode"), is_exact=True, hang_timeout_s=0.0, unverified="a test"
+    )
+    running = asyncio.create_task(SidecarProcess(cast(Supervised, supervisor), options).run())
+    await asyncio.sleep(0)  # it removes what a predecessor has left at the socket's path
+    engine = FakeVllm("decode-0", {}, is_sleeping=False)
+    runner = await listen(engine, tmp_path / "decode-0.sock")
+    await supervisor.next(Ready)
+    for is_sleeping, state in ((True, "sleeping"), (False, "awake")):
+        engine.is_sleeping = is_sleeping
+        assert (await supervisor.next(SleepState)).state == state
+    engine.is_sleeping = None  # it does not answer; nothing is known
+    looks = engine.num_looks
+    await until(lambda: engine.num_looks >= looks + 3)
+    assert supervisor.said.empty()
+    supervisor.inbox.put_nowait(Stop())
+    await running
+    await runner.cleanup()

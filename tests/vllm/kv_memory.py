@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +45,29 @@ def flip_bit(params: dict[str, Any], worker: psutil.Process, block: int) -> None
         memory.write(bytes([value ^ 0x40]))
 
 
+def engine_of(sidecar: psutil.Process) -> psutil.Process:
+    """Return the ``vllm serve`` that a sidecar has started."""
+    (engine,) = (child for child in sidecar.children() if "serve" in child.cmdline())
+    return engine
+
+
 def worker_of(engine: psutil.Process) -> psutil.Process:
     """Return the process of an engine that computes."""
-    (worker,) = (
+    return _descendant(engine, "VLLM::Worker")
+
+
+def core_of(engine: psutil.Process) -> psutil.Process:
+    """Return the process of an engine that schedules."""
+    return _descendant(engine, "VLLM::EngineCore")
+
+
+def _descendant(engine: psutil.Process, title: str) -> psutil.Process:
+    (found,) = (
         child
         for child in engine.children(recursive=True)
-        if re.match(r"VLLM::Worker", " ".join(child.cmdline()))
+        if " ".join(child.cmdline()).startswith(title)
     )
-    return worker
+    return found
 
 
 def tcp_listeners(process: psutil.Process) -> int:

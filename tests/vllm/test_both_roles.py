@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
+
 from pdlaunch.client.api import Api
 from pdlaunch.client.deployment import running_deployment
 from pdlaunch.client.smoke import engines_of
 from tests.e2e.conftest import clean_environ
 from tests.vllm.conftest import ARGUMENTS, START_TIMEOUT_S
+
+pytestmark = pytest.mark.vllm_long
 
 PROMPTS = ("The capital of France is", "Water boils at", "List of prime numbers: 2, 3, 5,")
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from pdlaunch.vllm.failures import FAILURES_FILE
 from pdlaunch.vllm.statements import StatementBoard, token_hash
 from pdlaunch.vllm.worker import Orders, Prompt, ProvingWorker, StatingScheduler
 
@@ -49,6 +50,12 @@ class PlainWorker:
 
     def _pop_done_transfers(self, transfers: Mapping[str, Any]) -> tuple[set[str], set[str]]:
         return self.read | self.broken, set(self.broken)
+
+    def _handle_failed_transfer(
+        self, req_id: str, handle: int | None, failed: set[str], **_: bool
+    ) -> bool:
+        failed.add(req_id)
+        return True
 
     def _reap_expired_send_leases(self, done_sending: set[str]) -> None:
         done_sending |= self.expired
@@ -191,6 +198,26 @@ def test_a_read_that_has_failed_is_left_to_vllm(tmp_path: Path) -> None:
     worker.broken = {"r"}
     assert worker._pop_done_transfers({}) == ({"r"}, {"r"})
     assert worker.xfer_stats.num_failed == 0
+
+
+def test_failures_are_reported_with_the_engine_that_lent_the_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "failures"
+    monkeypatch.setenv(FAILURES_FILE, str(file))
+    pair = Pair(tmp_path)
+    pair.compute("r", (4, 2))
+    assert pair.pull("r", (1, 5), (4, 2)) == [True]
+    assert not file.exists()
+    assert pair.pull("r", (1, 5), (4, 3)) == [False]
+    assert file.read_text() == "prefill\n"
+    # vLLM's own: of a READ, and of a request that has left.
+    failed: set[str] = set()
+    (worker,) = pair.decode
+    assert worker._handle_failed_transfer("d-r", None, failed, record_failed_transfer=True)
+    assert worker._handle_failed_transfer("gone", None, failed)
+    assert failed == {"d-r", "gone"}
+    assert file.read_text() == "prefill\nprefill\n"
 
 
 def test_prompts_that_left_are_forgotten(tmp_path: Path) -> None:

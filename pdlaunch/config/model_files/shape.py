@@ -16,6 +16,8 @@ from pdlaunch.errors import ConfigError, UnsupportedModelError
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 MAX_CONFIG_BYTES = 16 * 1024**2
+HYBRID = "the model is a hybrid, for which vLLM drops reports of failed loads"
+_FULL = "full_attention"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,26 @@ def read_model_shape(model_dir: str | Path) -> ModelShape:
             value=config.get("model_type"),
         )
     return _shape(outer, config, families[model_type], read_generation_config(directory))
+
+
+def unproven_layers(model_dir: str | Path) -> str:
+    """Return why pdlaunch's connector for vLLM refuses a model whose shape is not known here.
+
+    Empty: nothing in its config.json speaks against it. Raises ConfigError.
+    """
+    outer = _read_json(Path(model_dir) / "config.json")
+    inner = outer.get("text_config")
+    for config in (outer, inner if isinstance(inner, dict) else {}):
+        if config.get("kv_lora_rank"):
+            return "the model has multi-head latent attention, whose KV has no heads"
+        layer_types = config.get("layer_types")
+        is_mixed = isinstance(layer_types, list) and set(map(str, layer_types)) != {_FULL}
+        slides = config.get("sliding_window") and config.get("use_sliding_window") is not False
+        if is_mixed or slides or config.get("attention_chunk_size"):
+            return HYBRID
+        if _has_recurrent_layers(config):
+            return HYBRID
+    return ""
 
 
 def read_generation_config(directory: Path) -> dict[str, Any]:

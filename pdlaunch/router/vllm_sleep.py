@@ -1,0 +1,117 @@
+"""Puts engines of vLLM to sleep, which would not wait for leases and tell no supervisor.
+
+::
+
+    hold: no new work ── nothing runs, no block is leased ── POST /sleep ── held until it is awake
+    POST /wake_up ── its pairs are in doubt until new canaries come through ── given work again
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from pdlaunch.errors import OverloadedError, RequestError
+from pdlaunch.protocol.control import PairSuspect
+from pdlaunch.router.engine import Engine
+from pdlaunch.router.state import RouterState
+from pdlaunch.watch.engine_api import Counts
+
+IDLE_TIMEOUT_S = 600.0
+IDLE_POLL_S = 0.2
+_BUSY = (
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    # Blocks under lease count as used, those in the prefix cache alone do not.
+    "vllm:kv_cache_usage_perc",
+)
+
+
+async def fall_asleep(
+    state: RouterState, engine: Engine, query: Mapping[str, str]
+) -> dict[str, Any]:
+    """Put an engine to sleep; return the answer of a native engine.
+
+    ``query``: ``level`` 1 or 2, ``mode`` wait or refuse. Raises RequestError, OverloadedError,
+    EngineFailure.
+    """
+    level, mode = query.get("level", "1"), query.get("mode", "wait")
+    if level not in ("1", "2") or mode not in ("wait", "refuse"):
+        raise RequestError("level is 1 or 2, mode is wait or refuse", param="query")
+    state.pool.hold(engine, "draining")
+    is_asleep = False
+    try:
+        await _await_idle(state, engine, 0.0 if mode == "refuse" else IDLE_TIMEOUT_S)
+        # What has come meanwhile, from others than this router, is waited for by vLLM.
+        answer = await _call(state, engine, "/sleep", [("level", level), ("mode", "wait")])
+        is_asleep = answer.get("status") == "sleeping"
+    finally:
+        if is_asleep:
+            state.pool.hold(engine, "sleeping")
+        else:
+            state.pool.release(engine)
+    return _answer(is_sleeping=is_asleep)
+
+
+async def wake_up(state: RouterState, engine: Engine, tags: Sequence[str]) -> dict[str, Any]:
+    """Wake an engine up; return the answer of a native engine.
+
+    Raises OverloadedError, EngineFailure.
+    """
+    answer = await _call(state, engine, "/wake_up", [("tags", tag) for tag in tags])
+    is_awake = answer.get("status") == "awake"
+    if is_awake:
+        state.pool.release(engine)
+        # Its memory may lie elsewhere now.
+        for pair in state.pool.pairs:
+            if engine.name in (pair.local, pair.peer):
+                error = f"{engine.name} has slept"
+                state.doubt(
+                    PairSuspect(
+                        local=pair.local,
+                        peer=pair.peer,
+                        peer_incarnation=pair.peer_incarnation,
+                        error=error,
+                    )
+                )
+    return _answer(is_sleeping=not is_awake)
+
+
+async def _await_idle(state: RouterState, engine: Engine, timeout_s: float) -> None:
+    """Return once it has nothing to do and lends nothing. Raises RequestError after a while."""
+    until_at = state.now() + timeout_s
+    while True:
+        _, page, _ = await state.client.call(engine, "GET", "/metrics")
+        counts = Counts(page.decode())
+        if not engine.num_works and not any(counts.total(name) for name in _BUSY):
+            return
+        if state.now() >= until_at:
+            raise RequestError(
+                "requests run, or KV blocks are leased; mode=wait waits for them",
+                status=409,
+                code="engine_busy",
+            )
+        await asyncio.sleep(IDLE_POLL_S)
+
+
+async def _call(
+    state: RouterState, engine: Engine, path: str, query: Sequence[tuple[str, str]]
+) -> dict[str, Any]:
+    status, body, _ = await state.client.call(engine, "POST", path, query)
+    if status == 404:
+        raise RequestError(
+            "this engine cannot sleep: enable_sleep_mode is off", code="sleep_mode_off"
+        )
+    if status != 200:
+        raise OverloadedError(
+            f"{path} answered {status}: {body[:200]!r}", status=503, code="engine_failed"
+        )
+    return msgspec.json.decode(body, type=dict[str, Any])
+
+
+def _answer(*, is_sleeping: bool) -> dict[str, Any]:
+    # vLLM does not tell how much memory it has given back.
+    return {"is_sleeping": is_sleeping, "num_bytes": 0}

@@ -1,0 +1,186 @@
+"""Two prefill engines and one decode engine of vLLM: at work, behind vllm-router, and killed."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import socket
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from pdlaunch.client.admin import admin_api
+from pdlaunch.client.api import Api
+from pdlaunch.client.deployment import Deployment, free_port, running_deployment
+from pdlaunch.client.smoke import engines_of
+from pdlaunch.errors import PdlaunchError
+from tests.e2e.api import complete, streamed
+from tests.e2e.conftest import clean_environ
+from tests.e2e.test_doors import answered
+from tests.e2e.vllm_router import needs_vllm_router, running_vllm_router
+from tests.e2e.waiting import await_true
+from tests.vllm.conftest import ARGUMENTS, START_TIMEOUT_S
+from tests.vllm.kv_memory import engine_of
+from tests.vllm.test_pair import NUM_TOKENS, bytes_read, prompt_of, states
+
+pytestmark = pytest.mark.vllm_long
+
+OTHER_ROUTER = "of-another-router"
+LONG = 60
+"""Tokens of a stream during which engines are killed."""
+PREFILLS = ("prefill-0", "prefill-1")
+ANSWERS = "vllm:request_success_total"
+RUNNING = "vllm:num_requests_running"
+
+
+@pytest.fixture(scope="module")
+def launch(vllm_command: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """Engines with ports and a key, as another router needs them."""
+    config = tmp_path_factory.mktemp("launch") / "launch.yaml"
+    config.write_text(
+        f"prefill: {{replicas: 2, port: {two_free_ports()}}}\n"
+        f"decode: {{port: {free_port()}}}\n"
+        "dtype: float32\n"
+    )
+    with running_deployment(
+        (str(config), *ARGUMENTS, "--engine-command", vllm_command),
+        environ=clean_environ() | {"PDLAUNCH_ENGINE_API_KEY": OTHER_ROUTER},
+        timeout_s=START_TIMEOUT_S,
+    ) as deployment:
+        yield deployment
+
+
+def two_free_ports() -> int:
+    """Return a port of 127.0.0.1 that is free, and the next one is."""
+    while True:
+        port = free_port()
+        with socket.socket() as next_one:
+            try:
+                next_one.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue
+            return port
+
+
+def pairs(url: str) -> set[tuple[str, str]]:
+    _, status = Api(url).get_object("/pdlaunch/status")
+    return {(pair["prefill"], pair["decode"]) for pair in status["pairs"]}
+
+
+def num_answers(url: str, name: str) -> float:
+    return admin_api(url).engine(name).metrics()[ANSWERS]
+
+
+def test_tokens_are_those_of_one_engine_whoever_computes_the_prompt(launch: Deployment) -> None:
+    assert pairs(launch.url) == {(name, "decode-0") for name in PREFILLS}
+    alone = admin_api(launch.url).engine("prefill-0")
+    before = {name: num_answers(launch.url, name) for name in PREFILLS}
+    prompts = [prompt_of(seed) for seed in range(100, 106)]
+    told = []
+    for prompt in prompts:
+        num_bytes = bytes_read(launch.url)
+        told.append(complete(launch.url, prompt, NUM_TOKENS))
+        assert bytes_read(launch.url) > num_bytes
+    assert all(num_answers(launch.url, name) > before[name] for name in PREFILLS)
+    assert told == [complete(alone, prompt, NUM_TOKENS, model="smollm2") for prompt in prompts]
+    with streamed(launch.url, prompt_of(110), NUM_TOKENS) as tokens:
+        assert list(tokens) == complete(launch.url, prompt_of(110), NUM_TOKENS)
+
+
+@needs_vllm_router
+def test_vllm_router_answers_with_the_same_tokens(launch: Deployment, tmp_path: Path) -> None:
+    urls = {engine["name"]: engine["url"] for engine in engines_of(admin_api(launch.url))}
+    with running_vllm_router(
+        prefill=[urls[name] for name in PREFILLS],
+        decode=urls["decode-0"],
+        api_key=OTHER_ROUTER,
+        log_file=tmp_path / "log",
+    ) as theirs:
+        before = {name: num_answers(launch.url, name) for name in PREFILLS}
+        for seed, stream in enumerate((False, True, False, True), start=120):
+            fields: dict[str, Any] = {
+                "model": "smollm2",
+                "prompt": prompt_of(seed),
+                "max_tokens": NUM_TOKENS,
+                "temperature": 0,
+                "ignore_eos": True,
+                "return_token_ids": True,
+                "stream": stream,
+            }
+            num_bytes = bytes_read(launch.url)
+            told = answered(theirs, "completions", fields)
+            assert bytes_read(launch.url) > num_bytes
+            assert told[0] == complete(launch.url, prompt_of(seed), NUM_TOKENS)
+        assert all(num_answers(launch.url, name) > before[name] for name in PREFILLS)
+
+
+def test_a_router_that_is_killed_comes_back_to_the_same_engines(launch: Deployment) -> None:
+    prompt = prompt_of(130)
+    expected = complete(launch.url, prompt, NUM_TOKENS)
+    before = {name: each.pid for name, each in launch.processes().items()}
+    with streamed(launch.url, prompt_of(131), LONG) as tokens:
+        next(tokens)
+        launch.processes()["router"].kill()
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            list(tokens)
+    await_true(lambda: answers(launch.url, prompt, expected), "the next router answers", 60)
+    after = {name: each.pid for name, each in launch.processes().items()}
+    assert {name for name in before if before[name] != after[name]} == {"router"}
+    decode = admin_api(launch.url).engine("decode-0")
+    await_true(lambda: not decode.metrics()[RUNNING], "what the dead one asked for is ended", 60)
+    num_bytes = bytes_read(launch.url)
+    assert complete(launch.url, prompt_of(132), NUM_TOKENS)
+    assert bytes_read(launch.url) > num_bytes
+
+
+def answers(url: str, prompt: list[int], expected: list[int]) -> bool:
+    try:
+        return complete(url, prompt, NUM_TOKENS) == expected
+    except (PdlaunchError, AssertionError):
+        return False
+
+
+def test_prefill_engines_that_die_are_replaced_and_decode_goes_on(launch: Deployment) -> None:
+    """One loses its vLLM, the other one its sidecar, while decode streams what both computed."""
+    patient = Api(launch.url, timeout_s=600)
+    prompt = prompt_of(140)
+    expected = complete(patient, prompt, LONG)
+    sidecars = launch.processes()
+    decode = engine_of(sidecars["decode-0"])
+    orphan = engine_of(sidecars["prefill-1"])
+    with streamed(launch.url, prompt, LONG) as tokens:
+        first = next(tokens)
+        engine_of(sidecars["prefill-0"]).kill()
+        sidecars["prefill-1"].kill()
+        assert [first, *tokens] == expected
+    # Decode computes prompts itself meanwhile.
+    assert complete(launch.url, prompt_of(141), NUM_TOKENS)
+    await_true(lambda: not is_alive(orphan), "a sidecar takes its engine with it", 60)
+
+    for name in PREFILLS:
+        await_true(partial(is_ready, launch.url, name), f"{name} is back", 600)
+
+    await_true(lambda: len(pairs(launch.url)) == 2, "both pairs are proven again", 120)
+    assert launch.processes()["decode-0"].pid == sidecars["decode-0"].pid
+    assert engine_of(launch.processes()["decode-0"]).pid == decode.pid
+    before = {name: num_answers(launch.url, name) for name in PREFILLS}
+    alone = admin_api(launch.url).engine("prefill-0")
+    for seed in range(142, 146):
+        num_bytes = bytes_read(launch.url)
+        told = complete(launch.url, prompt_of(seed), NUM_TOKENS)
+        assert bytes_read(launch.url) > num_bytes
+        assert told == complete(alone, prompt_of(seed), NUM_TOKENS, model="smollm2")
+    assert all(num_answers(launch.url, name) > before[name] for name in PREFILLS)
+    assert complete(patient, prompt, LONG) == expected
+
+
+def is_ready(url: str, name: str) -> bool:
+    return states(url).get(name) == "ready"
+
+
+def is_alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
