@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from pdlaunch.config.connectors import KVNetwork
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.platform import tcp_sockets
 from pdlaunch.protocol.control import Address, Entry
@@ -45,6 +46,8 @@ class RankOptions:
     model_digest: str = "digest"
     environment: tuple[tuple[str, str], ...] = ()
     device: str = "cpu"
+    network: KVNetwork | None = None
+    """The trusted network to peers on other hosts."""
     with_cumem: bool = False
     """On a GPU: the KV cache lies in a CuMem pool."""
 
@@ -80,7 +83,10 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
     connectors._others.cache_clear()
     environ = dict(options.environment)
     on = "cpu" if options.device == "cpu" else "cuda"
-    os.environ.update(environ | options.spec.kv_transfer.environment(environ, on))
+    own = options.spec.kv_transfer.environment(environ, on)
+    if options.network is not None:
+        own |= options.spec.kv_transfer.network_environment(environ, on, options.network)
+    os.environ.update(environ | own)
     torch.set_num_threads(1)
     layout = layout_of(
         options.num_heads,
@@ -181,6 +187,7 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
             context=SecureContext(options.keys),
             wake=happened.set,
             report=lambda message: send("report", message),
+            host=options.spec.bind_address,
         )
     )
 
