@@ -39,6 +39,10 @@ _ROUTER_FLAGS = frozenset(
         "strict_fields",
         "dtype",
         "log_level",
+        "log_format",
+        "log_content",
+        "tracing.otlp_endpoint",
+        "tracing.otlp_sample",
         "drain_timeout_s",
     }
 )

@@ -99,7 +99,7 @@ def router(
         model = loaded.config.served_model_name or asyncio.run(_ask_for_model(members))
         lifeline = standard_input() if stop_on_stdin_eof else None
         raise_open_files()
-        setup_logging("router", loaded.config.log_level)
+        setup_logging("router", loaded.config.log_level, form=loaded.config.log_format)
         with (
             listening(loaded.config.host, loaded.config.port) as listeners,
             new_run_dir() as folder,

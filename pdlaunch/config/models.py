@@ -275,6 +275,25 @@ class RoutingSettings(FrozenModel):
     )
 
 
+class TracingSettings(FrozenModel):
+    """Says what the router remembers of requests, and whom it tells."""
+
+    kept_requests: int = Field(
+        500, ge=0, le=100_000, description="Requests that `pdlaunch trace` can show, the last ones."
+    )
+    otlp_endpoint: Annotated[str | None, Flag(panel=DEPLOYMENT, metavar="URL")] = Field(
+        None,
+        pattern=r"^https?://[^\s/]+(/\S*)?$",
+        description=(
+            "Collector of OpenTelemetry that gets the spans of requests over HTTP, such as "
+            "http://127.0.0.1:4318; needs the extra `otel`."
+        ),
+    )
+    otlp_sample: Annotated[float, Flag(panel=DEPLOYMENT)] = Field(
+        1.0, ge=0, le=1, description="Share of requests whose spans are sent there."
+    )
+
+
 class SharedSettings(FrozenModel):
     """Holds what all engines share and no role may override."""
 
@@ -412,6 +431,17 @@ class LaunchConfig(SharedSettings, EngineSettings):
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Flag(panel=DEPLOYMENT)] = (
         Field("info", description="Least severe level that is logged.")
     )
+    log_format: Annotated[Literal["text", "json"], Flag(panel=DEPLOYMENT)] = Field(
+        "text", description="Form of the lines in log files."
+    )
+    log_requests: Annotated[bool, Flag(panel=DEPLOYMENT)] = Field(
+        False,
+        description="Show each request on the terminal, as router.log has it.",
+    )
+    log_content: Annotated[bool, Flag(panel=DEPLOYMENT)] = Field(
+        False, description="Log how prompts and outputs begin; no text of them is logged otherwise."
+    )
+    tracing: TracingSettings = TracingSettings()
     startup_timeout_s: Annotated[float, Flag("startup-timeout", DEPLOYMENT)] = Field(
         600.0, gt=0, description="Time from the command until the deployment is ready."
     )

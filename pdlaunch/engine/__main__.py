@@ -19,7 +19,7 @@ def main() -> None:
     exit (NIXL 1.5.1).
     """
     bootstrap = read_bootstrap()
-    setup_logging(bootstrap.name, bootstrap.log_level)
+    setup_logging(bootstrap.name, bootstrap.log_level, form=bootstrap.log_format)
     # The libraries make 600,000 objects that stay: to search them for garbage again and again took
     # a fifth of the start. ``RankProcess.run`` turns the collector on.
     gc.disable()

@@ -12,6 +12,7 @@ This module only chooses; ``lifecycle.py`` does what it has chosen.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from pdlaunch.engine.lifecycle import RequestLifecycle
@@ -20,6 +21,8 @@ from pdlaunch.engine.step import StepOutput, StepPlan
 from pdlaunch.engine.step_builder import StepDraft
 from pdlaunch.protocol.costs import EngineCosts
 from pdlaunch.protocol.transfer import TransferCommand
+
+logger = logging.getLogger(__name__)
 
 
 class Scheduler:
@@ -130,6 +133,17 @@ class Scheduler:
         self.requests.offer_partial(step.scheduled)
         plan = self._builder.build(step.scheduled, self._take_commands(), self._host.take_jobs())
         self._in_flight.launch(plan, [*step.scheduled])
+        if logger.isEnabledFor(logging.DEBUG) and not plan.is_empty:
+            logger.debug(
+                "step %d: %s; %d wait",
+                plan.step_id,
+                ", ".join(
+                    f"{request.request_id} computes {num_tokens}"
+                    for request, num_tokens in step.scheduled.items()
+                )
+                or "nothing to compute",
+                len(self._queues.waiting) + self._queues.num_waiting_for_kv,
+            )
         return plan
 
     def _take_commands(self) -> list[TransferCommand]:

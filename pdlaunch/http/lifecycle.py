@@ -101,7 +101,7 @@ def run_supervised(serve: Callable[[Supervised], Awaitable[None]]) -> int:
     ``serve`` returns after Stop; the supervisor is told what it raises.
     """
     bootstrap = read_bootstrap()
-    setup_logging(bootstrap.name, bootstrap.log_level)
+    setup_logging(bootstrap.name, bootstrap.log_level, form=bootstrap.log_format)
     code = asyncio.run(_run(bootstrap, serve))
     logging.shutdown()
     return code

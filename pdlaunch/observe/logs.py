@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TextIO
+from typing import Literal, TextIO
+
+LogFormat = Literal["text", "json"]
+FIELDS = "fields"
+"""The ``extra`` of a record whose members stand beside its message in JSON."""
 
 _current_request: ContextVar[str] = ContextVar("pdlaunch_request", default="")
+
+# Besides the control characters of ASCII and Latin-1: marks that turn the direction of writing, and
+# separators of lines and paragraphs.
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def escape_controls(text: str) -> str:
+    """Return ``text`` on one line, without anything that a terminal would obey."""
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 class _LineFormatter(logging.Formatter):
@@ -22,15 +37,42 @@ class _LineFormatter(logging.Formatter):
         self._process = process
 
     def format(self, record: logging.LogRecord) -> str:
-        time = (
-            datetime.fromtimestamp(record.created, UTC)
-            .isoformat(timespec="milliseconds")
-            .replace("+00:00", "Z")
-        )
         request_id = _current_request.get()
         place = f"{record.name} [{request_id}]" if request_id else record.name
-        line = f"{time} {record.levelname} {self._process} {place} {record.getMessage()}"
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+        line = escape_controls(
+            f"{_time(record)} {record.levelname} {self._process} {place} {record.getMessage()}"
+        )
+        if not record.exc_info:
+            return line
+        trace = self.formatException(record.exc_info).split("\n")
+        return "\n".join([line, *map(escape_controls, trace)])
+
+
+class _JsonFormatter(logging.Formatter):
+    """Writes one JSON object a line."""
+
+    def __init__(self, process: str) -> None:
+        super().__init__()
+        self._process = process
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": _time(record),
+            "level": record.levelname,
+            "process": self._process,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if request_id := _current_request.get():
+            line["request_id"] = request_id
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line | getattr(record, FIELDS, {}))
+
+
+def _time(record: logging.LogRecord) -> str:
+    time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+    return time.replace("+00:00", "Z")
 
 
 class _LogFile(logging.FileHandler):
@@ -53,7 +95,12 @@ class _LogFile(logging.FileHandler):
 
 
 def setup_logging(
-    process: str, level: str, *, file: Path | None = None, stream: TextIO | None = None
+    process: str,
+    level: str,
+    *,
+    form: LogFormat = "text",
+    file: Path | None = None,
+    stream: TextIO | None = None,
 ) -> logging.Handler:
     """Send all records of this process to ``file``, else ``stream``, else standard error; replaces
     earlier handlers.
@@ -62,7 +109,7 @@ def setup_logging(
     warning on.
     """
     handler = logging.StreamHandler(stream or sys.stderr) if file is None else _LogFile(file)
-    handler.setFormatter(_LineFormatter(process))
+    handler.setFormatter(_JsonFormatter(process) if form == "json" else _LineFormatter(process))
     root = logging.getLogger()
     for old in root.handlers[:]:
         root.removeHandler(old)

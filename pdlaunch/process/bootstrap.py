@@ -16,6 +16,7 @@ import threading
 import msgspec
 
 from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.observe.logs import LogFormat
 from pdlaunch.protocol.control import Capabilities
 from pdlaunch.protocol.sockets import LaunchKeys
 
@@ -59,6 +60,11 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_itl_ms: float | None = None
     """Routes that keep these come first."""
     max_ttft_ms: float | None = None
+    log_requests: bool = False
+    """The supervisor shows the line of each request."""
+    log_content: bool = False
+    otlp_endpoint: str | None = None
+    otlp_sample: float = 1.0
 
 
 class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,6 +79,7 @@ class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
     run_dir: str
     """Folder of this launch for sockets and rendezvous files; mode 0700."""
     log_level: str
+    log_format: LogFormat = "text"
     engine_json: str | None = None
     """``EngineSpec`` of servers and ranks."""
     engine_api_key: str | None = None

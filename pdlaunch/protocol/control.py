@@ -205,6 +205,13 @@ class Restart(Message):
     """Names the engine, or one of its processes."""
 
 
+class ServedRequest(Message):
+    """Tells, from the router, of a request that has ended, where people want to see each."""
+
+    line: str
+    """Escaped for terminals."""
+
+
 ToSupervisor = (
     Register
     | Progress
@@ -217,6 +224,7 @@ ToSupervisor = (
     | Drained
     | SleepState
     | Restart
+    | ServedRequest
 )
 
 

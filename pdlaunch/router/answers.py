@@ -90,6 +90,9 @@ class Answer:
             if choice.get("finish_reason") is not None:
                 self._metrics.finished(choice["finish_reason"])
                 self._record.finished(choice["finish_reason"])
+            if self._record.content is not None:
+                delta = choice.get("delta") or {}
+                self._record.says(choice.get("text") or delta.get("content") or "")
 
     def _observe_end(self, usage: Usage) -> None:
         self._clock.end(usage.completion_tokens)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any
 
@@ -73,6 +73,7 @@ from pdlaunch.router.page import PAGE_PATHS, page_routes
 from pdlaunch.router.policy import RoutingRequest
 from pdlaunch.router.recovery import no_engine_ready
 from pdlaunch.router.request_book import RequestBook, record_of
+from pdlaunch.router.request_lines import RequestLines
 from pdlaunch.router.request_record import RequestRecord
 from pdlaunch.router.state import RouterState
 from pdlaunch.router.transcript import Transcript
@@ -92,6 +93,7 @@ class RouterApp:
     """Answers every endpoint; ``app`` is what aiohttp serves, with ``handler_cancellation`` on.
 
     ``membership``: engines that run already, which commands add and remove; None in a launch.
+    ``show_request`` takes the line of each request for a terminal.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class RouterApp:
         state: RouterState,
         supervisor: SupervisorLink,
         membership: WatchedMembership | None = None,
+        show_request: Callable[[str], None] | None = None,
     ) -> None:
         self._spec = spec
         self._state = state
@@ -113,7 +116,7 @@ class RouterApp:
         self._bodies = BodyBudget(spec.body_budget_bytes)
         self._inputs = LargeInputs()
         self._ignored_fields = IgnoredFields()
-        self.book = RequestBook(spec.kept_requests)
+        self.book = RequestBook(spec.kept_requests, RequestLines(show_request).write)
         check_admin_key = _admin_key_check(spec.admin_api_key)
         self.app = HttpApp(
             [
@@ -225,6 +228,8 @@ class RouterApp:
             ),
         )
         record.understood(client_request.fields.model, len(client_request.prompts))
+        if self._spec.log_content:
+            record.keep_content(bytes(client_request.prompts[0].text or b""))
         with (
             self.admission.admit(len(client_request.prompts)),
             self._state.metrics.requests.in_flight.track_inprogress(),

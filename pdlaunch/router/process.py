@@ -26,6 +26,7 @@ from pdlaunch.protocol.control import (
     Ready,
     Registry,
     Restarting,
+    ServedRequest,
     Stop,
     Suspects,
 )
@@ -70,7 +71,12 @@ class RouterProcess:
             doubt=supervised.send,
         )
         self._link = SupervisorLink(supervised.send)
-        self._router = RouterApp(spec, self._state, self._link)
+        self._router = RouterApp(
+            spec,
+            self._state,
+            self._link,
+            show_request=self._show_request if spec.log_requests else None,
+        )
         self._draining: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
@@ -99,6 +105,9 @@ class RouterProcess:
             obeying.cancel()
             await asyncio.gather(*(each.cleanup() for each in runners))
             await self._state.close()
+
+    def _show_request(self, line: str) -> None:
+        self._supervised.send(ServedRequest(line=line))
 
     async def _take_commands(self) -> web.AppRunner:
         """Listen at the launch's admin socket, and leave the card by which commands find it."""

@@ -11,6 +11,7 @@ import msgspec
 
 from pdlaunch.errors import RequestError
 from pdlaunch.http.errors import CLIENT_CLOSED_REQUEST, RelayedError, error_status
+from pdlaunch.observe.logs import escape_controls
 from pdlaunch.observe.spans import (
     PREFILL,
     PULL,
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 ROUTER = "router"
 MAX_ERROR_LENGTH = 300
 MAX_MODEL_LENGTH = 200
+MAX_CONTENT_LENGTH = 200
+"""Characters of a prompt and of an output that are logged with ``log_content``."""
 CLIENT_LEFT = "the client went away"
 
 
@@ -147,6 +150,8 @@ class RequestRecord:
         self.status: int | None = None
         self.error: str | None = None
         self.log = SpanLog(clock)
+        self.content: dict[str, str] | None = None
+        """Beginnings of prompt and output, for the log alone and only where the user wants them."""
         self._legs: list[Leg] = []
         self._explanation: str | None = None
         self._usage: Usage | None = None
@@ -195,6 +200,16 @@ class RequestRecord:
         leg = Leg(self.log, hop, engine, attributes)
         self._legs.append(leg)
         return leg
+
+    def keep_content(self, prompt: bytes) -> None:
+        """Keep how the prompt begins, as the client wrote it, and the output."""
+        shown = prompt[: 4 * MAX_CONTENT_LENGTH].decode(errors="replace")
+        self.content = {"prompt_text": _cut(shown), "output_text": ""}
+
+    def says(self, text: str) -> None:
+        """Take output; all but its beginning is dropped."""
+        if self.content is not None and len(self.content["output_text"]) < MAX_CONTENT_LENGTH:
+            self.content["output_text"] = _cut(self.content["output_text"] + text)
 
     def tokens(self, choice: int, num_tokens: int) -> None:
         """Note output tokens on their way to the client."""
@@ -341,6 +356,10 @@ def _prefill_s(prefill: Leg | None, decode: Leg | None) -> float | None:
         return None if decode is None else decode.covered_s(PREFILL)
     computed_s = prefill.covered_s(PREFILL)
     return prefill.duration_s if computed_s is None and not prefill.spans else computed_s
+
+
+def _cut(text: str) -> str:
+    return escape_controls(text)[:MAX_CONTENT_LENGTH]
 
 
 def _sum(values: Iterable[float | None]) -> float | None:

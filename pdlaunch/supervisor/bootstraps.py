@@ -82,6 +82,7 @@ class LaunchBootstraps:
             keys=self._keys,
             run_dir=str(self._run_dir),
             log_level=self._config.log_level,
+            log_format=self._config.log_format,
             engine_api_key=_plain(self._config.engine_api_key)
             if spec.kind in ("server", "router")
             else None,
@@ -122,6 +123,11 @@ def router_spec(
         max_connections=config.limits.max_connections,
         request_timeout_s=config.limits.request_timeout_s,
         drain_timeout_s=config.drain_timeout_s,
+        kept_requests=config.tracing.kept_requests,
+        log_requests=config.log_requests,
+        log_content=config.log_content,
+        otlp_endpoint=config.tracing.otlp_endpoint,
+        otlp_sample=config.tracing.otlp_sample,
     )
 
 

@@ -90,7 +90,9 @@ def launch(
         grace=Grace(drain_s=config.drain_timeout_s),
         hangs=HangLimits(config.hang_timeout_s, asleep_s=config.startup_timeout_s),
     )
-    setup_logging("supervisor", config.log_level, file=log_dir / SUPERVISOR_LOG)
+    setup_logging(
+        "supervisor", config.log_level, form=config.log_format, file=log_dir / SUPERVISOR_LOG
+    )
     raise_open_files()
     keys = new_launch_keys(with_certificate=resolved.spans_hosts)
     with (

@@ -47,6 +47,10 @@ class Notes:
             if instance.spec.kind == "router" and instance.registration is not None:
                 self._host.send(instance.name, happened)
 
+    def show(self, line: str) -> None:
+        """Show a line of the router's log, which keeps it."""
+        self._observer.note(line)
+
     def repeat(self, router: str) -> None:
         """Tell a router that has just registered what has happened before."""
         for at, happened in self._kept:

@@ -26,6 +26,7 @@ from pdlaunch.protocol.control import (
     Ready,
     Register,
     Restart,
+    ServedRequest,
     SleepState,
     ToSupervisor,
 )
@@ -255,6 +256,8 @@ class Supervisor:
                         f"{message.local} has to prove its path to {message.peer} again: "
                         f"{message.error}"
                     )
+            case ServedRequest(line=line):
+                self._notes.show(line)
             case SleepState():
                 instance.sleep_state = message.state
                 self._notes.add(f"{name} is {message.state}")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import json
 import logging
 import re
 from pathlib import Path
@@ -82,3 +83,47 @@ async def test_concurrent_requests_keep_their_ids_apart():
     await asyncio.gather(serve("r1"), serve("r2"))
     assert "[r1] from r1" in stream.getvalue()
     assert "[r2] from r2" in stream.getvalue()
+
+
+HOSTILE = "a\nFAKE 200\x1b[2J\x07\x9b31m[red]b[/red]\u202eevil\u2028\x00\ud800"
+
+
+def test_hostile_names_stay_on_their_line():
+    stream = io.StringIO()
+    setup_logging("router", "info", stream=stream)
+    logging.getLogger("pdlaunch").info("model %s", HOSTILE)
+    (line,) = stream.getvalue().splitlines()
+    assert line.isprintable()
+    assert r"a\nFAKE 200\x1b[2J\x07\x9b31m[red]b[/red]\u202eevil\u2028\x00\ud800" in line
+
+
+def test_hostile_exceptions_cannot_write_what_a_terminal_obeys():
+    stream = io.StringIO()
+    setup_logging("router", "info", stream=stream)
+    try:
+        raise KeyError("x") from ValueError("\x1b[2J")
+    except KeyError:
+        logging.getLogger("pdlaunch").exception("failed")
+    assert all(line.isprintable() for line in stream.getvalue().split("\n"))
+
+
+def test_json_lines_hold_the_same_and_more():
+    stream = io.StringIO()
+    setup_logging("router", "info", form="json", stream=stream)
+    with request_logging("r1"):
+        logging.getLogger("pdlaunch").info(HOSTILE, extra={"fields": {"request": {"status": 200}}})
+    try:
+        raise KeyError("x")
+    except KeyError:
+        logging.getLogger("pdlaunch").exception("failed")
+    first, second = map(json.loads, stream.getvalue().splitlines())
+    assert first.pop("time").endswith("Z")
+    assert first == {
+        "level": "INFO",
+        "process": "router",
+        "logger": "pdlaunch",
+        "message": HOSTILE,
+        "request_id": "r1",
+        "request": {"status": 200},
+    }
+    assert "KeyError: 'x'" in second["exception"]

@@ -11,6 +11,8 @@ A READ that is pending when its pull fails still owns its destination blocks. Th
 
 from __future__ import annotations
 
+import logging
+
 from pdlaunch.errors import TransferError
 from pdlaunch.observe.spans import SpanLog
 from pdlaunch.protocol.ids import PullId
@@ -28,6 +30,8 @@ from pdlaunch.transfer.decode_side.peer_table import PeerTable
 from pdlaunch.transfer.decode_side.rank_pull import RankPull
 from pdlaunch.transfer.decode_side.read_plan import PullFailed
 from pdlaunch.transfer.instants import earliest, latest
+
+logger = logging.getLogger(__name__)
 
 
 class Pull:
@@ -127,6 +131,9 @@ class Pull:
         self, *, ok: bool, error: str = "", late: bool = False, verification_failed: bool = False
     ) -> None:
         self._finished = True
+        logger.debug(
+            "pull of %s has ended: %s", self.command.request_id, error or "the blocks are proven"
+        )
         self._setup.emit(
             PullFinished(
                 pull_id=self.command.pull_id,
@@ -191,6 +198,9 @@ class PullTable:
         except TransferError as error:
             self._setup.emit(PullFinished(pull_id=command.pull_id, ok=False, error=str(error)))
             return
+        logger.debug(
+            "pull of %s begins: %d blocks", command.request_id, sum(map(len, command.block_ids))
+        )
         self._pulls[command.pull_id] = Pull(command, list(links), self._setup)
 
     def cancel(self, command: CancelPull) -> None:

@@ -349,6 +349,7 @@ class RankPull:
         self.stage, self._next_begin_at = Stage.READING, None
         self.first_tokens = reply.first_tokens
         self.lease_known_at = now if self.lease_known_at is None else self.lease_known_at
+        logger.debug("%s: lease at %s for %g s", self._command.request_id, self.name, reply.lease_s)
         self._hold.begin(asked_at, reply.lease_s)
         if self._reads.lacks_checksums:
             self._next_checksums_at = now
@@ -390,7 +391,7 @@ class RankPull:
         except VerificationError as error:
             self.verification_failed = True
             self._note_checksums(ok=False)
-            logger.error("pull %s from %s: %s", self._command.pull_id, self.name, error)
+            logger.error("pull of %s from %s: %s", self._command.request_id, self.name, error)
             self._reads.forget()
             raise ReadFailed(f"{self.name}: {error}", verification=True) from error
 
@@ -405,7 +406,7 @@ class RankPull:
         if self.num_retries + 1 >= self._command.num_attempts:
             return False
         self.num_retries += 1
-        logger.warning("pull %s begins anew: %s", self._command.pull_id, failure)
+        logger.warning("pull of %s begins anew: %s", self._command.request_id, failure)
         # The next answer says anew which blocks there are.
         self._reads.wait()
         self.stage = Stage.CONNECTING

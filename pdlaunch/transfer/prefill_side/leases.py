@@ -14,6 +14,7 @@ never leave this process.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -23,6 +24,8 @@ from pdlaunch.errors import LeaseError
 from pdlaunch.protocol.ids import LeaseId, ReaderId
 from pdlaunch.protocol.side_channel import GroupBlocks
 from pdlaunch.protocol.transfer import GrantLease
+
+logger = logging.getLogger(__name__)
 
 EndReason = Literal["pulled", "released", "expired"]
 
@@ -75,6 +78,7 @@ class LeaseTable:
         """
         if grant.lease_id in self._leases:
             raise LeaseError(f"request {grant.lease_id} has a lease already")
+        logger.debug("lease of %s begins, for %g s", grant.lease_id, grant.lease_s)
         # A client may use an id again, once its first lease has ended.
         self._past.pop(grant.lease_id, None)
         now = self._clock()
@@ -206,6 +210,7 @@ class LeaseTable:
             self._end(lease, "released")
 
     def _end(self, lease: Lease, reason: EndReason) -> None:
+        logger.debug("lease of %s has ended: %s", lease.grant.lease_id, reason)
         del self._leases[lease.grant.lease_id]
         # Questions about it are refused at once, and do not wait for a grant.
         self._past[lease.grant.lease_id] = None

@@ -1,0 +1,139 @@
+"""One line for each request, in the log and on the terminal."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdlaunch.protocol.requests import RequestSummary
+from pdlaunch.router.request_lines import RequestLines, format_request
+from pdlaunch.router.request_record import MAX_CONTENT_LENGTH, RequestRecord
+from tests.router.conftest import SPEC, Stand, pair
+from tests.router.test_life_of_a_request import completion
+from tests.router.test_requests import told_pair
+
+LOGGER = "pdlaunch.router.request_lines"
+SECRET = "secret words of a prompt"
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == LOGGER]
+
+
+async def test_the_line_of_a_pair(stand: Stand, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "pdlaunch")
+    await stand.start(told_pair())
+    await stand.post(completion(prompt=SECRET))
+    (line,) = lines(caplog)
+    assert line.startswith("200 /v1/completions model=tiny prefill-0 -> decode-0 prompt=")
+    for part in (
+        "(cached device 16 host 4 remote 30)",
+        "queue=1.5ms",
+        "prefill=3.0ms",
+        "pull=2.0ms 4.00MB 2.50GB/s verified",
+        "first=",
+        "tokens=6",
+        "ms/token",
+        "finish=length",
+    ):
+        assert part in line
+    assert "secret" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("fields", "headers", "status"),
+    [
+        ({"max_tokens": 0}, {}, 400),
+        ({}, {"Authorization": "Bearer wrong"}, 401),
+        ({"n": 100}, {}, 429),
+    ],
+)
+async def test_refusals_have_a_line(
+    stand: Stand,
+    caplog: pytest.LogCaptureFixture,
+    fields: dict[str, Any],
+    headers: dict[str, str],
+    status: int,
+) -> None:
+    caplog.set_level(logging.INFO, "pdlaunch")
+    spec = msgspec.structs.replace(SPEC, api_key="right", max_queued_requests=2)
+    await stand.start(pair(), spec=spec)
+    if status == 429:
+        stand.router.admission.in_flight = 2
+        fields = {}
+    answer = await stand.post(
+        completion(**fields), headers={"Authorization": "Bearer right"} | headers
+    )
+    stand.router.admission.in_flight = 0
+    assert answer.status == status
+    (line,) = lines(caplog)
+    assert line.startswith(f"{status} /v1/completions ")
+    assert "error: " in line
+
+
+async def test_a_draining_router_has_lines_of_those_it_refuses(
+    stand: Stand, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "pdlaunch")
+    await stand.start(pair())
+    await stand.router.admission.drain(0.0)
+    assert (await stand.post(completion())).status == 503
+    assert lines(caplog)[0].startswith("503 ")
+
+
+async def test_text_is_logged_only_where_it_is_wanted(
+    stand: Stand, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "pdlaunch")
+    await stand.start(pair(), spec=msgspec.structs.replace(SPEC, log_content=True))
+    await stand.post(completion(prompt="\x1b[2J" + SECRET * 100))
+    (line,) = lines(caplog)
+    assert SECRET in line
+    assert line.isprintable()
+    assert len(line) < 4 * MAX_CONTENT_LENGTH
+    assert 'output_text=" ' in line
+    async with stand.session.get("/pdlaunch/requests") as response:
+        assert "secret" not in await response.text()
+
+
+HOSTILE = "m\n200 /v1/completions\x1b]0;x\x07[bold red]\u202e\x9b"
+
+
+async def test_names_of_clients_are_escaped(stand: Stand, caplog: pytest.LogCaptureFixture) -> None:
+    """Model names can hold anything, ids any printable character."""
+    caplog.set_level(logging.DEBUG, "pdlaunch")
+    await stand.start(pair())
+    shown: list[str] = []
+    stand.router.book._on_end = RequestLines(shown.append).write
+    headers = {"X-Request-Id": "[red]%s{}\\x1b", "User-Agent": "[blink]"}
+    await stand.post(completion(model=HOSTILE), headers=headers)
+    (line,) = lines(caplog)
+    for text in (line, *shown):
+        assert text.isprintable(), text
+        assert r"\x1b]0;x\x07[bold red]\u202e\x9b" in text
+    assert "[[red]%s{}\\x1b]" in shown[0]
+
+
+@given(st.text(max_size=40), st.text(max_size=40), st.text(max_size=40))
+def test_no_summary_makes_a_terminal_obey(model: str, error: str, explanation: str) -> None:
+    summary = RequestSummary(
+        id="r", received_at=0.0, path="/", model=model, error=error, explanation=explanation
+    )
+    assert "\n" not in format_request(summary)
+    assert not any(ord(char) < 32 or 127 <= ord(char) < 160 for char in format_request(summary))
+
+
+def test_the_terminal_gets_time_of_day_and_id() -> None:
+    shown: list[str] = []
+    record = RequestRecord("r7", "/v1/completions")
+    record.end(200)
+    RequestLines(shown.append).write(record)
+    (line,) = shown
+    time_of_day, rest = line.split(" ", 1)
+    assert len(time_of_day.split(":")) == 3
+    assert rest.startswith("[r7] 200 /v1/completions")
