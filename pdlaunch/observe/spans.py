@@ -97,10 +97,15 @@ class SpanLog:
     def add(
         self, name: str, start_at: float, end_at: float | None = None, /, **attributes: Attribute
     ) -> None:
-        """Add a span that has ended; without ``end_at`` just now."""
+        """Add a span that has ended, without ``end_at`` just now. Attributes that are None are
+        left out.
+        """
         if len(self.spans) < MAX_SPANS:
             end_at = self.clock() if end_at is None else end_at
-            self.spans.append(Span(name, start_at, end_at, attributes))
+            known: dict[str, Attribute] = {
+                key: value for key, value in attributes.items() if value is not None
+            }
+            self.spans.append(Span(name, start_at, end_at, known))
         else:
             self.num_dropped += 1
 
