@@ -60,7 +60,7 @@ $(MOONCAKE): $(DEV)
 	touch $@
 
 test: install $(DEV) $(MOONCAKE)  ## Run all tests
-	$(PYTEST) -m "not vllm and not hosts" $(ARGS)
+	$(PYTEST) -m "not vllm and not hosts and not prometheus" $(ARGS)
 
 test-fast: $(DEV)  ## Run the tests that start no process
 	$(PYTEST) -m "not processes" $(ARGS)
@@ -77,6 +77,10 @@ coverage: install $(DEV) $(MOONCAKE)  ## Run all tests, show what they cover
 test-vllm: install $(DEV)  ## Run the tests with real engines of vLLM
 	tests/vllm/install.sh .venv-vllm
 	$(BIN)/python -m pytest -v tests/vllm $(ARGS)
+
+test-prometheus: install $(DEV)  ## Run the tests with a real Prometheus
+	tests/prometheus/install.sh .venv-prometheus
+	$(BIN)/python -m pytest -v tests/prometheus $(ARGS)
 
 # ARGS="--requests 500": a shorter one.
 soak: install $(DEV)  ## Send 6,000 requests while faults happen
@@ -122,5 +126,5 @@ wheel: $(RUNTIME)  ## Build dist/pdlaunch-*.whl
 clean:  ## Remove .venv, dist and the tools' caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* build dist *.egg-info
 
-.PHONY: help install serve test test-fast test-hosts test-vllm coverage soak kills cancels attack lint types format rules \
+.PHONY: help install serve test test-fast test-hosts test-vllm test-prometheus coverage soak kills cancels attack lint types format rules \
   settings wheel clean

@@ -7,40 +7,54 @@ import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 import typer
 from rich.console import Console
 
+from pdlaunch.bench.serve.goals import Goals, read_goals
 from pdlaunch.bench.serve.multi_turn import MultiTurnOptions, MultiTurnReport, bench_multi_turn
+from pdlaunch.bench.serve.progress import ProgressText, duration
 from pdlaunch.bench.serve.row import BenchRow
-from pdlaunch.bench.serve.sweep import FIRST_TOKEN_ID, BenchOptions, ProgressText, bench_serve
-from pdlaunch.cli import EXIT_INTERRUPTED
-from pdlaunch.cli.bench_values import read_decimals, read_numbers
+from pdlaunch.bench.serve.sweep import FIRST_TOKEN_ID, BenchOptions, BenchRun, bench_serve
+from pdlaunch.bench.serve.traces import TraceRequest, read_trace
+from pdlaunch.bench.serve.vllm_result import vllm_result
+from pdlaunch.cli import EXIT_INTERRUPTED, EXIT_UNUSABLE
+from pdlaunch.cli.bench_values import read_decimals, read_numbers, read_positive, read_rates
 from pdlaunch.cli.flags import with_serve_flags
-from pdlaunch.cli.output import Format, FormatOption, print_errors, print_json, print_table
+from pdlaunch.cli.output import print_errors, print_json, print_table
 from pdlaunch.cli.own_deployment import own_deployment, refuse_address
+from pdlaunch.cli.report.bench import bench_page
+from pdlaunch.cli.report.page import write_report
 from pdlaunch.config.settings import flag_name
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError, PdlaunchError
 
-_HEADINGS = {
+ServeFormat = Literal["table", "json", "vllm"]
+
+_LOAD_HEADINGS = {
     "input_tokens": "in",
     "concurrency": "at\nonce",
+    "request_rate": "rate\n/s",
+}
+_HEADINGS = {
     "num_requests": "reqs",
     "num_errors": "errs",
-    "ttft_ms_median": "TTFT\nms",
+    "ttft_ms_median": "TTFT\nmedian",
     "ttft_ms_p99": "TTFT\np99",
-    "first_gap_ms_median": "gap\nms",
+    "first_gap_ms_median": "gap\nmedian",
     "first_gap_ms_p99": "gap\np99",
-    "itl_ms_median": "ITL\nms",
+    "itl_ms_median": "ITL\nmedian",
     "itl_ms_p99": "ITL\np99",
-    "tpot_ms_median": "TPOT\nms",
-    "pull_ms_mean": "pull\nms",
+    "tpot_ms_median": "TPOT\nmedian",
+    "pull_ms_mean": "pull\nmean",
     "kv_megabytes_mean": "KV\nMB",
+    "seconds": "took\ns",
+    "requests_per_s": "reqs\n/s",
     "output_tokens_per_s": "tokens\n/s",
 }
+_GOAL_HEADINGS = {"goodput_per_s": "good\n/s", "good_share": "good\nshare"}
 _LIMIT_HEADINGS = {
     "first_gap_goal_ms": "gap\ngoal",
     "step_output_tokens_per_s": "step\nallows",
@@ -67,9 +81,11 @@ def serve(
         str | None, typer.Option(help="URL of a running deployment; without it one is started.")
     ] = None,
     input_tokens: Annotated[
-        str, typer.Option(help="Prompt length, one or several: 128,2000,8000.")
-    ] = "128",
-    output_tokens: Annotated[int, typer.Option(min=1, help="Output length.")] = 32,
+        str | None, typer.Option(help="Prompt length, one or several: 128,2000,8000 (128).")
+    ] = None,
+    output_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Output length (32).", show_default=False)
+    ] = None,
     concurrency: Annotated[
         str | None,
         typer.Option(help="Requests at a time, one or several (1,4,16; 4 with --multi-turn)."),
@@ -123,21 +139,71 @@ def serve(
             min=1, help="Length of a message after the first, which has --input-tokens (32)."
         ),
     ] = None,
-    output: FormatOption = "table",
+    request_rate: Annotated[
+        str | None,
+        typer.Option(
+            help="Requests sent a second, one or several (0.5,2,8), instead of --concurrency."
+        ),
+    ] = None,
+    burstiness: Annotated[
+        float | None,
+        typer.Option(
+            help="Shape of the pauses at --request-rate: 1 is Poisson, less comes in bursts (1).",
+            show_default=False,
+        ),
+    ] = None,
+    slo: Annotated[
+        str | None,
+        typer.Option(
+            help="Goals of a request, for goodput: ttft=200,itl=50 (ms); also tpot, e2e.",
+            metavar="GOALS",
+        ),
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            help="Send the requests of this file: Mooncake's JSONL, or conversations.",
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    trace_speed: Annotated[
+        float | None,
+        typer.Option(help="Times by which the trace is sent faster (1).", show_default=False),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write plots and figures as one HTML file.", metavar="FILE", dir_okay=False
+        ),
+    ] = None,
+    output: Annotated[
+        ServeFormat,
+        typer.Option("--format", help="How to print what was found; vllm: as its `bench serve`."),
+    ] = "table",
     *,
     flags: dict[str, object],
 ) -> None:
     """Measure time to first token, gap to the second, inter-token latency and throughput of a
     deployment, as its clients see them.
     """
-    lengths = read_numbers(input_tokens, "--input-tokens")
-    numbers = read_numbers(concurrency or ("4" if multi_turn else "1,4,16"), "--concurrency")
+    lengths = read_numbers(input_tokens or "128", "--input-tokens")
+    by_clients = not (trace or request_rate)
+    usual = "4" if multi_turn else "1,4,16" if by_clients else ""
+    wanted = concurrency or usual
+    numbers = read_numbers(wanted, "--concurrency") if wanted else []
     options: BenchOptions | MultiTurnOptions
     if multi_turn:
         of_rows = {
             "--num-requests": num_requests,
             "--bare-gb-per-s": bare_gb_per_s,
             "--step-ms": step_ms,
+            "--request-rate": request_rate,
+            "--slo": slo,
+            "--trace": trace,
+            "--report": report,
+            "--format vllm": output if output == "vllm" else None,
         }
         # An option without an effect would make people trust a figure that it did not shape.
         _refuse(of_rows, "not for --multi-turn")
@@ -148,7 +214,7 @@ def serve(
             num_turns=turns or 4,
             first_tokens=lengths[0],
             turn_tokens=turn_tokens or 32,
-            output_tokens=output_tokens,
+            output_tokens=output_tokens or 32,
             concurrency=numbers[0],
             max_token_id=max_token_id,
             seed=seed,
@@ -158,9 +224,23 @@ def serve(
             {"--conversations": conversations, "--turns": turns, "--turn-tokens": turn_tokens},
             "only for --multi-turn",
         )
+        if request_rate is not None:
+            _refuse({"--concurrency": concurrency}, "not with --request-rate")
+        else:
+            _refuse({"--burstiness": burstiness}, "only with --request-rate")
+        if trace is None:
+            _refuse({"--trace-speed": trace_speed}, "only with --trace")
+        else:
+            lengths_of_trace = {"--input-tokens": input_tokens, "--output-tokens": output_tokens}
+            _refuse(lengths_of_trace, "not with --trace, which has them")
         options = BenchOptions(
+            request_rates=read_rates(request_rate, "--request-rate"),
+            burstiness=read_positive(burstiness, "--burstiness"),
+            goals=_read_slo(slo),
+            trace=_read_trace(trace, num_requests),
+            trace_speed=read_positive(trace_speed, "--trace-speed"),
             input_tokens=lengths,
-            output_tokens=output_tokens,
+            output_tokens=output_tokens or 32,
             concurrencies=numbers,
             num_requests=num_requests,
             max_token_id=max_token_id,
@@ -175,7 +255,26 @@ def serve(
         _refuse(own, "for a deployment that is started here, not for one at --url")
     else:
         refuse_address(flags)
-    raise typer.Exit(_measure(options, url, config, flags, output))
+    raise typer.Exit(_measure(options, url, config, flags, output, report))
+
+
+def _read_slo(text: str | None) -> Goals:
+    try:
+        return Goals() if text is None else read_goals(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="'--slo'") from None
+
+
+def _read_trace(path: Path | None, num_requests: int | None) -> list[TraceRequest]:
+    """Return the first requests of a trace; none without a file."""
+    if path is None:
+        return []
+    try:
+        trace = read_trace(path)[:num_requests]
+    except ConfigError as error:
+        print_errors([error])
+        raise typer.Exit(EXIT_UNUSABLE) from None
+    return trace
 
 
 def _measure(
@@ -183,13 +282,14 @@ def _measure(
     url: str | None,
     config: Path | None,
     flags: dict[str, object],
-    output: Format,
+    output: ServeFormat,
+    report: Path | None,
 ) -> int:
     """Measure, show the figures, and return the exit code, which is 0 only if nothing went wrong.
 
     What was measured before an error or Ctrl-C is shown too.
     """
-    rows: list[BenchRow] = []
+    runs: list[BenchRun] = []
     chats: MultiTurnReport | None = None
     start_s: float | None = None
     code = 0
@@ -209,7 +309,7 @@ def _measure(
             target = url if deployment is None else deployment.url
             match msgspec.structs.replace(options, url=target, api_key=key):
                 case BenchOptions() as serve_options:
-                    asyncio.run(_collect(serve_options, status.update, rows))
+                    asyncio.run(_collect(serve_options, status.update, runs))
                 case MultiTurnOptions() as chat_options:
                     chats = asyncio.run(bench_multi_turn(chat_options, status.update))
             status.update("stopping the deployment")
@@ -223,30 +323,55 @@ def _measure(
         typer.echo(f"command to healthy: {start_s:.1f} s")
     if chats is not None:
         return max(code, _show_chats(chats, output))
-    return max(code, _show_rows(rows, output)) if rows else code
+    if runs and report is not None:
+        assert isinstance(options, BenchOptions)
+        code = max(code, write_report(report, "--report", bench_page(runs, options.goals)))
+    return max(code, _show_runs(runs, output)) if runs else code
 
 
-async def _collect(options: BenchOptions, progress: ProgressText, rows: list[BenchRow]) -> None:
-    async for row in bench_serve(options, progress):
-        rows.append(row)  # noqa: PERF401 - those before an error or Ctrl-C are shown
+async def _collect(options: BenchOptions, progress: ProgressText, runs: list[BenchRun]) -> None:
+    async for run in bench_serve(options, progress):
+        runs.append(run)  # noqa: PERF401 - those before an error or Ctrl-C are shown
 
 
-def _show_rows(rows: Sequence[BenchRow], output: Format) -> int:
+def _show_runs(runs: Sequence[BenchRun], output: ServeFormat) -> int:
+    rows = [run.row for run in runs]
     found = [msgspec.to_builtins(row) for row in rows]
     if output == "json":
         print_json(found)
+    elif output == "vllm":
+        for run in runs:
+            # A line each, as `vllm bench serve --append-result` writes them.
+            typer.echo(msgspec.json.encode(vllm_result(run)).decode())
     else:
-        limits = {
+        shown = _LOAD_HEADINGS | _HEADINGS | _GOAL_HEADINGS | _LIMIT_HEADINGS
+        optional = _LOAD_HEADINGS | _GOAL_HEADINGS | _LIMIT_HEADINGS
+        headings = {
             name: text
-            for name, text in _LIMIT_HEADINGS.items()
-            if any(row[name] is not None for row in found)
+            for name, text in shown.items()
+            if name not in optional or any(row[name] is not None for row in found)
         }
-        print_table(found, _HEADINGS | limits)
+        print_table(found, headings)
+        typer.echo(_totals(rows))
     print_errors([error for row in rows for error in row.errors])
     return int(any(row.num_errors for row in rows))
 
 
-def _show_chats(report: MultiTurnReport, output: Format) -> int:
+def _totals(rows: Sequence[BenchRow]) -> str:
+    """Return what all rows add up to."""
+    seconds = sum(row.seconds for row in rows)
+    num_requests = sum(row.num_requests for row in rows)
+    left_out = sum(row.num_left_out for row in rows)
+    note = f"; {left_out} of the trace are too long for the model and left out" if left_out else ""
+    return (
+        f"in all: {num_requests} requests, {sum(row.num_errors for row in rows)} errors, "
+        f"{sum(row.total_prompt_tokens for row in rows)} prompt and "
+        f"{sum(row.total_output_tokens for row in rows)} output tokens in {duration(seconds)}; "
+        f"{num_requests / seconds:.2f} requests/s; times in ms{note}"
+    )
+
+
+def _show_chats(report: MultiTurnReport, output: ServeFormat) -> int:
     if output == "json":
         print_json(report)
     else:

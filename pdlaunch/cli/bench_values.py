@@ -22,6 +22,26 @@ def read_numbers(text: str, option: str) -> list[int]:
     return numbers
 
 
+def read_rates(text: str | None, option: str) -> list[float]:
+    """Read ``0.5,2,8``. Empty for None."""
+    if text is None:
+        return []
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or not all(0 < number < math.inf for number in numbers):
+        raise _refused(option, f"{text!r} is not a list of positive numbers such as 0.5,2,8")
+    return numbers
+
+
+def read_positive(number: float | None, option: str) -> float:
+    """Return a number above 0, infinity included; 1 for None."""
+    if number is not None and not number > 0:
+        raise _refused(option, f"{number:g} is not above 0")
+    return 1.0 if number is None else number
+
+
 def read_decimals(text: str | None, keys: Sequence[int], option: str) -> dict[int, float]:
     """Read ``4.9,6.2``: one number for each key, or one for all. Empty for None."""
     if text is None:

@@ -16,12 +16,15 @@ from pdlaunch.cli import EXIT_INTERRUPTED, EXIT_UNUSABLE
 from pdlaunch.cli.flags import with_serve_flags
 from pdlaunch.cli.output import print_errors
 from pdlaunch.cli.own_deployment import own_deployment, refuse_address
+from pdlaunch.cli.report.page import write_report
+from pdlaunch.cli.report.smoke import smoke_page
 from pdlaunch.client.deployment import Deployment
 from pdlaunch.client.smoke import Check, smoke, write_junit
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError, PdlaunchError
 from pdlaunch.platform.probe import probe_machine
 from pdlaunch.resolve.resolve import THIS_HOST, resolve
+from pdlaunch.resolve.roles import RoleEngines
 from pdlaunch.testing.chaos import chaos_environment, smoke_under_chaos
 
 
@@ -31,6 +34,10 @@ def smoke_command(
     junit: Annotated[
         Path | None,
         typer.Option(help="Write the checks as JUnit XML.", metavar="FILE", dir_okay=False),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Write the checks as one HTML file.", metavar="FILE", dir_okay=False),
     ] = None,
     chaos: Annotated[
         int | None,
@@ -55,6 +62,7 @@ def smoke_command(
         raise typer.Exit(EXIT_UNUSABLE) from None
     key = launch_config.api_key.get_secret_value() if launch_config.api_key else None
     checks: list[Check] = []
+    checked: dict[str, object] = {"Model": launch_config.model}
     try:
         faults: dict[str, str] = {}
         if chaos is not None:
@@ -67,6 +75,11 @@ def smoke_command(
             # Only now: a model that had to be converted can be read.
             resolved = resolve(launch_config, {THIS_HOST: probe_machine()}, os.environ)
             exact = {engines.dtype for engines in resolved.roles.values()} == {"float32"}
+            checked |= {
+                "Engines": ", ".join(_described(engines) for engines in resolved.roles.values()),
+                "Connector": launch_config.kv_transfer.connector,
+                "Faults": "none" if chaos is None else f"drawn from seed {chaos}",
+            }
             if chaos is None:
                 checks += smoke(deployment.url, api_key=key, exact=exact)
             else:
@@ -92,6 +105,8 @@ def smoke_command(
         if check.failure is not None:
             console.print(Text(f"        {check.failure}"), soft_wrap=True)
     is_written = junit is None or _write(checks, junit)
+    if report is not None:
+        is_written &= not write_report(report, "--report", smoke_page(checks, checked))
     num_failed = sum(check.failure is not None for check in checks)
     console.print(
         Text(
@@ -101,6 +116,12 @@ def smoke_command(
         )
     )
     raise typer.Exit(0 if is_written and not num_failed else 1)
+
+
+def _described(engines: RoleEngines) -> str:
+    """Return what the engines of a role are: ``1 prefill (float32, cpu, TP 1)``."""
+    kind = f"{engines.dtype}, {engines.device}, TP {engines.tp_size}"
+    return f"{engines.replicas} {engines.role} ({kind})"
 
 
 def _write(checks: list[Check], path: Path) -> bool:

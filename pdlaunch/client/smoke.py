@@ -13,6 +13,7 @@ import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +167,14 @@ def _compare_stream(router: Api) -> None:
     body = {"prompt": _PROMPTS[1], "max_tokens": NUM_TOKENS, "temperature": 0}
     _, whole = router.post("/v1/completions", body)
     streamed = "".join(_stream_text(router, body | {"stream": True}))
-    if streamed != whole["choices"][0]["text"]:
-        raise _Failure(f"streamed {streamed!r}, whole {whole['choices'][0]['text']!r}")
+    text = whole["choices"][0]["text"]
+    if streamed != text:
+        pairs = zip(streamed, text, strict=False)
+        num_equal = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        raise _Failure(
+            f"the stream has {len(streamed)} characters, the whole answer {len(text)}; the first "
+            f"{num_equal} are equal"
+        )
 
 
 def _stream_text(router: Api, body: dict[str, Any]) -> list[str]:

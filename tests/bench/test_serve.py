@@ -36,7 +36,8 @@ async def serving(server: FakeOpenAI) -> AsyncIterator[str]:
 
 async def bench(server: FakeOpenAI, **options: Any) -> list[BenchRow]:
     async with serving(server) as url:
-        return [row async for row in bench_serve(BenchOptions(url=url, **options), lambda _: None)]
+        runs = bench_serve(BenchOptions(url=url, **options), lambda _: None)
+        return [run.row async for run in runs]
 
 
 async def chat(server: FakeOpenAI, **options: Any) -> MultiTurnReport:
@@ -94,17 +95,17 @@ async def test_refused_requests_are_counted_with_their_reasons() -> None:
     server = FakeOpenAI()
     async with serving(server) as url:
         rows = bench_serve(
-            BenchOptions(url=url, concurrencies=(1,), num_requests=5), lambda _: refuse()
+            BenchOptions(url=url, concurrencies=(1,), num_requests=5), lambda text: refuse(text)
         )
 
-        def refuse() -> None:
+        def refuse(text: str) -> None:
             # Only when the warm-up is over.
-            server.refusals = [(429, b'{"error": {"message": "full"}}')] * 2 + [
-                (503, b'{"error": {"message": "starting"}}')
-            ]
-            server.refusals *= bool(server.prompts)
+            if text == "prompts of 128 tokens, 1 at once":
+                server.refusals = [(429, b'{"error": {"message": "full"}}')] * 2 + [
+                    (503, b'{"error": {"message": "starting"}}')
+                ]
 
-        row = await anext(rows)
+        row = (await anext(rows)).row
     assert (row.num_requests, row.num_errors) == (5, 3)
     assert row.errors == ["2 x HTTP 429: full", "1 x HTTP 503: starting"]
 

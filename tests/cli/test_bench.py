@@ -65,6 +65,57 @@ def test_a_table_has_no_escape_codes_in_a_pipe(server: FakeOpenAI) -> None:
     assert all(word in result.stdout for word in ("gap", "TTFT", "allows"))
 
 
+def test_a_table_says_medians_totals_and_duration(server: FakeOpenAI) -> None:
+    result = bench(server.url, "--input-tokens", "5", *SMALL, "--slo", "e2e=60s")
+    assert result.exit_code == 0, result.stderr
+    for word in ("median", "p99", "took", "reqs", "good", "share"):
+        assert word in result.stdout
+    assert "in all: 6 requests, 0 errors, 30 prompt and 24 output tokens in " in result.stdout
+    assert "rate" not in result.stdout, "nothing was sent at a rate"
+
+
+def test_a_rate_instead_of_concurrency(server: FakeOpenAI) -> None:
+    result = bench(
+        server.url, "--input-tokens", "5", "--output-tokens", "2", "--num-requests", "4",
+        "--request-rate", "200,400", "--burstiness", "0.5", "--format", "json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    rows = json.loads(result.stdout)
+    assert [(row["request_rate"], row["concurrency"], row["burstiness"]) for row in rows] == [
+        (200.0, None, 0.5),
+        (400.0, None, 0.5),
+    ]
+
+
+def test_lines_as_vllm_writes_them(server: FakeOpenAI) -> None:
+    result = bench(server.url, "--input-tokens", "5", *SMALL, "--format", "vllm")
+    assert result.exit_code == 0, result.stderr
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(one["max_concurrency"], one["completed"]) for one in found] == [(1, 3), (2, 3)]
+
+
+def test_a_trace_and_a_report(server: FakeOpenAI, tmp_path: Path) -> None:
+    trace, report = tmp_path / "trace.jsonl", tmp_path / "report.html"
+    line = {"timestamp": 5, "input_length": 6, "output_length": 2, "hash_ids": [1]}
+    trace.write_text(f"{json.dumps(line)}\n" * 3)
+    result = bench(
+        server.url, "--trace", str(trace), "--num-requests", "2", "--report", str(report)
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "in all: 2 requests, 0 errors, 12 prompt and 4 output tokens" in result.stdout
+    assert [len(prompt) for prompt in server.prompts[1:]] == [6, 6]
+    assert "as in the trace" in report.read_text()
+
+
+def test_a_broken_trace_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"input_length": 6}\n')
+    result = run("serve", "--trace", str(trace))
+    assert result.exit_code == 2
+    assert "line 1" in result.stderr
+    assert "output_length" in result.stderr
+
+
 def test_chats(server: FakeOpenAI) -> None:
     result = bench(server.url, *CHATS, "--seed", "3", "--format", "json")
     assert result.exit_code == 0, result.stderr
@@ -106,6 +157,15 @@ def test_errors_are_shown_and_counted(server: FakeOpenAI, options: tuple[str, ..
         ),
         (("--concurrency", "a"), "'a' is not a list of positive numbers"),
         (("--bare-gb-per-s", "0"), "'0' is neither"),
+        (("--request-rate", "0"), "'0' is not a list of positive numbers such as 0.5,2,8"),
+        (("--request-rate", "2", "--concurrency", "3"), "--concurrency: not with --request-rate"),
+        (("--burstiness", "2"), "--burstiness: only with --request-rate"),
+        (("--request-rate", "2", "--burstiness", "0"), "0 is not above 0"),
+        (("--slo", "ttfb=3"), "'ttfb' is none of ttft, tpot, itl, e2e"),
+        (("--trace-speed", "2"), "--trace-speed: only with --trace"),
+        (("--trace", __file__, "--input-tokens", "3"), "--input-tokens: not with --trace"),
+        (("--multi-turn", "--report", "a"), "--report: not for --multi-turn"),
+        (("--multi-turn", "--format", "vllm"), "--format vllm: not for --multi-turn"),
     ],
 )
 def test_options_that_say_nothing_are_refused(options: tuple[str, ...], message: str) -> None:

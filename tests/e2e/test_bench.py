@@ -11,7 +11,7 @@ async def test_rows_have_every_figure(demo: Deployment) -> None:
     options = BenchOptions(
         url=demo.url, input_tokens=(20, 40), output_tokens=4, concurrencies=(2,), num_requests=2
     )
-    rows = [row async for row in bench_serve(options, lambda _: None)]
+    rows = [run.row async for run in bench_serve(options, lambda _: None)]
     assert [(row.input_tokens, row.num_requests, row.errors) for row in rows] == [
         (20, 2, []),
         (40, 2, []),

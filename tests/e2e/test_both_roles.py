@@ -79,7 +79,7 @@ async def test_bench_serve_runs_a_closed_loop(deployment: Deployment) -> None:
         num_requests=4,
         max_token_id=200,
     )
-    (row,) = [row async for row in bench_serve(options, lambda _: None)]
+    (row,) = [run.row async for run in bench_serve(options, lambda _: None)]
     assert (row.num_requests, row.errors) == (4, [])
     assert row.ttft_ms_median is not None
     assert row.tpot_ms_median is not None

@@ -28,8 +28,9 @@ from pdlaunch.bench.serve.engine_counters import (
     read_counters,
     tier_rows,
 )
+from pdlaunch.bench.serve.progress import Progress, ProgressText
 from pdlaunch.bench.serve.row import count_errors, milliseconds
-from pdlaunch.bench.serve.sweep import ProgressText, random_prompt, warm_up
+from pdlaunch.bench.serve.sweep import random_prompt, warm_up
 from pdlaunch.bench.serve.target import BenchTarget, open_target
 from pdlaunch.bench.serve.timed_completion import TimedCompletion, complete
 
@@ -138,9 +139,10 @@ async def bench_multi_turn(options: MultiTurnOptions, progress: ProgressText) ->
         ]
         before = await read_counters(target.session)
         turns: list[TurnRow] = []
+        steps = Progress(options.num_conversations * options.num_turns, progress)
         while conversations and len(turns) < options.num_turns:
-            progress(f"turn {len(turns) + 1} of {options.num_turns}")
-            turns.append(await _run_turn(target, options, len(turns), conversations))
+            steps.begin(f"turn {len(turns) + 1} of {options.num_turns}")
+            turns.append(await _run_turn(target, options, len(turns), conversations, steps))
             conversations = [
                 conversation for conversation in conversations if not conversation.has_failed
             ]
@@ -159,10 +161,11 @@ async def _run_turn(
     options: MultiTurnOptions,
     turn: int,
     conversations: Sequence[_Conversation],
+    steps: Progress,
 ) -> TurnRow:
     waiting, done = iter(conversations), list[TimedCompletion]()
     start_at = time.perf_counter()
-    await asyncio.gather(*(_work(target, waiting, done) for _ in range(options.concurrency)))
+    await asyncio.gather(*(_work(target, waiting, done, steps) for _ in range(options.concurrency)))
     seconds = time.perf_counter() - start_at
     prompt_tokens = options.first_tokens + turn * (options.output_tokens + options.turn_tokens)
     good = [completion for completion in done if completion.error is None]
@@ -190,10 +193,14 @@ async def _run_turn(
 
 
 async def _work(
-    target: BenchTarget, waiting: Iterator[_Conversation], done: list[TimedCompletion]
+    target: BenchTarget,
+    waiting: Iterator[_Conversation],
+    done: list[TimedCompletion],
+    steps: Progress,
 ) -> None:
     for conversation in waiting:
-        done.append(await conversation.say(target))  # noqa: PERF401 - workers share the iterator, one conversation each at a time
+        done.append(await conversation.say(target))
+        steps.one_done()
 
 
 async def _counted(

@@ -10,6 +10,7 @@ from itertools import pairwise
 import msgspec
 
 from pdlaunch.bench.serve.engine_counters import EngineCounters
+from pdlaunch.bench.serve.goals import Goals
 from pdlaunch.bench.serve.timed_completion import TimedCompletion
 
 GAP_GOAL_OF_ITL = 1.5
@@ -20,10 +21,26 @@ class BenchRow(msgspec.Struct, frozen=True, kw_only=True):
     """Holds the figures of one length at one concurrency; None where nothing was measured."""
 
     input_tokens: int
-    concurrency: int
+    """Length of the prompts; of a trace, their mean."""
+    concurrency: int | None
+    """Requests at a time; None: they were sent at a rate, or when a trace says."""
+    request_rate: float | None = None
+    """Requests sent a second."""
+    burstiness: float | None = None
     num_requests: int
     num_errors: int
+    num_left_out: int = 0
+    """Requests of the trace that the model's context is too short for."""
     seconds: float
+    requests_per_s: float
+    """Answered without an error."""
+    total_prompt_tokens: int
+    total_output_tokens: int
+    """Both of the requests without an error."""
+    goodput_per_s: float | None = None
+    """Requests a second that met the goals; None without goals."""
+    good_share: float | None = None
+    """Share of all requests that met them."""
     ttft_ms_median: float | None
     ttft_ms_p99: float | None
     first_gap_ms_median: float | None
@@ -32,6 +49,8 @@ class BenchRow(msgspec.Struct, frozen=True, kw_only=True):
     itl_ms_median: float | None
     """Time between tokens, from the second on."""
     itl_ms_p99: float | None
+    e2e_ms_median: float | None
+    """Request to last token."""
     tpot_ms_median: float | None
     """Time per output token of a request: (last token - first token) / (tokens - 1)."""
     together_share: float | None
@@ -53,16 +72,27 @@ class BenchRow(msgspec.Struct, frozen=True, kw_only=True):
     errors: list[str] = []
     """The most frequent errors, as the deployment worded them, with their counts."""
 
+    @property
+    def load(self) -> str:
+        """Return in words how the requests were sent."""
+        if self.concurrency is not None:
+            return f"{self.concurrency} at once"
+        return "as in the trace" if self.request_rate is None else f"{self.request_rate:g} a second"
+
 
 def summarise(
     input_tokens: int,
-    concurrency: int,
+    concurrency: int | None,
     done: Collection[TimedCompletion],
     seconds: float,
     counted: EngineCounters,
     *,
-    bare_gb_per_s: float | None,
-    step_ms: float | None,
+    bare_gb_per_s: float | None = None,
+    step_ms: float | None = None,
+    goals: Goals | None = None,
+    request_rate: float | None = None,
+    burstiness: float | None = None,
+    num_left_out: int = 0,
 ) -> BenchRow:
     """Make a row.
 
@@ -76,19 +106,29 @@ def summarise(
     itl_ms = milliseconds(itl_s, 0.5)
     kv_megabytes = _mean(counted.total("kv_transfer_bytes"), counted.total("kv_transfers"), 1e-6)
     tokens_per_s = sum(completion.num_tokens for completion in good) / seconds
-    step_tokens_per_s = None if step_ms is None else concurrency / step_ms * 1000
+    step_tokens_per_s = concurrency / step_ms * 1000 if step_ms and concurrency else None
+    num_within = sum(map(goals.met_by, done)) if goals else None
     return BenchRow(
         input_tokens=input_tokens,
         concurrency=concurrency,
+        request_rate=request_rate,
+        burstiness=burstiness,
         num_requests=len(done),
         num_errors=len(done) - len(good),
+        num_left_out=num_left_out,
         seconds=round(seconds, 3),
+        requests_per_s=round(len(good) / seconds, 3),
+        total_prompt_tokens=sum(completion.num_prompt_tokens for completion in good),
+        total_output_tokens=sum(completion.num_tokens for completion in good),
+        goodput_per_s=None if num_within is None else round(num_within / seconds, 3),
+        good_share=None if num_within is None else round(num_within / max(len(done), 1), 4),
         ttft_ms_median=milliseconds([completion.ttft_s for completion in good], 0.5),
         ttft_ms_p99=milliseconds([completion.ttft_s for completion in good], 0.99),
         first_gap_ms_median=milliseconds(gaps_s, 0.5),
         first_gap_ms_p99=milliseconds(gaps_s, 0.99),
         itl_ms_median=itl_ms,
         itl_ms_p99=milliseconds(itl_s, 0.99),
+        e2e_ms_median=milliseconds([completion.e2e_s for completion in good], 0.5),
         tpot_ms_median=milliseconds(
             [(item.tokens_at[-1] - item.tokens_at[0]) / (item.num_tokens - 1) for item in several],
             0.5,

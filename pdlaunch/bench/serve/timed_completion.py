@@ -29,6 +29,7 @@ class TimedCompletion(msgspec.Struct):
     """Output tokens; empty where the deployment does not tell them."""
     num_tokens: int = 0
     """Output tokens as the deployment counts them."""
+    num_prompt_tokens: int = 0
     num_cached_tokens: int | None = None
     """Prompt tokens that were not computed, where the deployment says so."""
     error: str | None = None
@@ -44,6 +45,16 @@ class TimedCompletion(msgspec.Struct):
         and decode apart.
         """
         return self.tokens_at[1] - self.tokens_at[0]
+
+    @property
+    def e2e_s(self) -> float:
+        """Return the time from the request to the last token."""
+        return self.tokens_at[-1] - self.start_at
+
+    @property
+    def all_gaps_s(self) -> list[float]:
+        """Return the times between all tokens."""
+        return [late - early for early, late in pairwise(self.tokens_at)]
 
     @property
     def inter_token_s(self) -> list[float]:
@@ -92,7 +103,7 @@ async def complete(
             "return_token_ids": True,
         }
     )
-    completion = TimedCompletion(start_at=time.perf_counter())
+    completion = TimedCompletion(start_at=time.perf_counter(), num_prompt_tokens=len(prompt))
     try:
         async with session.post(
             "/v1/completions", data=body, headers={"Content-Type": "application/json"}

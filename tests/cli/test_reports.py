@@ -1,0 +1,183 @@
+"""Reports as HTML files: whole, readable without a network, and without what nobody should read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from pdlaunch.bench.serve.engine_counters import EngineCounters
+from pdlaunch.bench.serve.goals import Goals
+from pdlaunch.bench.serve.row import summarise
+from pdlaunch.bench.serve.sweep import BenchRun
+from pdlaunch.bench.serve.timed_completion import TimedCompletion
+from pdlaunch.cli.report.bench import bench_page
+from pdlaunch.cli.report.page import Html, write_report
+from pdlaunch.cli.report.plots import Bar, Series, lines, round_step, shares, timeline
+from pdlaunch.cli.report.smoke import smoke_page
+from pdlaunch.client.smoke import Check
+
+EVIL = "<script>alert('name')</script>&"
+VOID = {"meta"}
+
+
+class Page(HTMLParser):
+    """Proves that tags are closed in order, and keeps the text of each kind of element."""
+
+    def __init__(self, content: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text: dict[str, list[str]] = {}
+        self.feed(content)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: Sequence[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: Sequence[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open:
+            self.text.setdefault(self.open[-1], []).append(data)
+
+
+def run(
+    *, concurrency: int | None = None, rate: float | None = None, input_tokens: int = 5
+) -> BenchRun:
+    done = [
+        TimedCompletion(
+            start_at=10.0 + n,
+            tokens_at=[10.2 + n, 10.3 + n, 10.5 + n],
+            token_ids=[4711] * 3,
+            num_tokens=3,
+            num_prompt_tokens=input_tokens,
+        )
+        for n in range(4)
+    ]
+    done.append(TimedCompletion(start_at=12.0, error="HTTP 400: the secret prompt is too long"))
+    row = summarise(
+        input_tokens,
+        concurrency,
+        done,
+        4.0,
+        EngineCounters(),
+        goals=Goals(ttft_ms=300),
+        request_rate=rate,
+    )
+    return BenchRun(row=row, done=done, start_at=10.0, model=EVIL)
+
+
+def check_offline(content: str) -> Page:
+    """The file loads nothing and runs nothing."""
+    page = Page(content)
+    assert not {"script", "link", "img", "iframe", "object", "form"} & set(page.tags)
+    names = {name for name, _ in page.attributes}
+    assert not {"src", "href", "xlink:href", "srcset"} & names
+    assert not [name for name in names if name.startswith("on")]
+    assert not re.search(r"https?://|@import|url\(", content)
+    assert "default-src 'none'" in content
+    assert "prefers-color-scheme: dark" in content
+    return page
+
+
+def test_a_benchmark_s_page_has_its_plots_and_figures() -> None:
+    runs = [run(concurrency=1), run(concurrency=4), run(rate=2.0), run(rate=4.0)]
+    page = check_offline(bench_page(runs, Goals(ttft_ms=300)))
+    titles = page.text["h3"]
+    for title in (
+        "Time to first token",
+        "Time between tokens",
+        "Throughput over concurrency",
+        "Throughput over rate",
+        "Goodput over rate",
+        "5 in, 4 at once",
+        "5 in, 4 a second",
+    ):
+        assert title in titles
+    cells = page.text["td"]
+    assert cells.count("200.00") == 4, "the median of the first token, in each row"
+    assert cells.count("0.80") == 4, "the share that met the goals"
+    # Of each run four bars in two parts, and one that failed.
+    assert page.tags.count("rect") == 4 * (4 * 2 + 1)
+
+
+def test_names_are_escaped_and_what_was_said_is_left_out() -> None:
+    content = bench_page([run(concurrency=1)], Goals())
+    assert EVIL not in content
+    assert "&lt;script&gt;alert" in content
+    assert "secret" not in content
+    assert "4711" not in content
+    assert "1 requests failed: HTTP 400." in content
+
+
+def test_one_row_and_no_answer_make_a_page_too() -> None:
+    failed = [TimedCompletion(start_at=1.0, error="no answer in time")]
+    row = summarise(5, 1, failed, 1.0, EngineCounters())
+    check_offline(bench_page([BenchRun(row=row, done=failed, start_at=1.0, model="m")], Goals()))
+
+
+def test_a_smoke_run_s_page_has_each_check() -> None:
+    checks = [Check("gets ready", 12.5), Check(EVIL, 0.25, f"broken {EVIL}"), Check("stops", 1.0)]
+    content = smoke_page(checks, {"Model": EVIL})
+    page = check_offline(content)
+    assert EVIL not in content
+    assert "1 of 3 checks failed" in content
+    marks = [text for text in page.text["span"] if text[:1] in "✓✗"]
+    assert marks == ["✓ ok", "✗ failed", "✓ ok"]
+    assert {"12.500", "0.250", "1.000"} <= set(page.text["td"])
+    assert "torch" in page.text["dt"]
+
+
+def test_lines_lie_where_their_values_are() -> None:
+    drawing = lines([Series("a", [(1, 10), (2, 20)])], x_label="x", y_label="y")
+    circles = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', drawing)
+    (left, low), (right, high) = [(float(x), float(y)) for x, y in circles]
+    assert left < right
+    assert low > high, "larger values are further up"
+    # Both axes begin at 0.
+    assert (right - 54) / (left - 54) == pytest.approx(2, abs=0.02)
+    assert (240 - high) / (240 - low) == pytest.approx(2, abs=0.02)
+
+
+def test_shares_end_at_one_and_are_few() -> None:
+    points = shares([float(value) for value in range(1, 5001)])
+    assert points[0] == (1.0, 0.0)
+    assert points[-1] == (5000.0, 1.0)
+    assert len(points) <= 201
+    assert shares([]) == []
+
+
+def test_a_timeline_shows_no_more_than_fit() -> None:
+    assert timeline([Bar(n, n + 0.5, n + 1.0) for n in range(1000)]).count("<rect") == 600
+
+
+@pytest.mark.parametrize(
+    ("step", "up", "down"), [(0.3, 0.5, 0.2), (1.0, 1.0, 1.0), (7.0, 10.0, 5.0)]
+)
+def test_steps_are_round(step: float, up: float, down: float) -> None:
+    assert round_step(step) == pytest.approx(up)
+    assert round_step(step, down=True) == pytest.approx(down)
+
+
+def test_a_folder_that_cannot_be_written_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert write_report(tmp_path / "new" / "a.html", "--report", Html("x")) == 0
+    assert (tmp_path / "new" / "a.html").read_text() == "x"
+    assert write_report(tmp_path / "file" / "a.html", "--report", Html("x")) == 1
+    assert "error: --report" in capsys.readouterr().err
