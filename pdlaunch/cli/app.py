@@ -88,6 +88,11 @@ COMMANDS = (
         "restart", "pdlaunch.cli.engines:restart", "Have engines of a deployment started anew."
     ),
     Command(
+        "trace",
+        "pdlaunch.cli.trace:trace",
+        "Show what became of a request, over all processes.",
+    ),
+    Command(
         "bench",
         "pdlaunch.cli.bench:app",
         "Measure a deployment, or one part of it beside what the machine allows.",

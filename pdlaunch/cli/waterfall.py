@@ -1,0 +1,107 @@
+"""Draws what became of a request: a line for each span, under the process that it belongs to.
+
+::
+
+    prefill-0/rank-0
+      queue                    ▏                                       0.2 ms
+      prefill 512 tokens       ▕██████████████████████▏             6436.3 ms
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.text import Text
+
+from pdlaunch.observe.logs import escape_controls
+from pdlaunch.observe.spans import Attribute
+from pdlaunch.protocol.requests import RequestTrace, SpanView
+from pdlaunch.router.request_lines import format_request
+
+MIN_BAR = 10
+"""Columns of a bar where a terminal is narrow; names give way first."""
+_NAME_SHARE = 0.42
+_TIME_COLUMNS = 13
+_STYLES = {
+    "queue": "yellow",
+    "lease": "yellow",
+    "read": "cyan",
+    "pull": "cyan",
+    "checksums": "blue",
+}
+_UNKNOWN = "unknown: this engine tells nothing of itself"
+
+
+def print_trace(console: Console, trace: RequestTrace) -> None:
+    """Print a request's line, then its spans, process by process."""
+    line = f"{trace.id}  {format_request(trace)}"
+    console.print(Text(escape_controls(line), style="bold"), soft_wrap=not console.is_terminal)
+    width, is_ascii = max(console.width, 40), console.options.ascii_only
+    for process, spans in _by_process(trace):
+        console.print(Text(escape_controls(process), style="bold cyan", overflow="ellipsis"))
+        if not spans:
+            console.print(Text(f"  {_UNKNOWN}", style="dim"))
+        for span in spans:
+            console.print(_row(span, trace.total_ms or 0.0, width, is_ascii=is_ascii))
+    if trace.dropped_spans:
+        console.print(Text(f"{trace.dropped_spans} more are not remembered", style="dim"))
+
+
+def _by_process(trace: RequestTrace) -> Iterator[tuple[str, list[SpanView]]]:
+    """Yield processes in the order in which they began, engines that say nothing too."""
+    found: dict[str, list[SpanView]] = {}
+    for span in trace.spans:
+        found.setdefault(span.process, []).append(span)
+    yield from found.items()
+    told = {process.partition("/")[0] for process in found}
+    for engine in (trace.prefill, trace.decode):
+        if engine is not None and engine not in told:
+            yield engine, []
+
+
+def _row(span: SpanView, total_ms: float, width: int, *, is_ascii: bool) -> Text:
+    """Return one line of ``width`` columns: name, place in time, duration."""
+    name_columns = max(12, min(int(width * _NAME_SHARE), width - MIN_BAR - _TIME_COLUMNS))
+    bar_columns = width - name_columns - _TIME_COLUMNS
+    name = escape_controls(f"  {span.name}{_details(span.attributes)}")
+    failed = "error" in span.attributes or span.attributes.get("ok") is False
+    style = "red" if failed else _STYLES.get(span.name, "green")
+    row = Text(no_wrap=True)
+    label = Text(name)
+    label.truncate(name_columns - 1, overflow="ellipsis" if not is_ascii else "crop", pad=True)
+    row.append_text(label)
+    row.append(" ")
+    row.append(_bar(span, total_ms, bar_columns, is_ascii=is_ascii), style=style)
+    duration_ms = span.end_ms - span.start_ms
+    time = f"{duration_ms:.1f} ms" if duration_ms else f"@{span.start_ms:.1f} ms"
+    row.append(f"{time:>{_TIME_COLUMNS - 1}}", style="" if duration_ms else "dim")
+    return row
+
+
+def _bar(span: SpanView, total_ms: float, columns: int, *, is_ascii: bool) -> str:
+    """Return where the span lies in the request's time; an instant is a mark."""
+    full, mark = ("#", "|") if is_ascii else ("█", "▏")
+    scale = (columns - 1) / total_ms if total_ms > 0 else 0.0
+    start = min(columns - 1, max(0, int(span.start_ms * scale)))
+    end = min(columns, max(start, round(span.end_ms * scale)))
+    return (" " * start + (full * (end - start) or mark)).ljust(columns)
+
+
+def _details(attributes: dict[str, Attribute]) -> str:
+    """Return what a reader wants to see beside the name."""
+    parts: list[str] = []
+    if "verified" in attributes:
+        parts.append("verified" if attributes["verified"] else "unverified")
+    for key, value in attributes.items():
+        if key == "bytes" and isinstance(value, int | float):
+            parts.append(f"{value / 1e6:.1f} MB" if value >= 1e5 else f"{value / 1e3:.1f} kB")
+        elif key == "gb_s" and isinstance(value, int | float):
+            parts.append(f"{value:.1f} GB/s")
+        elif key in ("tokens", "blocks", "prompts"):
+            parts.append(f"{value} {key}")
+        elif key.endswith("_tokens") and value:
+            parts.append(f"{value} {key.removesuffix('_tokens')}")
+        elif key in ("error", "reason"):
+            parts.append(str(value))
+    return " " + ", ".join(parts) if parts else ""

@@ -1,0 +1,231 @@
+"""``pdlaunch trace`` against an HTTP server that answers as a router does."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+from pdlaunch.cli.app import build_app
+from pdlaunch.cli.perfetto import trace_events
+from pdlaunch.cli.waterfall import print_trace
+from pdlaunch.process import run_dirs
+from pdlaunch.protocol.requests import RequestList, RequestSummary, RequestTrace, SpanView
+
+HOSTILE = "x\x1b[2J\n[red]{}%s"
+
+
+def span(name: str, start: float, end: float, process: str = "router", **attributes) -> SpanView:
+    return SpanView(name=name, process=process, start_ms=start, end_ms=end, attributes=attributes)
+
+
+def trace(request_id: str = "r1", **fields) -> RequestTrace:
+    return RequestTrace(
+        **{
+            "id": request_id,
+            "received_at": 1e9,
+            "status": 200,
+            "state": "done",
+            "path": "/v1/completions",
+            "prefill": "prefill-0",
+            "decode": "decode-0",
+            "route": "prefill-0->decode-0",
+            "total_ms": 100.0,
+            "spans": [
+                span("request", 0, 100),
+                span("prefill at prefill-0", 1, 50, clock_error_ms=0.1),
+                span("queue", 2, 10, "prefill-0/rank-0"),
+                span("prefill", 10, 45, "prefill-0/rank-0", tokens=512),
+                span("pull", 46, 52, "decode-0/rank-0", bytes=25_000_000, gb_s=4.2, verified=True),
+                span("read", 44, 50, "decode-0/rank-0", bytes=25_000_000, state="done"),
+                span("end", 100, 100, status=200),
+            ],
+        }
+        | fields
+    )
+
+
+class Router:
+    def __init__(self) -> None:
+        self.traces = {"r1": trace()}
+        self.keys: list[str | None] = []
+        self.queries: list[str] = []
+        router = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                router.keys.append(self.headers["Authorization"])
+                path, _, query = self.path.partition("?")
+                if path == "/pdlaunch/requests":
+                    router.queries.append(query)
+                    names = RequestSummary.__struct_fields__
+                    found = [
+                        RequestSummary(**{name: getattr(one, name) for name in names})
+                        for one in router.traces.values()
+                    ]
+                    self.answer(200, RequestList(requests=found))
+                    return
+                one = router.traces.get(unquote(path.removeprefix("/pdlaunch/requests/")))
+                error = {"error": {"message": "no request of this id is remembered"}}
+                self.answer(404 if one is None else 200, one or error)
+
+            def answer(self, status: int, body: object) -> None:
+                payload = msgspec.json.encode(body)
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(payload)))
+                self.end_headers()
+                self.wfile.write(payload)
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, args=(0.01,)).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+
+@pytest.fixture
+def router(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Router]:
+    monkeypatch.setattr(run_dirs, "base_dir", lambda: tmp_path)
+    monkeypatch.chdir(tmp_path)
+    router = Router()
+    yield router
+    router.server.shutdown()
+    router.server.server_close()
+
+
+def run(router: Router, *arguments: str, columns: int = 80) -> Result:
+    full = ["trace", *arguments, "--url", router.url]
+    return CliRunner().invoke(build_app(full), full, env={"COLUMNS": str(columns)})
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_a_waterfall_fits_and_needs_no_colour(router: Router, columns: int) -> None:
+    result = run(router, "r1", columns=columns)
+    assert result.exit_code == 0, result.output
+    assert "\x1b" not in result.output
+    first, *rows = result.output.splitlines()
+    assert first.startswith("r1  200 /v1/completions prefill-0 -> decode-0")
+    assert max(map(len, rows)) <= columns
+    assert [row for row in rows if not row.startswith(" ")] == [
+        "router",
+        "prefill-0/rank-0",
+        "decode-0/rank-0",
+    ]
+    queue = next(row for row in rows if row.startswith("  queue"))
+    prefill = next(row for row in rows if row.startswith("  prefill 512"))
+    assert queue.endswith("8.0 ms")
+    assert queue.rindex("█") <= prefill.index("█")
+    if columns >= 80:
+        assert any("pull verified, 25.0 MB, 4" in row for row in rows)
+
+
+def test_engines_that_tell_nothing_are_shown_as_unknown(router: Router) -> None:
+    only_router = [one for one in trace().spans if one.process == "router"]
+    router.traces["r1"] = trace(spans=only_router)
+    rows = run(router, "r1").output.splitlines()
+    for engine in ("prefill-0", "decode-0"):
+        assert "unknown" in rows[rows.index(engine) + 1]
+
+
+def test_the_one_that_is_asked_for(router: Router) -> None:
+    router.traces["a/b?c"] = trace("a/b?c")
+    assert run(router, "a/b?c").output.startswith("a/b?c ")
+    assert run(router).exit_code == 0
+    assert run(router, "--last").exit_code == 0
+    assert run(router, "--failed").exit_code == 0
+    both = run(router, "--slowest", "2").output
+    assert "r1  200" in both
+    assert "a/b?c  200" in both
+    assert router.queries == ["last=1", "last=1", "failed=1", "slowest=2"]
+
+
+def test_the_clients_key_is_sent(router: Router) -> None:
+    run(router, "r1", "--api-key", "k")
+    assert router.keys == ["Bearer k"]
+
+
+def test_what_cannot_be_shown_is_told(router: Router) -> None:
+    result = run(router, "r9")
+    assert (result.exit_code, result.output) == (
+        1,
+        "error: the router answers 404: no request of this id is remembered\n",
+    )
+    router.traces.clear()
+    assert "has served no request" in run(router).output
+    assert "no request has failed" in run(router, "--failed").output
+    assert run(router, "r1", "--last").exit_code == 2
+    assert run(router, "r1", "--output", "x").exit_code == 2
+
+
+def test_json_is_what_the_router_tells(router: Router) -> None:
+    result = run(router, "r1", "--format", "json")
+    assert msgspec.json.decode(result.output, type=RequestTrace) == trace()
+
+
+def test_hostile_names_tell_a_terminal_nothing(router: Router) -> None:
+    spans = [span(HOSTILE, 0, 5, HOSTILE, error=HOSTILE)]
+    router.traces["r1"] = trace(model=HOSTILE, error=HOSTILE, spans=spans)
+    result = run(router, "r1", columns=400)
+    assert result.exit_code == 0, result.output
+    assert "\x1b" not in result.output
+    assert r"x\x1b[2J\n[red]{}%s" in result.output
+    document = trace_events([router.traces["r1"]])
+    assert HOSTILE not in {event["name"] for event in document["traceEvents"]}
+
+
+def test_a_terminal_without_unicode_gets_ascii() -> None:
+    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    print_trace(Console(file=file, width=80, highlight=False), trace())
+    file.flush()
+    file.buffer.seek(0)  # type: ignore[attr-defined]
+    assert b"####" in file.buffer.read()
+
+
+def test_perfetto_gets_a_file(router: Router, tmp_path: Path) -> None:
+    result = run(router, "r1", "--format", "perfetto")
+    assert "pdlaunch-trace-r1.json" in result.output
+    document = json.loads((tmp_path / "pdlaunch-trace-r1.json").read_text())
+    events = document["traceEvents"]
+    names = {e["args"]["name"] for e in events if e["name"] == "process_name"}
+    assert names == {"router", "prefill-0/rank-0", "decode-0/rank-0"}
+    (prefill,) = [event for event in events if event["name"] == "prefill"]
+    assert (prefill["ph"], prefill["ts"], prefill["dur"]) == ("X", 1e15 + 10_000, 35_000)
+    assert prefill["args"] == {"request": "r1", "tokens": 512}
+    router.traces["../x"] = trace("../x")
+    run(router, "../x", "--format", "perfetto")
+    assert (tmp_path / "pdlaunch-trace-.._x.json").exists()
+    run(router, "r1", "--format", "perfetto", "--output", "mine.json")
+    assert (tmp_path / "mine.json").exists()
+
+
+_TIMES = st.tuples(st.integers(0, 50), st.integers(0, 50)).map(sorted)
+
+
+@given(st.lists(_TIMES, max_size=20))
+def test_events_of_one_lane_lie_within_or_beside_each_other(times: list[list[int]]) -> None:
+    spans = [span(str(number), start, end) for number, (start, end) in enumerate(times)]
+    events = trace_events([trace(spans=spans)])["traceEvents"]
+    drawn = [event for event in events if event["ph"] in "Xi"]
+    assert len(drawn) == len(times)
+    for one in drawn:
+        for other in drawn:
+            if one is other or one["tid"] != other["tid"]:
+                continue
+            start, end = one["ts"], one["ts"] + one.get("dur", 0)
+            other_start, other_end = other["ts"], other["ts"] + other.get("dur", 0)
+            apart = end <= other_start or other_end <= start
+            within = start <= other_start and other_end <= end
+            around = other_start <= start and end <= other_end
+            assert apart or within or around
