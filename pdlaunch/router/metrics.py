@@ -1,4 +1,4 @@
-"""Counts what the router does, and merges its metrics with every engine's on one page."""
+"""Counts what the router does, and adds every engine's metrics to its own page."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import CounterMetricFamily, Metric
-from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
@@ -21,9 +20,12 @@ from pdlaunch.router.cost_model import RouteKind
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import EngineClient
 from pdlaunch.router.membership_watch import CanaryOutcome
+from pdlaunch.router.metrics_page import MetricFamilies
 from pdlaunch.router.policy import Hop
 
 _ERROR_BUCKETS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0)
+logger = logging.getLogger(__name__)
+
 EarlyOutcome = Literal["used", "dropped"]
 
 
@@ -239,37 +241,6 @@ class _Ends(Collector):
         yield family
 
 
-logger = logging.getLogger(__name__)
-
-
-class MetricFamilies:
-    """Families by name; what several pages say of one becomes one family."""
-
-    def __init__(self) -> None:
-        self._families: dict[str, Metric] = {}
-
-    def add(self, page: str, *, engine: str | None = None) -> None:
-        """Add a page in Prometheus's text format, its samples labelled with ``engine``.
-
-        Without an engine of its own no sample can be mistaken for another page's. Raises ValueError
-        for a malformed page, of which nothing is added.
-        """
-        label = {} if engine is None else {"engine": engine}
-        for family in list(text_string_to_metric_families(page)):
-            known = self._families.setdefault(
-                family.name, Metric(family.name, family.documentation, family.type)
-            )
-            # A family has one type on a page; samples of another type are left out.
-            if known.type == family.type:
-                known.samples += [
-                    sample._replace(labels=sample.labels | label) for sample in family.samples
-                ]
-
-    def collect(self) -> Iterator[Metric]:
-        """Yield the families, as prometheus_client wants a collector to."""
-        return iter(self._families.values())
-
-
 async def scrape(own_page: bytes, client: EngineClient, engines: Collection[Engine]) -> bytes:
     """Return ``own_page`` merged with the pages of all engines.
 
@@ -283,6 +254,6 @@ async def scrape(own_page: bytes, client: EngineClient, engines: Collection[Engi
             families.add(page or "", engine=engine.name)
         except ValueError as error:
             logger.warning("%s: its metrics cannot be read: %s", engine.name, error)
-        # Reading a page takes about two milliseconds, in which no answer is streamed.
+        # Reading a page takes a millisecond or two, in which no answer is streamed.
         await asyncio.sleep(0)
-    return render_metrics(families)
+    return families.page().encode()

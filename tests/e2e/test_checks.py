@@ -70,8 +70,11 @@ def test_probe_of_what_cannot_start_names_the_reason(tiny_model: Path) -> None:
 def test_smoke_passes_and_writes_junit(tiny_model: Path, tmp_path: Path) -> None:
     report = tmp_path / "smoke.xml"
     arguments = ("--model", str(tiny_model), "--dtype", "float32", "--kv-cache-memory", "16MiB")
-    result = pdlaunch("smoke", "--junit", str(report), *arguments)
+    page = tmp_path / "reports" / "smoke.html"
+    result = pdlaunch("smoke", "--junit", str(report), "--report", str(page), *arguments)
     assert result.returncode == 0, result.stdout + result.stderr
+    for said in ("checks passed", "prompt 0", "1 prefill (float32, cpu, TP 1)", "torch"):
+        assert said in page.read_text()
     suite = ET.parse(report).getroot()
     assert (suite.get("failures"), int(suite.get("tests", "0"))) == (
         "0",

@@ -52,6 +52,8 @@ def test_stopped_ranks_are_restarted_and_their_requests_go_on(tmp_path: Path) ->
         }
         assert restarted == set(RANKS)
         assert all(f"{name} hung" in deployment.output() for name in RANKS)
+        ends = Api(deployment.url).metrics()["pdlaunch_process_ends_total"]
+        assert ends == len(RANKS), "no server and no router"
         assert tracebacks(deployment) == {}
 
 

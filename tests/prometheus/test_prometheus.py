@@ -137,11 +137,11 @@ def test_a_scrape_after_an_answer_has_it(deployment: Deployment, prometheus: Pro
 
     def counted() -> tuple[float, float]:
         page = router.metrics()
-        names = ("pdlaunch_kv_transfers_total", "pdlaunch_router_generation_tokens_total")
+        names = ("pdlaunch_sampled_tokens_total", "pdlaunch_router_generation_tokens_total")
         return page[names[0]], page[names[1]]
 
     for number in range(3):
-        transfers, tokens = counted()
+        sampled, told = counted()
         body = {"prompt": f"{number} and more words than one", "max_tokens": 3, "ignore_eos": True}
         assert router.post("/v1/completions", body)[0] == 200
-        assert counted() == (transfers + 1, tokens + 3)
+        assert counted() == (sampled + 3, told + 3), "by the ranks, by the router"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from pdlaunch.observe.metrics import render_metrics
 from pdlaunch.protocol.engine import EngineStats
-from pdlaunch.router.metrics import MetricFamilies
+from pdlaunch.router.metrics_page import MetricFamilies
 from tests.router.conftest import Stand, pair, pairs
 from tests.router.test_life_of_a_request import completion
 
@@ -181,4 +181,23 @@ async def test_a_merged_page_is_merged_unchanged(stand: Stand) -> None:
     text = await scraped(stand)
     families = MetricFamilies()
     families.add(text)
-    assert render_metrics(families).decode() == text
+    assert families.page() == text
+
+
+@pytest.mark.parametrize("line", ["x{", "x", 'x{a="b} 1', "x{} one", 'x{a="b"c="d"}e 1', "1x 2"])
+def test_what_is_no_sample_spoils_its_page(line: str) -> None:
+    families = MetricFamilies()
+    with pytest.raises(ValueError, match=r"not a sample|could not convert"):
+        families.add(f"# TYPE y gauge\ny 1\n{line}\n", engine="e")
+    assert families.page() == "\n"
+
+
+def test_labels_may_hold_whatever_text() -> None:
+    """Also what looks like a label, in a value."""
+    value = r"a,engine=\"x\",} \\"
+    families = MetricFamilies()
+    families.add(f'# TYPE y gauge\ny{{engine="0",path="{value}"}} 1 17\ny 2\n', engine='e"\\')
+    assert families.page().splitlines()[2:] == [
+        f'y{{engine="e\\"\\\\",path="{value}"}} 1 17',
+        'y{engine="e\\"\\\\"} 2',
+    ]

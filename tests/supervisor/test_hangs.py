@@ -38,6 +38,11 @@ def test_what_says_nothing_for_too_long_is_killed_and_restarted(name: str) -> No
     assert world.host.running[name] == 2
     world.become_ready(name)
     assert world.supervisor.failure is None
+    assert world.host.registry("router").ends[name] == {"died": 0, "hung": 1}
+    others = [
+        counts for other, counts in world.host.registry("router").ends.items() if other != name
+    ]
+    assert others == [{"died": 0, "hung": 0}] * len(others), "those that were killed with it"
 
 
 def test_it_leaves_the_registry_with_the_kill_and_gets_no_work_from_half_of_its_time_on() -> None:

@@ -1,0 +1,82 @@
+"""examples/grafana: what can be said of it without Prometheus and Grafana."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+GRAFANA = Path(__file__).parents[1] / "examples" / "grafana"
+DASHBOARDS = sorted((GRAFANA / "dashboards").glob("*.json"))
+
+
+def load(name: str) -> Any:
+    return yaml.safe_load((GRAFANA / name).read_text())
+
+
+def test_both_services_listen_on_loopback_alone() -> None:
+    services = load("compose.yaml")["services"]
+    assert {service["network_mode"] for service in services.values()} == {"host"}
+    assert "--web.listen-address=127.0.0.1:9090" in services["prometheus"]["command"]
+    assert services["grafana"]["environment"]["GF_SERVER_HTTP_ADDR"] == "127.0.0.1"
+    (source,) = load("provisioning/datasources/prometheus.yml")["datasources"]
+    assert source["url"] == "http://127.0.0.1:9090"
+
+
+def test_what_compose_mounts_is_there() -> None:
+    mounts = [
+        volume
+        for service in load("compose.yaml")["services"].values()
+        for volume in service["volumes"]
+        if volume.startswith("./")
+    ]
+    assert mounts
+    for mount in mounts:
+        source, _, mode = mount.split(":")
+        assert (GRAFANA / source).exists(), source
+        assert mode == "ro"
+
+
+def test_the_router_alone_is_scraped() -> None:
+    """Engines beside it would be counted twice."""
+    (job,) = load("prometheus.yml")["scrape_configs"]
+    assert job["static_configs"] == [{"targets": ["127.0.0.1:8000"]}]
+
+
+def test_no_rule_of_a_deployment_adds_up_engines() -> None:
+    for group in load("rules/recording.yml")["groups"]:
+        for rule in group["rules"]:
+            if rule["record"].startswith("deployment:"):
+                metrics = set(re.findall(r"\bpdlaunch_\w+", rule["expr"]))
+                recorded = set(re.findall(r"deployment:(pdlaunch_\w+)", rule["expr"]))
+                assert metrics
+                assert all(name.startswith("pdlaunch_router_") for name in metrics - recorded)
+
+
+@pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
+def test_panels_do_not_overlap_and_have_queries(path: Path) -> None:
+    dashboard = json.loads(path.read_text())
+    taken: set[tuple[int, int]] = set()
+    for panel in dashboard["panels"]:
+        place = panel["gridPos"]
+        cells = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        assert place["x"] + place["w"] <= 24
+        assert not cells & taken, panel["title"]
+        taken |= cells
+        assert panel["type"] == "row" or all(target["expr"] for target in panel["targets"])
+
+
+def test_dashboards_have_ids_of_their_own() -> None:
+    found = [json.loads(path.read_text()) for path in DASHBOARDS]
+    assert len({dashboard["uid"] for dashboard in found}) == len(found) == 3
+    for dashboard in found:
+        ids = [panel["id"] for panel in dashboard["panels"]]
+        assert len(set(ids)) == len(ids)
