@@ -35,6 +35,7 @@ from pdlaunch.protocol.engine import (
     ToRank,
     WakeUp,
     Welcome,
+    WithdrawRequest,
 )
 from pdlaunch.protocol.ids import EngineId, lease_of
 from pdlaunch.transfer.thread import TransferThread
@@ -235,6 +236,8 @@ class Leader:
                 self._sleep.wake_up(message)
             case AbortRequest():
                 self._requests.abort(message.request_id)
+            case WithdrawRequest():
+                self._requests.withdraw(message.request_ids)
             case SetReaders():
                 self._requests.set_readers(lease_of(message.request_id), message.num_readers)
             case ReadStats():

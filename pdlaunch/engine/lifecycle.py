@@ -29,6 +29,7 @@ from pdlaunch.offload.jobs import JobFinished
 from pdlaunch.offload.planner import HostHit, OffloadPlanner
 from pdlaunch.protocol.costs import EngineCosts, EngineReport
 from pdlaunch.protocol.engine import (
+    WITHDRAWN,
     AddRequest,
     EngineStats,
     FinishReason,
@@ -133,6 +134,13 @@ class RequestLifecycle:
             self._finish(self.queues.by_id[request_id], "abort")
         elif (lease_id := lease_of(request_id)) in self._leases:
             self.commands.append(EndLease(lease_id=lease_id))
+
+    def withdraw(self, request_ids: Sequence[RequestId]) -> None:
+        """End these requests if nothing was computed, pulled or loaded for any of them."""
+        requests = [self.queues.by_id.get(request_id) for request_id in request_ids]
+        if all(request is not None and not request.has_begun for request in requests):
+            for request_id in request_ids:
+                self._finish(self.queues.by_id[request_id], "abort", error=WITHDRAWN)
 
     def abort_all(self) -> None:
         """End every request, because the server has restarted. Leases stay for their readers."""

@@ -171,6 +171,11 @@ class Request:
         return CachedTokens(num_cached - num_remote - num_host, num_host, num_remote)
 
     @property
+    def has_begun(self) -> bool:
+        """Return whether it has ever owned blocks, or waits for some."""
+        return self.phase is not Phase.WAITING or self.num_cached_tokens is not None
+
+    @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
 

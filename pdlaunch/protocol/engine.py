@@ -110,6 +110,19 @@ class AbortRequest(Message):
     request_id: RequestId
 
 
+WITHDRAWN = "withdrawn before anything was computed"
+"""The error of a request that a WithdrawRequest has ended."""
+
+
+class WithdrawRequest(Message):
+    """Ends the requests of one prompt, all or none: if anything was computed for one, they go on.
+
+    Those that end have the reason ``abort`` and the error ``WITHDRAWN``.
+    """
+
+    request_ids: list[RequestId]
+
+
 class Hello(Message):
     """Opens the connection of a server; requests of an earlier server incarnation are aborted."""
 
@@ -164,7 +177,15 @@ class WakeUp(Message):
 
 
 ToRank = (
-    AddRequest | AbortRequest | Hello | SetReaders | CheckIntegrity | ReadStats | Sleep | WakeUp
+    AddRequest
+    | AbortRequest
+    | WithdrawRequest
+    | Hello
+    | SetReaders
+    | CheckIntegrity
+    | ReadStats
+    | Sleep
+    | WakeUp
 )
 
 

@@ -251,6 +251,23 @@ class EngineClient:
         except (aiohttp.ClientError, TimeoutError) as error:
             logger.warning("%s: lease of %s not released: %r", engine.name, name, error)
 
+    async def withdraw(self, engine: Engine, name: HopId) -> None:
+        """Ask for a prompt back that has not begun; the engine's answer to it says what came of it.
+
+        Errors are logged: then it goes on.
+        """
+        try:
+            timeout = aiohttp.ClientTimeout(total=self._timeouts.probe_s)
+            async with self._session(engine).post(
+                http_url(engine.url) + "/pdlaunch/withdraw",
+                data=msgspec.json.encode({"request_id": name}),
+                timeout=timeout,
+                allow_redirects=False,
+            ) as response:
+                await response.read()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            logger.info("%s: prompt %s not withdrawn: %r", engine.name, name, error)
+
     async def refuse_lease(self, decode: Engine, params: Mapping[str, Any]) -> None:
         """Have a decode engine of vLLM end a lease that nobody will pull; errors are logged.
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 
 from pdlaunch.errors import PdlaunchError, RequestError
-from pdlaunch.http.errors import RANK_LOST
+from pdlaunch.http.errors import RANK_LOST, WITHDRAWN_CODE
 from pdlaunch.http.headers import REQUEST_ID_HEADER
 from pdlaunch.protocol.ids import HopId, LeaseId
 from pdlaunch.router.client_request import COMPLETIONS, PromptRequest
@@ -43,6 +43,7 @@ from pdlaunch.router.policy import NO_NEEDS, Hop, Need, Route, RoutingRequest, c
 from pdlaunch.router.recovery import Attempts
 from pdlaunch.router.request_record import Leg, RequestRecord
 from pdlaunch.router.state import RouterState
+from pdlaunch.router.takeover import WaitingPrompt
 from pdlaunch.router.transcript import Transcript
 
 logger = logging.getLogger(__name__)
@@ -108,6 +109,9 @@ class Generation:
         self._forecast: Forecast | None = None
         """What the route promises, until a token has come or an engine has failed."""
         self._unanswered = contextlib.ExitStack()
+        self._unanswered_at: Engine | None = None
+        """The engine that computes the prompt, until a token has come."""
+        self._waiting: WaitingPrompt | None = None
 
     async def run(self) -> None:
         """Answer the prompt. Raises RequestError, EngineRefusal or EngineFailure.
@@ -125,6 +129,7 @@ class Generation:
             finally:
                 self._unanswered.close()
                 self._drop_early()
+                self._state.waiting.consider()
                 self._release_untaken_lease()
                 # Its traceback leads back here: a cycle would keep the body in memory.
                 self._attempts.forget()
@@ -139,6 +144,7 @@ class Generation:
             if route.prefill is None and route.decode is None:
                 break
             self._follow(route)
+            self._state.metrics.routed(route.kind)
             if route.prefill is None:
                 return
             if self._attempts.has_failed:
@@ -147,6 +153,8 @@ class Generation:
             try:
                 handover = await self._ask_prefill(route.prefill, route.decode)
             except (EngineFailure, EngineRefusal) as failure:
+                if self._is_taken_over(failure):
+                    return
                 if self._attempts.is_final(route.prefill, "prefill", failure):
                     raise
                 await self._hear_cause(route.prefill, failure)
@@ -174,8 +182,11 @@ class Generation:
             )
         )
         try:
-            self._count_unanswered(engine, self._routing_request("prefill"))
+            request = self._routing_request("prefill")
+            self._count_unanswered(engine, request)
+            self._waiting = WaitingPrompt(request=request, prefill=engine, hop_id=prompt.hop_id)
             with (
+                self._state.waiting.waits(self._waiting),
                 engine.working(num_prompt_tokens=prompt.num_prompt_tokens),
                 self._record.leg("prefill", engine.name) as leg,
             ):
@@ -452,10 +463,20 @@ class Generation:
         self._state.pool.succeeded(engine)
         self._state.pool.served(engine, self._routing_request("decode"), self.transcript.num_tokens)
 
+    def _is_taken_over(self, failure: EngineFailure | EngineRefusal) -> bool:
+        """Take the route of the engine for which the prompt was asked back, if it was given."""
+        waiting, self._waiting = self._waiting, None
+        is_withdrawn = isinstance(failure, EngineFailure) and failure.engine_code == WITHDRAWN_CODE
+        if waiting is None or waiting.route is None or not is_withdrawn:
+            return False
+        self._state.metrics.took_over()
+        self._record.routed("decode", waiting.route)
+        self._follow(waiting.route)
+        return True
+
     def _follow(self, route: Route) -> None:
         """Note what was chosen for a prompt that nobody has computed."""
         self._sink.routed(self._prompt, route)
-        self._state.metrics.routed(route.kind)
         self._planned = route.planned if route.prefill is not None else route.decode
         first = route.prefill or route.decode
         if route.estimate is not None and first is not None:
@@ -472,7 +493,17 @@ class Generation:
     def _count_unanswered(self, engine: Engine, request: RoutingRequest) -> None:
         """Count the prompt as work of the engine until its first token comes."""
         num_tokens = self._state.pool.num_new_tokens(engine, request)
+        self._unanswered_at = engine
         self._unanswered.enter_context(engine.computing(num_tokens, self._state.pool.clock))
+
+    def _first_token_is_here(self, engine: Engine) -> None:
+        if self._waiting is not None:
+            self._state.waiting.begun(self._waiting)
+        if self._unanswered_at is not None:
+            self._unanswered_at = None
+            self._unanswered.close()
+            self._state.waiting.consider()
+        self._compare(engine)
 
     def _compare(self, engine: Engine) -> None:
         """Learn from the time that the first token took, if it came as it was meant to."""
@@ -496,8 +527,7 @@ class Generation:
             has_news = self.transcript.admit(chunk)
             self._attempts.heard()
         if self.transcript.has_tokens:
-            self._unanswered.close()
-            self._compare(engine)
+            self._first_token_is_here(engine)
         if has_news:
             self._time_second_token(engine)
             await self._sink.chunk(self._prompt, self.transcript, chunk)

@@ -114,6 +114,15 @@ class RouterMetrics:
             ("kind",),
             registry=registry,
         )
+        self._takeovers = Counter(
+            "pdlaunch_router_takeovers",
+            (
+                "Prompts that waited at a prefill engine and were asked back for another engine, "
+                "and those that it had not begun and gave back (taken)."
+            ),
+            ("outcome",),
+            registry=registry,
+        )
         self._estimate_errors = Histogram(
             "pdlaunch_router_estimate_relative_error",
             "Error of the estimated time to the first token, as a share of the time it took.",
@@ -147,6 +156,12 @@ class RouterMetrics:
 
     def routed(self, kind: RouteKind) -> None:
         self._routes.labels(kind).inc()
+
+    def asked_to_withdraw(self) -> None:
+        self._takeovers.labels("asked").inc()
+
+    def took_over(self) -> None:
+        self._takeovers.labels("taken").inc()
 
     def estimated(self, kind: RouteKind, relative_error: float) -> None:
         """Count an estimate of the time to a first token that has come."""

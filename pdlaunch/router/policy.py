@@ -6,7 +6,7 @@ be tested by properties, and a simulator can replay it on a clock of its own.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 import msgspec
@@ -149,6 +149,19 @@ class Policy(Protocol):
     ) -> Route:
         """Return the route. ``pairs``: proven paths between ranks; ``now_at``: the pool's clock."""
 
+    def take_over(
+        self,
+        request: RoutingRequest,
+        prefill: Engine,
+        engines: Sequence[Engine],
+        pairs: Sequence[PairReady],
+        index: PrefixIndex,
+        now_at: float,
+    ) -> Route | None:
+        """Return the route of one engine for a prompt that waits last at ``prefill``; None: it
+        stays there.
+        """
+
 
 class LeastWork:
     """Gives each hop to the ready engine of its role with the least outstanding work.
@@ -184,6 +197,17 @@ class LeastWork:
             prefill=prefill,
             decode=_told_early(request, prefill, engines, now_at),
         )
+
+    def take_over(
+        self,
+        request: RoutingRequest,
+        prefill: Engine,
+        engines: Sequence[Engine],
+        pairs: Sequence[PairReady],
+        index: PrefixIndex,
+        now_at: float,
+    ) -> Route | None:
+        return None  # nobody knows what it would gain
 
 
 class LeastCost:
@@ -254,6 +278,37 @@ class LeastCost:
                 alternatives=tuple(sorted(first_of_kind.values(), key=rank)),
             )
         ]
+
+    def take_over(
+        self,
+        request: RoutingRequest,
+        prefill: Engine,
+        engines: Sequence[Engine],
+        pairs: Sequence[PairReady],
+        index: PrefixIndex,
+        now_at: float,
+    ) -> Route | None:
+        own = load_of(prefill, now_at)
+        usable = [one for one in engines if one.ready and one.avoid_until_at <= now_at]
+        loads = [load for one in usable if (load := load_of(one, now_at)) is not None]
+        if own is None or len(loads) != len(usable) or request.is_suspect:
+            return None
+        # Its own tokens are the last ones in the queue.
+        num_own = request.num_prompt_tokens - _num_cached(request, own, index)
+        own = msgspec.structs.replace(own, queued_tokens=own.queued_tokens - num_own)
+        if own.queued_tokens <= 0:
+            return None  # it has begun, or is about to
+        others = [load for load in loads if load.engine is not prefill]
+        here = [load for load in others if load.engine.role == "decode"]
+        stays = _at_least_cost(_estimates_of_pairs(request, [own, *here], pairs, index))
+        leaves = _at_least_cost(_estimates_alone(request, others, index))
+        if stays is None or leaves is None or leaves.cost_s >= stays.cost_s:
+            return None
+        if self._excess(leaves) > self._excess(stays):
+            return None
+        taker = next(load.engine for load in others if load.engine.name == leaves.engines[0])
+        reason = f"takes over what waits at {prefill.name}"
+        return Route(reason=reason, decode=taker, estimate=leaves, alternatives=(stays,))
 
     def _excess(self, estimate: Estimate) -> float:
         """Return by how much a route exceeds what was asked for, as shares of it."""
@@ -335,6 +390,10 @@ def _explain(estimate: Estimate) -> dict[str, Any]:
         "delay_ms": round(estimate.delay_s * 1000, 2),
         "itl_ms": round(estimate.itl_s * 1000, 2),
     }
+
+
+def _at_least_cost(estimates: Iterable[Estimate]) -> Estimate | None:
+    return min(estimates, key=lambda estimate: estimate.cost_s, default=None)
 
 
 def least_work(

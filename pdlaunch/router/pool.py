@@ -130,6 +130,14 @@ class EnginePool:
                 engine.num_picks += 1
         return route
 
+    def take_over(self, request: RoutingRequest, prefill: Engine) -> Route | None:
+        """Return the route of an engine that would do a prompt sooner than the prefill engine at
+        which it waits last.
+        """
+        return self._policy.take_over(
+            request, prefill, list(self._engines.values()), self.pairs, self._index, self.clock()
+        )
+
     def num_new_tokens(self, engine: Engine, request: RoutingRequest) -> int:
         """Return how many tokens of a prompt an engine will probably compute."""
         num_cached = self._index.num_cached_tokens(engine, request.prefix)

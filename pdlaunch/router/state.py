@@ -23,6 +23,7 @@ from pdlaunch.router.engine_client import EngineClient
 from pdlaunch.router.event_log import EventLog
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
+from pdlaunch.router.takeover import WaitingPrompts
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +114,7 @@ class RouterState:
         self.metrics = metrics
         self.recovery = recovery
         self.suspects = SuspectBook()
+        self.waiting = WaitingPrompts(pool, client, metrics, self.spawn)
         self.events = EventLog(time.time)
         self.pair_failures: dict[tuple[str, str], str] = {}
         """Why a prefill and a decode engine could not work together the last time."""

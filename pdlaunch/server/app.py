@@ -28,6 +28,7 @@ from pdlaunch.http.guard import Guard
 from pdlaunch.http.large_inputs import LARGE_TEXT_BYTES
 from pdlaunch.http.openapi import Operation
 from pdlaunch.observe.metrics import METRICS_CONTENT_TYPE, render_metrics
+from pdlaunch.protocol.ids import HopId
 from pdlaunch.protocol.openai.body import read_json_object
 from pdlaunch.protocol.openai.responses import ModelCard
 from pdlaunch.server.engine_service import EngineService
@@ -58,6 +59,12 @@ def make_app(service: EngineService, *, keys: Collection[str]) -> web.Applicatio
             AppRoute(method, path, handler, None, Operation(summary))
             for method, path, handler, summary in (
                 ("POST", "/pdlaunch/release", endpoints.release, "End the lease of a request."),
+                (
+                    "POST",
+                    "/pdlaunch/withdraw",
+                    endpoints.withdraw,
+                    "Take a prompt back that has not begun.",
+                ),
                 ("GET", "/pdlaunch/integrity", endpoints.integrity, "Prove who owns each block."),
                 ("POST", "/sleep", endpoints.sleep, "Put the engine to sleep."),
                 ("POST", "/wake_up", endpoints.wake_up, "Wake the engine up."),
@@ -147,16 +154,30 @@ class _Endpoints:
             headers={"Content-Type": METRICS_CONTENT_TYPE},
         )
 
+    async def withdraw(self, http: web.Request) -> web.Response:
+        """Give a prompt up if nothing was computed for it; its own answer says whether.
+
+        That is the error ``withdrawn``, or the answer as it would have been.
+        """
+        running = self._service.running.get(HopId(await self._read_name(http)))
+        if running is not None:
+            running.withdraw()
+        return json_response({"found": running is not None})
+
     async def release(self, http: web.Request) -> web.Response:
         """End the lease of a remote prefill, named by the hop's id or by its remote_request_id."""
+        request_id = self._service.leases.take(await self._read_name(http))
+        if request_id is not None:
+            self._service.link.abort(request_id)
+        return json_response({"released": request_id is not None})
+
+    async def _read_name(self, http: web.Request) -> str:
+        """Return the id that a body names. Raises RequestError."""
         async with self._service.read(http) as raw:
             name = read_json_object(raw).get("request_id")
         if not isinstance(name, str):
             raise RequestError("request_id must be a string", param="request_id")
-        request_id = self._service.leases.take(name)
-        if request_id is not None:
-            self._service.link.abort(request_id)
-        return json_response({"released": request_id is not None})
+        return name
 
     async def integrity(self, http: web.Request) -> web.Response:
         """Have rank 0 prove who owns each KV block.

@@ -23,6 +23,7 @@ from pdlaunch.protocol.ids import HopId, RequestId
 from pdlaunch.server.engine_reports import EngineReports
 from pdlaunch.server.metrics import ServerMetrics
 from pdlaunch.server.rank_link import RankLink
+from pdlaunch.server.running_choices import RunningChoices
 from pdlaunch.server.served_model import ServedModel
 from pdlaunch.server.sleep import SleepDesk
 
@@ -67,6 +68,8 @@ class EngineService:
         )
         self.leases = LeaseIndex()
         self.reports = EngineReports()
+        self.running: dict[HopId, RunningChoices] = {}
+        """What rank 0 works on, by the id that its caller gave it."""
         self.sleep = SleepDesk(spec, self.admission, self.live_link)
         self.loaded: ServedModel | None = None
         self.welcomed = asyncio.Event()

@@ -185,6 +185,7 @@ class GenerateHandler:
         # something else is known.
         otherwise = "abort"
         try:
+            self._service.running[call.hop_id] = running
             running.start()
             response = await (answerer.stream() if renderer.request.stream else answerer.answer())
             answered = not answerer.broke_off
@@ -196,6 +197,8 @@ class GenerateHandler:
         finally:
             metrics.ended(prepared.choices, otherwise)
             running.abort()
+            if self._service.running.get(call.hop_id) is running:
+                del self._service.running[call.hop_id]
             if prepared.is_remote_prefill and not answered:
                 running.release()
         if prepared.is_remote_prefill and answered:

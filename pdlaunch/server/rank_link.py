@@ -34,6 +34,7 @@ from pdlaunch.protocol.engine import (
     ToRank,
     WakeUp,
     Welcome,
+    WithdrawRequest,
     from_rank,
     to_rank,
 )
@@ -113,6 +114,10 @@ class RankLink:
         """Drop a request, or end the lease of a finished one; nothing more reaches its sink."""
         self._sinks.pop(request_id, None)
         self.send(AbortRequest(request_id=request_id))
+
+    def withdraw(self, request_ids: list[RequestId]) -> None:
+        """End requests that have not begun; their sinks are told if they end."""
+        self.send(WithdrawRequest(request_ids=request_ids))
 
     def send(self, message: ToRank) -> None:
         """Queue any message; after the end of the connection nobody hears it.

@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 
 from pdlaunch.errors import OverloadedError, RequestError
-from pdlaunch.http.errors import RANK_LOST
+from pdlaunch.http.errors import RANK_LOST, WITHDRAWN_CODE
 from pdlaunch.observe.spans import SpanLog, SpanReport
-from pdlaunch.protocol.engine import FirstTokens, RequestFinished, SetReaders, Tokens
+from pdlaunch.protocol.engine import WITHDRAWN, FirstTokens, RequestFinished, SetReaders, Tokens
 from pdlaunch.protocol.ids import RequestId
 from pdlaunch.protocol.kv_params import FirstToken, PdlaunchParams, RemoteKV, to_wire
 from pdlaunch.protocol.openai.responses import PromptTokensDetails, Usage
@@ -84,6 +84,11 @@ class RunningChoices:
             self._link.abort(request_id)
         self._running = {}
 
+    def withdraw(self) -> None:
+        """Give the choices up if rank 0 has not begun any; then they end with an error."""
+        if len(self._running) == len(self.choices):
+            self._link.withdraw(list(self._running))
+
     def release(self) -> None:
         """End the lease of a remote prefill that nobody will pull, also when it has not been
         granted yet.
@@ -154,6 +159,8 @@ class RunningChoices:
         self._hear(choice, event.spans)
         if event.reason in ("error", "abort"):
             self._submitted.discard(event.request_id)  # rank 0 has nothing of ours under this id
+            if event.error == WITHDRAWN:
+                raise OverloadedError(WITHDRAWN, status=503, code=WITHDRAWN_CODE)
             if event.error is not None and event.error_param is not None:
                 raise RequestError(event.error, param=event.error_param)
             raise RequestError(

@@ -20,6 +20,8 @@ from pdlaunch.protocol.costs import EngineCosts, EngineReport
 from pdlaunch.server.metrics import ServerMetrics
 from tests.router.fake_generation import Job, Seen
 
+WITHDRAWN = {"message": "made up", "type": "server_error", "param": None, "code": "withdrawn"}
+
 
 async def until(condition: Callable[[], object]) -> None:
     """Let the others run until the condition holds; the test's timeout bounds it."""
@@ -63,6 +65,9 @@ class FakeEngine:
         self.hold_after: int | None = None
         self.hold_prefill = False
         self.hold_lease = False
+        self.gives_back = True
+        """A prompt that ``hold_prefill`` holds is given back to a router that asks for it."""
+        self.asked_back: list[str] = []
         self.holding = asyncio.Event()
         self.go = asyncio.Event()
         self.ends: dict[int, int] = {}
@@ -98,6 +103,7 @@ class FakeEngine:
                 web.get("/health", self._health),
                 web.get("/metrics", self._metrics),
                 web.post("/pdlaunch/release", self._release),
+                web.post("/pdlaunch/withdraw", self._withdraw),
                 web.post("/tokenize", self._tokenize),
                 web.post("/detokenize", self._detokenize),
                 web.post("/sleep", self._fall_asleep),
@@ -222,6 +228,8 @@ class FakeEngine:
         if self.hold_prefill:
             self.holding.set()
             await self.go.wait()
+            if self.gives_back and seen.headers["X-Request-Id"] in self.asked_back:
+                return web.json_response({"error": WITHDRAWN}, status=503)
         if seen.body.get("stream"):
             return await self._stream_prefill(request, job, self._reported(seen))
         if self.die_after == 0:
@@ -347,6 +355,11 @@ class FakeEngine:
         return web.Response(
             text=self.metrics_page or render_metrics(self.metrics.registry).decode()
         )
+
+    async def _withdraw(self, request: web.Request) -> web.Response:
+        self.asked_back.append((await request.json())["request_id"])
+        self.go.set()
+        return web.json_response({"found": True})
 
     async def _release(self, request: web.Request) -> web.Response:
         request_id = (await request.json())["request_id"]

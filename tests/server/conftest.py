@@ -177,6 +177,7 @@ async def make_engine(
             server_incarnation=1,
             on_welcome=service.on_welcome,
             on_stats=service.on_stats,
+            on_report=service.reports.take,
             clock=clock,
             on_sleep=service.sleep.on_reply,
         )

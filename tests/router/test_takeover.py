@@ -1,0 +1,111 @@
+"""Prompts that wait at prefill are taken over by an engine that has become free."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from pdlaunch.router.answers import ROUTE_HEADER
+from pdlaunch.router.cost_model import load_of
+from pdlaunch.router.policy import LeastCost, LeastWork, NoIndex, RoutingRequest
+from tests.router.conftest import Answer, Stand
+from tests.router.fake_engine import FakeEngine
+from tests.router.test_cost_model import NOW, busy, costed
+from tests.router.test_cost_routes import costed_pair, load_decode
+from tests.router.test_early_decode import lend
+from tests.router.test_life_of_a_request import completion, expected_text
+
+PROMPT = RoutingRequest(hop="prefill", num_prompt_tokens=512, max_tokens=64)
+
+
+def taker(*engines: object, request: RoutingRequest = PROMPT, **settings: float) -> str | None:
+    prefill = engines[0]
+    policy = LeastCost(**settings)
+    route = policy.take_over(request, prefill, engines, [], NoIndex(), NOW)  # type: ignore[arg-type]
+    return None if route is None else route.name
+
+
+def test_the_last_prompt_of_a_long_queue_goes_to_a_free_engine() -> None:
+    waits = busy("prefill-0", unanswered_tokens=20_000)
+    assert taker(waits, busy("decode-0")) == "decode-0"
+    assert taker(waits, busy("decode-0", num_streams=60), costed("both-0")) == "both-0"
+    assert load_of(waits, NOW) is not None
+
+
+def test_a_prompt_stays_where_it_is_done_sooner() -> None:
+    crowded = busy("decode-0", num_streams=60)
+    assert taker(busy("prefill-0", unanswered_tokens=2_000), crowded) is None
+    # It is the only one there, so it has begun.
+    assert taker(busy("prefill-0", unanswered_tokens=512), busy("decode-0")) is None
+    suspect = RoutingRequest(hop="prefill", num_prompt_tokens=512, is_suspect=True)
+    waits = busy("prefill-0", unanswered_tokens=20_000)
+    assert taker(waits, busy("decode-0"), request=suspect) is None
+    assert taker(waits, busy("decode-0", 4), max_itl_s=0.0055) is None
+    route = LeastWork().take_over(PROMPT, waits, [waits, busy("decode-0")], [], NoIndex(), NOW)
+    assert route is None
+
+
+async def hold_one(stand: Stand, prefill: FakeEngine, decode: FakeEngine) -> asyncio.Task[Answer]:
+    """Let a prompt wait at prefill, then free the decode engine."""
+    prefill.hold_prefill = True
+    await stand.start(lend([prefill, decode]))
+    load_decode(stand)
+    (queue,) = [engine for engine in stand.pool.engines if engine.role == "prefill"]
+    posting = asyncio.ensure_future(stand.post(completion(stream=True)))
+    await prefill.holding.wait()
+    queue.unanswered_tokens += 50_000
+    queue.progressed_at = stand.pool.clock()
+    load_decode(stand, 0)
+    return posting
+
+
+async def test_decode_answers_what_prefill_gives_back(stand: Stand) -> None:
+    prefill, decode = costed_pair()
+    posting = await hold_one(stand, prefill, decode)
+    stand.state.waiting.consider()
+    answer = await posting
+    assert answer.texts() == {0: expected_text("hello", 6)}
+    assert answer.headers[ROUTE_HEADER].startswith("decode-0; kind=decode")
+    assert prefill.asked_back == [prefill.seen[0].headers["X-Request-Id"]]
+    assert "kv_transfer_params" not in decode.seen[-1].body
+    assert stand.metric('pdlaunch_router_takeovers_total{outcome="taken"}') == 1
+    for name in ("engine_failures", "retries", "fallbacks"):
+        assert stand.metric(f"pdlaunch_router_{name}_total") == 0
+    (queue,) = [engine for engine in stand.pool.engines if engine.role == "prefill"]
+    assert queue.num_failures == 0
+
+
+async def test_a_prompt_that_has_begun_is_answered_as_ever(stand: Stand) -> None:
+    prefill, decode = costed_pair()
+    prefill.gives_back = False
+    posting = await hold_one(stand, prefill, decode)
+    stand.state.waiting.consider()
+    answer = await posting
+    assert answer.texts() == {0: expected_text("hello", 6)}
+    assert answer.headers[ROUTE_HEADER].startswith("prefill-0->decode-0; kind=pair")
+    assert len(prefill.asked_back) == 1
+    assert stand.metric('pdlaunch_router_takeovers_total{outcome="asked"}') == 1
+    assert stand.metric('pdlaunch_router_takeovers_total{outcome="taken"}') == 0
+
+
+@pytest.mark.parametrize("status", [503, 429])
+async def test_a_taker_that_fails_leaves_it_to_others(stand: Stand, status: int) -> None:
+    prefill, decode = costed_pair()
+    posting = await hold_one(stand, prefill, decode)
+    stand.state.waiting.consider()
+    decode.status = status
+    answer = await posting
+    assert answer.texts() == {0: expected_text("hello", 6)}
+
+
+async def test_it_is_asked_once_and_nobody_asks_after_the_first_token(stand: Stand) -> None:
+    prefill, decode = costed_pair()
+    prefill.gives_back = False
+    posting = await hold_one(stand, prefill, decode)
+    for _ in range(5):
+        stand.state.waiting.consider()
+    await posting
+    stand.state.waiting.consider()
+    await stand.state.settled()
+    assert len(prefill.asked_back) == 1
