@@ -8,6 +8,7 @@ import os
 
 from pdlaunch.checks.context import Probes
 from pdlaunch.config.connectors import ConnectorImportError, connector_spec
+from pdlaunch.config.hosts import LOCAL
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import Role
 from pdlaunch.platform.availability import probe_port, why_not_importable, why_not_writable
@@ -59,12 +60,15 @@ def probe_engine_flags(resolved: ResolvedLaunch) -> dict[Role, EngineFlags]:
 
 
 def probe_ports(resolved: ResolvedLaunch) -> dict[tuple[str, int], PortState] | None:
-    """Look whether the ports of the launch are free.
+    """Look whether the ports of the launch on this host are free.
 
     Returns None when a host's name could not be resolved in time.
     """
+    here = resolved.hosts[0].name
     states = {
-        (item.host, item.port): probe_port(item.host, item.port) for item in resolved.listeners
+        (item.host, item.port): probe_port(item.host, item.port)
+        for item in resolved.listeners
+        if item.on in (here, LOCAL)
     }
     known = {address: state for address, state in states.items() if state is not None}
     return known if len(known) == len(states) else None

@@ -40,6 +40,12 @@ COMMANDS = (
         exit_codes=f"0 served and stopped, 1 failed, {_UNUSABLE}, 130 interrupted before it served",
     ),
     Command(
+        "agent",
+        "pdlaunch.cli.agent:agent",
+        "Run engines on this host for a `pdlaunch serve` on another one.",
+        exit_codes=f"0 told to leave, 1 refused or without a supervisor, {_UNUSABLE}",
+    ),
+    Command(
         "router",
         "pdlaunch.cli.router:router",
         "Route requests to engines that run already.",

@@ -16,7 +16,8 @@ from rich.text import Text
 
 from pdlaunch.cli import EXIT_FAILED
 from pdlaunch.cli.flags import with_router_flags
-from pdlaunch.cli.serve import refuse, standard_input
+from pdlaunch.cli.refusal import refuse
+from pdlaunch.cli.serve import standard_input
 from pdlaunch.config.external import DNS
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.problems import InvalidConfigError, Problem
@@ -25,11 +26,12 @@ from pdlaunch.engines.plan import capabilities_over_http
 from pdlaunch.errors import ConfigError, ProtocolError, StartupError
 from pdlaunch.observe.logs import setup_logging
 from pdlaunch.process.bootstrap import raise_open_files
+from pdlaunch.process.new_run_dir import new_run_dir
 from pdlaunch.router.alone import AloneSpec, LoneRouter
 from pdlaunch.router.membership_sources import read_engines_file, to_member
 from pdlaunch.router.membership_watch import Member, WatchSettings
 from pdlaunch.supervisor.bootstraps import router_spec
-from pdlaunch.supervisor.folders import new_launch_id, new_run_dir
+from pdlaunch.supervisor.folders import new_launch_id
 from pdlaunch.supervisor.ports import listening
 from pdlaunch.watch.engine_api import EngineApi
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import msgspec
 import typer
@@ -16,19 +17,22 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pdlaunch.cli import EXIT_FAILED, EXIT_UNUSABLE
-from pdlaunch.cli.assume import AssumeOption, judged_machine
+from pdlaunch.cli import EXIT_FAILED
+from pdlaunch.cli.assume import AssumeOption, Judged, judged_machine
 from pdlaunch.cli.downloads import ShownDownloads
 from pdlaunch.cli.findings import safe
 from pdlaunch.cli.flags import with_serve_flags
+from pdlaunch.cli.joining import Agents, joined_agents, require_models
 from pdlaunch.cli.live import SteadyConsole, make_view, ready_rows
 from pdlaunch.cli.output import Format
 from pdlaunch.cli.preflight import judge_pairs, refuse_errors, refuse_running_engines
+from pdlaunch.cli.refusal import refuse
+from pdlaunch.config.roles import Role
 from pdlaunch.config.sources import LoadedConfig, load_config
 from pdlaunch.engines.plan import plan_processes
 from pdlaunch.errors import ConfigError, StartupError
 from pdlaunch.resolve.effective import effective_engines, effective_hosts
-from pdlaunch.resolve.models import fetch_weights, read_models
+from pdlaunch.resolve.models import Model, fetch_weights, read_models
 from pdlaunch.resolve.planned_hosts import planned_hosts
 from pdlaunch.resolve.resolve import ResolvedLaunch, resolve_on
 from pdlaunch.supervisor.folders import new_launch_id, new_log_dir
@@ -63,6 +67,13 @@ def serve(
             help="Stop when standard input ends, for programs that must not leave it behind.",
         ),
     ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with the agents of a launch whose supervisor has died, by its --join-file.",
+        ),
+    ] = False,
     assume: AssumeOption = None,
     *,
     flags: dict[str, object],
@@ -83,31 +94,20 @@ def serve(
         lifeline = standard_input() if stop_on_stdin_eof else None
         loaded = load_config(config, os.environ, flags)
         refuse_running_engines(loaded.config)
+        if resume and loaded.config.join_file is None:
+            raise ConfigError(
+                "--resume finds agents by the join file of the launch whose supervisor has died",
+                field="join_file",
+                fix="name it with --join-file",
+            )
         judged = judged_machine(assume, loaded.config)
-        hosts = planned_hosts(loaded.config, judged.machine, judged.environ)
-        downloads = ShownDownloads(errors)
-        models = read_models(loaded.config, downloads)
-        resolved = resolve_on(loaded.config, hosts, judged.environ, models)
-        if not dry_run:
-            check_platform()
-            if loaded.config.placement != "local":
-                raise ConfigError(
-                    "engines on other hosts can be planned, and not started yet",
-                    field="placement",
-                    value=loaded.config.placement,
-                    fix="add --dry-run, or leave placement out",
-                )
-        resolved.require_startable()
-        elsewhere = judged.assumed is not None
-        refuse_errors(resolved, loaded.origins, errors, elsewhere=elsewhere)
         if dry_run:
+            resolved = _resolve(loaded, judged, None, ShownDownloads(errors))[0]
+            refuse_errors(resolved, loaded.origins, errors, elsewhere=judged.assumed is not None)
             print_plan(resolved, output)
             return
-        # Before anything is started, so that a taken port costs no start.
-        check_engine_ports(resolved)
-        with listening(loaded.config.host, loaded.config.port) as listeners:
-            fetch_weights(loaded.config, models, downloads)
-            outcome = _serve(loaded, resolved, lifeline, listeners)
+        check_platform()
+        outcome = _launch(loaded, judged, lifeline, errors, resume=resume)
     except ConfigError as error:
         refuse(errors, error)
     except StartupError as error:
@@ -127,15 +127,50 @@ def standard_input() -> int:
     return STDIN
 
 
+def _resolve(
+    loaded: LoadedConfig, judged: Judged, agents: Agents | None, downloads: ShownDownloads
+) -> tuple[ResolvedLaunch, Mapping[Role, Model]]:
+    """Return a launch that can be started, and its models. Raises ConfigError."""
+    joined = None if agents is None else agents.joined
+    hosts = planned_hosts(loaded.config, judged.machine, judged.environ, joined)
+    models = read_models(loaded.config, downloads)
+    resolved = resolve_on(loaded.config, hosts, judged.environ, models)
+    resolved.require_startable()
+    return resolved, models
+
+
+def _launch(
+    loaded: LoadedConfig, judged: Judged, lifeline: int | None, errors: Console, *, resume: bool
+) -> LaunchOutcome:
+    """Wait for agents, judge, start and serve; raises ConfigError and StartupError."""
+    config, launch_id, downloads = loaded.config, new_launch_id(), ShownDownloads(errors)
+    with contextlib.ExitStack() as stack:
+        agents = log_dir = None
+        if config.placement != "local":
+            log_dir = new_log_dir(config, launch_id)
+            agents = stack.enter_context(joined_agents(config, log_dir, errors, resume=resume))
+        resolved, models = _resolve(loaded, judged, agents, downloads)
+        refuse_errors(resolved, loaded.origins, errors)
+        # Before anything is started, so that a taken port costs no start.
+        check_engine_ports(resolved)
+        listeners = stack.enter_context(listening(config.host, config.port))
+        fetch_weights(config, models, downloads)
+        if agents is not None:
+            require_models(agents, resolved)
+        log_dir = log_dir or new_log_dir(config, launch_id)
+        return _serve(loaded, resolved, lifeline, listeners, launch_id, log_dir, agents)
+
+
 def _serve(
     loaded: LoadedConfig,
     resolved: ResolvedLaunch,
     lifeline: int | None,
     listeners: Sequence[socket.socket],
+    launch_id: str,
+    log_dir: Path,
+    agents: Agents | None,
 ) -> LaunchOutcome:
     config = resolved.config
-    launch_id = new_launch_id()
-    log_dir = new_log_dir(config, launch_id)
 
     def summary(status: LaunchStatus) -> list[tuple[str, str]]:
         rows = ready_rows(
@@ -151,26 +186,19 @@ def _serve(
     view = make_view(SteadyConsole(), summary)
     try:
         outcome = launch(
-            resolved, view, listeners, launch_id=launch_id, log_dir=log_dir, lifeline=lifeline
+            resolved,
+            view,
+            listeners,
+            launch_id=launch_id,
+            log_dir=log_dir,
+            lifeline=lifeline,
+            agents=None if agents is None else agents.channel,
+            joined=() if agents is None else tuple(agents.joined),
         )
         view.note("stopped")
     finally:
         view.close()
     return outcome
-
-
-def refuse(errors: Console, error: ConfigError) -> NoReturn:
-    """Print field, value and fix of a setting that cannot be used, and exit with code 2."""
-    errors.print(Text(f"error: {error}", style="red"))
-    problems = getattr(error, "problems", ())
-    if not problems:
-        if error.field is not None:
-            errors.print(Text(f"  field: {error.field}"))
-        if error.value is not None:
-            errors.print(Text(f"  value: {error.value}"))
-        if error.fix is not None:
-            errors.print(Text(f"  fix: {error.fix}"))
-    raise typer.Exit(EXIT_UNUSABLE) from None
 
 
 def print_plan(resolved: ResolvedLaunch, output: Format) -> None:

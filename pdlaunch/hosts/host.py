@@ -1,7 +1,7 @@
 """Defines what the supervisor asks of a machine on which processes run, and what it hears from it.
 
-``LocalHost`` is this machine. A machine elsewhere is an implementation beside it: its agent spawns,
-signals and buries processes there, and sends the exits, messages and logs over its own channel.
+``LocalHost`` is this machine. ``group.HostGroup`` adds machines elsewhere: their agents spawn,
+signal and bury processes there, and send exits, messages and logs over a channel of their own.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ class ProcessExited:
     incarnation: int
     returncode: int
     """Exit code; negative: the signal that killed the process."""
+    lost_with: str = ""
+    """The host that is lost, and why; empty: the process itself was seen to end."""
 
     @property
     def by_itself(self) -> bool:
@@ -56,6 +58,8 @@ class ProcessExited:
 
     def how(self) -> str:
         """Say in words how the process ended."""
+        if self.lost_with:
+            return f"was lost with its host {self.lost_with}"
         if self.returncode >= 0:
             return f"ended with exit code {self.returncode}"
         number = -self.returncode

@@ -61,14 +61,16 @@ class SecureContext:
 
     LINGER_MS: ClassVar[int] = 500
 
-    def __init__(self, keys: LaunchKeys) -> None:
+    def __init__(self, keys: LaunchKeys, *, peer: str | None = None) -> None:
+        """``peer``: the public key of all others; the launch's own, which they share, when None."""
         self._keys = keys
+        self._peer = keys.public if peer is None else peer
         self._lock = threading.Lock()
         self.zmq: zmq.Context[Any] = zmq.Context()
         self._authenticator = ThreadAuthenticator(self.zmq)
         self._authenticator.start()
         self._authenticator.configure_curve_callback(
-            domain="*", credentials_provider=_OneKey(keys.public)
+            domain="*", credentials_provider=_OneKey(self._peer)
         )
 
     def listen(
@@ -78,7 +80,7 @@ class SecureContext:
 
         ``endpoint``: ``tcp://127.0.0.1:0`` picks a free port, ``ipc:///path`` a file.
         """
-        socket = self._socket(kind, socket_class)
+        socket = self._socket(kind, socket_class, endpoint)
         socket.curve_server = True
         socket.curve_secretkey = self._keys.secret.encode()
         socket.curve_publickey = self._keys.public.encode()
@@ -98,8 +100,8 @@ class SecureContext:
         """Connect a socket; ZMQ connects again by itself when the peer comes back at the same
         endpoint.
         """
-        socket = self._socket(kind, socket_class)
-        socket.curve_serverkey = self._keys.public.encode()
+        socket = self._socket(kind, socket_class, endpoint)
+        socket.curve_serverkey = self._peer.encode()
         socket.curve_secretkey = self._keys.secret.encode()
         socket.curve_publickey = self._keys.public.encode()
         if identity is not None:
@@ -121,8 +123,10 @@ class SecureContext:
                 self._authenticator.stop()
                 self.zmq.destroy(linger=self.LINGER_MS)
 
-    def _socket(self, kind: int, socket_class: type | None) -> Any:
+    def _socket(self, kind: int, socket_class: type | None, endpoint: str = "") -> Any:
         socket = self.zmq.socket(kind, socket_class=socket_class)
+        # Only then: with it, endpoints of IPv4 are told in the form of IPv6.
+        socket.ipv6 = "[" in endpoint
         socket.linger = self.LINGER_MS
         socket.maxmsgsize = MAX_FRAME_BYTES
         # At a high-water mark (1000 messages) a ROUTER drops messages without a word: tokens would

@@ -1,16 +1,11 @@
-"""Makes the folders of a launch for its log files and its sockets, and removes those of dead
-launches.
-"""
+"""Makes the folders of a launch for its log files, and removes those of old launches."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import secrets
 import shutil
-import tempfile
-import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -18,7 +13,7 @@ from pathlib import Path
 from pdlaunch.config.model_files.aliases import cache_root
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.errors import ConfigError
-from pdlaunch.process.run_dirs import LOCK, PREFIX, base_dir, is_locked, own_run_dirs, take_lock
+from pdlaunch.process.run_dirs import is_locked, take_lock
 
 KEPT_LAUNCHES = 20
 """Number of log folders in the cache that stay, the new one included.
@@ -27,8 +22,6 @@ Those of running launches stay beyond that.
 """
 SUPERVISOR_LOG = "supervisor.log"
 _LAUNCH_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
-_NEW_FOR_S = 60.0
-"""A run folder without a lock is left alone for so long: its launch may just be making it."""
 
 
 def new_launch_id() -> str:
@@ -86,41 +79,4 @@ def _is_kept(log_dir: Path) -> bool:
     try:
         return is_locked(log_dir / SUPERVISOR_LOG)
     except FileNotFoundError:
-        return False
-
-
-@contextlib.contextmanager
-def new_run_dir(base: Path | None = None) -> Iterator[Path]:
-    """Yield a fresh folder, mode 0700, which is removed at the end.
-
-    A lock in it, which dies with this process, says that the folder is in use.
-    """
-    base = base or base_dir()
-    remove_stale_run_dirs(base)
-    run_dir = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
-    lock = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        take_lock(lock)
-        yield run_dir
-    finally:
-        # While it is still locked: nobody shall take what is half removed for stale.
-        shutil.rmtree(run_dir, ignore_errors=True)
-        os.close(lock)
-
-
-def remove_stale_run_dirs(base: Path) -> list[Path]:
-    """Remove this user's folders whose launch is dead; return them."""
-    stale = [path for path in own_run_dirs(base) if _is_stale(path)]
-    for path in stale:
-        shutil.rmtree(path, ignore_errors=True)
-    return stale
-
-
-def _is_stale(path: Path) -> bool:
-    try:
-        return not is_locked(path / LOCK)
-    except FileNotFoundError:
-        # Its launch died, or is just about to make the lock.
-        with contextlib.suppress(OSError):
-            return time.time() - path.stat().st_mtime > _NEW_FOR_S
         return False

@@ -17,17 +17,21 @@ import zmq
 from pdlaunch.engines.kind import EngineKind
 from pdlaunch.engines.plan import kind_of, plan_processes
 from pdlaunch.errors import ConfigError
+from pdlaunch.hosts.agent_channel import AgentChannel, Joined, Lost
 from pdlaunch.hosts.children import Children
+from pdlaunch.hosts.group import HostGroup
+from pdlaunch.hosts.host import Host
 from pdlaunch.hosts.local import LocalHost
 from pdlaunch.observe.logs import setup_logging
 from pdlaunch.process.bootstrap import raise_open_files
+from pdlaunch.process.new_run_dir import new_run_dir
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 from pdlaunch.resolve.plan import Plan
 from pdlaunch.resolve.resolve import ResolvedLaunch
 from pdlaunch.supervisor.bootstraps import Bootstraps, LaunchBootstraps
 from pdlaunch.supervisor.events import Event, EventQueue, SignalInbox
 from pdlaunch.supervisor.failure import Failure
-from pdlaunch.supervisor.folders import SUPERVISOR_LOG, keep_logs, new_run_dir
+from pdlaunch.supervisor.folders import SUPERVISOR_LOG, keep_logs
 from pdlaunch.supervisor.hangs import HangLimits
 from pdlaunch.supervisor.shutdown import Grace
 from pdlaunch.supervisor.status import Observer
@@ -77,12 +81,15 @@ def launch(
     launch_id: str,
     log_dir: Path,
     lifeline: int | None = None,
+    agents: AgentChannel | None = None,
+    joined: Sequence[str] = (),
 ) -> LaunchOutcome:
     """Start everything, serve until told to stop, stop everything.
 
     ``check_platform`` and ``resolved.require_startable`` come before. ``listeners``: the sockets of
     the public address (``ports.listening``); they are closed when no more connections are taken, at
-    the latest at the end. ``lifeline``: a descriptor whose end is a request to stop.
+    the latest at the end. ``lifeline``: a descriptor whose end is a request to stop. ``agents``: of
+    the other hosts, of which those of ``joined`` have joined.
     """
     config, kind = resolved.config, kind_of(resolved)
     timing = Timing(
@@ -110,6 +117,16 @@ def launch(
             listeners=listeners,
             kind=kind,
         )
+
+        def told(news: Joined | Lost) -> None:
+            match news:
+                case Joined(join=join):
+                    text = f"{join.name} has joined again"
+                case Lost(name=name, reason=reason):
+                    text = f"{name} is lost: {reason}"
+            logger.warning("%s", text)
+            observer.note(text)
+
         return supervise(
             plan_processes(resolved),
             kind,
@@ -120,6 +137,11 @@ def launch(
             log_dir,
             lifeline,
             listeners,
+            lambda local: (
+                local
+                if agents is None
+                else HostGroup(local, resolved.hosts[0].name, agents, joined, on_news=told)
+            ),
         )
 
 
@@ -133,10 +155,14 @@ def supervise(
     log_dir: Path,
     lifeline: int | None = None,
     listeners: Sequence[socket.socket] = (),
+    with_others: Callable[[LocalHost], Host] = lambda local: local,
 ) -> LaunchOutcome:
-    """Run a plan to its end; no process of it is left when this returns."""
+    """Run a plan to its end; no process of it is left when this returns.
+
+    ``with_others``: joins the other hosts of the launch to this one.
+    """
     with SignalInbox() as signals, contextlib.closing(Children(log_dir)) as children:
-        host = LocalHost(control, children)
+        host = with_others(LocalHost(control, children))
         supervisor = Supervisor(
             plan,
             kind,

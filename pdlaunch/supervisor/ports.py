@@ -36,11 +36,12 @@ def listening(host: str, port: int) -> Iterator[list[socket.socket]]:
 
 
 def check_engine_ports(resolved: ResolvedLaunch) -> None:
-    """Raise StartupError naming the setting when an engine's port is not free.
+    """Raise StartupError naming the setting when an engine's port on this host is not free.
 
     Its server listens there later.
     """
-    for address in resolved.engine_addresses:
+    here = resolved.hosts[0].name
+    for address in (each for each in resolved.engine_addresses if each.on == here):
         port = address.port
         state = probe_port(address.host, port)
         if state is not None and state.problem:

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from pdlaunch.cli.app import build_app
 from pdlaunch.process import run_dirs
+from pdlaunch.process.new_run_dir import new_run_dir
 from pdlaunch.process.run_dirs import LaunchCard
-from pdlaunch.supervisor.folders import new_run_dir
 
 GIB = 1024**3
 ENGINES = ("prefill-0", "decode-0")

@@ -17,8 +17,8 @@ from pdlaunch.client import api as api_module
 from pdlaunch.client.admin import admin_api
 from pdlaunch.client.api import Api
 from pdlaunch.errors import PdlaunchError
+from pdlaunch.process.new_run_dir import new_run_dir
 from pdlaunch.process.run_dirs import ADMIN_SOCKET, PREFIX, LaunchCard, running_launches
-from pdlaunch.supervisor.folders import new_run_dir
 
 
 class Launches:

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from pdlaunch.cli.app import build_app
 from pdlaunch.process import run_dirs
+from pdlaunch.process.new_run_dir import new_run_dir
 from pdlaunch.process.run_dirs import ADMIN_SOCKET, LaunchCard
 from pdlaunch.protocol.control import Address, Entry, Registry, SleepState
 from pdlaunch.protocol.engine import Sleep, SleepReply, WakeUp
@@ -26,7 +27,6 @@ from pdlaunch.router.engine_client import EngineClient, EngineTimeouts
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.state import RecoverySettings, RouterState
-from pdlaunch.supervisor.folders import new_run_dir
 from tests.router.conftest import SPEC
 from tests.server.conftest import TOKEN, Engine
 from tests.server.fake_rank import FakeRank

@@ -13,9 +13,9 @@ import zmq
 
 from pdlaunch.engines.native import NativeEngine
 from pdlaunch.process.bootstrap import Bootstrap, RouterSpec
+from pdlaunch.process.new_run_dir import new_run_dir
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
 from pdlaunch.resolve.plan import Plan, ProcessSpec
-from pdlaunch.supervisor.folders import new_run_dir
 from pdlaunch.supervisor.launch import LaunchOutcome, supervise
 from pdlaunch.supervisor.status import Observer
 from pdlaunch.supervisor.supervisor import Timing

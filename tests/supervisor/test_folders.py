@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pdlaunch.config.models import LaunchConfig
+from pdlaunch.process.new_run_dir import new_run_dir, remove_stale_run_dirs
 from pdlaunch.process.run_dirs import PREFIX
 from pdlaunch.supervisor.folders import (
     KEPT_LAUNCHES,
@@ -17,9 +18,7 @@ from pdlaunch.supervisor.folders import (
     keep_logs,
     new_launch_id,
     new_log_dir,
-    new_run_dir,
     prune_logs,
-    remove_stale_run_dirs,
 )
 
 

@@ -1,0 +1,176 @@
+"""Waits until the agents of all hosts have joined, and asks them what only their hosts know."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from pdlaunch.config.hosts import LOCAL
+from pdlaunch.config.models import LaunchConfig
+from pdlaunch.errors import ConfigError, StartupError
+from pdlaunch.hosts.agent_channel import AgentChannel, Joined, Lost, News, Told
+from pdlaunch.hosts.agent_messages import Join, Look, MissingPaths
+from pdlaunch.hosts.join import (
+    held_join_file,
+    new_join_keys,
+    read_resume_file,
+    write_join_files,
+)
+from pdlaunch.platform.addresses import default_address
+from pdlaunch.platform.machine_file import decode_machine
+from pdlaunch.resolve.hosts import ResolvedHost
+from pdlaunch.resolve.resolve import ResolvedLaunch
+
+JOIN_FILE = "join.json"
+_ANSWER_TIMEOUT_S = 30.0
+
+
+@dataclass(slots=True)
+class Agents:
+    """Holds the agents of a launch."""
+
+    channel: AgentChannel
+    joined: dict[str, ResolvedHost] = field(default_factory=dict)
+
+    def take_in(self, news: News) -> None:
+        """Note who is there. Raises ConfigError for a machine that cannot be read."""
+        match news:
+            case Joined(join=join):
+                self.joined[join.name] = _host(join)
+            case Lost(name=name):
+                self.joined.pop(name, None)
+            case Told():
+                pass
+
+
+def _host(join: Join) -> ResolvedHost:
+    found = decode_machine(join.machine, join.name)
+    return ResolvedHost(join.name, found.machine, found.environ, join.address, join.address)
+
+
+@contextlib.contextmanager
+def joined_agents(
+    config: LaunchConfig, log_dir: Path, errors: Console, *, resume: bool
+) -> Iterator[Agents | None]:
+    """Yield the agents of all hosts of a launch, None for one without.
+
+    Raises StartupError naming who has not joined within ``join_timeout_s``, and ConfigError.
+    """
+    names = [host.name for host in config.hosts if host.name != LOCAL]
+    if config.placement == "local" or not names:
+        yield None
+        return
+    path = Path(config.join_file).expanduser() if config.join_file else log_dir / JOIN_FILE
+    address = config.control_address or default_address()
+    if address is None:
+        raise ConfigError(
+            "this host has no address on a default route, at which agents could join",
+            field="control_address",
+            fix="set --control-address to the address at which the other hosts reach this one",
+        )
+    with held_join_file(path):
+        keys = read_resume_file(path) if resume else new_join_keys()
+        channel = AgentChannel(
+            keys,
+            address,
+            names,
+            timeout_s=config.agent_timeout_s,
+            print_to=lambda name: log_dir / f"{name.replace('/', '.')}.log",
+        )
+        with contextlib.closing(channel):
+            write_join_files(path, keys, channel.endpoint)
+            agents = Agents(channel)
+            _wait(agents, names, path, config.join_timeout_s, errors)
+            yield agents
+
+
+def _wait(
+    agents: Agents, names: Sequence[str], path: Path, timeout_s: float, errors: Console
+) -> None:
+    errors.print(
+        Text(
+            f"waiting for {', '.join(names)} at {agents.channel.endpoint}; on each run\n"
+            f"  pdlaunch agent --join {path} --name NAME\n"
+            f"with a copy of that file, which holds a secret"
+        )
+    )
+
+    def take_in(news: News) -> bool:
+        agents.take_in(news)
+        match news:
+            case Joined(join=join):
+                errors.print(Text(f"{join.name} has joined from {join.address}"))
+            case Lost(name=name, reason=reason):
+                errors.print(Text(f"{name} has left: {reason}"))
+            case Told():
+                pass
+        return agents.joined.keys() >= set(names)
+
+    if not _until(agents.channel, take_in, timeout_s):
+        missing = ", ".join(name for name in names if name not in agents.joined)
+        raise StartupError(
+            f"{missing} did not join within {timeout_s:g} s (join_timeout_s): start "
+            f"`pdlaunch agent --join {path}` there, and see that {agents.channel.endpoint} can be "
+            "reached"
+        )
+
+
+def require_models(agents: Agents, resolved: ResolvedLaunch) -> None:
+    """Raise ConfigError when a host does not have the files of the models that it is to serve."""
+    wanted: dict[str, set[str]] = {
+        host: {
+            engines.model.path
+            for engines in roles.values()
+            if engines.model.path is not None and engines.settings.load_format != "dummy"
+        }
+        for host, roles in resolved.placed.by_host.items()
+        if host in agents.joined
+    }
+    for host, paths in wanted.items():
+        agents.channel.send(host, Look(paths=sorted(paths)))
+    missing: dict[str, Sequence[str]] = {}
+    others: list[News] = []
+
+    def take_in(news: News) -> bool:
+        match news:
+            case Told(name=name, message=MissingPaths(paths=paths)):
+                missing[name] = paths
+            case _:
+                others.append(news)
+        return missing.keys() >= wanted.keys()
+
+    is_complete = _until(agents.channel, take_in, _ANSWER_TIMEOUT_S)
+    agents.channel.put_back(others)
+    if not is_complete:
+        silent = ", ".join(sorted(wanted.keys() - missing.keys()))
+        raise StartupError(f"the agents of {silent} did not answer")
+    for host, absent in missing.items():
+        if absent:
+            raise ConfigError(
+                f"{host} does not have {absent[0]}: engines read models on their own host",
+                field="model",
+                value=absent[0],
+                fix="put the model on a file system that all hosts share, or copy it there, at the "
+                "same path",
+            )
+
+
+def _until(channel: AgentChannel, take_in: Callable[[News], bool], timeout_s: float) -> bool:
+    """Take news in until ``take_in`` says that this is all; False: it was not in time."""
+    ends_at = time.monotonic() + timeout_s
+    while True:
+        # All that is there, so that nothing is lost with the last one.
+        done = [take_in(news) for news in channel.take()]
+        if any(done):
+            return True
+        left_s = ends_at - time.monotonic()
+        if left_s <= 0:
+            return False
+        select.select([channel.fileno()], [], [], left_s)

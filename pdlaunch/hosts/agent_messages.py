@@ -1,0 +1,172 @@
+"""Defines the channel between the supervisor (ROUTER) and the agents of other hosts (DEALER).
+
+Every message is three frames: the version of the sender, its number in the session, and the
+message. A number that is not the next one tells that messages were lost with a connection: the
+session is over then, and its processes with it.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from pdlaunch import __version__
+from pdlaunch.errors import ProtocolError
+from pdlaunch.process.bootstrap import Bootstrap
+from pdlaunch.process.step_record import LastStep
+from pdlaunch.protocol.wire import Codec, Message
+from pdlaunch.resolve.plan import ProcessSpec
+
+VERSION = __version__.encode()
+_NUMBER = struct.Struct("<Q")
+
+
+class Join(Message):
+    """Asks to join, as the first message of a session."""
+
+    name: str
+    """Name of the host."""
+    address: str
+    """Its address on the route to the supervisor."""
+    machine: str
+    """What ``encode_machine`` wrote of it."""
+    python: str
+    """The Python that it starts processes with, for people."""
+
+
+class Beat(Message):
+    """Tells, in both directions, that the sender lives."""
+
+
+class Exited(Message):
+    """Tells that a process has ended, and all of its group with it."""
+
+    name: str
+    incarnation: int
+    returncode: int
+    last_step: LastStep = LastStep()
+    """Of a rank 0: what the ranks computed."""
+
+
+class Said(Message):
+    """Passes a message of the control channel on."""
+
+    name: str
+    frame: bytes
+
+
+class Printed(Message):
+    """Passes on what a process has printed."""
+
+    name: str
+    data: bytes
+
+
+class Refused(Message):
+    """Tells that the agent does not start a process, or answers Join: it is not let in."""
+
+    reason: str
+    name: str = ""
+    """Names the process; empty: the agent itself is refused."""
+    incarnation: int = 0
+    may_join_again: bool = False
+    """The supervisor does not know the session (any more): a new one may begin."""
+
+
+class Leave(Message):
+    """Ends the session, and all processes of it at once."""
+
+    reason: str
+
+
+class MissingPaths(Message):
+    """Answers Look."""
+
+    paths: list[str]
+
+
+FromAgent = Join | Beat | Exited | Said | Printed | Refused | Leave | MissingPaths
+
+
+class Welcome(Message):
+    """Lets an agent join."""
+
+    timeout_s: float
+    """It ends its processes when it has heard nothing for so long."""
+    beat_s: float
+    """It says Beat so often."""
+
+
+class Look(Message):
+    """Asks which of these files and folders are not there."""
+
+    paths: list[str]
+
+
+class Spawn(Message):
+    """Starts a process."""
+
+    spec: ProcessSpec
+    incarnation: int
+    bootstrap: Bootstrap
+
+
+class Signal(Message):
+    """Signals a process and all that it has started."""
+
+    name: str
+    number: int
+
+
+class Send(Message):
+    """Passes a message of the control channel on to a process."""
+
+    name: str
+    frame: bytes
+
+
+ToAgent = Welcome | Beat | Refused | Leave | Look | Spawn | Signal | Send
+
+from_agent: Codec[FromAgent] = Codec(FromAgent)
+to_agent: Codec[ToAgent] = Codec(ToAgent)
+
+
+class OtherVersionError(ProtocolError):
+    """Is raised for a message of another version of pdlaunch."""
+
+
+class Session:
+    """Numbers the messages of one side and checks those of the other."""
+
+    def __init__(self) -> None:
+        self._sent = 0
+        self._received = 0
+
+    def frames(self, payload: bytes) -> list[bytes]:
+        """Return the frames of the next message."""
+        self._sent += 1
+        return [VERSION, _NUMBER.pack(self._sent), payload]
+
+    def take_back(self) -> None:
+        """Forget the last message, which could not be sent."""
+        self._sent -= 1
+
+    def begin(self, *, received: int) -> None:
+        """Count the messages that came before this object was made."""
+        self._received = received
+
+    def payload(self, frames: list[bytes]) -> bytes:
+        """Return what stands in the frames of the next message. Raises ProtocolError."""
+        number, payload = read_frames(frames)
+        if number != self._received + 1:
+            raise ProtocolError(f"message {number} came after {self._received}: some were lost")
+        self._received = number
+        return payload
+
+
+def read_frames(frames: list[bytes]) -> tuple[int, bytes]:
+    """Return the number of a message and what stands in it. Raises ProtocolError."""
+    if len(frames) != 3 or len(frames[1]) != _NUMBER.size:
+        raise ProtocolError(f"a message of {len(frames)} frames")
+    if frames[0] != VERSION:
+        raise OtherVersionError(frames[0][:40].decode(errors="replace"))
+    return int(_NUMBER.unpack(frames[1])[0]), frames[2]

@@ -1,0 +1,141 @@
+"""Joins the hosts of a launch to one ``Host``: this machine, and those whose agents have joined."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import zmq
+
+from pdlaunch.errors import ProtocolError
+from pdlaunch.hosts.agent_channel import AgentChannel, Joined, Lost, News, Told
+from pdlaunch.hosts.agent_messages import Exited, Refused, Said, Send, Signal, Spawn
+from pdlaunch.hosts.host import MessageReceived, ProcessExited
+from pdlaunch.hosts.local import LocalHost
+from pdlaunch.process.bootstrap import Bootstrap
+from pdlaunch.process.step_record import LastStep
+from pdlaunch.protocol.control import Failed, FromSupervisor, from_supervisor, to_supervisor
+from pdlaunch.resolve.plan import ProcessSpec
+
+logger = logging.getLogger(__name__)
+
+_CANNOT_START = 126
+
+
+class HostGroup:
+    """All hosts of a launch as a ``Host``: a process runs on the host that its spec names.
+
+    ``present``: the hosts whose agents have joined already. ``on_news`` is told of those that join
+    or are lost later.
+    """
+
+    def __init__(
+        self,
+        local: LocalHost,
+        local_name: str,
+        channel: AgentChannel,
+        present: Sequence[str],
+        *,
+        on_news: Callable[[Joined | Lost], None],
+    ) -> None:
+        self._local = local
+        self._local_name = local_name
+        self._channel = channel
+        self._present = set(present)
+        self._on_news = on_news
+        self._hosts: dict[str, str] = {}
+        """The host of each process that was started elsewhere and lives."""
+        self._incarnations: dict[str, int] = {}
+        self._last_steps: dict[str, LastStep] = {}
+        self._engines: dict[str, str] = {}
+        self._exits: list[ProcessExited] = []
+        self._messages: list[MessageReceived] = []
+
+    @property
+    def sources(self) -> Sequence[zmq.Socket[bytes] | int]:
+        return (*self._local.sources, self._channel.fileno())
+
+    @property
+    def poll_s(self) -> float:
+        return 0.0 if self._exits else self._local.poll_s
+
+    def is_present(self, host: str) -> bool:
+        """Tell whether processes can be started on a host now."""
+        return host == self._local_name or host in self._present
+
+    def spawn(self, spec: ProcessSpec, incarnation: int, bootstrap: Bootstrap | None) -> None:
+        if spec.host == self._local_name:
+            self._local.spawn(spec, incarnation, bootstrap)
+            return
+        if spec.host not in self._present:
+            self._exits.append(_lost(spec.name, incarnation, spec.host, "no agent has joined"))
+            return
+        assert bootstrap is not None, "conversions run beside the supervisor"
+        self._hosts[spec.name] = spec.host
+        self._incarnations[spec.name] = incarnation
+        self._engines[spec.name] = spec.engine
+        self._channel.send(
+            spec.host, Spawn(spec=spec, incarnation=incarnation, bootstrap=bootstrap)
+        )
+
+    def signal(self, name: str, signal_number: int) -> None:
+        if (host := self._hosts.get(name)) is not None:
+            self._channel.send(host, Signal(name=name, number=signal_number))
+        else:
+            self._local.signal(name, signal_number)
+
+    def send(self, name: str, message: FromSupervisor) -> None:
+        if (host := self._hosts.get(name)) is not None:
+            self._channel.send(host, Send(name=name, frame=from_supervisor.encode(message)))
+        else:
+            self._local.send(name, message)
+
+    def exits(self) -> list[ProcessExited]:
+        for news in self._channel.take():
+            self._take_in(news)
+        exits, self._exits = self._exits, []
+        for gone in exits:
+            self._hosts.pop(gone.name, None)
+        return [*exits, *self._local.exits()]
+
+    def messages(self) -> list[MessageReceived]:
+        messages, self._messages = self._messages, []
+        return [*messages, *self._local.messages()]
+
+    def log_path(self, name: str) -> Path:
+        return self._local.log_path(name)
+
+    def last_step(self, engine: str) -> LastStep:
+        return self._last_steps.get(engine) or self._local.last_step(engine)
+
+    def _take_in(self, news: News) -> None:
+        match news:
+            case Joined(join=join):
+                self._present.add(join.name)
+                self._on_news(news)
+            case Lost(name=host, reason=reason):
+                self._present.discard(host)
+                self._on_news(news)
+                for name in [name for name, at in self._hosts.items() if at == host]:
+                    self._exits.append(_lost(name, self._incarnations[name], host, reason))
+            case Told(message=Said(name=name, frame=frame)):
+                try:
+                    self._messages.append(MessageReceived(name, to_supervisor.decode(frame)))
+                except ProtocolError:
+                    logger.warning("malformed message from %r on %s", name[:80], news.name)
+            case Told(message=Exited() as gone):
+                if gone.last_step.origins:
+                    self._last_steps[self._engines.get(gone.name, "")] = gone.last_step
+                self._exits.append(ProcessExited(gone.name, gone.incarnation, gone.returncode))
+            case Told(message=Refused() as refused):
+                error = f"{news.name} does not start it: {refused.reason}"
+                self._messages.append(MessageReceived(refused.name, Failed(error=error)))
+                self._exits.append(ProcessExited(refused.name, refused.incarnation, _CANNOT_START))
+            case _:
+                pass
+
+
+def _lost(name: str, incarnation: int, host: str, reason: str) -> ProcessExited:
+    return ProcessExited(name, incarnation, -signal.SIGKILL, lost_with=f"{host} ({reason})")

@@ -1,0 +1,185 @@
+"""Writes and reads what an agent joins a launch with: where the supervisor is, and keys.
+
+::
+
+    join file (0600)            server's public key, the agents' key pair
+    join file + .supervisor     the server's key pair and its port, for ``serve --resume``
+
+CURVE proves both sides to each other: only the supervisor has the secret of the server's key, and
+only who holds the join file has that of the agents'. Both are of one launch. The launch's own keys
+are others: an agent is given them with each process that it starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from pdlaunch.errors import ConfigError
+from pdlaunch.process.run_dirs import take_lock
+from pdlaunch.protocol.sockets import LaunchKeys
+
+STDIN = "-"
+_MOST_BYTES = 64 * 1024
+_RESUME_SUFFIX = ".supervisor"
+
+
+class Ticket(msgspec.Struct, frozen=True, kw_only=True):
+    """Is what the join file holds."""
+
+    endpoint: str
+    """``tcp://10.0.0.1:5555``"""
+    server_public: str
+    public: str
+    secret: str
+
+    def __repr__(self) -> str:
+        return f"Ticket({self.endpoint})"
+
+    @property
+    def keys(self) -> LaunchKeys:
+        return LaunchKeys(self.public, self.secret, "")
+
+
+class JoinKeys(msgspec.Struct, frozen=True, kw_only=True):
+    """Holds the keys of both sides; ``port`` is that of the supervisor that drew them."""
+
+    server: LaunchKeys
+    agents: LaunchKeys
+    port: int = 0
+
+    def ticket(self, endpoint: str) -> Ticket:
+        return Ticket(
+            endpoint=endpoint,
+            server_public=self.server.public,
+            public=self.agents.public,
+            secret=self.agents.secret,
+        )
+
+
+def new_join_keys() -> JoinKeys:
+    """Draw the keys of one launch."""
+    return JoinKeys(server=_new_pair(), agents=_new_pair())
+
+
+def _new_pair() -> LaunchKeys:
+    public, secret = zmq.curve_keypair()
+    return LaunchKeys(public.decode(), secret.decode(), "")
+
+
+@contextlib.contextmanager
+def held_join_file(path: Path) -> Iterator[None]:
+    """Hold the join file as one supervisor does. Raises ConfigError while another one does."""
+    descriptor = _open_private(path)
+    try:
+        try:
+            take_lock(descriptor)
+        except OSError:
+            raise ConfigError(
+                f"another supervisor is using {path}: agents obey one",
+                field="join_file",
+                value=str(path),
+                fix="stop that launch, or name another file with --join-file",
+            ) from None
+        try:
+            yield
+        finally:
+            # Only a supervisor that was killed leaves something to resume.
+            for one in (path, _resume_path(path)):
+                one.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def write_join_files(path: Path, keys: JoinKeys, endpoint: str) -> None:
+    """Write what agents join with, and what a supervisor resumes with; nobody else can read it."""
+    port = int(endpoint.rpartition(":")[2])
+    _write_private(_resume_path(path), msgspec.structs.replace(keys, port=port))
+    _write_private(path, keys.ticket(endpoint))
+
+
+def read_resume_file(path: Path) -> JoinKeys:
+    """Read the keys of a supervisor that has died. Raises ConfigError."""
+    try:
+        return msgspec.json.decode(_read_private(_resume_path(path)), type=JoinKeys)
+    except (OSError, msgspec.DecodeError) as error:
+        raise ConfigError(
+            f"there is nothing to resume at {path}: {_reason(error)}",
+            field="join_file",
+            value=str(path),
+            fix="name the --join-file of the launch whose supervisor has died, or leave --resume "
+            "out",
+        ) from None
+
+
+def read_ticket(name: str) -> Ticket:
+    """Read the join file, or its one line from standard input (``-``). Raises ConfigError."""
+    try:
+        text = (
+            sys.stdin.buffer.readline(_MOST_BYTES) if name == STDIN else _read_private(Path(name))
+        )
+        return msgspec.json.decode(text, type=Ticket)
+    except (OSError, msgspec.DecodeError) as error:
+        raise ConfigError(
+            f"{'standard input' if name == STDIN else name} cannot be joined with: "
+            f"{_reason(error)}",
+            field="--join",
+            value=name,
+            fix="copy the join file that `pdlaunch serve --placement hosts` names, as it is",
+        ) from None
+
+
+def _read_text(name: str) -> bytes:
+    return sys.stdin.buffer.readline(_MOST_BYTES) if name == STDIN else _read_private(Path(name))
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _resume_path(path: Path) -> Path:
+    return path.with_name(path.name + _RESUME_SUFFIX)
+
+
+def _open_private(path: Path) -> int:
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        os.fchmod(descriptor, 0o600)
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written: {error.strerror}",
+            field="join_file",
+            value=str(path),
+            fix="name a file that you may write to with --join-file",
+        ) from None
+    return descriptor
+
+
+def _write_private(path: Path, content: Ticket | JoinKeys) -> None:
+    """Write in place: whoever holds the lock of the file keeps it."""
+    descriptor = _open_private(path)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, msgspec.json.encode(content) + b"\n")
+    finally:
+        os.close(descriptor)
+
+
+def _read_private(path: Path) -> bytes:
+    """Read a file of secrets. Raises ConfigError where others can read it too, and OSError."""
+    with path.open("rb") as file:
+        mode = os.fstat(file.fileno()).st_mode & 0o777
+        if mode & 0o077:
+            raise ConfigError(
+                f"others can read {path}, which holds a secret: its mode is {mode:o}",
+                field="--join",
+                value=str(path),
+                fix=f"chmod 600 {path}, and start the launch anew if somebody may have read it",
+            )
+        return file.read(_MOST_BYTES)

@@ -1,0 +1,53 @@
+"""Makes the folder of a launch, or of an agent, for its sockets, and removes those of dead ones."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from pdlaunch.process.run_dirs import LOCK, PREFIX, base_dir, is_locked, own_run_dirs, take_lock
+
+_NEW_FOR_S = 60.0
+"""A run folder without a lock is left alone for so long: its launch may just be making it."""
+
+
+@contextlib.contextmanager
+def new_run_dir(base: Path | None = None) -> Iterator[Path]:
+    """Yield a fresh folder, mode 0700, which is removed at the end.
+
+    A lock in it, which dies with this process, says that the folder is in use.
+    """
+    base = base or base_dir()
+    remove_stale_run_dirs(base)
+    run_dir = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
+    lock = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        take_lock(lock)
+        yield run_dir
+    finally:
+        # While it is still locked: nobody shall take what is half removed for stale.
+        shutil.rmtree(run_dir, ignore_errors=True)
+        os.close(lock)
+
+
+def remove_stale_run_dirs(base: Path) -> list[Path]:
+    """Remove this user's folders whose launch is dead; return them."""
+    stale = [path for path in own_run_dirs(base) if _is_stale(path)]
+    for path in stale:
+        shutil.rmtree(path, ignore_errors=True)
+    return stale
+
+
+def _is_stale(path: Path) -> bool:
+    try:
+        return not is_locked(path / LOCK)
+    except FileNotFoundError:
+        # Its launch died, or is just about to make the lock.
+        with contextlib.suppress(OSError):
+            return time.time() - path.stat().st_mtime > _NEW_FOR_S
+        return False
