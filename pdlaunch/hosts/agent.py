@@ -112,18 +112,21 @@ class AgentSession:
             )
             self._send(self._join)
             welcome = self._await_welcome()
+            if welcome is None:
+                return self._leave()
             self._timeout_s, self._beat_s = welcome.timeout_s, welcome.beat_s
             self._note(f"joined as {self._join.name}")
             with new_run_dir() as self._run_dir:
                 return self._serve()
 
-    def _await_welcome(self) -> Welcome:
+    def _await_welcome(self) -> Welcome | None:
+        """Return the answer to Join; None: this agent shall end."""
         poller = self._poller()
         ends_at = self._clock() + self._timeout_s
         while self._clock() < ends_at:
             readable = dict(poller.poll(max(1, int((ends_at - self._clock()) * 1000))))
             if readable.keys() & set(self._stops):
-                raise AgentRefusedError("told to end before the supervisor had answered")
+                return None
             for message in self._received():
                 match message:
                     case Welcome():
@@ -155,8 +158,7 @@ class AgentSession:
                 readable = dict(poller.poll(max(0, int((next_at - now) * 1000) + 1)))
                 now = self._clock()
                 if readable.keys() & set(self._stops):
-                    self._send(Leave(reason="its agent was told to end"))
-                    return "told to end"
+                    return self._leave()
                 messages = list(self._received())
                 if messages:
                     heard_at = now
@@ -183,6 +185,10 @@ class AgentSession:
                 if now >= beat_at:
                     beat_at = now + self._beat_s
                     self._send(Beat())
+
+    def _leave(self) -> str:
+        self._send(Leave(reason="its agent was told to end"))
+        return "told to end"
 
     def _obey(self, message: ToAgent, host: LocalHost | None) -> None:
         match message:

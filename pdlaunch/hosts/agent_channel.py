@@ -151,8 +151,9 @@ class AgentChannel:
 
     def put_back(self, news: Sequence[News]) -> None:
         """Have ``take`` return these again, before all others."""
-        self._news.extendleft(reversed(news))
-        os.eventfd_write(self._news_event, 1)
+        if news:
+            self._news.extendleft(reversed(news))
+            os.eventfd_write(self._news_event, 1)
 
     def send(self, name: str, message: ToAgent) -> None:
         """Queue a message for a host; it is dropped when that has no agent."""

@@ -53,16 +53,17 @@ def permitted(spec: ProcessSpec, executables: Mapping[str, str]) -> ProcessSpec:
                 "host: set it where the agent is started, and leave it out of env"
             )
     command = list(spec.command)
-    if spec.kind not in _KINDS or command[1:3] != ["-P", "-m"] or command[3:4][0] not in ROOMS:
+    room = command[3] if command[1:3] == ["-P", "-m"] and len(command) > 3 else ""
+    if spec.kind not in _KINDS or room not in ROOMS:
         raise NotPermittedError(f"an agent starts no {spec.kind} with {' '.join(command[:4])}")
     command[0] = sys.executable
-    if command[3] == "pdlaunch.sidecar":
-        place = command.index("--") + 1
-        name = PurePath(command[place]).name
+    if room == "pdlaunch.sidecar":
+        place = command.index("--") + 1 if "--" in command else len(command)
+        name = PurePath(command[place]).name if place < len(command) else ""
         if name not in executables:
             raise NotPermittedError(
-                f"this host does not allow the executable {name}: start its agent with "
-                f"--allow-executable {name}"
+                f"this host does not allow the executable {name or 'of an engine'}: start its "
+                f"agent with --allow-executable {name}"
             )
         command[place] = executables[name]
     return msgspec.structs.replace(spec, command=tuple(command))

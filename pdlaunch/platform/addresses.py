@@ -28,7 +28,9 @@ def address_towards(host: str) -> str | None:
 def default_address() -> str | None:
     """Return this machine's address on its default route; None where it has none but loopback."""
     found = (address_towards(host) for host in _ELSEWHERE)
-    return next((each for each in found if each is not None and not is_loopback(each)), None)
+    return next(
+        (each for each in found if each and not ipaddress.ip_address(each).is_loopback), None
+    )
 
 
 def device_of(address: str) -> str | None:
@@ -50,14 +52,6 @@ def is_address(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def is_loopback(address: str) -> bool:
-    """Tell whether only processes of the same machine reach an address; False for names."""
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return address == "localhost"
 
 
 def tcp_endpoint(address: str, port: int) -> str:

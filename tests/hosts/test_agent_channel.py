@@ -1,0 +1,323 @@
+"""Who may join, and what ends a session: over real sockets of this machine, without processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+
+from pdlaunch.errors import PdlaunchError, ProtocolError, StartupError
+from pdlaunch.hosts import agent_messages
+from pdlaunch.hosts.agent import (
+    AgentRefusedError,
+    AgentSession,
+    AgentTimeoutError,
+    SessionLostError,
+)
+from pdlaunch.hosts.agent_channel import AgentChannel, Joined, Lost, News, Told
+from pdlaunch.hosts.agent_messages import (
+    Beat,
+    Join,
+    Look,
+    MissingPaths,
+    Printed,
+    Session,
+    from_agent,
+    to_agent,
+)
+from pdlaunch.hosts.join import JoinKeys, Ticket, new_join_keys
+from pdlaunch.protocol.sockets import LaunchKeys, SecureContext
+
+TIMEOUT_S = 20.0
+HELLO = Join(name="a", address="127.0.0.1", machine="{}", python="python")
+
+
+@pytest.fixture
+def keys() -> JoinKeys:
+    return new_join_keys()
+
+
+@contextlib.contextmanager
+def listening(keys: JoinKeys, folder: Path, **options: Any) -> Iterator[AgentChannel]:
+    channel = AgentChannel(
+        keys,
+        "127.0.0.1",
+        ["a", "b"],
+        print_to=lambda name: folder / name,
+        **{"timeout_s": 60.0, **options},
+    )
+    with contextlib.closing(channel):
+        yield channel
+
+
+@pytest.fixture
+def channel(keys: JoinKeys, tmp_path: Path) -> Iterator[AgentChannel]:
+    with listening(keys, tmp_path) as channel:
+        yield channel
+
+
+def news_of(channel: AgentChannel) -> News:
+    """The next thing that is told."""
+    readable, _, _ = select.select([channel.fileno()], [], [], TIMEOUT_S)
+    assert readable, "nothing was told"
+    first, *rest = channel.take()
+    channel.put_back(rest)
+    return first
+
+
+class Agent:
+    """An agent in a thread; ``stop`` is what a signal is to a process."""
+
+    def __init__(self, ticket: Ticket, join: Join = HELLO, wait_s: float = TIMEOUT_S) -> None:
+        self._stop, self._stopper = os.pipe()
+        self.notes: list[str] = []
+        self.outcome: str | PdlaunchError | None = None
+        self._session = AgentSession(
+            ticket, join, {}, [self._stop], first_wait_s=wait_s, note=self.notes.append
+        )
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.outcome = self._session.run()
+        except PdlaunchError as error:
+            self.outcome = error
+
+    def end(self) -> str | PdlaunchError | None:
+        """How it ended."""
+        self._thread.join(TIMEOUT_S)
+        assert not self._thread.is_alive()
+        os.close(self._stop)
+        os.close(self._stopper)
+        return self.outcome
+
+    def stop(self) -> str | PdlaunchError | None:
+        os.write(self._stopper, b"x")
+        return self.end()
+
+
+class RawAgent:
+    """Says what a test wants on the channel."""
+
+    def __init__(self, channel: AgentChannel, keys: JoinKeys) -> None:
+        self._context = SecureContext(keys.agents, peer=keys.server.public)
+        self._socket = self._context.connect(zmq.DEALER, channel.endpoint)
+        self._socket.rcvtimeo = int(TIMEOUT_S * 1000)
+        self.session, self._theirs = Session(), Session()
+
+    def say(self, message: agent_messages.FromAgent) -> None:
+        self._socket.send_multipart(self.session.frames(from_agent.encode(message)))
+
+    def hear(self, kind: type) -> Any:
+        while True:
+            message = to_agent.decode(self._socket.recv_multipart()[-1])
+            if isinstance(message, kind):
+                return message
+
+    def close(self) -> None:
+        self._context.close()
+
+
+@pytest.fixture
+def raw(channel: AgentChannel, keys: JoinKeys) -> Iterator[RawAgent]:
+    with contextlib.closing(RawAgent(channel, keys)) as raw:
+        yield raw
+
+
+def test_an_agent_joins_and_answers_and_leaves_with_the_launch(
+    keys: JoinKeys, tmp_path: Path
+) -> None:
+    with listening(keys, tmp_path) as channel:
+        agent = Agent(keys.ticket(channel.endpoint))
+        assert news_of(channel) == Joined(HELLO)
+        channel.send("a", Look(paths=[str(tmp_path), "/no/such/folder"]))
+        assert news_of(channel) == Told("a", MissingPaths(paths=["/no/such/folder"]))
+    assert agent.end() == "the launch is over"
+    assert agent.notes == ["joined as a"]
+
+
+def test_an_agent_that_is_told_to_end_says_so(channel: AgentChannel, keys: JoinKeys) -> None:
+    agent = Agent(keys.ticket(channel.endpoint))
+    assert isinstance(news_of(channel), Joined)
+    assert agent.stop() == "told to end"
+    assert news_of(channel) == Lost("a", "its agent was told to end")
+
+
+@pytest.mark.parametrize("side", ["of the agent", "of the supervisor"])
+def test_without_the_secret_of_either_side_nobody_joins(
+    channel: AgentChannel, keys: JoinKeys, side: str
+) -> None:
+    other = new_join_keys()
+    mixed = (
+        JoinKeys(server=keys.server, agents=other.agents)
+        if side == "of the agent"
+        else JoinKeys(server=other.server, agents=keys.agents)
+    )
+    agent = Agent(mixed.ticket(channel.endpoint), wait_s=1.5)
+    outcome = agent.end()
+    assert isinstance(outcome, AgentTimeoutError)
+    assert "answered within" in str(outcome)
+    assert channel.take() == []
+
+
+def test_keys_of_a_launch_open_no_way_to_the_agents_channel(
+    channel: AgentChannel, keys: JoinKeys
+) -> None:
+    """A child of a launch has these; who serves engines must not start any."""
+    public, secret = zmq.curve_keypair()
+    ticket = keys.ticket(channel.endpoint)
+    launch = LaunchKeys(public.decode(), secret.decode(), "")
+    stranger = Ticket(
+        endpoint=ticket.endpoint,
+        server_public=ticket.server_public,
+        public=launch.public,
+        secret=launch.secret,
+    )
+    assert isinstance(Agent(stranger, wait_s=1.5).end(), AgentTimeoutError)
+
+
+def test_another_version_is_refused_and_both_are_named(
+    channel: AgentChannel, keys: JoinKeys, raw: RawAgent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent_messages, "VERSION", b"99.9")
+    frames = raw.session.frames(from_agent.encode(HELLO))
+    monkeypatch.undo()
+    raw._socket.send_multipart(frames)
+    reason = raw.hear(agent_messages.Refused).reason
+    assert (
+        f"the agent is pdlaunch 99.9, the supervisor is {agent_messages.VERSION.decode()}" in reason
+    )
+    assert "install the same version" in reason
+
+
+def test_a_host_that_is_not_listed_is_refused(channel: AgentChannel, keys: JoinKeys) -> None:
+    join = Join(name="c", address="127.0.0.1", machine="{}", python="python")
+    outcome = Agent(keys.ticket(channel.endpoint), join).end()
+    assert isinstance(outcome, AgentRefusedError)
+    assert "c is none of the hosts a, b" in str(outcome)
+
+
+def test_one_agent_serves_a_host(channel: AgentChannel, keys: JoinKeys) -> None:
+    first = Agent(keys.ticket(channel.endpoint))
+    assert isinstance(news_of(channel), Joined)
+    second = Agent(keys.ticket(channel.endpoint)).end()
+    assert isinstance(second, AgentRefusedError)
+    assert "another agent has joined as a" in str(second)
+    assert first.stop() == "told to end"
+
+
+def test_the_successor_of_a_dead_agent_need_not_wait(
+    channel: AgentChannel, keys: JoinKeys, raw: RawAgent
+) -> None:
+    raw.say(HELLO)
+    assert isinstance(news_of(channel), Joined)
+    raw.close()
+    agent = Agent(keys.ticket(channel.endpoint))
+    assert isinstance(news_of(channel), Lost)
+    assert isinstance(news_of(channel), Joined)
+    agent.stop()
+
+
+def test_a_lost_message_ends_the_session(
+    channel: AgentChannel, keys: JoinKeys, raw: RawAgent
+) -> None:
+    raw.say(HELLO)
+    assert isinstance(news_of(channel), Joined)
+    raw.session.frames(b"")  # numbered, and never sent
+    raw.say(Beat())
+    lost = news_of(channel)
+    assert isinstance(lost, Lost)
+    assert "some were lost" in lost.reason
+    assert raw.hear(agent_messages.Refused).may_join_again
+
+
+def test_a_session_that_the_supervisor_does_not_know_is_over(
+    channel: AgentChannel, keys: JoinKeys, raw: RawAgent
+) -> None:
+    """As after the restart of a supervisor: agents join it anew."""
+    raw.say(Beat())
+    assert raw.hear(agent_messages.Refused).may_join_again
+
+
+def test_a_resumed_supervisor_finds_its_agents_again(keys: JoinKeys, tmp_path: Path) -> None:
+    with listening(keys, tmp_path) as dead:
+        agent = Agent(keys.ticket(dead.endpoint))
+        assert isinstance(news_of(dead), Joined)
+        die(dead)
+        port = int(dead.endpoint.rpartition(":")[2])
+        resumed = JoinKeys(server=keys.server, agents=keys.agents, port=port)
+        with listening(resumed, tmp_path) as channel:
+            assert isinstance(agent.end(), SessionLostError)
+            again = Agent(keys.ticket(channel.endpoint))
+            assert isinstance(news_of(channel), Joined)
+            again.stop()
+
+
+def test_an_agent_ends_when_its_supervisor_is_silent(keys: JoinKeys, tmp_path: Path) -> None:
+    with listening(keys, tmp_path, timeout_s=2.0) as channel:
+        agent = Agent(keys.ticket(channel.endpoint))
+        assert isinstance(news_of(channel), Joined)
+        die(channel)
+        outcome = agent.end()
+    assert isinstance(outcome, AgentTimeoutError)
+    assert "silent for" in str(outcome)
+
+
+def test_a_silent_agent_is_lost(keys: JoinKeys, tmp_path: Path) -> None:
+    """It is stopped, or its link is cut: its connection is still there."""
+    with (
+        listening(keys, tmp_path, timeout_s=2.0) as channel,
+        contextlib.closing(RawAgent(channel, keys)) as raw,
+    ):
+        raw.say(HELLO)
+        assert isinstance(news_of(channel), Joined)
+        lost = news_of(channel)
+    assert isinstance(lost, Lost)
+    assert "silent" in lost.reason
+
+
+def test_what_processes_print_comes_to_the_folder_of_the_logs(
+    channel: AgentChannel, keys: JoinKeys, raw: RawAgent, tmp_path: Path
+) -> None:
+    raw.say(HELLO)
+    raw.say(Printed(name="prefill-0", data=b"one\n"))
+    raw.say(Printed(name="prefill-0", data=b"two\n"))
+    raw.say(MissingPaths(paths=[]))
+    while not isinstance(news_of(channel), Told):
+        pass
+    assert (tmp_path / "prefill-0").read_bytes() == b"one\ntwo\n"
+
+
+def test_a_port_that_another_supervisor_has_is_named(keys: JoinKeys, tmp_path: Path) -> None:
+    with listening(keys, tmp_path) as channel:
+        port = int(channel.endpoint.rpartition(":")[2])
+        second = JoinKeys(server=keys.server, agents=keys.agents, port=port)
+        with (
+            pytest.raises(StartupError, match="stop the supervisor that listens there"),
+            listening(second, tmp_path),
+        ):
+            pass
+
+
+def test_numbers_of_a_session_must_follow_each_other() -> None:
+    ours, theirs = Session(), Session()
+    assert theirs.payload(ours.frames(b"1")) == b"1"
+    ours.frames(b"lost")
+    with pytest.raises(ProtocolError, match="message 3 came after 1"):
+        theirs.payload(ours.frames(b"3"))
+
+
+def die(channel: AgentChannel) -> None:
+    """End the thread as SIGKILL would: nobody is told."""
+    channel._agents.clear()
+    channel._closing = True
+    os.eventfd_write(channel._wake_event, 1)
+    channel._thread.join(TIMEOUT_S)
