@@ -86,6 +86,8 @@ class Entry(Message, tag=False):
     """``router``, ``prefill-0``, ``prefill-0/rank-0``: unique, stable over restarts."""
     kind: ProcessKind
     incarnation: int
+    host: str = ""
+    """Name of its host; empty: the supervisor's own, or not known."""
     engine: str = ""
     role: Role | None = None
     tp_rank: int = 0

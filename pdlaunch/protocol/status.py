@@ -67,7 +67,7 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     version: str
     url: str
     host: str
-    """The host of its URL."""
+    """The name of its host, else the host of its URL."""
     state: str
     """``ready``, or why it is given no work."""
     is_down: bool

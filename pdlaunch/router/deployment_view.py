@@ -146,7 +146,7 @@ class DeploymentView:
             kind=engine.capabilities.kind,
             version=engine.capabilities.version,
             url=engine.url,
-            host=urlsplit(engine.url).hostname or "",
+            host=engine.host or urlsplit(engine.url).hostname or "",
             state=engine.state,
             is_down=self._state.events.is_down(engine),
             reason=engine.reason,

@@ -58,6 +58,8 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     name: str
     processes: Processes
     url: str
+    host: str = ""
+    """Name of its host; empty: not known."""
     role: Role | None
     capabilities: Capabilities
     ready: bool

@@ -204,6 +204,7 @@ class EnginePool:
                 name=server.name,
                 processes=processes,
                 url=server.address.http,
+                host=server.host,
                 role=server.role,
                 capabilities=server.capabilities,
                 ready=False,

@@ -87,7 +87,7 @@ class Deaths:
             self.ends[instance.name]["hung"] += 1
             silent_s = self._clock() - instance.heard_at
             instance.error = f"hung: its loop did not turn for {silent_s:.0f} s (hang_timeout_s)"
-            self._note(f"{instance.name} {instance.error}: killed")
+            self._note(f"{instance.label} {instance.error}: killed")
             self.kill(unit)
 
     def tell(self, unit: Unit, instance: Instance, event: ProcessExited) -> None:
@@ -95,7 +95,7 @@ class Deaths:
         of.
         """
         said = f": {instance.error}" if instance.error else ""
-        self._note(f"{instance.name} {event.how()}{said}")
+        self._note(f"{instance.label} {event.how()}{said}")
         # A rank that never served, or that somebody killed, has died of no request.
         if instance.spec.kind == "rank" and unit.ready_at is not None and event.by_itself:
             self._tell_suspects(unit.engine)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pdlaunch.config.hosts import LOCAL
 from pdlaunch.protocol.control import Entry, ListedState, Progress, Register
 from pdlaunch.resolve.plan import ProcessSpec
 from pdlaunch.supervisor.states import ALIVE, TRANSITIONS, ProcessState
@@ -38,6 +39,12 @@ class Instance:
     @property
     def name(self) -> str:
         return self.spec.name
+
+    @property
+    def label(self) -> str:
+        """Its name for people, with the host where that is another one."""
+        host = self.spec.host
+        return self.name if host == LOCAL else f"{self.name} on {host}"
 
     @property
     def alive(self) -> bool:
@@ -78,6 +85,7 @@ class Instance:
         return Entry(
             name=self.name,
             kind=self.spec.kind,
+            host="" if self.spec.host == LOCAL else self.spec.host,
             incarnation=self.incarnation,
             engine=self.spec.engine,
             role=self.spec.role,

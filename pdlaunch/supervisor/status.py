@@ -16,6 +16,7 @@ class ProcessStatus:
 
     name: str
     kind: str
+    host: str
     state: ProcessState
     incarnation: int
     pid: int | None = None
@@ -32,6 +33,7 @@ class ProcessStatus:
         return cls(
             name=instance.name,
             kind=instance.spec.kind,
+            host=instance.spec.host,
             state=instance.state,
             incarnation=instance.incarnation,
             pid=None if instance.registration is None else instance.registration.pid,

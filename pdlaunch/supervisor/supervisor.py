@@ -310,7 +310,7 @@ class Supervisor:
             self._processes.unit_of(instance).kill_at = self._clock() + FAILED_GRACE_S
         else:
             self._fail(
-                Failure(f"{instance.name} failed to start", process=instance.name, said=error)
+                Failure(f"{instance.label} failed to start", process=instance.name, said=error)
             )
 
     def _on_pair_ready(self, instance: Instance, pair: PairReady) -> None:
@@ -328,14 +328,14 @@ class Supervisor:
         if pair.fatal and self._shutdown is None and self._phase is not LaunchPhase.READY:
             self._fail(
                 Failure(
-                    f"{instance.name} cannot use {pair.peer}",
+                    f"{instance.label} cannot use {pair.peer}",
                     process=instance.name,
                     said=pair.error,
                 )
             )
         else:
             self._notes.add(
-                f"{instance.name} cannot reach {pair.peer}: {pair.error}",
+                f"{instance.label} cannot reach {pair.peer}: {pair.error}",
                 prefill=pair.peer.partition("/")[0],
                 decode=instance.spec.engine,
             )
@@ -373,7 +373,7 @@ class Supervisor:
         self._pairs.forget(instance.name)
         said, how = instance.error or "", event.how()
         instance.error = said or how
-        summary = f"{instance.name} {how} before it was ready"
+        summary = f"{instance.label} {how} before it was ready"
         self._fail(Failure(summary, process=instance.name, said=said))
 
     # Ending

@@ -29,7 +29,7 @@ def process(
     fraction: float | None = None,
 ) -> ProcessStatus:
     return ProcessStatus(
-        name, "rank" if "/" in name else "server", state, 1, doing=doing, fraction=fraction
+        name, "rank" if "/" in name else "server", "local", state, 1, doing=doing, fraction=fraction
     )
 
 
