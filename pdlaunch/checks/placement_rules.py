@@ -1,4 +1,4 @@
-"""Rules PD452 to PD455 judge on which hosts engines are placed."""
+"""Rules PD452 to PD456 judge on which hosts engines are placed."""
 
 from __future__ import annotations
 
@@ -100,6 +100,29 @@ def hosts_differ(context: Context) -> Iterator[Found]:
         shares = [share.engines for engine in engines for share in engine.shares]
         for other in {share.host: share for share in shares[1:]}.values():
             yield from _differences(engines[0], other)
+
+
+@rule(
+    "PD456",
+    "error",
+    fix="Set hosts_per_engine to 1, or device: cpu for native engines.",
+    source="NCCL's connections and vLLM's groups have no keys.",
+)
+def engine_over_hosts(context: Context) -> Iterator[Found]:
+    """Ranks of an engine are on several hosts, and cannot be joined there safely.
+
+    Native ranks on CPUs add up over connections that only processes of the launch can open. Ranks
+    on GPUs would use NCCL's, and those of vLLM its own, which admit everybody.
+    """
+    for engines in context.engines.values():
+        is_spread = engines.settings.hosts_per_engine > 1 and engines.tp_size > 1
+        if is_spread and (engines.device == "cuda" or not engines.is_native):
+            what = "GPUs" if engines.is_native else engines.settings.engine
+            yield Found(
+                engines.where("hosts_per_engine"),
+                f"the ranks of a {engines.role} engine run on {what} of "
+                f"{engines.settings.hosts_per_engine} hosts",
+            )
 
 
 def _differences(first: PlacedEngine, other: RoleEngines) -> Iterator[Found]:

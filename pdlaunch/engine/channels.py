@@ -10,8 +10,12 @@ import zmq
 
 from pdlaunch.engine.step import FromRankZero, StepDone, from_rank_zero, step_done
 from pdlaunch.errors import ProtocolError
+from pdlaunch.platform.addresses import tcp_endpoint
 from pdlaunch.protocol.engine import FromRank, Hello, ToRank, from_rank, to_rank
 from pdlaunch.protocol.sockets import SecureContext
+
+LOOPBACK = "127.0.0.1"
+"""A server runs on the host of its rank 0, and most TP groups on one host."""
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +27,7 @@ class ServerLink:
     """
 
     def __init__(self, context: SecureContext) -> None:
-        self.socket, self.endpoint = context.listen(zmq.ROUTER, "tcp://127.0.0.1:0")
+        self.socket, self.endpoint = context.listen(zmq.ROUTER, tcp_endpoint(LOOPBACK, 0))
         self._server: bytes | None = None
 
     @property
@@ -58,8 +62,15 @@ class LeaderChannel:
     Rank 0 sends every plan to the other ranks, which report the ends of transfers and copies back.
     """
 
-    def __init__(self, context: SecureContext, tp_size: int) -> None:
-        self.socket, self.endpoint = context.listen(zmq.ROUTER, "tcp://127.0.0.1:0")
+    def __init__(
+        self,
+        context: SecureContext,
+        tp_size: int,
+        bind_address: str = LOOPBACK,
+        advertise_address: str = LOOPBACK,
+    ) -> None:
+        self.socket, bound = context.listen(zmq.ROUTER, tcp_endpoint(bind_address, 0))
+        self.endpoint = tcp_endpoint(advertise_address, int(bound.rpartition(":")[2]))
         self._num_followers = tp_size - 1
         self._followers: dict[int, bytes] = {}
 

@@ -41,7 +41,7 @@ _SHARED_RULES = frozenset(
         "PD316",
         # The machine: GPUs, cores, files, ports.
         *("PD400", "PD410", "PD411", "PD412", "PD413", "PD415", "PD420", "PD421", "PD422"),
-        *("PD424", "PD450", "PD452", "PD453", "PD454", "PD455"),
+        *("PD424", "PD450", "PD452", "PD453", "PD454", "PD455", "PD456"),
         *("PD501", "PD505"),
     )
 )

@@ -20,6 +20,7 @@ from pdlaunch.observe.logs import LogFormat
 from pdlaunch.protocol.control import Capabilities
 from pdlaunch.protocol.sockets import LaunchKeys
 
+OVER_HOSTS = "over-hosts"
 LISTEN_BACKLOG = 1024
 """Connections to the router that wait to be accepted, for as long as no router runs too."""
 MAX_OPEN_FILES = 65_536
@@ -91,7 +92,9 @@ class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
     router: RouterSpec | None = None
     tp_rank: int = 0
     rendezvous: str = ""
-    """``file://`` URL of this incarnation's TP group."""
+    """``file://`` URL of this incarnation's TP group; ``OVER_HOSTS`` when its ranks are on several
+    hosts, where rank 0 registers the endpoint.
+    """
     launch_id: str = ""
     step_record: int = -1
     """Rank 0's inherited descriptor of its ``StepRecord``."""

@@ -255,7 +255,12 @@ def _find_lender(by_rank: list[Entry]) -> Lender | None:
     if not port.isdecimal():
         return None
     return (
-        Lender(engine_id=leader.engine_id, host=host, port=int(port), tp_size=leader.tp_size)
+        Lender(
+            engine_id=leader.engine_id,
+            host=host.strip("[]"),
+            port=int(port),
+            tp_size=leader.tp_size,
+        )
         if host
         else None
     )

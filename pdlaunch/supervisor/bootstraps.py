@@ -12,7 +12,7 @@ from pydantic import SecretStr
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.engines.kind import EngineKind
-from pdlaunch.process.bootstrap import Bootstrap, RouterSpec
+from pdlaunch.process.bootstrap import OVER_HOSTS, Bootstrap, RouterSpec
 from pdlaunch.protocol.control import Capabilities
 from pdlaunch.protocol.sockets import LaunchKeys
 from pdlaunch.resolve.plan import ProcessSpec
@@ -74,7 +74,6 @@ class LaunchBootstraps:
                     "advertise_address": host.advertise_address,
                 }
             )
-        rendezvous = self._run_dir / f"{spec.engine}.tp.{incarnation}"
         return Bootstrap(
             name=spec.name,
             incarnation=incarnation,
@@ -94,10 +93,19 @@ class LaunchBootstraps:
             if spec.kind == "router"
             else None,
             tp_rank=spec.tp_rank,
-            rendezvous=f"file://{rendezvous}" if spec.kind == "rank" else "",
+            rendezvous=self._rendezvous(spec, incarnation),
             launch_id=self._launch_id,
             heartbeat_s=heartbeat_s(self._config.hang_timeout_s),
         )
+
+    def _rendezvous(self, spec: ProcessSpec, incarnation: int) -> str:
+        """Return where the ranks of an engine meet."""
+        if spec.kind != "rank":
+            return ""
+        shares = next(one.shares for one in self._resolved.engines if one.name == spec.engine)
+        if len(shares) > 1:
+            return OVER_HOSTS
+        return f"file://{self._run_dir / f'{spec.engine}.tp.{incarnation}'}"
 
 
 def router_spec(

@@ -29,6 +29,7 @@ from typing import Any
 import zmq
 
 from pdlaunch.errors import TransferError
+from pdlaunch.platform.addresses import tcp_endpoint
 from pdlaunch.platform.kernel import sleep_precisely
 from pdlaunch.protocol.control import Entry
 from pdlaunch.protocol.side_channel import Refused
@@ -114,7 +115,7 @@ class TransferThread:
         self._wake, self._woken = setup.context.pair(
             f"transfer-wake/{self._name}#{setup.identity.incarnation}"
         )
-        self._socket = PrefillSocket(setup.context, f"tcp://{setup.host}:0")
+        self._socket = PrefillSocket(setup.context, tcp_endpoint(setup.host, 0))
         # The thread alone keeps the setup: with its end the KV cache can be freed.
         self._thread = threading.Thread(
             target=self._run, args=(setup,), name="transfer", daemon=True

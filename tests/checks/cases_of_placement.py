@@ -67,4 +67,16 @@ CASES = {
             ),
         ],
     ),
+    "PD456": Case(
+        [
+            hosts(
+                A,
+                B,
+                machines=(GPU, GPU),
+                decode__tensor_parallel_size=2,
+                decode__hosts_per_engine=2,
+            ),
+        ],
+        [hosts(A, B, decode__tensor_parallel_size=2, decode__hosts_per_engine=2)],
+    ),
 }

@@ -1,4 +1,4 @@
-"""For each rule on where engines are placed (PD452 to PD455, PD424): what fires it, its fixes."""
+"""For each rule on where engines are placed (PD452 to PD456, PD424): what fires it, its fixes."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ def two_hosts(first: str = "", second: str = "", more: str = "", other: object =
     config = _TWO % (first and f", {first}", second and f", {second}")
     machines = {"a.json": WIDE, "b.json": other}
     return Setup(config + more, machine=WIDE, machines=machines)
+
+
+def on_gpus(more: str) -> Setup:
+    config = _TWO % ("", "") + more
+    return Setup(config, machine=GPU, machines={"a.json": GPU, "b.json": GPU})
 
 
 SPREAD = "placement_strategy: spread\n"
@@ -70,6 +75,16 @@ CASES = [
                 other=GPU,
             ),
             "hosts that are alike": two_hosts(more="prefill: {replicas: 3}\n" + SPREAD),
+        },
+    ),
+    Case(
+        "PD456",
+        on_gpus("decode: {tensor_parallel_size: 2, hosts_per_engine: 2}\n"),
+        {
+            "Set hosts_per_engine to 1": on_gpus("decode: {tensor_parallel_size: 2}\n"),
+            "device: cpu": on_gpus(
+                "device: cpu\ndecode: {tensor_parallel_size: 2, hosts_per_engine: 2}\n"
+            ),
         },
     ),
     Case(

@@ -1,0 +1,105 @@
+"""Carries the sums of a TP group whose ranks are on several hosts, over CURVE.
+
+Gloo listens for anybody while a group forms and has no keys, which is well on a loopback device
+alone. Here every rank but rank 0 sends what it has and waits; rank 0 puts all in the order of the
+ranks, so that sums are the same in each run, and sends the result back.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Callable, Sequence
+
+import zmq
+
+from pdlaunch.errors import StartupError, TransferError
+from pdlaunch.platform.addresses import tcp_endpoint
+from pdlaunch.protocol.sockets import SecureContext
+
+TIMEOUT_S = 300.0
+_HEAD = struct.Struct("<IQ")
+"""The rank, and the number of the call: ranks make the same calls in the same order."""
+
+Merge = Callable[[Sequence[bytes]], bytes]
+
+
+class LeaderExchange:
+    """Is rank 0's end; ``endpoint`` is what the other ranks are told."""
+
+    def __init__(
+        self,
+        context: SecureContext,
+        bind_address: str,
+        advertise_address: str,
+        tp_size: int,
+        *,
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
+        self._socket, bound = context.listen(zmq.ROUTER, tcp_endpoint(bind_address, 0))
+        self.endpoint = tcp_endpoint(advertise_address, int(bound.rpartition(":")[2]))
+        self._tp_size = tp_size
+        self._timeout_s = timeout_s
+        self._num_calls = 0
+        self._early: dict[tuple[int, int], tuple[bytes, bytes]] = {}
+        """What ranks have sent already, by call and rank, with their identity."""
+
+    def combine(self, data: bytes, merge: Merge) -> bytes:
+        """Return ``merge`` of what all ranks have, in their order. Raises TransferError."""
+        self._num_calls += 1
+        call, others = self._num_calls, range(1, self._tp_size)
+        ends_at = time.monotonic() + self._timeout_s
+        while missing := [rank for rank in others if (call, rank) not in self._early]:
+            left_s = ends_at - time.monotonic()
+            if left_s <= 0 or not self._socket.poll(max(1, int(left_s * 1000))):
+                raise TransferError(
+                    f"ranks {missing} of the TP group were silent for {self._timeout_s:g} s"
+                )
+            identity, head, payload = self._socket.recv_multipart()
+            rank, number = _HEAD.unpack(head)
+            self._early[number, rank] = (identity, payload)
+        theirs = [self._early.pop((call, rank)) for rank in others]
+        merged = merge([data, *(payload for _, payload in theirs)])
+        for identity, _ in theirs:
+            self._socket.send_multipart([identity, merged])
+        return merged
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class FollowerExchange:
+    """Is the end of any other rank; ``endpoint`` is rank 0's."""
+
+    def __init__(
+        self,
+        context: SecureContext,
+        endpoint: str,
+        tp_rank: int,
+        *,
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
+        self._socket = context.connect(zmq.DEALER, endpoint)
+        self._tp_rank = tp_rank
+        self._timeout_s = timeout_s
+        self._num_calls = 0
+
+    def combine(self, data: bytes, merge: Merge) -> bytes:
+        """Return what rank 0 has merged; ``merge`` is rank 0's business. Raises TransferError."""
+        self._num_calls += 1
+        self._socket.send_multipart([_HEAD.pack(self._tp_rank, self._num_calls), data])
+        if not self._socket.poll(int(self._timeout_s * 1000)):
+            raise TransferError(f"rank 0 of the TP group was silent for {self._timeout_s:g} s")
+        return bytes(self._socket.recv())
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def require_cpu(device: str) -> None:
+    """Raise StartupError for a device whose group cannot be closed to strangers."""
+    if device != "cpu":
+        raise StartupError(
+            f"ranks of one engine on several hosts compute on CPUs alone, and this one is on "
+            f"{device}: NCCL's connections have no keys"
+        )
