@@ -10,6 +10,7 @@ from pdlaunch.protocol.ids import NO_ORIGIN, HttpRequestId, PromptOrigin
 
 REQUEST_ID_HEADER = "X-Request-Id"
 TRACEPARENT_HEADER = "traceparent"
+TRACESTATE_HEADER = "tracestate"
 ORIGIN_HEADER = "X-Pdlaunch-Origin"
 """The router tells engines the PromptOrigin, and whether a rank may have died of the prompt."""
 SPANS_HEADER = "X-Pdlaunch-Spans"

@@ -42,6 +42,7 @@ from pdlaunch.http.headers import (
     REQUEST_ID_HEADER,
     SPANS_HEADER,
     TRACEPARENT_HEADER,
+    TRACESTATE_HEADER,
     read_traceparent,
 )
 from pdlaunch.http.ignored_fields import IgnoredFields
@@ -69,6 +70,7 @@ from pdlaunch.router.generation import ChunkSink, Generation
 from pdlaunch.router.idempotency import Repeats, Work, read_idempotency_key
 from pdlaunch.router.membership_watch import WatchedMembership
 from pdlaunch.router.metrics import scrape
+from pdlaunch.router.otlp import OtlpExporter
 from pdlaunch.router.page import PAGE_PATHS, page_routes
 from pdlaunch.router.policy import RoutingRequest
 from pdlaunch.router.recovery import no_engine_ready
@@ -86,7 +88,6 @@ CLOSE_TIMEOUT_S = 1.0
 """Seconds that clients may take to read that the router leaves."""
 MAX_HOP_ID_LENGTH = 160
 """Characters of a client's request id the engines get to see; suffixes come behind it."""
-_TRACESTATE_HEADER = "tracestate"
 
 
 class RouterApp:
@@ -116,7 +117,12 @@ class RouterApp:
         self._bodies = BodyBudget(spec.body_budget_bytes)
         self._inputs = LargeInputs()
         self._ignored_fields = IgnoredFields()
-        self.book = RequestBook(spec.kept_requests, RequestLines(show_request).write)
+        exporter = (
+            None
+            if spec.otlp_endpoint is None
+            else OtlpExporter(spec.otlp_endpoint, spec.otlp_sample)
+        )
+        self.book = RequestBook(spec.kept_requests, RequestLines(show_request).write, exporter)
         check_admin_key = _admin_key_check(spec.admin_api_key)
         self.app = HttpApp(
             [
@@ -172,6 +178,7 @@ class RouterApp:
             logger.warning(
                 "%d requests could not be told that the router leaves", self.admission.in_flight
             )
+        await self.book.close()
 
     async def _generate(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
         if not self._state.pool.serving:
@@ -372,12 +379,15 @@ def _hop_id(request_id: HttpRequestId, *, is_own: bool) -> HopId:
 def _headers_to_pass(request: web.Request) -> dict[str, str]:
     """Return what engines get of the client's headers, and the question for their spans."""
     headers = {SPANS_HEADER: "1"}
+    own = record_of(request).trace_headers
+    if own:
+        return headers | own
     traceparent = read_traceparent(request.headers.get(TRACEPARENT_HEADER))
     if traceparent is not None:
         headers[TRACEPARENT_HEADER] = traceparent
-        tracestate = request.headers.get(_TRACESTATE_HEADER)
+        tracestate = request.headers.get(TRACESTATE_HEADER)
         if tracestate is not None:
-            headers[_TRACESTATE_HEADER] = tracestate
+            headers[TRACESTATE_HEADER] = tracestate
     return headers
 
 

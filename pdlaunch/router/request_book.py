@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from pdlaunch.http.errors import json_response
 from pdlaunch.http.openapi import Operation
 from pdlaunch.protocol.ids import HttpRequestId
 from pdlaunch.protocol.requests import RequestList, RequestTrace
+from pdlaunch.router.otlp import OtlpExporter
 from pdlaunch.router.request_record import RequestRecord
 
 logger = logging.getLogger(__name__)
@@ -33,10 +35,17 @@ def record_of(http: web.Request) -> RequestRecord:
 class RequestBook:
     """Holds every record; watches the door of the router.
 
-    ``keep``: how many of those that have ended. ``on_end`` takes each record when it has ended.
+    ``keep``: how many of those that have ended. ``on_end`` takes each record when it has ended;
+    ``exporter`` sends it away.
     """
 
-    def __init__(self, keep: int, on_end: Callable[[RequestRecord], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        keep: int,
+        on_end: Callable[[RequestRecord], None] = lambda _: None,
+        exporter: OtlpExporter | None = None,
+    ) -> None:
+        self._exporter = exporter
         self._running: dict[int, RequestRecord] = {}
         self._done: deque[RequestRecord] = deque(maxlen=keep)
         self._on_end = on_end
@@ -45,6 +54,8 @@ class RequestBook:
         """Begin the record of a client's request, as ``DoorWatch``."""
         record = http[_RECORD] = RequestRecord(request_id, http.path[:200])
         self._running[id(record)] = record
+        if self._exporter is not None:
+            self._exporter.begin(record, http.headers)
 
     def failed(self, http: web.Request, error: BaseException) -> None:
         """Note what the client is told instead of an answer, as ``DoorWatch``."""
@@ -59,8 +70,16 @@ class RequestBook:
         self._done.append(record)
         try:
             self._on_end(record)
+            if self._exporter is not None:
+                self._exporter.end(record)
         except Exception:  # A record must never cost an answer.
             logger.exception("a request could not be logged")
+
+    async def close(self) -> None:
+        """Send what has not been sent, without holding up the event loop."""
+        exporter, self._exporter = self._exporter, None
+        if exporter is not None:
+            await asyncio.to_thread(exporter.close)
 
     def chosen(self, choice: Choice, limit: int) -> list[RequestRecord]:
         """Return at most ``limit`` records, the latest or the slowest first; running ones among the

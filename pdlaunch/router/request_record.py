@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from types import TracebackType
+from typing import Any
 
 import msgspec
 
@@ -150,6 +151,9 @@ class RequestRecord:
         self.status: int | None = None
         self.error: str | None = None
         self.log = SpanLog(clock)
+        self.trace_headers: dict[str, str] = {}
+        """What engines get so that their own tracing knows its parent."""
+        self.otel_span: Any = None
         self.content: dict[str, str] | None = None
         """Beginnings of prompt and output, for the log alone and only where the user wants them."""
         self._legs: list[Leg] = []

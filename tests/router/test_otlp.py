@@ -1,0 +1,220 @@
+"""Spans of requests at a receiver that speaks OTLP over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+import logging
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import msgspec
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTraceServiceRequest,
+    ExportTraceServiceResponse,
+)
+from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
+
+from pdlaunch.errors import ConfigError
+from pdlaunch.router.otlp import OtlpExporter
+from tests.router.conftest import SPEC, Stand, pair
+from tests.router.test_life_of_a_request import chat, completion
+from tests.router.test_requests import told_pair
+
+PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+UNSAMPLED = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"
+
+
+class Received:
+    """One span, and the process that it belongs to."""
+
+    def __init__(self, span: Any, resource: dict[str, Any]) -> None:
+        self.name: str = span.name
+        self.process = resource["service.instance.id"]
+        self.service = resource["service.name"]
+        self.trace_id = span.trace_id.hex()
+        self.id = span.span_id.hex()
+        self.parent = span.parent_span_id.hex()
+        self.seconds = (span.end_time_unix_nano - span.start_time_unix_nano) / 1e9
+        self.attributes = attributes_of(span.attributes)
+        self.events = {event.name: attributes_of(event.attributes) for event in span.events}
+        self.failed = span.status.code == span.status.STATUS_CODE_ERROR
+
+
+def attributes_of(pairs: Any) -> dict[str, Any]:
+    return {pair.key: value_of(pair.value) for pair in pairs}
+
+
+def value_of(value: Any) -> Any:
+    kind = value.WhichOneof("value")
+    if kind == "array_value":
+        return [value_of(one) for one in value.array_value.values]
+    return getattr(value, kind)
+
+
+class Collector:
+    def __init__(self) -> None:
+        self.spans: list[Received] = []
+        self.paths: set[str] = set()
+        collector = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                raw = self.rfile.read(int(self.headers["Content-Length"]))
+                if self.headers.get("Content-Encoding") == "gzip":
+                    import gzip
+
+                    raw = gzip.decompress(raw)
+                assert self.headers["Content-Type"] == "application/x-protobuf"
+                collector.paths.add(self.path)
+                for group in ExportTraceServiceRequest.FromString(raw).resource_spans:
+                    resource = attributes_of(group.resource.attributes)
+                    for scope in group.scope_spans:
+                        collector.spans += [Received(span, resource) for span in scope.spans]
+                payload = ExportTraceServiceResponse().SerializeToString()
+                self.send_response(200)
+                self.send_header("Content-Type", "application/x-protobuf")
+                self.send_header("Content-Length", str(len(payload)))
+                self.end_headers()
+                self.wfile.write(payload)
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, args=(0.01,)).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def named(self, name: str) -> Received:
+        (span,) = [span for span in self.spans if span.name == name]
+        return span
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    collector = Collector()
+    yield collector
+    collector.server.shutdown()
+    collector.server.server_close()
+
+
+async def start(
+    stand: Stand, collector: Collector, *, sample: float = 1.0, told: bool = True
+) -> None:
+    spec = msgspec.structs.replace(SPEC, otlp_endpoint=collector.url, otlp_sample=sample)
+    await stand.start(told_pair() if told else pair(ours=False), spec=spec)
+
+
+async def test_a_request_is_one_trace_over_all_processes(
+    stand: Stand, collector: Collector
+) -> None:
+    await start(stand, collector)
+    headers = {"traceparent": PARENT, "tracestate": "x=y", "X-Request-Id": "r1"}
+    answer = await stand.post(chat(stream=True), path="/v1/chat/completions", headers=headers)
+    assert answer.status == 200
+    await stand.router.book.close()
+    assert collector.paths == {"/v1/traces"}
+    root = collector.named("chat tiny")
+    assert (root.trace_id, root.parent) == (PARENT.split("-")[1], PARENT.split("-")[2])
+    assert {span.trace_id for span in collector.spans} == {root.trace_id}
+    assert {span.service for span in collector.spans} == {"pdlaunch"}
+    assert {span.process for span in collector.spans} == {"router", "prefill-0", "decode-0"}
+    legs = {name: collector.named(f"{name} at {name}-0") for name in ("prefill", "decode")}
+    assert {leg.parent for leg in legs.values()} == {root.id}
+    pull = collector.named("pull")
+    assert (pull.parent, pull.process) == (legs["decode"].id, "decode-0")
+    assert pull.attributes["bytes"] == 4_000_000
+    assert pull.attributes["verified"] is True
+    assert pull.seconds == pytest.approx(0.002, abs=1e-4)
+    assert "first token" in root.events
+    assert legs["decode"].events["seated"]["remote_tokens"] == 30
+    for engine in stand.engines.values():
+        (seen,) = engine.seen
+        # Engines that trace by themselves become children of the router's span.
+        assert seen.headers["traceparent"] == f"00-{root.trace_id}-{root.id}-01"
+        assert seen.headers["tracestate"] == "x=y"
+
+
+async def test_attributes_are_those_of_the_conventions(stand: Stand, collector: Collector) -> None:
+    await start(stand, collector)
+    await stand.post(completion(), headers={"X-Request-Id": "r1"})
+    await stand.router.book.close()
+    attributes = collector.named("text_completion tiny").attributes
+    assert attributes["gen_ai.operation.name"] == "text_completion"
+    assert attributes["gen_ai.request.model"] == "tiny"
+    assert attributes["gen_ai.usage.output_tokens"] == 6
+    assert attributes["gen_ai.usage.cache_read.input_tokens"] == 20
+    assert attributes["gen_ai.response.finish_reasons"] == ["length"]
+    assert attributes["gen_ai.response.time_to_first_chunk"] > 0
+    assert attributes["http.response.status_code"] == 200
+    assert attributes["pdlaunch.request_id"] == "r1"
+    known = {value for value in vars(gen_ai_attributes).values() if isinstance(value, str)}
+    assert {name for name in attributes if name.startswith("gen_ai.")} <= known
+    told = str([(span.attributes, span.events) for span in collector.spans])
+    assert "hello" not in told, "the prompt has left"
+
+
+async def test_a_refused_request_is_sent_too(stand: Stand, collector: Collector) -> None:
+    await start(stand, collector, told=False)
+    await stand.post(completion(max_tokens=0))
+    for engine in stand.engines.values():
+        engine.status = 500
+    await stand.post(completion(prompt="later"))
+    await stand.router.book.close()
+    roots = [span for span in collector.spans if "http.request.method" in span.attributes]
+    assert [span.attributes["error.type"] for span in roots] == ["400", "502"]
+    assert [span.failed for span in roots] == [False, True]
+
+
+async def test_the_share_that_is_wanted_is_sent(stand: Stand, collector: Collector) -> None:
+    """A client that has decided for its trace has decided for ours."""
+    await start(stand, collector, sample=0.0)
+    await stand.post(completion())
+    await stand.post(completion(), headers={"traceparent": PARENT, "X-Request-Id": "wanted"})
+    await stand.post(completion(), headers={"traceparent": UNSAMPLED})
+    await stand.router.book.close()
+    roots = [span for span in collector.spans if "http.request.method" in span.attributes]
+    assert [span.attributes["pdlaunch.request_id"] for span in roots] == ["wanted"]
+
+
+async def test_a_collector_that_is_away_costs_no_answer(
+    stand: Stand, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL, "opentelemetry")
+    spec = msgspec.structs.replace(SPEC, otlp_endpoint="http://127.0.0.1:9")
+    await stand.start(pair(), spec=spec)
+    assert (await stand.post(completion())).status == 200
+    async with asyncio.timeout(30):
+        await stand.router.book.close()
+
+
+def test_an_endpoint_with_a_path_is_taken_as_it_is(collector: Collector) -> None:
+    from pdlaunch.router.request_record import RequestRecord
+
+    exporter = OtlpExporter(f"{collector.url}/otel/spans", 1.0)
+    record = RequestRecord("r", "/v1/completions")
+    exporter.begin(record, {})
+    record.end(200)
+    exporter.end(record)
+    exporter.close()
+    assert collector.paths == {"/otel/spans"}
+
+
+def test_a_missing_library_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def refuse(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.startswith("opentelemetry"):
+            raise ModuleNotFoundError(f"No module named {name!r}")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(ConfigError) as refused:
+        OtlpExporter("http://x:4318", 1.0)
+    assert (refused.value.field, refused.value.fix) == (
+        "tracing.otlp_endpoint",
+        "pip install 'pdlaunch[otel]', or leave it out",
+    )
