@@ -84,6 +84,8 @@ COMMANDS = (
         "pdlaunch.cli.smoke:smoke_command",
         "Start a deployment, check what it promises, stop it; for CI.",
     ),
+    Command("status", "pdlaunch.cli.status:status", "Show what a deployment is doing."),
+    Command("top", "pdlaunch.cli.top:top", "Watch a deployment in the terminal, as it changes."),
     Command(
         "sleep",
         "pdlaunch.cli.engines:sleep",

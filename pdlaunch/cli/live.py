@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from datetime import datetime
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -14,6 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from pdlaunch.cli.findings import safe
 from pdlaunch.config.roles import ROLES
 from pdlaunch.supervisor.states import LaunchPhase, ProcessState
 from pdlaunch.supervisor.status import LaunchStatus, ProcessStatus
@@ -47,12 +49,22 @@ class SteadyConsole(Console):
 
 
 class PlainView:
-    """Prints one line for each change; for logs, pipes and dumb terminals."""
+    """Prints one line for each change; for logs, pipes and dumb terminals.
 
-    def __init__(self, console: Console, summary: Summary, clock: Callable[[], float]) -> None:
+    Lines of the start tell the seconds since it began, events the time of day.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        summary: Summary,
+        clock: Callable[[], float],
+        wall_clock: Callable[[], datetime] = datetime.now,
+    ) -> None:
         self._console = console
         self._summary = summary
         self._clock = clock
+        self._wall_clock = wall_clock
         self._start_s = clock()
         self._said: dict[str, tuple[tuple[ProcessState, str] | None, float]] = {}
         """The last line printed for each process, and its time."""
@@ -72,7 +84,7 @@ class PlainView:
             )
 
     def note(self, text: str) -> None:
-        self._print(text)
+        self._print_at(f"{self._wall_clock():%H:%M:%S}", text)
 
     def close(self) -> None:
         """Do nothing: lines need no clean-up."""
@@ -88,9 +100,12 @@ class PlainView:
         return True
 
     def _print(self, line: str) -> None:
-        elapsed = f"[{self._clock() - self._start_s:6.1f} s]"
+        self._print_at(f"{self._clock() - self._start_s:6.1f} s", line)
+
+    def _print_at(self, time: str, line: str) -> None:
         # A terminal would break a long line within a word; in a file it is for tools to find.
-        self._console.print(Text(f"{elapsed} {line}"), soft_wrap=not self._console.is_terminal)
+        text = Text(f"[{time}] {safe(line)}")
+        self._console.print(text, soft_wrap=not self._console.is_terminal)
 
 
 class LiveView:

@@ -27,6 +27,7 @@ from pdlaunch.cli.live import SteadyConsole, make_view, ready_rows
 from pdlaunch.cli.output import Format
 from pdlaunch.cli.preflight import judge_pairs, refuse_errors, refuse_running_engines
 from pdlaunch.cli.refusal import refuse
+from pdlaunch.cli.status_line import StatusLine, reader_of
 from pdlaunch.config.roles import Role
 from pdlaunch.config.sources import LoadedConfig, load_config
 from pdlaunch.engines.plan import plan_processes
@@ -185,16 +186,17 @@ def _serve(
 
     view = make_view(SteadyConsole(), summary)
     try:
-        outcome = launch(
-            resolved,
-            view,
-            listeners,
-            launch_id=launch_id,
-            log_dir=log_dir,
-            lifeline=lifeline,
-            agents=None if agents is None else agents.channel,
-            joined=() if agents is None else tuple(agents.joined),
-        )
+        with StatusLine(view, reader_of(launch_id)) as observer:
+            outcome = launch(
+                resolved,
+                observer,
+                listeners,
+                launch_id=launch_id,
+                log_dir=log_dir,
+                lifeline=lifeline,
+                agents=None if agents is None else agents.channel,
+                joined=() if agents is None else tuple(agents.joined),
+            )
         view.note("stopped")
     finally:
         view.close()

@@ -35,17 +35,27 @@ _UNKNOWN = "unknown: this engine tells nothing of itself"
 
 def print_trace(console: Console, trace: RequestTrace) -> None:
     """Print a request's line, then its spans, process by process."""
-    line = f"{trace.id}  {format_request(trace)}"
-    console.print(Text(escape_controls(line), style="bold"), soft_wrap=not console.is_terminal)
-    width, is_ascii = max(console.width, 40), console.options.ascii_only
+    console.print(request_line(trace), soft_wrap=not console.is_terminal)
+    for row in span_rows(trace, console.width, is_ascii=console.options.ascii_only):
+        console.print(row)
+
+
+def request_line(trace: RequestTrace) -> Text:
+    """Return the line that router.log has of the request."""
+    return Text(escape_controls(f"{trace.id}  {format_request(trace)}"), style="bold")
+
+
+def span_rows(trace: RequestTrace, columns: int, *, is_ascii: bool) -> Iterator[Text]:
+    """Yield the name of each process and a line for each of its spans, in ``columns``."""
+    width = max(columns, 40)
     for process, spans in _by_process(trace):
-        console.print(Text(escape_controls(process), style="bold cyan", overflow="ellipsis"))
+        yield Text(escape_controls(process), style="bold cyan", overflow="ellipsis")
         if not spans:
-            console.print(Text(f"  {_UNKNOWN}", style="dim"))
+            yield Text(f"  {_UNKNOWN}", style="dim")
         for span in spans:
-            console.print(_row(span, trace.total_ms or 0.0, width, is_ascii=is_ascii))
+            yield _row(span, trace.total_ms or 0.0, width, is_ascii=is_ascii)
     if trace.dropped_spans:
-        console.print(Text(f"{trace.dropped_spans} more are not remembered", style="dim"))
+        yield Text(f"{trace.dropped_spans} more are not remembered", style="dim")
 
 
 def _by_process(trace: RequestTrace) -> Iterator[tuple[str, list[SpanView]]]:

@@ -27,13 +27,21 @@ def admin_api(
     """
     if url is not None:
         check_url(url)
-    running = running_launches(base)
-    found = [launch for launch in running if url is None or _is_same_address(launch.card.url, url)]
+    running, found = running_launches(base), own_launches(url, base)
     if len(found) == 1:
         return Api("http://launch", timeout_s=CALL_TIMEOUT_S, socket_path=found[0].admin_socket)
     if url is not None and admin_api_key is not None:
         return Api(url, admin_api_key, CALL_TIMEOUT_S)
     raise PdlaunchError(_why_not(url, found, running))
+
+
+def own_launches(url: str | None, base: Path | None = None) -> list[RunningLaunch]:
+    """Return the launches of this user that listen at ``url``; all of them without one."""
+    return [
+        launch
+        for launch in running_launches(base)
+        if url is None or _is_same_address(launch.card.url, url)
+    ]
 
 
 def _why_not(url: str | None, found: list[RunningLaunch], running: list[RunningLaunch]) -> str:

@@ -67,7 +67,8 @@ class RateHistory:
     def now(self, totals: Totals) -> Rates:
         """Return the rates of the last ten seconds."""
         since_at = totals.now_at - NOW_S - STEP_S / 2
-        return _between(next(past for past in self._past if past.now_at >= since_at), totals)
+        recent = (past for past in self._past if past.now_at >= since_at)
+        return _between(next(recent, self._past[-1]), totals)
 
     def totals(self) -> Totals:
         """Return the counters as they are now."""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -142,9 +143,9 @@ def test_notes_break_between_words_on_a_terminal_and_not_at_all_in_a_file() -> N
     narrow, file = console(40, terminal=True), console(40)
     PlainView(narrow, lambda status: [], lambda: 0.0).note(note)
     PlainView(file, lambda status: [], lambda: 0.0).note(note)
-    assert printed(narrow).split() == ["[", "0.0", "s]", *note.split()]
+    assert printed(narrow).split()[1:] == note.split()
     assert max(len(line) for line in printed(narrow).splitlines()) <= 40
-    assert printed(file) == f"[   0.0 s] {note}\n"
+    assert re.fullmatch(rf"\[\d\d:\d\d:\d\d\] {note}\n", printed(file))
 
 
 def test_the_live_table_leaves_no_trace_but_the_panel() -> None:

@@ -63,7 +63,13 @@ function take(next) {
   const latest = history.at(-1)?.at ?? 0;
   history = [...history, ...next.history.filter((point) => point.at > latest)].slice(-LONGEST_HISTORY);
   status = next;
-  if (!paused) draw();
+  if (paused) return;
+  try {
+    draw();
+  } catch (error) {
+    // The stream goes on; the console shows what is wrong with the page.
+    reportError(error);
+  }
 }
 
 function pill(text, look) {

@@ -1,0 +1,187 @@
+"""An HTTP server that answers as a router does: status, requests, the trace of one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import msgspec
+
+from pdlaunch.protocol.requests import RequestList, RequestSummary, RequestTrace, SpanView
+from pdlaunch.protocol.status import (
+    CacheHits,
+    DeploymentStatus,
+    EngineReading,
+    EngineStatus,
+    GoneEngine,
+    PairStatus,
+    Percentiles,
+    PullTotals,
+    Rates,
+    StatusEvent,
+)
+
+HOSTILE = "[red]x[/red]\x1b[31m\x07\n<b>"
+"""Markup of rich, commands of terminals, a line break, HTML."""
+
+
+def rates(at: float, number: float) -> Rates:
+    return Rates(
+        at=at,
+        span_s=2.0,
+        requests_per_s=number,
+        errors_per_s=0.0,
+        prompt_tokens_per_s=100.0 * number,
+        output_tokens_per_s=10.0 * number,
+        first_token_ms=Percentiles(p50=11.4, p95=26.0),
+        inter_token_ms=Percentiles(p50=1.25, p95=16.0),
+    )
+
+
+def engine(name: str, role: str, *, kv_usage: float = 0.25, **fields: object) -> EngineStatus:
+    reading = EngineReading(
+        age_s=0.5,
+        running=3,
+        waiting=1,
+        kv_usage=kv_usage,
+        host_usage=None,
+        prompt_tokens_per_s=100.0,
+        output_tokens_per_s=10.0,
+        pulled_bytes_per_s=1.5e9 if role == "decode" else 0.0,
+        pull_gigabytes_per_s=390.0,
+        cache=CacheHits(device=0.3, host=0.1, remote=0.2),
+        pulls=PullTotals(done=7, num_bytes=10**9, failed=0, refused=0, recomputed=0),
+        preemptions=0,
+        leased_requests=0,
+    )
+    values: dict[str, object] = {
+        "kind": "native",
+        "version": "0.1.0",
+        "url": "http://127.0.0.1:8101",
+        "host": "127.0.0.1",
+        "state": "ready",
+        "is_down": False,
+        "reason": "",
+        "streams": 2,
+        "load": 4,
+        "prompt_tokens": 100,
+        "reading": reading,
+    }
+    return msgspec.convert(
+        {"name": name, "role": role} | values | fields, EngineStatus, from_attributes=True
+    )
+
+
+def deployment(*engines: EngineStatus, **fields: object) -> DeploymentStatus:
+    found = engines or (
+        engine("decode-0", "decode", kv_usage=0.5),
+        engine("prefill-0", "prefill"),
+    )
+    pair = PairStatus(
+        prefill="prefill-0",
+        decode="decode-0",
+        path="p2p/posix_fd/batch1",
+        gigabytes_per_s=391.7,
+        other_paths={},
+        pulls=7,
+        num_bytes=10**9,
+        bytes_per_s=1.5e9,
+        pull_gigabytes_per_s=None,
+        last_failure="",
+    )
+    values: dict[str, object] = {
+        "at": 1.7e9,
+        "version": "0.1.0",
+        "model": "tiny",
+        "state": "ok",
+        "uptime_s": 4000.0,
+        "in_flight": 3,
+        "requests": 12,
+        "errors": 0,
+        "engines": list(found),
+        "gone": [GoneEngine(name="decode-7", role="decode", gone_s=70.0)],
+        "pairs": [pair],
+        "num_pairs": 1,
+        "doubts": [],
+        "rates": rates(1.7e9, 4.0),
+        "history": [rates(1.7e9 + index, index) for index in range(20)],
+        "events": [
+            StatusEvent(at=1.7e9, kind="engine", name="decode-7", text=HOSTILE, is_bad=True)
+        ],
+    }
+    return msgspec.convert(values | fields, DeploymentStatus, from_attributes=True)
+
+
+def request(request_id: str, **fields: object) -> RequestSummary:
+    values: dict[str, object] = {
+        "id": request_id,
+        "received_at": 1.7e9,
+        "path": "/v1/completions",
+        "state": "running",
+        "route": "prefill-0->decode-0",
+        "prompt_tokens": 300,
+        "first_token_ms": 15.7,
+        "total_ms": 1234.5,
+    }
+    return msgspec.convert(values | fields, RequestSummary)
+
+
+def trace(request_id: str) -> RequestTrace:
+    spans = [
+        SpanView(name="request", process="router", start_ms=0.0, end_ms=100.0),
+        SpanView(name="prefill", process="prefill-0", start_ms=5.0, end_ms=45.0),
+        SpanView(name="pull", process="decode-0", start_ms=50.0, end_ms=60.0),
+        SpanView(name="first token", process="router", start_ms=46.0, end_ms=46.0),
+    ]
+    values = msgspec.to_builtins(request(request_id)) | {"total_ms": 100.0, "spans": spans}
+    return msgspec.convert(values, RequestTrace, from_attributes=True)
+
+
+class DeploymentServer:
+    """``status`` and ``requests`` may be replaced while it runs; ``key`` is asked for if set."""
+
+    def __init__(self) -> None:
+        self.status = deployment()
+        self.requests = [request("the-slow-one"), request("another", total_ms=100.0)]
+        self.key: str | None = None
+        self.url = ""
+
+    def answer(self, path: str, key: str | None) -> tuple[int, bytes]:
+        if self.key is not None and key != f"Bearer {self.key}":
+            return 401, b'{"error": {"message": "the API key is missing or wrong"}}'
+        if path == "/pdlaunch/status":
+            return 200, msgspec.json.encode(self.status)
+        if path.startswith("/pdlaunch/requests?"):
+            return 200, msgspec.json.encode(RequestList(requests=self.requests))
+        if path.startswith("/pdlaunch/requests/"):
+            return 200, msgspec.json.encode(trace(path.rpartition("/")[2]))
+        return 404, b'{"error": {"message": "there is no such thing"}}'
+
+
+@contextmanager
+def running_server() -> Iterator[DeploymentServer]:
+    told = DeploymentServer()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, body = told.answer(self.path, self.headers["Authorization"])
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    told.url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        yield told
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

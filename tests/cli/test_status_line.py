@@ -1,0 +1,121 @@
+"""The line that ``pdlaunch serve`` says every ten seconds."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable
+from datetime import datetime
+
+import pytest
+
+from pdlaunch.cli.live import PlainView
+from pdlaunch.cli.status_line import StatusLine, status_line
+from pdlaunch.errors import PdlaunchError
+from pdlaunch.protocol.status import DeploymentStatus
+from pdlaunch.supervisor.states import LaunchPhase
+from pdlaunch.supervisor.status import LaunchStatus
+from tests.cli.deployment_server import deployment, engine, rates
+from tests.cli.test_serve_view import console, printed
+from tests.supervisor.fakes import FakeObserver
+
+LAUNCH = LaunchStatus(LaunchPhase.READY, ())
+DRAINING = LaunchStatus(LaunchPhase.DRAINING_ROUTER, ())
+STOPPING = LaunchStatus(LaunchPhase.STOPPING, ())
+
+
+class Router:
+    """Tells ``status``, and counts how often."""
+
+    def __init__(self, status: DeploymentStatus) -> None:
+        self.status: DeploymentStatus | None = status
+        self.num_reads = 0
+        self.was_read = threading.Event()
+
+    def __call__(self) -> DeploymentStatus:
+        self.num_reads += 1
+        self.was_read.set()
+        if self.status is None:
+            raise PdlaunchError("it is restarted")
+        return self.status
+
+
+def idle(**fields: object) -> DeploymentStatus:
+    values = {"requests": 0, "in_flight": 0, "rates": rates(0.0, 0.0), "gone": []} | fields
+    return deployment(**values)
+
+
+def test_it_says_rates_load_caches_pulls_and_errors() -> None:
+    status = deployment(
+        engine("decode-0", "decode", kv_usage=0.5),
+        engine("decode-1", "decode", kv_usage=0.1),
+        engine("prefill-0", "prefill", is_down=True, state="starting"),
+        errors=5,
+    )
+    assert status_line(status, 3) == (
+        "4 requests/s, 40 tokens/s, 9 running, 3 waiting, KV prefill 25% decode 30%, "
+        "pulls 3.00 GB/s, 2 errors, down: prefill-0, decode-7"
+    )
+
+
+def test_nothing_is_said_while_nothing_has_changed() -> None:
+    view, router = FakeObserver(), Router(idle())
+    line = StatusLine(view, router)
+    line.tell()
+    assert view.notes == [], "nobody has asked for anything yet"
+    router.status = deployment()
+    line.tell()
+    line.tell()
+    router.status = None
+    line.tell()
+    assert len(view.notes) == 1
+    router.status = idle(requests=12)
+    line.tell()
+    line.tell()
+    assert [note.split(",")[0] for note in view.notes] == ["4 requests/s", "0 requests/s"]
+
+
+def until(condition: Callable[[], object]) -> None:
+    ticks = threading.Event()
+    for _ in range(2000):
+        if condition():
+            return
+        ticks.wait(0.01)
+    pytest.fail("it did not happen")
+
+
+def test_it_speaks_from_ready_to_the_end_and_counts_a_drain_down() -> None:
+    view, router = FakeObserver(), Router(deployment(gone=[]))
+    with StatusLine(view, router, every_s=0.01) as line:
+        line.changed(LAUNCH)
+        assert router.num_reads == 0
+        line.ready(LAUNCH)
+        assert view.ready_count == 1
+        until(lambda: view.notes)
+        line.note("a death")
+        line.changed(DRAINING)
+        until(lambda: "draining: 3 requests left" in view.notes)
+        router.status = deployment(in_flight=1)
+        until(lambda: "draining: 1 request left" in view.notes)
+        line.changed(STOPPING)
+        until(lambda: not line._thread.is_alive())
+    assert [note.partition(" ")[0] for note in view.notes] == [
+        *("4", "a", "draining:", "draining:"),
+    ]
+    assert view.statuses == [LAUNCH, DRAINING, STOPPING]
+
+
+def test_a_launch_that_fails_leaves_no_thread() -> None:
+    with StatusLine(FakeObserver(), Router(idle())) as line:
+        line.changed(LAUNCH)
+    assert not line._thread.is_alive()
+
+
+def test_events_carry_the_time_of_day_and_pipes_get_plain_lines() -> None:
+    target = console()
+    at = datetime(2026, 1, 31, 12, 3, 4)
+    PlainView(target, lambda status: [], lambda: 0.0, lambda: at).note("decode-0 \x1b[31mdied")
+    assert printed(target) == "[12:03:04] decode-0 \\x1b[31mdied\n"
+    live = console()
+    PlainView(live, lambda status: [], lambda: 0.0).note("x")
+    assert re.fullmatch(r"\[\d\d:\d\d:\d\d\] x\n", printed(live))
