@@ -16,6 +16,7 @@ from pdlaunch.observe.histograms import INTER_TOKEN_BUCKETS_S
 from pdlaunch.observe.metrics import RequestMetrics, render_metrics
 from pdlaunch.protocol.control import EndReason, ListedState, PairReady
 from pdlaunch.protocol.transfer import join_paths
+from pdlaunch.router.continuation import LOST_REASONS
 from pdlaunch.router.cost_model import RouteKind
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import EngineClient
@@ -147,6 +148,9 @@ class RouterMetrics:
         """The path of each pair of engines."""
         self._ends = _Ends()
         registry.register(self._ends)
+        # What has not happened yet is there with 0.
+        for reason in LOST_REASONS:
+            self._lost_streams.labels(reason)
         for hop in get_args(Hop):
             self._retries.labels(hop)
         for early in get_args(EarlyOutcome):

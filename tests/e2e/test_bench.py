@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+from pdlaunch.bench.serve.goals import Goals
 from pdlaunch.bench.serve.multi_turn import MultiTurnOptions, bench_multi_turn
 from pdlaunch.bench.serve.sweep import BenchOptions, bench_serve
+from pdlaunch.bench.serve.traces import read_trace
+from pdlaunch.cli.report.bench import bench_page
 from pdlaunch.client.deployment import Deployment
 
 
@@ -24,6 +30,27 @@ async def test_rows_have_every_figure(demo: Deployment) -> None:
             row.tpot_ms_median,
         )
         assert all(figure is not None and figure > 0 for figure in figures)
+
+
+async def test_traces_are_sent_and_reported(demo: Deployment, tmp_path: Path) -> None:
+    """One as Mooncake publishes them, and a conversation that this deployment tokenizes."""
+    lines = [
+        {"timestamp": 0, "input_length": 40, "output_length": 3, "hash_ids": [1]},
+        {"timestamp": 50, "input_length": 60, "output_length": 2, "hash_ids": [1]},
+    ]
+    said = [{"from": "human", "value": "How are you?"}, {"from": "gpt", "value": "Well, thanks."}]
+    runs = []
+    for records in (lines, [{"conversations": said}]):
+        path = tmp_path / "trace.jsonl"
+        path.write_text("\n".join(map(json.dumps, records)))
+        options = BenchOptions(url=demo.url, trace=read_trace(path), concurrencies=())
+        runs += [run async for run in bench_serve(options, lambda _: None)]
+    assert [(run.row.num_requests, run.row.errors) for run in runs] == [(2, []), (1, [])]
+    assert runs[0].row.total_prompt_tokens == 100
+    assert runs[1].row.total_output_tokens > 1, "as many as the recorded answer has"
+    page = bench_page(runs, Goals(ttft_ms=60_000))
+    assert "as in the trace" in page
+    assert "thanks" not in page
 
 
 async def test_chats_find_what_they_said_before(demo: Deployment) -> None:

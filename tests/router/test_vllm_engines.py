@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pdlaunch.router.continuation import LOST_REASONS
 from tests.router.conftest import Stand
 from tests.router.fake_engine import until
 from tests.router.fake_vllm_engine import (
@@ -285,6 +286,7 @@ async def test_a_stream_that_cannot_go_on_ends_with_a_named_error(
     error = answer.events()[-1]["error"]
     assert error["code"] == "stream_lost"
     assert f"({reason})" in error["message"]
+    assert reason in LOST_REASONS
     assert stand.metric(f'pdlaunch_router_lost_streams_total{{reason="{reason}"}}') == 1
     assert len(prefill.seen) == 1
 
