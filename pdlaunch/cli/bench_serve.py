@@ -5,73 +5,32 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 import typer
 from rich.console import Console
 
 from pdlaunch.bench.serve.goals import Goals, read_goals
+from pdlaunch.bench.serve.loads import FIRST_TOKEN_ID, BenchOptions
 from pdlaunch.bench.serve.multi_turn import MultiTurnOptions, MultiTurnReport, bench_multi_turn
-from pdlaunch.bench.serve.progress import ProgressText, duration
-from pdlaunch.bench.serve.row import BenchRow
-from pdlaunch.bench.serve.sweep import FIRST_TOKEN_ID, BenchOptions, BenchRun, bench_serve
+from pdlaunch.bench.serve.progress import ProgressText
+from pdlaunch.bench.serve.row import BenchRun
+from pdlaunch.bench.serve.sweep import bench_serve
 from pdlaunch.bench.serve.traces import TraceRequest, read_trace
-from pdlaunch.bench.serve.vllm_result import vllm_result
 from pdlaunch.cli import EXIT_INTERRUPTED, EXIT_UNUSABLE
+from pdlaunch.cli.bench_serve_tables import ServeFormat, show_chats, show_runs
 from pdlaunch.cli.bench_values import read_decimals, read_numbers, read_positive, read_rates
 from pdlaunch.cli.flags import with_serve_flags
-from pdlaunch.cli.output import print_errors, print_json, print_table
+from pdlaunch.cli.output import print_errors
 from pdlaunch.cli.own_deployment import own_deployment, refuse_address
 from pdlaunch.cli.report.bench import bench_page
 from pdlaunch.cli.report.page import write_report
 from pdlaunch.config.settings import flag_name
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError, PdlaunchError
-
-ServeFormat = Literal["table", "json", "vllm"]
-
-_LOAD_HEADINGS = {
-    "input_tokens": "in",
-    "concurrency": "at\nonce",
-    "request_rate": "rate\n/s",
-}
-_HEADINGS = {
-    "num_requests": "reqs",
-    "num_errors": "errs",
-    "ttft_ms_median": "TTFT\nmedian",
-    "ttft_ms_p99": "TTFT\np99",
-    "first_gap_ms_median": "gap\nmedian",
-    "first_gap_ms_p99": "gap\np99",
-    "itl_ms_median": "ITL\nmedian",
-    "itl_ms_p99": "ITL\np99",
-    "tpot_ms_median": "TPOT\nmedian",
-    "pull_ms_mean": "pull\nmean",
-    "kv_megabytes_mean": "KV\nMB",
-    "seconds": "took\ns",
-    "requests_per_s": "reqs\n/s",
-    "output_tokens_per_s": "tokens\n/s",
-}
-_GOAL_HEADINGS = {"goodput_per_s": "good\n/s", "good_share": "good\nshare"}
-_LIMIT_HEADINGS = {
-    "first_gap_goal_ms": "gap\ngoal",
-    "step_output_tokens_per_s": "step\nallows",
-    "of_step_share": "share\nof it",
-}
-_TURN_HEADINGS = {
-    "turn": "turn",
-    "prompt_tokens": "prompt",
-    "num_requests": "reqs",
-    "num_errors": "errs",
-    "ttft_ms_median": "TTFT ms",
-    "ttft_ms_p99": "p99",
-    "itl_ms_median": "ITL ms",
-    "cached_share": "cached",
-    "output_tokens_per_s": "tokens/s",
-}
-_TIER_HEADINGS = {"role": "engines", "tier": "cache tier", "hit_share": "hits"}
 
 
 @with_serve_flags
@@ -322,69 +281,16 @@ def _measure(
     if start_s is not None and output == "table":
         typer.echo(f"command to healthy: {start_s:.1f} s")
     if chats is not None:
-        return max(code, _show_chats(chats, output))
+        return max(code, show_chats(chats, output))
     if runs and report is not None:
         assert isinstance(options, BenchOptions)
         code = max(code, write_report(report, "--report", bench_page(runs, options.goals)))
-    return max(code, _show_runs(runs, output)) if runs else code
+    return max(code, show_runs(runs, output)) if runs else code
 
 
 async def _collect(options: BenchOptions, progress: ProgressText, runs: list[BenchRun]) -> None:
     async for run in bench_serve(options, progress):
         runs.append(run)  # noqa: PERF401 - those before an error or Ctrl-C are shown
-
-
-def _show_runs(runs: Sequence[BenchRun], output: ServeFormat) -> int:
-    rows = [run.row for run in runs]
-    found = [msgspec.to_builtins(row) for row in rows]
-    if output == "json":
-        print_json(found)
-    elif output == "vllm":
-        for run in runs:
-            # A line each, as `vllm bench serve --append-result` writes them.
-            typer.echo(msgspec.json.encode(vllm_result(run)).decode())
-    else:
-        shown = _LOAD_HEADINGS | _HEADINGS | _GOAL_HEADINGS | _LIMIT_HEADINGS
-        optional = _LOAD_HEADINGS | _GOAL_HEADINGS | _LIMIT_HEADINGS
-        headings = {
-            name: text
-            for name, text in shown.items()
-            if name not in optional or any(row[name] is not None for row in found)
-        }
-        print_table(found, headings)
-        typer.echo(_totals(rows))
-    print_errors([error for row in rows for error in row.errors])
-    return int(any(row.num_errors for row in rows))
-
-
-def _totals(rows: Sequence[BenchRow]) -> str:
-    """Return what all rows add up to."""
-    seconds = sum(row.seconds for row in rows)
-    num_requests = sum(row.num_requests for row in rows)
-    left_out = sum(row.num_left_out for row in rows)
-    note = f"; {left_out} of the trace are too long for the model and left out" if left_out else ""
-    return (
-        f"in all: {num_requests} requests, {sum(row.num_errors for row in rows)} errors, "
-        f"{sum(row.total_prompt_tokens for row in rows)} prompt and "
-        f"{sum(row.total_output_tokens for row in rows)} output tokens in {duration(seconds)}; "
-        f"{num_requests / seconds:.2f} requests/s; times in ms{note}"
-    )
-
-
-def _show_chats(report: MultiTurnReport, output: ServeFormat) -> int:
-    if output == "json":
-        print_json(report)
-    else:
-        turns, tiers = msgspec.to_builtins(report.turns), msgspec.to_builtins(report.tiers)
-        print_table(turns, _TURN_HEADINGS)
-        if tiers:
-            print_table(tiers, _TIER_HEADINGS)
-        typer.echo(
-            f"{report.num_conversations} conversations of {report.working_set_tokens} tokens in "
-            f"all, --seed {report.seed}"
-        )
-    print_errors([error for row in report.turns for error in row.errors])
-    return int(any(row.num_errors for row in report.turns))
 
 
 def _refuse(options: Mapping[str, object], why: str) -> None:

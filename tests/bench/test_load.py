@@ -14,9 +14,10 @@ import pytest
 from pdlaunch.bench.serve.arrivals import arrival_times
 from pdlaunch.bench.serve.engine_counters import EngineCounters
 from pdlaunch.bench.serve.goals import Goals, read_goals
+from pdlaunch.bench.serve.loads import BenchOptions
 from pdlaunch.bench.serve.progress import Progress, duration
-from pdlaunch.bench.serve.row import summarise
-from pdlaunch.bench.serve.sweep import BenchOptions, BenchRun, bench_serve
+from pdlaunch.bench.serve.row import BenchRun, summarise
+from pdlaunch.bench.serve.sweep import bench_serve
 from pdlaunch.bench.serve.timed_completion import TimedCompletion
 from pdlaunch.bench.serve.traces import HASHED_TOKENS, TraceRequest, prompt_tokens, read_trace
 from pdlaunch.bench.serve.vllm_result import vllm_result

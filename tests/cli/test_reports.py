@@ -11,8 +11,7 @@ import pytest
 
 from pdlaunch.bench.serve.engine_counters import EngineCounters
 from pdlaunch.bench.serve.goals import Goals
-from pdlaunch.bench.serve.row import summarise
-from pdlaunch.bench.serve.sweep import BenchRun
+from pdlaunch.bench.serve.row import BenchRun, summarise
 from pdlaunch.bench.serve.timed_completion import TimedCompletion
 from pdlaunch.cli.report.bench import bench_page
 from pdlaunch.cli.report.page import Html, write_report

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 from pdlaunch.bench.serve.goals import Goals
+from pdlaunch.bench.serve.loads import BenchOptions
 from pdlaunch.bench.serve.multi_turn import MultiTurnOptions, bench_multi_turn
-from pdlaunch.bench.serve.sweep import BenchOptions, bench_serve
+from pdlaunch.bench.serve.sweep import bench_serve
 from pdlaunch.bench.serve.traces import read_trace
 from pdlaunch.cli.report.bench import bench_page
 from pdlaunch.client.deployment import Deployment

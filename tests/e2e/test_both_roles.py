@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.bench.serve.sweep import BenchOptions, bench_serve
+from pdlaunch.bench.serve.loads import BenchOptions
+from pdlaunch.bench.serve.sweep import bench_serve
 from pdlaunch.client.api import Api
 from pdlaunch.client.deployment import Deployment, running_deployment
 from pdlaunch.client.smoke import engines_of, smoke

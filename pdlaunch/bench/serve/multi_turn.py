@@ -28,9 +28,10 @@ from pdlaunch.bench.serve.engine_counters import (
     read_counters,
     tier_rows,
 )
+from pdlaunch.bench.serve.loads import random_prompt
 from pdlaunch.bench.serve.progress import Progress, ProgressText
 from pdlaunch.bench.serve.row import count_errors, milliseconds
-from pdlaunch.bench.serve.sweep import random_prompt, warm_up
+from pdlaunch.bench.serve.sweep import warm_up
 from pdlaunch.bench.serve.target import BenchTarget, open_target
 from pdlaunch.bench.serve.timed_completion import TimedCompletion, complete
 

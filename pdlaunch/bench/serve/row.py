@@ -80,6 +80,16 @@ class BenchRow(msgspec.Struct, frozen=True, kw_only=True):
         return "as in the trace" if self.request_rate is None else f"{self.request_rate:g} a second"
 
 
+class BenchRun(msgspec.Struct, frozen=True, kw_only=True):
+    """Holds one row, and the requests that it sums up."""
+
+    row: BenchRow
+    done: list[TimedCompletion]
+    start_at: float
+    """Instant at which the first request was sent, on the clock of ``done``."""
+    model: str
+
+
 def summarise(
     input_tokens: int,
     concurrency: int | None,

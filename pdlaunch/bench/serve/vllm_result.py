@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from pdlaunch.bench.serve.sweep import BenchRun
+from pdlaunch.bench.serve.row import BenchRun
 from pdlaunch.bench.serve.timed_completion import TimedCompletion
 
 

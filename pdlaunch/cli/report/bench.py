@@ -7,8 +7,7 @@ from itertools import groupby
 
 from pdlaunch.bench.serve.goals import Goals
 from pdlaunch.bench.serve.progress import duration
-from pdlaunch.bench.serve.row import BenchRow
-from pdlaunch.bench.serve.sweep import BenchRun
+from pdlaunch.bench.serve.row import BenchRow, BenchRun
 from pdlaunch.bench.serve.timed_completion import TimedCompletion
 from pdlaunch.cli.report.page import (
     Html,

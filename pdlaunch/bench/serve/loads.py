@@ -1,0 +1,162 @@
+"""Says what a benchmark sends to a deployment, and when: random prompts, or those of a trace."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+
+import msgspec
+
+from pdlaunch.bench.serve.arrivals import arrival_times
+from pdlaunch.bench.serve.goals import Goals
+from pdlaunch.bench.serve.target import BenchTarget
+from pdlaunch.bench.serve.traces import (
+    TraceRequest,
+    num_prompt_tokens,
+    output_of,
+    prompt_tokens,
+    tokenize,
+)
+from pdlaunch.errors import PdlaunchError
+
+FIRST_TOKEN_ID = 100
+"""Lowest token id of a prompt: prompts keep away from special tokens."""
+
+
+class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Sets what one benchmark sends to a deployment."""
+
+    url: str = ""
+    api_key: str | None = None
+    input_tokens: Sequence[int] = (128,)
+    output_tokens: int = 32
+    concurrencies: Sequence[int] = (1, 4, 16)
+    num_requests: int | None = None
+    """Requests for each length and concurrency; None: four rounds, at least eight."""
+    max_token_id: int = 30_000
+    """Prompts are drawn from [FIRST_TOKEN_ID, max_token_id)."""
+    seed: int | None = None
+    request_timeout_s: float = 600.0
+    bare_gb_per_s: Mapping[int, float] = {}
+    """Figures of ``bench transfer`` by prompt length, for the goal of the first gap."""
+    step_ms: Mapping[int, float] = {}
+    """Figures of ``bench step`` by concurrency, for the share of what it allows."""
+    request_rates: Sequence[float] = ()
+    """Requests sent a second, instead of ``concurrencies``."""
+    burstiness: float = 1.0
+    goals: Goals = Goals()
+    trace: Sequence[TraceRequest] = ()
+    """Requests of a trace, instead of random prompts. It is sent at its own times if it has any and
+    there are neither concurrencies nor rates.
+    """
+    trace_speed: float = 1.0
+
+
+class Planned(msgspec.Struct, frozen=True):
+    """One request to send: its prompt is made when it is sent, as those of a trace are large."""
+
+    make_prompt: Callable[[], Sequence[int]]
+    output_tokens: int
+
+
+class Load(msgspec.Struct, frozen=True, kw_only=True):
+    """Says what one row sends, and when."""
+
+    input_tokens: int
+    requests: Sequence[Planned]
+    concurrency: int | None = None
+    request_rate: float | None = None
+    times_s: Sequence[float] = ()
+    """Seconds from the start at which the requests are sent, without a ``concurrency``."""
+    num_left_out: int = 0
+
+    @property
+    def label(self) -> str:
+        if self.concurrency is not None:
+            return f"prompts of {self.input_tokens} tokens, {self.concurrency} at once"
+        if self.request_rate is not None:
+            return f"prompts of {self.input_tokens} tokens, {self.request_rate:g} a second"
+        return "requests as in the trace"
+
+
+async def plan_loads(options: BenchOptions, target: BenchTarget, rng: random.Random) -> list[Load]:
+    """Return what each row sends. Raises PdlaunchError when it cannot fit into the context."""
+    if options.trace:
+        return _trace_loads(options, await _fitting(target, options.trace), rng)
+    for input_tokens in options.input_tokens:
+        target.check_length(input_tokens, options.output_tokens)
+    return list(_random_loads(options, rng))
+
+
+def random_prompt(rng: random.Random, max_token_id: int, num_tokens: int) -> list[int]:
+    """Return random token ids, none of them special."""
+    return rng.choices(range(FIRST_TOKEN_ID, max_token_id), k=num_tokens)
+
+
+async def _fitting(target: BenchTarget, trace: Sequence[TraceRequest]) -> Sequence[TraceRequest]:
+    """Return the requests for which the model's context is long enough.
+
+    Raises PdlaunchError when there is none.
+    """
+    found = await tokenize(target, trace)
+    limit = target.max_model_len
+    fitting = [
+        item
+        for item in found
+        if limit is None or num_prompt_tokens(item) + output_of(item) <= limit
+    ]
+    if not fitting:
+        raise PdlaunchError(
+            f"every request of the trace is longer than max_model_len {limit}: serve the model "
+            "with a larger --max-model-len if it allows it"
+        )
+    return fitting
+
+
+def _trace_loads(
+    options: BenchOptions, trace: Sequence[TraceRequest], rng: random.Random
+) -> list[Load]:
+    """Return one load for each concurrency or rate, or a single one at the trace's own times."""
+    seed = rng.randrange(2**32)
+    tokens = range(FIRST_TOKEN_ID, options.max_token_id)
+    planned = [
+        Planned(partial(prompt_tokens, item, tokens, seed), output_of(item)) for item in trace
+    ]
+    mean = round(sum(map(num_prompt_tokens, trace)) / len(trace))
+    base = Load(input_tokens=mean, requests=planned, num_left_out=len(options.trace) - len(planned))
+    replace = msgspec.structs.replace
+    if options.request_rates:
+        return [_at_rate(base, rate, options, rng) for rate in options.request_rates]
+    times_s = [item.at_s / options.trace_speed for item in trace if item.at_s is not None]
+    if times_s and not options.concurrencies:
+        return [replace(base, times_s=times_s)]
+    # A trace without times of its own.
+    numbers = options.concurrencies or (1,)
+    return [replace(base, concurrency=number) for number in numbers]
+
+
+def _random_loads(options: BenchOptions, rng: random.Random) -> Iterator[Load]:
+    for input_tokens in options.input_tokens:
+        for rate in options.request_rates:
+            load = _random_load(options, rng, input_tokens, options.num_requests or 32)
+            yield _at_rate(load, rate, options, rng)
+        for concurrency in options.concurrencies:
+            number = options.num_requests or max(8, 4 * concurrency)
+            load = _random_load(options, rng, input_tokens, number)
+            yield msgspec.structs.replace(load, concurrency=concurrency)
+
+
+def _random_load(
+    options: BenchOptions, rng: random.Random, input_tokens: int, num_requests: int
+) -> Load:
+    def plan() -> Planned:
+        prompt = random_prompt(rng, options.max_token_id, input_tokens)
+        return Planned(lambda: prompt, options.output_tokens)
+
+    return Load(input_tokens=input_tokens, requests=[plan() for _ in range(num_requests)])
+
+
+def _at_rate(load: Load, rate: float, options: BenchOptions, rng: random.Random) -> Load:
+    times_s = arrival_times(rate, options.burstiness, len(load.requests), rng)
+    return msgspec.structs.replace(load, request_rate=rate, times_s=times_s)
