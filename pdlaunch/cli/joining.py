@@ -16,15 +16,15 @@ from pdlaunch.config.hosts import LOCAL
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.errors import ConfigError, StartupError
 from pdlaunch.hosts.agent_channel import AgentChannel, Joined, Lost, News, Told
-from pdlaunch.hosts.agent_messages import Join, Look, MissingPaths
+from pdlaunch.hosts.agent_messages import Look, MissingPaths
 from pdlaunch.hosts.join import (
     held_join_file,
     new_join_keys,
     read_resume_file,
     write_join_files,
 )
+from pdlaunch.hosts.joined import joined_host
 from pdlaunch.platform.addresses import default_address
-from pdlaunch.platform.machine_file import decode_machine
 from pdlaunch.resolve.hosts import ResolvedHost
 from pdlaunch.resolve.resolve import ResolvedLaunch
 
@@ -43,16 +43,11 @@ class Agents:
         """Note who is there. Raises ConfigError for a machine that cannot be read."""
         match news:
             case Joined(join=join):
-                self.joined[join.name] = _host(join)
+                self.joined[join.name] = joined_host(join)
             case Lost(name=name):
                 self.joined.pop(name, None)
             case Told():
                 pass
-
-
-def _host(join: Join) -> ResolvedHost:
-    found = decode_machine(join.machine, join.name)
-    return ResolvedHost(join.name, found.machine, found.environ, join.address, join.address)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from pdlaunch.config.roles import PAIR, Role
 from pdlaunch.errors import ConfigError
 from pdlaunch.platform.facts import Machine
 from pdlaunch.platform.visible_gpus import VISIBLE_DEVICES
-from pdlaunch.resolve.hosts import ResolvedHost, one_host
+from pdlaunch.resolve.hosts import Places, ResolvedHost, Share, one_host
 from pdlaunch.resolve.models import Model, read_models
 from pdlaunch.resolve.roles import PlacedEngine, PlacedRoles, RoleEngines, resolve_roles
 
@@ -171,9 +171,30 @@ class ResolvedLaunch:
 
     def after_conversion(self) -> ResolvedLaunch:
         """Resolve again, now that all models can be read. Raises ConfigError."""
-        launch = resolve_on(self.config, self.hosts, self.environ) if self._pending else self
+        launch = self
+        if self._pending:
+            launch = resolve_on(self.config, self.hosts, self.environ, places=self.places)
         launch.require_startable()
         return launch
+
+    @property
+    def places(self) -> Places:
+        """The hosts of every engine."""
+        return {
+            (engine.engines.role, engine.index): tuple(
+                Share(share.host.name, share.num_ranks) for share in engine.shares
+            )
+            for engine in self.engines
+        }
+
+    def with_places(self, places: Places) -> ResolvedLaunch:
+        """Resolve again with engines on other hosts."""
+        return resolve_on(self.config, self.hosts, self.environ, places=places)
+
+    def with_host(self, known: ResolvedHost) -> ResolvedLaunch:
+        """Resolve again with what is known now of a host; nothing is moved."""
+        hosts = [known if host.name == known.name else host for host in self.hosts]
+        return resolve_on(self.config, hosts, self.environ, places=self.places)
 
     def engine_specs(self) -> dict[str, EngineSpec]:
         """Return what the processes of each native engine are given, by the engine's name.
@@ -181,7 +202,7 @@ class ResolvedLaunch:
         Only of a launch that can be started, and whose models have been converted.
         """
         specs = [
-            self._engine_spec(engine)
+            self.engine_spec(engine)
             for engine in self.engines
             if engine.engines.settings.engine == "native"
         ]
@@ -191,7 +212,8 @@ class ResolvedLaunch:
     def _pending(self) -> list[RoleEngines]:
         return [engines for engines in self.roles.values() if engines.model.pending]
 
-    def _engine_spec(self, engine: PlacedEngine) -> EngineSpec:
+    def engine_spec(self, engine: PlacedEngine) -> EngineSpec:
+        """Return what the processes of one native engine are given, as ``engine_specs`` does."""
         engines = engine.engines
         assert engines.model.path is not None
         assert engines.footprint is not None
@@ -231,10 +253,14 @@ def resolve_on(
     hosts: Sequence[ResolvedHost],
     environ: Mapping[str, str],
     models: Mapping[Role, Model] | None = None,
+    places: Places | None = None,
 ) -> ResolvedLaunch:
-    """Resolve a configuration on hosts, as ``resolve`` does."""
+    """Resolve a configuration on hosts, as ``resolve`` does.
+
+    ``places``: those of engines that are placed already.
+    """
     found = read_models(config) if models is None else models
-    placed = resolve_roles(config, hosts, environ, found)
+    placed = resolve_roles(config, hosts, environ, found, places)
     return ResolvedLaunch(config, tuple(hosts), dict(environ), placed)
 
 

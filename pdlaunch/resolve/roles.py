@@ -261,14 +261,15 @@ def resolve_roles(
     hosts: Sequence[ResolvedHost],
     environ: Mapping[str, str],
     models: Mapping[Role, Model],
+    places: Places | None = None,
 ) -> PlacedRoles:
     """Place and resolve the engines of each role that has any; never raises, see ``RoleEngines``.
 
-    ``environ``: the supervisor's.
+    ``environ``: the supervisor's. ``places``: those of engines that are placed already.
     """
     used = [role for role in ROLES if config.role(role).replicas]
     settings = {role: config.engine_settings(role) for role in used}
-    places = place_engines(
+    places = places or place_engines(
         demands_of(
             {role: config.role(role).replicas for role in used},
             {role: settings[role].tensor_parallel_size for role in used},

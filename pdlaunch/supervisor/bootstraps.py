@@ -17,6 +17,7 @@ from pdlaunch.protocol.control import Capabilities
 from pdlaunch.protocol.sockets import LaunchKeys
 from pdlaunch.resolve.plan import ProcessSpec
 from pdlaunch.resolve.resolve import ResolvedLaunch
+from pdlaunch.resolve.roles import PlacedEngine
 from pdlaunch.supervisor.hangs import heartbeat_s
 
 
@@ -63,6 +64,12 @@ class LaunchBootstraps:
     def prepare(self) -> None:
         """Derive what could not be known before models were converted. Raises ConfigError."""
         self._engines = self._resolved.after_conversion().engine_specs()
+
+    def adopt(self, resolved: ResolvedLaunch, engine: PlacedEngine | None = None) -> None:
+        """Start processes from now on as this launch says, and one engine at another place."""
+        self._resolved = resolved
+        if engine is not None and engine.name in self._engines:
+            self._engines[engine.name] = resolved.engine_spec(engine)
 
     def make(self, spec: ProcessSpec, incarnation: int) -> Bootstrap:
         engine = self._engines.get(spec.engine)

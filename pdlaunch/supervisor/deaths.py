@@ -16,11 +16,14 @@ from pdlaunch.supervisor.registry import Pairs
 from pdlaunch.supervisor.restarts import GivenUp, RestartPolicy
 from pdlaunch.supervisor.states import ProcessState
 
+_LOOK_FOR_ROOM_S = 1.0
+
 
 class Deaths:
     """Acts on deaths in a launch that serves.
 
-    ``start`` spawns a unit, ``fail`` ends the launch, ``note`` tells people.
+    ``start`` spawns a unit, ``fail`` ends the launch, ``note`` tells people, ``find_room`` says
+    whether the host of a unit, or another one, can take it.
     """
 
     def __init__(
@@ -35,8 +38,10 @@ class Deaths:
         start: Callable[[Unit], None],
         fail: Callable[[Failure], None],
         note: Callable[[str], None],
+        find_room: Callable[[Unit, Sequence[Unit]], bool],
     ) -> None:
         self._host = host
+        self._find_room = find_room
         self._units = units
         self._pairs = pairs
         self._policy = policy
@@ -69,6 +74,7 @@ class Deaths:
         # The first to die is the cause; the others die of it, or are killed for it.
         if unit.cause is None:
             unit.cause = instance
+            unit.lost_with = event.lost_with
             self.ends[instance.name]["died"] += 1
             self.tell(unit, instance, event)
             self.kill(unit)
@@ -139,6 +145,13 @@ class Deaths:
 
     def _back_off(self, unit: Unit, cause: Instance) -> None:
         now = self._clock()
+        if unit.lost_with:
+            # It died of its host and not of itself, so this counts for nothing.
+            unit.kill_at, unit.respawn_at = None, now
+            for member in unit.members:
+                member.move(ProcessState.BACKING_OFF)
+            self._note(f"{unit.name} waits until its host is back, or another one has room")
+            return
         # Time in which it hung was no service.
         worked_until = cause.heard_at if cause.stalled else now
         ready_for_s = None if unit.ready_at is None else worked_until - unit.ready_at
@@ -212,7 +225,8 @@ class Deaths:
         One quick death of a unit is enough to give it up again, for longer.
         """
         units = self._units_of(engine)
-        if any(unit.alive for unit in units):
+        has_room = all(self._find_room(unit, self._units) for unit in units)
+        if any(unit.alive for unit in units) or not has_room:
             self._given_up.postpone(engine, self._clock() + 1.0)
             return
         self._note(f"{engine} is tried again")
@@ -225,7 +239,10 @@ class Deaths:
     def _tick_unit(self, unit: Unit) -> None:
         now = self._clock()
         if unit.respawn_at is not None and now >= unit.respawn_at:
-            self._start(unit)
+            if self._find_room(unit, self._units):
+                self._start(unit)
+            else:
+                unit.respawn_at = now + _LOOK_FOR_ROOM_S
         elif unit.kill_at is not None and now >= unit.kill_at:
             unit.kill_at = None
             self._note(f"{unit.name} neither became ready nor left in time: killed")

@@ -136,6 +136,8 @@ class Unit:
     """Instant at which members that live are killed: they should have been ready, or gone, by then.
     """
     respawn_at: float | None = None
+    lost_with: str = ""
+    """The host that is lost, of which ``cause`` died; empty: of something else."""
 
     @property
     def alive(self) -> bool:

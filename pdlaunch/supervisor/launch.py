@@ -21,21 +21,24 @@ from pdlaunch.hosts.agent_channel import AgentChannel, Joined, Lost
 from pdlaunch.hosts.children import Children
 from pdlaunch.hosts.group import HostGroup
 from pdlaunch.hosts.host import Host
+from pdlaunch.hosts.joined import joined_host
 from pdlaunch.hosts.local import LocalHost
 from pdlaunch.observe.logs import setup_logging
 from pdlaunch.process.bootstrap import raise_open_files
 from pdlaunch.process.new_run_dir import new_run_dir
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 from pdlaunch.resolve.plan import Plan
+from pdlaunch.resolve.planned_hosts import settled
 from pdlaunch.resolve.resolve import ResolvedLaunch
 from pdlaunch.supervisor.bootstraps import Bootstraps, LaunchBootstraps
 from pdlaunch.supervisor.events import Event, EventQueue, SignalInbox
 from pdlaunch.supervisor.failure import Failure
 from pdlaunch.supervisor.folders import SUPERVISOR_LOG, keep_logs
 from pdlaunch.supervisor.hangs import HangLimits
+from pdlaunch.supervisor.rooms import Rooms
 from pdlaunch.supervisor.shutdown import Grace
 from pdlaunch.supervisor.status import Observer
-from pdlaunch.supervisor.supervisor import Supervisor, Timing
+from pdlaunch.supervisor.supervisor import FindRoom, Supervisor, Timing
 
 logger = logging.getLogger(__name__)
 
@@ -118,11 +121,17 @@ def launch(
             kind=kind,
         )
 
+        here = resolved.hosts[0].name
+        rooms = Rooms(resolved, kind, bootstraps, {here, *joined})
+
         def told(news: Joined | Lost) -> None:
             match news:
                 case Joined(join=join):
-                    text = f"{join.name} has joined again"
+                    settings = {host.name: host for host in config.hosts}[join.name]
+                    rooms.joined(settled(settings, joined_host(join)))
+                    text = f"{join.name} has joined again, from {join.address}"
                 case Lost(name=name, reason=reason):
+                    rooms.lost(name)
                     text = f"{name} is lost: {reason}"
             logger.warning("%s", text)
             observer.note(text)
@@ -138,10 +147,9 @@ def launch(
             lifeline,
             listeners,
             lambda local: (
-                local
-                if agents is None
-                else HostGroup(local, resolved.hosts[0].name, agents, joined, on_news=told)
+                local if agents is None else HostGroup(local, here, agents, joined, on_news=told)
             ),
+            rooms.find,
         )
 
 
@@ -156,10 +164,12 @@ def supervise(
     lifeline: int | None = None,
     listeners: Sequence[socket.socket] = (),
     with_others: Callable[[LocalHost], Host] = lambda local: local,
+    find_room: FindRoom = lambda *_: True,
 ) -> LaunchOutcome:
     """Run a plan to its end; no process of it is left when this returns.
 
-    ``with_others``: joins the other hosts of the launch to this one.
+    ``with_others``: joins the other hosts of the launch to this one. ``find_room``: see
+    ``Supervisor``.
     """
     with SignalInbox() as signals, contextlib.closing(Children(log_dir)) as children:
         host = with_others(LocalHost(control, children))
@@ -172,6 +182,7 @@ def supervise(
             timing,
             time.monotonic,
             close_listeners=lambda: _close(listeners),
+            find_room=find_room,
         )
         drive(supervisor, EventQueue(host, signals, lifeline), time.monotonic)
         failure = supervisor.failure

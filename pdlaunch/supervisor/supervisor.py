@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from pdlaunch.engines.kind import EngineKind
@@ -37,7 +37,7 @@ from pdlaunch.supervisor.engine_restarts import EngineRestarts
 from pdlaunch.supervisor.events import Event, StopRequested
 from pdlaunch.supervisor.failure import Failure, startup_timeout
 from pdlaunch.supervisor.hangs import HangLimits, HangWatch
-from pdlaunch.supervisor.instance import Instance
+from pdlaunch.supervisor.instance import Instance, Unit
 from pdlaunch.supervisor.notes import Notes
 from pdlaunch.supervisor.processes import LaunchProcesses
 from pdlaunch.supervisor.registry import Pairs, RegistryVersions
@@ -58,6 +58,10 @@ FAILED_GRACE_S = 5.0
 """Time that a process that has said Failed gets to leave by itself."""
 
 
+FindRoom = Callable[[Unit, Sequence[Unit]], bool]
+"""Tells whether a unit can be started, beside all units of the launch."""
+
+
 @dataclass(frozen=True, slots=True)
 class Timing:
     """Sets every time that the supervisor keeps."""
@@ -72,7 +76,8 @@ class Supervisor:
     """Holds the state of one launch and decides what happens to its processes.
 
     ``failure`` and ``was_ready`` say how the launch went. ``close_listeners`` is called, perhaps
-    several times, when no router will accept a connection any more.
+    several times, when no router will accept a connection any more. ``find_room`` is asked before a
+    unit that has died is started again.
     """
 
     def __init__(
@@ -86,6 +91,7 @@ class Supervisor:
         clock: Callable[[], float],
         *,
         close_listeners: Callable[[], None],
+        find_room: FindRoom = lambda *_: True,
     ) -> None:
         self._host = host
         self._bootstraps = bootstraps
@@ -113,6 +119,7 @@ class Supervisor:
             start=self._processes.spawn,
             fail=self._fail,
             note=self._notes.add,
+            find_room=find_room,
         )
         self._restarts = EngineRestarts(
             host,

@@ -1,0 +1,144 @@
+"""Finds room for engines whose host is lost: on that host once it is back, else on another one.
+
+Nothing is moved while its host is there, and engines whose ranks are on several hosts wait for
+theirs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from pdlaunch.checks.context import Probes
+from pdlaunch.checks.run import run_checks
+from pdlaunch.engines.kind import EngineKind
+from pdlaunch.resolve.hosts import ResolvedHost, Share
+from pdlaunch.resolve.resolve import ResolvedLaunch
+from pdlaunch.resolve.roles import PlacedEngine, RoleEngines
+from pdlaunch.supervisor.instance import Instance, Unit
+
+_OF_ROOM = frozenset(("PD207", "PD210", "PD212"))
+"""Rules on memory, of all engines that might be moved together; each is judged by its devices."""
+
+
+class Adopts(Protocol):
+    """Is told where engines are started from now on."""
+
+    def adopt(self, resolved: ResolvedLaunch, engine: PlacedEngine | None = None) -> None:
+        """Take a launch, and the place of one of its engines."""
+
+
+class Rooms:
+    """Keeps which hosts are there and where engines are placed.
+
+    ``present``: names of hosts that are there, the supervisor's own among them.
+    """
+
+    def __init__(
+        self,
+        resolved: ResolvedLaunch,
+        kind: EngineKind,
+        bootstraps: Adopts,
+        present: Collection[str],
+    ) -> None:
+        self._resolved = resolved
+        self._kind = kind
+        self._bootstraps = bootstraps
+        self._present = set(present)
+
+    def joined(self, host: ResolvedHost) -> None:
+        """Note that a host is back, perhaps at another address."""
+        self._present.add(host.name)
+        self._resolved = self._resolved.with_host(host)
+        self._bootstraps.adopt(self._resolved)
+
+    def lost(self, name: str) -> None:
+        self._present.discard(name)
+
+    def find(self, unit: Unit, units: Sequence[Unit]) -> bool:
+        """Tell whether a unit, whose processes have ended, can be started; perhaps elsewhere."""
+        hosts = {member.spec.host for member in unit.members}
+        if hosts <= self._present:
+            return True
+        members = [m for other in units if other.engine == unit.engine for m in other.members]
+        if not unit.engine or len(hosts) > 1 or any(member.alive for member in members):
+            return False
+        (lost,) = hosts
+        # The server and the ranks of an engine are units of their own.
+        if {member.spec.host for member in members} != hosts:
+            return False
+        others = [m for other in units if other.engine != unit.engine for m in other.members]
+        moved = self._move(unit.engine, lost, others)
+        if moved is None:
+            return False
+        specs = {spec.name: spec for spec in self._kind.processes(moved)}
+        for member in members:
+            member.spec = specs[member.name]
+        return True
+
+    def _move(self, name: str, lost: str, others: Iterable[Instance]) -> PlacedEngine | None:
+        """Place an engine on a host with room; hosts of the same domain come first."""
+        engine = next(one for one in self._resolved.engines if one.name == name)
+        role, domain = engine.engines.role, self._resolved.host(lost).domain
+        taken = _taken(others)
+        candidates = [
+            host
+            for host in self._resolved.hosts
+            if role in host.roles and host.name in self._present
+        ]
+        for host in sorted(candidates, key=lambda host: host.domain != domain):
+            places = {**self._resolved.places, (role, engine.index): _all_on(host, engine)}
+            moved = self._resolved.with_places(places)
+            placed = next(one for one in moved.engines if one.name == name)
+            devices = _free_devices(placed.engines, taken[host.name])
+            if devices is None or not self._may_move(lost, host):
+                continue
+            share = replace(placed.shares[0], device_indices=devices)
+            placed = replace(placed, shares=(share,))
+            self._resolved = moved
+            self._bootstraps.adopt(moved, placed)
+            return placed
+        return None
+
+    def _may_move(self, lost: str, host: ResolvedHost) -> bool:
+        """Tell whether rules find nothing new where all engines of a lost host are on this one.
+
+        Those that find no room there are judged when they are moved themselves.
+        """
+        places = {
+            (engine.engines.role, engine.index): _all_on(host, engine)
+            for engine in self._resolved.engines
+            if engine.host.name == lost and len(engine.shares) == 1
+        }
+        moved = self._resolved.with_places({**self._resolved.places, **places})
+        return self._errors(moved) <= self._errors(self._resolved)
+
+    def _errors(self, launch: ResolvedLaunch) -> set[str]:
+        rules = [rule for rule in self._kind.rules() if rule.code not in _OF_ROOM]
+        return {error.rule for error in run_checks(launch, {}, Probes(), rules=rules).errors}
+
+
+def _taken(instances: Iterable[Instance]) -> Mapping[str, Counter[str]]:
+    """Count the ranks on each device of each host."""
+    taken: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for instance in instances:
+        spec = instance.spec
+        # The server of an engine of another kind has the devices of all its ranks.
+        num_ranks = spec.tp_size if spec.devices == ("cpu",) and spec.kind == "server" else 1
+        taken[spec.host].update(spec.devices * num_ranks)
+    return taken
+
+
+def _free_devices(engines: RoleEngines, taken: Counter[str]) -> tuple[int, ...] | None:
+    """Return devices for the ranks of one engine; None: there is no room. Empty on a CPU."""
+    if engines.device == "cpu":
+        there = len(engines.machine.cpus)
+        return () if taken["cpu"] + engines.tp_size <= there else None
+    free = [index for index in range(len(engines.gpus)) if not taken[f"cuda:{index}"]]
+    return tuple(free[: engines.tp_size]) if len(free) >= engines.tp_size else None
+
+
+def _all_on(host: ResolvedHost, engine: PlacedEngine) -> tuple[Share, ...]:
+    return (Share(host.name, engine.engines.tp_size),)

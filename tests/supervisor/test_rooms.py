@@ -1,0 +1,164 @@
+"""Engines of a lost host are started where there is room, or wait; nothing else moves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from pdlaunch.config.models import LaunchConfig
+from pdlaunch.engines.native import NativeEngine
+from pdlaunch.engines.plan import plan_processes
+from pdlaunch.platform.facts import Gpu, Machine
+from pdlaunch.resolve.hosts import ResolvedHost
+from pdlaunch.resolve.resolve import ResolvedLaunch, resolve_on
+from pdlaunch.resolve.roles import PlacedEngine
+from pdlaunch.supervisor.instance import Unit, make_units
+from pdlaunch.supervisor.rooms import Rooms
+from pdlaunch.supervisor.states import ProcessState
+
+TWO_GPUS = Machine(cpus=(0, 1), gpus=(Gpu(0, has_fabric_handles=False), Gpu(1)))
+FOUR_CORES = Machine(cpus=(0, 1, 2, 3), memory_bytes=64 << 30)
+
+
+class Bootstraps:
+    def __init__(self) -> None:
+        self.resolved: ResolvedLaunch | None = None
+        self.moved: dict[str, PlacedEngine] = {}
+
+    def adopt(self, resolved: ResolvedLaunch, engine: PlacedEngine | None = None) -> None:
+        self.resolved = resolved
+        if engine is not None:
+            self.moved[engine.name] = engine
+
+
+class Deployment:
+    """A launch over hosts a, b and c whose processes all run."""
+
+    def __init__(self, machine: Machine = FOUR_CORES, **settings: Any) -> None:
+        config = LaunchConfig.model_validate(
+            {
+                "load_format": "dummy",
+                "kv_transfer": {"trusted_network": True},
+                "placement": "hosts",
+                "hosts": "a,b,c",
+                **settings,
+            }
+        )
+        listed = {host.name: host for host in config.hosts}
+        hosts = [
+            ResolvedHost("local", Machine(), {}, "10.0.0.1", "10.0.0.1", frozenset()),
+            *(
+                ResolvedHost(name, machine, {}, address, address, domain=listed[name].domain)
+                for name, address in (("a", "10.0.0.2"), ("b", "10.0.0.3"), ("c", "10.0.0.4"))
+            ),
+        ]
+        self.launch = resolve_on(config, hosts, {})
+        self.units = make_units(plan_processes(self.launch).processes)
+        for unit in self.units:
+            for member in unit.members:
+                member.begin(1)
+                member.move(ProcessState.READY)
+        self.bootstraps = Bootstraps()
+        self.rooms = Rooms(self.launch, NativeEngine(), self.bootstraps, {h.name for h in hosts})
+
+    def lose(self, host: str) -> None:
+        self.rooms.lost(host)
+        for unit in self.units:
+            for member in unit.members:
+                if member.spec.host == host:
+                    member.move(ProcessState.FAILED)
+
+    def unit(self, name: str) -> Unit:
+        return next(unit for unit in self.units if unit.name == name)
+
+    def find(self, engine: str) -> str | None:
+        """The host on which an engine can be started."""
+        units = [unit for unit in self.units if unit.engine == engine]
+        found = [self.rooms.find(unit, self.units) for unit in units]
+        assert len(set(found)) == 1
+        (host,) = {member.spec.host for unit in units for member in unit.members}
+        return host if found[0] else None
+
+
+SPREAD = {"placement_strategy": "spread"}
+
+
+def test_a_host_that_is_there_keeps_its_engines() -> None:
+    deployment = Deployment(**SPREAD)
+    assert deployment.find("prefill-0") == "a"
+    assert deployment.bootstraps.moved == {}
+    assert deployment.rooms.find(deployment.unit("router"), deployment.units)
+
+
+def test_an_engine_of_a_lost_host_goes_to_one_with_room() -> None:
+    deployment = Deployment(**SPREAD)
+    before = [member.spec for unit in deployment.units for member in unit.members]
+    deployment.lose("b")
+    assert deployment.find("decode-0") == "a"
+    moved = [member.spec for unit in deployment.units for member in unit.members]
+    assert [spec for spec in before if spec.engine != "decode-0"] == [
+        spec for spec in moved if spec.engine != "decode-0"
+    ], "nothing else moves"
+    assert deployment.bootstraps.moved["decode-0"].host.name == "a"
+
+
+def test_devices_of_engines_that_run_there_are_left_to_them() -> None:
+    deployment = Deployment(TWO_GPUS, **SPREAD, prefill={"replicas": 2}, model=FAKE)
+    places = {engine.name: engine.host.name for engine in deployment.launch.engines}
+    assert places == {"prefill-0": "a", "decode-0": "b", "prefill-1": "c"}
+    deployment.lose("b")
+    assert deployment.find("decode-0") == "a"
+    rank = deployment.unit("decode-0/ranks").members[0]
+    assert rank.spec.devices == ("cuda:1",)
+    assert deployment.bootstraps.moved["decode-0"].device_indices == (1,)
+
+
+FAKE = "smollm2"
+
+
+def test_a_host_of_the_same_domain_comes_first() -> None:
+    hosts = [
+        {"name": "a", "domain": "x"},
+        {"name": "b", "domain": "y"},
+        {"name": "c", "domain": "y"},
+    ]
+    deployment = Deployment(hosts=hosts, **SPREAD)
+    deployment.lose("b")
+    assert deployment.find("decode-0") == "c"
+
+
+def test_without_room_it_waits_until_its_host_is_back() -> None:
+    deployment = Deployment(replace(FOUR_CORES, cpus=(0,)), **SPREAD, prefill={"replicas": 2})
+    deployment.lose("b")
+    assert deployment.find("decode-0") is None
+    again = replace(
+        deployment.launch.host("b"), bind_address="10.0.0.9", advertise_address="fd00::9"
+    )
+    deployment.rooms.joined(again)
+    assert deployment.find("decode-0") == "b"
+    adopted = deployment.bootstraps.resolved
+    assert adopted is not None
+    assert adopted.host("b").advertise_address == "fd00::9"
+
+
+def test_both_sides_of_a_lost_pair_move_together_where_no_network_is_trusted() -> None:
+    deployment = Deployment(kv_transfer={"trusted_network": False})
+    assert deployment.find("prefill-0") == deployment.find("decode-0") == "a"
+    deployment.lose("a")
+    assert deployment.find("prefill-0") == deployment.find("decode-0") == "b"
+
+
+def test_an_engine_whose_ranks_are_on_several_hosts_waits_for_them() -> None:
+    deployment = Deployment(
+        prefill={"tensor_parallel_size": 2, "hosts_per_engine": 2, "replicas": 1}
+    )
+    ranks = deployment.unit("prefill-0/ranks")
+    lost = ranks.members[1].spec.host
+    deployment.lose(lost)
+    assert not deployment.rooms.find(ranks, deployment.units)
+
+
+def test_nothing_moves_while_a_process_of_the_engine_lives() -> None:
+    deployment = Deployment(**SPREAD)
+    deployment.rooms.lost("b")
+    assert deployment.find("decode-0") is None
