@@ -80,6 +80,12 @@ COMMANDS = (
         "Show why a rule of check-config exists and how to fix its findings.",
     ),
     Command(
+        "render",
+        "pdlaunch.cli.render:app",
+        "Write a deployment for Kubernetes or docker compose.",
+        is_group=True,
+    ),
+    Command(
         "smoke",
         "pdlaunch.cli.smoke:smoke_command",
         "Start a deployment, check what it promises, stop it; for CI.",

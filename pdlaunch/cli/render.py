@@ -1,0 +1,317 @@
+"""``pdlaunch render``: write a deployment for Kubernetes or docker compose."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from pdlaunch import __version__
+from pdlaunch.checks.context import Probes
+from pdlaunch.checks.run import run_checks
+from pdlaunch.cli import EXIT_FAILED
+from pdlaunch.cli.assume import AssumeOption, judged_machine
+from pdlaunch.cli.downloads import ShownDownloads
+from pdlaunch.cli.flags import with_serve_flags
+from pdlaunch.cli.preflight import print_finding, refuse_running_engines
+from pdlaunch.cli.serve import refuse
+from pdlaunch.cli.serve_command import ServeCommand
+from pdlaunch.config.sources import LoadedConfig, load_config
+from pdlaunch.engines.plan import kind_of
+from pdlaunch.errors import ConfigError
+from pdlaunch.hosts.join import new_join_keys
+from pdlaunch.render.compose import compose_endpoint, compose_file
+from pdlaunch.render.documents import to_yaml
+from pdlaunch.render.engines import engine_groups
+from pdlaunch.render.kubernetes import control_endpoint, kubernetes_objects, kubernetes_secret
+from pdlaunch.render.pods import JOIN_KEY, SUPERVISOR_KEY, Launch, PodOptions
+from pdlaunch.render.settings import machine_names, place
+from pdlaunch.resolve.hosts import ResolvedHost
+from pdlaunch.resolve.models import read_models, read_models_elsewhere
+from pdlaunch.resolve.planned_hosts import planned_hosts
+from pdlaunch.resolve.resolve import ResolvedLaunch, resolve_on
+
+_NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
+_PLACEHOLDER_ADDRESS = "192.0.2.1"
+"""Stands for the addresses of pods, which nobody knows yet (RFC 5737)."""
+
+NameOption = Annotated[
+    str,
+    typer.Option("--name", help="Name of the objects: small letters, digits and dashes."),
+]
+ImageOption = Annotated[str | None, typer.Option("--image", help="Image of all containers.")]
+OutputOption = Annotated[
+    str | None,
+    typer.Option(
+        "--output",
+        metavar="FILE|DIR",
+        help="File to write; a folder, or a path that ends in /, gets a file for each object.",
+    ),
+]
+VolumesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--volume",
+        metavar="SOURCE:/FOLDER",
+        help="Mount a PersistentVolumeClaim (compose: a folder or volume), for models.",
+    ),
+]
+SecretOption = Annotated[
+    bool,
+    typer.Option("--print-secret", help="Print the Secret with new join keys, and nothing else."),
+]
+
+app = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
+
+
+@app.command("kubernetes", cls=ServeCommand)
+@with_serve_flags
+def kubernetes(
+    config: Path | None = None,
+    name: NameOption = "pdlaunch",
+    namespace: Annotated[
+        str | None, typer.Option("--namespace", help="Namespace of the objects.")
+    ] = None,
+    image: ImageOption = None,
+    gpu_resource: Annotated[
+        str, typer.Option("--gpu-resource", help="Resource of which a rank gets one.")
+    ] = "nvidia.com/gpu",
+    rdma_resource: Annotated[
+        str | None,
+        typer.Option(
+            "--rdma-resource", help="Resource of which an engine pod gets one, such as rdma/hca."
+        ),
+    ] = None,
+    volume: VolumesOption = None,
+    cache_claim: Annotated[
+        str | None,
+        typer.Option(
+            "--cache-claim",
+            help="PersistentVolumeClaim for models (ReadWriteMany); one is rendered if left out.",
+        ),
+    ] = None,
+    cache_size: Annotated[
+        str, typer.Option("--cache-size", help="Size of the claim that is rendered.")
+    ] = "20Gi",
+    print_secret: SecretOption = False,
+    output: OutputOption = None,
+    assume: AssumeOption = None,
+    *,
+    flags: dict[str, object],
+) -> None:
+    """Print objects for `kubectl apply -f -`: a pod with supervisor and router, engine pods.
+
+    The Secret that they refer to is printed with --print-secret alone.
+    """
+
+    def render() -> Sequence[Any]:
+        if namespace is not None:
+            _require_name(namespace, "--namespace")
+        options = PodOptions(
+            name=_require_name(name, "--name"),
+            image=image or f"pdlaunch:{__version__}",
+            gpu_resource=gpu_resource,
+            rdma_resource=rdma_resource,
+            claims=_volumes(volume or ()),
+            cache_claim=cache_claim,
+            cache_size=cache_size,
+        )
+        launch = _placed(config, flags, options, assume, base=f"{name}-", grouped=True)
+        if not print_secret:
+            return kubernetes_objects(launch, namespace)
+        join, supervisor = _join_texts(control_endpoint(launch))
+        return [kubernetes_secret(launch, namespace, join=join, supervisor=supervisor)]
+
+    _write(render, output, _object_file)
+
+
+@app.command("compose", cls=ServeCommand)
+@with_serve_flags
+def compose(
+    config: Path | None = None,
+    name: NameOption = "pdlaunch",
+    image: ImageOption = None,
+    volume: VolumesOption = None,
+    secrets: Annotated[
+        Path | None,
+        typer.Option(
+            "--secrets", metavar="DIR", help="Write the secrets' files here instead, with new keys."
+        ),
+    ] = None,
+    output: OutputOption = None,
+    assume: AssumeOption = None,
+    *,
+    flags: dict[str, object],
+) -> None:
+    """Print a file for `docker compose`: a container for each engine, one with the router."""
+
+    def render() -> Sequence[Any]:
+        options = PodOptions(
+            name=_require_name(name, "--name"),
+            image=image or f"pdlaunch:{__version__}",
+            claims=_volumes(volume or ()),
+        )
+        launch = _placed(config, flags, options, assume, base="", grouped=False)
+        if secrets is None:
+            return [compose_file(launch)]
+        texts = _join_texts(compose_endpoint(launch))
+        _write_secrets(secrets, dict(zip((JOIN_KEY, SUPERVISOR_KEY), texts, strict=True)))
+        return []
+
+    _write(render, output, lambda _: "compose.yaml")
+
+
+def _placed(
+    path: Path | None,
+    flags: Mapping[str, object],
+    options: PodOptions,
+    assume: str | None,
+    *,
+    base: str,
+    grouped: bool,
+) -> Launch:
+    """Return the launch on its pods. Raises ConfigError, and typer.Exit where a rule finds an
+    error.
+    """
+    loaded = load_config(path, os.environ, dict(flags))
+    refuse_running_engines(loaded.config)
+    machines = machine_names(loaded.config, base, grouped=grouped)
+    placed = place(loaded.config, machines)
+    config = placed.config()
+    judged = judged_machine(assume, config)
+    errors = Console(stderr=True, soft_wrap=True)
+    names = [name for group in machines for name in group.names]
+    pods = {
+        name: ResolvedHost(
+            name, judged.machine, judged.environ, _PLACEHOLDER_ADDRESS, _PLACEHOLDER_ADDRESS
+        )
+        for name in names
+    }
+    read = read_models if judged.assumed is None else read_models_elsewhere
+    resolved = resolve_on(
+        config,
+        planned_hosts(config, judged.machine, judged.environ, pods),
+        judged.environ,
+        read(config, ShownDownloads(errors)),
+    )
+    resolved.require_startable()
+    _refuse_findings(resolved, loaded, errors)
+    _require_mounted(resolved, options)
+    return Launch(
+        options, placed, resolved, engine_groups(resolved, machines), to_yaml([placed.settings])
+    )
+
+
+def _refuse_findings(resolved: ResolvedLaunch, loaded: LoadedConfig, errors: Console) -> None:
+    report = run_checks(resolved, loaded.origins, Probes(), rules=kind_of(resolved).rules())
+    for finding in report.findings:
+        if finding.severity != "info":
+            print_finding(errors, finding)
+    if not report.is_ok():
+        text = f"not rendered: {len(report.errors)} error(s); `pdlaunch explain CODE` says why"
+        errors.print(Text(text, style="red"))
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _require_mounted(resolved: ResolvedLaunch, options: PodOptions) -> None:
+    """Raise ConfigError for a model in a folder of this machine that no pod has."""
+    folders = [Path(folder) for folder in options.claims or {}]
+    for engines in resolved.roles.values():
+        model = Path(engines.settings.model).expanduser()
+        is_path = model.is_absolute() or engines.settings.model.startswith((".", "~"))
+        if is_path and not any(model.is_relative_to(folder) for folder in folders):
+            raise ConfigError(
+                "the model is in a folder that no pod has",
+                field=engines.where("model"),
+                value=str(model),
+                fix=f"mount it with --volume SOURCE:{model.parent}, or name a model of a hub",
+            )
+
+
+def _join_texts(endpoint: str) -> tuple[str, str]:
+    """Return the agents' side and the supervisor's side of new join keys."""
+    keys = new_join_keys()
+    port = int(endpoint.rpartition(":")[2])
+    sides = (keys.ticket(endpoint), msgspec.structs.replace(keys, port=port))
+    agents, supervisor = (msgspec.json.encode(side).decode() + "\n" for side in sides)
+    return agents, supervisor
+
+
+def _require_name(name: str, field: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"{name[:80]!a} is no name of 1 to 40 small letters, digits and dashes that begins "
+            "with a letter",
+            field=field,
+            value=name,
+            fix=f"{field} my-launch",
+        )
+    return name
+
+
+def _volumes(given: Sequence[str]) -> dict[str, str]:
+    """Return sources by the folder at which they are mounted. Raises ConfigError."""
+    found: dict[str, str] = {}
+    for text in given:
+        source, _, folder = text.partition(":")
+        if not source or not folder.startswith("/") or folder in found:
+            raise ConfigError(
+                f"{text[:80]!a} does not name a source and a folder of its own",
+                field="--volume",
+                value=text,
+                fix="--volume models:/models",
+            )
+        found[folder] = source
+    return found
+
+
+def _object_file(found: Mapping[str, Any]) -> str:
+    return f"{found['metadata']['name']}.{found['kind'].lower()}.yaml"
+
+
+def _write(
+    render: Callable[[], Sequence[Any]], output: str | None, file_name: Callable[[Any], str]
+) -> None:
+    """Print what is rendered, or write it to a file, or a file for each object to a folder."""
+    errors = Console(stderr=True, soft_wrap=True)
+    try:
+        documents = render()
+        if output is None:
+            sys.stdout.write(to_yaml(documents) if documents else "")
+        elif output.endswith(os.sep) or Path(output).is_dir():
+            Path(output).mkdir(parents=True, exist_ok=True)
+            for document in documents:
+                (Path(output) / file_name(document)).write_text(to_yaml([document]))
+        else:
+            Path(output).write_text(to_yaml(documents))
+    except OSError as error:
+        refuse(
+            errors,
+            ConfigError(
+                f"{error.filename} cannot be written: {error.strerror}",
+                field="--output",
+                value=output,
+                fix="name a file or folder that you may write to",
+            ),
+        )
+    except ConfigError as error:
+        refuse(errors, error)
+
+
+def _write_secrets(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write secrets to files that their owner alone can read."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for name, text in texts.items():
+        path = folder / name
+        path.unlink(missing_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)

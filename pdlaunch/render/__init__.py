@@ -1,0 +1,1 @@
+"""Renders a launch as objects of Kubernetes and docker compose; starts and writes nothing."""

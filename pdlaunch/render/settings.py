@@ -1,0 +1,130 @@
+"""Turns the settings of a deployment into those of the same one on pods or containers.
+
+What is secret leaves the settings: keys, and variables that look like one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import SecretStr
+
+from pdlaunch.config.models import LaunchConfig
+from pdlaunch.config.roles import ROLES, Role
+from pdlaunch.config.settings import is_secret, variable_paths
+from pdlaunch.errors import ConfigError
+
+HTTP_PORT = 8000
+CONTROL_PORT = 7070
+JOIN_FILE = "/run/pdlaunch/join"
+"""Agents and supervisor share no folder: each machine has its own file of this name."""
+ANY_ADDRESS = "0.0.0.0"
+_CHOSEN = ("placement", "hosts", "placement_strategy", "control_address", "join_file")
+
+
+@dataclass(frozen=True, slots=True)
+class Machines:
+    """Names the pods or containers in which the engines of a role run, in their order."""
+
+    role: Role
+    names: tuple[str, ...]
+    per_engine: int
+    """How many of them one engine spans."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedSettings:
+    """Holds what the supervisor's file says, and what it must not say."""
+
+    settings: Mapping[str, Any]
+    """The content of the file."""
+    keys: Mapping[str, str]
+    """API keys by the variable that gives them to the supervisor."""
+    engine_secrets: Mapping[Role, Mapping[str, str]] = field(default_factory=dict)
+    """Secret-looking variables of engines, by role and name."""
+
+    def config(self) -> LaunchConfig:
+        """Return the configuration that the supervisor reads from the file and its variables."""
+        paths = variable_paths()
+        return LaunchConfig.model_validate(
+            {**self.settings, **{paths[name]: value for name, value in self.keys.items()}}
+        )
+
+
+def machine_names(config: LaunchConfig, base: str, *, grouped: bool) -> tuple[Machines, ...]:
+    """Name the machines of each role with engines: ``base-prefill-0`` and so on.
+
+    ``grouped``: those of an engine that spans several are numbered as LeaderWorkerSets do,
+    ``base-prefill-0``, ``base-prefill-0-1``.
+    """
+    found = []
+    for role in ROLES:
+        replicas = config.role(role).replicas
+        each = config.engine_settings(role).hosts_per_engine
+        names = [
+            f"{base}{role}-{index}" + (f"-{place}" if place else "")
+            for index in range(replicas)
+            for place in range(each)
+        ]
+        if not grouped and each > 1:
+            names = [f"{base}{role}-{index}" for index in range(replicas * each)]
+        if names:
+            found.append(Machines(role, tuple(names), each))
+    return tuple(found)
+
+
+def place(config: LaunchConfig, machines: Sequence[Machines]) -> PlacedSettings:
+    """Return the settings of a deployment whose engines run on these machines.
+
+    Raises ConfigError where the deployment says itself where its engines run.
+    """
+    given = config.model_dump(exclude_unset=True)
+    for name in _CHOSEN:
+        if name in given:
+            raise ConfigError(
+                "what is rendered says where engines run",
+                field=name,
+                fix=f"leave {name} out, or render another file",
+            )
+    settings: dict[str, Any] = copy.deepcopy(config.model_dump(mode="json", exclude_unset=True))
+    variables = {path: name for name, path in variable_paths().items()}
+    keys = {
+        variables[name]: value.get_secret_value()
+        for name, value in given.items()
+        if isinstance(value, SecretStr)
+    }
+    for name, value in given.items():
+        if isinstance(value, SecretStr):
+            del settings[name]
+    secrets = _take_secrets(settings)
+    settings |= {
+        "host": ANY_ADDRESS,
+        "port": config.port or HTTP_PORT,
+        "placement": "hosts",
+        # One engine a machine: each has the devices of one.
+        "placement_strategy": "spread",
+        "control_port": config.control_port or CONTROL_PORT,
+        "join_file": JOIN_FILE,
+        "hosts": [
+            {"name": name, "roles": [group.role]} for group in machines for name in group.names
+        ],
+    }
+    return PlacedSettings(settings, keys, secrets)
+
+
+def _take_secrets(settings: dict[str, Any]) -> dict[Role, dict[str, str]]:
+    """Move secret-looking variables of engines out of the settings."""
+    found: dict[Role, dict[str, str]] = {role: {} for role in ROLES}
+    for path, roles in (("env", ROLES), *((f"{role}.env", (role,)) for role in ROLES)):
+        section = settings
+        for name in path.split(".")[:-1]:
+            section = section.get(name, {})
+        environment = section.get("env", {})
+        for name in [name for name in environment if is_secret(f"{path}.{name}")]:
+            value = environment.pop(name)
+            for role in roles:
+                found[role][name] = value
+    return found
