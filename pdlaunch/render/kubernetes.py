@@ -165,14 +165,19 @@ def _policies(launch: Launch) -> list[Object]:
     config, roles = launch.resolved.config, [group.role for group in launch.groups]
     router, engines = _pods(launch, ["router"]), _pods(launch, roles)
     chosen: Object = {"port": EPHEMERAL_PORTS[0], "endPort": EPHEMERAL_PORTS[1]}
+    first, _, last = config.kv_transfer.data_ports.partition("-")
     found = [
         _policy(launch, "http", router, None, [{"port": config.port}]),
-        _policy(launch, "control", router, engines, [{"port": config.control_port}]),
+        _policy(launch, "control", router, engines, [{"port": config.control_port}, chosen]),
         # HTTP of engines, which the launch's token opens.
         _policy(launch, "engines", engines, router, [chosen]),
-        # Side channels and KV blocks; ports of UCX and Mooncake cannot authenticate.
-        _policy(launch, "kv", engines, engines, [chosen]),
+        # Side channels and tensor parallelism, which the launch's keys open.
+        _policy(launch, "ranks", engines, engines, [chosen]),
     ]
+    if config.kv_transfer.opens_data_ports:
+        # NIXL and Mooncake ask nobody who he is: this rule is all that keeps strangers away.
+        data = {"port": int(first), "endPort": int(last)}
+        found.append(_policy(launch, "kv", engines, engines, [data]))
     for role in ROLES:
         ports = config.role(role).ports()
         if ports:

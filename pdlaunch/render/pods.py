@@ -1,4 +1,4 @@
-"""Describes the pods of a launch on Kubernetes: one with supervisor and router, and the engines'."""
+"""Describes the pods of a launch: one with supervisor and router, and those of engines."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SUPERVISOR_FILE = f"{JOIN_FILE}.supervisor"
 HEALTH = "/health"
 """Route of the router: 200 once every process and every pair of engines is ready."""
 EPHEMERAL_PORTS = (32768, 60999)
-"""Ports that processes choose from by themselves; pods are told so, so that policies can name it."""
+"""Ports that processes choose from by themselves; pods are told them, so policies can name them."""
 USER = 1000
 """User of the image."""
 PROBE_S = 5

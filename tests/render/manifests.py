@@ -14,18 +14,18 @@ from pdlaunch.cli.app import build_app
 from pdlaunch.router.app import OPEN_PATHS
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = [
-    ROOT / "examples" / f"{name}.yaml" for name in ("demo", "two_by_two", "tensor_parallel")
-]
+NAMES = ("demo", "two_by_two", "tensor_parallel")
+EXAMPLES = [ROOT / "examples" / f"{name}.yaml" for name in NAMES]
+TRUSTED = {"PDLAUNCH_KV_TRANSFER__TRUSTED_NETWORK": "true"}
 KUBERNETES = "1.37"
 
 Object = dict[str, Any]
 
 
-def run(*arguments: str) -> Any:
+def run(*arguments: str, trusted: bool = True) -> Any:
     """Run ``pdlaunch render`` in this process."""
     words = ["render", *arguments]
-    return CliRunner().invoke(build_app(words), words)
+    return CliRunner().invoke(build_app(words), words, env=TRUSTED if trusted else {})
 
 
 def render(kind: str, *arguments: str) -> list[Object]:

@@ -160,10 +160,24 @@ def test_only_pods_of_the_launch_reach_its_engines(demo: list[dict[str, Any]]) -
         (sender,) = rule["from"]
         labels = sender["podSelector"]["matchLabels"]
         assert labels["app.kubernetes.io/instance"] == "pdlaunch"
-    (kv,) = opened["pdlaunch-kv"]["ports"]
+    (data,) = opened["pdlaunch-kv"]["ports"]
+    assert (data["port"], data["endPort"]) == (21000, 21999)
+    (chosen,) = opened["pdlaunch-ranks"]["ports"]
     for _, pods in templates(demo):
         (sysctl,) = pods["spec"]["securityContext"]["sysctls"]
-        assert sysctl["value"] == f"{kv['port']} {kv['endPort']}"
+        assert sysctl["value"] == f"{chosen['port']} {chosen['endPort']}"
+
+
+def test_ports_of_kv_blocks_open_only_where_the_deployment_trusts_its_network(
+    tmp_path: Path,
+) -> None:
+    result = run("kubernetes", DEMO, "--assume", "cpu", trusted=False)
+    assert result.exit_code == 1
+    assert "PD428" in result.stderr
+    path = tmp_path / "deploy.yaml"
+    path.write_text("kv_transfer: {connector: file, file: {directory: /cache/kv}}\n")
+    objects = render("kubernetes", str(path))
+    assert "pdlaunch-kv" not in {found["metadata"]["name"] for found in objects}
 
 
 def test_gpus_and_rdma_are_requested_by_their_resources() -> None:
@@ -254,7 +268,7 @@ def test_join_keys_are_new_each_time() -> None:
         (("--model", "/models/llama"), "model", 2),
         (("--placement", "hosts", "--hosts", "a,b"), "placement", 2),
         # What check-config finds stops it.
-        (("--block-size", "24", "--kv-cache-memory", "1KiB"), "not rendered", 1),
+        (("--kv-cache-memory", "1KiB"), "not rendered", 1),
     ],
 )
 def test_what_cannot_be_rendered_is_refused(
