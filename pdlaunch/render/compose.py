@@ -14,6 +14,7 @@ from pdlaunch.render.pods import (
     SUPERVISOR_KEY,
     Launch,
     agent_command,
+    with_own_secret,
 )
 from pdlaunch.render.settings import JOIN_FILE
 
@@ -80,12 +81,11 @@ def _engine(launch: Launch, group: EngineGroup, name: str) -> Service:
 
 
 def _service(launch: Launch, command: list[str], key: str, file: str) -> Service:
-    own = f"install -m 0600 /run/secrets/{key} {file}"
     claims = (launch.options.claims or {}).items()
     return {
         "image": launch.options.image,
-        # Docker mounts a secret with the owner that the file has outside.
-        "entrypoint": ["sh", "-c", f'{own} && exec "$$@"', "sh"],
+        # Compose reads a dollar as the beginning of a variable.
+        "entrypoint": with_own_secret(key, file, [], "$$@"),
         "command": command,
         "restart": "unless-stopped",
         "stop_grace_period": f"{grace_s(launch.resolved)}s",

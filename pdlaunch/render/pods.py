@@ -21,6 +21,7 @@ JOIN_KEY = "join"
 """Key of the Secret that holds what agents join with."""
 SUPERVISOR_KEY = "supervisor"
 """Key of the Secret that holds the supervisor's side of it."""
+SECRETS = "/run/secrets"
 SUPERVISOR_FILE = f"{JOIN_FILE}.supervisor"
 HEALTH = "/health"
 """Route of the router: 200 once every process and every pair of engines is ready."""
@@ -100,7 +101,9 @@ def router_pod(launch: Launch) -> Object:
         "name": "pdlaunch",
         "image": launch.options.image,
         # --resume: the keys are those of the Secret, so that agents find a new supervisor, too.
-        "command": ["pdlaunch", "serve", CONFIG_FILE, "--resume"],
+        "command": with_own_secret(
+            SUPERVISOR_KEY, SUPERVISOR_FILE, ["pdlaunch", "serve", CONFIG_FILE, "--resume"]
+        ),
         "env": [*_cache_variables(), *environment],
         "ports": [
             {"name": "http", "containerPort": config.port},
@@ -117,7 +120,7 @@ def router_pod(launch: Launch) -> Object:
             *_mounts(launch),
         ],
     }
-    pod = _pod(launch, container, SUPERVISOR_KEY, SUPERVISOR_FILE)
+    pod = _pod(launch, container, SUPERVISOR_KEY)
     pod["volumes"].insert(0, {"name": "config", "configMap": {"name": f"{service}-config"}})
     checksum = hashlib.sha256(launch.config_yaml.encode()).hexdigest()
     return {
@@ -136,7 +139,9 @@ def engine_pod(launch: Launch, group: EngineGroup) -> Object:
     container = {
         "name": "pdlaunch",
         "image": launch.options.image,
-        "command": agent_command(launch, group, "$(POD_NAME)"),
+        "command": with_own_secret(
+            JOIN_KEY, JOIN_FILE, agent_command(launch, group, "$(POD_NAME)")
+        ),
         "env": [
             *_cache_variables(),
             _field("POD_NAME", "metadata.name"),
@@ -146,7 +151,7 @@ def engine_pod(launch: Launch, group: EngineGroup) -> Object:
         "securityContext": _container_security(locks_memory=bool(launch.options.rdma_resource)),
         "volumeMounts": [*_mounts(launch), {"name": "shm", "mountPath": "/dev/shm"}],
     }
-    pod = _pod(launch, container, JOIN_KEY, JOIN_FILE)
+    pod = _pod(launch, container, JOIN_KEY)
     pod["volumes"].append({"name": "shm", "emptyDir": {"medium": "Memory"}})
     labels = _pod_labels(launch, group.role) | {"llm-d.ai/role": _ROLE_LABELS[group.role]}
     return {"metadata": {"labels": labels}, "spec": pod}
@@ -160,6 +165,14 @@ def agent_command(launch: Launch, group: EngineGroup, name: str) -> list[str]:
     return ["pdlaunch", "agent", "--join", JOIN_FILE, "--name", name, *allowed]
 
 
+def with_own_secret(key: str, file: str, command: Sequence[str], words: str = "$@") -> list[str]:
+    """Return the command, behind a copy of the mounted secret to a file of the user's own.
+
+    Processes accept no file that others can read, and a supervisor that ends deletes its own.
+    """
+    return ["sh", "-c", f'install -m 0600 {SECRETS}/{key} {file} && exec "{words}"', "sh", *command]
+
+
 def secret_key(name: str, role: Role | None = None) -> str:
     """Return the key of the Secret that holds a variable."""
     return name if role is None else f"{role}.{name}"
@@ -169,8 +182,8 @@ def _pod_labels(launch: Launch, component: str) -> dict[str, str]:
     return launch.labels(component) | {"app.kubernetes.io/version": __version__}
 
 
-def _pod(launch: Launch, container: Object, key: str, file: str) -> Object:
-    """Return a pod that has a key of the Secret as a file of its own user."""
+def _pod(launch: Launch, container: Object, key: str) -> Object:
+    """Return a pod that has a key of the Secret."""
     return {
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
@@ -188,7 +201,6 @@ def _pod(launch: Launch, container: Object, key: str, file: str) -> Object:
                 }
             ],
         },
-        "initContainers": [_own_file(launch.options.image, key, file)],
         "containers": [container],
         "volumes": [
             {
@@ -211,26 +223,9 @@ def _pod(launch: Launch, container: Object, key: str, file: str) -> Object:
     }
 
 
-def _own_file(image: str, key: str, file: str) -> Object:
-    """Return the container that copies a key of the Secret to a file that its user alone can read.
-
-    Processes accept no other one.
-    """
-    return {
-        "name": "own-secret",
-        "image": image,
-        "command": ["install", "-m", "0600", f"/run/secrets/pdlaunch/{key}", file],
-        "resources": {"requests": {"cpu": "10m", "memory": "16Mi"}},
-        "securityContext": _container_security(),
-        "volumeMounts": [
-            {"name": "keys", "mountPath": "/run/secrets/pdlaunch", "readOnly": True},
-            {"name": "join", "mountPath": JOIN_FILE.rpartition("/")[0]},
-        ],
-    }
-
-
 def _mounts(launch: Launch) -> list[Object]:
     return [
+        {"name": "keys", "mountPath": SECRETS, "readOnly": True},
         {"name": "join", "mountPath": JOIN_FILE.rpartition("/")[0]},
         {"name": "cache", "mountPath": "/cache"},
         {"name": "tmp", "mountPath": "/tmp"},

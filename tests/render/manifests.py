@@ -114,7 +114,7 @@ def _of_references(objects: list[Object]) -> Iterator[str]:
             claim = volume.get("persistentVolumeClaim", {}).get("claimName")
             if claim == f"{where}-cache" and ("PersistentVolumeClaim", claim) not in names:
                 yield f"{where}: there is no claim {claim}"
-        for container in [*pods["spec"]["containers"], *pods["spec"]["initContainers"]]:
+        for container in pods["spec"]["containers"]:
             for mount in container["volumeMounts"]:
                 if mount["name"] not in volumes:
                     yield f"{where}: there is no volume {mount['name']}"
@@ -192,7 +192,7 @@ def _of_pods(objects: list[Object]) -> Iterator[str]:
         if spec["automountServiceAccountToken"]:
             yield f"{where} can speak to the cluster"
         ports = _container_ports(pods)
-        for container in [*spec["containers"], *spec["initContainers"]]:
+        for container in spec["containers"]:
             security = container["securityContext"]
             if (
                 security["allowPrivilegeEscalation"]

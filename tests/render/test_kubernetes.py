@@ -79,7 +79,7 @@ def test_the_schema_finds_unknown_fields_and_wrong_types(
         ("Deployment", ("spec", "template", "spec", "securityContext", "runAsUser"), 0, "as root"),
         (
             "StatefulSet",
-            ("spec", "template", "spec", "containers", 0, "command", 5),
+            ("spec", "template", "spec", "containers", 0, "command", 9),
             "$(NOBODY)",
             "is not known there",
         ),
