@@ -1,0 +1,368 @@
+"""Measures the control plane with simulated engines: ``python -m pdlaunch.testing.control_plane``.
+
+Supervisor, control channel and router are the real ones. One other process simulates all engines
+(``simulated_engines``): it registers them, beats their hearts, claims to have proven their pairs
+and answers HTTP.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import zmq
+
+from pdlaunch.config.models import LaunchConfig
+from pdlaunch.config.roles import PAIR, Role
+from pdlaunch.engines.native import NativeEngine, light_environment, python_command
+from pdlaunch.engines.plan import with_peers
+from pdlaunch.hosts.children import Children
+from pdlaunch.hosts.host import MessageReceived, ProcessExited
+from pdlaunch.hosts.local import LocalHost
+from pdlaunch.process.bootstrap import Bootstrap, raise_open_files
+from pdlaunch.protocol.control import FromSupervisor, Registry, Stop, from_supervisor
+from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
+from pdlaunch.resolve.plan import Plan, ProcessSpec
+from pdlaunch.supervisor.bootstraps import router_spec
+from pdlaunch.supervisor.events import Event, EventQueue, SignalInbox, StopRequested
+from pdlaunch.supervisor.hangs import HangLimits, heartbeat_s
+from pdlaunch.supervisor.launch import drive
+from pdlaunch.supervisor.shutdown import Grace
+from pdlaunch.supervisor.status import LaunchStatus
+from pdlaunch.supervisor.supervisor import Supervisor, Timing
+
+HANG_TIMEOUT_S = 60.0
+SETTLE_S = 3.0
+"""Time between two phases, in which what one has caused comes to its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Holds what happened since another one: messages, bytes and seconds of CPU."""
+
+    at: float = 0.0
+    received: int = 0
+    sent: int = 0
+    sent_bytes: int = 0
+    supervisor_s: float = 0.0
+    router_s: float = 0.0
+
+    def since(self, before: Cost) -> Cost:
+        names = self.__slots__
+        return Cost(*(getattr(self, name) - getattr(before, name) for name in names))
+
+
+@dataclass
+class Counted:
+    """Counts the messages of the control channel."""
+
+    received: int = 0
+    sent: int = 0
+    sent_bytes: int = 0
+    told: Counter[str] = field(default_factory=Counter)
+    """Registries by the process that they were sent to."""
+
+
+class SimulatedHost(LocalHost):
+    """Starts the router on this machine, and has ``simulator`` stand for all other processes."""
+
+    def __init__(
+        self, control: zmq.Socket[bytes], children: Children, simulator: subprocess.Popen[bytes]
+    ) -> None:
+        super().__init__(control, children)
+        self.counted = Counted()
+        self.router_pid = 0
+        self._simulator = simulator
+        self._control_socket = control
+        self._running: dict[str, int] = {}
+        self._gone: list[ProcessExited] = []
+
+    def spawn(self, spec: ProcessSpec, incarnation: int, bootstrap: Bootstrap | None) -> None:
+        if spec.kind == "router":
+            super().spawn(spec, incarnation, bootstrap)
+            return
+        self._running[spec.name] = incarnation
+        self._tell({"start": spec.name, "incarnation": incarnation, "role": spec.role})
+
+    def signal(self, name: str, signal_number: int) -> None:
+        if name not in self._running:
+            super().signal(name, signal_number)
+            return
+        self._tell({"stop": name})
+        self._gone.append(ProcessExited(name, self._running.pop(name), -signal_number))
+
+    def send(self, name: str, message: FromSupervisor) -> None:
+        data = from_supervisor.encode(message)
+        self.counted.sent += 1
+        self.counted.sent_bytes += len(data)
+        self.counted.told[name] += isinstance(message, Registry)
+        self._control_socket.send_multipart([name.encode(), data])
+        if isinstance(message, Stop) and name in self._running:
+            self.signal(name, signal.SIGTERM)
+
+    def exits(self) -> list[ProcessExited]:
+        gone, self._gone = self._gone, []
+        return [*gone, *super().exits()]
+
+    def messages(self) -> list[MessageReceived]:
+        found = super().messages()
+        self.counted.received += len(found)
+        return found
+
+    @property
+    def poll_s(self) -> float:
+        return 0.0 if self._gone else super().poll_s
+
+    def _tell(self, what: object) -> None:
+        assert self._simulator.stdin is not None
+        self._simulator.stdin.write(json.dumps(what).encode() + b"\n")
+        self._simulator.stdin.flush()
+
+
+class _Bootstraps:
+    """Makes the bootstrap of the router; simulated processes get none of their own."""
+
+    def __init__(
+        self, keys: LaunchKeys, control: str, run_dir: Path, listener: socket.socket
+    ) -> None:
+        config = LaunchConfig(hang_timeout_s=HANG_TIMEOUT_S)
+        self._router = router_spec(config, "simulated", [listener])
+        self._keys, self._control, self._run_dir = keys, control, run_dir
+
+    def prepare(self) -> None:
+        """Do nothing: there is no model."""
+
+    def make(self, spec: ProcessSpec, incarnation: int) -> Bootstrap:
+        return Bootstrap(
+            name=spec.name,
+            incarnation=incarnation,
+            control=self._control,
+            keys=self._keys,
+            run_dir=str(self._run_dir),
+            log_level="warning",
+            router=self._router if spec.kind == "router" else None,
+            heartbeat_s=heartbeat_s(HANG_TIMEOUT_S),
+        )
+
+
+@dataclass
+class Script:
+    """Is the loop's source of events, and goes from phase to phase: start, rest, scrape, restart.
+
+    As an observer it hears when the launch is ready.
+    """
+
+    host: SimulatedHost
+    queue: EventQueue
+    port: int
+    rest_s: float
+    costs: dict[str, Cost] = field(default_factory=dict)
+    is_ready: bool = False
+    pid: int = 0
+    _waits_until: float = 0.0
+    _phases: Iterator[float] | None = None
+    _injected: list[Event] = field(default_factory=list)
+    status: LaunchStatus | None = None
+
+    def changed(self, status: LaunchStatus) -> None:
+        self.status = status
+
+    def ready(self, status: LaunchStatus) -> None:
+        self.is_ready = True
+        self._phases = self._run()
+
+    def note(self, text: str) -> None:
+        """Do nothing."""
+
+    def wait(self, timeout_s: float) -> Sequence[Event]:
+        now = time.monotonic()
+        if self._phases is not None and now >= self._waits_until:
+            self._waits_until = now + next(self._phases, 3600.0)
+        left_s = max(0.0, self._waits_until - now) if self._phases else timeout_s
+        events = self.queue.wait(min(timeout_s, left_s))
+        injected, self._injected = self._injected, []
+        return [*events, *injected]
+
+    def cost(self) -> Cost:
+        router = next(
+            (each for each in psutil.Process().children() if "pdlaunch.router" in each.cmdline()),
+            None,
+        )
+        counted = self.host.counted
+        return Cost(
+            time.monotonic(),
+            counted.received,
+            counted.sent,
+            counted.sent_bytes,
+            time.process_time(),
+            0.0 if router is None else sum(router.cpu_times()[:2]),
+        )
+
+    def _run(self) -> Iterator[float]:
+        """Yield how long to go on until the next phase."""
+        before = Cost(at=self.costs["begin"].at)
+        self.costs["start"] = self.cost().since(self.costs["begin"])
+        del before
+        yield SETTLE_S
+        for phase in ("rest", "scrape", "restart"):
+            mark = self.cost()
+            if phase == "scrape":
+                scraper = _scrape(self.port)
+                while scraper.poll() is None:
+                    yield 0.1
+            elif phase == "restart":
+                self.host.counted.told.clear()
+                self.host.signal("decode-0/rank-0", signal.SIGKILL)
+                yield SETTLE_S
+            else:
+                yield self.rest_s
+            self.costs[phase] = self.cost().since(mark)
+        self._injected.append(StopRequested(signal.SIGTERM, "measured"))
+        self._injected.append(StopRequested(signal.SIGTERM, "measured"))
+
+
+def _scrape(port: int) -> subprocess.Popen[bytes]:
+    """Read the router's page, with those of all engines, from another process."""
+    code = f"import urllib.request as r; r.urlopen('http://127.0.0.1:{port}/metrics').read()"
+    return subprocess.Popen([sys.executable, "-c", code])
+
+
+def make_plan(num_engines: int) -> Plan:
+    """Plan half of the engines for prefill and half for decode, of one rank each."""
+    specs = []
+    for role in PAIR:
+        for index in range(num_engines // 2):
+            specs += _engine(role, f"{role}-{index}")
+    router = ProcessSpec(
+        name="router",
+        kind="router",
+        unit="router",
+        command=python_command("pdlaunch.router", "--name", "router"),
+        environment=light_environment(),
+    )
+    return Plan(processes=(*with_peers(specs), router))
+
+
+def _engine(role: Role, name: str) -> tuple[ProcessSpec, ProcessSpec]:
+    rank = ProcessSpec(
+        name=f"{name}/rank-0", kind="rank", unit=f"{name}/ranks", engine=name, role=role
+    )
+    return rank, ProcessSpec(name=name, kind="server", unit=name, engine=name, role=role)
+
+
+def measure(num_engines: int, rest_s: float) -> tuple[dict[str, Cost], int]:
+    """Run one launch of simulated engines; return the cost of each phase and the pairs proven."""
+    plan = make_plan(num_engines)
+    keys = new_launch_keys()
+    with contextlib.ExitStack() as stack:
+        run_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pdlaunch-scale-")))
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        context = stack.enter_context(contextlib.closing(SecureContext(keys)))
+        control, endpoint = context.listen(zmq.ROUTER, f"ipc://{run_dir}/control")
+        first = {
+            "keys": [keys.public, keys.secret, keys.http_token],
+            "control": endpoint,
+            "heartbeat_s": heartbeat_s(HANG_TIMEOUT_S),
+        }
+        simulator = stack.enter_context(
+            subprocess.Popen(
+                python_command("pdlaunch.testing.simulated_engines"), stdin=subprocess.PIPE
+            )
+        )
+        assert simulator.stdin is not None
+        simulator.stdin.write(json.dumps(first).encode() + b"\n")
+        signals = stack.enter_context(SignalInbox())
+        children = stack.enter_context(contextlib.closing(Children(run_dir)))
+        host = SimulatedHost(control, children, simulator)
+        script = Script(
+            host, EventQueue(host, signals), listener.getsockname()[1], rest_s, pid=os.getpid()
+        )
+        script.costs["begin"] = script.cost()
+        supervisor = Supervisor(
+            plan,
+            NativeEngine(),
+            host,
+            _Bootstraps(keys, endpoint, run_dir, listener),
+            script,
+            Timing(
+                grace=Grace(drain_s=0.0),
+                hangs=HangLimits(HANG_TIMEOUT_S),
+            ),
+            time.monotonic,
+            close_listeners=listener.close,
+        )
+        drive(supervisor, script, time.monotonic)
+        if supervisor.failure is not None:
+            raise RuntimeError("\n".join(supervisor.failure.report(run_dir / "router.log")))
+        num_pairs = 0 if script.status is None else len(script.status.pairs)
+        simulator.stdin.close()
+        return script.costs, num_pairs
+
+
+def main() -> None:
+    """Print a table of Markdown, a row for each number of engines."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--engines", default="10,100,1000", help="numbers of engines")
+    parser.add_argument("--seconds", type=float, default=20.0, help="time at rest")
+    options = parser.parse_args()
+    raise_open_files()
+    heads = (
+        "engines",
+        "pairs",
+        "start: s",
+        "messages in",
+        "out",
+        "MB out",
+        "CPU s supervisor",
+        "router",
+        "at rest: messages/s",
+        "CPU % supervisor",
+        "router",
+        "scrape: CPU ms router",
+        "restart of one: messages out",
+        "kB out",
+        "CPU ms supervisor",
+        "router",
+    )
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}", flush=True)  # noqa: T201
+    for text in options.engines.split(","):
+        costs, num_pairs = measure(int(text), options.seconds)
+        start, rest, scrape, restart = (
+            costs[name] for name in ("start", "rest", "scrape", "restart")
+        )
+        cells = (
+            text,
+            num_pairs,
+            f"{start.at:.1f}",
+            start.received,
+            start.sent,
+            f"{start.sent_bytes / 1e6:.2f}",
+            f"{start.supervisor_s:.2f}",
+            f"{start.router_s:.2f}",
+            f"{(rest.received + rest.sent) / rest.at:.1f}",
+            f"{100 * rest.supervisor_s / rest.at:.2f}",
+            f"{100 * rest.router_s / rest.at:.2f}",
+            f"{1000 * scrape.router_s:.0f}",
+            restart.sent,
+            f"{restart.sent_bytes / 1e3:.0f}",
+            f"{1000 * restart.supervisor_s:.0f}",
+            f"{1000 * restart.router_s:.0f}",
+        )
+        print(f"| {' | '.join(map(str, cells))} |", flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
