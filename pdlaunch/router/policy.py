@@ -6,6 +6,7 @@ be tested by properties, and a simulator can replay it on a clock of its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
@@ -347,31 +348,32 @@ def _estimates_of_pairs(
     pairs: Sequence[PairReady],
     index: PrefixIndex,
 ) -> Iterator[Estimate]:
-    decodes = [
-        (load, _num_cached(request, load, index)) for load in loads if load.engine.role == "decode"
-    ]
+    work, speeds = _work(request), _gigabytes_per_s(pairs)
+    decodes = {
+        load.engine.name: (load, _num_cached(request, load, index))
+        for load in loads
+        if load.engine.role == "decode"
+    }
     for prefill in loads:
         if prefill.engine.role != "prefill":
             continue
-        num_cached = _num_cached(request, prefill, index)
-        for decode, num_cached_there in decodes:
+        num_cached, peers = _num_cached(request, prefill, index), prefill.engine.peers
+        for name in decodes if peers is None else sorted(peers & decodes.keys()):
+            decode, num_cached_there = decodes[name]
             if not decode.engine.may_pull_from(prefill.engine):
                 continue
-            speed = _gigabytes_per_s(prefill.engine, decode.engine, pairs)
-            cached = (num_cached, num_cached_there)
-            yield estimate_pair(prefill, decode, _work(request), cached, speed)
+            speed = speeds.get((prefill.engine.name, name), 0.0)
+            yield estimate_pair(prefill, decode, work, (num_cached, num_cached_there), speed)
 
 
-def _gigabytes_per_s(prefill: Engine, decode: Engine, pairs: Sequence[PairReady]) -> float:
-    """Return the speed between the slowest ranks of two engines; 0 where none was measured."""
-    speeds = [
-        pair.gigabytes_per_s
-        for pair in pairs
-        if pair.gigabytes_per_s is not None
-        and pair.local.partition("/")[0] == decode.name
-        and pair.peer.partition("/")[0] == prefill.name
-    ]
-    return min(speeds, default=0.0)
+def _gigabytes_per_s(pairs: Sequence[PairReady]) -> dict[tuple[str, str], float]:
+    """Return the speed between the slowest ranks of engines, of prefill and decode, by name."""
+    speeds: dict[tuple[str, str], float] = {}
+    for pair in pairs:
+        if pair.gigabytes_per_s is not None:
+            names = pair.peer.partition("/")[0], pair.local.partition("/")[0]
+            speeds[names] = min(pair.gigabytes_per_s, speeds.get(names, math.inf))
+    return speeds
 
 
 def _tell(estimate: Estimate) -> str:
