@@ -82,6 +82,10 @@ test-prometheus: install $(DEV)  ## Run the tests with a real Prometheus
 	tests/prometheus/install.sh .venv-prometheus
 	$(BIN)/python -m pytest -v tests/prometheus $(ARGS)
 
+# ARGS="--engines 10,100": without the largest one.
+scale: install  ## Measure the control plane with 1,000 engines
+	$(BIN)/python -m pdlaunch.testing.control_plane $(ARGS)
+
 # ARGS="--requests 500": a shorter one.
 soak: install $(DEV)  ## Send 6,000 requests while faults happen
 	$(BIN)/python -m tests.e2e.reliability soak $(ARGS)
@@ -126,5 +130,5 @@ wheel: $(RUNTIME)  ## Build dist/pdlaunch-*.whl
 clean:  ## Remove .venv, dist and the tools' caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* build dist *.egg-info
 
-.PHONY: help install serve test test-fast test-hosts test-vllm test-prometheus coverage soak kills cancels attack lint types format rules \
+.PHONY: help install serve test test-fast test-hosts test-vllm test-prometheus coverage scale soak kills cancels attack lint types format rules \
   settings wheel clean

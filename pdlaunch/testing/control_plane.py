@@ -10,14 +10,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +31,7 @@ from pdlaunch.hosts.children import Children
 from pdlaunch.hosts.host import MessageReceived, ProcessExited
 from pdlaunch.hosts.local import LocalHost
 from pdlaunch.process.bootstrap import Bootstrap, raise_open_files
-from pdlaunch.protocol.control import FromSupervisor, Registry, Stop, from_supervisor
+from pdlaunch.protocol.control import FromSupervisor, Stop, from_supervisor
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
 from pdlaunch.resolve.plan import Plan, ProcessSpec
 from pdlaunch.supervisor.bootstraps import router_spec
@@ -72,8 +70,6 @@ class Counted:
     received: int = 0
     sent: int = 0
     sent_bytes: int = 0
-    told: Counter[str] = field(default_factory=Counter)
-    """Registries by the process that they were sent to."""
 
 
 class SimulatedHost(LocalHost):
@@ -84,7 +80,6 @@ class SimulatedHost(LocalHost):
     ) -> None:
         super().__init__(control, children)
         self.counted = Counted()
-        self.router_pid = 0
         self._simulator = simulator
         self._control_socket = control
         self._running: dict[str, int] = {}
@@ -108,7 +103,6 @@ class SimulatedHost(LocalHost):
         data = from_supervisor.encode(message)
         self.counted.sent += 1
         self.counted.sent_bytes += len(data)
-        self.counted.told[name] += isinstance(message, Registry)
         self._control_socket.send_multipart([name.encode(), data])
         if isinstance(message, Stop) and name in self._running:
             self.signal(name, signal.SIGTERM)
@@ -170,8 +164,6 @@ class Script:
     port: int
     rest_s: float
     costs: dict[str, Cost] = field(default_factory=dict)
-    is_ready: bool = False
-    pid: int = 0
     _waits_until: float = 0.0
     _phases: Iterator[float] | None = None
     _injected: list[Event] = field(default_factory=list)
@@ -181,7 +173,6 @@ class Script:
         self.status = status
 
     def ready(self, status: LaunchStatus) -> None:
-        self.is_ready = True
         self._phases = self._run()
 
     def note(self, text: str) -> None:
@@ -213,9 +204,7 @@ class Script:
 
     def _run(self) -> Iterator[float]:
         """Yield how long to go on until the next phase."""
-        before = Cost(at=self.costs["begin"].at)
         self.costs["start"] = self.cost().since(self.costs["begin"])
-        del before
         yield SETTLE_S
         for phase in ("rest", "scrape", "restart"):
             mark = self.cost()
@@ -224,7 +213,6 @@ class Script:
                 while scraper.poll() is None:
                     yield 0.1
             elif phase == "restart":
-                self.host.counted.told.clear()
                 self.host.signal("decode-0/rank-0", signal.SIGKILL)
                 yield SETTLE_S
             else:
@@ -242,7 +230,7 @@ def _scrape(port: int) -> subprocess.Popen[bytes]:
 
 def make_plan(num_engines: int) -> Plan:
     """Plan half of the engines for prefill and half for decode, of one rank each."""
-    specs = []
+    specs: list[ProcessSpec] = []
     for role in PAIR:
         for index in range(num_engines // 2):
             specs += _engine(role, f"{role}-{index}")
@@ -287,9 +275,7 @@ def measure(num_engines: int, rest_s: float) -> tuple[dict[str, Cost], int]:
         signals = stack.enter_context(SignalInbox())
         children = stack.enter_context(contextlib.closing(Children(run_dir)))
         host = SimulatedHost(control, children, simulator)
-        script = Script(
-            host, EventQueue(host, signals), listener.getsockname()[1], rest_s, pid=os.getpid()
-        )
+        script = Script(host, EventQueue(host, signals), listener.getsockname()[1], rest_s)
         script.costs["begin"] = script.cost()
         supervisor = Supervisor(
             plan,

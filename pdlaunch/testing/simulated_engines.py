@@ -142,7 +142,7 @@ class Simulator:
         while True:
             now = time.monotonic()
             for process in self._processes.values():
-                if process.socket.get(zmq.EVENTS) & zmq.POLLIN:
+                if int(process.socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
                     process.hear()
                 if now >= process.beats_at:
                     process.beats_at = now + self._heartbeat_s

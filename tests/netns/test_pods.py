@@ -1,0 +1,152 @@
+"""Rendered pods run as they stand: commands, variables, secrets and probes, each on a host of its
+own. The user, the image and its read-only folders are this machine's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+
+from pdlaunch.config.model_files.aliases import cache_root
+from tests.netns.hosts import Host, Network, new_network, signal_inner
+from tests.render.manifests import EXAMPLES, ROOT, named, render
+
+NAME = "pods"
+READY_S = 240.0
+ENDED_S = 60.0
+ASK = """
+import json, sys, urllib.request as r
+url, body, host = sys.argv[1:]
+headers = {"Content-Type": "application/json", **({"Host": host} if host else {})}
+request = r.Request(url, data=body.encode() or None, headers=headers)
+try:
+    answer = r.urlopen(request, timeout=60)
+    print(json.dumps([answer.status, answer.read().decode()]))
+except r.HTTPError as error:
+    print(json.dumps([error.code, error.read().decode()]))
+except OSError as error:
+    print(json.dumps([0, str(error)]))
+"""
+
+
+def ask(host: Host, url: str, body: str = "", name: str = "") -> tuple[int, str]:
+    """Send a request from a host; the status is 0 where nobody answers."""
+    answer = json.loads(host.run(sys.executable, "-c", ASK, url, body, name, timeout_s=70))
+    return answer[0], answer[1]
+
+
+def prepare(host: Host, pod: dict[str, Any], objects: list[dict[str, Any]], names: str) -> None:
+    """Mount the pod's volumes, and give names to Services, as a cluster's DNS does."""
+    (container,) = pod["spec"]["containers"]
+    host.run("sh", "-c", "cp -a /etc /tmp/etc && mount --bind /tmp/etc /etc")
+    host.run("mount", "-t", "tmpfs", "tmpfs", "/run")
+    host.file("/etc/hosts").write_text(names)
+    host.run("mkdir", "/tmp/bin")
+    host.file("/tmp/bin/pdlaunch").write_text(
+        f'#!/bin/sh\nexec {sys.executable} -m pdlaunch "$@"\n'
+    )
+    host.file("/tmp/bin/pdlaunch").chmod(0o755)
+    volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
+    for mount in container["volumeMounts"]:
+        volume, folder = volumes[mount["name"]], mount["mountPath"]
+        if folder in ("/cache", "/tmp", "/dev/shm"):
+            continue  # the host's own, and this machine's cache
+        host.run("mkdir", "-p", folder)
+        if secret := volume.get("secret"):
+            data = named(objects, "Secret", secret["secretName"])["stringData"]
+            for item in secret["items"]:
+                host.file(f"{folder}/{item['path']}").write_text(data[item["key"]])
+        if config := volume.get("configMap"):
+            for file, text in named(objects, "ConfigMap", config["name"])["data"].items():
+                host.file(f"{folder}/{file}").write_text(text)
+
+
+def variables(container: dict[str, Any], fields: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables of a container as the kubelet sets them."""
+    found: dict[str, str] = {}
+    for each in container["env"]:
+        source = each.get("valueFrom")
+        value = fields[source["fieldRef"]["fieldPath"]] if source else each["value"]
+        found[each["name"]] = expanded(value, found)
+    return found
+
+
+def expanded(text: str, known: Mapping[str, str]) -> str:
+    return re.sub(r"\$\((\w+)\)", lambda match: known[match[1]], text)
+
+
+@contextlib.contextmanager
+def running(host: Host, pod: dict[str, Any], pod_name: str) -> Iterator[Any]:
+    (container,) = pod["spec"]["containers"]
+    fields = {
+        "status.podIP": host.address,
+        "metadata.name": pod_name,
+        "metadata.namespace": "serving",
+    }
+    own = variables(container, fields)
+    command = [expanded(word, own) for word in container["command"]]
+    environment = {
+        **os.environ,
+        **own,
+        # Stands for the image and the volume of models.
+        "PATH": f"/tmp/bin:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "PDLAUNCH_CACHE": str(cache_root()),
+        "OMP_NUM_THREADS": "1",
+    }
+    with host.running(*command, env=environment) as process:
+        yield process
+
+
+@pytest.fixture
+def pods() -> Iterator[Network]:
+    with new_network("router", f"{NAME}-prefill-0", f"{NAME}-decode-0") as network:
+        yield network
+
+
+def test_the_pods_of_a_deployment_serve_once_their_probe_says_so(pods: Network) -> None:
+    arguments = (str(EXAMPLES[0]), "--name", NAME, "--kv-cache-memory", "64MiB")
+    objects = render("kubernetes", *arguments)
+    objects += render("kubernetes", *arguments, "--print-secret")
+    templates = {
+        "router": named(objects, "Deployment", NAME)["spec"]["template"],
+        f"{NAME}-prefill-0": named(objects, "StatefulSet", f"{NAME}-prefill")["spec"]["template"],
+        f"{NAME}-decode-0": named(objects, "StatefulSet", f"{NAME}-decode")["spec"]["template"],
+    }
+    router = pods["router"]
+    names = f"127.0.0.1 localhost\n{router.address} {NAME} {NAME}-control\n"
+    for name, pod in templates.items():
+        prepare(pods[name], pod, objects, names)
+    probe = templates["router"]["spec"]["containers"][0]["readinessProbe"]["httpGet"]
+    url = f"http://{router.address}:8000{probe['path']}"
+    outside = pods[f"{NAME}-decode-0"]
+    with contextlib.ExitStack() as stack:
+        processes = [
+            stack.enter_context(running(pods[name], pod, name)) for name, pod in templates.items()
+        ]
+        statuses = []
+        ends_at = time.monotonic() + READY_S
+        while not statuses or statuses[-1] != 200:
+            assert time.monotonic() < ends_at, statuses[-5:]
+            assert [process.poll() for process in processes] == [None] * 3
+            statuses.append(ask(outside, url)[0])
+            time.sleep(1.0)
+        assert set(statuses) <= {0, 503, 200}
+        body = json.dumps({"model": "smollm2", "prompt": "The capital of France is"})
+        status, answer = ask(outside, f"http://{NAME}:8000/v1/completions", body)
+        assert status == 200, answer
+        assert json.loads(answer)["choices"][0]["text"]
+        # A page whose name was made to resolve to the pod is refused, as ever.
+        assert ask(outside, f"http://{NAME}:8000/v1/models", "", "evil.example")[0] == 421
+        assert pods.num_bytes(f"{NAME}-prefill-0", f"{NAME}-decode-0") > 0
+        signal_inner(processes[0], signal.SIGTERM)
+        processes[0].wait(ENDED_S)
