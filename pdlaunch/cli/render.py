@@ -22,7 +22,7 @@ from pdlaunch.cli.assume import AssumeOption, judged_machine
 from pdlaunch.cli.downloads import ShownDownloads
 from pdlaunch.cli.flags import with_serve_flags
 from pdlaunch.cli.preflight import print_finding, refuse_running_engines
-from pdlaunch.cli.serve import refuse
+from pdlaunch.cli.refusal import refuse
 from pdlaunch.cli.serve_command import ServeCommand
 from pdlaunch.config.sources import LoadedConfig, load_config
 from pdlaunch.engines.plan import kind_of

@@ -109,7 +109,7 @@ def place(config: LaunchConfig, machines: Sequence[Machines]) -> PlacedSettings:
         "control_port": config.control_port or CONTROL_PORT,
         "join_file": JOIN_FILE,
         "hosts": [
-            {"name": name, "roles": [group.role]} for group in machines for name in group.names
+            {"name": name, "roles": group.role} for group in machines for name in group.names
         ],
     }
     return PlacedSettings(settings, keys, secrets)

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from kubernetes_validate import ValidationError
 
-from pdlaunch.config.models import LaunchConfig
+from pdlaunch.config.sources import load_config
 from pdlaunch.supervisor.shutdown import Grace
 from tests.render.manifests import (
     EXAMPLES,
@@ -100,10 +100,12 @@ def _set(found: Any, path: tuple[Any, ...], value: object) -> None:
     found[last] = value
 
 
-def test_the_supervisors_file_places_each_engine_on_its_pod() -> None:
+def test_the_supervisors_file_places_each_engine_on_its_pod(tmp_path: Path) -> None:
     objects = render("kubernetes", str(EXAMPLES[1]), "--name", "mine")
     text = named(objects, "ConfigMap", "mine-config")["data"]["deployment.yaml"]
-    config = LaunchConfig.model_validate(yaml.safe_load(text))
+    path = tmp_path / "deployment.yaml"
+    path.write_text(text)
+    config = load_config(path, {}, {}).config
     placed = [(host.name, host.roles) for host in config.hosts]
     assert placed == [
         (f"mine-{role}-{index}", (role,)) for role in ("prefill", "decode") for index in range(2)
