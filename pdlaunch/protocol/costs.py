@@ -83,6 +83,11 @@ class EngineCosts(msgspec.Struct, frozen=True, array_like=True):
     max_slowdown: float | None = None
     """The same as a multiple of the step without prompts, where ``max_itl_s`` is None."""
 
+    def named(self) -> dict[str, float | None]:
+        """Return all values by name."""
+        values = msgspec.structs.asdict(self)
+        return msgspec.structs.asdict(values.pop("steps")) | values
+
     def chunk_tokens(self, num_streams: int, context_tokens: float) -> int:
         """Return how many prompt tokens a step may compute beside its streams; one block at least.
 

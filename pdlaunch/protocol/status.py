@@ -79,6 +79,10 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Pieces of work that it has been given and not ended."""
     prompt_tokens: int
     """Estimated tokens of the prompts that it works on."""
+    costs: dict[str, float | None] | None = None
+    """The limits of its scheduler, and what its steps cost in seconds, by ``EngineCosts`` and
+    ``StepCosts``; null: it does not tell.
+    """
     reading: EngineReading | None = None
     """Null until its metrics have been read."""
 

@@ -153,6 +153,7 @@ class DeploymentView:
             streams=engine.num_streams,
             load=engine.num_works,
             prompt_tokens=engine.num_prompt_tokens,
+            costs=None if engine.costs is None else engine.costs.named(),
             reading=self._readings.of(engine),
         )
 
