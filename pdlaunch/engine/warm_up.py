@@ -69,15 +69,9 @@ class WarmUp:
         return min(spec.max_num_batched_tokens, spec.max_model_len - 1, fits)
 
     def _longer_prompts(self) -> Sequence[int]:
-        """Return lengths for which a device takes some milliseconds, a CPU some tenths of a
-        second.
-        """
+        """Return lengths for which a device takes some milliseconds; a CPU would take too long."""
         longest = self._num_long
-        wanted = (
-            (2 * self._num_short,)
-            if self._spec.device == "cpu"
-            else (longest // 8, longest // 4, longest // 2)
-        )
+        wanted = () if self._spec.device == "cpu" else (longest // 8, longest // 4, longest // 2)
         return [number for number in wanted if self._num_short < number <= longest]
 
     def _prompt(self, num_tokens: int) -> Measurement:
