@@ -21,6 +21,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
 
@@ -174,7 +175,7 @@ class Simulation:
         first = len(requests) if concurrency is None else concurrency
         self._clients.extend(requests[first:])
         for request in requests[:first]:
-            self._at(request.arrived_at, lambda request=request: self._arrives(request))
+            self._at(request.arrived_at, partial(self._arrives, request))
         while self._events:
             self.now_at, _, act = heapq.heappop(self._events)
             act()
