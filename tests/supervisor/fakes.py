@@ -171,6 +171,7 @@ class World:
         self.observer = FakeObserver()
         self.bootstraps = FakeBootstraps()
         self.listens = True
+        self.has_room = True
         self.supervisor = Supervisor(
             plan,
             NativeEngine(),
@@ -180,6 +181,7 @@ class World:
             timing or Timing(),
             self.clock,
             close_listeners=self._close_listeners,
+            find_room=lambda *_: self.has_room,
         )
 
     def _handle(self, event: Event) -> None:
@@ -222,6 +224,12 @@ class World:
         incarnation = self.host.running.pop(name)
         self._handle(ProcessExited(name, incarnation, returncode))
 
+    def lose(self, name: str) -> None:
+        """The host of a process is lost."""
+        incarnation = self.host.running.pop(name)
+        event = ProcessExited(name, incarnation, -signal.SIGKILL, lost_with="node-1 (silent)")
+        self.supervisor.handle(event)
+
     def exit_all(self) -> None:
         for name in list(self.host.running):
             self.exit(name)
@@ -234,7 +242,7 @@ class World:
         """
         until = self.clock.now + seconds
         while self.clock.now < until:
-            for name in self.host.running:
+            for name in list(self.host.running):
                 if name not in silent:
                     self.say(name, Alive())
             self.pass_time(min(step_s, until - self.clock.now))
