@@ -112,7 +112,7 @@ class Host:
         found = set()
         for words, address, port in json.loads(self.run(sys.executable, "-c", _LIST_LISTENERS)):
             is_named = "--name" in words
-            name = words[words.index("--name") + 1] if is_named else " ".join(words[:4])
+            name = words[words.index("--name") + 1] if is_named else " ".join(words[:6])
             found.add(Listening(name, address, port))
         return found
 

@@ -1,0 +1,151 @@
+"""Starts launches over the hosts of a test, and asks their router from the host that it is on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.e2e.conftest import DEMO_ARGUMENTS, clean_environ
+from tests.netns.hosts import Host, Network, signal_inner
+
+START_TIMEOUT_S = 240.0
+STOP_TIMEOUT_S = 60.0
+PORT = 8000
+_SMOKE = """
+import json, sys
+from pdlaunch.client.smoke import smoke
+checks = smoke(sys.argv[1], api_key=None, exact=True)
+print(json.dumps([f"{check.name}: {check.failure}" for check in checks if check.failure]))
+"""
+JOIN = "/tmp/join.json"
+LOGS = "/tmp/logs"
+
+
+@dataclass
+class FarLaunch:
+    """A launch whose supervisor and router are on one of the hosts."""
+
+    network: Network
+    here: Host
+    serve: subprocess.Popen[bytes]
+    agents: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{PORT}"
+
+    def smoke(self) -> list[str]:
+        """The checks of ``pdlaunch smoke`` that fail: answers of the pair, and those of each engine
+        alone.
+        """
+        words = [sys.executable, "-c", _SMOKE, self.url]
+        failures: list[str] = json.loads(self.here.run(*words, timeout_s=240))
+        return failures
+
+    def ask(self, *questions: Mapping[str, Any], path: str = "/v1/completions") -> list[Any]:
+        """The answers of the router to questions that are asked at the same time, or errors."""
+        words = [sys.executable, "-m", "tests.netns.ask", self.url + path]
+        result = subprocess.run(
+            self.here.command(*words),
+            input=json.dumps(questions),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=True,
+        )
+        answers: list[Any] = json.loads(result.stdout)
+        return answers
+
+    def get(self, path: str) -> str:
+        return self.here.run("curl", "--silent", "--max-time", "10", self.url + path)
+
+    def status(self) -> Any:
+        return json.loads(self.get("/pdlaunch/status"))
+
+    def log(self, name: str) -> str:
+        return self.here.file(f"{LOGS}/{name}").read_text(errors="replace")
+
+    def output(self) -> str:
+        """What all commands have printed, for messages."""
+        return "\n".join(
+            f"--- {host.name} {name}\n{host.file(f'/tmp/{name}.out').read_text(errors='replace')}"
+            for host in self.network.hosts
+            for name in ("serve", "agent")
+            if host.file(f"/tmp/{name}.out").exists()
+        )
+
+
+@contextlib.contextmanager
+def far_launch(
+    network: Network, config: Mapping[str, Any], agents: Sequence[str], here: str = "a"
+) -> Iterator[FarLaunch]:
+    """Run a launch of the demo model, with agents on other hosts, until it is ready."""
+    host = network[here]
+    whole = {
+        "control_address": host.address,
+        "placement": "hosts",
+        "join_file": JOIN,
+        "log_dir": LOGS,
+        **config,
+    }
+    host.file("/tmp/launch.yaml").write_text(json.dumps(whole))
+    with contextlib.ExitStack() as stack:
+        words = ("serve", "/tmp/launch.yaml", *DEMO_ARGUMENTS, "--port", str(PORT))
+        serve = stack.enter_context(pdlaunch(host, "serve", *words))
+        launch = FarLaunch(network, host, serve)
+        try:
+            wait_for(host.file(JOIN).exists, launch, "no join file")
+            ticket = host.file(JOIN).read_bytes()
+            for name in agents:
+                file = network[name].file(JOIN)
+                file.touch(0o600)
+                file.write_bytes(ticket)
+                launch.agents[name] = stack.enter_context(
+                    pdlaunch(network[name], "agent", "agent", "--join", JOIN, "--name", name)
+                )
+            wait_for(lambda: is_healthy(launch), launch, "not ready")
+            yield launch
+        except BaseException:
+            sys.stderr.write(launch.output())
+            raise
+        finally:
+            signal_inner(serve, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                serve.wait(STOP_TIMEOUT_S)
+
+
+@contextlib.contextmanager
+def pdlaunch(host: Host, name: str, *words: str) -> Iterator[subprocess.Popen[bytes]]:
+    with (
+        host.file(f"/tmp/{name}.out").open("wb") as output,
+        host.running(
+            *(sys.executable, "-P", "-m", "pdlaunch", *words),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=clean_environ(),
+        ) as process,
+    ):
+        yield process
+
+
+def is_healthy(launch: FarLaunch) -> bool:
+    assert launch.serve.poll() is None, launch.output()
+    words = ("--silent", "--output", "/dev/null", "--write-out", "%{http_code}", "--max-time", "5")
+    command = launch.here.command("curl", *words, f"{launch.url}/health")
+    return subprocess.run(command, capture_output=True, check=False).stdout == b"200"
+
+
+def wait_for(done: Any, launch: FarLaunch, what: str, timeout_s: float = START_TIMEOUT_S) -> None:
+    end_at = time.monotonic() + timeout_s
+    while not done():
+        assert time.monotonic() < end_at, f"{what}\n{launch.output()}"
+        assert launch.serve.poll() is None, launch.output()
+        time.sleep(0.3)

@@ -1,0 +1,136 @@
+"""Launches of the demo model over several hosts, with what the network and the hosts may do to
+them: the tokens are those of one host, whatever happens.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from tests.netns.hosts import Host, new_network
+from tests.netns.launch import FarLaunch, far_launch
+from tests.netns.stranger import Seen
+
+TRUSTED = {"trusted_network": True, "pull_timeout_s": 5}
+HERE, THERE = {"name": "local", "roles": "prefill"}, {"name": "b", "roles": "decode"}
+FIRST_DATA_PORT, LAST_DATA_PORT = 21000, 21999
+NUM_QUESTIONS = 6
+NUM_TOKENS = 12
+QUESTIONS = [
+    {
+        "prompt": f"Line {index}: " + "the river runs from the hills to the sea and " * 12,
+        "max_tokens": NUM_TOKENS,
+        "temperature": 0,
+        "return_token_ids": True,
+    }
+    for index in range(NUM_QUESTIONS)
+]
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[FarLaunch]:
+    """Prefill beside the router on a, decode on b."""
+    with (
+        new_network("a", "b", "stranger") as network,
+        far_launch(network, {"kv_transfer": TRUSTED, "hosts": [HERE, THERE]}, ["b"]) as launch,
+    ):
+        yield launch
+
+
+@pytest.fixture(scope="module")
+def expected(pair: FarLaunch) -> list[list[int]]:
+    """The tokens of the first answers."""
+    return tokens_of(pair.ask(*fresh("first")))
+
+
+def fresh(name: str) -> list[dict[str, Any]]:
+    """The questions, in a part of the prefix caches of their own: KV blocks move anew."""
+    return [question | {"cache_salt": name} for question in QUESTIONS]
+
+
+def tokens_of(answers: Sequence[Any]) -> list[list[int]]:
+    assert not [answer for answer in answers if isinstance(answer, str)]
+    return [answer["choices"][0]["token_ids"] for answer in answers]
+
+
+def judge(answers: Sequence[Any], expected: Sequence[list[int]]) -> int:
+    """No answer is wrong, and none is missing; return how many are whole and right."""
+    assert "stuck" not in answers
+    whole = [
+        (answer["choices"][0]["token_ids"], tokens)
+        for answer, tokens in zip(answers, expected, strict=True)
+        if not isinstance(answer, str)
+    ]
+    for answer, tokens in whole:
+        assert answer == tokens
+    return len(whole)
+
+
+def pulled_bytes(launch: FarLaunch) -> float:
+    """Bytes that decode has pulled over NIXL, as the router's metrics count them by path."""
+    return sum(
+        float(line.rpartition(" ")[2])
+        for line in launch.get("/metrics").splitlines()
+        if line.startswith("pdlaunch_kv_pull_bytes_sum") and 'path="nixl/UCX"' in line
+    )
+
+
+def test_blocks_go_over_the_network(pair: FarLaunch, expected: list[list[int]]) -> None:
+    pulled, passed = pulled_bytes(pair), pair.network.num_bytes("a", "b")
+    assert judge(pair.ask(*fresh("counted")), expected) == NUM_QUESTIONS
+    pulled = pulled_bytes(pair) - pulled
+    assert pulled > 1 << 20
+    assert pair.network.num_bytes("a", "b") - passed > pulled
+    assert {each["path"] for each in pair.status()["pairs"]} == {"nixl/UCX"}
+
+
+def test_what_listens_is_documented_and_closed_to_strangers(pair: FarLaunch) -> None:
+    """docs/hosts.md: HTTP over TLS that asks for the token, ZMQ with CURVE, and data ports."""
+    network = pair.network
+    found: dict[tuple[str, str], list[str]] = {}
+    for name in ("a", "b"):
+        host = network[name]
+        listening = [each for each in host.listening() if not each.address.startswith("127.")]
+        assert {each.address for each in listening} == {host.address}
+        doors = knock(network["stranger"], host.address, [each.port for each in listening])
+        for each in listening:
+            door = doors[each.port]
+            if door.kind == "open":
+                assert FIRST_DATA_PORT <= each.port <= LAST_DATA_PORT
+            if door.kind == "tls":
+                assert door.status == 401
+            where = "supervisor" if " serve " in f" {each.process} " else each.process
+            found.setdefault((name, where), []).append(door.kind)
+    assert {where: sorted(kinds) for where, kinds in found.items()} == {
+        ("a", "supervisor"): ["curve"],
+        ("a", "prefill-0"): ["tls"],
+        ("a", "prefill-0/rank-0"): ["curve", "open"],
+        ("b", "decode-0"): ["tls"],
+        ("b", "decode-0/rank-0"): ["curve", "open"],
+    }
+
+
+def knock(stranger: Host, address: str, ports: Sequence[int]) -> dict[int, Seen]:
+    said = stranger.run(
+        sys.executable, "-m", "tests.netns.stranger", address, *map(str, ports), timeout_s=60
+    )
+    return {seen.port: seen for seen in (Seen(**each) for each in json.loads(said))}
+
+
+@pytest.mark.parametrize(
+    "link",
+    [{"loss": 0.03}, {"delay_s": 0.03}, {"loss": 0.01, "delay_s": 0.01, "bytes_per_s": 2e7}],
+    ids=["loss", "delay", "both, and slow"],
+)
+def test_a_bad_network_costs_time_alone(
+    pair: FarLaunch, expected: list[list[int]], link: dict[str, float]
+) -> None:
+    pair.network.set_link("b", **link)
+    try:
+        assert judge(pair.ask(*fresh(f"bad {link}")), expected) == NUM_QUESTIONS
+    finally:
+        pair.network.set_link("b")
