@@ -59,7 +59,7 @@ class Span(msgspec.Struct):
             self.start_at + by_s,
             self.end_at + by_s,
             self.attributes,
-            "/".join(filter(None, (process, self.process))),
+            f"{process}/{self.process}" if process and self.process else process or self.process,
         )
 
 

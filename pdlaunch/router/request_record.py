@@ -151,6 +151,7 @@ class RequestRecord:
         self.status: int | None = None
         self.error: str | None = None
         self.log = SpanLog(clock)
+        self._clock = clock
         self.trace_headers: dict[str, str] = {}
         """What engines get so that their own tracing knows its parent."""
         self.otel_span: Any = None
@@ -217,10 +218,12 @@ class RequestRecord:
 
     def tokens(self, choice: int, num_tokens: int) -> None:
         """Note output tokens on their way to the client."""
-        self._last_token_at = self.log.clock()
+        # Called for each token of each request.
+        self._last_token_at = now_at = self._clock()
         if self._first_token_at is None:
-            self._first_token_at = self._last_token_at
-        self._choices.add(choice)
+            self._first_token_at = now_at
+        if choice not in self._choices:
+            self._choices.add(choice)
         self._num_tokens += num_tokens
 
     def finished(self, reason: str) -> None:
@@ -290,7 +293,7 @@ class RequestRecord:
             first_token_ms=None
             if self._first_token_at is None
             else _ms(self._first_token_at - self.log.start_at),
-            output_tokens=self._num_tokens if usage is None else usage.completion_tokens,
+            output_tokens=self._num_output_tokens(),
             ms_per_token=self._ms_per_token(),
             total_ms=_ms(self.duration_s),
             retries=self.retries,
@@ -317,6 +320,12 @@ class RequestRecord:
             spans=spans,
             dropped_spans=self.log.num_dropped,
         )
+
+    def _num_output_tokens(self) -> int | None:
+        """Return the tokens so far; None for a request that no engine was asked for."""
+        if self._usage is not None:
+            return self._usage.completion_tokens
+        return self._num_tokens if self._legs else None
 
     def _ms_per_token(self) -> float | None:
         """Return the mean time between two tokens of a choice."""

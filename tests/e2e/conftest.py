@@ -7,7 +7,7 @@ import pytest
 
 from pdlaunch.client.deployment import Deployment, running_deployment
 
-DEMO_ARGUMENTS = ("--dtype", "float32", "--kv-cache-memory", "256MiB")
+DEMO_ARGUMENTS = ("--dtype", "float32", "--kv-cache-memory", "256MiB", "--log-requests")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
 from pdlaunch.engine.request_spans import RequestSpans
@@ -135,3 +137,13 @@ def test_the_reports_of_all_ranks_come_together() -> None:
     ]
     pull = told.spans[2]
     assert (pull.attributes["gb_s"], pull.attributes["verified"]) == (4.0, False)
+
+
+def test_debug_logs_what_each_step_computes(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "pdlaunch.engine")
+    engine = FakeEngine(max_num_batched_tokens=8, max_num_seqs=1)
+    engine.add("r1", PROMPT, 2)
+    engine.add("r2", PROMPT[::-1], 2)
+    engine.step()
+    (line,) = [one.getMessage() for one in caplog.records if "computes" in one.getMessage()]
+    assert line.endswith("r1 computes 8; 1 wait")

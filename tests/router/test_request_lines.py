@@ -137,3 +137,12 @@ def test_the_terminal_gets_time_of_day_and_id() -> None:
     time_of_day, rest = line.split(" ", 1)
     assert len(time_of_day.split(":")) == 3
     assert rest.startswith("[r7] 200 /v1/completions")
+
+
+async def test_debug_logs_routes(stand: Stand, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "pdlaunch")
+    await stand.start(pair())
+    await stand.post(completion())
+    routes = [r.getMessage() for r in caplog.records if r.getMessage().startswith("route of ")]
+    assert [route.split(":")[0] for route in routes] == ["route of prefill", "route of decode"]
+    assert "prefill-0" in routes[0]

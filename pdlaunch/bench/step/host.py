@@ -29,10 +29,13 @@ Result = TypeVar("Result")
 class HostStep:
     """Runs a scheduler with ``batch_size`` requests that decode.
 
-    In place of a model, a runner that only keeps rows answers with token 7.
+    In place of a model, a runner that only keeps rows answers with token 7. ``records_spans``: as
+    for requests of a router that asks what becomes of them.
     """
 
-    def __init__(self, batch_size: int, context_tokens: int, num_steps: int) -> None:
+    def __init__(
+        self, batch_size: int, context_tokens: int, num_steps: int, *, records_spans: bool = False
+    ) -> None:
         length = context_tokens + num_steps + 8
         self._scheduler = Scheduler(
             RequestLifecycle(
@@ -60,6 +63,7 @@ class HostStep:
                     request_id=RequestId(f"request-{index}/0"),
                     prompt_token_ids=prompt,
                     sampling=sampling,
+                    records_spans=records_spans,
                 )
             )
 

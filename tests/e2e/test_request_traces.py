@@ -1,0 +1,108 @@
+"""What a real launch tells of a request: its trace, its line, the logs of its engines."""
+
+from __future__ import annotations
+
+import json
+import random
+import urllib.request
+from typing import Any
+
+import msgspec
+import pytest
+from typer.testing import CliRunner
+
+from pdlaunch.cli.app import build_app
+from pdlaunch.client.api import Api
+from pdlaunch.client.deployment import Deployment
+from pdlaunch.client.requests import read_trace, reading_api
+from pdlaunch.protocol.requests import RequestTrace
+from tests.e2e.waiting import await_true
+
+MAX_TRIES = 6
+
+
+def post(url: str, body: dict[str, Any], request_id: str) -> None:
+    request = urllib.request.Request(
+        f"{url}/v1/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json", "X-Request-Id": request_id},
+    )
+    with urllib.request.urlopen(request) as response:
+        response.read()
+
+
+def ended(api: Api, request_id: str) -> RequestTrace:
+    """The client has the last byte a moment before the router has ended the record."""
+    await_true(lambda: read_trace(api, request_id).state == "done", "the request has ended", 10.0)
+    return read_trace(api, request_id)
+
+
+@pytest.fixture(scope="module")
+def through_a_pair(demo: Deployment) -> RequestTrace:
+    """A request that prefill has computed for decode: the router may choose decode alone."""
+    for number in range(MAX_TRIES):
+        prompt = [random.Random(f"trace {number}").randrange(1000, 9000) for _ in range(300)]
+        request_id = f"[red]trace-{number}/x"
+        post(demo.url, {"prompt": prompt, "max_tokens": 8, "ignore_eos": True}, request_id)
+        trace = ended(reading_api(demo.url, None), request_id)
+        if trace.prefill is not None:
+            return trace
+    pytest.fail(f"decode alone has served {MAX_TRIES} prompts of 300 tokens")
+
+
+def test_every_process_tells_its_part(through_a_pair: RequestTrace) -> None:
+    found: dict[str, set[str]] = {}
+    for span in through_a_pair.spans:
+        found.setdefault(span.process, set()).add(span.name)
+    assert found["router"] >= {"request", "receive", "route", "first token", "tokens", "end"}
+    assert found["prefill-0"] >= {"receive", "tokenize"}
+    assert found["decode-0"] >= {"receive", "tokenize"}
+    assert found["prefill-0/rank-0"] >= {"queue", "seated", "prefill", "lease granted", "end"}
+    assert found["decode-0/rank-0"] >= {
+        "lease",
+        "read",
+        "checksums",
+        "pull",
+        "first decode step",
+        "decode",
+        "end",
+    }
+    assert through_a_pair.verified is True
+    assert through_a_pair.remote_tokens
+    assert (through_a_pair.prompt_tokens, through_a_pair.output_tokens) == (300, 8)
+
+
+def test_their_clocks_are_brought_together(through_a_pair: RequestTrace) -> None:
+    """Nothing happens before the request came, or after its end, or in the wrong order."""
+    legs = [s for s in through_a_pair.spans if "clock_error_ms" in s.attributes]
+    error_ms = max(float(leg.attributes["clock_error_ms"] or 0) for leg in legs)
+    whole = through_a_pair.spans[0]
+    for span in through_a_pair.spans:
+        assert -error_ms <= span.start_ms <= span.end_ms <= whole.end_ms + error_ms + 1
+    (granted,) = [s for s in through_a_pair.spans if s.name == "lease granted"]
+    (pull,) = [s for s in through_a_pair.spans if s.name == "pull"]
+    assert granted.start_ms <= pull.end_ms + 2 * error_ms
+
+
+def test_the_command_draws_it(demo: Deployment, through_a_pair: RequestTrace) -> None:
+    arguments = ["trace", through_a_pair.id, "--url", demo.url]
+    result = CliRunner().invoke(build_app(arguments), arguments, env={"COLUMNS": "80"})
+    assert result.exit_code == 0, result.output
+    assert "\n  checksums" in result.output
+    assert "\ndecode-0/rank-0\n" in result.output
+    arguments = ["trace", "--slowest", "3", "--format", "json", "--url", demo.url]
+    lines = CliRunner().invoke(build_app(arguments), arguments).output.splitlines()
+    assert all(msgspec.json.decode(line, type=RequestTrace).spans for line in lines)
+
+
+def test_its_line_is_in_the_log_and_on_the_terminal(
+    demo: Deployment, through_a_pair: RequestTrace
+) -> None:
+    place = f"[{through_a_pair.id}] 200 /v1/completions prefill-0 -> decode-0 over "
+    assert place in (demo.log_dir / "router.log").read_text()
+    await_true(lambda: place in demo.output(), "the terminal shows it", 10.0)
+
+
+def test_the_logs_of_engines_have_its_id(demo: Deployment, through_a_pair: RequestTrace) -> None:
+    for engine in ("prefill-0", "decode-0"):
+        assert through_a_pair.id in (demo.log_dir / f"{engine}.log").read_text()
