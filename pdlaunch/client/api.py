@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,14 @@ class Api:
         timeout_s: float = 120.0,
         *,
         socket_path: Path | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
+        """``headers`` go with each request."""
         self.url = url.rstrip("/")
         self._api_key = api_key
         self._timeout_s = timeout_s
         self._socket_path = socket_path
+        self._headers = dict(headers or {})
 
     def engine(self, name: str) -> Api:
         """Return the API of one engine behind this router, which passes everything on to it.
@@ -89,7 +93,9 @@ class Api:
         return status, answer
 
     def _call(self, path: str, body: bytes | None) -> tuple[int, bytes]:
-        headers = {"Authorization": f"Bearer {self._api_key}"} if self._api_key else {}
+        headers = dict(self._headers)
+        if self._api_key:
+            headers["Authorization"] = f"Bearer {self._api_key}"
         if body is not None:
             headers["Content-Type"] = "application/json"
         request = urllib.request.Request(self.url + path, data=body, headers=headers)

@@ -23,6 +23,7 @@ from pdlaunch.client.admin import admin_api
 from pdlaunch.client.api import Api
 from pdlaunch.client.integrity import await_idle
 from pdlaunch.errors import PdlaunchError
+from pdlaunch.protocol.costs import ROUTE_HEADER, WANTS_PAIR
 
 SMOKE_LOGPROB_TOLERANCE = 0.25
 """Tolerance in nats. bfloat16 keeps 8 bits: sums in another order move a log-probability by a few
@@ -62,7 +63,8 @@ def smoke(url: str, *, api_key: str | None = None, exact: bool) -> list[Check]:
     """Run all checks against a running launch of this user. ``exact``: it computes in float32, so
     tokens must be equal.
     """
-    router, admin = Api(url, api_key), admin_api(url)
+    # Pairs are what is to be proven, however little a prompt alone would cost.
+    router, admin = Api(url, api_key, headers={ROUTE_HEADER: WANTS_PAIR}), admin_api(url)
     engines = engines_of(admin)
     decode, prefill, both = (
         {name: admin.engine(name) for name in _names(engines, role)}

@@ -42,6 +42,7 @@ Device = Literal["auto", "cpu", "cuda"]
 GenerationConfig = Literal["auto", "vllm"]
 LoadFormat = Literal["auto", "dummy"]
 OffloadPolicy = Literal["arc", "lru"]
+RoutingPolicy = Literal["cost", "pairs"]
 
 DEPLOYMENT = "Deployment"
 """The panel of flags that are not about engines."""
@@ -257,6 +258,13 @@ class LimitSettings(FrozenModel):
 class RoutingSettings(FrozenModel):
     """Says what matters when a router chooses the engines of a request."""
 
+    policy: Annotated[RoutingPolicy, Flag("routing", DEPLOYMENT)] = Field(
+        "cost",
+        description=(
+            "Which engines serve a request: those of the least estimated `cost`, or `pairs` of a "
+            "prefill and a decode engine wherever there are."
+        ),
+    )
     max_itl_ms: Annotated[float | None, Flag(panel=DEPLOYMENT)] = Field(
         None,
         gt=0,

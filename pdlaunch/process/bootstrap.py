@@ -58,6 +58,8 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Requests that have ended and of which it can tell."""
     page: bool = True
     """Answer at ``/`` with a page that shows the deployment."""
+    by_cost: bool = True
+    """Routes are chosen by cost; else pairs of engines come first."""
     max_itl_ms: float | None = None
     """Routes that keep these come first."""
     max_ttft_ms: float | None = None

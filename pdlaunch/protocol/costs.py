@@ -10,6 +10,11 @@ import math
 
 import msgspec
 
+ROUTE_HEADER = "X-Pdlaunch-Route"
+"""Tells a client which engines have served it. With the value ``pair`` in a request it asks for a
+prefill and a decode engine, whatever that costs, as those do who look at what moves between them.
+"""
+WANTS_PAIR = "pair"
 MAX_SLOWDOWN = 2.0
 """A decode engine without ``max_itl_ms`` lets the chunk of a prompt make a step at most so many
 times as long as its streams alone do: then no gap between tokens is more than twice the usual.

@@ -13,6 +13,7 @@ from typing import Any
 from pdlaunch.http.ignored_fields import IgnoredFields
 from pdlaunch.http.sse import DONE, EventStream, encode_event
 from pdlaunch.observe.metrics import RequestClock, RequestMetrics
+from pdlaunch.protocol.costs import ROUTE_HEADER
 from pdlaunch.protocol.openai.responses import PromptTokensDetails, Usage
 from pdlaunch.router.client_request import ClientRequest, PromptRequest
 from pdlaunch.router.engine_client import Chunk
@@ -20,7 +21,6 @@ from pdlaunch.router.policy import Route
 from pdlaunch.router.request_record import RequestRecord
 from pdlaunch.router.transcript import Transcript
 
-ROUTE_HEADER = "X-Pdlaunch-Route"
 MAX_TOLD_ROUTES = 4
 """Prompts of a request whose routes stand in the header."""
 _HEAD = ("id", "object", "created", "model", "choices")

@@ -50,6 +50,7 @@ from pdlaunch.http.large_inputs import LARGE_BODY_BYTES, LargeInputs
 from pdlaunch.http.sse import ClientStream, EventStream
 from pdlaunch.observe.metrics import METRICS_CONTENT_TYPE
 from pdlaunch.process.bootstrap import RouterSpec
+from pdlaunch.protocol.costs import ROUTE_HEADER, WANTS_PAIR
 from pdlaunch.protocol.ids import HopId, HttpRequestId
 from pdlaunch.protocol.openai.responses import ModelCard
 from pdlaunch.router.admin import Admin, SupervisorLink
@@ -231,6 +232,7 @@ class RouterApp:
                 hop_id=_hop_id(request_id, is_own=REQUEST_ID_HEADER not in request.headers),
                 headers=_headers_to_pass(request),
                 strict_fields=self._spec.strict_fields,
+                wants_pair=request.headers.get(ROUTE_HEADER) == WANTS_PAIR,
                 has_own_fields=self._state.pool.has_own_fields,
             ),
         )

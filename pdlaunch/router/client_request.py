@@ -113,6 +113,8 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
     hop_id: HopId
     headers: dict[str, str]
     origin: PromptOrigin
+    wants_pair: bool = False
+    """The client has asked for a pair of engines."""
 
     def prefill_body(self, *, knows_whole_request: bool, lease_id: LeaseId | None = None) -> bytes:
         """Ask for the first token of each choice and a lease on the blocks.
@@ -255,6 +257,7 @@ def read_client_request(
     hop_id: HopId,
     headers: dict[str, str],
     strict_fields: bool = False,
+    wants_pair: bool = False,
     has_own_fields: bool = False,
     draw_seed: Callable[[], int] = lambda: secrets.randbits(63),
 ) -> ClientRequest:
@@ -298,6 +301,7 @@ def read_client_request(
                 ),
                 hop_id=hop_id if len(bodies) == 1 else HopId(f"{hop_id}-{index}"),
                 headers=headers | {ORIGIN_HEADER: format_origin(origin)},
+                wants_pair=wants_pair,
             )
             for index, one in enumerate(bodies)
         ],

@@ -586,6 +586,7 @@ class Generation:
             num_choices=prompt.num_choices,
             expected_tokens=self._state.pool.expected_tokens,
             prefix=self._prefix,
+            wants_pair=prompt.wants_pair,
             is_suspect=self._state.suspects.is_suspect(prompt.origin),
             tried=frozenset(self._attempts.tried),
             needs=needs,

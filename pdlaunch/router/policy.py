@@ -56,6 +56,8 @@ class RoutingRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Stands for the prompt or messages as the client wrote them."""
     priority: int = 0
     """Lower numbers go first, as in vLLM; clients cannot set it yet."""
+    wants_pair: bool = False
+    """The client asks for a pair of engines, whatever that costs."""
     is_suspect: bool = False
     """A rank may have died of it."""
     tried: frozenset[EngineKey] = frozenset()
@@ -233,7 +235,7 @@ class LeastCost:
         now_at: float,
     ) -> Route:
         is_new = request.hop == "prefill" and not request.tried and not request.is_suspect
-        if is_new and request.max_tokens != 1:
+        if is_new and request.max_tokens != 1 and not request.wants_pair:
             routes = self._routes(request, engines, pairs, index, now_at)
             if routes:
                 return routes[0]
@@ -292,7 +294,9 @@ class LeastCost:
         own = load_of(prefill, now_at)
         usable = [one for one in engines if one.ready and one.avoid_until_at <= now_at]
         loads = [load for one in usable if (load := load_of(one, now_at)) is not None]
-        if own is None or len(loads) != len(usable) or request.is_suspect:
+        if own is None or len(loads) != len(usable):
+            return None
+        if request.is_suspect or request.wants_pair:
             return None
         # Its own tokens are the last ones in the queue.
         num_own = request.num_prompt_tokens - _num_cached(request, own, index)

@@ -36,7 +36,7 @@ from pdlaunch.router.app import RouterApp
 from pdlaunch.router.engine_client import EngineClient, EngineTimeouts, keys_of_launch
 from pdlaunch.router.membership import AnnouncedMembership, Membership
 from pdlaunch.router.metrics import RouterMetrics
-from pdlaunch.router.policy import LeastCost
+from pdlaunch.router.policy import LeastCost, LeastWork, Policy
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.state import RecoverySettings, RouterState
 
@@ -154,8 +154,10 @@ class RouterProcess:
         self._supervised.send(Drained())
 
 
-def new_policy(spec: RouterSpec) -> LeastCost:
+def new_policy(spec: RouterSpec) -> Policy:
     """Return the policy that keeps to the settings of a router."""
+    if not spec.by_cost:
+        return LeastWork()
     return LeastCost(
         max_ttft_s=None if spec.max_ttft_ms is None else spec.max_ttft_ms / 1000,
         max_itl_s=None if spec.max_itl_ms is None else spec.max_itl_ms / 1000,

@@ -130,6 +130,7 @@ def router_spec(
         cors_origins=config.cors_origins,
         strict_fields=config.strict_fields,
         page=config.page,
+        by_cost=config.routing.policy == "cost",
         max_itl_ms=config.routing.max_itl_ms,
         max_ttft_ms=config.routing.max_ttft_ms,
         max_body_bytes=config.limits.max_body_bytes,

@@ -24,6 +24,7 @@ from pdlaunch.client.admin import admin_api
 from pdlaunch.client.integrity import await_idle, engine_totals
 from pdlaunch.client.smoke import engines_of
 from pdlaunch.errors import PdlaunchError
+from pdlaunch.protocol.costs import ROUTE_HEADER, WANTS_PAIR
 from pdlaunch.testing.answers import ReceivedAnswer, collect_stream, difference, read_answer
 
 _PATH = "/v1/completions"
@@ -58,8 +59,9 @@ class SoakOptions(msgspec.Struct, frozen=True, kw_only=True):
     idle_timeout_s: float = 60.0
 
     def headers(self) -> dict[str, str]:
-        """Return the headers of requests to the router."""
-        return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        """Return the headers of requests to the router: transfers are what is to fail."""
+        route = {ROUTE_HEADER: WANTS_PAIR}
+        return route | {"Authorization": f"Bearer {self.api_key}"} if self.api_key else route
 
 
 class Case(msgspec.Struct, frozen=True):

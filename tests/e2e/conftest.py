@@ -20,11 +20,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def clean_environ() -> dict[str, str]:
+    """The environment of a launch whose prompts go through pairs, as transfers are what most tests
+    look at; an idle decode engine would compute a prompt itself.
+    """
     return {
         name: value
         for name, value in os.environ.items()
         if not name.startswith("PDLAUNCH_") or name == "PDLAUNCH_CACHE"
-    }
+    } | {"PDLAUNCH_ROUTING": "pairs"}
 
 
 @pytest.fixture(scope="package")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from pdlaunch.router.answers import ROUTE_HEADER
-from tests.router.conftest import Stand, pair
+from pdlaunch.protocol.costs import ROUTE_HEADER, WANTS_PAIR
+from pdlaunch.router.policy import LeastCost, LeastWork
+from pdlaunch.router.process import new_policy
+from tests.router.conftest import SPEC, Stand, pair
 from tests.router.fake_engine import FakeEngine
 from tests.router.fake_generation import expected_tokens
 from tests.router.test_cost_model import costs
@@ -63,6 +65,24 @@ async def test_a_pair_serves_while_decode_has_streams(stand: Stand, stream: bool
     assert b"pdlaunch_work" not in answer.raw
     heard = {engine.name for engine in stand.pool.engines if engine.report is not None}
     assert heard == {"prefill-0", "decode-0"}
+
+
+async def test_who_looks_at_pairs_gets_a_pair(stand: Stand) -> None:
+    prefill, decode = costed_pair()
+    await stand.start([prefill, decode])
+    load_prefill(stand)
+    answer = await stand.post(completion(), headers={ROUTE_HEADER: WANTS_PAIR})
+    assert (len(prefill.seen), len(decode.seen)) == (1, 1)
+    assert "kind=least_work" in answer.headers[ROUTE_HEADER]
+    await stand.post(completion(), headers={ROUTE_HEADER: "anything else"})
+    assert len(prefill.seen) == 1
+
+
+def test_the_settings_choose_the_policy() -> None:
+    assert isinstance(new_policy(msgspec.structs.replace(SPEC, by_cost=False)), LeastWork)
+    limited = new_policy(msgspec.structs.replace(SPEC, max_ttft_ms=50.0, max_itl_ms=8.0))
+    assert isinstance(limited, LeastCost)
+    assert (limited._max_ttft_s, limited._max_itl_s) == (0.05, 0.008)
 
 
 async def test_nothing_is_left_counted_after_answers_errors_and_retries(stand: Stand) -> None:

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from pdlaunch.router.answers import ROUTE_HEADER
+from pdlaunch.protocol.costs import ROUTE_HEADER
 from pdlaunch.router.cost_model import load_of
 from pdlaunch.router.policy import LeastCost, LeastWork, NoIndex, RoutingRequest
 from tests.router.conftest import Answer, Stand
