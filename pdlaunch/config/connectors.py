@@ -158,6 +158,8 @@ class NixlSpec(ConnectorSpec[NixlSettings]):
         defaults = {"UCX_NET_DEVICES": ",".join(devices), "UCX_TCP_PORT_RANGE": network.ports}
         if network.rdma_devices:
             defaults["UCX_MODULES"] = "*"
+        if ":" in network.address:
+            defaults["UCX_TCP_AF_PRIO"] = "inet6,inet"
         return _with_defaults(environ, defaults) | {"UCX_TLS": transports}
 
     def opens_data_ports(self, section: NixlSettings) -> bool:

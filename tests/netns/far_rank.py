@@ -32,11 +32,18 @@ class FarRank(RankHandle):
 
 @contextlib.contextmanager
 def far_rank(
-    host: Host, role: str, keys: LaunchKeys, *, is_trusted: bool = True, **transfer: object
+    host: Host,
+    role: str,
+    keys: LaunchKeys,
+    *,
+    is_trusted: bool = True,
+    is_ipv6: bool = False,
+    **transfer: object,
 ) -> Iterator[FarRank]:
     """Run a rank on a host. ``transfer``: settings of ``kv_transfer``."""
+    address = host.address6 if is_ipv6 else host.address
     spec = spec_of(role, name=f"{role}-0", **transfer).model_copy(
-        update={"bind_address": host.address, "advertise_address": host.address}
+        update={"bind_address": address, "advertise_address": address}
     )
     options = RankOptions(
         spec,
@@ -45,7 +52,7 @@ def far_rank(
         num_layers=8,
         head_dim=64,
         num_blocks=64,
-        network=KVNetwork(host.address, PORTS) if is_trusted else None,
+        network=KVNetwork(address, PORTS) if is_trusted else None,
     )
     path = f"/tmp/{role}.sock"
     with (

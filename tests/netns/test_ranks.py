@@ -54,13 +54,14 @@ def healed(hosts: Network) -> Iterator[None]:
 
 @contextlib.contextmanager
 def two_ranks(
-    hosts: Network, *, is_trusted: bool = True, **transfer: object
+    hosts: Network, *, is_trusted: bool = True, is_ipv6: bool = False, **transfer: object
 ) -> Iterator[tuple[FarRank, FarRank]]:
     """Prefill on a, decode on b."""
     keys: LaunchKeys = new_launch_keys()
+    network = {"is_trusted": is_trusted, "is_ipv6": is_ipv6}
     with (
-        far_rank(hosts["a"], "prefill", keys, is_trusted=is_trusted, **transfer) as holder,
-        far_rank(hosts["b"], "decode", keys, is_trusted=is_trusted, **transfer) as puller,
+        far_rank(hosts["a"], "prefill", keys, **network, **transfer) as holder,
+        far_rank(hosts["b"], "decode", keys, **network, **transfer) as puller,
     ):
         puller.call("registry", [holder.entry()])
         yield holder, puller
@@ -167,6 +168,17 @@ def test_nothing_is_open_on_a_network_that_is_not_trusted(network: Network) -> N
             assert [
                 f"tcp://{each.address}:{each.port}" for each in listening_on(network, name)
             ] == [rank.endpoint]
+
+
+def test_addresses_of_ipv6(network: Network) -> None:
+    with two_ranks(network, is_ipv6=True) as pair:
+        pair[1].report(PairReady)
+        finished = moved(pair, "six")
+        assert finished.ok, finished.error
+        for name in ("a", "b"):
+            assert {each.address for each in listening_on(network, name)} == {
+                network[name].address6
+            }
 
 
 def test_holder_that_dies_in_the_middle_is_noticed(network: Network) -> None:
