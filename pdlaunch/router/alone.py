@@ -19,6 +19,7 @@ from aiohttp import web
 
 from pdlaunch.config.external import DNS
 from pdlaunch.config.http_names import local_url
+from pdlaunch.http.admission import Admission
 from pdlaunch.http.connections import HttpRunner
 from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S
 from pdlaunch.process.bootstrap import RouterSpec
@@ -36,6 +37,8 @@ from pdlaunch.router.process import CLIENT_READ_TIMEOUT_S, fit, follow, listen, 
 from pdlaunch.router.state import RecoverySettings, RouterState
 
 _logger = logging.getLogger(__name__)
+
+TELL_LEFT_EVERY_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +137,12 @@ class LoneRouter:
 
     async def _drain(self) -> None:
         timeout_s = self._router_spec.drain_timeout_s
-        _logger.info("draining for %g s at most", timeout_s)
         admission = self._router.admission
+        telling = asyncio.ensure_future(_tell_left(admission, timeout_s))
         drained = asyncio.ensure_future(admission.drain(timeout_s))
         again = asyncio.ensure_future(self._signals.get())
         await asyncio.wait([drained, again], return_when=asyncio.FIRST_COMPLETED)
-        for task in (drained, again):
+        for task in (drained, again, telling):
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
@@ -150,3 +153,14 @@ class LoneRouter:
         self._link.answered(
             Restarting(question=question.question, engine=question.name, error=error)
         )
+
+
+async def _tell_left(admission: Admission, timeout_s: float) -> None:
+    """Log how many requests a drain waits for, when it begins and whenever fewer are left."""
+    _logger.info("draining for %g s at most: %d requests left", timeout_s, admission.in_flight)
+    told = admission.in_flight
+    while admission.in_flight:
+        await asyncio.sleep(TELL_LEFT_EVERY_S)
+        if admission.in_flight != told:
+            told = admission.in_flight
+            _logger.info("draining: %d requests left", told)

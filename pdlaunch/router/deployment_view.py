@@ -1,16 +1,19 @@
 """Collects what is known of the deployment, for ``/pdlaunch/status`` and its stream.
 
-The router's own counters are taken every two seconds, which costs it 0.3 ms. Engines are asked only
-while somebody looks: a stream has one reader of the engines, whatever the number of its watchers.
+The router's own counters are taken every two seconds, which costs it less than a millisecond.
+Engines are asked only while somebody looks: there is one reader of the engines, whatever the number
+of watchers. A line about 1,000 engines takes 16 ms.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import heapq
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from urllib.parse import urlsplit
 
 import msgspec
@@ -30,7 +33,7 @@ from pdlaunch.protocol.status import (
     PairStatus,
 )
 from pdlaunch.router.engine import Engine
-from pdlaunch.router.engine_readings import EngineReadings
+from pdlaunch.router.engine_readings import EngineReadings, Pulls
 from pdlaunch.router.rate_history import STEP_S, RateHistory
 from pdlaunch.router.state import RouterState
 
@@ -38,10 +41,15 @@ READ_WAIT_S = 0.5
 """Seconds for which an answer waits for engines; what comes later is in the next one."""
 MAX_PAIRS = 1000
 MAX_WATCHERS = 16
+MAX_HOSTS = 2048
+"""URLs whose hosts are remembered."""
 NEWEST = 5
 """Points of the history in each line of a stream but the first."""
 ENGINES_A_SECOND = 250
 """With more engines the lines of a stream come less often than once a second."""
+
+PairNames = tuple[str, str]
+"""A prefill and a decode engine."""
 
 
 class DeploymentView:
@@ -66,6 +74,8 @@ class DeploymentView:
         self._start_at = clock()
         self._history = RateHistory(state.metrics, clock, wall_clock)
         self._readings = EngineReadings(state.client, state.events, clock)
+        self._proven: Sequence[PairReady] = ()
+        self._links: Mapping[PairNames, PairReady] = {}
         self._num_watchers = 0
         self._line = b""
         self._has_line = asyncio.Event()
@@ -131,8 +141,8 @@ class DeploymentView:
             errors=int(totals.errors),
             engines=[self._engine(engine) for engine in engines],
             gone=self._state.events.gone(),
-            pairs=pairs[:MAX_PAIRS],
-            num_pairs=len(pairs),
+            pairs=pairs,
+            num_pairs=len(self._links),
             doubts=self._state.doubts(),
             rates=self._history.now(totals),
             history=self._history.points(num_points),
@@ -146,7 +156,7 @@ class DeploymentView:
             kind=engine.capabilities.kind,
             version=engine.capabilities.version,
             url=engine.url,
-            host=engine.host or urlsplit(engine.url).hostname or "",
+            host=engine.host or _host_of(engine.url),
             state=engine.state,
             is_down=self._state.events.is_down(engine),
             reason=engine.reason,
@@ -158,22 +168,21 @@ class DeploymentView:
         )
 
     def _pairs(self, proven: Sequence[PairReady]) -> list[PairStatus]:
-        """Return one pair for the ranks of two engines, those that moved most bytes first."""
-        ranks: dict[tuple[str, str], PairReady] = {}
-        for pair in proven:
-            key = (_engine_of(pair.peer), _engine_of(pair.local))
-            known = ranks.get(key)
-            if known is None or _speed(pair) < _speed(known):
-                ranks[key] = pair
-        num_peers = Counter(decode for _, decode in ranks)
-        pairs = [
-            self._pair(prefill, decode, pair, is_only=num_peers[decode] == 1)
-            for (prefill, decode), pair in ranks.items()
+        """Return the pairs of engines that moved most bytes lately, ``MAX_PAIRS`` at most."""
+        if proven is not self._proven:
+            self._proven, self._links = proven, _links(proven)
+        num_peers = Counter(decode for _, decode in self._links)
+        pulls = [
+            (self._readings.pulls(*names, is_only=num_peers[names[1]] == 1), names)
+            for names in self._links
         ]
-        return sorted(pairs, key=lambda pair: (-pair.bytes_per_s, pair.prefill, pair.decode))
+        busiest = heapq.nsmallest(
+            MAX_PAIRS, pulls, key=lambda each: (-each[0].bytes_per_s, each[1])
+        )
+        return [self._pair(names, found, self._links[names]) for found, names in busiest]
 
-    def _pair(self, prefill: str, decode: str, proven: PairReady, *, is_only: bool) -> PairStatus:
-        pulls = self._readings.pulls(prefill, decode, is_only=is_only)
+    def _pair(self, names: PairNames, pulls: Pulls, proven: PairReady) -> PairStatus:
+        prefill, decode = names
         return PairStatus(
             prefill=prefill,
             decode=decode,
@@ -184,7 +193,7 @@ class DeploymentView:
             num_bytes=pulls.num_bytes,
             bytes_per_s=pulls.bytes_per_s,
             pull_gigabytes_per_s=pulls.gigabytes_per_s,
-            last_failure=self._state.pair_failures.get((prefill, decode), ""),
+            last_failure=self._state.pair_failures.get(names, ""),
         )
 
     async def _answer_status(self, _: web.Request) -> web.Response:
@@ -243,6 +252,22 @@ class DeploymentView:
             if not self._is_closed:
                 self._has_line = asyncio.Event()
             await asyncio.sleep(1.0 + len(engines) // ENGINES_A_SECOND)
+
+
+def _links(proven: Sequence[PairReady]) -> dict[PairNames, PairReady]:
+    """Return the slowest pair of ranks of each two engines."""
+    links: dict[PairNames, PairReady] = {}
+    for pair in proven:
+        names = (_engine_of(pair.peer), _engine_of(pair.local))
+        known = links.get(names)
+        if known is None or _speed(pair) < _speed(known):
+            links[names] = pair
+    return links
+
+
+@functools.lru_cache(MAX_HOSTS)
+def _host_of(url: str) -> str:
+    return urlsplit(url).hostname or ""
 
 
 def _engine_of(process: str) -> str:

@@ -15,14 +15,15 @@ function path(points, x, y) {
 }
 
 function ceiling(value) {
-  const scale = 10 ** Math.floor(Math.log10(value || 1));
+  if (value <= 0) return 1;
+  const scale = 10 ** Math.floor(Math.log10(value));
   return [1, 2, 2.5, 5, 10].map((step) => step * scale).find((step) => step >= value);
 }
 
 // lines: [{name, kind, points, unit}], of one length; times: Unix seconds of the points.
 export function chart(place, lines, times, of, label) {
   const width = Math.max(place.clientWidth / unit(), 200), height = Math.round(Math.min(240, Math.max(130, width * 0.36)));
-  const top = ceiling(Math.max(1e-9, ...lines.flatMap((line) => line.points.filter((point) => point !== null))));
+  const top = ceiling(Math.max(0, ...lines.flatMap((line) => line.points.filter((point) => point !== null))));
   const right = width - RIGHT, bottom = height - BOTTOM, steps = Math.max(1, times.length - 1);
   const x = (index) => LEFT + ((right - LEFT) * index) / steps;
   const y = (value) => bottom - ((bottom - TOP) * value) / top;
