@@ -15,7 +15,7 @@ from aiohttp import hdrs, web
 from pdlaunch.http.app import AppRoute
 from pdlaunch.http.openapi import Operation
 
-_SCRIPTS = ("main.js", "dom.js", "flow.js", "charts.js", "requests.js", "tables.js")
+_SCRIPTS = ("main.js", "dom.js", "boxes.js", "flow.js", "charts.js", "requests.js", "tables.js")
 _FILES = {
     "/pdlaunch/": ("page.html", "text/html"),
     "/pdlaunch/page.css": ("page.css", "text/css"),

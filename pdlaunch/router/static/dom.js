@@ -5,20 +5,31 @@ const SVG = "http://www.w3.org/2000/svg";
 function fill(element, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) {
     if (value === null || value === undefined || value === false) continue;
-    if (name === "on") for (const [event, act] of Object.entries(value)) element.addEventListener(event, act);
+    if (name === "on")
+      for (const [event, act] of Object.entries(value)) element.addEventListener(event, act);
     else element.setAttribute(name, value === true ? "" : String(value));
   }
   element.append(...children.flat().filter((child) => child !== null && child !== undefined));
   return element;
 }
 
-export const html = (name, attributes = {}, ...children) => fill(document.createElement(name), attributes, children);
-export const svg = (name, attributes = {}, ...children) => fill(document.createElementNS(SVG, name), attributes, children);
+export const html = (name, attributes = {}, ...children) =>
+  fill(document.createElement(name), attributes, children);
+export const svg = (name, attributes = {}, ...children) =>
+  fill(document.createElementNS(SVG, name), attributes, children);
 export const byId = (id) => document.getElementById(id);
 
 export function table(caption, headings, rows) {
-  const heads = headings.map((heading) => html("th", { scope: "col", class: heading.class }, heading.name));
-  return html("table", {}, html("caption", {}, caption), html("thead", {}, html("tr", {}, ...heads)), html("tbody", {}, ...rows));
+  const heads = headings.map((heading) =>
+    html("th", { scope: "col", class: heading.class }, heading.name),
+  );
+  return html(
+    "table",
+    {},
+    html("caption", {}, caption),
+    html("thead", {}, html("tr", {}, ...heads)),
+    html("tbody", {}, ...rows),
+  );
 }
 
 export function amount(value, digits = 3) {
@@ -32,7 +43,8 @@ export function amount(value, digits = 3) {
   return String(Number(value.toPrecision(digits)));
 }
 
-export const count = (value) => (value === null || value === undefined ? "–" : value.toLocaleString("en-US"));
+export const count = (value) =>
+  value === null || value === undefined ? "–" : value.toLocaleString("en-US");
 
 // Drawings are laid out in units of which a character has always as many as here.
 export const unit = () => parseFloat(getComputedStyle(document.documentElement).fontSize) / 15;
@@ -42,7 +54,8 @@ export function milliseconds(value) {
   return value >= 10000 ? `${(value / 1000).toFixed(1)} s` : `${amount(value)} ms`;
 }
 
-export const percent = (share) => (share === null || share === undefined ? "–" : `${Math.round(share * 100)} %`);
+export const percent = (share) =>
+  share === null || share === undefined ? "–" : `${Math.round(share * 100)} %`;
 export const clockTime = (at) => new Date(at * 1000).toLocaleTimeString([], { hour12: false });
 
 export function tone(engine) {

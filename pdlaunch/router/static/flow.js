@@ -1,88 +1,41 @@
 // Draws the way of a request: router, prefill engines, pairs, decode engines.
 
-import { amount, percent, svg, tone, unit } from "./dom.js";
+import { engineBox, pairLabel, pairText, routerBox } from "./boxes.js";
+import { svg, tone, unit } from "./dom.js";
 
-const BOX = 78, GAP = 16, SMALL = 34, MANY = 12, MOST_PAIRS = 64, NARROW = 620, TAG = 40;
+const BOX = 78,
+  GAP = 16,
+  SMALL = 34,
+  MANY = 12,
+  MOST_PAIRS = 64,
+  NARROW = 620,
+  TAG = 40;
 
-const COLUMNS = [["prefill", "PREFILL"], ["decode", "DECODE"], ["both", "BOTH ROLES"]];
-
-export function engineText(engine) {
-  const reading = engine.reading;
-  const parts = [`${engine.name}, ${engine.role ?? "no role"}, ${engine.state}`];
-  if (engine.reason) parts.push(engine.reason);
-  if (reading) parts.push(`${reading.running} running, ${reading.waiting} waiting, KV cache ${percent(reading.kv_usage)}`);
-  return parts.join(", ");
-}
-
-export const pairText = (pair) =>
-  `${pair.prefill} to ${pair.decode}: ${pair.path}, ${amount(pair.bytes_per_s)}B/s` +
-  (pair.pull_gigabytes_per_s ?? pair.gigabytes_per_s ? ` at ${amount(pair.pull_gigabytes_per_s ?? pair.gigabytes_per_s)} GB/s` : "") +
-  (pair.last_failure ? `, last failure: ${pair.last_failure}` : "");
+const COLUMNS = [
+  ["prefill", "PREFILL"],
+  ["decode", "DECODE"],
+  ["both", "BOTH ROLES"],
+];
 
 export function listed(status) {
-  const gone = status.gone.map((engine) => ({ ...engine, state: "gone", reason: "", reading: null, load: 0, streams: 0 }));
+  const gone = status.gone.map((engine) => ({
+    ...engine,
+    state: "gone",
+    reason: "",
+    reading: null,
+    load: 0,
+    streams: 0,
+  }));
   const known = new Set(status.engines.map((engine) => engine.name));
   const all = [...status.engines, ...gone.filter((engine) => !known.has(engine.name))];
   return all.sort((a, b) => a.name.localeCompare(b.name, undefined, { numeric: true }));
 }
 
-function clip(text, width, size) {
-  const most = Math.max(3, Math.floor(width / (size * 0.58)));
-  return text.length > most ? `${text.slice(0, most - 1)}…` : text;
-}
-
-function engineBox(engine, at) {
-  const { x, y, width, height } = at, reading = engine.reading, kind = engine.role ?? "both";
-  const group = svg("g", {
-    class: "engine", "data-name": engine.name, "data-state": engine.state, "data-tone": tone(engine),
-    role: "img", tabindex: 0, "aria-label": engineText(engine), transform: `translate(${x} ${y})`,
-  });
-  group.append(
-    svg("title", {}, engineText(engine)),
-    svg("rect", { class: "box", width, height, rx: 9 }),
-    svg("rect", { class: `stripe stripe-${kind}`, x: 0, y: 8, width: 4, height: height - 16, rx: 2 }),
-  );
-  if (at.small) {
-    group.append(
-      svg("circle", { class: `tone-${tone(engine)}`, cx: 16, cy: height / 2, r: 4.5 }),
-      svg("text", { class: "small", x: 26, y: height / 2 + 4 }, clip(engine.name, width - 34, 11.5)),
-      svg("rect", { class: "track", x: 12, y: height - 5, width: width - 20, height: 2 }),
-      svg("rect", { class: "fill", x: 12, y: height - 5, width: (width - 20) * (reading?.kv_usage ?? 0), height: 2 }),
-    );
-    return group;
-  }
-  const inner = width - 30, used = reading?.kv_usage ?? 0, tight = width < 230;
-  let work = reading ? `${reading.running} running · ${reading.waiting} waiting` : engine.state === "gone" ? "left the deployment" : "not read yet";
-  if (tight && reading) work = `${reading.running} run · ${reading.waiting} wait`;
-  if (tight && engine.state !== "ready") work = engine.state;
-  group.append(
-    svg("circle", { class: `tone-${tone(engine)}`, cx: 21, cy: 20, r: 5 }),
-    svg("text", { class: "engine-name", x: 33, y: 24.5 }, clip(engine.name, tight ? inner - 10 : inner * 0.62, 13)),
-    tight ? "" : svg("text", { class: `small tone-${tone(engine)}`, x: width - 13, y: 24, "text-anchor": "end" }, clip(engine.state, inner * 0.36, 11.5)),
-    svg("text", { class: "small", x: 16, y: 44 }, clip(engine.reason || work, inner, 11.5)),
-    svg("text", { class: "small", x: 16, y: 64.5 }, "KV"),
-    svg("rect", { class: "track", x: 38, y: 58, width: inner - 66, height: 7, rx: 3.5 }),
-    svg("rect", { class: used > 0.9 ? "fill full" : "fill", x: 38, y: 58, width: Math.max(0, (inner - 66) * used), height: 7, rx: 3.5 }),
-    svg("text", { class: "small", x: width - 13, y: 64.5, "text-anchor": "end" }, reading ? percent(used) : "–"),
-  );
-  return group;
-}
-
-function routerBox(status, at) {
-  const tones = { ok: "ready", unavailable: "down" }, look = tones[status.state] ?? "busy";
-  const label = `router, ${status.state}, ${status.in_flight} requests in flight, ${amount(status.rates.requests_per_s)} a second`;
-  return svg("g", { class: "engine", "data-tone": look, "data-state": status.state, role: "img", tabindex: 0, "aria-label": label, transform: `translate(${at.x} ${at.y})` },
-    svg("title", {}, label),
-    svg("rect", { class: "box", width: at.width, height: at.height, rx: 9 }),
-    svg("circle", { class: `tone-${look}`, cx: 18, cy: 20, r: 5 }),
-    svg("text", { class: "engine-name", x: 30, y: 24.5 }, "router"),
-    svg("text", { class: "small", x: 14, y: 44 }, `${status.in_flight} in flight`),
-    svg("text", { class: "small", x: 14, y: 62 }, `${amount(status.rates.requests_per_s)} requests/s`));
-}
-
 // Places boxes in a column (or, on a narrow page, in rows), and says where arrows end.
 function place(groups, width) {
-  const narrow = width < NARROW, places = new Map(), names = [];
+  const narrow = width < NARROW,
+    places = new Map(),
+    names = [];
   const wireX = narrow ? 0 : Math.min(150, width * 0.15);
   let bottom = 0;
   if (narrow) {
@@ -90,19 +43,34 @@ function place(groups, width) {
     for (const [role, title] of COLUMNS) {
       const engines = groups.get(role);
       if (!engines.length) continue;
-      const small = engines.length > MANY, columns = small ? Math.max(2, Math.floor(width / 110)) : Math.min(2, engines.length);
+      const small = engines.length > MANY,
+        columns = small ? Math.max(2, Math.floor(width / 110)) : Math.min(2, engines.length);
       names.push({ x: 0, y: y + 10, title });
       engines.forEach((engine, index) => {
-        const boxWidth = (width - GAP * (columns - 1)) / columns, height = small ? SMALL : BOX;
-        places.set(engine.name, { x: (index % columns) * (boxWidth + GAP), y: y + 20 + Math.floor(index / columns) * (height + GAP / 2), width: boxWidth, height, small });
+        const boxWidth = (width - GAP * (columns - 1)) / columns,
+          height = small ? SMALL : BOX;
+        places.set(engine.name, {
+          x: (index % columns) * (boxWidth + GAP),
+          y: y + 20 + Math.floor(index / columns) * (height + GAP / 2),
+          width: boxWidth,
+          height,
+          small,
+        });
       });
       const rows = Math.ceil(engines.length / columns);
       bottom = y + 20 + rows * ((small ? SMALL : BOX) + GAP / 2);
       y = bottom + (role === "prefill" ? 44 : 18);
     }
-    return { places, names, height: bottom + 4, narrow, router: { x: 0, y: 0, width: Math.min(width, 220), height: BOX - 6 } };
+    return {
+      places,
+      names,
+      height: bottom + 4,
+      narrow,
+      router: { x: 0, y: 0, width: Math.min(width, 220), height: BOX - 6 },
+    };
   }
-  const left = wireX + Math.min(64, width * 0.05), room = width - left;
+  const left = wireX + Math.min(64, width * 0.05),
+    room = width - left;
   const boxWidth = Math.min(420, room * 0.34);
   const starts = { prefill: left, decode: width - boxWidth, both: left };
   let tallest = BOX;
@@ -114,7 +82,8 @@ function place(groups, width) {
   }
   // The shorter column stands in the middle of the other one.
   for (const [role] of COLUMNS.slice(0, 2)) {
-    const engines = groups.get(role), own = engines.length ? stack(engines, starts[role], 22, boxWidth, new Map()) : 0;
+    const engines = groups.get(role),
+      own = engines.length ? stack(engines, starts[role], 22, boxWidth, new Map()) : 0;
     for (const engine of engines) places.get(engine.name).y += (tallest - own) / 2;
   }
   bottom = groups.get("prefill").length || groups.get("decode").length ? 22 + tallest : 0;
@@ -122,74 +91,119 @@ function place(groups, width) {
   if (both.length) {
     const y = bottom ? bottom + 24 : 11;
     names.push({ x: left, y, title: "BOTH ROLES" });
-    const columns = Math.max(1, Math.floor((room + GAP) / (boxWidth * 0.8 + GAP))), each = (room - GAP * (columns - 1)) / columns;
-    both.forEach((engine, index) => places.set(engine.name, {
-      x: left + (index % columns) * (each + GAP), y: y + 11 + Math.floor(index / columns) * (BOX + GAP), width: Math.min(each, 330), height: BOX, small: false,
-    }));
+    const columns = Math.max(1, Math.floor((room + GAP) / (boxWidth * 0.8 + GAP))),
+      each = (room - GAP * (columns - 1)) / columns;
+    both.forEach((engine, index) =>
+      places.set(engine.name, {
+        x: left + (index % columns) * (each + GAP),
+        y: y + 11 + Math.floor(index / columns) * (BOX + GAP),
+        width: Math.min(each, 330),
+        height: BOX,
+        small: false,
+      }),
+    );
     bottom = y + 11 + Math.ceil(both.length / columns) * (BOX + GAP);
   }
-  return { places, names, height: bottom + 6, narrow, router: { x: 0, y: Math.max(0, 22 + (tallest - BOX) / 2), width: wireX, height: BOX } };
+  return {
+    places,
+    names,
+    height: bottom + 6,
+    narrow,
+    router: { x: 0, y: Math.max(0, 22 + (tallest - BOX) / 2), width: wireX, height: BOX },
+  };
 }
 
 function stack(engines, x, y, width, places) {
-  const small = engines.length > MANY, columns = small ? Math.max(1, Math.floor(width / 120)) : 1;
-  const each = (width - (columns - 1) * 6) / columns, step = small ? SMALL + 6 : BOX + GAP;
-  engines.forEach((engine, index) => places.set(engine.name, {
-    x: x + (index % columns) * (each + 6), y: y + Math.floor(index / columns) * step, width: each, height: small ? SMALL : BOX, small,
-  }));
+  const small = engines.length > MANY,
+    columns = small ? Math.max(1, Math.floor(width / 120)) : 1;
+  const each = (width - (columns - 1) * 6) / columns,
+    step = small ? SMALL + 6 : BOX + GAP;
+  engines.forEach((engine, index) =>
+    places.set(engine.name, {
+      x: x + (index % columns) * (each + 6),
+      y: y + Math.floor(index / columns) * step,
+      width: each,
+      height: small ? SMALL : BOX,
+      small,
+    }),
+  );
   return Math.ceil(engines.length / columns) * step - (small ? 6 : GAP);
 }
 
 function curve(from, to, narrow) {
   if (narrow) {
-    const x1 = from.x + from.width / 2, y1 = from.y + from.height, x2 = to.x + to.width / 2, y2 = to.y - 8, bend = (y2 - y1) / 2;
-    return { points: [x1, y1, x1, y1 + bend, x2, y2 - bend, x2, y2], tip: [[x2 - 5, y2 - 1], [x2 + 5, y2 - 1], [x2, y2 + 8]] };
+    const x1 = from.x + from.width / 2,
+      y1 = from.y + from.height,
+      x2 = to.x + to.width / 2,
+      y2 = to.y - 8,
+      bend = (y2 - y1) / 2;
+    return {
+      points: [x1, y1, x1, y1 + bend, x2, y2 - bend, x2, y2],
+      tip: [
+        [x2 - 5, y2 - 1],
+        [x2 + 5, y2 - 1],
+        [x2, y2 + 8],
+      ],
+    };
   }
-  const x1 = from.x + from.width, y1 = from.y + from.height / 2, x2 = to.x - 9, y2 = to.y + to.height / 2, bend = (x2 - x1) / 2;
-  return { points: [x1, y1, x1 + bend, y1, x2 - bend, y2, x2, y2], tip: [[x2 - 1, y2 - 5], [x2 - 1, y2 + 5], [x2 + 9, y2]] };
+  const x1 = from.x + from.width,
+    y1 = from.y + from.height / 2,
+    x2 = to.x - 9,
+    y2 = to.y + to.height / 2,
+    bend = (x2 - x1) / 2;
+  return {
+    points: [x1, y1, x1 + bend, y1, x2 - bend, y2, x2, y2],
+    tip: [
+      [x2 - 1, y2 - 5],
+      [x2 - 1, y2 + 5],
+      [x2 + 9, y2],
+    ],
+  };
 }
 
 const along = (points, t, axis) => {
-  const [a, b, c, d] = [0, 2, 4, 6].map((index) => points[index + axis]), u = 1 - t;
+  const [a, b, c, d] = [0, 2, 4, 6].map((index) => points[index + axis]),
+    u = 1 - t;
   return u * u * u * a + 3 * u * u * t * b + 3 * u * t * t * c + t * t * t * d;
 };
 const drawn = (p) => `M${p[0]} ${p[1]}C${p[2]} ${p[3]} ${p[4]} ${p[5]} ${p[6]} ${p[7]}`;
-
-const short = (name) => /\d+$/.exec(name)?.[0] ?? name.slice(0, 8);
-
-function pairLabel(pair, x, y, kind, alone) {
-  const speed = pair.pull_gigabytes_per_s ?? pair.gigabytes_per_s, states = { " broken": "not usable", " idle": "idle" };
-  const now = states[kind] ?? `${amount(pair.bytes_per_s)}B/s`;
-  const first = alone ? now : `${short(pair.prefill)} → ${short(pair.decode)}  ${now}`;
-  const second = `${pair.path}${speed === null ? "" : ` · ${amount(speed)} GB/s`}`;
-  const width = Math.max(first.length * 7.6, second.length * 6.4) + 18;
-  return svg("g", { "aria-hidden": "true" },
-    svg("rect", { class: "tag", x: x - width / 2, y: y - 18, width, height: 36, rx: 7 }),
-    svg("text", { x, y: y - 3, "text-anchor": "middle", class: "engine-name" }, first),
-    svg("text", { x, y: y + 12, "text-anchor": "middle", class: "small" }, second));
-}
 
 // Puts labels below each other where their arrows are in the middle, as far as there is room.
 function labels(wanted, height) {
   const room = Math.floor(height / TAG);
   if (wanted.length > room) return [];
   const sorted = wanted.sort((a, b) => a.y - b.y || a.pair.prefill.localeCompare(b.pair.prefill));
-  sorted.forEach((label, index) => { label.y = Math.max(label.y, index ? sorted[index - 1].y + TAG : TAG / 2); });
+  sorted.forEach((label, index) => {
+    label.y = Math.max(label.y, index ? sorted[index - 1].y + TAG : TAG / 2);
+  });
   let limit = height - TAG / 2;
   for (const label of sorted.toReversed()) {
     label.y = Math.min(label.y, limit);
     limit = label.y - TAG;
   }
-  return sorted.map((label) => pairLabel(label.pair, label.x, label.y, label.kind, wanted.length === 1));
+  return sorted.map((label) =>
+    pairLabel(label.pair, label.x, label.y, label.kind, wanted.length === 1),
+  );
 }
 
 export function drawFlow(container, status) {
-  const scale = unit(), width = Math.max(260, container.clientWidth / scale) - 2, engines = listed(status);
-  const groups = new Map(COLUMNS.map(([role]) => [role, engines.filter((engine) => (engine.role ?? "both") === role)]));
+  const scale = unit(),
+    width = Math.max(260, container.clientWidth / scale) - 2,
+    engines = listed(status);
+  const groups = new Map(
+    COLUMNS.map(([role]) => [role, engines.filter((engine) => (engine.role ?? "both") === role)]),
+  );
   const { places, names, height, narrow, router } = place(groups, width);
   const focused = document.activeElement?.closest?.(".engine")?.dataset.name;
-  const drawing = svg("svg", { class: "drawing", viewBox: `-1 0 ${width + 2} ${height}`, height: height * scale, role: "group", "aria-label": "Engines, and the pairs that KV blocks move over" });
-  for (const { x, y, title } of names) drawing.append(svg("text", { class: "column-name", x, y }, title));
+  const drawing = svg("svg", {
+    class: "drawing",
+    viewBox: `-1 0 ${width + 2} ${height}`,
+    height: height * scale,
+    role: "group",
+    "aria-label": "Engines, and the pairs that KV blocks move over",
+  });
+  for (const { x, y, title } of names)
+    drawing.append(svg("text", { class: "column-name", x, y }, title));
   if (!narrow) {
     for (const engine of [...groups.get("prefill"), ...groups.get("both")]) {
       const wire = curve(router, places.get(engine.name), false).points;
@@ -198,18 +212,45 @@ export function drawFlow(container, status) {
     }
   }
   const states = new Map(engines.map((engine) => [engine.name, tone(engine)]));
-  const pairs = [...status.pairs, ...status.doubts.map((doubt) => ({ ...doubt, path: "not proven", bytes_per_s: 0, gigabytes_per_s: null, pull_gigabytes_per_s: null, last_failure: doubt.error, doubted: true }))]
-    .filter((pair) => places.has(pair.prefill) && places.has(pair.decode)).slice(0, MOST_PAIRS);
-  const most = Math.max(1, ...pairs.map((pair) => pair.bytes_per_s)), wanted = [];
+  const pairs = [
+    ...status.pairs,
+    ...status.doubts.map((doubt) => ({
+      ...doubt,
+      path: "not proven",
+      bytes_per_s: 0,
+      gigabytes_per_s: null,
+      pull_gigabytes_per_s: null,
+      last_failure: doubt.error,
+      doubted: true,
+    })),
+  ]
+    .filter((pair) => places.has(pair.prefill) && places.has(pair.decode))
+    .slice(0, MOST_PAIRS);
+  const most = Math.max(1, ...pairs.map((pair) => pair.bytes_per_s)),
+    wanted = [];
   for (const pair of pairs) {
     const { points, tip } = curve(places.get(pair.prefill), places.get(pair.decode), narrow);
-    const broken = pair.doubted || states.get(pair.prefill) === "down" || states.get(pair.decode) === "down";
-    const kind = broken ? " broken" : pair.bytes_per_s > 0 ? "" : " idle", thick = 2 + (6 * pair.bytes_per_s) / most;
-    drawing.append(svg("g", { role: "img", "aria-label": pairText(pair), "data-pair": `${pair.prefill} ${pair.decode}` },
-      svg("title", {}, pairText(pair)),
-      svg("path", { class: `pair${kind}`, d: drawn(points), "stroke-width": thick }),
-      kind ? null : svg("path", { class: "pair-flow", d: drawn(points) }),
-      svg("polygon", { class: `pair-tip${kind}`, points: tip.map((corner) => corner.join(",")).join(" ") })));
+    const broken =
+      pair.doubted || states.get(pair.prefill) === "down" || states.get(pair.decode) === "down";
+    const kind = broken ? " broken" : pair.bytes_per_s > 0 ? "" : " idle",
+      thick = 2 + (6 * pair.bytes_per_s) / most;
+    drawing.append(
+      svg(
+        "g",
+        {
+          role: "img",
+          "aria-label": pairText(pair),
+          "data-pair": `${pair.prefill} ${pair.decode}`,
+        },
+        svg("title", {}, pairText(pair)),
+        svg("path", { class: `pair${kind}`, d: drawn(points), "stroke-width": thick }),
+        kind ? null : svg("path", { class: "pair-flow", d: drawn(points) }),
+        svg("polygon", {
+          class: `pair-tip${kind}`,
+          points: tip.map((corner) => corner.join(",")).join(" "),
+        }),
+      ),
+    );
     if (!narrow) wanted.push({ pair, kind, x: along(points, 0.5, 0), y: along(points, 0.5, 1) });
   }
   drawing.append(...labels(wanted, height), routerBox(status, router));

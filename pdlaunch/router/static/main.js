@@ -6,8 +6,17 @@ import { drawFlow } from "./flow.js";
 import { drawRequests, drawTrace } from "./requests.js";
 import { drawCaches, drawEvents, drawTables } from "./tables.js";
 
-const RETRY_MS = [500, 1000, 2000, 5000, 10000], LONGEST_HISTORY = 150, REQUESTS_EVERY_MS = 2000;
-let key = "", status = null, history = [], paused = false, chosen = null, failures = 0, asking = false, shown = "";
+const RETRY_MS = [500, 1000, 2000, 5000, 10000],
+  LONGEST_HISTORY = 150,
+  REQUESTS_EVERY_MS = 2000;
+let key = "",
+  status = null,
+  history = [],
+  paused = false,
+  chosen = null,
+  failures = 0,
+  asking = false,
+  shown = "";
 
 const headers = () => (key ? { Authorization: `Bearer ${key}` } : {});
 const ask = (path) => fetch(path, { headers: headers(), cache: "no-store", credentials: "omit" });
@@ -42,7 +51,8 @@ async function watch() {
   try {
     response = await ask("stream");
     if (response.status === 401) return askForKey(key !== "");
-    if (!response.ok) throw new Error((await response.json()).error?.message ?? `HTTP ${response.status}`);
+    if (!response.ok)
+      throw new Error((await response.json()).error?.message ?? `HTTP ${response.status}`);
     byId("key-form").hidden = true;
     byId("main").hidden = false;
     notice("");
@@ -61,7 +71,9 @@ async function watch() {
 
 function take(next) {
   const latest = history.at(-1)?.at ?? 0;
-  history = [...history, ...next.history.filter((point) => point.at > latest)].slice(-LONGEST_HISTORY);
+  history = [...history, ...next.history.filter((point) => point.at > latest)].slice(
+    -LONGEST_HISTORY,
+  );
   status = next;
   if (paused) return;
   try {
@@ -79,23 +91,78 @@ function pill(text, look) {
 }
 
 function tile(name, value, unit, more, points, bad) {
-  return html("div", { class: bad ? "tile bad" : "tile", role: "group", "aria-label": `${name}: ${value} ${unit}${more ? `, ${more}` : ""}` },
-    html("p", { class: "name" }, name), html("p", { class: "value" }, value, html("span", { class: "unit" }, ` ${unit}`)),
-    html("p", { class: "more" }, more || "\u00a0"), points ? spark(points) : null);
+  return html(
+    "div",
+    {
+      class: bad ? "tile bad" : "tile",
+      role: "group",
+      "aria-label": `${name}: ${value} ${unit}${more ? `, ${more}` : ""}`,
+    },
+    html("p", { class: "name" }, name),
+    html("p", { class: "value" }, value, html("span", { class: "unit" }, ` ${unit}`)),
+    html("p", { class: "more" }, more || "\u00a0"),
+    points ? spark(points) : null,
+  );
 }
 
 function tiles() {
-  const now = status.rates, readings = status.engines.map((engine) => engine.reading).filter(Boolean);
+  const now = status.rates,
+    readings = status.engines.map((engine) => engine.reading).filter(Boolean);
   const sum = (pick) => readings.reduce((total, reading) => total + pick(reading), 0);
-  const series = (pick) => history.map(pick), pulled = sum((reading) => reading.pulled_bytes_per_s);
+  const series = (pick) => history.map(pick),
+    pulled = sum((reading) => reading.pulled_bytes_per_s);
   byId("tiles").replaceChildren(
-    tile("Requests", amount(now.requests_per_s), "/s", `${count(status.requests)} in all`, series((point) => point.requests_per_s)),
-    tile("Output tokens", amount(now.output_tokens_per_s), "/s", `${amount(now.prompt_tokens_per_s)} prompt tokens/s`, series((point) => point.output_tokens_per_s)),
-    tile("In flight", String(status.in_flight), "", `${sum((reading) => reading.running)} running, ${sum((reading) => reading.waiting)} waiting`, null),
-    tile("First token", now.first_token_ms ? amount(now.first_token_ms.p50) : "–", "ms", now.first_token_ms ? `p95 ${milliseconds(now.first_token_ms.p95)}` : "", series((point) => point.first_token_ms?.p50 ?? 0)),
-    tile("Between tokens", now.inter_token_ms ? amount(now.inter_token_ms.p50) : "–", "ms", now.inter_token_ms ? `p95 ${milliseconds(now.inter_token_ms.p95)}` : "", series((point) => point.inter_token_ms?.p50 ?? 0)),
-    tile("Pulled", amount(pulled), "B/s", `${count(sum((reading) => reading.pulls.done))} pulls, ${sum((reading) => reading.pulls.failed + reading.pulls.refused)} failed`, null),
-    tile("Errors", amount(now.errors_per_s), "/s", `${count(status.errors)} in all`, series((point) => point.errors_per_s), now.errors_per_s > 0));
+    tile(
+      "Requests",
+      amount(now.requests_per_s),
+      "/s",
+      `${count(status.requests)} in all`,
+      series((point) => point.requests_per_s),
+    ),
+    tile(
+      "Output tokens",
+      amount(now.output_tokens_per_s),
+      "/s",
+      `${amount(now.prompt_tokens_per_s)} prompt tokens/s`,
+      series((point) => point.output_tokens_per_s),
+    ),
+    tile(
+      "In flight",
+      String(status.in_flight),
+      "",
+      `${sum((reading) => reading.running)} running, ${sum((reading) => reading.waiting)} waiting`,
+      null,
+    ),
+    tile(
+      "First token",
+      now.first_token_ms ? amount(now.first_token_ms.p50) : "–",
+      "ms",
+      now.first_token_ms ? `p95 ${milliseconds(now.first_token_ms.p95)}` : "",
+      series((point) => point.first_token_ms?.p50 ?? 0),
+    ),
+    tile(
+      "Between tokens",
+      now.inter_token_ms ? amount(now.inter_token_ms.p50) : "–",
+      "ms",
+      now.inter_token_ms ? `p95 ${milliseconds(now.inter_token_ms.p95)}` : "",
+      series((point) => point.inter_token_ms?.p50 ?? 0),
+    ),
+    tile(
+      "Pulled",
+      amount(pulled),
+      "B/s",
+      `${count(sum((reading) => reading.pulls.done))} pulls, ${sum((reading) => reading.pulls.failed + reading.pulls.refused)} failed`,
+      null,
+    ),
+    tile(
+      "Errors",
+      amount(now.errors_per_s),
+      "/s",
+      `${count(status.errors)} in all`,
+      series((point) => point.errors_per_s),
+      now.errors_per_s > 0,
+    ),
+  );
 }
 
 function draw() {
@@ -109,13 +176,36 @@ function draw() {
   if (!byId("drawing").hidden) drawFlow(byId("drawing"), status);
   if (!byId("tables").hidden) drawTables(byId("tables"), status);
   const times = history.map((point) => point.at);
-  const percentiles = (pick) => ["p50", "p95"].map((kind) => ({ name: kind, kind, points: history.map((point) => pick(point)?.[kind] ?? null) }));
-  chart(byId("first-token"), percentiles((point) => point.first_token_ms), times, "ms", "Time to first token");
-  chart(byId("inter-token"), percentiles((point) => point.inter_token_ms), times, "ms", "Time between tokens");
-  chart(byId("tokens"), [
-    { name: "prompt", kind: "in", points: history.map((point) => point.prompt_tokens_per_s) },
-    { name: "output", kind: "out", points: history.map((point) => point.output_tokens_per_s) },
-  ], times, "/s", "Tokens a second");
+  const percentiles = (pick) =>
+    ["p50", "p95"].map((kind) => ({
+      name: kind,
+      kind,
+      points: history.map((point) => pick(point)?.[kind] ?? null),
+    }));
+  chart(
+    byId("first-token"),
+    percentiles((point) => point.first_token_ms),
+    times,
+    "ms",
+    "Time to first token",
+  );
+  chart(
+    byId("inter-token"),
+    percentiles((point) => point.inter_token_ms),
+    times,
+    "ms",
+    "Time between tokens",
+  );
+  chart(
+    byId("tokens"),
+    [
+      { name: "prompt", kind: "in", points: history.map((point) => point.prompt_tokens_per_s) },
+      { name: "output", kind: "out", points: history.map((point) => point.output_tokens_per_s) },
+    ],
+    times,
+    "/s",
+    "Tokens a second",
+  );
   drawCaches(byId("caches"), status);
   // Lists are redrawn when they change alone, so that their scroll bars stay where they are.
   const events = JSON.stringify(status.events);
@@ -128,7 +218,8 @@ async function readRequests() {
   asking = true;
   try {
     const response = await ask(`requests?${byId("which").value}=20`);
-    if (response.ok) drawRequests(byId("requests"), (await response.json()).requests, chosen, choose);
+    if (response.ok)
+      drawRequests(byId("requests"), (await response.json()).requests, chosen, choose);
   } catch {
     // The stream tells that the router cannot be reached.
   } finally {
@@ -141,7 +232,10 @@ async function choose(id) {
   const response = await ask(`requests/${encodeURIComponent(id)}`).catch(() => null);
   if (chosen !== id) return;
   if (response?.ok) drawTrace(byId("trace"), await response.json(), closeTrace);
-  else byId("trace").replaceChildren(html("p", { class: "empty" }, "This request is not remembered any more."));
+  else
+    byId("trace").replaceChildren(
+      html("p", { class: "empty" }, "This request is not remembered any more."),
+    );
   readRequests();
 }
 
@@ -149,7 +243,9 @@ function closeTrace() {
   const id = chosen;
   chosen = null;
   byId("trace").replaceChildren();
-  byId("requests").querySelector(`[data-id="${CSS.escape(id ?? "")}"]`)?.focus();
+  byId("requests")
+    .querySelector(`[data-id="${CSS.escape(id ?? "")}"]`)
+    ?.focus();
 }
 
 byId("key-form").addEventListener("submit", (event) => {
@@ -172,7 +268,9 @@ byId("as-table").addEventListener("click", () => {
   draw();
 });
 byId("which").addEventListener("change", readRequests);
-byId("theme").addEventListener("change", () => { document.documentElement.dataset.theme = byId("theme").value; });
+byId("theme").addEventListener("change", () => {
+  document.documentElement.dataset.theme = byId("theme").value;
+});
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && chosen !== null) closeTrace();
 });

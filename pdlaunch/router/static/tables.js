@@ -8,43 +8,149 @@ const cell = (value, kind = "number") => html("td", { class: kind }, value);
 export function drawTables(container, status) {
   const engines = listed(status).map((engine) => {
     const reading = engine.reading;
-    return html("tr", {},
-      html("th", { scope: "row" }, engine.name), cell(engine.role ?? "–", ""), cell(engine.host ?? "", "hide-narrow"),
-      cell(engine.reason ? `${engine.state}: ${engine.reason}` : engine.state, `tone-${tone(engine)}`),
-      cell(amount(engine.load)), cell(amount(reading?.running)), cell(amount(reading?.waiting)), cell(percent(reading?.kv_usage)),
-      cell(percent(reading?.host_usage)), cell(percent(reading?.cache?.device)), cell(percent(reading?.cache?.host)), cell(percent(reading?.cache?.remote)),
-      cell(`${amount(reading?.pulled_bytes_per_s)}B/s`), cell(amount(reading?.pulls.failed)), cell(amount(reading?.pulls.refused)));
+    return html(
+      "tr",
+      {},
+      html("th", { scope: "row" }, engine.name),
+      cell(engine.role ?? "–", ""),
+      cell(engine.host ?? "", "hide-narrow"),
+      cell(
+        engine.reason ? `${engine.state}: ${engine.reason}` : engine.state,
+        `tone-${tone(engine)}`,
+      ),
+      cell(amount(engine.load)),
+      cell(amount(reading?.running)),
+      cell(amount(reading?.waiting)),
+      cell(percent(reading?.kv_usage)),
+      cell(percent(reading?.host_usage)),
+      cell(percent(reading?.cache?.device)),
+      cell(percent(reading?.cache?.host)),
+      cell(percent(reading?.cache?.remote)),
+      cell(`${amount(reading?.pulled_bytes_per_s)}B/s`),
+      cell(amount(reading?.pulls.failed)),
+      cell(amount(reading?.pulls.refused)),
+    );
   });
   const number = (name) => ({ name, class: "number" });
-  const pairs = status.pairs.map((pair) => html("tr", {},
-    html("th", { scope: "row" }, `${pair.prefill} → ${pair.decode}`), cell(pair.path, ""), cell(`${amount(pair.gigabytes_per_s)} GB/s`),
-    cell(`${amount(pair.pull_gigabytes_per_s)} GB/s`), cell(`${amount(pair.bytes_per_s)}B/s`), cell(`${amount(pair.num_bytes)}B`), cell(amount(pair.pulls)), cell(pair.last_failure || "–", "bad-text")));
+  const pairs = status.pairs.map((pair) =>
+    html(
+      "tr",
+      {},
+      html("th", { scope: "row" }, `${pair.prefill} → ${pair.decode}`),
+      cell(pair.path, ""),
+      cell(`${amount(pair.gigabytes_per_s)} GB/s`),
+      cell(`${amount(pair.pull_gigabytes_per_s)} GB/s`),
+      cell(`${amount(pair.bytes_per_s)}B/s`),
+      cell(`${amount(pair.num_bytes)}B`),
+      cell(amount(pair.pulls)),
+      cell(pair.last_failure || "–", "bad-text"),
+    ),
+  );
   container.replaceChildren(
-    html("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Engines as a table" },
-      table("Engines", [{ name: "Engine" }, { name: "Role" }, { name: "Host", class: "hide-narrow" }, { name: "State" }, ...["Load", "Running", "Waiting", "KV", "Host KV", "Device hits", "Host hits", "Pulled", "Pulls", "Failed", "Refused"].map(number)], engines)),
-    html("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Pairs as a table" },
-      table(status.num_pairs > status.pairs.length ? `Pairs (${status.pairs.length} of ${status.num_pairs})` : "Pairs",
-        [{ name: "Pair" }, { name: "Path" }, ...["Measured", "Last pulls", "Now", "Moved", "Pulls"].map(number), { name: "Last failure" }], pairs)));
+    html(
+      "div",
+      { class: "scroll", tabindex: 0, role: "region", "aria-label": "Engines as a table" },
+      table(
+        "Engines",
+        [
+          { name: "Engine" },
+          { name: "Role" },
+          { name: "Host", class: "hide-narrow" },
+          { name: "State" },
+          ...[
+            "Load",
+            "Running",
+            "Waiting",
+            "KV",
+            "Host KV",
+            "Device hits",
+            "Host hits",
+            "Pulled",
+            "Pulls",
+            "Failed",
+            "Refused",
+          ].map(number),
+        ],
+        engines,
+      ),
+    ),
+    html(
+      "div",
+      { class: "scroll", tabindex: 0, role: "region", "aria-label": "Pairs as a table" },
+      table(
+        status.num_pairs > status.pairs.length
+          ? `Pairs (${status.pairs.length} of ${status.num_pairs})`
+          : "Pairs",
+        [
+          { name: "Pair" },
+          { name: "Path" },
+          ...["Measured", "Last pulls", "Now", "Moved", "Pulls"].map(number),
+          { name: "Last failure" },
+        ],
+        pairs,
+      ),
+    ),
+  );
 }
 
 export function drawCaches(container, status) {
   const rows = status.engines.slice(0, 32).map((engine) => {
-    const cache = engine.reading?.cache, parts = cache ? [["device", cache.device], ["host", cache.host], ["remote", cache.remote]] : [];
-    const words = cache ? `device ${percent(cache.device)} · host ${percent(cache.host)} · pulled ${percent(cache.remote)}` : "no prompts in the last minute";
+    const cache = engine.reading?.cache,
+      parts = cache
+        ? [
+            ["device", cache.device],
+            ["host", cache.host],
+            ["remote", cache.remote],
+          ]
+        : [];
+    const words = cache
+      ? `device ${percent(cache.device)} · host ${percent(cache.host)} · pulled ${percent(cache.remote)}`
+      : "no prompts in the last minute";
     let x = 0;
-    const bar = svg("svg", { viewBox: "0 0 100 10", preserveAspectRatio: "none", role: "img", "aria-label": `${engine.name}: ${words}` }, svg("rect", { class: "track", width: 100, height: 10 }));
+    const bar = svg(
+      "svg",
+      {
+        viewBox: "0 0 100 10",
+        preserveAspectRatio: "none",
+        role: "img",
+        "aria-label": `${engine.name}: ${words}`,
+      },
+      svg("rect", { class: "track", width: 100, height: 10 }),
+    );
     for (const [kind, share] of parts) {
-      bar.append(svg("rect", { class: kind, x: x * 100, width: Math.min(share, 1 - x) * 100, height: 10 }));
+      bar.append(
+        svg("rect", { class: kind, x: x * 100, width: Math.min(share, 1 - x) * 100, height: 10 }),
+      );
       x = Math.min(1, x + share);
     }
-    return html("div", { class: "cache" }, html("b", {}, engine.name), bar, html("span", { class: "quiet" }, words));
+    return html(
+      "div",
+      { class: "cache" },
+      html("b", {}, engine.name),
+      bar,
+      html("span", { class: "quiet" }, words),
+    );
   });
-  container.replaceChildren(...(rows.length ? rows : [html("p", { class: "empty" }, "No engine yet.")]));
+  container.replaceChildren(
+    ...(rows.length ? rows : [html("p", { class: "empty" }, "No engine yet.")]),
+  );
 }
 
 export function drawEvents(container, status) {
-  const items = [...status.events].reverse().map((event) => html("li", { class: event.is_bad ? "is-bad" : "" },
-    html("time", { datetime: new Date(event.at * 1000).toISOString() }, clockTime(event.at)),
-    html("span", { class: "who" }, event.name || "launch"), html("span", { class: "what" }, event.text)));
-  container.replaceChildren(items.length ? html("ol", {}, ...items) : html("p", { class: "empty" }, "Nothing has happened since the router started."));
+  const items = [...status.events]
+    .reverse()
+    .map((event) =>
+      html(
+        "li",
+        { class: event.is_bad ? "is-bad" : "" },
+        html("time", { datetime: new Date(event.at * 1000).toISOString() }, clockTime(event.at)),
+        html("span", { class: "who" }, event.name || "launch"),
+        html("span", { class: "what" }, event.text),
+      ),
+    );
+  container.replaceChildren(
+    items.length
+      ? html("ol", {}, ...items)
+      : html("p", { class: "empty" }, "Nothing has happened since the router started."),
+  );
 }
