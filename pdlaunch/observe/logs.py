@@ -15,7 +15,7 @@ from typing import Literal, TextIO
 
 LogFormat = Literal["text", "json"]
 FIELDS = "fields"
-"""The ``extra`` of a record whose members stand beside its message in JSON."""
+"""The ``extra`` of a record that returns, when called, what stands beside its message in JSON."""
 
 _current_request: ContextVar[str] = ContextVar("pdlaunch_request", default="")
 
@@ -67,7 +67,8 @@ class _JsonFormatter(logging.Formatter):
             line["request_id"] = request_id
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line | getattr(record, FIELDS, {}))
+        fields = getattr(record, FIELDS, dict)
+        return json.dumps(line | fields())
 
 
 def _time(record: logging.LogRecord) -> str:

@@ -26,11 +26,10 @@ class RequestLines:
         if self._show is None and not logger.isEnabledFor(logging.INFO):
             return
         summary = record.summary()
-        fields, text = msgspec.to_builtins(summary), format_request(summary)
-        if record.content is not None:
-            fields |= record.content
-            text += "".join(f' {name}="{value}"' for name, value in record.content.items())
-        logger.info("%s", text, extra={FIELDS: {"request": fields}})
+        text, content = format_request(summary), record.content or {}
+        text += "".join(f' {name}="{value}"' for name, value in content.items())
+        fields = lambda: {"request": msgspec.to_builtins(summary) | content}  # noqa: E731
+        logger.info("%s", text, extra={FIELDS: fields})
         if self._show is not None:
             time_of_day = datetime.fromtimestamp(summary.received_at).strftime("%H:%M:%S")
             self._show(escape_controls(f"{time_of_day} [{summary.id}] {text}"))

@@ -111,7 +111,9 @@ def test_json_lines_hold_the_same_and_more():
     stream = io.StringIO()
     setup_logging("router", "info", form="json", stream=stream)
     with request_logging("r1"):
-        logging.getLogger("pdlaunch").info(HOSTILE, extra={"fields": {"request": {"status": 200}}})
+        logging.getLogger("pdlaunch").info(
+            HOSTILE, extra={"fields": lambda: {"request": {"status": 200}}}
+        )
     try:
         raise KeyError("x")
     except KeyError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import logging
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pdlaunch.observe.logs import setup_logging
 from pdlaunch.protocol.requests import RequestSummary
 from pdlaunch.router.request_lines import RequestLines, format_request
 from pdlaunch.router.request_record import MAX_CONTENT_LENGTH, RequestRecord
@@ -146,3 +149,22 @@ async def test_debug_logs_routes(stand: Stand, caplog: pytest.LogCaptureFixture)
     routes = [r.getMessage() for r in caplog.records if r.getMessage().startswith("route of ")]
     assert [route.split(":")[0] for route in routes] == ["route of prefill", "route of decode"]
     assert "prefill-0" in routes[0]
+
+
+def test_json_lines_hold_the_values_of_the_line() -> None:
+    root, stream = logging.getLogger(), io.StringIO()
+    handlers, levels = root.handlers[:], (root.level, logging.getLogger("pdlaunch").level)
+    try:
+        setup_logging("router", "info", form="json", stream=stream)
+        record = RequestRecord("r7", "/v1/completions")
+        record.end(200)
+        RequestLines().write(record)
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(levels[0])
+        logging.getLogger("pdlaunch").setLevel(levels[1])
+        logging.captureWarnings(False)
+    line = json.loads(stream.getvalue())
+    assert line["message"].startswith("200 /v1/completions")
+    assert (line["request"]["id"], line["request"]["status"]) == ("r7", 200)
+    assert line["request"]["prefill"] is None
