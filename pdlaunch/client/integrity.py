@@ -20,6 +20,12 @@ MUST_BE_ZERO = (
     "num_leased_blocks",
     "num_quarantined_blocks",
 )
+VLLM_MUST_BE_ZERO = (
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "vllm:kv_cache_usage_perc",
+)
+"""Metrics of an engine of vLLM, which proves no blocks; those under lease count as used."""
 _POLL_S = 0.2
 
 
@@ -58,11 +64,19 @@ def engine_totals(admin: Api) -> dict[str, float]:
 def _left(admin: Api) -> list[str]:
     try:
         reports = _reports(admin)
+        of_vllm = _of_vllm(admin)
+        left = [
+            f"{name}: {metric} is {value:g}"
+            for name in of_vllm
+            for metric in VLLM_MUST_BE_ZERO
+            if (value := admin.engine(name).metrics()[metric])
+        ]
     except PdlaunchError as error:
         return [str(error)]
-    left = []
     for report in reports:
         engine = report["engine"]
+        if engine in of_vllm:
+            continue
         if not report.get("ok"):
             left.append(f"{engine}: {report.get('error')}")
             continue
@@ -73,6 +87,16 @@ def _left(admin: Api) -> list[str]:
                 f"{engine}: {stats['num_free_blocks']} of {stats['num_blocks']} blocks are free"
             )
     return left
+
+
+def _of_vllm(admin: Api) -> list[str]:
+    """Return the names of the engines of vLLM that live. Raises PdlaunchError."""
+    _, status = admin.get_object("/pdlaunch/status")
+    return [
+        engine["name"]
+        for engine in status.get("engines", ())
+        if engine.get("kind") == "vllm" and engine["state"] != "failed"
+    ]
 
 
 def _reports(admin: Api) -> list[dict[str, Any]]:

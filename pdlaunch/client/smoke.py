@@ -45,6 +45,12 @@ _PROMPTS = (
         "61, 67, 71, 73, 79, 83, 89,"
     ),
 )
+_LONG_PROMPT = " ".join(f"{number} and {number + 1} make {2 * number + 1}." for number in range(40))
+"""vLLM leaves a prompt of less than 64 tokens to decode, and computes the last block there."""
+_BYTES_PULLED = {
+    "native": "pdlaunch_kv_transfer_bytes_total",
+    "vllm": "vllm:nixl_bytes_transferred_sum",
+}
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -74,7 +80,9 @@ def smoke(url: str, *, api_key: str | None = None, exact: bool) -> list[Check]:
         return [Check("the deployment has engines", 0.0, "it lists none that lives")]
     # One engine alone moves no KV blocks: its answers are the reference.
     alone_name, alone = next(iter((decode | prefill | both).items()))
-    pulled_before = _pulled_bytes(decode.values())
+    kind = engines[0].get("kind", "native")
+    prompts = (*_PROMPTS, _LONG_PROMPT) if kind == "vllm" else _PROMPTS
+    pulled_before = _pulled_bytes(decode.values(), kind)
     asked = {"prefill/decode" if prefill and decode else "the router": router}
     # The router prefers pairs, so engines of both roles are asked themselves.
     asked |= {name: engine for name, engine in both.items() if name != alone_name}
@@ -84,14 +92,14 @@ def smoke(url: str, *, api_key: str | None = None, exact: bool) -> list[Check]:
             partial(_compare, api, alone, prompt, exact=exact),
         )
         for name, api in asked.items()
-        for index, prompt in enumerate(_PROMPTS)
+        for index, prompt in enumerate(prompts)
     ]
     checks.append(_check("streamed text equals the whole answer", partial(_compare_stream, router)))
     if prefill and decode:
         checks.append(
             _check(
                 "KV bytes moved from prefill to decode",
-                partial(_moved, decode.values(), pulled_before),
+                partial(_moved, decode.values(), kind, pulled_before),
             )
         )
     checks.append(_check("nothing is left running, leased or quarantined", partial(_idle, admin)))
@@ -187,13 +195,13 @@ def _stream_text(router: Api, body: dict[str, Any]) -> list[str]:
     return texts
 
 
-def _pulled_bytes(engines: Iterable[Api]) -> float:
-    return sum(engine.metrics()["pdlaunch_kv_transfer_bytes_total"] for engine in engines)
+def _pulled_bytes(engines: Iterable[Api], kind: str) -> float:
+    return sum(engine.metrics()[_BYTES_PULLED[kind]] for engine in engines)
 
 
-def _moved(engines: Collection[Api], before: float) -> None:
+def _moved(engines: Collection[Api], kind: str, before: float) -> None:
     deadline_at = time.monotonic() + _IDLE_TIMEOUT_S
-    while _pulled_bytes(engines) <= before:
+    while _pulled_bytes(engines, kind) <= before:
         if time.monotonic() > deadline_at:
             raise _Failure(
                 "no KV byte was pulled: every prompt was recomputed by the decode engines"

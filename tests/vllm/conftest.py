@@ -14,7 +14,11 @@ from tests.e2e.conftest import clean_environ
 
 ENVIRONMENT = Path(__file__).parents[2] / ".venv-vllm"
 ARGUMENTS = ("--engine", "vllm", "--max-model-len", "512", "--enforce-eager")
-ENGINE_ARGS = {"enable-auto-tool-choice": True, "tool-call-parser": "hermes"}
+ENGINE_ARGS = {
+    "enable-auto-tool-choice": True,
+    "tool-call-parser": "hermes",
+    "kv-events-config": {"enable_kv_cache_events": True},
+}
 START_TIMEOUT_S = 600.0
 """Two of them take 40 s on two quiet cores, and several times that beside other work."""
 

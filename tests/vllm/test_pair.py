@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import json
 import random
-import signal
+import socket
 import time
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
+import zmq
 from openai import APIError, OpenAI
+from typer.testing import CliRunner
 
+from pdlaunch.cli.app import build_app
 from pdlaunch.client.admin import admin_api
 from pdlaunch.client.api import Api
 from pdlaunch.client.deployment import Deployment
-from tests.e2e.api import complete, streamed
+from pdlaunch.client.smoke import smoke
+from tests.e2e.api import complete, requests_in_flight, streamed
 from tests.e2e.waiting import await_true
+from tests.vllm.kv_memory import engine_of
 
 NUM_TOKENS = 12
+EXPIRED = "vllm:nixl_num_kv_expired_reqs_total"
+RUNNING = "vllm:num_requests_running"
 BYTES_READ = "vllm:nixl_bytes_transferred_sum"
 
 
@@ -146,11 +155,48 @@ def test_status_has_kinds_versions_and_pairs_and_nothing_was_recomputed(pair: De
 def test_a_client_that_leaves_frees_both_engines(pair: Deployment) -> None:
     with streamed(pair.url, prompt_of(20), 300) as tokens:
         assert next(tokens) is not None
+    await_true(lambda: is_idle(pair), "both engines are idle", 60)
 
-    def idle() -> bool:
-        return Api(pair.url).metrics()["vllm:num_requests_running"] == 0
 
-    await_true(idle, "both engines are idle", 60)
+def test_a_client_that_leaves_during_prefill_leaves_no_lease(pair: Deployment) -> None:
+    """Decode alone frees prefill's blocks before their lease of 30 s ends."""
+    num_expired = Api(pair.url).metrics().get(EXPIRED, 0)
+    body = json.dumps({"prompt": prompt_of(21, 450), "max_tokens": 50}).encode()
+    host, port = pair.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as client:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n"
+        client.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+        # vLLM counts what runs after each step, and the prompt takes one.
+        await_true(lambda: requests_in_flight(pair.url) > 0, "the router has it", 60)
+    await_true(lambda: is_idle(pair), "nothing is leased", 60)
+    assert Api(pair.url).metrics().get(EXPIRED, 0) == num_expired
+
+
+def is_idle(pair: Deployment) -> bool:
+    metrics = Api(pair.url).metrics()
+    return not metrics[RUNNING] and not metrics["vllm:kv_cache_usage_perc"]
+
+
+def test_kv_events_are_published_at_a_socket_of_the_launch(pair: Deployment) -> None:
+    _, status = Api(pair.url).get_object("/pdlaunch/status")
+    (url,) = (each["url"] for each in status["engines"] if each["name"] == "prefill-0")
+    endpoint = Path(url.removeprefix("unix:")).with_suffix(".events")
+    assert endpoint.is_socket()
+    assert endpoint.parent.stat().st_mode & 0o777 == 0o700
+    with zmq.Context() as context, context.socket(zmq.SUB) as events:
+        events.setsockopt(zmq.LINGER, 0)
+        events.setsockopt(zmq.RCVTIMEO, 60_000)
+        events.subscribe(b"")
+        events.connect(f"ipc://{endpoint}")
+        told: list[bytes] = []
+        until_at = time.monotonic() + 60
+        # A subscriber hears of what comes after it is connected.
+        while not told and time.monotonic() < until_at:
+            complete(pair.url, prompt_of(time.monotonic_ns(), 300), 2)
+            if events.poll(2_000):
+                told = events.recv_multipart()
+    batch = msgspec.msgpack.decode(told[-1])
+    assert "BlockStored" in {event["type"] for event in batch[1]}
 
 
 def test_http_and_rpc_are_at_sockets_of_the_launch(pair: Deployment) -> None:
@@ -169,6 +215,20 @@ def test_http_and_rpc_are_at_sockets_of_the_launch(pair: Deployment) -> None:
     assert all(url.startswith("unix:") for url in urls)
 
 
+def test_smoke_finds_nothing(pair: Deployment) -> None:
+    assert [check for check in smoke(pair.url, exact=True) if check.failure] == []
+
+
+def test_bench_serve_measures_it(pair: Deployment) -> None:
+    arguments = ["bench", "serve", "--url", pair.url, "--format", "json"]
+    arguments += ["--input-tokens", "130", "--output-tokens", "4"]
+    arguments += ["--concurrency", "2", "--num-requests", "4"]
+    result = CliRunner().invoke(build_app(arguments), arguments)
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(result.stdout)
+    assert (row["num_requests"], row["num_errors"]) == (4, 0)
+
+
 @pytest.mark.parametrize("name", ["decode-0"])
 def test_an_engine_that_is_killed_comes_back_and_is_proven_again(
     pair: Deployment, name: str
@@ -185,8 +245,7 @@ def test_an_engine_that_is_killed_comes_back_and_is_proven_again(
     texts = [next(broken).choices[0].delta.content or "" for _ in range(8)]
     next(seeded)
     sidecar = pair.processes()[name]
-    (engine,) = [child for child in sidecar.children() if "serve" in child.cmdline()]
-    engine.send_signal(signal.SIGKILL)
+    engine_of(sidecar).kill()
     # The prefill engine goes on with the stream and answers alone meanwhile.
     texts += [part.choices[0].delta.content or "" for part in broken if part.choices]
     assert "".join(texts) == unbroken.choices[0].message.content

@@ -6,6 +6,7 @@ Both pairs get the same treatment. Wrong answers of the stock one show that the 
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -18,11 +19,12 @@ from pdlaunch.client.api import Api
 from pdlaunch.client.deployment import Deployment, running_deployment
 from tests.e2e.api import complete
 from tests.e2e.conftest import clean_environ
+from tests.e2e.waiting import await_true
 from tests.vllm.conftest import ARGUMENTS, START_TIMEOUT_S
-from tests.vllm.kv_memory import flip_bit, tcp_listeners, worker_of
+from tests.vllm.kv_memory import core_of, flip_bit, tcp_listeners, worker_of
 
 NUM_TOKENS = 12
-LEASE_S = 2
+LEASE_S = 5
 BLOCK_SIZE = 32
 NUM_BLOCKS = 40
 """Four prompts fill the KV cache, so that blocks are soon used again."""
@@ -37,6 +39,7 @@ REMOTE_DECODE = {
     "remote_host": None,
     "remote_port": None,
 }
+ANSWERS = "vllm:request_success_total"
 FAILED = "vllm:nixl_num_failed_transfers_total"
 BYTES_READ = "vllm:nixl_bytes_transferred_sum"
 
@@ -129,7 +132,57 @@ def test_an_expired_lease_whose_blocks_were_used_again(launch: tuple[str, Deploy
     is_right = told == complete(pair.prefill, prompt, NUM_TOKENS)
     # The stock one answers with tokens of other prompts, and counts no failure.
     assert is_right == (connector == "verified")
-    assert pair.counts()[1] - num_failed == (1 if connector == "verified" else 0)
+    # A canary that follows, as the pair is in doubt, may fail too where the machine is slow.
+    assert (pair.counts()[1] > num_failed) == (connector == "verified")
+
+
+def test_a_request_whose_lease_ends_on_its_way_through_the_router(
+    launch: tuple[str, Deployment],
+) -> None:
+    """Decode stands still for longer than the lease, and prefill uses the blocks again."""
+    connector, deployment = launch
+    pair = Pair(deployment)
+    router = Api(deployment.url)
+    # Of failed READs before this the pair may be in doubt.
+    await_true(lambda: bool(shown(router, "pairs")), "the pair is proven", 60)
+    prompt = prompt_of(30)
+    expected = complete(pair.prefill, prompt, NUM_TOKENS)
+    num_answers = pair.prefill.metrics()[ANSWERS]
+    core = core_of(deployment.processes()["decode-0"])
+    told: list[list[int]] = []
+    client = threading.Thread(target=lambda: told.append(complete(router, prompt, NUM_TOKENS)))
+    core.suspend()
+    try:
+        client.start()
+        await_true(lambda: pair.prefill.metrics()[ANSWERS] > num_answers, "prefill is done", 60)
+        time.sleep(LEASE_S + 0.5)
+        for seed in range(31, 36):
+            complete(pair.prefill, prompt_of(seed), 1)
+    finally:
+        core.resume()
+    client.join(120)
+    assert (told == [expected]) == (connector == "verified")
+    count = router.metrics().get("pdlaunch_router_silent_recomputes_total", 0)
+    if connector == "stock":
+        return  # it has read blocks, and nothing tells that they were others'
+    # Found at once, counted, named; and the pair is proven anew before it is used again.
+    assert count == 1
+    log = (deployment.log_dir / "router.log").read_text()
+    assert "prefill-0 -> decode-0: decode computed" in log
+    sidecar_log = deployment.log_dir / "decode-0.log"
+    await_true(
+        lambda: "prefill-0 -> decode-0: READs of its KV blocks fail" in sidecar_log.read_text(),
+        "the sidecar names the pair",
+        30,
+    )
+    await_true(lambda: not shown(router, "doubts"), "a canary has come through", 60)
+    num_bytes, _ = pair.counts()
+    assert complete(router, prompt_of(37), NUM_TOKENS)
+    assert pair.counts()[0] > num_bytes
+
+
+def shown(router: Api, name: str) -> object:
+    return router.get_object("/pdlaunch/status")[1][name]
 
 
 def test_a_bit_that_flips_after_the_answer(launch: tuple[str, Deployment]) -> None:
@@ -146,7 +199,7 @@ def test_a_bit_that_flips_after_the_answer(launch: tuple[str, Deployment]) -> No
         wrong += pair.take(prompt, params) != expected
         after = pair.counts()
         assert after[0] > num_bytes
-        assert after[1] - num_failed == (1 if connector == "verified" else 0)
+        assert (after[1] > num_failed) == (connector == "verified")
     assert wrong == 0 if connector == "verified" else wrong > 0
 
 
