@@ -72,6 +72,8 @@ class PairTransport:
     """None: too few bytes moved to tell, or nothing could be moved."""
     expected_gigabytes_per_s: float | None = None
     """Speed of a good path over the link between the two; None: not known."""
+    hosts: tuple[str, str] | None = None
+    """Names of the two hosts, prefill's first; None: both ranks are on one."""
     link: str = ""
     """The link, in words: ``18 NVLinks with 478 GB/s``."""
     error: str | None = None

@@ -9,6 +9,8 @@ from pdlaunch.checks.rule import Found, rule
 
 CLIFF_GIGABYTES_PER_S = 1.5
 """Below this, memory that no peer can map is the likely cause: 0.4 to 0.6 GB/s were measured."""
+FAR_GIGABYTES_PER_S = 0.6
+"""Below this, a pair of ranks on two hosts is slow."""
 SLOW_SHARE = 0.5
 """A pair below this share of what its link should give is slow."""
 
@@ -129,6 +131,30 @@ def pair_speed(context: Context) -> Iterator[Found]:
                 _name(pair),
                 f"{pair.path} moves {pair.gigabytes_per_s:.3g} GB/s ({pair.allocator} memory)",
             )
+
+
+@rule(
+    "PD506",
+    "warning",
+    fix=(
+        "Place both sides of a pair on one host (placement_strategy pack), or on hosts with RDMA "
+        "or a faster network; look at what else uses the network."
+    ),
+    source="The READ at the end of the handshake; 10 Gbit Ethernet carries 1.2 GB/s.",
+    needs=("transport",),
+)
+def far_pair_slow(context: Context) -> Iterator[Found]:
+    """KV blocks go from host to host at less than half the speed of 10 Gbit Ethernet.
+
+    They take that much longer than on one host, which every prompt's first tokens wait for: with
+    some networks decode would compute a prompt sooner than it pulls one.
+    """
+    for pair in _pairs(context):
+        speed = pair.gigabytes_per_s
+        if pair.hosts is not None and speed is not None and speed < FAR_GIGABYTES_PER_S:
+            prefill, decode = pair.hosts
+            message = f"{pair.path} moves {speed:.3g} GB/s from {prefill} to {decode}"
+            yield Found(_name(pair), message + _reasons(context, pair))
 
 
 def _pairs(context: Context) -> tuple[PairTransport, ...]:

@@ -25,11 +25,12 @@ from pdlaunch.cli.findings import STYLES, place, safe
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import ROLES
 from pdlaunch.config.sources import Origin
-from pdlaunch.engines.plan import kind_of
+from pdlaunch.engines.plan import kind_of, plan_processes
 from pdlaunch.errors import ConfigError
 from pdlaunch.platform.facts import LinkKind
 from pdlaunch.platform.gpu_links import read_gpu_links
 from pdlaunch.platform.memory_speed import measure_copy_gigabytes_per_s
+from pdlaunch.protocol.control import PairReady
 from pdlaunch.resolve.resolve import ResolvedLaunch, resolve_on
 from pdlaunch.resolve.roles import Allocator
 from pdlaunch.supervisor.folders import new_launch_id
@@ -110,6 +111,9 @@ def measured_pairs(
     allocator = _allocator(resolved)
     host_speed = HOST_SHARE * measure_copy_gigabytes_per_s() if allocator == "host" else None
     pairs = sorted(status.pairs, key=lambda pair: (pair.peer, pair.local))
+    host_of = {each.name: each.host for each in plan_processes(resolved).processes}
+    far = [_two_hosts(host_of, pair) for pair in pairs]
+    links = gpu_links(resolved, pairs, read_links)
     return tuple(
         PairTransport(
             decode_rank=pair.local,
@@ -117,14 +121,23 @@ def measured_pairs(
             path=pair.path,
             allocator=allocator,
             gigabytes_per_s=pair.gigabytes_per_s,
-            expected_gigabytes_per_s=host_speed
-            if link is None
-            else LINK_SHARES[link.kind] * link.gigabytes_per_s,
+            expected_gigabytes_per_s=LINK_SHARES[link.kind] * link.gigabytes_per_s
+            if link is not None
+            else None
+            if hosts
+            else host_speed,
+            hosts=hosts,
             link="" if link is None else link.text,
             other_paths=pair.other_paths,
         )
-        for pair, link in zip(pairs, gpu_links(resolved, pairs, read_links), strict=True)
+        for pair, link, hosts in zip(pairs, links, far, strict=True)
     )
+
+
+def _two_hosts(host_of: Mapping[str, str], pair: PairReady) -> tuple[str, str] | None:
+    """Return the hosts of prefill and decode where they are two."""
+    prefill, decode = host_of.get(pair.peer, ""), host_of.get(pair.local, "")
+    return None if prefill == decode else (prefill, decode)
 
 
 def probe_transport(resolved: ResolvedLaunch) -> tuple[PairTransport, ...]:

@@ -352,6 +352,14 @@ CASES: dict[str, Case] = {
             ),
         ],
     ),
+    "PD506": Case(
+        [on(CPU, pairs=(replace(PAIR, hosts=("a", "b"), gigabytes_per_s=0.1),))],
+        [
+            on(CPU, pairs=(replace(PAIR, gigabytes_per_s=0.1, expected_gigabytes_per_s=None),)),
+            on(CPU, pairs=(replace(PAIR, hosts=("a", "b"), gigabytes_per_s=None),)),
+            on(CPU, pairs=(replace(PAIR, hosts=("a", "b"), gigabytes_per_s=5.0),)),
+        ],
+    ),
     "PD505": Case(
         [on(CPU, pairs=(PAIR,))],
         [on(CPU, pairs=(replace(PAIR, gigabytes_per_s=None), replace(PAIR, error="gone")))],

@@ -37,4 +37,15 @@ CASES = [
         only_on="two GPUs of a host",
     ),
     Case("PD505", GOOD, {}),
+    Case(
+        "PD506",
+        measured(hosts=("local", "node-1"), gigabytes_per_s=0.1, expected_gigabytes_per_s=None),
+        {
+            "Place both sides of a pair on one host": GOOD,
+            "RDMA or a faster network": measured(
+                hosts=("local", "node-1"), gigabytes_per_s=12.0, expected_gigabytes_per_s=None
+            ),
+        },
+        only_on="two hosts",
+    ),
 ]
