@@ -47,6 +47,8 @@ _logger = logging.getLogger(__name__)
 
 POLL_S = 2.0
 ASK_TIMEOUT_S = 10.0
+LOOK_S = 0.25e-3
+"""Time for each engine between two looks at all of them, which take about a tenth of that."""
 NUM_CANARIES = 4
 """Canaries under way at a time."""
 CANARY_RETRY_S = (0.5, 30.0)
@@ -130,6 +132,8 @@ class WatchedMembership:
         self._ready: frozenset[str] = frozenset()
         self._serving = False
         self._registry = Registry(version=0, entries=[], serving=False)
+        self._publishes: asyncio.TimerHandle | None = None
+        self._published_at = 0.0
 
     @property
     def kind(self) -> Kind:
@@ -196,7 +200,7 @@ class WatchedMembership:
         self._watched[member.name] = watched
         watched.task = self._spawn(self._watch(watched))
         _logger.info("added %s (%s) at %s", member.name, member.role, member.url)
-        self._publish()
+        self._publish_soon()
 
     async def remove(self, name: str, drain_timeout_s: float) -> int:
         """Give an engine no more work, wait for what it does, and forget it.
@@ -237,6 +241,8 @@ class WatchedMembership:
 
     async def close(self) -> None:
         """End all watching."""
+        if self._publishes is not None:
+            self._publishes.cancel()
         tasks = [*self._tasks, *self._canaries.values()]
         for task in tasks:
             task.cancel()
@@ -280,7 +286,7 @@ class WatchedMembership:
                 self._forget_pairs(watched.member.name)
             else:
                 self._doubt(watched)
-            self._publish()
+            self._publish_soon()
             await asyncio.sleep(self._settings.poll_s)
 
     async def _look(self, watched: _Watched) -> str:
@@ -346,8 +352,19 @@ class WatchedMembership:
             and watched.member.role == role
         ]
 
+    def _publish_soon(self) -> None:
+        """Publish once for many changes: a look at all engines for each would be one too many."""
+        if self._publishes is None:
+            loop = asyncio.get_running_loop()
+            at = max(loop.time(), self._published_at + LOOK_S * len(self._watched))
+            self._publishes = loop.call_at(at, self._publish)
+
     def _publish(self) -> None:
         """Send the canaries that are due, and announce what has changed."""
+        if self._publishes is not None:
+            self._publishes.cancel()
+        self._publishes = None
+        self._published_at = asyncio.get_running_loop().time()
         prefill, decode = self._healthy("prefill"), self._healthy("decode")
         due = due_pairs(prefill, decode)
         for pair in self._canaries.keys() - due:
@@ -430,7 +447,7 @@ class WatchedMembership:
             self._results[pair] = result
             if isinstance(result, Proof):
                 del self._canaries[pair]
-            self._publish()
+            self._publish_soon()
             if isinstance(result, Proof):
                 return
             await asyncio.sleep(pause_s)

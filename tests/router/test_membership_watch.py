@@ -438,3 +438,12 @@ async def test_an_engine_that_answers_nonsense_is_tried_again(tmp_path: Path) ->
         await alone.until(lambda: "decode-0" in alone.ready)
     finally:
         await alone.close()
+
+
+async def test_engines_that_come_together_are_one_change(alone: Alone) -> None:
+    """Each change is a look at all engines: a look for each of them would grow with the square."""
+    for index in range(40):
+        name = f"decode-{index}"
+        alone.watch.add(Member(name=name, role="decode", url=alone.url(name), kind="vllm"), "test")
+    registry = await anext(alone.watch.versions())
+    assert (registry.version, len(registry.entries)) == (1, 40)
