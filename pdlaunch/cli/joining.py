@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import select
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,9 +14,10 @@ from rich.text import Text
 
 from pdlaunch.config.hosts import LOCAL
 from pdlaunch.config.models import LaunchConfig
+from pdlaunch.config.roles import Role
 from pdlaunch.errors import ConfigError, StartupError
 from pdlaunch.hosts.agent_channel import AgentChannel, Joined, Lost, News, Told
-from pdlaunch.hosts.agent_messages import Look, MissingPaths
+from pdlaunch.hosts.agent_messages import Look, Seen
 from pdlaunch.hosts.join import (
     held_join_file,
     new_join_keys,
@@ -27,6 +28,7 @@ from pdlaunch.hosts.joined import joined_host
 from pdlaunch.platform.addresses import default_address
 from pdlaunch.resolve.hosts import ResolvedHost
 from pdlaunch.resolve.resolve import ResolvedLaunch
+from pdlaunch.resolve.roles import RoleEngines
 
 JOIN_FILE = "join.json"
 _ANSWER_TIMEOUT_S = 30.0
@@ -117,44 +119,60 @@ def _wait(
         )
 
 
-def require_models(agents: Agents, resolved: ResolvedLaunch) -> None:
-    """Raise ConfigError when a host does not have the files of the models that it is to serve."""
-    wanted: dict[str, set[str]] = {
-        host: {
-            engines.model.path
-            for engines in roles.values()
-            if engines.model.path is not None and engines.settings.load_format != "dummy"
-        }
-        for host, roles in resolved.placed.by_host.items()
-        if host in agents.joined
-    }
-    for host, paths in wanted.items():
-        agents.channel.send(host, Look(paths=sorted(paths)))
-    missing: dict[str, Sequence[str]] = {}
+def require_hosts(agents: Agents, resolved: ResolvedLaunch) -> None:
+    """Ask every host for the files and ports that its engines need.
+
+    Raises ConfigError for a model that is not there, and StartupError for a port that is not free.
+    """
+    ports: dict[str, list[int]] = {}
+    for listener in resolved.engine_addresses:
+        ports.setdefault(listener.on, []).append(listener.port)
+    wanted = {name: _paths(roles) for name, roles in resolved.placed.by_host.items()}
+    asked = wanted.keys() & agents.joined.keys()
+    for name in asked:
+        address = resolved.host(name).bind_address
+        look = Look(paths=wanted[name], address=address, ports=ports.get(name, []))
+        agents.channel.send(name, look)
+    seen: dict[str, Seen] = {}
     others: list[News] = []
 
     def take_in(news: News) -> bool:
         match news:
-            case Told(name=name, message=MissingPaths(paths=paths)):
-                missing[name] = paths
+            case Told(name=name, message=Seen() as answer):
+                seen[name] = answer
             case _:
                 others.append(news)
-        return missing.keys() >= wanted.keys()
+        return seen.keys() >= asked
 
-    is_complete = _until(agents.channel, take_in, _ANSWER_TIMEOUT_S)
+    is_complete = not asked or _until(agents.channel, take_in, _ANSWER_TIMEOUT_S)
     agents.channel.put_back(others)
     if not is_complete:
-        silent = ", ".join(sorted(wanted.keys() - missing.keys()))
-        raise StartupError(f"the agents of {silent} did not answer")
-    for host, absent in missing.items():
-        if absent:
+        raise StartupError(f"no answer of the agents of {', '.join(sorted(asked - seen.keys()))}")
+    for name, answer in seen.items():
+        for path in answer.missing_paths:
             raise ConfigError(
-                f"{host} does not have {absent[0]}: engines read models on their own host",
+                f"{name} does not have {path}: engines read models on their own host",
                 field="model",
-                value=absent[0],
+                value=path,
                 fix="put the model on a file system that all hosts share, or copy it there, at the "
                 "same path",
             )
+        for port, reason in answer.busy_ports.items():
+            raise StartupError(
+                f"port {port} of {name} cannot be used: {reason}; free it, or choose other ones "
+                "with the `port` of the role"
+            )
+
+
+def _paths(roles: Mapping[Role, RoleEngines]) -> list[str]:
+    """Return the models that a host reads."""
+    return sorted(
+        {
+            engines.model.path
+            for engines in roles.values()
+            if engines.model.path is not None and engines.settings.load_format != "dummy"
+        }
+    )
 
 
 def _until(channel: AgentChannel, take_in: Callable[[News], bool], timeout_s: float) -> bool:

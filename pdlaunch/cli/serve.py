@@ -22,7 +22,7 @@ from pdlaunch.cli.assume import AssumeOption, Judged, judged_machine
 from pdlaunch.cli.downloads import ShownDownloads
 from pdlaunch.cli.findings import safe
 from pdlaunch.cli.flags import with_serve_flags
-from pdlaunch.cli.joining import Agents, joined_agents, require_models
+from pdlaunch.cli.joining import Agents, joined_agents, require_hosts
 from pdlaunch.cli.live import SteadyConsole, make_view, ready_rows
 from pdlaunch.cli.output import Format
 from pdlaunch.cli.preflight import judge_pairs, refuse_errors, refuse_running_engines
@@ -157,7 +157,7 @@ def _launch(
         listeners = stack.enter_context(listening(config.host, config.port))
         fetch_weights(config, models, downloads)
         if agents is not None:
-            require_models(agents, resolved)
+            require_hosts(agents, resolved)
         log_dir = log_dir or new_log_dir(config, launch_id)
         return _serve(loaded, resolved, lifeline, listeners, launch_id, log_dir, agents)
 

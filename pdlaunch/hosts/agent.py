@@ -30,10 +30,10 @@ from pdlaunch.hosts.agent_messages import (
     Join,
     Leave,
     Look,
-    MissingPaths,
     Printed,
     Refused,
     Said,
+    Seen,
     Send,
     Session,
     Signal,
@@ -48,6 +48,7 @@ from pdlaunch.hosts.join import Ticket
 from pdlaunch.hosts.local import LocalHost
 from pdlaunch.hosts.log_tails import LogTails
 from pdlaunch.hosts.permitted import NotPermittedError, permitted
+from pdlaunch.platform.availability import probe_port
 from pdlaunch.process.bootstrap import Bootstrap
 from pdlaunch.process.new_run_dir import new_run_dir
 from pdlaunch.protocol.control import from_supervisor, to_supervisor
@@ -192,8 +193,8 @@ class AgentSession:
 
     def _obey(self, message: ToAgent, host: LocalHost | None) -> None:
         match message:
-            case Look(paths=paths):
-                self._send(MissingPaths(paths=[each for each in paths if not Path(each).exists()]))
+            case Look():
+                self._send(_look(message))
             case Spawn() if host is not None:
                 self._spawn(message, host)
             case Signal(name=name, number=number) if host is not None:
@@ -284,3 +285,15 @@ class AgentSession:
             if isinstance(refused, Refused):
                 return refused
         return to_agent.decode(self._session.payload(frames))
+
+
+def _look(asked: Look) -> Seen:
+    states = {port: probe_port(asked.address, port) for port in asked.ports}
+    return Seen(
+        missing_paths=[each for each in asked.paths if not Path(each).exists()],
+        busy_ports={
+            port: state.detail or state.problem
+            for port, state in states.items()
+            if state is not None and state.problem
+        },
+    )

@@ -78,13 +78,15 @@ class Leave(Message):
     reason: str
 
 
-class MissingPaths(Message):
+class Seen(Message):
     """Answers Look."""
 
-    paths: list[str]
+    missing_paths: list[str]
+    busy_ports: dict[int, str] = {}
+    """Why a port cannot be listened on."""
 
 
-FromAgent = Join | Beat | Exited | Said | Printed | Refused | Leave | MissingPaths
+FromAgent = Join | Beat | Exited | Said | Printed | Refused | Leave | Seen
 
 
 class Welcome(Message):
@@ -97,9 +99,11 @@ class Welcome(Message):
 
 
 class Look(Message):
-    """Asks which of these files and folders are not there."""
+    """Asks which of these files and folders are not there, and which ports are not free."""
 
     paths: list[str]
+    address: str = ""
+    ports: list[int] = []
 
 
 class Spawn(Message):

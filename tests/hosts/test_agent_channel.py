@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,8 +27,8 @@ from pdlaunch.hosts.agent_messages import (
     Beat,
     Join,
     Look,
-    MissingPaths,
     Printed,
+    Seen,
     Session,
     from_agent,
     to_agent,
@@ -138,8 +139,15 @@ def test_an_agent_joins_and_answers_and_leaves_with_the_launch(
     with listening(keys, tmp_path) as channel:
         agent = Agent(keys.ticket(channel.endpoint))
         assert news_of(channel) == Joined(HELLO)
-        channel.send("a", Look(paths=[str(tmp_path), "/no/such/folder"]))
-        assert news_of(channel) == Told("a", MissingPaths(paths=["/no/such/folder"]))
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+            paths = [str(tmp_path), "/no/such/folder"]
+            channel.send("a", Look(paths=paths, address="127.0.0.1", ports=[port, 0]))
+            told = news_of(channel)
+        assert isinstance(told, Told)
+        assert isinstance(told.message, Seen)
+        assert told.message.missing_paths == ["/no/such/folder"]
+        assert list(told.message.busy_ports) == [port]
     assert agent.end() == "the launch is over"
     assert agent.notes == ["joined as a"]
 
@@ -290,7 +298,7 @@ def test_what_processes_print_comes_to_the_folder_of_the_logs(
     raw.say(HELLO)
     raw.say(Printed(name="prefill-0", data=b"one\n"))
     raw.say(Printed(name="prefill-0", data=b"two\n"))
-    raw.say(MissingPaths(paths=[]))
+    raw.say(Seen(missing_paths=[]))
     while not isinstance(news_of(channel), Told):
         pass
     assert (tmp_path / "prefill-0").read_bytes() == b"one\ntwo\n"
