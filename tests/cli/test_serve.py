@@ -219,3 +219,45 @@ def test_a_log_folder_that_cannot_be_made_is_named(model: str, tmp_path: Path) -
     result = serve("--model", model, "--port", "0", "--log-dir", str(tmp_path / "file" / "logs"))
     assert result.exit_code == 2
     assert "log_dir" in result.output
+
+
+def test_dry_run_shows_which_rank_goes_to_which_host_and_device(model: str, tmp_path: Path) -> None:
+    config = tmp_path / "deploy.yaml"
+    config.write_text(
+        f"model: {model}\nplacement: hosts\ncontrol_address: 10.0.0.1\nport: 0\n"
+        "kv_transfer: {trusted_network: true}\nplacement_strategy: spread\n"
+        "decode: {tensor_parallel_size: 2}\n"
+        "hosts: [{name: node-1, machine: h100x2}, {name: node-2, machine: h100x2}]\n"
+    )
+    result = serve(str(config), "--dry-run", "--format", "json", "--assume", "h100x2")
+    assert result.exit_code == 0, result.stdout + result.stderr
+    plan = json.loads(result.stdout)
+    where = {p["name"]: (p["host"], p["devices"]) for p in plan["processes"]}
+    assert where == {
+        "prefill-0/rank-0": ("node-1", ["cuda:0"]),
+        "decode-0/rank-0": ("node-2", ["cuda:0"]),
+        "decode-0/rank-1": ("node-2", ["cuda:1"]),
+        "prefill-0": ("node-1", []),
+        "decode-0": ("node-2", []),
+        "router": ("local", []),
+    }
+    ranks = {host["name"]: host["ranks"] for host in plan["hosts"]}
+    assert ranks == {"local": {}, "node-1": {"prefill-0": 1}, "node-2": {"decode-0": 2}}
+    table = serve(str(config), "--dry-run", "--assume", "h100x2", columns=200).stdout
+    row = next(line for line in table.splitlines() if "decode-0/rank-1" in line)
+    assert [cell.strip() for cell in row.split("│")[1:4]] == ["decode-0/rank-1", "node-2", "cuda:1"]
+
+
+def test_a_host_that_cannot_hold_an_engine_is_named(model: str, tmp_path: Path) -> None:
+    config = tmp_path / "deploy.yaml"
+    config.write_text(
+        f"model: {model}\nplacement: hosts\ncontrol_address: 10.0.0.1\nport: 0\n"
+        "kv_transfer: {trusted_network: true}\ndevice: cuda\n"
+        "decode: {tensor_parallel_size: 4}\n"
+        "hosts: [{name: node-1, machine: h100x2}, {name: node-2, machine: h100x2}]\n"
+    )
+    command = ["check-config", str(config), "--assume", "h100x2", "--format", "json"]
+    result = CliRunner().invoke(build_app(command), command)
+    found = [item for item in json.loads(result.stdout)["findings"] if item["rule"] == "PD411"]
+    assert found
+    assert "node-" in found[0]["message"]

@@ -46,10 +46,12 @@ def keys() -> JoinKeys:
 
 
 @contextlib.contextmanager
-def listening(keys: JoinKeys, folder: Path, **options: Any) -> Iterator[AgentChannel]:
+def listening(
+    keys: JoinKeys, folder: Path, address: str = "127.0.0.1", **options: Any
+) -> Iterator[AgentChannel]:
     channel = AgentChannel(
         keys,
-        "127.0.0.1",
+        address,
         ["a", "b"],
         print_to=lambda name: folder / name,
         **{"timeout_s": 60.0, **options},
@@ -150,6 +152,14 @@ def test_an_agent_joins_and_answers_and_leaves_with_the_launch(
         assert list(told.message.busy_ports) == [port]
     assert agent.end() == "the launch is over"
     assert agent.notes == ["joined as a"]
+
+
+def test_agents_join_over_ipv6_too(keys: JoinKeys, tmp_path: Path) -> None:
+    with listening(keys, tmp_path, "::1") as channel:
+        assert channel.endpoint.startswith("tcp://[::1]:")
+        agent = Agent(keys.ticket(channel.endpoint))
+        assert news_of(channel) == Joined(HELLO)
+    agent.end()
 
 
 def test_an_agent_that_is_told_to_end_says_so(channel: AgentChannel, keys: JoinKeys) -> None:

@@ -9,8 +9,10 @@ import pytest
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.engines.native import NativeEngine
 from pdlaunch.engines.plan import plan_processes
+from pdlaunch.process.bootstrap import OVER_HOSTS
 from pdlaunch.protocol.sockets import new_launch_keys
-from pdlaunch.resolve.resolve import resolve
+from pdlaunch.resolve.hosts import ResolvedHost, Share
+from pdlaunch.resolve.resolve import resolve, resolve_on
 from pdlaunch.supervisor.bootstraps import LaunchBootstraps
 from pdlaunch.supervisor.ports import listening
 from tests.resolve.test_resolve import CPU, write_model
@@ -49,3 +51,51 @@ def test_children_are_given_what_is_theirs(model: Path, tmp_path: Path) -> None:
         assert of_router.router.port == listeners[0].getsockname()[1]
         assert of_router.router.listeners == (listeners[0].fileno(),)
         assert of_router.router.api_key == "secret"
+
+
+def test_children_are_given_the_addresses_of_their_host(model: Path, tmp_path: Path) -> None:
+    """Also those of an engine that has moved, or whose host has come back elsewhere."""
+    config = LaunchConfig.model_validate(
+        {
+            "model": str(model),
+            "placement_strategy": "spread",
+            "decode": {"tensor_parallel_size": 2, "hosts_per_engine": 2},
+        }
+    )
+    hosts = [
+        ResolvedHost("local", CPU, {}, "10.0.0.1", "10.0.0.1", frozenset()),
+        ResolvedHost("a", CPU, {}, "10.0.0.2", "192.0.2.2"),
+        ResolvedHost("b", CPU, {}, "fd00::3", "fd00::3"),
+    ]
+    with listening("127.0.0.1", 0) as listeners:
+        resolved = resolve_on(config, hosts, {})
+        bootstraps = LaunchBootstraps(
+            resolved,
+            keys=new_launch_keys(),
+            control="ipc:///c",
+            run_dir=tmp_path,
+            launch_id="l",
+            listeners=listeners,
+            kind=NativeEngine(),
+        )
+        bootstraps.prepare()
+
+        def given(name: str) -> tuple[str, str, str]:
+            (process,) = [one for one in plan_processes(resolved).processes if one.name == name]
+            made = bootstraps.make(process, 1)
+            spec = made.engine()
+            return spec.bind_address, spec.advertise_address, made.rendezvous
+
+        assert given("prefill-0/rank-0")[:2] == ("10.0.0.2", "192.0.2.2")
+        ranks = {given(f"decode-0/rank-{rank}") for rank in (0, 1)}
+        assert ranks == {
+            ("10.0.0.2", "192.0.2.2", OVER_HOSTS),
+            ("fd00::3", "fd00::3", OVER_HOSTS),
+        }
+        resolved = resolved.with_places({**resolved.places, ("prefill", 0): (Share("b", 1),)})
+        prefill = next(one for one in resolved.engines if one.name == "prefill-0")
+        bootstraps.adopt(resolved, prefill)
+        assert given("prefill-0/rank-0")[:2] == ("fd00::3", "fd00::3")
+        resolved = resolved.with_host(ResolvedHost("b", CPU, {}, "10.0.0.9", "10.0.0.9"))
+        bootstraps.adopt(resolved)
+        assert given("prefill-0/rank-0")[:2] == ("10.0.0.9", "10.0.0.9")
