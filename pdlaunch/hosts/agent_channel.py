@@ -172,6 +172,15 @@ class AgentChannel:
         os.close(self._wake_event)
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:
+            # Without this thread agents end by themselves: the supervisor must hear of it.
+            logger.exception("the agents' channel failed")
+            for agent in list(self._agents.values()):
+                self._lose(agent, f"the channel failed: {error!r}")
+
+    def _serve(self) -> None:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._wake_event, zmq.POLLIN)
@@ -296,7 +305,10 @@ class AgentChannel:
             case Beat():
                 pass
             case Printed(name=name, data=data):
-                with contextlib.suppress(OSError), self._print_to(name).open("ab") as log:
+                with (
+                    contextlib.suppress(OSError, ValueError),
+                    self._print_to(name).open("ab") as log,
+                ):
                     log.write(data)
             case Leave(reason=reason):
                 self._lose(agent, reason)

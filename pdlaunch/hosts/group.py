@@ -120,6 +120,11 @@ class HostGroup:
                 self._on_news(news)
                 for name in [name for name, at in self._hosts.items() if at == host]:
                     self._exits.append(_lost(name, self._incarnations[name], host, reason))
+            # An agent speaks for the processes of its host alone.
+            case Told(message=Said() | Exited() | Refused() as said) if (
+                self._hosts.get(said.name) != news.name
+            ):
+                logger.warning("%s told of %r, which is not there", news.name, said.name[:80])
             case Told(message=Said(name=name, frame=frame)):
                 try:
                     self._messages.append(MessageReceived(name, to_supervisor.decode(frame)))

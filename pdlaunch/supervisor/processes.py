@@ -82,6 +82,7 @@ class LaunchProcesses:
         """Start all processes of a unit under its next incarnation."""
         unit.incarnation += 1
         unit.respawn_at = unit.ready_at = unit.cause = None
+        unit.lost_with = ""
         # Before the launch is ready its own deadline comes first; later this one counts.
         unit.kill_at = self._clock() + self._startup_timeout_s
         for instance in unit.members:
