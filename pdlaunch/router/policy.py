@@ -236,30 +236,30 @@ class LeastCost:
     ) -> Route:
         is_new = request.hop == "prefill" and not request.tried and not request.is_suspect
         if is_new and request.max_tokens != 1 and not request.wants_pair:
-            routes = self._routes(request, engines, pairs, index, now_at)
-            if routes:
-                return routes[0]
+            cheapest = self._cheapest(request, engines, pairs, index, now_at)
+            if cheapest is not None:
+                return cheapest
         return self._otherwise.choose(request, engines, pairs, index, now_at)
 
-    def _routes(
+    def _cheapest(
         self,
         request: RoutingRequest,
         engines: Sequence[Engine],
         pairs: Sequence[PairReady],
         index: PrefixIndex,
         now_at: float,
-    ) -> list[Route]:
-        """Return the best route, if costs can decide."""
+    ) -> Route | None:
+        """Return the best route; None: costs cannot decide."""
         usable = [one for one in engines if one.ready and one.avoid_until_at <= now_at]
         loads = [load for one in usable if (load := load_of(one, now_at)) is not None]
         if len(loads) != len(usable):
-            return []
+            return None
         estimates = [
             *_estimates_alone(request, loads, index),
             *_estimates_of_pairs(request, loads, pairs, index),
         ]
         if not estimates:
-            return []
+            return None
         by_name = {engine.name: engine for engine in usable}
 
         def rank(estimate: Estimate) -> tuple[float, float, int]:
@@ -271,16 +271,14 @@ class LeastCost:
         first, last = by_name[best.engines[0]], by_name[best.engines[-1]]
         is_pair = first is not last
         early = is_pair and may_tell_early(request, first) and covers(last.capabilities, _WAITS)
-        return [
-            Route(
-                reason="least cost" if not self._excess(best) else "least excess of the limits",
-                prefill=first if is_pair else None,
-                decode=last if early or not is_pair else None,
-                planned=last if is_pair else None,
-                estimate=best,
-                alternatives=tuple(sorted(first_of_kind.values(), key=rank)),
-            )
-        ]
+        return Route(
+            reason="least cost" if not self._excess(best) else "least excess of the limits",
+            prefill=first if is_pair else None,
+            decode=last if early or not is_pair else None,
+            planned=last if is_pair else None,
+            estimate=best,
+            alternatives=tuple(sorted(first_of_kind.values(), key=rank)),
+        )
 
     def take_over(
         self,
