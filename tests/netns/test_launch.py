@@ -6,13 +6,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 
+from pdlaunch.checks.transport_rules import FAR_GIGABYTES_PER_S
 from tests.netns.hosts import Host, new_network
-from tests.netns.launch import FarLaunch, far_launch
+from tests.netns.launch import FarLaunch, far_launch, wait_for
 from tests.netns.stranger import Seen
 
 TRUSTED = {"trusted_network": True, "pull_timeout_s": 5}
@@ -43,8 +46,8 @@ def pair() -> Iterator[FarLaunch]:
 
 @pytest.fixture(scope="module")
 def expected(pair: FarLaunch) -> list[list[int]]:
-    """The tokens of the first answers."""
-    return tokens_of(pair.ask(*fresh("first")))
+    """The tokens of a prefill engine alone, which pulls nothing."""
+    return tokens_of(pair.ask_alone("prefill-0", *fresh("alone")))
 
 
 def fresh(name: str) -> list[dict[str, Any]]:
@@ -79,6 +82,35 @@ def pulled_bytes(launch: FarLaunch) -> float:
     )
 
 
+def asked_meanwhile(
+    launch: FarLaunch, questions: list[dict[str, Any]], disturb: Callable[[], None]
+) -> list[Any]:
+    """The answers to questions during which something happens."""
+    answers: list[Any] = []
+    asking = threading.Thread(target=lambda: answers.extend(launch.ask(*questions)))
+    asking.start()
+    try:
+        disturb()
+    finally:
+        asking.join()
+    return answers
+
+
+def under_way(launch: FarLaunch) -> None:
+    """Return when KV blocks are on their way."""
+    before = launch.network.num_bytes("a", "b")
+    wait_for(
+        lambda: launch.network.num_bytes("a", "b") > before + (1 << 18), launch, "nothing moves"
+    )
+
+
+def serves_again(launch: FarLaunch, name: str, expected: list[list[int]]) -> None:
+    """All is answered again, after a while."""
+    wait_for(
+        lambda: judge(launch.ask(*fresh(name)), expected) == NUM_QUESTIONS, launch, "no answers"
+    )
+
+
 def test_blocks_go_over_the_network(pair: FarLaunch, expected: list[list[int]]) -> None:
     pulled, passed = pulled_bytes(pair), pair.network.num_bytes("a", "b")
     assert judge(pair.ask(*fresh("counted")), expected) == NUM_QUESTIONS
@@ -86,6 +118,15 @@ def test_blocks_go_over_the_network(pair: FarLaunch, expected: list[list[int]]) 
     assert pulled > 1 << 20
     assert pair.network.num_bytes("a", "b") - passed > pulled
     assert {each["path"] for each in pair.status()["pairs"]} == {"nixl/UCX"}
+
+
+def test_a_slow_network_is_told(pair: FarLaunch) -> None:
+    """The pair was measured over its own path when it shook hands."""
+    (measured,) = pair.status()["pairs"]
+    assert measured["gigabytes_per_s"] > 0
+    is_slow = measured["gigabytes_per_s"] < FAR_GIGABYTES_PER_S
+    assert ("PD506" in pair.output()) is is_slow
+    assert "PD504" not in pair.output()
 
 
 def test_what_listens_is_documented_and_closed_to_strangers(pair: FarLaunch) -> None:
@@ -134,3 +175,29 @@ def test_a_bad_network_costs_time_alone(
         assert judge(pair.ask(*fresh(f"bad {link}")), expected) == NUM_QUESTIONS
     finally:
         pair.network.set_link("b")
+
+
+def test_a_cut_leaves_nothing_wrong_and_nothing_stuck(
+    pair: FarLaunch, expected: list[list[int]]
+) -> None:
+    def cut() -> None:
+        under_way(pair)
+        pair.network.set_link("b", is_cut=True)
+        time.sleep(4)
+        pair.network.set_link("b")
+
+    judge(asked_meanwhile(pair, fresh("cut"), cut), expected)
+    serves_again(pair, "after", expected)
+
+
+def test_a_host_that_falls_over_takes_no_answer_along(
+    pair: FarLaunch, expected: list[list[int]]
+) -> None:
+    """The last one of these: what is left of the pair serves alone."""
+
+    def fall() -> None:
+        under_way(pair)
+        pair.network["b"].kill()
+
+    judge(asked_meanwhile(pair, fresh("fall"), fall), expected)
+    serves_again(pair, "on one host", expected)
