@@ -35,7 +35,7 @@ class EngineChild:
                 env={**os.environ, **environment},
                 # Forked by the main thread, which lives as long as the sidecar: the kernel sends
                 # the signal when that thread ends.
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
         except OSError as error:
             raise StartupError(
@@ -69,5 +69,6 @@ class EngineChild:
             return
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the thread that has forked it ends."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,256 @@
+"""Engines of vLLM that nobody of pdlaunch started, with the stock connector and its mistakes:
+``pdlaunch doctor`` and ``pdlaunch router`` in front of them.
+
+The tests run in the order of the file: the first ones look at engines that nobody has repaired.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+import pytest
+import zmq
+from typer.testing import CliRunner
+
+from pdlaunch.cli.app import build_app
+from pdlaunch.client.admin import admin_api
+from pdlaunch.client.api import Api
+from pdlaunch.client.deployment import free_port
+from pdlaunch.config.model_files.aliases import resolve_model
+from pdlaunch.sidecar.child import die_with_parent
+from tests.e2e.api import complete, streamed
+from tests.e2e.conftest import clean_environ
+from tests.e2e.lone_router import running_router
+from tests.e2e.waiting import await_true
+from tests.vllm.conftest import START_TIMEOUT_S
+from tests.vllm.kv_memory import GET_META
+from tests.vllm.test_pair import NUM_TOKENS, bytes_read, prompt_of, states
+
+pytestmark = pytest.mark.vllm_long
+
+MODEL = "smollm2"
+TRANSFER = {
+    "kv_connector": "NixlConnector",
+    "kv_role": "kv_both",
+    "kv_buffer_device": "cpu",
+    "kv_connector_extra_config": {"kv_lease_duration": 20},
+}
+
+
+class Server:
+    """A ``vllm serve`` that a user has started."""
+
+    def __init__(
+        self, command: tuple[str, ...], environ: dict[str, str], port: int, log_file: Path
+    ) -> None:
+        self.port = port
+        self._command, self._environ, self._log_file = command, environ, log_file
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        with self._log_file.open("ab") as log:
+            self.process = subprocess.Popen(
+                self._command,
+                env=self._environ,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=die_with_parent,
+            )
+
+    def kill(self) -> None:
+        """Kill it with all of its processes, as a node that is gone takes them."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def is_healthy(self) -> bool:
+        assert self.process.poll() is None, self._log_file.read_text()[-4000:]
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as response:
+                return bool(response.status == 200)
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            return False
+
+
+def new_server(vllm_command: str, folder: Path, name: str, side_channel: tuple[str, int]) -> Server:
+    port = free_port()
+    command = (
+        *(vllm_command, "serve", str(resolve_model(MODEL).cache_dir)),
+        *("--served-model-name", MODEL, "--dtype", "float32", "--max-model-len", "512"),
+        *("--enforce-eager", "--enable-prompt-tokens-details"),
+        *("--host", "127.0.0.1", "--port", str(port)),
+        *("--kv-transfer-config", json.dumps(TRANSFER)),
+    )
+    own = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_NIXL_SIDE_CHANNEL_HOST": side_channel[0],
+        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(side_channel[1]),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "UCX_MODULES": "^ib",
+        "VLLM_SERVER_DEV_MODE": "1",
+    }
+    return Server(command, clean_environ() | own, port, folder / name)
+
+
+@dataclass
+class Somebodys:
+    prefill: Server
+    decode: Server
+    side_channel_port: int
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        return ("--prefill", self.prefill.url, "--decode", self.decode.url)
+
+
+@pytest.fixture(scope="module")
+def engines(vllm_command: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Somebodys]:
+    """Prefill's side channel listens everywhere, and both run in dev mode."""
+    folder = tmp_path_factory.mktemp("somebodys")
+    port = free_port()
+    with contextlib.ExitStack() as stack:
+        servers = []
+        for name, side_channel in (
+            ("prefill", ("0.0.0.0", port)),
+            ("decode", ("127.0.0.1", free_port())),
+        ):
+            server = new_server(vllm_command, folder, name, side_channel)
+            stack.callback(server.kill)
+            servers.append(server)
+        for server in servers:
+            await_true(server.is_healthy, "it is healthy", START_TIMEOUT_S)
+        yield Somebodys(*servers, port)
+
+
+@pytest.fixture(scope="module")
+def router(engines: Somebodys, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with running_router(
+        ("--engine", "vllm", "--dtype", "float32", *engines.flags),
+        clean_environ(),
+        tmp_path_factory.mktemp("router") / "log",
+    ) as url:
+        yield url
+
+
+def doctor(engines: Somebodys, *flags: str) -> tuple[int, dict[str, list[str]]]:
+    """Return its exit code, and what it found by rule."""
+    arguments = ["doctor", *engines.flags, "--exact", "--format", "json", *flags]
+    result = CliRunner().invoke(build_app(arguments), arguments)
+    assert result.stdout, result.output
+    found: dict[str, list[str]] = {}
+    for item in json.loads(result.stdout)["findings"]:
+        found.setdefault(item["rule"], []).append(f"{item['where']}: {item['message']}")
+    return result.exit_code, found
+
+
+def ask_directly(server: Server, seed: int, **fields: Any) -> list[int]:
+    return complete(Api(server.url), prompt_of(seed), NUM_TOKENS, model=MODEL, **fields)
+
+
+def test_a_prefill_engine_that_is_never_used(engines: Somebodys) -> None:
+    """As behind a router that knows nothing of P/D: decode answers it all."""
+    ask_directly(engines.decode, 200)
+    code, found = doctor(engines, "--no-canary")
+    assert code == 0
+    (unused,) = found["PD655"]
+    assert engines.decode.url in unused
+    assert "0 KV bytes read" in unused
+    assert doctor(engines, "--no-canary", "--strict")[0] == 1
+
+
+def test_a_side_channel_at_every_address_and_dev_mode(engines: Somebodys) -> None:
+    code, found = doctor(engines, "--handshake")
+    assert code == 1
+    (wrong,) = found["PD661"]
+    assert "to dial 0.0.0.0" in wrong
+    assert len(found["PD658"]) == 2
+    assert "PD654" not in found
+    # Dev mode tells it.
+    assert any("kv_lease_duration is 20 s" in text for text in found["PD659"])
+    assert any("1 of its ranks tell" in text for text in found["PD660"])
+    assert any("a canary moved" in text for text in found["PD660"])
+
+
+def test_our_router_in_front_of_them(engines: Somebodys, router: str) -> None:
+    assert Api(router).metrics()["pdlaunch_router_canaries_total"] >= 1
+    for seed in range(210, 213):
+        num_bytes = bytes_read(router)
+        told = complete(router, prompt_of(seed), NUM_TOKENS)
+        assert bytes_read(router) > num_bytes
+        assert told == ask_directly(engines.prefill, seed)
+    with streamed(router, prompt_of(213), NUM_TOKENS) as tokens:
+        assert list(tokens) == ask_directly(engines.prefill, 213)
+
+
+def test_engines_fall_asleep_and_wake_up(engines: Somebodys, router: str) -> None:
+    """vLLM's CPU build gives no memory back; it stops to schedule, which is what can be seen."""
+    admin = admin_api(router)
+    status, answer = admin.post("/sleep?engine=prefill-0", {})
+    assert (status, answer["engines"][0]["is_sleeping"]) == (200, True)
+    assert json.loads(Api(engines.prefill.url).get("/is_sleeping")[1]) == {"is_sleeping": True}
+    assert states(router)["prefill-0"] == "sleeping"
+    # Decode serves alone meanwhile: nothing waits for the one that sleeps.
+    num_bytes = bytes_read(router)
+    told = complete(router, prompt_of(220), NUM_TOKENS)
+    assert bytes_read(router) == num_bytes
+    status, answer = admin.post("/wake_up?engine=prefill-0", {})
+    assert (status, answer["engines"][0]["is_sleeping"]) == (200, False)
+    await_true(lambda: states(router)["prefill-0"] == "ready", "it is awake and proven", 60)
+    assert told == ask_directly(engines.prefill, 220)
+    assert complete(router, prompt_of(221), NUM_TOKENS)
+    assert bytes_read(router) > num_bytes
+
+
+def test_a_peer_that_is_replaced_heals_without_a_restart_of_others(
+    engines: Somebodys, router: str
+) -> None:
+    prompt = prompt_of(230)
+    expected = complete(router, prompt, NUM_TOKENS)
+    decode = psutil.Process(engines.decode.process.pid)
+    engines.prefill.kill()
+    # Decode computes prompts itself.
+    assert complete(router, prompt_of(231), NUM_TOKENS)
+    engines.prefill.start()
+    await_true(engines.prefill.is_healthy, "the next one is healthy", START_TIMEOUT_S)
+    await_true(lambda: states(router)["prefill-0"] == "ready", "its pair is proven", 120)
+    num_bytes = bytes_read(router)
+    assert complete(router, prompt_of(232), NUM_TOKENS) == ask_directly(engines.prefill, 232)
+    assert bytes_read(router) > num_bytes
+    assert decode.is_running()
+    assert complete(router, prompt, NUM_TOKENS) == expected
+
+
+def test_a_side_channel_that_has_died_while_all_is_healthy(engines: Somebodys) -> None:
+    """A question for a rank that does not exist ends it; blocks move until a peer is new."""
+    with zmq.Context() as context, context.socket(zmq.REQ) as channel:
+        channel.setsockopt(zmq.LINGER, 0)
+        channel.setsockopt(zmq.RCVTIMEO, 2_000)
+        channel.connect(f"tcp://127.0.0.1:{engines.side_channel_port}")
+        channel.send(msgspec.msgpack.encode((GET_META, 0, 7)))
+        with pytest.raises(zmq.Again):
+            channel.recv_multipart()
+    code, found = doctor(engines, "--handshake")
+    assert code == 1
+    assert "PD654" not in found
+    (silent,) = found["PD662"]
+    assert "says nothing within" in silent
