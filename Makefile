@@ -60,7 +60,7 @@ $(MOONCAKE): $(DEV)
 	touch $@
 
 test: install $(DEV) $(MOONCAKE)  ## Run all tests
-	$(PYTEST) -m "not vllm and not hosts and not prometheus" $(ARGS)
+	$(PYTEST) -m "not vllm and not hosts and not prometheus and not ray and not slurm" $(ARGS)
 
 test-fast: $(DEV)  ## Run the tests that start no process
 	$(PYTEST) -m "not processes" $(ARGS)
@@ -77,6 +77,10 @@ coverage: install $(DEV) $(MOONCAKE)  ## Run all tests, show what they cover
 test-vllm: install $(DEV)  ## Run the tests with real engines of vLLM
 	tests/vllm/install.sh .venv-vllm
 	$(BIN)/python -m pytest -v tests/vllm $(ARGS)
+
+test-ray: install $(DEV)  ## Run the tests on a cluster of Ray
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[ray]'
+	$(BIN)/python -m pytest -v tests/ray $(ARGS)
 
 test-prometheus: install $(DEV)  ## Run the tests with a real Prometheus
 	tests/prometheus/install.sh .venv-prometheus
@@ -130,5 +134,5 @@ wheel: $(RUNTIME)  ## Build dist/pdlaunch-*.whl
 clean:  ## Remove .venv, dist and the tools' caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* build dist *.egg-info
 
-.PHONY: help install serve test test-fast test-hosts test-vllm test-prometheus coverage scale soak kills cancels attack lint types format rules \
+.PHONY: help install serve test test-fast test-hosts test-vllm test-ray test-prometheus coverage scale soak kills cancels attack lint types format rules \
   settings wheel clean

@@ -30,6 +30,7 @@ from pdlaunch.cli.findings import (
 )
 from pdlaunch.cli.flags import with_serve_flags
 from pdlaunch.cli.junit import problems_junit, report_junit
+from pdlaunch.cli.placing import with_placed_hosts
 from pdlaunch.cli.preflight import probe_transport, refuse_running_engines
 from pdlaunch.cli.sarif import problems_sarif, report_sarif
 from pdlaunch.config.problems import InvalidConfigError, Problem
@@ -73,7 +74,7 @@ def check_config(
     about.
     """
     try:
-        loaded = load_config(config, os.environ, flags)
+        loaded = with_placed_hosts(load_config(config, os.environ, flags), os.environ)
         refuse_running_engines(loaded.config)
         name = _assumed_name(assume, assume_platform, probe=probe)
         judged = judged_machine(name, loaded.config)

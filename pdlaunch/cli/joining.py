@@ -19,12 +19,23 @@ from pdlaunch.errors import ConfigError, StartupError
 from pdlaunch.hosts.agent_channel import AgentChannel, Joined, Lost, News, Told
 from pdlaunch.hosts.agent_messages import Look, Seen
 from pdlaunch.hosts.join import (
+    JoinKeys,
     held_join_file,
     new_join_keys,
     read_resume_file,
     write_join_files,
 )
 from pdlaunch.hosts.joined import joined_host
+from pdlaunch.hosts.placement.ray_cluster import (
+    RayAgents,
+    has_gpus,
+    own_address,
+    placed_actors,
+    ray_bundles,
+    ray_cluster,
+    stop_agents,
+)
+from pdlaunch.hosts.placement.slurm import slurm_join_file
 from pdlaunch.platform.addresses import default_address
 from pdlaunch.resolve.hosts import ResolvedHost
 from pdlaunch.resolve.resolve import ResolvedLaunch
@@ -54,7 +65,12 @@ class Agents:
 
 @contextlib.contextmanager
 def joined_agents(
-    config: LaunchConfig, log_dir: Path, errors: Console, *, resume: bool
+    config: LaunchConfig,
+    environ: Mapping[str, str],
+    log_dir: Path,
+    errors: Console,
+    *,
+    resume: bool,
 ) -> Iterator[Agents | None]:
     """Yield the agents of all hosts of a launch, None for one without.
 
@@ -64,7 +80,13 @@ def joined_agents(
     if config.placement == "local" or not names:
         yield None
         return
+    if config.placement == "ray":
+        with _agents_of_ray(config, names, log_dir, errors) as agents:
+            yield agents
+        return
     path = Path(config.join_file).expanduser() if config.join_file else log_dir / JOIN_FILE
+    if config.placement == "slurm":
+        path = slurm_join_file(config, environ)
     address = config.control_address or default_address()
     if address is None:
         raise ConfigError(
@@ -74,30 +96,60 @@ def joined_agents(
         )
     with held_join_file(path):
         keys = read_resume_file(path) if resume else new_join_keys()
-        channel = AgentChannel(
-            keys,
-            address,
-            names,
-            timeout_s=config.agent_timeout_s,
-            print_to=lambda name: log_dir / f"{name.replace('/', '.')}.log",
-        )
-        with contextlib.closing(channel):
+        with contextlib.closing(_listen(keys, address, names, config, log_dir)) as channel:
             write_join_files(path, keys, channel.endpoint)
             agents = Agents(channel)
-            _wait(agents, names, path, config.join_timeout_s, errors)
+            errors.print(Text(f"waiting for {', '.join(names)} at {channel.endpoint}"))
+            advice = f"start `pdlaunch agent --join {path}` there"
+            if config.placement == "hosts":
+                errors.print(
+                    Text(
+                        f"on each run\n  pdlaunch agent --join {path} --name NAME\n"
+                        f"with a copy of that file, which holds a secret"
+                    )
+                )
+            _wait(agents, names, config.join_timeout_s, advice, errors)
             yield agents
 
 
-def _wait(
-    agents: Agents, names: Sequence[str], path: Path, timeout_s: float, errors: Console
-) -> None:
-    errors.print(
-        Text(
-            f"waiting for {', '.join(names)} at {agents.channel.endpoint}; on each run\n"
-            f"  pdlaunch agent --join {path} --name NAME\n"
-            f"with a copy of that file, which holds a secret"
-        )
+@contextlib.contextmanager
+def _agents_of_ray(
+    config: LaunchConfig, names: Sequence[str], log_dir: Path, errors: Console
+) -> Iterator[Agents]:
+    with ray_cluster() as ray:
+        bundles = ray_bundles(config, has_gpus=has_gpus(ray))
+        errors.print(Text("waiting for Ray to place the engines"))
+        placed = placed_actors(ray, bundles, config.placement_strategy, config.join_timeout_s)
+        with placed as actors, contextlib.ExitStack() as stack:
+            keys = new_join_keys()
+            address = config.control_address or own_address(ray)
+            channel = stack.enter_context(
+                contextlib.closing(_listen(keys, address, names, config, log_dir))
+            )
+            stack.callback(stop_agents, ray, actors)
+            watch = RayAgents(ray, actors, channel.endpoint, keys.server.public, channel.admit)
+            stack.callback(watch.close)
+            agents = Agents(channel)
+            advice = "look at the logs of its actor in Ray"
+            _wait(agents, names, config.join_timeout_s, advice, errors)
+            yield agents
+
+
+def _listen(
+    keys: JoinKeys, address: str, names: Sequence[str], config: LaunchConfig, log_dir: Path
+) -> AgentChannel:
+    return AgentChannel(
+        keys,
+        address,
+        names,
+        timeout_s=config.agent_timeout_s,
+        print_to=lambda name: log_dir / f"{name.replace('/', '.')}.log",
     )
+
+
+def _wait(
+    agents: Agents, names: Sequence[str], timeout_s: float, advice: str, errors: Console
+) -> None:
 
     def take_in(news: News) -> bool:
         agents.take_in(news)
@@ -113,9 +165,8 @@ def _wait(
     if not _until(agents.channel, take_in, timeout_s):
         missing = ", ".join(name for name in names if name not in agents.joined)
         raise StartupError(
-            f"{missing} did not join within {timeout_s:g} s (join_timeout_s): start "
-            f"`pdlaunch agent --join {path}` there, and see that {agents.channel.endpoint} can be "
-            "reached"
+            f"{missing} did not join within {timeout_s:g} s (join_timeout_s): {advice}, and see "
+            f"that {agents.channel.endpoint} can be reached"
         )
 
 

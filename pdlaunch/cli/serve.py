@@ -25,6 +25,7 @@ from pdlaunch.cli.flags import with_serve_flags
 from pdlaunch.cli.joining import Agents, joined_agents, require_hosts
 from pdlaunch.cli.live import SteadyConsole, make_view, ready_rows
 from pdlaunch.cli.output import Format
+from pdlaunch.cli.placing import is_agent_task, refuse_resume, serve_task, with_placed_hosts
 from pdlaunch.cli.preflight import judge_pairs, refuse_errors, refuse_running_engines
 from pdlaunch.cli.refusal import refuse
 from pdlaunch.cli.status_line import StatusLine, reader_of
@@ -93,8 +94,14 @@ def serve(
                 fix="add --dry-run, or leave --assume out",
             )
         lifeline = standard_input() if stop_on_stdin_eof else None
-        loaded = load_config(config, os.environ, flags)
+        loaded = with_placed_hosts(load_config(config, os.environ, flags), os.environ)
         refuse_running_engines(loaded.config)
+        if is_agent_task(loaded.config, os.environ) and not dry_run:
+            check_platform()
+            serve_task(loaded.config, os.environ, errors)
+            return
+        if resume:
+            refuse_resume(loaded.config)
         if resume and loaded.config.join_file is None:
             raise ConfigError(
                 "--resume finds agents by the join file of the launch whose supervisor has died",
@@ -149,7 +156,9 @@ def _launch(
         agents = log_dir = None
         if config.placement != "local":
             log_dir = new_log_dir(config, launch_id)
-            agents = stack.enter_context(joined_agents(config, log_dir, errors, resume=resume))
+            agents = stack.enter_context(
+                joined_agents(config, os.environ, log_dir, errors, resume=resume)
+            )
         resolved, models = _resolve(loaded, judged, agents, downloads)
         refuse_errors(resolved, loaded.origins, errors)
         # Before anything is started, so that a taken port costs no start.

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pdlaunch.config.field_types import FrozenModel
 from pdlaunch.config.roles import Role
 
-Placement = Literal["local", "hosts"]
+Placement = Literal["local", "hosts", "ray", "slurm"]
 PlacementStrategy = Literal["pack", "spread"]
 
 LOCAL = "local"

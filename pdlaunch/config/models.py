@@ -393,7 +393,7 @@ class LaunchConfig(SharedSettings, EngineSettings):
     placement: Annotated[Placement, Flag(panel=HOSTS)] = Field(
         "local",
         description="`local` starts all on this host, `hosts` on those of `hosts`, whose agents "
-        "join.",
+        "join; `ray` and `slurm` ask these for room.",
     )
     hosts: Annotated[Hosts, Flag(panel=HOSTS, metavar="NAMES", help=_HOSTS_HELP)] = Field(
         (),
@@ -487,8 +487,8 @@ class LaunchConfig(SharedSettings, EngineSettings):
                 "placement is hosts, and there is none: name them, as in --hosts node-1,node-2"
             )
             raise PydanticCustomError("hosts", message, {"field": "hosts"})
-        if self.placement == "local" and self.hosts:
-            message = "hosts are named, and placement is local: set placement to hosts"
+        if self.placement != "hosts" and self.hosts:
+            message = f"hosts are named, and placement is {self.placement}: set placement to hosts"
             raise PydanticCustomError("hosts", message, {"field": "placement"})
         return self
 

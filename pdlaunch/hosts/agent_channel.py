@@ -160,6 +160,10 @@ class AgentChannel:
         self._outbox.append((name, message))
         os.eventfd_write(self._wake_event, 1)
 
+    def admit(self, public: str) -> None:
+        """Let an agent join that has drawn this key pair itself."""
+        self._context.admit(public)
+
     def close(self) -> None:
         """Tell all agents that the launch is over, and stop."""
         if self._closing:

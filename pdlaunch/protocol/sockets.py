@@ -41,14 +41,16 @@ def new_launch_keys(*, with_certificate: bool = False) -> LaunchKeys:
     return LaunchKeys(public.decode(), secret.decode(), secrets.token_urlsafe(32), certificate)
 
 
-class _OneKey:
-    """Credentials provider of the authenticator: the launch's own key."""
+class _Admitted:
+    """Provides the authenticator with credentials: the public keys that may connect."""
 
     def __init__(self, public: str) -> None:
-        self._public = public.encode()
+        self.publics: tuple[bytes, ...] = (public.encode(),)
 
     def callback(self, domain: str, key: bytes) -> bool:
-        return secrets.compare_digest(key, self._public)
+        # All are compared, so that the time does not tell which one nearly matched.
+        matches = [secrets.compare_digest(key, public) for public in self.publics]
+        return any(matches)
 
 
 class SecureContext:
@@ -69,9 +71,14 @@ class SecureContext:
         self.zmq: zmq.Context[Any] = zmq.Context()
         self._authenticator = ThreadAuthenticator(self.zmq)
         self._authenticator.start()
+        self._admitted = _Admitted(self._peer)
         self._authenticator.configure_curve_callback(
-            domain="*", credentials_provider=_OneKey(self._peer)
+            domain="*", credentials_provider=self._admitted
         )
+
+    def admit(self, public: str) -> None:
+        """Let who has this key pair connect too; any thread may call it."""
+        self._admitted.publics = (*self._admitted.publics, public.encode())
 
     def listen(
         self, kind: int, endpoint: str, *, socket_class: type | None = None

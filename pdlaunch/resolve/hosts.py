@@ -36,6 +36,13 @@ class ResolvedHost:
     """Hosts of one name share NVLink or RDMA; empty: not known."""
 
 
+def is_same_machine(one: ResolvedHost, other: ResolvedHost) -> bool:
+    """Tell whether two hosts of a launch are one machine, as two agents on it are."""
+    if one is other:
+        return True
+    return bool(one.advertise_address) and one.advertise_address == other.advertise_address
+
+
 @dataclass(frozen=True, slots=True)
 class Room:
     """Says what a host offers to engines of each role."""

@@ -24,6 +24,7 @@ from pdlaunch.resolve.hosts import (
     Room,
     Share,
     demands_of,
+    is_same_machine,
     place_engines,
 )
 from pdlaunch.resolve.models import Model
@@ -292,7 +293,7 @@ def resolve_roles(
                 _ranks_on(places, other.name, peer)
                 for other in hosts
                 for peer in PAIR
-                if other is not host and role in PAIR and peer != role
+                if not is_same_machine(host, other) and role in PAIR and peer != role
             )
             engines = _resolve(
                 config,

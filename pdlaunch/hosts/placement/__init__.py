@@ -1,0 +1,1 @@
+"""Asks schedulers for room, and starts agents there: Ray, Slurm."""
