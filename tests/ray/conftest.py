@@ -1,7 +1,14 @@
-"""A real Ray cluster of several nodes on this machine, all of them on the loopback device."""
+"""A real Ray cluster of several nodes on this machine, all of them on the loopback device.
+
+Ray takes the address of the default route. So the tests move into a network namespace that has
+none.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +16,7 @@ from typing import Any
 import pytest
 
 NUM_WORKERS = 3
+_CLONE_NEWNET = 0x40000000
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -20,23 +28,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.filterwarnings("default"))
 
 
+@pytest.fixture(scope="session")
+def loopback_alone() -> None:
+    """This thread, and all that it starts, has the loopback device alone from now on."""
+    if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET):
+        reason = os.strerror(ctypes.get_errno())
+        pytest.skip(f"no network namespace can be made: {reason}")
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+
+
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
+def cluster(loopback_alone: None) -> Iterator[Any]:
     """A head without cores, and nodes of one core each."""
     pytest.importorskip("ray", reason="make test-ray installs it")
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={
-            "num_cpus": 0,
-            "include_dashboard": False,
-            "node_ip_address": "127.0.0.1",
-        },
+        head_node_args={"num_cpus": 0, "include_dashboard": False},
     )
     try:
         for _ in range(NUM_WORKERS):
-            cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1")
+            cluster.add_node(num_cpus=1)
         cluster.wait_for_nodes()
         yield cluster
     finally:

@@ -51,7 +51,7 @@ def agents() -> dict[str, psutil.Process]:
             line = process.cmdline()
             if "agent" in line and "--name" in line and "pdlaunch" in line:
                 found[line[line.index("--name") + 1]] = process
-    return found
+    return {name: process for name, process in found.items() if name.startswith("ray-")}
 
 
 def node_of(cluster: Any, agent: psutil.Process) -> Any:
@@ -117,7 +117,7 @@ def test_a_launch_is_placed_answers_and_heals_when_a_node_is_lost(
         again = node_of(cluster, agents()["ray-decode-0"])
         assert again not in nodes.values()
         assert answer(deployment) == right
-        cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1")
+        cluster.add_node(num_cpus=1)
         assert deployment.stop() == 128 + signal.SIGTERM
     until(lambda: not agents())
 

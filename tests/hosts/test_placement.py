@@ -1,0 +1,87 @@
+"""Hosts and bundles that schedulers give a launch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pdlaunch.cli.placing import is_agent_task, with_placed_hosts
+from pdlaunch.config.sources import load_config
+from pdlaunch.errors import ConfigError
+from pdlaunch.hosts.placement.ray_cluster import ray_bundles
+from pdlaunch.hosts.placement.slurm import slurm_hosts, slurm_join_file
+
+TASK = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "0",
+    "SLURM_STEP_NUM_TASKS": "3",
+    "SLURM_STEP_NODELIST": "n[1-3]",
+    "SLURMD_NODENAME": "n1",
+}
+
+
+@pytest.fixture
+def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands for Slurm's own command, which knows the lists above."""
+    command = tmp_path / "scontrol"
+    command.write_text(
+        '#!/bin/sh\ncase "$3" in "n[1-3]") echo n1; echo n2; echo n3;; *) echo "$3";; esac\n'
+    )
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+
+
+@pytest.mark.processes
+def test_the_nodes_of_a_step_are_hosts_the_supervisors_own_first(scontrol: None) -> None:
+    assert [host.name for host in slurm_hosts(TASK)] == ["local", "n2", "n3"]
+
+
+@pytest.mark.processes
+def test_components_of_a_heterogeneous_job_are_hosts_too(scontrol: None) -> None:
+    components = {
+        "SLURM_HET_SIZE": "2",
+        "SLURM_JOB_NODELIST_HET_GROUP_0": "n1",
+        "SLURM_JOB_NODELIST_HET_GROUP_1": "big",
+    }
+    assert [host.name for host in slurm_hosts(TASK | components)] == ["local", "big"]
+
+
+@pytest.mark.processes
+def test_several_tasks_on_a_node_are_refused(scontrol: None) -> None:
+    with pytest.raises(ConfigError, match="6 tasks on 3 nodes"):
+        slurm_hosts(TASK | {"SLURM_STEP_NUM_TASKS": "6"})
+
+
+def test_outside_of_a_step_the_fix_is_told() -> None:
+    loaded = load_config(None, {}, {"placement": "slurm"})
+    with pytest.raises(ConfigError, match="SLURM_JOB_ID is not set") as raised:
+        with_placed_hosts(loaded, {})
+    assert "srun" in str(raised.value.fix)
+
+
+def test_tasks_meet_at_a_file_of_their_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    config = load_config(None, {}, {"placement": "slurm"}).config
+    assert slurm_join_file(config, TASK) == Path("/.pdlaunch-7.0.join.json")
+    assert not is_agent_task(config, TASK)
+    assert is_agent_task(config, TASK | {"SLURM_PROCID": "2"})
+
+
+def test_a_bundle_of_ray_has_the_room_of_one_engine() -> None:
+    flags = {"placement": "ray", "prefill.replicas": 2, "decode.tensor_parallel_size": 4}
+    config = load_config(None, {}, flags).config
+    bundles = ray_bundles(config, has_gpus=True)
+    assert [(bundle.name, bundle.resources) for bundle in bundles] == [
+        ("ray-prefill-0", {"CPU": 1, "GPU": 1}),
+        ("ray-prefill-1", {"CPU": 1, "GPU": 1}),
+        ("ray-decode-0", {"CPU": 4, "GPU": 4}),
+    ]
+    assert "GPU" not in ray_bundles(config)[0].resources
+
+
+def test_hosts_are_for_placement_hosts() -> None:
+    with pytest.raises(ConfigError, match="set placement to hosts"):
+        load_config(None, {}, {"placement": "ray", "hosts": "a,b"})
