@@ -73,15 +73,18 @@ def test_every_process_tells_its_part(through_a_pair: RequestTrace) -> None:
 
 
 def test_their_clocks_are_brought_together(through_a_pair: RequestTrace) -> None:
-    """Nothing happens before the request came, or after its end, or in the wrong order."""
+    """What an engine tells lies within the time in which the router waited for it."""
     legs = [s for s in through_a_pair.spans if "clock_error_ms" in s.attributes]
     error_ms = max(float(leg.attributes["clock_error_ms"] or 0) for leg in legs)
     whole = through_a_pair.spans[0]
     for span in through_a_pair.spans:
         assert -error_ms <= span.start_ms <= span.end_ms <= whole.end_ms + error_ms + 1
-    (granted,) = [s for s in through_a_pair.spans if s.name == "lease granted"]
-    (pull,) = [s for s in through_a_pair.spans if s.name == "pull"]
-    assert granted.start_ms <= pull.end_ms + 2 * error_ms
+    for leg in legs:
+        engine = leg.name.partition(" at ")[2]
+        for span in through_a_pair.spans:
+            if span.process.startswith(engine):
+                assert leg.start_ms - 0.01 <= span.start_ms
+                assert span.end_ms <= leg.end_ms + 0.01
 
 
 def test_the_command_draws_it(demo: Deployment, through_a_pair: RequestTrace) -> None:
