@@ -51,7 +51,7 @@ class Launch:
             keys,
             "127.0.0.1",
             ["a"],
-            timeout_s=5.0,
+            timeout_s=20.0,
             print_to=lambda name: self.logs / f"{name.replace('/', '.')}.log",
         )
         self.join = folder / "join"
