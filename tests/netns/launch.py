@@ -18,6 +18,12 @@ from tests.netns.hosts import Host, Network, signal_inner
 START_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 60.0
 PORT = 8000
+_SMOKE = """
+import json, sys
+from pdlaunch.client.smoke import smoke
+checks = smoke(sys.argv[1], api_key=None, exact=True)
+print(json.dumps([f"{check.name}: {check.failure}" for check in checks if check.failure]))
+"""
 _ALONE = """
 import json, sys
 from pdlaunch.client.admin import admin_api
@@ -40,6 +46,14 @@ class FarLaunch:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{PORT}"
+
+    def smoke(self) -> list[str]:
+        """The checks of ``pdlaunch smoke`` that fail: answers of the pair, and those of each engine
+        alone.
+        """
+        words = [sys.executable, "-c", _SMOKE, self.url]
+        failures: list[str] = json.loads(self.here.run(*words, timeout_s=240))
+        return failures
 
     def ask(self, *questions: Mapping[str, Any], path: str = "/v1/completions") -> list[Any]:
         """The answers of the router to questions that are asked at the same time, or errors."""

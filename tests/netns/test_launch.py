@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from pdlaunch.checks.transport_rules import FAR_GIGABYTES_PER_S
-from tests.netns.hosts import Host, new_network
+from tests.netns.hosts import Host, Network, new_network
 from tests.netns.launch import FarLaunch, far_launch, wait_for
 from tests.netns.stranger import Seen
 
@@ -201,3 +201,24 @@ def test_a_host_that_falls_over_takes_no_answer_along(
 
     judge(asked_meanwhile(pair, fresh("fall"), fall), expected)
     serves_again(pair, "on one host", expected)
+
+
+def test_two_by_two_over_two_hosts(network: Network) -> None:
+    """The checks of ``pdlaunch smoke``, which asks each engine alone too, over TLS."""
+    config = {
+        "kv_transfer": TRUSTED,
+        "hosts": ["local", "b"],
+        "placement_strategy": "spread",
+        "prefill": {"replicas": 2},
+        "decode": {"replicas": 2},
+    }
+    with far_launch(network, config, ["b"]) as launch:
+        engines = launch.status()["engines"]
+        assert {engine["url"].partition(":")[0] for engine in engines} == {"https"}
+        places = {engine["name"]: engine["host"] for engine in engines}
+        assert sorted(places.values()).count("b") == 2
+        assert launch.smoke() == []
+        before = network.num_bytes("a", "b") + network.num_bytes("b", "a")
+        alone = tokens_of(launch.ask_alone("prefill-0", *fresh("alone")))
+        assert judge(launch.ask(*fresh("together")), alone) == NUM_QUESTIONS
+        assert network.num_bytes("a", "b") + network.num_bytes("b", "a") > before + (1 << 20)
