@@ -29,6 +29,8 @@ from pdlaunch.watch.engine_api import Counts, EngineApi, Kind
 from pdlaunch.watch.handshake import SideChannel, shake_hands, side_channel_of
 
 ASK_TIMEOUT_S = 10.0
+INFO_TIMEOUT_S = 60.0
+"""vLLM gathers what it tells there, which took more than 10 s on a machine with other work."""
 MEASURABLE_BYTES = 64 * 1024**2
 """Of fewer bytes the time is that of starting their READs."""
 HANDSHAKE_TIMEOUT_S = 5.0
@@ -202,7 +204,7 @@ async def _look(role: Role, url: str, api: EngineApi) -> SeenEngine:
         models = await api.models(ASK_TIMEOUT_S)
     except ProtocolError as error:
         return SeenEngine(role, url, problem=str(error))
-    info = await api.server_info(ASK_TIMEOUT_S)
+    info = await api.server_info(INFO_TIMEOUT_S)
     lengths = [length for length in models.values() if length is not None]
     cache, names = "vllm:cache_config_info", _COUNTED[kind]
     num_bytes = int(counts.total(BYTES_READ[kind]))
