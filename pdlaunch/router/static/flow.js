@@ -233,7 +233,9 @@ export function drawFlow(container, status) {
     const broken =
       pair.doubted || states.get(pair.prefill) === "down" || states.get(pair.decode) === "down";
     const kind = broken ? " broken" : pair.bytes_per_s > 0 ? "" : " idle",
-      thick = 2 + (6 * pair.bytes_per_s) / most;
+      thick =
+        (pairs.length > MANY ? 0.6 : 2) +
+        ((pairs.length > MANY ? 1.8 : 6) * pair.bytes_per_s) / most;
     drawing.append(
       svg(
         "g",
@@ -243,7 +245,11 @@ export function drawFlow(container, status) {
           "data-pair": `${pair.prefill} ${pair.decode}`,
         },
         svg("title", {}, pairText(pair)),
-        svg("path", { class: `pair${kind}`, d: drawn(points), "stroke-width": thick }),
+        svg("path", {
+          class: `pair${kind}${pairs.length > MANY ? " many" : ""}`,
+          d: drawn(points),
+          "stroke-width": thick,
+        }),
         kind ? null : svg("path", { class: "pair-flow", d: drawn(points) }),
         svg("polygon", {
           class: `pair-tip${kind}`,

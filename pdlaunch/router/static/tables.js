@@ -94,43 +94,45 @@ export function drawTables(container, status) {
 }
 
 export function drawCaches(container, status) {
-  const rows = status.engines.slice(0, 32).map((engine) => {
-    const cache = engine.reading?.cache,
-      parts = cache
-        ? [
-            ["device", cache.device],
-            ["host", cache.host],
-            ["remote", cache.remote],
-          ]
-        : [];
-    const words = cache
-      ? `device ${percent(cache.device)} · host ${percent(cache.host)} · pulled ${percent(cache.remote)}`
-      : "no prompts in the last minute";
-    let x = 0;
-    const bar = svg(
-      "svg",
-      {
-        viewBox: "0 0 100 10",
-        preserveAspectRatio: "none",
-        role: "img",
-        "aria-label": `${engine.name}: ${words}`,
-      },
-      svg("rect", { class: "track", width: 100, height: 10 }),
-    );
-    for (const [kind, share] of parts) {
-      bar.append(
-        svg("rect", { class: kind, x: x * 100, width: Math.min(share, 1 - x) * 100, height: 10 }),
+  const rows = listed(status)
+    .filter((engine) => engine.state !== "gone")
+    .map((engine) => {
+      const cache = engine.reading?.cache,
+        parts = cache
+          ? [
+              ["device", cache.device],
+              ["host", cache.host],
+              ["remote", cache.remote],
+            ]
+          : [];
+      const words = cache
+        ? `device ${percent(cache.device)} · host ${percent(cache.host)} · pulled ${percent(cache.remote)}`
+        : "no prompts in the last minute";
+      let x = 0;
+      const bar = svg(
+        "svg",
+        {
+          viewBox: "0 0 100 10",
+          preserveAspectRatio: "none",
+          role: "img",
+          "aria-label": `${engine.name}: ${words}`,
+        },
+        svg("rect", { class: "track", width: 100, height: 10 }),
       );
-      x = Math.min(1, x + share);
-    }
-    return html(
-      "div",
-      { class: "cache" },
-      html("b", {}, engine.name),
-      bar,
-      html("span", { class: "quiet" }, words),
-    );
-  });
+      for (const [kind, share] of parts) {
+        bar.append(
+          svg("rect", { class: kind, x: x * 100, width: Math.min(share, 1 - x) * 100, height: 10 }),
+        );
+        x = Math.min(1, x + share);
+      }
+      return html(
+        "div",
+        { class: "cache" },
+        html("b", {}, engine.name),
+        bar,
+        html("span", { class: "quiet" }, words),
+      );
+    });
   container.replaceChildren(
     ...(rows.length ? rows : [html("p", { class: "empty" }, "No engine yet.")]),
   );
