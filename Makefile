@@ -60,7 +60,7 @@ $(MOONCAKE): $(DEV)
 	touch $@
 
 test: install $(DEV) $(MOONCAKE)  ## Run all tests
-	$(PYTEST) -m "not vllm and not hosts and not prometheus and not ray and not slurm" $(ARGS)
+	$(PYTEST) -m "not vllm and not hosts and not prometheus and not ray and not slurm and not browser" $(ARGS)
 
 test-fast: $(DEV)  ## Run the tests that start no process
 	$(PYTEST) -m "not processes" $(ARGS)
@@ -81,6 +81,10 @@ test-vllm: install $(DEV)  ## Run the tests with real engines of vLLM
 test-ray: install $(DEV)  ## Run the tests on a cluster of Ray
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[ray]'
 	$(BIN)/python -m pytest -v tests/ray $(ARGS)
+
+test-browser: install $(DEV)  ## Run the tests of the page in Chromium
+	tests/browser/install.sh
+	$(BIN)/python -m pytest -v tests/browser $(ARGS)
 
 test-prometheus: install $(DEV)  ## Run the tests with a real Prometheus
 	tests/prometheus/install.sh .venv-prometheus
@@ -134,5 +138,5 @@ wheel: $(RUNTIME)  ## Build dist/pdlaunch-*.whl
 clean:  ## Remove .venv, dist and the tools' caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* build dist *.egg-info
 
-.PHONY: help install serve test test-fast test-hosts test-vllm test-ray test-prometheus coverage scale soak kills cancels attack lint types format rules \
+.PHONY: help install serve test test-fast test-hosts test-vllm test-ray test-prometheus test-browser coverage scale soak kills cancels attack lint types format rules \
   settings wheel clean

@@ -248,7 +248,7 @@ export function drawFlow(container, status) {
         svg("path", {
           class: `pair${kind}${pairs.length > MANY ? " many" : ""}`,
           d: drawn(points),
-          "stroke-width": thick,
+          "stroke-width": broken ? 2 : thick,
         }),
         kind ? null : svg("path", { class: "pair-flow", d: drawn(points) }),
         svg("polygon", {

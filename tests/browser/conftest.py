@@ -1,0 +1,59 @@
+"""One launch of the demo model and one Chromium, which ``make test-browser`` needs."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from pdlaunch.client.deployment import Deployment, running_deployment
+from tests.browser.chromium import Page, find_chromium, new_page, running_chromium, there
+from tests.e2e.conftest import clean_environ
+
+KEY = "key-of-the-clients"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.browser)
+            item.add_marker(pytest.mark.processes)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    command = find_chromium()
+    if command is None:
+        pytest.skip("there is no Chromium: tests/browser/install.sh installs Debian's")
+    return command
+
+
+@pytest.fixture(scope="module")
+def deployment(chromium: str) -> Iterator[Deployment]:
+    environ = clean_environ() | {"PDLAUNCH_API_KEY": KEY}
+    with running_deployment(
+        ("--max-model-len", "512", "--kv-cache-memory", "64MiB"), environ=environ
+    ) as deployment:
+        yield deployment
+
+
+@pytest.fixture(scope="module")
+def browser(chromium: str) -> Iterator[int]:
+    """The port of its DevTools."""
+    with running_chromium(chromium) as port:
+        yield port
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def page(browser: int, deployment: Deployment) -> AsyncIterator[Page]:
+    """The page of the deployment, which has asked for the key and got it."""
+    async with new_page(browser) as page:
+        await page.show(1280, 800, "light")
+        await page.open(deployment.url)
+        await page.until("!document.querySelector('#key-form').hidden")
+        await page.type(KEY)
+        await page.press("Enter", 13)
+        await page.until(there('.engine[data-name="decode-0"]'))
+        yield page

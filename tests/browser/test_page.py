@@ -1,0 +1,165 @@
+"""The page of a launch in a real browser: keys, a waterfall, a killed engine, sizes, themes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pdlaunch.client.api import Api
+from pdlaunch.client.deployment import Deployment
+from tests.browser.chromium import Page, Scheme, new_page, there
+from tests.browser.conftest import KEY
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+KEPT = Path(__file__).parents[2] / "docs" / "images"
+WRONG_KEY = "another key"
+
+
+def place_of(name: str, tmp_path: Path) -> Path:
+    """Where a screenshot goes; ``PDLAUNCH_KEEP_SCREENSHOTS=1`` renews those of the docs."""
+    return (KEPT if os.environ.get("PDLAUNCH_KEEP_SCREENSHOTS") else tmp_path) / f"{name}.png"
+
+
+async def complete(deployment: Deployment, request_id: str = "", **fields: Any) -> None:
+    body = {"prompt": "The capital of France is", "max_tokens": 16, "temperature": 0, **fields}
+    status, answer = await asyncio.to_thread(Api(deployment.url, KEY).post, "/v1/completions", body)
+    assert status == 200, answer
+
+
+async def test_the_key_is_asked_for_and_stands_in_no_url(
+    browser: int, deployment: Deployment
+) -> None:
+    async with new_page(browser) as page:
+        await page.open(deployment.url)
+        await page.until("!document.querySelector('#key-form').hidden")
+        assert await page.run("document.activeElement.id") == "key"
+        assert not await page.run("document.querySelector('.engine') !== null")
+        assert deployment.url in await page.run("location.href")
+        for key, shown in ((WRONG_KEY, "#notice"), (KEY, "#main")):
+            await page.type(key)
+            await page.press("Enter", 13)
+            await page.until(f"!document.querySelector('{shown}').hidden")
+        await page.until(there('.engine[data-name="prefill-0"]'))
+        sent = {request["headers"].get("Authorization") for request in page.requests}
+        assert sent == {None, f"Bearer {WRONG_KEY}", f"Bearer {KEY}"}
+        assert all("key" not in request["url"] for request in page.requests)
+        assert KEY not in await page.run("JSON.stringify([localStorage, sessionStorage])")
+        # What the browser itself says of the two answers 401, and nothing else.
+        assert all("401" in complaint for complaint in page.complaints)
+
+
+async def test_it_shows_engines_their_pair_and_rates(page: Page, deployment: Deployment) -> None:
+    await complete(deployment)
+    labels = await page.run(
+        "[...document.querySelectorAll('.engine')].map(each => each.getAttribute('aria-label'))"
+    )
+    assert [label.partition(",")[0] for label in labels] == ["router", "decode-0", "prefill-0"]
+    await page.until(there('[data-pair="prefill-0 decode-0"]'))
+    pair = await page.run("document.querySelector('[data-pair]').getAttribute('aria-label')")
+    assert pair.startswith("prefill-0 to decode-0: ")
+    assert "GB/s" in pair
+    await page.until("document.querySelector('.tile .more').textContent !== '0 in all'")
+    await page.until("/run|wait/.test(document.querySelector('#drawing').textContent)")
+
+
+async def test_the_waterfall_of_a_request_opens_with_the_keyboard(
+    page: Page, deployment: Deployment
+) -> None:
+    await complete(deployment, prompt="A request whose blocks are pulled: " * 4)
+    await page.until(there("#requests .link"))
+    await page.run("document.querySelector('#requests .link').focus()")
+    await page.press("Enter", 13)
+    await page.until("document.querySelectorAll('.waterfall tbody tr').length > 4")
+    rows = await page.run(
+        "[...document.querySelectorAll('.waterfall tbody tr')]"
+        ".map(row => [row.cells[0].textContent, row.cells[1].textContent])"
+    )
+    engines = {process.partition("/")[0] for _, process in rows}
+    assert engines >= {"router", "prefill-0", "decode-0"}
+    assert any("pull" in name for name, _ in rows)
+    assert any("prefill" in name for name, _ in rows)
+    bars = await page.run(
+        "[...document.querySelectorAll('.waterfall .lane rect:last-child')]"
+        ".map(bar => [+bar.getAttribute('x'), +bar.getAttribute('width')])"
+    )
+    assert all(x >= 0 and width > 0 and x + width <= 1003 for x, width in bars)
+    await page.press("Escape", 27)
+    await page.until("!document.querySelector('.waterfall')")
+
+
+async def test_no_name_becomes_markup(page: Page, deployment: Deployment) -> None:
+    hostile = "<img src=x onerror=alert(1)>"
+    api = Api(deployment.url, KEY)
+    await asyncio.to_thread(api.post, "/v1/completions", {"model": hostile, "prompt": "x"})
+    await page.until("[...document.querySelectorAll('#requests td')].some(c => c.textContent==404)")
+    await page.run(
+        "[...document.querySelectorAll('#requests tr')]"
+        ".find(row => row.cells[2].textContent == 404).querySelector('.link').click()"
+    )
+    await page.until(f"document.querySelector('#trace').textContent.includes('{hostile}')")
+    assert await page.run("document.querySelectorAll('img').length") == 0
+    await page.press("Escape", 27)
+
+
+async def test_a_killed_engine_turns_red_and_back(
+    page: Page, deployment: Deployment, tmp_path: Path
+) -> None:
+    engine = "document.querySelector('.engine[data-name=\"decode-0\"]')"
+    assert await page.run(f"{engine}.dataset.tone") == "ready"
+    deployment.processes()["decode-0/rank-0"].kill()
+    await page.until(f"{engine}.dataset.tone === 'down'")
+    stroke = await page.run(f"getComputedStyle({engine}.querySelector('.box')).stroke")
+    assert stroke == "rgb(207, 42, 42)"
+    await page.screenshot(place_of("page-engine-down", tmp_path))
+    await page.until(f"{engine}.dataset.tone === 'ready'")
+    events = await page.until("document.querySelector('#events ol')?.textContent")
+    for told in ("decode-0/rank-0 was killed", "starts again", "starting (was ready)"):
+        assert told in events
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("name", "width", "height"), [("phone", 360, 740), ("desktop", 1280, 860)])
+async def test_it_fits_phones_and_desks_light_and_dark(
+    page: Page,
+    deployment: Deployment,
+    tmp_path: Path,
+    name: str,
+    width: int,
+    height: int,
+    scheme: Scheme,
+) -> None:
+    await page.show(width, height, scheme)
+    await asyncio.gather(*(complete(deployment, prompt=f"{n} and on " * 9) for n in range(3)))
+    await page.run("scrollTo(0, 0)")
+    drawn = "document.querySelector('.drawing').getBoundingClientRect().width"
+    await page.until(f"{drawn} <= {width}")
+    assert await page.run("document.documentElement.scrollWidth") <= width
+    back = await page.run("getComputedStyle(document.body).backgroundColor")
+    assert back == {"light": "rgb(243, 245, 248)", "dark": "rgb(13, 17, 23)"}[scheme]
+    file = place_of(f"page-{name}-{scheme}", tmp_path)
+    await page.screenshot(file)
+    assert 5_000 < file.stat().st_size < 200_000
+
+
+async def test_screen_readers_get_names_and_tables_and_the_console_is_clean(page: Page) -> None:
+    await page.show(1280, 800, "light")
+    await page.run("document.querySelector('#as-table').focus()")
+    await page.press("Enter", 13)
+    await page.until("!document.querySelector('#tables').hidden")
+    cells = await page.run("document.querySelector('#tables').textContent")
+    assert "prefill-0 → decode-0" in cells
+    tree = await page.call("Accessibility.getFullAXTree")
+    nodes = [node for node in tree["nodes"] if not node.get("ignored")]
+    named = {
+        (node["role"]["value"], node.get("name", {}).get("value", ""))
+        for node in nodes
+        if node["role"]["value"] in ("button", "textbox", "combobox", "image", "table", "region")
+    }
+    assert all(name for role, name in named if role != "table"), named
+    assert {("button", "Show as tables"), ("table", "Engines"), ("table", "Pairs")} <= named
+    await page.press("Enter", 13)
+    assert all("401" in complaint for complaint in page.complaints), page.complaints
