@@ -91,8 +91,13 @@ def ucx_joins_no_hosts(context: Context) -> Iterator[Found]:
     """
     if not context.uses_ucx or not context.config.kv_transfer.trusted_network:
         return
-    for engine in {engine.host.name: engine for engine in _far_engines(context)}.values():
-        engines = engine.engines
+    far = {
+        share.host.name: share.engines
+        for engine in _far_engines(context)
+        for share in engine.shares
+        if share.engines.has_far_peers
+    }
+    for engines in far.values():
         if not opens_network(engines.environment):
             wanted = " or ".join(sorted(TCP | RDMA if engines.machine.rdma_devices else TCP))
             yield Found(
