@@ -37,7 +37,7 @@ def test_a_clean_set_up():
         weight_errors={},
         engine_commands={},
         engine_flags={},
-        deployment=SeenDeployment((), ()),
+        deployment=SeenDeployment((), (), has_asked_side_channels=True),
         transport=(),
     )
     assert report.findings == ()
@@ -162,7 +162,7 @@ def test_a_slow_pair_comes_with_its_link_and_the_reasons(flags, environ, others,
         "cuda",
         60.0,
         359.0,
-        "18 NVLinks with 478 GB/s",
+        link="18 NVLinks with 478 GB/s",
         other_paths=others,
     )
     report = check(flags=flags, environ=environ, transport=(slow,), family="PD5")
