@@ -19,10 +19,9 @@ from pdlaunch.protocol.openai.tokenize import (
     TokenizeChatRequest,
     TokenizeCompletionRequest,
 )
-from tests.attacks.target import COMPLETIONS, VOCAB_SIZE, Target
+from tests.attacks.target import CHAT, COMPLETIONS, VOCAB_SIZE, Target
 from tests.attacks.verdict import Verdict
 
-CHAT = "/v1/chat/completions"
 FORMS: dict[str, type[RequestBody]] = {
     COMPLETIONS: CompletionRequest,
     CHAT: ChatCompletionRequest,

@@ -27,6 +27,7 @@ from tests.e2e.faults import SHORT_DEADLINES
 from tests.e2e.tiny_models import make_tiny_model
 
 COMPLETIONS = "/v1/completions"
+CHAT = "/v1/chat/completions"
 SMALL_BODY = {
     "prompt": "What do others notice?",
     "max_tokens": 4,
@@ -254,6 +255,9 @@ def warm_up(target: Target, num_requests: int = 30) -> None:
         body = {"prompt": f"{number} " + "warm up " * (number * 8), "max_tokens": 24, **fields}
         for who in target.names:
             target.ask(who, COMPLETIONS, body)
+            # The first chat loads the template engine.
+            chat = {"messages": [{"role": "user", "content": body["prompt"]}], "max_tokens": 24}
+            target.ask(who, CHAT, chat | fields | {"logprobs": True, "top_logprobs": 5})
         target.ask("router", "/tokenize", {"prompt": "warm up " * 1000})
 
 

@@ -67,7 +67,7 @@ class TestGithub:
         *found, unchecked = lines
         assert [line.partition(" ")[0] for line in found] == ["::warning", "::notice"]
         assert unchecked.startswith("::notice title=not checked::PD404, ")
-        assert unchecked.endswith("to PD505: only with --probe")
+        assert unchecked.endswith("to PD506: only with --probe")
 
     def test_what_needs_a_fact_names_it(self, check):
         lines = check("--assume", "h100x8", "--format", "github").stdout.splitlines()
