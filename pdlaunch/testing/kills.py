@@ -90,7 +90,11 @@ def _counters_of(deployment: Deployment, engine: str) -> dict[str, float]:
     stats = json.loads(admin_api(deployment.url).engine(engine).get("/pdlaunch/integrity")[1])[
         "stats"
     ]
-    return {name: value for name, value in stats.items() if not name.startswith("num_")}
+    return {
+        name: value
+        for name, value in stats.items()
+        if isinstance(value, int | float) and not name.startswith("num_")
+    }
 
 
 async def _cancel(killer: asyncio.Task[None]) -> None:
