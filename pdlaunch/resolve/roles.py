@@ -293,7 +293,9 @@ def resolve_roles(
                 _ranks_on(places, other.name, peer)
                 for other in hosts
                 for peer in PAIR
-                if not is_same_machine(host, other) and role in PAIR and peer != role
+                if not (config.placement == "ray" and is_same_machine(host, other))
+                and role in PAIR
+                and peer != role
             )
             engines = _resolve(
                 config,

@@ -275,8 +275,8 @@ async def test_an_engine_sleeps_when_nothing_runs_or_is_leased_and_is_proven_aga
     num_proven = alone.outcomes("proven")
     status, answer = await alone.command("POST", "/wake_up?engine=prefill-0")
     assert answer["engines"][0]["is_sleeping"] is False
-    await alone.until(lambda: alone.ready == {"prefill-0", "decode-0"})
-    assert alone.outcomes("proven") > num_proven
+    await alone.until(lambda: alone.outcomes("proven") > num_proven)
+    await alone.until(lambda: alone.ready == {"prefill-0", "decode-0"} and alone.pool.pairs)
     num_bytes = decode.num_bytes
     assert (await alone.complete())[0] == 200
     assert decode.num_bytes > num_bytes
