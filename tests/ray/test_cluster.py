@@ -123,7 +123,7 @@ def test_a_launch_is_placed_answers_and_heals_when_a_node_is_lost(
 
 def test_room_that_ray_does_not_have_is_told(cluster: Any, model: Path) -> None:
     command = [sys.executable, "-m", "pdlaunch", "serve", "--model", str(model), *ARGUMENTS]
-    command += ["--port", "0", "--prefill-replicas", "9", "--join-timeout", "3"]
+    command += ["--port", "0", "--prefill", "9", "--join-timeout", "3"]
     done = subprocess.run(
         command,
         env=environ(cluster),
