@@ -38,8 +38,6 @@ class ResolvedHost:
 
 def is_same_machine(one: ResolvedHost, other: ResolvedHost) -> bool:
     """Tell whether two hosts of a launch are one machine, as two agents on it are."""
-    if one is other:
-        return True
     return bool(one.advertise_address) and one.advertise_address == other.advertise_address
 
 

@@ -293,7 +293,9 @@ def resolve_roles(
                 _ranks_on(places, other.name, peer)
                 for other in hosts
                 for peer in PAIR
-                if not (config.placement == "ray" and is_same_machine(host, other))
+                if other is not host
+                # Agents of Ray may share a machine.
+                and not (config.placement == "ray" and is_same_machine(host, other))
                 and role in PAIR
                 and peer != role
             )
