@@ -219,7 +219,9 @@ def test_smoke_finds_nothing(pair: Deployment) -> None:
     assert [check for check in smoke(pair.url, exact=True) if check.failure] == []
 
 
-def test_bench_serve_measures_it(pair: Deployment) -> None:
+def test_bench_serve_measures_it(pair: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    # It is the tests' own, and bench takes settings from variables of this prefix.
+    monkeypatch.delenv("PDLAUNCH_TEST_VLLM", raising=False)
     arguments = ["bench", "serve", "--url", pair.url, "--format", "json"]
     arguments += ["--input-tokens", "130", "--output-tokens", "4"]
     arguments += ["--concurrency", "2", "--num-requests", "4"]
