@@ -79,7 +79,7 @@ test-vllm: install $(DEV)  ## Run the tests with real engines of vLLM
 	$(BIN)/python -m pytest -v tests/vllm $(ARGS)
 
 test-ray: install $(DEV)  ## Run the tests on a cluster of Ray
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[ray]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt 'ray>=2.40'
 	$(BIN)/python -m pytest -v tests/ray $(ARGS)
 
 test-browser: install $(DEV)  ## Run the tests of the page in Chromium
