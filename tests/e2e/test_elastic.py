@@ -50,7 +50,8 @@ def test_every_route_gives_the_tokens_of_the_model(tmp_path: Path) -> None:
             engines = json.load(response)["engines"]
         for engine in engines:
             # How large they are is the machine's affair; a tiny model's may be lost in noise.
-            assert min(engine["costs"].values()) >= 0
+            assert all(cost is None or cost >= 0 for cost in engine["costs"].values())
+            assert engine["costs"].keys() >= {"prompt_s", "step_s", "stream_s"}
         with urllib.request.urlopen(f"{url}/metrics", timeout=60) as response:
             page = response.read().decode()
         routed = [
