@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,7 +54,10 @@ def launched(
 
 
 def started(folder: Path, name: str) -> dict[str, object]:
-    found: dict[str, object] = json.loads((folder / f"{name}.started").read_text())
+    # Empty while the engine writes it anew.
+    while not (text := (folder / f"{name}.started").read_text()):
+        time.sleep(0.01)
+    found: dict[str, object] = json.loads(text)
     return found
 
 
