@@ -89,7 +89,7 @@ class Probes:
     ports: Mapping[tuple[str, int], PortState] | None = None
     """Says for each host and port whether it can be listened on."""
     nixl: Mapping[Role, NixlAnswer] | None = None
-    """What NIXL says to the settings of each role's ranks."""
+    """NIXL's answer to the settings of each role's ranks."""
     connector_errors: Mapping[str, str] | None = None
     """Maps a name to the reason why that connector of another package that is in use cannot be
     imported.
@@ -99,9 +99,9 @@ class Probes:
     weight_errors: Mapping[Role, ConfigError] | None = None
     """Reasons why the engines of a role cannot read their weights."""
     engine_commands: Mapping[Role, EngineCommand] | None = None
-    """What can be seen of the executables of engines that are not native."""
+    """Facts about the executables of engines that are not native, found without running them."""
     engine_flags: Mapping[Role, EngineFlags] | None = None
-    """What these executables say of their flags."""
+    """The flags that these executables list in their help."""
     deployment: SeenDeployment | None = None
     """Engines that run already."""
     transport: tuple[PairTransport, ...] | None = None

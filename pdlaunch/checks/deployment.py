@@ -56,11 +56,11 @@ class SeenPair:
     side_channel: str = ""
     """``HOST:PORT`` at which decode is told to shake hands; empty: of an engine without one."""
     wrong_address: str = ""
-    """Why decode cannot find it there; empty: nothing speaks against it."""
+    """The reason why decode cannot find it there; empty: none is known."""
     handshake: str | None = None
-    """What came of a handshake: what it told; None: nobody asked."""
+    """The metadata that a handshake returned; None: nobody asked."""
     silence: str = ""
-    """Why the side channel did not answer; empty: it did, or nobody asked."""
+    """The reason why the side channel did not answer; empty: it did, or nobody asked."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -205,7 +205,7 @@ def transfer_settings(context: Context) -> Iterator[Found]:
     needs=("deployment",),
 )
 def seen(context: Context) -> Iterator[Found]:
-    """What an engine or a pair is seen to do.
+    """An engine or a pair was observed at work.
 
     The speed is the mean of all READs since the start, given once 64 MiB were read.
     """

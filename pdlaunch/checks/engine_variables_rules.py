@@ -21,7 +21,7 @@ OF_EACH_ENGINE: Mapping[str, str] = {
     "the second of a role would wait for it for ever",
     "VLLM_RPC_BASE_PATH": "the sockets of an engine are in the launch's folder",
 }
-"""What the sidecar of each engine sets over the user's, with the reason."""
+"""Variables that the sidecar sets in place of the user's, with the reason."""
 CONTRADICTORY: Mapping[str, str] = {
     "VLLM_DP_MASTER_IP": "pdlaunch starts no ranks of data parallelism",
     "VLLM_DP_MASTER_PORT": "pdlaunch starts no ranks of data parallelism",
@@ -30,7 +30,7 @@ CONTRADICTORY: Mapping[str, str] = {
     "VLLM_DP_SIZE": "the engine would wait for further ranks that nobody starts",
     "VLLM_PORT": "all engines would count up from the same port",
 }
-"""What contradicts the processes that are planned."""
+"""Variables that contradict the planned processes."""
 _OPEN: Mapping[str, str] = {
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "lets messages between processes hold code (pickle)",
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "lets clients load adapters from any folder",

@@ -32,9 +32,9 @@ class NixlAnswer:
     """Holds what NIXL said to one role's settings."""
 
     import_error: str | None = None
-    """Why it cannot be imported; None: it can."""
+    """The reason why it cannot be imported; None: it can."""
     refusal: str | None = None
-    """Why a rank's backend cannot be made, in UCX's words; None: it can, or was not tried."""
+    """UCX's reason why a rank's backend cannot be made; None: it can, or was not tried."""
     unavailable: tuple[str, ...] = ()
     """UCX's warnings of transports and devices that it does not find."""
     unused: Mapping[str, str | None] = field(default_factory=dict)

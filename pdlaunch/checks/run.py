@@ -24,7 +24,7 @@ class NotChecked:
     needs: tuple[Need, ...]
     """The facts that are missing."""
     reason: str
-    """Why the first of them is."""
+    """The reason why the first of them is missing."""
 
 
 @dataclass(frozen=True, slots=True)

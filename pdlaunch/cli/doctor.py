@@ -32,7 +32,7 @@ ASK_TIMEOUT_S = 10.0
 INFO_TIMEOUT_S = 60.0
 """vLLM gathers what it tells there, which took more than 10 s on a machine with other work."""
 MEASURABLE_BYTES = 64 * 1024**2
-"""Of fewer bytes the time is that of starting their READs."""
+"""With fewer bytes the time is that of starting their READs."""
 HANDSHAKE_TIMEOUT_S = 5.0
 
 

@@ -51,7 +51,7 @@ INSTEAD: Mapping[str, str] = {
     "--ssl-keyfile": "a proxy in front of the router has to end TLS",
     "--ssl-certfile": "a proxy in front of the router has to end TLS",
 }
-"""What has no flag of the same name here, with the way to the same end."""
+"""Flags of vLLM that have another name here, with the way to the same end."""
 
 _MISSING = """
     --additional-config --aggregate-engine-logging --all2all-backend --allow-credentials

@@ -39,7 +39,7 @@ OTHER_VARIABLES = frozenset({"PDLAUNCH_CACHE"})
 """Variables that other parts of pdlaunch read and that are no settings."""
 
 _OTHER_VALUES = {"half": "float16", "fp16": "float16", "float": "float32", "fp32": "float32"}
-"""What vLLM and others call some values."""
+"""Names that vLLM and others use for some values."""
 
 OriginKind = Literal["argument", "flag", "environment", "file", "default", "derived"]
 

@@ -80,7 +80,7 @@ OURS: Mapping[str, str] = {
     "tensor-parallel-size": "set tensor_parallel_size",
     "uds": _WHERE,
 }
-"""What pdlaunch sets itself, with the setting to use instead."""
+"""Flags that pdlaunch sets itself, with the setting to use instead."""
 
 _REPLICAS = "prefill.replicas and decode.replicas start several engines behind one router"
 _ONE_HOST = "an engine runs on one host"
@@ -141,7 +141,7 @@ REFUSED: Mapping[str, str] = {
     ),
     "tokens-only": "clients of the router send text",
 }
-"""What pdlaunch cannot serve, with the reason."""
+"""Flags with which pdlaunch cannot serve, with the reason."""
 
 FOREIGN_CODE: Mapping[str, str] = {
     "io-processor-plugin": "runs a plugin of that name in the engine",
@@ -159,7 +159,7 @@ FOREIGN_CODE: Mapping[str, str] = {
     "worker-cls": "imports this class into the engine",
     "worker-extension-cls": "imports this class into the engine, with routes to call it",
 }
-"""What runs other people's code in an engine."""
+"""Flags that run other people's code in an engine."""
 
 DOORS: Mapping[str, str] = {
     "allow-credentials": "lets pages of other origins use a browser's credentials",
@@ -173,7 +173,7 @@ DOORS: Mapping[str, str] = {
     "trust-request-mm-kwargs": "lets clients set arguments of the model's processor",
     "weight-transfer-config": "lets a trainer replace the weights",
 }
-"""What opens an engine to more than its router needs, with what it does."""
+"""Flags that open an engine to more than its router needs, with their effect."""
 
 KV_EVENTS = "kv-events-config"
 

@@ -42,7 +42,7 @@ class LeaderExchange:
         self._timeout_s = timeout_s
         self._num_calls = 0
         self._early: dict[tuple[int, int], tuple[bytes, bytes]] = {}
-        """What ranks have sent already, by call and rank, with their identity."""
+        """Messages that ranks have sent already, by call and rank, with their identity."""
 
     def combine(self, data: bytes, merge: Merge) -> bytes:
         """Return ``merge`` of what all ranks have, in their order. Raises TransferError."""

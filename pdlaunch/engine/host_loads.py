@@ -29,7 +29,7 @@ class Load:
     request: Request | None
     """The request that waits for these blocks; None once it has ended."""
     hit: HostHit
-    """What was found; ``request`` shares its device blocks until the load ends."""
+    """The hit; ``request`` shares its device blocks until the load ends."""
     block_ids: list[list[int]]
     """Blocks to load into, by group; they follow the device blocks of ``hit``."""
 

@@ -32,7 +32,7 @@ class RequestSpans:
         self._phase = QUEUE
         self._phase_at = 0.0 if self._log is None else self._log.start_at
         self._launched_at: deque[float] = deque()
-        """Of the steps in flight, the oldest first."""
+        """Instants of the steps in flight, the oldest first."""
         self._decodes_since_at: float | None = None
         self._has_reported = False
 

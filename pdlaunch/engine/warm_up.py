@@ -16,7 +16,7 @@ from pdlaunch.protocol.engine import SamplingParams
 from pdlaunch.protocol.ids import RequestId
 
 Measurement = tuple[StepWork, float]
-"""What a step computed, and the seconds that it took."""
+"""The work of a step and the seconds that it took."""
 
 _NUM_STREAMS = {"cpu": 8, "cuda": 32}
 _FEW_BLOCKS = 2

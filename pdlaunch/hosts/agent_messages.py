@@ -28,7 +28,7 @@ class Join(Message):
     address: str
     """Its address on the route to the supervisor."""
     machine: str
-    """What ``encode_machine`` wrote of it."""
+    """The machine, as ``encode_machine`` writes it."""
     python: str
     """The Python that it starts processes with, for people."""
 
@@ -44,7 +44,7 @@ class Exited(Message):
     incarnation: int
     returncode: int
     last_step: LastStep = LastStep()
-    """Of a rank 0: what the ranks computed."""
+    """The last step of the ranks; empty for all but rank 0."""
 
 
 class Said(Message):
@@ -83,7 +83,7 @@ class Seen(Message):
 
     missing_paths: list[str]
     busy_ports: dict[int, str] = {}
-    """Why a port cannot be listened on."""
+    """The reason why a port cannot be listened on."""
 
 
 FromAgent = Join | Beat | Exited | Said | Printed | Refused | Leave | Seen

@@ -39,7 +39,7 @@ class AllocatorConf:
     expandable_segments: bool
     """Switched on, or meant to be (``true``, ``1``)."""
     backend: str | None = None
-    """What allocates: ``native`` or ``cudaMallocAsync``; None: not set, so native."""
+    """The allocator: ``native`` or ``cudaMallocAsync``; None: not set, so native."""
     refusal: Refusal | None = None
 
 

@@ -72,7 +72,7 @@ class MachineFile(msgspec.Struct, kw_only=True):
 
     version: int = VERSION
     about: str = ""
-    """What the machine is and what is taken for granted, for people."""
+    """A description of the machine and of what is taken for granted, for people."""
     system: str | None = None
     architecture: str | None = None
     cpus: str | None = None
@@ -95,7 +95,7 @@ class MachineFile(msgspec.Struct, kw_only=True):
     libraries: Libraries | None = None
     environment: dict[str, str] = {}
     unknown: dict[Fact, str] = {}
-    """Why facts are not known; counts only for fields that are null."""
+    """The reasons why facts are not known; counts only for fields that are null."""
 
 
 def encode_machine(machine: Machine, environ: Mapping[str, str], about: str = "") -> str:

@@ -71,7 +71,7 @@ class Capabilities(Message, tag=False):
     has_own_fields: bool = False
     """Knows fields and models that the router does not: bodies and answers pass unchanged."""
     costs: EngineCosts | None = None
-    """What its steps took at its warm-up; None: not known."""
+    """The costs of its steps, fitted at its warm-up; None: not known."""
     takes_launch_token: bool = True
     """Asks routers for the launch's token; else for ``engine_api_key``, where that is set."""
 
@@ -102,7 +102,7 @@ class Entry(Message, tag=False):
     reason: str = ""
     """The reason why it is ``failed``, and what comes next; for people."""
     peers: tuple[str, ...] | None = None
-    """Of a server: the engines that its engine exchanges KV blocks with; None: all."""
+    """The engines that a server's engine exchanges KV blocks with; None: all."""
 
 
 class Register(Message):
@@ -244,8 +244,8 @@ class Registry(Message):
     pairs: list[PairReady] = []
     """The paths between ranks that are proven now."""
     ends: dict[str, dict[EndReason, int]] = {}
-    """How often processes have ended while the launch served, by name: those that died by
-    themselves and those that were killed because they hung.
+    """Counts the ends of processes while the launch served, by name: those that died by themselves
+    and those that were killed because they hung.
     """
 
 

@@ -226,7 +226,7 @@ class RequestFinished(Message):
     is left to decode.
     """
     spans: SpanReport | None = None
-    """What has become of the request since its first tokens."""
+    """Spans of the request since its first tokens."""
 
 
 class Welcome(Message):

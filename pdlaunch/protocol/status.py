@@ -44,7 +44,7 @@ class EngineReading(msgspec.Struct, frozen=True, kw_only=True):
     waiting: int
     kv_usage: float
     host_usage: float | None
-    """Of the host tier; null without one."""
+    """Use of the host tier; null without one."""
     prompt_tokens_per_s: float
     output_tokens_per_s: float
     pulled_bytes_per_s: float
@@ -109,7 +109,7 @@ class PairStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Pulls since the start of the decode engine that ended well."""
     num_bytes: int
     bytes_per_s: float
-    """Of the last ten seconds."""
+    """Mean of the last ten seconds."""
     pull_gigabytes_per_s: float | None
     """Speed of the last minute's pulls while they ran; null without any."""
     last_failure: str

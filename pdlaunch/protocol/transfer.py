@@ -149,7 +149,7 @@ class PullFinished(Message):
     was known.
     """
     reports: dict[int, SpanReport] = {}
-    """What each rank did for it, by tp_rank, where its StartPull asked for that."""
+    """Spans of each rank, by tp_rank, where its StartPull asked for that."""
 
 
 def join_paths(paths: Iterable[str]) -> str:

@@ -32,7 +32,7 @@ class Machines:
     role: Role
     names: tuple[str, ...]
     per_engine: int
-    """How many of them one engine spans."""
+    """The number of them that one engine spans."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,7 +81,7 @@ class RoleEngines:
     own CUDA_VISIBLE_DEVICES names.
     """
     gpus_problem: str
-    """What is wrong with that variable; empty when nothing is."""
+    """The fault of that variable; empty when it has none."""
     first_gpu_rank: int
     """Number of ranks that are placed on the same GPUs of the host before those of this role."""
     dtype: DTypeName | None
@@ -98,8 +98,8 @@ class RoleEngines:
     footprint: Footprint | None
     """Memory of one rank."""
     unverified: str
-    """Why pulled KV blocks are used unproven; empty: they are proven before use. The same for both
-    roles.
+    """The reason why pulled KV blocks are used unproven; empty: they are proven before use. It is
+    the same for both roles.
     """
     given_environ: Mapping[str, str]
     """The user's environment of a rank: the supervisor's, and ``env`` over it."""

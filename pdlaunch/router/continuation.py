@@ -30,7 +30,7 @@ LOST_REASONS = (
     "seed", "several choices", "tools", "structured output", "reasoning", "images", "fields",
     "token ids", "half a character", "length", "min_tokens and stop strings", "text",
 )  # fmt: skip
-"""Why a stream cannot go on at another engine."""
+"""The reason why a stream cannot go on at another engine."""
 NUM_CONTEXT_TOKENS = 64
 """Tokens of the prompt that are detokenized with the output: the first one's text depends on what
 stands before it.

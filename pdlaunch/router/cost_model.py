@@ -22,7 +22,7 @@ from pdlaunch.router.engine import Engine
 RouteKind = Literal["pair", "decode", "both", "prefill", "least_work"]
 """A pair of engines; one of this role alone; chosen without costs."""
 MAX_CORRECTION = 4.0
-"""What requests really took changes the estimate by this factor at most."""
+"""Measured times change an estimate by this factor at most."""
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):

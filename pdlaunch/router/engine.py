@@ -16,7 +16,7 @@ from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.openai.responses import ModelCard
 
 EXPERIENCE_DOUBT = (0.05, 0.5)
-"""How wrong an estimate may be before any request was seen: by 50 ms, and by half of it."""
+"""Assumed error of an estimate before the first request: 50 ms, and half of it."""
 REPORT_LASTS_S = 1.0
 """Engines report with every step, so that this router hears several times a second of an engine
 that works for it.
@@ -73,14 +73,14 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     max_model_len: int | None = None
     """Prompt plus output in tokens; None until the engine has been asked."""
     models: list[ModelCard] = []
-    """What it has told of its models: the served one, and adapters."""
+    """The models that it lists: the served one, and adapters."""
     num_prompt_tokens: int = 0
     """Estimated tokens of the prompts it is working on."""
     num_streams: int = 0
     num_works: int = 0
     """Pieces of work that are outstanding."""
     report: EngineReport | None = None
-    """What the engine has said last of its work."""
+    """The engine's latest report of its work."""
     reported_at: float = 0.0
     """Instants are on the pool's clock."""
     unanswered_tokens: int = 0

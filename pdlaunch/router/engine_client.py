@@ -410,7 +410,7 @@ class EngineStream:
         self.ignored_fields = _ignored_fields(response)
         """Names of the fields that the engine has ignored."""
         self.report: object = None
-        """What the engine has recorded, once it has said so, before its end."""
+        """The engine's spans, once it has sent them, before its end."""
 
     async def next_chunk(self) -> Chunk | None:
         """Return the next chunk, None at the end.

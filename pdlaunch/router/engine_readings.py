@@ -139,7 +139,7 @@ class _Book:
         self._past: deque[_Past] = deque()
         self._latest: _Past | None = None
         self._shown: EngineReading | None = None
-        """What the latest says; made once, as many may ask."""
+        """The reading of the latest page; made once, as many may ask."""
         self._pulls: dict[str, Pulls] = {}
         """The same of each prefill engine."""
         self.asked_at = float("-inf")

@@ -101,13 +101,13 @@ class Generation:
         self._lease_taken = False
         self._handed_over_at = 0.0
         self._first_told_at: float | None = None
-        """When the client was sent the first token; None once it has the second one."""
+        """Instant of the client's first token; None once it has the second one."""
         self._num_decode_attempts = 0
         self._prefix = prompt.prefix
         self._planned: Engine | None = None
         """The engine that the route names for what is left, until it has been asked."""
         self._forecast: Forecast | None = None
-        """What the route promises, until a token has come or an engine has failed."""
+        """The route's estimate, until a token has come or an engine has failed."""
         self._unanswered = contextlib.ExitStack()
         self._unanswered_at: Engine | None = None
         """The engine that computes the prompt, until a token has come."""

@@ -30,10 +30,10 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
     """Choices that go on after their first token."""
     num_prompt_tokens: int
     work: object = None
-    """What the engine tells of its work beside the answer."""
+    """The engine's report of its work beside the answer."""
     usage: dict[str, Any] = {}
     report: Any = None
-    """What the engine has recorded, as it came."""
+    """The engine's spans, as they came."""
     chunks: list[Chunk]
     """The answer as the chunks of a stream."""
 

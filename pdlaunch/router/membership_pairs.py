@@ -13,7 +13,7 @@ from pdlaunch.protocol.due_pairs import Pair, due_pairs
 from pdlaunch.watch.canary import Proof
 
 Results = Mapping[Pair, Proof | str]
-"""What canaries have shown: a proof, or why there is none. Pairs without a result are missing."""
+"""Outcomes of canaries: a proof, or the reason why there is none. Pairs without one are missing."""
 
 
 class Verdict(NamedTuple):

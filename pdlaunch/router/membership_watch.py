@@ -76,7 +76,7 @@ class WatchSettings:
     served_model_name: str
     kind: Kind
     capabilities: Capabilities
-    """What engines of this kind and this version can do."""
+    """Capabilities of engines of this kind and this version."""
     is_exact: bool = False
     """A canary's tokens must be equal, as they are in float32."""
     engine_urls: tuple[str, ...] = ()

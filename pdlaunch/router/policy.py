@@ -84,7 +84,7 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     planned: Engine | None = None
     """The decode engine that is meant to go on, whether it is told early or not; None: any."""
     estimate: Estimate | None = None
-    """What the route is estimated to cost; None: it was chosen without."""
+    """The estimated costs of the route; None: it was chosen without."""
     alternatives: tuple[Estimate, ...] = ()
     """The best route of each other kind."""
 

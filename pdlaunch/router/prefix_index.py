@@ -49,7 +49,7 @@ class ServedPrefixes:
     def __init__(self, max_pieces: int = MAX_REMEMBERED_PIECES) -> None:
         self._max_pieces = max_pieces
         self._engines: dict[str, tuple[EngineKey, OrderedDict[int, int]]] = {}
-        """For each engine the tokens up to the end of a piece, by its hash; the piece that was used
+        """Tokens up to the end of a piece, by engine and hash; the piece that was used
         last comes last.
         """
 

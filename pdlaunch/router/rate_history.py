@@ -25,7 +25,7 @@ _OUTPUT_TOKENS = "pdlaunch_router_generation_tokens_total"
 _NAMES = (_FIRST_TOKEN, _INTER_TOKEN, _REQUESTS, _ERRORS, _PROMPT_TOKENS, _OUTPUT_TOKENS)
 
 Buckets = Mapping[float, float]
-"""How many took at most so many seconds."""
+"""The number that took at most so many seconds."""
 
 
 class Totals(NamedTuple):

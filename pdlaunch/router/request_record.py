@@ -153,7 +153,7 @@ class RequestRecord:
         self.log = SpanLog(clock)
         self._clock = clock
         self.trace_headers: dict[str, str] = {}
-        """What engines get so that their own tracing knows its parent."""
+        """Headers by which the engines' own tracing knows its parent."""
         self.otel_span: Any = None
         self.content: dict[str, str] | None = None
         """Beginnings of prompt and output, for the log alone and only where the user wants them."""

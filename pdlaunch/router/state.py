@@ -109,7 +109,7 @@ class RouterState:
         self.pool = pool
         self._doubt = doubt
         self._doubts: dict[tuple[str, str], str] = {}
-        """Why a pair of engines is not used, until the registry has shown a new proof."""
+        """The reason why a pair is not used, until the registry has shown a new proof."""
         self.client = client
         self.metrics = metrics
         self.recovery = recovery
@@ -117,7 +117,7 @@ class RouterState:
         self.waiting = WaitingPrompts(pool, client, metrics, self.spawn)
         self.events = EventLog(time.time)
         self.pair_failures: dict[tuple[str, str], str] = {}
-        """Why a prefill and a decode engine could not work together the last time."""
+        """The reason why a prefill and a decode engine could not work together the last time."""
         self._changed = asyncio.Event()
         self._has_registry = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()

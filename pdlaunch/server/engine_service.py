@@ -69,7 +69,7 @@ class EngineService:
         self.leases = LeaseIndex()
         self.reports = EngineReports()
         self.running: dict[HopId, RunningChoices] = {}
-        """What rank 0 works on, by the id that its caller gave it."""
+        """Requests at rank 0, by the id that the caller gave."""
         self.sleep = SleepDesk(spec, self.admission, self.live_link)
         self.loaded: ServedModel | None = None
         self.welcomed = asyncio.Event()

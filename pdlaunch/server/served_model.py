@@ -34,7 +34,7 @@ class ServedModel:
     tokenizer: TextTokenizer
     chat_template: ChatTemplate | None
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
-    """What requests get for the sampling fields that they leave open."""
+    """Defaults of the sampling fields that requests leave open."""
 
     @property
     def max_prompt_chars(self) -> int:

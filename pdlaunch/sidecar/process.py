@@ -69,7 +69,7 @@ class SidecarOptions:
     hang_timeout_s: float
     """An engine that has requests and makes no progress for so long is killed; 0: never."""
     unverified: str
-    """Why the engine uses pulled KV blocks unproven; empty: it has pdlaunch's connector."""
+    """The reason why pulled KV blocks are used unproven; empty: it has pdlaunch's connector."""
 
 
 class SidecarProcess:
@@ -87,7 +87,7 @@ class SidecarProcess:
         self._api = EngineApi(self._url, self._key)
         self._is_ready = asyncio.Event()
         self._canaries: dict[tuple[str, int], asyncio.Task[None]] = {}
-        """Of each prefill engine and incarnation that is proven or being proven."""
+        """Tasks by prefill engine and incarnation that is proven or being proven."""
         self._one_at_a_time = asyncio.Semaphore(1)
         self._reads: tuple[float, float] | None = None
         """Failed READs and bytes read, at the last look."""

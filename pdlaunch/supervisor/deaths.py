@@ -53,7 +53,7 @@ class Deaths:
         self.ends: dict[str, dict[EndReason, int]] = {
             process.name: {"died": 0, "hung": 0} for process in plan.processes
         }
-        """How often each process was the first of its unit to end."""
+        """The number of times that each process was the first of its unit to end."""
 
     @property
     def due_at(self) -> float:

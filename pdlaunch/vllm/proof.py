@@ -26,7 +26,7 @@ class ReadBlocks:
     first_head: int
     algorithm: str
     checksums: ChecksumArray
-    """Of the blocks that were read."""
+    """Checksums of the blocks that were read."""
 
 
 def judge(read: ReadBlocks, statements: Mapping[int, Statement | None]) -> str:

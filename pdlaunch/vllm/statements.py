@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 VERSION = 1
 KEPT_S = 60.0
-"""How long a statement outlives the READ of its blocks, which ends their lease."""
+"""Time by which a statement outlives the READ of its blocks, which ends their lease."""
 _SWEEP_S = 1.0
 
 ChecksumArray = npt.NDArray[np.uint64]
@@ -80,7 +80,7 @@ class StatementBoard:
         self._clock = clock
         self._own: dict[str, Path] = {}
         self._ended_at: dict[str, float] = {}
-        """Of own statements whose requests are not under lease any more."""
+        """Instants at which the leases of own statements were seen to have ended."""
         self._next_sweep_at = 0.0
 
     def state(self, engine_id: str, tp_rank: int, request_id: str, statement: Statement) -> None:

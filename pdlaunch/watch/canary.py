@@ -76,7 +76,7 @@ class Proof:
     transfer_s: float
     """Seconds that the engine counted for the READs; 0 when it counts none."""
     params: Mapping[str, Any] = field(default_factory=dict)
-    """What prefill told decode: ``remote_engine_id``, ``remote_host`` and so on."""
+    """Parameters that prefill hands to decode: ``remote_engine_id``, ``remote_host`` and so on."""
 
     @property
     def gigabytes_per_s(self) -> float | None:

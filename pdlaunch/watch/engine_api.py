@@ -16,7 +16,7 @@ from pdlaunch.errors import ProtocolError
 from pdlaunch.http.engine_url import http_url, new_session
 
 Kind = Literal["native", "vllm"]
-"""Which program an engine is; names of metrics follow from it."""
+"""The program that an engine is; names of metrics follow from it."""
 Models = dict[str, int | None]
 """Names of the models that an engine serves, each with its ``max_model_len``."""
 

@@ -40,7 +40,7 @@ class Told:
     attention: str
     block_size: int
     num_blocks: int
-    """Of the first rank."""
+    """The number of blocks of the first rank."""
 
 
 def side_channel_of(params: Mapping[str, Any]) -> SideChannel | None:

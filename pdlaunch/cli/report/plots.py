@@ -35,7 +35,7 @@ class _Axis(NamedTuple):
     scale: Scale
     start: float
     end: float
-    """Where it begins and ends, in pixels."""
+    """Its first and last pixel."""
 
     def place(self, value: float) -> float:
         """Return where a value lies."""

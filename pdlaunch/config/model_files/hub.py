@@ -14,7 +14,7 @@ from pydantic import AfterValidator
 from pdlaunch.errors import ConfigError
 
 Part = Literal["description", "weights"]
-"""What is downloaded at once: all small files, or the weights that they describe."""
+"""The parts that are downloaded at once: all small files, or the weights that they describe."""
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", re.ASCII)
