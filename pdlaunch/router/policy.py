@@ -6,23 +6,14 @@ be tested by properties, and a simulator can replay it on a clock of its own.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 import msgspec
 
 from pdlaunch.config.roles import Role
 from pdlaunch.protocol.control import Capabilities, PairReady
-from pdlaunch.router.cost_model import (
-    Estimate,
-    Load,
-    RouteKind,
-    Work,
-    estimate_alone,
-    estimate_pair,
-    load_of,
-)
+from pdlaunch.router.cost_model import Estimate, RouteKind
 from pdlaunch.router.engine import Engine, EngineKey
 from pdlaunch.router.prefix_index import PrefixHashes
 
@@ -31,7 +22,7 @@ Hop = Literal["prefill", "decode"]
 Need = Literal["goes_on", "gives_first_token", "awaits_lease"]
 """Names a capability that an engine must have."""
 NO_NEEDS: frozenset[Need] = frozenset()
-_WAITS: frozenset[Need] = frozenset({"awaits_lease"})
+WAITS: frozenset[Need] = frozenset({"awaits_lease"})
 MAX_QUEUED = 8
 """Decode is told early only of prompts behind at most so many at the prefill engine.
 
@@ -213,171 +204,6 @@ class LeastWork:
         return None  # nobody knows what it would gain
 
 
-class LeastCost:
-    """Gives a new prompt the route of the least estimated cost (``cost_model.py``).
-
-    ``max_ttft_s`` and ``max_itl_s`` come first: routes that exceed them least. What costs cannot
-    decide is left to ``LeastWork``: prompts of which an engine has failed, all that comes after the
-    first route, and deployments with an engine that tells no costs.
-    """
-
-    def __init__(self, *, max_ttft_s: float | None = None, max_itl_s: float | None = None) -> None:
-        self._max_ttft_s = max_ttft_s
-        self._max_itl_s = max_itl_s
-        self._otherwise = LeastWork()
-
-    def choose(
-        self,
-        request: RoutingRequest,
-        engines: Sequence[Engine],
-        pairs: Sequence[PairReady],
-        index: PrefixIndex,
-        now_at: float,
-    ) -> Route:
-        is_new = request.hop == "prefill" and not request.tried and not request.is_suspect
-        if is_new and request.max_tokens != 1 and not request.wants_pair:
-            cheapest = self._cheapest(request, engines, pairs, index, now_at)
-            if cheapest is not None:
-                return cheapest
-        return self._otherwise.choose(request, engines, pairs, index, now_at)
-
-    def _cheapest(
-        self,
-        request: RoutingRequest,
-        engines: Sequence[Engine],
-        pairs: Sequence[PairReady],
-        index: PrefixIndex,
-        now_at: float,
-    ) -> Route | None:
-        """Return the best route; None: costs cannot decide."""
-        usable = [one for one in engines if one.ready and one.avoid_until_at <= now_at]
-        loads = [load for one in usable if (load := load_of(one, now_at)) is not None]
-        if len(loads) != len(usable):
-            return None
-        estimates = [
-            *_estimates_alone(request, loads, index),
-            *_estimates_of_pairs(request, loads, pairs, index),
-        ]
-        if not estimates:
-            return None
-        by_name = {engine.name: engine for engine in usable}
-
-        def rank(estimate: Estimate) -> tuple[float, float, int]:
-            num_picks = sum(by_name[name].num_picks for name in estimate.engines)
-            return (self._excess(estimate), estimate.cost_s, num_picks)
-
-        best, *others = sorted(estimates, key=rank)
-        first_of_kind = {other.kind: other for other in reversed(others) if other.kind != best.kind}
-        first, last = by_name[best.engines[0]], by_name[best.engines[-1]]
-        is_pair = first is not last
-        early = is_pair and may_tell_early(request, first) and covers(last.capabilities, _WAITS)
-        return Route(
-            reason="least cost" if not self._excess(best) else "least excess of the limits",
-            prefill=first if is_pair else None,
-            decode=last if early or not is_pair else None,
-            planned=last if is_pair else None,
-            estimate=best,
-            alternatives=tuple(sorted(first_of_kind.values(), key=rank)),
-        )
-
-    def take_over(
-        self,
-        request: RoutingRequest,
-        prefill: Engine,
-        engines: Sequence[Engine],
-        pairs: Sequence[PairReady],
-        index: PrefixIndex,
-        now_at: float,
-    ) -> Route | None:
-        own = load_of(prefill, now_at)
-        usable = [one for one in engines if one.ready and one.avoid_until_at <= now_at]
-        loads = [load for one in usable if (load := load_of(one, now_at)) is not None]
-        if own is None or len(loads) != len(usable):
-            return None
-        if request.is_suspect or request.wants_pair:
-            return None
-        # Its own tokens are the last ones in the queue.
-        num_own = request.num_prompt_tokens - _num_cached(request, own, index)
-        own = msgspec.structs.replace(own, queued_tokens=own.queued_tokens - num_own)
-        if own.queued_tokens <= 0:
-            return None  # it has begun, or is about to
-        others = [load for load in loads if load.engine is not prefill]
-        here = [load for load in others if load.engine.role == "decode"]
-        stays = _at_least_cost(_estimates_of_pairs(request, [own, *here], pairs, index))
-        leaves = _at_least_cost(_estimates_alone(request, others, index))
-        if stays is None or leaves is None or leaves.cost_s >= stays.cost_s:
-            return None
-        if self._excess(leaves) > self._excess(stays):
-            return None
-        taker = next(load.engine for load in others if load.engine.name == leaves.engines[0])
-        reason = f"takes over what waits at {prefill.name}"
-        return Route(reason=reason, decode=taker, estimate=leaves, alternatives=(stays,))
-
-    def _excess(self, estimate: Estimate) -> float:
-        """Return by how much a route exceeds what was asked for, as shares of it."""
-        limits = (
-            (estimate.first_token_s, self._max_ttft_s),
-            (estimate.itl_s, self._max_itl_s),
-        )
-        return sum(max(0.0, value / limit - 1) for value, limit in limits if limit is not None)
-
-
-def _work(request: RoutingRequest) -> Work:
-    expected = request.expected_tokens or request.max_tokens or 1
-    return Work(
-        num_prompt_tokens=request.num_prompt_tokens,
-        num_output_tokens=min(expected, request.max_tokens or expected),
-        num_choices=request.num_choices,
-    )
-
-
-def _num_cached(request: RoutingRequest, load: Load, index: PrefixIndex) -> int:
-    num_tokens = index.num_cached_tokens(load.engine, request.prefix)
-    return min(num_tokens, request.num_prompt_tokens - 1)
-
-
-def _estimates_alone(
-    request: RoutingRequest, loads: Sequence[Load], index: PrefixIndex
-) -> Iterator[Estimate]:
-    for load in loads:
-        if load.engine.role != "prefill" and covers(load.engine.capabilities, request.needs):
-            yield estimate_alone(load, _work(request), _num_cached(request, load, index))
-
-
-def _estimates_of_pairs(
-    request: RoutingRequest,
-    loads: Sequence[Load],
-    pairs: Sequence[PairReady],
-    index: PrefixIndex,
-) -> Iterator[Estimate]:
-    work, speeds = _work(request), _gigabytes_per_s(pairs)
-    decodes = {
-        load.engine.name: (load, _num_cached(request, load, index))
-        for load in loads
-        if load.engine.role == "decode"
-    }
-    for prefill in loads:
-        if prefill.engine.role != "prefill":
-            continue
-        num_cached, peers = _num_cached(request, prefill, index), prefill.engine.peers
-        for name in decodes if peers is None else sorted(peers & decodes.keys()):
-            decode, num_cached_there = decodes[name]
-            if not decode.engine.may_pull_from(prefill.engine):
-                continue
-            speed = speeds.get((prefill.engine.name, name), 0.0)
-            yield estimate_pair(prefill, decode, work, (num_cached, num_cached_there), speed)
-
-
-def _gigabytes_per_s(pairs: Sequence[PairReady]) -> dict[tuple[str, str], float]:
-    """Return the speed between the slowest ranks of engines, of prefill and decode, by name."""
-    speeds: dict[tuple[str, str], float] = {}
-    for pair in pairs:
-        if pair.gigabytes_per_s is not None:
-            names = pair.peer.partition("/")[0], pair.local.partition("/")[0]
-            speeds[names] = min(pair.gigabytes_per_s, speeds.get(names, math.inf))
-    return speeds
-
-
 def _tell(estimate: Estimate) -> str:
     return (
         f"{estimate.route} first token {estimate.first_token_s * 1000:.1f} ms, "
@@ -394,10 +220,6 @@ def _explain(estimate: Estimate) -> dict[str, Any]:
         "delay_ms": round(estimate.delay_s * 1000, 2),
         "itl_ms": round(estimate.itl_s * 1000, 2),
     }
-
-
-def _at_least_cost(estimates: Iterable[Estimate]) -> Estimate | None:
-    return min(estimates, key=lambda estimate: estimate.cost_s, default=None)
 
 
 def least_work(
@@ -483,7 +305,7 @@ def _told_early(
     if not may_tell_early(request, prefill):
         return None
     pullers = [engine for engine in engines if engine.may_pull_from(prefill)]
-    return least_work(pullers, "decode", now_at, strict=True, needs=_WAITS)
+    return least_work(pullers, "decode", now_at, strict=True, needs=WAITS)
 
 
 def may_tell_early(request: RoutingRequest, prefill: Engine) -> bool:
@@ -493,7 +315,7 @@ def may_tell_early(request: RoutingRequest, prefill: Engine) -> bool:
         or request.num_choices > 1
         or prefill.num_works > MAX_QUEUED
         or prefill.lender is None
-        or not covers(prefill.capabilities, _WAITS)
+        or not covers(prefill.capabilities, WAITS)
     )
 
 

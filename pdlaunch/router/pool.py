@@ -10,10 +10,10 @@ from collections.abc import Callable, Collection, Sequence
 
 from pdlaunch.config.roles import PAIR, Role
 from pdlaunch.protocol.control import Entry, ListedState, PairReady, PairSuspect, Registry
+from pdlaunch.router.cost_policy import LeastCost
 from pdlaunch.router.engine import Engine, Lender, Processes
 from pdlaunch.router.policy import (
     NO_NEEDS,
-    LeastCost,
     Need,
     Policy,
     Route,

@@ -33,10 +33,11 @@ from pdlaunch.protocol.control import (
 from pdlaunch.router.admin import SupervisorLink
 from pdlaunch.router.admin_socket import listen_at_admin_socket
 from pdlaunch.router.app import RouterApp
+from pdlaunch.router.cost_policy import LeastCost
 from pdlaunch.router.engine_client import EngineClient, EngineTimeouts, keys_of_launch
 from pdlaunch.router.membership import AnnouncedMembership, Membership
 from pdlaunch.router.metrics import RouterMetrics
-from pdlaunch.router.policy import LeastCost, LeastWork, Policy
+from pdlaunch.router.policy import LeastWork, Policy
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.state import RecoverySettings, RouterState
 

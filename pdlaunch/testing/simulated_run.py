@@ -20,7 +20,8 @@ from typing import Any
 import msgspec
 
 from pdlaunch.protocol.costs import EngineCosts, StepCosts
-from pdlaunch.router.policy import LeastCost, LeastWork, Policy
+from pdlaunch.router.cost_policy import LeastCost
+from pdlaunch.router.policy import LeastWork, Policy
 from pdlaunch.testing.simulator import SimEngine, SimRequest, Simulation
 
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from pdlaunch.protocol.control import Capabilities, PairReady
 from pdlaunch.protocol.costs import MAX_SLOWDOWN, EngineCosts, EngineReport, StepCosts
 from pdlaunch.router.cost_model import MAX_CORRECTION, Load, Work, estimate_alone, load_of
+from pdlaunch.router.cost_policy import LeastCost
 from pdlaunch.router.engine import REPORT_LASTS_S, Engine
-from pdlaunch.router.policy import LeastCost, LeastWork, NoIndex, Route, RoutingRequest
+from pdlaunch.router.policy import LeastWork, NoIndex, Route, RoutingRequest
 from pdlaunch.router.prefix_index import PrefixHashes
 from tests.router.test_policy import engine
 

@@ -6,7 +6,8 @@ import msgspec
 import pytest
 
 from pdlaunch.protocol.costs import ROUTE_HEADER, WANTS_PAIR
-from pdlaunch.router.policy import LeastCost, LeastWork
+from pdlaunch.router.cost_policy import LeastCost
+from pdlaunch.router.policy import LeastWork
 from pdlaunch.router.process import new_policy
 from tests.router.conftest import SPEC, Stand, pair
 from tests.router.fake_engine import FakeEngine

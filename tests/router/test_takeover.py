@@ -8,7 +8,8 @@ import pytest
 
 from pdlaunch.protocol.costs import ROUTE_HEADER
 from pdlaunch.router.cost_model import load_of
-from pdlaunch.router.policy import LeastCost, LeastWork, NoIndex, RoutingRequest
+from pdlaunch.router.cost_policy import LeastCost
+from pdlaunch.router.policy import LeastWork, NoIndex, RoutingRequest
 from tests.router.conftest import Answer, Stand
 from tests.router.fake_engine import FakeEngine
 from tests.router.test_cost_model import NOW, busy, costed

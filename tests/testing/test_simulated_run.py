@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pdlaunch.router.policy import LeastCost
+from pdlaunch.router.cost_policy import LeastCost
 from pdlaunch.testing.simulated_run import Row, compare, engines_of, main
 from pdlaunch.testing.simulator import SimRequest, Simulation
 from tests.router.test_cost_model import costs

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from pdlaunch.config.roles import Role
 from pdlaunch.protocol.costs import StepCosts, StepWork
-from pdlaunch.router.policy import LeastCost, LeastWork, Policy
+from pdlaunch.router.cost_policy import LeastCost
+from pdlaunch.router.policy import LeastWork, Policy
 from pdlaunch.testing.simulator import SimEngine, SimRequest, Simulation
 from tests.router.test_cost_model import costs
 
