@@ -11,27 +11,15 @@ from pdlaunch.cli import assume as assume_module
 from pdlaunch.cli.app import build_app
 from pdlaunch.platform.facts import PortState
 from tests.checks.contexts import CPU
+from tests.checks.firing import TINY
 from tests.config.model_files.files import EMPTY_SAFETENSORS
-
-MODEL = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 100,
-    "max_position_embeddings": 512,
-    "dtype": "float32",
-}
 
 
 @pytest.fixture
 def model(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(MODEL))
+    (folder / "config.json").write_text(json.dumps(TINY))
     (folder / "model.safetensors").write_bytes(EMPTY_SAFETENSORS)
     return folder
 

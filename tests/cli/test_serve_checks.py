@@ -25,7 +25,7 @@ from pdlaunch.supervisor.pair_links import ReadLinks
 from pdlaunch.supervisor.states import LaunchPhase
 from pdlaunch.supervisor.status import LaunchStatus
 from tests.checks.contexts import CPU as HEALTHY
-from tests.cli.conftest import MODEL
+from tests.checks.firing import TINY
 from tests.config.model_files.files import tiny_gguf
 
 CPU = Machine(cpus=(0, 1), memory_bytes=64 * 1024**3)
@@ -107,7 +107,7 @@ def test_models_that_cannot_be_read_refuse_the_start_in_words(kind: str, tmp_pat
     model = tmp_path / "model.gguf"
     if kind == "pickles":
         model.mkdir()
-        (model / "config.json").write_text(json.dumps(MODEL))
+        (model / "config.json").write_text(json.dumps(TINY))
         (model / "pytorch_model.bin").write_bytes(b"PK")
     else:
         model.write_bytes(tiny_gguf().encode()[:-1])
