@@ -25,7 +25,7 @@ from pdlaunch.http.headers import REQUEST_ID_HEADER
 from pdlaunch.http.openapi import Operation
 from pdlaunch.protocol.control import Restart, Restarting
 from pdlaunch.router.engine import Engine
-from pdlaunch.router.engine_client import EngineFailure
+from pdlaunch.router.engine_errors import EngineFailure
 from pdlaunch.router.state import RouterState
 from pdlaunch.router.vllm_sleep import fall_asleep, wake_up
 

@@ -16,7 +16,7 @@ from pdlaunch.observe.metrics import RequestClock, RequestMetrics
 from pdlaunch.protocol.costs import ROUTE_HEADER
 from pdlaunch.protocol.openai.responses import PromptTokensDetails, Usage
 from pdlaunch.router.client_request import ClientRequest, PromptRequest
-from pdlaunch.router.engine_client import Chunk
+from pdlaunch.router.engine_stream import Chunk
 from pdlaunch.router.policy import Route
 from pdlaunch.router.request_record import RequestRecord
 from pdlaunch.router.transcript import Transcript

@@ -66,7 +66,7 @@ from pdlaunch.router.client_request import (
 )
 from pdlaunch.router.deployment_view import DeploymentView
 from pdlaunch.router.engine import EngineKey
-from pdlaunch.router.engine_client import EngineFailure
+from pdlaunch.router.engine_errors import EngineFailure
 from pdlaunch.router.generation import ChunkSink, Generation
 from pdlaunch.router.idempotency import Repeats, Work, read_idempotency_key
 from pdlaunch.router.membership_watch import WatchedMembership

@@ -21,7 +21,8 @@ from pdlaunch.protocol.ids import LeaseId
 from pdlaunch.protocol.kv_params import PdlaunchParams, to_wire
 from pdlaunch.router.client_request import PromptRequest
 from pdlaunch.router.engine import Engine, Lender
-from pdlaunch.router.engine_client import EngineClient, EngineStream
+from pdlaunch.router.engine_client import EngineClient
+from pdlaunch.router.engine_stream import EngineStream
 from pdlaunch.router.request_record import Leg
 
 HEAD_START_S = 0.002

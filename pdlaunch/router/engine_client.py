@@ -11,35 +11,31 @@ import contextlib
 import logging
 import ssl
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import aiohttp
 import msgspec
 from yarl import URL
 
-from pdlaunch.errors import OverloadedError, ProtocolError
 from pdlaunch.http.engine_url import UNIX, http_url, new_session
-from pdlaunch.http.errors import RETRY_AFTER_S, RelayedError
 from pdlaunch.http.ignored_fields import IGNORED_FIELDS_HEADER, read_ignored_fields
-from pdlaunch.http.sse import DONE_DATA, EventDecoder
 from pdlaunch.protocol.costs import EngineReport
 from pdlaunch.protocol.ids import HopId, LeaseId
-from pdlaunch.protocol.openai.responses import REPORT_KEY, WORK_KEY, ModelCard, ModelList
+from pdlaunch.protocol.openai.responses import ModelCard, ModelList
 from pdlaunch.router.engine import Engine
+from pdlaunch.router.engine_errors import EngineFailure, broken, require_ok
+from pdlaunch.router.engine_stream import EngineStream
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Chunk = dict[str, Any]
-"""A chunk of an engine's stream; members that the router does not know are passed on."""
 
 KEEPALIVE_S = 2.0
 """Shorter than any engine's own, so that no request is sent into a connection that is being
 closed.
 """
-_CLIENT_ERROR_TYPES = frozenset({"invalid_request_error", "BadRequestError", "NotFoundError"})
 
 
 class EngineTimeouts(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,60 +55,6 @@ class EngineAnswer(NamedTuple):
     body: bytes
     ignored_fields: Sequence[str]
     """Names of the fields that the engine has ignored."""
-
-
-class EngineFailure(OverloadedError):
-    """Tells that an engine did not do its work; another one may.
-
-    ``may_return``: it, or its successor, may be there again soon. ``turned_away``: it did not even
-    begin. ``engine_code``: the code of its own error. If no other engine makes up for it, the
-    client is told 503, or 502 when the engine may not return.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        reason: str,
-        *,
-        may_return: bool = True,
-        turned_away: bool = False,
-        engine_code: object = None,
-    ) -> None:
-        super().__init__(
-            f"engine {engine.name}: {reason}",
-            status=503 if may_return else 502,
-            retry_after_s=RETRY_AFTER_S,
-            code="engine_failed",
-        )
-        self.may_return = may_return
-        self.turned_away = turned_away
-        self.engine_code = engine_code
-
-
-class EngineRefusal(RelayedError):
-    """Carries an engine's answer that is no 200, for the client as it is."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        *,
-        status: int,
-        body: bytes,
-        content_type: str = "application/json",
-        retry_after: str | None = None,
-    ) -> None:
-        super().__init__(
-            f"engine {engine.name} answered {status}",
-            status=status,
-            body=body,
-            content_type=content_type,
-            headers={} if retry_after is None else {"Retry-After": retry_after},
-        )
-
-    @property
-    def is_busy(self) -> bool:
-        """Tell whether another engine, or this one later, may have room."""
-        return self.status == 429
 
 
 def keys_of_launch(http_token: str, engine_api_key: str | None) -> Callable[[Engine], str | None]:
@@ -185,7 +127,12 @@ class EngineClient:
         """
         response = await self._while_alive(engine, self._open(engine, path, body, headers))
         try:
-            yield EngineStream(engine, response, self)
+            yield EngineStream(
+                engine,
+                _ignored_fields(response),
+                read_some=partial(self._read_some, engine, response),
+                hear=self.hear,
+            )
         finally:
             # Closing, not releasing: an unfinished answer must not go back into the pool of
             # connections.
@@ -223,7 +170,7 @@ class EngineClient:
                     response.headers.get("Content-Type", response.content_type),
                 )
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-            raise _broken(engine, error) from error
+            raise broken(engine, error) from error
 
     def hear(self, engine: Engine, work: object) -> None:
         """Take what a native engine tells of its work beside an answer."""
@@ -238,35 +185,22 @@ class EngineClient:
         """End the lease of a hop that nobody will pull; errors are logged, the lease ends by
         itself.
         """
+        body = msgspec.json.encode({"request_id": name})
         try:
-            timeout = aiohttp.ClientTimeout(total=self._timeouts.probe_s)
-            body = msgspec.json.encode({"request_id": name})
-            async with self._session(engine).post(
-                http_url(engine.url) + "/pdlaunch/release",
-                data=body,
-                timeout=timeout,
-                allow_redirects=False,
-            ) as response:
-                await response.read()
-        except (aiohttp.ClientError, TimeoutError) as error:
-            logger.warning("%s: lease of %s not released: %r", engine.name, name, error)
+            await self._call_briefly(engine, "POST", "/pdlaunch/release", body)
+        except EngineFailure as failure:
+            logger.warning("lease of %s not released: %s", name, failure)
 
     async def withdraw(self, engine: Engine, name: HopId) -> None:
         """Ask for a prompt back that has not begun; the engine's answer to it says what came of it.
 
         Errors are logged: then it goes on.
         """
+        body = msgspec.json.encode({"request_id": name})
         try:
-            timeout = aiohttp.ClientTimeout(total=self._timeouts.probe_s)
-            async with self._session(engine).post(
-                http_url(engine.url) + "/pdlaunch/withdraw",
-                data=msgspec.json.encode({"request_id": name}),
-                timeout=timeout,
-                allow_redirects=False,
-            ) as response:
-                await response.read()
-        except (aiohttp.ClientError, TimeoutError) as error:
-            logger.info("%s: prompt %s not withdrawn: %r", engine.name, name, error)
+            await self._call_briefly(engine, "POST", "/pdlaunch/withdraw", body)
+        except EngineFailure as failure:
+            logger.info("prompt %s not withdrawn: %s", name, failure)
 
     async def refuse_lease(self, decode: Engine, params: Mapping[str, Any]) -> None:
         """Have a decode engine of vLLM end a lease that nobody will pull; errors are logged.
@@ -282,38 +216,25 @@ class EngineClient:
             "kv_transfer_params": params,
         }
         try:
-            timeout = aiohttp.ClientTimeout(total=self._timeouts.probe_s)
-            async with self._session(decode).post(
-                http_url(decode.url) + "/v1/completions",
-                data=msgspec.json.encode(body),
-                timeout=timeout,
-                allow_redirects=False,
-            ) as response:
-                await response.read()
-        except (aiohttp.ClientError, TimeoutError) as error:
-            logger.warning("%s: a lease is not released: %r", decode.name, error)
+            await self._call_briefly(decode, "POST", "/v1/completions", msgspec.json.encode(body))
+        except EngineFailure as failure:
+            logger.warning("a lease is not released: %s", failure)
 
     async def is_alive(self, engine: Engine) -> bool:
         """Tell whether the engine's server answers."""
         try:
-            timeout = aiohttp.ClientTimeout(total=self._timeouts.probe_s)
-            async with self._session(engine).get(
-                http_url(engine.url) + "/health", timeout=timeout, allow_redirects=False
-            ) as response:
-                return response.status == 200
-        except (aiohttp.ClientError, TimeoutError):
+            status, _, _ = await self._call_briefly(engine, "GET", "/health")
+        except EngineFailure:
             return False
+        return status == 200
 
     async def read_models(self, engine: Engine) -> list[ModelCard]:
         """Return what the engine's /v1/models says; nothing when it says nothing."""
         try:
-            timeout = aiohttp.ClientTimeout(total=self._timeouts.probe_s)
-            async with self._session(engine).get(
-                http_url(engine.url) + "/v1/models", timeout=timeout, allow_redirects=False
-            ) as response:
-                return msgspec.json.decode(await response.read(), type=ModelList).data
-        except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError) as error:
-            logger.info("%s does not tell its models: %r", engine.name, error)
+            _, body, _ = await self._call_briefly(engine, "GET", "/v1/models")
+            return msgspec.json.decode(body, type=ModelList).data
+        except (EngineFailure, msgspec.DecodeError) as error:
+            logger.info("%s does not tell its models: %s", engine.name, error)
             return []
 
     async def read_metrics(self, engine: Engine) -> str | None:
@@ -324,16 +245,21 @@ class EngineClient:
         if not engine.url:
             return None
         try:
-            timeout = aiohttp.ClientTimeout(total=self._timeouts.metrics_s)
-            async with self._session(engine).get(
-                http_url(engine.url) + "/metrics", timeout=timeout, allow_redirects=False
-            ) as response:
-                return await response.text("utf-8", "replace") if response.status == 200 else None
-        except (aiohttp.ClientError, TimeoutError) as error:
-            logger.info("%s does not tell its metrics: %r", engine.name, error)
+            status, body, _ = await self.call(
+                engine, "GET", "/metrics", timeout_s=self._timeouts.metrics_s
+            )
+        except EngineFailure as failure:
+            logger.info("no metrics: %s", failure)
             return None
+        return body.decode("utf-8", "replace") if status == 200 else None
 
-    async def read_some(self, engine: Engine, response: aiohttp.ClientResponse) -> bytes:
+    async def _call_briefly(
+        self, engine: Engine, method: str, path: str, body: bytes = b""
+    ) -> tuple[int, bytes, str]:
+        """Make a call that asks for no work, so that a living engine answers within ``probe_s``."""
+        return await self.call(engine, method, path, body=body, timeout_s=self._timeouts.probe_s)
+
+    async def _read_some(self, engine: Engine, response: aiohttp.ClientResponse) -> bytes:
         """Return the next bytes of a stream, none at its end.
 
         Raises EngineFailure when the engine has died or hangs.
@@ -354,10 +280,10 @@ class EngineClient:
             async with self._session(engine).post(
                 http_url(engine.url) + path, data=body, headers=headers, allow_redirects=False
             ) as response:
-                await _refuse_errors(engine, response)
+                await require_ok(engine, response)
                 return EngineAnswer(await response.read(), _ignored_fields(response))
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise _broken(engine, error) from error
+            raise broken(engine, error) from error
 
     async def _open(
         self, engine: Engine, path: str, body: bytes, headers: dict[str, str]
@@ -367,9 +293,9 @@ class EngineClient:
                 http_url(engine.url) + path, data=body, headers=headers, allow_redirects=False
             )
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise _broken(engine, error) from error
+            raise broken(engine, error) from error
         try:
-            await _refuse_errors(engine, response)
+            await require_ok(engine, response)
         except BaseException:
             response.close()
             raise
@@ -396,73 +322,6 @@ class EngineClient:
             raise EngineFailure(engine, f"silent for {self._timeouts.stall_s:g} s and not healthy")
 
 
-class EngineStream:
-    """Reads the chunks of one answer, up to ``[DONE]`` or the end of the connection."""
-
-    def __init__(
-        self, engine: Engine, response: aiohttp.ClientResponse, client: EngineClient
-    ) -> None:
-        self._engine = engine
-        self._response = response
-        self._client = client
-        self._events = EventDecoder()
-        self._pending: deque[bytes] = deque()
-        self.ignored_fields = _ignored_fields(response)
-        """Names of the fields that the engine has ignored."""
-        self.report: object = None
-        """The engine's spans, once it has sent them, before its end."""
-
-    async def next_chunk(self) -> Chunk | None:
-        """Return the next chunk, None at the end.
-
-        Raises EngineFailure, or EngineRefusal for an error event about the request.
-        """
-        while (data := await self._next_event()) not in (None, DONE_DATA):
-            chunk = self._decode(data)
-            if REPORT_KEY not in chunk:
-                return chunk
-            self.report = chunk[REPORT_KEY]
-        return None
-
-    async def _next_event(self) -> bytes | None:
-        while not self._pending:
-            received = await self._client.read_some(self._engine, self._response)
-            if not received:
-                return None
-            try:
-                self._pending.extend(self._events.feed(received))
-            except ProtocolError as error:
-                raise EngineFailure(self._engine, str(error), may_return=False) from error
-        return self._pending.popleft()
-
-    def _decode(self, data: bytes) -> Chunk:
-        try:
-            chunk = msgspec.json.decode(data)
-        except msgspec.DecodeError as error:
-            raise EngineFailure(
-                self._engine, f"malformed event: {error}", may_return=False
-            ) from error
-        if not isinstance(chunk, dict):
-            raise EngineFailure(self._engine, "an event that is no object", may_return=False)
-        if WORK_KEY in chunk:
-            self._client.hear(self._engine, chunk.pop(WORK_KEY))
-        if "error" in chunk:
-            self._raise_error(data, chunk["error"])
-        return chunk
-
-    def _raise_error(self, data: bytes, error: object) -> None:
-        fields = error if isinstance(error, dict) else {}
-        if fields.get("type") in _CLIENT_ERROR_TYPES:
-            raise EngineRefusal(self._engine, status=400, body=data)
-        message = f"error in its stream: {fields.get('message', error)}"
-        raise EngineFailure(
-            self._engine,
-            message,
-            may_return=fields.get("type") != "server_error",
-            engine_code=fields.get("code"),
-        )
-
-
 def _discard_result(task: asyncio.Task[Any]) -> None:
     """Work that nobody waits for any more may have ended all the same: close what it opened."""
     if (
@@ -473,46 +332,5 @@ def _discard_result(task: asyncio.Task[Any]) -> None:
         task.result().close()
 
 
-def _broken(
-    engine: Engine, error: aiohttp.ClientError | TimeoutError | ValueError
-) -> EngineFailure:
-    unheard = isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
-    return EngineFailure(engine, repr(error), turned_away=unheard)
-
-
 def _ignored_fields(response: aiohttp.ClientResponse) -> list[str]:
     return read_ignored_fields(response.headers.get(IGNORED_FIELDS_HEADER))
-
-
-def _error_code(body: bytes) -> object:
-    try:
-        return msgspec.json.decode(body)["error"]["code"]
-    except (msgspec.DecodeError, LookupError, TypeError):
-        return None
-
-
-async def _refuse_errors(engine: Engine, response: aiohttp.ClientResponse) -> None:
-    if response.status == 200:
-        return
-    try:
-        body = await response.read()
-    except aiohttp.ClientError as error:
-        raise EngineFailure(engine, f"answered {response.status} and broke off") from error
-    if response.status >= 500 or 300 <= response.status < 400:
-        text = body[:200].decode(errors="replace")
-        message = f"answered {response.status}: {text}"
-        may_return = response.status in (502, 503, 504)
-        raise EngineFailure(
-            engine,
-            message,
-            may_return=may_return,
-            turned_away=response.status == 503,
-            engine_code=_error_code(body),
-        )
-    raise EngineRefusal(
-        engine,
-        status=response.status,
-        body=body,
-        content_type=response.content_type,
-        retry_after=response.headers.get("Retry-After"),
-    )

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Coroutine, Iterable, Iterator
+from collections.abc import Coroutine, Iterable
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
-from pdlaunch.errors import PdlaunchError, RequestError
+from pdlaunch.errors import RequestError
 from pdlaunch.http.errors import RANK_LOST, WITHDRAWN_CODE
 from pdlaunch.http.headers import REQUEST_ID_HEADER
 from pdlaunch.protocol.ids import HopId, LeaseId
@@ -30,7 +30,8 @@ from pdlaunch.router.continuation import Continuation, StreamLostError, find_tex
 from pdlaunch.router.cost_model import Estimate
 from pdlaunch.router.early_decode import EarlyDecode
 from pdlaunch.router.engine import Engine
-from pdlaunch.router.engine_client import Chunk, EngineFailure, EngineRefusal, EngineStream
+from pdlaunch.router.engine_errors import EngineFailure, EngineRefusal, malformed_is_failure
+from pdlaunch.router.engine_stream import Chunk, EngineStream
 from pdlaunch.router.handover import (
     Handover,
     HandoverStream,
@@ -48,7 +49,6 @@ from pdlaunch.router.transcript import Transcript
 
 logger = logging.getLogger(__name__)
 
-_MALFORMED = (msgspec.DecodeError, LookupError, TypeError, AttributeError, ValueError)
 _BROKEN = frozenset({"error", "abort"})
 """Reasons with which an engine gives a request up that nobody has cancelled."""
 _RESUMES: frozenset[Need] = frozenset({"goes_on"})
@@ -218,7 +218,7 @@ class Generation:
         ) as stream:
             self._sink.ignores(stream.ignored_fields)
             while (chunk := await stream.next_chunk()) is not None:
-                with _malformed_is_failure(engine):
+                with malformed_is_failure(engine):
                     answer.take(chunk)
                     if prompt_token_ids is not None:
                         for choice in chunk["choices"]:
@@ -227,7 +227,7 @@ class Generation:
                     self._refuse_too_long(answer.num_prompt_tokens)
                 await self._tell(engine, chunk)
             leg.hear(stream.report)
-        with _malformed_is_failure(engine):
+        with malformed_is_failure(engine):
             return answer.handover()
 
     async def _await_prefill(self, engine: Engine, leg: Leg) -> Handover:
@@ -237,7 +237,7 @@ class Generation:
             engine, prompt.endpoint.path, body, self._headers(attempt=0)
         )
         self._sink.ignores(answer.ignored_fields)
-        with _malformed_is_failure(engine):
+        with malformed_is_failure(engine):
             handover = read_handover(engine, answer.body, is_chat=prompt.endpoint.is_chat)
         leg.hear(handover.report)
         if handover.work is not None:
@@ -387,7 +387,7 @@ class Generation:
                 engine, prompt.endpoint.path, body, self._headers(attempt)
             )
         self._sink.ignores(answer.ignored_fields)
-        with _malformed_is_failure(engine):
+        with malformed_is_failure(engine):
             chunk = whole_chunk(msgspec.json.decode(answer.body))
         self._check_pulled(engine, chunk, pulls=pulls)
         await self._tell(engine, chunk)
@@ -431,7 +431,7 @@ class Generation:
             ) as stream:
                 # A stop string across the seam ends it before the engine does.
                 while not transcript.is_done and (chunk := await stream.next_chunk()) is not None:
-                    with _malformed_is_failure(engine):
+                    with malformed_is_failure(engine):
                         _refuse_broken(engine, chunk)
                         continued = continuation.take(chunk)
                     await self._tell(engine, continued)
@@ -442,7 +442,7 @@ class Generation:
     def _check_pulled(self, engine: Engine, chunk: Chunk, *, pulls: bool) -> None:
         """Report a pair whose decode engine has computed what it was handed blocks of."""
         if pulls and self._handover is not None and engine.capabilities.needs_proof:
-            with _malformed_is_failure(engine):
+            with malformed_is_failure(engine):
                 num_tokens = num_recomputed(chunk)
             if num_tokens:
                 self._state.recomputed(self._handover.engine, engine, num_tokens)
@@ -522,7 +522,7 @@ class Generation:
             self._record.kv_path = self._state.pool.path(self._handover.engine, decode)
 
     async def _tell(self, engine: Engine, chunk: Chunk) -> None:
-        with _malformed_is_failure(engine):
+        with malformed_is_failure(engine):
             _refuse_broken(engine, chunk)
             has_news = self.transcript.admit(chunk)
             self._attempts.heard()
@@ -643,16 +643,6 @@ class Generation:
             | self._state.suspects.header(self._prompt.origin)
             | {REQUEST_ID_HEADER: hop_id}
         )
-
-
-@contextlib.contextmanager
-def _malformed_is_failure(engine: Engine) -> Iterator[None]:
-    try:
-        yield
-    except PdlaunchError:
-        raise
-    except _MALFORMED as error:
-        raise EngineFailure(engine, f"malformed answer: {error!r}", may_return=False) from error
 
 
 def _refuse_broken(engine: Engine, chunk: Chunk) -> None:

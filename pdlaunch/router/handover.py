@@ -10,7 +10,7 @@ import msgspec
 from pdlaunch.protocol.ids import LeaseId
 from pdlaunch.protocol.openai.responses import REPORT_KEY, WORK_KEY
 from pdlaunch.router.engine import Engine
-from pdlaunch.router.engine_client import Chunk
+from pdlaunch.router.engine_stream import Chunk
 
 _CACHED_AT_PREFILL = "remote_prefill_cached_tokens"
 """With it vLLM's decode engine repeats what prefill had cached."""

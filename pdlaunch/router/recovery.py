@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pdlaunch.errors import OverloadedError
 from pdlaunch.http.errors import RETRY_AFTER_S
 from pdlaunch.router.engine import Engine, EngineKey
-from pdlaunch.router.engine_client import EngineFailure, EngineRefusal
+from pdlaunch.router.engine_errors import EngineFailure, EngineRefusal
 from pdlaunch.router.policy import Hop, Route, RoutingRequest
 from pdlaunch.router.state import RouterState
 

@@ -18,12 +18,8 @@ from pdlaunch.protocol.certificates import client_context, new_certificate, serv
 from pdlaunch.protocol.control import Capabilities
 from pdlaunch.protocol.sockets import new_launch_keys
 from pdlaunch.router.engine import Engine
-from pdlaunch.router.engine_client import (
-    EngineClient,
-    EngineFailure,
-    EngineTimeouts,
-    keys_of_launch,
-)
+from pdlaunch.router.engine_client import EngineClient, EngineTimeouts, keys_of_launch
+from pdlaunch.router.engine_errors import EngineFailure
 
 CERTIFICATE, OTHER = new_certificate(), new_certificate()
 
