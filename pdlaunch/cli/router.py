@@ -29,7 +29,7 @@ from pdlaunch.process.bootstrap import raise_open_files
 from pdlaunch.process.new_run_dir import new_run_dir
 from pdlaunch.router.alone import AloneSpec, LoneRouter
 from pdlaunch.router.membership_sources import read_engines_file, to_member
-from pdlaunch.router.membership_watch import Member, WatchSettings
+from pdlaunch.router.watched_engine import Member, WatchSettings
 from pdlaunch.supervisor.bootstraps import router_spec
 from pdlaunch.supervisor.folders import new_launch_id
 from pdlaunch.supervisor.ports import listening

@@ -15,7 +15,8 @@ from pdlaunch.errors import RequestError
 from pdlaunch.http.app import AppRoute
 from pdlaunch.http.errors import json_response
 from pdlaunch.http.openapi import Operation
-from pdlaunch.router.membership_watch import Member, WatchedMembership
+from pdlaunch.router.membership_watch import WatchedMembership
+from pdlaunch.router.watched_engine import Member
 
 SOURCE = "command"
 

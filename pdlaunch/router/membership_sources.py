@@ -22,7 +22,8 @@ from pdlaunch.config.external import (
     read_engine_url,
 )
 from pdlaunch.errors import ConfigError, RequestError
-from pdlaunch.router.membership_watch import Member, WatchedMembership
+from pdlaunch.router.membership_watch import WatchedMembership
+from pdlaunch.router.watched_engine import Member
 
 _logger = logging.getLogger(__name__)
 

@@ -21,11 +21,12 @@ from pdlaunch.router.admin_socket import listen_at_admin_socket
 from pdlaunch.router.app import RouterApp
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import EngineClient, EngineTimeouts
-from pdlaunch.router.membership_watch import Member, WatchedMembership, WatchSettings
+from pdlaunch.router.membership_watch import WatchedMembership
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.process import follow
 from pdlaunch.router.state import RecoverySettings, RouterState
+from pdlaunch.router.watched_engine import Member, WatchSettings
 from tests.router.conftest import SPEC
 from tests.sidecar.fake_vllm import FakeVllm, answer_of, listen
 
