@@ -27,6 +27,10 @@ class SeenEngine:
     """KV bytes that it has read from prefill engines."""
     gigabytes_per_s: float | None = None
     """Mean speed of these READs; None: too few bytes to tell."""
+    expected_gigabytes_per_s: float | None = None
+    """The speed that the slowest of its links to prefill engines should give; None: not known."""
+    link: str = ""
+    """That link in words, or the reason why its speed is not known; empty: there is no link."""
     num_expired: int = 0
     """Leases that ended before their blocks were read."""
     num_failed: int = 0

@@ -10,6 +10,8 @@ from pdlaunch.checks.rule import Found, rule
 from pdlaunch.config.sizes import format_size
 
 VLLM_LEASE_S = 30
+SLOW_SHARE = 0.1
+"""READs below this share of what their link should give go another way."""
 
 
 @rule(
@@ -200,21 +202,24 @@ def transfer_settings(context: Context) -> Iterator[Found]:
 @rule(
     "PD660",
     "info",
-    fix="Nothing to fix; compare the speed with what the link between the hosts should give.",
-    source="/version and /metrics of each engine, and a canary through each pair.",
+    fix="Nothing to fix.",
+    source=(
+        "/version and /metrics of each engine, and a canary through each pair. Links: NVML, "
+        "/sys/class/net and /sys/class/infiniband of this host, a plain copy of its memory."
+    ),
     needs=("deployment",),
 )
 def seen(context: Context) -> Iterator[Found]:
     """An engine or a pair was observed at work.
 
-    The speed is the mean of all READs since the start, given once 64 MiB were read.
+    The speed is the mean of all READs since the start, given once 64 MiB were read, beside what the
+    slowest link to a prefill engine should give. READs at the same time share a link; PD663 judges
+    what that cannot explain.
     """
     for engine in _deployment(context).engines:
         if not engine.problem:
             lease = "unknown" if engine.lease_s is None else f"{engine.lease_s} s"
-            speed = engine.gigabytes_per_s
-            read = format_size(engine.bytes_read) + (f" at {speed:.2f} GB/s" if speed else "")
-            reads = f", {read} read" if engine.role == "decode" else ""
+            reads = f", {_read(engine)}" if engine.role == "decode" else ""
             kind = {"vllm": "vLLM"}.get(engine.kind, engine.kind)
             yield Found(engine.name, f"{kind} {engine.version}, lease {lease}{reads}")
     for pair in _deployment(context).pairs or ():
@@ -261,6 +266,41 @@ def side_channel_silent(context: Context) -> Iterator[Found]:
         if pair.silence:
             where = f"prefill {pair.prefill}"
             yield Found(where, f"its side channel {pair.side_channel}: {pair.silence}")
+
+
+@rule(
+    "PD663",
+    "warning",
+    fix=(
+        "Look for KV caches in CuMem pools or expandable segments, which NIXL copies through the "
+        "host; for UCX_TLS and UCX_NET_DEVICES that leave the fast device out; and for what else "
+        "uses the link."
+    ),
+    source=(
+        "Time and bytes of READs in /metrics; between two H200s 0.44 GB/s from CuMem pools, 340 to "
+        "394 GB/s else."
+    ),
+    needs=("deployment",),
+)
+def reads_are_slow(context: Context) -> Iterator[Found]:
+    """KV blocks come far slower than over the link that is there.
+
+    That is less than a tenth of what the link should give. READs that share it explain a part of
+    such a gap, a path that does not use it explains all.
+    """
+    for engine in _deployment(context).engines:
+        speed, expected = engine.gigabytes_per_s, engine.expected_gigabytes_per_s
+        if speed is not None and expected is not None and speed < SLOW_SHARE * expected:
+            yield Found(engine.name, _read(engine))
+
+
+def _read(engine: SeenEngine) -> str:
+    """Return what a decode engine has read, how fast, and how fast it should be."""
+    speed, expected = engine.gigabytes_per_s, engine.expected_gigabytes_per_s
+    told = "too few to tell a speed" if speed is None else f"{speed:.2f} GB/s"
+    should = "unknown" if expected is None else f"{expected:.3g} GB/s"
+    link = f", its link should give {should} ({engine.link})" if engine.link else ""
+    return f"{format_size(engine.bytes_read)} read, {told}{link}"
 
 
 def _deployment(context: Context) -> SeenDeployment:

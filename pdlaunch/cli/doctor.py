@@ -16,6 +16,7 @@ from pdlaunch.checks.deployment import SeenDeployment, SeenEngine, SeenPair
 from pdlaunch.checks.registry import all_rules
 from pdlaunch.checks.run import Report, run_checks
 from pdlaunch.cli.check_config import Format, print_report, refuse_input
+from pdlaunch.cli.doctor_links import Links, is_here
 from pdlaunch.config.http_names import WILDCARDS, is_loopback
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import Role
@@ -180,6 +181,8 @@ async def examine(
     try:
         engines = await asyncio.gather(*(_look(role, url, apis[url]) for role, url in urls))
         seen = SeenDeployment(tuple(engines), None)
+        links = Links()
+        seen = replace(seen, engines=tuple(_with_link(each, seen, links) for each in engines))
         if not sends_canaries:
             return seen
         pairs = [
@@ -227,6 +230,23 @@ async def _look(role: Role, url: str, api: EngineApi) -> SeenEngine:
     )
 
 
+def _with_link(engine: SeenEngine, seen: SeenDeployment, links: Links) -> SeenEngine:
+    """Return a decode engine with what the slowest of its links to prefill engines should give.
+
+    What it counts is of all of them.
+    """
+    if engine.role != "decode" or engine.problem:
+        return engine
+    expected = [
+        links.expected(peer.url, engine.url, (peer.version, engine.version))
+        for peer in seen.of("prefill")
+    ]
+    if not expected:
+        return engine
+    slowest = min(expected, key=lambda link: link.gigabytes_per_s or 0.0)
+    return replace(engine, expected_gigabytes_per_s=slowest.gigabytes_per_s, link=slowest.text)
+
+
 async def _prove(
     prefill: SeenEngine,
     decode: SeenEngine,
@@ -261,7 +281,7 @@ async def _prove(
     )
     # What an engine of another host calls localhost is somebody else here.
     dialed = WILDCARDS.get(channel.host, channel.host)
-    if not shakes_hands or (is_loopback(dialed) and not _is_here(prefill.url)):
+    if not shakes_hands or (is_loopback(dialed) and not is_here(prefill.url)):
         return pair
     try:
         told = await shake_hands(replace(channel, host=dialed), HANDSHAKE_TIMEOUT_S)
@@ -285,11 +305,7 @@ def _wrong_address(channel: SideChannel, prefill: str, decode: str) -> str:
 
 def _host(url: str) -> str:
     """Return the host of a URL; all names of this one are one."""
-    return "localhost" if _is_here(url) else urlsplit(url).hostname or ""
-
-
-def _is_here(url: str) -> bool:
-    return url.startswith("unix:") or is_loopback(urlsplit(url).hostname or "")
+    return "localhost" if is_here(url) else urlsplit(url).hostname or ""
 
 
 def _speed(counts: Counts, num_bytes: int, kind: Kind) -> float | None:

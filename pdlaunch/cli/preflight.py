@@ -27,8 +27,8 @@ from pdlaunch.config.roles import ROLES
 from pdlaunch.config.sources import Origin
 from pdlaunch.engines.plan import kind_of, plan_processes
 from pdlaunch.errors import ConfigError
-from pdlaunch.platform.facts import LinkKind
 from pdlaunch.platform.gpu_links import read_gpu_links
+from pdlaunch.platform.link_speed import HOST_SHARE, LINK_SHARES
 from pdlaunch.platform.memory_speed import measure_copy_gigabytes_per_s
 from pdlaunch.protocol.control import PairReady
 from pdlaunch.resolve.resolve import ResolvedLaunch, resolve_on
@@ -38,18 +38,6 @@ from pdlaunch.supervisor.launch import check_platform, launch
 from pdlaunch.supervisor.pair_links import ReadLinks, gpu_links
 from pdlaunch.supervisor.ports import listening
 from pdlaunch.supervisor.status import LaunchStatus
-
-HOST_SHARE = 1 / 64
-"""The share of a plain copy's speed that a READ between two processes of a host should reach.
-
-A quiet machine reached 2.0 GB/s beside a plain copy of 33 (16 MiB, which its cache holds), a loaded
-one 0.3 to 0.8: less than half of this share cannot be explained by load."""
-LINK_SHARES: Mapping[LinkKind, float] = {"NVLink": 0.75, "PCIe": 0.8}
-"""The share of a link's speed that a good path reaches.
-
-Between two H200s with 18 NVLinks (478 GB/s) P2P reached 0.71 to 0.82 and NIXL 0.52 to 0.63; over
-PCIe 5.0 x16 to the host 0.87 were reached. A GPU's scratch of 128 MiB takes 0.3 ms even at
-that speed, of which starting a READ is little."""
 
 
 def refuse_errors(

@@ -19,10 +19,10 @@ from pdlaunch.platform.limits import (
     usable_cpus,
 )
 from pdlaunch.platform.nvml_facts import read_nvml_facts
+from pdlaunch.platform.sysfs import RDMA_FOLDER, first_line
 
 T = TypeVar("T")
 
-RDMA_FOLDER = Path("/sys/class/infiniband")
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 _NVIDIA = "0x10de"
 _GPU_CLASSES = ("0x0300", "0x0302")
@@ -89,15 +89,7 @@ def _rdma_devices() -> tuple[str, ...]:
 def _has_pci_gpus() -> bool:
     """Return whether NVIDIA GPUs are on the PCI bus, seen or not; NIXL looks there."""
     return any(
-        _first_line(device / "vendor") == _NVIDIA
-        and _first_line(device / "class").startswith(_GPU_CLASSES)
+        first_line(device / "vendor") == _NVIDIA
+        and first_line(device / "class").startswith(_GPU_CLASSES)
         for device in (PCI_DEVICES.iterdir() if PCI_DEVICES.is_dir() else ())
     )
-
-
-def _first_line(path: Path) -> str:
-    """Return the line; empty where it cannot be read."""
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""

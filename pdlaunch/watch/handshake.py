@@ -90,10 +90,11 @@ async def shake_hands(channel: SideChannel, timeout_s: float) -> Told:
 async def _ask(
     context: zmq.asyncio.Context, address: str, pp_rank: int, tp_rank: int
 ) -> dict[str, Any]:
-    socket = context.socket(zmq.REQ)
-    socket.connect(address)
-    await socket.send(msgspec.msgpack.encode((_GET_META, pp_rank, tp_rank)))
-    payload = msgspec.msgpack.decode((await socket.recv_multipart())[0])
+    with context.socket(zmq.REQ) as socket:
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.connect(address)
+        await socket.send(msgspec.msgpack.encode((_GET_META, pp_rank, tp_rank)))
+        payload = msgspec.msgpack.decode((await socket.recv_multipart())[0])
     return msgspec.msgpack.decode(payload["agent_metadata_bytes"], type=dict[str, Any])
 
 

@@ -95,6 +95,14 @@ CASES: dict[str, Case] = {
     "PD662": Case(
         [shaken(silence="it says nothing")], [shaken(handshake="1 of its ranks tells"), shaken()]
     ),
+    "PD663": Case(
+        [seen(gigabytes_per_s=0.44, expected_gigabytes_per_s=358.0)],
+        [
+            seen(gigabytes_per_s=100.0, expected_gigabytes_per_s=358.0),
+            seen(gigabytes_per_s=0.44),
+            seen(expected_gigabytes_per_s=358.0),
+        ],
+    ),
     "PD601": Case(
         [args(tp=2), args(max_model_len=9), args(no_enforce_eager=True), args(dtype=False)],
         [on(CPU, engine_args={"tp": 2}), args(max_num_active_seqs=9), args(tokenizer="x")],

@@ -40,6 +40,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "PD657": ({"num_failed": 3}, "3 transfers have failed"),
     "PD658": ({"server_info": {}}, "dev mode is on"),
     "PD659": ({"server_info": DEV_MODE}, "kv_role is kv_producer"),
+    "PD663": ({"num_bytes": 2**30, "seconds_read": 1e6}, "1 GiB read, 0.00 GB/s, its link should"),
 }
 """What is wrong with the decode engine, and words of the finding."""
 
@@ -93,6 +94,11 @@ def test_a_good_pair_is_proven_by_one_short_prompt(tmp_path: Path) -> None:
     assert pair["num_bytes"] == (2 * BLOCK_SIZE + 1) * BYTES_OF_TOKEN
     texts = [item["message"] for item in report["findings"]]
     assert any("vLLM 0.32.0+cpu, lease unknown" in text for text in texts)
+    # The sockets are of this host, whose memory both share.
+    assert any(
+        "too few to tell a speed, its link should give" in text and "a plain copy reaches" in text
+        for text in texts
+    )
 
 
 @pytest.mark.parametrize("code", WRONG)
@@ -120,6 +126,15 @@ def test_an_address_at_which_decode_finds_itself(tmp_path: Path, host: str) -> N
         messages = {item["rule"]: item["message"] for item in report_of(result)["findings"]}
         assert f"to dial {host}" in messages["PD661"]
         assert ("PD654" in messages) == (not moves_bytes)
+
+
+def test_localhost_of_another_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pdlaunch.cli.doctor.is_here", lambda url: "prefill" in url)
+    with serving(tmp_path) as (_, _, flags):
+        result = run(*flags, "--format", "json")
+    assert result.exit_code == 1
+    messages = {item["rule"]: item["message"] for item in report_of(result)["findings"]}
+    assert "to dial 127.0.0.1, which is that host" in messages["PD661"]
 
 
 class SideChannel:

@@ -47,6 +47,7 @@ class FakeVllm:
     lends: float = 0.0
     """Share of its KV cache that is under lease."""
     num_bytes: int = 0
+    seconds_read: float = 0.0
     num_failed_reads: int = 0
     num_looks: int = 0
     num_tokens: int = 0
@@ -120,6 +121,8 @@ class FakeVllm:
             f'vllm:nixl_bytes_transferred_bucket{{engine="0",le="+Inf"}} 1\n'
             f'vllm:nixl_bytes_transferred_count{{engine="0"}} 1\n'
             f'vllm:nixl_bytes_transferred_sum{{engine="0"}} {self.num_bytes}\n'
+            "# TYPE vllm:nixl_xfer_time_seconds histogram\n"
+            f'vllm:nixl_xfer_time_seconds_sum{{engine="0"}} {self.seconds_read}\n'
             "# TYPE vllm:nixl_num_failed_transfers counter\n"
             f'vllm:nixl_num_failed_transfers_total{{engine="0"}} {self.num_failed_reads}\n'
         )
