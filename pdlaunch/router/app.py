@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from aiohttp import web
 
@@ -67,13 +67,14 @@ from pdlaunch.router.client_request import (
 from pdlaunch.router.deployment_view import DeploymentView
 from pdlaunch.router.engine import EngineKey
 from pdlaunch.router.engine_errors import EngineFailure
-from pdlaunch.router.generation import ChunkSink, Generation
+from pdlaunch.router.generation import generate
 from pdlaunch.router.idempotency import Repeats, Work, read_idempotency_key
 from pdlaunch.router.membership_watch import WatchedMembership
 from pdlaunch.router.metrics import scrape
 from pdlaunch.router.otlp import OtlpExporter
 from pdlaunch.router.page import PAGE_PATHS, page_routes
 from pdlaunch.router.policy import RoutingRequest
+from pdlaunch.router.prompt_progress import ChunkSink
 from pdlaunch.router.recovery import no_engine_ready
 from pdlaunch.router.request_book import RequestBook, record_of
 from pdlaunch.router.request_lines import RequestLines
@@ -82,6 +83,8 @@ from pdlaunch.router.state import RouterState
 from pdlaunch.router.transcript import Transcript
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 OPEN_PATHS = ("/health", "/ping", "/metrics", *PAGE_PATHS)
 """Need no key; the page holds no data."""
@@ -290,11 +293,9 @@ class RouterApp:
         self, client_request: ClientRequest, sink: ChunkSink, record: RequestRecord
     ) -> list[Transcript]:
         """Answer all prompts at once; the first error ends the others and is raised."""
-        generations = [
-            Generation(prompt, self._state, sink, record) for prompt in client_request.prompts
-        ]
-        await _together([generation.run() for generation in generations])
-        return [generation.transcript for generation in generations]
+        return await _together(
+            [generate(prompt, self._state, sink, record) for prompt in client_request.prompts]
+        )
 
     async def _proxied(self, request: web.Request) -> web.Response:
         """Pass a request on to any engine that answers it."""
@@ -393,11 +394,11 @@ def _headers_to_pass(request: web.Request) -> dict[str, str]:
     return headers
 
 
-async def _together(works: Sequence[Coroutine[Any, Any, None]]) -> None:
+async def _together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     """Run all works at once; the first error ends the others and is raised."""
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
-        await asyncio.gather(*tasks)
+        return await asyncio.gather(*tasks)
     finally:
         for task in tasks:
             task.cancel()

@@ -339,3 +339,28 @@ async def find_text(
             break
         return text, num_tokens
     raise LookupError("text")
+
+
+async def begin_continuation(
+    prompt: PromptRequest, transcript: Transcript, detokenize: Detokenize
+) -> Continuation:
+    """Return the continuation of an answer whose engine has died.
+
+    Raises LookupError, with one of ``LOST_REASONS``, when its text or tokens cannot go on.
+    """
+    told = transcript.text
+    text, num_tokens = await find_text(
+        detokenize, transcript.prompt_token_ids, transcript.output_token_ids, told
+    )
+    if num_tokens < len(transcript.output_token_ids):
+        if prompt.tells_tokens:
+            raise LookupError("half a character")
+        transcript.drop_tokens(num_tokens)
+    return Continuation(
+        prompt,
+        transcript.prompt_token_ids,
+        list(transcript.output_token_ids),
+        text=text,
+        num_told=len(told),
+        text_offset=transcript.text_offset,
+    )

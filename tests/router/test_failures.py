@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from pdlaunch.router import app
-from pdlaunch.router.generation import Generation
+from pdlaunch.router import generation
+from pdlaunch.router.prompt_progress import PromptProgress
 from tests.router.conftest import SPEC, Stand, pair, pairs
 from tests.router.fake_engine import FakeEngine, until
 from tests.router.fake_generation import expected_tokens
@@ -372,14 +372,14 @@ async def test_a_failed_request_leaves_no_reference_cycle(
     prefill, decode = pair()
     decode.status = prefill.status = 500
     await stand.start([prefill, decode], recovery_wait_s=0.05)
-    made: list[weakref.ref[Generation]] = []
+    made: list[weakref.ref[PromptProgress]] = []
 
-    class Watched(Generation):
+    class Watched(PromptProgress):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             made.append(weakref.ref(self))
 
-    monkeypatch.setattr(app, "Generation", Watched)
+    monkeypatch.setattr(generation, "PromptProgress", Watched)
     gc.collect()
     gc.disable()
     try:

@@ -1,0 +1,101 @@
+"""Holds the lease of one prompt's KV blocks: who may pull them, and who releases them if nobody
+does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pdlaunch.protocol.ids import HopId, LeaseId
+from pdlaunch.router.engine import Engine
+from pdlaunch.router.engine_errors import malformed_is_failure
+from pdlaunch.router.engine_stream import Chunk
+from pdlaunch.router.handover import Handover, num_recomputed
+from pdlaunch.router.state import RouterState
+
+
+class PromptLease:
+    """Holds what prefill has handed over, until a decode engine has taken it."""
+
+    def __init__(self, state: RouterState) -> None:
+        self._state = state
+        self.handover: Handover | None = None
+        """The answer of prefill; None before it."""
+        self._handed_over_at = 0.0
+        self._is_taken = False
+
+    def hand_over(self, handover: Handover) -> None:
+        """Take the answer of prefill."""
+        self.handover = handover
+        self._handed_over_at = self._state.now()
+
+    @property
+    def untaken_at(self) -> str:
+        """Return the name of the engine whose blocks can still be pulled; empty: there are none."""
+        return "" if self.handover is None or self._is_taken else self.handover.engine.name
+
+    def take(self) -> None:
+        """Note that a decode engine has pulled the blocks, or that none may any more."""
+        self._is_taken = True
+
+    def decode_params(self, engine: Engine, *, first_token_sent: bool) -> dict[str, Any] | None:
+        """Return ``engine``'s ``kv_transfer_params``; None when it is to compute the prompt."""
+        if self.handover is None:
+            return None
+        if engine.capabilities.needs_proof:
+            if not self._may_hand_over(self.handover.engine, engine):
+                return None
+            # Whatever comes of it: another one could read blocks that prefill has given away.
+            self.take()
+        return self.handover.decode_params(engine, first_token_sent=first_token_sent)
+
+    def path(self, decode: Engine) -> str | None:
+        """Return how the blocks come to ``decode``; None before prefill has answered."""
+        if self.handover is None:
+            return None
+        return self._state.pool.path(self.handover.engine, decode)
+
+    def check_pulled(self, engine: Engine, chunk: Chunk) -> None:
+        """Report a pair whose decode engine has computed what it was handed blocks of."""
+        if self.handover is not None and engine.capabilities.needs_proof:
+            with malformed_is_failure(engine):
+                num_tokens = num_recomputed(chunk)
+            if num_tokens:
+                self._state.recomputed(self.handover.engine, engine, num_tokens)
+
+    def release_untaken(self, find_decode: Callable[[], Engine | None]) -> None:
+        """End the lease if nobody has pulled its blocks.
+
+        ``find_decode`` chooses the decode engine that tells a prefill engine that listens to nobody
+        else.
+        """
+        handover = self.handover
+        if handover is None or handover.lease_id is None or self._is_taken:
+            return
+        if not handover.engine.capabilities.needs_proof:
+            self.release(handover.engine, handover.lease_id)
+            return
+        decode = find_decode()
+        if decode is None or not self._may_hand_over(handover.engine, decode):
+            return
+        params = handover.decode_params(decode, first_token_sent=False)
+        if params is not None:
+            self._state.metrics.released()
+            self._state.spawn(self._state.client.refuse_lease(decode, params))
+
+    def release(self, engine: Engine, name: HopId | LeaseId) -> None:
+        """Tell a prefill engine that nobody will pull, if it is one that listens."""
+        if engine.capabilities.gives_first_token:
+            self._state.metrics.released()
+            self._state.spawn(self._state.client.release(engine, name))
+
+    def _may_hand_over(self, prefill: Engine, decode: Engine) -> bool:
+        """Tell whether blocks of an engine that does not verify are safe to be read."""
+        age_s = self._state.now() - self._handed_over_at
+        lease_s = prefill.capabilities.lease_s
+        return (
+            not self._is_taken
+            and (not lease_s or age_s < lease_s / 2)
+            and self._state.pool.may_hand_over(prefill, decode)
+        )

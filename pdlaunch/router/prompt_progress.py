@@ -1,0 +1,175 @@
+"""Knows where one prompt stands: what its client has, what was tried, and who is asked next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from pdlaunch.http.errors import RANK_LOST
+from pdlaunch.http.headers import REQUEST_ID_HEADER
+from pdlaunch.router.client_request import PromptRequest
+from pdlaunch.router.early_decode import EarlyDecode
+from pdlaunch.router.engine import Engine
+from pdlaunch.router.engine_errors import EngineFailure, EngineRefusal, malformed_is_failure
+from pdlaunch.router.engine_stream import Chunk
+from pdlaunch.router.first_token import FirstToken
+from pdlaunch.router.metrics import EarlyOutcome
+from pdlaunch.router.policy import NO_NEEDS, Hop, Need, Route, RoutingRequest
+from pdlaunch.router.prompt_lease import PromptLease
+from pdlaunch.router.recovery import Attempts
+from pdlaunch.router.request_record import RequestRecord
+from pdlaunch.router.state import RouterState
+from pdlaunch.router.transcript import Transcript
+
+TAKES_FIRST_TOKEN: frozenset[Need] = frozenset({"gives_first_token"})
+_RESUMES: frozenset[Need] = frozenset({"goes_on"})
+_BROKEN = frozenset({"error", "abort"})
+"""Reasons with which an engine gives a request up that nobody has cancelled."""
+
+
+class ChunkSink(Protocol):
+    """Takes the chunks of all prompts of a request."""
+
+    def ignores(self, names: Iterable[str]) -> None:
+        """Take the names of fields that an engine has ignored; it comes before any chunk."""
+
+    def routed(self, prompt: PromptRequest, route: Route) -> None:
+        """Take the route of a prompt, again when another one is taken."""
+
+    async def chunk(self, prompt: PromptRequest, transcript: Transcript, chunk: Chunk) -> None:
+        """Take one chunk that is new to the client."""
+
+
+class PromptProgress:
+    """Is shared by the hops of one prompt; all that its client is sent goes through ``tell``."""
+
+    def __init__(
+        self, prompt: PromptRequest, state: RouterState, sink: ChunkSink, record: RequestRecord
+    ) -> None:
+        self.prompt = prompt
+        self.state = state
+        self.sink = sink
+        self.record = record
+        self.transcript = Transcript(
+            prompt.num_choices, keeps_text=prompt.is_stream and state.pool.has_own_fields
+        )
+        self.attempts = Attempts(state)
+        self.lease = PromptLease(state)
+        self.first_token = FirstToken(state)
+        self.early: EarlyDecode | None = None
+        """The decode engine that was told of the prompt while prefill computed it."""
+        self.first_token_sent = False
+        """The client has the first tokens from prefill, so that decode must not say them again."""
+        self.decode_has_answered = False
+        self._prefix = prompt.prefix
+        self._planned: Engine | None = None
+        """The engine that the route names for what is left, until it has been asked."""
+        self._first_told_at: float | None = None
+        """Instant of the client's first token; None once it has the second one."""
+
+    @property
+    def must_resume(self) -> bool:
+        """Tell whether the next engine has to go on after tokens that the client has."""
+        return (
+            self.decode_has_answered or self.lease.handover is None
+        ) and self.transcript.has_tokens
+
+    def routing_request(self, hop: Hop) -> RoutingRequest:
+        """Say where the prompt stands, as the policy sees it."""
+        if self.must_resume:
+            needs = _RESUMES
+        else:
+            needs = TAKES_FIRST_TOKEN if self.first_token_sent else NO_NEEDS
+        prompt = self.prompt
+        return RoutingRequest(
+            hop=hop,
+            num_prompt_tokens=prompt.num_prompt_tokens,
+            max_tokens=prompt.max_tokens,
+            num_choices=prompt.num_choices,
+            expected_tokens=self.state.pool.expected_tokens,
+            prefix=self._prefix,
+            wants_pair=prompt.wants_pair,
+            is_suspect=self.state.suspects.is_suspect(prompt.origin),
+            tried=frozenset(self.attempts.tried),
+            needs=needs,
+            prefill=self.lease.untaken_at,
+            alone=prompt.alone,
+        )
+
+    def follow(self, route: Route) -> None:
+        """Note what was chosen for a prompt that nobody has computed."""
+        self.sink.routed(self.prompt, route)
+        self._planned = route.planned if route.prefill is not None else route.decode
+        self.first_token.promise(route)
+
+    def take_planned(self) -> Engine | None:
+        """Return the engine that the route named, once, if it can still be asked."""
+        engine, self._planned = self._planned, None
+        is_usable = engine is not None and self.state.pool.lists(engine) and not self.must_resume
+        return engine if is_usable else None
+
+    def headers(self, attempt: int) -> dict[str, str]:
+        """Name each attempt differently: an engine may still hold blocks for the one before."""
+        hop_id = self.prompt.hop_id if attempt == 0 else f"{self.prompt.hop_id}-r{attempt}"
+        return (
+            self.prompt.headers
+            | self.state.suspects.header(self.prompt.origin)
+            | {REQUEST_ID_HEADER: hop_id}
+        )
+
+    async def tell(self, engine: Engine, chunk: Chunk) -> None:
+        """Send the client what is new to it. Raises EngineFailure when the engine gives up."""
+        with malformed_is_failure(engine):
+            refuse_broken(engine, chunk)
+            has_news = self.transcript.admit(chunk)
+            self.attempts.heard()
+        if self.transcript.has_tokens:
+            self.first_token.came(engine, as_meant=not self.attempts.has_failed)
+        if has_news:
+            self._time_second_token(engine)
+            await self.sink.chunk(self.prompt, self.transcript, chunk)
+
+    async def hear_cause(self, engine: Engine, failure: EngineFailure | EngineRefusal) -> None:
+        """Learn whether the engine died of this request before another one gets it.
+
+        Raises KillsEngineError if it did, and not for the first time.
+        """
+        if isinstance(failure, EngineFailure) and failure.engine_code == RANK_LOST:
+            await self.state.news_of_death(engine)
+        self.state.suspects.check(self.prompt.origin)
+
+    def drop_early(self, outcome: EarlyOutcome = "dropped") -> None:
+        """End the stream of the engine that was told early, if there is one."""
+        early, self.early = self.early, None
+        if early is not None:
+            self.state.metrics.told_early(outcome)
+            early.leg.was_dropped |= outcome == "dropped"
+            self.state.spawn(early.close())
+
+    def end(self) -> None:
+        """Give back what the prompt still holds, however it has ended."""
+        self.first_token.computes_no_more()
+        self.drop_early()
+        self.state.waiting.consider()
+        self.lease.release_untaken(
+            lambda: self.state.pool.route(self.routing_request("decode")).decode
+        )
+        # Its traceback leads back here: a cycle would keep the body in memory.
+        self.attempts.forget()
+
+    def _time_second_token(self, engine: Engine) -> None:
+        """Measure what the hand-over takes of a client's time, where there is one choice."""
+        num_tokens = self.transcript.num_tokens
+        if num_tokens == 1 and self.prompt.num_choices == 1:
+            self._first_told_at = self._first_told_at or self.state.now()
+        elif num_tokens > 1 and self._first_told_at is not None:
+            told_s, self._first_told_at = self.state.now() - self._first_told_at, None
+            handover = self.lease.handover
+            if handover is not None and handover.engine is not engine:
+                self.state.metrics.second_token(handover.engine.name, engine.name, told_s)
+
+
+def refuse_broken(engine: Engine, chunk: Chunk) -> None:
+    """Raise EngineFailure for a chunk with which the engine gives the request up."""
+    if any(choice.get("finish_reason") in _BROKEN for choice in chunk["choices"]):
+        raise EngineFailure(engine, "gave the request up")
