@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import weakref
 
 import pytest
 from hypothesis import given
@@ -490,3 +492,31 @@ def test_as_many_as_are_allowed_are_accepted():
         == 32
     )
     assert len(chat(messages=USER * 4096).messages) == 4096
+
+
+class _Noted(str):
+    """Text that tells when it is gone, which a plain string cannot."""
+
+    __slots__ = ("__weakref__",)
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        {"echo": True},
+        {"max_tokens": -1},
+        {"response_format": {"type": "json_object"}},
+        {"messages": [], "stop": [1]},
+        {"n": 2, "best_of": 3},
+    ],
+    ids=str,
+)
+def test_a_refused_body_is_not_kept(refused: dict[str, object]) -> None:
+    """pydantic's error holds the one that a validator raised, where no garbage collector looks."""
+    body = {"prompt": _Noted("x"), **refused}
+    prompt = weakref.ref(body["prompt"])
+    with pytest.raises(RequestError):
+        parse_request(CompletionRequest, body, public=False)
+    del body
+    gc.collect()
+    assert prompt() is None

@@ -235,11 +235,14 @@ def _request_error(kind: type[RequestBody], error: ValidationError) -> RequestEr
 
 
 def _at(path: str, error: RequestError) -> RequestError:
-    """Return the refusal of an inner object as one of the whole body."""
-    if not path:
-        return error
-    param = ".".join(filter(None, (path, error.param)))
-    return RequestError(f"{path}: {error}", param=param, status=error.status, code=error.code)
+    """Return the refusal of an inner object as one of the whole body.
+
+    Always a new error: pydantic's holds the one that it caught, out of sight of the garbage
+    collector, so a raise of that one with pydantic's as its context would keep the request forever.
+    """
+    message = f"{path}: {error}" if path else str(error)
+    param = ".".join(filter(None, (path, error.param))) or None
+    return RequestError(message, param=param, status=error.status, code=error.code)
 
 
 _OUT_OF_RANGE = frozenset(
