@@ -21,10 +21,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from pdlaunch.config.external import is_allowed
 from pdlaunch.config.roles import Role
 from pdlaunch.errors import RequestError
-from pdlaunch.protocol.control import (
-    PairSuspect,
-    Registry,
-)
+from pdlaunch.protocol.control import PairSuspect, Registry
 from pdlaunch.protocol.due_pairs import due_pairs
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.membership import AnnouncedMembership

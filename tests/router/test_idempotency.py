@@ -222,7 +222,7 @@ async def ask(stand: Stand, key: str, **fields: Any) -> Answer:
 async def test_answers_are_forgotten_after_some_minutes(stand: Stand) -> None:
     await stand.start(pair())
     now_s = 0.0
-    stand.router._repeats = idempotency.Repeats(lambda: now_s)
+    stand.router._prompts._repeats = idempotency.Repeats(lambda: now_s)
     await ask(stand, "a")
     now_s = idempotency.KEEP_S - 1
     assert (await ask(stand, "a")).headers["Idempotent-Replayed"]
@@ -251,7 +251,7 @@ async def test_answers_have_a_budget_of_bytes(
     monkeypatch.setattr(idempotency, "MAX_BYTES", 4 * size)
     for number in range(20):
         assert (await ask(stand, str(number), stream=True)).status == 200
-    repeats = stand.router._repeats
+    repeats = stand.router._prompts._repeats
     assert (
         repeats._num_bytes
         == sum(recording.num_bytes for recording in repeats._recordings.values())
@@ -271,7 +271,7 @@ async def test_an_answer_has_a_bounded_number_of_readers(
     await stand.start([prefill, decode])
     readers = [asyncio.ensure_future(ask(stand, "a")) for _ in range(2)]
     await decode.holding.wait()
-    (recording,) = stand.router._repeats._recordings.values()
+    (recording,) = stand.router._prompts._repeats._recordings.values()
     await until(lambda: len(recording._readers) == 2)
     refused = await ask(stand, "a")
     assert (refused.status, refused.json()["error"]["code"]) == (429, "too_many_repeats")
@@ -311,14 +311,14 @@ async def test_an_answer_that_is_too_long_is_told_and_not_kept(
     decode.hold_after = 8
     first = asyncio.ensure_future(ask(stand, "a", max_tokens=20, stream=True))
     await decode.holding.wait()
-    (recording,) = stand.router._repeats._recordings.values()
+    (recording,) = stand.router._prompts._repeats._recordings.values()
     await until(lambda: not recording.kept)
     late = await ask(stand, "a", max_tokens=20, stream=True)
     assert (late.status, late.json()["error"]["code"]) == (409, "answer_too_long_to_repeat")
     decode.go.set()
     assert len((await first).finish_reasons()[0]) == 1
     assert len((await first).raw) > 150_000
-    assert stand.router._repeats._num_bytes == 0
+    assert stand.router._prompts._repeats._num_bytes == 0
     assert "Idempotent-Replayed" not in (await ask(stand, "a", max_tokens=20, stream=True)).headers
 
 
@@ -339,5 +339,5 @@ async def test_an_answer_that_is_too_long_ends_with_its_client(
     decode.go.set()
     await until(lambda: not stand.router.admission.in_flight)
     assert stand.metric("pdlaunch_router_generation_tokens_total") < 20
-    assert not stand.router._repeats._recordings
-    assert stand.router._repeats._num_bytes == 0
+    assert not stand.router._prompts._repeats._recordings
+    assert stand.router._prompts._repeats._num_bytes == 0

@@ -111,7 +111,7 @@ async def test_a_bomb_counts_by_what_it_comes_to(stand: Stand) -> None:
 async def test_unfinished_bodies_leave_room_for_small_requests(stand: Stand) -> None:
     await stand.start(pair(), spec=LARGE)
     async with unfinished(stand, 2**20), unfinished(stand, 2**20), unfinished(stand, 2**20):
-        await until(lambda: stand.router._bodies.held_bytes == 3 * 2**20)
+        await until(lambda: stand.router._prompts._bodies.held_bytes == 3 * 2**20)
         status, answer, retry_after = await post(stand, "/v1/completions", b"x" * 2**20)
         assert (status, answer["error"]["code"], retry_after) == (
             503,
@@ -121,7 +121,7 @@ async def test_unfinished_bodies_leave_room_for_small_requests(stand: Stand) -> 
         assert (await stand.post(completion())).json()["choices"][0]["text"] == expected_text(
             "hello", 6
         )
-    await until(lambda: stand.router._bodies.held_bytes == 0)
+    await until(lambda: stand.router._prompts._bodies.held_bytes == 0)
 
 
 async def test_a_body_is_held_until_its_answer(stand: Stand) -> None:
@@ -136,7 +136,7 @@ async def test_a_body_is_held_until_its_answer(stand: Stand) -> None:
         stand.session.post("/v1/completions", json=body, headers={"Idempotency-Key": "k"})
     )
     await decode.holding.wait()
-    held_bytes = stand.router._bodies.held_bytes
+    held_bytes = stand.router._prompts._bodies.held_bytes
     assert SMALL_BODY_BYTES < held_bytes < 2 * SMALL_BODY_BYTES
     asked.cancel()
     await until(
@@ -145,9 +145,9 @@ async def test_a_body_is_held_until_its_answer(stand: Stand) -> None:
             == 1
         )
     )
-    assert stand.router._bodies.held_bytes == held_bytes
+    assert stand.router._prompts._bodies.held_bytes == held_bytes
     decode.go.set()
-    await until(lambda: stand.router._bodies.held_bytes == 0)
+    await until(lambda: stand.router._prompts._bodies.held_bytes == 0)
 
 
 async def test_the_longest_body_is_served_with_a_key_too(stand: Stand) -> None:
@@ -161,14 +161,14 @@ async def test_the_longest_body_is_served_with_a_key_too(stand: Stand) -> None:
     body += b" " * (longest - len(body))
     for headers in ({}, {"Idempotency-Key": "k"}):
         assert (await post(stand, "/v1/completions", body, **headers))[0] == 200
-    assert stand.router._bodies.held_bytes == 0
+    assert stand.router._prompts._bodies.held_bytes == 0
 
 
 async def test_small_requests_are_served_while_large_ones_are_read(
     stand: Stand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await stand.start(large_pair(), spec=LARGE)
-    go, run = threading.Event(), stand.router._inputs.run
+    go, run = threading.Event(), stand.router._prompts._inputs.run
     waiting = asyncio.Event()
 
     async def held(is_large: bool, work: Callable[[], ClientRequest]) -> ClientRequest:
@@ -177,7 +177,7 @@ async def test_small_requests_are_served_while_large_ones_are_read(
         waiting.set()
         return await run(True, lambda: (go.wait(), work())[1])
 
-    monkeypatch.setattr(stand.router._inputs, "run", held)
+    monkeypatch.setattr(stand.router._prompts._inputs, "run", held)
     large = asyncio.create_task(stand.post(completion(prompt="x" * LARGE_BODY_BYTES)))
     await waiting.wait()
     assert (await stand.post(completion())).status == 200

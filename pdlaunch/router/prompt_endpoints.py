@@ -1,0 +1,295 @@
+"""Answers requests with prompts: reads and admits them, and runs each one's prompts at once."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Coroutine, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+from aiohttp import web
+
+from pdlaunch.errors import OverloadedError
+from pdlaunch.http.admission import Admission
+from pdlaunch.http.app import (
+    CHAT_OPERATION,
+    COMPLETIONS_OPERATION,
+    DETOKENIZE_OPERATION,
+    TOKENIZE_OPERATION,
+    AppRoute,
+    request_id_of,
+)
+from pdlaunch.http.bodies import BodyBudget, Hold, read_body
+from pdlaunch.http.deadline import Deadlines
+from pdlaunch.http.errors import LEAVING_RETRY_AFTER_S, RETRY_AFTER_S, error_status, json_response
+from pdlaunch.http.headers import (
+    REQUEST_ID_HEADER,
+    SPANS_HEADER,
+    TRACEPARENT_HEADER,
+    TRACESTATE_HEADER,
+    read_traceparent,
+)
+from pdlaunch.http.ignored_fields import IgnoredFields
+from pdlaunch.http.large_inputs import LARGE_BODY_BYTES, LargeInputs
+from pdlaunch.http.sse import ClientStream, EventStream
+from pdlaunch.process.bootstrap import RouterSpec
+from pdlaunch.protocol.costs import ROUTE_HEADER, WANTS_PAIR
+from pdlaunch.protocol.ids import HopId, HttpRequestId
+from pdlaunch.router.answers import StreamedAnswer, WholeAnswer
+from pdlaunch.router.client_request import (
+    CHAT,
+    COMPLETIONS,
+    ClientRequest,
+    Endpoint,
+    read_client_request,
+)
+from pdlaunch.router.engine import EngineKey
+from pdlaunch.router.engine_errors import EngineFailure
+from pdlaunch.router.generation import generate
+from pdlaunch.router.idempotency import Repeats, Work, read_idempotency_key
+from pdlaunch.router.policy import RoutingRequest
+from pdlaunch.router.prompt_progress import ChunkSink
+from pdlaunch.router.recovery import no_engine_ready
+from pdlaunch.router.request_book import record_of
+from pdlaunch.router.request_record import RequestRecord
+from pdlaunch.router.state import RouterState
+from pdlaunch.router.transcript import Transcript
+
+T = TypeVar("T")
+
+MAX_HOP_ID_LENGTH = 160
+"""Characters of a client's request id the engines get to see; suffixes come behind it."""
+
+
+class PromptEndpoints:
+    """Answers completions, chats, and questions about tokens."""
+
+    def __init__(self, spec: RouterSpec, state: RouterState, admission: Admission) -> None:
+        self._spec = spec
+        self._state = state
+        self._admission = admission
+        self._deadlines = Deadlines(
+            spec.request_timeout_s, shutting_down, retry_after_s=RETRY_AFTER_S
+        )
+        self._repeats = Repeats()
+        self._bodies = BodyBudget(spec.body_budget_bytes)
+        self._inputs = LargeInputs()
+        self._ignored_fields = IgnoredFields()
+
+    def routes(self) -> list[AppRoute]:
+        """Return the routes, which open with the clients' key."""
+        return [
+            AppRoute(
+                "POST",
+                COMPLETIONS.path,
+                partial(self._generate, COMPLETIONS),
+                None,
+                COMPLETIONS_OPERATION,
+            ),
+            AppRoute("POST", CHAT.path, partial(self._generate, CHAT), None, CHAT_OPERATION),
+            AppRoute("POST", "/tokenize", self._pass_on, None, TOKENIZE_OPERATION),
+            AppRoute("POST", "/detokenize", self._pass_on, None, DETOKENIZE_OPERATION),
+        ]
+
+    def close(self) -> None:
+        """End every running request with an error."""
+        self._deadlines.close()
+
+    async def _generate(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
+        if not self._state.pool.serving:
+            raise OverloadedError(
+                "the deployment is starting",
+                status=503,
+                retry_after_s=RETRY_AFTER_S,
+                code="starting",
+            )
+        with self._bodies.hold() as hold:
+            body = await read_body(request, hold, max_bytes=self._spec.max_body_bytes)
+            return await self._answered(endpoint, request, body, hold)
+
+    async def _answered(
+        self,
+        endpoint: Endpoint,
+        request: web.Request,
+        body: bytes,
+        hold: Hold,
+    ) -> web.StreamResponse:
+        """Answer a request whose body is here, or repeat the answer to its idempotency key."""
+        headers: dict[str, str] = {REQUEST_ID_HEADER: request_id_of(request)}
+        answer = partial(self._answer, endpoint, request, body)
+        key = read_idempotency_key(request.headers)
+        if key is not None:
+            # The run may outlive this client, and its body with it.
+            return await self._repeats.answer(
+                key, request, body, headers, partial(_keep_and, hold, len(body), answer)
+            )
+        stream = ClientStream(request, headers)
+        return await answer(stream) or stream.response
+
+    async def _answer(
+        self,
+        endpoint: Endpoint,
+        request: web.Request,
+        body: bytes,
+        stream: EventStream,
+    ) -> web.Response | None:
+        """Return the whole answer, or None when ``stream`` was told all of it."""
+        request_id, record = request_id_of(request), record_of(request)
+        client_request = await self._inputs.run(
+            len(body) >= LARGE_BODY_BYTES,
+            partial(
+                read_client_request,
+                endpoint,
+                body,
+                served_model_name=self._spec.served_model_name,
+                request_id=request_id,
+                hop_id=_hop_id(request_id, is_own=REQUEST_ID_HEADER not in request.headers),
+                headers=_headers_to_pass(request),
+                strict_fields=self._spec.strict_fields,
+                wants_pair=request.headers.get(ROUTE_HEADER) == WANTS_PAIR,
+                has_own_fields=self._state.pool.has_own_fields,
+            ),
+        )
+        record.understood(client_request.fields.model, len(client_request.prompts))
+        if self._spec.log_content:
+            record.keep_content(bytes(client_request.prompts[0].text or b""))
+        with (
+            self._admission.admit(len(client_request.prompts)),
+            self._state.metrics.requests.in_flight.track_inprogress(),
+        ):
+            if client_request.stream:
+                await self._stream(client_request, stream, record)
+                return None
+            return await self._whole(client_request, stream, record)
+
+    async def _stream(
+        self, client_request: ClientRequest, stream: EventStream, record: RequestRecord
+    ) -> None:
+        answer = StreamedAnswer(
+            client_request,
+            stream,
+            model=client_request.fields.model or self._spec.served_model_name,
+            metrics=self._state.metrics.requests,
+            record=record,
+            ignored=self._ignored_fields,
+        )
+        try:
+            async with self._deadlines.start().guard():
+                await answer.finish(await self._run(client_request, answer, record))
+        except ConnectionError:
+            raise
+        except Exception as error:
+            if not stream.has_begun:
+                raise
+            self._state.metrics.requests.failed(error_status(error))
+            record.fail(error)
+            await stream.fail(error)
+
+    async def _whole(
+        self, client_request: ClientRequest, stream: EventStream, record: RequestRecord
+    ) -> web.Response:
+        answer = WholeAnswer(
+            client_request,
+            model=client_request.fields.model or self._spec.served_model_name,
+            metrics=self._state.metrics.requests,
+            record=record,
+        )
+        async with self._deadlines.start().guard():
+            transcripts = await self._run(client_request, answer, record)
+        headers = self._ignored_fields.headers(answer.ignored_fields) | answer.headers()
+        stream.add_headers(headers)  # a recording repeats them
+        return json_response(answer.finish(transcripts), headers=headers)
+
+    async def _run(
+        self, client_request: ClientRequest, sink: ChunkSink, record: RequestRecord
+    ) -> list[Transcript]:
+        """Answer all prompts at once; the first error ends the others and is raised."""
+        return await _together(
+            [generate(prompt, self._state, sink, record) for prompt in client_request.prompts]
+        )
+
+    async def _pass_on(self, request: web.Request) -> web.Response:
+        """Pass a request on to any engine that answers it."""
+        with self._bodies.hold() as hold:
+            body = await read_body(request, hold, max_bytes=self._spec.max_body_bytes)
+            with self._admission.admit(1):
+                return await self._ask_any(request, body)
+
+    async def _ask_any(self, request: web.Request, body: bytes) -> web.Response:
+        pool = self._state.pool
+        tried: frozenset[EngineKey] = frozenset()
+        while (engine := pool.route(RoutingRequest(hop="decode", tried=tried)).decode) is not None:
+            try:
+                headers = _headers_to_pass(request) | {
+                    REQUEST_ID_HEADER: _hop_id(request_id_of(request), is_own=False)
+                }
+                async with self._deadlines.start().guard():
+                    answer = await self._state.client.ask(engine, request.path, body, headers)
+                return web.Response(
+                    body=answer.body,
+                    content_type="application/json",
+                    headers=self._ignored_fields.headers(answer.ignored_fields),
+                )
+            except EngineFailure:
+                pool.failed(engine)
+                tried |= {engine.key}
+        raise no_engine_ready("no engine is ready")
+
+
+async def _keep_and(
+    hold: Hold, num_bytes: int, answer: Work, stream: EventStream
+) -> web.Response | None:
+    """Answer with the room of the body kept; a client that left at once has given it back
+    already.
+    """
+    with hold.shared():
+        hold.grow_to(num_bytes)
+        return await answer(stream)
+
+
+def _hop_id(request_id: HttpRequestId, *, is_own: bool) -> HopId:
+    """Return an id that is unique at the engines, which the ids of clients need not be."""
+    if is_own:
+        return HopId(request_id)
+    return HopId(f"{request_id[:MAX_HOP_ID_LENGTH]}-{secrets.token_hex(4)}")
+
+
+def _headers_to_pass(request: web.Request) -> dict[str, str]:
+    """Return what engines get of the client's headers, and the question for their spans."""
+    headers = {SPANS_HEADER: "1"}
+    own = record_of(request).trace_headers
+    if own:
+        return headers | own
+    traceparent = read_traceparent(request.headers.get(TRACEPARENT_HEADER))
+    if traceparent is not None:
+        headers[TRACEPARENT_HEADER] = traceparent
+        tracestate = request.headers.get(TRACESTATE_HEADER)
+        if tracestate is not None:
+            headers[TRACESTATE_HEADER] = tracestate
+    return headers
+
+
+async def _together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Run all works at once; the first error ends the others and is raised."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        # A task holds its error, whose traceback holds this frame: the request's body would stay
+        # in memory until the garbage collector comes.
+        tasks.clear()
+        del task
+
+
+def shutting_down() -> OverloadedError:
+    """Return the error of requests that come while the router leaves."""
+    return OverloadedError(
+        "the deployment is shutting down",
+        status=503,
+        retry_after_s=LEAVING_RETRY_AFTER_S,
+        code="draining",
+    )
