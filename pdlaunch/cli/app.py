@@ -101,6 +101,8 @@ COMMANDS = (
     Command(
         "restart", "pdlaunch.cli.engines:restart", "Have engines of a deployment started anew."
     ),
+    Command("drain", "pdlaunch.cli.drains:drain", "Give engines of a deployment no new work."),
+    Command("undrain", "pdlaunch.cli.drains:undrain", "Give drained engines work again."),
     Command(
         "trace",
         "pdlaunch.cli.trace:trace",

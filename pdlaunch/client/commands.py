@@ -58,7 +58,7 @@ def restart_engine(admin: Api, name: str) -> RestartOutcome:
     status, answer = admin.post(f"/pdlaunch/restart?{urlencode({'engine': name})}", {})
     if status == 200:
         return RestartOutcome(answer["engines"][0]["engine"])
-    return RestartOutcome(name, _message(answer) or f"HTTP {status}")
+    return RestartOutcome(name, error_message(answer) or f"HTTP {status}")
 
 
 def _command(
@@ -67,18 +67,19 @@ def _command(
     pairs = [*query, *(("engine", name) for name in names)]
     status, answer = admin.post(f"{path}?{urlencode(pairs)}" if pairs else path, {})
     if "engines" not in answer:
-        raise PdlaunchError(f"{path} was refused: {_message(answer) or f'HTTP {status}'}")
+        raise PdlaunchError(f"{path} was refused: {error_message(answer) or f'HTTP {status}'}")
     return [_outcome(engine) for engine in answer["engines"]]
 
 
 def _outcome(answer: dict[str, Any]) -> SleepOutcome:
     if "error" in answer:
         return SleepOutcome(
-            answer["engine"], False, error=_message(answer) or "it does not say why"
+            answer["engine"], False, error=error_message(answer) or "it does not say why"
         )
     return SleepOutcome(answer["engine"], answer["is_sleeping"], answer["num_bytes"])
 
 
-def _message(answer: dict[str, Any]) -> str:
+def error_message(answer: dict[str, Any]) -> str:
+    """Return the words of an error in OpenAI's form; empty when there are none."""
     error = answer.get("error")
     return str(error.get("message", "")) if isinstance(error, dict) else ""

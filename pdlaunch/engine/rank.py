@@ -35,6 +35,7 @@ from pdlaunch.platform.addresses import tcp_endpoint
 from pdlaunch.process.bootstrap import OVER_HOSTS, Bootstrap
 from pdlaunch.process.control_client import ControlClient, Heartbeat
 from pdlaunch.process.step_record import StepRecord
+from pdlaunch.protocol.changes import Answered
 from pdlaunch.protocol.control import (
     Address,
     Drain,
@@ -353,7 +354,7 @@ class RankProcess:
                 self._control.send(Drained())
             case Stop():
                 self._stopped = True
-            case Suspects() | Restarting() | Happened():
+            case Suspects() | Restarting() | Answered() | Happened():
                 pass  # said to routers alone
 
     def _on_control(self, message: FromSupervisor) -> None:

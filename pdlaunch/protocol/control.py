@@ -11,6 +11,7 @@ from typing import Literal
 import msgspec
 
 from pdlaunch.config.roles import Role
+from pdlaunch.protocol.changes import Answered, SetDrained, Withheld
 from pdlaunch.protocol.costs import EngineCosts
 from pdlaunch.protocol.ids import EngineId, PromptOrigin
 from pdlaunch.protocol.wire import Codec, Message
@@ -103,6 +104,8 @@ class Entry(Message, tag=False):
     """The reason why it is ``failed``, and what comes next; for people."""
     peers: tuple[str, ...] | None = None
     """The engines that a server's engine exchanges KV blocks with; None: all."""
+    withheld: Withheld = ""
+    """Of a server: routers give its engine no new work though it is ready."""
 
 
 class Register(Message):
@@ -228,6 +231,7 @@ ToSupervisor = (
     | Drained
     | SleepState
     | Restart
+    | SetDrained
     | ServedRequest
 )
 
@@ -295,7 +299,7 @@ class Happened(Message):
     """The engines of a pair that has failed."""
 
 
-FromSupervisor = Registry | Suspects | Drain | Stop | Restarting | Happened
+FromSupervisor = Registry | Suspects | Drain | Stop | Restarting | Answered | Happened
 
 to_supervisor: Codec[ToSupervisor] = Codec(ToSupervisor)
 from_supervisor: Codec[FromSupervisor] = Codec(FromSupervisor)

@@ -7,12 +7,9 @@ chooses engines; without it: all that were not given up.
 
 from __future__ import annotations
 
-import asyncio
-import itertools
-import secrets
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 from aiohttp import hdrs, web
@@ -23,10 +20,13 @@ from pdlaunch.http.app import AppRoute, request_id_of
 from pdlaunch.http.errors import error_body
 from pdlaunch.http.headers import REQUEST_ID_HEADER
 from pdlaunch.http.openapi import Operation
-from pdlaunch.protocol.control import Restart, Restarting
+from pdlaunch.protocol.control import Restarting
+from pdlaunch.router.admin_drains import DrainCommands
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_errors import EngineFailure
+from pdlaunch.router.outcomes import Outcome, engines_named, failed_outcome, refusal, together
 from pdlaunch.router.state import RouterState
+from pdlaunch.router.supervisor_link import SupervisorLink
 from pdlaunch.router.vllm_sleep import fall_asleep, wake_up
 
 AWAKE_TIMEOUT_S = 10.0
@@ -37,14 +37,6 @@ ENGINE_CHECK_TIMEOUT_S = 40.0
 """Longer than an engine waits for its rank."""
 
 Query = Sequence[tuple[str, str]]
-
-
-class Outcome(NamedTuple):
-    """Holds what one engine answered."""
-
-    engine: str
-    status: int
-    answer: dict[str, Any]
 
 
 class Admin:
@@ -71,13 +63,13 @@ class Admin:
                     "Pass a call on to one engine.",
                 ),
             )
-        ]
+        ] + DrainCommands(self._state, self._supervisor).routes()
 
     async def _sleep(self, http: web.Request) -> web.Response:
         """Put engines to sleep, prefill engines first: decode engines fetch what those hold while
         awake.
         """
-        return _together(
+        return together(
             [
                 await self._post(engine, http, partial(fall_asleep, query=http.query))
                 for engine in self._chosen(http, first="prefill")
@@ -94,11 +86,11 @@ class Admin:
         await self._see_awake(
             {outcome.engine for outcome in outcomes if outcome.answer.get("is_sleeping") is False}
         )
-        return _together(outcomes)
+        return together(outcomes)
 
     async def _is_sleeping(self, http: web.Request) -> web.Response:
         outcomes = [await self._ask(engine, "GET", "/is_sleeping") for engine in self._chosen(http)]
-        return _together(
+        return together(
             outcomes,
             is_sleeping=all(outcome.answer.get("is_sleeping", False) for outcome in outcomes),
         )
@@ -110,22 +102,14 @@ class Admin:
         Unlike the other commands it knows an engine by the names of its processes too, and means
         none without a name.
         """
-        names = http.query.getall("engine", [])
-        if not names:
-            raise RequestError(
-                "name what to restart: engine=NAME", param="engine", code="missing_engine"
-            )
-        return _together([await self._restart_one(name) for name in dict.fromkeys(names)])
+        names = engines_named(http.query.getall("engine", []))
+        return together([await self._restart_one(name) for name in names])
 
     async def _restart_one(self, name: str) -> Outcome:
         begun = await self._supervisor.restart(name)
         if begun.error:
-            status, code = (409, "not_now") if begun.engine else (404, "engine_not_found")
-            return Outcome(
-                name,
-                status,
-                error_body(RequestError(begun.error, param="engine", status=status, code=code)),
-            )
+            error = refusal(begun.error, "not_now" if begun.engine else "engine_not_found")
+            return Outcome(name, error.status, error_body(error))
         until_at = self._state.now() + RESTART_TIMEOUT_S
         while (successor := self._successor(begun)) is None:
             left_s = until_at - self._state.now()
@@ -141,23 +125,28 @@ class Admin:
                 )
             await self._state.registry_change(left_s)
         if successor.state == "failed":
-            error = OverloadedError(
+            given_up = OverloadedError(
                 f"{begun.engine} is given up again: {successor.reason}",
                 status=503,
                 code="engine_failed",
             )
-            return Outcome(begun.engine, error.status, error_body(error))
+            return Outcome(begun.engine, given_up.status, error_body(given_up))
         return Outcome(begun.engine, 200, {"incarnation": successor.processes[0]})
 
     def _successor(self, begun: Restarting) -> Engine | None:
-        """Return the engine once it serves again, or is given up again."""
+        """Return the engine once it serves again, stands by drained, or is given up again."""
         engines = [
             e
             for e in self._state.pool.engines
             if e.name == begun.engine and e.processes[0] > begun.incarnation
         ]
         return next(
-            (engine for engine in engines if engine.ready or engine.state == "failed"), None
+            (
+                engine
+                for engine in engines
+                if engine.ready or engine.state in ("failed", "draining")
+            ),
+            None,
         )
 
     async def _integrity(self, http: web.Request) -> web.Response:
@@ -166,7 +155,7 @@ class Admin:
             await self._ask(engine, "GET", "/pdlaunch/integrity", timeout_s=ENGINE_CHECK_TIMEOUT_S)
             for engine in self._chosen(http)
         ]
-        return _together(outcomes, ok=all(outcome.answer.get("ok", False) for outcome in outcomes))
+        return together(outcomes, ok=all(outcome.answer.get("ok", False) for outcome in outcomes))
 
     async def _one_engine(self, http: web.Request) -> web.Response:
         """Pass any call on to one engine, and its answer back once it is whole."""
@@ -191,7 +180,7 @@ class Admin:
             try:
                 return Outcome(engine.name, 200, await with_vllm(self._state, engine))
             except EngineFailure as error:
-                return _failed(engine, error)
+                return failed_outcome(engine.name, error)
             except (RequestError, OverloadedError) as error:
                 return Outcome(engine.name, error.status, error_body(error))
         query = [(name, value) for name, value in http.query.items() if name != "engine"]
@@ -212,7 +201,7 @@ class Admin:
             )
             answer = msgspec.json.decode(body, type=dict[str, Any])
         except (EngineFailure, msgspec.DecodeError) as error:
-            return _failed(engine, error)
+            return failed_outcome(engine.name, error)
         return Outcome(engine.name, status, answer)
 
     def _chosen(self, http: web.Request, first: Role = "prefill") -> list[Engine]:
@@ -257,58 +246,3 @@ class Admin:
                     code="not_listed_yet",
                 )
             await self._state.registry_change(left_s)
-
-
-def _failed(engine: Engine, error: Exception) -> Outcome:
-    failure = OverloadedError(str(error), status=503, code="engine_failed")
-    return Outcome(engine.name, failure.status, error_body(failure))
-
-
-def _together(outcomes: Sequence[Outcome], **fields: Any) -> web.Response:
-    """Return one answer of all engines, with the status and the error of the first that failed."""
-    failed = next((outcome for outcome in outcomes if outcome.status != 200), None)
-    body = fields | {
-        "engines": [{"engine": outcome.engine, **outcome.answer} for outcome in outcomes]
-    }
-    if failed is not None:
-        body["error"] = failed.answer.get("error")
-    status = 200 if failed is None else failed.status
-    return web.Response(
-        status=status, body=msgspec.json.encode(body), content_type="application/json"
-    )
-
-
-ANSWER_TIMEOUT_S = 10.0
-
-
-class SupervisorLink:
-    """Matches answers with questions; belongs to the event loop. ``send`` does not wait."""
-
-    def __init__(self, send: Callable[[Restart], None]) -> None:
-        self._send = send
-        # An answer to a router that has died is none to this one.
-        self._numbers = itertools.count(secrets.randbits(40))
-        self._asked: dict[int, asyncio.Future[Restarting]] = {}
-
-    async def restart(self, name: str) -> Restarting:
-        """Have an engine started anew; returns when that has begun, or was refused. Raises
-        OverloadedError.
-        """
-        question = next(self._numbers)
-        answer: asyncio.Future[Restarting] = asyncio.get_running_loop().create_future()
-        self._asked[question] = answer
-        self._send(Restart(question=question, name=name))
-        try:
-            async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                return await answer
-        except TimeoutError:
-            message = f"the supervisor has not answered within {ANSWER_TIMEOUT_S:g} s"
-            raise OverloadedError(message, status=503, code="no_answer") from None
-        finally:
-            del self._asked[question]
-
-    def answered(self, message: Restarting) -> None:
-        """Hand an answer to the call that waits for it, if one still does."""
-        answer = self._asked.get(message.question)
-        if answer is not None and not answer.done():
-            answer.set_result(message)

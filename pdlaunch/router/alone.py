@@ -24,8 +24,8 @@ from pdlaunch.http.connections import HttpRunner
 from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S
 from pdlaunch.process.bootstrap import RouterSpec
 from pdlaunch.process.run_dirs import ADMIN_SOCKET, LaunchCard
+from pdlaunch.protocol.changes import Answered, SetDrained
 from pdlaunch.protocol.control import Restart, Restarting
-from pdlaunch.router.admin import SupervisorLink
 from pdlaunch.router.admin_socket import listen_at_admin_socket
 from pdlaunch.router.app import RouterApp
 from pdlaunch.router.engine_client import EngineClient, EngineTimeouts
@@ -35,6 +35,7 @@ from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.process import CLIENT_READ_TIMEOUT_S, fit, follow, listen, new_policy
 from pdlaunch.router.state import RecoverySettings, RouterState
+from pdlaunch.router.supervisor_link import Question, SupervisorLink
 from pdlaunch.router.watched_engine import Member, WatchSettings
 
 _logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class LoneRouter:
             RecoverySettings(),
             doubt=self._membership.suspect,
         )
-        self._link = SupervisorLink(self._refuse_restart)
+        self._link = SupervisorLink(self._answer)
         self._router = RouterApp(router, self._state, self._link, self._membership)
         self._signals: asyncio.Queue[None] = asyncio.Queue()
 
@@ -149,11 +150,23 @@ class LoneRouter:
                 await task
         await self._router.close()
 
-    def _refuse_restart(self, question: Restart) -> None:
-        error = f"{question.name} runs already: whoever started it restarts it"
-        self._link.answered(
-            Restarting(question=question.question, engine=question.name, error=error)
-        )
+    def _answer(self, asked: Question) -> None:
+        number, name = asked.question, asked.name
+        match asked:
+            case Restart():
+                error = f"{name} runs already: whoever started it restarts it"
+                self._link.answered(Restarting(question=number, engine=name, error=error))
+            case SetDrained(is_drained=is_drained):
+                error = self._membership.set_drained(name, is_drained=is_drained)
+                is_known = self._membership.member(name) is not None
+                self._link.answered(
+                    Answered(
+                        question=number,
+                        engine=name,
+                        error=error,
+                        code="refused" if is_known else "engine_not_found",
+                    )
+                )
 
 
 async def _tell_left(admission: Admission, timeout_s: float) -> None:

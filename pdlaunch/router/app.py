@@ -25,7 +25,7 @@ from pdlaunch.http.guard import Guard
 from pdlaunch.observe.metrics import METRICS_CONTENT_TYPE
 from pdlaunch.process.bootstrap import RouterSpec
 from pdlaunch.protocol.openai.responses import ModelCard
-from pdlaunch.router.admin import Admin, SupervisorLink
+from pdlaunch.router.admin import Admin
 from pdlaunch.router.admin_engines import EngineCommands
 from pdlaunch.router.admin_socket import came_through_admin_socket
 from pdlaunch.router.deployment_view import DeploymentView
@@ -37,6 +37,7 @@ from pdlaunch.router.prompt_endpoints import PromptEndpoints, shutting_down
 from pdlaunch.router.request_book import RequestBook
 from pdlaunch.router.request_lines import RequestLines
 from pdlaunch.router.state import RouterState
+from pdlaunch.router.supervisor_link import SupervisorLink
 
 logger = logging.getLogger(__name__)
 

@@ -98,6 +98,8 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     """Failures in a row."""
     avoid_until_at: float = 0.0
     """Instant on the pool's clock."""
+    is_drained: bool = False
+    """Somebody drains it: it is given no new work."""
     peers: frozenset[str] | None = None
     """The engines that it exchanges KV blocks with; None: all."""
     proofs: dict[str, int] = {}

@@ -135,6 +135,18 @@ class WatchedMembership:
         _logger.info("added %s (%s) at %s", member.name, member.role, member.url)
         self._publish_soon()
 
+    def set_drained(self, name: str, *, is_drained: bool) -> str:
+        """Give an engine no new work, or work again; return the reason why not, empty: done."""
+        watched = self._watched.get(name)
+        if watched is None:
+            return self._unknown(name)
+        others = [engine for engine in self._engines() if engine.ready and engine.name != name]
+        if is_drained and not watched.is_drained and not others:
+            return f"{name} is not drained: no other engine serves"
+        watched.is_drained = is_drained
+        self._publish()
+        return ""
+
     async def remove(self, name: str, drain_timeout_s: float) -> int:
         """Give an engine no more work, wait for what it does, and forget it.
 
@@ -142,12 +154,8 @@ class WatchedMembership:
         """
         watched = self._watched.get(name)
         if watched is None:
-            there = ", ".join(sorted(self._watched)) or "none"
             raise RequestError(
-                f"there is no engine {name[:100]}; there are: {there}",
-                param="engine",
-                status=404,
-                code="engine_not_found",
+                self._unknown(name), param="engine", status=404, code="engine_not_found"
             )
         watched.is_draining = True
         self._publish()
@@ -187,6 +195,10 @@ class WatchedMembership:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    def _unknown(self, name: str) -> str:
+        there = ", ".join(sorted(self._watched)) or "none"
+        return f"there is no engine {name[:100]}; there are: {there}"
 
     def _engine(self, name: str) -> Engine | None:
         return next((engine for engine in self._engines() if engine.name == name), None)

@@ -223,6 +223,7 @@ class EnginePool:
         engine.lender = _find_lender(by_rank)
         engine.capabilities = server.capabilities
         engine.reason = server.reason
+        engine.is_drained = server.withheld == "draining"
         engine.peers = None if server.peers is None else frozenset(server.peers)
         engine.proofs = proofs
         engine.state = held_state or ("ready" if ready else _why_not_ready(server, ranks))
@@ -236,7 +237,7 @@ class EnginePool:
         """
         if ranks:
             self._with_ranks.add(server.name)
-        if server.state != "ready" or not server.address.http:
+        if server.state != "ready" or server.withheld or not server.address.http:
             return False
         if server.name not in self._with_ranks:
             return True
@@ -269,4 +270,7 @@ def _find_lender(by_rank: list[Entry]) -> Lender | None:
 def _why_not_ready(server: Entry, ranks: list[Entry]) -> ListedState:
     if any(entry.state == "stalled" for entry in (server, *ranks)):
         return "stalled"
-    return server.state if server.state in ("draining", "sleeping", "failed") else "starting"
+    if server.state in ("draining", "sleeping", "failed"):
+        return server.state
+    is_there = all(entry.state == "ready" for entry in (server, *ranks))
+    return "draining" if is_there and server.withheld == "draining" else "starting"

@@ -19,6 +19,7 @@ from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S, Supervised
 from pdlaunch.process.bootstrap import LISTEN_BACKLOG, RouterSpec
 from pdlaunch.process.run_dirs import ADMIN_SOCKET, LaunchCard
 from pdlaunch.protocol.certificates import client_context
+from pdlaunch.protocol.changes import Answered
 from pdlaunch.protocol.control import (
     Drain,
     Drained,
@@ -30,7 +31,6 @@ from pdlaunch.protocol.control import (
     Stop,
     Suspects,
 )
-from pdlaunch.router.admin import SupervisorLink
 from pdlaunch.router.admin_socket import listen_at_admin_socket
 from pdlaunch.router.app import RouterApp
 from pdlaunch.router.cost_policy import LeastCost
@@ -40,6 +40,7 @@ from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.policy import LeastWork, Policy
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.state import RecoverySettings, RouterState
+from pdlaunch.router.supervisor_link import SupervisorLink
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ class RouterProcess:
                     self._state.pair_failed(told.prefill, told.decode, told.text, told.ago_s)
                 case Happened(text=text, ago_s=ago_s):
                     self._state.events.add("launch", "", text, is_bad=False, ago_s=ago_s)
-                case Restarting() as answer:
+                case Restarting() | Answered() as answer:
                     self._link.answered(answer)
                 case Suspects() as suspects:
                     self._state.suspects.take(suspects)

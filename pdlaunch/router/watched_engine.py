@@ -66,6 +66,9 @@ class WatchedEngine:
     is_healthy: bool = False
     has_been_healthy: bool = False
     is_draining: bool = False
+    """It is about to be removed."""
+    is_drained: bool = False
+    """It is given no new work until somebody says otherwise."""
     tells_sleep: bool = False
     is_sleeping: bool = False
     reason: str = "it has not been asked yet"
@@ -124,6 +127,7 @@ class WatchedEngine:
             reason=reason,
             # Fewer than this many are all that there are.
             peers=tuple(peers) if len(peers) >= MAX_PEERS else None,
+            withheld="draining" if self.is_drained else "",
         )
 
     async def _find_trouble(self) -> str:

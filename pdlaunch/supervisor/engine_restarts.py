@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from pdlaunch.hosts.host import Host
 from pdlaunch.protocol.control import Drain, Restart, Restarting, Stop
-from pdlaunch.supervisor.instance import Instance, Unit
+from pdlaunch.supervisor.instance import Instance, Unit, find_engine, unknown_engine
 from pdlaunch.supervisor.shutdown import Grace
 from pdlaunch.supervisor.states import LaunchPhase, ProcessState
 
@@ -78,15 +78,10 @@ class EngineRestarts:
 
         Asking again while a restart is under way changes nothing.
         """
-        named = (
-            unit for unit in self._units for member in unit.members if member.name == message.name
-        )
-        engine = next((unit.engine for unit in named), "")
+        engine = find_engine(self._units, message.name)
         if not engine:
-            known = ", ".join(dict.fromkeys(unit.engine for unit in self._units if unit.engine))
             return Restarting(
-                question=message.question,
-                error=f"there is no engine {message.name[:100]}; there are: {known}",
+                question=message.question, error=unknown_engine(self._units, message.name)
             )
         if phase is not LaunchPhase.READY:
             return Restarting(

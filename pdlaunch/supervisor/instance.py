@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pdlaunch.config.hosts import LOCAL
+from pdlaunch.protocol.changes import Withheld
 from pdlaunch.protocol.control import Entry, ListedState, Progress, Register
 from pdlaunch.resolve.plan import ProcessSpec
 from pdlaunch.supervisor.states import ALIVE, TRANSITIONS, ProcessState
@@ -35,6 +36,8 @@ class Instance:
     """Instant at which its loop last turned, as far as is known."""
     stalled: bool = False
     """True for a ready process that has been silent for so long that it gets no new work."""
+    withheld: Withheld = ""
+    """Of a server: why its engine is given no new work; it holds over restarts."""
 
     @property
     def name(self) -> str:
@@ -97,6 +100,7 @@ class Instance:
             state=self._listed_state(),
             reason=self.given_up_for if self._is_given_up_server() else "",
             peers=self.spec.peers if self.spec.kind == "server" else None,
+            withheld=self.withheld,
         )
 
     def _listed_state(self) -> ListedState:
@@ -151,6 +155,18 @@ class Unit:
     @property
     def ready(self) -> bool:
         return all(member.state is ProcessState.READY for member in self.members)
+
+
+def find_engine(units: Sequence[Unit], name: str) -> str:
+    """Return the engine of that name, or that one of its processes has; empty: there is none."""
+    named = (unit for unit in units for member in unit.members if member.name == name)
+    return next((unit.engine for unit in named), "")
+
+
+def unknown_engine(units: Sequence[Unit], name: str) -> str:
+    """Say that there is no such engine, and which ones there are."""
+    known = ", ".join(dict.fromkeys(unit.engine for unit in units if unit.engine))
+    return f"there is no engine {name[:100]}; there are: {known}"
 
 
 def make_units(specs: Sequence[ProcessSpec]) -> list[Unit]:

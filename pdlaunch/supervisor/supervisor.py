@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pdlaunch.engines.kind import EngineKind
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.hosts.host import Host, MessageReceived, ProcessExited
+from pdlaunch.protocol.changes import SetDrained
 from pdlaunch.protocol.control import (
     Alive,
     Drained,
@@ -33,6 +34,7 @@ from pdlaunch.protocol.control import (
 from pdlaunch.resolve.plan import Plan
 from pdlaunch.supervisor.bootstraps import Bootstraps
 from pdlaunch.supervisor.deaths import Deaths
+from pdlaunch.supervisor.drains import Drains
 from pdlaunch.supervisor.engine_restarts import EngineRestarts
 from pdlaunch.supervisor.events import Event, StopRequested
 from pdlaunch.supervisor.failure import Failure, startup_timeout
@@ -129,6 +131,7 @@ class Supervisor:
             start=self._processes.spawn,
             forgive=self._deaths.forgive,
         )
+        self._drains = Drains(self._processes.units, self._notes.add)
         self._hangs = HangWatch(timing.hangs, clock)
         self._phase = LaunchPhase.PREPARING
         self._startup_ends_at = 0.0
@@ -275,6 +278,8 @@ class Supervisor:
                     self._restarts.drained(instance)
             case Restart():
                 self._host.send(name, self._restarts.ask(message, self.phase))
+            case SetDrained():
+                self._host.send(name, self._drains.ask(message, self.phase))
 
     def _on_register(self, instance: Instance, message: Register) -> None:
         if not instance.may_register(message):

@@ -11,14 +11,14 @@ import pytest
 
 from pdlaunch.http.connections import HttpRunner
 from pdlaunch.process.bootstrap import RouterSpec
-from pdlaunch.protocol.control import PairReady, PairSuspect, Registry, Restart
-from pdlaunch.router.admin import SupervisorLink
+from pdlaunch.protocol.control import PairReady, PairSuspect, Registry
 from pdlaunch.router.app import RouterApp
 from pdlaunch.router.engine_client import EngineClient, EngineTimeouts, keys_of_launch
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.process import listen
 from pdlaunch.router.state import RecoverySettings, RouterState
+from pdlaunch.router.supervisor_link import Question, SupervisorLink
 from tests.router.fake_engine import FakeEngine
 
 SPEC = RouterSpec(
@@ -70,7 +70,7 @@ class Stand:
             RecoverySettings(wait_s=recovery_wait_s, busy_wait_s=0.01),
             doubt=self.doubted.append,
         )
-        self.asked: list[Restart] = []
+        self.asked: list[Question] = []
         self.link = SupervisorLink(self.asked.append)
         self.router = RouterApp(spec, self.state, self.link)
         self.runner = HttpRunner(

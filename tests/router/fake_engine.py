@@ -15,6 +15,7 @@ from pdlaunch.config.roles import Role
 from pdlaunch.http.headers import SPANS_HEADER
 from pdlaunch.http.ignored_fields import IGNORED_FIELDS_HEADER
 from pdlaunch.observe.metrics import render_metrics
+from pdlaunch.protocol.changes import Withheld
 from pdlaunch.protocol.control import Address, Capabilities, Entry, ListedState
 from pdlaunch.protocol.costs import EngineCosts, EngineReport
 from pdlaunch.server.metrics import ServerMetrics
@@ -52,6 +53,7 @@ class FakeEngine:
         self.released: list[str] = []
         self.commands: list[tuple[str, str, str]] = []
         self.sleeping = False
+        self.withheld: Withheld = ""
         self.release_event = asyncio.Event()
         self.num_aborted = 0
         self.aborted = asyncio.Event()
@@ -146,6 +148,7 @@ class FakeEngine:
                 costs=self.costs,
             ),
             state=state,
+            withheld=self.withheld,
         )
         if not self.ours:
             return [server]

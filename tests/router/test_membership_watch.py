@@ -16,7 +16,6 @@ from aiohttp import web
 from pdlaunch.config.roles import Role
 from pdlaunch.engines.plan import capabilities_over_http
 from pdlaunch.errors import RequestError
-from pdlaunch.router.admin import SupervisorLink
 from pdlaunch.router.admin_socket import listen_at_admin_socket
 from pdlaunch.router.app import RouterApp
 from pdlaunch.router.engine import Engine
@@ -26,6 +25,7 @@ from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.process import follow
 from pdlaunch.router.state import RecoverySettings, RouterState
+from pdlaunch.router.supervisor_link import SupervisorLink
 from pdlaunch.router.watched_engine import Member, WatchSettings
 from tests.router.conftest import SPEC
 from tests.sidecar.fake_vllm import FakeVllm, answer_of, listen
@@ -337,6 +337,21 @@ async def test_commands_add_and_remove_engines_while_requests_run(alone: Alone) 
     await alone.until(lambda: alone.ready == {"prefill-0", "decode-1"})
     assert (await alone.complete())[0] == 200
     assert (await alone.command("DELETE", "/pdlaunch/engines/decode-0"))[0] == 404
+
+
+async def test_a_drained_engine_gets_no_request_and_keeps_its_proofs(alone: Alone) -> None:
+    await alone.pair()
+    assert alone.watch.set_drained("decode-7", is_drained=True) == (
+        "there is no engine decode-7; there are: decode-0, prefill-0"
+    )
+    assert alone.watch.set_drained("decode-0", is_drained=True) == ""
+    await alone.until(lambda: alone.engine("decode-0").state == "draining")
+    assert (await alone.complete())[0] == 200
+    assert "no other engine serves" in alone.watch.set_drained("prefill-0", is_drained=True)
+    num_canaries = alone.outcomes("proven")
+    assert alone.watch.set_drained("decode-0", is_drained=False) == ""
+    await alone.until(lambda: "decode-0" in alone.ready)
+    assert alone.outcomes("proven") == num_canaries
 
 
 async def test_an_engine_that_does_not_finish_in_time_goes_all_the_same(alone: Alone) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pdlaunch.protocol.control import Registry, Restarting
-from pdlaunch.router import admin
+from pdlaunch.router import admin, supervisor_link
 from tests.router.conftest import Stand
 from tests.router.fake_engine import until
 from tests.router.test_admin import AdminStand, admin_stand
@@ -41,6 +41,22 @@ async def test_it_is_answered_when_the_new_engine_serves(admin_stand: AdminStand
     assert not answer.done()
     stand.publish()
     assert await answer == (200, {"engines": [{"engine": "decode-0", "incarnation": 2}]})
+
+
+async def test_one_that_is_drained_is_back_when_it_stands_by(admin_stand: AdminStand) -> None:
+    stand, decode = admin_stand.stand, admin_stand.stand.engines["decode-0"]
+    decode.withheld = "draining"
+    stand.publish()
+    answer = restart(admin_stand, "decode-0")
+    question = await asked(stand)
+    stand.link.answered(Restarting(question=question, engine="decode-0", incarnation=1))
+    decode.incarnation = 2
+    stand.publish(starting=["decode-0"])
+    await asyncio.sleep(0)
+    assert not answer.done()
+    stand.publish()
+    assert (await answer)[0] == 200
+    assert not stand.pool.lists(stand.pool.engines[0])
 
 
 async def test_several_are_restarted_one_after_the_other(admin_stand: AdminStand) -> None:
@@ -93,7 +109,7 @@ async def test_without_a_name_nothing_is_restarted(admin_stand: AdminStand) -> N
 async def test_a_supervisor_that_does_not_answer_is_503(
     admin_stand: AdminStand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(admin, "ANSWER_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(supervisor_link, "ANSWER_TIMEOUT_S", 0.01)
     status, body = await restart(admin_stand, "decode-0")
     assert (status, body["error"]["code"]) == (503, "no_answer")
     admin_stand.stand.link.answered(

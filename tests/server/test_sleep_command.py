@@ -20,13 +20,13 @@ from pdlaunch.process.new_run_dir import new_run_dir
 from pdlaunch.process.run_dirs import ADMIN_SOCKET, LaunchCard
 from pdlaunch.protocol.control import Address, Entry, Registry, SleepState
 from pdlaunch.protocol.engine import Sleep, SleepReply, WakeUp
-from pdlaunch.router.admin import SupervisorLink
 from pdlaunch.router.admin_socket import listen_at_admin_socket
 from pdlaunch.router.app import RouterApp
 from pdlaunch.router.engine_client import EngineClient, EngineTimeouts
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.state import RecoverySettings, RouterState
+from pdlaunch.router.supervisor_link import SupervisorLink
 from tests.router.conftest import SPEC
 from tests.server.conftest import TOKEN, Engine
 from tests.server.fake_rank import FakeRank

@@ -1,0 +1,80 @@
+"""Gives engines no new work because somebody asked, until somebody asks for the opposite.
+
+Nothing is moved by force: what runs there goes on. It holds while the engine is restarted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from pdlaunch.protocol.changes import Answered, RefusalCode, SetDrained
+from pdlaunch.supervisor.instance import Instance, Unit, find_engine, unknown_engine
+from pdlaunch.supervisor.states import LaunchPhase, ProcessState
+
+
+class Drains:
+    """Answers ``pdlaunch drain`` and ``undrain``. ``units``: all of the launch."""
+
+    def __init__(self, units: Sequence[Unit], note: Callable[[str], None]) -> None:
+        self._units = units
+        self._note = note
+
+    def ask(self, message: SetDrained, phase: LaunchPhase) -> Answered:
+        """Withhold new work from an engine, or give it work again.
+
+        The last engine that serves is not drained. Asking again changes nothing.
+        """
+        engine = find_engine(self._units, message.name)
+        verb = "drained" if message.is_drained else "undrained"
+
+        def refused(code: RefusalCode, error: str) -> Answered:
+            return Answered(question=message.question, engine=engine, code=code, error=error)
+
+        if not engine:
+            return refused("engine_not_found", unknown_engine(self._units, message.name))
+        if phase is not LaunchPhase.READY:
+            return refused("not_now", f"{engine} cannot be {verb}: the launch is {phase}")
+        server = server_of(self._units, engine)
+        if server.withheld == "joining":
+            return refused("not_now", f"{engine} cannot be {verb}: it is about to join")
+        notes = []
+        if message.is_drained and not server.withheld:
+            others = [other for other in serving(self._units) if other.spec.engine != engine]
+            if not others:
+                return refused(
+                    "refused",
+                    f"{engine} is not drained: no other engine serves; add one with `pdlaunch "
+                    "scale`, or undrain or restart another one",
+                )
+            if not any(other.spec.role == server.spec.role for other in others):
+                names = ", ".join(other.name for other in others)
+                notes.append(f"no other {server.spec.role} engine serves: its work goes to {names}")
+        if bool(server.withheld) != message.is_drained:
+            server.withheld = "draining" if message.is_drained else ""
+            self._note(f"{engine} is {verb}, as was asked")
+        return Answered(question=message.question, engine=engine, notes=notes)
+
+
+def server_of(units: Sequence[Unit], engine: str) -> Instance:
+    """Return the server of an engine, which stands for it in the registry."""
+    return next(
+        member
+        for unit in units
+        for member in unit.members
+        if member.spec.engine == engine and member.spec.kind == "server"
+    )
+
+
+def serving(units: Sequence[Unit]) -> list[Instance]:
+    """Return the servers of engines that are given work: all processes of theirs are ready."""
+    unready = {unit.engine for unit in units if not unit.ready}
+    return [
+        member
+        for unit in units
+        for member in unit.members
+        if member.spec.kind == "server"
+        and member.spec.engine not in unready
+        and not member.withheld
+        and member.sleep_state == "awake"
+        and member.state is ProcessState.READY
+    ]
