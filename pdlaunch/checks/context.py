@@ -17,7 +17,7 @@ from pdlaunch.platform.engine_commands import EngineCommand, EngineFlags
 from pdlaunch.platform.facts import Fact, Machine, PortState
 from pdlaunch.resolve.hosts import DeviceKind
 from pdlaunch.resolve.resolve import ResolvedLaunch
-from pdlaunch.resolve.roles import Allocator, RoleEngines
+from pdlaunch.resolve.role_engines import Allocator, RoleEngines
 
 Need = (
     Fact

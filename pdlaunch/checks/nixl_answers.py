@@ -13,7 +13,7 @@ from pdlaunch.config.ucx_variables import is_known_variable
 from pdlaunch.platform.addresses import is_address
 from pdlaunch.platform.availability import ProcessOutcome, run_briefly
 from pdlaunch.resolve.resolve import ResolvedLaunch
-from pdlaunch.resolve.roles import RoleEngines
+from pdlaunch.resolve.role_engines import RoleEngines
 
 TIMEOUT_S = 60.0
 """Longest life of such a process; it takes 3 to 5 s on a quiet core."""

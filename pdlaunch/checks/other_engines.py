@@ -10,7 +10,7 @@ from pydantic import JsonValue
 
 from pdlaunch.checks.context import Context
 from pdlaunch.config.vllm_arguments import flag_name, long_name
-from pdlaunch.resolve.roles import RoleEngines
+from pdlaunch.resolve.role_engines import RoleEngines
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ from pdlaunch.hosts.placement.slurm import slurm_join_file
 from pdlaunch.platform.addresses import default_address
 from pdlaunch.resolve.hosts import ResolvedHost
 from pdlaunch.resolve.resolve import ResolvedLaunch
-from pdlaunch.resolve.roles import RoleEngines
+from pdlaunch.resolve.role_engines import RoleEngines
 
 JOIN_FILE = "join.json"
 _ANSWER_TIMEOUT_S = 30.0

@@ -32,7 +32,7 @@ from pdlaunch.platform.link_speed import HOST_SHARE, LINK_SHARES
 from pdlaunch.platform.memory_speed import measure_copy_gigabytes_per_s
 from pdlaunch.protocol.control import PairReady
 from pdlaunch.resolve.resolve import ResolvedLaunch, resolve_on
-from pdlaunch.resolve.roles import Allocator
+from pdlaunch.resolve.role_engines import Allocator
 from pdlaunch.supervisor.folders import new_launch_id
 from pdlaunch.supervisor.launch import check_platform, launch
 from pdlaunch.supervisor.pair_links import ReadLinks, gpu_links

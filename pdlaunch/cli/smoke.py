@@ -24,7 +24,7 @@ from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError, PdlaunchError
 from pdlaunch.platform.probe import probe_machine
 from pdlaunch.resolve.resolve import THIS_HOST, resolve
-from pdlaunch.resolve.roles import RoleEngines
+from pdlaunch.resolve.role_engines import RoleEngines
 from pdlaunch.testing.chaos import chaos_environment, smoke_under_chaos
 
 

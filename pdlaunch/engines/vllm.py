@@ -20,7 +20,8 @@ from pdlaunch.engines.kind import OF_RUNNING_ENGINES
 from pdlaunch.engines.native import light_environment, python_command
 from pdlaunch.protocol.control import Capabilities
 from pdlaunch.resolve.plan import ProcessSpec
-from pdlaunch.resolve.roles import PlacedEngine, RoleEngines
+from pdlaunch.resolve.role_engines import RoleEngines
+from pdlaunch.resolve.roles import PlacedEngine
 
 CAPABILITIES = Capabilities(
     kind="vllm", needs_proof=True, lease_s=30.0, has_own_fields=True, takes_launch_token=False

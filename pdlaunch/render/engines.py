@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pdlaunch.config.roles import Role
 from pdlaunch.render.settings import Machines
 from pdlaunch.resolve.resolve import ResolvedLaunch
-from pdlaunch.resolve.roles import RoleEngines
+from pdlaunch.resolve.role_engines import RoleEngines
 
 PROCESS_BYTES = 1 << 30
 """Host memory that a rank takes beside weights and KV cache: libraries, tokenizer, buffers."""

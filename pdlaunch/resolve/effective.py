@@ -8,7 +8,7 @@ from pdlaunch.config.shown import ShownValue, shown_config
 from pdlaunch.config.sources import LoadedConfig, Origin
 from pdlaunch.resolve.plan import mask_environment
 from pdlaunch.resolve.resolve import ResolvedLaunch
-from pdlaunch.resolve.roles import CHOSEN_BY_ENGINE, RoleEngines
+from pdlaunch.resolve.role_engines import CHOSEN_BY_ENGINE, RoleEngines
 
 
 def effective_values(launch: ResolvedLaunch, origins: Mapping[str, Origin]) -> dict[str, object]:

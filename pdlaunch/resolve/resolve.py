@@ -19,7 +19,8 @@ from pdlaunch.platform.facts import Machine
 from pdlaunch.platform.visible_gpus import VISIBLE_DEVICES
 from pdlaunch.resolve.hosts import Places, ResolvedHost, Share, one_host
 from pdlaunch.resolve.models import Model, read_models
-from pdlaunch.resolve.roles import PlacedEngine, PlacedRoles, RoleEngines, resolve_roles
+from pdlaunch.resolve.role_engines import RoleEngines
+from pdlaunch.resolve.roles import PlacedEngine, PlacedRoles, resolve_roles
 
 THIS_HOST = LOCAL
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pdlaunch.resolve.roles import DTypeName, RoleEngines
+from pdlaunch.resolve.role_engines import DTypeName, RoleEngines
 
 _FASTEST_CPU_THREAD = 100e9
 _FASTEST_CPU_THREAD_BF16 = 1e12

@@ -11,7 +11,7 @@ from pdlaunch.engines.plan import plan_processes
 from pdlaunch.platform.gpu_links import BusPair, GpuLink
 from pdlaunch.protocol.control import PairReady
 from pdlaunch.resolve.resolve import ResolvedLaunch
-from pdlaunch.resolve.roles import RoleEngines
+from pdlaunch.resolve.role_engines import RoleEngines
 
 ReadLinks = Callable[[Iterable[BusPair]], Mapping[BusPair, GpuLink]]
 """Reads links as ``platform.gpu_links.read_gpu_links`` does."""

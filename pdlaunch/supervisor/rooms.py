@@ -16,7 +16,8 @@ from pdlaunch.checks.run import run_checks
 from pdlaunch.engines.kind import EngineKind
 from pdlaunch.resolve.hosts import ResolvedHost, Share
 from pdlaunch.resolve.resolve import ResolvedLaunch
-from pdlaunch.resolve.roles import PlacedEngine, RoleEngines
+from pdlaunch.resolve.role_engines import RoleEngines
+from pdlaunch.resolve.roles import PlacedEngine
 from pdlaunch.supervisor.instance import Instance, Unit
 
 _OF_ROOM = frozenset(("PD207", "PD210", "PD212"))

@@ -32,7 +32,7 @@ from pdlaunch.resolve.effective import effective_engines, effective_settings
 from pdlaunch.resolve.models import Model
 from pdlaunch.resolve.plan import ProcessSpec
 from pdlaunch.resolve.resolve import ResolvedLaunch, resolve
-from pdlaunch.resolve.roles import RoleEngines
+from pdlaunch.resolve.role_engines import RoleEngines
 from pdlaunch.supervisor.bootstraps import LaunchBootstraps
 from pdlaunch.supervisor.ports import listening
 from tests.checks.contexts import SMALL_SHAPE

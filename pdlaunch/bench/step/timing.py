@@ -28,7 +28,7 @@ from pdlaunch.errors import ConfigError
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.protocol.engine import SamplingParams
 from pdlaunch.protocol.ids import RequestId
-from pdlaunch.resolve.roles import DTypeName
+from pdlaunch.resolve.role_engines import DTypeName
 
 NUM_WARM_UPS = 2
 

@@ -35,7 +35,7 @@ from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.config.sizes import format_size
 from pdlaunch.errors import ConfigError
 from pdlaunch.platform.limits import memory_bytes
-from pdlaunch.resolve.roles import DTypeName
+from pdlaunch.resolve.role_engines import DTypeName
 
 NUM_WARM_UP_TURNS = 2
 NUM_CACHES = 4

@@ -8,7 +8,7 @@ import torch
 
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.memory.kv_memory import KVMemory, PrivateKVMemory
-from pdlaunch.resolve.roles import DTypeName
+from pdlaunch.resolve.role_engines import DTypeName
 
 
 @dataclass(frozen=True, slots=True)
