@@ -36,6 +36,15 @@ def new_session(
     return aiohttp.ClientSession(connector=connector, **options)
 
 
+def describe_client_error(error: Exception) -> str:
+    """Say why a call had no answer. The error's ``repr`` would show the key that was sent, and what
+    is no HTTP may quote anything.
+    """
+    if isinstance(error, aiohttp.ClientResponseError):
+        return f"{type(error).__name__}: its answer is no valid HTTP"
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
 def http_url(url: str) -> str:
     """Return the URL that requests to an engine begin with."""
     return "http://localhost" if url.startswith(UNIX) else url

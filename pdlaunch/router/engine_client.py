@@ -19,7 +19,7 @@ import aiohttp
 import msgspec
 from yarl import URL
 
-from pdlaunch.http.engine_url import UNIX, http_url, new_session
+from pdlaunch.http.engine_url import UNIX, describe_client_error, http_url, new_session
 from pdlaunch.http.ignored_fields import IGNORED_FIELDS_HEADER, read_ignored_fields
 from pdlaunch.protocol.costs import EngineReport
 from pdlaunch.protocol.ids import HopId, LeaseId
@@ -271,7 +271,9 @@ class EngineClient:
             except TimeoutError:
                 await self._probe(engine)
             except aiohttp.ClientError as error:
-                raise EngineFailure(engine, f"stream broke: {error!r}") from error
+                raise EngineFailure(
+                    engine, f"stream broke: {describe_client_error(error)}"
+                ) from error
 
     async def _ask(
         self, engine: Engine, path: str, body: bytes, headers: dict[str, str]

@@ -7,15 +7,20 @@ client.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
+from typing import Any
 
 import aiohttp
 import msgspec
 
 from pdlaunch.errors import OverloadedError, PdlaunchError
+from pdlaunch.http.engine_url import describe_client_error
 from pdlaunch.http.errors import RETRY_AFTER_S, RelayedError
 from pdlaunch.router.engine import Engine
 
+MAX_QUOTE_BYTES = 200
+_NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _MALFORMED = (msgspec.DecodeError, LookupError, TypeError, AttributeError, ValueError)
 
 
@@ -23,8 +28,9 @@ class EngineFailure(OverloadedError):
     """Tells that an engine did not do its work; another one may.
 
     ``may_return``: it, or its successor, may be there again soon. ``turned_away``: it did not even
-    begin. ``engine_code``: the code of its own error. If no other engine makes up for it, the
-    client is told 503, or 502 when the engine may not return.
+    begin. ``engine_code``: the code of its own error. ``quote``: how its own words begin, which may
+    be those of a prompt and stand in no message. If no other engine makes up for it, the client is
+    told 503, or 502 when the engine may not return.
     """
 
     def __init__(
@@ -35,6 +41,7 @@ class EngineFailure(OverloadedError):
         may_return: bool = True,
         turned_away: bool = False,
         engine_code: object = None,
+        quote: str = "",
     ) -> None:
         super().__init__(
             f"engine {engine.name}: {reason}",
@@ -45,6 +52,7 @@ class EngineFailure(OverloadedError):
         self.may_return = may_return
         self.turned_away = turned_away
         self.engine_code = engine_code
+        self.quote = quote
 
 
 class EngineRefusal(RelayedError):
@@ -76,14 +84,22 @@ class EngineRefusal(RelayedError):
 def broken(engine: Engine, error: aiohttp.ClientError | TimeoutError | ValueError) -> EngineFailure:
     """Return the failure of an engine whose connection gave no answer."""
     unheard = isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
-    return EngineFailure(engine, repr(error), turned_away=unheard)
+    return EngineFailure(engine, describe_client_error(error), turned_away=unheard)
 
 
-def _error_code(body: bytes) -> object:
+def error_names(error: dict[str, Any]) -> str:
+    """Return type and code of an engine's error, in parentheses, as far as these are names."""
+    values = [str(error[key]) for key in ("type", "code") if error.get(key) is not None]
+    names = [value for value in values if _NAME.fullmatch(value)]
+    return f" ({', '.join(names)})" if names else ""
+
+
+def _error_of(body: bytes) -> dict[str, Any]:
     try:
-        return msgspec.json.decode(body)["error"]["code"]
+        error = msgspec.json.decode(body)["error"]
     except (msgspec.DecodeError, LookupError, TypeError):
-        return None
+        return {}
+    return error if isinstance(error, dict) else {}
 
 
 async def require_ok(engine: Engine, response: aiohttp.ClientResponse) -> None:
@@ -95,15 +111,15 @@ async def require_ok(engine: Engine, response: aiohttp.ClientResponse) -> None:
     except aiohttp.ClientError as error:
         raise EngineFailure(engine, f"answered {response.status} and broke off") from error
     if response.status >= 500 or 300 <= response.status < 400:
-        text = body[:200].decode(errors="replace")
-        message = f"answered {response.status}: {text}"
+        error_fields = _error_of(body)
         may_return = response.status in (502, 503, 504)
         raise EngineFailure(
             engine,
-            message,
+            f"answered {response.status}{error_names(error_fields)}",
             may_return=may_return,
             turned_away=response.status == 503,
-            engine_code=_error_code(body),
+            engine_code=error_fields.get("code"),
+            quote=body[:MAX_QUOTE_BYTES].decode(errors="replace"),
         )
     raise EngineRefusal(
         engine,
@@ -122,4 +138,6 @@ def malformed_is_failure(engine: Engine) -> Iterator[None]:
     except PdlaunchError:
         raise
     except _MALFORMED as error:
-        raise EngineFailure(engine, f"malformed answer: {error!r}", may_return=False) from error
+        # The error's own words may be the answer's.
+        reason = f"malformed answer ({type(error).__name__})"
+        raise EngineFailure(engine, reason, may_return=False, quote=str(error)) from error

@@ -12,7 +12,7 @@ from pdlaunch.errors import ProtocolError
 from pdlaunch.http.sse import DONE_DATA, EventDecoder
 from pdlaunch.protocol.openai.responses import REPORT_KEY, WORK_KEY
 from pdlaunch.router.engine import Engine
-from pdlaunch.router.engine_errors import EngineFailure, EngineRefusal
+from pdlaunch.router.engine_errors import MAX_QUOTE_BYTES, EngineFailure, EngineRefusal, error_names
 
 Chunk = dict[str, Any]
 """A chunk of an engine's stream; members that the router does not know are passed on."""
@@ -87,10 +87,10 @@ class EngineStream:
         fields = error if isinstance(error, dict) else {}
         if fields.get("type") in _CLIENT_ERROR_TYPES:
             raise EngineRefusal(self._engine, status=400, body=data)
-        message = f"error in its stream: {fields.get('message', error)}"
         raise EngineFailure(
             self._engine,
-            message,
+            f"error in its stream{error_names(fields)}",
             may_return=fields.get("type") != "server_error",
             engine_code=fields.get("code"),
+            quote=str(fields.get("message", error))[:MAX_QUOTE_BYTES],
         )

@@ -26,6 +26,7 @@ from pdlaunch.observe.spans import (
 from pdlaunch.protocol.ids import HttpRequestId
 from pdlaunch.protocol.openai.responses import Usage
 from pdlaunch.protocol.requests import RequestSummary, RequestTrace, SpanView
+from pdlaunch.router.engine_errors import EngineFailure
 from pdlaunch.router.policy import Hop, Route
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,12 @@ class Leg:
     """Records one call of an engine, as a block; ``hear`` adds what the engine tells of it."""
 
     def __init__(
-        self, log: SpanLog, hop: Hop, engine: str, attributes: dict[str, Attribute]
+        self,
+        log: SpanLog,
+        hop: Hop,
+        engine: str,
+        attributes: dict[str, Attribute],
+        content: dict[str, str] | None,
     ) -> None:
         self.hop: Hop = hop
         self.engine = engine
@@ -53,6 +59,7 @@ class Leg:
         """Those that the engine has told, on the router's clock."""
         self._log = log
         self._attributes = attributes
+        self._content = content
         self._sent_at = log.clock()
         self._ended = False
 
@@ -65,6 +72,8 @@ class Leg:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if self._content is not None and isinstance(error, EngineFailure):
+            self._content["engine_text"] = _cut(error.quote)
         self.end(None if error is None else describe_error(error))
 
     @property
@@ -202,7 +211,7 @@ class RequestRecord:
 
     def leg(self, hop: Hop, engine: str, **attributes: Attribute) -> Leg:
         """Begin a call of an engine."""
-        leg = Leg(self.log, hop, engine, attributes)
+        leg = Leg(self.log, hop, engine, attributes, self.content)
         self._legs.append(leg)
         return leg
 

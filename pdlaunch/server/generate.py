@@ -155,7 +155,7 @@ class GenerateHandler:
         metrics = self._service.metrics
         clock = RequestClock(metrics.requests)
         if call.traceparent is not None:
-            _log.info("traceparent %s", call.traceparent)
+            _log.debug("traceparent %s", call.traceparent)
         metrics.requests.prompt_tokens.inc(prepared.num_prompt_tokens)
         metrics.requests.prompt_length.observe(prepared.num_prompt_tokens)
         metrics.asked(renderer.request.n, prepared.choices)

@@ -13,7 +13,7 @@ import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
 from pdlaunch.errors import ProtocolError
-from pdlaunch.http.engine_url import http_url, new_session
+from pdlaunch.http.engine_url import describe_client_error, http_url, new_session
 
 Kind = Literal["native", "vllm"]
 """The program that an engine is; names of metrics follow from it."""
@@ -146,7 +146,7 @@ class EngineApi:
             ):
                 raw = await response.read()
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
-            raise ProtocolError(f"{path}: {error!r}") from error
+            raise ProtocolError(f"{path}: {describe_client_error(error)}") from error
         if response.status != 200:
             raise ProtocolError(f"{path} answered {response.status}: {raw[:300]!r}")
         return raw

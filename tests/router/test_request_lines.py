@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import logging
@@ -102,6 +103,71 @@ async def test_text_is_logged_only_where_it_is_wanted(
     assert 'output_text=" ' in line
     async with stand.session.get("/pdlaunch/requests") as response:
         assert "secret" not in await response.text()
+
+
+QUOTING = msgspec.json.encode(
+    {"error": {"message": SECRET, "type": "InternalServerError", "code": SECRET}}
+)
+
+
+@pytest.mark.parametrize("how", ["body", "page", "redirect", "event", "malformed"])
+@pytest.mark.parametrize("is_wanted", [False, True])
+async def test_what_an_engine_says_of_a_prompt_is_not_told(
+    stand: Stand, caplog: pytest.LogCaptureFixture, how: str, is_wanted: bool
+) -> None:
+    """Engines quote prompts in their errors; the line of the log alone shows them on request."""
+    caplog.set_level(logging.DEBUG, "pdlaunch")
+    await stand.start(pair(), spec=msgspec.structs.replace(SPEC, log_content=is_wanted))
+    for engine in stand.engines.values():
+        engine.error_body = QUOTING
+        if how == "event":
+            engine.error_after = 1
+        elif how == "malformed":
+            engine.error_after = 1
+            engine.error_body = msgspec.json.encode({"choices": [{"index": SECRET, "text": "x"}]})
+        else:
+            engine.status = 307 if how == "redirect" else 500
+        if how == "page":
+            engine.error_body = SECRET.encode()
+    answer = await stand.post(completion(prompt="x", stream=how in ("event", "malformed")))
+    (line,) = lines(caplog)
+    assert "error: engine_failed: engine " in line, line
+    assert "secret" not in answer.raw.decode()
+    others = [record.getMessage() for record in caplog.records if record.name != LOGGER]
+    assert "secret" not in "".join(others)
+    assert ("engine_text=" in line) == is_wanted
+    assert ("secret" in line) == (is_wanted and how != "malformed")
+    if how == "body":
+        assert "answered 500 (InternalServerError)" in line
+    for path in ("/pdlaunch/requests", "/pdlaunch/requests/" + answer.headers["X-Request-Id"]):
+        async with stand.session.get(path) as response:
+            assert "secret" not in await response.text()
+
+
+async def test_an_engine_that_speaks_no_http_gets_no_key_told(
+    stand: Stand, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "pdlaunch")
+    engines = pair()
+    await stand.start(engines)
+
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(SECRET.encode() + b"\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(speak, "127.0.0.1", 0)
+    async with server:
+        for engine in engines:
+            engine.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        stand.publish()
+        answer = await stand.post(completion())
+    assert answer.status == 503
+    told = answer.raw.decode() + caplog.text
+    assert "its answer is no valid HTTP" in told
+    for kept in ("launch-token", "engine-key", "secret"):
+        assert kept not in told
 
 
 HOSTILE = "m\n200 /v1/completions\x1b]0;x\x07[bold red]\u202e\x9b"

@@ -215,13 +215,17 @@ async def test_logprobs_zero_gives_only_the_tokens_own(engine: Engine):
     assert choice["logprobs"]["token_logprobs"] == [-0.5, -0.5]
 
 
-async def test_trace_and_request_id_are_passed_on(engine: Engine, rank: FakeRank):
+async def test_trace_and_request_id_are_passed_on(
+    engine: Engine, rank: FakeRank, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO", "pdlaunch")
     traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     await engine.post(
         "/v1/completions", {"prompt": "x"}, traceparent=traceparent, **{"X-Request-Id": "r"}
     )
     (request,) = rank.added()
     assert request.traceparent == traceparent
+    assert traceparent not in caplog.text
     assert request.request_id.startswith("r-")
     assert request.request_id.endswith("/0")
 
