@@ -18,16 +18,10 @@ from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.protocol.control import PairSuspect
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.state import RouterState
-from pdlaunch.watch.engine_api import Counts
+from pdlaunch.watch.engine_api import Counts, is_vllm_busy
 
 IDLE_TIMEOUT_S = 600.0
 IDLE_POLL_S = 0.2
-_BUSY = (
-    "vllm:num_requests_running",
-    "vllm:num_requests_waiting",
-    # Blocks under lease count as used, those in the prefix cache alone do not.
-    "vllm:kv_cache_usage_perc",
-)
 
 
 async def fall_asleep(
@@ -86,7 +80,7 @@ async def _await_idle(state: RouterState, engine: Engine, timeout_s: float) -> N
     while True:
         _, page, _ = await state.client.call(engine, "GET", "/metrics")
         counts = Counts(page.decode())
-        if not engine.num_works and not any(counts.total(name) for name in _BUSY):
+        if not engine.num_works and not is_vllm_busy(counts):
             return
         if state.now() >= until_at:
             raise RequestError(

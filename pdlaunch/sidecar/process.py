@@ -42,20 +42,20 @@ from pdlaunch.protocol.control import (
 from pdlaunch.sidecar.child import EngineChild
 from pdlaunch.sidecar.connector import Failures, connector_environment
 from pdlaunch.watch.canary import BYTES_READ, CanaryDied, send_canary
-from pdlaunch.watch.engine_api import Counts, EngineApi
+from pdlaunch.watch.engine_api import VLLM_RUNNING, Counts, EngineApi, is_vllm_busy
 from pdlaunch.watch.versions import with_version
 
 _logger = logging.getLogger(__name__)
 
 START_POLL_S = 0.5
 WATCH_POLL_S = 2.0
+DRAIN_POLL_S = 0.5
 HEALTH_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 5.0
 CANARY_RETRY_S = (0.5, 10.0)
 """First and longest pause before a canary that died is sent again."""
 EVENTS_FLAG = "--kv-events-config"
 SLEEP_FLAG = "--enable-sleep-mode"
-_RUNNING = ("vllm:num_requests_running", "vllm:num_requests_waiting")
 _FAILED_READS = "vllm:nixl_num_failed_transfers_total"
 _PROGRESS = ("vllm:generation_tokens_total", "vllm:iteration_tokens_total_sum")
 
@@ -174,7 +174,7 @@ class SidecarProcess:
                 continue
             self._doubt_pairs(counts)
             now_done = sum(counts.total(name) for name in _PROGRESS)
-            if now_done != done or not any(counts.total(name) for name in _RUNNING):
+            if now_done != done or not any(counts.total(name) for name in VLLM_RUNNING):
                 done, moved_at = now_done, time.monotonic()
             elif 0 < self._options.hang_timeout_s < time.monotonic() - moved_at:
                 self._fail(
@@ -306,16 +306,16 @@ class SidecarProcess:
         return True
 
     async def _drain(self, timeout_s: float) -> None:
-        """Wait until the engine has nothing to do, at most ``timeout_s``."""
+        """Wait until the engine has nothing to do and lends nothing, at most ``timeout_s``."""
         ends_at = time.monotonic() + timeout_s
         while time.monotonic() < ends_at:
             try:
                 counts = await self._api.counts(HEALTH_TIMEOUT_S)
             except ProtocolError:
                 break
-            if not any(counts.total(name) for name in _RUNNING):
+            if not is_vllm_busy(counts):
                 break
-            await asyncio.sleep(START_POLL_S)
+            await asyncio.sleep(DRAIN_POLL_S)
         self._supervised.send(Drained())
 
 

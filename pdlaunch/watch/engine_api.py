@@ -17,6 +17,9 @@ from pdlaunch.http.engine_url import describe_client_error, http_url, new_sessio
 
 Kind = Literal["native", "vllm"]
 """The program that an engine is; names of metrics follow from it."""
+VLLM_RUNNING = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+VLLM_LENT = "vllm:kv_cache_usage_perc"
+"""The share of the KV cache that requests or leases hold; the prefix cache alone does not count."""
 Models = dict[str, int | None]
 """Names of the models that an engine serves, each with its ``max_model_len``."""
 
@@ -46,6 +49,11 @@ class Counts:
         return next(
             (sample.labels.get(label) for sample in self._samples if sample.name == name), None
         )
+
+
+def is_vllm_busy(counts: Counts) -> bool:
+    """Tell whether an engine of vLLM has requests, or blocks that decode engines may still read."""
+    return any(counts.total(name) for name in (*VLLM_RUNNING, VLLM_LENT))
 
 
 class EngineApi:

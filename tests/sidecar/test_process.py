@@ -14,6 +14,8 @@ from pdlaunch.process.bootstrap import Bootstrap
 from pdlaunch.protocol.control import (
     Address,
     Capabilities,
+    Drain,
+    Drained,
     Entry,
     PairReady,
     PairSuspect,
@@ -160,6 +162,30 @@ async def test_the_pair_is_named_whose_reads_fail(supervisor: FakeSupervisor) ->
         doubt = await supervisor.next(PairSuspect)
         assert (doubt.local, doubt.peer, doubt.peer_incarnation) == ("decode-0", "prefill-0", 1)
         assert f"{count} just now" in doubt.error
+
+
+async def test_a_drain_waits_for_requests_and_then_for_leases(
+    supervisor: FakeSupervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decode engines read the blocks of requests that prefill has done with."""
+    monkeypatch.setattr("pdlaunch.sidecar.process.DRAIN_POLL_S", 0.01)
+    await supervisor.next(Ready)
+    engine = supervisor.decode
+    engine.num_running, engine.lends = 1, 0.25
+    supervisor.inbox.put_nowait(Drain(timeout_s=600))
+
+    async def is_looked_at() -> None:
+        # The watch looks too: of so many looks some are the drain's.
+        before = engine.num_looks
+        await until(lambda: engine.num_looks > before + 8)
+
+    await is_looked_at()
+    engine.num_running = 0
+    await is_looked_at()
+    said = [supervisor.said.get_nowait() for _ in range(supervisor.said.qsize())]
+    assert Drained() not in said
+    engine.lends = 0.0
+    await supervisor.next(Drained)
 
 
 async def test_a_peer_that_sleeps_has_to_prove_its_pair_again(supervisor: FakeSupervisor) -> None:
