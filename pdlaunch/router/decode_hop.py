@@ -144,7 +144,7 @@ class DecodeHop:
         while (chunk := await stream.next_chunk()) is not None:
             progress.decode_has_answered = True
             if pulls:
-                progress.lease.take()
+                progress.lease.pulled()
                 progress.lease.check_pulled(engine, chunk)
             await progress.tell(engine, chunk)
         leg.hear(stream.report)
@@ -171,6 +171,7 @@ class DecodeHop:
         with malformed_is_failure(engine):
             chunk = whole_chunk(msgspec.json.decode(answer.body))
         if pulls:
+            progress.lease.pulled()
             progress.lease.check_pulled(engine, chunk)
         await progress.tell(engine, chunk)
         self._state.pool.succeeded(engine)

@@ -79,6 +79,8 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     num_streams: int = 0
     num_works: int = 0
     """Pieces of work that are outstanding."""
+    num_leases: int = 0
+    """Prompts that it has computed here and whose KV blocks nobody has pulled yet."""
     report: EngineReport | None = None
     """The engine's latest report of its work."""
     reported_at: float = 0.0
@@ -163,6 +165,15 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
         finally:
             self.unanswered_tokens -= num_tokens
             self.progressed_at = clock()
+
+    @contextlib.contextmanager
+    def lending(self) -> Iterator[None]:
+        """Count the KV blocks of a prompt as lent for as long as the block runs."""
+        self.num_leases += 1
+        try:
+            yield
+        finally:
+            self.num_leases -= 1
 
     @contextlib.contextmanager
     def working(self, *, num_prompt_tokens: int = 0, num_streams: int = 0) -> Iterator[None]:

@@ -68,7 +68,12 @@ class EnginePool:
 
     def may_hand_over(self, prefill: Engine, decode: Engine) -> bool:
         """Tell whether ``decode`` may be given KV blocks of ``prefill`` as it is now."""
-        is_there = self.lists(prefill) or not decode.capabilities.needs_proof
+        is_there = (
+            self.lists(prefill)
+            or not decode.capabilities.needs_proof
+            # It has computed the prompt, and stays until its blocks are read.
+            or (self._engines.get(prefill.name) is prefill and prefill.state == "draining")
+        )
         return is_there and decode.may_pull_from(prefill)
 
     def path(self, prefill: Engine, decode: Engine) -> str | None:

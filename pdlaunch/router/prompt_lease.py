@@ -4,6 +4,7 @@ does.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -24,20 +25,25 @@ class PromptLease:
         """The answer of prefill; None before it."""
         self._handed_over_at = 0.0
         self._is_taken = False
+        self._lent = contextlib.ExitStack()
+        """Keeps the prefill engine from being forgotten while its blocks may be read."""
 
     def hand_over(self, handover: Handover) -> None:
         """Take the answer of prefill."""
         self.handover = handover
         self._handed_over_at = self._state.now()
+        if handover.params is not None:
+            self._lent.enter_context(handover.engine.lending())
 
     @property
     def untaken_at(self) -> str:
         """Return the name of the engine whose blocks can still be pulled; empty: there are none."""
         return "" if self.handover is None or self._is_taken else self.handover.engine.name
 
-    def take(self) -> None:
-        """Note that a decode engine has pulled the blocks, or that none may any more."""
+    def pulled(self) -> None:
+        """Note that a decode engine has pulled the blocks."""
         self._is_taken = True
+        self._lent.close()
 
     def decode_params(self, engine: Engine, *, first_token_sent: bool) -> dict[str, Any] | None:
         """Return ``engine``'s ``kv_transfer_params``; None when it is to compute the prompt."""
@@ -47,7 +53,7 @@ class PromptLease:
             if not self._may_hand_over(self.handover.engine, engine):
                 return None
             # Whatever comes of it: another one could read blocks that prefill has given away.
-            self.take()
+            self._is_taken = True
         return self.handover.decode_params(engine, first_token_sent=first_token_sent)
 
     def path(self, decode: Engine) -> str | None:
@@ -64,12 +70,13 @@ class PromptLease:
             if num_tokens:
                 self._state.recomputed(self.handover.engine, engine, num_tokens)
 
-    def release_untaken(self, find_decode: Callable[[], Engine | None]) -> None:
-        """End the lease if nobody has pulled its blocks.
+    def end(self, find_decode: Callable[[], Engine | None]) -> None:
+        """Release the blocks if nobody has pulled them.
 
         ``find_decode`` chooses the decode engine that tells a prefill engine that listens to nobody
         else.
         """
+        self._lent.close()
         handover = self.handover
         if handover is None or handover.lease_id is None or self._is_taken:
             return

@@ -151,9 +151,7 @@ class PromptProgress:
         self.first_token.computes_no_more()
         self.drop_early()
         self.state.waiting.consider()
-        self.lease.release_untaken(
-            lambda: self.state.pool.route(self.routing_request("decode")).decode
-        )
+        self.lease.end(lambda: self.state.pool.route(self.routing_request("decode")).decode)
         # Its traceback leads back here: a cycle would keep the body in memory.
         self.attempts.forget()
 

@@ -354,6 +354,33 @@ async def test_a_drained_engine_gets_no_request_and_keeps_its_proofs(alone: Alon
     assert alone.outcomes("proven") == num_canaries
 
 
+@pytest.mark.parametrize("held", ["prefill-0", "decode-0"])
+async def test_a_prefill_engine_stays_until_its_blocks_are_read(alone: Alone, held: str) -> None:
+    """Whether prefill has answered when the drain begins or not, decode reads what it has."""
+    await alone.pair()
+    prefill, decode = alone.engines["prefill-0"], alone.engines["decode-0"]
+    lender = alone.engine("prefill-0")
+    alone.engines[held].go = asyncio.Event()
+    num_bodies, num_bytes = len(alone.engines[held].bodies), decode.num_bytes
+    answer = asyncio.ensure_future(alone.complete())
+    await alone.until(lambda: len(alone.engines[held].bodies) > num_bodies)
+    removal = asyncio.ensure_future(alone.command("DELETE", "/pdlaunch/engines/prefill-0"))
+    await alone.until(lambda: lender.state == "draining")
+    # Another request, which decode answers alone meanwhile.
+    assert (await alone.complete())[0] == 200
+    assert not removal.done()
+    assert (lender.num_works, lender.num_leases) == ((1, 0) if held == "prefill-0" else (0, 1))
+    event = alone.engines[held].go
+    assert event is not None
+    event.set()
+    status, told = await answer
+    text = "".join(f"<{each}>" for each in answer_of(PROMPT, 4))
+    assert (status, told["choices"][0]["text"]) == (200, text)
+    assert decode.num_bytes > num_bytes
+    assert not prefill.shares
+    assert await removal == (200, {"engine": "prefill-0", "drained": True})
+
+
 async def test_an_engine_that_does_not_finish_in_time_goes_all_the_same(alone: Alone) -> None:
     await alone.pair()
     with alone.engine("decode-0").working(num_streams=1):

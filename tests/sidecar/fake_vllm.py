@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +53,8 @@ class FakeVllm:
     num_looks: int = 0
     num_tokens: int = 0
     bodies: list[dict[str, Any]] = field(default_factory=list)
+    go: asyncio.Event | None = None
+    """Requests that lend or read blocks wait for it; None: they do not wait."""
 
     def app(self) -> web.Application:
         app = web.Application()
@@ -137,6 +140,8 @@ class FakeVllm:
         self.bodies.append(body)
         prompt, params = body["prompt"], body.get("kv_transfer_params") or {}
         length = len(prompt)
+        if params and self.go is not None:
+            await self.go.wait()
         answer: dict[str, Any] = {"id": "cmpl-1", "model": body["model"]}
         if params.get("do_remote_decode") and self.has_connector:
             request_id = f"{self.name}-{len(self.bodies)}"
