@@ -42,7 +42,7 @@ pytestmark = pytest.mark.processes
 
 MAX_RESIDENT_BYTES = 90 * 1024**2
 """The promise of the project for a router."""
-TIMEOUT_MS = 20_000
+TIMEOUT_MS = 60_000
 JSON = {"Content-Type": "application/json"}
 
 

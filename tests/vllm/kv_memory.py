@@ -70,5 +70,10 @@ def _descendant(engine: psutil.Process, title: str) -> psutil.Process:
     return found
 
 
-def tcp_listeners(process: psutil.Process) -> int:
-    return sum(each.status == psutil.CONN_LISTEN for each in process.net_connections("tcp"))
+def tcp_listeners(process: psutil.Process) -> list[str]:
+    """Return the address of each listening socket."""
+    return [
+        each.laddr.ip
+        for each in process.net_connections("tcp")
+        if each.status == psutil.CONN_LISTEN
+    ]
