@@ -221,10 +221,14 @@ def _takes_bool(path: str) -> bool:
 
 def _from_pydantic(detail: ErrorDetails, given: Mapping[str, _Given]) -> Problem:
     # A validator of a whole section names the field that it is about in its context.
-    path = ".".join(map(str, (*detail["loc"], *filter(None, [detail.get("ctx", {}).get("field")]))))
+    whole = ".".join(
+        map(str, (*detail["loc"], *filter(None, [detail.get("ctx", {}).get("field")])))
+    )
+    path = whole
     while path and path not in given:
         path = path.rpartition(".")[0]
-    path = path or ".".join(map(str, detail["loc"]))
+    # Nobody gave it: then its default is what does not fit.
+    path = path or whole
     message = detail["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     if detail["type"].endswith("too_short") and detail["ctx"]["min_length"] == 1:
