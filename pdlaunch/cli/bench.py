@@ -23,8 +23,8 @@ from pdlaunch.cli.bench_values import (
 from pdlaunch.cli.output import Format, FormatOption, print_errors, print_json, print_table
 from pdlaunch.cli.serve_command import ServeCommand
 from pdlaunch.config.connectors import KVPath, MooncakeProtocol
+from pdlaunch.config.engine_settings import LoadFormat
 from pdlaunch.config.model_files.aliases import resolve_model
-from pdlaunch.config.models import LoadFormat
 from pdlaunch.config.sizes import format_size
 from pdlaunch.errors import ConfigError
 

@@ -19,7 +19,8 @@ from pdlaunch.cli.findings import safe
 from pdlaunch.cli.flags import with_serve_flags
 from pdlaunch.cli.output import FormatOption
 from pdlaunch.cli.serve_command import ServeCommand
-from pdlaunch.config.models import EngineSettings, LaunchConfig
+from pdlaunch.config.engine_settings import EngineSettings
+from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import ROLES
 from pdlaunch.config.settings import Setting, all_settings
 from pdlaunch.config.shown import ShownValue, changed_values, shown_values

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pdlaunch.config.models import EngineSettings, LaunchConfig, SharedSettings
+from pdlaunch.config.engine_settings import EngineSettings
+from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import PAIR, Role
+from pdlaunch.config.shared_settings import SharedSettings
 
 ENGINE_HOST = "127.0.0.1"
 """Engines listen here for their router."""

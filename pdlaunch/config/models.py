@@ -1,51 +1,24 @@
-"""Every setting of pdlaunch, declared once: frozen models that refuse unknown fields.
+"""The settings of a launch, each declared once: frozen models that refuse unknown fields.
 
 ``LaunchConfig`` is what a YAML file, ``PDLAUNCH_*`` variables and flags are merged into
-(``config.sources``). Its top level holds what every engine shares; ``prefill``, ``decode`` and
-``both`` say how many engines of a role there are and may override any of ``EngineSettings`` for it.
-``config.settings`` derives flags, variables and docs.
+(``config.sources``). Its top level holds ``SharedSettings`` and ``EngineSettings``; ``prefill``,
+``decode`` and ``both`` say how many engines of a role there are and may override any of
+``EngineSettings`` for it. ``config.settings`` derives flags, variables and docs.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    Field,
-    JsonValue,
-    SecretStr,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from pdlaunch.config.engine_settings import BothSettings, EngineSettings, RoleSettings
 from pdlaunch.config.external import EngineUrls, RunningEngine, RunningEngines, named
-from pdlaunch.config.field_types import (
-    ByteSize,
-    Flag,
-    FrozenModel,
-    OptionalSize,
-    may_override,
-    override,
-)
+from pdlaunch.config.field_types import Flag, FrozenModel, override
 from pdlaunch.config.hosts import HostAddress, Hosts, Placement, PlacementStrategy
-from pdlaunch.config.http_names import HostNames, Origins
-from pdlaunch.config.kv_transfer import KVTransferSettings
-from pdlaunch.config.model_files.hub import Revision
 from pdlaunch.config.roles import PAIR, ROLES, Role
-from pdlaunch.config.sizes import parse_size
-
-EngineName = Literal["native", "vllm"]
-DType = Literal["auto", "float32", "bfloat16", "float16"]
-Device = Literal["auto", "cpu", "cuda"]
-GenerationConfig = Literal["auto", "vllm"]
-LoadFormat = Literal["auto", "dummy"]
-OffloadPolicy = Literal["arc", "lru"]
-RoutingPolicy = Literal["cost", "pairs"]
-
-DEPLOYMENT = "Deployment"
-"""The panel of flags that are not about engines."""
+from pdlaunch.config.shared_settings import DEPLOYMENT, SharedSettings
 
 ROUTER = "Engines that run already"
 """The panel of flags that `pdlaunch router` alone has."""
@@ -55,232 +28,9 @@ HOSTS = "Hosts"
 
 _HOSTS_HELP = "Names of the hosts that engines are placed on; `local` is this one."
 
-DEFAULT_MODEL = "smollm2"
 MIN_AGENT_TIMEOUT_S = 2.0
 MIN_HANG_TIMEOUT_S = 5.0
 MAX_PORT = 65535
-
-
-class KVOffloadSettings(FrozenModel):
-    """Settings of the host tier, which keeps KV blocks in host memory."""
-
-    host_memory: Annotated[OptionalSize, Flag("kv-offload-memory")] = Field(
-        0, description="Host memory of one rank for KV blocks, such as 32GiB; 0 for none."
-    )
-    policy: OffloadPolicy = Field(
-        "arc",
-        description="Which blocks leave first; `arc` withstands long prompts used once, `lru` not.",
-    )
-
-
-class EngineSettings(FrozenModel):
-    """Describes an engine. The top level of the file holds these, and a role may override each."""
-
-    model: Annotated[str, Flag()] = Field(
-        DEFAULT_MODEL,
-        min_length=1,
-        description=(
-            "Alias, directory in Hugging Face layout, .gguf file, or a name on the hub such as "
-            "Qwen/Qwen3-0.6B, which is downloaded."
-        ),
-    )
-    revision: Annotated[Revision | None, Flag()] = Field(
-        None, description="Branch, tag or commit of a model on the hub; its main branch when unset."
-    )
-    tensor_parallel_size: Annotated[
-        int, Flag(of_role=Flag("{role}-tp", help="Ranks of a {role} engine."))
-    ] = Field(1, gt=0, le=1024, description="Ranks of an engine.")
-    load_format: Annotated[LoadFormat, Flag()] = Field(
-        "auto", description="`dummy` makes random weights up, for benchmarks."
-    )
-    dtype: Annotated[DType, Flag()] = Field(
-        "auto",
-        description="`auto` takes the checkpoint's; float32 on a CPU without native bf16.",
-    )
-    max_model_len: Annotated[int | None, Flag()] = Field(
-        None,
-        gt=0,
-        description="Longest prompt plus output in tokens; the model's limit when unset.",
-    )
-    block_size: Annotated[int, Flag()] = Field(16, gt=0, description="Tokens in a KV block.")
-    kv_cache_memory: Annotated[ByteSize | None, Flag()] = Field(
-        None,
-        description=(
-            "KV cache of one rank, such as 4GiB. When unset, 1GiB on a CPU and what "
-            "gpu_memory_utilization leaves on a GPU."
-        ),
-    )
-    gpu_memory_utilization: Annotated[float, Flag()] = Field(
-        0.9,
-        gt=0,
-        le=1,
-        description="Share of a GPU's memory that a rank may use, whatever others hold.",
-    )
-    enable_prefix_caching: Annotated[bool, Flag()] = Field(
-        True, description="Keep KV blocks for later requests whose prompts begin alike."
-    )
-    kv_offload: KVOffloadSettings = KVOffloadSettings()
-    enable_cumem_allocator: Annotated[bool | None, Flag()] = Field(
-        None, description="Allocate weights and KV cache from CuMem pools."
-    )
-    enable_sleep_mode: Annotated[bool, Flag()] = Field(
-        False, description="Let engines sleep and wake up; turns the CuMem allocator on."
-    )
-    enforce_eager: Annotated[bool, Flag()] = Field(
-        False, description="Run decode steps on a GPU without CUDA graphs."
-    )
-    async_scheduling: Annotated[bool, Flag()] = Field(
-        True, description="Prepare a GPU's next step on the CPU while one runs."
-    )
-    max_num_seqs: Annotated[int, Flag()] = Field(
-        64, gt=0, description="Largest number of requests in one batch."
-    )
-    max_num_batched_tokens: Annotated[int | None, Flag()] = Field(
-        None, gt=0, description="Tokens in one step; when unset, 512 on a CPU and 8192 on a GPU."
-    )
-    device: Annotated[Device, Flag()] = Field(
-        "auto", description="`auto` takes GPUs where there are any, else the CPU."
-    )
-    num_threads: int | None = Field(
-        None, gt=0, description="CPU threads of a rank; an even share of the cores when unset."
-    )
-    hosts_per_engine: Annotated[int, Flag()] = Field(
-        1, gt=0, le=1024, description="Hosts that the ranks of one engine are spread over."
-    )
-    engine: Annotated[EngineName, Flag()] = Field(
-        "native", description="What computes: `native`, this project's own engine, or `vllm`."
-    )
-    engine_command: Annotated[str, Flag()] = Field(
-        "vllm",
-        min_length=1,
-        description="Executable of engines that are not native: a name on PATH, or a path.",
-    )
-    engine_args: dict[str, JsonValue] = Field(
-        default_factory=dict,
-        description=(
-            "Further flags of engines that are not native, such as `max-logprobs: 5`; "
-            "true for a flag without a value."
-        ),
-    )
-    env: dict[str, str] = Field(
-        default_factory=dict, description="Extra environment of the engine's ranks."
-    )
-
-
-@may_override(EngineSettings)
-class RoleSettings(FrozenModel):
-    """Says how many engines of one role there are, and what differs for them."""
-
-    replicas: Annotated[int, Flag("{role}", help="Number of {role} engines.")] = Field(
-        1, ge=0, le=1024, description="Number of engines."
-    )
-    port: int = Field(
-        0,
-        ge=0,
-        le=65535,
-        description=(
-            "Port of the first engine, the next ones count up; needs engine_api_key. 0 picks free "
-            "ones."
-        ),
-    )
-
-    def ports(self) -> range:
-        """Return the fixed ports of the engines in their order; none when they take free ones."""
-        return range(self.port, self.port + self.replicas) if self.port else range(0)
-
-
-class BothSettings(RoleSettings):
-    """Says how many engines compute prompts and tokens of a request themselves."""
-
-    replicas: Annotated[
-        int,
-        Flag(
-            "both",
-            help=(
-                "Number of engines that do prefill and decode of a request themselves. Alone it "
-                "leaves out prefill and decode engines."
-            ),
-        ),
-    ] = Field(
-        0,
-        ge=0,
-        le=1024,
-        description=(
-            "Number of engines; without prefill.replicas and decode.replicas these become 0."
-        ),
-    )
-
-
-class LimitSettings(FrozenModel):
-    """Limits beyond which a router or an engine refuses requests."""
-
-    max_body_bytes: ByteSize = Field(
-        parse_size("16MiB"), description="Longest body of an HTTP request."
-    )
-    max_body_bytes_in_flight: ByteSize | None = Field(
-        None,
-        description=(
-            "Bytes in the bodies of all requests in flight, above which a request gets 503; eight "
-            "times max_body_bytes when unset."
-        ),
-    )
-    max_queued_requests: int = Field(
-        256, gt=0, description="Requests in flight at the router or an engine; one more gets 429."
-    )
-    max_connections: int = Field(
-        4096,
-        gt=0,
-        description=(
-            "Open connections at the router or an engine, above which new ones replace idle ones."
-        ),
-    )
-    request_timeout_s: float = Field(600.0, gt=0, description="Time that a request may take.")
-
-    @model_validator(mode="after")
-    def _longest_body_fits(self) -> Self:
-        # A part of the room is left to small bodies, so the longest one needs more than its own
-        # length.
-        if self.body_budget_bytes < 2 * self.max_body_bytes:
-            message = f"must be at least twice max_body_bytes, which is {self.max_body_bytes}"
-            raise PydanticCustomError("budget", message, {"field": "max_body_bytes_in_flight"})
-        return self
-
-    @property
-    def body_budget_bytes(self) -> int:
-        """Return the bytes that the bodies of all requests in flight may hold."""
-        return (
-            8 * self.max_body_bytes
-            if self.max_body_bytes_in_flight is None
-            else self.max_body_bytes_in_flight
-        )
-
-
-class RoutingSettings(FrozenModel):
-    """Says what matters when a router chooses the engines of a request."""
-
-    policy: Annotated[RoutingPolicy, Flag("routing", DEPLOYMENT)] = Field(
-        "cost",
-        description=(
-            "Which engines serve a request: those of the least estimated `cost`, or `pairs` of a "
-            "prefill and a decode engine wherever there are."
-        ),
-    )
-    max_itl_ms: Annotated[float | None, Flag(panel=DEPLOYMENT)] = Field(
-        None,
-        gt=0,
-        description=(
-            "Longest time between two tokens of a stream that prompts may cause. When unset, "
-            "prompts at most double the steps of a decode engine."
-        ),
-    )
-    max_ttft_ms: Annotated[float | None, Flag(panel=DEPLOYMENT)] = Field(
-        None,
-        gt=0,
-        description=(
-            "Time to the first token: routes that are estimated to keep it come first. When "
-            "unset, the least estimated time of all requests decides."
-        ),
-    )
 
 
 class TracingSettings(FrozenModel):
@@ -299,34 +49,6 @@ class TracingSettings(FrozenModel):
     )
     otlp_sample: Annotated[float, Flag(panel=DEPLOYMENT)] = Field(
         1.0, ge=0, le=1, description="Share of requests whose spans are sent there."
-    )
-
-
-class SharedSettings(FrozenModel):
-    """Holds what all engines share and no role may override."""
-
-    kv_transfer: KVTransferSettings = KVTransferSettings()
-    limits: LimitSettings = LimitSettings()
-    routing: RoutingSettings = RoutingSettings()
-    allowed_hosts: Annotated[HostNames, Flag(panel=DEPLOYMENT)] = Field(
-        (),
-        description=(
-            "Further names of the router or an engine in clients' URLs (Host header); `*` for any."
-        ),
-    )
-    cors_origins: Annotated[Origins, Flag(panel=DEPLOYMENT)] = Field(
-        (), description="Origins whose web pages may use the router or an engine; `*` for any."
-    )
-    generation_config: Annotated[GenerationConfig, Flag()] = Field(
-        "auto",
-        description=(
-            "Sampling defaults of requests: `auto` takes those of the model's "
-            "generation_config.json, `vllm` neutral ones."
-        ),
-    )
-    strict_fields: Annotated[bool, Flag(panel=DEPLOYMENT)] = Field(
-        False,
-        description="Refuse requests with unknown fields; they are ignored and named otherwise.",
     )
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pdlaunch.config.connectors import KVNetwork
+from pdlaunch.config.engine_settings import EngineSettings
 from pdlaunch.config.field_types import set_paths
 from pdlaunch.config.model_files.shape import ModelShape
-from pdlaunch.config.models import EngineSettings, LaunchConfig
+from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import PAIR, Role
 from pdlaunch.config.sizes import parse_size
 from pdlaunch.config.ucx import local_transports

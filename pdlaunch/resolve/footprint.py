@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from pdlaunch.config.engine_settings import EngineSettings
 from pdlaunch.config.model_files.shape import DTYPE_BYTES, ModelShape
-from pdlaunch.config.models import EngineSettings
 from pdlaunch.config.sizes import format_size
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups, min_blocks
 from pdlaunch.kvcache.host_chunks import aligned_chunk_bytes, choose_blocks_per_chunk

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pdlaunch.config.engine_settings import EngineName
 from pdlaunch.config.model_files.aliases import is_on_hub, resolve_model
 from pdlaunch.config.model_files.fetch import Fetch
 from pdlaunch.config.model_files.gguf import check_gguf
 from pdlaunch.config.model_files.hub import NotDownloadedError
 from pdlaunch.config.model_files.shape import ModelShape, read_model_shape, unproven_layers
 from pdlaunch.config.model_files.weights import weight_files
-from pdlaunch.config.models import EngineName, LaunchConfig
+from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import ROLES, Role
 from pdlaunch.errors import ConfigError, UnsupportedModelError
 

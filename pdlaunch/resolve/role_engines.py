@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from pdlaunch.config.engine_settings import EngineSettings
 from pdlaunch.config.model_files.shape import ModelShape
-from pdlaunch.config.models import EngineSettings
 from pdlaunch.config.roles import Role
 from pdlaunch.platform.facts import Gpu, Machine
 from pdlaunch.resolve.footprint import Footprint

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pdlaunch.config.models import EngineSettings, LaunchConfig
+from pdlaunch.config.engine_settings import EngineSettings
+from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import PAIR, ROLES, Role
 from pdlaunch.resolve.derive import derive_engines, device_kind, visible_on
 from pdlaunch.resolve.hosts import (

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from pdlaunch.config.engine_settings import EngineSettings
 from pdlaunch.config.engine_spec import ENGINE_HOST
-from pdlaunch.config.models import EngineSettings
 
 GIBIBYTE = 1024**3
 

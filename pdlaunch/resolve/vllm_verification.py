@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from pdlaunch.config.engine_settings import EngineSettings
 from pdlaunch.config.model_files.shape import HYBRID
-from pdlaunch.config.models import EngineSettings
 from pdlaunch.config.vllm_arguments import long_name
 from pdlaunch.platform.engine_commands import find_engine_command
 from pdlaunch.resolve.models import Model

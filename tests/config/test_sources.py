@@ -3,8 +3,9 @@ from typing import get_args
 
 import pytest
 
+from pdlaunch.config.engine_settings import KVOffloadSettings
 from pdlaunch.config.kv_transfer import RENAMED
-from pdlaunch.config.models import KVOffloadSettings, LaunchConfig
+from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.problems import InvalidConfigError, Problem
 from pdlaunch.config.settings import all_settings, variable_name, variable_paths
 from pdlaunch.config.sources import LoadedConfig, Origin, load_config

@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from pdlaunch.config.models import LimitSettings
+from pdlaunch.config.shared_settings import LimitSettings
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http import bodies, connections
 from pdlaunch.http.bodies import SMALL_BODY_BYTES, BodyBudget, max_engine_body_bytes, read_body

@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 from pdlaunch.checks.context import Probes, make_context
 from pdlaunch.checks.run import run_checks
 from pdlaunch.cli.app import build_app
+from pdlaunch.config.engine_settings import EngineSettings
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.model_files.shape import DTYPE_BYTES, ModelShape
-from pdlaunch.config.models import EngineSettings, LaunchConfig
+from pdlaunch.config.models import LaunchConfig
 from pdlaunch.engines.plan import kind_of, plan_processes
 from pdlaunch.errors import ConfigError
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups

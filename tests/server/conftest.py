@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.config.models import LimitSettings
+from pdlaunch.config.shared_settings import LimitSettings
 from pdlaunch.http.connections import HttpRunner
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 from pdlaunch.server.app import make_app

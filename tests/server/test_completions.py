@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 import aiohttp
 import pytest
 
-from pdlaunch.config.models import LimitSettings
+from pdlaunch.config.shared_settings import LimitSettings
 from pdlaunch.protocol.engine import AbortRequest, AddRequest, RequestFinished, TokenOutput, Tokens
 from tests.server.conftest import END_TOKEN, Engine
 from tests.server.fake_rank import FakeRank, silent

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pdlaunch.config.models import LimitSettings
+from pdlaunch.config.shared_settings import LimitSettings
 from pdlaunch.http.bodies import SMALL_BODY_BYTES
 from pdlaunch.protocol.engine import SleepReply
 from pdlaunch.server import prompts

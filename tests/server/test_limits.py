@@ -7,7 +7,7 @@ import io
 
 import pytest
 
-from pdlaunch.config.models import LimitSettings
+from pdlaunch.config.shared_settings import LimitSettings
 from pdlaunch.protocol.engine import AbortRequest, AddRequest, RequestFinished
 from tests.server.conftest import Engine
 from tests.server.fake_rank import FakeRank, silent

@@ -18,10 +18,10 @@ from typing import Any, Literal
 import torch
 
 from pdlaunch.bench.step.memory_floor import decode_bytes, measure_memory_rate, prefill_bytes
+from pdlaunch.config.engine_settings import LoadFormat
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.model_files.shape import DTYPE_BYTES, ModelShape, read_model_shape
 from pdlaunch.config.model_files.weights import weight_files
-from pdlaunch.config.models import LoadFormat
 from pdlaunch.engine.runner import LaunchedStep, ModelRunner
 from pdlaunch.engine.step import NewBlocks, NewRow, ScheduledRow, StepPlan
 from pdlaunch.errors import ConfigError

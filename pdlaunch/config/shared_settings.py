@@ -1,0 +1,120 @@
+"""Settings that all engines and the router share, which no role may override."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from pdlaunch.config.field_types import ByteSize, Flag, FrozenModel
+from pdlaunch.config.http_names import HostNames, Origins
+from pdlaunch.config.kv_transfer import KVTransferSettings
+from pdlaunch.config.sizes import parse_size
+
+GenerationConfig = Literal["auto", "vllm"]
+RoutingPolicy = Literal["cost", "pairs"]
+
+
+DEPLOYMENT = "Deployment"
+"""The panel of flags that are not about engines."""
+
+
+class LimitSettings(FrozenModel):
+    """Limits beyond which a router or an engine refuses requests."""
+
+    max_body_bytes: ByteSize = Field(
+        parse_size("16MiB"), description="Longest body of an HTTP request."
+    )
+    max_body_bytes_in_flight: ByteSize | None = Field(
+        None,
+        description=(
+            "Bytes in the bodies of all requests in flight, above which a request gets 503; eight "
+            "times max_body_bytes when unset."
+        ),
+    )
+    max_queued_requests: int = Field(
+        256, gt=0, description="Requests in flight at the router or an engine; one more gets 429."
+    )
+    max_connections: int = Field(
+        4096,
+        gt=0,
+        description=(
+            "Open connections at the router or an engine, above which new ones replace idle ones."
+        ),
+    )
+    request_timeout_s: float = Field(600.0, gt=0, description="Time that a request may take.")
+
+    @model_validator(mode="after")
+    def _longest_body_fits(self) -> Self:
+        # A part of the room is left to small bodies, so the longest one needs more than its own
+        # length.
+        if self.body_budget_bytes < 2 * self.max_body_bytes:
+            message = f"must be at least twice max_body_bytes, which is {self.max_body_bytes}"
+            raise PydanticCustomError("budget", message, {"field": "max_body_bytes_in_flight"})
+        return self
+
+    @property
+    def body_budget_bytes(self) -> int:
+        """Return the bytes that the bodies of all requests in flight may hold."""
+        return (
+            8 * self.max_body_bytes
+            if self.max_body_bytes_in_flight is None
+            else self.max_body_bytes_in_flight
+        )
+
+
+class RoutingSettings(FrozenModel):
+    """Says what matters when a router chooses the engines of a request."""
+
+    policy: Annotated[RoutingPolicy, Flag("routing", DEPLOYMENT)] = Field(
+        "cost",
+        description=(
+            "Which engines serve a request: those of the least estimated `cost`, or `pairs` of a "
+            "prefill and a decode engine wherever there are."
+        ),
+    )
+    max_itl_ms: Annotated[float | None, Flag(panel=DEPLOYMENT)] = Field(
+        None,
+        gt=0,
+        description=(
+            "Longest time between two tokens of a stream that prompts may cause. When unset, "
+            "prompts at most double the steps of a decode engine."
+        ),
+    )
+    max_ttft_ms: Annotated[float | None, Flag(panel=DEPLOYMENT)] = Field(
+        None,
+        gt=0,
+        description=(
+            "Time to the first token: routes that are estimated to keep it come first. When "
+            "unset, the least estimated time of all requests decides."
+        ),
+    )
+
+
+class SharedSettings(FrozenModel):
+    """Holds what all engines share and no role may override."""
+
+    kv_transfer: KVTransferSettings = KVTransferSettings()
+    limits: LimitSettings = LimitSettings()
+    routing: RoutingSettings = RoutingSettings()
+    allowed_hosts: Annotated[HostNames, Flag(panel=DEPLOYMENT)] = Field(
+        (),
+        description=(
+            "Further names of the router or an engine in clients' URLs (Host header); `*` for any."
+        ),
+    )
+    cors_origins: Annotated[Origins, Flag(panel=DEPLOYMENT)] = Field(
+        (), description="Origins whose web pages may use the router or an engine; `*` for any."
+    )
+    generation_config: Annotated[GenerationConfig, Flag()] = Field(
+        "auto",
+        description=(
+            "Sampling defaults of requests: `auto` takes those of the model's "
+            "generation_config.json, `vllm` neutral ones."
+        ),
+    )
+    strict_fields: Annotated[bool, Flag(panel=DEPLOYMENT)] = Field(
+        False,
+        description="Refuse requests with unknown fields; they are ignored and named otherwise.",
+    )
