@@ -13,7 +13,7 @@ FIELD = 'num_sparks: Annotated[int, Flag()] = Field(3, gt=0, description="Sparks
 CHILD = """
 import contextlib, importlib.util, io, json, pathlib, sys
 
-spec = importlib.util.find_spec("pdlaunch.config.models")
+spec = importlib.util.find_spec("pdlaunch.config.engine_settings")
 source = pathlib.Path(spec.origin).read_text()
 mark = "    block_size: "
 assert source.count(mark) == 1
