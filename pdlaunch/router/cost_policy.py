@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 import msgspec
 
@@ -17,6 +18,7 @@ from pdlaunch.router.cost_model import (
     load_of,
 )
 from pdlaunch.router.engine import Engine
+from pdlaunch.router.health import Health, may_pull, survey
 from pdlaunch.router.policy import (
     WAITS,
     LeastWork,
@@ -65,34 +67,47 @@ class LeastCost:
         now_at: float,
     ) -> Route | None:
         """Return the best route; None: costs cannot decide."""
-        usable = [one for one in engines if one.ready and one.avoid_until_at <= now_at]
-        loads = [load for one in usable if (load := load_of(one, now_at)) is not None]
+        health = survey(engines, now_at)
+        usable = health.usable
+        loads = [load for one in usable.values() if (load := load_of(one, now_at)) is not None]
         if len(loads) != len(usable):
             return None
         estimates = [
             *_estimates_alone(request, loads, index),
-            *_estimates_of_pairs(request, loads, pairs, index),
+            *_estimates_of_pairs(request, loads, pairs, index, now_at),
         ]
         if not estimates:
             return None
-        by_name = {engine.name: engine for engine in usable}
+        in_time = estimates if request.left_s is None else _in_time(request, estimates)
+        if not in_time:
+            soonest = min(estimates, key=partial(_end_s, request))
+            reason = "no route ends before the deadline"
+            return Route(reason=reason, too_late=soonest, left_out=health.left_out)
 
-        def rank(estimate: Estimate) -> tuple[float, float, int]:
-            num_picks = sum(by_name[name].num_picks for name in estimate.engines)
-            return (self._excess(estimate), estimate.cost_s, num_picks)
+        def rank(estimate: Estimate) -> tuple[bool, float, float, int]:
+            engines = [usable[name] for name in estimate.engines]
+            return (
+                not _is_try(engines, health, now_at),
+                self._excess(estimate),
+                estimate.cost_s,
+                sum(engine.num_picks for engine in engines),
+            )
 
-        best, *others = sorted(estimates, key=rank)
+        best, *others = sorted(in_time, key=rank)
         first_of_kind = {other.kind: other for other in reversed(others) if other.kind != best.kind}
-        first, last = by_name[best.engines[0]], by_name[best.engines[-1]]
+        first, last = usable[best.engines[0]], usable[best.engines[-1]]
         is_pair = first is not last
         early = is_pair and may_tell_early(request, first) and covers(last.capabilities, WAITS)
+        tries = health.wants_try & {*best.engines}
         return Route(
-            reason="least cost" if not self._excess(best) else "least excess of the limits",
+            reason=self._reason(best, is_try=_is_try([first, last], health, now_at)),
             prefill=first if is_pair else None,
             decode=last if early or not is_pair else None,
             planned=last if is_pair else None,
             estimate=best,
             alternatives=tuple(sorted(first_of_kind.values(), key=rank)),
+            tries=tries,
+            left_out=health.left_out,
         )
 
     def take_over(
@@ -105,7 +120,8 @@ class LeastCost:
         now_at: float,
     ) -> Route | None:
         own = load_of(prefill, now_at)
-        usable = [one for one in engines if one.ready and one.avoid_until_at <= now_at]
+        health = survey(engines, now_at)
+        usable = [one for name, one in health.usable.items() if name not in health.wants_try]
         loads = [load for one in usable if (load := load_of(one, now_at)) is not None]
         if own is None or len(loads) != len(usable):
             return None
@@ -118,7 +134,7 @@ class LeastCost:
             return None  # it has begun, or is about to
         others = [load for load in loads if load.engine is not prefill]
         here = [load for load in others if load.engine.role == "decode"]
-        stays = _at_least_cost(_estimates_of_pairs(request, [own, *here], pairs, index))
+        stays = _at_least_cost(_estimates_of_pairs(request, [own, *here], pairs, index, now_at))
         leaves = _at_least_cost(_estimates_alone(request, others, index))
         if stays is None or leaves is None or leaves.cost_s >= stays.cost_s:
             return None
@@ -128,6 +144,11 @@ class LeastCost:
         reason = f"takes over what waits at {prefill.name}"
         return Route(reason=reason, decode=taker, estimate=leaves, alternatives=(stays,))
 
+    def _reason(self, best: Estimate, *, is_try: bool) -> str:
+        if is_try:
+            return "a try of what was left out"
+        return "least excess of the limits" if self._excess(best) else "least cost"
+
     def _excess(self, estimate: Estimate) -> float:
         """Return by how much a route exceeds what was asked for, as shares of it."""
         limits = (
@@ -135,6 +156,24 @@ class LeastCost:
             (estimate.itl_s, self._max_itl_s),
         )
         return sum(max(0.0, value / limit - 1) for value, limit in limits if limit is not None)
+
+
+def _is_try(engines: Sequence[Engine], health: Health, now_at: float) -> bool:
+    """Tell whether a route shows whether an engine, or the pulls of a pair, work again."""
+    pulls = engines[-1].pulls.get(engines[0].key)
+    return any(engine.name in health.wants_try for engine in engines) or (
+        pulls is not None and pulls.wants_try(now_at)
+    )
+
+
+def _end_s(request: RoutingRequest, estimate: Estimate) -> float:
+    """Return the time to the end; to the first token while nobody knows how long answers are."""
+    return estimate.first_token_s if request.expected_tokens is None else estimate.total_s
+
+
+def _in_time(request: RoutingRequest, estimates: Sequence[Estimate]) -> list[Estimate]:
+    left_s = math.inf if request.left_s is None else request.left_s
+    return [estimate for estimate in estimates if _end_s(request, estimate) <= left_s]
 
 
 def _work(request: RoutingRequest) -> Work:
@@ -164,6 +203,7 @@ def _estimates_of_pairs(
     loads: Sequence[Load],
     pairs: Sequence[PairReady],
     index: PrefixIndex,
+    now_at: float,
 ) -> Iterator[Estimate]:
     work, speeds = _work(request), _gigabytes_per_s(pairs)
     decodes = {
@@ -177,7 +217,7 @@ def _estimates_of_pairs(
         num_cached, peers = _num_cached(request, prefill, index), prefill.engine.peers
         for name in decodes if peers is None else sorted(peers & decodes.keys()):
             decode, num_cached_there = decodes[name]
-            if not decode.engine.may_pull_from(prefill.engine):
+            if not may_pull(decode.engine, prefill.engine, now_at):
                 continue
             speed = speeds.get((prefill.engine.name, name), 0.0)
             yield estimate_pair(prefill, decode, work, (num_cached, num_cached_there), speed)

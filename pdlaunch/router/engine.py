@@ -14,6 +14,8 @@ from pdlaunch.protocol.costs import EngineCosts, EngineReport
 from pdlaunch.protocol.ids import EngineId, LeaseId
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.openai.responses import ModelCard
+from pdlaunch.router.breaker import Breaker
+from pdlaunch.router.pace import Pace
 
 EXPERIENCE_DOUBT = (0.05, 0.5)
 """Assumed error of an estimate before the first request: 50 ms, and half of it."""
@@ -95,11 +97,13 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
         default_factory=lambda: OnlineFit((0.0, 1.0), EXPERIENCE_DOUBT)
     )
     """Corrects estimates of the time to the first token: a constant, and a factor."""
+    pace: Pace = msgspec.field(default_factory=Pace)
+    """How fast it is beside what was expected."""
     num_picks: int = 0
-    num_failures: int = 0
-    """Failures in a row."""
-    avoid_until_at: float = 0.0
-    """Instant on the pool's clock."""
+    breaker: Breaker = msgspec.field(default_factory=Breaker)
+    """Keeps requests off after failures."""
+    pulls: dict[EngineKey, Breaker] = {}
+    """The same for pulls from a prefill engine; one of which no pull has failed is not here."""
     is_drained: bool = False
     """Somebody drains it: it is given no new work."""
     peers: frozenset[str] | None = None

@@ -224,7 +224,7 @@ class WatchedMembership:
         They are used meanwhile: most failures are a request's own.
         """
         engine = self._engine(watched.member.name)
-        num_failures = 0 if engine is None else engine.num_failures
+        num_failures = 0 if engine is None else engine.breaker.num_failures
         if num_failures > watched.num_failures:
             self._canaries.doubt_engine(watched.member.name)
         watched.num_failures = num_failures

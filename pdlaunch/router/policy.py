@@ -6,7 +6,7 @@ be tested by properties, and a simulator can replay it on a clock of its own.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import msgspec
@@ -15,6 +15,7 @@ from pdlaunch.config.roles import Role
 from pdlaunch.protocol.control import Capabilities, PairReady
 from pdlaunch.router.cost_model import Estimate, RouteKind
 from pdlaunch.router.engine import Engine, EngineKey
+from pdlaunch.router.health import Health, may_pull, survey
 from pdlaunch.router.prefix_index import PrefixHashes
 
 Hop = Literal["prefill", "decode"]
@@ -57,6 +58,8 @@ class RoutingRequest(msgspec.Struct, frozen=True, kw_only=True):
     """The next engine must be able to do this."""
     prefill: str = ""
     """The engine that has computed the prompt and holds its KV blocks; empty: none does."""
+    left_s: float | None = None
+    """Time until its deadline; None: it has none."""
     alone: str = ""
     """The reason why engines that need proof cannot share the request; empty: they can."""
 
@@ -78,6 +81,12 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     """The estimated costs of the route; None: it was chosen without."""
     alternatives: tuple[Estimate, ...] = ()
     """The best route of each other kind."""
+    too_late: Estimate | None = None
+    """The first to end of all routes, where even that misses the deadline: no engine is named."""
+    tries: frozenset[str] = frozenset()
+    """Names of engines that were left out until now: the request shows whether they work again."""
+    left_out: Mapping[str, str] = {}
+    """Engines that get nothing new, and why."""
 
     @property
     def kind(self) -> RouteKind:
@@ -100,6 +109,7 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
             "kind": self.kind,
             "reason": self.reason,
             "estimates": [_explain(estimate) for estimate in considered],
+            "left_out": dict(self.left_out),
         }
 
     @property
@@ -162,7 +172,8 @@ class LeastWork:
 
     Work is prompt tokens for prefill and active streams for decode. Pairs come first; where none
     can take a prompt, an engine of both roles does all of it. A role is a preference: where nobody
-    else is left, any engine serves. An engine that failed a moment ago is the last choice.
+    else is left, any engine serves. Engines that fail or are slow (``health.py``) are the last
+    choice, those that fail least first, until a try is due.
     """
 
     def choose(
@@ -173,23 +184,33 @@ class LeastWork:
         index: PrefixIndex,
         now_at: float,
     ) -> Route:
+        health = survey(engines, now_at)
+        route = self._choose(request, engines, health, now_at)
+        named = {one.name for one in (route.prefill, route.decode) if one is not None}
+        return msgspec.structs.replace(
+            route, left_out=health.left_out, tries=health.wants_try & named
+        )
+
+    def _choose(
+        self, request: RoutingRequest, engines: Sequence[Engine], health: Health, now_at: float
+    ) -> Route:
         if request.hop == "decode":
-            return _serve_alone(request, engines, now_at)
+            return _serve_alone(request, engines, health, now_at)
         if request.max_tokens == 1:
             return Route(reason="one token needs no decode engine")
         if not any(engine.ready and engine.role == "decode" for engine in engines):
             return Route(reason="no decode engine is ready")
         if request.alone and any(engine.capabilities.needs_proof for engine in engines):
             return Route(reason=request.alone)
-        able = list(_with_pullers(engines))
-        prefill = least_work(able, "prefill", now_at, strict=True, tried=request.tried)
+        able = list(_with_pullers(engines, now_at))
+        prefill = least_work(able, "prefill", health, strict=True, tried=request.tried)
         if prefill is None:
             is_left = any(engine.ready and engine.role == "prefill" for engine in engines)
             return Route(reason=f"no {'pair is proven' if is_left else 'prefill engine is ready'}")
         return Route(
             reason="least work",
             prefill=prefill,
-            decode=_told_early(request, prefill, engines, now_at),
+            decode=_told_early(request, prefill, engines, health, now_at),
         )
 
     def take_over(
@@ -225,7 +246,7 @@ def _explain(estimate: Estimate) -> dict[str, Any]:
 def least_work(
     engines: Sequence[Engine],
     role: Role,
-    now_at: float,
+    health: Health,
     *,
     strict: bool = False,
     tried: Collection[EngineKey] = (),
@@ -233,7 +254,7 @@ def least_work(
 ) -> Engine | None:
     """Return the engine with the least work for ``role``, None when none can take it.
 
-    ``strict``: only engines of this role, and none that failed a moment ago.
+    ``strict``: only engines of this role, and none that is left out.
     """
     candidates = [
         engine
@@ -241,9 +262,9 @@ def least_work(
         if engine.ready
         and engine.key not in tried
         and covers(engine.capabilities, needs)
-        and not (strict and (engine.role != role or engine.avoid_until_at > now_at))
+        and not (strict and (engine.role != role or engine.name not in health.usable))
     ]
-    return min(candidates, key=lambda engine: _rank(engine, role, now_at), default=None)
+    return min(candidates, key=lambda engine: _rank(engine, role, health), default=None)
 
 
 def covers(has: Capabilities, needs: Collection[Need]) -> bool:
@@ -251,32 +272,33 @@ def covers(has: Capabilities, needs: Collection[Need]) -> bool:
     return all(getattr(has, need) for need in needs)
 
 
-def _with_pullers(engines: Sequence[Engine]) -> Iterator[Engine]:
+def _with_pullers(engines: Sequence[Engine], now_at: float) -> Iterator[Engine]:
     """Yield the engines whose KV blocks a ready decode engine may be handed."""
     pullers = {
         engine.name: engine for engine in engines if engine.ready and engine.role == "decode"
     }
     for engine in engines:
         names = pullers if engine.peers is None else engine.peers & pullers.keys()
-        if any(pullers[name].may_pull_from(engine) for name in names):
+        if any(may_pull(pullers[name], engine, now_at) for name in names):
             yield engine
 
 
 def _serve_alone(
     request: RoutingRequest,
     engines: Sequence[Engine],
+    health: Health,
     now_at: float,
 ) -> Route:
     role = _role_alone(request, engines)
     prefill = next((engine for engine in engines if engine.name == request.prefill), None)
     if prefill is not None and (prefill.capabilities.needs_proof or prefill.peers is not None):
-        able = [engine for engine in engines if engine.may_pull_from(prefill)]
+        able = [engine for engine in engines if may_pull(engine, prefill, now_at)]
         puller = least_work(
-            able, "decode", now_at, strict=True, tried=request.tried, needs=request.needs
+            able, "decode", health, strict=True, tried=request.tried, needs=request.needs
         )
         if puller is not None:
             return Route(decode=puller, reason=f"least work of those proven with {prefill.name}")
-    engine = least_work(engines, role, now_at, tried=request.tried, needs=request.needs)
+    engine = least_work(engines, role, health, tried=request.tried, needs=request.needs)
     if engine is None:
         return Route(reason="no engine is ready")
     reason = "least work" if engine.role == role else f"no {role} engine is ready"
@@ -300,12 +322,16 @@ def _role_alone(request: RoutingRequest, engines: Sequence[Engine]) -> Role:
 
 
 def _told_early(
-    request: RoutingRequest, prefill: Engine, engines: Sequence[Engine], now_at: float
+    request: RoutingRequest,
+    prefill: Engine,
+    engines: Sequence[Engine],
+    health: Health,
+    now_at: float,
 ) -> Engine | None:
     if not may_tell_early(request, prefill):
         return None
-    pullers = [engine for engine in engines if engine.may_pull_from(prefill)]
-    return least_work(pullers, "decode", now_at, strict=True, needs=WAITS)
+    pullers = [engine for engine in engines if may_pull(engine, prefill, now_at)]
+    return least_work(pullers, "decode", health, strict=True, needs=WAITS)
 
 
 def may_tell_early(request: RoutingRequest, prefill: Engine) -> bool:
@@ -319,15 +345,18 @@ def may_tell_early(request: RoutingRequest, prefill: Engine) -> bool:
     )
 
 
-def _rank(engine: Engine, role: Role, now_at: float) -> tuple[bool, int, int, int, int]:
+def _rank(engine: Engine, role: Role, health: Health) -> tuple[int, int, bool, int, int, int]:
     """Return a key whose smallest value is best; engines of equal work take turns."""
     work = (
         (engine.num_prompt_tokens, engine.num_streams)
         if role == "prefill"
         else (engine.num_streams, engine.num_prompt_tokens)
     )
-    # A recent failure outweighs a wrong role: any engine can do the work of the other role.
-    return (engine.avoid_until_at > now_at, _distance(engine, role), *work, engine.num_picks)
+    # What is wrong with an engine outweighs a wrong role: any can do the work of the other role.
+    is_usable = engine.name in health.usable
+    trouble = 0 if is_usable else 1 + engine.breaker.is_tripped * engine.breaker.num_failures
+    is_tried = engine.name in health.wants_try
+    return (trouble, _distance(engine, role), not is_tried, *work, engine.num_picks)
 
 
 def _distance(engine: Engine, role: Role) -> int:

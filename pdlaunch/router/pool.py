@@ -10,8 +10,11 @@ from collections.abc import Callable, Collection, Sequence
 
 from pdlaunch.config.roles import PAIR, Role
 from pdlaunch.protocol.control import Entry, ListedState, PairReady, PairSuspect, Registry
+from pdlaunch.router.breaker import Breaker
 from pdlaunch.router.cost_policy import LeastCost
 from pdlaunch.router.engine import Engine, Lender, Processes
+from pdlaunch.router.health import Health, survey
+from pdlaunch.router.pace import SLOW_TRY_S
 from pdlaunch.router.policy import (
     NO_NEEDS,
     Need,
@@ -21,11 +24,6 @@ from pdlaunch.router.policy import (
     covers,
 )
 from pdlaunch.router.prefix_index import ServedPrefixes
-
-BACKOFF_S = 1.0
-MAX_BACKOFF_S = 30.0
-_MAX_DOUBLINGS = 10
-"""Doublings past the longest back-off are not counted, so that no number overflows."""
 
 
 class EnginePool:
@@ -121,18 +119,31 @@ class EnginePool:
             if server.kind == "server"
         }
         self._index.keep(self._engines)
+        keys = {engine.key for engine in self._engines.values()}
+        for engine in self._engines.values():
+            engine.pulls = {key: engine.pulls[key] for key in engine.pulls if key in keys}
         self._roles_seen.update(engine.role for engine in self._engines.values())
         self.pairs = registry.pairs
         self.serving = registry.serving
 
     def route(self, request: RoutingRequest) -> Route:
         """Have the policy choose, and count what it chose."""
+        now_at = self.clock()
         route = self._policy.choose(
-            request, list(self._engines.values()), self.pairs, self._index, self.clock()
+            request, list(self._engines.values()), self.pairs, self._index, now_at
         )
         for engine in (route.prefill, route.decode):
             if engine is not None:
                 engine.num_picks += 1
+        for engine in (route.prefill, route.decode, route.planned):
+            if engine is not None:
+                engine.breaker.asked(now_at)
+                if engine.name in route.tries:
+                    engine.pace.next_try_at = now_at + SLOW_TRY_S
+        if route.prefill is not None and route.planned is not None:
+            pulls = route.planned.pulls.get(route.prefill.key)
+            if pulls is not None:
+                pulls.asked(now_at)
         return route
 
     def take_over(self, request: RoutingRequest, prefill: Engine) -> Route | None:
@@ -189,15 +200,29 @@ class EnginePool:
         )
 
     def failed(self, engine: Engine) -> None:
-        """Avoid the engine for a while, twice as long after each failure in a row."""
-        backoff_s = min(MAX_BACKOFF_S, BACKOFF_S * 2 ** min(engine.num_failures, _MAX_DOUBLINGS))
-        engine.num_failures += 1
-        engine.avoid_until_at = self.clock() + backoff_s
+        """Note that an engine has failed a request."""
+        engine.breaker.failed(self.clock())
+
+    def answers(self, engine: Engine) -> None:
+        """Note that a first token has come from an engine."""
+        engine.breaker.answers(self.clock())
 
     def succeeded(self, engine: Engine) -> None:
         """Note that the engine has answered."""
-        engine.num_failures = 0
-        engine.avoid_until_at = 0.0
+        engine.breaker.succeeded(self.clock())
+
+    def pulled(self, prefill: Engine, decode: Engine, *, ok: bool) -> None:
+        """Note how a pull of ``decode`` from ``prefill`` has ended."""
+        if not ok:
+            decode.pulls.setdefault(prefill.key, Breaker()).failed(self.clock())
+        elif (breaker := decode.pulls.get(prefill.key)) is not None:
+            breaker.succeeded(self.clock())
+            if not breaker.num_failures:
+                del decode.pulls[prefill.key]
+
+    def health(self) -> Health:
+        """Judge the engines as they are now."""
+        return survey(list(self._engines.values()), self.clock())
 
     def _renew(self, server: Entry, ranks: list[Entry], proofs: dict[str, int]) -> Engine:
         ready = self._is_ready(server, ranks)

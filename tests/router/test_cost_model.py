@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from pdlaunch.protocol.control import Capabilities, PairReady
 from pdlaunch.protocol.costs import MAX_SLOWDOWN, EngineCosts, EngineReport, StepCosts
+from pdlaunch.router.breaker import Breaker
 from pdlaunch.router.cost_model import MAX_CORRECTION, Load, Work, estimate_alone, load_of
 from pdlaunch.router.cost_policy import LeastCost
 from pdlaunch.router.engine import REPORT_LASTS_S, Engine
@@ -20,6 +21,8 @@ from tests.router.test_policy import engine
 
 STEPS = StepCosts(step_s=0.005, stream_s=1e-5, context_s=1e-8, prompt_s=2e-5, attended_s=0.0)
 NOW = 100.0
+OPEN = Breaker(num_failures=1, is_tripped=True, open_until_at=NOW + 1)
+HALF_OPEN = Breaker(num_failures=1, is_tripped=True, open_until_at=NOW)
 
 
 def costs(role: str = "decode", **changes: object) -> EngineCosts:
@@ -232,7 +235,7 @@ def test_what_costs_cannot_decide_is_decided_by_work() -> None:
 
 
 def test_engines_that_failed_a_moment_ago_are_left_alone() -> None:
-    failed = costed("decode-0", avoid_until_at=NOW + 1)
+    failed = costed("decode-0", breaker=OPEN)
     assert choose([costed("prefill-0"), failed, costed("decode-1")]).name.endswith("decode-1")
 
 
@@ -254,7 +257,7 @@ ENGINES = st.lists(
         num_streams=st.integers(0, 100),
         context_tokens=st.integers(0, 100_000),
         unanswered_tokens=st.integers(0, 100_000),
-        avoid_until_at=st.sampled_from([0.0, NOW + 1]),
+        breaker=st.sampled_from([Breaker(), OPEN, HALF_OPEN]),
         num_picks=st.integers(0, 3),
     ),
     max_size=5,
@@ -277,8 +280,13 @@ def test_the_cheapest_route_is_taken_and_nothing_is_changed(
     assert [(one.num_streams, one.unanswered_tokens, one.num_picks) for one in engines] == before
     if route.estimate is None:
         return
-    assert all(route.estimate.cost_s <= other.cost_s for other in route.alternatives)
+    # Who wants a try comes first, whatever it costs.
+    if not route.tries:
+        assert all(route.estimate.cost_s <= other.cost_s for other in route.alternatives)
+    taken = {*route.estimate.engines}
+    assert not taken & route.left_out.keys()
+    assert route.tries == {one.name for one in engines if one.breaker is HALF_OPEN} & taken
     for one in (route.prefill, route.decode, route.planned):
-        assert one is None or (one.ready and one.avoid_until_at <= NOW)
+        assert one is None or (one.ready and one.breaker.takes(NOW))
     assert route.prefill is None or route.prefill.role == "prefill"
     assert route.prefill is not None or route.decode is not None

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdlaunch.protocol.control import Capabilities
+from pdlaunch.router.breaker import Breaker
 from pdlaunch.router.engine import Engine, Lender
 from pdlaunch.router.policy import (
     MAX_QUEUED,
@@ -111,7 +112,12 @@ ENGINES = st.lists(
         num_streams=st.integers(0, 3),
         num_works=st.integers(0, MAX_QUEUED + 1),
         num_picks=st.integers(0, 3),
-        avoid_until_at=st.floats(0, 2),
+        breaker=st.builds(
+            Breaker,
+            is_tripped=st.booleans(),
+            num_failures=st.integers(0, 3),
+            open_until_at=st.floats(0, 2),
+        ),
         capabilities=st.builds(Capabilities, resumes=st.booleans(), awaits_lease=st.booleans()),
     ),
     max_size=4,
@@ -154,9 +160,11 @@ def test_what_is_chosen_can_serve_and_nothing_is_changed(
     others = [
         one
         for one in engines
-        if one.ready and one.role == "prefill" and one not in tried and one.avoid_until_at <= now_at
+        if one.ready and one.role == "prefill" and one not in tried and one.breaker.takes(now_at)
     ]
-    assert route.prefill.num_prompt_tokens == min(one.num_prompt_tokens for one in others)
+    tries = [one for one in others if one.breaker.wants_try(now_at)]
+    least = min(one.num_prompt_tokens for one in tries or others)
+    assert route.prefill.num_prompt_tokens == least
     assert route.decode is None or (route.decode.role == "decode" and route.decode.ready)
 
 

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 
 from pdlaunch.config.roles import Role
 from pdlaunch.protocol.control import Address, Capabilities, Entry, Registry
+from pdlaunch.router.breaker import OPEN_S
 from pdlaunch.router.engine import Engine, EngineKey
+from pdlaunch.router.health import survey
 from pdlaunch.router.policy import NO_NEEDS, Need, least_work
-from pdlaunch.router.pool import BACKOFF_S, MAX_BACKOFF_S, EnginePool
+from pdlaunch.router.pool import EnginePool
 
 
 class Clock:
@@ -72,7 +74,8 @@ def pick(
     needs: Collection[Need] = NO_NEEDS,
 ) -> Engine | None:
     """Choose as the pool's policy does for one hop, and count it as the pool does."""
-    engine = least_work(pool.engines, role, pool.clock(), strict=strict, tried=tried, needs=needs)
+    health = survey(pool.engines, pool.clock())
+    engine = least_work(pool.engines, role, health, strict=strict, tried=tried, needs=needs)
     if engine is not None:
         engine.num_picks += 1
     return engine
@@ -132,22 +135,8 @@ def test_an_engine_that_failed_is_the_last_choice_for_a_while(
     assert named(pick(pool, "prefill", tried={other.key})) == "decode-0"
     assert named(pick(pool, "prefill", tried={other.key, decode.key})) == "prefill-0"
     assert pick(pool, "prefill", strict=True, tried={other.key}) is None
-    clock.now_s += BACKOFF_S
+    clock.now_s += OPEN_S
     assert named(pick(pool, "prefill", tried={other.key})) == "prefill-0"
-
-
-def test_the_backoff_grows_to_a_limit_and_ends_with_success(pool: EnginePool, clock: Clock) -> None:
-    update(pool, server("decode-0"))
-    (engine,) = pool.engines
-    waits = []
-    for _ in range(1100):
-        pool.failed(engine)
-        waits.append(engine.avoid_until_at - clock.now_s)
-    assert waits == sorted(waits)
-    assert waits[0] == BACKOFF_S
-    assert waits[-1] == MAX_BACKOFF_S
-    pool.succeeded(engine)
-    assert named(pick(pool, "decode", strict=True)) == "decode-0"
 
 
 @pytest.mark.parametrize(
@@ -208,9 +197,12 @@ def test_no_engine_is_starved_or_overloaded(actions: list[Action]) -> None:
         if action == "start":
             engine = pick(pool, "decode")
             assert engine is not None
-            fair = [other for other in pool.engines if other.avoid_until_at <= clock.now_s]
-            assert engine.num_streams == min(other.num_streams for other in fair or pool.engines)
+            health = survey(pool.engines, clock.now_s)
+            fair = list(health.usable.values())
             assert engine in fair or not fair
+            tries = [other for other in fair if other.name in health.wants_try]
+            among = tries or fair
+            assert not among or engine.num_streams == min(other.num_streams for other in among)
             work = engine.working(num_streams=1)
             work.__enter__()
             running.append((engine, work))

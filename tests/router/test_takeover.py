@@ -74,7 +74,7 @@ async def test_decode_answers_what_prefill_gives_back(stand: Stand) -> None:
     for name in ("engine_failures", "retries", "fallbacks"):
         assert stand.metric(f"pdlaunch_router_{name}_total") == 0
     (queue,) = [engine for engine in stand.pool.engines if engine.role == "prefill"]
-    assert queue.num_failures == 0
+    assert queue.breaker.num_failures == 0
 
 
 async def test_a_prompt_that_has_begun_is_answered_as_ever(stand: Stand) -> None:
