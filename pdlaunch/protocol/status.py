@@ -74,6 +74,14 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     """It has died, hangs or failed: it would work if it could."""
     reason: str
     """The reason why it has ``failed``, and what comes next."""
+    health: str = "closed"
+    """``closed``: it gets requests. ``open``: it has failed some and gets none for a while.
+    ``half_open``: it gets one as a try. ``slow``: it gets one now and then.
+    """
+    left_out: str = ""
+    """The reason why it gets nothing new now; empty when it does."""
+    times_slower: float = 1.0
+    """How many times slower it answers, for what it has to do, than the usual one of its role."""
     streams: int
     load: int
     """Pieces of work that it has been given and not ended."""
@@ -114,6 +122,8 @@ class PairStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Speed of the last minute's pulls while they ran; null without any."""
     last_failure: str
     """Empty without one."""
+    health: str = "closed"
+    """``open``: pulls have failed, and none is begun for a while. ``half_open``: one is tried."""
 
 
 class Doubt(msgspec.Struct, frozen=True, kw_only=True):

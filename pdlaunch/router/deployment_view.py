@@ -32,8 +32,10 @@ from pdlaunch.protocol.status import (
     EngineStatus,
     PairStatus,
 )
+from pdlaunch.router.breaker import BreakerState
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_readings import EngineReadings, Pulls
+from pdlaunch.router.health import Health, state_of
 from pdlaunch.router.rate_history import STEP_S, RateHistory
 from pdlaunch.router.state import RouterState
 
@@ -128,7 +130,7 @@ class DeploymentView:
     def status(self, num_points: int | None = None) -> DeploymentStatus:
         """Describe the deployment as it is known now, with the last points of the history."""
         pool, totals = self._state.pool, self._history.totals()
-        engines = pool.engines
+        engines, health = pool.engines, pool.health()
         pairs = self._pairs(pool.pairs)
         return DeploymentStatus(
             at=self._wall_clock(),
@@ -139,7 +141,7 @@ class DeploymentView:
             in_flight=self._admission.in_flight,
             requests=int(totals.requests),
             errors=int(totals.errors),
-            engines=[self._engine(engine) for engine in engines],
+            engines=[self._engine(engine, health) for engine in engines],
             gone=self._state.events.gone(),
             pairs=pairs,
             num_pairs=len(self._links),
@@ -149,7 +151,7 @@ class DeploymentView:
             events=self._state.events.events,
         )
 
-    def _engine(self, engine: Engine) -> EngineStatus:
+    def _engine(self, engine: Engine, health: Health) -> EngineStatus:
         return EngineStatus(
             name=engine.name,
             role=engine.role,
@@ -160,6 +162,9 @@ class DeploymentView:
             state=engine.state,
             is_down=self._state.events.is_down(engine),
             reason=engine.reason,
+            health=state_of(engine, health, self._state.pool.clock()),
+            left_out=health.left_out.get(engine.name, ""),
+            times_slower=round(health.slowness.get(engine.name, 1.0), 2),
             streams=engine.num_streams,
             load=engine.num_works,
             prompt_tokens=engine.num_prompt_tokens,
@@ -176,12 +181,18 @@ class DeploymentView:
             (self._readings.pulls(*names, is_only=num_peers[names[1]] == 1), names)
             for names in self._links
         ]
+        states = self._state.pool.pair_states()
         busiest = heapq.nsmallest(
             MAX_PAIRS, pulls, key=lambda each: (-each[0].bytes_per_s, each[1])
         )
-        return [self._pair(names, found, self._links[names]) for found, names in busiest]
+        return [
+            self._pair(names, found, self._links[names], states.get(names, "closed"))
+            for found, names in busiest
+        ]
 
-    def _pair(self, names: PairNames, pulls: Pulls, proven: PairReady) -> PairStatus:
+    def _pair(
+        self, names: PairNames, pulls: Pulls, proven: PairReady, health: BreakerState
+    ) -> PairStatus:
         prefill, decode = names
         return PairStatus(
             prefill=prefill,
@@ -194,6 +205,7 @@ class DeploymentView:
             bytes_per_s=pulls.bytes_per_s,
             pull_gigabytes_per_s=pulls.gigabytes_per_s,
             last_failure=self._state.pair_failures.get(names, ""),
+            health=health,
         )
 
     async def _answer_status(self, _: web.Request) -> web.Response:

@@ -16,10 +16,12 @@ from pdlaunch.observe.histograms import INTER_TOKEN_BUCKETS_S
 from pdlaunch.observe.metrics import RequestMetrics, render_metrics
 from pdlaunch.protocol.control import EndReason, ListedState, PairReady
 from pdlaunch.protocol.transfer import join_paths
+from pdlaunch.router.breaker import BreakerState
 from pdlaunch.router.continuation import LOST_REASONS
 from pdlaunch.router.cost_model import RouteKind
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import EngineClient
+from pdlaunch.router.health import HealthState
 from pdlaunch.router.metrics_page import MetricFamilies
 from pdlaunch.router.pair_canaries import CanaryOutcome
 from pdlaunch.router.policy import Hop
@@ -72,6 +74,32 @@ class RouterMetrics:
         self._migrations = Counter(
             "pdlaunch_router_migrations",
             "Answers continued by another engine from the tokens so far.",
+            registry=registry,
+        )
+        self._health = Gauge(
+            "pdlaunch_router_engine_health",
+            (
+                "1 for the state of each engine's breaker: closed, open (it has failed requests "
+                "and gets none), half_open (one is tried), slow (one now and then)."
+            ),
+            ("engine", "state"),
+            registry=registry,
+        )
+        self._pair_health = Gauge(
+            "pdlaunch_router_pair_health",
+            "1 for the state of the breaker of each pair of which a pull has failed lately.",
+            ("prefill", "decode", "state"),
+            registry=registry,
+        )
+        self._tries = Counter(
+            "pdlaunch_router_tries",
+            "Requests sent to engines that were left out, to see whether they work again.",
+            ("engine",),
+            registry=registry,
+        )
+        self._too_late = Counter(
+            "pdlaunch_router_deadlines_refused",
+            "Requests refused at once because no route was estimated to meet their deadline.",
             registry=registry,
         )
         self._early_decodes = Counter(
@@ -180,6 +208,27 @@ class RouterMetrics:
         self._engines_ready.set(states.count("ready"))
         for state in get_args(ListedState):
             self._engines.labels(state).set(states.count(state))
+
+    def show_health(
+        self,
+        engines: Mapping[str, HealthState],
+        pairs: Mapping[tuple[str, str], BreakerState],
+    ) -> None:
+        """Show the states of the breakers of engines, by name, and of pairs."""
+        self._health.clear()
+        self._pair_health.clear()
+        for engine, state in engines.items():
+            for each in get_args(HealthState):
+                self._health.labels(engine, each).set(each == state)
+        for (prefill, decode), pair_state in pairs.items():
+            for each_state in get_args(BreakerState):
+                self._pair_health.labels(prefill, decode, each_state).set(each_state == pair_state)
+
+    def tried(self, engine: str) -> None:
+        self._tries.labels(engine).inc()
+
+    def refused_deadline(self) -> None:
+        self._too_late.inc()
 
     def show_pairs(self, pairs: Sequence[PairReady]) -> None:
         """Show the speed of the pairs that are proven now."""

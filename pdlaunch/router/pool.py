@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from pdlaunch.config.roles import PAIR, Role
 from pdlaunch.protocol.control import Entry, ListedState, PairReady, PairSuspect, Registry
-from pdlaunch.router.breaker import Breaker
+from pdlaunch.router.breaker import Breaker, BreakerState
 from pdlaunch.router.cost_policy import LeastCost
 from pdlaunch.router.engine import Engine, Lender, Processes
 from pdlaunch.router.health import Health, survey
@@ -219,6 +219,16 @@ class EnginePool:
             breaker.succeeded(self.clock())
             if not breaker.num_failures:
                 del decode.pulls[prefill.key]
+
+    def pair_states(self) -> dict[tuple[str, str], BreakerState]:
+        """Return the states of the pairs of which a pull has failed lately, prefill first."""
+        names, now_at = {engine.key: engine.name for engine in self.engines}, self.clock()
+        return {
+            (names[key], engine.name): breaker.state(now_at)
+            for engine in self.engines
+            for key, breaker in engine.pulls.items()
+            if key in names
+        }
 
     def health(self) -> Health:
         """Judge the engines as they are now."""
