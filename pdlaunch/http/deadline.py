@@ -37,13 +37,17 @@ class Deadlines:
             if not timeout.expired():
                 timeout.reschedule(0.0)
 
-    def start(self) -> Deadline:
-        """Start the deadline of one request now."""
-        return Deadline(self, asyncio.get_running_loop().time() + self._limit_s)
+    def start(self, limit_s: float | None = None) -> Deadline:
+        """Start the deadline of one request now. ``limit_s``: a shorter one of its own."""
+        limit_s = self._limit_s if limit_s is None else min(limit_s, self._limit_s)
+        return Deadline(self, asyncio.get_running_loop().time() + limit_s, limit_s)
 
     @contextlib.asynccontextmanager
-    async def guard_until(self, end_at: float) -> AsyncIterator[None]:
-        """Run the block until ``end_at`` on the loop's clock. Raises OverloadedError (503)."""
+    async def guard_until(self, end_at: float, limit_s: float) -> AsyncIterator[None]:
+        """Run the block until ``end_at`` on the loop's clock, ``limit_s`` after its start.
+
+        Raises OverloadedError (503).
+        """
         if self._is_closed:
             raise self._shutting_down()
         timeout = asyncio.timeout_at(end_at)
@@ -55,11 +59,11 @@ class Deadlines:
                 finally:
                     self._running.discard(timeout)
         except TimeoutError:
-            raise self._shutting_down() if self._is_closed else self._too_late() from None
+            raise self._shutting_down() if self._is_closed else self._too_late(limit_s) from None
 
-    def _too_late(self) -> OverloadedError:
+    def _too_late(self, limit_s: float) -> OverloadedError:
         return OverloadedError(
-            f"the request was not answered within {self._limit_s:g} s",
+            f"the request was not answered within {limit_s:g} s",
             status=503,
             retry_after_s=self._retry_after_s,
             code="request_timeout",
@@ -69,10 +73,12 @@ class Deadlines:
 class Deadline:
     """Limits the life of one request, whose parts run under ``guard`` one after another."""
 
-    def __init__(self, deadlines: Deadlines, end_at: float) -> None:
+    def __init__(self, deadlines: Deadlines, end_at: float, limit_s: float) -> None:
         self._deadlines = deadlines
-        self._end_at = end_at
+        self._limit_s = limit_s
+        self.end_at = end_at
+        """Instant on the event loop's clock."""
 
     def guard(self) -> contextlib.AbstractAsyncContextManager[None]:
         """Run the block until the deadline. Raises OverloadedError (503) when it ends there."""
-        return self._deadlines.guard_until(self._end_at)
+        return self._deadlines.guard_until(self.end_at, self._limit_s)

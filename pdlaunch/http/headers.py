@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import uuid
 
@@ -13,6 +14,8 @@ TRACEPARENT_HEADER = "traceparent"
 TRACESTATE_HEADER = "tracestate"
 ORIGIN_HEADER = "X-Pdlaunch-Origin"
 """The router tells engines the PromptOrigin, and whether a rank may have died of the prompt."""
+TIMEOUT_HEADER = "X-Request-Timeout"
+"""Seconds in which a client wants the whole answer."""
 SPANS_HEADER = "X-Pdlaunch-Spans"
 """A router that sends it gets a ``SpanReport`` with the answer, under the key ``pdlaunch``."""
 MAX_REQUEST_ID_LENGTH = 200
@@ -38,6 +41,26 @@ def read_request_id(header: str | None) -> HttpRequestId:
             param=REQUEST_ID_HEADER,
         )
     return HttpRequestId(header)
+
+
+def read_timeout_s(header: str | None) -> float | None:
+    """Return the seconds in which a client wants its answer; None: it does not say.
+
+    Raises RequestError.
+    """
+    if header is None:
+        return None
+    try:
+        timeout_s = float(header)
+    except ValueError:
+        timeout_s = 0.0
+    if not 0 < timeout_s < math.inf:
+        raise RequestError(
+            f"{TIMEOUT_HEADER} must be a positive number of seconds, such as 2.5",
+            param=TIMEOUT_HEADER,
+            code="invalid_value",
+        )
+    return timeout_s
 
 
 def read_traceparent(header: str | None) -> str | None:

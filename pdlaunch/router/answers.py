@@ -23,6 +23,8 @@ from pdlaunch.router.transcript import Transcript
 
 MAX_TOLD_ROUTES = 4
 """Prompts of a request whose routes stand in the header."""
+MAX_TOLD_LEFT_OUT = 4
+"""Engines that were left out, of each of these."""
 _HEAD = ("id", "object", "created", "model", "choices")
 
 
@@ -179,13 +181,15 @@ class WholeAnswer(Answer):
 
 def _tell_route(route: Route) -> str:
     """Return a route and its estimate, short: ``prefill-0->decode-0; ttft_ms=12; itl_ms=5``."""
-    if route.estimate is None:
-        return f"{route.name}; kind={route.kind}"
-    estimate = route.estimate
-    return (
-        f"{route.name}; kind={route.kind}; ttft_ms={estimate.first_token_s * 1000:.1f}; "
-        f"itl_ms={estimate.itl_s * 1000:.1f}"
-    )
+    told = f"{route.name}; kind={route.kind}"
+    if (estimate := route.estimate) is not None:
+        ttft_ms, itl_ms = estimate.first_token_s * 1000, estimate.itl_s * 1000
+        told += f"; ttft_ms={ttft_ms:.1f}; itl_ms={itl_ms:.1f}"
+    if route.left_out:
+        names = sorted(route.left_out)[:MAX_TOLD_LEFT_OUT]
+        reasons = ", ".join(f"{name}: {route.left_out[name]}" for name in names)
+        told += f'; left_out="{reasons}"'
+    return told
 
 
 def total_usage(transcripts: Iterable[Transcript]) -> Usage:

@@ -149,13 +149,11 @@ class RouterApp:
 
     async def _metrics(self, _: web.Request) -> web.Response:
         """Answer with the router's metrics and those of all engines."""
-        self._state.metrics.in_flight.set(self.admission.in_flight)
-        self._state.metrics.show_engines(
-            {engine.name: engine.state for engine in self._state.pool.engines}
-        )
-        page = await scrape(
-            self._state.metrics.text(), self._state.client, self._state.pool.engines
-        )
+        pool, metrics = self._state.pool, self._state.metrics
+        metrics.in_flight.set(self.admission.in_flight)
+        metrics.show_engines({engine.name: engine.state for engine in pool.engines})
+        metrics.show_health(pool.health_states(), pool.pair_states())
+        page = await scrape(metrics.text(), self._state.client, pool.engines)
         return web.Response(body=page, headers={"Content-Type": METRICS_CONTENT_TYPE})
 
 

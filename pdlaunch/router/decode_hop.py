@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from pdlaunch.observe.spans import PULL
 from pdlaunch.router.client_request import COMPLETIONS
 from pdlaunch.router.continuation import StreamLostError, begin_continuation, obstacle
 from pdlaunch.router.early_decode import EarlyDecode
@@ -35,6 +36,8 @@ class DecodeHop:
         self._record = progress.record
         self._transcript = progress.transcript
         self._num_attempts = 0
+        self._pulls_from: Engine | None = None
+        """The engine from which the next one pulls the prompt, until that has said something."""
 
     async def run(self) -> None:
         """Have the answer ended by the engine that was told early, or by those asked after it."""
@@ -54,6 +57,7 @@ class DecodeHop:
             await progress.hear_cause(early.engine, failure)
             return
         self._num_attempts += 1
+        self._pulls_from = progress.lease.holder
         self._record.kv_path = progress.lease.path(early.engine)
         try:
             await self._attempt(
@@ -72,7 +76,9 @@ class DecodeHop:
             may_wait=progress.lease.handover is not None,
         )
         if not self._transcript.has_tokens and not progress.first_token.is_promised:
-            progress.sink.routed(self._prompt, Route(reason="least work", decode=engine))
+            left_out = self._state.pool.health().left_out
+            route = Route(reason="least work", decode=engine, left_out=left_out)
+            progress.sink.routed(self._prompt, route)
         attempt = self._num_attempts
         self._num_attempts += 1
         if attempt:
@@ -89,7 +95,8 @@ class DecodeHop:
             progress.first_token.computes_no_more()
             if self._transcript.is_done:
                 return
-            if progress.attempts.is_final(engine, "decode", failure):
+            pulls_from, self._pulls_from = self._pulls_from, None
+            if progress.attempts.is_final(engine, "decode", failure, pulls_from=pulls_from):
                 raise
             await progress.hear_cause(engine, failure)
             self._refuse_lost(engine)
@@ -108,6 +115,7 @@ class DecodeHop:
         extra = self._extra(engine)
         pulls = bool(extra.get("kv_transfer_params", {}).get("do_remote_prefill"))
         if pulls:
+            self._pulls_from = progress.lease.holder
             self._record.kv_path = progress.lease.path(engine)
         if engine.capabilities.has_own_fields and not prompt.is_stream:
             await self._ask_whole(engine, prompt.whole_body(extra), attempt, pulls=pulls)
@@ -140,16 +148,23 @@ class DecodeHop:
 
         ``pulls``: the stream starts only after its pull has ended, so its lease is used up.
         """
-        progress = self._progress
+        progress, holder = self._progress, self._progress.lease.holder if pulls else None
+        first_s, num_before = None, self._transcript.num_tokens
         while (chunk := await stream.next_chunk()) is not None:
-            progress.decode_has_answered = True
+            first_s = stream.waited_s if first_s is None else first_s
+            progress.decode_has_answered, self._pulls_from = True, None
             if pulls:
                 progress.lease.pulled()
                 progress.lease.check_pulled(engine, chunk)
             await progress.tell(engine, chunk)
         leg.hear(stream.report)
+        if holder is not None:
+            has_failed = leg.attributes(PULL).get("error") is not None
+            self._state.pool.pulled(holder, engine, ok=not has_failed)
         if not self._transcript.is_done:
             raise EngineFailure(engine, "its stream ended too early")
+        num_gaps = self._transcript.num_tokens - num_before - 1
+        engine.told(num_gaps, stream.waited_s - (first_s or 0.0), self._state.pool.clock())
         self._state.pool.succeeded(engine)
         self._state.pool.served(
             engine, progress.routing_request("decode"), self._transcript.num_tokens

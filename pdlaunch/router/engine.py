@@ -15,7 +15,7 @@ from pdlaunch.protocol.ids import EngineId, LeaseId
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.openai.responses import ModelCard
 from pdlaunch.router.breaker import Breaker
-from pdlaunch.router.pace import Pace
+from pdlaunch.router.pace import NUM_GAPS, Pace
 
 EXPERIENCE_DOUBT = (0.05, 0.5)
 """Assumed error of an estimate before the first request: 50 ms, and half of it."""
@@ -157,6 +157,13 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
             max(self.num_streams, told.num_streams),
             max(self.context_tokens, told.context_tokens),
         )
+
+    def told(self, num_gaps: int, waited_s: float, now_at: float) -> None:
+        """Note for how long the tokens of a stream were waited for, all but the first."""
+        if num_gaps >= NUM_GAPS:
+            costs = self.costs
+            expected_s = 1.0 if costs is None else costs.steps.decode_s(*self.streams(now_at))
+            self.pace.took("gap", waited_s / num_gaps, expected_s)
 
     @contextlib.contextmanager
     def computing(self, num_tokens: int, clock: Callable[[], float]) -> Iterator[None]:

@@ -16,7 +16,7 @@ import msgspec
 
 from pdlaunch.errors import OverloadedError, PdlaunchError
 from pdlaunch.http.engine_url import describe_client_error
-from pdlaunch.http.errors import RETRY_AFTER_S, RelayedError
+from pdlaunch.http.errors import RANK_LOST, RETRY_AFTER_S, RelayedError
 from pdlaunch.router.engine import Engine
 
 MAX_QUOTE_BYTES = 200
@@ -28,9 +28,10 @@ class EngineFailure(OverloadedError):
     """Tells that an engine did not do its work; another one may.
 
     ``may_return``: it, or its successor, may be there again soon. ``turned_away``: it did not even
-    begin. ``engine_code``: the code of its own error. ``quote``: how its own words begin, which may
-    be those of a prompt and stand in no message. If no other engine makes up for it, the client is
-    told 503, or 502 when the engine may not return.
+    begin. ``engine_code``: the code of its own error. ``is_told``: it has told of its failure, so
+    that it lives. ``quote``: how its own words begin, which may be those of a prompt and stand in
+    no message. If no other engine makes up for it, the client is told 503, or 502 when the engine
+    may not return.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class EngineFailure(OverloadedError):
         turned_away: bool = False,
         engine_code: object = None,
         quote: str = "",
+        is_told: bool = False,
     ) -> None:
         super().__init__(
             f"engine {engine.name}: {reason}",
@@ -53,6 +55,7 @@ class EngineFailure(OverloadedError):
         self.turned_away = turned_away
         self.engine_code = engine_code
         self.quote = quote
+        self.is_told = is_told and not turned_away and engine_code != RANK_LOST
 
 
 class EngineRefusal(RelayedError):
@@ -120,6 +123,7 @@ async def require_ok(engine: Engine, response: aiohttp.ClientResponse) -> None:
             turned_away=response.status == 503,
             engine_code=error_fields.get("code"),
             quote=body[:MAX_QUOTE_BYTES].decode(errors="replace"),
+            is_told=True,
         )
     raise EngineRefusal(
         engine,

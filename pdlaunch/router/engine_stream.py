@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -42,6 +43,8 @@ class EngineStream:
         self._pending: deque[bytes] = deque()
         self.ignored_fields = ignored_fields
         """Names of the fields that the engine has ignored."""
+        self.waited_s = 0.0
+        """Time in which the engine was waited for; slow clients do not count."""
         self.report: object = None
         """The engine's spans, once it has sent them, before its end."""
 
@@ -59,7 +62,9 @@ class EngineStream:
 
     async def _next_event(self) -> bytes | None:
         while not self._pending:
+            asked_at = time.monotonic()
             received = await self._read_some()
+            self.waited_s += time.monotonic() - asked_at
             if not received:
                 return None
             try:
@@ -93,4 +98,5 @@ class EngineStream:
             may_return=fields.get("type") != "server_error",
             engine_code=fields.get("code"),
             quote=str(fields.get("message", error))[:MAX_QUOTE_BYTES],
+            is_told=True,
         )

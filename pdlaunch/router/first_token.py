@@ -9,6 +9,7 @@ from typing import NamedTuple
 from pdlaunch.protocol.ids import HopId
 from pdlaunch.router.cost_model import Estimate
 from pdlaunch.router.engine import Engine
+from pdlaunch.router.pace import OVERHEAD_S
 from pdlaunch.router.policy import Route, RoutingRequest
 from pdlaunch.router.state import RouterState
 from pdlaunch.router.takeover import WaitingPrompt
@@ -84,4 +85,6 @@ class FirstToken:
         if took_s > 0:
             error = abs(forecast.estimate.first_token_s - took_s) / took_s
             self._state.metrics.estimated(forecast.estimate.kind, error)
-            forecast.engine.experience.observe((1.0, forecast.estimate.computed_s), took_s)
+            computed_s = forecast.estimate.computed_s
+            forecast.engine.experience.observe((1.0, computed_s), took_s)
+            forecast.engine.pace.took("first_token", took_s + OVERHEAD_S, computed_s + OVERHEAD_S)

@@ -22,13 +22,17 @@ from pdlaunch.router.transcript import Transcript
 
 
 async def generate(
-    prompt: PromptRequest, state: RouterState, sink: ChunkSink, record: RequestRecord
+    prompt: PromptRequest,
+    state: RouterState,
+    sink: ChunkSink,
+    record: RequestRecord,
+    end_at: float,
 ) -> Transcript:
     """Answer one prompt. Raises RequestError, EngineRefusal or EngineFailure.
 
-    Cancelling it ends the work of both engines.
+    Cancelling it ends the work of both engines. ``end_at``: its deadline on the loop's clock.
     """
-    progress = PromptProgress(prompt, state, sink, record)
+    progress = PromptProgress(prompt, state, sink, record, end_at)
     with state.suspects.watch(prompt.origin):
         try:
             await PrefillHop(progress).run()

@@ -31,6 +31,8 @@ WEIGHT = 0.25
 """Of the latest answer: three usual ones make up for an engine that was ten times slower."""
 MAX_STEP = math.log(8.0)
 """An answer counts at most as if it were eight times slower or faster than the ones before."""
+SHORTEST_S = 1e-4
+"""Tokens that came together took no time that could be measured."""
 OVERHEAD_S = 0.01
 """Added to both times: what a request takes beside computing says nothing of the engine."""
 OVERHEAD_TOKENS = 256
@@ -64,8 +66,8 @@ class Pace(msgspec.Struct, kw_only=True):
 
     def took(self, measure: Measure, took_s: float, expected: float) -> None:
         """Take how long an answer took, and what was expected of it."""
-        if took_s > 0 and expected > 0:
-            self.of(measure).add(took_s / expected)
+        if expected > 0:
+            self.of(measure).add(max(took_s, SHORTEST_S) / expected)
 
     def of(self, measure: Measure) -> Smoothed:
         return self.first_token if measure == "first_token" else self.gap

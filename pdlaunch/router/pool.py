@@ -13,7 +13,7 @@ from pdlaunch.protocol.control import Entry, ListedState, PairReady, PairSuspect
 from pdlaunch.router.breaker import Breaker, BreakerState
 from pdlaunch.router.cost_policy import LeastCost
 from pdlaunch.router.engine import Engine, Lender, Processes
-from pdlaunch.router.health import Health, survey
+from pdlaunch.router.health import Health, HealthState, state_of, survey
 from pdlaunch.router.pace import SLOW_TRY_S
 from pdlaunch.router.policy import (
     NO_NEEDS,
@@ -229,6 +229,11 @@ class EnginePool:
             for key, breaker in engine.pulls.items()
             if key in names
         }
+
+    def health_states(self) -> dict[str, HealthState]:
+        """Return the states of all engines, by name."""
+        health, now_at = self.health(), self.clock()
+        return {engine.name: state_of(engine, health, now_at) for engine in self.engines}
 
     def health(self) -> Health:
         """Judge the engines as they are now."""

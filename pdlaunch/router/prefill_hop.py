@@ -6,13 +6,17 @@ meanwhile (``early_decode.py``).
 
 from __future__ import annotations
 
-from pdlaunch.errors import RequestError
-from pdlaunch.http.errors import WITHDRAWN_CODE
+import math
+
+from pdlaunch.errors import OverloadedError, RequestError
+from pdlaunch.http.errors import RETRY_AFTER_S, WITHDRAWN_CODE
 from pdlaunch.protocol.ids import LeaseId
+from pdlaunch.router.cost_model import Estimate
 from pdlaunch.router.early_decode import EarlyDecode
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_errors import EngineFailure, EngineRefusal, malformed_is_failure
 from pdlaunch.router.handover import Handover, HandoverStream, read_handover
+from pdlaunch.router.pace import OVERHEAD_TOKENS
 from pdlaunch.router.prompt_progress import TAKES_FIRST_TOKEN, PromptProgress, refuse_broken
 from pdlaunch.router.request_record import Leg
 
@@ -31,9 +35,11 @@ class PrefillHop:
         progress, state = self._progress, self._state
         if self._prompt.max_tokens == 1:
             return
-        while len(progress.attempts.tried) < state.recovery.max_attempts:
+        while progress.attempts.num_tried < state.recovery.max_attempts:
             route = state.pool.route(progress.routing_request("prefill"))
             self._record.routed("prefill", route)
+            if route.too_late is not None:
+                self._refuse_too_late(route.too_late)
             if route.prefill is None and route.decode is None:
                 break
             progress.follow(route)
@@ -75,13 +81,14 @@ class PrefillHop:
             )
         )
         try:
-            request = progress.routing_request("prefill")
+            request, asked_at = progress.routing_request("prefill"), self._state.now()
             progress.first_token.computes(engine, request)
             with (
                 progress.first_token.waits(engine, prompt.hop_id, request),
                 engine.working(num_prompt_tokens=prompt.num_prompt_tokens),
                 self._record.leg("prefill", engine.name) as leg,
             ):
+                num_queued_tokens = engine.num_prompt_tokens
                 handover = await (
                     self._await_answer(engine, leg)
                     if early is None
@@ -96,6 +103,9 @@ class PrefillHop:
                 progress.lease.release(engine, prompt.hop_id)
             raise
         progress.first_token.computes_no_more()
+        if engine.costs is None:
+            took_s = self._state.now() - asked_at
+            engine.pace.took("first_token", took_s, num_queued_tokens + OVERHEAD_TOKENS)
         self._state.pool.succeeded(engine)
         self._state.pool.served(engine, progress.routing_request("prefill"), 0)
         return handover
@@ -170,6 +180,20 @@ class PrefillHop:
         self._record.routed("decode", route)
         self._progress.follow(route)
         return True
+
+    def _refuse_too_late(self, soonest: Estimate) -> None:
+        """Raise OverloadedError for a deadline that no route meets."""
+        self._state.metrics.refused_deadline()
+        left_s = self._progress.left_s
+        end_s = max(left_s, soonest.total_s)
+        raise OverloadedError(
+            f"the {left_s:.2f} s that are left cannot be met: the first route to end, "
+            f"{soonest.route}, is estimated to take {soonest.total_s:.2f} s, "
+            f"{soonest.first_token_s:.2f} s to the first token",
+            status=503,
+            retry_after_s=max(RETRY_AFTER_S, math.ceil(end_s - left_s)),
+            code="deadline_exceeded",
+        )
 
     def _refuse_too_long(self, num_prompt_tokens: int) -> None:
         """Raise RequestError for a request that decode would refuse in the middle of its answer.

@@ -21,13 +21,15 @@ from pdlaunch.http.app import (
     request_id_of,
 )
 from pdlaunch.http.bodies import BodyBudget, Hold, read_body
-from pdlaunch.http.deadline import Deadlines
+from pdlaunch.http.deadline import Deadline, Deadlines
 from pdlaunch.http.errors import LEAVING_RETRY_AFTER_S, RETRY_AFTER_S, error_status, json_response
 from pdlaunch.http.headers import (
     REQUEST_ID_HEADER,
     SPANS_HEADER,
+    TIMEOUT_HEADER,
     TRACEPARENT_HEADER,
     TRACESTATE_HEADER,
+    read_timeout_s,
     read_traceparent,
 )
 from pdlaunch.http.ignored_fields import IgnoredFields
@@ -151,6 +153,7 @@ class PromptEndpoints:
                 has_own_fields=self._state.pool.has_own_fields,
             ),
         )
+        deadline = self._deadlines.start(read_timeout_s(request.headers.get(TIMEOUT_HEADER)))
         record.understood(client_request.fields.model, len(client_request.prompts))
         if self._spec.log_content:
             record.keep_content(bytes(client_request.prompts[0].text or b""))
@@ -159,12 +162,16 @@ class PromptEndpoints:
             self._state.metrics.requests.in_flight.track_inprogress(),
         ):
             if client_request.stream:
-                await self._stream(client_request, stream, record)
+                await self._stream(client_request, stream, record, deadline)
                 return None
-            return await self._whole(client_request, stream, record)
+            return await self._whole(client_request, stream, record, deadline)
 
     async def _stream(
-        self, client_request: ClientRequest, stream: EventStream, record: RequestRecord
+        self,
+        client_request: ClientRequest,
+        stream: EventStream,
+        record: RequestRecord,
+        deadline: Deadline,
     ) -> None:
         answer = StreamedAnswer(
             client_request,
@@ -175,8 +182,10 @@ class PromptEndpoints:
             ignored=self._ignored_fields,
         )
         try:
-            async with self._deadlines.start().guard():
-                await answer.finish(await self._run(client_request, answer, record))
+            async with deadline.guard():
+                await answer.finish(
+                    await self._run(client_request, answer, record, deadline.end_at)
+                )
         except ConnectionError:
             raise
         except Exception as error:
@@ -187,7 +196,11 @@ class PromptEndpoints:
             await stream.fail(error)
 
     async def _whole(
-        self, client_request: ClientRequest, stream: EventStream, record: RequestRecord
+        self,
+        client_request: ClientRequest,
+        stream: EventStream,
+        record: RequestRecord,
+        deadline: Deadline,
     ) -> web.Response:
         answer = WholeAnswer(
             client_request,
@@ -195,18 +208,25 @@ class PromptEndpoints:
             metrics=self._state.metrics.requests,
             record=record,
         )
-        async with self._deadlines.start().guard():
-            transcripts = await self._run(client_request, answer, record)
+        async with deadline.guard():
+            transcripts = await self._run(client_request, answer, record, deadline.end_at)
         headers = self._ignored_fields.headers(answer.ignored_fields) | answer.headers()
         stream.add_headers(headers)  # a recording repeats them
         return json_response(answer.finish(transcripts), headers=headers)
 
     async def _run(
-        self, client_request: ClientRequest, sink: ChunkSink, record: RequestRecord
+        self,
+        client_request: ClientRequest,
+        sink: ChunkSink,
+        record: RequestRecord,
+        end_at: float,
     ) -> list[Transcript]:
         """Answer all prompts at once; the first error ends the others and is raised."""
         return await _together(
-            [generate(prompt, self._state, sink, record) for prompt in client_request.prompts]
+            [
+                generate(prompt, self._state, sink, record, end_at)
+                for prompt in client_request.prompts
+            ]
         )
 
     async def _pass_on(self, request: web.Request) -> web.Response:

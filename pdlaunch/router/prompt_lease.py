@@ -40,6 +40,11 @@ class PromptLease:
         """Return the name of the engine whose blocks can still be pulled; empty: there are none."""
         return "" if self.handover is None or self._is_taken else self.handover.engine.name
 
+    @property
+    def holder(self) -> Engine | None:
+        """Return the engine that has computed the prompt."""
+        return None if self.handover is None else self.handover.engine
+
     def pulled(self) -> None:
         """Note that a decode engine has pulled the blocks."""
         self._is_taken = True

@@ -44,7 +44,12 @@ class PromptProgress:
     """Is shared by the hops of one prompt; all that its client is sent goes through ``tell``."""
 
     def __init__(
-        self, prompt: PromptRequest, state: RouterState, sink: ChunkSink, record: RequestRecord
+        self,
+        prompt: PromptRequest,
+        state: RouterState,
+        sink: ChunkSink,
+        record: RequestRecord,
+        end_at: float,
     ) -> None:
         self.prompt = prompt
         self.state = state
@@ -61,11 +66,17 @@ class PromptProgress:
         self.first_token_sent = False
         """The client has the first tokens from prefill, so that decode must not say them again."""
         self.decode_has_answered = False
+        self._end_at = end_at
         self._prefix = prompt.prefix
         self._planned: Engine | None = None
         """The engine that the route names for what is left, until it has been asked."""
         self._first_told_at: float | None = None
         """Instant of the client's first token; None once it has the second one."""
+
+    @property
+    def left_s(self) -> float:
+        """Return the time until the deadline."""
+        return self._end_at - self.state.now()
 
     @property
     def must_resume(self) -> bool:
@@ -93,11 +104,13 @@ class PromptProgress:
             tried=frozenset(self.attempts.tried),
             needs=needs,
             prefill=self.lease.untaken_at,
+            left_s=self.left_s,
             alone=prompt.alone,
         )
 
     def follow(self, route: Route) -> None:
         """Note what was chosen for a prompt that nobody has computed."""
+        self.attempts.follow(route)
         self.sink.routed(self.prompt, route)
         self._planned = route.planned if route.prefill is not None else route.decode
         self.first_token.promise(route)
@@ -124,6 +137,8 @@ class PromptProgress:
             has_news = self.transcript.admit(chunk)
             self.attempts.heard()
         if self.transcript.has_tokens:
+            if engine.breaker.is_tripped:
+                self.state.pool.answers(engine)
             self.first_token.came(engine, as_meant=not self.attempts.has_failed)
         if has_news:
             self._time_second_token(engine)

@@ -28,6 +28,20 @@ class Attempts:
         """The instant at which the first engine failed since something was heard."""
         self._num_decode_failures = 0
         self._turned_away_by: set[EngineKey] = set()
+        self._tries: set[EngineKey] = set()
+        """Engines that were asked to see whether they work again: failing costs no attempt."""
+
+    @property
+    def num_tried(self) -> int:
+        """Count the engines that have failed, without those that were only given a try."""
+        return len(self.tried - self._tries)
+
+    def follow(self, route: Route) -> None:
+        """Note which engines a route gives a try."""
+        for engine in (route.prefill, route.decode, route.planned):
+            if engine is not None and engine.name in route.tries:
+                self._tries.add(engine.key)
+                self._state.metrics.tried(engine.name)
 
     @property
     def has_failed(self) -> bool:
@@ -47,13 +61,27 @@ class Attempts:
         """Let go of the last failure, whose traceback leads back to here."""
         self._failure = None
 
-    def is_final(self, engine: Engine, hop: Hop, failure: EngineFailure | EngineRefusal) -> bool:
-        """Note what went wrong; True for a refusal that no other engine would take back."""
+    def is_final(
+        self,
+        engine: Engine,
+        hop: Hop,
+        failure: EngineFailure | EngineRefusal,
+        *,
+        pulls_from: Engine | None = None,
+    ) -> bool:
+        """Note what went wrong; True for a refusal that no other engine would take back.
+
+        ``pulls_from``: the engine had said nothing but was to pull the prompt from there. If it
+        lives to tell its failure, that is the pair's.
+        """
         if isinstance(failure, EngineRefusal) and not failure.is_busy:
             return True
         if isinstance(failure, EngineFailure):
             logger.warning("%s hop failed: %s", hop, str(failure))
-            self._state.pool.failed(engine)
+            if pulls_from is not None and failure.is_told:
+                self._state.pool.pulled(pulls_from, engine, ok=False)
+            else:
+                self._state.pool.failed(engine)
             self._state.metrics.engine_failed(engine.name, hop)
             now_at = self._state.now()
             self._retry_at = now_at + self._state.recovery.retry_wait_s
@@ -74,7 +102,8 @@ class Attempts:
             is_known = engine.key in self._turned_away_by
             if failure.turned_away:
                 self._turned_away_by.add(engine.key)
-            self._num_decode_failures += not (failure.turned_away and is_known)
+            is_free = engine.key in self._tries or (failure.turned_away and is_known)
+            self._num_decode_failures += not is_free
         return self._num_decode_failures >= self._state.recovery.max_attempts
 
     async def next_engine(
@@ -98,6 +127,7 @@ class Attempts:
         while True:
             route = state.pool.route(request())
             on_route(route)
+            self.follow(route)
             if route.decode is not None:
                 return route.decode
             left_s = end_at - state.now()

@@ -259,7 +259,9 @@ def _is_healthy(url: str) -> bool:
         return False
 
 
-def router_command(router: Router, prefill: str, decode: str, port: int, other: int) -> list[str]:
+def router_command(
+    router: Router, prefill: str, decode: str, *, port: int, other: int
+) -> list[str]:
     """Return the command of a router in front of two engines; ``other``: a free port."""
     if router == "vllm-router":
         return [
@@ -289,7 +291,7 @@ def measure_loads(router: Router, loads: Sequence[Load]) -> Iterator[CostRow]:
                 continue
             pid = stack.enter_context(
                 _running(
-                    router_command(router, *urls, port, other),
+                    router_command(router, urls[0], urls[1], port=port, other=other),
                     f"http://127.0.0.1:{port}",
                     Path(folder) / "router",
                 )

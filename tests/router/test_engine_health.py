@@ -1,0 +1,232 @@
+"""A router in front of engines that fail or are slow, and are well again later."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+import pytest
+
+from pdlaunch.observe.spans import PULL, Span, SpanReport
+from pdlaunch.protocol.costs import ROUTE_HEADER
+from pdlaunch.router.breaker import OPEN_S
+from pdlaunch.router.engine import Engine
+from pdlaunch.router.pace import NUM_SAMPLES, SLOW_TRY_S
+from tests.router.conftest import Stand, pairs
+from tests.router.fake_engine import FakeEngine
+from tests.router.fake_vllm_engine import FakeVllmEngine, proof
+from tests.router.test_cost_model import costs
+from tests.router.test_cost_routes import costed_pair, load_prefill
+from tests.router.test_life_of_a_request import completion, expected_text
+
+
+class Clock:
+    """Stands still; the pool's clock from here on."""
+
+    def __init__(self, stand: Stand) -> None:
+        self.now_s = stand.pool.clock()
+        stand.pool.clock = self
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def decodes(number: int) -> list[FakeEngine]:
+    engines = [FakeEngine(f"decode-{index}", "decode") for index in range(number)]
+    for engine in engines:
+        engine.costs = costs("decode")
+    return engines
+
+
+def named(stand: Stand, name: str) -> Engine:
+    return next(engine for engine in stand.pool.engines if engine.name == name)
+
+
+async def status_of(stand: Stand, name: str) -> dict[str, object]:
+    async with stand.session.get("/pdlaunch/status") as response:
+        engines = (await response.json())["engines"]
+    return next(engine for engine in engines if engine["name"] == name)
+
+
+@pytest.mark.parametrize("with_costs", [True, False])
+async def test_who_fails_gets_one_try_at_a_time_until_it_is_well(
+    stand: Stand, with_costs: bool
+) -> None:
+    engines = decodes(2)
+    if not with_costs:
+        for engine in engines:
+            engine.costs = None
+    await stand.start(engines)
+    clock, sick = Clock(stand), engines[1]
+    sick.status = 500
+
+    async def ask(number: int) -> None:
+        for _ in range(number):
+            answer = await stand.post(completion(stream=True))
+            assert answer.texts() == {0: expected_text("hello", 6)}
+
+    await ask(4)
+    assert len(sick.seen) == 1
+    assert (await status_of(stand, "decode-1"))["health"] == "open"
+    answer = await stand.post(completion())
+    assert 'left_out="decode-1: open after 1 failures' in answer.headers[ROUTE_HEADER]
+    # A try that fails is made up for by the other engine, and the next one comes later.
+    clock.now_s += OPEN_S
+    await ask(4)
+    assert len(sick.seen) == 2
+    assert stand.metric('pdlaunch_router_tries_total{engine="decode-1"}') == 1
+    clock.now_s += OPEN_S
+    await ask(2)
+    assert len(sick.seen) == 2
+    sick.status = None
+    clock.now_s += OPEN_S
+    await ask(1)
+    assert len(sick.seen) == 3
+    assert (await status_of(stand, "decode-1"))["health"] == "closed"
+    assert "left_out" not in (await stand.post(completion())).headers[ROUTE_HEADER]
+    async with stand.session.get("/metrics") as response:
+        page = await response.text()
+    assert 'pdlaunch_router_engine_health{engine="decode-1",state="closed"} 1.0' in page
+
+
+async def test_failed_tries_use_up_no_attempt(stand: Stand) -> None:
+    """Three engines are half-open and fail again; the fourth answers the same request."""
+    engines = decodes(5)
+    await stand.start(engines)
+    clock = Clock(stand)
+    for engine in engines[1:]:
+        engine.status = 500
+        stand.pool.failed(named(stand, engine.name))
+    clock.now_s += OPEN_S
+    answer = await stand.post(completion(stream=True))
+    assert answer.texts() == {0: expected_text("hello", 6)}
+    assert [len(engine.seen) for engine in engines] == [1, 1, 1, 1, 1]
+
+
+async def test_when_all_are_open_the_least_bad_one_serves(stand: Stand) -> None:
+    engines = decodes(2)
+    await stand.start(engines)
+    Clock(stand)
+    bad, worse = named(stand, "decode-0"), named(stand, "decode-1")
+    stand.pool.failed(bad)
+    stand.pool.failed(worse)
+    worse.breaker.num_failures += 1
+    for _ in range(3):
+        assert (await stand.post(completion())).status == 200
+    assert (len(engines[0].seen), len(engines[1].seen)) == (3, 0)
+
+
+async def test_a_slow_engine_loses_its_traffic_until_it_is_fast(stand: Stand) -> None:
+    """Its tokens are held back while the other engine's come at once."""
+    engines = decodes(2)
+    await stand.start(engines)
+    clock = Clock(stand)
+    slow, fast = named(stand, "decode-1"), named(stand, "decode-0")
+    for _ in range(NUM_SAMPLES):
+        fast.told(20, 0.1, clock())
+        slow.told(20, 1.0, clock())
+    for _ in range(5):
+        assert (await stand.post(completion())).status == 200
+    # One of them was its try.
+    assert (len(engines[0].seen), len(engines[1].seen)) == (4, 1)
+    told = await status_of(stand, "decode-1")
+    assert (told["health"], told["times_slower"]) == ("slow", 10.0)
+    assert told["left_out"] == "10.0 times slower than its peers"
+    for number in range(2, 6):
+        clock.now_s += SLOW_TRY_S
+        # Streams of this length tell how fast it is: as fast as the other one.
+        answer = await stand.post(completion(stream=True, max_tokens=30))
+        assert answer.status == 200
+        assert len(engines[1].seen) == number
+        if (await status_of(stand, "decode-1"))["health"] == "closed":
+            break
+        fast.told(20, 0.1, clock())
+    for _ in range(4):
+        await stand.post(completion())
+    assert (await status_of(stand, "decode-1"))["left_out"] == ""
+    assert len(engines[1].seen) > number
+
+
+async def test_what_engines_take_is_measured_without_slow_clients(stand: Stand) -> None:
+    (engine,) = decodes(1)
+    await stand.start([engine])
+    await stand.post(completion(stream=True, max_tokens=30))
+    pace = named(stand, "decode-0").pace
+    assert (pace.first_token.num_samples, pace.gap.num_samples) == (1, 1)
+    await stand.post(completion(stream=True, max_tokens=3))
+    assert (pace.first_token.num_samples, pace.gap.num_samples) == (2, 1)
+
+
+async def test_pulls_that_fail_leave_out_the_pair_and_no_engine(stand: Stand) -> None:
+    """Decode computes the prompts itself, as engines do, and tells so in its spans."""
+    engines = pairs(1)
+    await stand.start(engines)
+    clock, decode = Clock(stand), engines[1]
+    span = Span(PULL, 0.0, 0.1, {"error": "no such peer"})
+    decode.report = msgspec.to_builtins(SpanReport(elapsed_s=0.2, spans=[span]))
+    for pulls in (1, 1, 1):
+        assert (await stand.post(completion(stream=True))).status == 200
+        asked = [seen for seen in decode.seen if "kv_transfer_params" in seen.body]
+        assert len(asked) == pulls
+    assert stand.pool.pair_states() == {("prefill-0", "decode-0"): "open"}
+    assert stand.pool.health().left_out == {}
+    decode.report = None
+    clock.now_s += OPEN_S
+    assert (await stand.post(completion(stream=True))).status == 200
+    assert stand.pool.pair_states() == {("prefill-0", "decode-0"): "closed"}
+
+
+async def test_engines_that_refuse_a_pull_are_not_blamed(stand: Stand) -> None:
+    leases: dict[str, list[int]] = {}
+    prefill = FakeVllmEngine("prefill-0", "prefill", leases)
+    decode = FakeVllmEngine("decode-0", "decode", leases)
+    stand.pairs = [proof(prefill, decode)]
+    await stand.start([prefill, decode])
+    Clock(stand)
+    decode.status = 500
+    await stand.post(completion(prompt="x|", stream=True))
+    assert named(stand, "decode-0").breaker.state(stand.pool.clock()) == "closed"
+    assert stand.pool.pair_states() == {("prefill-0", "decode-0"): "open"}
+    async with stand.session.get("/pdlaunch/status") as response:
+        (pair,) = (await response.json())["pairs"]
+    assert pair["health"] == "open"
+
+
+async def test_a_deadline_that_cannot_be_met_is_refused_at_once(stand: Stand) -> None:
+    engines = costed_pair()
+    await stand.start(engines)
+    load_prefill(stand)
+    for engine in stand.pool.engines:
+        engine.unanswered_tokens, engine.progressed_at = 1_000_000, stand.pool.clock()
+    answer = await stand.post(completion(stream=True), headers={"X-Request-Timeout": "1.5"})
+    error = answer.json()["error"]
+    assert (answer.status, error["code"]) == (503, "deadline_exceeded")
+    assert "is estimated to take" in error["message"]
+    assert int(answer.headers["Retry-After"]) >= 15
+    assert [engine.seen for engine in engines] == [[], []]
+    assert stand.metric("pdlaunch_router_deadlines_refused_total") == 1
+    # Who has time gets an answer; so does who does not say.
+    answer = await stand.post(completion(), headers={"X-Request-Timeout": "1000"})
+    assert answer.status == 503  # request_timeout_s is a deadline too
+    for engine in stand.pool.engines:
+        engine.unanswered_tokens = 0
+    answer = await stand.post(completion(), headers={"X-Request-Timeout": "15"})
+    assert answer.status == 200
+
+
+async def test_a_deadline_ends_a_request_that_was_begun(stand: Stand) -> None:
+    (engine,) = decodes(1)
+    engine.hold_after = 2
+    await stand.start([engine])
+    answer = await stand.post(completion(), headers={"X-Request-Timeout": "0.2"})
+    assert answer.status == 503
+    assert answer.json()["error"]["message"] == "the request was not answered within 0.2 s"
+    await asyncio.wait_for(engine.aborted.wait(), 60)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "soon", "inf", "nan", ""])
+async def test_a_timeout_that_is_none_is_refused(stand: Stand, value: str) -> None:
+    await stand.start(decodes(1))
+    answer = await stand.post(completion(), headers={"X-Request-Timeout": value})
+    error = msgspec.json.decode(answer.raw)["error"]
+    assert (answer.status, error["param"]) == (400, "X-Request-Timeout")
