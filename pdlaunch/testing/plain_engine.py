@@ -19,10 +19,9 @@ from typing import Any
 
 import msgspec
 
-from pdlaunch.watch.canary import BYTES_READ
-
 MODEL = "plain"
 VERSION = "0.32.0"
+_BYTES_READ = b"vllm:nixl_bytes_transferred_sum"
 STAMP = b'"system_fingerprint":"'
 """Before the nanoseconds, on the clock of the host, at which a chunk was sent."""
 _STREAM_HEAD = (
@@ -130,8 +129,8 @@ class _Connection(asyncio.Protocol):
                 card = {"id": MODEL, "object": "model", "max_model_len": 100_000}
                 self._send(msgspec.json.encode({"object": "list", "data": [card]}))
             case "/metrics":
-                name, number = BYTES_READ["vllm"], self._engines.num_bytes_read
-                self._send(b"%b %d\n" % (name.encode(), number), b"text/plain")
+                page = b"%b %d\n" % (_BYTES_READ, self._engines.num_bytes_read)
+                self._send(page, b"text/plain")
             case _:
                 self._generate(path, msgspec.json.decode(body))
 
