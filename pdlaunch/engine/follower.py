@@ -86,6 +86,8 @@ class Follower:
         """Do nothing: only rank 0 has somebody to stop."""
 
     def _run(self, plan: StepPlan) -> None:
+        # As on rank 0 commands come before the step: a lease is granted on what earlier steps
+        # computed.
         self._transfer.submit(plan.commands)
         if self._offload is not None:
             self._offload.submit(plan.jobs)

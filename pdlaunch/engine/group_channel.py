@@ -57,6 +57,8 @@ class LeaderExchange:
                 )
             identity, head, payload = self._socket.recv_multipart()
             rank, number = _HEAD.unpack(head)
+            # A rank that is done with a call goes on to the next before this one has heard of all
+            # others.
             self._early[number, rank] = (identity, payload)
         theirs = [self._early.pop((call, rank)) for rank in others]
         merged = merge([data, *(payload for _, payload in theirs)])

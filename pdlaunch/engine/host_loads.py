@@ -118,6 +118,8 @@ class HostLoads:
         load = self._loads.pop(job.job_id)
         if load.request is not None:
             load.request.load_id = None
+            # Whatever came of it: looking again would find the same blocks, or fail in the same
+            # way.
             load.request.may_load = False
         if load.request is None or not report.ok:
             self._drop(load)

@@ -91,6 +91,8 @@ class BlockLeases:
         lease that nobody needs. The request's other blocks are freed.
         """
         num_readers = request.message.num_readers
+        # It ends with its first token, so that no later step can still write to the blocks that are
+        # leased.
         assert not (request.message.do_remote_decode and request.num_in_flight)
         if (
             not request.message.do_remote_decode

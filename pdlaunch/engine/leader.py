@@ -151,6 +151,7 @@ class Leader:
         num_left = 1 if self._runs_ahead and plan.scheduled else 0
         while len(self._in_flight) > num_left:
             self._postprocess()
+        # Here, while the step that was just launched runs: it costs the GPU nothing.
         self._requests.registrations.register_pending()
         self._sleep.advance()
         self._send_stats()
@@ -217,6 +218,7 @@ class Leader:
             case Hello():
                 # The server that says Hello is a new process, which knows none of the requests
                 # here.
+                # Leases stay: their readers are at other engines.
                 self._requests.abort_all()
                 self._requests.outputs.take()
                 self._sleep.forget_caller()
@@ -289,6 +291,8 @@ class Leader:
 
     def _send_outputs(self) -> None:
         if outputs := self._requests.outputs.take():
+            # With every answer, so that a router that works with this engine hears of its load
+            # several times a second, without a message more.
             report = None if self._model is None else self._requests.report(self._model.costs)
             self._server.send(Outputs(items=outputs, report=report))
 

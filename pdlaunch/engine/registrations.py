@@ -54,4 +54,6 @@ class Registrations:
         hasher.extend(request.token_ids)
         self._kv.register(request.tables, hasher.block_hashes, start, stop)
         request.num_registered_blocks = stop
+        # When they are full, not when they are evicted: then somebody else needs the block at once,
+        # and would wait for the copy.
         self._host.store(request, range(start, stop))

@@ -203,6 +203,8 @@ class ModelRunner:
         )
         measured = warm_up.run()
         self._rows = self._new_rows()
+        # Blocks may be used by anybody from the first step on, and a NaN left in one would show
+        # through attention's mask.
         self.kv_cache[: warm_up.num_used_blocks].zero_()
         return measured
 
@@ -367,6 +369,8 @@ class ModelRunner:
 
     def _open_device(self) -> torch.device:
         if self._spec.device == "cpu":
+            # Limited, and not pinned to cores: a pinned rank would wait behind servers and router
+            # while another core idles.
             torch.set_num_threads(self._spec.num_threads)
             return torch.device("cpu")
         device = torch.device("cuda", self._spec.device_indices[self._tp_rank])

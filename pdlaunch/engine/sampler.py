@@ -57,6 +57,8 @@ class DrawnTokens:
         want log-probabilities.
         """
         self._vocab_size = logits.shape[-1]
+        # The next step may be queued behind this one already, and must look nothing up outside of
+        # its table; the host drops what it computes for such a row.
         self.token_ids = drawn.clamp(0, self._vocab_size - 1)
         """[num_rows] input of the next step on the device; NO_TOKEN is replaced by an id of the
         vocabulary, as the next step looks it up

@@ -75,6 +75,8 @@ def _merge(reports: list[PullFinished], *, in_flight: bool) -> PullFinished:
 
     The first tokens come from any of them, as a rank that failed may not have heard of the lease.
     """
+    # One rank that has failed makes the engine compute the prompt again: the others' shares of the
+    # lease are used up, so that nobody can pull it a second time.
     failed = [report for report in reports if not report.ok]
     return PullFinished(
         pull_id=reports[0].pull_id,

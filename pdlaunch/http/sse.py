@@ -21,6 +21,7 @@ LAST_WORD_S = 1.0
 _HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
+    # nginx would collect events before it passes them on.
     "X-Accel-Buffering": "no",
 }
 _encoder = msgspec.json.Encoder()

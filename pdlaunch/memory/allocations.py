@@ -127,6 +127,7 @@ class AllocationTable:
             falling_asleep = [found for found in self._awake() if found.tag in tags]
             try:
                 self._driver.synchronize()
+                # Only behind that: a queued step may still write what is copied.
                 self._back_up([found for found in falling_asleep if found.tag in keep])
             except DriverRefused as error:
                 self._let_copies_end()
@@ -220,6 +221,7 @@ class AllocationTable:
         except DriverRefused:
             driver.release(handle)
             raise
+        # From here on ``_unback`` undoes both.
         allocation.handle = handle
         try:
             driver.set_access(address, num_bytes)

@@ -78,6 +78,7 @@ class CudaMemoryDriver:
             memory = map_pages(num_bytes)
         except OSError as error:
             raise DriverRefused(f"mmap of {num_bytes} bytes: {error}") from error
+        # Before the driver locks them, which is most of the time of a sleep that keeps the weights.
         touch_pages(memory)
         self._call("cuMemHostRegister", address_of(memory), num_bytes, _FOR_THIS_CONTEXT)
         return memory

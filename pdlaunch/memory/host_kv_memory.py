@@ -99,6 +99,8 @@ class HostMapping(PeerMapping):
         """Raises NotShareable."""
         shared.check()
         try:
+            # Of a file that shrinks while it is mapped, the lost pages kill who reads them
+            # (SIGBUS).
             if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
                 raise NotShareable("the peer's memory is not sealed against shrinking")
             if os.fstat(fd).st_size != shared.allocation_bytes:

@@ -140,6 +140,8 @@ class CudaCopyStream(CopyStream):
         # What the blocks were last used for may still be queued there.
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        # Blocking: the thread that waits for it sleeps, and does not take a core from the step
+        # loop.
         end = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             begin.record(self._stream)

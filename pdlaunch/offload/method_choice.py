@@ -152,6 +152,7 @@ def choose_cuda_methods(
     # Twice as much is allocated, beside weights and KV cache.
     trial_bytes = min(TRIAL_BYTES, torch.cuda.mem_get_info(device)[0] // 4)
     for page_bytes in sorted(set(page_sizes)):
+        # Each direction needs a chunk of its own.
         if host.num_chunks < 2:
             break
         trial = CudaTrial(page_bytes, host, device, trial_bytes, blocks_per_chunk=blocks_per_chunk)

@@ -298,6 +298,7 @@ class EngineClient:
             raise broken(engine, error) from error
         try:
             await require_ok(engine, response)
+        # Whatever it is, a cancel too: an answer that nobody reads would keep its connection.
         except BaseException:
             response.close()
             raise

@@ -89,6 +89,8 @@ class PromptLease:
             self.release(handover.engine, handover.lease_id)
             return
         decode = find_decode()
+        # An engine that the blocks may not be handed to could not speak of them either: then the
+        # lease ends by itself.
         if decode is None or not self._may_hand_over(handover.engine, decode):
             return
         params = handover.decode_params(decode, first_token_sent=False)

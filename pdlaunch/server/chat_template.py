@@ -97,6 +97,8 @@ def _join(pieces: Iterator[str], max_chars: int) -> str:
     rendered: list[str] = []
     num_chars = 0
     end_at = time.monotonic() + RENDER_TIMEOUT_S
+    # Between pieces, not at the end: a template that loops over very many messages would hold a
+    # thread for as long as all of them take (400,000 took 24 s).
     for piece in pieces:
         rendered.append(piece)
         num_chars += len(piece)

@@ -151,6 +151,7 @@ class TransferSides:
         self._events += self._prefill.turn()
         self._decode.turn()
         events = self._events[:]
+        # Cleared in place: pulls hold the ``append`` of this very list.
         self._events.clear()
         return events
 
@@ -218,6 +219,7 @@ class TransferSides:
         """Let go of peers and memory. READs that are pending are abandoned: the process is about to
         exit.
         """
+        # Peers first: their connections belong to a connector that is open.
         self._decode.close()
         self._setup.connector.close()
 

@@ -258,6 +258,8 @@ class TransferThread:
                     case _Resume(done):
                         self._resume(done, setup)
                     case commands:
+                        # Rank 0 has ranks fall asleep only when no request, lease or pull holds a
+                        # block, and schedules nothing before all are awake.
                         assert self._sides is not None, f"{self._name} sleeps and got {commands}"
                         for command in commands:
                             self._sides.execute(command)
@@ -283,6 +285,7 @@ class TransferThread:
         if sleep_s < SHORTEST_SLEEP_S:
             time.sleep(0)  # Others may want the interpreter.
             return
+        # Made anew for each sleep: peers open and close their channels in every turn.
         poller = zmq.Poller()
         poller.register(self._woken, zmq.POLLIN)
         poller.register(self._socket.socket, zmq.POLLIN)
@@ -304,6 +307,7 @@ class TransferThread:
         if self._sides is not None and self._sides.is_idle:
             self._sides.let_peers_go()
         if self._sides is None or self._sides.is_quiet:
+            # Before the caller hears of it, who gives the memory back at once.
             self._close_sides()
             self._suspension = None
             suspension.done.set_result("")

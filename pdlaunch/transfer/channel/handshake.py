@@ -135,6 +135,8 @@ def check_geometry(reply: HandshakeReply, *, head_bytes: int, total_kv_heads: in
             raise HandshakeError(
                 f"{field}: {reply.rank_name} states {found}, expected are {wanted}"
             )
+    # That of a CPU or that of a GPU, whatever this rank runs on: connectors such as ``file`` join
+    # the two.
     sizes = SCRATCH_BYTES, DEVICE_SCRATCH_BYTES
     if geometry.scratch_bytes not in sizes:
         raise HandshakeError(

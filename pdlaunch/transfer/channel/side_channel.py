@@ -62,6 +62,7 @@ class DecodeSocket:
     def __init__(self, context: SecureContext, endpoint: str, *, watched: bool = False) -> None:
         """Connect. ``watched``: notice when the connection breaks."""
         self.socket = context.connect(zmq.DEALER, endpoint)
+        # Only writes by the peer need to know of its end: what pulls ask, they ask again.
         self._monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED) if watched else None
         self._broken = False
 

@@ -160,6 +160,7 @@ class MooncakeConnector(PushingConnector):
         protocol = _engine_protocol(self._protocol, vars(mooncake))
         if os.environ.get("MC_TCP_PROTO") == "1":
             raise TransferError("MC_TCP_PROTO=1 has no acknowledged writes: unset it")
+        # Mooncake tells its port for handshakes alone. Those for data are the ones that are new.
         before = tcp_sockets.listeners()
         self._host = os.environ.get(MOONCAKE_ADDRESS, _LOOPBACK)
         name = f"[{self._host}]" if ":" in self._host else self._host

@@ -86,6 +86,8 @@ def new_agent(api: Any, bindings: Any, name: str, kind: str) -> Any:
     ``api`` and ``bindings`` come from ``load_nixl``; ``kind`` is that of the memory it reads,
     ``DRAM`` or ``VRAM``.
     """
+    # The wrapper is made without a backend and given an agent of its own below: the one that it
+    # makes has a progress thread that never sleeps.
     agent = api.nixl_agent(name, api.nixl_agent_config(backends=[]))
     config = bindings.nixlAgentConfig()
     config.useProgThread = True
@@ -190,6 +192,7 @@ class NixlConnector(Connector):
         """Forget a peer. Never raises."""
         for prepared in (connection.blocks, connection.heads):
             self._quietly(prepared.release)
+        # NIXL takes no second agent of a name: the peer could not be connected again.
         self._forget(connection.peer.name)
 
     def read(self, connection: _NixlConnection, blocks: BlockRead) -> Read:
@@ -236,6 +239,8 @@ class NixlConnector(Connector):
     def state_of(self, handle: Any) -> str:
         """Return the state of a READ in NIXL's words: ``PROC``, ``DONE`` or ``ERR``."""
         try:
+            # DONE is no proof: NIXL 1.5.1 says it of READs of deregistered memory and, between
+            # GPUs, of those whose peer was killed. Leases and checksums decide what counts.
             return str(self._agent.check_xfer_state(handle))
         except self._backend_errors:
             return "ERR"
@@ -270,6 +275,8 @@ class NixlConnector(Connector):
     def _prepare(
         self, agent_name: str, base: int, piece_bytes: int, count: int, device_index: int
     ) -> Any:
+        # One row stands for all pieces: address, length and device of the first, distance to the
+        # next, and their number.
         pieces = np.array([[base, piece_bytes, device_index, piece_bytes, count]], dtype=np.uint64)
         return self._agent.prep_xfer_dlist(agent_name, pieces, self._kind)
 

@@ -129,6 +129,7 @@ class P2PConnector(Connector):
 
     def close(self) -> None:
         if self._server is not None:
+            # The server first: it must hand out no descriptor that is about to be closed.
             self._server.close()
         for export in self._exports:
             export.close()

@@ -145,6 +145,7 @@ class _PathsConnection(Connection):
         chosen.connection.use_path(path)
         self._chosen = chosen.connection
         for way in self._ways:
+            # A READ that took too long may still write: its way is closed with the connection.
             if way is not chosen and not way.num_reads:
                 way.close()
 

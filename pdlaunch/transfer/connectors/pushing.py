@@ -102,6 +102,8 @@ class PushingConnector(Connector):
         self._binding.capture(memory.kv_cache)
         self._binding.bind()
         self._start(memory)
+        # Once more: what was just built may have changed this thread's device (Mooncake does), and
+        # NVLink transfers of ranks other than 0 would fail.
         self._binding.bind()
         self._senders = ThreadPoolExecutor(
             self._num_sender_threads, "kv-sender", initializer=self._binding.bind

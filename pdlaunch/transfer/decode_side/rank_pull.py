@@ -220,6 +220,8 @@ class RankPull:
                 # A reader's share of the lease ends only when it has begun; who gives up before
                 # there is one has none.
                 self._link.ask(self._begin_message, None)
+            # Not by a notification of NIXL's, which is sent for whatever was read: of a READ that
+            # was given up, and of memory that was deregistered.
             self._ask_about(PullEnd, None)
         # Lost or incompatible: nobody is left to be told. Connecting: try until the deadline.
         if status != "connecting" or self._setup.clock() >= owes_until_at:

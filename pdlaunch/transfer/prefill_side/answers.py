@@ -264,6 +264,8 @@ class LeaseAnswers:
 
     def _introduce(self, message: Handshake) -> HandshakeReply:
         logger.info("handshake with %s, incarnation %d", message.rank_name, message.incarnation)
+        # Whether it fits or not: nobody waits for a rank that has come and cannot be served
+        # (``TransferSides.is_connected_to``).
         self._known_ranks.add((message.rank_name, message.incarnation))
         card = self._card
         return HandshakeReply(

@@ -152,6 +152,7 @@ class LeaseTable:
 
     def end(self, lease_id: LeaseId, reader: ReaderId) -> bool:
         """End a pull, and return whether the lease has held since its begin."""
+        # First: a lease whose deadline has passed unnoticed has not held.
         self.expire()
         lease = self._leases.get(lease_id)
         num_decode_ranks = lease.open_readers.pop(reader, None) if lease is not None else None
