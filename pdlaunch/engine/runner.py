@@ -17,7 +17,7 @@ import torch
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.model_files.shape import DTYPE_BYTES, read_model_shape
 from pdlaunch.engine.device_copies import Download, upload_array
-from pdlaunch.engine.kv_cache_size import count_kv_blocks
+from pdlaunch.engine.kv_cache import allocate_kv_cache, count_kv_blocks
 from pdlaunch.engine.latest_tokens import LatestTokens
 from pdlaunch.engine.rows import Row, RowTable
 from pdlaunch.engine.sampler import DrawnTokens, draw_tokens
@@ -29,7 +29,6 @@ from pdlaunch.memory.kv_memories import open_kv_memory
 from pdlaunch.memory.pools import KV_CACHE, TAGS, WEIGHTS, MemoryPools
 from pdlaunch.models.attention import AttentionBackend
 from pdlaunch.models.decoder import Decoder, TransformersDecoder
-from pdlaunch.models.kv_memory import allocate_kv_cache
 from pdlaunch.models.loader import load_model, reload_model
 from pdlaunch.models.packed import PackedBatch
 from pdlaunch.models.progress import ReportProgress

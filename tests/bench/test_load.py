@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
-from pdlaunch.bench.serve.arrivals import arrival_times
 from pdlaunch.bench.serve.engine_counters import EngineCounters
 from pdlaunch.bench.serve.goals import Goals, read_goals
-from pdlaunch.bench.serve.loads import BenchOptions
+from pdlaunch.bench.serve.loads import BenchOptions, arrival_times
 from pdlaunch.bench.serve.progress import Progress, duration
 from pdlaunch.bench.serve.row import BenchRun, summarise
 from pdlaunch.bench.serve.sweep import bench_serve

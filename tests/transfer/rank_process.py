@@ -69,9 +69,9 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
     import torch
 
     from pdlaunch.config import connectors
+    from pdlaunch.engine.kv_cache import allocate_kv_cache
     from pdlaunch.memory.cumem_pools import open_memory_pools
     from pdlaunch.memory.kv_memories import open_kv_memory
-    from pdlaunch.models.kv_memory import allocate_kv_cache
     from pdlaunch.protocol.sockets import SecureContext
     from pdlaunch.transfer.channel.handshake import RankIdentity
     from pdlaunch.transfer.connectors.connector import BlockRead, Connection, PeerAgent, Read

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import accumulate
 
 import msgspec
 
-from pdlaunch.bench.serve.arrivals import arrival_times
 from pdlaunch.bench.serve.goals import Goals
 from pdlaunch.bench.serve.target import BenchTarget
 from pdlaunch.bench.serve.traces import (
@@ -160,3 +161,19 @@ def _random_load(
 def _at_rate(load: Load, rate: float, options: BenchOptions, rng: random.Random) -> Load:
     times_s = arrival_times(rate, options.burstiness, len(load.requests), rng)
     return msgspec.structs.replace(load, request_rate=rate, times_s=times_s)
+
+
+def arrival_times(
+    rate: float, burstiness: float, num_requests: int, rng: random.Random
+) -> list[float]:
+    """Return the seconds from the start at which requests are sent, ``rate`` a second on average.
+
+    The pauses between them are gamma distributed of shape ``burstiness``, as vLLM's benchmark has
+    them: 1 is a Poisson process, less comes in bursts, infinity comes evenly.
+    """
+    if math.isinf(burstiness):
+        pauses = [1 / rate] * (num_requests - 1)
+    else:
+        scale = 1 / (rate * burstiness)
+        pauses = [rng.gammavariate(burstiness, scale) for _ in range(num_requests - 1)]
+    return list(accumulate(pauses, initial=0.0))

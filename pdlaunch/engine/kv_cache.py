@@ -1,4 +1,4 @@
-"""Counts the KV blocks that a rank allocates."""
+"""Counts the KV blocks that a rank has room for, and allocates them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.errors import ConfigError
 from pdlaunch.kvcache.groups import KVCacheLayout
+from pdlaunch.memory.kv_memory import KVMemory
 from pdlaunch.models.tensor_parallel import TPGroup
 
 _MOST_SPARED = 0.05
@@ -29,6 +30,17 @@ def count_kv_blocks(
     if num_blocks < 1:
         raise _no_block(spec, cache_bytes, layout.block_bytes)
     return num_blocks
+
+
+def allocate_kv_cache(
+    layout: KVCacheLayout, num_blocks: int, dtype: torch.dtype, memory: KVMemory
+) -> torch.Tensor:
+    """Return ``[num_blocks, *layout.block_shape()]`` of zeros."""
+    return (
+        memory.zeros(num_blocks * layout.block_bytes)
+        .view(dtype)
+        .view(num_blocks, *layout.block_shape())
+    )
 
 
 def left_for_cache(
