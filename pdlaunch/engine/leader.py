@@ -95,6 +95,7 @@ class Leader:
         self._scheduler = scheduler
         self._model = model
         self._requests = scheduler.requests
+        self._figures = scheduler.requests.figures
         self._server = server
         self._followers = followers
         self._offload = offload
@@ -249,13 +250,15 @@ class Leader:
 
     def _integrity(self, call_id: int) -> IntegrityReport:
         try:
-            self._requests.check_integrity()
+            self._figures.check_integrity()
         except AssertionError as error:
             logger.exception("the owners of the KV blocks are inconsistent")
             return IntegrityReport(
-                call_id=call_id, error=str(error) or repr(error), stats=self._requests.stats()
+                call_id=call_id,
+                error=str(error) or repr(error),
+                stats=self._figures.stats(),
             )
-        return IntegrityReport(call_id=call_id, error=None, stats=self._requests.stats())
+        return IntegrityReport(call_id=call_id, error=None, stats=self._figures.stats())
 
     def _receive_events(self) -> None:
         events = self._transfer.take_events()
@@ -293,7 +296,7 @@ class Leader:
         if outputs := self._requests.outputs.take():
             # With every answer, so that a router that works with this engine hears of its load
             # several times a second, without a message more.
-            report = None if self._model is None else self._requests.report(self._model.costs)
+            report = None if self._model is None else self._figures.report(self._model.costs)
             self._server.send(Outputs(items=outputs, report=report))
 
     def _send_stats(self) -> None:
@@ -303,4 +306,4 @@ class Leader:
             return
         self._stats_due_s = now_s + STATS_INTERVAL_S
         histograms = self._requests.histograms.shown()
-        self._server.send(msgspec.structs.replace(self._requests.stats(), histograms=histograms))
+        self._server.send(msgspec.structs.replace(self._figures.stats(), histograms=histograms))

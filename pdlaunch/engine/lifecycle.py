@@ -9,9 +9,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 
-import msgspec
-
 from pdlaunch.config.kv_transfer import KVTransferSettings
+from pdlaunch.engine.figures import EngineFigures
 from pdlaunch.engine.histograms import Histograms
 from pdlaunch.engine.host_loads import HostLoads
 from pdlaunch.engine.in_flight import StepsInFlight
@@ -22,19 +21,11 @@ from pdlaunch.engine.registrations import Registrations
 from pdlaunch.engine.request import Intake, Phase, Request
 from pdlaunch.engine.request_blocks import RequestBlocks
 from pdlaunch.engine.step_builder import StepBuilder
-from pdlaunch.engine.totals import Totals
 from pdlaunch.kvcache.groups import KVCacheGroup
 from pdlaunch.kvcache.manager import KVCacheManager, PrefixHit
 from pdlaunch.offload.jobs import JobFinished
 from pdlaunch.offload.planner import HostHit, OffloadPlanner
-from pdlaunch.protocol.costs import EngineCosts, EngineReport
-from pdlaunch.protocol.engine import (
-    WITHDRAWN,
-    AddRequest,
-    EngineStats,
-    FinishReason,
-    TokenOutput,
-)
+from pdlaunch.protocol.engine import WITHDRAWN, AddRequest, FinishReason, TokenOutput
 from pdlaunch.protocol.ids import EngineId, LeaseId, RequestId, lease_of
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.transfer import (
@@ -99,7 +90,15 @@ class RequestLifecycle:
         """Commands for the connectors that no plan carries yet."""
         self.may_progress = False
         """Something has happened that may let a waiting request start; the scheduler clears it."""
-        self._totals = Totals(num_blocks)
+        self.figures = EngineFigures(
+            self.kv,
+            self._leases,
+            self.pulls,
+            self.host,
+            self.queues,
+            self.in_flight,
+            self.builder,
+        )
         self.histograms = Histograms()
 
     # Messages of the server and of the connectors
@@ -160,7 +159,7 @@ class RequestLifecycle:
         self.may_progress = True
         match event:
             case LeaseEnded():
-                self._totals.counts.leases_expired += event.reason == "expired"
+                self.figures.counts.leases_expired += event.reason == "expired"
                 self._leases.ended(event.lease_id)
             case PullFinished():
                 self._on_pull_finished(event)
@@ -234,7 +233,7 @@ class RequestLifecycle:
         self.kv.free(request.tables)
         request.num_computed = request.num_registered_blocks = 0
         request.may_load = True
-        self._totals.counts.preemptions += 1
+        self.figures.counts.preemptions += 1
         request.times.num_preemptions += 1
         self.may_progress = True
 
@@ -255,7 +254,7 @@ class RequestLifecycle:
         request.token_ids.append(token.token_id)
         if request.is_suspect:
             request.survive()
-        self._totals.counts.generation_tokens += 1
+        self.figures.counts.generation_tokens += 1
         self.histograms.drew_token(request)
         if not self._finish_if_complete(request, token.token_id, token):
             self.builder.add_sampled(request)
@@ -271,66 +270,10 @@ class RequestLifecycle:
         self.kv.free(request.tables)
         self.may_progress = True
 
-    # Figures and proofs
-
     def reset_prefix_cache(self) -> None:
         """Forget all cached blocks, as their content is lost; nobody uses any block."""
         assert not self.queues.by_id
         self.kv.pool.forget_cached()
-
-    def stats(self) -> EngineStats:
-        """Return the totals since the start, and how many requests and blocks are where now."""
-        pool = self.kv.pool
-        return msgspec.structs.replace(
-            self.host.add_to(self._totals.counts),
-            num_running=len(self.queues.running),
-            num_waiting=len(self.queues.waiting),
-            num_waiting_for_kv=self.queues.num_waiting_for_kv,
-            num_leased_requests=len(self._leases),
-            num_free_blocks=pool.num_free_blocks,
-            num_leased_blocks=pool.num_leased_blocks,
-            num_quarantined_blocks=pool.num_quarantined_blocks,
-        )
-
-    def report(self, costs: EngineCosts) -> EngineReport:
-        """Return what there is to do now, which routers weigh their routes by."""
-        queues, pool = self.queues, self.kv.pool
-        streams = [request for request in queues.running if request.num_to_schedule <= 1]
-        waiting_tokens = sum(
-            request.num_to_schedule for request in queues.running if request.num_to_schedule > 1
-        ) + sum(
-            request.num_remaining
-            for request in queues.waiting
-            if request.num_remaining > 1 and not request.wants_pull
-        )
-        return EngineReport(
-            waiting_tokens,
-            len(streams),
-            sum(request.num_computed for request in streams),
-            pool.num_free_blocks // self.kv.num_groups * self._block_size,
-            costs,
-        )
-
-    def check_integrity(self) -> None:
-        """Prove that each request is in its place and each block has the owner that its request,
-        lease, pull or load says. Raises AssertionError.
-        """
-        # Requests that have ended own row and blocks as long as a step in flight computes them.
-        requests = {*self.queues.by_id.values(), *self.in_flight.ended()}
-        owned = [block_id for request in requests for block_id in request.tables.all_ids()]
-        self.kv.pool.check_integrity(
-            owned=[*owned, *self.pulls.shared_ids(), *self.host.shared_ids()],
-            leased=self._leases.all_ids(),
-            held=self.host.held_ids(),
-            pulling=[*self.pulls.pulling_ids(), *self.host.loading_ids()],
-            quarantined=self.pulls.quarantined_ids(),
-        )
-        self.host.check_integrity()
-        self.queues.check_integrity()
-        self.in_flight.check_integrity(requests)
-        for request in requests:
-            assert request.num_scheduled <= request.tables.end * self._block_size
-            assert request.row is None or self.builder.request_at(request.row) is request
 
     # Moves
 
@@ -339,7 +282,7 @@ class RequestLifecycle:
         request.num_computed = num_computed
         if request.num_cached_tokens is None:
             request.num_cached_tokens = min(num_computed, request.num_prompt_tokens)
-            self._totals.add_prompt(request)
+            self.figures.add_prompt(request)
         self.registrations.add_pending(request)
 
     def _take_pulled(self, request: Request) -> None:
@@ -352,7 +295,7 @@ class RequestLifecycle:
         if pull is None:
             return
         if pull.tells_of_blocks(event):
-            self._totals.add_pull(event)
+            self.figures.add_pull(event)
             if event.ok:
                 self.histograms.pulled(event)
         request = pull.request
@@ -392,7 +335,7 @@ class RequestLifecycle:
                 request, "error", error=f"the prompt's KV blocks could not be pulled: {cause}"
             )
         else:
-            self._totals.counts.recomputed_requests += 1
+            self.figures.counts.recomputed_requests += 1
 
     def _finish_if_complete(
         self, request: Request, token_id: int, token: TokenOutput | None = None

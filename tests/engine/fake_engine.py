@@ -199,7 +199,7 @@ class FakeEngine:
             self._collect_oldest()
 
     def _launch(self, plan: StepPlan) -> None:
-        self.scheduler.requests.check_integrity()
+        self.scheduler.requests.figures.check_integrity()
         self._submit(plan)
         self._scribble()
         steps = [runner.launch(plan) for runner in self.runners]
@@ -216,7 +216,7 @@ class FakeEngine:
             runner.collect(step, output.tokens)
         self._scribble()
         self.scheduler.postprocess(plan, output)
-        self.scheduler.requests.check_integrity()
+        self.scheduler.requests.figures.check_integrity()
         self._check_leases()
         self._check_offered()
         if self.in_flight:
@@ -281,13 +281,13 @@ class FakeEngine:
             first_tokens=[FirstToken(token_id=token_id) for token_id in first_tokens],
         )
         self.scheduler.requests.on_transfer_event(event)
-        self.scheduler.requests.check_integrity()
+        self.scheduler.requests.figures.check_integrity()
         self.take_outputs()
 
     def drain(self, pull_id: str) -> None:
         del self.quarantined[pull_id]
         self.scheduler.requests.on_transfer_event(PullDrained(pull_id=pull_id))
-        self.scheduler.requests.check_integrity()
+        self.scheduler.requests.figures.check_integrity()
 
     def end_job(self, job_id: int, *, ok: bool = True, num_bad: int = 0) -> None:
         """The copy ends, on one rank with a fault unless ``ok``; ``num_bad`` chunks of a load are
@@ -304,7 +304,7 @@ class FakeEngine:
         assert merged is not None
         assert merged.ok == ok
         self.scheduler.requests.on_job_finished(merged)
-        self.scheduler.requests.check_integrity()
+        self.scheduler.requests.figures.check_integrity()
         self.take_outputs()
 
     def end_jobs(self) -> None:
@@ -322,7 +322,7 @@ class FakeEngine:
     def end_lease(self, request_id: str, reason: str = "pulled") -> None:
         del self.leases[request_id]
         self.scheduler.requests.on_transfer_event(LeaseEnded(lease_id=request_id, reason=reason))
-        self.scheduler.requests.check_integrity()
+        self.scheduler.requests.figures.check_integrity()
 
     def _on_command(self, command: TransferCommand) -> None:
         match command:

@@ -44,7 +44,7 @@ def test_its_pull_begins_at_once() -> None:
         [3],
         10,
     )
-    stats = engine.scheduler.requests.stats()
+    stats = engine.scheduler.requests.figures.stats()
     assert (stats.num_waiting_for_kv, stats.num_waiting, stats.num_free_blocks) == (1, 0, 29)
     assert not engine.scheduler.has_work()
 
@@ -76,13 +76,13 @@ def test_with_everything_cached_it_still_waits_for_the_first_token() -> None:
     engine.run()
     pull = start_pull(engine, prompt=prompt)
     assert (pull.first_block_index, pull.block_ids) == ([2], [[]])
-    assert engine.scheduler.requests.stats().num_waiting_for_kv == 1
-    assert engine.scheduler.requests.stats().num_free_blocks == 30
+    assert engine.scheduler.requests.figures.stats().num_waiting_for_kv == 1
+    assert engine.scheduler.requests.figures.stats().num_free_blocks == 30
     engine.end_pull(pull.pull_id)
     engine.run()
     assert engine.token_ids("d") == output(prompt, 4)[1:]
     assert engine.finished["d"].num_cached_tokens == 8
-    assert engine.scheduler.requests.stats().transfers == 0
+    assert engine.scheduler.requests.figures.stats().transfers == 0
 
 
 def test_what_the_host_has_is_not_pulled() -> None:
@@ -110,7 +110,7 @@ def test_a_pull_that_fails_under_a_lease_is_recomputed() -> None:
     assert engine.first_tokens["d"] == tokens[:1]
     engine.run()
     assert engine.token_ids("d") == tokens[1:]
-    stats = engine.scheduler.requests.stats()
+    stats = engine.scheduler.requests.figures.stats()
     assert (stats.recomputed_requests, stats.transfer_failures) == (1, 1)
 
 
@@ -131,7 +131,7 @@ def test_a_lease_that_does_not_come_ends_it_and_is_left_to_others(ok: bool) -> N
     assert ok or "broken" in (finished.error or "")
     assert finished.error_param == "kv_transfer_params"
     assert engine.step().commands == []
-    stats = engine.scheduler.requests.stats()
+    stats = engine.scheduler.requests.figures.stats()
     assert (stats.num_free_blocks, stats.transfer_failures, stats.recomputed_requests) == (32, 0, 0)
 
 
@@ -142,10 +142,10 @@ def test_one_that_is_aborted_meanwhile_owns_no_more_than_its_pull() -> None:
     engine.take_outputs()
     assert engine.finished["d"].reason == "abort"
     assert engine.step().commands == [CancelPull(pull_id=pull.pull_id)]
-    assert engine.scheduler.requests.stats().num_free_blocks == 29
+    assert engine.scheduler.requests.figures.stats().num_free_blocks == 29
     engine.end_pull(pull.pull_id, ok=False, leased=False)
-    assert engine.scheduler.requests.stats().num_free_blocks == 32
-    assert engine.scheduler.requests.stats().transfer_failures == 0
+    assert engine.scheduler.requests.figures.stats().num_free_blocks == 32
+    assert engine.scheduler.requests.figures.stats().transfer_failures == 0
     assert "d" not in engine.first_tokens
 
 
@@ -154,7 +154,7 @@ def test_one_that_never_got_its_blocks_leaves_the_lease_to_others() -> None:
     first = start_pull(engine, "d")
     await_lease(engine, "late", [6] * 16)
     assert engine.step().commands == []
-    assert engine.scheduler.requests.stats().num_waiting == 1
+    assert engine.scheduler.requests.figures.stats().num_waiting == 1
     engine.scheduler.requests.abort("late")
     engine.take_outputs()
     assert engine.step().commands == []
@@ -181,7 +181,7 @@ def test_a_first_token_that_is_the_last_one_leaves_the_blocks_to_the_cache(ends:
     assert (finished.reason, finished.tokens, finished.num_cached_tokens) == (ends, [], 10)
     assert engine.first_tokens["d"] == output(PROMPT, 1)
     assert engine.step().commands == []
-    assert engine.scheduler.requests.stats().num_free_blocks == 32
+    assert engine.scheduler.requests.figures.stats().num_free_blocks == 32
     engine.add("next", PROMPT, max_tokens=1)
     engine.run()
     assert engine.finished["next"].num_cached_tokens == 8
@@ -196,7 +196,7 @@ def test_running_requests_take_no_blocks_from_a_pull_that_waits() -> None:
     for _ in range(20):
         engine.step()
     assert set(engine.finished) == {"a", "b"}
-    assert engine.scheduler.requests.stats().preemptions > 0
+    assert engine.scheduler.requests.figures.stats().preemptions > 0
     engine.end_pull(pull.pull_id)
     engine.run()
     assert engine.token_ids("d") == output(PROMPT, 4)[1:]
@@ -227,7 +227,7 @@ def test_prompts_that_are_computed_elsewhere_leave_room_for_others() -> None:
     second = start_pull(engine, "b")
     await_lease(engine, "c")
     assert engine.step().commands == []
-    assert engine.scheduler.requests.stats().num_waiting == 1
+    assert engine.scheduler.requests.figures.stats().num_waiting == 1
     engine.add("d", PROMPT, remote_kv=remote_kv("ready", 0))
     (pull,) = [command for command in engine.step().commands if isinstance(command, StartPull)]
     assert pull.remote.lease_id == "ready"

@@ -103,7 +103,7 @@ def test_a_preempted_prompt_is_withdrawn_and_told_of_anew() -> None:
     engine.step()
     compute(engine)
     found = commands(engine)
-    assert engine.scheduler.requests.stats().preemptions == 1
+    assert engine.scheduler.requests.figures.stats().preemptions == 1
     withdrawn = found.index(WithdrawPartialPrompt(lease_id="a"))
     before, after = found[:withdrawn], found[withdrawn + 1 :]
     assert ready(before)[0] == ready(after)[0] == 0

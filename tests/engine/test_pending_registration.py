@@ -69,7 +69,7 @@ def test_one_that_makes_way_before_its_first_step_finds_them_again() -> None:
     for pull_id in list(engine.pulls):
         engine.end_pull(pull_id)
     engine.run()
-    assert engine.scheduler.requests.stats().preemptions == 1
+    assert engine.scheduler.requests.figures.stats().preemptions == 1
     assert engine.num_pulls == 2
     assert engine.runners[0].num_computed_tokens == 8 + 3 + 5 + 2, (
         "of the two blocks that b gave back, a has taken one"

@@ -229,7 +229,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def owners_agree(self):
         if hasattr(self, "engine"):
-            self.engine.scheduler.requests.check_integrity()
+            self.engine.scheduler.requests.figures.check_integrity()
 
     def teardown(self):
         if not hasattr(self, "engine"):
@@ -237,7 +237,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.run_to_the_end()
         for request_id in self.engine.added:
             self.check_request(request_id)
-        stats = self.engine.scheduler.requests.stats()
+        stats = self.engine.scheduler.requests.figures.stats()
         assert stats.num_free_blocks == self.engine.num_blocks
         assert (
             stats.num_running,
