@@ -28,7 +28,7 @@ Detokenize = Callable[[list[int]], Awaitable[str]]
 
 LOST_REASONS = (
     "seed", "several choices", "tools", "structured output", "reasoning", "images", "fields",
-    "token ids", "half a character", "length", "min_tokens and stop strings", "text",
+    "token ids", "half a character", "length", "min_tokens and stop strings", "text", "version",
 )  # fmt: skip
 """The reason why a stream cannot go on at another engine."""
 NUM_CONTEXT_TOKENS = 64
@@ -118,6 +118,8 @@ def obstacle(prompt: PromptRequest, transcript: Transcript, capabilities: Capabi
     """Return why the answer cannot go on at another engine; empty when it can."""
     body = prompt.body
     response_format = body.get("response_format") or {"type": "text"}
+    if not capabilities.goes_on:
+        return "version"
     if body.get("seed") is not None:
         return "seed"
     if prompt.num_choices > 1:

@@ -71,7 +71,14 @@ def is_back(deployment: Deployment, folder: Path, name: str, old_pid: object) ->
 
 
 def test_serves_heals_after_a_kill_and_leaves_nothing(tmp_path: Path, model: Path) -> None:
-    with launched(tmp_path, model, environ={"PDLAUNCH_HANG_TIMEOUT_S": "5"}) as deployment:
+    environ = {
+        "PDLAUNCH_HANG_TIMEOUT_S": "5",
+        "PDLAUNCH_ENGINE_API_KEY": "of-the-launch",
+        # Of the user's shell, for another vLLM.
+        "VLLM_API_KEY": "of-the-shell",
+        "VLLM_SERVER_DEV_MODE": "1",
+    }
+    with launched(tmp_path, model, environ=environ) as deployment:
         assert complete(deployment.url, PROMPT, 5, model=None) == answer_of(PROMPT, 5)
         _, status = Api(deployment.url).get_object("/pdlaunch/status")
         assert {(each["kind"], each["version"]) for each in status["engines"]} == {
@@ -81,6 +88,9 @@ def test_serves_heals_after_a_kill_and_leaves_nothing(tmp_path: Path, model: Pat
         environment = told["environment"]
         assert isinstance(environment, dict)
         assert not any("KEY" in name for name in environment if name.startswith("PDLAUNCH"))
+        assert environment["VLLM_API_KEY"] == "of-the-launch"
+        assert environment["VLLM_SERVER_DEV_MODE"] == "0"
+        assert "of-the-launch" not in str(told["arguments"])
         run_dir = Path(environment["VLLM_RPC_BASE_PATH"])
         assert run_dir.stat().st_mode & 0o777 == 0o700
         pid = told["pid"]

@@ -65,6 +65,33 @@ def test_only_what_is_set_is_handed_on() -> None:
     assert value_of(given, "--max-model-len") == "512"
 
 
+def test_settings_mean_what_they_mean_for_native_engines() -> None:
+    settings = {
+        "drain_timeout_s": 7,
+        "enable_cumem_allocator": True,
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+        "async_scheduling": False,
+        "load_format": "dummy",
+        "kv_cache_memory": "2GiB",
+        "gpu_memory_utilization": 0.5,
+        "kv_transfer": {"lease_s": 12, "on_failure": "fail"},
+    }
+    planned = plan_processes(resolved(config(engine="vllm", **settings), FOUR_GPUS))
+    command = commands(planned)["decode-0"]
+    text = shlex.join(command)
+    assert "--shutdown-timeout 7 " in text
+    assert "--load-format dummy " in text
+    assert "--gpu-memory-utilization 0.5 " in text
+    assert f"--kv-cache-memory-bytes {2 << 30} " in text
+    switches = {"--enable-cumem-allocator", "--enforce-eager", "--no-enable-prefix-caching"}
+    assert switches | {"--no-async-scheduling"} <= set(command)
+    transfer = json.loads(value_of(command, "--kv-transfer-config"))
+    assert transfer["kv_buffer_device"] == "cuda"
+    assert transfer["kv_load_failure_policy"] == "fail"
+    assert transfer["kv_connector_extra_config"] == {"kv_lease_duration": 12}
+
+
 def test_further_arguments_are_flags() -> None:
     arguments = {
         "enable_lora": True,

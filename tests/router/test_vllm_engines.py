@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pdlaunch.router.continuation import LOST_REASONS
+from pdlaunch.watch.versions import with_version
 from tests.router.conftest import Stand
 from tests.router.fake_engine import until
 from tests.router.fake_vllm_engine import (
@@ -342,3 +343,18 @@ async def test_engines_get_their_own_key_and_never_the_launchs(stand: Stand) -> 
     await stand.post(completion(), headers={"Authorization": "Bearer clients"})
     keys = {seen.headers.get("Authorization") for seen in (*prefill.seen, *decode.seen)}
     assert keys == {"Bearer engine-key"}
+
+
+async def test_a_stream_of_a_version_that_tells_no_token_ids_is_lost(stand: Stand) -> None:
+    engines = vllm_pairs()
+    for engine in engines:
+        engine.capabilities = with_version(engine.capabilities, "0.10.2")
+    prefill, decode = engines
+    stand.pairs = [proof(prefill, decode)]
+    await stand.start(engines)
+    stand.die_after(decode, 5, num_told=5)
+    answer = await stand.post(completion(stream=True))
+    error = answer.events()[-1]["error"]
+    assert (error["code"], "(version)" in error["message"]) == ("stream_lost", True)
+    assert stand.metric('pdlaunch_router_lost_streams_total{reason="version"}') == 1
+    assert len(prefill.seen) == 1
