@@ -156,8 +156,12 @@ def attend_decode(
                 mask=visible[None, :] & is_dim[:, None],
                 other=0.0,
             )
+            # By itself Triton multiplies float32 as TF32, with 10 bits of the mantissa: too few for
+            # tokens that are the same on every engine.
             scores = tl.dot(queries, keys, input_precision="ieee") * scaling_log2
             scores = tl.where(visible[None, :], scores, float("-inf"))
+            # A number: the first tile holds the first token in sight, and each later one begins in
+            # sight.
             new_best = tl.maximum(best, tl.max(scores, 1))
             weights = tl.exp2(scores - new_best[:, None])
             # Turns what was summed relative to the old maximum into terms of the new one.

@@ -57,6 +57,7 @@ class ControlClient:
 
     def _put(self, message: ToSupervisor | None) -> None:
         self._outbox.put(message)
+        # A full pipe is a wake that waits already; after the end of the thread nobody needs one.
         with self._wake_lock, contextlib.suppress(zmq.ZMQError):
             self._wake.send(b"", zmq.NOBLOCK)
 

@@ -91,6 +91,8 @@ class SecureContext:
         socket.curve_server = True
         socket.curve_secretkey = self._keys.secret.encode()
         socket.curve_publickey = self._keys.public.encode()
+        # A peer that connects again under its identity takes the place of its dead connection; a
+        # ROUTER would else keep that one and ignore the new.
         if kind == zmq.ROUTER:
             socket.router_handover = True
         socket.bind(endpoint)

@@ -137,6 +137,7 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
         if lease_id:
             body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
         if body.get("max_completion_tokens") is not None:
+            # Engines let it go over ``max_tokens``: prefill would draw the whole answer.
             body["max_completion_tokens"] = 1
         if body.get("min_tokens") is not None and not knows_whole_request:
             body["min_tokens"] = min(1, body["min_tokens"])
@@ -290,6 +291,8 @@ def read_client_request(
             PromptRequest(
                 endpoint=endpoint,
                 origin=(origin := PromptOrigin(secrets.randbelow(2**63 - 1) + 1)),
+                # A seed is drawn here, once: every engine that the prompt may come to must draw the
+                # same tokens.
                 body=one
                 if fields.seed is not None or has_own_fields
                 else one | {"seed": draw_seed()},

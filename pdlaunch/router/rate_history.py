@@ -77,6 +77,7 @@ class RateHistory:
         for sample in self._metrics.samples(_NAMES):
             if sample.name in buckets:
                 buckets[sample.name][float(sample.labels["le"])] = sample.value
+            # A client that has left is no error of the deployment.
             elif sample.labels.get("status") != str(CLIENT_CLOSED_REQUEST):
                 sums[sample.name] += sample.value
         return Totals(
