@@ -27,6 +27,7 @@ Need = (
         "ports",
         "nixl",
         "connector",
+        "extras",
         "folders",
         "weights",
         "transport",
@@ -46,6 +47,7 @@ _NOT_PROBED: Mapping[str, tuple[Need, str]] = {
     "ports": ("ports", "ports were not probed on this machine"),
     "nixl": ("nixl", "NIXL is asked with --probe, and by serve where variables of UCX are set"),
     "connector_errors": ("connector", "the connector was not imported on this machine"),
+    "missing_extras": ("extras", "packages were not looked for on this machine"),
     "folder_problems": ("folders", "folders were not probed on this machine"),
     "weight_errors": ("weights", "files of weights were not looked at"),
     "transport": ("transport", "serve measures it after the handshake"),
@@ -94,6 +96,8 @@ class Probes:
     """Maps a name to the reason why that connector of another package that is in use cannot be
     imported.
     """
+    missing_extras: Mapping[str, str] | None = None
+    """Maps an extra of pdlaunch to the first of its modules that this Python does not find."""
     folder_problems: Mapping[str, str] | None = None
     """Reasons why folders cannot be written to, by setting."""
     weight_errors: Mapping[Role, ConfigError] | None = None

@@ -1,4 +1,4 @@
-"""Rules PD401 to PD408 judge the packages and drivers that ranks load."""
+"""Rules PD401 to PD408, PD437, PD438 and PD460 judge packages and drivers."""
 
 from __future__ import annotations
 
@@ -278,6 +278,35 @@ def mooncake_libraries(context: Context) -> Iterator[Found]:
         )
     for name in libraries.missing_for_mooncake:
         yield Found("package mooncake", f"the loader does not find {name}")
+
+
+@rule(
+    "PD460",
+    "error",
+    fix="Install the extra for this Python, or leave out what asks for it.",
+    source="pyproject.toml: optional-dependencies.",
+    needs=("extras",),
+)
+def extra_missing(context: Context) -> Iterator[Found]:
+    """A setting or the model asks for an extra of pdlaunch that is not installed.
+
+    Spans are sent with the libraries of `otel`, a .gguf file is converted with those of `gguf`, and
+    the CuMem allocator calls the driver through `cuda`. What needs them would end at its start.
+    """
+    missing, config = context.probes.missing_extras or {}, context.config
+    wanted: list[tuple[str, str]] = []
+    if config.tracing.otlp_endpoint is not None:
+        wanted.append(("otel", "tracing.otlp_endpoint"))
+    if context.launch.conversions:
+        wanted.append(("gguf", "model"))
+    # Of other hosts it is not known here.
+    if not context.launch.spans_hosts:
+        cumem = [engines for engines in context.on("cuda") if engines.allocator == "cumem"]
+        wanted += [("cuda", engines.where("enable_cumem_allocator")) for engines in cumem]
+    for extra, where in wanted:
+        if extra in missing:
+            message = f"it needs the extra {extra}: there is no module {missing[extra]}"
+            yield Found(where, message, f"pip install 'pdlaunch[{extra}]', or leave it out")
 
 
 def _numbers(version: str) -> tuple[int, ...]:

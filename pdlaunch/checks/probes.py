@@ -18,12 +18,22 @@ from pdlaunch.platform.engine_commands import (
     find_engine_command,
 )
 from pdlaunch.platform.facts import PortState
+from pdlaunch.platform.libraries import missing_modules
 from pdlaunch.resolve.models import weight_error
 from pdlaunch.resolve.resolve import ResolvedLaunch
 
+EXTRAS = {
+    "otel": ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http"),
+    "gguf": ("gguf", "accelerate"),
+    "cuda": ("cuda.bindings",),
+}
+"""Modules of the extras that settings or a model can ask for."""
+
 
 def probe_files(resolved: ResolvedLaunch) -> Probes:
-    """Look at the files of weights, at the folders that must be writable, and at the connector."""
+    """Look at the files of weights, at the folders that must be writable, at the connector, and for
+    the packages of extras.
+    """
     folders = resolved.config.kv_transfer.folders
     problems = {name: why_not_writable(folder) for name, folder in folders.items()}
     weight_errors = {
@@ -34,6 +44,7 @@ def probe_files(resolved: ResolvedLaunch) -> Probes:
     }
     return Probes(
         connector_errors=_connector_errors(resolved.config),
+        missing_extras=missing_modules(EXTRAS),
         folder_problems={name: text for name, text in problems.items() if text is not None},
         weight_errors=weight_errors,
         engine_commands={

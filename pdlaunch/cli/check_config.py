@@ -98,6 +98,7 @@ def check_config(
             probes,
             ports=probe_ports(resolved),
             connector_errors=files.connector_errors,
+            missing_extras=files.missing_extras,
             folder_problems=files.folder_problems,
             weight_errors=files.weight_errors,
             engine_commands=files.engine_commands,

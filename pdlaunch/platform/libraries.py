@@ -35,6 +35,23 @@ def find_libraries(environ: Mapping[str, str] = os.environ) -> Libraries:
     )
 
 
+def missing_modules(extras: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    """Return by extra the first of its modules that is not found; none of them is imported."""
+    missing: dict[str, str] = {}
+    for extra, modules in extras.items():
+        for module in modules:
+            if not _is_found(module):
+                missing.setdefault(extra, module)
+    return missing
+
+
+def _is_found(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError, AttributeError):
+        return False
+
+
 def _torch_version(version_file: str) -> str:
     version, hip = (_assigned(version_file, name) for name in ("__version__", "hip"))
     # Wheels say so in their version, builds from source do not.

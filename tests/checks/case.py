@@ -21,6 +21,11 @@ class Case:
     quiet: list[Context]
 
 
+def lacks(*extras):
+    """Probes of a Python that does not find these extras."""
+    return {"missing_extras": dict.fromkeys(extras, "a_module")}
+
+
 def machine(base=CPU, **changes):
     return replace(base, **changes)
 

@@ -7,6 +7,7 @@ from tests.checks.case import (
     PAIR,
     ROUTER,
     Case,
+    lacks,
     libraries,
     machine,
     mooncake,
@@ -58,6 +59,16 @@ CASES: dict[str, Case] = {
     "PD437": Case(
         [on(CPU, probes={"connector_errors": {"theirs": "connector theirs cannot be imported"}})],
         [on(CPU, probes={"connector_errors": {}})],
+    ),
+    "PD460": Case(
+        [
+            on(CPU, tracing__otlp_endpoint="http://a:4318", probes=lacks("otel")),
+            on(GPU, enable_cumem_allocator=True, probes=lacks("cuda")),
+        ],
+        [
+            on(CPU, tracing__otlp_endpoint="http://a:4318", probes=lacks("cuda")),
+            on(GPU, probes=lacks("otel", "gguf")),
+        ],
     ),
     "PD438": Case([needing_cuda(CPU)], [needing_cuda(GPU), on(CPU)]),
     "PD405": Case(

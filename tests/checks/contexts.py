@@ -143,6 +143,7 @@ def on(
         "ports",
         "nixl",
         "connector_errors",
+        "missing_extras",
         "folder_problems",
         "weight_errors",
         "engine_commands",

@@ -1,4 +1,4 @@
-"""For each rule on libraries (PD40x, PD437, PD438): a machine that fires it, and its fixes."""
+"""For each rule on libraries (PD40x, PD437, PD438, PD460): a machine that fires it; its fixes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -18,6 +19,7 @@ from tests.checks.contexts import CPU, GPU
 from tests.checks.firing import Case, Setup
 from tests.checks.machines import MOONCAKE, ON_MOONCAKE, libraries
 
+ON_OTLP = ("--otlp-endpoint", "http://127.0.0.1:4318")
 CU12, CU13 = frozenset({"cu12"}), frozenset({"cu13"})
 NEEDS_IBVERBS = libraries(MOONCAKE, missing_for_mooncake=("libibverbs.so.1",))
 
@@ -60,6 +62,14 @@ def whole_connector(
         f"SPEC = ConnectorSpec()\nSPEC.needs_cuda = {needs_cuda}\n"
         "SPEC.factory = 'pdlaunch.transfer.connectors.file:new_connector'\n"
     )
+
+
+@contextlib.contextmanager
+def without_extra(name: str, *flags: str) -> Iterator[tuple[str, ...]]:
+    """This Python finds none of the extra's modules; ``flags`` ask for it."""
+    missing = {name: ("pdlaunch_lacks_this",)}
+    with patch.dict("pdlaunch.checks.probes.EXTRAS", missing):
+        yield flags
 
 
 def cuda_connector() -> contextlib.AbstractContextManager[tuple[str, ...]]:
@@ -174,5 +184,18 @@ CASES = [
             "Name another connector": Setup(),
             "use GPUs": Setup(machine=GPU, arrange=cuda_connector),
         },
+    ),
+    Case(
+        "PD460",
+        Setup(machine=None, arrange=partial(without_extra, "otel", *ON_OTLP)),
+        {
+            "Install the extra": Setup(machine=None, flags=ON_OTLP),
+            "leave out": Setup(machine=None, arrange=partial(without_extra, "otel")),
+        },
+    ),
+    Case(
+        "PD460",
+        Setup(machine=None, model="tiny.gguf", arrange=partial(without_extra, "gguf")),
+        {"leave out": Setup(machine=None, arrange=partial(without_extra, "gguf"))},
     ),
 ]

@@ -33,6 +33,7 @@ def test_a_clean_set_up():
         ports={},
         nixl={},
         connector_errors={},
+        missing_extras={},
         folder_problems={},
         weight_errors={},
         engine_commands={},
