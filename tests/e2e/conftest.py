@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from pdlaunch.client.deployment import Deployment, running_deployment
+from tests.router.otlp_collector import Collector, running_collector
 
 DEMO_ARGUMENTS = ("--dtype", "float32", "--kv-cache-memory", "256MiB", "--log-requests")
 
@@ -31,9 +32,18 @@ def clean_environ() -> dict[str, str]:
 
 
 @pytest.fixture(scope="package")
-def demo() -> Iterator[Deployment]:
+def collector() -> Iterator[Collector]:
+    """Gets the spans of all requests to ``demo``."""
+    with running_collector() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="package")
+def demo(collector: Collector) -> Iterator[Deployment]:
     """One prefill and one decode engine with the demo model, float32; they end with the tests of
     this folder.
     """
-    with running_deployment(DEMO_ARGUMENTS, environ=clean_environ()) as deployment:
+    arguments = (*DEMO_ARGUMENTS, "--otlp-endpoint", collector.url)
+    environ = clean_environ() | {"OTEL_BSP_SCHEDULE_DELAY": "200"}
+    with running_deployment(arguments, environ=environ) as deployment:
         yield deployment

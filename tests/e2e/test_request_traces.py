@@ -18,9 +18,10 @@ from pdlaunch.client.requests import read_trace, reading_api
 from pdlaunch.protocol.costs import ROUTE_HEADER, WANTS_PAIR
 from pdlaunch.protocol.requests import RequestTrace
 from tests.e2e.waiting import await_true
+from tests.router.otlp_collector import Collector, Received
 
 
-def post(url: str, body: dict[str, Any], request_id: str) -> None:
+def post(url: str, body: dict[str, Any], request_id: str, **headers: str) -> None:
     request = urllib.request.Request(
         f"{url}/v1/completions",
         json.dumps(body).encode(),
@@ -28,7 +29,8 @@ def post(url: str, body: dict[str, Any], request_id: str) -> None:
             "Content-Type": "application/json",
             "X-Request-Id": request_id,
             ROUTE_HEADER: WANTS_PAIR,
-        },
+        }
+        | headers,
     )
     with urllib.request.urlopen(request) as response:
         response.read()
@@ -109,3 +111,27 @@ def test_its_line_is_in_the_log_and_on_the_terminal(
 def test_the_logs_of_engines_have_its_id(demo: Deployment, through_a_pair: RequestTrace) -> None:
     for engine in ("prefill-0", "decode-0"):
         assert through_a_pair.id in (demo.log_dir / f"{engine}.log").read_text()
+
+
+def test_a_collector_gets_its_spans(demo: Deployment, collector: Collector) -> None:
+    trace_id, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    body = {"prompt": "Nobody else reads this", "max_tokens": 4, "ignore_eos": True}
+    post(demo.url, body, "to-a-collector", traceparent=f"00-{trace_id}-{parent}-01")
+
+    def root() -> list[Received]:
+        return [span for span in collector.spans if span.parent == parent]
+
+    await_true(root, "the collector has the request", 60.0)
+    (whole,) = root()
+    spans = [span for span in collector.spans if span.trace_id == trace_id]
+    assert whole.name == "text_completion smollm2"
+    assert whole.attributes["gen_ai.usage.output_tokens"] == 4
+    assert whole.attributes["pdlaunch.request_id"] == "to-a-collector"
+    ranks = {"prefill-0/rank-0", "decode-0/rank-0"}
+    assert {span.process for span in spans} == {"router", "prefill-0", "decode-0"} | ranks
+    legs = {span.name: span.id for span in spans if span.parent == whole.id}
+    assert legs.keys() >= {"prefill at prefill-0", "decode at decode-0"}
+    (pull,) = [span for span in spans if span.name == "pull"]
+    assert pull.parent == legs["decode at decode-0"]
+    told = str([(span.name, span.attributes, span.events) for span in spans])
+    assert "Nobody" not in told
