@@ -26,6 +26,8 @@ _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u206
 
 def escape_controls(text: str) -> str:
     """Return ``text`` on one line, without anything that a terminal would obey."""
+    if text.isprintable():  # As nearly all texts are; the search takes twice as long.
+        return text
     return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 

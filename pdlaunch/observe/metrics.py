@@ -131,7 +131,19 @@ class RequestClock:
         self._metrics = metrics
         self._clock = clock
         self._start_at = clock()
+        self.first_token_at: float | None = None
         self._last_at: dict[int, float] = {}
+        """The instant of the last token, by choice."""
+
+    @property
+    def last_token_at(self) -> float:
+        """Return the instant of the last token; there has been one."""
+        return max(self._last_at.values())
+
+    @property
+    def num_choices(self) -> int:
+        """Return how many choices have had a token."""
+        return len(self._last_at)
 
     def restart(self) -> None:
         """Start anew: only now this engine's work begins."""
@@ -147,6 +159,7 @@ class RequestClock:
             # Tokens that come together took the time since the last chunk in equal parts.
             self._metrics.inter_token.observe((now_at - last_at) / num_tokens)
         elif not self._last_at:
+            self.first_token_at = now_at
             self._metrics.time_to_first_token.observe(now_at - self._start_at)
         self._last_at[choice] = now_at
         self._metrics.generation_tokens.inc(num_tokens)

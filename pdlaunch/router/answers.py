@@ -43,6 +43,7 @@ class Answer:
         self._metrics = metrics
         self._record = record
         self._clock = RequestClock(metrics)
+        record.times(self._clock)
         self._id = request.endpoint.id_prefix + request.request_id
         self._model = model
         self._created = int(time.time())
@@ -88,7 +89,6 @@ class Answer:
         for choice in chunk["choices"]:
             if num_tokens := len(choice.get("token_ids") or ()):
                 self._clock.tokens(choice["index"], num_tokens)
-                self._record.tokens(choice["index"], num_tokens)
             if choice.get("finish_reason") is not None:
                 self._metrics.finished(choice["finish_reason"])
                 self._record.finished(choice["finish_reason"])

@@ -58,6 +58,7 @@ class PromptProgress:
         self.transcript = Transcript(
             prompt.num_choices, keeps_text=prompt.is_stream and state.pool.has_own_fields
         )
+        record.counts(self.transcript)
         self.attempts = Attempts(state)
         self.lease = PromptLease(state)
         self.first_token = FirstToken(state)

@@ -13,7 +13,9 @@ import msgspec
 from pdlaunch.errors import RequestError
 from pdlaunch.http.errors import CLIENT_CLOSED_REQUEST, RelayedError, error_status
 from pdlaunch.observe.logs import escape_controls
+from pdlaunch.observe.metrics import RequestClock
 from pdlaunch.observe.spans import (
+    MAX_SPANS,
     PREFILL,
     PULL,
     QUEUE,
@@ -28,6 +30,7 @@ from pdlaunch.protocol.openai.responses import Usage
 from pdlaunch.protocol.requests import RequestSummary, RequestTrace, SpanView
 from pdlaunch.router.engine_errors import EngineFailure
 from pdlaunch.router.policy import Hop, Route
+from pdlaunch.router.transcript import Transcript
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +39,8 @@ MAX_ERROR_LENGTH = 300
 MAX_MODEL_LENGTH = 200
 MAX_CONTENT_LENGTH = 200
 """Characters of a prompt and of an output that are logged with ``log_content``."""
+MAX_HEARD_SPANS = 4 * MAX_SPANS
+"""Spans that are kept of what one engine, with its ranks, tells of a call."""
 CLIENT_LEFT = "the client went away"
 
 
@@ -56,7 +61,12 @@ class Leg:
         self.was_dropped = False
         """Its answer was not needed."""
         self.spans: list[Span] = []
-        """Those that the engine has told, on the router's clock."""
+        """Those that the engine has told, on a clock of its own; ``placed`` returns them on the
+        router's.
+        """
+        self.num_dropped = 0
+        """Spans that the engine, or this process, has not kept."""
+        self._first_at = 0.0
         self._log = log
         self._attributes = attributes
         self._content = content
@@ -89,15 +99,19 @@ class Leg:
         if told is None:
             return
         try:
-            report = msgspec.convert(told, SpanReport)
+            report = told if isinstance(told, SpanReport) else msgspec.convert(told, SpanReport)
         except msgspec.ValidationError as error:
             logger.debug("%s: its spans cannot be read: %s", self.engine, error)
             return
-        received_at, num_before = self._log.clock(), len(self._log.spans)
-        self._log.take(report, sent_at=self._sent_at, received_at=received_at, process=self.engine)
-        self.spans = self._log.spans[num_before:]
-        error_s = report.clock_error_s(self._sent_at, received_at)
+        error_s = report.clock_error_s(self._sent_at, self._log.clock())
+        self.spans = report.spans[:MAX_HEARD_SPANS]
+        self.num_dropped = report.num_dropped + len(report.spans) - len(self.spans)
+        self._first_at = self._sent_at + error_s
         self._attributes["clock_error_ms"] = round(error_s * 1000, 3)
+
+    def placed(self) -> list[Span]:
+        """Return the engine's spans on the router's clock."""
+        return [span.moved(self._first_at, self.engine) for span in self.spans]
 
     def end(self, error: str | None = None) -> None:
         """End it, once."""
@@ -114,12 +128,12 @@ class Leg:
 
     def longest_s(self, name: str) -> float | None:
         """Return the longest of the engine's spans of this name; None: it has told none."""
-        return max((span.duration_s for span in self.spans if span.name == name), default=None)
+        return max([span.duration_s for span in self.spans if span.name == name], default=None)
 
     def total_s(self, name: str) -> float | None:
         """Return the sum of its spans of this name, of the first choice alone."""
         times = [
-            span.duration_s
+            span.end_at - span.start_at
             for span in self.spans
             if span.name == name and not span.attributes.get("choice")
         ]
@@ -130,11 +144,14 @@ class Leg:
         spans = [span for span in self.spans if span.name == name]
         if not spans:
             return None
-        return max(span.end_at for span in spans) - min(span.start_at for span in spans)
+        return max([span.end_at for span in spans]) - min([span.start_at for span in spans])
 
     def attributes(self, name: str) -> dict[str, Attribute]:
         """Return those of its first span of this name; empty without one."""
-        return next((span.attributes for span in self.spans if span.name == name), {})
+        for span in self.spans:
+            if span.name == name:
+                return span.attributes
+        return {}
 
 
 class RequestRecord:
@@ -160,7 +177,6 @@ class RequestRecord:
         self.status: int | None = None
         self.error: str | None = None
         self.log = SpanLog(clock)
-        self._clock = clock
         self.trace_headers: dict[str, str] = {}
         """Headers by which the engines' own tracing knows its parent."""
         self.otel_span: Any = None
@@ -169,10 +185,10 @@ class RequestRecord:
         self._legs: list[Leg] = []
         self._explanation: str | None = None
         self._usage: Usage | None = None
-        self._first_token_at: float | None = None
-        self._last_token_at = 0.0
+        self._times: RequestClock | None = None
+        self._transcripts: list[Transcript] = []
         self._num_tokens = 0
-        self._choices: set[int] = set()
+        """Belongs to a request that has ended."""
         self._reasons: dict[str, None] = {}
         self._end_at: float | None = None
 
@@ -225,15 +241,13 @@ class RequestRecord:
         if self.content is not None and len(self.content["output_text"]) < MAX_CONTENT_LENGTH:
             self.content["output_text"] = _cut(self.content["output_text"] + text)
 
-    def tokens(self, choice: int, num_tokens: int) -> None:
-        """Note output tokens on their way to the client."""
-        # Called for each token of each request.
-        self._last_token_at = now_at = self._clock()
-        if self._first_token_at is None:
-            self._first_token_at = now_at
-        if choice not in self._choices:
-            self._choices.add(choice)
-        self._num_tokens += num_tokens
+    def times(self, clock: RequestClock) -> None:
+        """Take when tokens leave from the clock of the metrics, so that no token costs anything."""
+        self._times = clock
+
+    def counts(self, transcript: Transcript) -> None:
+        """Take the number of tokens from what the client of a prompt was told."""
+        self._transcripts.append(transcript)
 
     def finished(self, reason: str) -> None:
         """Note that a choice has ended."""
@@ -258,25 +272,25 @@ class RequestRecord:
             self.status, self.error = status, CLIENT_LEFT
         for leg in self._legs:
             leg.end()
-        if self._first_token_at is not None:
-            self.log.add("first token", self._first_token_at, self._first_token_at)
-            self.log.add(
-                "tokens", self._first_token_at, self._last_token_at, tokens=self._num_tokens
-            )
+        self._num_tokens, self._transcripts = self._count_tokens(), []
+        times, first_at = self._times, self._first_token_at
+        if times is not None and first_at is not None:
+            self.log.add("first token", first_at, first_at)
+            self.log.add("tokens", first_at, times.last_token_at, tokens=self._num_tokens)
         self._end_at = self.log.clock()
         self.log.add("end", self._end_at, self._end_at, status=self.status, error=self.error)
 
     def summary(self) -> RequestSummary:
         """Return what is known of the request in one line."""
         used = [leg for leg in self._legs if leg.error is None and not leg.was_dropped]
-        prefill = next((leg for leg in reversed(used) if leg.hop == "prefill"), None)
-        decode = next((leg for leg in reversed(used) if leg.hop == "decode"), None)
+        last = {leg.hop: leg for leg in used}
+        prefill, decode = last.get("prefill"), last.get("decode")
         computing = prefill or decode
         pull: dict[str, Attribute] = {} if decode is None else decode.attributes(PULL)
         at_first: dict[str, Attribute] = {} if computing is None else computing.attributes(SEATED)
         at_decode: dict[str, Attribute] = {} if decode is None else decode.attributes(SEATED)
         names = [leg.engine for leg in (prefill, decode) if leg is not None]
-        num_bytes, usage = _number(pull.get("bytes")), self._usage
+        num_bytes, usage, first_at = _number(pull.get("bytes")), self._usage, self._first_token_at
         return RequestSummary(
             id=self.id,
             received_at=self.received_at,
@@ -293,15 +307,13 @@ class RequestRecord:
             cached_device_tokens=_count(at_first.get("device_tokens")),
             cached_host_tokens=_count(at_first.get("host_tokens")),
             remote_tokens=_count(at_decode.get("remote_tokens")),
-            queue_ms=_ms(_sum(leg.total_s(QUEUE) for leg in used)),
+            queue_ms=_ms(_sum([leg.total_s(QUEUE) for leg in used])),
             prefill_ms=_ms(_prefill_s(prefill, decode)),
             pull_ms=None if decode is None else _ms(decode.longest_s(PULL)),
             pull_mb=None if num_bytes is None else round(num_bytes / 1e6, 3),
             pull_gb_s=_number(pull.get("gb_s")),
             verified=bool(pull["verified"]) if "verified" in pull else None,
-            first_token_ms=None
-            if self._first_token_at is None
-            else _ms(self._first_token_at - self.log.start_at),
+            first_token_ms=None if first_at is None else _ms(first_at - self.log.start_at),
             output_tokens=self._num_output_tokens(),
             ms_per_token=self._ms_per_token(),
             total_ms=_ms(self.duration_s),
@@ -314,6 +326,7 @@ class RequestRecord:
         """Return all that is known of the request, its spans in the order of their beginnings."""
         start_at = self.log.start_at
         whole = Span("request", start_at, start_at + self.duration_s, {"path": self.path})
+        told = [*self.log.spans, *(span for leg in self._legs for span in leg.placed())]
         spans = [
             SpanView(
                 name=span.name,
@@ -322,26 +335,37 @@ class RequestRecord:
                 end_ms=round((span.end_at - start_at) * 1000, 3),
                 attributes=span.attributes,
             )
-            for span in (whole, *sorted(self.log.spans, key=lambda span: span.start_at))
+            for span in (whole, *sorted(told, key=lambda span: span.start_at))
         ]
         return RequestTrace(
             **msgspec.structs.asdict(self.summary()),
             spans=spans,
-            dropped_spans=self.log.num_dropped,
+            dropped_spans=self.log.num_dropped + sum(leg.num_dropped for leg in self._legs),
         )
 
     def _num_output_tokens(self) -> int | None:
         """Return the tokens so far; None for a request that no engine was asked for."""
         if self._usage is not None:
             return self._usage.completion_tokens
-        return self._num_tokens if self._legs else None
+        return self._count_tokens() if self._legs else None
+
+    @property
+    def _first_token_at(self) -> float | None:
+        return None if self._times is None else self._times.first_token_at
+
+    def _count_tokens(self) -> int:
+        """Return the tokens whose ids are known, so far."""
+        return self._num_tokens + sum(transcript.num_tokens for transcript in self._transcripts)
 
     def _ms_per_token(self) -> float | None:
         """Return the mean time between two tokens of a choice."""
-        num_steps = self._num_tokens - len(self._choices)
-        if self._first_token_at is None or num_steps <= 0:
+        times, first_at = self._times, self._first_token_at
+        if times is None or first_at is None:
             return None
-        return _ms((self._last_token_at - self._first_token_at) * len(self._choices) / num_steps)
+        num_steps = self._count_tokens() - times.num_choices
+        if num_steps <= 0:
+            return None
+        return _ms((times.last_token_at - first_at) * times.num_choices / num_steps)
 
 
 def describe_error(error: BaseException) -> str:

@@ -17,7 +17,7 @@ def test_the_parts_are_those_of_a_request() -> None:
     names = [span.name for span in msgspec.json.decode(of_server, type=SpanReport).spans]
     assert names[:2] == ["receive", "tokenize"]
     assert {"pull", "read", "prefill", "first decode step", "decode", "end"} <= set(names)
-    line = recording.router_line([of_server] * 2, 16)
+    line = recording.router_line(of_server, *recording.answered(16))
     assert "prefill-0 -> decode-0" in line
     assert "tokens=16" in line
 

@@ -36,7 +36,14 @@ ENTER_SCREEN, LEAVE_SCREEN, SHOW_CURSOR = b"\x1b[?1049h", b"\x1b[?1049l", b"\x1b
 class Terminal:
     """Runs ``pdlaunch top`` on a terminal of a size; ``screen`` is what a person sees."""
 
-    def __init__(self, *arguments: str, columns: int = 80, rows: int = 24, **environ: str) -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        columns: int = 80,
+        rows: int = 24,
+        program: tuple[str, ...] = ("-m", "pdlaunch"),
+        **environ: str,
+    ) -> None:
         self.screen = pyte.Screen(columns, rows)
         self._stream = pyte.ByteStream(self.screen)
         self.written = b""
@@ -46,7 +53,7 @@ class Terminal:
         self.before = termios.tcgetattr(theirs)
         known = {name: value for name, value in os.environ.items() if not name.startswith("PDL")}
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "pdlaunch", "top", *arguments],
+            [sys.executable, "-P", *program, "top", *arguments],
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
@@ -141,16 +148,42 @@ def test_it_shows_the_deployment_sorts_pauses_and_opens_a_trace(
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("end", ["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("end", ["Ctrl-C", "SIGTERM", "SIGHUP"])
 def test_the_terminal_is_given_back(terminal: Terminal, end: str) -> None:
     terminal.until(lambda text: "decode-0" in text)
     if end == "Ctrl-C":
         terminal.press("\x03")
     else:
-        terminal.process.send_signal(signal.SIGTERM)
+        terminal.process.send_signal(signal.Signals[end])
     assert terminal.end() != 0
     assert terminal.is_restored()
     assert b"Traceback" not in terminal.written
+
+
+FAILS_AT_A_KEY = """
+import sys
+from pdlaunch.cli import main, top_view
+
+def fail(*_):
+    raise RuntimeError("made up")
+
+top_view.Screen.press = fail
+sys.argv[0] = "pdlaunch"
+main()
+"""
+
+
+@pytest.mark.processes
+def test_an_error_is_told_on_the_terminal_as_it_was(router: DeploymentServer) -> None:
+    terminal = Terminal(router.url, program=("-c", FAILS_AT_A_KEY))
+    try:
+        terminal.until(lambda text: "decode-0" in text)
+        terminal.press("s")
+        assert terminal.end() == 1
+        assert terminal.is_restored()
+        assert terminal.written.rfind(b"made up") > terminal.written.rfind(LEAVE_SCREEN)
+    finally:
+        terminal.close()
 
 
 @pytest.mark.processes

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from pdlaunch.protocol.requests import RequestList, RequestSummary, RequestTrace
+from pdlaunch.router.request_record import MAX_HEARD_SPANS
 from tests.router.conftest import SPEC, Stand, pair, pairs
 from tests.router.fake_engine import FakeEngine, until
 from tests.router.test_life_of_a_request import completion
@@ -234,3 +235,28 @@ async def test_health_checks_and_commands_are_no_requests(stand: Stand) -> None:
     async with stand.session.post("/sleep", json={}) as response:
         assert response.status == 403
     assert await listed(stand) == []
+
+
+@pytest.mark.parametrize("told", ["nonsense", {"elapsed_s": 0.5, "spans": "none"}, {"spans": [1]}])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_report_that_cannot_be_read_is_left_out(
+    stand: Stand, told: Any, stream: bool
+) -> None:
+    engines = pair()
+    for engine in engines:
+        engine.report = told
+    await stand.start(engines)
+    answer = await stand.post(completion(stream=stream), headers={"X-Request-Id": "r1"})
+    assert answer.status == 200
+    assert b"pdlaunch" not in answer.raw
+    assert {span.process for span in (await trace(stand, "r1")).spans} == {"router"}
+
+
+async def test_an_engine_cannot_fill_the_memory_with_spans(stand: Stand) -> None:
+    engines = pair()
+    engines[1].report = report(*[("decode", 0.0, 0.1, {})] * (MAX_HEARD_SPANS + 7))
+    await stand.start(engines)
+    await stand.post(completion(stream=True), headers={"X-Request-Id": "r1"})
+    told = await trace(stand, "r1")
+    assert sum(span.process == "decode-0" for span in told.spans) == MAX_HEARD_SPANS
+    assert told.dropped_spans == 7

@@ -18,17 +18,23 @@ import msgspec
 
 from pdlaunch.bench.step.host import HostStep
 from pdlaunch.engine.request_spans import RequestSpans
+from pdlaunch.observe.metrics import RequestClock
 from pdlaunch.observe.spans import Span, SpanLog, SpanReport
 from pdlaunch.protocol.engine import Outputs, RequestFinished, from_rank
 from pdlaunch.protocol.ids import PullId, RequestId
 from pdlaunch.protocol.openai.responses import Usage
 from pdlaunch.protocol.transfer import PullFinished
+from pdlaunch.router.engine_stream import REPORT_BEGINNING, read_report
+from pdlaunch.router.metrics import RouterMetrics
+from pdlaunch.router.policy import Route
 from pdlaunch.router.request_lines import format_request
 from pdlaunch.router.request_record import RequestRecord
+from pdlaunch.router.transcript import Transcript
 
 _NUM_REQUESTS = 1000
 _NUM_TURNS = 5
 _NUM_CHUNKS = 4
+_ROUTE = Route(reason="least work")
 _REQUEST, _PULL = RequestId("request/0"), PullId("pull")
 _READ = SpanReport(elapsed_s=0.01, spans=[Span("read", 0.0, 0.01, {"bytes": 1, "gb_s": 1.0})] * 2)
 
@@ -55,7 +61,7 @@ def rank_reports() -> list[SpanReport]:
 
 
 def server_report(of_rank: list[SpanReport]) -> bytes:
-    """Record a request in a server, and write what its router gets."""
+    """Record a request in a server, and write the report that its router gets."""
     log = SpanLog()
     log.add("receive", log.start_at, bytes=1000)
     with log.measure("tokenize", tokens=100):
@@ -65,18 +71,33 @@ def server_report(of_rank: list[SpanReport]) -> bytes:
     return msgspec.json.encode(log.report())
 
 
-def router_line(of_servers: list[bytes], num_tokens: int) -> str:
-    """Record a request of two engines in the router, and write its line."""
+def router_line(of_server: bytes, times: RequestClock, transcript: Transcript) -> str:
+    """Record a request of two engines in the router, and write its line.
+
+    ``times`` and ``transcript`` are those of an answer, which the router has without recording.
+    """
     record = RequestRecord("id", "/v1/completions")
+    record.times(times)
     record.understood("model", 1)
-    for hop, told in zip(("prefill", "decode"), of_servers, strict=True):
-        with record.leg("prefill" if hop == "prefill" else "decode", f"{hop}-0") as leg:
-            leg.hear(msgspec.json.decode(told))
-    for _ in range(num_tokens):
-        record.tokens(0, 1)
-    record.count(Usage(prompt_tokens=100, completion_tokens=num_tokens))
+    record.counts(transcript)
+    record.routed("prefill", _ROUTE)
+    with record.leg("prefill", "prefill-0") as leg:
+        leg.hear(msgspec.json.decode(of_server))
+    record.routed("decode", _ROUTE)
+    with record.leg("decode", "decode-0") as leg:
+        leg.hear(read_report(b"%s%s}" % (REPORT_BEGINNING, of_server)))
+    record.count(Usage(prompt_tokens=100, completion_tokens=transcript.num_tokens))
     record.end(200)
     return format_request(record.summary())
+
+
+def answered(num_tokens: int) -> tuple[RequestClock, Transcript]:
+    """Return what the router knows anyway of an answer of so many tokens."""
+    times, transcript = RequestClock(RouterMetrics("model").requests), Transcript(1)
+    for token_id in range(num_tokens):
+        times.tokens(0, 1)
+        transcript.admit({"choices": [{"index": 0, "text": " a", "token_ids": [token_id]}]})
+    return times, transcript
 
 
 def _us_each(work: Callable[[], object]) -> float:
@@ -116,13 +137,14 @@ def main() -> None:
     of_rank = rank_reports()
     of_server = server_report(of_rank)
     without, with_spans = _step_us(arguments.batch_size, arguments.num_steps)
+    of_answer = answered(arguments.output_tokens)
     requests_a_step = arguments.batch_size / arguments.output_tokens
     parts = {
         "rank 0, a step": (with_spans - without, 1.0),
         "rank 0, a request": (_us_each(rank_reports), requests_a_step),
         "server, a request": (_us_each(lambda: server_report(of_rank)), requests_a_step),
         "router, a request": (
-            _us_each(lambda: router_line([of_server] * 2, arguments.output_tokens)),
+            _us_each(lambda: router_line(of_server, *of_answer)),
             requests_a_step,
         ),
     }
