@@ -122,6 +122,7 @@ async def test_what_an_engine_says_of_a_prompt_is_not_told(
         engine.error_body = QUOTING
         if how == "event":
             engine.error_after = 1
+            engine.error_body = QUOTING.replace(b"InternalServerError", b"server_error")
         elif how == "malformed":
             engine.error_after = 1
             engine.error_body = msgspec.json.encode({"choices": [{"index": SECRET, "text": "x"}]})
