@@ -91,7 +91,8 @@ class DrainCommands:
         engine = self._find(name)
         if engine is None:
             return 0
-        return engine.num_works or await self._num_leased(engine)
+        # Engines of vLLM do not tell their leases; those of others' requests are not known here.
+        return engine.num_works + engine.num_leases or await self._num_leased(engine)
 
     async def _num_leased(self, engine: Engine) -> int:
         try:
