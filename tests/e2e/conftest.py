@@ -20,15 +20,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(900))
 
 
-def clean_environ() -> dict[str, str]:
-    """The environment of a launch whose prompts go through pairs, as transfers are what most tests
-    look at; an idle decode engine would compute a prompt itself.
-    """
+def default_environ() -> dict[str, str]:
+    """The environment of a launch with the default settings."""
     return {
         name: value
         for name, value in os.environ.items()
         if not name.startswith("PDLAUNCH_") or name == "PDLAUNCH_CACHE"
-    } | {"PDLAUNCH_ROUTING": "pairs"}
+    }
+
+
+def clean_environ() -> dict[str, str]:
+    """The environment of a launch whose prompts go through pairs, for tests that look at transfers:
+    by default an idle decode engine computes a prompt itself.
+    """
+    return default_environ() | {"PDLAUNCH_ROUTING": "pairs"}
 
 
 @pytest.fixture(scope="package")

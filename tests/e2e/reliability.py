@@ -24,6 +24,7 @@ from tests.e2e.tiny_models import make_tiny_model
 FAMILIES = ("llama", "gemma3_text")
 HOST_TIER = ("--kv-cache-memory", "500KiB", "--kv-offload-memory", "2MiB")
 """Requests preempt each other, and blocks come and go."""
+ROUTING = "PDLAUNCH_ROUTING"
 NUM_KILLS = 4
 """As many as a supervisor forgives in a row."""
 MOST_REQUESTS_A_CANCEL = 10
@@ -86,6 +87,11 @@ def main() -> int:
         "--only", default="", help="kills: the scenarios whose title has this in it"
     )
     parser.add_argument("--family", choices=FAMILIES)
+    parser.add_argument(
+        "--routing",
+        choices=("cost", "pairs"),
+        help="pairs, the default of a soak, has more READs that meet a fault; the others take cost",
+    )
     parser.add_argument("--path", default="auto", help="kv_transfer.nixl.path of the soak")
     parser.add_argument(
         "--host-tier",
@@ -100,9 +106,9 @@ def main() -> int:
             if options.family in (None, family)
         }
         if options.what == "kills":
-            return run_kills(models["llama"], options.seed, options.only)
+            return run_kills(models["llama"], options)
         if options.what == "cancels":
-            return run_cancels(models["llama"], options.seed, options.requests or 1000)
+            return run_cancels(models["llama"], options)
         return max(run_soak(model, options) for model in models.values())
 
 
@@ -112,7 +118,10 @@ def run_soak(model: Path, asked: argparse.Namespace) -> int:
     """
     seed, num_requests = asked.seed, asked.requests or 3000
     arguments = HOST_TIER if asked.host_tier else ()
-    environ = SHORT_DEADLINES | {"PDLAUNCH_KV_TRANSFER__NIXL__PATH": asked.path}
+    environ = SHORT_DEADLINES | {
+        "PDLAUNCH_KV_TRANSFER__NIXL__PATH": asked.path,
+        ROUTING: asked.routing or "pairs",
+    }
     faults = {"seed": seed, "rate": asked.rate, "lost_s": 3}
     with faulty_deployment(model, faults, *arguments, environ=environ) as deployment:
         options = SoakOptions(
@@ -127,14 +136,15 @@ def run_soak(model: Path, asked: argparse.Namespace) -> int:
         return show(model.name, report)
 
 
-def run_kills(model: Path, seed: int, only: str = "") -> int:
-    """Default options; one deployment for each scenario. Prints the table of
-    docs/measurements/soaks_and_kills.md at the end.
+def run_kills(model: Path, asked: argparse.Namespace) -> int:
+    """Default options; one deployment for each scenario. Prints the rows of the table of
+    docs/measurements/soaks_and_kills.md.
     """
-    rows, code, num_requests, num_migrations = [], 0, 0, 0.0
-    for scenario in [each for each in SCENARIOS if only in each.title]:
+    seed, routing = asked.seed, {ROUTING: asked.routing or "cost"}
+    code, num_requests, num_migrations = 0, 0, 0.0
+    for scenario in [each for each in SCENARIOS if asked.only in each.title]:
         with faulty_deployment(
-            model, None, *scenario.arguments, environ=scenario.environ
+            model, None, *scenario.arguments, environ=scenario.environ | routing
         ) as deployment:
             options = SoakOptions(
                 url=deployment.url,
@@ -157,15 +167,9 @@ def run_kills(model: Path, seed: int, only: str = "") -> int:
             report, kills = asyncio.run(load)
         failed = show(scenario.title, report) or bool(report.outcomes["error"])
         code |= failed and not scenario.loses
-        rows.append(table_row(scenario.title, kills))
+        print(table_row(scenario.title, kills), flush=True)
         num_requests += report.num_requests
         num_migrations += report.totals["router_migrations"]
-    print(
-        "| killed | requests in flight | lost | longest gap (s), each kill | ready again (s), each "
-        "kill |"
-    )
-    print("|---|---|---|---|---|")
-    print(*rows, sep="\n")
     print(f"{num_requests} requests; {num_migrations:g} answers went on at another engine")
     return code
 
@@ -179,14 +183,15 @@ def table_row(title: str, kills: Sequence[Kill]) -> str:
     )
 
 
-def run_cancels(model: Path, seed: int, num_cancels: int) -> int:
+def run_cancels(model: Path, asked: argparse.Namespace) -> int:
     """Default options; every client goes away, at a random moment. Those that had their whole
     answer before do not count.
     """
-    with faulty_deployment(model, None, environ={}) as deployment:
+    num_cancels = asked.requests or 1000
+    with faulty_deployment(model, None, environ={ROUTING: asked.routing or "cost"}) as deployment:
         options = SoakOptions(
             url=deployment.url,
-            seed=seed,
+            seed=asked.seed,
             num_requests=MOST_REQUESTS_A_CANCEL * num_cancels,
             num_cancels=num_cancels,
             concurrency=16,

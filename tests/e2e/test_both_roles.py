@@ -15,7 +15,7 @@ from pdlaunch.client.api import Api
 from pdlaunch.client.deployment import Deployment, running_deployment
 from pdlaunch.client.smoke import engines_of, smoke
 from tests.e2e.api import complete, streamed
-from tests.e2e.conftest import clean_environ
+from tests.e2e.conftest import default_environ
 from tests.e2e.faults import tracebacks
 from tests.e2e.tiny_models import greedy, make_tiny_model
 from tests.e2e.waiting import await_true
@@ -37,7 +37,7 @@ def expected(tiny_model: Path) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def deployment(tiny_model: Path) -> Iterator[Deployment]:
     arguments = ("--both", "2", "--model", str(tiny_model), "--kv-cache-memory", "32MiB")
-    with running_deployment(arguments, environ=clean_environ()) as deployment:
+    with running_deployment(arguments, environ=default_environ()) as deployment:
         yield deployment
 
 

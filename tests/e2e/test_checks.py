@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import clean_environ
+from tests.e2e.conftest import default_environ
 from tests.e2e.tiny_models import make_tiny_model
 
 
@@ -22,7 +22,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pdlaunch(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pdlaunch", *arguments]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=clean_environ(), check=False
+        command, capture_output=True, text=True, timeout=300, env=default_environ(), check=False
     )
 
 

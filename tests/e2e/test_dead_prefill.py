@@ -11,7 +11,7 @@ from pdlaunch.client.api import Api
 from pdlaunch.client.deployment import Deployment, running_deployment
 from pdlaunch.client.smoke import engines_of
 from tests.e2e.api import complete, count_now, engine_apis, idle
-from tests.e2e.conftest import clean_environ
+from tests.e2e.conftest import default_environ
 from tests.e2e.faults import TINY
 from tests.e2e.tiny_models import greedy, make_tiny_model
 from tests.e2e.waiting import await_true
@@ -25,7 +25,7 @@ def test_what_a_dead_prefill_rank_has_leased_is_computed_again(tmp_path: Path) -
     model = make_tiny_model("llama", tmp_path)
     (expected,) = greedy(model, [PROMPT], NUM_TOKENS)
     with running_deployment(
-        ("--model", str(model), *TINY), environ=clean_environ() | P2P
+        ("--model", str(model), *TINY), environ=default_environ() | P2P
     ) as deployment:
         prefill, decode = (api_of(deployment, role) for role in ("prefill", "decode"))
         victim, reader = (

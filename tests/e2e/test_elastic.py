@@ -11,10 +11,9 @@ from typing import Any
 from pdlaunch.client.deployment import running_deployment
 from pdlaunch.protocol.costs import ROUTE_HEADER
 from tests.e2e.api import complete_all
-from tests.e2e.conftest import clean_environ
+from tests.e2e.conftest import default_environ
 from tests.e2e.tiny_models import VOCAB_SIZE, greedy, make_tiny_model
 
-BY_COST = {"PDLAUNCH_ROUTING": "cost"}
 ARGUMENTS = ("--dtype", "float32", "--kv-cache-memory", "16MiB", "--max-num-batched-tokens", "64")
 
 
@@ -36,7 +35,7 @@ def test_every_route_gives_the_tokens_of_the_model(tmp_path: Path) -> None:
     prompts = [[rng.randrange(3, VOCAB_SIZE) for _ in range(20 + 9 * i)] for i in range(12)]
     expected = greedy(model, prompts, 24)
     with running_deployment(
-        ("--model", str(model), *ARGUMENTS), environ=clean_environ() | BY_COST
+        ("--model", str(model), *ARGUMENTS), environ=default_environ()
     ) as deployment:
         url = deployment.url
         assert complete_all(url, prompts, 24, concurrency=12) == expected

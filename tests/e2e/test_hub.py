@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pdlaunch.client.deployment import running_deployment
 from tests.config.model_files.fake_hub import COMMIT, fake_hub
-from tests.e2e.conftest import clean_environ
+from tests.e2e.conftest import default_environ
 from tests.e2e.tiny_models import greedy, make_tiny_model
 
 NAME = "tiny-org/Tiny-3"
@@ -25,7 +25,7 @@ def post(url: str, body: dict[str, object]) -> dict[str, object]:
 
 def test_a_model_of_a_hub_is_downloaded_and_served_by_its_name(tmp_path: Path) -> None:
     published = make_tiny_model("qwen3", tmp_path)
-    environ = {name: value for name, value in clean_environ().items() if name[:3] != "HF_"}
+    environ = {name: value for name, value in default_environ().items() if name[:3] != "HF_"}
     arguments = (NAME, "--dtype", "float32", "--kv-cache-memory", "16MiB")
     with fake_hub(NAME, published) as hub:
         environ |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}

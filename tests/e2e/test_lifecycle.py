@@ -21,7 +21,7 @@ from pdlaunch.client.api import Api
 from pdlaunch.client.deployment import Deployment, running_deployment
 from pdlaunch.errors import PdlaunchError
 from tests.e2e.api import complete, requests_in_flight, streamed
-from tests.e2e.conftest import clean_environ
+from tests.e2e.conftest import clean_environ, default_environ
 from tests.e2e.faults import paused, tracebacks
 from tests.e2e.tiny_models import greedy, make_tiny_model
 from tests.e2e.waiting import await_true
@@ -54,7 +54,7 @@ def test_two_launches_at_once_end_each_for_itself(
     other one, which is killed.
     """
     with running_deployment(
-        ("--model", str(tiny_model), "--kv-cache-memory", "16MiB"), environ=clean_environ()
+        ("--model", str(tiny_model), "--kv-cache-memory", "16MiB"), environ=default_environ()
     ) as other:
         assert complete(other.url, PROMPT, 16) == expected
         assert complete(deployment.url, PROMPT, 16) == expected
@@ -171,7 +171,7 @@ def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
 def command(*arguments: str, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "pdlaunch", *arguments]
     return subprocess.run(
-        line, capture_output=True, text=True, timeout=timeout_s, env=clean_environ(), check=False
+        line, capture_output=True, text=True, timeout=timeout_s, env=default_environ(), check=False
     )
 
 
@@ -253,7 +253,7 @@ def test_a_deployment_that_still_starts_ends_with_the_smoke_run(
 def starter(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "pdlaunch", *arguments]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_environ()
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=default_environ()
     ) as process:
         try:
             yield process

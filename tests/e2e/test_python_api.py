@@ -6,13 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.e2e.conftest import clean_environ
+from tests.e2e.conftest import default_environ
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "launch.py"
 
 
 def test_the_example_launches_and_is_answered() -> None:
-    environ = clean_environ()
+    environ = default_environ()
     result = subprocess.run(
         [sys.executable, str(EXAMPLE)], capture_output=True, text=True, env=environ, check=False
     )

@@ -15,7 +15,7 @@ import pytest
 from pdlaunch.client.api import Api
 from pdlaunch.client.deployment import Deployment, running_deployment
 from tests.e2e.api import complete, complete_all, streamed
-from tests.e2e.conftest import clean_environ
+from tests.e2e.conftest import default_environ
 from tests.e2e.faults import left_over
 from tests.e2e.test_hangs import states
 from tests.e2e.tiny_models import make_tiny_model
@@ -62,7 +62,7 @@ def deployment(tmp_path: Path) -> Iterator[Deployment]:
     """One prefill and one decode engine whose ranks have a bug."""
     (tmp_path / "sitecustomize.py").write_text(SICK_RUNNER)
     model = make_tiny_model("llama", tmp_path, max_model_len=1024)
-    environ = clean_environ() | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
+    environ = default_environ() | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
     arguments = ("--model", str(model), "--dtype", "float32", "--kv-cache-memory", "4MiB")
     with running_deployment(arguments, environ=environ) as deployment:
         yield deployment

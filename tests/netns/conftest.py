@@ -5,7 +5,6 @@ permits no namespaces or no network devices of one's own.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -14,7 +13,7 @@ from tests.netns.hosts import Network, new_network, why_not
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if Path(__file__).parent in item.path.parents:
+        if item.nodeid.startswith("tests/netns/"):
             item.add_marker(pytest.mark.hosts)
             item.add_marker(pytest.mark.processes)
 

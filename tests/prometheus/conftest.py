@@ -30,7 +30,7 @@ TIMEOUT_S = 30.0
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if Path(__file__).parent in item.path.parents:
+        if item.nodeid.startswith("tests/prometheus/"):
             item.add_marker(pytest.mark.prometheus)
             item.add_marker(pytest.mark.processes)
 

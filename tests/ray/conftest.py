@@ -10,7 +10,6 @@ import ctypes
 import os
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +20,7 @@ _CLONE_NEWNET = 0x40000000
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if Path(__file__).parent in item.path.parents:
+        if item.nodeid.startswith("tests/ray/"):
             item.add_marker(pytest.mark.ray)
             item.add_marker(pytest.mark.processes)
             # Ray's own.

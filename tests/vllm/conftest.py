@@ -25,7 +25,7 @@ START_TIMEOUT_S = 600.0
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if Path(__file__).parent in item.path.parents:
+        if item.nodeid.startswith("tests/vllm/"):
             item.add_marker(pytest.mark.vllm)
             item.add_marker(pytest.mark.processes)
             item.add_marker(pytest.mark.timeout(900))
