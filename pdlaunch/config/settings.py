@@ -206,11 +206,14 @@ def is_secret(path: str) -> bool:
 
 def split_path(path: str) -> list[str]:
     """Split a dotted path; the name of a mapping's entry may hold dots itself."""
+    parts = path.split(".")
+    settings = all_settings()
     # A dot in the name of a variable must not make it a section.
-    for setting in all_settings().values():
-        if setting.is_mapping and path.startswith(f"{setting.path}."):
-            return [*setting.path.split("."), path.removeprefix(f"{setting.path}.")]
-    return path.split(".")
+    for depth in range(1, len(parts)):
+        setting = settings.get(".".join(parts[:depth]))
+        if setting is not None and setting.is_mapping:
+            return [*parts[:depth], ".".join(parts[depth:])]
+    return parts
 
 
 def variable_name(name: str) -> str:

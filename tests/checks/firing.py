@@ -13,15 +13,13 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from typer.testing import CliRunner
-
 from pdlaunch.checks.context import PairTransport
 from pdlaunch.cli import assume
 from pdlaunch.cli import check_config as command
-from pdlaunch.cli.app import build_app
 from pdlaunch.platform.facts import Machine
 from pdlaunch.platform.machine_file import encode_machine
 from tests.checks.contexts import CPU
+from tests.command_line import invoke
 from tests.config.model_files.files import EMPTY_SAFETENSORS, tiny_gguf
 
 TINY: dict[str, Any] = {
@@ -158,7 +156,7 @@ def check_config(setup: Setup, folder: Path) -> dict[str, Any]:
             flags += ["--assume", "machine.json"]
         flags += stack.enter_context(setup.arrange())
         arguments = ["check-config", "deploy.yaml", *flags]
-        result = CliRunner().invoke(build_app(arguments), arguments)
+        result = invoke(arguments)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     report: dict[str, Any] = json.loads(result.stdout)

@@ -4,14 +4,13 @@ import json
 import os
 
 import pytest
-from typer.testing import CliRunner
 
 from pdlaunch.checks import probes
 from pdlaunch.cli import assume as assume_module
-from pdlaunch.cli.app import build_app
 from pdlaunch.platform.facts import PortState
 from tests.checks.contexts import CPU
 from tests.checks.firing import TINY
+from tests.command_line import invoke
 from tests.config.model_files.files import EMPTY_SAFETENSORS
 
 
@@ -35,9 +34,7 @@ def check(model, monkeypatch):
 
     def run(*arguments, columns="80", **environ):
         arguments = ["check-config", *map(str, arguments)]
-        result = CliRunner().invoke(
-            build_app(arguments), arguments, env={"COLUMNS": columns, "NO_COLOR": "1", **environ}
-        )
+        result = invoke(arguments, env={"COLUMNS": columns, "NO_COLOR": "1", **environ})
         assert result.exception is None or isinstance(result.exception, SystemExit), (
             result.exception
         )

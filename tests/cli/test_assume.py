@@ -9,17 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from pdlaunch.checks import probes as checks_probes
 from pdlaunch.cli import assume as assume_module
 from pdlaunch.cli import probe as probe_module
-from pdlaunch.cli.app import build_app
 from pdlaunch.platform.facts import PortState
 from pdlaunch.platform.machine_file import decode_machine
 from pdlaunch.platform.profiles import PROFILES
 from tests.checks.contexts import CPU, GB200, GIB, GPU
 from tests.cli.test_serve import MODEL
+from tests.command_line import invoke
 from tests.config.model_files.files import EMPTY_SAFETENSORS
 
 LIVE = {"PD119", "PD404", "PD419", "PD420", "PD421", "PD422", "PD437"}
@@ -51,7 +50,7 @@ def environment(tmp_path, monkeypatch):
 
 def run(*arguments, **environ):
     found = [str(argument) for argument in arguments]
-    result = CliRunner().invoke(build_app(found), found, env={"COLUMNS": "200", **environ})
+    result = invoke(found, env={"COLUMNS": "200", **environ})
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
     return result
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from pdlaunch.cli.app import build_app
 from pdlaunch.cli.output import print_table
 from tests.bench.fake_openai import FakeOpenAI
+from tests.command_line import invoke
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def server() -> Iterator[FakeOpenAI]:
 
 def run(*arguments: str) -> Result:
     command = ["bench", *arguments]
-    return CliRunner().invoke(build_app(command), command, env={"COLUMNS": "200", "NO_COLOR": "1"})
+    return invoke(command, env={"COLUMNS": "200", "NO_COLOR": "1"})
 
 
 def bench(url: str, *arguments: str) -> Result:

@@ -6,10 +6,9 @@ from xml.etree import ElementTree
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
-from pdlaunch.cli.app import build_app
 from pdlaunch.config.settings import all_flags
+from tests.command_line import invoke
 from tests.config.test_fuzz import yaml_texts
 
 VALUES = st.one_of(
@@ -37,7 +36,7 @@ def path(tmp_path_factory):
 
 
 def run(arguments, environ=None):
-    result = CliRunner().invoke(build_app(arguments), arguments, env=environ)
+    result = invoke(arguments, env=environ)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
     assert result.exit_code in (0, 1, 2)
     # At the start of a line: the word itself may be what was asked for.

@@ -3,10 +3,9 @@ import os
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from pdlaunch.cli.app import build_app
 from pdlaunch.config.settings import all_settings
+from tests import command_line
 
 
 @pytest.fixture
@@ -16,9 +15,7 @@ def run(monkeypatch):
 
     def invoke(*arguments, **environ):
         arguments = ["config", *map(str, arguments)]
-        result = CliRunner().invoke(
-            build_app(arguments), arguments, env={"COLUMNS": "200", "NO_COLOR": "1", **environ}
-        )
+        result = command_line.invoke(arguments, env={"COLUMNS": "200", "NO_COLOR": "1", **environ})
         assert result.exception is None or isinstance(result.exception, SystemExit), (
             result.exception
         )

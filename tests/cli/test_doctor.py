@@ -14,10 +14,10 @@ import pytest
 import zmq
 from aiohttp import web
 from msgspec.msgpack import decode, encode
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from pdlaunch.cli.app import build_app
 from pdlaunch.engines.kind import OF_RUNNING_ENGINES
+from tests.command_line import invoke
 from tests.sidecar.fake_vllm import BLOCK_SIZE, BYTES_OF_TOKEN, FakeVllm, listen
 
 DEV_MODE = {
@@ -75,7 +75,7 @@ def serving(folder: Path, **decode: Any) -> Iterator[tuple[FakeVllm, FakeVllm, l
 
 def run(*flags: str) -> Result:
     arguments = ["doctor", *flags]
-    return CliRunner().invoke(build_app(arguments), arguments)
+    return invoke(arguments)
 
 
 def report_of(result: Result) -> dict[str, Any]:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from pdlaunch.cli.app import build_app
 from pdlaunch.client.api import Api
 from pdlaunch.process import run_dirs
+from tests.command_line import invoke
 
 URL = ("--url", "http://127.0.0.1:1", "--admin-api-key", "of-the-admin")
 
@@ -38,9 +38,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def run(*arguments: str) -> Result:
-    return CliRunner().invoke(
-        build_app(arguments), [*arguments, *URL], env={"NO_COLOR": "1", "COLUMNS": "200"}
-    )
+    return invoke([*arguments, *URL], env={"NO_COLOR": "1", "COLUMNS": "200"})
 
 
 def test_an_idle_engine_is_drained(calls: list[str]) -> None:

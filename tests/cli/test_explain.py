@@ -1,15 +1,12 @@
 import pytest
-from typer.testing import CliRunner
 
 from pdlaunch.checks.registry import all_rules
-from pdlaunch.cli.app import build_app
+from tests.command_line import invoke
 
 
 def explain(*arguments):
     arguments = ["explain", *arguments]
-    return CliRunner().invoke(
-        build_app(arguments), arguments, env={"COLUMNS": "80", "NO_COLOR": "1"}
-    )
+    return invoke(arguments, env={"COLUMNS": "80", "NO_COLOR": "1"})
 
 
 @pytest.mark.parametrize("code", ["PD204", "pd204"])

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from pdlaunch.cli.app import build_app
 from tests.checks.fires_engines import installed
+from tests.command_line import invoke
 
 LATENT = "multi-head latent attention"
 HYBRID = "the model is a hybrid"
@@ -46,7 +46,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run(*arguments: str) -> Result:
     given = ["check-config", "--model", "model", *arguments]
-    return CliRunner().invoke(build_app(given), given)
+    return invoke(given)
 
 
 @pytest.mark.parametrize("name", MODELS)

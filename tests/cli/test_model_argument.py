@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from pdlaunch.cli import downloads, own_deployment
-from pdlaunch.cli.app import build_app
 from pdlaunch.config.model_files.fetch import ReportBytes
 from pdlaunch.errors import StartupError
+from tests import command_line
 from tests.cli.test_serve import MODEL
 from tests.config.model_files.fake_hub import COMMIT, fake_hub
 from tests.config.model_files.files import EMPTY_SAFETENSORS, write_safetensors
@@ -40,7 +40,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
     def invoke(*arguments: str, columns: int = 200) -> Result:
         environ = {"COLUMNS": str(columns), "NO_COLOR": "1", "TERM": "dumb"}
-        result = CliRunner().invoke(build_app(arguments), arguments, env=environ)
+        result = command_line.invoke(arguments, env=environ)
         assert result.exception is None or isinstance(result.exception, SystemExit)
         return result
 

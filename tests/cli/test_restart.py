@@ -10,10 +10,10 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from pdlaunch.cli.app import build_app
 from pdlaunch.process import run_dirs
+from tests.command_line import invoke
 
 ENGINES = ("prefill-0", "decode-0")
 
@@ -80,7 +80,7 @@ def router() -> Iterator[Router]:
 
 def run(*arguments: str) -> Result:
     command = ["restart", *arguments]
-    return CliRunner().invoke(build_app(command), command, env={"NO_COLOR": "1"})
+    return invoke(command, env={"NO_COLOR": "1"})
 
 
 def test_it_says_when_the_engine_serves_again(router: Router) -> None:

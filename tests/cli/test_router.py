@@ -6,15 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from pdlaunch.cli.app import build_app
+from tests.command_line import invoke
 
 
 def run(*arguments: str, **environ: str) -> Any:
-    return CliRunner().invoke(
-        build_app(arguments), list(arguments), env={"COLUMNS": "200", "NO_COLOR": "1", **environ}
-    )
+    return invoke(list(arguments), env={"COLUMNS": "200", "NO_COLOR": "1", **environ})
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ import socket
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from pdlaunch.cli.app import build_app
 from pdlaunch.errors import ConfigError
 from pdlaunch.supervisor.launch import check_platform
+from tests.command_line import invoke
 from tests.config.model_files.files import EMPTY_SAFETENSORS
 
 MODEL = {
@@ -42,9 +42,7 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 def serve(*arguments: str, columns: int = 80) -> Result:
     command = ["serve", *arguments]
-    return CliRunner().invoke(
-        build_app(command), command, env={"COLUMNS": str(columns), "NO_COLOR": "1"}
-    )
+    return invoke(command, env={"COLUMNS": str(columns), "NO_COLOR": "1"})
 
 
 def test_dry_run_prints_the_plan_as_json_and_nothing_else(model: str) -> None:
@@ -257,7 +255,7 @@ def test_a_host_that_cannot_hold_an_engine_is_named(model: str, tmp_path: Path) 
         "hosts: [{name: node-1, machine: h100x2}, {name: node-2, machine: h100x2}]\n"
     )
     command = ["check-config", str(config), "--assume", "h100x2", "--format", "json"]
-    result = CliRunner().invoke(build_app(command), command)
+    result = invoke(command)
     found = [item for item in json.loads(result.stdout)["findings"] if item["rule"] == "PD411"]
     assert found
     assert "node-" in found[0]["message"]

@@ -9,12 +9,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from pdlaunch.cli.app import build_app
 from pdlaunch.process import run_dirs
 from pdlaunch.process.new_run_dir import new_run_dir
 from pdlaunch.process.run_dirs import LaunchCard
+from tests.command_line import invoke
 
 GIB = 1024**3
 ENGINES = ("prefill-0", "decode-0")
@@ -79,7 +78,7 @@ def router() -> Iterator[Router]:
 
 
 def run(*arguments: str, **environ: str) -> tuple[int, str]:
-    result = CliRunner(env=environ).invoke(build_app(arguments), arguments)
+    result = invoke(arguments, env=environ)
     return result.exit_code, result.output
 
 

@@ -14,7 +14,6 @@ import pytest
 import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 import pdlaunch.cli.assume as assume_module
 import pdlaunch.cli.bench as bench_module
@@ -26,6 +25,7 @@ from pdlaunch.cli.app import build_app
 from pdlaunch.errors import StartupError
 from pdlaunch.resolve.resolve import ResolvedLaunch
 from pdlaunch.supervisor.launch import LaunchOutcome
+from tests import command_line
 from tests.checks.contexts import CPU
 from tests.cli.test_serve import MODEL
 from tests.config.model_files.files import EMPTY_SAFETENSORS
@@ -157,7 +157,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
 
 
 def invoke(arguments: Sequence[str], environ: Mapping[str, str] | None = None) -> Any:
-    result = CliRunner().invoke(build_app(arguments), arguments, env=environ)
+    result = command_line.invoke(arguments, env=environ)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
     return result
 

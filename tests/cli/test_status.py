@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from pdlaunch.cli.app import build_app
 from pdlaunch.process import run_dirs
 from tests.cli.deployment_server import (
     HOSTILE,
@@ -18,6 +17,7 @@ from tests.cli.deployment_server import (
     engine,
     running_server,
 )
+from tests.command_line import invoke
 
 
 @pytest.fixture(autouse=True)
@@ -33,9 +33,7 @@ def router() -> Iterator[DeploymentServer]:
 
 def run(*arguments: str, columns: int = 150, **environ: str) -> Result:
     given = ["status", *arguments]
-    return CliRunner().invoke(
-        build_app(given), given, env={"COLUMNS": str(columns), "NO_COLOR": "1", **environ}
-    )
+    return invoke(given, env={"COLUMNS": str(columns), "NO_COLOR": "1", **environ})
 
 
 def test_it_shows_engines_pairs_rates_and_events(router: DeploymentServer) -> None:

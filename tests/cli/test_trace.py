@@ -15,13 +15,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from pdlaunch.cli.app import build_app
 from pdlaunch.cli.perfetto import trace_events
 from pdlaunch.cli.waterfall import print_trace
 from pdlaunch.process import run_dirs
 from pdlaunch.protocol.requests import RequestList, RequestSummary, RequestTrace, SpanView
+from tests.command_line import invoke
 
 HOSTILE = "x\x1b[2J\n[red]{}%s"
 
@@ -107,7 +107,7 @@ def router(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Router]:
 
 def run(router: Router, *arguments: str, columns: int = 80) -> Result:
     full = ["trace", *arguments, "--url", router.url]
-    return CliRunner().invoke(build_app(full), full, env={"COLUMNS": str(columns)})
+    return invoke(full, env={"COLUMNS": str(columns)})
 
 
 @pytest.mark.parametrize("columns", [40, 80, 200])

@@ -9,13 +9,13 @@ from pdlaunch.cli.app import build_app
 from pdlaunch.cli.vllm_flags import INSTEAD, MISSING
 from pdlaunch.config.models import ROUTER
 from pdlaunch.config.settings import all_flags, all_settings
+from tests.command_line import invoke
 
 OWN = {f"--{flag.name}" for flag in all_flags().values() if flag.panel != ROUTER}
 
 
 def run(*arguments: str, columns: int = 200) -> tuple[int, str]:
-    result = CliRunner().invoke(
-        build_app(arguments),
+    result = invoke(
         arguments,
         env={"COLUMNS": str(columns), "NO_COLOR": "1", "TERM": "dumb"},
     )

@@ -6,12 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from pdlaunch.cli.app import build_app
 from pdlaunch.cli.flags import to_command_line
 from pdlaunch.platform.facts import Machine
 from pdlaunch.resolve.resolve import resolve
+from tests.command_line import invoke
 from tests.config.test_sources import load, only, problems
 
 KEY = {"engine_api_key": "of-another-router"}
@@ -139,7 +138,7 @@ def test_keys_are_shown_nowhere_and_given_on_through_the_environment() -> None:
     names = ("api_key", "admin_api_key", "engine_api_key")
     environ = {f"PDLAUNCH_{name.upper()}": f"hunter2-{name}" for name in names}
     arguments = ("config", "show", "--format", "json")
-    result = CliRunner(env=environ).invoke(build_app(arguments), arguments)
+    result = invoke(arguments, env=environ)
     assert result.exit_code == 0
     assert "hunter2" not in result.output
     assert all(json.loads(result.output)[name]["origin"] == "environment" for name in names)

@@ -8,10 +8,9 @@ from typing import Any
 
 import kubernetes_validate
 import yaml
-from typer.testing import CliRunner
 
-from pdlaunch.cli.app import build_app
 from pdlaunch.router.app import OPEN_PATHS
+from tests.command_line import invoke
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("demo", "two_by_two", "tensor_parallel")
@@ -25,7 +24,7 @@ Object = dict[str, Any]
 def run(*arguments: str, trusted: bool = True) -> Any:
     """Run ``pdlaunch render`` in this process."""
     words = ["render", *arguments]
-    return CliRunner().invoke(build_app(words), words, env=TRUSTED if trusted else {})
+    return invoke(words, env=TRUSTED if trusted else {})
 
 
 def render(kind: str, *arguments: str) -> list[Object]:

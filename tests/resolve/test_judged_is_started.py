@@ -12,11 +12,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 from pdlaunch.checks.context import Probes, make_context
 from pdlaunch.checks.run import run_checks
-from pdlaunch.cli.app import build_app
 from pdlaunch.config.engine_settings import EngineSettings
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.model_files.shape import DTYPE_BYTES, ModelShape
@@ -38,6 +36,7 @@ from pdlaunch.supervisor.bootstraps import LaunchBootstraps
 from pdlaunch.supervisor.ports import listening
 from tests.checks.contexts import SMALL_SHAPE
 from tests.cli.test_serve import MODEL
+from tests.command_line import invoke
 from tests.config.model_files.files import EMPTY_SAFETENSORS
 
 GIB = 1024**3
@@ -249,7 +248,7 @@ def test_dry_run_config_show_and_check_config_print_the_same(
 ) -> None:
     def run(*command: str) -> Any:
         arguments = (*command, "--model", model, *flags, "--format", "json")
-        return json.loads(CliRunner().invoke(build_app(arguments), arguments).stdout)
+        return json.loads(invoke(arguments).stdout)
 
     planned = run("serve", "--dry-run")
     checked = run("check-config")["resolved"]
