@@ -12,12 +12,15 @@ import aiohttp
 
 UNIX = "unix:"
 """Begins the URL of an engine that listens on a Unix socket; the rest is its path."""
+KEEPALIVE_S = 2.0
+"""Shorter than any engine's own, so that no request is sent into a connection that is being
+closed.
+"""
 
 
 def new_session(
     url: str,
     *,
-    keepalive_timeout_s: float,
     tls: ssl.SSLContext | None = None,
     **options: Any,
 ) -> aiohttp.ClientSession:
@@ -27,11 +30,9 @@ def new_session(
     """
     # No limit: routers admit requests by themselves, and one here would make them wait unseen.
     connector: aiohttp.BaseConnector = (
-        aiohttp.UnixConnector(
-            url.removeprefix(UNIX), limit=0, keepalive_timeout=keepalive_timeout_s
-        )
+        aiohttp.UnixConnector(url.removeprefix(UNIX), limit=0, keepalive_timeout=KEEPALIVE_S)
         if url.startswith(UNIX)
-        else aiohttp.TCPConnector(limit=0, keepalive_timeout=keepalive_timeout_s, ssl=tls or True)
+        else aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S, ssl=tls or True)
     )
     return aiohttp.ClientSession(connector=connector, **options)
 

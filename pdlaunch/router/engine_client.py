@@ -32,11 +32,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-KEEPALIVE_S = 2.0
-"""Shorter than any engine's own, so that no request is sent into a connection that is being
-closed.
-"""
-
 
 class EngineTimeouts(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds until the router looks closer or gives up."""
@@ -102,7 +97,6 @@ class EngineClient:
             authorization = {} if key is None else {"Authorization": f"Bearer {key}"}
             session = self._sessions[socket, key] = new_session(
                 engine.url,
-                keepalive_timeout_s=KEEPALIVE_S,
                 tls=self._tls,
                 timeout=aiohttp.ClientTimeout(total=None, connect=self._timeouts.connect_s),
                 headers=authorization | {"Content-Type": "application/json"},

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.config.model_files.shape import read_model_shape
-from pdlaunch.errors import RequestError
+from pdlaunch.config.model_files.shape import read_generation_config, read_model_shape
+from pdlaunch.errors import ConfigError, RequestError
 from pdlaunch.http.errors import model_not_found
+from pdlaunch.protocol.openai.body import parse_request
 from pdlaunch.protocol.openai.generation import SamplingDefaults
 from pdlaunch.server.chat_template import ChatTemplate, load_chat_template
-from pdlaunch.server.sampling_defaults import read_sampling_defaults
 from pdlaunch.server.tokenizer import TextTokenizer
 
 _log = logging.getLogger(__name__)
@@ -109,3 +110,20 @@ def load_served_model(spec: EngineSpec, progress: Callable[[str], None]) -> Serv
         chat_template=load_chat_template(spec.model_dir),
         defaults=defaults,
     )
+
+
+def read_sampling_defaults(model_dir: str | Path) -> SamplingDefaults:
+    """Return the defaults in the model's generation_config.json, as vLLM takes them; neutral ones
+    for what it leaves open.
+
+    Raises ConfigError when the file is broken or a value is out of range.
+    """
+    try:
+        settings = read_generation_config(Path(model_dir))
+        return parse_request(SamplingDefaults, settings, public=False)
+    except RequestError as error:
+        raise ConfigError(
+            f"{model_dir}/generation_config.json: {error}",
+            field="model",
+            fix="Correct generation_config.json of the model, or set generation_config: vllm.",
+        ) from None

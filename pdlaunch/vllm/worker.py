@@ -111,6 +111,8 @@ class ProvingWorker(WorkerBase):  # type: ignore[misc]
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         super().register_kv_caches(kv_caches)
+        # A checksum goes over all layers: both sides must take them in one order, whatever order
+        # vLLM names them in.
         layers = sorted(kv_caches, key=lambda name: (len(name), name))
         try:
             self._hasher = new_hasher([kv_caches[name] for name in layers])

@@ -62,9 +62,7 @@ class EngineApi:
     def __init__(self, url: str, key: str | None = None) -> None:
         self._url = http_url(url)
         self._session = new_session(
-            url,
-            keepalive_timeout_s=2.0,
-            headers={} if key is None else {"Authorization": f"Bearer {key}"},
+            url, headers={} if key is None else {"Authorization": f"Bearer {key}"}
         )
 
     async def close(self) -> None:

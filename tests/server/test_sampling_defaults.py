@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pdlaunch.errors import ConfigError
-from pdlaunch.server.sampling_defaults import read_sampling_defaults
+from pdlaunch.server.served_model import read_sampling_defaults
 from tests.server.fake_rank import FakeRank
 
 # Qwen3's, and a limit.
@@ -100,4 +100,4 @@ def test_a_broken_file_is_named_with_the_way_out(tmp_path: Path, content: str, p
         read_sampling_defaults(tmp_path)
     assert part in str(caught.value)
     assert str(tmp_path) in str(caught.value)
-    assert "generation_config: vllm" in str(caught.value.fix)
+    assert "Correct generation_config.json" in str(caught.value.fix)

@@ -368,22 +368,22 @@ def _end_tokens(*configs: dict[str, Any]) -> tuple[int, ...]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    where = str(path.parent)
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ValueError(f"larger than {MAX_CONFIG_BYTES} bytes")
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"{path} cannot be read: {error}",
-            field="model",
-            value=str(path.parent),
-            fix=(
-                "Name a directory in Hugging Face layout: config.json, tokenizer.json, "
-                "*.safetensors."
-            ),
-        ) from None
+        fix = (
+            "Name a directory in Hugging Face layout: config.json, tokenizer.json, *.safetensors."
+            if isinstance(error, OSError)
+            else f"Correct {path.name} of the model."
+        )
+        message = f"{path} cannot be read: {error}"
+        raise ConfigError(message, field="model", value=where, fix=fix) from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds no JSON object", field="model", value=str(path.parent))
+        message, fix = f"{path} holds no JSON object", f"Correct {path.name} of the model."
+        raise ConfigError(message, field="model", value=where, fix=fix)
     return content
 
 
