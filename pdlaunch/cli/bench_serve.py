@@ -161,8 +161,6 @@ def serve(
             "--request-rate": request_rate,
             "--slo": slo,
             "--trace": trace,
-            "--report": report,
-            "--format vllm": output if output == "vllm" else None,
         }
         # An option without an effect would make people trust a figure that it did not shape.
         _refuse(of_rows, "not for --multi-turn")
@@ -270,7 +268,7 @@ def _measure(
                 case BenchOptions() as serve_options:
                     asyncio.run(_collect(serve_options, status.update, runs))
                 case MultiTurnOptions() as chat_options:
-                    chats = asyncio.run(bench_multi_turn(chat_options, status.update))
+                    chats = asyncio.run(bench_multi_turn(chat_options, status.update, runs.append))
             status.update("stopping the deployment")
     except PdlaunchError as error:
         print_errors([error])
@@ -280,11 +278,12 @@ def _measure(
         code = EXIT_INTERRUPTED
     if start_s is not None and output == "table":
         typer.echo(f"command to healthy: {start_s:.1f} s")
-    if chats is not None:
-        return max(code, show_chats(chats, output))
     if runs and report is not None:
-        assert isinstance(options, BenchOptions)
-        code = max(code, write_report(report, "--report", bench_page(runs, options.goals)))
+        goals = options.goals if isinstance(options, BenchOptions) else Goals()
+        tiers = chats.tiers if chats is not None else []
+        code = max(code, write_report(report, "--report", bench_page(runs, goals, tiers)))
+    if chats is not None:
+        return max(code, show_chats(chats, runs, output))
     return max(code, show_runs(runs, output)) if runs else code
 
 

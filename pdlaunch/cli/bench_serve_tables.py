@@ -95,10 +95,14 @@ def _totals(rows: Sequence[BenchRow]) -> str:
     )
 
 
-def show_chats(report: MultiTurnReport, output: ServeFormat) -> int:
-    """Print the turns of chats; return the exit code, which is 0 only without an error."""
+def show_chats(report: MultiTurnReport, runs: Sequence[BenchRun], output: ServeFormat) -> int:
+    """Print the turns of chats, whose requests are ``runs``; return the exit code, which is 0 only
+    without an error.
+    """
     if output == "json":
         print_json(report)
+    elif output == "vllm":
+        return show_runs(runs, output)
     else:
         turns, tiers = msgspec.to_builtins(report.turns), msgspec.to_builtins(report.tiers)
         print_table(turns, _TURN_HEADINGS)

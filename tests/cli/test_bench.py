@@ -125,6 +125,20 @@ def test_chats(server: FakeOpenAI) -> None:
     assert "--seed 3" in bench(server.url, *CHATS, "--seed", "3").stdout
 
 
+def test_chats_have_a_page_and_vllm_s_lines_too(server: FakeOpenAI, tmp_path: Path) -> None:
+    page = tmp_path / "chats.html"
+    result = bench(server.url, *CHATS, "--report", str(page), "--format", "vllm")
+    assert result.exit_code == 0, result.stderr
+    turns = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [turn["completed"] for turn in turns] == [2, 2]
+    # Each of 2 chats: the first message of 128 tokens; that, an answer of 4 and another of 32.
+    assert [turn["total_input_tokens"] for turn in turns] == [2 * 128, 2 * 164]
+    written = page.read_text()
+    for told in ("Throughput over turn", "128 in, turn 1, 4 at once", "164 in, turn 2, 4 at once"):
+        assert told in written
+    assert "over concurrency" not in written
+
+
 @pytest.mark.parametrize("options", [SMALL, CHATS])
 def test_errors_are_shown_and_counted(server: FakeOpenAI, options: tuple[str, ...]) -> None:
     server.refuses_after = 2
@@ -164,8 +178,7 @@ def test_errors_are_shown_and_counted(server: FakeOpenAI, options: tuple[str, ..
         (("--slo", "ttfb=3"), "'ttfb' is none of ttft, tpot, itl, e2e"),
         (("--trace-speed", "2"), "--trace-speed: only with --trace"),
         (("--trace", __file__, "--input-tokens", "3"), "--input-tokens: not with --trace"),
-        (("--multi-turn", "--report", "a"), "--report: not for --multi-turn"),
-        (("--multi-turn", "--format", "vllm"), "--format vllm: not for --multi-turn"),
+        (("--multi-turn", "--slo", "ttft=5"), "--slo: not for --multi-turn"),
     ],
 )
 def test_options_that_say_nothing_are_refused(options: tuple[str, ...], message: str) -> None:

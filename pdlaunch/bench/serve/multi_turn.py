@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
@@ -30,7 +30,7 @@ from pdlaunch.bench.serve.engine_counters import (
 )
 from pdlaunch.bench.serve.loads import random_prompt
 from pdlaunch.bench.serve.progress import Progress, ProgressText
-from pdlaunch.bench.serve.row import count_errors, milliseconds
+from pdlaunch.bench.serve.row import BenchRun, count_errors, milliseconds, summarise
 from pdlaunch.bench.serve.sweep import warm_up
 from pdlaunch.bench.serve.target import BenchTarget, open_target
 from pdlaunch.bench.serve.timed_completion import TimedCompletion, complete
@@ -121,8 +121,13 @@ class _Conversation:
         return completion
 
 
-async def bench_multi_turn(options: MultiTurnOptions, progress: ProgressText) -> MultiTurnReport:
-    """Run every turn of all conversations, one turn after the other.
+async def bench_multi_turn(
+    options: MultiTurnOptions,
+    progress: ProgressText,
+    on_turn: Callable[[BenchRun], None] = lambda _: None,
+) -> MultiTurnReport:
+    """Run every turn of all conversations, one turn after the other; ``on_turn`` gets each with its
+    requests.
 
     Raises PdlaunchError when the deployment cannot be used, refuses the warm-up request, or takes
     no prompt as long as the last.
@@ -143,7 +148,9 @@ async def bench_multi_turn(options: MultiTurnOptions, progress: ProgressText) ->
         steps = Progress(options.num_conversations * options.num_turns, progress)
         while conversations and len(turns) < options.num_turns:
             steps.begin(f"turn {len(turns) + 1} of {options.num_turns}")
-            turns.append(await _run_turn(target, options, len(turns), conversations, steps))
+            run, row = await _run_turn(target, options, len(turns), conversations, steps)
+            turns.append(row)
+            on_turn(run)
             conversations = [
                 conversation for conversation in conversations if not conversation.has_failed
             ]
@@ -163,7 +170,7 @@ async def _run_turn(
     turn: int,
     conversations: Sequence[_Conversation],
     steps: Progress,
-) -> TurnRow:
+) -> tuple[BenchRun, TurnRow]:
     waiting, done = iter(conversations), list[TimedCompletion]()
     start_at = time.perf_counter()
     await asyncio.gather(*(_work(target, waiting, done, steps) for _ in range(options.concurrency)))
@@ -176,7 +183,11 @@ async def _run_turn(
         for completion in good
         if completion.num_cached_tokens is not None
     ]
-    return TurnRow(
+    row = summarise(
+        prompt_tokens, options.concurrency, done, seconds, EngineCounters(), turn=turn + 1
+    )
+    run = BenchRun(row=row, done=done, start_at=start_at, model=target.model)
+    return run, TurnRow(
         turn=turn + 1,
         prompt_tokens=prompt_tokens,
         num_requests=len(done),

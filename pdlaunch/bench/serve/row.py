@@ -27,6 +27,8 @@ class BenchRow(msgspec.Struct, frozen=True, kw_only=True):
     request_rate: float | None = None
     """Requests sent a second."""
     burstiness: float | None = None
+    turn: int | None = None
+    """Of chats: all have their first message, then all have their second one."""
     num_requests: int
     num_errors: int
     num_left_out: int = 0
@@ -75,6 +77,8 @@ class BenchRow(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def load(self) -> str:
         """Return in words how the requests were sent."""
+        if self.turn is not None:
+            return f"turn {self.turn}, {self.concurrency} at once"
         if self.concurrency is not None:
             return f"{self.concurrency} at once"
         return "as in the trace" if self.request_rate is None else f"{self.request_rate:g} a second"
@@ -103,6 +107,7 @@ def summarise(
     request_rate: float | None = None,
     burstiness: float | None = None,
     num_left_out: int = 0,
+    turn: int | None = None,
 ) -> BenchRow:
     """Make a row.
 
@@ -123,6 +128,7 @@ def summarise(
         concurrency=concurrency,
         request_rate=request_rate,
         burstiness=burstiness,
+        turn=turn,
         num_requests=len(done),
         num_errors=len(done) - len(good),
         num_left_out=num_left_out,

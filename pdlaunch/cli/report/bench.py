@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
+from pdlaunch.bench.serve.engine_counters import TierRow
 from pdlaunch.bench.serve.goals import Goals
 from pdlaunch.bench.serve.progress import duration
 from pdlaunch.bench.serve.row import BenchRow, BenchRun
@@ -48,11 +49,15 @@ _COLUMNS = {
     "goodput_per_s": "good/s",
     "good_share": "good share",
 }
+_AXES = (("concurrency", "requests at a time"), ("request_rate", "requests sent a second"))
+_AXES_OF_CHATS = (("turn", "turn"),)
 _NO_LEGEND = Html("")
 
 
-def bench_page(runs: Sequence[BenchRun], goals: Goals) -> Html:
-    """Return the page; neither prompts nor answers nor what errors say in detail are in it."""
+def bench_page(runs: Sequence[BenchRun], goals: Goals, tiers: Sequence[TierRow] = ()) -> Html:
+    """Return the page; ``tiers``: what caches held of the prompts of chats.
+
+    Neither prompts nor answers nor what errors say in detail are in it."""
     rows = [run.row for run in runs]
     seconds = sum(row.seconds for row in rows)
     num_requests = sum(row.num_requests for row in rows)
@@ -74,6 +79,7 @@ def bench_page(runs: Sequence[BenchRun], goals: Goals) -> Html:
         cards(figures),
         section("Latency and throughput", plots),
         section("All figures", joined([_table(rows), _notes(rows)])),
+        *([section("Prefix caches", _tiers(tiers))] if tiers else []),
         section("Timelines", Html(f'<div class="plots">{joined(_timelines(runs))}</div>')),
         section("Where it was measured", facts({"Model": runs[0].model} | environment())),
     ]
@@ -98,16 +104,14 @@ def _plots(runs: Sequence[BenchRun], goals: Goals) -> Iterator[Html]:
         lambda done: [gap_s for completion in done for gap_s in completion.inter_token_s],
     )
     rows = [run.row for run in runs]
-    for attribute, words in (
-        ("concurrency", "requests at a time"),
-        ("request_rate", "requests sent a second"),
-    ):
+    of_chats = any(row.turn is not None for row in rows)
+    for attribute, words in _AXES_OF_CHATS if of_chats else _AXES:
         measured = [row for row in rows if getattr(row, attribute) is not None]
         if not measured:
             continue
         throughput = _over(measured, attribute, "output_tokens_per_s")
         yield figure(
-            f"Throughput over {'concurrency' if attribute == 'concurrency' else 'rate'}",
+            f"Throughput over {attribute.removeprefix('request_')}",
             "Output tokens of all requests a second.",
             lines(throughput, x_label=words, y_label="tokens/s"),
             legend(throughput),
@@ -119,7 +123,7 @@ def _plots(runs: Sequence[BenchRun], goals: Goals) -> Iterator[Html]:
                 for number, line in enumerate(_over(measured, attribute, "requests_per_s"))
             ]
             yield figure(
-                f"Goodput over {'concurrency' if attribute == 'concurrency' else 'rate'}",
+                f"Goodput over {attribute.removeprefix('request_')}",
                 f"Requests a second that met the goals ({goals}), and all that were answered.",
                 lines([*good, *answered], x_label=words, y_label="requests/s"),
                 legend([*good, *answered]),
@@ -153,15 +157,25 @@ def _distribution(
 
 
 def _over(rows: Sequence[BenchRow], attribute: str, figure_name: str) -> list[Series]:
-    """Return a line for each prompt length."""
+    """Return a line for each prompt length; of chats, whose prompts grow, one for all."""
+    name: Callable[[BenchRow], str] = (
+        (lambda _: "all chats") if attribute == "turn" else (lambda row: f"{row.input_tokens} in")
+    )
     ordered = sorted(rows, key=lambda row: (row.input_tokens, getattr(row, attribute)))
     return [
         Series(
-            f"{input_tokens} in",
-            [(getattr(row, attribute), getattr(row, figure_name) or 0.0) for row in group],
+            label, [(getattr(row, attribute), getattr(row, figure_name) or 0.0) for row in group]
         )
-        for input_tokens, group in groupby(ordered, key=lambda row: row.input_tokens)
+        for label, group in groupby(ordered, key=name)
     ]
+
+
+def _tiers(tiers: Sequence[TierRow]) -> Html:
+    return table(
+        ["engines", "cache tier", "hits"],
+        ([text(tier.role), text(tier.tier), text(f"{tier.hit_share:.1%}")] for tier in tiers),
+        words=[0, 1],
+    )
 
 
 def _timelines(runs: Sequence[BenchRun]) -> Iterator[Html]:
