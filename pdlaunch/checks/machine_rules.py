@@ -9,6 +9,7 @@ from pdlaunch.checks.context import Context
 from pdlaunch.checks.rule import Found, rule
 from pdlaunch.config.problems import shown
 from pdlaunch.config.sizes import format_size, parse_size
+from pdlaunch.config.ucx import RDMA
 from pdlaunch.platform.facts import UNLIMITED
 from pdlaunch.platform.visible_gpus import VISIBLE_DEVICES
 
@@ -178,17 +179,19 @@ def emulated_dtype(context: Context) -> Iterator[Found]:
 def memlock_low(context: Context) -> Iterator[Found]:
     """The limit of locked memory is too low for RDMA.
 
-    Registering the KV cache with an RDMA device locks it, and beyond the limit fails. Of the
-    connectors only mooncake uses RDMA, with the protocol rdma: pdlaunch keeps UCX's InfiniBand
-    modules from NIXL.
+    Registering the KV cache with an RDMA device locks it, and beyond the limit fails. Mooncake uses
+    RDMA with the protocol rdma, NIXL to peers on other hosts, where kv_transfer.trusted_network
+    lets it.
     """
     limit = context.machine.limits.memlock_bytes
-    uses_rdma = context.uses("mooncake") and context.config.kv_transfer.mooncake.protocol == "rdma"
-    if limit == UNLIMITED or not context.machine.rdma_devices or not uses_rdma:
+    transfer = context.config.kv_transfer
+    by_mooncake = context.uses("mooncake") and transfer.mooncake.protocol == "rdma"
+    if limit == UNLIMITED or not context.machine.rdma_devices:
         return
     for engine in context.engines.values():
         needed = engine.footprint
-        if needed is not None and needed.kv_bytes > limit:
+        by_nixl = context.uses_ucx and not RDMA.isdisjoint(engine.ucx_transports)
+        if needed is not None and needed.kv_bytes > limit and (by_mooncake or by_nixl):
             cache = format_size(needed.kv_bytes)
             yield Found(
                 "limit memlock",

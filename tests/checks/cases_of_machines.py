@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from pdlaunch.checks.context import Context
 from pdlaunch.platform.facts import Limits, NixlInstall, PortState, SharedMemory
 from tests.checks.case import (
     PAIR,
@@ -17,12 +18,21 @@ from tests.checks.case import (
     p2p,
     rdma,
 )
+from tests.checks.cases_of_far_pairs import RDMA, TRUSTED, far
 from tests.checks.contexts import CPU, GB200, GIB, GPU, on
 from tests.checks.machines import NO_FABRIC, NO_IMEX
 
 HIDDEN_GPUS = replace(CPU, has_hidden_gpus=True)
 NO_CUDA = "transports 'cuda_ipc','cuda_copy' are not available, please use one or more of: cma, sm"
 MNNVL = {"UCX_CUDA_IPC_ENABLE_MNNVL": "y"}
+
+
+def locked(**config) -> Context:
+    """The part on one host of a launch whose pair is on two, where little memory may be locked."""
+    limited = replace(RDMA, limits=Limits(8 << 20, 65536))
+    whole = far(limited, limited, **config)
+    return replace(whole, launch=whole.launch.on_host(whole.launch.host("a")))
+
 
 CASES: dict[str, Case] = {
     "PD400": Case([on(machine(system="Darwin"))], [on(CPU)]),
@@ -154,12 +164,17 @@ CASES: dict[str, Case] = {
         [on(CPU, dtype="bfloat16"), on(machine(has_native_bf16=False))],
     ),
     "PD414": Case(
-        [rdma(machine(limits=Limits(8 << 20, 65536), rdma_devices=("mlx5_0",)))],
+        [
+            rdma(machine(limits=Limits(8 << 20, 65536), rdma_devices=("mlx5_0",))),
+            locked(**TRUSTED),
+        ],
         [
             rdma(machine(limits=Limits(8 << 20, 65536))),
             rdma(machine(rdma_devices=("mlx5_0",))),
             mooncake(machine(limits=Limits(8 << 20, 65536), rdma_devices=("mlx5_0",))),
             on(machine(limits=Limits(8 << 20, 65536), rdma_devices=("mlx5_0",))),
+            locked(),
+            locked(env__UCX_TLS="tcp,sm", **TRUSTED),
         ],
     ),
     "PD415": Case([on(machine(limits=Limits(-1, 1024)))], [on(machine(limits=Limits(-1, 4096)))]),
