@@ -138,6 +138,15 @@ CASES = [
         arguments("seed: 1, --seed: 2"),
         {"Give each flag once": arguments("seed: 1")},
     ),
+    # vLLM's CPU build has no sleep mode either.
+    Case(
+        "PD203",
+        Setup(f"{VLLM}enable_sleep_mode: true\n"),
+        {
+            "Switch enable_sleep_mode off": PLAIN,
+            "run on a CUDA device": Setup(f"{VLLM}enable_sleep_mode: true\n", machine=GPU),
+        },
+    ),
     Case(
         "PD610",
         Setup("decode: {engine: vllm}\n"),
