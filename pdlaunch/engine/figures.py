@@ -75,7 +75,9 @@ class EngineFigures:
             num_quarantined_blocks=pool.num_quarantined_blocks,
         )
 
-    def report(self, costs: EngineCosts) -> EngineReport:
+    def report(
+        self, costs: EngineCosts, *, long_gaps: float = 0.0, stream_seconds: float = 0.0
+    ) -> EngineReport:
         """Return what there is to do now, which routers weigh their routes by."""
         queues, pool = self._queues, self._kv.pool
         streams = [request for request in queues.running if request.num_to_schedule <= 1]
@@ -92,6 +94,8 @@ class EngineFigures:
             sum(request.num_computed for request in streams),
             pool.num_free_blocks // self._kv.num_groups * self._kv.block_size,
             costs,
+            long_gaps,
+            stream_seconds,
         )
 
     def check_integrity(self) -> None:

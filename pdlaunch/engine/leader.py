@@ -21,6 +21,7 @@ from pdlaunch.engine.tp_events import EventAggregator
 from pdlaunch.offload.jobs import JobMerger
 from pdlaunch.offload.worker import OffloadWorker
 from pdlaunch.protocol.control import SleepState
+from pdlaunch.protocol.costs import EngineReport
 from pdlaunch.protocol.engine import (
     AbortRequest,
     AddRequest,
@@ -296,8 +297,16 @@ class Leader:
         if outputs := self._requests.outputs.take():
             # With every answer, so that a router that works with this engine hears of its load
             # several times a second, without a message more.
-            report = None if self._model is None else self._figures.report(self._model.costs)
-            self._server.send(Outputs(items=outputs, report=report))
+            self._server.send(Outputs(items=outputs, report=self._report()))
+
+    def _report(self) -> EngineReport | None:
+        if self._model is None:
+            return None
+        return self._figures.report(
+            self._model.costs,
+            long_gaps=self._scheduler.long_gaps.num_left,
+            stream_seconds=self._model.stream_seconds,
+        )
 
     def _send_stats(self) -> None:
         """Send statistics every second, as the server takes silence for a rank that hangs."""

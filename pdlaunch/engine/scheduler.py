@@ -19,7 +19,7 @@ from pdlaunch.engine.lifecycle import RequestLifecycle
 from pdlaunch.engine.request import Phase, Request
 from pdlaunch.engine.step import StepOutput, StepPlan
 from pdlaunch.engine.step_builder import StepDraft
-from pdlaunch.protocol.costs import EngineCosts
+from pdlaunch.protocol.costs import EngineCosts, LongGaps
 from pdlaunch.protocol.transfer import TransferCommand
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ class Scheduler:
         self._registrations = requests.registrations
         self._max_num_batched_tokens = max_num_batched_tokens
         self._costs = costs
+        self.long_gaps = LongGaps(0 if costs is None else costs().most_long_gaps)
         self._stalls = False
         """Nothing can be computed before copies to host memory let go of their blocks."""
 
@@ -129,6 +130,8 @@ class Scheduler:
         # After a preemption blocks are short: a new one would take what running requests need next.
         if not step.preempted:
             self._schedule_waiting(step)
+        if step.is_long:
+            self.long_gaps.spend(step.num_streams)
         self._stalls = bool(self._queues.running) and not step.scheduled
         self.requests.offer_partial(step.scheduled)
         plan = self._builder.build(step.scheduled, self._take_commands(), self._host.take_jobs())
@@ -160,16 +163,20 @@ class Scheduler:
                 prefilling.append(request)
             else:
                 self._schedule_chunk(request, step)
-        step.prompt_budget = self._room_beside_streams(step)
+        self._bound_prompts(step)
         for request in prefilling:
             self._schedule_chunk(request, step)
 
-    def _room_beside_streams(self, step: StepDraft) -> int:
-        """Return how many tokens of prompts may stand in a step beside the streams in it."""
-        if self._costs is None or not step.scheduled:
-            return step.budget
+    def _bound_prompts(self, step: StepDraft) -> None:
+        """Say how many tokens of prompts may stand in a step beside the streams in it."""
+        step.prompt_budget = step.budget
+        step.num_streams = len(step.scheduled)
+        if self._costs is None or not step.num_streams:
+            return
         num_context_tokens = sum(request.num_scheduled for request in step.scheduled)
-        return self._costs().chunk_tokens(len(step.scheduled), num_context_tokens)
+        step.usual_prompt_tokens = self._costs().chunk_tokens(step.num_streams, num_context_tokens)
+        if not self.long_gaps.earn(step.num_streams):
+            step.prompt_budget = step.usual_prompt_tokens
 
     def _schedule_chunk(self, request: Request, step: StepDraft) -> None:
         """Add as many next tokens of a running request as budget and blocks allow.

@@ -11,13 +11,23 @@ from pdlaunch.protocol.transfer import TransferCommand
 class StepDraft:
     """Collects what the next step computes."""
 
-    __slots__ = ("budget", "preempted", "prompt_budget", "scheduled")
+    __slots__ = (
+        "budget",
+        "num_streams",
+        "preempted",
+        "prompt_budget",
+        "scheduled",
+        "usual_prompt_tokens",
+    )
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
         """Tokens that may still be added."""
         self.prompt_budget = budget
         """Tokens of prompts that may still be added; others do not count for it."""
+        self.usual_prompt_tokens = budget
+        """Tokens of prompts with which the step is no long one for its streams."""
+        self.num_streams = 0
         self.scheduled: dict[Request, int] = {}
         self.preempted = False
 
@@ -34,6 +44,12 @@ class StepDraft:
         num_tokens = self.scheduled.pop(request, 0)
         self.budget += num_tokens
         self.prompt_budget += num_tokens if num_tokens > 1 else 0
+
+    @property
+    def is_long(self) -> bool:
+        """Return whether prompts make it longer than its streams are used to."""
+        num_prompt_tokens = sum(number for number in self.scheduled.values() if number > 1)
+        return self.num_streams > 0 and num_prompt_tokens > self.usual_prompt_tokens
 
     @property
     def _room_for_prompts(self) -> int:

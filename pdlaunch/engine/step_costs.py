@@ -14,6 +14,10 @@ _DOUBT = (1.0, 0.1, 1e-4, 0.1, 1e-5)
 """Seconds by which each of ``StepCosts`` may be wrong before anything is measured: more than any
 machine takes.
 """
+_DRIFTS = (True, True, False, True, False)
+"""Requests that are all alike do not tell what tokens before others cost from what tokens cost:
+left to drift, the two would take each other's place, and be wrong for the next length.
+"""
 
 
 def work_of(plan: StepPlan) -> StepWork:
@@ -41,13 +45,16 @@ class StepModel:
     def __init__(self, limits: EngineCosts, measured: Iterable[tuple[StepWork, float]]) -> None:
         """``limits``: what is no cost of these is taken over as it is."""
         self._limits = limits
-        self._fit = OnlineFit([0.0] * len(_DOUBT), _DOUBT)
+        self.stream_seconds = 0.0
+        """Time of the steps so far, each times the streams in it."""
+        self._fit = OnlineFit([0.0] * len(_DOUBT), _DOUBT, _DRIFTS)
         for work, seconds in measured:
             self.observe(work, seconds)
 
     def observe(self, work: StepWork, seconds: float) -> None:
         """Take what a step took."""
         if seconds > 0:
+            self.stream_seconds += work.num_streams * seconds
             self._fit.observe(work.features, seconds)
 
     @property

@@ -55,13 +55,13 @@ class WarmUp:
         """Return what was measured; nothing where not even a short prompt has room."""
         if self._num_short < 1:
             return []
-        # Twice: the first time pays for what is initialised lazily.
-        self._prompt(self._num_short)
-        self._streams(1)
-        measured = [self._prompt(self._num_short), self._streams(1)]
-        if self._max_streams > 1:
-            measured.append(self._streams(self._max_streams))
-        return measured + [self._prompt(num_tokens) for num_tokens in self._longer_prompts()]
+        # Twice: the first time pays for what is initialised lazily, for each size of a batch anew.
+        for _ in range(2):
+            measured = [self._prompt(self._num_short), self._streams(1)]
+            if self._max_streams > 1:
+                measured.append(self._streams(self._max_streams))
+            measured += [self._prompt(num_tokens) for num_tokens in self._longer_prompts()]
+        return measured
 
     def _longest(self, blocks_per_group: int) -> int:
         spec = self._spec

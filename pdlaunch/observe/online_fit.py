@@ -21,16 +21,19 @@ class OnlineFit:
 
     Errors count relative to the measured value, so that short steps count as much as long ones.
     ``start``: the coefficients before any measurement. ``doubt``: by how much each may be wrong;
-    one that no measurement speaks of stays as it is.
+    one that no measurement speaks of stays as it is. ``drifts``: which may change for good; all.
     """
 
-    def __init__(self, start: Sequence[float], doubt: Sequence[float]) -> None:
+    def __init__(
+        self, start: Sequence[float], doubt: Sequence[float], drifts: Sequence[bool] | None = None
+    ) -> None:
         self.coefficients = list(start)
         self._covariance = [
             [value * value if row == column else 0.0 for column in range(len(doubt))]
             for row, value in enumerate(doubt)
         ]
         self._doubt = tuple(doubt)
+        self._drifts = (True,) * len(doubt) if drifts is None else tuple(drifts)
         self._usual_error = 1.0
         """It begins large, so that nothing surprises at the start."""
 
@@ -69,7 +72,7 @@ class OnlineFit:
     def _drift(self, inputs: Sequence[float]) -> None:
         """Doubt the coefficients that this measurement speaks of a little more."""
         for index, feature in enumerate(inputs):
-            if feature > 0:
+            if feature > 0 and self._drifts[index]:
                 share = max(self.coefficients[index], SMALLEST_SHARE / feature)
                 share = min(share, self._doubt[index])
                 self._covariance[index][index] += (DRIFT * share) ** 2

@@ -93,8 +93,17 @@ class EngineCosts(msgspec.Struct, frozen=True, array_like=True):
         values = msgspec.structs.asdict(self)
         return msgspec.structs.asdict(values.pop("steps")) | values
 
+    @property
+    def most_long_gaps(self) -> int:
+        """Return how many gaps between tokens may be long at once; none with ``max_itl_s``."""
+        return self.max_num_seqs if self.max_itl_s is None else 0
+
+    def most_tokens(self, num_streams: int) -> int:
+        """Return how many prompt tokens a step has room for beside its streams."""
+        return max(self.block_size, self.max_num_batched_tokens - num_streams)
+
     def chunk_tokens(self, num_streams: int, context_tokens: float) -> int:
-        """Return how many prompt tokens a step may compute beside its streams; one block at least.
+        """Return beside how many prompt tokens a step of streams is no long one; a block at least.
 
         An engine without streams computes as many as fit into a step.
         """
@@ -106,7 +115,32 @@ class EngineCosts(msgspec.Struct, frozen=True, array_like=True):
             self.max_itl_s if self.max_itl_s is not None else alone_s * (self.max_slowdown or 1.0)
         )
         fits = math.floor((allowed_s - alone_s) / self.steps.prompt_s)
-        return max(self.block_size, min(fits, self.max_num_batched_tokens - num_streams))
+        return max(self.block_size, min(fits, self.most_tokens(num_streams)))
+
+
+class LongGaps:
+    """Counts the gaps between tokens that may be longer than ``EngineCosts`` allows.
+
+    One in 200 changes no percentile that people look at, and lets an engine compute the prompts of
+    a burst at full speed.
+    """
+
+    SHARE = 0.005
+    """Gaps that may be long, of all gaps."""
+
+    def __init__(self, most: int) -> None:
+        """``most``: so many may come at once, which is so at the start."""
+        self.num_left = float(most)
+        self._most = most
+
+    def earn(self, num_streams: int) -> bool:
+        """Take the streams of a step, and return whether it may take long."""
+        self.num_left = min(self.num_left + self.SHARE * num_streams, self._most)
+        return self.num_left >= num_streams
+
+    def spend(self, num_streams: int) -> None:
+        """Count a step that takes long."""
+        self.num_left -= num_streams
 
 
 class EngineReport(msgspec.Struct, frozen=True, array_like=True):
@@ -121,3 +155,7 @@ class EngineReport(msgspec.Struct, frozen=True, array_like=True):
     free_tokens: int
     """Tokens for which the KV cache has room without taking it from anybody."""
     costs: EngineCosts
+    long_gaps: float = 0.0
+    """Gaps between tokens of its streams that may be long; see ``LongGaps``."""
+    stream_seconds: float = 0.0
+    """Time of its steps so far, each times the streams in it."""

@@ -21,6 +21,12 @@ from pdlaunch.router.engine import Engine
 
 RouteKind = Literal["pair", "decode", "both", "prefill", "least_work"]
 """A pair of engines; one of this role alone; chosen without costs."""
+MET_SHARE = 0.15
+"""Share of the streams to come that begin before a prompt is computed, and are delayed by it.
+
+Found in the simulator: with 0 an engine takes prompts on as if nobody were to be handed to it, with
+more it leaves the last ones of a burst to prefill engines.
+"""
 MAX_CORRECTION = 4.0
 """Measured times change an estimate by this factor at most."""
 
@@ -66,35 +72,51 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     queued_tokens: float
     """Tokens of prompts that are to be computed before a new one."""
     num_streams: int
+    """Streams that decode."""
     context_tokens: float
+    """Tokens of these."""
     decode_s: float
     """Time of a step with its streams alone."""
     chunk_tokens: int
     """Prompt tokens that such a step may have."""
+    long_gaps: float = 0.0
+    """Gaps between tokens of its streams that may be long."""
+    num_expected: int = 0
+    """Streams that begin when their prompts are computed."""
+    expected_tokens: float = 0.0
+    """Tokens of these prompts."""
 
     def prompt_s(self, num_tokens: float, num_before: float = 0.0) -> float:
-        """Return the time in which prompt tokens are computed, in chunks beside the streams."""
-        if num_tokens <= 0:
-            return 0.0
-        num_steps = math.ceil(num_tokens / self.chunk_tokens)
-        return num_steps * self.decode_s + self.costs.steps.tokens_s(num_tokens, num_before)
+        """Return the time until a prompt is computed, after those that wait, beside the streams.
+
+        ``num_tokens`` are to be computed of it, ``num_before`` are cached.
+        """
+        steps, total = self.costs.steps, self.queued_tokens + num_tokens
+        most = self.costs.most_tokens(self.num_streams)
+        num_long = math.ceil(total / most)
+        if self.num_streams:
+            num_long = min(num_long, int(self.long_gaps / self.num_streams))
+        num_short = math.ceil(max(0.0, total - num_long * most) / self.chunk_tokens)
+        return (
+            (num_long + num_short) * self.decode_s
+            + steps.tokens_s(self.queued_tokens)
+            + steps.tokens_s(num_tokens, num_before)
+        )
 
     def room_s(self, work: Work) -> float:
         """Return the time until there is a seat and room in the KV cache for one more request.
 
         As streams end one after the other, each after ``num_output_tokens`` steps.
         """
-        if not self.num_streams:
+        num_seats = self.num_streams + self.num_expected
+        if not num_seats:
             return 0.0
         lasts_s = work.num_output_tokens * self.decode_s
-        lacking_seats = self.num_streams + work.num_choices - self.costs.max_num_seqs
+        lacking_seats = num_seats + work.num_choices - self.costs.max_num_seqs
         num_tokens = work.num_prompt_tokens + work.num_output_tokens * work.num_choices
-        lacking_tokens = self.context_tokens + num_tokens - self.costs.num_kv_tokens
-        return lasts_s * max(
-            0.0,
-            lacking_seats / self.num_streams,
-            lacking_tokens / max(self.context_tokens, 1.0),
-        )
+        held_tokens = self.context_tokens + self.expected_tokens
+        lacking_tokens = held_tokens + num_tokens - self.costs.num_kv_tokens
+        return lasts_s * max(0.0, lacking_seats / num_seats, lacking_tokens / max(held_tokens, 1.0))
 
 
 def load_of(engine: Engine, now_at: float) -> Load | None:
@@ -114,6 +136,9 @@ def load_of(engine: Engine, now_at: float) -> Load | None:
         context_tokens=context_tokens,
         decode_s=decode_s,
         chunk_tokens=chunk_tokens,
+        long_gaps=engine.long_gaps,
+        num_expected=engine.num_expected,
+        expected_tokens=engine.expected_tokens,
     )
 
 
@@ -125,12 +150,13 @@ def corrected(engine: Engine, computed_s: float) -> float:
     return min(max(expected_s, computed_s / MAX_CORRECTION), most_s)
 
 
-def estimate_alone(load: Load, work: Work, num_cached: int) -> Estimate:
-    """Estimate that one engine does all."""
+def estimate_alone(load: Load, work: Work, num_cached: int, exposure: float = 0.0) -> Estimate:
+    """Estimate that one engine does all.
+
+    ``exposure``: seconds of coming prompts that a stream will meet there in each of its own.
+    """
     steps, num_new = load.costs.steps, max(1, work.num_prompt_tokens - num_cached)
-    computed_s = (
-        load.room_s(work) + load.prompt_s(load.queued_tokens) + load.prompt_s(num_new, num_cached)
-    )
+    computed_s = load.room_s(work) + load.prompt_s(num_new, num_cached)
     chunk_s = steps.tokens_s(min(num_new, load.chunk_tokens), num_cached)
     first_token_s = corrected(load.engine, computed_s)
     role = load.engine.role or "both"
@@ -139,8 +165,12 @@ def estimate_alone(load: Load, work: Work, num_cached: int) -> Estimate:
         engines=(load.engine.name,),
         computed_s=computed_s,
         first_token_s=first_token_s,
-        total_s=first_token_s + _tokens_s(load, work),
-        delay_s=load.num_streams * steps.tokens_s(num_new, num_cached) + _crowding_s(load, work),
+        total_s=first_token_s + (1 + exposure) * _tokens_s(load, work),
+        # Prompts that come are delayed by the stream as it is by them.
+        delay_s=(load.num_streams + MET_SHARE * load.num_expected)
+        * steps.tokens_s(num_new, num_cached)
+        + _crowding_s(load, work)
+        + exposure * _tokens_s(load, work),
         itl_s=load.decode_s + chunk_s if load.num_streams else _step_with(load, work),
     )
 
@@ -154,11 +184,9 @@ def estimate_pair(
     it was not measured, which counts as no time.
     """
     num_new = max(1, work.num_prompt_tokens - num_cached[0])
-    computed_s = (
-        prefill.room_s(msgspec.structs.replace(work, num_output_tokens=1.0))
-        + prefill.prompt_s(prefill.queued_tokens)
-        + prefill.prompt_s(num_new, num_cached[0])
-    )
+    computed_s = prefill.room_s(
+        msgspec.structs.replace(work, num_output_tokens=1.0)
+    ) + prefill.prompt_s(num_new, num_cached[0])
     num_bytes = max(0, work.num_prompt_tokens - num_cached[1]) * prefill.costs.kv_bytes_per_token
     pull_s = num_bytes / (gigabytes_per_s * 1e9) if gigabytes_per_s else 0.0
     first_token_s = corrected(prefill.engine, computed_s)
@@ -178,7 +206,8 @@ def _step_with(load: Load, work: Work) -> float:
     """Return the time of a decode step with this request, half of its tokens drawn."""
     num_tokens = work.num_prompt_tokens + work.num_output_tokens / 2
     return load.costs.steps.decode_s(
-        load.num_streams + work.num_choices, load.context_tokens + work.num_choices * num_tokens
+        load.num_streams + load.num_expected + work.num_choices,
+        load.context_tokens + load.expected_tokens + work.num_choices * num_tokens,
     )
 
 
@@ -193,5 +222,8 @@ def _tokens_s(load: Load, work: Work) -> float:
 
 def _crowding_s(load: Load, work: Work) -> float:
     """Return by how much the tokens of this request delay the other streams in all their steps."""
-    longer_s = _step_with(load, work) - load.decode_s if load.num_streams else 0.0
-    return load.num_streams * longer_s * max(0.0, work.num_output_tokens - 1)
+    others = load.num_streams + load.num_expected
+    num_tokens = work.num_prompt_tokens + work.num_output_tokens / 2
+    steps = load.costs.steps
+    longer_s = work.num_choices * (steps.stream_s + steps.context_s * num_tokens)
+    return others * longer_s * max(0.0, work.num_output_tokens - 1)

@@ -18,6 +18,7 @@ from pdlaunch.router.cost_model import (
     load_of,
 )
 from pdlaunch.router.engine import Engine
+from pdlaunch.router.exposure import Exposure
 from pdlaunch.router.health import Health, may_pull, survey
 from pdlaunch.router.policy import (
     WAITS,
@@ -42,6 +43,7 @@ class LeastCost:
         self._max_ttft_s = max_ttft_s
         self._max_itl_s = max_itl_s
         self._otherwise = LeastWork()
+        self._exposure = Exposure()
 
     def choose(
         self,
@@ -70,10 +72,13 @@ class LeastCost:
         health = survey(engines, now_at)
         usable = health.usable
         loads = [load for one in usable.values() if (load := load_of(one, now_at)) is not None]
-        if len(loads) != len(usable):
+        if not loads or len(loads) != len(usable):
             return None
+        num_cached = max(_num_cached(request, load, index) for load in loads)
+        self._exposure.arrives(request.num_prompt_tokens - num_cached, loads)
+        exposure = self._exposure.of_prefill(loads)
         estimates = [
-            *_estimates_alone(request, loads, index),
+            *_estimates_alone(request, loads, index, exposure),
             *_estimates_of_pairs(request, loads, pairs, index, now_at),
         ]
         if not estimates:
@@ -191,11 +196,16 @@ def _num_cached(request: RoutingRequest, load: Load, index: PrefixIndex) -> int:
 
 
 def _estimates_alone(
-    request: RoutingRequest, loads: Sequence[Load], index: PrefixIndex
+    request: RoutingRequest, loads: Sequence[Load], index: PrefixIndex, exposure: float = 0.0
 ) -> Iterator[Estimate]:
     for load in loads:
-        if load.engine.role != "prefill" and covers(load.engine.capabilities, request.needs):
-            yield estimate_alone(load, _work(request), _num_cached(request, load, index))
+        if covers(load.engine.capabilities, request.needs):
+            yield estimate_alone(
+                load,
+                _work(request),
+                _num_cached(request, load, index),
+                exposure if load.engine.role == "prefill" else 0.0,
+            )
 
 
 def _estimates_of_pairs(

@@ -122,7 +122,9 @@ class DecodeHop:
             return
         body = prompt.decode_body(extra)
         if not extra:
-            progress.first_token.computes(engine, progress.routing_request("decode"))
+            request = progress.routing_request("decode")
+            progress.first_token.computes(engine, request)
+            progress.first_token.expects(engine, request)
         with (
             engine.working(
                 num_prompt_tokens=prompt.num_prompt_tokens, num_streams=prompt.num_choices

@@ -93,6 +93,10 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     """Instant since which the first of these are computed."""
     context_tokens: int = 0
     """Estimated tokens of the streams that this router has here."""
+    num_expected: int = 0
+    """Streams among them whose prompts are not computed yet, here or at a prefill engine."""
+    expected_tokens: int = 0
+    """Tokens of these prompts."""
     experience: OnlineFit = msgspec.field(
         default_factory=lambda: OnlineFit((0.0, 1.0), EXPERIENCE_DOUBT)
     )
@@ -147,16 +151,20 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
         return max(0.0, own, told)
 
     def streams(self, now_at: float) -> tuple[int, float]:
-        """Return the streams and their tokens; what the engine has told counts for a while only,
-        as nobody says when streams of other routers end.
+        """Return the streams that decode, and their tokens; what the engine has told counts for a
+        while only, as nobody says when streams of other routers end.
         """
+        num_own = self.num_streams - self.num_expected
+        own_tokens = self.context_tokens - self.expected_tokens
         told = self.report
         if told is None or now_at - self.reported_at > REPORT_LASTS_S:
-            return self.num_streams, self.context_tokens
-        return (
-            max(self.num_streams, told.num_streams),
-            max(self.context_tokens, told.context_tokens),
-        )
+            return num_own, own_tokens
+        return max(num_own, told.num_streams), max(own_tokens, told.context_tokens)
+
+    @property
+    def long_gaps(self) -> float:
+        """Return how many gaps between tokens of its streams may be long."""
+        return 0.0 if self.report is None else self.report.long_gaps
 
     def told(self, num_gaps: int, waited_s: float, now_at: float) -> None:
         """Note for how long the tokens of a stream were waited for, all but the first."""
@@ -185,6 +193,17 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
             yield
         finally:
             self.num_leases -= 1
+
+    @contextlib.contextmanager
+    def expecting(self, num_streams: int, num_prompt_tokens: int) -> Iterator[None]:
+        """Count streams of a prompt as not begun for as long as the block runs."""
+        self.num_expected += num_streams
+        self.expected_tokens += num_streams * num_prompt_tokens
+        try:
+            yield
+        finally:
+            self.num_expected -= num_streams
+            self.expected_tokens -= num_streams * num_prompt_tokens
 
     @contextlib.contextmanager
     def working(self, *, num_prompt_tokens: int = 0, num_streams: int = 0) -> Iterator[None]:

@@ -63,6 +63,18 @@ class FirstToken:
         self._unanswered_at = engine
         self._unanswered.enter_context(engine.computing(num_tokens, self._state.pool.clock))
 
+    def expects(self, engine: Engine, request: RoutingRequest, *, is_counted: bool = True) -> None:
+        """Count its streams at ``engine``, where they begin with the first token, as not begun.
+
+        ``is_counted``: they are among the engine's streams already.
+        """
+        num_tokens, num_streams = request.num_prompt_tokens, request.num_choices
+        if not is_counted:
+            self._unanswered.enter_context(
+                engine.working(num_prompt_tokens=num_tokens, num_streams=num_streams)
+            )
+        self._unanswered.enter_context(engine.expecting(num_streams, num_tokens))
+
     def computes_no_more(self) -> None:
         """Count the prompt as nobody's work."""
         self._unanswered.close()

@@ -50,7 +50,7 @@ class PrefillHop:
                 state.metrics.retried("prefill")
                 self._record.retries += 1
             try:
-                handover = await self._ask(route.prefill, route.decode)
+                handover = await self._ask(route.prefill, route.decode, route.planned)
             except (EngineFailure, EngineRefusal) as failure:
                 if self._is_taken_over(failure):
                     return
@@ -67,7 +67,9 @@ class PrefillHop:
         if state.pool.has_pairs:
             state.metrics.fell_back()
 
-    async def _ask(self, engine: Engine, told_early: Engine | None) -> Handover:
+    async def _ask(
+        self, engine: Engine, told_early: Engine | None, planned: Engine | None
+    ) -> Handover:
         progress, prompt = self._progress, self._prompt
         early = progress.early = (
             None
@@ -83,6 +85,10 @@ class PrefillHop:
         try:
             request, asked_at = progress.routing_request("prefill"), self._state.now()
             progress.first_token.computes(engine, request)
+            if early is not None:
+                progress.first_token.expects(early.engine, request)
+            elif planned is not None:
+                progress.first_token.expects(planned, request, is_counted=False)
             with (
                 progress.first_token.waits(engine, prompt.hop_id, request),
                 engine.working(num_prompt_tokens=prompt.num_prompt_tokens),

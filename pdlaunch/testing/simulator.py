@@ -27,7 +27,7 @@ import msgspec
 
 from pdlaunch.config.roles import Role
 from pdlaunch.protocol.control import Capabilities
-from pdlaunch.protocol.costs import EngineCosts, EngineReport, StepWork
+from pdlaunch.protocol.costs import EngineCosts, EngineReport, LongGaps, StepWork
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.policy import NoIndex, Policy, Route, RoutingRequest
 
@@ -85,6 +85,8 @@ class SimEngine:
         self.leased_tokens = 0
         """Tokens of prompts that are computed and not pulled yet."""
         self.is_stepping = False
+        self.stream_seconds = 0.0
+        self.long_gaps = LongGaps(costs.most_long_gaps)
         able = Capabilities(resumes=True, gives_first_token=True, awaits_lease=True, costs=costs)
         self.view = Engine(
             name=name,
@@ -115,8 +117,9 @@ class SimEngine:
         """Return a step: its work, its streams, and how much of which prompts."""
         streams = list(self.streams)
         context_tokens = sum(request.context_tokens for request in streams)
-        left = self.costs.chunk_tokens(len(streams), context_tokens)
-        left = min(left, self.costs.max_num_batched_tokens - len(streams))
+        usual = self.costs.chunk_tokens(len(streams), context_tokens)
+        may_be_long = self.long_gaps.earn(len(streams))
+        left = self.costs.most_tokens(len(streams)) if may_be_long else usual
         chunks: list[tuple[SimRequest, int]] = []
         attended = 0.0
         for request in self.prompts:
@@ -132,6 +135,8 @@ class SimEngine:
             prompt_tokens=sum(number for _, number in chunks),
             attended_tokens=attended,
         )
+        if streams and work.prompt_tokens > usual:
+            self.long_gaps.spend(len(streams))
         return work, streams, chunks
 
     def report(self) -> EngineReport:
@@ -142,6 +147,8 @@ class SimEngine:
             sum(request.context_tokens for request in self.streams),
             self.costs.num_kv_tokens - self.held_tokens,
             self.costs,
+            self.long_gaps.num_left,
+            self.stream_seconds,
         )
 
 
@@ -207,8 +214,10 @@ class Simulation:
         assert first is not None
         first.num_picks += 1
         self._count(first, request, 1)
-        if route.prefill is None:
-            self._count_stream(first, request, 1)
+        decode = first if route.prefill is None else route.planned or route.decode
+        if decode is not None:
+            self._count_stream(decode, request, 1)
+            self._expect(decode, request, 1)
         self._begin(self.engines[first.name], request)
 
     def _begin(self, engine: SimEngine, request: SimRequest) -> None:
@@ -225,6 +234,7 @@ class Simulation:
             return
         engine.is_stepping = True
         end_at = self.now_at + engine.costs.steps.seconds(work) / engine.speed
+        engine.stream_seconds += len(streams) * (end_at - self.now_at)
         self._at(end_at, lambda: self._ends(engine, streams, chunks))
 
     def _ends(
@@ -233,7 +243,6 @@ class Simulation:
         streams: Sequence[SimRequest],
         chunks: Sequence[tuple[SimRequest, int]],
     ) -> None:
-        engine.is_stepping = False
         for request, num_tokens in chunks:
             request.num_computed += num_tokens
             if request.num_computed == request.num_prompt_tokens:
@@ -245,6 +254,8 @@ class Simulation:
                 engine.streams.remove(request)
                 self._is_done(engine, request)
         engine.view.hear(engine.report(), self.now_at)
+        # Not before: what ends above may send a prompt here, which must not begin a step by itself.
+        engine.is_stepping = False
         self._step(engine)
 
     def _prompt_is_computed(self, engine: SimEngine, request: SimRequest) -> None:
@@ -253,16 +264,22 @@ class Simulation:
         self._count(engine.view, request, -1)
         route = request.route
         assert route is not None
+        expecting = engine.view if route.prefill is None else route.planned or route.decode
+        if expecting is not None:
+            self._expect(expecting, request, -1)
         if route.prefill is None:
             if request.is_done:
                 self._is_done(engine, request)
             else:
                 engine.streams.append(request)
         elif request.is_done:
+            if expecting is not None:
+                self._count_stream(expecting, request, -1)
             self._is_done(None, request)
         else:
-            decode = route.planned or route.decode or self._any_decode()
-            self._count_stream(decode, request, 1)
+            decode = expecting or self._any_decode()
+            if expecting is None:
+                self._count_stream(decode, request, 1)
             engine.leased_tokens += request.num_prompt_tokens
             end_at = self.now_at + self._pull_s(request)
             self._at(end_at, lambda: self._is_pulled(engine, self.engines[decode.name], request))
@@ -292,6 +309,8 @@ class Simulation:
             if engine.view.role != "prefill" or not engine.waiting:
                 continue
             request = engine.waiting[-1]
+            if request.route is None or request.route.prefill is None:
+                continue
             route = self._policy.take_over(
                 self._routing_request(request),
                 engine.view,
@@ -303,6 +322,10 @@ class Simulation:
             if route is not None and not request.num_computed:
                 engine.waiting.pop()
                 self._count(engine.view, request, -1)
+                left = request.route.planned or request.route.decode
+                if left is not None:
+                    self._count_stream(left, request, -1)
+                    self._expect(left, request, -1)
                 request.was_taken_over = True
                 self._send(request, route)
 
@@ -316,3 +339,8 @@ class Simulation:
     def _count_stream(self, view: Engine, request: SimRequest, sign: int) -> None:
         view.num_streams += sign
         view.context_tokens += sign * request.num_prompt_tokens
+
+    def _expect(self, view: Engine, request: SimRequest, sign: int) -> None:
+        """Count a stream as one whose prompt is not computed yet."""
+        view.num_expected += sign
+        view.expected_tokens += sign * request.num_prompt_tokens

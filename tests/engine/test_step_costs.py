@@ -9,7 +9,7 @@ import pytest
 from pdlaunch.engine.step import ScheduledRow, StepPlan
 from pdlaunch.engine.step_costs import StepModel, work_of
 from pdlaunch.engine.warm_up import WarmUp
-from pdlaunch.protocol.costs import EngineCosts, StepCosts, StepWork
+from pdlaunch.protocol.costs import EngineCosts, LongGaps, StepCosts, StepWork
 from tests.engine.fake_engine import FakeEngine, output
 from tests.engine.hand_scheduler import make_spec
 
@@ -52,13 +52,18 @@ def test_the_model_learns_from_steps_what_they_cost() -> None:
 
 
 def test_the_warm_up_measures_streams_and_prompts_and_uses_what_there_is() -> None:
-    """A made-up clock advances by what each step costs: the fit finds it again."""
+    """A made-up clock advances by what each step costs, and more at the first step of a kind: the
+    fit finds the costs again.
+    """
     now = [0.0]
     plans: list[StepPlan] = []
+    seen: set[StepWork] = set()
 
     def execute(plan: StepPlan) -> None:
         plans.append(plan)
-        now[0] += COSTS.seconds(work_of(plan))
+        work = work_of(plan)
+        now[0] += COSTS.seconds(work) + (0.0 if work in seen else 1.0)
+        seen.add(work)
 
     spec = make_spec("unused", max_num_seqs=8)
     warm_up = WarmUp(execute, spec, num_groups=2, num_blocks=80, clock=lambda: now[0])
@@ -129,8 +134,41 @@ def test_the_report_counts_what_waits_and_what_runs() -> None:
     engine.add("long", range(30), max_tokens=2)
     engine.add("behind", range(10), max_tokens=2)
     engine.step()
-    report = engine.scheduler.requests.report(LIMITS)
+    report = engine.scheduler.requests.figures.report(LIMITS)
     assert report.num_streams == 1
     assert report.context_tokens == 4
     assert report.waiting_tokens == 30 - 7 + 10
     assert 0 < report.free_tokens < engine.num_blocks * engine.block_size
+
+
+def test_one_gap_in_two_hundred_may_be_long() -> None:
+    gaps = LongGaps(most=8)
+    assert gaps.earn(4)
+    gaps.spend(4)
+    assert gaps.earn(4)
+    gaps.spend(4)
+    steps_until_next = next(step for step in range(1000) if gaps.earn(4))
+    assert steps_until_next == pytest.approx(1 / LongGaps.SHARE, rel=0.02)
+    for _ in range(10_000):
+        gaps.earn(4)
+    assert gaps.num_left == 8
+
+
+def test_a_burst_is_computed_at_full_speed_until_its_gaps_are_spent() -> None:
+    costs = limits(max_slowdown=1.0, max_num_seqs=3, max_num_batched_tokens=16)
+    engine = FakeEngine(costs=lambda: costs, max_num_batched_tokens=16)
+    engine.add("chat", [1, 2, 3], max_tokens=40)
+    engine.step()
+    engine.add("long", range(60), max_tokens=2)
+    plans = engine.run()
+    beside = [
+        sum(item.num_tokens for item in plan.scheduled if item.num_tokens > 1)
+        for plan in plans
+        if any(item.num_tokens == 1 for item in plan.scheduled)
+    ]
+    assert [number for number in beside if number][:5] == [15, 15, 15, 4, 4]
+
+
+def test_a_stated_limit_has_no_exceptions() -> None:
+    assert limits(max_itl_s=0.01, max_slowdown=2.0).most_long_gaps == 0
+    assert limits(max_slowdown=2.0).most_long_gaps == LIMITS.max_num_seqs

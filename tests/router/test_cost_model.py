@@ -153,7 +153,7 @@ def test_streams_that_run_send_a_prompt_to_prefill() -> None:
 def test_a_burst_at_prefill_sends_a_prompt_to_idle_decode() -> None:
     route = choose([busy("prefill-0", unanswered_tokens=20_000), busy("decode-0", num_streams=2)])
     assert (route.kind, route.name, route.prefill) == ("decode", "decode-0", None)
-    assert [estimate.kind for estimate in route.alternatives] == ["pair"]
+    assert [estimate.kind for estimate in route.alternatives] == ["pair", "prefill"]
 
 
 def test_an_idle_engine_of_both_roles_takes_what_a_busy_pair_would_delay() -> None:
@@ -243,7 +243,7 @@ def test_a_route_explains_itself() -> None:
     explanation = choose([busy("prefill-0"), busy("decode-0", 8), busy("both-0", 8)]).explanation
     assert explanation["route"] == "prefill-0->decode-0"
     kinds = [estimate["kind"] for estimate in explanation["estimates"]]
-    assert (kinds[0], {*kinds}) == ("pair", {"pair", "decode", "both"})
+    assert (kinds[0], {*kinds}) == ("pair", {"pair", "decode", "both", "prefill"})
     assert msgspec.json.decode(msgspec.json.encode(explanation)) == explanation
     costs_ms = [one["total_ms"] + one["delay_ms"] for one in explanation["estimates"]]
     assert costs_ms[0] == min(costs_ms)
@@ -290,3 +290,24 @@ def test_the_cheapest_route_is_taken_and_nothing_is_changed(
         assert one is None or (one.ready and one.breaker.takes(NOW))
     assert route.prefill is None or route.prefill.role == "prefill"
     assert route.prefill is not None or route.decode is not None
+
+
+def test_streams_to_come_are_no_streams_yet() -> None:
+    """A burst that was sent this instant delays nobody's tokens, and crowds all of them."""
+    work = Work(num_prompt_tokens=512, num_output_tokens=256)
+    coming = busy("decode-0", num_streams=32)
+    coming.num_expected, coming.expected_tokens = 32, 32 * 512
+    running = busy("decode-0", num_streams=32)
+    assert load(coming).num_streams == 0
+    assert load(coming).chunk_tokens == costs().max_num_batched_tokens
+    there, here = estimate_alone(load(coming), work, 0), estimate_alone(load(running), work, 0)
+    assert there.first_token_s < here.first_token_s
+    assert there.delay_s > estimate_alone(load(busy("decode-0")), work, 0).delay_s
+
+
+def test_streams_at_prefill_are_charged_for_the_prompts_that_they_will_meet() -> None:
+    work = Work(num_prompt_tokens=512, num_output_tokens=256)
+    one = load(busy("prefill-0"))
+    assert estimate_alone(one, work, 0, exposure=0.5).total_s > 1.4 * (
+        estimate_alone(one, work, 0).total_s
+    )

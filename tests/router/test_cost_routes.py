@@ -99,6 +99,7 @@ async def test_nothing_is_left_counted_after_answers_errors_and_retries(stand: S
     await stand.state.settled()
     for engine in stand.pool.engines:
         assert (engine.unanswered_tokens, engine.context_tokens, engine.num_streams) == (0, 0, 0)
+        assert (engine.num_expected, engine.expected_tokens) == (0, 0)
 
 
 async def test_an_engine_that_fails_the_prompt_alone_leaves_it_to_others(stand: Stand) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 
 import pytest
@@ -16,8 +19,10 @@ from pdlaunch.router.policy import LeastWork, Policy
 from pdlaunch.testing.simulator import SimEngine, SimRequest, Simulation
 from tests.router.test_cost_model import costs
 
-POLICIES = st.sampled_from(
-    [LeastCost(), LeastCost(max_ttft_s=0.05), LeastCost(max_itl_s=0.007), LeastWork()]
+POLICIES = st.one_of(
+    st.builds(LeastCost, max_ttft_s=st.sampled_from([None, 0.05])),
+    st.builds(LeastCost, max_itl_s=st.just(0.007)),
+    st.builds(LeastWork),
 )
 DEPLOYMENTS = st.sampled_from(
     [
@@ -86,6 +91,7 @@ def test_all_are_served_within_the_limits_and_nothing_is_computed_twice(
     for engine in simulation.engines.values():
         view = engine.view
         assert (view.unanswered_tokens, view.num_streams, view.context_tokens) == (0, 0, 0)
+        assert (view.num_expected, view.expected_tokens) == (0, 0)
         assert engine.held_tokens == 0
 
 
@@ -131,6 +137,18 @@ def test_a_burst_is_over_sooner_than_with_pairs_alone_and_streams_stay_steady() 
     ends = {name: max(one.tokens_at[-1] for one in sent) for name, sent in found.items()}
     assert ttft["cost"] < 0.8 * ttft["pairs"]
     assert ends["cost"] <= 1.02 * ends["pairs"]
+
+
+def test_requests_that_come_one_by_one_leave_prefill_to_prompts() -> None:
+    """25 a second: streams at the prefill engine would delay prompts, and be delayed by them."""
+    arrivals = random.Random(1)
+    instants = itertools.accumulate(arrivals.expovariate(25.0) for _ in range(300))
+    sent = requests([(instant, 512, 256) for instant in instants])
+    Simulation(engines(("prefill-0", "decode-0")), LeastCost()).run(sent)
+    kinds = Counter(request.route.kind for request in sent if request.route is not None)
+    assert kinds["pair"] > 0.95 * len(sent)
+    gaps_s = [gap_s for request in sent for gap_s in request.gaps_s]
+    assert p99(gaps_s) < 1.3 * statistics.median(gaps_s)
 
 
 def test_a_wrong_estimate_is_made_up_for_by_takeovers() -> None:
