@@ -82,6 +82,10 @@ test-ray: install $(DEV)  ## Run the tests on a cluster of Ray
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt 'ray>=2.40'
 	$(BIN)/python -m pytest -v tests/ray $(ARGS)
 
+# Debian: apt-get install slurmctld slurmd. Skipped where it is missing.
+test-slurm: install $(DEV)  ## Run the tests with Slurm
+	$(BIN)/python -m pytest -v tests/slurm $(ARGS)
+
 test-browser: install $(DEV)  ## Run the tests of the page in Chromium
 	tests/browser/install.sh
 	$(BIN)/python -m pytest -v tests/browser $(ARGS)
@@ -138,5 +142,5 @@ wheel: $(RUNTIME)  ## Build dist/pdlaunch-*.whl
 clean:  ## Remove .venv, dist and the tools' caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* build dist *.egg-info
 
-.PHONY: help install serve test test-fast test-hosts test-vllm test-ray test-prometheus test-browser coverage scale soak kills cancels attack lint types format rules \
+.PHONY: help install serve test test-fast test-hosts test-vllm test-ray test-slurm test-prometheus test-browser coverage scale soak kills cancels attack lint types format rules \
   settings wheel clean

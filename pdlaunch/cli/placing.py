@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,7 +19,7 @@ from pdlaunch.hosts.join import read_ticket
 from pdlaunch.hosts.placement import slurm
 from pdlaunch.hosts.placement.ray_cluster import ray_bundles, ray_hosts
 from pdlaunch.observe.logs import setup_logging
-from pdlaunch.process.bootstrap import raise_open_files
+from pdlaunch.process.bootstrap import leave_ends_to_supervisor, raise_open_files
 
 _LOOK_S = 0.5
 
@@ -54,11 +53,9 @@ def serve_task(config: LaunchConfig, environ: Mapping[str, str], errors: Console
     """
     setup_logging("agent", "info")
     raise_open_files()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        # Not ignored: what this agent starts would inherit that.
-        signal.signal(number, lambda *_: None)
     path = slurm.slurm_join_file(config, environ)
     _await_file(path, config.join_timeout_s)
+    leave_ends_to_supervisor()
     ticket = read_ticket(str(path))
     join = introduction(ticket, slurm.node_name(environ))
     reason = serve_sessions(ticket, join, {}, [], config.join_timeout_s, errors)

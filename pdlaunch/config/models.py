@@ -211,7 +211,7 @@ class LaunchConfig(SharedSettings, EngineSettings):
             raise PydanticCustomError("hosts", message, {"field": "hosts"})
         if self.placement != "hosts" and self.hosts:
             message = f"hosts are named, and placement is {self.placement}: set placement to hosts"
-            raise PydanticCustomError("hosts", message, {"field": "placement"})
+            raise PydanticCustomError("hosts", message, {"field": "hosts"})
         return self
 
     @model_validator(mode="before")

@@ -63,13 +63,18 @@ class Setting:
         return tuple in self.kinds
 
     @property
-    def item_fields(self) -> tuple[str, ...]:
-        """The fields of an entry of a list whose entries are mappings; none for texts."""
+    def item_fields(self) -> Mapping[str, bool]:
+        """The fields of an entry of a list whose entries are mappings, none for texts; True: the
+        field is a list of texts itself.
+        """
         item = next(iter(get_args(self.info.annotation)), None)
         model = get_args(item)[0] if get_origin(item) is Annotated else item
         if isinstance(model, type) and issubclass(model, FrozenModel):
-            return tuple(model.model_fields)
-        return ()
+            return {
+                name: tuple in _kinds(info.annotation, info.metadata)
+                for name, info in model.model_fields.items()
+            }
+        return {}
 
     @property
     def is_switch(self) -> bool:

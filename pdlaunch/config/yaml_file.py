@@ -7,7 +7,7 @@ file but names of fields, so that a misplaced secret does not show.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,20 +86,22 @@ class _Reader:
             self._count(item)
             if names and isinstance(item, yaml.MappingNode):
                 found.append(self._read_item(item, path, names))
-            elif not isinstance(item, yaml.ScalarNode) or item.tag.endswith(":null"):
-                self._problem(
-                    item,
-                    f"must be a list of texts; one of its entries is {_kind(item)}",
-                    path,
-                    None,
-                )
+            elif (text := self._text_of_list(item, path)) is None:
                 return
             else:
-                found.append(item.value)
+                found.append(text)
         self._keep(path, node, found)
 
+    def _text_of_list(self, item: yaml.Node, path: str) -> str | None:
+        """Return an entry of a list of texts, None after noting that it is none."""
+        if isinstance(item, yaml.ScalarNode) and not item.tag.endswith(":null"):
+            return item.value
+        message = f"must be a list of texts; one of its entries is {_kind(item)}"
+        self._problem(item, message, path, None)
+        return None
+
     def _read_item(
-        self, node: yaml.MappingNode, path: str, names: Sequence[str]
+        self, node: yaml.MappingNode, path: str, names: Mapping[str, bool]
     ) -> dict[str, object]:
         fields: dict[str, object] = {}
         for name, field, key, value in self._entries(node, path):
@@ -107,6 +109,11 @@ class _Reader:
                 match = nearest(name, names)
                 fix = f"did you mean {match}?" if match else f"known here: {', '.join(names)}"
                 self._problem(key, "unknown field", field, fix)
+            elif names[name] and isinstance(value, yaml.SequenceNode):
+                for each in value.value:
+                    self._count(each)
+                texts = [self._text_of_list(each, field) for each in value.value]
+                fields[name] = None if None in texts else texts
             else:
                 found = self._scalar(value, field)
                 fields[name] = None if isinstance(found, yaml.Node) else found

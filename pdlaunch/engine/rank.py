@@ -32,7 +32,7 @@ from pdlaunch.errors import StartupError
 from pdlaunch.models.tensor_parallel import TPGroup, init_tp_group
 from pdlaunch.offload.worker import OffloadWorker
 from pdlaunch.platform.addresses import tcp_endpoint
-from pdlaunch.process.bootstrap import OVER_HOSTS, Bootstrap
+from pdlaunch.process.bootstrap import OVER_HOSTS, Bootstrap, leave_ends_to_supervisor
 from pdlaunch.process.control_client import ControlClient, Heartbeat
 from pdlaunch.process.step_record import StepRecord
 from pdlaunch.protocol.changes import Answered
@@ -224,6 +224,7 @@ class RankProcess:
             # Routers send requests from now on: a server without its rank 0 would refuse them.
             if loop.ready and not said_ready:
                 said_ready = True
+                leave_ends_to_supervisor()
                 self._control.send(Ready(info=info or {}))
             wait_s = loop.wait_s()
             if wait_s > 0 and stay_awake is not None:

@@ -2,7 +2,7 @@
 
 ::
 
-    bootstrap ──> Register ──> Ready ──> Registry, Drain, .. ──> Stop or a signal ──> 0
+    bootstrap ──> Register ──> Ready ──> Registry, Drain, .. ──> Stop ──> 0
          └──────────┴────────────┴──────────────┴──> Failed ──> 1
 """
 
@@ -23,6 +23,7 @@ from pdlaunch.protocol.control import (
     Capabilities,
     Failed,
     FromSupervisor,
+    Ready,
     Register,
     Stop,
     ToSupervisor,
@@ -31,6 +32,8 @@ from pdlaunch.protocol.sockets import SecureContext
 
 SHUTDOWN_TIMEOUT_S = 1.0
 """Seconds that handlers may still run after Stop; draining came before."""
+
+_END_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 _logger = logging.getLogger(__name__)
 
@@ -53,11 +56,15 @@ class Supervised:
                 loop.call_soon_threadsafe(self.inbox.put_nowait, message)
 
         self._control = ControlClient(self.context, bootstrap.control, bootstrap.name, deliver)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _END_SIGNALS:
             loop.add_signal_handler(number, self.inbox.put_nowait, Stop())
 
     def send(self, message: ToSupervisor) -> None:
         """Queue a message for the supervisor; never blocks."""
+        if isinstance(message, Ready):
+            # As of a rank: see leave_ends_to_supervisor.
+            for number in _END_SIGNALS:
+                asyncio.get_running_loop().add_signal_handler(number, lambda: None)
         self._control.send(message)
 
     def register(self, url: str, capabilities: Capabilities | None = None) -> None:

@@ -127,6 +127,17 @@ def raise_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+def leave_ends_to_supervisor() -> None:
+    """Do nothing at SIGTERM and SIGINT from now on; ranks call it when they are ready.
+
+    Slurm and systemd signal all processes of a launch at once: one that ended by itself would take
+    along the requests that the supervisor waits for. It says Stop, or kills.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # Not SIG_IGN, which what this process starts would inherit.
+        signal.signal(number, lambda *_: None)
+
+
 def die_with_parent() -> None:
     """Make sure that this process ends with its parent, in two ways.
 

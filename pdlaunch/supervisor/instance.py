@@ -88,7 +88,7 @@ class Instance:
         return Entry(
             name=self.name,
             kind=self.spec.kind,
-            host="" if self.spec.host == LOCAL else self.spec.host,
+            host=self.spec.host,
             incarnation=self.incarnation,
             engine=self.spec.engine,
             role=self.spec.role,

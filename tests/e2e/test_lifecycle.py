@@ -146,7 +146,9 @@ class TestRestarts:
                 await_true(
                     lambda: requests_in_flight(deployment.url) == 1, "the request is running"
                 )
-                deployment.process.send_signal(signal.SIGTERM)
+                # Slurm and systemd signal every process of a launch; the supervisor alone heeds it.
+                for process in (deployment.process, *deployment.processes().values()):
+                    process.send_signal(signal.SIGTERM)
                 await_true(
                     lambda: Api(deployment.url).post("/v1/completions", one_token)[0] == 503,
                     "refusal of new requests",

@@ -40,16 +40,6 @@ def test_the_nodes_of_a_step_are_hosts_the_supervisors_own_first(scontrol: None)
 
 
 @pytest.mark.processes
-def test_components_of_a_heterogeneous_job_are_hosts_too(scontrol: None) -> None:
-    components = {
-        "SLURM_HET_SIZE": "2",
-        "SLURM_JOB_NODELIST_HET_GROUP_0": "n1",
-        "SLURM_JOB_NODELIST_HET_GROUP_1": "big",
-    }
-    assert [host.name for host in slurm_hosts(TASK | components)] == ["local", "big"]
-
-
-@pytest.mark.processes
 def test_several_tasks_on_a_node_are_refused(scontrol: None) -> None:
     with pytest.raises(ConfigError, match="6 tasks on 3 nodes"):
         slurm_hosts(TASK | {"SLURM_STEP_NUM_TASKS": "6"})

@@ -18,6 +18,7 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.errors import ConfigError
 
 _TIMEOUT_S = 30.0
+_STEP = ("SLURM_STEP_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS")
 
 
 def is_supervisor(environ: Mapping[str, str]) -> bool:
@@ -34,9 +35,10 @@ def node_name(environ: Mapping[str, str]) -> str:
 def slurm_hosts(environ: Mapping[str, str]) -> tuple[HostSettings, ...]:
     """Return the nodes of this step, the supervisor's own first. Raises ConfigError."""
     _require_step(environ)
-    names = [name for nodes in _node_lists(environ) for name in _expand(nodes)]
-    num_tasks = int(environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS") or "1")
-    if "SLURM_HET_SIZE" not in environ and num_tasks != len(names):
+    # Of a heterogeneous step, too, these name all components.
+    names = _expand(environ["SLURM_STEP_NODELIST"])
+    num_tasks = int(environ["SLURM_STEP_NUM_TASKS"])
+    if num_tasks != len(names):
         raise ConfigError(
             f"Slurm runs {num_tasks} tasks on {len(names)} nodes, and pdlaunch needs one on each",
             field="placement",
@@ -52,12 +54,12 @@ def slurm_join_file(config: LaunchConfig, environ: Mapping[str, str]) -> Path:
     """Return the file by which agents join: in the folder that the step was started in."""
     if config.join_file is not None:
         return Path(config.join_file).expanduser()
-    step = f"{environ['SLURM_JOB_ID']}.{environ.get('SLURM_STEP_ID', '0')}"
+    step = f"{environ['SLURM_JOB_ID']}.{environ['SLURM_STEP_ID']}"
     return Path.cwd() / f".pdlaunch-{step}.join.json"
 
 
 def _require_step(environ: Mapping[str, str]) -> None:
-    needed = ("SLURM_JOB_ID", "SLURM_PROCID", "SLURMD_NODENAME")
+    needed = ("SLURM_JOB_ID", "SLURM_PROCID", "SLURMD_NODENAME", *_STEP)
     missing = [name for name in needed if not environ.get(name)]
     if missing:
         raise ConfigError(
@@ -66,17 +68,6 @@ def _require_step(environ: Mapping[str, str]) -> None:
             value="slurm",
             fix="start it with srun, inside an allocation of salloc or sbatch",
         )
-
-
-def _node_lists(environ: Mapping[str, str]) -> list[str]:
-    """Return the lists of nodes, one for each component of a heterogeneous job."""
-    num_components = int(environ.get("SLURM_HET_SIZE") or "0")
-    if num_components:
-        return [
-            environ[f"SLURM_JOB_NODELIST_HET_GROUP_{component}"]
-            for component in range(num_components)
-        ]
-    return [environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"]]
 
 
 def _expand(nodes: str) -> list[str]:

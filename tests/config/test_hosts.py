@@ -1,0 +1,58 @@
+"""Hosts as settings: names alone, or mappings with what is known of each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pdlaunch.config.problems import InvalidConfigError
+from pdlaunch.config.sources import load_config
+
+
+def hosts_of(path: Path, text: str) -> tuple[tuple[str, tuple[str, ...] | None], ...]:
+    path.write_text(f"placement: hosts\nhosts: {text}\n")
+    return tuple((host.name, host.roles) for host in load_config(path, {}, {}).config.hosts)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "deploy.yaml"
+
+
+@pytest.mark.parametrize("roles", ["[prefill, both]", "'prefill,both'", "\n  - prefill\n  - both"])
+def test_roles_of_a_host_are_a_list_or_words(file: Path, roles: str) -> None:
+    block = roles.replace("\n", "\n    ")
+    assert hosts_of(file, f"\n  - name: a\n    roles: {block}\n  - b") == (
+        ("a", ("prefill", "both")),
+        ("b", None),
+    )
+
+
+@pytest.mark.parametrize(
+    ("roles", "message"),
+    [
+        ("[prefill, {both: 1}]", "one of its entries is a mapping"),
+        ("[prefill, null]", "one of its entries is nothing"),
+        ("{prefill: 1}", "must be a single value, not a mapping"),
+        ("[nonsense]", "'prefill'"),
+    ],
+)
+def test_other_roles_are_refused_at_their_place(file: Path, roles: str, message: str) -> None:
+    with pytest.raises(InvalidConfigError) as raised:
+        hosts_of(file, f"[{{name: a, roles: {roles}}}]")
+    assert message in str(raised.value)
+    assert raised.value.problems[0].line == 2
+
+
+def test_a_list_where_one_value_belongs_is_refused(file: Path) -> None:
+    with pytest.raises(InvalidConfigError, match="must be a single value, not a list"):
+        hosts_of(file, "[{name: [a]}]")
+
+
+@pytest.mark.parametrize("settings", ["hosts: [a]", "placement: hosts", "placement: ray\nhosts: a"])
+def test_hosts_and_their_placement_go_together(file: Path, settings: str) -> None:
+    file.write_text(settings)
+    with pytest.raises(InvalidConfigError) as raised:
+        load_config(file, {}, {})
+    assert [problem.field for problem in raised.value.problems] == ["hosts"]

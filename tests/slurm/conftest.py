@@ -1,0 +1,30 @@
+"""Tests with Slurm itself: ``make test-slurm``. They are skipped, by name, where Slurm is not
+installed or this machine permits no hosts of namespaces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.netns.hosts import why_not
+from tests.slurm.cluster import Cluster, missing_programs, slurm_cluster
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.slurm)
+            item.add_marker(pytest.mark.processes)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    if missing := missing_programs():
+        pytest.skip(f"Slurm is not installed: there is no {', '.join(missing)}")
+    if reason := why_not():
+        pytest.skip(reason)
+    with slurm_cluster() as cluster:
+        yield cluster

@@ -1,0 +1,124 @@
+"""Launches in allocations of Slurm: they answer, and what runs when Slurm ends them is finished."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+
+import pytest
+
+from tests.e2e.tiny_models import make_tiny_model
+from tests.netns.hosts import ROOT
+from tests.slurm.cluster import PORT, TIMEOUT_S, Cluster
+
+NUM_TOKENS = 300
+FILE = "deployment.yaml"
+TWO_TASKS = ("--nodes=2", "--ntasks-per-node=1")
+ONE_TASK = ("--nodes=1", "--ntasks=1")
+SPREAD = {"prefill-0": "local", "decode-0": "n2"}
+SERVE = ("pdlaunch", "serve", FILE, "--placement", "slurm", "--port", str(PORT))
+QUESTION = {
+    "prompt": [7] * 70,
+    "max_tokens": NUM_TOKENS,
+    "ignore_eos": True,
+    "temperature": 0,
+    "stream": True,
+    "return_token_ids": True,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def deployment(cluster: Cluster) -> None:
+    """The file that all launches here serve."""
+    make_tiny_model("llama", cluster.folder, max_model_len=NUM_TOKENS + 100)
+    settings = {
+        "model": str(cluster.folder / "llama"),
+        "device": "cpu",
+        "dtype": "float32",
+        "kv_cache_memory": "64MiB",
+        "placement_strategy": "spread",
+        "kv_transfer": {"trusted_network": True},
+        "log_dir": str(cluster.folder / "logs"),
+        "drain_timeout_s": 25,
+    }
+    (cluster.folder / FILE).write_text(json.dumps(settings))
+
+
+def ask(cluster: Cluster, meanwhile: Callable[[], object] = lambda: None) -> list[int] | None:
+    """Ask for a long answer; None: nobody takes questions any more.
+
+    ``meanwhile`` is called once it has begun. An answer that has begun must come to its end.
+    """
+    words = ("--silent", "--no-buffer", "--json", json.dumps(QUESTION))
+    command = cluster.command("curl", *words, f"http://127.0.0.1:{PORT}/v1/completions")
+    tokens: list[int] = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as asking:
+        assert asking.stdout is not None
+        for line in asking.stdout:
+            chunk = json.loads(line.removeprefix("data: ")) if line.startswith("data: {") else {}
+            assert "error" not in chunk, f"{chunk}\n{cluster.output()}"
+            if chunk and not tokens:
+                meanwhile()
+            tokens += chunk["choices"][0]["token_ids"] if chunk else []
+    assert len(tokens) in (0, NUM_TOKENS), cluster.output()
+    return tokens or None
+
+
+def ask_until_its_end(cluster: Cluster) -> None:
+    """Ask again and again until the launch takes no more questions."""
+    right = ask(cluster)
+    assert right is not None, cluster.output()
+    while (found := ask(cluster)) is not None:
+        assert found == right
+
+
+def limit(cluster: Cluster, minutes: int) -> None:
+    """Let the jobs run for so long from their start."""
+    for job in cluster.jobs():
+        cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
+
+
+def await_end(cluster: Cluster) -> None:
+    """Nothing of a launch is left."""
+    cluster.until(lambda: not cluster.jobs())
+    cluster.until(lambda: not cluster.stranded())
+    assert not list(cluster.folder.glob(".pdlaunch-*"))
+
+
+def test_srun_serves_over_its_nodes_and_scancel_drains(cluster: Cluster) -> None:
+    with cluster.running("srun", *TWO_TASKS, *SERVE) as srun:
+        assert cluster.ready() == SPREAD
+        (file,) = cluster.folder.glob(".pdlaunch-*.join.json")
+        assert file.stat().st_mode & 0o777 == 0o600
+        right = ask(cluster)
+        assert right is not None
+        assert ask(cluster, lambda: cluster.run("scancel", *cluster.jobs())) == right
+        srun.wait(TIMEOUT_S)
+    await_end(cluster)
+
+
+def test_a_heterogeneous_job_serves_until_its_time_limit(cluster: Cluster) -> None:
+    with cluster.running("srun", *ONE_TASK, *SERVE, ":", *ONE_TASK, *SERVE) as srun:
+        assert cluster.ready() == SPREAD
+        limit(cluster, 1)
+        ask_until_its_end(cluster)
+        srun.wait(TIMEOUT_S)
+    await_end(cluster)
+
+
+def test_the_example_for_sbatch_drains_before_its_time_limit(cluster: Cluster) -> None:
+    job = cluster.run("sbatch", "--parsable", str(ROOT / "examples/slurm.sbatch"), FILE).strip()
+    assert cluster.ready() == SPREAD
+    limit(cluster, 2)
+    ask_until_its_end(cluster)
+    await_end(cluster)
+    shown = cluster.run("scontrol", "show", "job", job)
+    assert "JobState=COMPLETED" in shown, f"{shown}\n{cluster.output()}"
+
+
+def test_several_tasks_on_a_node_are_refused_by_each(cluster: Cluster) -> None:
+    with cluster.running("srun", "--nodes=2", "--ntasks-per-node=2", *SERVE) as srun:
+        srun.wait(TIMEOUT_S)
+    assert cluster.output().count("Slurm runs 4 tasks on 2 nodes") == 4
+    await_end(cluster)
