@@ -6,8 +6,8 @@
       ▲                                                                        │
       └────── the session was lost, and the supervisor is there ◀──────────────┘
 
-Whatever ends a session ends its processes: a word of the supervisor, silence for ``timeout_s``, a
-lost message, a signal. They are children of the agent, so its own death ends them too.
+Whatever ends a session ends its processes: a word of the supervisor, the end of the lease, a lost
+message, a signal. They are children of the agent, so its own death ends them too.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from pdlaunch.hosts.agent_messages import (
 )
 from pdlaunch.hosts.children import Children
 from pdlaunch.hosts.join import Ticket
+from pdlaunch.hosts.lease import Lease
 from pdlaunch.hosts.local import LocalHost
 from pdlaunch.hosts.log_tails import LogTails
 from pdlaunch.hosts.permitted import NotPermittedError, permitted
@@ -111,11 +112,13 @@ class AgentSession:
             self._socket = context.connect(
                 zmq.DEALER, self._ticket.endpoint, identity=secrets.token_bytes(16)
             )
+            asked_at = self._clock()
             self._send(self._join)
             welcome = self._await_welcome()
             if welcome is None:
                 return self._leave()
-            self._timeout_s, self._beat_s = welcome.timeout_s, welcome.beat_s
+            self._lease = Lease(asked_at, welcome.timeout_s)
+            self._beat_s = welcome.beat_s
             self._note(f"joined as {self._join.name}")
             with new_run_dir() as self._run_dir:
                 return self._serve()
@@ -149,8 +152,8 @@ class AgentSession:
         with contextlib.ExitStack() as stack:
             children = stack.enter_context(contextlib.closing(Children(log_dir)))
             host: LocalHost | None = None
-            poller, heard_at = self._poller(), self._clock()
-            beat_at = look_at = heard_at
+            poller = self._poller()
+            beat_at = look_at = self._clock()
             while True:
                 now = self._clock()
                 next_at = min(beat_at, look_at) if host is not None else beat_at
@@ -159,14 +162,17 @@ class AgentSession:
                 readable = dict(poller.poll(max(0, int((next_at - now) * 1000) + 1)))
                 now = self._clock()
                 if readable.keys() & set(self._stops):
+                    # Before it says so: they may then be started elsewhere at once.
+                    children.close()
                     return self._leave()
                 messages = list(self._received())
-                if messages:
-                    heard_at = now
-                elif now - heard_at > self._timeout_s:
+                for message in messages:
+                    if isinstance(message, Beat):
+                        self._lease.renew(message.stamp)
+                if (silent_s := self._lease.silent_s(now)) is not None:
                     raise AgentTimeoutError(
-                        f"the supervisor was silent for {now - heard_at:.0f} s: its processes here "
-                        "were ended"
+                        f"the supervisor was silent for {silent_s:.0f} s: its processes here were "
+                        "ended"
                     )
                 for message in messages:
                     if isinstance(message, Spawn) and host is None:
@@ -185,7 +191,7 @@ class AgentSession:
                         self._send_logs(host)
                 if now >= beat_at:
                     beat_at = now + self._beat_s
-                    self._send(Beat())
+                    self._send(Beat(stamp=now))
 
     def _leave(self) -> str:
         self._send(Leave(reason="its agent was told to end"))

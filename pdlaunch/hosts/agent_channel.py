@@ -7,14 +7,14 @@ A thread owns the socket, so that agents hear of the supervisor whatever its loo
     Join ──▶ joined ── Beat, Exited, .. ──▶ silent for 1.5 x timeout_s, or disconnected ──▶ lost
        └──▶ refused
 
-An agent ends its processes after ``timeout_s`` without a word, so those of a silent one have ended
-before it is taken for lost.
+``hosts.lease`` says by when the processes of a lost agent have ended.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import threading
 import time
@@ -43,13 +43,12 @@ from pdlaunch.hosts.agent_messages import (
     to_agent,
 )
 from pdlaunch.hosts.join import JoinKeys
+from pdlaunch.hosts.lease import beat_s, ended_by
 from pdlaunch.platform.addresses import tcp_endpoint
 from pdlaunch.protocol.sockets import SecureContext
 
 logger = logging.getLogger(__name__)
 
-MAX_BEAT_S = 1.0
-_LOST_SHARE = 1.5
 _RECONNECT_SHARE = 0.25
 """An agent whose connection is gone may come back for this share of the time-out."""
 
@@ -67,6 +66,8 @@ class Lost:
 
     name: str
     reason: str
+    ended_by: float = field(default=0.0, compare=False)
+    """By this instant they have ended there, be the agent alive and cut off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,8 @@ class _Agent:
     """Messages that wait for the connection to come back."""
     gone_at: float | None = None
     """Since then its connection is gone."""
+    stamp: float = 0.0
+    """That of its last Beat."""
 
 
 class AgentChannel:
@@ -111,7 +114,7 @@ class AgentChannel:
         """``print_to``: returns the log file of a process. Raises StartupError."""
         self._names = frozenset(names)
         self._timeout_s = timeout_s
-        self._beat_s = min(MAX_BEAT_S, timeout_s / 4)
+        self._beat_s = beat_s(timeout_s)
         self._print_to = print_to
         self._clock = clock
         self._agents: dict[bytes, _Agent] = {}
@@ -205,21 +208,21 @@ class AgentChannel:
                 for agent in list(self._agents.values()):
                     if overslept:
                         agent.heard_at = now
-                    self._send(agent, Beat())
+                    self._send(agent, Beat(stamp=agent.stamp))
                     self._look(agent, now)
         for agent in self._agents.values():
             self._send(agent, Leave(reason="the launch is over"))
         self._socket.close()
 
     def _look(self, agent: _Agent, now: float) -> None:
-        if now - agent.heard_at > _LOST_SHARE * self._timeout_s:
+        if now > ended_by(agent.heard_at, self._timeout_s):
             self._lose(agent, f"silent for {now - agent.heard_at:.0f} s")
         elif agent.gone_at and now - agent.gone_at > _RECONNECT_SHARE * self._timeout_s:
             self._lose(agent, "its connection is gone")
 
     def _lose(self, agent: _Agent, reason: str) -> None:
         if self._agents.pop(agent.identity, None) is not None:
-            self._tell(Lost(agent.name, reason))
+            self._tell(Lost(agent.name, reason, ended_by(agent.heard_at, self._timeout_s)))
 
     def _tell(self, news: News) -> None:
         self._news.append(news)
@@ -285,7 +288,7 @@ class AgentChannel:
         name = message.name
         for other in [agent for agent in self._agents.values() if agent.name == name]:
             # One that was killed has no connection any more, and its successor need not wait.
-            self._send(other, Beat())
+            self._send(other, Beat(stamp=other.stamp))
             if other.gone_at is not None:
                 self._lose(other, "another agent has come in its place")
         if name not in self._names:
@@ -306,8 +309,8 @@ class AgentChannel:
 
     def _hear(self, agent: _Agent, message: FromAgent) -> None:
         match message:
-            case Beat():
-                pass
+            case Beat(stamp=stamp):
+                agent.stamp = stamp
             case Printed(name=name, data=data):
                 with (
                     contextlib.suppress(OSError, ValueError),
@@ -315,6 +318,8 @@ class AgentChannel:
                 ):
                     log.write(data)
             case Leave(reason=reason):
+                # It has ended its processes.
+                agent.heard_at = -math.inf
                 self._lose(agent, reason)
             case _:
                 self._tell(Told(agent.name, message))

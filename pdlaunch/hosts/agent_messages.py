@@ -36,6 +36,11 @@ class Join(Message):
 class Beat(Message):
     """Tells, in both directions, that the sender lives."""
 
+    stamp: float = 0.0
+    """When the agent said it, by its monotonic clock; the supervisor sends the last one back, 0
+    before the first.
+    """
+
 
 class Exited(Message):
     """Tells that a process has ended, and all of its group with it."""
@@ -93,7 +98,7 @@ class Welcome(Message):
     """Lets an agent join."""
 
     timeout_s: float
-    """It ends its processes when it has heard nothing for so long."""
+    """It ends its processes when no Beat of its own was answered for so long."""
     beat_s: float
     """It says Beat so often."""
 

@@ -130,8 +130,8 @@ def launch(
                     settings = {host.name: host for host in config.hosts}[join.name]
                     rooms.joined(settled(settings, joined_host(join)))
                     text = f"{join.name} has joined again, from {join.address}"
-                case Lost(name=name, reason=reason):
-                    rooms.lost(name)
+                case Lost(name=name, reason=reason, ended_by=ended_by):
+                    rooms.lost(name, ended_by)
                     text = f"{name} is lost: {reason}"
             logger.warning("%s", text)
             observer.note(text)

@@ -6,8 +6,9 @@ theirs.
 
 from __future__ import annotations
 
+import time
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -34,7 +35,8 @@ class Adopts(Protocol):
 class Rooms:
     """Keeps which hosts are there and where engines are placed.
 
-    ``present``: names of hosts that are there, the supervisor's own among them.
+    ``present``: names of hosts that are there, the supervisor's own among them. ``clock``: that of
+    the instants by which processes of lost hosts have ended.
     """
 
     def __init__(
@@ -43,11 +45,15 @@ class Rooms:
         kind: EngineKind,
         bootstraps: Adopts,
         present: Collection[str],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._resolved = resolved
         self._kind = kind
         self._bootstraps = bootstraps
         self._present = set(present)
+        self._clock = clock
+        self._ended_by: dict[str, float] = {}
+        """Of lost hosts."""
 
     def joined(self, host: ResolvedHost) -> None:
         """Note that a host is back, perhaps at another address."""
@@ -55,8 +61,10 @@ class Rooms:
         self._resolved = self._resolved.with_host(host)
         self._bootstraps.adopt(self._resolved)
 
-    def lost(self, name: str) -> None:
+    def lost(self, name: str, ended_by: float) -> None:
+        """Note that a host is lost; until ``ended_by`` its processes may run."""
         self._present.discard(name)
+        self._ended_by[name] = ended_by
 
     def find(self, unit: Unit, units: Sequence[Unit]) -> bool:
         """Tell whether a unit, whose processes have ended, can be started; perhaps elsewhere."""
@@ -67,6 +75,9 @@ class Rooms:
         if not unit.engine or len(hosts) > 1 or any(member.alive for member in members):
             return False
         (lost,) = hosts
+        # Its agent may be alive, and cut off: no engine runs twice.
+        if self._clock() < self._ended_by.get(lost, 0.0):
+            return False
         # The server and the ranks of an engine are units of their own.
         if {member.spec.host for member in members} != hosts:
             return False

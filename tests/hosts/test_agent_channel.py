@@ -7,6 +7,7 @@ import os
 import select
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from pdlaunch.hosts.agent_messages import (
     Printed,
     Seen,
     Session,
+    Welcome,
     from_agent,
     to_agent,
 )
@@ -93,6 +95,9 @@ class Agent:
             self.outcome = self._session.run()
         except PdlaunchError as error:
             self.outcome = error
+
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
 
     def end(self) -> str | PdlaunchError | None:
         """How it ended."""
@@ -166,7 +171,9 @@ def test_an_agent_that_is_told_to_end_says_so(channel: AgentChannel, keys: JoinK
     agent = Agent(keys.ticket(channel.endpoint))
     assert isinstance(news_of(channel), Joined)
     assert agent.stop() == "told to end"
-    assert news_of(channel) == Lost("a", "its agent was told to end")
+    lost = news_of(channel)
+    assert lost == Lost("a", "its agent was told to end")
+    assert lost.ended_by < 0, "its processes have ended before it says so"
 
 
 @pytest.mark.parametrize("side", ["of the agent", "of the supervisor"])
@@ -254,6 +261,7 @@ def test_a_lost_message_ends_the_session(
     lost = news_of(channel)
     assert isinstance(lost, Lost)
     assert "some were lost" in lost.reason
+    assert lost.ended_by > time.monotonic(), "it may not have heard of it yet"
     assert raw.hear(agent_messages.Refused).may_join_again
 
 
@@ -284,6 +292,25 @@ def test_an_agent_ends_when_its_supervisor_is_silent(keys: JoinKeys, tmp_path: P
         agent = Agent(keys.ticket(channel.endpoint))
         assert isinstance(news_of(channel), Joined)
         die(channel)
+        outcome = agent.end()
+    assert isinstance(outcome, AgentTimeoutError)
+    assert "silent for" in str(outcome)
+
+
+def test_an_agent_ends_when_its_own_words_are_not_answered(keys: JoinKeys) -> None:
+    """The link is cut in one direction: it hears its supervisor, which does not hear it."""
+    context = SecureContext(keys.server, peer=keys.agents.public)
+    with contextlib.closing(context):
+        router, endpoint = context.listen(zmq.ROUTER, "tcp://127.0.0.1:0")
+        agent = Agent(keys.ticket(endpoint))
+        identity, *_ = router.recv_multipart()
+        session = Session()
+        messages: list[agent_messages.ToAgent] = [Welcome(timeout_s=1.0, beat_s=0.1)]
+        while agent.is_alive():
+            for message in messages:
+                router.send_multipart([identity, *session.frames(to_agent.encode(message))])
+            messages = [Beat(stamp=0.0)]
+            time.sleep(0.05)
         outcome = agent.end()
     assert isinstance(outcome, AgentTimeoutError)
     assert "silent for" in str(outcome)

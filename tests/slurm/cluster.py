@@ -70,11 +70,10 @@ class Cluster:
 
     @property
     def environ(self) -> dict[str, str]:
-        programs = Path(sys.executable).parent
         return clean_environ() | {
             "SLURM_CONF": str(self.folder / "slurm.conf"),
             "PYTHONPATH": str(ROOT),
-            "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+            "PATH": f"{self.folder}/bin{os.pathsep}{os.environ['PATH']}",
         }
 
     def command(self, *words: str) -> list[str]:
@@ -137,7 +136,12 @@ class Cluster:
 
     def ready(self) -> dict[str, str]:
         """Wait for a launch that answers; return the hosts of its engines."""
-        self.until(lambda: self.get("/health")[0] == 200)
+
+        def is_ready() -> bool:
+            assert self.jobs(), self.output()
+            return self.get("/health")[0] == 200
+
+        self.until(is_ready)
         _, status = self.get("/pdlaunch/status")
         return {engine["name"]: engine["host"] for engine in status["engines"]}
 
@@ -193,6 +197,11 @@ def _write_settings(cluster: Cluster) -> None:
     # The hosts' /sys has no control groups, and none are used.
     (cluster.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
     (cluster.folder / "state").mkdir()
+    # The command as somebody has installed it on all nodes.
+    command = cluster.folder / "bin" / "pdlaunch"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -P -m pdlaunch "$@"\n')
+    command.chmod(0o755)
 
 
 def _said(cluster: Cluster, *words: str) -> str:

@@ -59,10 +59,14 @@ class Deployment:
                 member.begin(1)
                 member.move(ProcessState.READY)
         self.bootstraps = Bootstraps()
-        self.rooms = Rooms(self.launch, NativeEngine(), self.bootstraps, {h.name for h in hosts})
+        self.now = 100.0
+        names = {host.name for host in hosts}
+        self.rooms = Rooms(
+            self.launch, NativeEngine(), self.bootstraps, names, clock=lambda: self.now
+        )
 
-    def lose(self, host: str) -> None:
-        self.rooms.lost(host)
+    def lose(self, host: str, ended_by: float = 0.0) -> None:
+        self.rooms.lost(host, ended_by)
         for unit in self.units:
             for member in unit.members:
                 if member.spec.host == host:
@@ -100,6 +104,14 @@ def test_an_engine_of_a_lost_host_goes_to_one_with_room() -> None:
         spec for spec in moved if spec.engine != "decode-0"
     ], "nothing else moves"
     assert deployment.bootstraps.moved["decode-0"].host.name == "a"
+
+
+def test_nothing_moves_while_its_agent_may_be_alive_and_cut_off() -> None:
+    deployment = Deployment(**SPREAD)
+    deployment.lose("b", ended_by=deployment.now + 30)
+    assert deployment.find("decode-0") is None
+    deployment.now += 30
+    assert deployment.find("decode-0") == "a"
 
 
 def test_devices_of_engines_that_run_there_are_left_to_them() -> None:
@@ -160,5 +172,5 @@ def test_an_engine_whose_ranks_are_on_several_hosts_waits_for_them() -> None:
 
 def test_nothing_moves_while_a_process_of_the_engine_lives() -> None:
     deployment = Deployment(**SPREAD)
-    deployment.rooms.lost("b")
+    deployment.rooms.lost("b", 0.0)
     assert deployment.find("decode-0") is None

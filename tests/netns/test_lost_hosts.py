@@ -1,0 +1,147 @@
+"""Hosts of a launch are lost and come back, and so does its supervisor: the tokens stay the same.
+
+Prefill runs on b and decode on c; the supervisor and the router on a.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.e2e.conftest import DEMO_ARGUMENTS
+from tests.netns.hosts import Network, new_network, signal_inner
+from tests.netns.launch import JOIN, PORT, FarLaunch, far_launch, pdlaunch, wait_for
+from tests.netns.test_launch import knock
+
+TIMEOUT_S = 60.0
+QUESTION = {
+    "prompt": "Hello, my name is",
+    "max_tokens": 8,
+    "temperature": 0,
+    "return_token_ids": True,
+}
+HOSTS = [{"name": "b"}, {"name": "c"}]
+CONFIG = {
+    "kv_transfer": {"trusted_network": True},
+    "hosts": HOSTS,
+    "placement_strategy": "spread",
+    "agent_timeout_s": 8,
+}
+
+
+def tokens(launch: FarLaunch) -> list[int] | None:
+    """The answer; None: there is none now."""
+    (answer,) = launch.ask(QUESTION)
+    return None if isinstance(answer, str) else list(answer["choices"][0]["token_ids"])
+
+
+def places(launch: FarLaunch) -> dict[str, str]:
+    return {
+        engine["name"]: engine["host"]
+        for engine in launch.status()["engines"]
+        if engine["state"] == "ready"
+    }
+
+
+def start_agent(launch: FarLaunch, stack: ExitStack, name: str) -> None:
+    words = ("agent", "--join", JOIN, "--name", name)
+    launch.agents[name] = stack.enter_context(pdlaunch(launch.network[name], "agent", *words))
+
+
+@pytest.fixture(scope="module")
+def network() -> Iterator[Network]:
+    with new_network("a", "b", "c", "stranger") as network:
+        yield network
+
+
+@pytest.fixture(scope="module")
+def answer() -> dict[str, Any]:
+    """The first answer, which those of all launches must be like."""
+    return {}
+
+
+def is_same(answer: dict[str, Any], found: list[int] | None) -> bool:
+    return found is not None and answer.setdefault("tokens", found) == found
+
+
+def test_engines_survive_agents_links_and_the_supervisor(
+    network: Network, answer: dict[str, Any]
+) -> None:
+    with far_launch(network, CONFIG, ["b", "c"]) as launch, ExitStack() as stack:
+        assert places(launch) == {"prefill-0": "b", "decode-0": "c"}
+        assert is_same(answer, tokens(launch))
+
+        # Somebody resumes the launch elsewhere, with a copy of its keys: agents obey the first.
+        for file in (JOIN, f"{JOIN}.supervisor", "/tmp/launch.yaml"):
+            copy = network["c"].file(file)
+            copy.touch(0o600)
+            copy.write_bytes(network["a"].file(file).read_bytes())
+        words = ("serve", "/tmp/launch.yaml", *DEMO_ARGUMENTS, "--resume", "--join-timeout", "5")
+        elsewhere = (*words, "--control-address", network["c"].address)
+        with pdlaunch(network["c"], "serve", *elsewhere) as second:
+            assert second.wait(TIMEOUT_S) == 1
+        assert "b, c did not join within 5 s" in network["c"].file("/tmp/serve.out").read_text()
+        assert places(launch) == {"prefill-0": "b", "decode-0": "c"}
+        assert is_same(answer, tokens(launch))
+
+        # An agent is killed: its processes die with it, and decode goes on beside prefill.
+        signal_inner(launch.agents["c"])
+        assert psutil.wait_procs(network["c"].processes(), TIMEOUT_S)[1] == []
+        wait_for(lambda: places(launch) == {"prefill-0": "b", "decode-0": "b"}, launch, "not moved")
+        assert is_same(answer, tokens(launch))
+
+        # The link is cut: the agent ends by itself, and nothing of the launch is left there.
+        network.set_link("b", is_cut=True)
+        assert launch.agents["b"].wait(TIMEOUT_S) == 1
+        assert network["b"].processes() == []
+        assert tokens(launch) is None, "an error, and no wrong answer"
+        network.set_link("b")
+        start_agent(launch, stack, "b")
+        wait_for(lambda: len(places(launch)) == 2, launch, "not back")
+        assert is_same(answer, tokens(launch))
+
+        # The supervisor is killed, and nobody resumes it.
+        signal_inner(launch.serve)
+        launch.serve.wait(TIMEOUT_S)
+        assert launch.agents["b"].wait(TIMEOUT_S) == 1
+        for name in ("a", "b", "c"):
+            assert network[name].processes() == []
+
+
+def test_one_engine_over_three_hosts(network: Network, answer: dict[str, Any]) -> None:
+    """Its ranks add up over the network, where nobody else can."""
+    config = {
+        "hosts": [{"name": "local"}, *HOSTS],
+        "both": {"replicas": 1, "tensor_parallel_size": 3, "hosts_per_engine": 3},
+    }
+    with far_launch(network, config, ["b", "c"]) as launch:
+        for name in ("a", "b", "c"):
+            host = network[name]
+            open_to_others = [each for each in host.listening() if each.address != "127.0.0.1"]
+            assert {each.address for each in open_to_others} == {host.address}
+            ports = [each.port for each in open_to_others]
+            doors = knock(network["stranger"], host.address, ports)
+            assert {door.kind for door in doors.values()} <= {"curve", "tls"}
+        passed = network.num_bytes("b", "a")
+        assert is_same(answer, tokens(launch))
+        assert network.num_bytes("b", "a") > passed
+
+
+def test_a_resumed_supervisor_serves_with_the_same_agents(
+    network: Network, answer: dict[str, Any]
+) -> None:
+    with far_launch(network, CONFIG | {"agent_timeout_s": 60}, ["b", "c"]) as launch:
+        signal_inner(launch.serve)
+        launch.serve.wait(TIMEOUT_S)
+        words = ("serve", "/tmp/launch.yaml", *DEMO_ARGUMENTS, "--port", str(PORT), "--resume")
+        with pdlaunch(launch.here, "serve", *words) as launch.serve:
+            wait_for(lambda: is_same(answer, tokens(launch)), launch, "no answer")
+            assert places(launch) == {"prefill-0": "b", "decode-0": "c"}
+            signal_inner(launch.serve, signal.SIGTERM)
+            launch.serve.wait(TIMEOUT_S)
+        assert [agent.wait(TIMEOUT_S) for agent in launch.agents.values()] == [0, 0]
