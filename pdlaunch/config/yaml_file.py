@@ -95,7 +95,7 @@ class _Reader:
     def _text_of_list(self, item: yaml.Node, path: str) -> str | None:
         """Return an entry of a list of texts, None after noting that it is none."""
         if isinstance(item, yaml.ScalarNode) and not item.tag.endswith(":null"):
-            return item.value
+            return str(item.value)
         message = f"must be a list of texts; one of its entries is {_kind(item)}"
         self._problem(item, message, path, None)
         return None

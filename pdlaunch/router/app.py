@@ -152,6 +152,7 @@ class RouterApp:
         pool, metrics = self._state.pool, self._state.metrics
         metrics.in_flight.set(self.admission.in_flight)
         metrics.show_engines({engine.name: engine.state for engine in pool.engines})
+        metrics.show_hosts(pool.engines)
         metrics.show_health(pool.health_states(), pool.pair_states())
         page = await scrape(metrics.text(), self._state.client, pool.engines)
         return web.Response(body=page, headers={"Content-Type": METRICS_CONTENT_TYPE})

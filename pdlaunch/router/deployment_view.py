@@ -14,7 +14,6 @@ import heapq
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from urllib.parse import urlsplit
 
 import msgspec
 from aiohttp import web
@@ -158,7 +157,7 @@ class DeploymentView:
             kind=engine.capabilities.kind,
             version=engine.capabilities.version,
             url=engine.url,
-            host=engine.host or _host_of(engine.url),
+            host=engine.place,
             state=engine.state,
             is_down=self._state.events.is_down(engine),
             reason=engine.reason,
@@ -278,10 +277,6 @@ def _links(proven: Sequence[PairReady]) -> dict[PairNames, PairReady]:
 
 
 @functools.lru_cache(MAX_HOSTS)
-def _host_of(url: str) -> str:
-    return urlsplit(url).hostname or ""
-
-
 def _engine_of(process: str) -> str:
     return process.partition("/")[0]
 

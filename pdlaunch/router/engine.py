@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -114,6 +115,11 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     """The engines that it exchanges KV blocks with; None: all."""
     proofs: dict[str, int] = {}
     """Incarnations of the processes with which it has proven a path, by name."""
+
+    @property
+    def place(self) -> str:
+        """Return its host's name, else the address in its URL; for people."""
+        return self.host or urlsplit(self.url).hostname or ""
 
     @property
     def key(self) -> EngineKey:

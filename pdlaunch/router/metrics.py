@@ -49,6 +49,12 @@ class RouterMetrics:
             ("state",),
             registry=registry,
         )
+        self._engine_hosts = Gauge(
+            "pdlaunch_router_engine_info",
+            "Always 1; where an engine runs, in labels.",
+            ("engine", "role", "host"),
+            registry=registry,
+        )
         self.in_flight = Gauge(
             "pdlaunch_router_requests_in_flight",
             "Prompts that are being answered.",
@@ -229,6 +235,12 @@ class RouterMetrics:
 
     def refused_deadline(self) -> None:
         self._too_late.inc()
+
+    def show_hosts(self, engines: Sequence[Engine]) -> None:
+        """Show where engines run now."""
+        self._engine_hosts.clear()
+        for engine in engines:
+            self._engine_hosts.labels(engine.name, engine.role or "", engine.place).set(1)
 
     def show_pairs(self, pairs: Sequence[PairReady]) -> None:
         """Show the speed of the pairs that are proven now."""

@@ -84,6 +84,7 @@ class FakeEngine:
         self.wait_status: int | None = None
         self.asked_to_wait = asyncio.Event()
         self.metrics = ServerMetrics(CollectorRegistry(), engine=name, role=role, model_name="tiny")
+        self.host = ""
         self.metrics_page: str | None = None
         self.tells_metrics = asyncio.Event()
         self.tells_metrics.set()
@@ -136,6 +137,7 @@ class FakeEngine:
         server = Entry(
             name=self.name,
             kind="server",
+            host=self.host,
             incarnation=self.incarnation,
             engine=self.name,
             role=self.role,

@@ -46,6 +46,17 @@ def values(family: Metric, suffix: str = "", **labels: str) -> dict[str | None, 
     }
 
 
+async def test_the_host_of_each_engine_is_there_to_join_with(stand: Stand) -> None:
+    engines = pair()
+    engines[0].host = "node-1"
+    await stand.start(engines)
+    family = families_of(await scraped(stand))["pdlaunch_router_engine_info"]
+    assert [sample.labels for sample in family.samples] == [
+        {"engine": "decode-0", "role": "decode", "host": "127.0.0.1"},
+        {"engine": "prefill-0", "role": "prefill", "host": "node-1"},
+    ]
+
+
 async def test_engines_are_beside_the_router(stand: Stand) -> None:
     engines = pairs(2)
     for number, engine in enumerate(engines):
