@@ -19,14 +19,14 @@ from pdlaunch.cli.check_config import Format, print_report, refuse_input
 from pdlaunch.cli.doctor_links import Links, is_here
 from pdlaunch.config.http_names import WILDCARDS, is_loopback
 from pdlaunch.config.models import LaunchConfig
-from pdlaunch.config.roles import Role
+from pdlaunch.config.roles import EngineName, Role
 from pdlaunch.engines.kind import OF_RUNNING_ENGINES
 from pdlaunch.errors import ConfigError, PdlaunchError, ProtocolError
 from pdlaunch.platform.facts import Machine
 from pdlaunch.resolve.models import Model
 from pdlaunch.resolve.resolve import THIS_HOST, resolve
 from pdlaunch.watch.canary import BYTES_READ, SECONDS_READ, CanaryDied, send_canary
-from pdlaunch.watch.engine_api import Counts, EngineApi, Kind
+from pdlaunch.watch.engine_api import Counts, EngineApi
 from pdlaunch.watch.handshake import SideChannel, shake_hands, side_channel_of
 
 ASK_TIMEOUT_S = 10.0
@@ -45,7 +45,7 @@ class _Names(NamedTuple):
     failed: tuple[str, ...]
 
 
-_COUNTED: Mapping[Kind, _Names] = {
+_COUNTED: Mapping[EngineName, _Names] = {
     "vllm": _Names(
         "vllm:prompt_tokens_total",
         "vllm:nixl_num_kv_expired_reqs_total",
@@ -202,7 +202,7 @@ async def _look(role: Role, url: str, api: EngineApi) -> SeenEngine:
         return SeenEngine(role, url, problem=f"it {said}: GET /health")
     try:
         counts = await api.counts(ASK_TIMEOUT_S)
-        kind: Kind = "native" if counts.has(_COUNTED["native"].prompt_tokens) else "vllm"
+        kind: EngineName = "native" if counts.has(_COUNTED["native"].prompt_tokens) else "vllm"
         version = await api.version(ASK_TIMEOUT_S)
         models = await api.models(ASK_TIMEOUT_S)
     except ProtocolError as error:
@@ -258,7 +258,7 @@ async def _prove(
     common = [name for name in prefill.models if name in decode.models]
     if not common:
         return SeenPair(prefill.url, decode.url, "they serve no model of the same name")
-    kind: Kind = "native" if decode.kind == "native" else "vllm"
+    kind: EngineName = "native" if decode.kind == "native" else "vllm"
     try:
         proof = await send_canary(
             apis[prefill.url], apis[decode.url], common[0], is_exact=is_exact, kind=kind
@@ -308,7 +308,7 @@ def _host(url: str) -> str:
     return "localhost" if is_here(url) else urlsplit(url).hostname or ""
 
 
-def _speed(counts: Counts, num_bytes: int, kind: Kind) -> float | None:
+def _speed(counts: Counts, num_bytes: int, kind: EngineName) -> float | None:
     seconds = counts.total(SECONDS_READ[kind])
     return num_bytes / seconds / 1e9 if seconds and num_bytes >= MEASURABLE_BYTES else None
 

@@ -157,6 +157,7 @@ class NixlSpec(ConnectorSpec[NixlSettings]):
         devices = (network.address, *(f"{name}:1" for name in network.rdma_devices))
         defaults = {"UCX_NET_DEVICES": ",".join(devices), "UCX_TCP_PORT_RANGE": network.ports}
         if network.rdma_devices:
+            # RDMA needs that module; ranks leave by os._exit, ahead of its finaliser.
             defaults["UCX_MODULES"] = "*"
         if ":" in network.address:
             defaults["UCX_TCP_AF_PRIO"] = "inet6,inet"

@@ -8,8 +8,8 @@ from pydantic import Field, JsonValue
 
 from pdlaunch.config.field_types import ByteSize, Flag, FrozenModel, OptionalSize, may_override
 from pdlaunch.config.model_files.hub import Revision
+from pdlaunch.config.roles import EngineName
 
-EngineName = Literal["native", "vllm"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 LoadFormat = Literal["auto", "dummy"]

@@ -10,18 +10,17 @@ import ipaddress
 import posixpath
 import re
 from collections.abc import Sequence
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, NamedTuple
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from pdlaunch.config.field_types import FrozenModel
-from pdlaunch.config.roles import Role
+from pdlaunch.config.roles import EngineName, Role
 
 UNIX = "unix:"
 DNS = "dns+"
 """Begins a URL that stands for one engine at each address of its name."""
-Kind = Literal["native", "vllm"]
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _ALLOWED = re.compile(
     r"(?P<scheme>https?)://"
@@ -177,7 +176,7 @@ class RunningEngine(FrozenModel):
         description="http://HOST:PORT, https://HOST:PORT, unix:/PATH, or dns+http://NAME:PORT for "
         "one engine at each address of a name.",
     )
-    kind: Kind | None = Field(
+    kind: EngineName | None = Field(
         None, description="Which program it is; the `engine` setting when unset."
     )
     api_key_env: str | None = Field(

@@ -1,4 +1,4 @@
-"""Names the roles of engines."""
+"""Names the roles and the kinds of engines."""
 
 from __future__ import annotations
 
@@ -9,3 +9,5 @@ Role = Literal["prefill", "decode", "both"]
 ROLES: tuple[Role, ...] = get_args(Role)
 PAIR: tuple[Role, Role] = ("prefill", "decode")
 """The roles whose engines exchange KV blocks."""
+EngineName = Literal["native", "vllm"]
+"""The program that an engine is: this project's own, or vLLM."""

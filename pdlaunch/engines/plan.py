@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from pdlaunch.config.engine_settings import EngineName
+from pdlaunch.config.roles import EngineName
 from pdlaunch.engines.kind import EngineKind
 from pdlaunch.engines.native import NativeEngine, light_environment, python_command
 from pdlaunch.engines.vllm import CAPABILITIES as VLLM_CAPABILITIES

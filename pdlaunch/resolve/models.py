@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pdlaunch.config.engine_settings import EngineName
 from pdlaunch.config.model_files.aliases import is_on_hub, resolve_model
 from pdlaunch.config.model_files.fetch import Fetch
 from pdlaunch.config.model_files.gguf import check_gguf
@@ -14,7 +13,7 @@ from pdlaunch.config.model_files.hub import NotDownloadedError
 from pdlaunch.config.model_files.shape import ModelShape, read_model_shape, unproven_layers
 from pdlaunch.config.model_files.weights import weight_files
 from pdlaunch.config.models import LaunchConfig
-from pdlaunch.config.roles import ROLES, Role
+from pdlaunch.config.roles import ROLES, EngineName, Role
 from pdlaunch.errors import ConfigError, UnsupportedModelError
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import msgspec
 from aiohttp import web
 from pydantic import ValidationError
 
 from pdlaunch.config.external import DNS, RunningEngine
-from pdlaunch.config.roles import Role
+from pdlaunch.config.roles import EngineName, Role
 from pdlaunch.errors import RequestError
 from pdlaunch.http.app import AppRoute
 from pdlaunch.http.errors import json_response
@@ -27,7 +26,7 @@ class NewEngine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     name: str
     role: Role
     url: str
-    kind: Literal["native", "vllm"] | None = None
+    kind: EngineName | None = None
     """None: that of the others."""
     api_key: str | None = None
     """Sent to this engine alone; without it the engine is sent none."""

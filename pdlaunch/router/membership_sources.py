@@ -15,12 +15,12 @@ from pydantic import TypeAdapter, ValidationError
 from pdlaunch.config.external import (
     DNS,
     EngineAddress,
-    Kind,
     RunningEngine,
     RunningEngines,
     named,
     read_engine_url,
 )
+from pdlaunch.config.roles import EngineName
 from pdlaunch.errors import ConfigError, RequestError
 from pdlaunch.router.membership_watch import WatchedMembership
 from pdlaunch.router.watched_engine import Member
@@ -36,7 +36,7 @@ Resolve = Callable[[str, int], Awaitable[set[str]]]
 """Returns the addresses of a name. Raises OSError."""
 
 
-def to_member(engine: RunningEngine, kind: Kind, environ: Mapping[str, str]) -> Member:
+def to_member(engine: RunningEngine, kind: EngineName, environ: Mapping[str, str]) -> Member:
     """Return what is watched, with its key. Raises ConfigError when its variable is not set."""
     key = None
     if engine.api_key_env is not None and not (key := environ.get(engine.api_key_env)):
@@ -110,7 +110,7 @@ class FileSource:
         self,
         path: Path,
         membership: WatchedMembership,
-        kind: Kind,
+        kind: EngineName,
         drain_timeout_s: float,
         *,
         poll_s: float = FILE_POLL_S,

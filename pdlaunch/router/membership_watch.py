@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 
 from pdlaunch.config.external import is_allowed
-from pdlaunch.config.roles import Role
+from pdlaunch.config.roles import EngineName, Role
 from pdlaunch.errors import RequestError
 from pdlaunch.protocol.control import PairSuspect, Registry
 from pdlaunch.protocol.due_pairs import due_pairs
@@ -28,7 +28,7 @@ from pdlaunch.router.membership import AnnouncedMembership
 from pdlaunch.router.membership_pairs import judge
 from pdlaunch.router.pair_canaries import CanaryOutcome, PairCanaries
 from pdlaunch.router.watched_engine import Member, WatchedEngine, WatchSettings
-from pdlaunch.watch.engine_api import EngineApi, Kind
+from pdlaunch.watch.engine_api import EngineApi
 
 _logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class WatchedMembership:
         self._published_at = 0.0
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> EngineName:
         """The kind of all its engines."""
         return self._settings.kind
 

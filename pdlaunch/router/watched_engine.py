@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pdlaunch import __version__
-from pdlaunch.config.roles import Role
+from pdlaunch.config.roles import EngineName, Role
 from pdlaunch.errors import ProtocolError
 from pdlaunch.protocol.control import Address, Capabilities, Entry, ListedState
 from pdlaunch.protocol.due_pairs import MAX_PEERS
-from pdlaunch.watch.engine_api import EngineApi, Kind
+from pdlaunch.watch.engine_api import EngineApi
 from pdlaunch.watch.versions import with_version
 
 _logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class Member:
     name: str
     role: Role
     url: str
-    kind: Kind
+    kind: EngineName
     key: str | None = field(default=None, repr=False)
     """Sent to this engine; None: it is sent none."""
 
@@ -43,7 +43,7 @@ class WatchSettings:
     """Says what a router expects of its engines."""
 
     served_model_name: str
-    kind: Kind
+    kind: EngineName
     capabilities: Capabilities
     """Capabilities of engines of this kind and this version."""
     is_exact: bool = False
