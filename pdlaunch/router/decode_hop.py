@@ -19,9 +19,9 @@ from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_errors import EngineFailure, EngineRefusal, malformed_is_failure
 from pdlaunch.router.engine_stream import EngineStream
 from pdlaunch.router.handover import whole_chunk
+from pdlaunch.router.leg import Leg
 from pdlaunch.router.policy import Route
 from pdlaunch.router.prompt_progress import PromptProgress, refuse_broken
-from pdlaunch.router.request_record import Leg
 
 logger = logging.getLogger(__name__)
 

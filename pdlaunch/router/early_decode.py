@@ -23,7 +23,7 @@ from pdlaunch.router.client_request import PromptRequest
 from pdlaunch.router.engine import Engine, Lender
 from pdlaunch.router.engine_client import EngineClient
 from pdlaunch.router.engine_stream import EngineStream
-from pdlaunch.router.request_record import Leg
+from pdlaunch.router.leg import Leg
 
 HEAD_START_S = 0.002
 """The prefill engine is told first: until it computes, each piece of work here would hold up the

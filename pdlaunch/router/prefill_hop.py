@@ -16,9 +16,9 @@ from pdlaunch.router.early_decode import EarlyDecode
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_errors import EngineFailure, EngineRefusal, malformed_is_failure
 from pdlaunch.router.handover import Handover, HandoverStream, read_handover
+from pdlaunch.router.leg import Leg
 from pdlaunch.router.pace import OVERHEAD_TOKENS
 from pdlaunch.router.prompt_progress import TAKES_FIRST_TOKEN, PromptProgress, refuse_broken
-from pdlaunch.router.request_record import Leg
 
 
 class PrefillHop:

@@ -5,153 +5,30 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
-from types import TracebackType
 from typing import Any
 
 import msgspec
 
-from pdlaunch.errors import RequestError
-from pdlaunch.http.errors import CLIENT_CLOSED_REQUEST, RelayedError, error_status
-from pdlaunch.observe.logs import escape_controls
+from pdlaunch.http.errors import CLIENT_CLOSED_REQUEST, error_status
 from pdlaunch.observe.metrics import RequestClock
-from pdlaunch.observe.spans import (
-    MAX_SPANS,
-    PREFILL,
-    PULL,
-    QUEUE,
-    SEATED,
-    Attribute,
-    Span,
-    SpanLog,
-    SpanReport,
-)
+from pdlaunch.observe.spans import PREFILL, PULL, QUEUE, SEATED, Attribute, Span, SpanLog
 from pdlaunch.protocol.ids import HttpRequestId
 from pdlaunch.protocol.openai.responses import Usage
 from pdlaunch.protocol.requests import RequestSummary, RequestTrace, SpanView
-from pdlaunch.router.engine_errors import EngineFailure
+from pdlaunch.router.leg import Leg
 from pdlaunch.router.policy import Hop, Route
+from pdlaunch.router.request_words import (
+    CLIENT_LEFT,
+    MAX_CONTENT_LENGTH,
+    cut_content,
+    describe_error,
+)
 from pdlaunch.router.transcript import Transcript
 
 logger = logging.getLogger(__name__)
 
 ROUTER = "router"
-MAX_ERROR_LENGTH = 300
 MAX_MODEL_LENGTH = 200
-MAX_CONTENT_LENGTH = 200
-"""Characters of a prompt and of an output that are logged with ``log_content``."""
-MAX_HEARD_SPANS = 4 * MAX_SPANS
-"""Spans that are kept of what one engine, with its ranks, tells of a call."""
-CLIENT_LEFT = "the client went away"
-
-
-class Leg:
-    """Records one call of an engine, as a block; ``hear`` adds what the engine tells of it."""
-
-    def __init__(
-        self,
-        log: SpanLog,
-        hop: Hop,
-        engine: str,
-        attributes: dict[str, Attribute],
-        content: dict[str, str] | None,
-    ) -> None:
-        self.hop: Hop = hop
-        self.engine = engine
-        self.error: str | None = None
-        self.was_dropped = False
-        """Its answer was not needed."""
-        self.spans: list[Span] = []
-        """Those that the engine has told, on a clock of its own; ``placed`` returns them on the
-        router's.
-        """
-        self.num_dropped = 0
-        """Spans that the engine, or this process, has not kept."""
-        self._first_at = 0.0
-        self._log = log
-        self._attributes = attributes
-        self._content = content
-        self._sent_at = log.clock()
-        self._ended = False
-
-    def __enter__(self) -> Leg:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._content is not None and isinstance(error, EngineFailure):
-            self._content["engine_text"] = _cut(error.quote)
-        self.end(None if error is None else describe_error(error))
-
-    @property
-    def duration_s(self) -> float:
-        return self._end_at - self._sent_at if self._ended else 0.0
-
-    def sends(self) -> None:
-        """Note that the engine is asked only now."""
-        self._sent_at = self._log.clock()
-
-    def hear(self, told: object) -> None:
-        """Take the report with which an engine has ended its answer; None: it tells nothing."""
-        if told is None:
-            return
-        try:
-            report = told if isinstance(told, SpanReport) else msgspec.convert(told, SpanReport)
-        except msgspec.ValidationError as error:
-            logger.debug("%s: its spans cannot be read: %s", self.engine, error)
-            return
-        error_s = report.clock_error_s(self._sent_at, self._log.clock())
-        self.spans = report.spans[:MAX_HEARD_SPANS]
-        self.num_dropped = report.num_dropped + len(report.spans) - len(self.spans)
-        self._first_at = self._sent_at + error_s
-        self._attributes["clock_error_ms"] = round(error_s * 1000, 3)
-
-    def placed(self) -> list[Span]:
-        """Return the engine's spans on the router's clock."""
-        return [span.moved(self._first_at, self.engine) for span in self.spans]
-
-    def end(self, error: str | None = None) -> None:
-        """End it, once."""
-        if self._ended:
-            return
-        self._ended, self._end_at = True, self._log.clock()
-        if error is not None:
-            self.error = self._attributes["error"] = error
-        if self.was_dropped:
-            self._attributes["dropped"] = True
-        self._log.add(
-            f"{self.hop} at {self.engine}", self._sent_at, self._end_at, **self._attributes
-        )
-
-    def longest_s(self, name: str) -> float | None:
-        """Return the longest of the engine's spans of this name; None: it has told none."""
-        return max([span.duration_s for span in self.spans if span.name == name], default=None)
-
-    def total_s(self, name: str) -> float | None:
-        """Return the sum of its spans of this name, of the first choice alone."""
-        times = [
-            span.end_at - span.start_at
-            for span in self.spans
-            if span.name == name and not span.attributes.get("choice")
-        ]
-        return sum(times) if times else None
-
-    def covered_s(self, name: str) -> float | None:
-        """Return the time from the first to the last of its spans of this name."""
-        spans = [span for span in self.spans if span.name == name]
-        if not spans:
-            return None
-        return max([span.end_at for span in spans]) - min([span.start_at for span in spans])
-
-    def attributes(self, name: str) -> dict[str, Attribute]:
-        """Return those of its first span of this name; empty without one."""
-        for span in self.spans:
-            if span.name == name:
-                return span.attributes
-        return {}
 
 
 class RequestRecord:
@@ -234,12 +111,12 @@ class RequestRecord:
     def keep_content(self, prompt: bytes) -> None:
         """Keep how the prompt begins, as the client wrote it, and the output."""
         shown = prompt[: 4 * MAX_CONTENT_LENGTH].decode(errors="replace")
-        self.content = {"prompt_text": _cut(shown), "output_text": ""}
+        self.content = {"prompt_text": cut_content(shown), "output_text": ""}
 
     def says(self, text: str) -> None:
         """Take output; all but its beginning is dropped."""
         if self.content is not None and len(self.content["output_text"]) < MAX_CONTENT_LENGTH:
-            self.content["output_text"] = _cut(self.content["output_text"] + text)
+            self.content["output_text"] = cut_content(self.content["output_text"] + text)
 
     def times(self, clock: RequestClock) -> None:
         """Take when tokens leave from the clock of the metrics, so that no token costs anything."""
@@ -368,31 +245,6 @@ class RequestRecord:
         return _ms((times.last_token_at - first_at) * times.num_choices / num_steps)
 
 
-def describe_error(error: BaseException) -> str:
-    """Say what went wrong.
-
-    An engine's refusal may quote the prompt: what it says beside its status is left out.
-    """
-    if isinstance(error, ConnectionError) or not isinstance(error, Exception):
-        return CLIENT_LEFT
-    if isinstance(error, RelayedError):
-        return _relayed(error)
-    if not isinstance(error, RequestError):
-        return type(error).__name__
-    text = f"{error.code}: {error}" if error.code else str(error)
-    return text[:MAX_ERROR_LENGTH]
-
-
-def _relayed(error: RelayedError) -> str:
-    """Name what an engine's answer names: its code and the parameter, not its message."""
-    try:
-        body = msgspec.json.decode(error.body)["error"]
-        named = [str(body[key]) for key in ("code", "param") if body.get(key)]
-    except (msgspec.DecodeError, LookupError, TypeError, AttributeError):
-        named = []
-    return ": ".join([str(error), *named])[:MAX_ERROR_LENGTH]
-
-
 def _prefill_s(prefill: Leg | None, decode: Leg | None) -> float | None:
     """Return how long the prompt was computed; of an engine that does not tell, its whole answer.
 
@@ -402,10 +254,6 @@ def _prefill_s(prefill: Leg | None, decode: Leg | None) -> float | None:
         return None if decode is None else decode.covered_s(PREFILL)
     computed_s = prefill.covered_s(PREFILL)
     return prefill.duration_s if computed_s is None and not prefill.spans else computed_s
-
-
-def _cut(text: str) -> str:
-    return escape_controls(text)[:MAX_CONTENT_LENGTH]
 
 
 def _sum(values: Iterable[float | None]) -> float | None:

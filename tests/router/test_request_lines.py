@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from pdlaunch.observe.logs import setup_logging
 from pdlaunch.protocol.requests import RequestSummary
 from pdlaunch.router.request_lines import RequestLines, format_request
-from pdlaunch.router.request_record import MAX_CONTENT_LENGTH, RequestRecord
+from pdlaunch.router.request_record import RequestRecord
+from pdlaunch.router.request_words import MAX_CONTENT_LENGTH
 from tests.router.conftest import SPEC, Stand, pair
 from tests.router.test_life_of_a_request import completion
 from tests.router.test_requests import told_pair
