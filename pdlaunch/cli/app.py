@@ -101,6 +101,8 @@ COMMANDS = (
     Command(
         "restart", "pdlaunch.cli.engines:restart", "Have engines of a deployment started anew."
     ),
+    Command("scale", "pdlaunch.cli.scale:scale", "Add or remove engines of a deployment."),
+    Command("role", "pdlaunch.cli.scale:role", "Give an engine of a deployment another role."),
     Command("drain", "pdlaunch.cli.drains:drain", "Give engines of a deployment no new work."),
     Command("undrain", "pdlaunch.cli.drains:undrain", "Give drained engines work again."),
     Command(

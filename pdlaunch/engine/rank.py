@@ -87,6 +87,8 @@ class RankProcess:
         self._heartbeat = Heartbeat(self._control.send, bootstrap.heartbeat_s)
         self._registry = Registry(version=0, entries=[])
         self._stopped = False
+        self._draining = False
+        """The supervisor waits to be told that nothing runs here."""
         self._transfer: TransferThread | None = None
 
     @property
@@ -231,6 +233,9 @@ class RankProcess:
                 stay_awake.wait(poller)
             self._wait(poller, wait_s)
             loop.turn()
+            if self._draining and loop.is_idle:
+                self._draining = False
+                self._control.send(Drained())
         loop.close()
 
     def _join_group(self) -> TPGroup | None:
@@ -352,7 +357,7 @@ class RankProcess:
                     self._transfer.update_registry(message.entries)
             case Drain():
                 # The router and the server hold back new requests; a rank has nothing to refuse.
-                self._control.send(Drained())
+                self._draining = True
             case Stop():
                 self._stopped = True
             case Suspects() | Restarting() | Answered() | Happened():

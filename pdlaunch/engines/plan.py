@@ -62,7 +62,7 @@ def with_peers(processes: Sequence[ProcessSpec]) -> list[ProcessSpec]:
         for role in ("prefill", "decode")
     }
     if max(map(len, names.values())) <= MAX_PEERS:
-        return list(processes)
+        return [msgspec.structs.replace(process, peers=None) for process in processes]
     peers: dict[str, list[str]] = defaultdict(list)
     for prefill, decode in sorted(due_pairs(names["prefill"], names["decode"])):
         peers[prefill].append(decode)

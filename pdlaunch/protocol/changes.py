@@ -9,6 +9,7 @@ from typing import Literal
 
 import msgspec
 
+from pdlaunch.config.roles import Role
 from pdlaunch.protocol.wire import Message
 
 Withheld = Literal["", "joining", "draining"]
@@ -28,6 +29,46 @@ class SetDrained(Message):
     is_drained: bool
 
 
+class ChangeEngines(Message):
+    """Asks for another number of engines of some roles, or for an engine under another role."""
+
+    question: int
+    replicas: dict[Role, int] = msgspec.field(default_factory=dict)
+    """Numbers of engines; other roles keep theirs."""
+    turn: str = ""
+    """The engine, or one of its processes, that takes ``role``."""
+    role: Role | None = None
+    dry_run: bool = False
+    """Say what would be done, and do nothing."""
+    drain_s: float | None = None
+    """Seconds that what runs gets at an engine that is stopped; None: ``drain_timeout_s``."""
+
+
+class PlannedEngine(Message, tag=False):
+    """Describes an engine that is to start."""
+
+    name: str
+    role: Role
+    host: str
+    devices: list[str]
+    """``cpu``, or the ``cuda:N`` of each rank."""
+    num_threads: int
+    """CPU threads of a rank."""
+
+
+class PlannedChange(Message, tag=False):
+    """Describes a change of the engines of a launch."""
+
+    replicas: dict[Role, int]
+    """Engines of each role once it is done."""
+    starts: list[PlannedEngine]
+    stops: list[str]
+    stops_first: bool
+    """The engines that stop do so before the others start."""
+    drain_s: float
+    """Seconds that what runs at an engine that stops gets; then it goes on elsewhere."""
+
+
 class Answered(Message):
     """Answers one of these commands: it is done or has begun, or ``error`` says why not."""
 
@@ -39,3 +80,7 @@ class Answered(Message):
     """The kind of the error, if there is one."""
     notes: list[str] = msgspec.field(default_factory=list)
     """What whoever asked should know."""
+    change: PlannedChange | None = None
+    """What is done, or would be."""
+    is_done: bool = True
+    """Another answer follows when it is."""

@@ -11,7 +11,7 @@ from typing import Literal
 import msgspec
 
 from pdlaunch.config.roles import Role
-from pdlaunch.protocol.changes import Answered, SetDrained, Withheld
+from pdlaunch.protocol.changes import Answered, ChangeEngines, SetDrained, Withheld
 from pdlaunch.protocol.costs import EngineCosts
 from pdlaunch.protocol.ids import EngineId, PromptOrigin
 from pdlaunch.protocol.wire import Codec, Message
@@ -232,6 +232,7 @@ ToSupervisor = (
     | SleepState
     | Restart
     | SetDrained
+    | ChangeEngines
     | ServedRequest
 )
 

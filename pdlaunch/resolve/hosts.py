@@ -68,6 +68,8 @@ class Share:
 
     host: str
     num_ranks: int
+    devices: tuple[int, ...] | None = None
+    """The CUDA devices that its ranks have, as they number them; None: they are dealt in turn."""
 
 
 Places = Mapping[tuple[Role, int], tuple[Share, ...]]

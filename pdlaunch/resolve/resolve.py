@@ -5,6 +5,7 @@ Checks judge a ``ResolvedLaunch``, ``serve`` starts it, ``--dry-run`` and ``conf
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.hosts import LOCAL
 from pdlaunch.config.model_files.hub import not_cached
 from pdlaunch.config.models import LaunchConfig
-from pdlaunch.config.roles import PAIR, Role
+from pdlaunch.config.roles import PAIR, ROLES, Role
 from pdlaunch.errors import ConfigError
 from pdlaunch.platform.facts import Machine
 from pdlaunch.platform.visible_gpus import VISIBLE_DEVICES
@@ -121,7 +122,7 @@ class ResolvedLaunch:
             ListenAddress(
                 f"server of {engine.name}",
                 engine.host.bind_address,
-                engine.engines.ports[engine.index],
+                engine.engines.http_port(engine.index),
                 f"{engine.engines.role}.port",
                 engine.host.name,
             )
@@ -180,10 +181,11 @@ class ResolvedLaunch:
 
     @property
     def places(self) -> Places:
-        """The hosts of every engine."""
+        """The hosts and devices of every engine."""
         return {
             (engine.engines.role, engine.index): tuple(
-                Share(share.host.name, share.num_ranks) for share in engine.shares
+                Share(share.host.name, share.num_ranks, share.device_indices or None)
+                for share in engine.shares
             )
             for engine in self.engines
         }
@@ -191,6 +193,13 @@ class ResolvedLaunch:
     def with_places(self, places: Places) -> ResolvedLaunch:
         """Resolve again with engines on other hosts."""
         return resolve_on(self.config, self.hosts, self.environ, places=places)
+
+    def with_engines(
+        self, places: Places, models: Mapping[Role, Model] | None = None
+    ) -> ResolvedLaunch:
+        """Resolve again with these engines and no others. ``models``: as in ``resolve``."""
+        config = with_replicas(self.config, Counter(role for role, _ in places))
+        return resolve_on(config, self.hosts, self.environ, models, places)
 
     def with_host(self, known: ResolvedHost) -> ResolvedLaunch:
         """Resolve again with what is known now of a host; nothing is moved."""
@@ -233,6 +242,15 @@ class ResolvedLaunch:
             advertise_address=engines.advertise_address,
             http_port=engines.http_port(engine.index),
         )
+
+
+def with_replicas(config: LaunchConfig, counts: Mapping[Role, int]) -> LaunchConfig:
+    """Return the settings with so many engines of each role; a role that is missing has none."""
+    sections: dict[str, object] = {
+        role: config.role(role).model_copy(update={"replicas": counts.get(role, 0)})
+        for role in ROLES
+    }
+    return config.model_copy(update=sections)
 
 
 def resolve(

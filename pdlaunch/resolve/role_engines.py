@@ -144,7 +144,7 @@ class RoleEngines:
 
     def http_port(self, index: int) -> int:
         """Return the HTTP port of one engine; 0: a free one, registered with the supervisor."""
-        return self.ports[index] if self.ports else 0
+        return self.ports.start + index if self.ports else 0
 
     def device_indices(self, first: int, num_ranks: int) -> tuple[int, ...]:
         """Return the CUDA devices of ranks of this role on the host, as they number them; empty on

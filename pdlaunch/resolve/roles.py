@@ -162,12 +162,15 @@ def _placed(
     by_name = {host.name: host for host in hosts}
     for role in roles:
         dealt = dict.fromkeys(by_name, 0)
-        for index in range(sum(1 for other, _ in places if other == role)):
+        for index in sorted(index for other, index in places if other == role):
             shares = []
             for share in places[role, index]:
                 engines = by_host[share.host][role]
                 devices = engines.device_indices(dealt[share.host], share.num_ranks)
                 dealt[share.host] += share.num_ranks
+                # Those of a host that has come back with fewer GPUs are dealt anew.
+                if share.devices and max(share.devices) < len(engines.gpus):
+                    devices = share.devices
                 shares.append(PlacedShare(by_name[share.host], engines, share.num_ranks, devices))
             yield PlacedEngine(index, tuple(shares))
 

@@ -21,6 +21,7 @@ from pdlaunch.http.errors import error_body
 from pdlaunch.http.headers import REQUEST_ID_HEADER
 from pdlaunch.http.openapi import Operation
 from pdlaunch.protocol.control import Restarting
+from pdlaunch.router.admin_changes import ChangeCommands
 from pdlaunch.router.admin_drains import DrainCommands
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_errors import EngineFailure
@@ -49,21 +50,25 @@ class Admin:
     def routes(self) -> list[AppRoute]:
         """Return all of them; whoever adds a command adds a row."""
         return [
-            AppRoute(method, path, handler, None, Operation(f"{summary} Takes the admin key."))
-            for method, path, handler, summary in (
-                ("POST", "/sleep", self._sleep, "Put engines to sleep."),
-                ("POST", "/wake_up", self._wake_up, "Wake engines up."),
-                ("GET", "/is_sleeping", self._is_sleeping, "Say which engines sleep."),
-                ("POST", "/pdlaunch/restart", self._restart, "Restart engines."),
-                ("GET", "/pdlaunch/integrity", self._integrity, "Prove who owns each block."),
-                (
-                    "*",
-                    "/pdlaunch/engines/{engine}/{path:.*}",
-                    self._one_engine,
-                    "Pass a call on to one engine.",
-                ),
-            )
-        ] + DrainCommands(self._state, self._supervisor).routes()
+            *(
+                AppRoute(method, path, handler, None, Operation(f"{summary} Takes the admin key."))
+                for method, path, handler, summary in (
+                    ("POST", "/sleep", self._sleep, "Put engines to sleep."),
+                    ("POST", "/wake_up", self._wake_up, "Wake engines up."),
+                    ("GET", "/is_sleeping", self._is_sleeping, "Say which engines sleep."),
+                    ("POST", "/pdlaunch/restart", self._restart, "Restart engines."),
+                    ("GET", "/pdlaunch/integrity", self._integrity, "Prove who owns each block."),
+                    (
+                        "*",
+                        "/pdlaunch/engines/{engine}/{path:.*}",
+                        self._one_engine,
+                        "Pass a call on to one engine.",
+                    ),
+                )
+            ),
+            *DrainCommands(self._state, self._supervisor).routes(),
+            *ChangeCommands(self._state, self._supervisor).routes(),
+        ]
 
     async def _sleep(self, http: web.Request) -> web.Response:
         """Put engines to sleep, prefill engines first: decode engines fetch what those hold while

@@ -24,7 +24,7 @@ from pdlaunch.http.connections import HttpRunner
 from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S
 from pdlaunch.process.bootstrap import RouterSpec
 from pdlaunch.process.run_dirs import ADMIN_SOCKET, LaunchCard
-from pdlaunch.protocol.changes import Answered, SetDrained
+from pdlaunch.protocol.changes import Answered, ChangeEngines, SetDrained
 from pdlaunch.protocol.control import Restart, Restarting
 from pdlaunch.router.admin_socket import listen_at_admin_socket
 from pdlaunch.router.app import RouterApp
@@ -151,12 +151,18 @@ class LoneRouter:
         await self._router.close()
 
     def _answer(self, asked: Question) -> None:
-        number, name = asked.question, asked.name
+        number = asked.question
         match asked:
-            case Restart():
+            case Restart(name=name):
                 error = f"{name} runs already: whoever started it restarts it"
                 self._link.answered(Restarting(question=number, engine=name, error=error))
-            case SetDrained(is_drained=is_drained):
+            case ChangeEngines():
+                error = (
+                    "these engines run already: whoever started them starts and stops them; POST "
+                    "and DELETE /pdlaunch/engines tell this router of it"
+                )
+                self._link.answered(Answered(question=number, error=error))
+            case SetDrained(name=name, is_drained=is_drained):
                 error = self._membership.set_drained(name, is_drained=is_drained)
                 is_known = self._membership.member(name) is not None
                 self._link.answered(

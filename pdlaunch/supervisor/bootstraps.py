@@ -66,10 +66,18 @@ class LaunchBootstraps:
         self._engines = self._resolved.after_conversion().engine_specs()
 
     def adopt(self, resolved: ResolvedLaunch, engine: PlacedEngine | None = None) -> None:
-        """Start processes from now on as this launch says, and one engine at another place."""
+        """Start processes from now on as this launch says, and one engine, which is new or at
+        another place.
+        """
         self._resolved = resolved
-        if engine is not None and engine.name in self._engines:
+        if engine is not None and engine.engines.is_native:
             self._engines[engine.name] = resolved.engine_spec(engine)
+
+    def forget(self, engine: str) -> None:
+        """Forget an engine that is gone for good, and remove what it has left in the folder."""
+        self._engines.pop(engine, None)
+        for path in self._run_dir.glob(f"{engine}.*"):
+            path.unlink(missing_ok=True)
 
     def make(self, spec: ProcessSpec, incarnation: int) -> Bootstrap:
         engine = self._engines.get(spec.engine)

@@ -55,6 +55,17 @@ class Deaths:
         }
         """The number of times that each process was the first of its unit to end."""
 
+    def use(self, plan: Plan) -> None:
+        """Count on the engines of this plan from now on."""
+        self._given_up.use(plan)
+        for process in plan.processes:
+            self.ends.setdefault(process.name, {"died": 0, "hung": 0})
+
+    def forget(self, engine: str) -> None:
+        """Forget the deaths of an engine that is about to be removed."""
+        self._given_up.forget(engine)
+        self._pairs.try_again(engine)
+
     @property
     def due_at(self) -> float:
         """Return the instant at which ``tick`` has something to do."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from pdlaunch.protocol.changes import Answered, RefusalCode, SetDrained
-from pdlaunch.supervisor.instance import Instance, Unit, find_engine, unknown_engine
-from pdlaunch.supervisor.states import LaunchPhase, ProcessState
+from pdlaunch.supervisor.instance import Unit, find_engine, server_of, serving, unknown_engine
+from pdlaunch.supervisor.states import LaunchPhase
 
 
 class Drains:
@@ -53,28 +53,3 @@ class Drains:
             server.withheld = "draining" if message.is_drained else ""
             self._note(f"{engine} is {verb}, as was asked")
         return Answered(question=message.question, engine=engine, notes=notes)
-
-
-def server_of(units: Sequence[Unit], engine: str) -> Instance:
-    """Return the server of an engine, which stands for it in the registry."""
-    return next(
-        member
-        for unit in units
-        for member in unit.members
-        if member.spec.engine == engine and member.spec.kind == "server"
-    )
-
-
-def serving(units: Sequence[Unit]) -> list[Instance]:
-    """Return the servers of engines that are given work: all processes of theirs are ready."""
-    unready = {unit.engine for unit in units if not unit.ready}
-    return [
-        member
-        for unit in units
-        for member in unit.members
-        if member.spec.kind == "server"
-        and member.spec.engine not in unready
-        and not member.withheld
-        and member.sleep_state == "awake"
-        and member.state is ProcessState.READY
-    ]

@@ -1,12 +1,14 @@
-"""Starts engines anew because somebody asked: they finish what runs, are stopped, and start again.
+"""Stops engines because somebody asked, and starts them anew or lets them go: they finish what runs
+first.
 
 ::
 
-    begin ── serves ──▶ draining ── idle, or drain_s is over ──▶ stopping ── all ended ──▶ started
-        └── serves not ─────────────────────────────────────────────▲
+    begin ── serves ──▶ draining ── idle, or drain_s is over ──▶ stopping ── all ended ──▶ started,
+        └── serves not ─────────────────────────────────────────────▲                       or gone
 
-A draining server is listed as such: routers give it no new work. What still runs when it is stopped
-goes on at another engine.
+A draining server is listed as such: routers give it no new work. A prefill engine is idle once
+decode engines have read what it has computed. What still runs when it is stopped goes on at another
+engine.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ import math
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from pdlaunch.hosts.host import Host
 from pdlaunch.protocol.control import Drain, Restart, Restarting, Stop
-from pdlaunch.supervisor.instance import Instance, Unit, find_engine, unknown_engine
+from pdlaunch.supervisor.instance import Instance, Unit, find_engine, server_of, unknown_engine
 from pdlaunch.supervisor.shutdown import Grace
 from pdlaunch.supervisor.states import LaunchPhase, ProcessState
 
@@ -26,8 +29,11 @@ from pdlaunch.supervisor.states import LaunchPhase, ProcessState
 @dataclass(slots=True)
 class _Restart:
     units: Sequence[Unit]
+    then: Callable[[], None]
+    """Called once all processes have ended."""
     stop_at: float | None = None
     """Instant at which the engine is stopped whatever runs; None: it is being stopped."""
+    is_retirement: bool = False
 
 
 class EngineRestarts:
@@ -89,34 +95,75 @@ class EngineRestarts:
                 engine=engine,
                 error=f"{engine} cannot be restarted: the launch is {phase}",
             )
+        if server_of(self._units, engine).withheld == "joining":
+            return Restarting(
+                question=message.question,
+                engine=engine,
+                error=f"{engine} cannot be restarted: it is being added",
+            )
         units = [unit for unit in self._units if unit.engine == engine]
         incarnation = next(unit.incarnation for unit in units if unit.name == engine)
         if engine not in self._restarts:
             self._forgive(engine)
-            self._begin(engine, units)
+            self._begin(engine, units, self._grace.drain_s, partial(self._start_all, units))
+        elif self._restarts[engine].is_retirement:
+            return Restarting(
+                question=message.question,
+                engine=engine,
+                error=f"{engine} cannot be restarted: it is being removed",
+            )
         return Restarting(question=message.question, engine=engine, incarnation=incarnation)
 
-    def _begin(self, engine: str, units: Sequence[Unit]) -> None:
+    def retire(self, engine: str, drain_s: float, then: Callable[[], None]) -> None:
+        """Drain and stop an engine for good; ``then`` is called once all of its processes have
+        ended, perhaps at once.
+        """
+        units = [unit for unit in self._units if unit.engine == engine]
+        self._begin(engine, units, drain_s, then, is_retirement=True)
+
+    def _start_all(self, units: Sequence[Unit]) -> None:
+        for unit in units:
+            self._start(unit)
+
+    def _begin(
+        self,
+        engine: str,
+        units: Sequence[Unit],
+        drain_s: float,
+        then: Callable[[], None],
+        *,
+        is_retirement: bool = False,
+    ) -> None:
         """Drain or stop the engine; deaths before this do not count any more."""
-        restart = self._restarts[engine] = _Restart(units)
+        restart = self._restarts[engine] = _Restart(units, then, is_retirement=is_retirement)
         serves = all(unit.ready for unit in units)
         for unit in units:
             unit.num_quick_deaths = 0
             unit.respawn_at = unit.kill_at = None
         # An engine that does not serve has nothing to finish.
-        if not serves or self._grace.drain_s <= 0:
+        if not serves or drain_s <= 0:
             self._stop(engine, restart)
             return
-        restart.stop_at = self._clock() + self._grace.drain_s
+        restart.stop_at = self._clock() + drain_s
         for server in [member for member in _members(units) if member.spec.kind == "server"]:
             server.move(ProcessState.DRAINING)
-            self._host.send(server.name, Drain(timeout_s=self._grace.drain_s))
+            self._host.send(server.name, Drain(timeout_s=drain_s))
 
     def drained(self, instance: Instance) -> None:
-        """Stop the engine: its server has nothing left to do."""
+        """Stop the engine once its server has nothing left to do, and nobody has yet to read KV
+        blocks that it has computed.
+        """
         engine = instance.spec.engine
-        if self.is_draining(engine):
-            self._stop(engine, self._restarts[engine])
+        if not self.is_draining(engine):
+            return
+        restart = self._restarts[engine]
+        lenders = [member for member in _members(restart.units) if _lends(member)]
+        if instance.spec.kind == "server" and lenders and restart.stop_at is not None:
+            for lender in lenders:
+                left_s = max(0.0, restart.stop_at - self._clock())
+                self._host.send(lender.name, Drain(timeout_s=left_s))
+        else:
+            self._stop(engine, restart)
 
     def exited(self, instance: Instance) -> None:
         """Handle the end of a process of an engine that is being restarted, asked for or not."""
@@ -156,8 +203,13 @@ class EngineRestarts:
     def _start_if_stopped(self, engine: str, restart: _Restart) -> None:
         if not any(unit.alive for unit in restart.units):
             del self._restarts[engine]
-            for unit in restart.units:
-                self._start(unit)
+            restart.then()
+
+
+def _lends(instance: Instance) -> bool:
+    """Tell whether a process keeps KV blocks under leases: rank 0 knows those of its engine."""
+    spec = instance.spec
+    return spec.kind == "rank" and spec.role == "prefill" and spec.tp_rank == 0 and instance.alive
 
 
 def _members(units: Sequence[Unit]) -> list[Instance]:

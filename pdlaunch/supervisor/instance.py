@@ -175,3 +175,27 @@ def make_units(specs: Sequence[ProcessSpec]) -> list[Unit]:
     for spec in specs:
         members.setdefault(spec.unit, []).append(Instance(spec))
     return [Unit(name, instances) for name, instances in members.items()]
+
+
+def server_of(units: Sequence[Unit], engine: str) -> Instance:
+    """Return the server of an engine, which stands for it in the registry."""
+    return next(
+        member
+        for unit in units
+        for member in unit.members
+        if member.spec.engine == engine and member.spec.kind == "server"
+    )
+
+
+def serving(units: Sequence[Unit]) -> list[Instance]:
+    """Return the servers of engines that are given work: all processes of theirs are ready."""
+    unready = {unit.engine for unit in units if not unit.ready}
+    return [
+        member
+        for unit in units
+        for member in unit.members
+        if member.spec.kind == "server"
+        and member.spec.engine not in unready
+        and not member.withheld
+        and member.sleep_state == "awake"
+    ]

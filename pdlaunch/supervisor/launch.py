@@ -31,6 +31,7 @@ from pdlaunch.resolve.plan import Plan
 from pdlaunch.resolve.planned_hosts import settled
 from pdlaunch.resolve.resolve import ResolvedLaunch
 from pdlaunch.supervisor.bootstraps import Bootstraps, LaunchBootstraps
+from pdlaunch.supervisor.engine_changes import EnginePlanner
 from pdlaunch.supervisor.events import Event, EventQueue, SignalInbox
 from pdlaunch.supervisor.failure import Failure
 from pdlaunch.supervisor.folders import SUPERVISOR_LOG, keep_logs
@@ -150,6 +151,7 @@ def launch(
                 local if agents is None else HostGroup(local, here, agents, joined, on_news=told)
             ),
             rooms.find,
+            rooms,
         )
 
 
@@ -165,11 +167,12 @@ def supervise(
     listeners: Sequence[socket.socket] = (),
     with_others: Callable[[LocalHost], Host] = lambda local: local,
     find_room: FindRoom = lambda *_: True,
+    planner: EnginePlanner | None = None,
 ) -> LaunchOutcome:
     """Run a plan to its end; no process of it is left when this returns.
 
-    ``with_others``: joins the other hosts of the launch to this one. ``find_room``: see
-    ``Supervisor``.
+    ``with_others``: joins the other hosts of the launch to this one. ``find_room``, ``planner``:
+    see ``Supervisor``.
     """
     with SignalInbox() as signals, contextlib.closing(Children(log_dir)) as children:
         host = with_others(LocalHost(control, children))
@@ -183,6 +186,7 @@ def supervise(
             time.monotonic,
             close_listeners=lambda: _close(listeners),
             find_room=find_room,
+            planner=planner,
         )
         drive(supervisor, EventQueue(host, signals, lifeline), time.monotonic)
         failure = supervisor.failure

@@ -1,11 +1,15 @@
-"""Holds the processes of a launch by unit and by name, and starts them."""
+"""Holds the processes of a launch by unit and by name, and starts them.
+
+Engines may be added and removed while the launch serves.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from pdlaunch.engines.plan import with_peers
 from pdlaunch.hosts.host import Host
-from pdlaunch.resolve.plan import Plan
+from pdlaunch.resolve.plan import Plan, ProcessSpec
 from pdlaunch.supervisor.bootstraps import Bootstraps
 from pdlaunch.supervisor.instance import Instance, Unit, make_units
 from pdlaunch.supervisor.states import ProcessState
@@ -27,6 +31,8 @@ class LaunchProcesses:
         self._bootstraps = bootstraps
         self._clock = clock
         self._startup_timeout_s = startup_timeout_s
+        self._last_incarnations: dict[str, int] = {}
+        """Of units that were removed: a new one of the name must not be taken for the old."""
         self.conversions = make_units(plan.conversions)
         self.units = make_units(plan.processes)
         """Router, servers and ranks; conversions are not among them."""
@@ -52,6 +58,39 @@ class LaunchProcesses:
 
     def unit_of(self, instance: Instance) -> Unit:
         return self._unit_of[instance.name]
+
+    def units_of(self, engine: str) -> list[Unit]:
+        return [unit for unit in self.units if unit.engine == engine]
+
+    def add(self, specs: Sequence[ProcessSpec]) -> list[Unit]:
+        """Take in processes of new engines; they are yet to be spawned."""
+        units = make_units(specs)
+        for unit in units:
+            unit.incarnation = self._last_incarnations.pop(unit.name, 0)
+            for instance in unit.members:
+                self._unit_of[instance.name] = unit
+                self._instances[instance.name] = instance
+        # In place: others hold the list.
+        self.units.extend(units)
+        return units
+
+    def remove(self, engine: str) -> None:
+        """Forget an engine whose processes have ended."""
+        for unit in self.units_of(engine):
+            assert not unit.alive
+            self._last_incarnations[unit.name] = unit.incarnation
+            self.units.remove(unit)
+            for instance in unit.members:
+                del self._unit_of[instance.name], self._instances[instance.name]
+
+    def renew_peers(self) -> Plan:
+        """Choose the peers of all engines anew; return the plan of what there is."""
+        engines = [member for unit in self.units if unit.engine for member in unit.members]
+        for member, spec in zip(
+            engines, with_peers([member.spec for member in engines]), strict=True
+        ):
+            member.spec = spec
+        return Plan(processes=tuple(member.spec for unit in self.units for member in unit.members))
 
     @property
     def converted(self) -> bool:

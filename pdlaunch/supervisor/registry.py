@@ -5,7 +5,7 @@ proven.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 from pdlaunch.engines.kind import EngineKind
 from pdlaunch.protocol.control import EndReason, Entry, PairReady, PairSuspect, Registry
@@ -61,17 +61,22 @@ class Pairs:
     """
 
     def __init__(self, plan: Plan, kind: EngineKind) -> None:
+        self._kind = kind
+        self.use(plan)
+        self._given_up: set[str] = set()
+        self._proven: dict[tuple[str, str], PairReady] = {}
+        self._errors: dict[tuple[str, str], str] = {}
+
+    def use(self, plan: Plan) -> None:
+        """Take the processes that there are from now on."""
         self._engine_of = {p.name: p.engine for p in plan.processes if p.role == "prefill"}
         self._due = [
             (process.name, engine)
             for process in plan.processes
-            if kind.proves_pairs(process)
+            if self._kind.proves_pairs(process)
             for engine in plan.engines("prefill")
             if process.peers is None or engine in process.peers
         ]
-        self._given_up: set[str] = set()
-        self._proven: dict[tuple[str, str], PairReady] = {}
-        self._errors: dict[tuple[str, str], str] = {}
 
     def add(self, pair: PairReady) -> None:
         self._proven[pair.local, pair.peer] = pair
@@ -101,17 +106,26 @@ class Pairs:
     def try_again(self, engine: str) -> None:
         self._given_up.discard(engine)
 
+    def missing_of(self, engine: str, others: Set[str]) -> list[str]:
+        """Return the pairs that are due between an engine and others, as ``missing`` does."""
+        return self._describe_missing(
+            pair
+            for pair in self._due
+            if engine in (ends := (_engine_of(pair[0]), pair[1])) and others >= set(ends)
+        )
+
     def proven(self) -> list[PairReady]:
         return list(self._proven.values())
 
     def missing(self) -> list[str]:
         """Return the pairs that are due, each in words with the last error."""
-        due = [
+        return self._describe_missing(
             (rank, engine)
             for rank, engine in self._due
-            # Names of ranks begin with that of their engine.
-            if self._given_up.isdisjoint((rank.partition("/")[0], engine))
-        ]
+            if self._given_up.isdisjoint((_engine_of(rank), engine))
+        )
+
+    def _describe_missing(self, due: Iterable[tuple[str, str]]) -> list[str]:
         proven: dict[tuple[str, str], list[PairReady]] = defaultdict(list)
         for pair in self._proven.values():
             proven[pair.local, self._engine_of.get(pair.peer, "")].append(pair)
@@ -124,6 +138,11 @@ class Pairs:
             for rank, engine in due
             if not _is_connected(proven[rank, engine])
         ]
+
+
+def _engine_of(process: str) -> str:
+    """Return the engine of a process, whose name begins with the engine's."""
+    return process.partition("/")[0]
 
 
 def _is_connected(pairs: Sequence[PairReady]) -> bool:

@@ -67,7 +67,7 @@ class GivenUp:
     """
 
     def __init__(self, plan: Plan, policy: RestartPolicy) -> None:
-        self._engines = {role: plan.engines(role) for role in ROLES}
+        self.use(plan)
         self._policy = policy
         self._why: dict[str, str] = {}
         """Reasons of the engines that are given up or on trial."""
@@ -77,6 +77,10 @@ class GivenUp:
 
     def __contains__(self, engine: str) -> bool:
         return engine in self._retry_at
+
+    def use(self, plan: Plan) -> None:
+        """Count on the engines that there are from now on."""
+        self._engines = {role: plan.engines(role) for role in ROLES}
 
     @property
     def due_at(self) -> float:
@@ -114,6 +118,11 @@ class GivenUp:
         """Treat the engine as if it had never been given up; until it serves it does not count."""
         self._retry_at.pop(engine, None)
         self.served_long(engine)
+
+    def forget(self, engine: str) -> None:
+        """Forget an engine that is gone for good."""
+        self.forgive(engine)
+        self._why.pop(engine, None)
 
     def served_long(self, engine: str) -> None:
         """Begin the count of waits anew."""

@@ -1,4 +1,5 @@
-"""Finds room for engines whose host is lost: on that host once it is back, else on another one.
+"""Keeps where the engines of a launch run, and finds room for those whose host is lost: on that
+host once it is back, else on another one.
 
 Nothing is moved while its host is there, and engines whose ranks are on several hosts wait for
 theirs.
@@ -15,21 +16,27 @@ from typing import Protocol
 from pdlaunch.checks.context import Probes
 from pdlaunch.checks.run import run_checks
 from pdlaunch.engines.kind import EngineKind
+from pdlaunch.protocol.changes import ChangeEngines
 from pdlaunch.resolve.hosts import ResolvedHost, Share
+from pdlaunch.resolve.plan import ProcessSpec
 from pdlaunch.resolve.resolve import ResolvedLaunch
 from pdlaunch.resolve.role_engines import RoleEngines
 from pdlaunch.resolve.roles import PlacedEngine
-from pdlaunch.supervisor.instance import Instance, Unit
+from pdlaunch.supervisor.change_plan import ChangePlanner, EngineChange, RunningEngine
+from pdlaunch.supervisor.instance import Instance, Unit, server_of, serving
 
 _OF_ROOM = frozenset(("PD207", "PD210", "PD212"))
 """Rules on memory, of all engines that might be moved together; each is judged by its devices."""
 
 
 class Adopts(Protocol):
-    """Is told where engines are started from now on."""
+    """Is told where engines are started from now on, and which are gone."""
 
     def adopt(self, resolved: ResolvedLaunch, engine: PlacedEngine | None = None) -> None:
         """Take a launch, and the place of one of its engines."""
+
+    def forget(self, engine: str) -> None:
+        """Forget an engine that is gone for good."""
 
 
 class Rooms:
@@ -65,6 +72,33 @@ class Rooms:
         """Note that a host is lost; until ``ended_by`` its processes may run."""
         self._present.discard(name)
         self._ended_by[name] = ended_by
+
+    def plan(self, wanted: ChangeEngines, units: Sequence[Unit]) -> EngineChange:
+        """Plan a change of the engines. Raises ConfigError with the reason why it cannot be."""
+        planner = ChangePlanner(self._resolved, self._kind, self._present, _running(units))
+        return planner.plan(wanted)
+
+    def begin(self, change: EngineChange) -> list[ProcessSpec]:
+        """Add the new engines of a change; return their processes. Those that stop are there until
+        ``forget``.
+        """
+        new = {(one.engines.role, one.index) for one in change.starts}
+        places = {key: shares for key, shares in change.resolved.places.items() if key in new}
+        self._resolved = self._resolved.with_engines({**self._resolved.places, **places})
+        for engine in change.starts:
+            self._bootstraps.adopt(self._resolved, engine)
+        return [spec for engine in change.starts for spec in self._kind.processes(engine)]
+
+    def forget(self, engine: str) -> None:
+        """Forget an engine that is gone."""
+        left = {
+            (one.engines.role, one.index): self._resolved.places[one.engines.role, one.index]
+            for one in self._resolved.engines
+            if one.name != engine
+        }
+        self._resolved = self._resolved.with_engines(left)
+        self._bootstraps.forget(engine)
+        self._bootstraps.adopt(self._resolved)
 
     def find(self, unit: Unit, units: Sequence[Unit]) -> bool:
         """Tell whether a unit, whose processes have ended, can be started; perhaps elsewhere."""
@@ -130,6 +164,29 @@ class Rooms:
     def _errors(self, launch: ResolvedLaunch) -> set[str]:
         rules = [rule for rule in self._kind.rules() if rule.code not in _OF_ROOM]
         return {error.rule for error in run_checks(launch, {}, Probes(), rules=rules).errors}
+
+
+def _running(units: Sequence[Unit]) -> list[RunningEngine]:
+    """Return what a plan needs to know of the engines that there are."""
+    working = {server.name for server in serving(units)}
+    members: defaultdict[str, list[Instance]] = defaultdict(list)
+    for unit in units:
+        if unit.engine:
+            members[unit.engine] += unit.members
+    running = []
+    for name, instances in members.items():
+        server = server_of(units, name)
+        assert server.spec.role is not None
+        running.append(
+            RunningEngine(
+                (server.spec.role, int(name.rpartition("-")[2])),
+                server.spec.host,
+                tuple(device for each in instances for device in each.spec.devices),
+                serves=name in working,
+                is_drained=bool(server.withheld),
+            )
+        )
+    return running
 
 
 def _taken(instances: Iterable[Instance]) -> Mapping[str, Counter[str]]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pdlaunch.engines.kind import EngineKind
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.hosts.host import Host, MessageReceived, ProcessExited
-from pdlaunch.protocol.changes import SetDrained
+from pdlaunch.protocol.changes import ChangeEngines, SetDrained
 from pdlaunch.protocol.control import (
     Alive,
     Drained,
@@ -26,6 +26,7 @@ from pdlaunch.protocol.control import (
     Progress,
     Ready,
     Register,
+    Registry,
     Restart,
     ServedRequest,
     SleepState,
@@ -35,6 +36,7 @@ from pdlaunch.resolve.plan import Plan
 from pdlaunch.supervisor.bootstraps import Bootstraps
 from pdlaunch.supervisor.deaths import Deaths
 from pdlaunch.supervisor.drains import Drains
+from pdlaunch.supervisor.engine_changes import EngineChanges, EnginePlanner
 from pdlaunch.supervisor.engine_restarts import EngineRestarts
 from pdlaunch.supervisor.events import Event, StopRequested
 from pdlaunch.supervisor.failure import Failure, startup_timeout
@@ -79,7 +81,8 @@ class Supervisor:
 
     ``failure`` and ``was_ready`` say how the launch went. ``close_listeners`` is called, perhaps
     several times, when no router will accept a connection any more. ``find_room`` is asked before a
-    unit that has died is started again.
+    unit that has died is started again. ``planner`` knows what other engines the launch could have;
+    None: the engines stay as they are.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class Supervisor:
         *,
         close_listeners: Callable[[], None],
         find_room: FindRoom = lambda *_: True,
+        planner: EnginePlanner | None = None,
     ) -> None:
         self._host = host
         self._bootstraps = bootstraps
@@ -107,6 +111,7 @@ class Supervisor:
         self._notes = Notes(observer, host, self._processes, clock)
         self._registry = RegistryVersions()
         self._views = Views(plan)
+        self._views_are_new = False
         self._settle_every_s = SETTLE_S * len(plan.processes)
         self._settled_at = -self._settle_every_s
         self._has_news = False
@@ -130,6 +135,19 @@ class Supervisor:
             self._processes.units,
             start=self._processes.spawn,
             forgive=self._deaths.forgive,
+        )
+        self._changes = EngineChanges(
+            self._processes,
+            host,
+            self._restarts,
+            self._pairs,
+            clock,
+            planner=planner,
+            drain_s=timing.grace.drain_s,
+            startup_timeout_s=timing.startup_timeout_s,
+            note=self._notes.add,
+            use_plan=self._use_plan,
+            forget=self._deaths.forget,
         )
         self._drains = Drains(self._processes.units, self._notes.add)
         self._hangs = HangWatch(timing.hangs, clock)
@@ -183,6 +201,7 @@ class Supervisor:
             for instance in self._hangs.look(self._processes):
                 self._deaths.hung(self._processes.unit_of(instance), instance)
             self._restarts.tick()
+            self._changes.tick()
             self._deaths.tick()
         elif self._shutdown is None and self._clock() >= self._startup_ends_at:
             self._fail(
@@ -208,7 +227,11 @@ class Supervisor:
         if self._phase is not LaunchPhase.READY:
             return self._startup_ends_at
         return min(
-            self._hangs.due_at, self._restarts.due_at, self._deaths.due_at, self._clock() + 60.0
+            self._hangs.due_at,
+            self._restarts.due_at,
+            self._changes.due_at,
+            self._deaths.due_at,
+            self._clock() + 60.0,
         )
 
     def status(self) -> LaunchStatus:
@@ -231,6 +254,14 @@ class Supervisor:
             self._fail(Failure(str(error), details=[f"fix: {fix}"] if fix else [], cause=error))
             return
         self._processes.spawn_all(self._processes.units)
+
+    def _use_plan(self) -> None:
+        """Take in that engines have come or gone: who proves what, and who is told of whom."""
+        plan = self._processes.renew_peers()
+        self._views, self._views_are_new = Views(plan), True
+        self._pairs.use(plan)
+        self._deaths.use(plan)
+        self._settle_every_s = SETTLE_S * len(plan.processes)
 
     # Messages
 
@@ -280,6 +311,8 @@ class Supervisor:
                 self._host.send(name, self._restarts.ask(message, self.phase))
             case SetDrained():
                 self._host.send(name, self._drains.ask(message, self.phase))
+            case ChangeEngines():
+                self._host.send(name, self._changes.ask(message, name, self.phase))
 
     def _on_register(self, instance: Instance, message: Register) -> None:
         if not instance.may_register(message):
@@ -351,13 +384,15 @@ class Supervisor:
                 prefill=pair.peer.partition("/")[0],
                 decode=instance.spec.engine,
             )
+            if self._shutdown is None:
+                self._changes.pair_failed(instance, pair)
 
     # Deaths
 
     def _on_exit(self, event: ProcessExited) -> None:
-        instance = self._processes[event.name]
+        instance = self._processes.get(event.name)
         # An end counts once, and only that of the incarnation that runs.
-        if event.incarnation != instance.incarnation or not instance.alive:
+        if instance is None or event.incarnation != instance.incarnation or not instance.alive:
             return
         unit = self._processes.unit_of(instance)
         if self._shutdown is not None:
@@ -368,6 +403,9 @@ class Supervisor:
                 # It still computes, and nobody has told it to end.
                 self._deaths.tell(unit, instance, event)
             self._restarts.exited(instance)
+        elif instance.spec.engine in self._changes:
+            instance.move(ProcessState.FAILED)
+            self._changes.exited(instance, event)
         elif instance.spec.kind == "convert" and event.returncode == 0:
             self._on_converted(instance)
         elif self._phase is LaunchPhase.READY:
@@ -439,7 +477,8 @@ class Supervisor:
             self._phase = LaunchPhase.READY
             self.was_ready = True
             logger.info("serving at %s", self.status().url)
-        before = self._registry.current
+        # Who is told of other engines than before is told again, whatever has changed of them.
+        before = Registry(version=0, entries=[]) if self._views_are_new else self._registry.current
         if self._registry.update(
             self._processes,
             self._pairs.proven(),
@@ -448,6 +487,7 @@ class Supervisor:
         ):
             for name, view in self._views.news(before, self._registry.current):
                 self._host.send(name, view)
+            self._views_are_new = False
         self._observer.changed(self.status())
         if becomes_ready:
             self._observer.ready(self.status())

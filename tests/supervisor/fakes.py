@@ -30,6 +30,7 @@ from pdlaunch.protocol.control import (
 )
 from pdlaunch.protocol.sockets import LaunchKeys
 from pdlaunch.resolve.plan import Plan, ProcessSpec
+from pdlaunch.supervisor.engine_changes import EnginePlanner
 from pdlaunch.supervisor.events import Event, StopRequested
 from pdlaunch.supervisor.status import LaunchStatus
 from pdlaunch.supervisor.supervisor import Supervisor, Timing
@@ -164,7 +165,9 @@ class FakeObserver:
 class World:
     """Holds a supervisor and all that it sees; methods are what children and users do."""
 
-    def __init__(self, plan: Plan, timing: Timing | None = None) -> None:
+    def __init__(
+        self, plan: Plan, timing: Timing | None = None, planner: EnginePlanner | None = None
+    ) -> None:
         self.plan = plan
         self.clock = FakeClock()
         self.host = FakeHost()
@@ -182,6 +185,7 @@ class World:
             self.clock,
             close_listeners=self._close_listeners,
             find_room=lambda *_: self.has_room,
+            planner=planner,
         )
 
     def _handle(self, event: Event) -> None:

@@ -1,0 +1,75 @@
+"""Changes the engines of a running launch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from pdlaunch.client.api import Api
+from pdlaunch.client.commands import error_message
+from pdlaunch.config.roles import Role
+from pdlaunch.errors import PdlaunchError
+from pdlaunch.protocol.changes import PlannedEngine
+
+
+class Change(msgspec.Struct, frozen=True, kw_only=True):
+    """Tells what is changed, or would be."""
+
+    replicas: dict[Role, int]
+    """Engines of each role afterwards."""
+    starts: list[PlannedEngine]
+    stops: dict[str, int]
+    """Engines that stop, with the pieces of work that they had."""
+    stops_first: bool
+    drain_s: float
+
+
+class ChangeOutcome(msgspec.Struct, frozen=True, kw_only=True):
+    """Tells what became of a change."""
+
+    change: Change | None = None
+    """None: it was refused before it was planned."""
+    notes: Sequence[str] = ()
+    error: str = ""
+    """Empty: it is done, or could be."""
+
+
+def scale_engines(
+    admin: Api,
+    replicas: Mapping[Role, int],
+    *,
+    dry_run: bool = False,
+    drain_timeout_s: float | None = None,
+) -> ChangeOutcome:
+    """Have so many engines of each role; return when there are. Raises PdlaunchError."""
+    return _change(admin, "scale", {**replicas}, dry_run, drain_timeout_s)
+
+
+def turn_engine(
+    admin: Api,
+    name: str,
+    role: Role,
+    *,
+    dry_run: bool = False,
+    drain_timeout_s: float | None = None,
+) -> ChangeOutcome:
+    """Give an engine another role; return when its successor serves. Raises PdlaunchError."""
+    return _change(admin, "role", {"engine": name, "role": role}, dry_run, drain_timeout_s)
+
+
+def _change(
+    admin: Api,
+    command: str,
+    wanted: Mapping[str, object],
+    dry_run: bool,
+    drain_timeout_s: float | None,
+) -> ChangeOutcome:
+    body = {**wanted, "dry_run": dry_run, "drain_timeout_s": drain_timeout_s}
+    status, answer = admin.post(f"/pdlaunch/{command}", body)
+    if status != 200 and "notes" not in answer:
+        raise PdlaunchError(f"{command} was refused: {error_message(answer) or f'HTTP {status}'}")
+    error = "" if status == 200 else error_message(answer) or f"HTTP {status}"
+    return msgspec.convert(
+        {"change": answer.get("change"), "notes": answer["notes"], "error": error}, ChangeOutcome
+    )
