@@ -43,7 +43,8 @@ def scale_engines(
     drain_timeout_s: float | None = None,
 ) -> ChangeOutcome:
     """Have so many engines of each role; return when there are. Raises PdlaunchError."""
-    return _change(admin, "scale", {**replicas}, dry_run, drain_timeout_s)
+    wanted: dict[str, object] = {role: number for role, number in replicas.items()}
+    return _change(admin, "scale", wanted, dry_run, drain_timeout_s)
 
 
 def turn_engine(
