@@ -43,7 +43,7 @@ def scale_engines(
     drain_timeout_s: float | None = None,
 ) -> ChangeOutcome:
     """Have so many engines of each role; return when there are. Raises PdlaunchError."""
-    wanted: dict[str, object] = {role: number for role, number in replicas.items()}
+    wanted: dict[str, object] = dict(replicas.items())
     return _change(admin, "scale", wanted, dry_run, drain_timeout_s)
 
 

@@ -95,7 +95,7 @@ class ChangeCommands:
 
     async def _change(self, wanted: ChangeEngines) -> web.Response:
         """Have it done. The answer says what runs at the engines that stop, as of the start."""
-        running = {engine.name: engine.num_works for engine in self._state.pool.engines}
+        running = {engine.name: engine.num_outstanding for engine in self._state.pool.engines}
         answer = await self._supervisor.change(wanted)
         body: dict[str, object] = {"dry_run": wanted.dry_run, "notes": answer.notes}
         if answer.change is not None:

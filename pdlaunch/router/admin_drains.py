@@ -12,8 +12,6 @@ from pdlaunch.http.app import AppRoute
 from pdlaunch.http.errors import error_body
 from pdlaunch.http.openapi import Operation
 from pdlaunch.router.engine import Engine
-from pdlaunch.router.engine_errors import EngineFailure
-from pdlaunch.router.engine_readings import scan
 from pdlaunch.router.outcomes import Outcome, engines_named, refusal, together
 from pdlaunch.router.state import RouterState
 from pdlaunch.router.supervisor_link import SupervisorLink
@@ -78,30 +76,15 @@ class DrainCommands:
     async def _waited(self, outcome: Outcome, until_at: float) -> Outcome:
         if outcome.status != 200:
             return outcome
-        while left := await self._left(outcome.engine):
+        while left := self._left(outcome.engine):
             if self._state.now() >= until_at:
                 break
             await asyncio.sleep(POLL_S)
         return outcome._replace(answer={**outcome.answer, "running": left})
 
-    async def _left(self, name: str) -> int:
-        """Return how many pieces of work an engine has; prompts whose KV blocks wait for a decode
-        engine are among them.
-        """
+    def _left(self, name: str) -> int:
         engine = self._find(name)
-        if engine is None:
-            return 0
-        # Engines of vLLM do not tell their leases; those of others' requests are not known here.
-        return engine.num_works + engine.num_leases or await self._num_leased(engine)
-
-    async def _num_leased(self, engine: Engine) -> int:
-        try:
-            _, page, _ = await self._state.client.call(
-                engine, "GET", "/metrics", timeout_s=LISTED_TIMEOUT_S
-            )
-        except EngineFailure:
-            return 0  # It does not answer, so nobody reads from it.
-        return int(scan(page.decode(errors="replace")).counts.get("leased", 0))
+        return 0 if engine is None else engine.num_outstanding
 
     def _find(self, name: str) -> Engine | None:
         return next((each for each in self._state.pool.engines if each.name == name), None)

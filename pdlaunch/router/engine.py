@@ -122,6 +122,11 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
         return self.host or urlsplit(self.url).hostname or ""
 
     @property
+    def num_outstanding(self) -> int:
+        """Return its pieces of work, and the prompts whose blocks are yet to be read from it."""
+        return self.num_works + self.num_leases
+
+    @property
     def key(self) -> EngineKey:
         return (self.name, self.processes, self.times_ready)
 

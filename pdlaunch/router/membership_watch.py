@@ -205,7 +205,7 @@ class WatchedMembership:
 
     def _num_works(self, name: str) -> int:
         engine = self._engine(name)
-        return 0 if engine is None else engine.num_works + engine.num_leases
+        return 0 if engine is None else engine.num_outstanding
 
     async def _watch(self, watched: WatchedEngine) -> None:
         while True:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from pdlaunch.protocol.changes import Answered, SetDrained
-from pdlaunch.router import admin_drains
 from tests.router.conftest import Stand
 from tests.router.fake_engine import until
 from tests.router.test_admin import AdminStand, admin_stand
@@ -17,7 +16,6 @@ from tests.router.test_life_of_a_request import completion, expected_text
 __all__ = ["admin_stand"]
 
 CLIENT = {"Authorization": "Bearer of-the-clients"}
-LEASED = 'pdlaunch_num_requests_leased{{engine="prefill-0"}} {}\n'
 
 
 async def command(stand: AdminStand, verb: str, *names: str, timeout_s: float = 60.0) -> Any:
@@ -87,16 +85,15 @@ async def test_streams_go_on_at_a_drained_engine_which_is_waited_for(
 
 
 async def test_prompts_whose_blocks_are_yet_to_be_read_are_waited_for(
-    admin_stand: AdminStand, monkeypatch: pytest.MonkeyPatch
+    admin_stand: AdminStand,
 ) -> None:
-    monkeypatch.setattr(admin_drains, "POLL_S", 0.0)
-    prefill = admin_stand.stand.engines["prefill-0"]
-    prefill.metrics_page = LEASED.format(2)
+    prefill = next(each for each in admin_stand.stand.pool.engines if each.name == "prefill-0")
+    prefill.num_leases = 2
     _, body = await command(admin_stand, "drain", "prefill-0", timeout_s=0)
     assert body["engines"][0]["running"] == 2
     waits = asyncio.create_task(command(admin_stand, "drain", "prefill-0"))
     await until(lambda: len(admin_stand.stand.asked) == 2)
-    prefill.metrics_page = LEASED.format(0)
+    prefill.num_leases = 0
     assert (await waits)[1]["engines"][0]["running"] == 0
 
 
