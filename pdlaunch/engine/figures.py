@@ -61,11 +61,6 @@ class EngineFigures:
         counts.verification_failures += event.verification_failed
         counts.pull_retries += event.num_retries
 
-    @property
-    def has_leases(self) -> bool:
-        """Tell whether somebody has yet to read KV blocks, or may."""
-        return len(self._leases) > 0
-
     def stats(self) -> EngineStats:
         """Return the totals since the start, and how many requests and blocks are where now."""
         pool = self._kv.pool

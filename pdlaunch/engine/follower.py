@@ -52,9 +52,6 @@ class Follower:
         )
         self.stopped = False
 
-    is_idle = True
-    """Rank 0 knows what runs."""
-
     @property
     def sockets(self) -> list[zmq.Socket[bytes]]:
         return [self._leader.socket]

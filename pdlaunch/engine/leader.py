@@ -133,13 +133,6 @@ class Leader:
         return self._server.connected and (self._followers is None or self._followers.complete)
 
     @property
-    def is_idle(self) -> bool:
-        """Tell whether no request runs or waits, and nobody has yet to read KV blocks under
-        lease.
-        """
-        return not (self._in_flight or self._scheduler.has_work() or self._figures.has_leases)
-
-    @property
     def sockets(self) -> list[zmq.Socket[bytes]]:
         followers = [] if self._followers is None else [self._followers.socket]
         return [self._server.socket, *followers]

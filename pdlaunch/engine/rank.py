@@ -35,7 +35,7 @@ from pdlaunch.platform.addresses import tcp_endpoint
 from pdlaunch.process.bootstrap import OVER_HOSTS, Bootstrap, leave_ends_to_supervisor
 from pdlaunch.process.control_client import ControlClient, Heartbeat
 from pdlaunch.process.step_record import StepRecord
-from pdlaunch.protocol.changes import Answered
+from pdlaunch.protocol.changes import Answered, AwaitIdle
 from pdlaunch.protocol.control import (
     Address,
     Drain,
@@ -87,8 +87,6 @@ class RankProcess:
         self._heartbeat = Heartbeat(self._control.send, bootstrap.heartbeat_s)
         self._registry = Registry(version=0, entries=[])
         self._stopped = False
-        self._draining = False
-        """The supervisor waits to be told that nothing runs here."""
         self._transfer: TransferThread | None = None
 
     @property
@@ -233,9 +231,6 @@ class RankProcess:
                 stay_awake.wait(poller)
             self._wait(poller, wait_s)
             loop.turn()
-            if self._draining and loop.is_idle:
-                self._draining = False
-                self._control.send(Drained())
         loop.close()
 
     def _join_group(self) -> TPGroup | None:
@@ -357,10 +352,10 @@ class RankProcess:
                     self._transfer.update_registry(message.entries)
             case Drain():
                 # The router and the server hold back new requests; a rank has nothing to refuse.
-                self._draining = True
+                self._control.send(Drained())
             case Stop():
                 self._stopped = True
-            case Suspects() | Restarting() | Answered() | Happened():
+            case Suspects() | Restarting() | Answered() | AwaitIdle() | Happened():
                 pass  # said to routers alone
 
     def _on_control(self, message: FromSupervisor) -> None:

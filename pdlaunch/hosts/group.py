@@ -110,6 +110,10 @@ class HostGroup:
     def last_step(self, engine: str) -> LastStep:
         return self._last_steps.get(engine) or self._local.last_step(engine)
 
+    def forget(self, engine: str) -> None:
+        self._last_steps.pop(engine, None)
+        self._local.forget(engine)
+
     def _take_in(self, news: News) -> None:
         match news:
             case Joined(join=join):

@@ -102,6 +102,9 @@ class Host(Protocol):
     def last_step(self, engine: str) -> LastStep:
         """Return what the ranks of an engine computed when one of them died."""
 
+    def forget(self, engine: str) -> None:
+        """Drop what is kept of an engine that is gone for good."""
+
     @property
     def sources(self) -> Sequence[zmq.Socket[bytes] | int]:
         """Return the sockets and descriptors that become readable with an exit or a message.

@@ -102,6 +102,10 @@ class LocalHost:
         record = self._step_records.get(engine)
         return LastStep() if record is None else read_step_record(record)
 
+    def forget(self, engine: str) -> None:
+        if (record := self._step_records.pop(engine, None)) is not None:
+            record.close()
+
     def _receive(self) -> Iterator[MessageReceived]:
         while True:
             try:

@@ -84,3 +84,17 @@ class Answered(Message):
     """What is done, or would be."""
     is_done: bool = True
     """Another answer follows when it is."""
+
+
+class AwaitIdle(Message):
+    """Asks a router to tell when an engine that is given no new work has none left, and nobody has
+    yet to read KV blocks that it has computed.
+    """
+
+    engine: str
+
+
+class EngineIdle(Message):
+    """Answer to AwaitIdle."""
+
+    engine: str

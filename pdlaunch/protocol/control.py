@@ -11,7 +11,14 @@ from typing import Literal
 import msgspec
 
 from pdlaunch.config.roles import Role
-from pdlaunch.protocol.changes import Answered, ChangeEngines, SetDrained, Withheld
+from pdlaunch.protocol.changes import (
+    Answered,
+    AwaitIdle,
+    ChangeEngines,
+    EngineIdle,
+    SetDrained,
+    Withheld,
+)
 from pdlaunch.protocol.costs import EngineCosts
 from pdlaunch.protocol.ids import EngineId, PromptOrigin
 from pdlaunch.protocol.wire import Codec, Message
@@ -233,6 +240,7 @@ ToSupervisor = (
     | Restart
     | SetDrained
     | ChangeEngines
+    | EngineIdle
     | ServedRequest
 )
 
@@ -300,7 +308,7 @@ class Happened(Message):
     """The engines of a pair that has failed."""
 
 
-FromSupervisor = Registry | Suspects | Drain | Stop | Restarting | Answered | Happened
+FromSupervisor = Registry | Suspects | Drain | Stop | Restarting | Answered | AwaitIdle | Happened
 
 to_supervisor: Codec[ToSupervisor] = Codec(ToSupervisor)
 from_supervisor: Codec[FromSupervisor] = Codec(FromSupervisor)

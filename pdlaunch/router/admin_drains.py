@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 
 from aiohttp import web
@@ -18,7 +19,6 @@ from pdlaunch.router.supervisor_link import SupervisorLink
 
 LISTED_TIMEOUT_S = 10.0
 """The registry may take this long to say what the supervisor has answered."""
-POLL_S = 0.05
 
 
 class DrainCommands:
@@ -76,15 +76,11 @@ class DrainCommands:
     async def _waited(self, outcome: Outcome, until_at: float) -> Outcome:
         if outcome.status != 200:
             return outcome
-        while left := self._left(outcome.engine):
-            if self._state.now() >= until_at:
-                break
-            await asyncio.sleep(POLL_S)
-        return outcome._replace(answer={**outcome.answer, "running": left})
-
-    def _left(self, name: str) -> int:
-        engine = self._find(name)
-        return 0 if engine is None else engine.num_outstanding
+        pool, name = self._state.pool, outcome.engine
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(until_at):
+                await pool.until_idle(name)
+        return outcome._replace(answer={**outcome.answer, "running": pool.num_outstanding(name)})
 
     def _find(self, name: str) -> Engine | None:
         return next((each for each in self._state.pool.engines if each.name == name), None)

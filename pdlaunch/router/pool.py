@@ -5,6 +5,7 @@ The pool asks nobody. A role is a preference: every engine can prefill and decod
 
 from __future__ import annotations
 
+import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 
@@ -24,6 +25,8 @@ from pdlaunch.router.policy import (
     covers,
 )
 from pdlaunch.router.prefix_index import ServedPrefixes
+
+IDLE_POLL_S = 0.05
 
 
 class EnginePool:
@@ -54,6 +57,16 @@ class EnginePool:
     def engines(self) -> list[Engine]:
         """Return all engines, by name."""
         return [self._engines[name] for name in sorted(self._engines)]
+
+    def num_outstanding(self, name: str) -> int:
+        """Return what an engine has left to do, and to be read from it; 0 when it is not there."""
+        engine = self._engines.get(name)
+        return 0 if engine is None else engine.num_outstanding
+
+    async def until_idle(self, name: str) -> None:
+        """Return when an engine has nothing left to do, nor to be read from it."""
+        while self.num_outstanding(name):  # noqa: ASYNC110 - counts tell nobody
+            await asyncio.sleep(IDLE_POLL_S)
 
     def lists(self, engine: Engine) -> bool:
         """Tell whether the registry still shows these very processes, ready."""

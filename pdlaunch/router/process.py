@@ -19,7 +19,7 @@ from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S, Supervised
 from pdlaunch.process.bootstrap import LISTEN_BACKLOG, RouterSpec
 from pdlaunch.process.run_dirs import ADMIN_SOCKET, LaunchCard
 from pdlaunch.protocol.certificates import client_context
-from pdlaunch.protocol.changes import Answered
+from pdlaunch.protocol.changes import Answered, AwaitIdle, EngineIdle
 from pdlaunch.protocol.control import (
     Drain,
     Drained,
@@ -133,6 +133,8 @@ class RouterProcess:
                     self._state.events.add("launch", "", text, is_bad=False, ago_s=ago_s)
                 case Restarting() | Answered() as answer:
                     self._link.answered(answer)
+                case AwaitIdle(engine=engine):
+                    self._supervised.spawn(self._tell_idle(engine))
                 case Suspects() as suspects:
                     self._state.suspects.take(suspects)
                 case Drain(timeout_s=timeout_s):
@@ -144,6 +146,11 @@ class RouterProcess:
                     return
                 case PdlaunchError() as error:
                     raise error
+
+    async def _tell_idle(self, engine: str) -> None:
+        """Tell the supervisor once nothing is left at an engine, nor to be read from it."""
+        await self._state.pool.until_idle(engine)
+        self._supervised.send(EngineIdle(engine=engine))
 
     async def _drain(self, timeout_s: float) -> None:
         """Let what runs finish; what still runs then is told that the router leaves."""

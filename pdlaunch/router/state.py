@@ -128,6 +128,10 @@ class RouterState:
         """Take over a registry and wake the requests that wait for an engine."""
         self.pool.update(registry)
         self.events.engines_changed(registry, self.pool.engines)
+        # Of engines that have left nothing is to be proven.
+        listed = {entry.name for entry in registry.entries}
+        for names in [names for names in self._doubts if not listed.issuperset(names)]:
+            del self._doubts[names]
         for pair in registry.pairs:
             self._doubts.pop((pair.peer, pair.local), None)
         self.metrics.show_pairs(registry.pairs)

@@ -22,7 +22,7 @@ from pathlib import Path
 from pdlaunch.errors import PdlaunchError, ProtocolError, StartupError
 from pdlaunch.http.engine_url import UNIX
 from pdlaunch.http.lifecycle import Supervised
-from pdlaunch.protocol.changes import Answered
+from pdlaunch.protocol.changes import Answered, AwaitIdle
 from pdlaunch.protocol.control import (
     Drain,
     Drained,
@@ -239,7 +239,7 @@ class SidecarProcess:
                     return
                 case PdlaunchError() as error:
                     raise error
-                case Suspects() | Restarting() | Answered() | Happened():
+                case Suspects() | Restarting() | Answered() | AwaitIdle() | Happened():
                     pass  # said to routers alone
 
     def _prove_pairs(self, registry: Registry) -> None:

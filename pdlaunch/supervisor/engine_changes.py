@@ -250,6 +250,7 @@ class EngineChanges:
                 self._pairs.forget(member.name)
         self._processes.remove(engine)
         self._planner.forget(engine)
+        self._host.forget(engine)
         self._use_plan()
         self._note(f"{engine} is gone")
         running.leaving.discard(engine)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from pdlaunch.hosts.host import Host
+from pdlaunch.protocol.changes import AwaitIdle
 from pdlaunch.protocol.control import Drain, Restart, Restarting, Stop
 from pdlaunch.supervisor.instance import Instance, Unit, find_engine, server_of, unknown_engine
 from pdlaunch.supervisor.shutdown import Grace
@@ -34,6 +35,8 @@ class _Restart:
     stop_at: float | None = None
     """Instant at which the engine is stopped whatever runs; None: it is being stopped."""
     is_retirement: bool = False
+    has_readers: bool = False
+    """Its server is done; a router is asked whether somebody has yet to read KV blocks."""
 
 
 class EngineRestarts:
@@ -150,20 +153,32 @@ class EngineRestarts:
             self._host.send(server.name, Drain(timeout_s=drain_s))
 
     def drained(self, instance: Instance) -> None:
-        """Stop the engine once its server has nothing left to do, and nobody has yet to read KV
-        blocks that it has computed.
+        """Stop the engine, whose server has nothing left to do; a prefill engine once routers have
+        nobody who is yet to read KV blocks from it.
         """
         engine = instance.spec.engine
         if not self.is_draining(engine):
             return
         restart = self._restarts[engine]
-        lenders = [member for member in _members(restart.units) if _lends(member)]
-        if instance.spec.kind == "server" and lenders and restart.stop_at is not None:
-            for lender in lenders:
-                left_s = max(0.0, restart.stop_at - self._clock())
-                self._host.send(lender.name, Drain(timeout_s=left_s))
+        if instance.spec.role == "prefill":
+            restart.has_readers = True
+            for unit in self._units:
+                for member in unit.members:
+                    self.ask_router(member)
         else:
             self._stop(engine, restart)
+
+    def ask_router(self, instance: Instance) -> None:
+        """Have a router tell which engines are idle that are waited for; others tell nothing."""
+        if instance.spec.kind == "router":
+            for engine, restart in self._restarts.items():
+                if restart.has_readers and restart.stop_at is not None:
+                    self._host.send(instance.name, AwaitIdle(engine=engine))
+
+    def idle(self, engine: str) -> None:
+        """Stop an engine of which a router says that nobody has yet to read from it."""
+        if self.is_draining(engine) and self._restarts[engine].has_readers:
+            self._stop(engine, self._restarts[engine])
 
     def exited(self, instance: Instance) -> None:
         """Handle the end of a process of an engine that is being restarted, asked for or not."""
@@ -204,12 +219,6 @@ class EngineRestarts:
         if not any(unit.alive for unit in restart.units):
             del self._restarts[engine]
             restart.then()
-
-
-def _lends(instance: Instance) -> bool:
-    """Tell whether a process keeps KV blocks under leases: rank 0 knows those of its engine."""
-    spec = instance.spec
-    return spec.kind == "rank" and spec.role == "prefill" and spec.tp_rank == 0 and instance.alive
 
 
 def _members(units: Sequence[Unit]) -> list[Instance]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pdlaunch.engines.kind import EngineKind
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.hosts.host import Host, MessageReceived, ProcessExited
-from pdlaunch.protocol.changes import ChangeEngines, SetDrained
+from pdlaunch.protocol.changes import ChangeEngines, EngineIdle, SetDrained
 from pdlaunch.protocol.control import (
     Alive,
     Drained,
@@ -311,6 +311,8 @@ class Supervisor:
                 self._host.send(name, self._restarts.ask(message, self.phase))
             case SetDrained():
                 self._host.send(name, self._drains.ask(message, self.phase))
+            case EngineIdle(engine=engine):
+                self._restarts.idle(engine)
             case ChangeEngines():
                 self._host.send(name, self._changes.ask(message, name, self.phase))
 
@@ -329,6 +331,7 @@ class Supervisor:
         self._host.send(instance.name, view)
         if instance.spec.kind == "router":
             self._notes.repeat(instance.name)
+            self._restarts.ask_router(instance)
 
     def _on_ready(self, instance: Instance, message: Ready) -> None:
         instance.info = message.info

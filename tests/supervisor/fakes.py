@@ -86,6 +86,7 @@ class FakeHost:
     signals: list[tuple[str, int]] = field(default_factory=list)
     sent: list[tuple[str, FromSupervisor]] = field(default_factory=list)
     last_steps: dict[str, LastStep] = field(default_factory=dict)
+    forgotten: list[str] = field(default_factory=list)
     sources = ()
     poll_s = math.inf
 
@@ -103,6 +104,9 @@ class FakeHost:
 
     def send(self, name: str, message: FromSupervisor) -> None:
         self.sent.append((name, message))
+
+    def forget(self, engine: str) -> None:
+        self.forgotten.append(engine)
 
     def exits(self) -> list[ProcessExited]:
         return []

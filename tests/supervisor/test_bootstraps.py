@@ -96,6 +96,12 @@ def test_children_are_given_the_addresses_of_their_host(model: Path, tmp_path: P
         prefill = next(one for one in resolved.engines if one.name == "prefill-0")
         bootstraps.adopt(resolved, prefill)
         assert given("prefill-0/rank-0")[:2] == ("fd00::3", "fd00::3")
+        for name in ("prefill-0.tp.1", "prefill-0.sock", "prefill-00.sock", "admin.sock"):
+            (tmp_path / name).touch()
+        bootstraps.forget("prefill-0")
+        assert {path.name for path in tmp_path.iterdir()} >= {"prefill-00.sock", "admin.sock"}
+        assert not list(tmp_path.glob("prefill-0.*"))
+        bootstraps.adopt(resolved, prefill)
         resolved = resolved.with_host(ResolvedHost("b", CPU, {}, "10.0.0.9", "10.0.0.9"))
         bootstraps.adopt(resolved)
         assert given("prefill-0/rank-0")[:2] == ("10.0.0.9", "10.0.0.9")

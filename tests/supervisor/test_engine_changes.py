@@ -15,7 +15,7 @@ from pdlaunch.config.roles import ROLES, Role
 from pdlaunch.engines.native import NativeEngine
 from pdlaunch.engines.plan import plan_processes
 from pdlaunch.platform.facts import Gpu, Machine
-from pdlaunch.protocol.changes import Answered, ChangeEngines, SetDrained
+from pdlaunch.protocol.changes import Answered, AwaitIdle, ChangeEngines, EngineIdle, SetDrained
 from pdlaunch.protocol.control import Drain, PairFailed, Restart, Restarting, SleepState
 from pdlaunch.resolve.resolve import ResolvedLaunch, resolve
 from pdlaunch.resolve.roles import PlacedEngine
@@ -92,7 +92,7 @@ class Changing(World):
         """Have an engine that drains finish, and end."""
         self.drained(engine)
         if engine.startswith("prefill"):
-            self.drained(f"{engine}/rank-0")
+            self.say("router", EngineIdle(engine=engine))
         for name in (f"{engine}/rank-0", engine):
             self.exit(name)
 
@@ -152,9 +152,9 @@ def test_an_engine_that_goes_finishes_and_leaves_nothing(tmp_path: Path) -> None
     assert world.host.sent_to("prefill-1", Drain) == [Drain(timeout_s=30)]
     world.pass_time_alive(10)
     world.drained("prefill-1")
-    assert world.host.sent_to("prefill-1/rank-0", Drain) == [Drain(timeout_s=20)]
+    assert world.host.sent_to("router", AwaitIdle) == [AwaitIdle(engine="prefill-1")]
     assert not world.stopped(), "its blocks are yet to be read"
-    world.drained("prefill-1/rank-0")
+    world.say("router", EngineIdle(engine="prefill-1"))
     assert world.stopped() == {"prefill-1", "prefill-1/rank-0"}
     world.exit("prefill-1/rank-0")
     assert not world.answered().is_done
@@ -166,7 +166,7 @@ def test_an_engine_that_goes_finishes_and_leaves_nothing(tmp_path: Path) -> None
         "prefill-0",
         "decode-0",
     }
-    assert world.adopted.gone == ["prefill-1"]
+    assert world.adopted.gone == world.host.forgotten == ["prefill-1"]
     assert world.supervisor.status().num_missing_pairs == 0
     assert len(world.supervisor.status().pairs) == 1
 

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 
+from pdlaunch.protocol.changes import AwaitIdle, EngineIdle
 from pdlaunch.protocol.control import Drain, Restart, Restarting
 from pdlaunch.supervisor.shutdown import Grace
 from pdlaunch.supervisor.supervisor import Timing
@@ -61,6 +62,22 @@ def test_an_engine_that_serves_finishes_what_runs_before_it_is_stopped(
     assert world.supervisor.failure is None
     assert not world.host.signals
     assert world.observer.notes[0] == "decode-0 is restarted, as was asked"
+
+
+def test_a_prefill_engine_waits_for_those_who_read_from_it(world: World) -> None:
+    ask(world, "prefill-0")
+    world.drained("prefill-0")
+    assert not world.stopped()
+    # A router that is new has the question too.
+    world.exit("router", 1)
+    world.pass_time(1)
+    world.register("router")
+    asked = world.host.sent_to("router", AwaitIdle)
+    assert asked == [AwaitIdle(engine="prefill-0")] * 2
+    world.say("router", EngineIdle(engine="decode-0"))
+    assert not world.stopped()
+    world.say("router", EngineIdle(engine="prefill-0"))
+    assert world.stopped() == {"prefill-0", "prefill-0/rank-0", "prefill-0/rank-1"}
 
 
 def test_what_still_runs_after_the_drain_is_not_waited_for(world: World) -> None:
