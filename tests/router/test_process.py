@@ -21,6 +21,7 @@ import pytest
 import zmq
 
 from pdlaunch.process.bootstrap import Bootstrap, RouterSpec
+from pdlaunch.protocol.changes import AwaitIdle, EngineIdle
 from pdlaunch.protocol.control import (
     Drain,
     Drained,
@@ -175,13 +176,19 @@ async def test_its_life_from_register_to_stop(supervisor: Supervisor) -> None:
             asyncio.to_thread(fetch, f"{url}/v1/completions", completion())
         )
         await engines[1].holding.wait()
+        # Asked first, answered last: decode-0 still works.
+        for name in ("decode-0", "nobody"):
+            supervisor.send(AwaitIdle(engine=name))
+        assert await asyncio.to_thread(supervisor.receive) == EngineIdle(engine="nobody")
         supervisor.send(Drain(timeout_s=30.0))
         while (await asyncio.to_thread(fetch, f"{url}/health"))[1]["status"] != "draining":
             pass
         assert (await asyncio.to_thread(fetch, f"{url}/v1/completions", completion()))[0] == 503
         engines[1].go.set()
         assert (await running)[0] == 200
-        assert await asyncio.to_thread(supervisor.receive) == Drained()
+        told = [await asyncio.to_thread(supervisor.receive) for _ in range(2)]
+        assert Drained() in told
+        assert EngineIdle(engine="decode-0") in told
     finally:
         for engine in engines:
             await engine.stop()
