@@ -129,7 +129,9 @@ class DecodeHop:
             engine.working(
                 num_prompt_tokens=prompt.num_prompt_tokens, num_streams=prompt.num_choices
             ),
-            self._record.leg("decode", engine.name) as leg,
+            self._record.leg(
+                "decode", engine.name, progress.ask_spans(engine, progress.hop_id(attempt))
+            ) as leg,
         ):
             async with self._state.client.stream(
                 engine, prompt.endpoint.path, body, progress.headers(attempt)
@@ -179,7 +181,9 @@ class DecodeHop:
             engine.working(
                 num_prompt_tokens=prompt.num_prompt_tokens, num_streams=prompt.num_choices
             ),
-            self._record.leg("decode", engine.name),
+            self._record.leg(
+                "decode", engine.name, progress.ask_spans(engine, progress.hop_id(attempt))
+            ),
         ):
             answer = await self._state.client.ask(
                 engine, prompt.endpoint.path, body, progress.headers(attempt)

@@ -17,7 +17,7 @@ import contextlib
 import secrets
 
 from pdlaunch.http.headers import REQUEST_ID_HEADER
-from pdlaunch.protocol.ids import LeaseId
+from pdlaunch.protocol.ids import HopId, LeaseId
 from pdlaunch.protocol.kv_params import PdlaunchParams, to_wire
 from pdlaunch.router.client_request import PromptRequest
 from pdlaunch.router.engine import Engine, Lender
@@ -29,6 +29,11 @@ HEAD_START_S = 0.002
 """The prefill engine is told first: until it computes, each piece of work here would hold up the
 first token.
 """
+
+
+def early_hop_id(prompt: PromptRequest) -> HopId:
+    """Return the id under which decode is told early."""
+    return HopId(f"{prompt.hop_id}-early")
 
 
 class EarlyDecode:
@@ -76,7 +81,7 @@ class EarlyDecode:
         await asyncio.sleep(HEAD_START_S)
         self.leg.sends()
         prompt = self._prompt
-        headers = prompt.headers | {REQUEST_ID_HEADER: f"{prompt.hop_id}-early"}
+        headers = prompt.headers | {REQUEST_ID_HEADER: early_hop_id(prompt)}
         body = prompt.decode_body({"kv_transfer_params": self._params})
         return await self._stack.enter_async_context(
             self._client.stream(self.engine, prompt.endpoint.path, body, headers)

@@ -21,6 +21,7 @@ from yarl import URL
 
 from pdlaunch.http.engine_url import UNIX, describe_client_error, http_url, new_session
 from pdlaunch.http.ignored_fields import IGNORED_FIELDS_HEADER, read_ignored_fields
+from pdlaunch.observe.spans import SpanReport
 from pdlaunch.protocol.costs import EngineReport
 from pdlaunch.protocol.ids import HopId, LeaseId
 from pdlaunch.protocol.openai.responses import ModelCard, ModelList
@@ -195,6 +196,21 @@ class EngineClient:
             await self._call_briefly(engine, "POST", "/pdlaunch/withdraw", body)
         except EngineFailure as failure:
             logger.info("prompt %s not withdrawn: %s", name, failure)
+
+    async def read_spans(self, engine: Engine, name: HopId) -> SpanReport | None:
+        """Return what an engine of ours has recorded of a hop whose answer was not waited for."""
+        try:
+            status, body, _ = await self.call(
+                engine,
+                "GET",
+                "/pdlaunch/spans",
+                [("request_id", name)],
+                timeout_s=self._timeouts.probe_s,
+            )
+            return msgspec.json.decode(body, type=SpanReport) if status == 200 else None
+        except (EngineFailure, msgspec.DecodeError) as error:
+            logger.debug("no spans of %s: %s", name, error)
+            return None
 
     async def refuse_lease(self, decode: Engine, params: Mapping[str, Any]) -> None:
         """Have a decode engine of vLLM end a lease that nobody will pull; errors are logged.

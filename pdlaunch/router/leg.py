@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 
 import msgspec
@@ -10,12 +11,14 @@ import msgspec
 from pdlaunch.observe.spans import MAX_SPANS, Attribute, Span, SpanLog, SpanReport
 from pdlaunch.router.engine_errors import EngineFailure
 from pdlaunch.router.policy import Hop
-from pdlaunch.router.request_words import cut_content, describe_error
+from pdlaunch.router.request_words import CLIENT_LEFT, cut_content, describe_error
 
 logger = logging.getLogger(__name__)
 
 MAX_HEARD_SPANS = 4 * MAX_SPANS
 """Spans that are kept of what one engine, with its ranks, tells of a call."""
+
+AskSpans = Callable[[], Awaitable[SpanReport | None]]
 
 
 class Leg:
@@ -28,6 +31,7 @@ class Leg:
         engine: str,
         attributes: dict[str, Attribute],
         content: dict[str, str] | None,
+        ask: AskSpans | None,
     ) -> None:
         self.hop: Hop = hop
         self.engine = engine
@@ -44,6 +48,8 @@ class Leg:
         self._log = log
         self._attributes = attributes
         self._content = content
+        self._ask = ask
+        self._span: Span | None = None
         self._sent_at = log.clock()
         self._ended = False
 
@@ -58,7 +64,21 @@ class Leg:
     ) -> None:
         if self._content is not None and isinstance(error, EngineFailure):
             self._content["engine_text"] = cut_content(error.quote)
-        self.end(None if error is None else describe_error(error))
+        described = None if error is None else describe_error(error)
+        if described != CLIENT_LEFT:
+            self._ask = None
+        self.end(described)
+
+    @property
+    def is_cut(self) -> bool:
+        """Tell whether it ended before the engine could tell of it, which can be asked."""
+        return self._ended and self._ask is not None and not self.spans
+
+    async def ask(self) -> None:
+        """Have the engine tell of a call that was cut."""
+        ask, self._ask = self._ask, None
+        if ask is not None:
+            self.hear(await ask())
 
     @property
     def duration_s(self) -> float:
@@ -82,6 +102,8 @@ class Leg:
         self.num_dropped = report.num_dropped + len(report.spans) - len(self.spans)
         self._first_at = self._sent_at + error_s
         self._attributes["clock_error_ms"] = round(error_s * 1000, 3)
+        if self._span is not None:
+            self._span.attributes["clock_error_ms"] = self._attributes["clock_error_ms"]
 
     def placed(self) -> list[Span]:
         """Return the engine's spans on the router's clock."""
@@ -99,6 +121,9 @@ class Leg:
         self._log.add(
             f"{self.hop} at {self.engine}", self._sent_at, self._end_at, **self._attributes
         )
+        # The last one, unless there was no room for it.
+        if self._log.spans[-1].end_at == self._end_at:
+            self._span = self._log.spans[-1]
 
     def longest_s(self, name: str) -> float | None:
         """Return the longest of the engine's spans of this name; None: it has told none."""

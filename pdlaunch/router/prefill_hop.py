@@ -12,7 +12,7 @@ from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.errors import RETRY_AFTER_S, WITHDRAWN_CODE
 from pdlaunch.protocol.ids import LeaseId
 from pdlaunch.router.cost_model import Estimate
-from pdlaunch.router.early_decode import EarlyDecode
+from pdlaunch.router.early_decode import EarlyDecode, early_hop_id
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_errors import EngineFailure, EngineRefusal, malformed_is_failure
 from pdlaunch.router.handover import Handover, HandoverStream, read_handover
@@ -79,7 +79,12 @@ class PrefillHop:
                 engine.lender,
                 prompt,
                 self._state.client,
-                self._record.leg("decode", told_early.name, early=True),
+                self._record.leg(
+                    "decode",
+                    told_early.name,
+                    progress.ask_spans(told_early, early_hop_id(prompt)),
+                    early=True,
+                ),
             )
         )
         try:
@@ -92,7 +97,9 @@ class PrefillHop:
             with (
                 progress.first_token.waits(engine, prompt.hop_id, request),
                 engine.working(num_prompt_tokens=prompt.num_prompt_tokens),
-                self._record.leg("prefill", engine.name) as leg,
+                self._record.leg(
+                    "prefill", engine.name, progress.ask_spans(engine, progress.hop_id(0))
+                ) as leg,
             ):
                 num_queued_tokens = engine.num_prompt_tokens
                 handover = await (

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Protocol
 
 from pdlaunch.http.errors import RANK_LOST
 from pdlaunch.http.headers import REQUEST_ID_HEADER
+from pdlaunch.protocol.ids import HopId
 from pdlaunch.router.client_request import PromptRequest
 from pdlaunch.router.early_decode import EarlyDecode
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_errors import EngineFailure, EngineRefusal, malformed_is_failure
 from pdlaunch.router.engine_stream import Chunk
 from pdlaunch.router.first_token import FirstToken
+from pdlaunch.router.leg import AskSpans
 from pdlaunch.router.metrics import EarlyOutcome
-from pdlaunch.router.policy import NO_NEEDS, Hop, Need, Route, RoutingRequest
+from pdlaunch.router.policy import NO_NEEDS, Hop, Need, Route, RoutingRequest, covers
 from pdlaunch.router.prompt_lease import PromptLease
 from pdlaunch.router.recovery import Attempts
 from pdlaunch.router.request_record import RequestRecord
@@ -123,13 +126,23 @@ class PromptProgress:
         return engine if is_usable else None
 
     def headers(self, attempt: int) -> dict[str, str]:
-        """Name each attempt differently: an engine may still hold blocks for the one before."""
-        hop_id = self.prompt.hop_id if attempt == 0 else f"{self.prompt.hop_id}-r{attempt}"
+        """Return the headers of a call."""
         return (
             self.prompt.headers
             | self.state.suspects.header(self.prompt.origin)
-            | {REQUEST_ID_HEADER: hop_id}
+            | {REQUEST_ID_HEADER: self.hop_id(attempt)}
         )
+
+    def ask_spans(self, engine: Engine, hop_id: HopId) -> AskSpans | None:
+        """Return what asks the engine for its spans of a call that was cut; None: it has none."""
+        if not covers(engine.capabilities, TAKES_FIRST_TOKEN):
+            return None
+        return partial(self.state.client.read_spans, engine, hop_id)
+
+    def hop_id(self, attempt: int) -> HopId:
+        """Name each attempt differently: an engine may still hold blocks for the one before."""
+        hop_id = self.prompt.hop_id
+        return hop_id if attempt == 0 else HopId(f"{hop_id}-r{attempt}")
 
     async def tell(self, engine: Engine, chunk: Chunk) -> None:
         """Send the client what is new to it. Raises EngineFailure when the engine gives up."""

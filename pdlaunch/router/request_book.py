@@ -49,6 +49,7 @@ class RequestBook:
         self._running: dict[int, RequestRecord] = {}
         self._done: deque[RequestRecord] = deque(maxlen=keep)
         self._on_end = on_end
+        self._late: set[asyncio.Task[None]] = set()
 
     def came(self, http: web.Request, request_id: HttpRequestId) -> None:
         """Begin the record of a client's request, as ``DoorWatch``."""
@@ -70,13 +71,25 @@ class RequestBook:
         self._done.append(record)
         try:
             self._on_end(record)
-            if self._exporter is not None:
+            if record.cut_legs:
+                task = asyncio.ensure_future(self._hear_late(record))
+                self._late.add(task)
+                task.add_done_callback(self._late.discard)
+            elif self._exporter is not None:
                 self._exporter.end(record)
         except Exception:  # A record must never cost an answer.
             logger.exception("a request could not be logged")
 
+    async def _hear_late(self, record: RequestRecord) -> None:
+        """Ask engines for their parts of a request whose client went away."""
+        await asyncio.gather(*(leg.ask() for leg in record.cut_legs))
+        if self._exporter is not None:
+            self._exporter.end(record)
+
     async def close(self) -> None:
         """Send what has not been sent, without holding up the event loop."""
+        if self._late:
+            await asyncio.wait(self._late)
         exporter, self._exporter = self._exporter, None
         if exporter is not None:
             await asyncio.to_thread(exporter.close)

@@ -15,7 +15,7 @@ from pdlaunch.observe.spans import PREFILL, PULL, QUEUE, SEATED, Attribute, Span
 from pdlaunch.protocol.ids import HttpRequestId
 from pdlaunch.protocol.openai.responses import Usage
 from pdlaunch.protocol.requests import RequestSummary, RequestTrace, SpanView
-from pdlaunch.router.leg import Leg
+from pdlaunch.router.leg import AskSpans, Leg
 from pdlaunch.router.policy import Hop, Route
 from pdlaunch.router.request_words import (
     CLIENT_LEFT,
@@ -102,11 +102,18 @@ class RequestRecord:
             explanation=explanation,
         )
 
-    def leg(self, hop: Hop, engine: str, **attributes: Attribute) -> Leg:
-        """Begin a call of an engine."""
-        leg = Leg(self.log, hop, engine, attributes, self.content)
+    def leg(
+        self, hop: Hop, engine: str, ask: AskSpans | None = None, **attributes: Attribute
+    ) -> Leg:
+        """Begin a call of an engine; ``ask`` has it tell of a call that was cut."""
+        leg = Leg(self.log, hop, engine, attributes, self.content, ask)
         self._legs.append(leg)
         return leg
+
+    @property
+    def cut_legs(self) -> list[Leg]:
+        """Return the calls of which engines can still tell."""
+        return [leg for leg in self._legs if leg.is_cut]
 
     def keep_content(self, prompt: bytes) -> None:
         """Keep how the prompt begins, as the client wrote it, and the output."""

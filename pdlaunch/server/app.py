@@ -65,6 +65,12 @@ def make_app(service: EngineService, *, keys: Collection[str]) -> web.Applicatio
                     endpoints.withdraw,
                     "Take a prompt back that has not begun.",
                 ),
+                (
+                    "GET",
+                    "/pdlaunch/spans",
+                    endpoints.spans,
+                    "Tell the spans of a request whose answer nobody took.",
+                ),
                 ("GET", "/pdlaunch/integrity", endpoints.integrity, "Prove who owns each block."),
                 ("POST", "/sleep", endpoints.sleep, "Put the engine to sleep."),
                 ("POST", "/wake_up", endpoints.wake_up, "Wake the engine up."),
@@ -163,6 +169,13 @@ class _Endpoints:
         if running is not None:
             running.withdraw()
         return json_response({"found": running is not None})
+
+    async def spans(self, http: web.Request) -> web.Response:
+        """Tell, once, what was recorded of a request that was aborted."""
+        report = await self._service.unsent_spans.take(HopId(http.query.get("request_id", "")))
+        if report is None:
+            raise RequestError("no spans are kept of this request", param="request_id", status=404)
+        return json_response(report)
 
     async def release(self, http: web.Request) -> web.Response:
         """End the lease of a remote prefill, named by the hop's id or by its remote_request_id."""

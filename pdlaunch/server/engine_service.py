@@ -26,6 +26,7 @@ from pdlaunch.server.rank_link import RankLink
 from pdlaunch.server.running_choices import RunningChoices
 from pdlaunch.server.served_model import ServedModel
 from pdlaunch.server.sleep import SleepDesk
+from pdlaunch.server.unsent_spans import UnsentSpans
 
 MAX_REMEMBERED_LEASES = 4096
 READ_STATS_TIMEOUT_S = 1.5
@@ -68,6 +69,7 @@ class EngineService:
         )
         self.leases = LeaseIndex()
         self.reports = EngineReports()
+        self.unsent_spans = UnsentSpans()
         self.running: dict[HopId, RunningChoices] = {}
         """Requests at rank 0, by the id that the caller gave."""
         self.sleep = SleepDesk(spec, self.admission, self.live_link)

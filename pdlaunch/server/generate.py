@@ -197,6 +197,8 @@ class GenerateHandler:
         finally:
             metrics.ended(prepared.choices, otherwise)
             running.abort()
+            if call.wants_spans and not answered:
+                self._service.unsent_spans.keep(call.hop_id, call.spans, running.ended)
             if self._service.running.get(call.hop_id) is running:
                 del self._service.running[call.hop_id]
             if prepared.is_remote_prefill and not answered:

@@ -110,10 +110,16 @@ class RankLink:
         self.send(request)
         self._sinks[request.request_id] = sink
 
-    def abort(self, request_id: RequestId) -> None:
-        """Drop a request, or end the lease of a finished one; nothing more reaches its sink."""
-        self._sinks.pop(request_id, None)
+    def abort(self, request_id: RequestId, last: Sink | None = None) -> bool:
+        """Drop a request, or end the lease of a finished one; nothing more reaches its sink.
+
+        What still comes of it goes to ``last``; False when nothing will.
+        """
+        runs = self._sinks.pop(request_id, None) is not None
+        if runs and last is not None:
+            self._sinks[request_id] = last
         self.send(AbortRequest(request_id=request_id))
+        return runs
 
     def withdraw(self, request_ids: list[RequestId]) -> None:
         """End requests that have not begun; their sinks are told if they end."""

@@ -46,6 +46,9 @@ class RunningChoices:
         }
         self._submitted: set[RequestId] = set()
         self._events: asyncio.Queue[RankEvent] = asyncio.Queue()
+        self._aborted: dict[RequestId, Choice] = {}
+        self.ended = asyncio.Event()
+        """Set once nothing more comes of choices that were aborted."""
         self._num_prompt_tokens = num_prompt_tokens
         self._remote_kv: RemoteKV | None = None
 
@@ -79,10 +82,25 @@ class RunningChoices:
                 yield deltas
 
     def abort(self) -> None:
-        """Drop what still runs. Safe to call at any time."""
+        """Drop what still runs; its spans are still taken. Safe to call at any time."""
         for request_id in self._submitted & self._running.keys():
-            self._link.abort(request_id)
+            if self._link.abort(request_id, self._take_last):
+                self._aborted[request_id] = self._running[request_id]
+        while not self._events.empty():  # What came last, and nobody has heard.
+            event = self._events.get_nowait()
+            if isinstance(event, Tokens | RequestFinished) and event.request_id in self._running:
+                self._hear(self._running[event.request_id], event.spans)
         self._running = {}
+        if not self._aborted:
+            self.ended.set()
+
+    def _take_last(self, event: RankEvent) -> None:
+        if isinstance(event, Tokens | RequestFinished):
+            self._hear(self._aborted[event.request_id], event.spans)
+        if isinstance(event, RequestFinished | RankLost):
+            self._aborted.pop(event.request_id, None)
+            if not self._aborted:
+                self.ended.set()
 
     def withdraw(self) -> None:
         """Give the choices up if rank 0 has not begun any; then they end with an error."""

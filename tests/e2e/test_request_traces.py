@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import random
+import urllib.parse
 import urllib.request
 from typing import Any
 
@@ -111,6 +113,23 @@ def test_its_line_is_in_the_log_and_on_the_terminal(
 def test_the_logs_of_engines_have_its_id(demo: Deployment, through_a_pair: RequestTrace) -> None:
     for engine in ("prefill-0", "decode-0"):
         assert through_a_pair.id in (demo.log_dir / f"{engine}.log").read_text()
+
+
+def test_engines_tell_of_a_request_that_was_dropped(demo: Deployment) -> None:
+    address = urllib.parse.urlsplit(demo.url).netloc
+    body = {"prompt": "Count to a thousand", "max_tokens": 1000, "ignore_eos": True, "stream": True}
+    headers = {"Content-Type": "application/json", "X-Request-Id": "dropped"}
+    connection = http.client.HTTPConnection(address, timeout=60)
+    connection.request("POST", "/v1/completions", json.dumps(body), headers)
+    connection.getresponse().readline()
+    connection.close()
+    api = reading_api(demo.url, None)
+
+    def ends() -> list[str]:
+        return [span.process for span in read_trace(api, "dropped").spans if span.name == "end"]
+
+    await_true(lambda: "decode-0/rank-0" in ends(), "decode has told its part", 60.0)
+    assert read_trace(api, "dropped").status == 499
 
 
 def test_a_collector_gets_its_spans(demo: Deployment, collector: Collector) -> None:

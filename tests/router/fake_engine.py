@@ -90,6 +90,8 @@ class FakeEngine:
         self.tells_metrics.set()
         self.report: Any = None
         """What it tells a router of its spans that asks for them."""
+        self.unsent: dict[str, Any] = {}
+        """Reports by id of requests that were aborted."""
         self.waiting_tokens = 0
         self.costs: EngineCosts | None = None
         """What it has registered, and reports with each answer."""
@@ -107,6 +109,7 @@ class FakeEngine:
                 web.get("/metrics", self._metrics),
                 web.post("/pdlaunch/release", self._release),
                 web.post("/pdlaunch/withdraw", self._withdraw),
+                web.get("/pdlaunch/spans", self._unsent_spans),
                 web.post("/tokenize", self._tokenize),
                 web.post("/detokenize", self._detokenize),
                 web.post("/sleep", self._fall_asleep),
@@ -121,6 +124,10 @@ class FakeEngine:
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0).start()
         self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+
+    async def _unsent_spans(self, request: web.Request) -> web.Response:
+        report = self.unsent.get(request.query["request_id"])
+        return web.json_response(report, status=404 if report is None else 200)
 
     async def listen_too(self, bound: socket.socket) -> None:
         """At one more address."""

@@ -175,19 +175,27 @@ async def test_an_engine_that_quotes_the_prompt_does_not_bring_it_here(stand: St
 
 
 async def test_a_client_that_goes_away_is_told(stand: Stand) -> None:
-    engines = pair()
+    engines = told_pair()
     engines[1].hold_after = 2
     await stand.start(engines)
-    asked = asyncio.ensure_future(stand.post(completion(stream=True)))
+    headers = {"X-Request-Id": "mine"}
+    asked = asyncio.ensure_future(stand.post(completion(stream=True), headers=headers))
     await engines[1].holding.wait()
+    engines[1].unsent = {engines[1].seen[-1].headers["X-Request-Id"]: engines[1].report}
     (running,) = await listed(stand)
     assert (running.state, running.status, running.decode) == ("running", None, "decode-0")
     assert running.output_tokens
     asked.cancel()
     await engines[1].aborted.wait()
     await until(lambda: stand.router.book.chosen("failed", 1))
+    await stand.router.book.close()
     (summary,) = await listed(stand)
     assert (summary.status, summary.error) == (499, "the client went away")
+    # Decode is asked for its part afterwards; prefill has told its own with its answer.
+    spans = (await trace(stand, "mine")).spans
+    assert {span.process for span in spans} == {"router", "prefill-0", "decode-0"}
+    (leg,) = [span for span in spans if span.name == "decode at decode-0"]
+    assert "clock_error_ms" in leg.attributes
 
 
 async def test_the_last_requests_are_kept_and_no_more(stand: Stand) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import msgspec
 import pytest
 
 from pdlaunch.http.headers import SPANS_HEADER
-from pdlaunch.observe.spans import Span, SpanReport
-from pdlaunch.protocol.engine import AddRequest, RequestFinished, Tokens
+from pdlaunch.observe.spans import Span, SpanLog, SpanReport
+from pdlaunch.protocol.engine import AbortRequest, AddRequest, RequestFinished, Tokens
+from pdlaunch.protocol.ids import HopId
+from pdlaunch.server import unsent_spans
+from pdlaunch.server.unsent_spans import UnsentSpans
 from tests.server.conftest import Engine
-from tests.server.fake_rank import FakeRank
+from tests.server.fake_rank import FakeRank, silent
 from tests.server.test_handover import REMOTE_DECODE
 
 ASKED = {SPANS_HEADER: "1"}
@@ -96,3 +101,41 @@ async def test_other_callers_are_told_nothing(engine: Engine, rank: FakeRank) ->
     assert "pdlaunch" not in answer
     assert all("pdlaunch" not in chunk for chunk in await engine.stream(max_tokens=3))
     assert not any(request.records_spans for request in rank.added())
+
+
+@pytest.mark.parametrize("has_token", [False, True])
+async def test_the_spans_of_an_aborted_request_can_be_asked_for_once(
+    engine: Engine, rank: FakeRank, monkeypatch: pytest.MonkeyPatch, has_token: bool
+) -> None:
+    rank.script = silent
+    headers = ASKED | {"X-Request-Id": "gone"}
+    body = {"prompt": "hello", "max_tokens": 3, "stream": True}
+    asked = asyncio.create_task(engine.post("/v1/completions", body, **headers))
+    (request,) = await rank.wait_for(AddRequest)
+    told = SpanReport(elapsed_s=0.0, spans=[Span("pull", 0.0, 0.0, {}, "rank-0")])
+    if has_token:
+        token = rank.output(5, request)
+        await rank.say(Tokens(request_id=request.request_id, tokens=[token], spans=told))
+    asked.cancel()
+    await rank.wait_for(AbortRequest)
+    path = f"{engine.url}/pdlaunch/spans?request_id=gone"
+    answered = asyncio.create_task(engine.session.get(path))
+    told.spans = [Span("end", 0.0, 0.0, {}, "rank-0")]
+    end = RequestFinished(request_id=request.request_id, reason="abort", spans=told)
+    await rank.say(end)
+    async with await answered as response:
+        found = by_process(await response.json())
+    assert found[""] == ["receive", "tokenize"]
+    assert found["rank-0"] == (["pull", "end"] if has_token else ["end"])
+    monkeypatch.setattr(unsent_spans, "WAIT_S", 0.0)
+    async with engine.session.get(path) as response:
+        assert response.status == 404
+
+
+async def test_few_spans_are_kept() -> None:
+    kept, ended = UnsentSpans(), asyncio.Event()
+    ended.set()
+    for number in range(unsent_spans.MAX_KEPT + 1):
+        kept.keep(HopId(str(number)), SpanLog(), ended)
+    assert len(kept._kept) == unsent_spans.MAX_KEPT
+    assert await kept.take(HopId("1")) is not None
