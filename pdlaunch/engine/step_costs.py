@@ -10,14 +10,18 @@ from pdlaunch.kvcache.groups import KVCacheLayout
 from pdlaunch.observe.online_fit import OnlineFit
 from pdlaunch.protocol.costs import MAX_SLOWDOWN, EngineCosts, StepCosts, StepWork
 
-_DOUBT = (1.0, 0.1, 1e-4, 0.1, 1e-5)
+_STREAM_DOUBT = (1.0, 0.1, 1e-4)
+_PROMPT_DOUBT = (0.1, 1e-5)
 """Seconds by which each of ``StepCosts`` may be wrong before anything is measured: more than any
 machine takes.
 """
-_DRIFTS = (True, True, False, True, False)
+_STREAM_DRIFTS = (True, True, False)
+_PROMPT_DRIFTS = (True, False)
 """Requests that are all alike do not tell what tokens before others cost from what tokens cost:
 left to drift, the two would take each other's place, and be wrong for the next length.
 """
+_LEAST_SHARE = 0.1
+"""Prompts of which a step tells something take this share of it at least."""
 
 
 def work_of(plan: StepPlan) -> StepWork:
@@ -40,29 +44,42 @@ def work_of(plan: StepPlan) -> StepWork:
 
 
 class StepModel:
-    """Fits the costs of steps to what steps took; lives in rank 0."""
+    """Fits the costs of steps to what steps took; lives in rank 0.
+
+    Steps without prompts tell what streams cost, those with prompts what these add: a long step of
+    prompts that takes a little longer than it should says nothing of the few streams in it.
+    """
 
     def __init__(self, limits: EngineCosts, measured: Iterable[tuple[StepWork, float]]) -> None:
         """``limits``: what is no cost of these is taken over as it is."""
         self._limits = limits
         self.stream_seconds = 0.0
         """Time of the steps so far, each times the streams in it."""
-        self._fit = OnlineFit([0.0] * len(_DOUBT), _DOUBT, _DRIFTS)
-        for work, seconds in measured:
+        self._streams = OnlineFit([0.0] * 3, _STREAM_DOUBT, _STREAM_DRIFTS)
+        self._prompts = OnlineFit([0.0] * 2, _PROMPT_DOUBT, _PROMPT_DRIFTS)
+        # The longest prompts first: of a short one most is what any step takes.
+        for work, seconds in sorted(measured, key=lambda one: (one[0].prompt_tokens > 0, -one[1])):
             self.observe(work, seconds)
 
     def observe(self, work: StepWork, seconds: float) -> None:
         """Take what a step took."""
-        if seconds > 0:
-            self.stream_seconds += work.num_streams * seconds
-            self._fit.observe(work.features, seconds)
+        if seconds <= 0:
+            return
+        self.stream_seconds += work.num_streams * seconds
+        of_streams, of_prompts = work.features[:3], work.features[3:]
+        if not work.prompt_tokens:
+            self._streams.observe(of_streams, seconds)
+            return
+        prompts_s = seconds - self._streams.predict(of_streams)
+        if prompts_s > _LEAST_SHARE * seconds:
+            self._prompts.observe(of_prompts, prompts_s)
 
     @property
     def costs(self) -> EngineCosts:
         """Return the costs as they are known now."""
         limits = self._limits
         return EngineCosts(
-            StepCosts(*self._fit.coefficients),
+            StepCosts(*self._streams.coefficients, *self._prompts.coefficients),
             limits.max_num_seqs,
             limits.max_num_batched_tokens,
             limits.block_size,

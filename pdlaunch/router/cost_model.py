@@ -122,7 +122,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
 def load_of(engine: Engine, now_at: float) -> Load | None:
     """Return the load of an engine; None while its costs are not known."""
     costs = engine.costs
-    if costs is None or costs.steps.prompt_s <= 0:
+    if costs is None or costs.steps.tokens_s(1.0) <= 0:
         return None
     num_streams, context_tokens = engine.streams(now_at)
     decode_s = costs.steps.decode_s(num_streams, context_tokens)
