@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Protocol
 
 from pdlaunch.checks.context import Probes
@@ -141,10 +140,11 @@ class Rooms:
             devices = _free_devices(placed.engines, taken[host.name])
             if devices is None or not self._may_move(lost, host):
                 continue
-            share = replace(placed.shares[0], device_indices=devices)
-            placed = replace(placed, shares=(share,))
-            self._resolved = moved
-            self._bootstraps.adopt(moved, placed)
+            share = Share(host.name, engine.engines.tp_size, devices or None)
+            places = {**moved.places, (role, engine.index): (share,)}
+            self._resolved = moved.with_places(places)
+            placed = next(one for one in self._resolved.engines if one.name == name)
+            self._bootstraps.adopt(self._resolved, placed)
             return placed
         return None
 

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.engines.native import NativeEngine
-from pdlaunch.engines.plan import plan_processes
+from pdlaunch.engines.plan import kind_of, plan_processes
+from pdlaunch.errors import ConfigError
 from pdlaunch.platform.facts import Gpu, Machine
+from pdlaunch.protocol.changes import ChangeEngines
 from pdlaunch.resolve.hosts import ResolvedHost
-from pdlaunch.resolve.resolve import ResolvedLaunch, resolve_on
+from pdlaunch.resolve.resolve import ResolvedLaunch, resolve, resolve_on
 from pdlaunch.resolve.roles import PlacedEngine
 from pdlaunch.supervisor.instance import Unit, make_units
 from pdlaunch.supervisor.rooms import Rooms
 from pdlaunch.supervisor.states import ProcessState
+from tests.checks.firing import TINY
+from tests.config.model_files.files import EMPTY_SAFETENSORS
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> str:
+    """The folder of a model of a few bytes."""
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    (tmp_path / "model.safetensors").write_bytes(EMPTY_SAFETENSORS)
+    return str(tmp_path)
+
 
 TWO_GPUS = Machine(cpus=(0, 1), gpus=(Gpu(0, has_fabric_handles=False), Gpu(1)))
 FOUR_CORES = Machine(cpus=(0, 1, 2, 3), memory_bytes=64 << 30)
@@ -29,6 +46,9 @@ class Bootstraps:
         self.resolved = resolved
         if engine is not None:
             self.moved[engine.name] = engine
+
+    def forget(self, engine: str) -> None:
+        self.moved.pop(engine, None)
 
 
 class Deployment:
@@ -174,3 +194,60 @@ def test_nothing_moves_while_a_process_of_the_engine_lives() -> None:
     deployment = Deployment(**SPREAD)
     deployment.rooms.lost("b", 0.0)
     assert deployment.find("decode-0") is None
+
+
+def plan(deployment: Deployment, **replicas: int) -> dict[str, str]:
+    """Return the hosts of the engines that a change would start."""
+    wanted = ChangeEngines(question=1, replicas=replicas)
+    change = deployment.rooms.plan(wanted, deployment.units)
+    return {engine.name: engine.host.name for engine in change.starts}
+
+
+def test_new_engines_go_beside_their_peers_while_there_is_room(tiny: str) -> None:
+    deployment = Deployment(replace(FOUR_CORES, cpus=(0, 1, 2)), model=tiny)
+    assert {engine.host.name for engine in deployment.launch.engines} == {"a"}
+    assert plan(deployment, decode=2) == {"decode-1": "a"}
+    with pytest.raises(ConfigError, match=r"would have to run with other values of .*UCX"):
+        plan(deployment, decode=3)
+
+
+def test_new_engines_take_free_gpus_of_hosts_that_are_there(tiny: str) -> None:
+    deployment = Deployment(TWO_GPUS, **SPREAD, model=tiny)
+    assert plan(deployment, decode=2) == {"decode-1": "a"}
+    assert plan(deployment, prefill=2, decode=3) == {
+        "prefill-1": "b",
+        "decode-1": "a",
+        "decode-2": "c",
+    }
+    deployment.rooms.lost("c", 0.0)
+    with pytest.raises(ConfigError, match="no room for decode-1, decode-2, decode-3"):
+        plan(deployment, decode=4)
+
+
+def test_an_engine_of_several_hosts_can_go_and_none_comes(tiny: str) -> None:
+    deployment = Deployment(
+        model=tiny,
+        prefill={"tensor_parallel_size": 2, "hosts_per_engine": 2, "replicas": 2},
+    )
+    with pytest.raises(ConfigError, match="not added to a running launch"):
+        plan(deployment, prefill=3)
+    change = deployment.rooms.plan(
+        ChangeEngines(question=1, replicas={"prefill": 1}), deployment.units
+    )
+    assert change.stops == ("prefill-1",)
+
+
+def test_engines_of_vllm_come_the_same_way(tiny: str) -> None:
+    config = LaunchConfig.model_validate({"model": tiny, "engine": "vllm"})
+    machine = replace(TWO_GPUS, gpus=tuple(Gpu(index) for index in range(3)))
+    launch = resolve(config, {"local": machine}, {})
+    units = make_units(plan_processes(launch).processes)
+    for unit in units:
+        for member in unit.members:
+            member.begin(1)
+            member.move(ProcessState.READY)
+    rooms = Rooms(launch, kind_of(launch), Bootstraps(), {"local"})
+    change = rooms.plan(ChangeEngines(question=1, replicas={"decode": 2}), units)
+    (sidecar,) = rooms.begin(change)
+    assert (sidecar.name, sidecar.devices) == ("decode-1", ("cuda:2",))
+    assert sidecar.environment["CUDA_VISIBLE_DEVICES"] == "2"

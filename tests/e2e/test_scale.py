@@ -1,0 +1,128 @@
+"""The engines of a launch change while streams run: every token is the model's own, none is lost,
+and of engines that went nothing is left.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from pdlaunch.cli.app import build_app
+from pdlaunch.client.admin import admin_api, own_launches
+from pdlaunch.client.deployment import Deployment, running_deployment
+from pdlaunch.client.smoke import engines_of
+from tests.e2e.api import streamed
+from tests.e2e.conftest import clean_environ
+from tests.e2e.tiny_models import VOCAB_SIZE, greedy, make_tiny_model
+from tests.e2e.waiting import await_true
+
+ARGUMENTS = ("--dtype", "float32", "--kv-cache-memory", "16MiB")
+NUM_TOKENS = 48
+NUM_STREAMS = 2
+PAUSE_S = 0.2
+"""Between two streams, so that the test leaves the processor to engines that start."""
+
+
+class Load:
+    """Streams that run until the block ends, each compared with what the model says."""
+
+    def __init__(self, url: str, prompts: list[list[int]], expected: list[list[int]]) -> None:
+        self.url = url
+        self.prompts = prompts
+        self.expected = expected
+        self.num_done = 0
+        self._ends = threading.Event()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        with ThreadPoolExecutor(NUM_STREAMS) as pool:
+            works = [pool.submit(self._work, number) for number in range(NUM_STREAMS)]
+            try:
+                yield
+            finally:
+                self._ends.set()
+            for work in works:
+                work.result()
+
+    def _work(self, number: int) -> None:
+        while not self._ends.is_set():
+            number = (number + NUM_STREAMS) % len(self.prompts)
+            with streamed(self.url, self.prompts[number], NUM_TOKENS) as tokens:
+                assert list(tokens) == self.expected[number]
+            self.num_done += 1
+            self._ends.wait(PAUSE_S)
+
+
+def run(*arguments: str) -> str:
+    """Run a command as users do, and return what it prints."""
+    result = CliRunner().invoke(
+        build_app(arguments), arguments, env={"NO_COLOR": "1", "COLUMNS": "200"}
+    )
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def states(deployment: Deployment) -> dict[str, str]:
+    _, answer = admin_api(deployment.url).get_object("/pdlaunch/status")
+    return {engine["name"]: engine["state"] for engine in answer["engines"]}
+
+
+def await_work(deployment: Deployment, name: str) -> None:
+    api = admin_api(deployment.url).engine(name)
+    await_true(
+        lambda: api.metrics().get("pdlaunch_sampled_tokens_total", 0) > 0, f"{name} has worked"
+    )
+
+
+def assert_gone(deployment: Deployment, name: str) -> None:
+    """No process, no socket and no file of an engine is left."""
+    assert name not in {process.partition("/")[0] for process in deployment.processes()}
+    (launch,) = own_launches(deployment.url)
+    assert [path.name for path in launch.run_dir.iterdir() if name in path.name] == []
+    assert name not in {engine["name"] for engine in engines_of(admin_api(deployment.url))}
+
+
+def test_engines_come_turn_and_go_while_streams_run(tmp_path: Path) -> None:
+    model, rng = make_tiny_model("llama", tmp_path), random.Random(5)
+    prompts = [[rng.randrange(3, VOCAB_SIZE) for _ in range(20 + 7 * i)] for i in range(9)]
+    expected = greedy(model, prompts, NUM_TOKENS)
+    with running_deployment(
+        ("--model", str(model), *ARGUMENTS), environ=clean_environ()
+    ) as deployment:
+        url = ("--url", deployment.url)
+        load = Load(deployment.url, prompts, expected)
+        with load.running():
+            planned = run("scale", "prefill=2", "--dry-run", *url)
+            assert "prefill-1" in planned
+            assert "The launch would be 2 prefill, 1 decode." in planned
+            assert states(deployment) == {"decode-0": "ready", "prefill-0": "ready"}
+
+            assert "The launch is 2 prefill, 1 decode." in run("scale", "prefill=2", *url)
+            await_work(deployment, "prefill-1")
+
+            assert "nothing runs there" in run("drain", "prefill-0", *url)
+            assert states(deployment)["prefill-0"] == "draining"
+            run("undrain", "prefill-0", *url)
+
+            run("role", "prefill-1", "decode", *url)
+            assert states(deployment) == {
+                "decode-0": "ready",
+                "decode-1": "ready",
+                "prefill-0": "ready",
+            }
+            assert_gone(deployment, "prefill-1")
+            await_work(deployment, "decode-1")
+
+            run("scale", "decode=1", *url)
+            assert_gone(deployment, "decode-1")
+            num_done = load.num_done
+            await_true(lambda: load.num_done > num_done + NUM_STREAMS, "streams go on")
+        _, status = admin_api(deployment.url).get_object("/pdlaunch/status")
+        assert status["errors"] == 0, json.dumps(status["events"])
