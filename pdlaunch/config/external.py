@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from pdlaunch.config.field_types import FrozenModel
+from pdlaunch.config.field_types import FrozenModel, read_list
 from pdlaunch.config.roles import EngineName, Role
 
 UNIX = "unix:"
@@ -147,12 +147,6 @@ def _check_url(url: str) -> str:
     return f"{DNS if url.startswith(DNS) else ''}{address}"
 
 
-def _read_texts(value: object) -> object:
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    return value
-
-
 def _read_engine(value: object) -> object:
     """Read ``prefill=URL``, the form of flags and variables."""
     if isinstance(value, str):
@@ -188,11 +182,11 @@ class RunningEngine(FrozenModel):
 
 RunningEngines = Annotated[
     tuple[Annotated[RunningEngine, BeforeValidator(_read_engine)], ...],
-    BeforeValidator(_read_texts, json_schema_input_type=list[RunningEngine | str] | str),
+    BeforeValidator(read_list, json_schema_input_type=list[RunningEngine | str] | str),
 ]
 EngineUrls = Annotated[
     tuple[Annotated[str, AfterValidator(_check_allowed)], ...],
-    BeforeValidator(_read_texts, json_schema_input_type=list[str] | str),
+    BeforeValidator(read_list, json_schema_input_type=list[str] | str),
 ]
 
 

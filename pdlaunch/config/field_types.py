@@ -67,6 +67,13 @@ Switch = Annotated[
 ]
 
 
+def read_list(value: object) -> object:
+    """Read a list that stands in one text, with commas, as flags and variables bring it."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
 MIN_PORTS = 16
 """Libraries draw ports at random, and give up after a few that are taken."""
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from pdlaunch.config.field_types import FrozenModel
+from pdlaunch.config.field_types import FrozenModel, read_list
 from pdlaunch.config.roles import Role
 
 Placement = Literal["local", "hosts", "ray", "slurm"]
@@ -33,12 +33,6 @@ def _check_address(text: str) -> str:
 HostAddress = Annotated[str, AfterValidator(_check_address)]
 
 
-def _read_names(value: object) -> object:
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    return value
-
-
 class HostSettings(FrozenModel):
     """Names a host that engines may run on."""
 
@@ -54,7 +48,7 @@ class HostSettings(FrozenModel):
     advertise_address: HostAddress | None = Field(
         None, description="Other hosts connect here; `bind_address` when unset."
     )
-    roles: Annotated[tuple[Role, ...], BeforeValidator(_read_names)] | None = Field(
+    roles: Annotated[tuple[Role, ...], BeforeValidator(read_list)] | None = Field(
         None,
         description="It takes engines of these roles alone, such as `prefill,both`; of all if "
         "unset.",
@@ -83,6 +77,6 @@ def _differ(hosts: Sequence[HostSettings]) -> Sequence[HostSettings]:
 
 Hosts = Annotated[
     tuple[Annotated[HostSettings, BeforeValidator(_read_host)], ...],
-    BeforeValidator(_read_names, json_schema_input_type=list[HostSettings | str] | str),
+    BeforeValidator(read_list, json_schema_input_type=list[HostSettings | str] | str),
     AfterValidator(_differ),
 ]

@@ -14,6 +14,8 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator
 
+from pdlaunch.config.field_types import read_list
+
 ANY = "*"
 """Admits everything, as an entry of ``allowed_hosts`` or ``cors_origins``."""
 WILDCARDS: Mapping[str, str] = MappingProxyType(
@@ -39,12 +41,6 @@ def is_loopback(address: str) -> bool:
         return ipaddress.ip_address(address).is_loopback
     except ValueError:
         return address == "localhost"
-
-
-def _read_list(value: object) -> object:
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    return value
 
 
 def _check_host(name: str) -> str:
@@ -91,9 +87,9 @@ def _is_address(text: str) -> bool:
 
 HostNames = Annotated[
     tuple[Annotated[str, AfterValidator(_check_host)], ...],
-    BeforeValidator(_read_list, json_schema_input_type=list[str] | str),
+    BeforeValidator(read_list, json_schema_input_type=list[str] | str),
 ]
 Origins = Annotated[
     tuple[Annotated[str, AfterValidator(_check_origin)], ...],
-    BeforeValidator(_read_list, json_schema_input_type=list[str] | str),
+    BeforeValidator(read_list, json_schema_input_type=list[str] | str),
 ]
