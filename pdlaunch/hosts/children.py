@@ -19,7 +19,7 @@ from pdlaunch.resolve.plan import ProcessSpec
 logger = logging.getLogger(__name__)
 
 _CANNOT_EXECUTE = 127
-_HIDDEN_VARIABLES = frozenset(
+HIDDEN_VARIABLES = frozenset(
     {"PDLAUNCH_API_KEY", "PDLAUNCH_ADMIN_API_KEY", "PDLAUNCH_ENGINE_API_KEY"}
 )
 """These are not handed on: children get keys on standard input, as their environment can be read by
@@ -111,7 +111,7 @@ class Children:
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={name: value for name, value in os.environ.items() if name not in _HIDDEN_VARIABLES}
+            env={name: value for name, value in os.environ.items() if name not in HIDDEN_VARIABLES}
             | spec.environment,
             start_new_session=True,
             bufsize=0,

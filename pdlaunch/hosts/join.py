@@ -135,10 +135,6 @@ def read_ticket(name: str) -> Ticket:
         ) from None
 
 
-def _read_text(name: str) -> bytes:
-    return sys.stdin.buffer.readline(_MOST_BYTES) if name == STDIN else _read_private(Path(name))
-
-
 def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 

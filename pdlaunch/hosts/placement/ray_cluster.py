@@ -25,6 +25,7 @@ from pdlaunch.config.hosts import HostSettings
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import ROLES, Role
 from pdlaunch.errors import ConfigError, StartupError
+from pdlaunch.hosts.children import HIDDEN_VARIABLES
 from pdlaunch.hosts.placement.ray_actor import AgentActor, AgentState
 
 logger = logging.getLogger(__name__)
@@ -149,7 +150,7 @@ def ray_cluster() -> Iterator[Any]:
         ) from None
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "pdlaunch"}
     # Ray's child processes need no key, and it shows its environment.
-    hidden = {name: os.environ.pop(name) for name in _KEYS if name in os.environ}
+    hidden = {name: os.environ.pop(name) for name in HIDDEN_VARIABLES if name in os.environ}
     try:
         try:
             ray.init(address=os.environ.get("RAY_ADDRESS") or "auto", **quiet)
@@ -161,6 +162,7 @@ def ray_cluster() -> Iterator[Any]:
                     value=os.environ["RAY_ADDRESS"],
                     fix="name the head's address, as host:port, or unset it to use this host alone",
                 ) from None
+            # A cluster that is made for this launch is for this host alone.
             ray.init(
                 address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet
             )
@@ -169,9 +171,6 @@ def ray_cluster() -> Iterator[Any]:
         with contextlib.suppress(Exception):
             ray.shutdown()
         os.environ.update(hidden)
-
-
-_KEYS = ("PDLAUNCH_API_KEY", "PDLAUNCH_ADMIN_API_KEY", "PDLAUNCH_ENGINE_API_KEY")
 
 
 def has_gpus(ray: Any) -> bool:
