@@ -15,7 +15,8 @@ from pdlaunch.sidecar.process import SidecarOptions, SidecarProcess
 
 
 def _options() -> SidecarOptions:
-    arguments, _, command = _split(sys.argv[1:])
+    own_end = sys.argv.index("--")
+    arguments, command = sys.argv[1:own_end], sys.argv[own_end + 1 :]
     parser = argparse.ArgumentParser()
     parser.add_argument("--name")
     parser.add_argument("--exact", action="store_true")
@@ -28,11 +29,6 @@ def _options() -> SidecarOptions:
         hang_timeout_s=found.hang_timeout,
         unverified=found.unverified,
     )
-
-
-def _split(arguments: list[str]) -> tuple[list[str], str, list[str]]:
-    at = arguments.index("--")
-    return arguments[:at], "--", arguments[at + 1 :]
 
 
 async def _serve(supervised: Supervised) -> None:
