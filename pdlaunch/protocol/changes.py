@@ -12,11 +12,24 @@ import msgspec
 from pdlaunch.config.roles import Role
 from pdlaunch.protocol.wire import Message
 
-Withheld = Literal["", "joining", "draining"]
-"""The reason why an engine that is ready is given no new work: its pairs are yet to be proven, or
-somebody drains it.
+Withheld = Literal["", "joining", "draining", "leaving"]
+"""The reason why an engine that is ready is given no new work: its pairs are yet to be proven,
+somebody drains it, or it is about to be removed.
 """
 RefusalCode = Literal["engine_not_found", "not_now", "refused"]
+
+
+def why_withheld(withheld: Withheld, engine: str) -> str:
+    """Return the reason in words; empty without one."""
+    match withheld:
+        case "joining":
+            return "it joins once its pairs are proven"
+        case "draining":
+            return f"no new work until `pdlaunch undrain {engine}`"
+        case "leaving":
+            return "it finishes what runs, and is removed"
+        case "":
+            return ""
 
 
 class SetDrained(Message):

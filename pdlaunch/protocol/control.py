@@ -108,7 +108,7 @@ class Entry(Message, tag=False):
     capabilities: Capabilities = msgspec.field(default_factory=Capabilities)
     state: ListedState = "starting"
     reason: str = ""
-    """The reason why it is ``failed``, and what comes next; for people."""
+    """The reason why it is ``failed`` or ``withheld``, and what comes next; for people."""
     peers: tuple[str, ...] | None = None
     """The engines that a server's engine exchanges KV blocks with; None: all."""
     withheld: Withheld = ""

@@ -73,7 +73,7 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     is_down: bool
     """It has died, hangs or failed: it would work if it could."""
     reason: str
-    """The reason why it has ``failed``, and what comes next."""
+    """The reason why it has ``failed`` or is given no work, and what comes next."""
     health: str = "closed"
     """``closed``: it gets requests. ``open``: it has failed some and gets none for a while.
     ``half_open``: it gets one as a try. ``slow``: it gets one now and then.

@@ -69,7 +69,7 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     state: str
     """``ready``, or the ``ListedState`` that says why not; for people."""
     reason: str = ""
-    """The reason why it has ``failed``, and what comes next."""
+    """The reason why it has ``failed`` or is given no work, and what comes next."""
     lender: Lender | None = None
     """None: it has no ranks of ours."""
     times_ready: int = 0

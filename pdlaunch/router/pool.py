@@ -331,4 +331,4 @@ def _why_not_ready(server: Entry, ranks: list[Entry]) -> ListedState:
     if server.state in ("draining", "sleeping", "failed"):
         return server.state
     is_there = all(entry.state == "ready" for entry in (server, *ranks))
-    return "draining" if is_there and server.withheld == "draining" else "starting"
+    return "draining" if is_there and server.withheld in ("draining", "leaving") else "starting"

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pdlaunch import __version__
 from pdlaunch.config.roles import EngineName, Role
 from pdlaunch.errors import ProtocolError
+from pdlaunch.protocol.changes import Withheld, why_withheld
 from pdlaunch.protocol.control import Address, Capabilities, Entry, ListedState
 from pdlaunch.protocol.due_pairs import MAX_PEERS
 from pdlaunch.watch.engine_api import EngineApi
@@ -115,6 +116,7 @@ class WatchedEngine:
             state, reason = "ready", ""
         elif not self.is_healthy and self.has_been_healthy:
             state = "stalled"
+        withheld: Withheld = "draining" if self.is_drained else ""
         return Entry(
             name=self.member.name,
             kind="server",
@@ -124,10 +126,10 @@ class WatchedEngine:
             address=Address(http=self.member.url),
             capabilities=self.capabilities,
             state=state,
-            reason=reason,
+            reason=reason or why_withheld(withheld, self.member.name),
             # Fewer than this many are all that there are.
             peers=tuple(peers) if len(peers) >= MAX_PEERS else None,
-            withheld="draining" if self.is_drained else "",
+            withheld=withheld,
         )
 
     async def _find_trouble(self) -> str:

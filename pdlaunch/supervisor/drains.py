@@ -35,8 +35,9 @@ class Drains:
         if phase is not LaunchPhase.READY:
             return refused("not_now", f"{engine} cannot be {verb}: the launch is {phase}")
         server = server_of(self._units, engine)
-        if server.withheld == "joining":
-            return refused("not_now", f"{engine} cannot be {verb}: it is about to join")
+        if server.withheld in ("joining", "leaving"):
+            doing = "added" if server.withheld == "joining" else "removed"
+            return refused("not_now", f"{engine} cannot be {verb}: it is being {doing}")
         notes = []
         if message.is_drained and not server.withheld:
             others = [other for other in serving(self._units) if other.spec.engine != engine]

@@ -236,7 +236,7 @@ class EngineChanges:
         assert running is not None
         running.leaving = set(engines)
         for engine in engines:
-            server_of(self._processes.units, engine).withheld = "draining"
+            server_of(self._processes.units, engine).withheld = "leaving"
             self._forget(engine)
         for engine in engines:
             self._restarts.retire(engine, running.drain_s, partial(self._gone, engine))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pdlaunch.config.hosts import LOCAL
-from pdlaunch.protocol.changes import Withheld
+from pdlaunch.protocol.changes import Withheld, why_withheld
 from pdlaunch.protocol.control import Entry, ListedState, Progress, Register
 from pdlaunch.resolve.plan import ProcessSpec
 from pdlaunch.supervisor.states import ALIVE, TRANSITIONS, ProcessState
@@ -98,7 +98,9 @@ class Instance:
             address=said.address,
             capabilities=said.capabilities,
             state=self._listed_state(),
-            reason=self.given_up_for if self._is_given_up_server() else "",
+            reason=self.given_up_for
+            if self._is_given_up_server()
+            else why_withheld(self.withheld, self.spec.engine),
             peers=self.spec.peers if self.spec.kind == "server" else None,
             withheld=self.withheld,
         )

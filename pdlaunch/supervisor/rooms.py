@@ -183,7 +183,7 @@ def _running(units: Sequence[Unit]) -> list[RunningEngine]:
                 server.spec.host,
                 tuple(device for each in instances for device in each.spec.devices),
                 serves=name in working,
-                is_drained=bool(server.withheld),
+                is_drained=server.withheld == "draining",
             )
         )
     return running

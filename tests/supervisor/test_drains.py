@@ -32,6 +32,8 @@ def withheld(world: World) -> set[str]:
 def test_a_drained_engine_goes_on_without_new_work(world: World, name: str) -> None:
     assert ask(world, name) == Answered(question=7, engine="decode-0")
     assert withheld(world) == {"decode-0"}
+    (server,) = [e for e in world.host.registry("router").entries if e.name == "decode-0"]
+    assert server.reason == "no new work until `pdlaunch undrain decode-0`"
     assert world.listed("decode-0") == world.listed("decode-0/rank-0") == "ready"
     assert not world.draining(), "it is told nothing, so that it can work again at once"
     assert ask(world, name, is_drained=False).error == ""

@@ -149,6 +149,8 @@ def test_an_engine_that_goes_finishes_and_leaves_nothing(tmp_path: Path) -> None
     assert begun.change is not None
     assert (begun.change.stops, begun.change.drain_s) == (["prefill-1"], 30)
     assert world.given_work() == {"prefill-0", "decode-0"}
+    world.say("router", SetDrained(question=7, name="prefill-1", is_drained=False))
+    assert world.answered().error == "prefill-1 cannot be undrained: it is being removed"
     assert world.host.sent_to("prefill-1", Drain) == [Drain(timeout_s=30)]
     world.pass_time_alive(10)
     world.drained("prefill-1")
@@ -157,7 +159,7 @@ def test_an_engine_that_goes_finishes_and_leaves_nothing(tmp_path: Path) -> None
     world.say("router", EngineIdle(engine="prefill-1"))
     assert world.stopped() == {"prefill-1", "prefill-1/rank-0"}
     world.exit("prefill-1/rank-0")
-    assert not world.answered().is_done
+    assert "prefill-1" in world.engines
     world.exit("prefill-1")
     assert world.answered() == Answered(question=7)
     assert world.engines == {"prefill-0", "decode-0"}
