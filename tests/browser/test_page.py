@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import random
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,39 @@ from tests.browser.conftest import KEY
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 KEPT = Path(__file__).parents[2] / "docs" / "images"
+KEEPS = bool(os.environ.get("PDLAUNCH_KEEP_SCREENSHOTS"))
+"""The screenshots of the docs are renewed, which show the launch under load."""
+LOAD_S = 24.0
+NUM_CLIENTS = 4
 WRONG_KEY = "another key"
 
 
 def place_of(name: str, tmp_path: Path) -> Path:
-    """Where a screenshot goes; ``PDLAUNCH_KEEP_SCREENSHOTS=1`` renews those of the docs."""
-    return (KEPT if os.environ.get("PDLAUNCH_KEEP_SCREENSHOTS") else tmp_path) / f"{name}.png"
+    """Where a screenshot goes."""
+    return (KEPT if KEEPS else tmp_path) / f"{name}.png"
+
+
+@contextlib.asynccontextmanager
+async def load(deployment: Deployment) -> AsyncIterator[None]:
+    """Clients ask one request after the other while the block runs, which begins once the charts
+    have something to show; none where no screenshot is kept.
+    """
+    is_over = asyncio.Event()
+
+    async def ask(client: int) -> None:
+        source = random.Random(client)
+        while not is_over.is_set():
+            # Blocks that both engines hold already would not be pulled.
+            words = " ".join(str(source.random()) for _ in range(source.randint(2, 12)))
+            await complete(deployment, prompt=words, max_tokens=source.randint(8, 32))
+
+    clients = [asyncio.create_task(ask(client)) for client in range(NUM_CLIENTS * KEEPS)]
+    try:
+        await asyncio.sleep(LOAD_S * KEEPS)
+        yield
+    finally:
+        is_over.set()
+        await asyncio.gather(*clients)
 
 
 async def complete(deployment: Deployment, request_id: str = "", **fields: Any) -> None:
@@ -110,12 +140,13 @@ async def test_a_killed_engine_turns_red_and_back(
 ) -> None:
     engine = "document.querySelector('.engine[data-name=\"decode-0\"]')"
     assert await page.run(f"{engine}.dataset.tone") == "ready"
-    deployment.processes()["decode-0/rank-0"].kill()
-    await page.until(f"{engine}.dataset.tone === 'down'")
-    stroke = await page.run(f"getComputedStyle({engine}.querySelector('.box')).stroke")
-    assert stroke == "rgb(207, 42, 42)"
-    await page.screenshot(place_of("page-engine-down", tmp_path))
-    await page.until(f"{engine}.dataset.tone === 'ready'")
+    async with load(deployment):
+        deployment.processes()["decode-0/rank-0"].kill()
+        await page.until(f"{engine}.dataset.tone === 'down'")
+        stroke = await page.run(f"getComputedStyle({engine}.querySelector('.box')).stroke")
+        assert stroke == "rgb(207, 42, 42)"
+        await page.screenshot(place_of("page-engine-down", tmp_path))
+        await page.until(f"{engine}.dataset.tone === 'ready'")
     events = await page.until("document.querySelector('#events ol')?.textContent")
     for told in ("decode-0/rank-0 was killed", "starts again", "starting (was ready)"):
         assert told in events
@@ -141,7 +172,8 @@ async def test_it_fits_phones_and_desks_light_and_dark(
     back = await page.run("getComputedStyle(document.body).backgroundColor")
     assert back == {"light": "rgb(243, 245, 248)", "dark": "rgb(13, 17, 23)"}[scheme]
     file = place_of(f"page-{name}-{scheme}", tmp_path)
-    await page.screenshot(file)
+    async with load(deployment):
+        await page.screenshot(file)
     assert 5_000 < file.stat().st_size < 200_000
 
 
