@@ -26,10 +26,10 @@ from pdlaunch.cli.findings import (
     problems_json,
     report_console,
     report_json,
-    safe,
 )
 from pdlaunch.cli.flags import with_serve_flags
 from pdlaunch.cli.junit import problems_junit, report_junit
+from pdlaunch.cli.output import safe
 from pdlaunch.cli.placing import with_placed_hosts
 from pdlaunch.cli.preflight import probe_transport, refuse_running_engines
 from pdlaunch.cli.sarif import problems_sarif, report_sarif

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pdlaunch.cli.output import print_errors
+from pdlaunch.cli.output import print_errors, safe
 from pdlaunch.client.admin import admin_api
 from pdlaunch.client.commands import SleepOutcome, restart_engine, sleep_engines, wake_engines
 from pdlaunch.errors import PdlaunchError
@@ -118,7 +118,7 @@ def restart(
             else:
                 failed = True
                 console.print(
-                    Text(f"{outcome.engine}: {outcome.error}", style="red"), soft_wrap=True
+                    Text(safe(f"{outcome.engine}: {outcome.error}"), style="red"), soft_wrap=True
                 )
     except PdlaunchError as error:
         print_errors([error])
@@ -137,7 +137,7 @@ def _show(what: str, call: Callable[[], list[SleepOutcome]]) -> None:
     table = Table("engine", "state", what)
     for outcome in outcomes:
         state = (
-            Text(outcome.error, style="red")
+            Text(safe(outcome.error), style="red")
             if outcome.error
             else Text("sleeping" if outcome.is_sleeping else "awake")
         )

@@ -15,7 +15,7 @@ from pdlaunch.checks.registry import all_rules, family
 from pdlaunch.checks.rule import Rule
 from pdlaunch.cli import EXIT_UNUSABLE
 from pdlaunch.cli.completion import complete_rule
-from pdlaunch.cli.findings import safe
+from pdlaunch.cli.output import safe
 from pdlaunch.config.problems import nearest, shown_name
 
 

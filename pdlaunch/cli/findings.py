@@ -15,6 +15,7 @@ from rich.text import Text
 from pdlaunch.checks.context import WITHOUT_PROBE
 from pdlaunch.checks.rule import Finding
 from pdlaunch.checks.run import SEVERITIES, Report
+from pdlaunch.cli.output import safe
 from pdlaunch.config.problems import Problem
 from pdlaunch.platform.machine_file import AssumedMachine
 
@@ -23,12 +24,6 @@ _GITHUB_LEVELS = {"error": "error", "warning": "warning", "info": "notice"}
 _GAP = "  "
 _INDENT = 8
 _WIDTH_OF_A_PIPE = 100_000
-
-
-def safe(text: str) -> str:
-    """Escape lone surrogates and control characters, which not every terminal or pipe takes."""
-    shown = (char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
-    return "".join(shown)
 
 
 def place(finding: Finding) -> str:

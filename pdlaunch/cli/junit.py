@@ -8,7 +8,8 @@ from xml.etree import ElementTree
 from pdlaunch.checks.registry import family
 from pdlaunch.checks.rule import Finding
 from pdlaunch.checks.run import Report
-from pdlaunch.cli.findings import place, safe
+from pdlaunch.cli.findings import place
+from pdlaunch.cli.output import safe
 from pdlaunch.config.problems import Problem
 
 _SUITE = "pdlaunch check-config"

@@ -11,6 +11,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pdlaunch.errors import ConfigError, PdlaunchError
 
@@ -19,6 +20,15 @@ _ENOUGH = 10_000
 
 Format = Literal["table", "json"]
 FormatOption = Annotated[Format, typer.Option("--format", help="How to print what was found.")]
+
+
+def safe(text: str) -> str:
+    """Escape lone surrogates and control characters, which a terminal would obey or not take.
+
+    Names of clients, and what other servers answer, may hold anything.
+    """
+    shown = (char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
+    return "".join(shown)
 
 
 def print_json(found: object) -> None:
@@ -38,7 +48,7 @@ def print_table(
     for heading in headings.values():
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*(_short(row[field]) for field in headings))
+        table.add_row(*(Text(_short(row[field])) for field in headings))
     width = console.measure(table, options=console.options.update(max_width=_ENOUGH)).maximum
     # A pipe has no width: its reader gets the table whole.
     if not console.is_terminal:
@@ -59,7 +69,7 @@ def print_errors(errors: Sequence[str | PdlaunchError]) -> None:
     console = Console(stderr=True)
     for error in errors:
         console.print(
-            f"error: {error}{_fix(error)}",
+            safe(f"error: {error}{_fix(error)}"),
             style="red",
             markup=False,
             highlight=False,
@@ -79,7 +89,7 @@ def _fix(error: str | PdlaunchError) -> str:
 def _short(value: object) -> str:
     """Write numbers with three digits or more: 0.95, -53.1, 4330."""
     if not isinstance(value, float):
-        return "-" if value is None else str(value)
+        return "-" if value is None else safe(str(value))
     return (
         f"{value:.0f}"
         if abs(value) >= 1000

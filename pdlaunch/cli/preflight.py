@@ -21,7 +21,8 @@ from pdlaunch.checks.probes import probe_files
 from pdlaunch.checks.rule import Finding
 from pdlaunch.checks.run import run_checks
 from pdlaunch.cli import EXIT_FAILED
-from pdlaunch.cli.findings import STYLES, place, safe
+from pdlaunch.cli.findings import STYLES, place
+from pdlaunch.cli.output import safe
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import ROLES
 from pdlaunch.config.sources import Origin

@@ -14,7 +14,8 @@ from urllib.parse import quote
 from pdlaunch import __version__
 from pdlaunch.checks.rule import Finding, Rule, Severity
 from pdlaunch.checks.run import Report
-from pdlaunch.cli.findings import safe, split_origin
+from pdlaunch.cli.findings import split_origin
+from pdlaunch.cli.output import safe
 from pdlaunch.config.problems import Problem
 
 SCHEMA = (

@@ -20,11 +20,10 @@ from rich.text import Text
 from pdlaunch.cli import EXIT_FAILED
 from pdlaunch.cli.assume import AssumeOption, Judged, judged_machine
 from pdlaunch.cli.downloads import ShownDownloads
-from pdlaunch.cli.findings import safe
 from pdlaunch.cli.flags import with_serve_flags
 from pdlaunch.cli.joining import Agents, joined_agents, require_hosts
 from pdlaunch.cli.live import SteadyConsole, make_view, ready_rows
-from pdlaunch.cli.output import Format
+from pdlaunch.cli.output import Format, safe
 from pdlaunch.cli.placing import is_agent_task, refuse_resume, serve_task, with_placed_hosts
 from pdlaunch.cli.preflight import judge_pairs, refuse_errors, refuse_running_engines
 from pdlaunch.cli.refusal import refuse

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from pdlaunch.cli import EXIT_INTERRUPTED, EXIT_UNUSABLE
 from pdlaunch.cli.flags import with_serve_flags
-from pdlaunch.cli.output import print_errors
+from pdlaunch.cli.output import print_errors, safe
 from pdlaunch.cli.own_deployment import own_deployment, refuse_address
 from pdlaunch.cli.report.page import write_report
 from pdlaunch.cli.report.smoke import smoke_page
@@ -58,7 +58,7 @@ def smoke_command(
     try:
         launch_config = load_config(config, os.environ, flags).config
     except ConfigError as error:
-        Console(stderr=True, soft_wrap=True).print(Text(f"error: {error}", style="red"))
+        Console(stderr=True, soft_wrap=True).print(Text(safe(f"error: {error}"), style="red"))
         raise typer.Exit(EXIT_UNUSABLE) from None
     key = launch_config.api_key.get_secret_value() if launch_config.api_key else None
     checks: list[Check] = []
@@ -103,7 +103,7 @@ def smoke_command(
             soft_wrap=True,
         )
         if check.failure is not None:
-            console.print(Text(f"        {check.failure}"), soft_wrap=True)
+            console.print(Text(safe(f"        {check.failure}")), soft_wrap=True)
     is_written = junit is None or _write(checks, junit)
     if report is not None:
         is_written &= not write_report(report, "--report", smoke_page(checks, checked))

@@ -30,6 +30,7 @@ class FakeOpenAI:
         self.prompts: list[list[int]] = []
         self.refusals: list[tuple[int, bytes]] = []
         self.refuses_after: int | None = None
+        self.refusal = "full"
         self.tells_token_ids = True
         self.tokenizes = True
         self.broken: bytes | None = None
@@ -97,7 +98,7 @@ class FakeOpenAI:
             status, text = self.refusals.pop(0)
             return web.Response(status=status, body=text)
         if self.refuses_after is not None and len(self.prompts) > self.refuses_after:
-            return web.json_response({"error": {"message": "full"}}, status=429)
+            return web.json_response({"error": {"message": self.refusal}}, status=429)
         self.num_open += 1
         self.most_open = max(self.most_open, self.num_open)
         try:

@@ -140,6 +140,16 @@ def test_chats_have_a_page_and_vllm_s_lines_too(server: FakeOpenAI, tmp_path: Pa
 
 
 @pytest.mark.parametrize("options", [SMALL, CHATS])
+def test_what_a_deployment_answers_tells_a_terminal_nothing(
+    server: FakeOpenAI, options: tuple[str, ...]
+) -> None:
+    server.refuses_after, server.refusal = 2, "[red]full[/red]\x1b[2J\x9b31m\u202e"
+    result = bench(server.url, *options)
+    assert r"429: [red]full[/red]\x1b[2J\x9b31m\u202e" in result.stderr
+    assert not {"\x1b", "\x9b", "\u202e"} & set(result.output)
+
+
+@pytest.mark.parametrize("options", [SMALL, CHATS])
 def test_errors_are_shown_and_counted(server: FakeOpenAI, options: tuple[str, ...]) -> None:
     server.refuses_after = 2
     result = bench(server.url, *options)
@@ -323,3 +333,10 @@ def test_the_allocator_is_not_left_out_on_a_cpu() -> None:
     result = run("transfer", "--device", "cpu", "--enable-cumem-allocator")
     assert result.exit_code == 2
     assert "cumem allocator is not supported on the current platform" in result.stderr
+
+
+def test_words_of_a_table_are_no_markup_and_no_commands() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    print_table([{"tier": "[red]x[/red]\x1b[2J"}], {"tier": "tier"}, console)
+    assert isinstance(console.file, io.StringIO)
+    assert r"[red]x[/red]\x1b[2J" in console.file.getvalue()

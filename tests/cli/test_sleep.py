@@ -121,6 +121,14 @@ def test_a_refusal_is_shown_beside_what_the_others_say_and_fails(router: Router)
     assert "3.00 GiB" in output
 
 
+def test_what_a_router_answers_tells_a_terminal_nothing(router: Router) -> None:
+    router.refusal = "[red]no\x1b[2J\x9b31m"
+    _, output = run("sleep", *router.address)
+    assert "\x1b" not in output
+    assert "\x9b" not in output
+    assert r"[red]no\x1b[2J\x9b31m" in output
+
+
 def test_a_server_of_another_kind_is_named(router: Router) -> None:
     router.page = b"<html>"
     code, output = run("wake", *router.address)
