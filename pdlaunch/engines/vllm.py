@@ -127,6 +127,7 @@ class VllmEngine:
         return msgspec.structs.replace(
             CAPABILITIES,
             verifies=not self._unverified,
+            # vLLM counts its leases in whole seconds.
             lease_s=float(int(self._config.kv_transfer.lease_s)),
             splits_reasoning=any(
                 name.replace("_", "-") == "reasoning-parser" for name in engine_args
