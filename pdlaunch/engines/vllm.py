@@ -26,7 +26,7 @@ from pdlaunch.resolve.roles import PlacedEngine
 CAPABILITIES = Capabilities(
     kind="vllm", needs_proof=True, lease_s=30.0, has_own_fields=True, takes_launch_token=False
 )
-"""What every version of vLLM can do, with its default lease; who watches an engine adds what its
+"""Describes every version of vLLM, with its default lease; who watches an engine adds what its
 version can do.
 """
 _SHARED_RULES = frozenset(

@@ -103,7 +103,7 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     )
     """Corrects estimates of the time to the first token: a constant, and a factor."""
     pace: Pace = msgspec.field(default_factory=Pace)
-    """How fast it is beside what was expected."""
+    """Its speed beside what was expected."""
     num_picks: int = 0
     breaker: Breaker = msgspec.field(default_factory=Breaker)
     """Keeps requests off after failures."""

@@ -30,7 +30,7 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
     left_out: dict[str, str]
     """The reason why an engine gets nothing new."""
     slowness: dict[str, float]
-    """How many times slower each is than the usual one of its role."""
+    """The time that each takes, in multiples of that of the usual one of its role."""
 
 
 def survey(engines: Sequence[Engine], now_at: float) -> Health:

@@ -28,7 +28,7 @@ SLOW_TRY_S = 5.0
 NUM_SAMPLES = 3
 """Answers before which nothing is said of an engine."""
 WEIGHT = 0.25
-"""Of the latest answer: three usual ones make up for an engine that was ten times slower."""
+"""Weight of the latest answer: three usual ones make up for an engine that was ten times slower."""
 MAX_STEP = math.log(8.0)
 """An answer counts at most as if it were eight times slower or faster than the ones before."""
 SHORTEST_S = 1e-4

@@ -60,7 +60,7 @@ class WatchedEngine:
 
     member: Member
     source: str
-    """Who added it: ``config``, ``file``, a name in DNS, or a command."""
+    """The source that added it: ``config``, ``file``, a name in DNS, or a command."""
     settings: WatchSettings
     api: EngineApi
     incarnation: int = 1

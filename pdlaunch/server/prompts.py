@@ -84,7 +84,7 @@ def detokenize(raw: bytes, model: ServedModel, strict_fields: bool) -> Converted
 
 
 PROBED_CHARS_PER_TOKEN = 16
-"""Of a very long text, so many characters for each token of the context are tokenized first. Text
+"""Characters, for each token of the context, that are tokenized first of a very long text. Text
 that just fills the context has about a third as many.
 """
 

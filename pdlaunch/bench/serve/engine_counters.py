@@ -101,7 +101,7 @@ _TIERS = {
     "host": ("prompt_tokens_cached_by_source/host", "prefix_cache_queries"),
     "remote": ("prompt_tokens_cached_by_source/p2p", "prefix_cache_queries"),
 }
-"""For each tier this names the counters of prompt tokens that it held, and of all prompt tokens."""
+"""Names, for each tier, the counters of prompt tokens that it held, and of all prompt tokens."""
 
 
 class TierRow(msgspec.Struct, frozen=True, kw_only=True):

@@ -28,7 +28,7 @@ class BenchRow(msgspec.Struct, frozen=True, kw_only=True):
     """Requests sent a second."""
     burstiness: float | None = None
     turn: int | None = None
-    """Of chats: all have their first message, then all have their second one."""
+    """Turn of chats: all have their first message, then all have their second one."""
     num_requests: int
     num_errors: int
     num_left_out: int = 0
