@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import msgspec
 
@@ -167,25 +168,21 @@ class ChangePlanner:
         if placed is not None and stops:
             # Old and new engines share the machine for a while.
             together = self._resolved.with_engines({**places, **placed}, models)
-            stops_first = bool(self._new_errors(together))
+            stops_first = any(each.severity == "error" for each in self._new_findings(together))
         if placed is None or stops_first:
             stops_first = bool(stops)
             placed = self._place(starts, kept, models, free_then, own)
         if placed is None:
             raise self._no_room(starts, free_then)
         resolved = self._resolved.with_engines({**kept, **placed}, models)
-        self._judge(resolved)
-        new = [each for each in resolved.engines if (each.engines.role, each.index) in placed]
+        warnings = self._judge(resolved)
         self._require_as_they_run(resolved, kept)
         return EngineChange(
             resolved,
-            tuple(new),
+            tuple(each for each in resolved.engines if (each.engines.role, each.index) in placed),
             tuple(engine.name for engine in stops),
             stops_first=stops_first,
-            notes=tuple(
-                f"{finding.rule} {finding.where}: {finding.message}"
-                for finding in self._new_findings(resolved, "warning")
-            ),
+            notes=tuple(f"{each.rule} {each.where}: {each.message}" for each in warnings),
         )
 
     def _models(self, new: Collection[Role]) -> dict[Role, Model]:
@@ -298,8 +295,8 @@ class ChangePlanner:
 
     # Judgement
 
-    def _judge(self, resolved: ResolvedLaunch) -> None:
-        """Raise ConfigError for what keeps the launch from being as it is wanted."""
+    def _judge(self, resolved: ResolvedLaunch) -> list[Finding]:
+        """Return the new warnings; raise ConfigError for what keeps the launch from being so."""
         if not resolved.engines:
             raise ConfigError(
                 "no engine would be left",
@@ -327,7 +324,8 @@ class ChangePlanner:
                     value=engine.engines.model.name,
                     fix="convert or download it with `pdlaunch serve` first",
                 )
-        errors = self._new_errors(resolved)
+        found = self._new_findings(resolved)
+        errors = [finding for finding in found if finding.severity == "error"]
         if errors:
             first = errors[0]
             others = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
@@ -335,18 +333,15 @@ class ChangePlanner:
                 f"{first.rule} {first.where}: {first.message}{others}",
                 fix=f"{first.fix} `pdlaunch explain {first.rule}` says more.",
             )
+        return [finding for finding in found if finding.severity == "warning"]
 
-    def _new_errors(self, resolved: ResolvedLaunch) -> list[Finding]:
-        return self._new_findings(resolved, "error")
-
-    def _new_findings(self, resolved: ResolvedLaunch, severity: str) -> list[Finding]:
+    def _new_findings(self, resolved: ResolvedLaunch) -> list[Finding]:
         """Return what rules find in a launch that they do not find in this one."""
-        before = {finding.rule for finding in self._found(self._resolved)}
-        return [
-            finding
-            for finding in self._found(resolved)
-            if finding.severity == severity and finding.rule not in before
-        ]
+        return [each for each in self._found(resolved) if each.rule not in self._known]
+
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        return frozenset(finding.rule for finding in self._found(self._resolved))
 
     def _found(self, launch: ResolvedLaunch) -> tuple[Finding, ...]:
         return run_checks(launch, {}, Probes(), rules=self._kind.rules()).findings
