@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pdlaunch.protocol.changes import Answered, ChangeEngines, PlannedChange, PlannedEngine
+from pdlaunch.protocol.control import PairSuspect
 from pdlaunch.router import supervisor_link
 from tests.router.fake_engine import until
 from tests.router.test_admin import AdminStand, admin_stand
@@ -132,3 +133,13 @@ async def test_a_wrong_call_is_refused(
     status, answer = await call(admin_stand, command, **body)
     assert (status, answer["error"]["code"]) == (400, "invalid_change")
     assert not admin_stand.stand.asked
+
+
+async def test_of_an_engine_that_left_nothing_is_to_be_proven(admin_stand: AdminStand) -> None:
+    stand = admin_stand.stand
+    for name in ("decode-0", "decode-1"):
+        stand.state.doubt(
+            PairSuspect(local=name, peer="prefill-0", peer_incarnation=1, error="why")
+        )
+    stand.publish(without=["decode-1"])
+    assert [doubt.decode for doubt in stand.state.doubts()] == ["decode-0"]

@@ -267,6 +267,28 @@ def test_with_room_new_engines_join_before_old_ones_go(tmp_path: Path) -> None:
     assert world.answered() == Answered(question=7)
 
 
+def test_pairs_make_room_for_engines_of_both_roles_and_come_back(tmp_path: Path) -> None:
+    world = Changing(tmp_path)
+    world.change(prefill=0, decode=0, both=2)
+    for engine in ("both-0", "both-1"):
+        world.become_whole(engine)
+    assert world.draining() == {"prefill-0", "decode-0"}
+    for engine in ("prefill-0", "decode-0"):
+        world.leave(engine)
+    assert world.given_work() == {"both-0", "both-1"}
+    assert world.answered() == Answered(question=7)
+    assert world.supervisor.status().num_missing_pairs == 0
+    world.change(prefill=1, decode=1, both=0)
+    for engine in ("prefill-0", "decode-0"):
+        world.become_whole(engine)
+    assert world.given_work() == {"both-0", "both-1"}
+    world.connect("decode-0/rank-0", "prefill-0/rank-0")
+    assert world.given_work() == {"prefill-0", "decode-0"}
+    for engine in ("both-0", "both-1"):
+        world.leave(engine)
+    assert world.engines == {"prefill-0", "decode-0"}
+
+
 def test_a_new_engine_that_dies_is_taken_back(tmp_path: Path) -> None:
     world = Changing(tmp_path)
     world.change(prefill=2)
