@@ -115,11 +115,26 @@ class EngineChanges:
         """Return the instant at which ``tick`` has something to do without an event."""
         return math.inf if self._running is None else self._running.deadline_at
 
-    def ask(self, message: ChangeEngines, asker: str, phase: LaunchPhase) -> Answered:
-        """Judge a change, and begin it unless it is a dry run."""
+    def ask(self, message: ChangeEngines, asker: str, phase: LaunchPhase) -> None:
+        """Judge a change and tell who asked, then begin it unless it is a dry run."""
+        answer, change = self._judge(message, phase)
+        self._host.send(asker, answer)
+        if change is None or answer.change is None:
+            return
+        self._running = _Running(change, message.question, asker, answer.change.drain_s)
+        self._note(f"engines change, as was asked: {self._running.what}")
+        if change.stops_first:
+            self._stop(change.stops)
+        else:
+            self._start()
 
-        def refused(code: RefusalCode, error: str) -> Answered:
-            return Answered(question=message.question, code=code, error=error)
+    def _judge(
+        self, message: ChangeEngines, phase: LaunchPhase
+    ) -> tuple[Answered, EngineChange | None]:
+        """Return the answer, and the change that is to begin."""
+
+        def refused(code: RefusalCode, error: str) -> tuple[Answered, None]:
+            return Answered(question=message.question, code=code, error=error), None
 
         if phase is not LaunchPhase.READY:
             return refused("not_now", f"engines cannot change: the launch is {phase}")
@@ -151,21 +166,13 @@ class EngineChanges:
         )
         if not change.starts and not change.stops:
             begun.notes.append("there is nothing to do: the engines are as you want them")
-            return begun
+            return begun, None
         if reason := self._why_not(change):
             return refused("refused", reason)
         if busy := [engine for engine in change.stops if engine in self._restarts]:
             return refused("not_now", f"{busy[0]} is being restarted")
-        if message.dry_run:
-            return begun
-        self._running = _Running(change, message.question, asker, drain_s)
-        self._note(f"engines change, as was asked: {self._running.what}")
-        begun.is_done = False
-        if change.stops_first:
-            self._stop(change.stops)
-        else:
-            self._start()
-        return begun
+        begun.is_done = message.dry_run
+        return begun, None if message.dry_run else change
 
     def _why_not(self, change: EngineChange) -> str:
         """Say why nobody would serve meanwhile; empty: somebody does."""
@@ -196,8 +203,8 @@ class EngineChanges:
 
     def exited(self, instance: Instance, event: ProcessExited) -> None:
         """Handle the end of a process of a new engine: the change has failed."""
-        instance.error = instance.error or event.how()
-        self._fail(f"{instance.label} {event.how()}: {instance.error}")
+        said = f": {instance.error}" if instance.error else ""
+        self._fail(f"{instance.label} {event.how()}{said}")
 
     def pair_failed(self, instance: Instance, pair: PairFailed) -> None:
         """Fail where a new engine and another one can never share KV blocks."""

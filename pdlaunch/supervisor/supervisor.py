@@ -314,7 +314,7 @@ class Supervisor:
             case EngineIdle(engine=engine):
                 self._restarts.idle(engine)
             case ChangeEngines():
-                self._host.send(name, self._changes.ask(message, name, self.phase))
+                self._changes.ask(message, name, self.phase)
 
     def _on_register(self, instance: Instance, message: Register) -> None:
         if not instance.may_register(message):

@@ -26,6 +26,7 @@ from tests.checks.contexts import CPU
 from tests.checks.firing import TINY
 from tests.config.model_files.files import EMPTY_SAFETENSORS
 from tests.supervisor.fakes import World, make_plan
+from tests.supervisor.test_restarts import give_up
 
 CORES = replace(CPU, cpus=tuple(range(8)))
 GPUS = replace(
@@ -197,6 +198,20 @@ def test_one_that_dies_while_it_drains_is_gone(tmp_path: Path) -> None:
     assert world.engines == {"prefill-0", "decode-0"}
     world.pass_time(100)
     assert "decode-1" not in world.host.running
+
+
+def test_one_that_was_given_up_goes_at_once(tmp_path: Path) -> None:
+    world = Changing(tmp_path, decode={"replicas": 2})
+    give_up(world)
+    world.say("router", ChangeEngines(question=7, replicas={"decode": 1}))
+    begun, done = world.host.sent_to("router", Answered)
+    assert isinstance(begun, Answered)
+    assert begun.change is not None
+    assert begun.change.stops == ["decode-0"]
+    assert done == Answered(question=7)
+    assert world.engines == {"prefill-0", "decode-1"}
+    world.pass_time(2000)
+    assert "decode-0" not in world.host.running, "nobody tries it again"
 
 
 def test_a_turned_engine_leaves_before_the_other_starts_on_its_device(tmp_path: Path) -> None:
