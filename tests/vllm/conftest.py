@@ -44,11 +44,13 @@ def vllm_command() -> str:
 @pytest.fixture(scope="package")
 def pair(vllm_command: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     """One prefill and one decode engine of vLLM."""
-    config = tmp_path_factory.mktemp("pair") / "pair.yaml"
+    folder = tmp_path_factory.mktemp("pair")
+    config = folder / "pair.yaml"
     config.write_text(json.dumps({"engine_args": ENGINE_ARGS}))
     with running_deployment(
         (str(config), *ARGUMENTS, "--engine-command", vllm_command),
         environ=clean_environ(),
         timeout_s=START_TIMEOUT_S,
+        log_dir=str(folder / "logs"),  # pytest keeps them, and vLLM says why it ends there alone
     ) as deployment:
         yield deployment
