@@ -76,7 +76,8 @@ class ClientStream:
         self.response.headers.update(headers)
 
     async def write(self, event: bytes) -> None:
-        await self._begin()
+        if not self.response.prepared:
+            await self._begin()
         await self.response.write(event)
 
     async def end(self, last: bytes = b"") -> None:
@@ -114,6 +115,8 @@ class EventDecoder:
 
         Raises ProtocolError when an event exceeds ``MAX_EVENT_BYTES``.
         """
+        if not self._rest and not self._data and _is_one_event(received):
+            return [received[6:-2]]
         lines = (self._rest + received).split(b"\n")
         self._rest = lines.pop()
         if len(self._rest) + sum(map(len, self._data)) > MAX_EVENT_BYTES:
@@ -130,3 +133,14 @@ class EventDecoder:
             event, self._data = b"\n".join(self._data), []
             return event
         return None
+
+
+def _is_one_event(received: bytes) -> bool:
+    """Tell whether it is just one event of one line, as almost all pieces of a stream are."""
+    return (
+        received.startswith(b"data: ")
+        and received.endswith(b"\n\n")
+        and received.count(b"\n") == 2
+        and b"\r" not in received
+        and len(received) <= MAX_EVENT_BYTES
+    )

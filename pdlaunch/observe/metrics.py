@@ -21,6 +21,7 @@ from pdlaunch.observe.histograms import (
     TOKEN_BUCKETS,
     TTFT_BUCKETS_S,
 )
+from pdlaunch.observe.light_metrics import LightCounter, LightHistogram
 
 METRICS_CONTENT_TYPE = CONTENT_TYPE_LATEST
 FINISH_REASONS = ("stop", "length", "abort", "error")
@@ -90,8 +91,12 @@ class RequestMetrics:
         self.time_to_first_token = histogram(
             "time_to_first_token_seconds", "Request to first token.", TTFT_BUCKETS_S
         )
-        self.inter_token = histogram(
-            "inter_token_latency_seconds", "Between output tokens.", INTER_TOKEN_BUCKETS_S
+        self.inter_token = LightHistogram(
+            f"{prefix}inter_token_latency_seconds",
+            "Between output tokens.",
+            labels,
+            INTER_TOKEN_BUCKETS_S,
+            registry,
         )
         self.request_time = histogram(
             "e2e_request_latency_seconds", "Request to last token.", REQUEST_BUCKETS_S
@@ -103,7 +108,9 @@ class RequestMetrics:
             "request_generation_tokens", "Output tokens of a request.", TOKEN_BUCKETS
         )
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of accepted requests.")
-        self.generation_tokens = counter("generation_tokens", "Output tokens sent to clients.")
+        self.generation_tokens = LightCounter(
+            f"{prefix}generation_tokens", "Output tokens sent to clients.", labels, registry
+        )
 
         for reason in FINISH_REASONS:
             self._finished.labels(*values, reason)

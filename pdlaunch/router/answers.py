@@ -68,13 +68,32 @@ class Answer:
         told = [_tell_route(self._routes[index]) for index in sorted(self._routes)]
         return {ROUTE_HEADER: ", ".join(told[:MAX_TOLD_ROUTES])} if told else {}
 
-    async def chunk(self, prompt: PromptRequest, transcript: Transcript, chunk: Chunk) -> None:
+    async def chunk(
+        self,
+        prompt: PromptRequest,
+        transcript: Transcript,
+        chunk: Chunk,
+        *,
+        more_follows: bool,
+    ) -> None:
         """Take one chunk that is new to the client."""
         self._number_choices(prompt, chunk)
         self._observe(chunk)
-        await self._take(transcript, chunk)
+        await self._take(transcript, chunk, more_follows=more_follows)
 
-    async def _take(self, transcript: Transcript, chunk: Chunk) -> None:
+    async def flush(self) -> None:
+        """Send what was held back for the next chunk."""
+
+    @property
+    def takes_tokens(self) -> bool:
+        """Tell whether ``tokens`` may be called."""
+        return False
+
+    async def tokens(self, chunk: Chunk, num_tokens: int, *, more_follows: bool) -> None:
+        """Take tokens of the first choice of the first prompt."""
+        raise NotImplementedError
+
+    async def _take(self, transcript: Transcript, chunk: Chunk, *, more_follows: bool) -> None:
         raise NotImplementedError
 
     def _head(self, kind: str) -> dict[str, Any]:
@@ -119,28 +138,78 @@ class StreamedAnswer(Answer):
         super().__init__(request, model=model, metrics=metrics, record=record)
         self._stream = stream
         self._ignored = ignored
+        self._chunk_head = self._head(request.endpoint.chunk_object)
+        self._has_begun = False
+        self._tells_ids, self._tells_usage = request.return_token_ids, request.include_usage
+        self._held: list[bytes] = []
+        """Events that go out with the next one."""
 
-    async def _take(self, transcript: Transcript, chunk: Chunk) -> None:
-        chunk |= self._head(self._request.endpoint.chunk_object)
-        if not self._request.return_token_ids:
+    async def _take(self, transcript: Transcript, chunk: Chunk, *, more_follows: bool) -> None:
+        chunk |= self._chunk_head
+        if not self._tells_ids:
             _drop_token_ids(chunk)
-        if self._request.include_usage:
+        if self._tells_usage:
             chunk["usage"] = transcript.usage() if self._request.continuous_usage else None
-        if chunk["choices"]:
+        if not chunk["choices"]:
+            if not more_follows:
+                await self.flush()
+            return
+        if not self._has_begun:
+            self._has_begun = True
             if not self._stream.has_begun:
                 self._stream.add_headers(
                     self._ignored.headers(self.ignored_fields) | self.headers()
                 )
-            await self._stream.write(encode_event(chunk))
+        event = encode_event(chunk)
+        if more_follows:
+            self._held.append(event)
+        else:
+            await self._stream.write(self._with_held(event))
+
+    @property
+    def takes_tokens(self) -> bool:
+        """Tell whether ``tokens`` may be called."""
+        return not self._request.continuous_usage and self._record.content is None
+
+    async def tokens(self, chunk: Chunk, num_tokens: int, *, more_follows: bool) -> None:
+        """Take tokens of the first choice of the first prompt."""
+        self._clock.tokens(0, num_tokens)
+        chunk |= self._chunk_head
+        if not self._tells_ids:
+            del chunk["choices"][0]["token_ids"]
+        if self._tells_usage:
+            chunk["usage"] = None
+        event = encode_event(chunk)
+        if more_follows:
+            self._held.append(event)
+        else:
+            await self._stream.write(self._with_held(event) if self._held else event)
 
     async def finish(self, transcripts: Iterable[Transcript]) -> None:
         """Send the usage, if it was asked for, and the end."""
         usage = total_usage(transcripts)
+        last = b""
         if self._request.include_usage:
-            last = self._head(self._request.endpoint.chunk_object) | {"choices": [], "usage": usage}
-            await self._stream.write(encode_event(last))
-        await self._stream.end(DONE)
+            last = encode_event(self._chunk_head | {"choices": [], "usage": usage})
+        await self._stream.end(self._with_held(last + DONE))
         self._observe_end(usage)
+
+    async def fail(self, error: BaseException) -> None:
+        """End a stream that has begun with an error event."""
+        await self.flush()
+        await self._stream.fail(error)
+
+    async def flush(self) -> None:
+        """Send what was held back for the next chunk."""
+        if self._held:
+            await self._stream.write(self._with_held(b""))
+
+    def _with_held(self, event: bytes) -> bytes:
+        """Return what was held back, and the event behind it."""
+        if not self._held:
+            return event
+        held, self._held = self._held, []
+        return b"".join([*held, event])
 
 
 class WholeAnswer(Answer):
@@ -158,7 +227,7 @@ class WholeAnswer(Answer):
         self._choices: dict[int, dict[str, Any]] = {}
         self._extra: dict[str, Any] = {}
 
-    async def _take(self, transcript: Transcript, chunk: Chunk) -> None:
+    async def _take(self, transcript: Transcript, chunk: Chunk, *, more_follows: bool) -> None:
         if not self._request.return_token_ids:
             _drop_token_ids(chunk, keep_empty=True)
         self._extra |= {name: value for name, value in chunk.items() if name not in _HEAD}

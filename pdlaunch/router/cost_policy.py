@@ -69,6 +69,8 @@ class LeastCost:
         now_at: float,
     ) -> Route | None:
         """Return the best route; None: costs cannot decide."""
+        if all(engine.costs is None for engine in engines):
+            return None
         health = survey(engines, now_at)
         usable = health.usable
         loads = [load for one in usable.values() if (load := load_of(one, now_at)) is not None]

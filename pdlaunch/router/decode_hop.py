@@ -155,12 +155,14 @@ class DecodeHop:
         progress, holder = self._progress, self._progress.lease.holder if pulls else None
         first_s, num_before = None, self._transcript.num_tokens
         while (chunk := await stream.next_chunk()) is not None:
-            first_s = stream.waited_s if first_s is None else first_s
-            progress.decode_has_answered, self._pulls_from = True, None
-            if pulls:
-                progress.lease.pulled()
+            if first_s is None:
+                first_s = stream.waited_s
+                progress.decode_has_answered, self._pulls_from = True, None
+                if pulls:
+                    progress.lease.pulled()
+            if pulls and chunk.get("usage"):
                 progress.lease.check_pulled(engine, chunk)
-            await progress.tell(engine, chunk)
+            await progress.tell(engine, chunk, more_follows=stream.has_more)
         leg.hear(stream.report)
         if holder is not None:
             has_failed = leg.attributes(PULL).get("error") is not None

@@ -19,7 +19,7 @@ import aiohttp
 import msgspec
 from yarl import URL
 
-from pdlaunch.http.engine_url import UNIX, describe_client_error, http_url, new_session
+from pdlaunch.http.engine_url import UNIX, http_url, new_session
 from pdlaunch.http.ignored_fields import IGNORED_FIELDS_HEADER, read_ignored_fields
 from pdlaunch.observe.spans import SpanReport
 from pdlaunch.protocol.costs import EngineReport
@@ -27,6 +27,7 @@ from pdlaunch.protocol.ids import HopId, LeaseId
 from pdlaunch.protocol.openai.responses import ModelCard, ModelList
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_errors import EngineFailure, broken, require_ok
+from pdlaunch.router.engine_reader import EngineReader
 from pdlaunch.router.engine_stream import EngineStream
 
 logger = logging.getLogger(__name__)
@@ -85,8 +86,13 @@ class EngineClient:
         self._keys = keys
         self._sessions: dict[tuple[str, str | None], aiohttp.ClientSession] = {}
         """One for all TCP ports, under an empty name, and one for each Unix socket; by key."""
+        self._endings: set[asyncio.Task[None]] = set()
+        """Read what comes behind the last event of a stream."""
 
     async def close(self) -> None:
+        for ending in self._endings:
+            ending.cancel()
+        await asyncio.gather(*self._endings, return_exceptions=True)
         for session in self._sessions.values():
             await session.close()
 
@@ -121,17 +127,23 @@ class EngineClient:
         Raises EngineFailure and EngineRefusal, from the block too.
         """
         response = await self._while_alive(engine, self._open(engine, path, body, headers))
+        reader = EngineReader(
+            engine, response, self._timeouts.stall_s, partial(self._probe, engine)
+        )
+        stream = EngineStream(
+            engine, _ignored_fields(response), read_some=reader.read_some, hear=self.hear
+        )
         try:
-            yield EngineStream(
-                engine,
-                _ignored_fields(response),
-                read_some=partial(self._read_some, engine, response),
-                hear=self.hear,
-            )
-        finally:
-            # Closing, not releasing: an unfinished answer must not go back into the pool of
-            # connections.
-            response.close()
+            yield stream
+        except BaseException:
+            reader.close()
+            raise
+        if stream.is_done and not reader.has_ended:
+            ending = asyncio.ensure_future(reader.end())
+            self._endings.add(ending)
+            ending.add_done_callback(self._endings.discard)
+        else:
+            reader.close()
 
     async def call(
         self,
@@ -268,22 +280,6 @@ class EngineClient:
     ) -> tuple[int, bytes, str]:
         """Make a call that asks for no work, so that a living engine answers within ``probe_s``."""
         return await self.call(engine, method, path, body=body, timeout_s=self._timeouts.probe_s)
-
-    async def _read_some(self, engine: Engine, response: aiohttp.ClientResponse) -> bytes:
-        """Return the next bytes of a stream, none at its end.
-
-        Raises EngineFailure when the engine has died or hangs.
-        """
-        while True:
-            try:
-                async with asyncio.timeout(self._timeouts.stall_s):
-                    return await response.content.readany()
-            except TimeoutError:
-                await self._probe(engine)
-            except aiohttp.ClientError as error:
-                raise EngineFailure(
-                    engine, f"stream broke: {describe_client_error(error)}"
-                ) from error
 
     async def _ask(
         self, engine: Engine, path: str, body: bytes, headers: dict[str, str]

@@ -64,15 +64,26 @@ class EngineStream:
         """Names of the fields that the engine has ignored."""
         self.waited_s = 0.0
         """Time in which the engine was waited for; slow clients do not count."""
+        self.is_done = False
+        """It has said ``[DONE]``."""
         self.report: object = None
         """The engine's spans, once it has sent them, before its end."""
+
+    @property
+    def has_more(self) -> bool:
+        """Tell whether the next chunk is here, and no error."""
+        return (
+            bool(self._pending)
+            and self._pending[0].startswith(b"{")
+            and not (self._pending[0].startswith(b'{"error"'))
+        )
 
     async def next_chunk(self) -> Chunk | None:
         """Return the next chunk, None at the end.
 
         Raises EngineFailure, or EngineRefusal for an error event about the request.
         """
-        while (data := await self._next_event()) not in (None, DONE_DATA):
+        while (data := await self._next_event()) is not None and data != DONE_DATA:
             if data.startswith(REPORT_BEGINNING):
                 with contextlib.suppress(msgspec.DecodeError):
                     self.report = read_report(data)
@@ -81,6 +92,7 @@ class EngineStream:
             if REPORT_KEY not in chunk:
                 return chunk
             self.report = chunk[REPORT_KEY]
+        self.is_done = data is not None
         return None
 
     async def _next_event(self) -> bytes | None:

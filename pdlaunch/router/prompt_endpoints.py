@@ -193,7 +193,7 @@ class PromptEndpoints:
                 raise
             self._state.metrics.requests.failed(error_status(error))
             record.fail(error)
-            await stream.fail(error)
+            await answer.fail(error)
 
     async def _whole(
         self,
@@ -292,6 +292,8 @@ def _headers_to_pass(request: web.Request) -> dict[str, str]:
 
 async def _together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     """Run all works at once; the first error ends the others and is raised."""
+    if len(works) == 1:
+        return [await works[0]]
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         return await asyncio.gather(*tasks)

@@ -33,14 +33,35 @@ _BROKEN = frozenset({"error", "abort"})
 class ChunkSink(Protocol):
     """Takes the chunks of all prompts of a request."""
 
+    @property
+    def takes_tokens(self) -> bool:
+        """Tell whether ``tokens`` may be called."""
+
     def ignores(self, names: Iterable[str]) -> None:
         """Take the names of fields that an engine has ignored; it comes before any chunk."""
 
     def routed(self, prompt: PromptRequest, route: Route) -> None:
         """Take the route of a prompt, again when another one is taken."""
 
-    async def chunk(self, prompt: PromptRequest, transcript: Transcript, chunk: Chunk) -> None:
-        """Take one chunk that is new to the client."""
+    async def chunk(
+        self,
+        prompt: PromptRequest,
+        transcript: Transcript,
+        chunk: Chunk,
+        *,
+        more_follows: bool,
+    ) -> None:
+        """Take one chunk that is new to the client.
+
+        ``more_follows``: the next one is here already, so that both may be sent together; else
+        ``flush`` comes when nothing of it is new.
+        """
+
+    async def flush(self) -> None:
+        """Send what was held back for the next chunk."""
+
+    async def tokens(self, chunk: Chunk, num_tokens: int, *, more_follows: bool) -> None:
+        """Take so many tokens and their text for the first choice, and nothing else."""
 
 
 class PromptProgress:
@@ -74,6 +95,10 @@ class PromptProgress:
         self._prefix = prompt.prefix
         self._planned: Engine | None = None
         """The engine that the route names for what is left, until it has been asked."""
+        self._goes_on_at: Engine | None = None
+        """The engine of which a token was told that was not the first: more of them need no
+        ceremony.
+        """
         self._first_told_at: float | None = None
         """Instant of the client's first token; None once it has the second one."""
 
@@ -144,8 +169,11 @@ class PromptProgress:
         hop_id = self.prompt.hop_id
         return hop_id if attempt == 0 else HopId(f"{hop_id}-r{attempt}")
 
-    async def tell(self, engine: Engine, chunk: Chunk) -> None:
+    async def tell(self, engine: Engine, chunk: Chunk, *, more_follows: bool = False) -> None:
         """Send the client what is new to it. Raises EngineFailure when the engine gives up."""
+        if self._goes_on_at is engine and (num_tokens := self.transcript.extend(chunk)):
+            await self.sink.tokens(chunk, num_tokens, more_follows=more_follows)
+            return
         with malformed_is_failure(engine):
             refuse_broken(engine, chunk)
             has_news = self.transcript.admit(chunk)
@@ -156,7 +184,11 @@ class PromptProgress:
             self.first_token.came(engine, as_meant=not self.attempts.has_failed)
         if has_news:
             self._time_second_token(engine)
-            await self.sink.chunk(self.prompt, self.transcript, chunk)
+            await self.sink.chunk(self.prompt, self.transcript, chunk, more_follows=more_follows)
+        elif not more_follows:
+            await self.sink.flush()
+        if self.transcript.num_tokens > 1 and self.prompt.index == 0 and self.sink.takes_tokens:
+            self._goes_on_at = engine
 
     async def hear_cause(self, engine: Engine, failure: EngineFailure | EngineRefusal) -> None:
         """Learn whether the engine died of this request before another one gets it.
@@ -198,5 +230,6 @@ class PromptProgress:
 
 def refuse_broken(engine: Engine, chunk: Chunk) -> None:
     """Raise EngineFailure for a chunk with which the engine gives the request up."""
-    if any(choice.get("finish_reason") in _BROKEN for choice in chunk["choices"]):
-        raise EngineFailure(engine, "gave the request up")
+    for choice in chunk["choices"]:
+        if choice.get("finish_reason") in _BROKEN:
+            raise EngineFailure(engine, "gave the request up")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -143,3 +144,57 @@ def test_texts_and_lists_of_chunks_add_up(parts: list[tuple[str, list[int]]]) ->
             "token_ids": [token_id for _, token_ids in parts for token_id in token_ids],
             "logprobs": {"tokens": [text for text, _ in parts]},
         }
+
+
+TOKEN_CHUNKS = st.fixed_dictionaries(
+    {
+        "choices": st.lists(
+            st.fixed_dictionaries(
+                {"index": st.integers(0, 1)},
+                optional={
+                    "text": st.sampled_from(["", "a", None, 5]),
+                    "delta": st.sampled_from(
+                        [None, {}, {"content": "a"}, {"role": "assistant", "content": "a"}, "x"]
+                    ),
+                    "token_ids": st.sampled_from([None, [], [7], [7, 8], 5]),
+                    "finish_reason": st.sampled_from([None, "stop"]),
+                    "logprobs": st.sampled_from([None, {"tokens": ["a"], "text_offset": [0]}]),
+                    "prompt_token_ids": st.sampled_from([None, [1]]),
+                },
+            ),
+            max_size=2,
+        )
+    },
+    optional={
+        "usage": st.sampled_from([None, {"prompt_tokens": 3, "completion_tokens": 1}]),
+        "prompt_token_ids": st.sampled_from([None, [1]]),
+    },
+)
+
+
+@given(st.lists(TOKEN_CHUNKS, max_size=4), st.integers(1, 2), st.booleans())
+def test_what_is_told_at_once_is_what_is_admitted_with_care(
+    chunks: list[dict[str, Any]], num_choices: int, keeps_text: bool
+) -> None:
+    fast, careful = (Transcript(num_choices, keeps_text=keeps_text) for _ in range(2))
+    for chunk in chunks:
+        other = copy.deepcopy(chunk)
+        if fast.extend(chunk):
+            assert careful.admit(other)
+            assert chunk == other
+        else:
+            assert chunk == other
+            try:
+                told = careful.admit(other)
+            except (LookupError, TypeError, AttributeError):
+                return
+            assert fast.admit(chunk) == told
+            assert chunk == other
+    assert fast.usage() == careful.usage()
+    assert (fast.num_tokens, fast.text, fast.has_tokens, fast.is_done) == (
+        careful.num_tokens,
+        careful.text,
+        careful.has_tokens,
+        careful.is_done,
+    )
+    assert fast.resume_field() == careful.resume_field()

@@ -358,3 +358,18 @@ async def test_a_stream_of_a_version_that_tells_no_token_ids_is_lost(stand: Stan
     assert (error["code"], "(version)" in error["message"]) == ("stream_lost", True)
     assert stand.metric('pdlaunch_router_lost_streams_total{reason="version"}') == 1
     assert len(prefill.seen) == 1
+
+
+async def test_a_chunk_that_says_nothing_keeps_back_none_before_it(stand: Stand) -> None:
+    """The engine holds within a character; what came with its first half is told."""
+    _, decode = await start_pair(stand)
+    decode.hold_after = 3
+    request = stand.session.post("/v1/completions", json=completion(stream=True))
+    async with request as told:
+        read = b""
+        while read.count(b"data: ") < 2:
+            read += await told.content.readany()
+        assert (b'"text":"G"' in read, b'"text":"r"' in read) == (True, True)
+        decode.go.set()
+        read += await told.content.read()
+    assert read.endswith(b"data: [DONE]\n\n")
