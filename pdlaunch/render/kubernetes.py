@@ -168,7 +168,7 @@ def _policies(launch: Launch) -> list[Object]:
     first, _, last = config.kv_transfer.data_ports.partition("-")
     found = [
         _policy(launch, "http", router, None, [{"port": config.port}]),
-        _policy(launch, "control", router, engines, [{"port": config.control_port}, chosen]),
+        _policy(launch, "control", router, engines, [{"port": config.control_port}]),
         # HTTP of engines, which the launch's token opens.
         _policy(launch, "engines", engines, router, [chosen]),
         # Side channels and tensor parallelism, which the launch's keys open.

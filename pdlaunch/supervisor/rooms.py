@@ -59,11 +59,14 @@ class Rooms:
         self._present = set(present)
         self._clock = clock
         self._ended_by: dict[str, float] = {}
-        """Of lost hosts."""
+        """Of hosts that were lost."""
 
     def joined(self, host: ResolvedHost) -> None:
         """Note that a host is back, perhaps at another address."""
         self._present.add(host.name)
+        if host.advertise_address == self._resolved.host(host.name).advertise_address:
+            # The same machine: an agent ends what it ran before it joins again.
+            self._ended_by.pop(host.name, None)
         self._resolved = self._resolved.with_host(host)
         self._bootstraps.adopt(self._resolved)
 
@@ -102,15 +105,15 @@ class Rooms:
     def find(self, unit: Unit, units: Sequence[Unit]) -> bool:
         """Tell whether a unit, whose processes have ended, can be started; perhaps elsewhere."""
         hosts = {member.spec.host for member in unit.members}
+        # An agent may be alive, and cut off: no engine runs twice.
+        if any(self._clock() < self._ended_by.get(name, 0.0) for name in hosts):
+            return False
         if hosts <= self._present:
             return True
         members = [m for other in units if other.engine == unit.engine for m in other.members]
         if not unit.engine or len(hosts) > 1 or any(member.alive for member in members):
             return False
         (lost,) = hosts
-        # Its agent may be alive, and cut off: no engine runs twice.
-        if self._clock() < self._ended_by.get(lost, 0.0):
-            return False
         # The server and the ranks of an engine are units of their own.
         if {member.spec.host for member in members} != hosts:
             return False

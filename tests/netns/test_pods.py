@@ -17,7 +17,7 @@ import pytest
 
 from pdlaunch.config.model_files.aliases import cache_root
 from tests.netns.hosts import Host, Network, new_network
-from tests.render.manifests import EXAMPLES, ROOT, named, render
+from tests.render.manifests import EXAMPLES, ROOT, lets_in, named, render
 
 NAME = "pods"
 STARTED_S = 120.0
@@ -34,6 +34,19 @@ except r.HTTPError as error:
 except OSError as error:
     print(json.dumps([0, str(error)]))
 """
+
+
+CONNECTIONS = """
+import json, psutil
+found = psutil.net_connections("tcp")
+ports = {each.laddr.port for each in found if each.status == psutil.CONN_LISTEN}
+print(json.dumps([
+    (each.raddr.ip, each.laddr.port)
+    for each in found
+    if each.status == psutil.CONN_ESTABLISHED and each.laddr.port in ports
+]))
+"""
+QUESTION = {"prompt": "Hello, my name is" * 20, "max_tokens": 8, "temperature": 0}
 
 
 def ask(host: Host, url: str, body: str = "", name: str = "") -> tuple[int, str]:
@@ -111,10 +124,18 @@ def pods() -> Iterator[Network]:
         yield network
 
 
-def test_pods_find_each_other_and_the_probe_waits_for_engines(
+def accepted(pods: Network, name: str) -> set[tuple[str, int]]:
+    """Who is connected to a pod, and at which of its ports, from other pods."""
+    names = {host.address: host.name for host in pods.hosts}
+    found = json.loads(pods[name].run(sys.executable, "-c", CONNECTIONS))
+    return {(names[ip], port) for ip, port in found if names.get(ip, name) != name}
+
+
+def test_pods_find_each_other_and_answer_when_the_probe_says_so(
     pods: Network,
 ) -> None:
     arguments = (str(EXAMPLES[0]), "--name", NAME, "--kv-cache-memory", "64MiB")
+    arguments += ("--routing", "pairs")
     objects = render("kubernetes", *arguments)
     objects += render("kubernetes", *arguments, "--print-secret")
     templates = {
@@ -143,6 +164,37 @@ def test_pods_find_each_other_and_the_probe_waits_for_engines(
             time.sleep(0.5)
             status, answer = ask(outside, url)
         assert status == 503, answer
+        while status != 200:
+            assert time.monotonic() < ends_at + STARTED_S, answer
+            assert [process.poll() for process in processes] == [None] * 3
+            time.sleep(0.5)
+            status, answer = ask(outside, url)
+        service = f"http://{NAME}.serving.svc:8000"
+        status, answer = ask(outside, f"{service}/v1/completions", json.dumps(QUESTION))
+        assert status == 200, answer
+        assert json.loads(answer)["usage"]["completion_tokens"] == QUESTION["max_tokens"]
+        # What the pods have done needs no more than the policies let in, and each is of use.
+        labels = {name: pod["metadata"]["labels"] for name, pod in templates.items()}
+        joined = {
+            (sender, name, port) for name in templates for sender, port in accepted(pods, name)
+        }
+        assert [
+            (sender, name, port)
+            for sender, name, port in joined
+            if not lets_in(objects, labels[name], labels[sender], port)
+        ] == []
+        assert {(sender, name) for sender, name, _ in joined} >= {
+            (f"{NAME}-prefill-0", "router"),
+            (f"{NAME}-decode-0", "router"),
+            ("router", f"{NAME}-prefill-0"),
+            ("router", f"{NAME}-decode-0"),
+            (f"{NAME}-decode-0", f"{NAME}-prefill-0"),
+        }
+        first, last = 21000, 21999
+        assert any(first <= port <= last for _, _, port in joined), (
+            "KV blocks went over the network"
+        )
+        sys.stderr.write(f"{sorted(joined)}\n")
         # A page whose name was made to resolve to the pod is refused, the Service's name is not.
         assert ask(outside, f"http://{NAME}:8000/v1/models", "", "evil.example")[0] == 421
         assert ask(outside, f"http://{NAME}.serving.svc:8000/v1/models", "", "")[0] != 421

@@ -183,6 +183,19 @@ def _allows(policy: Object, port: int) -> bool:
     )
 
 
+def lets_in(
+    objects: list[Object], to: Mapping[str, str], sender: Mapping[str, str], port: int
+) -> bool:
+    """Tell whether the policies let pods with the labels of ``sender`` connect to others there."""
+    return any(
+        "from" not in rule or any(_selects(each["podSelector"], sender) for each in rule["from"])
+        for found in objects
+        if found["kind"] == "NetworkPolicy" and _selects(found["spec"]["podSelector"], to)
+        for rule in found["spec"]["ingress"]
+        if _allows({"ingress": [rule]}, port)
+    )
+
+
 def _of_pods(objects: list[Object]) -> Iterator[str]:
     for workload, pods in templates(objects):
         where, spec = workload["metadata"]["name"], pods["spec"]

@@ -131,11 +131,12 @@ class Cluster:
     def until(self, is_so: Callable[[], bool]) -> None:
         ends_at = time.monotonic() + TIMEOUT_S
         while not is_so():
-            assert time.monotonic() < ends_at, self.output()
+            assert time.monotonic() < ends_at, f"{self.output()}\n{self.stranded()}"
             time.sleep(0.2)
 
     def ready(self) -> dict[str, str]:
         """Wait for a launch that answers; return the hosts of its engines."""
+        self.until(lambda: bool(self.jobs()))
 
         def is_ready() -> bool:
             assert self.jobs(), self.output()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -43,6 +43,15 @@ def deployment(cluster: Cluster) -> None:
         "drain_timeout_s": 25,
     }
     (cluster.folder / FILE).write_text(json.dumps(settings))
+
+
+@pytest.fixture(autouse=True)
+def cancelled(cluster: Cluster) -> Iterator[None]:
+    """A test that fails leaves no job to the next one."""
+    yield
+    if jobs := cluster.jobs():
+        cluster.run("scancel", "--full", *jobs)
+        cluster.until(lambda: not cluster.jobs())
 
 
 def ask(cluster: Cluster, meanwhile: Callable[[], object] = lambda: None) -> list[int] | None:

@@ -134,6 +134,19 @@ def test_nothing_moves_while_its_agent_may_be_alive_and_cut_off() -> None:
     assert deployment.find("decode-0") == "a"
 
 
+def test_a_host_that_is_back_at_another_address_may_be_another_machine() -> None:
+    deployment = Deployment(**SPREAD)
+    host = deployment.launch.host("b")
+    deployment.lose("b", ended_by=deployment.now + 30)
+    deployment.rooms.joined(replace(host, advertise_address="10.0.0.9"))
+    assert deployment.find("decode-0") is None
+    deployment.now += 30
+    assert deployment.find("decode-0") == "b"
+    deployment.rooms.lost("b", deployment.now + 30)
+    deployment.rooms.joined(replace(host, advertise_address="10.0.0.9"))
+    assert deployment.find("decode-0") == "b", "its agent has ended what it ran"
+
+
 def test_devices_of_engines_that_run_there_are_left_to_them() -> None:
     deployment = Deployment(TWO_GPUS, **SPREAD, prefill={"replicas": 2}, model=FAKE)
     places = {engine.name: engine.host.name for engine in deployment.launch.engines}
