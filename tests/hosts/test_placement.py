@@ -45,10 +45,15 @@ def test_several_tasks_on_a_node_are_refused(scontrol: None) -> None:
         slurm_hosts(TASK | {"SLURM_STEP_NUM_TASKS": "6"})
 
 
-def test_outside_of_a_step_the_fix_is_told() -> None:
+@pytest.mark.parametrize(
+    ("environ", "missing"),
+    [({}, "SLURM_JOB_ID"), ({k: v for k, v in TASK.items() if "STEP" not in k}, "SLURM_STEP_ID")],
+    ids=["no job", "the script of a job"],
+)
+def test_outside_of_a_step_the_fix_is_told(environ: dict[str, str], missing: str) -> None:
     loaded = load_config(None, {}, {"placement": "slurm"})
-    with pytest.raises(ConfigError, match="SLURM_JOB_ID is not set") as raised:
-        with_placed_hosts(loaded, {})
+    with pytest.raises(ConfigError, match=f"{missing} is not set") as raised:
+        with_placed_hosts(loaded, environ)
     assert "srun" in str(raised.value.fix)
 
 
