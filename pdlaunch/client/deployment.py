@@ -70,7 +70,7 @@ class Deployment:
         with self.process:
             while self.process.poll() is None:
                 try:
-                    self.process.send_signal(signal.SIGTERM)
+                    self.process.send_signal(signal.SIGTERM if interrupt is None else signal.SIGINT)
                     self.process.wait(timeout_s)
                 except KeyboardInterrupt as again:
                     interrupt = again

@@ -440,6 +440,8 @@ class Supervisor:
     def _on_stop(self, event: StopRequested) -> None:
         reason = event.reason or signal.Signals(event.signal_number).name
         if self._shutdown is not None:
+            if reason == "SIGTERM":
+                return  # Slurm sends it twice at a time limit; who wants to hurry says Ctrl-C.
             self._notes.add(f"{reason}, while stopping: not waiting any longer")
             self._shutdown.hurry()
             return

@@ -194,7 +194,6 @@ def test_pods_find_each_other_and_answer_when_the_probe_says_so(
         assert any(first <= port <= last for _, _, port in joined), (
             "KV blocks went over the network"
         )
-        sys.stderr.write(f"{sorted(joined)}\n")
         # A page whose name was made to resolve to the pod is refused, the Service's name is not.
         assert ask(outside, f"http://{NAME}:8000/v1/models", "", "evil.example")[0] == 421
         assert ask(outside, f"http://{NAME}.serving.svc:8000/v1/models", "", "")[0] != 421

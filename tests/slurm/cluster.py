@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tests.e2e.conftest import clean_environ
 from tests.netns.hosts import ROOT, Host, Network, new_network
 
@@ -151,9 +153,9 @@ class Cluster:
         found = []
         for name in NODES:
             for process in self.network[name].processes():
-                line = process.cmdline()
-                if line and not Path(line[0]).name.startswith("slurm"):
-                    found.append(line)
+                with contextlib.suppress(psutil.Error):  # It has ended.
+                    if not Path(process.exe()).name.startswith("slurm"):
+                        found.append(process.cmdline())
         return found
 
 

@@ -358,6 +358,17 @@ def test_stop_drains_router_then_engines_then_stops_all() -> None:
     assert world.supervisor.failure is None
 
 
+def test_sigterm_again_skips_nothing_and_ctrl_c_then_does() -> None:
+    """At a time limit Slurm sends it twice."""
+    world = World(make_plan(), Timing(grace=Grace(drain_s=30))).start().all_ready()
+    world.interrupt(signal.SIGTERM)
+    world.interrupt(signal.SIGTERM)
+    assert world.draining() == {"router"}
+    assert not world.stopped()
+    world.interrupt()
+    assert world.stopped() == {"router"}
+
+
 def test_a_second_interrupt_skips_the_drain_and_a_third_kills() -> None:
     world = World(make_plan()).start().all_ready()
     world.interrupt()
