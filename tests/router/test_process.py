@@ -258,7 +258,7 @@ def test_a_drain_that_takes_too_long_is_over_all_the_same(supervisor: Supervisor
     assert isinstance(supervisor.receive(), Ready)
     supervisor.send(Drain(timeout_s=0.0))
     assert supervisor.receive() == Drained()
-    child.terminate()
+    supervisor.send(Stop())
     assert child.wait(20) == 0
 
 
