@@ -21,7 +21,7 @@ from tests.cli.test_serve import MODEL
 from tests.command_line import invoke
 from tests.config.model_files.files import EMPTY_SAFETENSORS
 
-LIVE = {"PD119", "PD404", "PD419", "PD420", "PD421", "PD422", "PD437"}
+LIVE = {"PD119", "PD404", "PD419", "PD420", "PD421", "PD422", "PD437", "PD460"}
 """Rules that look at files, folders, ports and packages of the machine that they run on."""
 
 POOR = replace(
@@ -45,6 +45,7 @@ def environment(tmp_path, monkeypatch):
     (tmp_path / "model" / "model.safetensors").write_bytes(EMPTY_SAFETENSORS)
     monkeypatch.setenv("PDLAUNCH_MODEL", str(tmp_path / "model"))
     monkeypatch.setattr(checks_probes, "probe_port", lambda host, port: PortState())
+    monkeypatch.setattr(checks_probes, "missing_modules", lambda extras: {})
     monkeypatch.chdir(tmp_path)
 
 
