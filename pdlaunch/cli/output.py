@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pdlaunch.errors import ConfigError, PdlaunchError
+from pdlaunch.observe.logs import escape_controls
 
 _ENOUGH = 10_000
 """A width in characters that fits any table."""
@@ -89,7 +90,7 @@ def _fix(error: str | PdlaunchError) -> str:
 def _short(value: object) -> str:
     """Write numbers with three digits or more: 0.95, -53.1, 4330."""
     if not isinstance(value, float):
-        return "-" if value is None else safe(str(value))
+        return "-" if value is None else escape_controls(str(value))
     return (
         f"{value:.0f}"
         if abs(value) >= 1000

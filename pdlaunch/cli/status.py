@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.text import Text
 
 from pdlaunch.cli.figures import amount, duration, percent, times
@@ -95,9 +94,13 @@ def print_status(found: DeploymentStatus, console: Console) -> None:
     for engine in found.engines:
         if engine.reason:
             _say(console, f"{engine.name}: {engine.reason}")
+        if engine.left_out:
+            _say(console, f"{engine.name} gets nothing new: {engine.left_out}")
     for pair in found.pairs:
         if pair.last_failure:
             _say(console, f"{pair.prefill} -> {pair.decode}: {pair.last_failure}")
+        if pair.health == "open":
+            _say(console, f"{pair.prefill} -> {pair.decode}: no pull is begun for a while")
     for doubt in found.doubts:
         _say(console, f"{doubt.prefill} -> {doubt.decode} is not used: {doubt.error}")
     for event in found.events[-NUM_EVENTS:]:
@@ -133,10 +136,10 @@ def _engine(engine: EngineStatus) -> Mapping[str, Any]:
     reading = engine.reading
     cache = None if reading is None else reading.cache
     return {
-        "engine": escape(escape_controls(engine.name)),
+        "engine": engine.name,
         "role": engine.role,
-        "host": escape(escape_controls(engine.host)),
-        "state": escape(escape_controls(engine.state)) + (" (down)" if engine.is_down else ""),
+        "host": engine.host,
+        "state": engine.shown_state + (" (down)" if engine.is_down else ""),
         "load": engine.load,
         "running": reading.running if reading else None,
         "waiting": reading.waiting if reading else None,
@@ -151,8 +154,8 @@ def _engine(engine: EngineStatus) -> Mapping[str, Any]:
 
 def _pair(pair: PairStatus) -> Mapping[str, Any]:
     return {
-        "pair": escape(escape_controls(f"{pair.prefill} -> {pair.decode}")),
-        "path": escape(escape_controls(pair.path)),
+        "pair": f"{pair.prefill} -> {pair.decode}",
+        "path": pair.path,
         "measured": amount(pair.gigabytes_per_s, " GB/s"),
         "now": amount(pair.pull_gigabytes_per_s, " GB/s"),
         "rate": amount(pair.bytes_per_s, "B/s"),

@@ -20,7 +20,7 @@ SORTS: dict[str, Callable[[EngineStatus], Any]] = {
     "name": lambda engine: engine.name,
     "load": lambda engine: -engine.load,
     "KV": lambda engine: -(engine.reading.kv_usage if engine.reading else 0.0),
-    "state": lambda engine: (not engine.is_down, engine.state == "ready"),
+    "state": lambda engine: (not engine.is_down, engine.shown_state == "ready"),
 }
 _KEYS = "q quit  s sort  p pause  up/down choose  enter trace"
 _TRACE_KEYS = "q back  up/down scroll"
@@ -202,9 +202,9 @@ def _engine_heading(columns: int) -> str:
 
 def _engine(engine: EngineStatus, columns: int, *, ascii_only: bool) -> Text:
     reading, width = engine.reading, 12 if columns >= _NARROW else 5
-    style = "green" if engine.state == "ready" else "bold red" if engine.is_down else "yellow"
+    style = "green" if engine.shown_state == "ready" else "bold red" if engine.is_down else "yellow"
     line = Text("  ").append(f"{escape_controls(engine.name)[:14]:<14} ")
-    state = "DOWN" if engine.is_down else escape_controls(engine.state)
+    state = "DOWN" if engine.is_down else escape_controls(engine.shown_state)
     line.append(f"{state[:9]:<9} ", style=style).append(f"{engine.load:>4} ")
     if reading is None:
         return line.append("not read yet", style="dim")
@@ -224,6 +224,8 @@ def _pair(pair: PairStatus) -> Text:
         f"  {name:<26} {escape_controls(pair.path)[:20]:<20} {amount(speed, ' GB/s'):>10} "
         f"{amount(pair.bytes_per_s, 'B/s'):>9} {amount(pair.num_bytes, 'B'):>9}"
     )
+    if pair.health != "closed":
+        line.append("  left out" if pair.health == "open" else "  on trial", style="yellow")
     if pair.last_failure:
         line.append(f"  {escape_controls(pair.last_failure)}", style="red")
     return line

@@ -58,6 +58,9 @@ class EngineReading(msgspec.Struct, frozen=True, kw_only=True):
     """Finished prefills whose blocks wait for a decode engine."""
 
 
+_HEALTH = {"open": "left out", "half_open": "on trial", "slow": "slow"}
+
+
 class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Describes one engine as the router sees it."""
 
@@ -93,6 +96,11 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     """
     reading: EngineReading | None = None
     """Null until its metrics have been read."""
+
+    @property
+    def shown_state(self) -> str:
+        """Return its state in a word or two: one that is ready may still be left out."""
+        return _HEALTH.get(self.health, self.state) if self.state == "ready" else self.state
 
 
 class GoneEngine(msgspec.Struct, frozen=True, kw_only=True):

@@ -65,13 +65,13 @@ class Leg:
         if self._content is not None and isinstance(error, EngineFailure):
             self._content["engine_text"] = cut_content(error.quote)
         described = None if error is None else describe_error(error)
-        if described != CLIENT_LEFT:
-            self._ask = None
+        if described not in (None, CLIENT_LEFT):
+            self._ask = None  # The engine has failed it.
         self.end(described)
 
     @property
     def is_cut(self) -> bool:
-        """Tell whether it ended before the engine could tell of it, which can be asked."""
+        """Tell whether it ended before the engine told of it, which can be asked."""
         return self._ended and self._ask is not None and not self.spans
 
     async def ask(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from aiohttp import web
@@ -16,6 +16,7 @@ from pdlaunch.http.errors import json_response
 from pdlaunch.http.openapi import Operation
 from pdlaunch.protocol.ids import HttpRequestId
 from pdlaunch.protocol.requests import RequestList, RequestTrace
+from pdlaunch.router.leg import Leg
 from pdlaunch.router.otlp import OtlpExporter
 from pdlaunch.router.request_record import RequestRecord
 
@@ -71,8 +72,8 @@ class RequestBook:
         self._done.append(record)
         try:
             self._on_end(record)
-            if record.cut_legs:
-                task = asyncio.ensure_future(self._hear_late(record))
+            if legs := record.cut_legs:
+                task = asyncio.ensure_future(self._hear_late(record, legs))
                 self._late.add(task)
                 task.add_done_callback(self._late.discard)
             elif self._exporter is not None:
@@ -80,9 +81,9 @@ class RequestBook:
         except Exception:  # A record must never cost an answer.
             logger.exception("a request could not be logged")
 
-    async def _hear_late(self, record: RequestRecord) -> None:
+    async def _hear_late(self, record: RequestRecord, legs: Sequence[Leg]) -> None:
         """Ask engines for their parts of a request whose client went away."""
-        await asyncio.gather(*(leg.ask() for leg in record.cut_legs))
+        await asyncio.gather(*(leg.ask() for leg in legs))
         if self._exporter is not None:
             self._exporter.end(record)
 

@@ -112,8 +112,8 @@ class RequestRecord:
 
     @property
     def cut_legs(self) -> list[Leg]:
-        """Return the calls of which engines can still tell."""
-        return [leg for leg in self._legs if leg.is_cut]
+        """Return the calls of a request without an answer, of which engines can still tell."""
+        return [leg for leg in self._legs if leg.is_cut] if self.has_failed else []
 
     def keep_content(self, prompt: bytes) -> None:
         """Keep how the prompt begins, as the client wrote it, and the output."""

@@ -145,6 +145,7 @@ async def test_a_killed_engine_turns_red_and_back(
         await page.until(f"{engine}.dataset.tone === 'down'")
         stroke = await page.run(f"getComputedStyle({engine}.querySelector('.box')).stroke")
         assert stroke == "rgb(207, 42, 42)"
+        await page.run("scrollTo(0, 0)")
         await page.screenshot(place_of("page-engine-down", tmp_path))
         await page.until(f"{engine}.dataset.tone === 'ready'")
     events = await page.until("document.querySelector('#events ol')?.textContent")

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from typer.testing import Result
 
@@ -58,6 +59,21 @@ def test_names_of_others_reach_no_terminal_as_commands(router: DeploymentServer)
     assert "\x1b" not in output
     assert "\x07" not in output
     assert r"[red]x[/red]\x1b[31m\x07\n<b>" in output
+    assert r"\[red]" not in output
+
+
+def test_engines_and_pairs_that_get_nothing_new_are_told(router: DeploymentServer) -> None:
+    why = "3 requests in a row have failed"
+    out, slow = engine("decode-0", "decode", health="open", left_out=why), {"health": "slow"}
+    router.status = deployment(out, engine("decode-1", "decode", **slow))
+    pairs = [msgspec.structs.replace(pair, health="open") for pair in router.status.pairs]
+    router.status = msgspec.structs.replace(router.status, pairs=pairs)
+    output = run(router.url, columns=200).output
+    (row,) = [line for line in output.splitlines() if "decode-1 " in line]
+    assert " slow " in row
+    assert "decode-0 gets nothing new: 3 requests in a row have failed" in output
+    assert "left out" in output
+    assert "no pull is begun for a while" in output
 
 
 @pytest.mark.parametrize("columns", [40, 80, 150])

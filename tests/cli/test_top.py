@@ -246,6 +246,12 @@ def test_what_cannot_be_read_is_said_and_the_last_stays() -> None:
     assert "it cannot be reached" in text
 
 
+def test_an_engine_that_is_left_out_says_so() -> None:
+    lines = shown(Snapshot(deployment(engine("decode-0", "decode", health="open"))))
+    (row,) = [line for line in lines if line.startswith("  decode-0 ")]
+    assert "left out" in row
+
+
 def test_a_dead_engine_is_told_without_colour_and_sorted_to_the_top() -> None:
     dead = engine("decode-9", "decode", state="starting", is_down=True)
     status = deployment(engine("decode-0", "decode"), dead)

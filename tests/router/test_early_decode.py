@@ -11,10 +11,11 @@ import pytest
 from pdlaunch.router.client_request import REMOTE_DECODE
 from pdlaunch.router.policy import MAX_QUEUED
 from tests.router.conftest import Answer, Stand, pair, pairs
-from tests.router.fake_engine import FakeEngine
+from tests.router.fake_engine import FakeEngine, until
 from tests.router.fake_generation import expected_tokens
 from tests.router.test_disconnects import all_is_quiet, send
 from tests.router.test_life_of_a_request import CHAT, MESSAGES, chat, completion, expected_text
+from tests.router.test_requests import told_pair
 
 
 def lend(engines: list[FakeEngine]) -> list[FakeEngine]:
@@ -206,3 +207,22 @@ async def test_who_is_not_told(stand: Stand, fields: dict[str, Any]) -> None:
     answer = await stand.post(completion(**fields))
     assert answer.status == 200
     assert not decode.asked_to_wait.is_set()
+
+
+async def test_engines_tell_of_a_stream_whose_client_left(stand: Stand) -> None:
+    prefill, decode = lend(told_pair())
+    prefill.hold_prefill, decode.hold_after = True, 2
+    await stand.start([prefill, decode])
+    stand.state.spawn(let_go_once_told(prefill, decode))
+    _, writer = await send(stand, completion(stream=True))
+    await decode.holding.wait()
+    (record,) = stand.router.book.chosen("last", 1)
+    await until(lambda: (record.summary().output_tokens or 0) > 1)
+    (told,) = decode.seen
+    assert told.headers["X-Request-Id"].endswith("-early")
+    decode.unsent = {told.headers["X-Request-Id"]: decode.report}
+    writer.close()
+    await decode.aborted.wait()
+    await until(lambda: stand.router.book.chosen("failed", 1))
+    await stand.router.book.close()
+    assert {span.process for span in record.trace().spans} == {"router", "prefill-0", "decode-0"}

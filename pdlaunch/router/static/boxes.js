@@ -1,11 +1,11 @@
 // Draws the parts of the flow: engines, the router, what stands beside an arrow.
 
-import { amount, percent, svg, tone } from "./dom.js";
+import { amount, percent, shownState, svg, tone, why } from "./dom.js";
 
 export function engineText(engine) {
   const reading = engine.reading;
-  const parts = [`${engine.name}, ${engine.role ?? "no role"}, ${engine.state}`];
-  if (engine.reason) parts.push(engine.reason);
+  const parts = [`${engine.name}, ${engine.role ?? "no role"}, ${shownState(engine)}`];
+  if (why(engine)) parts.push(why(engine));
   if (reading)
     parts.push(
       `${reading.running} running, ${reading.waiting} waiting, KV cache ${percent(reading.kv_usage)}`,
@@ -18,6 +18,7 @@ export const pairText = (pair) =>
   ((pair.pull_gigabytes_per_s ?? pair.gigabytes_per_s)
     ? ` at ${amount(pair.pull_gigabytes_per_s ?? pair.gigabytes_per_s)} GB/s`
     : "") +
+  (pair.health === "open" ? ", no pull is begun for a while" : "") +
   (pair.last_failure ? `, last failure: ${pair.last_failure}` : "");
 
 function clip(text, width, size) {
@@ -79,7 +80,7 @@ export function engineBox(engine, at) {
       ? "left the deployment"
       : "not read yet";
   if (tight && reading) work = `${reading.running} run · ${reading.waiting} wait`;
-  if (tight && engine.state !== "ready") work = engine.state;
+  if (tight && shownState(engine) !== "ready") work = shownState(engine);
   group.append(
     svg("circle", { class: `tone-${tone(engine)}`, cx: 21, cy: 20, r: 5 }),
     svg(
@@ -92,9 +93,9 @@ export function engineBox(engine, at) {
       : svg(
           "text",
           { class: `small tone-${tone(engine)}`, x: width - 13, y: 24, "text-anchor": "end" },
-          clip(engine.state, inner * 0.36, 11.5),
+          clip(shownState(engine), inner * 0.36, 11.5),
         ),
-    svg("text", { class: "small", x: 16, y: 44 }, clip(engine.reason || work, inner, 11.5)),
+    svg("text", { class: "small", x: 16, y: 44 }, clip(why(engine) || work, inner, 11.5)),
     svg("text", { class: "small", x: 16, y: 64.5 }, "KV"),
     svg("rect", { class: "track", x: 38, y: 58, width: inner - 66, height: 7, rx: 3.5 }),
     svg("rect", {

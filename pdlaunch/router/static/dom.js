@@ -58,7 +58,14 @@ export const percent = (share) =>
   share === null || share === undefined ? "–" : `${Math.round(share * 100)} %`;
 export const clockTime = (at) => new Date(at * 1000).toLocaleTimeString([], { hour12: false });
 
+const HEALTH = { open: "left out", half_open: "on trial", slow: "slow" };
+
+// One that is ready may still be left out, because it has failed or is slow.
+export const shownState = (engine) =>
+  engine.state === "ready" ? (HEALTH[engine.health] ?? "ready") : engine.state;
+export const why = (engine) => engine.reason || engine.left_out || "";
+
 export function tone(engine) {
-  if (engine.state === "ready") return "ready";
+  if (shownState(engine) === "ready") return "ready";
   return engine.is_down || engine.state === "gone" ? "down" : "busy";
 }

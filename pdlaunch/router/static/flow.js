@@ -231,7 +231,10 @@ export function drawFlow(container, status) {
   for (const pair of pairs) {
     const { points, tip } = curve(places.get(pair.prefill), places.get(pair.decode), narrow);
     const broken =
-      pair.doubted || states.get(pair.prefill) === "down" || states.get(pair.decode) === "down";
+      pair.doubted ||
+      pair.health === "open" ||
+      states.get(pair.prefill) === "down" ||
+      states.get(pair.decode) === "down";
     const kind = broken ? " broken" : pair.bytes_per_s > 0 ? "" : " idle",
       thick =
         (pairs.length > MANY ? 0.6 : 2) +

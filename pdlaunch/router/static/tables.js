@@ -1,6 +1,6 @@
 // Says in tables and lists what the drawing shows, and what has happened.
 
-import { amount, clockTime, html, percent, svg, table, tone } from "./dom.js";
+import { amount, clockTime, html, percent, shownState, svg, table, tone, why } from "./dom.js";
 import { listed } from "./flow.js";
 
 const cell = (value, kind = "number") => html("td", { class: kind }, value);
@@ -15,7 +15,7 @@ export function drawTables(container, status) {
       cell(engine.role ?? "–", ""),
       cell(engine.host ?? "", "hide-narrow"),
       cell(
-        engine.reason ? `${engine.state}: ${engine.reason}` : engine.state,
+        why(engine) ? `${shownState(engine)}: ${why(engine)}` : shownState(engine),
         `tone-${tone(engine)}`,
       ),
       cell(amount(engine.load)),
