@@ -22,7 +22,7 @@ MAX_TIMEOUT_S = 850.0
 
 NamesArgument = Annotated[
     list[str],
-    typer.Argument(help="An engine, or one of its processes: decode-0.", metavar="NAME..."),
+    typer.Argument(help="An engine, or one of its processes: decode-0.", metavar="NAME"),
 ]
 
 

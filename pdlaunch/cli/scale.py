@@ -40,7 +40,7 @@ def scale(
         list[str],
         typer.Argument(
             help="Engines of a role: prefill=2 decode=1; roles that are not named keep theirs.",
-            metavar="ROLE=NUMBER...",
+            metavar="ROLE=NUMBER",
         ),
     ],
     url: UrlOption = None,
@@ -65,7 +65,7 @@ def scale(
 
 def role(
     name: Annotated[str, typer.Argument(help="The engine: decode-1.", metavar="NAME")],
-    role: Annotated[Role, typer.Argument(help="The role that it is to have.")],
+    role: Annotated[Role, typer.Argument(help="The role that it is to have.", metavar="ROLE")],
     url: UrlOption = None,
     dry_run: DryRunOption = False,
     drain_timeout: DrainOption = None,
