@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 import subprocess
 from pathlib import Path
 from types import TracebackType
@@ -20,17 +21,17 @@ class FakeProcess:
     def __init__(self, *, ends_at: int, interrupts: int = 0) -> None:
         self.ends_at = ends_at
         self.interrupts = interrupts
-        self.num_signals = 0
+        self.signals: list[int] = []
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        self.num_signals += 1
+        self.signals.append(number)
 
     def wait(self, timeout: float | None = None) -> int:
-        if self.num_signals >= self.ends_at:
+        if len(self.signals) >= self.ends_at:
             self.returncode = 0
         elif self.interrupts:
             self.interrupts -= 1
@@ -62,14 +63,14 @@ def test_it_is_told_to_stop_once() -> None:
     process = FakeProcess(ends_at=1)
     deployment = make(process)
     assert (deployment.stop(), deployment.stop()) == (0, 0)
-    assert process.num_signals == 1
+    assert process.signals == [signal.SIGTERM]
 
 
 def test_ctrl_c_while_it_stops_is_passed_on_and_ends_nothing_early() -> None:
     process = FakeProcess(ends_at=3, interrupts=2)
     with pytest.raises(KeyboardInterrupt):
         make(process).stop()
-    assert process.num_signals == 3
+    assert process.signals == [signal.SIGTERM, signal.SIGINT, signal.SIGINT]
     assert process.returncode == 0
 
 
