@@ -86,6 +86,10 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     expected_tokens: float = 0.0
     """Tokens of these prompts."""
 
+    @property
+    def is_idle(self) -> bool:
+        return not (self.num_streams or self.num_expected or self.queued_tokens)
+
     def prompt_s(self, num_tokens: float, num_before: float = 0.0) -> float:
         """Return the time until a prompt is computed, after those that wait, beside the streams.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
@@ -17,7 +18,7 @@ from pdlaunch.router.cost_model import (
     estimate_pair,
     load_of,
 )
-from pdlaunch.router.engine import Engine
+from pdlaunch.router.engine import Engine, EngineKey
 from pdlaunch.router.exposure import Exposure
 from pdlaunch.router.health import Health, may_pull, survey
 from pdlaunch.router.policy import (
@@ -29,6 +30,9 @@ from pdlaunch.router.policy import (
     covers,
     may_tell_early,
 )
+
+TRIED_AFTER = 32
+"""Choices after which an engine that rests while others work is chosen, whatever it may cost."""
 
 
 class LeastCost:
@@ -44,6 +48,8 @@ class LeastCost:
         self._max_itl_s = max_itl_s
         self._otherwise = LeastWork()
         self._exposure = Exposure()
+        self._unused: Counter[EngineKey] = Counter()
+        """Choices since an engine that rests was last chosen."""
 
     def choose(
         self,
@@ -91,16 +97,20 @@ class LeastCost:
             reason = "no route ends before the deadline"
             return Route(reason=reason, too_late=soonest, left_out=health.left_out)
 
+        unused = self._long_unused(loads)
+
         def rank(estimate: Estimate) -> tuple[bool, float, float, int]:
             engines = [usable[name] for name in estimate.engines]
             return (
-                not _is_try(engines, health, now_at),
+                not (_is_try(engines, health, now_at) or unused & {*estimate.engines}),
                 self._excess(estimate),
                 estimate.cost_s,
                 sum(engine.num_picks for engine in engines),
             )
 
         best, *others = sorted(in_time, key=rank)
+        for name in best.engines:
+            self._unused.pop(usable[name].key, None)
         first_of_kind = {other.kind: other for other in reversed(others) if other.kind != best.kind}
         first, last = usable[best.engines[0]], usable[best.engines[-1]]
         is_pair = first is not last
@@ -155,6 +165,16 @@ class LeastCost:
         if is_try:
             return "a try of what was left out"
         return "least excess of the limits" if self._excess(best) else "least cost"
+
+    def _long_unused(self, loads: Sequence[Load]) -> set[str]:
+        """Return the engines that rest while others work, and have not been chosen for long.
+
+        What they tell of themselves may be wrong, and stays so until they are used.
+        """
+        rests = {load.engine.key: load.engine.name for load in loads if load.is_idle}
+        works = len(rests) < len(loads)
+        self._unused = Counter({key: self._unused[key] + works for key in rests})
+        return {name for key, name in rests.items() if self._unused[key] >= TRIED_AFTER}
 
     def _excess(self, estimate: Estimate) -> float:
         """Return by how much a route exceeds what was asked for, as shares of it."""

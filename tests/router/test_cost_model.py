@@ -311,3 +311,14 @@ def test_streams_at_prefill_are_charged_for_the_prompts_that_they_will_meet() ->
     assert estimate_alone(one, work, 0, exposure=0.5).total_s > 1.4 * (
         estimate_alone(one, work, 0).total_s
     )
+
+
+def test_an_engine_that_says_it_is_slow_is_tried_all_the_same() -> None:
+    """Else nobody would ever find out that it is not."""
+    policy, dear = LeastCost(), msgspec.structs.replace(STEPS, stream_s=0.01, step_s=0.5)
+    slow = costed("both-1")
+    slow.capabilities = msgspec.structs.replace(slow.capabilities, costs=costs("both", steps=dear))
+    chosen = [choose([busy("both-0", num_streams=4), slow], policy).name for _ in range(100)]
+    assert 2 <= chosen.count("both-1") <= 4
+    alone = LeastCost()
+    assert all(choose([costed("both-0"), slow], alone).name == "both-0" for _ in range(100))
