@@ -16,7 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pdlaunch.client.admin import admin_api, own_launches
 from pdlaunch.client.api import Api
+from pdlaunch.client.changes import scale_engines, turn_engine
 from pdlaunch.client.deployment import Deployment, running_deployment
 from pdlaunch.errors import StartupError
 from tests.e2e.api import complete
@@ -117,6 +119,24 @@ def test_serves_heals_after_a_kill_and_leaves_nothing(tmp_path: Path, model: Pat
         pids = [started(tmp_path, name)["pid"] for name in ("prefill-0", "decode-0")]
     assert not any(psutil.pid_exists(pid) for pid in pids if isinstance(pid, int))
     assert not run_dir.exists()
+
+
+def test_engines_come_turn_and_go(tmp_path: Path, model: Path) -> None:
+    with launched(tmp_path, model) as deployment:
+        admin = admin_api(deployment.url)
+        run_dir = own_launches(deployment.url)[0].run_dir
+        assert scale_engines(admin, {"prefill": 2}).error == ""
+        assert state(deployment, "prefill-1") == "ready"
+        # One whose canary fails is taken back; the others serve on.
+        (tmp_path / "prefill-2.has_connector").write_text("false")
+        assert "no KV connector" in scale_engines(admin, {"prefill": 3}).error
+        assert "prefill-2" not in deployment.processes()
+        assert turn_engine(admin, "prefill-1", "decode").error == ""
+        assert state(deployment, "decode-1") == "ready"
+        assert complete(deployment.url, PROMPT, 5, model=None) == answer_of(PROMPT, 5)
+        assert not list(run_dir.glob("prefill-[12].*"))
+        pids = [started(tmp_path, name)["pid"] for name in ("prefill-1", "prefill-2")]
+        assert not any(psutil.pid_exists(pid) for pid in pids if isinstance(pid, int))
 
 
 @pytest.mark.parametrize(
