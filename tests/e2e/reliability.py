@@ -84,7 +84,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--rate", type=float, default=0.15, help="share of READs that meet a fault")
     parser.add_argument(
-        "--only", default="", help="kills: the scenarios whose title has this in it"
+        "--only",
+        default="",
+        help="kills: the scenario of this title, or all with this in theirs",
     )
     parser.add_argument("--family", choices=FAMILIES)
     parser.add_argument(
@@ -142,7 +144,10 @@ def run_kills(model: Path, asked: argparse.Namespace) -> int:
     """
     seed, routing = asked.seed, {ROUTING: asked.routing or "cost"}
     code, num_requests, num_migrations = 0, 0, 0.0
-    for scenario in [each for each in SCENARIOS if asked.only in each.title]:
+    chosen = [each for each in SCENARIOS if asked.only == each.title] or [
+        each for each in SCENARIOS if asked.only in each.title
+    ]
+    for scenario in chosen:
         with faulty_deployment(
             model, None, *scenario.arguments, environ=scenario.environ | routing
         ) as deployment:
