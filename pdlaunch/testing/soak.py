@@ -52,6 +52,8 @@ class SoakOptions(msgspec.Struct, frozen=True, kw_only=True):
     """The load ends before its last request once so many clients have gone away without their whole
     answer.
     """
+    wants_pairs: bool = True
+    """Requests go through pairs, as transfers are what is to fail; else as the router chooses."""
     requests_a_salt: int = 16
     """Number of requests in a row that can share prefixes; fewer mean more pulls."""
     request_timeout_s: float = 120.0
@@ -59,8 +61,8 @@ class SoakOptions(msgspec.Struct, frozen=True, kw_only=True):
     idle_timeout_s: float = 60.0
 
     def headers(self) -> dict[str, str]:
-        """Return the headers of requests to the router: transfers are what is to fail."""
-        route = {ROUTE_HEADER: WANTS_PAIR}
+        """Return the headers of requests to the router."""
+        route = {ROUTE_HEADER: WANTS_PAIR} if self.wants_pairs else {}
         return route | {"Authorization": f"Bearer {self.api_key}"} if self.api_key else route
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
+
+import pytest
 
 from pdlaunch.client.admin import admin_api
 from pdlaunch.client.api import Api
@@ -53,7 +56,12 @@ def streamed(
     request = urllib.request.Request(
         url + "/v1/completions", data=content, headers={"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=300) as response:
+    try:
+        response = urllib.request.urlopen(request, timeout=300)
+    except urllib.error.HTTPError as error:
+        with error:
+            pytest.fail(f"{error.code}: {error.read().decode()}")
+    with response:
         yield _token_ids(response)
 
 

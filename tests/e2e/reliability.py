@@ -127,7 +127,12 @@ def run_soak(model: Path, asked: argparse.Namespace) -> int:
     faults = {"seed": seed, "rate": asked.rate, "lost_s": 3}
     with faulty_deployment(model, faults, *arguments, environ=environ) as deployment:
         options = SoakOptions(
-            url=deployment.url, seed=seed, num_requests=num_requests, concurrency=12, num_cases=64
+            url=deployment.url,
+            seed=seed,
+            num_requests=num_requests,
+            concurrency=12,
+            num_cases=64,
+            wants_pairs=asked.routing != "cost",
         )
         pause_s = 25, 60
         names = ["prefill-0/rank-0", "decode-0/rank-0"] * 100
@@ -159,6 +164,7 @@ def run_kills(model: Path, asked: argparse.Namespace) -> int:
                 longest_prompt_tokens=100,
                 longest_output_tokens=300,
                 cancel_share=0,
+                wants_pairs=asked.routing == "pairs",
             )
             names, source = [scenario.process] * NUM_KILLS, random.Random(seed)
             load = load_with_kills(
@@ -202,6 +208,7 @@ def run_cancels(model: Path, asked: argparse.Namespace) -> int:
             concurrency=16,
             longest_output_tokens=300,
             cancel_share=1,
+            wants_pairs=asked.routing == "pairs",
             longest_patience_s=0.6,
         )
         report = asyncio.run(soak(options))

@@ -86,11 +86,13 @@ def test_smoke_passes_and_writes_junit(tiny_model: Path, tmp_path: Path) -> None
 
 
 def test_smoke_fails_when_no_block_moves(tiny_model: Path, tmp_path: Path) -> None:
-    """Every pull times out at once: answers stay right, and smoke says what is wrong."""
+    """Every pull times out at once: answers stay right, and smoke says what is wrong. It waits for
+    the leases to end, too.
+    """
     config = tmp_path / "pdlaunch.yaml"
     config.write_text(
         f"model: {tiny_model}\nkv_cache_memory: 16MiB\n"
-        "kv_transfer: {pull_timeout_s: 0.000001, pull_attempts: 1}\n"
+        "kv_transfer: {pull_timeout_s: 0.000001, pull_attempts: 1, lease_s: 2}\n"
     )
     report = tmp_path / "smoke.xml"
     result = pdlaunch("smoke", str(config), "--junit", str(report))

@@ -229,14 +229,22 @@ def test_a_deployment_ends_with_the_benchmark_that_started_it(
         "100000",
     )
     with starter(
-        "bench", "serve", "--model", str(tiny_model), "--kv-cache-memory", "16MiB", *lengths
+        "bench",
+        "serve",
+        "--both",
+        "1",
+        "--model",
+        str(tiny_model),
+        "--kv-cache-memory",
+        "16MiB",
+        *lengths,
     ) as bench:
         launch = started_by(bench)
         command = launch.cmdline()
         url = f"http://127.0.0.1:{command[command.index('--port') + 1]}"
         await_true(lambda: has_load(url), "load")
         children = [launch, *launch.children(recursive=True)]
-        assert len(children) >= 6
+        assert len(children) >= 4
         bench.send_signal(number)
         bench.communicate(timeout=120)
         assert bench.returncode == (143 if number is signal.SIGTERM else -number)

@@ -186,7 +186,7 @@ def test_without_the_secret_of_either_side_nobody_joins(
         if side == "of the agent"
         else JoinKeys(server=other.server, agents=keys.agents)
     )
-    agent = Agent(mixed.ticket(channel.endpoint), wait_s=1.5)
+    agent = Agent(mixed.ticket(channel.endpoint), wait_s=0.5)
     outcome = agent.end()
     assert isinstance(outcome, AgentTimeoutError)
     assert "answered within" in str(outcome)
@@ -206,7 +206,7 @@ def test_keys_of_a_launch_open_no_way_to_the_agents_channel(
         public=launch.public,
         secret=launch.secret,
     )
-    assert isinstance(Agent(stranger, wait_s=1.5).end(), AgentTimeoutError)
+    assert isinstance(Agent(stranger, wait_s=0.5).end(), AgentTimeoutError)
 
 
 def test_another_version_is_refused_and_both_are_named(
@@ -288,7 +288,7 @@ def test_a_resumed_supervisor_finds_its_agents_again(keys: JoinKeys, tmp_path: P
 
 
 def test_an_agent_ends_when_its_supervisor_is_silent(keys: JoinKeys, tmp_path: Path) -> None:
-    with listening(keys, tmp_path, timeout_s=2.0) as channel:
+    with listening(keys, tmp_path, timeout_s=0.8) as channel:
         agent = Agent(keys.ticket(channel.endpoint))
         assert isinstance(news_of(channel), Joined)
         die(channel)
@@ -319,7 +319,7 @@ def test_an_agent_ends_when_its_own_words_are_not_answered(keys: JoinKeys) -> No
 def test_a_silent_agent_is_lost(keys: JoinKeys, tmp_path: Path) -> None:
     """It is stopped, or its link is cut: its connection is still there."""
     with (
-        listening(keys, tmp_path, timeout_s=2.0) as channel,
+        listening(keys, tmp_path, timeout_s=0.8) as channel,
         contextlib.closing(RawAgent(channel, keys)) as raw,
     ):
         raw.say(HELLO)
