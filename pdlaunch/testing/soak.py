@@ -90,7 +90,7 @@ class SoakReport(msgspec.Struct, kw_only=True):
     sent: list[SentRequest] = []
     outcomes: Counter[str] = msgspec.field(default_factory=Counter)
     """Counts of ``equal``, ``cancelled``, ``error`` (it says why), ``wrong``, ``broken`` (no end,
-    or no reason) and ``stuck``.
+    no reason, or an internal error) and ``stuck``.
     """
     details: list[str] = []
     """The first few requests that ended neither equal nor cancelled."""
@@ -257,7 +257,11 @@ class _Load:
         ) as response:
             if response.status != 200:
                 error = (await response.json())["error"]
-                return f"HTTP {response.status}: {error['message']}"
+                text = f"HTTP {response.status}: {error['message']}"
+                if response.status == 500:
+                    # A bug of ours, which tells the client nothing.
+                    raise PdlaunchError(text)
+                return text
             if body["stream"]:
                 return await collect_stream(response.content, answer)
             answer.choices = read_answer(await response.json()).choices
