@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import os
 import socket
 import statistics
 import subprocess
@@ -23,7 +24,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -235,10 +236,14 @@ def _free_ports(number: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def _running(command: Sequence[str], url: str, log: Path) -> Iterator[int]:
+def _running(
+    command: Sequence[str], url: str, log: Path, environ: Mapping[str, str] | None = None
+) -> Iterator[int]:
     """Run a command until it answers at ``url``; yield its process id, and end it."""
     with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **(environ or {})}
+        )
     try:
         end_at = time.monotonic() + START_TIMEOUT_S
         while not _is_healthy(url):
@@ -294,6 +299,7 @@ def measure_loads(router: Router, loads: Sequence[Load]) -> Iterator[CostRow]:
                     router_command(router, urls[0], urls[1], port=port, other=other),
                     f"http://127.0.0.1:{port}",
                     Path(folder) / "router",
+                    {"PDLAUNCH_LIMITS__MAX_QUEUED_REQUESTS": str(2 * load.num_streams + 256)},
                 )
             )
             # What is done once, such as opening the first connections, is not counted.
