@@ -13,6 +13,7 @@ engine at 127.0.0.1. Tokens are those of a counter, so that a canary finds both 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 import time
 from typing import Any
@@ -200,9 +201,13 @@ def _usage(num_tokens: int) -> dict[str, Any]:
 async def serve(ports: list[int], interval_s: float) -> None:
     """Serve at these ports of 127.0.0.1, until cancelled."""
     engines, loop = PlainEngines(interval_s), asyncio.get_running_loop()
-    for port in ports:
-        await loop.create_server(lambda: _Connection(engines), "127.0.0.1", port, backlog=4096)
-    await engines.run()
+    with contextlib.ExitStack() as stack:
+        for port in ports:
+            server = await loop.create_server(
+                lambda: _Connection(engines), "127.0.0.1", port, backlog=4096
+            )
+            stack.callback(server.close)
+        await engines.run()
 
 
 def main() -> None:
