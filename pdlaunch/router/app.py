@@ -73,7 +73,9 @@ class RouterApp:
             if spec.otlp_endpoint is None
             else OtlpExporter(spec.otlp_endpoint, spec.otlp_sample)
         )
-        self.book = RequestBook(spec.kept_requests, RequestLines(show_request).write, exporter)
+        self.book = RequestBook(
+            spec.kept_requests, RequestLines(show_request).write, exporter, state.spawn
+        )
         check_admin_key = _admin_key_check(spec.admin_api_key)
         self.app = HttpApp(
             [

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, Literal
 
 from aiohttp import web
 
@@ -23,6 +23,7 @@ from pdlaunch.router.request_record import RequestRecord
 logger = logging.getLogger(__name__)
 
 DEFAULT_LISTED = 20
+Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 Choice = Literal["last", "slowest", "failed"]
 _CHOICES: tuple[Choice, ...] = ("last", "slowest", "failed")
 _RECORD = web.RequestKey("record", RequestRecord)
@@ -37,7 +38,7 @@ class RequestBook:
     """Holds every record; watches the door of the router.
 
     ``keep``: how many of those that have ended. ``on_end`` takes each record when it has ended;
-    ``exporter`` sends it away.
+    ``exporter`` sends it away. ``spawn`` runs what outlives a request, while engines can be asked.
     """
 
     def __init__(
@@ -45,11 +46,13 @@ class RequestBook:
         keep: int,
         on_end: Callable[[RequestRecord], None] = lambda _: None,
         exporter: OtlpExporter | None = None,
+        spawn: Spawn = asyncio.ensure_future,
     ) -> None:
         self._exporter = exporter
         self._running: dict[int, RequestRecord] = {}
         self._done: deque[RequestRecord] = deque(maxlen=keep)
         self._on_end = on_end
+        self._spawn = spawn
         self._late: set[asyncio.Task[None]] = set()
 
     def came(self, http: web.Request, request_id: HttpRequestId) -> None:
@@ -73,7 +76,7 @@ class RequestBook:
         try:
             self._on_end(record)
             if legs := record.cut_legs:
-                task = asyncio.ensure_future(self._hear_late(record, legs))
+                task = self._spawn(self._hear_late(record, legs))
                 self._late.add(task)
                 task.add_done_callback(self._late.discard)
             elif self._exporter is not None:

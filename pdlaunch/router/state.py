@@ -210,11 +210,12 @@ class RouterState:
         """Return the instant on the event loop's clock, in seconds."""
         return asyncio.get_running_loop().time()
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run ``work`` beyond the life of the request that wants it."""
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def settled(self, timeout_s: float = SETTLE_TIMEOUT_S) -> None:
         """Wait until what was spawned is done."""

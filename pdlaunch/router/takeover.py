@@ -44,7 +44,7 @@ class WaitingPrompts:
         pool: EnginePool,
         client: EngineClient,
         metrics: RouterMetrics,
-        spawn: Callable[[Coroutine[Any, Any, None]], None],
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
     ) -> None:
         self._pool = pool
         self._client = client

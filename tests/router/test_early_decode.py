@@ -226,3 +226,4 @@ async def test_engines_tell_of_a_stream_whose_client_left(stand: Stand) -> None:
     await until(lambda: stand.router.book.chosen("failed", 1))
     await stand.router.book.close()
     assert {span.process for span in record.trace().spans} == {"router", "prefill-0", "decode-0"}
+    await all_is_quiet(stand)
