@@ -162,7 +162,10 @@ class Transcript:
             if ids and not self.prompt_token_ids:
                 self.prompt_token_ids = ids
             delta = choice.get("delta") or {}
-            told.texts.append(choice.get("text") or delta.get("content") or "")
+            text = choice.get("text") or delta.get("content") or ""
+            if not isinstance(text, str):
+                raise TypeError("a text that is no string")
+            told.texts.append(text)
             self.has_other_output |= any(
                 value for name, value in delta.items() if name not in ("role", "content")
             )
