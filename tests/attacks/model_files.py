@@ -15,7 +15,7 @@ from pathlib import Path
 from tests.attacks.verdict import Verdict
 from tests.config.model_files.files import tiny_gguf
 from tests.config.model_files.test_weights import GOOD as GOOD_SAFETENSORS
-from tests.e2e.conftest import default_environ
+from tests.e2e.conftest import clean_environ
 
 LIMIT_S = 10.0
 
@@ -31,7 +31,7 @@ def model_files(folder: Path, seed: int, verdict: Verdict) -> None:
 
 
 def judge(verdict: Verdict, what: str, command: list[str], folder: Path) -> None:
-    environ = default_environ() | {"PDLAUNCH_CACHE": str(folder / "cache"), "COLUMNS": "1000"}
+    environ = clean_environ() | {"PDLAUNCH_CACHE": str(folder / "cache"), "COLUMNS": "1000"}
     name = " ".join(command[2:4])
     start_s = time.monotonic()
     try:

@@ -24,7 +24,7 @@ from pdlaunch.client.deployment import free_port
 from pdlaunch.errors import PdlaunchError
 from tests.attacks.target import SERVED
 from tests.attacks.verdict import Verdict
-from tests.e2e.conftest import default_environ
+from tests.e2e.conftest import clean_environ
 
 START_LIMIT_S = 90.0
 STOP_LIMIT_S = 40.0
@@ -137,7 +137,7 @@ def launched(
         output, log_dir = Path(folder) / "output", logs or Path(folder) / "logs"
         serve = [sys.executable, "-P", "-m", "pdlaunch", "serve", "--model", str(model), *SERVED]
         command = [*one.prefix, *serve, "--port", str(port), "--log-dir", str(log_dir)]
-        environ = default_environ() | {"PDLAUNCH_CACHE": str(Path(folder) / "cache")} | one.environ
+        environ = clean_environ() | {"PDLAUNCH_CACHE": str(Path(folder) / "cache")} | one.environ
         with output.open("wb") as sink:
             process = subprocess.Popen(
                 command,

@@ -22,7 +22,7 @@ from pdlaunch.client.integrity import MUST_BE_ZERO
 from pdlaunch.client.smoke import engines_of
 from pdlaunch.errors import PdlaunchError
 from tests.attacks.verdict import Verdict
-from tests.e2e.conftest import default_environ
+from tests.e2e.conftest import clean_environ
 from tests.e2e.faults import SHORT_DEADLINES
 from tests.e2e.tiny_models import make_tiny_model
 
@@ -270,7 +270,7 @@ def make_model(folder: Path) -> Path:
 def attacked(model: Path, *arguments: str, log_dir: str | None = None) -> Iterator[Target]:
     """One prefill and one decode engine, warmed up. ``log_dir``: where their logs stay."""
     command = ("--model", str(model), *SERVED, *arguments)
-    environ = default_environ() | SHORT_DEADLINES | ENGINE_KEY_SETTING
+    environ = clean_environ() | SHORT_DEADLINES | ENGINE_KEY_SETTING
     with running_deployment(command, environ=environ, log_dir=log_dir) as deployment:
         target = Target(deployment)
         warm_up(target)
