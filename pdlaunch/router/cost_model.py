@@ -131,7 +131,8 @@ def load_of(engine: Engine, now_at: float) -> Load | None:
     num_streams, context_tokens = engine.streams(now_at)
     decode_s = costs.steps.decode_s(num_streams, context_tokens)
     chunk_tokens = costs.chunk_tokens(num_streams, context_tokens)
-    seconds_per_token = costs.steps.prompt_s + decode_s / chunk_tokens
+    # More than nothing, as told above: of a token alone, what it attends to may be all that counts.
+    seconds_per_token = costs.steps.tokens_s(1.0) + decode_s / chunk_tokens
     return Load(
         engine=engine,
         costs=costs,

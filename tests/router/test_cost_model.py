@@ -111,6 +111,15 @@ def test_what_waits_is_what_was_sent_or_told_less_what_was_done_since() -> None:
     assert one.streams(NOW + 2 * REPORT_LASTS_S) == (0, 0)
 
 
+def test_costs_of_attention_alone_are_costs_too() -> None:
+    """A fit on a busy machine may leave nothing for steps and tokens."""
+    steps = StepCosts(step_s=0.0, stream_s=0.0, context_s=0.0, prompt_s=0.0, attended_s=1e-6)
+    one = costed(
+        "decode-0", unanswered_tokens=100, capabilities=Capabilities(costs=costs(steps=steps))
+    )
+    assert 0 <= load(one).queued_tokens <= 100
+
+
 def test_prompts_count_until_their_first_token() -> None:
     one = costed("decode-0")
     with one.computing(100, lambda: NOW + 1):
