@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -10,106 +9,11 @@ from typing import Any
 
 import pytest
 
-from pdlaunch.config.models import LaunchConfig
-from pdlaunch.config.roles import ROLES, Role
-from pdlaunch.engines.native import NativeEngine
-from pdlaunch.engines.plan import plan_processes
-from pdlaunch.platform.facts import Gpu, Machine
 from pdlaunch.protocol.changes import Answered, AwaitIdle, ChangeEngines, EngineIdle, SetDrained
-from pdlaunch.protocol.control import Drain, PairFailed, Restart, Restarting, SleepState
-from pdlaunch.resolve.resolve import ResolvedLaunch, resolve
-from pdlaunch.resolve.roles import PlacedEngine
-from pdlaunch.supervisor.rooms import Rooms
-from pdlaunch.supervisor.shutdown import Grace
-from pdlaunch.supervisor.supervisor import Timing
-from tests.checks.contexts import CPU
-from tests.checks.firing import TINY
-from tests.config.model_files.files import EMPTY_SAFETENSORS
+from pdlaunch.protocol.control import Drain, Restart, Restarting, SleepState
+from tests.supervisor.changing import CORES, GPUS, Changing
 from tests.supervisor.fakes import World, make_plan
 from tests.supervisor.test_restarts import give_up
-
-CORES = replace(CPU, cpus=tuple(range(8)))
-GPUS = replace(
-    CPU,
-    cpus=tuple(range(8)),
-    gpus=tuple(Gpu(index, memory_bytes=80 << 30, compute_capability=(9, 0)) for index in range(3)),
-)
-
-
-class Adopted:
-    """Remembers which engines could be started, and which are gone."""
-
-    def __init__(self) -> None:
-        self.engines: dict[str, PlacedEngine] = {}
-        self.gone: list[str] = []
-
-    def adopt(self, resolved: ResolvedLaunch, engine: PlacedEngine | None = None) -> None:
-        if engine is not None:
-            self.engines[engine.name] = engine
-
-    def forget(self, engine: str) -> None:
-        self.gone.append(engine)
-
-
-class Changing(World):
-    """A world whose engines can change."""
-
-    def __init__(self, folder: Path, machine: Machine = CORES, **settings: Any) -> None:
-        (folder / "config.json").write_text(json.dumps(TINY))
-        (folder / "model.safetensors").write_bytes(EMPTY_SAFETENSORS)
-        config = LaunchConfig.model_validate({"model": str(folder), **settings})
-        resolved = resolve(config, {"local": machine}, {})
-        self.adopted = Adopted()
-        super().__init__(
-            plan_processes(resolved),
-            Timing(startup_timeout_s=60, grace=Grace(drain_s=30, stop_s=5)),
-            Rooms(resolved, NativeEngine(), self.adopted, {"local"}),
-        )
-        self.start().all_ready()
-        self.answers: list[Answered] = []
-
-    def change(self, **wanted: Any) -> Answered:
-        """Ask for a change, and return the first answer."""
-        replicas = {role: wanted.pop(role) for role in ROLES if role in wanted}
-        self.say("router", ChangeEngines(question=7, replicas=replicas, **wanted))
-        return self.answered()
-
-    def turn(self, name: str, role: Role) -> Answered:
-        return self.change(turn=name, role=role)
-
-    def answered(self) -> Answered:
-        """Return the last answer."""
-        answer = self.host.sent_to("router", Answered)[-1]
-        assert isinstance(answer, Answered)
-        assert answer.question == 7
-        return answer
-
-    def become_whole(self, engine: str) -> None:
-        """Have all processes of an engine get ready."""
-        for name in (f"{engine}/rank-0", engine):
-            self.become_ready(name)
-
-    def leave(self, engine: str) -> None:
-        """Have an engine that drains finish, and end."""
-        self.drained(engine)
-        if engine.startswith("prefill"):
-            self.say("router", EngineIdle(engine=engine))
-        for name in (f"{engine}/rank-0", engine):
-            self.exit(name)
-
-    def given_work(self) -> set[str]:
-        """The engines that the router may give work."""
-        return {
-            entry.name
-            for entry in self.host.registry("router").entries
-            if entry.kind == "server" and entry.state == "ready" and not entry.withheld
-        }
-
-    @property
-    def engines(self) -> set[str]:
-        """The engines of which the status shows a process."""
-        processes = self.supervisor.status().processes
-        return {p.name.partition("/")[0] for p in processes} - {"router"}
 
 
 def test_a_new_engine_gets_work_once_its_pairs_are_proven(tmp_path: Path) -> None:
@@ -302,69 +206,6 @@ def test_pairs_make_room_for_engines_of_both_roles_and_come_back(tmp_path: Path)
     for engine in ("both-0", "both-1"):
         world.leave(engine)
     assert world.engines == {"prefill-0", "decode-0"}
-
-
-def test_a_new_engine_that_dies_is_taken_back(tmp_path: Path) -> None:
-    world = Changing(tmp_path)
-    world.change(prefill=2)
-    world.register("prefill-1/rank-0")
-    world.fail("prefill-1/rank-0", "no memory")
-    world.exit("prefill-1/rank-0", 1)
-    assert world.signalled(signal.SIGTERM) == {"prefill-1"}
-    world.exit("prefill-1", -15)
-    assert world.answered() == Answered(
-        question=7,
-        error="prefill-1 cannot be added: prefill-1/rank-0 ended with exit code 1: no memory",
-    )
-    assert world.engines == {"prefill-0", "decode-0"}
-    assert world.adopted.gone == ["prefill-1"]
-    assert world.supervisor.failure is None
-    world.change(prefill=2)
-    assert world.host.running["prefill-1"] == 2, "nobody takes it for the one before"
-
-
-def test_a_new_engine_whose_pair_can_never_be_is_taken_back(tmp_path: Path) -> None:
-    world = Changing(tmp_path)
-    world.change(prefill=2)
-    world.become_whole("prefill-1")
-    world.say(
-        "decode-0/rank-0",
-        PairFailed(local="decode-0/rank-0", peer="prefill-1/rank-0", error="dtype", fatal=True),
-    )
-    assert world.stopped() == {"prefill-1", "prefill-1/rank-0"}
-    for name in ("prefill-1", "prefill-1/rank-0"):
-        world.exit(name)
-    assert world.answered().error == (
-        "prefill-1 cannot be added: decode-0/rank-0 cannot use prefill-1/rank-0: dtype"
-    )
-    assert world.given_work() == {"prefill-0", "decode-0"}
-
-
-@pytest.mark.parametrize("starts", [True, False])
-def test_a_new_engine_that_is_late_is_taken_back(tmp_path: Path, starts: bool) -> None:
-    world = Changing(tmp_path)
-    world.change(decode=2)
-    if starts:
-        world.become_whole("decode-1")
-    assert world.supervisor.next_tick_at() <= world.clock.now + 60
-    world.pass_time_alive(60)
-    world.exit("decode-1/rank-0", -15)
-    world.exit("decode-1", -15)
-    assert world.answered().error == "decode-1 cannot be added: not ready after 60 s: " + (
-        "decode-1/rank-0 has no path to prefill-0"
-        if starts
-        else "decode-1/rank-0 is starting; decode-1 is starting"
-    )
-
-
-def test_a_turned_engine_that_does_not_start_is_told_to_be_gone(tmp_path: Path) -> None:
-    world = Changing(tmp_path, decode={"replicas": 2})
-    world.turn("decode-1", "prefill")
-    world.leave("decode-1")
-    world.exit("prefill-1", 1)
-    world.exit("prefill-1/rank-0", -15)
-    assert world.answered().error.endswith("; decode-1 is gone already")
-    assert world.given_work() == {"prefill-0", "decode-0"}
 
 
 def test_a_sleeping_peer_proves_its_pair_when_it_is_back(tmp_path: Path) -> None:
