@@ -21,7 +21,8 @@ _PROMPT_DRIFTS = (True, False)
 left to drift, the two would take each other's place, and be wrong for the next length.
 """
 _LEAST_SHARE = 0.1
-"""Prompts of which a step tells something take this share of it at least."""
+"""Prompts of which a step with streams tells something take this share of it at least."""
+_LITTLE = 0.01
 
 
 def work_of(plan: StepPlan) -> StepWork:
@@ -71,8 +72,10 @@ class StepModel:
             self._streams.observe(of_streams, seconds)
             return
         prompts_s = seconds - self._streams.predict(of_streams)
-        if prompts_s > _LEAST_SHARE * seconds:
-            self._prompts.observe(of_prompts, prompts_s)
+        # Beside streams a short chunk is lost in noise. Alone, prompts that seem to cost nothing
+        # cost little: as nothing, the costs would not be known.
+        if prompts_s > _LEAST_SHARE * seconds or not work.num_streams:
+            self._prompts.observe(of_prompts, max(prompts_s, _LITTLE * seconds))
 
     @property
     def costs(self) -> EngineCosts:

@@ -99,7 +99,10 @@ def test_a_killed_rank_loses_no_request(deployment: Deployment, expected: list[l
     before = deployment.processes()
     with ThreadPoolExecutor(len(PROMPTS)) as pool:
         answers = [pool.submit(read, prompt) for prompt in PROMPTS]
-        await_true(lambda: streams() == {"both-0": 4, "both-1": 4}, "streams at both engines")
+        await_true(
+            lambda: streams()["both-0"] > 0 and sum(streams().values()) == len(PROMPTS),
+            "streams at the engine that is killed",
+        )
         time.sleep(0.3)
         before["both-0/rank-0"].kill()
         assert [answer.result() for answer in answers] == expected

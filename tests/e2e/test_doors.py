@@ -340,6 +340,7 @@ def test_status_hands_out_no_key(doors: Doors) -> None:
     assert {name for engine in engines for name in engine} == {
         *("name", "role", "kind", "version", "url", "host", "state", "reason", "is_down"),
         *("streams", "load", "prompt_tokens", "costs", "reading"),
+        *("health", "left_out", "times_slower"),
     }
     for key in (CLIENT, OTHER_ROUTER):
         assert key not in text

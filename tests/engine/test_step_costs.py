@@ -141,6 +141,13 @@ def test_the_report_counts_what_waits_and_what_runs() -> None:
     assert 0 < report.free_tokens < engine.num_blocks * engine.block_size
 
 
+def test_prompts_that_seem_to_cost_nothing_cost_little() -> None:
+    """A step of a tiny model takes the same with a prompt as with a stream."""
+    steps = [StepWork(num_streams=1, context_tokens=8), StepWork(prompt_tokens=32)]
+    model = StepModel(LIMITS, [(work, 0.002) for work in steps])
+    assert 0 < model.costs.steps.tokens_s(32) < 0.0002
+
+
 def test_one_gap_in_two_hundred_may_be_long() -> None:
     gaps = LongGaps(most=8)
     assert gaps.earn(4)
