@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import random
 from collections.abc import AsyncIterator
@@ -153,8 +154,11 @@ async def test_a_killed_engine_turns_red_and_back(
         assert told in events
 
 
+SIZES = [("phone", 360, 740), ("desktop", 1280, 860), ("4k", 3840, 2160)]
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize(("name", "width", "height"), [("phone", 360, 740), ("desktop", 1280, 860)])
+@pytest.mark.parametrize(("name", "width", "height"), SIZES)
 async def test_it_fits_phones_and_desks_light_and_dark(
     page: Page,
     deployment: Deployment,
@@ -172,10 +176,35 @@ async def test_it_fits_phones_and_desks_light_and_dark(
     assert await page.run("document.documentElement.scrollWidth") <= width
     back = await page.run("getComputedStyle(document.body).backgroundColor")
     assert back == {"light": "rgb(243, 245, 248)", "dark": "rgb(13, 17, 23)"}[scheme]
-    file = place_of(f"page-{name}-{scheme}", tmp_path)
+    file = tmp_path / "4k.png" if name == "4k" else place_of(f"page-{name}-{scheme}", tmp_path)
     async with load(deployment):
         await page.screenshot(file)
-    assert 5_000 < file.stat().st_size < 200_000
+    assert 5_000 < file.stat().st_size < 800_000
+
+
+async def test_what_an_engine_does_not_tell_is_unknown(page: Page) -> None:
+    """As of an engine of another kind, of which this launch has none."""
+    told = {
+        **dict.fromkeys(("cached_device_tokens", "cached_host_tokens", "remote_tokens", "error")),
+        **dict.fromkeys(("queue_ms", "prefill_ms", "pull_ms", "first_token_ms", "total_ms")),
+        **dict.fromkeys(("ms_per_token", "output_tokens", "kv_path", "finish_reason")),
+        **{"id": "one", "received_at": 0, "status": 200, "route": "here->there"},
+        **{"prompt_tokens": 7, "prefill": "here", "decode": "there", "retries": 0},
+        "spans": [{"name": "queue", "process": "router", "start_ms": 0, "end_ms": 1}],
+    }
+    told["spans"][0]["attributes"] = {}
+    list_text, trace_text = await page.run(
+        f"""import("/pdlaunch/requests.js").then(({{ drawRequests, drawTrace }}) => {{
+          const told = {json.dumps(told)}, list = document.createElement("div");
+          const trace = document.createElement("div");
+          drawRequests(list, [told], null, () => {{}});
+          drawTrace(trace, told, () => {{}});
+          return [list.textContent, trace.textContent];
+        }})"""
+    )
+    assert "– / –" in list_text
+    for engine in ("here", "there"):
+        assert f"unknown{engine}" in trace_text
 
 
 async def test_screen_readers_get_names_and_tables_and_the_console_is_clean(page: Page) -> None:

@@ -44,7 +44,8 @@ export function drawRequests(container, requests, chosen, choose) {
     : undefined;
   const rows = requests.map((request) => {
     const failed = request.error !== null && request.error !== undefined;
-    const cached = (request.cached_device_tokens ?? 0) + (request.cached_host_tokens ?? 0);
+    const knowsCached = request.cached_device_tokens !== null;
+    const cached = request.cached_device_tokens + request.cached_host_tokens;
     return html(
       "tr",
       { class: request.id === chosen ? "chosen" : "" },
@@ -76,9 +77,7 @@ export function drawRequests(container, requests, chosen, choose) {
       html(
         "td",
         { class: "number hide-narrow" },
-        request.prompt_tokens === null
-          ? "–"
-          : `${amount(cached)} / ${amount(request.remote_tokens ?? 0)}`,
+        `${amount(knowsCached ? cached : null)} / ${amount(request.remote_tokens)}`,
       ),
       html("td", { class: "number" }, milliseconds(request.first_token_ms)),
       html("td", { class: "number" }, milliseconds(request.ms_per_token)),
@@ -152,6 +151,21 @@ export function drawTrace(container, trace, close) {
       ),
     );
   });
+  // Engines of other kinds tell no spans: their part is unknown, not nothing.
+  for (const engine of new Set([trace.prefill, trace.decode])) {
+    const tells = (span) => span.process === engine || span.process.startsWith(`${engine}/`);
+    if (!engine || spans.some(tells)) continue;
+    rows.push(
+      html(
+        "tr",
+        {},
+        html("th", { scope: "row" }, "unknown"),
+        html("td", { class: "quiet process" }, engine),
+        html("td", { class: "number" }, "–"),
+        html("td", { class: "lane quiet" }, "This engine tells no spans."),
+      ),
+    );
+  }
   const pull =
     trace.pull_ms === null
       ? null
