@@ -109,6 +109,8 @@ def far_launch(
         **config,
     }
     host.file("/tmp/launch.yaml").write_text(json.dumps(whole))
+    # A launch that was killed has left its own, which agents must not be given.
+    host.file(JOIN).unlink(missing_ok=True)
     with contextlib.ExitStack() as stack:
         words = ("serve", "/tmp/launch.yaml", *DEMO_ARGUMENTS, "--port", str(PORT))
         serve = stack.enter_context(pdlaunch(host, "serve", *words))
