@@ -98,6 +98,8 @@ def test_a_supervisor_that_was_killed_is_resumed_and_only_once(commands: Command
     commands.until(first, "pdlaunch agent --join")
     agent = commands.agent("a")
     commands.until(first, "a has joined")
+    # Killed at once, the supervisor might take the answer to the agent along.
+    commands.until(agent, "joined as a")
     first.kill()
     first.wait()
     second = commands.serve("--resume")
@@ -117,6 +119,7 @@ def test_without_its_supervisor_an_agent_ends(commands: Commands) -> None:
     commands.until(serve, "pdlaunch agent --join")
     agent = commands.agent("a")
     commands.until(serve, "a has joined")
+    commands.until(agent, "joined as a")
     serve.kill()
     assert agent.wait(TIMEOUT_S) == 1
     assert "error: the supervisor was silent for" in commands.said(agent)
