@@ -92,9 +92,9 @@ class Answered(Message):
     code: RefusalCode = "refused"
     """The kind of the error, if there is one."""
     notes: list[str] = msgspec.field(default_factory=list)
-    """What whoever asked should know."""
+    """Remarks for whoever asked."""
     change: PlannedChange | None = None
-    """What is done, or would be."""
+    """The change that is made, or would be with ``dry_run``."""
     is_done: bool = True
     """Another answer follows when it is."""
 

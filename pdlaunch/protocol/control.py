@@ -112,7 +112,7 @@ class Entry(Message, tag=False):
     peers: tuple[str, ...] | None = None
     """The engines that a server's engine exchanges KV blocks with; None: all."""
     withheld: Withheld = ""
-    """Of a server: routers give its engine no new work though it is ready."""
+    """The reason why routers give a server's engine no new work though it is ready; empty: none."""
 
 
 class Register(Message):

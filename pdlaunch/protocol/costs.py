@@ -17,7 +17,7 @@ prefill and a decode engine, whatever that costs, as those do who look at what m
 WANTS_PAIR = "pair"
 MAX_SLOWDOWN = 2.0
 """A decode engine without ``max_itl_ms`` lets the chunk of a prompt make a step at most so many
-times as long as its streams alone do: then no gap between tokens is more than twice the usual.
+times as long as its streams alone do, but for the few gaps of ``LongGaps``.
 """
 
 

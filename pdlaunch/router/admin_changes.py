@@ -30,7 +30,7 @@ class ScaleBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     both: Count | None = None
     dry_run: bool = False
     drain_timeout_s: Seconds | None = None
-    """What runs at an engine that stops gets so long; null: ``drain_timeout_s`` of the launch."""
+    """Time for what runs at an engine that stops; null: ``drain_timeout_s`` of the launch."""
 
 
 class RoleBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -3,7 +3,8 @@
 ::
 
     pair     wait + prompt at prefill │ pull │ tokens at decode
-    alone    wait + prompt in chunks that the engine's streams bear │ tokens at the same engine
+    alone    wait + prompt in chunks that the engine's streams bear │ tokens at the same engine,
+             which at a prefill engine prompts to come delay (``exposure.py``)
 
 A route's cost is the time until the request's end, and the time by which it delays all other
 streams: what is least is best for all requests together. All functions are pure.

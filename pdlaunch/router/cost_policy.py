@@ -41,6 +41,9 @@ class LeastCost:
     ``max_ttft_s`` and ``max_itl_s`` come first: routes that exceed them least. What costs cannot
     decide is left to ``LeastWork``: prompts of which an engine has failed, all that comes after the
     first route, and deployments with an engine that tells no costs.
+
+    It remembers what it was asked: how many prompts streams have met, and which engines rest. The
+    same questions in the same order have the same answers.
     """
 
     def __init__(self, *, max_ttft_s: float | None = None, max_itl_s: float | None = None) -> None:

@@ -133,7 +133,8 @@ async def require_ok(engine: Engine, response: aiohttp.ClientResponse) -> None:
     )
 
 
-class malformed_is_failure:  # noqa: N801 - used as a function; a generator costs three times as much
+# Used as a function; a generator costs three times as much.
+class malformed_is_failure:  # noqa: N801
     """Turn what reading an answer of another form raises into an EngineFailure."""
 
     __slots__ = ("_engine",)

@@ -1,7 +1,8 @@
 """Routing policies decide which engines serve a prompt.
 
-A policy is pure: everything that it may look at is an argument, and it changes nothing. So it can
-be tested by properties, and a simulator can replay it on a clock of its own.
+Everything that a policy may look at is an argument, the clock too, and it changes none of it; what
+it may keep is a memory of its own choices. So it can be tested by properties, and a simulator can
+replay it on a clock of its own.
 """
 
 from __future__ import annotations

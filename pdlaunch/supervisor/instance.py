@@ -37,7 +37,7 @@ class Instance:
     stalled: bool = False
     """True for a ready process that has been silent for so long that it gets no new work."""
     withheld: Withheld = ""
-    """Of a server: why its engine is given no new work; it holds over restarts."""
+    """The reason why a server's engine is given no new work; it holds over restarts."""
 
     @property
     def name(self) -> str:
