@@ -65,7 +65,7 @@ def serve_task(config: LaunchConfig, environ: Mapping[str, str], errors: Console
 
 def _await_file(path: Path, timeout_s: float) -> None:
     ends_at = time.monotonic() + timeout_s
-    while not (path.exists() and path.stat().st_size):
+    while not path.exists():
         if time.monotonic() > ends_at:
             raise StartupError(
                 f"{path} has not come within {timeout_s:g} s (join_timeout_s): task 0 writes it; "

@@ -13,6 +13,7 @@ are others: an agent is given them with each process that it starts.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from pdlaunch.protocol.sockets import LaunchKeys
 STDIN = "-"
 _MOST_BYTES = 64 * 1024
 _RESUME_SUFFIX = ".supervisor"
+_PART_SUFFIX = ".part"
 
 
 class Ticket(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,8 +77,11 @@ def _new_pair() -> LaunchKeys:
 
 @contextlib.contextmanager
 def held_join_file(path: Path) -> Iterator[None]:
-    """Hold the join file as one supervisor does. Raises ConfigError while another one does."""
-    descriptor = _open_private(path)
+    """Hold the join file as one supervisor does. Raises ConfigError while another one does.
+
+    The lock is on the supervisor's file: the join file appears only once it is whole.
+    """
+    descriptor = _open_private(_resume_path(path))
     try:
         try:
             take_lock(descriptor)
@@ -87,6 +92,8 @@ def held_join_file(path: Path) -> Iterator[None]:
                 value=str(path),
                 fix="stop that launch, or name another file with --join-file",
             ) from None
+        # One that a killed supervisor has left would send agents to nobody.
+        path.unlink(missing_ok=True)
         try:
             yield
         finally:
@@ -100,14 +107,20 @@ def held_join_file(path: Path) -> Iterator[None]:
 def write_join_files(path: Path, keys: JoinKeys, endpoint: str) -> None:
     """Write what agents join with, and what a supervisor resumes with; nobody else can read it."""
     port = int(endpoint.rpartition(":")[2])
+    # In place: whoever holds its lock keeps it.
     _write_private(_resume_path(path), msgspec.structs.replace(keys, port=port))
-    _write_private(path, keys.ticket(endpoint))
+    part = path.with_name(path.name + _PART_SUFFIX)
+    _write_private(part, keys.ticket(endpoint))
+    part.replace(path)
 
 
 def read_resume_file(path: Path) -> JoinKeys:
     """Read the keys of a supervisor that has died. Raises ConfigError."""
     try:
-        return msgspec.json.decode(_read_private(_resume_path(path)), type=JoinKeys)
+        content = _read_private(_resume_path(path))
+        if not content:  # made by `held_join_file` just now
+            raise FileNotFoundError(errno.ENOENT, "no supervisor was killed there")
+        return msgspec.json.decode(content, type=JoinKeys)
     except (OSError, msgspec.DecodeError) as error:
         raise ConfigError(
             f"there is nothing to resume at {path}: {_reason(error)}",
@@ -158,7 +171,6 @@ def _open_private(path: Path) -> int:
 
 
 def _write_private(path: Path, content: Ticket | JoinKeys) -> None:
-    """Write in place: whoever holds the lock of the file keeps it."""
     descriptor = _open_private(path)
     try:
         os.ftruncate(descriptor, 0)

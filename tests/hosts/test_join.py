@@ -72,6 +72,16 @@ def test_another_file_is_refused(path: Path, text: str) -> None:
         read_ticket(str(path))
 
 
+def test_the_file_is_not_there_before_it_is_whole(path: Path) -> None:
+    write_join_files(path, new_join_keys(), "tcp://10.0.0.9:1")
+    with held_join_file(path):
+        assert not path.exists()
+        write_join_files(path, new_join_keys(), ENDPOINT)
+        with path.open("rb") as held:
+            write_join_files(path, new_join_keys(), ENDPOINT)
+            assert held.read() != path.read_bytes(), "replaced, not written over"
+
+
 def test_the_second_supervisor_of_a_secret_is_refused(path: Path) -> None:
     with held_join_file(path):
         write_join_files(path, new_join_keys(), ENDPOINT)
@@ -83,4 +93,9 @@ def test_the_second_supervisor_of_a_secret_is_refused(path: Path) -> None:
 
 def test_without_a_dead_supervisor_there_is_nothing_to_resume(path: Path) -> None:
     with pytest.raises(ConfigError, match="nothing to resume"):
+        read_resume_file(path)
+    with (
+        held_join_file(path),
+        pytest.raises(ConfigError, match=r"nothing to resume .*: no supervisor was killed there"),
+    ):
         read_resume_file(path)

@@ -109,7 +109,8 @@ def far_launch(
         **config,
     }
     host.file("/tmp/launch.yaml").write_text(json.dumps(whole))
-    # A launch that was killed has left its own, which agents must not be given.
+    # A launch that was killed has left its own, which agents must not be given; `serve` removes it
+    # too, but later than this looks for it.
     host.file(JOIN).unlink(missing_ok=True)
     with contextlib.ExitStack() as stack:
         words = ("serve", "/tmp/launch.yaml", *DEMO_ARGUMENTS, "--port", str(PORT))
