@@ -63,7 +63,12 @@ class LoneRouter:
         self._router_spec = router = fit(spec.router)
         pool = EnginePool(time.monotonic, new_policy(router))
         metrics = RouterMetrics(router.served_model_name)
-        self._membership = WatchedMembership(spec.watch, lambda: pool.engines, metrics.sent_canary)
+        self._membership = WatchedMembership(
+            spec.watch,
+            lambda: pool.engines,
+            metrics.sent_canary,
+            lambda *found: self._state.recomputed(*found),
+        )
         self._state = RouterState(
             pool,
             EngineClient(self._membership.key_of, EngineTimeouts()),

@@ -16,6 +16,7 @@ from pdlaunch.protocol.ids import EngineId, LeaseId
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.openai.responses import ModelCard
 from pdlaunch.router.breaker import Breaker
+from pdlaunch.router.handed_prompts import HandedPrompts
 from pdlaunch.router.pace import NUM_GAPS, Pace
 
 EXPERIENCE_DOUBT = (0.05, 0.5)
@@ -109,6 +110,8 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     """Keeps requests off after failures."""
     pulls: dict[EngineKey, Breaker] = {}
     """The same for pulls from a prefill engine; one of which no pull has failed is not here."""
+    handed: HandedPrompts = msgspec.field(default_factory=HandedPrompts)
+    """Prompts whose KV blocks it was handed."""
     is_drained: bool = False
     """Somebody drains it: it is given no new work."""
     peers: frozenset[str] | None = None

@@ -11,11 +11,7 @@ from pdlaunch.protocol.ids import LeaseId
 from pdlaunch.protocol.openai.responses import REPORT_KEY, WORK_KEY
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_stream import Chunk
-
-_CACHED_AT_PREFILL = "remote_prefill_cached_tokens"
-"""With it vLLM's decode engine repeats what prefill had cached."""
-NUM_BACKED_OFF_TOKENS = 16
-"""Tokens at the end of a prompt that decode may compute though it has pulled all it can."""
+from pdlaunch.watch.usage import CACHED_AT_PREFILL
 
 
 class Handover(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,9 +54,7 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
             return None
         if not first_token_sent:
             # With it decode would tell how much prefill had cached, and not whether it pulled.
-            return {
-                name: value for name, value in self.params.items() if name != _CACHED_AT_PREFILL
-            }
+            return {name: value for name, value in self.params.items() if name != CACHED_AT_PREFILL}
         ours = self.params["pdlaunch"] | {"first_token_sent": True}
         if engine.role != "decode":
             return {"do_remote_prefill": False, "do_remote_decode": False, "pdlaunch": ours}
@@ -190,19 +184,6 @@ def whole_chunk(answer: dict[str, Any]) -> Chunk:
         if "message" in choice:
             choice["delta"] = choice.pop("message")
     return answer
-
-
-def num_recomputed(chunk: Chunk) -> int:
-    """Return how many tokens of a prompt decode has computed though it was handed their blocks.
-
-    It is told at the end of an answer; 0 before, and by an engine that does not tell.
-    """
-    usage = chunk.get("usage") or {}
-    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-    if cached is None:
-        return 0
-    num_tokens: int = usage["prompt_tokens"] - cached
-    return num_tokens if num_tokens > NUM_BACKED_OFF_TOKENS else 0
 
 
 def _role_choice(index: int, role: str) -> dict[str, Any]:

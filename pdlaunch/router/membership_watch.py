@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 
 from pdlaunch.config.external import is_allowed
 from pdlaunch.config.roles import EngineName, Role
@@ -24,6 +24,7 @@ from pdlaunch.errors import RequestError
 from pdlaunch.protocol.control import PairSuspect, Registry
 from pdlaunch.protocol.due_pairs import due_pairs
 from pdlaunch.router.engine import Engine
+from pdlaunch.router.handed_prompts import HandedPrompt
 from pdlaunch.router.membership import AnnouncedMembership
 from pdlaunch.router.membership_pairs import judge
 from pdlaunch.router.pair_canaries import CanaryOutcome, PairCanaries
@@ -41,7 +42,8 @@ class WatchedMembership:
     """Is the Membership of engines that run already; belongs to the event loop.
 
     ``engines``: the router's own view of them, with its counts. ``report``: is told each canary's
-    outcome, ``proven`` or ``failed``.
+    outcome, ``proven`` or ``failed``. ``recomputed``: is told of a prefill and a decode engine, and
+    how many tokens the latter has computed though it was handed their KV blocks.
     """
 
     def __init__(
@@ -49,8 +51,10 @@ class WatchedMembership:
         settings: WatchSettings,
         engines: Callable[[], Iterable[Engine]],
         report: Callable[[CanaryOutcome], None] = lambda _: None,
+        recomputed: Callable[[Engine, Engine, int], None] = lambda *_: None,
     ) -> None:
         self._settings = settings
+        self._recomputed = recomputed
         self._engines = engines
         self._announced = AnnouncedMembership()
         self._watched: dict[str, WatchedEngine] = {}
@@ -209,12 +213,16 @@ class WatchedMembership:
 
     async def _watch(self, watched: WatchedEngine) -> None:
         while True:
-            was_healthy = watched.is_healthy
+            was_healthy, engine = watched.is_healthy, self._engine(watched.member.name)
+            # Taken before the counts are asked for, which then have all of these.
+            answered = () if engine is None else engine.handed.take_answered()
             await watched.look()
             if not watched.may_pair:
                 self._canaries.forget(watched.member.name)
             elif was_healthy:
                 self._doubt(watched)
+                if engine is not None:
+                    self._check_reads(watched, engine, answered)
             self._publish_soon()
             await asyncio.sleep(self._settings.poll_s)
 
@@ -228,6 +236,24 @@ class WatchedMembership:
         if num_failures > watched.num_failures:
             self._canaries.doubt_engine(watched.member.name)
         watched.num_failures = num_failures
+
+    def _check_reads(
+        self, watched: WatchedEngine, engine: Engine, answered: Sequence[HandedPrompt]
+    ) -> None:
+        """Have pairs proven again whose decode engine does not get the blocks that it is handed."""
+        counts = watched.counts
+        if counts is None or watched.member.role != "decode":
+            return
+        if watched.failed_reads.look(counts):
+            _logger.warning("%s: READs of KV blocks fail, and none comes through", engine.name)
+            self._canaries.doubt_engine(engine.name)
+        if watched.tells_recomputes or not watched.tells_sources:
+            return
+        if (found := engine.handed.judge(answered, counts)) is None:
+            return
+        for name in found.prefills:
+            if (prefill := self._engine(name)) is not None:
+                self._recomputed(prefill, engine, found.num_tokens)
 
     def _healthy(self, role: Role) -> list[str]:
         return [

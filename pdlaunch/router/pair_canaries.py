@@ -88,7 +88,9 @@ class PairCanaries:
                     peer=prefill,
                     peer_incarnation=self._engines[prefill].incarnation,
                     seconds=proof.seconds,
-                    path=f"canary/{self._settings.kind}",
+                    path=f"canary/{self._settings.kind}"
+                    if self._engines[decode].is_checked
+                    else "canary, unchecked",
                     gigabytes_per_s=proof.gigabytes_per_s,
                 )
 
@@ -104,11 +106,21 @@ class PairCanaries:
             self._results[pair] = result
             if isinstance(result, Proof):
                 del self._tasks[pair]
+                self._note_what_is_told(decode, result)
             self._on_result()
             if isinstance(result, Proof):
                 return
             await asyncio.sleep(pause_s)
             pause_s = min(longest_s, 2 * pause_s)
+
+    def _note_what_is_told(self, decode: WatchedEngine, proof: Proof) -> None:
+        was_checked, decode.tells_recomputes = decode.is_checked, proof.is_told
+        if was_checked and not decode.is_checked:
+            _logger.warning(
+                "%s does not tell how much of a prompt it computes: where it computes what it was "
+                "handed, nobody sees it; start it with --enable-prompt-tokens-details",
+                decode.member.name,
+            )
 
     async def _send_canary(self, prefill: WatchedEngine, decode: WatchedEngine) -> Proof | str:
         settings = self._settings

@@ -12,8 +12,10 @@ from pdlaunch.protocol.ids import HopId, LeaseId
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_errors import malformed_is_failure
 from pdlaunch.router.engine_stream import Chunk
-from pdlaunch.router.handover import Handover, num_recomputed
+from pdlaunch.router.handed_prompts import HandedPrompt, HandedPrompts
+from pdlaunch.router.handover import Handover
 from pdlaunch.router.state import RouterState
+from pdlaunch.watch.usage import num_recomputed
 
 
 class PromptLease:
@@ -25,6 +27,8 @@ class PromptLease:
         """The answer of prefill; None before it."""
         self._handed_over_at = 0.0
         self._is_taken = False
+        self._handed: tuple[HandedPrompts, HandedPrompt] | None = None
+        """The book of the engine that was handed the blocks, and what it says of them."""
         self._lent = contextlib.ExitStack()
         """Keeps the prefill engine from being forgotten while its blocks may be read."""
 
@@ -49,6 +53,9 @@ class PromptLease:
         """Note that a decode engine has pulled the blocks."""
         self._is_taken = True
         self._lent.close()
+        if self._handed is not None:
+            book, prompt = self._handed
+            book.answered(prompt)
 
     def decode_params(self, engine: Engine, *, first_token_sent: bool) -> dict[str, Any] | None:
         """Return ``engine``'s ``kv_transfer_params``; None when it is to compute the prompt."""
@@ -59,6 +66,8 @@ class PromptLease:
                 return None
             # Whatever comes of it: another one could read blocks that prefill has given away.
             self._is_taken = True
+            prompt = engine.handed.hand(self.handover.engine.name, self.handover.num_prompt_tokens)
+            self._handed = None if prompt is None else (engine.handed, prompt)
         return self.handover.decode_params(engine, first_token_sent=first_token_sent)
 
     def path(self, decode: Engine) -> str | None:

@@ -17,7 +17,9 @@ from pdlaunch.errors import ProtocolError
 from pdlaunch.protocol.changes import Withheld, why_withheld
 from pdlaunch.protocol.control import Address, Capabilities, Entry, ListedState
 from pdlaunch.protocol.due_pairs import MAX_PEERS
-from pdlaunch.watch.engine_api import EngineApi
+from pdlaunch.router.handed_prompts import tells_sources
+from pdlaunch.watch.engine_api import Counts, EngineApi
+from pdlaunch.watch.reads import FailedReads
 from pdlaunch.watch.versions import with_version
 
 _logger = logging.getLogger(__name__)
@@ -77,6 +79,13 @@ class WatchedEngine:
     capabilities: Capabilities = field(default_factory=Capabilities)
     num_failures: int = 0
     """Failures that the router had counted when it was looked at last."""
+    counts: Counts | None = None
+    """Those of the last look that has read any."""
+    failed_reads: FailedReads = field(default_factory=FailedReads)
+    tells_recomputes: bool = True
+    """Its answers say how much of a prompt it has computed, as far as its canaries have shown."""
+    tells_sources: bool = False
+    """Its counts say so of all prompts together."""
     task: asyncio.Task[None] | None = None
     one_at_a_time: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held by the canary that reads its counts: the bytes of another one are no proof."""
@@ -85,6 +94,11 @@ class WatchedEngine:
     def may_pair(self) -> bool:
         """Tell whether it could exchange KV blocks now."""
         return self.is_healthy and not self.is_sleeping
+
+    @property
+    def is_checked(self) -> bool:
+        """Tell whether it is found when it computes prompts whose KV blocks it was handed."""
+        return self.tells_recomputes or self.tells_sources
 
     async def look(self) -> None:
         """Ask the engine how it is."""
@@ -139,7 +153,9 @@ class WatchedEngine:
         if not is_healthy:
             return f"/health does not {'answer' if is_healthy is None else 'say 200'}"
         try:
-            started_at = (await api.counts(ASK_TIMEOUT_S)).total(_STARTED_AT)
+            self.counts = await api.counts(ASK_TIMEOUT_S)
+            self.tells_sources = tells_sources(self.counts)
+            started_at = self.counts.total(_STARTED_AT)
             if self.is_healthy and started_at != self.started_at:
                 self.started_at = started_at
                 return "it was restarted"

@@ -41,8 +41,10 @@ from pdlaunch.protocol.control import (
 )
 from pdlaunch.sidecar.child import EngineChild
 from pdlaunch.sidecar.connector import Failures, connector_environment
-from pdlaunch.watch.canary import BYTES_READ, CanaryDied, send_canary
-from pdlaunch.watch.engine_api import VLLM_RUNNING, Counts, EngineApi, is_vllm_busy
+from pdlaunch.sidecar.hangs import HangWatch
+from pdlaunch.watch.canary import FIRST_TOKEN_ID, CanaryDied, send_canary
+from pdlaunch.watch.engine_api import Counts, EngineApi, is_vllm_busy
+from pdlaunch.watch.reads import FailedReads
 from pdlaunch.watch.versions import with_version
 
 _logger = logging.getLogger(__name__)
@@ -56,8 +58,6 @@ CANARY_RETRY_S = (0.5, 10.0)
 """First and longest pause before a canary that died is sent again."""
 EVENTS_FLAG = "--kv-events-config"
 SLEEP_FLAG = "--enable-sleep-mode"
-_FAILED_READS = "vllm:nixl_num_failed_transfers_total"
-_PROGRESS = ("vllm:generation_tokens_total", "vllm:iteration_tokens_total_sum")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,8 @@ class SidecarOptions:
     """Starts the engine; without where it listens when it has no fixed port."""
     is_exact: bool
     hang_timeout_s: float
-    """An engine that has requests and makes no progress for so long is killed; 0: never."""
+    """An engine that has work and makes no progress for so long is killed; 0: never. One that has
+    had no work for so long is given a prompt of one token."""
     unverified: str
     """The reason why pulled KV blocks are used unproven; empty: it has pdlaunch's connector."""
 
@@ -90,8 +91,9 @@ class SidecarProcess:
         self._canaries: dict[tuple[str, int], asyncio.Task[None]] = {}
         """Tasks by prefill engine and incarnation that is proven or being proven."""
         self._one_at_a_time = asyncio.Semaphore(1)
-        self._reads: tuple[float, float] | None = None
-        """Failed READs and bytes read, at the last look."""
+        self._failed_reads = FailedReads()
+        self._probe: asyncio.Task[None] | None = None
+        """Asks an engine that was idle for one token."""
         self._failures = Failures(Path(supervised.bootstrap.run_dir), self._name)
         self._proven: dict[str, tuple[str, int]] = {}
         """Prefill engines and their incarnations, by the id that vLLM has given them."""
@@ -156,7 +158,7 @@ class SidecarProcess:
         await self._tell_version()
         self._supervised.send(Ready())
         self._is_ready.set()
-        done, moved_at = 0.0, time.monotonic()
+        hangs = HangWatch(self._options.hang_timeout_s)
         can_sleep, is_asleep = SLEEP_FLAG in self._options.command, False
         while True:
             await asyncio.sleep(WATCH_POLL_S)
@@ -173,15 +175,31 @@ class SidecarProcess:
                 _logger.warning("%s", error)
                 continue
             self._doubt_pairs(counts)
-            now_done = sum(counts.total(name) for name in _PROGRESS)
-            if now_done != done or not any(counts.total(name) for name in VLLM_RUNNING):
-                done, moved_at = now_done, time.monotonic()
-            elif 0 < self._options.hang_timeout_s < time.monotonic() - moved_at:
-                self._fail(
-                    f"it has requests and has computed nothing for {self._options.hang_timeout_s:g}"
-                    " s"
-                )
-                return
+            if is_asleep:
+                if self._probe is not None:
+                    self._probe.cancel()  # the engine would keep it until it is awake
+                continue
+            is_probed = self._probe is not None and not self._probe.done()
+            match hangs.look(counts, is_probed=is_probed):
+                case "idle":
+                    self._probe = self._supervised.spawn(self._send_probe())
+                case "hangs":
+                    hang_s = self._options.hang_timeout_s
+                    self._fail(f"it has requests and has computed nothing for {hang_s:g} s")
+                    return
+                case "works":
+                    pass
+
+    async def _send_probe(self) -> None:
+        """Have the engine compute one token, so that it can be seen whether it still does."""
+        body = {"prompt": [FIRST_TOKEN_ID], "max_tokens": 1, "temperature": 0}
+        model = {"model": _served_model_name(self._options.command)}
+        try:
+            # Longer than a look takes to find that nothing comes of it.
+            timeout_s = self._options.hang_timeout_s + 2 * HEALTH_TIMEOUT_S
+            await self._api.complete(model | body, timeout_s)
+        except ProtocolError as error:
+            _logger.warning("a probe of one token: %s", error)
 
     def _doubt_pairs(self, counts: Counts) -> None:
         """Have pairs proven anew from which READs have failed since the last look.
@@ -189,22 +207,14 @@ class SidecarProcess:
         pdlaunch's connector tells which these are; vLLM's does not, so that all are in doubt when
         no READ has come through: prompts that were handed over are computed here.
         """
-        before, self._reads = (
-            self._reads,
-            (
-                counts.total(_FAILED_READS),
-                counts.total(BYTES_READ["vllm"]),
-            ),
-        )
+        none_comes = self._failed_reads.look(counts)
         told = Counter(self._failures.latest())
         for engine_id, count in told.items():
             if engine_id in self._proven:
                 self._doubt(
                     *self._proven[engine_id], f"READs of its KV blocks fail, {count} just now"
                 )
-        if told or before is None:
-            return
-        if self._reads[0] > before[0] and self._reads[1] <= before[1]:
+        if none_comes and not told:
             for peer, incarnation in self._listed:
                 self._doubt(peer, incarnation, "READs of KV blocks fail, and none comes through")
 

@@ -6,8 +6,10 @@
                                                               └──> decode ──> 4 tokens   equal?
     prompt ──> prefill, alone ───────────────────────────────────> 4 tokens ──────┘
     decode's count of bytes read: before < after
+    decode's usage: all but the prompt's last tokens were cached, where it tells
 
-An engine that is healthy may still compute every prompt itself, or read another's bytes.
+An engine that is healthy may still compute every prompt itself, or read another's bytes. Its count
+of bytes is of all requests: under traffic the usage alone tells what became of this one.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 
 from pdlaunch.errors import PdlaunchError, ProtocolError
 from pdlaunch.watch.engine_api import Counts, EngineApi, Kind
+from pdlaunch.watch.usage import CACHED_AT_PREFILL, num_recomputed
 
 NUM_BLOCKS = 2
 NUM_TOKENS = 4
@@ -75,6 +78,9 @@ class Proof:
     num_bytes: int
     transfer_s: float
     """Seconds that the engine counted for the READs; 0 when it counts none."""
+    is_told: bool = True
+    """Decode has told that it computed none of these tokens; else its count of bytes is the proof,
+    which READs of other requests add to."""
     params: Mapping[str, Any] = field(default_factory=dict)
     """Parameters that prefill hands to decode: ``remote_engine_id``, ``remote_host`` and so on."""
 
@@ -117,10 +123,17 @@ async def send_canary(
             "prefill answered without kv_transfer_params: it has no KV connector, or refused",
             fatal=True,
         )
-    told = _tokens(await decode.complete(request | {"kv_transfer_params": params}, TIMEOUT_S))
+    lent = {name: value for name, value in params.items() if name != CACHED_AT_PREFILL}
+    answer = await decode.complete(request | {"kv_transfer_params": lent}, TIMEOUT_S)
+    told = _tokens(answer)
     expected = _tokens(await prefill.complete(request, TIMEOUT_S))
     if reason := _difference(told, expected, is_exact=is_exact):
         raise CanaryDied(reason, fatal=True, params=params)
+    if num_tokens := _num_recomputed(answer):
+        raise CanaryDied(
+            f"decode computed the prompt itself: {num_tokens} tokens whose KV blocks it was handed",
+            params=params,
+        )
     after = await decode.counts(TIMEOUT_S)
     num_bytes = int(after.total(BYTES_READ[kind]) - before.total(BYTES_READ[kind]))
     if num_bytes <= 0:
@@ -132,6 +145,7 @@ async def send_canary(
         time.monotonic() - started_at,
         num_bytes,
         after.total(SECONDS_READ[kind]) - before.total(SECONDS_READ[kind]),
+        _num_recomputed(answer) is not None,
         params,
     )
 
@@ -153,6 +167,14 @@ def _tokens(answer: dict[str, Any]) -> _Tokens:
         return _Tokens(tuple(choice["token_ids"]), tuple(choice["logprobs"]["token_logprobs"]))
     except (LookupError, TypeError) as error:
         raise ProtocolError(f"not an answer with token ids and logprobs: {error!r}") from error
+
+
+def _num_recomputed(answer: dict[str, Any]) -> int | None:
+    """Return what ``num_recomputed`` does. Raises ProtocolError."""
+    try:
+        return num_recomputed(answer)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ProtocolError(f"not a usage: {error!r}") from error
 
 
 def _difference(told: _Tokens, expected: _Tokens, *, is_exact: bool) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,10 @@ class Alone:
             poll_s=0.01,
         )
         self.watch = WatchedMembership(
-            settings, lambda: self.pool.engines, self.metrics.sent_canary
+            settings,
+            lambda: self.pool.engines,
+            self.metrics.sent_canary,
+            lambda *found: self.state.recomputed(*found),
         )
         client = EngineClient(self.watch.key_of, EngineTimeouts())
         self.state = RouterState(
@@ -139,7 +142,9 @@ class Alone:
         return next((engine.reason for engine in self.pool.engines if engine.name == name), "")
 
     def outcomes(self, outcome: str) -> float:
-        name = f'pdlaunch_router_canaries_total{{outcome="{outcome}"}}'
+        return self.metric(f'pdlaunch_router_canaries_total{{outcome="{outcome}"}}')
+
+    def metric(self, name: str) -> float:
         lines = self.metrics.text().decode().splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
 
@@ -148,8 +153,8 @@ class Alone:
             while not condition():  # noqa: ASYNC110 - what is waited for is plain state
                 await asyncio.sleep(0.005)
 
-    async def complete(self) -> tuple[int, dict[str, Any]]:
-        body = {"model": "m", "prompt": PROMPT, "max_tokens": 4, "temperature": 0}
+    async def complete(self, prompt: Sequence[int] = PROMPT) -> tuple[int, dict[str, Any]]:
+        body = {"model": "m", "prompt": prompt, "max_tokens": 4, "temperature": 0}
         async with self.session.post("/v1/completions", json=body) as response:
             return response.status, await response.json()
 
@@ -240,6 +245,65 @@ async def test_a_pair_that_has_failed_requests_is_proven_again(alone: Alone) -> 
     await alone.until(lambda: "decode-0" not in alone.ready)
     alone.engines["decode-0"].moves_bytes = True
     await alone.until(lambda: "decode-0" in alone.ready)
+
+
+LONG_PROMPT = list(range(300, 400))
+
+
+async def untold_pair(alone: Alone, sources: bool = True) -> tuple[FakeVllm, FakeVllm]:
+    """Start a pair of which decode does not tell in its answers what it has computed."""
+    by_source = ("local_compute", "local_cache_hit", "external_kv_transfer")
+    for name in ("prefill-0", "decode-0"):
+        counts = dict.fromkeys(by_source, 0) if sources else {}
+        await alone.start(name, tells_cached=False, tokens_by_source=counts)
+        alone.add(name)
+    await alone.until(lambda: alone.ready == {"prefill-0", "decode-0"})
+    engines = alone.engines["prefill-0"], alone.engines["decode-0"]
+    looks = engines[1].num_looks
+    await alone.until(lambda: engines[1].num_looks > looks + 1)
+    return engines
+
+
+def num_recomputes(alone: Alone) -> float:
+    name = "pdlaunch_router_silent_recomputes_total"
+    return alone.metric(f'{name}{{decode="decode-0",prefill="prefill-0"}}')
+
+
+async def test_what_answers_do_not_tell_is_seen_in_the_counts(alone: Alone) -> None:
+    """Of a decode engine that reads nothing any more, among requests of others."""
+    _, decode = await untold_pair(alone)
+    for _ in range(3):
+        assert (await alone.complete(prompt=LONG_PROMPT))[0] == 200
+    looks = decode.num_looks
+    await alone.until(lambda: decode.num_looks > looks + 2)
+    assert num_recomputes(alone) == 0
+    assert alone.state.pool.pairs[0].path == "canary/vllm"
+
+    decode.moves_bytes = False
+    # Another router's: computed there, and nothing of it was handed over.
+    decode.tokens_by_source["local_compute"] += 5_000
+    assert (await alone.complete(prompt=LONG_PROMPT))[0] == 200
+    await alone.until(lambda: num_recomputes(alone) == 1)
+    await alone.until(lambda: "itself" in alone.reason("decode-0"))
+    decode.moves_bytes = True
+    await alone.until(lambda: alone.ready == {"prefill-0", "decode-0"})
+    assert num_recomputes(alone) == 1
+
+
+async def test_a_pair_that_nobody_can_check_is_shown(
+    alone: Alone, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A vLLM that neither tells nor counts it."""
+    _, decode = await untold_pair(alone, sources=False)
+    assert [pair.path for pair in alone.state.pool.pairs] == ["canary, unchecked"]
+    said = [each for each in caplog.messages if "--enable-prompt-tokens-details" in each]
+    assert len(said) == 1
+    # Failed READs are counted by every version.
+    num_proven = alone.outcomes("proven")
+    decode.num_failed_reads += 1
+    await alone.until(lambda: alone.outcomes("proven") > num_proven)
+    said = [each for each in caplog.messages if "--enable-prompt-tokens-details" in each]
+    assert len(said) == 1
 
 
 async def test_an_engine_sleeps_when_nothing_runs_or_is_leased_and_is_proven_again(

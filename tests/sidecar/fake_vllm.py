@@ -47,14 +47,25 @@ class FakeVllm:
     """What dev mode tells; None: it is off."""
     lends: float = 0.0
     """Share of its KV cache that is under lease."""
+    tells_cached: bool = True
+    """It is started with --enable-prompt-tokens-details."""
+    num_bytes_of_others: int = 0
+    """KV bytes that other requests read while it answers one."""
     num_bytes: int = 0
     seconds_read: float = 0.0
     num_failed_reads: int = 0
     num_looks: int = 0
     num_tokens: int = 0
     bodies: list[dict[str, Any]] = field(default_factory=list)
+    moves: asyncio.Event = field(default_factory=asyncio.Event)
+    """Cleared while its core computes nothing, though it says that it is healthy."""
+    tokens_by_source: dict[str, int] = field(default_factory=dict)
+    """Prompt tokens; empty for a version that does not count where they came from."""
     go: asyncio.Event | None = None
     """Requests that lend or read blocks wait for it; None: they do not wait."""
+
+    def __post_init__(self) -> None:
+        self.moves.set()
 
     def app(self) -> web.Application:
         app = web.Application()
@@ -129,6 +140,10 @@ class FakeVllm:
             "# TYPE vllm:nixl_num_failed_transfers counter\n"
             f'vllm:nixl_num_failed_transfers_total{{engine="0"}} {self.num_failed_reads}\n'
         )
+        page += "".join(
+            f'vllm:prompt_tokens_by_source_total{{engine="0",source="{source}"}} {number}\n'
+            for source, number in self.tokens_by_source.items()
+        )
         return web.Response(text=page)
 
     async def _models(self, _: web.Request) -> web.Response:
@@ -140,6 +155,7 @@ class FakeVllm:
         self.bodies.append(body)
         prompt, params = body["prompt"], body.get("kv_transfer_params") or {}
         length = len(prompt)
+        await self.moves.wait()
         if params and self.go is not None:
             await self.go.wait()
         answer: dict[str, Any] = {"id": "cmpl-1", "model": body["model"]}
@@ -152,17 +168,26 @@ class FakeVllm:
                 "remote_engine_id": self.name,
                 "remote_host": self.side_channel[0],
                 "remote_port": self.side_channel[1],
+                "remote_prefill_cached_tokens": 0,
                 "tp_size": 2,
                 "pp_size": 1,
             }
+        cached = 0
+        self.num_bytes += self.num_bytes_of_others
         if params.get("do_remote_prefill") and self.moves_bytes:
+            cached = length - 1
             prompt = self.shares.pop(params["remote_request_id"])
             self.num_bytes += BYTES_OF_TOKEN * len(prompt)
             if self.garbles:
                 prompt = [0, *prompt[1:]]
         tokens = answer_of(prompt, body["max_tokens"])
         self.num_tokens += len(tokens)
-        usage = {"prompt_tokens": length, "completion_tokens": len(tokens)}
+        usage: dict[str, Any] = {"prompt_tokens": length, "completion_tokens": len(tokens)}
+        if self.tokens_by_source:
+            self.tokens_by_source["external_kv_transfer"] += cached
+            self.tokens_by_source["local_compute"] += length - cached
+        if self.tells_cached:
+            usage["prompt_tokens_details"] = {"cached_tokens": cached}
         if body.get("stream"):
             return await self._stream(request, answer, tokens, usage)
         choice = {
@@ -176,7 +201,7 @@ class FakeVllm:
         return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
 
     async def _stream(
-        self, request: web.Request, answer: dict[str, Any], tokens: list[int], usage: dict[str, int]
+        self, request: web.Request, answer: dict[str, Any], tokens: list[int], usage: dict[str, Any]
     ) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)

@@ -9,6 +9,7 @@ import pytest
 import pytest_asyncio
 from msgspec import structs
 
+from pdlaunch.errors import StartupError
 from pdlaunch.http.lifecycle import Supervised
 from pdlaunch.process.bootstrap import Bootstrap
 from pdlaunch.protocol.control import (
@@ -186,6 +187,27 @@ async def test_a_drain_waits_for_requests_and_then_for_leases(
     assert Drained() not in said
     engine.lends = 0.0
     await supervisor.next(Drained)
+
+
+async def test_an_idle_engine_whose_core_stands_still_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody asks it for anything, and it says that it is healthy and has nothing to do."""
+    monkeypatch.setattr("pdlaunch.sidecar.process.WATCH_POLL_S", 0.02)
+    supervisor = FakeSupervisor(tmp_path)
+    options = SidecarOptions(COMMAND, is_exact=True, hang_timeout_s=0.5, unverified="a test")
+    running = asyncio.create_task(SidecarProcess(cast(Supervised, supervisor), options).run())
+    await asyncio.sleep(0)  # it removes what a predecessor has left at the socket's path
+    engine = FakeVllm("decode-0", {})
+    runner = await listen(engine, tmp_path / "decode-0.sock")
+    await until(lambda: len(engine.bodies) == 2)
+    assert [(len(body["prompt"]), body["max_tokens"]) for body in engine.bodies] == [(1, 1)] * 2
+    assert not running.done()
+    engine.moves.clear()
+    with pytest.raises(StartupError, match="has computed nothing for"):
+        await running
+    engine.moves.set()
+    await runner.cleanup()
 
 
 async def test_a_peer_that_sleeps_has_to_prove_its_pair_again(supervisor: FakeSupervisor) -> None:

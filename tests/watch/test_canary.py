@@ -9,6 +9,7 @@ import pytest
 from pdlaunch.errors import ProtocolError
 from pdlaunch.watch.canary import NUM_TOKENS, CanaryDied, Proof, send_canary
 from pdlaunch.watch.engine_api import EngineApi
+from pdlaunch.watch.usage import CACHED_AT_PREFILL
 from tests.sidecar.fake_vllm import BLOCK_SIZE, BYTES_OF_TOKEN, FakeVllm, listen
 
 
@@ -54,6 +55,35 @@ async def test_decode_that_computes_the_prompt_itself_is_found(tmp_path: Path) -
     with pytest.raises(CanaryDied, match="computed the prompt itself") as caught:
         await send(prefill, decode, tmp_path, is_exact=True)
     assert not caught.value.fatal
+
+
+async def test_bytes_of_other_requests_prove_nothing(tmp_path: Path) -> None:
+    """Decode reads blocks of others meanwhile, and has computed the canary itself."""
+    prefill, decode = pair()
+    decode.moves_bytes, decode.num_bytes_of_others = False, 7_000_000
+    with pytest.raises(CanaryDied, match=f"itself: {2 * BLOCK_SIZE + 1} tokens") as caught:
+        await send(prefill, decode, tmp_path, is_exact=True)
+    assert not caught.value.fatal
+
+
+async def test_a_proof_by_bytes_alone_says_so(tmp_path: Path) -> None:
+    """Of an engine that does not tell what it had cached, nothing better is known."""
+    prefill, decode = pair()
+    decode.tells_cached = False
+    assert not (await send(prefill, decode, tmp_path, is_exact=True)).is_told
+    decode.moves_bytes = False
+    with pytest.raises(CanaryDied, match="computed the prompt itself"):
+        await send(prefill, decode, tmp_path, is_exact=True)
+    decode.tells_cached = decode.moves_bytes = True
+    assert (await send(prefill, decode, tmp_path, is_exact=True)).is_told
+
+
+async def test_what_prefill_had_cached_is_not_taken_for_what_decode_has_read(
+    tmp_path: Path,
+) -> None:
+    prefill, decode = pair()
+    await send(prefill, decode, tmp_path, is_exact=True)
+    assert CACHED_AT_PREFILL not in decode.bodies[0]["kv_transfer_params"]
 
 
 async def test_other_blocks_are_found_by_the_tokens(tmp_path: Path) -> None:
