@@ -56,6 +56,9 @@ class SeenPair:
     problem: str = ""
     """The reason why the canary died; empty: it came through."""
     num_bytes: int = 0
+    is_told: bool = True
+    """Decode has told that it did not compute the canary; else these bytes are all that is known,
+    and other requests may have read them."""
     seconds: float = 0.0
     side_channel: str = ""
     """``HOST:PORT`` at which decode is told to shake hands; empty: of an engine without one."""

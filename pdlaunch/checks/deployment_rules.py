@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from pdlaunch.checks.context import Context
 from pdlaunch.checks.deployment import SeenDeployment, SeenEngine
 from pdlaunch.checks.rule import Found, rule
+from pdlaunch.config.roles import PAIR, ROLES, Role
 from pdlaunch.config.sizes import format_size
 
 VLLM_LEASE_S = 30
+_BYTES_ALONE = (
+    "; READs of other requests may be among them, as decode does not tell what it had to compute: "
+    "start it with --enable-prompt-tokens-details"
+)
 SLOW_SHARE = 0.1
 """READs below this share of what their link should give go another way."""
 
@@ -17,7 +22,10 @@ SLOW_SHARE = 0.1
 @rule(
     "PD650",
     "error",
-    fix="Start it, or correct its URL; give its key with --engine-key-env.",
+    fix=(
+        "Start it, or correct its URL; give its key with --engine-key-env, which is sent to those "
+        "engines alone that --prefill, --decode or --both name."
+    ),
     source="GET /health, /version, /v1/models and /metrics.",
     needs=("deployment",),
 )
@@ -55,11 +63,11 @@ def running_versions_differ(context: Context) -> Iterator[Found]:
     needs=("deployment",),
 )
 def running_models_differ(context: Context) -> Iterator[Found]:
-    """Prefill and decode engines do not serve the same model.
+    """Engines do not serve the same model.
 
-    A request names its model to both.
+    A request names its model to all that work on it, and any engine of both roles may get it.
     """
-    yield from _differ(context, "models", lambda engine: ", ".join(sorted(engine.models)))
+    yield from _differ(context, "models", lambda engine: ", ".join(sorted(engine.models)), ROLES)
     longest = [
         min((each.max_model_len for each in side if each.max_model_len), default=0)
         for side in (_deployment(context).of("prefill"), _deployment(context).of("decode"))
@@ -225,7 +233,8 @@ def seen(context: Context) -> Iterator[Found]:
     for pair in _deployment(context).pairs or ():
         if not pair.problem:
             moved = f"a canary moved {format_size(pair.num_bytes)} in {pair.seconds:.2f} s"
-            yield Found(f"{pair.prefill} -> {pair.decode}", moved)
+            caveat = "" if pair.is_told else _BYTES_ALONE
+            yield Found(f"{pair.prefill} -> {pair.decode}", f"{moved}{caveat}")
         if pair.handshake:
             yield Found(f"side channel {pair.side_channel}", pair.handshake)
 
@@ -308,12 +317,14 @@ def _deployment(context: Context) -> SeenDeployment:
 
 
 def _differ(
-    context: Context, what: str, value_of: Callable[[SeenEngine], str | None]
+    context: Context,
+    what: str,
+    value_of: Callable[[SeenEngine], str | None],
+    roles: Sequence[Role] = PAIR,
 ) -> Iterator[Found]:
     """Yield the engines whose value is not that of the first engine that tells one."""
-    told = [
-        (engine, value) for engine in _deployment(context).engines if (value := value_of(engine))
-    ]
+    engines = [each for role in roles for each in _deployment(context).of(role)]
+    told = [(engine, value) for engine in engines if (value := value_of(engine))]
     for engine, value in told[1:]:
         if value != told[0][1]:
             first = told[0]

@@ -19,7 +19,7 @@ from pdlaunch.cli.check_config import Format, print_report, refuse_input
 from pdlaunch.cli.doctor_links import Links, is_here
 from pdlaunch.config.http_names import WILDCARDS, is_loopback
 from pdlaunch.config.models import LaunchConfig
-from pdlaunch.config.roles import EngineName, Role
+from pdlaunch.config.roles import ROLES, EngineName, Role
 from pdlaunch.engines.kind import OF_RUNNING_ENGINES
 from pdlaunch.errors import ConfigError, PdlaunchError, ProtocolError
 from pdlaunch.platform.facts import Machine
@@ -72,10 +72,16 @@ def doctor(
         list[str] | None,
         typer.Option("--decode", metavar="URL", help="A decode engine. Repeats."),
     ] = None,
+    both: Annotated[
+        list[str] | None,
+        typer.Option("--both", metavar="URL", help="An engine of both roles. Repeats."),
+    ] = None,
     engine_key_env: Annotated[
         str | None,
         typer.Option(
-            "--engine-key-env", metavar="NAME", help="Variable with the key of the engines."
+            "--engine-key-env",
+            metavar="NAME",
+            help="Variable with the key of the engines that --prefill, --decode and --both name.",
         ),
     ] = None,
     exact: Annotated[
@@ -103,14 +109,19 @@ def doctor(
     """
     try:
         key = _key(engine_key_env, os.environ)
-        for name, given in (("URL", routers), ("--prefill", prefill), ("--decode", decode)):
-            for url in given or ():
+        by_role: dict[Role, list[str]] = {
+            "prefill": prefill or [],
+            "decode": decode or [],
+            "both": both or [],
+        }
+        for name, given in (
+            ("URL", routers or []),
+            *((f"--{role}", urls) for role, urls in by_role.items()),
+        ):
+            for url in given:
                 _require_url(name, url)
         listed = asyncio.run(_engines_of(routers or ()))
-        named: list[tuple[Role, str]] = [
-            *(("prefill", url) for url in prefill or ()),
-            *(("decode", url) for url in decode or ()),
-        ]
+        named = [(role, url) for role, urls in by_role.items() for url in urls]
         urls = list(dict.fromkeys([*named, *listed]))
         if handshake and not canary:
             raise ConfigError(
@@ -125,8 +136,10 @@ def doctor(
             )
     except ConfigError as error:
         refuse_input(error, output, None)
+    # A router that is asked is not trusted with a key: it could list whom it likes.
+    keys = {} if key is None else {url: key for _, url in named}
     seen = asyncio.run(
-        examine(urls, key, sends_canaries=canary, is_exact=exact, shakes_hands=handshake)
+        examine(urls, keys, sends_canaries=canary, is_exact=exact, shakes_hands=handshake)
     )
     print_report(judge(seen), output, strict=strict)
 
@@ -148,9 +161,16 @@ async def _engines_of(routers: Sequence[str]) -> list[tuple[Role, str]]:
             ) from None
         finally:
             await api.close()
-        for role, engine, _ in engines:
-            if role in ("prefill", "decode"):
-                found.append(("prefill" if role == "prefill" else "decode", engine))
+        for name, engine, _ in engines:
+            role = next((role for role in ROLES if role == name), None)
+            if role is None:
+                raise ConfigError(
+                    f"it lists an engine of role {name[:100]}",
+                    field="URL",
+                    value=url,
+                    fix="use the pdlaunch of that router's version",
+                )
+            found.append((role, engine))
     return found
 
 
@@ -167,7 +187,7 @@ def judge(seen: SeenDeployment) -> Report:
 
 async def examine(
     urls: list[tuple[Role, str]],
-    key: str | None,
+    keys: Mapping[str, str],
     *,
     sends_canaries: bool,
     is_exact: bool,
@@ -175,9 +195,10 @@ async def examine(
 ) -> SeenDeployment:
     """Look at engines, all at the same time, then send a canary through each pair in turn.
 
-    ``shakes_hands``: then ask each side channel that a canary has named.
+    ``keys``: of engines, by URL. ``shakes_hands``: then ask each side channel that a canary has
+    named.
     """
-    apis = {url: EngineApi(url, key) for _, url in urls}
+    apis = {url: EngineApi(url, keys.get(url)) for _, url in urls}
     try:
         engines = await asyncio.gather(*(_look(role, url, apis[url]) for role, url in urls))
         seen = SeenDeployment(tuple(engines), None)
@@ -268,7 +289,11 @@ async def _prove(
         params = error.params if isinstance(error, CanaryDied) else {}
     else:
         pair = SeenPair(
-            prefill.url, decode.url, num_bytes=proof.num_bytes, seconds=round(proof.seconds, 3)
+            prefill.url,
+            decode.url,
+            num_bytes=proof.num_bytes,
+            is_told=proof.is_told,
+            seconds=round(proof.seconds, 3),
         )
         params = proof.params
     channel = side_channel_of(params) if prefill.kind == "vllm" else None

@@ -247,18 +247,63 @@ def test_every_form_names_the_rule(tmp_path: Path, form: str) -> None:
     assert "PD651" in result.stdout
 
 
+def listed(*engines: tuple[str, str]) -> list[dict[str, str]]:
+    """Return engines, each with its role and URL, as the status of a router has them."""
+    return [{"role": role, "url": url, "kind": "vllm"} for role, url in engines]
+
+
 def test_a_router_of_pdlaunch_names_its_engines(tmp_path: Path) -> None:
     with serving(tmp_path) as (prefill, _, flags):
-        engines = [
-            {"role": role, "url": url, "kind": "vllm"}
-            for role, _, url in (flag[2:].partition("=") for flag in flags)
-        ]
-        prefill.status = {"engines": engines}
+        parts = [flag[2:].partition("=") for flag in flags]
+        prefill.status = {"engines": listed(*((role, url) for role, _, url in parts))}
         router = flags[0].partition("=")[2]
         found = report_of(run(router, "--format", "json"))["resolved"]["deployment"]["pairs"]
         assert len(found) == 1
         prefill.status = {}
         assert "do not tell their role" in run(router).stderr
+
+
+def test_a_router_that_is_asked_gets_no_key_and_names_nobody_who_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It could list an address of its own; whoever asks it names the engines that he trusts."""
+    monkeypatch.setenv("KEY_OF_ENGINES", "secret")
+    with serving(tmp_path) as (prefill, decode, flags):
+        urls = [flag.partition("=")[2] for flag in flags]
+        prefill.status = {"engines": listed(("prefill", urls[0]), ("decode", urls[1]))}
+        arguments = (urls[0], "--engine-key-env", "KEY_OF_ENGINES", "--format", "json")
+        assert run(*arguments).exit_code == 0
+        assert prefill.keys | decode.keys == {None}
+        result = run(*arguments, flags[1])
+        assert len(report_of(result)["resolved"]["deployment"]["engines"]) == 2
+        assert "Bearer secret" in decode.keys
+        assert prefill.keys == {None}
+
+
+def test_engines_of_both_roles_are_examined_and_get_no_canary(tmp_path: Path) -> None:
+    with serving(tmp_path, model="other", version="0.31.1") as (prefill, decode, flags):
+        urls = [flag.partition("=")[2] for flag in flags]
+        prefill.status = {"engines": listed(("prefill", urls[0]), ("both", urls[1]))}
+        for arguments in ((urls[0],), (flags[0], f"--both={urls[1]}")):
+            result = run(*arguments, "--format", "json")
+            assert result.exit_code == 1
+            found = {item["rule"]: item for item in report_of(result)["findings"]}
+            # It is beside the pairs: its version may be another one, its model may not.
+            assert "models other" in found["PD652"]["message"]
+            assert found.keys() == {"PD652", "PD660"}
+            assert report_of(result)["resolved"]["deployment"]["pairs"] == []
+        assert not decode.bodies
+        prefill.status = {"engines": listed(("critic", urls[1]))}
+        result = run(urls[0])
+        assert (result.exit_code, "engine of role critic" in result.stderr) == (2, True)
+
+
+def test_a_canary_that_only_bytes_speak_for_says_so(tmp_path: Path) -> None:
+    with serving(tmp_path, tells_cached=False) as (_, _, flags):
+        report = report_of(run(*flags, "--format", "json"))
+    told = [item["message"] for item in report["findings"] if item["rule"] == "PD660"]
+    assert any("--enable-prompt-tokens-details" in text for text in told)
+    assert report["resolved"]["deployment"]["pairs"][0]["is_told"] is False
 
 
 def test_unusable_input(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,8 @@ class FakeVllm:
     num_looks: int = 0
     num_tokens: int = 0
     bodies: list[dict[str, Any]] = field(default_factory=list)
+    keys: set[str | None] = field(default_factory=set)
+    """Authorizations that it was sent."""
     moves: asyncio.Event = field(default_factory=asyncio.Event)
     """Cleared while its core computes nothing, though it says that it is healthy."""
     tokens_by_source: dict[str, int] = field(default_factory=dict)
@@ -68,7 +70,13 @@ class FakeVllm:
         self.moves.set()
 
     def app(self) -> web.Application:
-        app = web.Application()
+        @web.middleware
+        async def note_key(request: web.Request, handler: Any) -> web.StreamResponse:
+            self.keys.add(request.headers.get("Authorization"))
+            response: web.StreamResponse = await handler(request)
+            return response
+
+        app = web.Application(middlewares=[note_key])
         app.router.add_get("/health", self._health)
         app.router.add_get("/version", self._version)
         app.router.add_get("/metrics", self._metrics)
