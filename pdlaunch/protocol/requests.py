@@ -35,6 +35,10 @@ class RequestSummary(msgspec.Struct, kw_only=True):
     kv_path: str | None = None
     """The path on which the pair exchanges KV blocks, such as ``nixl/UCX``."""
     prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    """Prompt tokens that were not computed for it, as the client was told (``usage``): all that is
+    known where engines do not tell their caches apart.
+    """
     cached_device_tokens: int | None = None
     """Prompt tokens that the first engine found in its device's memory."""
     cached_host_tokens: int | None = None

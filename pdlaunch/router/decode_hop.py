@@ -160,8 +160,10 @@ class DecodeHop:
                 progress.decode_has_answered, self._pulls_from = True, None
                 if pulls:
                     progress.lease.pulled()
-            if pulls and chunk.get("usage"):
-                progress.lease.check_pulled(engine, chunk)
+            if usage := chunk.get("usage"):
+                leg.counts(usage)
+                if pulls:
+                    progress.lease.check_pulled(engine, chunk)
             await progress.tell(engine, chunk, more_follows=stream.has_more)
         leg.hear(stream.report)
         if holder is not None:
@@ -185,7 +187,7 @@ class DecodeHop:
             ),
             self._record.leg(
                 "decode", engine.name, progress.ask_spans(engine, progress.hop_id(attempt))
-            ),
+            ) as leg,
         ):
             answer = await self._state.client.ask(
                 engine, prompt.endpoint.path, body, progress.headers(attempt)
@@ -193,6 +195,7 @@ class DecodeHop:
         progress.sink.ignores(answer.ignored_fields)
         with malformed_is_failure(engine):
             chunk = whole_chunk(msgspec.json.decode(answer.body))
+        leg.counts(chunk.get("usage"))
         if pulls:
             progress.lease.pulled()
             progress.lease.check_pulled(engine, chunk)

@@ -101,9 +101,16 @@ class Leg:
         self.spans = report.spans[:MAX_HEARD_SPANS]
         self.num_dropped = report.num_dropped + len(report.spans) - len(self.spans)
         self._first_at = self._sent_at + error_s
-        self._attributes["clock_error_ms"] = round(error_s * 1000, 3)
-        if self._span is not None:
-            self._span.attributes["clock_error_ms"] = self._attributes["clock_error_ms"]
+        self._note("clock_error_ms", round(error_s * 1000, 3))
+
+    def counts(self, usage: object) -> None:
+        """Note how much of the prompt the engine did not compute, by the ``usage`` of its answer:
+        what it had cached, and what it has pulled.
+        """
+        details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
+        cached = details.get("cached_tokens") if isinstance(details, dict) else None
+        if isinstance(cached, int):
+            self._note("cached_tokens", cached)
 
     def placed(self) -> list[Span]:
         """Return the engine's spans on the router's clock."""
@@ -124,6 +131,12 @@ class Leg:
         # The last one, unless there was no room for it.
         if self._log.spans[-1].end_at == self._end_at:
             self._span = self._log.spans[-1]
+
+    def _note(self, name: str, value: Attribute) -> None:
+        """Add an attribute, also to a span that has ended."""
+        self._attributes[name] = value
+        if self._span is not None:
+            self._span.attributes[name] = value
 
     def longest_s(self, name: str) -> float | None:
         """Return the longest of the engine's spans of this name; None: it has told none."""

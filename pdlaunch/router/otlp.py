@@ -167,15 +167,15 @@ def _engine_of_leg(span: SpanView) -> str:
 
 
 def _root_attributes(trace: RequestTrace, operation: str | None) -> dict[str, Any]:
-    cached = [trace.cached_device_tokens, trace.cached_host_tokens]
-    known = [count for count in cached if count is not None]
+    tiers = [trace.cached_device_tokens, trace.cached_host_tokens]
+    known = [count for count in tiers if count is not None]
     attributes = {
         "gen_ai.operation.name": operation,
         "gen_ai.provider.name": "pdlaunch",
         "gen_ai.request.model": trace.model,
         "gen_ai.usage.input_tokens": trace.prompt_tokens,
         "gen_ai.usage.output_tokens": trace.output_tokens,
-        "gen_ai.usage.cache_read.input_tokens": sum(known) if known else None,
+        "gen_ai.usage.cache_read.input_tokens": sum(known) if known else trace.cached_tokens,
         "gen_ai.response.finish_reasons": trace.finish_reason and trace.finish_reason.split(","),
         "gen_ai.response.time_to_first_chunk": trace.first_token_ms and trace.first_token_ms / 1e3,
         "http.response.status_code": trace.status,

@@ -155,6 +155,7 @@ class PrefillHop:
         with malformed_is_failure(engine):
             handover = read_handover(engine, answer.body, is_chat=prompt.endpoint.is_chat)
         leg.hear(handover.report)
+        leg.counts(handover.usage)
         if handover.work is not None:
             self._state.client.hear(engine, handover.work)
         for chunk in handover.chunks:

@@ -70,6 +70,7 @@ def _cached(summary: RequestSummary) -> list[str]:
         "remote": summary.remote_tokens,
     }
     known = " ".join(f"{name} {count}" for name, count in counts.items() if count is not None)
+    known = known or " ".join(_known(summary.cached_tokens, "{}"))
     return [f"(cached {known})"] if known else []
 
 

@@ -175,6 +175,7 @@ class RequestRecord:
         at_decode: dict[str, Attribute] = {} if decode is None else decode.attributes(SEATED)
         names = [leg.engine for leg in (prefill, decode) if leg is not None]
         num_bytes, usage, first_at = _number(pull.get("bytes")), self._usage, self._first_token_at
+        details = None if usage is None else usage.prompt_tokens_details
         return RequestSummary(
             id=self.id,
             received_at=self.received_at,
@@ -188,6 +189,7 @@ class RequestRecord:
             explanation=self._explanation,
             kv_path=self.kv_path,
             prompt_tokens=None if usage is None else usage.prompt_tokens,
+            cached_tokens=None if details is None else details.cached_tokens,
             cached_device_tokens=_count(at_first.get("device_tokens")),
             cached_host_tokens=_count(at_first.get("host_tokens")),
             remote_tokens=_count(at_decode.get("remote_tokens")),

@@ -18,7 +18,7 @@ from pdlaunch.protocol.requests import RequestSummary
 from pdlaunch.router.request_lines import RequestLines, format_request
 from pdlaunch.router.request_record import RequestRecord
 from pdlaunch.router.request_words import MAX_CONTENT_LENGTH
-from tests.router.conftest import SPEC, Stand, pair
+from tests.router.conftest import SPEC, Stand, pair, pairs
 from tests.router.test_life_of_a_request import completion
 from tests.router.test_requests import told_pair
 
@@ -79,6 +79,16 @@ async def test_refusals_have_a_line(
     (line,) = lines(caplog)
     assert line.startswith(f"{status} /v1/completions ")
     assert "error: " in line
+
+
+async def test_retries_are_counted(stand: Stand, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "pdlaunch")
+    await stand.start(pairs(2))
+    stand.die_after(stand.engines["decode-0"], 2, num_told=2)
+    await stand.post(completion(stream=True))
+    (line,) = lines(caplog)
+    assert " prefill-0 -> decode-1 " in line
+    assert " retries=1 " in line
 
 
 async def test_a_draining_router_has_lines_of_those_it_refuses(

@@ -5,6 +5,7 @@ of their own.
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from tests.router.fake_vllm_engine import (
     text_of,
     vllm_pairs,
 )
+from tests.router.test_request_lines import lines
+from tests.router.test_requests import trace
 
 PROMPT = "a prompt of more than twenty tokens|"
 NUM_BYTES = len(SCRIPT.encode())
@@ -130,6 +133,25 @@ async def test_status_shows_kinds_versions_and_pairs(stand: Stand) -> None:
         ("prefill-0", "decode-0")
     ]
     assert status["doubts"] == []
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_engines_had_cached_is_told_of_a_request(
+    stand: Stand, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    """Their answers count it; of their tiers they tell nothing."""
+    caplog.set_level(logging.INFO, "pdlaunch")
+    await start_pair(stand)
+    await stand.post(completion(stream=stream), headers={"X-Request-Id": "r1"})
+    told = await trace(stand, "r1")
+    assert told.cached_tokens == CACHED_AT_PREFILL
+    assert (told.cached_device_tokens, told.remote_tokens) == (None, None)
+    legs = {
+        span.name: span.attributes["cached_tokens"] for span in told.spans if " at " in span.name
+    }
+    assert legs == {"prefill at prefill-0": CACHED_AT_PREFILL, "decode at decode-0": len(PROMPT)}
+    (line,) = lines(caplog)
+    assert f" prompt={len(PROMPT)} (cached {CACHED_AT_PREFILL}) " in line
 
 
 FIELDS: dict[str, Any] = {

@@ -59,6 +59,9 @@ def test_streams_and_chats(pair: Deployment) -> None:
     prompt = prompt_of(10)
     with streamed(pair.url, prompt, NUM_TOKENS) as tokens:
         assert list(tokens) == complete(pair.url, prompt, NUM_TOKENS)
+    # The second one's prompt was in prefill's cache.
+    _, told = Api(pair.url).get_object("/pdlaunch/requests?last=1")
+    assert 0 < told["requests"][0]["cached_tokens"] <= len(prompt)
     client = OpenAI(base_url=pair.url + "/v1", api_key="none")
     ask = {
         "model": "smollm2",

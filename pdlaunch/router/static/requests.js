@@ -77,7 +77,7 @@ export function drawRequests(container, requests, chosen, choose) {
       html(
         "td",
         { class: "number hide-narrow" },
-        `${amount(knowsCached ? cached : null)} / ${amount(request.remote_tokens)}`,
+        `${amount(knowsCached ? cached : request.cached_tokens)} / ${amount(request.remote_tokens)}`,
       ),
       html("td", { class: "number" }, milliseconds(request.first_token_ms)),
       html("td", { class: "number" }, milliseconds(request.ms_per_token)),
