@@ -159,7 +159,6 @@ def serve(
             "--bare-gb-per-s": bare_gb_per_s,
             "--step-ms": step_ms,
             "--request-rate": request_rate,
-            "--slo": slo,
             "--trace": trace,
         }
         # An option without an effect would make people trust a figure that it did not shape.
@@ -175,6 +174,7 @@ def serve(
             concurrency=numbers[0],
             max_token_id=max_token_id,
             seed=seed,
+            goals=_read_slo(slo),
         )
     else:
         _refuse(
@@ -279,9 +279,8 @@ def _measure(
     if start_s is not None and output == "table":
         typer.echo(f"command to healthy: {start_s:.1f} s")
     if runs and report is not None:
-        goals = options.goals if isinstance(options, BenchOptions) else Goals()
         tiers = chats.tiers if chats is not None else []
-        code = max(code, write_report(report, "--report", bench_page(runs, goals, tiers)))
+        code = max(code, write_report(report, "--report", bench_page(runs, options.goals, tiers)))
     if chats is not None:
         return max(code, show_chats(chats, runs, output))
     return max(code, show_runs(runs, output)) if runs else code

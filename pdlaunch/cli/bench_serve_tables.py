@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import msgspec
 import typer
@@ -43,6 +43,7 @@ _LIMIT_HEADINGS = {
     "step_output_tokens_per_s": "step\nallows",
     "of_step_share": "share\nof it",
 }
+_OPTIONAL = _LOAD_HEADINGS | _GOAL_HEADINGS | _LIMIT_HEADINGS
 _TURN_HEADINGS = {
     "turn": "turn",
     "prompt_tokens": "prompt",
@@ -53,6 +54,8 @@ _TURN_HEADINGS = {
     "itl_ms_median": "ITL ms",
     "cached_share": "cached",
     "output_tokens_per_s": "tokens/s",
+    "goodput_per_s": "good/s",
+    "good_share": "good share",
 }
 _TIER_HEADINGS = {"role": "engines", "tier": "cache tier", "hit_share": "hits"}
 
@@ -69,16 +72,19 @@ def show_runs(runs: Sequence[BenchRun], output: ServeFormat) -> int:
             typer.echo(msgspec.json.encode(vllm_result(run)).decode())
     else:
         shown = _LOAD_HEADINGS | _HEADINGS | _GOAL_HEADINGS | _LIMIT_HEADINGS
-        optional = _LOAD_HEADINGS | _GOAL_HEADINGS | _LIMIT_HEADINGS
-        headings = {
-            name: text
-            for name, text in shown.items()
-            if name not in optional or any(row[name] is not None for row in found)
-        }
-        print_table(found, headings)
+        print_table(found, _measured(found, shown))
         typer.echo(_totals(rows))
     print_errors([error for row in rows for error in row.errors])
     return int(any(row.num_errors for row in rows))
+
+
+def _measured(rows: Sequence[Mapping[str, Any]], headings: Mapping[str, str]) -> dict[str, str]:
+    """Return the columns without those that have no figure because nobody asked for it."""
+    return {
+        name: text
+        for name, text in headings.items()
+        if name not in _OPTIONAL or any(row[name] is not None for row in rows)
+    }
 
 
 def _totals(rows: Sequence[BenchRow]) -> str:
@@ -105,7 +111,7 @@ def show_chats(report: MultiTurnReport, runs: Sequence[BenchRun], output: ServeF
         return show_runs(runs, output)
     else:
         turns, tiers = msgspec.to_builtins(report.turns), msgspec.to_builtins(report.tiers)
-        print_table(turns, _TURN_HEADINGS)
+        print_table(turns, _measured(turns, _TURN_HEADINGS))
         if tiers:
             print_table(tiers, _TIER_HEADINGS)
         typer.echo(

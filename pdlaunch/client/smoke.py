@@ -4,6 +4,9 @@ Every check has a name and, when it fails, a reason. The same prompts go through
 (prefill and decode), through each engine of both roles, and through one engine alone. In float32
 the tokens must be equal; in other dtypes the log-probabilities of the common prefix, and of the
 first token that differs, must lie within ``SMOKE_LOGPROB_TOLERANCE``.
+
+Reports are kept and passed on, so that reasons hold no tokens and no text: neither what was asked
+nor what was answered, and of errors no message, in which engines may quote prompts.
 """
 
 from __future__ import annotations
@@ -151,26 +154,38 @@ def _complete(api: Api, prompt: str, **fields: Any) -> list[tuple[int, float]]:
     }
     status, answer = api.post("/v1/completions", body | fields)
     if status != 200:
-        raise _Failure(f"HTTP {status}: {answer}")
+        raise _Failure(f"HTTP {status}{_kind_of_error(answer)}")
     choice = answer["choices"][0]
     return list(zip(choice["token_ids"], choice["logprobs"]["token_logprobs"], strict=True))
 
 
+def _kind_of_error(answer: Mapping[str, Any]) -> str:
+    """Return what an error answer calls itself, without its message."""
+    error = answer.get("error")
+    named = (
+        [error.get(name) for name in ("type", "code", "param")] if isinstance(error, dict) else []
+    )
+    words = ", ".join(str(name) for name in named if name)
+    return f" ({words})" if words else ""
+
+
 def _equal(judged: list[tuple[int, float]], alone: list[tuple[int, float]], *, exact: bool) -> None:
-    ids, alone_ids = [token for token, _ in judged], [token for token, _ in alone]
-    if exact:
-        if ids != alone_ids:
-            raise _Failure(f"tokens differ: {ids}, and {alone_ids} from the engine alone")
-        return
-    for (token, logprob), (other, other_logprob) in zip(judged, alone, strict=False):
-        if abs(logprob - other_logprob) > SMOKE_LOGPROB_TOLERANCE:
+    lengths = f"{len(judged)} tokens, and {len(alone)} from the engine alone"
+    for number, ((token, logprob), (other, other_logprob)) in enumerate(
+        zip(judged, alone, strict=False), 1
+    ):
+        apart = abs(logprob - other_logprob)
+        if exact and token != other:
+            raise _Failure(f"tokens differ from number {number} on: {lengths}")
+        if not exact and apart > SMOKE_LOGPROB_TOLERANCE:
             raise _Failure(
-                f"logprobs differ by more than {SMOKE_LOGPROB_TOLERANCE}: {judged} and {alone}"
+                f"logprobs differ by {apart:.3g} at number {number}, and may by "
+                f"{SMOKE_LOGPROB_TOLERANCE}: {lengths}"
             )
         if token != other:
             return
     if len(judged) != len(alone):
-        raise _Failure(f"one answer is longer: {ids}, and {alone_ids} from the engine alone")
+        raise _Failure(f"one answer is longer: {lengths}")
 
 
 def _compare_stream(router: Api) -> None:

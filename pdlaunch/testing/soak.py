@@ -93,7 +93,9 @@ class SoakReport(msgspec.Struct, kw_only=True):
     no reason, or an internal error) and ``stuck``.
     """
     details: list[str] = []
-    """The first few requests that ended neither equal nor cancelled."""
+    """The first few requests that ended neither equal nor cancelled, with what was asked and
+    answered.
+    """
     left: list[str] = []
     """Return what the engines still hold, or what is wrong with them."""
     totals: dict[str, float] = {}

@@ -139,6 +139,20 @@ def test_chats_have_a_page_and_vllm_s_lines_too(server: FakeOpenAI, tmp_path: Pa
     assert "over concurrency" not in written
 
 
+def test_goodput_of_each_turn_of_chats(server: FakeOpenAI, tmp_path: Path) -> None:
+    page = tmp_path / "chats.html"
+    for goals, share in (("ttft=60s,e2e=60s", 1.0), ("ttft=0.000001", 0.0)):
+        slo = ("--slo", goals, "--report", str(page))
+        result = bench(server.url, *CHATS, *slo, "--format", "json")
+        assert result.exit_code == 0, result.stderr
+        turns = json.loads(result.stdout)["turns"]
+        assert [turn["good_share"] for turn in turns] == [share, share]
+        assert all((turn["goodput_per_s"] > 0) == (share > 0) for turn in turns)
+        assert "Goodput over turn" in page.read_text()
+    assert "good share" in bench(server.url, *CHATS, "--slo", "e2e=60s").stdout
+    assert "good" not in bench(server.url, *CHATS).stdout
+
+
 @pytest.mark.parametrize("options", [SMALL, CHATS])
 def test_what_a_deployment_answers_tells_a_terminal_nothing(
     server: FakeOpenAI, options: tuple[str, ...]
@@ -188,7 +202,6 @@ def test_errors_are_shown_and_counted(server: FakeOpenAI, options: tuple[str, ..
         (("--slo", "ttfb=3"), "'ttfb' is none of ttft, tpot, itl, e2e"),
         (("--trace-speed", "2"), "--trace-speed: only with --trace"),
         (("--trace", __file__, "--input-tokens", "3"), "--input-tokens: not with --trace"),
-        (("--multi-turn", "--slo", "ttft=5"), "--slo: not for --multi-turn"),
     ],
 )
 def test_options_that_say_nothing_are_refused(options: tuple[str, ...], message: str) -> None:

@@ -45,13 +45,13 @@ def program(name: str) -> str:
 
 @pytest.fixture(scope="session")
 def promtool() -> Callable[..., str]:
-    """Runs promtool and returns what it says; fails when its exit code is not 0."""
+    """Runs promtool and returns what it says; fails when its exit code is not ``code``."""
 
-    def run(*arguments: str, stdin: str = "") -> str:
+    def run(*arguments: str, stdin: str = "", code: int = 0) -> str:
         done = subprocess.run(
             [program("promtool"), *arguments], input=stdin, capture_output=True, text=True
         )
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
 
     return run

@@ -28,6 +28,7 @@ from pdlaunch.bench.serve.engine_counters import (
     read_counters,
     tier_rows,
 )
+from pdlaunch.bench.serve.goals import Goals
 from pdlaunch.bench.serve.loads import random_prompt
 from pdlaunch.bench.serve.progress import Progress, ProgressText
 from pdlaunch.bench.serve.row import BenchRun, count_errors, milliseconds, summarise
@@ -51,6 +52,7 @@ class MultiTurnOptions(msgspec.Struct, frozen=True, kw_only=True):
     concurrency: int = 4
     max_token_id: int = 30_000
     seed: int | None = None
+    goals: Goals = Goals()
     request_timeout_s: float = 600.0
 
     @property
@@ -81,6 +83,10 @@ class TurnRow(msgspec.Struct, frozen=True, kw_only=True):
     say.
     """
     output_tokens_per_s: float
+    goodput_per_s: float | None = None
+    """Messages a second whose answer met the goals; None without goals."""
+    good_share: float | None = None
+    """Share of all messages of the turn whose answer did."""
     errors: list[str] = []
 
 
@@ -184,7 +190,13 @@ async def _run_turn(
         if completion.num_cached_tokens is not None
     ]
     row = summarise(
-        prompt_tokens, options.concurrency, done, seconds, EngineCounters(), turn=turn + 1
+        prompt_tokens,
+        options.concurrency,
+        done,
+        seconds,
+        EngineCounters(),
+        goals=options.goals,
+        turn=turn + 1,
     )
     run = BenchRun(row=row, done=done, start_at=start_at, model=target.model)
     return run, TurnRow(
@@ -200,6 +212,8 @@ async def _run_turn(
         ),
         cached_share=round(sum(cached) / (len(cached) * prompt_tokens), 3) if cached else None,
         output_tokens_per_s=round(sum(completion.num_tokens for completion in good) / seconds, 1),
+        goodput_per_s=row.goodput_per_s,
+        good_share=row.good_share,
         errors=count_errors(done),
     )
 
