@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pdlaunch.cli.output import safe
+from pdlaunch.config.hosts import on_host
 from pdlaunch.config.roles import ROLES
 from pdlaunch.supervisor.states import LaunchPhase, ProcessState
 from pdlaunch.supervisor.status import LaunchStatus, ProcessStatus
@@ -74,7 +75,7 @@ class PlainView:
             return
         for process in status.processes:
             if process.state is not ProcessState.PLANNED and self._is_news(process):
-                self._print(f"{process.name}: {_doing(process)}")
+                self._print(f"{on_host(process.name, process.host)}: {_doing(process)}")
 
     def ready(self, status: LaunchStatus) -> None:
         self._print("ready")
@@ -169,7 +170,9 @@ def make_view(
 def render_status(
     status: LaunchStatus, elapsed_s: float, columns: int, rows: int
 ) -> RenderableType:
-    """Render the table. Processes that are not ready come first where ``rows`` are too few."""
+    """Render the table, with hosts where there are several. Processes that are not ready come first
+    where ``rows`` are too few.
+    """
     counts = Counter(process.state for process in status.processes)
     head = Text(
         f"{status.phase} · {elapsed_s:.0f} s · {counts[ProcessState.READY]} of "
@@ -188,13 +191,14 @@ def render_status(
         processes = sorted(processes, key=lambda process: process.state is ProcessState.READY)[
             : room - 1
         ]
+    names_hosts = len({process.host for process in status.processes}) > 1
     table = Table.grid(padding=(0, 2, 0, 0), expand=False)
-    table.add_column(no_wrap=True, overflow="ellipsis")
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True, overflow="ellipsis")
+    for overflow in ("ellipsis", *(("ellipsis",) if names_hosts else ()), "fold", "ellipsis"):
+        table.add_column(no_wrap=True, overflow=overflow)
     for process in processes:
         table.add_row(
             process.name,
+            *([safe(process.host)] if names_hosts else []),
             Text(process.state, style=_STYLES[process.state]),
             _progress(process, columns),
         )
@@ -232,6 +236,7 @@ def ready_rows(
         ("URL", status.url),
         ("try", curl),
         ("topology", _topology(status.processes)),
+        *(("host", line) for line in _hosts(status.processes)),
         *([("connector", connector)] if connector else []),
         *(("pair", line) for line in _pairs(status)),
         ("logs", log_dir),
@@ -270,6 +275,19 @@ def _topology(processes: Sequence[ProcessStatus]) -> str:
         for role, names in engines.items()
         if names
     )
+
+
+def _hosts(processes: Sequence[ProcessStatus]) -> list[str]:
+    """Return a line for each of up to eight hosts, with what serves there; none for one host."""
+    found: dict[str, list[str]] = {}
+    for process in processes:
+        served = found.setdefault(process.host, [])
+        if process.kind != "rank":
+            served.append(process.name)
+    if len(found) < 2:
+        return []
+    lines = [f"{host}: {', '.join(names) or 'ranks'}" for host, names in found.items()]
+    return lines[:8] + ([f"… and {len(lines) - 8} more hosts"] if len(lines) > 8 else [])
 
 
 def _pairs(status: LaunchStatus) -> list[str]:

@@ -133,12 +133,13 @@ def _deployment(
     engines = sorted(status.engines, key=SORTS[screen.sort])
     # Of the rows, headings and foot are gone; engines get half of the rest, and what others leave.
     room = max(3, rows - len(head) - 4)
+    host = _host_columns(engines, columns)
     num_requests = min(max(1, len(requests)), max(1, room // 4))
     num_pairs = min(max(1, len(status.pairs)), max(1, room // 4))
     num_engines = max(1, room - num_requests - num_pairs)
-    lines = [*head, _heading(_engine_heading(columns))]
+    lines = [*head, _heading(_engine_heading(columns, host))]
     gone = [Text(f"  {escape_controls(each.name):<14} gone", style="red") for each in status.gone]
-    shown = [_engine(engine, columns, ascii_only=ascii_only) for engine in engines]
+    shown = [_engine(engine, columns, host, ascii_only=ascii_only) for engine in engines]
     lines += _first([*shown, *gone], num_engines)
     lines.append(_heading(f"  {'pair':<26} {'path':<20} {'measured':>10} {'now':>9} {'moved':>9}"))
     lines += _first([_pair(pair) for pair in status.pairs], num_pairs)
@@ -192,18 +193,33 @@ def _first(lines: list[Text], room: int) -> list[Text]:
     return [*lines[: room - 1], Text(f"  ... and {len(lines) - room + 1} more", style="dim")]
 
 
-def _engine_heading(columns: int) -> str:
+def _host_columns(engines: Sequence[EngineStatus], columns: int) -> int:
+    """Return how wide the column of hosts is; 0: there is none, as all engines are on one."""
+    if len({engine.host for engine in engines}) < 2:
+        return 0
+    return 15 if columns >= _NARROW else 12
+
+
+def _shows_pulls(columns: int, host: int) -> bool:
+    """Tell whether engines' pulls have room beside hosts; pairs show them too."""
+    return columns >= _NARROW or not host
+
+
+def _engine_heading(columns: int, host: int) -> str:
     kv = 18 if columns >= _NARROW else 11
+    pulls = f"{'pulls':>10}" if _shows_pulls(columns, host) else ""
     return (
-        f"  {'engine':<14} {'state':<9} {'load':>4} {'run':>4} {'wait':>4} {'KV':<{kv}} "
-        f"{'dev/host/pull':>14} {'pulls':>9}"
+        f"  {'engine':<14} {'host'[:host]:<{host}}{'state':<9} {'load':>4} {'run':>4} {'wait':>4} "
+        f"{'KV':<{kv}} {'dev/host/pull':>14}{pulls}"
     )
 
 
-def _engine(engine: EngineStatus, columns: int, *, ascii_only: bool) -> Text:
+def _engine(engine: EngineStatus, columns: int, host: int, *, ascii_only: bool) -> Text:
     reading, width = engine.reading, 12 if columns >= _NARROW else 5
     style = "green" if engine.shown_state == "ready" else "bold red" if engine.is_down else "yellow"
     line = Text("  ").append(f"{escape_controls(engine.name)[:14]:<14} ")
+    if host:
+        line.append(f"{escape_controls(engine.host)[: host - 1]:<{host}}")
     state = "DOWN" if engine.is_down else escape_controls(engine.shown_state)
     line.append(f"{state[:9]:<9} ", style=style).append(f"{engine.load:>4} ")
     if reading is None:
@@ -211,10 +227,10 @@ def _engine(engine: EngineStatus, columns: int, *, ascii_only: bool) -> Text:
     cache = reading.cache
     hits = f"{cache.device:.0%}/{cache.host:.0%}/{cache.remote:.0%}" if cache is not None else "-"
     usage = f"{bar(reading.kv_usage, width, ascii_only=ascii_only)} {percent(reading.kv_usage):>4}"
-    return line.append(
-        f"{reading.running:>4} {reading.waiting:>4} {usage} {hits:>15} "
-        f"{amount(reading.pulled_bytes_per_s, 'B/s'):>9}"
-    )
+    line.append(f"{reading.running:>4} {reading.waiting:>4} {usage} {hits:>15}")
+    if _shows_pulls(columns, host):
+        line.append(f" {amount(reading.pulled_bytes_per_s, 'B/s'):>9}")
+    return line
 
 
 def _pair(pair: PairStatus) -> Text:

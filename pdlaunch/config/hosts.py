@@ -18,6 +18,11 @@ LOCAL = "local"
 """Names the supervisor's own host, on which the router runs."""
 
 
+def on_host(name: str, host: str) -> str:
+    """Return the name of a process for people, with its host where that is another one."""
+    return name if host == LOCAL else f"{name} on {host}"
+
+
 def _check_address(text: str) -> str:
     try:
         address = ipaddress.ip_address(text)

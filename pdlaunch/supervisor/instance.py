@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pdlaunch.config.hosts import LOCAL
+from pdlaunch.config.hosts import on_host
 from pdlaunch.protocol.changes import Withheld, why_withheld
 from pdlaunch.protocol.control import Entry, ListedState, Progress, Register
 from pdlaunch.resolve.plan import ProcessSpec
@@ -46,8 +46,7 @@ class Instance:
     @property
     def label(self) -> str:
         """Its name for people, with the host where that is another one."""
-        host = self.spec.host
-        return self.name if host == LOCAL else f"{self.name} on {host}"
+        return on_host(self.name, self.spec.host)
 
     @property
     def alive(self) -> bool:

@@ -100,6 +100,37 @@ def test_what_is_not_ready_is_shown_when_there_is_no_room_for_all() -> None:
     assert "… and 3 more" in text
 
 
+def over_hosts() -> LaunchStatus:
+    far = [replace(each, host="gpu-2") for each in serving().processes if "decode" in each.name]
+    here = [each for each in serving().processes if "decode" not in each.name]
+    return replace(serving(), processes=(*here, *far))
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_hosts_are_named_where_there_are_several(columns: int) -> None:
+    target = console(columns)
+    target.print(render_status(over_hosts(), 1.0, columns, 24))
+    rows = [line.split() for line in printed(target).splitlines()]
+    assert ["decode-0/rank-1", "gpu-2", "ready"] in rows
+    assert ["prefill-0", "local", "ready"] in rows
+    one_host = console(columns)
+    one_host.print(render_status(serving(), 1.0, columns, 24))
+    assert "local" not in printed(one_host)
+
+
+def test_lines_and_panel_name_hosts_too() -> None:
+    target = console()
+    status = replace(over_hosts(), phase=LaunchPhase.STARTING)
+    PlainView(target, lambda status: [], lambda: 0.0).changed(status)
+    assert "decode-0/rank-0 on gpu-2: ready" in printed(target)
+    assert "prefill-0/rank-0: ready" in printed(target)
+    rows = ready_rows(status, model="m", connector="nixl", log_dir="/logs", needs_key=False)
+    hosts = [text for label, text in rows if label == "host"]
+    assert hosts == ["local: prefill-0, router", "gpu-2: decode-0"]
+    rows = ready_rows(serving(), model="m", connector="nixl", log_dir="/logs", needs_key=False)
+    assert "host" not in dict(rows)
+
+
 def test_progress_is_shown_with_state_and_percentage() -> None:
     target = console()
     target.print(render_status(starting(), 3.0, 80, 24))

@@ -252,6 +252,24 @@ def test_an_engine_that_is_left_out_says_so() -> None:
     assert "left out" in row
 
 
+@pytest.mark.parametrize("columns", [80, 100, 200])
+def test_hosts_are_named_where_there_are_several(columns: int) -> None:
+    one, other = engine("prefill-0", "prefill"), engine("decode-0", "decode", host="gpu-17.far")
+    rows = shown(Snapshot(deployment(one, other)), columns=columns)
+    heading = next(row for row in rows if row.startswith("  engine "))
+    found = {row.split()[0]: row for row in rows if " ready " in row}
+    at = heading.index("host")
+    assert found["prefill-0"][at:].startswith("127.0.0.1 ")
+    assert found["decode-0"][at:].startswith("gpu-17.far ")
+    for word in ("state", "load", "wait", "dev/host/pull"):
+        assert word in heading
+    end = heading.index("dev/host/pull") + len("dev/host/pull")
+    assert found["decode-0"][:end].endswith("30%/10%/20%"), "columns lie under their headings"
+    assert ("1.5GB/s" in found["decode-0"]) == (columns >= 100)
+    # Those of one host, as of most launches, are left out.
+    assert "host " not in next(row for row in shown(Snapshot(deployment())) if "engine " in row)
+
+
 def test_a_dead_engine_is_told_without_colour_and_sorted_to_the_top() -> None:
     dead = engine("decode-9", "decode", state="starting", is_down=True)
     status = deployment(engine("decode-0", "decode"), dead)
