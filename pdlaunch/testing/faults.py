@@ -48,6 +48,10 @@ class FaultPlan(FrozenModel):
     inner: str = Field("nixl", description="The connector that moves the bytes.")
     seed: int = Field(0, description="What all faults are drawn from.")
     rate: float = Field(0.2, ge=0, le=1, description="Share of the READs that meet a fault.")
+    only: str = Field("", description="The one fault that READs meet; empty: any.")
+    reads_file: str = Field(
+        "", description="READs meet faults only while this file exists; empty: always."
+    )
     probe_rate: float = Field(
         0.05, ge=0, le=1, description="Share of the handshakes' READs that meet a fault."
     )
@@ -80,9 +84,18 @@ class FaultPlan(FrozenModel):
             raise ValueError("faulty cannot wrap itself")
         return check_connector_name(value)
 
+    @field_validator("only")
+    @classmethod
+    def _is_a_fault(cls, value: str) -> str:
+        if value and value not in Fault.__members__:
+            raise ValueError(f"{value!r} is none of {', '.join(Fault.__members__)}")
+        return value
+
     def of_read(self, agent: str, index: int) -> tuple[Fault | None, random.Random]:
         """Return the fault of an agent's ``index``-th READ, and the source of its details."""
-        return self._draw(f"read/{agent}/{index}", self.rate, tuple(Fault))
+        is_on = not self.reads_file or Path(self.reads_file).exists()
+        faults = (Fault[self.only],) if self.only else tuple(Fault)
+        return self._draw(f"read/{agent}/{index}", self.rate if is_on else 0.0, faults)
 
     def of_probe(self, agent: str, index: int) -> tuple[Fault | None, random.Random]:
         """Return the same for the READs of handshakes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -10,6 +11,7 @@ import pytest_asyncio
 from pdlaunch.client.deployment import Deployment, running_deployment
 from tests.browser.chromium import Page, find_chromium, new_page, running_chromium, there
 from tests.e2e.conftest import clean_environ
+from tests.e2e.faults import fault_variables
 
 KEY = "key-of-the-clients"
 
@@ -29,9 +31,17 @@ def chromium() -> str:
     return command
 
 
+@pytest.fixture(scope="session")
+def corrupts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """While this file exists, a byte of every pull is wrong."""
+    return tmp_path_factory.mktemp("faults") / "corrupts"
+
+
 @pytest.fixture(scope="module")
-def deployment(chromium: str) -> Iterator[Deployment]:
-    environ = clean_environ() | {"PDLAUNCH_API_KEY": KEY}
+def deployment(chromium: str, corrupts: Path) -> Iterator[Deployment]:
+    faults = {"rate": 1, "only": "CORRUPT", "reads_file": corrupts}
+    no_others = {"probe_rate": 0, "lease_rate": 0, "chunk_rate": 0}
+    environ = clean_environ() | fault_variables(faults | no_others) | {"PDLAUNCH_API_KEY": KEY}
     with running_deployment(
         ("--max-model-len", "512", "--kv-cache-memory", "64MiB"), environ=environ
     ) as deployment:

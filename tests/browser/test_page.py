@@ -7,7 +7,8 @@ import contextlib
 import json
 import os
 import random
-from collections.abc import AsyncIterator
+import re
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,15 @@ async def load(deployment: Deployment) -> AsyncIterator[None]:
     finally:
         is_over.set()
         await asyncio.gather(*clients)
+
+
+@contextlib.contextmanager
+def there_is(file: Path) -> Iterator[None]:
+    file.touch()
+    try:
+        yield
+    finally:
+        file.unlink()
 
 
 async def complete(deployment: Deployment, request_id: str = "", **fields: Any) -> None:
@@ -154,6 +164,42 @@ async def test_a_killed_engine_turns_red_and_back(
         assert told in events
 
 
+CHARTS = {
+    "first-token": "Time to first token: p50 ",
+    "inter-token": "Time between tokens: p50 ",
+    "tokens": "Tokens a second: prompt ",
+}
+
+
+async def test_charts_draw_times_and_tokens(page: Page, deployment: Deployment) -> None:
+    """A point every two seconds: lines begin with the second one that has requests."""
+    for place, said in CHARTS.items():
+        svg = f"document.querySelector('#{place} svg.chart')"
+        drawn = (
+            f"{svg} && [...{svg}.querySelectorAll('path')].some(p => /L/.test(p.getAttribute('d')))"
+        )
+        while not await page.run(drawn):
+            await complete(deployment)
+        label = await page.run(f"{svg}.getAttribute('aria-label')")
+        assert re.fullmatch(rf"{said}[\d.]+ .+, [a-z0-9]+ [\d.]+ .+", label), label
+        legend = await page.run(f"document.querySelector('#{place} .chart-legend').textContent")
+        assert [word for word in label.split(": ")[1].split(" ")[:2] if word not in legend] == []
+
+
+async def test_caches_are_shown_by_tier(page: Page, deployment: Deployment) -> None:
+    """The second one of equal prompts is in prefill's cache, and decode has pulled the first."""
+    for _ in range(2):
+        await complete(deployment, prompt="What is asked twice is there already. " * 6)
+    shares = r"device (\d+) % · host (\d+) % · pulled (\d+) %"
+    cache = "[...document.querySelectorAll('#caches .cache')].map(each => each.textContent)"
+    for engine, tier in (("prefill-0", 1), ("decode-0", 3)):
+        told = f"{cache}.map(text => /{engine}{shares}/.exec(text)).find(Boolean)"
+        await page.until(f"+{told}?.[{tier}] > 0")
+        bars = f"document.querySelector('#caches [aria-label^=\"{engine}: device\"] .remote')"
+        if engine == "decode-0":
+            assert float(await page.run(f"{bars}.getAttribute('width')")) > 0
+
+
 SIZES = [("phone", 360, 740), ("desktop", 1280, 860), ("4k", 3840, 2160)]
 
 
@@ -207,7 +253,7 @@ async def test_what_an_engine_does_not_tell_is_unknown(page: Page) -> None:
         assert f"unknown{engine}" in trace_text
 
 
-async def test_screen_readers_get_names_and_tables_and_the_console_is_clean(page: Page) -> None:
+async def test_screen_readers_get_names_and_tables(page: Page) -> None:
     await page.show(1280, 800, "light")
     await page.run("document.querySelector('#as-table').focus()")
     await page.press("Enter", 13)
@@ -224,4 +270,18 @@ async def test_screen_readers_get_names_and_tables_and_the_console_is_clean(page
     assert all(name for role, name in named if role != "table"), named
     assert {("button", "Show as tables"), ("table", "Engines"), ("table", "Pairs")} <= named
     await page.press("Enter", 13)
+
+
+async def test_refused_pulls_are_events_and_the_console_is_clean(
+    page: Page, deployment: Deployment, corrupts: Path
+) -> None:
+    """A byte of what is pulled is wrong: it is refused, and the answer is right all the same."""
+    refused = "[...document.querySelectorAll('#events li.is-bad')].map(each => each.textContent)"
+    number = 0
+    with there_is(corrupts):
+        while not await page.run(f"{refused}.some(text => text.includes('pulls were refused'))"):
+            number += 1
+            await complete(deployment, prompt=f"Number {number}: its blocks are new. " * 4)
+    (event,) = [text for text in await page.run(refused) if "refused" in text][:1]
+    assert re.search(r"decode-0\d+ pulls were refused: hashes or checksums differed", event)
     assert all("401" in complaint for complaint in page.complaints), page.complaints

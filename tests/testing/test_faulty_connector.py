@@ -133,6 +133,14 @@ def test_the_same_seed_injects_the_same_faults():
     assert set(faults(1)) == {None, *Fault}
 
 
+def test_one_fault_alone_and_only_while_a_file_exists(tmp_path):
+    switch = tmp_path / "on"
+    plan = FaultPlan(rate=1, only="CORRUPT", reads_file=str(switch))
+    assert plan.of_read("agent", 1)[0] is None
+    switch.touch()
+    assert {plan.of_read("agent", index)[0] for index in range(50)} == {Fault.CORRUPT}
+
+
 def test_some_leases_are_cut_short_and_nothing_else():
     plan = FaultPlan(seed=1, lease_rate=0.5, short_lease_s=0.1)
     commands = [grant(f"r{number}", [number]) for number in range(100)]
@@ -192,7 +200,9 @@ def test_a_prepared_read_is_prepared_by_the_inner_connector():
     assert pair.faulty._inner.prepared == [READ]
 
 
-@pytest.mark.parametrize("fields", [{"rat": 0.5}, {"inner": "faulty"}, {"inner": "nobody"}])
+@pytest.mark.parametrize(
+    "fields", [{"rat": 0.5}, {"only": "corrupt"}, {"inner": "faulty"}, {"inner": "nobody"}]
+)
 def test_a_plan_that_makes_no_sense_is_refused(fields):
     with pytest.raises(ValidationError):
         KVTransferSettings(connector="faulty", faulty=fields)
