@@ -51,17 +51,22 @@ def _lanes(spans: Sequence[SpanView]) -> list[list[SpanView]]:
 
 
 def _event(trace: RequestTrace, span: SpanView, process: int, thread: int) -> Event:
-    """Return a span in microseconds since 1970, so that several requests share one time line."""
+    """Return a span in microseconds since 1970, so that several requests share one time line.
+
+    They are whole numbers: a fraction of such a large one is rounded so that spans which end
+    together overlap, and viewers drop those.
+    """
+    start_us, end_us = round(span.start_ms * 1e3), round(span.end_ms * 1e3)
     event: Event = {
         "name": escape_controls(span.name),
         "cat": "request",
         "pid": process,
         "tid": thread,
-        "ts": trace.received_at * 1e6 + span.start_ms * 1e3,
+        "ts": round(trace.received_at * 1e6) + start_us,
         "args": {"request": trace.id, **span.attributes},
     }
-    if span.end_ms > span.start_ms:
-        return event | {"ph": "X", "dur": (span.end_ms - span.start_ms) * 1e3}
+    if end_us > start_us:
+        return event | {"ph": "X", "dur": end_us - start_us}
     return event | {"ph": "i", "s": "t"}
 
 

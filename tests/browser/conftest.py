@@ -37,7 +37,7 @@ def corrupts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("faults") / "corrupts"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def deployment(chromium: str, corrupts: Path) -> Iterator[Deployment]:
     faults = {"rate": 1, "only": "CORRUPT", "reads_file": corrupts}
     no_others = {"probe_rate": 0, "lease_rate": 0, "chunk_rate": 0}
@@ -48,7 +48,7 @@ def deployment(chromium: str, corrupts: Path) -> Iterator[Deployment]:
         yield deployment
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def browser(chromium: str) -> Iterator[int]:
     """The port of its DevTools."""
     with running_chromium(chromium) as port:
