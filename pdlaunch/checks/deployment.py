@@ -35,6 +35,9 @@ class SeenEngine:
     """Leases that ended before their blocks were read."""
     num_failed: int = 0
     """Transfers and notifications that failed."""
+    num_answers: int = 0
+    """Answers since its start, which vLLM alone tells, and the tokens of all."""
+    answer_tokens: int = 0
     has_dev_mode: bool = False
     kv_role: str | None = None
     lease_s: int | None = None

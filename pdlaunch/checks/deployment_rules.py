@@ -15,6 +15,9 @@ _BYTES_ALONE = (
     "; READs of other requests may be among them, as decode does not tell what it had to compute: "
     "start it with --enable-prompt-tokens-details"
 )
+_ENOUGH_ANSWERS = 10
+_CANARY_TOKENS = 4
+"""No canary has prefill make more tokens."""
 SLOW_SHARE = 0.1
 """READs below this share of what their link should give go another way."""
 
@@ -301,6 +304,34 @@ def reads_are_slow(context: Context) -> Iterator[Found]:
         speed, expected = engine.gigabytes_per_s, engine.expected_gigabytes_per_s
         if speed is not None and expected is not None and speed < SLOW_SHARE * expected:
             yield Found(engine.name, _read(engine))
+
+
+@rule(
+    "PD664",
+    "warning",
+    fix=(
+        "Have the router set max_completion_tokens to 1 beside max_tokens: 1 when it asks prefill, "
+        "and send whole requests to other engines."
+    ),
+    source="vllm:request_generation_tokens in /metrics; vllm-project/vllm-ascend#11882.",
+    needs=("deployment",),
+)
+def prefill_makes_answers(context: Context) -> Iterator[Found]:
+    """A prefill engine makes whole answers.
+
+    It is to draw one token of each. vLLM takes max_completion_tokens over max_tokens: behind a
+    router that sets the latter alone, prefill makes the answer of each such chat, and decode makes
+    it once more. An engine that had to serve alone for a while looks the same.
+    """
+    for engine in _deployment(context).of("prefill"):
+        if (
+            engine.num_answers >= _ENOUGH_ANSWERS
+            and engine.answer_tokens > _CANARY_TOKENS * engine.num_answers
+        ):
+            mean = engine.answer_tokens / engine.num_answers
+            yield Found(
+                engine.name, f"{engine.num_answers} answers of {mean:.1f} tokens on average"
+            )
 
 
 def _read(engine: SeenEngine) -> str:

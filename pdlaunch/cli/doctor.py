@@ -37,6 +37,9 @@ MEASURABLE_BYTES = 64 * 1024**2
 HANDSHAKE_TIMEOUT_S = 5.0
 
 
+_ANSWER_TOKENS = "vllm:request_generation_tokens"
+
+
 class _Names(NamedTuple):
     """Names what a kind of engine counts."""
 
@@ -246,6 +249,8 @@ async def _look(role: Role, url: str, api: EngineApi) -> SeenEngine:
         gigabytes_per_s=_speed(counts, num_bytes, kind),
         num_expired=int(counts.total(names.expired)),
         num_failed=sum(int(counts.total(name)) for name in names.failed),
+        num_answers=int(counts.total(f"{_ANSWER_TOKENS}_count")),
+        answer_tokens=int(counts.total(f"{_ANSWER_TOKENS}_sum")),
         has_dev_mode=info is not None,
         **_transfer_settings(info or {}),
     )

@@ -103,6 +103,14 @@ CASES: dict[str, Case] = {
             seen(expected_gigabytes_per_s=358.0),
         ],
     ),
+    "PD664": Case(
+        [seen(prefill={"num_answers": 10, "answer_tokens": 41})],
+        [
+            seen(prefill={"num_answers": 9, "answer_tokens": 900}),
+            seen(prefill={"num_answers": 10, "answer_tokens": 40}),
+            seen(num_answers=10, answer_tokens=900),
+        ],
+    ),
     "PD601": Case(
         [args(tp=2), args(max_model_len=9), args(no_enforce_eager=True), args(dtype=False)],
         [on(CPU, engine_args={"tp": 2}), args(max_num_active_seqs=9), args(tokenizer="x")],

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from pdlaunch.checks.engine_variables_rules import CONTRADICTORY
 from tests.checks.contexts import GB200, GPU
 from tests.checks.firing import Arrange, Case, Setup
 
@@ -146,6 +147,16 @@ CASES = [
             "Switch enable_sleep_mode off": PLAIN,
             "run on a CUDA device": Setup(f"{VLLM}enable_sleep_mode: true\n", machine=GPU),
         },
+    ),
+    Case(
+        "PD303",
+        Setup(f"{VLLM}decode: {{dtype: bfloat16}}\n"),
+        {"Set dtype once, at the top level": Setup(f"{VLLM}dtype: bfloat16\n")},
+    ),
+    Case(
+        "PD303",
+        Setup(f"{VLLM}dtype: float16\nprefill: {{dtype: bfloat16}}\n", machine=GPU),
+        {"Set dtype once, at the top level": Setup(f"{VLLM}dtype: float16\n", machine=GPU)},
     ),
     Case(
         "PD610",
@@ -349,7 +360,10 @@ CASES = [
         {"Unset it": PLAIN},
     ),
     Case("PD632", Setup(VLLM, environ={"VLLM_API_KEY": "k"}), {"Unset it": PLAIN}),
-    Case("PD633", variables("VLLM_DP_SIZE: '2'"), {"Unset it": PLAIN}),
+    *(
+        Case("PD633", variables(f"{name}: '1'"), {"Unset it": PLAIN})
+        for name in sorted(CONTRADICTORY)
+    ),
     Case(
         "PD634",
         variables("VLLM_SERVER_DEV_MODE: '1'"),

@@ -112,7 +112,22 @@ def test_what_is_wrong_is_named_and_fails_the_check(tmp_path: Path, code: str) -
 
 
 def test_every_rule_of_the_doctor_is_seen_here() -> None:
-    assert {*WRONG, "PD660", "PD661", "PD662"} == OF_RUNNING_ENGINES
+    assert {*WRONG, "PD660", "PD661", "PD662", "PD664"} == OF_RUNNING_ENGINES
+
+
+@pytest.mark.parametrize(
+    ("num_answers", "answer_tokens", "is_wrong"), [(20, 20, False), (20, 500, True), (4, 80, False)]
+)
+def test_prefill_that_makes_whole_answers(
+    tmp_path: Path, num_answers: int, answer_tokens: int, *, is_wrong: bool
+) -> None:
+    """Behind a router that leaves max_completion_tokens as it is; canaries are too few to tell."""
+    with serving(tmp_path) as (prefill, decode, flags):
+        for engine in (prefill, decode):
+            engine.num_answers, engine.answer_tokens = num_answers, answer_tokens
+        report = report_of(run(*flags, "--format", "json"))
+    found = [item["message"] for item in report["findings"] if item["rule"] == "PD664"]
+    assert found == (["20 answers of 25.0 tokens on average"] if is_wrong else [])
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])

@@ -36,6 +36,8 @@ class FakeVllm:
     cache_dtype: str = "auto"
     version: str = "0.32.0+cpu"
     prompt_tokens: int = 0
+    num_answers: int = 0
+    answer_tokens: int = 0
     num_expired: int = 0
     num_failed: int = 0
     server_info: dict[str, Any] | None = None
@@ -132,6 +134,9 @@ class FakeVllm:
             f'vllm:generation_tokens_total{{engine="0"}} {self.num_tokens}\n'
             "# TYPE vllm:prompt_tokens counter\n"
             f'vllm:prompt_tokens_total{{engine="0"}} {self.prompt_tokens}\n'
+            "# TYPE vllm:request_generation_tokens histogram\n"
+            f'vllm:request_generation_tokens_count{{engine="0"}} {self.num_answers}\n'
+            f'vllm:request_generation_tokens_sum{{engine="0"}} {self.answer_tokens}\n'
             "# TYPE vllm:nixl_num_kv_expired_reqs counter\n"
             f'vllm:nixl_num_kv_expired_reqs_total{{engine="0"}} {self.num_expired}\n'
             "# TYPE vllm:nixl_num_failed_transfers counter\n"

@@ -178,6 +178,24 @@ def test_a_prefill_engine_that_is_never_used(engines: Somebodys) -> None:
     assert doctor(engines, "--no-canary", "--strict")[0] == 1
 
 
+def test_a_router_that_leaves_max_completion_tokens_to_prefill(engines: Somebodys) -> None:
+    """vLLM takes it over max_tokens: the prefill leg makes the whole answer."""
+    body = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "Count to ten."}],
+        "max_tokens": 1,
+        "ignore_eos": True,
+    }
+    assert "PD664" not in doctor(engines, "--no-canary")[1]
+    prefill = Api(engines.prefill.url)
+    for _ in range(10):
+        status, answer = prefill.post("/v1/chat/completions", body | {"max_completion_tokens": 12})
+        assert (status, answer["usage"]["completion_tokens"]) == (200, 12)
+    (found,) = doctor(engines, "--no-canary")[1]["PD664"]
+    assert engines.prefill.url in found
+    assert "of 12.0 tokens on average" in found
+
+
 def test_a_side_channel_at_every_address_and_dev_mode(engines: Somebodys) -> None:
     code, found = doctor(engines, "--handshake")
     assert code == 1
