@@ -304,7 +304,7 @@ class Leader:
             return None
         return self._figures.report(
             self._model.costs,
-            long_gaps=self._scheduler.long_gaps.num_left,
+            long_gaps=self._scheduler.pauses.num_left,
             stream_seconds=self._model.stream_seconds,
         )
 

@@ -1,11 +1,12 @@
 """Choose what an engine computes next: continuous batching under a token budget, on paged KV.
 
 A step holds first the next token of every request that decodes, then chunks of prompts, in order
-of arrival: beside streams only as much of them as keeps the step as short as it has to be. When
-blocks run out, the latest arrival gives its own back and computes its tokens again later. Requests
-wait without row and budget while their blocks are pulled from another engine or loaded from host
-memory. A prefix is looked for on the device, then on the host, then at the prefill engine; what is
-left is computed.
+of arrival: beside streams only as much of them as keeps the step as short as it has to be. Now and
+then streams are left out, so that a burst of prompts is computed at full speed. When blocks run
+out, the latest arrival gives its own back and computes its tokens again later. Requests wait
+without row and budget while their blocks are pulled from another engine or loaded from host memory.
+A prefix is looked for on the device, then on the host, then at the prefill engine; what is left is
+computed.
 
 This module only chooses; ``lifecycle.py`` does what it has chosen.
 """
@@ -19,7 +20,7 @@ from pdlaunch.engine.lifecycle import RequestLifecycle
 from pdlaunch.engine.request import Phase, Request
 from pdlaunch.engine.step import StepOutput, StepPlan
 from pdlaunch.engine.step_builder import StepDraft
-from pdlaunch.protocol.costs import EngineCosts, LongGaps
+from pdlaunch.protocol.costs import EngineCosts, StreamPauses
 from pdlaunch.protocol.transfer import TransferCommand
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class Scheduler:
         self._registrations = requests.registrations
         self._max_num_batched_tokens = max_num_batched_tokens
         self._costs = costs
-        self.long_gaps = LongGaps(0 if costs is None else costs().most_long_gaps)
+        self.pauses = StreamPauses(0 if costs is None else costs().most_long_gaps)
         self._stalls = False
         """Nothing can be computed before copies to host memory let go of their blocks."""
 
@@ -125,13 +126,15 @@ class Scheduler:
 
     def _schedule(self) -> StepPlan:
         self.requests.may_progress = False
-        step = StepDraft(self._max_num_batched_tokens)
-        self._schedule_running(step)
-        # After a preemption blocks are short: a new one would take what running requests need next.
-        if not step.preempted:
-            self._schedule_waiting(step)
-        if step.is_long:
-            self.long_gaps.spend(step.num_streams)
+        step = StepDraft(self._max_num_batched_tokens, has_streams=not self._streams_wait())
+        self._fill(step)
+        if not step.has_streams and not step.scheduled:
+            # No prompt has room now.
+            step = StepDraft(self._max_num_batched_tokens)
+            self._fill(step)
+        if self._costs is not None and not step.has_streams:
+            num_tokens = sum(step.scheduled.values())
+            self.pauses.ran_prompts(self._costs().steps.tokens_s(num_tokens))
         self._stalls = bool(self._queues.running) and not step.scheduled
         self.requests.offer_partial(step.scheduled)
         plan = self._builder.build(step.scheduled, self._take_commands(), self._host.take_jobs())
@@ -149,6 +152,31 @@ class Scheduler:
             )
         return plan
 
+    def _streams_wait(self) -> bool:
+        """Return whether the next step leaves the streams out, for the prompts that wait."""
+        if self._costs is None or self._in_flight:
+            return False
+        prompts = [request for request in self._queues.running if request.num_to_schedule > 1]
+        num_prompt_tokens = sum(request.num_to_schedule for request in prompts) + sum(
+            request.num_remaining for request in self._queues.waiting if not request.wants_pull
+        )
+        num_streams = len(self._queues.running) - len(prompts)
+        if not num_prompt_tokens:
+            return False
+        num_context_tokens = sum(
+            request.num_scheduled
+            for request in self._queues.running
+            if request.num_to_schedule == 1
+        )
+        chunk_tokens = self._costs().chunk_tokens(num_streams, num_context_tokens)
+        return self.pauses.leave_out(num_streams, num_prompt_tokens, chunk_tokens)
+
+    def _fill(self, step: StepDraft) -> None:
+        self._schedule_running(step)
+        # After a preemption blocks are short: a new one would take what running requests need next.
+        if not step.preempted:
+            self._schedule_waiting(step)
+
     def _take_commands(self) -> list[TransferCommand]:
         commands, self.requests.commands = self.requests.commands, []
         return commands
@@ -161,7 +189,7 @@ class Scheduler:
                 continue
             if request.num_to_schedule > 1:
                 prefilling.append(request)
-            else:
+            elif step.has_streams:
                 self._schedule_chunk(request, step)
         self._bound_prompts(step)
         for request in prefilling:
@@ -170,13 +198,12 @@ class Scheduler:
     def _bound_prompts(self, step: StepDraft) -> None:
         """Say how many tokens of prompts may stand in a step beside the streams in it."""
         step.prompt_budget = step.budget
-        step.num_streams = len(step.scheduled)
-        if self._costs is None or not step.num_streams:
+        num_streams = len(step.scheduled)
+        if self._costs is None or not num_streams:
             return
+        self.pauses.ran_streams(num_streams)
         num_context_tokens = sum(request.num_scheduled for request in step.scheduled)
-        step.usual_prompt_tokens = self._costs().chunk_tokens(step.num_streams, num_context_tokens)
-        if not self.long_gaps.earn(step.num_streams):
-            step.prompt_budget = step.usual_prompt_tokens
+        step.prompt_budget = self._costs().chunk_tokens(num_streams, num_context_tokens)
 
     def _schedule_chunk(self, request: Request, step: StepDraft) -> None:
         """Add as many next tokens of a running request as budget and blocks allow.

@@ -13,27 +13,26 @@ class StepDraft:
 
     __slots__ = (
         "budget",
-        "num_streams",
+        "has_streams",
         "preempted",
         "prompt_budget",
         "scheduled",
-        "usual_prompt_tokens",
     )
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, *, has_streams: bool = True) -> None:
+        self.has_streams = has_streams
+        """False: streams that run are left out, for the sake of prompts."""
         self.budget = budget
         """Tokens that may still be added."""
         self.prompt_budget = budget
         """Tokens of prompts that may still be added; others do not count for it."""
-        self.usual_prompt_tokens = budget
-        """Tokens of prompts with which the step is no long one for its streams."""
-        self.num_streams = 0
         self.scheduled: dict[Request, int] = {}
         self.preempted = False
 
     def room(self, num_wanted: int) -> int:
         """Return how many of the next tokens of a request may be added."""
-        return min(num_wanted, self.budget if num_wanted == 1 else self._room_for_prompts)
+        bound = self.budget if num_wanted == 1 else min(self.budget, self.prompt_budget)
+        return max(0, min(num_wanted, bound))
 
     def add(self, request: Request, num_tokens: int) -> None:
         self.scheduled[request] = num_tokens
@@ -44,16 +43,6 @@ class StepDraft:
         num_tokens = self.scheduled.pop(request, 0)
         self.budget += num_tokens
         self.prompt_budget += num_tokens if num_tokens > 1 else 0
-
-    @property
-    def is_long(self) -> bool:
-        """Return whether prompts make it longer than its streams are used to."""
-        num_prompt_tokens = sum(number for number in self.scheduled.values() if number > 1)
-        return self.num_streams > 0 and num_prompt_tokens > self.usual_prompt_tokens
-
-    @property
-    def _room_for_prompts(self) -> int:
-        return max(0, min(self.budget, self.prompt_budget))
 
 
 class StepBuilder:

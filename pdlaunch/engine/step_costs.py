@@ -108,7 +108,7 @@ def limits_of(spec: EngineSpec, layout: KVCacheLayout, num_blocks: int) -> Engin
         * spec.tensor_parallel_size
         // spec.block_size,
         max_itl_s=None if max_itl_ms is None else max_itl_ms / 1000,
-        # A decode engine is there for steady streams; one of both roles serves nobody's prompts
-        # but its own streams', which a short chunk would keep waiting.
-        max_slowdown=MAX_SLOWDOWN if spec.role == "decode" else None,
+        # An engine of both roles serves nobody's prompts but its own streams', which a short chunk
+        # would keep waiting.
+        max_slowdown=None if spec.role == "both" else MAX_SLOWDOWN,
     )

@@ -16,8 +16,8 @@ prefill and a decode engine, whatever that costs, as those do who look at what m
 """
 WANTS_PAIR = "pair"
 MAX_SLOWDOWN = 2.0
-"""A decode engine without ``max_itl_ms`` lets the chunk of a prompt make a step at most so many
-times as long as its streams alone do, but for the few gaps of ``LongGaps``.
+"""An engine of one role without ``max_itl_ms`` lets the chunk of a prompt make a step at most so
+many times as long as its streams alone do; ``StreamPauses`` has the few exceptions.
 """
 
 
@@ -95,12 +95,22 @@ class EngineCosts(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def most_long_gaps(self) -> int:
-        """Return how many gaps between tokens may be long at once; none with ``max_itl_s``."""
-        return self.max_num_seqs if self.max_itl_s is None else 0
+        """Return how many gaps between tokens may be long at once: none where ``max_itl_s`` is
+        stated, or steps may be as long as they get.
+        """
+        bounded = self.max_itl_s is None and self.max_slowdown is not None
+        return self.max_num_seqs if bounded else 0
 
     def most_tokens(self, num_streams: int) -> int:
         """Return how many prompt tokens a step has room for beside its streams."""
         return max(self.block_size, self.max_num_batched_tokens - num_streams)
+
+    @property
+    def pause_tokens(self) -> int:
+        """Return how many prompt tokens are computed while streams wait once."""
+        step_s = self.steps.tokens_s(self.max_num_batched_tokens)
+        num_steps = math.ceil(StreamPauses.MAX_S / step_s) if step_s > 0 else 1
+        return num_steps * self.max_num_batched_tokens
 
     def chunk_tokens(self, num_streams: int, context_tokens: float) -> int:
         """Return beside how many prompt tokens a step of streams is no long one; a block at least.
@@ -109,7 +119,7 @@ class EngineCosts(msgspec.Struct, frozen=True, array_like=True):
         """
         limit = self.max_itl_s is not None or self.max_slowdown is not None
         if not limit or num_streams == 0 or self.steps.prompt_s <= 0:
-            return self.max_num_batched_tokens
+            return self.most_tokens(num_streams)
         alone_s = self.steps.decode_s(num_streams, context_tokens)
         allowed_s = (
             self.max_itl_s if self.max_itl_s is not None else alone_s * (self.max_slowdown or 1.0)
@@ -118,29 +128,51 @@ class EngineCosts(msgspec.Struct, frozen=True, array_like=True):
         return max(self.block_size, min(fits, self.most_tokens(num_streams)))
 
 
-class LongGaps:
-    """Counts the gaps between tokens that may be longer than ``EngineCosts`` allows.
+class StreamPauses:
+    """Lets the streams of an engine wait while the prompts of a burst are computed at full speed.
 
-    One in 200 changes no percentile that people look at, and lets an engine compute the prompts of
-    a burst at full speed.
+    ::
+
+        streams   | | | | |               | | | | |       a line is a step
+        prompts             8,192 │ 8,192                 steps without streams, and faster for it
+
+    Each stream gets one token late, however many prompts that were. One such gap in 200 changes no
+    percentile that people look at; when these are used up, prompts are computed in chunks.
     """
 
     SHARE = 0.005
-    """Gaps that may be long, of all gaps."""
+    """Gaps that may be long, of all gaps between tokens."""
+    MAX_S = 0.2
+    """No step begins without the streams when they have waited so long."""
 
     def __init__(self, most: int) -> None:
-        """``most``: so many may come at once, which is so at the start."""
+        """``most``: so many long gaps may come at once, which is so at the start."""
         self.num_left = float(most)
         self._most = most
+        self._waited_s: float | None = None
 
-    def earn(self, num_streams: int) -> bool:
-        """Take the streams of a step, and return whether it may take long."""
+    def leave_out(self, num_streams: int, num_prompt_tokens: int, chunk_tokens: int) -> bool:
+        """Return whether the next step is to hold prompts alone, of which there are so many tokens.
+
+        ``chunk_tokens``: a step with streams has room for them.
+        """
+        if not num_streams:
+            self._waited_s = None
+            return False
+        if self._waited_s is not None:
+            return num_prompt_tokens > 0 and self._waited_s < self.MAX_S
+        return num_prompt_tokens > chunk_tokens and self.num_left >= num_streams
+
+    def ran_prompts(self, seconds: float) -> None:
+        """Count a step from which streams were left out."""
+        self._waited_s = (self._waited_s or 0.0) + seconds
+
+    def ran_streams(self, num_streams: int) -> None:
+        """Count a step with all streams, which ends a pause."""
+        if self._waited_s is not None:
+            self._waited_s = None
+            self.num_left -= num_streams
         self.num_left = min(self.num_left + self.SHARE * num_streams, self._most)
-        return self.num_left >= num_streams
-
-    def spend(self, num_streams: int) -> None:
-        """Count a step that takes long."""
-        self.num_left -= num_streams
 
 
 class EngineReport(msgspec.Struct, frozen=True, array_like=True):
@@ -156,6 +188,6 @@ class EngineReport(msgspec.Struct, frozen=True, array_like=True):
     """Tokens for which the KV cache has room without taking it from anybody."""
     costs: EngineCosts
     long_gaps: float = 0.0
-    """Gaps between tokens of its streams that may be long; see ``LongGaps``."""
+    """Gaps between tokens of its streams that may be long; see ``StreamPauses``."""
     stream_seconds: float = 0.0
     """Time of its steps so far, each times the streams in it."""

@@ -22,11 +22,12 @@ from pdlaunch.router.engine import Engine
 
 RouteKind = Literal["pair", "decode", "both", "prefill", "least_work"]
 """A pair of engines; one of this role alone; chosen without costs."""
-MET_SHARE = 0.15
-"""Share of the streams to come that begin before a prompt is computed, and are delayed by it.
+LATE_PRICE = 0.05
+"""Share that counts of the time by which a prompt delays streams, where these have late tokens left
+(``StreamPauses``), which are there to be used.
 
-Found in the simulator: with 0 an engine takes prompts on as if nobody were to be handed to it, with
-more it leaves the last ones of a burst to prefill engines.
+Found in the simulator: with less they are used up by prompts that gain little, with more the last
+prompts of a burst wait for prefill engines.
 """
 MAX_CORRECTION = 4.0
 """Measured times change an estimate by this factor at most."""
@@ -97,13 +98,14 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
         ``num_tokens`` are to be computed of it, ``num_before`` are cached.
         """
         steps, total = self.costs.steps, self.queued_tokens + num_tokens
-        most = self.costs.most_tokens(self.num_streams)
-        num_long = math.ceil(total / most)
+        # The part for which streams wait, and the part in chunks beside them.
+        apart = total
         if self.num_streams:
-            num_long = min(num_long, int(self.long_gaps / self.num_streams))
-        num_short = math.ceil(max(0.0, total - num_long * most) / self.chunk_tokens)
+            num_pauses = max(0, int(self.long_gaps / self.num_streams))
+            apart = min(total, num_pauses * self.costs.pause_tokens)
         return (
-            (num_long + num_short) * self.decode_s
+            math.ceil(apart / self.costs.max_num_batched_tokens) * steps.step_s
+            + math.ceil((total - apart) / self.chunk_tokens) * self.decode_s
             + steps.tokens_s(self.queued_tokens)
             + steps.tokens_s(num_tokens, num_before)
         )
@@ -166,6 +168,7 @@ def estimate_alone(load: Load, work: Work, num_cached: int, exposure: float = 0.
     chunk_s = steps.tokens_s(min(num_new, load.chunk_tokens), num_cached)
     first_token_s = corrected(load.engine, computed_s)
     role = load.engine.role or "both"
+    price = LATE_PRICE if 0 < load.num_streams <= load.long_gaps else 1.0
     return Estimate(
         kind=role,
         engines=(load.engine.name,),
@@ -173,8 +176,7 @@ def estimate_alone(load: Load, work: Work, num_cached: int, exposure: float = 0.
         first_token_s=first_token_s,
         total_s=first_token_s + (1 + exposure) * _tokens_s(load, work),
         # Prompts that come are delayed by the stream as it is by them.
-        delay_s=(load.num_streams + MET_SHARE * load.num_expected)
-        * steps.tokens_s(num_new, num_cached)
+        delay_s=load.num_streams * steps.tokens_s(num_new, num_cached) * price
         + _crowding_s(load, work)
         + exposure * _tokens_s(load, work),
         itl_s=load.decode_s + chunk_s if load.num_streams else _step_with(load, work),

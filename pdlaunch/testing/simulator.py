@@ -27,7 +27,7 @@ import msgspec
 
 from pdlaunch.config.roles import Role
 from pdlaunch.protocol.control import Capabilities
-from pdlaunch.protocol.costs import EngineCosts, EngineReport, LongGaps, StepWork
+from pdlaunch.protocol.costs import EngineCosts, EngineReport, StepWork, StreamPauses
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.policy import NoIndex, Policy, Route, RoutingRequest
 
@@ -86,7 +86,7 @@ class SimEngine:
         """Tokens of prompts that are computed and not pulled yet."""
         self.is_stepping = False
         self.stream_seconds = 0.0
-        self.long_gaps = LongGaps(costs.most_long_gaps)
+        self.pauses = StreamPauses(costs.most_long_gaps)
         able = Capabilities(resumes=True, gives_first_token=True, awaits_lease=True, costs=costs)
         self.view = Engine(
             name=name,
@@ -117,9 +117,10 @@ class SimEngine:
         """Return a step: its work, its streams, and how much of which prompts."""
         streams = list(self.streams)
         context_tokens = sum(request.context_tokens for request in streams)
-        usual = self.costs.chunk_tokens(len(streams), context_tokens)
-        may_be_long = self.long_gaps.earn(len(streams))
-        left = self.costs.most_tokens(len(streams)) if may_be_long else usual
+        left = self.costs.chunk_tokens(len(streams), context_tokens)
+        todo = sum(request.num_prompt_tokens - request.num_computed for request in self.prompts)
+        if self.pauses.leave_out(len(streams), todo, left):
+            streams, context_tokens, left = [], 0, self.costs.max_num_batched_tokens
         chunks: list[tuple[SimRequest, int]] = []
         attended = 0.0
         for request in self.prompts:
@@ -135,8 +136,6 @@ class SimEngine:
             prompt_tokens=sum(number for _, number in chunks),
             attended_tokens=attended,
         )
-        if streams and work.prompt_tokens > usual:
-            self.long_gaps.spend(len(streams))
         return work, streams, chunks
 
     def report(self) -> EngineReport:
@@ -147,7 +146,7 @@ class SimEngine:
             sum(request.context_tokens for request in self.streams),
             self.costs.num_kv_tokens - self.held_tokens,
             self.costs,
-            self.long_gaps.num_left,
+            self.pauses.num_left,
             self.stream_seconds,
         )
 
@@ -233,6 +232,10 @@ class Simulation:
         if not streams and not chunks:
             return
         engine.is_stepping = True
+        if streams:
+            engine.pauses.ran_streams(len(streams))
+        elif engine.streams:
+            engine.pauses.ran_prompts(engine.costs.steps.tokens_s(work.prompt_tokens))
         end_at = self.now_at + engine.costs.steps.seconds(work) / engine.speed
         engine.stream_seconds += len(streams) * (end_at - self.now_at)
         self._at(end_at, lambda: self._ends(engine, streams, chunks))

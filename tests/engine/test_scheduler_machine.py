@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pdlaunch.config.kv_transfer import KVTransferSettings
+from pdlaunch.protocol.costs import EngineCosts, StepCosts
 from pdlaunch.protocol.engine import SamplingParams
 from tests.engine.fake_engine import FULL, FakeEngine, remote_kv, sliding
 from tests.engine.fake_runner import VOCAB_SIZE, expected_output
@@ -57,6 +58,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         on_failure=st.sampled_from(["recompute", "recompute", "fail"]),
         num_chunks=st.sampled_from([0, 3, 12, 100]),
         shares_tokens=st.booleans(),
+        prompt_s=st.sampled_from([None, 0.0, 0.001, 0.1]),
     )
     def start(
         self,
@@ -70,7 +72,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         on_failure,
         num_chunks,
         shares_tokens,
+        prompt_s,
     ):
+        costs = EngineCosts(
+            StepCosts(0.01, 0.0, 0.0, prompt_s or 0.0, 0.0),
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=budget,
+            block_size=block_size,
+            num_kv_tokens=num_blocks * block_size,
+            kv_bytes_per_token=1,
+            max_slowdown=2.0,
+        )
         self.kv_transfer = KVTransferSettings(on_failure=on_failure)
         self.engine = FakeEngine(
             groups=groups,
@@ -84,6 +96,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             kv_transfer=self.kv_transfer,
             num_chunks=num_chunks if caching else 0,
             shares_tokens=shares_tokens,
+            costs=None if prompt_s is None else lambda: costs,
         )
         self.aborted: set[str] = set()
 

@@ -9,7 +9,7 @@ import pytest
 from pdlaunch.engine.step import ScheduledRow, StepPlan
 from pdlaunch.engine.step_costs import StepModel, work_of
 from pdlaunch.engine.warm_up import WarmUp
-from pdlaunch.protocol.costs import EngineCosts, LongGaps, StepCosts, StepWork
+from pdlaunch.protocol.costs import EngineCosts, StepCosts, StepWork, StreamPauses
 from tests.engine.fake_engine import FakeEngine, output
 from tests.engine.hand_scheduler import make_spec
 
@@ -93,7 +93,7 @@ def test_chunks_leave_streams_the_time_that_they_are_allowed() -> None:
     # Without streams nobody waits; with a limit that streams alone exceed a block goes on.
     assert doubled.chunk_tokens(0, 0) == 4096
     assert limits(max_itl_s=1e-6).chunk_tokens(8, 1000) == LIMITS.block_size
-    assert LIMITS.chunk_tokens(8, 1000) == LIMITS.max_num_batched_tokens
+    assert LIMITS.chunk_tokens(8, 1000) == LIMITS.max_num_batched_tokens - 8
 
 
 def test_a_prompt_beside_a_stream_is_computed_in_chunks_that_it_bears() -> None:
@@ -148,32 +148,83 @@ def test_prompts_that_seem_to_cost_nothing_cost_little() -> None:
     assert 0 < model.costs.steps.tokens_s(32) < 0.0002
 
 
+def pauses_until(pauses: StreamPauses, num_streams: int) -> int:
+    """Return the steps with streams before the next pause, and begin it."""
+    for number in range(10_000):
+        if pauses.leave_out(num_streams, num_prompt_tokens=100, chunk_tokens=10):
+            pauses.ran_prompts(StreamPauses.MAX_S / 2)
+            return number
+        pauses.ran_streams(num_streams)
+    raise AssertionError("never")
+
+
 def test_one_gap_in_two_hundred_may_be_long() -> None:
-    gaps = LongGaps(most=8)
-    assert gaps.earn(4)
-    gaps.spend(4)
-    assert gaps.earn(4)
-    gaps.spend(4)
-    steps_until_next = next(step for step in range(1000) if gaps.earn(4))
-    assert steps_until_next == pytest.approx(1 / LongGaps.SHARE, rel=0.02)
+    pauses = StreamPauses(most=8)
+    assert pauses_until(pauses, 4) == 0
+    assert pauses.leave_out(4, 100, 10), "it goes on"
+    pauses.ran_prompts(StreamPauses.MAX_S)
+    assert not pauses.leave_out(4, 100, 10), "it was long enough"
+    pauses.ran_streams(4)
+    assert pauses_until(pauses, 4) == 0
+    pauses.ran_streams(4)
+    assert pauses_until(pauses, 4) == pytest.approx(1 / StreamPauses.SHARE, rel=0.03)
     for _ in range(10_000):
-        gaps.earn(4)
-    assert gaps.num_left == 8
+        pauses.ran_streams(4)
+    assert pauses.num_left == 8
+
+
+def test_streams_wait_only_for_prompts_that_do_not_fit_beside_them() -> None:
+    pauses = StreamPauses(most=8)
+    assert not pauses.leave_out(4, num_prompt_tokens=10, chunk_tokens=10)
+    assert not pauses.leave_out(0, num_prompt_tokens=100, chunk_tokens=10)
+    assert not pauses.leave_out(9, num_prompt_tokens=100, chunk_tokens=10)
+    assert pauses.leave_out(4, num_prompt_tokens=11, chunk_tokens=10)
+    pauses.ran_prompts(0.0)
+    assert not pauses.leave_out(4, num_prompt_tokens=0, chunk_tokens=10), "nothing is left"
 
 
 def test_a_burst_is_computed_at_full_speed_until_its_gaps_are_spent() -> None:
-    costs = limits(max_slowdown=1.0, max_num_seqs=3, max_num_batched_tokens=16)
-    engine = FakeEngine(costs=lambda: costs, max_num_batched_tokens=16)
+    prompt_s = StreamPauses.MAX_S / 40
+    costs = EngineCosts(
+        StepCosts(0.02, 0.0, 0.0, prompt_s, 0.0),
+        max_num_seqs=2,
+        max_num_batched_tokens=16,
+        block_size=4,
+        num_kv_tokens=10_000,
+        kv_bytes_per_token=1,
+        max_slowdown=2.0,
+    )
+    assert costs.pause_tokens == 48
+    engine = FakeEngine(
+        costs=lambda: costs, max_num_batched_tokens=16, num_blocks=64, max_model_len=256
+    )
     engine.add("chat", [1, 2, 3], max_tokens=40)
     engine.step()
-    engine.add("long", range(60), max_tokens=2)
+    engine.add("long", range(130), max_tokens=2)
     plans = engine.run()
-    beside = [
-        sum(item.num_tokens for item in plan.scheduled if item.num_tokens > 1)
+    shapes = [
+        (
+            sum(item.num_tokens == 1 for item in plan.scheduled),
+            sum(item.num_tokens for item in plan.scheduled if item.num_tokens > 1),
+        )
         for plan in plans
-        if any(item.num_tokens == 1 for item in plan.scheduled)
     ]
-    assert [number for number in beside if number][:5] == [15, 15, 15, 4, 4]
+    # Two gaps may be long: two pauses of three steps, and a chunk beside the stream after each.
+    pause = [(0, 16)] * 3 + [(1, 4)]
+    assert shapes[:9] == [*pause, *pause, (1, 4)]
+    assert engine.token_ids("chat") == output([1, 2, 3], 40)
+    assert engine.token_ids("long") == output(list(range(130)), 2)
+
+
+def test_streams_go_on_when_no_prompt_has_room() -> None:
+    costs = limits(max_slowdown=2.0, max_num_batched_tokens=16)
+    engine = FakeEngine(costs=lambda: costs, max_num_seqs=1, max_num_batched_tokens=16)
+    engine.add("chat", [1, 2, 3], max_tokens=10)
+    engine.step()
+    engine.add("long", range(60), max_tokens=2)
+    engine.run()
+    assert engine.token_ids("chat") == output([1, 2, 3], 10)
+    assert engine.token_ids("long") == output(list(range(60)), 2)
 
 
 def test_a_stated_limit_has_no_exceptions() -> None:

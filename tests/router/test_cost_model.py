@@ -33,7 +33,7 @@ def costs(role: str = "decode", **changes: object) -> EngineCosts:
         "block_size": 16,
         "num_kv_tokens": 400_000,
         "kv_bytes_per_token": 131_072,
-        "max_slowdown": MAX_SLOWDOWN if role == "decode" else None,
+        "max_slowdown": None if role == "both" else MAX_SLOWDOWN,
     }
     return EngineCosts(**(fields | changes))  # type: ignore[arg-type]
 

@@ -1,0 +1,43 @@
+"""The comparison of arms that docs/measurements/routing.md shows."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from pdlaunch.router.cost_policy import LeastCost
+from pdlaunch.router.policy import LeastWork
+from pdlaunch.testing import simulated_arms
+from pdlaunch.testing.simulated_arms import ARMS, H200, read_load, simulate
+
+
+@pytest.mark.parametrize("text", ["512/256@32", "512/256@4.5rps"])
+def test_a_load_is_read(text: str) -> None:
+    load = read_load(text)
+    assert (load.num_prompt_tokens, load.num_output_tokens) == (512, 256)
+    assert (load.concurrency, load.per_second) == ((32, None) if "rps" not in text else (None, 4.5))
+    assert [one.arrived_at for one in load.requests()] == [
+        one.arrived_at for one in load.requests()
+    ]
+
+
+def test_a_burst_by_cost_is_as_soon_over_as_with_both_and_as_steady_as_with_pairs() -> None:
+    """The goal for bursts, within 5 %, but for late tokens: at most twice the usual time."""
+    load = read_load("2048/256@32")
+    cost, pairs, both = (
+        simulate(load, ARMS[arm][0], ARMS[arm][1](), H200) for arm in ("cost", "pairs", "both")
+    )
+    assert cost.ttft[1] <= 1.05 * min(both.ttft[1], pairs.ttft[1])
+    assert cost.itl[1] <= 1.05 * pairs.itl[1] < both.itl[1]
+    assert cost.tokens_per_s >= 0.95 * max(both.tokens_per_s, pairs.tokens_per_s)
+
+
+def test_each_arm_prints_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["simulated_arms", "64/8@4", "64/8@5rps"])
+    simulated_arms.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["64/8, 4 at once"] * 3 + ["64/8, 5/s"] * 3
+    assert {LeastCost, LeastWork} == {policy for _, policy in ARMS.values()}
