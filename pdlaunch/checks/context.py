@@ -102,8 +102,10 @@ class Probes:
     """Reasons why folders cannot be written to, by setting."""
     weight_errors: Mapping[Role, ConfigError] | None = None
     """Reasons why the engines of a role cannot read their weights."""
-    engine_commands: Mapping[Role, EngineCommand] | None = None
-    """Facts about the executables of engines that are not native, found without running them."""
+    engine_commands: Mapping[Role, Mapping[str, EngineCommand]] | None = None
+    """Facts about the executables of engines that are not native, by the host that they are on,
+    found without running them.
+    """
     engine_flags: Mapping[Role, EngineFlags] | None = None
     """The flags that these executables list in their help."""
     deployment: SeenDeployment | None = None
@@ -146,6 +148,14 @@ class Context:
         paths = (f"{engines.role}.env.{name}", f"env.{name}")
         return next((path for path in paths if self.given(path)), f"environment {name}")
 
+    def engine_commands(self, role: Role) -> Mapping[str, EngineCommand]:
+        """Return what is known of the executable of a role, by the hosts of its engines."""
+        return (self.probes.engine_commands or {}).get(role, {})
+
+    def on_host(self, name: str) -> str:
+        """Return the words with which a message begins that is about one host of several."""
+        return f"on {name}: " if self.launch.spans_hosts else ""
+
     def on(self, device: DeviceKind) -> Iterator[RoleEngines]:
         """Return the engines on this kind of device."""
         return (engines for engines in self.engines.values() if engines.device == device)
@@ -167,6 +177,11 @@ class Context:
     def uses_ucx(self) -> bool:
         """Return whether ranks load NIXL, whose UCX may move KV blocks; path p2p does without."""
         return uses_ucx(self.launch)
+
+    @property
+    def moves_over_ucx(self) -> bool:
+        """Return whether UCX may move KV blocks, in pdlaunch's own ranks or in engines of vLLM."""
+        return self.uses_ucx or any(not each.is_native for each in self.pair() or ())
 
     @property
     def moves_cumem_slowly(self) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from pdlaunch.checks.context import Context
 from pdlaunch.checks.other_engines import vllm_engines, vllm_pair
 from pdlaunch.checks.rule import Found, rule
+from pdlaunch.config.roles import PAIR
 from pdlaunch.config.sizes import format_size
+from pdlaunch.platform.engine_commands import EngineCommand
 from pdlaunch.resolve.step_time import least_step_s
 from pdlaunch.resolve.vllm_environment import GIBIBYTE
 
@@ -48,24 +50,31 @@ def kinds_differ(context: Context) -> Iterator[Found]:
 @rule(
     "PD611",
     "error",
-    fix="Install vLLM, or set engine_command to its executable: a name on PATH, or a path.",
+    fix=(
+        "Install vLLM, or set engine_command to its executable: a name on PATH, or a path. Start "
+        "agents of other hosts with --allow-executable."
+    ),
     source="execve(2); vllm serve --help=all, which --probe runs.",
     needs=("engine_commands",),
 )
 def command_not_there(context: Context) -> Iterator[Found]:
     """The executable of an engine cannot be run.
 
-    vLLM may have an environment of its own: pdlaunch starts it, and imports nothing of it.
+    On another host its agent has to allow it. vLLM may have an environment of its own: pdlaunch
+    starts it, and imports nothing of it.
     """
     for engines in vllm_engines(context):
         command, role = engines.settings.engine_command, engines.role
-        found = (context.probes.engine_commands or {}).get(role)
-        problem = "" if found is None else found.problem
+        problems = [
+            f"{context.on_host(host)}{command}: {found.problem}"
+            for host, found in context.engine_commands(role).items()
+            if found.problem
+        ]
         asked = (context.probes.engine_flags or {}).get(role)
-        if not problem and asked is not None and asked.problem:
-            problem = f"`serve --help=all` ended without flags: {asked.problem}"
-        if problem:
-            yield Found(engines.where("engine_command"), f"{command}: {problem}")
+        if not problems and asked is not None and asked.problem:
+            problems = [f"{command}: `serve --help=all` ended without flags: {asked.problem}"]
+        for problem in problems:
+            yield Found(engines.where("engine_command"), problem)
 
 
 @rule(
@@ -83,12 +92,12 @@ def versions_differ(context: Context) -> Iterator[Found]:
     """
     if (pair := vllm_pair(context)) is None:
         return
-    found = context.probes.engine_commands or {}
-    versions = [found[side.role].version if side.role in found else None for side in pair]
-    if None not in versions and versions[0] != versions[1]:
+    found = {side.role: context.engine_commands(side.role) for side in pair}
+    versions = [_versions(found[side.role]) for side in pair]
+    if all(versions) and len({*versions[0], *versions[1]}) > 1:
         yield Found(
             pair[1].where("engine_command"),
-            f"prefill is vLLM {versions[0]}, decode vLLM {versions[1]}",
+            f"prefill is vLLM {' and '.join(versions[0])}, decode vLLM {' and '.join(versions[1])}",
         )
 
 
@@ -176,9 +185,13 @@ def open_listeners(context: Context) -> Iterator[Found]:
 
     UCX listens on TCP, on addresses that other hosts can reach, and takes READs and WRITEs of KV
     blocks from whoever can connect; it cannot be told otherwise. gloo and the side channel
-    listen on the loopback device.
+    listen on the loopback device. What engines open to peers on other hosts is PD428's subject.
     """
-    if (pair := vllm_pair(context)) and pair[0].unverified:
+    is_near = any(
+        engine.engines.role in PAIR and not engine.engines.has_far_peers
+        for engine in context.launch.engines
+    )
+    if (pair := vllm_pair(context)) and pair[0].unverified and is_near:
         yield Found("engine", "UCX in each engine of vLLM listens on TCP for everybody")
 
 
@@ -209,7 +222,8 @@ def dev_routes_on_a_port(context: Context) -> Iterator[Found]:
     Sleep mode needs vLLM's dev mode, which also adds /collective_rpc, without any key. At a socket
     of the launch the user of the launch alone can open them.
     """
-    for engines in vllm_engines(context):
+    # On several hosts the port is that of a sidecar, which asks for the launch's token.
+    for engines in vllm_engines(context) if not context.launch.spans_hosts else ():
         if engines.settings.enable_sleep_mode and engines.ports:
             yield Found(f"{engines.role}.port", "enable_sleep_mode opens /collective_rpc there")
 
@@ -256,6 +270,10 @@ def lease_shorter_than_queue(context: Context) -> Iterator[Found]:
 def renewed_for_s(lease_s: int) -> int:
     """Return what is left of a renewed lease of vLLM when its next renewal is due."""
     return lease_s * 2 // 3 - lease_s // 6
+
+
+def _versions(found: Mapping[str, EngineCommand]) -> list[str]:
+    return sorted({each.version for each in found.values() if each.version is not None})
 
 
 def _given(context: Context, role: str, name: str) -> list[str]:

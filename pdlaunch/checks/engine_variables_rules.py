@@ -52,17 +52,22 @@ def side_channel_host(context: Context) -> Iterator[Found]:
     """The side channel of vLLM binds every address, or tells peers one that is not its own.
 
     Decode would dial 0.0.0.0, which is itself: each handshake finds another engine or none. Peers
-    on other hosts find themselves at localhost too. Empty, the variable leaves vLLM without the
-    address that pdlaunch gave it.
+    on other hosts find themselves at localhost too, and nobody at an address that is not their
+    host's. Empty, the variable leaves vLLM without the address that pdlaunch gave it.
     """
-    num_hosts = len(context.launch.machines)
-    for engines in vllm_engines(context):
+    for engines in _on_hosts(context):
         host = engines.environment.get(_HOST, "")
-        if host in _EVERYWHERE or (num_hosts > 1 and is_loopback(host)):
+        # Without a trusted network nobody is told an address that others reach.
+        is_far = engines.has_far_peers and context.config.kv_transfer.trusted_network
+        if not host and not engines.bind_address:
+            continue  # that of a host whose agent has not joined
+        if host in _EVERYWHERE:
             shown = host or "empty"
-            yield Found(
-                context.where_variable(engines, _HOST), f"{_HOST} of {engines.role} is {shown}"
-            )
+        elif is_far and host != engines.bind_address:
+            shown = f"{host}, and its host is {engines.bind_address or 'not known yet'}"
+        else:
+            continue
+        yield Found(context.where_variable(engines, _HOST), f"{_HOST} of {engines.role} is {shown}")
 
 
 @rule(
@@ -72,13 +77,13 @@ def side_channel_host(context: Context) -> Iterator[Found]:
     source="vLLM's side channel has no authentication, and one wrong query ends it.",
 )
 def side_channel_reachable(context: Context) -> Iterator[Found]:
-    """Other hosts can reach the side channel.
+    """Other hosts can reach the side channel, and no engine on another host needs it.
 
     It tells everybody where KV blocks are, and a query for a rank that does not exist ends it.
     """
-    for engines in vllm_engines(context) if len(context.launch.machines) == 1 else ():
+    for engines in _on_hosts(context):
         host = engines.environment.get(_HOST, "")
-        if host not in _EVERYWHERE and not is_loopback(host):
+        if not engines.has_far_peers and host not in _EVERYWHERE and not is_loopback(host):
             yield Found(
                 context.where_variable(engines, _HOST), f"{_HOST} of {engines.role} is {host}"
             )
@@ -190,9 +195,10 @@ def variable_unknown(context: Context) -> Iterator[Found]:
     vLLM does not look at it.
     """
     for engines, name in _given(context):
-        command = (context.probes.engine_commands or {}).get(engines.role)
-        known = None if command is None else command.variables
-        if known is not None and name not in known:
+        told = [found.variables for found in context.engine_commands(engines.role).values()]
+        # It may be one that the vLLM of another host knows.
+        known = frozenset().union(*(each for each in told if each is not None))
+        if told and None not in told and name not in known:
             meant = nearest(name, known)
             yield Found(
                 context.where_variable(engines, name),
@@ -222,6 +228,12 @@ def variables_differ(context: Context) -> Iterator[Found]:
                 context.where_variable(side, name),
                 f"{name} of prefill is {values[0]}, of decode {values[1]}",
             )
+
+
+def _on_hosts(context: Context) -> Iterator[RoleEngines]:
+    """Yield the engines of vLLM, by role and host."""
+    for here in context.launch.placed.by_host.values():
+        yield from (engines for engines in here.values() if engines.settings.engine == "vllm")
 
 
 def _given(context: Context) -> Iterator[tuple[RoleEngines, str]]:

@@ -44,10 +44,12 @@ def network_is_not_trusted(context: Context) -> Iterator[Found]:
 
     NIXL's UCX and Mooncake cannot authenticate their peers, nor encrypt. Whoever reaches the data
     port of a rank can read and write the memory of its process: prompts, answers, and what it
-    computes. So they open only where the network is said to be trusted.
+    computes. The side channel of an engine of vLLM, at one of these ports too, tells everybody
+    where that memory is, and ends at a query for a rank that does not exist. So they open only
+    where the network is said to be trusted.
     """
     transfer = context.config.kv_transfer
-    if _far_engines(context) and transfer.opens_data_ports and not transfer.trusted_network:
+    if _opening_engines(context) and not transfer.trusted_network:
         hosts = ", ".join(_names_of_hosts(context))
         message = f"engines of a pair are on different hosts ({hosts})"
         yield Found(_TRUSTED, f"{message}, and their network is not said to be trusted")
@@ -66,11 +68,11 @@ def open_data_ports(context: Context) -> Iterator[Found]:
     """Ranks take KV blocks at ports that ask nobody who he is.
 
     The network was said to be trusted. UCX listens at one port of each rank, on the device of the
-    host's address alone.
+    host's address alone; an engine of vLLM has one more, for its side channel.
     """
     transfer = context.config.kv_transfer
-    if transfer.opens_data_ports and transfer.trusted_network:
-        hosts = {engine.host.name: engine.host for engine in _far_engines(context)}
+    if transfer.trusted_network:
+        hosts = {engine.host.name: engine.host for engine in _opening_engines(context)}
         for host in hosts.values():
             address = host.bind_address or "its address"
             message = f"{host.name} takes KV blocks at {address}, ports {transfer.data_ports}"
@@ -89,7 +91,7 @@ def ucx_joins_no_hosts(context: Context) -> Iterator[Found]:
     Engines of a pair are on different hosts, and what is left joins processes of one host alone:
     the handshake of such a pair fails.
     """
-    if not context.uses_ucx or not context.config.kv_transfer.trusted_network:
+    if not context.moves_over_ucx or not context.config.kv_transfer.trusted_network:
         return
     far = {
         share.host.name: share.engines
@@ -109,33 +111,42 @@ def ucx_joins_no_hosts(context: Context) -> Iterator[Found]:
 @rule(
     "PD639",
     "error",
-    fix="Set engine: native, or placement: local.",
-    source="A sidecar and its vLLM meet at a Unix socket and the loopback device.",
+    fix="Leave advertise_address of that host out, or set engine: native.",
+    source="vLLM 0.32: VLLM_NIXL_SIDE_CHANNEL_HOST is bound and told to decode engines.",
 )
-def vllm_on_hosts(context: Context) -> Iterator[Found]:
-    """Engines of vLLM are placed on other hosts.
+def vllm_has_one_address(context: Context) -> Iterator[Found]:
+    """An engine of vLLM would be told to bind one address, and others to reach it at another.
 
-    pdlaunch starts vLLM for its own host alone: its HTTP, and the side channel of its connector,
-    would have to be open to others, with a key in plain sight.
+    Its side channel has one address for both. Behind address translation engines of other hosts
+    would ask where nobody listens, and compute every prompt themselves.
     """
-    far = [engine for engine in context.launch.engines if engine.host is not _own_host(context)]
-    if any(engine.engines.settings.engine == "vllm" for engine in far):
-        names = ", ".join(dict.fromkeys(engine.host.name for engine in far))
-        yield Found("placement", f"engines of vLLM are placed on {names}")
-
-
-def _own_host(context: Context) -> object:
-    return context.launch.hosts[0]
+    hosts = {
+        engine.host.name: engine.host
+        for engine in _far_engines(context)
+        if not engine.engines.is_native
+    }
+    for host in hosts.values():
+        if host.bind_address and host.advertise_address != host.bind_address:
+            yield Found(
+                "hosts.advertise_address",
+                f"{host.name} listens at {host.bind_address}, and others are told "
+                f"{host.advertise_address}",
+            )
 
 
 def _far_engines(context: Context) -> list[PlacedEngine]:
-    """Return pdlaunch's own engines that exchange KV blocks with engines on other hosts."""
+    """Return the engines that exchange KV blocks with engines on other hosts."""
     return [
         engine
         for engine in context.launch.engines
-        if engine.engines.settings.engine == "native"
-        and any(share.engines.has_far_peers for share in engine.shares)
+        if any(share.engines.has_far_peers for share in engine.shares)
     ]
+
+
+def _opening_engines(context: Context) -> list[PlacedEngine]:
+    """Return those of them that open ports for it; vLLM has NIXL alone, whatever the path."""
+    opens = context.config.kv_transfer.opens_data_ports
+    return [each for each in _far_engines(context) if opens or not each.engines.is_native]
 
 
 def _names_of_hosts(context: Context) -> list[str]:

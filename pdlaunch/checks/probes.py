@@ -13,14 +13,15 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import Role
 from pdlaunch.platform.availability import probe_port, why_not_importable, why_not_writable
 from pdlaunch.platform.engine_commands import (
+    EngineCommand,
     EngineFlags,
     ask_engine_flags,
-    find_engine_command,
 )
 from pdlaunch.platform.facts import PortState
 from pdlaunch.platform.libraries import missing_modules
 from pdlaunch.resolve.models import weight_error
 from pdlaunch.resolve.resolve import ResolvedLaunch
+from pdlaunch.resolve.vllm_verification import engine_command_on
 
 EXTRAS = {
     "otel": ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http"),
@@ -47,20 +48,20 @@ def probe_files(resolved: ResolvedLaunch) -> Probes:
         missing_extras=missing_modules(EXTRAS),
         folder_problems={name: text for name, text in problems.items() if text is not None},
         weight_errors=weight_errors,
-        engine_commands={
-            role: find_engine_command(engines.settings.engine_command, engines.given_environ)
-            for role, engines in resolved.roles.items()
-            if not engines.is_native
-        },
+        engine_commands=_engine_commands(resolved),
     )
 
 
 def probe_engine_flags(resolved: ResolvedLaunch) -> dict[Role, EngineFlags]:
-    """Ask the executables of engines that are not native for their flags; takes them a while."""
+    """Ask the executables of engines that are not native for their flags; takes them a while.
+
+    Those of other hosts are not asked.
+    """
+    here = resolved.hosts[0].name
     answers: dict[tuple[str, frozenset[tuple[str, str]]], EngineFlags] = {}
     flags: dict[Role, EngineFlags] = {}
     for role, engines in resolved.roles.items():
-        if engines.is_native:
+        if engines.is_native or role not in resolved.placed.by_host.get(here, {}):
             continue
         command, environ = engines.settings.engine_command, engines.given_environ
         key = (command, frozenset(environ.items()))
@@ -83,6 +84,20 @@ def probe_ports(resolved: ResolvedLaunch) -> dict[tuple[str, int], PortState] | 
     }
     known = {address: state for address, state in states.items() if state is not None}
     return known if len(known) == len(states) else None
+
+
+def _engine_commands(resolved: ResolvedLaunch) -> dict[Role, dict[str, EngineCommand]]:
+    """Return what is known of the executables of engines that are not native, by host."""
+    found: dict[Role, dict[str, EngineCommand]] = {}
+    for host in resolved.engine_hosts:
+        for role, engines in resolved.placed.by_host[host.name].items():
+            command = engines.settings.engine_command
+            if engines.is_native:
+                continue
+            told = engine_command_on(host, resolved.hosts[0], command, engines.given_environ)
+            if told is not None:
+                found.setdefault(role, {})[host.name] = told
+    return found
 
 
 def _connector_errors(config: LaunchConfig) -> dict[str, str]:

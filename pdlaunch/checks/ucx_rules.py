@@ -143,7 +143,7 @@ def ucx_without_rdma(context: Context) -> Iterator[Found]:
 
     Blocks between hosts then go through TCP.
     """
-    for engine in context.engines.values() if context.uses_ucx else ():
+    for engine in context.engines.values() if context.moves_over_ucx else ():
         there = engine.machine.rdma_devices
         if there and engine.has_far_peers and lacks_rdma(engine.given_environ):
             devices = ", ".join(there[:4])

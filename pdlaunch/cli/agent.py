@@ -75,7 +75,7 @@ def agent(
         ticket = read_ticket(join)
         setup_logging("agent", "info")
         raise_open_files()
-        first = introduction(ticket, name or socket.gethostname(), cpus)
+        first = introduction(ticket, name or socket.gethostname(), executables, cpus)
         with SignalInbox() as signals:
             stops = [signals.fileno(), *stdin]
             reason = serve_sessions(ticket, first, executables, stops, wait_s, errors)

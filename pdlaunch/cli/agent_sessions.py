@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from urllib.parse import urlsplit
 
@@ -16,14 +17,20 @@ from pdlaunch.hosts.agent import AgentSession, SessionLostError
 from pdlaunch.hosts.agent_messages import Join
 from pdlaunch.hosts.join import Ticket
 from pdlaunch.platform.addresses import address_towards
+from pdlaunch.platform.engine_commands import find_engine_command
 from pdlaunch.platform.machine_file import encode_machine
 from pdlaunch.platform.probe import probe_machine
 
 _REJOIN_DELAY_S = 0.2
 
 
-def introduction(ticket: Ticket, name: str, num_cpus: int | None = None) -> Join:
-    """Return how this host introduces itself. Raises StartupError without a route."""
+def introduction(
+    ticket: Ticket, name: str, executables: Mapping[str, str], num_cpus: int | None = None
+) -> Join:
+    """Return how this host introduces itself. Raises StartupError without a route.
+
+    ``executables``: paths of those that it allows, by name.
+    """
     supervisor = urlsplit(ticket.endpoint).hostname or ""
     address = address_towards(supervisor)
     if address is None:
@@ -36,6 +43,9 @@ def introduction(ticket: Ticket, name: str, num_cpus: int | None = None) -> Join
         address=address,
         machine=encode_machine(machine, os.environ),
         python=sys.executable,
+        executables={
+            name: find_engine_command(path, os.environ) for name, path in executables.items()
+        },
     )
 
 

@@ -16,6 +16,7 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.sources import LoadedConfig
 from pdlaunch.errors import ConfigError, StartupError
 from pdlaunch.hosts.join import read_ticket
+from pdlaunch.hosts.permitted import allowed_executables
 from pdlaunch.hosts.placement import slurm
 from pdlaunch.hosts.placement.ray_cluster import ray_bundles, ray_hosts
 from pdlaunch.observe.logs import setup_logging
@@ -57,8 +58,10 @@ def serve_task(config: LaunchConfig, environ: Mapping[str, str], errors: Console
     _await_file(path, config.join_timeout_s)
     leave_ends_to_supervisor()
     ticket = read_ticket(str(path))
-    join = introduction(ticket, slurm.node_name(environ))
-    reason = serve_sessions(ticket, join, {}, [], config.join_timeout_s, errors)
+    # Its own configuration names them: whoever has started this task starts them.
+    executables = allowed_executables(config.engine_executables)
+    join = introduction(ticket, slurm.node_name(environ), executables)
+    reason = serve_sessions(ticket, join, executables, [], config.join_timeout_s, errors)
     with contextlib.suppress(OSError):
         errors.print(Text(f"left: {reason}"))
 

@@ -275,6 +275,14 @@ class LaunchConfig(SharedSettings, EngineSettings):
         section: RoleSettings = getattr(self, role)
         return section
 
+    @property
+    def engine_executables(self) -> tuple[str, ...]:
+        """Programs of engines that are not pdlaunch's own."""
+        settings = [self.engine_settings(role) for role in ROLES if self.role(role).replicas]
+        return tuple(
+            dict.fromkeys(each.engine_command for each in settings if each.engine != "native")
+        )
+
     def engine_settings(self, role: Role) -> EngineSettings:
         """Return the engine settings of ``role``, its overrides applied."""
         shared = {name: getattr(self, name) for name in EngineSettings.model_fields}

@@ -23,7 +23,12 @@ def kind_of(launch: ResolvedLaunch) -> EngineKind:
     """Return the kind of a launch's engines; of the first ones, where they differ."""
     first = next(iter(launch.roles.values()), None)
     if first is not None and first.settings.engine == "vllm":
-        return VllmEngine(launch.config, launch.served_model_name, first.unverified)
+        return VllmEngine(
+            launch.config,
+            launch.served_model_name,
+            first.unverified,
+            has_doors=launch.spans_hosts,
+        )
     return NativeEngine()
 
 

@@ -43,6 +43,8 @@ _SHARED_RULES = frozenset(
         # The machine: GPUs, cores, files, ports.
         *("PD400", "PD410", "PD411", "PD412", "PD413", "PD415", "PD420", "PD421", "PD422"),
         *("PD424", "PD450", "PD452", "PD453", "PD454", "PD455", "PD456"),
+        # The network between hosts.
+        *("PD428", "PD429", "PD434", "PD439"),
         *("PD501", "PD505"),
     )
 )
@@ -64,11 +66,19 @@ class VllmEngine:
 
     name = "vllm"
 
-    def __init__(self, config: LaunchConfig, served_model_name: str, unverified: str) -> None:
-        """``unverified``: ``RoleEngines.unverified``."""
+    def __init__(
+        self,
+        config: LaunchConfig,
+        served_model_name: str,
+        unverified: str,
+        *,
+        has_doors: bool,
+    ) -> None:
+        """``unverified``: ``RoleEngines.unverified``. ``has_doors``: sidecars listen for them."""
         self._config = config
         self._served_model_name = served_model_name
         self._unverified = unverified
+        self._has_doors = has_doors
 
     def processes(self, engine: PlacedEngine) -> Sequence[ProcessSpec]:
         """Plan the sidecar of one engine; vLLM's own processes are its children."""
@@ -107,11 +117,12 @@ class VllmEngine:
     def command(self, engines: RoleEngines, index: int) -> tuple[str, ...]:
         """Return the command of one engine, but for what its sidecar adds at the start.
 
-        That is where it listens, unless it has a fixed port: a socket in the launch's folder.
+        That is where it listens, a socket in the launch's folder; unless it has a fixed port, which
+        its sidecar's door has where there is one.
         """
         settings = engines.settings
         flags = dict(self._flags(engines))
-        if port := engines.http_port(index):
+        if (port := engines.http_port(index)) and not self._has_doors:
             flags |= {"host": engines.bind_address, "port": port}
         executable = shutil.which(settings.engine_command) or settings.engine_command
         model = engines.model.path or settings.model

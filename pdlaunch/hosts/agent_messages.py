@@ -11,6 +11,7 @@ import struct
 
 from pdlaunch import __version__
 from pdlaunch.errors import ProtocolError
+from pdlaunch.platform.engine_commands import EngineCommand
 from pdlaunch.process.bootstrap import Bootstrap
 from pdlaunch.process.step_record import LastStep
 from pdlaunch.protocol.wire import Codec, Message
@@ -31,6 +32,8 @@ class Join(Message):
     """The machine, as ``encode_machine`` writes it."""
     python: str
     """The Python that it starts processes with, for people."""
+    executables: dict[str, EngineCommand] = {}
+    """The programs of engines that it allows, by name."""
 
 
 class Beat(Message):

@@ -10,4 +10,11 @@ from pdlaunch.resolve.hosts import ResolvedHost
 def joined_host(join: Join) -> ResolvedHost:
     """Return the host of an agent. Raises ConfigError for a machine that cannot be read."""
     found = decode_machine(join.machine, join.name)
-    return ResolvedHost(join.name, found.machine, found.environ, join.address, join.address)
+    return ResolvedHost(
+        join.name,
+        found.machine,
+        found.environ,
+        join.address,
+        join.address,
+        executables=join.executables,
+    )

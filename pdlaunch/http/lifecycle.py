@@ -67,18 +67,20 @@ class Supervised:
                 asyncio.get_running_loop().add_signal_handler(number, lambda: None)
         self._control.send(message)
 
-    def register(self, url: str, capabilities: Capabilities | None = None) -> None:
+    def register(
+        self, url: str, capabilities: Capabilities | None = None, *, side_channel: str = ""
+    ) -> None:
         """Tell where this process listens, and show from now on that its loop turns.
 
-        ``capabilities``: instead of those of the bootstrap. What is registered again replaces the
-        first.
+        ``capabilities``: instead of those of the bootstrap. ``side_channel``: that of an engine
+        without ranks of ours. What is registered again replaces the first.
         """
         self.send(
             Register(
                 name=self.bootstrap.name,
                 incarnation=self.bootstrap.incarnation,
                 pid=os.getpid(),
-                address=Address(http=url),
+                address=Address(http=url, side_channel=side_channel),
                 capabilities=capabilities or self.bootstrap.capabilities,
             )
         )

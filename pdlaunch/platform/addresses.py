@@ -54,6 +54,23 @@ def is_address(text: str) -> bool:
     return True
 
 
+def with_device_names(devices: str) -> str:
+    """Return a list with the names of network devices in the place of this machine's addresses.
+
+    Commas stand between them, as in UCX_NET_DEVICES. Raises LookupError for an address that no
+    device has.
+    """
+    names = []
+    for name in devices.split(","):
+        if is_address(name):
+            device = device_of(name)
+            if device is None:
+                raise LookupError(f"no network device of this host has the address {name}")
+            name = device
+        names.append(name)
+    return ",".join(names)
+
+
 def tcp_endpoint(address: str, port: int) -> str:
     """Return the ZMQ endpoint of an address, IPv6 in brackets: ``tcp://[fd00::7]:5555``."""
     return f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"

@@ -70,6 +70,23 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     otlp_sample: float = 1.0
 
 
+class DoorSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Says where a sidecar opens its engine, which listens on a Unix socket, to other hosts."""
+
+    bind_address: str
+    advertise_address: str
+    port: int
+    """0: a free one."""
+    data_ports: str
+    """``kv_transfer.data_ports``, one of which is the side channel's."""
+    max_model_len: int | None
+    """None: the engine's own affair."""
+    max_body_bytes: int
+    """The limit of a client's body; routers send longer ones."""
+    body_budget_bytes: int
+    max_connections: int
+
+
 class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
     """Holds identity, settings and keys of one child process."""
 
@@ -92,6 +109,8 @@ class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
     capabilities: Capabilities = msgspec.field(default_factory=Capabilities)
     """A server registers that its engine can do this."""
     router: RouterSpec | None = None
+    door: DoorSpec | None = None
+    """Of a sidecar in a launch on several hosts."""
     tp_rank: int = 0
     rendezvous: str = ""
     """``file://`` URL of this incarnation's TP group; ``OVER_HOSTS`` when its ranks are on several

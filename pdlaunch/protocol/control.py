@@ -47,7 +47,7 @@ class Address(Message, tag=False):
     group: str = ""
     """ZMQ endpoint of rank 0 for the sums of a TP group on several hosts."""
     side_channel: str = ""
-    """``tcp://127.0.0.1:43210``; of a rank."""
+    """``tcp://127.0.0.1:43210``; of a rank, or of an engine of vLLM."""
 
 
 class Capabilities(Message, tag=False):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from pdlaunch.config.connectors import KVNetwork
 from pdlaunch.config.engine_settings import EngineSettings
+from pdlaunch.config.engine_spec import ENGINE_HOST
 from pdlaunch.config.field_types import set_paths
 from pdlaunch.config.model_files.shape import ModelShape
 from pdlaunch.config.models import LaunchConfig
@@ -145,7 +146,14 @@ def _environment(
         "HF_HUB_OFFLINE": given_environ.get("HF_HUB_OFFLINE", "1"),
     }
     if settings.engine == "vllm":
-        own = vllm_environment(kv_cache_bytes if device == "cpu" else None, settings)
+        own = vllm_environment(
+            kv_cache_bytes if device == "cpu" else None,
+            settings,
+            ENGINE_HOST if network is None else network.address,
+        )
+        if network is not None:
+            to_hosts = config.kv_transfer.network_environment(given_environ, device, network)
+            return common | own | settings.env | to_hosts
         is_quiet = is_verified and role in PAIR
         quiet = ",".join(local_transports(given_environ, device)) if is_quiet else ""
         # pdlaunch's connector makes NIXL's agent such that UCX can do without a listener.

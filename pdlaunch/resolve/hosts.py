@@ -13,6 +13,7 @@ from typing import Literal
 from pdlaunch.config.engine_spec import ENGINE_HOST
 from pdlaunch.config.hosts import PlacementStrategy
 from pdlaunch.config.roles import PAIR, ROLES, Role
+from pdlaunch.platform.engine_commands import EngineCommand
 from pdlaunch.platform.facts import Machine
 
 DeviceKind = Literal["cpu", "cuda"]
@@ -34,6 +35,8 @@ class ResolvedHost:
     """It takes engines of these roles; empty: only the router runs here."""
     domain: str = ""
     """Hosts of one name share NVLink or RDMA; empty: not known."""
+    executables: Mapping[str, EngineCommand] | None = None
+    """Those that its agent allows, by name; None: no agent has told, as on the first host."""
 
 
 def is_same_machine(one: ResolvedHost, other: ResolvedHost) -> bool:

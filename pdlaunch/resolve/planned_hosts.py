@@ -56,6 +56,7 @@ def settled(settings: HostSettings, known: ResolvedHost) -> ResolvedHost:
         or known.advertise_address,
         roles=frozenset(ROLES if settings.roles is None else settings.roles),
         domain=settings.domain,
+        executables=known.executables,
     )
 
 

@@ -102,7 +102,7 @@ def resolve_roles(
         [_room(host, settings) for host in hosts if host.roles] or [_room(hosts[0], settings)],
         config.placement_strategy,
     )
-    unverified = _unverified(config, environ, models)
+    unverified = _unverified(config, hosts, environ, models, places)
     num_ranks = {
         host.name: sum(_ranks_on(places, host.name, role) for role in used) for host in hosts
     }
@@ -206,7 +206,11 @@ def _engines_on(places: Places, host: str, role: Role) -> int:
 
 
 def _unverified(
-    config: LaunchConfig, environ: Mapping[str, str], models: Mapping[Role, Model]
+    config: LaunchConfig,
+    hosts: Sequence[ResolvedHost],
+    environ: Mapping[str, str],
+    models: Mapping[Role, Model],
+    places: Places,
 ) -> str:
     """Return why blocks are not proven; it takes the engines of both roles to prove them."""
     if not config.kv_transfer.verify:
@@ -215,7 +219,8 @@ def _unverified(
         settings = config.engine_settings(role)
         if not config.role(role).replicas or settings.engine != "vllm":
             continue
-        if reason := unverified_because(settings, environ, models[role]):
+        theirs = [host for host in hosts if _ranks_on(places, host.name, role)]
+        if reason := unverified_because(settings, environ, models[role], theirs, hosts[0]):
             return reason
     return ""
 

@@ -13,17 +13,20 @@ def whole_gibibytes(num_bytes: int) -> int:
     return max(1, num_bytes // GIBIBYTE) * GIBIBYTE
 
 
-def vllm_environment(kv_cache_bytes: int | None, settings: EngineSettings) -> dict[str, str]:
+def vllm_environment(
+    kv_cache_bytes: int | None, settings: EngineSettings, side_channel_host: str = ENGINE_HOST
+) -> dict[str, str]:
     """Return the variables for ``vllm serve``; those of the user go over them.
 
-    ``kv_cache_bytes``: of one rank on a CPU; None on a GPU.
+    ``kv_cache_bytes``: of one rank on a CPU; None on a GPU. ``side_channel_host``: the address of
+    an engine with peers on other hosts.
     """
     common = {
         # It would report model, hardware and settings to its makers.
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         # The address that its side channel binds, and tells decode engines.
-        "VLLM_NIXL_SIDE_CHANNEL_HOST": ENGINE_HOST,
+        "VLLM_NIXL_SIDE_CHANNEL_HOST": side_channel_host,
         # Without it, loopback of its own groups is looked up by the host's name.
         "VLLM_HOST_IP": ENGINE_HOST,
         # The InfiniBand module crashes the process in a finaliser at exit (NIXL 1.5.1).

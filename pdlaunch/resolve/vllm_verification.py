@@ -4,12 +4,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from pathlib import PurePath
 
 from pdlaunch.config.engine_settings import EngineSettings
 from pdlaunch.config.model_files.shape import HYBRID
 from pdlaunch.config.vllm_arguments import long_name
-from pdlaunch.platform.engine_commands import find_engine_command
+from pdlaunch.platform.engine_commands import EngineCommand, find_engine_command
+from pdlaunch.resolve.hosts import ResolvedHost
 from pdlaunch.resolve.models import Model
 from pdlaunch.vllm.support import SUPPORTED_VERSIONS, is_supported
 
@@ -20,13 +22,42 @@ _SPLITTING = (
 """Arguments of vLLM with which an engine keeps KV in a way that the connector refuses."""
 
 
-def unverified_because(settings: EngineSettings, environ: Mapping[str, str], model: Model) -> str:
-    """Return why an engine of vLLM uses pulled blocks unproven; empty: it proves them."""
-    version = find_engine_command(settings.engine_command, environ).version
-    if version is None:
-        return f"the version of {settings.engine_command} is not known"
-    if not is_supported(version):
-        return f"it is vLLM {version}, and {', '.join(SUPPORTED_VERSIONS)} can be verified"
+def engine_command_on(
+    host: ResolvedHost, here: ResolvedHost, command: str, environ: Mapping[str, str]
+) -> EngineCommand | None:
+    """Return what is known of an executable on the host of an engine; None: its agent has not told.
+
+    ``here``: the supervisor's host, where ``environ`` says how to find it.
+    """
+    if host.name == here.name:
+        return find_engine_command(command, environ)
+    if host.executables is None:
+        return None
+    name = PurePath(command).name
+    problem = f"its agent does not allow it: start that with --allow-executable {name}"
+    return host.executables.get(name, EngineCommand(problem=problem))
+
+
+def unverified_because(
+    settings: EngineSettings,
+    environ: Mapping[str, str],
+    model: Model,
+    hosts: Collection[ResolvedHost],
+    here: ResolvedHost,
+) -> str:
+    """Return why an engine of vLLM uses pulled blocks unproven; empty: it proves them.
+
+    ``hosts``: those of the engines.
+    """
+    for host in hosts:
+        found = engine_command_on(host, here, settings.engine_command, environ)
+        # Of a host whose agent has not joined nothing is known but what is installed here.
+        version = (found or find_engine_command(settings.engine_command, environ)).version
+        if version is None:
+            unknown = f"the version of {settings.engine_command} is not known"
+            return unknown if found else f"{unknown} before the agent of {host.name} has joined"
+        if not is_supported(version):
+            return f"it is vLLM {version}, and {', '.join(SUPPORTED_VERSIONS)} can be verified"
     if model.error is not None:
         return "the layers of the model are not known"
     if model.unproven:

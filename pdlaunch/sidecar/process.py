@@ -13,15 +13,19 @@ import asyncio
 import json
 import logging
 import os
-import socket
 import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
+from pdlaunch.config.engine_spec import ENGINE_HOST
 from pdlaunch.errors import PdlaunchError, ProtocolError, StartupError
 from pdlaunch.http.engine_url import UNIX
 from pdlaunch.http.lifecycle import Supervised
+from pdlaunch.platform.addresses import tcp_endpoint
+from pdlaunch.protocol.certificates import client_context
 from pdlaunch.protocol.changes import Answered, AwaitIdle
 from pdlaunch.protocol.control import (
     Drain,
@@ -41,7 +45,14 @@ from pdlaunch.protocol.control import (
 )
 from pdlaunch.sidecar.child import EngineChild
 from pdlaunch.sidecar.connector import Failures, connector_environment
+from pdlaunch.sidecar.door import Door
 from pdlaunch.sidecar.hangs import HangWatch
+from pdlaunch.sidecar.network import (
+    SIDE_CHANNEL_HOST,
+    SIDE_CHANNEL_PORT,
+    SideChannelPort,
+    named_devices,
+)
 from pdlaunch.watch.canary import FIRST_TOKEN_ID, CanaryDied, send_canary
 from pdlaunch.watch.engine_api import Counts, EngineApi, is_vllm_busy
 from pdlaunch.watch.reads import FailedReads
@@ -87,6 +98,20 @@ class SidecarProcess:
         self._url = self._url or f"{UNIX}{socket_path}"
         self._key = supervised.bootstrap.engine_api_key
         self._api = EngineApi(self._url, self._key)
+        self._registered_url = self._url
+        """Others are told this one: that of the door, where there is one."""
+        spec = supervised.bootstrap.door
+        self._door = (
+            None
+            if spec is None
+            else Door(self._name, spec, supervised.bootstrap.keys, self._url, self._key)
+        )
+        self._capabilities = msgspec.structs.replace(
+            supervised.bootstrap.capabilities, takes_launch_token=self._door is not None
+        )
+        self._side_channel = SideChannelPort(
+            os.environ.get(SIDE_CHANNEL_HOST, ENGINE_HOST), "" if spec is None else spec.data_ports
+        )
         self._is_ready = asyncio.Event()
         self._canaries: dict[tuple[str, int], asyncio.Task[None]] = {}
         """Tasks by prefill engine and incarnation that is proven or being proven."""
@@ -114,7 +139,9 @@ class SidecarProcess:
         _logger.info("started %s as process %d", self._options.command[0], child.pid)
         watches: list[asyncio.Task[None]] = []
         try:
-            supervised.register(self._url)
+            if self._door is not None:
+                self._registered_url = await self._door.open()
+            self._register()
             watches = [
                 supervised.spawn(self._fail_with(child)),
                 supervised.spawn(self._watch()),
@@ -125,8 +152,19 @@ class SidecarProcess:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            if self._door is not None:
+                await self._door.close()
             await self._api.close()
             await child.stop(STOP_TIMEOUT_S)
+            self._side_channel.close()
+
+    def _register(self) -> None:
+        """Tell where the engine is reached, and what it can do."""
+        self._supervised.register(
+            self._registered_url,
+            self._capabilities,
+            side_channel=tcp_endpoint(self._side_channel.host, self._side_channel.number),
+        )
 
     def _command(self) -> tuple[str, ...]:
         where = () if self._socket_path is None else ("--uds", str(self._socket_path))
@@ -136,7 +174,8 @@ class SidecarProcess:
     def _environment(self) -> dict[str, str]:
         run_dir = self._supervised.bootstrap.run_dir
         # The sockets between the engine's own processes: anybody may open those in /tmp.
-        own = {"VLLM_RPC_BASE_PATH": run_dir, "VLLM_NIXL_SIDE_CHANNEL_PORT": str(_free_port())}
+        own = {"VLLM_RPC_BASE_PATH": run_dir, SIDE_CHANNEL_PORT: str(self._side_channel.number)}
+        own |= named_devices(os.environ)
         if not self._options.unverified:
             own |= connector_environment(
                 Path(run_dir), self._name, os.environ.get("PYTHONPATH", "")
@@ -231,8 +270,8 @@ class SidecarProcess:
         except ProtocolError as error:
             _logger.warning("%s", error)
             return
-        capabilities = with_version(self._supervised.bootstrap.capabilities, version)
-        self._supervised.register(self._url, capabilities)
+        self._capabilities = with_version(self._capabilities, version)
+        self._register()
 
     def _fail(self, reason: str) -> None:
         self._supervised.inbox.put_nowait(StartupError(reason))
@@ -282,7 +321,7 @@ class SidecarProcess:
 
     async def _prove(self, peer: Entry) -> None:
         await self._is_ready.wait()
-        api = EngineApi(peer.address.http, self._key)
+        api = self._api_of(peer)
         pause_s, longest_s = CANARY_RETRY_S
         try:
             while not await self._send_canary(peer, api):
@@ -290,6 +329,15 @@ class SidecarProcess:
                 pause_s = min(longest_s, 2 * pause_s)
         finally:
             await api.close()
+
+    def _api_of(self, peer: Entry) -> EngineApi:
+        # All engines of a launch have doors, or none has.
+        if self._door is None:
+            return EngineApi(peer.address.http, self._key)
+        keys = self._supervised.bootstrap.keys
+        assert keys.certificate is not None
+        tls = client_context(keys.certificate.certificate)
+        return EngineApi(peer.address.http, keys.http_token, tls)
 
     async def _send_canary(self, peer: Entry, api: EngineApi) -> bool:
         """Return whether the pair is proven; the supervisor is told in either case."""
@@ -351,11 +399,3 @@ def _fixed_url(command: tuple[str, ...]) -> str:
 
 def _served_model_name(command: tuple[str, ...]) -> str:
     return command[command.index("--served-model-name") + 1]
-
-
-def _free_port() -> int:
-    """Return a port of 127.0.0.1 that is free now; vLLM takes no port 0."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port

@@ -12,7 +12,7 @@ from pydantic import SecretStr
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.engines.kind import EngineKind
-from pdlaunch.process.bootstrap import OVER_HOSTS, Bootstrap, RouterSpec
+from pdlaunch.process.bootstrap import OVER_HOSTS, Bootstrap, DoorSpec, RouterSpec
 from pdlaunch.protocol.control import Capabilities
 from pdlaunch.protocol.sockets import LaunchKeys
 from pdlaunch.resolve.plan import ProcessSpec
@@ -107,10 +107,28 @@ class LaunchBootstraps:
             router=router_spec(self._config, self._resolved.served_model_name, self._listeners)
             if spec.kind == "router"
             else None,
+            door=self._door(spec) if spec.kind == "server" and engine is None else None,
             tp_rank=spec.tp_rank,
             rendezvous=self._rendezvous(spec, incarnation),
             launch_id=self._launch_id,
             heartbeat_s=heartbeat_s(self._config.hang_timeout_s),
+        )
+
+    def _door(self, spec: ProcessSpec) -> DoorSpec | None:
+        """Return where the sidecar of an engine opens it; None in a launch on one host."""
+        if not self._resolved.spans_hosts:
+            return None
+        host, limits = self._resolved.host(spec.host), self._config.limits
+        assert spec.role is not None
+        return DoorSpec(
+            bind_address=host.bind_address,
+            advertise_address=host.advertise_address,
+            port=spec.ports["http"],
+            data_ports=self._config.kv_transfer.data_ports,
+            max_model_len=self._resolved.roles[spec.role].max_model_len,
+            max_body_bytes=limits.max_body_bytes,
+            body_budget_bytes=limits.body_budget_bytes,
+            max_connections=limits.max_connections,
         )
 
     def _rendezvous(self, spec: ProcessSpec, incarnation: int) -> str:

@@ -6,6 +6,7 @@ Redirects are not followed: an engine must not choose where a key or a prompt go
 from __future__ import annotations
 
 import asyncio
+import ssl
 from typing import Any, Literal
 
 import aiohttp
@@ -59,10 +60,13 @@ def is_vllm_busy(counts: Counts) -> bool:
 class EngineApi:
     """Sends requests to one engine; made and used inside a running event loop."""
 
-    def __init__(self, url: str, key: str | None = None) -> None:
+    def __init__(self, url: str, key: str | None = None, tls: ssl.SSLContext | None = None) -> None:
+        """``tls``: what an https URL is called with; else the system's authorities are trusted."""
         self._url = http_url(url)
         self._session = new_session(
-            url, headers={} if key is None else {"Authorization": f"Bearer {key}"}
+            url,
+            tls=tls,
+            headers={} if key is None else {"Authorization": f"Bearer {key}"},
         )
 
     async def close(self) -> None:

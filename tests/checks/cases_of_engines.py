@@ -7,6 +7,7 @@ from pdlaunch.checks.context import Context
 from pdlaunch.checks.deployment import SeenDeployment, SeenEngine, SeenPair
 from pdlaunch.platform.engine_commands import EngineCommand, EngineFlags
 from tests.checks.case import EXPANDABLE, Case
+from tests.checks.cases_of_far_pairs import TRUSTED, far_vllm, near_vllm
 from tests.checks.contexts import CPU, GB200, GPU, on
 
 HOST = "VLLM_NIXL_SIDE_CHANNEL_HOST"
@@ -41,7 +42,10 @@ def variables(**env: str) -> Context:
 
 
 def told(prefill: EngineCommand, decode: EngineCommand = FOUND, **config: Any) -> Context:
-    return vllm(probes={"engine_commands": {"prefill": prefill, "decode": decode}}, **config)
+    return vllm(
+        probes={"engine_commands": {"prefill": {"host": prefill}, "decode": {"host": decode}}},
+        **config,
+    )
 
 
 def asked(answer: EngineFlags, **arguments: Any) -> Context:
@@ -158,7 +162,7 @@ CASES: dict[str, Case] = {
         [vllm(strict_fields=True), on(CPU, engine_command="vllm"), vllm(kv_cache_memory="1.5GiB")],
         [vllm(kv_cache_memory="2GiB"), vllm(GPU, kv_cache_memory="1.5GiB"), on(CPU)],
     ),
-    "PD616": Case([vllm()], [on(CPU), vllm(decode__replicas=0)]),
+    "PD616": Case([vllm(), near_vllm()], [on(CPU), vllm(decode__replicas=0), far_vllm(**TRUSTED)]),
     "PD629": Case(
         [vllm(), vllm(engine_command="/no/vllm")],
         [on(CPU), vllm(decode__replicas=0), vllm(kv_transfer__verify="off")],
@@ -197,8 +201,17 @@ CASES: dict[str, Case] = {
         [vllm(GPU, environ=EXPANDABLE)],
         [vllm(environ=EXPANDABLE), vllm(GPU, environ=EXPANDABLE, enable_cumem_allocator=True)],
     ),
-    "PD630": Case([variables(**{HOST: "0.0.0.0"})], [variables(**{HOST: "127.0.0.2"})]),
-    "PD631": Case([variables(**{HOST: "node-7"})], [variables(**{HOST: "localhost"})]),
+    "PD630": Case(
+        [
+            variables(**{HOST: "0.0.0.0"}),
+            *(far_vllm(env={HOST: host}, **TRUSTED) for host in ("127.0.0.1", "10.0.0.9", "")),
+        ],
+        [variables(**{HOST: "127.0.0.2"}), far_vllm(**TRUSTED), far_vllm(), near_vllm()],
+    ),
+    "PD631": Case(
+        [variables(**{HOST: "node-7"}), near_vllm(env={HOST: "10.0.0.2"})],
+        [variables(**{HOST: "localhost"}), far_vllm(**TRUSTED), near_vllm()],
+    ),
     "PD632": Case([variables(VLLM_RPC_BASE_PATH="/tmp")], [variables(VLLM_USE_V1="1")]),
     "PD633": Case([variables(VLLM_DP_RANK="1")], [variables(VLLM_USE_V1="1")]),
     "PD634": Case(

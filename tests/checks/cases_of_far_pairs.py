@@ -9,8 +9,21 @@ TRUSTED = {"kv_transfer__trusted_network": True}
 RDMA = replace(WIDE, rdma_devices=("mlx5_0",))
 
 
+B4 = {"name": "b", "advertise_address": "10.0.0.3"}
+
+
 def far(*machines, **config):
     return hosts(A, B, machines=machines or (WIDE, WIDE), **SPREAD, **config)
+
+
+def far_vllm(*machines, **config):
+    machines = machines or (WIDE, WIDE)
+    return hosts(A, B4, machines=machines, engine="vllm", **SPREAD, **config)
+
+
+def near_vllm(**config):
+    """Both sides of a pair on one of two hosts."""
+    return hosts(A, B4, engine="vllm", **config)
 
 
 CASES = {
@@ -19,9 +32,17 @@ CASES = {
         [far(), hosts(A, B, kv_transfer__nixl__path="p2p")],
     ),
     "PD428": Case(
-        [far(), far(kv_transfer__connector="mooncake"), far(kv_transfer__nixl__path="nixl")],
+        [
+            far(),
+            far(kv_transfer__connector="mooncake"),
+            far(kv_transfer__nixl__path="nixl"),
+            far_vllm(),
+            far_vllm(kv_transfer__nixl__path="p2p"),
+        ],
         [
             far(**TRUSTED),
+            far_vllm(**TRUSTED),
+            near_vllm(),
             hosts(A, B),
             far(kv_transfer__connector="file", kv_transfer__file__directory="/shared"),
             hosts(
@@ -29,9 +50,15 @@ CASES = {
             ),
         ],
     ),
-    "PD429": Case([far(**TRUSTED)], [far(), hosts(A, B, **TRUSTED)]),
+    "PD429": Case(
+        [far(**TRUSTED), far_vllm(**TRUSTED)],
+        [far(), hosts(A, B, **TRUSTED), far_vllm(), near_vllm(**TRUSTED)],
+    ),
     "PD434": Case(
-        [far(RDMA, RDMA, env__UCX_TLS="tcp,sm", **TRUSTED)],
+        [
+            far(RDMA, RDMA, env__UCX_TLS="tcp,sm", **TRUSTED),
+            far_vllm(RDMA, RDMA, env__UCX_TLS="tcp,sm", **TRUSTED),
+        ],
         [
             far(RDMA, RDMA, **TRUSTED),
             far(env__UCX_TLS="tcp,sm", **TRUSTED),
@@ -39,8 +66,21 @@ CASES = {
         ],
     ),
     "PD439": Case(
-        [far(env__UCX_TLS="sm", **TRUSTED), far(env__UCX_TLS="rc,sm", **TRUSTED)],
-        [far(RDMA, RDMA, env__UCX_TLS="rc,sm", **TRUSTED), far(**TRUSTED), far(env__UCX_TLS="sm")],
+        [
+            far(env__UCX_TLS="sm", **TRUSTED),
+            far(env__UCX_TLS="rc,sm", **TRUSTED),
+            far_vllm(env__UCX_TLS="sm", **TRUSTED),
+        ],
+        [
+            far(RDMA, RDMA, env__UCX_TLS="rc,sm", **TRUSTED),
+            far(**TRUSTED),
+            far(env__UCX_TLS="sm"),
+            far_vllm(**TRUSTED),
+            near_vllm(env__UCX_TLS="sm"),
+        ],
     ),
-    "PD639": Case([far(engine="vllm")], [far(**TRUSTED)]),
+    "PD639": Case(
+        [far(engine="vllm", **TRUSTED)],
+        [far(**TRUSTED), far_vllm(**TRUSTED), hosts(A, B, engine="vllm")],
+    ),
 }

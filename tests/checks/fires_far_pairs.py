@@ -18,6 +18,8 @@ hosts:
 """
 SPREAD = _HOSTS + "placement_strategy: spread\n"
 PACKED = _HOSTS + "placement_strategy: pack\n"
+TRANSLATED = SPREAD.replace("10.0.0.3", "10.0.0.3, advertise_address: 198.51.100.3")
+VLLM = "engine: vllm\n"
 TRUSTED = "trusted_network: true"
 RDMA = replace(WIDE, rdma_devices=("mlx5_0",))
 
@@ -65,10 +67,10 @@ CASES = [
     ),
     Case(
         "PD639",
-        far("verify: off", more="engine: vllm\n"),
+        far("verify: off", TRUSTED, hosts=TRANSLATED, more=VLLM),
         {
-            "Set engine: native": far("verify: off", TRUSTED),
-            "placement: local": Setup("engine: vllm\n", machine=WIDE),
+            "Leave advertise_address of that host out": far("verify: off", TRUSTED, more=VLLM),
+            "set engine: native": far("verify: off", TRUSTED, hosts=TRANSLATED),
         },
     ),
 ]

@@ -53,11 +53,15 @@ class FakeSupervisor:
         self.inbox: asyncio.Queue[Any] = asyncio.Queue()
         self.said: asyncio.Queue[ToSupervisor] = asyncio.Queue()
         self.capabilities: list[Capabilities] = []
+        self.registered: list[Address] = []
         self.prefill: FakeVllm
         self.decode: FakeVllm
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def register(self, url: str, capabilities: Capabilities | None = None) -> None:
+    def register(
+        self, url: str, capabilities: Capabilities | None = None, *, side_channel: str = ""
+    ) -> None:
+        self.registered.append(Address(http=url, side_channel=side_channel))
         self.capabilities.append(capabilities or self.bootstrap.capabilities)
 
     def send(self, message: ToSupervisor) -> None:

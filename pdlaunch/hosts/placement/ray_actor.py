@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import TypedDict
 
 import msgspec
@@ -32,11 +33,13 @@ class AgentActor:
     nothing to who reads it.
     """
 
-    def __init__(self, name: str, num_cpus: int) -> None:
+    def __init__(self, name: str, num_cpus: int, executables: Sequence[str]) -> None:
+        """``executables``: the programs of engines that the agent allows."""
         public, secret = zmq.curve_keypair()
         self._public, self._secret = public.decode(), secret.decode()
         self._name = name
         self._num_cpus = num_cpus
+        self._allowed = [word for each in executables for word in ("--allow-executable", each)]
         self._agent: subprocess.Popen[bytes] | None = None
 
     def state(self) -> AgentState:
@@ -52,6 +55,7 @@ class AgentActor:
         self.stop()
         command = [sys.executable, "-P", "-m", "pdlaunch", "agent", "--join", "-"]
         command += ["--name", self._name, "--cpus", str(self._num_cpus), "--stop-on-stdin-eof"]
+        command += self._allowed
         self._agent = subprocess.Popen(command, stdin=subprocess.PIPE)
         ticket = Ticket(
             endpoint=endpoint,

@@ -44,6 +44,8 @@ class Bundle:
     role: Role
     num_cpus: int
     num_gpus: int
+    executables: tuple[str, ...] = ()
+    """Programs of engines that its agent allows."""
 
     @property
     def resources(self) -> dict[str, float]:
@@ -65,7 +67,7 @@ def ray_bundles(config: LaunchConfig, *, has_gpus: bool = False) -> tuple[Bundle
         threads = (settings.num_threads or 1) if on_cpu else 1
         num_cpus, num_gpus = tp_size * threads, 0 if on_cpu else tp_size
         bundles += [
-            Bundle(f"ray-{role}-{index}", role, num_cpus, num_gpus)
+            Bundle(f"ray-{role}-{index}", role, num_cpus, num_gpus, config.engine_executables)
             for index in range(config.role(role).replicas)
         ]
     return tuple(bundles)
@@ -210,7 +212,7 @@ def placed_actors(
                 scheduling_strategy=scheduling.PlacementGroupSchedulingStrategy(
                     placement_group=group, placement_group_bundle_index=index
                 ),
-            ).remote(bundle.name, bundle.num_cpus)
+            ).remote(bundle.name, bundle.num_cpus, bundle.executables)
             for index, bundle in enumerate(bundles)
         }
     finally:

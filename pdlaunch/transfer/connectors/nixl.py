@@ -22,7 +22,7 @@ import torch
 from pdlaunch.config.ucx import opens_network
 from pdlaunch.errors import TransferError
 from pdlaunch.platform import tcp_sockets
-from pdlaunch.platform.addresses import device_of, is_address
+from pdlaunch.platform.addresses import with_device_names
 from pdlaunch.transfer.connectors.connector import (
     BlockRead,
     Connection,
@@ -68,16 +68,12 @@ def choose_devices(environ: MutableMapping[str, str]) -> None:
     """Put the name of the network device in the place of its address, which is all that the
     supervisor knows of another host. Before ``load_nixl``. Raises TransferError.
     """
-    names = []
-    for name in environ.get(_DEVICES, "").split(","):
-        if is_address(name):
-            device = device_of(name)
-            if device is None:
-                raise TransferError(f"no network device of this host has the address {name}")
-            name = device
-        names.append(name)
-    if any(names):
-        environ[_DEVICES] = ",".join(names)
+    try:
+        devices = with_device_names(environ.get(_DEVICES, ""))
+    except LookupError as error:
+        raise TransferError(str(error)) from None
+    if devices:
+        environ[_DEVICES] = devices
 
 
 def new_agent(api: Any, bindings: Any, name: str, kind: str) -> Any:

@@ -1,0 +1,98 @@
+"""What rules find of executables of engines that run on other hosts, as their agents tell them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pdlaunch.checks.probes import probe_files
+from pdlaunch.checks.run import run_checks
+from pdlaunch.engines.plan import kind_of, plan_processes
+from pdlaunch.platform.engine_commands import EngineCommand
+from pdlaunch.resolve.resolve import ResolvedLaunch, resolve_on
+from tests.checks.cases_of_far_pairs import TRUSTED, far_vllm
+from tests.engines.test_vllm import installed, value_of
+
+V32 = EngineCommand(version="0.32.0", variables=frozenset({"VLLM_LOGGING_LEVEL"}))
+Told = dict[str, EngineCommand] | None
+
+
+def launch_on(a: Told, b: Told, **config: object) -> ResolvedLaunch:
+    """Prefill on a, decode on b; ``a``, ``b``: what their agents tell, None: they did not join."""
+    launch = far_vllm(**(TRUSTED | config)).launch
+    here, *others = launch.hosts
+    told = [replace(host, executables=each) for host, each in zip(others, (a, b), strict=True)]
+    models = {role: engines.model for role, engines in launch.roles.items()}
+    return resolve_on(launch.config, [here, *told], {}, models)
+
+
+def findings(launch: ResolvedLaunch, *codes: str) -> list[str]:
+    report = run_checks(launch, {}, probe_files(launch), rules=kind_of(launch).rules())
+    return [f"{each.rule} {each.message}" for each in report.findings if each.rule in codes]
+
+
+def test_each_agent_has_to_allow_it() -> None:
+    launch = launch_on({"vllm": V32}, {"other": V32})
+    assert findings(launch, "PD611", "PD612", "PD629") == [
+        "PD611 on b: vllm: its agent does not allow it: start that with --allow-executable vllm",
+        "PD629 wrong KV blocks would be used unnoticed: the version of vllm is not known",
+    ]
+
+
+def test_versions_of_hosts_are_compared() -> None:
+    older = EngineCommand(version="0.31.1")
+    assert findings(launch_on({"vllm": V32}, {"vllm": older}), "PD611", "PD612") == [
+        "PD612 prefill is vLLM 0.32.0, decode vLLM 0.31.1"
+    ]
+    assert not findings(launch_on({"vllm": V32}, {"vllm": V32}), "PD611", "PD612")
+
+
+def test_variables_are_those_that_the_vllm_of_an_agent_knows() -> None:
+    names = {"env": {"VLLM_LOGING_LEVEL": "x", "VLLM_LOGGING_LEVEL": "x"}}
+    (found,) = findings(launch_on({"vllm": V32}, {"vllm": V32}, **names), "PD637")
+    assert "VLLM_LOGING_LEVEL" in found
+    unknown = EngineCommand(version="0.32.0")
+    assert not findings(launch_on({"vllm": unknown}, {"vllm": unknown}, **names), "PD637")
+
+
+def test_of_hosts_that_have_not_joined_no_executable_is_missed() -> None:
+    launch = launch_on(None, None, engine_command="/opt/vllm/bin/vllm")
+    assert not findings(launch, "PD611", "PD612")
+    assert launch.roles["decode"].unverified == (
+        "the version of /opt/vllm/bin/vllm is not known before the agent of a has joined"
+    )
+
+
+def test_what_is_installed_beside_the_supervisor_says_nothing_of_others(tmp_path: Path) -> None:
+    command = installed(tmp_path, "0.31.0")
+    launch = launch_on({"vllm": V32}, {"vllm": V32}, engine_command=command)
+    assert not findings(launch, "PD611", "PD612")
+    assert "0.31" not in launch.roles["decode"].unverified
+
+
+def test_engines_get_the_addresses_of_their_hosts() -> None:
+    launch = launch_on({"vllm": V32}, {"vllm": V32}, prefill__port=8200, engine_api_key="k")
+    prefill, decode, _ = plan_processes(launch).processes
+    for process, address in ((prefill, "10.0.0.2"), (decode, "10.0.0.3")):
+        environment = process.environment
+        assert environment["VLLM_NIXL_SIDE_CHANNEL_HOST"] == address
+        assert environment["UCX_NET_DEVICES"] == address
+        assert environment["UCX_TCP_PORT_RANGE"] == "21000-21999"
+        assert environment["UCX_TLS"] == "tcp,posix,cma,self"
+        # The sidecar has the port, and its engine a Unix socket.
+        assert not {"--port", "--host", "--uds"} & set(process.command)
+    assert prefill.ports == {"http": 8200}
+    assert value_of(decode.command, "--served-model-name")
+
+
+@pytest.mark.parametrize("trusts", [True, False])
+def test_nothing_opens_where_the_network_is_not_trusted(trusts: bool) -> None:
+    config = {} if trusts else {"kv_transfer__trusted_network": False}
+    launch = launch_on({"vllm": V32}, {"vllm": V32}, **config)
+    environment = plan_processes(launch).processes[0].environment
+    is_open = environment["VLLM_NIXL_SIDE_CHANNEL_HOST"] != "127.0.0.1"
+    assert is_open is trusts
+    assert ("UCX_NET_DEVICES" in environment) is trusts
+    assert bool(findings(launch, "PD428")) is not trusts
