@@ -28,9 +28,11 @@ from pdlaunch.protocol.control import (
     ToSupervisor,
 )
 from pdlaunch.protocol.sockets import new_launch_keys
+from pdlaunch.sidecar.door import Door
 from pdlaunch.sidecar.process import SidecarOptions, SidecarProcess
 from tests.router.fake_engine import until
 from tests.sidecar.fake_vllm import FakeVllm, listen
+from tests.sidecar.test_door import SPEC as DOOR
 
 pytestmark = pytest.mark.processes
 COMMAND = ("sh", "-c", "exec sleep 600", "sh", "--served-model-name", "m")
@@ -113,6 +115,39 @@ def registry(run_dir: str, *pairs: PairReady) -> Registry:
 
     entries = [entry("prefill-0", "prefill"), entry("decode-0", "decode")]
     return Registry(version=1, entries=entries, pairs=list(pairs))
+
+
+async def test_on_several_hosts_it_opens_a_door_and_says_where_its_side_channel_is(
+    tmp_path: Path,
+) -> None:
+    """The launch's token opens the prefill engine to the canary of the decode engine's sidecar."""
+    keys = new_launch_keys(with_certificate=True)
+    supervisor = FakeSupervisor(tmp_path)
+    supervisor.bootstrap = structs.replace(supervisor.bootstrap, keys=keys, door=DOOR)
+    options = SidecarOptions(COMMAND, is_exact=True, hang_timeout_s=0.0, unverified="by a test")
+    running = asyncio.create_task(SidecarProcess(cast(Supervised, supervisor), options).run())
+    await asyncio.sleep(0)  # it removes what a predecessor has left at the socket's path
+    shares: dict[str, list[int]] = {}
+    runners = [
+        await listen(FakeVllm(name, shares), tmp_path / f"{name}.sock")
+        for name in ("prefill-0", "decode-0")
+    ]
+    prefill = Door("prefill-0", DOOR, keys, f"unix:{tmp_path}/prefill-0.sock", None)
+    url = await prefill.open()
+    await supervisor.next(Ready)
+    for address, capabilities in zip(supervisor.registered, supervisor.capabilities, strict=True):
+        assert address.http.startswith("https://127.0.0.1:")
+        assert address.side_channel.startswith("tcp://127.0.0.1:")
+        assert capabilities.takes_launch_token
+    listed = registry(str(tmp_path))
+    listed.entries[0] = structs.replace(listed.entries[0], address=Address(http=url))
+    supervisor.inbox.put_nowait(listed)
+    assert (await supervisor.next(PairReady)).peer == "prefill-0"
+    supervisor.inbox.put_nowait(Stop())
+    await running
+    await prefill.close()
+    for runner in runners:
+        await runner.cleanup()
 
 
 async def test_the_version_is_told_before_ready(supervisor: FakeSupervisor) -> None:
