@@ -11,7 +11,7 @@ from pdlaunch.sidecar.network import SideChannelPort, named_devices
 
 
 def free_range(size: int) -> str:
-    """Ports of 127.0.0.2 that are free now; the test has them for itself."""
+    """Ports of 127.0.0.1 that are free now; the test has them for itself."""
     for first in range(23_000, 30_000, size):
         try:
             for port in range(first, first + size):
@@ -38,12 +38,11 @@ def test_ports_of_a_range_are_kept_for_their_engines() -> None:
     with pytest.raises(StartupError, match=f"no port {ports} of 127.0.0.1 can be had"):
         SideChannelPort("127.0.0.1", ports)
     # UCX and others take it for busy; the engine's ZMQ socket listens there, and again after it.
-    with zmq.Context() as context:
-        for _ in range(2):
-            with socket.socket() as other, pytest.raises(OSError, match="in use"):
-                other.bind(("127.0.0.1", kept[0].number))
-            with context.socket(zmq.ROUTER) as engine:
-                engine.bind(f"tcp://127.0.0.1:{kept[0].number}")
+    for _ in range(2):
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", kept[0].number))
+        with zmq.Context() as context, context.socket(zmq.ROUTER) as engine:
+            engine.bind(f"tcp://127.0.0.1:{kept[0].number}")
     kept[1].close()
     again = SideChannelPort("127.0.0.1", ports)
     assert again.number == kept[1].number
