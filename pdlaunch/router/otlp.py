@@ -102,6 +102,10 @@ class OtlpExporter:
         self._add_children(root, trace)
         root.end(_ns(trace.received_at, trace.total_ms or 0.0))
 
+    def flush(self) -> None:
+        """Send what is left, and wait for it."""
+        self._processor.force_flush()
+
     def close(self) -> None:
         """Send what is left, and wait a moment for it: a collector that is away gets nothing."""
         sending = threading.Thread(target=self._finish, name="otlp-end", daemon=True)
@@ -109,7 +113,7 @@ class OtlpExporter:
         sending.join(_FLUSH_S)
 
     def _finish(self) -> None:
-        self._processor.force_flush()
+        self.flush()
         self._processor.shutdown()
 
     def _add_children(self, root: Any, trace: RequestTrace) -> None:

@@ -45,10 +45,10 @@ def collector() -> Iterator[Collector]:
 
 @pytest.fixture(scope="package")
 def demo(collector: Collector) -> Iterator[Deployment]:
-    """One prefill and one decode engine with the demo model, float32; they end with the tests of
-    this folder.
+    """One prefill and one decode engine with the demo model, float32, whose logs say all they can;
+    they end with the tests of this folder.
     """
-    arguments = (*DEMO_ARGUMENTS, "--otlp-endpoint", collector.url)
+    arguments = (*DEMO_ARGUMENTS, "--log-level", "debug", "--otlp-endpoint", collector.url)
     environ = clean_environ() | {"OTEL_BSP_SCHEDULE_DELAY": "200"}
     with running_deployment(arguments, environ=environ) as deployment:
         yield deployment

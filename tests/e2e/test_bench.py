@@ -12,6 +12,8 @@ from pdlaunch.bench.serve.sweep import bench_serve
 from pdlaunch.bench.serve.traces import read_trace
 from pdlaunch.cli.report.bench import bench_page
 from pdlaunch.client.deployment import Deployment
+from tests.e2e.secrecy import places_of, told_by
+from tests.router.otlp_collector import Collector
 
 
 async def test_rows_have_every_figure(demo: Deployment) -> None:
@@ -33,7 +35,9 @@ async def test_rows_have_every_figure(demo: Deployment) -> None:
         assert all(figure is not None and figure > 0 for figure in figures)
 
 
-async def test_traces_are_sent_and_reported(demo: Deployment, tmp_path: Path) -> None:
+async def test_traces_are_sent_and_reported(
+    demo: Deployment, collector: Collector, tmp_path: Path
+) -> None:
     """One as Mooncake publishes them, and a conversation that this deployment tokenizes."""
     lines = [
         {"timestamp": 0, "input_length": 40, "output_length": 3, "hash_ids": [1]},
@@ -51,7 +55,8 @@ async def test_traces_are_sent_and_reported(demo: Deployment, tmp_path: Path) ->
     assert runs[1].row.total_output_tokens > 1, "as many as the recorded answer has"
     page = bench_page(runs, Goals(ttft_ms=60_000))
     assert "as in the trace" in page
-    assert "thanks" not in page
+    words = [part["value"] for part in said]
+    assert places_of(told_by(demo, collector) | {"page": page}, words) == []
 
 
 async def test_chats_find_what_they_said_before(demo: Deployment) -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from pdlaunch.client.smoke import _PROMPTS
 from tests.e2e.conftest import default_environ
+from tests.e2e.secrecy import places_of
 from tests.e2e.tiny_models import make_tiny_model
 
 
@@ -75,6 +77,8 @@ def test_smoke_passes_and_writes_junit(tiny_model: Path, tmp_path: Path) -> None
     assert result.returncode == 0, result.stdout + result.stderr
     for said in ("checks passed", "prompt 0", "1 prefill (float32, cpu, TP 1)", "torch"):
         assert said in page.read_text()
+    texts = {path.name: path.read_text() for path in (page, report)}
+    assert places_of(texts, _PROMPTS) == []
     suite = ET.parse(report).getroot()
     assert (suite.get("failures"), int(suite.get("tests", "0"))) == (
         "0",

@@ -19,6 +19,7 @@ from pdlaunch.client.deployment import Deployment
 from pdlaunch.client.requests import read_trace, reading_api
 from pdlaunch.protocol.costs import ROUTE_HEADER, WANTS_PAIR
 from pdlaunch.protocol.requests import RequestTrace
+from tests.e2e.secrecy import places_of, places_of_ids, told_by
 from tests.e2e.waiting import await_true
 from tests.router.otlp_collector import Collector, Received
 
@@ -130,6 +131,59 @@ def test_engines_tell_of_a_request_that_was_dropped(demo: Deployment) -> None:
 
     await_true(lambda: "decode-0/rank-0" in ends(), "decode has told its part", 60.0)
     assert read_trace(api, "dropped").status == 499
+
+
+SECRET = "Zebras whisper quietly about marmalade"
+ASKED: list[tuple[str, dict[str, Any], int]] = [
+    ("completions", {"prompt": SECRET, "return_token_ids": True, "logprobs": 2}, 200),
+    ("completions", {"prompt": [SECRET, SECRET[::-1]], "stream": True}, 200),
+    ("chat/completions", {"messages": [{"role": "user", "content": SECRET}]}, 200),
+    ("completions", {"prompt": SECRET * 900}, 400),
+    ("completions", {"prompt": SECRET, "temperature": SECRET}, 400),
+    ("completions", {"prompt": {"text": SECRET}}, 400),
+    ("completions", {"prompt": SECRET, "stop": [SECRET] * 99}, 400),
+    ("chat/completions", {"messages": SECRET}, 400),
+]
+
+
+def test_nothing_tells_what_was_asked_and_answered(demo: Deployment, collector: Collector) -> None:
+    """Logs at the level debug, the terminal, traces, OTLP, and the data of the page."""
+    api = Api(demo.url, headers={ROUTE_HEADER: WANTS_PAIR})
+    outputs: list[str] = []
+    ids: list[list[int]] = []
+    for path, fields, expected in ASKED:
+        body = {"max_tokens": 16, "temperature": 0, "ignore_eos": True} | fields
+        if body.get("stream"):
+            outputs += streamed_texts(api.post_text(f"/v1/{path}", body))
+            continue
+        status, answer = api.post(f"/v1/{path}", body)
+        assert status == expected, answer
+        for choice in answer.get("choices", ()):
+            outputs.append(choice["text"] if "text" in choice else choice["message"]["content"])
+            ids += [choice[key] for key in ("prompt_token_ids", "token_ids") if key in choice]
+    assert len(outputs) == 4
+    assert ids
+    last = "the-last-of-these"
+    post(demo.url, {"prompt": SECRET, "max_tokens": 2}, last)
+    await_true(
+        lambda: any(span.attributes.get("pdlaunch.request_id") == last for span in collector.spans),
+        "the collector has the last one",
+    )
+    told = told_by(demo, collector)
+    for place in ("router.log", "decode-0.log", "terminal", "traces", "OTLP"):
+        assert last in told[place], place
+    told["a leak"] = json.dumps([SECRET, ids[0]])
+    assert {place for place, _ in places_of(told, [SECRET, SECRET[::-1], *outputs])} == {"a leak"}
+    assert {place for place, _ in places_of_ids(told, ids)} == {"a leak"}
+
+
+def streamed_texts(stream: str) -> list[str]:
+    texts: dict[int, str] = {}
+    for line in stream.splitlines():
+        if line.startswith("data: {"):
+            for choice in json.loads(line[6:])["choices"]:
+                texts[choice["index"]] = texts.get(choice["index"], "") + choice["text"]
+    return list(texts.values())
 
 
 def test_a_collector_gets_its_spans(demo: Deployment, collector: Collector) -> None:

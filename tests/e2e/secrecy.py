@@ -1,0 +1,54 @@
+"""All that a launch tells of its requests: nothing of what was asked and answered may be in it."""
+
+from __future__ import annotations
+
+import json
+import re
+import urllib.parse
+import urllib.request
+from collections.abc import Iterable
+
+from pdlaunch.client.api import Api
+from pdlaunch.client.deployment import Deployment
+from pdlaunch.client.requests import find_ids, reading_api
+from tests.router.otlp_collector import Collector
+
+SHORTEST = 12
+"""Characters: parts of an output that are shorter could stand there by chance."""
+
+
+def told_by(deployment: Deployment, collector: Collector) -> dict[str, str]:
+    """By the place: logs, terminal, requests, traces, the page's data, metrics, spans over OTLP."""
+    url = deployment.url
+    logs = [path for path in deployment.log_dir.rglob("*") if path.is_file()]
+    told = {path.name: path.read_text(errors="replace") for path in logs}
+    told["terminal"] = deployment.output()
+    told["traces"] = "".join(
+        Api(url).get(f"/pdlaunch/requests/{urllib.parse.quote(request_id, safe='')}")[1]
+        for request_id in find_ids(reading_api(url, None), "last", 500)
+    )
+    for path in ("/pdlaunch/requests?last=500", "/pdlaunch/status", "/metrics"):
+        told[path] = Api(url).get(path)[1]
+    with urllib.request.urlopen(f"{url}/pdlaunch/stream", timeout=60) as stream:
+        told["/pdlaunch/stream"] = stream.readline().decode()
+    told["OTLP"] = str([(span.name, span.attributes, span.events) for span in collector.spans])
+    return told
+
+
+def places_of(told: dict[str, str], texts: Iterable[str]) -> list[tuple[str, str]]:
+    """Where parts of texts stand: lines of them, which logs would escape, and in JSON."""
+    parts = {part for text in texts for part in text.split("\n") if len(part) >= SHORTEST}
+    assert parts
+    parts |= {json.dumps(part)[1:-1] for part in parts}
+    return [(place, part) for place, text in told.items() for part in parts if part in text]
+
+
+def places_of_ids(told: dict[str, str], token_ids: Iterable[list[int]]) -> list[tuple[str, str]]:
+    """Where three tokens stand in a row, however they are separated."""
+    rows = {
+        rf"\b{first}\D{{1,3}}{second}\D{{1,3}}{third}\b"
+        for ids in token_ids
+        for first, second, third in zip(ids, ids[1:], ids[2:], strict=False)
+    }
+    found = re.compile("|".join(sorted(rows)))
+    return [(place, match[0]) for place, text in told.items() if (match := found.search(text))]

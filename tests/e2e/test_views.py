@@ -1,0 +1,73 @@
+"""What people see of a real launch: the line on its terminal, ``pdlaunch status`` and ``top``."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from pdlaunch.cli.app import build_app
+from pdlaunch.client.deployment import Deployment
+from tests.cli.terminal import Terminal
+from tests.e2e.api import streamed
+from tests.e2e.test_request_traces import post
+from tests.e2e.waiting import await_true
+
+COLOUR = re.compile(rb"\x1b\[(?:\d+;)*(?:3\d|4\d|9\d)(?:;\d+)*m")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def asked(demo: Deployment) -> None:
+    body: dict[str, Any] = {"max_tokens": 8, "ignore_eos": True}
+    for number in range(3):
+        post(demo.url, body | {"prompt": f"View number {number} of this. " * 8}, f"view-{number}")
+
+
+def test_the_terminal_of_serve_has_a_status_line(demo: Deployment) -> None:
+    line = re.compile(
+        r"^\[\d\d:\d\d:\d\d\] [\d.]+ requests/s, [\d.]+k? tokens/s, \d+ running, \d+ waiting, "
+        r"KV prefill \d+% decode \d+%, pulls [\d.]+ GB/s, \d+ errors?$",
+        re.MULTILINE,
+    )
+    await_true(lambda: line.search(demo.output()) is not None, "the line has come")
+
+
+def test_status_tells_engines_and_pairs(demo: Deployment) -> None:
+    words = ["status", demo.url]
+    result = CliRunner().invoke(build_app(words), words, env={"COLUMNS": "80", "NO_COLOR": "1"})
+    assert result.exit_code == 0, result.output
+    assert "\x1b" not in result.output
+    rows = [line.split()[:4] for line in result.output.splitlines()]
+    assert ["prefill-0", "prefill", "local", "ready"] in rows
+    assert ["decode-0", "decode", "local", "ready"] in rows
+    assert re.search(r"prefill-0 -> decode-0 +\S+ +[\d.]+ GB/s", result.output)
+    assert re.search(r"\d+ requests, \d+ errors", result.output)
+
+
+def test_top_watches_it_on_a_small_terminal_without_colour(demo: Deployment) -> None:
+    terminal = Terminal(demo.url, "--every", "0.2", columns=80, rows=24, NO_COLOR="1")
+    try:
+        with streamed(demo.url, list(range(1000, 1400)), 1400) as tokens:
+            next(tokens)
+            text = terminal.until(lambda text: "slowest running" in text and "B/s" in text)
+            rows = [line.split() for line in text.splitlines() if line.strip()]
+            assert "2 engines" in text.splitlines()[0]
+            states = [row[1] for row in rows if row[0] in ("decode-0", "prefill-0")]
+            assert states.count("ready") == 2
+            assert re.search(r"prefill-0 -> decode-0 +\S+ +[\d.]+ GB/s", text)
+            terminal.press("s")
+            terminal.until(lambda text: "engines by load" in text)
+            terminal.press("\r")
+            text = terminal.until(lambda text: "q back" in text)
+            assert "prefill-0 -> decode-0" in text
+            assert "  prefill at prefill-0" in text
+        terminal.press("q")
+        terminal.until(lambda text: "slowest of late" in text)
+        terminal.press("q")
+        assert terminal.end() == 0
+        assert terminal.is_restored()
+        assert not COLOUR.search(terminal.written)
+    finally:
+        terminal.close()
