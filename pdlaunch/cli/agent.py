@@ -20,6 +20,7 @@ from pdlaunch.hosts.agent import (
 )
 from pdlaunch.hosts.join import read_ticket
 from pdlaunch.hosts.permitted import allowed_executables
+from pdlaunch.hosts.sole_agent import sole_agent
 from pdlaunch.observe.logs import setup_logging
 from pdlaunch.process.bootstrap import raise_open_files
 from pdlaunch.supervisor.events import SignalInbox
@@ -75,8 +76,9 @@ def agent(
         ticket = read_ticket(join)
         setup_logging("agent", "info")
         raise_open_files()
-        first = introduction(ticket, name or socket.gethostname(), executables, cpus)
-        with SignalInbox() as signals:
+        own_name = name or socket.gethostname()
+        first = introduction(ticket, own_name, executables, cpus)
+        with sole_agent(ticket, own_name), SignalInbox() as signals:
             stops = [signals.fileno(), *stdin]
             reason = serve_sessions(ticket, first, executables, stops, wait_s, errors)
     except ConfigError as error:

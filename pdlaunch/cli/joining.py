@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from rich.console import Console
 from rich.text import Text
@@ -51,6 +52,11 @@ class Agents:
 
     channel: AgentChannel
     joined: dict[str, ResolvedHost] = field(default_factory=dict)
+
+    @property
+    def address(self) -> str:
+        """The address of this host that they know."""
+        return urlsplit(self.channel.endpoint).hostname or ""
 
     def take_in(self, news: News) -> None:
         """Note who is there. Raises ConfigError for a machine that cannot be read."""
@@ -150,6 +156,7 @@ def _listen(
 def _wait(
     agents: Agents, names: Sequence[str], timeout_s: float, advice: str, errors: Console
 ) -> None:
+    wanted = frozenset(names)
 
     def take_in(news: News) -> bool:
         agents.take_in(news)
@@ -160,7 +167,7 @@ def _wait(
                 errors.print(Text(f"{name} has left: {reason}"))
             case Told():
                 pass
-        return agents.joined.keys() >= set(names)
+        return agents.joined.keys() >= wanted
 
     if not _until(agents.channel, take_in, timeout_s):
         missing = ", ".join(name for name in names if name not in agents.joined)

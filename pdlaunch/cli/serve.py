@@ -138,8 +138,12 @@ def _resolve(
     loaded: LoadedConfig, judged: Judged, agents: Agents | None, downloads: ShownDownloads
 ) -> tuple[ResolvedLaunch, Mapping[Role, Model]]:
     """Return a launch that can be started, and its models. Raises ConfigError."""
-    joined = None if agents is None else agents.joined
-    hosts = planned_hosts(loaded.config, judged.machine, judged.environ, joined)
+    config, joined = loaded.config, None
+    if agents is not None:
+        # A cluster of Ray may have chosen the address.
+        config = config.model_copy(update={"control_address": agents.address})
+        joined = agents.joined
+    hosts = planned_hosts(config, judged.machine, judged.environ, joined)
     models = read_models(loaded.config, downloads)
     resolved = resolve_on(loaded.config, hosts, judged.environ, models)
     resolved.require_startable()

@@ -84,6 +84,7 @@ News = Joined | Lost | Told
 @dataclass(slots=True)
 class _Agent:
     name: str
+    address: str
     identity: bytes
     heard_at: float
     session: Session = field(default_factory=Session)
@@ -118,6 +119,8 @@ class AgentChannel:
         self._print_to = print_to
         self._clock = clock
         self._agents: dict[bytes, _Agent] = {}
+        self._by_name: dict[str, _Agent] = {}
+        """The same agents: one serves a host."""
         self._news: deque[News] = deque()
         self._outbox: deque[tuple[str, ToAgent]] = deque()
         self._closing = False
@@ -222,6 +225,7 @@ class AgentChannel:
 
     def _lose(self, agent: _Agent, reason: str) -> None:
         if self._agents.pop(agent.identity, None) is not None:
+            del self._by_name[agent.name]
             self._tell(Lost(agent.name, reason, ended_by(agent.heard_at, self._timeout_s)))
 
     def _tell(self, news: News) -> None:
@@ -229,9 +233,8 @@ class AgentChannel:
         os.eventfd_write(self._news_event, 1)
 
     def _send_to_host(self, name: str, message: ToAgent) -> None:
-        for agent in self._agents.values():
-            if agent.name == name:
-                self._send(agent, message)
+        if (agent := self._by_name.get(name)) is not None:
+            self._send(agent, message)
 
     def _send(self, agent: _Agent, message: ToAgent) -> None:
         agent.unsent.append(to_agent.encode(message))
@@ -286,7 +289,7 @@ class AgentChannel:
             self._answer(identity, Refused(reason=reason, may_join_again=True))
             return
         name = message.name
-        for other in [agent for agent in self._agents.values() if agent.name == name]:
+        if (other := self._by_name.get(name)) is not None:
             # One that was killed has no connection any more, and its successor need not wait.
             self._send(other, Beat(stamp=other.stamp))
             if other.gone_at is not None:
@@ -294,13 +297,16 @@ class AgentChannel:
         if name not in self._names:
             listed = ", ".join(sorted(self._names))
             reason = f"{name} is none of the hosts {listed}: name one of them with --name"
-        elif any(agent.name == name for agent in self._agents.values()):
-            reason = f"another agent has joined as {name}: one serves a host, choose another --name"
+        elif name in self._by_name:
+            reason = (
+                f"another agent has joined as {name}, from {self._by_name[name].address}: one "
+                "serves a host, choose another --name"
+            )
         else:
-            agent = _Agent(name, identity, now)
+            agent = _Agent(name, message.address, identity, now)
             # Join was its first message.
             agent.session.begin(received=1)
-            self._agents[identity] = agent
+            self._agents[identity] = self._by_name[name] = agent
             self._send(agent, Welcome(timeout_s=self._timeout_s, beat_s=self._beat_s))
             self._tell(Joined(message))
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -47,6 +48,8 @@ class HostGroup:
         self._on_news = on_news
         self._hosts: dict[str, str] = {}
         """The host of each process that was started elsewhere and lives."""
+        self._living: defaultdict[str, set[str]] = defaultdict(set)
+        """These processes, by host."""
         self._incarnations: dict[str, int] = {}
         self._last_steps: dict[str, LastStep] = {}
         self._engines: dict[str, str] = {}
@@ -74,6 +77,7 @@ class HostGroup:
             return
         assert bootstrap is not None, "conversions run beside the supervisor"
         self._hosts[spec.name] = spec.host
+        self._living[spec.host].add(spec.name)
         self._incarnations[spec.name] = incarnation
         self._engines[spec.name] = spec.engine
         self._channel.send(
@@ -97,7 +101,7 @@ class HostGroup:
             self._take_in(news)
         exits, self._exits = self._exits, []
         for gone in exits:
-            self._hosts.pop(gone.name, None)
+            self._living[self._hosts.pop(gone.name, "")].discard(gone.name)
         return [*exits, *self._local.exits()]
 
     def messages(self) -> list[MessageReceived]:
@@ -122,7 +126,7 @@ class HostGroup:
             case Lost(name=host, reason=reason):
                 self._present.discard(host)
                 self._on_news(news)
-                for name in [name for name, at in self._hosts.items() if at == host]:
+                for name in sorted(self._living[host]):
                     self._exits.append(_lost(name, self._incarnations[name], host, reason))
             # An agent speaks for the processes of its host alone.
             case Told(message=Said() | Exited() | Refused() as said) if (

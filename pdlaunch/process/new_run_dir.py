@@ -25,9 +25,12 @@ def new_run_dir(base: Path | None = None) -> Iterator[Path]:
     base = base or base_dir()
     remove_stale_run_dirs(base)
     run_dir = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
-    lock = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    new = run_dir / f"{LOCK}.new"
+    lock = os.open(new, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
+        # A lock that is there and that nobody holds says that the folder is stale.
         take_lock(lock)
+        new.rename(run_dir / LOCK)
         yield run_dir
     finally:
         # While it is still locked: nobody shall take what is half removed for stale.

@@ -23,7 +23,7 @@ from typing import IO, Any
 import msgspec
 import psutil
 
-from tests.netns.switch import DEVICE, MTU, Count, Link, SetLink
+from tests.netns.switch import DEVICE, MTU, Count, Knocks, Link, SetDoors, SetLink
 
 TIMEOUT_S = 20.0
 ROOT = Path(__file__).parents[2]
@@ -59,6 +59,16 @@ class Listening:
     """The name of the process in its launch, else the words of its command."""
     address: str
     port: int
+
+
+@dataclass(frozen=True)
+class Knock:
+    """A TCP connection that a host has begun to another one."""
+
+    source: str
+    target: str
+    port: int
+    is_let_in: bool
 
 
 @dataclass(frozen=True)
@@ -140,12 +150,24 @@ class Network:
         port = self.hosts.index(self[name])
         self._ask(SetLink(port, Link(**link)))
 
+    def set_doors(self, name: str, *doors: tuple[int, int]) -> None:
+        """Have connections to these ports of a host alone pass from now on."""
+        self._ask(SetDoors(self.hosts.index(self[name]), list(doors)))
+
+    def knocks(self) -> list[Knock]:
+        """The connections that hosts have begun to each other."""
+        names = [host.name for host in self.hosts]
+        return [
+            Knock(names[source], names[target], port, is_open)
+            for source, target, port, is_open in self._ask(Knocks())
+        ]
+
     def num_bytes(self, source: str, target: str) -> int:
         """Bytes that the switch has passed on from one host to another."""
         ports = [self.hosts.index(self[name]) for name in (source, target)]
         return next((count for *pair, count in self._ask(Count()) if pair == ports), 0)
 
-    def _ask(self, command: SetLink | Count) -> Any:
+    def _ask(self, command: SetLink | SetDoors | Count | Knocks) -> Any:
         assert self.switch.stdin is not None
         assert self.switch.stdout is not None
         self.switch.stdin.write(msgspec.json.encode(command) + b"\n")

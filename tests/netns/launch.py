@@ -55,9 +55,12 @@ class FarLaunch:
         failures: list[str] = json.loads(self.here.run(*words, timeout_s=240))
         return failures
 
-    def ask(self, *questions: Mapping[str, Any], path: str = "/v1/completions") -> list[Any]:
+    def ask(
+        self, *questions: Mapping[str, Any], headers: Mapping[str, str] | None = None
+    ) -> list[Any]:
         """The answers of the router to questions that are asked at the same time, or errors."""
-        return self._answers(questions, "-m", "tests.netns.ask", self.url + path)
+        url = f"{self.url}/v1/completions"
+        return self._answers(questions, "-m", "tests.netns.ask", url, json.dumps(headers or {}))
 
     def ask_alone(self, engine: str, *questions: Mapping[str, Any]) -> list[Any]:
         """The answers of one engine, which computes all by itself."""
@@ -97,9 +100,16 @@ class FarLaunch:
 
 @contextlib.contextmanager
 def far_launch(
-    network: Network, config: Mapping[str, Any], agents: Sequence[str], here: str = "a"
+    network: Network,
+    config: Mapping[str, Any],
+    agents: Sequence[str],
+    here: str = "a",
+    environ: Mapping[str, str] | None = None,
 ) -> Iterator[FarLaunch]:
-    """Run a launch of the demo model, with agents on other hosts, until it is ready."""
+    """Run a launch of the demo model, with agents on other hosts, until it is ready.
+
+    ``environ``: one whose prompts go through pairs when left out.
+    """
     host = network[here]
     whole = {
         "control_address": host.address,
@@ -114,7 +124,7 @@ def far_launch(
     host.file(JOIN).unlink(missing_ok=True)
     with contextlib.ExitStack() as stack:
         words = ("serve", "/tmp/launch.yaml", *DEMO_ARGUMENTS, "--port", str(PORT))
-        serve = stack.enter_context(pdlaunch(host, "serve", *words))
+        serve = stack.enter_context(pdlaunch(host, "serve", *words, environ=environ))
         launch = FarLaunch(network, host, serve)
         try:
             wait_for(host.file(JOIN).exists, launch, "no join file")
@@ -138,7 +148,9 @@ def far_launch(
 
 
 @contextlib.contextmanager
-def pdlaunch(host: Host, name: str, *words: str) -> Iterator[subprocess.Popen[bytes]]:
+def pdlaunch(
+    host: Host, name: str, *words: str, environ: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     with (
         host.file(f"/tmp/{name}.out").open("wb") as output,
         host.running(
@@ -146,7 +158,7 @@ def pdlaunch(host: Host, name: str, *words: str) -> Iterator[subprocess.Popen[by
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env=clean_environ(),
+            env=environ or clean_environ(),
         ) as process,
     ):
         yield process

@@ -18,6 +18,7 @@ import itertools
 import os
 import random
 import select
+import socket
 import struct
 import sys
 import time
@@ -56,6 +57,19 @@ class Count(msgspec.Struct, tag=True):
     """Asks for the bytes that have gone from each host to each other one."""
 
 
+class SetDoors(msgspec.Struct, tag=True):
+    """Lets TCP connections to these ports of a host through, first and last of each range, and no
+    other ones: a firewall before the host.
+    """
+
+    port: int
+    doors: list[tuple[int, int]]
+
+
+class Knocks(msgspec.Struct, tag=True):
+    """Asks which TCP connections were begun: source, target, port, whether it was let through."""
+
+
 class Switch:
     def __init__(self, taps: list[int], seed: int = 0) -> None:
         self._taps = taps
@@ -65,11 +79,16 @@ class Switch:
         self._waiting: list[tuple[float, int, int, bytes]] = []
         self._order = itertools.count()
         self._random = random.Random(seed)
+        self._doors: dict[int, list[tuple[int, int]]] = {}
         self.num_bytes: Counter[tuple[int, int]] = Counter()
+        self.knocks: set[tuple[int, int, int, bool]] = set()
 
     def set_link(self, port: int, link: Link) -> None:
         self._links[port] = link
         self._free_at[port] = 0.0
+
+    def set_doors(self, port: int, doors: list[tuple[int, int]]) -> None:
+        self._doors[port] = doors
 
     def receive(self, source: int) -> None:
         """Take all frames that a host has sent."""
@@ -92,7 +111,19 @@ class Switch:
             self._write(target, frame)
         return max(0.0, self._waiting[0][0] - now) if self._waiting else None
 
+    def _is_let_in(self, source: int, target: int, frame: bytes) -> bool:
+        """Judge what begins a TCP connection; all else passes."""
+        wanted = begun_port(frame)
+        if wanted is None:
+            return True
+        doors = self._doors.get(target)
+        is_open = doors is None or any(first <= wanted <= last for first, last in doors)
+        self.knocks.add((source, target, wanted, is_open))
+        return is_open
+
     def _pass_on(self, source: int, target: int, frame: bytes) -> None:
+        if not self._is_let_in(source, target, frame):
+            return
         due_at = now = time.monotonic()
         for port in (source, target):
             link = self._links[port]
@@ -118,6 +149,20 @@ class Switch:
             return  # the host's queue is full, or the host is gone
 
 
+def begun_port(frame: bytes) -> int | None:
+    """The port to which a frame begins a TCP connection (SYN without ACK); None: it does not."""
+    match frame[12:14]:
+        case b"\x08\x00":
+            segment, protocol = 14 + (frame[14] & 15) * 4, frame[23]
+        case b"\x86\xdd":
+            segment, protocol = 54, frame[20]
+        case _:
+            return None
+    if protocol != socket.IPPROTO_TCP or frame[segment + 13] & 0x12 != 0x02:
+        return None
+    return int.from_bytes(frame[segment + 2 : segment + 4])
+
+
 def open_tap(pid: int) -> int:
     """Make the device in the network namespace of a process; this one is in it from then on."""
     namespace = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY)
@@ -135,7 +180,7 @@ def main() -> None:
     poll = select.poll()
     for fd in (*taps, 0):
         poll.register(fd, select.POLLIN)
-    decoder = msgspec.json.Decoder(SetLink | Count)
+    decoder = msgspec.json.Decoder(SetLink | Count | SetDoors | Knocks)
     print("ready", flush=True)  # noqa: T201 - the channel to the test
     commands = b""
     while True:
@@ -152,6 +197,10 @@ def main() -> None:
                 match decoder.decode(line):
                     case SetLink(port=port, link=link):
                         switch.set_link(port, link)
+                    case SetDoors(port=port, doors=doors):
+                        switch.set_doors(port, doors)
+                    case Knocks():
+                        answer = sorted(switch.knocks)
                     case Count():
                         answer = [
                             [source, target, count]

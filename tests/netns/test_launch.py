@@ -21,6 +21,8 @@ from tests.netns.stranger import Seen
 TRUSTED = {"trusted_network": True, "pull_timeout_s": 5}
 HERE, THERE = {"name": "local", "roles": "prefill"}, {"name": "b", "roles": "decode"}
 FIRST_DATA_PORT, LAST_DATA_PORT = 21000, 21999
+# A host that falls over is noticed after one and a half times this.
+PAIR = {"kv_transfer": TRUSTED, "hosts": [HERE, THERE], "agent_timeout_s": 10}
 NUM_QUESTIONS = 6
 NUM_TOKENS = 12
 QUESTIONS = [
@@ -39,7 +41,7 @@ def pair() -> Iterator[FarLaunch]:
     """Prefill beside the router on a, decode on b."""
     with (
         new_network("a", "b", "stranger") as network,
-        far_launch(network, {"kv_transfer": TRUSTED, "hosts": [HERE, THERE]}, ["b"]) as launch,
+        far_launch(network, PAIR, ["b"]) as launch,
     ):
         yield launch
 
@@ -73,12 +75,12 @@ def judge(answers: Sequence[Any], expected: Sequence[list[int]]) -> int:
     return len(whole)
 
 
-def pulled_bytes(launch: FarLaunch) -> float:
-    """Bytes that decode has pulled over NIXL, as the router's metrics count them by path."""
+def pulled_bytes(launch: FarLaunch, path: str = "nixl/UCX") -> float:
+    """Bytes that decode has pulled on a path, as the router's metrics count them."""
     return sum(
         float(line.rpartition(" ")[2])
         for line in launch.get("/metrics").splitlines()
-        if line.startswith("pdlaunch_kv_pull_bytes_sum") and 'path="nixl/UCX"' in line
+        if line.startswith("pdlaunch_kv_pull_bytes_sum") and f'path="{path}"' in line
     )
 
 
@@ -164,8 +166,11 @@ def knock(stranger: Host, address: str, ports: Sequence[int]) -> dict[int, Seen]
 
 @pytest.mark.parametrize(
     "link",
-    [{"loss": 0.03}, {"delay_s": 0.03}, {"loss": 0.01, "delay_s": 0.01, "bytes_per_s": 2e7}],
-    ids=["loss", "delay", "both, and slow"],
+    [
+        pytest.param({"loss": 0.03}, id="loss", marks=pytest.mark.hosts_long),
+        pytest.param({"delay_s": 0.03}, id="delay", marks=pytest.mark.hosts_long),
+        pytest.param({"loss": 0.01, "delay_s": 0.01, "bytes_per_s": 2e7}, id="both, and slow"),
+    ],
 )
 def test_a_bad_network_costs_time_alone(
     pair: FarLaunch, expected: list[list[int]], link: dict[str, float]
@@ -203,6 +208,7 @@ def test_a_host_that_falls_over_takes_no_answer_along(
     serves_again(pair, "on one host", expected)
 
 
+@pytest.mark.hosts_long
 def test_two_by_two_over_two_hosts(network: Network) -> None:
     """The checks of ``pdlaunch smoke``, which asks each engine alone too, over TLS."""
     config = {

@@ -69,6 +69,7 @@ def is_same(answer: dict[str, Any], found: list[int] | None) -> bool:
     return found is not None and answer.setdefault("tokens", found) == found
 
 
+@pytest.mark.hosts_long
 def test_engines_survive_agents_links_and_the_supervisor(
     network: Network, answer: dict[str, Any]
 ) -> None:
@@ -132,6 +133,7 @@ def test_one_engine_over_three_hosts(network: Network, answer: dict[str, Any]) -
         assert network.num_bytes("b", "a") > passed
 
 
+@pytest.mark.hosts_long
 def test_a_resumed_supervisor_serves_with_the_same_agents(
     network: Network, answer: dict[str, Any]
 ) -> None:

@@ -58,14 +58,7 @@ def ask(host: Host, url: str, body: str = "", name: str = "") -> tuple[int, str]
 def prepare(host: Host, pod: dict[str, Any], objects: list[dict[str, Any]], names: str) -> None:
     """Mount the pod's volumes, and give names to Services, as a cluster's DNS does."""
     (container,) = pod["spec"]["containers"]
-    host.run("sh", "-c", "cp -a /etc /tmp/etc && mount --bind /tmp/etc /etc")
-    host.run("mount", "-t", "tmpfs", "tmpfs", "/run")
-    host.file("/etc/hosts").write_text(names)
-    host.run("mkdir", "/tmp/bin")
-    host.file("/tmp/bin/pdlaunch").write_text(
-        f'#!/bin/sh\nexec {sys.executable} -m pdlaunch "$@"\n'
-    )
-    host.file("/tmp/bin/pdlaunch").chmod(0o755)
+    fill_etc(host, names)
     volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
     for mount in container["volumeMounts"]:
         volume, folder = volumes[mount["name"]], mount["mountPath"]
@@ -79,6 +72,28 @@ def prepare(host: Host, pod: dict[str, Any], objects: list[dict[str, Any]], name
         if config := volume.get("configMap"):
             for file, text in named(objects, "ConfigMap", config["name"])["data"].items():
                 host.file(f"{folder}/{file}").write_text(text)
+
+
+def fill_etc(host: Host, names: str) -> None:
+    """Give a host folders and a command that stand for those of the image, and names of others."""
+    host.run("sh", "-c", "cp -a /etc /tmp/etc && mount --bind /tmp/etc /etc")
+    host.run("mount", "-t", "tmpfs", "tmpfs", "/run")
+    host.file("/etc/hosts").write_text(names)
+    host.run("mkdir", "/tmp/bin")
+    host.file("/tmp/bin/pdlaunch").write_text(
+        f'#!/bin/sh\nexec {sys.executable} -m pdlaunch "$@"\n'
+    )
+    host.file("/tmp/bin/pdlaunch").chmod(0o755)
+
+
+def surroundings() -> dict[str, str]:
+    """Variables that stand for the image and the volume of models."""
+    return {
+        "PATH": f"/tmp/bin:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "PDLAUNCH_CACHE": str(cache_root()),
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def variables(container: dict[str, Any], fields: Mapping[str, str]) -> dict[str, str]:
@@ -105,15 +120,7 @@ def running(host: Host, pod: dict[str, Any], pod_name: str) -> Iterator[Any]:
     }
     own = variables(container, fields)
     command = [expanded(word, own) for word in container["command"]]
-    environment = {
-        **os.environ,
-        **own,
-        # Stands for the image and the volume of models.
-        "PATH": f"/tmp/bin:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "PDLAUNCH_CACHE": str(cache_root()),
-        "OMP_NUM_THREADS": "1",
-    }
+    environment = {**os.environ, **own, **surroundings()}
     with host.running(*command, env=environment) as process:
         yield process
 

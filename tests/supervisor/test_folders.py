@@ -11,7 +11,7 @@ import pytest
 
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.process.new_run_dir import new_run_dir, remove_stale_run_dirs
-from pdlaunch.process.run_dirs import PREFIX
+from pdlaunch.process.run_dirs import PREFIX, take_lock
 from pdlaunch.supervisor.folders import (
     KEPT_LAUNCHES,
     SUPERVISOR_LOG,
@@ -97,6 +97,23 @@ def test_what_a_dead_launch_left_is_removed_and_what_lives_stays(tmp_path: Path)
         assert not dead.exists()
         assert remove_stale_run_dirs(tmp_path) == []
         assert run_dir.exists()
+
+
+def test_others_that_clean_up_meanwhile_leave_a_new_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two agents of one machine may start at the same instant."""
+    removed: list[Path] = []
+
+    def take_lock_late(descriptor: int) -> None:
+        removed.extend(remove_stale_run_dirs(tmp_path))
+        take_lock(descriptor)
+
+    monkeypatch.setattr("pdlaunch.process.new_run_dir.take_lock", take_lock_late)
+    with new_run_dir(tmp_path) as run_dir:
+        removed.extend(remove_stale_run_dirs(tmp_path))
+        assert run_dir.exists()
+    assert removed == []
 
 
 def test_a_folder_without_a_lock_is_stale_once_it_is_old(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import ipaddress
 import logging
 import os
 import threading
@@ -27,11 +28,13 @@ from pdlaunch.config.roles import ROLES, Role
 from pdlaunch.errors import ConfigError, StartupError
 from pdlaunch.hosts.children import HIDDEN_VARIABLES
 from pdlaunch.hosts.placement.ray_actor import AgentActor, AgentState
+from pdlaunch.process.new_run_dir import new_run_dir
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 1.0
 _ANSWER_TIMEOUT_S = 10.0
+_MAKES_CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _ALLOCATING = {"pack": "PACK", "spread": "SPREAD"}
 
 
@@ -139,7 +142,7 @@ class RayAgents:
 def ray_cluster() -> Iterator[Any]:
     """Yield Ray, connected to RAY_ADDRESS, else to this host's cluster, else to one of its own.
 
-    Raises ConfigError where Ray is not installed or does not answer.
+    Raises ConfigError where Ray is not installed or does not answer, and StartupError.
     """
     try:
         ray = importlib.import_module("ray")
@@ -153,6 +156,7 @@ def ray_cluster() -> Iterator[Any]:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "pdlaunch"}
     # Ray's child processes need no key, and it shows its environment.
     hidden = {name: os.environ.pop(name) for name in HIDDEN_VARIABLES if name in os.environ}
+    own = contextlib.ExitStack()
     try:
         try:
             ray.init(address=os.environ.get("RAY_ADDRESS") or "auto", **quiet)
@@ -164,15 +168,39 @@ def ray_cluster() -> Iterator[Any]:
                     value=os.environ["RAY_ADDRESS"],
                     fix="name the head's address, as host:port, or unset it to use this host alone",
                 ) from None
-            # A cluster that is made for this launch is for this host alone.
-            ray.init(
-                address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet
-            )
+            # A cluster that is made for this launch is for this host alone, and leaves no files.
+            own.enter_context(_on_loopback())
+            folder = str(own.enter_context(new_run_dir()))
+            ray.init(address="local", include_dashboard=False, _temp_dir=folder, **quiet)
+            if not ipaddress.ip_address(own_address(ray)).is_loopback:
+                raise StartupError(
+                    f"Ray {ray.__version__} listens at {own_address(ray)} for all of the network: "
+                    "start a cluster with `ray start --head`, and set RAY_ADDRESS"
+                ) from None
         yield ray
     finally:
         with contextlib.suppress(Exception):
             ray.shutdown()
+        own.close()
         os.environ.update(hidden)
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Have Ray, and what it starts, take the loopback device for this host's address.
+
+    It would be that of the default route, whatever address ``ray.init`` is told; only where Ray
+    makes no clusters, as on macOS, does it keep to this host.
+    """
+    constants = importlib.import_module("ray._private.ray_constants")
+    before = constants.ENABLE_RAY_CLUSTER
+    constants.ENABLE_RAY_CLUSTER = False
+    os.environ[_MAKES_CLUSTERS] = "0"
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = before
+        del os.environ[_MAKES_CLUSTERS]
 
 
 def has_gpus(ray: Any) -> bool:
