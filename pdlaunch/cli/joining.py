@@ -101,7 +101,7 @@ def joined_agents(
             fix="set --control-address to the address at which the other hosts reach this one",
         )
     with held_join_file(path):
-        keys = read_resume_file(path) if resume else new_join_keys()
+        keys = read_resume_file(path) if resume else new_join_keys(config.control_port)
         with contextlib.closing(_listen(keys, address, names, config, log_dir)) as channel:
             write_join_files(path, keys, channel.endpoint)
             agents = Agents(channel)
@@ -127,7 +127,7 @@ def _agents_of_ray(
         errors.print(Text("waiting for Ray to place the engines"))
         placed = placed_actors(ray, bundles, config.placement_strategy, config.join_timeout_s)
         with placed as actors, contextlib.ExitStack() as stack:
-            keys = new_join_keys()
+            keys = new_join_keys(config.control_port)
             address = config.control_address or own_address(ray)
             channel = stack.enter_context(
                 contextlib.closing(_listen(keys, address, names, config, log_dir))

@@ -55,6 +55,7 @@ class JoinKeys(msgspec.Struct, frozen=True, kw_only=True):
     server: LaunchKeys
     agents: LaunchKeys
     port: int = 0
+    """The port of the supervisor that drew them, or shall be; 0: any."""
 
     def ticket(self, endpoint: str) -> Ticket:
         return Ticket(
@@ -65,9 +66,9 @@ class JoinKeys(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-def new_join_keys() -> JoinKeys:
-    """Draw the keys of one launch."""
-    return JoinKeys(server=_new_pair(), agents=_new_pair())
+def new_join_keys(port: int = 0) -> JoinKeys:
+    """Draw the keys of one launch, whose supervisor listens at this port; 0: at any."""
+    return JoinKeys(server=_new_pair(), agents=_new_pair(), port=port)
 
 
 def _new_pair() -> LaunchKeys:

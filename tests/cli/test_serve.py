@@ -259,3 +259,14 @@ def test_a_host_that_cannot_hold_an_engine_is_named(model: str, tmp_path: Path) 
     found = [item for item in json.loads(result.stdout)["findings"] if item["rule"] == "PD411"]
     assert found
     assert "node-" in found[0]["message"]
+
+
+def test_agents_are_waited_for_at_the_port_that_is_set(model: str, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = serve(
+            *("--model", model, "--placement", "hosts", "--hosts", "a", "--control-port", port),
+            *("--control-address", "127.0.0.1", "--join-file", str(tmp_path / "join")),
+        )
+    assert result.exit_code == 1
+    assert f"agents cannot join at tcp://127.0.0.1:{port}" in " ".join(result.stderr.split())

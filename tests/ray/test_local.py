@@ -16,6 +16,7 @@ from tests.e2e.tiny_models import make_tiny_model
 from tests.netns.hosts import Host, new_network, signal_inner, why_not
 from tests.ray.far import PORT, answer, until, until_ready
 
+HOME = "/tmp/home"
 COMMAND = (
     *(sys.executable, "-P", "-m", "pdlaunch", "serve", "--model", "/tmp/llama"),
     *("--device", "cpu", "--placement", "ray", "--agent-timeout", "5", "--port", str(PORT)),
@@ -30,6 +31,7 @@ def host() -> Iterator[Host]:
         pytest.skip(reason)
     with new_network("a") as network:
         host = network["a"]
+        host.run("mkdir", HOME)
         make_tiny_model("llama", host.file("/tmp"))
         yield host
 
@@ -37,7 +39,7 @@ def host() -> Iterator[Host]:
 @contextlib.contextmanager
 def served(host: Host) -> Iterator[subprocess.Popen[bytes]]:
     """Run a launch in a group of processes of its own, as a shell does, until it is ready."""
-    environ = clean_environ()
+    environ = clean_environ() | {"HOME": HOME}
     environ.pop("RAY_ADDRESS", None)
     with (
         host.file("/tmp/serve.out").open("wb") as output,
@@ -75,6 +77,7 @@ def test_ray_of_its_own_is_on_loopback_and_leaves_with_the_launch(host: Host) ->
         until_nothing_runs(host)
     assert run_folders(host) == []
     assert not host.file("/tmp/ray").exists()
+    assert not host.file(f"{HOME}/.ray").exists()
     with served(host) as serve:
         assert answer(host) == right
         signal_inner(serve)

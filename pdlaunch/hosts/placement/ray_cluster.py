@@ -17,9 +17,11 @@ import importlib
 import ipaddress
 import logging
 import os
+import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pdlaunch.config.hosts import HostSettings
@@ -35,6 +37,8 @@ logger = logging.getLogger(__name__)
 POLL_S = 1.0
 _ANSWER_TIMEOUT_S = 10.0
 _MAKES_CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+_AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
+"""Ray itself sets the first of these, too."""
 _ALLOCATING = {"pack": "PACK", "spread": "SPREAD"}
 
 
@@ -166,12 +170,13 @@ def ray_cluster() -> Iterator[Any]:
                     f"no Ray cluster answers: {_first_line(error)}",
                     field="RAY_ADDRESS",
                     value=os.environ["RAY_ADDRESS"],
-                    fix="name the head's address, as host:port, or unset it to use this host alone",
+                    fix="name the head's address, as host:port, or unset it to use this host "
+                    "alone; where the cluster asks for a token, set RAY_AUTH_MODE=token",
                 ) from None
             # A cluster that is made for this launch is for this host alone, and leaves no files.
-            own.enter_context(_on_loopback())
-            folder = str(own.enter_context(new_run_dir()))
-            ray.init(address="local", include_dashboard=False, _temp_dir=folder, **quiet)
+            folder = own.enter_context(new_run_dir())
+            own.enter_context(_for_this_host_alone(folder))
+            ray.init(address="local", include_dashboard=False, _temp_dir=str(folder), **quiet)
             if not ipaddress.ip_address(own_address(ray)).is_loopback:
                 raise StartupError(
                     f"Ray {ray.__version__} listens at {own_address(ray)} for all of the network: "
@@ -186,21 +191,29 @@ def ray_cluster() -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _on_loopback() -> Iterator[None]:
-    """Have Ray, and what it starts, take the loopback device for this host's address.
+def _for_this_host_alone(folder: Path) -> Iterator[None]:
+    """Have Ray, and what it starts, take the loopback device for this host's address, and a token
+    of its own.
 
-    It would be that of the default route, whatever address ``ray.init`` is told; only where Ray
-    makes no clusters, as on macOS, does it keep to this host.
+    The address would be that of the default route, whatever ``ray.init`` is told; only where Ray
+    makes no clusters, as on macOS, does it keep to this host. The token would stay in the user's
+    home, and be asked for by all clusters from then on.
     """
-    constants = importlib.import_module("ray._private.ray_constants")
-    before = constants.ENABLE_RAY_CLUSTER
+    constants: Any = importlib.import_module("ray._private.ray_constants")
+    makes_clusters, before = constants.ENABLE_RAY_CLUSTER, dict(os.environ)
     constants.ENABLE_RAY_CLUSTER = False
     os.environ[_MAKES_CLUSTERS] = "0"
+    token = folder / "ray-token"
+    token.touch(0o600)
+    token.write_text(secrets.token_hex())
+    os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(token))
     try:
         yield
     finally:
-        constants.ENABLE_RAY_CLUSTER = before
-        del os.environ[_MAKES_CLUSTERS]
+        constants.ENABLE_RAY_CLUSTER = makes_clusters
+        for name in (_MAKES_CLUSTERS, *_AUTHENTICATION):
+            os.environ.pop(name, None)
+            os.environ.update({name: before[name]} if name in before else {})
 
 
 def has_gpus(ray: Any) -> bool:

@@ -1,0 +1,124 @@
+"""Launches over hosts on networks of other kinds: IPv6 alone, behind firewalls, with Mooncake; and
+routes by cost, which need not be pairs. The tokens are those of one host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from urllib.parse import urlsplit
+
+import pytest
+
+from pdlaunch.platform.libraries import find_libraries
+from tests.e2e.conftest import default_environ
+from tests.netns.hosts import Network
+from tests.netns.launch import PORT, FarLaunch, far_launch
+from tests.netns.switch import DEVICE
+from tests.netns.test_launch import (
+    FIRST_DATA_PORT,
+    HERE,
+    LAST_DATA_PORT,
+    NUM_QUESTIONS,
+    QUESTIONS,
+    THERE,
+    TRUSTED,
+    fresh,
+    judge,
+    pulled_bytes,
+    tokens_of,
+)
+
+pytestmark = pytest.mark.hosts_long
+CONTROL_PORT = 7070
+CHOSEN_PORTS = (32768, 60999)
+"""Ports that Linux gives out; docs/hosts.md and the rendered NetworkPolicies name them."""
+CONFIG = {"kv_transfer": TRUSTED, "hosts": [HERE, THERE]}
+
+
+def serves_over(launch: FarLaunch, path: str = "nixl/UCX") -> None:
+    """Answers are right, and KV blocks for them have gone from a to b on this path."""
+    assert {each["path"] for each in launch.status()["pairs"]} == {path}
+    alone = tokens_of(launch.ask_alone("prefill-0", *fresh("alone")))
+    pulled, passed = pulled_bytes(launch, path), launch.network.num_bytes("a", "b")
+    assert judge(launch.ask(*fresh("together")), alone) == NUM_QUESTIONS
+    pulled = pulled_bytes(launch, path) - pulled
+    assert pulled > 1 << 20
+    assert launch.network.num_bytes("a", "b") - passed > pulled
+
+
+def test_hosts_with_addresses_of_ipv6_alone(network: Network) -> None:
+    """Control, HTTP over TLS, and KV blocks."""
+    for host in network.hosts:
+        host.run("ip", "-4", "addr", "flush", "dev", DEVICE)
+    config = CONFIG | {"control_address": network["a"].address6}
+    with far_launch(network, config, ["b"]) as launch:
+        urls = {engine["name"]: urlsplit(engine["url"]) for engine in launch.status()["engines"]}
+        assert {(name, url.scheme, url.hostname) for name, url in urls.items()} == {
+            ("prefill-0", "https", network["a"].address6),
+            ("decode-0", "https", network["b"].address6),
+        }
+        serves_over(launch)
+        for name in ("a", "b"):
+            open_to_others = {each.address for each in network[name].listening()} - {"127.0.0.1"}
+            assert open_to_others == {network[name].address6}
+
+
+def test_the_documented_ports_are_enough(network: Network) -> None:
+    """docs/hosts.md says what a firewall has to let through; nobody knocks elsewhere."""
+    engines = [(FIRST_DATA_PORT, LAST_DATA_PORT), CHOSEN_PORTS]
+    network.set_doors("a", *engines, (CONTROL_PORT, CONTROL_PORT))
+    network.set_doors("b", *engines)
+    chosen = network["b"].run("cat", "/proc/sys/net/ipv4/ip_local_port_range")
+    assert tuple(map(int, chosen.split())) == CHOSEN_PORTS
+    with far_launch(network, CONFIG | {"control_port": CONTROL_PORT}, ["b"]) as launch:
+        serves_over(launch)
+        knocks = network.knocks()
+        assert [knock for knock in knocks if not knock.is_let_in] == []
+        # Each of the ranges is of use.
+        unused = [
+            (first, last)
+            for first, last in (*engines, (CONTROL_PORT, CONTROL_PORT))
+            if not any(first <= knock.port <= last for knock in knocks)
+        ]
+        assert unused == [], knocks
+        # The firewall is one: a stranger does not get to the router, which is not listed.
+        words = ("curl", "--silent", "--max-time", "2", f"http://{network['a'].address}:{PORT}")
+        assert "28" in network["stranger"].run("sh", "-c", f"{' '.join(words)}; echo $?")
+        assert [knock.port for knock in network.knocks() if not knock.is_let_in] == [PORT]
+
+
+def test_mooncake_moves_blocks_between_hosts(network: Network) -> None:
+    libraries = find_libraries()
+    if not libraries.mooncake or libraries.missing_for_mooncake:
+        pytest.skip(f"mooncake: {libraries.missing_for_mooncake or 'not installed'}")
+    config = CONFIG | {"kv_transfer": {**TRUSTED, "connector": "mooncake"}}
+    with far_launch(network, config, ["b"]) as launch:
+        serves_over(launch, "mooncake/tcp")
+
+
+def test_routes_by_cost_over_two_hosts(network: Network) -> None:
+    """Each route of a burst is estimated, wherever the engine is; what is chosen is right."""
+    with far_launch(network, CONFIG, ["b"], environ=default_environ()) as launch:
+        alone = tokens_of(launch.ask_alone("prefill-0", *fresh("alone")))
+        for name in ("first", "second"):
+            assert judge(launch.ask(*fresh(name)), alone) == NUM_QUESTIONS
+        kinds = routes(launch)
+        assert sum(kinds.values()) == 2 * len(QUESTIONS)
+        assert "least_work" not in kinds
+        # Who asks for a pair gets one, whatever it costs.
+        before = pulled_bytes(launch)
+        asked = [question | {"cache_salt": "pair"} for question in QUESTIONS]
+        paired = launch.ask(*asked, headers={"X-Pdlaunch-Route": "pair"})
+        assert judge(paired, alone) == NUM_QUESTIONS
+        assert pulled_bytes(launch) > before
+
+
+def routes(launch: FarLaunch) -> Mapping[str, float]:
+    """The routes that were chosen so far, by kind."""
+    found: dict[str, float] = {}
+    for line in launch.get("/metrics").splitlines():
+        if line.startswith("pdlaunch_router_routes_total{"):
+            labels, _, value = line.rpartition(" ")
+            kind = labels.partition('kind="')[2].partition('"')[0]
+            found[kind] = found.get(kind, 0.0) + float(value)
+    return {kind: number for kind, number in found.items() if number}
