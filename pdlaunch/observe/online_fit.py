@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 DRIFT = 0.001
@@ -61,10 +62,11 @@ class OnlineFit:
             entry * feature for entry, feature in zip(spread, inputs, strict=True)
         )
         gains = [entry / total for entry in spread]
-        self.coefficients = [
-            max(0.0, coefficient + gain * error)
+        moved = [
+            coefficient + gain * error
             for coefficient, gain in zip(self.coefficients, gains, strict=True)
         ]
+        self.coefficients = _none_negative(moved, inputs)
         for row, gain in enumerate(gains):
             for column, entry in enumerate(spread):
                 self._covariance[row][column] -= gain * entry
@@ -76,3 +78,20 @@ class OnlineFit:
                 share = max(self.coefficients[index], SMALLEST_SHARE / feature)
                 share = min(share, self._doubt[index])
                 self._covariance[index][index] += (DRIFT * share) ** 2
+
+
+def _none_negative(coefficients: Sequence[float], inputs: Sequence[float]) -> list[float]:
+    """Return coefficients that say the same of ``inputs``, all of which are positive or zero.
+
+    Features that grow together have coefficients that move against each other: with the negative
+    ones cut off alone, the others would say far too much, and be believed from then on.
+    """
+    wanted = sum(map(operator.mul, coefficients, inputs))
+    cut = [max(0.0, coefficient) for coefficient in coefficients]
+    says = sum(map(operator.mul, cut, inputs))
+    if says <= wanted or wanted < 0:
+        return cut
+    return [
+        coefficient * wanted / says if feature else coefficient
+        for coefficient, feature in zip(cut, inputs, strict=True)
+    ]

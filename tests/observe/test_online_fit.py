@@ -44,6 +44,19 @@ def test_what_no_measurement_speaks_of_stays() -> None:
     assert fit.coefficients[1] == 0.25
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_outliers_among_features_that_grow_together_do_not_stay(seed: int) -> None:
+    """One stream after the other: a constant, the stream and its tokens are nearly the same."""
+    source = random.Random(seed)
+    fit = OnlineFit([0.0] * 3, (1.0, 0.1, 1e-4), (True, True, False))
+    for number in (1, 8):
+        fit.observe((1.0, number, 32 * number), 0.1 * source.uniform(1, 4))
+    for number in range(95):
+        outlier = source.choice([1, 1, 1, 1.3, 2, 3, 6, 20])
+        fit.observe((1.0, 1, 256 + number), 0.07 * outlier)
+    assert 0.05 < fit.predict((1.0, 1, 350)) < 0.3
+
+
 @given(
     st.lists(st.tuples(st.floats(0, 1e6), st.floats(1e-6, 1e3)), max_size=60),
 )
