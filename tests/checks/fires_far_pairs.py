@@ -66,6 +66,13 @@ CASES = [
         {"Add tcp": far(TRUSTED, UCX_TLS="sm,tcp"), "unset it": far(TRUSTED)},
     ),
     Case(
+        "PD630",
+        far(
+            "verify: off", TRUSTED, more=f"{VLLM}env: {{VLLM_NIXL_SIDE_CHANNEL_HOST: localhost}}\n"
+        ),
+        {"Unset VLLM_NIXL_SIDE_CHANNEL_HOST": far("verify: off", TRUSTED, more=VLLM)},
+    ),
+    Case(
         "PD639",
         far("verify: off", TRUSTED, hosts=TRANSLATED, more=VLLM),
         {

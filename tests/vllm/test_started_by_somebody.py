@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -35,16 +36,18 @@ from tests.e2e.conftest import clean_environ
 from tests.e2e.lone_router import running_router
 from tests.e2e.waiting import await_true
 from tests.vllm.conftest import START_TIMEOUT_S
-from tests.vllm.kv_memory import GET_META
+from tests.vllm.kv_memory import GET_META, core_of
 from tests.vllm.test_pair import NUM_TOKENS, bytes_read, prompt_of, states
 
 pytestmark = pytest.mark.vllm_long
 
 MODEL = "smollm2"
+RECOMPUTES = "pdlaunch_router_silent_recomputes_total"
 TRANSFER = {
     "kv_connector": "NixlConnector",
     "kv_role": "kv_both",
     "kv_buffer_device": "cpu",
+    "kv_load_failure_policy": "recompute",
     "kv_connector_extra_config": {"kv_lease_duration": 20},
 }
 
@@ -94,7 +97,7 @@ def new_server(vllm_command: str, folder: Path, name: str, side_channel: tuple[s
     command = (
         *(vllm_command, "serve", str(resolve_model(MODEL).cache_dir)),
         *("--served-model-name", MODEL, "--dtype", "float32", "--max-model-len", "512"),
-        *("--enforce-eager", "--enable-prompt-tokens-details"),
+        "--enforce-eager",
         *("--host", "127.0.0.1", "--port", str(port)),
         *("--kv-transfer-config", json.dumps(TRANSFER)),
     )
@@ -125,7 +128,9 @@ class Somebodys:
 
 @pytest.fixture(scope="module")
 def engines(vllm_command: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Somebodys]:
-    """Prefill's side channel listens everywhere, and both run in dev mode."""
+    """Prefill's side channel listens everywhere, both run in dev mode, and their answers do not
+    tell what was cached.
+    """
     folder = tmp_path_factory.mktemp("somebodys")
     port = free_port()
     with contextlib.ExitStack() as stack:
@@ -206,7 +211,10 @@ def test_a_side_channel_at_every_address_and_dev_mode(engines: Somebodys) -> Non
     # Dev mode tells it.
     assert any("kv_lease_duration is 20 s" in text for text in found["PD659"])
     assert any("1 of its ranks tell" in text for text in found["PD660"])
-    assert any("a canary moved" in text for text in found["PD660"])
+    assert any(
+        "a canary moved" in text and "--enable-prompt-tokens-details" in text
+        for text in found["PD660"]
+    )
 
 
 def test_our_router_in_front_of_them(engines: Somebodys, router: str) -> None:
@@ -242,10 +250,31 @@ def test_engines_fall_asleep_and_wake_up(engines: Somebodys, router: str) -> Non
 def test_a_peer_that_is_replaced_heals_without_a_restart_of_others(
     engines: Somebodys, router: str
 ) -> None:
+    """It dies before decode has read the blocks of a prompt, and decode computes that itself, which
+    its counts tell and its answer does not.
+    """
+    _, status = Api(router).get_object("/pdlaunch/status")
+    assert [pair["path"] for pair in status["pairs"]] == ["canary/vllm"]
+    assert Api(router).metrics()[RECOMPUTES] == 0
     prompt = prompt_of(230)
     expected = complete(router, prompt, NUM_TOKENS)
+    alone = ask_directly(engines.prefill, 229)
     decode = psutil.Process(engines.decode.process.pid)
-    engines.prefill.kill()
+    told: list[list[int]] = []
+    client = threading.Thread(
+        target=lambda: told.append(complete(router, prompt_of(229), NUM_TOKENS))
+    )
+    core = core_of(decode)
+    core.suspend()
+    try:
+        client.start()
+        await_true(lambda: load(router, "decode-0") > 0, "decode is asked", 60)
+        engines.prefill.kill()
+    finally:
+        core.resume()
+    client.join(120)
+    assert told == [alone]
+    await_true(lambda: Api(router).metrics()[RECOMPUTES] == 1, "it is counted", 30)
     # Decode computes prompts itself.
     assert complete(router, prompt_of(231), NUM_TOKENS)
     engines.prefill.start()
@@ -256,6 +285,12 @@ def test_a_peer_that_is_replaced_heals_without_a_restart_of_others(
     assert bytes_read(router) > num_bytes
     assert decode.is_running()
     assert complete(router, prompt, NUM_TOKENS) == expected
+    assert Api(router).metrics()[RECOMPUTES] == 1
+
+
+def load(router: str, name: str) -> int:
+    _, status = Api(router).get_object("/pdlaunch/status")
+    return next(int(each["load"]) for each in status["engines"] if each["name"] == name)
 
 
 def test_a_side_channel_that_has_died_while_all_is_healthy(engines: Somebodys) -> None:
