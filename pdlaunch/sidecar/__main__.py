@@ -11,6 +11,7 @@ import argparse
 import sys
 
 from pdlaunch.http.lifecycle import Supervised, run_supervised
+from pdlaunch.sidecar.child import guard_group
 from pdlaunch.sidecar.process import SidecarOptions, SidecarProcess
 
 
@@ -36,4 +37,5 @@ async def _serve(supervised: Supervised) -> None:
 
 
 if __name__ == "__main__":
+    guard = guard_group()
     sys.exit(run_supervised(_serve))

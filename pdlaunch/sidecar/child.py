@@ -7,11 +7,13 @@ import contextlib
 import ctypes
 import os
 import signal
+import subprocess
 from collections.abc import Mapping, Sequence
 
 from pdlaunch.errors import StartupError
 
 _PR_SET_PDEATHSIG = 1
+_GUARD = "trap '' HUP INT TERM; read _; kill -9 0"
 _libc = ctypes.CDLL(None)
 
 
@@ -67,6 +69,21 @@ class EngineChild:
             except TimeoutError:
                 continue
             return
+
+
+def guard_group() -> subprocess.Popen[bytes]:
+    """Have all processes of this one's group killed as soon as this one is gone.
+
+    A signal at a parent's death reaches children alone: the server of an engine would go, and the
+    processes that it has started, which compute and hold the memory, would stay.
+    """
+    assert os.getpgid(0) == os.getpid(), "it leads its own group"
+    # The other end is open for as long as this process lives.
+    read_end, _ = os.pipe()
+    try:
+        return subprocess.Popen(("sh", "-c", _GUARD), stdin=read_end, stdout=subprocess.DEVNULL)
+    finally:
+        os.close(read_end)
 
 
 def die_with_parent() -> None:
