@@ -89,6 +89,8 @@ def router_record(
 
     ``times`` and ``transcript`` are those of an answer, which the router has without recording.
     """
+    # Both answers are streams, as those of a pair of engines of ours.
+    event = b"%s%s}" % (REPORT_BEGINNING, of_server)
     record = RequestRecord("id", "/v1/completions")
     if exporter is not None:
         exporter.begin(record, {})
@@ -97,10 +99,10 @@ def router_record(
     record.counts(transcript)
     record.routed("prefill", _ROUTE)
     with record.leg("prefill", "prefill-0") as leg:
-        leg.hear(msgspec.json.decode(of_server))
+        leg.hear(read_report(event))
     record.routed("decode", _ROUTE)
     with record.leg("decode", "decode-0") as leg:
-        leg.hear(read_report(b"%s%s}" % (REPORT_BEGINNING, of_server)))
+        leg.hear(read_report(event))
     record.count(Usage(prompt_tokens=100, completion_tokens=transcript.num_tokens))
     record.end(200)
     if exporter is not None:
