@@ -2,7 +2,7 @@
 
 Supervisor, control channel and router are the real ones. One other process simulates all engines
 (``simulated_engines``): it registers them, beats their hearts, claims to have proven their pairs
-and answers HTTP.
+and answers HTTP. What agents and routes cost is measured apart (``agent_costs``, ``route_costs``).
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from pdlaunch.supervisor.launch import drive
 from pdlaunch.supervisor.shutdown import Grace
 from pdlaunch.supervisor.status import LaunchStatus
 from pdlaunch.supervisor.supervisor import Supervisor, Timing
+from pdlaunch.testing import agent_costs, route_costs
 
 HANG_TIMEOUT_S = 60.0
 SETTLE_S = 3.0
@@ -299,7 +300,7 @@ def measure(num_engines: int, rest_s: float) -> tuple[dict[str, Cost], int]:
 
 
 def main() -> None:
-    """Print a table of Markdown, a row for each number of engines."""
+    """Print tables of Markdown, a row for each number of engines, or of agents."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--engines", default="10,100,1000", help="numbers of engines")
     parser.add_argument("--seconds", type=float, default=20.0, help="time at rest")
@@ -348,6 +349,9 @@ def main() -> None:
             f"{1000 * restart.router_s:.0f}",
         )
         print(f"| {' | '.join(map(str, cells))} |", flush=True)  # noqa: T201
+    numbers = [int(text) for text in options.engines.split(",")]
+    print(f"\n{route_costs.table(numbers)}", flush=True)  # noqa: T201
+    print(f"\n{agent_costs.table(numbers, options.seconds)}")  # noqa: T201
 
 
 if __name__ == "__main__":
