@@ -14,6 +14,7 @@ from pdlaunch.checks.context import Context
 from pdlaunch.checks.other_engines import by_name, place, vllm_pair
 from pdlaunch.checks.rule import Found, rule
 from pdlaunch.platform.allocator_conf import read_allocator_conf
+from pdlaunch.resolve.vllm_verification import AWAITS_AGENT
 from pdlaunch.vllm.support import SUPPORTED_VERSIONS
 
 _HANDSHAKE = "vLLM 0.32: compute_nixl_compatibility_hash, _validate_remote_agent_handshake."
@@ -241,8 +242,9 @@ def not_verified(context: Context) -> Iterator[Found]:
     vLLM's own, a READ that comes after its lease brings another prompt's blocks, and the answer is
     wrong with HTTP 200.
     """
-    if (pair := vllm_pair(context)) and context.config.kv_transfer.verify and pair[0].unverified:
-        reason = pair[0].unverified
+    reason = pair[0].unverified if (pair := vllm_pair(context)) else ""
+    is_known = bool(reason) and not reason.endswith(AWAITS_AGENT)
+    if is_known and context.config.kv_transfer.verify:
         yield Found("kv_transfer.verify", f"wrong KV blocks would be used unnoticed: {reason}")
 
 

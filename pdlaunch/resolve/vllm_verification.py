@@ -15,6 +15,8 @@ from pdlaunch.resolve.hosts import ResolvedHost
 from pdlaunch.resolve.models import Model
 from pdlaunch.vllm.support import SUPPORTED_VERSIONS, is_supported
 
+AWAITS_AGENT = "its agent has not joined yet"
+"""Ends a reason that the start of the launch may remove."""
 _SPLITTING = (
     "decode-context-parallel-size",
     "speculative-config",
@@ -49,14 +51,16 @@ def unverified_because(
 
     ``hosts``: those of the engines.
     """
+    command, unknown = settings.engine_command, ""
     for host in hosts:
-        found = engine_command_on(host, here, settings.engine_command, environ)
+        found = engine_command_on(host, here, command, environ)
         # Of a host whose agent has not joined nothing is known but what is installed here.
-        version = (found or find_engine_command(settings.engine_command, environ)).version
+        version = (found or find_engine_command(command, environ)).version
+        if version is None and found is not None:
+            return f"the version of {command} is not known"
         if version is None:
-            unknown = f"the version of {settings.engine_command} is not known"
-            return unknown if found else f"{unknown} before the agent of {host.name} has joined"
-        if not is_supported(version):
+            unknown = f"the version of {command} on {host.name} is not known: {AWAITS_AGENT}"
+        elif not is_supported(version):
             return f"it is vLLM {version}, and {', '.join(SUPPORTED_VERSIONS)} can be verified"
     if model.error is not None:
         return "the layers of the model are not known"
@@ -67,4 +71,4 @@ def unverified_because(
     for name in settings.engine_args:
         if long_name(name) in _SPLITTING:
             return f"engine_args has {name}"
-    return ""
+    return unknown

@@ -9,16 +9,32 @@ from pathlib import Path
 import pdlaunch
 
 _STATEMENTS = "kv-statements"
+STATEMENTS_SOCKET = "PDLAUNCH_STATEMENTS_SOCKET"
+"""As ``pdlaunch.vllm.far_statements`` has it, which imports numpy."""
 _PACKAGES = "python"
 
 
-def connector_environment(run_dir: Path, name: str, python_path: str) -> dict[str, str]:
+def statements_folder(run_dir: Path) -> Path:
+    """Return where the engines of this host leave what they state about their blocks."""
+    return run_dir / _STATEMENTS
+
+
+def statements_socket(run_dir: Path, name: str) -> Path:
+    """Return where an engine asks its sidecar for what those of other hosts state."""
+    return run_dir / f"{name}.statements"
+
+
+def connector_environment(
+    run_dir: Path, name: str, python_path: str, *, is_far: bool = False
+) -> dict[str, str]:
     """Return the variables with which an engine of vLLM finds the connector, and engines each
     other's statements; what they name is made in the launch's folder.
 
-    ``python_path``: the PYTHONPATH so far. Engines of one launch call this at the same time.
+    ``python_path``: the PYTHONPATH so far. ``is_far``: other engines may be on other hosts. Engines
+    of one launch call this at the same time.
     """
-    statements = run_dir / _STATEMENTS
+    asks = {STATEMENTS_SOCKET: str(statements_socket(run_dir, name))} if is_far else {}
+    statements = statements_folder(run_dir)
     statements.mkdir(mode=0o700, exist_ok=True)
     # The folder that pdlaunch is installed in has packages of other versions than vLLM needs.
     packages = run_dir / _PACKAGES
@@ -30,7 +46,7 @@ def connector_environment(run_dir: Path, name: str, python_path: str) -> dict[st
         "PDLAUNCH_STATEMENTS_DIR": str(statements),
         "PDLAUNCH_FAILURES_FILE": str(_failures_file(run_dir, name)),
         "PYTHONPATH": os.pathsep.join(paths),
-    }
+    } | asks
 
 
 class Failures:

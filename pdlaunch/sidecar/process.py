@@ -25,7 +25,6 @@ from pdlaunch.errors import PdlaunchError, ProtocolError, StartupError
 from pdlaunch.http.engine_url import UNIX
 from pdlaunch.http.lifecycle import Supervised
 from pdlaunch.platform.addresses import tcp_endpoint
-from pdlaunch.protocol.certificates import client_context
 from pdlaunch.protocol.changes import Answered, AwaitIdle
 from pdlaunch.protocol.control import (
     Drain,
@@ -45,7 +44,6 @@ from pdlaunch.protocol.control import (
 )
 from pdlaunch.sidecar.child import EngineChild
 from pdlaunch.sidecar.connector import Failures, connector_environment
-from pdlaunch.sidecar.door import Door
 from pdlaunch.sidecar.hangs import HangWatch
 from pdlaunch.sidecar.network import (
     SIDE_CHANNEL_HOST,
@@ -53,6 +51,7 @@ from pdlaunch.sidecar.network import (
     SideChannelPort,
     named_devices,
 )
+from pdlaunch.sidecar.opening import Opening
 from pdlaunch.watch.canary import FIRST_TOKEN_ID, CanaryDied, send_canary
 from pdlaunch.watch.engine_api import Counts, EngineApi, is_vllm_busy
 from pdlaunch.watch.reads import FailedReads
@@ -100,14 +99,14 @@ class SidecarProcess:
         self._api = EngineApi(self._url, self._key)
         self._registered_url = self._url
         """Others are told this one: that of the door, where there is one."""
-        spec = supervised.bootstrap.door
-        self._door = (
+        spec, is_verified = supervised.bootstrap.door, not options.unverified
+        self._opening = (
             None
             if spec is None
-            else Door(self._name, spec, supervised.bootstrap.keys, self._url, self._key)
+            else Opening(supervised.bootstrap, spec, self._url, is_verified=is_verified)
         )
         self._capabilities = msgspec.structs.replace(
-            supervised.bootstrap.capabilities, takes_launch_token=self._door is not None
+            supervised.bootstrap.capabilities, takes_launch_token=self._opening is not None
         )
         self._side_channel = SideChannelPort(
             os.environ.get(SIDE_CHANNEL_HOST, ENGINE_HOST), "" if spec is None else spec.data_ports
@@ -139,8 +138,8 @@ class SidecarProcess:
         _logger.info("started %s as process %d", self._options.command[0], child.pid)
         watches: list[asyncio.Task[None]] = []
         try:
-            if self._door is not None:
-                self._registered_url = await self._door.open()
+            if self._opening is not None:
+                self._registered_url = await self._opening.open()
             self._register()
             watches = [
                 supervised.spawn(self._fail_with(child)),
@@ -152,8 +151,8 @@ class SidecarProcess:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            if self._door is not None:
-                await self._door.close()
+            if self._opening is not None:
+                await self._opening.close()
             await self._api.close()
             await child.stop(STOP_TIMEOUT_S)
             self._side_channel.close()
@@ -178,7 +177,10 @@ class SidecarProcess:
         own |= named_devices(os.environ)
         if not self._options.unverified:
             own |= connector_environment(
-                Path(run_dir), self._name, os.environ.get("PYTHONPATH", "")
+                Path(run_dir),
+                self._name,
+                os.environ.get("PYTHONPATH", ""),
+                is_far=self._opening is not None,
             )
         # Empty without one: a key of the user's shell would keep the router out.
         return own | {"VLLM_API_KEY": self._key or ""}
@@ -281,6 +283,8 @@ class SidecarProcess:
         while True:
             match await self._supervised.inbox.get():
                 case Registry() as registry:
+                    if self._opening is not None:
+                        self._opening.learn(registry)
                     self._prove_pairs(registry)
                 case Drain(timeout_s=timeout_s):
                     self._supervised.spawn(self._drain(timeout_s))
@@ -321,7 +325,9 @@ class SidecarProcess:
 
     async def _prove(self, peer: Entry) -> None:
         await self._is_ready.wait()
-        api = self._api_of(peer)
+        url = peer.address.http
+        # All engines of a launch have doors, or none has.
+        api = EngineApi(url, self._key) if self._opening is None else self._opening.api_of(url)
         pause_s, longest_s = CANARY_RETRY_S
         try:
             while not await self._send_canary(peer, api):
@@ -329,15 +335,6 @@ class SidecarProcess:
                 pause_s = min(longest_s, 2 * pause_s)
         finally:
             await api.close()
-
-    def _api_of(self, peer: Entry) -> EngineApi:
-        # All engines of a launch have doors, or none has.
-        if self._door is None:
-            return EngineApi(peer.address.http, self._key)
-        keys = self._supervised.bootstrap.keys
-        assert keys.certificate is not None
-        tls = client_context(keys.certificate.certificate)
-        return EngineApi(peer.address.http, keys.http_token, tls)
 
     async def _send_canary(self, peer: Entry, api: EngineApi) -> bool:
         """Return whether the pair is proven; the supervisor is told in either case."""

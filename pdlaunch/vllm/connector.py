@@ -1,5 +1,6 @@
 """Is what vLLM loads: ``{"kv_connector": "VerifiedNixlConnector", "kv_connector_module_path":
-"pdlaunch.vllm.connector"}``. Both sides of a pair must have it, on one host.
+"pdlaunch.vllm.connector"}``. Both sides of a pair must have it, on one host or with sidecars of
+pdlaunch that bring statements from one to the other.
 
 ``statements_dir`` in ``kv_connector_extra_config``, or PDLAUNCH_STATEMENTS_DIR in the environment,
 names the folder of the statements, the same one for all engines.
@@ -26,6 +27,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import (
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
 
 from pdlaunch.vllm.agent import new_agent
+from pdlaunch.vllm.far_statements import FarStatements
 from pdlaunch.vllm.statements import StatementBoard
 from pdlaunch.vllm.support import SUPPORTED_VERSIONS, is_supported, refusal, refused
 from pdlaunch.vllm.worker import ProvingWorker, StatingScheduler
@@ -61,7 +63,9 @@ class VerifiedNixlConnector(NixlPullConnector):  # type: ignore[misc]
         transfer = vllm_config.kv_transfer_config
         board = StatementBoard(_statements_dir(transfer.get_from_extra_config))
         with _agents_without_listener():
-            self.connector_worker = _Worker(board, *arguments)
+            self.connector_worker = _Worker(
+                board, FarStatements.from_environment(board), *arguments
+            )
         if reason := refusal(self.connector_worker):
             raise refused(reason)
 

@@ -125,9 +125,14 @@ class StatementBoard:
                 self.withdraw(request_id)
 
     def _path(self, engine_id: str, tp_rank: int, request_id: str) -> Path:
-        # Clients choose a part of request ids, and they come back from outside.
-        name = hashlib.sha256(json.dumps([engine_id, tp_rank, request_id]).encode())
-        return self._folder / name.hexdigest()[:40]
+        return self._folder / statement_name(engine_id, tp_rank, request_id)
+
+
+def statement_name(engine_id: str, tp_rank: int, request_id: str) -> str:
+    """Return the name of a statement's file."""
+    # Clients choose a part of request ids, and they come back from outside.
+    name = hashlib.sha256(json.dumps([engine_id, tp_rank, request_id]).encode())
+    return name.hexdigest()[:40]
 
 
 def token_hash(token_ids: Sequence[int], context: Sequence[str] = ()) -> str:

@@ -11,12 +11,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pdlaunch.vllm.checksums import BlockHasher, new_hasher
 from pdlaunch.vllm.failures import report_failure
+from pdlaunch.vllm.far_statements import Answer, FarStatements
 from pdlaunch.vllm.proof import ReadBlocks, first_head, judge
 from pdlaunch.vllm.statements import Statement, StatementBoard, token_hash
 from pdlaunch.vllm.support import refused
@@ -103,9 +105,13 @@ class StatingScheduler(SchedulerBase):  # type: ignore[misc]
 class ProvingWorker(WorkerBase):  # type: ignore[misc]
     """States prompts after the step that completes them; judges what was read before its use."""
 
-    def __init__(self, board: StatementBoard, *args: Any) -> None:
+    def __init__(self, board: StatementBoard, far: FarStatements | None, *args: Any) -> None:
+        """``far``: finds statements of other hosts, where engines may be on several."""
         super().__init__(*args)
         self._board = board
+        self._far = far
+        self._asked: dict[str, Future[Answer]] = {}
+        """Answers that are waited for, by request; its READ has ended."""
         self._hasher: BlockHasher | None = None
         self._to_prove: dict[str, str] = {}
 
@@ -141,12 +147,14 @@ class ProvingWorker(WorkerBase):  # type: ignore[misc]
 
     def shutdown(self) -> None:
         self._board.close()
+        if self._far is not None:
+            self._far.close()
         super().shutdown()
 
     def _pop_done_transfers(self, transfers: dict[str, list[Any]]) -> tuple[set[str], set[str]]:
         done, failed = super()._pop_done_transfers(transfers)
-        for request_id in done - failed - self._recv_failures:
-            if reason := self._judge(request_id):
+        for request_id, statements in self._stated(done, done - failed - self._recv_failures):
+            if reason := self._judge(request_id, statements):
                 engine_id = self._recving_metadata[request_id].remote.engine_id
                 _logger.warning(
                     "KV blocks of request %s of engine %s are not used: %s; the prompt is computed "
@@ -159,6 +167,37 @@ class ProvingWorker(WorkerBase):  # type: ignore[misc]
                 report_failure(engine_id)
                 failed.add(request_id)
         return done, failed
+
+    def _stated(self, done: set[str], read: set[str]) -> Iterator[tuple[str, Answer]]:
+        """Yield the requests that were ``read`` with what is stated about them.
+
+        Those of which it is not known yet are taken out of ``done``, and are yielded, and done, in
+        a later step.
+        """
+        for request_id in read:
+            remote = self._recving_metadata[request_id].remote
+            asked = remote.engine_id, self._sources(request_id), remote.request_id
+            if self._far is None:
+                engine_id, ranks, name = asked
+                yield request_id, {rank: self._board.find(engine_id, rank, name) for rank in ranks}
+            else:
+                done.discard(request_id)
+                self._asked[request_id] = self._far.ask(*asked, remote.host, remote.port)
+        for request_id in self._asked.keys() - self._recving_metadata.keys():
+            del self._asked[request_id]
+        for request_id in [name for name, answer in self._asked.items() if answer.done()]:
+            done.add(request_id)
+            yield request_id, self._asked.pop(request_id).result()
+
+    def _sources(self, request_id: str) -> Sequence[int]:
+        """Return the prefill ranks whose blocks a request reads; none where the prefix cache had
+        all of them.
+        """
+        metadata = self._recving_metadata[request_id]
+        if not any(metadata.local_physical_block_ids):
+            return ()
+        ranks: Sequence[int] = self.tp_mappings[metadata.remote.engine_id].all_source_ranks
+        return ranks
 
     def _handle_failed_transfer(self, req_id: str, *args: Any, **options: Any) -> Any:
         metadata = self._recving_metadata.get(req_id)
@@ -173,7 +212,9 @@ class ProvingWorker(WorkerBase):  # type: ignore[misc]
         for request_id in done_sending - before:
             self._board.withdraw(request_id)
 
-    def _judge(self, request_id: str) -> str:
+    def _judge(self, request_id: str, statements: Answer) -> str:
+        if isinstance(statements, str):
+            return statements
         metadata = self._recving_metadata[request_id]
         local, remote = metadata.local_physical_block_ids, metadata.remote
         if not any(local):
@@ -187,11 +228,7 @@ class ProvingWorker(WorkerBase):  # type: ignore[misc]
             algorithm=self._hasher.algorithm,
             checksums=self._hasher.checksums(block_ids),
         )
-        ranks = self.tp_mappings[remote.engine_id].all_source_ranks
-        return judge(
-            read,
-            {rank: self._board.find(remote.engine_id, rank, remote.request_id) for rank in ranks},
-        )
+        return judge(read, statements)
 
     def _first_head(self) -> int:
         total = self.model_config.get_total_num_kv_heads()

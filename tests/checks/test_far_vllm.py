@@ -59,9 +59,9 @@ def test_variables_are_those_that_the_vllm_of_an_agent_knows() -> None:
 
 def test_of_hosts_that_have_not_joined_no_executable_is_missed() -> None:
     launch = launch_on(None, None, engine_command="/opt/vllm/bin/vllm")
-    assert not findings(launch, "PD611", "PD612")
+    assert not findings(launch, "PD611", "PD612", "PD629")
     assert launch.roles["decode"].unverified == (
-        "the version of /opt/vllm/bin/vllm is not known before the agent of a has joined"
+        "the version of /opt/vllm/bin/vllm on a is not known: its agent has not joined yet"
     )
 
 
@@ -81,6 +81,7 @@ def test_engines_get_the_addresses_of_their_hosts() -> None:
         assert environment["UCX_NET_DEVICES"] == address
         assert environment["UCX_TCP_PORT_RANGE"] == "21000-21999"
         assert environment["UCX_TLS"] == "tcp,posix,cma,self"
+        assert "VerifiedNixlConnector" in value_of(process.command, "--kv-transfer-config")
         # The sidecar has the port, and its engine a Unix socket.
         assert not {"--port", "--host", "--uds"} & set(process.command)
     assert prefill.ports == {"http": 8200}

@@ -105,10 +105,14 @@ def far_launch(
     agents: Sequence[str],
     here: str = "a",
     environ: Mapping[str, str] | None = None,
+    *,
+    allow: Sequence[str] = (),
+    timeout_s: float = START_TIMEOUT_S,
 ) -> Iterator[FarLaunch]:
     """Run a launch of the demo model, with agents on other hosts, until it is ready.
 
-    ``environ``: one whose prompts go through pairs when left out.
+    ``environ``: one whose prompts go through pairs when left out. ``allow``: executables that the
+    agents allow.
     """
     host = network[here]
     whole = {
@@ -133,10 +137,12 @@ def far_launch(
                 file = network[name].file(JOIN)
                 file.touch(0o600)
                 file.write_bytes(ticket)
+                words = ("agent", "--join", JOIN, "--name", name)
+                allowed = [word for each in allow for word in ("--allow-executable", each)]
                 launch.agents[name] = stack.enter_context(
-                    pdlaunch(network[name], "agent", "agent", "--join", JOIN, "--name", name)
+                    pdlaunch(network[name], "agent", *words, *allowed)
                 )
-            wait_for(lambda: is_healthy(launch), launch, "not ready")
+            wait_for(lambda: is_healthy(launch), launch, "not ready", timeout_s)
             yield launch
         except BaseException:
             sys.stderr.write(launch.output())

@@ -6,8 +6,14 @@ from pathlib import Path
 import pytest
 
 import pdlaunch
-from pdlaunch.sidecar.connector import Failures, connector_environment
+from pdlaunch.sidecar.connector import (
+    Failures,
+    connector_environment,
+    statements_folder,
+    statements_socket,
+)
 from pdlaunch.vllm.failures import FAILURES_FILE, report_failure
+from pdlaunch.vllm.far_statements import STATEMENTS_SOCKET
 
 
 def test_engines_of_a_launch_get_one_folder_of_their_user(tmp_path: Path) -> None:
@@ -16,6 +22,13 @@ def test_engines_of_a_launch_get_one_folder_of_their_user(tmp_path: Path) -> Non
     folder = Path(first["PDLAUNCH_STATEMENTS_DIR"])
     assert folder.parent == tmp_path
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_engines_of_several_hosts_ask_their_sidecars(tmp_path: Path) -> None:
+    far = connector_environment(tmp_path, "decode-0", "", is_far=True)
+    assert far.pop(STATEMENTS_SOCKET) == str(statements_socket(tmp_path, "decode-0"))
+    assert far == connector_environment(tmp_path, "decode-0", "")
+    assert statements_folder(tmp_path) == Path(far["PDLAUNCH_STATEMENTS_DIR"])
 
 
 def test_of_what_is_installed_here_vllm_sees_pdlaunch_alone(tmp_path: Path) -> None:

@@ -55,6 +55,6 @@ def test_versions() -> None:
 
 
 def test_a_cache_of_another_shape_names_the_setting(tmp_path: Path) -> None:
-    worker = Worker(StatementBoard(tmp_path), "engine", 0, 1)
+    worker = Worker(StatementBoard(tmp_path), None, "engine", 0, 1)
     with pytest.raises(ValueError, match=r"kv_transfer\.verify: off"):
         worker.register_kv_caches({"layer": torch.zeros(4, 4)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from pdlaunch.vllm.failures import FAILURES_FILE
+from pdlaunch.vllm.far_statements import Answer
 from pdlaunch.vllm.statements import StatementBoard, token_hash
 from pdlaunch.vllm.worker import Orders, Prompt, ProvingWorker, StatingScheduler
 
@@ -77,6 +79,7 @@ class Pair:
     decode_tp: int = 1
     prefill: list[Worker] = field(default_factory=list)
     decode: list[Worker] = field(default_factory=list)
+    far: Any = None
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
@@ -85,7 +88,7 @@ class Pair:
             ("decode", self.decode_tp, self.decode),
         ):
             for rank in range(tp_size):
-                worker = Worker(StatementBoard(self.folder), name, rank, tp_size)
+                worker = Worker(StatementBoard(self.folder), self.far, name, rank, tp_size)
                 shape = (NUM_BLOCKS, NUM_HEADS // tp_size, 4, 8)
                 worker.register_kv_caches(
                     {f"model.layers.{layer}": torch.randn(shape) for layer in range(11)}
@@ -106,10 +109,24 @@ class Pair:
         prompt: str = PROMPT,
     ) -> list[bool]:
         """READ the last blocks; return by rank whether they are used."""
+        self.begin(request, local, remote, prompt)
+        return [self.is_used(worker, f"d-{request}") for worker in self.decode]
+
+    def begin(
+        self,
+        request: str,
+        local: tuple[int, ...],
+        remote: tuple[int, ...],
+        prompt: str = PROMPT,
+    ) -> None:
         wanted = SimpleNamespace(
             local_physical_block_ids=[list(local)] if local else [],
             remote=SimpleNamespace(
-                engine_id="prefill", request_id=request, block_ids=[list(remote)]
+                engine_id="prefill",
+                request_id=request,
+                block_ids=[list(remote)],
+                host="10.0.0.2",
+                port=21_000,
             ),
         )
         orders = Orders(to_prove={f"d-{request}": prompt})
@@ -122,7 +139,6 @@ class Pair:
                 SimpleNamespace(reqs_to_recv={f"d-{request}": wanted}, pdlaunch=orders)
             )
             self._copy(worker, local, remote[len(remote) - len(local) :])
-        return [self.is_used(worker, f"d-{request}") for worker in self.decode]
 
     def _copy(self, worker: Worker, local: tuple[int, ...], remote: tuple[int, ...]) -> None:
         for name, cache in worker.kv_caches.items():
@@ -218,6 +234,61 @@ def test_failures_are_reported_with_the_engine_that_lent_the_blocks(
     assert worker._handle_failed_transfer("gone", None, failed)
     assert failed == {"d-r", "gone"}
     assert file.read_text() == "prefill\nprefill\n"
+
+
+class Far:
+    """Stands for what asks other hosts: answers when the test says so."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Any, ...]] = []
+        self.answers: list[Future[Answer]] = []
+
+    def ask(self, *question: Any) -> Future[Answer]:
+        self.asked.append(question)
+        self.answers.append(Future())
+        return self.answers[-1]
+
+    def close(self) -> None:
+        pass
+
+
+def test_blocks_of_another_host_wait_for_what_is_stated_there(tmp_path: Path) -> None:
+    """The engine goes on with its steps until it is known."""
+    far = Far()
+    pair = Pair(tmp_path, far=far)
+    pair.compute("r", (4, 2))
+    (worker,) = pair.decode
+    statement = worker._board.find("prefill", 0, "r")
+    for outcome, is_used in (
+        ({0: statement}, True),
+        ({0: None}, False),
+        ("nobody knows", False),
+    ):
+        worker.xfer_stats.num_failed = 0
+        pair.begin("r", (1, 5), (4, 2))
+        worker.read = {"d-r"}
+        assert worker._pop_done_transfers({}) == (set(), set())
+        worker.read = set()
+        assert worker._pop_done_transfers({}) == (set(), set())
+        assert far.asked[-1] == ("prefill", (0,), "r", "10.0.0.2", 21_000)
+        far.answers[-1].set_result(outcome)
+        failed = set() if is_used else {"d-r"}
+        assert worker._pop_done_transfers({}) == ({"d-r"}, failed)
+        assert worker.xfer_stats.num_failed == len(failed)
+        assert worker._pop_done_transfers({}) == (set(), set())
+
+
+def test_a_request_that_leaves_before_it_is_known(tmp_path: Path) -> None:
+    far = Far()
+    pair = Pair(tmp_path, far=far)
+    (worker,) = pair.decode
+    pair.begin("r", (1, 5), (4, 2))
+    worker.read = {"d-r"}
+    worker._pop_done_transfers({})
+    worker.read = set()
+    worker._recving_metadata.clear()
+    far.answers[-1].set_result({0: None})
+    assert worker._pop_done_transfers({}) == (set(), set())
 
 
 def test_prompts_that_left_are_forgotten(tmp_path: Path) -> None:

@@ -1,0 +1,160 @@
+"""Engines of vLLM on two hosts of namespaces: prefill beside the router on a, decode on b."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.netns.hosts import new_network, why_not
+from tests.netns.launch import FarLaunch, far_launch, wait_for
+from tests.netns.test_launch import knock
+from tests.vllm.conftest import START_TIMEOUT_S
+from tests.vllm.test_pair import BYTES_READ, RUNNING, prompt_of
+
+HERE, THERE = {"name": "local", "roles": "prefill"}, {"name": "b", "roles": "decode"}
+DATA_PORTS = range(21000, 22000)
+NUM_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def pair(vllm_command: str) -> Iterator[FarLaunch]:
+    if reason := why_not():
+        pytest.skip(reason)
+    config = {
+        "engine": "vllm",
+        "engine_command": vllm_command,
+        "max_model_len": 512,
+        "enforce_eager": True,
+        "hosts": [HERE, THERE],
+        "kv_transfer": {"trusted_network": True},
+        "startup_timeout_s": START_TIMEOUT_S,
+    }
+    with (
+        new_network("a", "b", "stranger") as network,
+        far_launch(
+            network, config, ["b"], allow=[vllm_command], timeout_s=START_TIMEOUT_S
+        ) as launch,
+    ):
+        yield launch
+
+
+def question(seed: int, **fields: Any) -> dict[str, Any]:
+    body = {"prompt": prompt_of(seed), "max_tokens": NUM_TOKENS, "temperature": 0}
+    return body | {"return_token_ids": True, "ignore_eos": True} | fields
+
+
+def tokens_of(answer: Any) -> list[int]:
+    assert isinstance(answer, dict), answer
+    tokens: list[int] = answer["choices"][0]["token_ids"]
+    return tokens
+
+
+def metric(pair: FarLaunch, name: str) -> float:
+    values = [
+        float(line.rpartition(" ")[2])
+        for line in pair.get("/metrics").splitlines()
+        if line.startswith((f"{name}{{", f"{name} "))
+    ]
+    assert values, name
+    return sum(values)
+
+
+def state(pair: FarLaunch, name: str) -> str:
+    states = {each["name"]: each["state"] for each in pair.status()["engines"]}
+    return str(states[name])
+
+
+def assert_pulled(pair: FarLaunch, seed: int) -> None:
+    """The tokens of a pair are those of a prefill engine alone, and KV went over the network."""
+    read, passed = metric(pair, BYTES_READ), pair.network.num_bytes("a", "b")
+    (answer,) = pair.ask(question(seed))
+    read = metric(pair, BYTES_READ) - read
+    # 150 tokens of 46 kB each, but those of the last block.
+    assert read > 4_000_000
+    assert pair.network.num_bytes("a", "b") - passed > read
+    (alone,) = pair.ask_alone("prefill-0", question(seed, model="smollm2"))
+    assert tokens_of(answer) == tokens_of(alone)
+
+
+def test_tokens_are_those_of_one_engine_and_blocks_go_over_the_network(pair: FarLaunch) -> None:
+    engines = {each["name"]: each for each in pair.status()["engines"]}
+    assert {each["host"] for each in engines.values()} == {"local", "b"}
+    assert all(each["url"].startswith("https://10.77.0.") for each in engines.values())
+    for seed in range(3):
+        assert_pulled(pair, seed)
+    assert metric(pair, "pdlaunch_router_silent_recomputes_total") == 0
+
+
+def test_streams_come_through(pair: FarLaunch) -> None:
+    (whole,) = pair.ask(question(10))
+    said = _curl(pair, question(10, stream=True), "30")
+    events = [line.removeprefix("data: ") for line in said.splitlines() if line]
+    assert events.pop() == "[DONE]"
+    chunks = [json.loads(event)["choices"] for event in events]
+    tokens = [token for choices in chunks for each in choices for token in each["token_ids"] or ()]
+    assert tokens == tokens_of(whole)
+
+
+def test_a_client_that_leaves_ends_its_request_on_both_hosts(pair: FarLaunch) -> None:
+    said = _curl(pair, question(11, stream=True, max_tokens=300), "3")
+    assert "[DONE]" not in said
+    wait_for(lambda: not metric(pair, RUNNING), pair, "it still runs")
+    wait_for(lambda: not metric(pair, "vllm:kv_cache_usage_perc"), pair, "blocks are held")
+
+
+def _curl(pair: FarLaunch, body: dict[str, Any], max_s: str) -> str:
+    words = ("curl", "--silent", "--no-buffer", "--max-time", max_s, f"{pair.url}/v1/completions")
+    command = pair.here.command(
+        *words, "-H", "Content-Type: application/json", "--data", json.dumps(body)
+    )
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+
+def test_what_listens_is_documented_and_closed_to_strangers(pair: FarLaunch) -> None:
+    """docs/hosts.md: TLS that asks for the token at the sidecar, ports of vLLM's in data_ports."""
+    network = pair.network
+    found: dict[str, list[str]] = {}
+    for name in ("a", "b"):
+        host = network[name]
+        listening = [each for each in host.listening() if not each.address.startswith("127.")]
+        assert {each.address for each in listening} == {host.address}
+        doors = knock(network["stranger"], host.address, [each.port for each in listening])
+        for each in listening:
+            door = doors[each.port]
+            if door.kind == "tls":
+                assert door.status == 401
+            if door.kind not in ("tls", "curve"):
+                assert each.port in DATA_PORTS, each
+            found.setdefault(name, []).append(door.kind)
+    # UCX and the side channel of each engine; the supervisor's own for agents.
+    assert {name: sorted(kinds) for name, kinds in found.items()} == {
+        "a": ["curve", "open", "open", "tls"],
+        "b": ["open", "open", "tls"],
+    }
+
+
+@pytest.mark.vllm_long
+def test_an_engine_on_another_host_that_is_killed_comes_back(pair: FarLaunch) -> None:
+    (expected,) = pair.ask_alone("prefill-0", question(20, model="smollm2"))
+    _vllm_of(pair, "b").kill()
+    (answer,) = pair.ask(question(20))
+    assert tokens_of(answer) == tokens_of(expected)
+    wait_for(lambda: state(pair, "decode-0") != "ready", pair, "its death is not seen")
+    wait_for(lambda: state(pair, "decode-0") == "ready", pair, "not back", START_TIMEOUT_S)
+    wait_for(lambda: bool(pair.status()["pairs"]), pair, "not proven")
+    assert_pulled(pair, 21)
+
+
+def _vllm_of(pair: FarLaunch, host: str) -> psutil.Process:
+    """Return the ``vllm serve`` of a host; sidecars have it among their own words."""
+    (found,) = (
+        process
+        for process in pair.network[host].processes()
+        if "serve" in (words := process.cmdline()) and "pdlaunch.sidecar" not in words
+    )
+    return found
