@@ -68,7 +68,7 @@ def open_data_ports(context: Context) -> Iterator[Found]:
     """Ranks take KV blocks at ports that ask nobody who he is.
 
     The network was said to be trusted. UCX listens at one port of each rank, on the device of the
-    host's address alone; an engine of vLLM has one more, for its side channel.
+    host's address alone; of vLLM at one for each thread of NIXL, and its side channel at another.
     """
     transfer = context.config.kv_transfer
     if transfer.trusted_network:

@@ -15,6 +15,7 @@ from tests.netns.launch import FarLaunch, far_launch, wait_for
 from tests.netns.test_launch import knock
 from tests.vllm.conftest import START_TIMEOUT_S
 from tests.vllm.test_pair import BYTES_READ, RUNNING, prompt_of
+from tests.vllm.test_verified import FAILED, REMOTE_DECODE
 
 HERE, THERE = {"name": "local", "roles": "prefill"}, {"name": "b", "roles": "decode"}
 DATA_PORTS = range(21000, 22000)
@@ -88,6 +89,9 @@ def test_tokens_are_those_of_one_engine_and_blocks_go_over_the_network(pair: Far
     for seed in range(3):
         assert_pulled(pair, seed)
     assert metric(pair, "pdlaunch_router_silent_recomputes_total") == 0
+    assert metric(pair, FAILED) == 0
+    # They were proven: what prefill states has come from the other host.
+    assert "used unproven" not in pair.log("decode-0.log")
 
 
 def test_streams_come_through(pair: FarLaunch) -> None:
@@ -131,11 +135,29 @@ def test_what_listens_is_documented_and_closed_to_strangers(pair: FarLaunch) -> 
             if door.kind not in ("tls", "curve"):
                 assert each.port in DATA_PORTS, each
             found.setdefault(name, []).append(door.kind)
-    # UCX and the side channel of each engine; the supervisor's own for agents.
-    assert {name: sorted(kinds) for name, kinds in found.items()} == {
-        "a": ["curve", "open", "open", "tls"],
-        "b": ["open", "open", "tls"],
-    }
+    # UCX, of each thread of NIXL, and the side channel; the supervisor's own for agents.
+    for kinds, others in ((found["a"], ["curve", "tls"]), (found["b"], ["tls"])):
+        assert sorted(kind for kind in kinds if kind != "open") == others
+        assert kinds.count("open") >= 2
+
+
+def test_blocks_that_prefill_does_not_vouch_for_any_more_are_not_used(pair: FarLaunch) -> None:
+    """Its statement is a file on host a, which decode asks for from host b."""
+    body = question(30, model="smollm2")
+    (handed,) = pair.ask_alone(
+        "prefill-0", body | {"max_tokens": 1, "kv_transfer_params": REMOTE_DECODE}
+    )
+    params = handed["kv_transfer_params"]
+    assert params["remote_host"] == pair.network["a"].address
+    assert params["remote_port"] in DATA_PORTS
+    (alone,) = pair.ask_alone("prefill-0", body)
+    failed = metric(pair, FAILED)
+    for path in pair.here.file(_vllm_of(pair, "a").environ()["PDLAUNCH_STATEMENTS_DIR"]).iterdir():
+        path.unlink()
+    (answer,) = pair.ask_alone("decode-0", body | {"kv_transfer_params": params})
+    assert tokens_of(answer) == tokens_of(alone)
+    assert metric(pair, FAILED) > failed
+    assert "does not vouch for them any more" in pair.log("decode-0.log")
 
 
 @pytest.mark.vllm_long
@@ -151,10 +173,11 @@ def test_an_engine_on_another_host_that_is_killed_comes_back(pair: FarLaunch) ->
 
 
 def _vllm_of(pair: FarLaunch, host: str) -> psutil.Process:
-    """Return the ``vllm serve`` of a host; sidecars have it among their own words."""
+    """Return the ``vllm serve`` of a host."""
     (found,) = (
         process
         for process in pair.network[host].processes()
-        if "serve" in (words := process.cmdline()) and "pdlaunch.sidecar" not in words
+        if "serve" in (words := process.cmdline())
+        and not {"pdlaunch", "pdlaunch.sidecar"}.intersection(words)
     )
     return found
