@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import psutil
 import pytest
@@ -18,7 +18,7 @@ from tests.e2e.api import complete, streamed
 from tests.e2e.conftest import clean_environ
 from tests.e2e.waiting import await_true
 from tests.vllm.conftest import ARGUMENTS, START_TIMEOUT_S
-from tests.vllm.kv_memory import core_of, engine_of
+from tests.vllm.kv_memory import core_of, engine_of, worker_of
 from tests.vllm.test_pair import NUM_TOKENS, bytes_read, prompt_of, states
 
 pytestmark = pytest.mark.vllm_long
@@ -81,8 +81,14 @@ def test_an_idle_engine_whose_core_stands_still_is_restarted(launch: Deployment)
     await_healed(launch, "decode-0", dead, seed=301)
 
 
-@pytest.mark.parametrize("name", ["decode-0", "prefill-0"])
-def test_a_core_that_is_killed_under_streams(launch: Deployment, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "victim"),
+    [("decode-0", core_of), ("prefill-0", core_of), ("decode-0", worker_of)],
+    ids=["core of decode", "core of prefill", "worker of decode"],
+)
+def test_what_computes_is_killed_under_streams(
+    launch: Deployment, name: str, victim: Callable[[psutil.Process], psutil.Process]
+) -> None:
     """The server of the engine lives on for a moment, and answers for a core that is gone."""
     prompt = prompt_of(310)
     expected = complete(launch.url, prompt, LONG)
@@ -96,7 +102,7 @@ def test_a_core_that_is_killed_under_streams(launch: Deployment, name: str) -> N
     dead = family(engine_of(sidecar))
     with streamed(launch.url, prompt, LONG) as tokens:
         first = next(tokens)
-        core_of(sidecar).kill()
+        victim(sidecar).kill()
         assert [first, *tokens] == expected
     if name == "decode-0":
         with pytest.raises(APIError, match="seed"):
