@@ -1,5 +1,5 @@
-"""Two or more hosts on this machine: namespaces of their own for net, uts, ipc, pid and mounts,
-with a switch between them.
+"""Two or more hosts on this machine: namespaces of their own for net, uts, ipc, pid, mounts and
+monotonic clocks, with a switch between them.
 
 Nothing of a host is left once its first process has ended, and that one ends with the test's
 process, however that dies: it reads a pipe whose other end the test holds.
@@ -27,7 +27,10 @@ from tests.netns.switch import DEVICE, MTU, Count, Knocks, Link, SetDoors, SetLi
 
 TIMEOUT_S = 20.0
 ROOT = Path(__file__).parents[2]
-_NAMESPACES = ("--net", "--uts", "--ipc", "--pid", "--mount")
+# Kernels before 5.6 have no clocks of a host's own.
+_CLOCKS = ("--time",) if Path("/proc/self/ns/time").exists() else ()
+_NAMESPACES = ("--net", "--uts", "--ipc", "--pid", "--mount", *_CLOCKS)
+_DAY_S = 86_400
 # Shared memory and temporary files are the host's own; /sys shows its network devices. The checkout
 # is there on all hosts, be it in /tmp.
 _FIRST_PROCESS = """
@@ -197,7 +200,9 @@ def new_network(*names: str) -> Iterator[Network]:
     """Make hosts that reach each other."""
     with contextlib.ExitStack() as stack:
         hosts = [
-            Host(name, f"10.77.0.{index}", f"fd77::{index}", stack.enter_context(_first(name)))
+            Host(
+                name, f"10.77.0.{index}", f"fd77::{index}", stack.enter_context(_first(name, index))
+            )
             for index, name in enumerate(names, 1)
         ]
         switch = stack.enter_context(
@@ -216,9 +221,11 @@ def new_network(*names: str) -> Iterator[Network]:
 
 
 @contextlib.contextmanager
-def _first(name: str) -> Iterator[int]:
-    """The first process of a host; its id."""
+def _first(name: str, days: int) -> Iterator[int]:
+    """The first process of a host that has run for so many days longer than this one; its id."""
     words = ["unshare", *_NAMESPACES, "--fork", "--kill-child", "--mount-proc"]
+    if _CLOCKS:
+        words += [f"--{clock}={days * _DAY_S}" for clock in ("monotonic", "boottime")]
     with _child([*words, "sh", "-c", _FIRST_PROCESS, name, str(ROOT)]) as unshare:
         _await_line(unshare, b"ready")
         yield psutil.Process(unshare.pid).children()[0].pid

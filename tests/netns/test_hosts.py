@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from pdlaunch.platform.kernel import host_identity
 from tests.netns.hosts import ROOT, TIMEOUT_S, Host, Network
@@ -61,6 +62,14 @@ def test_hosts_share_nothing_but_the_network(network: Network):
     identities = {host.run(sys.executable, "-c", identity) for host in (a, b)}
     assert len(identities | {host_identity()}) == 3
     assert set(os.listdir("/sys/class/net")) != set(a.run("ls", "/sys/class/net").split())  # noqa: PTH208
+
+
+def test_clocks_of_hosts_differ(network: Network):
+    if not Path("/proc/self/ns/time").exists():
+        pytest.skip("this kernel has no clocks of a host's own")
+    code = "import time; print(time.monotonic())"
+    shown = [float(network[name].run(sys.executable, "-c", code)) for name in ("a", "b")]
+    assert shown[1] - shown[0] > 80_000
 
 
 def test_bytes_are_counted(network: Network):
