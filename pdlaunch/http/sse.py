@@ -60,13 +60,22 @@ class EventStream(Protocol):
         """End a stream that has begun with an error event."""
 
 
+class _StreamResponse(web.StreamResponse):
+    """Keeps its headers back until the first piece of the body, and sends both in one piece.
+
+    aiohttp has no public name for it; ``web.Response`` does the same.
+    """
+
+    _send_headers_immediately = False
+
+
 class ClientStream:
     """Sends events to a client's connection, its headers with the first event."""
 
     def __init__(self, http: web.BaseRequest, headers: Mapping[str, str]) -> None:
         self._http = http
         self._preparing = asyncio.Lock()
-        self.response = web.StreamResponse(headers=_HEADERS | dict(headers))
+        self.response = _StreamResponse(headers=_HEADERS | dict(headers))
 
     @property
     def has_begun(self) -> bool:

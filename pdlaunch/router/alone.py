@@ -33,7 +33,14 @@ from pdlaunch.router.membership_sources import DnsSource, FileSource
 from pdlaunch.router.membership_watch import WatchedMembership
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
-from pdlaunch.router.process import CLIENT_READ_TIMEOUT_S, fit, follow, listen, new_policy
+from pdlaunch.router.process import (
+    CLIENT_READ_TIMEOUT_S,
+    fit,
+    follow,
+    listen,
+    new_policy,
+    settle_memory,
+)
 from pdlaunch.router.state import RecoverySettings, RouterState
 from pdlaunch.router.supervisor_link import Question, SupervisorLink
 from pdlaunch.router.watched_engine import Member, WatchSettings
@@ -100,6 +107,7 @@ class LoneRouter:
             runners.append(await self._take_commands())
             await listen(runner, spec.listeners)
             runner.drop_stalled_readers(CLIENT_READ_TIMEOUT_S)
+            settle_memory()
             _logger.info(
                 "listening at %s, for commands at %s",
                 local_url(spec.host, spec.port),

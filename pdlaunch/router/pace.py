@@ -78,6 +78,8 @@ def slowness(paces: Sequence[Pace]) -> list[float]:
 
     Of two usual ones the faster counts: the fastest is never slow, nor are more than half.
     """
+    if len(paces) < 2:
+        return [1.0] * len(paces)
     usual = {measure: _usual(paces, measure) for measure in MEASURES}
     return [
         max(

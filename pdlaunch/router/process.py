@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import socket
 import time
@@ -101,6 +102,7 @@ class RouterProcess:
                 runners.append(await self._take_commands())
                 await listen(runner, self._spec.listeners)
                 runner.drop_stalled_readers(CLIENT_READ_TIMEOUT_S)
+                settle_memory()
                 self._supervised.send(Ready(info={"url": self._url}))
             await obeying
         finally:
@@ -179,6 +181,14 @@ async def listen(runner: web.AppRunner, listeners: Sequence[int]) -> None:
         listener = socket.socket(fileno=descriptor)
         listener.set_inheritable(False)
         await web.SockSite(runner, listener, backlog=LISTEN_BACKLOG).start()
+
+
+def settle_memory() -> None:
+    """Keep what the process holds once it is ready from the collector of garbage: requests make no
+    garbage of it, and each full search of it would hold up all streams.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def fit(spec: RouterSpec) -> RouterSpec:
