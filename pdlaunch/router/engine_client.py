@@ -11,28 +11,24 @@ import contextlib
 import logging
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
+from urllib.parse import urlencode
 
-import aiohttp
 import msgspec
-from yarl import URL
 
-from pdlaunch.http.engine_url import UNIX, http_url, new_session
+from pdlaunch.http.engine_calls import Answer, EngineCalls, Silence
 from pdlaunch.http.ignored_fields import IGNORED_FIELDS_HEADER, read_ignored_fields
 from pdlaunch.observe.spans import SpanReport
 from pdlaunch.protocol.costs import EngineReport
 from pdlaunch.protocol.ids import HopId, LeaseId
 from pdlaunch.protocol.openai.responses import ModelCard, ModelList
 from pdlaunch.router.engine import Engine
-from pdlaunch.router.engine_errors import EngineFailure, broken, require_ok
-from pdlaunch.router.engine_reader import EngineReader
+from pdlaunch.router.engine_errors import EngineFailure, broken_is_failure, refuse_error
 from pdlaunch.router.engine_stream import EngineStream
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 class EngineTimeouts(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,42 +77,42 @@ class EngineClient:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._timeouts = timeouts
-        self._tls = tls
+        self._calls = EngineCalls(timeouts.connect_s, tls)
         self._clock = clock
         self._keys = keys
-        self._sessions: dict[tuple[str, str | None], aiohttp.ClientSession] = {}
-        """One for all TCP ports, under an empty name, and one for each Unix socket; by key."""
-        self._endings: set[asyncio.Task[None]] = set()
-        """Read what comes behind the last event of a stream."""
 
     async def close(self) -> None:
-        for ending in self._endings:
-            ending.cancel()
-        await asyncio.gather(*self._endings, return_exceptions=True)
-        for session in self._sessions.values():
-            await session.close()
+        self._calls.close()
 
-    def _session(self, engine: Engine) -> aiohttp.ClientSession:
-        socket = engine.url if engine.url.startswith(UNIX) else ""
+    async def _call(
+        self,
+        engine: Engine,
+        method: str,
+        target: str,
+        body: bytes,
+        headers: Mapping[str, str],
+        silence: Silence | None = None,
+    ) -> Answer:
+        """Return the answer once its head is here. Raises EngineFailure."""
         key = self._keys if isinstance(self._keys, str) else self._keys(engine)
-        session = self._sessions.get((socket, key))
-        if session is None:
-            authorization = {} if key is None else {"Authorization": f"Bearer {key}"}
-            session = self._sessions[socket, key] = new_session(
-                engine.url,
-                tls=self._tls,
-                timeout=aiohttp.ClientTimeout(total=None, connect=self._timeouts.connect_s),
-                headers=authorization | {"Content-Type": "application/json"},
-                auto_decompress=True,
-                read_bufsize=2**18,
-            )
-        return session
+        own = {"Content-Type": "application/json", **headers}
+        if key is not None:
+            own["Authorization"] = f"Bearer {key}"
+        with broken_is_failure(engine):
+            return await self._calls.call(engine.url, method, target, own, body, silence)
 
     async def ask(
         self, engine: Engine, path: str, body: bytes, headers: dict[str, str]
     ) -> EngineAnswer:
         """Return the whole answer to a POST. Raises EngineFailure, EngineRefusal."""
-        return await self._while_alive(engine, self._ask(engine, path, body, headers))
+        answer = await self._call(engine, "POST", path, body, headers, self._silence(engine))
+        try:
+            with broken_is_failure(engine):
+                whole = await answer.read()
+        finally:
+            answer.close()
+        refuse_error(engine, answer, whole)
+        return EngineAnswer(whole, _ignored_fields(answer))
 
     @contextlib.asynccontextmanager
     async def stream(
@@ -126,24 +122,22 @@ class EngineClient:
 
         Raises EngineFailure and EngineRefusal, from the block too.
         """
-        response = await self._while_alive(engine, self._open(engine, path, body, headers))
-        reader = EngineReader(
-            engine, response, self._timeouts.stall_s, partial(self._probe, engine)
-        )
-        stream = EngineStream(
-            engine, _ignored_fields(response), read_some=reader.read_some, hear=self.hear
-        )
+        answer = await self._call(engine, "POST", path, body, headers, self._silence(engine))
         try:
+            if answer.status != 200:
+                with broken_is_failure(engine):
+                    refuse_error(engine, answer, await answer.read())
+            stream = EngineStream(
+                engine, _ignored_fields(answer), read_some=answer.read_some, hear=self.hear
+            )
             yield stream
         except BaseException:
-            reader.close()
+            answer.close()
             raise
-        if stream.is_done and not reader.has_ended:
-            ending = asyncio.ensure_future(reader.end())
-            self._endings.add(ending)
-            ending.add_done_callback(self._endings.discard)
+        if stream.is_done:
+            answer.leave()
         else:
-            reader.close()
+            answer.close()
 
     async def call(
         self,
@@ -160,24 +154,19 @@ class EngineClient:
 
         Raises EngineFailure when there is no answer.
         """
-        url = URL(http_url(engine.url)).with_path(path).with_query(list(query))
+        target = f"{path}?{urlencode(query)}" if query else path
         try:
-            timeout = aiohttp.ClientTimeout(total=timeout_s, connect=self._timeouts.connect_s)
-            async with self._session(engine).request(
-                method,
-                url,
-                data=body or None,
-                headers=headers,
-                timeout=timeout,
-                allow_redirects=False,
-            ) as response:
-                return (
-                    response.status,
-                    await response.read(),
-                    response.headers.get("Content-Type", response.content_type),
-                )
-        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-            raise broken(engine, error) from error
+            async with asyncio.timeout(timeout_s):
+                answer = await self._call(engine, method, target, body, headers or {})
+                try:
+                    with broken_is_failure(engine):
+                        whole = await answer.read()
+                finally:
+                    answer.close()
+        except TimeoutError:
+            raise EngineFailure(engine, f"no answer within {timeout_s:g} s") from None
+        content_type = answer.headers.get("content-type", "application/octet-stream")
+        return answer.status, whole, content_type
 
     def hear(self, engine: Engine, work: object) -> None:
         """Take what a native engine tells of its work beside an answer."""
@@ -281,65 +270,13 @@ class EngineClient:
         """Make a call that asks for no work, so that a living engine answers within ``probe_s``."""
         return await self.call(engine, method, path, body=body, timeout_s=self._timeouts.probe_s)
 
-    async def _ask(
-        self, engine: Engine, path: str, body: bytes, headers: dict[str, str]
-    ) -> EngineAnswer:
-        try:
-            async with self._session(engine).post(
-                http_url(engine.url) + path, data=body, headers=headers, allow_redirects=False
-            ) as response:
-                await require_ok(engine, response)
-                return EngineAnswer(await response.read(), _ignored_fields(response))
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise broken(engine, error) from error
-
-    async def _open(
-        self, engine: Engine, path: str, body: bytes, headers: dict[str, str]
-    ) -> aiohttp.ClientResponse:
-        try:
-            response = await self._session(engine).post(
-                http_url(engine.url) + path, data=body, headers=headers, allow_redirects=False
-            )
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise broken(engine, error) from error
-        try:
-            await require_ok(engine, response)
-        # Whatever it is, a cancel too: an answer that nobody reads would keep its connection.
-        except BaseException:
-            response.close()
-            raise
-        return response
-
-    async def _while_alive(self, engine: Engine, work: Coroutine[Any, Any, T]) -> T:
-        """Wait for ``work``; after each silence of ``stall_s`` make sure that the engine lives."""
-        task = asyncio.ensure_future(work)
-        try:
-            while not (await asyncio.wait({task}, timeout=self._timeouts.stall_s))[0]:
-                await self._probe(engine)
-        except BaseException:
-            task.add_done_callback(_discard_result)
-            task.cancel()
-            raise
-        try:
-            return task.result()
-        finally:
-            # It holds its error, whose traceback holds this frame.
-            del task
+    def _silence(self, engine: Engine) -> Silence:
+        return Silence(self._timeouts.stall_s, partial(self._probe, engine))
 
     async def _probe(self, engine: Engine) -> None:
         if not await self.is_alive(engine):
             raise EngineFailure(engine, f"silent for {self._timeouts.stall_s:g} s and not healthy")
 
 
-def _discard_result(task: asyncio.Task[Any]) -> None:
-    """Work that nobody waits for any more may have ended all the same: close what it opened."""
-    if (
-        not task.cancelled()
-        and task.exception() is None
-        and isinstance(task.result(), aiohttp.ClientResponse)
-    ):
-        task.result().close()
-
-
-def _ignored_fields(response: aiohttp.ClientResponse) -> list[str]:
-    return read_ignored_fields(response.headers.get(IGNORED_FIELDS_HEADER))
+def _ignored_fields(answer: Answer) -> list[str]:
+    return read_ignored_fields(answer.headers.get(IGNORED_FIELDS_HEADER.lower()))

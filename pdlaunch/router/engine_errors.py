@@ -10,11 +10,10 @@ import re
 from types import TracebackType
 from typing import Any
 
-import aiohttp
 import msgspec
 
 from pdlaunch.errors import OverloadedError, PdlaunchError
-from pdlaunch.http.engine_url import describe_client_error
+from pdlaunch.http.engine_calls import Answer, CallError
 from pdlaunch.http.errors import RANK_LOST, RETRY_AFTER_S, RelayedError
 from pdlaunch.router.engine import Engine
 
@@ -83,12 +82,6 @@ class EngineRefusal(RelayedError):
         return self.status == 429
 
 
-def broken(engine: Engine, error: aiohttp.ClientError | TimeoutError | ValueError) -> EngineFailure:
-    """Return the failure of an engine whose connection gave no answer."""
-    unheard = isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
-    return EngineFailure(engine, describe_client_error(error), turned_away=unheard)
-
-
 def error_names(error: dict[str, Any]) -> str:
     """Return type and code of an engine's error, in parentheses, as far as these are names."""
     values = [str(error[key]) for key in ("type", "code") if error.get(key) is not None]
@@ -104,36 +97,53 @@ def _error_of(body: bytes) -> dict[str, Any]:
     return error if isinstance(error, dict) else {}
 
 
-async def require_ok(engine: Engine, response: aiohttp.ClientResponse) -> None:
+def refuse_error(engine: Engine, answer: Answer, body: bytes) -> None:
     """Raise EngineFailure or EngineRefusal for an answer that is no 200."""
-    if response.status == 200:
+    if answer.status == 200:
         return
-    try:
-        body = await response.read()
-    except aiohttp.ClientError as error:
-        raise EngineFailure(engine, f"answered {response.status} and broke off") from error
-    if response.status >= 500 or 300 <= response.status < 400:
+    if answer.status >= 500 or 300 <= answer.status < 400:
         error_fields = _error_of(body)
-        may_return = response.status in (502, 503, 504)
+        may_return = answer.status in (502, 503, 504)
         raise EngineFailure(
             engine,
-            f"answered {response.status}{error_names(error_fields)}",
+            f"answered {answer.status}{error_names(error_fields)}",
             may_return=may_return,
-            turned_away=response.status == 503,
+            turned_away=answer.status == 503,
             engine_code=error_fields.get("code"),
             quote=body[:MAX_QUOTE_BYTES].decode(errors="replace"),
             is_told=True,
         )
     raise EngineRefusal(
         engine,
-        status=response.status,
+        status=answer.status,
         body=body,
-        content_type=response.content_type,
-        retry_after=response.headers.get("Retry-After"),
+        content_type=answer.headers.get("content-type", "application/json").partition(";")[0],
+        retry_after=answer.headers.get("retry-after"),
     )
 
 
-# Used as a function; a generator costs three times as much.
+# These are used as functions; generators cost three times as much.
+class broken_is_failure:  # noqa: N801
+    """Turn an answer that did not come, or not to its end, into an EngineFailure."""
+
+    __slots__ = ("_engine",)
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if isinstance(error, CallError):
+            raise EngineFailure(self._engine, str(error), turned_away=error.unheard) from error
+
+
 class malformed_is_failure:  # noqa: N801
     """Turn what reading an answer of another form raises into an EngineFailure."""
 

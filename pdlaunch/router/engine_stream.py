@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from pdlaunch.errors import ProtocolError
+from pdlaunch.http.engine_calls import CallError
 from pdlaunch.http.sse import DONE_DATA, EventDecoder
 from pdlaunch.observe.spans import SpanReport
 from pdlaunch.protocol.openai.responses import REPORT_KEY, WORK_KEY
@@ -43,8 +44,8 @@ _CLIENT_ERROR_TYPES = frozenset({"invalid_request_error", "BadRequestError", "No
 class EngineStream:
     """Reads the chunks of one answer, up to ``[DONE]`` or the end of the connection.
 
-    ``read_some`` returns the next bytes, none at the end; ``hear`` takes what the engine tells of
-    its work beside the answer.
+    ``read_some`` returns the next bytes, none at the end, and raises CallError; ``hear`` takes what
+    the engine tells of its work beside the answer.
     """
 
     def __init__(
@@ -98,7 +99,10 @@ class EngineStream:
     async def _next_event(self) -> bytes | None:
         while not self._pending:
             asked_at = time.monotonic()
-            received = await self._read_some()
+            try:
+                received = await self._read_some()
+            except CallError as error:
+                raise EngineFailure(self._engine, f"stream broke: {error}") from error
             self.waited_s += time.monotonic() - asked_at
             if not received:
                 return None
