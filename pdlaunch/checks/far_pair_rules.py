@@ -10,6 +10,10 @@ from pdlaunch.config.ucx import RDMA, TCP, opens_network, setting
 from pdlaunch.resolve.roles import PlacedEngine
 
 _TRUSTED = "kv_transfer.trusted_network"
+_WITHOUT_FILE = (
+    f"Set {_TRUSTED}: true where nobody else reaches that network (docs/hosts.md has the rules for "
+    "a firewall), or place prefill and decode engines on one host."
+)
 _PORTS = "UCX 1.19 and Mooncake 0.3.13: neither knows whom it talks to (measured)."
 
 
@@ -49,10 +53,12 @@ def network_is_not_trusted(context: Context) -> Iterator[Found]:
     where the network is said to be trusted.
     """
     transfer = context.config.kv_transfer
-    if _opening_engines(context) and not transfer.trusted_network:
+    if (opening := _opening_engines(context)) and not transfer.trusted_network:
         hosts = ", ".join(_names_of_hosts(context))
         message = f"engines of a pair are on different hosts ({hosts})"
-        yield Found(_TRUSTED, f"{message}, and their network is not said to be trusted")
+        # vLLM takes no other connector.
+        fix = None if opening[0].engines.is_native else _WITHOUT_FILE
+        yield Found(_TRUSTED, f"{message}, and their network is not said to be trusted", fix)
 
 
 @rule(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
+from pdlaunch.cli import placing
 from pdlaunch.cli.placing import is_agent_task, with_placed_hosts
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError
+from pdlaunch.hosts.placement.ray_actor import AgentActor
 from pdlaunch.hosts.placement.ray_cluster import ray_bundles
 from pdlaunch.hosts.placement.slurm import slurm_hosts, slurm_join_file
 
@@ -75,6 +80,48 @@ def test_a_bundle_of_ray_has_the_room_of_one_engine() -> None:
         ("ray-decode-0", {"CPU": 4, "GPU": 4}),
     ]
     assert "GPU" not in ray_bundles(config)[0].resources
+
+
+VLLM = {"engine": "vllm", "engine_command": "/opt/vllm/bin/vllm"}
+
+
+def test_agents_of_ray_allow_the_program_of_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(None, {}, {"placement": "ray"} | VLLM).config
+    (bundle, _) = ray_bundles(config)
+    assert bundle.executables == ("/opt/vllm/bin/vllm",)
+    started: list[list[str]] = []
+
+    def popen(command: list[str], **_: object) -> object:
+        started.append(command)
+        return SimpleNamespace(stdin=io.BytesIO())
+
+    monkeypatch.setattr("pdlaunch.hosts.placement.ray_actor.subprocess.Popen", popen)
+    for executables in (bundle.executables, ()):
+        AgentActor(bundle.name, bundle.num_cpus, executables).start("tcp://a:1", "key")
+    assert started[0][-2:] == ["--allow-executable", "/opt/vllm/bin/vllm"]
+    assert "--allow-executable" not in started[1]
+
+
+def test_agents_of_slurm_allow_the_program_of_the_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = tmp_path / "vllm"
+    command.write_text("#!/bin/sh\n")
+    command.chmod(0o755)
+    join = tmp_path / "join.json"
+    join.write_text("")
+    told: list[object] = []
+    for name in ("setup_logging", "raise_open_files", "leave_ends_to_supervisor", "read_ticket"):
+        monkeypatch.setattr(placing, name, lambda *_: None)
+    monkeypatch.setattr(placing, "introduction", lambda _, node, allowed: (node, allowed))
+    monkeypatch.setattr(
+        placing, "serve_sessions", lambda _, hello, allowed, *__: told.extend((hello, allowed))
+    )
+    flags = {"placement": "slurm", "join_file": str(join), "engine_command": str(command)}
+    config = load_config(None, {}, VLLM | flags).config
+    placing.serve_task(config, TASK, Console(file=io.StringIO()))
+    allowed = {"vllm": str(command)}
+    assert told == [(TASK["SLURMD_NODENAME"], allowed), allowed]
 
 
 def test_hosts_are_for_placement_hosts() -> None:

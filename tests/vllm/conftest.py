@@ -29,8 +29,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.vllm)
             item.add_marker(pytest.mark.processes)
             item.add_marker(pytest.mark.timeout(900))
-    # Its launches end with it; those of other files may live on, and are too many beside them.
-    items.sort(key=lambda item: item.path.name != "test_verified.py")
+    # Their launches end with them; those of other files may live on, and are too many beside them.
+    first = ("test_verified.py", "test_far_hosts.py")
+    items.sort(key=lambda item: item.path.name not in first)
 
 
 @pytest.fixture(scope="session")

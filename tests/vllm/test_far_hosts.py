@@ -17,6 +17,7 @@ from tests.vllm.conftest import START_TIMEOUT_S
 from tests.vllm.test_pair import BYTES_READ, RUNNING, prompt_of
 from tests.vllm.test_verified import FAILED, REMOTE_DECODE
 
+pytestmark = pytest.mark.vllm_long
 HERE, THERE = {"name": "local", "roles": "prefill"}, {"name": "b", "roles": "decode"}
 DATA_PORTS = range(21000, 22000)
 NUM_TOKENS = 12
@@ -160,7 +161,6 @@ def test_blocks_that_prefill_does_not_vouch_for_any_more_are_not_used(pair: FarL
     assert "does not vouch for them any more" in pair.log("decode-0.log")
 
 
-@pytest.mark.vllm_long
 def test_an_engine_on_another_host_that_is_killed_comes_back(pair: FarLaunch) -> None:
     (expected,) = pair.ask_alone("prefill-0", question(20, model="smollm2"))
     _vllm_of(pair, "b").kill()
