@@ -20,7 +20,7 @@ from tests.netns.test_launch import HERE, THERE, knock
 from tests.sidecar.fake_vllm import answer_of
 
 PROMPT = list(range(40, 140))
-QUESTION = {"prompt": PROMPT, "max_tokens": 5, "return_token_ids": True}
+QUESTION = {"model": "llama", "prompt": PROMPT, "max_tokens": 5, "return_token_ids": True}
 
 
 @pytest.fixture
