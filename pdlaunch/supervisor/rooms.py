@@ -12,6 +12,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
+import msgspec
+
 from pdlaunch.checks.context import Probes
 from pdlaunch.checks.run import run_checks
 from pdlaunch.engines.kind import EngineKind
@@ -60,6 +62,8 @@ class Rooms:
         self._clock = clock
         self._ended_by: dict[str, float] = {}
         """Of hosts that were lost."""
+        self._readdressed: set[str] = set()
+        """Hosts that have come back at another address than their processes were planned for."""
 
     def joined(self, host: ResolvedHost) -> None:
         """Note that a host is back, perhaps at another address."""
@@ -67,6 +71,8 @@ class Rooms:
         if host.advertise_address == self._resolved.host(host.name).advertise_address:
             # The same machine: an agent ends what it ran before it joins again.
             self._ended_by.pop(host.name, None)
+        else:
+            self._readdressed.add(host.name)
         self._resolved = self._resolved.with_host(host)
         self._bootstraps.adopt(self._resolved)
 
@@ -109,6 +115,8 @@ class Rooms:
         if any(self._clock() < self._ended_by.get(name, 0.0) for name in hosts):
             return False
         if hosts <= self._present:
+            if hosts & self._readdressed:
+                self._readdress(unit)
             return True
         members = [m for other in units if other.engine == unit.engine for m in other.members]
         if not unit.engine or len(hosts) > 1 or any(member.alive for member in members):
@@ -125,6 +133,15 @@ class Rooms:
         for member in members:
             member.spec = specs[member.name]
         return True
+
+    def _readdress(self, unit: Unit) -> None:
+        """Have the processes of an engine started with the addresses of today."""
+        for engine in self._resolved.engines:
+            if engine.name == unit.engine:
+                specs = {spec.name: spec for spec in self._kind.processes(engine)}
+                for member in unit.members:
+                    environment = specs[member.name].environment
+                    member.spec = msgspec.structs.replace(member.spec, environment=environment)
 
     def _move(self, name: str, lost: str, others: Iterable[Instance]) -> PlacedEngine | None:
         """Place an engine on a host with room; hosts of the same domain come first."""

@@ -8,7 +8,7 @@ import pytest
 
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.engines.native import NativeEngine
-from pdlaunch.engines.plan import plan_processes
+from pdlaunch.engines.plan import kind_of, plan_processes
 from pdlaunch.process.bootstrap import OVER_HOSTS
 from pdlaunch.protocol.sockets import new_launch_keys
 from pdlaunch.resolve.hosts import ResolvedHost, Share
@@ -105,3 +105,48 @@ def test_children_are_given_the_addresses_of_their_host(model: Path, tmp_path: P
         resolved = resolved.with_host(ResolvedHost("b", CPU, {}, "10.0.0.9", "10.0.0.9"))
         bootstraps.adopt(resolved)
         assert given("prefill-0/rank-0")[:2] == ("10.0.0.9", "10.0.0.9")
+
+
+@pytest.mark.parametrize("is_spread", [True, False])
+def test_sidecars_open_engines_where_a_launch_has_several_hosts(
+    model: Path, tmp_path: Path, is_spread: bool
+) -> None:
+    placement = {"placement": "hosts", "hosts": "a"} if is_spread else {}
+    config = LaunchConfig.model_validate(
+        {
+            "model": str(model),
+            "engine": "vllm",
+            "engine_api_key": "k",
+            "prefill": {"port": 8200},
+            "limits": {"max_body_bytes": 5000},
+            "kv_transfer": {"data_ports": "4000-4009"},
+            **placement,
+        }
+    )
+    hosts = [ResolvedHost("local", CPU, {}, "10.0.0.1", "10.0.0.1", frozenset())]
+    hosts += [ResolvedHost("a", CPU, {}, "10.0.0.2", "192.0.2.2")]
+    with listening("127.0.0.1", 0) as listeners:
+        resolved = resolve_on(config, hosts if is_spread else [ResolvedHost("local", CPU, {})], {})
+        bootstraps = LaunchBootstraps(
+            resolved,
+            keys=new_launch_keys(),
+            control="ipc:///c",
+            run_dir=tmp_path,
+            launch_id="l",
+            listeners=listeners,
+            kind=kind_of(resolved),
+        )
+        bootstraps.prepare()
+        prefill, _, router = plan_processes(resolved).processes
+        door = bootstraps.make(prefill, 1).door
+        assert bootstraps.make(router, 1).door is None
+    # On one host the router talks to vLLM itself.
+    assert ("--port" in prefill.command) is not is_spread
+    assert (door is not None) is is_spread
+    if door is not None:
+        assert (door.bind_address, door.advertise_address, door.port) == (
+            "10.0.0.2",
+            "192.0.2.2",
+            8200,
+        )
+        assert (door.data_ports, door.max_body_bytes) == ("4000-4009", 5000)

@@ -147,6 +147,31 @@ def test_a_host_that_is_back_at_another_address_may_be_another_machine() -> None
     assert deployment.find("decode-0") == "b", "its agent has ended what it ran"
 
 
+@pytest.mark.parametrize("engine", ["native", "vllm"])
+def test_engines_of_a_host_that_is_back_elsewhere_get_its_address(engine: str) -> None:
+    deployment = Deployment(engine=engine, **SPREAD)
+    deployment.rooms._kind = kind_of(deployment.launch)
+    host = deployment.launch.host("b")
+    before = addresses(deployment)
+    assert (before["prefill-0"], before["decode-0"]) == ("10.0.0.2", "10.0.0.3")
+    deployment.lose("b")
+    new = replace(host, bind_address="10.0.0.9", advertise_address="10.0.0.9")
+    deployment.rooms.joined(new)
+    assert deployment.find("decode-0") == "b"
+    assert deployment.find("prefill-0") == "a"
+    assert addresses(deployment) == before | {"decode-0": "10.0.0.9"}
+
+
+def addresses(deployment: Deployment) -> dict[str, str]:
+    """Where UCX of each engine listens."""
+    return {
+        unit.engine: member.spec.environment["UCX_NET_DEVICES"]
+        for unit in deployment.units
+        for member in unit.members
+        if "UCX_NET_DEVICES" in member.spec.environment
+    }
+
+
 def test_devices_of_engines_that_run_there_are_left_to_them() -> None:
     deployment = Deployment(TWO_GPUS, **SPREAD, prefill={"replicas": 2}, model=FAKE)
     places = {engine.name: engine.host.name for engine in deployment.launch.engines}
