@@ -119,7 +119,7 @@ def test_sidecars_open_engines_where_a_launch_has_several_hosts(
             "engine_api_key": "k",
             "prefill": {"port": 8200},
             "limits": {"max_body_bytes": 5000},
-            "kv_transfer": {"data_ports": "4000-4009"},
+            "kv_transfer": {"data_ports": "4000-4099"},
             **placement,
         }
     )
@@ -149,4 +149,4 @@ def test_sidecars_open_engines_where_a_launch_has_several_hosts(
             "192.0.2.2",
             8200,
         )
-        assert (door.data_ports, door.max_body_bytes) == ("4000-4009", 5000)
+        assert (door.data_ports, door.max_body_bytes) == ("4000-4099", 5000)
