@@ -92,7 +92,11 @@ def _show(traces: Sequence[RequestTrace], form: TraceFormat, output: Path | None
     elif form == "perfetto":
         name = re.sub(r"[^\w.-]", "_", traces[0].id)[:80]
         file = output or Path(f"pdlaunch-trace-{name}.json")
-        file.write_bytes(msgspec.json.encode(trace_events(traces)))
+        try:
+            file.write_bytes(msgspec.json.encode(trace_events(traces)))
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise PdlaunchError(f"--output {file} cannot be written: {why}") from error
         Console().print(Text(f"{file}: open it at https://ui.perfetto.dev"), soft_wrap=True)
     else:
         console = Console(highlight=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from datetime import datetime
 
 import msgspec
 
@@ -16,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class RequestLines:
-    """Logs each request; ``show`` gets the line with the time of day and the id, for a terminal."""
+    """Logs each request; ``show`` gets the line with the id, for a terminal that tells the time."""
 
     def __init__(self, show: Callable[[str], None] | None = None) -> None:
         self._show = show
@@ -31,8 +30,7 @@ class RequestLines:
         fields = lambda: {"request": msgspec.to_builtins(summary) | content}  # noqa: E731
         logger.info("%s", text, extra={FIELDS: fields})
         if self._show is not None:
-            time_of_day = datetime.fromtimestamp(summary.received_at).strftime("%H:%M:%S")
-            self._show(escape_controls(f"{time_of_day} [{summary.id}] {text}"))
+            self._show(escape_controls(f"[{summary.id}] {text}"))
 
 
 def format_request(summary: RequestSummary) -> str:

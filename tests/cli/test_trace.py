@@ -210,6 +210,9 @@ def test_perfetto_gets_a_file(router: Router, tmp_path: Path) -> None:
     assert (tmp_path / "pdlaunch-trace-.._x.json").exists()
     run(router, "r1", "--format", "perfetto", "--output", "mine.json")
     assert (tmp_path / "mine.json").exists()
+    refused = run(router, "r1", "--format", "perfetto", "--output", "no/such/place.json")
+    assert refused.exit_code == 1
+    assert "error: --output no/such/place.json cannot be written: No such file" in refused.stderr
 
 
 _TIMES = st.tuples(st.integers(0, 50), st.integers(0, 50)).map(sorted)

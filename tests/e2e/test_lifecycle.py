@@ -158,6 +158,9 @@ class TestRestarts:
                     lambda: Api(deployment.url).post("/v1/completions", one_token)[0] == 503,
                     "refusal of new requests",
                 )
+                await_true(
+                    lambda: "draining: 1 request left" in deployment.output(), "the drain is told"
+                )
                 assert not running.done()
             assert running.result() == expected
         assert deployment.process.wait(60) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import random
+import re
 import urllib.parse
 import urllib.request
 from typing import Any
@@ -114,6 +115,20 @@ def test_its_line_is_in_the_log_and_on_the_terminal(
 def test_the_logs_of_engines_have_its_id(demo: Deployment, through_a_pair: RequestTrace) -> None:
     for engine in ("prefill-0", "decode-0"):
         assert through_a_pair.id in (demo.log_dir / f"{engine}.log").read_text()
+
+
+def test_the_level_debug_adds_decisions(demo: Deployment, through_a_pair: RequestTrace) -> None:
+    """Routes, what each step computes, leases and pulls."""
+    mine = re.escape(through_a_pair.id)
+    for log, said in (
+        ("router", rf"\[{mine}\] route of prefill: prefill-0"),
+        ("prefill-0.rank-0", rf" step \d+: {mine}\S+ computes 300;"),
+        ("prefill-0.rank-0", rf"lease of {mine}\S+ begins"),
+        ("decode-0.rank-0", rf"{mine}\S+: lease at prefill-0"),
+        ("decode-0.rank-0", rf" step \d+: {mine}\S+ computes 1;"),
+    ):
+        text = (demo.log_dir / f"{log}.log").read_text()
+        assert re.search(rf"^\S+ DEBUG {log.replace('.', '/')} .*{said}", text, re.MULTILINE), said
 
 
 def test_engines_tell_of_a_request_that_was_dropped(demo: Deployment) -> None:

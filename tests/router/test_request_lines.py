@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import logging
+import re
 from typing import Any
 
 import msgspec
@@ -13,11 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pdlaunch.cli.live import PlainView
 from pdlaunch.observe.logs import setup_logging
 from pdlaunch.protocol.requests import RequestSummary
 from pdlaunch.router.request_lines import RequestLines, format_request
 from pdlaunch.router.request_record import RequestRecord
 from pdlaunch.router.request_words import MAX_CONTENT_LENGTH
+from tests.cli.test_serve_view import console, printed
 from tests.router.conftest import SPEC, Stand, pair, pairs
 from tests.router.test_life_of_a_request import completion
 from tests.router.test_requests import told_pair
@@ -209,15 +212,16 @@ def test_no_summary_makes_a_terminal_obey(model: str, error: str, explanation: s
     assert not any(ord(char) < 32 or 127 <= ord(char) < 160 for char in format_request(summary))
 
 
-def test_the_terminal_gets_time_of_day_and_id() -> None:
+def test_the_terminal_gets_the_id_and_tells_the_time_once() -> None:
     shown: list[str] = []
     record = RequestRecord("r7", "/v1/completions")
     record.end(200)
     RequestLines(shown.append).write(record)
     (line,) = shown
-    time_of_day, rest = line.split(" ", 1)
-    assert len(time_of_day.split(":")) == 3
-    assert rest.startswith("[r7] 200 /v1/completions")
+    assert line.startswith("[r7] 200 /v1/completions")
+    target = console()
+    PlainView(target, lambda status: [], lambda: 0.0).note(line)
+    assert re.fullmatch(r"\[\d\d:\d\d:\d\d\] \[r7\] 200 /v1/completions .*\n", printed(target))
 
 
 async def test_debug_logs_routes(stand: Stand, caplog: pytest.LogCaptureFixture) -> None:
