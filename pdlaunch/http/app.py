@@ -162,7 +162,9 @@ class HttpApp:
             except Exception as error:
                 response = error_response(error)
                 status = response.status
-                self._metrics.failed(status)
+                # To look at a deployment, or to command it, is no request of a client.
+                if not http.path.startswith("/pdlaunch/"):
+                    self._metrics.failed(status)
                 if watch is not None:
                     watch.failed(http, error)
             finally:

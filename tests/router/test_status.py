@@ -16,6 +16,7 @@ from pdlaunch.router.deployment_view import MAX_WATCHERS
 from tests.http.json_schema import misfits
 from tests.router.conftest import SPEC, Stand, pair
 from tests.router.fake_engine import FakeEngine, until
+from tests.router.test_life_of_a_request import completion
 
 PULLS = """\
 # TYPE pdlaunch_kv_transfer_bytes counter
@@ -131,6 +132,24 @@ async def test_the_stream_tells_changes_and_counts_no_error_when_its_watcher_lea
                 break
     await until(lambda: stand.router.view._num_watchers == 0)
     assert stand.metric("pdlaunch_router_request_errors_total") == 0
+
+
+async def test_a_look_that_is_refused_is_no_error_of_the_deployment(stand: Stand) -> None:
+    """Else a page that is opened without its key would count as a failed request."""
+    await stand.start(pair(), spec=msgspec.structs.replace(SPEC, api_key="the-key"))
+    right = {"Authorization": "Bearer the-key"}
+    for path, headers, expected in (
+        ("/pdlaunch/status", {}, 401),
+        ("/pdlaunch/requests/unknown", right, 404),
+        ("/pdlaunch/requests?last=x", right, 400),
+    ):
+        async with stand.session.get(path, headers=headers) as response:
+            assert response.status == expected
+    async with stand.session.get("/pdlaunch/status", headers=right) as response:
+        assert (await response.json())["errors"] == 0
+    assert (await stand.post(completion())).status == 401
+    async with stand.session.get("/pdlaunch/status", headers=right) as response:
+        assert (await response.json())["errors"] == 1
 
 
 async def test_watchers_are_bounded_and_leave_with_the_router(stand: Stand) -> None:
