@@ -92,7 +92,7 @@ def processes(network: Network) -> tuple[Any, Any]:
     """Return the stand-in on b, and its sidecar."""
     found = {each.pid: each for each in network["b"].processes()}
     sidecar = next(each for each in found.values() if "pdlaunch.sidecar" in each.cmdline())
-    (engine,) = (each for each in found.values() if each.ppid() == sidecar.pid)
+    (engine,) = (each for each in found.values() if "tests.sidecar.program" in each.cmdline())
     return engine, sidecar
 
 
