@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,22 @@ def test_ports_of_kv_blocks_open_only_where_the_deployment_trusts_its_network(
     path.write_text("kv_transfer: {connector: file, file: {directory: /cache/kv}}\n")
     objects = render("kubernetes", str(path))
     assert "pdlaunch-kv" not in {found["metadata"]["name"] for found in objects}
+
+
+def test_pods_of_vllm_are_joined_by_the_ports_of_its_kv_blocks(tmp_path: Path) -> None:
+    path = tmp_path / "deploy.yaml"
+    path.write_text("engine: vllm\nengine_command: /opt/vllm/bin/vllm\n")
+    refused = run("kubernetes", str(path), "--assume", "cpu", trusted=False)
+    assert "PD428" in refused.stderr
+    objects = render("kubernetes", str(path))
+    check_schema(objects)
+    assert problems(objects) == []
+    opened = {found["metadata"]["name"] for found in objects}
+    assert {"pdlaunch-kv", "pdlaunch-ranks"} <= opened
+    for _, pod in templates(objects):
+        words = pod["spec"]["containers"][0]["command"]
+        allowed = [name for flag, name in pairwise(words) if flag == "--allow-executable"]
+        assert allowed == ([] if "agent" not in words else ["/opt/vllm/bin/vllm"])
 
 
 def test_gpus_and_rdma_are_requested_by_their_resources() -> None:
