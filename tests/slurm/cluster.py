@@ -27,7 +27,7 @@ NODES = ("n1", "n2")
 CONTROLLER = NODES[0]
 TIMEOUT_S = 240.0
 PORT = 8000
-_PROGRAMS = ("slurmctld", "slurmd", "srun", "sbatch", "scancel", "sinfo", "squeue")
+_PROGRAMS = ("slurmctld", "slurmd", "srun", "salloc", "sbatch", "scancel", "sinfo", "squeue")
 # Signals go to all descendants of a task, as with control groups, which are used in earnest.
 _CONFIG = """\
 ClusterName=tests

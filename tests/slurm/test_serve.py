@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 from collections.abc import Callable, Iterator
 
@@ -104,6 +105,23 @@ def test_srun_serves_over_its_nodes_and_scancel_drains(cluster: Cluster) -> None
         assert right is not None
         assert ask(cluster, lambda: cluster.run("scancel", *cluster.jobs())) == right
         srun.wait(TIMEOUT_S)
+    await_end(cluster)
+
+
+def test_a_launch_in_an_allocation_of_salloc_is_cancelled_alone(cluster: Cluster) -> None:
+    """Its step is, as somebody does who goes on to use the allocation."""
+    after = "srun --ntasks 2 hostname"
+    script = f"{shlex.join(('srun', *SERVE))}; {after}"
+    with cluster.running("salloc", *TWO_TASKS, "sh", "-c", script) as salloc:
+        assert cluster.ready() == SPREAD
+        (step,) = cluster.run("squeue", "--noheader", "--steps", "--format=%i").split()
+        right = ask(cluster)
+        assert right is not None
+        # Without the signal Slurm kills a step at once.
+        assert ask(cluster, lambda: cluster.run("scancel", "--signal=TERM", step)) == right
+        salloc.wait(TIMEOUT_S)
+        assert salloc.returncode == 0, cluster.output()
+    assert {"n1", "n2"} <= set(cluster.output().splitlines())
     await_end(cluster)
 
 

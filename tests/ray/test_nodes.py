@@ -1,0 +1,117 @@
+"""Nodes of Ray on hosts of their own, each with its own address, as ``ray start`` makes them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from tests.e2e.conftest import clean_environ
+from tests.e2e.tiny_models import make_tiny_model
+from tests.netns.hosts import Host, Network, new_network, signal_inner, why_not
+from tests.ray.far import PORT, answer, get, until, until_ready
+
+pytestmark = pytest.mark.hosts_long
+HEAD_PORT = 6379
+TOKEN = "/tmp/token"
+HEAD = ("--head", "--num-cpus", "0", "--port", str(HEAD_PORT), "--include-dashboard", "false")
+SETTINGS = {
+    "model": "/tmp/llama",
+    "device": "cpu",
+    "placement": "ray",
+    "placement_strategy": "spread",
+    "kv_transfer": {"trusted_network": True},
+    "port": PORT,
+}
+
+
+def environ() -> dict[str, str]:
+    """The environment of nodes, and of a launch, on a cluster that asks for its token."""
+    return clean_environ() | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": TOKEN}
+
+
+@contextlib.contextmanager
+def ray_node(host: Host, *flags: str) -> Iterator[None]:
+    words = (sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *flags)
+    own = ("--node-ip-address", host.address, "--object-store-memory", str(100 << 20))
+    host.file(TOKEN).write_text("2" * 64)
+    with (
+        host.file("/tmp/node.out").open("wb") as output,
+        host.running(
+            *words,
+            *own,
+            "--disable-usage-stats",
+            env=environ(),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        ),
+    ):
+        yield
+
+
+@pytest.fixture
+def nodes() -> Iterator[Network]:
+    """A head without cores on a, and nodes on b and c."""
+    pytest.importorskip("ray", reason="make test-ray installs it")
+    if reason := why_not():
+        pytest.skip(reason)
+    with new_network("a", "b", "c") as network, contextlib.ExitStack() as stack:
+        head = network["a"]
+        make_tiny_model("llama", head.file("/tmp"))
+        stack.enter_context(ray_node(head, *HEAD))
+        until(
+            lambda: HEAD_PORT in {each.port for each in head.listening()},
+            head.file("/tmp/node.out").read_text,
+        )
+        for name in ("b", "c"):
+            shutil.copytree(head.file("/tmp/llama"), network[name].file("/tmp/llama"))
+            address = f"{head.address}:{HEAD_PORT}"
+            stack.enter_context(ray_node(network[name], "--num-cpus", "1", "--address", address))
+        yield network
+
+
+def of_the_launch(nodes: Network) -> list[list[str]]:
+    """What runs on the hosts beside Ray."""
+    found = []
+    for process in (each for host in nodes.hosts for each in host.processes()):
+        with contextlib.suppress(psutil.Error):  # It has ended.
+            if "pdlaunch" in process.cmdline():
+                found.append(process.cmdline())
+    return found
+
+
+def test_engines_on_nodes_with_addresses_of_their_own(nodes: Network) -> None:
+    head = nodes["a"]
+    head.file("/tmp/launch.yaml").write_text(json.dumps(SETTINGS))
+    address = f"{head.address}:{HEAD_PORT}"
+    with (
+        head.file("/tmp/serve.out").open("wb") as output,
+        head.running(
+            *(sys.executable, "-P", "-m", "pdlaunch", "serve", "/tmp/launch.yaml"),
+            env=environ() | {"RAY_ADDRESS": address},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        ) as serve,
+    ):
+        until_ready(head, serve)
+        _, status = get(head, "/pdlaunch/status")
+        urls = {engine["name"]: engine["url"] for engine in status["engines"]}
+        assert {url.rpartition(":")[0] for url in urls.values()} == {
+            f"https://{nodes[name].address}" for name in ("b", "c")
+        }
+        before = nodes.num_bytes("b", "c") + nodes.num_bytes("c", "b")
+        right = answer(head)
+        assert nodes.num_bytes("b", "c") + nodes.num_bytes("c", "b") > before
+        assert answer(head) == right
+        signal_inner(serve, signal.SIGTERM)
+        assert serve.wait(60) == 0
+    until(lambda: not of_the_launch(nodes), lambda: str(of_the_launch(nodes)))
