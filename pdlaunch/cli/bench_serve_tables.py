@@ -10,7 +10,7 @@ import typer
 
 from pdlaunch.bench.serve.multi_turn import MultiTurnReport
 from pdlaunch.bench.serve.progress import duration
-from pdlaunch.bench.serve.row import BenchRow, BenchRun
+from pdlaunch.bench.serve.row import BenchRow, BenchRun, without_words
 from pdlaunch.bench.serve.vllm_result import vllm_result
 from pdlaunch.cli.output import print_errors, print_json, print_table
 
@@ -65,7 +65,7 @@ def show_runs(runs: Sequence[BenchRun], output: ServeFormat) -> int:
     rows = [run.row for run in runs]
     found = [msgspec.to_builtins(row) for row in rows]
     if output == "json":
-        print_json(found)
+        print_json([row | {"errors": without_words(row["errors"])} for row in found])
     elif output == "vllm":
         for run in runs:
             # A line each, as `vllm bench serve --append-result` writes them.
@@ -106,7 +106,15 @@ def show_chats(report: MultiTurnReport, runs: Sequence[BenchRun], output: ServeF
     without an error.
     """
     if output == "json":
-        print_json(report)
+        print_json(
+            msgspec.structs.replace(
+                report,
+                turns=[
+                    msgspec.structs.replace(row, errors=without_words(row.errors))
+                    for row in report.turns
+                ],
+            )
+        )
     elif output == "vllm":
         return show_runs(runs, output)
     else:

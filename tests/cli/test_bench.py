@@ -164,6 +164,21 @@ def test_what_a_deployment_answers_tells_a_terminal_nothing(
 
 
 @pytest.mark.parametrize("options", [SMALL, CHATS])
+def test_files_have_the_kinds_of_errors_and_not_their_words(
+    server: FakeOpenAI, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    """A deployment may quote prompts; whoever measures reads them on the terminal."""
+    server.refuses_after, server.refusal = 2, "cannot read: the prompt"
+    page = tmp_path / "page.html"
+    result = bench(server.url, *options, "--format", "json", "--report", str(page))
+    assert result.exit_code == 1
+    assert "HTTP 429: cannot read: the prompt" in result.stderr
+    assert "HTTP 429" in result.stdout
+    assert "HTTP 429" in page.read_text()
+    assert "the prompt" not in result.stdout + page.read_text()
+
+
+@pytest.mark.parametrize("options", [SMALL, CHATS])
 def test_errors_are_shown_and_counted(server: FakeOpenAI, options: tuple[str, ...]) -> None:
     server.refuses_after = 2
     result = bench(server.url, *options)

@@ -180,6 +180,17 @@ def count_errors(done: Collection[TimedCompletion]) -> list[str]:
     return [f"{count} x {reason}" for reason, count in reasons.most_common(_MAX_ERRORS)]
 
 
+def without_words(errors: Collection[str]) -> list[str]:
+    """Return ``12 x HTTP 429`` of each such reason: what a deployment says may repeat a prompt, and
+    files are passed on.
+    """
+    pairs = [error.partition(" x ")[::2] for error in errors]
+    return [
+        f"{count} x {reason.partition(':')[0] if reason.startswith('HTTP ') else 'no whole answer'}"
+        for count, reason in pairs
+    ]
+
+
 def _together_share(several: Sequence[TimedCompletion]) -> float | None:
     is_together = [
         late == early for completion in several for early, late in pairwise(completion.tokens_at)

@@ -8,7 +8,7 @@ from itertools import groupby
 from pdlaunch.bench.serve.engine_counters import TierRow
 from pdlaunch.bench.serve.goals import Goals
 from pdlaunch.bench.serve.progress import duration
-from pdlaunch.bench.serve.row import BenchRow, BenchRun
+from pdlaunch.bench.serve.row import BenchRow, BenchRun, without_words
 from pdlaunch.bench.serve.timed_completion import TimedCompletion
 from pdlaunch.cli.report.page import (
     Html,
@@ -222,19 +222,14 @@ def _notes(rows: Sequence[BenchRow]) -> Html:
     said = ["Times are milliseconds as clients see them; gap: first to second token."]
     kinds: dict[str, int] = {}
     for row in rows:
-        for error in row.errors:
-            count, _, reason = error.partition(" x ")
-            kinds[_kind(reason)] = kinds.get(_kind(reason), 0) + int(count)
+        for error in without_words(row.errors):
+            count, _, kind = error.partition(" x ")
+            kinds[kind] = kinds.get(kind, 0) + int(count)
     said += [f"{count} requests failed: {kind}." for kind, count in kinds.items()]
     left_out = sum(row.num_left_out for row in rows)
     if left_out:
         said.append(f"{left_out} requests of the trace were too long for the model and left out.")
     return Html(f'<p class="note">{text(" ".join(said))}</p>')
-
-
-def _kind(reason: str) -> str:
-    """Return the status of a refusal alone: what a deployment says may repeat a prompt."""
-    return reason.partition(":")[0] if reason.startswith("HTTP ") else "no whole answer"
 
 
 def _number(value: float | None) -> str:
