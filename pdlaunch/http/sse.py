@@ -146,10 +146,11 @@ class EventDecoder:
 
 def _is_one_event(received: bytes) -> bool:
     """Tell whether it is just one event of one line, as almost all pieces of a stream are."""
+    length = len(received)
     return (
-        received.startswith(b"data: ")
-        and received.endswith(b"\n\n")
-        and received.count(b"\n") == 2
+        received.find(b"\n") == length - 2
+        and received.endswith(b"\n")
+        and received.startswith(b"data: ")
         and b"\r" not in received
-        and len(received) <= MAX_EVENT_BYTES
+        and length <= MAX_EVENT_BYTES
     )

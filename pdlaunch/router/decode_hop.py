@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Coroutine
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -71,13 +72,12 @@ class DecodeHop:
         progress = self._progress
         engine = progress.take_planned() or await progress.attempts.next_engine(
             lambda: progress.routing_request("decode"),
-            on_route=lambda route: self._record.routed("decode", route),
+            on_route=partial(progress.routed, "decode"),
             has_begun=self._transcript.has_tokens,
             may_wait=progress.lease.handover is not None,
         )
         if not self._transcript.has_tokens and not progress.first_token.is_promised:
-            left_out = self._state.pool.health().left_out
-            route = Route(reason="least work", decode=engine, left_out=left_out)
+            route = Route(reason="least work", decode=engine, left_out=progress.left_out)
             progress.sink.routed(self._prompt, route)
         attempt = self._num_attempts
         self._num_attempts += 1

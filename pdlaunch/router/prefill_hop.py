@@ -37,7 +37,7 @@ class PrefillHop:
             return
         while progress.attempts.num_tried < state.recovery.max_attempts:
             route = state.pool.route(progress.routing_request("prefill"))
-            self._record.routed("prefill", route)
+            progress.routed("prefill", route)
             if route.too_late is not None:
                 self._refuse_too_late(route.too_late)
             if route.prefill is None and route.decode is None:
@@ -120,7 +120,7 @@ class PrefillHop:
             took_s = self._state.now() - asked_at
             engine.pace.took("first_token", took_s, num_queued_tokens + OVERHEAD_TOKENS)
         self._state.pool.succeeded(engine)
-        self._state.pool.served(engine, progress.routing_request("prefill"), 0)
+        self._state.pool.served(engine, request, 0)
         return handover
 
     async def _stream_answer(self, engine: Engine, lease_id: LeaseId, leg: Leg) -> Handover:
@@ -191,7 +191,7 @@ class PrefillHop:
         if route is None or not is_withdrawn:
             return False
         self._state.metrics.took_over()
-        self._record.routed("decode", route)
+        self._progress.routed("decode", route)
         self._progress.follow(route)
         return True
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Protocol
 
@@ -91,6 +91,8 @@ class PromptProgress:
         self.first_token_sent = False
         """The client has the first tokens from prefill, so that decode must not say them again."""
         self.decode_has_answered = False
+        self.left_out: Mapping[str, str] = {}
+        """Engines that got nothing when the policy was last asked, and why."""
         self._end_at = end_at
         self._prefix = prompt.prefix
         self._planned: Engine | None = None
@@ -136,6 +138,11 @@ class PromptProgress:
             left_s=self.left_s,
             alone=prompt.alone,
         )
+
+    def routed(self, hop: Hop, route: Route) -> None:
+        """Note what the policy has decided."""
+        self.record.routed(hop, route)
+        self.left_out = route.left_out
 
     def follow(self, route: Route) -> None:
         """Note what was chosen for a prompt that nobody has computed."""
