@@ -42,11 +42,21 @@ class LeastCost:
     decide is left to ``LeastWork``: prompts of which an engine has failed, all that comes after the
     first route, and deployments with an engine that tells no costs.
 
+    Costs refuse what comes too late in any case, with ``prefers_pairs`` too, which leaves all
+    choices to ``LeastWork``.
+
     It remembers what it was asked: how many prompts streams have met, and which engines rest. The
     same questions in the same order have the same answers.
     """
 
-    def __init__(self, *, max_ttft_s: float | None = None, max_itl_s: float | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        max_ttft_s: float | None = None,
+        max_itl_s: float | None = None,
+        prefers_pairs: bool = False,
+    ) -> None:
+        self.prefers_pairs = prefers_pairs
         self._max_ttft_s = max_ttft_s
         self._max_itl_s = max_itl_s
         self._otherwise = LeastWork()
@@ -62,8 +72,7 @@ class LeastCost:
         index: PrefixIndex,
         now_at: float,
     ) -> Route:
-        is_new = request.hop == "prefill" and not request.tried and not request.is_suspect
-        if is_new and request.max_tokens != 1 and not request.wants_pair:
+        if request.hop == "prefill":
             cheapest = self._cheapest(request, engines, pairs, index, now_at)
             if cheapest is not None:
                 return cheapest
@@ -77,7 +86,7 @@ class LeastCost:
         index: PrefixIndex,
         now_at: float,
     ) -> Route | None:
-        """Return the best route; None: costs cannot decide."""
+        """Return the best route, or what says that all are too late; None: costs cannot decide."""
         if all(engine.costs is None for engine in engines):
             return None
         health = survey(engines, now_at)
@@ -85,13 +94,17 @@ class LeastCost:
         loads = [load for one in usable.values() if (load := load_of(one, now_at)) is not None]
         if not loads or len(loads) != len(usable):
             return None
-        num_cached = max(_num_cached(request, load, index) for load in loads)
-        self._exposure.arrives(request.num_prompt_tokens - num_cached, loads)
+        loads = [load for load in loads if load.engine.key not in request.tried]
+        decides = self._decides(request)
+        if decides:
+            num_cached = max(_num_cached(request, load, index) for load in loads)
+            self._exposure.arrives(request.num_prompt_tokens - num_cached, loads)
         exposure = self._exposure.of_prefill(loads)
-        estimates = [
-            *_estimates_alone(request, loads, index, exposure),
-            *_estimates_of_pairs(request, loads, pairs, index, now_at),
-        ]
+        of_pairs = [*_estimates_of_pairs(request, loads, pairs, index, now_at)]
+        if not decides and of_pairs and request.max_tokens != 1:
+            estimates = of_pairs  # the ones that come first then
+        else:
+            estimates = [*_estimates_alone(request, loads, index, exposure), *of_pairs]
         if not estimates:
             return None
         in_time = estimates if request.left_s is None else _in_time(request, estimates)
@@ -99,6 +112,8 @@ class LeastCost:
             soonest = min(estimates, key=partial(_end_s, request))
             reason = "no route ends before the deadline"
             return Route(reason=reason, too_late=soonest, left_out=health.left_out)
+        if not decides:
+            return None
 
         unused = self._long_unused(loads)
 
@@ -145,7 +160,7 @@ class LeastCost:
         loads = [load for one in usable if (load := load_of(one, now_at)) is not None]
         if own is None or len(loads) != len(usable):
             return None
-        if request.is_suspect or request.wants_pair:
+        if request.is_suspect or request.wants_pair or self.prefers_pairs:
             return None
         # Its own tokens are the last ones in the queue.
         num_own = request.num_prompt_tokens - _num_cached(request, own, index)
@@ -163,6 +178,11 @@ class LeastCost:
         taker = next(load.engine for load in others if load.engine.name == leaves.engines[0])
         reason = f"takes over what waits at {prefill.name}"
         return Route(reason=reason, decode=taker, estimate=leaves, alternatives=(stays,))
+
+    def _decides(self, request: RoutingRequest) -> bool:
+        """Tell whether costs decide where a prompt goes that nobody has computed."""
+        is_new = not request.tried and not request.is_suspect
+        return is_new and request.max_tokens != 1 and not (request.wants_pair or self.prefers_pairs)
 
     def _reason(self, best: Estimate, *, is_try: bool) -> str:
         if is_try:

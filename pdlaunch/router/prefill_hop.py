@@ -33,13 +33,13 @@ class PrefillHop:
     async def run(self) -> None:
         """Hand the prompt to a prefill engine; where none can do it, decode will do all."""
         progress, state = self._progress, self._state
-        if self._prompt.max_tokens == 1:
-            return
         while progress.attempts.num_tried < state.recovery.max_attempts:
             route = state.pool.route(progress.routing_request("prefill"))
             progress.routed("prefill", route)
             if route.too_late is not None:
                 self._refuse_too_late(route.too_late)
+            if self._prompt.max_tokens == 1:
+                return  # no hand-over: one engine does all
             if route.prefill is None and route.decode is None:
                 break
             progress.follow(route)

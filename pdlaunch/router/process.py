@@ -38,7 +38,7 @@ from pdlaunch.router.cost_policy import LeastCost
 from pdlaunch.router.engine_client import EngineClient, EngineTimeouts, keys_of_launch
 from pdlaunch.router.membership import AnnouncedMembership, Membership
 from pdlaunch.router.metrics import RouterMetrics
-from pdlaunch.router.policy import LeastWork, Policy
+from pdlaunch.router.policy import Policy
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.state import RecoverySettings, RouterState
 from pdlaunch.router.supervisor_link import SupervisorLink
@@ -171,9 +171,8 @@ class RouterProcess:
 
 def new_policy(spec: RouterSpec) -> Policy:
     """Return the policy that keeps to the settings of a router."""
-    if not spec.by_cost:
-        return LeastWork()
     return LeastCost(
+        prefers_pairs=not spec.by_cost,
         max_ttft_s=None if spec.max_ttft_ms is None else spec.max_ttft_ms / 1000,
         max_itl_s=None if spec.max_itl_ms is None else spec.max_itl_ms / 1000,
     )

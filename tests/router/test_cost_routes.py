@@ -7,7 +7,6 @@ import pytest
 
 from pdlaunch.protocol.costs import ROUTE_HEADER, WANTS_PAIR
 from pdlaunch.router.cost_policy import LeastCost
-from pdlaunch.router.policy import LeastWork
 from pdlaunch.router.process import new_policy
 from tests.router.conftest import SPEC, Stand, pair
 from tests.router.fake_engine import FakeEngine
@@ -71,7 +70,7 @@ async def test_a_pair_serves_while_decode_has_streams(stand: Stand, stream: bool
 async def test_who_looks_at_pairs_gets_a_pair(stand: Stand) -> None:
     prefill, decode = costed_pair()
     await stand.start([prefill, decode])
-    load_prefill(stand)
+    load_prefill(stand, 100_000)
     answer = await stand.post(completion(), headers={ROUTE_HEADER: WANTS_PAIR})
     assert (len(prefill.seen), len(decode.seen)) == (1, 1)
     assert "kind=least_work" in answer.headers[ROUTE_HEADER]
@@ -80,9 +79,12 @@ async def test_who_looks_at_pairs_gets_a_pair(stand: Stand) -> None:
 
 
 def test_the_settings_choose_the_policy() -> None:
-    assert isinstance(new_policy(msgspec.structs.replace(SPEC, by_cost=False)), LeastWork)
+    by_pairs = new_policy(msgspec.structs.replace(SPEC, by_cost=False))
+    assert isinstance(by_pairs, LeastCost)
+    assert by_pairs.prefers_pairs
     limited = new_policy(msgspec.structs.replace(SPEC, max_ttft_ms=50.0, max_itl_ms=8.0))
     assert isinstance(limited, LeastCost)
+    assert not limited.prefers_pairs
     assert (limited._max_ttft_s, limited._max_itl_s) == (0.05, 0.008)
 
 

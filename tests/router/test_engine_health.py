@@ -8,8 +8,9 @@ import msgspec
 import pytest
 
 from pdlaunch.observe.spans import PULL, Span, SpanReport
-from pdlaunch.protocol.costs import ROUTE_HEADER
+from pdlaunch.protocol.costs import ROUTE_HEADER, WANTS_PAIR
 from pdlaunch.router.breaker import OPEN_S
+from pdlaunch.router.cost_policy import LeastCost
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.pace import NUM_SAMPLES, SLOW_TRY_S
 from tests.router.conftest import Stand, pairs
@@ -212,6 +213,54 @@ async def test_a_deadline_that_cannot_be_met_is_refused_at_once(stand: Stand) ->
         engine.unanswered_tokens = 0
     answer = await stand.post(completion(), headers={"X-Request-Timeout": "15"})
     assert answer.status == 200
+
+
+@pytest.mark.parametrize("why", ["asked for", "setting"])
+async def test_a_pair_that_is_wanted_must_meet_the_deadline_itself(stand: Stand, why: str) -> None:
+    """Though decode alone would: it is not asked."""
+    engines = costed_pair()
+    await stand.start(engines)
+    load_prefill(stand)
+    headers = {"X-Request-Timeout": "1.5"}
+    if why == "asked for":
+        headers[ROUTE_HEADER] = WANTS_PAIR
+    else:
+        stand.pool._policy = LeastCost(prefers_pairs=True)
+    answer = await stand.post(completion(), headers=headers)
+    error = answer.json()["error"]
+    assert (answer.status, error["code"]) == (503, "deadline_exceeded")
+    assert "prefill-0->decode-0, is estimated to take" in error["message"]
+    assert [engine.seen for engine in engines] == [[], []]
+    load_prefill(stand, 0)
+    assert (await stand.post(completion(), headers=headers)).status == 200
+    assert [len(engine.seen) for engine in engines] == [1, 1]
+
+
+async def test_one_token_that_comes_too_late_is_refused_too(stand: Stand) -> None:
+    engines = costed_pair()
+    await stand.start(engines)
+    for engine in stand.pool.engines:
+        engine.unanswered_tokens, engine.progressed_at = 1_000_000, stand.pool.clock()
+    headers = {"X-Request-Timeout": "1.5"}
+    answer = await stand.post(completion(max_tokens=1), headers=headers)
+    assert answer.json()["error"]["code"] == "deadline_exceeded"
+    assert [engine.seen for engine in engines] == [[], []]
+
+
+async def test_after_a_failure_the_engines_that_are_left_must_meet_the_deadline(
+    stand: Stand,
+) -> None:
+    engines = [*costed_pair(), FakeEngine("prefill-1", "prefill")]
+    engines[2].costs = costs("prefill")
+    await stand.start(engines)
+    for engine in stand.pool.engines:
+        if engine.name != "prefill-0":
+            engine.unanswered_tokens, engine.progressed_at = 1_000_000, stand.pool.clock()
+    engines[0].status = 500
+    headers = {"X-Request-Timeout": "1.5", ROUTE_HEADER: WANTS_PAIR}
+    answer = await stand.post(completion(), headers=headers)
+    assert answer.json()["error"]["code"] == "deadline_exceeded"
+    assert [len(engine.seen) for engine in engines] == [1, 0, 0]
 
 
 async def test_a_deadline_ends_a_request_that_was_begun(stand: Stand) -> None:
