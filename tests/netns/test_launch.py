@@ -5,6 +5,7 @@ them: the tokens are those of one host, whatever happens.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 import time
@@ -223,6 +224,10 @@ def test_two_by_two_over_two_hosts(network: Network) -> None:
         assert {engine["url"].partition(":")[0] for engine in engines} == {"https"}
         places = {engine["name"]: engine["host"] for engine in engines}
         assert sorted(places.values()) == ["b", "b", "local", "local"]
+        told = launch.output()
+        for name, host in places.items():
+            assert f"{name}{'' if host == 'local' else ' on b'}: ready" in told
+            assert re.search(rf"^  host +{host}: .*{name}", told, re.MULTILINE)
         assert launch.smoke() == []
         before = network.num_bytes("a", "b") + network.num_bytes("b", "a")
         alone = tokens_of(launch.ask_alone("prefill-0", *fresh("alone")))
