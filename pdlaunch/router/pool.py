@@ -9,11 +9,13 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 
+import msgspec
+
 from pdlaunch.config.roles import PAIR, Role
 from pdlaunch.protocol.control import Entry, ListedState, PairReady, PairSuspect, Registry
 from pdlaunch.router.breaker import Breaker, BreakerState
 from pdlaunch.router.cost_policy import LeastCost
-from pdlaunch.router.engine import Engine, Lender, Processes
+from pdlaunch.router.engine import Engine, EngineKey, Lender, Processes
 from pdlaunch.router.health import Health, HealthState, state_of, survey
 from pdlaunch.router.pace import SLOW_TRY_S
 from pdlaunch.router.policy import (
@@ -23,6 +25,7 @@ from pdlaunch.router.policy import (
     Route,
     RoutingRequest,
     covers,
+    least_work,
 )
 from pdlaunch.router.prefix_index import ServedPrefixes
 
@@ -158,6 +161,21 @@ class EnginePool:
             if pulls is not None:
                 pulls.asked(now_at)
         return route
+
+    def pick_any(self, tried: Collection[EngineKey]) -> Engine | None:
+        """Return an engine for a question that computes nothing; None: there is no other than
+        those that were ``tried``.
+
+        Its answer would not show whether an engine that was left out works again: such an engine
+        is the last choice, and its try is left to a prompt.
+        """
+        health = self.health()
+        usable = {name: health.usable[name] for name in health.usable.keys() - health.wants_try}
+        health = msgspec.structs.replace(health, usable=usable, wants_try=frozenset())
+        engine = least_work(list(self._engines.values()), "decode", health, tried=tried)
+        if engine is not None:
+            engine.num_picks += 1
+        return engine
 
     def take_over(self, request: RoutingRequest, prefill: Engine) -> Route | None:
         """Return the route of an engine that would do a prompt sooner than the prefill engine at

@@ -50,7 +50,6 @@ from pdlaunch.router.engine import EngineKey
 from pdlaunch.router.engine_errors import EngineFailure
 from pdlaunch.router.generation import generate
 from pdlaunch.router.idempotency import Repeats, Work, read_idempotency_key
-from pdlaunch.router.policy import RoutingRequest
 from pdlaunch.router.prompt_progress import ChunkSink
 from pdlaunch.router.recovery import no_engine_ready
 from pdlaunch.router.request_book import record_of
@@ -239,7 +238,7 @@ class PromptEndpoints:
     async def _ask_any(self, request: web.Request, body: bytes) -> web.Response:
         pool = self._state.pool
         tried: frozenset[EngineKey] = frozenset()
-        while (engine := pool.route(RoutingRequest(hop="decode", tried=tried)).decode) is not None:
+        while (engine := pool.pick_any(tried)) is not None:
             try:
                 headers = _headers_to_pass(request) | {
                     REQUEST_ID_HEADER: _hop_id(request_id_of(request), is_own=False)

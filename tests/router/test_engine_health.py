@@ -17,7 +17,7 @@ from tests.router.conftest import Stand, pairs
 from tests.router.fake_engine import FakeEngine
 from tests.router.fake_vllm_engine import FakeVllmEngine, proof
 from tests.router.test_cost_model import costs
-from tests.router.test_cost_routes import costed_pair, load_prefill
+from tests.router.test_cost_routes import costed_pair, forget_times, load_prefill
 from tests.router.test_life_of_a_request import completion, expected_text
 
 
@@ -143,6 +143,7 @@ async def test_a_slow_engine_loses_its_traffic_until_it_is_fast(stand: Stand) ->
             break
         fast.told(20, 0.1, clock())
     for _ in range(4):
+        forget_times(stand)
         await stand.post(completion())
     assert (await status_of(stand, "decode-1"))["left_out"] == ""
     assert len(engines[1].seen) > number
@@ -191,6 +192,29 @@ async def test_engines_that_refuse_a_pull_are_not_blamed(stand: Stand) -> None:
     async with stand.session.get("/pdlaunch/status") as response:
         (pair,) = (await response.json())["pairs"]
     assert pair["health"] == "open"
+
+
+async def test_a_question_about_tokens_is_no_try(stand: Stand) -> None:
+    """It would be answered whether the engine computes or not."""
+    engines = decodes(2)
+    await stand.start(engines)
+    clock = Clock(stand)
+    failed = named(stand, "decode-1")
+    stand.pool.failed(failed)
+    clock.now_s += OPEN_S
+    assert stand.pool.health().wants_try == {"decode-1"}
+    for _ in range(2):
+        answer = await stand.post({"model": "tiny", "prompt": "hello"}, path="/tokenize")
+        assert answer.status == 200
+    assert stand.pool.health().wants_try == {"decode-1"}
+    assert (await stand.post(completion())).status == 200
+    assert [len(engine.seen) for engine in engines] == [0, 1]
+    assert failed.breaker.state(clock()) == "closed"
+    # Where no other engine is left, it answers.
+    stand.pool.failed(failed)
+    stand.publish(without=["decode-0"])
+    answer = await stand.post({"model": "tiny", "prompt": "hello"}, path="/tokenize")
+    assert answer.status == 200
 
 
 async def test_a_deadline_that_cannot_be_met_is_refused_at_once(stand: Stand) -> None:
