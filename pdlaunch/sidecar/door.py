@@ -167,6 +167,8 @@ class Door:
             raise self._broken_off(http, error) from None
         try:
             return await _relayed(http, response)
+        except ConnectionResetError:
+            raise  # of the client's connection, though aiohttp calls it a ClientError too
         except aiohttp.ClientError as error:
             raise self._broken_off(http, error) from None
         finally:
