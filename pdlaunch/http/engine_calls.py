@@ -197,7 +197,12 @@ class _Connection(asyncio.Protocol):
         """Send a request; return its answer, of which nothing has come yet."""
         if self._rest_timer is not None:
             self._rest_timer.cancel()
-        self._answer = answer = Answer(self, silence)
+        answer = Answer(self, silence)
+        if self.transport.is_closing():
+            # It was closed as soon as it was there, before anybody waited for it.
+            answer.ends(CallError("it closed the connection at once", unheard=True))
+            return answer
+        self._answer = answer
         # Together, so that both leave in one piece; a long body is not copied for that.
         if len(body) < MAX_HEAD_BYTES:
             self.transport.write(head + body)

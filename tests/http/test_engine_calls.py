@@ -259,6 +259,21 @@ async def test_what_cannot_stand_in_a_header_is_not_sent(call: Call) -> None:
     assert not call.server.peers
 
 
+async def test_a_server_that_closes_what_it_accepts_is_not_waited_for(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_Peer, "connection_made", lambda self, transport: transport.abort())
+    for _ in range(5):
+        with pytest.raises(CallError, match="closed the connection"):
+            await call.begin()
+    # Known before the call: nothing was sent.
+    connection = await call.calls._connect(call.url, {})
+    await until(lambda: connection.transport.is_closing())
+    with pytest.raises(CallError, match="at once") as raised:
+        await connection.call(b"", b"", None).head()
+    assert raised.value.unheard
+
+
 async def test_an_engine_that_is_not_there_cannot_have_seen_the_request(tmp_path: Path) -> None:
     calls = EngineCalls(5.0)
     for url in ("http://127.0.0.1:1", f"unix:{tmp_path}/none.sock"):
