@@ -67,32 +67,33 @@ test-fast: $(DEV)  ## Run the tests that start no process
 
 # Several hosts on this machine, each of namespaces; skipped where these are not permitted.
 test-hosts: install $(DEV) $(MOONCAKE)  ## Run the tests with several hosts
-	$(BIN)/python -m pytest -v tests/netns $(ARGS)
+	$(BIN)/python -m pytest -v -rs tests/netns $(ARGS)
 
 coverage: install $(DEV) $(MOONCAKE)  ## Run all tests, show what they cover
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -v --numprocesses 2 --no-loadscope-reorder $(ARGS); status=$$?; $(BIN)/coverage combine --quiet && \
 	  $(BIN)/coverage report && exit $$status
 
+# What a program below cannot be installed for is skipped, by name.
 test-vllm: install $(DEV)  ## Run the tests with real engines of vLLM
-	tests/vllm/install.sh .venv-vllm
-	$(BIN)/python -m pytest -v tests/vllm $(ARGS)
+	-tests/vllm/install.sh .venv-vllm
+	$(BIN)/python -m pytest -v -rs tests/vllm $(ARGS)
 
 test-ray: install $(DEV)  ## Run the tests on a cluster of Ray
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt 'ray>=2.40'
-	$(BIN)/python -m pytest -v tests/ray $(ARGS)
+	-$(BIN)/python -m pip install --quiet --constraint constraints.txt 'ray>=2.40'
+	$(BIN)/python -m pytest -v -rs tests/ray $(ARGS)
 
 # Debian: apt-get install slurmctld slurmd. Skipped where it is missing.
 test-slurm: install $(DEV)  ## Run the tests with Slurm
 	$(BIN)/python -m pytest -v tests/slurm $(ARGS)
 
 test-browser: install $(DEV)  ## Run the tests of the page in Chromium
-	tests/browser/install.sh
-	$(BIN)/python -m pytest -v tests/browser $(ARGS)
+	-tests/browser/install.sh
+	$(BIN)/python -m pytest -v -rs tests/browser $(ARGS)
 
 test-prometheus: install $(DEV)  ## Run the tests with a real Prometheus
-	tests/prometheus/install.sh .venv-prometheus
-	$(BIN)/python -m pytest -v tests/prometheus $(ARGS)
+	-tests/prometheus/install.sh .venv-prometheus
+	$(BIN)/python -m pytest -v -rs tests/prometheus $(ARGS)
 
 # ARGS="--engines 10,100": without the largest one.
 scale: install  ## Measure the control plane with 1,000 engines
