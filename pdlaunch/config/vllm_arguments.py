@@ -113,6 +113,8 @@ REFUSED: Mapping[str, str] = {
     "distributed-executor-backend": "pdlaunch starts and ends the processes of an engine by their "
     "parent, on this host",
     "ec-transfer-config": "encoders of their own are not started",
+    "enable-log-outputs": "texts stay out of logs; with log_content the router logs them",
+    "enable-log-requests": "the router logs each request; with log_content, its texts too",
     "grpc": "the router talks HTTP to its engines",
     "grpc-port": "it opens a port without authentication",
     "headless": "an engine without HTTP cannot be asked for anything",

@@ -20,6 +20,7 @@ from pdlaunch.config.vllm_arguments import is_name, long_name, values_like_flags
         ("no_enable_prefix", "enable-prefix-caching"),
         ("kv-transfer-config.kv_connector_extra_config.backends+", "kv-transfer-config"),
         ("kv-tr", "kv-transfer-config"),
+        ("enable_log_req", "enable-log-requests"),
         ("trust", "trust-remote-code"),
         ("reasoning-parser", "reasoning-parser"),
         ("seed", "seed"),
