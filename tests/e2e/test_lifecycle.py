@@ -287,9 +287,15 @@ def starter(*arguments: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def started_by(process: subprocess.Popen[str]) -> psutil.Process:
+    """Return the launch once it shows its own command; just forked it shows its parent's."""
     parent = psutil.Process(process.pid)
-    await_true(lambda: bool(parent.children()), "the launch")
-    return parent.children()[0]
+
+    def launches() -> list[psutil.Process]:
+        others = [], parent.cmdline()
+        return [child for child in parent.children() if child.cmdline() not in others]
+
+    await_true(lambda: bool(launches()), "the launch")
+    return launches()[0]
 
 
 def has_load(url: str) -> bool:
