@@ -183,30 +183,64 @@ def estimate_alone(load: Load, work: Work, num_cached: int, exposure: float = 0.
     )
 
 
-def estimate_pair(
-    prefill: Load, decode: Load, work: Work, num_cached: tuple[int, int], gigabytes_per_s: float
-) -> Estimate:
-    """Estimate that ``prefill`` computes the prompt, and ``decode`` pulls it and goes on.
+class PrefillPart(msgspec.Struct, frozen=True):
+    """Says what a prompt costs at a prefill engine that hands it over."""
 
-    ``num_cached``: prompt tokens in the caches of the two. ``gigabytes_per_s``: of a pull, 0 where
-    it was not measured, which counts as no time.
+    engine: str
+    computed_s: float
+    first_token_s: float
+    delay_s: float
+
+
+class DecodePart(msgspec.Struct, frozen=True):
+    """Says what the tokens after the first cost at a decode engine, and how much it pulls."""
+
+    engine: str
+    num_bytes: int
+    rest_s: float
+    delay_s: float
+    itl_s: float
+
+
+def estimate_prefill(load: Load, work: Work, num_cached: int) -> PrefillPart:
+    """Estimate that an engine computes the prompt, ``num_cached`` tokens of which it has."""
+    steps, num_new = load.costs.steps, max(1, work.num_prompt_tokens - num_cached)
+    prompt_only = msgspec.structs.replace(work, num_output_tokens=1.0)
+    computed_s = load.room_s(prompt_only) + load.prompt_s(num_new, num_cached)
+    return PrefillPart(
+        load.engine.name,
+        computed_s,
+        corrected(load.engine, computed_s),
+        load.num_streams * steps.tokens_s(num_new, num_cached),
+    )
+
+
+def estimate_decode(load: Load, work: Work, num_cached: int) -> DecodePart:
+    """Estimate that an engine pulls the prompt, but for what it has, and goes on."""
+    num_tokens = max(0, work.num_prompt_tokens - num_cached)
+    return DecodePart(
+        load.engine.name,
+        num_tokens * load.costs.kv_bytes_per_token,
+        load.room_s(work) + _tokens_s(load, work),
+        _crowding_s(load, work),
+        _step_with(load, work),
+    )
+
+
+def estimate_pair(prefill: PrefillPart, decode: DecodePart, gigabytes_per_s: float) -> Estimate:
+    """Put the parts of two engines together: there are many more pairs than engines.
+
+    ``gigabytes_per_s``: of a pull; 0 where it was not measured, which counts as no time.
     """
-    num_new = max(1, work.num_prompt_tokens - num_cached[0])
-    computed_s = prefill.room_s(
-        msgspec.structs.replace(work, num_output_tokens=1.0)
-    ) + prefill.prompt_s(num_new, num_cached[0])
-    num_bytes = max(0, work.num_prompt_tokens - num_cached[1]) * prefill.costs.kv_bytes_per_token
-    pull_s = num_bytes / (gigabytes_per_s * 1e9) if gigabytes_per_s else 0.0
-    first_token_s = corrected(prefill.engine, computed_s)
+    pull_s = decode.num_bytes / (gigabytes_per_s * 1e9) if gigabytes_per_s else 0.0
     return Estimate(
         kind="pair",
-        engines=(prefill.engine.name, decode.engine.name),
-        computed_s=computed_s,
-        first_token_s=first_token_s,
-        total_s=first_token_s + pull_s + decode.room_s(work) + _tokens_s(decode, work),
-        delay_s=prefill.num_streams * prefill.costs.steps.tokens_s(num_new, num_cached[0])
-        + _crowding_s(decode, work),
-        itl_s=_step_with(decode, work),
+        engines=(prefill.engine, decode.engine),
+        computed_s=prefill.computed_s,
+        first_token_s=prefill.first_token_s,
+        total_s=prefill.first_token_s + pull_s + decode.rest_s,
+        delay_s=prefill.delay_s + decode.delay_s,
+        itl_s=decode.itl_s,
     )
 
 

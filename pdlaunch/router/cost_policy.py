@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from operator import itemgetter
 
 import msgspec
 
@@ -13,14 +14,17 @@ from pdlaunch.protocol.control import PairReady
 from pdlaunch.router.cost_model import (
     Estimate,
     Load,
+    RouteKind,
     Work,
     estimate_alone,
+    estimate_decode,
     estimate_pair,
+    estimate_prefill,
     load_of,
 )
 from pdlaunch.router.engine import Engine, EngineKey
 from pdlaunch.router.exposure import Exposure
-from pdlaunch.router.health import Health, may_pull, survey
+from pdlaunch.router.health import may_pull, survey
 from pdlaunch.router.policy import (
     WAITS,
     LeastWork,
@@ -115,32 +119,32 @@ class LeastCost:
         if not decides:
             return None
 
-        unused = self._long_unused(loads)
-
         def rank(estimate: Estimate) -> tuple[bool, float, float, int]:
-            engines = [usable[name] for name in estimate.engines]
-            return (
-                not (_is_try(engines, health, now_at) or unused & {*estimate.engines}),
-                self._excess(estimate),
-                estimate.cost_s,
-                sum(engine.num_picks for engine in engines),
-            )
+            first, last = usable[estimate.engines[0]], usable[estimate.engines[-1]]
+            is_try = not wants_try.isdisjoint(estimate.engines) or _tries_pull(first, last, now_at)
+            num_picks = first.num_picks + (last.num_picks if last is not first else 0)
+            return not is_try, self._excess(estimate), estimate.cost_s, num_picks
 
-        best, *others = sorted(in_time, key=rank)
+        wants_try = health.wants_try | self._long_unused(loads)
+        best_of_kind: dict[RouteKind, tuple[tuple[bool, float, float, int], Estimate]] = {}
+        for estimate in in_time:
+            ranked, known = rank(estimate), best_of_kind.get(estimate.kind)
+            if known is None or ranked < known[0]:
+                best_of_kind[estimate.kind] = ranked, estimate
+        (_, best), *others = sorted(best_of_kind.values(), key=itemgetter(0))
         for name in best.engines:
             self._unused.pop(usable[name].key, None)
-        first_of_kind = {other.kind: other for other in reversed(others) if other.kind != best.kind}
         first, last = usable[best.engines[0]], usable[best.engines[-1]]
         is_pair = first is not last
         early = is_pair and may_tell_early(request, first) and covers(last.capabilities, WAITS)
         tries = health.wants_try & {*best.engines}
         return Route(
-            reason=self._reason(best, is_try=_is_try([first, last], health, now_at)),
+            reason=self._reason(best, is_try=bool(tries) or _tries_pull(first, last, now_at)),
             prefill=first if is_pair else None,
             decode=last if early or not is_pair else None,
             planned=last if is_pair else None,
             estimate=best,
-            alternatives=tuple(sorted(first_of_kind.values(), key=rank)),
+            alternatives=tuple(estimate for _, estimate in others),
             tries=tries,
             left_out=health.left_out,
         )
@@ -208,12 +212,10 @@ class LeastCost:
         return sum(max(0.0, value / limit - 1) for value, limit in limits if limit is not None)
 
 
-def _is_try(engines: Sequence[Engine], health: Health, now_at: float) -> bool:
-    """Tell whether a route shows whether an engine, or the pulls of a pair, work again."""
-    pulls = engines[-1].pulls.get(engines[0].key)
-    return any(engine.name in health.wants_try for engine in engines) or (
-        pulls is not None and pulls.wants_try(now_at)
-    )
+def _tries_pull(prefill: Engine, decode: Engine, now_at: float) -> bool:
+    """Tell whether a route shows whether the pulls of a pair work again."""
+    pulls = decode.pulls.get(prefill.key) if decode.pulls else None
+    return pulls is not None and pulls.wants_try(now_at)
 
 
 def _end_s(request: RoutingRequest, estimate: Estimate) -> float:
@@ -262,20 +264,23 @@ def _estimates_of_pairs(
 ) -> Iterator[Estimate]:
     work, speeds = _work(request), _gigabytes_per_s(pairs)
     decodes = {
-        load.engine.name: (load, _num_cached(request, load, index))
+        load.engine.name: (
+            load.engine,
+            estimate_decode(load, work, _num_cached(request, load, index)),
+        )
         for load in loads
         if load.engine.role == "decode"
     }
-    for prefill in loads:
-        if prefill.engine.role != "prefill":
+    for load in loads:
+        prefill, peers = load.engine, load.engine.peers
+        if prefill.role != "prefill":
             continue
-        num_cached, peers = _num_cached(request, prefill, index), prefill.engine.peers
+        computing = estimate_prefill(load, work, _num_cached(request, load, index))
         for name in decodes if peers is None else sorted(peers & decodes.keys()):
-            decode, num_cached_there = decodes[name]
-            if not may_pull(decode.engine, prefill.engine, now_at):
-                continue
-            speed = speeds.get((prefill.engine.name, name), 0.0)
-            yield estimate_pair(prefill, decode, work, (num_cached, num_cached_there), speed)
+            decode, decoding = decodes[name]
+            if may_pull(decode, prefill, now_at):
+                speed = speeds.get((prefill.name, name), 0.0)
+                yield estimate_pair(computing, decoding, speed)
 
 
 def _gigabytes_per_s(pairs: Sequence[PairReady]) -> dict[tuple[str, str], float]:
