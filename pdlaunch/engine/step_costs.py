@@ -11,9 +11,10 @@ from pdlaunch.observe.online_fit import OnlineFit
 from pdlaunch.protocol.costs import MAX_SLOWDOWN, EngineCosts, StepCosts, StepWork
 
 _STREAM_DOUBT = (1.0, 0.1, 1e-4)
-_PROMPT_DOUBT = (0.1, 1e-5)
+_PROMPT_DOUBT = (0.1, 2e-6)
 """Seconds by which each of ``StepCosts`` may be wrong before anything is measured: more than any
-machine takes.
+machine takes. What a token attends to costs a thousandth of it or less: with more doubt, noise in
+short prompts would make long ones seem to take minutes.
 """
 _STREAM_DRIFTS = (True, True, False)
 _PROMPT_DRIFTS = (True, False)

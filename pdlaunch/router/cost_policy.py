@@ -111,7 +111,15 @@ class LeastCost:
             estimates = [*_estimates_alone(request, loads, index, exposure), *of_pairs]
         if not estimates:
             return None
+        # An engine tells better what is wrong with a prompt that is too long for it.
+        fits = all(
+            load.engine.max_model_len is None
+            or request.num_prompt_tokens < load.engine.max_model_len
+            for load in loads
+        )
         in_time = estimates if request.left_s is None else _in_time(request, estimates)
+        if not in_time and not fits:
+            return None
         if not in_time:
             soonest = min(estimates, key=partial(_end_s, request))
             reason = "no route ends before the deadline"

@@ -322,6 +322,16 @@ def test_streams_at_prefill_are_charged_for_the_prompts_that_they_will_meet() ->
     )
 
 
+def test_no_deadline_is_held_against_a_prompt_that_is_too_long() -> None:
+    """Else its client would be told to come again, and not what is wrong."""
+    engines = [busy("prefill-0"), busy("decode-0")]
+    for one in engines:
+        one.max_model_len = 8192
+    asked = {"left_s": 1e-3, "expected_tokens": 2.0}
+    assert choose(engines, num_prompt_tokens=8000, **asked).too_late is not None
+    assert choose(engines, num_prompt_tokens=9000, **asked).too_late is None
+
+
 def test_an_engine_that_says_it_is_slow_is_tried_all_the_same() -> None:
     """Else nobody would ever find out that it is not."""
     policy, dear = LeastCost(), msgspec.structs.replace(STEPS, stream_s=0.01, step_s=0.5)
