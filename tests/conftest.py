@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +21,21 @@ pytest_plugins = ["tests.memory_guard", "tests.process_guard"]
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """Commands that a test runs in this process set its logging up, for a process of their own."""
+    root, ours = logging.getLogger(), logging.getLogger("pdlaunch")
+    levels = root.level, ours.level
+    yield
+    for handler in root.handlers[:]:
+        if type(handler.formatter).__module__ == "pdlaunch.observe.logs":
+            root.removeHandler(handler)
+            logging.captureWarnings(False)
+    root.setLevel(levels[0])
+    ours.setLevel(levels[1])
+
 
 E2E = "tests/e2e/"
 LATE = tuple(
