@@ -122,9 +122,9 @@ def refuse_error(engine: Engine, answer: Answer, body: bytes) -> None:
     )
 
 
-# These are used as functions; generators cost three times as much.
-class broken_is_failure:  # noqa: N801
-    """Turn an answer that did not come, or not to its end, into an EngineFailure."""
+# Those below are used as functions; generators cost three times as much.
+class _Asking:
+    """Is entered for what one engine is asked."""
 
     __slots__ = ("_engine",)
 
@@ -133,6 +133,12 @@ class broken_is_failure:  # noqa: N801
 
     def __enter__(self) -> None:
         return
+
+
+class broken_is_failure(_Asking):  # noqa: N801
+    """Turn an answer that did not come, or not to its end, into an EngineFailure."""
+
+    __slots__ = ()
 
     def __exit__(
         self,
@@ -144,16 +150,10 @@ class broken_is_failure:  # noqa: N801
             raise EngineFailure(self._engine, str(error), turned_away=error.unheard) from error
 
 
-class malformed_is_failure:  # noqa: N801
+class malformed_is_failure(_Asking):  # noqa: N801
     """Turn what reading an answer of another form raises into an EngineFailure."""
 
-    __slots__ = ("_engine",)
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def __enter__(self) -> None:
-        return
+    __slots__ = ()
 
     def __exit__(
         self,

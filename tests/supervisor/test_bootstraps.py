@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from pdlaunch.config.models import LaunchConfig
-from pdlaunch.engines.native import NativeEngine
 from pdlaunch.engines.plan import kind_of, plan_processes
 from pdlaunch.process.bootstrap import OVER_HOSTS
 from pdlaunch.protocol.sockets import new_launch_keys
 from pdlaunch.resolve.hosts import ResolvedHost, Share
-from pdlaunch.resolve.resolve import resolve, resolve_on
+from pdlaunch.resolve.resolve import ResolvedLaunch, resolve, resolve_on
 from pdlaunch.supervisor.bootstraps import LaunchBootstraps
 from pdlaunch.supervisor.ports import listening
 from tests.resolve.test_resolve import CPU, write_model
@@ -23,20 +24,27 @@ def model(tmp_path: Path) -> Path:
     return write_model(tmp_path / "tiny", dtype="bfloat16")
 
 
+def prepared(
+    resolved: ResolvedLaunch, run_dir: Path, listeners: Sequence[socket.socket]
+) -> LaunchBootstraps:
+    bootstraps = LaunchBootstraps(
+        resolved,
+        keys=new_launch_keys(),
+        control="ipc:///c",
+        run_dir=run_dir,
+        launch_id="l",
+        listeners=listeners,
+        kind=kind_of(resolved),
+    )
+    bootstraps.prepare()
+    return bootstraps
+
+
 def test_children_are_given_what_is_theirs(model: Path, tmp_path: Path) -> None:
     config = LaunchConfig.model_validate({"model": str(model), "port": 0, "api_key": "secret"})
     with listening("127.0.0.1", 0) as listeners:
         resolved = resolve(config, {"here": CPU}, {})
-        bootstraps = LaunchBootstraps(
-            resolved,
-            keys=new_launch_keys(),
-            control="ipc:///c",
-            run_dir=tmp_path,
-            launch_id="l",
-            listeners=listeners,
-            kind=NativeEngine(),
-        )
-        bootstraps.prepare()
+        bootstraps = prepared(resolved, tmp_path, listeners)
         rank, _, server, _, router = plan_processes(resolved).processes
         of_rank, of_server, of_router = (
             bootstraps.make(rank, 2),
@@ -69,16 +77,7 @@ def test_children_are_given_the_addresses_of_their_host(model: Path, tmp_path: P
     ]
     with listening("127.0.0.1", 0) as listeners:
         resolved = resolve_on(config, hosts, {})
-        bootstraps = LaunchBootstraps(
-            resolved,
-            keys=new_launch_keys(),
-            control="ipc:///c",
-            run_dir=tmp_path,
-            launch_id="l",
-            listeners=listeners,
-            kind=NativeEngine(),
-        )
-        bootstraps.prepare()
+        bootstraps = prepared(resolved, tmp_path, listeners)
 
         def given(name: str) -> tuple[str, str, str]:
             (process,) = [one for one in plan_processes(resolved).processes if one.name == name]
@@ -127,16 +126,7 @@ def test_sidecars_open_engines_where_a_launch_has_several_hosts(
     hosts += [ResolvedHost("a", CPU, {}, "10.0.0.2", "192.0.2.2")]
     with listening("127.0.0.1", 0) as listeners:
         resolved = resolve_on(config, hosts if is_spread else [ResolvedHost("local", CPU, {})], {})
-        bootstraps = LaunchBootstraps(
-            resolved,
-            keys=new_launch_keys(),
-            control="ipc:///c",
-            run_dir=tmp_path,
-            launch_id="l",
-            listeners=listeners,
-            kind=kind_of(resolved),
-        )
-        bootstraps.prepare()
+        bootstraps = prepared(resolved, tmp_path, listeners)
         prefill, _, router = plan_processes(resolved).processes
         door = bootstraps.make(prefill, 1).door
         assert bootstraps.make(router, 1).door is None
