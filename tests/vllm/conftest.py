@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -42,16 +43,25 @@ def vllm_command() -> str:
     return str(command)
 
 
-@pytest.fixture(scope="package")
-def pair(vllm_command: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """One prefill and one decode engine of vLLM."""
-    folder = tmp_path_factory.mktemp("pair")
-    config = folder / "pair.yaml"
-    config.write_text(json.dumps({"engine_args": ENGINE_ARGS}))
+@contextlib.contextmanager
+def running_engines(
+    folder: Path, vllm_command: str, settings: Mapping[str, object]
+) -> Iterator[Deployment]:
+    """Run a deployment of the demo model whose engines are vLLM's."""
+    config = folder / "launch.yaml"
+    config.write_text(json.dumps(settings))
     with running_deployment(
         (str(config), *ARGUMENTS, "--engine-command", vllm_command),
         environ=clean_environ(),
         timeout_s=START_TIMEOUT_S,
         log_dir=str(folder / "logs"),  # pytest keeps them, and vLLM says why it ends there alone
     ) as deployment:
+        yield deployment
+
+
+@pytest.fixture(scope="package")
+def pair(vllm_command: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """One prefill and one decode engine of vLLM."""
+    settings = {"engine_args": ENGINE_ARGS}
+    with running_engines(tmp_path_factory.mktemp("pair"), vllm_command, settings) as deployment:
         yield deployment

@@ -12,11 +12,10 @@ from safetensors.torch import save_file
 
 from pdlaunch.client.admin import admin_api
 from pdlaunch.client.api import Api
-from pdlaunch.client.deployment import Deployment, running_deployment
+from pdlaunch.client.deployment import Deployment
 from pdlaunch.config.model_files.aliases import resolve_model
 from tests.e2e.api import complete, streamed
-from tests.e2e.conftest import clean_environ
-from tests.vllm.conftest import ARGUMENTS, START_TIMEOUT_S
+from tests.vllm.conftest import running_engines
 from tests.vllm.test_pair import BYTES_READ, NUM_TOKENS, prompt_of
 from tests.vllm.test_verified import FAILED
 
@@ -60,14 +59,8 @@ def launch(vllm_command: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
     folder = tmp_path_factory.mktemp("adapters")
     write_adapter(folder / ADAPTER)
     arguments = {"enable-lora": True, "lora-modules": [f"{ADAPTER}={folder / ADAPTER}"]}
-    config = folder / "launch.yaml"
-    config.write_text(json.dumps({"engine_args": arguments, "dtype": "float32"}))
-    with running_deployment(
-        (str(config), *ARGUMENTS, "--engine-command", vllm_command),
-        environ=clean_environ(),
-        timeout_s=START_TIMEOUT_S,
-        log_dir=str(folder / "logs"),
-    ) as deployment:
+    settings = {"engine_args": arguments, "dtype": "float32"}
+    with running_engines(folder, vllm_command, settings) as deployment:
         yield deployment
 
 

@@ -13,11 +13,10 @@ import pytest
 from openai import APIError, OpenAI
 
 from pdlaunch.client.api import Api
-from pdlaunch.client.deployment import Deployment, running_deployment
+from pdlaunch.client.deployment import Deployment
 from tests.e2e.api import complete, streamed
-from tests.e2e.conftest import clean_environ
 from tests.e2e.waiting import await_true
-from tests.vllm.conftest import ARGUMENTS, START_TIMEOUT_S
+from tests.vllm.conftest import running_engines
 from tests.vllm.kv_memory import core_of, engine_of, worker_of
 from tests.vllm.test_pair import NUM_TOKENS, bytes_read, prompt_of, states
 
@@ -31,15 +30,8 @@ LONG = 60
 
 @pytest.fixture(scope="module")
 def launch(vllm_command: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    folder = tmp_path_factory.mktemp("deaths")
-    config = folder / "launch.yaml"
-    config.write_text(f"dtype: float32\nhang_timeout_s: {HANG_TIMEOUT_S}\n")
-    with running_deployment(
-        (str(config), *ARGUMENTS, "--engine-command", vllm_command),
-        environ=clean_environ(),
-        timeout_s=START_TIMEOUT_S,
-        log_dir=str(folder / "logs"),
-    ) as deployment:
+    settings = {"dtype": "float32", "hang_timeout_s": HANG_TIMEOUT_S}
+    with running_engines(tmp_path_factory.mktemp("deaths"), vllm_command, settings) as deployment:
         yield deployment
 
 

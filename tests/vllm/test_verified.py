@@ -17,11 +17,10 @@ import pytest
 
 from pdlaunch.client.admin import admin_api
 from pdlaunch.client.api import Api
-from pdlaunch.client.deployment import Deployment, running_deployment
+from pdlaunch.client.deployment import Deployment
 from tests.e2e.api import complete
-from tests.e2e.conftest import clean_environ
 from tests.e2e.waiting import await_true
-from tests.vllm.conftest import ARGUMENTS, START_TIMEOUT_S
+from tests.vllm.conftest import running_engines
 from tests.vllm.kv_memory import core_of, flip_bit, tcp_listeners, worker_of
 
 NUM_TOKENS = 12
@@ -53,18 +52,14 @@ def launch(
 ) -> Iterator[tuple[str, Deployment]]:
     """One pair, with our connector and then with vLLM's."""
     verify = "on" if request.param == "verified" else "off"
-    config = tmp_path_factory.mktemp("config") / "deployment.yaml"
-    config.write_text(
-        f"engine_args: {{num-gpu-blocks-override: {NUM_BLOCKS}}}\n"
-        f"block_size: {BLOCK_SIZE}\n"
-        f"max_num_batched_tokens: {STEP_TOKENS}\n"
-        f"kv_transfer: {{lease_s: {LEASE_S}, verify: {verify}}}\n"
-    )
-    with running_deployment(
-        (str(config), *ARGUMENTS, "--engine-command", vllm_command),
-        environ=clean_environ(),
-        timeout_s=START_TIMEOUT_S,
-    ) as deployment:
+    settings = {
+        "engine_args": {"num-gpu-blocks-override": NUM_BLOCKS},
+        "block_size": BLOCK_SIZE,
+        "max_num_batched_tokens": STEP_TOKENS,
+        "kv_transfer": {"lease_s": LEASE_S, "verify": verify},
+    }
+    folder = tmp_path_factory.mktemp("verified")
+    with running_engines(folder, vllm_command, settings) as deployment:
         yield request.param, deployment
 
 
