@@ -75,8 +75,9 @@ class _Running:
 class EngineChanges:
     """Keeps the change that is under way; ``in`` asks for an engine that starts because of it.
 
-    ``planner`` is None where engines cannot change. ``use_plan`` is called when processes have come
-    or gone; ``forget`` with an engine that leaves.
+    ``planner`` is None where engines cannot change. ``answer`` tells a process once all processes
+    know what has changed. ``use_plan`` is called when processes have come or gone; ``forget`` with
+    an engine that leaves.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class EngineChanges:
         drain_s: float,
         startup_timeout_s: float,
         note: Callable[[str], None],
+        answer: Callable[[str, Answered], None],
         use_plan: Callable[[], None],
         forget: Callable[[str], None],
     ) -> None:
@@ -103,6 +105,7 @@ class EngineChanges:
         self._drain_s = drain_s
         self._startup_timeout_s = startup_timeout_s
         self._note = note
+        self._answer = answer
         self._use_plan = use_plan
         self._forget = forget
         self._running: _Running | None = None
@@ -118,7 +121,7 @@ class EngineChanges:
     def ask(self, message: ChangeEngines, asker: str, phase: LaunchPhase) -> None:
         """Judge a change and tell who asked, then begin it unless it is a dry run."""
         answer, change = self._judge(message, phase)
-        self._host.send(asker, answer)
+        self._answer(asker, answer)
         if change is None or answer.change is None:
             return
         self._running = _Running(change, message.question, asker, answer.change.drain_s)
@@ -276,7 +279,7 @@ class EngineChanges:
         else:
             self._running = None
             self._note(running.error or f"engines have changed: {running.what}")
-            self._host.send(running.asker, Answered(question=running.question, error=running.error))
+            self._answer(running.asker, Answered(question=running.question, error=running.error))
 
     def _fail(self, reason: str) -> None:
         """Stop the new engines at once; those that were there serve on."""

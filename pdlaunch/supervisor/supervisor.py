@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pdlaunch.engines.kind import EngineKind
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.hosts.host import Host, MessageReceived, ProcessExited
-from pdlaunch.protocol.changes import ChangeEngines, EngineIdle, SetDrained
+from pdlaunch.protocol.changes import Answered, ChangeEngines, EngineIdle, SetDrained
 from pdlaunch.protocol.control import (
     Alive,
     Drained,
@@ -28,6 +28,7 @@ from pdlaunch.protocol.control import (
     Register,
     Registry,
     Restart,
+    Restarting,
     ServedRequest,
     SleepState,
     ToSupervisor,
@@ -110,6 +111,7 @@ class Supervisor:
         )
         self._notes = Notes(observer, host, self._processes, clock)
         self._registry = RegistryVersions()
+        self._answers: list[tuple[str, Answered | Restarting]] = []
         self._views = Views(plan)
         self._views_are_new = False
         self._settle_every_s = SETTLE_S * len(plan.processes)
@@ -146,6 +148,7 @@ class Supervisor:
             drain_s=timing.grace.drain_s,
             startup_timeout_s=timing.startup_timeout_s,
             note=self._notes.add,
+            answer=lambda name, answer: self._answers.append((name, answer)),
             use_plan=self._use_plan,
             forget=self._deaths.forget,
         )
@@ -308,9 +311,9 @@ class Supervisor:
                 else:
                     self._restarts.drained(instance)
             case Restart():
-                self._host.send(name, self._restarts.ask(message, self.phase))
+                self._answers.append((name, self._restarts.ask(message, self.phase)))
             case SetDrained():
-                self._host.send(name, self._drains.ask(message, self.phase))
+                self._answers.append((name, self._drains.ask(message, self.phase)))
             case EngineIdle(engine=engine):
                 self._restarts.idle(engine)
             case ChangeEngines():
@@ -493,6 +496,10 @@ class Supervisor:
             for name, view in self._views.news(before, self._registry.current):
                 self._host.send(name, view)
             self._views_are_new = False
+        # After the views: who is told that something is done finds it so.
+        for name, answer in self._answers:
+            self._host.send(name, answer)
+        self._answers.clear()
         self._observer.changed(self.status())
         if becomes_ready:
             self._observer.ready(self.status())

@@ -33,6 +33,10 @@ def test_a_new_engine_gets_work_once_its_pairs_are_proven(tmp_path: Path) -> Non
     world.connect("decode-0/rank-0", "prefill-1/rank-0")
     assert world.given_work() == {"prefill-0", "prefill-1", "decode-0"}
     assert world.answered() == Answered(question=7)
+    sent = [message for name, message in world.host.sent if name == "router"]
+    assert sent.index(world.host.registry("router")) < sent.index(world.answered()), (
+        "who asks at once what engines there are must find them"
+    )
     assert world.supervisor.failure is None
 
 
