@@ -14,274 +14,21 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
 import ssl
-import time
-from collections.abc import Awaitable, Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
 from urllib.parse import urlsplit
 
-import httptools
+from pdlaunch.http.engine_connection import Answer, CallError, Connection, Silence
+from pdlaunch.http.engine_url import UNIX
 
-from pdlaunch.http.engine_url import KEEPALIVE_S, UNIX
-
-MAX_HEAD_BYTES = 64 * 1024
-HIGH_WATER_BYTES = 512 * 1024
-"""Bytes of an answer that wait for their reader before the engine has to wait."""
-END_S = 1.0
-"""Time for which an engine that has said all is waited for, to use its connection again."""
-
-Probe = Callable[[], Awaitable[None]]
-"""Is awaited after each silence, and raises when the engine has died."""
-
+_BACKLOG_S = 0.01
+"""Time after which a Unix socket is tried again whose backlog is full."""
 _NEXT_ADDRESS_S = 0.25
 """Time after which the next address of a name is tried, too."""
 _ADDRESS = re.compile(r"[0-9.]+|.*:.*")
 _FORBIDDEN = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
-
-
-class CallError(Exception):
-    """Says why a call has no whole answer; it quotes nothing that was sent or that came.
-
-    ``unheard``: the engine cannot have seen the request.
-    """
-
-    def __init__(self, reason: str, *, unheard: bool = False) -> None:
-        super().__init__(reason)
-        self.unheard = unheard
-
-
-class Silence(NamedTuple):
-    """Says how an answer is waited for."""
-
-    stall_s: float
-    probe: Probe
-
-
-class Answer:
-    """Holds one answer as it comes; read by one task at a time. ``close`` or ``leave`` it."""
-
-    def __init__(self, connection: _Connection, silence: Silence | None) -> None:
-        self.status = 0
-        """0 until the head has come."""
-        self.headers: dict[str, str] = {}
-        """By name in lower case."""
-        self.has_ended = False
-        """All of it has come."""
-        self._connection = connection
-        self._silence = silence
-        self._loop = asyncio.get_running_loop()
-        self._pieces: list[bytes] = []
-        self._num_bytes = 0
-        self._is_wanted = True
-        self._error: CallError | None = None
-        self._waiter: asyncio.Future[bool] | None = None
-        """Gets True for news, False when there was none for ``stall_s``."""
-        self._waits_since_at = 0.0
-        # One timer for all of an answer: one for each piece took a tenth of the time for a token.
-        self._timer: asyncio.TimerHandle | None = None
-        if silence is not None:
-            self._timer = self._loop.call_later(silence.stall_s, self._look)
-
-    async def head(self) -> None:
-        """Return when the head has come. Raises CallError, and what the probe raises."""
-        while not self.status:
-            await self._news()
-
-    async def read_some(self) -> bytes:
-        """Return the next bytes, none at the end. Raises CallError, and what the probe raises."""
-        while not self._pieces:
-            if self.has_ended:
-                return b""
-            await self._news()
-        pieces, self._pieces = self._pieces, []
-        if self._num_bytes > HIGH_WATER_BYTES and not self.has_ended:
-            self._connection.transport.resume_reading()
-        self._num_bytes = 0
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    async def read(self) -> bytes:
-        """Return the whole body. Raises as ``read_some`` does."""
-        pieces = []
-        while piece := await self.read_some():
-            pieces.append(piece)
-        return b"".join(pieces)
-
-    def close(self) -> None:
-        """Give up what has not come, by closing the connection: that ends the engine's work."""
-        self._stop_timer()
-        if not self.has_ended:
-            self._connection.transport.abort()
-
-    def leave(self) -> None:
-        """Want nothing more of an answer that is about to end, so that its connection can be used
-        again when the end comes soon.
-        """
-        self._stop_timer()
-        self._is_wanted = False
-        self._pieces.clear()
-        if not self.has_ended:
-            self._timer = self._loop.call_later(END_S, self._connection.transport.abort)
-            if self._num_bytes > HIGH_WATER_BYTES:
-                self._connection.transport.resume_reading()
-
-    def begins(self, status: int) -> None:
-        """Take the status; the head is complete."""
-        self.status = status
-        self._tell(has_news=True)
-
-    def comes(self, piece: bytes) -> None:
-        """Take the next piece of the body."""
-        if not self._is_wanted:
-            return
-        self._pieces.append(piece)
-        self._num_bytes += len(piece)
-        if self._num_bytes > HIGH_WATER_BYTES:
-            self._connection.transport.pause_reading()
-        self._tell(has_news=True)
-
-    def ends(self, error: CallError | None = None) -> None:
-        """Take the end; with an error nothing more will come."""
-        self._stop_timer()
-        self.has_ended, self._error = error is None, error
-        self._tell(has_news=True)
-
-    async def _news(self) -> None:
-        """Wait for something to come; after a silence make sure that the engine lives."""
-        if self._error is not None:
-            raise self._error
-        self._waiter = waiter = self._loop.create_future()
-        self._waits_since_at = time.monotonic()
-        try:
-            has_news = await waiter
-        finally:
-            self._waiter = None
-        if not has_news and self._silence is not None:
-            await self._silence.probe()
-
-    def _tell(self, *, has_news: bool) -> None:
-        waiter = self._waiter
-        if waiter is not None and not waiter.done():
-            waiter.set_result(has_news)
-
-    def _look(self) -> None:
-        """Wake who has waited for too long; look again when another one may have."""
-        assert self._silence is not None
-        next_s = self._silence.stall_s
-        if self._waiter is not None:
-            left_s = self._waits_since_at + next_s - time.monotonic()
-            if left_s > 0:
-                next_s = left_s
-            else:
-                self._tell(has_news=False)
-        self._timer = self._loop.call_later(next_s, self._look)
-
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-
-
-class _Connection(asyncio.Protocol):
-    """Carries one call at a time; rests in ``resting`` between two of them."""
-
-    transport: asyncio.Transport
-
-    def __init__(self, resting: dict[_Connection, None]) -> None:
-        self._resting = resting
-        self._parser = httptools.HttpResponseParser(self)
-        self._answer: Answer | None = None
-        self._headers: dict[str, str] = {}
-        self._num_head_bytes = 0
-        self._rest_timer: asyncio.TimerHandle | None = None
-
-    def call(self, head: bytes, body: bytes, silence: Silence | None) -> Answer:
-        """Send a request; return its answer, of which nothing has come yet."""
-        if self._rest_timer is not None:
-            self._rest_timer.cancel()
-        answer = Answer(self, silence)
-        if self.transport.is_closing():
-            # It was closed as soon as it was there, before anybody waited for it.
-            answer.ends(CallError("it closed the connection at once", unheard=True))
-            return answer
-        self._answer = answer
-        # Together, so that both leave in one piece; a long body is not copied for that.
-        if len(body) < MAX_HEAD_BYTES:
-            self.transport.write(head + body)
-        else:
-            self.transport.write(head)
-            self.transport.write(body)
-        return answer
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
-
-    def data_received(self, data: bytes) -> None:
-        answer = self._answer
-        if answer is None:
-            self.transport.abort()  # nobody has asked
-            return
-        if not answer.status:
-            self._num_head_bytes += len(data)
-        try:
-            self._parser.feed_data(data)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self._break("its answer is no valid HTTP")
-            return
-        if not answer.status and self._num_head_bytes > MAX_HEAD_BYTES:
-            self._break("the head of its answer is too long")
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self._resting.pop(self, None)
-        if self._rest_timer is not None:
-            self._rest_timer.cancel()
-        answer, self._answer = self._answer, None
-        if answer is None:
-            return
-        if answer.status and error is None and _ends_with_connection(answer.headers):
-            answer.ends()
-        else:
-            when = "in the middle of its answer" if answer.status else "without an answer"
-            answer.ends(CallError(f"it closed the connection {when}"))
-
-    def on_message_begin(self) -> None:
-        if self._answer is None:
-            self.transport.abort()  # or the next call would get what nobody has asked for
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        decoded = value.decode("utf-8", "surrogateescape")
-        self._headers[name.decode("latin-1").lower()] = decoded
-
-    def on_headers_complete(self) -> None:
-        headers, self._headers = self._headers, {}
-        status = self._parser.get_status_code()
-        if self._answer is not None and status >= 200:  # others come before the answer
-            self._answer.headers = headers
-            self._answer.begins(status)
-
-    def on_body(self, piece: bytes) -> None:
-        if self._answer is not None:
-            self._answer.comes(piece)
-
-    def on_message_complete(self) -> None:
-        answer = self._answer
-        if answer is None or not answer.status:
-            return
-        self._answer, self._num_head_bytes = None, 0
-        answer.ends()
-        # An answer that came before all of the request was sent leaves the rest of it in the way.
-        if self._parser.should_keep_alive() and not self.transport.get_write_buffer_size():
-            self._resting[self] = None
-            self._rest_timer = asyncio.get_running_loop().call_later(
-                KEEPALIVE_S, self.transport.abort
-            )
-        else:
-            self.transport.close()
-
-    def _break(self, reason: str) -> None:
-        answer, self._answer = self._answer, None
-        if answer is not None:
-            answer.ends(CallError(reason))
-        self.transport.abort()
+_SAFE_METHODS = frozenset({"GET", "HEAD"})
 
 
 class EngineCalls:
@@ -294,7 +41,7 @@ class EngineCalls:
     def __init__(self, connect_s: float, tls: ssl.SSLContext | None = None) -> None:
         self._connect_s = connect_s
         self._tls = tls
-        self._resting: dict[str, dict[_Connection, None]] = {}
+        self._resting: dict[str, dict[Connection, None]] = {}
         """By URL; the connection that was used last comes last."""
 
     def close(self) -> None:
@@ -318,22 +65,31 @@ class EngineCalls:
         """
         head = _head(url, method, target, headers, len(body))
         resting = self._resting.setdefault(url, {})
-        connection = _awake(resting) or await self._connect(url, resting)
-        answer = connection.call(head, body, silence)
-        try:
-            await answer.head()
-        except BaseException:
-            answer.close()
-            raise
-        return answer
+        while True:
+            rested = _awake(resting)
+            connection = rested or await self._connect(url, resting)
+            answer = connection.call(head, body, silence, is_bodiless=method == "HEAD")
+            try:
+                await answer.head()
+                return answer
+            except CallError:
+                answer.close()
+                # The engine may close one that rests at any moment, which says nothing of it.
+                if rested is None or method not in _SAFE_METHODS:
+                    raise
+            except BaseException:
+                answer.close()
+                raise
 
-    async def _connect(self, url: str, resting: dict[_Connection, None]) -> _Connection:
+    async def _connect(self, url: str, resting: dict[Connection, None]) -> Connection:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._connect_s):
                 if url.startswith(UNIX):
-                    path = url.removeprefix(UNIX)
-                    _, made = await loop.create_unix_connection(lambda: _Connection(resting), path)
+                    joined = await _join_unix(url.removeprefix(UNIX))
+                    _, made = await loop.create_unix_connection(
+                        lambda: Connection(resting), sock=joined
+                    )
                     return made
                 parts = urlsplit(url)
                 tls = self._context() if parts.scheme == "https" else None
@@ -341,7 +97,7 @@ class EngineCalls:
                 # Names may have several addresses.
                 delay_s = None if _ADDRESS.fullmatch(host) else _NEXT_ADDRESS_S
                 _, made = await loop.create_connection(
-                    lambda: _Connection(resting), host, port, ssl=tls, happy_eyeballs_delay=delay_s
+                    lambda: Connection(resting), host, port, ssl=tls, happy_eyeballs_delay=delay_s
                 )
                 return made
         except TimeoutError:
@@ -356,13 +112,31 @@ class EngineCalls:
         return self._tls
 
 
-def _awake(resting: dict[_Connection, None]) -> _Connection | None:
+def _awake(resting: dict[Connection, None]) -> Connection | None:
     """Take the connection that was used last; None: none rests."""
     while resting:
         connection, _ = resting.popitem()
-        if not connection.transport.is_closing():
+        if connection.is_quiet():
             return connection
+        connection.transport.abort()
     return None
+
+
+async def _join_unix(path: str) -> socket.socket:
+    """Connect to a Unix socket. asyncio takes one whose backlog is full for connected."""
+    joined = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        joined.setblocking(False)
+        while True:
+            try:
+                joined.connect(path)
+            except BlockingIOError:
+                await asyncio.sleep(_BACKLOG_S)
+            else:
+                return joined
+    except BaseException:
+        joined.close()
+        raise
 
 
 def _head(url: str, method: str, target: str, headers: Mapping[str, str], length: int) -> bytes:
@@ -372,9 +146,9 @@ def _head(url: str, method: str, target: str, headers: Mapping[str, str], length
     lines += [f"{name}: {value}" for name, value in headers.items()]
     if any(_FORBIDDEN.search(line) for line in lines):
         raise CallError("a header holds a control character", unheard=True)
-    return ("\r\n".join(lines) + "\r\n\r\n").encode("utf-8", "surrogateescape")
-
-
-def _ends_with_connection(headers: Mapping[str, str]) -> bool:
-    """Tell whether nothing but the end of the connection ends the answer."""
-    return "content-length" not in headers and "transfer-encoding" not in headers
+    if " " in target:
+        raise CallError("its path holds a space", unheard=True)
+    try:
+        return ("\r\n".join(lines) + "\r\n\r\n").encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise CallError("a header holds half a character", unheard=True) from None

@@ -22,7 +22,7 @@ from pdlaunch.protocol.sockets import LaunchKeys
 
 OVER_HOSTS = "over-hosts"
 LISTEN_BACKLOG = 1024
-"""Connections to the router that wait to be accepted, for as long as no router runs too."""
+"""Connections that wait to be accepted, at the router for as long as no router runs too."""
 MAX_OPEN_FILES = 65_536
 """The number of descriptors that any process here needs at most; some systems allow a billion,
 which slows down programs that walk over all.

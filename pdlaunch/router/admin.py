@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
+from urllib.parse import quote
 
 import msgspec
 from aiohttp import hdrs, web
@@ -165,7 +166,7 @@ class Admin:
     async def _one_engine(self, http: web.Request) -> web.Response:
         """Pass any call on to one engine, and its answer back once it is whole."""
         (engine,) = self._named([http.match_info["engine"]])
-        path = f"/{http.match_info['path']}"
+        path = f"/{quote(http.match_info['path'])}"
         headers: dict[str, str] = {REQUEST_ID_HEADER: request_id_of(http)}
         if encoding := http.headers.get(hdrs.CONTENT_ENCODING):
             headers[hdrs.CONTENT_ENCODING] = encoding

@@ -18,7 +18,8 @@ from urllib.parse import urlencode
 
 import msgspec
 
-from pdlaunch.http.engine_calls import Answer, EngineCalls, Silence
+from pdlaunch.http.engine_calls import EngineCalls
+from pdlaunch.http.engine_connection import Answer, Silence
 from pdlaunch.http.ignored_fields import IGNORED_FIELDS_HEADER, read_ignored_fields
 from pdlaunch.observe.spans import SpanReport
 from pdlaunch.protocol.costs import EngineReport

@@ -21,6 +21,7 @@ from pdlaunch.config.http_names import is_loopback, url_of
 from pdlaunch.errors import PdlaunchError, StartupError
 from pdlaunch.http.connections import HttpRunner, fit_connections
 from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S, Supervised
+from pdlaunch.process.bootstrap import LISTEN_BACKLOG
 from pdlaunch.protocol.certificates import server_context
 from pdlaunch.protocol.changes import Answered, AwaitIdle
 from pdlaunch.protocol.control import (
@@ -90,7 +91,7 @@ class ServerProcess:
             raise StartupError(f"{self._spec.name} has no certificate to listen on {host} with")
         tls = None if is_local or certificate is None else server_context(certificate)
         try:
-            await web.TCPSite(runner, host, port, ssl_context=tls).start()
+            await web.TCPSite(runner, host, port, ssl_context=tls, backlog=LISTEN_BACKLOG).start()
             runner.drop_stalled_readers(ROUTER_READ_TIMEOUT_S)
         except OSError as error:
             raise StartupError(

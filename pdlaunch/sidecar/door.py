@@ -33,7 +33,7 @@ from pdlaunch.http.headers import REQUEST_ID_HEADER, TRACEPARENT_HEADER, TRACEST
 from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S
 from pdlaunch.http.openapi import Operation
 from pdlaunch.observe.metrics import RequestMetrics
-from pdlaunch.process.bootstrap import DoorSpec
+from pdlaunch.process.bootstrap import LISTEN_BACKLOG, DoorSpec
 from pdlaunch.protocol.certificates import server_context
 from pdlaunch.protocol.sockets import LaunchKeys
 
@@ -107,7 +107,13 @@ class Door:
         tls = server_context(self._keys.certificate)
         await self._runner.setup()
         try:
-            await web.TCPSite(self._runner, spec.bind_address, spec.port, ssl_context=tls).start()
+            await web.TCPSite(
+                self._runner,
+                spec.bind_address,
+                spec.port,
+                ssl_context=tls,
+                backlog=LISTEN_BACKLOG,
+            ).start()
             self._runner.drop_stalled_readers(READ_TIMEOUT_S)
         except OSError as error:
             raise StartupError(

@@ -15,6 +15,7 @@ from typing import Any
 import aiohttp
 import msgspec
 import pytest
+from yarl import URL
 
 from pdlaunch.router import admin
 from pdlaunch.router.admin_socket import listen_at_admin_socket
@@ -251,6 +252,10 @@ async def test_one_engine_alone_answers_as_it_does(admin_stand: AdminStand) -> N
     async with admin_stand.session.get("/pdlaunch/engines/decode-1/metrics?x=%2F%26") as response:
         assert response.content_type == "text/plain"
         assert "pdlaunch_" in await response.text()
+    for method, path, expected in (("HEAD", "v1/models", 200), ("GET", "no%20such%3Fpath", 404)):
+        url = URL(f"/pdlaunch/engines/decode-1/{path}", encoded=True)
+        async with admin_stand.session.request(method, url) as response:
+            assert response.status == expected
 
 
 async def test_whoever_opens_the_socket_needs_no_key_at_all(admin_stand: AdminStand) -> None:

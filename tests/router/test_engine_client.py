@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 from aiohttp import web
 
+from pdlaunch.http import engine_connection
 from tests.router.conftest import Stand
 from tests.router.fake_engine import FakeEngine, until
 from tests.router.test_life_of_a_request import completion, expected_text
@@ -22,8 +24,12 @@ class CountedEngine(FakeEngine):
         return await super()._generate(request)
 
 
-async def test_the_connection_of_a_stream_is_used_again(stand: Stand) -> None:
+async def test_the_connection_of_a_stream_is_used_again(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Though the end of the answer comes behind its last event, in a piece of its own."""
+    for name in ("KEEPALIVE_S", "END_S"):  # however busy the machine is
+        monkeypatch.setattr(engine_connection, name, 300.0)
     counted = CountedEngine()
     await stand.start([counted])
     calls = stand.state.client._calls

@@ -10,6 +10,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
@@ -161,6 +162,21 @@ async def complete(url: str, key: str) -> tuple[int, dict]:
         return response.status, await response.json()
 
 
+async def many_connect_while_stopped(pid: int, url: str) -> None:
+    """A burst of requests finds room in the backlog of a server that is busy."""
+    port = urlsplit(url).port
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            made = await asyncio.gather(
+                *(asyncio.open_connection("127.0.0.1", port) for _ in range(300))
+            )
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    for _, writer in made:
+        writer.close()
+
+
 async def test_a_servers_life(
     supervisor: FakeSupervisor, own_rank: FakeRank, tokenizer: TextTokenizer, model_dir: Path
 ):
@@ -179,6 +195,7 @@ async def test_a_servers_life(
     assert await get_status(url + "/health") == 200
     assert (await complete(url, token))[0] == 200
     assert psutil.Process(register.pid).memory_info().rss < 150 * 1024**2
+    await many_connect_while_stopped(register.pid, url)
 
     own_rank.script = silent
     lost = asyncio.create_task(complete(url, token))
