@@ -46,32 +46,45 @@ def _try_to_bind(family: int, kind: int, protocol: int, address: Any) -> PortSta
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
-        detail = error.strerror or str(error)
-        match _PROBLEMS.get(error.errno or 0):
-            case "busy":
-                return PortState("busy", detail)
-            case "privileged":
-                return PortState("privileged", detail)
-            case "not here":
-                return PortState("not here", detail)
-            case _:
-                return PortState("other", detail)
+        return why_not_listening(error)
     return PortState()
 
 
+def why_not_listening(error: OSError | UnicodeError | ValueError) -> PortState:
+    """Return what the error says of an address at which nobody could listen."""
+    detail = getattr(error, "strerror", None) or str(error)
+    if not isinstance(error, OSError) or isinstance(error, socket.gaierror):
+        return PortState("unknown host", detail)
+    match _PROBLEMS.get(error.errno or 0):
+        case "busy":
+            return PortState("busy", detail)
+        case "privileged":
+            return PortState("privileged", detail)
+        case "not here":
+            return PortState("not here", detail)
+        case _:
+            return PortState("other", detail)
+
+
 def _resolve(host: str, port: int) -> list[tuple[Any, ...]] | PortState | None:
-    """Resolve in a thread: a name server that does not answer must not hold up the check."""
+    """Resolve in a thread: a name server that does not answer must not hold up the check.
+
+    Numbers need no name server, and no time that a busy machine may take for a thread.
+    """
+    flags = socket.AI_PASSIVE
+    with contextlib.suppress(OSError, UnicodeError, ValueError):
+        return list(
+            socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM, flags=flags | socket.AI_NUMERICHOST
+            )
+        )
     answers: queue.SimpleQueue[list[tuple[Any, ...]] | PortState] = queue.SimpleQueue()
 
     def ask() -> None:
         try:
-            answers.put(
-                list(
-                    socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-                )
-            )
+            answers.put(list(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)))
         except (OSError, UnicodeError, ValueError) as error:
-            answers.put(PortState("unknown host", str(error)))
+            answers.put(why_not_listening(error))
 
     threading.Thread(target=ask, name="resolve", daemon=True).start()
     try:

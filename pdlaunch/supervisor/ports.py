@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from pdlaunch.errors import StartupError
-from pdlaunch.platform.availability import probe_port
+from pdlaunch.platform.availability import probe_port, why_not_listening
 from pdlaunch.process.bootstrap import LISTEN_BACKLOG
 from pdlaunch.resolve.resolve import ResolvedLaunch
 
@@ -90,12 +90,11 @@ def _port_of(sockets: list[socket.socket]) -> int:
     return int(sockets[0].getsockname()[1]) if sockets else 0
 
 
-def _explain(host: str, port: int, error: Exception) -> str:
+def _explain(host: str, port: int, error: OSError | UnicodeError | ValueError) -> str:
     """Say what is wrong with an address, who holds a busy port where that can be seen, and what to
     do.
     """
-    state = probe_port(host, port)
-    match state.problem if state is not None else None:
+    match why_not_listening(error).problem:
         case "busy":
             return (
                 f"port {port} of {host} is busy{_holder(port)}; free it, or choose another one "

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from pdlaunch.platform import probe
+from pdlaunch.platform import availability, probe
 from pdlaunch.platform.availability import ProcessOutcome, probe_port, run_briefly
 from pdlaunch.platform.cuda_driver import Driver
 from pdlaunch.platform.facts import Gpu
@@ -111,6 +111,12 @@ class TestPorts:
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             listener.listen()
+            assert probe_port("127.0.0.1", listener.getsockname()[1]).problem == "busy"
+
+    def test_numbers_wait_for_no_thread(self, monkeypatch):
+        monkeypatch.setattr(availability, "RESOLVE_TIMEOUT_S", 0)
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
             assert probe_port("127.0.0.1", listener.getsockname()[1]).problem == "busy"
 
     def test_an_address_of_another_machine(self):

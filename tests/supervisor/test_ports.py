@@ -11,6 +11,7 @@ import pytest
 
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.errors import StartupError
+from pdlaunch.platform import availability
 from pdlaunch.platform.facts import Machine
 from pdlaunch.resolve.resolve import resolve
 from pdlaunch.supervisor.ports import check_engine_ports, listening
@@ -36,6 +37,23 @@ def test_a_busy_port_is_named_with_its_holder_and_the_fix() -> None:
             listening("127.0.0.1", port),
         ):
             pass
+
+
+def test_a_name_that_is_resolved_late_is_named_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A name server may take longer than a check waits for it."""
+
+    def resolve(*_: Any, **__: Any) -> Any:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(availability, "RESOLVE_TIMEOUT_S", 0)
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    with (
+        pytest.raises(StartupError, match=r"late\.example is no address of this machine"),
+        listening("late.example", 0),
+    ):
+        pass
 
 
 def test_a_busy_port_of_an_engine_is_named_with_its_setting() -> None:
