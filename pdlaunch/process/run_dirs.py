@@ -107,6 +107,8 @@ def take_lock(descriptor: int) -> None:
 
 def is_locked(path: Path) -> bool:
     """Tell whether somebody holds the file, or it cannot be told. Raises FileNotFoundError."""
+    import fcntl
+
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -114,7 +116,8 @@ def is_locked(path: Path) -> bool:
     except OSError:
         return True
     try:
-        take_lock(descriptor)
+        # Shared: others who look at the same time are not taken for a holder.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:
         return True
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 import time
@@ -11,7 +12,7 @@ import pytest
 
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.process.new_run_dir import new_run_dir, remove_stale_run_dirs
-from pdlaunch.process.run_dirs import PREFIX, take_lock
+from pdlaunch.process.run_dirs import PREFIX, LaunchCard, running_launches, take_lock
 from pdlaunch.supervisor.folders import (
     KEPT_LAUNCHES,
     SUPERVISOR_LOG,
@@ -114,6 +115,17 @@ def test_others_that_clean_up_meanwhile_leave_a_new_folder(
         removed.extend(remove_stale_run_dirs(tmp_path))
         assert run_dir.exists()
     assert removed == []
+
+
+def test_who_looks_is_not_taken_for_a_launch_by_others_who_look(tmp_path: Path) -> None:
+    dead = tmp_path / f"{PREFIX}dead"
+    dead.mkdir()
+    LaunchCard(launch_id="id", url="http://127.0.0.1:8000").write(dead)
+    (dead / "lock").touch()
+    with (dead / "lock").open() as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        assert running_launches(tmp_path) == []
+        assert remove_stale_run_dirs(tmp_path) == [dead]
 
 
 def test_a_folder_without_a_lock_is_stale_once_it_is_old(tmp_path: Path) -> None:
