@@ -7,9 +7,9 @@ import contextlib
 import json
 from typing import Any
 
-import msgspec
 import pytest
 
+from tests.http.loop_clock import pass_time
 from tests.router.conftest import SPEC, Stand, pair
 from tests.router.fake_engine import until
 from tests.router.test_life_of_a_request import completion
@@ -105,8 +105,10 @@ async def test_a_client_that_does_not_read_is_left_in_the_end(stand: Stand) -> N
     prefill, decode = pair()
     # More than the sockets between them hold.
     decode.padding = "x" * 2**20
-    await stand.start([prefill, decode], spec=msgspec.structs.replace(SPEC, request_timeout_s=1.0))
+    await stand.start([prefill, decode])
     _, writer = await send(stand, completion(max_tokens=50, stream=True))
+    await until(lambda: stand.metric("pdlaunch_router_generation_tokens_total"))
+    pass_time(SPEC.request_timeout_s)
     await decode.aborted.wait()
     await until(lambda: not stand.router.admission.in_flight)
     assert stand.metric('pdlaunch_router_request_errors_total{model_name="tiny",status="503"}') == 1

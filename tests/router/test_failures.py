@@ -14,6 +14,7 @@ import pytest
 
 from pdlaunch.router import generation
 from pdlaunch.router.prompt_progress import PromptProgress
+from tests.http.loop_clock import pass_time
 from tests.router.conftest import SPEC, Stand, pair, pairs
 from tests.router.fake_engine import FakeEngine, until
 from tests.router.fake_generation import expected_tokens
@@ -337,8 +338,11 @@ async def test_a_silent_engine_that_is_healthy_is_waited_for(stand: Stand) -> No
 async def test_the_request_timeout_is_an_answer(stand: Stand, stream: bool) -> None:
     prefill, decode = pair()
     decode.hold_after = 2
-    await stand.start([prefill, decode], spec=msgspec.structs.replace(SPEC, request_timeout_s=1.0))
-    answer = await stand.post(completion(stream=stream))
+    await stand.start([prefill, decode])
+    request = asyncio.ensure_future(stand.post(completion(stream=stream)))
+    await decode.holding.wait()
+    pass_time(SPEC.request_timeout_s)
+    answer = await request
     if stream:
         assert answer.events()[-1]["error"]["code"] == "request_timeout"
     else:

@@ -12,6 +12,7 @@ import pytest
 
 from pdlaunch.config.shared_settings import LimitSettings
 from pdlaunch.protocol.engine import AbortRequest, AddRequest, RequestFinished, TokenOutput, Tokens
+from tests.http.loop_clock import pass_time
 from tests.server.conftest import END_TOKEN, Engine
 from tests.server.fake_rank import FakeRank, silent
 
@@ -289,8 +290,9 @@ async def test_a_stream_that_fails_ends_with_an_error_event(engine: Engine, rank
 
 
 async def test_a_stream_that_takes_too_long_ends_with_an_error_event(make_engine, rank: FakeRank):
-    engine = await make_engine(limits=LimitSettings(request_timeout_s=1.0))
+    engine = await make_engine(limits=LimitSettings(request_timeout_s=100.0))
     async with running_stream(engine, rank) as (request, response):
+        pass_time(100.0)
         rest = await response.text()
     assert json.loads(rest.removeprefix("data: "))["error"]["code"] == "request_timeout"
     assert [abort.request_id for abort in await rank.wait_for(AbortRequest)] == [request.request_id]
@@ -305,9 +307,12 @@ async def test_a_client_that_leaves_a_stream_aborts_its_request(engine: Engine, 
 
 
 async def test_an_answer_that_takes_too_long_is_a_503(make_engine, rank: FakeRank):
-    engine = await make_engine(limits=LimitSettings(request_timeout_s=0.5))
+    engine = await make_engine(limits=LimitSettings(request_timeout_s=100.0))
     rank.script = silent
-    status, answer, response = await engine.post("/v1/completions", {"prompt": "x"})
+    post = asyncio.create_task(engine.post("/v1/completions", {"prompt": "x"}))
+    await rank.wait_for(AddRequest)
+    pass_time(100.0)
+    status, answer, response = await post
     assert (status, answer["error"]["code"], response.headers["Retry-After"]) == (
         503,
         "request_timeout",
