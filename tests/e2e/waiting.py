@@ -6,8 +6,13 @@ import time
 from collections.abc import Callable
 
 
-def await_true(condition: Callable[[], bool], what: str, timeout_s: float = 180.0) -> None:
+def await_true(
+    condition: Callable[[], object], what: str | Callable[[], str], timeout_s: float = 180.0
+) -> None:
+    """``what`` is wanted; as a function it also says what there is instead."""
     deadline_at = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline_at, f"not in {timeout_s:g} s: {what}"
+        assert time.monotonic() < deadline_at, (
+            f"not in {timeout_s:g} s: {what if isinstance(what, str) else what()}"
+        )
         time.sleep(0.05)

@@ -36,9 +36,12 @@ from pdlaunch.hosts.agent_messages import (
     to_agent,
 )
 from pdlaunch.hosts.join import JoinKeys, Ticket, new_join_keys
+from pdlaunch.platform.availability import probe_port
+from pdlaunch.platform.facts import PortState
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext
+from tests.e2e.waiting import await_true
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 60.0
 HELLO = Join(name="a", address="127.0.0.1", machine="{}", python="python")
 
 
@@ -106,6 +109,10 @@ class Agent:
         os.close(self._stop)
         os.close(self._stopper)
         return self.outcome
+
+    def await_joined(self) -> None:
+        """Until it has heard that it has joined; the channel tells of it before."""
+        await_true(lambda: self.notes, "it has joined")
 
     def stop(self) -> str | PdlaunchError | None:
         os.write(self._stopper, b"x")
@@ -277,6 +284,7 @@ def test_a_resumed_supervisor_finds_its_agents_again(keys: JoinKeys, tmp_path: P
     with listening(keys, tmp_path) as dead:
         agent = Agent(keys.ticket(dead.endpoint))
         assert isinstance(news_of(dead), Joined)
+        agent.await_joined()
         die(dead)
         port = int(dead.endpoint.rpartition(":")[2])
         resumed = JoinKeys(server=keys.server, agents=keys.agents, port=port)
@@ -291,6 +299,7 @@ def test_an_agent_ends_when_its_supervisor_is_silent(keys: JoinKeys, tmp_path: P
     with listening(keys, tmp_path, timeout_s=0.8) as channel:
         agent = Agent(keys.ticket(channel.endpoint))
         assert isinstance(news_of(channel), Joined)
+        agent.await_joined()
         die(channel)
         outcome = agent.end()
     assert isinstance(outcome, AgentTimeoutError)
@@ -361,8 +370,11 @@ def test_numbers_of_a_session_must_follow_each_other() -> None:
 
 
 def die(channel: AgentChannel) -> None:
-    """End the thread as SIGKILL would: nobody is told."""
+    """End the thread as SIGKILL would: nobody is told, and nobody listens."""
     channel._agents.clear()
     channel._closing = True
     os.eventfd_write(channel._wake_event, 1)
     channel._thread.join(TIMEOUT_S)
+    port = int(channel.endpoint.rpartition(":")[2])
+    # ZMQ closes the socket in a thread of its own.
+    await_true(lambda: probe_port("127.0.0.1", port) == PortState(), "the port is free")

@@ -149,7 +149,7 @@ class Alone:
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
 
     async def until(self, condition: Callable[[], object]) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(120):
             while not condition():  # noqa: ASYNC110 - what is waited for is plain state
                 await asyncio.sleep(0.005)
 

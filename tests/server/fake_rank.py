@@ -122,7 +122,7 @@ class FakeRank:
 
         async with self._arrived:
             await asyncio.wait_for(
-                self._arrived.wait_for(lambda: len(found()) >= count), timeout=20
+                self._arrived.wait_for(lambda: len(found()) >= count), timeout=60
             )
         return found()
 

@@ -110,11 +110,12 @@ def test_after_its_end_an_owner_hands_over_nothing(files: list[int]) -> None:
 def test_an_owner_that_does_not_answer_is_given_up(server: FdServer) -> None:
     """As one that was stopped: the kernel takes the connection, and nobody reads."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:
-        silent.bind("\0pdlaunch-test-silent")
+        name = f"pdlaunch-test-silent-{os.getpid()}"
+        silent.bind(f"\0{name}")
         silent.listen()
         before = num_open_fds()
         with pytest.raises(TransferError, match="timed out"):
-            fetch_fds("pdlaunch-test-silent", b"token", 1, timeout_s=0.01)
+            fetch_fds(name, b"token", 1, timeout_s=0.01)
         assert num_open_fds() == before
 
 

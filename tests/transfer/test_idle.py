@@ -52,7 +52,7 @@ class Pair:
 
     def close(self) -> None:
         for rank in (self.holder, self.puller):
-            rank.transfer.close(timeout_s=10)
+            rank.transfer.close(timeout_s=60)
 
 
 @contextmanager

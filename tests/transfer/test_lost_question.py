@@ -122,5 +122,5 @@ def test_what_was_lost_is_asked_again(context: SecureContext, lost: Way):
         assert finished.ok
     finally:
         for rank in (holder, reader):
-            rank.transfer.close(timeout_s=10)
+            rank.transfer.close(timeout_s=60)
         relay.close()

@@ -83,7 +83,7 @@ def test_a_transfer_thread_that_is_closed(context: SecureContext) -> None:
     assert puller.events()[0].ok
     caches = [storage_of(rank.kv_cache) for rank in (holder, puller)]
     for rank in (puller, holder):
-        rank.transfer.close(timeout_s=10)
+        rank.transfer.close(timeout_s=60)
         del rank.kv_cache
     assert are_gone(caches)
 
@@ -98,8 +98,8 @@ def test_a_transfer_thread_that_has_died(context: SecureContext) -> None:
     del rank.kv_cache
     for _ in range(2):
         with pytest.raises(TransferError, match="no such backend"):
-            rank.transfer.wait_started(10)
-    rank.transfer.close(timeout_s=10)
+            rank.transfer.wait_started(60)
+    rank.transfer.close(timeout_s=60)
     assert are_gone([cache])
 
 
@@ -118,7 +118,7 @@ def test_a_thread_with_a_read_that_may_still_write_keeps_its_memory(context: Sec
         assert time.monotonic() < deadline_s
         time.sleep(0.001)
     for rank in (holder, puller):
-        rank.transfer.close(timeout_s=10)
+        rank.transfer.close(timeout_s=60)
     assert puller.transfer._sides.has_pending_reads
     assert holder.transfer._sides is None
 

@@ -63,7 +63,7 @@ def start(
     yield start
     fabric.kill()
     for rank in started:
-        rank.transfer.close(timeout_s=10)
+        rank.transfer.close(timeout_s=60)
 
 
 def pull_once(holder: Rank, puller: Rank, name: str) -> None:
@@ -153,7 +153,7 @@ def test_a_sleeping_rank_refuses_and_says_why(
     holder, _ = start("prefill")
     holder.transfer.suspend(TIMEOUT_S)
     socket = context.connect(zmq.DEALER, holder.transfer.endpoint)
-    socket.rcvtimeo = 10_000
+    socket.rcvtimeo = 60_000
     socket.send(
         to_prefill_side.encode(
             PullBegin(

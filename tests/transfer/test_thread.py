@@ -113,7 +113,7 @@ def start(context: SecureContext) -> Iterator[Callable[..., Rank]]:
 
     yield start
     for rank in started:
-        rank.transfer.close(timeout_s=10)
+        rank.transfer.close(timeout_s=60)
 
 
 def remote(lease_id: str) -> RemoteKV:
@@ -143,7 +143,7 @@ def test_two_threads_shake_hands_and_pull(start):
 def test_a_reader_that_comes_before_its_lease_waits_for_it(start, context):
     holder = start("prefill")
     socket = context.connect(zmq.DEALER, holder.transfer.endpoint)
-    socket.rcvtimeo = 10_000
+    socket.rcvtimeo = 60_000
     for kind, lease_id in ((PullBegin, "r"), (PullBegin, "other")):
         engine_id = ENGINE_IDS["prefill"] if lease_id == "r" else "c" * 32
         socket.send(
@@ -176,7 +176,7 @@ def test_a_lease_expires_without_anybody_asking(start):
 def test_hostile_frames_are_refused_and_the_thread_goes_on(start, context):
     holder = start("prefill")
     socket = context.connect(zmq.DEALER, holder.transfer.endpoint)
-    socket.rcvtimeo = 10_000
+    socket.rcvtimeo = 60_000
     question = PullBegin(
         call_id=1, engine_id="c" * 32, lease_id="r", reader="x", num_decode_ranks=1
     )
@@ -212,7 +212,7 @@ def test_a_stranger_gets_no_answer(start):
         zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_CLOSED
     )
     socket.send(b"x")
-    assert monitor.poll(10_000)
+    assert monitor.poll(60_000)
     assert not socket.poll(0)
     socket.disable_monitor()
     socket.close()
@@ -227,17 +227,17 @@ class BrokenConnector(FakeConnector):
 def test_a_connector_that_cannot_start_is_told(context):
     rank = Rank(context, "prefill", BrokenConnector("x", Fabric()))
     with pytest.raises(TransferError, match="the connector cannot start: no such backend"):
-        rank.transfer.wait_started(10)
+        rank.transfer.wait_started(60)
     with pytest.raises(TransferError, match="the transfer thread has died: no such backend"):
         rank.events()
-    rank.transfer.close(timeout_s=10)
+    rank.transfer.close(timeout_s=60)
     rank.transfer.submit([grant("r", [1])])
 
 
 def test_handshake_for_another_engine_is_refused(start, context):
     holder = start("prefill")
     socket = context.connect(zmq.DEALER, holder.transfer.endpoint)
-    socket.rcvtimeo = 10_000
+    socket.rcvtimeo = 60_000
     from pdlaunch.transfer.channel.handshake import compatibility_of
 
     compatibility = compatibility_of(
