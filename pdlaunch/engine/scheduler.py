@@ -126,7 +126,11 @@ class Scheduler:
 
     def _schedule(self) -> StepPlan:
         self.requests.may_progress = False
-        step = StepDraft(self._max_num_batched_tokens, has_streams=not self._streams_wait())
+        if self._costs is not None and self._streams_wait():
+            budget = min(self._costs().pause_step_tokens, self._max_num_batched_tokens)
+            step = StepDraft(budget, has_streams=False)
+        else:
+            step = StepDraft(self._max_num_batched_tokens)
         self._fill(step)
         if not step.has_streams and not step.scheduled:
             # No prompt has room now.

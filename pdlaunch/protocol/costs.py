@@ -106,11 +106,21 @@ class EngineCosts(msgspec.Struct, frozen=True, array_like=True):
         return max(self.block_size, self.max_num_batched_tokens - num_streams)
 
     @property
+    def pause_step_tokens(self) -> int:
+        """Return how many prompt tokens a step computes while streams wait: as many as fit into it,
+        fewer where such a step would take longer than streams may wait.
+        """
+        if self.steps.prompt_s <= 0:
+            return self.max_num_batched_tokens
+        in_time = math.ceil(StreamPauses.MAX_S / self.steps.prompt_s)
+        return max(self.block_size, min(in_time, self.max_num_batched_tokens))
+
+    @property
     def pause_tokens(self) -> int:
         """Return how many prompt tokens are computed while streams wait once."""
-        step_s = self.steps.tokens_s(self.max_num_batched_tokens)
+        step_s = self.steps.tokens_s(self.pause_step_tokens)
         num_steps = math.ceil(StreamPauses.MAX_S / step_s) if step_s > 0 else 1
-        return num_steps * self.max_num_batched_tokens
+        return num_steps * self.pause_step_tokens
 
     def chunk_tokens(self, num_streams: int, context_tokens: float) -> int:
         """Return beside how many prompt tokens a step of streams is no long one; a block at least.

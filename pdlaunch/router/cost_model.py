@@ -104,7 +104,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
             num_pauses = max(0, int(self.long_gaps / self.num_streams))
             apart = min(total, num_pauses * self.costs.pause_tokens)
         return (
-            math.ceil(apart / self.costs.max_num_batched_tokens) * steps.step_s
+            math.ceil(apart / self.costs.pause_step_tokens) * steps.step_s
             + math.ceil((total - apart) / self.chunk_tokens) * self.decode_s
             + steps.tokens_s(self.queued_tokens)
             + steps.tokens_s(num_tokens, num_before)

@@ -120,7 +120,7 @@ class SimEngine:
         left = self.costs.chunk_tokens(len(streams), context_tokens)
         todo = sum(request.num_prompt_tokens - request.num_computed for request in self.prompts)
         if self.pauses.leave_out(len(streams), todo, left):
-            streams, context_tokens, left = [], 0, self.costs.max_num_batched_tokens
+            streams, context_tokens, left = [], 0, self.costs.pause_step_tokens
         chunks: list[tuple[SimRequest, int]] = []
         attended = 0.0
         for request in self.prompts:

@@ -184,9 +184,22 @@ def test_streams_wait_only_for_prompts_that_do_not_fit_beside_them() -> None:
 
 
 def test_a_burst_is_computed_at_full_speed_until_its_gaps_are_spent() -> None:
-    prompt_s = StreamPauses.MAX_S / 40
-    costs = EngineCosts(
-        StepCosts(0.02, 0.0, 0.0, prompt_s, 0.0),
+    costs = burst_costs(tokens_in_a_pause=40)
+    assert costs.pause_tokens == 48
+    # Two gaps may be long: two pauses of three steps, and a chunk beside the stream after each.
+    pause = [(0, 16)] * 3 + [(1, 4)]
+    assert shapes_of_a_burst(costs)[:9] == [*pause, *pause, (1, 4)]
+
+
+def test_where_prompts_are_slow_no_stream_waits_for_a_full_step() -> None:
+    costs = burst_costs(tokens_in_a_pause=10)
+    assert costs.pause_tokens == costs.pause_step_tokens == 10
+    assert shapes_of_a_burst(costs)[:5] == [(0, 10), (1, 4), (0, 10), (1, 4), (1, 4)]
+
+
+def burst_costs(tokens_in_a_pause: int) -> EngineCosts:
+    return EngineCosts(
+        StepCosts(0.02, 0.0, 0.0, StreamPauses.MAX_S / tokens_in_a_pause, 0.0),
         max_num_seqs=2,
         max_num_batched_tokens=16,
         block_size=4,
@@ -194,26 +207,29 @@ def test_a_burst_is_computed_at_full_speed_until_its_gaps_are_spent() -> None:
         kv_bytes_per_token=1,
         max_slowdown=2.0,
     )
-    assert costs.pause_tokens == 48
+
+
+def shapes_of_a_burst(costs: EngineCosts) -> list[tuple[int, int]]:
+    """Return the streams and the prompt tokens of each step after a long prompt has come."""
     engine = FakeEngine(
-        costs=lambda: costs, max_num_batched_tokens=16, num_blocks=64, max_model_len=256
+        costs=lambda: costs,
+        max_num_batched_tokens=costs.max_num_batched_tokens,
+        num_blocks=64,
+        max_model_len=256,
     )
     engine.add("chat", [1, 2, 3], max_tokens=40)
     engine.step()
     engine.add("long", range(130), max_tokens=2)
     plans = engine.run()
-    shapes = [
+    assert engine.token_ids("chat") == output([1, 2, 3], 40)
+    assert engine.token_ids("long") == output(list(range(130)), 2)
+    return [
         (
             sum(item.num_tokens == 1 for item in plan.scheduled),
             sum(item.num_tokens for item in plan.scheduled if item.num_tokens > 1),
         )
         for plan in plans
     ]
-    # Two gaps may be long: two pauses of three steps, and a chunk beside the stream after each.
-    pause = [(0, 16)] * 3 + [(1, 4)]
-    assert shapes[:9] == [*pause, *pause, (1, 4)]
-    assert engine.token_ids("chat") == output([1, 2, 3], 40)
-    assert engine.token_ids("long") == output(list(range(130)), 2)
 
 
 def test_streams_go_on_when_no_prompt_has_room() -> None:
