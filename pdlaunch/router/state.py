@@ -29,8 +29,11 @@ logger = logging.getLogger(__name__)
 
 SETTLE_TIMEOUT_S = 2.0
 MAX_PAIR_FAILURES = 1000
-DEATH_NEWS_S = 1.0
-"""Seconds that the supervisor may take to tell of a death that an engine's server has spoken of."""
+DEATH_NEWS_S = 5.0
+"""Seconds that the supervisor may take to tell of a death that an engine's server has spoken of.
+
+On a busy machine it takes long: who does not wait may hand a request that kills to a third engine.
+"""
 
 
 class RecoverySettings(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,6 +11,7 @@ from aiohttp import web
 
 from pdlaunch.http.headers import ORIGIN_HEADER, format_origin, read_origin
 from pdlaunch.protocol.control import Suspects
+from tests.http.loop_clock import pass_time
 from tests.router.conftest import Stand, pairs
 from tests.router.fake_engine import FakeEngine
 from tests.router.fake_generation import Job, Seen
@@ -48,7 +49,9 @@ def tell_of_death(stand: Stand, engine: FakeEngine, seen: Seen, after_s: float =
         stand.publish(starting=[engine.name])
 
     if after_s:
-        asyncio.get_running_loop().call_later(after_s, tell)
+        loop = asyncio.get_running_loop()
+        loop.call_later(0.05, pass_time, after_s - 0.05)
+        loop.call_later(0.05 + after_s, tell)
     else:
         tell()
 
@@ -62,7 +65,7 @@ def marks(stand: Stand) -> list[bool]:
     ]
 
 
-@pytest.mark.parametrize("news_after_s", [0.0, 0.1])
+@pytest.mark.parametrize("news_after_s", [0.0, 0.1, 4.0])
 @pytest.mark.parametrize("stream", [False, True])
 async def test_request_that_kills_fails_after_two_deaths(
     stand: Stand, stream: bool, news_after_s: float
