@@ -16,7 +16,7 @@ from typing import Any
 
 from pdlaunch.errors import PdlaunchError
 
-ROUTER_RETURN_S = 5.0
+ROUTER_RETURN_S = 20.0
 """Time within which a launch starts a router again that has died, unless it dies again and again.
 """
 _POLL_S = 0.05

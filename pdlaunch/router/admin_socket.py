@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 from pathlib import Path
@@ -28,14 +27,17 @@ async def listen_at_admin_socket(
         auto_decompress=False,
     )
     await runner.setup()
-    await web.SockSite(runner, _bind(path), backlog=BACKLOG).start()
+    # Under its own name only once it listens: commands wait at the socket that an earlier router
+    # has left there, and would not where there is none.
+    new = path.with_name(f"{path.name}.new")
+    await web.SockSite(runner, _bind(new), backlog=BACKLOG).start()
+    new.replace(path)
     return runner
 
 
 def _bind(path: Path) -> socket.socket:
-    """Bind a socket of mode 0600, in place of what an earlier router has left there."""
-    with contextlib.suppress(FileNotFoundError):
-        path.unlink()
+    """Bind a socket of mode 0600."""
+    path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     # Linux gives the file the mode of the socket, less the umask.
     os.fchmod(listener.fileno(), 0o600)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import os
+import socket
 import stat
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import aiohttp
 import msgspec
 import pytest
+from aiohttp import web
 from yarl import URL
 
 from pdlaunch.router import admin
@@ -77,6 +79,32 @@ async def test_the_socket_is_its_owners_alone_and_replaces_an_old_one(
         os.umask(umask)
     assert stat.S_ISSOCK(path.stat().st_mode)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    await runner.cleanup()
+
+
+async def test_commands_find_a_socket_while_a_router_takes_the_place_of_another(
+    stand: Stand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old one, at which they wait, until the new one listens."""
+    await stand.start(pairs(1))
+    path = tmp_path / "admin.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    found: list[tuple[int, bool]] = []
+    start = web.SockSite.start
+
+    async def look(site: web.SockSite) -> None:
+        before = path.stat().st_ino
+        await start(site)
+        found.append((before, path.stat().st_ino == before))
+
+    monkeypatch.setattr(web.SockSite, "start", look)
+    old = path.stat().st_ino
+    runner = await listen_at_admin_socket(stand.router.app, path)
+    assert found == [(old, True)]
+    assert path.stat().st_ino != old
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
     await runner.cleanup()
 
 
