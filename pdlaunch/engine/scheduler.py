@@ -205,9 +205,11 @@ class Scheduler:
         num_streams = len(step.scheduled)
         if self._costs is None or not num_streams:
             return
+        ends_pause = self.pauses.has_begun
         self.pauses.ran_streams(num_streams)
         num_context_tokens = sum(request.num_scheduled for request in step.scheduled)
-        step.prompt_budget = self._costs().chunk_tokens(num_streams, num_context_tokens)
+        chunk_tokens = self._costs().chunk_tokens(num_streams, num_context_tokens)
+        step.prompt_budget = 0 if ends_pause else chunk_tokens
 
     def _schedule_chunk(self, request: Request, step: StepDraft) -> None:
         """Add as many next tokens of a running request as budget and blocks allow.

@@ -161,6 +161,13 @@ class StreamPauses:
         self._most = most
         self._waited_s: float | None = None
 
+    @property
+    def has_begun(self) -> bool:
+        """Return whether streams wait: their next step computes nothing else, so that the gap is no
+        longer than the pause and a step.
+        """
+        return self._waited_s is not None
+
     def leave_out(self, num_streams: int, num_prompt_tokens: int, chunk_tokens: int) -> bool:
         """Return whether the next step is to hold prompts alone, of which there are so many tokens.
 

@@ -121,6 +121,8 @@ class SimEngine:
         todo = sum(request.num_prompt_tokens - request.num_computed for request in self.prompts)
         if self.pauses.leave_out(len(streams), todo, left):
             streams, context_tokens, left = [], 0, self.costs.pause_step_tokens
+        elif streams and self.pauses.has_begun:
+            left = 0
         chunks: list[tuple[SimRequest, int]] = []
         attended = 0.0
         for request in self.prompts:

@@ -186,15 +186,15 @@ def test_streams_wait_only_for_prompts_that_do_not_fit_beside_them() -> None:
 def test_a_burst_is_computed_at_full_speed_until_its_gaps_are_spent() -> None:
     costs = burst_costs(tokens_in_a_pause=40)
     assert costs.pause_tokens == 48
-    # Two gaps may be long: two pauses of three steps, and a chunk beside the stream after each.
-    pause = [(0, 16)] * 3 + [(1, 4)]
+    # Two gaps may be long: two pauses of three steps, and a step of the stream after each.
+    pause = [(0, 16)] * 3 + [(1, 0)]
     assert shapes_of_a_burst(costs)[:9] == [*pause, *pause, (1, 4)]
 
 
 def test_where_prompts_are_slow_no_stream_waits_for_a_full_step() -> None:
     costs = burst_costs(tokens_in_a_pause=10)
     assert costs.pause_tokens == costs.pause_step_tokens == 10
-    assert shapes_of_a_burst(costs)[:5] == [(0, 10), (1, 4), (0, 10), (1, 4), (1, 4)]
+    assert shapes_of_a_burst(costs)[:5] == [(0, 10), (1, 0), (0, 10), (1, 0), (1, 4)]
 
 
 def burst_costs(tokens_in_a_pause: int) -> EngineCosts:
