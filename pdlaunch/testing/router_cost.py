@@ -229,14 +229,15 @@ def _rss_bytes(pid: int) -> int:
     return total
 
 
-def _free_ports(number: int) -> list[int]:
+def free_ports(number: int) -> list[int]:
+    """Return ports that nobody listens at now."""
     with contextlib.ExitStack() as stack:
         bound = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(number)]
         return [int(one.getsockname()[1]) for one in bound]
 
 
 @contextlib.contextmanager
-def _running(
+def running(
     command: Sequence[str], url: str, log: Path, environ: Mapping[str, str] | None = None
 ) -> Iterator[int]:
     """Run a command until it answers at ``url``; yield its process id, and end it."""
@@ -285,17 +286,17 @@ def router_command(
 def measure_loads(router: Router, loads: Sequence[Load]) -> Iterator[CostRow]:
     """Measure all loads, each with processes of its own. Raises PdlaunchError."""
     for load in loads:
-        prefill, decode, port, other = _free_ports(4)
+        prefill, decode, port, other = free_ports(4)
         urls = [f"http://127.0.0.1:{number}" for number in (prefill, decode)]
         engine = [sys.executable, "-m", "pdlaunch.testing.plain_engine"]
         engine += [str(prefill), str(decode), str(load.interval_s)]
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-            stack.enter_context(_running(engine, urls[1], Path(folder) / "engines"))
+            stack.enter_context(running(engine, urls[1], Path(folder) / "engines"))
             if router == "none":
                 yield measure(router, decode, None, load)
                 continue
             pid = stack.enter_context(
-                _running(
+                running(
                     router_command(router, urls[0], urls[1], port=port, other=other),
                     f"http://127.0.0.1:{port}",
                     Path(folder) / "router",

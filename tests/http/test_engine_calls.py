@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import itertools
 import resource
+import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
 
-from pdlaunch.http import engine_connection
+from pdlaunch.http import engine_calls, engine_connection
 from pdlaunch.http.engine_calls import EngineCalls
 from pdlaunch.http.engine_connection import (
     HIGH_WATER_BYTES,
@@ -593,3 +594,29 @@ async def test_a_thousand_calls_at_once(tmp_path: Path, is_local: bool) -> None:
             await until(lambda: server.num_open == 0)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (old, most))
+
+
+async def test_a_connection_that_is_not_there_in_time(tmp_path: Path) -> None:
+    """Backlogs are full, and nobody accepts."""
+    path, held = str(tmp_path / "engine.sock"), contextlib.ExitStack()
+    for family, address in ((socket.AF_UNIX, path), (socket.AF_INET, ("127.0.0.1", 0))):
+        listener = held.enter_context(socket.socket(family))
+        listener.bind(address)
+        listener.listen(0)
+        bound = listener.getsockname()
+        for _ in range(3):
+            filler = held.enter_context(socket.socket(family))
+            filler.setblocking(False)
+            filler.connect_ex(bound)
+        url = f"unix:{path}" if family == socket.AF_UNIX else f"http://127.0.0.1:{bound[1]}"
+        with pytest.raises(CallError, match=r"no connection within 0\.05 s") as raised:
+            await EngineCalls(0.05).call(url, "GET", "/", {}, b"")
+        assert raised.value.unheard
+    held.close()
+
+
+async def test_connections_that_take_a_while(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_calls, "_has_come", lambda _: False)
+    assert await call.answered(WHOLE) == b"ok"
+    with pytest.raises(CallError, match=r"cannot connect.*refused"):
+        await call.calls.call("http://127.0.0.1:1", "GET", "/", {}, b"")

@@ -9,14 +9,14 @@ from collections.abc import AsyncIterator
 import pytest
 
 from pdlaunch.testing.plain_engine import MODEL, VERSION, serve
-from pdlaunch.testing.router_cost import Load, _free_ports, router_command, send_load
+from pdlaunch.testing.router_cost import Load, free_ports, router_command, send_load
 from pdlaunch.watch.canary import send_canary
 from pdlaunch.watch.engine_api import EngineApi
 
 
 @pytest.fixture
 async def ports() -> AsyncIterator[list[int]]:
-    ports = _free_ports(2)
+    ports = free_ports(2)
     serving = asyncio.ensure_future(serve(ports, 0.001))
     apis = [EngineApi(f"http://127.0.0.1:{port}") for port in ports]
     for api in apis:
