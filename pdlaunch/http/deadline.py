@@ -37,10 +37,13 @@ class Deadlines:
             if not timeout.expired():
                 timeout.reschedule(0.0)
 
-    def start(self, limit_s: float | None = None) -> Deadline:
-        """Start the deadline of one request now. ``limit_s``: a shorter one of its own."""
-        limit_s = self._limit_s if limit_s is None else min(limit_s, self._limit_s)
-        return Deadline(self, asyncio.get_running_loop().time() + limit_s, limit_s)
+    def start(self, wanted_s: float | None = None) -> Deadline:
+        """Start the deadline of one request now. ``wanted_s``: the time that its client gives."""
+        now_at = asyncio.get_running_loop().time()
+        if wanted_s is None:
+            return Deadline(self, now_at + self._limit_s, self._limit_s)
+        limit_s = min(wanted_s, self._limit_s)
+        return Deadline(self, now_at + limit_s, limit_s, wanted_at=now_at + wanted_s)
 
     @contextlib.asynccontextmanager
     async def guard_until(self, end_at: float, limit_s: float) -> AsyncIterator[None]:
@@ -73,12 +76,22 @@ class Deadlines:
 class Deadline:
     """Limits the life of one request, whose parts run under ``guard`` one after another."""
 
-    def __init__(self, deadlines: Deadlines, end_at: float, limit_s: float) -> None:
+    def __init__(
+        self,
+        deadlines: Deadlines,
+        end_at: float,
+        limit_s: float,
+        *,
+        wanted_at: float | None = None,
+    ) -> None:
         self._deadlines = deadlines
+        self._end_at = end_at
         self._limit_s = limit_s
-        self.end_at = end_at
-        """Instant on the event loop's clock."""
+        self.wanted_at = wanted_at
+        """Instant on the event loop's clock by which the client wants the whole answer; None: it
+        does not say.
+        """
 
     def guard(self) -> contextlib.AbstractAsyncContextManager[None]:
         """Run the block until the deadline. Raises OverloadedError (503) when it ends there."""
-        return self._deadlines.guard_until(self.end_at, self._limit_s)
+        return self._deadlines.guard_until(self._end_at, self._limit_s)

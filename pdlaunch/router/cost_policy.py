@@ -36,7 +36,10 @@ from pdlaunch.router.policy import (
 )
 
 TRIED_AFTER = 32
-"""Choices after which an engine that rests while others work is chosen, whatever it may cost."""
+"""Choices after which an engine that rests while others work is chosen, whatever it may cost, and
+refusals by engines that all rest after which a request is sent, as late as it may come: one request
+in so many is what it may cost to find out that estimates are wrong.
+"""
 
 
 class LeastCost:
@@ -67,6 +70,8 @@ class LeastCost:
         self._exposure = Exposure()
         self._unused: Counter[EngineKey] = Counter()
         """Choices since an engine that rests was last chosen."""
+        self._num_refused = 0
+        """Requests that were refused while all engines rested, since one was not."""
 
     def choose(
         self,
@@ -117,11 +122,13 @@ class LeastCost:
             or request.num_prompt_tokens < load.engine.max_model_len
             for load in loads
         )
-        in_time = estimates if request.left_s is None else _in_time(request, estimates)
+        in_time = _in_time(request, estimates)
         if not in_time and not fits:
             return None
+        if not in_time and self._tries_late(loads):
+            in_time = estimates
         if not in_time:
-            soonest = min(estimates, key=partial(_end_s, request))
+            soonest = min(estimates, key=partial(_end_s, _share_after_first(request)))
             reason = "no route ends before the deadline"
             return Route(reason=reason, too_late=soonest, left_out=health.left_out)
         if not decides:
@@ -211,6 +218,17 @@ class LeastCost:
         self._unused = Counter({key: self._unused[key] + works for key in rests})
         return {name for key, name in rests.items() if self._unused[key] >= TRIED_AFTER}
 
+    def _tries_late(self, loads: Sequence[Load]) -> bool:
+        """Tell whether what comes too late is sent all the same, now and then.
+
+        Where nothing runs, nothing shows that estimates are too long: all would be refused for
+        ever.
+        """
+        if all(load.is_idle for load in loads):
+            self._num_refused = (self._num_refused + 1) % TRIED_AFTER
+            return self._num_refused == 0
+        return False
+
     def _excess(self, estimate: Estimate) -> float:
         """Return by how much a route exceeds what was asked for, as shares of it."""
         limits = (
@@ -226,14 +244,24 @@ def _tries_pull(prefill: Engine, decode: Engine, now_at: float) -> bool:
     return pulls is not None and pulls.wants_try(now_at)
 
 
-def _end_s(request: RoutingRequest, estimate: Estimate) -> float:
-    """Return the time to the end; to the first token while nobody knows how long answers are."""
-    return estimate.first_token_s if request.expected_tokens is None else estimate.total_s
+def _share_after_first(request: RoutingRequest) -> float:
+    """Return the share of the usual answer's tokens, without the first, that a short one has."""
+    num_tokens = _work(request).num_output_tokens
+    least = min(request.least_tokens or 1.0, num_tokens)
+    return max(0.0, least - 1) / max(1.0, num_tokens - 1)
 
 
-def _in_time(request: RoutingRequest, estimates: Sequence[Estimate]) -> list[Estimate]:
-    left_s = math.inf if request.left_s is None else request.left_s
-    return [estimate for estimate in estimates if _end_s(request, estimate) <= left_s]
+def _end_s(share: float, estimate: Estimate) -> float:
+    """Return the time to the end of an answer that has this share of tokens after its first."""
+    return estimate.first_token_s + share * (estimate.total_s - estimate.first_token_s)
+
+
+def _in_time(request: RoutingRequest, estimates: Sequence[Estimate]) -> Sequence[Estimate]:
+    left_s = request.left_s
+    if left_s is None:
+        return estimates
+    share = _share_after_first(request)
+    return [estimate for estimate in estimates if _end_s(share, estimate) <= left_s]
 
 
 def _work(request: RoutingRequest) -> Work:

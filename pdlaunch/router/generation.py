@@ -26,18 +26,19 @@ async def generate(
     state: RouterState,
     sink: ChunkSink,
     record: RequestRecord,
-    end_at: float,
+    wanted_at: float | None,
 ) -> Transcript:
     """Answer one prompt. Raises RequestError, EngineRefusal or EngineFailure.
 
-    Cancelling it ends the work of both engines. ``end_at``: its deadline on the loop's clock.
+    Cancelling it ends the work of both engines. ``wanted_at``: the deadline that its
+    client has stated, on the loop's clock.
     """
-    progress = PromptProgress(prompt, state, sink, record, end_at)
+    progress = PromptProgress(prompt, state, sink, record, wanted_at)
     with state.suspects.watch(prompt.origin):
         try:
             await PrefillHop(progress).run()
             await DecodeHop(progress).run()
-            state.pool.answered(progress.transcript.num_tokens)
+            state.pool.answer_lengths.add(progress.transcript.num_tokens / prompt.num_choices)
         finally:
             progress.end()
     return progress.transcript

@@ -45,6 +45,8 @@ class RoutingRequest(msgspec.Struct, frozen=True, kw_only=True):
     num_choices: int = 1
     expected_tokens: float | None = None
     """Output tokens as they are to be expected; None: ``max_tokens``."""
+    least_tokens: float | None = None
+    """Output tokens of a short answer; None: it may have a single one."""
     prefix: PrefixHashes = ()
     """Stands for the prompt or messages as the client wrote them."""
     priority: int = 0
@@ -60,7 +62,7 @@ class RoutingRequest(msgspec.Struct, frozen=True, kw_only=True):
     prefill: str = ""
     """The engine that has computed the prompt and holds its KV blocks; empty: none does."""
     left_s: float | None = None
-    """Time until its deadline; None: it has none."""
+    """Time until the deadline that its client has stated; None: it has not."""
     alone: str = ""
     """The reason why engines that need proof cannot share the request; empty: they can."""
 

@@ -13,6 +13,7 @@ import msgspec
 
 from pdlaunch.config.roles import PAIR, Role
 from pdlaunch.protocol.control import Entry, ListedState, PairReady, PairSuspect, Registry
+from pdlaunch.router.answer_lengths import AnswerLengths
 from pdlaunch.router.breaker import Breaker, BreakerState
 from pdlaunch.router.cost_policy import LeastCost
 from pdlaunch.router.engine import Engine, EngineKey, Lender, Processes
@@ -44,7 +45,7 @@ class EnginePool:
         self.clock = clock
         self._policy = policy or LeastCost()
         self._index = index or ServedPrefixes()
-        self._usual_output_tokens: float | None = None
+        self.answer_lengths = AnswerLengths()
         self._engines: dict[str, Engine] = {}
         self.pairs: Sequence[PairReady] = ()
         """The paths that are proven now."""
@@ -194,18 +195,6 @@ class EnginePool:
         """Note that an engine has the blocks of a prompt, and of so many tokens after it."""
         if engine.costs is not None:
             self._index.served(engine, request.prefix, request.num_prompt_tokens, num_output_tokens)
-
-    @property
-    def expected_tokens(self) -> float | None:
-        """Return the usual length of an answer; None before the first."""
-        return self._usual_output_tokens
-
-    def answered(self, num_output_tokens: int) -> None:
-        """Take the length of an answer."""
-        usual = self._usual_output_tokens
-        self._usual_output_tokens = (
-            num_output_tokens if usual is None else usual + (num_output_tokens - usual) / 32
-        )
 
     @property
     def has_pairs(self) -> bool:

@@ -37,7 +37,7 @@ class PrefillHop:
             route = state.pool.route(progress.routing_request("prefill"))
             progress.routed("prefill", route)
             if route.too_late is not None:
-                self._refuse_too_late(route.too_late)
+                self._refuse_too_late(route.too_late, progress.left_s or 0.0)
             if self._prompt.max_tokens == 1:
                 return  # no hand-over: one engine does all
             if route.prefill is None and route.decode is None:
@@ -195,10 +195,9 @@ class PrefillHop:
         self._progress.follow(route)
         return True
 
-    def _refuse_too_late(self, soonest: Estimate) -> None:
+    def _refuse_too_late(self, soonest: Estimate, left_s: float) -> None:
         """Raise OverloadedError for a deadline that no route meets."""
         self._state.metrics.refused_deadline()
-        left_s = self._progress.left_s
         end_s = max(left_s, soonest.total_s)
         raise OverloadedError(
             f"the {left_s:.2f} s that are left cannot be met: the first route to end, "

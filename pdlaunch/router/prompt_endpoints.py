@@ -183,7 +183,7 @@ class PromptEndpoints:
         try:
             async with deadline.guard():
                 await answer.finish(
-                    await self._run(client_request, answer, record, deadline.end_at)
+                    await self._run(client_request, answer, record, deadline.wanted_at)
                 )
         except ConnectionError:
             raise
@@ -208,7 +208,7 @@ class PromptEndpoints:
             record=record,
         )
         async with deadline.guard():
-            transcripts = await self._run(client_request, answer, record, deadline.end_at)
+            transcripts = await self._run(client_request, answer, record, deadline.wanted_at)
         headers = self._ignored_fields.headers(answer.ignored_fields) | answer.headers()
         stream.add_headers(headers)  # a recording repeats them
         return json_response(answer.finish(transcripts), headers=headers)
@@ -218,12 +218,12 @@ class PromptEndpoints:
         client_request: ClientRequest,
         sink: ChunkSink,
         record: RequestRecord,
-        end_at: float,
+        wanted_at: float | None,
     ) -> list[Transcript]:
         """Answer all prompts at once; the first error ends the others and is raised."""
         return await _together(
             [
-                generate(prompt, self._state, sink, record, end_at)
+                generate(prompt, self._state, sink, record, wanted_at)
                 for prompt in client_request.prompts
             ]
         )

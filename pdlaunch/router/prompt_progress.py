@@ -73,7 +73,7 @@ class PromptProgress:
         state: RouterState,
         sink: ChunkSink,
         record: RequestRecord,
-        end_at: float,
+        wanted_at: float | None,
     ) -> None:
         self.prompt = prompt
         self.state = state
@@ -93,7 +93,7 @@ class PromptProgress:
         self.decode_has_answered = False
         self.left_out: Mapping[str, str] = {}
         """Engines that got nothing when the policy was last asked, and why."""
-        self._end_at = end_at
+        self._wanted_at = wanted_at
         self._prefix = prompt.prefix
         self._planned: Engine | None = None
         """The engine that the route names for what is left, until it has been asked."""
@@ -105,9 +105,9 @@ class PromptProgress:
         """Instant of the client's first token; None once it has the second one."""
 
     @property
-    def left_s(self) -> float:
-        """Return the time until the deadline."""
-        return self._end_at - self.state.now()
+    def left_s(self) -> float | None:
+        """Return the time until the deadline that the client has stated; None: it has not."""
+        return None if self._wanted_at is None else self._wanted_at - self.state.now()
 
     @property
     def must_resume(self) -> bool:
@@ -128,7 +128,8 @@ class PromptProgress:
             num_prompt_tokens=prompt.num_prompt_tokens,
             max_tokens=prompt.max_tokens,
             num_choices=prompt.num_choices,
-            expected_tokens=self.state.pool.expected_tokens,
+            expected_tokens=self.state.pool.answer_lengths.usual_tokens,
+            least_tokens=self.state.pool.answer_lengths.least_tokens,
             prefix=self._prefix,
             wants_pair=prompt.wants_pair,
             is_suspect=self.state.suspects.is_suspect(prompt.origin),

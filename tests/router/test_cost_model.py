@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from pdlaunch.protocol.control import Capabilities, PairReady
 from pdlaunch.protocol.costs import MAX_SLOWDOWN, EngineCosts, EngineReport, StepCosts
+from pdlaunch.router.answer_lengths import AnswerLengths
 from pdlaunch.router.breaker import Breaker
 from pdlaunch.router.cost_model import MAX_CORRECTION, Load, Work, estimate_alone, load_of
 from pdlaunch.router.cost_policy import LeastCost
@@ -330,6 +331,44 @@ def test_no_deadline_is_held_against_a_prompt_that_is_too_long() -> None:
     asked = {"left_s": 1e-3, "expected_tokens": 2.0}
     assert choose(engines, num_prompt_tokens=8000, **asked).too_late is not None
     assert choose(engines, num_prompt_tokens=9000, **asked).too_late is None
+
+
+def test_estimates_that_nothing_corrects_are_tried_now_and_then() -> None:
+    """Else an idle deployment that takes itself for slow would refuse all deadlines for ever."""
+    policy, engines = LeastCost(), [costed("prefill-0"), costed("decode-0")]
+    late = [choose(engines, policy, left_s=1e-3).too_late is not None for _ in range(100)]
+    assert [number for number, was_late in enumerate(late, 1) if not was_late] == [32, 64, 96]
+    pairs_only = LeastCost(prefers_pairs=True)
+    routes = [choose(engines, pairs_only, left_s=1e-3) for _ in range(32)]
+    assert [route.prefill is not None for route in routes] == [False] * 31 + [True]
+    # What runs shows how long it takes: nothing is sent in vain.
+    engines = [busy("prefill-0", unanswered_tokens=9000), busy("decode-0", num_streams=4)]
+    assert all(choose(engines, policy, left_s=1e-3).too_late is not None for _ in range(100))
+
+
+def test_a_deadline_is_held_against_short_answers() -> None:
+    engines = [costed("prefill-0"), costed("decode-0")]
+    usual_s = choose(engines).estimate.total_s  # type: ignore[union-attr]
+    late = {"left_s": usual_s / 2, "expected_tokens": 256.0}
+    for least, is_late in [(None, False), (1.0, False), (100.0, False), (250.0, True)]:
+        found = choose(engines, least_tokens=least, **late).too_late
+        assert (found is not None) == is_late
+    # Nobody's answer is longer than its client allows.
+    assert choose(engines, least_tokens=250.0, max_tokens=20, **late).too_late is None
+
+
+def test_answers_that_are_all_alike_have_that_length_and_others_may_end_at_once() -> None:
+    alike, varied = AnswerLengths(), AnswerLengths()
+    assert (alike.usual_tokens, alike.least_tokens) == (None, None)
+    for number in range(200):
+        alike.add(256)
+        varied.add((4000, 3, 200, 40)[number % 4])
+        assert varied.least_tokens in (None, 1.0)
+    assert (alike.usual_tokens, alike.least_tokens) == (256, 256)
+    assert 500 < (varied.usual_tokens or 0) < 1700
+    one = AnswerLengths()
+    one.add(4000)
+    assert (one.usual_tokens, one.least_tokens) == (4000, None)
 
 
 def test_an_engine_that_says_it_is_slow_is_tried_all_the_same() -> None:

@@ -14,7 +14,7 @@ from pdlaunch.router.cost_policy import LeastCost
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.pace import NUM_SAMPLES, SLOW_TRY_S
 from tests.http.loop_clock import pass_time
-from tests.router.conftest import Stand, pairs
+from tests.router.conftest import SPEC, Stand, pairs
 from tests.router.fake_engine import FakeEngine
 from tests.router.fake_vllm_engine import FakeVllmEngine, proof
 from tests.router.test_cost_model import costs
@@ -231,13 +231,26 @@ async def test_a_deadline_that_cannot_be_met_is_refused_at_once(stand: Stand) ->
     assert int(answer.headers["Retry-After"]) >= 15
     assert [engine.seen for engine in engines] == [[], []]
     assert stand.metric("pdlaunch_router_deadlines_refused_total") == 1
-    # Who has time gets an answer; so does who does not say.
-    answer = await stand.post(completion(), headers={"X-Request-Timeout": "1000"})
-    assert answer.status == 503  # request_timeout_s is a deadline too
     for engine in stand.pool.engines:
         engine.unanswered_tokens = 0
     answer = await stand.post(completion(), headers={"X-Request-Timeout": "15"})
     assert answer.status == 200
+
+
+@pytest.mark.parametrize("headers", [{}, {"X-Request-Timeout": "1000"}])
+async def test_estimates_refuse_nobody_for_a_limit_that_is_not_the_clients(
+    stand: Stand, headers: dict[str, str]
+) -> None:
+    """They may be wrong: past ``request_timeout_s`` by the estimate, answered at once in truth."""
+    engines = costed_pair()
+    await stand.start(engines)
+    for engine in stand.pool.engines:
+        engine.unanswered_tokens, engine.progressed_at = 2_000_000, stand.pool.clock()
+    answer = await stand.post(completion(), headers=headers)
+    assert answer.status == 200
+    told_ms = float(answer.headers[ROUTE_HEADER].partition("ttft_ms=")[2].partition(";")[0])
+    assert told_ms > 1000 * SPEC.request_timeout_s
+    assert stand.metric("pdlaunch_router_deadlines_refused_total") == 0
 
 
 @pytest.mark.parametrize("why", ["asked for", "setting"])
