@@ -138,7 +138,7 @@ class Scheduler:
             self._fill(step)
         if self._costs is not None and not step.has_streams:
             num_tokens = sum(step.scheduled.values())
-            self.pauses.ran_prompts(self._costs().steps.tokens_s(num_tokens))
+            self.pauses.ran_prompts(self._costs().steps.prompts_s(num_tokens))
         self._stalls = bool(self._queues.running) and not step.scheduled
         self.requests.offer_partial(step.scheduled)
         plan = self._builder.build(step.scheduled, self._take_commands(), self._host.take_jobs())

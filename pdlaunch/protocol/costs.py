@@ -71,6 +71,10 @@ class StepCosts(msgspec.Struct, frozen=True, array_like=True):
             num_before + num_tokens / 2
         )
 
+    def prompts_s(self, num_tokens: float) -> float:
+        """Return the time of a step that computes prompt tokens and nothing else."""
+        return self.step_s + self.tokens_s(num_tokens)
+
 
 class EngineCosts(msgspec.Struct, frozen=True, array_like=True):
     """Says what an engine's work costs, and the limits that its scheduler keeps."""
@@ -118,7 +122,7 @@ class EngineCosts(msgspec.Struct, frozen=True, array_like=True):
     @property
     def pause_tokens(self) -> int:
         """Return how many prompt tokens are computed while streams wait once."""
-        step_s = self.steps.tokens_s(self.pause_step_tokens)
+        step_s = self.steps.prompts_s(self.pause_step_tokens)
         num_steps = math.ceil(StreamPauses.MAX_S / step_s) if step_s > 0 else 1
         return num_steps * self.pause_step_tokens
 
@@ -181,8 +185,11 @@ class StreamPauses:
         return num_prompt_tokens > chunk_tokens and self.num_left >= num_streams
 
     def ran_prompts(self, seconds: float) -> None:
-        """Count a step from which streams were left out."""
-        self._waited_s = (self._waited_s or 0.0) + seconds
+        """Count a step from which streams were left out.
+
+        One that seems to take no time ends the pause: nobody knows how long that would last.
+        """
+        self._waited_s = (self._waited_s or 0.0) + (seconds if seconds > 0 else self.MAX_S)
 
     def ran_streams(self, num_streams: int) -> None:
         """Count a step with all streams, which ends a pause."""

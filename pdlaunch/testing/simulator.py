@@ -11,7 +11,7 @@ one to the next. What the policy sees of an engine is a ``router.engine.Engine``
 counted as the router does it. An engine computes as the scheduler does: the next tokens of its
 streams, and beside them a chunk of the prompts in their order. Prefix caches are not simulated.
 
-``python -m pdlaunch.testing.simulator`` compares it with a real run (``--help``).
+``python -m pdlaunch.testing.simulated_run`` compares it with a real run (``--help``).
 """
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ class Simulation:
         if streams:
             engine.pauses.ran_streams(len(streams))
         elif engine.streams:
-            engine.pauses.ran_prompts(engine.costs.steps.tokens_s(work.prompt_tokens))
+            engine.pauses.ran_prompts(engine.costs.steps.prompts_s(work.prompt_tokens))
         end_at = self.now_at + engine.costs.steps.seconds(work) / engine.speed
         engine.stream_seconds += len(streams) * (end_at - self.now_at)
         self._at(end_at, lambda: self._ends(engine, streams, chunks))

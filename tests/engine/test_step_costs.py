@@ -184,11 +184,11 @@ def test_streams_wait_only_for_prompts_that_do_not_fit_beside_them() -> None:
 
 
 def test_a_burst_is_computed_at_full_speed_until_its_gaps_are_spent() -> None:
-    costs = burst_costs(tokens_in_a_pause=40)
+    costs = burst_costs(tokens_in_a_pause=60)
     assert costs.pause_tokens == 48
     # Two gaps may be long: two pauses of three steps, and a step of the stream after each.
     pause = [(0, 16)] * 3 + [(1, 0)]
-    assert shapes_of_a_burst(costs)[:9] == [*pause, *pause, (1, 4)]
+    assert shapes_of_a_burst(costs)[:9] == [*pause, *pause, (1, 6)]
 
 
 def test_where_prompts_are_slow_no_stream_waits_for_a_full_step() -> None:
