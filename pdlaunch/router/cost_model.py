@@ -26,11 +26,14 @@ LATE_PRICE = 0.05
 """Share that counts of the time by which a prompt delays streams, where these have late tokens left
 (``StreamPauses``), which are there to be used.
 
-Found in the simulator: with less they are used up by prompts that gain little, with more the last
-prompts of a burst wait for prefill engines.
+A late token is the first of many that come later by as much, but nobody sees more than the one gap.
+Found in the simulator: with 0 they are used up by prompts that gain little, with 0.2 nearly none is
+used (docs/measurements/routing.md has the figures, for all constants of this kind).
 """
 MAX_CORRECTION = 4.0
-"""Measured times change an estimate by this factor at most."""
+"""Measured times change an estimate by this factor at most: an engine's own costs come from every
+step that it has computed, and one request that hung must not outweigh them.
+"""
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):
