@@ -16,6 +16,7 @@ from pdlaunch.observe.metrics import RequestClock, RequestMetrics
 from pdlaunch.protocol.costs import ROUTE_HEADER
 from pdlaunch.protocol.openai.responses import PromptTokensDetails, Usage
 from pdlaunch.router.client_request import ClientRequest, PromptRequest
+from pdlaunch.router.cost_model import Estimate
 from pdlaunch.router.engine_stream import Chunk
 from pdlaunch.router.policy import Route
 from pdlaunch.router.request_record import RequestRecord
@@ -249,16 +250,28 @@ class WholeAnswer(Answer):
 
 
 def _tell_route(route: Route) -> str:
-    """Return a route and its estimate, short: ``prefill-0->decode-0; ttft_ms=12; itl_ms=5``."""
+    """Return a route, its estimate and the alternatives, short."""
     told = f"{route.name}; kind={route.kind}"
     if (estimate := route.estimate) is not None:
-        ttft_ms, itl_ms = estimate.first_token_s * 1000, estimate.itl_s * 1000
-        told += f"; ttft_ms={ttft_ms:.1f}; itl_ms={itl_ms:.1f}"
+        told += f"; {_tell_estimate(estimate, '; ')}"
+    if route.alternatives:
+        others = [f"{one.route} {_tell_estimate(one, ' ')}" for one in route.alternatives]
+        told += f'; else="{", ".join(others)}"'
     if route.left_out:
         names = sorted(route.left_out)[:MAX_TOLD_LEFT_OUT]
         reasons = ", ".join(f"{name}: {route.left_out[name]}" for name in names)
         told += f'; left_out="{reasons}"'
     return told
+
+
+def _tell_estimate(estimate: Estimate, between: str) -> str:
+    values = {
+        "ttft_ms": estimate.first_token_s,
+        "itl_ms": estimate.itl_s,
+        "total_ms": estimate.total_s,
+        "delay_ms": estimate.delay_s,
+    }
+    return between.join(f"{name}={seconds * 1000:.1f}" for name, seconds in values.items())
 
 
 def total_usage(transcripts: Iterable[Transcript]) -> Usage:

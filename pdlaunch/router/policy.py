@@ -8,7 +8,7 @@ replay it on a clock of its own.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -102,18 +102,6 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
             return self.estimate.route
         engines = (self.prefill, self.decode)
         return "->".join(engine.name for engine in engines if engine is not None)
-
-    @property
-    def explanation(self) -> dict[str, Any]:
-        """Return route, reason, alternatives and estimates as plain values."""
-        considered = () if self.estimate is None else (self.estimate, *self.alternatives)
-        return {
-            "route": self.name,
-            "kind": self.kind,
-            "reason": self.reason,
-            "estimates": [_explain(estimate) for estimate in considered],
-            "left_out": dict(self.left_out),
-        }
 
     @property
     def explained(self) -> str:
@@ -233,17 +221,6 @@ def _tell(estimate: Estimate) -> str:
         f"{estimate.route} first token {estimate.first_token_s * 1000:.1f} ms, "
         f"all {estimate.total_s * 1000:.0f} ms, others +{estimate.delay_s * 1000:.1f} ms"
     )
-
-
-def _explain(estimate: Estimate) -> dict[str, Any]:
-    return {
-        "route": estimate.route,
-        "kind": estimate.kind,
-        "first_token_ms": round(estimate.first_token_s * 1000, 2),
-        "total_ms": round(estimate.total_s * 1000, 2),
-        "delay_ms": round(estimate.delay_s * 1000, 2),
-        "itl_ms": round(estimate.itl_s * 1000, 2),
-    }
 
 
 def least_work(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import re
+
 import msgspec
 import pytest
 
@@ -15,6 +18,7 @@ from tests.router.fake_engine import FakeEngine
 from tests.router.fake_generation import expected_tokens
 from tests.router.test_cost_model import costs
 from tests.router.test_life_of_a_request import chat, completion, expected_text
+from tests.router.test_request_lines import lines
 
 
 def costed_pair() -> list[FakeEngine]:
@@ -73,6 +77,30 @@ async def test_a_pair_serves_while_decode_has_streams(stand: Stand, stream: bool
     assert b"pdlaunch_work" not in answer.raw
     heard = {engine.name for engine in stand.pool.engines if engine.report is not None}
     assert heard == {"prefill-0", "decode-0"}
+
+
+async def test_header_and_line_say_route_alternatives_and_estimates(
+    stand: Stand, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "pdlaunch")
+    await stand.start(costed_pair())
+    load_decode(stand)
+    answer = await stand.post(completion())
+    number = r"=\d+\.\d"
+    names = [rf"{name}{number}" for name in ("ttft_ms", "itl_ms", "total_ms", "delay_ms")]
+    other = " ".join(names)
+    assert re.fullmatch(
+        rf"prefill-0->decode-0; kind=pair; {'; '.join(names)}; "
+        rf'else="decode-0 {other}, prefill-0 {other}"',
+        answer.headers[ROUTE_HEADER],
+    )
+    (line,) = lines(caplog)
+    estimate = r"first token [\d.]+ ms, all \d+ ms, others \+[\d.]+ ms"
+    assert re.search(
+        rf"why: least cost: prefill-0->decode-0 {estimate}, "
+        rf"else decode-0 {estimate}, else prefill-0 {estimate}",
+        line,
+    )
 
 
 async def test_who_looks_at_pairs_gets_a_pair(stand: Stand) -> None:

@@ -77,7 +77,7 @@ def test_a_slow_engine_gets_a_try_now_and_then() -> None:
     assert health.left_out == {"decode-1": "4.0 times slower than its peers"}
     assert state_of(slow, health, clock()) == "slow"
     route = pool.route(PROMPT)
-    assert route.explanation["left_out"] == health.left_out
+    assert route.left_out == health.left_out
     for _ in range(4):
         slow.pace.took("gap", 1.0, 1.0)
     assert pool.route(PROMPT).name == "decode-1"
