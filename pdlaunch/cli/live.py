@@ -66,7 +66,7 @@ class PlainView:
         self._summary = summary
         self._clock = clock
         self._wall_clock = wall_clock
-        self._start_s = clock()
+        self._start_at = clock()
         self._said: dict[str, tuple[tuple[ProcessState, str] | None, float]] = {}
         """The last line printed for each process, and its time."""
 
@@ -93,15 +93,15 @@ class PlainView:
     def _is_news(self, process: ProcessStatus) -> bool:
         """Say whether state or activity are new, or the last percentage is old."""
         said = (process.state, process.doing)
-        before, at_s = self._said.get(process.name, (None, 0.0))
-        now_s = self._clock()
-        if said == before and (process.fraction is None or now_s - at_s < _PERCENT_EVERY_S):
+        before, said_at = self._said.get(process.name, (None, 0.0))
+        now_at = self._clock()
+        if said == before and (process.fraction is None or now_at - said_at < _PERCENT_EVERY_S):
             return False
-        self._said[process.name] = (said, now_s)
+        self._said[process.name] = (said, now_at)
         return True
 
     def _print(self, line: str) -> None:
-        self._print_at(f"{self._clock() - self._start_s:6.1f} s", line)
+        self._print_at(f"{self._clock() - self._start_at:6.1f} s", line)
 
     def _print_at(self, time: str, line: str) -> None:
         # A terminal would break a long line within a word; in a file it is for tools to find.
@@ -119,7 +119,7 @@ class LiveView:
         self._plain = PlainView(console, summary, clock)
         self._summary = summary
         self._clock = clock
-        self._start_s = clock()
+        self._start_at = clock()
         self._status: LaunchStatus | None = None
         self._live: Live | None = Live(
             get_renderable=self._render,
@@ -151,7 +151,7 @@ class LiveView:
     def _render(self) -> RenderableType:
         if self._status is None:
             return Text("")
-        return render_status(self._status, self._clock() - self._start_s, *self._console.size)
+        return render_status(self._status, self._clock() - self._start_at, *self._console.size)
 
 
 def make_view(

@@ -136,7 +136,7 @@ def _write(checks: list[Check], path: Path) -> bool:
 
 def _stop(deployment: Deployment, children: list[psutil.Process]) -> Check:
     """Check that SIGTERM ends the deployment with code 0 and leaves no process."""
-    start_s = time.monotonic()
+    start_at = time.monotonic()
     try:
         code = deployment.stop()
         left = [
@@ -148,5 +148,5 @@ def _stop(deployment: Deployment, children: list[psutil.Process]) -> Check:
     except PdlaunchError as error:
         failure = str(error)
     return Check(
-        "the deployment stops and leaves no process", round(time.monotonic() - start_s, 3), failure
+        "the deployment stops and leaves no process", round(time.monotonic() - start_at, 3), failure
     )

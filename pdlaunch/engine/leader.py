@@ -110,7 +110,7 @@ class Leader:
         """
         self._collected_at = clock()
         self._record = record
-        self._stats_due_s = 0.0
+        self._stats_due_at = 0.0
         self._sleep = SleepCoordinator(
             RankSleeper(
                 runner,
@@ -245,7 +245,7 @@ class Leader:
             case SetReaders():
                 self._requests.set_readers(lease_of(message.request_id), message.num_readers)
             case ReadStats():
-                self._stats_due_s = 0.0  # at the end of this turn
+                self._stats_due_at = 0.0  # at the end of this turn
             case CheckIntegrity():
                 self._server.send(self._integrity(message.call_id))
 
@@ -310,9 +310,9 @@ class Leader:
 
     def _send_stats(self) -> None:
         """Send statistics every second, as the server takes silence for a rank that hangs."""
-        now_s = self._clock()
-        if now_s < self._stats_due_s:
+        now_at = self._clock()
+        if now_at < self._stats_due_at:
             return
-        self._stats_due_s = now_s + STATS_INTERVAL_S
+        self._stats_due_at = now_at + STATS_INTERVAL_S
         histograms = self._requests.histograms.shown()
         self._server.send(msgspec.structs.replace(self._figures.stats(), histograms=histograms))

@@ -314,9 +314,9 @@ class RankProcess:
     def _await_leader(self, channel: Callable[[Address], str]) -> str:
         """Return the endpoint of a channel of rank 0 in this incarnation."""
         name = f"{self._spec.name}/rank-0"
-        deadline_s = time.monotonic() + GROUP_TIMEOUT_S
+        deadline_at = time.monotonic() + GROUP_TIMEOUT_S
         poller = self._poller()
-        while time.monotonic() < deadline_s and not self._stopped:
+        while time.monotonic() < deadline_at and not self._stopped:
             for entry in self._registry.entries:
                 if (
                     entry.name == name

@@ -84,7 +84,7 @@ class RankSleeper:
         self._peers_timeout_s = peers_timeout_s
         self._clock = clock
         self._woken: SleepReport | None = None
-        self._deadline_s = 0.0
+        self._deadline_at = 0.0
 
     @property
     def sleeping_tags(self) -> list[str]:
@@ -131,7 +131,7 @@ class RankSleeper:
             return self._report(num_bytes)
         self._reconnect()
         self._woken = self._report(num_bytes)
-        self._deadline_s = self._clock() + self._peers_timeout_s
+        self._deadline_at = self._clock() + self._peers_timeout_s
         return self.advance()
 
     def advance(self) -> SleepReport | None:
@@ -141,7 +141,7 @@ class RankSleeper:
         if self._woken is None:
             return None
         if not self._transfer.connected:
-            if self._clock() < self._deadline_s:
+            if self._clock() < self._deadline_at:
                 return None
             logger.warning(
                 "not every peer has shaken hands within %g s after waking up", self._peers_timeout_s
@@ -196,7 +196,7 @@ class SleepCoordinator:
         self._answer = answer
         self._clock = clock
         self._call: Sleep | WakeUp | None = None
-        self._deadline_s = 0.0
+        self._deadline_at = 0.0
         self._reports: list[SleepReport] = []
         self._failure: str | None = None
         """Error of a rank that could not fall asleep; told once all are awake again."""
@@ -230,7 +230,7 @@ class SleepCoordinator:
             self._reply(message)
         else:
             self._call, self.phase = message, SleepPhase.DRAINING
-            self._deadline_s = self._clock() + message.timeout_s
+            self._deadline_at = self._clock() + message.timeout_s
 
     def wake_up(self, message: WakeUp) -> None:
         """Wake the pools named, or all."""
@@ -276,7 +276,7 @@ class SleepCoordinator:
             self.phase, self._reports = SleepPhase.FALLING_ASLEEP, []
             self._tell_ranks(SleepRank(level=self._call.level))
             self.on_report(self._sleeper.sleep(self._call.level))
-        elif self._clock() >= self._deadline_s:
+        elif self._clock() >= self._deadline_at:
             self.phase = SleepPhase.AWAKE
             self._finish(error=f"the engine cannot sleep now: {busy}")
 

@@ -114,9 +114,9 @@ class HostCopyStream(CopyStream):
 
     def start(self, copies: Sequence[PageCopies]) -> Callable[[], float]:
         def copy() -> float:
-            begin_s = time.perf_counter()
+            began_at = time.perf_counter()
             self._copy_all(copies)
-            return time.perf_counter() - begin_s
+            return time.perf_counter() - began_at
 
         return copy
 

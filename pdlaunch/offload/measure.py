@@ -158,7 +158,7 @@ def host_seconds(copy: Callable[[], object], *, repeats: int = 3) -> float:
     """Return the median time of a copy that blocks; it is warmed up once."""
     times = []
     for _ in range(repeats + 1):
-        begin_s = time.perf_counter()
+        began_at = time.perf_counter()
         copy()
-        times.append(time.perf_counter() - begin_s)
+        times.append(time.perf_counter() - began_at)
     return sorted(times[1:])[repeats // 2]

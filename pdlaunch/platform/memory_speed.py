@@ -15,7 +15,7 @@ def measure_copy_gigabytes_per_s(clock: Callable[[], float] = time.perf_counter)
     buffers = [(ctypes.c_char * _NUM_BYTES).from_buffer(bytearray(_NUM_BYTES)) for _ in range(2)]
     best_s = float("inf")
     for _ in range(_NUM_COPIES):
-        start_s = clock()
+        start_at = clock()
         ctypes.memmove(buffers[1], buffers[0], _NUM_BYTES)
-        best_s = min(best_s, clock() - start_s)
+        best_s = min(best_s, clock() - start_at)
     return _NUM_BYTES / best_s / 1e9

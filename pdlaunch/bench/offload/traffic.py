@@ -91,10 +91,10 @@ class Traffic:
 
     def run(self, directions: Sequence[Direction]) -> float:
         """Return the seconds of one round."""
-        begin_s = time.perf_counter()
+        began_at = time.perf_counter()
         self.submit(directions)
         self.wait()
-        return time.perf_counter() - begin_s
+        return time.perf_counter() - began_at
 
     def submit(self, directions: Sequence[Direction]) -> None:
         """Queue one round of these directions."""
