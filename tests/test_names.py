@@ -1,8 +1,9 @@
-"""Names say what is what: ``_s`` a duration, ``_at`` an instant."""
+"""Names say what is what: ``_s`` a duration, ``_at`` an instant, a class one thing."""
 
 from __future__ import annotations
 
 import ast
+from collections import defaultdict
 from collections.abc import Iterator
 
 from tests.test_layers import sources
@@ -67,3 +68,13 @@ oldest_at = clock() - WINDOW_S
 took_s = clock() - begin_at
 """
     assert [*wrong_names(text)] == ["line 2: begin_s", "line 3: deadline_s", "line 4: took_at"]
+
+
+def test_no_two_classes_have_the_same_name() -> None:
+    """Of public ones: one thing has one name, and one name means one thing."""
+    places: defaultdict[str, list[str]] = defaultdict(list)
+    for path in sources():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places[node.name].append(str(path))
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pydantic import JsonValue
 
 from pdlaunch.checks.context import Context
-from pdlaunch.checks.other_engines import Argument, arguments, vllm_engines
+from pdlaunch.checks.other_engines import EngineArgument, arguments, vllm_engines
 from pdlaunch.checks.rule import Found, rule
 from pdlaunch.config.problems import nearest, shown_name
 from pdlaunch.config.vllm_arguments import (
@@ -162,7 +162,7 @@ def argument_unknown(context: Context) -> Iterator[Found]:
                 yield Found(argument.where, f"vLLM has no flag {shown_name(name)}", hint)
 
 
-def _in_table(context: Context, table: Mapping[str, str]) -> Iterator[tuple[Argument, str]]:
+def _in_table(context: Context, table: Mapping[str, str]) -> Iterator[tuple[EngineArgument, str]]:
     """Yield the arguments in a table, with its text; what is switched off opens nothing."""
     for engines in vllm_engines(context):
         for argument in arguments(context, engines):
@@ -170,7 +170,7 @@ def _in_table(context: Context, table: Mapping[str, str]) -> Iterator[tuple[Argu
                 yield argument, table[argument.name]
 
 
-def _open_endpoints(argument: Argument) -> Iterator[Found]:
+def _open_endpoints(argument: EngineArgument) -> Iterator[Found]:
     if not isinstance(argument.json, dict) or "." in argument.key:
         yield Found(
             argument.where,

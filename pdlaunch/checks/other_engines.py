@@ -14,7 +14,7 @@ from pdlaunch.resolve.role_engines import RoleEngines
 
 
 @dataclass(frozen=True, slots=True)
-class Argument:
+class EngineArgument:
     """Is one entry of ``engine_args``."""
 
     key: str
@@ -58,10 +58,10 @@ def vllm_pair(context: Context) -> tuple[RoleEngines, RoleEngines] | None:
     return pair if is_pair else None
 
 
-def arguments(context: Context, engines: RoleEngines) -> Iterator[Argument]:
+def arguments(context: Context, engines: RoleEngines) -> Iterator[EngineArgument]:
     """Return what ``engine_args`` gives engines, the role's own entries over the top level."""
     for key, value in engines.settings.engine_args.items():
-        yield Argument(key, long_name(key), value, _place(context, engines, key))
+        yield EngineArgument(key, long_name(key), value, _place(context, engines, key))
 
 
 def by_name(context: Context, engines: RoleEngines) -> Mapping[str, JsonValue]:

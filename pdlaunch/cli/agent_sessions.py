@@ -15,7 +15,7 @@ from rich.text import Text
 from pdlaunch.errors import StartupError
 from pdlaunch.hosts.agent import AgentSession, SessionLostError
 from pdlaunch.hosts.agent_messages import Join
-from pdlaunch.hosts.join import Ticket
+from pdlaunch.hosts.join import JoinTicket
 from pdlaunch.platform.addresses import address_towards
 from pdlaunch.platform.engine_commands import find_engine_command
 from pdlaunch.platform.machine_file import encode_machine
@@ -25,7 +25,7 @@ _REJOIN_DELAY_S = 0.2
 
 
 def introduction(
-    ticket: Ticket, name: str, executables: Mapping[str, str], num_cpus: int | None = None
+    ticket: JoinTicket, name: str, executables: Mapping[str, str], num_cpus: int | None = None
 ) -> Join:
     """Return how this host introduces itself. Raises StartupError without a route.
 
@@ -50,7 +50,7 @@ def introduction(
 
 
 def serve_sessions(
-    ticket: Ticket,
+    ticket: JoinTicket,
     join: Join,
     executables: dict[str, str],
     stops: list[int],

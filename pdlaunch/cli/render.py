@@ -32,7 +32,7 @@ from pdlaunch.render.compose import compose_endpoint, compose_file
 from pdlaunch.render.documents import to_yaml
 from pdlaunch.render.engines import engine_groups
 from pdlaunch.render.kubernetes import control_endpoint, kubernetes_objects, kubernetes_secret
-from pdlaunch.render.pods import JOIN_KEY, SUPERVISOR_KEY, Launch, PodOptions
+from pdlaunch.render.pods import JOIN_KEY, SUPERVISOR_KEY, PodLaunch, PodOptions
 from pdlaunch.render.settings import machine_names, place
 from pdlaunch.resolve.hosts import ResolvedHost
 from pdlaunch.resolve.models import read_models, read_models_elsewhere
@@ -177,7 +177,7 @@ def _placed(
     *,
     base: str,
     grouped: bool,
-) -> Launch:
+) -> PodLaunch:
     """Return the launch on its pods. Raises ConfigError, and typer.Exit where a rule finds an
     error.
     """
@@ -205,7 +205,7 @@ def _placed(
     resolved.require_startable()
     _refuse_findings(resolved, loaded, errors)
     _require_mounted(resolved, options)
-    return Launch(
+    return PodLaunch(
         options, placed, resolved, engine_groups(resolved, machines), to_yaml([placed.settings])
     )
 

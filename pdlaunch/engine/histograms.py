@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping
 
 from pdlaunch.engine.request import Request
-from pdlaunch.observe.histograms import PULL_HISTOGRAMS, REQUEST_HISTOGRAMS, Family
+from pdlaunch.observe.histograms import PULL_HISTOGRAMS, REQUEST_HISTOGRAMS, HistogramFamily
 from pdlaunch.protocol.engine import EngineHistograms, HistogramCounts, PullHistograms
 from pdlaunch.protocol.transfer import PullFinished
 
@@ -15,7 +15,7 @@ from pdlaunch.protocol.transfer import PullFinished
 class _Counts:
     """Counts the values of some histograms, which ``by_name`` shows."""
 
-    def __init__(self, families: Mapping[str, Family]) -> None:
+    def __init__(self, families: Mapping[str, HistogramFamily]) -> None:
         self._families = families
         self.by_name = {
             name: HistogramCounts(counts=[0] * (len(family.bounds) + 1))

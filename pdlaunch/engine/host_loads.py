@@ -23,7 +23,7 @@ from pdlaunch.protocol.engine import EngineStats
 
 
 @dataclass(slots=True)
-class Load:
+class HostLoad:
     """Describes blocks on their way from host memory."""
 
     request: Request | None
@@ -43,7 +43,7 @@ class HostLoads:
     def __init__(self, kv: KVCacheManager, planner: OffloadPlanner | None) -> None:
         self._kv = kv
         self._planner = planner
-        self._loads: dict[int, Load] = {}
+        self._loads: dict[int, HostLoad] = {}
         self._jobs: list[OffloadJob] = []
 
     def find(self, request: Request, max_blocks: int) -> HostHit | None:
@@ -80,7 +80,7 @@ class HostLoads:
         counts = [hit.num_blocks_to_load(group) for group in range(len(hit.chunk_ids))]
         block_ids = [self._kv.pool.allocate_for_pull(count) for count in counts]
         job = self._planner.begin_load(hit, block_ids, request.block_hasher.block_hashes)
-        self._loads[job.job_id] = Load(request, hit, block_ids)
+        self._loads[job.job_id] = HostLoad(request, hit, block_ids)
         request.load_id = job.job_id
         self._jobs.append(job)
 
@@ -104,7 +104,7 @@ class HostLoads:
             self._kv.pool.hold(job.block_ids)
             self._jobs.append(job)
 
-    def finish(self, report: JobFinished) -> Load | None:
+    def finish(self, report: JobFinished) -> HostLoad | None:
         """Move a job's blocks to where they belong now; returns the load, if it was one. Unknown
         ids are ignored.
         """
@@ -189,13 +189,13 @@ class HostLoads:
         if self._planner is not None:
             self._planner.check_integrity()
 
-    def _drop(self, load: Load) -> None:
+    def _drop(self, load: HostLoad) -> None:
         for block_ids in load.block_ids:
             self._kv.pool.drop_pull(block_ids)
         if load.request is not None:
             self._release_hit(load)
 
-    def _cache(self, load: Load, request: Request) -> None:
+    def _cache(self, load: HostLoad, request: Request) -> None:
         """Put the loaded blocks into the prefix cache, where the pull of the others finds them."""
         hashes = request.block_hasher.block_hashes
         # A block can be registered only while it has an owner. It is released at once, and then
@@ -207,6 +207,6 @@ class HostLoads:
             self._kv.pool.release(reversed(block_ids))
         self._release_hit(load)
 
-    def _release_hit(self, load: Load) -> None:
+    def _release_hit(self, load: HostLoad) -> None:
         for block_ids in load.hit.device.block_ids:
             self._kv.pool.release(reversed(block_ids))

@@ -2,7 +2,7 @@
 
 ::
 
-    Join ──▶ Welcome ── Spawn, Signal, Send / Exited, Said, Printed, Beat ──▶ the end
+    Join ──▶ AgentWelcome ── Spawn, Signal, Send / Exited, Said, Printed, Beat ──▶ the end
       ▲                                                                        │
       └────── the session was lost, and the supervisor is there ◀──────────────┘
 
@@ -24,6 +24,8 @@ import zmq
 
 from pdlaunch.errors import PdlaunchError, ProtocolError
 from pdlaunch.hosts.agent_messages import (
+    AgentRefused,
+    AgentWelcome,
     Beat,
     Exited,
     FromAgent,
@@ -31,7 +33,6 @@ from pdlaunch.hosts.agent_messages import (
     Leave,
     Look,
     Printed,
-    Refused,
     Said,
     Seen,
     Send,
@@ -39,13 +40,12 @@ from pdlaunch.hosts.agent_messages import (
     Signal,
     Spawn,
     ToAgent,
-    Welcome,
     from_agent,
     to_agent,
 )
 from pdlaunch.hosts.children import Children
-from pdlaunch.hosts.join import Ticket
-from pdlaunch.hosts.lease import Lease
+from pdlaunch.hosts.join import JoinTicket
+from pdlaunch.hosts.lease import AgentLease
 from pdlaunch.hosts.local import LocalHost
 from pdlaunch.hosts.log_tails import LogTails
 from pdlaunch.hosts.permitted import NotPermittedError, permitted
@@ -78,7 +78,7 @@ class AgentSession:
 
     def __init__(
         self,
-        ticket: Ticket,
+        ticket: JoinTicket,
         join: Join,
         executables: Mapping[str, str],
         stops: Sequence[int],
@@ -117,13 +117,13 @@ class AgentSession:
             welcome = self._await_welcome()
             if welcome is None:
                 return self._leave()
-            self._lease = Lease(asked_at, welcome.timeout_s)
+            self._lease = AgentLease(asked_at, welcome.timeout_s)
             self._beat_s = welcome.beat_s
             self._note(f"joined as {self._join.name}")
             with new_run_dir() as self._run_dir:
                 return self._serve()
 
-    def _await_welcome(self) -> Welcome | None:
+    def _await_welcome(self) -> AgentWelcome | None:
         """Return the answer to Join; None: this agent shall end."""
         poller = self._poller()
         ends_at = self._clock() + self._timeout_s
@@ -133,9 +133,9 @@ class AgentSession:
                 return None
             for message in self._received():
                 match message:
-                    case Welcome():
+                    case AgentWelcome():
                         return message
-                    case Refused(reason=reason):
+                    case AgentRefused(reason=reason):
                         raise AgentRefusedError(reason)
                     case _:
                         pass
@@ -181,7 +181,7 @@ class AgentSession:
                             poller.register(source, zmq.POLLIN)
                     if isinstance(message, Leave):
                         return message.reason
-                    if isinstance(message, Refused):
+                    if isinstance(message, AgentRefused):
                         raise SessionLostError(message.reason)
                     self._obey(message, host)
                 if host is not None:
@@ -216,7 +216,9 @@ class AgentSession:
             spec = permitted(spec, self._executables)
         except NotPermittedError as error:
             self._note(f"{spec.name} is not started: {error}")
-            self._send(Refused(reason=str(error), name=spec.name, incarnation=message.incarnation))
+            self._send(
+                AgentRefused(reason=str(error), name=spec.name, incarnation=message.incarnation)
+            )
             return
         self._names[spec.name] = spec.engine if spec.kind == "rank" and not spec.tp_rank else ""
         host.spawn(spec, message.incarnation, self._here(bootstrap))
@@ -288,7 +290,7 @@ class AgentSession:
         """Return a message. Refusals stand outside of the session, and have any version."""
         with contextlib.suppress(ProtocolError):
             refused = to_agent.decode(frames[-1])
-            if isinstance(refused, Refused):
+            if isinstance(refused, AgentRefused):
                 return refused
         return to_agent.decode(self._session.payload(frames))
 

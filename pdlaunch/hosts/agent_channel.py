@@ -28,16 +28,16 @@ import zmq
 from pdlaunch.errors import ProtocolError, StartupError
 from pdlaunch.hosts.agent_messages import (
     VERSION,
+    AgentRefused,
+    AgentWelcome,
     Beat,
     FromAgent,
     Join,
     Leave,
     OtherVersionError,
     Printed,
-    Refused,
     Session,
     ToAgent,
-    Welcome,
     from_agent,
     read_frames,
     to_agent,
@@ -275,10 +275,10 @@ class AgentChannel:
                     "the same version on both hosts"
                 )
                 logger.warning("refused an agent: %s", reason)
-                self._answer(identity, Refused(reason=reason))
+                self._answer(identity, AgentRefused(reason=reason))
             except ProtocolError as error:
                 logger.warning("agent %s: %s", agent.name if agent else identity, error)
-                self._answer(identity, Refused(reason=str(error), may_join_again=True))
+                self._answer(identity, AgentRefused(reason=str(error), may_join_again=True))
                 if agent is not None:
                     self._lose(agent, str(error))
 
@@ -286,7 +286,7 @@ class AgentChannel:
         """Let an agent join, or say why not."""
         if not isinstance(message, Join):
             reason = "the supervisor does not know this session"
-            self._answer(identity, Refused(reason=reason, may_join_again=True))
+            self._answer(identity, AgentRefused(reason=reason, may_join_again=True))
             return
         name = message.name
         if (other := self._by_name.get(name)) is not None:
@@ -307,11 +307,11 @@ class AgentChannel:
             # Join was its first message.
             agent.session.begin(received=1)
             self._agents[identity] = self._by_name[name] = agent
-            self._send(agent, Welcome(timeout_s=self._timeout_s, beat_s=self._beat_s))
+            self._send(agent, AgentWelcome(timeout_s=self._timeout_s, beat_s=self._beat_s))
             self._tell(Joined(message))
             return
         logger.warning("refused an agent: %s", reason)
-        self._answer(identity, Refused(reason=reason))
+        self._answer(identity, AgentRefused(reason=reason))
 
     def _hear(self, agent: _Agent, message: FromAgent) -> None:
         match message:

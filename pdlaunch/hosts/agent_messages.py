@@ -69,7 +69,7 @@ class Printed(Message):
     data: bytes
 
 
-class Refused(Message):
+class AgentRefused(Message):
     """Tells that the agent does not start a process, or answers Join: it is not let in."""
 
     reason: str
@@ -94,10 +94,10 @@ class Seen(Message):
     """The reason why a port cannot be listened on."""
 
 
-FromAgent = Join | Beat | Exited | Said | Printed | Refused | Leave | Seen
+FromAgent = Join | Beat | Exited | Said | Printed | AgentRefused | Leave | Seen
 
 
-class Welcome(Message):
+class AgentWelcome(Message):
     """Lets an agent join."""
 
     timeout_s: float
@@ -136,7 +136,7 @@ class Send(Message):
     frame: bytes
 
 
-ToAgent = Welcome | Beat | Refused | Leave | Look | Spawn | Signal | Send
+ToAgent = AgentWelcome | Beat | AgentRefused | Leave | Look | Spawn | Signal | Send
 
 from_agent: Codec[FromAgent] = Codec(FromAgent)
 to_agent: Codec[ToAgent] = Codec(ToAgent)

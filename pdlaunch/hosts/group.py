@@ -12,7 +12,7 @@ import zmq
 
 from pdlaunch.errors import ProtocolError
 from pdlaunch.hosts.agent_channel import AgentChannel, Joined, Lost, News, Told
-from pdlaunch.hosts.agent_messages import Exited, Refused, Said, Send, Signal, Spawn
+from pdlaunch.hosts.agent_messages import AgentRefused, Exited, Said, Send, Signal, Spawn
 from pdlaunch.hosts.host import MessageReceived, ProcessExited
 from pdlaunch.hosts.local import LocalHost
 from pdlaunch.process.bootstrap import Bootstrap
@@ -129,7 +129,7 @@ class HostGroup:
                 for name in sorted(self._living[host]):
                     self._exits.append(_lost(name, self._incarnations[name], host, reason))
             # An agent speaks for the processes of its host alone.
-            case Told(message=Said() | Exited() | Refused() as said) if (
+            case Told(message=Said() | Exited() | AgentRefused() as said) if (
                 self._hosts.get(said.name) != news.name
             ):
                 logger.warning("%s told of %r, which is not there", news.name, said.name[:80])
@@ -142,7 +142,7 @@ class HostGroup:
                 if gone.last_step.origins:
                     self._last_steps[self._engines.get(gone.name, "")] = gone.last_step
                 self._exits.append(ProcessExited(gone.name, gone.incarnation, gone.returncode))
-            case Told(message=Refused() as refused):
+            case Told(message=AgentRefused() as refused):
                 error = f"{news.name} does not start it: {refused.reason}"
                 self._messages.append(MessageReceived(refused.name, Failed(error=error)))
                 self._exits.append(ProcessExited(refused.name, refused.incarnation, _CANNOT_START))

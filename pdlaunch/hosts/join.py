@@ -32,7 +32,7 @@ _RESUME_SUFFIX = ".supervisor"
 _PART_SUFFIX = ".part"
 
 
-class Ticket(msgspec.Struct, frozen=True, kw_only=True):
+class JoinTicket(msgspec.Struct, frozen=True, kw_only=True):
     """Is what the join file holds."""
 
     endpoint: str
@@ -42,7 +42,7 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
     secret: str
 
     def __repr__(self) -> str:
-        return f"Ticket({self.endpoint})"
+        return f"JoinTicket({self.endpoint})"
 
     @property
     def keys(self) -> LaunchKeys:
@@ -57,8 +57,8 @@ class JoinKeys(msgspec.Struct, frozen=True, kw_only=True):
     port: int = 0
     """The port of the supervisor that drew them, or shall be; 0: any."""
 
-    def ticket(self, endpoint: str) -> Ticket:
-        return Ticket(
+    def ticket(self, endpoint: str) -> JoinTicket:
+        return JoinTicket(
             endpoint=endpoint,
             server_public=self.server.public,
             public=self.agents.public,
@@ -132,13 +132,13 @@ def read_resume_file(path: Path) -> JoinKeys:
         ) from None
 
 
-def read_ticket(name: str) -> Ticket:
+def read_ticket(name: str) -> JoinTicket:
     """Read the join file, or its one line from standard input (``-``). Raises ConfigError."""
     try:
         text = (
             sys.stdin.buffer.readline(_MOST_BYTES) if name == STDIN else _read_private(Path(name))
         )
-        return msgspec.json.decode(text, type=Ticket)
+        return msgspec.json.decode(text, type=JoinTicket)
     except (OSError, msgspec.DecodeError) as error:
         raise ConfigError(
             f"{'standard input' if name == STDIN else name} cannot be joined with: "
@@ -171,7 +171,7 @@ def _open_private(path: Path) -> int:
     return descriptor
 
 
-def _write_private(path: Path, content: Ticket | JoinKeys) -> None:
+def _write_private(path: Path, content: JoinTicket | JoinKeys) -> None:
     descriptor = _open_private(path)
     try:
         os.ftruncate(descriptor, 0)

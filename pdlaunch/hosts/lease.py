@@ -31,7 +31,7 @@ def ended_by(heard_at: float, timeout_s: float) -> float:
     return heard_at + _SHARE * timeout_s
 
 
-class Lease:
+class AgentLease:
     """Is an agent's right to run processes; ``asked_at``: when it asked to join."""
 
     def __init__(self, asked_at: float, timeout_s: float) -> None:

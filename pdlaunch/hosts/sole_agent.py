@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterator
 
 from pdlaunch.errors import StartupError
-from pdlaunch.hosts.join import Ticket
+from pdlaunch.hosts.join import JoinTicket
 
 _BACKLOG = 128
 """So many refused agents can learn who was there before them."""
@@ -22,7 +22,7 @@ _CREDENTIALS = struct.Struct("3i")
 
 
 @contextlib.contextmanager
-def sole_agent(ticket: Ticket, name: str) -> Iterator[None]:
+def sole_agent(ticket: JoinTicket, name: str) -> Iterator[None]:
     """Hold the name of a host in a launch. Raises StartupError while another process holds it.
 
     What is held is an abstract Unix socket. The kernel frees it when the agent ends, however it

@@ -21,7 +21,7 @@ import ssl
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
-from pdlaunch.http.engine_connection import Answer, CallError, Connection, Silence
+from pdlaunch.http.engine_connection import Answer, CallError, EngineConnection, Silence
 from pdlaunch.http.engine_url import UNIX
 
 _BACKLOG_S = 0.01
@@ -43,7 +43,7 @@ class EngineCalls:
     def __init__(self, connect_s: float, tls: ssl.SSLContext | None = None) -> None:
         self._connect_s = connect_s
         self._tls = tls
-        self._resting: dict[str, dict[Connection, None]] = {}
+        self._resting: dict[str, dict[EngineConnection, None]] = {}
         """By URL; the connection that was used last comes last."""
 
     def close(self) -> None:
@@ -83,7 +83,7 @@ class EngineCalls:
                 answer.close()
                 raise
 
-    async def _connect(self, url: str, resting: dict[Connection, None]) -> Connection:
+    async def _connect(self, url: str, resting: dict[EngineConnection, None]) -> EngineConnection:
         try:
             async with asyncio.timeout(self._connect_s):
                 if url.startswith(UNIX):
@@ -97,7 +97,7 @@ class EngineCalls:
                     return await _over(await _join(family, (host, port)), resting, tls, host)
                 # Names may have several addresses.
                 _, made = await asyncio.get_running_loop().create_connection(
-                    lambda: Connection(resting),
+                    lambda: EngineConnection(resting),
                     host,
                     port,
                     ssl=tls,
@@ -116,7 +116,7 @@ class EngineCalls:
         return self._tls
 
 
-def _awake(resting: dict[Connection, None]) -> Connection | None:
+def _awake(resting: dict[EngineConnection, None]) -> EngineConnection | None:
     """Take the connection that was used last; None: none rests."""
     while resting:
         connection, _ = resting.popitem()
@@ -128,13 +128,16 @@ def _awake(resting: dict[Connection, None]) -> Connection | None:
 
 async def _over(
     joined: socket.socket,
-    resting: dict[Connection, None],
+    resting: dict[EngineConnection, None],
     tls: ssl.SSLContext | None = None,
     host: str = "",
-) -> Connection:
+) -> EngineConnection:
     """Return the connection over a socket that is connected."""
     _, made = await asyncio.get_running_loop().create_connection(
-        lambda: Connection(resting), sock=joined, ssl=tls, server_hostname=host if tls else None
+        lambda: EngineConnection(resting),
+        sock=joined,
+        ssl=tls,
+        server_hostname=host if tls else None,
     )
     return made
 

@@ -2,7 +2,7 @@
 
 ::
 
-    engine ──▶ Connection ── head, pieces of the body, end ──▶ Answer ──▶ its reader
+    engine ──▶ EngineConnection ── head, pieces of the body, end ──▶ Answer ──▶ its reader
                    ◀── reads no more while too much waits ──     │
 
 An answer that ends otherwise than HTTP says is an error, and its connection carries no other call.
@@ -54,7 +54,7 @@ class Silence(NamedTuple):
 class Answer:
     """Holds one answer as it comes; read by one task at a time. ``close`` or ``leave`` it."""
 
-    def __init__(self, connection: Connection, silence: Silence | None) -> None:
+    def __init__(self, connection: EngineConnection, silence: Silence | None) -> None:
         self.status = 0
         """0 until the head has come."""
         self.headers: dict[str, str] = {}
@@ -177,12 +177,12 @@ class Answer:
             self._timer.cancel()
 
 
-class Connection(asyncio.Protocol):
+class EngineConnection(asyncio.Protocol):
     """Carries one call at a time; rests in ``resting`` between two of them."""
 
     transport: asyncio.Transport
 
-    def __init__(self, resting: dict[Connection, None]) -> None:
+    def __init__(self, resting: dict[EngineConnection, None]) -> None:
         self._resting = resting
         self._parser = httptools.HttpResponseParser(self)
         self._answer: Answer | None = None

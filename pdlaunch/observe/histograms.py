@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 
-class Family(NamedTuple):
+class HistogramFamily(NamedTuple):
     """Describes one histogram; ``bounds`` are the upper ends of its buckets but for the last."""
 
     bounds: tuple[float, ...]
@@ -52,38 +52,40 @@ PULL_BUCKETS_BYTES = tuple(4**power for power in range(6, 19))
 PULL_BUCKETS_BYTES_PER_S = tuple(_scaled((1, 2, 5), 10_000_000, 1_000_000_000_000))
 """10 MB/s to 1 TB/s."""
 
-REQUEST_HISTOGRAMS: Mapping[str, Family] = {
-    "request_queue_time_seconds": Family(
+REQUEST_HISTOGRAMS: Mapping[str, HistogramFamily] = {
+    "request_queue_time_seconds": HistogramFamily(
         REQUEST_BUCKETS_S, "Arrival to the first step, the pull of its KV blocks included."
     ),
-    "request_prefill_time_seconds": Family(
+    "request_prefill_time_seconds": HistogramFamily(
         REQUEST_BUCKETS_S, "First step to the first token drawn here."
     ),
-    "request_decode_time_seconds": Family(
+    "request_decode_time_seconds": HistogramFamily(
         REQUEST_BUCKETS_S, "First to last token drawn here; 0 where there is one."
     ),
-    "request_inference_time_seconds": Family(
+    "request_inference_time_seconds": HistogramFamily(
         REQUEST_BUCKETS_S, "First step to the last token drawn here."
     ),
-    "request_time_per_output_token_seconds": Family(
+    "request_time_per_output_token_seconds": HistogramFamily(
         INTER_TOKEN_BUCKETS_S, "Mean time between the tokens drawn here, of two or more."
     ),
-    "request_num_preemptions": Family(
+    "request_num_preemptions": HistogramFamily(
         PREEMPTION_BUCKETS, "How often a request lost its blocks and was computed again."
     ),
-    "request_prefill_kv_computed_tokens": Family(
+    "request_prefill_kv_computed_tokens": HistogramFamily(
         TOKEN_BUCKETS, "Prompt tokens of a request that were computed here."
     ),
     # A name of vLLM's: elsewhere names of counters alone end like this.
-    "iteration_tokens_total": Family(STEP_TOKEN_BUCKETS, "Tokens that a step computes."),
+    "iteration_tokens_total": HistogramFamily(STEP_TOKEN_BUCKETS, "Tokens that a step computes."),
 }
 """Histograms of an engine, by name without prefix. All are observed when a request ends, but for
 the last, which is observed with every step.
 """
-PULL_HISTOGRAMS: Mapping[str, Family] = {
-    "kv_pull_seconds": Family(PULL_BUCKETS_S, "Pulls that ended well: from lease to proof."),
-    "kv_pull_bytes": Family(PULL_BUCKETS_BYTES, "Bytes of KV blocks of a pull."),
-    "kv_pull_bytes_per_second": Family(
+PULL_HISTOGRAMS: Mapping[str, HistogramFamily] = {
+    "kv_pull_seconds": HistogramFamily(
+        PULL_BUCKETS_S, "Pulls that ended well: from lease to proof."
+    ),
+    "kv_pull_bytes": HistogramFamily(PULL_BUCKETS_BYTES, "Bytes of KV blocks of a pull."),
+    "kv_pull_bytes_per_second": HistogramFamily(
         PULL_BUCKETS_BYTES_PER_S, "Speed of the READs of a pull, without questions and proof."
     ),
 }

@@ -12,7 +12,7 @@ from pdlaunch.render.pods import (
     PROBE_S,
     SUPERVISOR_FILE,
     SUPERVISOR_KEY,
-    Launch,
+    PodLaunch,
     agent_command,
     with_own_secret,
 )
@@ -21,12 +21,12 @@ from pdlaunch.render.settings import JOIN_FILE
 Service = dict[str, Any]
 
 
-def compose_endpoint(launch: Launch) -> str:
+def compose_endpoint(launch: PodLaunch) -> str:
     """Return where agents find the supervisor."""
     return f"tcp://router:{launch.resolved.config.control_port}"
 
 
-def compose_file(launch: Launch) -> dict[str, Any]:
+def compose_file(launch: PodLaunch) -> dict[str, Any]:
     """Return the file. Its secrets are files and variables beside it, which it does not hold."""
     services = {"router": _router(launch)}
     for group in launch.groups:
@@ -42,7 +42,7 @@ def compose_file(launch: Launch) -> dict[str, Any]:
     }
 
 
-def _router(launch: Launch) -> Service:
+def _router(launch: PodLaunch) -> Service:
     config = launch.resolved.config
     url = f"http://127.0.0.1:{config.port}{HEALTH}"
     probe = f"import urllib.request as r; r.urlopen({url!r}, timeout={PROBE_S})"
@@ -66,7 +66,7 @@ def _router(launch: Launch) -> Service:
     }
 
 
-def _engine(launch: Launch, group: EngineGroup, name: str) -> Service:
+def _engine(launch: PodLaunch, group: EngineGroup, name: str) -> Service:
     command = agent_command(launch, group, name)
     secrets = launch.placed.engine_secrets.get(group.role, {})
     service = _service(launch, command, JOIN_KEY, JOIN_FILE) | {
@@ -80,7 +80,7 @@ def _engine(launch: Launch, group: EngineGroup, name: str) -> Service:
     return service
 
 
-def _service(launch: Launch, command: list[str], key: str, file: str) -> Service:
+def _service(launch: PodLaunch, command: list[str], key: str, file: str) -> Service:
     claims = (launch.options.claims or {}).items()
     return {
         "image": launch.options.image,

@@ -12,8 +12,8 @@ from pdlaunch.render.pods import (
     EPHEMERAL_PORTS,
     JOIN_KEY,
     SUPERVISOR_KEY,
-    Launch,
     Object,
+    PodLaunch,
     engine_pod,
     router_pod,
     secret_key,
@@ -22,7 +22,7 @@ from pdlaunch.render.pods import (
 LEADER_WORKER_SET = "leaderworkerset.x-k8s.io/v1"
 
 
-def kubernetes_objects(launch: Launch, namespace: str | None) -> list[Object]:
+def kubernetes_objects(launch: PodLaunch, namespace: str | None) -> list[Object]:
     """Return all objects but the Secret, in the order in which they are applied."""
     objects = [
         _config_map(launch),
@@ -36,13 +36,13 @@ def kubernetes_objects(launch: Launch, namespace: str | None) -> list[Object]:
     return [_in_namespace(found, namespace) for found in objects]
 
 
-def control_endpoint(launch: Launch) -> str:
+def control_endpoint(launch: PodLaunch) -> str:
     """Return where agents find the supervisor."""
     return f"tcp://{launch.options.name}-control:{launch.resolved.config.control_port}"
 
 
 def kubernetes_secret(
-    launch: Launch, namespace: str | None, *, join: str, supervisor: str
+    launch: PodLaunch, namespace: str | None, *, join: str, supervisor: str
 ) -> Object:
     """Return the Secret that the other objects refer to.
 
@@ -65,7 +65,7 @@ def _in_namespace(found: Object, namespace: str | None) -> Object:
     return found
 
 
-def _object(launch: Launch, version: str, kind: str, name: str, component: str = "") -> Object:
+def _object(launch: PodLaunch, version: str, kind: str, name: str, component: str = "") -> Object:
     labels = launch.labels(component) | {
         "app.kubernetes.io/version": __version__,
         "app.kubernetes.io/managed-by": "pdlaunch-render",
@@ -77,13 +77,13 @@ def _object(launch: Launch, version: str, kind: str, name: str, component: str =
     }
 
 
-def _config_map(launch: Launch) -> Object:
+def _config_map(launch: PodLaunch) -> Object:
     name = f"{launch.options.name}-config"
     file = CONFIG_FILE.rpartition("/")[2]
     return _object(launch, "v1", "ConfigMap", name) | {"data": {file: launch.config_yaml}}
 
 
-def _cache(launch: Launch) -> Object:
+def _cache(launch: PodLaunch) -> Object:
     """Return the claim of a volume that all pods write to: engines read what was downloaded and
     converted for the supervisor.
     """
@@ -95,7 +95,7 @@ def _cache(launch: Launch) -> Object:
     }
 
 
-def _router(launch: Launch) -> Object:
+def _router(launch: PodLaunch) -> Object:
     found = _object(launch, "apps/v1", "Deployment", launch.options.name, "router")
     return found | {
         "spec": {
@@ -108,7 +108,7 @@ def _router(launch: Launch) -> Object:
     }
 
 
-def _engines(launch: Launch, group: EngineGroup) -> Object:
+def _engines(launch: PodLaunch, group: EngineGroup) -> Object:
     name, pod = f"{launch.options.name}-{group.role}", engine_pod(launch, group)
     if group.machines.per_engine > 1:
         found = _object(launch, LEADER_WORKER_SET, "LeaderWorkerSet", name, group.role)
@@ -136,7 +136,7 @@ def _engines(launch: Launch, group: EngineGroup) -> Object:
     }
 
 
-def _services(launch: Launch) -> list[Object]:
+def _services(launch: PodLaunch) -> list[Object]:
     name = launch.options.name
     http = {"name": "http", "port": launch.resolved.config.port, "targetPort": "http"}
     control = {
@@ -160,7 +160,7 @@ def _services(launch: Launch) -> list[Object]:
     ]
 
 
-def _policies(launch: Launch) -> list[Object]:
+def _policies(launch: PodLaunch) -> list[Object]:
     """Return who may connect where; everything else is closed to other pods."""
     config, roles = launch.resolved.config, [group.role for group in launch.groups]
     router, engines = _pods(launch, ["router"]), _pods(launch, roles)
@@ -188,7 +188,7 @@ def _policies(launch: Launch) -> list[Object]:
 
 
 def _policy(
-    launch: Launch, name: str, to: Object, sender: Object | None, ports: Sequence[Object]
+    launch: PodLaunch, name: str, to: Object, sender: Object | None, ports: Sequence[Object]
 ) -> Object:
     rule: Object = {"ports": [{"protocol": "TCP", **port} for port in ports]}
     if sender is not None:
@@ -199,7 +199,7 @@ def _policy(
     return found | {"spec": {"podSelector": to, "policyTypes": ["Ingress"], "ingress": [rule]}}
 
 
-def _pods(launch: Launch, components: Sequence[str]) -> Object:
+def _pods(launch: PodLaunch, components: Sequence[str]) -> Object:
     return {
         "matchLabels": launch.labels(),
         "matchExpressions": [
@@ -212,7 +212,7 @@ def _pods(launch: Launch, components: Sequence[str]) -> Object:
     }
 
 
-def _disruption_budget(launch: Launch, group: EngineGroup) -> Object:
+def _disruption_budget(launch: PodLaunch, group: EngineGroup) -> Object:
     """Return the budget of a role: a drain of nodes takes one engine at a time."""
     found = _object(
         launch,

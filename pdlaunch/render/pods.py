@@ -54,7 +54,7 @@ class PodOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Launch:
+class PodLaunch:
     """Holds a launch that is to run on pods."""
 
     options: PodOptions
@@ -82,7 +82,7 @@ class Launch:
         return labels | ({"app.kubernetes.io/component": component} if component else {})
 
 
-def router_pod(launch: Launch) -> Object:
+def router_pod(launch: PodLaunch) -> Object:
     """Return the template of the pod with supervisor and router."""
     config = launch.resolved.config
     service = launch.options.name
@@ -133,7 +133,7 @@ def router_pod(launch: Launch) -> Object:
     }
 
 
-def engine_pod(launch: Launch, group: EngineGroup) -> Object:
+def engine_pod(launch: PodLaunch, group: EngineGroup) -> Object:
     """Return the template of the pods of one role, each of which runs an agent."""
     secrets = launch.placed.engine_secrets.get(group.role, {})
     container = {
@@ -157,7 +157,7 @@ def engine_pod(launch: Launch, group: EngineGroup) -> Object:
     return {"metadata": {"labels": labels}, "spec": pod}
 
 
-def agent_command(launch: Launch, group: EngineGroup, name: str) -> list[str]:
+def agent_command(launch: PodLaunch, group: EngineGroup, name: str) -> list[str]:
     """Return the command of the agent of that name."""
     settings = launch.resolved.roles[group.role].settings
     executables = [] if settings.engine == "native" else [settings.engine_command]
@@ -178,11 +178,11 @@ def secret_key(name: str, role: Role | None = None) -> str:
     return name if role is None else f"{role}.{name}"
 
 
-def _pod_labels(launch: Launch, component: str) -> dict[str, str]:
+def _pod_labels(launch: PodLaunch, component: str) -> dict[str, str]:
     return launch.labels(component) | {"app.kubernetes.io/version": __version__}
 
 
-def _pod(launch: Launch, container: Object, key: str) -> Object:
+def _pod(launch: PodLaunch, container: Object, key: str) -> Object:
     """Return a pod that has a key of the Secret."""
     return {
         "automountServiceAccountToken": False,
@@ -223,7 +223,7 @@ def _pod(launch: Launch, container: Object, key: str) -> Object:
     }
 
 
-def _mounts(launch: Launch) -> list[Object]:
+def _mounts(launch: PodLaunch) -> list[Object]:
     return [
         {"name": "keys", "mountPath": SECRETS, "readOnly": True},
         {"name": "join", "mountPath": JOIN_FILE.rpartition("/")[0]},

@@ -66,7 +66,7 @@ class Demand:
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class HostShare:
     """Names a host and how many ranks of an engine run there: the next ones in order."""
 
     host: str
@@ -75,7 +75,7 @@ class Share:
     """The CUDA devices that its ranks have, as they number them; None: they are dealt in turn."""
 
 
-Places = Mapping[tuple[Role, int], tuple[Share, ...]]
+Places = Mapping[tuple[Role, int], tuple[HostShare, ...]]
 """The shares of each engine, by role and index."""
 
 
@@ -98,7 +98,7 @@ def place_engines(
 
     A host without devices for a role is taken only when there is no other one; rules tell.
     """
-    places: dict[tuple[Role, int], tuple[Share, ...]] = {}
+    places: dict[tuple[Role, int], tuple[HostShare, ...]] = {}
     used: dict[tuple[str, DeviceKind], int] = {}
     domains = {room.host: room.domain for room in rooms}
     for demand in demands:
@@ -126,7 +126,7 @@ def place_engines(
         # Hosts of equal cost keep the order in which they are listed.
         chosen = sorted(offers, key=cost)[:num_hosts]
         places[demand.role, demand.index] = tuple(
-            Share(room.host, size) for room, size in zip(chosen, sizes, strict=True)
+            HostShare(room.host, size) for room, size in zip(chosen, sizes, strict=True)
         )
         for room, size in zip(chosen, sizes, strict=True):
             key = (room.host, room.devices.get(demand.role, ("cpu", 0))[0])

@@ -18,7 +18,7 @@ from pdlaunch.config.roles import PAIR, ROLES, Role
 from pdlaunch.errors import ConfigError
 from pdlaunch.platform.facts import Machine
 from pdlaunch.platform.visible_gpus import VISIBLE_DEVICES
-from pdlaunch.resolve.hosts import Places, ResolvedHost, Share, one_host
+from pdlaunch.resolve.hosts import HostShare, Places, ResolvedHost, one_host
 from pdlaunch.resolve.models import Model, read_models
 from pdlaunch.resolve.role_engines import RoleEngines
 from pdlaunch.resolve.roles import PlacedEngine, PlacedRoles, resolve_roles
@@ -184,7 +184,7 @@ class ResolvedLaunch:
         """The hosts and devices of every engine."""
         return {
             (engine.engines.role, engine.index): tuple(
-                Share(share.host.name, share.num_ranks, share.device_indices or None)
+                HostShare(share.host.name, share.num_ranks, share.device_indices or None)
                 for share in engine.shares
             )
             for engine in self.engines

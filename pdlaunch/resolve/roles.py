@@ -11,10 +11,10 @@ from pdlaunch.config.roles import PAIR, ROLES, Role
 from pdlaunch.resolve.derive import derive_engines, device_kind, visible_on
 from pdlaunch.resolve.hosts import (
     DeviceKind,
+    HostShare,
     Places,
     ResolvedHost,
     Room,
-    Share,
     demands_of,
     is_same_machine,
     place_engines,
@@ -186,7 +186,7 @@ def _room(host: ResolvedHost, settings: Mapping[Role, EngineSettings]) -> Room:
     return Room(host.name, devices, host.domain)
 
 
-def _shares(places: Places, host: str, role: Role) -> list[tuple[int, Share]]:
+def _shares(places: Places, host: str, role: Role) -> list[tuple[int, HostShare]]:
     """Return the shares of a role on a host, each with its place among those of its engine."""
     return [
         (place, share)

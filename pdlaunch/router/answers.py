@@ -29,7 +29,7 @@ MAX_TOLD_LEFT_OUT = 4
 _HEAD = ("id", "object", "created", "model", "choices")
 
 
-class Answer:
+class ClientAnswer:
     """Numbers and counts the chunks of one request; a ``ChunkSink`` for its generations."""
 
     def __init__(
@@ -123,7 +123,7 @@ class Answer:
         self._metrics.prompt_length.observe(usage.prompt_tokens)
 
 
-class StreamedAnswer(Answer):
+class StreamedAnswer(ClientAnswer):
     """Sends events as they come."""
 
     def __init__(
@@ -213,7 +213,7 @@ class StreamedAnswer(Answer):
         return b"".join([*held, event])
 
 
-class WholeAnswer(Answer):
+class WholeAnswer(ClientAnswer):
     """Puts one JSON object together from the chunks."""
 
     def __init__(

@@ -18,7 +18,7 @@ GONE_S = 600.0
 MAX_GONE = 100
 
 
-class Seen(msgspec.Struct, frozen=True):
+class SeenState(msgspec.Struct, frozen=True):
     """Remembers of an engine what tells its next state apart."""
 
     role: str | None
@@ -31,7 +31,7 @@ class EventLog:
     def __init__(self, wall_clock: Callable[[], float]) -> None:
         self._wall_clock = wall_clock
         self._events: deque[StatusEvent] = deque(maxlen=MAX_EVENTS)
-        self._seen: dict[str, Seen] = {}
+        self._seen: dict[str, SeenState] = {}
         self._gone: dict[str, tuple[str | None, float]] = {}
         self._served: set[str] = set()
         """Engines that were ready, and were not seen to sleep or drain since."""
@@ -76,7 +76,7 @@ class EventLog:
         """
         before, self._seen = (
             self._seen,
-            {engine.name: Seen(engine.role, engine.state) for engine in engines},
+            {engine.name: SeenState(engine.role, engine.state) for engine in engines},
         )
         for engine in engines:
             name = engine.name

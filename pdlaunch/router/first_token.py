@@ -23,7 +23,7 @@ class Forecast(NamedTuple):
     sent_at: float
 
 
-class FirstToken:
+class FirstTokenWatch:
     """Knows which engine computes a prompt of which no token has come, and by when it should."""
 
     def __init__(self, state: RouterState) -> None:

@@ -14,7 +14,7 @@ from pdlaunch.router.early_decode import EarlyDecode
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_errors import EngineFailure, EngineRefusal, malformed_is_failure
 from pdlaunch.router.engine_stream import Chunk
-from pdlaunch.router.first_token import FirstToken
+from pdlaunch.router.first_token import FirstTokenWatch
 from pdlaunch.router.leg import AskSpans
 from pdlaunch.router.metrics import EarlyOutcome
 from pdlaunch.router.policy import NO_NEEDS, Hop, Need, Route, RoutingRequest, covers
@@ -85,7 +85,7 @@ class PromptProgress:
         record.counts(self.transcript)
         self.attempts = Attempts(state)
         self.lease = PromptLease(state)
-        self.first_token = FirstToken(state)
+        self.first_token = FirstTokenWatch(state)
         self.early: EarlyDecode | None = None
         """The decode engine that was told of the prompt while prefill computed it."""
         self.first_token_sent = False

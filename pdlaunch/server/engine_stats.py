@@ -14,7 +14,7 @@ from prometheus_client.core import (
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from pdlaunch.observe.histograms import PULL_HISTOGRAMS, REQUEST_HISTOGRAMS, Family
+from pdlaunch.observe.histograms import PULL_HISTOGRAMS, REQUEST_HISTOGRAMS, HistogramFamily
 from pdlaunch.protocol.engine import EngineHistograms, EngineStats, HistogramCounts
 
 _GAUGES: Mapping[str, tuple[str, str]] = {
@@ -221,7 +221,7 @@ class EngineStatsCollector(Collector):
 def _add(
     shown: HistogramMetricFamily,
     labels: list[str],
-    known: Family,
+    known: HistogramFamily,
     found: HistogramCounts | None,
 ) -> None:
     """Add a histogram; one that no rank has reported is empty."""

@@ -20,7 +20,7 @@ _PROGRESS = ("vllm:generation_tokens_total", "vllm:iteration_tokens_total_sum")
 Found = Literal["works", "idle", "hangs"]
 
 
-class HangWatch:
+class EngineHangWatch:
     """Judges one engine of vLLM. ``timeout_s``: 0 for an engine that never hangs nor idles."""
 
     def __init__(self, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:

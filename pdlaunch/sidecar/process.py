@@ -44,7 +44,7 @@ from pdlaunch.protocol.control import (
 )
 from pdlaunch.sidecar.child import EngineChild
 from pdlaunch.sidecar.connector import Failures, connector_environment
-from pdlaunch.sidecar.hangs import HangWatch
+from pdlaunch.sidecar.hangs import EngineHangWatch
 from pdlaunch.sidecar.network import (
     SIDE_CHANNEL_HOST,
     SIDE_CHANNEL_PORT,
@@ -199,7 +199,7 @@ class SidecarProcess:
         await self._tell_version()
         self._supervised.send(Ready())
         self._is_ready.set()
-        hangs = HangWatch(self._options.hang_timeout_s)
+        hangs = EngineHangWatch(self._options.hang_timeout_s)
         can_sleep, is_asleep = SLEEP_FLAG in self._options.command, False
         while True:
             await asyncio.sleep(WATCH_POLL_S)

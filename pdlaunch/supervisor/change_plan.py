@@ -22,7 +22,7 @@ from pdlaunch.engines.kind import EngineKind
 from pdlaunch.engines.plan import kind_of
 from pdlaunch.errors import ConfigError
 from pdlaunch.protocol.changes import ChangeEngines, PlannedChange, PlannedEngine
-from pdlaunch.resolve.hosts import Places, ResolvedHost, Share
+from pdlaunch.resolve.hosts import HostShare, Places, ResolvedHost
 from pdlaunch.resolve.models import Model, read_models
 from pdlaunch.resolve.resolve import ResolvedLaunch, with_replicas
 from pdlaunch.resolve.role_engines import RoleEngines
@@ -38,7 +38,7 @@ _THREADS = frozenset(("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
 
 
 @dataclass(frozen=True, slots=True)
-class RunningEngine:
+class PresentEngine:
     """Tells of an engine what a plan needs to know."""
 
     key: Key
@@ -98,7 +98,7 @@ class ChangePlanner:
         resolved: ResolvedLaunch,
         kind: EngineKind,
         present: Collection[str],
-        running: Sequence[RunningEngine],
+        running: Sequence[PresentEngine],
     ) -> None:
         self._resolved = resolved
         self._kind = kind
@@ -113,7 +113,7 @@ class ChangePlanner:
         if wanted.turn:
             return self._turn(wanted)
         counts = Counter(role for role, _ in self._running)
-        stops: list[RunningEngine] = []
+        stops: list[PresentEngine] = []
         starts: list[Key] = []
         for role, number in wanted.replicas.items():
             if not 0 <= number <= MAX_REPLICAS:
@@ -135,7 +135,7 @@ class ChangePlanner:
             return EngineChange(self._resolved, (), (), stops_first=True)
         return self._change(list(self._new_keys(role, 1)), [engine], stops_first=True)
 
-    def _victims(self, role: Role, number: int) -> list[RunningEngine]:
+    def _victims(self, role: Role, number: int) -> list[PresentEngine]:
         """Return the engines of a role that are stopped: those that do not serve first, then
         those that are drained, then those with the highest numbers.
         """
@@ -153,7 +153,7 @@ class ChangePlanner:
             index += 1
 
     def _change(
-        self, starts: Sequence[Key], stops: Sequence[RunningEngine], *, stops_first: bool
+        self, starts: Sequence[Key], stops: Sequence[PresentEngine], *, stops_first: bool
     ) -> EngineChange:
         if not starts and not stops:
             return EngineChange(self._resolved, (), (), stops_first=False)
@@ -194,7 +194,7 @@ class ChangePlanner:
 
     # Places
 
-    def _busy(self, engines: Iterable[RunningEngine]) -> BusyGpus:
+    def _busy(self, engines: Iterable[PresentEngine]) -> BusyGpus:
         busy: dict[tuple[str, int], str] = {}
         for engine in engines:
             gpus = self._resolved.placed.by_host[engine.host][engine.key[0]].gpus
@@ -211,12 +211,12 @@ class ChangePlanner:
         models: Mapping[Role, Model],
         busy: BusyGpus,
         preferred: Collection[tuple[str, int]],
-    ) -> dict[Key, tuple[Share, ...]] | None:
+    ) -> dict[Key, tuple[HostShare, ...]] | None:
         """Return hosts and devices for new engines; None: there is no room for one of them.
 
         ``preferred``: GPUs that come first.
         """
-        placed: dict[Key, tuple[Share, ...]] = {}
+        placed: dict[Key, tuple[HostShare, ...]] = {}
         taken = dict(busy)
         for key in starts:
             role = key[0]
@@ -230,7 +230,7 @@ class ChangePlanner:
                     fix="start the launch with as many as it needs",
                 )
             for host in self._hosts(role, {**kept, **placed}):
-                share = Share(host.name, settings.tensor_parallel_size)
+                share = HostShare(host.name, settings.tensor_parallel_size)
                 tried = self._resolved.with_engines({**kept, **placed, key: (share,)}, models)
                 engines = tried.placed.by_host[host.name][role]
                 devices = _devices(engines, host.name, taken, preferred)

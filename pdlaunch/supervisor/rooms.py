@@ -18,12 +18,12 @@ from pdlaunch.checks.context import Probes
 from pdlaunch.checks.run import run_checks
 from pdlaunch.engines.kind import EngineKind
 from pdlaunch.protocol.changes import ChangeEngines
-from pdlaunch.resolve.hosts import ResolvedHost, Share
+from pdlaunch.resolve.hosts import HostShare, ResolvedHost
 from pdlaunch.resolve.plan import ProcessSpec
 from pdlaunch.resolve.resolve import ResolvedLaunch
 from pdlaunch.resolve.role_engines import RoleEngines
 from pdlaunch.resolve.roles import PlacedEngine
-from pdlaunch.supervisor.change_plan import ChangePlanner, EngineChange, RunningEngine
+from pdlaunch.supervisor.change_plan import ChangePlanner, EngineChange, PresentEngine
 from pdlaunch.supervisor.instance import Instance, Unit, server_of, serving
 
 _OF_ROOM = frozenset(("PD207", "PD210", "PD212"))
@@ -160,7 +160,7 @@ class Rooms:
             devices = _free_devices(placed.engines, taken[host.name])
             if devices is None or not self._may_move(lost, host):
                 continue
-            share = Share(host.name, engine.engines.tp_size, devices or None)
+            share = HostShare(host.name, engine.engines.tp_size, devices or None)
             places = {**moved.places, (role, engine.index): (share,)}
             self._resolved = moved.with_places(places)
             placed = next(one for one in self._resolved.engines if one.name == name)
@@ -186,7 +186,7 @@ class Rooms:
         return {error.rule for error in run_checks(launch, {}, Probes(), rules=rules).errors}
 
 
-def _running(units: Sequence[Unit]) -> list[RunningEngine]:
+def _running(units: Sequence[Unit]) -> list[PresentEngine]:
     """Return what a plan needs to know of the engines that there are."""
     working = {server.name for server in serving(units)}
     members: defaultdict[str, list[Instance]] = defaultdict(list)
@@ -198,7 +198,7 @@ def _running(units: Sequence[Unit]) -> list[RunningEngine]:
         server = server_of(units, name)
         assert server.spec.role is not None
         running.append(
-            RunningEngine(
+            PresentEngine(
                 (server.spec.role, int(name.rpartition("-")[2])),
                 server.spec.host,
                 tuple(device for each in instances for device in each.spec.devices),
@@ -229,5 +229,5 @@ def _free_devices(engines: RoleEngines, taken: Counter[str]) -> tuple[int, ...] 
     return tuple(free[: engines.tp_size]) if len(free) >= engines.tp_size else None
 
 
-def _all_on(host: ResolvedHost, engine: PlacedEngine) -> tuple[Share, ...]:
-    return (Share(host.name, engine.engines.tp_size),)
+def _all_on(host: ResolvedHost, engine: PlacedEngine) -> tuple[HostShare, ...]:
+    return (HostShare(host.name, engine.engines.tp_size),)

@@ -27,17 +27,17 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.engines.native import python_command
 from pdlaunch.hosts.agent_channel import AgentChannel, Joined, News, Told
 from pdlaunch.hosts.agent_messages import (
+    AgentWelcome,
     Beat,
     FromAgent,
     Join,
     Look,
     Seen,
     Session,
-    Welcome,
     from_agent,
     to_agent,
 )
-from pdlaunch.hosts.join import Ticket, new_join_keys
+from pdlaunch.hosts.join import JoinTicket, new_join_keys
 from pdlaunch.platform.machine_file import encode_machine
 from pdlaunch.platform.probe import probe_machine
 from pdlaunch.process.bootstrap import raise_open_files
@@ -64,7 +64,7 @@ class SimulatedAgent:
         """Take what has come, and beat when it is time."""
         while int(self.socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             match to_agent.decode(self._session.payload(self.socket.recv_multipart())):
-                case Welcome(beat_s=beat_s):
+                case AgentWelcome(beat_s=beat_s):
                     self._beat_s = beat_s
                     # Agents do not beat as one.
                     self._beats_at = now + beat_s * secrets.randbelow(1000) / 1000
@@ -89,7 +89,7 @@ def simulate() -> None:
     """
     raise_open_files()
     first = json.loads(sys.stdin.readline())
-    ticket = msgspec.convert(first["ticket"], Ticket)
+    ticket = msgspec.convert(first["ticket"], JoinTicket)
     machine = encode_machine(probe_machine(), os.environ)
     agents: list[SimulatedAgent] = []
     context: SecureContext | None = None
@@ -115,7 +115,7 @@ def simulate() -> None:
 
 
 @contextlib.contextmanager
-def simulated_agents(ticket: Ticket, num_agents: int) -> Iterator[subprocess.Popen[str]]:
+def simulated_agents(ticket: JoinTicket, num_agents: int) -> Iterator[subprocess.Popen[str]]:
     """Run the process that stands for all agents."""
     command = python_command("pdlaunch.testing.agent_costs")
     with subprocess.Popen(

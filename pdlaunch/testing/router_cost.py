@@ -39,7 +39,7 @@ START_TIMEOUT_S = 120.0
 PROMPT = "word " * 64
 
 
-class Load(msgspec.Struct, frozen=True, kw_only=True):
+class StreamLoad(msgspec.Struct, frozen=True, kw_only=True):
     """Says what clients send."""
 
     num_streams: int
@@ -54,7 +54,7 @@ class CostRow(msgspec.Struct, frozen=True, kw_only=True):
     """Holds what was measured of one load; times of tokens are milliseconds."""
 
     router: Router
-    load: Load
+    load: StreamLoad
     num_errors: int
     seconds: float
     tokens_per_s: float
@@ -136,7 +136,7 @@ async def _ask(port: int, body: dict[str, Any]) -> _Answer:
     return answer
 
 
-async def send_load(port: int, load: Load) -> tuple[float, list[_Answer]]:
+async def send_load(port: int, load: StreamLoad) -> tuple[float, list[_Answer]]:
     """Send all requests of a load; return the seconds that they took, and the answers."""
     body = {"model": MODEL, "prompt": PROMPT, "max_tokens": load.num_tokens, "stream": True}
     numbers = iter(range(load.num_requests))
@@ -152,7 +152,7 @@ async def send_load(port: int, load: Load) -> tuple[float, list[_Answer]]:
     return time.monotonic() - start_at, answers
 
 
-def measure(router: Router, port: int, pid: int | None, load: Load) -> CostRow:
+def measure(router: Router, port: int, pid: int | None, load: StreamLoad) -> CostRow:
     """Send a load to a router whose process is ``pid``, or to the decode engine itself."""
     rss_before, cpu_before = (_rss_bytes(pid), _cpu_s(pid)) if pid else (0, 0.0)
     peak = rss_before
@@ -283,7 +283,7 @@ def router_command(
     ]
 
 
-def measure_loads(router: Router, loads: Sequence[Load]) -> Iterator[CostRow]:
+def measure_loads(router: Router, loads: Sequence[StreamLoad]) -> Iterator[CostRow]:
     """Measure all loads, each with processes of its own. Raises PdlaunchError."""
     for load in loads:
         prefill, decode, port, other = free_ports(4)
@@ -321,7 +321,7 @@ def main() -> None:
     parser.add_argument("--interval-ms", type=float, default=50.0, help="between two tokens")
     arguments = parser.parse_args()
     loads = [
-        Load(
+        StreamLoad(
             num_streams=number,
             num_requests=arguments.requests or 2 * number,
             num_tokens=arguments.tokens,

@@ -53,7 +53,7 @@ ARMS: Mapping[str, tuple[tuple[str, ...], type[LeastCost] | type[LeastWork]]] = 
 }
 
 
-class Load(msgspec.Struct, frozen=True, kw_only=True):
+class SimLoad(msgspec.Struct, frozen=True, kw_only=True):
     """Says what comes: so many at once, or so many a second in random intervals."""
 
     num_prompt_tokens: int
@@ -93,12 +93,12 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-def read_load(text: str) -> Load:
+def read_load(text: str) -> SimLoad:
     """Read ``512/256@32`` or ``512/256@25rps``. Raises ValueError."""
     tokens, _, rate = text.partition("@")
     prompt, _, output = tokens.partition("/")
     is_open = rate.endswith("rps")
-    return Load(
+    return SimLoad(
         num_prompt_tokens=int(prompt),
         num_output_tokens=int(output),
         concurrency=None if is_open else int(rate),
@@ -106,7 +106,7 @@ def read_load(text: str) -> Load:
     )
 
 
-def simulate(load: Load, names: Sequence[str], policy: Policy, costs: EngineCosts) -> Figures:
+def simulate(load: SimLoad, names: Sequence[str], policy: Policy, costs: EngineCosts) -> Figures:
     """Run a load through new engines of these names (``role-number``)."""
     engines = []
     for name in names:

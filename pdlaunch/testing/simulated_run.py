@@ -25,7 +25,7 @@ from pdlaunch.router.policy import LeastWork, Policy
 from pdlaunch.testing.simulator import SimEngine, SimRequest, Simulation
 
 
-class Row(msgspec.Struct, frozen=True, kw_only=True):
+class MeasuredRow(msgspec.Struct, frozen=True, kw_only=True):
     """Holds what is used of a row of ``bench serve``."""
 
     input_tokens: int
@@ -73,7 +73,7 @@ def engines_of(status: Mapping[str, Any]) -> list[SimEngine]:
     return engines
 
 
-def simulate_row(engines: Sequence[SimEngine], row: Row, policy: Policy) -> list[Compared]:
+def simulate_row(engines: Sequence[SimEngine], row: MeasuredRow, policy: Policy) -> list[Compared]:
     """Run a row's load in the simulator and compare the figures."""
     requests = [
         SimRequest(number, 0.0, row.input_tokens, row.output_tokens)
@@ -98,7 +98,9 @@ def simulate_row(engines: Sequence[SimEngine], row: Row, policy: Policy) -> list
     ]
 
 
-def compare(status: Mapping[str, Any], rows: Sequence[Row], policy: Policy) -> list[Compared]:
+def compare(
+    status: Mapping[str, Any], rows: Sequence[MeasuredRow], policy: Policy
+) -> list[Compared]:
     """Compare all rows, each with idle engines."""
     return [one for row in rows for one in simulate_row(engines_of(status), row, policy)]
 
@@ -111,7 +113,7 @@ def main() -> None:
     parser.add_argument("--pairs-only", action="store_true", help="simulate least work instead")
     arguments = parser.parse_args()
     found = json.loads(arguments.report.read_text())
-    rows = msgspec.convert(found["rows"] if isinstance(found, dict) else found, list[Row])
+    rows = msgspec.convert(found["rows"] if isinstance(found, dict) else found, list[MeasuredRow])
     policy: Policy = LeastWork() if arguments.pairs_only else LeastCost()
     compared = compare(json.loads(arguments.status.read_text()), rows, policy)
     lines = [

@@ -32,7 +32,7 @@ class SideChannel:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class ToldHandshake:
     """Holds what all ranks of an engine tell."""
 
     num_ranks: int
@@ -57,7 +57,7 @@ def side_channel_of(params: Mapping[str, Any]) -> SideChannel | None:
             return None
 
 
-async def shake_hands(channel: SideChannel, timeout_s: float) -> Told:
+async def shake_hands(channel: SideChannel, timeout_s: float) -> ToldHandshake:
     """Ask every rank. Raises ProtocolError."""
     address = f"tcp://{_bracketed(channel.host)}:{channel.port}"
     context = zmq.asyncio.Context()
@@ -72,7 +72,7 @@ async def shake_hands(channel: SideChannel, timeout_s: float) -> Told:
             if metadata["engine_id"] != channel.engine_id:
                 raise ProtocolError(f"another engine answers there, {metadata['engine_id']}")
         first = told[0]
-        return Told(
+        return ToldHandshake(
             len(told),
             str(first["kv_cache_layout"]),
             str(first["attn_backend_name"]),

@@ -14,7 +14,7 @@ import pytest
 from pdlaunch.bench.serve.engine_counters import EngineCounters
 from pdlaunch.bench.serve.goals import Goals, read_goals
 from pdlaunch.bench.serve.loads import BenchOptions, arrival_times
-from pdlaunch.bench.serve.progress import Progress, duration
+from pdlaunch.bench.serve.progress import BenchProgress, duration
 from pdlaunch.bench.serve.row import BenchRun, summarise
 from pdlaunch.bench.serve.sweep import bench_serve
 from pdlaunch.bench.serve.timed_completion import TimedCompletion
@@ -101,7 +101,7 @@ def test_one_gap_in_a_hundred_may_be_longer() -> None:
 
 def test_progress_says_how_many_and_how_long() -> None:
     now, said = 0.0, list[str]()
-    progress = Progress(8, said.append, lambda: now)
+    progress = BenchProgress(8, said.append, lambda: now)
     progress.begin("4 at once")
     now = 30.0
     progress.one_done()

@@ -25,17 +25,17 @@ from pdlaunch.hosts.agent import (
 )
 from pdlaunch.hosts.agent_channel import AgentChannel, Joined, Lost, News, Told
 from pdlaunch.hosts.agent_messages import (
+    AgentWelcome,
     Beat,
     Join,
     Look,
     Printed,
     Seen,
     Session,
-    Welcome,
     from_agent,
     to_agent,
 )
-from pdlaunch.hosts.join import JoinKeys, Ticket, new_join_keys
+from pdlaunch.hosts.join import JoinKeys, JoinTicket, new_join_keys
 from pdlaunch.platform.availability import probe_port
 from pdlaunch.platform.facts import PortState
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext
@@ -83,7 +83,7 @@ def news_of(channel: AgentChannel) -> News:
 class Agent:
     """An agent in a thread; ``stop`` is what a signal is to a process."""
 
-    def __init__(self, ticket: Ticket, join: Join = HELLO, wait_s: float = TIMEOUT_S) -> None:
+    def __init__(self, ticket: JoinTicket, join: Join = HELLO, wait_s: float = TIMEOUT_S) -> None:
         self._stop, self._stopper = os.pipe()
         self.notes: list[str] = []
         self.outcome: str | PdlaunchError | None = None
@@ -207,7 +207,7 @@ def test_keys_of_a_launch_open_no_way_to_the_agents_channel(
     public, secret = zmq.curve_keypair()
     ticket = keys.ticket(channel.endpoint)
     launch = LaunchKeys(public.decode(), secret.decode(), "")
-    stranger = Ticket(
+    stranger = JoinTicket(
         endpoint=ticket.endpoint,
         server_public=ticket.server_public,
         public=launch.public,
@@ -223,7 +223,7 @@ def test_another_version_is_refused_and_both_are_named(
     frames = raw.session.frames(from_agent.encode(HELLO))
     monkeypatch.undo()
     raw._socket.send_multipart(frames)
-    reason = raw.hear(agent_messages.Refused).reason
+    reason = raw.hear(agent_messages.AgentRefused).reason
     assert (
         f"the agent is pdlaunch 99.9, the supervisor is {agent_messages.VERSION.decode()}" in reason
     )
@@ -269,7 +269,7 @@ def test_a_lost_message_ends_the_session(
     assert isinstance(lost, Lost)
     assert "some were lost" in lost.reason
     assert lost.ended_by > time.monotonic(), "it may not have heard of it yet"
-    assert raw.hear(agent_messages.Refused).may_join_again
+    assert raw.hear(agent_messages.AgentRefused).may_join_again
 
 
 def test_a_session_that_the_supervisor_does_not_know_is_over(
@@ -277,7 +277,7 @@ def test_a_session_that_the_supervisor_does_not_know_is_over(
 ) -> None:
     """As after the restart of a supervisor: agents join it anew."""
     raw.say(Beat())
-    assert raw.hear(agent_messages.Refused).may_join_again
+    assert raw.hear(agent_messages.AgentRefused).may_join_again
 
 
 def test_a_resumed_supervisor_finds_its_agents_again(keys: JoinKeys, tmp_path: Path) -> None:
@@ -314,7 +314,7 @@ def test_an_agent_ends_when_its_own_words_are_not_answered(keys: JoinKeys) -> No
         agent = Agent(keys.ticket(endpoint))
         identity, *_ = router.recv_multipart()
         session = Session()
-        messages: list[agent_messages.ToAgent] = [Welcome(timeout_s=1.0, beat_s=0.1)]
+        messages: list[agent_messages.ToAgent] = [AgentWelcome(timeout_s=1.0, beat_s=0.1)]
         while agent.is_alive():
             for message in messages:
                 router.send_multipart([identity, *session.frames(to_agent.encode(message))])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdlaunch.hosts.lease import Lease, beat_s, ended_by
+from pdlaunch.hosts.lease import AgentLease, beat_s, ended_by
 
 NUM_BEATS = 120
 
@@ -29,7 +29,7 @@ def run(timeout_s: float, up: list[float], down: list[float], offset: float) -> 
     and of the supervisor takes, an infinite one is never there. Messages stay in order.
     """
     every_s = beat_s(timeout_s)
-    lease = Lease(offset, timeout_s)
+    lease = AgentLease(offset, timeout_s)
     heard_at, stamp = 0.0, 0.0
     to_supervisor: list[tuple[float, float]] = []
     to_agent: list[tuple[float, float]] = []

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pdlaunch.http.engine_connection import MAX_HEAD_BYTES, Answer, CallError, Connection
+from pdlaunch.http.engine_connection import MAX_HEAD_BYTES, Answer, CallError, EngineConnection
 
 INTERIM = b"HTTP/1.1 103 Early Hints\r\nX-Name: early\r\n\r\n"
 CHUNKED = (
@@ -53,8 +53,8 @@ class Calling:
 
     def __init__(self) -> None:
         self.transport = FakeTransport()
-        self.resting: dict[Connection, None] = {}
-        self.connection = Connection(self.resting)
+        self.resting: dict[EngineConnection, None] = {}
+        self.connection = EngineConnection(self.resting)
         self.connection.connection_made(self.transport)
 
     def ask(self) -> Answer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pdlaunch.sidecar.hangs import Found, HangWatch
+from pdlaunch.sidecar.hangs import EngineHangWatch, Found
 from pdlaunch.watch.engine_api import Counts
 
 TIMEOUT_S = 60.0
@@ -13,7 +13,7 @@ class Looks:
 
     def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
         self.now_at = 1000.0
-        self._watch = HangWatch(timeout_s, lambda: self.now_at)
+        self._watch = EngineHangWatch(timeout_s, lambda: self.now_at)
 
     def until(
         self, wanted: Found, *, num_tokens: int = 0, running: int = 0, is_probed: bool = False

@@ -12,7 +12,7 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.engines.plan import kind_of, plan_processes
 from pdlaunch.process.bootstrap import OVER_HOSTS
 from pdlaunch.protocol.sockets import new_launch_keys
-from pdlaunch.resolve.hosts import ResolvedHost, Share
+from pdlaunch.resolve.hosts import HostShare, ResolvedHost
 from pdlaunch.resolve.resolve import ResolvedLaunch, resolve, resolve_on
 from pdlaunch.supervisor.bootstraps import LaunchBootstraps
 from pdlaunch.supervisor.ports import listening
@@ -91,7 +91,7 @@ def test_children_are_given_the_addresses_of_their_host(model: Path, tmp_path: P
             ("10.0.0.2", "192.0.2.2", OVER_HOSTS),
             ("fd00::3", "fd00::3", OVER_HOSTS),
         }
-        resolved = resolved.with_places({**resolved.places, ("prefill", 0): (Share("b", 1),)})
+        resolved = resolved.with_places({**resolved.places, ("prefill", 0): (HostShare("b", 1),)})
         prefill = next(one for one in resolved.engines if one.name == "prefill-0")
         bootstraps.adopt(resolved, prefill)
         assert given("prefill-0/rank-0")[:2] == ("fd00::3", "fd00::3")

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from pdlaunch.testing.plain_engine import MODEL, VERSION, serve
-from pdlaunch.testing.router_cost import Load, free_ports, router_command, send_load
+from pdlaunch.testing.router_cost import StreamLoad, free_ports, router_command, send_load
 from pdlaunch.watch.canary import send_canary
 from pdlaunch.watch.engine_api import EngineApi
 
@@ -39,7 +39,7 @@ async def test_a_canary_takes_them_for_a_pair_of_vllm(ports: list[int]) -> None:
 
 
 async def test_all_tokens_of_a_load_are_counted(ports: list[int]) -> None:
-    load = Load(num_streams=3, num_requests=7, num_tokens=5, interval_s=0.001)
+    load = StreamLoad(num_streams=3, num_requests=7, num_tokens=5, interval_s=0.001)
     seconds, answers = await send_load(ports[1], load)
     assert seconds > 0
     assert [(one.num_tokens, one.has_ended) for one in answers] == [(5, True)] * 7

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pdlaunch.router.cost_policy import LeastCost
-from pdlaunch.testing.simulated_run import Row, compare, engines_of, main
+from pdlaunch.testing.simulated_run import MeasuredRow, compare, engines_of, main
 from pdlaunch.testing.simulator import SimRequest, Simulation
 from tests.router.test_cost_model import costs
 
@@ -69,4 +69,4 @@ def test_engines_without_costs_cannot_be_simulated() -> None:
     told = status("decode-0")
     told["engines"][0]["costs"] = None
     with pytest.raises(LookupError, match="decode-0 tells no costs"):
-        compare(told, [Row(**dict.fromkeys(Row.__struct_fields__, 1))], LeastCost())
+        compare(told, [MeasuredRow(**dict.fromkeys(MeasuredRow.__struct_fields__, 1))], LeastCost())

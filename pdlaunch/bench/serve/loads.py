@@ -61,7 +61,7 @@ class Planned(msgspec.Struct, frozen=True):
     output_tokens: int
 
 
-class Load(msgspec.Struct, frozen=True, kw_only=True):
+class BenchLoad(msgspec.Struct, frozen=True, kw_only=True):
     """Says what one row sends, and when."""
 
     input_tokens: int
@@ -81,7 +81,9 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
         return "requests as in the trace"
 
 
-async def plan_loads(options: BenchOptions, target: BenchTarget, rng: random.Random) -> list[Load]:
+async def plan_loads(
+    options: BenchOptions, target: BenchTarget, rng: random.Random
+) -> list[BenchLoad]:
     """Return what each row sends. Raises PdlaunchError when it cannot fit into the context."""
     if options.trace:
         return _trace_loads(options, await _fitting(target, options.trace), rng)
@@ -117,7 +119,7 @@ async def _fitting(target: BenchTarget, trace: Sequence[TraceRequest]) -> Sequen
 
 def _trace_loads(
     options: BenchOptions, trace: Sequence[TraceRequest], rng: random.Random
-) -> list[Load]:
+) -> list[BenchLoad]:
     """Return one load for each concurrency or rate, or a single one at the trace's own times."""
     seed = rng.randrange(2**32)
     tokens = range(FIRST_TOKEN_ID, options.max_token_id)
@@ -125,7 +127,9 @@ def _trace_loads(
         Planned(partial(prompt_tokens, item, tokens, seed), output_of(item)) for item in trace
     ]
     mean = round(sum(map(num_prompt_tokens, trace)) / len(trace))
-    base = Load(input_tokens=mean, requests=planned, num_left_out=len(options.trace) - len(planned))
+    base = BenchLoad(
+        input_tokens=mean, requests=planned, num_left_out=len(options.trace) - len(planned)
+    )
     replace = msgspec.structs.replace
     if options.request_rates:
         return [_at_rate(base, rate, options, rng) for rate in options.request_rates]
@@ -137,7 +141,7 @@ def _trace_loads(
     return [replace(base, concurrency=number) for number in numbers]
 
 
-def _random_loads(options: BenchOptions, rng: random.Random) -> Iterator[Load]:
+def _random_loads(options: BenchOptions, rng: random.Random) -> Iterator[BenchLoad]:
     for input_tokens in options.input_tokens:
         for rate in options.request_rates:
             load = _random_load(options, rng, input_tokens, options.num_requests or 32)
@@ -150,15 +154,15 @@ def _random_loads(options: BenchOptions, rng: random.Random) -> Iterator[Load]:
 
 def _random_load(
     options: BenchOptions, rng: random.Random, input_tokens: int, num_requests: int
-) -> Load:
+) -> BenchLoad:
     def plan() -> Planned:
         prompt = random_prompt(rng, options.max_token_id, input_tokens)
         return Planned(lambda: prompt, options.output_tokens)
 
-    return Load(input_tokens=input_tokens, requests=[plan() for _ in range(num_requests)])
+    return BenchLoad(input_tokens=input_tokens, requests=[plan() for _ in range(num_requests)])
 
 
-def _at_rate(load: Load, rate: float, options: BenchOptions, rng: random.Random) -> Load:
+def _at_rate(load: BenchLoad, rate: float, options: BenchOptions, rng: random.Random) -> BenchLoad:
     times_s = arrival_times(rate, options.burstiness, len(load.requests), rng)
     return msgspec.structs.replace(load, request_rate=rate, times_s=times_s)
 

@@ -30,7 +30,7 @@ from pdlaunch.bench.serve.engine_counters import (
 )
 from pdlaunch.bench.serve.goals import Goals
 from pdlaunch.bench.serve.loads import random_prompt
-from pdlaunch.bench.serve.progress import Progress, ProgressText
+from pdlaunch.bench.serve.progress import BenchProgress, ProgressText
 from pdlaunch.bench.serve.row import BenchRun, count_errors, milliseconds, summarise
 from pdlaunch.bench.serve.sweep import warm_up
 from pdlaunch.bench.serve.target import BenchTarget, open_target
@@ -151,7 +151,7 @@ async def bench_multi_turn(
         ]
         before = await read_counters(target.session)
         turns: list[TurnRow] = []
-        steps = Progress(options.num_conversations * options.num_turns, progress)
+        steps = BenchProgress(options.num_conversations * options.num_turns, progress)
         while conversations and len(turns) < options.num_turns:
             steps.begin(f"turn {len(turns) + 1} of {options.num_turns}")
             run, row = await _run_turn(target, options, len(turns), conversations, steps)
@@ -175,7 +175,7 @@ async def _run_turn(
     options: MultiTurnOptions,
     turn: int,
     conversations: Sequence[_Conversation],
-    steps: Progress,
+    steps: BenchProgress,
 ) -> tuple[BenchRun, TurnRow]:
     waiting, done = iter(conversations), list[TimedCompletion]()
     start_at = time.perf_counter()
@@ -222,7 +222,7 @@ async def _work(
     target: BenchTarget,
     waiting: Iterator[_Conversation],
     done: list[TimedCompletion],
-    steps: Progress,
+    steps: BenchProgress,
 ) -> None:
     for conversation in waiting:
         done.append(await conversation.say(target))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 ProgressText = Callable[[str], None]
 
 
-class Progress:
+class BenchProgress:
     """Counts requests; says after each how many there are and how long the rest will take."""
 
     def __init__(

@@ -14,8 +14,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Seque
 from typing import Any
 
 from pdlaunch.bench.serve.engine_counters import EngineCounters, counters_when, read_counters
-from pdlaunch.bench.serve.loads import BenchOptions, Load, Planned, plan_loads, random_prompt
-from pdlaunch.bench.serve.progress import Progress, ProgressText
+from pdlaunch.bench.serve.loads import BenchLoad, BenchOptions, Planned, plan_loads, random_prompt
+from pdlaunch.bench.serve.progress import BenchProgress, ProgressText
 from pdlaunch.bench.serve.row import BenchRun, summarise
 from pdlaunch.bench.serve.target import BenchTarget, open_target
 from pdlaunch.bench.serve.timed_completion import TimedCompletion, complete
@@ -35,7 +35,7 @@ async def bench_serve(options: BenchOptions, progress: ProgressText) -> AsyncIte
             progress(f"warming up with a prompt of {input_tokens} tokens")
             prompt = random_prompt(rng, options.max_token_id, input_tokens)
             await warm_up(target, prompt, 2 if options.trace else options.output_tokens)
-        steps = Progress(sum(len(load.requests) for load in loads), progress)
+        steps = BenchProgress(sum(len(load.requests) for load in loads), progress)
         for load in loads:
             steps.begin(load.label)
             yield await _run(target, options, load, steps)
@@ -53,7 +53,9 @@ async def warm_up(target: BenchTarget, prompt: Sequence[int], output_tokens: int
         )
 
 
-async def _run(target: BenchTarget, options: BenchOptions, load: Load, steps: Progress) -> BenchRun:
+async def _run(
+    target: BenchTarget, options: BenchOptions, load: BenchLoad, steps: BenchProgress
+) -> BenchRun:
     done: list[TimedCompletion] = []
 
     async def send(planned: Planned) -> None:

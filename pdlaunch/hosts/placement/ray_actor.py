@@ -11,7 +11,7 @@ from typing import TypedDict
 import msgspec
 import zmq
 
-from pdlaunch.hosts.join import Ticket
+from pdlaunch.hosts.join import JoinTicket
 
 _STOP_TIMEOUT_S = 20.0
 
@@ -57,7 +57,7 @@ class AgentActor:
         command += ["--name", self._name, "--cpus", str(self._num_cpus), "--stop-on-stdin-eof"]
         command += self._allowed
         self._agent = subprocess.Popen(command, stdin=subprocess.PIPE)
-        ticket = Ticket(
+        ticket = JoinTicket(
             endpoint=endpoint,
             server_public=server_public,
             public=self._public,
