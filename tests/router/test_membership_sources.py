@@ -12,7 +12,7 @@ from pdlaunch.config.external import read_engine_url
 from pdlaunch.errors import ConfigError
 from pdlaunch.router.membership_sources import DnsSource, FileSource, read_engines_file
 from pdlaunch.router.watched_engine import Member
-from tests.router.test_membership_watch import Alone
+from tests.router.alone_router import Alone
 
 
 @pytest.fixture

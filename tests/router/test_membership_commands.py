@@ -1,0 +1,168 @@
+"""Commands to a router alone: engines are added, drained and removed, and none is sent what is not
+its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from pdlaunch.errors import RequestError
+from pdlaunch.router.watched_engine import Member
+from tests.router.alone_router import PROMPT, Alone, alone
+from tests.sidecar.fake_vllm import answer_of
+
+__all__ = ["alone"]
+
+
+async def test_no_engine_is_sent_a_key_but_its_own(alone: Alone) -> None:
+    for name, key in (("prefill-0", None), ("decode-0", "secret-of-decode-0")):
+        await alone.start(name)
+        alone.add(name, key)
+    await alone.until(lambda: alone.pool.serving)
+    assert (await alone.complete())[0] == 200
+    assert (await alone.command("GET", "/metrics-of-nobody"))[0] == 404
+    assert alone.keys["prefill-0"].seen == {None}
+    assert alone.keys["decode-0"].seen == {"Bearer secret-of-decode-0"}
+
+
+async def test_commands_add_and_remove_engines_while_requests_run(alone: Alone) -> None:
+    await alone.pair()
+    await alone.start("decode-1")
+    new = {"name": "decode-1", "role": "decode", "url": alone.url("decode-1"), "api_key": "its"}
+    assert await alone.command("POST", "/pdlaunch/engines", new) == (
+        200,
+        {"engine": "decode-1", "url": alone.url("decode-1"), "state": "starting"},
+    )
+    await alone.until(lambda: "decode-1" in alone.ready)
+    assert alone.keys["decode-1"].seen == {"Bearer its"}
+
+    old = alone.engine("decode-0")
+    with old.working(num_streams=1):
+        removal = asyncio.ensure_future(alone.command("DELETE", "/pdlaunch/engines/decode-0"))
+        await alone.until(lambda: old.state == "draining")
+        assert (await alone.complete())[0] == 200
+        assert not removal.done()
+    assert await removal == (200, {"engine": "decode-0", "drained": True})
+    await alone.until(lambda: alone.ready == {"prefill-0", "decode-1"})
+    assert (await alone.complete())[0] == 200
+    assert (await alone.command("DELETE", "/pdlaunch/engines/decode-0"))[0] == 404
+
+
+async def test_a_drained_engine_gets_no_request_and_keeps_its_proofs(alone: Alone) -> None:
+    await alone.pair()
+    assert alone.watch.set_drained("decode-7", is_drained=True) == (
+        "there is no engine decode-7; there are: decode-0, prefill-0"
+    )
+    assert alone.watch.set_drained("decode-0", is_drained=True) == ""
+    await alone.until(lambda: alone.engine("decode-0").state == "draining")
+    assert (await alone.complete())[0] == 200
+    assert "no other engine serves" in alone.watch.set_drained("prefill-0", is_drained=True)
+    num_canaries = alone.outcomes("proven")
+    assert alone.watch.set_drained("decode-0", is_drained=False) == ""
+    await alone.until(lambda: "decode-0" in alone.ready)
+    assert alone.outcomes("proven") == num_canaries
+
+
+@pytest.mark.parametrize("held", ["prefill-0", "decode-0"])
+async def test_a_prefill_engine_stays_until_its_blocks_are_read(alone: Alone, held: str) -> None:
+    """Whether prefill has answered when the drain begins or not, decode reads what it has."""
+    await alone.pair()
+    prefill, decode = alone.engines["prefill-0"], alone.engines["decode-0"]
+    lender = alone.engine("prefill-0")
+    alone.engines[held].go = asyncio.Event()
+    num_bodies, num_bytes = len(alone.engines[held].bodies), decode.num_bytes
+    answer = asyncio.ensure_future(alone.complete())
+    await alone.until(lambda: len(alone.engines[held].bodies) > num_bodies)
+    removal = asyncio.ensure_future(alone.command("DELETE", "/pdlaunch/engines/prefill-0"))
+    await alone.until(lambda: lender.state == "draining")
+    # Another request, which decode answers alone meanwhile.
+    assert (await alone.complete())[0] == 200
+    assert not removal.done()
+    assert (lender.num_works, lender.num_leases) == ((1, 0) if held == "prefill-0" else (0, 1))
+    event = alone.engines[held].go
+    assert event is not None
+    event.set()
+    status, told = await answer
+    text = "".join(f"<{each}>" for each in answer_of(PROMPT, 4))
+    assert (status, told["choices"][0]["text"]) == (200, text)
+    assert decode.num_bytes > num_bytes
+    assert not prefill.shares
+    assert await removal == (200, {"engine": "prefill-0", "drained": True})
+
+
+async def test_an_engine_that_does_not_finish_in_time_goes_all_the_same(alone: Alone) -> None:
+    await alone.pair()
+    with alone.engine("decode-0").working(num_streams=1):
+        path = "/pdlaunch/engines/decode-0?drain_timeout_s=0"
+        assert await alone.command("DELETE", path) == (
+            200,
+            {"engine": "decode-0", "drained": False},
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "code"),
+    [
+        ({"url": "http://169.254.169.254"}, 403, "url_not_allowed"),
+        ({"url": "unix:/run/docker.sock"}, 403, "url_not_allowed"),
+        ({"url": "http://user@127.0.0.1:1"}, 400, "invalid_engine"),
+        ({"url": "file:///etc/passwd"}, 400, "invalid_engine"),
+        ({"url": "dns+http://localhost:1"}, 400, "invalid_engine"),
+        ({"kind": "native"}, 400, "kinds_differ"),
+        ({"name": "prefill-0"}, 409, "engine_exists"),
+        ({"name": "a/b"}, 400, "invalid_engine"),
+        ({"role": "other"}, 400, "invalid_engine"),
+        ({"api_key": "two words"}, 400, "invalid_engine"),
+        ({"surprise": 1}, 400, "invalid_engine"),
+    ],
+)
+async def test_what_cannot_be_added_is_refused_by_name(
+    alone: Alone, change: dict[str, Any], status: int, code: str
+) -> None:
+    await alone.start("prefill-0")
+    alone.add("prefill-0")
+    new = {"name": "decode-9", "role": "decode", "url": alone.url("decode-9")} | change
+    answered, answer = await alone.command("POST", "/pdlaunch/engines", new)
+    assert (answered, answer["error"]["code"]) == (status, code), answer
+
+
+async def test_without_an_allow_list_nothing_can_be_added(tmp_path: Path) -> None:
+    alone = Alone(tmp_path, urls=())
+    try:
+        with pytest.raises(RequestError, match="engine_urls does not allow unix:/x"):
+            alone.watch.add(Member("x", "decode", "unix:/x", "vllm"), "command")
+    finally:
+        await alone.watch.close()
+        await alone.state.close()
+
+
+async def test_redirects_are_not_followed(alone: Alone, tmp_path: Path) -> None:
+    """An engine that answers so would make the router ask, with a body, whom it likes."""
+    reached: list[str] = []
+
+    async def redirect(request: web.Request) -> web.Response:
+        if request.path.startswith("/else"):
+            reached.append(request.path)
+            return web.json_response({})
+        raise web.HTTPTemporaryRedirect(f"/else{request.path}")
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", redirect)
+    runner = alone.sockets["decode-9"] = web.AppRunner(app)
+    await runner.setup()
+    await web.UnixSite(runner, str(tmp_path / "decode-9.sock")).start()
+    alone.add("decode-9")
+    await alone.until(lambda: alone.reason("decode-9") == "/health does not say 200")
+    engine = alone.engine("decode-9")
+    client = alone.state.client
+    with pytest.raises(Exception, match="answered 307"):
+        await client.ask(engine, "/v1/completions", b"{}", {})
+    assert (await client.call(engine, "GET", "/x"))[0] == 307
+    assert await client.read_metrics(engine) is None
+    assert not await client.is_alive(engine)
+    assert reached == []
