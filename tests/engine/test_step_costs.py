@@ -7,9 +7,16 @@ import random
 import pytest
 
 from pdlaunch.engine.step import ScheduledRow, StepPlan
-from pdlaunch.engine.step_costs import StepModel, work_of
+from pdlaunch.engine.step_costs import StepModel, limits_of, work_of
 from pdlaunch.engine.warm_up import WarmUp
-from pdlaunch.protocol.costs import EngineCosts, StepCosts, StepWork, StreamPauses
+from pdlaunch.kvcache.groups import KVCacheGroup, KVCacheLayout
+from pdlaunch.protocol.costs import (
+    MAX_SLOWDOWN,
+    EngineCosts,
+    StepCosts,
+    StepWork,
+    StreamPauses,
+)
 from tests.engine.fake_engine import FakeEngine, output
 from tests.engine.hand_scheduler import make_spec
 
@@ -241,6 +248,18 @@ def test_streams_go_on_when_no_prompt_has_room() -> None:
     engine.run()
     assert engine.token_ids("chat") == output([1, 2, 3], 10)
     assert engine.token_ids("long") == output(list(range(60)), 2)
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode", "both"])
+def test_the_setting_bounds_the_chunks_of_every_engine(role: str) -> None:
+    layout = KVCacheLayout((KVCacheGroup((0,), None),), 1, 8, 4, 4)
+    stated = make_spec("unused", role=role, routing={"max_itl_ms": 7.5})
+    costs = limits_of(stated, layout, 32)
+    assert (costs.max_itl_s, costs.most_long_gaps) == (0.0075, 0)
+    usual = limits_of(make_spec("unused", role=role), layout, 32)
+    assert usual.max_itl_s is None
+    assert usual.max_slowdown == (None if role == "both" else MAX_SLOWDOWN)
+    assert usual.num_kv_tokens == 32 * 4
 
 
 def test_a_stated_limit_has_no_exceptions() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 
 import msgspec
 import pytest
@@ -50,6 +51,18 @@ async def status_of(stand: Stand, name: str) -> dict[str, object]:
     return next(engine for engine in engines if engine["name"] == name)
 
 
+async def shown(stand: Stand, gauge: str, **labels: str) -> str:
+    """Return the one state that a gauge shows."""
+    async with stand.session.get("/metrics") as response:
+        page = await response.text()
+    names = ",".join(f'{name}="{value}"' for name, value in sorted(labels.items()))
+    found = re.findall(
+        rf'^pdlaunch_router_{gauge}{{{names},state="(\w+)"}} 1\.0$', page, re.MULTILINE
+    )
+    (state,) = found
+    return str(state)
+
+
 @pytest.mark.parametrize("with_costs", [True, False])
 async def test_who_fails_gets_one_try_at_a_time_until_it_is_well(
     stand: Stand, with_costs: bool
@@ -70,10 +83,13 @@ async def test_who_fails_gets_one_try_at_a_time_until_it_is_well(
     await ask(4)
     assert len(sick.seen) == 1
     assert (await status_of(stand, "decode-1"))["health"] == "open"
+    assert await shown(stand, "engine_health", engine="decode-1") == "open"
     answer = await stand.post(completion())
     assert 'left_out="decode-1: open after 1 failures' in answer.headers[ROUTE_HEADER]
     # A try that fails is made up for by the other engine, and the next one comes later.
     clock.now_s += OPEN_S
+    assert (await status_of(stand, "decode-1"))["health"] == "half_open"
+    assert await shown(stand, "engine_health", engine="decode-1") == "half_open"
     await ask(4)
     assert len(sick.seen) == 2
     assert stand.metric('pdlaunch_router_tries_total{engine="decode-1"}') == 1
@@ -86,9 +102,7 @@ async def test_who_fails_gets_one_try_at_a_time_until_it_is_well(
     assert len(sick.seen) == 3
     assert (await status_of(stand, "decode-1"))["health"] == "closed"
     assert "left_out" not in (await stand.post(completion())).headers[ROUTE_HEADER]
-    async with stand.session.get("/metrics") as response:
-        page = await response.text()
-    assert 'pdlaunch_router_engine_health{engine="decode-1",state="closed"} 1.0' in page
+    assert await shown(stand, "engine_health", engine="decode-1") == "closed"
 
 
 async def test_failed_tries_use_up_no_attempt(stand: Stand) -> None:
@@ -172,6 +186,7 @@ async def test_pulls_that_fail_leave_out_the_pair_and_no_engine(stand: Stand) ->
         asked = [seen for seen in decode.seen if "kv_transfer_params" in seen.body]
         assert len(asked) == pulls
     assert stand.pool.pair_states() == {("prefill-0", "decode-0"): "open"}
+    assert await shown(stand, "pair_health", prefill="prefill-0", decode="decode-0") == "open"
     assert stand.pool.health().left_out == {}
     decode.report = None
     clock.now_s += OPEN_S
