@@ -20,6 +20,9 @@ from pdlaunch.router.leg import Leg
 from pdlaunch.router.pace import OVERHEAD_TOKENS
 from pdlaunch.router.prompt_progress import TAKES_FIRST_TOKEN, PromptProgress, refuse_broken
 
+MAX_RETRY_AFTER_S = 60
+"""What is estimated for later than this may well come sooner: who is refused asks again by then."""
+
 
 class PrefillHop:
     """Takes a prompt to the hand-over; ``run`` once."""
@@ -198,13 +201,13 @@ class PrefillHop:
     def _refuse_too_late(self, soonest: Estimate, left_s: float) -> None:
         """Raise OverloadedError for a deadline that no route meets."""
         self._state.metrics.refused_deadline()
-        end_s = max(left_s, soonest.total_s)
+        late_s = math.ceil(min(max(0.0, soonest.total_s - left_s), MAX_RETRY_AFTER_S))
         raise OverloadedError(
             f"the {left_s:.2f} s that are left cannot be met: the first route to end, "
             f"{soonest.route}, is estimated to take {soonest.total_s:.2f} s, "
             f"{soonest.first_token_s:.2f} s to the first token",
             status=503,
-            retry_after_s=max(RETRY_AFTER_S, math.ceil(end_s - left_s)),
+            retry_after_s=max(RETRY_AFTER_S, late_s),
             code="deadline_exceeded",
         )
 

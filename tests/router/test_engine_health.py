@@ -14,6 +14,7 @@ from pdlaunch.router.breaker import OPEN_S
 from pdlaunch.router.cost_policy import LeastCost
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.pace import NUM_SAMPLES, SLOW_TRY_S
+from pdlaunch.router.prefill_hop import MAX_RETRY_AFTER_S
 from tests.http.loop_clock import pass_time
 from tests.router.conftest import SPEC, Stand, pairs
 from tests.router.fake_engine import FakeEngine
@@ -246,6 +247,11 @@ async def test_a_deadline_that_cannot_be_met_is_refused_at_once(stand: Stand) ->
     assert int(answer.headers["Retry-After"]) >= 15
     assert [engine.seen for engine in engines] == [[], []]
     assert stand.metric("pdlaunch_router_deadlines_refused_total") == 1
+    # However wrong an estimate is, nobody is sent away for long.
+    for engine in stand.pool.engines:
+        engine.unanswered_tokens = 10**9
+    answer = await stand.post(completion(stream=True), headers={"X-Request-Timeout": "1.5"})
+    assert int(answer.headers["Retry-After"]) == MAX_RETRY_AFTER_S
     for engine in stand.pool.engines:
         engine.unanswered_tokens = 0
     answer = await stand.post(completion(), headers={"X-Request-Timeout": "15"})
