@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engine.step import StepPlan
 from pdlaunch.kvcache.groups import KVCacheLayout
-from pdlaunch.observe.online_fit import OnlineFit
+from pdlaunch.observe.online_fit import NOISE, OnlineFit
 from pdlaunch.protocol.costs import MAX_SLOWDOWN, EngineCosts, StepCosts, StepWork
 
 _STREAM_DOUBT = (1.0, 0.1, 1e-4)
@@ -24,6 +24,7 @@ left to drift, the two would take each other's place, and be wrong for the next 
 _LEAST_SHARE = 0.1
 """Prompts of which a step with streams tells something take this share of it at least."""
 _LITTLE = 0.01
+"""Share of a step that its prompts are taken to cost, where they seem to cost nothing."""
 
 
 def work_of(plan: StepPlan) -> StepWork:
@@ -72,6 +73,10 @@ class StepModel:
         if not work.prompt_tokens:
             self._streams.observe(of_streams, seconds)
             return
+        if self._streams.predict(of_streams) > (1 + NOISE) * seconds:
+            # It took less than it would without its prompts. An engine that computes nothing else
+            # would never find out: the warm-up was slow, as of a machine that did other things.
+            self._streams.observe(of_streams, seconds)
         prompts_s = seconds - self._streams.predict(of_streams)
         # Beside streams a short chunk is lost in noise. Alone, prompts that seem to cost nothing
         # cost little: as nothing, the costs would not be known.

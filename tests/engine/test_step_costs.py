@@ -155,6 +155,24 @@ def test_prompts_that_seem_to_cost_nothing_cost_little() -> None:
     assert 0 < model.costs.steps.tokens_s(32) < 0.0002
 
 
+@pytest.mark.parametrize("too_slow", [3, 10, 30])
+@pytest.mark.parametrize("num_steps_between", [0, 30], ids=["prefill", "decode"])
+def test_a_warm_up_on_a_busy_machine_is_forgotten(too_slow: int, num_steps_between: int) -> None:
+    """By engines that compute prompts alone, too."""
+    short = StepWork(prompt_tokens=32, attended_tokens=512)
+    streams = StepWork(num_streams=2, context_tokens=500)
+    prompt = StepWork(prompt_tokens=2000, attended_tokens=2_000_000)
+    model = StepModel(LIMITS, [(work, too_slow * COSTS.seconds(work)) for work in (short, streams)])
+    assert model.costs.steps.prompts_s(2000) > 2 * COSTS.prompts_s(2000)
+    for _ in range(150):
+        model.observe(prompt, COSTS.seconds(prompt))
+        model.observe(short, COSTS.seconds(short))
+        for _ in range(num_steps_between):
+            model.observe(streams, COSTS.seconds(streams))
+    for work in (prompt, short):
+        assert model.costs.steps.seconds(work) == pytest.approx(COSTS.seconds(work), rel=0.25)
+
+
 def pauses_until(pauses: StreamPauses, num_streams: int) -> int:
     """Return the steps with streams before the next pause, and begin it."""
     for number in range(10_000):
