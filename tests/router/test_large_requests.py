@@ -227,6 +227,12 @@ async def test_what_is_no_http_is_refused_without_a_traceback(
         b"\x16\x03\x01\x02\x00\x01\x00",
         b"GET / HTTP/9.9\r\n\r\n",
         b"POST / HTTP/1.1\r\nContent-Length: x\r\n\r\n",
+        # What two servers could read as different requests, or as headers of an engine's.
+        b"POST / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\n1",
+        b"POST / HTTP/1.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST / HTTP/1.1\r\nTransfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
+        b"POST / HTTP/1.1\r\ntracestate: a\rX-Other: b\r\n\r\n",
+        b"POST / HTTP/1.1\r\ntracestate: a\x01b\r\n\r\n",
     ):
         reader, writer = await asyncio.open_connection("127.0.0.1", stand.port)
         writer.write(garbage + b"\r\n\r\n")
