@@ -100,9 +100,12 @@ def running_deployment(
     ``log_dir``: the folder of its log files, which are otherwise gone when the block ends. Raises
     StartupError, with what it printed, when it ends or does not get healthy in time.
     """
-    with tempfile.TemporaryDirectory(prefix="pdlaunch-deployment-") as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="pdlaunch-deployment-") as folder,
+        contextlib.ExitStack() as stack,
+    ):
         output, logs = Path(folder) / "output", log_dir or f"{folder}/logs"
-        port = port or free_port()
+        port = port or stack.enter_context(held_port())
         own = ["--host", host, "--port", str(port), "--log-dir", logs, "--stop-on-stdin-eof"]
         # -P: a folder named pdlaunch where the user stands is not the installed one.
         command = [sys.executable, "-P", "-m", "pdlaunch", "serve", *arguments, *own]
@@ -125,11 +128,17 @@ def running_deployment(
             deployment.stop()
 
 
-def free_port() -> int:
-    """Return a TCP port of 127.0.0.1 that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@contextlib.contextmanager
+def held_port() -> Iterator[int]:
+    """Yield a TCP port of 127.0.0.1 that nobody gets who asks for a free one, until the block ends.
+
+    A server that is told the port can listen there: as this socket, it has SO_REUSEADDR.
+    """
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        # Only now: with it, the port of another holder would do.
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        yield int(holder.getsockname()[1])
 
 
 def _await_health(deployment: Deployment, deadline_at: float) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 
 from pdlaunch.client.api import Api
-from pdlaunch.client.deployment import free_port
+from pdlaunch.client.deployment import held_port
 from pdlaunch.errors import PdlaunchError
 from tests.attacks.target import SERVED
 from tests.attacks.verdict import Verdict
@@ -132,8 +132,8 @@ def launched(
     logs: Path | None = None,
 ) -> Iterator[Launch]:
     """Start it; at the end stop it, and look for processes that it leaves behind."""
-    port = port or free_port()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        port = port or stack.enter_context(held_port())
         output, log_dir = Path(folder) / "output", logs or Path(folder) / "logs"
         serve = [sys.executable, "-P", "-m", "pdlaunch", "serve", "--model", str(model), *SERVED]
         command = [*one.prefix, *serve, "--port", str(port), "--log-dir", str(log_dir)]

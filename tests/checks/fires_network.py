@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pdlaunch.client.deployment import held_port
 from tests.capabilities import without_capabilities
 from tests.checks.firing import Case, Setup
 from tests.checks.machines import MOONCAKE, ON_MOONCAKE, limits
@@ -23,9 +24,8 @@ def busy_port() -> Iterator[tuple[str, ...]]:
 
 @contextlib.contextmanager
 def free_port() -> Iterator[tuple[str, ...]]:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    yield "--port", str(port)
+    with held_port() as port:
+        yield "--port", str(port)
 
 
 @contextlib.contextmanager

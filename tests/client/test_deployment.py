@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 from pathlib import Path
 from types import TracebackType
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pdlaunch.client.deployment import Deployment
+from pdlaunch.client.deployment import Deployment, held_port
 from pdlaunch.errors import PdlaunchError
 
 
@@ -79,3 +80,12 @@ def test_what_does_not_stop_is_killed() -> None:
     with pytest.raises(PdlaunchError, match="did not stop within 7 s and was killed"):
         make(process).stop(timeout_s=7)
     assert process.returncode == -9
+
+
+def test_a_held_port_is_for_the_server_that_is_told_it() -> None:
+    with held_port() as port:
+        with socket.socket() as stranger, pytest.raises(OSError, match="already in use"):
+            stranger.bind(("127.0.0.1", port))
+        for _ in range(2):  # as a server that is started again
+            with socket.create_server(("127.0.0.1", port)):
+                socket.create_connection(("127.0.0.1", port)).close()

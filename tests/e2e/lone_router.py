@@ -11,7 +11,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from pdlaunch.client.deployment import free_port
+from pdlaunch.client.deployment import held_port
 
 START_TIMEOUT_S = 120.0
 
@@ -21,14 +21,13 @@ def running_router(
     arguments: Sequence[str], environ: Mapping[str, str], log_file: Path
 ) -> Iterator[str]:
     """Yield its URL once it is healthy; it ends with the block, or with this process."""
-    port = free_port()
     command = [sys.executable, "-P", "-m", "pdlaunch", "router", *arguments]
-    command += ["--port", str(port), "--stop-on-stdin-eof", "--drain-timeout", "5"]
-    url = f"http://127.0.0.1:{port}"
+    command += ["--stop-on-stdin-eof", "--drain-timeout", "5"]
     with (
+        held_port() as port,
         log_file.open("wb") as log,
         subprocess.Popen(
-            command,
+            [*command, "--port", str(port)],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -36,6 +35,7 @@ def running_router(
             start_new_session=True,
         ) as process,
     ):
+        url = f"http://127.0.0.1:{port}"
         try:
             until_at = time.monotonic() + START_TIMEOUT_S
             while process.poll() is None and not _is_healthy(url):
@@ -44,7 +44,7 @@ def running_router(
             assert process.poll() is None, log_file.read_text()
             yield url
             process.terminate()
-            assert process.wait(30) == 0, log_file.read_text()
+            assert process.wait(120) == 0, log_file.read_text()
         finally:
             process.kill()
 

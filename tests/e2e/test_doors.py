@@ -27,7 +27,7 @@ from pdlaunch import __version__
 from pdlaunch.cli.app import build_app
 from pdlaunch.client.admin import admin_api
 from pdlaunch.client.api import Api
-from pdlaunch.client.deployment import Deployment, free_port, running_deployment
+from pdlaunch.client.deployment import Deployment, held_port, running_deployment
 from pdlaunch.client.smoke import engines_of, smoke
 from pdlaunch.process.run_dirs import RunningLaunch, running_launches
 from pdlaunch.server.app import make_app
@@ -63,17 +63,13 @@ class Doors:
 @pytest.fixture(scope="module")
 def doors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Doors]:
     model = make_tiny_model("llama", tmp_path_factory.mktemp("models"))
-    port = free_port()
-    keys = {
-        "PDLAUNCH_API_KEY": CLIENT,
-        "PDLAUNCH_ENGINE_API_KEY": OTHER_ROUTER,
-        "PDLAUNCH_PREFILL__PORT": str(port),
-        "PDLAUNCH_DECODE__PORT": str(free_port()),
-    }
+    keys = {"PDLAUNCH_API_KEY": CLIENT, "PDLAUNCH_ENGINE_API_KEY": OTHER_ROUTER}
     arguments = ("--model", str(model), "--kv-cache-memory", "2MiB", "--dtype", "float32")
-    with running_deployment(arguments, environ=clean_environ() | keys) as deployment:
-        (launch,) = (launch for launch in running_launches() if launch.card.url == deployment.url)
-        yield Doors(deployment, launch, port)
+    with held_port() as port, held_port() as other:
+        keys |= {"PDLAUNCH_PREFILL__PORT": str(port), "PDLAUNCH_DECODE__PORT": str(other)}
+        with running_deployment(arguments, environ=clean_environ() | keys) as deployment:
+            (launch,) = (each for each in running_launches() if each.card.url == deployment.url)
+            yield Doors(deployment, launch, port)
 
 
 def ask(method: str, url: str, body: object = None, **headers: str) -> tuple[int, str]:
@@ -84,7 +80,7 @@ def ask(method: str, url: str, body: object = None, **headers: str) -> tuple[int
     }
     request = urllib.request.Request(url, data=data, headers=named, method=method)
     try:
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=300) as response:
             return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         with error:
@@ -325,7 +321,7 @@ def test_they_still_do_after_a_restart_of_the_router(doors: Doors) -> None:
     admin = admin_api(doors.router)
     old = doors.deployment.processes()["router"]
     old.kill()
-    old.wait(30)
+    old.wait(180)
     # The listening socket is the supervisor's: this waits for the next router.
     assert ask("GET", f"{doors.router}/health")[0] == 200
     status, answer = admin.get_object("/pdlaunch/integrity")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.client.deployment import free_port
+from pdlaunch.client.deployment import held_port
 from tests.e2e.waiting import await_true
 
 needs_vllm_router = pytest.mark.skipif(
@@ -28,21 +28,26 @@ def running_vllm_router(
     *, prefill: Sequence[str], decode: str, api_key: str, log_file: Path
 ) -> Iterator[str]:
     """Yield its URL once it is healthy; it sends ``api_key`` to the engines."""
-    port = free_port()
     command = [
         str(Path(sys.executable).with_name("vllm-router")),
         "--vllm-pd-disaggregation",
         *(flag for url in prefill for flag in ("--prefill", url)),
         *("--decode", decode, "--kv-connector", "nixl"),
-        *("--policy", "round_robin", "--host", "127.0.0.1", "--port", str(port)),
-        *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())),
+        *("--policy", "round_robin", "--host", "127.0.0.1", "--prometheus-host", "127.0.0.1"),
     ]
-    url = f"http://127.0.0.1:{port}"
     environ = os.environ | {"OPENAI_API_KEY": api_key}
     with (
+        held_port() as port,
+        held_port() as of_metrics,
         log_file.open("wb") as log,
-        subprocess.Popen(command, env=environ, stdout=log, stderr=subprocess.STDOUT) as process,
+        subprocess.Popen(
+            [*command, "--port", str(port), "--prometheus-port", str(of_metrics)],
+            env=environ,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        ) as process,
     ):
+        url = f"http://127.0.0.1:{port}"
         try:
             await_true(
                 lambda: process.poll() is not None or _is_healthy(url), "vllm-router answers"

@@ -18,14 +18,14 @@ import pytest
 import yaml
 
 from pdlaunch.client.api import Api
-from pdlaunch.client.deployment import Deployment, free_port, running_deployment
+from pdlaunch.client.deployment import Deployment, held_port, running_deployment
 from pdlaunch.client.smoke import smoke
 from tests.e2e.conftest import DEMO_ARGUMENTS, clean_environ
 
 ROOT = Path(__file__).parents[2]
 GRAFANA = ROOT / "examples" / "grafana"
 UNPACKED = ROOT / ".venv-prometheus" / "usr" / "bin"
-TIMEOUT_S = 30.0
+TIMEOUT_S = 120.0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -112,26 +112,25 @@ def prometheus(
     (job,) = config["scrape_configs"]
     job["static_configs"] = [{"targets": [deployment.url.removeprefix("http://")]}]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-    port = free_port()
-    command = [
-        program("prometheus"),
-        f"--config.file={folder}/prometheus.yml",
-        f"--storage.tsdb.path={folder}/data",
-        f"--web.listen-address=127.0.0.1:{port}",
-    ]
-    with (folder / "log").open("w") as log:
+    with held_port() as port, (folder / "log").open("w") as log:
+        command = [
+            program("prometheus"),
+            f"--config.file={folder}/prometheus.yml",
+            f"--storage.tsdb.path={folder}/data",
+            f"--web.listen-address=127.0.0.1:{port}",
+        ]
         process = subprocess.Popen(command, stdout=log, stderr=log)
-    running = Prometheus(f"http://127.0.0.1:{port}")
-    try:
-        running.await_true(lambda: running.query("pdlaunch_router_engines"), "the first scrape")
-        failed = [check for check in smoke(deployment.url, exact=True) if check.failure]
-        assert not failed
-        sent = "pdlaunch_router_generation_tokens_total"
-        num_sent = Api(deployment.url).metrics()[sent]
-        running.await_true(lambda: running.value(sent) == num_sent, "all was scraped")
-        recorded = "deployment:pdlaunch_generation_tokens:rate1m"
-        running.await_true(lambda: running.value(recorded) > 0, "the rules were evaluated")
-        yield running
-    finally:
-        process.terminate()
-        process.wait(TIMEOUT_S)
+        running = Prometheus(f"http://127.0.0.1:{port}")
+        try:
+            running.await_true(lambda: running.query("pdlaunch_router_engines"), "the first scrape")
+            failed = [check for check in smoke(deployment.url, exact=True) if check.failure]
+            assert not failed
+            sent = "pdlaunch_router_generation_tokens_total"
+            num_sent = Api(deployment.url).metrics()[sent]
+            running.await_true(lambda: running.value(sent) == num_sent, "all was scraped")
+            recorded = "deployment:pdlaunch_generation_tokens:rate1m"
+            running.await_true(lambda: running.value(recorded) > 0, "the rules were evaluated")
+            yield running
+        finally:
+            process.terminate()
+            process.wait(TIMEOUT_S)

@@ -69,23 +69,23 @@ def test_an_engine_is_drained_removed_and_added_while_a_request_runs(
     answers: list[object] = []
 
     def remove() -> None:
-        url = f"{router}/pdlaunch/engines/decode-0?drain_timeout_s=50"
+        url = f"{router}/pdlaunch/engines/decode-0?drain_timeout_s=240"
         answers.append(command("DELETE", url))
 
     with streamed(router, prompt, 100) as tokens:
         first = next(tokens)
         removal = threading.Thread(target=remove)
         removal.start()
-        await_true(lambda: states(router)["decode-0"] == "draining", "it is drained", 30)
+        await_true(lambda: states(router)["decode-0"] == "draining", "it is drained")
         assert [first, *tokens] == expected
-    removal.join(120)
+    removal.join(300)
     assert answers == [(200, {"engine": "decode-0", "drained": True})]
     assert set(states(router)) == {"prefill-0"}
     assert complete(router, prompt, NUM_TOKENS) == expected[:NUM_TOKENS]
 
     new = {"name": "decode-again", "role": "decode", "url": urls["decode-0"]}
     assert command("POST", f"{router}/pdlaunch/engines", new)[0] == 200
-    await_true(lambda: states(router).get("decode-again") == "ready", "it is proven", 120)
+    await_true(lambda: states(router).get("decode-again") == "ready", "it is proven")
     before = bytes_read(router)
     assert complete(router, prompt_of(51), NUM_TOKENS)
     assert bytes_read(router) > before

@@ -158,7 +158,7 @@ def test_status_has_kinds_versions_and_pairs_and_nothing_was_recomputed(pair: De
 def test_a_client_that_leaves_frees_both_engines(pair: Deployment) -> None:
     with streamed(pair.url, prompt_of(20), 300) as tokens:
         assert next(tokens) is not None
-    await_true(lambda: is_idle(pair), "both engines are idle", 60)
+    await_true(lambda: is_idle(pair), "both engines are idle")
 
 
 def test_a_client_that_leaves_during_prefill_leaves_no_lease(pair: Deployment) -> None:
@@ -170,8 +170,8 @@ def test_a_client_that_leaves_during_prefill_leaves_no_lease(pair: Deployment) -
         head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n"
         client.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
         # vLLM counts what runs after each step, and the prompt takes one.
-        await_true(lambda: requests_in_flight(pair.url) > 0, "the router has it", 60)
-    await_true(lambda: is_idle(pair), "nothing is leased", 60)
+        await_true(lambda: requests_in_flight(pair.url) > 0, "the router has it")
+    await_true(lambda: is_idle(pair), "nothing is leased")
     assert Api(pair.url).metrics().get(EXPIRED, 0) == num_expired
 
 
@@ -192,7 +192,7 @@ def test_kv_events_are_published_at_a_socket_of_the_launch(pair: Deployment) -> 
         events.subscribe(b"")
         events.connect(f"ipc://{endpoint}")
         told: list[bytes] = []
-        until_at = time.monotonic() + 60
+        until_at = time.monotonic() + 180
         # A subscriber hears of what comes after it is connected.
         while not told and time.monotonic() < until_at:
             complete(pair.url, prompt_of(time.monotonic_ns(), 300), 2)
@@ -261,9 +261,9 @@ def test_an_engine_that_is_killed_comes_back_and_is_proven_again(
     assert counts["pdlaunch_router_migrations_total"] == 1
     assert counts["pdlaunch_router_lost_streams_total"] == 1
 
-    await_true(lambda: states(pair.url).get(name) != "ready", "its death is seen", 30)
+    await_true(lambda: states(pair.url).get(name) != "ready", "its death is seen")
     await_true(lambda: states(pair.url).get(name) == "ready", "it is back", 600)
-    deadline_at = time.monotonic() + 120
+    deadline_at = time.monotonic() + 300
     while time.monotonic() < deadline_at:
         before = bytes_read(pair.url)
         assert complete(pair.url, prompt_of(random.randrange(2**31)), 2)

@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 from pdlaunch.cli.app import build_app
 from pdlaunch.client.admin import admin_api
 from pdlaunch.client.api import Api
-from pdlaunch.client.deployment import free_port
+from pdlaunch.client.deployment import held_port
 from pdlaunch.config.model_files.aliases import resolve_model
 from pdlaunch.sidecar.child import die_with_parent
 from tests.e2e.api import complete, streamed
@@ -92,8 +92,9 @@ class Server:
             return False
 
 
-def new_server(vllm_command: str, folder: Path, name: str, side_channel: tuple[str, int]) -> Server:
-    port = free_port()
+def new_server(
+    vllm_command: str, folder: Path, name: str, port: int, side_channel: tuple[str, int]
+) -> Server:
     command = (
         *(vllm_command, "serve", str(resolve_model(MODEL).cache_dir)),
         *("--served-model-name", MODEL, "--dtype", "float32", "--max-model-len", "512"),
@@ -132,14 +133,15 @@ def engines(vllm_command: str, tmp_path_factory: pytest.TempPathFactory) -> Iter
     tell what was cached.
     """
     folder = tmp_path_factory.mktemp("somebodys")
-    port = free_port()
     with contextlib.ExitStack() as stack:
         servers = []
+        port = stack.enter_context(held_port())
         for name, side_channel in (
             ("prefill", ("0.0.0.0", port)),
-            ("decode", ("127.0.0.1", free_port())),
+            ("decode", ("127.0.0.1", stack.enter_context(held_port()))),
         ):
-            server = new_server(vllm_command, folder, name, side_channel)
+            own_port = stack.enter_context(held_port())
+            server = new_server(vllm_command, folder, name, own_port, side_channel)
             stack.callback(server.kill)
             servers.append(server)
         for server in servers:

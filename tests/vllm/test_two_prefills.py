@@ -15,7 +15,7 @@ import pytest
 
 from pdlaunch.client.admin import admin_api
 from pdlaunch.client.api import Api
-from pdlaunch.client.deployment import Deployment, free_port, running_deployment
+from pdlaunch.client.deployment import Deployment, held_port, running_deployment
 from pdlaunch.client.smoke import engines_of
 from pdlaunch.errors import PdlaunchError
 from tests.e2e.api import complete, streamed
@@ -41,29 +41,32 @@ RUNNING = "vllm:num_requests_running"
 def launch(vllm_command: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     """Engines with ports and a key, as another router needs them."""
     config = tmp_path_factory.mktemp("launch") / "launch.yaml"
-    config.write_text(
-        f"prefill: {{replicas: 2, port: {two_free_ports()}}}\n"
-        f"decode: {{port: {free_port()}}}\n"
-        "dtype: float32\n"
-    )
-    with running_deployment(
-        (str(config), *ARGUMENTS, "--engine-command", vllm_command),
-        environ=clean_environ() | {"PDLAUNCH_ENGINE_API_KEY": OTHER_ROUTER},
-        timeout_s=START_TIMEOUT_S,
-    ) as deployment:
-        yield deployment
+    with two_held_ports() as of_prefill, held_port() as of_decode:
+        config.write_text(
+            f"prefill: {{replicas: 2, port: {of_prefill}}}\n"
+            f"decode: {{port: {of_decode}}}\n"
+            "dtype: float32\n"
+        )
+        with running_deployment(
+            (str(config), *ARGUMENTS, "--engine-command", vllm_command),
+            environ=clean_environ() | {"PDLAUNCH_ENGINE_API_KEY": OTHER_ROUTER},
+            timeout_s=START_TIMEOUT_S,
+        ) as deployment:
+            yield deployment
 
 
-def two_free_ports() -> int:
-    """Return a port of 127.0.0.1 that is free, and the next one is."""
+@contextlib.contextmanager
+def two_held_ports() -> Iterator[int]:
+    """Yield a port that is held as ``held_port`` holds one, and the next one is too."""
     while True:
-        port = free_port()
-        with socket.socket() as next_one:
+        with held_port() as port, socket.socket() as next_one:
             try:
                 next_one.bind(("127.0.0.1", port + 1))
             except OSError:
                 continue
-            return port
+            next_one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            yield port
+            return
 
 
 def pairs(url: str) -> set[tuple[str, str]]:

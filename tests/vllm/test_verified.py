@@ -24,7 +24,7 @@ from tests.vllm.conftest import running_engines
 from tests.vllm.kv_memory import core_of, flip_bit, tcp_listeners, worker_of
 
 NUM_TOKENS = 12
-LEASE_S = 5
+LEASE_S = 8
 BLOCK_SIZE = 32
 NUM_BLOCKS = 40
 """Four prompts fill the KV cache, so that blocks are soon used again."""
@@ -143,7 +143,7 @@ def test_a_request_whose_lease_ends_on_its_way_through_the_router(
     pair = Pair(deployment)
     router = Api(deployment.url)
     # Of failed READs before this the pair may be in doubt.
-    await_true(lambda: bool(shown(router, "pairs")), "the pair is proven", 60)
+    await_true(lambda: bool(shown(router, "pairs")), "the pair is proven")
     prompt = prompt_of(30)
     expected = complete(pair.prefill, prompt, NUM_TOKENS)
     num_answers = pair.prefill.metrics()[ANSWERS]
@@ -153,13 +153,13 @@ def test_a_request_whose_lease_ends_on_its_way_through_the_router(
     core.suspend()
     try:
         client.start()
-        await_true(lambda: pair.prefill.metrics()[ANSWERS] > num_answers, "prefill is done", 60)
+        await_true(lambda: pair.prefill.metrics()[ANSWERS] > num_answers, "prefill is done")
         time.sleep(LEASE_S + 0.5)
         for seed in range(31, 36):
             complete(pair.prefill, prompt_of(seed), 1)
     finally:
         core.resume()
-    client.join(120)
+    client.join(300)
     assert (told == [expected]) == (connector == "verified")
     count = router.metrics().get("pdlaunch_router_silent_recomputes_total", 0)
     if connector == "stock":
@@ -172,9 +172,8 @@ def test_a_request_whose_lease_ends_on_its_way_through_the_router(
     await_true(
         lambda: "prefill-0 -> decode-0: READs of its KV blocks fail" in sidecar_log.read_text(),
         "the sidecar names the pair",
-        30,
     )
-    await_true(lambda: not shown(router, "doubts"), "a canary has come through", 60)
+    await_true(lambda: not shown(router, "doubts"), "a canary has come through")
     num_bytes, _ = pair.counts()
     assert complete(router, prompt_of(37), NUM_TOKENS)
     assert pair.counts()[0] > num_bytes
