@@ -50,10 +50,11 @@ BODY = (
 
 
 def speaks(port: int, first: bytes) -> str:
-    """What comes back within a second, in hexadecimal."""
+    """What comes back in a while, in hexadecimal."""
     answer = b""
-    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
-        connection.settimeout(1)
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        # A busy machine lets HTTP and ZMQ take their time; to UCX's word most doors say nothing.
+        connection.settimeout(1 if first == UCX_MAGIC else 10)
         connection.sendall(first)
         try:
             while len(answer) < 64 and (piece := connection.recv(64)):
@@ -67,7 +68,7 @@ def try_http(port: int) -> dict[str, int]:
     """Statuses of requests without any key."""
     found = {}
     for method, path in PATHS:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         try:
             connection.request(
                 method,
@@ -90,7 +91,7 @@ def try_unix(path: str) -> str:
     refusal = ""
     for kind in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET):
         with socket.socket(socket.AF_UNIX, kind) as connection:
-            connection.settimeout(2)
+            connection.settimeout(20)
             try:
                 # A name that begins with @ is in no folder.
                 connection.connect("\0" + path[1:] if path.startswith("@") else path)

@@ -42,8 +42,8 @@ VOCAB_SIZE = 49152
 MAX_MODEL_LEN = 2048
 MOST_GROWTH = 1.2
 """Of a process's resident memory, after an attack."""
-CALM_S = 60.0
-RESTART_S = 120.0
+CALM_S = 180.0
+RESTART_S = 300.0
 SERVED = ("--dtype", "float32", "--kv-cache-memory", "64MiB")
 
 
@@ -113,7 +113,7 @@ class Target:
         *,
         method: str = "POST",
         headers: Mapping[str, str] | None = None,
-        timeout_s: float = 60.0,
+        timeout_s: float = 300.0,
     ) -> Answer:
         """One request over a connection of its own; never raises for what the other side does."""
         address = urllib.parse.urlsplit(self.url(who)).netloc

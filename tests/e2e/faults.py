@@ -53,13 +53,18 @@ def faulty_deployment(
 @contextmanager
 def paused(process: psutil.Process) -> Iterator[None]:
     """A process that does nothing for as long as the block runs."""
-    process.suspend()
     try:
-        # Its threads go on until the one that got the signal has had its turn.
-        await_true(lambda: process.status() == psutil.STATUS_STOPPED, "the process is stopped")
+        stop(process)
         yield
     finally:
         process.resume()
+
+
+def stop(process: psutil.Process) -> None:
+    """Stop a process, as by SIGSTOP."""
+    process.suspend()
+    # Its threads go on until the one that got the signal has had its turn.
+    await_true(lambda: process.status() == psutil.STATUS_STOPPED, "the process is stopped")
 
 
 def tracebacks(deployment: Deployment) -> dict[str, int]:

@@ -9,12 +9,24 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 
 from pdlaunch.client.deployment import Deployment
+from tests.e2e.waiting import await_true
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 60.0
 ZMQ_GREETING = b"\xff" + bytes(8) + b"\x7f\x03"
 """Signature and major version; the mechanism of the other side comes back. Source: ZMTP 3.0,
 23/ZMTP.
 """
+
+
+def await_unlocked_ports(deployment: Deployment, expected: dict[str, int]) -> None:
+    """Wait for those alone to be unlocked: a door that takes long to answer looks as if it were."""
+    found: list[dict[str, int]] = []
+
+    def are_as_expected() -> bool:
+        found.append(unlocked_ports(deployment))
+        return found[-1] == expected
+
+    await_true(are_as_expected, lambda: f"{found[-1]} is {expected}", 60.0)
 
 
 def unlocked_ports(deployment: Deployment) -> dict[str, int]:

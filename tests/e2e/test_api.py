@@ -14,7 +14,7 @@ import pytest
 from pdlaunch.client.api import Api
 from pdlaunch.client.deployment import Deployment
 from tests.e2e.api import complete, idle, total_now
-from tests.e2e.listening import unlocked_ports
+from tests.e2e.listening import await_unlocked_ports
 from tests.e2e.waiting import await_true
 
 QUESTION = [{"role": "user", "content": "Name three rivers in Europe."}]
@@ -28,7 +28,7 @@ def client(demo: Deployment) -> Iterator[openai.OpenAI]:
 
 def test_everything_that_listens_asks_who_comes(demo: Deployment) -> None:
     """With the default connector and path: HTTP with its keys, and ZMQ with CURVE."""
-    assert unlocked_ports(demo) == {}
+    await_unlocked_ports(demo, {})
 
 
 def test_chat_streams_what_it_answers_whole(client: openai.OpenAI) -> None:

@@ -26,13 +26,11 @@ async def test_rows_have_every_figure(demo: Deployment) -> None:
         (40, 2, []),
     ]
     for row in rows:
-        figures = (
-            row.ttft_ms_median,
-            row.first_gap_ms_median,
-            row.itl_ms_median,
-            row.tpot_ms_median,
-        )
-        assert all(figure is not None and figure > 0 for figure in figures)
+        assert row.ttft_ms_median is not None
+        assert row.ttft_ms_median > 0
+        # Tokens that wait for a busy machine may come at the same time.
+        gaps = (row.first_gap_ms_median, row.itl_ms_median, row.tpot_ms_median)
+        assert all(gap is not None and gap >= 0 for gap in gaps)
 
 
 async def test_traces_are_sent_and_reported(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,9 @@ from pdlaunch.bench.serve.sweep import bench_serve
 from pdlaunch.client.api import Api
 from pdlaunch.client.deployment import Deployment, running_deployment
 from pdlaunch.client.smoke import engines_of, smoke
-from tests.e2e.api import complete, streamed
+from tests.e2e.api import complete, requests_in_flight, streamed
 from tests.e2e.conftest import default_environ
-from tests.e2e.faults import tracebacks
+from tests.e2e.faults import paused, stop, tracebacks
 from tests.e2e.tiny_models import greedy, make_tiny_model
 from tests.e2e.waiting import await_true
 
@@ -89,22 +90,28 @@ async def test_bench_serve_runs_a_closed_loop(deployment: Deployment) -> None:
 def test_a_killed_rank_loses_no_request(deployment: Deployment, expected: list[list[int]]) -> None:
     """Streams of the dead engine go on at the other one, token by token."""
 
+    all_begun = threading.Barrier(len(PROMPTS) + 1)
+
     def read(prompt: list[int]) -> list[int]:
         with streamed(deployment.url, prompt, NUM_TOKENS) as token_ids:
-            return list(token_ids)
+            found = list(islice(token_ids, 5))
+            all_begun.wait(180)
+            return found + list(token_ids)
 
     def streams() -> dict[str, int]:
         return {each["name"]: each["streams"] for each in engines_of(Api(deployment.url))}
 
     before = deployment.processes()
     with ThreadPoolExecutor(len(PROMPTS)) as pool:
-        answers = [pool.submit(read, prompt) for prompt in PROMPTS]
-        await_true(
-            lambda: streams()["both-0"] > 0 and sum(streams().values()) == len(PROMPTS),
-            "streams at the engine that is killed",
-        )
-        time.sleep(0.3)
-        before["both-0/rank-0"].kill()
+        victim, other = (before[f"both-{number}/rank-0"] for number in range(2))
+        # So that they run at the same time, however long it takes to send them.
+        with paused(victim), paused(other):
+            answers = [pool.submit(read, prompt) for prompt in PROMPTS]
+            await_true(lambda: requests_in_flight(deployment.url) == len(PROMPTS), "all were sent")
+        all_begun.wait(180)
+        stop(victim)  # It comes to no stream's end before the kill.
+        assert streams()["both-0"] > 0
+        victim.kill()
         assert [answer.result() for answer in answers] == expected
     migrated = Api(deployment.url).metrics()["pdlaunch_router_migrations_total"]
     assert migrated >= 1

@@ -25,7 +25,7 @@ from tests.e2e.faults import (
     num_migrations,
     tracebacks,
 )
-from tests.e2e.listening import unlocked_ports
+from tests.e2e.listening import await_unlocked_ports
 from tests.e2e.tiny_models import greedy, make_tiny_model
 
 FAULTS = {"seed": 3, "rate": 0.2, "slow_s": 0.1, "lost_s": 2, "lease_rate": 0.1}
@@ -78,7 +78,7 @@ def test_gloo_alone_listens_without_asking_who_comes(tp_deployment: Deployment) 
     """NIXL does not: with UCX's TCP transport each of the ranks would. Gloo is what PD425 warns
     of.
     """
-    assert unlocked_ports(tp_deployment) == {f"prefill-0/rank-{tp_rank}": 1 for tp_rank in range(3)}
+    await_unlocked_ports(tp_deployment, {f"prefill-0/rank-{tp_rank}": 1 for tp_rank in range(3)})
 
 
 def listening_hosts(process: psutil.Process) -> set[str]:

@@ -15,7 +15,7 @@ from pdlaunch.client.deployment import Deployment, running_deployment
 from pdlaunch.platform.libraries import find_libraries
 from tests.e2e.api import complete, complete_all, idle, total_now
 from tests.e2e.conftest import clean_environ
-from tests.e2e.listening import unlocked_ports
+from tests.e2e.listening import await_unlocked_ports
 from tests.e2e.tiny_models import VOCAB_SIZE, greedy, make_tiny_model
 from tests.e2e.waiting import await_true
 
@@ -79,13 +79,13 @@ def test_answers_are_those_of_the_model_and_their_blocks_were_pulled(
 
 def test_what_listens_without_asking_who_comes(deployment: Deployment) -> None:
     """Gloo within the TP group (PD425), and Mooncake's two ports a rank (PD409)."""
-    found = unlocked_ports(deployment)
     ranks = {name for name in deployment.processes() if "/rank-" in name}
     role = "prefill" if "decode-0/rank-1" not in ranks else "decode"
     of_mooncake = 2 if role == "prefill" else 0
-    assert found == {
+    expected = {
         name: count for name in ranks if (count := of_mooncake + name.startswith(f"{role}-0/"))
     }
+    await_unlocked_ports(deployment, expected)
 
 
 def test_a_killed_prefill_rank_comes_back(

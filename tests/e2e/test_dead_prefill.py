@@ -54,9 +54,8 @@ def api_of(deployment: Deployment, role: str) -> Api:
 
 
 def state_of(deployment: Deployment, name: str) -> str:
-    return next(
-        str(engine["state"]) for engine in engines_of(Api(deployment.url)) if engine["name"] == name
-    )
+    states = {engine["name"]: engine["state"] for engine in engines_of(Api(deployment.url))}
+    return str(states.get(name, "gone"))
 
 
 def hand_over(prefill: Api, prompt: list[int]) -> dict[str, Any]:

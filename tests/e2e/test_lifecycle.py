@@ -68,7 +68,7 @@ def test_two_launches_at_once_end_each_for_itself(
         children = list(other.processes().values())
         assert len(children) == 5
         other.process.kill()
-        _, alive = psutil.wait_procs(children, timeout=60)
+        _, alive = psutil.wait_procs(children, timeout=180)
         assert not alive
 
 
@@ -163,7 +163,7 @@ class TestRestarts:
                 )
                 assert not running.done()
             assert running.result() == expected
-        assert deployment.process.wait(60) == 0
+        assert deployment.process.wait(180) == 0
 
 
 def commands(verbs: list[str], *arguments: str) -> str:
@@ -185,7 +185,7 @@ def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
     return command("serve", *arguments)
 
 
-def command(*arguments: str, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
+def command(*arguments: str, timeout_s: float = 300.0) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "pdlaunch", *arguments]
     return subprocess.run(
         line, capture_output=True, text=True, timeout=timeout_s, env=default_environ(), check=False
@@ -249,10 +249,10 @@ def test_a_deployment_ends_with_the_benchmark_that_started_it(
         children = [launch, *launch.children(recursive=True)]
         assert len(children) >= 4
         bench.send_signal(number)
-        bench.communicate(timeout=120)
+        bench.communicate(timeout=300)
         assert bench.returncode == (143 if number is signal.SIGTERM else -number)
         # Who is told to end waits for the end; who is killed cannot.
-        _, alive = psutil.wait_procs(children, timeout=60 if number is signal.SIGKILL else 0)
+        _, alive = psutil.wait_procs(children, timeout=180 if number is signal.SIGKILL else 0)
     assert not alive
 
 
@@ -267,7 +267,7 @@ def test_a_deployment_that_still_starts_ends_with_the_smoke_run(
         await_true(lambda: bool(launch.children()), "the first process")
         children = [launch, *launch.children(recursive=True)]
         smoke.send_signal(signal.SIGTERM)
-        _, errors = smoke.communicate(timeout=120)
+        _, errors = smoke.communicate(timeout=300)
         assert (smoke.returncode, errors) == (143, "error: interrupted\n")
         _, alive = psutil.wait_procs(children, timeout=0)
     assert not alive

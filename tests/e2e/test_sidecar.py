@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +26,7 @@ from tests.e2e.faults import tracebacks
 from tests.e2e.tiny_models import make_tiny_model
 from tests.e2e.waiting import await_true
 from tests.sidecar.fake_vllm import answer_of
+from tests.sidecar.program import replace_text
 
 ROOT = Path(__file__).parents[2]
 PROMPT = list(range(40, 140))
@@ -50,22 +50,24 @@ def launched(
         environ=clean_environ()
         | {"FAKE_VLLM_FOLDER": str(folder), "PYTHONPATH": str(ROOT)}
         | dict(environ or {}),
-        timeout_s=60,
     ) as deployment:
         yield deployment
 
 
 def started(folder: Path, name: str) -> dict[str, object]:
-    # Empty while the engine writes it anew.
-    while not (text := (folder / f"{name}.started").read_text()):
-        time.sleep(0.01)
-    found: dict[str, object] = json.loads(text)
+    found: dict[str, object] = json.loads((folder / f"{name}.started").read_text())
     return found
 
 
+def say(folder: Path, name: str, value: object) -> None:
+    """Tell engines how they behave from now on."""
+    replace_text(folder / name, json.dumps(value))
+
+
 def state(deployment: Deployment, name: str) -> str:
+    """An engine of which no process is there is not listed."""
     _, status = Api(deployment.url).get_object("/pdlaunch/status")
-    return {engine["name"]: engine["state"] for engine in status["engines"]}[name]
+    return {engine["name"]: engine["state"] for engine in status["engines"]}.get(name, "gone")
 
 
 def is_back(deployment: Deployment, folder: Path, name: str, old_pid: object) -> bool:
@@ -103,9 +105,9 @@ def test_serves_heals_after_a_kill_and_leaves_nothing(tmp_path: Path, model: Pat
 
         # It has requests and makes no token.
         pid = started(tmp_path, "prefill-0")["pid"]
-        (tmp_path / "prefill-0.num_running").write_text("1")
+        say(tmp_path, "prefill-0.num_running", 1)
         await_true(lambda: started(tmp_path, "prefill-0")["pid"] != pid, "the hung one is killed")
-        (tmp_path / "prefill-0.num_running").write_text("0")
+        say(tmp_path, "prefill-0.num_running", 0)
         await_true(lambda: state(deployment, "prefill-0") == "ready", "it is ready again")
         assert "has computed nothing for 5 s" in deployment.output()
 
@@ -128,7 +130,7 @@ def test_engines_come_turn_and_go(tmp_path: Path, model: Path) -> None:
         assert scale_engines(admin, {"prefill": 2}).error == ""
         assert state(deployment, "prefill-1") == "ready"
         # One whose canary fails is taken back; the others serve on.
-        (tmp_path / "prefill-2.has_connector").write_text("false")
+        say(tmp_path, "prefill-2.has_connector", False)
         assert "no KV connector" in scale_engines(admin, {"prefill": 3}).error
         assert "prefill-2" not in deployment.processes()
         assert turn_engine(admin, "prefill-1", "decode").error == ""
@@ -142,23 +144,23 @@ def test_engines_come_turn_and_go(tmp_path: Path, model: Path) -> None:
 @pytest.mark.parametrize(
     ("lie", "value", "said"),
     [
-        ("decode-0.garbles", "true", "other KV blocks"),
-        ("prefill-0.has_connector", "false", "no KV connector"),
+        ("decode-0.garbles", True, "other KV blocks"),
+        ("prefill-0.has_connector", False, "no KV connector"),
     ],
 )
 def test_a_pair_that_lies_fails_before_traffic(
-    tmp_path: Path, model: Path, lie: str, value: str, said: str
+    tmp_path: Path, model: Path, lie: str, value: bool, said: str
 ) -> None:
-    (tmp_path / lie).write_text(value)
+    say(tmp_path, lie, value)
     with pytest.raises(StartupError, match=said), launched(tmp_path, model):
         pass
 
 
 def test_decode_that_reads_nothing_is_never_ready(tmp_path: Path, model: Path) -> None:
-    (tmp_path / "decode-0.moves_bytes").write_text("false")
+    say(tmp_path, "decode-0.moves_bytes", False)
     with (
         pytest.raises(StartupError, match="computed the prompt itself"),
-        launched(tmp_path, model, "--startup-timeout", "8"),
+        launched(tmp_path, model, "--startup-timeout", "20"),
     ):
         pass
 
@@ -175,7 +177,6 @@ def test_a_command_that_is_missing_is_told(tmp_path: Path, model: Path) -> None:
         running_deployment(
             ("--engine", "vllm", "--engine-command", "no-such-vllm", "--model", str(model)),
             environ=clean_environ(),
-            timeout_s=60,
         ),
     ):
         pass

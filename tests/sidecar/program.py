@@ -42,15 +42,27 @@ class FolderShares(MutableMapping[str, list[int]]):
         return sum(1 for _ in self)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a file that others read at any time: they find it as it was, or whole."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.new")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
 async def serve(path: Path, folder: Path) -> None:
     engine = FakeVllm(path.stem, FolderShares(folder))
+    heed(engine, folder)
     await listen(engine, path)
     while True:
-        for field in FIELDS:
-            told = folder / f"{engine.name}.{field}"
-            if told.exists():
-                setattr(engine, field, json.loads(told.read_text()))
         await asyncio.sleep(0.1)
+        heed(engine, folder)
+
+
+def heed(engine: FakeVllm, folder: Path) -> None:
+    for field in FIELDS:
+        told = folder / f"{engine.name}.{field}"
+        if told.exists():
+            setattr(engine, field, json.loads(told.read_text()))
 
 
 def main() -> None:
@@ -58,9 +70,8 @@ def main() -> None:
     parser.add_argument("--uds", type=Path)
     found, rest = parser.parse_known_args()
     folder = Path(os.environ["FAKE_VLLM_FOLDER"])
-    (folder / f"{found.uds.stem}.started").write_text(
-        json.dumps({"arguments": rest, "environment": dict(os.environ), "pid": os.getpid()})
-    )
+    told = {"arguments": rest, "environment": dict(os.environ), "pid": os.getpid()}
+    replace_text(folder / f"{found.uds.stem}.started", json.dumps(told))
     if (folder / f"{found.uds.stem}.dies").exists():
         sys.exit(3)
     asyncio.run(serve(found.uds, folder))
