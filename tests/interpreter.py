@@ -15,7 +15,7 @@ import pytest
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
 
-def run_interpreted(module: str, *parts: Sequence[str], timeout_s: float = 120) -> None:
+def run_interpreted(module: str, *parts: Sequence[str], timeout_s: float = 500) -> None:
     """Run ``module`` as a program, and fail with its last words if it fails.
 
     ``parts``: arguments of as many processes of it, which run at the same time; without any it runs

@@ -93,7 +93,7 @@ def run_pytest(tmp_path: Path, code: str, option: str) -> subprocess.CompletedPr
         | {"PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=500,
     )
 
 

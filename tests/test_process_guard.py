@@ -73,7 +73,7 @@ def test_who_starts_a_process_says_so(tmp_path: Path) -> None:
         | {"PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=500,
     )
     failed = [
         line.partition("::")[2].split()[0]

@@ -54,7 +54,7 @@ class Terminal:
 
     def until(self, condition: Callable[[str], object]) -> str:
         """Read until the screen is as wanted; returns its text."""
-        until_at = time.monotonic() + 60
+        until_at = time.monotonic() + 180
         while not condition("\n".join(self.screen.display)):
             assert time.monotonic() < until_at, "\n".join(self.screen.display)
             self.read(0.2)

@@ -253,9 +253,9 @@ main()
 """
     command = [sys.executable, "-c", code, "bench", "serve", "--url", server.url]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert server.asked.wait(60)
+    assert server.asked.wait(180)
     process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=180)
     assert (process.returncode, stdout, stderr) == (128 + number, "", "error: interrupted\n")
 
 
@@ -269,7 +269,7 @@ def test_a_measuring_process_ends_with_the_command() -> None:
         measuring = psutil.Process(process.pid).children()
         process.kill()
     assert len(measuring) == 1
-    assert not psutil.wait_procs(measuring, timeout=60)[1]
+    assert not psutil.wait_procs(measuring, timeout=180)[1]
 
 
 def test_rows_are_told_in_words_where_a_table_does_not_fit() -> None:

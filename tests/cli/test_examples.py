@@ -36,7 +36,7 @@ def test_examples_are_clean(name: str) -> None:
         "--assume",
         "cpu",
     ]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -70,7 +70,7 @@ def test_the_workflow_runs_from_its_configuration_to_the_check(tmp_path: Path) -
             env=environment,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=180,
             check=False,
         )
         assert result.returncode == 0, result.stdout + result.stderr

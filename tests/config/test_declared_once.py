@@ -71,7 +71,7 @@ def found(tmp_path_factory):
         env={"PYTHONPATH": ":".join(sys.path), "COLUMNS": "200", "NO_COLOR": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=500,
     )
     assert child.returncode == 0, child.stderr
     return json.loads(child.stdout)

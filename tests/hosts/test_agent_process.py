@@ -27,7 +27,7 @@ from pdlaunch.resolve.plan import ProcessSpec
 from tests.server.conftest import engine_spec
 
 pytestmark = pytest.mark.processes
-TIMEOUT_MS = 60_000
+TIMEOUT_MS = 180_000
 SERVER = ProcessSpec(
     name="prefill-0",
     kind="server",
@@ -51,7 +51,7 @@ class Launch:
             keys,
             "127.0.0.1",
             ["a"],
-            timeout_s=20.0,
+            timeout_s=60.0,
             print_to=lambda name: self.logs / f"{name.replace('/', '.')}.log",
         )
         self.join = folder / "join"
@@ -105,7 +105,7 @@ class Launch:
 
     def close(self) -> None:
         self.channel.close()
-        self.agent.wait(30)
+        self.agent.wait(180)
         self.context.destroy(linger=0)
 
 
@@ -160,7 +160,7 @@ def test_a_killed_agent_takes_its_processes_along_and_they_are_told_lost(launch:
     (child,) = children
     launch.agent.kill()
     launch.agent.wait()
-    child.wait(30)
+    child.wait(180)
     heard = launch.until(ProcessExited)
     assert any(isinstance(one, Lost) for one in heard)
     (gone,) = (one for one in heard if isinstance(one, ProcessExited))

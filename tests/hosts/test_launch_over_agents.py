@@ -90,7 +90,7 @@ class Stage:
         )
         self.keys = new_join_keys()
         self.channel = AgentChannel(
-            self.keys, "127.0.0.1", ["a", "b"], timeout_s=30.0, print_to=self.log
+            self.keys, "127.0.0.1", ["a", "b"], timeout_s=60.0, print_to=self.log
         )
         self.agents = {name: self.agent(name) for name in ("a", "b")}
 

@@ -39,7 +39,7 @@ def await_exit(host: LocalHost) -> list[ProcessExited]:
     poller = zmq.Poller()
     for source in host.sources:
         poller.register(source, zmq.POLLIN)
-    assert poller.poll(60_000)
+    assert poller.poll(180_000)
     return host.exits()
 
 

@@ -39,7 +39,7 @@ def main(
     import_lean_transformers()
     on_cuda = spec.get("device") == "cuda"
     tp = init_tp_group(
-        rendezvous, tp_rank, tp_size, f"cuda:{tp_rank}" if on_cuda else "cpu", timeout_s=60
+        rendezvous, tp_rank, tp_size, f"cuda:{tp_rank}" if on_cuda else "cpu", timeout_s=300
     )
     result = {
         "broadcast": tp.broadcast_bytes(bytes(range(tp_rank, 16 + tp_rank))).hex(),

@@ -187,7 +187,7 @@ def test_the_installed_torch_agrees():
         env=without_variables(),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=500,
         check=True,
     )
     with_cuda, *codes = judge.stdout.split()
@@ -222,7 +222,7 @@ def test_the_installed_torch_prefers_the_same_variable():
         )
         for environ in environments
     ]
-    found = [process.communicate(timeout=120)[0].strip() for process in processes]
+    found = [process.communicate(timeout=500)[0].strip() for process in processes]
     assert found == [
         environ[read_allocator_conf(environ).variable or ""] for environ in environments
     ]

@@ -123,7 +123,7 @@ def fetch(url: str, body: dict[str, Any] | None = None) -> tuple[int, dict[str, 
     data = None if body is None else json.dumps(body).encode()
     try:
         with urllib.request.urlopen(
-            urllib.request.Request(url, data=data, headers=JSON), timeout=20
+            urllib.request.Request(url, data=data, headers=JSON), timeout=120
         ) as response:
             return response.status, json.load(response)
     except urllib.error.HTTPError as error:
@@ -132,7 +132,7 @@ def fetch(url: str, body: dict[str, Any] | None = None) -> tuple[int, dict[str, 
 
 
 def fetch_text(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=20) as response:
+    with urllib.request.urlopen(url, timeout=120) as response:
         text: str = response.read().decode()
     return text
 
@@ -193,7 +193,7 @@ async def test_its_life_from_register_to_stop(supervisor: Supervisor) -> None:
         for engine in engines:
             await engine.stop()
     supervisor.send(Stop())
-    assert await asyncio.to_thread(child.wait, 20) == 0
+    assert await asyncio.to_thread(child.wait, 120) == 0
 
 
 async def test_a_client_that_came_before_the_registry_is_heard_after_it(
@@ -249,7 +249,7 @@ async def test_what_still_runs_at_its_end_is_told_so(
     if isinstance(end, Drain):
         assert await asyncio.to_thread(supervisor.receive) == Drained()
         supervisor.send(Stop())
-    assert await asyncio.to_thread(child.wait, 20) == 0
+    assert await asyncio.to_thread(child.wait, 120) == 0
 
 
 def test_a_drain_that_takes_too_long_is_over_all_the_same(supervisor: Supervisor) -> None:
@@ -259,7 +259,7 @@ def test_a_drain_that_takes_too_long_is_over_all_the_same(supervisor: Supervisor
     supervisor.send(Drain(timeout_s=0.0))
     assert supervisor.receive() == Drained()
     supervisor.send(Stop())
-    assert child.wait(20) == 0
+    assert child.wait(120) == 0
 
 
 async def test_a_client_waits_until_it_knows_the_engines(supervisor: Supervisor) -> None:
@@ -275,14 +275,14 @@ async def test_a_client_waits_until_it_knows_the_engines(supervisor: Supervisor)
     finally:
         await engine.stop()
     supervisor.send(Stop())
-    assert await asyncio.to_thread(child.wait, 20) == 0
+    assert await asyncio.to_thread(child.wait, 120) == 0
 
 
 def test_it_can_be_stopped_before_it_knows_the_engines(supervisor: Supervisor) -> None:
     child = supervisor.start()
     assert isinstance(supervisor.receive(), Register)
     supervisor.send(Stop())
-    assert child.wait(20) == 0
+    assert child.wait(120) == 0
 
 
 def test_it_shows_no_key(supervisor: Supervisor, capfd: pytest.CaptureFixture[str]) -> None:
@@ -292,7 +292,7 @@ def test_it_shows_no_key(supervisor: Supervisor, capfd: pytest.CaptureFixture[st
     process = psutil.Process(child.pid)
     shown = [*process.cmdline(), *process.environ().values()]
     supervisor.send(Stop())
-    assert child.wait(20) == 0
+    assert child.wait(120) == 0
     shown += capfd.readouterr()
     for secret in (
         supervisor.keys.secret,
@@ -308,7 +308,7 @@ def test_it_does_not_outlive_its_supervisor(supervisor: Supervisor) -> None:
     supervisor.receive()
     assert child.stdin is not None
     child.stdin.close()
-    assert child.wait(20) != 0
+    assert child.wait(120) != 0
 
 
 def test_it_needs_no_torch() -> None:

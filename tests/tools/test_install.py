@@ -31,7 +31,7 @@ def make(*arguments: str, environment: dict[str, str] | None = None) -> tuple[in
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=120,
+        timeout=500,
         check=False,
     )
     return result.returncode, result.stdout

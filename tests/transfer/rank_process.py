@@ -28,7 +28,7 @@ from pdlaunch.protocol.sockets import LaunchKeys
 from pdlaunch.protocol.transfer import CancelPull, GrantLease, StartPull, TransferCommand
 from tests.transfer.fakes import layout_of, random_cache
 
-TIMEOUT_S = 120.0
+TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True)
