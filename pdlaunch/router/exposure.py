@@ -36,6 +36,8 @@ class Exposure:
     """
     FIRST_LASTS_S = 2.0
     """For so long: a burst that lasts longer shows by itself what it is."""
+    LEAST_S = 1e-3
+    """Seconds of streams that are always taken to have been: what is divided by is not nothing."""
     WEIGHT = 1.5
     """Charges for more than the usual: prompts come in clusters, and a stream cannot leave. Found
     in the simulator: with 1, requests that come one by one leave streams at prefill engines, and
@@ -71,7 +73,7 @@ class Exposure:
         keeps = 1 - self.FORGETS
         self._met_s = self._met_s * keeps + num_streams * prompt_s
         self._late_s = self._late_s * keeps + begins * num_streams * step_s
-        self._stream_seconds = self._stream_seconds * keeps + since
+        self._stream_seconds = max(self.LEAST_S, self._stream_seconds * keeps + since)
 
     def of_prefill(self, loads: Sequence[Load]) -> float:
         """Return how many seconds of prompts a stream at one of the prefill engines meets in each

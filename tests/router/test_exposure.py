@@ -55,6 +55,14 @@ def test_without_a_prefill_engine_there_is_nothing_to_charge() -> None:
     assert Exposure().of_prefill(decode) == 0.0
 
 
+def test_where_no_stream_ever_lasts_prompts_meet_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Exposure, "FORGETS", 0.5)
+    exposure, idle = Exposure(), [load(busy("prefill-0")), load(busy("decode-0"))]
+    for _ in range(1200):
+        exposure.arrives(512, idle)
+    assert exposure.of_prefill(idle) == 0.0
+
+
 def test_many_engines_share_the_prompts() -> None:
     """What one prefill engine is charged for, four share."""
     exposure = Exposure()
