@@ -84,7 +84,7 @@ class RankSleeper:
         self._peers_timeout_s = peers_timeout_s
         self._clock = clock
         self._woken: SleepReport | None = None
-        self._deadline_at = 0.0
+        self._deadline_at: float | None = None
 
     @property
     def sleeping_tags(self) -> list[str]:
@@ -141,7 +141,7 @@ class RankSleeper:
         if self._woken is None:
             return None
         if not self._transfer.connected:
-            if self._clock() < self._deadline_at:
+            if self._deadline_at is not None and self._clock() < self._deadline_at:
                 return None
             logger.warning(
                 "not every peer has shaken hands within %g s after waking up", self._peers_timeout_s
@@ -196,7 +196,7 @@ class SleepCoordinator:
         self._answer = answer
         self._clock = clock
         self._call: Sleep | WakeUp | None = None
-        self._deadline_at = 0.0
+        self._deadline_at: float | None = None
         self._reports: list[SleepReport] = []
         self._failure: str | None = None
         """Error of a rank that could not fall asleep; told once all are awake again."""
@@ -276,7 +276,7 @@ class SleepCoordinator:
             self.phase, self._reports = SleepPhase.FALLING_ASLEEP, []
             self._tell_ranks(SleepRank(level=self._call.level))
             self.on_report(self._sleeper.sleep(self._call.level))
-        elif self._clock() >= self._deadline_at:
+        elif self._deadline_at is not None and self._clock() >= self._deadline_at:
             self.phase = SleepPhase.AWAKE
             self._finish(error=f"the engine cannot sleep now: {busy}")
 

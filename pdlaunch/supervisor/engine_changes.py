@@ -62,7 +62,8 @@ class _Running:
     joining: set[str] = field(default_factory=set)
     """Engines that start and are given no work yet."""
     leaving: set[str] = field(default_factory=set)
-    deadline_at: float = math.inf
+    deadline_at: float | None = None
+    """Instant by which the engines that start must have joined; None: none starts."""
     error: str = ""
 
     @property
@@ -116,7 +117,8 @@ class EngineChanges:
     @property
     def due_at(self) -> float:
         """Return the instant at which ``tick`` has something to do without an event."""
-        return math.inf if self._running is None else self._running.deadline_at
+        deadline_at = None if self._running is None else self._running.deadline_at
+        return math.inf if deadline_at is None else deadline_at
 
     def ask(self, message: ChangeEngines, asker: str, phase: LaunchPhase) -> None:
         """Judge a change and tell who asked, then begin it unless it is a dry run."""
@@ -200,7 +202,7 @@ class EngineChanges:
         missing = self._missing(running.joining)
         if missing is not None and not missing:
             self._join(running)
-        elif self._clock() >= running.deadline_at:
+        elif running.deadline_at is not None and self._clock() >= running.deadline_at:
             words = "; ".join(missing or self._unready(running.joining))
             self._fail(f"not ready after {self._startup_timeout_s:g} s: {words}")
 
@@ -237,7 +239,7 @@ class EngineChanges:
             server_of(self._processes.units, engine).withheld = ""
             self._note(f"{engine} has joined")
         running.joining = set()
-        running.deadline_at = math.inf
+        running.deadline_at = None
         self._advance()
 
     def _stop(self, engines: Sequence[str]) -> None:
@@ -291,7 +293,7 @@ class EngineChanges:
             f"; {', '.join(gone)} is gone already" if gone else ""
         )
         joining, running.joining, running.drain_s = running.joining, set(), 0.0
-        running.deadline_at = math.inf
+        running.deadline_at = None
         self._stop(sorted(joining))
 
     def _is_gone(self, engine: str) -> bool:
