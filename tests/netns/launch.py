@@ -16,7 +16,7 @@ from tests.e2e.conftest import DEMO_ARGUMENTS, clean_environ
 from tests.netns.hosts import Host, Network, signal_inner
 
 START_TIMEOUT_S = 240.0
-STOP_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 120.0
 PORT = 8000
 _SMOKE = """
 import json, sys
@@ -80,7 +80,7 @@ class FarLaunch:
         return answers
 
     def get(self, path: str) -> str:
-        return self.here.run("curl", "--silent", "--max-time", "10", self.url + path)
+        return self.here.run("curl", "--silent", "--max-time", "60", self.url + path)
 
     def status(self) -> Any:
         return json.loads(self.get("/pdlaunch/status"))

@@ -14,7 +14,7 @@ from functools import partial
 
 from tests.e2e.listening import ZMQ_GREETING
 
-TIMEOUT_S = 5.0
+TIMEOUT_S = 20.0
 _REQUEST = b"GET /v1/models HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n"
 
 
@@ -43,7 +43,7 @@ def exchange(address: str, port: int, message: bytes) -> bytes:
     try:
         with socket.create_connection((address, port), timeout=TIMEOUT_S) as stranger:
             stranger.sendall(message)
-            stranger.settimeout(2)
+            stranger.settimeout(4)
             while len(answer) < 64 and (chunk := stranger.recv(64 - len(answer))):
                 answer += chunk
     except OSError:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.e2e.tiny_models import make_tiny_model
@@ -49,7 +50,9 @@ def config(folder: Path) -> dict[str, Any]:
 
 
 def state(launch: FarLaunch, name: str) -> str:
-    return str({each["name"]: each["state"] for each in launch.status()["engines"]}[name])
+    """An engine of which no process is there is not listed."""
+    states = {each["name"]: each["state"] for each in launch.status()["engines"]}
+    return str(states.get(name, "gone"))
 
 
 def test_engines_behind_doors_serve_and_heal(network: Network, config: dict[str, Any]) -> None:
@@ -99,5 +102,5 @@ def processes(network: Network) -> tuple[Any, Any]:
 def is_new(network: Network, old: int) -> bool:
     try:
         return bool(processes(network)[0].pid != old)
-    except (StopIteration, ValueError):
+    except (StopIteration, ValueError, psutil.NoSuchProcess):
         return False

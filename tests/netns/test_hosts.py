@@ -26,7 +26,7 @@ print(total)
 """  # noqa: E501
 SEND = """
 import socket, sys
-socket.create_connection((sys.argv[1], 7000), timeout=20).sendall(bytes(int(sys.argv[2])))
+socket.create_connection((sys.argv[1], 7000), timeout=60).sendall(bytes(int(sys.argv[2])))
 """
 CONNECT = """
 import socket, sys

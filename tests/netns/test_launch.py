@@ -160,7 +160,7 @@ def test_what_listens_is_documented_and_closed_to_strangers(pair: FarLaunch) -> 
 
 def knock(stranger: Host, address: str, ports: Sequence[int]) -> dict[int, Seen]:
     said = stranger.run(
-        sys.executable, "-m", "tests.netns.stranger", address, *map(str, ports), timeout_s=60
+        sys.executable, "-m", "tests.netns.stranger", address, *map(str, ports), timeout_s=240
     )
     return {seen.port: seen for seen in (Seen(**each) for each in json.loads(said))}
 

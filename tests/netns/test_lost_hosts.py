@@ -18,7 +18,7 @@ from tests.netns.hosts import Network, new_network, signal_inner
 from tests.netns.launch import JOIN, PORT, FarLaunch, far_launch, pdlaunch, wait_for
 from tests.netns.test_launch import knock
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 180.0
 QUESTION = {
     "prompt": "Hello, my name is",
     "max_tokens": 8,

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 
 import numpy as np
+import psutil
 import pytest
 
 from pdlaunch.platform.libraries import find_libraries
@@ -25,9 +26,9 @@ BYTES = NUM_BLOCKS * 3 * 8 * 2 * 16 * 64 * 4
 PROBE = """
 import socket, sys
 for port in map(int, sys.argv[2:]):
-    with socket.create_connection((sys.argv[1], port), timeout=5) as probe:
+    with socket.create_connection((sys.argv[1], port), timeout=20) as probe:
         probe.sendall(b"\\xff" + bytes(8) + b"\\x7f\\x03")
-        probe.settimeout(2)
+        probe.settimeout(4)
         answer = b""
         try:
             while len(answer) < 64 and (chunk := probe.recv(64 - len(answer))):
@@ -195,7 +196,8 @@ def test_holder_that_dies_in_the_middle_is_noticed(network: Network) -> None:
         while network["b"].received_bytes() < received + 300_000:
             pass
         for process in network["a"].processes():
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended with its parent
+                process.kill()
         network.set_link("a")
         puller.call("registry", [])
         finished = puller.event(PullFinished)
