@@ -55,7 +55,7 @@ class Holds(msgspec.Struct, frozen=True, kw_only=True):
     rss_mib: float
 
 
-class SoakReport(msgspec.Struct, frozen=True, kw_only=True):
+class RouterSoakReport(msgspec.Struct, frozen=True, kw_only=True):
     """Holds what has come of a soak."""
 
     seconds: float
@@ -170,7 +170,7 @@ def _judge(answer: bytes, num_tokens: int, *, is_stream: bool) -> str:
 
 async def soak(
     port: int, router: psutil.Process, engines: Engines, seconds: float, num_clients: int, seed: int
-) -> SoakReport:
+) -> RouterSoakReport:
     """Send requests for so long; engines fail until shortly before the end."""
     chance, outcomes = random.Random(seed), Counter[str]()
     held: list[Holds] = []
@@ -206,7 +206,7 @@ async def soak(
         await asyncio.wait(besides)
     ended_s = time.monotonic() - start_at
     await asyncio.sleep(QUIET_S)
-    return SoakReport(
+    return RouterSoakReport(
         seconds=round(ended_s, 1),
         outcomes=dict(sorted(outcomes.items())),
         num_kills=engines.num_kills,
