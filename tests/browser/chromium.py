@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 import aiohttp
 
-START_TIMEOUT_S = 60.0
-WAIT_S = 30.0
+START_TIMEOUT_S = 180.0
+WAIT_S = 120.0
 Scheme = Literal["light", "dark"]
 
 
@@ -191,7 +191,7 @@ def running_chromium(command: str) -> Iterator[int]:
             yield _port(Path(folder) / "DevToolsActivePort", process)
         finally:
             process.terminate()
-            process.wait(20)
+            process.wait(180)
 
 
 def _port(file: Path, process: subprocess.Popen[bytes]) -> int:

@@ -67,7 +67,9 @@ def there_is(file: Path) -> Iterator[None]:
 
 async def complete(deployment: Deployment, request_id: str = "", **fields: Any) -> None:
     body = {"prompt": "The capital of France is", "max_tokens": 16, "temperature": 0, **fields}
-    status, answer = await asyncio.to_thread(Api(deployment.url, KEY).post, "/v1/completions", body)
+    named = {"X-Request-Id": request_id} if request_id else {}
+    api = Api(deployment.url, KEY, headers=named)
+    status, answer = await asyncio.to_thread(api.post, "/v1/completions", body)
     assert status == 200, answer
 
 
@@ -110,9 +112,12 @@ async def test_it_shows_engines_their_pair_and_rates(page: Page, deployment: Dep
 async def test_the_waterfall_of_a_request_opens_with_the_keyboard(
     page: Page, deployment: Deployment
 ) -> None:
-    await complete(deployment, prompt="A request whose blocks are pulled: " * 4)
-    await page.until(there("#requests .link"))
-    await page.run("document.querySelector('#requests .link').focus()")
+    prompt = "A request whose blocks are pulled: " * 4
+    await complete(deployment, request_id="pulled", prompt=prompt)
+    links = "[...document.querySelectorAll('#requests .link')]"
+    link = f"{links}.find(each => each.textContent.includes('pulled'))"
+    await page.until(f"Boolean({link})")
+    await page.run(f"{link}.focus()")
     await page.press("Enter", 13)
     await page.until("document.querySelectorAll('.waterfall tbody tr').length > 4")
     rows = await page.run(
