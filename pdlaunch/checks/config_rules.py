@@ -214,6 +214,28 @@ def budget_below_batch(context: Context) -> Iterator[Found]:
 
 
 @rule(
+    "PD123",
+    "warning",
+    fix="Raise limits.max_queued_requests, or lower max_num_seqs.",
+    source="The router's admission.",
+)
+def router_admits_too_few(context: Context) -> Iterator[Found]:
+    """The router admits fewer requests than the engines can run at once.
+
+    Clients get 429 while engines have free seats.
+    """
+    admitted = context.config.limits.max_queued_requests
+    seats = sum(
+        engine.replicas * engine.settings.max_num_seqs
+        for role, engine in context.engines.items()
+        if role != "prefill"
+    )
+    if admitted < seats:
+        message = f"{admitted} requests are let in, the engines can run {seats} at once"
+        yield Found("limits.max_queued_requests", message)
+
+
+@rule(
     "PD111",
     "warning",
     fix="Remove kv_transfer.verify: off; it is meant for measuring.",

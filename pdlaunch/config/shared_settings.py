@@ -34,7 +34,7 @@ class LimitSettings(FrozenModel):
         ),
     )
     max_queued_requests: int = Field(
-        256, gt=0, description="Requests in flight at the router or an engine; one more gets 429."
+        1024, gt=0, description="Requests in flight at the router or an engine; one more gets 429."
     )
     max_connections: int = Field(
         4096,

@@ -177,7 +177,7 @@ CASES: dict[str, Case] = {
             locked(env__UCX_TLS="tcp,sm", **TRUSTED),
         ],
     ),
-    "PD415": Case([on(machine(limits=Limits(-1, 1024)))], [on(machine(limits=Limits(-1, 4096)))]),
+    "PD415": Case([on(machine(limits=Limits(-1, 1024)))], [on(machine(limits=Limits(-1, 8192)))]),
     "PD416": Case(
         [on(machine(shm=SharedMemory(64 << 20, 64 << 20)))],
         [on(machine(shm=SharedMemory(1 << 30, 1 << 30)))],

@@ -95,6 +95,14 @@ CASES: dict[str, Case] = {
         [on(CPU, environ={"VLLM_HOST_IP": "10.0.0.1"}), on(CPU, env={"VLLM_USE_V1": "1"})],
         [on(CPU, environ={"VLLM_API_KEY": "secret"}), on(CPU, environ={"MY_VLLM_USE_V1": "1"})],
     ),
+    "PD123": Case(
+        [on(CPU, max_num_seqs=1025), on(CPU, decode__replicas=17, max_num_seqs=64)],
+        [
+            on(CPU, max_num_seqs=1024),
+            on(CPU, prefill__max_num_seqs=2000),
+            on(CPU, max_num_seqs=1025, limits__max_queued_requests=1025),
+        ],
+    ),
     "PD119": Case(
         [on(CPU, probes={"weight_errors": {"decode": ConfigError("only pickles", fix="convert")}})],
         [

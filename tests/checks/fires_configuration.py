@@ -181,4 +181,14 @@ CASES = [
         },
     ),
     Case("PD122", Setup(environ={"VLLM_USE_V1": "1"}), {"Unset them": PLAIN}),
+    Case(
+        "PD123",
+        Setup("max_num_seqs: 512\ndecode: {replicas: 3}\n"),
+        {
+            "Raise limits.max_queued_requests": Setup(
+                "max_num_seqs: 512\ndecode: {replicas: 3}\nlimits: {max_queued_requests: 1536}\n",
+            ),
+            "lower max_num_seqs": Setup("max_num_seqs: 256\ndecode: {replicas: 3}\n"),
+        },
+    ),
 ]
