@@ -10,7 +10,7 @@ from typing import Any
 
 from tests.netns.hosts import Host
 
-TIMEOUT_S = 120.0
+TIMEOUT_S = 240.0
 PORT = 8000
 PROMPT = {"model": "llama", "prompt": [7] * 70, "max_tokens": 8, "temperature": 0}
 

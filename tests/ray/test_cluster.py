@@ -21,7 +21,7 @@ from pdlaunch.client.deployment import Deployment, running_deployment
 from tests.e2e.conftest import clean_environ
 from tests.e2e.tiny_models import make_tiny_model
 
-TIMEOUT_S = 120.0
+TIMEOUT_S = 240.0
 ARGUMENTS = ("--device", "cpu", "--placement", "ray", "--placement-strategy", "spread")
 PROMPT = {"model": "llama", "prompt": [7] * 70, "max_tokens": 8, "temperature": 0}
 
@@ -37,7 +37,7 @@ def environ(cluster: Any) -> dict[str, str]:
 
 @contextlib.contextmanager
 def launched(cluster: Any, model: Path, *arguments: str) -> Iterator[Deployment]:
-    command = ("--model", str(model), *ARGUMENTS, "--agent-timeout", "5", *arguments)
+    command = ("--model", str(model), *ARGUMENTS, "--agent-timeout", "10", *arguments)
     with running_deployment(command, environ=environ(cluster), timeout_s=TIMEOUT_S) as deployment:
         yield deployment
 

@@ -19,7 +19,7 @@ from tests.ray.far import PORT, answer, until, until_ready
 HOME = "/tmp/home"
 COMMAND = (
     *(sys.executable, "-P", "-m", "pdlaunch", "serve", "--model", "/tmp/llama"),
-    *("--device", "cpu", "--placement", "ray", "--agent-timeout", "5", "--port", str(PORT)),
+    *("--device", "cpu", "--placement", "ray", "--agent-timeout", "10", "--port", str(PORT)),
 )
 
 

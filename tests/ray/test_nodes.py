@@ -113,5 +113,5 @@ def test_engines_on_nodes_with_addresses_of_their_own(nodes: Network) -> None:
         assert nodes.num_bytes("b", "c") + nodes.num_bytes("c", "b") > before
         assert answer(head) == right
         signal_inner(serve, signal.SIGTERM)
-        assert serve.wait(60) == 0
+        assert serve.wait(240) == 0
     until(lambda: not of_the_launch(nodes), lambda: str(of_the_launch(nodes)))
