@@ -152,7 +152,10 @@ def test_status_has_kinds_versions_and_pairs_and_nothing_was_recomputed(pair: De
         ("prefill-0", "decode-0")
     ]
     assert status["doubts"] == []
-    assert Api(pair.url).metrics()["pdlaunch_router_silent_recomputes_total"] == 0
+    before = Api(pair.url).metrics()["pdlaunch_router_silent_recomputes_total"]
+    for seed in range(60, 63):
+        complete(pair.url, prompt_of(seed), 2)
+    assert Api(pair.url).metrics()["pdlaunch_router_silent_recomputes_total"] == before
 
 
 def test_a_client_that_leaves_frees_both_engines(pair: Deployment) -> None:
