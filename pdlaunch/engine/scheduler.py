@@ -127,8 +127,7 @@ class Scheduler:
     def _schedule(self) -> StepPlan:
         self.requests.may_progress = False
         if self._costs is not None and self._streams_wait():
-            budget = min(self._costs().pause_step_tokens, self._max_num_batched_tokens)
-            step = StepDraft(budget, has_streams=False)
+            step = StepDraft(self._costs().pause_step_tokens, has_streams=False)
         else:
             step = StepDraft(self._max_num_batched_tokens)
         self._fill(step)

@@ -188,7 +188,7 @@ class EngineConnection(asyncio.Protocol):
         self._answer: Answer | None = None
         self._headers: dict[str, str] = {}
         self._num_bodiless_bytes = 0
-        """What has come since the last piece of a body, at most with the rest of that piece."""
+        """Counts the bytes since a body's last piece; some of that piece may be among them."""
         self._is_bodiless = False
         self._rest_timer: asyncio.TimerHandle | None = None
         self._arrivals = select.poll()

@@ -110,7 +110,7 @@ class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
     """A server registers that its engine can do this."""
     router: RouterSpec | None = None
     door: DoorSpec | None = None
-    """Where the sidecar of an engine of vLLM opens it to other hosts; None on a single host."""
+    """Says where vLLM's sidecar lets other hosts reach its engine; None on a single host."""
     tp_rank: int = 0
     rendezvous: str = ""
     """``file://`` URL of this incarnation's TP group; ``OVER_HOSTS`` when its ranks are on several

@@ -118,7 +118,7 @@ class EngineCosts(msgspec.Struct, frozen=True, array_like=True):
         if self.steps.prompt_s <= 0:
             return self.max_num_batched_tokens
         in_time = math.ceil(StreamPauses.MAX_S / self.steps.prompt_s)
-        return max(self.block_size, min(in_time, self.max_num_batched_tokens))
+        return min(self.max_num_batched_tokens, max(self.block_size, in_time))
 
     @property
     def pause_tokens(self) -> int:

@@ -21,7 +21,7 @@ from pdlaunch.router.pace import OVERHEAD_TOKENS
 from pdlaunch.router.prompt_progress import TAKES_FIRST_TOKEN, PromptProgress, refuse_broken
 
 MAX_RETRY_AFTER_S = 60
-"""What is estimated for later than this may well come sooner: who is refused asks again by then."""
+"""Clients that are refused are asked to try again by then: long estimates may well be wrong."""
 
 
 class PrefillHop:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pdlaunch.engines.kind import EngineKind
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.hosts.host import Host, MessageReceived, ProcessExited
-from pdlaunch.protocol.changes import Answered, ChangeEngines, EngineIdle, SetDrained
+from pdlaunch.protocol.changes import ChangeEngines, EngineIdle, SetDrained
 from pdlaunch.protocol.control import (
     Alive,
     Drained,
@@ -26,14 +26,13 @@ from pdlaunch.protocol.control import (
     Progress,
     Ready,
     Register,
-    Registry,
     Restart,
-    Restarting,
     ServedRequest,
     SleepState,
     ToSupervisor,
 )
 from pdlaunch.resolve.plan import Plan
+from pdlaunch.supervisor.announcements import Announcements
 from pdlaunch.supervisor.bootstraps import Bootstraps
 from pdlaunch.supervisor.deaths import Deaths
 from pdlaunch.supervisor.drains import Drains
@@ -45,12 +44,11 @@ from pdlaunch.supervisor.hangs import HangLimits, HangWatch
 from pdlaunch.supervisor.instance import Instance, Unit
 from pdlaunch.supervisor.notes import Notes
 from pdlaunch.supervisor.processes import LaunchProcesses
-from pdlaunch.supervisor.registry import Pairs, RegistryVersions
+from pdlaunch.supervisor.registry import Pairs
 from pdlaunch.supervisor.restarts import RestartPolicy
 from pdlaunch.supervisor.shutdown import Grace, LaunchShutdown
 from pdlaunch.supervisor.states import LaunchPhase, ProcessState
 from pdlaunch.supervisor.status import LaunchStatus, Observer, ProcessStatus
-from pdlaunch.supervisor.views import Views
 
 logger = logging.getLogger(__name__)
 
@@ -110,10 +108,7 @@ class Supervisor:
             plan, host, bootstraps, clock, startup_timeout_s=timing.startup_timeout_s
         )
         self._notes = Notes(observer, host, self._processes, clock)
-        self._registry = RegistryVersions()
-        self._answers: list[tuple[str, Answered | Restarting]] = []
-        self._views = Views(plan)
-        self._views_are_new = False
+        self._announcements = Announcements(plan, host)
         self._settle_every_s = SETTLE_S * len(plan.processes)
         self._settled_at = -self._settle_every_s
         self._has_news = False
@@ -148,7 +143,7 @@ class Supervisor:
             drain_s=timing.grace.drain_s,
             startup_timeout_s=timing.startup_timeout_s,
             note=self._notes.add,
-            answer=lambda name, answer: self._answers.append((name, answer)),
+            answer=self._announcements.answer,
             use_plan=self._use_plan,
             forget=self._deaths.forget,
         )
@@ -261,7 +256,7 @@ class Supervisor:
     def _use_plan(self) -> None:
         """Take in that engines have come or gone: who proves what, and who is told of whom."""
         plan = self._processes.renew_peers()
-        self._views, self._views_are_new = Views(plan), True
+        self._announcements.use(plan)
         self._pairs.use(plan)
         self._deaths.use(plan)
         self._settle_every_s = SETTLE_S * len(plan.processes)
@@ -311,9 +306,9 @@ class Supervisor:
                 else:
                     self._restarts.drained(instance)
             case Restart():
-                self._answers.append((name, self._restarts.ask(message, self.phase)))
+                self._announcements.answer(name, self._restarts.ask(message, self.phase))
             case SetDrained():
-                self._answers.append((name, self._drains.ask(message, self.phase)))
+                self._announcements.answer(name, self._drains.ask(message, self.phase))
             case EngineIdle(engine=engine):
                 self._restarts.idle(engine)
             case ChangeEngines():
@@ -330,8 +325,7 @@ class Supervisor:
             return
         instance.registration = message
         # It needs the registry now, and not with the next change.
-        view = self._views.of(instance.name, self._registry.current)
-        self._host.send(instance.name, view)
+        self._announcements.greet(instance.name)
         if instance.spec.kind == "router":
             self._notes.repeat(instance.name)
             self._restarts.ask_router(instance)
@@ -485,21 +479,12 @@ class Supervisor:
             self._phase = LaunchPhase.READY
             self.was_ready = True
             logger.info("serving at %s", self.status().url)
-        # Who is told of other engines than before is told again, whatever has changed of them.
-        before = Registry(version=0, entries=[]) if self._views_are_new else self._registry.current
-        if self._registry.update(
+        self._announcements.tell(
             self._processes,
             self._pairs.proven(),
             serving=self.was_ready,
             ends=self._deaths.ends,
-        ):
-            for name, view in self._views.news(before, self._registry.current):
-                self._host.send(name, view)
-            self._views_are_new = False
-        # After the views: who is told that something is done finds it so.
-        for name, answer in self._answers:
-            self._host.send(name, answer)
-        self._answers.clear()
+        )
         self._observer.changed(self.status())
         if becomes_ready:
             self._observer.ready(self.status())
