@@ -159,20 +159,25 @@ class Scheduler:
         """Return whether the next step leaves the streams out, for the prompts that wait."""
         if self._costs is None or self._in_flight:
             return False
-        prompts = [request for request in self._queues.running if request.num_to_schedule > 1]
-        num_prompt_tokens = sum(request.num_to_schedule for request in prompts) + sum(
-            request.num_remaining for request in self._queues.waiting if not request.wants_pull
-        )
-        num_streams = len(self._queues.running) - len(prompts)
+        num_prompt_tokens = self._count_prompt_tokens()
         if not num_prompt_tokens:
             return False
-        num_context_tokens = sum(
+        context_tokens = [
             request.num_scheduled
             for request in self._queues.running
             if request.num_to_schedule == 1
-        )
-        chunk_tokens = self._costs().chunk_tokens(num_streams, num_context_tokens)
+        ]
+        num_streams = len(context_tokens)
+        chunk_tokens = self._costs().next_chunk(num_prompt_tokens, num_streams, sum(context_tokens))
         return self.pauses.leave_out(num_streams, num_prompt_tokens, chunk_tokens)
+
+    def _count_prompt_tokens(self) -> int:
+        """Return how many tokens of prompts are to be computed here, now or later."""
+        return sum(
+            request.num_to_schedule
+            for request in self._queues.running
+            if request.num_to_schedule > 1
+        ) + sum(request.num_remaining for request in self._queues.waiting if not request.wants_pull)
 
     def _fill(self, step: StepDraft) -> None:
         self._schedule_running(step)
@@ -207,7 +212,9 @@ class Scheduler:
         ends_pause = self.pauses.has_begun
         self.pauses.ran_streams(num_streams)
         num_context_tokens = sum(request.num_scheduled for request in step.scheduled)
-        chunk_tokens = self._costs().chunk_tokens(num_streams, num_context_tokens)
+        chunk_tokens = self._costs().next_chunk(
+            self._count_prompt_tokens(), num_streams, num_context_tokens
+        )
         step.prompt_budget = 0 if ends_pause else chunk_tokens
 
     def _schedule_chunk(self, request: Request, step: StepDraft) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engine.step import StepPlan
@@ -25,6 +25,14 @@ _LEAST_SHARE = 0.1
 """Prompts of which a step with streams tells something take this share of it at least."""
 _LITTLE = 0.01
 """Share of a step that its prompts are taken to cost, where they seem to cost nothing."""
+_FEW, _MANY = 0.5, 2.0
+"""Tokens that take so many times as long as launches, by the warm-up: up to the first they tell
+what launches take, from the second on what tokens cost.
+"""
+_MOST_NEEDED = 0.25
+"""Share of a full step that is many tokens in any case."""
+_LAUNCH_SHARE = 0.1
+"""Each step counts so much in what launches are taken to cost."""
 
 
 def work_of(plan: StepPlan) -> StepWork:
@@ -51,18 +59,30 @@ class StepModel:
 
     Steps without prompts tell what streams cost, those with prompts what these add: a long step of
     prompts that takes a little longer than it should says nothing of the few streams in it.
+
+    Of those with prompts, few tokens tell what launches take, many what tokens cost, and those
+    between nothing. Were a short chunk taken for dear tokens, the next one would be shorter, and
+    its tokens seem dearer still, until prompts hardly go on.
     """
 
-    def __init__(self, limits: EngineCosts, measured: Iterable[tuple[StepWork, float]]) -> None:
+    def __init__(self, limits: EngineCosts, measured: Sequence[tuple[StepWork, float]]) -> None:
         """``limits``: what is no cost of these is taken over as it is."""
         self._limits = limits
         self.stream_seconds = 0.0
         """Time of the steps so far, each times the streams in it."""
         self._streams = OnlineFit([0.0] * 3, _STREAM_DOUBT, _STREAM_DRIFTS)
         self._prompts = OnlineFit([0.0] * 2, _PROMPT_DOUBT, _PROMPT_DRIFTS)
+        self._launch_s = 0.0
+        self._few_tokens = self._many_tokens = 0.0
         # The longest prompts first: of a short one most is what any step takes.
         for work, seconds in sorted(measured, key=lambda one: (one[0].prompt_tokens > 0, -one[1])):
             self.observe(work, seconds)
+        launches_s = [seconds for work, seconds in measured if work.is_mixed]
+        if launches_s and (token_s := self._prompts.coefficients[0]):
+            self._launch_s = min(launches_s)
+            self._few_tokens = _FEW * self._launch_s / token_s
+            most = _MOST_NEEDED * limits.max_num_batched_tokens
+            self._many_tokens = min(most, _MANY * self._launch_s / token_s)
 
     def observe(self, work: StepWork, seconds: float) -> None:
         """Take what a step took."""
@@ -77,7 +97,14 @@ class StepModel:
             # It took less than it would without its prompts. An engine that computes nothing else
             # would never find out: the warm-up was slow, as of a machine that did other things.
             self._streams.observe(of_streams, seconds)
-        prompts_s = seconds - self._streams.predict(of_streams)
+        streams_s = self._streams.predict(of_streams)
+        computed_s = streams_s + self._prompts.predict(of_prompts)
+        are_few = work.prompt_tokens <= self._few_tokens and computed_s < self._launch_s
+        if are_few or seconds < self._launch_s:
+            self._launch_s += _LAUNCH_SHARE * (seconds - self._launch_s)
+        if work.prompt_tokens < self._many_tokens:
+            return
+        prompts_s = seconds - streams_s
         # Beside streams a short chunk is lost in noise. Alone, prompts that seem to cost nothing
         # cost little: as nothing, the costs would not be known.
         if prompts_s > _LEAST_SHARE * seconds or not work.num_streams:
@@ -88,7 +115,9 @@ class StepModel:
         """Return the costs as they are known now."""
         limits = self._limits
         return EngineCosts(
-            StepCosts(*self._streams.coefficients, *self._prompts.coefficients),
+            StepCosts(
+                *self._streams.coefficients, *self._prompts.coefficients, launch_s=self._launch_s
+            ),
             limits.max_num_seqs,
             limits.max_num_batched_tokens,
             limits.block_size,

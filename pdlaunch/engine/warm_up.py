@@ -21,7 +21,9 @@ Measurement = tuple[StepWork, float]
 _NUM_STREAMS = {"cpu": 8, "cuda": 32}
 _NUM_REPEATS = {"cpu": 1, "cuda": 3}
 _FEW_BLOCKS = 2
-"""Blocks of the shortest prompt that is measured."""
+"""Blocks of a short prompt."""
+_FEWEST_TOKENS = 2
+"""A prompt of so few takes beside streams what launching the kernels takes."""
 
 
 class WarmUp:
@@ -65,7 +67,7 @@ class WarmUp:
     def _measure(self) -> list[Measurement]:
         measured = [self._prompt(self._num_short), self._streams(1)]
         if self._max_streams > 1:
-            measured.append(self._streams(self._max_streams))
+            measured += [self._streams(self._max_streams), self._prompt_beside_streams()]
         return measured + [self._prompt(num_tokens) for num_tokens in self._longer_prompts()]
 
     def _longest(self, blocks_per_group: int) -> int:
@@ -88,11 +90,23 @@ class WarmUp:
 
     def _streams(self, num_streams: int) -> Measurement:
         plan = self._plan(num_streams, self._num_short)
+        plan.scheduled = self._next_tokens(num_streams)
+        return self._time(plan)
+
+    def _prompt_beside_streams(self) -> Measurement:
+        plan = self._plan(self._max_streams, self._num_short)
+        last, num_tokens = self._max_streams - 1, min(_FEWEST_TOKENS, self._num_short)
         plan.scheduled = [
+            *self._next_tokens(last),
+            ScheduledRow(row=last, num_computed_tokens=0, num_tokens=num_tokens, sample=False),
+        ]
+        return self._time(plan)
+
+    def _next_tokens(self, num_streams: int) -> list[ScheduledRow]:
+        return [
             ScheduledRow(row=row, num_computed_tokens=self._num_short, num_tokens=1, sample=True)
             for row in range(num_streams)
         ]
-        return self._time(plan)
 
     def _time(self, plan: StepPlan) -> Measurement:
         begin_at = self._clock()

@@ -21,6 +21,14 @@ many times as long as its streams alone do; ``StreamPauses`` has the few excepti
 steady streams are held to: the 99th percentile of the time between tokens, beside the median.
 """
 
+LAST_CHUNK = 1.25
+"""The last chunk of all prompts that wait may be so many times as long as others."""
+
+
+def num_chunks(num_tokens: float, chunk_tokens: int) -> int:
+    """Return in how many steps prompts are computed beside streams; see ``next_chunk``."""
+    return math.ceil(max(0.0, num_tokens / chunk_tokens - LAST_CHUNK)) + (num_tokens > 0)
+
 
 class StepWork(msgspec.Struct, frozen=True, kw_only=True):
     """Counts what one step computes."""
@@ -32,6 +40,11 @@ class StepWork(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int = 0
     attended_tokens: float = 0.0
     """Sum over the prompt tokens of the tokens before them."""
+
+    @property
+    def is_mixed(self) -> bool:
+        """Return whether prompts are computed beside streams."""
+        return self.num_streams > 0 and self.prompt_tokens > 0
 
     @property
     def features(self) -> tuple[float, float, float, float, float]:
@@ -46,7 +59,9 @@ class StepWork(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepCosts(msgspec.Struct, frozen=True, array_like=True):
-    """Says how long a step takes: the sum of these seconds, each times what it is for."""
+    """Says how long a step takes: the sum of these seconds, each times what it is for; with prompts
+    ``launch_s`` at least.
+    """
 
     step_s: float
     """Any step."""
@@ -54,13 +69,18 @@ class StepCosts(msgspec.Struct, frozen=True, array_like=True):
     context_s: float
     prompt_s: float
     attended_s: float
+    launch_s: float = 0.0
+    """The least that a step with prompts takes, however few tokens: a GPU is given its kernels one
+    by one, while steps of streams alone are one CUDA graph.
+    """
 
     def seconds(self, work: StepWork) -> float:
         """Return the time that a step with this work takes."""
         values = (self.step_s, self.stream_s, self.context_s, self.prompt_s, self.attended_s)
-        return sum(
+        computed_s = sum(
             cost * number for cost, number in zip(values, work.features, strict=True) if number
         )
+        return max(self.launch_s, computed_s) if work.prompt_tokens else computed_s
 
     def decode_s(self, num_streams: float, context_tokens: float) -> float:
         """Return the time of a step that computes the next tokens of streams and nothing else."""
@@ -74,7 +94,7 @@ class StepCosts(msgspec.Struct, frozen=True, array_like=True):
 
     def prompts_s(self, num_tokens: float) -> float:
         """Return the time of a step that computes prompt tokens and nothing else."""
-        return self.step_s + self.tokens_s(num_tokens)
+        return max(self.launch_s, self.step_s + self.tokens_s(num_tokens))
 
 
 class EngineCosts(msgspec.Struct, frozen=True, array_like=True):
@@ -128,9 +148,10 @@ class EngineCosts(msgspec.Struct, frozen=True, array_like=True):
         return num_steps * self.pause_step_tokens
 
     def chunk_tokens(self, num_streams: int, context_tokens: float) -> int:
-        """Return beside how many prompt tokens a step of streams is no long one; a block at least.
+        """Return beside how many prompt tokens a step of streams is no long one.
 
-        An engine without streams computes as many as fit into a step.
+        At least a block, and what is computed while kernels are launched anyway. An engine without
+        streams computes as many as fit into a step.
         """
         limit = self.max_itl_s is not None or self.max_slowdown is not None
         if not limit or num_streams == 0 or self.steps.prompt_s <= 0:
@@ -139,8 +160,20 @@ class EngineCosts(msgspec.Struct, frozen=True, array_like=True):
         allowed_s = (
             self.max_itl_s if self.max_itl_s is not None else alone_s * (self.max_slowdown or 1.0)
         )
+        allowed_s = max(allowed_s, self.steps.launch_s)
         fits = math.floor((allowed_s - alone_s) / self.steps.prompt_s)
         return max(self.block_size, min(fits, self.most_tokens(num_streams)))
+
+    def next_chunk(self, waiting_tokens: int, num_streams: int, context_tokens: float) -> int:
+        """Return how many of the prompt tokens that wait a step may have beside its streams.
+
+        As many as ``chunk_tokens`` says, and a little more where nothing is left then: a step less
+        is worth it to streams, too.
+        """
+        chunk_tokens = self.chunk_tokens(num_streams, context_tokens)
+        if waiting_tokens <= min(LAST_CHUNK * chunk_tokens, self.most_tokens(num_streams)):
+            return max(waiting_tokens, chunk_tokens)
+        return chunk_tokens
 
 
 class StreamPauses:

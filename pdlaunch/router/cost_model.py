@@ -17,7 +17,7 @@ from typing import Literal
 
 import msgspec
 
-from pdlaunch.protocol.costs import EngineCosts
+from pdlaunch.protocol.costs import EngineCosts, num_chunks
 from pdlaunch.router.engine import Engine
 
 RouteKind = Literal["pair", "decode", "both", "prefill", "least_work"]
@@ -106,12 +106,28 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
         if self.num_streams:
             num_pauses = max(0, int(self.long_gaps / self.num_streams))
             apart = min(total, num_pauses * self.costs.pause_tokens)
-        return (
-            math.ceil(apart / self.costs.pause_step_tokens) * steps.step_s
-            + math.ceil((total - apart) / self.chunk_tokens) * self.decode_s
+        num_apart = math.ceil(apart / self.costs.pause_step_tokens)
+        num_beside = num_chunks(total - apart, self.chunk_tokens)
+        computed_s = (
+            num_apart * steps.step_s
+            + num_beside * self.decode_s
             + steps.tokens_s(self.queued_tokens)
             + steps.tokens_s(num_tokens, num_before)
         )
+        return max(computed_s, (num_apart + num_beside) * steps.launch_s)
+
+    def lengthens_s(self, num_tokens: float, num_before: float = 0.0) -> float:
+        """Return by how much a prompt lengthens the steps of streams beside which it is computed.
+
+        ``num_tokens`` are to be computed of it, ``num_before`` are cached.
+        """
+        steps = self.costs.steps
+        computed_s = steps.tokens_s(num_tokens, num_before)
+        if self.queued_tokens:
+            # They share their steps, and what launches take.
+            return computed_s
+        num_steps = num_chunks(num_tokens, self.chunk_tokens)
+        return max(computed_s, num_steps * (steps.launch_s - self.decode_s))
 
     def room_s(self, work: Work) -> float:
         """Return the time until there is a seat and room in the KV cache for one more request.
@@ -138,7 +154,9 @@ def load_of(engine: Engine, now_at: float) -> Load | None:
     decode_s = costs.steps.decode_s(num_streams, context_tokens)
     chunk_tokens = costs.chunk_tokens(num_streams, context_tokens)
     # More than nothing, as told above: of a token alone, what it attends to may be all that counts.
-    seconds_per_token = costs.steps.tokens_s(1.0) + decode_s / chunk_tokens
+    seconds_per_token = max(
+        costs.steps.tokens_s(1.0) + decode_s / chunk_tokens, costs.steps.launch_s / chunk_tokens
+    )
     return Load(
         engine=engine,
         costs=costs,
@@ -166,9 +184,9 @@ def estimate_alone(load: Load, work: Work, num_cached: int, exposure: float = 0.
 
     ``exposure``: seconds of coming prompts that a stream will meet there in each of its own.
     """
-    steps, num_new = load.costs.steps, max(1, work.num_prompt_tokens - num_cached)
+    num_new = max(1, work.num_prompt_tokens - num_cached)
     computed_s = load.room_s(work) + load.prompt_s(num_new, num_cached)
-    chunk_s = steps.tokens_s(min(num_new, load.chunk_tokens), num_cached)
+    chunk_s = load.lengthens_s(min(num_new, load.chunk_tokens), num_cached)
     first_token_s = corrected(load.engine, computed_s)
     role = load.engine.role or "both"
     price = LATE_PRICE if 0 < load.num_streams <= load.long_gaps else 1.0
@@ -179,7 +197,7 @@ def estimate_alone(load: Load, work: Work, num_cached: int, exposure: float = 0.
         first_token_s=first_token_s,
         total_s=first_token_s + (1 + exposure) * _tokens_s(load, work),
         # Prompts that come are delayed by the stream as it is by them.
-        delay_s=load.num_streams * steps.tokens_s(num_new, num_cached) * price
+        delay_s=load.num_streams * load.lengthens_s(num_new, num_cached) * price
         + _crowding_s(load, work)
         + exposure * _tokens_s(load, work),
         itl_s=load.decode_s + chunk_s if load.num_streams else _step_with(load, work),
@@ -207,14 +225,14 @@ class DecodePart(msgspec.Struct, frozen=True):
 
 def estimate_prefill(load: Load, work: Work, num_cached: int) -> PrefillPart:
     """Estimate that an engine computes the prompt, ``num_cached`` tokens of which it has."""
-    steps, num_new = load.costs.steps, max(1, work.num_prompt_tokens - num_cached)
+    num_new = max(1, work.num_prompt_tokens - num_cached)
     prompt_only = msgspec.structs.replace(work, num_output_tokens=1.0)
     computed_s = load.room_s(prompt_only) + load.prompt_s(num_new, num_cached)
     return PrefillPart(
         load.engine.name,
         computed_s,
         corrected(load.engine, computed_s),
-        load.num_streams * steps.tokens_s(num_new, num_cached),
+        load.num_streams * load.lengthens_s(num_new, num_cached),
     )
 
 

@@ -65,7 +65,7 @@ class Exposure:
         since = sum(max(0.0, now - self._told.get(key, now)) for key, now in told.items())
         self._told = told
         num_streams = sum(load.num_streams for load in loads)
-        prompt_s = min(load.costs.steps.tokens_s(num_tokens) for load in loads)
+        prompt_s = min(load.lengthens_s(num_tokens) for load in loads)
         step_s = max(load.decode_s for load in loads)
         # What comes while others wait is computed in the same pause as they.
         num_busy = sum(load.queued_tokens > 0 for load in loads)

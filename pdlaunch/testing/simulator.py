@@ -117,8 +117,8 @@ class SimEngine:
         """Return a step: its work, its streams, and how much of which prompts."""
         streams = list(self.streams)
         context_tokens = sum(request.context_tokens for request in streams)
-        left = self.costs.chunk_tokens(len(streams), context_tokens)
         todo = sum(request.num_prompt_tokens - request.num_computed for request in self.prompts)
+        left = self.costs.next_chunk(todo, len(streams), context_tokens)
         if self.pauses.leave_out(len(streams), todo, left):
             streams, context_tokens, left = [], 0, self.costs.pause_step_tokens
         elif streams and self.pauses.has_begun:

@@ -78,8 +78,11 @@ def test_the_warm_up_measures_streams_and_prompts_and_uses_what_there_is() -> No
     used = [block_id for plan in plans for new in plan.new_blocks for block_id in new.block_ids]
     assert max(used) + 1 == warm_up.num_used_blocks <= 80
     model = StepModel(LIMITS, measured)
-    for work in (StepWork(num_streams=6, context_tokens=48), StepWork(prompt_tokens=12)):
+    for work in (StepWork(num_streams=6, context_tokens=48), StepWork(prompt_tokens=30)):
         assert model.costs.steps.seconds(work) == pytest.approx(COSTS.seconds(work), rel=0.1)
+    # A few tokens take what they took beside streams, as nobody can tell what launches took of it.
+    few = StepWork(prompt_tokens=2)
+    assert model.costs.steps.seconds(few) == pytest.approx(COSTS.seconds(few), rel=0.25)
 
 
 @pytest.mark.parametrize("num_blocks", [0, 1, 2, 6])
@@ -171,6 +174,41 @@ def test_a_warm_up_on_a_busy_machine_is_forgotten(too_slow: int, num_steps_betwe
             model.observe(streams, COSTS.seconds(streams))
     for work in (prompt, short):
         assert model.costs.steps.seconds(work) == pytest.approx(COSTS.seconds(work), rel=0.25)
+
+
+@pytest.mark.parametrize("seems", [0.5, 1.0, 2.0])
+def test_chunks_do_not_get_smaller_because_launches_take_long(seems: float) -> None:
+    """Steps with few prompt tokens take 15 ms here, as on an H200, whatever these tokens cost.
+
+    ``seems``: what the warm-up has measured, which was disturbed.
+    """
+    true = StepCosts(0.005, 1e-5, 0.0, 2e-5, 0.0, launch_s=0.015)
+    warm_up = [StepWork(prompt_tokens=number) for number in (32, 1000, 4000, 8000)]
+    warm_up += [StepWork(num_streams=32), StepWork(num_streams=32, prompt_tokens=2)]
+    costs = limits(max_num_batched_tokens=8192, max_slowdown=2.0)
+    model = StepModel(costs, [(work, seems * true.seconds(work)) for work in warm_up])
+    source = random.Random(1)
+    for number in range(3000):
+        work = StepWork(num_streams=64)
+        if number % 100 == 99:
+            work = StepWork(prompt_tokens=8000)
+        elif number % 4:
+            chunk_tokens = model.costs.chunk_tokens(64, 0)
+            work = StepWork(num_streams=64, prompt_tokens=chunk_tokens)
+        model.observe(work, true.seconds(work) * source.uniform(0.95, 1.3))
+    least = (true.launch_s - true.decode_s(64, 0)) / true.prompt_s
+    assert model.costs.chunk_tokens(64, 0) > 0.5 * least
+    assert model.costs.steps.launch_s < 1.5 * true.launch_s
+
+
+def test_launches_that_seemed_slow_are_found_to_be_fast() -> None:
+    """Or a chunk would be long for streams: it is as long as launches."""
+    mixed = StepWork(num_streams=8, prompt_tokens=2)
+    busy = [(mixed, 0.2), (StepWork(prompt_tokens=32), 0.2)]
+    model = StepModel(LIMITS, busy)
+    for _ in range(100):
+        model.observe(StepWork(prompt_tokens=32), COSTS.seconds(StepWork(prompt_tokens=32)))
+    assert model.costs.steps.launch_s < 0.01
 
 
 def pauses_until(pauses: StreamPauses, num_streams: int) -> int:
