@@ -79,7 +79,7 @@ class RoutingSettings(FrozenModel):
         gt=0,
         description=(
             "Longest time between two tokens of a stream that prompts may cause. When unset, "
-            "prompts at most double the steps of a decode engine, but for one gap in 200."
+            "prompts at most double the steps of a decode engine, but for a few gaps in a thousand."
         ),
     )
     max_ttft_ms: Annotated[float | None, Flag(panel=DEPLOYMENT)] = Field(

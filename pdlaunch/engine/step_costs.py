@@ -25,14 +25,18 @@ _LEAST_SHARE = 0.1
 """Prompts of which a step with streams tells something take this share of it at least."""
 _LITTLE = 0.01
 """Share of a step that its prompts are taken to cost, where they seem to cost nothing."""
-_FEW, _MANY = 0.5, 2.0
-"""Tokens that take so many times as long as launches, by the warm-up: up to the first they tell
-what launches take, from the second on what tokens cost.
-"""
+_MANY = 2.0
+"""Tokens that take so many times as long as launches, by the warm-up, tell what tokens cost."""
 _MOST_NEEDED = 0.25
 """Share of a full step that is many tokens in any case."""
-_LAUNCH_SHARE = 0.1
-"""Each step counts so much in what launches are taken to cost."""
+_LAUNCHED = 0.9
+"""Streams and tokens that should take less than this share of a step were not what it took so long
+for.
+"""
+_FASTER_SHARE, _SLOWER_SHARE = 0.3, 0.1
+"""Each step counts so much in what launches are taken to cost: nothing makes a step faster than it
+is, and much makes it slower.
+"""
 
 
 def work_of(plan: StepPlan) -> StepWork:
@@ -60,9 +64,9 @@ class StepModel:
     Steps without prompts tell what streams cost, those with prompts what these add: a long step of
     prompts that takes a little longer than it should says nothing of the few streams in it.
 
-    Of those with prompts, few tokens tell what launches take, many what tokens cost, and those
-    between nothing. Were a short chunk taken for dear tokens, the next one would be shorter, and
-    its tokens seem dearer still, until prompts hardly go on.
+    Of those with prompts, only many tokens tell what tokens cost. A short chunk takes as long as
+    its launches: were it taken for dear tokens, the next one would be shorter, and its tokens seem
+    dearer still, until prompts hardly go on.
     """
 
     def __init__(self, limits: EngineCosts, measured: Sequence[tuple[StepWork, float]]) -> None:
@@ -73,14 +77,13 @@ class StepModel:
         self._streams = OnlineFit([0.0] * 3, _STREAM_DOUBT, _STREAM_DRIFTS)
         self._prompts = OnlineFit([0.0] * 2, _PROMPT_DOUBT, _PROMPT_DRIFTS)
         self._launch_s = 0.0
-        self._few_tokens = self._many_tokens = 0.0
+        self._many_tokens = 0.0
         # The longest prompts first: of a short one most is what any step takes.
         for work, seconds in sorted(measured, key=lambda one: (one[0].prompt_tokens > 0, -one[1])):
             self.observe(work, seconds)
         launches_s = [seconds for work, seconds in measured if work.is_mixed]
         if launches_s and (token_s := self._prompts.coefficients[0]):
             self._launch_s = min(launches_s)
-            self._few_tokens = _FEW * self._launch_s / token_s
             most = _MOST_NEEDED * limits.max_num_batched_tokens
             self._many_tokens = min(most, _MANY * self._launch_s / token_s)
 
@@ -98,10 +101,8 @@ class StepModel:
             # would never find out: the warm-up was slow, as of a machine that did other things.
             self._streams.observe(of_streams, seconds)
         streams_s = self._streams.predict(of_streams)
-        computed_s = streams_s + self._prompts.predict(of_prompts)
-        are_few = work.prompt_tokens <= self._few_tokens and computed_s < self._launch_s
-        if are_few or seconds < self._launch_s:
-            self._launch_s += _LAUNCH_SHARE * (seconds - self._launch_s)
+        if work.num_streams:
+            self._observe_launches(streams_s + self._prompts.predict(of_prompts), seconds)
         if work.prompt_tokens < self._many_tokens:
             return
         prompts_s = seconds - streams_s
@@ -110,14 +111,24 @@ class StepModel:
         if prompts_s > _LEAST_SHARE * seconds or not work.num_streams:
             self._prompts.observe(of_prompts, max(prompts_s, _LITTLE * seconds))
 
+    def _observe_launches(self, computed_s: float, seconds: float) -> None:
+        """``computed_s``: what streams and tokens should take. Chunks fill the time of launches, so
+        that a step is as likely to take a little less as more.
+        """
+        late_s = seconds - self._launch_s
+        if late_s < 0:
+            self._launch_s += _FASTER_SHARE * late_s
+        elif computed_s < _LAUNCHED * seconds:
+            self._launch_s += _SLOWER_SHARE * late_s
+
     @property
     def costs(self) -> EngineCosts:
         """Return the costs as they are known now."""
         limits = self._limits
+        step_s, stream_s, context_s = self._streams.coefficients
+        prompt_s, attended_s = self._prompts.coefficients
         return EngineCosts(
-            StepCosts(
-                *self._streams.coefficients, *self._prompts.coefficients, launch_s=self._launch_s
-            ),
+            StepCosts(step_s, stream_s, context_s, prompt_s, attended_s, self._launch_s),
             limits.max_num_seqs,
             limits.max_num_batched_tokens,
             limits.block_size,

@@ -59,8 +59,8 @@ class StepWork(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepCosts(msgspec.Struct, frozen=True, array_like=True):
-    """Says how long a step takes: the sum of these seconds, each times what it is for; with prompts
-    ``launch_s`` at least.
+    """Says how long a step takes: the sum of these seconds, each times what it is for; with streams
+    and prompts ``launch_s`` at least.
     """
 
     step_s: float
@@ -70,8 +70,8 @@ class StepCosts(msgspec.Struct, frozen=True, array_like=True):
     prompt_s: float
     attended_s: float
     launch_s: float = 0.0
-    """The least that a step with prompts takes, however few tokens: a GPU is given its kernels one
-    by one, while steps of streams alone are one CUDA graph.
+    """The least that a step with streams and prompts takes, however few tokens: a GPU is given its
+    kernels one by one, while steps of streams alone are one CUDA graph.
     """
 
     def seconds(self, work: StepWork) -> float:
@@ -80,7 +80,7 @@ class StepCosts(msgspec.Struct, frozen=True, array_like=True):
         computed_s = sum(
             cost * number for cost, number in zip(values, work.features, strict=True) if number
         )
-        return max(self.launch_s, computed_s) if work.prompt_tokens else computed_s
+        return max(self.launch_s, computed_s) if work.is_mixed else computed_s
 
     def decode_s(self, num_streams: float, context_tokens: float) -> float:
         """Return the time of a step that computes the next tokens of streams and nothing else."""
@@ -94,7 +94,7 @@ class StepCosts(msgspec.Struct, frozen=True, array_like=True):
 
     def prompts_s(self, num_tokens: float) -> float:
         """Return the time of a step that computes prompt tokens and nothing else."""
-        return max(self.launch_s, self.step_s + self.tokens_s(num_tokens))
+        return self.step_s + self.tokens_s(num_tokens)
 
 
 class EngineCosts(msgspec.Struct, frozen=True, array_like=True):
@@ -184,12 +184,16 @@ class StreamPauses:
         streams   | | | | |               | | | | |       a line is a step
         prompts             8,192 │ 8,192                 steps without streams, and faster for it
 
-    Each stream gets one token late, however many prompts that were. One such gap in 200 changes no
+    Each stream gets one token late, however many prompts that were. Few such gaps change no
     percentile that people look at; when these are used up, prompts are computed in chunks.
     """
 
-    SHARE = 0.005
-    """Gaps that may be long, of all: half of those above the 99th percentile."""
+    SHARE = 0.0075
+    """Gaps that may be long, of all: three quarters of those above the 99th percentile."""
+    MOST_CHUNKS = 2
+    """Prompts of so many chunks are computed beside streams: as many gaps that are a little longer
+    are better than a long one.
+    """
     MAX_S = 0.2
     """No step begins without the streams when they have waited so long. A full step of prompts
     takes about as long on a GPU (8,192 tokens of an 8B model: 0.18 s): half of it would let one
@@ -219,7 +223,8 @@ class StreamPauses:
             return False
         if self._waited_s is not None:
             return num_prompt_tokens > 0 and self._waited_s < self.MAX_S
-        return num_prompt_tokens > chunk_tokens and self.num_left >= num_streams
+        are_many = num_prompt_tokens > self.MOST_CHUNKS * chunk_tokens
+        return are_many and self.num_left > 0
 
     def ran_prompts(self, seconds: float) -> None:
         """Count a step from which streams were left out.

@@ -104,17 +104,17 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
         # The part for which streams wait, and the part in chunks beside them.
         apart = total
         if self.num_streams:
-            num_pauses = max(0, int(self.long_gaps / self.num_streams))
+            num_pauses = max(0, math.ceil(self.long_gaps / self.num_streams))
             apart = min(total, num_pauses * self.costs.pause_tokens)
         num_apart = math.ceil(apart / self.costs.pause_step_tokens)
         num_beside = num_chunks(total - apart, self.chunk_tokens)
-        computed_s = (
+        tokens_s = steps.tokens_s(self.queued_tokens) + steps.tokens_s(num_tokens, num_before)
+        beside_s = tokens_s * (total - apart) / max(total, 1.0)
+        return (
             num_apart * steps.step_s
-            + num_beside * self.decode_s
-            + steps.tokens_s(self.queued_tokens)
-            + steps.tokens_s(num_tokens, num_before)
+            + (tokens_s - beside_s)
+            + max(num_beside * self.decode_s + beside_s, num_beside * steps.launch_s)
         )
-        return max(computed_s, (num_apart + num_beside) * steps.launch_s)
 
     def lengthens_s(self, num_tokens: float, num_before: float = 0.0) -> float:
         """Return by how much a prompt lengthens the steps of streams beside which it is computed.
@@ -189,7 +189,7 @@ def estimate_alone(load: Load, work: Work, num_cached: int, exposure: float = 0.
     chunk_s = load.lengthens_s(min(num_new, load.chunk_tokens), num_cached)
     first_token_s = corrected(load.engine, computed_s)
     role = load.engine.role or "both"
-    price = LATE_PRICE if 0 < load.num_streams <= load.long_gaps else 1.0
+    price = LATE_PRICE if load.num_streams and load.long_gaps > 0 else 1.0
     return Estimate(
         kind=role,
         engines=(load.engine.name,),

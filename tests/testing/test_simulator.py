@@ -132,7 +132,8 @@ def test_a_burst_is_over_sooner_than_with_pairs_alone_and_streams_stay_steady() 
     load = [(0.0, 512, 256)] * 256
     found = {}
     for name, policy in (("cost", LeastCost()), ("pairs", LeastWork())):
-        simulation = Simulation(engines(("prefill-0", "decode-0")), policy)
+        able = engines(("prefill-0", "decode-0"), max_num_seqs=128)
+        simulation = Simulation(able, policy)
         sent = requests(load)
         simulation.run(sent, concurrency=128)
         found[name] = sent
