@@ -38,7 +38,7 @@ class Exposure:
     """For so long: a burst that lasts longer shows by itself what it is."""
     LEAST_S = 1e-3
     """Seconds of streams that are always taken to have been: what is divided by is not nothing."""
-    WEIGHT = 1.5
+    WEIGHT = 2.0
     """Charges for more than the usual: prompts come in clusters, and a stream cannot leave. Found
     in the simulator: with 1, requests that come one by one leave streams at prefill engines, and
     at 50 a second the longest waits are five times as long; 2 changes nothing there.

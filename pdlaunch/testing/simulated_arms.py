@@ -44,6 +44,11 @@ PULL_S = 0.012
 """Time between a prompt's end and the decode engine's first step with it; measured: 15 to 25 ms to
 the second token.
 """
+WAY_S = (0.004, 0.014)
+SLOWNESS = (0.98, 1.08)
+"""From and to: what requests take to the router, and steps as a share of what they should take.
+Without these, requests that came together would end together, round after round.
+"""
 NUM_ROUNDS = 4
 OPEN_LOOP_S = 30.0
 ARMS: Mapping[str, tuple[tuple[str, ...], type[LeastCost] | type[LeastWork]]] = {
@@ -61,10 +66,10 @@ class SimLoad(msgspec.Struct, frozen=True, kw_only=True):
     concurrency: int | None
     per_second: float | None
 
-    def requests(self) -> list[SimRequest]:
+    def requests(self, begin_at: float = 0.0) -> list[SimRequest]:
         """Return the requests of a run, the same each time."""
         return [
-            SimRequest(number, instant, self.num_prompt_tokens, self.num_output_tokens)
+            SimRequest(number, begin_at + instant, self.num_prompt_tokens, self.num_output_tokens)
             for number, instant in enumerate(self._instants())
         ]
 
@@ -107,21 +112,34 @@ def read_load(text: str) -> SimLoad:
 
 
 def simulate(load: SimLoad, names: Sequence[str], policy: Policy, costs: EngineCosts) -> Figures:
-    """Run a load through new engines of these names (``role-number``)."""
+    """Run a load twice through new engines of these names (``role-number``); return the figures of
+    the second time.
+    """
     engines = []
     for name in names:
         role: Role = name.partition("-")[0]  # type: ignore[assignment]
         bound = None if role == "both" else MAX_SLOWDOWN
         engines.append(SimEngine(name, role, msgspec.structs.replace(costs, max_slowdown=bound)))
-    requests = load.requests()
-    Simulation(engines, policy, pull_s=lambda _: PULL_S).run(requests, load.concurrency)
+    draw = random.Random(2)
+    simulation = Simulation(
+        engines,
+        policy,
+        pull_s=lambda _: PULL_S,
+        way_s=lambda: draw.uniform(*WAY_S),
+        slowness=lambda: draw.uniform(*SLOWNESS),
+    )
+    # The first run is for the policy, which learns what comes.
+    simulation.run(load.requests(), load.concurrency)
+    begin_at = simulation.now_at
+    requests = load.requests(begin_at)
+    simulation.run(requests, load.concurrency)
     ttft = sorted(request.ttft_s * 1000 for request in requests)
     gaps = sorted(gap_s * 1000 for request in requests for gap_s in request.gaps_s)
     num_tokens = sum(len(request.tokens_at) for request in requests)
     return Figures(
         ttft=(statistics.median(ttft), _p99(ttft)),
         itl=(statistics.median(gaps), _p99(gaps), gaps[-1]),
-        tokens_per_s=num_tokens / max(request.tokens_at[-1] for request in requests),
+        tokens_per_s=num_tokens / (simulation.now_at - begin_at),
     )
 
 

@@ -157,6 +157,8 @@ class Simulation:
     """Runs requests through engines. ``pull_s``: the time in which a prompt's blocks are pulled.
 
     ``requests`` come at their instants; with ``concurrency`` the next one comes when one has ended.
+    ``way_s``: the time that a request takes to the router, and ``slowness`` that of a step as a
+    multiple of what it should take; both are drawn anew each time.
     """
 
     def __init__(
@@ -165,6 +167,8 @@ class Simulation:
         policy: Policy,
         *,
         pull_s: Callable[[SimRequest], float] = lambda _: 0.0,
+        way_s: Callable[[], float] = lambda: 0.0,
+        slowness: Callable[[], float] = lambda: 1.0,
         check: Callable[[Simulation], None] = lambda _: None,
     ) -> None:
         self.engines = {engine.view.name: engine for engine in engines}
@@ -172,6 +176,8 @@ class Simulation:
         self.done: list[SimRequest] = []
         self._policy = policy
         self._pull_s = pull_s
+        self._way_s = way_s
+        self._slowness = slowness
         self._check = check
         self._views = [engine.view for engine in engines]
         self._events: list[tuple[float, int, Callable[[], None]]] = []
@@ -183,7 +189,7 @@ class Simulation:
         first = len(requests) if concurrency is None else concurrency
         self._clients.extend(requests[first:])
         for request in requests[:first]:
-            self._at(request.arrived_at, partial(self._arrives, request))
+            self._at(request.arrived_at + self._way_s(), partial(self._arrives, request))
         while self._events:
             self.now_at, _, act = heapq.heappop(self._events)
             act()
@@ -238,7 +244,8 @@ class Simulation:
             engine.pauses.ran_streams(len(streams))
         elif engine.streams:
             engine.pauses.ran_prompts(engine.costs.steps.prompts_s(work.prompt_tokens))
-        end_at = self.now_at + engine.costs.steps.seconds(work) / engine.speed
+        step_s = engine.costs.steps.seconds(work) / engine.speed * self._slowness()
+        end_at = self.now_at + step_s
         engine.stream_seconds += len(streams) * (end_at - self.now_at)
         self._at(end_at, lambda: self._ends(engine, streams, chunks))
 
@@ -305,7 +312,7 @@ class Simulation:
         self.done.append(request)
         if self._clients:
             following = self._clients.popleft()
-            self._at(self.now_at, lambda: self._arrives(following))
+            self._at(self.now_at + self._way_s(), lambda: self._arrives(following))
         self._consider()
 
     def _consider(self) -> None:
