@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import select
 import socket
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +103,15 @@ class Supervisor:
     def send(self, message: FromSupervisor) -> None:
         self._socket.send_multipart([b"router", from_supervisor.encode(message)])
 
-    def close(self) -> None:
+    def kill_children(self) -> None:
         for child in self.children:
             child.kill()
             child.wait()
             assert child.stdin is not None
             child.stdin.close()
+
+    def close(self) -> None:
+        self.kill_children()
         self._context.close()
         self._listener.close()
 
@@ -117,6 +121,19 @@ def supervisor(tmp_path: Path) -> Iterator[Supervisor]:
     supervisor = Supervisor(tmp_path)
     yield supervisor
     supervisor.close()
+
+
+@contextlib.asynccontextmanager
+async def serving(supervisor: Supervisor, *engines: FakeEngine) -> AsyncIterator[None]:
+    """They stop when no router is left: whom a server accepts while it stops is never let go."""
+    for engine in engines:
+        await engine.start()
+    try:
+        yield
+    finally:
+        await asyncio.to_thread(supervisor.kill_children)
+        for engine in engines:
+            await engine.stop()
 
 
 def fetch(url: str, body: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
@@ -148,9 +165,7 @@ async def test_its_life_from_register_to_stop(supervisor: Supervisor) -> None:
     assert (status, health["status"]) == (503, "starting")
 
     engines = [FakeEngine("prefill-0", "prefill"), FakeEngine("decode-0", "decode")]
-    for engine in engines:
-        await engine.start()
-    try:
+    async with serving(supervisor, *engines):
         partial = [
             entry for engine in engines for entry in engine.entries(ready=engine.role == "prefill")
         ]
@@ -189,11 +204,8 @@ async def test_its_life_from_register_to_stop(supervisor: Supervisor) -> None:
         told = [await asyncio.to_thread(supervisor.receive) for _ in range(2)]
         assert Drained() in told
         assert EngineIdle(engine="decode-0") in told
-    finally:
-        for engine in engines:
-            await engine.stop()
-    supervisor.send(Stop())
-    assert await asyncio.to_thread(child.wait, 120) == 0
+        supervisor.send(Stop())
+        assert await asyncio.to_thread(child.wait, 120) == 0
 
 
 async def test_a_client_that_came_before_the_registry_is_heard_after_it(
@@ -207,12 +219,9 @@ async def test_a_client_that_came_before_the_registry_is_heard_after_it(
     while not supervisor.has_clients_waiting():  # noqa: ASYNC110 - the kernel tells nobody
         await asyncio.sleep(0.01)
     engine = FakeEngine("decode-0", "decode")
-    await engine.start()
-    try:
+    async with serving(supervisor, engine):
         supervisor.send(Registry(version=1, entries=engine.entries()))
         assert (await asked)[1] == {"status": "ok", "engines": {"decode-0": "ready"}}
-    finally:
-        await engine.stop()
 
 
 @pytest.mark.parametrize("end", [Stop(), Drain(timeout_s=0.0)], ids=["stop", "drain expires"])
@@ -224,9 +233,7 @@ async def test_what_still_runs_at_its_end_is_told_so(
     await asyncio.to_thread(supervisor.receive)
     engines = [FakeEngine("prefill-0", "prefill"), FakeEngine("decode-0", "decode")]
     engines[1].hold_after = 1
-    for engine in engines:
-        await engine.start()
-    try:
+    async with serving(supervisor, *engines):
         supervisor.send(
             Registry(version=1, entries=[entry for engine in engines for entry in engine.entries()])
         )
@@ -243,13 +250,10 @@ async def test_what_still_runs_at_its_end_is_told_so(
             assert (await (await whole).json())["error"]["code"] == "draining"
             last = (await streamed.read()).removesuffix(b"\n\n").rpartition(b"\n\n")[2]
             assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "draining"
-    finally:
-        for engine in engines:
-            await engine.stop()
-    if isinstance(end, Drain):
-        assert await asyncio.to_thread(supervisor.receive) == Drained()
-        supervisor.send(Stop())
-    assert await asyncio.to_thread(child.wait, 120) == 0
+        if isinstance(end, Drain):
+            assert await asyncio.to_thread(supervisor.receive) == Drained()
+            supervisor.send(Stop())
+        assert await asyncio.to_thread(child.wait, 120) == 0
 
 
 def test_a_drain_that_takes_too_long_is_over_all_the_same(supervisor: Supervisor) -> None:
@@ -268,14 +272,11 @@ async def test_a_client_waits_until_it_knows_the_engines(supervisor: Supervisor)
     assert isinstance(registered, Register)
     waiting = asyncio.ensure_future(asyncio.to_thread(fetch, f"{registered.address.http}/health"))
     engine = FakeEngine("decode-0", "decode")
-    await engine.start()
-    try:
+    async with serving(supervisor, engine):
         supervisor.send(Registry(version=1, entries=engine.entries()))
         assert (await waiting)[0] == 200
-    finally:
-        await engine.stop()
-    supervisor.send(Stop())
-    assert await asyncio.to_thread(child.wait, 120) == 0
+        supervisor.send(Stop())
+        assert await asyncio.to_thread(child.wait, 120) == 0
 
 
 def test_it_can_be_stopped_before_it_knows_the_engines(supervisor: Supervisor) -> None:
