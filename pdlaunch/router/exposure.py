@@ -40,8 +40,8 @@ class Exposure:
     """Seconds of streams that are always taken to have been: what is divided by is not nothing."""
     WEIGHT = 2.0
     """Charges for more than the usual: prompts come in clusters, and a stream cannot leave. Found
-    in the simulator: with 1, requests that come one by one leave streams at prefill engines, and
-    at 50 a second the longest waits are five times as long; 2 changes nothing there.
+    in the simulator: with 1, requests that come one by one leave streams at prefill engines, whose
+    tokens are two to three times as late; 3 changes nothing.
     """
 
     def __init__(self) -> None:
