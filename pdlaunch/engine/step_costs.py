@@ -77,6 +77,7 @@ class StepModel:
         self._streams = OnlineFit([0.0] * 3, _STREAM_DOUBT, _STREAM_DRIFTS)
         self._prompts = OnlineFit([0.0] * 2, _PROMPT_DOUBT, _PROMPT_DRIFTS)
         self._launch_s = 0.0
+        """Stays so where the warm-up has not measured it."""
         self._many_tokens = 0.0
         # The longest prompts first: of a short one most is what any step takes.
         for work, seconds in sorted(measured, key=lambda one: (one[0].prompt_tokens > 0, -one[1])):
@@ -101,7 +102,7 @@ class StepModel:
             # would never find out: the warm-up was slow, as of a machine that did other things.
             self._streams.observe(of_streams, seconds)
         streams_s = self._streams.predict(of_streams)
-        if work.num_streams:
+        if work.num_streams and self._launch_s:
             self._observe_launches(streams_s + self._prompts.predict(of_prompts), seconds)
         if work.prompt_tokens < self._many_tokens:
             return

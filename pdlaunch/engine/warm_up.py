@@ -23,7 +23,9 @@ _NUM_REPEATS = {"cpu": 1, "cuda": 3}
 _FEW_BLOCKS = 2
 """Blocks of a short prompt."""
 _FEWEST_TOKENS = 2
-"""A prompt of so few takes beside streams what launching the kernels takes."""
+"""A prompt of so few takes beside streams what launching the kernels takes, on a GPU. On a CPU
+nothing is launched.
+"""
 
 
 class WarmUp:
@@ -67,7 +69,9 @@ class WarmUp:
     def _measure(self) -> list[Measurement]:
         measured = [self._prompt(self._num_short), self._streams(1)]
         if self._max_streams > 1:
-            measured += [self._streams(self._max_streams), self._prompt_beside_streams()]
+            measured.append(self._streams(self._max_streams))
+            if self._spec.device == "cuda":
+                measured.append(self._prompt_beside_streams())
         return measured + [self._prompt(num_tokens) for num_tokens in self._longer_prompts()]
 
     def _longest(self, blocks_per_group: int) -> int:

@@ -21,7 +21,7 @@ many times as long as its streams alone do; ``StreamPauses`` has the few excepti
 steady streams are held to: the 99th percentile of the time between tokens, beside the median.
 """
 
-LAST_CHUNK = 1.25
+LAST_CHUNK = 1.5
 """The last chunk of all prompts that wait may be so many times as long as others."""
 
 
@@ -71,7 +71,7 @@ class StepCosts(msgspec.Struct, frozen=True, array_like=True):
     attended_s: float
     launch_s: float = 0.0
     """The least that a step with streams and prompts takes, however few tokens: a GPU is given its
-    kernels one by one, while steps of streams alone are one CUDA graph.
+    kernels one by one, while steps of streams alone are one CUDA graph. 0: on a CPU.
     """
 
     def seconds(self, work: StepWork) -> float:
@@ -168,10 +168,12 @@ class EngineCosts(msgspec.Struct, frozen=True, array_like=True):
         """Return how many of the prompt tokens that wait a step may have beside its streams.
 
         As many as ``chunk_tokens`` says, and a little more where nothing is left then: a step less
-        is worth it to streams, too.
+        is worth it to streams, too. A limit that somebody has stated holds for the last chunk, too.
         """
         chunk_tokens = self.chunk_tokens(num_streams, context_tokens)
-        if waiting_tokens <= min(LAST_CHUNK * chunk_tokens, self.most_tokens(num_streams)):
+        if self.max_itl_s is None and waiting_tokens <= min(
+            LAST_CHUNK * chunk_tokens, self.most_tokens(num_streams)
+        ):
             return max(waiting_tokens, chunk_tokens)
         return chunk_tokens
 

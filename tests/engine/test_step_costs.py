@@ -11,11 +11,13 @@ from pdlaunch.engine.step_costs import StepModel, limits_of, work_of
 from pdlaunch.engine.warm_up import WarmUp
 from pdlaunch.kvcache.groups import KVCacheGroup, KVCacheLayout
 from pdlaunch.protocol.costs import (
+    LAST_CHUNK,
     MAX_SLOWDOWN,
     EngineCosts,
     StepCosts,
     StepWork,
     StreamPauses,
+    num_chunks,
 )
 from tests.engine.fake_engine import FakeEngine, output
 from tests.engine.hand_scheduler import make_spec
@@ -42,6 +44,7 @@ def test_a_plan_is_counted() -> None:
 
 
 def test_the_model_learns_from_steps_what_they_cost() -> None:
+    """On a CPU, where nothing is launched."""
     model, source = StepModel(LIMITS, []), random.Random(1)
     for _ in range(600):
         work = StepWork(
@@ -55,6 +58,7 @@ def test_the_model_learns_from_steps_what_they_cost() -> None:
         StepWork(num_streams=16, context_tokens=9000, prompt_tokens=200),
     ):
         assert model.costs.steps.seconds(work) == pytest.approx(COSTS.seconds(work), rel=0.1)
+    assert model.costs.steps.launch_s == 0
     assert model.costs.max_num_seqs == LIMITS.max_num_seqs
 
 
@@ -78,11 +82,24 @@ def test_the_warm_up_measures_streams_and_prompts_and_uses_what_there_is() -> No
     used = [block_id for plan in plans for new in plan.new_blocks for block_id in new.block_ids]
     assert max(used) + 1 == warm_up.num_used_blocks <= 80
     model = StepModel(LIMITS, measured)
-    for work in (StepWork(num_streams=6, context_tokens=48), StepWork(prompt_tokens=30)):
+    for work in (StepWork(num_streams=6, context_tokens=48), StepWork(prompt_tokens=12)):
         assert model.costs.steps.seconds(work) == pytest.approx(COSTS.seconds(work), rel=0.1)
-    # A few tokens take what they took beside streams, as nobody can tell what launches took of it.
-    few = StepWork(prompt_tokens=2)
-    assert model.costs.steps.seconds(few) == pytest.approx(COSTS.seconds(few), rel=0.25)
+    assert model.costs.steps.launch_s == 0
+
+
+def test_the_warm_up_measures_what_launches_take_on_a_gpu() -> None:
+    now = [0.0]
+    true = StepCosts(0.005, 1e-5, 0.0, 2e-5, 0.0, launch_s=0.015)
+
+    def execute(plan: StepPlan) -> None:
+        now[0] += true.seconds(work_of(plan))
+
+    sizes = {"max_num_seqs": 40, "max_num_batched_tokens": 8192, "max_model_len": 8192}
+    spec = make_spec("unused", **sizes).model_copy(update={"device": "cuda"})
+    warm_up = WarmUp(execute, spec, num_groups=1, num_blocks=9000, clock=lambda: now[0])
+    steps = StepModel(LIMITS, warm_up.run()).costs.steps
+    assert steps.launch_s == pytest.approx(true.launch_s)
+    assert steps.prompt_s == pytest.approx(true.prompt_s, rel=0.1)
 
 
 @pytest.mark.parametrize("num_blocks", [0, 1, 2, 6])
@@ -104,6 +121,19 @@ def test_chunks_leave_streams_the_time_that_they_are_allowed() -> None:
     assert doubled.chunk_tokens(0, 0) == 4096
     assert limits(max_itl_s=1e-6).chunk_tokens(8, 1000) == LIMITS.block_size
     assert LIMITS.chunk_tokens(8, 1000) == LIMITS.max_num_batched_tokens - 8
+
+
+def test_the_last_chunk_may_be_longer_but_for_a_stated_limit() -> None:
+    usual = limits(max_slowdown=2.0, max_num_batched_tokens=4096)
+    chunk_tokens = usual.chunk_tokens(8, 1000)
+    most = int(LAST_CHUNK * chunk_tokens)
+    for waiting, expected in ((3, chunk_tokens), (most, most), (most + 1, chunk_tokens)):
+        assert usual.next_chunk(waiting, 8, 1000) == expected
+        assert num_chunks(waiting, chunk_tokens) == 1 + (waiting > most)
+    assert num_chunks(0, chunk_tokens) == 0
+    stated = limits(max_itl_s=0.01, max_num_batched_tokens=4096)
+    chunk_tokens = stated.chunk_tokens(8, 1000)
+    assert stated.next_chunk(chunk_tokens + 1, 8, 1000) == chunk_tokens
 
 
 def test_a_prompt_beside_a_stream_is_computed_in_chunks_that_it_bears() -> None:
