@@ -78,8 +78,10 @@ class RoutingSettings(FrozenModel):
         None,
         gt=0,
         description=(
-            "Longest time between two tokens of a stream that prompts may cause. When unset, "
-            "prompts at most double the steps of a decode engine, but for a few gaps in a thousand."
+            "Longest time between two tokens of a stream that prompts may cause, but no less than "
+            "a step with a block of a prompt takes. When unset, prompts about double the steps of "
+            "a decode engine, but for a few gaps in a thousand; on a GPU a step with a prompt may "
+            "take longer than that in any case."
         ),
     )
     max_ttft_ms: Annotated[float | None, Flag(panel=DEPLOYMENT)] = Field(

@@ -13,8 +13,9 @@ This module only chooses; ``lifecycle.py`` does what it has chosen.
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 from pdlaunch.engine.lifecycle import RequestLifecycle
 from pdlaunch.engine.request import Phase, Request
@@ -167,17 +168,34 @@ class Scheduler:
             for request in self._queues.running
             if request.num_to_schedule == 1
         ]
+        if not self._leaves_out(num_prompt_tokens, context_tokens):
+            return False
+        # What is cached is looked up where it may change something.
+        num_cached = sum(
+            self._blocks.find_prefix(request).end(0) * self._kv.block_size
+            for request in self._next_prompts()
+            if request.phase is Phase.WAITING
+        )
+        return self._leaves_out(num_prompt_tokens - num_cached, context_tokens)
+
+    def _leaves_out(self, num_prompt_tokens: int, context_tokens: Sequence[int]) -> bool:
+        assert self._costs is not None
         num_streams = len(context_tokens)
         chunk_tokens = self._costs().next_chunk(num_prompt_tokens, num_streams, sum(context_tokens))
         return self.pauses.leave_out(num_streams, num_prompt_tokens, chunk_tokens)
 
+    def _next_prompts(self) -> Iterator[Request]:
+        """Return the requests that wait with a prompt to compute, as many as there are rows for."""
+        prompts = (request for request in self._queues.waiting if not request.wants_pull)
+        return itertools.islice(prompts, self._builder.num_free_rows)
+
     def _count_prompt_tokens(self) -> int:
-        """Return how many tokens of prompts are to be computed here, now or later."""
+        """Return how many tokens of prompts are to be computed that have a row or get one now."""
         return sum(
             request.num_to_schedule
             for request in self._queues.running
             if request.num_to_schedule > 1
-        ) + sum(request.num_remaining for request in self._queues.waiting if not request.wants_pull)
+        ) + sum(request.num_remaining for request in self._next_prompts())
 
     def _fill(self, step: StepDraft) -> None:
         self._schedule_running(step)
@@ -211,11 +229,13 @@ class Scheduler:
             return
         ends_pause = self.pauses.has_begun
         self.pauses.ran_streams(num_streams)
+        if ends_pause:
+            step.prompt_budget = 0
+            return
         num_context_tokens = sum(request.num_scheduled for request in step.scheduled)
-        chunk_tokens = self._costs().next_chunk(
+        step.prompt_budget = self._costs().next_chunk(
             self._count_prompt_tokens(), num_streams, num_context_tokens
         )
-        step.prompt_budget = 0 if ends_pause else chunk_tokens
 
     def _schedule_chunk(self, request: Request, step: StepDraft) -> None:
         """Add as many next tokens of a running request as budget and blocks allow.

@@ -65,6 +65,10 @@ class StepBuilder:
         return bool(self._free_rows)
 
     @property
+    def num_free_rows(self) -> int:
+        return len(self._free_rows)
+
+    @property
     def has_freed_rows(self) -> bool:
         """Return whether the ranks have yet to be told of rows that ended."""
         return bool(self._freed_rows)

@@ -1,4 +1,4 @@
-"""Learns what the steps of this engine cost: from the warm-up, then from every step."""
+"""Learns what the steps of this engine cost: from the warm-up, then from steps as they come."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engine.step import StepPlan
 from pdlaunch.kvcache.groups import KVCacheLayout
-from pdlaunch.observe.online_fit import NOISE, OnlineFit
+from pdlaunch.observe.online_fit import MAX_SURPRISE, NOISE, OnlineFit
 from pdlaunch.protocol.costs import MAX_SLOWDOWN, EngineCosts, StepCosts, StepWork
 
 _STREAM_DOUBT = (1.0, 0.1, 1e-4)
@@ -29,6 +29,8 @@ _MANY = 2.0
 """Tokens that take so many times as long as launches, by the warm-up, tell what tokens cost."""
 _MOST_NEEDED = 0.25
 """Share of a full step that is many tokens in any case."""
+_MOST_LAUNCHES = 3.0
+"""Launches are never taken for slower than so many times what the warm-up has measured."""
 _LAUNCHED = 0.9
 """Streams and tokens that should take less than this share of a step were not what it took so long
 for.
@@ -64,7 +66,8 @@ class StepModel:
     Steps without prompts tell what streams cost, those with prompts what these add: a long step of
     prompts that takes a little longer than it should says nothing of the few streams in it.
 
-    Of those with prompts, only many tokens tell what tokens cost. A short chunk takes as long as
+    Of those with prompts, only many tokens tell what tokens cost, and few that they cost less than
+    it seemed, once there are launches. A short chunk takes as long as
     its launches: were it taken for dear tokens, the next one would be shorter, and its tokens seem
     dearer still, until prompts hardly go on.
     """
@@ -78,13 +81,14 @@ class StepModel:
         self._prompts = OnlineFit([0.0] * 2, _PROMPT_DOUBT, _PROMPT_DRIFTS)
         self._launch_s = 0.0
         """Stays so where the warm-up has not measured it."""
-        self._many_tokens = 0.0
+        self._most_launch_s = self._many_tokens = 0.0
         # The longest prompts first: of a short one most is what any step takes.
         for work, seconds in sorted(measured, key=lambda one: (one[0].prompt_tokens > 0, -one[1])):
             self.observe(work, seconds)
         launches_s = [seconds for work, seconds in measured if work.is_mixed]
         if launches_s and (token_s := self._prompts.coefficients[0]):
             self._launch_s = min(launches_s)
+            self._most_launch_s = _MOST_LAUNCHES * self._launch_s
             most = _MOST_NEEDED * limits.max_num_batched_tokens
             self._many_tokens = min(most, _MANY * self._launch_s / token_s)
 
@@ -102,10 +106,12 @@ class StepModel:
             # would never find out: the warm-up was slow, as of a machine that did other things.
             self._streams.observe(of_streams, seconds)
         streams_s = self._streams.predict(of_streams)
-        if work.num_streams and self._launch_s:
-            self._observe_launches(streams_s + self._prompts.predict(of_prompts), seconds)
+        computed_s = streams_s + self._prompts.predict(of_prompts)
         if work.prompt_tokens < self._many_tokens:
-            return
+            if work.num_streams:
+                self._observe_launches(computed_s, seconds)
+            if computed_s <= (1 + NOISE) * max(seconds, self._launch_s):
+                return
         prompts_s = seconds - streams_s
         # Beside streams a short chunk is lost in noise. Alone, prompts that seem to cost nothing
         # cost little: as nothing, the costs would not be known.
@@ -120,7 +126,9 @@ class StepModel:
         if late_s < 0:
             self._launch_s += _FASTER_SHARE * late_s
         elif computed_s < _LAUNCHED * seconds:
-            self._launch_s += _SLOWER_SHARE * late_s
+            usual_s = MAX_SURPRISE * NOISE * self._launch_s
+            slower_s = self._launch_s + _SLOWER_SHARE * min(late_s, usual_s)
+            self._launch_s = min(slower_s, self._most_launch_s)
 
     @property
     def costs(self) -> EngineCosts:

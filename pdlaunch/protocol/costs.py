@@ -17,17 +17,13 @@ prefill and a decode engine, whatever that costs, as those do who look at what m
 WANTS_PAIR = "pair"
 MAX_SLOWDOWN = 2.0
 """An engine of one role without ``max_itl_ms`` lets the chunk of a prompt make a step at most so
-many times as long as its streams alone do; ``StreamPauses`` has the few exceptions. Twice is what
-steady streams are held to: the 99th percentile of the time between tokens, beside the median.
+many times as long as its streams alone do, or as long as its launches; ``LAST_CHUNK`` and
+``StreamPauses`` are the exceptions. Twice is what steady streams are held to: the 99th percentile
+of the time between tokens, beside the median.
 """
 
 LAST_CHUNK = 1.5
 """The last chunk of all prompts that wait may be so many times as long as others."""
-
-
-def num_chunks(num_tokens: float, chunk_tokens: int) -> int:
-    """Return in how many steps prompts are computed beside streams; see ``next_chunk``."""
-    return math.ceil(max(0.0, num_tokens / chunk_tokens - LAST_CHUNK)) + (num_tokens > 0)
 
 
 class StepWork(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,7 +105,7 @@ class EngineCosts(msgspec.Struct, frozen=True, array_like=True):
     kv_bytes_per_token: int
     """Bytes that a pull moves for a token, over all ranks."""
     max_itl_s: float | None = None
-    """A step with streams takes no longer because of prompts."""
+    """A step with streams takes no longer because of prompts, but for a block and for launches."""
     max_slowdown: float | None = None
     """The same as a multiple of the step without prompts, where ``max_itl_s`` is None."""
 
@@ -177,6 +173,18 @@ class EngineCosts(msgspec.Struct, frozen=True, array_like=True):
             return max(waiting_tokens, chunk_tokens)
         return chunk_tokens
 
+    def num_chunks(self, num_tokens: float, chunk_tokens: int, num_streams: int) -> int:
+        """Return in how many steps prompts are computed beside streams, if nobody else comes.
+
+        ``chunk_tokens``: what ``chunk_tokens`` has said; the last one is as in ``next_chunk``.
+        """
+        if num_tokens <= 0:
+            return 0
+        last = chunk_tokens
+        if self.max_itl_s is None:
+            last = int(min(LAST_CHUNK * chunk_tokens, self.most_tokens(num_streams)))
+        return 1 + math.ceil(max(0.0, num_tokens - last) / chunk_tokens)
+
 
 class StreamPauses:
     """Lets the streams of an engine wait while the prompts of a burst are computed at full speed.
@@ -198,8 +206,8 @@ class StreamPauses:
     """
     MAX_S = 0.2
     """No step begins without the streams when they have waited so long. A full step of prompts
-    takes about as long on a GPU (8,192 tokens of an 8B model: 0.18 s): half of it would let one
-    such step through where two are needed, twice as much would make no burst shorter.
+    takes about as long on a GPU (8,192 tokens of an 8B model: 0.17 to 0.2 s): half of it would let
+    one such step through where two are needed, twice as much would make no burst shorter.
     """
 
     def __init__(self, most: int) -> None:
@@ -218,7 +226,7 @@ class StreamPauses:
     def leave_out(self, num_streams: int, num_prompt_tokens: int, chunk_tokens: int) -> bool:
         """Return whether the next step is to hold prompts alone, of which there are so many tokens.
 
-        ``chunk_tokens``: a step with streams has room for them.
+        ``chunk_tokens``: the next step with streams has room for them.
         """
         if not num_streams:
             self._waited_s = None

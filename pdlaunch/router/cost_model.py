@@ -17,7 +17,7 @@ from typing import Literal
 
 import msgspec
 
-from pdlaunch.protocol.costs import EngineCosts, num_chunks
+from pdlaunch.protocol.costs import EngineCosts, StreamPauses
 from pdlaunch.router.engine import Engine
 
 RouteKind = Literal["pair", "decode", "both", "prefill", "least_work"]
@@ -27,8 +27,8 @@ LATE_PRICE = 0.05
 (``StreamPauses``), which are there to be used.
 
 A late token is the first of many that come later by as much, but nobody sees more than the one gap.
-Found in the simulator: with 0 they are used up by prompts that gain little, with 0.2 nearly none is
-used (docs/measurements/routing.md has the figures, for all constants of this kind).
+Found in the simulator: with 0 they are used up by prompts that gain little, with 1 hardly any is
+used (docs/measurements/routing.md has the figures, for most constants of this kind).
 """
 MAX_CORRECTION = 4.0
 """Measured times change an estimate by this factor at most: an engine's own costs come from every
@@ -104,10 +104,10 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
         # The part for which streams wait, and the part in chunks beside them.
         apart = total
         if self.num_streams:
-            num_pauses = max(0, math.ceil(self.long_gaps / self.num_streams))
+            num_pauses = math.ceil(self.long_gaps / self.num_streams) if self.pauses(total) else 0
             apart = min(total, num_pauses * self.costs.pause_tokens)
         num_apart = math.ceil(apart / self.costs.pause_step_tokens)
-        num_beside = num_chunks(total - apart, self.chunk_tokens)
+        num_beside = self.num_chunks(total - apart)
         tokens_s = steps.tokens_s(self.queued_tokens) + steps.tokens_s(num_tokens, num_before)
         beside_s = tokens_s * (total - apart) / max(total, 1.0)
         return (
@@ -121,13 +121,21 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
 
         ``num_tokens`` are to be computed of it, ``num_before`` are cached.
         """
-        steps = self.costs.steps
-        computed_s = steps.tokens_s(num_tokens, num_before)
-        if self.queued_tokens:
-            # They share their steps, and what launches take.
-            return computed_s
-        num_steps = num_chunks(num_tokens, self.chunk_tokens)
-        return max(computed_s, num_steps * (steps.launch_s - self.decode_s))
+        computed_s = self.costs.steps.tokens_s(num_tokens, num_before)
+        # Prompts that wait share their steps, and what launches take.
+        num_steps = self.num_chunks(self.queued_tokens + num_tokens) - self.num_chunks(
+            self.queued_tokens
+        )
+        return max(computed_s, num_steps * (self.costs.steps.launch_s - self.decode_s))
+
+    def num_chunks(self, num_tokens: float) -> int:
+        """Return in how many steps prompts are computed beside the streams."""
+        return self.costs.num_chunks(num_tokens, self.chunk_tokens, self.num_streams)
+
+    def pauses(self, num_tokens: float) -> bool:
+        """Return whether streams wait while prompts of so many tokens are computed."""
+        are_many = num_tokens > StreamPauses.MOST_CHUNKS * self.chunk_tokens
+        return self.num_streams > 0 and self.long_gaps > 0 and are_many
 
     def room_s(self, work: Work) -> float:
         """Return the time until there is a seat and room in the KV cache for one more request.
@@ -186,7 +194,8 @@ def estimate_alone(load: Load, work: Work, num_cached: int, exposure: float = 0.
     """
     num_new = max(1, work.num_prompt_tokens - num_cached)
     computed_s = load.room_s(work) + load.prompt_s(num_new, num_cached)
-    chunk_s = load.lengthens_s(min(num_new, load.chunk_tokens), num_cached)
+    steps = load.costs.steps
+    chunk_s = steps.tokens_s(min(num_new, load.chunk_tokens), num_cached)
     first_token_s = corrected(load.engine, computed_s)
     role = load.engine.role or "both"
     price = LATE_PRICE if load.num_streams and load.long_gaps > 0 else 1.0
@@ -200,7 +209,9 @@ def estimate_alone(load: Load, work: Work, num_cached: int, exposure: float = 0.
         delay_s=load.num_streams * load.lengthens_s(num_new, num_cached) * price
         + _crowding_s(load, work)
         + exposure * _tokens_s(load, work),
-        itl_s=load.decode_s + chunk_s if load.num_streams else _step_with(load, work),
+        itl_s=max(steps.launch_s, load.decode_s + chunk_s)
+        if load.num_streams
+        else _step_with(load, work),
     )
 
 

@@ -58,7 +58,10 @@ class Compared(msgspec.Struct, frozen=True, kw_only=True):
 
 def read_costs(values: Mapping[str, Any]) -> EngineCosts:
     """Return the costs of an engine in a status."""
-    steps = StepCosts(**{name: values[name] for name in StepCosts.__struct_fields__})
+    # A status that was saved earlier lacks what was not measured then.
+    steps = StepCosts(
+        **{name: values[name] for name in StepCosts.__struct_fields__ if name in values}
+    )
     limits = {name: values[name] for name in EngineCosts.__struct_fields__ if name != "steps"}
     return EngineCosts(steps, **limits)
 

@@ -15,7 +15,7 @@ BLOCK_SIZE = 4
 COSTS = st.builds(
     lambda step_s, prompt_s, max_itl_s: EngineCosts(
         StepCosts(step_s, 1e-4, 0.0, prompt_s, 0.0),
-        max_num_seqs=200,
+        max_num_seqs=4,
         max_num_batched_tokens=64,
         block_size=BLOCK_SIZE,
         num_kv_tokens=10_000,
@@ -72,4 +72,5 @@ def test_prompts_that_never_end_stop_no_stream_and_streams_stop_no_prompt(
         assert sum(pause_s[:-1]) < StreamPauses.MAX_S
         assert all(pause_s[:-1])
     longest = costs.most_long_gaps + StreamPauses.SHARE * num_gaps
-    assert num_pauses * num_streams <= longest
+    # The last pause may be for some more than are left.
+    assert num_pauses * num_streams <= longest + num_streams * (costs.most_long_gaps > 0)

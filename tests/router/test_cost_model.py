@@ -382,3 +382,25 @@ def test_an_engine_that_says_it_is_slow_is_tried_all_the_same() -> None:
     assert 2 <= chosen.count("both-1") <= 4
     alone = LeastCost()
     assert all(choose([costed("both-0"), slow], alone).name == "both-0" for _ in range(100))
+
+
+@pytest.mark.parametrize("queued_tokens", [0, 64])
+def test_a_short_prompt_beside_streams_takes_as_long_as_its_launches(queued_tokens: int) -> None:
+    slow = costs(steps=msgspec.structs.replace(STEPS, launch_s=0.017))
+    able = Capabilities(awaits_lease=True, resumes=True, gives_first_token=True, costs=slow)
+    made = costed(
+        "decode-0",
+        capabilities=able,
+        num_streams=8,
+        context_tokens=4096,
+        num_works=True,
+        unanswered_tokens=queued_tokens,
+    )
+    load = load_of(made, NOW)
+    assert load is not None
+    assert load.prompt_s(64) == pytest.approx(0.017)
+    # Prompts that wait are in the same step.
+    longer_s = 64 * STEPS.prompt_s if queued_tokens else 0.017 - load.decode_s
+    assert load.lengthens_s(64) == pytest.approx(longer_s)
+    work = Work(num_prompt_tokens=64, num_output_tokens=8)
+    assert estimate_alone(load, work, 0).itl_s == pytest.approx(0.017)

@@ -24,18 +24,13 @@ def test_a_load_is_read(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["512/256@32", "512/256@128", "2048/256@8", "2048/256@32"])
 def test_bursts_by_cost_are_as_good_as_by_the_better_of_the_others(text: str) -> None:
-    """The goal for bursts, within 5 %. With 128 at once one token in thirty is as late as a step
-    with a prompt takes, which is 2.6 times as long as one without.
-    """
+    """The goal for bursts, within 5 %."""
     load = read_load(text)
     cost, pairs, both = (
         simulate(load, ARMS[arm][0], ARMS[arm][1](), H200) for arm in ("cost", "pairs", "both")
     )
     assert cost.ttft[1] <= 1.05 * min(both.ttft[1], pairs.ttft[1])
-    if text.endswith("@128"):
-        assert cost.itl[1] <= 2.8 * cost.itl[0]
-    else:
-        assert cost.itl[1] <= 1.05 * min(pairs.itl[1], both.itl[1])
+    assert cost.itl[1] <= 1.05 * min(pairs.itl[1], both.itl[1])
     assert cost.tokens_per_s >= 0.95 * max(both.tokens_per_s, pairs.tokens_per_s)
 
 
