@@ -66,10 +66,10 @@ class StepModel:
     Steps without prompts tell what streams cost, those with prompts what these add: a long step of
     prompts that takes a little longer than it should says nothing of the few streams in it.
 
-    Of those with prompts, only many tokens tell what tokens cost, and few that they cost less than
-    it seemed, once there are launches. A short chunk takes as long as
-    its launches: were it taken for dear tokens, the next one would be shorter, and its tokens seem
-    dearer still, until prompts hardly go on.
+    Where launches were measured, only many tokens tell what tokens cost, and few at most that they
+    cost less than it seemed. A short chunk takes as long as its launches: were it taken for dear
+    tokens, the next one would be shorter, and its tokens seem dearer still, until prompts hardly
+    go on.
     """
 
     def __init__(self, limits: EngineCosts, measured: Sequence[tuple[StepWork, float]]) -> None:

@@ -216,6 +216,11 @@ class StreamPauses:
         self._most = most
         self._waited_s: float | None = None
 
+    @classmethod
+    def are_for(cls, num_prompt_tokens: float, chunk_tokens: int) -> bool:
+        """Return whether prompts are long enough for streams to wait for them."""
+        return num_prompt_tokens > cls.MOST_CHUNKS * chunk_tokens
+
     @property
     def has_begun(self) -> bool:
         """Return whether streams wait: their next step computes nothing else, so that the gap is no
@@ -233,8 +238,7 @@ class StreamPauses:
             return False
         if self._waited_s is not None:
             return num_prompt_tokens > 0 and self._waited_s < self.MAX_S
-        are_many = num_prompt_tokens > self.MOST_CHUNKS * chunk_tokens
-        return are_many and self.num_left > 0
+        return self.are_for(num_prompt_tokens, chunk_tokens) and self.num_left > 0
 
     def ran_prompts(self, seconds: float) -> None:
         """Count a step from which streams were left out.

@@ -134,8 +134,8 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
 
     def pauses(self, num_tokens: float) -> bool:
         """Return whether streams wait while prompts of so many tokens are computed."""
-        are_many = num_tokens > StreamPauses.MOST_CHUNKS * self.chunk_tokens
-        return self.num_streams > 0 and self.long_gaps > 0 and are_many
+        has_gaps = self.num_streams > 0 and self.long_gaps > 0
+        return has_gaps and StreamPauses.are_for(num_tokens, self.chunk_tokens)
 
     def room_s(self, work: Work) -> float:
         """Return the time until there is a seat and room in the KV cache for one more request.
