@@ -22,6 +22,7 @@ _NATIVE_ALONE = (
     "kv_transfer.pull_timeout_s",
     "kv_transfer.pull_attempts",
     "kv_transfer.handshake_timeout_s",
+    "max_cudagraph_tokens",
     "strict_fields",
     "generation_config",
 )

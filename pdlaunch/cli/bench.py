@@ -111,6 +111,9 @@ def step(
     enforce_eager: Annotated[
         bool, typer.Option(help="On a GPU, decode without CUDA graphs.")
     ] = False,
+    max_cudagraph_tokens: Annotated[
+        int, typer.Option(min=0, help="On a GPU, prefill of up to so many tokens from graphs.")
+    ] = 0,
     output: FormatOption = "table",
 ) -> None:
     """Time the engine's step beside the same model run by transformers alone, and beside the floor
@@ -128,6 +131,7 @@ def step(
         "device": device,
         "load_format": load_format,
         "enforce_eager": enforce_eager,
+        "max_cudagraph_tokens": max_cudagraph_tokens,
     }
     # Thread pools start with the wanted size.
     rows = _measure("step", arguments, {"OMP_NUM_THREADS": str(num_threads)})

@@ -86,6 +86,15 @@ class EngineSettings(FrozenModel):
     enforce_eager: Annotated[bool, Flag()] = Field(
         False, description="Run decode steps on a GPU without CUDA graphs."
     )
+    max_cudagraph_tokens: Annotated[int, Flag()] = Field(
+        0,
+        ge=0,
+        le=4096,
+        description=(
+            "Run a GPU's steps with prompts of up to so many tokens from CUDA graphs, as decode "
+            "steps always are; 0 launches their kernels one by one."
+        ),
+    )
     async_scheduling: Annotated[bool, Flag()] = Field(
         True, description="Prepare a GPU's next step on the CPU while one runs."
     )

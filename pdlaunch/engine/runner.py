@@ -37,7 +37,7 @@ from pdlaunch.models.torch_attention import TorchAttention
 from pdlaunch.models.weights import digest_model
 
 if TYPE_CHECKING:
-    from pdlaunch.engine.decode_graphs import DecodeGraphs
+    from pdlaunch.engine.step_graphs import StepGraphs
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ class ModelRunner:
             else None
         )
         self._attention = self._new_attention()
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: StepGraphs | None = None
         self._rows = self._new_rows()
 
     def execute(self, plan: StepPlan) -> StepOutput:
@@ -261,14 +261,9 @@ class ModelRunner:
 
         Their argmax comes with them where it is known.
         """
-        replayed = None if self._graphs is None else self._graphs.run(batch)
+        replayed = None if self._graphs is None else self._graphs.run(batch, sampled_tokens)
         if replayed is not None:
-            logits, likeliest = replayed
-            # The usual case: every row draws, in the order of the batch.
-            if sampled_tokens == [*range(batch.num_rows)]:
-                return logits, likeliest
-            places = upload_array(np.array(sampled_tokens, dtype=np.int64), self._device)
-            return logits[places], likeliest[places]
+            return replayed
         token_ids, positions, kept = (
             upload_array(array, self._device)
             for array in (
@@ -343,8 +338,8 @@ class ModelRunner:
 
         return TritonAttention(self.layout, self.kv_cache)
 
-    def _capture_graphs(self) -> DecodeGraphs | None:
-        """Capture the decode graphs; all ranks of a TP group do it, as their sums are in the
+    def _capture_graphs(self) -> StepGraphs | None:
+        """Capture the graphs of steps; all ranks of a TP group do it, as their sums are in the
         graphs.
         """
         if (
@@ -353,14 +348,17 @@ class ModelRunner:
             or not self._decoder.can_be_captured
         ):
             return None
-        from pdlaunch.engine.decode_graphs import DecodeGraphs
+        from pdlaunch.engine.step_graphs import StepGraphs
         from pdlaunch.models.triton_attention import TritonAttention
 
         assert isinstance(self._attention, TritonAttention)
-        return DecodeGraphs(
+        return StepGraphs(
             self._decoder,
             self._attention,
             max_rows=self._spec.max_num_seqs,
+            max_prompt_tokens=min(
+                self._spec.max_cudagraph_tokens, self._spec.max_num_batched_tokens
+            ),
             max_blocks=-(-self._spec.max_model_len // self._spec.block_size),
             latest=self._latest,
             progress=self._progress,

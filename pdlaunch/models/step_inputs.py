@@ -32,24 +32,32 @@ class Prefix:
 
 
 @dataclass(frozen=True, slots=True)
-class Chunks:
-    """Describes the rows after the decode rows: chunks of prompts."""
+class LibraryChunks:
+    """Describes chunks of prompts to flash attention and cuDNN."""
 
     longest: int
     starts: torch.Tensor
     """[num_chunks + 1] int32; first token of each chunk, counted from the first chunk's"""
-    row_starts: torch.Tensor
-    """[num_rows + 1] int32"""
-    tile_rows: torch.Tensor
-    """[num_tiles] int32"""
-    tile_tokens: torch.Tensor
-    """[num_tiles] int32"""
     prefixes: tuple[Prefix, ...] | None
     """One for each group; None: no chunk has anything before it."""
     lengths: tuple[int, ...]
     """Tokens of each chunk, if cuDNN can do them: long ones without anything before them. Else
     empty.
     """
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """Describes the rows after the decode rows: chunks of prompts."""
+
+    row_starts: torch.Tensor
+    """[num_rows + 1] int32"""
+    tile_rows: torch.Tensor
+    """[num_tiles] int32"""
+    tile_tokens: torch.Tensor
+    """[num_tiles] int32"""
+    library: LibraryChunks | None
+    """None: they go through the Triton kernel."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +68,12 @@ class StepTensors:
     """[num_tokens] int32 by group; -1 writes nothing"""
     lengths: torch.Tensor
     """[num_rows] int32"""
+    decode_lengths: torch.Tensor
+    """[num_decode_rows] int32; 0 for a row that has no token here"""
     tables: torch.Tensor
     """[num_groups * num_rows * table_stride] int32"""
     table_stride_at: torch.Tensor
     """[1] int32"""
-    num_decode_rows: int
     chunks: Chunks | None
 
 
@@ -93,6 +102,16 @@ def slots_of(tables: tuple[IntArray, ...], batch: PackedBatch, block_size: int) 
     return [table[batch.row_of_token, blocks] * block_size + offsets for table in tables]
 
 
+def tiles_of(batch: PackedBatch, tile_size: int) -> tuple[IntArray, IntArray]:
+    """Cut chunks into tiles of ``tile_size`` tokens: the row of each tile, and its first token,
+    counted in the chunk.
+    """
+    counts = -(-np.diff(batch.row_starts)[batch.num_decode_rows :] // tile_size)
+    first_tiles = np.cumsum(counts) - counts
+    rows = np.repeat(np.arange(batch.num_decode_rows, batch.num_rows), counts)
+    return rows, (np.arange(len(rows)) - np.repeat(first_tiles, counts)) * tile_size
+
+
 class Staging:
     """Holds integers on the device at an address that stays, and pinned host memory for them."""
 
@@ -116,92 +135,143 @@ class Staging:
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeInputs:
-    """Holds the inputs of decode steps of up to ``num_rows`` rows, where CUDA graphs read them.
+class GraphShape:
+    """Says for how much a CUDA graph of a step has room."""
 
-    One buffer, at an address that stays: ``| stride | lengths | token_ids | positions | slots of
-    each group | tables of each group |``. Block tables are as wide as the step's longest context
-    asks for, so that only their used part is copied.
+    num_rows: int
+    num_tokens: int
+    num_tiles: int = 0
+    """Tiles of chunks, of which the last row belongs to those that are not needed. 0: a graph for
+    decode rows alone, of which each is one token.
     """
 
-    layout: KVCacheLayout
-    num_rows: int
-    staging: Staging
-    """Shared by inputs of several sizes, of which one is in use at a time."""
 
-    @property
-    def buffer(self) -> torch.Tensor:
-        return self.staging.device
+class GraphInputs:
+    """Holds the inputs of steps of one shape, where CUDA graphs read them.
+
+    One buffer, at an address that stays: ``| stride | lengths | .. | slots of each group | tables
+    of each group |``. Block tables are as wide as the step's longest context asks for, so that only
+    their used part is copied. What pads a batch reads nothing and writes nothing: rows of length 0,
+    tokens with slots of -1.
+    """
+
+    def __init__(self, layout: KVCacheLayout, shape: GraphShape, staging: Staging) -> None:
+        """``staging``: may be shared by inputs of several shapes, of which one is in use at a
+        time.
+        """
+        self.layout = layout
+        self.shape = shape
+        self.staging = staging
+        self._places: dict[str, slice] = {}
+        start = 0
+        for name, size in _line_sizes(shape, len(layout.groups)).items():
+            self._places[name] = slice(start, start + size)
+            start += _aligned(size)
+        self._tables_start = start
 
     @staticmethod
-    def buffer_size(layout: KVCacheLayout, num_rows: int, max_blocks: int) -> int:
-        """Return how many integers ``num_rows`` rows with block tables of ``max_blocks`` need."""
+    def buffer_size(layout: KVCacheLayout, shape: GraphShape, max_blocks: int) -> int:
+        """Return how many integers it takes, with block tables of ``max_blocks`` a row."""
         num_groups = len(layout.groups)
-        return (
-            ALIGNMENT + (3 + num_groups) * _aligned(num_rows) + num_groups * num_rows * max_blocks
-        )
-
-    @property
-    def table_stride_at(self) -> torch.Tensor:
-        """Return [1]: the blocks in a row of ``tables``."""
-        return self.buffer[:1]
-
-    @property
-    def lengths(self) -> torch.Tensor:
-        """Return [num_rows]; 0 for rows that pad the batch."""
-        return self._line(0)
+        lines = sum(_aligned(size) for size in _line_sizes(shape, num_groups).values())
+        return lines + num_groups * shape.num_rows * max_blocks
 
     @property
     def token_ids(self) -> torch.Tensor:
-        """Return [num_rows]."""
-        return self._line(1)
+        """Return [num_tokens]."""
+        return self._line("token_ids")
 
     @property
     def positions(self) -> torch.Tensor:
-        """Return [num_rows]."""
-        return self._line(2)
+        """Return [num_tokens]."""
+        return self._line("positions")
 
     @property
-    def slots(self) -> tuple[torch.Tensor, ...]:
-        """Return by group [num_rows]; -1 for rows that pad the batch."""
-        return tuple(self._line(3 + group) for group in range(len(self.layout.groups)))
+    def kept(self) -> torch.Tensor | None:
+        """Return [num_rows]: tokens whose logits are wanted; None: of all."""
+        return self._line("kept") if self.shape.num_tiles else None
 
     @property
-    def tables(self) -> torch.Tensor:
-        """Return [num_groups * num_rows * table_stride]."""
-        return self.buffer[self._tables_start :]
+    def tensors(self) -> StepTensors:
+        """Return what attention reads."""
+        has_tiles = self.shape.num_tiles > 0
+        return StepTensors(
+            slots=tuple(self._line(f"slots {index}") for index in range(len(self.layout.groups))),
+            lengths=self._line("lengths"),
+            decode_lengths=self._line("decode_lengths" if has_tiles else "lengths"),
+            tables=self.staging.device[self._tables_start :],
+            table_stride_at=self._line("stride"),
+            chunks=Chunks(
+                self._line("row_starts"),
+                self._line("tile_rows"),
+                self._line("tile_tokens"),
+                library=None,
+            )
+            if has_tiles
+            else None,
+        )
 
-    def fill(self, batch: PackedBatch) -> None:
-        """Copy a batch of at most ``num_rows`` decode rows, behind the device's queued work."""
+    def clear(self) -> None:
+        """Fill in a step that reads and writes no block."""
+        self.staging.device.zero_()
+        for index in range(len(self.layout.groups)):
+            self._line(f"slots {index}").fill_(-1)
+
+    def fill(self, batch: PackedBatch, kept: Sequence[int] = (), tile_size: int = 1) -> None:
+        """Copy a batch that fits, behind the device's queued work.
+
+        ``kept``: indices of tokens; ``tile_size``: tokens of a tile.
+        """
         stride = max(table.shape[1] for table in batch.block_tables)
-        used = self._tables_start + len(batch.block_tables) * self.num_rows * stride
         content = self.staging.host()
-        # | stride | lengths | token_ids | positions | slots ..   | tables ..        |
-        # 0        ALIGNMENT, then a line of num_rows for each    └ _tables_start    └ used
-        # Rows past the batch get length 0 and slots of -1, so that they read and write nothing.
-        content[: self._tables_start] = 0
-        content[0] = stride
         slots = slots_of(batch.block_tables, batch, self.layout.block_size)
-        for index, line in enumerate(
-            (batch.context_lengths, batch.token_ids, batch.positions, *slots)
-        ):
-            start = ALIGNMENT + index * _aligned(self.num_rows)
-            content[start : start + len(line)] = line
-            content[start + len(line) : start + self.num_rows] = -1 if index >= 3 else 0
+        lines: dict[str, tuple[IntArray | Sequence[int], int]] = {
+            "stride": ([stride], 0),
+            "lengths": (batch.context_lengths, 0),
+            "token_ids": (batch.token_ids, 0),
+            "positions": (batch.positions, 0),
+        }
+        if self.shape.num_tiles:
+            tile_rows, tile_tokens = tiles_of(batch, tile_size)
+            lines["decode_lengths"] = batch.context_lengths[: batch.num_decode_rows], 0
+            lines["row_starts"] = batch.row_starts, int(batch.row_starts[-1])
+            lines["tile_rows"] = tile_rows, self.shape.num_rows - 1
+            lines["tile_tokens"] = tile_tokens, 0
+            lines["kept"] = kept, 0
+        for index, group_slots in enumerate(slots):
+            lines[f"slots {index}"] = group_slots, -1
+        for name, (line, padding) in lines.items():
+            place = content[self._places[name]]
+            place[: len(line)] = line
+            place[len(line) :] = padding
+        used = self._tables_start + len(batch.block_tables) * self.shape.num_rows * stride
         tables = content[self._tables_start : used].reshape(
-            len(batch.block_tables), self.num_rows, stride
+            len(batch.block_tables), self.shape.num_rows, stride
         )
         for target, table in zip(tables, batch.block_tables, strict=True):
             target[: batch.num_rows] = table
         self.staging.send(used)
 
-    @property
-    def _tables_start(self) -> int:
-        return ALIGNMENT + (3 + len(self.layout.groups)) * _aligned(self.num_rows)
+    def _line(self, name: str) -> torch.Tensor:
+        return self.staging.device[self._places[name]]
 
-    def _line(self, index: int) -> torch.Tensor:
-        start = ALIGNMENT + index * _aligned(self.num_rows)
-        return self.buffer[start : start + self.num_rows]
+
+def _line_sizes(shape: GraphShape, num_groups: int) -> dict[str, int]:
+    sizes = {
+        "stride": 1,
+        "lengths": shape.num_rows,
+        "token_ids": shape.num_tokens,
+        "positions": shape.num_tokens,
+    }
+    if shape.num_tiles:
+        sizes |= {
+            "decode_lengths": shape.num_rows,
+            "row_starts": shape.num_rows + 1,
+            "tile_rows": shape.num_tiles,
+            "tile_tokens": shape.num_tiles,
+            "kept": shape.num_rows,
+        }
+    return sizes | {f"slots {index}": shape.num_tokens for index in range(num_groups)}
 
 
 def _aligned(size: int) -> int:

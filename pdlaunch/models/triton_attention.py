@@ -27,10 +27,12 @@ from pdlaunch.models.prompt_attention import (
 )
 from pdlaunch.models.step_inputs import (
     Chunks,
-    DecodeInputs,
+    GraphInputs,
+    LibraryChunks,
     Prefix,
     StepTensors,
     slots_of,
+    tiles_of,
     upload_int32,
 )
 from pdlaunch.models.triton_step import KernelSetup, TritonStep
@@ -78,7 +80,10 @@ class TritonAttention(AttentionBackend):
         has_chunks = batch.num_decode_rows < batch.num_rows
         gathered = self._gathered(batch) if has_chunks and self.setup.flash is not None else []
         if has_chunks:
-            arrays += [*self._chunk_arrays(batch), *(array for pair in gathered for array in pair)]
+            starts = batch.row_starts[batch.num_decode_rows :]
+            tiles = tiles_of(batch, self.setup.chunk_tokens)
+            arrays += [batch.row_starts, *tiles, starts - starts[0]]
+            arrays += [array for pair in gathered for array in pair]
         stride_at, lengths, tables, *rest = upload_int32(arrays, self.setup.kv_cache.device)
         # ``rest``: the slots of each group; then, with chunks, their four arrays and two more for
         # each group that is gathered.
@@ -86,36 +91,18 @@ class TritonAttention(AttentionBackend):
         tensors = StepTensors(
             slots=tuple(rest[: num_shared - 3]),
             lengths=lengths,
+            decode_lengths=lengths[: batch.num_decode_rows],
             tables=tables,
             table_stride_at=stride_at,
-            num_decode_rows=batch.num_decode_rows,
             chunks=self._chunks(batch, uploaded, gathered) if has_chunks else None,
         )
         return TritonStep(self.setup, tensors)
 
-    def decode_step(self, inputs: DecodeInputs) -> TritonStep:
+    def graph_step(self, inputs: GraphInputs) -> TritonStep:
         """Return a step over ``inputs`` that a graph can replay, whatever they are filled with
         then.
         """
-        tensors = StepTensors(
-            slots=inputs.slots,
-            lengths=inputs.lengths,
-            tables=inputs.tables,
-            table_stride_at=inputs.table_stride_at,
-            num_decode_rows=inputs.num_rows,
-            chunks=None,
-        )
-        return TritonStep(self.setup, tensors)
-
-    def _chunk_arrays(self, batch: PackedBatch) -> list[IntArray]:
-        """Return starts, row_starts, tile_rows and tile_tokens."""
-        starts = batch.row_starts[batch.num_decode_rows :] - batch.row_starts[batch.num_decode_rows]
-        counts = -(-np.diff(starts) // self.setup.chunk_tokens)
-        tile_rows = np.repeat(np.arange(batch.num_decode_rows, batch.num_rows), counts)
-        tile_tokens = (
-            np.concatenate([np.arange(count) for count in counts]) * self.setup.chunk_tokens
-        )
-        return [starts, batch.row_starts, tile_rows, tile_tokens]
+        return TritonStep(self.setup, inputs.tensors)
 
     def _gathered(self, batch: PackedBatch) -> list[tuple[IntArray, IntArray]]:
         """Return by group the slots of all that chunks see, and where each chunk's begin.
@@ -150,19 +137,19 @@ class TritonAttention(AttentionBackend):
         uploaded: list[torch.Tensor],
         gathered: list[tuple[IntArray, IntArray]],
     ) -> Chunks:
-        starts, row_starts, tile_rows, tile_tokens, *pairs = uploaded
+        row_starts, tile_rows, tile_tokens, starts, *pairs = uploaded
+        if self.setup.flash is None:
+            return Chunks(row_starts, tile_rows, tile_tokens, library=None)
         prefixes = tuple(
             Prefix(pairs[2 * index], pairs[2 * index + 1], int(np.diff(group_starts).max()))
             for index, (_, group_starts) in enumerate(gathered)
         )
         lengths = np.diff(batch.row_starts)[batch.num_decode_rows :]
         fits_cudnn = self._has_cudnn and not prefixes and int(lengths.min()) >= CUDNN_STEP_TOKENS
-        return Chunks(
+        library = LibraryChunks(
             longest=int(lengths.max()),
             starts=starts,
-            row_starts=row_starts,
-            tile_rows=tile_rows,
-            tile_tokens=tile_tokens,
             prefixes=prefixes or None,
             lengths=tuple(lengths.tolist()) if fits_cudnn else (),
         )
+        return Chunks(row_starts, tile_rows, tile_tokens, library)

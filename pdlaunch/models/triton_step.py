@@ -23,7 +23,7 @@ from pdlaunch.models.attention_kernels import (
 )
 from pdlaunch.models.layer_kernels import rotate_and_write
 from pdlaunch.models.prompt_attention import attend_whole_prompts
-from pdlaunch.models.step_inputs import Chunks, Prefix, StepTensors
+from pdlaunch.models.step_inputs import Chunks, LibraryChunks, Prefix, StepTensors
 
 TARGET_PROGRAMS = 1024
 """Programs that fill the device: eight for each of an H200's multiprocessors."""
@@ -205,26 +205,26 @@ class TritonStep(AttentionStep):
 
         All are [num_tokens, heads, D]; ``stacked`` holds all three along dimension 1.
         """
-        num_rows, chunks = self._tensors.num_decode_rows, self._tensors.chunks
-        has_flash = self._setup.flash is not None and sinks is None
-        if chunks is not None and has_flash and not num_rows:
-            return self._flash_chunks(layer, chunks, query, key, value, scaling, stacked)
+        num_rows, chunks = len(self._tensors.decode_lengths), self._tensors.chunks
+        library = None if chunks is None or sinks is not None else chunks.library
+        if library is not None and not num_rows:
+            return self._library_chunks(layer, library, query, key, value, scaling, stacked)
         result = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         if num_rows:
             self._attend_decode(layer, query[:num_rows], result[:num_rows], scaling, sinks)
-        if chunks is None:
-            return result
-        if has_flash:
-            result[num_rows:] = self._flash_chunks(
+        if library is not None:
+            result[num_rows:] = self._library_chunks(
                 layer,
-                chunks,
+                library,
                 query[num_rows:],
                 key[num_rows:],
                 value[num_rows:],
                 scaling,
                 None if stacked is None else stacked[num_rows:],
             )
-        else:
+        elif chunks is not None:
+            # In a graph ``num_rows`` counts chunks, too. Decode writes zeros for those, which this
+            # overwrites.
             self._attend_chunks(layer, chunks, query, result, scaling, sinks)
         return result
 
@@ -250,7 +250,7 @@ class TritonStep(AttentionStep):
             setup.kv_cache,
             self._tensors.tables,
             self._tensors.table_stride_at,
-            self._tensors.lengths,
+            self._tensors.decode_lengths,
             partials,
             scales[0],
             scales[1],
@@ -277,7 +277,7 @@ class TritonStep(AttentionStep):
             partials,
             scales[0],
             scales[1],
-            self._tensors.lengths,
+            self._tensors.decode_lengths,
             scales if sinks is None else sinks,
             result,
             NUM_SPLITS=plan.num_splits,
@@ -331,10 +331,10 @@ class TritonStep(AttentionStep):
             num_stages=2,
         )
 
-    def _flash_chunks(
+    def _library_chunks(
         self,
         layer: int,
-        chunks: Chunks,
+        chunks: LibraryChunks,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,

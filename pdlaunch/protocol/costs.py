@@ -67,7 +67,8 @@ class StepCosts(msgspec.Struct, frozen=True, array_like=True):
     attended_s: float
     launch_s: float = 0.0
     """The least that a step with streams and prompts takes, however few tokens: a GPU is given its
-    kernels one by one, while steps of streams alone are one CUDA graph. 0: on a CPU.
+    kernels one by one, while steps of streams alone are one CUDA graph (short prompts can be, too:
+    ``max_cudagraph_tokens``). 0: on a CPU.
     """
 
     def seconds(self, work: StepWork) -> float:

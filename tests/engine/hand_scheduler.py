@@ -19,6 +19,14 @@ BLOCK_SIZE = 4
 MAX_MODEL_LEN = 96
 
 
+GRAPHS: dict[str, dict[str, object]] = {
+    "graphs": {},
+    "graphs with prompts": {"max_cudagraph_tokens": 32},
+    "eager": {"enforce_eager": True},
+}
+"""Settings for steps on a GPU, by which of them run from CUDA graphs."""
+
+
 def make_spec(model_dir: object, **changes: object) -> EngineSpec:
     settings: dict[str, object] = {
         "name": "decode-0",

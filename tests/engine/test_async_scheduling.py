@@ -34,7 +34,7 @@ from pdlaunch.protocol.engine import (
     ToRank,
 )
 from pdlaunch.protocol.transfer import GrantLease
-from tests.engine.hand_scheduler import ignore_progress, make_spec
+from tests.engine.hand_scheduler import GRAPHS, ignore_progress, make_spec
 from tests.engine.test_leader import Recorder, make_leader
 from tests.models.tiny import greedy, save_tiny_model
 
@@ -324,10 +324,10 @@ def _ids() -> Any:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("enforce_eager", [False, True], ids=["graphs", "eager"])
+@pytest.mark.parametrize("changes", GRAPHS.values(), ids=GRAPHS)
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_tokens_do_not_depend_on_running_ahead_on_a_gpu(
-    name: str, enforce_eager: bool, tmp_path: Path
+    name: str, changes: dict[str, object], tmp_path: Path
 ) -> None:
     directory = save_tiny_model(name, tmp_path)
     answers = []
@@ -336,7 +336,7 @@ def test_tokens_do_not_depend_on_running_ahead_on_a_gpu(
             directory,
             device="cuda",
             device_indices=(0,),
-            enforce_eager=enforce_eager,
+            **changes,
             async_scheduling=async_scheduling,
             max_num_seqs=5,
         )

@@ -17,6 +17,7 @@ from pdlaunch.models.tensor_parallel import TPGroup
 from pdlaunch.protocol.engine import SamplingParams
 from tests.engine.hand_scheduler import (
     BLOCK_SIZE,
+    GRAPHS,
     HandScheduler,
     ignore_progress,
     make_requests,
@@ -235,27 +236,32 @@ class RehearsedRunner:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("enforce_eager", [False, True], ids=["graphs", "eager"])
+@pytest.mark.parametrize("changes", GRAPHS.values(), ids=GRAPHS)
 @pytest.mark.parametrize("name", sorted(CONFIGS))
-def test_cuda_equals_generate(name: str, enforce_eager: bool, tmp_path: Path) -> None:
+def test_cuda_equals_generate(name: str, changes: dict[str, object], tmp_path: Path) -> None:
     directory = save_tiny_model(name, tmp_path)
     prompts = [[5 + length % 90] * length for length in LENGTHS]
     expected = greedy(directory, prompts, NUM_TOKENS)
-    spec = make_spec(directory, device="cuda", device_indices=(0,), enforce_eager=enforce_eager)
+    spec = make_spec(directory, device="cuda", device_indices=(0,), **changes)
     shown: list[str] = []
     runner = ModelRunner(spec, tp=None, progress=lambda text, _: shown.append(text))
     runner.warm_up()
     assert (
         HandScheduler(runner).run(make_requests(prompts, NUM_TOKENS, chunk=7, apart=1)) == expected
     )
-    sizes = [] if enforce_eager or name == "gpt-oss" else [16, 8, 4, 2, 1]
+    expected_graphs = [f"{size} tokens of decode rows" for size in (16, 8, 4, 2, 1)]
+    if "max_cudagraph_tokens" in changes:
+        expected_graphs = ["32 tokens with prompts", *expected_graphs]
+        expected_graphs.insert(2, "16 tokens with prompts")
+    if "enforce_eager" in changes or name == "gpt-oss":
+        expected_graphs = []
     rehearsed = RehearsedRunner(runner)
     assert (
         HandScheduler(rehearsed).run(make_requests(prompts, NUM_TOKENS, chunk=7, apart=1))
         == expected
     )
     assert [text for text in shown if "graph" in text] == [
-        f"capturing CUDA graphs, batch of {size}" for size in sizes
+        f"capturing CUDA graphs, {text}" for text in expected_graphs
     ]
 
 

@@ -1,7 +1,7 @@
 """Runs the attention and layer kernels in Triton's interpreter; started by
 ``test_triton_attention``.
 
-Arguments: ``kernels``, or names of tiny models.
+Arguments: ``kernels``, ``graphs``, or names of tiny models.
 
 A process of its own: the interpreter is switched on by the environment before Triton is imported.
 """
@@ -12,17 +12,20 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
 
-from pdlaunch.config.model_files.shape import read_model_shape
-from pdlaunch.engine.decode_graphs import batch_sizes, likeliest_tokens
+from pdlaunch.config.model_files.shape import ModelShape, read_model_shape
+from pdlaunch.engine import step_graphs
+from pdlaunch.engine.sampler import likeliest_tokens
+from pdlaunch.engine.step_graphs import Step, batch_sizes
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.models.decoder import TransformersDecoder
 from pdlaunch.models.fused_decoder import FusedDecoder, can_fuse
 from pdlaunch.models.loader import load_model
-from pdlaunch.models.step_inputs import DecodeInputs, Staging
+from pdlaunch.models.step_inputs import GraphInputs, GraphShape, Staging
 from pdlaunch.models.torch_attention import TorchAttention
 from pdlaunch.models.triton_attention import TritonAttention
 from tests.models.attention_reference import Case, make_inputs, reference, relative_error
@@ -138,32 +141,122 @@ def attend_contiguous(
     return result
 
 
-def check_decode_inputs() -> None:
-    """Rows that pad the batch write nothing and change nothing; the same inputs are filled
-    again.
-    """
-    staging = Staging(DecodeInputs.buffer_size(Case(()).layout, 4, 16), torch.device("cpu"))
+def check_graph_inputs() -> None:
+    """What pads a batch writes nothing and changes nothing; the same memory is filled again."""
+    batches = (((9, 1), (100, 1), (0, 1)), ((33, 1),), ((33, 1), (0, 5), (30, 70)), ((9, 20),))
+    shapes = (GraphShape(4, 4), GraphShape(4, 4), GraphShape(5, 80, 6), GraphShape(3, 30, 2))
+    layout = Case(()).layout
+    staging = Staging(
+        max(GraphInputs.buffer_size(layout, shape, 16) for shape in shapes), torch.device("cpu")
+    )
     staging.device.fill_(77)
-    for rows in (((9, 1), (100, 1), (0, 1)), ((33, 1),)):
+    for rows, shape in zip(batches, shapes, strict=True):
         case = Case(rows)
         inputs = make_inputs(case)
-        filled = DecodeInputs(inputs.layout, 4, staging)
-        filled.fill(inputs.batch)
-        assert filled.token_ids[: len(rows)].tolist() == inputs.batch.token_ids.tolist()
-        assert filled.positions[: len(rows)].tolist() == inputs.batch.positions.tolist()
+        num_tokens = len(inputs.batch.token_ids)
+        backend = TritonAttention(inputs.layout, inputs.kv_cache)
+        filled = GraphInputs(inputs.layout, shape, staging)
+        filled.fill(inputs.batch, [num_tokens - 1], backend.setup.chunk_tokens)
+        assert filled.token_ids[:num_tokens].tolist() == inputs.batch.token_ids.tolist()
+        assert filled.positions[:num_tokens].tolist() == inputs.batch.positions.tolist()
+        if filled.kept is not None:
+            assert filled.kept.tolist() == [num_tokens - 1] + [0] * (shape.num_rows - 1)
         kv_cache, expected = reference(inputs, 2, 0.1)
         padded = [
-            torch.cat([states, states[:, :1].expand(-1, 4 - len(rows), -1)], 1)
+            torch.cat([states, states[:, :1].expand(-1, shape.num_tokens - num_tokens, -1)], 1)
             for states in (inputs.query, inputs.key, inputs.value)
         ]
-        found = (
-            TritonAttention(inputs.layout, inputs.kv_cache)
-            .decode_step(filled)
-            .attend(2, *padded, 0.1)
-        )
+        found = backend.graph_step(filled).attend(2, *padded, 0.1)
         assert torch.equal(inputs.kv_cache.nan_to_num(9), kv_cache.nan_to_num(9)), rows
-        assert relative_error(found[: len(rows)], expected) < 1e-5, rows
-        assert not found[len(rows) :].any()
+        assert relative_error(found[:num_tokens], expected) < 1e-5, rows
+
+
+class Replayed:
+    """Stands for a CUDA graph where there is none: it runs the step again, into the same
+    tensors.
+    """
+
+    def __init__(self, step: Step, _pool: object) -> None:
+        self._step, self._result = step, step()
+
+    def replay(self) -> tuple[torch.Tensor, torch.Tensor]:
+        for kept, found in zip(self._result, self._step(), strict=True):
+            kept.copy_(found)
+        return self._result
+
+
+def check_step_graphs() -> None:
+    """Steps from graphs equal steps without, with and without prompts, whichever rows draw; where
+    no graph fits there is none.
+    """
+    step_graphs.Recorded = Replayed  # type: ignore[assignment, misc]
+    with TemporaryDirectory() as folder:
+        directory = save_tiny_model("llama-bias", Path(folder))
+        shape, model = load_tiny(directory)
+    layout = Case((), block_size=4, windows=(None,)).layout
+    layout = KVCacheLayout(
+        make_groups(shape.layer_windows), shape.num_kv_heads, shape.head_dim, layout.block_size, 4
+    )
+    decoder = FusedDecoder(model)
+    kv_cache = torch.zeros(64, *layout.block_shape())
+    attention = TritonAttention(layout, kv_cache)
+    shown: list[str] = []
+    with torch.inference_mode():
+        graphs = step_graphs.StepGraphs(
+            decoder,
+            attention,
+            max_rows=2,
+            max_prompt_tokens=9,
+            max_blocks=5,
+            latest=None,
+            progress=lambda text, _: shown.append(text.removeprefix("capturing CUDA graphs, ")),
+        )
+        assert shown == [
+            "9 tokens with prompts",
+            "2 tokens of decode rows",
+            "1 tokens of decode rows",
+        ]
+        assert not kv_cache.any()
+        cases = (
+            (((5, 1), (4, 7)), [7, 0]),
+            (((9, 3), (0, 4)), [2]),
+            (((0, 5),), []),
+            (((3, 1), (6, 1)), [1, 0]),
+        )
+        for rows, kept in cases:
+            batch = make_inputs(Case(rows, block_size=4, windows=(None,))).batch
+            expected = decoder.logits(
+                torch.from_numpy(batch.token_ids),
+                torch.from_numpy(batch.positions),
+                torch.tensor(kept, dtype=torch.int64),
+                attention.prepare(batch),
+            )
+            written = kv_cache.clone()
+            found = graphs.run(batch, kept)
+            assert found is not None, rows
+            torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(kv_cache, written, rtol=1e-4, atol=1e-4)
+            assert found[1].tolist() == expected.argmax(-1).tolist(), rows
+        for rows in (((0, 10),), ((1, 1),) * 3):
+            batch = make_inputs(Case(rows, block_size=4, windows=(None,))).batch
+            assert graphs.run(batch, []) is None, rows
+        step_graphs.MOST_ATTENDED = 30
+        assert graphs.run(make_inputs(Case(((5, 6),), windows=(None,))).batch, []) is None
+
+
+def load_tiny(directory: Path) -> tuple[ModelShape, Any]:
+    """Load a model as on a GPU, in float32."""
+    shape = read_model_shape(directory)
+    return shape, load_model(
+        directory,
+        shape,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        dummy=False,
+        tp=None,
+        progress=lambda *_: None,
+        stacked=True,
+    )
 
 
 def check_likeliest_tokens() -> None:
@@ -181,17 +274,7 @@ def check_fused_decoder(name: str) -> None:
     """
     with TemporaryDirectory() as folder:
         directory = save_tiny_model(name, Path(folder))
-        shape = read_model_shape(directory)
-        model = load_model(
-            directory,
-            shape,
-            dtype=torch.float32,
-            device=torch.device("cpu"),
-            dummy=False,
-            tp=None,
-            progress=lambda *_: None,
-            stacked=True,
-        )
+        shape, model = load_tiny(directory)
     assert can_fuse(model)
     # Past the windows of 8 and 10, over three blocks, beside a row of one token; each token counts
     # here: the interpreter takes 0.1 s for one in a model.
@@ -227,7 +310,7 @@ def check_kernels() -> None:
     )
     for case, has_norms, rotates in ROTATIONS:
         check_rotation(case, has_norms=has_norms, rotates=rotates, tolerance=TOLERANCES[case.dtype])
-    check_decode_inputs()
+    check_graph_inputs()
     check_likeliest_tokens()
 
 
@@ -237,5 +320,7 @@ if __name__ == "__main__":
     for part in sys.argv[1:]:
         if part == "kernels":
             check_kernels()
+        elif part == "graphs":
+            check_step_graphs()
         else:
             check_fused_decoder(part)

@@ -21,6 +21,7 @@ from pdlaunch.models.tensor_parallel import (
     plan_cuts,
     says_that_a_rank_is_gone,
 )
+from tests.engine.hand_scheduler import GRAPHS
 from tests.models.tiny import CONFIGS, greedy, save_tiny_model
 
 NUM_TOKENS = 6
@@ -112,17 +113,17 @@ def test_ranks_answer_as_generate_does(
 
 @pytest.mark.multi_gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("enforce_eager", [False, True], ids=["graphs", "eager"])
+@pytest.mark.parametrize("changes", GRAPHS.values(), ids=GRAPHS)
 @pytest.mark.processes
-def test_two_gpus_answer_as_generate_does(tmp_path: Path, enforce_eager: bool) -> None:
+def test_two_gpus_answer_as_generate_does(tmp_path: Path, changes: dict[str, object]) -> None:
     """Sums over the ranks inside of CUDA graphs, between prompts that are computed without."""
     prompts = [[5 + length % 90] * length for length in (1, 4, 9, 15, 26, 33)]
     directories = [save_tiny_model(name, tmp_path) for name in ("llama-bias", "qwen3", "gemma3")]
     spec = {
         "device": "cuda",
         "device_indices": [0, 1],
-        "enforce_eager": enforce_eager,
         "async_scheduling": True,
+        **changes,
     }
     results = run_group(tmp_path, 2, directories, prompts, **spec)
     for directory in directories:
@@ -130,7 +131,7 @@ def test_two_gpus_answer_as_generate_does(tmp_path: Path, enforce_eager: bool) -
         expected = greedy(directory, prompts, NUM_TOKENS)
         assert [answer["tokens"] for answer in answers] == [expected, expected]
         assert [answer["ahead"] for answer in answers] == [expected, [[]] * len(prompts)]
-        assert [answer["has_graphs"] for answer in answers] == [not enforce_eager] * 2
+        assert [answer["has_graphs"] for answer in answers] == ["enforce_eager" not in changes] * 2
     assert [result["broadcast"] for result in results] == [bytes(range(16)).hex()] * 2
     assert [result["least"] for result in results] == [2**40 + 6] * 2
     assert {address for result in results for address in result["listening"]} <= {"127.0.0.1"}

@@ -20,7 +20,7 @@ LONG = ((5, 1), (0, 600), (0, 512))
 @needs_triton
 @pytest.mark.processes
 def test_kernels_in_the_interpreter() -> None:
-    parts = ("kernels", "llama-bias", "qwen3", "qwen2-window", "smollm3-window", "gemma3")
+    parts = ("kernels", "graphs", "llama-bias", "qwen3", "qwen2-window", "smollm3-window", "gemma3")
     run_interpreted("tests.models.interpreted_attention", parts)
 
 

@@ -73,6 +73,7 @@ def bench_step(
     device: Literal["cpu", "cuda"] = "cpu",
     load_format: LoadFormat = "auto",
     enforce_eager: bool = False,
+    max_cudagraph_tokens: int = 0,
     async_scheduling: bool = False,
     buffer_bytes: int | None = None,
 ) -> list[StepTiming]:
@@ -120,6 +121,7 @@ def bench_step(
     changes = {
         "load_format": load_format,
         "enforce_eager": enforce_eager,
+        "max_cudagraph_tokens": max_cudagraph_tokens,
         "async_scheduling": async_scheduling,
     }
     engine = _Engine(spec.model_copy(update=changes), decode_reach)
