@@ -21,8 +21,11 @@ import ssl
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
+from aiohappyeyeballs import AddrInfoType, start_connection
+
 from pdlaunch.http.engine_connection import Answer, CallError, EngineConnection, Silence
 from pdlaunch.http.engine_url import UNIX
+from pdlaunch.http.shared_calls import SharedCalls
 
 _BACKLOG_S = 0.01
 """Time after which a Unix socket is tried again whose backlog is full."""
@@ -45,6 +48,7 @@ class EngineCalls:
         self._tls = tls
         self._resting: dict[str, dict[EngineConnection, None]] = {}
         """By URL; the connection that was used last comes last."""
+        self._addresses = SharedCalls(_resolve)
 
     def close(self) -> None:
         """Close the connections that rest."""
@@ -95,15 +99,11 @@ class EngineCalls:
                 if _ADDRESS.fullmatch(host):
                     family = socket.AF_INET6 if ":" in host else socket.AF_INET
                     return await _over(await _join(family, (host, port)), resting, tls, host)
-                # Names may have several addresses.
-                _, made = await asyncio.get_running_loop().create_connection(
-                    lambda: EngineConnection(resting),
-                    host,
-                    port,
-                    ssl=tls,
-                    happy_eyeballs_delay=_NEXT_ADDRESS_S,
+                # A name may have several addresses.
+                joined = await start_connection(
+                    await self._addresses((host, port)), happy_eyeballs_delay=_NEXT_ADDRESS_S
                 )
-                return made
+                return await _over(joined, resting, tls, host)
         except TimeoutError:
             reason = f"no connection within {self._connect_s:g} s"
             raise CallError(reason, unheard=True) from None
@@ -162,6 +162,13 @@ async def _join(family: int, address: str | tuple[str, int]) -> socket.socket:
     except BaseException:
         joined.close()
         raise
+
+
+async def _resolve(address: tuple[str, int]) -> list[AddrInfoType]:
+    """Return the addresses of a host and port. Raises OSError."""
+    host, port = address
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [*found]
 
 
 async def _until_connected(joined: socket.socket) -> None:

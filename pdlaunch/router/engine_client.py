@@ -21,6 +21,7 @@ import msgspec
 from pdlaunch.http.engine_calls import EngineCalls
 from pdlaunch.http.engine_connection import Answer, Silence
 from pdlaunch.http.ignored_fields import IGNORED_FIELDS_HEADER, read_ignored_fields
+from pdlaunch.http.shared_calls import SharedCalls
 from pdlaunch.observe.spans import SpanReport
 from pdlaunch.protocol.costs import EngineReport
 from pdlaunch.protocol.ids import HopId, LeaseId
@@ -81,6 +82,7 @@ class EngineClient:
         self._calls = EngineCalls(timeouts.connect_s, tls)
         self._clock = clock
         self._keys = keys
+        self._living = SharedCalls(self._ask_health)
 
     async def close(self) -> None:
         self._calls.close()
@@ -233,7 +235,13 @@ class EngineClient:
             logger.warning("a lease is not released: %s", failure)
 
     async def is_alive(self, engine: Engine) -> bool:
-        """Tell whether the engine's server answers."""
+        """Tell whether the engine's server answers.
+
+        An engine that hangs is asked once for all of its streams, which fall silent together.
+        """
+        return await self._living(engine)
+
+    async def _ask_health(self, engine: Engine) -> bool:
         try:
             status, _, _ = await self._call_briefly(engine, "GET", "/health")
         except EngineFailure:

@@ -8,6 +8,7 @@ import itertools
 import resource
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -167,6 +168,27 @@ async def test_names_and_addresses_of_both_kinds(address: str, host: str) -> Non
         call = Call(server, f"http://{host}:{port}")
         assert await call.answered() == b"ok"
         assert b"\r\nHost: %b:%d\r\n" % (host.encode(), port) in server.requests[0]
+        call.calls.close()
+
+
+async def test_a_name_is_resolved_once_for_all_who_connect_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server, loop, names = Server(), asyncio.get_running_loop(), list[str]()
+    server.says = WHOLE
+    resolve = loop.getaddrinfo
+
+    async def counted(host: str, *arguments: Any, **options: Any) -> Any:
+        names.append(host)
+        return await resolve(host, *arguments, **options)
+
+    monkeypatch.setattr(loop, "getaddrinfo", counted)
+    async with await loop.create_server(server, "127.0.0.1", 0) as listening:
+        call = Call(server, f"http://localhost:{listening.sockets[0].getsockname()[1]}")
+        for answer in await asyncio.gather(*(call.begin() for _ in range(20))):
+            assert await answer.read() == b"ok"
+        assert server.num_open == 20
+        assert names == ["localhost"]
         call.calls.close()
 
 
