@@ -125,7 +125,8 @@ class LeastCost:
         in_time = _in_time(request, estimates)
         if not in_time and not fits:
             return None
-        if not in_time and self._tries_late(loads):
+        is_late = not in_time and self._tries_late(loads)
+        if is_late:
             in_time = estimates
         if not in_time:
             soonest = min(estimates, key=partial(_end_s, _share_after_first(request)))
@@ -140,7 +141,8 @@ class LeastCost:
             num_picks = first.num_picks + (last.num_picks if last is not first else 0)
             return not is_try, self._excess(estimate), estimate.cost_s, num_picks
 
-        wants_try = health.wants_try | self._long_unused(loads)
+        long_unused = self._long_unused(loads)
+        wants_try = health.wants_try | long_unused
         best_of_kind: dict[RouteKind, tuple[tuple[bool, float, float, int], Estimate]] = {}
         for estimate in in_time:
             ranked, known = rank(estimate), best_of_kind.get(estimate.kind)
@@ -153,8 +155,16 @@ class LeastCost:
         is_pair = first is not last
         early = is_pair and may_tell_early(request, first) and covers(last.capabilities, WAITS)
         tries = health.wants_try & {*best.engines}
+        if tries or _tries_pull(first, last, now_at):
+            reason = "a try of what was left out"
+        elif not long_unused.isdisjoint(best.engines):
+            reason = "a try of what has rested for long"
+        elif is_late:
+            reason = "a try of estimates that nothing corrects"
+        else:
+            reason = "least excess of the limits" if self._excess(best) else "least cost"
         return Route(
-            reason=self._reason(best, is_try=bool(tries) or _tries_pull(first, last, now_at)),
+            reason=reason,
             prefill=first if is_pair else None,
             decode=last if early or not is_pair else None,
             planned=last if is_pair else None,
@@ -186,7 +196,11 @@ class LeastCost:
         own = msgspec.structs.replace(own, queued_tokens=own.queued_tokens - num_own)
         if own.queued_tokens <= 0:
             return None  # it has begun, or is about to
-        others = [load for load in loads if load.engine is not prefill]
+        others = [
+            load
+            for load in loads
+            if load.engine is not prefill and load.engine.key not in request.tried
+        ]
         here = [load for load in others if load.engine.role == "decode"]
         stays = _at_least_cost(_estimates_of_pairs(request, [own, *here], pairs, index, now_at))
         leaves = _at_least_cost(_estimates_alone(request, others, index))
@@ -202,11 +216,6 @@ class LeastCost:
         """Tell whether costs decide where a prompt goes that nobody has computed."""
         is_new = not request.tried and not request.is_suspect
         return is_new and request.max_tokens != 1 and not (request.wants_pair or self.prefers_pairs)
-
-    def _reason(self, best: Estimate, *, is_try: bool) -> str:
-        if is_try:
-            return "a try of what was left out"
-        return "least excess of the limits" if self._excess(best) else "least cost"
 
     def _long_unused(self, loads: Sequence[Load]) -> set[str]:
         """Return the engines that rest while others work, and have not been chosen for long.

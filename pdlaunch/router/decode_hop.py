@@ -70,15 +70,24 @@ class DecodeHop:
     async def _use_next(self) -> None:
         """Stream from one engine, for as long as it lives; what failed is noted for the next."""
         progress = self._progress
-        engine = progress.take_planned() or await progress.attempts.next_engine(
+        planned = progress.take_planned()
+        engine = planned or await progress.attempts.next_engine(
             lambda: progress.routing_request("decode"),
             on_route=partial(progress.routed, "decode"),
             has_begun=self._transcript.has_tokens,
             may_wait=progress.lease.handover is not None,
         )
-        if not self._transcript.has_tokens and not progress.first_token.is_promised:
-            route = Route(reason="least work", decode=engine, left_out=progress.left_out)
-            progress.sink.routed(self._prompt, route)
+        if planned is None:
+            holder = progress.lease.holder
+            progress.sink.routed(
+                self._prompt,
+                Route(
+                    reason="least work",
+                    prefill=None if holder is engine else holder,
+                    decode=engine,
+                    left_out=progress.left_out,
+                ),
+            )
         attempt = self._num_attempts
         self._num_attempts += 1
         if attempt:

@@ -35,10 +35,6 @@ class FirstTokenWatch:
         """The engine that computes the prompt, until a token has come."""
         self._waiting: WaitingPrompt | None = None
 
-    @property
-    def is_promised(self) -> bool:
-        return self._forecast is not None
-
     def promise(self, route: Route) -> None:
         """Take the estimate of a route that is taken now."""
         first = route.prefill or route.decode

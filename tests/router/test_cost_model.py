@@ -338,8 +338,12 @@ def test_no_deadline_is_held_against_a_prompt_that_is_too_long() -> None:
 def test_estimates_that_nothing_corrects_are_tried_now_and_then() -> None:
     """Else an idle deployment that takes itself for slow would refuse all deadlines for ever."""
     policy, engines = LeastCost(), [costed("prefill-0"), costed("decode-0")]
-    late = [choose(engines, policy, left_s=1e-3).too_late is not None for _ in range(100)]
-    assert [number for number, was_late in enumerate(late, 1) if not was_late] == [32, 64, 96]
+    routes = [choose(engines, policy, left_s=1e-3) for _ in range(100)]
+    tries = {number: route for number, route in enumerate(routes, 1) if route.too_late is None}
+    assert [*tries] == [32, 64, 96]
+    assert {route.reason for route in tries.values()} == {
+        "a try of estimates that nothing corrects"
+    }
     pairs_only = LeastCost(prefers_pairs=True)
     routes = [choose(engines, pairs_only, left_s=1e-3) for _ in range(32)]
     assert [route.prefill is not None for route in routes] == [False] * 31 + [True]
@@ -378,8 +382,13 @@ def test_an_engine_that_says_it_is_slow_is_tried_all_the_same() -> None:
     policy, dear = LeastCost(), msgspec.structs.replace(STEPS, stream_s=0.01, step_s=0.5)
     slow = costed("both-1")
     slow.capabilities = msgspec.structs.replace(slow.capabilities, costs=costs("both", steps=dear))
-    chosen = [choose([busy("both-0", num_streams=4), slow], policy).name for _ in range(100)]
-    assert 2 <= chosen.count("both-1") <= 4
+    routes = [choose([busy("both-0", num_streams=4), slow], policy) for _ in range(100)]
+    reasons = {(route.name, route.reason) for route in routes}
+    assert reasons == {
+        ("both-0", "least cost"),
+        ("both-1", "a try of what has rested for long"),
+    }
+    assert 2 <= sum(route.name == "both-1" for route in routes) <= 4
     alone = LeastCost()
     assert all(choose([costed("both-0"), slow], alone).name == "both-0" for _ in range(100))
 

@@ -17,6 +17,7 @@ from tests.router.conftest import SPEC, Stand, pair
 from tests.router.fake_engine import FakeEngine
 from tests.router.fake_generation import expected_tokens
 from tests.router.test_cost_model import costs
+from tests.router.test_early_decode import lend
 from tests.router.test_life_of_a_request import chat, completion, expected_text
 from tests.router.test_request_lines import lines
 
@@ -164,10 +165,41 @@ async def test_a_stream_that_breaks_at_an_engine_alone_goes_on_elsewhere(stand: 
 
 async def test_engines_without_costs_have_a_route_in_the_header_too(stand: Stand) -> None:
     await stand.start(pair())
-    for max_tokens in (1, 6):
+    for max_tokens, engines in ((1, "prefill-0"), (6, "prefill-0->decode-0")):
         answer = await stand.post(completion(max_tokens=max_tokens))
-        assert answer.headers[ROUTE_HEADER] == "prefill-0; kind=least_work"
+        assert answer.headers[ROUTE_HEADER] == f"{engines}; kind=least_work"
+    # Here decode is chosen when the client has the first token already, and the header.
+    answer = await stand.post(completion(stream=True))
+    assert answer.headers[ROUTE_HEADER] == "prefill-0; kind=least_work"
     assert stand.metric('pdlaunch_router_routes_total{kind="least_work"}') >= 1
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("fails", ["decode-0", "prefill-0"])
+async def test_the_header_names_the_engines_that_made_up_for_others(
+    stand: Stand, stream: bool, fails: str
+) -> None:
+    """Not the one of the estimate, which has failed before the client was told anything."""
+    engines = [*costed_pair(), FakeEngine("decode-1", "decode"), FakeEngine("prefill-1", "prefill")]
+    for engine in engines:
+        engine.costs = costs(engine.role)
+        engine.status = 503 if engine.name == fails else None
+    await stand.start(lend(engines))
+    for view in stand.pool.engines:
+        # The one that is to fail has the least to do.
+        view.num_streams = 0 if view.name == "decode-0" else 8
+        view.context_tokens = 512 * view.num_streams
+    if fails == "decode-0":
+        load_prefill(stand)
+    else:
+        load_decode(stand)
+    answer = await stand.post(completion(stream=stream))
+    assert answer.texts() == {0: expected_text("hello", 6)}
+    (failed,) = [engine for engine in engines if engine.name == fails]
+    assert len(failed.seen) == 1
+    served = [e.name for e in engines if e.seen and e is not failed]
+    told = answer.headers[ROUTE_HEADER]
+    assert told.startswith("->".join(sorted(served, reverse=True)) + "; kind=least_work; left_out=")
 
 
 async def test_a_report_that_is_none_changes_nothing(stand: Stand) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 import pytest
 
 from pdlaunch.protocol.costs import ROUTE_HEADER
@@ -43,6 +44,12 @@ def test_a_prompt_stays_where_it_is_done_sooner() -> None:
     waits = busy("prefill-0", unanswered_tokens=20_000)
     assert taker(waits, busy("decode-0"), request=suspect) is None
     assert taker(waits, busy("decode-0", 4), max_itl_s=0.0055) is None
+    # Nor does it go back to who has failed it.
+    failed, other = busy("decode-0"), busy("decode-1", num_streams=4)
+    tried = msgspec.structs.replace(PROMPT, tried=frozenset({failed.key}))
+    assert taker(waits, failed, request=tried) is None
+    assert taker(waits, failed, other) == "decode-0"
+    assert taker(waits, failed, other, request=tried) == "decode-1"
     route = LeastWork().take_over(PROMPT, waits, [waits, busy("decode-0")], [], NoIndex(), NOW)
     assert route is None
 

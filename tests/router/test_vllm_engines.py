@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pdlaunch.protocol.costs import ROUTE_HEADER
 from pdlaunch.router.continuation import LOST_REASONS
 from pdlaunch.watch.versions import with_version
 from tests.router.conftest import Stand
@@ -55,9 +56,10 @@ async def test_kv_goes_over_proven_pairs_alone(stand: Stand) -> None:
     prefills, decodes = engines[:2], engines[2:]
     stand.pairs = [proof(prefills[0], decodes[1])]
     await stand.start(engines)
-    for _ in range(4):
-        answer = await stand.post(completion())
+    for stream in (True, False) * 2:
+        answer = await stand.post(completion(stream=stream))
         assert answer.texts() == {0: SCRIPT}
+        assert answer.headers[ROUTE_HEADER] == "prefill-0->decode-1; kind=least_work"
     assert [len(engine.seen) for engine in engines] == [4, 0, 0, 4]
     assert all(body["kv_transfer_params"]["do_remote_prefill"] for body in asked(decodes[1]))
 
