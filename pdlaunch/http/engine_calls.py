@@ -24,9 +24,12 @@ from urllib.parse import urlsplit
 from aiohappyeyeballs import AddrInfoType, start_connection
 
 from pdlaunch.http.engine_connection import Answer, CallError, EngineConnection, Silence
-from pdlaunch.http.engine_url import UNIX
 from pdlaunch.http.shared_calls import SharedCalls
 
+UNIX = "unix:"
+"""Begins the URL of an engine that listens on a Unix socket; the rest is its path."""
+CONNECT_S = 5.0
+"""Time in which a connection to an engine must be there, where nobody says otherwise."""
 _BACKLOG_S = 0.01
 """Time after which a Unix socket is tried again whose backlog is full."""
 _NEXT_ADDRESS_S = 0.25
@@ -86,6 +89,27 @@ class EngineCalls:
             except BaseException:
                 answer.close()
                 raise
+
+    async def ask(
+        self,
+        url: str,
+        method: str,
+        target: str,
+        headers: Mapping[str, str],
+        body: bytes = b"",
+        *,
+        timeout_s: float | None,
+    ) -> tuple[int, bytes]:
+        """Return status and body of a whole answer. Raises CallError."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                answer = await self.call(url, method, target, headers, body)
+                try:
+                    return answer.status, await answer.read()
+                finally:
+                    answer.close()
+        except TimeoutError:
+            raise CallError(f"no answer within {timeout_s:g} s") from None
 
     async def _connect(self, url: str, resting: dict[EngineConnection, None]) -> EngineConnection:
         try:

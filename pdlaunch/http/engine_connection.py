@@ -18,14 +18,16 @@ from typing import NamedTuple
 
 import httptools
 
-from pdlaunch.http.engine_url import KEEPALIVE_S
-
 MAX_HEAD_BYTES = 64 * 1024
 """Limits the head of an answer, its trailer, and what else comes without any of its body."""
 MAX_BODY_BYTES = 1024**3
 """Limits a body that is read as a whole."""
 HIGH_WATER_BYTES = 512 * 1024
 """Bytes of an answer that wait for their reader before the engine has to wait."""
+KEEPALIVE_S = 2.0
+"""Shorter than any engine's own, so that no request is sent into a connection that is being
+closed.
+"""
 END_S = 1.0
 """Time for which an engine that has said all is waited for, to use its connection again."""
 

@@ -18,7 +18,7 @@ from urllib.parse import urlencode
 
 import msgspec
 
-from pdlaunch.http.engine_calls import EngineCalls
+from pdlaunch.http.engine_calls import CONNECT_S, EngineCalls
 from pdlaunch.http.engine_connection import Answer, Silence
 from pdlaunch.http.ignored_fields import IGNORED_FIELDS_HEADER, read_ignored_fields
 from pdlaunch.http.shared_calls import SharedCalls
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 class EngineTimeouts(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds until the router looks closer or gives up."""
 
-    connect_s: float = 5.0
+    connect_s: float = CONNECT_S
     stall_s: float = 15.0
     """Silence after which a working engine is asked whether it lives."""
     probe_s: float = 5.0

@@ -11,22 +11,20 @@ engine, and an answer that breaks off at the engine breaks off for the client.
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 from collections.abc import Sequence
 
-import aiohttp
 from aiohttp import hdrs, web
 from prometheus_client import CollectorRegistry
-from yarl import URL
 
 from pdlaunch.config.http_names import url_of
 from pdlaunch.errors import OverloadedError, StartupError
 from pdlaunch.http.app import AppRoute, Description, HttpApp, bearer_check, request_id_of
 from pdlaunch.http.bodies import BodyBudget, max_engine_body_bytes, read_body
 from pdlaunch.http.connections import HttpRunner, fit_requests
-from pdlaunch.http.engine_url import describe_client_error, http_url, new_session
+from pdlaunch.http.engine_calls import CONNECT_S, EngineCalls
+from pdlaunch.http.engine_connection import Answer, CallError
 from pdlaunch.http.errors import RETRY_AFTER_S
 from pdlaunch.http.guard import Guard
 from pdlaunch.http.headers import REQUEST_ID_HEADER, TRACEPARENT_HEADER, TRACESTATE_HEADER
@@ -80,7 +78,7 @@ class Door:
         self._name = name
         self._spec = spec
         self._keys = keys
-        self._base = http_url(engine_url)
+        self._engine_url = engine_url
         self._key: dict[str, str] = (
             {} if engine_key is None else {hdrs.AUTHORIZATION: f"Bearer {engine_key}"}
         )
@@ -88,12 +86,7 @@ class Door:
         self._max_body_bytes = max_engine_body_bytes(spec.max_body_bytes, length)
         # Room for what a router lets in, and for one of the longest that it makes of it.
         self._bodies = BodyBudget(spec.body_budget_bytes + 2 * self._max_body_bytes)
-        self._session = new_session(
-            engine_url,
-            timeout=aiohttp.ClientTimeout(total=None),
-            auto_decompress=False,
-            skip_auto_headers=(hdrs.USER_AGENT, hdrs.CONTENT_TYPE),
-        )
+        self._calls = EngineCalls(CONNECT_S)
         self._runner = HttpRunner(
             self._app(further, [key for key in (keys.http_token, engine_key) if key is not None]),
             max_connections=fit_requests(spec.max_connections),
@@ -125,7 +118,7 @@ class Door:
     async def close(self) -> None:
         """End all requests, and listen no more."""
         await self._runner.cleanup()
-        await self._session.close()
+        self._calls.close()
 
     def _app(self, further: Sequence[AppRoute], keys: Sequence[str]) -> web.Application:
         spec = self._spec
@@ -161,27 +154,25 @@ class Door:
         client's connection cut, when the engine breaks off: its router takes that for what it is.
         """
         try:
-            response = await self._ask(http)
-        except aiohttp.ClientConnectorError as error:
+            answer = await self._ask(http)
+        except CallError as error:
+            if not error.unheard:
+                raise self._broken_off(http, error) from None
             raise OverloadedError(
-                f"{self._name} is not there: {describe_client_error(error)}",
+                f"{self._name} is not there: {error}",
                 status=503,
                 retry_after_s=RETRY_AFTER_S,
                 code="engine_not_there",
             ) from None
-        except aiohttp.ClientError as error:
-            raise self._broken_off(http, error) from None
         try:
-            return await _relayed(http, response)
-        except ConnectionResetError:
-            raise  # of the client's connection, though aiohttp calls it a ClientError too
-        except aiohttp.ClientError as error:
+            return await _relayed(http, answer)
+        except CallError as error:
             raise self._broken_off(http, error) from None
         finally:
             # One that has not ended: the engine sees that its client is gone.
-            response.close()
+            answer.close()
 
-    async def _ask(self, http: web.Request) -> aiohttp.ClientResponse:
+    async def _ask(self, http: web.Request) -> Answer:
         with self._bodies.hold() as hold:
             body = await read_body(http, hold, max_bytes=self._max_body_bytes)
             headers: dict[str, str] = {
@@ -189,30 +180,28 @@ class Door:
             }
             headers |= self._key
             headers[REQUEST_ID_HEADER] = request_id_of(http)
-            return await self._session.request(
-                http.method,
-                URL(f"{self._base}{http.rel_url.raw_path_qs}", encoded=True),
-                data=io.BytesIO(body) if body else None,
-                headers=headers,
-                allow_redirects=False,
+            return await self._calls.call(
+                self._engine_url, http.method, http.rel_url.raw_path_qs, headers, body
             )
 
-    def _broken_off(self, http: web.Request, error: aiohttp.ClientError) -> ConnectionResetError:
-        _logger.warning("an answer to %s broke off: %s", http.path, describe_client_error(error))
+    def _broken_off(self, http: web.Request, error: CallError) -> ConnectionResetError:
+        _logger.warning("an answer to %s broke off: %s", http.path, error)
         if http.transport is not None:
             http.transport.abort()
         return ConnectionResetError()
 
 
-async def _relayed(http: web.Request, response: aiohttp.ClientResponse) -> web.StreamResponse:
-    """Send an answer on, each piece when it comes. Raises ClientError, ConnectionError."""
-    headers = {name: response.headers[name] for name in _TO_CLIENT if name in response.headers}
-    answer = web.StreamResponse(status=response.status, headers=headers)
-    answer.headers[REQUEST_ID_HEADER] = request_id_of(http)
-    answer.content_length = response.content_length
-    await answer.prepare(http)
-    while piece := await response.content.readany():
+async def _relayed(http: web.Request, answer: Answer) -> web.StreamResponse:
+    """Send an answer on, each piece when it comes. Raises CallError, ConnectionError."""
+    found = ((name, answer.headers.get(name.lower())) for name in _TO_CLIENT)
+    headers = {name: value for name, value in found if value is not None}
+    response = web.StreamResponse(status=answer.status, headers=headers)
+    response.headers[REQUEST_ID_HEADER] = request_id_of(http)
+    if (length := answer.headers.get("content-length", "")).isdecimal():
+        response.content_length = int(length)
+    await response.prepare(http)
+    while piece := await answer.read_some():
         # It waits while the reader is behind, and so does the engine then.
-        await answer.write(piece)
-    await answer.write_eof()
-    return answer
+        await response.write(piece)
+    await response.write_eof()
+    return response

@@ -22,7 +22,7 @@ import msgspec
 
 from pdlaunch.config.engine_spec import ENGINE_HOST
 from pdlaunch.errors import PdlaunchError, ProtocolError, StartupError
-from pdlaunch.http.engine_url import UNIX
+from pdlaunch.http.engine_calls import UNIX
 from pdlaunch.http.lifecycle import Supervised
 from pdlaunch.platform.addresses import tcp_endpoint
 from pdlaunch.protocol.changes import Answered, AwaitIdle

@@ -12,12 +12,12 @@ import ssl
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import aiohttp
 from aiohttp import web
 
 from pdlaunch.errors import RequestError
 from pdlaunch.http.app import AppRoute
-from pdlaunch.http.engine_url import describe_client_error, new_session
+from pdlaunch.http.engine_calls import CONNECT_S, EngineCalls
+from pdlaunch.http.engine_connection import CallError
 from pdlaunch.http.openapi import Operation
 from pdlaunch.platform.addresses import tcp_endpoint
 
@@ -55,12 +55,8 @@ class StatementDesk:
     ) -> None:
         self._path = path
         self._urls = urls
-        self._session = new_session(
-            "https:",
-            tls=tls,
-            headers={"Authorization": f"Bearer {token}"},
-            timeout=aiohttp.ClientTimeout(total=TIMEOUT_S),
-        )
+        self._calls = EngineCalls(CONNECT_S, tls)
+        self._headers = {"Authorization": f"Bearer {token}"}
         app = web.Application()
         app.router.add_get("/", self._answer)
         self._runner = web.AppRunner(app, access_log=None)
@@ -73,7 +69,7 @@ class StatementDesk:
 
     async def close(self) -> None:
         await self._runner.cleanup()
-        await self._session.close()
+        self._calls.close()
 
     async def _answer(self, http: web.Request) -> web.Response:
         """Answer 200 with the statement, 404 when there is none, 502 when nobody can tell."""
@@ -84,10 +80,11 @@ class StatementDesk:
         if url is None:
             return web.Response(status=502, text="no engine of the launch is there")
         try:
-            async with self._session.get(f"{url}{PATH}/{name}", allow_redirects=False) as response:
-                body = await response.read()
-        except (aiohttp.ClientError, TimeoutError) as error:
-            return web.Response(status=502, text=describe_client_error(error))
-        if response.status not in (200, 404):
-            return web.Response(status=502, text=f"its sidecar answered {response.status}")
-        return web.Response(status=response.status, body=body)
+            status, body = await self._calls.ask(
+                url, "GET", f"{PATH}/{name}", self._headers, timeout_s=TIMEOUT_S
+            )
+        except CallError as error:
+            return web.Response(status=502, text=str(error))
+        if status not in (200, 404):
+            return web.Response(status=502, text=f"its sidecar answered {status}")
+        return web.Response(status=status, body=body)

@@ -9,12 +9,12 @@ import asyncio
 import ssl
 from typing import Any, Literal
 
-import aiohttp
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
 from pdlaunch.errors import ProtocolError
-from pdlaunch.http.engine_url import describe_client_error, http_url, new_session
+from pdlaunch.http.engine_calls import CONNECT_S, EngineCalls
+from pdlaunch.http.engine_connection import CallError
 
 Kind = Literal["native", "vllm"]
 """The program that an engine is; names of metrics follow from it."""
@@ -62,30 +62,30 @@ class EngineApi:
 
     def __init__(self, url: str, key: str | None = None, tls: ssl.SSLContext | None = None) -> None:
         """``tls``: what an https URL is called with; else the system's authorities are trusted."""
-        self._url = http_url(url)
-        self._session = new_session(
-            url,
-            tls=tls,
-            headers={} if key is None else {"Authorization": f"Bearer {key}"},
-        )
+        self._url = url
+        self._calls = EngineCalls(CONNECT_S, tls)
+        self._headers = {"Content-Type": "application/json"}
+        if key is not None:
+            self._headers["Authorization"] = f"Bearer {key}"
 
     async def close(self) -> None:
-        await self._session.close()
+        self._calls.close()
+        # The event loop closes them in its next turn; the one of a command may have no other.
+        await asyncio.sleep(0)
 
     async def is_healthy(self, timeout_s: float) -> bool | None:
         """Return what /health says; None when it says nothing within ``timeout_s``."""
         try:
-            async with (
-                asyncio.timeout(timeout_s),
-                self._session.get(f"{self._url}/health", allow_redirects=False) as response,
-            ):
-                return response.status == 200
-        except (aiohttp.ClientError, OSError, TimeoutError):
+            status, _ = await self._calls.ask(
+                self._url, "GET", "/health", self._headers, timeout_s=timeout_s
+            )
+        except CallError:
             return None
+        return status == 200
 
     async def counts(self, timeout_s: float) -> Counts:
         """Read /metrics. Raises ProtocolError."""
-        page = await self._answer("GET", "/metrics", None, timeout_s)
+        page = await self._answer("GET", "/metrics", timeout_s)
         try:
             return Counts(page.decode())
         except ValueError as error:
@@ -93,7 +93,7 @@ class EngineApi:
 
     async def models(self, timeout_s: float) -> Models:
         """Read /v1/models. Raises ProtocolError."""
-        raw = await self._answer("GET", "/v1/models", None, timeout_s)
+        raw = await self._answer("GET", "/v1/models", timeout_s)
         try:
             cards = msgspec.json.decode(raw)["data"]
             return {str(card["id"]): card.get("max_model_len") for card in cards}
@@ -102,7 +102,7 @@ class EngineApi:
 
     async def version(self, timeout_s: float) -> str:
         """Read /version. Raises ProtocolError."""
-        raw = await self._answer("GET", "/version", None, timeout_s)
+        raw = await self._answer("GET", "/version", timeout_s)
         try:
             return str(msgspec.json.decode(raw)["version"])
         except (ValueError, LookupError, TypeError) as error:
@@ -110,7 +110,7 @@ class EngineApi:
 
     async def listed_engines(self, timeout_s: float) -> list[tuple[str, str, str]]:
         """Read role, URL and kind of each engine of a router of pdlaunch. Raises ProtocolError."""
-        raw = await self._answer("GET", "/pdlaunch/status", None, timeout_s)
+        raw = await self._answer("GET", "/pdlaunch/status", timeout_s)
         try:
             engines = msgspec.json.decode(raw)["engines"]
             return [(str(each["role"]), str(each["url"]), str(each["kind"])) for each in engines]
@@ -120,7 +120,7 @@ class EngineApi:
     async def server_info(self, timeout_s: float) -> dict[str, Any] | None:
         """Read /server_info, which vLLM has in dev mode alone; None without it."""
         try:
-            raw = await self._answer("GET", "/server_info?config_format=json", None, timeout_s)
+            raw = await self._answer("GET", "/server_info?config_format=json", timeout_s)
             return msgspec.json.decode(raw, type=dict[str, Any])
         except (ProtocolError, ValueError):
             return None
@@ -128,35 +128,27 @@ class EngineApi:
     async def is_sleeping(self, timeout_s: float) -> bool | None:
         """Read /is_sleeping, which vLLM has in dev mode alone; None where nothing is told."""
         try:
-            raw = await self._answer("GET", "/is_sleeping", None, timeout_s)
+            raw = await self._answer("GET", "/is_sleeping", timeout_s)
             return bool(msgspec.json.decode(raw)["is_sleeping"])
         except (ProtocolError, ValueError, LookupError, TypeError):
             return None
 
     async def complete(self, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         """Return the answer to /v1/completions. Raises ProtocolError."""
-        raw = await self._answer("POST", "/v1/completions", msgspec.json.encode(body), timeout_s)
+        raw = await self._answer("POST", "/v1/completions", timeout_s, msgspec.json.encode(body))
         try:
             return msgspec.json.decode(raw, type=dict[str, Any])
         except ValueError as error:
             raise ProtocolError(f"/v1/completions: {error!r}") from error
 
-    async def _answer(self, method: str, path: str, data: bytes | None, timeout_s: float) -> bytes:
+    async def _answer(self, method: str, path: str, timeout_s: float, body: bytes = b"") -> bytes:
         """Return the body of a 200. Raises ProtocolError."""
         try:
-            async with (
-                asyncio.timeout(timeout_s),
-                self._session.request(
-                    method,
-                    f"{self._url}{path}",
-                    data=data,
-                    headers={"Content-Type": "application/json"},
-                    allow_redirects=False,
-                ) as response,
-            ):
-                raw = await response.read()
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
-            raise ProtocolError(f"{path}: {describe_client_error(error)}") from error
-        if response.status != 200:
-            raise ProtocolError(f"{path} answered {response.status}: {raw[:300]!r}")
+            status, raw = await self._calls.ask(
+                self._url, method, path, self._headers, body, timeout_s=timeout_s
+            )
+        except CallError as error:
+            raise ProtocolError(f"{path}: {error}") from error
+        if status != 200:
+            raise ProtocolError(f"{path} answered {status}: {raw[:300]!r}")
         return raw
