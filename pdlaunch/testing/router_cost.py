@@ -16,7 +16,6 @@ import argparse
 import asyncio
 import contextlib
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from typing import Any, Literal
 import msgspec
 import psutil
 
+from pdlaunch.client.deployment import held_port
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.testing.plain_engine import MODEL, STAMP
 
@@ -229,11 +229,11 @@ def _rss_bytes(pid: int) -> int:
     return total
 
 
-def free_ports(number: int) -> list[int]:
-    """Return ports that nobody listens at now."""
+@contextlib.contextmanager
+def held_ports(number: int) -> Iterator[list[int]]:
+    """Yield ports for servers that are told them, which nobody else gets meanwhile."""
     with contextlib.ExitStack() as stack:
-        bound = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(number)]
-        return [int(one.getsockname()[1]) for one in bound]
+        yield [stack.enter_context(held_port()) for _ in range(number)]
 
 
 @contextlib.contextmanager
@@ -286,11 +286,11 @@ def router_command(
 def measure_loads(router: Router, loads: Sequence[StreamLoad]) -> Iterator[CostRow]:
     """Measure all loads, each with processes of its own. Raises PdlaunchError."""
     for load in loads:
-        prefill, decode, port, other = free_ports(4)
-        urls = [f"http://127.0.0.1:{number}" for number in (prefill, decode)]
-        engine = [sys.executable, "-m", "pdlaunch.testing.plain_engine"]
-        engine += [str(prefill), str(decode), str(load.interval_s)]
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+            prefill, decode, port, other = stack.enter_context(held_ports(4))
+            urls = [f"http://127.0.0.1:{number}" for number in (prefill, decode)]
+            engine = [sys.executable, "-m", "pdlaunch.testing.plain_engine"]
+            engine += [str(prefill), str(decode), str(load.interval_s)]
             stack.enter_context(running(engine, urls[1], Path(folder) / "engines"))
             if router == "none":
                 yield measure(router, decode, None, load)

@@ -32,7 +32,7 @@ import msgspec
 import psutil
 
 from pdlaunch.testing.plain_engine import MODEL, STAMP
-from pdlaunch.testing.router_cost import free_ports, router_command, running
+from pdlaunch.testing.router_cost import held_ports, router_command, running
 
 Kind = Literal["whole", "stream", "leaves", "half a request", "reads late"]
 KINDS: tuple[Kind, ...] = ("whole", "stream", "stream", "leaves", "half a request", "reads late")
@@ -232,16 +232,16 @@ def _holds(process: psutil.Process) -> Holds:
 @contextlib.contextmanager
 def _scene(log: Path) -> Iterator[tuple[int, psutil.Process, Engines]]:
     """Run engines and a router in front of them; yield its port and process."""
-    prefill, *decodes, port, other = free_ports(5)
-    engines = Engines([prefill, *decodes])
-    try:
-        urls = [f"http://127.0.0.1:{number}" for number in (prefill, *decodes)]
-        command = router_command("pdlaunch", urls[0], urls[1], port=port, other=other)
-        command += ["--decode", urls[2], "--served-model-name", MODEL]
-        with running(command, f"http://127.0.0.1:{port}", log) as pid:
-            yield port, psutil.Process(pid), engines
-    finally:
-        engines.close()
+    with held_ports(5) as (prefill, first, second, port, other):
+        engines = Engines([prefill, first, second])
+        try:
+            urls = [f"http://127.0.0.1:{number}" for number in (prefill, first, second)]
+            command = router_command("pdlaunch", urls[0], urls[1], port=port, other=other)
+            command += ["--decode", urls[2], "--served-model-name", MODEL]
+            with running(command, f"http://127.0.0.1:{port}", log) as pid:
+                yield port, psutil.Process(pid), engines
+        finally:
+            engines.close()
 
 
 def main() -> None:

@@ -9,24 +9,24 @@ from collections.abc import AsyncIterator
 import pytest
 
 from pdlaunch.testing.plain_engine import MODEL, VERSION, serve
-from pdlaunch.testing.router_cost import StreamLoad, free_ports, router_command, send_load
+from pdlaunch.testing.router_cost import StreamLoad, held_ports, router_command, send_load
 from pdlaunch.watch.canary import send_canary
 from pdlaunch.watch.engine_api import EngineApi
 
 
 @pytest.fixture
 async def ports() -> AsyncIterator[list[int]]:
-    ports = free_ports(2)
-    serving = asyncio.ensure_future(serve(ports, 0.001))
-    apis = [EngineApi(f"http://127.0.0.1:{port}") for port in ports]
-    for api in apis:
-        while not await api.is_healthy(5.0):  # noqa: ASYNC110 - it listens soon
-            await asyncio.sleep(0)
-        await api.close()
-    yield ports
-    serving.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await serving
+    with held_ports(2) as ports:
+        serving = asyncio.ensure_future(serve(ports, 0.001))
+        apis = [EngineApi(f"http://127.0.0.1:{port}") for port in ports]
+        for api in apis:
+            while not await api.is_healthy(5.0):  # noqa: ASYNC110 - it listens soon
+                await asyncio.sleep(0)
+            await api.close()
+        yield ports
+        serving.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await serving
 
 
 async def test_a_canary_takes_them_for_a_pair_of_vllm(ports: list[int]) -> None:
