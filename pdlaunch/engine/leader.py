@@ -66,7 +66,6 @@ class Leader:
         *,
         spec: EngineSpec,
         engine_id: EngineId,
-        incarnation: int,
         runner: ModelRunner,
         transfer: TransferThread,
         scheduler: Scheduler,
@@ -85,7 +84,6 @@ class Leader:
         """
         self._welcome = Welcome(
             engine_id=engine_id,
-            rank_incarnation=incarnation,
             max_model_len=spec.max_model_len,
             num_blocks=runner.num_blocks,
             block_size=spec.block_size,

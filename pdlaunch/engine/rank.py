@@ -173,7 +173,6 @@ class RankProcess:
         leader = Leader(
             spec=spec,
             engine_id=engine_id,
-            incarnation=self._bootstrap.incarnation,
             runner=runner,
             transfer=transfer,
             scheduler=scheduler,

@@ -278,7 +278,7 @@ class AgentChannel:
                 self._answer(identity, AgentRefused(reason=reason))
             except ProtocolError as error:
                 logger.warning("agent %s: %s", agent.name if agent else identity, error)
-                self._answer(identity, AgentRefused(reason=str(error), may_join_again=True))
+                self._answer(identity, AgentRefused(reason=str(error)))
                 if agent is not None:
                     self._lose(agent, str(error))
 
@@ -286,7 +286,7 @@ class AgentChannel:
         """Let an agent join, or say why not."""
         if not isinstance(message, Join):
             reason = "the supervisor does not know this session"
-            self._answer(identity, AgentRefused(reason=reason, may_join_again=True))
+            self._answer(identity, AgentRefused(reason=reason))
             return
         name = message.name
         if (other := self._by_name.get(name)) is not None:

@@ -76,8 +76,6 @@ class AgentRefused(Message):
     name: str = ""
     """Names the process; empty: the agent itself is refused."""
     incarnation: int = 0
-    may_join_again: bool = False
-    """The supervisor does not know the session (any more): a new one may begin."""
 
 
 class Leave(Message):

@@ -64,10 +64,6 @@ class HostGroup:
     def poll_s(self) -> float:
         return 0.0 if self._exits else self._local.poll_s
 
-    def is_present(self, host: str) -> bool:
-        """Tell whether processes can be started on a host now."""
-        return host == self._local_name or host in self._present
-
     def spawn(self, spec: ProcessSpec, incarnation: int, bootstrap: Bootstrap | None) -> None:
         if spec.host == self._local_name:
             self._local.spawn(spec, incarnation, bootstrap)

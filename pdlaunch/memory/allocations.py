@@ -70,13 +70,6 @@ class AllocationTable:
         with self._lock:
             return sum(found.num_bytes for found in self._of(tag))
 
-    def num_mapped_bytes(self) -> int:
-        """Return the bytes of physical memory that are held now."""
-        with self._lock:
-            return sum(
-                found.num_bytes for found in self._allocations.values() if found.handle is not None
-            )
-
     def allocate(self, num_bytes: int, tag: str) -> int:
         """Return the start of an address range with memory behind it. Raises MemoryPoolError; then
         nothing is held.

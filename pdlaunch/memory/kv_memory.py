@@ -104,18 +104,11 @@ class KVMemory(ABC):
 
 
 class PrivateKVMemory(KVMemory):
-    """Memory that no peer can map.
-
-    On a CPU its pages come from the kernel when they are first written.
+    """Memory of a CPU that no peer can map; its pages come from the kernel when they are first
+    written.
     """
 
-    def __init__(self, device: torch.device | None = None) -> None:
-        """``device``: None for a CPU."""
-        self._device = device or torch.device("cpu")
-
     def zeros(self, num_bytes: int) -> torch.Tensor:
-        if self._device.type != "cpu":
-            return torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
         pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         return torch.frombuffer(pages, dtype=torch.uint8)
 

@@ -127,11 +127,6 @@ def _read_gpu(calls: _Calls, index: int, has_imex_channel: bool) -> Gpu:
     return replace(gpu, uuid=uuid and f"{'MIG' if gpu.is_slice else 'GPU'}-{uuid}")
 
 
-def is_cumem_allocator_available() -> bool:
-    """Return whether CuMem pools work here; ``probe_cumem`` says why not. Never raises."""
-    return probe_cumem().available
-
-
 def probe_cumem(read: Callable[[], Driver] = read_driver) -> Availability:
     """Ask the driver whether CuMem pools work here; never raises."""
     try:

@@ -124,9 +124,7 @@ class WithdrawRequest(Message):
 
 
 class Hello(Message):
-    """Opens the connection of a server; requests of an earlier server incarnation are aborted."""
-
-    server_incarnation: int
+    """Opens the connection of a server; requests of the server before it are aborted."""
 
 
 class SetReaders(Message):
@@ -233,7 +231,6 @@ class Welcome(Message):
     """Answer to Hello: what the server must know of the engine."""
 
     engine_id: EngineId
-    rank_incarnation: int
     max_model_len: int
     num_blocks: int
     block_size: int

@@ -154,7 +154,6 @@ class ServerProcess:
             self._supervised.context,
             endpoint,
             identity=self._supervised.bootstrap.name,
-            server_incarnation=self._supervised.bootstrap.incarnation,
             on_welcome=self._on_welcome,
             on_stats=self._service.on_stats,
             on_sleep=self._service.sleep.on_reply,

@@ -68,7 +68,6 @@ class RankLink:
         endpoint: str,
         *,
         identity: str,
-        server_incarnation: int,
         on_welcome: Callable[[Welcome], None],
         on_stats: Callable[[EngineStats], None],
         on_sleep: Callable[[SleepReply], None] = lambda _: None,
@@ -89,7 +88,7 @@ class RankLink:
         self._sleeps: dict[int, asyncio.Future[SleepReply]] = {}
         self._stats_readers: list[asyncio.Future[None]] = []
         self._call_ids = itertools.count(1)
-        self.send(Hello(server_incarnation=server_incarnation))
+        self.send(Hello())
         self._reader = asyncio.create_task(self._read())
 
     @property

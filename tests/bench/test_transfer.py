@@ -13,6 +13,7 @@ from pdlaunch.bench.transfer.bare import parts_of
 from pdlaunch.bench.transfer.pulls import TURN, bench_transfer
 from pdlaunch.bench.transfer.shape import BenchShape
 from pdlaunch.errors import ConfigError
+from pdlaunch.memory.kv_memory import PrivateKVMemory
 
 
 @pytest.mark.processes
@@ -76,7 +77,10 @@ def test_bare_loops_move_each_head_of_each_block_once(pair, by_head):
     )
     head_bytes = shape.layout().head_bytes
     caches = [
-        [shape.new_cache("cpu", tp_size).view(torch.uint8).view(-1) for _ in range(tp_size)]
+        [
+            shape.new_cache(PrivateKVMemory(), tp_size).view(torch.uint8).view(-1)
+            for _ in range(tp_size)
+        ]
         for tp_size in pair
     ]
     local, remote = [5, 0, 2], [1, 7, 4]

@@ -84,7 +84,6 @@ class Engine:
         self.leader = Leader(
             spec=spec,
             engine_id="engine",
-            incarnation=1,
             runner=self.runner,
             transfer=transfer,
             scheduler=self.scheduler,

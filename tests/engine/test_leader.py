@@ -92,7 +92,6 @@ def make_leader(
     return Leader(
         spec=make_spec("unused", **changes),
         engine_id="engine",
-        incarnation=1,
         runner=recorder,
         transfer=recorder,
         scheduler=scheduler,

@@ -61,7 +61,6 @@ def make_leader(recorder: Any, offload: Any, follower: Any) -> tuple[Leader, Sch
     leader = Leader(
         spec=make_spec("unused", tensor_parallel_size=2),
         engine_id="engine",
-        incarnation=1,
         runner=recorder,
         transfer=recorder,
         scheduler=scheduler,

@@ -420,7 +420,7 @@ def test_the_step_loop_drains_sleeps_refuses_and_serves_again() -> None:
     again = structs.replace(prompt, request_id="b")
     recorder.requests = [
         again,
-        Hello(server_incarnation=2),
+        Hello(),
         WakeUp(call_id=8),
         structs.replace(prompt, request_id="c"),
     ]

@@ -113,7 +113,8 @@ class Table(RuleBasedStateMachine):
     def holds(self) -> None:
         self.table.check_integrity()
         assert self.table.sleeping_tags == self.sleeping
-        assert self.table.num_mapped_bytes() == self.driver.used_bytes
+        awake = (size for at, size in self.sizes.items() if self.tags[at] not in self.sleeping)
+        assert self.driver.used_bytes == sum(awake)
         assert (
             self.table.num_bytes()
             == sum(self.sizes.values())

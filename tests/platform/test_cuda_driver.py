@@ -6,7 +6,6 @@ import pytest
 from pdlaunch.platform.cuda_driver import (
     Driver,
     DriverError,
-    is_cumem_allocator_available,
     judge_cumem,
     load_library,
     probe_cumem,
@@ -149,7 +148,7 @@ def test_the_probe_never_raises(error):
 
 
 def test_the_question_has_an_answer_here():
-    assert is_cumem_allocator_available() in (True, False)
+    assert probe_cumem().available in (True, False)
 
 
 @pytest.mark.gpu
@@ -158,4 +157,4 @@ def test_a_real_driver():
     driver = read_driver()
     assert driver.gpus
     assert all(gpu.memory_bytes and gpu.compute_capability for gpu in driver.gpus)
-    assert is_cumem_allocator_available()
+    assert probe_cumem().available

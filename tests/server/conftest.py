@@ -174,7 +174,6 @@ async def make_engine(
             secure,
             rank.endpoint,
             identity=spec.name,
-            server_incarnation=1,
             on_welcome=service.on_welcome,
             on_stats=service.on_stats,
             on_report=service.reports.take,

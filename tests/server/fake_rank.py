@@ -152,7 +152,6 @@ class FakeRank:
             if isinstance(message, Hello):
                 welcome = Welcome(
                     engine_id="e1",
-                    rank_incarnation=1,
                     max_model_len=100,
                     num_blocks=64,
                     block_size=16,

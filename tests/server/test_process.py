@@ -188,8 +188,7 @@ async def test_a_servers_life(
 
     await supervisor.show_rank(own_rank)
     assert isinstance(await supervisor.next(), Ready)
-    (hello,) = await own_rank.wait_for(Hello)
-    assert hello.server_incarnation == 3
+    await own_rank.wait_for(Hello)
     assert await get_status(url + "/health") == 200
     assert (await complete(url, token))[0] == 200
     assert psutil.Process(register.pid).memory_info().rss < 150 * 1024**2

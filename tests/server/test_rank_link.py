@@ -22,7 +22,6 @@ def new_link(context: SecureContext, rank: FakeRank) -> RankLink:
         context,
         rank.endpoint,
         identity="server",
-        server_incarnation=7,
         on_welcome=lambda message: None,
         on_stats=lambda message: None,
     )

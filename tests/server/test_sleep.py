@@ -154,7 +154,7 @@ async def test_a_lost_rank_ends_the_call_and_a_new_one_is_awake(
     assert (await task)[0] == 503
     assert sleeper.service.sleep.status().is_sleeping
     sleeper.service.on_welcome(
-        Welcome(engine_id="e2", rank_incarnation=2, max_model_len=100, num_blocks=64, block_size=16)
+        Welcome(engine_id="e2", max_model_len=100, num_blocks=64, block_size=16)
     )
     assert not sleeper.service.sleep.status().is_sleeping
     assert sleeper.states == ["draining", "sleeping", "awake"]
@@ -164,7 +164,6 @@ async def test_a_new_server_learns_that_its_engine_sleeps(sleeper: Engine, rank:
     sleeper.service.on_welcome(
         Welcome(
             engine_id="e1",
-            rank_incarnation=1,
             max_model_len=100,
             num_blocks=64,
             block_size=16,

@@ -22,7 +22,7 @@ from pdlaunch.protocol.transfer import (
 )
 from pdlaunch.transfer.channel.handshake import RankIdentity, compatibility_of, geometry_of
 from pdlaunch.transfer.connectors.connector import LocalMemory
-from pdlaunch.transfer.connectors.scratch import PATTERN_BYTES, SCRATCH_BYTES, scratch_pattern
+from pdlaunch.transfer.connectors.scratch import PATTERN_BYTES, SCRATCH_BYTES, write_pattern
 from pdlaunch.transfer.decode_side.links import PeerSetup, PullSetup
 from pdlaunch.transfer.decode_side.peer_table import PeerTable, new_peer_table
 from pdlaunch.transfer.decode_side.pull import PullTable
@@ -133,7 +133,8 @@ def local_memory(agent_name: str, kv_cache: torch.Tensor, layout: KVCacheLayout)
     """The rows of its scratch, [16, PATTERN_BYTES], share their memory: all are equal, and nobody
     writes to them.
     """
-    row = torch.frombuffer(bytearray(scratch_pattern(agent_name, PATTERN_BYTES)), dtype=torch.uint8)
+    row = torch.empty(PATTERN_BYTES, dtype=torch.uint8)
+    write_pattern(row, agent_name)
     return LocalMemory(kv_cache, row.expand(SCRATCH_BYTES // PATTERN_BYTES, PATTERN_BYTES), layout)
 
 

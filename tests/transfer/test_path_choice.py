@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,6 @@ from pdlaunch.transfer.connectors.scratch import (
     has_pattern,
     new_landing,
     piece_offsets,
-    scratch_pattern,
     write_pattern,
 )
 from tests.transfer.fakes import FakeClock
@@ -187,7 +187,8 @@ def test_a_read_that_ends_late_is_noticed_by_the_next_turn() -> None:
 def test_the_pattern_of_a_scratch_is_that_of_its_agent() -> None:
     scratch = new_landing(SCRATCH_BYTES, torch.device("cpu"))
     write_pattern(scratch, "a#1")
-    assert scratch.numpy().tobytes() == scratch_pattern("a#1")
+    pattern = hashlib.shake_256(b"a#1").digest(PATTERN_BYTES)
+    assert scratch.numpy().tobytes() == pattern * (SCRATCH_BYTES // PATTERN_BYTES)
     assert has_pattern(scratch, "a#1")
     assert not has_pattern(scratch, "a#2")
     scratch[-1] ^= 1

@@ -138,7 +138,7 @@ class Rank:
             shared=options.kv_transfer.maps_memory,
             mapped_alone=options.kv_transfer.only_maps_memory,
         )
-        self._kv_cache = shape.new_shared_cache(memory, options.tp_size)
+        self._kv_cache = shape.new_cache(memory, options.tp_size)
         spec = _spec_of(options)
         setup = TransferSetup(
             spec=spec,

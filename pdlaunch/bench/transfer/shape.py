@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
-from pdlaunch.memory.kv_memory import KVMemory, PrivateKVMemory
+from pdlaunch.memory.kv_memory import KVMemory
 from pdlaunch.resolve.role_engines import DTypeName
 
 
@@ -32,12 +32,8 @@ class BenchShape:
             dtype_bytes=getattr(torch, self.dtype).itemsize,
         )
 
-    def new_cache(self, device: str, tp_size: int = 1) -> torch.Tensor:
+    def new_cache(self, memory: KVMemory, tp_size: int = 1) -> torch.Tensor:
         """Return random [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim]."""
-        return self.new_shared_cache(PrivateKVMemory(torch.device(device)), tp_size)
-
-    def new_shared_cache(self, memory: KVMemory, tp_size: int = 1) -> torch.Tensor:
-        """Return the same, in memory that peers may map."""
         layout = self.layout(tp_size)
         pages = memory.zeros(self.num_blocks * layout.block_bytes).view(getattr(torch, self.dtype))
         return pages.view(self.num_blocks, *layout.block_shape()).normal_()

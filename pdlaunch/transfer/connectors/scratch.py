@@ -29,23 +29,18 @@ def scratch_bytes(device: torch.device) -> int:
     return SCRATCH_BYTES if device.type == "cpu" else DEVICE_SCRATCH_BYTES
 
 
-def scratch_pattern(agent_name: str, num_bytes: int = SCRATCH_BYTES) -> bytes:
-    """Return the bytes of an agent's scratch. They differ for every incarnation, so that a stale
-    mapping shows.
-    """
-    return _row(agent_name) * (num_bytes // PATTERN_BYTES)
-
-
 def write_pattern(scratch: torch.Tensor, agent_name: str) -> None:
-    """Fill ``scratch``, [num_bytes] uint8."""
-    scratch.view(-1, PATTERN_BYTES).copy_(_row_tensor(agent_name))
+    """Fill ``scratch``, [num_bytes] uint8. The bytes differ for every incarnation of an agent, so
+    that a stale mapping shows.
+    """
+    scratch.view(-1, PATTERN_BYTES).copy_(_row(agent_name))
 
 
 def has_pattern(landing: torch.Tensor, agent_name: str) -> bool:
     """Return whether that agent's scratch begins with these bytes. ``landing`` is [num_bytes]
     uint8, a multiple of PATTERN_BYTES.
     """
-    row = _row_tensor(agent_name).to(landing.device)
+    row = _row(agent_name).to(landing.device)
     return bool((landing.view(-1, PATTERN_BYTES) == row).all())
 
 
@@ -73,9 +68,7 @@ def piece_offsets(num_bytes: int, *block_bytes: int) -> tuple[list[int], int]:
     return [index * piece_bytes for index in reversed(range(num_pieces))], piece_bytes
 
 
-def _row(agent_name: str) -> bytes:
-    return hashlib.shake_256(agent_name.encode()).digest(PATTERN_BYTES)
-
-
-def _row_tensor(agent_name: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray(_row(agent_name)), dtype=torch.uint8)
+def _row(agent_name: str) -> torch.Tensor:
+    """Return [PATTERN_BYTES] uint8, which a scratch repeats."""
+    row = hashlib.shake_256(agent_name.encode()).digest(PATTERN_BYTES)
+    return torch.frombuffer(bytearray(row), dtype=torch.uint8)
