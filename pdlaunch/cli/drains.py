@@ -14,7 +14,7 @@ from rich.text import Text
 from pdlaunch.cli.engines import KeyOption, UrlOption
 from pdlaunch.cli.output import print_errors
 from pdlaunch.client.admin import admin_api
-from pdlaunch.client.drains import DrainOutcome, drain_engines, undrain_engines
+from pdlaunch.client.changes import DrainOutcome, drain_engines, undrain_engines
 from pdlaunch.errors import PdlaunchError
 
 MAX_TIMEOUT_S = 850.0

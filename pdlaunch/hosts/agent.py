@@ -47,7 +47,6 @@ from pdlaunch.hosts.children import Children
 from pdlaunch.hosts.join import JoinTicket
 from pdlaunch.hosts.lease import AgentLease
 from pdlaunch.hosts.local import LocalHost
-from pdlaunch.hosts.log_tails import LogTails
 from pdlaunch.hosts.permitted import NotPermittedError, permitted
 from pdlaunch.platform.availability import probe_port
 from pdlaunch.process.bootstrap import Bootstrap
@@ -59,6 +58,10 @@ logger = logging.getLogger(__name__)
 
 LOOK_S = 0.25
 """Seconds between two looks at the logs."""
+_PART_BYTES = 64 * 1024
+"""Size of the parts in which logs are read."""
+_MOST_PARTS = 16
+"""Parts of one log at one look: what prints more must not keep heartbeats waiting."""
 
 
 class AgentRefusedError(PdlaunchError):
@@ -97,7 +100,7 @@ class AgentSession:
         self._note = note
         self._clock = clock
         self._session = Session()
-        self._logs = LogTails()
+        self._logs = _LogTails()
         self._names: dict[str, str] = {}
         """The engine of each process that was started; empty of all but ranks 0."""
 
@@ -293,6 +296,26 @@ class AgentSession:
             if isinstance(refused, AgentRefused):
                 return refused
         return to_agent.decode(self._session.payload(frames))
+
+
+class _LogTails:
+    """Reads what processes have printed since the last look, from their log files, by name."""
+
+    def __init__(self) -> None:
+        self._read_bytes: dict[str, int] = {}
+
+    def new(self, name: str, path: Path, *, to_the_end: bool = False) -> Iterator[bytes]:
+        """Yield what the file has beyond what was read before, in parts."""
+        try:
+            with path.open("rb") as file:
+                file.seek(self._read_bytes.get(name, 0))
+                num_parts = 0
+                while (to_the_end or num_parts < _MOST_PARTS) and (part := file.read(_PART_BYTES)):
+                    num_parts += 1
+                    self._read_bytes[name] = self._read_bytes.get(name, 0) + len(part)
+                    yield part
+        except OSError:
+            return  # Not there yet, or removed: a launch goes on without logs.
 
 
 def _look(asked: Look) -> Seen:

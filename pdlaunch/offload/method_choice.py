@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 
 from pdlaunch.offload.copies import PageCopies
-from pdlaunch.offload.copy_methods import CopyMethod, HostCopy, TorchCopy
+from pdlaunch.offload.copy_methods import BatchCopy, CopyMethod, HostCopy, TorchCopy
 from pdlaunch.offload.host_memory import HostMemory
 from pdlaunch.offload.spec import DIRECTIONS, Direction
 from pdlaunch.platform.cuda_driver import DriverError
@@ -90,8 +90,6 @@ def cuda_candidates() -> Candidates:
     loads: list[CopyMethod] = []
     stores: list[CopyMethod] = []
     try:
-        from pdlaunch.offload.batch_copy import BatchCopy
-
         batch = BatchCopy()
         loads.append(batch)
         stores.append(batch)

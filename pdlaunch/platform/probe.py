@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import itertools
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 from pdlaunch.platform.cuda_driver import Driver, DriverError, judge_cumem, probe_cumem, read_driver
-from pdlaunch.platform.facts import UNLIMITED, Fact, Libraries, Limits, Machine, SharedMemory
+from pdlaunch.platform.facts import (
+    UNLIMITED,
+    Fact,
+    Gpu,
+    Libraries,
+    Limits,
+    LinkedGpus,
+    Machine,
+    SharedMemory,
+)
+from pdlaunch.platform.gpu_links import Nvml, NvmlError, load_nvml, open_nvml
 from pdlaunch.platform.libraries import find_libraries
 from pdlaunch.platform.limits import (
     has_native_bf16,
@@ -18,7 +32,6 @@ from pdlaunch.platform.limits import (
     read_shared_memory,
     usable_cpus,
 )
-from pdlaunch.platform.nvml_facts import read_nvml_facts
 from pdlaunch.platform.sysfs import RDMA_FOLDER, first_line
 
 T = TypeVar("T")
@@ -65,9 +78,8 @@ class _Probes:
     def ask(self, fact: Fact, probe: Callable[[], T], otherwise: T) -> T:
         try:
             return probe()
-        except (
-            Exception
-        ) as error:  # Whatever a machine does to a probe: the fact is unknown, nothing else fails.
+        except Exception as error:
+            # Whatever a machine does to a probe: the fact is unknown, nothing else fails.
             self.unknown[fact] = f"{type(error).__name__}: {error}"
             return otherwise
 
@@ -93,3 +105,64 @@ def _has_pci_gpus() -> bool:
         and first_line(device / "class").startswith(_GPU_CLASSES)
         for device in (PCI_DEVICES.iterdir() if PCI_DEVICES.is_dir() else ())
     )
+
+
+@dataclass(frozen=True, slots=True)
+class NvmlFacts:
+    """Holds GPUs with their free memory and NUMA nodes, what joins them, and the driver."""
+
+    gpus: tuple[Gpu, ...]
+    links: tuple[LinkedGpus, ...] = ()
+    driver_version: str | None = None
+
+
+def read_nvml_facts(
+    gpus: tuple[Gpu, ...],
+    load: Callable[[], ctypes.CDLL] = load_nvml,
+    pci_devices: Path = PCI_DEVICES,
+) -> NvmlFacts:
+    """Return what is known of these GPUs; without NVML they are returned as they are."""
+    found = tuple(replace(gpu, numa_node=_numa_node(gpu, pci_devices)) for gpu in gpus)
+    version: str | None = None
+    if not found:
+        return NvmlFacts(found)
+    try:
+        with open_nvml(load) as nvml:
+            with contextlib.suppress(NvmlError):
+                version = nvml.driver_version()
+            found = tuple(replace(gpu, free_memory_bytes=_free_bytes(nvml, gpu)) for gpu in found)
+            return NvmlFacts(found, tuple(_links(nvml, found)), version)
+    except NvmlError:
+        return NvmlFacts(found, (), version)
+
+
+def _free_bytes(nvml: Nvml, gpu: Gpu) -> int | None:
+    # The address of a MIG device is that of the whole GPU, whose memory is not its own.
+    if gpu.pci_bus_id is None or gpu.is_slice:
+        return None
+    try:
+        return nvml.free_memory_bytes(gpu.pci_bus_id)
+    except NvmlError:
+        return None
+
+
+def _links(nvml: Nvml, gpus: tuple[Gpu, ...]) -> Iterator[LinkedGpus]:
+    for first, second in itertools.combinations(gpus, 2):
+        if first.pci_bus_id is None or second.pci_bus_id is None:
+            continue
+        if first.is_slice or second.is_slice:
+            continue
+        with contextlib.suppress(NvmlError):
+            if link := nvml.link(first.pci_bus_id, second.pci_bus_id):
+                yield LinkedGpus(first.index, second.index, link.kind, link.gigabytes_per_s)
+
+
+def _numa_node(gpu: Gpu, pci_devices: Path) -> int | None:
+    """Return the GPU's NUMA node; None where the kernel names none (-1) or is not asked."""
+    if gpu.pci_bus_id is None:
+        return None
+    try:
+        node = int((pci_devices / gpu.pci_bus_id.lower() / "numa_node").read_text())
+    except (OSError, ValueError):
+        return None
+    return node if node >= 0 else None

@@ -10,14 +10,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pdlaunch.vllm.checksums import BlockHasher, new_hasher
-from pdlaunch.vllm.failures import report_failure
 from pdlaunch.vllm.far_statements import Answer, FarStatements
 from pdlaunch.vllm.proof import ReadBlocks, first_head, judge
 from pdlaunch.vllm.statements import Statement, StatementBoard, token_hash
@@ -35,6 +37,11 @@ else:
 
 # vLLM shows what its own loggers say.
 _logger = logging.getLogger("vllm.pdlaunch")
+
+FAILURES_FILE = "PDLAUNCH_FAILURES_FILE"
+"""Names the file that tells whoever watches this engine of which prefill engine a READ has failed,
+as vLLM counts READs of all of them together. Nobody is told without it.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,3 +245,11 @@ class ProvingWorker(WorkerBase):  # type: ignore[misc]
 def _orders(metadata: Any) -> Orders:
     orders = getattr(metadata, "pdlaunch", None)
     return orders if isinstance(orders, Orders) else Orders()
+
+
+def report_failure(engine_id: str) -> None:
+    """Add a line with the id of a prefill engine. Never raises."""
+    if name := os.environ.get(FAILURES_FILE):
+        # One short write in append mode: the ranks of an engine write whole lines.
+        with contextlib.suppress(OSError), Path(name).open("a") as file:
+            file.write(f"{engine_id}\n")

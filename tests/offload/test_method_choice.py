@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from pdlaunch.offload.batch_copy import BatchCopy
 from pdlaunch.offload.copies import PageCopies, merge_runs
-from pdlaunch.offload.copy_methods import CopyMethod, HostCopy, TorchCopy
+from pdlaunch.offload.copy_methods import BatchCopy, CopyMethod, HostCopy, TorchCopy
 from pdlaunch.offload.host_memory import HostMemory
 from pdlaunch.offload.method_choice import MethodRates, MethodTable, measure_methods
 from pdlaunch.offload.spec import Direction

@@ -1,6 +1,6 @@
 from pdlaunch.platform.facts import Gpu, LinkedGpus
 from pdlaunch.platform.gpu_links import NvmlError
-from pdlaunch.platform.nvml_facts import NvmlFacts, read_nvml_facts
+from pdlaunch.platform.probe import NvmlFacts, read_nvml_facts
 from tests.platform.test_gpu_links import A, B, Card, FakeNvml
 
 GPUS = (Gpu(0, "NVIDIA H200", pci_bus_id=A), Gpu(1, "NVIDIA H200", pci_bus_id=B))

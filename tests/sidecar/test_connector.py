@@ -12,8 +12,8 @@ from pdlaunch.sidecar.connector import (
     statements_folder,
     statements_socket,
 )
-from pdlaunch.vllm.failures import FAILURES_FILE, report_failure
 from pdlaunch.vllm.far_statements import STATEMENTS_SOCKET
+from pdlaunch.vllm.worker import FAILURES_FILE, report_failure
 
 
 def test_engines_of_a_launch_get_one_folder_of_their_user(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_the_room_is_imported_without_pdlaunchs_dependencies(tmp_path: Path) -> 
     """What vLLM's environment need not have is not imported; ``connector`` needs vLLM itself."""
     program = (
         "import sys, pdlaunch.vllm.worker, pdlaunch.vllm.support, pdlaunch.vllm.agent\n"
-        "import pdlaunch.vllm.failures, pdlaunch\n"
+        "import pdlaunch\n"
         "print(pdlaunch.__file__)\n"
         "missing = {'msgspec', 'pydantic', 'xxhash', 'aiohttp', 'zmq', 'typer', 'vllm'}\n"
         "print(sorted(missing & set(sys.modules)))\n"

@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from pdlaunch.vllm.failures import FAILURES_FILE
 from pdlaunch.vllm.far_statements import Answer
 from pdlaunch.vllm.statements import StatementBoard, token_hash
-from pdlaunch.vllm.worker import Orders, Prompt, ProvingWorker, StatingScheduler
+from pdlaunch.vllm.worker import FAILURES_FILE, Orders, Prompt, ProvingWorker, StatingScheduler
 
 NUM_BLOCKS, NUM_HEADS = 12, 4
 PROMPT = token_hash([1, 2, 3])
