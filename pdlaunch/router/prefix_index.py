@@ -2,8 +2,9 @@
 
 ::
 
-    first turn    [piece][piece][rest]             a client's text is cut into pieces of equal size;
-    next turn     [piece][piece][piece][piece][rest]      each has the hash of all up to its end
+    first turn    [piece][piece][message's end]   a client's text is cut into pieces of equal size,
+    next turn     [piece][piece][message's end][piece][rest]  and where messages end; each piece has
+                                                              the hash of all up to its end
 
 It knows texts and not blocks, nothing of evictions, and only what went through this router: an
 answer is right whatever it says, at worst an engine computes more than was thought.
@@ -11,36 +12,63 @@ answer is right whatever it says, at worst an engine computes more than was thou
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import xxhash
 
 from pdlaunch.router.engine import Engine, EngineKey
 
 PIECE_BYTES = 128
+MESSAGE_END = b'"}'
+"""A message ends like this in most clients' JSON. Without these ends a chat with a short question
+would be known by what it shares with others, as the system's prompt, or not at all.
+"""
 MAX_PIECES = 2048
 """Pieces of one prompt that are looked at: what lies behind them makes little difference."""
 MAX_REMEMBERED_PIECES = 32_768
 """Pieces for each engine, about 100 bytes each; the ones not used for longest are forgotten."""
 
-PrefixHashes = tuple[int, ...]
-"""The hashes of a prompt's pieces, in their order."""
+
+class Piece(NamedTuple):
+    """Stands for a prompt's text up to the end of one of its pieces."""
+
+    hash: int
+    share: float
+    """Share of the whole text."""
+
+
+PrefixHashes = tuple[Piece, ...]
+"""The pieces of a prompt, in their order."""
 
 
 def hash_prefix(text: bytes | None, cache_salt: str) -> PrefixHashes:
-    """Return the hashes of a prompt or messages; the end that fills no piece has none.
+    """Return the pieces of a prompt or messages; an end that fills none is left out.
 
     Prompts of different salts share nothing, as in the engines' caches.
     """
     if text is None:
         return ()
     running = xxhash.xxh3_64(cache_salt.encode("utf-8", "surrogatepass") + b"\0")
-    hashes = []
-    for number in range(min(len(text) // PIECE_BYTES, MAX_PIECES)):
-        running.update(text[number * PIECE_BYTES : (number + 1) * PIECE_BYTES])
-        hashes.append(running.intdigest())
-    return tuple(hashes)
+    pieces, begin = [], 0
+    for end in itertools.islice(_cuts(text), MAX_PIECES):
+        running.update(text[begin:end])
+        pieces.append(Piece(running.intdigest(), end / len(text)))
+        begin = end
+    return tuple(pieces)
+
+
+def _cuts(text: bytes) -> Iterator[int]:
+    """Yield where pieces end: texts that begin alike are cut alike."""
+    end = 0
+    while True:
+        found = text.find(MESSAGE_END, end, end + PIECE_BYTES)
+        end = end + PIECE_BYTES if found < 0 else found + len(MESSAGE_END)
+        if end > len(text):
+            return
+        yield end
 
 
 class ServedPrefixes:
@@ -58,7 +86,7 @@ class ServedPrefixes:
         key, pieces = self._engines.get(engine.name, (None, None))
         if pieces is None or key != engine.key:
             return 0
-        return next((pieces[piece] for piece in reversed(prefix) if piece in pieces), 0)
+        return next((pieces[piece.hash] for piece in reversed(prefix) if piece.hash in pieces), 0)
 
     def served(
         self, engine: Engine, prefix: PrefixHashes, num_prompt_tokens: int, num_output_tokens: int
@@ -73,10 +101,11 @@ class ServedPrefixes:
         if key != engine.key:
             pieces = OrderedDict()
         self._engines[engine.name] = (engine.key, pieces)
-        for number, piece in enumerate(prefix, 1):
-            num_tokens = num_prompt_tokens * number // (len(prefix) + 1)
-            pieces[piece] = max(num_tokens, pieces.pop(piece, 0))
-        pieces[prefix[-1]] = max(num_prompt_tokens + num_output_tokens, pieces[prefix[-1]])
+        for piece in prefix:
+            num_tokens = int(num_prompt_tokens * piece.share)
+            pieces[piece.hash] = max(num_tokens, pieces.pop(piece.hash, 0))
+        last = prefix[-1].hash
+        pieces[last] = max(num_prompt_tokens + num_output_tokens, pieces[last])
         while len(pieces) > self._max_pieces:
             pieces.popitem(last=False)
 

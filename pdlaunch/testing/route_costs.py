@@ -21,7 +21,7 @@ from pdlaunch.protocol.ids import EngineId
 from pdlaunch.router.cost_policy import LeastCost
 from pdlaunch.router.policy import LeastWork, Policy, RoutingRequest
 from pdlaunch.router.pool import EnginePool
-from pdlaunch.router.prefix_index import ServedPrefixes
+from pdlaunch.router.prefix_index import Piece, PrefixHashes, ServedPrefixes
 
 NUM_ROUTES = 50
 NUM_PIECES = 32
@@ -99,9 +99,14 @@ def busy_pool(policy: Policy, num_engines: int) -> EnginePool:
         waiting = drawn.randrange(4000) if engine.role == "prefill" else 0
         report = EngineReport(waiting, num_streams, num_streams * 2000, 500_000, COSTS, 100.0)
         engine.hear(report, time.monotonic())
-        prefix = tuple(drawn.getrandbits(64) for _ in range(NUM_PIECES))
-        index.served(engine, prefix, 1000, 100)
+        index.served(engine, made_up_prefix(drawn), 1000, 100)
     return pool
+
+
+def made_up_prefix(drawn: random.Random) -> PrefixHashes:
+    """Return the pieces of a prompt that nobody else has."""
+    shares = [number / NUM_PIECES for number in range(1, NUM_PIECES + 1)]
+    return tuple(Piece(drawn.getrandbits(64), share) for share in shares)
 
 
 def cpu_ms(act: Callable[[], object], number: int) -> float:
@@ -117,8 +122,7 @@ def measure(num_engines: int) -> dict[str, float]:
     numbers = count()
 
     def request() -> RoutingRequest:
-        drawn = random.Random(next(numbers))
-        prefix = tuple(drawn.getrandbits(64) for _ in range(NUM_PIECES))
+        prefix = made_up_prefix(random.Random(next(numbers)))
         return RoutingRequest(hop="prefill", num_prompt_tokens=1000, max_tokens=200, prefix=prefix)
 
     by_cost, by_work = (busy_pool(policy, num_engines) for policy in (LeastCost(), LeastWork()))

@@ -17,7 +17,6 @@ from tests.router.conftest import SPEC, Stand, pair
 from tests.router.fake_engine import FakeEngine
 from tests.router.fake_generation import expected_tokens
 from tests.router.test_cost_model import costs
-from tests.router.test_early_decode import lend
 from tests.router.test_life_of_a_request import chat, completion, expected_text
 from tests.router.test_request_lines import lines
 
@@ -174,17 +173,18 @@ async def test_engines_without_costs_have_a_route_in_the_header_too(stand: Stand
     assert stand.metric('pdlaunch_router_routes_total{kind="least_work"}') >= 1
 
 
-@pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize("fails", ["decode-0", "prefill-0"])
+@pytest.mark.parametrize(
+    ("fails", "stream"), [("decode-0", True), ("decode-0", False), ("prefill-0", False)]
+)
 async def test_the_header_names_the_engines_that_made_up_for_others(
-    stand: Stand, stream: bool, fails: str
+    stand: Stand, fails: str, stream: bool
 ) -> None:
     """Not the one of the estimate, which has failed before the client was told anything."""
     engines = [*costed_pair(), FakeEngine("decode-1", "decode"), FakeEngine("prefill-1", "prefill")]
     for engine in engines:
         engine.costs = costs(engine.role)
         engine.status = 503 if engine.name == fails else None
-    await stand.start(lend(engines))
+    await stand.start(engines)
     for view in stand.pool.engines:
         # The one that is to fail has the least to do.
         view.num_streams = 0 if view.name == "decode-0" else 8
@@ -197,7 +197,7 @@ async def test_the_header_names_the_engines_that_made_up_for_others(
     assert answer.texts() == {0: expected_text("hello", 6)}
     (failed,) = [engine for engine in engines if engine.name == fails]
     assert len(failed.seen) == 1
-    served = [e.name for e in engines if e.seen and e is not failed]
+    served = [one.name for one in engines if one.seen and one is not failed]
     told = answer.headers[ROUTE_HEADER]
     assert told.startswith("->".join(sorted(served, reverse=True)) + "; kind=least_work; left_out=")
 
