@@ -26,29 +26,6 @@ _TARGET = Annotated[
 ]
 
 
-_ROUTER_FLAGS = frozenset(
-    {
-        "engine",
-        "served_model_name",
-        "host",
-        "port",
-        "api_key",
-        "admin_api_key",
-        "allowed_hosts",
-        "cors_origins",
-        "strict_fields",
-        "dtype",
-        "log_level",
-        "log_format",
-        "log_content",
-        "tracing.otlp_endpoint",
-        "tracing.otlp_sample",
-        "drain_timeout_s",
-    }
-)
-"""Flags of ``serve`` that say something to a router alone, by the paths of their settings."""
-
-
 def with_serve_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Give a typer command the flags of ``serve``, as ``_with_flags`` says."""
     return _with_flags(
@@ -63,7 +40,7 @@ def with_router_flags(command: Callable[..., None]) -> Callable[..., None]:
         {
             path: flag
             for path, flag in all_flags().items()
-            if flag.panel == ROUTER or path in _ROUTER_FLAGS
+            if flag.panel == ROUTER or flag.for_router
         },
     )
 

@@ -50,7 +50,7 @@ class EngineSettings(FrozenModel):
     load_format: Annotated[LoadFormat, Flag()] = Field(
         "auto", description="`dummy` makes random weights up, for benchmarks."
     )
-    dtype: Annotated[DType, Flag()] = Field(
+    dtype: Annotated[DType, Flag(for_router=True)] = Field(
         "auto",
         description="`auto` takes the checkpoint's; float32 on a CPU without native bf16.",
     )
@@ -113,7 +113,7 @@ class EngineSettings(FrozenModel):
     hosts_per_engine: Annotated[int, Flag()] = Field(
         1, gt=0, le=1024, description="Hosts that the ranks of one engine are spread over."
     )
-    engine: Annotated[EngineName, Flag()] = Field(
+    engine: Annotated[EngineName, Flag(for_router=True)] = Field(
         "native", description="What computes: `native`, this project's own engine, or `vllm`."
     )
     engine_command: Annotated[str, Flag()] = Field(

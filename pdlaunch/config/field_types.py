@@ -42,6 +42,8 @@ class Flag:
     """The text in help; the field's description when empty. May hold ``{role}``."""
     of_role: Flag | None = None
     """The flag of a role's override, which has none otherwise."""
+    for_router: bool = False
+    """``pdlaunch router`` has the flag, too: it says something to a router alone."""
 
 
 ByteSize = Annotated[

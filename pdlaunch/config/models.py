@@ -39,15 +39,17 @@ class TracingSettings(FrozenModel):
     kept_requests: int = Field(
         500, ge=0, le=100_000, description="Requests that `pdlaunch trace` can show, the last ones."
     )
-    otlp_endpoint: Annotated[str | None, Flag(panel=DEPLOYMENT, metavar="URL")] = Field(
-        None,
-        pattern=r"^https?://[^\s/]+(/\S*)?$",
-        description=(
-            "Collector of OpenTelemetry that gets the spans of requests over HTTP, such as "
-            "http://127.0.0.1:4318; needs the extra `otel`."
-        ),
+    otlp_endpoint: Annotated[str | None, Flag(panel=DEPLOYMENT, metavar="URL", for_router=True)] = (
+        Field(
+            None,
+            pattern=r"^https?://[^\s/]+(/\S*)?$",
+            description=(
+                "Collector of OpenTelemetry that gets the spans of requests over HTTP, such as "
+                "http://127.0.0.1:4318; needs the extra `otel`."
+            ),
+        )
     )
-    otlp_sample: Annotated[float, Flag(panel=DEPLOYMENT)] = Field(
+    otlp_sample: Annotated[float, Flag(panel=DEPLOYMENT, for_router=True)] = Field(
         1.0, ge=0, le=1, description="Share of requests whose spans are sent there."
     )
 
@@ -58,19 +60,19 @@ class LaunchConfig(SharedSettings, EngineSettings):
     prefill: RoleSettings = RoleSettings()
     decode: RoleSettings = RoleSettings()
     both: BothSettings = BothSettings()
-    served_model_name: Annotated[str | None, Flag(panel=DEPLOYMENT)] = Field(
+    served_model_name: Annotated[str | None, Flag(panel=DEPLOYMENT, for_router=True)] = Field(
         None, min_length=1, description="Name in the API; the model's own name when unset."
     )
-    host: Annotated[str, Flag(panel=DEPLOYMENT)] = Field(
+    host: Annotated[str, Flag(panel=DEPLOYMENT, for_router=True)] = Field(
         "127.0.0.1", min_length=1, description="Address of the router."
     )
-    port: Annotated[int, Flag(panel=DEPLOYMENT)] = Field(
+    port: Annotated[int, Flag(panel=DEPLOYMENT, for_router=True)] = Field(
         8000, ge=0, le=65535, description="Port of the router; 0 picks a free one."
     )
-    api_key: Annotated[SecretStr | None, Flag(panel=DEPLOYMENT)] = Field(
+    api_key: Annotated[SecretStr | None, Flag(panel=DEPLOYMENT, for_router=True)] = Field(
         None, min_length=1, description="Key that clients must send as a bearer token."
     )
-    admin_api_key: Annotated[SecretStr | None, Flag(panel=DEPLOYMENT)] = Field(
+    admin_api_key: Annotated[SecretStr | None, Flag(panel=DEPLOYMENT, for_router=True)] = Field(
         None,
         min_length=1,
         description=(
@@ -158,24 +160,24 @@ class LaunchConfig(SharedSettings, EngineSettings):
             "Folder of the log files. When unset, each launch makes one and the latest 20 are kept."
         ),
     )
-    log_level: Annotated[Literal["debug", "info", "warning", "error"], Flag(panel=DEPLOYMENT)] = (
-        Field("info", description="Least severe level that is logged.")
-    )
-    log_format: Annotated[Literal["text", "json"], Flag(panel=DEPLOYMENT)] = Field(
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], Flag(panel=DEPLOYMENT, for_router=True)
+    ] = Field("info", description="Least severe level that is logged.")
+    log_format: Annotated[Literal["text", "json"], Flag(panel=DEPLOYMENT, for_router=True)] = Field(
         "text", description="Form of the lines in log files."
     )
     log_requests: Annotated[bool, Flag(panel=DEPLOYMENT)] = Field(
         False,
         description="Show each request on the terminal, as router.log has it.",
     )
-    log_content: Annotated[bool, Flag(panel=DEPLOYMENT)] = Field(
+    log_content: Annotated[bool, Flag(panel=DEPLOYMENT, for_router=True)] = Field(
         False, description="Log how prompts and outputs begin; no text of them is logged otherwise."
     )
     tracing: TracingSettings = TracingSettings()
     startup_timeout_s: Annotated[float, Flag("startup-timeout", DEPLOYMENT)] = Field(
         600.0, gt=0, description="Time from the command until the deployment is ready."
     )
-    drain_timeout_s: Annotated[float, Flag("drain-timeout", DEPLOYMENT)] = Field(
+    drain_timeout_s: Annotated[float, Flag("drain-timeout", DEPLOYMENT, for_router=True)] = Field(
         30.0, ge=0, description="Time that running requests get after SIGTERM or Ctrl-C."
     )
     hang_timeout_s: float = Field(

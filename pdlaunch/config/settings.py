@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -136,7 +136,7 @@ class Setting:
             text += f" {variable_name(name)} keeps it out of ps."
         elif self.default not in ("", "off"):
             text += f" Default: {self.default}{f'; --no-{name}' if self.is_switch else ''}."
-        return Flag(name, declared.panel, declared.metavar or self.form, text)
+        return replace(declared, name=name, metavar=declared.metavar or self.form, help=text)
 
     @property
     def variables(self) -> list[str]:

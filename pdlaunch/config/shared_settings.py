@@ -100,13 +100,13 @@ class SharedSettings(FrozenModel):
     kv_transfer: KVTransferSettings = KVTransferSettings()
     limits: LimitSettings = LimitSettings()
     routing: RoutingSettings = RoutingSettings()
-    allowed_hosts: Annotated[HostNames, Flag(panel=DEPLOYMENT)] = Field(
+    allowed_hosts: Annotated[HostNames, Flag(panel=DEPLOYMENT, for_router=True)] = Field(
         (),
         description=(
             "Further names of the router or an engine in clients' URLs (Host header); `*` for any."
         ),
     )
-    cors_origins: Annotated[Origins, Flag(panel=DEPLOYMENT)] = Field(
+    cors_origins: Annotated[Origins, Flag(panel=DEPLOYMENT, for_router=True)] = Field(
         (), description="Origins whose web pages may use the router or an engine; `*` for any."
     )
     generation_config: Annotated[GenerationConfig, Flag()] = Field(
@@ -116,7 +116,7 @@ class SharedSettings(FrozenModel):
             "generation_config.json, `vllm` neutral ones."
         ),
     )
-    strict_fields: Annotated[bool, Flag(panel=DEPLOYMENT)] = Field(
+    strict_fields: Annotated[bool, Flag(panel=DEPLOYMENT, for_router=True)] = Field(
         False,
         description="Refuse requests with unknown fields; they are ignored and named otherwise.",
     )
