@@ -99,6 +99,22 @@ def test_rooms_import_only_what_the_table_allows() -> None:
     assert not found
 
 
+def test_rooms_import_all_that_the_table_allows() -> None:
+    """All but ``engine/``, which may import whatever stands above it, and errors."""
+    used = {room: {"errors"} for room in TABLE}
+    for source in sources():
+        for _, name in imports_of(source):
+            first, *rest = name.split(".")
+            used[room_of(source)].add("torch" if first in HEAVY else rest[0] if rest else first)
+    known = {*TABLE, "torch"}
+    unused = {
+        room: spare
+        for room, allowed in TABLE.items()
+        if room != "engine" and (spare := known.intersection(allowed) - used[room])
+    }
+    assert not unused
+
+
 def test_nothing_that_came_over_a_socket_is_unpickled() -> None:
     """Benchmarks talk through pipes to processes that they have started themselves."""
     files = [source for source in sources() if room_of(source) != "bench"]

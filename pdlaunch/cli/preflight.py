@@ -100,9 +100,10 @@ def measured_pairs(
     allocator = _allocator(resolved)
     host_speed = HOST_SHARE * measure_copy_gigabytes_per_s() if allocator == "host" else None
     pairs = sorted(status.pairs, key=lambda pair: (pair.peer, pair.local))
-    host_of = {each.name: each.host for each in plan_processes(resolved).processes}
+    planned = plan_processes(resolved)
+    host_of = {each.name: each.host for each in planned.processes}
     far = [_two_hosts(host_of, pair) for pair in pairs]
-    links = gpu_links(resolved, pairs, read_links)
+    links = gpu_links(resolved, planned, pairs, read_links)
     return tuple(
         PairTransport(
             decode_rank=pair.local,

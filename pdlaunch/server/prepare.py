@@ -285,9 +285,8 @@ def _replay(choice: Choice, known: Known) -> list[Delta]:
     seen, end = choice.replay(known.tokens, known.finish_reason)
     choice.request.output = known.tokens
     if known.finish_reason is not None:
-        choice.request.remote_kv = (
-            None  # the holder knows that it has ended, and does not wait for it
-        )
+        # The prefill side knows that it has ended, and waits for no pull.
+        choice.request.remote_kv = None
     if not known.sent:
         seen.add(end)
         return [seen]

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from pdlaunch.engines.plan import plan_processes
 from pdlaunch.platform.gpu_links import BusPair, GpuLink
 from pdlaunch.protocol.control import PairReady
+from pdlaunch.resolve.plan import Plan
 from pdlaunch.resolve.resolve import ResolvedLaunch
 from pdlaunch.resolve.role_engines import RoleEngines
 
@@ -21,29 +21,29 @@ _RENUMBERING = "CUDA_DEVICE_ORDER"
 
 
 def gpu_links(
-    resolved: ResolvedLaunch, pairs: Sequence[PairReady], read: ReadLinks
+    resolved: ResolvedLaunch, planned: Plan, pairs: Sequence[PairReady], read: ReadLinks
 ) -> list[GpuLink | None]:
-    """Return the link of each pair.
+    """Return the link of each pair. ``planned``: the processes of the launch.
 
     None: the pair is not two GPUs of this host, the connector does not use what joins them, or that
     is not known.
     """
     if resolved.config.kv_transfer.connector != "nixl":
         return [None] * len(pairs)
-    bus_ids = _bus_ids(resolved)
+    bus_ids = _bus_ids(resolved, planned)
     places = [_place(bus_ids, pair) for pair in pairs]
     links = read(place for place in places if place is not None)
     return [None if place is None else links.get(place) for place in places]
 
 
 def _place(bus_ids: Mapping[str, str], pair: PairReady) -> BusPair | None:
-    puller, holder = bus_ids.get(pair.local), bus_ids.get(pair.peer)
-    return None if puller is None or holder is None else (puller, holder)
+    decode, prefill = bus_ids.get(pair.local), bus_ids.get(pair.peer)
+    return None if decode is None or prefill is None else (decode, prefill)
 
 
-def _bus_ids(resolved: ResolvedLaunch) -> dict[str, str]:
+def _bus_ids(resolved: ResolvedLaunch, planned: Plan) -> dict[str, str]:
     """Return the PCI address of each rank's GPU on this host, where it is known."""
-    planned, here = plan_processes(resolved), resolved.hosts[0].name
+    here = resolved.hosts[0].name
     return {
         rank.name: address
         for role, engines in resolved.placed.by_host.get(here, {}).items()

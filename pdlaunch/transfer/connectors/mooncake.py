@@ -135,17 +135,17 @@ class MooncakeConnector(PushingConnector):
                 f"Mooncake could not write to {target.segment} over {self._protocol}: code {code}"
             )
 
-    def _settle(self, holder: str, read: PendingRead) -> ReadState:
+    def _settle(self, writer: str, read: PendingRead) -> ReadState:
         """Return the state of the READ. After a failed write bytes may still wait in the kernel,
         and this process's engine will write them to the target: until they are gone the READ is
-        pending. ``holder``: the address of the host that wrote; of another one's kernel nothing is
+        pending. ``writer``: the address of the host that wrote; of another one's kernel nothing is
         known but that it sends nothing once its connections have ended.
         """
         if not read.error:
             return "done"
-        is_far = holder != self._host
+        is_far = writer != self._host
         is_under_way = any(
-            tcp_sockets.is_connected(port, holder)
+            tcp_sockets.is_connected(port, writer)
             if is_far
             else tcp_sockets.has_bytes_under_way(port)
             for port in self._data_ports
