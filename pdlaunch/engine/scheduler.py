@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from pdlaunch.engine.lifecycle import RequestLifecycle
 from pdlaunch.engine.request import Phase, Request
@@ -223,18 +224,17 @@ class Scheduler:
 
     def _bound_prompts(self, step: StepDraft) -> None:
         """Say how many tokens of prompts may stand in a step beside the streams in it."""
-        step.prompt_budget = step.budget
         num_streams = len(step.scheduled)
         if self._costs is None or not num_streams:
             return
         ends_pause = self.pauses.has_begun
         self.pauses.ran_streams(num_streams)
         if ends_pause:
-            step.prompt_budget = 0
+            step.take_no_more_prompts()
             return
         num_context_tokens = sum(request.num_scheduled for request in step.scheduled)
-        step.prompt_budget = self._costs().next_chunk(
-            self._count_prompt_tokens(), num_streams, num_context_tokens
+        step.most_of_prompts = partial(
+            self._costs().next_chunk, self._count_prompt_tokens(), num_streams, num_context_tokens
         )
 
     def _schedule_chunk(self, request: Request, step: StepDraft) -> None:
@@ -242,7 +242,7 @@ class Scheduler:
 
         Later arrivals give up their blocks so that at least one token fits.
         """
-        num_tokens = step.room(request.num_to_schedule)
+        num_tokens = step.room(request.num_to_schedule, request.num_scheduled)
         if request.phase is not Phase.RUNNING or num_tokens == 0:
             return
         # Counted from num_computed: tokens in flight are queries too, and still read their windows.
@@ -275,11 +275,13 @@ class Scheduler:
                 lacks_blocks |= not self._start_pull(request)
             if (
                 not request.wants_pull
-                and step.room(request.num_remaining)
                 and self._builder.has_free_row
                 and not self._has_to_be_apart(request)
             ):
-                lacks_blocks |= not self._admit(request, step)
+                if step.room(request.num_remaining, request.num_computed):
+                    lacks_blocks |= not self._admit(request, step)
+                else:
+                    step.take_no_more_prompts()
         if lacks_blocks and not self._queues.running and not self._in_flight:
             self._break_standstill(step)
 
@@ -290,7 +292,7 @@ class Scheduler:
     def _admit(self, request: Request, step: StepDraft) -> bool:
         """Seat a request and schedule its first chunk. False: it lacks blocks.
 
-        True also if it had better wait for another request or for host memory.
+        True also if it had better wait for another request, another step or host memory.
         """
         if request.phase is Phase.WAITING:
             hit = self._blocks.find_prefix(request)
@@ -301,12 +303,16 @@ class Scheduler:
                 return False
             if self._start_load(request):
                 return True
+            num_cached = hit.end(0) * self._kv.block_size
+            if not step.room(request.num_remaining - num_cached, num_cached):
+                step.take_no_more_prompts()
+                return True
             self.requests.share(request, hit)
         room = self._blocks.room(request)
         if not room:
             return False
         self.requests.seat(request)
-        num_tokens = min(step.room(request.num_remaining), room)
+        num_tokens = min(step.room(request.num_remaining, request.num_computed), room)
         self._kv.extend(request.tables, request.num_computed + num_tokens)
         step.add(request, num_tokens)
         return True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from pdlaunch.engine.request import Request
 from pdlaunch.engine.step import NewBlocks, NewRow, RowTokens, ScheduledRow, StepPlan
 from pdlaunch.offload.jobs import OffloadJob
@@ -14,8 +16,9 @@ class StepDraft:
     __slots__ = (
         "budget",
         "has_streams",
+        "most_of_prompts",
+        "num_of_prompts",
         "preempted",
-        "prompt_budget",
         "scheduled",
     )
 
@@ -24,25 +27,37 @@ class StepDraft:
         """False: streams that run are left out, for the sake of prompts."""
         self.budget = budget
         """Tokens that may still be added."""
-        self.prompt_budget = budget
-        """Tokens of prompts that may still be added; others do not count for it."""
+        self.most_of_prompts: Callable[[int], int] | None = None
+        """Returns how many tokens of prompts the step may have where some of them stand behind so
+        many others of their prompt; None: as many as fit.
+        """
+        self.num_of_prompts = 0
+        """Tokens of prompts that were added."""
         self.scheduled: dict[Request, int] = {}
         self.preempted = False
 
-    def room(self, num_wanted: int) -> int:
-        """Return how many of the next tokens of a request may be added."""
-        bound = self.budget if num_wanted == 1 else min(self.budget, self.prompt_budget)
+    def room(self, num_wanted: int, num_before: int) -> int:
+        """Return how many of the next tokens of a request may be added, behind so many others."""
+        bound = self.budget
+        if num_wanted > 1 and self.most_of_prompts is not None:
+            bound = min(bound, self.most_of_prompts(num_before) - self.num_of_prompts)
         return max(0, min(num_wanted, bound))
+
+    def take_no_more_prompts(self) -> None:
+        """Leave the next prompt, which has no room here, to a step that begins with it: nobody who
+        came later goes before it.
+        """
+        self.most_of_prompts = lambda _: 0
 
     def add(self, request: Request, num_tokens: int) -> None:
         self.scheduled[request] = num_tokens
         self.budget -= num_tokens
-        self.prompt_budget -= num_tokens if num_tokens > 1 else 0
+        self.num_of_prompts += num_tokens if num_tokens > 1 else 0
 
     def remove(self, request: Request) -> None:
         num_tokens = self.scheduled.pop(request, 0)
         self.budget += num_tokens
-        self.prompt_budget += num_tokens if num_tokens > 1 else 0
+        self.num_of_prompts -= num_tokens if num_tokens > 1 else 0
 
 
 class StepBuilder:

@@ -144,8 +144,9 @@ class EngineCosts(msgspec.Struct, frozen=True, array_like=True):
         num_steps = math.ceil(StreamPauses.MAX_S / step_s) if step_s > 0 else 1
         return num_steps * self.pause_step_tokens
 
-    def chunk_tokens(self, num_streams: int, context_tokens: float) -> int:
-        """Return beside how many prompt tokens a step of streams is no long one.
+    def chunk_tokens(self, num_streams: int, context_tokens: float, num_before: float = 0.0) -> int:
+        """Return beside how many prompt tokens, behind ``num_before`` others of their prompt, a
+        step of streams is no long one.
 
         At least a block, and what is computed while kernels are launched anyway. An engine without
         streams computes as many as fit into a step.
@@ -158,16 +159,23 @@ class EngineCosts(msgspec.Struct, frozen=True, array_like=True):
             self.max_itl_s if self.max_itl_s is not None else alone_s * (self.max_slowdown or 1.0)
         )
         allowed_s = max(allowed_s, self.steps.launch_s)
-        fits = math.floor((allowed_s - alone_s) / self.steps.prompt_s)
+        token_s = self.steps.prompt_s + self.steps.attended_s * num_before
+        fits = math.floor((allowed_s - alone_s) / token_s)
         return max(self.block_size, min(fits, self.most_tokens(num_streams)))
 
-    def next_chunk(self, waiting_tokens: int, num_streams: int, context_tokens: float) -> int:
+    def next_chunk(
+        self,
+        waiting_tokens: int,
+        num_streams: int,
+        context_tokens: float,
+        num_before: float = 0.0,
+    ) -> int:
         """Return how many of the prompt tokens that wait a step may have beside its streams.
 
         As many as ``chunk_tokens`` says, and a little more where nothing is left then: a step less
         is worth it to streams, too. A limit that somebody has stated holds for the last chunk, too.
         """
-        chunk_tokens = self.chunk_tokens(num_streams, context_tokens)
+        chunk_tokens = self.chunk_tokens(num_streams, context_tokens, num_before)
         if self.max_itl_s is None and waiting_tokens <= min(
             LAST_CHUNK * chunk_tokens, self.most_tokens(num_streams)
         ):

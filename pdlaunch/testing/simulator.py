@@ -125,13 +125,18 @@ class SimEngine:
             left = 0
         chunks: list[tuple[SimRequest, int]] = []
         attended = 0.0
+        used = 0
         for request in self.prompts:
-            num_tokens = min(left, request.num_prompt_tokens - request.num_computed)
+            if streams and left:
+                left = self.costs.next_chunk(
+                    todo, len(streams), context_tokens, request.num_computed
+                )
+            num_tokens = min(left - used, request.num_prompt_tokens - request.num_computed)
             if num_tokens <= 0:
                 break
             chunks.append((request, num_tokens))
             attended += num_tokens * (request.num_computed + num_tokens / 2)
-            left -= num_tokens
+            used += num_tokens
         work = StepWork(
             num_streams=len(streams),
             context_tokens=context_tokens,

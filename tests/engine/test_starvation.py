@@ -13,8 +13,8 @@ from tests.engine.fake_engine import FakeEngine
 NUM_STEPS = 60
 BLOCK_SIZE = 4
 COSTS = st.builds(
-    lambda step_s, prompt_s, max_itl_s: EngineCosts(
-        StepCosts(step_s, 1e-4, 0.0, prompt_s, 0.0),
+    lambda step_s, prompt_s, attended_s, max_itl_s: EngineCosts(
+        StepCosts(step_s, 1e-4, 0.0, prompt_s, attended_s),
         max_num_seqs=4,
         max_num_batched_tokens=64,
         block_size=BLOCK_SIZE,
@@ -25,6 +25,7 @@ COSTS = st.builds(
     ),
     st.sampled_from([0.0, 0.005, 0.05]),
     st.sampled_from([0.0, 2e-5, 1e-3, 0.02]),
+    st.sampled_from([0.0, 1e-5]),
     st.sampled_from([None, None, 0.001, 0.01]),
 )
 ARRIVALS = st.lists(st.lists(st.integers(2, 90), max_size=3), min_size=1, max_size=6)

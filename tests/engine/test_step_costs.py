@@ -154,6 +154,50 @@ def test_a_prompt_beside_a_stream_is_computed_in_chunks_that_it_bears() -> None:
     assert engine.token_ids("short") == output([5, 4, 3, 2, 1, 0], 3)
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_what_a_long_prompt_attends_to_makes_its_chunks_shorter(cached: bool) -> None:
+    """Computed so far, or cached: else steps would get longer and longer with it."""
+    steps = StepCosts(0.004, 1e-4, 0.0, prompt_s=2e-5, attended_s=2e-8)
+    costs = limits(steps=steps, max_itl_s=0.0142, max_num_batched_tokens=512)
+    engine = FakeEngine(
+        costs=lambda: costs, max_num_batched_tokens=512, num_blocks=700, max_model_len=2000
+    )
+    if cached:
+        engine.add("before", [1] * 1000, max_tokens=1)
+        engine.run()
+    engine.add("chat", [1, 2, 3], max_tokens=400)
+    engine.step()
+    assert costs.chunk_tokens(1, 3) == pytest.approx(505, abs=1)
+    assert costs.chunk_tokens(1, 3, 1000) == pytest.approx(252, abs=1)
+    for name in ("long", "longer"):
+        engine.add(name, [1] * 1000 + [2] * 400, max_tokens=2)
+        engine.add(f"short beside {name}", [3] * 40, max_tokens=1)
+    took_s = [steps.seconds(work) for plan in engine.run() if (work := work_of(plan)).is_mixed]
+    # The tokens of a chunk attend to each other, too.
+    assert 0.9 * 0.0142 < max(took_s) < 1.3 * 0.0142
+    assert engine.token_ids("long") == output([1] * 1000 + [2] * 400, 2)
+
+
+def test_who_has_no_room_in_a_step_goes_before_those_who_came_later() -> None:
+    """A cached prompt attends to much: beside a chunk of another one there is no room for it."""
+    steps = StepCosts(0.004, 1e-4, 0.0, prompt_s=2e-5, attended_s=2e-8)
+    costs = limits(steps=steps, max_itl_s=0.0142, max_num_batched_tokens=512)
+    engine = FakeEngine(
+        costs=lambda: costs, max_num_batched_tokens=512, num_blocks=4000, max_model_len=2000
+    )
+    engine.add("before", [1] * 1000, max_tokens=1)
+    engine.run()
+    engine.add("chat", [1, 2, 3], max_tokens=400)
+    engine.step()
+    engine.add("first", [3] * 400, max_tokens=1)
+    engine.add("cached", [1] * 1000 + [2] * 100, max_tokens=1)
+    for number in range(20):
+        engine.add(f"later-{number}", [4 + number] * 500, max_tokens=1)
+    engine.run()
+    finished = list(engine.finished)
+    assert finished[finished.index("first") :][:3] == ["first", "cached", "later-0"]
+
+
 def test_a_stream_whose_blocks_were_pulled_does_not_wait_for_prompts() -> None:
     """The bound on prompts is none for the next tokens of others."""
     costs = limits(max_itl_s=1e-6)
