@@ -21,7 +21,7 @@ from __future__ import annotations
 
 
 class PdlaunchError(Exception):
-    """Base of every error that pdlaunch raises on purpose."""
+    """Is the base of every error that pdlaunch raises on purpose."""
 
 
 class ConfigError(PdlaunchError, ValueError):
@@ -78,14 +78,14 @@ class OverloadedError(RequestError):
 
 
 class KillsEngineError(RequestError):
-    """Ranks died of the request."""
+    """Is raised when ranks died of the request."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, status=500, code="request_kills_engine")
 
 
 class TransferError(PdlaunchError):
-    """KV blocks could not be moved, or not be proven right."""
+    """Is raised when KV blocks could not be moved, or not be proven right."""
 
 
 class HandshakeError(TransferError):

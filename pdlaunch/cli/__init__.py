@@ -48,7 +48,7 @@ class EndSignals:
 
     @property
     def exit_code(self) -> int:
-        """The exit code of an interrupted process, as a shell reports it."""
+        """Return the exit code of an interrupted process, as a shell reports it."""
         return _EXIT_BY_SIGNAL + self._first
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

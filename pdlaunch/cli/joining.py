@@ -55,7 +55,7 @@ class Agents:
 
     @property
     def address(self) -> str:
-        """The address of this host that they know."""
+        """Return the address of this host that they know."""
         return urlsplit(self.channel.endpoint).hostname or ""
 
     def take_in(self, news: News) -> None:

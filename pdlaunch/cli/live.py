@@ -43,7 +43,7 @@ _BAR_FROM_COLUMNS = 70
 
 
 class SteadyConsole(Console):
-    """A console that goes quiet when its reader goes away: the deployment serves on."""
+    """Goes quiet when its reader goes away: the deployment serves on."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True

@@ -23,7 +23,7 @@ _POLL_S = 0.05
 
 
 class Api:
-    """One HTTP server of a deployment.
+    """Calls one HTTP server of a deployment.
 
     ``socket_path``: the Unix socket on which it listens, in place of TCP; ``url`` is then only what
     paths are added to. Methods raise PdlaunchError when it cannot be reached in ``timeout_s``.

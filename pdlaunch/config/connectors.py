@@ -126,7 +126,7 @@ class NixlSettings(FrozenModel):
 
 
 class NixlSpec(ConnectorSpec[NixlSettings]):
-    """NIXL between any ranks, and mapped memory between ranks of one host."""
+    """Joins any ranks by NIXL, and ranks of one host by mapped memory."""
 
     factory = "pdlaunch.transfer.connectors.paths:new_connector"
     settings = NixlSettings

@@ -14,7 +14,7 @@ from pdlaunch.config.sources import LoadedConfig, Origin
 
 @dataclass(frozen=True, slots=True)
 class ShownValue:
-    """A setting with its value and origin, as people see them."""
+    """Holds a setting with its value and origin, as people see them."""
 
     path: str
     value: Any

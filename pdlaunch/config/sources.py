@@ -60,7 +60,7 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class LoadedConfig:
-    """A configuration with the origin of each of its values, by dotted path."""
+    """Holds a configuration with the origin of each of its values, by dotted path."""
 
     config: LaunchConfig
     origins: Mapping[str, Origin]
@@ -68,7 +68,7 @@ class LoadedConfig:
 
 @dataclass(frozen=True, slots=True)
 class _Given:
-    """A value that a source gives to a setting."""
+    """Holds a value that a source gives to a setting."""
 
     value: object
     origin: Origin

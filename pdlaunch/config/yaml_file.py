@@ -29,7 +29,7 @@ _QUOTED = re.compile(r"'[^'<>]{2,}'")
 
 @dataclass(frozen=True, slots=True)
 class FileValue:
-    """The value of a setting, and where it stands in the file."""
+    """Holds the value of a setting, and where it stands in the file."""
 
     value: object
     line: int

@@ -23,7 +23,9 @@ OF_RUNNING_ENGINES = frozenset(
 
 
 class EngineKind(Protocol):
-    """One kind of engine. All engines of a launch are of one kind: kinds do not share KV blocks."""
+    """Knows one kind of engine. All engines of a launch are of one kind: kinds do not share KV
+    blocks.
+    """
 
     name: str
     """The word for the kind in settings."""

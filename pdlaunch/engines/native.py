@@ -17,7 +17,7 @@ _OF_ALL_KINDS = ("PD610", "PD615")
 
 
 class NativeEngine:
-    """An ``EngineKind`` whose processes register themselves and speak the control channel."""
+    """Is the ``EngineKind`` whose processes register themselves and speak the control channel."""
 
     name = "native"
 

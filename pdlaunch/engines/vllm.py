@@ -62,7 +62,7 @@ VERIFIED_CONNECTOR: Mapping[str, JsonValue] = MappingProxyType(
 
 
 class VllmEngine:
-    """An ``EngineKind`` whose engines are servers of vLLM, watched over HTTP."""
+    """Is the ``EngineKind`` whose engines are servers of vLLM, watched over HTTP."""
 
     name = "vllm"
 

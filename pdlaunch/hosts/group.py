@@ -26,7 +26,7 @@ _CANNOT_START = 126
 
 
 class HostGroup:
-    """All hosts of a launch as a ``Host``: a process runs on the host that its spec names.
+    """Makes one ``Host`` of all hosts of a launch: a process runs on the host that its spec names.
 
     ``present``: the hosts whose agents have joined already. ``on_news`` is told of those that join
     or are lost later.

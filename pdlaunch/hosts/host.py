@@ -69,7 +69,7 @@ class ProcessExited:
 
 
 class Host(Protocol):
-    """A machine on which processes of a launch run. No method blocks.
+    """Runs processes of a launch on one machine. No method blocks.
 
     The addresses that its processes bind and advertise are in the resolved launch
     (``RoleEngines.bind_address``, ``advertise_address``), where checks can judge them.

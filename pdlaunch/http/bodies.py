@@ -103,7 +103,7 @@ RESUMED_TOKEN_BYTES = len('{"token_id":2147483647},')
 
 
 class BodyBudget:
-    """Bytes of bodies in flight in one process; belongs to the event loop."""
+    """Counts the bytes of bodies in flight in one process; belongs to the event loop."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes

@@ -24,7 +24,7 @@ from pdlaunch.memory.driver import DriverRefused, Handle, HandleKind, MemoryDriv
 
 @dataclass(slots=True)
 class Allocation:
-    """One address range of one tag."""
+    """Describes one address range of one tag."""
 
     tag: str
     address: int
@@ -38,7 +38,7 @@ class Allocation:
 
 @dataclass(frozen=True, slots=True)
 class ExportedHandle:
-    """An allocation as a peer may import it."""
+    """Describes an allocation to a peer that imports it."""
 
     tag: str
     address: int

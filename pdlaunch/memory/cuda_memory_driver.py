@@ -17,7 +17,8 @@ _FOR_THIS_CONTEXT = 0
 
 
 class CudaMemoryDriver:
-    """One CUDA device, whose primary context is current in every thread that calls.
+    """Calls the driver for one CUDA device, whose primary context is current in every thread that
+    calls.
 
     Memory is made for RDMA where the device can do that, and can be exported: as fabric handle
     where this process may make them (an IMEX channel is there), else as POSIX file descriptor.

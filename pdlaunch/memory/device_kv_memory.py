@@ -114,7 +114,9 @@ class DeviceKVMemory(KVMemory):
 
 
 class HandleMapping(PeerMapping):
-    """A peer's CuMem allocation, imported by its handle; the mapping alone keeps the memory."""
+    """Maps a peer's CuMem allocation, imported by its handle; the mapping alone keeps the
+    memory.
+    """
 
     def __init__(self, driver: PeerDriver, shared: SharedRange, handle: int | bytes) -> None:
         """``shared``: posix_fd or fabric. Raises DriverRefused; then nothing is held."""
@@ -139,7 +141,9 @@ class HandleMapping(PeerMapping):
 
 
 class IpcMapping(PeerMapping):
-    """A peer's cudaMalloc allocation. CUDA leaves open what becomes of it when its owner dies."""
+    """Maps a peer's cudaMalloc allocation. CUDA leaves open what becomes of it when its owner
+    dies.
+    """
 
     def __init__(self, driver: PeerDriver, shared: SharedRange) -> None:
         """``shared``: cuda_ipc. Raises DriverRefused."""

@@ -93,7 +93,7 @@ def _take_pages(region: mmap.mmap) -> None:
 
 
 class HostMapping(PeerMapping):
-    """A peer's memfd, for reading."""
+    """Maps a peer's memfd, for reading."""
 
     def __init__(self, shared: SharedRange, fd: int) -> None:
         """Raises NotShareable."""

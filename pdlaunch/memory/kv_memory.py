@@ -24,12 +24,12 @@ RangeKind = Literal["memfd", "posix_fd", "fabric", "cuda_ipc"]
 
 
 class NotShareable(Exception):
-    """Memory that a peer cannot map, or that of a peer that this rank cannot; the text says why."""
+    """Is raised for memory that a peer, or this rank, cannot map; the text says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class SharedRange:
-    """A range of one allocation, as its owner describes it to peers."""
+    """Describes a range of one allocation to peers of its owner."""
 
     kind: RangeKind
     allocation_bytes: int
@@ -70,7 +70,7 @@ class Export:
 
 
 class PeerMapping(ABC):
-    """A peer's range in the addresses of this process."""
+    """Holds a peer's range in the addresses of this process."""
 
     address: int
     """Address of its first byte."""
@@ -82,7 +82,7 @@ class PeerMapping(ABC):
 
 
 class KVMemory(ABC):
-    """The memory of one rank that peers may read."""
+    """Allocates the memory of one rank that peers may read, and maps theirs."""
 
     @abstractmethod
     def zeros(self, num_bytes: int) -> torch.Tensor:
@@ -104,8 +104,8 @@ class KVMemory(ABC):
 
 
 class PrivateKVMemory(KVMemory):
-    """Memory of a CPU that no peer can map; its pages come from the kernel when they are first
-    written.
+    """Allocates memory of a CPU that no peer can map; its pages come from the kernel when they
+    are first written.
     """
 
     def zeros(self, num_bytes: int) -> torch.Tensor:

@@ -17,7 +17,7 @@ _LAZY_ENABLE_PEER_ACCESS = 1
 
 
 class PeerDriver(Protocol):
-    """One device that maps memory of others. Every method may raise DriverRefused; addresses and
+    """Maps memory of others on one device. Every method may raise DriverRefused; addresses and
     sizes are in bytes.
     """
 

@@ -44,7 +44,7 @@ class ChunkContent:
 
 @dataclass(frozen=True, slots=True)
 class Slots:
-    """The blocks of one chunk that a transfer touches: slots [start, stop)."""
+    """Names the blocks of one chunk that a transfer touches: slots [start, stop)."""
 
     key: ChunkKey
     chunk_id: int

@@ -19,7 +19,9 @@ Pages = torch.Tensor
 
 @dataclass(frozen=True, slots=True)
 class PageCopies:
-    """The pages of one tensor and their places in host memory; the caller knows the direction."""
+    """Names the pages of one tensor and their places in host memory; the caller knows the
+    direction.
+    """
 
     device: Pages
     block_ids: IntArray

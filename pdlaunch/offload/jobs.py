@@ -14,8 +14,8 @@ from pdlaunch.offload.spec import Direction, TransferSpec
 
 @dataclass(frozen=True, slots=True)
 class OffloadJob:
-    """One transfer, the same for all ranks; each rank moves its own heads of the blocks. The fields
-    are those of ``TransferSpec``.
+    """Describes one transfer, the same for all ranks; each rank moves its own heads of the blocks.
+    The fields are those of ``TransferSpec``.
     """
 
     job_id: int

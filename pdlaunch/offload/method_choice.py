@@ -59,8 +59,8 @@ class MethodRates:
 
 
 class MethodTable:
-    """The chosen methods. ``fallback`` is used for page sizes that were not measured or are not
-    supported.
+    """Holds the chosen methods. ``fallback`` is used for page sizes that were not measured or are
+    not supported.
     """
 
     def __init__(self, fallback: CopyMethod) -> None:
@@ -75,7 +75,7 @@ class MethodTable:
             self._chosen[page_bytes, direction, True] = pair[direction]
 
     def choose(self, copies: PageCopies, direction: Direction, both_ways: bool) -> CopyMethod:
-        """The method for these pages. ``both_ways``: the other direction copies too."""
+        """Return the method for these pages. ``both_ways``: the other direction copies too."""
         method = self._chosen.get((copies.page_bytes, direction, both_ways), self._fallback)
         return method if method.supports(copies) else self._fallback
 

@@ -36,7 +36,7 @@ FindOnDevice = Callable[[int, bytes], int | None]
 
 @dataclass(frozen=True, slots=True)
 class HostHit:
-    """A prefix that is partly on the host."""
+    """Describes a prefix that is partly on the host."""
 
     device: PrefixHit
     """Cached blocks of each group to share; what follows them comes from the host."""
@@ -52,7 +52,7 @@ class HostHit:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """Neighbouring blocks of one group that are stored together."""
+    """Names neighbouring blocks of one group that are stored together."""
 
     first: int
     block_ids: list[int]

@@ -26,19 +26,21 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 class EvictionPolicy(ABC, Generic[Key]):
-    """The keys of a cache. Every key is added once and leaves by ``evict`` or ``remove``."""
+    """Orders the keys of a cache by who leaves first. Every key is added once and leaves by
+    ``evict`` or ``remove``.
+    """
 
     @abstractmethod
     def add(self, key: Key) -> None:
-        """A key comes in."""
+        """Take in a key."""
 
     @abstractmethod
     def touch(self, key: Key) -> None:
-        """A key was used."""
+        """Note that a key was used."""
 
     @abstractmethod
     def remove(self, key: Key) -> None:
-        """A key leaves for another reason than want of room."""
+        """Let a key go for another reason than want of room."""
 
     @abstractmethod
     def evict(self, may_leave: Callable[[Key], bool]) -> Key | None:
@@ -52,7 +54,7 @@ class EvictionPolicy(ABC, Generic[Key]):
 
 
 class LRU(EvictionPolicy[Key]):
-    """Least recently used first."""
+    """Lets the least recently used one leave first."""
 
     def __init__(self) -> None:
         self._keys: OrderedDict[Key, None] = OrderedDict()

@@ -50,7 +50,7 @@ class TransferSpec:
 
 @dataclass(frozen=True, slots=True)
 class GroupShape:
-    """One KV cache group on the device."""
+    """Describes one KV cache group on the device."""
 
     num_blocks: int
     page_bytes: tuple[int, ...]
@@ -63,7 +63,7 @@ class GroupShape:
 
 @dataclass(frozen=True, slots=True)
 class GroupSpan:
-    """The blocks of one group in a transfer, in logical order."""
+    """Counts the blocks of one group in a transfer, in logical order."""
 
     group: int
     skip: int
@@ -147,7 +147,7 @@ class ChunkLayout:
 
 
 class _Ids:
-    """A flat list of ids that the groups take their share of, one after another."""
+    """Holds a flat list of ids that the groups take their share of, one after another."""
 
     def __init__(self, name: str, ids: Sequence[int] | IntArray) -> None:
         self._name = name

@@ -23,7 +23,7 @@ LOW_WATER = 0.95
 
 
 class HeadSlice(NamedTuple):
-    """The KV heads of the model that chunks hold: [first, stop)."""
+    """Names the KV heads of the model that chunks hold: [first, stop)."""
 
     first: int
     stop: int

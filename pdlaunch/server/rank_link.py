@@ -56,8 +56,8 @@ Sink = Callable[[RankEvent], None]
 
 
 class RankLink:
-    """Requests out, events back; every submitted request ends with one RequestFinished or RankLost
-    unless it is aborted.
+    """Sends requests to rank 0 and brings its events back; every submitted request ends with one
+    RequestFinished or RankLost unless it is aborted.
 
     Belongs to the event loop that made it. Another incarnation of the rank gets another link.
     """

@@ -55,7 +55,7 @@ class PresentEngine:
 
 @dataclass(frozen=True, slots=True)
 class EngineChange:
-    """A change that has been judged and can be begun."""
+    """Holds a change that has been judged and can be begun."""
 
     resolved: ResolvedLaunch
     """The launch once it is done."""

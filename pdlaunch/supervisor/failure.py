@@ -20,7 +20,7 @@ _TAIL_BYTES = 32 * 1024
 
 @dataclass(slots=True)
 class Failure:
-    """The earliest failure of a launch; later ones are taken for its consequences."""
+    """Keeps the earliest failure of a launch; later ones are taken for its consequences."""
 
     summary: str
     process: str | None = None

@@ -31,7 +31,7 @@ from pdlaunch.transfer.thread import TransferThread
 
 
 class FaultyConnector(Connector):
-    """A connector that injects faults and never breaks the contract: after the end of a READ
+    """Injects faults around a connector and never breaks the contract: after the end of a READ
     nothing is written.
 
     What peers write to (``pusher``) and who maps the memory (``mapper``) are the inner connector's
@@ -129,7 +129,7 @@ class FaultyConnection(Connection):
 
 
 class FaultyRead(Read):
-    """A READ and its fault."""
+    """Runs a READ with its fault."""
 
     can_start_later = True
     """The READ may be held back, and repeated: nobody else has been asked to write."""
@@ -228,7 +228,7 @@ class FaultyRead(Read):
 
 
 class FaultyPushedRead(FaultyRead, PushedRead):
-    """A READ that the prefill side writes, and its fault."""
+    """Runs a READ that the prefill side writes, with its fault."""
 
     can_start_later = False
 
@@ -246,7 +246,7 @@ class FaultyPushedRead(FaultyRead, PushedRead):
 
 
 class FaultyTransferThread(TransferThread):
-    """A ``TransferThread`` that cuts leases short."""
+    """Drives transfers and cuts leases short."""
 
     def __init__(self, faults: FaultPlan, setup: TransferSetup) -> None:
         self._faults = faults

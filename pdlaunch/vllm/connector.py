@@ -45,7 +45,7 @@ class _Worker(ProvingWorker, NixlPullConnectorWorker):  # type: ignore[misc]
 
 
 class VerifiedNixlConnector(NixlPullConnector):  # type: ignore[misc]
-    """A NixlConnector whose blocks are proven before they are used."""
+    """Moves blocks as NixlConnector does, and proves them before they are used."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         """Raises RuntimeError, ValueError for what cannot be proven."""

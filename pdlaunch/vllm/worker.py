@@ -46,7 +46,7 @@ as vLLM counts READs of all of them together. Nobody is told without it.
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt whose blocks are complete after this step."""
+    """Names a prompt whose blocks are complete after this step."""
 
     token_hash: str
     block_ids: tuple[int, ...]

@@ -14,7 +14,7 @@ from pdlaunch.errors import PdlaunchError
 
 
 class BenchTarget(msgspec.Struct, frozen=True):
-    """A deployment that answers."""
+    """Names a deployment that answers."""
 
     session: aiohttp.ClientSession
     model: str

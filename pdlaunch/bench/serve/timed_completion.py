@@ -76,7 +76,7 @@ class _Usage(msgspec.Struct):
 
 
 class _Event(msgspec.Struct):
-    """The part of a chunk that matters; the rest is not even decoded."""
+    """Holds the part of a chunk that matters; the rest is not even decoded."""
 
     choices: list[_Choice] = []
     usage: _Usage | None = None

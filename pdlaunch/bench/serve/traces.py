@@ -40,7 +40,7 @@ class HashedPrompt(msgspec.Struct, frozen=True):
 
 
 class TraceRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """One request of a trace; a conversation is not tokenized yet."""
+    """Holds one request of a trace; a conversation is not tokenized yet."""
 
     prompt: HashedPrompt | list[dict[str, str]] | list[int]
     output: int | str

@@ -32,7 +32,7 @@ CUDA_BUFFER_BYTES = 2 * 1024**3
 
 
 def decode_bytes(shape: ModelShape, dtype: str, *, batch_size: int, context_tokens: int) -> int:
-    """Bytes that a decode step of ``batch_size`` rows must read."""
+    """Return the bytes that a decode step of ``batch_size`` rows must read."""
     seen_tokens = sum(
         context_tokens if window is None else min(context_tokens, window - 1)
         for window in shape.layer_windows
@@ -41,15 +41,15 @@ def decode_bytes(shape: ModelShape, dtype: str, *, batch_size: int, context_toke
 
 
 def prefill_bytes(shape: ModelShape, dtype: str, *, num_tokens: int) -> int:
-    """Bytes that a prefill step must read and write."""
+    """Return the bytes that a prefill step must read and write."""
     return _weight_bytes(shape, dtype) + num_tokens * shape.num_layers * _layer_token_bytes(
         shape, dtype
     )
 
 
 def measure_memory_rate(device: torch.device, buffer_bytes: int | None = None) -> float:
-    """Bytes a second that a plain copy or read moves; the better of both. Allocates a buffer, which
-    torch may keep cached.
+    """Return the bytes a second that a plain copy or read moves; the better of both. Allocates a
+    buffer, which torch may keep cached.
     """
     num_bytes = buffer_bytes or _buffer_bytes(device)
     buffer = torch.ones(num_bytes // 4, dtype=torch.float32, device=device)

@@ -77,7 +77,7 @@ def bench_step(
     async_scheduling: bool = False,
     buffer_bytes: int | None = None,
 ) -> list[StepTiming]:
-    """Prefill of one prompt of each length, then decode steps at each batch size; greedy.
+    """Time the prefill of one prompt of each length, then decode steps at each batch size; greedy.
 
     ``load_format`` dummy needs only config.json. ``async_scheduling``: decode steps of the engine
     are launched while the one before runs, and timed from one's tokens to the next one's.

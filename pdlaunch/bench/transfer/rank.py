@@ -79,7 +79,7 @@ class RankOptions:
 
 
 class Process:
-    """A child process that answers calls one at a time."""
+    """Has a child process answer calls, one at a time."""
 
     def __init__(self, run: Callable[..., None], *arguments: object) -> None:
         context = multiprocessing.get_context("forkserver")

@@ -32,7 +32,7 @@ ReadPart = tuple[int, torch.cuda.Event]
 
 @dataclass(frozen=True, slots=True)
 class LocalMemory:
-    """The memory that a rank lets others read."""
+    """Holds the memory that a rank lets others read."""
 
     kv_cache: torch.Tensor
     """[num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous; outlives the
@@ -47,7 +47,7 @@ class LocalMemory:
 
 @dataclass(frozen=True, slots=True)
 class PeerAgent:
-    """A peer's connector, as its handshake describes it."""
+    """Describes a peer's connector, as its handshake tells of it."""
 
     name: str
     metadata: bytes
@@ -76,7 +76,7 @@ class BlockRead:
 
 
 class Read(ABC):
-    """A READ that has been started and not yet released."""
+    """Stands for a READ that has been started and not yet released."""
 
     @abstractmethod
     def poll(self) -> ReadState:
@@ -98,7 +98,7 @@ class Read(ABC):
 
 
 class PushedRead(Read):
-    """A READ whose bytes the prefill side writes, once it is asked to over the side channel."""
+    """Stands for a READ whose bytes the prefill side writes, once it is asked to."""
 
     target: bytes
     """Tells the peer's connector where to write."""

@@ -161,7 +161,7 @@ class P2PConnector(Connector):
 
 
 class _P2PConnection(Connection):
-    """A peer's mapped memory."""
+    """Reads a peer's mapped memory."""
 
     def __init__(
         self,

@@ -34,7 +34,7 @@ equals the connector's preference counts.
 
 @dataclass(frozen=True, slots=True)
 class PathFigure:
-    """The result of trying one path."""
+    """Holds the result of trying one path."""
 
     path: str
     gigabytes_per_s: float | None

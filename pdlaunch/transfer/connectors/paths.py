@@ -109,7 +109,7 @@ class PathsConnector(Connector):
 
 @dataclass(slots=True, eq=False)
 class _Way:
-    """A peer as one of the connectors reaches it."""
+    """Reaches a peer by one of the connectors."""
 
     path: str
     """Path of the connector, for the case that there is no connection."""
@@ -129,7 +129,7 @@ class _Way:
 
 
 class _PathsConnection(Connection):
-    """A peer that is reached in several ways until one is chosen."""
+    """Reads from a peer in several ways until one is chosen."""
 
     def __init__(self, ways: Sequence[_Way]) -> None:
         """``ways`` are in the order of the connectors: the preferred one is last."""
@@ -175,7 +175,7 @@ class _PathsConnection(Connection):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _CountedRead(Read):
-    """A READ of a scratch; the connection that it uses stays open until it is released."""
+    """Counts a READ of a scratch; the connection that it uses stays open until it is released."""
 
     way: _Way
     read: Read

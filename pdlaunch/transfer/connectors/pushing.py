@@ -35,7 +35,7 @@ from pdlaunch.transfer.connectors.device_binding import DeviceBinding
 
 @dataclass(slots=True, eq=False)
 class PendingRead(PushedRead):
-    """A READ on the decode side."""
+    """Waits on the decode side for what the prefill side writes."""
 
     target: bytes
     settle: Callable[[PendingRead], ReadState]
@@ -81,8 +81,8 @@ class _Write:
 
 
 class PushingConnector(Connector):
-    """Base of connectors whose prefill side writes. ``open`` binds this thread, and each of the
-    pool once, to the KV cache's device.
+    """Is the base of connectors whose prefill side writes. ``open`` binds this thread, and each of
+    the pool once, to the KV cache's device.
     """
 
     def __init__(
