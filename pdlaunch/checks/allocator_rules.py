@@ -58,6 +58,7 @@ def expandable_segments(context: Context) -> Iterator[Found]:
         "expandable_segments:False,max_split_size_mb:128."
     ),
     source=_TORCH,
+    on_vllm=True,
 )
 def allocator_conf_refused(context: Context) -> Iterator[Found]:
     """torch refuses the configuration of its allocator.
@@ -83,6 +84,7 @@ def allocator_conf_refused(context: Context) -> Iterator[Found]:
         "Measured on an H200 with torch 2.11.0: cuIpcGetMemHandle says CUDA_ERROR_INVALID_VALUE, "
         "MemPool is not supported."
     ),
+    on_vllm=True,
 )
 def allocator_backend(context: Context) -> Iterator[Found]:
     """torch's allocator is cudaMallocAsync, whose memory can be neither pooled nor shared.
@@ -113,6 +115,7 @@ def allocator_backend(context: Context) -> Iterator[Found]:
     "warning",
     fix="Keep one of them.",
     source=_TORCH,
+    on_vllm=True,
 )
 def several_allocator_variables(context: Context) -> Iterator[Found]:
     """Several variables configure torch's allocator, and torch reads one of them.

@@ -17,6 +17,7 @@ _LOOPBACK = ("127.", "localhost", "::1")
     "error",
     fix="Set prefill.replicas and decode.replicas, or both.replicas, to 1 or more.",
     source="The plan of a launch.",
+    on_vllm=True,
 )
 def no_engine(context: Context) -> Iterator[Found]:
     """There is no engine at all.
@@ -34,6 +35,7 @@ def no_engine(context: Context) -> Iterator[Found]:
     "error",
     fix="Give both roles at least one engine, or neither, and `both` some.",
     source="The plan of a launch.",
+    on_vllm=True,
 )
 def role_without_peer(context: Context) -> Iterator[Found]:
     """There are prefill engines without decode engines, or the other way round.
@@ -58,6 +60,7 @@ def role_without_peer(context: Context) -> Iterator[Found]:
     fix="Name an alias, a directory in Hugging Face layout, or a .gguf file of a supported family.",
     source="The model's own config.json.",
     needs=("model_files",),
+    on_vllm=True,
 )
 def model_unusable(context: Context) -> Iterator[Found]:
     """The model cannot be found or cannot be served.
@@ -75,6 +78,7 @@ def model_unusable(context: Context) -> Iterator[Found]:
     fix="Choose a tensor_parallel_size that divides both numbers.",
     source="Megatron-style tensor parallelism.",
     needs=("model",),
+    on_vllm=True,
 )
 def tp_splits_heads(context: Context) -> Iterator[Found]:
     """tensor_parallel_size does not divide the attention heads of the model.
@@ -104,6 +108,7 @@ def tp_splits_heads(context: Context) -> Iterator[Found]:
     fix="Choose a tensor_parallel_size that divides the number of KV heads, or a multiple of it.",
     source="pdlaunch's KV layout: heads first, one region a head.",
     needs=("model",),
+    on_vllm=True,
 )
 def tp_splits_kv_heads(context: Context) -> Iterator[Found]:
     """tensor_parallel_size does not fit the KV heads of the model.
@@ -132,6 +137,7 @@ def tp_splits_kv_heads(context: Context) -> Iterator[Found]:
     fix="Lower max_model_len, or leave it out.",
     source="max_position_embeddings of the model's config.json.",
     needs=("model",),
+    on_vllm=True,
 )
 def max_len_over_model(context: Context) -> Iterator[Found]:
     """max_model_len is longer than the model was made for.
@@ -155,6 +161,7 @@ def max_len_over_model(context: Context) -> Iterator[Found]:
     fix="Use a multiple of 16; 64 or 128 move faster.",
     source="The paged variants of FlashAttention.",
     needs=("gpus",),
+    on_vllm=True,
 )
 def block_size_not_allowed(context: Context) -> Iterator[Found]:
     """block_size is not allowed by the attention backend of the device.
@@ -240,6 +247,7 @@ def router_admits_too_few(context: Context) -> Iterator[Found]:
     "warning",
     fix="Remove kv_transfer.verify: off; it is meant for measuring.",
     source="NIXL 1.5.1: a READ of deregistered memory ends as DONE (measured).",
+    on_vllm=True,
 )
 def not_verified(context: Context) -> Iterator[Found]:
     """Pulled KV blocks are not verified.
@@ -259,6 +267,7 @@ def not_verified(context: Context) -> Iterator[Found]:
     "warning",
     fix="Set PDLAUNCH_API_KEY, or --host 127.0.0.1 behind a proxy that authenticates.",
     source="An open port answers whoever reaches it.",
+    on_vllm=True,
 )
 def open_without_key(context: Context) -> Iterator[Found]:
     """The API listens beyond this machine without a key.
@@ -276,6 +285,7 @@ def open_without_key(context: Context) -> Iterator[Found]:
     "warning",
     fix="Remove it.",
     source="How the KV cache is sized.",
+    on_vllm=True,
 )
 def without_effect(context: Context) -> Iterator[Found]:
     """A setting has no effect on this set-up.
@@ -307,6 +317,7 @@ def without_effect(context: Context) -> Iterator[Found]:
     fix="Lower num_threads, or leave it out: the cores are then shared evenly.",
     source="Measured on 2 cores.",
     needs=("cpus",),
+    on_vllm=True,
 )
 def too_many_threads(context: Context) -> Iterator[Found]:
     """The ranks use more CPU threads than there are cores.
@@ -336,6 +347,7 @@ def too_many_threads(context: Context) -> Iterator[Found]:
     "info",
     fix="Remove load_format.",
     source="load_format.",
+    on_vllm=True,
 )
 def dummy_weights(context: Context) -> Iterator[Found]:
     """The weights are random.
@@ -376,6 +388,7 @@ def tp_cuts_no_experts(context: Context) -> Iterator[Found]:
     fix="Complete the download, or convert the weights to safetensors.",
     source="The format of safetensors; pickle's own documentation warns of untrusted files.",
     needs=("weights",),
+    on_vllm=True,
 )
 def weights_unreadable(context: Context) -> Iterator[Found]:
     """The weights of the model are missing, damaged, or in a format that is not read.

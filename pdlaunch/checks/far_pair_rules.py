@@ -42,6 +42,7 @@ def path_within_a_host(context: Context) -> Iterator[Found]:
         "host."
     ),
     source=_PORTS,
+    on_vllm=True,
 )
 def network_is_not_trusted(context: Context) -> Iterator[Found]:
     """KV blocks would go between hosts over ports that ask nobody who he is.
@@ -69,6 +70,7 @@ def network_is_not_trusted(context: Context) -> Iterator[Found]:
         "docs/hosts.md has its rules."
     ),
     source=_PORTS,
+    on_vllm=True,
 )
 def open_data_ports(context: Context) -> Iterator[Found]:
     """Ranks take KV blocks at ports that ask nobody who he is.
@@ -90,6 +92,7 @@ def open_data_ports(context: Context) -> Iterator[Found]:
     "error",
     fix="Add tcp (or rc) to UCX_TLS, or unset it.",
     source="UCX_TLS, UCX 1.19 as NIXL 1.5.1 ships it.",
+    on_vllm=True,
 )
 def ucx_joins_no_hosts(context: Context) -> Iterator[Found]:
     """UCX_TLS leaves no transport between hosts.

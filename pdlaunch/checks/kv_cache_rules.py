@@ -21,6 +21,7 @@ _MEBIBYTE = 1024**2
     fix="Raise kv_cache_memory, or lower max_model_len.",
     source="Number of KV blocks against the longest request.",
     needs=("model",),
+    on_vllm=True,
 )
 def kv_cache_too_small(context: Context) -> Iterator[Found]:
     """The KV cache cannot hold one request of max_model_len; where that is unset, none of 256
@@ -41,6 +42,7 @@ def kv_cache_too_small(context: Context) -> Iterator[Found]:
     fix="Set max_model_len to what fits, or raise kv_cache_memory.",
     source="Number of KV blocks against the longest request.",
     needs=("model",),
+    on_vllm=True,
 )
 def kv_cache_below_model(context: Context) -> Iterator[Found]:
     """The KV cache cannot hold a request as long as the model allows.

@@ -24,6 +24,7 @@ _FILES_OF_A_PAIR = 4
     fix="Run serve on Linux, in a container or a virtual machine.",
     source="Supported platforms.",
     needs=("system",),
+    on_vllm=True,
 )
 def not_linux(context: Context) -> Iterator[Found]:
     """This system is not Linux.
@@ -43,6 +44,7 @@ def not_linux(context: Context) -> Iterator[Found]:
     ),
     source="cuInit and cuDeviceGetCount.",
     needs=("gpus",),
+    on_vllm=True,
 )
 def no_gpu(context: Context) -> Iterator[Found]:
     """Engines are to run on GPUs, but there is none.
@@ -88,6 +90,7 @@ def gpus_out_of_sight(context: Context) -> Iterator[Found]:
     fix="Lower tensor_parallel_size.",
     source="NCCL: one rank a device.",
     needs=("gpus",),
+    on_vllm=True,
 )
 def too_few_gpus(context: Context) -> Iterator[Found]:
     """There are fewer GPUs than one engine has ranks.
@@ -112,6 +115,7 @@ def too_few_gpus(context: Context) -> Iterator[Found]:
     ),
     source="CUDA 13 on two H200s: what cuInit and cuDeviceGetCount make of the variable.",
     needs=("gpus",),
+    on_vllm=True,
 )
 def visible_devices_wrong(context: Context) -> Iterator[Found]:
     """CUDA_VISIBLE_DEVICES of a role names GPUs that its ranks cannot have.
@@ -136,6 +140,7 @@ def visible_devices_wrong(context: Context) -> Iterator[Found]:
     fix="Use fewer engines, or more cores.",
     source="Measured on 2 cores.",
     needs=("cpus",),
+    on_vllm=True,
 )
 def too_few_cores(context: Context) -> Iterator[Found]:
     """There are fewer CPU cores than ranks.
@@ -156,6 +161,7 @@ def too_few_cores(context: Context) -> Iterator[Found]:
         "(measured)."
     ),
     needs=("native_bf16",),
+    on_vllm=True,
 )
 def emulated_dtype(context: Context) -> Iterator[Found]:
     """A 16-bit dtype is computed on a CPU that emulates it.
@@ -205,6 +211,7 @@ def memlock_low(context: Context) -> Iterator[Found]:
     fix="ulimit -n 65536; in containers --ulimit nofile=65536.",
     source="RLIMIT_NOFILE.",
     needs=("limits",),
+    on_vllm=True,
 )
 def open_files_low(context: Context) -> Iterator[Found]:
     """The limit of open files is low.

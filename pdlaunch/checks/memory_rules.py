@@ -16,6 +16,7 @@ from pdlaunch.resolve.role_engines import RoleEngines
     "error",
     fix="Remove enable_cumem_allocator (sleep mode turns it on), or switch enable_sleep_mode off.",
     source="The CUDA driver's virtual memory management.",
+    on_vllm=True,
 )
 def sleep_without_allocator(context: Context) -> Iterator[Found]:
     """Sleep mode is on, and the CuMem allocator that it needs is off.
@@ -34,6 +35,7 @@ def sleep_without_allocator(context: Context) -> Iterator[Found]:
     "error",
     fix="Remove enable_cumem_allocator, or run on a CUDA device.",
     source="CuMem pools: memory of a CUDA device.",
+    on_vllm=True,
 )
 def allocator_on_cpu(context: Context) -> Iterator[Found]:
     """The CuMem allocator is not supported on the current platform.
@@ -54,6 +56,7 @@ def allocator_on_cpu(context: Context) -> Iterator[Found]:
     "error",
     fix="Switch enable_sleep_mode off, or run on a CUDA device.",
     source="CuMem pools: memory of a CUDA device.",
+    on_vllm=True,
 )
 def sleep_on_cpu(context: Context) -> Iterator[Found]:
     """Sleep mode is not supported on the current platform.
@@ -81,6 +84,7 @@ def _on_cpu(context: Context) -> str:
     fix="Switch enable_cumem_allocator and enable_sleep_mode off, or update the CUDA driver.",
     source="cuDeviceGetAttribute(VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED).",
     needs=("gpus", "cumem"),
+    on_vllm=True,
 )
 def allocator_without_driver(context: Context) -> Iterator[Found]:
     """The CUDA driver or a GPU does not support the CuMem allocator.
@@ -107,6 +111,7 @@ def allocator_without_driver(context: Context) -> Iterator[Found]:
     ),
     source="The model's config.json, the driver, and NVML for the memory that is free.",
     needs=("model", "gpus", "gpu_memory"),
+    on_vllm=True,
 )
 def gpu_memory_exceeded(context: Context) -> Iterator[Found]:
     """Weights, activations and KV cache do not fit into the memory of a GPU.
@@ -149,6 +154,7 @@ def gpu_memory_exceeded(context: Context) -> Iterator[Found]:
     ),
     source="How ranks are placed: in turn over all GPUs.",
     needs=("gpus", "model", "gpu_memory"),
+    on_vllm=True,
 )
 def gpu_shares_exceeded(context: Context) -> Iterator[Found]:
     """Ranks on one GPU together want more memory than it has.
@@ -210,6 +216,7 @@ def _wanted_bytes(engine: RoleEngines, memory: int) -> int:
     fix="Use as many GPUs as there are ranks, or fewer engines.",
     source="How ranks are placed: in turn over all GPUs.",
     needs=("gpus",),
+    on_vllm=True,
 )
 def gpu_shared(context: Context) -> Iterator[Found]:
     """Ranks of different engines share a GPU.
@@ -234,6 +241,7 @@ def gpu_shared(context: Context) -> Iterator[Found]:
     fix="Lower kv_cache_memory or the number of engines, or use a smaller model.",
     source="The model's config.json and the machine (its control group included).",
     needs=("model", "memory"),
+    on_vllm=True,
 )
 def host_memory_exceeded(context: Context) -> Iterator[Found]:
     """The engines on the CPU need more memory than the machine has.

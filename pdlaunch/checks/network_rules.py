@@ -18,6 +18,7 @@ _UNREACHABLE = ("127.", "localhost", "0.0.0.0", "::")
     fix="Choose another port, or stop that process (ss -ltnp shows it).",
     source="bind().",
     needs=("ports",),
+    on_vllm=True,
 )
 def port_busy(context: Context) -> Iterator[Found]:
     """A port is busy.
@@ -38,6 +39,7 @@ def port_busy(context: Context) -> Iterator[Found]:
     fix="Choose a port from 1024 on.",
     source="bind().",
     needs=("ports",),
+    on_vllm=True,
 )
 def port_privileged(context: Context) -> Iterator[Found]:
     """A port needs privileges.
@@ -57,6 +59,7 @@ def port_privileged(context: Context) -> Iterator[Found]:
     fix="Use 127.0.0.1 for this machine alone, or 0.0.0.0 for every address that it has.",
     source="bind() and getaddrinfo().",
     needs=("ports",),
+    on_vllm=True,
 )
 def host_not_here(context: Context) -> Iterator[Found]:
     """The host to listen on is no address of this machine.
@@ -75,6 +78,7 @@ def host_not_here(context: Context) -> Iterator[Found]:
     "error",
     fix="Give an address of this machine that the other hosts can reach.",
     source="vLLM: the side channel listens on localhost by default, and the first request hangs.",
+    on_vllm=True,
 )
 def side_channel_unreachable(context: Context) -> Iterator[Found]:
     """Peers on other hosts cannot reach a host.

@@ -25,6 +25,7 @@ _SAMPLING_DEFAULTS = (
     fix="Set model once, at the top level.",
     source=KV_LAYOUT,
     needs=("model",),
+    on_vllm=True,
 )
 def models_differ(context: Context) -> Iterator[Found]:
     """Prefill and decode serve models of different shapes.
@@ -79,6 +80,7 @@ def model_paths_differ(context: Context) -> Iterator[Found]:
     fix="Set model and load_format once, at the top level.",
     source="The router: requests go to either, and a stream whose engine dies to the other.",
     needs=("model",),
+    on_vllm=True,
 )
 def both_roles_differ(context: Context) -> Iterator[Found]:
     """Engines of both roles serve another model than the pair beside them.
@@ -108,6 +110,7 @@ def both_roles_differ(context: Context) -> Iterator[Found]:
     fix="Serve the same model on both sides.",
     source=KV_LAYOUT,
     needs=("model",),
+    on_vllm=True,
 )
 def groups_differ(context: Context) -> Iterator[Found]:
     """The layers of prefill and decode form different KV cache groups.
@@ -138,6 +141,7 @@ def groups_differ(context: Context) -> Iterator[Found]:
     fix="Serve the same model on both sides.",
     source=KV_LAYOUT,
     needs=("model",),
+    on_vllm=True,
 )
 def kv_heads_differ(context: Context) -> Iterator[Found]:
     """Prefill and decode have different KV heads.
@@ -158,6 +162,7 @@ def kv_heads_differ(context: Context) -> Iterator[Found]:
     ),
     source="Prefill draws the first token of an answer, decode all others.",
     needs=("model",),
+    on_vllm=True,
 )
 def generation_defaults_differ(context: Context) -> Iterator[Found]:
     """The generation_config.json of prefill and decode differ.

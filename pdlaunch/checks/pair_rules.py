@@ -19,6 +19,7 @@ KV_LAYOUT = "pdlaunch's KV layout and handshake."
     "error",
     fix="Set dtype once, at the top level.",
     source=KV_LAYOUT,
+    on_vllm=True,
 )
 def dtypes_differ(context: Context) -> Iterator[Found]:
     """Prefill and decode use different dtypes.
@@ -83,6 +84,7 @@ def tp_sizes_cross(context: Context) -> Iterator[Found]:
     "warning",
     fix="Give decode at least as many ranks an engine as prefill.",
     source="Direction of tensor parallelism in P/D set-ups of vLLM and Dynamo.",
+    on_vllm=True,
 )
 def tp_direction(context: Context) -> Iterator[Found]:
     """Prefill has more ranks an engine than decode.
@@ -105,6 +107,7 @@ def tp_direction(context: Context) -> Iterator[Found]:
     fix="Set max_model_len once, at the top level.",
     source="The life of a request.",
     needs=("model",),
+    on_vllm=True,
 )
 def lengths_differ(context: Context) -> Iterator[Found]:
     """Prefill accepts longer requests than decode.
@@ -129,6 +132,7 @@ def lengths_differ(context: Context) -> Iterator[Found]:
     "error",
     fix="Set load_format once, at the top level.",
     source="load_format.",
+    on_vllm=True,
 )
 def load_formats_differ(context: Context) -> Iterator[Found]:
     """Only one side of the pair has real weights.
@@ -149,6 +153,7 @@ def load_formats_differ(context: Context) -> Iterator[Found]:
     fix="Set device once, at the top level.",
     source="float32 on a CPU and on a GPU add in another order.",
     needs=("gpus",),
+    on_vllm=True,
 )
 def devices_differ(context: Context) -> Iterator[Found]:
     """Prefill and decode run on different kinds of device.

@@ -19,6 +19,7 @@ _OF_HOST = frozenset(("num_threads",))
     "error",
     fix="List more hosts, lower hosts_per_engine, or leave roles of hosts out.",
     source="Hosts take engines of their roles alone.",
+    on_vllm=True,
 )
 def too_few_hosts(context: Context) -> Iterator[Found]:
     """Too few hosts take the engines of a role.
@@ -41,6 +42,7 @@ def too_few_hosts(context: Context) -> Iterator[Found]:
         "both sides."
     ),
     source="KV blocks go from prefill to decode over whatever joins their hosts.",
+    on_vllm=True,
 )
 def pair_far_apart(context: Context) -> Iterator[Found]:
     """Prefill and decode engines are in different domains.
@@ -71,6 +73,7 @@ def pair_far_apart(context: Context) -> Iterator[Found]:
     "warning",
     fix="Take it off hosts, start more engines, or set placement_strategy to spread.",
     source="The placement that `pdlaunch serve --dry-run` prints.",
+    on_vllm=True,
 )
 def idle_host(context: Context) -> Iterator[Found]:
     """A host gets no engine.
@@ -89,6 +92,7 @@ def idle_host(context: Context) -> Iterator[Found]:
     "error",
     fix="Set these for the role, or place its engines on hosts that are alike.",
     source="Values are derived on each host: dtype auto is float32 on a CPU without bfloat16.",
+    on_vllm=True,
 )
 def hosts_differ(context: Context) -> Iterator[Found]:
     """Engines of one role come to different values on different hosts.
@@ -108,6 +112,7 @@ def hosts_differ(context: Context) -> Iterator[Found]:
     "error",
     fix="Set hosts_per_engine to 1, or device: cpu for native engines.",
     source="NCCL's connections and vLLM's groups have no keys.",
+    on_vllm=True,
 )
 def engine_over_hosts(context: Context) -> Iterator[Found]:
     """Ranks of an engine are on several hosts, and cannot be joined there safely.

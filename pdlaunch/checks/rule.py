@@ -73,6 +73,8 @@ class Rule:
     """The source of the knowledge."""
     needs: tuple[Need, ...]
     """Facts without which the rule cannot say anything; it is then listed as not checked."""
+    on_vllm: bool
+    """It holds for engines of vLLM, too. Those of the family PD6 are about such engines alone."""
     check: Callable[[Context], Iterable[Found]]
 
     @property
@@ -88,6 +90,7 @@ def rule(
     fix: str,
     source: str,
     needs: tuple[Need, ...] = (),
+    on_vllm: bool = False,
 ) -> Callable[[Callable[[Context], Iterable[Found]]], Rule]:
     """Make a rule of a function; its docstring says what is wrong, and why it matters."""
 
@@ -101,6 +104,7 @@ def rule(
             fix,
             source,
             needs,
+            on_vllm,
             check,
         )
 

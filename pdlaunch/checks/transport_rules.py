@@ -27,6 +27,7 @@ _UNMAPPABLE = ("cumem", "expandable_segments")
     ),
     source="The READ at the end of the handshake.",
     needs=("transport",),
+    on_vllm=True,
 )
 def pair_broken(context: Context) -> Iterator[Found]:
     """Nothing can be moved between a pair of ranks.
@@ -118,6 +119,7 @@ def pair_slow(context: Context) -> Iterator[Found]:
         "GPU's, in block-sized pieces."
     ),
     needs=("transport",),
+    on_vllm=True,
 )
 def pair_speed(context: Context) -> Iterator[Found]:
     """KV blocks move between a pair of ranks at the speed that is shown.

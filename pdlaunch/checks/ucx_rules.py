@@ -137,6 +137,7 @@ def ucx_without_path(context: Context) -> Iterator[Found]:
     fix="Add rc (or ib) to UCX_TLS, or unset it.",
     source=_UCX,
     needs=("rdma",),
+    on_vllm=True,
 )
 def ucx_without_rdma(context: Context) -> Iterator[Found]:
     """UCX_TLS leaves out RDMA between hosts that have it.

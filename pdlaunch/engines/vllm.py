@@ -29,29 +29,6 @@ CAPABILITIES = Capabilities(
 """Describes every version of vLLM, with its default lease; who watches an engine adds what its
 version can do.
 """
-_SHARED_RULES = frozenset(
-    (
-        # Settings, addresses, models and weights.
-        *("PD101", "PD102", "PD103", "PD104", "PD105", "PD106", "PD108", "PD111", "PD112"),
-        *("PD114", "PD115", "PD117", "PD119"),
-        # Memory: whether it fits, and the allocators.
-        *("PD201", "PD202", "PD203", "PD205", "PD206", "PD207", "PD208", "PD209", "PD210"),
-        *("PD211", "PD212", "PD215", "PD216"),
-        # Pairs: models and dtypes. Block sizes, names and ranks have rules of their own.
-        *("PD301", "PD303", "PD305", "PD306", "PD308", "PD309", "PD310", "PD311", "PD315"),
-        "PD316",
-        # The machine: GPUs, cores, files, ports.
-        *("PD400", "PD410", "PD411", "PD412", "PD413", "PD415", "PD420", "PD421", "PD422"),
-        *("PD424", "PD450", "PD452", "PD453", "PD454", "PD455", "PD456"),
-        # The network between hosts.
-        *("PD428", "PD429", "PD434", "PD439"),
-        *("PD501", "PD505"),
-    )
-)
-"""Rules on launches that hold for engines of vLLM too.
-
-The others judge what native engines do: their libraries, host tier, paths of KV
-blocks, variables, time limits."""
 STOCK_CONNECTOR: Mapping[str, JsonValue] = MappingProxyType({"kv_connector": "NixlConnector"})
 VERIFIED_CONNECTOR: Mapping[str, JsonValue] = MappingProxyType(
     {
@@ -146,12 +123,12 @@ class VllmEngine:
         )
 
     def rules(self) -> Sequence[Rule]:
+        """Return the rules that hold for vLLM, too, and those on engines that are not native."""
         rules = all_rules().values()
         return tuple(
             rule
             for rule in rules
-            if rule.code in _SHARED_RULES
-            or (rule.code[:3] == "PD6" and rule.code not in OF_RUNNING_ENGINES)
+            if rule.on_vllm or (rule.code[:3] == "PD6" and rule.code not in OF_RUNNING_ENGINES)
         )
 
     def _flags(self, engines: RoleEngines) -> Iterator[tuple[str, JsonValue]]:
