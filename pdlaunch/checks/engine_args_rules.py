@@ -17,9 +17,9 @@ from pdlaunch.config.vllm_arguments import (
     KV_EVENTS,
     OURS,
     REFUSED,
-    flag_name,
     is_name,
     values_like_flags,
+    vllm_flag_name,
 )
 
 _SOURCE = "The parser of vllm serve 0.32."
@@ -129,9 +129,9 @@ def arguments_ambiguous(context: Context) -> Iterator[Found]:
                 yield Found(
                     argument.where, f"vLLM would take the value of {argument.key} for flags"
                 )
-        for name, count in Counter(flag_name(argument.key) for argument in given).items():
+        for name, count in Counter(vllm_flag_name(argument.key) for argument in given).items():
             if count > 1:
-                keys = [each for each in given if flag_name(each.key) == name]
+                keys = [each for each in given if vllm_flag_name(each.key) == name]
                 spelt = " and ".join(each.key for each in keys)
                 yield Found(keys[-1].where, f"--{name} is given {count} times, as {spelt}")
 
@@ -153,7 +153,7 @@ def argument_unknown(context: Context) -> Iterator[Found]:
         if answer is None or answer.problem:
             continue  # PD608 speaks of commands that do not answer.
         for argument in arguments(context, engines):
-            name = f"--{flag_name(argument.key).partition('.')[0]}"
+            name = f"--{vllm_flag_name(argument.key).partition('.')[0]}"
             # argparse completes what fits one flag alone.
             completed = [flag for flag in answer.names if flag.startswith(name)]
             if name not in answer.names and len(completed) != 1:

@@ -75,7 +75,7 @@ def sets_ucx(launch: ResolvedLaunch) -> bool:
     )
 
 
-def read_answer(outcome: ProcessOutcome) -> NixlAnswer:
+def read_nixl_answer(outcome: ProcessOutcome) -> NixlAnswer:
     """Read what the process has printed."""
     written = (*outcome.output, *outcome.errors)
     lines = [match.groups() for match in map(_UCX_LINE.search, written) if match]
@@ -123,7 +123,7 @@ def _ask(launch: ResolvedLaunch, question: _Question) -> NixlAnswer:
         of_others = [name for name in devices if not is_address(name)]
         environ["UCX_NET_DEVICES"] = ",".join(["lo", *of_others])
     command = [sys.executable, "-P", "-m", _MODULE, *([device] if device else [])]
-    return read_answer(run_briefly(command, environ, TIMEOUT_S))
+    return read_nixl_answer(run_briefly(command, environ, TIMEOUT_S))
 
 
 def _unused(text: str) -> Iterator[tuple[str, str | None]]:

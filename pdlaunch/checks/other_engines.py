@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pydantic import JsonValue
 
 from pdlaunch.checks.context import Context
-from pdlaunch.config.vllm_arguments import flag_name, long_name
+from pdlaunch.config.vllm_arguments import long_name, vllm_flag_name
 from pdlaunch.resolve.role_engines import RoleEngines
 
 
@@ -32,7 +32,7 @@ class EngineArgument:
 
     @property
     def _is_negated(self) -> bool:
-        return flag_name(self.key).startswith("no-")
+        return vllm_flag_name(self.key).startswith("no-")
 
     @property
     def json(self) -> JsonValue:

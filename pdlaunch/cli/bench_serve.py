@@ -19,7 +19,7 @@ from pdlaunch.bench.serve.multi_turn import MultiTurnOptions, MultiTurnReport, b
 from pdlaunch.bench.serve.progress import ProgressText
 from pdlaunch.bench.serve.row import BenchRun
 from pdlaunch.bench.serve.sweep import bench_serve
-from pdlaunch.bench.serve.traces import TraceRequest, read_trace
+from pdlaunch.bench.serve.traces import TraceRequest, read_trace_file
 from pdlaunch.cli import EXIT_INTERRUPTED, EXIT_UNUSABLE
 from pdlaunch.cli.bench_serve_tables import ServeFormat, show_chats, show_runs
 from pdlaunch.cli.bench_values import read_decimals, read_numbers, read_positive, read_rates
@@ -227,7 +227,7 @@ def _read_trace(path: Path | None, num_requests: int | None) -> list[TraceReques
     if path is None:
         return []
     try:
-        trace = read_trace(path)[:num_requests]
+        trace = read_trace_file(path)[:num_requests]
     except ConfigError as error:
         print_errors([error])
         raise typer.Exit(EXIT_UNUSABLE) from None

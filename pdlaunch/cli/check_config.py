@@ -22,7 +22,7 @@ from pdlaunch.cli.downloads import ShownDownloads
 from pdlaunch.cli.findings import (
     github_problem,
     github_report,
-    print_table,
+    print_findings,
     problems_json,
     report_console,
     report_json,
@@ -124,7 +124,7 @@ def print_report(
     exit_code = 0 if ok else EXIT_FAILED
     match output:
         case "table":
-            print_table(report_console(), report, ok=ok, assumed=assumed)
+            print_findings(report_console(), report, ok=ok, assumed=assumed)
         case "json":
             typer.echo(report_json(report, ok=ok, assumed=assumed))
         case "github":

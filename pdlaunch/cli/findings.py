@@ -78,7 +78,7 @@ def report_console() -> Console:
     return console
 
 
-def print_table(
+def print_findings(
     console: Console, report: Report, *, ok: bool, assumed: AssumedMachine | None = None
 ) -> None:
     """Print the findings by severity, the rules that were not checked, and a verdict; one line

@@ -188,7 +188,7 @@ def is_name(key: str) -> bool:
     return _NAME.fullmatch(key) is not None
 
 
-def flag_name(key: str) -> str:
+def vllm_flag_name(key: str) -> str:
     """Return the name by which a flag is given, behind its two dashes."""
     name, dot, rest = key.lstrip("-").partition(".")
     name = name.replace("_", "-").lower()
@@ -200,7 +200,7 @@ def long_name(key: str) -> str:
 
     A beginning of a flag in the tables above is that flag, as ``argparse`` completes it.
     """
-    name = flag_name(key).partition(".")[0]
+    name = vllm_flag_name(key).partition(".")[0]
     tables = (OURS, REFUSED, FOREIGN_CODE, DOORS, {KV_EVENTS: ""})
     for candidate in (name, name.removeprefix("no-")):
         if candidate in _BEGIN_OTHERS or any(candidate in table for table in tables):

@@ -15,7 +15,7 @@ from pdlaunch.checks.rule import Rule
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import PAIR
-from pdlaunch.config.vllm_arguments import flag_name
+from pdlaunch.config.vllm_arguments import vllm_flag_name
 from pdlaunch.engines.kind import OF_RUNNING_ENGINES
 from pdlaunch.engines.native import light_environment, python_command
 from pdlaunch.protocol.control import Capabilities
@@ -177,7 +177,7 @@ class VllmEngine:
 
 def _as_arguments(flags: Mapping[str, JsonValue]) -> Iterator[str]:
     for name, value in flags.items():
-        flag = f"--{flag_name(name)}"
+        flag = f"--{vllm_flag_name(name)}"
         match value:
             case True:
                 yield flag

@@ -37,7 +37,7 @@ class EngineChild:
                 env={**os.environ, **environment},
                 # Forked by the main thread, which lives as long as the sidecar: the kernel sends
                 # the signal when that thread ends.
-                preexec_fn=die_with_parent,
+                preexec_fn=die_with_thread,
             )
         except OSError as error:
             raise StartupError(
@@ -86,6 +86,6 @@ def guard_group() -> subprocess.Popen[bytes]:
         os.close(read_end)
 
 
-def die_with_parent() -> None:
+def die_with_thread() -> None:
     """Have the kernel kill this process when the thread that has forked it ends."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -66,7 +66,7 @@ def read_costs(values: Mapping[str, Any]) -> EngineCosts:
     return EngineCosts(steps, **limits)
 
 
-def engines_of(status: Mapping[str, Any]) -> list[SimEngine]:
+def idle_engines(status: Mapping[str, Any]) -> list[SimEngine]:
     """Return the engines of a status, idle. Raises LookupError when one tells no costs."""
     engines = []
     for engine in status["engines"]:
@@ -105,7 +105,7 @@ def compare(
     status: Mapping[str, Any], rows: Sequence[MeasuredRow], policy: Policy
 ) -> list[Compared]:
     """Compare all rows, each with idle engines."""
-    return [one for row in rows for one in simulate_row(engines_of(status), row, policy)]
+    return [one for row in rows for one in simulate_row(idle_engines(status), row, policy)]
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from pdlaunch.bench.serve.progress import BenchProgress, duration
 from pdlaunch.bench.serve.row import BenchRun, summarise
 from pdlaunch.bench.serve.sweep import bench_serve
 from pdlaunch.bench.serve.timed_completion import TimedCompletion
-from pdlaunch.bench.serve.traces import HASHED_TOKENS, TraceRequest, prompt_tokens, read_trace
+from pdlaunch.bench.serve.traces import HASHED_TOKENS, TraceRequest, prompt_tokens, read_trace_file
 from pdlaunch.bench.serve.vllm_result import vllm_result
 from pdlaunch.errors import ConfigError, PdlaunchError
 from tests.bench.fake_openai import FakeOpenAI
@@ -118,7 +118,7 @@ def test_durations_are_for_people(seconds: float, words: str) -> None:
 
 
 def test_equal_hashes_are_equal_tokens(tmp_path: Path) -> None:
-    first, second = read_trace(write(tmp_path / "t.jsonl", MOONCAKE))
+    first, second = read_trace_file(write(tmp_path / "t.jsonl", MOONCAKE))
     assert (first.at_s, second.at_s) == pytest.approx((0.0, 0.05))
     one, two = (prompt_tokens(item, TOKENS, 1) for item in (first, second))
     assert (len(one), len(two)) == (1100, 600)
@@ -129,7 +129,7 @@ def test_equal_hashes_are_equal_tokens(tmp_path: Path) -> None:
 
 def test_prompts_without_hashes_have_nothing_in_common(tmp_path: Path) -> None:
     records = [{"input_length": 40, "output_length": 1}] * 2
-    one, two = read_trace(write(tmp_path / "t.jsonl", records))
+    one, two = read_trace_file(write(tmp_path / "t.jsonl", records))
     assert one.at_s is None
     assert prompt_tokens(one, TOKENS, 1) != prompt_tokens(two, TOKENS, 1)
 
@@ -153,7 +153,7 @@ def test_every_answer_of_a_conversation_is_a_request(tmp_path: Path, kind: str) 
         path.write_text(json.dumps([{"id": "x", "conversations": CHAT}]))
     else:
         write(path, [{"messages": openai} if kind == "openai" else {"conversations": CHAT}])
-    first, second = read_trace(path)
+    first, second = read_trace_file(path)
     assert (first.prompt, first.output) == (openai[:1], "c d e")
     assert (second.prompt, second.output) == (openai[:3], "g")
 
@@ -175,7 +175,7 @@ def test_a_broken_trace_says_where(tmp_path: Path, text: str, message: str) -> N
     path = tmp_path / "trace"
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
-        read_trace(path)
+        read_trace_file(path)
 
 
 async def bench(server: FakeOpenAI, **options: Any) -> list[BenchRun]:
@@ -205,7 +205,7 @@ async def test_a_rate_sends_without_waiting_for_answers() -> None:
 async def test_a_trace_is_sent_at_its_times_with_its_lengths(tmp_path: Path) -> None:
     server = FakeOpenAI()
     server.max_model_len = 1000
-    trace = read_trace(write(tmp_path / "t.jsonl", [*MOONCAKE, *MOONCAKE[1:]]))
+    trace = read_trace_file(write(tmp_path / "t.jsonl", [*MOONCAKE, *MOONCAKE[1:]]))
     (run,) = await bench(server, trace=trace, concurrencies=())
     assert [len(prompt) for prompt in server.prompts[1:]] == [600, 600]
     assert server.prompts[1] == server.prompts[2]
@@ -216,7 +216,7 @@ async def test_a_trace_is_sent_at_its_times_with_its_lengths(tmp_path: Path) -> 
 async def test_a_trace_that_never_fits_is_refused(tmp_path: Path) -> None:
     server = FakeOpenAI()
     server.max_model_len = 100
-    trace = read_trace(write(tmp_path / "t.jsonl", MOONCAKE))
+    trace = read_trace_file(write(tmp_path / "t.jsonl", MOONCAKE))
     with pytest.raises(PdlaunchError, match=r"longer than max_model_len 100: .*--max-model-len"):
         await bench(server, trace=trace, concurrencies=())
 

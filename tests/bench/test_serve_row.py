@@ -7,7 +7,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from pdlaunch.bench.serve.engine_counters import EngineCounters, TierRow, parse_counters, tier_rows
-from pdlaunch.bench.serve.row import BenchRow, milliseconds, summarise
+from pdlaunch.bench.serve.row import BenchRow, quantile_ms, summarise
 from pdlaunch.bench.serve.timed_completion import TimedCompletion
 from pdlaunch.observe.metrics import render_metrics
 from pdlaunch.protocol.engine import EngineStats
@@ -91,7 +91,7 @@ def test_of_nothing_nothing_is_said() -> None:
 
 def test_quantiles() -> None:
     seconds = [index / 1000 for index in range(1, 201)]
-    assert (milliseconds(seconds, 0.5), milliseconds(seconds, 0.99), milliseconds([], 0.5)) == (
+    assert (quantile_ms(seconds, 0.5), quantile_ms(seconds, 0.99), quantile_ms([], 0.5)) == (
         100.5,
         199.0,
         None,

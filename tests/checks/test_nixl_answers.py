@@ -5,7 +5,7 @@ import os
 import pytest
 
 from pdlaunch.checks.context import Probes
-from pdlaunch.checks.nixl_answers import NixlAnswer, ask_nixl, read_answer, sets_ucx
+from pdlaunch.checks.nixl_answers import NixlAnswer, ask_nixl, read_nixl_answer, sets_ucx
 from pdlaunch.checks.run import run_checks
 from pdlaunch.engines.plan import kind_of
 from pdlaunch.platform.availability import ProcessOutcome
@@ -16,7 +16,7 @@ REFUSED = "refused: nixlBackendError: NIXL_ERR_BACKEND"
 
 
 def answer(*output, errors=(), returncode=0):
-    return read_answer(ProcessOutcome(returncode, output, errors))
+    return read_nixl_answer(ProcessOutcome(returncode, output, errors))
 
 
 class TestReading:
@@ -65,7 +65,7 @@ class TestReading:
 
     def test_a_deadline(self):
         outcome = ProcessOutcome(None, errors=("not done after 60 s",))
-        assert read_answer(outcome).import_error == "not done after 60 s"
+        assert read_nixl_answer(outcome).import_error == "not done after 60 s"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pdlaunch.bench.serve.goals import Goals
 from pdlaunch.bench.serve.loads import BenchOptions
 from pdlaunch.bench.serve.multi_turn import MultiTurnOptions, bench_multi_turn
 from pdlaunch.bench.serve.sweep import bench_serve
-from pdlaunch.bench.serve.traces import read_trace
+from pdlaunch.bench.serve.traces import read_trace_file
 from pdlaunch.cli.report.bench import bench_page
 from pdlaunch.client.deployment import Deployment
 from tests.e2e.secrecy import places_of, told_by
@@ -46,7 +46,7 @@ async def test_traces_are_sent_and_reported(
     for records in (lines, [{"conversations": said}]):
         path = tmp_path / "trace.jsonl"
         path.write_text("\n".join(map(json.dumps, records)))
-        options = BenchOptions(url=demo.url, trace=read_trace(path), concurrencies=())
+        options = BenchOptions(url=demo.url, trace=read_trace_file(path), concurrencies=())
         runs += [run async for run in bench_serve(options, lambda _: None)]
     assert [(run.row.num_requests, run.row.errors) for run in runs] == [(2, []), (1, [])]
     assert runs[0].row.total_prompt_tokens == 100

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pdlaunch.router.cost_policy import LeastCost
-from pdlaunch.testing.simulated_run import MeasuredRow, compare, engines_of, main
+from pdlaunch.testing.simulated_run import MeasuredRow, compare, idle_engines, main
 from pdlaunch.testing.simulator import SimRequest, Simulation
 from tests.router.test_cost_model import costs
 
@@ -26,7 +26,7 @@ def status(*names: str) -> dict[str, Any]:
 
 def a_run(slower: float = 1.0) -> dict[str, Any]:
     """A run on engines that are slower than they say."""
-    engines = engines_of(status("prefill-0", "decode-0"))
+    engines = idle_engines(status("prefill-0", "decode-0"))
     for engine in engines:
         engine.speed = 1 / slower
     sent = [SimRequest(number, 0.0, 512, 32) for number in range(64)]

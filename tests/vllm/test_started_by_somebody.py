@@ -30,7 +30,7 @@ from pdlaunch.client.admin import admin_api
 from pdlaunch.client.api import Api
 from pdlaunch.client.deployment import held_port
 from pdlaunch.config.model_files.aliases import resolve_model
-from pdlaunch.sidecar.child import die_with_parent
+from pdlaunch.sidecar.child import die_with_thread
 from tests.e2e.api import complete, streamed
 from tests.e2e.conftest import clean_environ
 from tests.e2e.lone_router import running_router
@@ -74,7 +74,7 @@ class Server:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=die_with_parent,
+                preexec_fn=die_with_thread,
             )
 
     def kill(self) -> None:

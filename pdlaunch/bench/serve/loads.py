@@ -15,9 +15,9 @@ from pdlaunch.bench.serve.target import BenchTarget
 from pdlaunch.bench.serve.traces import (
     TraceRequest,
     num_prompt_tokens,
-    output_of,
     prompt_tokens,
     tokenize,
+    wanted_tokens,
 )
 from pdlaunch.errors import PdlaunchError
 
@@ -107,7 +107,7 @@ async def _fitting(target: BenchTarget, trace: Sequence[TraceRequest]) -> Sequen
     fitting = [
         item
         for item in found
-        if limit is None or num_prompt_tokens(item) + output_of(item) <= limit
+        if limit is None or num_prompt_tokens(item) + wanted_tokens(item) <= limit
     ]
     if not fitting:
         raise PdlaunchError(
@@ -124,7 +124,7 @@ def _trace_loads(
     seed = rng.randrange(2**32)
     tokens = range(FIRST_TOKEN_ID, options.max_token_id)
     planned = [
-        Planned(partial(prompt_tokens, item, tokens, seed), output_of(item)) for item in trace
+        Planned(partial(prompt_tokens, item, tokens, seed), wanted_tokens(item)) for item in trace
     ]
     mean = round(sum(map(num_prompt_tokens, trace)) / len(trace))
     base = BenchLoad(

@@ -31,7 +31,7 @@ from pdlaunch.bench.serve.engine_counters import (
 from pdlaunch.bench.serve.goals import Goals
 from pdlaunch.bench.serve.loads import random_prompt
 from pdlaunch.bench.serve.progress import BenchProgress, ProgressText
-from pdlaunch.bench.serve.row import BenchRun, count_errors, milliseconds, summarise
+from pdlaunch.bench.serve.row import BenchRun, count_errors, quantile_ms, summarise
 from pdlaunch.bench.serve.sweep import warm_up
 from pdlaunch.bench.serve.target import BenchTarget, open_target
 from pdlaunch.bench.serve.timed_completion import TimedCompletion, complete
@@ -205,9 +205,9 @@ async def _run_turn(
         num_requests=len(done),
         num_errors=len(done) - len(good),
         seconds=round(seconds, 3),
-        ttft_ms_median=milliseconds(ttft_s, 0.5),
-        ttft_ms_p99=milliseconds(ttft_s, 0.99),
-        itl_ms_median=milliseconds(
+        ttft_ms_median=quantile_ms(ttft_s, 0.5),
+        ttft_ms_p99=quantile_ms(ttft_s, 0.99),
+        itl_ms_median=quantile_ms(
             [gap_s for completion in good for gap_s in completion.inter_token_s], 0.5
         ),
         cached_share=round(sum(cached) / (len(cached) * prompt_tokens), 3) if cached else None,

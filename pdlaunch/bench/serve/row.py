@@ -118,7 +118,7 @@ def summarise(
     several = [completion for completion in good if len(completion.tokens_at) > 1]
     gaps_s = [completion.first_gap_s for completion in several]
     itl_s = [gap_s for completion in good for gap_s in completion.inter_token_s]
-    itl_ms = milliseconds(itl_s, 0.5)
+    itl_ms = quantile_ms(itl_s, 0.5)
     kv_megabytes = _mean(counted.total("kv_transfer_bytes"), counted.total("kv_transfers"), 1e-6)
     tokens_per_s = sum(completion.num_tokens for completion in good) / seconds
     step_tokens_per_s = concurrency / step_ms * 1000 if step_ms and concurrency else None
@@ -138,14 +138,14 @@ def summarise(
         total_output_tokens=sum(completion.num_tokens for completion in good),
         goodput_per_s=None if num_within is None else round(num_within / seconds, 3),
         good_share=None if num_within is None else round(num_within / max(len(done), 1), 4),
-        ttft_ms_median=milliseconds([completion.ttft_s for completion in good], 0.5),
-        ttft_ms_p99=milliseconds([completion.ttft_s for completion in good], 0.99),
-        first_gap_ms_median=milliseconds(gaps_s, 0.5),
-        first_gap_ms_p99=milliseconds(gaps_s, 0.99),
+        ttft_ms_median=quantile_ms([completion.ttft_s for completion in good], 0.5),
+        ttft_ms_p99=quantile_ms([completion.ttft_s for completion in good], 0.99),
+        first_gap_ms_median=quantile_ms(gaps_s, 0.5),
+        first_gap_ms_p99=quantile_ms(gaps_s, 0.99),
         itl_ms_median=itl_ms,
-        itl_ms_p99=milliseconds(itl_s, 0.99),
-        e2e_ms_median=milliseconds([completion.e2e_s for completion in good], 0.5),
-        tpot_ms_median=milliseconds(
+        itl_ms_p99=quantile_ms(itl_s, 0.99),
+        e2e_ms_median=quantile_ms([completion.e2e_s for completion in good], 0.5),
+        tpot_ms_median=quantile_ms(
             [(item.tokens_at[-1] - item.tokens_at[0]) / (item.num_tokens - 1) for item in several],
             0.5,
         ),
@@ -164,7 +164,7 @@ def summarise(
     )
 
 
-def milliseconds(seconds: Sequence[float], quantile: float) -> float | None:
+def quantile_ms(seconds: Sequence[float], quantile: float) -> float | None:
     """Return a quantile in milliseconds; None without any value."""
     if not seconds:
         return None

@@ -78,7 +78,7 @@ class _OpenAI(msgspec.Struct):
     timestamp: float | None = None
 
 
-def read_trace(path: Path) -> list[TraceRequest]:
+def read_trace_file(path: Path) -> list[TraceRequest]:
     """Read a trace in order of time. Raises ConfigError that names line and member."""
     try:
         text = path.read_text()
@@ -194,7 +194,7 @@ def num_prompt_tokens(request: TraceRequest) -> int:
     return len(request.prompt)
 
 
-def output_of(request: TraceRequest) -> int:
+def wanted_tokens(request: TraceRequest) -> int:
     """Return how many tokens to ask for; known of a conversation once it is tokenized."""
     return request.output if isinstance(request.output, int) else len(request.output)
 
