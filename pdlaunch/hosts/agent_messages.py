@@ -40,8 +40,8 @@ class Beat(Message):
     """Tells, in both directions, that the sender lives."""
 
     stamp: float = 0.0
-    """When the agent said it, by its monotonic clock; the supervisor sends the last one back, 0
-    before the first.
+    """Instant of the agent's monotonic clock; the supervisor sends the last one back, 0 before the
+    first.
     """
 
 

@@ -44,8 +44,8 @@ class Span(msgspec.Struct):
     end_at: float
     attributes: dict[str, Attribute] = {}
     process: str = ""
-    """As whoever holds it calls it; empty for itself. ``rank-0`` of ``decode-0`` becomes
-    ``decode-0/rank-0``.
+    """Name by which its holder calls the process; empty for itself. ``rank-0`` of ``decode-0``
+    becomes ``decode-0/rank-0``.
     """
 
     @property
@@ -67,9 +67,9 @@ class SpanReport(msgspec.Struct, kw_only=True):
     """Tells what a process, and those that it asked, did for a request."""
 
     elapsed_s: float
-    """From when the process got the request until it reported."""
+    """Time from when the process got the request until it reported."""
     spans: list[Span]
-    """In seconds from when the process got the request."""
+    """Seconds since the process got the request."""
     num_dropped: int = 0
     """Spans beyond ``MAX_SPANS``."""
 

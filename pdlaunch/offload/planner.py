@@ -41,9 +41,9 @@ class HostHit:
     device: PrefixHit
     """Cached blocks of each group to share; what follows them comes from the host."""
     chunk_ids: list[list[int]]
-    """For each group the chunks with blocks [device.end(group), ends[group])."""
+    """Chunks of each group, with blocks [device.end(group), ends[group])."""
     ends: list[int]
-    """For each group the logical index after its last block; all equal, except before a pull."""
+    """Logical index, for each group, after its last block; all equal, except before a pull."""
 
     def num_blocks_to_load(self, group: int) -> int:
         """Device blocks that the group needs for the load."""

@@ -193,7 +193,7 @@ class Tokens(Message):
     request_id: RequestId
     tokens: list[TokenOutput]
     spans: SpanReport | None = None
-    """With the first ones, where they were asked for: what has become of the request so far."""
+    """Spans of the request so far; they come with the first tokens, where they were asked for."""
 
 
 class FirstTokens(Message):

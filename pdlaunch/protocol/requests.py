@@ -24,7 +24,7 @@ class RequestSummary(msgspec.Struct, kw_only=True):
     state: Literal["running", "done"] = "running"
     path: str
     model: str | None = None
-    """As the client named it."""
+    """Name that the client gave."""
     prefill: str | None = None
     """Engine that computed the prompt for another one."""
     decode: str | None = None
@@ -48,7 +48,7 @@ class RequestSummary(msgspec.Struct, kw_only=True):
     """Waiting for a place in an engine's batch."""
     prefill_ms: float | None = None
     pull_ms: float | None = None
-    """From when the lease was known until the blocks were proven."""
+    """Time from when the lease was known until the blocks were proven."""
     pull_mb: float | None = None
     pull_gb_s: float | None = None
     verified: bool | None = None

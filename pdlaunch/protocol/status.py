@@ -84,7 +84,7 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     left_out: str = ""
     """The reason why it gets nothing new now; empty when it does."""
     times_slower: float = 1.0
-    """How many times slower it answers, for what it has to do, than the usual one of its role."""
+    """Factor by which it is slower, for what it has to do, than the usual one of its role."""
     streams: int
     load: int
     """Pieces of work that it has been given and not ended."""

@@ -77,7 +77,7 @@ class PlacedRoles:
     by_host: Mapping[str, Mapping[Role, RoleEngines]]
     """The roles of each host that has ranks; ``replicas`` counts engines whose rank 0 is there."""
     engines: tuple[PlacedEngine, ...]
-    """In the order of ``ROLES``, then of the index."""
+    """They are in the order of ``ROLES``, then of the index."""
 
 
 def resolve_roles(

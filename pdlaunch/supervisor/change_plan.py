@@ -44,7 +44,7 @@ class PresentEngine:
     key: Key
     host: str
     devices: tuple[str, ...]
-    """As its ranks number them, ``cuda:N``; ``cpu`` otherwise."""
+    """``cuda:N``, as its ranks number them; ``cpu`` otherwise."""
     serves: bool
     is_drained: bool
 

@@ -32,7 +32,7 @@ class LaunchProcesses:
         self._clock = clock
         self._startup_timeout_s = startup_timeout_s
         self._last_incarnations: dict[str, int] = {}
-        """Of units that were removed: a new one of the name must not be taken for the old."""
+        """Those of removed units: a new one of the name must not be taken for the old."""
         self.conversions = make_units(plan.conversions)
         self.units = make_units(plan.processes)
         """Router, servers and ranks; conversions are not among them."""

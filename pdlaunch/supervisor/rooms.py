@@ -61,7 +61,7 @@ class Rooms:
         self._present = set(present)
         self._clock = clock
         self._ended_by: dict[str, float] = {}
-        """Of hosts that were lost."""
+        """Instants by which lost hosts have ended their processes, by host."""
         self._readdressed: set[str] = set()
         """Hosts that have come back at another address than their processes were planned for."""
 

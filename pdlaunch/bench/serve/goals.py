@@ -21,7 +21,7 @@ class Goals(msgspec.Struct, frozen=True, kw_only=True):
     itl_ms: float | None = None
     """99 of 100 times between tokens of a request, the first gap included."""
     e2e_ms: float | None = None
-    """From the request to its last token."""
+    """Time from the request to its last token."""
 
     def __bool__(self) -> bool:
         return self != Goals()

@@ -94,7 +94,7 @@ class _Places:
     first_block: int
     end_block: int
     groups: list[tuple[int, list[int]]]
-    """For each group, the first logical index, and the blocks there."""
+    """The first logical index of each group, and the blocks there."""
 
 
 def _worth_hashing(parts: Sequence[ReadPart]) -> list[ReadPart]:
