@@ -25,9 +25,8 @@ from itertools import takewhile
 from pdlaunch.kvcache.block_table import BlockTables
 from pdlaunch.kvcache.groups import KVCacheGroup
 from pdlaunch.kvcache.manager import PrefixHit
-from pdlaunch.offload.jobs import JobFinished, OffloadJob
+from pdlaunch.offload.jobs import JobFinished, OffloadJob, OffloadStats
 from pdlaunch.offload.spec import Direction
-from pdlaunch.offload.stats import OffloadStats
 from pdlaunch.offload.tier import HostTier
 
 FindOnDevice = Callable[[int, bytes], int | None]
