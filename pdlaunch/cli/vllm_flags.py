@@ -61,7 +61,7 @@ _MISSING = """
     --allowed-media-domains --allowed-methods --api-server-count --attention-backend
     --attention-config --chat-template-content-format --code-revision --collect-detailed-traces
     --compilation-config --config-format --convert --cp-kv-cache-interleave-size --cpu-offload-gb
-    --cpu-offload-params  --cudagraph-metrics --data-parallel-address
+    --cpu-offload-params --cudagraph-metrics --data-parallel-address
     --data-parallel-backend --data-parallel-external-lb --data-parallel-hybrid-lb
     --data-parallel-rank --data-parallel-rpc-port --data-parallel-size-local
     --data-parallel-start-rank --decode-context-parallel-size --default-chat-template-kwargs
@@ -82,7 +82,7 @@ _MISSING = """
     --log-config-file --log-error-stack --logits-processors --logprobs-mode
     --long-prefill-token-threshold --lora-dtype --lora-modules --mamba-block-size
     --mamba-cache-dtype --mamba-cache-mode --mamba-ssm-cache-dtype --master-addr --master-port
-    --max-cpu-loras  --max-log-len --max-logprobs --max-lora-rank
+    --max-cpu-loras --max-log-len --max-logprobs --max-lora-rank
     --max-loras --max-parallel-loading-workers --media-io-kwargs --middleware
     --mm-encoder-attn-backend --mm-encoder-only --mm-encoder-tp-mode --mm-processor-cache-gb
     --mm-processor-cache-type --mm-processor-kwargs --model-impl --model-loader-extra-config

@@ -84,15 +84,15 @@ class EngineSettings(FrozenModel):
         False, description="Let engines sleep and wake up; turns the CuMem allocator on."
     )
     enforce_eager: Annotated[bool, Flag()] = Field(
-        False, description="Run decode steps on a GPU without CUDA graphs."
+        False, description="Run all steps on a GPU without CUDA graphs."
     )
     max_cudagraph_tokens: Annotated[int, Flag()] = Field(
         0,
         ge=0,
         le=4096,
         description=(
-            "Run a GPU's steps with prompts of up to so many tokens from CUDA graphs, as decode "
-            "steps always are; 0 launches their kernels one by one."
+            "Run steps of up to so many tokens from CUDA graphs on a GPU where they hold prompts, "
+            "too; 0: decode steps alone."
         ),
     )
     async_scheduling: Annotated[bool, Flag()] = Field(

@@ -193,13 +193,16 @@ class ModelRunner:
         """
         assert len(self._rows) == 0
         self._attention.warm_up(self.num_heads, self._spec.max_num_batched_tokens, self._progress)
-        self._graphs = self._capture_graphs()
         warm_up = WarmUp(
             self.execute,
             self._spec,
             num_groups=len(self.layout.groups),
             num_blocks=self.num_blocks,
         )
+        if self._spec.max_cudagraph_tokens:
+            # Longer steps take other kernels, of which those after the capture are too few.
+            warm_up.run()
+        self._graphs = self._capture_graphs()
         measured = warm_up.run()
         self._rows = self._new_rows()
         # Blocks may be used by anybody from the first step on, and a NaN left in one would show

@@ -27,7 +27,7 @@ from pdlaunch.models.step_inputs import GraphInputs, GraphShape, Staging, tiles_
 if TYPE_CHECKING:
     from pdlaunch.models.triton_attention import TritonAttention
 
-Captured = TypeVar("Captured")
+Graph = TypeVar("Graph")
 Step = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 """Computes logits [num_kept, vocab_size] and ``likeliest_tokens`` [num_kept]."""
 
@@ -40,9 +40,9 @@ an eighth at most.
 """
 MOST_CHUNKS = 16
 """Chunks for which any graph with prompts has tiles; more fit where they are long."""
-MOST_ATTENDED = 4_000_000
-"""Pairs of a prompt's token and one before it that a graph may compute: flash attention does many
-of them faster than the kernel of the graphs, by more than the launches take. Estimated.
+MOST_CONTEXT = 8192
+"""Tokens of the longest row in a graph with prompts: behind more, flash attention is faster than
+the kernel of the graphs by more than the launches take. Estimated, not measured.
 """
 
 
@@ -63,6 +63,30 @@ class Recorded:
         """Run the step on what its inputs hold now."""
         self._graph.replay()
         return self._result
+
+
+class _Results:
+    """Holds logits and likeliest tokens of the latest step; all graphs write them here.
+
+    Each would keep memory of its own for them otherwise: in bf16, 64 MiB for 256 rows of 128k
+    tokens.
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        self._num_rows = num_rows
+        self._tensors: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def keep(
+        self, logits: torch.Tensor, likeliest: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copy both; return where they are now."""
+        if self._tensors is None:  # the first step is never captured
+            shape = (self._num_rows, logits.shape[1])
+            self._tensors = logits.new_empty(shape), likeliest.new_empty(self._num_rows)
+        kept = self._tensors[0][: len(logits)], self._tensors[1][: len(logits)]
+        kept[0].copy_(logits)
+        kept[1].copy_(likeliest)
+        return kept
 
 
 class StepGraphs:
@@ -99,10 +123,13 @@ class StepGraphs:
             max(GraphInputs.buffer_size(layout, shape, max_blocks) for shape in shapes), device
         )
         self._inputs = {shape: GraphInputs(layout, shape, staging) for shape in shapes}
+        self._results = _Results(max(shape.num_rows for shape in shapes))
         pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._graphs = capture_all(
             shapes,
-            lambda shape: _capture(decoder, attention, self._inputs[shape], latest, pool),
+            lambda shape: _capture(
+                decoder, attention, self._inputs[shape], latest, self._results, pool
+            ),
             progress,
         )
         self._shapes = {shape.num_tokens: shape for shape in shapes if shape.num_tiles}
@@ -142,10 +169,9 @@ class StepGraphs:
         if size is None:
             return None
         shape = self._shapes[size]
-        lengths = np.diff(batch.row_starts)[batch.num_decode_rows :]
-        attended = int((lengths * batch.context_lengths[batch.num_decode_rows :]).sum())
         num_tiles = len(tiles_of(batch, self._tile_size)[0])
-        return shape if num_tiles <= shape.num_tiles and attended <= MOST_ATTENDED else None
+        is_short = int(batch.context_lengths.max()) <= MOST_CONTEXT
+        return shape if is_short and num_tiles <= shape.num_tiles else None
 
     def _shape(self, num_tokens: int, max_rows: int) -> GraphShape:
         # A row remains for the tiles that are not needed: a chunk has two tokens at least.
@@ -172,14 +198,14 @@ def token_sizes(max_tokens: int) -> list[int]:
 
 
 def capture_all(
-    shapes: list[GraphShape], capture: Callable[[GraphShape], Captured], progress: ReportProgress
-) -> dict[GraphShape, Captured]:
+    shapes: list[GraphShape], capture: Callable[[GraphShape], Graph], progress: ReportProgress
+) -> dict[GraphShape, Graph]:
     """Capture each shape, the largest first, so that smaller graphs find room in its memory."""
     captured = {}
     ordered = sorted(shapes, key=lambda shape: -shape.num_tokens)
     for index, shape in enumerate(ordered):
-        kind = "with prompts" if shape.num_tiles else "of decode rows"
-        progress(f"capturing CUDA graphs, {shape.num_tokens} tokens {kind}", index / len(ordered))
+        what = "tokens with prompts" if shape.num_tiles else "decode rows"
+        progress(f"capturing CUDA graphs, {what}: {shape.num_tokens}", index / len(ordered))
         captured[shape] = capture(shape)
     return captured
 
@@ -195,6 +221,7 @@ def _capture(
     attention: TritonAttention,
     inputs: GraphInputs,
     latest: LatestTokens | None,
+    results: _Results,
     pool: Any,
 ) -> Recorded:
     # Warm-up and capture touch no block of the KV cache.
@@ -205,6 +232,6 @@ def _capture(
         logits = decoder.logits(
             token_ids, inputs.positions, inputs.kept, attention.graph_step(inputs)
         )
-        return logits, likeliest_tokens(logits)
+        return results.keep(logits, likeliest_tokens(logits))
 
     return Recorded(step, pool)

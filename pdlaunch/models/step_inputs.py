@@ -141,8 +141,8 @@ class GraphShape:
     num_rows: int
     num_tokens: int
     num_tiles: int = 0
-    """Tiles of chunks, of which the last row belongs to those that are not needed. 0: a graph for
-    decode rows alone, of which each is one token.
+    """Tiles of chunks; those that a batch does not need belong to the last row, which is left for
+    them. 0: a graph for decode rows alone, each of one token.
     """
 
 
@@ -225,6 +225,9 @@ class GraphInputs:
         stride = max(table.shape[1] for table in batch.block_tables)
         content = self.staging.host()
         slots = slots_of(batch.block_tables, batch, self.layout.block_size)
+        # | stride | lengths      | token_ids | .. | slots 0      | .. | tables, row by row ..
+        #            9 8 7 0 0 ..               5 6 7 -1 -1 ..         stride entries each
+        # What pads the rows and tokens of a batch:  0, and -1 for slots.
         lines: dict[str, tuple[IntArray | Sequence[int], int]] = {
             "stride": ([stride], 0),
             "lengths": (batch.context_lengths, 0),

@@ -22,11 +22,11 @@ def test_capture_says_which_graph_comes_next_and_how_much_is_done() -> None:
         shapes, capture, lambda text, fraction: events.append((text, round(fraction or 0.0, 2)))
     )
     assert events == [
-        ("capturing CUDA graphs, 16 tokens with prompts", 0.0),
+        ("capturing CUDA graphs, tokens with prompts: 16", 0.0),
         shapes[2],
-        ("capturing CUDA graphs, 8 tokens of decode rows", 0.33),
+        ("capturing CUDA graphs, decode rows: 8", 0.33),
         shapes[1],
-        ("capturing CUDA graphs, 1 tokens of decode rows", 0.67),
+        ("capturing CUDA graphs, decode rows: 1", 0.67),
         shapes[0],
     ]
     assert graphs == {shape: f"graph of {shape.num_tokens}" for shape in shapes}

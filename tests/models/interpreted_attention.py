@@ -19,12 +19,14 @@ import torch
 
 from pdlaunch.config.model_files.shape import ModelShape, read_model_shape
 from pdlaunch.engine import step_graphs
+from pdlaunch.engine.latest_tokens import LatestTokens
 from pdlaunch.engine.sampler import likeliest_tokens
 from pdlaunch.engine.step_graphs import Step, batch_sizes
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.models.decoder import TransformersDecoder
 from pdlaunch.models.fused_decoder import FusedDecoder, can_fuse
 from pdlaunch.models.loader import load_model
+from pdlaunch.models.packed import PackedBatch
 from pdlaunch.models.step_inputs import GraphInputs, GraphShape, Staging
 from pdlaunch.models.torch_attention import TorchAttention
 from pdlaunch.models.triton_attention import TritonAttention
@@ -161,6 +163,7 @@ def check_graph_inputs() -> None:
         assert filled.positions[:num_tokens].tolist() == inputs.batch.positions.tolist()
         if filled.kept is not None:
             assert filled.kept.tolist() == [num_tokens - 1] + [0] * (shape.num_rows - 1)
+            check_padding(filled, inputs.batch)
         kv_cache, expected = reference(inputs, 2, 0.1)
         padded = [
             torch.cat([states, states[:, :1].expand(-1, shape.num_tokens - num_tokens, -1)], 1)
@@ -169,20 +172,34 @@ def check_graph_inputs() -> None:
         found = backend.graph_step(filled).attend(2, *padded, 0.1)
         assert torch.equal(inputs.kv_cache.nan_to_num(9), kv_cache.nan_to_num(9)), rows
         assert relative_error(found[:num_tokens], expected) < 1e-5, rows
+        if not shape.num_tiles:
+            assert not found[num_tokens:].any()
+
+
+def check_padding(filled: GraphInputs, batch: PackedBatch) -> None:
+    """No work is done for what pads a batch: it is no decode row, and no tile has tokens."""
+    tensors, num_rows = filled.tensors, batch.num_rows
+    assert tensors.chunks is not None
+    row_starts = tensors.chunks.row_starts.tolist()
+    assert tensors.lengths.tolist()[num_rows:] == [0] * (filled.shape.num_rows - num_rows)
+    assert tensors.decode_lengths.tolist() == [
+        *batch.context_lengths[: batch.num_decode_rows],
+        *([0] * (filled.shape.num_rows - batch.num_decode_rows)),
+    ]
+    assert row_starts == [
+        *batch.row_starts,
+        *([batch.row_starts[-1]] * (filled.shape.num_rows - num_rows)),
+    ]
+    num_tiles = int(np.ceil(np.diff(batch.row_starts)[batch.num_decode_rows :] / 64).sum())
+    assert all(row < num_rows for row in tensors.chunks.tile_rows[:num_tiles])
+    assert set(tensors.chunks.tile_rows[num_tiles:].tolist()) <= {filled.shape.num_rows - 1}
 
 
 class Replayed:
-    """Stands for a CUDA graph where there is none: it runs the step again, into the same
-    tensors.
-    """
+    """Stands for a CUDA graph where there is none: it runs the step again."""
 
     def __init__(self, step: Step, _pool: object) -> None:
-        self._step, self._result = step, step()
-
-    def replay(self) -> tuple[torch.Tensor, torch.Tensor]:
-        for kept, found in zip(self._result, self._step(), strict=True):
-            kept.copy_(found)
-        return self._result
+        self.replay = step
 
 
 def check_step_graphs() -> None:
@@ -190,43 +207,47 @@ def check_step_graphs() -> None:
     no graph fits there is none.
     """
     step_graphs.Recorded = Replayed  # type: ignore[assignment, misc]
+    step_graphs.FEWEST_TOKENS, step_graphs.MOST_CHUNKS, step_graphs.MOST_CONTEXT = 4, 2, 19
     with TemporaryDirectory() as folder:
-        directory = save_tiny_model("llama-bias", Path(folder))
-        shape, model = load_tiny(directory)
-    layout = Case((), block_size=4, windows=(None,)).layout
-    layout = KVCacheLayout(
-        make_groups(shape.layer_windows), shape.num_kv_heads, shape.head_dim, layout.block_size, 4
-    )
-    decoder = FusedDecoder(model)
+        shape, model = load_tiny(save_tiny_model("qwen2-window", Path(folder)))
+    groups = make_groups(shape.layer_windows)
+    layout = KVCacheLayout(groups, shape.num_kv_heads, shape.head_dim, 4, 4)
     kv_cache = torch.zeros(64, *layout.block_shape())
-    attention = TritonAttention(layout, kv_cache)
+    decoder, attention = FusedDecoder(model), TritonAttention(layout, kv_cache)
+    latest = LatestTokens(shape.vocab_size, 4, torch.device("cpu"))
+    latest.keep(torch.tensor([3, 4]))
     shown: list[str] = []
+
+    def batch_of(rows: tuple[tuple[int, int], ...]) -> PackedBatch:
+        windows = tuple(group.sliding_window for group in groups)
+        batch = make_inputs(Case(rows, block_size=4, windows=windows)).batch
+        batch.token_ids[0] = shape.vocab_size + 1  # drawn by the step before
+        return batch
+
     with torch.inference_mode():
         graphs = step_graphs.StepGraphs(
             decoder,
             attention,
-            max_rows=2,
-            max_prompt_tokens=9,
+            max_rows=4,
+            max_prompt_tokens=10,
             max_blocks=5,
-            latest=None,
+            latest=latest,
             progress=lambda text, _: shown.append(text.removeprefix("capturing CUDA graphs, ")),
         )
         assert shown == [
-            "9 tokens with prompts",
-            "2 tokens of decode rows",
-            "1 tokens of decode rows",
+            *(f"tokens with prompts: {number}" for number in (10, 8)),
+            *("decode rows: 4", "tokens with prompts: 4", "decode rows: 2", "decode rows: 1"),
         ]
         assert not kv_cache.any()
-        cases = (
-            (((5, 1), (4, 7)), [7, 0]),
-            (((9, 3), (0, 4)), [2]),
-            (((0, 5),), []),
-            (((3, 1), (6, 1)), [1, 0]),
-        )
-        for rows, kept in cases:
-            batch = make_inputs(Case(rows, block_size=4, windows=(None,))).batch
+        for rows, kept in (
+            (((5, 1), (4, 4)), [4, 0]),
+            (((0, 10),), [9]),
+            (((9, 3), (0, 4)), []),
+            (((3, 1), (6, 1), (18, 1)), [2, 0]),
+        ):
+            batch = batch_of(rows)
             expected = decoder.logits(
-                torch.from_numpy(batch.token_ids),
+                latest.look_up(torch.from_numpy(batch.token_ids)),
                 torch.from_numpy(batch.positions),
                 torch.tensor(kept, dtype=torch.int64),
                 attention.prepare(batch),
@@ -237,11 +258,10 @@ def check_step_graphs() -> None:
             torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(kv_cache, written, rtol=1e-4, atol=1e-4)
             assert found[1].tolist() == expected.argmax(-1).tolist(), rows
-        for rows in (((0, 10),), ((1, 1),) * 3):
-            batch = make_inputs(Case(rows, block_size=4, windows=(None,))).batch
-            assert graphs.run(batch, []) is None, rows
-        step_graphs.MOST_ATTENDED = 30
-        assert graphs.run(make_inputs(Case(((5, 6),), windows=(None,))).batch, []) is None
+        too_many_tokens, too_many_rows = ((0, 11),), ((1, 1),) * 5
+        too_many_chunks, too_long = ((0, 2),) * 3, ((19, 1), (0, 2))
+        for rows in (too_many_tokens, too_many_rows, too_many_chunks, too_long):
+            assert graphs.run(batch_of(rows), []) is None, rows
 
 
 def load_tiny(directory: Path) -> tuple[ModelShape, Any]:
