@@ -9,24 +9,13 @@ from pdlaunch.checks.context import Context
 from pdlaunch.checks.other_engines import vllm_engines, vllm_pair
 from pdlaunch.checks.rule import Found, rule
 from pdlaunch.config.roles import PAIR
+from pdlaunch.config.settings import all_settings
 from pdlaunch.config.sizes import format_size
 from pdlaunch.platform.engine_commands import EngineCommand
 from pdlaunch.resolve.step_time import least_step_s
 from pdlaunch.resolve.vllm_environment import GIBIBYTE
 
 CPU_BLOCK = 32
-_NATIVE_ALONE = (
-    "kv_offload.host_memory",
-    "kv_offload.policy",
-    "kv_transfer.nixl.path",
-    "kv_transfer.pull_timeout_s",
-    "kv_transfer.pull_attempts",
-    "kv_transfer.handshake_timeout_s",
-    "max_cudagraph_tokens",
-    "strict_fields",
-    "generation_config",
-)
-"""Settings that only native engines read."""
 
 
 @rule(
@@ -151,8 +140,9 @@ def native_setting(context: Context) -> Iterator[Found]:
 
     A setting that is ignored gives a wrong idea of what runs.
     """
+    native_alone = [name for name, setting in all_settings().items() if setting.is_native_alone]
     for engines in vllm_engines(context):
-        for name in _NATIVE_ALONE:
+        for name in native_alone:
             for path in dict.fromkeys((name, f"{engines.role}.{name}")):
                 if context.given(path):
                     yield Found(path, f"{name} does nothing for engines of vLLM")

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 from pydantic import Field
 from pydantic_core import PydanticKnownError
 
-from pdlaunch.config.field_types import ByteSize, Flag, FrozenModel
+from pdlaunch.config.field_types import ByteSize, Flag, FrozenModel, NativeAlone
 from pdlaunch.config.sizes import parse_size
 from pdlaunch.config.ucx import local_transports, network_transports
 from pdlaunch.errors import ConfigError
@@ -116,7 +116,7 @@ class ConnectorSpec(Generic[S]):
 class NixlSettings(FrozenModel):
     """Settings of the connector nixl."""
 
-    path: KVPath = Field(
+    path: Annotated[KVPath, NativeAlone()] = Field(
         "auto",
         description=(
             "What carries KV blocks: NIXL, or copies from mapped memory of ranks of a host (p2p); "

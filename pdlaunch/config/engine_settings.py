@@ -6,7 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue
 
-from pdlaunch.config.field_types import ByteSize, Flag, FrozenModel, OptionalSize, may_override
+from pdlaunch.config.field_types import (
+    ByteSize,
+    Flag,
+    FrozenModel,
+    NativeAlone,
+    OptionalSize,
+    may_override,
+)
 from pdlaunch.config.model_files.hub import Revision
 from pdlaunch.config.roles import EngineName
 
@@ -21,10 +28,10 @@ DEFAULT_MODEL = "smollm2"
 class KVOffloadSettings(FrozenModel):
     """Settings of the host tier, which keeps KV blocks in host memory."""
 
-    host_memory: Annotated[OptionalSize, Flag("kv-offload-memory")] = Field(
+    host_memory: Annotated[OptionalSize, Flag("kv-offload-memory"), NativeAlone()] = Field(
         0, description="Host memory of one rank for KV blocks, such as 32GiB; 0 for none."
     )
-    policy: OffloadPolicy = Field(
+    policy: Annotated[OffloadPolicy, NativeAlone()] = Field(
         "arc",
         description="Which blocks leave first; `arc` withstands long prompts used once, `lru` not.",
     )
@@ -86,7 +93,7 @@ class EngineSettings(FrozenModel):
     enforce_eager: Annotated[bool, Flag()] = Field(
         False, description="Run all steps on a GPU without CUDA graphs."
     )
-    max_cudagraph_tokens: Annotated[int, Flag()] = Field(
+    max_cudagraph_tokens: Annotated[int, Flag(), NativeAlone()] = Field(
         0,
         ge=0,
         le=4096,

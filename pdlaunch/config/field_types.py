@@ -46,6 +46,11 @@ class Flag:
     """``pdlaunch router`` has the flag, too: it says something to a router alone."""
 
 
+@dataclass(frozen=True, slots=True)
+class NativeAlone:
+    """Marks a setting that only native engines read."""
+
+
 ByteSize = Annotated[
     int, BeforeValidator(parse_size, json_schema_input_type=int | str), Field(gt=0)
 ]
@@ -150,7 +155,7 @@ def _optional_fields(model: type[FrozenModel]) -> dict[str, Any]:
         # The constraints hold for the value alone, not for None.
         kind: Any = info.annotation
         for item in info.metadata:
-            if not isinstance(item, Flag):
+            if not isinstance(item, Flag | NativeAlone):
                 kind = Annotated[kind, item]
         kind = kind | None
         for item in info.metadata:

@@ -22,7 +22,7 @@ from pdlaunch.config.connectors import (
     connector_spec,
     other_sections,
 )
-from pdlaunch.config.field_types import Flag, FrozenModel, PortRange, Switch
+from pdlaunch.config.field_types import Flag, FrozenModel, NativeAlone, PortRange, Switch
 
 RENAMED: Mapping[str, str] = {
     "kv_transfer.path": "kv_transfer.nixl.path",
@@ -67,15 +67,15 @@ class KVTransferSettings(FrozenModel):
         gt=0,
         description="Seconds prefill keeps blocks for a decode engine that says nothing.",
     )
-    pull_timeout_s: float = Field(
+    pull_timeout_s: Annotated[float, NativeAlone()] = Field(
         20.0, gt=0, description="Seconds a decode engine waits for one pull."
     )
-    pull_attempts: int = Field(
+    pull_attempts: Annotated[int, NativeAlone()] = Field(
         2,
         ge=1,
         description="READs of a rank's blocks that may fail before the prompt is recomputed.",
     )
-    handshake_timeout_s: float = Field(
+    handshake_timeout_s: Annotated[float, NativeAlone()] = Field(
         20.0, gt=0, description="Seconds for the handshake of one pair."
     )
     trusted_network: Switch = Field(

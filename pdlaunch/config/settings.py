@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from pdlaunch.config.connectors import other_sections
-from pdlaunch.config.field_types import Flag, FrozenModel, section_of
+from pdlaunch.config.field_types import Flag, FrozenModel, NativeAlone, section_of
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.sizes import format_size, parse_size
 
@@ -90,6 +90,11 @@ class Setting:
     def is_secret(self) -> bool:
         """Its value must not be shown."""
         return SecretStr in self.kinds
+
+    @property
+    def is_native_alone(self) -> bool:
+        """It says nothing to engines that are not native."""
+        return any(isinstance(item, NativeAlone) for item in self.info.metadata)
 
     @property
     def description(self) -> str:
