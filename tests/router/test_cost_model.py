@@ -228,6 +228,50 @@ def test_pulls_over_a_slow_path_cost_their_time() -> None:
     assert choose(engines, pairs=[ready(0.6)]).kind == "decode"
 
 
+def test_a_path_is_as_slow_as_its_slowest_ranks() -> None:
+    pairs = [
+        PairReady(
+            local=f"decode-0/rank-{rank}",
+            peer=f"prefill-0/rank-{rank}",
+            peer_incarnation=1,
+            seconds=1.0,
+            path="nixl",
+            gigabytes_per_s=speed,
+        )
+        for rank, speed in enumerate((300.0, 0.6, 300.0))
+    ]
+    engines = [busy("prefill-0"), busy("decode-0", num_streams=4)]
+    assert choose(engines, pairs=pairs[::2]).kind == "pair"
+    assert choose(engines, pairs=pairs).kind == "decode"
+
+
+def test_pairs_are_those_of_peers_whose_pulls_work() -> None:
+    prefill, near, far = busy("prefill-0"), busy("decode-0", 32), busy("decode-1", 31)
+    assert choose([prefill, near, far]).name == "prefill-0->decode-1"
+    prefill.peers = near.peers = frozenset({"prefill-0", "decode-0"})
+    far.peers = frozenset({"prefill-1"})
+    assert choose([prefill, near, far]).name == "prefill-0->decode-0"
+    near.pulls = {prefill.key: OPEN}
+    assert choose([prefill, near, far]).kind != "pair"
+    near.pulls = {prefill.key: HALF_OPEN}
+    route = choose([prefill, near, far])
+    assert (route.name, route.reason) == ("prefill-0->decode-0", "a try of what was left out")
+
+
+@pytest.mark.parametrize("full", [{"max_num_seqs": 8}, {"num_kv_tokens": 4200}])
+def test_a_decode_engine_without_room_is_waited_for_if_at_all(full: dict[str, int]) -> None:
+    """Seats and the KV cache count, for the streams of pairs, too."""
+    able = msgspec.structs.replace(busy("decode-0").capabilities, costs=costs(**full))
+    crowded = busy("decode-0", num_streams=8)
+    crowded.capabilities = able
+    busier = busy("decode-1", num_streams=10)
+    assert choose([busy("prefill-0"), busy("decode-0", 8), busier]).name.endswith("decode-0")
+    route = choose([busy("prefill-0"), crowded, busier])
+    assert route.name == "prefill-0->decode-1"
+    alone = choose([crowded, busy("both-0", num_streams=10)])
+    assert alone.name == "both-0"
+
+
 def test_what_costs_cannot_decide_is_decided_by_work() -> None:
     unknown = engine("decode-0")
     for engines, fields in [

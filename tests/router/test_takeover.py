@@ -12,8 +12,8 @@ from pdlaunch.router.cost_model import load_of
 from pdlaunch.router.cost_policy import LeastCost
 from pdlaunch.router.policy import LeastWork, NoIndex, RoutingRequest
 from tests.router.conftest import Answer, Stand
-from tests.router.fake_engine import FakeEngine
-from tests.router.test_cost_model import NOW, busy, costed
+from tests.router.fake_engine import FakeEngine, until
+from tests.router.test_cost_model import HALF_OPEN, NOW, OPEN, busy, costed, costs
 from tests.router.test_cost_routes import costed_pair, load_decode
 from tests.router.test_early_decode import lend
 from tests.router.test_life_of_a_request import completion, expected_text
@@ -54,6 +54,15 @@ def test_a_prompt_stays_where_it_is_done_sooner() -> None:
     assert route is None
 
 
+def test_nobody_who_is_tried_takes_over_and_nothing_is_taken_from_who_wants_a_pair() -> None:
+    waits = busy("prefill-0", unanswered_tokens=20_000)
+    for breaker in (HALF_OPEN, OPEN):
+        assert taker(waits, costed("decode-0", breaker=breaker)) is None
+    wants_pair = msgspec.structs.replace(PROMPT, wants_pair=True)
+    assert taker(waits, busy("decode-0"), request=wants_pair) is None
+    assert taker(waits, busy("decode-0"), prefers_pairs=True) is None
+
+
 async def hold_one(stand: Stand, prefill: FakeEngine, decode: FakeEngine) -> asyncio.Task[Answer]:
     """Let a prompt wait at prefill, then free the decode engine."""
     prefill.hold_prefill = True
@@ -66,6 +75,69 @@ async def hold_one(stand: Stand, prefill: FakeEngine, decode: FakeEngine) -> asy
     queue.progressed_at = stand.pool.clock()
     load_decode(stand, 0)
     return posting
+
+
+@pytest.mark.parametrize("begins", [True, False], ids=["first token", "end"])
+async def test_a_prompt_is_taken_over_when_another_request_gets_on(
+    stand: Stand, begins: bool
+) -> None:
+    """A stream begins or ends at decode, which has time for the prompt that waits then."""
+    prefill, decode = costed_pair()
+    prefill.hold_prefill, decode.hold_after = True, 0 if begins else 1
+    await stand.start([prefill, decode])
+    (queue,) = [engine for engine in stand.pool.engines if engine.role == "prefill"]
+    streaming = asyncio.ensure_future(stand.post(completion(stream=True)))
+    await decode.holding.wait()
+    if not begins:
+        await until(lambda: stand.metric("pdlaunch_router_generation_tokens_total") == 1)
+    load_decode(stand)
+    posting = asyncio.ensure_future(stand.post(completion(prompt="other")))
+    await prefill.holding.wait()
+    queue.unanswered_tokens += 50_000
+    queue.progressed_at = stand.pool.clock()
+    load_decode(stand, 1)
+    assert not prefill.asked_back
+    held, decode.go = decode.go, asyncio.Event()
+    # After its first token it is held again: it has not ended when the prompt is asked for.
+    decode.hold_after = 1 if begins else None
+    held.set()
+    await until(lambda: prefill.asked_back)
+    decode.go.set()
+    assert (await streaming).texts() == {0: expected_text("hello", 6)}
+    assert (await posting).headers[ROUTE_HEADER].startswith("decode-0; kind=decode")
+    assert stand.metric('pdlaunch_router_takeovers_total{outcome="taken"}') == 1
+
+
+async def test_the_last_of_each_queue_is_asked_for_by_one_at_a_time(stand: Stand) -> None:
+    prefills = [FakeEngine(f"prefill-{number}", "prefill") for number in range(2)]
+    decode = FakeEngine("decode-0", "decode")
+    for engine in (*prefills, decode):
+        engine.costs = costs(engine.role)
+        engine.hold_prefill = True
+        engine.gives_back = False
+    await stand.start([*prefills, decode])
+    load_decode(stand)
+    posting = []
+    for number in range(4):
+        posting.append(asyncio.ensure_future(stand.post(completion(prompt=f"prompt {number}"))))
+        await until(lambda: sum(len(one.seen) for one in prefills) == len(posting))
+    assert [len(one.seen) for one in prefills] == [2, 2]
+    for view in stand.pool.engines:
+        if view.role == "prefill":
+            view.unanswered_tokens += 50_000
+            view.progressed_at = stand.pool.clock()
+    load_decode(stand, 0)
+    last = {one.seen[-1].headers["X-Request-Id"] for one in prefills}
+    for _ in range(3):
+        stand.state.waiting.consider()
+    await stand.state.settled()
+    asked_back = [name for one in prefills for name in one.asked_back]
+    assert len(asked_back) == 1
+    assert set(asked_back) < last
+    for one in prefills:
+        one.go.set()
+    for number, answer in enumerate(await asyncio.gather(*posting)):
+        assert answer.texts() == {0: expected_text(f"prompt {number}", 6)}
 
 
 async def test_decode_answers_what_prefill_gives_back(stand: Stand) -> None:
