@@ -56,6 +56,14 @@ class KVCacheLayout:
         return (self.num_kv_heads, self.num_layers_per_block, 2, self.block_size, self.head_dim)
 
 
+def num_kv_heads_of_rank(num_kv_heads: int, tp_size: int) -> int:
+    """Return how many of a model's KV heads a rank holds: one of its own or a shared one at least.
+
+    Sizes that do not divide are rounded down.
+    """
+    return max(1, num_kv_heads // tp_size)
+
+
 def make_groups(layer_windows: Sequence[int | None]) -> tuple[KVCacheGroup, ...]:
     """Cut layers into groups of one kind each and of equal size.
 

@@ -21,6 +21,7 @@ from torch.nn.functional import linear
 
 from pdlaunch.config.model_files.shape import ModelShape
 from pdlaunch.errors import ConfigError, StartupError, UnsupportedModelError
+from pdlaunch.kvcache.groups import num_kv_heads_of_rank
 
 RENDEZVOUS_TIMEOUT_S = 300.0
 LOOPBACK_INTERFACE = "lo"
@@ -232,7 +233,7 @@ class Shard:
 
     @property
     def num_kv_heads(self) -> int:
-        return max(1, self.shape.num_kv_heads // self.tp_size)
+        return num_kv_heads_of_rank(self.shape.num_kv_heads, self.tp_size)
 
     @property
     def first_kv_head(self) -> int:

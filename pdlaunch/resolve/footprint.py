@@ -9,7 +9,12 @@ from typing import Literal
 from pdlaunch.config.engine_settings import EngineSettings
 from pdlaunch.config.model_files.shape import DTYPE_BYTES, ModelShape
 from pdlaunch.config.sizes import format_size
-from pdlaunch.kvcache.groups import KVCacheLayout, make_groups, min_blocks
+from pdlaunch.kvcache.groups import (
+    KVCacheLayout,
+    make_groups,
+    min_blocks,
+    num_kv_heads_of_rank,
+)
 from pdlaunch.kvcache.host_chunks import aligned_chunk_bytes, choose_blocks_per_chunk
 
 CUDA_ACTIVATION_BYTES_PER_TOKEN = 64
@@ -120,7 +125,7 @@ def make_footprint(
         activations = max_num_batched_tokens * inner * size + rows * shape.vocab_size * 4
     layout = KVCacheLayout(
         make_groups(shape.layer_windows),
-        num_kv_heads=max(1, shape.num_kv_heads // tp_size),
+        num_kv_heads=num_kv_heads_of_rank(shape.num_kv_heads, tp_size),
         head_dim=shape.head_dim,
         block_size=settings.block_size,
         dtype_bytes=size,

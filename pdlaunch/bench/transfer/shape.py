@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
+from pdlaunch.kvcache.groups import KVCacheLayout, make_groups, num_kv_heads_of_rank
 from pdlaunch.memory.kv_memory import KVMemory
 from pdlaunch.resolve.role_engines import DTypeName
 
@@ -26,7 +26,7 @@ class BenchShape:
         """Return the layout of one rank of ``tp_size``."""
         return KVCacheLayout(
             groups=make_groups([None] * self.num_layers),
-            num_kv_heads=max(1, self.num_kv_heads // tp_size),
+            num_kv_heads=num_kv_heads_of_rank(self.num_kv_heads, tp_size),
             head_dim=self.head_dim,
             block_size=self.block_size,
             dtype_bytes=getattr(torch, self.dtype).itemsize,
