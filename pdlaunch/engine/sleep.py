@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import math
 from collections.abc import Callable, Collection
 from typing import Protocol
 
@@ -213,12 +214,9 @@ class SleepCoordinator:
         return [] if self.computes else self._sleeper.sleeping_tags or list(TAGS)
 
     def wait_s(self) -> float:
-        """Return for how long nothing is due here."""
-        return (
-            POLL_S
-            if self.phase is SleepPhase.DRAINING or self._sleeper.waits_for_peers
-            else float("inf")
-        )
+        """Return for how long nothing is due here; infinity, which a min() can take: for ever."""
+        polls = self.phase is SleepPhase.DRAINING or self._sleeper.waits_for_peers
+        return POLL_S if polls else math.inf
 
     def sleep(self, message: Sleep) -> None:
         """Fall asleep as soon as nothing holds a block; ``advance`` decides, after the turn's

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import threading
 import time
@@ -66,8 +65,8 @@ class Lost:
 
     name: str
     reason: str
-    ended_by: float = field(default=0.0, compare=False)
-    """By this instant they have ended there, be the agent alive and cut off."""
+    ended_by: float | None = field(default=None, compare=False)
+    """By this instant they have ended there, be the agent alive and cut off; None: they have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,10 +222,12 @@ class AgentChannel:
         elif agent.gone_at and now - agent.gone_at > _RECONNECT_SHARE * self._timeout_s:
             self._lose(agent, "its connection is gone")
 
-    def _lose(self, agent: _Agent, reason: str) -> None:
+    def _lose(self, agent: _Agent, reason: str, *, has_ended: bool = False) -> None:
+        """Forget an agent. ``has_ended``: it has ended its processes itself."""
         if self._agents.pop(agent.identity, None) is not None:
             del self._by_name[agent.name]
-            self._tell(Lost(agent.name, reason, ended_by(agent.heard_at, self._timeout_s)))
+            until = None if has_ended else ended_by(agent.heard_at, self._timeout_s)
+            self._tell(Lost(agent.name, reason, until))
 
     def _tell(self, news: News) -> None:
         self._news.append(news)
@@ -324,8 +325,6 @@ class AgentChannel:
                 ):
                     log.write(data)
             case Leave(reason=reason):
-                # It has ended its processes.
-                agent.heard_at = -math.inf
-                self._lose(agent, reason)
+                self._lose(agent, reason, has_ended=True)
             case _:
                 self._tell(Told(agent.name, message))

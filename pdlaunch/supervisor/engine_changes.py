@@ -116,7 +116,7 @@ class EngineChanges:
 
     @property
     def due_at(self) -> float:
-        """Return the instant at which ``tick`` has something to do without an event."""
+        """Return the instant at which ``tick`` has something to do by itself; infinity: none."""
         deadline_at = None if self._running is None else self._running.deadline_at
         return math.inf if deadline_at is None else deadline_at
 

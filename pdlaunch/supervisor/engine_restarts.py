@@ -76,7 +76,7 @@ class EngineRestarts:
 
     @property
     def due_at(self) -> float:
-        """Return the instant at which ``tick`` has something to do."""
+        """Return the instant at which ``tick`` has something to do; infinity: none."""
         return min(
             (r.stop_at for r in self._restarts.values() if r.stop_at is not None),
             default=math.inf,

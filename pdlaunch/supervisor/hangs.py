@@ -50,6 +50,7 @@ class HangWatch:
 
     @property
     def due_at(self) -> float:
+        """Return the instant at which ``look`` looks again; infinity: it never does."""
         return self._looked_at + self._interval_s
 
     def heard(self, instance: Instance) -> None:

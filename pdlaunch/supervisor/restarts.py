@@ -84,7 +84,7 @@ class GivenUp:
 
     @property
     def due_at(self) -> float:
-        """Return the instant at which the next engine is to be tried again."""
+        """Return the instant at which the next engine is to be tried again; infinity: none."""
         return min(self._retry_at.values(), default=math.inf)
 
     def due(self, now: float) -> list[str]:

@@ -76,10 +76,12 @@ class Rooms:
         self._resolved = self._resolved.with_host(host)
         self._bootstraps.adopt(self._resolved)
 
-    def lost(self, name: str, ended_by: float) -> None:
-        """Note that a host is lost; until ``ended_by`` its processes may run."""
+    def lost(self, name: str, ended_by: float | None) -> None:
+        """Note that a host is lost; until ``ended_by`` its processes may run, None: they do not."""
         self._present.discard(name)
-        self._ended_by[name] = ended_by
+        self._ended_by.pop(name, None)
+        if ended_by is not None:
+            self._ended_by[name] = ended_by
 
     def plan(self, wanted: ChangeEngines, units: Sequence[Unit]) -> EngineChange:
         """Plan a change of the engines. Raises ConfigError with the reason why it cannot be."""

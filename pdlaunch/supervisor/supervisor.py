@@ -224,6 +224,7 @@ class Supervisor:
             return self._shutdown.ends_at
         if self._phase is not LaunchPhase.READY:
             return self._startup_ends_at
+        # Each of these is infinite where nothing is due, which one min() can take.
         return min(
             self._hangs.due_at,
             self._restarts.due_at,

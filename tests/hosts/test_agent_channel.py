@@ -180,7 +180,7 @@ def test_an_agent_that_is_told_to_end_says_so(channel: AgentChannel, keys: JoinK
     assert agent.stop() == "told to end"
     lost = news_of(channel)
     assert lost == Lost("a", "its agent was told to end")
-    assert lost.ended_by < 0, "its processes have ended before it says so"
+    assert lost.ended_by is None, "its processes have ended before it says so"
 
 
 @pytest.mark.parametrize("side", ["of the agent", "of the supervisor"])
@@ -268,6 +268,7 @@ def test_a_lost_message_ends_the_session(
     lost = news_of(channel)
     assert isinstance(lost, Lost)
     assert "some were lost" in lost.reason
+    assert lost.ended_by is not None
     assert lost.ended_by > time.monotonic(), "it may not have heard of it yet"
     assert "some were lost" in raw.hear(agent_messages.AgentRefused).reason
 

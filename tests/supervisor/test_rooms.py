@@ -85,7 +85,7 @@ class Deployment:
             self.launch, NativeEngine(), self.bootstraps, names, clock=lambda: self.now
         )
 
-    def lose(self, host: str, ended_by: float = 0.0) -> None:
+    def lose(self, host: str, ended_by: float | None = None) -> None:
         self.rooms.lost(host, ended_by)
         for unit in self.units:
             for member in unit.members:
@@ -230,7 +230,7 @@ def test_an_engine_whose_ranks_are_on_several_hosts_waits_for_them() -> None:
 
 def test_nothing_moves_while_a_process_of_the_engine_lives() -> None:
     deployment = Deployment(**SPREAD)
-    deployment.rooms.lost("b", 0.0)
+    deployment.rooms.lost("b", None)
     assert deployment.find("decode-0") is None
 
 
@@ -257,7 +257,7 @@ def test_new_engines_take_free_gpus_of_hosts_that_are_there(tiny: str) -> None:
         "decode-1": "a",
         "decode-2": "c",
     }
-    deployment.rooms.lost("c", 0.0)
+    deployment.rooms.lost("c", None)
     with pytest.raises(ConfigError, match="no room for decode-1, decode-2, decode-3"):
         plan(deployment, decode=4)
 
