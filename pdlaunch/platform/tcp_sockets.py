@@ -94,16 +94,6 @@ def is_connected(port: int, address: str) -> bool:
     )
 
 
-def bound_device(listener: Listener) -> str:
-    """Return the name of the device that a socket is bound to; empty: any."""
-    with socket.socket(fileno=os.dup(listener.fd)) as listening:
-        return (
-            listening.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16)
-            .rstrip(b"\0")
-            .decode()
-        )
-
-
 def can_bind_to_loopback() -> bool:
     """Return whether the kernel lets this process bind sockets to a device; never raises."""
     try:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pdlaunch.platform import tcp_sockets
+from tests.platform.bound_device import bound_device
 
 pytestmark = pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Linux")
 
@@ -19,9 +20,9 @@ def test_a_new_listener_is_found_and_bound_to_loopback() -> None:
         server.listen()
         (listener,) = tcp_sockets.listeners() - before
         assert (listener.address, listener.port) == server.getsockname()
-        assert tcp_sockets.bound_device(listener) == ""
+        assert bound_device(listener) == ""
         tcp_sockets.bind_to_loopback(listener)
-        assert tcp_sockets.bound_device(listener) == "lo"
+        assert bound_device(listener) == "lo"
         with socket.create_connection(("127.0.0.1", listener.port), timeout=10):
             server.accept()[0].close()
 

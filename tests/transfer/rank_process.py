@@ -26,6 +26,7 @@ from pdlaunch.protocol.control import Address, Entry
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.sockets import LaunchKeys
 from pdlaunch.protocol.transfer import CancelPull, GrantLease, StartPull, TransferCommand
+from tests.platform.bound_device import bound_device
 from tests.transfer.fakes import layout_of, random_cache
 
 TIMEOUT_S = 300.0
@@ -284,7 +285,7 @@ def open_listeners() -> list[str]:
     return [
         f"{listener.address}:{listener.port}"
         for listener in tcp_sockets.listeners()
-        if listener.address != "127.0.0.1" and tcp_sockets.bound_device(listener) != "lo"
+        if listener.address != "127.0.0.1" and bound_device(listener) != "lo"
     ]
 
 
