@@ -1,4 +1,4 @@
-"""The folder of the file connector: whole files, no way out, a limit."""
+"""The file connector and its folder: whole files, no way out, a limit."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from pdlaunch.errors import TransferError
 from pdlaunch.protocol.side_channel import Geometry
 from pdlaunch.transfer.connectors.connector import BlockRead, LocalMemory, PeerAgent, PushedRead
 from pdlaunch.transfer.connectors.device_binding import DeviceBinding
-from pdlaunch.transfer.connectors.file import FileConnector
-from pdlaunch.transfer.connectors.file_store import FileStore, file_name
+from pdlaunch.transfer.connectors.file import FileConnector, FileStore, file_name
 from tests.transfer.fakes import layout_of
 
 CPU = torch.device("cpu")
