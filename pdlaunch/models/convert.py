@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import functools
 import os
 import shutil
 import sys
@@ -25,7 +26,6 @@ from pdlaunch.config.model_files.damage import DOWNLOAD_AGAIN, damaged
 from pdlaunch.config.model_files.gguf import check_gguf
 from pdlaunch.config.model_files.shape import read_model_shape
 from pdlaunch.errors import ConfigError
-from pdlaunch.models.gguf_reads import read_once
 from pdlaunch.models.progress import ReportProgress
 
 Converter = Callable[[Path, Path, ReportProgress], None]
@@ -86,7 +86,7 @@ def convert_gguf(source: Path, target: Path, progress: ReportProgress) -> None:
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
         where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
-        with read_once():
+        with _reading_once():
             progress("reading the configuration", 0.1)
             config = AutoConfig.from_pretrained(**where)
             config.save_pretrained(target)
@@ -121,6 +121,41 @@ def convert_gguf(source: Path, target: Path, progress: ReportProgress) -> None:
     tokenizer.save_pretrained(target)
     model.save_pretrained(target)
     progress("converted", 1.0)
+
+
+@contextmanager
+def _reading_once() -> Iterator[None]:
+    """Let the module ``gguf``, where transformers looks it up at every call, remember the header
+    and the table of names.
+
+    transformers parses the header for the configuration, for the tokenizer and for the weights, and
+    makes the table of the weights' names anew for each of a model's modules, which took 20 of the
+    31 s of CPU that the conversion of the demo model needed.
+
+    Raises ImportError where gguf is not installed.
+    """
+    import gguf
+
+    reader, name_map = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader = functools.cache(_plain_reader(reader))
+    gguf.get_tensor_name_map = functools.cache(name_map)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = reader, name_map
+
+
+def _plain_reader(reader_class: Any) -> Any:
+    """Return a subclass that keeps its file as a plain array: a header is read in hundreds of
+    thousands of slices, and a slice of a ``numpy.memmap`` takes 2.5 times as long.
+    """
+    import numpy
+
+    class PlainReader(reader_class):  # type: ignore[misc]
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, numpy.asarray(value) if name == "data" else value)
+
+    return PlainReader
 
 
 def _not_converted(source: Path, error: Exception, fix: str) -> ConfigError:
