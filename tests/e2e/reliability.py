@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pdlaunch.testing.kills import Kill, load_with_kills
+from pdlaunch.testing.chaos import Kill, load_with_kills
 from pdlaunch.testing.soak import SoakOptions, SoakReport, soak
 from tests.e2e.faults import SHORT_DEADLINES, faulty_deployment
 from tests.e2e.tiny_models import make_tiny_model

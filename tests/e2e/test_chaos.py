@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from pdlaunch.client.deployment import Deployment
-from pdlaunch.testing.kills import load_with_kills
+from pdlaunch.testing.chaos import load_with_kills
 from pdlaunch.testing.soak import SoakOptions, soak
 from tests.e2e.api import complete, engine_apis, streamed
 from tests.e2e.faults import (
