@@ -49,6 +49,8 @@ SLOWNESS = (0.98, 1.08)
 """From and to: what requests take to the router, and steps as a share of what they should take.
 Without these, requests that came together would end together, round after round.
 """
+NUM_DRAWS = 3
+"""Simulations of which each figure is the median: what meets whom changes it."""
 NUM_ROUNDS = 4
 OPEN_LOOP_S = 30.0
 ARMS: Mapping[str, tuple[tuple[str, ...], type[LeastCost] | type[LeastWork]]] = {
@@ -111,16 +113,18 @@ def read_load(text: str) -> SimLoad:
     )
 
 
-def simulate(load: SimLoad, names: Sequence[str], policy: Policy, costs: EngineCosts) -> Figures:
+def simulate(
+    load: SimLoad, names: Sequence[str], policy: Policy, costs: EngineCosts, seed: int
+) -> Figures:
     """Run a load twice through new engines of these names (``role-number``); return the figures of
-    the second time.
+    the second time. ``seed``: of what is drawn at random.
     """
     engines = []
     for name in names:
         role: Role = name.partition("-")[0]  # type: ignore[assignment]
         bound = None if role == "both" else MAX_SLOWDOWN
         engines.append(SimEngine(name, role, msgspec.structs.replace(costs, max_slowdown=bound)))
-    draw = random.Random(2)
+    draw = random.Random(seed)
     simulation = Simulation(
         engines,
         policy,
@@ -140,6 +144,20 @@ def simulate(load: SimLoad, names: Sequence[str], policy: Policy, costs: EngineC
         ttft=(statistics.median(ttft), _p99(ttft)),
         itl=(statistics.median(gaps), _p99(gaps), gaps[-1]),
         tokens_per_s=num_tokens / (simulation.now_at - begin_at),
+    )
+
+
+def medians(load: SimLoad, arm: str, costs: EngineCosts) -> Figures:
+    """Return the medians of some simulations of an arm, which differ in what is drawn at random."""
+    names, policy = ARMS[arm]
+    found = [simulate(load, names, policy(), costs, seed) for seed in range(1, NUM_DRAWS + 1)]
+    p50, p99 = zip(*(one.ttft for one in found), strict=True)
+    gap_p50, gap_p99, longest = zip(*(one.itl for one in found), strict=True)
+    middle = statistics.median
+    return Figures(
+        ttft=(middle(p50), middle(p99)),
+        itl=(middle(gap_p50), middle(gap_p99), middle(longest)),
+        tokens_per_s=middle(one.tokens_per_s for one in found),
     )
 
 
@@ -166,8 +184,8 @@ def main() -> None:
         rate = (
             f"{load.concurrency} at once" if load.per_second is None else f"{load.per_second:g}/s"
         )
-        for arm, (names, policy) in ARMS.items():
-            figures = simulate(load, names, policy(), costs)
+        for arm in ARMS:
+            figures = medians(load, arm, costs)
             sys.stdout.write(
                 f"{load.num_prompt_tokens}/{load.num_output_tokens}, {rate:<12} {arm:<6} "
                 f"{figures.line}\n"

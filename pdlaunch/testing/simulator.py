@@ -85,6 +85,8 @@ class SimEngine:
         self.leased_tokens = 0
         """Tokens of prompts that are computed and not pulled yet."""
         self.is_stepping = False
+        self.computing: list[SimRequest] = []
+        """Prompts of the step that runs."""
         self.stream_seconds = 0.0
         self.pauses = StreamPauses(costs.most_long_gaps)
         able = Capabilities(resumes=True, gives_first_token=True, awaits_lease=True, costs=costs)
@@ -245,6 +247,7 @@ class Simulation:
         if not streams and not chunks:
             return
         engine.is_stepping = True
+        engine.computing = [request for request, _ in chunks]
         if streams:
             engine.pauses.ran_streams(len(streams))
         elif engine.streams:
@@ -323,9 +326,17 @@ class Simulation:
     def _consider(self) -> None:
         """Let the last prompt of each queue at a prefill engine be taken over, as the router."""
         for engine in self.engines.values():
-            if engine.view.role != "prefill" or not engine.waiting:
+            if engine.view.role != "prefill":
                 continue
-            request = engine.waiting[-1]
+            # Those whose first chunk is in the step that runs have begun.
+            queue = [
+                request
+                for request in (*engine.prompts, *engine.waiting)
+                if not request.num_computed and request not in engine.computing
+            ]
+            if not queue:
+                continue
+            request = queue[-1]
             if request.route is None or request.route.prefill is None:
                 continue
             route = self._policy.take_over(
@@ -336,8 +347,8 @@ class Simulation:
                 _INDEX,
                 self.now_at,
             )
-            if route is not None and not request.num_computed:
-                engine.waiting.pop()
+            if route is not None:
+                (engine.waiting if request in engine.waiting else engine.prompts).remove(request)
                 self._count(engine.view, request, -1)
                 left = request.route.planned or request.route.decode
                 if left is not None:
