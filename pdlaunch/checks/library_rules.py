@@ -1,4 +1,4 @@
-"""Rules PD401 to PD408, PD437, PD438 and PD460 judge packages and drivers."""
+"""Rules PD401 to PD408, PD426, PD427, PD437, PD438 and PD460 judge packages and drivers."""
 
 from __future__ import annotations
 

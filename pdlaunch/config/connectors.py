@@ -71,8 +71,8 @@ class ConnectorSpec(Generic[S]):
     ) -> dict[str, str]:
         """Return variables that a rank must have before the connector's libraries are imported.
 
-        ``environ`` is the user's, whose values take precedence. ``device``: ``cuda`` also for a
-        rank on the CPU of a host with GPUs.
+        ``environ`` is the user's, whose values take precedence, except over what keeps doors shut
+        (UCX_TLS). ``device``: ``cuda`` also for a rank on the CPU of a host with GPUs.
         """
         return {}
 
@@ -85,11 +85,16 @@ class ConnectorSpec(Generic[S]):
     def opens_data_ports(self, section: S) -> bool:
         """Say whether ranks open ports that ask nobody who he is to peers on other hosts. Such
         ranks do so with ``kv_transfer.trusted_network`` alone.
+
+        A connector that listens by itself has to override this: its ports are not seen from here,
+        and nobody would be asked for that setting.
         """
         return False
 
     def joins_hosts(self, section: S) -> bool:
-        """Say whether ranks reach peers on other hosts at all."""
+        """Say whether ranks reach peers on other hosts at all; one that says so and does not is
+        found at the handshake alone, when all models are loaded.
+        """
         return True
 
     def maps_memory(self, section: S) -> bool:
@@ -140,7 +145,9 @@ class NixlSpec(ConnectorSpec[NixlSettings]):
             "UCX_WARN_UNUSED_ENV_VARS": "n",
             "NIXL_LOG_LEVEL": "WARN",
         }
-        # UCX takes an empty UCX_TLS for all transports; a name that it does not know is none.
+        # Not the user's own value: it may name transports that listen, so it is narrowed to those
+        # that open no door. UCX takes an empty UCX_TLS for all transports; a name that it does not
+        # know is none.
         transports = ",".join(local_transports(environ, device)) or "none"
         return _with_defaults(environ, defaults) | {"UCX_TLS": transports}
 
@@ -291,6 +298,7 @@ def connector_spec(name: str) -> ConnectorSpec[Any]:
 
     Raises ConnectorImportError when that fails, whatever the package raises.
     """
+    # First: a package that calls its connector nixl must not take the place of ours unseen.
     if name in BUILT_IN:
         return BUILT_IN[name]
     found = load_named(_others()[name], f"connector {name}")
@@ -336,6 +344,7 @@ def load_named(path: str, what: str) -> Any:
 def _others() -> Mapping[str, str]:
     """Return ``module:attribute`` of the spec of each connector that is imported when named."""
     found = {point.name: point.value for point in entry_points(group=ENTRY_POINT_GROUP)}
+    # In this order, as with ``BUILT_IN``: our names stay ours.
     return {**found, **_LAZY}
 
 

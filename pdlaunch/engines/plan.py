@@ -20,7 +20,10 @@ from pdlaunch.resolve.resolve import ResolvedLaunch
 
 
 def kind_of(launch: ResolvedLaunch) -> EngineKind:
-    """Return the kind of a launch's engines; of the first ones, where they differ."""
+    """Return the kind of a launch's engines; of the first ones, where they differ.
+
+    Either will do then: the rules of both kinds have PD610, which refuses the launch.
+    """
     first = next(iter(launch.roles.values()), None)
     if first is not None and first.settings.engine == "vllm":
         return VllmEngine(

@@ -175,7 +175,9 @@ class Machine:
     driver_cuda: tuple[int, int] | None = None
     """Newest CUDA version that the driver runs; None: no driver."""
     driver_version: str | None = None
-    """The driver's own version: ``580.82.07``."""
+    """The driver's own version: ``580.82.07``. None: there is no driver, or NVML does not tell; no
+    ``Fact`` says so, and a rule about it has to look for None itself.
+    """
     num_imex_channels: int | None = None
     """IMEX channels that this process can see; fabric handles need one."""
     numa_nodes: tuple[tuple[int, ...], ...] | None = None

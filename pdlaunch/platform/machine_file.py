@@ -53,7 +53,9 @@ _FACTS: Mapping[str, Fact] = {
     "shm": "shm",
     "rdma_devices": "rdma",
 }
-"""The fact that is not known where a field is null."""
+"""The fact that is not known where a field is null. Fields that are not here may be null on any
+machine.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,6 +148,7 @@ class TransferSides:
 
     def turn(self) -> list[TransferEvent]:
         """Receive what has arrived, do what is due, and return what has happened."""
+        # Answers first: others wait for them, while READs of this rank move by themselves.
         self._events += self._prefill.turn()
         self._decode.turn()
         events = self._events[:]

@@ -45,7 +45,9 @@ AWAKE_S = 0.005
 """The step loop stays awake so long after a pull has begun to read."""
 LONGEST_SLEEP_S = 60.0
 SHORTEST_SLEEP_S = 0.0001
-"""Shorter sleeps are left out: READs of up to 3 ms are waited for awake."""
+"""Shorter sleeps are left out. It is ``SLEEP_SHARE`` of 3 ms: READs of up to so long are waited for
+awake.
+"""
 SUSPENSION_SLEEP_S = 0.01
 """Seconds between two looks at whether READs that nobody waits for have ended."""
 
@@ -224,6 +226,8 @@ class TransferThread:
             self._sides = TransferSides(setup, self._socket, self._alert)
             self._started.set()
             try:
+                # Commands first: a question that waits for a grant is answered in the turn that
+                # brings it.
                 while self._execute_inbox(setup):
                     self._turn()
                     self._sleep()
@@ -304,6 +308,7 @@ class TransferThread:
 
     def _advance_suspension(self, suspension: _Suspend) -> None:
         """Let the memory go once nothing uses it; at the deadline stay as before."""
+        # Not earlier: pulls from a peer that is lost fail.
         if self._sides is not None and self._sides.is_idle:
             self._sides.let_peers_go()
         if self._sides is None or self._sides.is_quiet:
@@ -337,6 +342,7 @@ class TransferThread:
 
     def _alert(self, num_bytes: int) -> None:
         """Keep the step loop awake: asleep it would notice the end of a short pull late."""
+        # The bytes first: the step loop looks at the instant, and then at the bytes of that pull.
         self.awaited_bytes, self.awake_until_at = num_bytes, self._clock() + AWAKE_S
         self._wake_engine()
 

@@ -17,7 +17,9 @@ from pdlaunch.http.engine_calls import CONNECT_S, EngineCalls
 from pdlaunch.http.engine_connection import CallError
 
 Kind = Literal["native", "vllm"]
-"""The program that an engine is; names of metrics follow from it."""
+"""The program that an engine is; names of metrics follow from it. It is ``config.roles.EngineName``
+again, as this room may not import settings.
+"""
 VLLM_RUNNING = ("vllm:num_requests_running", "vllm:num_requests_waiting")
 VLLM_LENT = "vllm:kv_cache_usage_perc"
 """The share of the KV cache that requests or leases hold; the prefix cache alone does not count."""

@@ -36,7 +36,8 @@ class LocalMemory:
 
     kv_cache: torch.Tensor
     """[num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous; outlives the
-    connector.
+    connector. Heads stand before layers, so that a range of heads of a block is one piece of
+    memory: ranks of another TP size read it as it lies, and compare checksums of heads.
     """
     scratch: torch.Tensor
     """[num_bytes] uint8; a known pattern that peers read to prove the path."""
@@ -58,7 +59,10 @@ class PeerAgent:
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class BlockRead:
     """Says which bytes go where: heads ``remote_heads`` of ``remote_blocks[i]`` to heads
-    ``local_heads`` of ``local_blocks[i]``. Compared by identity.
+    ``local_heads`` of ``local_blocks[i]``.
+
+    Compared by identity: a connector may keep what it has prepared under this very object, and need
+    not compare thousands of ids to find it again.
     """
 
     local_blocks: Sequence[int]
@@ -131,8 +135,9 @@ class Connection(ABC):
 
     @abstractmethod
     def read(self, blocks: BlockRead) -> Read:
-        """Start to read at least one block and head; may block while the bytes are copied. Raises
-        TransferError.
+        """Start to read at least one block and head; may block while the bytes are copied, never
+        for an answer of the peer: this thread answers that peer's questions, too, and two ranks
+        that wait for each other would both stand still. Raises TransferError.
 
         Until ``poll`` says done or failed the READ may write to the local blocks, whatever else
         happens. The READ of a connector with a ``pusher`` is a ``PushedRead``.
@@ -221,8 +226,8 @@ class Connector(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Deregister and let go of everything. READs that are pending are abandoned: the process is
-        about to exit.
+        """Deregister and let go of everything. READs that are pending are abandoned, and only when
+        the process is about to exit: a rank that falls asleep has waited for all of them.
         """
 
 

@@ -47,6 +47,8 @@ class _CudaCopier(PieceCopier):
             try:
                 for index, (part, end) in enumerate(zip(parts, ends, strict=True)):
                     enqueue = self._prepare(part)
+                    # Behind the first part's preparation: the stream is idle, so that its time
+                    # would begin before there is anything to copy.
                     if index == 0:
                         begin.record(self._stream)
                     enqueue()

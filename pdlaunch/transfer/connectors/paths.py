@@ -137,6 +137,7 @@ class _PathsConnection(Connection):
         self._chosen: Connection | None = None
 
     def paths(self) -> Sequence[str]:
+        # Connectors begin with the one that has to open, paths with the one that is preferred.
         return [path for way in reversed(self._ways) for path in way.paths()]
 
     def use_path(self, path: str) -> None:

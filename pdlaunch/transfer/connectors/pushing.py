@@ -113,6 +113,8 @@ class PushingConnector(Connector):
         return _Write(self.agent_name, self._senders.submit(self._write, self._memory, job))
 
     def close(self) -> None:
+        # Without waiting: a rank falls asleep only when no write is under way, and one that ends
+        # leaves the process.
         self._senders.shutdown(wait=False, cancel_futures=True)
         self._stop()
         del self._memory

@@ -189,11 +189,13 @@ class ChunkedReads:
         pairs = zip(lease.groups, checksums, strict=True)
         groups = [msgspec.structs.replace(group, checksums=stated) for group, stated in pairs]
         self._lease = msgspec.structs.replace(lease, groups=groups)
+        # Cut out now, while the last READ moves; ``check`` does it for chunks that begin later.
         for chunk in self._chunks if self._current is None else (*self._chunks, self._current):
             chunk.expected = stated_checksums(groups, self._link.geometry, chunk.plan)
 
     def wait(self) -> None:
         """Read no more before the next offer."""
+        # The generation stays: if the next offer is of the same, what was read still counts.
         self._offer = self._lease = None
 
     def forget(self) -> None:
@@ -225,6 +227,7 @@ class ChunkedReads:
         """Return whether all bytes are known to be right. Raises VerificationError when some are
         wrong.
         """
+        # A READ may end first: the prefill rank begins its checksums once it has answered.
         if not self.is_complete or self.lacks_checksums:
             return False
         if self._setup.hasher is None:

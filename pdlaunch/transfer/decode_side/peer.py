@@ -329,6 +329,7 @@ class Peer:
         """Run a step of the handshake; what it raises decides how the handshake goes on."""
         try:
             step()
+        # It is a TransferError, too, but no other try would help: the engines do not fit.
         except HandshakeError as error:
             self._give_up(error)
         except TransferError as error:

@@ -174,6 +174,8 @@ class RankPull:
             return
         if self._link.status in ("lost", "incompatible"):
             raise PullFailed(f"{self.name}: {self._link.error}")
+        # Before anything is asked: when a READ has failed, its connection is given up, and the next
+        # question is another one.
         try:
             self._read()
         except ReadFailed as failure:
@@ -234,6 +236,7 @@ class RankPull:
         self._hold.forget_question()
         if self.stage is Stage.BEGINNING:
             self.stage, self._next_begin_at = Stage.CONNECTING, None
+        # A heartbeat, or its answer, may have been lost with the connection.
         if self.stage is not Stage.CONNECTING:
             self._hold.ask_now()
         if self._next_checksums_at is not None:
@@ -323,6 +326,8 @@ class RankPull:
                     self._take_lease(asked_at, reply)
                 else:
                     self._version = reply.version
+                    # Asked before it reads: posting a READ takes time, and the lease may come
+                    # meanwhile.
                     self._begin()
                     self._read()
             case PullReply():
@@ -337,6 +342,8 @@ class RankPull:
                 if self.stage in (Stage.READING, Stage.VERIFYING, Stage.PROVEN):
                     self._hold.extend(asked_at, reply.lease_s)
             case Refused():
+                # Once there was a lease a refusal says that it has ended: what was read since may
+                # be another request's, which is counted as late.
                 raise PullFailed(
                     f"{self.name} refused: {reply.reason}", late=self.lease_known_at is not None
                 )

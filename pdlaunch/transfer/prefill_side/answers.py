@@ -165,6 +165,8 @@ class LeaseAnswers:
                 hashing.checksums = self._hasher.start(block_ids, slice(None))
             if hashing.checksums.ready():
                 del self._hashing[lease_id]
+                # Of a lease that has ended meanwhile, somebody else may have written to the blocks:
+                # nobody is told these checksums, as its id is unknown.
                 self._leases.set_groups(lease_id, hashing.stated())
         return len(self._hashing) < num_hashing
 
@@ -188,12 +190,13 @@ class LeaseAnswers:
                 message.engine_id == self._card.identity.engine_id
             ):
                 lease_id = message.lease_id
-                # Grants and questions travel over different connections: either may be first.
+                # First, as the lease is known by then, and the last line would let it pass.
                 if isinstance(message, StateChecksums) and lease_id in self._hashing:
                     return True
                 # A partial prompt can be answered, although there is no lease yet.
                 if isinstance(message, PullBegin) and self._has_news_for(message):
                     return False
+                # Grants and questions travel over different connections: either may be first.
                 return not self._leases.knows(lease_id)
             case _:
                 return False
@@ -212,7 +215,8 @@ class LeaseAnswers:
                 f"{identity.name} belongs to engine_id {identity.engine_id}, not to "
                 f"{message.engine_id}"
             )
-        # Whoever writes to a peer's memory decides what the peer may see.
+        # Whoever writes to a peer's memory decides what the peer may see. The scratch, which is
+        # meant when there are no blocks, holds nobody's prompt.
         if message.block_ids:
             lease = self._leases.opened(message.lease_id, message.reader)
             leased = {block_id for group in lease.groups for block_id in group.block_ids}

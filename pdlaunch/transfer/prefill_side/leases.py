@@ -29,8 +29,13 @@ logger = logging.getLogger(__name__)
 
 EndReason = Literal["pulled", "released", "expired"]
 
+# What goes by ``lease_s`` elsewhere: heartbeats, four in that time (``lease_hold``); PD107, as
+# pulls must end sooner; engines of vLLM, in whole seconds (``engines/vllm.py``); routers, which
+# hand blocks of such engines over within half of it (``prompt_lease``). Sleep waits for the last.
 MAX_EXTENSIONS = 20
-"""A lease lives at most this many times ``lease_s``, however often it is extended."""
+"""A lease lives at most this many times ``lease_s``, however often it is extended: heartbeats of a
+reader that never ends must not hold blocks for good.
+"""
 MAX_OPEN_READERS = 4096
 """Pulls of one lease that may be open at once."""
 MAX_PAST_LEASES = 4096
@@ -200,8 +205,10 @@ class LeaseTable:
         lease.deadline_at = max(lease.deadline_at, extended)
 
     def _end_if_done(self, lease: Lease) -> None:
-        """End a lease with no reader left to come, unless a pull is open: a reader may have been
-        tried elsewhere meanwhile.
+        """End a lease with no reader left to come, unless a pull is open.
+
+        More pulls may be open than readers were granted: a prompt whose decode engine failed is
+        pulled by another one, while the first still reads.
         """
         if lease.open_readers:
             return

@@ -29,7 +29,9 @@ class PartialPrompts:
     def __init__(self) -> None:
         self._prompts: dict[LeaseId, _PartialPrompt] = {}
         self._num_offers = 0
-        """Numbers all offers, so that each generation and version has a name of its own."""
+        """Numbers all offers from 1 on, so that each generation and version has a name of its own;
+        0 is that of a reader who knows of nothing, and of a lease that was never offered.
+        """
 
     def offer(self, command: OfferPartialPrompt) -> None:
         """Take in more blocks of a prompt, or its first ones."""
