@@ -101,6 +101,8 @@ class BlockLeases:
         ):
             return None
         hashes = request.prompt_hashes()
+        # No withdrawal: the grant itself ends the offer at the ranks, and keeps its generation, so
+        # that what was read early counts.
         request.is_offered = False
         leased = self._kv.lease(request.tables, request.num_prompt_tokens)
         self._block_ids[lease_of(request.request_id)] = leased.block_ids

@@ -186,6 +186,7 @@ class Leader:
         )
         if not launches_first:
             self._send_outputs()
+        # Also when it computes nothing: the runner has to forget rows before others get them.
         if not plan.is_empty:
             launched = self._runner.launch(plan)
             if plan.scheduled:
@@ -281,7 +282,8 @@ class Leader:
 
     def _submit(self, plan: StepPlan) -> None:
         """Give the plan to other ranks, its commands and jobs to the threads of this one."""
-        # The record is what blames a rank's death on a step: written before any rank begins one.
+        # The record is what blames a rank's death on a step: written before any rank begins one,
+        # and also for an empty plan, as a step that was collected is to blame for nothing any more.
         self._record(self._requests.in_flight.marks())
         if plan.is_empty:
             return

@@ -217,6 +217,7 @@ class RequestLifecycle:
         # All blocks are cached here, so that the lease is not needed.
         self.commands.append(self.pulls.tell_prefill_side(request))
         self.kv.share(request.tables, hit)
+        # Not by a method of the queues: it stays in the one that holds both phases.
         request.phase = Phase.READY
         self._take_pulled(request)
 
@@ -345,6 +346,8 @@ class RequestLifecycle:
         if reason is None:
             return False
         remote_kv = None
+        # Before ``_finish``, which frees what is left in the request's tables: a lease takes its
+        # blocks out of them.
         if token is not None and (granted := self._leases.grant(request, token, reason)):
             command, remote_kv = granted
             request.spans.leased(command.lease_s, sum(map(len, command.block_ids)))

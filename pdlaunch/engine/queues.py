@@ -10,6 +10,9 @@ from pdlaunch.engine.request import Phase, Request
 from pdlaunch.observe.spans import QUEUE
 from pdlaunch.protocol.ids import RequestId
 
+# The one order of an engine: who is seated first, whom a lack of blocks holds back, and who gives
+# its blocks up (the last). Searches are binary, so a request's key must not change while it is
+# queued, and no two may be equal.
 _by_arrival = attrgetter("arrival")
 
 

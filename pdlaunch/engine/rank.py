@@ -183,6 +183,7 @@ class RankProcess:
             announce=self._control.send,
             record=StepRecord(self._bootstrap.step_record).write,
         )
+        # Last: the registry brings the server's Hello and the handshakes of peers.
         self._register(engine_id, address)
         return leader
 
@@ -338,7 +339,9 @@ class RankProcess:
     def _wait(self, poller: zmq.Poller, timeout_s: float) -> None:
         """Sleep until a socket or a thread has something; handle the supervisor's messages."""
         poller.poll(int(timeout_s * 1000))
+        # Before the inbox is read: whoever puts something in afterwards wakes the next poll.
         self._wakeup.clear()
+        # From the step loop and no thread beside it: it tells that this very loop turns.
         self._heartbeat.beat()
         while not self._inbox.empty():
             self._handle_control(self._inbox.get())

@@ -110,6 +110,8 @@ class ModelRunner:
             self._decoder = self._new_decoder()
         self._weights_lost = False
         progress("allocating the KV cache", None)
+        # After the weights: on a GPU the cache gets what they leave, and on all ranks of a TP group
+        # as much as the rank with the least.
         self.num_blocks = count_kv_blocks(spec, self.layout, self._device, tp)
         self.kv_memory = open_kv_memory(
             self._pools,

@@ -113,6 +113,8 @@ class Scheduler:
                 of_prompt = request.num_computed < request.num_prompt_tokens
                 request.spans.computed(item.num_tokens, of_prompt=of_prompt, step_id=plan.step_id)
             request.num_computed += item.num_tokens
+            # Before the token, which may end the request: freed unregistered, its blocks could not
+            # be found again.
             self._registrations.register(request)
             if item.sample:
                 self.requests.take_token(request, drawn)
@@ -127,6 +129,7 @@ class Scheduler:
         return bool(computes or tells or self.requests.may_progress or self._in_flight)
 
     def _schedule(self) -> StepPlan:
+        # First: a preemption below sets it again, as it frees blocks for others.
         self.requests.may_progress = False
         if self._costs is not None and self._streams_wait():
             step = StepDraft(self._costs().pause_step_tokens, has_streams=False)
@@ -243,6 +246,7 @@ class Scheduler:
         Later arrivals give up their blocks so that at least one token fits.
         """
         num_tokens = step.room(request.num_to_schedule, request.num_scheduled)
+        # It may have been preempted in this very step, by a request that came before it.
         if request.phase is not Phase.RUNNING or num_tokens == 0:
             return
         # Counted from num_computed: tokens in flight are queries too, and still read their windows.
@@ -266,6 +270,7 @@ class Scheduler:
         """
         lacks_blocks = False
         for request in self._queues.waiting.copy():
+            # One that is READY goes on: it has the blocks of its prompt already.
             if lacks_blocks and request.phase is Phase.WAITING:
                 continue
             if request.phase is Phase.WAITING:

@@ -106,7 +106,8 @@ class RankSleeper:
             self._transfer.suspend(TRANSFER_TIMEOUT_S)
         except TransferError as error:
             return self._report(error=error)
-        # Peers see it in the registry, and unmap this memory.
+        # Peers see it in the registry, and unmap this memory. Not before it is sure: a rank whose
+        # transfers do not end stays awake, and its peers never hear of it.
         self._announce(SleepState(state="sleeping"))
         if not self._transfer.wait_unmapped(UNMAP_TIMEOUT_S):
             logger.warning(

@@ -169,6 +169,8 @@ class AgentSession:
                     children.close()
                     return self._leave()
                 messages = list(self._received())
+                # Before silence is judged: it may be this loop that stood still, with the beats
+                # waiting in its socket.
                 for message in messages:
                     if isinstance(message, Beat):
                         self._lease.renew(message.stamp)
@@ -246,6 +248,8 @@ class AgentSession:
 
     def _report(self, host: LocalHost) -> None:
         """Tell of ends and pass messages on; what a process said before its end comes first."""
+        # Ends are looked for before messages are, and told after them: whatever a process said
+        # before its end has arrived by then.
         exits = host.exits()
         for message in host.messages():
             self._send(Said(name=message.name, frame=to_supervisor.encode(message.message)))

@@ -59,6 +59,7 @@ class HostKVMemory(KVMemory):
         tensor = torch.frombuffer(pages, dtype=torch.uint8)
         address = tensor.data_ptr()
         self._regions[address] = fd, num_bytes
+        # Of the pages, not of this tensor: views of it, which ``export`` takes, outlive it.
         weakref.finalize(pages, self._forget, address)
         return tensor
 

@@ -143,6 +143,8 @@ class FusedDecoder:
         assert isinstance(step, TritonStep)
         residual = self._embed(token_ids)
         rotaries = self._rotaries(residual, positions)
+        # What a sublayer gives, ``hidden``, is added to the residual by the kernel of the next
+        # norm; Gemma has a norm for it alone. So both are carried on, past the last layer, too.
         hidden: torch.Tensor | None = None
         hidden_norm: Norm | None = None
         for index, layer in enumerate(self._layers):

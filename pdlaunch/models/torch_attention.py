@@ -288,6 +288,7 @@ class _TorchStep(AttentionStep):
     ) -> torch.Tensor:
         index, slot = self._backend.place[layer]
         group = self._groups[index]
+        # First: rows of one token, and chunks behind others, read their own keys from the cache.
         self._write(group.write, slot, key, value)
         if len(group.buckets) == 1 and group.buckets[0].is_all:
             return self._attend_bucket(

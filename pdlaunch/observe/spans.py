@@ -131,6 +131,7 @@ class SpanLog:
     ) -> None:
         """Add what ``process`` reports of a request that it was sent."""
         placed = report.placed(sent_at, received_at, process)
+        # More than of its own: each rank of a TP group reports its READs to the same log.
         num_fitting = max(0, MAX_SPANS * 4 - len(self.spans))
         self.spans += placed[:num_fitting]
         self.num_dropped += report.num_dropped + len(placed[num_fitting:])

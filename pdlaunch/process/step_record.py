@@ -61,6 +61,8 @@ class StepRecord:
         ``marks``: the origin of each request, with ``SUSPECT_BIT`` for a suspect.
         """
         known = array("Q", marks[:MAX_REQUESTS])
+        # The number last: a rank that is killed in between leaves requests of this step and of the
+        # one before, and no others.
         self._words[1 : 1 + len(known)] = known
         self._words[0] = len(known)
 

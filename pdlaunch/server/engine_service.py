@@ -136,6 +136,8 @@ class EngineService:
         Welcome.
         """
         old, self._link = self._link, link
+        # Before the old link's requests hear of it: who asks again at once is told that the engine
+        # starts, and is not given to a link that leads nowhere.
         self.welcomed.clear()
         if old is not None:
             await old.close()

@@ -87,6 +87,8 @@ class Deaths:
             unit.cause = instance
             unit.lost_with = event.lost_with
             self.ends[instance.name]["died"] += 1
+            # Told first: a router that sees the engine leave repeats its requests at once, and must
+            # know by then which of them may have been the cause.
             self.tell(unit, instance, event)
             self.kill(unit)
         instance.error = instance.error or event.how()
@@ -151,6 +153,7 @@ class Deaths:
         """Kill the members of a unit that live; they leave the registry at once."""
         for member in unit.members:
             if member.alive:
+                # Now, and not when it has ended: until they hear of it, peers go on asking it.
                 member.registration = None
                 self._host.signal(member.name, signal.SIGKILL)
 

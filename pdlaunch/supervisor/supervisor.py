@@ -396,6 +396,8 @@ class Supervisor:
         if instance is None or event.incarnation != instance.incarnation or not instance.alive:
             return
         unit = self._processes.unit_of(instance)
+        # Shutdown, restarts and changes first: they wait for the end, or see to it themselves. Any
+        # other is a death, which is counted, and ends a launch that does not serve yet.
         if self._shutdown is not None:
             instance.move(ProcessState.EXITED)
         elif instance.spec.engine in self._restarts:
