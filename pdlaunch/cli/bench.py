@@ -20,12 +20,13 @@ from pdlaunch.cli.bench_values import (
     read_size,
     read_sizes,
 )
+from pdlaunch.cli.flags import with_flags
 from pdlaunch.cli.output import Format, FormatOption, print_errors, print_json, print_table
 from pdlaunch.cli.serve_command import ServeCommand
 from pdlaunch.config.connectors import KVPath, MooncakeProtocol
-from pdlaunch.config.engine_settings import LoadFormat
 from pdlaunch.config.model_files.aliases import resolve_model
 from pdlaunch.config.sizes import format_size
+from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError
 
 app = typer.Typer(no_args_is_help=True)
@@ -83,6 +84,7 @@ _OFFLOAD_HEADINGS = {
 
 
 @app.command("step")
+@with_flags("load_format", "enforce_eager", "max_cudagraph_tokens")
 def step(
     model: Annotated[
         str, typer.Option(help="Alias or directory in Hugging Face layout.")
@@ -105,16 +107,9 @@ def step(
     num_threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens in a KV block.")] = 16,
     device: Annotated[Device, typer.Option(help="Where to measure.")] = "cpu",
-    load_format: Annotated[
-        LoadFormat, typer.Option(help="`dummy` makes weights up; only config.json is needed.")
-    ] = "auto",
-    enforce_eager: Annotated[
-        bool, typer.Option(help="On a GPU, decode without CUDA graphs.")
-    ] = False,
-    max_cudagraph_tokens: Annotated[
-        int, typer.Option(min=0, help="On a GPU, prefill of up to so many tokens from graphs.")
-    ] = 0,
     output: FormatOption = "table",
+    *,
+    flags: dict[str, object],
 ) -> None:
     """Time the engine's step beside the same model run by transformers alone, and beside the floor
     that memory sets.
@@ -129,9 +124,7 @@ def step(
         "num_threads": num_threads,
         "block_size": block_size,
         "device": device,
-        "load_format": load_format,
-        "enforce_eager": enforce_eager,
-        "max_cudagraph_tokens": max_cudagraph_tokens,
+        **_engine_settings(flags),
     }
     # Thread pools start with the wanted size.
     rows = _measure("step", arguments, {"OMP_NUM_THREADS": str(num_threads)})
@@ -279,6 +272,16 @@ def run_module(
         if process.wait() != 0:
             raise typer.Exit(1)
     return found
+
+
+def _engine_settings(flags: dict[str, object]) -> dict[str, object]:
+    """Return the settings that were given, with values that an engine takes."""
+    try:
+        settings = load_config(None, {}, flags).config.engine_settings("decode")
+    except ConfigError as error:
+        print_errors([error])
+        raise typer.Exit(2) from None
+    return {name: getattr(settings, name) for name in flags}
 
 
 def _model_dir(model: str) -> str:

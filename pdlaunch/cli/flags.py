@@ -45,14 +45,20 @@ def with_router_flags(command: Callable[..., None]) -> Callable[..., None]:
     )
 
 
+def with_flags(*paths: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return what gives a typer command the flags of these settings, as ``_with_flags`` says."""
+    declared = {path: all_flags()[path] for path in paths}
+    return lambda command: _with_flags(command, declared)
+
+
 def _with_flags(
     command: Callable[..., None], declared_flags: Mapping[str, Flag]
 ) -> Callable[..., None]:
     """Give a typer command these flags, by dotted config path.
 
     ``command`` takes a keyword ``flags: dict[str, object]``: the flags that were given, by dotted
-    config path, ready for ``config.sources.load_config``; and ``config: Path | None``, the file of
-    the argument, which may name a model instead. Its other parameters stay as they are.
+    config path, ready for ``config.sources.load_config``. It may take ``config: Path | None``: the
+    file of the argument, which may name a model instead. Its other parameters stay as they are.
     ``command_class`` of what is returned is the class that typer is to make of it.
     """
     own = [
@@ -67,7 +73,8 @@ def _with_flags(
     def call(**values: Any) -> None:
         given = {path: _take(flag, values) for path, flag in declared_flags.items()}
         flags = {path: value for path, value in given.items() if value is not None}
-        values["config"] = _split_target(values["config"], flags)
+        if "config" in values:
+            values["config"] = _split_target(values["config"], flags)
         command(**values, flags=flags)
 
     declared = [_parameters(all_settings()[path], flag) for path, flag in declared_flags.items()]

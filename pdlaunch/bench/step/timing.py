@@ -60,6 +60,28 @@ class StepTiming:
         return self.num_bytes / self.memory_bytes_per_s
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    kind: Literal["prefill", "decode"]
+    batch_size: int
+    num_tokens: int
+    """As that of ``StepTiming``."""
+
+    def num_bytes(self, shape: ModelShape, dtype: DTypeName) -> int:
+        """Return the bytes that it must move through memory."""
+        if self.kind == "prefill":
+            return prefill_bytes(shape, dtype, num_tokens=self.num_tokens)
+        return decode_bytes(
+            shape, dtype, batch_size=self.batch_size, context_tokens=self.num_tokens
+        )
+
+    def time(self, model: _BareModel | _Engine, num_steps: int) -> float:
+        """Return the median seconds that ``model`` takes for it."""
+        if self.kind == "prefill":
+            return model.time_prefill(self.num_tokens, num_steps)
+        return model.time_decode(self.batch_size, self.num_tokens, num_steps)
+
+
 def bench_step(
     model_dir: str | Path,
     *,
@@ -72,18 +94,16 @@ def bench_step(
     block_size: int = 16,
     device: Literal["cpu", "cuda"] = "cpu",
     load_format: LoadFormat = "auto",
-    enforce_eager: bool = False,
-    max_cudagraph_tokens: int = 0,
-    async_scheduling: bool = False,
     buffer_bytes: int | None = None,
+    **engine_settings: object,
 ) -> list[StepTiming]:
     """Time the prefill of one prompt of each length, then decode steps at each batch size; greedy.
 
-    ``load_format`` dummy needs only config.json. ``async_scheduling``: decode steps of the engine
-    are launched while the one before runs, and timed from one's tokens to the next one's.
-    ``buffer_bytes``: with which the speed of memory is measured, by default more than caches hold.
-    Raises ConfigError as ``ModelRunner`` does, and when the device is not there or a context is
-    longer than the model's.
+    ``load_format`` dummy needs only config.json. ``buffer_bytes``: with which the speed of memory
+    is measured, by default more than caches hold. ``engine_settings``: of the engine alone; with
+    ``async_scheduling`` its decode steps are launched while the one before runs, and timed from
+    one's tokens to the next one's. Raises ConfigError as ``ModelRunner`` does, and when the device
+    is not there or a context is longer than the model's.
     """
     shape = read_model_shape(model_dir)
     if load_format != "dummy":
@@ -95,69 +115,45 @@ def bench_step(
     memory_rate = measure_memory_rate(torch.device(device), buffer_bytes)
     if device == "cuda":
         torch.cuda.empty_cache()
-    bare = _BareModel(Path(model_dir), shape, dtype, device, load_format)
-    bare_prefill_s = [bare.time_prefill(num_tokens, num_steps) for num_tokens in lengths]
-    bare_decode_s = [
-        bare.time_decode(batch_size, context_tokens, num_steps) for batch_size in batch_sizes
+    steps = [
+        *(_Step("prefill", 1, num_tokens) for num_tokens in lengths),
+        *(_Step("decode", batch_size, context_tokens) for batch_size in batch_sizes),
     ]
+    bare = _BareModel(Path(model_dir), shape, dtype, device, load_format)
+    bare_s = [step.time(bare, num_steps) for step in steps]
     del bare
     decode_reach = context_tokens + num_steps + NUM_WARM_UPS + 1
     # A prompt that is computed again and again gets one more output token each time.
     longest = max(decode_reach, max(lengths) + num_steps + NUM_WARM_UPS + 1)
-    num_row_blocks = max(
-        max(batch_sizes) * -(-decode_reach // block_size), -(-longest // block_size)
-    )
     spec = _make_spec(
         Path(model_dir),
         shape,
-        dtype,
-        num_threads,
-        block_size,
-        device,
-        max(batch_sizes),
-        longest,
-        num_row_blocks,
+        dtype=dtype,
+        num_threads=num_threads,
+        block_size=block_size,
+        device=device,
+        max_num_seqs=max(batch_sizes),
+        max_model_len=longest,
+        num_row_blocks=max(
+            max(batch_sizes) * -(-decode_reach // block_size), -(-longest // block_size)
+        ),
+        load_format=load_format,
+        **engine_settings,
     )
-    changes = {
-        "load_format": load_format,
-        "enforce_eager": enforce_eager,
-        "max_cudagraph_tokens": max_cudagraph_tokens,
-        "async_scheduling": async_scheduling,
-    }
-    engine = _Engine(spec.model_copy(update=changes), decode_reach)
-    engine_prefill_s = [engine.time_prefill(num_tokens, num_steps) for num_tokens in lengths]
-    engine_decode_s = [
-        engine.time_decode(batch_size, context_tokens, num_steps) for batch_size in batch_sizes
-    ]
-    decode = [
+    engine = _Engine(spec, decode_reach)
+    engine_s = [step.time(engine, num_steps) for step in steps]
+    return [
         StepTiming(
-            "decode",
-            batch_size,
-            context_tokens,
-            bare_s,
-            engine_s,
-            decode_bytes(shape, dtype, batch_size=batch_size, context_tokens=context_tokens),
+            step.kind,
+            step.batch_size,
+            step.num_tokens,
+            bare_step_s,
+            engine_step_s,
+            step.num_bytes(shape, dtype),
             memory_rate,
         )
-        for batch_size, bare_s, engine_s in zip(
-            batch_sizes, bare_decode_s, engine_decode_s, strict=True
-        )
+        for step, bare_step_s, engine_step_s in zip(steps, bare_s, engine_s, strict=True)
     ]
-    prefill = [
-        StepTiming(
-            "prefill",
-            1,
-            num_tokens,
-            bare_s,
-            engine_s,
-            prefill_bytes(shape, dtype, num_tokens=num_tokens),
-            memory_rate,
-        )
-        for num_tokens, bare_s, engine_s in zip(
-            lengths, bare_prefill_s, engine_prefill_s, strict=True
-        )
-    ]
-    return [*prefill, *decode]
 
 
 def _check(shape: ModelShape, device: str, num_tokens: int) -> None:
@@ -315,13 +311,15 @@ class _Engine:
 def _make_spec(
     model_dir: Path,
     shape: ModelShape,
+    *,
     dtype: DTypeName,
     num_threads: int,
     block_size: int,
     device: Literal["cpu", "cuda"],
-    batch_size: int,
+    max_num_seqs: int,
     max_model_len: int,
     num_row_blocks: int,
+    **settings: Any,
 ) -> EngineSpec:
     groups = make_groups(shape.layer_windows)
     layout = KVCacheLayout(
@@ -338,12 +336,13 @@ def _make_spec(
         kv_cache_memory=num_row_blocks * len(groups) * layout.block_bytes,
         enable_prefix_caching=False,
         enable_cumem_allocator=False,
-        max_num_seqs=batch_size,
+        max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_model_len,
         device=device,
         device_indices=(0,) if device == "cuda" else (),
         tensor_parallel_size=1,
         num_threads=num_threads,
+        **settings,
     )
 
 
