@@ -110,7 +110,7 @@ class EngineCommands:
     def _open(self) -> WatchedMembership:
         if self._membership is None:
             raise RequestError(
-                "the engines of a launch are its own: set prefill.replicas and decode.replicas; "
+                "the engines of a launch are its own: `pdlaunch scale` adds and removes them; "
                 "`pdlaunch router` takes engines that run already",
                 status=409,
                 code="own_engines",

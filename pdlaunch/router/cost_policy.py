@@ -85,6 +85,8 @@ class LeastCost:
             cheapest = self._cheapest(request, engines, pairs, index, now_at)
             if cheapest is not None:
                 return cheapest
+            if (silent := self._try_of_silent(request, engines, now_at)) is not None:
+                return silent
         return self._otherwise.choose(request, engines, pairs, index, now_at)
 
     def _cheapest(
@@ -226,6 +228,26 @@ class LeastCost:
         works = len(rests) < len(loads)
         self._unused = Counter({key: self._unused[key] + works for key in rests})
         return {name for key, name in rests.items() if self._unused[key] >= TRIED_AFTER}
+
+    def _try_of_silent(
+        self, request: RoutingRequest, engines: Sequence[Engine], now_at: float
+    ) -> Route | None:
+        """Return a route to an engine that has told no costs for long, while others have: one that
+        ``LeastWork`` never chooses would never tell any, and costs would never decide.
+        """
+        if not self._decides(request) or all(engine.costs is None for engine in engines):
+            return None
+        health = survey(engines, now_at)
+        for engine in health.usable.values():
+            if engine.costs is None:
+                self._unused[engine.key] += 1
+                if self._unused[engine.key] >= TRIED_AFTER and covers(
+                    engine.capabilities, request.needs
+                ):
+                    self._unused[engine.key] = 0
+                    reason = "a try of what has told no costs"
+                    return Route(reason=reason, decode=engine, left_out=health.left_out)
+        return None
 
     def _tries_late(self, loads: Sequence[Load]) -> bool:
         """Tell whether what comes too late is sent all the same, now and then.

@@ -294,6 +294,24 @@ def test_engines_that_failed_a_moment_ago_are_left_alone() -> None:
     assert choose([costed("prefill-0"), failed, costed("decode-1")]).name.endswith("decode-1")
 
 
+def test_who_has_told_no_costs_is_asked_now_and_then_so_that_it_does() -> None:
+    """A router alone hears of costs with answers: beside pairs an engine of both roles is never
+    the one with the least work.
+    """
+    policy, silent = LeastCost(), engine("both-0")
+    engines = [costed("prefill-0"), costed("decode-0"), silent]
+    routes = [choose(engines, policy) for _ in range(100)]
+    tried = [number for number, route in enumerate(routes, 1) if route.decode is silent]
+    assert tried == [32, 64, 96]
+    assert {routes[number - 1].reason for number in tried} == {"a try of what has told no costs"}
+    assert all(route.prefill is engines[0] for route in routes if route.decode is not silent)
+    silent.hear(EngineReport(0, 0, 0, 999, costs("both")), NOW)
+    assert choose(engines, policy).kind != "least_work"
+    # Where nobody tells any, as engines of vLLM, nobody waits for costs.
+    foreign = [engine("prefill-0"), engine("decode-0"), engine("both-0")]
+    assert all(choose(foreign, policy).prefill is foreign[0] for _ in range(100))
+
+
 def test_a_route_explains_itself() -> None:
     route = choose([busy("prefill-0"), busy("decode-0", 8), busy("both-0", 8)])
     assert route.explained.startswith("least cost: prefill-0->decode-0 first token ")
