@@ -132,6 +132,8 @@ class LeastCost:
             in_time = estimates
         if not in_time:
             soonest = min(estimates, key=partial(_end_s, _share_after_first(request)))
+            if decides:
+                self._exposure.take_back()
             reason = "no route ends before the deadline"
             return Route(reason=reason, too_late=soonest, left_out=health.left_out)
         if not decides:

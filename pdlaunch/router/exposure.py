@@ -51,6 +51,8 @@ class Exposure:
         self._late_s = self.FIRST_LATE * self._stream_seconds
         """Seconds that tokens usually take of which prompts would have made others late."""
         self._told: dict[EngineKey, float] = {}
+        self._last = (0.0, 0.0)
+        """Seconds that the last prompt has met, and would have made late."""
 
     def arrives(self, num_tokens: int, loads: Sequence[Load]) -> None:
         """Count a prompt of which so many tokens have to be computed, and the time that streams
@@ -71,9 +73,17 @@ class Exposure:
         num_busy = sum(load.queued_tokens > 0 for load in loads)
         begins = max(0.0, 1 - 2 * num_busy / len(loads))
         keeps = 1 - self.FORGETS
-        self._met_s = self._met_s * keeps + num_streams * prompt_s
-        self._late_s = self._late_s * keeps + begins * num_streams * step_s
+        self._last = num_streams * prompt_s, begins * num_streams * step_s
+        self._met_s = self._met_s * keeps + self._last[0]
+        self._late_s = self._late_s * keeps + self._last[1]
         self._stream_seconds = max(self.LEAST_S, self._stream_seconds * keeps + since)
+
+    def take_back(self) -> None:
+        """Take the last prompt back: nobody computes it."""
+        met_s, late_s = self._last
+        self._met_s -= met_s
+        self._late_s -= late_s
+        self._last = (0.0, 0.0)
 
     def of_prefill(self, loads: Sequence[Load]) -> float:
         """Return how many seconds of prompts a stream at one of the prefill engines meets in each

@@ -7,8 +7,9 @@ import pytest
 
 from pdlaunch.protocol.costs import EngineReport
 from pdlaunch.router.cost_model import Load
+from pdlaunch.router.cost_policy import LeastCost
 from pdlaunch.router.exposure import Exposure
-from tests.router.test_cost_model import busy, costs, load
+from tests.router.test_cost_model import busy, choose, costs, load
 
 NUM_STREAMS = 16
 
@@ -48,6 +49,18 @@ def test_prompts_that_come_one_by_one_are_charged_for() -> None:
 )
 def test_bursts_and_what_comes_seldom_are_not(seconds_between: float, in_bursts_of: int) -> None:
     assert exposure_after(seconds_between, in_bursts_of=in_bursts_of, num_requests=400) == 0.0
+
+
+def test_prompts_that_are_refused_meet_no_streams() -> None:
+    """However many come with deadlines that cannot be met."""
+    policy = LeastCost()
+    engines = [busy("prefill-0"), busy("decode-0", num_streams=NUM_STREAMS)]
+    before = policy._exposure.of_prefill(loads(0.0))
+    assert all(choose(engines, policy, left_s=1e-4).too_late is not None for _ in range(200))
+    assert policy._exposure.of_prefill(loads(0.0)) == pytest.approx(before)
+    for _ in range(20):
+        choose(engines, policy)
+    assert policy._exposure.of_prefill(loads(0.0)) > 1.2 * before
 
 
 def test_without_a_prefill_engine_there_is_nothing_to_charge() -> None:
