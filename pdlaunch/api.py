@@ -142,7 +142,7 @@ class Launch:
 
     @property
     def url(self) -> str:
-        """The base URL of the OpenAI API, without ``/v1``: ``http://127.0.0.1:8000``."""
+        """Return the base URL of the OpenAI API, without ``/v1``: ``http://127.0.0.1:8000``."""
         return self._running().url
 
     def output(self) -> str:

@@ -1,4 +1,4 @@
-"""The exception tree of pdlaunch; each class says who has to act.
+"""Defines the exception tree of pdlaunch; each class says who has to act.
 
 PdlaunchError
 ├── ConfigError             the user: a setting is wrong; names field, value and fix

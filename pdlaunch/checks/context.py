@@ -130,12 +130,14 @@ class Context:
 
     @property
     def machine(self) -> Machine:
-        """The machine that is judged; rules that need facts of machines are asked for each."""
+        """Return the machine that is judged; rules that need facts of machines are asked for each."""
         return self.launch.machine
 
     @property
     def engines(self) -> Mapping[Role, RoleEngines]:
-        """The roles that have engines, on the machine that is judged where that is one of many."""
+        """Return the roles that have engines, on the machine that is judged where that is one of
+        many.
+        """
         return self.launch.roles
 
     def given(self, path: str) -> bool:

@@ -15,7 +15,7 @@ from pdlaunch.resolve.role_engines import RoleEngines
 
 @dataclass(frozen=True, slots=True)
 class EngineArgument:
-    """Is one entry of ``engine_args``."""
+    """Holds one entry of ``engine_args``."""
 
     key: str
     """The name as it was written."""
@@ -27,7 +27,7 @@ class EngineArgument:
 
     @property
     def is_off(self) -> bool:
-        """It switches its flag off."""
+        """Return whether it switches its flag off."""
         return self.value is self._is_negated
 
     @property
@@ -36,7 +36,7 @@ class EngineArgument:
 
     @property
     def json(self) -> JsonValue:
-        """Its value, read where it is the text of a JSON object."""
+        """Return its value, read where it is the text of a JSON object."""
         if isinstance(self.value, str) and self.value.startswith("{"):
             try:
                 found: JsonValue = json.loads(self.value)

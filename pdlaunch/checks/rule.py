@@ -45,7 +45,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Is one finding of a check, ready to be shown."""
+    """Holds one finding of a check, ready to be shown."""
 
     rule: str
     severity: Severity
@@ -79,7 +79,9 @@ class Rule:
 
     @property
     def is_of_machine(self) -> bool:
-        """It needs facts of a machine: of several hosts it judges each with the engines there."""
+        """Return whether it needs facts of a machine: of several hosts it judges each with the
+        engines there.
+        """
         return not _FACTS.isdisjoint(self.needs)
 
 

@@ -1,4 +1,4 @@
-"""The command line; the only room that renders."""
+"""The command line is the only room that renders."""
 
 from __future__ import annotations
 

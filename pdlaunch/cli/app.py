@@ -1,4 +1,4 @@
-"""The table of commands. Each is imported only when it is called, so that help comes fast."""
+"""Lists the commands. Each is imported only when it is called, so that help comes fast."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The flag ``--assume``: judge a configuration for another machine than this one."""
+"""The flag ``--assume`` has commands judge a configuration for another machine than this one."""
 
 from __future__ import annotations
 

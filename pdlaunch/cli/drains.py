@@ -1,4 +1,4 @@
-"""``pdlaunch drain`` and ``undrain``: engines of a running deployment are given no new work for a
+"""``pdlaunch drain`` and ``undrain`` keep new work from engines of a running deployment for a
 while.
 """
 

@@ -1,4 +1,4 @@
-"""``pdlaunch sleep``, ``wake`` and ``restart``: commands to the engines of a running deployment."""
+"""``pdlaunch sleep``, ``wake`` and ``restart`` command the engines of a running deployment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The flags of ``serve``, which every command shares that takes a deployment's configuration."""
+"""Gives commands the flags of ``serve``, which all share that take a deployment's configuration."""
 
 from __future__ import annotations
 

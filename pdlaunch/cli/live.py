@@ -1,4 +1,4 @@
-"""The output of ``serve``: a live table while it starts, a panel once it is ready, then lines."""
+"""Shows what ``serve`` does: a live table while it starts, a panel once it is ready, then lines."""
 
 from __future__ import annotations
 

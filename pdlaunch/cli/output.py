@@ -1,4 +1,4 @@
-"""Printing for all commands: tables for people, JSON for programs, errors on stderr."""
+"""Prints for all commands: tables for people, JSON for programs, errors on stderr."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A deployment that a command starts for itself, from the flags of ``serve``."""
+"""Starts the deployment that a command wants for itself, from the flags of ``serve``."""
 
 from __future__ import annotations
 

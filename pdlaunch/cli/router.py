@@ -1,4 +1,4 @@
-"""``pdlaunch router``: a router alone, in front of engines that somebody else started."""
+"""``pdlaunch router`` runs a router alone, in front of engines that somebody else started."""
 
 from __future__ import annotations
 

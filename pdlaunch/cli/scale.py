@@ -1,4 +1,4 @@
-"""``pdlaunch scale`` and ``role``: another number of engines, or another role for one, while the
+"""``pdlaunch scale`` and ``role`` change the number of engines, or the role of one, while the
 deployment serves.
 """
 

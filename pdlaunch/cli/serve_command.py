@@ -1,4 +1,4 @@
-"""The class of commands that take the flags of ``serve``."""
+"""Defines the class of commands that take the flags of ``serve``."""
 
 from __future__ import annotations
 

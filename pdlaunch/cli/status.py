@@ -1,4 +1,4 @@
-"""``pdlaunch status``: what a deployment is doing, once."""
+"""``pdlaunch status`` shows once what a deployment is doing."""
 
 from __future__ import annotations
 

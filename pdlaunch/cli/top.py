@@ -1,4 +1,4 @@
-"""``pdlaunch top``: a deployment on the whole screen, as it changes."""
+"""``pdlaunch top`` shows a deployment on the whole screen, as it changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``pdlaunch trace``: shows what became of requests."""
+"""``pdlaunch trace`` shows what became of requests."""
 
 from __future__ import annotations
 

@@ -29,7 +29,9 @@ _STOP_TIMEOUT_S = 60.0
 
 
 class Deployment:
-    """A running ``pdlaunch serve``; ``url`` answers when ``running_deployment`` has yielded it."""
+    """Stands for a running ``pdlaunch serve``; ``url`` answers when ``running_deployment`` has
+    yielded it.
+    """
 
     def __init__(
         self,

@@ -57,7 +57,7 @@ _BYTES_PULLED = {
 
 
 class Check(msgspec.Struct, frozen=True):
-    """One check of a smoke run; ``failure`` is None when it held."""
+    """Holds one check of a smoke run; ``failure`` is None when it held."""
 
     name: str
     seconds: float

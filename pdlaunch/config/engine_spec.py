@@ -1,4 +1,6 @@
-"""The resolved settings of one engine: the supervisor writes them, the engine's processes read."""
+"""Holds the resolved settings of one engine: the supervisor writes them, the engine's processes
+read.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,7 @@ class EngineSpec(SharedSettings, EngineSettings):
 
     @property
     def has_peers(self) -> bool:
-        """It lends KV blocks to engines of another role, or pulls theirs."""
+        """Return whether it lends KV blocks to engines of another role, or pulls theirs."""
         return self.role in PAIR
 
     @classmethod

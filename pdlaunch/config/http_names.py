@@ -1,4 +1,5 @@
-"""Host names, origins and URLs: how settings list them, and how a listening server is reached.
+"""Reads host names, origins and URLs as settings list them, and says how a listening server is
+reached.
 
 Lists are YAML lists, or texts with commas in flags and variables.
 """

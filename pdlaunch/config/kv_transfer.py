@@ -1,4 +1,4 @@
-"""The section ``kv_transfer``: how KV blocks get from prefill to decode."""
+"""Declares the section ``kv_transfer``: how KV blocks get from prefill to decode."""
 
 from __future__ import annotations
 
@@ -126,7 +126,9 @@ class KVTransferSettings(FrozenModel):
 
     @property
     def carrier(self) -> str:
-        """Name of the connector that moves the bytes: the innermost where one wraps another."""
+        """Return the name of the connector that moves the bytes: the innermost where one wraps
+        another.
+        """
         name = self.connector
         while (inner := _spec_of(name).inner(self.section(name))) is not None:
             name = inner
@@ -134,29 +136,31 @@ class KVTransferSettings(FrozenModel):
 
     @property
     def maps_memory(self) -> bool:
-        """Ranks may map the KV cache of their peers."""
+        """Return whether ranks may map the KV cache of their peers."""
         return self._spec.maps_memory(self.section(self.carrier))
 
     @property
     def opens_device_memory(self) -> bool:
-        """A library may open GPU memory by itself, and is slow where it was allocated otherwise
-        than with cudaMalloc.
+        """Return whether a library may open GPU memory by itself, which is slow where it was
+        allocated otherwise than with cudaMalloc.
         """
         return self._spec.opens_device_memory(self.section(self.carrier))
 
     @property
     def only_maps_memory(self) -> bool:
-        """Ranks reach the KV cache of their peers by mapping it, and in no other way."""
+        """Return whether ranks reach the KV cache of their peers by mapping it, and in no other
+        way.
+        """
         return self.maps_memory and not self.opens_device_memory
 
     @property
     def needs_cuda(self) -> bool:
-        """The connector moves device memory only."""
+        """Return whether the connector moves device memory only."""
         return self._spec.needs_cuda
 
     @property
     def folders(self) -> dict[str, str]:
-        """Folders that the ranks write to, by the setting that names them."""
+        """Return the folders that the ranks write to, by the setting that names them."""
         folders = self._spec.folders(self.section(self.carrier))
         return {f"kv_transfer.{self.carrier}.{field}": path for field, path in folders.items()}
 
@@ -181,12 +185,12 @@ class KVTransferSettings(FrozenModel):
 
     @property
     def opens_data_ports(self) -> bool:
-        """Ranks with peers on other hosts open ports that ask nobody who he is."""
+        """Return whether ranks with peers on other hosts open ports that ask nobody who he is."""
         return self._spec.opens_data_ports(self.section(self.carrier))
 
     @property
     def joins_hosts(self) -> bool:
-        """Ranks reach peers on other hosts."""
+        """Return whether ranks reach peers on other hosts."""
         return self._spec.joins_hosts(self.section(self.carrier))
 
     @property

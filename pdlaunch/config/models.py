@@ -1,4 +1,4 @@
-"""The settings of a launch, each declared once: frozen models that refuse unknown fields.
+"""Declares the settings of a launch, each once: frozen models that refuse unknown fields.
 
 ``LaunchConfig`` is what a YAML file, ``PDLAUNCH_*`` variables and flags are merged into
 (``config.sources``). Its top level holds ``SharedSettings`` and ``EngineSettings``; ``prefill``,
@@ -279,7 +279,7 @@ class LaunchConfig(SharedSettings, EngineSettings):
 
     @property
     def engine_executables(self) -> tuple[str, ...]:
-        """Programs of engines that are not pdlaunch's own."""
+        """Return the programs of engines that are not pdlaunch's own."""
         settings = [self.engine_settings(role) for role in ROLES if self.role(role).replicas]
         return tuple(
             dict.fromkeys(each.engine_command for each in settings if each.engine != "native")

@@ -49,23 +49,25 @@ class Setting:
 
     @property
     def is_mapping(self) -> bool:
-        """Its entries are settings of their own (``env.UCX_TLS``)."""
+        """Return whether its entries are settings of their own (``env.UCX_TLS``)."""
         return dict in self.kinds
 
     @property
     def holds_flags(self) -> bool:
-        """It is a mapping whose entries are flags of another program: switches, texts, or JSON."""
+        """Return whether it is a mapping whose entries are flags of another program: switches,
+        texts, or JSON.
+        """
         return JsonValue in self.kinds
 
     @property
     def is_list(self) -> bool:
-        """It is one value of several texts."""
+        """Return whether it is one value of several texts."""
         return tuple in self.kinds
 
     @property
     def item_fields(self) -> Mapping[str, bool]:
-        """The fields of an entry of a list whose entries are mappings, none for texts; True: the
-        field is a list of texts itself.
+        """Return the fields of an entry of a list whose entries are mappings, none for texts; True:
+        the field is a list of texts itself.
         """
         item = next(iter(get_args(self.info.annotation)), None)
         model = get_args(item)[0] if get_origin(item) is Annotated else item
@@ -78,32 +80,32 @@ class Setting:
 
     @property
     def is_switch(self) -> bool:
-        """It is on or off."""
+        """Return whether it is on or off."""
         return bool in self.kinds
 
     @property
     def is_size(self) -> bool:
-        """It is a number of bytes."""
+        """Return whether it is a number of bytes."""
         return parse_size in self.kinds
 
     @property
     def is_secret(self) -> bool:
-        """Its value must not be shown."""
+        """Return whether its value must be hidden."""
         return SecretStr in self.kinds
 
     @property
     def is_native_alone(self) -> bool:
-        """It says nothing to engines that are not native."""
+        """Return whether only native engines read it."""
         return any(isinstance(item, NativeAlone) for item in self.info.metadata)
 
     @property
     def description(self) -> str:
-        """A sentence or two that explain it."""
+        """Return a sentence or two that explain it."""
         return self.info.description or ""
 
     @property
     def default(self) -> str:
-        """The default as people write it; empty when unset."""
+        """Return the default as people write it; empty when unset."""
         value = self.info.default
         if value is None or value is PydanticUndefined or value in ("", ()):
             return ""
@@ -116,12 +118,12 @@ class Setting:
 
     @property
     def choices(self) -> list[str]:
-        """The words that it may be, none where it is no choice of words."""
+        """Return the words that it may be, none where it is no choice of words."""
         return [kind for kind in self.kinds if isinstance(kind, str)]
 
     @property
     def form(self) -> str:
-        """The form of its value: ``N``, ``SIZE``, ``auto|cpu|cuda``."""
+        """Return the form of its value: ``N``, ``SIZE``, ``auto|cpu|cuda``."""
         if self.choices:
             return "|".join(self.choices)
         if self.path.endswith("_s"):
@@ -130,7 +132,7 @@ class Setting:
 
     @property
     def flag(self) -> Flag | None:
-        """Its flag, with every text filled in; None when the command line has none."""
+        """Return its flag, with every text filled in; None when the command line has none."""
         declared = next((item for item in self.info.metadata if isinstance(item, Flag)), None)
         if declared is None:
             return None
@@ -145,7 +147,7 @@ class Setting:
 
     @property
     def variables(self) -> list[str]:
-        """The names of the variables that set it: one like its flag, one like its path."""
+        """Return the names of the variables that set it: one like its flag, one like its path."""
         flag = self.flag
         names = [flag.name, self.path] if flag else [self.path]
         return list(dict.fromkeys(map(variable_name, names)))

@@ -1,1 +1,1 @@
-"""Block pool, KV cache groups, block tables, prefix cache; no torch."""
+"""Holds the block pool, KV cache groups, block tables and the prefix cache; no torch."""

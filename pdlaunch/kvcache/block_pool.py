@@ -1,4 +1,4 @@
-"""The owner of every KV block of an engine; each move between owners is one method.
+"""Owns every KV block of an engine; each move between owners is one method.
 
     free ──┬─ allocate ─▶ owned by r requests and l leases ─ the last owner leaves ─▶ cached or free
     cached ┘                │  ▲  ▲

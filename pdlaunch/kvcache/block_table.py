@@ -1,4 +1,4 @@
-"""The block tables of one request, one for each KV cache group."""
+"""Keeps the block tables of one request, one for each KV cache group."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""KV cache groups and the shape of a KV block.
+"""Forms KV cache groups, and gives the shape of a KV block.
 
 A model's layers are sorted by what they keep of the past (all tokens, or a sliding window) and cut
 into groups of equal size, so that one pool of equal-sized blocks serves all groups. Each group has

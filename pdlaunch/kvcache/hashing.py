@@ -1,4 +1,4 @@
-"""Chained hashes of a request's token blocks: keys of the prefix cache, proof of a hand-over.
+"""Chains hashes of a request's token blocks: keys of the prefix cache, proof of a hand-over.
 
     h[-1] = H(model content, adapter, cache_salt)
     h[i]  = H(h[i-1], tokens of block i as int32 little endian, number of tokens)

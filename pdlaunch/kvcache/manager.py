@@ -1,4 +1,4 @@
-"""The KV cache of an engine: block tables of all groups from one pool, with a prefix cache.
+"""Manages the KV cache of an engine: block tables of all groups from one pool, with a prefix cache.
 
 A query at token q sees all tokens up to q in a full group, tokens [q - window + 1, q] in a sliding
 one. A request that has computed ``num_computed`` tokens asks next for q = num_computed, and never

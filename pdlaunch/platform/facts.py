@@ -63,7 +63,7 @@ class Gpu:
 
     @property
     def held_bytes(self) -> int:
-        """Memory that processes hold now; 0 where that is not known."""
+        """Return the memory that processes hold now; 0 where that is not known."""
         if self.memory_bytes is None or self.free_memory_bytes is None:
             return 0
         return max(0, self.memory_bytes - self.free_memory_bytes)

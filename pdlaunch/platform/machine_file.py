@@ -70,7 +70,7 @@ class AssumedMachine:
 
 
 class MachineFile(msgspec.Struct, kw_only=True):
-    """Is the form of the file; null stands for what is not known."""
+    """Defines the form of the file; null stands for what is not known."""
 
     version: int = VERSION
     about: str = ""

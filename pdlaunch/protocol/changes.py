@@ -108,6 +108,6 @@ class AwaitIdle(Message):
 
 
 class EngineIdle(Message):
-    """Answer to AwaitIdle."""
+    """Answers AwaitIdle."""
 
     engine: str

@@ -193,7 +193,7 @@ class Failed(Message):
 
 
 class Drained(Message):
-    """Answer to Drain: nothing is running any more."""
+    """Answers Drain: nothing is running any more."""
 
 
 class SleepState(Message):
@@ -285,11 +285,11 @@ class Drain(Message):
 
 
 class Stop(Message):
-    """Exit now and cleanly."""
+    """Tells a child to exit now and cleanly."""
 
 
 class Restarting(Message):
-    """Answer to Restart: it has begun, or ``error`` says why not."""
+    """Answers Restart: it has begun, or ``error`` says why not."""
 
     question: int
     engine: str = ""

@@ -139,7 +139,7 @@ class SetReaders(Message):
 
 
 class CheckIntegrity(Message):
-    """Prove that every KV block has the owner that the engine believes; answered with one
+    """Asks to prove that every KV block has the owner that the engine believes; answered with one
     IntegrityReport.
     """
 
@@ -228,7 +228,7 @@ class RequestFinished(Message):
 
 
 class Welcome(Message):
-    """Answer to Hello: what the server must know of the engine."""
+    """Answers Hello: what the server must know of the engine."""
 
     engine_id: EngineId
     max_model_len: int
@@ -324,7 +324,7 @@ class EngineStats(Message):
 
 
 class IntegrityReport(Message):
-    """Answer to CheckIntegrity."""
+    """Answers CheckIntegrity."""
 
     call_id: int
     error: str | None
@@ -334,7 +334,7 @@ class IntegrityReport(Message):
 
 
 class SleepReply(Message):
-    """Answer to Sleep and WakeUp."""
+    """Answers Sleep and WakeUp."""
 
     call_id: int
     sleeping_tags: list[str]

@@ -65,12 +65,12 @@ class PodLaunch:
 
     @property
     def cache_claim(self) -> str:
-        """The claim of the folder in which the supervisor leaves models for all pods."""
+        """Return the claim of the folder in which the supervisor leaves models for all pods."""
         return self.options.cache_claim or f"{self.options.name}-cache"
 
     @property
     def secret(self) -> str:
-        """The name of the Secret that pods refer to."""
+        """Return the name of the Secret that pods refer to."""
         return f"{self.options.name}-keys"
 
     def labels(self, component: str = "") -> dict[str, str]:

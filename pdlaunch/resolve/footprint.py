@@ -45,17 +45,17 @@ class Footprint:
 
     @property
     def num_blocks(self) -> int | None:
-        """KV blocks of the rank; None: known only at start."""
+        """Return the KV blocks of the rank; None: known only at start."""
         return None if self.kv_cache_bytes is None else self.kv_cache_bytes // self.block_bytes
 
     @property
     def num_blocks_for_longest(self) -> int:
-        """KV blocks that one request of max_model_len needs, all groups together."""
+        """Return the KV blocks that one request of max_model_len needs, all groups together."""
         return self.blocks_for(self.max_model_len)
 
     @property
     def host_chunk_bytes(self) -> int:
-        """The bytes of a chunk of the host tier, which holds ``blocks_per_chunk`` blocks."""
+        """Return the bytes of a chunk of the host tier, which holds ``blocks_per_chunk`` blocks."""
         return aligned_chunk_bytes(self.blocks_per_chunk * self.block_bytes)
 
     def blocks_for(self, num_tokens: int) -> int:
@@ -70,7 +70,7 @@ class Footprint:
 
     @property
     def kv_bytes(self) -> int:
-        """The KV cache of the rank; the least it needs where it takes what is left."""
+        """Return the bytes of the rank's KV cache; the least it needs where it takes what is left."""
         return self.min_kv_bytes if self.kv_cache_bytes is None else self.kv_cache_bytes
 
     @property

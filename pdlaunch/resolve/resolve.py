@@ -54,38 +54,38 @@ class ResolvedLaunch:
 
     @property
     def roles(self) -> Mapping[Role, RoleEngines]:
-        """The roles that have engines."""
+        """Return the roles that have engines."""
         return self.placed.roles
 
     @property
     def engines(self) -> tuple[PlacedEngine, ...]:
-        """Every engine, with the hosts and devices of its ranks."""
+        """Return every engine, with the hosts and devices of its ranks."""
         return self.placed.engines
 
     @property
     def machine(self) -> Machine:
-        """The machine of the first host."""
+        """Return the machine of the first host."""
         return self.hosts[0].machine
 
     @property
     def engine_hosts(self) -> tuple[ResolvedHost, ...]:
-        """The hosts of the whole launch on which ranks run."""
+        """Return the hosts of the whole launch on which ranks run."""
         launch = self.whole or self
         return tuple(host for host in launch.hosts if host.name in launch.placed.by_host)
 
     @property
     def machines(self) -> Mapping[str, Machine]:
-        """The machines of the whole launch on which ranks run, by name."""
+        """Return the machines of the whole launch on which ranks run, by name."""
         return {host.name: host.machine for host in self.engine_hosts}
 
     @property
     def spans_hosts(self) -> bool:
-        """Processes of the launch talk to others on other hosts."""
+        """Return whether processes of the launch talk to others on other hosts."""
         return len((self.whole or self).hosts) > 1
 
     @property
     def peers(self) -> Mapping[Role, RoleEngines]:
-        """The roles of the whole launch, of which a host may have some."""
+        """Return the roles of the whole launch, of which a host may have some."""
         return (self.whole or self).roles
 
     def on_host(self, host: ResolvedHost) -> ResolvedLaunch:
@@ -97,17 +97,17 @@ class ResolvedLaunch:
 
     @property
     def has_pair(self) -> bool:
-        """KV blocks go from prefill engines to decode engines."""
+        """Return whether KV blocks go from prefill engines to decode engines."""
         return self.peers.keys() >= set(PAIR)
 
     @property
     def conversions(self) -> tuple[str, ...]:
-        """The models that must be converted before the processes are started."""
+        """Return the models that must be converted before the processes are started."""
         return tuple(dict.fromkeys(e.model.name for e in self._pending if not e.model.on_hub))
 
     @property
     def listeners(self) -> tuple[ListenAddress, ...]:
-        """The addresses of the router and of the engines that have a fixed port."""
+        """Return the addresses of the router and of the engines that have a fixed port."""
         router = ListenAddress("router", self.config.host, self.config.port, "port")
         return (router, *self.engine_addresses)
 
@@ -117,7 +117,9 @@ class ResolvedLaunch:
 
     @property
     def engine_addresses(self) -> tuple[ListenAddress, ...]:
-        """The addresses of engines with a fixed port; others choose free ones and register them."""
+        """Return the addresses of engines with a fixed port; others choose free ones and register
+        them.
+        """
         return tuple(
             ListenAddress(
                 f"server of {engine.name}",
@@ -132,8 +134,8 @@ class ResolvedLaunch:
 
     @property
     def served_model_name(self) -> str:
-        """The name in the API: as set, else the alias, the name on the hub, or the directory or
-        file without its ending.
+        """Return the name in the API: as set, else the alias, the name on the hub, or the directory
+        or file without its ending.
 
         Empty without engines.
         """
@@ -181,7 +183,7 @@ class ResolvedLaunch:
 
     @property
     def places(self) -> Places:
-        """The hosts and devices of every engine."""
+        """Return the hosts and devices of every engine."""
         return {
             (engine.engines.role, engine.index): tuple(
                 HostShare(share.host.name, share.num_ranks, share.device_indices or None)

@@ -94,12 +94,12 @@ class RoleEngines:
 
     @property
     def num_blocks(self) -> int | None:
-        """KV blocks of one rank; None: known only at start."""
+        """Return the KV blocks of one rank; None: known only at start."""
         return None if self.footprint is None else self.footprint.num_blocks
 
     @property
     def host_tier_bytes(self) -> int:
-        """Host memory of one rank for KV blocks; 0: no host tier."""
+        """Return the host memory of one rank for KV blocks; 0: no host tier."""
         return self.settings.kv_offload.host_memory
 
     @property
@@ -108,7 +108,7 @@ class RoleEngines:
 
     @property
     def block_size(self) -> int | None:
-        """Tokens in a KV block; None: the engine is not native and chooses by itself."""
+        """Return the tokens in a KV block; None: the engine is not native and chooses by itself."""
         is_known = self.is_native or "block_size" in self.given
         return self.settings.block_size if is_known else None
 
@@ -135,7 +135,7 @@ class RoleEngines:
 
     @property
     def ucx_transports(self) -> tuple[str, ...]:
-        """Transports that UCX may use in a rank; empty without UCX."""
+        """Return the transports that UCX may use in a rank; empty without UCX."""
         return tuple(self.environment.get("UCX_TLS", "").split(","))
 
     def engine_name(self, index: int) -> str:

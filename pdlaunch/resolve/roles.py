@@ -38,14 +38,14 @@ class PlacedShare:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlacedEngine:
-    """Is one engine: where its ranks run. Its server runs on the host of rank 0."""
+    """Says where the ranks of one engine run. Its server runs on the host of rank 0."""
 
     index: int
     shares: tuple[PlacedShare, ...]
 
     @property
     def engines(self) -> RoleEngines:
-        """The role on the host of rank 0."""
+        """Return the role on the host of rank 0."""
         return self.shares[0].engines
 
     @property
@@ -58,7 +58,7 @@ class PlacedEngine:
 
     @property
     def device_indices(self) -> tuple[int, ...]:
-        """The CUDA device of each rank on its host; empty on a CPU."""
+        """Return the CUDA device of each rank on its host; empty on a CPU."""
         return tuple(device for share in self.shares for device in share.device_indices)
 
     def shares_by_rank(self) -> Iterator[tuple[PlacedShare, str]]:

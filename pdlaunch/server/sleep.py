@@ -38,7 +38,7 @@ class SleepQuery(msgspec.Struct, frozen=True):
 
 
 class SleepStatus(msgspec.Struct, frozen=True):
-    """Answer of the sleep endpoints."""
+    """Answers calls of the sleep endpoints."""
 
     is_sleeping: bool
     sleeping_tags: list[str]

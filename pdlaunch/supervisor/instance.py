@@ -45,7 +45,7 @@ class Instance:
 
     @property
     def label(self) -> str:
-        """Its name for people, with the host where that is another one."""
+        """Return its name for people, with the host where that is another one."""
         return on_host(self.name, self.spec.host)
 
     @property

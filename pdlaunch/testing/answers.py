@@ -16,7 +16,7 @@ LOGPROB_TOLERANCE = 1e-3
 
 
 class AnsweredChoice(msgspec.Struct):
-    """One choice of an answer."""
+    """Holds one choice of an answer."""
 
     token_ids: list[int] = []
     text: str = ""

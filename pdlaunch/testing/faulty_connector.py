@@ -175,7 +175,7 @@ class FaultyRead(Read):
 
     @property
     def inner(self) -> Read:
-        """The true READ, once it has started."""
+        """Return the true READ, once it has started."""
         assert self._inner is not None
         return self._inner
 

@@ -67,7 +67,7 @@ class SoakOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Case(msgspec.Struct, frozen=True):
-    """One request and its right answer."""
+    """Holds one request and its right answer."""
 
     body: dict[str, Any]
     expected: ReceivedAnswer

@@ -1,4 +1,4 @@
-"""Is what vLLM loads: ``{"kv_connector": "VerifiedNixlConnector", "kv_connector_module_path":
+"""Defines what vLLM loads: ``{"kv_connector": "VerifiedNixlConnector", "kv_connector_module_path":
 "pdlaunch.vllm.connector"}``. Both sides of a pair must have it, on one host or with sidecars of
 pdlaunch that bring statements from one to the other.
 

@@ -1,1 +1,1 @@
-"""`pdlaunch bench offload`: block copies between device and host."""
+"""`pdlaunch bench offload` times block copies between device and host."""

@@ -1,1 +1,1 @@
-"""`pdlaunch bench serve`: load on a running deployment, through its public API."""
+"""`pdlaunch bench serve` puts load on a running deployment, through its public API."""

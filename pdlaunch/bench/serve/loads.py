@@ -55,7 +55,9 @@ class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Planned(msgspec.Struct, frozen=True):
-    """One request to send: its prompt is made when it is sent, as those of a trace are large."""
+    """Holds one request to send, whose prompt is made when it is sent, as those of a trace are
+    large.
+    """
 
     make_prompt: Callable[[], Sequence[int]]
     output_tokens: int

@@ -1,5 +1,5 @@
-"""``pdlaunch bench serve --multi-turn``: chats whose every turn sends all that was said before, and
-what prefix caches are worth.
+"""``pdlaunch bench serve --multi-turn`` holds chats whose every turn sends all that was said
+before, and shows what prefix caches are worth.
 
 ::
 

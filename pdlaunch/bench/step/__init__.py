@@ -1,1 +1,1 @@
-"""`pdlaunch bench step`: the engine's step beside bare transformers."""
+"""`pdlaunch bench step` times the engine's step beside bare transformers."""

@@ -1,5 +1,5 @@
-"""The time below which no step can go: what it must move through memory, over how fast this
-device's memory is now.
+"""Computes the time below which no step can go: what it must move through memory, over how fast
+this device's memory is now.
 
 A decode step reads every weight once, whatever its batch, and the keys and values of all that its
 rows attend to::

@@ -1,1 +1,1 @@
-"""`pdlaunch bench transfer`: pulls of KV blocks between real ranks."""
+"""`pdlaunch bench transfer` times pulls of KV blocks between real ranks."""

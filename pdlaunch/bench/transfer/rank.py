@@ -1,5 +1,5 @@
-"""A process of ``bench transfer``: a rank with a TransferThread and a KV cache of random numbers,
-driven through a pipe.
+"""Runs a process of ``bench transfer``: a rank with a TransferThread and a KV cache of random
+numbers, driven through a pipe.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The report of ``pdlaunch bench serve --report``."""
+"""Writes the report of ``pdlaunch bench serve --report``."""
 
 from __future__ import annotations
 

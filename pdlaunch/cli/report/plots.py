@@ -20,7 +20,7 @@ Point = tuple[float, float]
 
 
 class Series(NamedTuple):
-    """A line of a plot, by its name."""
+    """Holds a line of a plot, by its name."""
 
     name: str
     points: Sequence[Point]
@@ -147,7 +147,7 @@ def shares(values: Sequence[float]) -> list[Point]:
 
 
 class Bar(NamedTuple):
-    """One request on a timeline, in seconds since its start."""
+    """Places one request on a timeline, in seconds since its start."""
 
     begin_s: float
     first_token_s: float | None

@@ -1,4 +1,4 @@
-"""The report of ``pdlaunch smoke --report``."""
+"""Writes the report of ``pdlaunch smoke --report``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The model families that pdlaunch serves, with the defaults that their config.json leaves out.
+"""Lists the model families that pdlaunch serves, with the defaults that their config.json leaves
+out.
 
 transformers writes only what differs from a family's defaults, so a file means nothing without
 them. Source: the configuration classes of transformers 5;
