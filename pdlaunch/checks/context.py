@@ -130,7 +130,7 @@ class Context:
 
     @property
     def machine(self) -> Machine:
-        """Return the machine that is judged; rules that need facts of machines are asked for each."""
+        """Return the machine that is judged; rules that need facts of machines judge each."""
         return self.launch.machine
 
     @property

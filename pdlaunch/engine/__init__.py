@@ -1,1 +1,1 @@
-"""Scheduler, model runner, step loop and rank process: what computes tokens."""
+"""Computes tokens: scheduler, model runner, step loop and rank process."""

@@ -1,4 +1,4 @@
-"""The channels that the step loop of a rank polls: to rank 0's server, to ranks, to threads."""
+"""Holds the channels that a rank's step loop polls: to rank 0's server, to ranks, to threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small copies between host and device for which the host does not wait."""
+"""Makes small copies between host and device for which the host does not wait."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The step loop of the ranks other than 0 of a TP group: do what rank 0 says, and report."""
+"""Runs the step loop of a TP group's ranks other than 0: do what rank 0 says, and report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Output tokens that the host does not know yet, as input of the next step.
+"""Gives output tokens that the host does not know yet to the next step as its input.
 
 The host writes a number for each input token, the device looks it up in one table at an address
 that stays:

@@ -1,4 +1,4 @@
-"""The step loop of rank 0: schedule, run with all ranks, postprocess, answer the server."""
+"""Runs the step loop of rank 0: schedule, run with all ranks, postprocess, answer the server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The life of the requests of an engine, from arrival to the last word to the server.
+"""Leads the requests of an engine through their life, from arrival to the last word to the server.
 
 Each move between phases (see ``Phase``) is one method of ``RequestLifecycle``, which moves the
 row and the KV blocks along. ``scheduler.py`` chooses which requests move.

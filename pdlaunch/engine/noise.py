@@ -1,4 +1,4 @@
-"""Noise that decides sampled tokens: a pure function of (seed, choice, index, number).
+"""Makes the noise that decides sampled tokens: a pure function of (seed, choice, index, number).
 
 The host hashes (seed, choice, index) to one key for each row. The device hashes key and number
 (SplitMix64) to a uniform number, and turns that into an exponentially distributed one. No generator

@@ -1,4 +1,4 @@
-"""The queues of an engine's requests, each in order of arrival."""
+"""Keeps the queues of an engine's requests, each in order of arrival."""
 
 from __future__ import annotations
 

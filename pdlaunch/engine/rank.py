@@ -1,4 +1,4 @@
-"""A rank process: one device's share of an engine.
+"""Runs a rank process: one device's share of an engine.
 
 Rank 0 turns ``leader.py``, which also schedules and talks to the engine's server; other ranks turn
 ``follower.py``. ``RankProcess.run`` brings things up in the order that the handshake needs: TP
@@ -247,7 +247,7 @@ class RankProcess:
 
     @property
     def _spans_hosts(self) -> bool:
-        """The ranks of this engine are on several hosts."""
+        """Return whether the ranks of this engine are on several hosts."""
         return self._bootstrap.rendezvous == OVER_HOSTS
 
     def _join_hosts(self) -> TPGroup:

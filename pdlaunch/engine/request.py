@@ -1,4 +1,4 @@
-"""One request inside the scheduler, from its message on."""
+"""Describes one request inside the scheduler, from its message on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model runner of one rank: takes a StepPlan, computes KV blocks and logits, draws tokens.
+"""The model runner of one rank takes a StepPlan, computes KV blocks and logits, draws tokens.
 
 ``apply -> pack -> attend -> sample`` is launched; the tokens are collected later. The runner only
 obeys: the scheduler decides on rows, blocks and tokens.

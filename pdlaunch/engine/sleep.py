@@ -1,4 +1,5 @@
-"""Sleep mode of an engine: rank 0 decides when; every rank lets go of its peers and memory.
+"""Puts an engine to sleep and wakes it: rank 0 decides when; every rank lets go of its peers and
+memory.
 
 ::
 

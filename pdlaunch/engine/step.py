@@ -1,4 +1,4 @@
-"""The messages of one step: what the scheduler asks of every rank, and what comes back.
+"""Defines the messages of one step: what the scheduler asks of every rank, and what comes back.
 
 The runner keeps a row for each request (its tokens, block tables and sampling state), so that a
 step carries only what is new. Rank 0 sends the same ``StepPlan`` to all ranks of the TP group.

@@ -53,7 +53,7 @@ class ProcessExited:
 
     @property
     def by_itself(self) -> bool:
-        """Return whether nobody else ended it, neither a person nor the kernel for lack of memory."""
+        """Return whether nobody else ended it: no person, nor the kernel for lack of memory."""
         return self.returncode >= 0 or -self.returncode in _OWN_SIGNALS
 
     def how(self) -> str:

@@ -1,3 +1,3 @@
-"""CuMem pools: device memory by tag that can be put to sleep, woken up at the same addresses, and
-shared with peers.
+"""Holds device memory by tag in CuMem pools, which can be put to sleep, woken up at the same
+addresses, and shared with peers.
 """

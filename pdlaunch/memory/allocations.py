@@ -1,5 +1,5 @@
-"""The table of all allocations of the pools: their addresses, physical memory and tag, and where
-their bytes are while they sleep.
+"""Keeps the table of all allocations of the pools: their addresses, physical memory and tag, and
+where their bytes are while they sleep.
 
 ::
 

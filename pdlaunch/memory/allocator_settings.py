@@ -17,7 +17,7 @@ from pdlaunch.platform.allocator_conf import VARIABLES, read_allocator_conf
 
 
 class AllocatorSettings(Protocol):
-    """torch's allocator settings, as text in the form of PYTORCH_ALLOC_CONF."""
+    """Holds torch's allocator settings, as text in the form of PYTORCH_ALLOC_CONF."""
 
     def read(self) -> str: ...
 

@@ -1,4 +1,4 @@
-"""``MemoryDriver`` over ``cuda.bindings`` (extra ``cuda``).
+"""Implements ``MemoryDriver`` over ``cuda.bindings`` (extra ``cuda``).
 
 Source: the CUDA driver API's chapter on virtual memory management.
 """

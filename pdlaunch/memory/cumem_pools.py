@@ -1,4 +1,4 @@
-"""CuMem pools under torch's caching allocator: MemPools whose segments come from an
+"""Makes CuMem pools under torch's caching allocator: MemPools whose segments come from an
 ``AllocationTable``.
 
 A MemPool lives while something is allocated under its tag, and is let go then: torch gives back at

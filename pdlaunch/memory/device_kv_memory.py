@@ -1,5 +1,5 @@
-"""KV memory of a rank on a GPU: from a CuMem pool when there is one, else from torch's own
-allocator.
+"""Allocates the KV memory of a rank on a GPU: from a CuMem pool when there is one, else from
+torch's own allocator.
 
 CuMem allocations are shared by their own handles, as they are mapped piece by piece; what torch has
 allocated with cudaMalloc by the handles of CUDA IPC. A tensor lies in one allocation, as expandable
@@ -23,8 +23,8 @@ from pdlaunch.memory.pools import KV_CACHE, MemoryPools
 
 
 class DeviceKVMemory(KVMemory):
-    """``zeros`` for the thread that owns the pools; the others for any thread in which the device's
-    context is current.
+    """Allocates on one device. ``zeros`` is for the thread that owns the pools; the others are for
+    any thread in which the device's context is current.
     """
 
     def __init__(

@@ -1,4 +1,5 @@
-"""KV memory of a rank on a CPU: each allocation is a memfd, which peers map for reading.
+"""Allocates the KV memory of a rank on a CPU: each allocation is a memfd, which peers map for
+reading.
 
 Seals keep it as large as it is, so that no reader meets the end of the file, and keep readers from
 writing. The pages live as long as anybody maps them: they outlive their owner.

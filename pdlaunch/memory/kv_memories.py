@@ -1,4 +1,4 @@
-"""The KV memory that fits a rank's device."""
+"""Chooses the KV memory that fits a rank's device."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The memory of a rank's KV cache and scratch: how a peer on this host gets at it, and how this
-rank maps that of a peer.
+"""Defines the memory of a rank's KV cache and scratch: how a peer on this host gets at it, and how
+this rank maps that of a peer.
 
 ::
 
@@ -59,7 +59,7 @@ class SharedRange:
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """A range and its descriptor, if it has one, which belongs to whoever holds this object."""
+    """Holds a range and its descriptor, if it has one, which belongs to this object's holder."""
 
     range: SharedRange
     fd: int | None = None

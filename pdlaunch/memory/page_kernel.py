@@ -1,6 +1,6 @@
-"""A Triton kernel that copies scattered pages of equal size between memories that this device
-reaches: its own, pinned host memory, or a peer's that is mapped here. A few programs go through all
-pages, each with tens of KiB in flight.
+"""A Triton kernel copies scattered pages of equal size between memories that this device reaches:
+its own, pinned host memory, or a peer's that is mapped here. A few programs go through all pages,
+each with tens of KiB in flight.
 
 Import this module only where triton is there.
 """

@@ -1,4 +1,4 @@
-"""The pools as the engine uses them: allocate under a tag, sleep, wake up, share."""
+"""Offers the pools as the engine uses them: allocate under a tag, sleep, wake up, share."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class MemoryPools(ABC):
 
 
 class NoMemoryPools(MemoryPools):
-    """``enable_cumem_allocator`` is off: torch allocates as ever."""
+    """Stands for pools while ``enable_cumem_allocator`` is off: torch allocates as ever."""
 
     def memory_pool(self, tag: str) -> AbstractContextManager[None]:
         return contextlib.nullcontext()

@@ -1,3 +1,3 @@
-"""Host tier of the KV cache: multi-group block transfers between device and host, and what is kept
-there.
+"""Holds the host tier of the KV cache: multi-group block transfers between device and host, and
+what is kept there.
 """

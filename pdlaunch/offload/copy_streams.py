@@ -66,7 +66,7 @@ class CopyStream(ABC):
 
     @property
     def is_busy(self) -> bool:
-        """A transfer has not ended yet."""
+        """Return whether a transfer has not ended yet."""
         return self._num_submitted != self._num_ended
 
     @abstractmethod

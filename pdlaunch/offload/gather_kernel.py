@@ -34,8 +34,8 @@ which is best depends on page size and host. Figures: docs/measurements/host_cop
 
 
 class GatherKernel(CopyMethod):
-    """``num_programs`` programs copy; each occupies at most one multiprocessor and has
-    ``tile_words`` words in flight.
+    """Copies pages: ``num_programs`` programs copy; each occupies at most one multiprocessor and
+    has ``tile_words`` words in flight.
     """
 
     def __init__(self, num_programs: int, tile_words: int, num_warps: int) -> None:

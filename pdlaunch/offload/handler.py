@@ -1,5 +1,5 @@
-"""The transfer handler: checks a transfer, turns it into copies and runs them, each direction on
-its own.
+"""The transfer handler checks a transfer, turns it into copies and runs them, each direction on its
+own.
 
 ``transfer_async`` and ``get_finished`` return at once. A block or chunk that a transfer names
 belongs to it until its result is out: nobody else writes to what is read, or touches what is

@@ -1,4 +1,4 @@
-"""The scheduler's side of the host tier: finds prefixes on device and host together, and makes the
+"""The scheduler's side of the host tier finds prefixes on device and host together, and makes the
 jobs that move blocks.
 
 ``find -> begin_load -> finish`` brings a prefix back, ``begin_stores -> finish`` copies computed
@@ -81,7 +81,7 @@ class OffloadPlanner:
 
     @property
     def num_jobs(self) -> int:
-        """Number of jobs in flight."""
+        """Return the number of jobs in flight."""
         return len(self._jobs)
 
     # Loads

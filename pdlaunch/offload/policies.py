@@ -83,7 +83,7 @@ class LRU(EvictionPolicy[Key]):
 
 
 class ARC(EvictionPolicy[Key]):
-    """Adaptive replacement cache. Source: Megiddo and Modha, FAST 2003.
+    """Implements the adaptive replacement cache. Source: Megiddo and Modha, FAST 2003.
 
     once    keys not used since they came        gone_once    keys that left it lately, no content
     often   keys that were, or that came back    gone_often

@@ -1,5 +1,5 @@
-"""The host tier's record: which chunk holds what, which are in use, and which leave when room is
-short. No torch, no copies.
+"""Keeps the host tier's record: which chunk holds what, which are in use, and which leave when room
+is short. No torch, no copies.
 
     free ── begin_store ──▶ storing ─┬─ finish_store(ok) ──▶ resident ── evict ──▶ free
                                      └─ failed ────────────▶ free
@@ -84,7 +84,7 @@ class HostTier:
 
     @property
     def num_used_chunks(self) -> int:
-        """Number of chunks that hold something or are in flight."""
+        """Return the number of chunks that hold something or are in flight."""
         return len(self._chunks)
 
     def find(self, group: int, block_hash: bytes, slot: int = 0) -> int | None:

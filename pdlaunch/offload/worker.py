@@ -41,7 +41,7 @@ MOST_HASH_THREADS = 8
 
 @dataclass(slots=True)
 class _Pending:
-    """A job under way: ended when the copy has and all checksums are there."""
+    """Tracks a job under way: ended when the copy has and all checksums are there."""
 
     job: OffloadJob
     slots: list[Slots]
@@ -62,8 +62,8 @@ class _Pending:
 
 
 class OffloadWorker:
-    """Host memory of one rank and the copies between it and the rank's KV cache. All methods are
-    for one thread.
+    """Owns the host memory of one rank and the copies between it and the rank's KV cache. All
+    methods are for one thread.
 
     ``kv_cache``: [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous,
     shared by all groups; outlives the worker. ``heads``: the model's KV heads that this rank holds.
@@ -124,7 +124,7 @@ class OffloadWorker:
 
     @property
     def num_jobs(self) -> int:
-        """Number of jobs whose end ``take_finished`` has not reported yet."""
+        """Return the number of jobs whose end ``take_finished`` has not reported yet."""
         return len(self._pending) + len(self._refused)
 
     def submit(self, jobs: Sequence[OffloadJob]) -> None:

@@ -70,7 +70,7 @@ class Footprint:
 
     @property
     def kv_bytes(self) -> int:
-        """Return the bytes of the rank's KV cache; the least it needs where it takes what is left."""
+        """Return the rank's KV cache in bytes; the least it needs where it takes what is left."""
         return self.min_kv_bytes if self.kv_cache_bytes is None else self.kv_cache_bytes
 
     @property

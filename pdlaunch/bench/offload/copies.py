@@ -260,7 +260,7 @@ class _HostBench(_Bench):
         return {"load": [HostCopy()], "store": [HostCopy()]}
 
     def decode_slowdown(self, traffic: Traffic) -> None:
-        """Return nothing: no steps run beside copies on a CPU."""
+        """Measure nothing: no steps run beside copies on a CPU."""
 
 
 def _speeds(rates: MethodRates) -> Speeds:

@@ -115,7 +115,7 @@ class PushedRead(Read):
 
 
 class Connection(ABC):
-    """A way to read one peer's memory, or several ways; see ``paths``."""
+    """Is a way to read one peer's memory, or several ways; see ``paths``."""
 
     @abstractmethod
     def paths(self) -> Sequence[str]:
@@ -170,7 +170,7 @@ class PushJob:
 
 
 class Write(Protocol):
-    """A write to a peer that has begun; it cannot be taken back."""
+    """Stands for a write to a peer that has begun; it cannot be taken back."""
 
     def poll(self) -> str | None:
         """Return None while it is pending, "" when all bytes have landed, else why it failed."""
@@ -204,12 +204,12 @@ class Connector(ABC):
 
     @property
     def pusher(self) -> Pusher | None:
-        """Writes to peers; None where they read by themselves."""
+        """Return what writes to peers; None where they read by themselves."""
         return None
 
     @property
     def mapper(self) -> MemoryMapper | None:
-        """Knows who maps this rank's memory; None where nobody does."""
+        """Return what knows who maps this rank's memory; None where nobody does."""
         return None
 
     @abstractmethod

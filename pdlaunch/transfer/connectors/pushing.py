@@ -1,5 +1,5 @@
-"""Base of connectors whose prefill side writes: a pool of sender threads, and READs that wait to
-hear of the end.
+"""Is the base of connectors whose prefill side writes: a pool of sender threads, and READs that
+wait to hear of the end.
 
 ::
 
