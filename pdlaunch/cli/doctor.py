@@ -112,19 +112,13 @@ def doctor(
     """
     try:
         key = _key(engine_key_env, os.environ)
-        by_role: dict[Role, list[str]] = {
-            "prefill": prefill or [],
-            "decode": decode or [],
-            "both": both or [],
-        }
-        for name, given in (
-            ("URL", routers or []),
-            *((f"--{role}", urls) for role, urls in by_role.items()),
-        ):
-            for url in given:
-                _require_url(name, url)
+        for url in routers or ():
+            _require_url("URL", url)
+        by_role: dict[Role, list[str] | None] = {"prefill": prefill, "decode": decode, "both": both}
+        named = [(role, url) for role, given in by_role.items() for url in given or ()]
+        for role, url in named:
+            _require_url(f"--{role}", url)
         listed = asyncio.run(_engines_of(routers or ()))
-        named = [(role, url) for role, urls in by_role.items() for url in urls]
         urls = list(dict.fromkeys([*named, *listed]))
         if handshake and not canary:
             raise ConfigError(

@@ -54,7 +54,6 @@ def smoke_command(
     The exit code is 1 when a check failed.
     """
     refuse_address(flags)
-    console = Console()
     try:
         launch_config = load_config(config, os.environ, flags).config
     except ConfigError as error:
@@ -96,6 +95,19 @@ def smoke_command(
     except KeyboardInterrupt:
         print_errors(["interrupted"])
         raise typer.Exit(EXIT_INTERRUPTED) from None
+    num_failed = _print_checks(checks)
+    is_written = junit is None or _write(checks, junit)
+    if report is not None:
+        is_written &= not write_report(report, "--report", smoke_page(checks, checked))
+    failed, passed = f"{num_failed} of {len(checks)} checks failed", f"{len(checks)} checks passed"
+    Console().print(Text(f"smoke: {failed if num_failed else passed}"))
+    raise typer.Exit(0 if is_written and not num_failed else 1)
+
+
+def _print_checks(checks: list[Check]) -> int:
+    """Print a line for each check, and why it failed; return how many did."""
+    console = Console()
+    num_failed = 0
     for check in checks:
         mark, style = ("ok", "green") if check.failure is None else ("FAILED", "bold red")
         console.print(
@@ -103,19 +115,9 @@ def smoke_command(
             soft_wrap=True,
         )
         if check.failure is not None:
+            num_failed += 1
             console.print(Text(safe(f"        {check.failure}")), soft_wrap=True)
-    is_written = junit is None or _write(checks, junit)
-    if report is not None:
-        is_written &= not write_report(report, "--report", smoke_page(checks, checked))
-    num_failed = sum(check.failure is not None for check in checks)
-    console.print(
-        Text(
-            f"smoke: {num_failed} of {len(checks)} checks failed"
-            if num_failed
-            else f"smoke: {len(checks)} checks passed"
-        )
-    )
-    raise typer.Exit(0 if is_written and not num_failed else 1)
+    return num_failed
 
 
 def _described(engines: RoleEngines) -> str:

@@ -95,17 +95,7 @@ def prepare(
             param="kv_transfer_params",
         )
     known = _known(request, transfer)
-    if (known is not None or transfer.remote_kv is not None or transfer.do_remote_decode) and len(
-        prompts
-    ) > 1:
-        raise RequestError("one prompt only with kv_transfer_params or resume", param="prompt")
-    if transfer.do_remote_decode:
-        _check_remote_prefill(request, may_stream=bool(transfer.lease_id))
-    if transfer.awaits_lease and (request.n > 1 or known is not None or transfer.remote_kv is None):
-        raise RequestError(
-            "one choice only, of which nothing is known, with awaits_lease",
-            param="kv_transfer_params.pdlaunch",
-        )
+    _check_transfer(request, transfer, known, len(prompts))
     _check_ids(request, transfer, model)
     seed = secrets.randbits(_SEED_BITS) if request.seed is None else request.seed % 2**_SEED_BITS
     choices: list[Choice] = []
@@ -135,6 +125,26 @@ def prepare(
     )
     continues = transfer.awaits_lease or is_told or bool(known and known[0].sent)
     return Prepared(choices, deltas, list(prompts), continues, transfer.do_remote_decode)
+
+
+def _check_transfer(
+    request: GenerationRequest,
+    transfer: KVTransferParams,
+    known: list[Known] | None,
+    num_prompts: int,
+) -> None:
+    """Raise RequestError for a request that no hand-over of KV blocks, or of known tokens, fits."""
+    if num_prompts > 1 and (
+        known is not None or transfer.remote_kv is not None or transfer.do_remote_decode
+    ):
+        raise RequestError("one prompt only with kv_transfer_params or resume", param="prompt")
+    if transfer.do_remote_decode:
+        _check_remote_prefill(request, may_stream=bool(transfer.lease_id))
+    if transfer.awaits_lease and (request.n > 1 or known is not None or transfer.remote_kv is None):
+        raise RequestError(
+            "one choice only, of which nothing is known, with awaits_lease",
+            param="kv_transfer_params.pdlaunch",
+        )
 
 
 def _known(request: GenerationRequest, transfer: KVTransferParams) -> list[Known] | None:

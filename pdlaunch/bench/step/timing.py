@@ -123,8 +123,6 @@ def bench_step(
     bare_s = [step.time(bare, num_steps) for step in steps]
     del bare
     decode_reach = context_tokens + num_steps + NUM_WARM_UPS + 1
-    # A prompt that is computed again and again gets one more output token each time.
-    longest = max(decode_reach, max(lengths) + num_steps + NUM_WARM_UPS + 1)
     spec = _make_spec(
         Path(model_dir),
         shape,
@@ -133,10 +131,9 @@ def bench_step(
         block_size=block_size,
         device=device,
         max_num_seqs=max(batch_sizes),
-        max_model_len=longest,
-        num_row_blocks=max(
-            max(batch_sizes) * -(-decode_reach // block_size), -(-longest // block_size)
-        ),
+        decode_reach=decode_reach,
+        # A prompt that is computed again and again gets one more output token each time.
+        prefill_reach=max(lengths) + num_steps + NUM_WARM_UPS + 1,
         load_format=load_format,
         **engine_settings,
     )
@@ -317,10 +314,15 @@ def _make_spec(
     block_size: int,
     device: Literal["cpu", "cuda"],
     max_num_seqs: int,
-    max_model_len: int,
-    num_row_blocks: int,
+    decode_reach: int,
+    prefill_reach: int,
     **settings: Any,
 ) -> EngineSpec:
+    """Return an engine whose KV cache holds one prompt, and all decode rows, at their ends."""
+    max_model_len = max(decode_reach, prefill_reach)
+    num_row_blocks = max(
+        max_num_seqs * -(-decode_reach // block_size), -(-max_model_len // block_size)
+    )
     groups = make_groups(shape.layer_windows)
     layout = KVCacheLayout(
         groups, shape.num_kv_heads, shape.head_dim, block_size, DTYPE_BYTES[dtype]
