@@ -26,6 +26,7 @@ def new_offload_worker(
         return None
     make_worker = rank_part(OffloadWorker, spec.kv_transfer)
     first = runner.first_kv_head
+    # With a hasher of its own: that of the transfer thread is for that thread alone.
     return make_worker(
         kv_cache=runner.kv_cache,
         layout=runner.layout,
@@ -47,6 +48,7 @@ def new_offload_planner(
     policy: EvictionPolicy[ChunkKey] = (
         LRU() if spec.kv_offload.policy == "lru" else ARC(worker.num_chunks)
     )
+    # All heads, where a rank's worker names its own: the tier speaks for the whole engine.
     tier = HostTier(worker.num_chunks, HeadSlice(0, runner.shape.num_kv_heads), policy=policy)
     return OffloadPlanner(
         runner.layout.groups, spec.block_size, tier, blocks_per_chunk=spec.blocks_per_chunk

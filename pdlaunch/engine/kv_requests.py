@@ -131,6 +131,8 @@ class BlockLeases:
 
     def ended(self, lease_id: LeaseId) -> None:
         """Free the blocks. Unknown ids are ignored."""
+        # Full ones stay in the prefix cache until they are needed; reversed, so that the tail of a
+        # prompt is reused before its head: without the head nobody finds the tail.
         for block_ids in self._block_ids.pop(lease_id, []):
             self._kv.pool.end_lease(reversed(block_ids))
 

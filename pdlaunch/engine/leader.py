@@ -60,6 +60,7 @@ class Leader:
     """
 
     stopped = False
+    """Stays so: rank 0 is stopped by the supervisor alone, and stops the other ranks."""
 
     def __init__(
         self,

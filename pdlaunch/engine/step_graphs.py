@@ -138,7 +138,8 @@ class StepGraphs:
         """Return logits [num_kept, vocab_size] and the likeliest tokens [num_kept] of the tokens
         ``kept``, each the last of a row; None if no graph fits.
 
-        Both have to be read before the next call.
+        Both have to be read before the next call, which overwrites them; on the device it is enough
+        that whatever reads them is queued on the stream by then.
         """
         shape = self._fitting(batch)
         if shape is None:

@@ -42,6 +42,7 @@ def capabilities_over_http(kind: EngineName) -> Capabilities:
     """
     if kind == "vllm":
         return VLLM_CAPABILITIES
+    # Only of an engine that verifies what it pulls: ``needs_proof`` would be missing otherwise.
     return Capabilities(resumes=True, gives_first_token=True)
 
 

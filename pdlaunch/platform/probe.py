@@ -45,6 +45,8 @@ _GPU_CLASSES = ("0x0300", "0x0302")
 def probe_machine() -> Machine:
     """Return what this machine is; never raises."""
     probes = _Probes()
+    # A driver that cannot be read makes "gpus" unknown, and not "driver", which assumed machines
+    # alone may lack: a rule about the driver needs both.
     driver = probes.ask("gpus", _read_driver, None)
     of_gpus = read_nvml_facts(driver.gpus if driver else ())
     return Machine(

@@ -217,6 +217,8 @@ def _unverified(
         return "kv_transfer.verify is off"
     for role in PAIR:
         settings = config.engine_settings(role)
+        # Native engines always prove their blocks. One of another kind than these two must not pass
+        # here: it would be taken for one that does.
         if not config.role(role).replicas or settings.engine != "vllm":
             continue
         theirs = [host for host in hosts if _ranks_on(places, host.name, role)]

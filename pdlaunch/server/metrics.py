@@ -26,6 +26,9 @@ from pdlaunch.observe.metrics import RequestMetrics
 from pdlaunch.protocol.engine import EngineHistograms, EngineStats, HistogramCounts
 from pdlaunch.server.choice import Choice
 
+# Fields of EngineStats, with what follows ``pdlaunch_`` in the metric's name, vLLM's word where it
+# has one. Counters get ``_total`` when they are shown. What follows from several fields is made in
+# ``_derived``; a field that is in none of them is sent and never shown.
 _GAUGES: Mapping[str, tuple[str, str]] = {
     "num_running": ("num_requests_running", "Requests in the batch."),
     "num_leased_requests": (

@@ -196,6 +196,7 @@ class SidecarProcess:
         self._supervised.send(Progress(text="vLLM is starting"))
         while not await self._api.is_healthy(HEALTH_TIMEOUT_S):  # noqa: ASYNC110 - it tells nobody
             await asyncio.sleep(START_POLL_S)
+        # Before Ready: what routers may ask of the engine from then on follows from its version.
         await self._tell_version()
         self._supervised.send(Ready())
         self._is_ready.set()

@@ -115,6 +115,8 @@ class Instance:
         return self.state is ProcessState.GIVEN_UP and self.spec.kind == "server"
 
 
+# A process in any other state has no line in the registry: so everybody hears of a death by the
+# line that is gone.
 _LISTED: Mapping[ProcessState, ListedState] = {
     ProcessState.STARTING: "starting",
     ProcessState.READY: "ready",

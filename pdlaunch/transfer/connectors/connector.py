@@ -40,7 +40,9 @@ class LocalMemory:
     memory: ranks of another TP size read it as it lies, and compare checksums of heads.
     """
     scratch: torch.Tensor
-    """[num_bytes] uint8; a known pattern that peers read to prove the path."""
+    """[num_bytes] uint8; a known pattern, written before ``open``, that peers read to prove the
+    path.
+    """
     layout: KVCacheLayout
     source: KVMemory = field(default_factory=PrivateKVMemory)
     """The memory that KV cache and scratch were allocated from."""
@@ -200,7 +202,9 @@ class Connector(ABC):
     path: str
     """The name of what carries the bytes, for people: ``nixl/UCX``; see ``Connection.paths``."""
     agent_name: str
-    """Unique over ranks and incarnations."""
+    """Unique over ranks and incarnations: the pattern of the scratch follows from it, by which
+    peers tell this memory from that of a predecessor.
+    """
 
     @property
     def pusher(self) -> Pusher | None:

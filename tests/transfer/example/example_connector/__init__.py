@@ -16,5 +16,9 @@ class ExampleSpec(ConnectorSpec[ExampleSettings]):
     factory = "example_connector.connector:new_connector"
     settings = ExampleSettings
 
+    def joins_hosts(self, section: ExampleSettings) -> bool:
+        """Processes of other hosts have no memory here."""
+        return False
+
 
 SPEC = ExampleSpec()
