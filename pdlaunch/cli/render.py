@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import msgspec
 import typer
+import yaml
 from rich.console import Console
 from rich.text import Text
 
@@ -29,7 +30,6 @@ from pdlaunch.engines.plan import kind_of
 from pdlaunch.errors import ConfigError
 from pdlaunch.hosts.join import new_join_keys
 from pdlaunch.render.compose import compose_endpoint, compose_file
-from pdlaunch.render.documents import to_yaml
 from pdlaunch.render.engines import engine_groups
 from pdlaunch.render.kubernetes import control_endpoint, kubernetes_objects, kubernetes_secret
 from pdlaunch.render.pods import JOIN_KEY, SUPERVISOR_KEY, PodLaunch, PodOptions
@@ -206,7 +206,7 @@ def _placed(
     _refuse_findings(resolved, loaded, errors)
     _require_mounted(resolved, options)
     return PodLaunch(
-        options, placed, resolved, engine_groups(resolved, machines), to_yaml([placed.settings])
+        options, placed, resolved, engine_groups(resolved, machines), _to_yaml([placed.settings])
     )
 
 
@@ -285,13 +285,13 @@ def _write(
     try:
         documents = render()
         if output is None:
-            sys.stdout.write(to_yaml(documents) if documents else "")
+            sys.stdout.write(_to_yaml(documents) if documents else "")
         elif output.endswith(os.sep) or Path(output).is_dir():
             Path(output).mkdir(parents=True, exist_ok=True)
             for document in documents:
-                (Path(output) / file_name(document)).write_text(to_yaml([document]))
+                (Path(output) / file_name(document)).write_text(_to_yaml([document]))
         else:
-            Path(output).write_text(to_yaml(documents))
+            Path(output).write_text(_to_yaml(documents))
     except OSError as error:
         refuse(
             errors,
@@ -315,3 +315,25 @@ def _write_secrets(folder: Path, texts: Mapping[str, str]) -> None:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as file:
             file.write(text)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes no aliases, and texts of several lines as blocks."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _write_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = "|" if "\n" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _write_text)
+
+
+def _to_yaml(documents: Sequence[Any]) -> str:
+    """Return the documents, which a line of ``---`` separates, for people and for git."""
+    return yaml.dump_all(
+        documents, Dumper=_Dumper, sort_keys=False, width=100, explicit_start=len(documents) > 1
+    )
