@@ -274,7 +274,11 @@ class EngineReport(msgspec.Struct, frozen=True, array_like=True):
     context_tokens: int
     """Tokens of these."""
     free_tokens: int
-    """Tokens for which the KV cache has room without taking it from anybody."""
+    """Tokens for which the KV cache has room without taking it from anybody.
+
+    No router reads it; it keeps its place for ``pdlaunch router`` of other versions, which find
+    what follows by its position.
+    """
     costs: EngineCosts
     long_gaps: float = 0.0
     """Gaps between tokens of its streams that may be long; see ``StreamPauses``."""

@@ -202,7 +202,7 @@ def _named_template(templates: object, name: str) -> str | None:
 
 
 def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Name to text; a token is written as a string or as ``{"content": ...}``."""
+    """Return the text of each name; a token is written as a string or as ``{"content": ...}``."""
     found: dict[str, str] = {}
     for name in _SPECIAL_TOKENS:
         token = settings.get(name)
