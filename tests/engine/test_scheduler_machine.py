@@ -1,5 +1,5 @@
-"""Any history of requests, aborts, steps, transfers and copies: no stale block is read, none lost,
-each request ends once.
+"""Any history of requests, aborts, withdrawals, steps, transfers and copies: no stale block is
+read, none lost, each request ends once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.protocol.costs import EngineCosts, StepCosts
-from pdlaunch.protocol.engine import SamplingParams
+from pdlaunch.protocol.engine import WITHDRAWN, SamplingParams
 from tests.engine.fake_engine import FULL, FakeEngine, remote_kv, sliding
 from tests.engine.fake_runner import VOCAB_SIZE, expected_output
 
@@ -59,6 +59,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_chunks=st.sampled_from([0, 3, 12, 100]),
         shares_tokens=st.booleans(),
         prompt_s=st.sampled_from([None, 0.0, 0.001, 0.1]),
+        attended_s=st.sampled_from([0.0, 0.001]),
     )
     def start(
         self,
@@ -73,9 +74,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_chunks,
         shares_tokens,
         prompt_s,
+        attended_s,
     ):
         costs = EngineCosts(
-            StepCosts(0.01, 0.0, 0.0, prompt_s or 0.0, 0.0),
+            StepCosts(0.01, 0.0, 0.0, prompt_s or 0.0, attended_s),
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
             block_size=block_size,
@@ -99,6 +101,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             costs=None if prompt_s is None else lambda: costs,
         )
         self.aborted: set[str] = set()
+        self.withdrawn: set[str] = set()
 
     def has_room(self) -> bool:
         """More at once find no other bugs, but make the way to the end long."""
@@ -178,6 +181,18 @@ class SchedulerMachine(RuleBasedStateMachine):
             request_id = choice.choice(candidates)
             self.aborted |= {request_id} & set(living)
             self.engine.scheduler.requests.abort(request_id)
+            self.engine.take_outputs()
+
+    @rule(choice=st.randoms(use_true_random=False))
+    def withdraw(self, choice):
+        """A router asks for prompts back: one that has not begun is given back, with nothing told
+        of it, and one that has begun goes on.
+        """
+        living = [name for name in self.engine.added if name not in self.engine.finished]
+        if living:
+            name = choice.choice(living)
+            self.withdrawn.add(name)
+            self.engine.scheduler.requests.withdraw([name])
             self.engine.take_outputs()
 
     @rule(ahead=st.booleans())
@@ -291,6 +306,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         limit = min(sampling.max_tokens, MAX_MODEL_LEN - len(prompt))
         if finished.reason == "error":
             assert finished.error
+            return
+        if finished.error == WITHDRAWN:
+            assert request_id in self.withdrawn
+            assert not self.engine.token_ids(request_id)
             return
         if message.output and limit < len(message.output):
             assert (finished.reason, finished.tokens) == ("length", []) or finished.reason == "stop"
