@@ -183,8 +183,8 @@ class OffloadWorker:
             for item in slots:
                 # While the copy writes, the chunk holds neither its old content nor the new one.
                 self._contents.pop(item.chunk_id, None)
-        # Of a load the host's bytes are hashed, beside the copy that reads them, too. On a GPU what
-        # has arrived there is hashed instead, once it is there (``_on_copied``).
+        # A load: on a CPU the host's bytes are hashed while the copy reads them. A GPU hashes what
+        # has arrived, so that waits for the copy (``_on_copied``).
         elif self._block_hasher is None:
             self._hash(pending)
 

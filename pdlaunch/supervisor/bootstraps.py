@@ -107,6 +107,7 @@ class LaunchBootstraps:
             router=router_spec(self._config, self._resolved.served_model_name, self._listeners)
             if spec.kind == "router"
             else None,
+            # Servers of native engines, which alone have a spec, listen for other hosts themselves.
             door=self._door(spec) if spec.kind == "server" and engine is None else None,
             tp_rank=spec.tp_rank,
             rendezvous=self._rendezvous(spec, incarnation),
@@ -138,6 +139,7 @@ class LaunchBootstraps:
         shares = next(one.shares for one in self._resolved.engines if one.name == spec.engine)
         if len(shares) > 1:
             return OVER_HOSTS
+        # Another file for each incarnation: the dead one's ranks still stand in theirs.
         return f"file://{self._run_dir / f'{spec.engine}.tp.{incarnation}'}"
 
 

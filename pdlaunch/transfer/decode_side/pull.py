@@ -53,8 +53,8 @@ class Pull:
         """Instant from which the time limit counts: the start or, if the pull awaits its lease,
         when the lease became known.
         """
-        # A prompt that is awaited may be queued there, and be computed, before there is anything to
-        # pull: as much longer as a prefill rank lets such a question wait.
+        # A prompt that is awaited has yet to be computed: that may take as much longer as a prefill
+        # rank lets a question about it wait.
         self._deadline_at = (
             self._started_at + command.timeout_s + (LONGEST_WAIT_S if command.awaits else 0.0)
         )
