@@ -158,6 +158,7 @@ def router_spec(
         cors_origins=config.cors_origins,
         strict_fields=config.strict_fields,
         page=config.page,
+        # Any other word than this one means pairs: a third policy takes more than another word.
         by_cost=config.routing.policy == "cost",
         max_itl_ms=config.routing.max_itl_ms,
         max_ttft_ms=config.routing.max_ttft_ms,
