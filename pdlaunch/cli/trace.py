@@ -20,6 +20,7 @@ from pdlaunch.cli.perfetto import trace_events
 from pdlaunch.cli.waterfall import print_trace
 from pdlaunch.client.requests import find_ids, read_trace, reading_api
 from pdlaunch.errors import PdlaunchError
+from pdlaunch.protocol.ids import HttpRequestId
 from pdlaunch.protocol.requests import RequestTrace
 
 TraceFormat = Literal["waterfall", "perfetto", "json"]
@@ -68,7 +69,7 @@ def trace(
     try:
         api = reading_api(url, api_key)
         if request_id is not None:
-            ids = [request_id]
+            ids = [HttpRequestId(request_id)]
         else:
             choice: Literal["slowest", "failed", "last"] = (
                 "slowest" if slowest else "failed" if failed else "last"

@@ -10,6 +10,7 @@ import msgspec
 from pdlaunch.client.admin import own_launches
 from pdlaunch.client.api import Api, check_url
 from pdlaunch.errors import PdlaunchError
+from pdlaunch.protocol.ids import HttpRequestId
 from pdlaunch.protocol.requests import RequestList, RequestSummary, RequestTrace
 from pdlaunch.protocol.status import DeploymentStatus
 
@@ -42,7 +43,7 @@ def read_status(api: Api) -> DeploymentStatus:
     return _read(api, "/pdlaunch/status", DeploymentStatus)
 
 
-def read_trace(api: Api, request_id: str) -> RequestTrace:
+def read_trace(api: Api, request_id: HttpRequestId) -> RequestTrace:
     """Return all that is known of a request. Raises PdlaunchError."""
     return _read(api, f"/pdlaunch/requests/{quote(request_id, safe='')}", RequestTrace)
 
@@ -52,7 +53,7 @@ def read_requests(api: Api, choice: Choice, limit: int) -> list[RequestSummary]:
     return _read(api, f"/pdlaunch/requests?{choice}={limit}", RequestList).requests
 
 
-def find_ids(api: Api, choice: Choice, limit: int) -> list[str]:
+def find_ids(api: Api, choice: Choice, limit: int) -> list[HttpRequestId]:
     """Return the ids of requests, the one that fits best first. Raises PdlaunchError."""
     return [summary.id for summary in read_requests(api, choice, limit)]
 

@@ -135,7 +135,9 @@ def setup_logging(
 
 @contextlib.contextmanager
 def request_logging(request_id: str) -> Iterator[None]:
-    """Mark records made inside, also by awaited coroutines, with ``request_id``."""
+    """Mark records made inside, also by awaited coroutines, with ``request_id``: an HttpRequestId
+    in a router, a HopId in an engine's server. This room knows neither.
+    """
     token = _current_request.set(request_id)
     try:
         yield

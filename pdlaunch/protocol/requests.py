@@ -11,12 +11,13 @@ from typing import Literal
 import msgspec
 
 from pdlaunch.observe.spans import Attribute
+from pdlaunch.protocol.ids import HttpRequestId
 
 
 class RequestSummary(msgspec.Struct, kw_only=True):
     """Says in one line how a request went."""
 
-    id: str
+    id: HttpRequestId
     received_at: float
     """Unix time in seconds, on the router's clock."""
     status: int | None = None
