@@ -45,7 +45,6 @@ class OffloadMachine(SchedulerMachine):
             blocks_per_chunk=blocks_per_chunk,
             shares_tokens=True,
         )
-        self.aborted: set[str] = set()
 
     @precondition(lambda self: self.has_room())
     @rule(length=st.integers(8, 28), token_id=st.integers(0, 6), max_tokens=st.integers(1, 8))

@@ -47,6 +47,11 @@ SAMPLING = st.builds(
 class SchedulerMachine(RuleBasedStateMachine):
     """One engine that is prefill and decode engine at once."""
 
+    def __init__(self):
+        super().__init__()
+        self.aborted: set[str] = set()
+        self.withdrawn: set[str] = set()
+
     @initialize(
         groups=GROUPS,
         block_size=st.sampled_from([1, 2, 4]),
@@ -100,8 +105,6 @@ class SchedulerMachine(RuleBasedStateMachine):
             shares_tokens=shares_tokens,
             costs=None if prompt_s is None else lambda: costs,
         )
-        self.aborted: set[str] = set()
-        self.withdrawn: set[str] = set()
 
     def has_room(self) -> bool:
         """More at once find no other bugs, but make the way to the end long."""
