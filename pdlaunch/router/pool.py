@@ -135,7 +135,10 @@ class EnginePool:
             for server in registry.entries
             if server.kind == "server"
         }
-        self._index.keep(self._engines)
+        # Who falls asleep forgets all blocks; who is drained or stalls does not.
+        self._index.keep(
+            name for name, engine in self._engines.items() if engine.state != "sleeping"
+        )
         keys = {engine.key for engine in self._engines.values()}
         for engine in self._engines.values():
             engine.pulls = {key: engine.pulls[key] for key in engine.pulls if key in keys}

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import xxhash
 
-from pdlaunch.router.engine import Engine, EngineKey
+from pdlaunch.router.engine import Engine, Processes
 
 PIECE_BYTES = 128
 MESSAGE_END = b'"}'
@@ -76,15 +76,15 @@ class ServedPrefixes:
 
     def __init__(self, max_pieces: int = MAX_REMEMBERED_PIECES) -> None:
         self._max_pieces = max_pieces
-        self._engines: dict[str, tuple[EngineKey, OrderedDict[int, int]]] = {}
+        self._engines: dict[str, tuple[Processes, OrderedDict[int, int]]] = {}
         """Tokens up to the end of a piece, by engine and hash; the piece that was used
         last comes last.
         """
 
     def num_cached_tokens(self, engine: Engine, prefix: PrefixHashes) -> int:
         """Return how many tokens of the prefix this engine need not compute."""
-        key, pieces = self._engines.get(engine.name, (None, None))
-        if pieces is None or key != engine.key:
+        processes, pieces = self._engines.get(engine.name, (None, None))
+        if pieces is None or processes != engine.processes:
             return 0
         return next((pieces[piece.hash] for piece in reversed(prefix) if piece.hash in pieces), 0)
 
@@ -97,10 +97,10 @@ class ServedPrefixes:
         """
         if not prefix:
             return
-        key, pieces = self._engines.get(engine.name, (engine.key, OrderedDict[int, int]()))
-        if key != engine.key:
+        processes, pieces = self._engines.get(engine.name, ((), OrderedDict[int, int]()))
+        if processes != engine.processes:
             pieces = OrderedDict()
-        self._engines[engine.name] = (engine.key, pieces)
+        self._engines[engine.name] = (engine.processes, pieces)
         for piece in prefix:
             num_tokens = int(num_prompt_tokens * piece.share)
             pieces[piece.hash] = max(num_tokens, pieces.pop(piece.hash, 0))
@@ -110,5 +110,5 @@ class ServedPrefixes:
             pieces.popitem(last=False)
 
     def keep(self, names: Iterable[str]) -> None:
-        """Forget the engines that are not there any more."""
+        """Forget all other engines."""
         self._engines = {name: self._engines[name] for name in names if name in self._engines}

@@ -15,6 +15,7 @@ from pdlaunch.router.engine import Engine, EngineKey
 from pdlaunch.router.health import survey
 from pdlaunch.router.policy import NO_NEEDS, Need, least_work
 from pdlaunch.router.pool import EnginePool
+from pdlaunch.router.prefix_index import ServedPrefixes, hash_prefix
 
 
 class Clock:
@@ -84,6 +85,27 @@ def pick(
 def named(engine: Engine | None) -> str:
     assert engine is not None
     return engine.name
+
+
+def test_who_is_drained_knows_its_chats_and_who_slept_or_left_does_not(clock: Clock) -> None:
+    index = ServedPrefixes()
+    pool, prefix = EnginePool(clock, index=index), hash_prefix(b"x" * 600, "")
+
+    def known(*steps: Entry | None) -> int:
+        """Return what is known of an engine that has served a prompt, after these steps."""
+        update(pool)
+        update(pool, server("decode-0"))
+        index.served(pool.engines[0], prefix, 150, 50)
+        for step in steps:
+            update(pool, *([] if step is None else [step]))
+        update(pool, server("decode-0"))
+        return index.num_cached_tokens(pool.engines[0], prefix)
+
+    assert known() == 200
+    assert known(server("decode-0", withheld="draining")) == 200
+    assert known(server("decode-0", state="stalled")) == 200
+    assert known(server("decode-0", state="sleeping")) == 0
+    assert known(None) == 0
 
 
 def test_an_empty_pool_has_nobody(pool: EnginePool) -> None:
