@@ -198,9 +198,11 @@ class DecodeHop:
                 "decode", engine.name, progress.ask_spans(engine, progress.hop_id(attempt))
             ) as leg,
         ):
+            asked_at = self._state.pool.clock()
             answer = await self._state.client.ask(
                 engine, prompt.endpoint.path, body, progress.headers(attempt)
             )
+        took_s = self._state.pool.clock() - asked_at
         progress.sink.ignores(answer.ignored_fields)
         with malformed_is_failure(engine):
             chunk = whole_chunk(msgspec.json.decode(answer.body))
@@ -209,6 +211,10 @@ class DecodeHop:
             progress.lease.pulled()
             progress.lease.check_pulled(engine, chunk)
         await progress.tell(engine, chunk)
+        if pulls:
+            # Choices are computed side by side. Without a pull the prompt would count, too.
+            num_tokens = self._transcript.usage().completion_tokens // prompt.num_choices
+            engine.told_whole(num_tokens, took_s, self._state.pool.clock())
         self._state.pool.succeeded(engine)
 
     async def _continue_at(self, engine: Engine, attempt: int) -> None:

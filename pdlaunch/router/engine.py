@@ -17,7 +17,7 @@ from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.openai.responses import ModelCard
 from pdlaunch.router.breaker import Breaker
 from pdlaunch.router.handed_prompts import HandedPrompts
-from pdlaunch.router.pace import NUM_GAPS, Pace
+from pdlaunch.router.pace import NUM_GAPS, NUM_WHOLE, Pace
 
 EXPERIENCE_DOUBT = (0.05, 0.5)
 """Assumed error of an estimate before the first request: 50 ms, and half of it."""
@@ -186,6 +186,11 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
             costs = self.costs
             expected_s = 1.0 if costs is None else costs.steps.decode_s(*self.streams(now_at))
             self.pace.took("gap", waited_s / num_gaps, expected_s)
+
+    def told_whole(self, num_tokens: int, took_s: float, now_at: float) -> None:
+        """Note how long an answer took that came whole, behind a pull of its prompt."""
+        if num_tokens >= NUM_WHOLE:
+            self.told(num_tokens, took_s, now_at)
 
     @contextlib.contextmanager
     def computing(self, num_tokens: int, clock: Callable[[], float]) -> Iterator[None]:

@@ -39,6 +39,9 @@ OVERHEAD_TOKENS = 256
 """The same in prompt tokens, where no costs are told."""
 NUM_GAPS = 8
 """Tokens that a stream must have for its gaps to count."""
+NUM_WHOLE = 32
+"""Tokens of an answer that comes whole for it to count: beside so many gaps its pull counts little.
+"""
 
 
 class Smoothed(msgspec.Struct):

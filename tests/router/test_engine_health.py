@@ -13,6 +13,7 @@ from pdlaunch.protocol.costs import ROUTE_HEADER, WANTS_PAIR
 from pdlaunch.router.breaker import OPEN_S
 from pdlaunch.router.cost_policy import LeastCost
 from pdlaunch.router.engine import Engine
+from pdlaunch.router.engine_client import EngineAnswer, EngineClient
 from pdlaunch.router.pace import NUM_SAMPLES, SLOW_TRY_S
 from pdlaunch.router.prefill_hop import MAX_RETRY_AFTER_S
 from tests.http.loop_clock import pass_time
@@ -173,6 +174,33 @@ async def test_what_engines_take_is_measured_without_slow_clients(stand: Stand) 
     assert (pace.first_token.num_samples, pace.gap.num_samples) == (1, 1)
     await stand.post(completion(stream=True, max_tokens=3))
     assert (pace.first_token.num_samples, pace.gap.num_samples) == (2, 1)
+
+
+async def test_a_slow_engine_of_vllm_is_found_by_answers_that_come_whole(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of 40 tokens; the ones of 3 tell more of their pulls."""
+    leases: dict[str, list[int]] = {}
+    prefill = FakeVllmEngine("prefill-0", "prefill", leases)
+    engines = [FakeVllmEngine(f"decode-{index}", "decode", leases) for index in range(2)]
+    for engine in engines:
+        engine.script = engine.script * 10
+    stand.pairs = [proof(prefill, engine) for engine in engines]
+    await stand.start([prefill, *engines])
+    clock, ask = Clock(stand), EngineClient.ask
+
+    async def timed_ask(client: EngineClient, engine: Engine, *given: object) -> EngineAnswer:
+        clock.now_s += 4.0 if engine.name == "decode-1" else 0.4
+        return await ask(client, engine, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(EngineClient, "ask", timed_ask)
+    for max_tokens in (3, 40):
+        for _ in range(2 * NUM_SAMPLES):
+            forget_times(stand)
+            assert (await stand.post(completion(prompt="x|", max_tokens=max_tokens))).status == 200
+        paces = [named(stand, engine.name).pace.gap for engine in engines]
+        assert [pace.num_samples for pace in paces] == [0 if max_tokens == 3 else NUM_SAMPLES] * 2
+    assert (await status_of(stand, "decode-1"))["times_slower"] == 10.0
 
 
 async def test_pulls_that_fail_leave_out_the_pair_and_no_engine(stand: Stand) -> None:
