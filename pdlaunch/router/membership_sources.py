@@ -21,6 +21,7 @@ from pdlaunch.config.external import (
     read_engine_url,
 )
 from pdlaunch.config.roles import EngineName
+from pdlaunch.config.yaml_file import MAX_FILE_BYTES
 from pdlaunch.errors import ConfigError, RequestError
 from pdlaunch.router.membership_watch import WatchedMembership
 from pdlaunch.router.watched_engine import Member
@@ -29,7 +30,6 @@ _logger = logging.getLogger(__name__)
 
 FILE_POLL_S = 2.0
 DNS_POLL_S = 5.0
-MAX_FILE_BYTES = 256 * 1024
 
 _engines: TypeAdapter[tuple[RunningEngine, ...]] = TypeAdapter(RunningEngines)
 Resolve = Callable[[str, int], Awaitable[set[str]]]

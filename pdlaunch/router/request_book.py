@@ -109,7 +109,7 @@ class RequestBook:
             latest = [record for record in latest if record.has_failed]
         return latest[:limit]
 
-    def find(self, request_id: str) -> RequestRecord | None:
+    def find(self, request_id: HttpRequestId) -> RequestRecord | None:
         """Return the latest request of this id."""
         return next(
             (record for record in self.chosen("last", len(self)) if record.id == request_id), None
@@ -143,7 +143,7 @@ class RequestBook:
         return json_response(RequestList(requests=[record.summary() for record in records]))
 
     async def _trace(self, http: web.Request) -> web.Response:
-        record = self.find(http.match_info["id"])
+        record = self.find(HttpRequestId(http.match_info["id"]))
         if record is None:
             raise RequestError(
                 f"no request of this id is remembered; the last {self._done.maxlen} are",

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 ROUTER = "router"
 MAX_MODEL_LENGTH = 200
+NO_ID = HttpRequestId("")
+"""Stands for the id of a request whose record nobody keeps."""
 
 
 class RequestRecord:
@@ -39,13 +41,13 @@ class RequestRecord:
 
     def __init__(
         self,
-        request_id: str = "",
+        request_id: HttpRequestId = NO_ID,
         path: str = "",
         *,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        self.id = HttpRequestId(request_id)
+        self.id = request_id
         self.path = path
         self.received_at = wall()
         self.model: str | None = None

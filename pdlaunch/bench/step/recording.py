@@ -26,7 +26,7 @@ from pdlaunch.observe.logs import setup_logging
 from pdlaunch.observe.metrics import RequestClock
 from pdlaunch.observe.spans import Span, SpanLog, SpanReport
 from pdlaunch.protocol.engine import Outputs, RequestFinished, from_rank
-from pdlaunch.protocol.ids import PullId, RequestId
+from pdlaunch.protocol.ids import HttpRequestId, PullId, RequestId
 from pdlaunch.protocol.openai.responses import Usage
 from pdlaunch.protocol.transfer import PullFinished
 from pdlaunch.router.engine_stream import REPORT_BEGINNING, read_report
@@ -91,7 +91,7 @@ def router_record(
     """
     # Both answers are streams, as those of a pair of engines of ours.
     event = b"%s%s}" % (REPORT_BEGINNING, of_server)
-    record = RequestRecord("id", "/v1/completions")
+    record = RequestRecord(HttpRequestId("id"), "/v1/completions")
     if exporter is not None:
         exporter.begin(record, {})
     record.times(times)
