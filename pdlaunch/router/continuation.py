@@ -20,6 +20,7 @@ import msgspec
 from pdlaunch.errors import OverloadedError
 from pdlaunch.http.errors import RETRY_AFTER_S
 from pdlaunch.protocol.control import Capabilities
+from pdlaunch.protocol.openai.completions import DEFAULT_MAX_TOKENS
 from pdlaunch.router.client_request import PromptRequest
 from pdlaunch.router.engine_stream import Chunk
 from pdlaunch.router.transcript import Transcript
@@ -37,8 +38,6 @@ stands before it.
 """
 MAX_PARTS = 8
 """Tokens at the end that may be parts of one character."""
-DEFAULT_MAX_TOKENS = 16
-"""The limit of a completion that names none."""
 _HALF_CHARACTER = "\ufffd"
 
 _PASSED = (

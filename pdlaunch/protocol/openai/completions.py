@@ -11,7 +11,7 @@ from pdlaunch.protocol.openai.generation import MAX_LOGPROBS, GenerationRequest
 
 MAX_PROMPTS = 1024
 DEFAULT_MAX_TOKENS = 16
-
+"""The limit of a completion that names none."""
 
 Prompt = str | list[int]
 _TokenIds = list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]]
