@@ -119,8 +119,8 @@ class StepModel:
             self._prompts.observe(of_prompts, max(prompts_s, _LITTLE * seconds))
 
     def _observe_launches(self, computed_s: float, seconds: float) -> None:
-        """``computed_s``: what streams and tokens should take. Chunks fill the time of launches, so
-        that a step is as likely to take a little less as more.
+        """Learn the time of launches. ``computed_s``: what streams and tokens should take. Chunks
+        fill the time of launches, so that a step is as likely to take a little less as more.
         """
         late_s = seconds - self._launch_s
         if late_s < 0:

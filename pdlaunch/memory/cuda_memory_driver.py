@@ -95,8 +95,8 @@ class CudaMemoryDriver:
         self._call("cuMemcpyHtoDAsync", address, address_of(buffer), num_bytes, 0)
 
     def _choose_handle_kind(self) -> None:
-        """A page of memory tells whether fabric handles are permitted: that the device knows them
-        is not enough.
+        """Choose by a page of memory, which tells whether fabric handles are permitted: that the
+        device knows them is not enough.
         """
         if self._attribute("CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED"):
             self._use("fabric")
@@ -132,7 +132,9 @@ class CudaMemoryDriver:
         )
 
     def _attribute(self, name: str) -> bool:
-        """False also where the driver is too old to know it."""
+        """Return whether the device has this attribute; False also where the driver is too old to
+        know it.
+        """
         try:
             return bool(
                 self._call(

@@ -146,8 +146,8 @@ class _TagAllocator:
         _keep_forever((callbacks, self.allocator))
 
     def _malloc(self, num_bytes: int, device: int, stream: int) -> int | None:
-        """Returns NULL when there is no memory: torch then frees what it can, asks again, and
-        raises OutOfMemoryError.
+        """Return NULL when there is no memory: torch then frees what it can, asks again, and raises
+        OutOfMemoryError.
         """
         try:
             return self._table.allocate(num_bytes, self._tag)

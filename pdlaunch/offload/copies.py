@@ -41,14 +41,14 @@ class PageCopies:
         return len(self.block_ids) * self.page_bytes
 
     def host_addresses(self) -> IntArray:
-        """[num_pages]"""
+        """Return the address of each page in host memory: [num_pages]."""
         return self.host.addresses(self.chunk_ids) + self.chunk_offsets
 
 
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """Copies of maximal length: pages that are neighbours on both sides are one run. All arrays are
-    [num_runs].
+    """Holds copies of maximal length: pages that are neighbours on both sides are one run. All
+    arrays are [num_runs].
     """
 
     device_offsets: IntArray

@@ -309,7 +309,7 @@ def _require_allocator(engines: RoleEngines) -> None:
 
 
 def _require_devices(engines: RoleEngines, num_ranks: int) -> None:
-    """``num_ranks``: of one engine on this host."""
+    """Raise ConfigError without devices for engines. ``num_ranks``: of one engine on this host."""
     num_gpus = len(engines.gpus)
     if engines.gpus_problem:
         raise ConfigError(

@@ -185,7 +185,7 @@ class FaultyRead(Read):
         return self._end
 
     def parts(self) -> Sequence[ReadPart]:
-        """Nothing is final in a READ with a fault: its bytes may change up to its end."""
+        """Return no part of a READ with a fault: its bytes may change up to its end."""
         return () if self._fault is not None or self._inner is None else self._inner.parts()
 
     def seconds(self) -> float:

@@ -89,7 +89,7 @@ def _qwen_windows(config: Config) -> Windows:
 
 
 def _mistral_windows(config: Config) -> Windows:
-    """All layers have one window; the model does not look at layer_types."""
+    """Return one window for all layers, as the model does not look at layer_types."""
     windows: Windows = (config["sliding_window"],) * config["num_hidden_layers"]
     layer_types = config.get("layer_types")
     if (
