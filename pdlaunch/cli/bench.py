@@ -114,6 +114,7 @@ def step(
     """Time the engine's step beside the same model run by transformers alone, and beside the floor
     that memory sets.
     """
+    settings = _engine_settings(flags)
     arguments = {
         "model_dir": _model_dir(model),
         "batch_sizes": read_numbers(batch_sizes, "--batch-sizes"),
@@ -124,7 +125,7 @@ def step(
         "num_threads": num_threads,
         "block_size": block_size,
         "device": device,
-        **_engine_settings(flags),
+        **settings,
     }
     # Thread pools start with the wanted size.
     rows = _measure("step", arguments, {"OMP_NUM_THREADS": str(num_threads)})

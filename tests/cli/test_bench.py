@@ -38,6 +38,28 @@ SMALL = ("--output-tokens", "4", "--concurrency", "1,2", "--num-requests", "3")
 CHATS = ("--multi-turn", "--conversations", "2", "--turns", "2", "--output-tokens", "4")
 
 
+def test_engine_settings_of_a_step_are_judged_and_passed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[dict[str, object]] = []
+
+    def measure(_module: str, _kind: str, arguments: str, **_: object) -> bytes:
+        measured.append(json.loads(arguments))
+        return b"[]"
+
+    monkeypatch.setattr("pdlaunch.cli.bench.run_module", measure)
+    (tmp_path / "config.json").write_text("{}")
+    step = ("step", "--model", str(tmp_path), "--format", "json")
+    refused = run(*step, "--max-cudagraph-tokens", "5000")
+    assert (refused.exit_code, measured) == (2, [])
+    assert "--max-cudagraph-tokens: 5000 is wrong" in refused.stderr
+    taken = run(*step, "--max-cudagraph-tokens", "64", "--enforce-eager")
+    assert taken.exit_code == 0, taken.stderr
+    (arguments,) = measured
+    assert (arguments["max_cudagraph_tokens"], arguments["enforce_eager"]) == (64, True)
+    assert "load_format" not in arguments, "what was not given is the engine's default"
+
+
 def test_json_has_every_figure(server: FakeOpenAI) -> None:
     result = bench(server.url, "--input-tokens", "5,9", *SMALL, "--format", "json")
     assert result.exit_code == 0, result.stderr
