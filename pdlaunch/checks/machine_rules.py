@@ -1,4 +1,4 @@
-"""Rules PD400, PD410 to PD419, PD450 and PD451 judge the system, its devices and its limits."""
+"""Rules PD400, PD410 to PD417, PD419, PD450 and PD451 judge a system, its devices and limits."""
 
 from __future__ import annotations
 

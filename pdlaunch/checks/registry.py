@@ -31,6 +31,8 @@ from pdlaunch.checks import (
 )
 from pdlaunch.checks.rule import Rule
 
+# A rule takes a number of its family that none has: reports name rules by it, in CI and elsewhere.
+# ``docs/rules.md`` lists them in order; modules follow subjects, and share the tens of a family.
 FAMILIES = {
     "PD1": "Configuration",
     "PD2": "Memory",

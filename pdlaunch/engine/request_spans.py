@@ -106,6 +106,7 @@ class RequestSpans:
         else:
             log.add("first decode step", start_at, now_at, step=step_id)
             self.wants_steps, self._decodes_since_at = False, now_at
+            # The next step may be in flight already: it is part of the span of the rest.
             self._launched_at.clear()
 
     def first_news(self) -> SpanReport | None:
