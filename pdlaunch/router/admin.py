@@ -182,6 +182,7 @@ class Admin:
         with_vllm: Callable[[RouterState, Engine], Awaitable[dict[str, Any]]],
     ) -> Outcome:
         """Send the command on; ``with_vllm`` does it for an engine of vLLM."""
+        # Whatever else it is, it is asked as a native engine is.
         if engine.capabilities.kind == "vllm":
             try:
                 return Outcome(engine.name, 200, await with_vllm(self._state, engine))

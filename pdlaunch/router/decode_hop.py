@@ -102,6 +102,7 @@ class DecodeHop:
             await work
         except (EngineFailure, EngineRefusal) as failure:
             progress.first_token.computes_no_more()
+            # What breaks behind the end of the answer is nobody's loss.
             if self._transcript.is_done:
                 return
             pulls_from, self._pulls_from = self._pulls_from, None

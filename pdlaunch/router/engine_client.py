@@ -137,6 +137,8 @@ class EngineClient:
         except BaseException:
             answer.close()
             raise
+        # A connection with something left to read serves no other call, and closing it is how the
+        # engine learns that nobody reads.
         if stream.is_done:
             answer.leave()
         else:

@@ -50,7 +50,7 @@ class RoutingRequest(msgspec.Struct, frozen=True, kw_only=True):
     prefix: PrefixHashes = ()
     """Stands for the prompt or messages as the client wrote them."""
     priority: int = 0
-    """Lower numbers go first, as in vLLM; clients cannot set it yet."""
+    """Lower numbers go first, as in vLLM; clients cannot set it yet, and no policy looks at it."""
     wants_pair: bool = False
     """The client asks for a pair of engines, whatever that costs."""
     is_suspect: bool = False

@@ -170,7 +170,11 @@ class RouterProcess:
 
 
 def new_policy(spec: RouterSpec) -> Policy:
-    """Return the policy that keeps to the settings of a router."""
+    """Return the policy that keeps to the settings of a router.
+
+    It is one class for both words of ``routing.policy``: with ``pairs`` its costs choose nothing,
+    and only refuse what comes too late.
+    """
     return LeastCost(
         prefers_pairs=not spec.by_cost,
         max_ttft_s=None if spec.max_ttft_ms is None else spec.max_ttft_ms / 1000,

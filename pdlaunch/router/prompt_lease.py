@@ -68,6 +68,8 @@ class PromptLease:
             self._is_taken = True
             prompt = engine.handed.hand(self.handover.engine.name, self.handover.num_prompt_tokens)
             self._handed = None if prompt is None else (engine.handed, prompt)
+        # Of an engine that verifies the lease counts as taken only once decode has answered: until
+        # then another one may be handed the same blocks.
         return self.handover.decode_params(engine, first_token_sent=first_token_sent)
 
     def path(self, decode: Engine) -> str | None:

@@ -111,7 +111,11 @@ class PromptProgress:
 
     @property
     def must_resume(self) -> bool:
-        """Tell whether the next engine has to go on after tokens that the client has."""
+        """Tell whether the next engine has to go on after tokens that the client has.
+
+        Those that prefill has drawn need no resumption as long as decode has added none: they are
+        handed over with the blocks.
+        """
         return (
             self.decode_has_answered or self.lease.handover is None
         ) and self.transcript.has_tokens
