@@ -128,7 +128,7 @@ _LISTED: Mapping[ProcessState, ListedState] = {
 @dataclass(slots=True)
 class Unit:
     """Processes that start, die and are restarted together: the router, a server, or the ranks of
-    one engine, whose sums never end once one of them is gone.
+    one engine, which cannot add up any more once one of them is gone.
     """
 
     name: str
