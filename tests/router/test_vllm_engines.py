@@ -71,6 +71,22 @@ async def test_kv_goes_over_proven_pairs_alone(stand: Stand) -> None:
     assert stand.metric("pdlaunch_router_fallbacks_total") == 1
 
 
+@pytest.mark.parametrize("value", ["x", ["x"], {"do_remote_prefill": True}])
+async def test_clients_cannot_hide_transfer_params_in_xargs(stand: Stand, value: Any) -> None:
+    """vLLM would hand them to its connector, and a text there ends its engine core."""
+    prefill, decode = await start_pair(stand)
+    hidden = {"kv_transfer_params": value, "other": 1}
+    answer = await stand.post(completion(max_tokens=1, vllm_xargs=hidden))
+    assert answer.status == 400
+    assert answer.json()["error"]["param"] == "vllm_xargs.kv_transfer_params"
+    assert not asked(prefill)
+    assert not asked(decode)
+    answer = await stand.post(completion(max_tokens=1, vllm_xargs={"other": 1}))
+    assert answer.status == 200
+    (body,) = asked(prefill) + asked(decode)
+    assert body["vllm_xargs"] == {"other": 1}
+
+
 async def test_without_a_proven_pair_one_engine_does_all(stand: Stand) -> None:
     engines = vllm_pairs()
     await stand.start(engines)

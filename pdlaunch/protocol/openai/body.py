@@ -186,13 +186,18 @@ def parse_request(
 
 def refuse_internal_fields(body: dict[str, Any]) -> None:
     """Raise RequestError for a client's body with fields that only routers may send."""
-    for name in sorted(INTERNAL_FIELDS & body.keys()):
-        if body[name] is not None:
-            raise RequestError(
-                f"{name} is set by pdlaunch itself; leave it out",
-                param=name,
-                code="unsupported_parameter",
-            )
+    # vLLM takes what stands in vllm_xargs for its own fields and does not look at it: a text as
+    # kv_transfer_params ends its engine core, and the next engine's after it.
+    xargs = body.get("vllm_xargs")
+    places = {"": body, "vllm_xargs.": xargs if isinstance(xargs, dict) else {}}
+    for place, fields in places.items():
+        for name in sorted(INTERNAL_FIELDS & fields.keys()):
+            if fields[name] is not None:
+                raise RequestError(
+                    f"{place}{name} is set by pdlaunch itself; leave it out",
+                    param=place + name,
+                    code="unsupported_parameter",
+                )
 
 
 def refuse_unknown(names: Iterable[str], known: Iterable[str]) -> None:
