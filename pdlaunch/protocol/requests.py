@@ -73,6 +73,8 @@ class SpanView(msgspec.Struct, kw_only=True):
     start_ms: float
     end_ms: float
     attributes: dict[str, Attribute] = {}
+    parent: int = 0
+    """Index, among the spans of the request, of the call that it is a part of; 0: the request."""
 
 
 class RequestTrace(RequestSummary, kw_only=True):

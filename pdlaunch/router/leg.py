@@ -81,6 +81,11 @@ class Leg:
             self.hear(await ask())
 
     @property
+    def span(self) -> Span | None:
+        """Return its own span; None while it runs, or where there was no room for one."""
+        return self._span
+
+    @property
     def duration_s(self) -> float:
         return self._end_at - self._sent_at if self._ended else 0.0
 

@@ -119,25 +119,22 @@ class OtlpExporter:
     def _add_children(self, root: Any, trace: RequestTrace) -> None:
         from opentelemetry.trace import SpanKind, set_span_in_context
 
-        legs: dict[str, Any] = {}
+        made: dict[int, Any] = {}
         ended: list[tuple[Any, int]] = []
-        own_first = sorted(trace.spans[1:], key=lambda span: span.process != ROUTER)
-        for span in own_first:
-            parent = legs.get(span.process.partition("/")[0], root)
+        numbered = enumerate(trace.spans[1:], 1)
+        for index, span in sorted(numbered, key=lambda pair: pair[1].process != ROUTER):
+            parent = made.get(span.parent, root)
             start, end = _ns(trace.received_at, span.start_ms), _ns(trace.received_at, span.end_ms)
             if start == end:
                 parent.add_event(span.name, span.attributes, start)
                 continue
-            engine = _engine_of_leg(span)
-            child = self._tracer(span.process).start_span(
+            child = made[index] = self._tracer(span.process).start_span(
                 span.name,
                 context=set_span_in_context(parent),
-                kind=SpanKind.CLIENT if engine else SpanKind.INTERNAL,
+                kind=SpanKind.CLIENT if _is_call(span) else SpanKind.INTERNAL,
                 attributes=span.attributes,
                 start_time=start,
             )
-            if engine:
-                legs[engine] = child
             ended.append((child, end))
         # Only now: what is inside a leg adds events to it.
         for child, end in ended:
@@ -164,10 +161,9 @@ class OtlpExporter:
         return tracer
 
 
-def _engine_of_leg(span: SpanView) -> str:
-    """Return the engine that the router asked in this span; empty for other spans."""
-    hop, _, engine = span.name.partition(" at ")
-    return engine if span.process == ROUTER and hop in ("prefill", "decode") else ""
+def _is_call(span: SpanView) -> bool:
+    """Tell whether the router asked an engine in this span."""
+    return span.process == ROUTER and span.name.startswith(("prefill at ", "decode at "))
 
 
 def _root_attributes(trace: RequestTrace, operation: str | None) -> dict[str, Any]:

@@ -214,7 +214,11 @@ class RequestRecord:
         """Return all that is known of the request, its spans in the order of their beginnings."""
         start_at = self.log.start_at
         whole = Span("request", start_at, start_at + self.duration_s, {"path": self.path})
-        told = [*self.log.spans, *(span for leg in self._legs for span in leg.placed())]
+        # Several calls may have gone to one engine: a prompt each, or the same one again.
+        told: list[tuple[Span, Span | None]] = [(span, None) for span in self.log.spans]
+        told += [(span, leg.span) for leg in self._legs for span in leg.placed()]
+        told.sort(key=lambda pair: pair[0].start_at)
+        indices = {id(span): index for index, (span, _) in enumerate(told, 1)}
         spans = [
             SpanView(
                 name=span.name,
@@ -222,8 +226,9 @@ class RequestRecord:
                 start_ms=round((span.start_at - start_at) * 1000, 3),
                 end_ms=round((span.end_at - start_at) * 1000, 3),
                 attributes=span.attributes,
+                parent=indices.get(id(parent), 0),
             )
-            for span in (whole, *sorted(told, key=lambda span: span.start_at))
+            for span, parent in [(whole, None), *told]
         ]
         return RequestTrace(
             **msgspec.structs.asdict(self.summary()),
