@@ -129,7 +129,7 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
         body = self.body | {
             "stream": bool(lease_id),
             "max_tokens": 1,
-            "return_token_ids": True,
+            "return_token_ids": self.asks_token_ids,
             "kv_transfer_params": REMOTE_DECODE
             | ({"pdlaunch": {"lease_id": lease_id}} if lease_id else {}),
         }
@@ -171,9 +171,18 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
             return "embeddings are not handed over"
         return ""
 
+    @property
+    def asks_token_ids(self) -> bool:
+        """Tell whether engines are asked for the ids of tokens.
+
+        With them vLLM leaves out the text of a prompt that is to be echoed.
+        """
+        body = self.body
+        return self.endpoint.is_chat or not body.get("echo") or bool(body.get("return_token_ids"))
+
     def whole_body(self, extra: dict[str, Any]) -> bytes:
         """Return the body that asks for the whole answer at once."""
-        return msgspec.json.encode(self.body | {"return_token_ids": True} | extra)
+        return msgspec.json.encode(self.body | {"return_token_ids": self.asks_token_ids} | extra)
 
     @property
     def text(self) -> msgspec.Raw | None:
@@ -209,7 +218,7 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
         stream = {
             "stream": True,
             "stream_options": {"include_usage": True},
-            "return_token_ids": True,
+            "return_token_ids": self.asks_token_ids,
         }
         return msgspec.json.encode(self.body | stream | extra)
 

@@ -38,7 +38,8 @@ async def generate(
         try:
             await PrefillHop(progress).run()
             await DecodeHop(progress).run()
-            state.pool.answer_lengths.add(progress.transcript.num_tokens / prompt.num_choices)
+            num_tokens = progress.transcript.usage().completion_tokens
+            state.pool.answer_lengths.add(num_tokens / prompt.num_choices)
         finally:
             progress.end()
     return progress.transcript

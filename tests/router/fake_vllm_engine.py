@@ -84,6 +84,11 @@ class FakeVllmEngine(FakeEngine):
             },
         }
         chunks = self._chunks(body, prompt)
+        if body.get("echo") and not body.get("return_token_ids"):
+            # With ids the text of the prompt is left out.
+            chunks[0]["text"] = text_of(prompt) + chunks[0]["text"]
+            for chunk in chunks:
+                del chunk["token_ids"]
         if body.get("stream"):
             return await self._tell_stream(request, seen, chunks, usage, prompt)
         return self._whole(seen, chunks, usage, prompt)
@@ -175,7 +180,7 @@ class FakeVllmEngine(FakeEngine):
         choice: dict[str, Any] = {
             "index": 0,
             "text": "".join(chunk["text"] for chunk in chunks),
-            "token_ids": [chunk["token_ids"][0] for chunk in chunks],
+            "token_ids": [token_id for chunk in chunks for token_id in chunk.get("token_ids", ())],
             "finish_reason": chunks[-1]["finish_reason"],
             "stop_reason": chunks[-1]["stop_reason"],
         }

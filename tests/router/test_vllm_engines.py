@@ -172,6 +172,22 @@ async def test_what_engines_had_cached_is_told_of_a_request(
     assert f" prompt={len(PROMPT)} (cached {CACHED_AT_PREFILL}) " in line
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_prompt_that_is_to_be_echoed_stands_before_its_answer(
+    stand: Stand, stream: bool
+) -> None:
+    """vLLM leaves it out where it is asked for the ids of tokens."""
+    await start_pair(stand)
+    options: dict[str, Any] = {"stream_options": {"include_usage": True}} if stream else {}
+    answer = await stand.post(completion(echo=True, stream=stream, **options))
+    assert answer.texts() == {0: PROMPT + SCRIPT}
+    told = answer.events()[-1] if stream else answer.json()
+    assert told["usage"]["completion_tokens"] == NUM_BYTES
+    # Clients that ask for ids get what vLLM gives them.
+    answer = await stand.post(completion(echo=True, stream=stream, return_token_ids=True))
+    assert answer.texts() == {0: SCRIPT}
+
+
 FIELDS: dict[str, Any] = {
     "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
     "tool_choice": "required",
