@@ -17,6 +17,7 @@ from pdlaunch.checks.registry import all_rules
 from pdlaunch.checks.run import Report, run_checks
 from pdlaunch.cli.check_config import Format, print_report, refuse_input
 from pdlaunch.cli.doctor_links import Links, is_here
+from pdlaunch.config.external import UNIX, read_engine_url
 from pdlaunch.config.http_names import WILDCARDS, is_loopback
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import ROLES, EngineName, Role
@@ -366,10 +367,11 @@ def _key(variable: str | None, environ: Mapping[str, str]) -> str | None:
 
 
 def _require_url(name: str, url: str) -> None:
-    if not url.startswith(("http://", "https://", "unix:/")):
-        raise ConfigError(
-            "not a URL",
-            field=name,
-            value=url,
-            fix="write http://HOST:PORT, or unix:/PATH of a socket",
-        )
+    fix = "write http://HOST:PORT, https://HOST:PORT, or unix:/PATH of a socket"
+    if not url.startswith(("http://", "https://", UNIX)):
+        raise ConfigError("not a URL", field=name, value=url, fix=fix)
+    try:
+        # A path would not be asked, and a user's password would be sent as part of the host.
+        read_engine_url(url)
+    except ValueError as error:
+        raise ConfigError(str(error), field=name, fix=fix) from None

@@ -326,6 +326,9 @@ def test_unusable_input(monkeypatch: pytest.MonkeyPatch) -> None:
     for flags, words in (
         ([], "no engine is named"),
         (["--prefill=host:8000", "--decode=http://d"], "not a URL"),
+        (["--prefill=http://p", "--decode=http://d:8000/v1"], "'http://d:8000/v1' is no URL"),
+        (["--prefill=http://[p", "--decode=http://d"], "'http://[p' is no URL"),
+        (["http://user:of-mine@r:8000"], "URL: a URL holds no user or key here"),
         (
             ["--prefill=http://p", "--decode=http://d", "--engine-key-env=NO_SUCH_KEY"],
             "the variable is not set",
@@ -338,3 +341,4 @@ def test_unusable_input(monkeypatch: pytest.MonkeyPatch) -> None:
         result = run(*flags)
         assert result.exit_code == 2
         assert words in result.stderr
+        assert "of-mine" not in result.output
