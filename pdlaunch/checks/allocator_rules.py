@@ -34,6 +34,9 @@ def expandable_segments(context: Context) -> Iterator[Found]:
     """
     if not context.config.kv_transfer.opens_device_memory:
         return
+    elsewhere = "--enable-cumem-allocator or --enable-sleep-mode"
+    if context.uses("nixl"):
+        elsewhere = "--enable-cumem-allocator, --enable-sleep-mode or kv_transfer.nixl.path: p2p"
     for engine in context.peers("cuda"):
         conf = read_allocator_conf(engine.given_environ)
         if conf.variable and conf.expandable_segments and engine.cumem_allocator is False:
@@ -41,12 +44,7 @@ def expandable_segments(context: Context) -> Iterator[Found]:
                 context.where_variable(engine, conf.variable),
                 f"{conf.variable} switches expandable_segments on, which connector "
                 f"{context.config.kv_transfer.connector} cannot move fast",
-                (
-                    f"take expandable_segments out of {conf.variable}, or use "
-                    "--enable-cumem-allocator, --enable-sleep-mode or kv_transfer.nixl.path: p2p"
-                    if context.uses("nixl")
-                    else "--enable-cumem-allocator or --enable-sleep-mode"
-                ),
+                f"take expandable_segments out of {conf.variable}, or use {elsewhere}",
             )
 
 

@@ -151,7 +151,7 @@ def argument_unknown(context: Context) -> Iterator[Found]:
     for engines in vllm_engines(context):
         answer = (context.probes.engine_flags or {}).get(engines.role)
         if answer is None or answer.problem:
-            continue  # PD608 speaks of commands that do not answer.
+            continue  # PD611 speaks of commands that do not answer.
         for argument in arguments(context, engines):
             name = f"--{vllm_flag_name(argument.key).partition('.')[0]}"
             # argparse completes what fits one flag alone.

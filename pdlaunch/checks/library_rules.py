@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 
 from pdlaunch.checks.context import Context
+from pdlaunch.checks.memory_rules import cumem_setting
 from pdlaunch.checks.rule import Found, rule
 from pdlaunch.platform.allocator_conf import HIP_VARIABLE
 from pdlaunch.platform.facts import Libraries
@@ -302,7 +303,7 @@ def extra_missing(context: Context) -> Iterator[Found]:
     # Of other hosts it is not known here.
     if not context.launch.spans_hosts:
         cumem = [engines for engines in context.on("cuda") if engines.allocator == "cumem"]
-        wanted += [("cuda", engines.where("enable_cumem_allocator")) for engines in cumem]
+        wanted += [("cuda", engines.where(cumem_setting(engines))) for engines in cumem]
     for extra, where in wanted:
         if extra in missing:
             message = f"it needs the extra {extra}: there is no module {missing[extra]}"

@@ -178,6 +178,17 @@ def gpu_shares_exceeded(context: Context) -> Iterator[Found]:
             message = f"GPU {index}: {parts} = {format_size(total)} of {format_size(memory)}"
             if total <= memory:
                 message += f", of which {_held(gpu)}"
+            sized = [engine for engine in ranks if _is_sized(engine)]
+            if sized:
+                # The share of such an engine does nothing.
+                names = [
+                    f"{'kv_cache_memory' if engine in sized else 'gpu_memory_utilization'} of "
+                    f"{engine.role}"
+                    for engine in ranks
+                ]
+                fix = f"lower {' and '.join(names)}, or use fewer engines"
+                yield Found(sized[0].where("kv_cache_memory"), message, fix)
+                continue
             # What CUDA contexts take is in no engine's share: 5 % are left for them.
             share = min(0.9, 0.95 * free / memory / sum(ranks.values()))
             yield Found(
@@ -204,10 +215,14 @@ def _ranks_by_gpu(context: Context) -> dict[int, dict[RoleEngines, int]]:
 
 
 def _wanted_bytes(engine: RoleEngines, memory: int) -> int:
-    needed = engine.footprint
-    if engine.settings.kv_cache_memory is None or needed is None:
-        return int(memory * engine.settings.gpu_memory_utilization)
-    return needed.total_bytes
+    if (needed := engine.footprint) is not None and _is_sized(engine):
+        return needed.total_bytes
+    return int(memory * engine.settings.gpu_memory_utilization)
+
+
+def _is_sized(engine: RoleEngines) -> bool:
+    """Tell whether an engine wants what its parts come to, and no share of the GPU."""
+    return engine.settings.kv_cache_memory is not None and engine.footprint is not None
 
 
 @rule(
@@ -291,4 +306,15 @@ def cumem_without_fabric(context: Context) -> Iterator[Found]:
                 f"connector {context.config.kv_transfer.connector} moves CuMem memory at 0.6 GB/s "
                 "on hosts without fabric handles"
             )
-            yield Found(engine.where("enable_cumem_allocator"), message)
+            name = cumem_setting(engine)
+            # Other connectors do not look at the path.
+            path = "let kv_transfer.nixl.path be auto or p2p"
+            other = path if context.uses("nixl") else "use connector nixl"
+            fix = f"{other}, switch {name} off, or give the host an IMEX channel"
+            yield Found(engine.where(name), message, fix)
+
+
+def cumem_setting(engine: RoleEngines) -> str:
+    """Return the setting by which an engine has CuMem pools: sleep mode brings them, too."""
+    asked = engine.settings.enable_cumem_allocator
+    return "enable_cumem_allocator" if asked else "enable_sleep_mode"

@@ -43,7 +43,7 @@ def models_differ(context: Context) -> Iterator[Found]:
             "num_parameters",
         )
         if differing := _differing(prefill, decode, names):
-            yield Found("decode.model", f"prefill and decode differ in {differing}")
+            yield Found(_place(context), f"prefill and decode differ in {differing}")
 
 
 @rule(
@@ -69,9 +69,8 @@ def model_paths_differ(context: Context) -> Iterator[Found]:
         and decode.model.path
         and not _same_folder(prefill.model.path, decode.model.path)
     ):
-        yield Found(
-            "decode.model", f"prefill serves {prefill.model.path}, decode {decode.model.path}"
-        )
+        message = f"prefill serves {prefill.model.path}, decode {decode.model.path}"
+        yield Found(_place(context), message)
 
 
 @rule(
@@ -132,7 +131,7 @@ def groups_differ(context: Context) -> Iterator[Found]:
                 f"layer windows of prefill are {', '.join(windows[0])}, of decode "
                 f"{', '.join(windows[1])}"
             )
-            yield Found("decode.model", f"{message}, or are given to other layers")
+            yield Found(_place(context), f"{message}, or are given to other layers")
 
 
 @rule(
@@ -150,7 +149,7 @@ def kv_heads_differ(context: Context) -> Iterator[Found]:
     """
     for prefill, decode in _shapes(context):
         if differing := _differing(prefill, decode, ("num_kv_heads", "head_dim")):
-            yield Found("decode.model", f"prefill and decode differ in {differing}")
+            yield Found(_place(context), f"prefill and decode differ in {differing}")
 
 
 @rule(
@@ -177,7 +176,7 @@ def generation_defaults_differ(context: Context) -> Iterator[Found]:
             names += [name for name in _SAMPLING_DEFAULTS if ours.get(name) != theirs.get(name)]
         if names:
             message = f"generation_config.json of prefill and decode differ in {', '.join(names)}"
-            yield Found("decode.model", message)
+            yield Found(_place(context), message)
 
 
 def _sampling_defaults(engine: RoleEngines) -> dict[str, Any]:
@@ -192,6 +191,13 @@ def _shapes(context: Context) -> Iterator[tuple[ModelShape, ModelShape]]:
     pair = context.pair()
     if pair is not None and pair[0].shape is not None and pair[1].shape is not None:
         yield pair[0].shape, pair[1].shape
+
+
+def _place(context: Context) -> str:
+    """Return the setting by which the models of the pair differ."""
+    pair = context.pair()
+    assert pair is not None, "there is no difference without it"
+    return differing_place(*pair, "model")
 
 
 def _differing(prefill: ModelShape, decode: ModelShape, names: tuple[str, ...]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pdlaunch.checks.context import Context
+from pdlaunch.checks.memory_rules import cumem_setting
 from pdlaunch.checks.rule import Found, rule
 from pdlaunch.resolve.role_engines import RoleEngines
 
@@ -199,10 +200,10 @@ def allocators_differ(context: Context) -> Iterator[Found]:
         return
     wanted = [bool(engine.cumem_allocator) for engine in pair]
     if wanted[0] != wanted[1]:
-        with_cumem = pair[0].role if wanted[0] else pair[1].role
+        with_cumem = pair[0] if wanted[0] else pair[1]
         yield Found(
-            differing_place(*pair, "enable_cumem_allocator"),
-            f"only {with_cumem} uses the CuMem allocator",
+            differing_place(*pair, cumem_setting(with_cumem)),
+            f"only {with_cumem.role} uses the CuMem allocator",
         )
 
 
