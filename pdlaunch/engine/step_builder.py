@@ -9,6 +9,9 @@ from pdlaunch.engine.step import NewBlocks, NewRow, RowTokens, ScheduledRow, Ste
 from pdlaunch.offload.jobs import OffloadJob
 from pdlaunch.protocol.transfer import TransferCommand
 
+_ROUNDED_OFF = 1e-6
+"""Of a token: shares that add up leave whole tokens."""
+
 
 class StepDraft:
     """Collects what the next step computes."""
@@ -17,9 +20,10 @@ class StepDraft:
         "budget",
         "has_streams",
         "most_of_prompts",
-        "num_of_prompts",
         "preempted",
         "scheduled",
+        "share_of_prompts",
+        "shares",
     )
 
     def __init__(self, budget: int, *, has_streams: bool = True) -> None:
@@ -28,11 +32,14 @@ class StepDraft:
         self.budget = budget
         """Tokens that may still be added."""
         self.most_of_prompts: Callable[[int], int] | None = None
-        """Returns how many tokens of prompts the step may have where some of them stand behind so
-        many others of their prompt; None: as many as fit.
+        """Returns how many tokens of prompts the step may have where they all stand behind so many
+        others of their prompt; None: as many as fit.
         """
-        self.num_of_prompts = 0
-        """Tokens of prompts that were added."""
+        self.shares: dict[Request, float] = {}
+        """What each prompt that was added takes, as a share of the most that there may be of its
+        kind: a token behind many others takes more than one that begins its prompt.
+        """
+        self.share_of_prompts = 0.0
         self.scheduled: dict[Request, int] = {}
         self.preempted = False
 
@@ -40,7 +47,8 @@ class StepDraft:
         """Return how many of the next tokens of a request may be added, behind so many others."""
         bound = self.budget
         if num_wanted > 1 and self.most_of_prompts is not None:
-            bound = min(bound, self.most_of_prompts(num_before) - self.num_of_prompts)
+            left = self.most_of_prompts(num_before) * (1.0 - self.share_of_prompts)
+            bound = min(bound, int(left + _ROUNDED_OFF))
         return max(0, min(num_wanted, bound))
 
     def take_no_more_prompts(self) -> None:
@@ -52,12 +60,14 @@ class StepDraft:
     def add(self, request: Request, num_tokens: int) -> None:
         self.scheduled[request] = num_tokens
         self.budget -= num_tokens
-        self.num_of_prompts += num_tokens if num_tokens > 1 else 0
+        if num_tokens > 1 and self.most_of_prompts is not None:
+            share = num_tokens / max(1, self.most_of_prompts(request.num_scheduled))
+            self.shares[request] = share
+            self.share_of_prompts += share
 
     def remove(self, request: Request) -> None:
-        num_tokens = self.scheduled.pop(request, 0)
-        self.budget += num_tokens
-        self.num_of_prompts -= num_tokens if num_tokens > 1 else 0
+        self.budget += self.scheduled.pop(request, 0)
+        self.share_of_prompts -= self.shares.pop(request, 0.0)
 
 
 class StepBuilder:
