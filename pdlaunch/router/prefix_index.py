@@ -26,10 +26,14 @@ MESSAGE_END = b'"}'
 """A message ends like this in most clients' JSON. Without these ends a chat with a short question
 would be known by what it shares with others, as the system's prompt, or not at all.
 """
+LEAST_MESSAGE_BYTES = 24
+"""An end that comes sooner is that of an object in a message: such pieces would be many, of two
+bytes each at worst, and leave most of a text unseen.
+"""
 MAX_PIECES = 2048
 """Pieces of one prompt that are looked at: what lies behind them makes little difference."""
 MAX_REMEMBERED_PIECES = 32_768
-"""Pieces for each engine, about 100 bytes each; the ones not used for longest are forgotten."""
+"""Pieces for each engine, about 200 bytes each; the ones not used for longest are forgotten."""
 
 
 class Piece(NamedTuple):
@@ -64,7 +68,7 @@ def _cuts(text: bytes) -> Iterator[int]:
     """Yield where pieces end: texts that begin alike are cut alike."""
     end = 0
     while True:
-        found = text.find(MESSAGE_END, end, end + PIECE_BYTES)
+        found = text.find(MESSAGE_END, end + LEAST_MESSAGE_BYTES, end + PIECE_BYTES)
         end = end + PIECE_BYTES if found < 0 else found + len(MESSAGE_END)
         if end > len(text):
             return

@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdlaunch.router.prefix_index import (
+    LEAST_MESSAGE_BYTES,
     MAX_PIECES,
+    MESSAGE_END,
     PIECE_BYTES,
     Piece,
     ServedPrefixes,
@@ -57,6 +59,15 @@ def test_chats_that_begin_alike_are_told_from_each_other(
     next_turn = hash_prefix(text("How long?", "long " * 500, "Why?"), "")
     assert index.num_cached_tokens(other, next_turn) == shared + 520
     assert index.num_cached_tokens(one, next_turn) <= shared + 20
+
+
+@pytest.mark.parametrize("text", [MESSAGE_END * 200_000, rb"{\"a\":\"b\"}," * 50_000])
+def test_ends_of_objects_in_a_message_are_no_pieces_of_their_own(text: bytes) -> None:
+    """Else nearly nothing of the text would be looked at, and such a prompt taken for another."""
+    prefix = hash_prefix(text, "")
+    assert len(prefix) == MAX_PIECES
+    assert prefix[-1].share * len(text) >= MAX_PIECES * LEAST_MESSAGE_BYTES
+    assert hash_prefix(text[:20_000] + b"?" * 90_000, "")[-1].hash != prefix[-1].hash
 
 
 def test_an_engine_that_was_restarted_knows_nothing() -> None:
