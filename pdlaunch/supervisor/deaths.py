@@ -143,6 +143,14 @@ class Deaths:
         self._given_up.forgive(engine)
         self._pairs.try_again(engine)
 
+    def start(self, unit: Unit) -> None:
+        """Start a unit that has ended where there is room for it, or once there is."""
+        if self._find_room(unit, self._units):
+            self._start(unit)
+        else:
+            unit.respawn_at = self._clock() + _LOOK_FOR_ROOM_S
+            self._note(f"{unit.name} waits until its host is back, or another one has room")
+
     def tick(self) -> None:
         for engine in self._given_up.due(self._clock()):
             self._try_again(engine)

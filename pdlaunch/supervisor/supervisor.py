@@ -130,7 +130,7 @@ class Supervisor:
             timing.grace,
             clock,
             self._processes.units,
-            start=self._processes.spawn,
+            start=self._deaths.start,
             forgive=self._deaths.forgive,
         )
         self._changes = EngineChanges(
@@ -311,7 +311,9 @@ class Supervisor:
             case SetDrained():
                 self._announcements.answer(name, self._drains.ask(message, self.phase))
             case EngineIdle(engine=engine):
-                self._restarts.idle(engine)
+                # An engine that ends with the launch is idle, too, and not started again.
+                if self._shutdown is None:
+                    self._restarts.idle(engine)
             case ChangeEngines():
                 self._changes.ask(message, name, self.phase)
 

@@ -80,6 +80,17 @@ def test_a_prefill_engine_waits_for_those_who_read_from_it(world: World) -> None
     assert world.stopped() == {"prefill-0", "prefill-0/rank-0", "prefill-0/rank-1"}
 
 
+def test_no_engine_is_started_while_the_launch_ends(world: World) -> None:
+    """The engine that a restart waited for is gone, so nobody reads from it any more."""
+    ask(world, "prefill-0")
+    world.drained("prefill-0")
+    world.interrupt()
+    for process in ("prefill-0", "prefill-0/rank-0", "prefill-0/rank-1"):
+        world.exit(process, 1)
+    world.say("router", EngineIdle(engine="prefill-0"))
+    assert not spawned_again(world)
+
+
 def test_what_still_runs_after_the_drain_is_not_waited_for(world: World) -> None:
     ask(world, "decode-0")
     assert world.supervisor.next_tick_at() <= world.clock.now + 30
