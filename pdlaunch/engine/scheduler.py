@@ -141,8 +141,14 @@ class Scheduler:
             step = StepDraft(self._max_num_batched_tokens)
             self._fill(step)
         if self._costs is not None and not step.has_streams:
-            num_tokens = sum(step.scheduled.values())
-            self.pauses.ran_prompts(self._costs().steps.prompts_s(num_tokens))
+            costs = self._costs().steps
+            self.pauses.ran_prompts(
+                costs.step_s
+                + sum(
+                    costs.tokens_s(num_tokens, request.num_scheduled)
+                    for request, num_tokens in step.scheduled.items()
+                )
+            )
         self._stalls = bool(self._queues.running) and not step.scheduled
         self.requests.offer_partial(step.scheduled)
         plan = self._builder.build(step.scheduled, self._take_commands(), self._host.take_jobs())

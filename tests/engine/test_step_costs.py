@@ -394,6 +394,26 @@ def test_where_prompts_are_slow_no_stream_waits_for_a_full_step() -> None:
     assert shapes_of_a_burst(costs)[:7] == [(0, 10), (1, 0)] * 3 + [(1, 4)]
 
 
+def test_what_a_prompt_attends_to_makes_pauses_no_longer() -> None:
+    steps = StepCosts(0.004, 1e-4, 0.0, prompt_s=2e-4, attended_s=1e-6)
+    costs = limits(steps=steps, max_slowdown=2.0, max_num_batched_tokens=64)
+    engine = FakeEngine(
+        costs=lambda: costs, max_num_batched_tokens=64, num_blocks=1000, max_model_len=2000
+    )
+    engine.add("chat", [1, 2, 3], max_tokens=400)
+    engine.step()
+    engine.add("long", [5] * 1500, max_tokens=1)
+    pauses_s, longest_s = [0.0], 0.0
+    while "long" not in engine.finished:
+        work = work_of(engine.step())
+        if work.num_streams:
+            pauses_s.append(0.0)
+        else:
+            pauses_s[-1] += steps.seconds(work)
+            longest_s = max(longest_s, steps.seconds(work))
+    assert StreamPauses.MAX_S < max(pauses_s) < StreamPauses.MAX_S + longest_s
+
+
 def burst_costs(tokens_in_a_pause: int) -> EngineCosts:
     return EngineCosts(
         StepCosts(0.02, 0.0, 0.0, StreamPauses.MAX_S / tokens_in_a_pause, 0.0),
