@@ -26,8 +26,8 @@ from pdlaunch.observe.light_metrics import LightCounter, LightHistogram
 METRICS_CONTENT_TYPE = CONTENT_TYPE_LATEST
 FINISH_REASONS = ("stop", "length", "abort", "error")
 """They are shown from the start, others once they occur."""
-ERROR_STATUSES = (400, 401, 404, 429, 499, 500, 503)
-"""The same; 499: the client went away."""
+ERROR_STATUSES = (400, 401, 404, 408, 413, 429, 499, 500, 502, 503)
+"""The same; 499: the client went away; 502: engines failed it."""
 
 
 class _WithoutCreated(Collector):

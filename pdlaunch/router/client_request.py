@@ -42,6 +42,7 @@ REMOTE_DECODE: dict[str, Any] = {
 """vLLM's routers send this to a prefill engine."""
 
 _Positive = Annotated[int, msgspec.Meta(ge=1)]
+_NotNegative = Annotated[int, msgspec.Meta(ge=0)]
 
 _PROMPTS = re.compile(rb'\s*\[\s*["\[]')
 """Several prompts begin like this."""
@@ -92,9 +93,9 @@ class ClientFields(msgspec.Struct, frozen=True, kw_only=True):
     stream: bool | None = None
     stream_options: StreamFields | None = None
     n: Annotated[int, msgspec.Meta(ge=1, le=MAX_CHOICES)] | None = None
-    max_tokens: _Positive | None = None
+    max_tokens: _NotNegative | None = None
     max_completion_tokens: _Positive | None = None
-    min_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    min_tokens: _NotNegative | None = None
     seed: int | None = None
     return_token_ids: bool | None = None
 
@@ -285,7 +286,8 @@ def read_client_request(
         refuse_unknown(ignored_fields, StreamOptions.model_fields)
     if fields.model not in (None, served_model_name) and not has_own_fields:
         raise model_not_found(str(fields.model), served_model_name)
-    max_tokens = _check_limits(fields)
+    # vLLM scores a prompt that it echoes with no token of its own.
+    max_tokens = _check_limits(fields, may_be_none=has_own_fields and bool(body.get("echo")))
     bodies = (
         [body]
         if endpoint.is_chat
@@ -349,11 +351,13 @@ def _unknown_stream_options(body: dict[str, Any]) -> tuple[str, ...]:
     return names.all()
 
 
-def _check_limits(fields: ClientFields) -> int | None:
+def _check_limits(fields: ClientFields, *, may_be_none: bool) -> int | None:
     """Return the client's limit of output tokens, which prefill does not get to see.
 
-    Raises RequestError.
+    Where ``may_be_none`` lets it be 0, it counts as 1: one engine does all. Raises RequestError.
     """
+    if fields.max_tokens == 0 and not may_be_none:
+        raise RequestError("max_tokens must be 1 or more", param="max_tokens", code="invalid_value")
     if fields.stream_options is not None and not fields.stream:
         raise RequestError(
             "stream_options needs stream: true", param="stream_options", code="invalid_value"
@@ -364,7 +368,7 @@ def _check_limits(fields: ClientFields) -> int | None:
     if limit is not None and (fields.min_tokens or 0) > limit:
         message = f"min_tokens {fields.min_tokens} is more than max_tokens {limit}"
         raise RequestError(message, param="min_tokens", code="invalid_value")
-    return limit
+    return None if limit is None else max(1, limit)
 
 
 def _split_prompts(prompt: msgspec.Raw | None) -> list[msgspec.Raw | None]:

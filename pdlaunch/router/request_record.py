@@ -256,8 +256,8 @@ class RequestRecord:
         if times is None or first_at is None:
             return None
         num_steps = self._count_tokens() - times.num_choices
-        if num_steps <= 0:
-            return None
+        if num_steps <= 0 or times.last_token_at <= first_at:
+            return None  # Answers of vLLM that are no streams come whole.
         return _ms((times.last_token_at - first_at) * times.num_choices / num_steps)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -33,6 +34,14 @@ def test_requests_are_counted_by_reason_and_status():
     assert found["pdlaunch_request_success_total/stop"] == 2
     assert found["pdlaunch_request_errors_total/429"] == 1
     assert found["pdlaunch_time_to_first_token_seconds_count/"] == 1
+
+
+@pytest.mark.parametrize("status", [400, 408, 413, 499, 502, 503])
+def test_errors_are_there_before_the_first_one(status: int) -> None:
+    """``increase`` of a series that begins with 1 is 0."""
+    registry = CollectorRegistry()
+    RequestMetrics(registry, {"model_name": "m"})
+    assert samples(registry)[f"pdlaunch_request_errors_total/{status}"] == 0
 
 
 def test_two_processes_of_a_test_do_not_share_a_registry():

@@ -89,6 +89,8 @@ class FakeVllmEngine(FakeEngine):
             chunks[0]["text"] = text_of(prompt) + chunks[0]["text"]
             for chunk in chunks:
                 del chunk["token_ids"]
+            if body.get("max_tokens") == 0:
+                chunks = [chunks[0] | {"text": text_of(prompt), "finish_reason": "length"}]
         if body.get("stream"):
             return await self._tell_stream(request, seen, chunks, usage, prompt)
         return self._whole(seen, chunks, usage, prompt)

@@ -170,6 +170,8 @@ async def test_what_engines_had_cached_is_told_of_a_request(
     assert legs == {"prefill at prefill-0": CACHED_AT_PREFILL, "decode at decode-0": len(PROMPT)}
     (line,) = lines(caplog)
     assert f" prompt={len(PROMPT)} (cached {CACHED_AT_PREFILL}) " in line
+    # An answer that came whole says nothing of the time between its tokens.
+    assert (told.ms_per_token is not None) == ("ms/token" in line) == stream
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -186,6 +188,19 @@ async def test_a_prompt_that_is_to_be_echoed_stands_before_its_answer(
     # Clients that ask for ids get what vLLM gives them.
     answer = await stand.post(completion(echo=True, stream=stream, return_token_ids=True))
     assert answer.texts() == {0: SCRIPT}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_prompt_can_be_scored_without_an_answer(stand: Stand, stream: bool) -> None:
+    prefill, decode = await start_pair(stand)
+    fields = {"echo": True, "max_tokens": 0, "logprobs": 1, "stream": stream}
+    answer = await stand.post(completion(**fields))
+    assert answer.texts() == {0: PROMPT}
+    (body,) = asked(prefill) + asked(decode)
+    assert body.items() >= fields.items()
+    assert "kv_transfer_params" not in body
+    refused = await stand.post(completion(max_tokens=0))
+    assert (refused.status, refused.json()["error"]["param"]) == (400, "max_tokens")
 
 
 FIELDS: dict[str, Any] = {
