@@ -21,6 +21,8 @@ from pdlaunch.config.roles import EngineName, Role
 UNIX = "unix:"
 DNS = "dns+"
 """Begins a URL that stands for one engine at each address of its name."""
+_MOST_IN_LABEL = 63
+"""Characters between two dots of a name (RFC 1035)."""
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _ALLOWED = re.compile(
     r"(?P<scheme>https?)://"
@@ -73,6 +75,8 @@ def read_engine_url(url: str) -> EngineAddress:
         or not host
         or url.removeprefix(DNS).rstrip("/") != plain
         or not re.fullmatch(r"[A-Za-z0-9_.:-]+", host)
+        # DNS has no others, and Python raises another error for them than for a name unknown.
+        or not all(1 <= len(label) <= _MOST_IN_LABEL for label in host.split("."))
     ):
         raise ValueError(
             f"{url[:100]!r} is no URL of an engine; write http://HOST:PORT, https://HOST:PORT, "

@@ -17,8 +17,15 @@ from pdlaunch.resolve.plan import ProcessSpec
 ROOMS = frozenset(("pdlaunch.engine", "pdlaunch.server", "pdlaunch.sidecar"))
 _KINDS = frozenset(("rank", "server"))
 _HARMLESS = frozenset(("PYTHONUNBUFFERED", "PYTHONHASHSEED", "PYTHONFAULTHANDLER"))
-_CHOOSE_CODE = ("LD_", "PYTHON", "GCONV_PATH", "BASH_ENV", "ENV", "PATH", "NODE_OPTIONS")
-"""Variables by which other programs or libraries than the agent's own would run."""
+_CHOOSE_CODE = (
+    *("LD_", "PYTHON", "GCONV_PATH", "BASH_ENV", "ENV", "PATH", "NODE_OPTIONS"),
+    # Libraries that CUDA, NIXL, UCX, NCCL, OpenMP and OpenSSL load by such a name.
+    *("CUDA_INJECTION", "NIXL_PLUGIN_DIR", "UCX_MODULE_DIR", "OMP_TOOL_LIBRARIES", "OPENSSL_"),
+    *("NCCL_NET_PLUGIN", "NCCL_TUNER_PLUGIN", "NCCL_PROFILER_PLUGIN"),
+)
+"""Variables by which other programs or libraries than the agent's own would run, and beginnings of
+such names.
+"""
 
 
 class NotPermittedError(ConfigError):

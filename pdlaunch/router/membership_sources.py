@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from pdlaunch.router.membership_watch import WatchedMembership
 from pdlaunch.router.watched_engine import Member
 
 _logger = logging.getLogger(__name__)
+_QUOTED = re.compile(r"""(['"]).*\1""")
 
 FILE_POLL_S = 2.0
 DNS_POLL_S = 5.0
@@ -90,6 +92,12 @@ def read_engines_file(path: Path) -> list[RunningEngine]:
             f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in problems
         )
         raise _unusable(path, where) from None
+    except yaml.MarkedYAMLError as error:
+        # Neither do its own words show values: they quote the line.
+        mark = error.problem_mark or error.context_mark
+        where = f" in line {mark.line + 1}" if mark else ""
+        said = _QUOTED.sub("'...'", error.problem or error.context or "")
+        raise _unusable(path, f"bad YAML{where}: {said}") from None
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise _unusable(path, str(error)) from None
 

@@ -76,6 +76,8 @@ def test_what_an_entry_does_not_allow(url: str, entry: str) -> None:
         "http://10.0.0.7:8000\\@evil",
         "http://10.0.0.7:8000\n",
         "http://[fe80::1%25eth0]:8000",
+        "http://engines..svc:8000",
+        f"dns+http://{'e' * 64}.svc:8000",
         "unix:run/x.sock",
         "unix:/run/engines/../docker.sock",
         "unix:/run//x.sock",

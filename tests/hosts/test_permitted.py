@@ -53,7 +53,13 @@ def test_nothing_else_is_started(spec: ProcessSpec) -> None:
         permitted(spec, {})
 
 
-@pytest.mark.parametrize("name", ["LD_PRELOAD", "PYTHONPATH", "PYTHONSTARTUP", "PATH"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("LD_PRELOAD", "PYTHONPATH", "PYTHONSTARTUP", "PATH", "CUDA_INJECTION64_PATH"),
+        *("NIXL_PLUGIN_DIR", "UCX_MODULE_DIR", "NCCL_NET_PLUGIN", "OPENSSL_CONF"),
+    ],
+)
 def test_variables_that_choose_the_code_are_refused(name: str) -> None:
     with pytest.raises(NotPermittedError, match=name):
         permitted(room("pdlaunch.engine", **{name: "/tmp/x"}), {})

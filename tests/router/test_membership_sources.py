@@ -94,6 +94,8 @@ async def test_an_engine_whose_key_changes_is_taken_anew(
         ("engines: [{role: prefill, url: 'http://h:1', api_key: secret}]", "api_key"),
         ("engines: ['prefill=http://h:1', 'prefill=http://h:1/']", "the url http://h:1"),
         ("engines: [", "expected the node content"),
+        ("engines:\n- role: prefill\n  key: of secret: 1", "in line 3: mapping values are not"),
+        ("engines: [*secret]", "in line 1: found undefined alias"),
         ("a" * 300_000, "larger than"),
     ],
 )
