@@ -108,6 +108,7 @@ def _trace(
 ) -> list[Text]:
     line = request_line(trace)
     head = [line[start : start + columns] for start in range(0, len(line), columns)]
+    head = head[: max(1, rows // 2)]
     body = list(span_rows(trace, columns, is_ascii=ascii_only))
     room = max(1, rows - len(head) - 2)
     first = min(scroll, max(0, len(body) - room))

@@ -144,8 +144,12 @@ class Transcript:
 
     def usage(self) -> Usage:
         """Return the prompt tokens that the first engine counted, and the output as it went by."""
+        # vLLM hides the ids with the reasoning, which may be all of an answer.
+        is_hidden = self.is_done and not self.num_tokens
         completion_tokens = (
-            self._usage.completion_tokens if self._has_untold_tokens else self.num_tokens
+            self._usage.completion_tokens
+            if self._has_untold_tokens or is_hidden
+            else self.num_tokens
         )
         return Usage(
             prompt_tokens=self._usage.prompt_tokens,

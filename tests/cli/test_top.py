@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 
 from pdlaunch.cli.top_view import Screen, Snapshot, lay_out
@@ -144,6 +145,14 @@ def test_it_fits_any_screen_and_says_what_it_leaves_out(
         assert "keys" not in text
         assert lines[-1].startswith("q quit")
         assert ("more" in text) == (number == 1000)
+
+
+@pytest.mark.parametrize("rows", [8, 12, 24])
+def test_a_long_line_of_a_request_leaves_room_for_its_spans_and_keys(rows: int) -> None:
+    opened = msgspec.structs.replace(trace("r"), error="e" * 300, explanation="x" * 2000)
+    lines = shown(Snapshot(deployment()), Screen(trace=opened), 80, rows)
+    assert lines[-1].startswith("q back")
+    assert any("request" in line for line in lines[rows // 2 :])
 
 
 def test_it_works_without_unicode() -> None:

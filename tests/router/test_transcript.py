@@ -43,6 +43,16 @@ def test_a_choice_that_is_over_says_no_more() -> None:
     assert transcript.usage().completion_tokens == 1
 
 
+def test_tokens_of_an_answer_that_is_all_hidden_are_counted_by_its_engine() -> None:
+    """vLLM without ``include_reasoning`` tells no ids: an answer may end before its text begins."""
+    transcript = Transcript(1)
+    transcript.admit(chat_chunk(role="assistant", content=""))
+    transcript.admit(chat_chunk(reason="length"))
+    transcript.admit({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 100}})
+    usage = transcript.usage()
+    assert (usage.completion_tokens, usage.total_tokens) == (100, 107)
+
+
 def test_held_back_text_may_come_without_tokens_but_unknown_tokens_end_resuming() -> None:
     transcript = Transcript(1)
     transcript.admit(chat_chunk(content="", token_ids=[1]))
