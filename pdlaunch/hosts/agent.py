@@ -102,7 +102,7 @@ class AgentSession:
         self._session = Session()
         self._logs = _LogTails()
         self._names: dict[str, str] = {}
-        """The engine of each process that was started; empty of all but ranks 0."""
+        """The engine of each process that was started; empty of all but ranks."""
 
     def run(self) -> str:
         """Serve until told to leave; return why.
@@ -225,7 +225,7 @@ class AgentSession:
                 AgentRefused(reason=str(error), name=spec.name, incarnation=message.incarnation)
             )
             return
-        self._names[spec.name] = spec.engine if spec.kind == "rank" and not spec.tp_rank else ""
+        self._names[spec.name] = spec.engine if spec.kind == "rank" else ""
         host.spawn(spec, message.incarnation, self._here(bootstrap))
 
     def _here(self, bootstrap: Bootstrap) -> Bootstrap:
@@ -260,6 +260,7 @@ class AgentSession:
                 name=gone.name, incarnation=gone.incarnation, returncode=gone.returncode
             )
             if engine:
+                # Whichever rank dies first: rank 0 has written what all of them computed.
                 exited.last_step = host.last_step(engine)
             self._send(exited)
 

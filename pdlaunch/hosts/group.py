@@ -65,6 +65,9 @@ class HostGroup:
         return 0.0 if self._exits else self._local.poll_s
 
     def spawn(self, spec: ProcessSpec, incarnation: int, bootstrap: Bootstrap | None) -> None:
+        if spec.kind == "rank" and not spec.tp_rank:
+            # What its predecessor computed last, perhaps on another host, is not what it dies of.
+            self.forget(spec.engine)
         if spec.host == self._local_name:
             self._local.spawn(spec, incarnation, bootstrap)
             return
