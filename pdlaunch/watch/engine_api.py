@@ -20,6 +20,8 @@ Kind = Literal["native", "vllm"]
 """The program that an engine is; names of metrics follow from it. It is ``config.roles.EngineName``
 again, as this room may not import settings.
 """
+MOST_QUOTED = 200
+"""Characters of an error that are passed on: some quote the whole answer."""
 VLLM_RUNNING = ("vllm:num_requests_running", "vllm:num_requests_waiting")
 VLLM_LENT = "vllm:kv_cache_usage_perc"
 """The share of the KV cache that requests or leases hold; the prefix cache alone does not count."""
@@ -91,7 +93,7 @@ class EngineApi:
         try:
             return Counts(page.decode())
         except ValueError as error:
-            raise ProtocolError(f"/metrics: {error!r}") from error
+            raise _malformed("/metrics: not a page of metrics", error) from error
 
     async def models(self, timeout_s: float) -> Models:
         """Read /v1/models. Raises ProtocolError."""
@@ -100,7 +102,7 @@ class EngineApi:
             cards = msgspec.json.decode(raw)["data"]
             return {str(card["id"]): card.get("max_model_len") for card in cards}
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ProtocolError(f"/v1/models: not a list of models: {error!r}") from error
+            raise _malformed("/v1/models: not a list of models", error) from error
 
     async def version(self, timeout_s: float) -> str:
         """Read /version. Raises ProtocolError."""
@@ -108,7 +110,7 @@ class EngineApi:
         try:
             return str(msgspec.json.decode(raw)["version"])
         except (ValueError, LookupError, TypeError) as error:
-            raise ProtocolError(f"/version: {error!r}") from error
+            raise _malformed("/version", error) from error
 
     async def listed_engines(self, timeout_s: float) -> list[tuple[str, str, str]]:
         """Read role, URL and kind of each engine of a router of pdlaunch. Raises ProtocolError."""
@@ -117,7 +119,7 @@ class EngineApi:
             engines = msgspec.json.decode(raw)["engines"]
             return [(str(each["role"]), str(each["url"]), str(each["kind"])) for each in engines]
         except (ValueError, LookupError, TypeError) as error:
-            raise ProtocolError(f"/pdlaunch/status: not a list of engines: {error!r}") from error
+            raise _malformed("/pdlaunch/status: not a list of engines", error) from error
 
     async def server_info(self, timeout_s: float) -> dict[str, Any] | None:
         """Read /server_info, which vLLM has in dev mode alone; None without it."""
@@ -141,7 +143,7 @@ class EngineApi:
         try:
             return msgspec.json.decode(raw, type=dict[str, Any])
         except ValueError as error:
-            raise ProtocolError(f"/v1/completions: {error!r}") from error
+            raise _malformed("/v1/completions", error) from error
 
     async def _answer(self, method: str, path: str, timeout_s: float, body: bytes = b"") -> bytes:
         """Return the body of a 200. Raises ProtocolError."""
@@ -154,3 +156,8 @@ class EngineApi:
         if status != 200:
             raise ProtocolError(f"{path} answered {status}: {raw[:300]!r}")
         return raw
+
+
+def _malformed(what: str, error: Exception) -> ProtocolError:
+    reason = "not UTF-8" if isinstance(error, UnicodeError) else repr(error)[:MOST_QUOTED]
+    return ProtocolError(f"{what}: {reason}")
