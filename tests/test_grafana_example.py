@@ -9,6 +9,11 @@ from typing import Any
 
 import pytest
 import yaml
+from prometheus_client import CollectorRegistry
+
+from pdlaunch.observe.metrics import render_metrics
+from pdlaunch.router.metrics import RouterMetrics
+from pdlaunch.server.metrics import ServerMetrics
 
 GRAFANA = Path(__file__).parents[1] / "examples" / "grafana"
 DASHBOARDS = sorted((GRAFANA / "dashboards").glob("*.json"))
@@ -55,6 +60,25 @@ def test_no_rule_of_a_deployment_adds_up_engines() -> None:
                 recorded = set(re.findall(r"deployment:(pdlaunch_\w+)", rule["expr"]))
                 assert metrics
                 assert all(name.startswith("pdlaunch_router_") for name in metrics - recorded)
+
+
+def test_every_metric_of_panels_rules_and_alerts_is_one_of_ours() -> None:
+    registry = CollectorRegistry()
+    ServerMetrics(registry, engine="prefill-0", role="prefill", model_name="m")
+    page = (RouterMetrics("m").text() + render_metrics(registry)).decode()
+    known: set[str] = set()
+    for name, kind in re.findall(r"^# TYPE (\S+) (\S+)", page, re.MULTILINE):
+        endings = ("_bucket", "_sum", "_count") if kind == "histogram" else ("",)
+        known |= {name + ending for ending in endings}
+    panels = [panel for path in DASHBOARDS for panel in json.loads(path.read_text())["panels"]]
+    asked = [target["expr"] for panel in panels for target in panel.get("targets", ())]
+    for path in (GRAFANA / "rules").glob("*.yml"):
+        for group in yaml.safe_load(path.read_text())["groups"]:
+            asked += [rule["expr"] for rule in group["rules"]]
+    # Names that rules record have a colon before or behind them.
+    names = set(re.findall(r"(?<![:\w])pdlaunch_\w+\b(?!:)", " ".join(asked)))
+    assert len(names) > 50
+    assert names - known == set()
 
 
 @pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)

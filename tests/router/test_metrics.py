@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 from pdlaunch.protocol.control import PairReady
 from pdlaunch.router.metrics import RouterMetrics
 
@@ -31,6 +34,15 @@ def value(metrics: RouterMetrics, sample: str) -> float | None:
         if name == sample:
             return float(number)
     return None
+
+
+def test_every_metric_of_the_router_stands_in_the_docs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    names = re.findall(r"^# TYPE (\S+)", RouterMetrics("m").text().decode(), re.MULTILINE)
+    assert len(names) > 25
+    for name in names:
+        short = name.removeprefix("pdlaunch_router_").removesuffix("_total")
+        assert re.search(rf"`(pdlaunch_router_)?{short}(_total)?[`{{]", page), name
 
 
 def test_failures_that_have_not_happened_are_there_with_0() -> None:
