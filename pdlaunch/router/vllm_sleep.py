@@ -75,11 +75,20 @@ async def wake_up(state: RouterState, engine: Engine, tags: Sequence[str]) -> di
 
 
 async def _await_idle(state: RouterState, engine: Engine, timeout_s: float) -> None:
-    """Return once it has nothing to do and lends nothing. Raises RequestError after a while."""
+    """Return once it has nothing to do and lends nothing.
+
+    Raises RequestError after a while, OverloadedError where the engine does not tell.
+    """
     until_at = state.now() + timeout_s
     while True:
-        _, page, _ = await state.client.call(engine, "GET", "/metrics")
-        counts = Counts(page.decode())
+        status, page, _ = await state.client.call(engine, "GET", "/metrics")
+        # An error's page counts nothing, which is not to be taken for an engine at rest.
+        if status != 200:
+            raise _failed("/metrics", status, page)
+        try:
+            counts = Counts(page.decode())
+        except ValueError:
+            raise _failed("/metrics", status, page) from None
         if not engine.num_works and not is_vllm_busy(counts):
             return
         if state.now() >= until_at:
@@ -100,10 +109,17 @@ async def _call(
             "this engine cannot sleep: enable_sleep_mode is off", code="sleep_mode_off"
         )
     if status != 200:
-        raise OverloadedError(
-            f"{path} answered {status}: {body[:200]!r}", status=503, code="engine_failed"
-        )
-    return msgspec.json.decode(body, type=dict[str, Any])
+        raise _failed(path, status, body)
+    try:
+        return msgspec.json.decode(body, type=dict[str, Any])
+    except msgspec.DecodeError:
+        raise _failed(path, status, body) from None
+
+
+def _failed(path: str, status: int, body: bytes) -> OverloadedError:
+    return OverloadedError(
+        f"{path} answered {status}: {body[:200]!r}", status=503, code="engine_failed"
+    )
 
 
 def _answer(*, is_sleeping: bool) -> dict[str, Any]:

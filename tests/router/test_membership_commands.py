@@ -166,3 +166,20 @@ async def test_redirects_are_not_followed(alone: Alone, tmp_path: Path) -> None:
     assert await client.read_metrics(engine) is None
     assert not await client.is_alive(engine)
     assert reached == []
+
+
+@pytest.mark.parametrize("page", [b"", b'{"error": {"code": "engine_not_there"}}'])
+async def test_an_engine_that_does_not_tell_its_work_is_not_put_to_sleep(
+    alone: Alone, page: bytes
+) -> None:
+    await alone.pair()
+    sleepy, silent = alone.engines["prefill-0"], alone.engines["decode-0"]
+    sleepy.is_sleeping = silent.is_sleeping = False
+    # It may run requests of others than this router.
+    silent.num_running, silent.metrics_error = 1, page
+    status, answer = await alone.command("POST", "/sleep?mode=refuse")
+    assert (status, answer["error"]["code"]) == (503, "engine_failed")
+    assert answer["error"]["message"].startswith("/metrics answered 503")
+    # What became of the other one is told, too.
+    assert [each.get("is_sleeping") for each in answer["engines"]] == [True, None]
+    assert (sleepy.is_sleeping, silent.is_sleeping) == (True, False)

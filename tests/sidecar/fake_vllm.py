@@ -47,6 +47,8 @@ class FakeVllm:
     healthy: bool = True
     is_sleeping: bool | None = None
     """What dev mode tells; None: it is off."""
+    metrics_error: bytes | None = None
+    """The body of the error that /metrics answers with; None: it answers with the page."""
     lends: float = 0.0
     """Share of its KV cache that is under lease."""
     tells_cached: bool = True
@@ -125,6 +127,8 @@ class FakeVllm:
 
     async def _metrics(self, _: web.Request) -> web.Response:
         self.num_looks += 1
+        if self.metrics_error is not None:
+            return web.Response(status=503, body=self.metrics_error)
         page = (
             "# TYPE vllm:num_requests_running gauge\n"
             f'vllm:num_requests_running{{engine="0"}} {self.num_running}\n'
