@@ -46,6 +46,10 @@ _NotNegative = Annotated[int, msgspec.Meta(ge=0)]
 
 _PROMPTS = re.compile(rb'\s*\[\s*["\[]')
 """Several prompts begin like this."""
+_DATA_URL = re.compile(rb'"data:[^"]{256,}"')
+"""An image or another file; the tokens that an engine makes of it do not grow with its text."""
+DATA_URL_TOKENS = 1024
+"""Rough, as ``CHARACTERS_PER_TOKEN``."""
 _TEXTS = ("messages", "prompt")
 """Members that can be very long: they go to the engines as they are written, and the engines look
 at what is in them.
@@ -389,4 +393,7 @@ def _estimate_tokens(text: msgspec.Raw | None) -> int:
     if text is None:
         return 1
     raw = bytes(text)
-    return 1 + (raw.count(b",") if TOKEN_IDS.match(raw) else len(raw) // CHARACTERS_PER_TOKEN)
+    if TOKEN_IDS.match(raw):
+        return 1 + raw.count(b",")
+    raw, num_files = _DATA_URL.subn(b"", raw)
+    return 1 + len(raw) // CHARACTERS_PER_TOKEN + num_files * DATA_URL_TOKENS

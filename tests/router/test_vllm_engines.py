@@ -8,9 +8,12 @@ import asyncio
 import logging
 from typing import Any
 
+import msgspec
 import pytest
 
 from pdlaunch.protocol.costs import ROUTE_HEADER
+from pdlaunch.protocol.ids import HopId, HttpRequestId
+from pdlaunch.router.client_request import CHAT, read_client_request
 from pdlaunch.router.continuation import LOST_REASONS
 from pdlaunch.watch.versions import with_version
 from tests.router.conftest import Stand
@@ -201,6 +204,29 @@ async def test_a_prompt_can_be_scored_without_an_answer(stand: Stand, stream: bo
     assert "kv_transfer_params" not in body
     refused = await stand.post(completion(max_tokens=0))
     assert (refused.status, refused.json()["error"]["param"]) == (400, "max_tokens")
+
+
+def test_the_work_of_an_image_does_not_grow_with_its_text() -> None:
+    def num_tokens(*sizes: int) -> int:
+        parts: list[dict[str, Any]] = [{"type": "text", "text": "What is this? " * 100}]
+        for size in sizes:
+            url = f"data:image/png;base64,{'A' * size}"
+            parts.append({"type": "image_url", "image_url": {"url": url}})
+        raw = msgspec.json.encode(chat(messages=[{"role": "user", "content": parts}]))
+        request = read_client_request(
+            CHAT,
+            raw,
+            served_model_name="tiny",
+            request_id=HttpRequestId("r"),
+            hop_id=HopId("r"),
+            headers={},
+            has_own_fields=True,
+        )
+        return request.prompts[0].num_prompt_tokens
+
+    assert 300 < num_tokens() < 500
+    assert num_tokens(1_000) == num_tokens(1_000_000) < 2_000
+    assert num_tokens(1_000, 1_000) > 2_000
 
 
 FIELDS: dict[str, Any] = {
