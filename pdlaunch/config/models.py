@@ -175,7 +175,10 @@ class LaunchConfig(SharedSettings, EngineSettings):
     )
     tracing: TracingSettings = TracingSettings()
     startup_timeout_s: Annotated[float, Flag("startup-timeout", DEPLOYMENT)] = Field(
-        600.0, gt=0, description="Time from the command until the deployment is ready."
+        600.0,
+        gt=0,
+        description="Time from the start of the first process, behind joining and downloads, until "
+        "the deployment is ready.",
     )
     drain_timeout_s: Annotated[float, Flag("drain-timeout", DEPLOYMENT, for_router=True)] = Field(
         30.0, ge=0, description="Time that running requests get after SIGTERM or Ctrl-C."
