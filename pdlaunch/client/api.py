@@ -148,11 +148,18 @@ class _UnixHandler(urllib.request.HTTPHandler):
         return self.do_open(connection, request)
 
 
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Takes a redirect for the answer: urllib would send the key on to whatever host it names."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
 @functools.cache
 def _opener(socket_path: Path | None) -> urllib.request.OpenerDirector:
     """Make an opener; a Unix socket is reached through no proxy, whatever the environment says."""
     if socket_path is None:
-        return urllib.request.build_opener()
+        return urllib.request.build_opener(_NoRedirects)
     return urllib.request.build_opener(urllib.request.ProxyHandler({}), _UnixHandler(socket_path))
 
 
