@@ -12,6 +12,7 @@ from pydantic import JsonValue
 
 from pdlaunch.checks.context import Context
 from pdlaunch.checks.other_engines import by_name, place, vllm_pair
+from pdlaunch.checks.pair_rules import differing_place
 from pdlaunch.checks.rule import Found, rule
 from pdlaunch.platform.allocator_conf import read_allocator_conf
 from pdlaunch.resolve.vllm_verification import AWAITS_AGENT
@@ -60,7 +61,7 @@ def model_names_differ(context: Context) -> Iterator[Found]:
         return
     prefill, decode = (side.model.path or side.settings.model for side in pair)
     if prefill != decode:
-        yield Found(pair[1].where("model"), f"prefill loads {prefill}, decode {decode}")
+        yield Found(differing_place(*pair, "model"), f"prefill loads {prefill}, decode {decode}")
 
 
 @rule(
@@ -170,7 +171,7 @@ def tp_sizes_do_not_fit(context: Context) -> Iterator[Found]:
     sizes = f"prefill has {prefill} ranks an engine, decode {decode}"
     heads = pair[0].shape.num_kv_heads if pair[0].shape is not None else None
     if prefill % decode and decode % prefill:
-        yield Found(pair[1].where("tensor_parallel_size"), sizes)
+        yield Found(differing_place(*pair, "tensor_parallel_size"), sizes)
     elif prefill > decode and heads is not None and prefill > heads:
         yield Found(
             pair[0].where("tensor_parallel_size"), f"{sizes}, and the model has {heads} KV heads"

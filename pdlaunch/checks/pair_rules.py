@@ -77,7 +77,7 @@ def tp_sizes_cross(context: Context) -> Iterator[Found]:
             f"prefill has {prefill} ranks an engine, decode {decode}: each decode rank reads from "
             "several prefill ranks"
         )
-        yield Found(pair[1].where("tensor_parallel_size"), message)
+        yield Found(differing_place(*pair, "tensor_parallel_size"), message)
 
 
 @rule(

@@ -53,6 +53,27 @@ CASES = {
         "decode.enable_sleep_mode",
         "",
     ),
+    "ranks of prefill": (
+        "PD307",
+        Setup("prefill: {tensor_parallel_size: 3}\ntensor_parallel_size: 2\n", machine=GPU),
+        "prefill.tensor_parallel_size",
+        "",
+    ),
+    "ranks of prefill with vLLM": (
+        "PD626",
+        Setup(
+            "engine: vllm\nprefill: {tensor_parallel_size: 3}\ntensor_parallel_size: 2\n",
+            machine=GPU,
+        ),
+        "prefill.tensor_parallel_size",
+        "",
+    ),
+    "name of prefill's model with vLLM": (
+        "PD620",
+        Setup("engine: vllm\nprefill: {model: tiny-copy}\n"),
+        "prefill.model",
+        "",
+    ),
     "shape of prefill's model": (
         "PD301",
         Setup("prefill: {model: tiny-deep}\n"),
