@@ -8,6 +8,7 @@ import fcntl
 import os
 import pty
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -20,6 +21,13 @@ import pyte
 
 ROOT = Path(__file__).parents[2]
 ENTER_SCREEN, LEAVE_SCREEN, SHOW_CURSOR = b"\x1b[?1049h", b"\x1b[?1049l", b"\x1b[?25h"
+
+
+def _begin_session() -> None:
+    # Ctrl-C is typed: the terminal makes a signal of it.
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    # Tests under nohup would hand down that it is ignored.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 class Terminal:
@@ -47,8 +55,7 @@ class Terminal:
             stdout=theirs,
             stderr=theirs,
             start_new_session=True,
-            # Ctrl-C is typed: the terminal makes a signal of it.
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=_begin_session,
             env=known | {"TERM": "xterm-256color", "PYTHONPATH": str(ROOT)} | environ,
         )
 
