@@ -164,7 +164,7 @@ async def test_an_engine_that_speaks_no_http_gets_no_key_told(
 ) -> None:
     caplog.set_level(logging.DEBUG, "pdlaunch")
     engines = pair()
-    await stand.start(engines)
+    await stand.start(engines, recovery_wait_s=0.1)
 
     async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
