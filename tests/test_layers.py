@@ -5,6 +5,7 @@ stay light.
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -54,9 +55,15 @@ def room_of(source: Path) -> str:
     return source.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+@functools.cache
+def tree_of(source: Path) -> ast.Module:
+    """All tests here read the same files."""
+    return ast.parse(source.read_text())
+
+
 def imports_of(source: Path) -> Iterator[tuple[int, str]]:
     """Line and absolute name of every import, wherever it stands."""
-    for node in ast.walk(ast.parse(source.read_text())):
+    for node in ast.walk(tree_of(source)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -122,7 +129,7 @@ def test_nothing_that_came_over_a_socket_is_unpickled() -> None:
     called = {
         node.attr
         for source in files
-        for node in ast.walk(ast.parse(source.read_text()))
+        for node in ast.walk(tree_of(source))
         if isinstance(node, ast.Attribute)
     }
     assert not imported & {"pickle", "marshal", "shelve", "multiprocessing"}

@@ -342,7 +342,7 @@ extreme_rows = st.builds(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(
     st.lists(extreme_rows, min_size=1, max_size=3),
     st.lists(st.sampled_from(EXTREMES), min_size=1, max_size=4),

@@ -136,7 +136,7 @@ class Table(RuleBasedStateMachine):
 
 
 TestTable = Table.TestCase
-TestTable.settings = settings(max_examples=300, stateful_step_count=30, deadline=None)
+TestTable.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
 
 
 def test_addresses_stay_and_kept_bytes_come_back() -> None:
