@@ -99,7 +99,7 @@ class EngineSettings(FrozenModel):
         le=4096,
         description=(
             "Run steps of up to so many tokens from CUDA graphs on a GPU where they hold prompts, "
-            "too; 0: decode steps alone."
+            "too; 0: decode steps alone. Not yet tried on a GPU."
         ),
     )
     async_scheduling: Annotated[bool, Flag()] = Field(
