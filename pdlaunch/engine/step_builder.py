@@ -10,7 +10,7 @@ from pdlaunch.offload.jobs import OffloadJob
 from pdlaunch.protocol.transfer import TransferCommand
 
 _ROUNDED_OFF = 1e-6
-"""Of a token: shares that add up leave whole tokens."""
+"""Part of a token that is added again: shares of a step add up to a little more or less."""
 
 
 class StepDraft:
@@ -22,7 +22,6 @@ class StepDraft:
         "most_of_prompts",
         "preempted",
         "scheduled",
-        "share_of_prompts",
         "shares",
     )
 
@@ -36,10 +35,9 @@ class StepDraft:
         others of their prompt; None: as many as fit.
         """
         self.shares: dict[Request, float] = {}
-        """What each prompt that was added takes, as a share of the most that there may be of its
-        kind: a token behind many others takes more than one that begins its prompt.
+        """By prompt that was added, the share that it takes of the most tokens that the step may
+        have behind so many others: such a token takes more than one that begins its prompt.
         """
-        self.share_of_prompts = 0.0
         self.scheduled: dict[Request, int] = {}
         self.preempted = False
 
@@ -47,7 +45,7 @@ class StepDraft:
         """Return how many of the next tokens of a request may be added, behind so many others."""
         bound = self.budget
         if num_wanted > 1 and self.most_of_prompts is not None:
-            left = self.most_of_prompts(num_before) * (1.0 - self.share_of_prompts)
+            left = self.most_of_prompts(num_before) * (1.0 - sum(self.shares.values()))
             bound = min(bound, int(left + _ROUNDED_OFF))
         return max(0, min(num_wanted, bound))
 
@@ -61,13 +59,12 @@ class StepDraft:
         self.scheduled[request] = num_tokens
         self.budget -= num_tokens
         if num_tokens > 1 and self.most_of_prompts is not None:
-            share = num_tokens / max(1, self.most_of_prompts(request.num_scheduled))
-            self.shares[request] = share
-            self.share_of_prompts += share
+            most = max(1, self.most_of_prompts(request.num_scheduled))
+            self.shares[request] = num_tokens / most
 
     def remove(self, request: Request) -> None:
         self.budget += self.scheduled.pop(request, 0)
-        self.share_of_prompts -= self.shares.pop(request, 0.0)
+        self.shares.pop(request, None)
 
 
 class StepBuilder:

@@ -154,10 +154,26 @@ def test_a_prompt_beside_a_stream_is_computed_in_chunks_that_it_bears() -> None:
     assert engine.token_ids("short") == output([5, 4, 3, 2, 1, 0], 3)
 
 
+DEAR_ATTENTION = StepCosts(0.004, 1e-4, 0.0, prompt_s=2e-5, attended_s=2e-8)
+
+
+def chat_after(num_cached: int) -> FakeEngine:
+    """Return an engine with a stream, and so many tokens ``1`` in its prefix cache."""
+    costs = limits(steps=DEAR_ATTENTION, max_itl_s=0.0142, max_num_batched_tokens=512)
+    engine = FakeEngine(
+        costs=lambda: costs, max_num_batched_tokens=512, num_blocks=4000, max_model_len=4000
+    )
+    engine.add("before", [1] * num_cached, max_tokens=1)
+    engine.run()
+    engine.add("chat", [1, 2, 3], max_tokens=400)
+    engine.step()
+    return engine
+
+
 @pytest.mark.parametrize("cached", [False, True])
 def test_what_a_long_prompt_attends_to_makes_its_chunks_shorter(cached: bool) -> None:
     """Computed so far, or cached: else steps would get longer and longer with it."""
-    steps = StepCosts(0.004, 1e-4, 0.0, prompt_s=2e-5, attended_s=2e-8)
+    steps = DEAR_ATTENTION
     costs = limits(steps=steps, max_itl_s=0.0142, max_num_batched_tokens=512)
     engine = FakeEngine(
         costs=lambda: costs, max_num_batched_tokens=512, num_blocks=700, max_model_len=2000
@@ -180,33 +196,19 @@ def test_what_a_long_prompt_attends_to_makes_its_chunks_shorter(cached: bool) ->
 
 def test_a_prompt_that_attends_to_much_leaves_no_time_to_another() -> None:
     """Its chunk has few tokens, and takes all the time that streams bear."""
-    steps = StepCosts(0.004, 1e-4, 0.0, prompt_s=2e-5, attended_s=2e-8)
-    costs = limits(steps=steps, max_itl_s=0.0142, max_num_batched_tokens=512)
-    engine = FakeEngine(
-        costs=lambda: costs, max_num_batched_tokens=512, num_blocks=2000, max_model_len=4000
-    )
-    engine.add("before", [1] * 2000, max_tokens=1)
-    engine.run()
-    engine.add("chat", [1, 2, 3], max_tokens=400)
-    engine.step()
+    engine = chat_after(2000)
     engine.add("behind many", [1] * 2000 + [2] * 440, max_tokens=1)
     engine.add("beside it", [3] * 400, max_tokens=1)
-    took_s = [steps.seconds(work) for plan in engine.run() if (work := work_of(plan)).is_mixed]
+    took_s = [
+        DEAR_ATTENTION.seconds(work) for plan in engine.run() if (work := work_of(plan)).is_mixed
+    ]
     # The tokens of a chunk attend to each other, too.
     assert 0.9 * 0.0142 < max(took_s) < 1.1 * 0.0142
 
 
 def test_who_has_no_room_in_a_step_goes_before_those_who_came_later() -> None:
     """A cached prompt attends to much: beside a chunk of another one there is no room for it."""
-    steps = StepCosts(0.004, 1e-4, 0.0, prompt_s=2e-5, attended_s=2e-8)
-    costs = limits(steps=steps, max_itl_s=0.0142, max_num_batched_tokens=512)
-    engine = FakeEngine(
-        costs=lambda: costs, max_num_batched_tokens=512, num_blocks=4000, max_model_len=2000
-    )
-    engine.add("before", [1] * 1000, max_tokens=1)
-    engine.run()
-    engine.add("chat", [1, 2, 3], max_tokens=400)
-    engine.step()
+    engine = chat_after(1000)
     engine.add("first", [3] * 400, max_tokens=1)
     engine.add("cached", [1] * 1000 + [2] * 100, max_tokens=1)
     for number in range(20):
