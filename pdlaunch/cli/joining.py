@@ -100,9 +100,9 @@ def joined_agents(
             field="control_address",
             fix="set --control-address to the address at which the other hosts reach this one",
         )
-    with held_join_file(path):
+    with held_join_file(path, resumes=resume):
         keys = read_resume_file(path) if resume else new_join_keys(config.control_port)
-        with contextlib.closing(_listen(keys, address, names, config, log_dir)) as channel:
+        with _closing(_listen(keys, address, names, config, log_dir), resume=resume) as channel:
             write_join_files(path, keys, channel.endpoint)
             agents = Agents(channel)
             errors.print(Text(f"waiting for {', '.join(names)} at {channel.endpoint}"))
@@ -116,6 +116,20 @@ def joined_agents(
                 )
             _wait(agents, names, config.join_timeout_s, advice, errors)
             yield agents
+
+
+@contextlib.contextmanager
+def _closing(channel: AgentChannel, *, resume: bool) -> Iterator[AgentChannel]:
+    """Close the channel; a failure to resume, which is no Ctrl-C, leaves the agents to the next
+    try.
+    """
+    try:
+        yield channel
+    except Exception:
+        channel.close(is_over=not resume)
+        raise
+    finally:
+        channel.close()
 
 
 @contextlib.contextmanager

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import secrets
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -26,10 +25,12 @@ from pdlaunch.errors import PdlaunchError, ProtocolError
 from pdlaunch.hosts.agent_messages import (
     AgentRefused,
     AgentWelcome,
+    AskLastStep,
     Beat,
     Exited,
     FromAgent,
     Join,
+    LastStepOf,
     Leave,
     Look,
     Printed,
@@ -45,7 +46,7 @@ from pdlaunch.hosts.agent_messages import (
 )
 from pdlaunch.hosts.children import Children
 from pdlaunch.hosts.join import JoinTicket
-from pdlaunch.hosts.lease import AgentLease
+from pdlaunch.hosts.lease import AgentLease, boot_clock
 from pdlaunch.hosts.local import LocalHost
 from pdlaunch.hosts.permitted import NotPermittedError, permitted
 from pdlaunch.platform.availability import probe_port
@@ -88,7 +89,7 @@ class AgentSession:
         *,
         first_wait_s: float,
         note: Callable[[str], None],
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = boot_clock,
     ) -> None:
         """``first_wait_s``: how long to wait for the answer to Join."""
         self._ticket = ticket
@@ -208,6 +209,8 @@ class AgentSession:
                 self._send(_look(message))
             case Spawn() if host is not None:
                 self._spawn(message, host)
+            case AskLastStep(engine=engine) if host is not None:
+                self._send(LastStepOf(engine=engine, last_step=host.last_step(engine)))
             case Signal(name=name, number=number) if host is not None:
                 host.signal(name, number)
             case Send(name=name, frame=frame) if host is not None:

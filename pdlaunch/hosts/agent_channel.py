@@ -123,6 +123,7 @@ class AgentChannel:
         self._news: deque[News] = deque()
         self._outbox: deque[tuple[str, ToAgent]] = deque()
         self._closing = False
+        self._is_over = True
         self._news_event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._wake_event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._context = SecureContext(keys.server, peer=keys.agents.public)
@@ -169,10 +170,13 @@ class AgentChannel:
         """Let an agent join that has drawn this key pair itself."""
         self._context.admit(public)
 
-    def close(self) -> None:
-        """Tell all agents that the launch is over, and stop."""
+    def close(self, *, is_over: bool = True) -> None:
+        """Stop, and tell all agents that the launch is over; else they wait for another supervisor
+        as if this one had been killed.
+        """
         if self._closing:
             return
+        self._is_over = is_over
         self._closing = True
         os.eventfd_write(self._wake_event, 1)
         self._thread.join()
@@ -204,16 +208,19 @@ class AgentChannel:
                 self._send_to_host(*self._outbox.popleft())
             if now >= beat_at:
                 beat_at = now + self._beat_s
-                # This process was stopped itself: nobody could be heard meanwhile.
-                overslept = now - looked_at > self._timeout_s / 2
+                # This process was stopped itself: nobody could be heard, or come back, meanwhile.
+                late_s = now - looked_at - self._beat_s
+                overslept = late_s > _RECONNECT_SHARE * self._timeout_s
                 looked_at = now
                 for agent in list(self._agents.values()):
                     if overslept:
                         agent.heard_at = now
+                        agent.gone_at = agent.gone_at and now
                     self._send(agent, Beat(stamp=agent.stamp))
                     self._look(agent, now)
-        for agent in self._agents.values():
-            self._send(agent, Leave(reason="the launch is over"))
+        if self._is_over:
+            for agent in self._agents.values():
+                self._send(agent, Leave(reason="the launch is over"))
         self._socket.close()
 
     def _look(self, agent: _Agent, now: float) -> None:

@@ -40,9 +40,7 @@ class Beat(Message):
     """Tells, in both directions, that the sender lives."""
 
     stamp: float = 0.0
-    """Instant of the agent's monotonic clock; the supervisor sends the last one back, 0 before the
-    first.
-    """
+    """Instant of the agent's clock; the supervisor sends the last one back, 0 before the first."""
 
 
 class Exited(Message):
@@ -52,7 +50,7 @@ class Exited(Message):
     incarnation: int
     returncode: int
     last_step: LastStep = LastStep()
-    """The last step of the ranks; empty for all but rank 0."""
+    """The last step of the ranks; empty where rank 0 runs elsewhere, and for all but ranks."""
 
 
 class Said(Message):
@@ -92,7 +90,14 @@ class Seen(Message):
     """The reason why a port cannot be listened on."""
 
 
-FromAgent = Join | Beat | Exited | Said | Printed | AgentRefused | Leave | Seen
+class LastStepOf(Message):
+    """Answers AskLastStep."""
+
+    engine: str
+    last_step: LastStep
+
+
+FromAgent = Join | Beat | Exited | Said | Printed | AgentRefused | Leave | Seen | LastStepOf
 
 
 class AgentWelcome(Message):
@@ -110,6 +115,12 @@ class Look(Message):
     paths: list[str]
     address: str = ""
     ports: list[int] = []
+
+
+class AskLastStep(Message):
+    """Asks what the ranks of an engine compute, whose rank 0 runs there."""
+
+    engine: str
 
 
 class Spawn(Message):
@@ -134,7 +145,7 @@ class Send(Message):
     frame: bytes
 
 
-ToAgent = AgentWelcome | Beat | AgentRefused | Leave | Look | Spawn | Signal | Send
+ToAgent = AgentWelcome | Beat | AgentRefused | Leave | Look | AskLastStep | Spawn | Signal | Send
 
 from_agent: Codec[FromAgent] = Codec(FromAgent)
 to_agent: Codec[ToAgent] = Codec(ToAgent)

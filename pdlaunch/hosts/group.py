@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import zmq
 
 from pdlaunch.errors import ProtocolError
 from pdlaunch.hosts.agent_channel import AgentChannel, Joined, Lost, News, Told
-from pdlaunch.hosts.agent_messages import AgentRefused, Exited, Said, Send, Signal, Spawn
+from pdlaunch.hosts.agent_messages import (
+    AgentRefused,
+    AskLastStep,
+    Exited,
+    LastStepOf,
+    Said,
+    Send,
+    Signal,
+    Spawn,
+)
 from pdlaunch.hosts.host import MessageReceived, ProcessExited
 from pdlaunch.hosts.local import LocalHost
 from pdlaunch.process.bootstrap import Bootstrap
@@ -23,6 +35,16 @@ from pdlaunch.resolve.plan import ProcessSpec
 logger = logging.getLogger(__name__)
 
 _CANNOT_START = 126
+_LAST_STEP_S = 1.0
+"""The end of a rank waits so long for the last step of its engine, which another host knows."""
+
+
+@dataclass(slots=True)
+class _Asked:
+    """Holds the ends of ranks that are told once the last step of their engine is known."""
+
+    until: float
+    exits: list[ProcessExited] = field(default_factory=list)
 
 
 class HostGroup:
@@ -40,6 +62,7 @@ class HostGroup:
         present: Sequence[str],
         *,
         on_news: Callable[[Joined | Lost], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._local = local
         self._local_name = local_name
@@ -53,6 +76,12 @@ class HostGroup:
         self._incarnations: dict[str, int] = {}
         self._last_steps: dict[str, LastStep] = {}
         self._engines: dict[str, str] = {}
+        """The engine of each rank."""
+        self._rank_0_hosts: dict[str, str] = {}
+        """The host of the rank that writes down what all of them compute, by engine."""
+        self._asked: dict[str, _Asked] = {}
+        """The engines whose last step was asked for."""
+        self._clock = clock
         self._exits: list[ProcessExited] = []
         self._messages: list[MessageReceived] = []
 
@@ -62,12 +91,19 @@ class HostGroup:
 
     @property
     def poll_s(self) -> float:
-        return 0.0 if self._exits else self._local.poll_s
+        if self._exits:
+            return 0.0
+        due_at = min((asked.until for asked in self._asked.values()), default=math.inf)
+        return min(max(0.0, due_at - self._clock()), self._local.poll_s)
 
     def spawn(self, spec: ProcessSpec, incarnation: int, bootstrap: Bootstrap | None) -> None:
-        if spec.kind == "rank" and not spec.tp_rank:
-            # What its predecessor computed last, perhaps on another host, is not what it dies of.
-            self.forget(spec.engine)
+        if spec.kind == "rank":
+            self._engines[spec.name] = spec.engine
+            if not spec.tp_rank:
+                # What its predecessor computed last, perhaps on another host, is not what it dies
+                # of.
+                self.forget(spec.engine)
+                self._rank_0_hosts[spec.engine] = spec.host
         if spec.host == self._local_name:
             self._local.spawn(spec, incarnation, bootstrap)
             return
@@ -78,7 +114,6 @@ class HostGroup:
         self._hosts[spec.name] = spec.host
         self._living[spec.host].add(spec.name)
         self._incarnations[spec.name] = incarnation
-        self._engines[spec.name] = spec.engine
         self._channel.send(
             spec.host, Spawn(spec=spec, incarnation=incarnation, bootstrap=bootstrap)
         )
@@ -98,10 +133,14 @@ class HostGroup:
     def exits(self) -> list[ProcessExited]:
         for news in self._channel.take():
             self._take_in(news)
+        for gone in self._local.exits():
+            self._end(gone)
+        for engine in [e for e, asked in self._asked.items() if self._clock() >= asked.until]:
+            self._wait_no_more(engine)
         exits, self._exits = self._exits, []
         for gone in exits:
             self._living[self._hosts.pop(gone.name, "")].discard(gone.name)
-        return [*exits, *self._local.exits()]
+        return exits
 
     def messages(self) -> list[MessageReceived]:
         messages, self._messages = self._messages, []
@@ -125,6 +164,8 @@ class HostGroup:
             case Lost(name=host, reason=reason):
                 self._present.discard(host)
                 self._on_news(news)
+                for engine in list(self._asked):
+                    self._wait_no_more(engine)
                 for name in sorted(self._living[host]):
                     self._exits.append(_lost(name, self._incarnations[name], host, reason))
             # An agent speaks for the processes of its host alone.
@@ -138,15 +179,44 @@ class HostGroup:
                 except ProtocolError:
                     logger.warning("malformed message from %r on %s", name[:80], news.name)
             case Told(message=Exited() as gone):
-                if gone.last_step.origins:
-                    self._last_steps[self._engines.get(gone.name, "")] = gone.last_step
-                self._exits.append(ProcessExited(gone.name, gone.incarnation, gone.returncode))
+                engine = self._engines.get(gone.name, "")
+                if self._rank_0_hosts.get(engine) == news.name:
+                    self._take_last_step(engine, gone.last_step)
+                self._end(ProcessExited(gone.name, gone.incarnation, gone.returncode))
+            case Told(name=host, message=LastStepOf(engine=engine, last_step=last_step)):
+                if engine in self._asked and self._rank_0_hosts[engine] == host:
+                    self._take_last_step(engine, last_step)
             case Told(message=AgentRefused() as refused):
                 error = f"{news.name} does not start it: {refused.reason}"
                 self._messages.append(MessageReceived(refused.name, Failed(error=error)))
                 self._exits.append(ProcessExited(refused.name, refused.incarnation, _CANNOT_START))
             case _:
                 pass
+
+    def _end(self, gone: ProcessExited) -> None:
+        """Tell of an end; that of a rank which may have died of its last step is told together with
+        that step, so that it comes before what follows the death.
+        """
+        engine = self._engines.get(gone.name, "")
+        there = self._rank_0_hosts.get(engine, "")
+        here = {self._local_name, self._hosts.get(gone.name, self._local_name)}
+        knows = engine in self._last_steps or there in here or there not in self._present
+        if knows or not gone.by_itself:
+            self._exits.append(gone)
+            return
+        if engine not in self._asked:
+            self._asked[engine] = _Asked(self._clock() + _LAST_STEP_S)
+            self._channel.send(there, AskLastStep(engine=engine))
+        self._asked[engine].exits.append(gone)
+
+    def _take_last_step(self, engine: str, last_step: LastStep) -> None:
+        self._last_steps[engine] = last_step
+        self._wait_no_more(engine)
+
+    def _wait_no_more(self, engine: str) -> None:
+        """Tell of the ends that have waited for the last step of the engine."""
+        if (asked := self._asked.pop(engine, None)) is not None:
+            self._exits += asked.exits
 
 
 def _lost(name: str, incarnation: int, host: str, reason: str) -> ProcessExited:

@@ -77,10 +77,11 @@ def _new_pair() -> LaunchKeys:
 
 
 @contextlib.contextmanager
-def held_join_file(path: Path) -> Iterator[None]:
+def held_join_file(path: Path, *, resumes: bool = False) -> Iterator[None]:
     """Hold the join file as one supervisor does. Raises ConfigError while another one does.
 
-    The lock is on the supervisor's file: the join file appears only once it is whole.
+    The lock is on the supervisor's file: the join file appears only once it is whole. ``resumes``:
+    where the block fails, which Ctrl-C does not, the keys that were there stay for the next try.
     """
     descriptor = _open_private(_resume_path(path))
     try:
@@ -95,12 +96,17 @@ def held_join_file(path: Path) -> Iterator[None]:
             ) from None
         # One that a killed supervisor has left would send agents to nobody.
         path.unlink(missing_ok=True)
+        had_keys, has_failed = os.fstat(descriptor).st_size > 0, False
         try:
             yield
+        except Exception:
+            has_failed = True
+            raise
         finally:
-            # Only a supervisor that was killed leaves something to resume.
-            for one in (path, _resume_path(path)):
-                one.unlink(missing_ok=True)
+            # Only a supervisor that was killed, or failed to resume, leaves something to resume.
+            path.unlink(missing_ok=True)
+            if not (resumes and had_keys and has_failed):
+                _resume_path(path).unlink(missing_ok=True)
     finally:
         os.close(descriptor)
 

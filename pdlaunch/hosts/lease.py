@@ -9,10 +9,14 @@
 
 The lease counts from when the agent *said* what the supervisor answers, and the supervisor counts
 from when it *heard* it. So the order of the two ends holds whichever direction of the link is cut,
-and however late messages are. Clocks are compared with themselves alone.
+and however late messages are. Clocks are compared with themselves alone. That of the agent goes on
+while its machine is suspended, as its processes go on afterwards; that of the supervisor need not:
+it only waits the longer.
 """
 
 from __future__ import annotations
+
+import time
 
 MAX_BEAT_S = 1.0
 _SHARE = 1.5
@@ -21,6 +25,13 @@ _SHARE = 1.5
 def beat_s(timeout_s: float) -> float:
     """Return how often both sides say Beat; an agent looks at its lease at least as often."""
     return min(MAX_BEAT_S, timeout_s / 4)
+
+
+def boot_clock() -> float:
+    """Return the seconds since the machine was started, also those in which it was suspended, which
+    ``time.monotonic`` leaves out.
+    """
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def ended_by(heard_at: float, timeout_s: float) -> float:

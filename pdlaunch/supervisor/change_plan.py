@@ -90,7 +90,7 @@ class EngineChange:
 class ChangePlanner:
     """Plans changes of one launch, as it is ``resolved`` now.
 
-    ``present``: the names of hosts that are there.
+    ``present``: the names of hosts that are there. ``taken``: names that no new engine may have.
     """
 
     def __init__(
@@ -99,10 +99,12 @@ class ChangePlanner:
         kind: EngineKind,
         present: Collection[str],
         running: Sequence[PresentEngine],
+        taken: Collection[str] = (),
     ) -> None:
         self._resolved = resolved
         self._kind = kind
         self._present = present
+        self._taken = taken
         self._running = {engine.key: engine for engine in running}
 
     def plan(self, wanted: ChangeEngines) -> EngineChange:
@@ -144,10 +146,10 @@ class ChangePlanner:
         return engines[: max(0, number)]
 
     def _new_keys(self, role: Role, number: int) -> Iterator[Key]:
-        """Yield the lowest numbers that no engine of the role has."""
+        """Yield the lowest free numbers of the role."""
         index = 0
         while number > 0:
-            if (role, index) not in self._running:
+            if (role, index) not in self._running and f"{role}-{index}" not in self._taken:
                 yield role, index
                 number -= 1
             index += 1
@@ -171,7 +173,8 @@ class ChangePlanner:
             stops_first = any(each.severity == "error" for each in self._new_findings(together))
         if placed is None or stops_first:
             stops_first = bool(stops)
-            placed = self._place(starts, kept, models, free_then, own)
+            homes = {engine.host for engine in stops}
+            placed = self._place(starts, kept, models, free_then, own, homes)
         if placed is None:
             raise self._no_room(starts, free_then)
         resolved = self._resolved.with_engines({**kept, **placed}, models)
@@ -211,10 +214,11 @@ class ChangePlanner:
         models: Mapping[Role, Model],
         busy: BusyGpus,
         preferred: Collection[tuple[str, int]],
+        homes: Collection[str] = (),
     ) -> dict[Key, tuple[HostShare, ...]] | None:
         """Return hosts and devices for new engines; None: there is no room for one of them.
 
-        ``preferred``: GPUs that come first.
+        ``preferred``, ``homes``: GPUs and hosts that come first.
         """
         placed: dict[Key, tuple[HostShare, ...]] = {}
         taken = dict(busy)
@@ -229,7 +233,7 @@ class ChangePlanner:
                     value=settings.hosts_per_engine,
                     fix="start the launch with as many as it needs",
                 )
-            for host in self._hosts(role, {**kept, **placed}):
+            for host in self._hosts(role, {**kept, **placed}, homes):
                 share = HostShare(host.name, settings.tensor_parallel_size)
                 tried = self._resolved.with_engines({**kept, **placed, key: (share,)}, models)
                 engines = tried.placed.by_host[host.name][role]
@@ -244,9 +248,9 @@ class ChangePlanner:
                 return None
         return placed
 
-    def _hosts(self, role: Role, places: Places) -> list[ResolvedHost]:
-        """Return the hosts that may take an engine, the best first: the least crowded of those
-        near its peers.
+    def _hosts(self, role: Role, places: Places, homes: Collection[str] = ()) -> list[ResolvedHost]:
+        """Return the hosts that may take an engine, the best first: its ``homes``, then the least
+        crowded of those near its peers.
         """
         by_name = {host.name: host for host in self._resolved.hosts}
         peers = [
@@ -265,6 +269,7 @@ class ChangePlanner:
         return sorted(
             candidates,
             key=lambda host: (
+                host.name not in homes,
                 bool(host.machine.cpus) and num_ranks[host.name] >= len(host.machine.cpus),
                 host.domain not in domains,
                 host.name not in near,

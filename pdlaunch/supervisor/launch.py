@@ -9,11 +9,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import zmq
 
+from pdlaunch.config.models import LaunchConfig
 from pdlaunch.engines.kind import EngineKind
 from pdlaunch.engines.plan import kind_of, plan_processes
 from pdlaunch.errors import ConfigError
@@ -124,19 +126,7 @@ def launch(
 
         here = resolved.hosts[0].name
         rooms = Rooms(resolved, kind, bootstraps, {here, *joined})
-
-        def told(news: Joined | Lost) -> None:
-            match news:
-                case Joined(join=join):
-                    settings = {host.name: host for host in config.hosts}[join.name]
-                    rooms.joined(settled(settings, joined_host(join)))
-                    text = f"{join.name} has joined again, from {join.address}"
-                case Lost(name=name, reason=reason, ended_by=ended_by):
-                    rooms.lost(name, ended_by)
-                    text = f"{name} is lost: {reason}"
-            logger.warning("%s", text)
-            observer.note(text)
-
+        hear = partial(_hear, config, rooms, observer)
         return supervise(
             plan_processes(resolved),
             kind,
@@ -148,11 +138,25 @@ def launch(
             lifeline,
             listeners,
             lambda local: (
-                local if agents is None else HostGroup(local, here, agents, joined, on_news=told)
+                local if agents is None else HostGroup(local, here, agents, joined, on_news=hear)
             ),
             rooms.find,
             rooms,
         )
+
+
+def _hear(config: LaunchConfig, rooms: Rooms, observer: Observer, news: Joined | Lost) -> None:
+    """Take in that a host has joined again, or is lost, and tell people."""
+    match news:
+        case Joined(join=join):
+            settings = {host.name: host for host in config.hosts}[join.name]
+            rooms.joined(settled(settings, joined_host(join)))
+            text = f"{join.name} has joined again, from {join.address}"
+        case Lost(name=name, reason=reason, ended_by=ended_by):
+            rooms.lost(name, ended_by)
+            text = f"{name} is lost: {reason}"
+    logger.warning("%s", text)
+    observer.note(text)
 
 
 def supervise(

@@ -62,6 +62,8 @@ class Rooms:
         self._clock = clock
         self._ended_by: dict[str, float] = {}
         """Instants by which lost hosts have ended their processes, by host."""
+        self._names_taken_until: dict[str, float] = {}
+        """Instants by which the processes of engines have ended that are gone with a lost host."""
         self._readdressed: set[str] = set()
         """Hosts that have come back at another address than their processes were planned for."""
 
@@ -79,14 +81,16 @@ class Rooms:
     def lost(self, name: str, ended_by: float | None) -> None:
         """Note that a host is lost; until ``ended_by`` its processes may run, None: they do not."""
         self._present.discard(name)
-        self._ended_by.pop(name, None)
         if ended_by is not None:
-            self._ended_by[name] = ended_by
+            # Another machine of the name may be cut off, too.
+            self._ended_by[name] = max(ended_by, self._ended_by.get(name, 0.0))
 
     def plan(self, wanted: ChangeEngines, units: Sequence[Unit]) -> EngineChange:
         """Plan a change of the engines. Raises ConfigError with the reason why it cannot be."""
-        planner = ChangePlanner(self._resolved, self._kind, self._present, _running(units))
-        return planner.plan(wanted)
+        now = self._clock()
+        taken = {name for name, until in self._names_taken_until.items() if now < until}
+        running = _running(units)
+        return ChangePlanner(self._resolved, self._kind, self._present, running, taken).plan(wanted)
 
     def begin(self, change: EngineChange) -> list[ProcessSpec]:
         """Add the new engines of a change; return their processes. Those that stop are there until
@@ -100,7 +104,13 @@ class Rooms:
         return [spec for engine in change.starts for spec in self._kind.processes(engine)]
 
     def forget(self, engine: str) -> None:
-        """Forget an engine that is gone."""
+        """Forget an engine that is gone; its name stays taken while its processes may run on a host
+        that is cut off.
+        """
+        (gone,) = (one for one in self._resolved.engines if one.name == engine)
+        self._names_taken_until[engine] = max(
+            self._ended_by.get(share.host.name, 0.0) for share in gone.shares
+        )
         left = {
             (one.engines.role, one.index): self._resolved.places[one.engines.role, one.index]
             for one in self._resolved.engines

@@ -16,7 +16,7 @@ import pytest
 import zmq
 
 from pdlaunch.errors import PdlaunchError, ProtocolError, StartupError
-from pdlaunch.hosts import agent_messages
+from pdlaunch.hosts import agent_messages, lease
 from pdlaunch.hosts.agent import (
     AgentRefusedError,
     AgentSession,
@@ -43,6 +43,34 @@ from tests.e2e.waiting import await_true
 
 TIMEOUT_S = 60.0
 HELLO = Join(name="a", address="127.0.0.1", machine="{}", python="python")
+HELLO_OF_B = Join(name="b", address="127.0.0.1", machine="{}", python="python")
+STRANGER_WAIT_S = 0.2
+"""Several times as long as it takes an agent to join."""
+
+
+class Clock:
+    """Goes on by itself, and further when it is told to."""
+
+    def __init__(self) -> None:
+        self._passed_s = 0.0
+
+    def __call__(self) -> float:
+        return time.monotonic() + self._passed_s
+
+    def pass_time(self, seconds: float) -> None:
+        self._passed_s += seconds
+
+
+@pytest.fixture
+def frequent_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loops wait for the next Beat: they see soon what a clock shows, or who is there anew."""
+    monkeypatch.setattr(lease, "MAX_BEAT_S", 0.02)
+
+
+@pytest.fixture
+def no_linger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is there who would read what an agent says last."""
+    monkeypatch.setattr(SecureContext, "LINGER_MS", 0)
 
 
 @pytest.fixture
@@ -83,12 +111,18 @@ def news_of(channel: AgentChannel) -> News:
 class Agent:
     """An agent in a thread; ``stop`` is what a signal is to a process."""
 
-    def __init__(self, ticket: JoinTicket, join: Join = HELLO, wait_s: float = TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        ticket: JoinTicket,
+        join: Join = HELLO,
+        wait_s: float = TIMEOUT_S,
+        **options: Any,
+    ) -> None:
         self._stop, self._stopper = os.pipe()
         self.notes: list[str] = []
         self.outcome: str | PdlaunchError | None = None
         self._session = AgentSession(
-            ticket, join, {}, [self._stop], first_wait_s=wait_s, note=self.notes.append
+            ticket, join, {}, [self._stop], first_wait_s=wait_s, note=self.notes.append, **options
         )
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -124,7 +158,7 @@ class RawAgent:
 
     def __init__(self, channel: AgentChannel, keys: JoinKeys) -> None:
         self._context = SecureContext(keys.agents, peer=keys.server.public)
-        self._socket = self._context.connect(zmq.DEALER, channel.endpoint)
+        self._socket = self._context.connect(zmq.DEALER, channel.endpoint, identity=b"raw")
         self._socket.rcvtimeo = int(TIMEOUT_S * 1000)
         self.session, self._theirs = Session(), Session()
 
@@ -185,7 +219,7 @@ def test_an_agent_that_is_told_to_end_says_so(channel: AgentChannel, keys: JoinK
 
 @pytest.mark.parametrize("side", ["of the agent", "of the supervisor"])
 def test_without_the_secret_of_either_side_nobody_joins(
-    channel: AgentChannel, keys: JoinKeys, side: str
+    channel: AgentChannel, keys: JoinKeys, side: str, no_linger: None
 ) -> None:
     other = new_join_keys()
     mixed = (
@@ -193,15 +227,18 @@ def test_without_the_secret_of_either_side_nobody_joins(
         if side == "of the agent"
         else JoinKeys(server=other.server, agents=keys.agents)
     )
-    agent = Agent(mixed.ticket(channel.endpoint), wait_s=0.5)
+    agent = Agent(mixed.ticket(channel.endpoint), wait_s=STRANGER_WAIT_S)
+    admitted = Agent(keys.ticket(channel.endpoint), HELLO_OF_B)
+    assert news_of(channel) == Joined(HELLO_OF_B)
     outcome = agent.end()
     assert isinstance(outcome, AgentTimeoutError)
     assert "answered within" in str(outcome)
     assert channel.take() == []
+    admitted.stop()
 
 
 def test_keys_of_a_launch_open_no_way_to_the_agents_channel(
-    channel: AgentChannel, keys: JoinKeys
+    channel: AgentChannel, keys: JoinKeys, no_linger: None
 ) -> None:
     """A child of a launch has these; who serves engines must not start any."""
     public, secret = zmq.curve_keypair()
@@ -213,7 +250,8 @@ def test_keys_of_a_launch_open_no_way_to_the_agents_channel(
         public=launch.public,
         secret=launch.secret,
     )
-    assert isinstance(Agent(stranger, wait_s=0.5).end(), AgentTimeoutError)
+    assert isinstance(Agent(stranger, wait_s=STRANGER_WAIT_S).end(), AgentTimeoutError)
+    assert channel.take() == []
 
 
 def test_another_version_is_refused_and_both_are_named(
@@ -281,7 +319,9 @@ def test_a_session_that_the_supervisor_does_not_know_is_over(
     assert "does not know this session" in raw.hear(agent_messages.AgentRefused).reason
 
 
-def test_a_resumed_supervisor_finds_its_agents_again(keys: JoinKeys, tmp_path: Path) -> None:
+def test_a_resumed_supervisor_finds_its_agents_again(
+    keys: JoinKeys, tmp_path: Path, frequent_beats: None
+) -> None:
     with listening(keys, tmp_path) as dead:
         agent = Agent(keys.ticket(dead.endpoint))
         assert isinstance(news_of(dead), Joined)
@@ -296,31 +336,56 @@ def test_a_resumed_supervisor_finds_its_agents_again(keys: JoinKeys, tmp_path: P
             again.stop()
 
 
-def test_an_agent_ends_when_its_supervisor_is_silent(keys: JoinKeys, tmp_path: Path) -> None:
-    with listening(keys, tmp_path, timeout_s=0.8) as channel:
-        agent = Agent(keys.ticket(channel.endpoint))
-        assert isinstance(news_of(channel), Joined)
-        agent.await_joined()
-        die(channel)
-        outcome = agent.end()
+def test_an_agent_ends_when_its_supervisor_is_silent(
+    frequent_beats: None, no_linger: None, channel: AgentChannel, keys: JoinKeys
+) -> None:
+    clock = Clock()
+    agent = Agent(keys.ticket(channel.endpoint), clock=clock)
+    assert isinstance(news_of(channel), Joined)
+    agent.await_joined()
+    die(channel)
+    clock.pass_time(TIMEOUT_S)
+    outcome = agent.end()
     assert isinstance(outcome, AgentTimeoutError)
     assert "silent for" in str(outcome)
 
 
-def test_an_agent_ends_when_its_own_words_are_not_answered(keys: JoinKeys) -> None:
+def test_an_agent_ends_after_a_suspension_of_its_machine(
+    frequent_beats: None, channel: AgentChannel, keys: JoinKeys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its engines may have been started elsewhere, whoever answers it now."""
+    read, suspended_s = time.clock_gettime, 0.0
+
+    def clock_gettime(clock: int) -> float:
+        return read(clock) + (suspended_s if clock == time.CLOCK_BOOTTIME else 0.0)
+
+    monkeypatch.setattr(time, "clock_gettime", clock_gettime)
+    agent = Agent(keys.ticket(channel.endpoint))
+    assert isinstance(news_of(channel), Joined)
+    agent.await_joined()
+    suspended_s = TIMEOUT_S
+    assert isinstance(agent.end(), AgentTimeoutError)
+
+
+def test_an_agent_ends_when_its_own_words_are_not_answered(keys: JoinKeys, no_linger: None) -> None:
     """The link is cut in one direction: it hears its supervisor, which does not hear it."""
     context = SecureContext(keys.server, peer=keys.agents.public)
     with contextlib.closing(context):
         router, endpoint = context.listen(zmq.ROUTER, "tcp://127.0.0.1:0")
-        agent = Agent(keys.ticket(endpoint))
+        clock = Clock()
+        agent = Agent(keys.ticket(endpoint), clock=clock)
         identity, *_ = router.recv_multipart()
         session = Session()
-        messages: list[agent_messages.ToAgent] = [AgentWelcome(timeout_s=1.0, beat_s=0.1)]
+
+        def say(message: agent_messages.ToAgent) -> None:
+            router.send_multipart([identity, *session.frames(to_agent.encode(message))])
+
+        say(AgentWelcome(timeout_s=TIMEOUT_S, beat_s=0.1))
+        agent.await_joined()
+        clock.pass_time(TIMEOUT_S)
         while agent.is_alive():
-            for message in messages:
-                router.send_multipart([identity, *session.frames(to_agent.encode(message))])
-            messages = [Beat(stamp=0.0)]
-            time.sleep(0.05)
+            say(Beat(stamp=0.0))
+            time.sleep(0.01)
         outcome = agent.end()
     assert isinstance(outcome, AgentTimeoutError)
     assert "silent for" in str(outcome)
@@ -328,15 +393,42 @@ def test_an_agent_ends_when_its_own_words_are_not_answered(keys: JoinKeys) -> No
 
 def test_a_silent_agent_is_lost(keys: JoinKeys, tmp_path: Path) -> None:
     """It is stopped, or its link is cut: its connection is still there."""
+    clock = Clock()
     with (
-        listening(keys, tmp_path, timeout_s=0.8) as channel,
+        listening(keys, tmp_path, timeout_s=TIMEOUT_S, clock=clock) as channel,
         contextlib.closing(RawAgent(channel, keys)) as raw,
     ):
         raw.say(HELLO)
         assert isinstance(news_of(channel), Joined)
-        lost = news_of(channel)
+        # In steps: at a leap the channel takes itself for stopped.
+        while not (news := channel.take()):
+            clock.pass_time(TIMEOUT_S / 6)
+            channel.send("b", Beat())  # wakes it; nobody gets this
+            time.sleep(0.01)
+        (lost,) = news
     assert isinstance(lost, Lost)
     assert "silent" in lost.reason
+
+
+def test_an_agent_comes_back_after_the_supervisor_was_stopped(
+    keys: JoinKeys, tmp_path: Path, frequent_beats: None
+) -> None:
+    """Its connection was gone when the supervisor was stopped, which then nobody could reach."""
+    clock = Clock()
+    with listening(keys, tmp_path, timeout_s=TIMEOUT_S, clock=clock) as channel:
+        with contextlib.closing(RawAgent(channel, keys)) as raw:
+            raw.say(HELLO)
+            assert isinstance(news_of(channel), Joined)
+            raw.hear(AgentWelcome)
+            (agent,) = channel._agents.values()
+        await_true(lambda: agent.gone_at is not None, "its connection is gone")
+        gone_at = agent.gone_at
+        clock.pass_time(TIMEOUT_S / 2)
+        await_true(lambda: agent.gone_at != gone_at or channel._news, "the channel has looked")
+        with contextlib.closing(RawAgent(channel, keys)) as again:
+            again.session = raw.session
+            again.say(Seen(missing_paths=[]))
+            assert isinstance(news_of(channel), Told)
 
 
 def test_what_processes_print_comes_to_the_folder_of_the_logs(

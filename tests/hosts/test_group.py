@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
 import pytest
 
 from pdlaunch.hosts.agent import AgentSession
-from pdlaunch.hosts.agent_channel import AgentChannel, News, Told
-from pdlaunch.hosts.agent_messages import Exited, FromAgent, Join, Spawn
+from pdlaunch.hosts.agent_channel import AgentChannel, Lost, News, Told
+from pdlaunch.hosts.agent_messages import (
+    AskLastStep,
+    Exited,
+    FromAgent,
+    Join,
+    LastStepOf,
+    Spawn,
+)
 from pdlaunch.hosts.group import HostGroup
 from pdlaunch.hosts.host import ProcessExited
 from pdlaunch.hosts.join import JoinTicket
@@ -47,13 +55,14 @@ def rank(number: int, host: str) -> ProcessSpec:
 class FakeChannel:
     def __init__(self) -> None:
         self.news: list[News] = []
+        self.sent: list[tuple[str, object]] = []
 
     def take(self) -> list[News]:
         news, self.news = self.news, []
         return news
 
     def send(self, name: str, message: object) -> None:
-        pass
+        self.sent.append((name, message))
 
 
 class Here(FakeHost):
@@ -91,16 +100,115 @@ def test_a_process_did_not_die_of_what_its_predecessor_computed() -> None:
     assert group.last_step("decode-0") == LastStep(), "it has moved from here to a"
 
 
+class Far:
+    """An engine of which a host each has a rank, the first one on host a; the clock stands."""
+
+    def __init__(self) -> None:
+        self.channel, self.local, self.now = FakeChannel(), Here(), 100.0
+        self.group = HostGroup(
+            cast(LocalHost, self.local),
+            "here",
+            cast(AgentChannel, self.channel),
+            ["a", "b"],
+            on_news=print,
+            clock=lambda: self.now,
+        )
+        self.hosts = ["a", "b", "here"]
+        for number, host in enumerate(self.hosts):
+            self.group.spawn(rank(number, host), 1, BOOTSTRAP)
+
+    def die(self, number: int, returncode: int = -11, last_step: LastStep | None = None) -> None:
+        name, host = f"decode-0/rank-{number}", self.hosts[number]
+        if host == "here":
+            self.local.ended = [ProcessExited(name, 1, returncode)]
+            return
+        exited = Exited(name=name, incarnation=1, returncode=returncode)
+        if last_step is not None:
+            exited.last_step = last_step
+        self.channel.news.append(Told(host, exited))
+
+    def ended(self) -> list[int]:
+        """The ranks whose ends are told now."""
+        return [int(gone.name[-1]) for gone in self.group.exits()]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_rank_is_known_to_be_dead_once_the_host_of_rank_0_has_told_of_the_last_step(
+    number: int,
+) -> None:
+    far = Far()
+    far.die(number)
+    assert far.ended() == []
+    asked = [each for each in far.channel.sent if isinstance(each[1], AskLastStep)]
+    assert asked == [("a", AskLastStep(engine="decode-0"))]
+    far.channel.news.append(Told("b", LastStepOf(engine="decode-0", last_step=LastStep())))
+    assert far.ended() == [], "host b has no word in it"
+    far.channel.news.append(Told("a", LastStepOf(engine="decode-0", last_step=STEP)))
+    assert far.ended() == [number]
+    assert far.group.last_step("decode-0") == STEP
+
+
+def test_a_rank_that_dies_of_another_one_is_told_after_it() -> None:
+    far = Far()
+    far.die(1)
+    assert far.ended() == []
+    far.die(0, returncode=1, last_step=STEP)
+    assert far.ended() == [1, 0]
+    assert far.group.last_step("decode-0") == STEP
+    far.die(2, returncode=1)
+    assert far.ended() == [2], "the step is known"
+
+
+def test_the_end_of_a_rank_does_not_wait_for_ever() -> None:
+    far = Far()
+    far.die(1)
+    assert far.ended() == []
+    far.now += far.group.poll_s
+    assert far.ended() == [1]
+    assert far.group.poll_s == math.inf
+
+
+def test_a_lost_host_is_asked_nothing() -> None:
+    far = Far()
+    far.die(1)
+    assert far.ended() == []
+    far.channel.news.append(Lost("a", "silent"))
+    assert far.ended() == [1, 0]
+    far.die(2)
+    assert far.ended() == [2]
+
+
+def test_who_was_killed_has_died_of_no_step() -> None:
+    far = Far()
+    far.die(1, returncode=-9)
+    assert far.ended() == [1]
+
+
+def session_of(sent: list[FromAgent], monkeypatch: pytest.MonkeyPatch) -> AgentSession:
+    """The session of an agent whose words come to ``sent``."""
+    ticket = JoinTicket(endpoint="", server_public="", public="", secret="")
+    join = Join(name="a", address="127.0.0.1", machine="", python="")
+    session = AgentSession(ticket, join, {}, [], first_wait_s=1.0, note=print)
+    monkeypatch.setattr(session, "_send", sent.append)
+    monkeypatch.setattr(session, "_here", lambda bootstrap: bootstrap)
+    return session
+
+
+def test_an_agent_answers_what_its_engine_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[FromAgent] = []
+    host = Here()
+    host.last_steps["decode-0"] = STEP
+    session = session_of(sent, monkeypatch)
+    session._obey(AskLastStep(engine="decode-0"), cast(LocalHost, host))
+    assert sent == [LastStepOf(engine="decode-0", last_step=STEP)]
+
+
 @pytest.mark.parametrize("dies_first", [0, 1])
 def test_an_agent_tells_of_the_last_step_whichever_rank_dies_first(
     dies_first: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ticket = JoinTicket(endpoint="", server_public="", public="", secret="")
-    join = Join(name="a", address="127.0.0.1", machine=b"", python="")
-    session = AgentSession(ticket, join, {}, [], first_wait_s=1.0, note=print)
     sent: list[FromAgent] = []
-    monkeypatch.setattr(session, "_send", sent.append)
-    monkeypatch.setattr(session, "_here", lambda bootstrap: bootstrap)
+    session = session_of(sent, monkeypatch)
     host = Here()
     for number in (0, 1):
         spawn = Spawn(spec=rank(number, "a"), incarnation=1, bootstrap=BOOTSTRAP)

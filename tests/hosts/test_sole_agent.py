@@ -11,8 +11,10 @@ from pdlaunch.errors import StartupError
 from pdlaunch.hosts.join import JoinKeys, new_join_keys, write_join_files
 from pdlaunch.hosts.sole_agent import sole_agent
 from tests.command_line import invoke
+from tests.hosts.test_agent_channel import listening
 
 ENDPOINT = "tcp://127.0.0.1:9"
+"""Nobody listens there."""
 
 
 @pytest.fixture
@@ -22,16 +24,18 @@ def keys() -> JoinKeys:
 
 def test_a_second_agent_is_refused_before_it_asks_anybody(keys: JoinKeys, tmp_path: Path) -> None:
     """It might be let in: the supervisor takes the first one for lost when that is stopped."""
-    write_join_files(tmp_path / "join", keys, ENDPOINT)
-    words = ["agent", "--join", str(tmp_path / "join"), "--name", "a", "--wait", "1"]
-    with sole_agent(keys.ticket(ENDPOINT), "a"):
-        result = invoke(words)
+    words = ["agent", "--join", str(tmp_path / "join"), "--name", "c"]
+    with listening(keys, tmp_path) as channel:
+        write_join_files(tmp_path / "join", keys, channel.endpoint)
+        with sole_agent(keys.ticket(channel.endpoint), "c"):
+            result = invoke(words)
+        # It is gone now: this one asks the supervisor.
+        asked = invoke(words)
     assert result.exit_code == 1
     said = result.output
-    assert f"the agent with process id {os.getpid()} serves a of this launch" in said
+    assert f"the agent with process id {os.getpid()} serves c of this launch" in said
     assert "end it, or choose another --name" in said
-    # It is gone now: this one asks the supervisor.
-    assert "no supervisor" in invoke(words).output
+    assert "c is none of the hosts a, b" in asked.output
 
 
 def test_other_hosts_and_other_launches_are_free(keys: JoinKeys) -> None:

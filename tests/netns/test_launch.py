@@ -4,6 +4,7 @@ them: the tokens are those of one host, whatever happens.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
@@ -107,6 +108,18 @@ def under_way(launch: FarLaunch) -> None:
     )
 
 
+def pulls_again(launch: FarLaunch, name: str) -> None:
+    """Blocks move again: after pulls that took too long their pair rests for a while."""
+    salts = (f"{name} {number}" for number in itertools.count())
+
+    def moves() -> bool:
+        before = pulled_bytes(launch)
+        launch.ask(*fresh(next(salts)))
+        return pulled_bytes(launch) > before
+
+    wait_for(moves, launch, "no block moves")
+
+
 def serves_again(launch: FarLaunch, name: str, expected: list[list[int]]) -> None:
     """All is answered again, after a while."""
     wait_for(
@@ -192,6 +205,7 @@ def test_a_cut_leaves_nothing_wrong_and_nothing_stuck(
         time.sleep(4)
         pair.network.set_link("b")
 
+    pulls_again(pair, "before the cut")
     judge(asked_meanwhile(pair, fresh("cut"), cut), expected)
     serves_again(pair, "after", expected)
 
@@ -205,6 +219,7 @@ def test_a_host_that_falls_over_takes_no_answer_along(
         under_way(pair)
         pair.network["b"].kill()
 
+    pulls_again(pair, "before the fall")
     judge(asked_meanwhile(pair, fresh("fall"), fall), expected)
     serves_again(pair, "on one host", expected)
 
@@ -224,10 +239,10 @@ def test_two_by_two_over_two_hosts(network: Network) -> None:
         assert {engine["url"].partition(":")[0] for engine in engines} == {"https"}
         places = {engine["name"]: engine["host"] for engine in engines}
         assert sorted(places.values()) == ["b", "b", "local", "local"]
-        told = launch.output()
         for name, host in places.items():
-            assert f"{name}{'' if host == 'local' else ' on b'}: ready" in told
-            assert re.search(rf"^  host +{host}: .*{name}", told, re.MULTILINE)
+            place = re.compile(rf"^  host +{host}: .*{name}", re.MULTILINE)
+            wait_for(lambda place=place: place.search(launch.output()), launch, "places are told")
+            assert f"{name}{'' if host == 'local' else ' on b'}: ready" in launch.output()
         assert launch.smoke() == []
         before = network.num_bytes("a", "b") + network.num_bytes("b", "a")
         alone = tokens_of(launch.ask_alone("prefill-0", *fresh("alone")))

@@ -147,6 +147,17 @@ def test_a_host_that_is_back_at_another_address_may_be_another_machine() -> None
     assert deployment.find("decode-0") == "b", "its agent has ended what it ran"
 
 
+def test_of_two_machines_of_one_name_both_must_have_ended() -> None:
+    deployment = Deployment(**SPREAD)
+    host = deployment.launch.host("b")
+    deployment.lose("b", ended_by=deployment.now + 30)
+    deployment.rooms.joined(replace(host, advertise_address="10.0.0.9"))
+    deployment.rooms.lost("b", None)
+    assert deployment.find("decode-0") is None, "the first machine may be cut off"
+    deployment.now += 30
+    assert deployment.find("decode-0") == "a"
+
+
 @pytest.mark.parametrize("engine", ["native", "vllm"])
 def test_engines_of_a_host_that_is_back_elsewhere_get_its_address(engine: str) -> None:
     deployment = Deployment(engine=engine, **SPREAD)
@@ -260,6 +271,32 @@ def test_new_engines_take_free_gpus_of_hosts_that_are_there(tiny: str) -> None:
     deployment.rooms.lost("c", None)
     with pytest.raises(ConfigError, match="no room for decode-1, decode-2, decode-3"):
         plan(deployment, decode=4)
+
+
+def test_a_new_engine_gets_no_name_that_may_run_on_a_host_that_is_cut_off(tiny: str) -> None:
+    deployment = Deployment(**SPREAD, model=tiny, decode={"replicas": 2})
+    lost = deployment.unit("decode-0").members[0].spec.host
+    deployment.lose(lost, ended_by=deployment.now + 30)
+    wanted = ChangeEngines(question=1, replicas={"decode": 1})
+    assert deployment.rooms.plan(wanted, deployment.units).stops == ("decode-0",)
+    deployment.rooms.forget("decode-0")
+    deployment.units = [unit for unit in deployment.units if unit.engine != "decode-0"]
+    started = plan(deployment, decode=2)
+    assert (started.keys(), lost in started.values()) == ({"decode-2"}, False)
+    deployment.now += 30
+    assert plan(deployment, decode=2).keys() == {"decode-0"}
+
+
+@pytest.mark.parametrize("machine", [TWO_GPUS, FOUR_CORES], ids=["gpu", "cpu"])
+def test_a_turned_engine_stays_on_its_host(machine: Machine, tiny: str) -> None:
+    deployment = Deployment(machine, **SPREAD, model=tiny, prefill={"replicas": 2})
+    for engine in ("prefill-0", "prefill-1"):
+        (before,) = (one for one in deployment.launch.engines if one.name == engine)
+        wanted = ChangeEngines(question=1, turn=engine, role="decode")
+        change = deployment.rooms.plan(wanted, deployment.units)
+        (turned,) = change.starts
+        assert (turned.name, turned.host.name) == ("decode-1", before.host.name)
+        assert turned.device_indices == before.device_indices
 
 
 def test_an_engine_of_several_hosts_can_go_and_none_comes(tiny: str) -> None:
