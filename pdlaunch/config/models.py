@@ -36,8 +36,9 @@ MAX_PORT = 65535
 class TracingSettings(FrozenModel):
     """Says what the router remembers of requests, and whom it tells."""
 
+    # 10,000 take 130 MB of the router, and 3 ms of its event loop to find the slowest among them.
     kept_requests: int = Field(
-        500, ge=0, le=100_000, description="Requests that `pdlaunch trace` can show, the last ones."
+        500, ge=0, le=10_000, description="Requests that `pdlaunch trace` can show, the last ones."
     )
     otlp_endpoint: Annotated[str | None, Flag(panel=DEPLOYMENT, metavar="URL", for_router=True)] = (
         Field(

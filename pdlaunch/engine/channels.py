@@ -100,7 +100,7 @@ class FollowerChannel:
     def __init__(self, context: SecureContext, endpoint: str, tp_rank: int) -> None:
         self.socket = context.connect(zmq.DEALER, endpoint)
         self._tp_rank = tp_rank
-        self.report(StepDone(tp_rank=tp_rank, step_id=-1))
+        self.report(StepDone(tp_rank=tp_rank))
 
     def report(self, message: StepDone) -> None:
         self.socket.send(step_done.encode(message))

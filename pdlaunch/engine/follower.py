@@ -80,7 +80,7 @@ class Follower:
         jobs = [] if self._offload is None else self._offload.take_finished()
         if report is not None or events or jobs:
             self._leader.report(
-                StepDone(tp_rank=self._tp_rank, step_id=-1, sleep=report, events=events, jobs=jobs)
+                StepDone(tp_rank=self._tp_rank, sleep=report, events=events, jobs=jobs)
             )
 
     def close(self) -> None:

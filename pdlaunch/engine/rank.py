@@ -153,7 +153,8 @@ class RankProcess:
             side_channel=self._side_channel(transfer),
         )
         port = transfer.endpoint.rpartition(":")[2]
-        model = StepModel(limits_of(spec, runner.layout, runner.num_blocks), measured)
+        limits = limits_of(spec, runner.layout, runner.num_blocks, runner.graph_tokens)
+        model = StepModel(limits, measured)
         scheduler = Scheduler(
             RequestLifecycle(
                 groups=runner.layout.groups,

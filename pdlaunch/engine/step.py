@@ -126,10 +126,8 @@ class StepDone(Message):
     """A rank other than 0 reports the end of transfers, offload jobs or a change of sleep."""
 
     tp_rank: int
-    step_id: int
     events: list[TransferEvent] = []
     jobs: list[JobFinished] = []
-    error: str | None = None
     sleep: SleepReport | None = None
 
 

@@ -17,7 +17,6 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 from aiohttp import web
-from aiohttp.hdrs import METH_ANY
 
 from pdlaunch import __version__
 from pdlaunch.errors import RequestError
@@ -129,15 +128,24 @@ class HttpApp:
                 "GET", "/openapi.json", self._openapi, None, Operation("Describe all routes.")
             ),
         ]
-        self.app = web.Application(client_max_size=max_body_bytes)
+        self._no_route = AppRoute("*", "", self._unknown)
+        self.app = web.Application(
+            client_max_size=max_body_bytes, middlewares=[self._catch_unknown]
+        )
         self.app.on_response_prepare.append(guard.add_cors_headers)
-        # The last route catches the rest, so that 404 and 405 pass the door too.
-        for route in (*self._routes, AppRoute("*", "/{path:.*}", self._unknown)):
+        for route in self._routes:
             handler = partial(self._at_the_door, route)
             if route.method == "GET":
                 self.app.router.add_get(route.path, handler)  # answers HEAD too
             else:
                 self.app.router.add_route(route.method, route.path, handler)
+
+    @web.middleware
+    async def _catch_unknown(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Have 404 and 405 pass the door, too; no route could, as ``OPTIONS *`` has no path."""
+        if request.match_info.http_exception is None:
+            return await handler(request)
+        return await self._at_the_door(self._no_route, request)
 
     async def _at_the_door(self, route: AppRoute, http: web.Request) -> web.StreamResponse:
         request_id, id_error = _read_id(http)
@@ -205,12 +213,10 @@ class HttpApp:
         )
 
     async def _unknown(self, http: web.Request) -> web.StreamResponse:
-        allowed: set[str] = set()
-        for resource in self.app.router.resources():
-            allowed |= (await resource.resolve(http))[1] - {METH_ANY}
-        if not allowed:
+        error = http.match_info.http_exception
+        if not isinstance(error, web.HTTPMethodNotAllowed):
             raise RequestError(f"there is no {http.path[:200]}", status=404, code="not_found")
-        methods = ", ".join(sorted(allowed))
+        methods = ", ".join(sorted(error.allowed_methods))
         message = f"{http.path[:200]} takes {methods}, not {http.method}"
         response = error_response(RequestError(message, status=405, code="method_not_allowed"))
         response.headers["Allow"] = methods

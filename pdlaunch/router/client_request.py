@@ -292,11 +292,7 @@ def read_client_request(
         raise model_not_found(str(fields.model), served_model_name)
     # vLLM scores a prompt that it echoes with no token of its own.
     max_tokens = _check_limits(fields, may_be_none=has_own_fields and bool(body.get("echo")))
-    bodies = (
-        [body]
-        if endpoint.is_chat
-        else [body | {"prompt": prompt} for prompt in _split_prompts(body.get("prompt"))]
-    )
+    bodies = [body] if endpoint.is_chat else [body | one for one in _split_prompts(body)]
     return ClientRequest(
         endpoint=endpoint,
         request_id=request_id,
@@ -375,18 +371,28 @@ def _check_limits(fields: ClientFields, *, may_be_none: bool) -> int | None:
     return None if limit is None else max(1, limit)
 
 
-def _split_prompts(prompt: msgspec.Raw | None) -> list[msgspec.Raw | None]:
-    """Return one entry for each prompt; the engines check what is in them."""
-    if prompt is None or not _PROMPTS.match(prompt):
-        return [prompt]
-    prompts = msgspec.json.decode(prompt, type=list[msgspec.Raw])
-    if len(prompts) > MAX_PROMPTS:
+def _split_prompts(body: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the members of each prompt; the engines check what is in them.
+
+    As at vLLM, embeddings are prompts of their own, which come before those of text.
+    """
+    prompt, embeds = body.get("prompt"), body.get("prompt_embeds")
+    prompts = [prompt]
+    if prompt is not None and _PROMPTS.match(prompt):
+        prompts = msgspec.json.decode(prompt, type=list[msgspec.Raw])
+    split: list[dict[str, Any]] = [{"prompt": one} for one in prompts]
+    if embeds:
+        tensors = embeds if isinstance(embeds, list) else [embeds]
+        texts = [] if prompt is None or bytes(prompt) == b"null" else split
+        split = [{"prompt": None, "prompt_embeds": one} for one in tensors]
+        split += [one | {"prompt_embeds": None} for one in texts]
+    if len(split) > MAX_PROMPTS:
         raise RequestError(
             f"prompt: at most {MAX_PROMPTS} prompts in one request",
             param="prompt",
             code="invalid_value",
         )
-    return list(prompts)
+    return split
 
 
 def _estimate_tokens(text: msgspec.Raw | None) -> int:

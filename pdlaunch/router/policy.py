@@ -49,8 +49,6 @@ class RoutingRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Output tokens of a short answer; None: it may have a single one."""
     prefix: PrefixHashes = ()
     """Stands for the prompt or messages as the client wrote them."""
-    priority: int = 0
-    """Lower numbers go first, as in vLLM; clients cannot set it yet, and no policy looks at it."""
     wants_pair: bool = False
     """The client asks for a pair of engines, whatever that costs."""
     is_suspect: bool = False

@@ -166,9 +166,11 @@ class EnginePool:
                 pulls.asked(now_at)
         return route
 
-    def pick_any(self, tried: Collection[EngineKey]) -> Engine | None:
-        """Return an engine for a question that computes nothing; None: there is no other than
-        those that were ``tried``.
+    def pick_any(
+        self, tried: Collection[EngineKey], can: Callable[[Engine], bool] = lambda _: True
+    ) -> Engine | None:
+        """Return an engine that ``can`` take a call that computes nothing; None: there is no other
+        than those that were ``tried``.
 
         Its answer would not show whether an engine that was left out works again: such an engine
         is the last choice, and its try is left to a prompt.
@@ -176,7 +178,8 @@ class EnginePool:
         health = self.health()
         usable = {name: health.usable[name] for name in health.usable.keys() - health.wants_try}
         health = msgspec.structs.replace(health, usable=usable, wants_try=frozenset())
-        engine = least_work(list(self._engines.values()), "decode", health, tried=tried)
+        able = [engine for engine in self._engines.values() if can(engine)]
+        engine = least_work(able, "decode", health, tried=tried)
         if engine is not None:
             engine.num_picks += 1
         return engine

@@ -2,9 +2,9 @@
 
 ::
 
-    first turn    [piece][piece][message's end]   a client's text is cut into pieces of equal size,
-    next turn     [piece][piece][message's end][piece][rest]  and where messages end; each piece has
-                                                              the hash of all up to its end
+    first turn    [piece][piece][message's end]   a client's text is cut into pieces and where
+    next turn     [piece][piece][message's end][piece][rest]  messages end; each piece has the hash
+                                                              of all up to its end
 
 It knows texts and not blocks, nothing of evictions, and only what went through this router: an
 answer is right whatever it says, at worst an engine computes more than was thought.
@@ -22,13 +22,17 @@ import xxhash
 from pdlaunch.router.engine import Engine, Processes
 
 PIECE_BYTES = 128
+PIECE_SHARE = 256
+"""A piece is as long as a 256th of what lies before it, where that is more: as many as are looked
+at hold a prompt of a million tokens.
+"""
 MESSAGE_END = b'"}'
 """A message ends like this in most clients' JSON. Without these ends a chat with a short question
 would be known by what it shares with others, as the system's prompt, or not at all.
 """
 LEAST_MESSAGE_BYTES = 24
 """An end that comes sooner is that of an object in a message: such pieces would be many, of two
-bytes each at worst, and leave most of a text unseen.
+bytes each at worst, and leave most of a text unseen. Of longer pieces it is as large a part.
 """
 MAX_PIECES = 2048
 """Pieces of one prompt that are looked at: what lies behind them makes little difference."""
@@ -68,8 +72,10 @@ def _cuts(text: bytes) -> Iterator[int]:
     """Yield where pieces end: texts that begin alike are cut alike."""
     end = 0
     while True:
-        found = text.find(MESSAGE_END, end + LEAST_MESSAGE_BYTES, end + PIECE_BYTES)
-        end = end + PIECE_BYTES if found < 0 else found + len(MESSAGE_END)
+        size = max(PIECE_BYTES, end // PIECE_SHARE)
+        least = LEAST_MESSAGE_BYTES * size // PIECE_BYTES
+        found = text.find(MESSAGE_END, end + least, end + size)
+        end = end + size if found < 0 else found + len(MESSAGE_END)
         if end > len(text):
             return
         yield end
@@ -97,7 +103,8 @@ class ServedPrefixes:
     ) -> None:
         """Note that an engine has the blocks of a prompt, and of the tokens that it drew after it.
 
-        The next turn begins with them: they count as known behind the prompt's last piece.
+        The next turn begins with them: they count as known behind the prompt's last piece, if it
+        was looked at up to there.
         """
         if not prefix:
             return
@@ -108,8 +115,9 @@ class ServedPrefixes:
         for piece in prefix:
             num_tokens = int(num_prompt_tokens * piece.share)
             pieces[piece.hash] = max(num_tokens, pieces.pop(piece.hash, 0))
-        last = prefix[-1].hash
-        pieces[last] = max(num_prompt_tokens + num_output_tokens, pieces[last])
+        if len(prefix) < MAX_PIECES:
+            last = prefix[-1].hash
+            pieces[last] = max(num_prompt_tokens + num_output_tokens, pieces[last])
         while len(pieces) > self._max_pieces:
             pieces.popitem(last=False)
 

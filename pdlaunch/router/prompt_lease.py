@@ -5,11 +5,11 @@ does.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Collection
 from typing import Any
 
 from pdlaunch.protocol.ids import HopId, LeaseId
-from pdlaunch.router.engine import Engine
+from pdlaunch.router.engine import Engine, EngineKey
 from pdlaunch.router.engine_errors import malformed_is_failure
 from pdlaunch.router.engine_stream import Chunk
 from pdlaunch.router.handed_prompts import HandedPrompt, HandedPrompts
@@ -86,11 +86,11 @@ class PromptLease:
             if num_tokens:
                 self._state.recomputed(self.handover.engine, engine, num_tokens)
 
-    def end(self, find_decode: Callable[[], Engine | None]) -> None:
+    def end(self, tried: Collection[EngineKey] = ()) -> None:
         """Release the blocks if nobody has pulled them.
 
-        ``find_decode`` chooses the decode engine that tells a prefill engine that listens to nobody
-        else.
+        A prefill engine that listens to nobody else is told by a decode engine, one that was not
+        ``tried`` if there is one.
         """
         self._lent.close()
         handover = self.handover
@@ -99,10 +99,12 @@ class PromptLease:
         if not handover.engine.capabilities.needs_proof:
             self.release(handover.engine, handover.lease_id)
             return
-        decode = find_decode()
-        # An engine that the blocks may not be handed to could not speak of them either: then the
-        # lease ends by itself.
-        if decode is None or not self._may_hand_over(handover.engine, decode):
+        # An engine that the blocks may not be handed to could not speak of them either: without
+        # another one the lease ends by itself.
+        decode = self._state.pool.pick_any(
+            tried, can=lambda engine: self._may_hand_over(handover.engine, engine)
+        )
+        if decode is None:
             return
         params = handover.decode_params(decode, first_token_sent=False)
         if params is not None:

@@ -224,7 +224,7 @@ class PromptProgress:
         self.first_token.computes_no_more()
         self.drop_early()
         self.state.waiting.consider()
-        self.lease.end(lambda: self.state.pool.route(self.routing_request("decode")).decode)
+        self.lease.end(self.attempts.tried)
         # Its traceback leads back here: a cycle would keep the body in memory.
         self.attempts.forget()
 

@@ -79,7 +79,7 @@ def test_calls_follow_each_other_however_fast_a_rank_is(context: SecureContext) 
 
 
 def test_a_stranger_has_no_part_in_a_sum(context: SecureContext) -> None:
-    leader = LeaderExchange(context, "127.0.0.1", "127.0.0.1", 2, timeout_s=1.0)
+    leader = LeaderExchange(context, "127.0.0.1", "127.0.0.1", 2, timeout_s=0.2)
     with contextlib.closing(SecureContext(new_launch_keys())) as other:
         stranger = FollowerExchange(other, leader.endpoint, 1, timeout_s=0.1)
         plain = zmq.Context.instance().socket(zmq.DEALER)
@@ -90,6 +90,7 @@ def test_a_stranger_has_no_part_in_a_sum(context: SecureContext) -> None:
         with pytest.raises(TransferError, match=r"ranks \[1\] of the TP group were silent"):
             leader.combine(b"", lambda parts: parts[-1])
         plain.close(linger=0)
+        other.zmq.destroy(linger=0)  # what nobody reads
     leader.close()
 
 

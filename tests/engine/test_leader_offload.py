@@ -52,7 +52,7 @@ class FakeFollower:
 
     def end_all(self) -> None:
         ends = [JobFinished(job.job_id, True, num_bytes=10) for job in self.jobs]
-        self.reports.append(StepDone(tp_rank=1, step_id=-1, jobs=ends))
+        self.reports.append(StepDone(tp_rank=1, jobs=ends))
 
 
 def make_leader(recorder: Any, offload: Any, follower: Any) -> tuple[Leader, Scheduler]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import aiohttp
@@ -124,6 +126,21 @@ async def test_unknown_paths_and_methods_are_errors_like_others(ask: Ask) -> Non
     status, body, response = await ask("DELETE", "/closed", **KEY)
     assert (status, body["error"]["code"]) == (405, "method_not_allowed")
     assert response.headers["Allow"] == "POST"
+
+
+@pytest.mark.parametrize("line", ["OPTIONS *", "CONNECT 127.0.0.1:1", "GET http://127.0.0.1"])
+async def test_what_has_no_path_is_an_error_like_others(ask: Ask, line: str) -> None:
+    _, _, known = await ask("GET", "/open")
+    for key, expected in (("", 401), ("Authorization: Bearer key\r\n", 404)):
+        reader, writer = await asyncio.open_connection("127.0.0.1", known.url.port)
+        fields = "Host: 127.0.0.1\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        head = f"{line} HTTP/1.1\r\n{fields}{key}\r\n"
+        writer.write(head.encode())
+        status, _, answer = (await reader.read()).partition(b"\r\n")
+        writer.close()
+        assert status.split()[1] == str(expected).encode()
+        error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+        assert error["code"] == ("not_found" if key else "no_key")
 
 
 async def test_errors_become_answers_and_are_counted(ask: Ask, registry: CollectorRegistry) -> None:

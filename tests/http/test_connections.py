@@ -138,7 +138,7 @@ async def test_a_reader_that_does_not_read_loses_its_place() -> None:
         finally:
             gone.set()
 
-    async with serving(stream, reader_timeout_s=0.5) as port:
+    async with serving(stream, reader_timeout_s=0.1) as port:
         with socket.socket() as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
             client.connect(("127.0.0.1", port))

@@ -8,11 +8,17 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
+from pdlaunch.router import pair_canaries
 from pdlaunch.router.watched_engine import Member
 from tests.router.alone_router import PROMPT, Alone, alone
 from tests.sidecar.fake_vllm import FakeVllm, answer_of, listen
 
 __all__ = ["alone"]
+
+
+@pytest.fixture(autouse=True)
+def _canaries_follow_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pair_canaries, "CANARY_RETRY_S", (0.02, 30.0))
 
 
 async def test_a_pair_serves_when_its_canary_has_come_through(alone: Alone) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from pdlaunch.router.prefix_index import (
     MAX_PIECES,
     MESSAGE_END,
     PIECE_BYTES,
+    PIECE_SHARE,
     Piece,
     ServedPrefixes,
     hash_prefix,
@@ -28,7 +30,16 @@ def test_texts_share_the_pieces_that_they_begin_with() -> None:
     for unlike in (other[4:], hash_prefix(TEXT, "salt")):
         assert not {piece.hash for piece in one} & {piece.hash for piece in unlike}
     assert hash_prefix(None, "") == hash_prefix(b"short", "") == ()
-    assert len(hash_prefix(b"x" * PIECE_BYTES * (MAX_PIECES + 5), "")) == MAX_PIECES
+
+
+def test_a_prompt_of_a_million_tokens_is_looked_at_up_to_its_end() -> None:
+    index, one = ServedPrefixes(), engine("decode-0")
+    prefix = hash_prefix(text := random.Random(1).randbytes(4_000_000), "")
+    assert len(prefix) < MAX_PIECES
+    index.served(one, prefix, 1_000_000, 500)
+    assert index.num_cached_tokens(one, hash_prefix(text + TEXT * 10, "")) == 1_000_500
+    half = index.num_cached_tokens(one, hash_prefix(text[:2_000_000] + TEXT * 900, ""))
+    assert half == pytest.approx(500_000, rel=2 / PIECE_SHARE)
 
 
 def test_the_next_turn_finds_prompt_and_answer() -> None:
@@ -68,6 +79,10 @@ def test_ends_of_objects_in_a_message_are_no_pieces_of_their_own(text: bytes) ->
     assert len(prefix) == MAX_PIECES
     assert prefix[-1].share * len(text) >= MAX_PIECES * LEAST_MESSAGE_BYTES
     assert hash_prefix(text[:20_000] + b"?" * 90_000, "")[-1].hash != prefix[-1].hash
+    # What lies behind the pieces may be another one's.
+    index, one = ServedPrefixes(), engine("decode-0")
+    index.served(one, prefix, 100_000, 500)
+    assert index.num_cached_tokens(one, prefix) == int(100_000 * prefix[-1].share) < 50_000
 
 
 def test_an_engine_that_was_restarted_knows_nothing() -> None:

@@ -14,7 +14,7 @@ from pdlaunch.router.policy import LeastWork, NoIndex, RoutingRequest
 from tests.router.conftest import Answer, Stand
 from tests.router.fake_engine import FakeEngine, until
 from tests.router.test_cost_model import HALF_OPEN, NOW, OPEN, busy, costed, costs
-from tests.router.test_cost_routes import costed_pair, load_decode
+from tests.router.test_cost_routes import costed_pair, forget_times, load_decode
 from tests.router.test_early_decode import lend
 from tests.router.test_life_of_a_request import completion, expected_text
 
@@ -90,6 +90,7 @@ async def test_a_prompt_is_taken_over_when_another_request_gets_on(
     await decode.holding.wait()
     if not begins:
         await until(lambda: stand.metric("pdlaunch_router_generation_tokens_total") == 1)
+        forget_times(stand)
     load_decode(stand)
     posting = asyncio.ensure_future(stand.post(completion(prompt="other")))
     await prefill.holding.wait()

@@ -13,8 +13,11 @@ import pytest
 
 from pdlaunch.protocol.costs import ROUTE_HEADER
 from pdlaunch.protocol.ids import HopId, HttpRequestId
+from pdlaunch.router.breaker import OPEN_S
 from pdlaunch.router.client_request import CHAT, read_client_request
 from pdlaunch.router.continuation import LOST_REASONS
+from pdlaunch.router.handover import Handover
+from pdlaunch.router.prompt_lease import PromptLease
 from pdlaunch.watch.versions import with_version
 from tests.router.conftest import Stand
 from tests.router.fake_engine import until
@@ -309,6 +312,26 @@ async def test_what_cannot_share_a_lease_is_served_by_one_engine(
     assert fields.items() <= body.items()
 
 
+@pytest.mark.parametrize(
+    ("fields", "num_choices"),
+    [
+        ({"prompt": None, "prompt_embeds": "tensor|"}, 1),
+        ({"prompt": None, "prompt_embeds": ["tensor|", "another|"]}, 2),
+        ({"prompt_embeds": "tensor|", "n": 2}, 4),
+        ({"prompt": [PROMPT, "other|"], "prompt_embeds": ["tensor|"]}, 3),
+        ({"prompt_embeds": []}, 1),
+    ],
+)
+async def test_embeddings_are_prompts_of_their_own(
+    stand: Stand, fields: dict[str, Any], num_choices: int
+) -> None:
+    """More choices than the router has asked for would be a fault of the engine."""
+    await start_pair(stand)
+    answer = await stand.post(completion(**fields))
+    assert answer.texts() == dict.fromkeys(range(num_choices), SCRIPT)
+    assert stand.pool.health().left_out == {}
+
+
 CUTS = [1, 3, 4, 9, 10, 11, 12, 17, 24, 26, 28, 30]
 """Tokens after which decode dies: within ü and the smiley, within and behind the stop string."""
 
@@ -433,6 +456,34 @@ async def test_a_lease_that_nobody_pulls_is_given_back_through_decode(stand: Sta
     assert len(prefill.seen) == 1
     await until(lambda: not prefill.leases)
     assert stand.metric("pdlaunch_router_releases_total") == 1
+
+
+async def test_the_end_of_a_lease_takes_no_engines_one_try(stand: Stand) -> None:
+    """Its answer would not show whether the engine works again."""
+    prefill, _, decode, broken = engines = vllm_pairs(2)
+    stand.pairs = [proof(prefill, one) for one in (decode, broken)]
+    await stand.start(engines)
+    by_name = {engine.name: engine for engine in stand.pool.engines}
+    for failed in ([broken], [decode, broken]):
+        stand.publish()
+        for one in failed:
+            by_name[one.name].breaker.failed(stand.state.now() - OPEN_S)
+        prefill.leases["lease"] = []
+        lease = PromptLease(stand.state)
+        lease.hand_over(
+            Handover(
+                engine=by_name[prefill.name],
+                params={"remote_request_id": "lease"},
+                has_first_tokens=False,
+                open_choices=frozenset({0}),
+                num_prompt_tokens=1,
+                chunks=[],
+            )
+        )
+        lease.end()
+        await until(lambda: not prefill.leases)
+        assert stand.pool.health().wants_try == {one.name for one in failed}
+    assert decode.seen
 
 
 async def test_engines_get_their_own_key_and_never_the_launchs(stand: Stand) -> None:

@@ -9,6 +9,7 @@ import aiohttp
 import pytest
 
 from pdlaunch import __version__
+from pdlaunch.server import unsent_spans
 from tests.http.json_schema import misfits
 from tests.server.conftest import Engine
 
@@ -30,7 +31,10 @@ def answer_schema(document: dict[str, Any], path: str, method: str, kind: str) -
     return document["paths"][path][method]["responses"]["200"]["content"][kind]["schema"]
 
 
-async def test_every_route_is_described_and_every_described_one_is_there(engine: Engine) -> None:
+async def test_every_route_is_described_and_every_described_one_is_there(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unsent_spans, "WAIT_S", 0.0)
     document = await document_of(engine)
     for path, operations in document["paths"].items():
         assert all(operation["summary"] for operation in operations.values())
