@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from pdlaunch.checks.context import Context
 from pdlaunch.checks.rule import Found, rule
+from pdlaunch.config.http_names import is_loopback
 from pdlaunch.config.roles import PAIR
 
 CUDA_BLOCK_STEP_TOKENS = 16
-_LOOPBACK = ("127.", "localhost", "::1")
 
 
 @rule(
@@ -276,7 +276,7 @@ def open_without_key(context: Context) -> Iterator[Found]:
     timing.
     """
     config = context.config
-    if config.api_key is None and not config.host.startswith(_LOOPBACK):
+    if config.api_key is None and not is_loopback(config.host):
         yield Found("host", f"the API listens on {config.host} and asks for no key")
 
 

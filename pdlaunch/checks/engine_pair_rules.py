@@ -100,10 +100,9 @@ def block_sizes_differ(context: Context) -> Iterator[Found]:
         and decode % prefill == 0
     )
     if prefill != decode and not fits:
-        side = pair[1] if "block_size" in pair[1].overrides else pair[0]
         sizes = [str(size or "what vLLM chooses") for size in (prefill, decode)]
         yield Found(
-            side.where("block_size"),
+            differing_place(*pair, "block_size"),
             f"block_size of prefill is {sizes[0]}, of decode {sizes[1]}",
         )
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from pdlaunch.checks.context import Context
 from pdlaunch.checks.other_engines import vllm_engines, vllm_pair
+from pdlaunch.checks.pair_rules import differing_place
 from pdlaunch.checks.rule import Found, rule
 from pdlaunch.config.roles import PAIR
 from pdlaunch.config.settings import all_settings
@@ -33,8 +34,8 @@ def kinds_differ(context: Context) -> Iterator[Found]:
         return
     prefill, decode = (side.settings.engine for side in pair)
     if prefill != decode:
-        side = pair[1] if "engine" in pair[1].overrides else pair[0]
-        yield Found(side.where("engine"), f"prefill engines are {prefill}, decode engines {decode}")
+        message = f"prefill engines are {prefill}, decode engines {decode}"
+        yield Found(differing_place(*pair, "engine"), message)
 
 
 @rule(
@@ -86,7 +87,7 @@ def versions_differ(context: Context) -> Iterator[Found]:
     versions = [_versions(found[side.role]) for side in pair]
     if all(versions) and len({*versions[0], *versions[1]}) > 1:
         yield Found(
-            pair[1].where("engine_command"),
+            differing_place(*pair, "engine_command"),
             f"prefill is vLLM {' and '.join(versions[0])}, decode vLLM {' and '.join(versions[1])}",
         )
 

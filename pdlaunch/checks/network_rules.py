@@ -6,10 +6,9 @@ from collections.abc import Iterator
 
 from pdlaunch.checks.context import Context
 from pdlaunch.checks.rule import Found, rule
+from pdlaunch.config.http_names import WILDCARDS, is_loopback
 from pdlaunch.platform.facts import PortState
 from pdlaunch.resolve.resolve import ListenAddress
-
-_UNREACHABLE = ("127.", "localhost", "0.0.0.0", "::")
 
 
 @rule(
@@ -166,7 +165,7 @@ def gloo_sockets(context: Context) -> Iterator[Found]:
 
 def is_local_alone(address: str) -> bool:
     """Return whether peers on other hosts would reach themselves at this address."""
-    return address.startswith(_UNREACHABLE)
+    return address in WILDCARDS or is_loopback(address)
 
 
 def _states(context: Context) -> Iterator[tuple[ListenAddress, PortState]]:

@@ -51,6 +51,31 @@ def with_flags(*paths: str) -> Callable[[Callable[..., None]], Callable[..., Non
     return lambda command: _with_flags(command, declared)
 
 
+def with_arguments(kind: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return what gives a typer command an option for each field of a dataclass.
+
+    ``command`` takes the dataclass as the keyword ``arguments``. Its other parameters stay as they
+    are.
+    """
+    fields = inspect.signature(kind, eval_str=True).parameters
+
+    def give(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True).parameters
+
+        def call(**values: Any) -> None:
+            arguments = kind(**{name: values.pop(name) for name in fields})
+            command(**values, arguments=arguments)
+
+        vars(call)["__signature__"] = inspect.Signature(
+            [*(p for p in own.values() if p.name != "arguments"), *fields.values()]
+        )
+        call.__name__ = command.__name__
+        call.__doc__ = command.__doc__
+        return call
+
+    return give
+
+
 def _with_flags(
     command: Callable[..., None], declared_flags: Mapping[str, Flag]
 ) -> Callable[..., None]:

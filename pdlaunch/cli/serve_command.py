@@ -10,7 +10,7 @@ from typer.core import TyperCommand
 
 from pdlaunch.cli.vllm_flags import advice
 
-_RICH_FROM_COLUMNS = 90
+_RICH_FROM_COLUMNS = 96
 
 
 class ServeCommand(TyperCommand):

@@ -1,4 +1,5 @@
-"""Says on the terminal of ``pdlaunch serve`` every ten seconds what the deployment does.
+"""Says on the terminal of ``pdlaunch serve`` that it takes requests, then every ten seconds what
+the deployment does.
 
 A thread asks the router at the launch's admin socket. Nothing is said while nothing has changed.
 """
@@ -22,6 +23,7 @@ from pdlaunch.supervisor.status import LaunchStatus, Observer
 EVERY_S = 10.0
 DRAIN_EVERY_S = 2.0
 READ_TIMEOUT_S = 5.0
+_READY_POLL_S = 0.02
 _DRAINS = (LaunchPhase.DRAINING_ROUTER, LaunchPhase.DRAINING_ENGINES)
 
 Read = Callable[[], DeploymentStatus]
@@ -38,12 +40,11 @@ class StatusLine:
         self._read = read
         self._every_s = every_s
         self._wake = threading.Event()
-        self._is_ready = False
         self._is_draining = False
         self._is_over = False
         self._num_errors = 0
         self._said = ""
-        self._thread = threading.Thread(target=self._run, name="status-line", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> StatusLine:
         return self
@@ -66,19 +67,36 @@ class StatusLine:
             self._is_over = True
 
     def ready(self, status: LaunchStatus) -> None:
-        self._view.ready(status)
-        self._is_ready = True
+        # In its thread: the router is just being told, and the supervisor waits for nobody.
+        self._thread = threading.Thread(
+            target=self._run, args=(status,), name="status-line", daemon=True
+        )
         self._thread.start()
 
     def note(self, text: str) -> None:
         self._view.note(text)
 
-    def _run(self) -> None:
+    def _run(self, launch: LaunchStatus) -> None:
+        self._say_ready(launch)
         while not self._is_over:
             self._wake.wait(min(self._every_s, DRAIN_EVERY_S if self._is_draining else EVERY_S))
             self._wake.clear()
             if not self._is_over:
                 self.tell()
+
+    def _say_ready(self, launch: LaunchStatus) -> None:
+        """Show that a launch is ready once its router takes requests."""
+        while not (self._is_over or self._is_draining):
+            if self._takes_requests():
+                self._view.ready(launch)
+                return
+            self._wake.wait(_READY_POLL_S)
+
+    def _takes_requests(self) -> bool:
+        try:
+            return self._read().state == "ok"
+        except PdlaunchError:
+            return False
 
     def tell(self) -> None:
         """Say what has changed since the last time, if anything has."""

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pdlaunch.config.http_names import is_loopback
 from pdlaunch.errors import PdlaunchError
 
 ROUTER_RETURN_S = 20.0
@@ -44,6 +45,8 @@ class Api:
         self._timeout_s = timeout_s
         self._socket_path = socket_path
         self._headers = dict(headers or {})
+        host = urllib.parse.urlsplit(self.url).hostname or ""
+        self._opener = _opener(socket_path, is_here=socket_path is not None or is_loopback(host))
 
     def engine(self, name: str) -> Api:
         """Return the API of one engine behind this router, which passes everything on to it.
@@ -100,7 +103,7 @@ class Api:
             headers["Content-Type"] = "application/json"
         request = urllib.request.Request(self.url + path, data=body, headers=headers)
         try:
-            with _opener(self._socket_path).open(request, timeout=self._timeout_s) as response:
+            with self._opener.open(request, timeout=self._timeout_s) as response:
                 return response.status, response.read()
         except urllib.error.HTTPError as error:
             with error:
@@ -156,11 +159,16 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 @functools.cache
-def _opener(socket_path: Path | None) -> urllib.request.OpenerDirector:
-    """Make an opener; a Unix socket is reached through no proxy, whatever the environment says."""
-    if socket_path is None:
-        return urllib.request.build_opener(_NoRedirects)
-    return urllib.request.build_opener(urllib.request.ProxyHandler({}), _UnixHandler(socket_path))
+def _opener(socket_path: Path | None, *, is_here: bool) -> urllib.request.OpenerDirector:
+    """Make an opener; what listens on this machine alone is reached through no proxy, whatever the
+    environment says.
+    """
+    handlers: list[urllib.request.BaseHandler] = [_NoRedirects()]
+    if is_here:
+        handlers.append(urllib.request.ProxyHandler({}))
+    if socket_path is not None:
+        handlers.append(_UnixHandler(socket_path))
+    return urllib.request.build_opener(*handlers)
 
 
 def check_url(url: str) -> None:

@@ -8,23 +8,28 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import psutil
 
+from pdlaunch.client.api import Api
 from pdlaunch.config.http_names import local_url
 from pdlaunch.errors import PdlaunchError, StartupError
+from pdlaunch.process.run_dirs import is_locked, own_run_dirs, take_lock
 
+PREFIX = "pdlaunch-deployment-"
+OUTPUT = "output.log"
 _POLL_S = 0.1
+_HEALTH_TIMEOUT_S = 5.0
 _STOP_TIMEOUT_S = 60.0
 
 
@@ -102,32 +107,49 @@ def running_deployment(
     ``log_dir``: the folder of its log files, which are otherwise gone when the block ends. Raises
     StartupError, with what it printed, when it ends or does not get healthy in time.
     """
-    with (
-        tempfile.TemporaryDirectory(prefix="pdlaunch-deployment-") as folder,
-        contextlib.ExitStack() as stack,
-    ):
-        output, logs = Path(folder) / "output", log_dir or f"{folder}/logs"
+    with _new_folder() as (folder, sink), contextlib.ExitStack() as stack:
+        logs = log_dir or f"{folder}/logs"
         port = port or stack.enter_context(held_port())
         own = ["--host", host, "--port", str(port), "--log-dir", logs, "--stop-on-stdin-eof"]
         # -P: a folder named pdlaunch where the user stands is not the installed one.
         command = [sys.executable, "-P", "-m", "pdlaunch", "serve", *arguments, *own]
         start_at = time.monotonic()
-        with output.open("wb") as sink:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=sink,
-                stderr=subprocess.STDOUT,
-                env=dict(os.environ if environ is None else environ),
-                start_new_session=True,
-            )
-        deployment = Deployment(process, local_url(host, port), Path(logs), output, 0.0)
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            env=dict(os.environ if environ is None else environ),
+            start_new_session=True,
+        )
+        deployment = Deployment(process, local_url(host, port), Path(logs), folder / OUTPUT, 0.0)
         try:
             _await_health(deployment, start_at + timeout_s)
             deployment.start_s = time.monotonic() - start_at
             yield deployment
         finally:
             deployment.stop()
+
+
+@contextlib.contextmanager
+def _new_folder() -> Iterator[tuple[Path, BinaryIO]]:
+    """Yield a fresh folder, which is removed at the end, and the file in it for what is printed.
+
+    That file is locked until this process and the deployment, which inherits it, have both ended.
+    Folders that killed owners left, whose lock is there and nobody's, are removed first.
+    """
+    for left in own_run_dirs(Path(tempfile.gettempdir()), PREFIX):
+        with contextlib.suppress(FileNotFoundError):
+            if not is_locked(left / OUTPUT):
+                shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=PREFIX) as name:
+        folder = Path(name)
+        new = folder / f"{OUTPUT}.new"
+        with new.open("wb") as sink:
+            # Under its own name it is never without its lock.
+            take_lock(sink.fileno())
+            new.rename(folder / OUTPUT)
+            yield folder, sink
 
 
 @contextlib.contextmanager
@@ -158,7 +180,6 @@ def _await_health(deployment: Deployment, deadline_at: float) -> None:
 
 def _healthy(url: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as response:
-            return bool(response.status == 200)
-    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return Api(url, timeout_s=_HEALTH_TIMEOUT_S).get("/health")[0] == 200
+    except PdlaunchError:
         return False

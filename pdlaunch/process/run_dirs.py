@@ -64,12 +64,12 @@ def base_dir() -> Path:
     return base if longest <= MAX_PATH_BYTES else Path("/tmp")
 
 
-def own_run_dirs(base: Path) -> list[Path]:
+def own_run_dirs(base: Path, prefix: str = PREFIX) -> list[Path]:
     """Return this user's folders in ``base``, of launches that live and of dead ones.
 
     Links are left out.
     """
-    return sorted(path for path in base.glob(f"{PREFIX}*") if _is_ours(path))
+    return sorted(path for path in base.glob(f"{prefix}*") if _is_ours(path))
 
 
 def running_launches(base: Path | None = None) -> list[RunningLaunch]:

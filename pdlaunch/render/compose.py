@@ -45,7 +45,9 @@ def compose_file(launch: PodLaunch) -> dict[str, Any]:
 def _router(launch: PodLaunch) -> Service:
     config = launch.resolved.config
     url = f"http://127.0.0.1:{config.port}{HEALTH}"
-    probe = f"import urllib.request as r; r.urlopen({url!r}, timeout={PROBE_S})"
+    # Docker may give every container the proxy of its client.
+    opener = "r.build_opener(r.ProxyHandler({}))"
+    probe = f"import urllib.request as r; {opener}.open({url!r}, timeout={PROBE_S})"
     command = ["pdlaunch", "serve", CONFIG_FILE, "--resume"]
     return _service(launch, command, SUPERVISOR_KEY, SUPERVISOR_FILE) | {
         "hostname": "router",

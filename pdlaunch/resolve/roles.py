@@ -112,16 +112,6 @@ def resolve_roles(
         for role in used:
             if not _ranks_on(places, host.name, role):
                 continue
-            is_far = any(
-                _ranks_on(places, other.name, peer)
-                for other in hosts
-                for peer in PAIR
-                if other is not host
-                # Agents of Ray may share a machine.
-                and not (config.placement == "ray" and is_same_machine(host, other))
-                and role in PAIR
-                and peer != role
-            )
             engines = derive_engines(
                 config,
                 role,
@@ -129,7 +119,7 @@ def resolve_roles(
                 models[role],
                 unverified,
                 num_ranks[host.name],
-                has_far_peers=is_far,
+                has_far_peers=_has_far_peers(config, role, host, hosts, places),
             )
             before = sum(
                 other.num_ranks
@@ -151,6 +141,25 @@ def resolve_roles(
             first.engines, replicas=replicas, num_ranks=replicas * first.engines.tp_size
         )
     return PlacedRoles(roles, {name: here for name, here in by_host.items() if here}, placed)
+
+
+def _has_far_peers(
+    config: LaunchConfig,
+    role: Role,
+    host: ResolvedHost,
+    hosts: Sequence[ResolvedHost],
+    places: Places,
+) -> bool:
+    """Return whether a role's engines exchange KV blocks with some on another machine."""
+    return role in PAIR and any(
+        _ranks_on(places, other.name, peer)
+        for other in hosts
+        for peer in PAIR
+        if peer != role
+        and other is not host
+        # Agents of Ray may share a machine.
+        and not (config.placement == "ray" and is_same_machine(host, other))
+    )
 
 
 def _placed(

@@ -41,8 +41,16 @@ CASES: dict[str, Case] = {
     "PD110": Case([on(CPU, max_num_batched_tokens=63)], [on(CPU, max_num_batched_tokens=64)]),
     "PD111": Case([on(CPU, kv_transfer__verify="off")], [on(CPU, kv_transfer__verify="on")]),
     "PD112": Case(
-        [on(CPU, host="0.0.0.0"), on(CPU, host="::")],
-        [on(CPU, host="localhost"), on(CPU, host="0.0.0.0", api_key="k"), on(CPU, host="::1")],
+        [
+            *(on(CPU, host=host) for host in ("0.0.0.0", "::", "::1:2")),
+            *(on(CPU, host=f"{name}.example.org") for name in ("localhost", "127.0.0.1")),
+        ],
+        [
+            on(CPU, host="localhost"),
+            on(CPU, host="127.8.9.1"),
+            on(CPU, host="0.0.0.0", api_key="k"),
+            on(CPU, host="::1"),
+        ],
     ),
     "PD113": Case(
         [on(CPU, limits__request_timeout_s=20.0)],

@@ -18,6 +18,9 @@ from pdlaunch.checks.ucx_rules import lacks_rdma
         ("10.0.0.1", False),
         ("node-7.cluster", False),
         ("fd00::7", False),
+        ("::ffff:10.0.0.1", False),
+        ("localhost.example.org", False),
+        ("127.0.0.1.example.org", False),
     ],
 )
 def test_addresses_that_other_hosts_cannot_ask(address, is_local):

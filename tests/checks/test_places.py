@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.checks.contexts import GPU
+from tests.checks.fires_engines import TWO_VERSIONS
 from tests.checks.fires_memory import ONE_GPU
 from tests.checks.firing import Setup, check_config, write_models
 
@@ -72,6 +73,17 @@ CASES = {
         "PD620",
         Setup("engine: vllm\nprefill: {model: tiny-copy}\n"),
         "prefill.model",
+        "",
+    ),
+    "version of prefill's vLLM": (
+        "PD612",
+        Setup(
+            "engine: vllm\nengine_command: first/bin/vllm\n"
+            "prefill: {engine_command: second/bin/vllm}\n",
+            machine=None,
+            arrange=TWO_VERSIONS,
+        ),
+        "prefill.engine_command",
         "",
     ),
     "shape of prefill's model": (

@@ -211,13 +211,18 @@ def test_a_handshake_asks_the_ranks_that_prefill_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("engine_id", "num_ranks", "words"),
-    [("prefill", 1, "says nothing within"), ("other", 2, "another engine answers")],
+    ("engine_id", "num_ranks", "limit_s", "words"),
+    [("prefill", 1, 0.1, "says nothing within"), ("other", 2, 60.0, "another engine answers")],
 )
 def test_a_side_channel_that_does_not_answer_for_prefill(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine_id: str, num_ranks: int, words: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    engine_id: str,
+    num_ranks: int,
+    limit_s: float,
+    words: str,
 ) -> None:
-    monkeypatch.setattr("pdlaunch.cli.doctor.HANDSHAKE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("pdlaunch.cli.doctor.HANDSHAKE_TIMEOUT_S", limit_s)
     with (
         serving(tmp_path) as (prefill, _, flags),
         SideChannel(engine_id, num_ranks) as channel,

@@ -90,8 +90,8 @@ def test_it_speaks_from_ready_to_the_end_and_counts_a_drain_down() -> None:
         line.changed(LAUNCH)
         assert router.num_reads == 0
         line.ready(LAUNCH)
-        assert view.ready_count == 1
         until(lambda: view.notes)
+        assert view.ready_count == 1
         line.note("a death")
         line.changed(DRAINING)
         until(lambda: "draining: 3 requests left" in view.notes)
@@ -105,10 +105,37 @@ def test_it_speaks_from_ready_to_the_end_and_counts_a_drain_down() -> None:
     assert view.statuses == [LAUNCH, DRAINING, STOPPING]
 
 
+def test_it_is_ready_once_the_router_takes_requests() -> None:
+    view, router = FakeObserver(), Router(idle(state="starting"))
+    with StatusLine(view, router) as line:
+        line.ready(LAUNCH)
+        until(lambda: router.num_reads > 1)
+        router.status = None
+        router.was_read.clear()
+        assert router.was_read.wait(20)
+        assert view.ready_count == 0
+        router.status = idle()
+        until(lambda: view.ready_count)
+    line._thread.join(20)
+    assert view.ready_count == 1
+
+
+def test_a_launch_that_stops_before_is_never_ready() -> None:
+    view, router = FakeObserver(), Router(idle(state="starting"))
+    with StatusLine(view, router) as line:
+        line.ready(LAUNCH)
+        until(lambda: router.num_reads)
+        line.changed(DRAINING)
+        router.status = idle()
+        line.changed(STOPPING)
+    line._thread.join(20)
+    assert view.ready_count == 0
+
+
 def test_a_launch_that_fails_leaves_no_thread() -> None:
     with StatusLine(FakeObserver(), Router(idle())) as line:
         line.changed(LAUNCH)
-    assert not line._thread.is_alive()
+    assert line._thread is None
 
 
 def test_events_carry_the_time_of_day_and_pipes_get_plain_lines() -> None:

@@ -2,44 +2,14 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
+import socket
+from unittest.mock import Mock
 
 import pytest
 
 from pdlaunch.client.api import Api
 from pdlaunch.errors import PdlaunchError
-
-
-@contextmanager
-def serving(location: str = "") -> Iterator[tuple[str, list[str | None]]]:
-    """Yield the URL of a server, and the keys that it is sent; it may lead elsewhere."""
-    keys: list[str | None] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            keys.append(self.headers["Authorization"])
-            self.send_response(302 if location else 200)
-            self.send_header("Location", location)
-            self.send_header("Content-Length", "2")
-            self.end_headers()
-            self.wfile.write(b"{}")
-
-        do_POST = do_GET  # noqa: N815
-
-        def log_message(self, *_: object) -> None:
-            """Print nothing."""
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}", keys
-        finally:
-            server.shutdown()
-            thread.join()
+from tests.client.conftest import serving
 
 
 def test_a_redirect_is_not_followed_with_the_key() -> None:
@@ -56,3 +26,23 @@ def test_a_call_has_its_key_and_one_to_nobody_says_so() -> None:
         assert keys == ["Bearer mine"]
     with pytest.raises(PdlaunchError, match="/pdlaunch/status cannot be reached"):
         Api(url, "mine", 10.0).get("/pdlaunch/status")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "LOCALHOST"])
+def test_what_runs_here_is_asked_past_proxies(proxied: list[str | None], host: str) -> None:
+    with serving() as (url, keys):
+        assert Api(url.replace("127.0.0.1", host), "mine", 10.0).get("/health")[0] == 200
+    assert (keys, proxied) == (["Bearer mine"], [])
+
+
+def test_others_are_asked_through_the_proxy_unless_the_environment_excepts_them(
+    proxied: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = Api("http://localhost.nowhere.invalid:8000", "mine", 10.0)
+    assert api.get("/health")[0] == 200
+    assert proxied == ["Bearer mine"]
+    monkeypatch.setenv("no_proxy", "nowhere.invalid")
+    monkeypatch.setattr(socket, "getaddrinfo", Mock(side_effect=OSError("no such host")))
+    with pytest.raises(PdlaunchError, match="no such host"):
+        api.get("/health")
+    assert len(proxied) == 1

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import kubernetes_validate
+import kubernetes_validate.utils
 import yaml
 
 from pdlaunch.router.app import OPEN_PATHS
@@ -19,6 +22,9 @@ TRUSTED = {"PDLAUNCH_KV_TRANSFER__TRUSTED_NETWORK": "true"}
 KUBERNETES = "1.37"
 
 Object = dict[str, Any]
+
+# The library reads megabytes for each object.
+_schema_contents = functools.cache(kubernetes_validate.utils.schema_contents)
 
 
 def run(*arguments: str, trusted: bool = True) -> Any:
@@ -67,7 +73,8 @@ def check_schema(objects: list[Object]) -> None:
                 "metadata": {"name": "x", **pods["metadata"]},
                 "spec": pods["spec"],
             }
-        kubernetes_validate.validate(found, KUBERNETES, strict=True)
+        with patch.object(kubernetes_validate.utils, "schema_contents", _schema_contents):
+            kubernetes_validate.validate(found, KUBERNETES, strict=True)
 
 
 def problems(objects: list[Object]) -> list[str]:

@@ -13,6 +13,7 @@ from compose_pydantic import ComposeSpecification
 from pydantic import ValidationError
 
 from pdlaunch.config.models import LaunchConfig
+from tests.client.conftest import serving
 from tests.render.manifests import EXAMPLES, render, run
 
 DEMO = str(EXAMPLES[0])
@@ -85,6 +86,14 @@ def test_only_the_router_is_reached_from_this_machine() -> None:
     (file,) = render("compose", DEMO)
     published = {name: s["ports"] for name, s in file["services"].items() if "ports" in s}
     assert published == {"router": ["127.0.0.1:8000:8000"]}
+
+
+def test_the_router_asks_itself_past_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving() as (proxy, proxied), serving() as (url, asked):
+        monkeypatch.setenv("http_proxy", proxy)
+        (file,) = render("compose", DEMO, "--port", url.rpartition(":")[2])
+        exec(file["services"]["router"]["healthcheck"]["test"][3])
+    assert (len(asked), proxied) == (1, [])
 
 
 def test_secrets_are_files_of_their_owner_and_variables(tmp_path: Path) -> None:
