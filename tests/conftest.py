@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # on the same cores take twice the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-pytest_plugins = ["tests.memory_guard", "tests.process_guard"]
+pytest_plugins = ["tests.garbage", "tests.memory_guard", "tests.process_guard"]
 
 # How long examples take says more about the machine than about the code. Each run tries the same
 # ones, so that a change is judged by what it changes; `--hypothesis-profile search` tries others.
@@ -47,23 +46,6 @@ LATE = tuple(
 """Files of launches that share none with others. The worker that is free first runs them at the
 end, beside the last launches of the other one, so that both end at about the same time.
 """
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_collection() -> Iterator[object]:
-    """Keep the collector of garbage away from the libraries and tests, which stay: to search them
-    again and again takes seconds of each worker.
-    """
-    gc.disable()
-    try:
-        return (yield)
-    finally:
-        gc.freeze()
-        gc.enable()
-
-
-def pytest_sessionfinish() -> None:
-    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,6 +4,7 @@ Driven through a pipe.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -260,8 +261,10 @@ def stop_process(pid: int) -> None:
 def kill_process(pid: int) -> None:
     """SIGKILL, until the process has died; its parent may not have reaped it."""
     os.kill(pid, signal.SIGKILL)
-    while Path(f"/proc/{pid}").exists() and state_of(Path(f"/proc/{pid}")) not in "ZX":
-        time.sleep(0.001)
+    # A parent that reaps it may do so between any two looks.
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        while state_of(Path(f"/proc/{pid}")) not in "ZX":
+            time.sleep(0.001)
 
 
 def state_of(task: Path) -> str:

@@ -215,7 +215,7 @@ def test_a_stranger_gets_no_answer(start):
     assert monitor.poll(60_000)
     assert not socket.poll(0)
     socket.disable_monitor()
-    socket.close()
+    socket.close(linger=0)
     stranger.close()
 
 
