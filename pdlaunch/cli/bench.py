@@ -84,7 +84,7 @@ _OFFLOAD_HEADINGS = {
 
 
 @app.command("step")
-@with_flags("load_format", "enforce_eager", "max_cudagraph_tokens")
+@with_flags("load_format", "enforce_eager", "max_cudagraph_capture_size")
 def step(
     model: Annotated[
         str, typer.Option(help="Alias or directory in Hugging Face layout.")
@@ -98,6 +98,15 @@ def step(
     prefill_tokens: Annotated[
         str, typer.Option(help="Prompt lengths of the prefill rows, one or several.")
     ] = "128",
+    chunk_tokens: Annotated[
+        str | None,
+        typer.Option(
+            help="Prompt tokens computed beside each batch, one or several; none by default."
+        ),
+    ] = None,
+    chunk_behind: Annotated[
+        int, typer.Option(min=0, help="Tokens of that prompt that are there already.")
+    ] = 0,
     num_steps: Annotated[
         int, typer.Option(min=1, help="Steps measured; the median is shown.")
     ] = 20,
@@ -121,6 +130,8 @@ def step(
         "context_tokens": context_tokens,
         "num_steps": num_steps,
         "prefill_tokens": read_numbers(prefill_tokens, "--prefill-tokens"),
+        "chunk_tokens": read_numbers(chunk_tokens, "--chunk-tokens") if chunk_tokens else [],
+        "chunk_behind": chunk_behind,
         "dtype": dtype,
         "num_threads": num_threads,
         "block_size": block_size,

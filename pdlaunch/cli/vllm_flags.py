@@ -37,8 +37,7 @@ INSTEAD: Mapping[str, str] = {
     "--hf-token": "set the variable HF_TOKEN",
     "--device-ids": "set the variable CUDA_VISIBLE_DEVICES",
     "--seed": "send `seed` with a request",
-    "--cudagraph-capture-sizes": "use --max-cudagraph-tokens; sizes up to it are chosen",
-    "--max-cudagraph-capture-size": "use --max-cudagraph-tokens",
+    "--cudagraph-capture-sizes": "use --max-cudagraph-capture-size; sizes up to it are chosen",
     "--enable-chunked-prefill": "long prompts are always computed in parts; "
     "--max-num-batched-tokens sets how much one step takes",
     "--disable-log-requests": "requests are not logged; use --log-level",

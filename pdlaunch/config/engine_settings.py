@@ -93,13 +93,13 @@ class EngineSettings(FrozenModel):
     enforce_eager: Annotated[bool, Flag()] = Field(
         False, description="Run all steps on a GPU without CUDA graphs."
     )
-    max_cudagraph_tokens: Annotated[int, Flag(), NativeAlone()] = Field(
-        0,
+    max_cudagraph_capture_size: Annotated[int, Flag()] = Field(
+        1024,
         ge=0,
         le=4096,
         description=(
             "Run steps of up to so many tokens from CUDA graphs on a GPU where they hold prompts, "
-            "too; 0: decode steps alone. Not yet tried on a GPU."
+            "too; 0: decode steps alone."
         ),
     )
     async_scheduling: Annotated[bool, Flag()] = Field(

@@ -189,7 +189,8 @@ class ModelRunner:
 
     def warm_up(self) -> list[Measurement]:
         """Run chunks of prompts and decode steps, so that the first request pays for no lazy
-        initialisation; capture graphs. Returns what the steps took.
+        initialisation; capture graphs. Returns what the steps took, those with streams and prompts
+        without graphs.
 
         Leaves rows and blocks as they were at the start: only to be called before the first step.
         """
@@ -201,16 +202,28 @@ class ModelRunner:
             num_groups=len(self.layout.groups),
             num_blocks=self.num_blocks,
         )
-        if self._spec.max_cudagraph_tokens:
-            # Longer steps take other kernels, of which those after the capture are too few.
-            warm_up.run()
+        # Steps that have no graph take other kernels. What is measured of these tells what their
+        # launches take.
+        launched = (
+            warm_up.run() if self._has_graphs and self._spec.max_cudagraph_capture_size else []
+        )
         self._graphs = self._capture_graphs()
         measured = warm_up.run()
+        if self.graph_tokens:
+            measured = [
+                *(one for one in measured if not one[0].is_mixed),
+                *(one for one in launched if one[0].is_mixed),
+            ]
         self._rows = self._new_rows()
         # Blocks may be used by anybody from the first step on, and a NaN left in one would show
         # through attention's mask.
         self.kv_cache[: warm_up.num_used_blocks].zero_()
         return measured
+
+    @property
+    def graph_tokens(self) -> int:
+        """Return of how many tokens in all a step with prompts may be to have a CUDA graph."""
+        return 0 if self._graphs is None else self._graphs.max_prompt_tokens
 
     @property
     def weight_bytes(self) -> int:
@@ -343,15 +356,16 @@ class ModelRunner:
 
         return TritonAttention(self.layout, self.kv_cache)
 
+    @property
+    def _has_graphs(self) -> bool:
+        is_eager = self._device.type == "cpu" or self._spec.enforce_eager
+        return not is_eager and self._decoder.can_be_captured
+
     def _capture_graphs(self) -> StepGraphs | None:
         """Capture the graphs of steps; all ranks of a TP group do it, as their sums are in the
         graphs.
         """
-        if (
-            self._device.type == "cpu"
-            or self._spec.enforce_eager
-            or not self._decoder.can_be_captured
-        ):
+        if not self._has_graphs:
             return None
         from pdlaunch.engine.step_graphs import StepGraphs
         from pdlaunch.models.triton_attention import TritonAttention
@@ -362,7 +376,7 @@ class ModelRunner:
             self._attention,
             max_rows=self._spec.max_num_seqs,
             max_prompt_tokens=min(
-                self._spec.max_cudagraph_tokens, self._spec.max_num_batched_tokens
+                self._spec.max_cudagraph_capture_size, self._spec.max_num_batched_tokens
             ),
             max_blocks=-(-self._spec.max_model_len // self._spec.block_size),
             latest=self._latest,

@@ -132,7 +132,8 @@ class Scheduler:
         # First: a preemption below sets it again, as it frees blocks for others.
         self.requests.may_progress = False
         if self._costs is not None and self._streams_wait():
-            step = StepDraft(self._costs().pause_step_tokens, has_streams=False)
+            step = StepDraft(self._max_num_batched_tokens, has_streams=False)
+            step.most_of_prompts = self._costs().pause_chunk
         else:
             step = StepDraft(self._max_num_batched_tokens)
         self._fill(step)
@@ -191,7 +192,7 @@ class Scheduler:
     def _leaves_out(self, num_prompt_tokens: int, context_tokens: Sequence[int]) -> bool:
         assert self._costs is not None
         num_streams = len(context_tokens)
-        chunk_tokens = self._costs().next_chunk(num_prompt_tokens, num_streams, sum(context_tokens))
+        chunk_tokens = self._costs().chunk_tokens(num_streams, sum(context_tokens))
         return self.pauses.leave_out(num_streams, num_prompt_tokens, chunk_tokens)
 
     def _next_prompts(self) -> Iterator[Request]:
@@ -242,9 +243,7 @@ class Scheduler:
             step.take_no_more_prompts()
             return
         num_context_tokens = sum(request.num_scheduled for request in step.scheduled)
-        step.most_of_prompts = partial(
-            self._costs().next_chunk, self._count_prompt_tokens(), num_streams, num_context_tokens
-        )
+        step.most_of_prompts = partial(self._costs().chunk_tokens, num_streams, num_context_tokens)
 
     def _schedule_chunk(self, request: Request, step: StepDraft) -> None:
         """Add as many next tokens of a running request as budget and blocks allow.

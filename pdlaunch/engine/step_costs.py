@@ -73,8 +73,11 @@ class StepModel:
     """
 
     def __init__(self, limits: EngineCosts, measured: Sequence[tuple[StepWork, float]]) -> None:
-        """``limits``: what is no cost of these is taken over as it is."""
+        """``limits``: what is no cost of these is taken over as it is. ``measured``: in the
+        warm-up, steps with streams and prompts without CUDA graphs.
+        """
         self._limits = limits
+        self._graph_tokens = limits.steps.graph_tokens
         self.stream_seconds = 0.0
         """Time of the steps so far, each times the streams in it."""
         self._streams = OnlineFit([0.0] * 3, _STREAM_DOUBT, _STREAM_DRIFTS)
@@ -84,7 +87,8 @@ class StepModel:
         self._most_launch_s = self._many_tokens = 0.0
         # The longest prompts first: of a short one most is what any step takes.
         for work, seconds in sorted(measured, key=lambda one: (one[0].prompt_tokens > 0, -one[1])):
-            self.observe(work, seconds)
+            if not work.is_mixed:
+                self.observe(work, seconds)
         launches_s = [seconds for work, seconds in measured if work.is_mixed]
         if launches_s and (token_s := self._prompts.coefficients[0]):
             self._launch_s = min(launches_s)
@@ -107,7 +111,7 @@ class StepModel:
             self._streams.observe(of_streams, seconds)
         streams_s = self._streams.predict(of_streams)
         computed_s = streams_s + self._prompts.predict(of_prompts)
-        if work.prompt_tokens < self._many_tokens:
+        if work.prompt_tokens < self._many_tokens and work.num_tokens > self._graph_tokens:
             if work.num_streams:
                 self._observe_launches(computed_s, seconds)
             if computed_s <= (1 + NOISE) * max(seconds, self._launch_s):
@@ -137,7 +141,15 @@ class StepModel:
         step_s, stream_s, context_s = self._streams.coefficients
         prompt_s, attended_s = self._prompts.coefficients
         return EngineCosts(
-            StepCosts(step_s, stream_s, context_s, prompt_s, attended_s, self._launch_s),
+            StepCosts(
+                step_s,
+                stream_s,
+                context_s,
+                prompt_s,
+                attended_s,
+                self._launch_s,
+                self._graph_tokens,
+            ),
             limits.max_num_seqs,
             limits.max_num_batched_tokens,
             limits.block_size,
@@ -148,12 +160,14 @@ class StepModel:
         )
 
 
-def limits_of(spec: EngineSpec, layout: KVCacheLayout, num_blocks: int) -> EngineCosts:
+def limits_of(
+    spec: EngineSpec, layout: KVCacheLayout, num_blocks: int, graph_tokens: int
+) -> EngineCosts:
     """Return the limits of an engine, of which no cost is known."""
     num_groups = len(layout.groups)
     max_itl_ms = spec.routing.max_itl_ms
     return EngineCosts(
-        StepCosts(0.0, 0.0, 0.0, 0.0, 0.0),
+        StepCosts(0.0, 0.0, 0.0, 0.0, 0.0, graph_tokens=graph_tokens),
         max_num_seqs=spec.max_num_seqs,
         max_num_batched_tokens=spec.max_num_batched_tokens,
         block_size=spec.block_size,

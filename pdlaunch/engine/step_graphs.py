@@ -40,10 +40,6 @@ an eighth at most.
 """
 MOST_CHUNKS = 16
 """Chunks for which any graph with prompts has tiles; more fit where they are long."""
-MOST_CONTEXT = 8192
-"""Tokens of the longest row in a graph with prompts: behind more, flash attention is faster than
-the kernel of the graphs by more than the launches take. Estimated, not measured.
-"""
 
 
 class Recorded:
@@ -112,6 +108,7 @@ class StepGraphs:
         ``max_blocks``: length of one row's block table. ``latest``: where input tokens are looked
         up; None: they are token ids.
         """
+        self.max_prompt_tokens = max_prompt_tokens
         layout, device = attention.setup.layout, attention.setup.kv_cache.device
         self._layout = layout
         self._tile_size = attention.setup.chunk_tokens
@@ -171,8 +168,7 @@ class StepGraphs:
             return None
         shape = self._shapes[size]
         num_tiles = len(tiles_of(batch, self._tile_size)[0])
-        is_short = int(batch.context_lengths.max()) <= MOST_CONTEXT
-        return shape if is_short and num_tiles <= shape.num_tiles else None
+        return shape if num_tiles <= shape.num_tiles else None
 
     def _shape(self, num_tokens: int, max_rows: int) -> GraphShape:
         # A row remains for the tiles that are not needed: a chunk has two tokens at least.

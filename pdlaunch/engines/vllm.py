@@ -141,7 +141,12 @@ class VllmEngine:
         for name in ("max_model_len", "max_num_batched_tokens"):
             if (value := getattr(settings, name)) is not None:
                 yield name.replace("_", "-"), value
-        for name in ("block_size", "max_num_seqs", "gpu_memory_utilization"):
+        for name in (
+            "block_size",
+            "max_num_seqs",
+            "gpu_memory_utilization",
+            "max_cudagraph_capture_size",
+        ):
             if name in engines.given:
                 yield name.replace("_", "-"), getattr(settings, name)
         if settings.load_format != "auto":

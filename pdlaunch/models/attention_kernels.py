@@ -1,4 +1,4 @@
-"""Triton kernels of paged attention: write, decode in splits, attend over chunks, gather.
+"""Triton kernels of paged attention: write, decode in splits, gather.
 
 All read ``kv_cache: [num_blocks, H, L, 2, B, D]`` (heads, layers of a block, block size, head dim)
 in place; ``layer_offset`` is the distance of a layer's keys from its block and head, in elements.
@@ -12,14 +12,16 @@ Source: flash-decoding (Dao et al., 2023) for the splits, FlashAttention-2 for t
 from __future__ import annotations
 
 # Triton reads annotations of kernels: only its own may stand there. Its constants are in capitals.
-# ruff: noqa: ANN001, ANN201, ANN202, N803
+# ruff: noqa: ANN001, ANN201, N803
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
-def _row_offsets(
+def row_offsets(
     table, positions, is_context, block_stride, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr
 ):
     """Return the distance of each position's row of D from the first block's."""
@@ -28,7 +30,7 @@ def _row_offsets(
 
 
 @triton.jit
-def _split_size(span, NUM_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, TILE: tl.constexpr):
+def split_size(span, NUM_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, TILE: tl.constexpr):
     """Return the tokens of one split: equal shares of the context, in whole tiles.
 
     There are at most NUM_SPLITS, each of at least MIN_SPLIT tokens.
@@ -39,7 +41,7 @@ def _split_size(span, NUM_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, TILE: t
 
 
 @triton.jit
-def _first_tile(length, WINDOW: tl.constexpr, TILE: tl.constexpr):
+def first_tile(length, WINDOW: tl.constexpr, TILE: tl.constexpr):
     """Start of the tile that holds the first token in the window of the context's last."""
     return 0 if WINDOW == 0 else tl.maximum(length - WINDOW, 0) // TILE * TILE
 
@@ -120,10 +122,10 @@ def attend_decode(
     """
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + row)
-    first = _first_tile(length, WINDOW, TILE)
+    first = first_tile(length, WINDOW, TILE)
     # 0 ............ first ................................................ length
     #   not in sight   │ split 0: size tokens │ split 1 │ .. │ the rest │
-    size = _split_size(length - first, NUM_SPLITS, MIN_SPLIT, TILE)
+    size = split_size(length - first, NUM_SPLITS, MIN_SPLIT, TILE)
     start = first + split * size
     stop = tl.minimum(start + size, length)
     if start < stop:
@@ -148,7 +150,7 @@ def attend_decode(
             visible = positions < stop
             if WINDOW > 0:
                 visible = visible & (positions >= length - WINDOW)
-            rows = _row_offsets(
+            rows = row_offsets(
                 table, positions, positions < stop, block_stride, BLOCK_SIZE, HEAD_DIM
             )
             keys = tl.load(
@@ -208,8 +210,8 @@ def reduce_splits(
     """
     row, head = tl.program_id(0), tl.program_id(1)
     length = tl.load(lengths + row)
-    span = length - _first_tile(length, WINDOW, TILE)
-    size = _split_size(span, NUM_SPLITS, MIN_SPLIT, TILE)
+    span = length - first_tile(length, WINDOW, TILE)
+    size = split_size(span, NUM_SPLITS, MIN_SPLIT, TILE)
     splits, dims = tl.arange(0, NUM_SPLITS), tl.arange(0, PADDED_DIM)
     used = splits * size < span
     line = row.to(tl.int64) * tl.num_programs(1) + head
@@ -218,8 +220,7 @@ def reduce_splits(
     sums = tl.load(partial_sum + place, mask=used, other=0.0)
     best = tl.max(maxima, 0)
     if HAS_SINKS:
-        # The factor is log2(e).
-        sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+        sink = tl.load(sinks + head).to(tl.float32) * LOG2_E
         best = tl.maximum(best, sink)
     shares = tl.where(used, tl.exp2(maxima - best), 0.0)
     total = tl.sum(sums * shares, 0)
@@ -233,107 +234,6 @@ def reduce_splits(
     summed = tl.sum(attended * shares[:, None], 0) / tl.where(total > 0, total, 1.0)
     tl.store(
         result + line * HEAD_DIM + dims, summed.to(result.dtype.element_ty), mask=dims < HEAD_DIM
-    )
-
-
-@triton.jit(do_not_specialize=["table_row"])
-def attend_chunks(
-    query,
-    kv_cache,
-    tables,
-    table_stride_at,
-    lengths,
-    row_starts,
-    tile_rows,
-    tile_tokens,
-    sinks,
-    result,
-    table_row,
-    scaling_log2,
-    query_token_stride,
-    query_head_stride,
-    result_token_stride,
-    layer_offset,
-    block_stride,
-    head_stride,
-    GROUP: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    TOKENS: tl.constexpr,
-    TILE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-):
-    """Attend for TOKENS tokens of a row's chunk and one query head, over all that lies before them.
-
-    Program (i, h): tokens from ``tile_tokens[i]`` on, counted in the chunk of row ``tile_rows[i]``.
-    ``row_starts``: [rows + 1] first token of each row in ``query`` and ``result``.
-    """
-    row, head = tl.load(tile_rows + tl.program_id(0)), tl.program_id(1)
-    token = tl.load(tile_tokens + tl.program_id(0))
-    row_start, length = tl.load(row_starts + row), tl.load(lengths + row)
-    num_tokens = tl.load(row_starts + row + 1) - row_start
-    # 0 ................. before ......................... length
-    #   computed earlier  │  the chunk: tokens 0 .. num_tokens │
-    # This program's queries are at positions before + token .. before + token + TOKENS.
-    before = length - num_tokens
-    dims, tokens = tl.arange(0, PADDED_DIM), token + tl.arange(0, TOKENS)
-    is_dim, is_token = dims < HEAD_DIM, tokens < num_tokens
-    seats = (row_start + tokens).to(tl.int64)
-    queries = tl.load(
-        query + seats[:, None] * query_token_stride + head * query_head_stride + dims[None, :],
-        mask=is_token[:, None] & is_dim[None, :],
-        other=0.0,
-    )
-    table = tables + (table_row + row).to(tl.int64) * tl.load(table_stride_at)
-    layer = kv_cache + (head // GROUP) * head_stride + layer_offset
-    if HAS_SINKS:
-        best = (
-            tl.zeros([TOKENS], tl.float32)
-            + tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
-        )
-        total = tl.full([TOKENS], 1.0, tl.float32)
-    else:
-        best = tl.full([TOKENS], float("-inf"), tl.float32)
-        total = tl.zeros([TOKENS], tl.float32)
-    attended = tl.zeros([TOKENS, PADDED_DIM], tl.float32)
-    first = _first_tile(before + token + 1, WINDOW, TILE)
-    stop = tl.minimum(before + token + TOKENS, length)
-    for position in range(first, stop, TILE):
-        positions = position + tl.arange(0, TILE)
-        held = positions < stop
-        rows = _row_offsets(table, positions, held, block_stride, BLOCK_SIZE, HEAD_DIM)
-        visible = held[None, :] & (positions[None, :] <= before + tokens[:, None])
-        if WINDOW > 0:
-            # Blocks before the window may belong to others by now: what lies there is not read.
-            held = held & (positions > before + token - WINDOW)
-            visible = visible & (positions[None, :] > before + tokens[:, None] - WINDOW)
-        keys = tl.load(
-            layer + rows[None, :] + dims[:, None], mask=held[None, :] & is_dim[:, None], other=0.0
-        )
-        scores = tl.dot(queries, keys, input_precision="ieee") * scaling_log2
-        scores = tl.where(visible, scores, float("-inf"))
-        new_best = tl.maximum(best, tl.max(scores, 1))
-        # A token may see nothing of this tile: no score to subtract yet.
-        reference = tl.where(new_best == float("-inf"), 0.0, new_best)
-        weights = tl.exp2(scores - reference[:, None])
-        decay = tl.exp2(best - reference)
-        values = tl.load(
-            layer + BLOCK_SIZE * HEAD_DIM + rows[:, None] + dims[None, :],
-            mask=held[:, None] & is_dim[None, :],
-            other=0.0,
-        )
-        attended = tl.dot(
-            weights.to(values.dtype), values, attended * decay[:, None], input_precision="ieee"
-        )
-        total = total * decay + tl.sum(weights, 1)
-        best = new_best
-    attended = attended / tl.where(total > 0, total, 1.0)[:, None]
-    tl.store(
-        result + seats[:, None] * result_token_stride + head * HEAD_DIM + dims[None, :],
-        attended.to(result.dtype.element_ty),
-        mask=is_token[:, None] & is_dim[None, :],
     )
 
 

@@ -14,6 +14,7 @@ import torch
 
 from pdlaunch.kvcache.groups import KVCacheGroup, KVCacheLayout
 from pdlaunch.models.attention import AttentionBackend
+from pdlaunch.models.kernel_setup import KernelSetup
 from pdlaunch.models.packed import IntArray, PackedBatch
 from pdlaunch.models.progress import ReportProgress
 from pdlaunch.models.prompt_attention import (
@@ -35,7 +36,7 @@ from pdlaunch.models.step_inputs import (
     tiles_of,
     upload_int32,
 )
-from pdlaunch.models.triton_step import KernelSetup, TritonStep
+from pdlaunch.models.triton_step import TritonStep
 
 
 class TritonAttention(AttentionBackend):

@@ -1,55 +1,33 @@
 """One step of ``TritonAttention``: it launches the kernels of each layer.
 
-Decode reads the KV cache in place and cuts contexts into splits, so that few long rows fill the
-device too.
+They read the KV cache in place and cut contexts into splits, so that few long rows, and short
+chunks of long prompts, fill the device too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import triton
 
-from pdlaunch.kvcache.groups import KVCacheLayout
 from pdlaunch.models.attention import AttentionStep
 from pdlaunch.models.attention_kernels import (
-    attend_chunks,
+    LOG2_E,
     attend_decode,
     gather_kv,
     reduce_splits,
     write_kv,
 )
+from pdlaunch.models.chunk_kernels import attend_chunks, reduce_chunks
+from pdlaunch.models.kernel_setup import MIN_DOT, KernelSetup, SplitPlan
 from pdlaunch.models.layer_kernels import rotate_and_write
 from pdlaunch.models.prompt_attention import attend_whole_prompts
 from pdlaunch.models.step_inputs import Chunks, LibraryChunks, Prefix, StepTensors
 
-TARGET_PROGRAMS = 1024
-"""Programs that fill the device: eight for each of an H200's multiprocessors."""
-MAX_SPLITS = 32
-LOG2_E = 1.4426950408889634
-MIN_DOT = 16
-"""Smallest side of a matrix product in Triton."""
 COPY_TOKENS = 16
 """Tokens that one program writes or gathers, from more than ``FEW_TOKENS`` on."""
 FEW_TOKENS = 32
-
-
-@dataclass(frozen=True, slots=True)
-class SplitPlan:
-    """Says how decode cuts contexts; fixed at launch, whatever the lengths are."""
-
-    num_splits: int
-    """Most splits of a row; a power of two."""
-    min_tokens: int
-
-    @staticmethod
-    def of(num_rows: int, num_kv_heads: int) -> SplitPlan:
-        """Cut few rows into many splits; cut rows that fill the device only where they are long."""
-        wanted = -(-TARGET_PROGRAMS // (num_rows * num_kv_heads))
-        min_tokens = 1024 if wanted == 1 else 256 if wanted <= 4 else 32
-        return SplitPlan(min(MAX_SPLITS, max(8, triton.next_power_of_2(wanted))), min_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,32 +41,6 @@ class HeadNorms:
     epsilon: float
     offset: int = 0
     """Added to all weights."""
-
-
-@dataclass(slots=True)
-class KernelSetup:
-    """Holds what all steps of a backend share: the KV cache, and the sizes of kernels' tiles."""
-
-    layout: KVCacheLayout
-    kv_cache: torch.Tensor
-    """Laid out as ``layout`` says, contiguous; its dtype is that of the model."""
-    flash: Callable[..., torch.Tensor] | None
-    """torch's varlen attention; None where it does not fit."""
-    place: dict[int, tuple[int, int]] = field(init=False)
-    """The group of each layer, and the layer's slot in the group's blocks."""
-    padded_dim: int = field(init=False)
-    tile: int = 32
-    chunk_tokens: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.place = {
-            layer: (index, slot)
-            for index, group in enumerate(self.layout.groups)
-            for slot, layer in enumerate(group.layers)
-        }
-        self.padded_dim = max(MIN_DOT, triton.next_power_of_2(self.layout.head_dim))
-        is_large = self.padded_dim * self.layout.dtype_bytes > 256
-        self.chunk_tokens = 16 if is_large else 64
 
 
 class TritonStep(AttentionStep):
@@ -238,7 +190,8 @@ class TritonStep(AttentionStep):
     ) -> None:
         setup, layout = self._setup, self._setup.layout
         num_rows, num_heads, head_dim = query.shape
-        plan = SplitPlan.of(num_rows, layout.num_kv_heads)
+        has_chunks = self._tensors.chunks is not None
+        plan = SplitPlan.of(num_rows, layout.num_kv_heads, has_chunks=has_chunks)
         share = num_heads // layout.num_kv_heads
         partials = query.new_empty(
             (num_rows * num_heads * plan.num_splits, head_dim), dtype=torch.float32
@@ -255,7 +208,7 @@ class TritonStep(AttentionStep):
             scales[0],
             scales[1],
             self._table_row(layer),
-            scaling * LOG2_E,
+            scaling * LOG2_E.value,
             query.stride(0),
             query.stride(1),
             self._layer_offset(layer),
@@ -300,7 +253,13 @@ class TritonStep(AttentionStep):
         sinks: torch.Tensor | None,
     ) -> None:
         setup, layout = self._setup, self._setup.layout
-        attend_chunks[(len(chunks.tile_rows), query.shape[1])](
+        num_tokens, num_heads, head_dim = query.shape
+        window = layout.groups[setup.place[layer][0]].sliding_window or 0
+        plan = SplitPlan.of_chunks(-(-num_tokens // setup.chunk_tokens), num_heads)
+        num_partials = num_tokens * num_heads * plan.num_splits if plan.num_splits > 1 else 1
+        partials = query.new_empty((num_partials, head_dim), dtype=torch.float32)
+        scales = query.new_empty((2, len(partials)), dtype=torch.float32)
+        attend_chunks[(len(chunks.tile_rows), num_heads, plan.num_splits)](
             query,
             setup.kv_cache,
             self._tensors.tables,
@@ -311,24 +270,52 @@ class TritonStep(AttentionStep):
             chunks.tile_tokens,
             query if sinks is None else sinks,
             result,
+            partials,
+            scales[0],
+            scales[1],
             self._table_row(layer),
-            scaling * LOG2_E,
+            scaling * LOG2_E.value,
             query.stride(0),
             query.stride(1),
             result.stride(0),
             self._layer_offset(layer),
             self._block_stride,
             self._head_stride,
-            GROUP=query.shape[1] // layout.num_kv_heads,
+            NUM_SPLITS=plan.num_splits,
+            MIN_SPLIT=plan.min_tokens,
+            GROUP=num_heads // layout.num_kv_heads,
             BLOCK_SIZE=layout.block_size,
-            HEAD_DIM=layout.head_dim,
+            HEAD_DIM=head_dim,
             PADDED_DIM=setup.padded_dim,
             TOKENS=setup.chunk_tokens,
-            TILE=setup.tile,
-            WINDOW=layout.groups[setup.place[layer][0]].sliding_window or 0,
+            TILE=setup.chunk_tile,
+            WINDOW=window,
             HAS_SINKS=sinks is not None,
             num_warps=4,
             num_stages=2,
+        )
+        if plan.num_splits == 1:
+            return
+        reduce_chunks[(len(chunks.tile_rows), num_heads)](
+            partials,
+            scales[0],
+            scales[1],
+            self._tensors.lengths,
+            chunks.row_starts,
+            chunks.tile_rows,
+            chunks.tile_tokens,
+            scales if sinks is None else sinks,
+            result,
+            result.stride(0),
+            NUM_SPLITS=plan.num_splits,
+            MIN_SPLIT=plan.min_tokens,
+            HEAD_DIM=head_dim,
+            PADDED_DIM=setup.padded_dim,
+            TOKENS=setup.chunk_tokens,
+            TILE=setup.chunk_tile,
+            WINDOW=window,
+            HAS_SINKS=sinks is not None,
+            num_warps=4,
         )
 
     def _library_chunks(

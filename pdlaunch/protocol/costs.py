@@ -17,13 +17,10 @@ prefill and a decode engine, whatever that costs, as those do who look at what m
 WANTS_PAIR = "pair"
 MAX_SLOWDOWN = 2.0
 """An engine of one role without ``max_itl_ms`` lets the chunk of a prompt make a step at most so
-many times as long as its streams alone do, or as long as its launches; ``LAST_CHUNK`` and
-``StreamPauses`` are the exceptions. Twice is what steady streams are held to: the 99th percentile
-of the time between tokens, beside the median.
+many times as long as its streams alone do, or as long as its launches; ``StreamPauses`` are the
+exception. Twice is what steady streams are held to: the 99th percentile of the time between tokens,
+beside the median.
 """
-
-LAST_CHUNK = 1.5
-"""The last chunk of all prompts that wait may be so many times as long as others."""
 
 
 class StepWork(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,6 +33,11 @@ class StepWork(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int = 0
     attended_tokens: float = 0.0
     """Sum over the prompt tokens of the tokens before them."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Return the tokens that are computed."""
+        return self.num_streams + self.prompt_tokens
 
     @property
     def is_mixed(self) -> bool:
@@ -56,7 +58,7 @@ class StepWork(msgspec.Struct, frozen=True, kw_only=True):
 
 class StepCosts(msgspec.Struct, frozen=True, array_like=True):
     """Says how long a step takes: the sum of these seconds, each times what it is for; with streams
-    and prompts ``launch_s`` at least.
+    and prompts ``launches_s`` at least.
     """
 
     step_s: float
@@ -66,10 +68,19 @@ class StepCosts(msgspec.Struct, frozen=True, array_like=True):
     prompt_s: float
     attended_s: float
     launch_s: float = 0.0
-    """The least that a step with streams and prompts takes, however few tokens: a GPU is given its
-    kernels one by one, while steps of streams alone are one CUDA graph (short prompts can be, too:
-    ``max_cudagraph_tokens``). 0: on a CPU.
+    """The least that a step with streams and prompts takes whose kernels a GPU is given one by one.
+    0: on a CPU.
     """
+    graph_tokens: int = 0
+    """Steps with prompts of up to so many tokens in all are one CUDA graph, as are steps of streams
+    alone, which takes as long as its tokens do.
+    """
+
+    def launches_s(self, num_tokens: float) -> float:
+        """Return the least that a step takes that has streams, prompts, and so many tokens in
+        all.
+        """
+        return self.launch_s if num_tokens > self.graph_tokens else 0.0
 
     def seconds(self, work: StepWork) -> float:
         """Return the time that a step with this work takes."""
@@ -77,7 +88,9 @@ class StepCosts(msgspec.Struct, frozen=True, array_like=True):
         computed_s = sum(
             cost * number for cost, number in zip(values, work.features, strict=True) if number
         )
-        return max(self.launch_s, computed_s) if work.is_mixed else computed_s
+        if not work.is_mixed:
+            return computed_s
+        return max(self.launches_s(work.num_tokens), computed_s)
 
     def decode_s(self, num_streams: float, context_tokens: float) -> float:
         """Return the time of a step that computes the next tokens of streams and nothing else."""
@@ -127,29 +140,33 @@ class EngineCosts(msgspec.Struct, frozen=True, array_like=True):
         """Return how many prompt tokens a step has room for beside its streams."""
         return max(self.block_size, self.max_num_batched_tokens - num_streams)
 
-    @property
-    def pause_step_tokens(self) -> int:
-        """Return how many prompt tokens a step computes while streams wait: as many as fit into it,
-        fewer where such a step would take longer than streams may wait.
+    def pause_chunk(self, num_before: float = 0.0) -> int:
+        """Return how many prompt tokens, behind ``num_before`` others of their prompt, a step
+        computes while streams wait: as many as fit into it, fewer where such a step would take
+        longer than streams may wait, but for a block.
         """
-        if self.steps.prompt_s <= 0:
+        most_s, attended_s = StreamPauses.MAX_S, self.steps.attended_s
+        first_s = self.steps.prompt_s + attended_s * num_before
+        if first_s <= 0:
             return self.max_num_batched_tokens
-        in_time = math.ceil(StreamPauses.MAX_S / self.steps.prompt_s)
-        return min(self.max_num_batched_tokens, max(self.block_size, in_time))
+        # The n for which tokens_s(n, num_before) is most_s.
+        in_time = 2 * most_s / (first_s + math.sqrt(first_s**2 + 2 * attended_s * most_s))
+        return min(self.max_num_batched_tokens, max(self.block_size, math.ceil(in_time)))
 
     @property
     def pause_tokens(self) -> int:
         """Return how many prompt tokens are computed while streams wait once."""
-        step_s = self.steps.prompts_s(self.pause_step_tokens)
+        chunk_tokens = self.pause_chunk()
+        step_s = self.steps.prompts_s(chunk_tokens)
         num_steps = math.ceil(StreamPauses.MAX_S / step_s) if step_s > 0 else 1
-        return num_steps * self.pause_step_tokens
+        return num_steps * chunk_tokens
 
     def chunk_tokens(self, num_streams: int, context_tokens: float, num_before: float = 0.0) -> int:
         """Return beside how many prompt tokens, behind ``num_before`` others of their prompt, a
         step of streams is no long one.
 
-        At least a block, and what is computed while kernels are launched anyway. An engine without
-        streams computes as many as fit into a step.
+        At least a block; where even that is too much for a CUDA graph, what is computed while
+        kernels are launched anyway. An engine without streams computes as many as fit into a step.
         """
         limit = self.max_itl_s is not None or self.max_slowdown is not None
         if not limit or num_streams == 0 or self.steps.prompt_s <= 0:
@@ -158,41 +175,14 @@ class EngineCosts(msgspec.Struct, frozen=True, array_like=True):
         allowed_s = (
             self.max_itl_s if self.max_itl_s is not None else alone_s * (self.max_slowdown or 1.0)
         )
-        allowed_s = max(allowed_s, self.steps.launch_s)
         token_s = self.steps.prompt_s + self.steps.attended_s * num_before
+        in_graph = self.steps.graph_tokens - num_streams
+        if in_graph < self.block_size:
+            allowed_s = max(allowed_s, self.steps.launch_s)
         fits = math.floor((allowed_s - alone_s) / token_s)
+        if fits > in_graph >= self.block_size and allowed_s < self.steps.launch_s:
+            fits = in_graph
         return max(self.block_size, min(fits, self.most_tokens(num_streams)))
-
-    def next_chunk(
-        self,
-        waiting_tokens: int,
-        num_streams: int,
-        context_tokens: float,
-        num_before: float = 0.0,
-    ) -> int:
-        """Return how many of the prompt tokens that wait a step may have beside its streams.
-
-        As many as ``chunk_tokens`` says, and a little more where nothing is left then: a step less
-        is worth it to streams, too. A limit that somebody has stated holds for the last chunk, too.
-        """
-        chunk_tokens = self.chunk_tokens(num_streams, context_tokens, num_before)
-        if self.max_itl_s is None and waiting_tokens <= min(
-            LAST_CHUNK * chunk_tokens, self.most_tokens(num_streams)
-        ):
-            return max(waiting_tokens, chunk_tokens)
-        return chunk_tokens
-
-    def num_chunks(self, num_tokens: float, chunk_tokens: int, num_streams: int) -> int:
-        """Return in how many steps prompts are computed beside streams, if nobody else comes.
-
-        ``chunk_tokens``: what ``chunk_tokens`` has said; the last one is as in ``next_chunk``.
-        """
-        if num_tokens <= 0:
-            return 0
-        last = chunk_tokens
-        if self.max_itl_s is None:
-            last = int(min(LAST_CHUNK * chunk_tokens, self.most_tokens(num_streams)))
-        return 1 + math.ceil(max(0.0, num_tokens - last) / chunk_tokens)
 
 
 class StreamPauses:
@@ -213,10 +203,10 @@ class StreamPauses:
     """Prompts of so many chunks are computed beside streams: as many gaps that are a little longer
     are better than a long one.
     """
-    MAX_S = 0.2
-    """No step begins without the streams when they have waited so long. A full step of prompts
-    takes about as long on a GPU (8,192 tokens of an 8B model: 0.17 to 0.2 s): half of it would let
-    one such step through where two are needed, twice as much would make no burst shorter.
+    MAX_S = 0.3
+    """No step begins without the streams when they have waited so long. It lets two full steps of
+    prompts through on a GPU (8,192 tokens of an 8B model take 0.17 to 0.22 s): with one, a burst
+    takes twice as many late tokens.
     """
 
     def __init__(self, most: int) -> None:

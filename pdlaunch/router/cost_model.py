@@ -92,6 +92,11 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens of these prompts."""
 
     @property
+    def launches_s(self) -> float:
+        """Return the least that a step with a chunk takes beside the streams."""
+        return self.costs.steps.launches_s(self.num_streams + self.chunk_tokens)
+
+    @property
     def is_idle(self) -> bool:
         return not (self.num_streams or self.num_expected or self.queued_tokens)
 
@@ -106,14 +111,14 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
         if self.num_streams:
             num_pauses = math.ceil(self.long_gaps / self.num_streams) if self.pauses(total) else 0
             apart = min(total, num_pauses * self.costs.pause_tokens)
-        num_apart = math.ceil(apart / self.costs.pause_step_tokens)
+        num_apart = math.ceil(apart / self.costs.pause_chunk())
         num_beside = self.num_chunks(total - apart)
         tokens_s = steps.tokens_s(self.queued_tokens) + steps.tokens_s(num_tokens, num_before)
         beside_s = tokens_s * (total - apart) / max(total, 1.0)
         return (
             num_apart * steps.step_s
             + (tokens_s - beside_s)
-            + max(num_beside * self.decode_s + beside_s, num_beside * steps.launch_s)
+            + max(num_beside * self.decode_s + beside_s, num_beside * self.launches_s)
         )
 
     def lengthens_s(self, num_tokens: float, num_before: float = 0.0) -> float:
@@ -126,11 +131,11 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
         num_steps = self.num_chunks(self.queued_tokens + num_tokens) - self.num_chunks(
             self.queued_tokens
         )
-        return max(computed_s, num_steps * (self.costs.steps.launch_s - self.decode_s))
+        return max(computed_s, num_steps * (self.launches_s - self.decode_s))
 
     def num_chunks(self, num_tokens: float) -> int:
-        """Return in how many steps prompts are computed beside the streams."""
-        return self.costs.num_chunks(num_tokens, self.chunk_tokens, self.num_streams)
+        """Return in how many steps prompts are computed beside streams, if nobody else comes."""
+        return math.ceil(max(0.0, num_tokens) / self.chunk_tokens)
 
     def pauses(self, num_tokens: float) -> bool:
         """Return whether streams wait while prompts of so many tokens are computed."""
@@ -162,8 +167,9 @@ def load_of(engine: Engine, now_at: float) -> Load | None:
     decode_s = costs.steps.decode_s(num_streams, context_tokens)
     chunk_tokens = costs.chunk_tokens(num_streams, context_tokens)
     # More than nothing, as told above: of a token alone, what it attends to may be all that counts.
+    launches_s = costs.steps.launches_s(num_streams + chunk_tokens)
     seconds_per_token = max(
-        costs.steps.tokens_s(1.0) + decode_s / chunk_tokens, costs.steps.launch_s / chunk_tokens
+        costs.steps.tokens_s(1.0) + decode_s / chunk_tokens, launches_s / chunk_tokens
     )
     return Load(
         engine=engine,
@@ -196,7 +202,8 @@ def estimate_alone(load: Load, work: Work, num_cached: int, exposure: float = 0.
     computed_s = load.room_s(work) + load.prompt_s(num_new, num_cached)
     steps = load.costs.steps
     chunk_tokens = load.costs.chunk_tokens(load.num_streams, load.context_tokens, num_cached)
-    chunk_s = steps.tokens_s(min(num_new, chunk_tokens), num_cached)
+    chunk_tokens = min(num_new, chunk_tokens)
+    chunk_s = steps.tokens_s(chunk_tokens, num_cached)
     first_token_s = corrected(load.engine, computed_s)
     role = load.engine.role or "both"
     price = LATE_PRICE if load.num_streams and load.long_gaps > 0 else 1.0
@@ -210,7 +217,7 @@ def estimate_alone(load: Load, work: Work, num_cached: int, exposure: float = 0.
         delay_s=load.num_streams * load.lengthens_s(num_new, num_cached) * price
         + _crowding_s(load, work)
         + exposure * _tokens_s(load, work),
-        itl_s=max(steps.launch_s, load.decode_s + chunk_s)
+        itl_s=max(steps.launches_s(load.num_streams + chunk_tokens), load.decode_s + chunk_s)
         if load.num_streams
         else _step_with(load, work),
     )

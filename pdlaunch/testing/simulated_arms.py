@@ -32,7 +32,7 @@ from pdlaunch.testing.simulated_run import read_costs
 from pdlaunch.testing.simulator import SimEngine, SimRequest, Simulation
 
 H200 = EngineCosts(
-    StepCosts(0.00465, 1.1e-5, 3.0e-8, 2.0e-5, 4.4e-10, 0.017),
+    StepCosts(0.00465, 1.1e-5, 3.0e-8, 2.0e-5, 4.4e-10, 0.0155, 1024),
     max_num_seqs=128,
     max_num_batched_tokens=8192,
     block_size=16,

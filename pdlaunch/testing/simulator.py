@@ -19,7 +19,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -120,25 +120,24 @@ class SimEngine:
         streams = list(self.streams)
         context_tokens = sum(request.context_tokens for request in streams)
         todo = sum(request.num_prompt_tokens - request.num_computed for request in self.prompts)
-        left = self.costs.next_chunk(todo, len(streams), context_tokens)
-        if self.pauses.leave_out(len(streams), todo, left):
-            streams, context_tokens, left = [], 0, self.costs.pause_step_tokens
+        most: Callable[..., int] = partial(self.costs.chunk_tokens, len(streams), context_tokens)
+        prompts: Iterable[SimRequest] = self.prompts
+        if self.pauses.leave_out(len(streams), todo, most()):
+            streams, context_tokens, most = [], 0, self.costs.pause_chunk
         elif streams and self.pauses.has_begun:
-            left = 0
+            prompts = ()
         chunks: list[tuple[SimRequest, int]] = []
-        attended = 0.0
-        used = 0
-        for request in self.prompts:
-            if streams and left:
-                left = self.costs.next_chunk(
-                    todo, len(streams), context_tokens, request.num_computed
-                )
-            num_tokens = min(left - used, request.num_prompt_tokens - request.num_computed)
+        attended, share_left = 0.0, 1.0
+        for request in prompts:
+            most_tokens = most(request.num_computed)
+            # Rounded up a little: shares of a step add up to somewhat more or less.
+            room = int(most_tokens * share_left + 1e-6)
+            num_tokens = min(room, request.num_prompt_tokens - request.num_computed)
             if num_tokens <= 0:
                 break
             chunks.append((request, num_tokens))
             attended += num_tokens * (request.num_computed + num_tokens / 2)
-            used += num_tokens
+            share_left -= num_tokens / most_tokens
         work = StepWork(
             num_streams=len(streams),
             context_tokens=context_tokens,
@@ -251,7 +250,7 @@ class Simulation:
         if streams:
             engine.pauses.ran_streams(len(streams))
         elif engine.streams:
-            engine.pauses.ran_prompts(engine.costs.steps.prompts_s(work.prompt_tokens))
+            engine.pauses.ran_prompts(engine.costs.steps.seconds(work))
         step_s = engine.costs.steps.seconds(work) / engine.speed * self._slowness()
         end_at = self.now_at + step_s
         engine.stream_seconds += len(streams) * (end_at - self.now_at)

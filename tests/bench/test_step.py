@@ -38,10 +38,30 @@ def test_one_row_for_prefill_and_one_for_each_batch_size(name: str, tmp_path: Pa
         ("decode", 3, 20),
     ]
     assert all(
-        row.bare_s > 0 and row.engine_s > 0 and row.ratio == row.engine_s / row.bare_s
-        for row in rows
+        row.bare_s and row.engine_s > 0 and row.ratio == row.engine_s / row.bare_s for row in rows
     )
     assert all(row.floor_s == row.num_bytes / row.memory_bytes_per_s > 0 for row in rows)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_chunks_of_a_prompt_are_timed_beside_each_batch(name: str, tmp_path: Path) -> None:
+    rows = bench_step(
+        save_tiny_model(name, tmp_path),
+        batch_sizes=(1, 3),
+        context_tokens=20,
+        num_steps=3,
+        prefill_tokens=5,
+        chunk_tokens=(7, 30),
+        chunk_behind=40,
+        block_size=4,
+        async_scheduling=True,
+        buffer_bytes=SMALL,
+    )
+    mixed = [row for row in rows if row.kind == "mixed"]
+    assert [(row.batch_size, row.num_tokens) for row in mixed] == [(1, 7), (1, 30), (3, 7), (3, 30)]
+    assert all(row.engine_s > 0 and row.bare_s is None and row.ratio is None for row in mixed)
+    decode_bytes_of = {row.batch_size: row.num_bytes for row in rows if row.kind == "decode"}
+    assert [row.num_bytes for row in mixed] == [decode_bytes_of[row.batch_size] for row in mixed]
 
 
 def test_steps_may_be_timed_one_ahead_of_the_other(tmp_path: Path) -> None:

@@ -50,14 +50,17 @@ def test_engine_settings_of_a_step_are_judged_and_passed_on(
     monkeypatch.setattr("pdlaunch.cli.bench.run_module", measure)
     (tmp_path / "config.json").write_text("{}")
     step = ("step", "--model", str(tmp_path), "--format", "json")
-    refused = run(*step, "--max-cudagraph-tokens", "5000")
+    refused = run(*step, "--max-cudagraph-capture-size", "5000")
     assert (refused.exit_code, measured) == (2, [])
-    assert "--max-cudagraph-tokens: 5000 is wrong" in refused.stderr
-    taken = run(*step, "--max-cudagraph-tokens", "64", "--enforce-eager")
+    assert "--max-cudagraph-capture-size: 5000 is wrong" in refused.stderr
+    taken = run(*step, "--max-cudagraph-capture-size", "64", "--enforce-eager")
     assert taken.exit_code == 0, taken.stderr
     (arguments,) = measured
-    assert (arguments["max_cudagraph_tokens"], arguments["enforce_eager"]) == (64, True)
+    assert (arguments["max_cudagraph_capture_size"], arguments["enforce_eager"]) == (64, True)
     assert "load_format" not in arguments, "what was not given is the engine's default"
+    assert arguments["chunk_tokens"] == []
+    assert run(*step, "--chunk-tokens", "8,9", "--chunk-behind", "70").exit_code == 0
+    assert (measured[1]["chunk_tokens"], measured[1]["chunk_behind"]) == ([8, 9], 70)
 
 
 def test_json_has_every_figure(server: FakeOpenAI) -> None:

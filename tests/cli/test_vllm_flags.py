@@ -55,7 +55,7 @@ def test_advice_is_readable_on_a_narrow_terminal() -> None:
     assert "--kv-connector chooses the connector" in text
 
 
-@pytest.mark.parametrize("columns", [40, 60, 80, 89, 90, 120])
+@pytest.mark.parametrize("columns", [40, 60, 80, 95, 96, 120])
 def test_help_has_every_flag_whole_at_any_width(columns: int) -> None:
     result = CliRunner().invoke(
         build_app(["serve", "--help"]),

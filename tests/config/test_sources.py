@@ -199,6 +199,7 @@ class TestFileProblems:
             ("env: {A=B: 1}\n", (1, 7), "not the name of an environment variable", None),
             ("port: true\n", (1, 7), "switch", None),
             ("port: 99999\n", (1, 7), "less than or equal to 65535", None),
+            ("tracing: {kept_requests: 10001}\n", (1, 26), "less than or equal to 10000", None),
             ("dtype: float33\n", (1, 8), "'float33' is wrong", "did you mean float32?"),
             ("prefill: 2\n", (1, 10), "must be a mapping", "write prefill: {replicas: 2}"),
             ("prefill: [2]\n", (1, 10), "must be a mapping", "write `field: value` lines"),
@@ -226,7 +227,7 @@ class TestFileProblems:
             (b"model: \xff\xfe\xfa\n", "not UTF-8"),
             ("model: x\n".encode("utf-16"), "UTF-16"),
             (b"# " + b"x" * 300_000, "larger than"),
-            (b"[" * 5000, "nested too deeply"),
+            (b"[" * 1000, "nested too deeply"),
             (b"model: \x07\n", "does not allow"),
         ],
     )

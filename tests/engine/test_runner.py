@@ -250,7 +250,7 @@ def test_cuda_equals_generate(name: str, changes: dict[str, object], tmp_path: P
         HandScheduler(runner).run(make_requests(prompts, NUM_TOKENS, chunk=7, apart=1)) == expected
     )
     expected_graphs = [f"decode rows: {size}" for size in (16, 8, 4, 2, 1)]
-    if "max_cudagraph_tokens" in changes:
+    if changes.get("max_cudagraph_capture_size"):
         expected_graphs = ["tokens with prompts: 32", *expected_graphs]
         expected_graphs.insert(2, "tokens with prompts: 16")
     if "enforce_eager" in changes or name == "gpt-oss":

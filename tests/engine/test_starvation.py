@@ -68,7 +68,14 @@ def test_prompts_that_never_end_stop_no_stream_and_streams_stop_no_prompt(
             num_gaps += num_streams
             continue
         num_pauses += not pause_s
-        pause_s.append(costs.steps.prompts_s(of_prompts))
+        pause_s.append(
+            costs.steps.step_s
+            + sum(
+                costs.steps.tokens_s(item.num_tokens, item.num_computed_tokens)
+                for item in scheduled
+                if item.row not in rows
+            )
+        )
         # All steps of a pause but the last one fit into its time; without a known time it is one.
         assert sum(pause_s[:-1]) < StreamPauses.MAX_S
         assert all(pause_s[:-1])

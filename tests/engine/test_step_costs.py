@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import pytest
 
 from pdlaunch.engine.step import ScheduledRow, StepPlan
@@ -11,7 +12,6 @@ from pdlaunch.engine.step_costs import StepModel, limits_of, work_of
 from pdlaunch.engine.warm_up import WarmUp
 from pdlaunch.kvcache.groups import KVCacheGroup, KVCacheLayout
 from pdlaunch.protocol.costs import (
-    LAST_CHUNK,
     MAX_SLOWDOWN,
     EngineCosts,
     StepCosts,
@@ -122,18 +122,28 @@ def test_chunks_leave_streams_the_time_that_they_are_allowed() -> None:
     assert LIMITS.chunk_tokens(8, 1000) == LIMITS.max_num_batched_tokens - 8
 
 
-def test_the_last_chunk_may_be_longer_but_for_a_stated_limit() -> None:
-    usual = limits(max_slowdown=2.0, max_num_batched_tokens=4096)
-    chunk_tokens = usual.chunk_tokens(8, 1000)
-    most = int(LAST_CHUNK * chunk_tokens)
-    for waiting, expected in ((3, chunk_tokens), (most, most), (most + 1, chunk_tokens)):
-        assert usual.next_chunk(waiting, 8, 1000) == expected
-        assert usual.num_chunks(waiting, chunk_tokens, 8) == 1 + (waiting > most)
-    assert usual.num_chunks(0, chunk_tokens, 8) == 0
-    stated = limits(max_itl_s=0.01, max_num_batched_tokens=4096)
-    chunk_tokens = stated.chunk_tokens(8, 1000)
-    assert stated.next_chunk(chunk_tokens + 1, 8, 1000) == chunk_tokens
-    assert stated.num_chunks(chunk_tokens + 1, chunk_tokens, 8) == 2
+def test_steps_in_graphs_take_as_long_as_their_tokens() -> None:
+    steps = msgspec.structs.replace(COSTS, launch_s=0.02, graph_tokens=200)
+    in_graph = StepWork(num_streams=8, prompt_tokens=192)
+    launched = StepWork(num_streams=8, prompt_tokens=193)
+    assert steps.seconds(in_graph) == COSTS.seconds(in_graph) < steps.launch_s
+    assert steps.seconds(launched) == steps.launch_s
+
+
+def test_chunks_stay_in_graphs_where_launches_take_longer_than_streams_may_wait() -> None:
+    def chunk_tokens(launch_s: float, graph_tokens: int, num_streams: int = 8) -> int:
+        steps = msgspec.structs.replace(COSTS, launch_s=launch_s, graph_tokens=graph_tokens)
+        bounded = limits(steps=steps, max_slowdown=2.0, max_num_batched_tokens=4096)
+        return bounded.chunk_tokens(num_streams, 1000)
+
+    decode_s = COSTS.decode_s(8, 1000)
+    fits = int(decode_s / COSTS.prompt_s)
+    assert chunk_tokens(0.02, graph_tokens=4096) == fits
+    assert chunk_tokens(0.02, graph_tokens=100) == 92
+    assert chunk_tokens(decode_s * 1.9, graph_tokens=100) == fits, "launched, it is no long step"
+    # Where graphs hold hardly more than the streams, what launches take is used, as without graphs.
+    without = chunk_tokens(0.02, graph_tokens=0)
+    assert chunk_tokens(0.02, graph_tokens=8 + LIMITS.block_size - 1) == without > fits
 
 
 def test_a_prompt_beside_a_stream_is_computed_in_chunks_that_it_bears() -> None:
@@ -311,6 +321,23 @@ def test_a_disturbed_step_is_no_reason_for_long_chunks() -> None:
     assert model.costs.chunk_tokens(64, 0) < 1.2 * chunk_tokens
 
 
+def test_steps_in_graphs_tell_what_tokens_cost_and_nothing_of_launches() -> None:
+    true = StepCosts(0.005, 1e-5, 0.0, 2e-5, 0.0, launch_s=0.015, graph_tokens=1024)
+    seemed = msgspec.structs.replace(true, prompt_s=4e-5)
+    warm_up = [StepWork(prompt_tokens=number) for number in (32, 1000, 4000, 8000)]
+    warm_up += [StepWork(num_streams=number) for number in (1, 32)]
+    measured = [(work, seemed.seconds(work)) for work in warm_up]
+    measured.append((StepWork(num_streams=31, prompt_tokens=2), true.launch_s))
+    steps = msgspec.structs.replace(COSTS, graph_tokens=1024)
+    model = StepModel(limits(steps=steps, max_slowdown=2.0), measured)
+    assert model.costs.steps.launch_s == true.launch_s
+    for number in range(400):
+        work = StepWork(num_streams=64, prompt_tokens=100 + number % 300)
+        model.observe(work, true.seconds(work))
+    assert model.costs.steps.launch_s == true.launch_s
+    assert model.costs.steps.prompt_s == pytest.approx(true.prompt_s, rel=0.1)
+
+
 def test_launches_that_seemed_slow_are_found_to_be_fast() -> None:
     """Or a chunk would be long for streams: it is as long as launches."""
     mixed = StepWork(num_streams=8, prompt_tokens=2)
@@ -392,7 +419,7 @@ def test_no_pause_is_for_prompts_that_have_no_seat_or_are_cached() -> None:
 
 def test_where_prompts_are_slow_no_stream_waits_for_a_full_step() -> None:
     costs = burst_costs(tokens_in_a_pause=10)
-    assert costs.pause_tokens == costs.pause_step_tokens == 10
+    assert costs.pause_tokens == costs.pause_chunk() == 10
     assert shapes_of_a_burst(costs)[:7] == [(0, 10), (1, 0)] * 3 + [(1, 4)]
 
 
@@ -416,9 +443,32 @@ def test_what_a_prompt_attends_to_makes_pauses_no_longer() -> None:
     assert StreamPauses.MAX_S < max(pauses_s) < StreamPauses.MAX_S + longest_s
 
 
+@pytest.mark.parametrize("num_prompts", [1, 2])
+def test_no_step_of_a_pause_is_long_because_its_tokens_stand_behind_many(num_prompts: int) -> None:
+    steps = StepCosts(0.004, 1e-4, 0.0, prompt_s=2e-4, attended_s=5e-6)
+    costs = limits(steps=steps, max_slowdown=2.0, max_num_batched_tokens=256)
+    engine = FakeEngine(
+        costs=lambda: costs, max_num_batched_tokens=256, num_blocks=1000, max_model_len=2000
+    )
+    engine.add("chat", [1, 2, 3], max_tokens=1500)
+    engine.step()
+    for number in range(num_prompts):
+        engine.add(f"long-{number}", [number] * 1500, max_tokens=1)
+    pauses = []
+    while f"long-{num_prompts - 1}" not in engine.finished:
+        work = work_of(engine.step())
+        if not work.num_streams:
+            pauses.append(work)
+    assert "chat" not in engine.finished
+    a_token_more_s = steps.step_s + steps.tokens_s(2, 1500)
+    assert max(map(steps.seconds, pauses)) < StreamPauses.MAX_S + a_token_more_s
+    assert max(work.prompt_tokens for work in pauses) == costs.pause_chunk() == 256
+    assert costs.pause_chunk(1400) < 50
+
+
 def burst_costs(tokens_in_a_pause: int) -> EngineCosts:
     return EngineCosts(
-        StepCosts(0.02, 0.0, 0.0, StreamPauses.MAX_S / tokens_in_a_pause, 0.0),
+        StepCosts(StreamPauses.MAX_S / 10, 0.0, 0.0, StreamPauses.MAX_S / tokens_in_a_pause, 0.0),
         max_num_seqs=2,
         max_num_batched_tokens=16,
         block_size=4,
@@ -466,9 +516,10 @@ def test_streams_go_on_when_no_prompt_has_room() -> None:
 def test_the_setting_bounds_the_chunks_of_every_engine(role: str) -> None:
     layout = KVCacheLayout((KVCacheGroup((0,), None),), 1, 8, 4, 4)
     stated = make_spec("unused", role=role, routing={"max_itl_ms": 7.5})
-    costs = limits_of(stated, layout, 32)
+    costs = limits_of(stated, layout, 32, 64)
     assert (costs.max_itl_s, costs.most_long_gaps) == (0.0075, 0)
-    usual = limits_of(make_spec("unused", role=role), layout, 32)
+    assert costs.steps.graph_tokens == 64
+    usual = limits_of(make_spec("unused", role=role), layout, 32, 64)
     assert usual.max_itl_s is None
     assert usual.max_slowdown == (None if role == "both" else MAX_SLOWDOWN)
     assert usual.num_kv_tokens == 32 * 4

@@ -56,13 +56,17 @@ def test_each_engine_is_a_sidecar_with_the_command_of_vllm() -> None:
 
 
 def test_only_what_is_set_is_handed_on() -> None:
+    sizes = {
+        "block_size": 32,
+        "max_num_seqs": 8,
+        "max_model_len": 512,
+        "max_cudagraph_capture_size": 64,
+    }
+    flags = {name: "--" + name.replace("_", "-") for name in sizes}
     plain = commands(plan_processes(resolved(config(engine="vllm"), CPU)))["prefill-0"]
-    assert not {"--block-size", "--max-num-seqs", "--max-model-len"} & set(plain)
-    settings = {"engine": "vllm", "block_size": 32, "max_num_seqs": 8, "max_model_len": 512}
-    given = commands(plan_processes(resolved(config(**settings), CPU)))["prefill-0"]
-    assert value_of(given, "--block-size") == "32"
-    assert value_of(given, "--max-num-seqs") == "8"
-    assert value_of(given, "--max-model-len") == "512"
+    assert not {*flags.values()} & {*plain}
+    given = commands(plan_processes(resolved(config(engine="vllm", **sizes), CPU)))["prefill-0"]
+    assert {name: int(value_of(given, flag)) for name, flag in flags.items()} == sizes
 
 
 def test_settings_mean_what_they_mean_for_native_engines() -> None:

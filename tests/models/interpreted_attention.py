@@ -23,6 +23,7 @@ from pdlaunch.engine.latest_tokens import LatestTokens
 from pdlaunch.engine.sampler import likeliest_tokens
 from pdlaunch.engine.step_graphs import Step, batch_sizes
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
+from pdlaunch.models import kernel_setup
 from pdlaunch.models.decoder import TransformersDecoder
 from pdlaunch.models.fused_decoder import FusedDecoder, can_fuse
 from pdlaunch.models.loader import load_model
@@ -60,6 +61,11 @@ CASES = (
         has_sinks=True,
     ),
     Case(((7, 1), (5, 9)), block_size=4, head_dim=8, windows=(None, 8, 10)),
+)
+IN_SPLITS = (
+    Case(((40, 1), (0, 5), (100, 70)), num_heads=2, num_kv_heads=1),
+    Case(((3, 1), (130, 20)), num_heads=2, num_kv_heads=1, windows=(None, 60), has_sinks=True),
+    Case(((0, 150),), num_heads=2, num_kv_heads=2, head_dim=256, windows=(None, 100)),
 )
 MANY_TOKENS = ((3, 1), (5, 40))
 ROTATIONS = (
@@ -207,7 +213,8 @@ def check_step_graphs() -> None:
     no graph fits there is none.
     """
     step_graphs.Recorded = Replayed  # type: ignore[assignment, misc]
-    step_graphs.FEWEST_TOKENS, step_graphs.MOST_CHUNKS, step_graphs.MOST_CONTEXT = 4, 2, 19
+    step_graphs.FEWEST_TOKENS, step_graphs.MOST_CHUNKS = 4, 2
+    kernel_setup.CHUNK_SPLIT_TOKENS = 8
     with TemporaryDirectory() as folder:
         shape, model = load_tiny(save_tiny_model("qwen2-window", Path(folder)))
     groups = make_groups(shape.layer_windows)
@@ -244,6 +251,7 @@ def check_step_graphs() -> None:
             (((0, 10),), [9]),
             (((9, 3), (0, 4)), []),
             (((3, 1), (6, 1), (18, 1)), [2, 0]),
+            (((19, 1), (14, 3)), [0, 3]),
         ):
             batch = batch_of(rows)
             expected = decoder.logits(
@@ -259,8 +267,8 @@ def check_step_graphs() -> None:
             torch.testing.assert_close(kv_cache, written, rtol=1e-4, atol=1e-4)
             assert found[1].tolist() == expected.argmax(-1).tolist(), rows
         too_many_tokens, too_many_rows = ((0, 11),), ((1, 1),) * 5
-        too_many_chunks, too_long = ((0, 2),) * 3, ((19, 1), (0, 2))
-        for rows in (too_many_tokens, too_many_rows, too_many_chunks, too_long):
+        too_many_chunks = ((0, 2),) * 3
+        for rows in (too_many_tokens, too_many_rows, too_many_chunks):
             assert graphs.run(batch_of(rows), []) is None, rows
 
 
@@ -323,6 +331,9 @@ def check_fused_decoder(name: str) -> None:
 
 def check_kernels() -> None:
     for case in CASES:
+        check_attention(case)
+    kernel_setup.CHUNK_SPLIT_TOKENS = 32
+    for case in IN_SPLITS:
         check_attention(case)
     check_gathered_prefixes(Case(((40, 1), (0, 5), (30, 70))))
     check_gathered_prefixes(

@@ -15,6 +15,7 @@ DECODE = ((0, 1), (16, 1), (1500, 1), (77, 1))
 FRESH = ((0, 130), (0, 17), (0, 64))
 MIXED = ((500, 1), (3, 1), (0, 60), (200, 70), (64, 100))
 LONG = ((5, 1), (0, 600), (0, 512))
+BEHIND = ((1200, 1), (2500, 70), (700, 9), (1300, 130))
 
 
 @needs_triton
@@ -46,7 +47,9 @@ def test_kernels_in_the_interpreter(parts: tuple[str, ...]) -> None:
     ],
 )
 @pytest.mark.parametrize(
-    "rows", [DECODE, FRESH, MIXED, LONG], ids=["decode", "fresh", "mixed", "long"]
+    "rows",
+    [DECODE, FRESH, MIXED, LONG, BEHIND],
+    ids=["decode", "fresh", "mixed", "long", "behind"],
 )
 @pytest.mark.parametrize(
     ("has_sinks", "has_libraries"),

@@ -91,16 +91,19 @@ def save_tiny_model(name: str, folder: Path, *, seed: int = 0, **sizes: int) -> 
 
 
 def greedy(directory: Path, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
-    """What transformers' own generate answers, one prompt at a time, in float32."""
+    """What transformers' own generate answers, in float32: to all prompts at once, padded on their
+    left, which takes a sixth of the time.
+    """
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None
-    answers = []
-    for prompt in prompts:
-        output = model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            max_new_tokens=num_tokens,
-            do_sample=False,
-        )
-        answers.append(output[0, len(prompt) :].tolist())
-    return answers
+    length = max(map(len, prompts))
+    num_missing = [length - len(prompt) for prompt in prompts]
+    output = model.generate(
+        torch.tensor(
+            [[0] * num + prompt for num, prompt in zip(num_missing, prompts, strict=True)]
+        ),
+        attention_mask=torch.tensor([[0] * num + [1] * (length - num) for num in num_missing]),
+        max_new_tokens=num_tokens,
+        do_sample=False,
+    )
+    return output[:, length:].tolist()
