@@ -283,7 +283,12 @@ class AgentSession:
         return poller
 
     def _send(self, message: FromAgent) -> None:
-        self._socket.send_multipart(self._session.frames(from_agent.encode(message)))
+        # ZMQ gives up a connection at whose other end another program answers; to wait for it here
+        # would keep the lease from ending, and Ctrl-C.
+        with contextlib.suppress(zmq.Again):
+            self._socket.send_multipart(
+                self._session.frames(from_agent.encode(message)), zmq.NOBLOCK
+            )
 
     def _received(self) -> Iterator[ToAgent]:
         """Yield the messages that have arrived. Raises SessionLostError when one is missing."""

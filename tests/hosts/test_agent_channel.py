@@ -350,6 +350,33 @@ def test_an_agent_ends_when_its_supervisor_is_silent(
     assert "silent for" in str(outcome)
 
 
+def test_an_agent_ends_when_another_program_listens_in_its_supervisors_place(
+    frequent_beats: None, no_linger: None, channel: AgentChannel, keys: JoinKeys
+) -> None:
+    """ZMQ gives up a connection whose other end speaks no ZMQ: nothing can be sent any more."""
+    clock = Clock()
+    agent = Agent(keys.ticket(channel.endpoint), clock=clock)
+    assert isinstance(news_of(channel), Joined)
+    agent.await_joined()
+    die(channel)
+    port = int(channel.endpoint.rpartition(":")[2])
+    with socket.create_server(("127.0.0.1", port)) as server:
+        server.settimeout(TIMEOUT_S)
+        connection, _ = server.accept()
+        with connection:
+            connection.settimeout(TIMEOUT_S)
+            connection.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+            with contextlib.suppress(ConnectionResetError):
+                while connection.recv(4096):
+                    pass
+        # Some beats, which nobody takes.
+        time.sleep(0.1)
+        clock.pass_time(TIMEOUT_S)
+        outcome = agent.end()
+    assert isinstance(outcome, AgentTimeoutError)
+    assert "silent for" in str(outcome)
+
+
 def test_an_agent_ends_after_a_suspension_of_its_machine(
     frequent_beats: None, channel: AgentChannel, keys: JoinKeys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
