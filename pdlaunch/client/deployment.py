@@ -156,12 +156,14 @@ def _new_folder() -> Iterator[tuple[Path, BinaryIO]]:
 def held_port() -> Iterator[int]:
     """Yield a TCP port of 127.0.0.1 that nobody gets who asks for a free one, until the block ends.
 
-    A server that is told the port can listen there: as this socket, it has SO_REUSEADDR.
+    A server that is told the port can listen there: as this socket, it has SO_REUSEADDR. With
+    SO_REUSEPORT a launch can keep it, too.
     """
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         # Only now: with it, the port of another holder would do.
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         yield int(holder.getsockname()[1])
 
 

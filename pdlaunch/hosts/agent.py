@@ -51,6 +51,7 @@ from pdlaunch.hosts.local import LocalHost
 from pdlaunch.hosts.permitted import NotPermittedError, permitted
 from pdlaunch.platform.availability import probe_port
 from pdlaunch.process.bootstrap import Bootstrap
+from pdlaunch.process.engine_ports import EnginePorts
 from pdlaunch.process.new_run_dir import new_run_dir
 from pdlaunch.protocol.control import from_supervisor, to_supervisor
 from pdlaunch.protocol.sockets import SecureContext
@@ -245,9 +246,12 @@ class AgentSession:
 
     @contextlib.contextmanager
     def _local_host(self, bootstrap: Bootstrap, children: Children) -> Iterator[LocalHost]:
-        with contextlib.closing(SecureContext(bootstrap.keys)) as context:
+        with (
+            contextlib.closing(SecureContext(bootstrap.keys)) as context,
+            contextlib.closing(EnginePorts()) as engine_ports,
+        ):
             control, self._control = context.listen(zmq.ROUTER, f"ipc://{self._run_dir}/control")
-            yield LocalHost(control, children)
+            yield LocalHost(control, children, engine_ports)
 
     def _report(self, host: LocalHost) -> None:
         """Tell of ends and pass messages on; what a process said before its end comes first."""

@@ -17,8 +17,15 @@ from pdlaunch.errors import ProtocolError
 from pdlaunch.hosts.children import Children
 from pdlaunch.hosts.host import MessageReceived, ProcessExited
 from pdlaunch.process.bootstrap import Bootstrap
+from pdlaunch.process.engine_ports import EnginePorts
 from pdlaunch.process.step_record import LastStep, new_step_record, read_step_record
-from pdlaunch.protocol.control import FromSupervisor, Progress, from_supervisor, to_supervisor
+from pdlaunch.protocol.control import (
+    FromSupervisor,
+    Progress,
+    Register,
+    from_supervisor,
+    to_supervisor,
+)
 from pdlaunch.resolve.plan import ProcessSpec
 
 logger = logging.getLogger(__name__)
@@ -30,9 +37,12 @@ CONVERSION_POLL_S = 0.25
 class LocalHost:
     """This machine as a ``Host``. ``control``: the bound ROUTER socket of the control channel."""
 
-    def __init__(self, control: zmq.Socket[bytes], children: Children) -> None:
+    def __init__(
+        self, control: zmq.Socket[bytes], children: Children, engine_ports: EnginePorts
+    ) -> None:
         self._control = control
         self._children = children
+        self._engine_ports = engine_ports
         self._stillborn: list[ProcessExited] = []
         self._conversions: dict[str, str] = {}
         """The last line of progress by conversion that runs."""
@@ -60,6 +70,8 @@ class LocalHost:
                 inherited.append(step_record)
                 # A descriptor has the same number in the child that inherits it.
                 bootstrap = msgspec.structs.replace(bootstrap, step_record=step_record)
+            if bootstrap is not None and spec.name in self._engine_ports:
+                bootstrap = msgspec.structs.replace(bootstrap, port_is_kept=True)
             first_line = b"" if bootstrap is None else msgspec.json.encode(bootstrap) + b"\n"
             stillborn = self._children.spawn(spec, incarnation, first_line, inherited)
         if stillborn is not None:
@@ -105,6 +117,7 @@ class LocalHost:
     def forget(self, engine: str) -> None:
         if (record := self._step_records.pop(engine, None)) is not None:
             record.close()
+        self._engine_ports.release(engine)
 
     def _receive(self) -> Iterator[MessageReceived]:
         while True:
@@ -113,10 +126,15 @@ class LocalHost:
             except zmq.Again:
                 return
             try:
-                yield MessageReceived(identity.decode(), to_supervisor.decode(frames[0]))
+                received = MessageReceived(identity.decode(), to_supervisor.decode(frames[0]))
             except (ProtocolError, UnicodeDecodeError, IndexError):
                 # A broken child must not end the launch of all.
                 logger.warning("malformed message from %r", identity[:80])
+                continue
+            if isinstance(received.message, Register):
+                # Before anybody is told the URL. Servers have the names of their engines.
+                self._engine_ports.keep(received.name, received.message.address.http)
+            yield received
 
     def _conversion_progress(self) -> Iterator[MessageReceived]:
         """Yield what conversions print about their progress.

@@ -119,6 +119,8 @@ class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
     launch_id: str = ""
     step_record: int = -1
     """Rank 0's inherited descriptor of its ``StepRecord``."""
+    port_is_kept: bool = False
+    """The port of the server that ran before this one is kept for it."""
     heartbeat_s: float = 0.0
     """Seconds between two Alive messages of its main loop; 0: nobody listens."""
 

@@ -22,6 +22,7 @@ from pdlaunch.errors import PdlaunchError, StartupError
 from pdlaunch.http.connections import HttpRunner, fit_connections
 from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S, Supervised
 from pdlaunch.process.bootstrap import LISTEN_BACKLOG
+from pdlaunch.process.engine_ports import bind_to_share
 from pdlaunch.protocol.certificates import server_context
 from pdlaunch.protocol.changes import Answered, AwaitIdle
 from pdlaunch.protocol.control import (
@@ -91,7 +92,14 @@ class ServerProcess:
             raise StartupError(f"{self._spec.name} has no certificate to listen on {host} with")
         tls = None if is_local or certificate is None else server_context(certificate)
         try:
-            await web.TCPSite(runner, host, port, ssl_context=tls, backlog=LISTEN_BACKLOG).start()
+            site: web.BaseSite
+            if is_local:
+                is_kept = self._supervised.bootstrap.port_is_kept
+                bound = bind_to_share(host, port, is_kept=is_kept)
+                site = web.SockSite(runner, bound, backlog=LISTEN_BACKLOG)
+            else:
+                site = web.TCPSite(runner, host, port, ssl_context=tls, backlog=LISTEN_BACKLOG)
+            await site.start()
             runner.drop_stalled_readers(ROUTER_READ_TIMEOUT_S)
         except OSError as error:
             raise StartupError(

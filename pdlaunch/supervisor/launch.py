@@ -27,6 +27,7 @@ from pdlaunch.hosts.joined import joined_host
 from pdlaunch.hosts.local import LocalHost
 from pdlaunch.observe.logs import setup_logging
 from pdlaunch.process.bootstrap import raise_open_files
+from pdlaunch.process.engine_ports import EnginePorts
 from pdlaunch.process.new_run_dir import new_run_dir
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 from pdlaunch.resolve.plan import Plan
@@ -178,8 +179,12 @@ def supervise(
     ``with_others``: joins the other hosts of the launch to this one. ``find_room``, ``planner``:
     see ``Supervisor``.
     """
-    with SignalInbox() as signals, contextlib.closing(Children(log_dir)) as children:
-        host = with_others(LocalHost(control, children))
+    with (
+        SignalInbox() as signals,
+        contextlib.closing(EnginePorts()) as engine_ports,
+        contextlib.closing(Children(log_dir)) as children,
+    ):
+        host = with_others(LocalHost(control, children, engine_ports))
         supervisor = Supervisor(
             plan,
             kind,

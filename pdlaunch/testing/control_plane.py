@@ -31,6 +31,7 @@ from pdlaunch.hosts.children import Children
 from pdlaunch.hosts.host import MessageReceived, ProcessExited
 from pdlaunch.hosts.local import LocalHost
 from pdlaunch.process.bootstrap import Bootstrap, raise_open_files
+from pdlaunch.process.engine_ports import EnginePorts
 from pdlaunch.protocol.control import FromSupervisor, Stop, from_supervisor
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
 from pdlaunch.resolve.plan import Plan, ProcessSpec
@@ -79,7 +80,7 @@ class SimulatedHost(LocalHost):
     def __init__(
         self, control: zmq.Socket[bytes], children: Children, simulator: subprocess.Popen[bytes]
     ) -> None:
-        super().__init__(control, children)
+        super().__init__(control, children, EnginePorts())
         self.counted = Counted()
         self._simulator = simulator
         self._control_socket = control

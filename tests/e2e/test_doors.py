@@ -37,6 +37,8 @@ from tests.e2e.conftest import clean_environ
 from tests.e2e.lone_router import running_router
 from tests.e2e.tiny_models import make_tiny_model
 from tests.e2e.vllm_router import needs_vllm_router, running_vllm_router
+from tests.e2e.waiting import await_true
+from tests.process.test_engine_ports import listen_in_all_ways
 from tests.router.test_admin import COMMANDS
 from tests.server.conftest import engine_spec
 from tests.transfer.test_strangers import as_nobody
@@ -327,6 +329,26 @@ def test_they_still_do_after_a_restart_of_the_router(doors: Doors) -> None:
     status, answer = admin.get_object("/pdlaunch/integrity")
     assert (status, answer["ok"]) == (200, True)
     assert stat.S_IMODE(doors.launch.admin_socket.stat().st_mode) == 0o600
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_nobody_takes_the_place_of_a_killed_server(doors: Doors) -> None:
+    """He would be sent prompts and keys, and could answer, until the router knew of the death."""
+    place = partial(listen_in_all_ways, "127.0.0.1", doors.prefill_port)
+    old = doors.deployment.processes()["prefill-0"]
+    old.kill()
+    old.wait(180)
+    assert set(as_nobody(place).values()) == {"EADDRINUSE"}
+    url = f"http://127.0.0.1:{doors.prefill_port}"
+    await_true(lambda: _status_of(f"{url}/health") == 200, "the next server listens there")
+    assert set(as_nobody(place).values()) == {"EADDRINUSE"}
+
+
+def _status_of(url: str) -> int:
+    try:
+        return ask("GET", url)[0]
+    except urllib.error.URLError:
+        return 0
 
 
 def test_status_hands_out_no_key(doors: Doors) -> None:

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -19,7 +20,9 @@ from safetensors.torch import save_file
 
 from pdlaunch.client.api import Api
 from pdlaunch.client.deployment import Deployment, running_deployment
+from pdlaunch.client.smoke import engines_of
 from pdlaunch.errors import PdlaunchError
+from pdlaunch.platform.availability import probe_port
 from tests.e2e.api import complete, requests_in_flight, streamed
 from tests.e2e.conftest import clean_environ, default_environ
 from tests.e2e.faults import paused, tracebacks
@@ -72,6 +75,17 @@ def test_two_launches_at_once_end_each_for_itself(
         assert not alive
 
 
+def engine_urls(deployment: Deployment) -> set[str]:
+    return {engine["url"] for engine in engines_of(Api(deployment.url))}
+
+
+def is_taken(url: str) -> bool:
+    """Whether nobody else can listen there."""
+    parts = urlsplit(url)
+    state = probe_port(parts.hostname or "", parts.port or 0)
+    return state is not None and state.problem == "busy"
+
+
 class TestRestarts:
     """One after another in one launch, which the last one ends."""
 
@@ -82,7 +96,7 @@ class TestRestarts:
         self, deployment: Deployment, expected: list[int], name: str
     ) -> None:
         assert complete(deployment.url, PROMPT, 16) == expected
-        before = deployment.processes()
+        before, urls = deployment.processes(), engine_urls(deployment)
         before[name].kill()
         if name == "router":
             # Who comes while there is none waits for the next one.
@@ -106,6 +120,10 @@ class TestRestarts:
 
         await_true(works, "an answer after the restart")
         assert complete(deployment.url, PROMPT, 16) == expected
+        # Nobody took the port of a dead server, to be sent prompts until the router knew.
+        left = urls - engine_urls(deployment)
+        assert len(left) == (name in ("prefill-0", "decode-0"))
+        assert all(is_taken(url) for url in left)
         others = [other for other in before if other != name]
         assert {other: deployment.processes()[other].pid for other in others} == {
             other: before[other].pid for other in others

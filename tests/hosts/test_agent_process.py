@@ -21,6 +21,7 @@ from pdlaunch.hosts.host import MessageReceived, ProcessExited
 from pdlaunch.hosts.join import new_join_keys, write_join_files
 from pdlaunch.hosts.local import LocalHost
 from pdlaunch.process.bootstrap import Bootstrap
+from pdlaunch.process.engine_ports import EnginePorts
 from pdlaunch.protocol.control import Failed, Register, Stop
 from pdlaunch.protocol.sockets import new_launch_keys
 from pdlaunch.resolve.plan import ProcessSpec
@@ -57,7 +58,7 @@ class Launch:
         self.join = folder / "join"
         write_join_files(self.join, keys, self.channel.endpoint)
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        local = LocalHost(self.context.socket(zmq.ROUTER), Children(self.logs))
+        local = LocalHost(self.context.socket(zmq.ROUTER), Children(self.logs), EnginePorts())
         self.news: list[Joined | Lost] = []
         self.host = HostGroup(local, "local", self.channel, [], on_news=self.news.append)
         self.later: list[MessageReceived | ProcessExited | Joined | Lost] = []

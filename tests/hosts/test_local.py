@@ -14,6 +14,7 @@ import zmq
 from pdlaunch.hosts.children import Children
 from pdlaunch.hosts.host import MessageReceived, ProcessExited
 from pdlaunch.hosts.local import LocalHost
+from pdlaunch.process.engine_ports import EnginePorts
 from pdlaunch.protocol.control import Progress
 from pdlaunch.resolve.plan import ProcessSpec
 
@@ -27,7 +28,7 @@ def host(tmp_path: Path) -> Iterator[LocalHost]:
         context.socket(zmq.ROUTER) as control,
         contextlib.closing(Children(tmp_path)) as children,
     ):
-        yield LocalHost(control, children)
+        yield LocalHost(control, children, EnginePorts())
 
 
 def child(code: str, *, name: str = "convert-0") -> ProcessSpec:

@@ -1,0 +1,90 @@
+"""Keeps the ports of engines on this host from other users after their servers have died.
+
+::
+
+    server       listens ── dies                                        the next one listens
+    supervisor   is bound, too ── nobody else can listen, connections are refused ──▶
+
+Routers hear of a death some milliseconds late. Whoever listened at the port by then would be sent
+prompts and the launch's token, and could answer. Two sockets of one user may share a port where
+both have SO_REUSEPORT, and one of these need not listen. Source: socket(7).
+"""
+
+from __future__ import annotations
+
+import socket
+from collections import defaultdict
+from urllib.parse import urlsplit
+
+from pdlaunch.config.http_names import is_loopback
+
+_SERVERS = 2
+"""Servers of an engine whose ports are kept: a slow router may know but the one before."""
+
+
+def bind_to_share(host: str, port: int, *, is_kept: bool) -> socket.socket:
+    """Bind a server's socket so that ``EnginePorts`` can keep its port; 0 is a free one.
+
+    ``is_kept``: it is already, from a server that has died. Else it must be free: two launches of
+    one user may have been given the same. Raises OSError.
+    """
+    bound = _socket(host)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if is_kept and port:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        bound.bind((host, port))
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    except OSError:
+        bound.close()
+        raise
+    return bound
+
+
+class EnginePorts:
+    """Keeps the ports of each engine's last servers for as long as it is part of the launch."""
+
+    def __init__(self) -> None:
+        self._sockets: defaultdict[str, dict[str, socket.socket]] = defaultdict(dict)
+        """Sockets by engine and URL, the oldest first."""
+
+    def __contains__(self, engine: object) -> bool:
+        """Return whether a port of the engine is kept."""
+        return bool(self._sockets.get(str(engine)))
+
+    def keep(self, engine: str, url: str) -> None:
+        """Keep the port at which the engine's server listens.
+
+        Nothing is kept where TLS proves to routers whom they speak to, nor of a program that shares
+        its port with nobody.
+        """
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+        sockets = self._sockets[engine]
+        if parts.scheme != "http" or port is None or not is_loopback(host) or url in sockets:
+            return
+        kept = _socket(host)
+        # Without SO_REUSEADDR, by which other users could share it.
+        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        try:
+            kept.bind((host, port))
+        except OSError:
+            kept.close()
+            return
+        sockets[url] = kept
+        if len(sockets) > _SERVERS:
+            sockets.pop(next(iter(sockets))).close()
+
+    def release(self, engine: str) -> None:
+        """Let others have the ports of an engine that is gone."""
+        for kept in self._sockets.pop(engine, {}).values():
+            kept.close()
+
+    def close(self) -> None:
+        """Release all ports."""
+        for engine in list(self._sockets):
+            self.release(engine)
+
+
+def _socket(host: str) -> socket.socket:
+    return socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
