@@ -1,0 +1,152 @@
+"""Compiles the Triton kernels for a GPU that is not there; started by ``test_compiled_kernels``.
+
+Argument: the compute capability, such as 90. The interpreter shows what kernels compute; this shows
+that the compiler takes them, with the arguments that they are launched with, and that they fit.
+"""
+
+from __future__ import annotations
+
+import sys
+from itertools import product
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from pdlaunch.integrity.checksum_kernel import constants, hash_regions
+from pdlaunch.memory.page_kernel import copy_pages, padded_columns
+from pdlaunch.models import fused_decoder
+from pdlaunch.models.fused_decoder import Norm
+from pdlaunch.models.triton_attention import TritonAttention
+from pdlaunch.models.triton_step import HeadNorms
+from pdlaunch.offload.gather_kernel import LOAD_KERNELS, STORE_KERNELS
+from tests.models.attention_reference import Case, make_inputs
+
+SHARED_KIB = {80: 163, 89: 99, 90: 227, 120: 99}
+"""Most shared memory of a program, by compute capability. Source: CUDA C++ Programming Guide,
+technical specifications.
+"""
+LAUNCHED = {
+    *("write_kv", "attend_decode", "reduce_splits", "attend_chunks", "reduce_chunks"),
+    *("gather_kv", "rotate_and_write", "add_and_normalize", "multiply_gated"),
+    *("hash_region", "_copy_pages"),
+}
+MIXED = ((700, 1), (2, 30))
+DECODE = ((3000, 1),) * 8
+CASES = (
+    Case(MIXED, 32, 8, 128, 16, (None,), torch.bfloat16),
+    Case(DECODE, 32, 8, 128, 16, (None,), torch.bfloat16),
+    Case(MIXED, 8, 2, 64, 32, (None, 24), torch.float16, has_sinks=True),
+    Case(MIXED, 8, 2, 128, 64, (None,), torch.float32),
+    Case(MIXED, 4, 1, 256, 16, (100,), torch.bfloat16),
+    Case(MIXED, 6, 3, 80, 16, (None,), torch.float16),
+)
+
+
+class NoDevice:
+    """Stands for Triton's driver of a GPU."""
+
+    def __init__(self, capability: int) -> None:
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+
+class Compiled(NamedTuple):
+    """A kernel's program for the GPU."""
+
+    name: str
+    shared_bytes: int
+    num_bytes: int
+
+
+class Compiler:
+    """Compiles in place of each launch."""
+
+    def __init__(self) -> None:
+        self.compiled: set[Compiled] = set()
+
+    def use(self, capability: int) -> None:
+        driver.set_active(NoDevice(capability))
+        JITFunction.__getitem__ = lambda kernel, grid: self._launch_of(kernel, grid)  # type: ignore[method-assign]
+
+    def _launch_of(self, kernel: Any, grid: Any) -> Any:
+        def compile_it(*arguments: Any, **constants: Any) -> None:
+            made = kernel.warmup(*arguments, grid=grid, **constants)
+            self.compiled.add(
+                Compiled(kernel.__name__, made.metadata.shared, len(made.asm["cubin"]))
+            )
+
+        return compile_it
+
+
+def attention(case: Case) -> None:
+    """All that attends, also with a library that takes gathered keys."""
+    inputs = make_inputs(case)
+    backend = TritonAttention(inputs.layout, inputs.kv_cache)
+    heads = torch.cat([inputs.query, inputs.key, inputs.value]).transpose(0, 1).contiguous()
+    rotary = torch.zeros(2, len(heads), case.head_dim, dtype=case.dtype)
+    weight = rotary[0, 0]
+    for flash in (None, lambda query, *_, **__: torch.empty_like(query)):
+        backend.setup.flash = flash
+        step = backend.prepare(inputs.batch)
+        for layer in range(0, 2 * len(case.windows), 2):
+            step.attend(layer, inputs.query, inputs.key, inputs.value, 0.1, inputs.sinks)
+            projected = heads.view(len(heads), -1)
+            step.rotate_and_attend(layer, projected, (rotary[0], rotary[1]), 0.1)
+            step.rotate_and_attend(layer, projected, None, 0.1, HeadNorms(weight, weight, 1e-5))
+
+
+def layers(size: int) -> None:
+    """What a layer does beside attention."""
+    hidden = torch.zeros(3, size, dtype=torch.bfloat16)
+    norm = Norm(hidden[0], 1e-5, 0)
+    for first, second in ((None, None), (hidden, None), (hidden, norm)):
+        fused_decoder._normalize(first, hidden, norm, second)
+    for is_gelu in (False, True):
+        fused_decoder._multiply_gated(hidden, is_gelu=is_gelu)
+
+
+def blocks() -> None:
+    """What checks blocks and copies them."""
+    words = constants(torch.device("cpu"))
+    results = torch.zeros(2, 8, dtype=torch.int64)
+    for num_words in (1024, 5 * 20):
+        memory = torch.zeros(4, 8, num_words, dtype=torch.int64)
+        hash_regions(memory, torch.tensor([3, 0]), 0, results, words)
+    memory = torch.zeros(4096, dtype=torch.int32)
+    units = torch.zeros(2, padded_columns(3), dtype=torch.int64)
+    for page_bytes, shape in product((8192, 48), (*LOAD_KERNELS, *STORE_KERNELS)):
+        copy_pages(memory, memory, units, 3, page_bytes, shape)
+
+
+def main(capability: int) -> None:
+    compiler = Compiler()
+    compiler.use(capability)
+    for case in CASES:
+        attention(case)
+    for size in (576, 4096):
+        layers(size)
+    blocks()
+    missing = LAUNCHED - {made.name for made in compiler.compiled}
+    assert not missing, f"nothing is compiled of {missing}"
+    assert all(made.num_bytes for made in compiler.compiled)
+    limit = SHARED_KIB[capability] * 1024
+    large = [made for made in compiler.compiled if made.shared_bytes > limit]
+    assert not large, f"more than {limit} bytes of shared memory: {large}"
+
+
+if __name__ == "__main__":
+    np.seterr(all="ignore")
+    torch.set_num_threads(1)
+    main(int(sys.argv[1]))
