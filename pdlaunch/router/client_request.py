@@ -46,6 +46,10 @@ _NotNegative = Annotated[int, msgspec.Meta(ge=0)]
 
 _PROMPTS = re.compile(rb'\s*\[\s*["\[]')
 """Several prompts begin like this."""
+_NO_TEXT = (b"null", b'""', b"[]")
+"""Beside embeddings these are no prompt: the OpenAI client sends an empty text, as it cannot leave
+it out.
+"""
 _DATA_URL = re.compile(rb'"data:[^"]{256,}"')
 """An image or another file; the tokens that an engine makes of it do not grow with its text."""
 DATA_URL_TOKENS = 1024
@@ -383,7 +387,7 @@ def _split_prompts(body: dict[str, Any]) -> list[dict[str, Any]]:
     split: list[dict[str, Any]] = [{"prompt": one} for one in prompts]
     if embeds:
         tensors = embeds if isinstance(embeds, list) else [embeds]
-        texts = [] if prompt is None or bytes(prompt) == b"null" else split
+        texts = [] if prompt is None or bytes(prompt) in _NO_TEXT else split
         split = [{"prompt": None, "prompt_embeds": one} for one in tensors]
         split += [one | {"prompt_embeds": None} for one in texts]
     if len(split) > MAX_PROMPTS:

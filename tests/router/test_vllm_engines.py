@@ -317,6 +317,8 @@ async def test_what_cannot_share_a_lease_is_served_by_one_engine(
     [
         ({"prompt": None, "prompt_embeds": "tensor|"}, 1),
         ({"prompt": None, "prompt_embeds": ["tensor|", "another|"]}, 2),
+        ({"prompt": "", "prompt_embeds": "tensor|"}, 1),
+        ({"prompt": [], "prompt_embeds": "tensor|"}, 1),
         ({"prompt_embeds": "tensor|", "n": 2}, 4),
         ({"prompt": [PROMPT, "other|"], "prompt_embeds": ["tensor|"]}, 3),
         ({"prompt_embeds": []}, 1),
