@@ -96,10 +96,10 @@ class EngineSettings(FrozenModel):
     max_cudagraph_capture_size: Annotated[int, Flag()] = Field(
         1024,
         ge=0,
-        le=4096,
+        le=65536,
         description=(
             "Run steps of up to so many tokens from CUDA graphs on a GPU where they hold prompts, "
-            "too; 0: decode steps alone."
+            "too; 0: decode steps alone. vLLM: all steps, as vLLM chooses when left out."
         ),
     )
     async_scheduling: Annotated[bool, Flag()] = Field(

@@ -159,8 +159,19 @@ CASES: dict[str, Case] = {
     "PD613": Case([vllm(block_size=48)], [vllm(block_size=96), vllm(GPU, block_size=48), vllm()]),
     "PD614": Case([vllm(kv_transfer__connector="mooncake")], [vllm()]),
     "PD615": Case(
-        [vllm(strict_fields=True), on(CPU, engine_command="vllm"), vllm(kv_cache_memory="1.5GiB")],
-        [vllm(kv_cache_memory="2GiB"), vllm(GPU, kv_cache_memory="1.5GiB"), on(CPU)],
+        [
+            vllm(strict_fields=True),
+            on(CPU, engine_command="vllm"),
+            vllm(kv_cache_memory="1.5GiB"),
+            vllm(max_cudagraph_capture_size=0),
+        ],
+        [
+            vllm(kv_cache_memory="2GiB"),
+            vllm(GPU, kv_cache_memory="1.5GiB"),
+            on(CPU),
+            vllm(max_cudagraph_capture_size=2),
+            vllm(max_cudagraph_capture_size=0, enforce_eager=True),
+        ],
     ),
     "PD616": Case([vllm(), near_vllm()], [on(CPU), vllm(decode__replicas=0), far_vllm(**TRUSTED)]),
     "PD629": Case(
