@@ -102,7 +102,8 @@ class HostGroup:
             if not spec.tp_rank:
                 # What its predecessor computed last, perhaps on another host, is not what it dies
                 # of.
-                self.forget(spec.engine)
+                self._last_steps.pop(spec.engine, None)
+                self._local.forget_last_step(spec.engine)
                 self._rank_0_hosts[spec.engine] = spec.host
         if spec.host == self._local_name:
             self._local.spawn(spec, incarnation, bootstrap)
@@ -164,10 +165,13 @@ class HostGroup:
             case Lost(name=host, reason=reason):
                 self._present.discard(host)
                 self._on_news(news)
-                for engine in list(self._asked):
-                    self._wait_no_more(engine)
                 for name in sorted(self._living[host]):
-                    self._exits.append(_lost(name, self._incarnations[name], host, reason))
+                    # Behind a death of its engine that waits to be told: that one is the cause.
+                    asked = self._asked.get(self._engines.get(name, ""))
+                    exits = self._exits if asked is None else asked.exits
+                    exits.append(_lost(name, self._incarnations[name], host, reason))
+                for engine in [e for e in self._asked if self._rank_0_hosts[e] == host]:
+                    self._wait_no_more(engine)
             # An agent speaks for the processes of its host alone.
             case Told(message=Said() | Exited() | AgentRefused() as said) if (
                 self._hosts.get(said.name) != news.name
@@ -197,6 +201,7 @@ class HostGroup:
         """Tell of an end; that of a rank which may have died of its last step is told together with
         that step, so that it comes before what follows the death.
         """
+        self._living[self._hosts.get(gone.name, "")].discard(gone.name)
         engine = self._engines.get(gone.name, "")
         there = self._rank_0_hosts.get(engine, "")
         here = {self._local_name, self._hosts.get(gone.name, self._local_name)}

@@ -72,7 +72,7 @@ class Here(FakeHost):
         super().__init__()
         self.ended: list[ProcessExited] = []
 
-    def forget(self, engine: str) -> None:
+    def forget_last_step(self, engine: str) -> None:
         self.last_steps.pop(engine, None)
 
     def exits(self) -> list[ProcessExited]:
@@ -176,6 +176,17 @@ def test_a_lost_host_is_asked_nothing() -> None:
     assert far.ended() == [1, 0]
     far.die(2)
     assert far.ended() == [2]
+
+
+def test_the_loss_of_another_host_does_not_end_the_wait_for_the_last_step() -> None:
+    far = Far()
+    far.group.spawn(rank(3, "b"), 1, BOOTSTRAP)
+    far.die(1)
+    far.channel.news.append(Lost("b", "silent"))
+    assert far.ended() == []
+    far.channel.news.append(Told("a", LastStepOf(engine="decode-0", last_step=STEP)))
+    assert far.ended() == [1, 3], "what follows a death is told behind it"
+    assert far.group.last_step("decode-0") == STEP
 
 
 def test_who_was_killed_has_died_of_no_step() -> None:
