@@ -114,9 +114,13 @@ class LocalHost:
         record = self._step_records.get(engine)
         return LastStep() if record is None else read_step_record(record)
 
-    def forget(self, engine: str) -> None:
+    def forget_last_step(self, engine: str) -> None:
+        """Drop what its ranks computed before they died."""
         if (record := self._step_records.pop(engine, None)) is not None:
             record.close()
+
+    def forget(self, engine: str) -> None:
+        self.forget_last_step(engine)
         self._engine_ports.release(engine)
 
     def _receive(self) -> Iterator[MessageReceived]:
@@ -131,9 +135,10 @@ class LocalHost:
                 # A broken child must not end the launch of all.
                 logger.warning("malformed message from %r", identity[:80])
                 continue
-            if isinstance(received.message, Register):
+            message = received.message
+            if isinstance(message, Register) and message.listens:
                 # Before anybody is told the URL. Servers have the names of their engines.
-                self._engine_ports.keep(received.name, received.message.address.http)
+                self._engine_ports.keep(received.name, message.address.http)
             yield received
 
     def _conversion_progress(self) -> Iterator[MessageReceived]:

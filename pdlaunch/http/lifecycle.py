@@ -68,12 +68,18 @@ class Supervised:
         self._control.send(message)
 
     def register(
-        self, url: str, capabilities: Capabilities | None = None, *, side_channel: str = ""
+        self,
+        url: str,
+        capabilities: Capabilities | None = None,
+        *,
+        side_channel: str = "",
+        listens: bool = True,
     ) -> None:
         """Tell where this process listens, and show from now on that its loop turns.
 
         ``capabilities``: instead of those of the bootstrap. ``side_channel``: that of an engine
-        without ranks of ours. What is registered again replaces the first.
+        without ranks of ours. ``listens``: see ``Register``. What is registered again replaces the
+        first.
         """
         self.send(
             Register(
@@ -82,6 +88,7 @@ class Supervised:
                 pid=os.getpid(),
                 address=Address(http=url, side_channel=side_channel),
                 capabilities=capabilities or self.bootstrap.capabilities,
+                listens=listens,
             )
         )
         if not self._is_registered:

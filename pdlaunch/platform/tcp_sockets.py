@@ -110,24 +110,32 @@ def has_bytes_under_way(port: int, tables: tuple[Path, ...] = _TABLES) -> bool:
     Bytes wait at the receiver's end or, when that is full, at the sender's; both ends are in the
     tables of one host, and those of processes that have ended stay there until the bytes have left.
     """
-    for local_port, remote_port, state, sending, receiving in _connections(tables):
+    for _, local, remote, state, queues, *_ in _lines(tables):
+        sending, receiving = queues.split(":")
+        unsent = int(sending, 16) - (state in _END_UNSENT)
+        unread = int(receiving, 16) - (state in _END_UNREAD)
         if state != _LISTENING and (
-            (local_port == port and receiving > 0) or (remote_port == port and sending > 0)
+            (_port(local) == port and unread > 0) or (_port(remote) == port and unsent > 0)
         ):
             return True
     return False
 
 
-def _connections(tables: tuple[Path, ...]) -> Iterator[tuple[int, int, str, int, int]]:
+def foreign_listener(port: int, tables: tuple[Path, ...] = _TABLES) -> int | None:
+    """Return the id of another user whose program listens at ``port``, of whichever address; None:
+    there is none. Root is nobody else.
+    """
+    for _, local, _, state, _, _, _, user, *_ in _lines(tables):
+        if state == _LISTENING and _port(local) == port and int(user) not in (0, os.geteuid()):
+            return int(user)
+    return None
+
+
+def _lines(tables: tuple[Path, ...]) -> Iterator[list[str]]:
+    """Yield the columns of each socket. Source: proc_net_tcp.txt of the Linux kernel."""
     for table in tables:
-        if not table.is_file():
-            continue
-        for line in table.read_text().splitlines()[1:]:
-            _, local, remote, state, queues, *_ = line.split()
-            sending, receiving = queues.split(":")
-            unsent = int(sending, 16) - (state in _END_UNSENT)
-            unread = int(receiving, 16) - (state in _END_UNREAD)
-            yield _port(local), _port(remote), state, unsent, unread
+        if table.is_file():
+            yield from map(str.split, table.read_text().splitlines()[1:])
 
 
 def _port(address: str) -> int:

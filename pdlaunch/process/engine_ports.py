@@ -53,21 +53,19 @@ class EnginePorts:
         return bool(self._sockets.get(str(engine)))
 
     def keep(self, engine: str, url: str) -> None:
-        """Keep the port at which the engine's server listens.
+        """Keep the port at which the engine's server listens already, or it could not.
 
         Nothing is kept where TLS proves to routers whom they speak to, nor of a program that shares
         its port with nobody.
         """
-        parts = urlsplit(url)
-        host, port = parts.hostname or "", parts.port
-        sockets = self._sockets[engine]
-        if parts.scheme != "http" or port is None or not is_loopback(host) or url in sockets:
+        place = _loopback_place(url)
+        if place is None or url in (sockets := self._sockets[engine]):
             return
-        kept = _socket(host)
+        kept = _socket(place[0])
         # Without SO_REUSEADDR, by which other users could share it.
         kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         try:
-            kept.bind((host, port))
+            kept.bind(place)
         except OSError:
             kept.close()
             return
@@ -84,6 +82,16 @@ class EnginePorts:
         """Release all ports."""
         for engine in list(self._sockets):
             self.release(engine)
+
+
+def _loopback_place(url: str) -> tuple[str, int] | None:
+    """Return host and port of a URL without TLS on this host; None of another."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        return None
+    return (host, port) if parts.scheme == "http" and port and is_loopback(host) else None
 
 
 def _socket(host: str) -> socket.socket:

@@ -124,6 +124,8 @@ class Register(Message):
     engine_id: EngineId = EngineId("")
     address: Address = msgspec.field(default_factory=Address)
     capabilities: Capabilities = msgspec.field(default_factory=Capabilities)
+    listens: bool = True
+    """Somebody listens at ``address.http`` already."""
 
 
 class Progress(Message):

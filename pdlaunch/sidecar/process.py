@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -25,6 +26,7 @@ from pdlaunch.errors import PdlaunchError, ProtocolError, StartupError
 from pdlaunch.http.engine_calls import UNIX
 from pdlaunch.http.lifecycle import Supervised
 from pdlaunch.platform.addresses import tcp_endpoint
+from pdlaunch.platform.tcp_sockets import foreign_listener
 from pdlaunch.protocol.changes import Answered, AwaitIdle
 from pdlaunch.protocol.control import (
     Drain,
@@ -140,7 +142,7 @@ class SidecarProcess:
         try:
             if self._opening is not None:
                 self._registered_url = await self._opening.open()
-            self._register()
+            self._register(listens=self._opening is not None)
             watches = [
                 supervised.spawn(self._fail_with(child)),
                 supervised.spawn(self._watch()),
@@ -157,12 +159,26 @@ class SidecarProcess:
             await child.stop(STOP_TIMEOUT_S)
             self._side_channel.close()
 
-    def _register(self) -> None:
+    async def _is_there(self) -> bool:
+        """Return whether the engine answers, and nobody else at its port, who would be given the
+        key.
+        """
+        port = urlsplit(self._url).port if self._socket_path is None else None
+        if port is not None and (uid := foreign_listener(port)) is not None:
+            self._fail(
+                f"a program of another user (id {uid}) listens at port {port}, which is to be the "
+                "engine's; free it, or choose another port"
+            )
+            return False
+        return bool(await self._api.is_healthy(HEALTH_TIMEOUT_S))
+
+    def _register(self, *, listens: bool = True) -> None:
         """Tell where the engine is reached, and what it can do."""
         self._supervised.register(
             self._registered_url,
             self._capabilities,
             side_channel=tcp_endpoint(self._side_channel.host, self._side_channel.number),
+            listens=listens,
         )
 
     def _command(self) -> tuple[str, ...]:
@@ -194,7 +210,7 @@ class SidecarProcess:
     async def _watch(self) -> None:
         """Say Ready once the engine is healthy; fail when it is not any more, or stands still."""
         self._supervised.send(Progress(text="vLLM is starting"))
-        while not await self._api.is_healthy(HEALTH_TIMEOUT_S):  # noqa: ASYNC110 - it tells nobody
+        while not await self._is_there():  # noqa: ASYNC110 - it tells nobody
             await asyncio.sleep(START_POLL_S)
         # Before Ready: what routers may ask of the engine from then on follows from its version.
         await self._tell_version()

@@ -14,8 +14,8 @@ import zmq
 from pdlaunch.hosts.children import Children
 from pdlaunch.hosts.host import MessageReceived, ProcessExited
 from pdlaunch.hosts.local import LocalHost
-from pdlaunch.process.engine_ports import EnginePorts
-from pdlaunch.protocol.control import Progress
+from pdlaunch.process.engine_ports import EnginePorts, bind_to_share
+from pdlaunch.protocol.control import Address, Progress, Register, to_supervisor
 from pdlaunch.resolve.plan import ProcessSpec
 
 pytestmark = pytest.mark.processes
@@ -80,3 +80,32 @@ def test_progress_of_a_conversion_is_read_from_its_log(host: LocalHost) -> None:
     host.signal("convert-0", signal.SIGKILL)
     await_exit(host)
     assert host.poll_s == float("inf")
+
+
+def test_ports_of_servers_are_kept_once_they_listen(tmp_path: Path) -> None:
+    """An engine that listens only later would find its port taken."""
+    with (
+        zmq.Context() as context,
+        context.socket(zmq.ROUTER) as control,
+        context.socket(zmq.DEALER) as server,
+        contextlib.closing(Children(tmp_path)) as children,
+        contextlib.closing(EnginePorts()) as engine_ports,
+        bind_to_share("127.0.0.1", 0, is_kept=False) as bound,
+    ):
+        host = LocalHost(control, children, engine_ports)
+        control.bind("inproc://control")
+        server.identity = b"decode-0"
+        server.connect("inproc://control")
+        address = Address(http=f"http://127.0.0.1:{bound.getsockname()[1]}")
+        for listens in (False, True):
+            register = Register(
+                name="decode-0", incarnation=1, pid=1, address=address, listens=listens
+            )
+            server.send(to_supervisor.encode(register))
+            assert control.poll(180_000)
+            assert host.messages() == [MessageReceived("decode-0", register)]
+            assert ("decode-0" in engine_ports) == listens
+        host.forget_last_step("decode-0")
+        assert "decode-0" in engine_ports, "rank 0 has been started again"
+        host.forget("decode-0")
+        assert "decode-0" not in engine_ports

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from typing import Any, cast
@@ -56,14 +58,21 @@ class FakeSupervisor:
         self.said: asyncio.Queue[ToSupervisor] = asyncio.Queue()
         self.capabilities: list[Capabilities] = []
         self.registered: list[Address] = []
+        self.listens: list[bool] = []
         self.prefill: FakeVllm
         self.decode: FakeVllm
         self._tasks: set[asyncio.Task[None]] = set()
 
     def register(
-        self, url: str, capabilities: Capabilities | None = None, *, side_channel: str = ""
+        self,
+        url: str,
+        capabilities: Capabilities | None = None,
+        *,
+        side_channel: str = "",
+        listens: bool = True,
     ) -> None:
         self.registered.append(Address(http=url, side_channel=side_channel))
+        self.listens.append(listens)
         self.capabilities.append(capabilities or self.bootstrap.capabilities)
 
     def send(self, message: ToSupervisor) -> None:
@@ -156,6 +165,38 @@ async def test_the_version_is_told_before_ready(supervisor: FakeSupervisor) -> N
         ("", False),
         ("0.32.0+cpu", True),
     ]
+    # A supervisor that took the port before vLLM listens would keep it from vLLM itself.
+    assert supervisor.listens == [False, True]
+
+
+STRANGER = """
+import os, socket
+os.setgid(65534); os.setuid(65534)
+with socket.create_server(("127.0.0.1", 0)) as server:
+    print(server.getsockname()[1], flush=True)
+    server.accept()
+    print("somebody has come", flush=True)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+async def test_another_users_program_at_a_fixed_port_is_told_nothing(tmp_path: Path) -> None:
+    """It listens before vLLM does, which takes long to start, and would be given the key."""
+    stranger = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", STRANGER), stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        assert stranger.stdout is not None
+        port = (await stranger.stdout.readline()).decode().strip()
+        command = (*COMMAND, "--host", "127.0.0.1", "--port", port)
+        supervisor = FakeSupervisor(tmp_path)
+        options = SidecarOptions(command, is_exact=True, hang_timeout_s=0.0, unverified="by a test")
+        with pytest.raises(StartupError, match=rf"user \(id 65534\) listens at port {port}"):
+            await SidecarProcess(cast(Supervised, supervisor), options).run()
+    finally:
+        stranger.kill()
+    assert await stranger.stdout.read() == b"", "nobody has come"
+    await stranger.wait()
 
 
 async def test_a_pair_is_proven_once_and_again_when_its_proof_is_dropped(
