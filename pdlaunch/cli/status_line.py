@@ -87,7 +87,7 @@ class StatusLine:
     def _say_ready(self, launch: LaunchStatus) -> None:
         """Show that a launch is ready once its router takes requests."""
         while not (self._is_over or self._is_draining):
-            if self._takes_requests():
+            if self._takes_requests() and not (self._is_over or self._is_draining):
                 self._view.ready(launch)
                 return
             self._wake.wait(_READY_POLL_S)

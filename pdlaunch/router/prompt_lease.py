@@ -89,8 +89,8 @@ class PromptLease:
     def end(self, tried: Collection[EngineKey] = ()) -> None:
         """Release the blocks if nobody has pulled them.
 
-        A prefill engine that listens to nobody else is told by a decode engine, one that was not
-        ``tried`` if there is one.
+        A prefill engine that listens to nobody else is told by a decode engine that was not
+        ``tried``; without one the lease ends by itself.
         """
         self._lent.close()
         handover = self.handover
