@@ -30,6 +30,10 @@ UNIX = "unix:"
 """Begins the URL of an engine that listens on a Unix socket; the rest is its path."""
 CONNECT_S = 5.0
 """Time in which a connection to an engine must be there, where nobody says otherwise."""
+MAX_PAGE_BYTES = 4 * 1024**2
+"""Limits what an engine tells of itself: vLLM's /metrics has up to 300 kB, and a page of this size
+takes an event loop a second to parse.
+"""
 _BACKLOG_S = 0.01
 """Time after which a Unix socket is tried again whose backlog is full."""
 _NEXT_ADDRESS_S = 0.25
@@ -99,13 +103,14 @@ class EngineCalls:
         body: bytes = b"",
         *,
         timeout_s: float | None,
+        max_bytes: int,
     ) -> tuple[int, bytes]:
-        """Return status and body of a whole answer. Raises CallError."""
+        """Return status and body of a whole answer. Raises CallError, also for a larger body."""
         try:
             async with asyncio.timeout(timeout_s):
                 answer = await self.call(url, method, target, headers, body)
                 try:
-                    return answer.status, await answer.read()
+                    return answer.status, await answer.read(max_bytes)
                 finally:
                     answer.close()
         except TimeoutError:

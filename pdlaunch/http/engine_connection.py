@@ -21,7 +21,7 @@ import httptools
 MAX_HEAD_BYTES = 64 * 1024
 """Limits the head of an answer, its trailer, and what else comes without any of its body."""
 MAX_BODY_BYTES = 1024**3
-"""Limits a body that is read as a whole."""
+"""Limits a body that is read as a whole, where nobody says otherwise."""
 HIGH_WATER_BYTES = 512 * 1024
 """Bytes of an answer that wait for their reader before the engine has to wait."""
 KEEPALIVE_S = 2.0
@@ -95,14 +95,14 @@ class Answer:
         self._num_bytes = 0
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    async def read(self) -> bytes:
-        """Return the whole body. Raises as ``read_some`` does."""
+    async def read(self, max_bytes: int = MAX_BODY_BYTES) -> bytes:
+        """Return the whole body. Raises as ``read_some`` does, and CallError for a larger one."""
         pieces, num_bytes = [], 0
         while piece := await self.read_some():
             pieces.append(piece)
             num_bytes += len(piece)
-            if num_bytes > MAX_BODY_BYTES:
-                raise CallError(f"its answer has more than {MAX_BODY_BYTES} bytes")
+            if num_bytes > max_bytes:
+                raise CallError(f"its answer has more than {max_bytes} bytes")
         return b"".join(pieces)
 
     def close(self) -> None:

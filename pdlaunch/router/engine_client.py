@@ -18,8 +18,8 @@ from urllib.parse import urlencode
 
 import msgspec
 
-from pdlaunch.http.engine_calls import CONNECT_S, EngineCalls
-from pdlaunch.http.engine_connection import Answer, Silence
+from pdlaunch.http.engine_calls import CONNECT_S, MAX_PAGE_BYTES, EngineCalls
+from pdlaunch.http.engine_connection import MAX_BODY_BYTES, Answer, Silence
 from pdlaunch.http.ignored_fields import IGNORED_FIELDS_HEADER, read_ignored_fields
 from pdlaunch.http.shared_calls import SharedCalls
 from pdlaunch.observe.spans import SpanReport
@@ -154,10 +154,11 @@ class EngineClient:
         *,
         headers: Mapping[str, str] | None = None,
         timeout_s: float | None = None,
+        max_bytes: int = MAX_BODY_BYTES,
     ) -> tuple[int, bytes, str]:
         """Return status, body and content type of any call.
 
-        Raises EngineFailure when there is no answer.
+        Raises EngineFailure when there is no answer, or a larger one.
         """
         target = f"{path}?{urlencode(query)}" if query else path
         try:
@@ -165,7 +166,7 @@ class EngineClient:
                 answer = await self._call(engine, method, target, body, headers or {})
                 try:
                     with broken_is_failure(engine):
-                        whole = await answer.read()
+                        whole = await answer.read(max_bytes)
                 finally:
                     answer.close()
         except TimeoutError:
@@ -262,13 +263,17 @@ class EngineClient:
     async def read_metrics(self, engine: Engine) -> str | None:
         """Return the engine's /metrics.
 
-        None when it has no address yet or does not answer within ``metrics_s``.
+        None when it has no address yet, does not answer within ``metrics_s`` or says too much.
         """
         if not engine.url:
             return None
         try:
             status, body, _ = await self.call(
-                engine, "GET", "/metrics", timeout_s=self._timeouts.metrics_s
+                engine,
+                "GET",
+                "/metrics",
+                timeout_s=self._timeouts.metrics_s,
+                max_bytes=MAX_PAGE_BYTES,
             )
         except EngineFailure as failure:
             logger.info("no metrics: %s", failure)
@@ -279,7 +284,14 @@ class EngineClient:
         self, engine: Engine, method: str, path: str, body: bytes = b""
     ) -> tuple[int, bytes, str]:
         """Make a call that asks for no work, so that a living engine answers within ``probe_s``."""
-        return await self.call(engine, method, path, body=body, timeout_s=self._timeouts.probe_s)
+        return await self.call(
+            engine,
+            method,
+            path,
+            body=body,
+            timeout_s=self._timeouts.probe_s,
+            max_bytes=MAX_PAGE_BYTES,
+        )
 
     def _silence(self, engine: Engine) -> Silence:
         return Silence(self._timeouts.stall_s, partial(self._probe, engine))

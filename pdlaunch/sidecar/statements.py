@@ -24,6 +24,8 @@ from pdlaunch.platform.addresses import tcp_endpoint
 PATH = "/pdlaunch/kv-statements"
 TIMEOUT_S = 8.0
 """Shorter than an engine waits, so that it is told why."""
+MAX_STATEMENT_BYTES = 64 * 1024**2
+"""A prompt of a million tokens has a few megabytes: block ids, and checksums by block and head."""
 _NAME = re.compile(r"[0-9a-f]{40}")
 
 
@@ -81,7 +83,12 @@ class StatementDesk:
             return web.Response(status=502, text="no engine of the launch is there")
         try:
             status, body = await self._calls.ask(
-                url, "GET", f"{PATH}/{name}", self._headers, timeout_s=TIMEOUT_S
+                url,
+                "GET",
+                f"{PATH}/{name}",
+                self._headers,
+                timeout_s=TIMEOUT_S,
+                max_bytes=MAX_STATEMENT_BYTES,
             )
         except CallError as error:
             return web.Response(status=502, text=str(error))

@@ -13,13 +13,15 @@ import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
 from pdlaunch.errors import ProtocolError
-from pdlaunch.http.engine_calls import CONNECT_S, EngineCalls
+from pdlaunch.http.engine_calls import CONNECT_S, MAX_PAGE_BYTES, EngineCalls
 from pdlaunch.http.engine_connection import CallError
 
 Kind = Literal["native", "vllm"]
 """The program that an engine is; names of metrics follow from it. It is ``config.roles.EngineName``
 again, as this room may not import settings.
 """
+MAX_WORD_BYTES = 64 * 1024
+"""Limits answers that hold a word or none."""
 MOST_QUOTED = 200
 """Characters of an error that are passed on: some quote the whole answer."""
 VLLM_RUNNING = ("vllm:num_requests_running", "vllm:num_requests_waiting")
@@ -81,7 +83,12 @@ class EngineApi:
         """Return what /health says; None when it says nothing within ``timeout_s``."""
         try:
             status, _ = await self._calls.ask(
-                self._url, "GET", "/health", self._headers, timeout_s=timeout_s
+                self._url,
+                "GET",
+                "/health",
+                self._headers,
+                timeout_s=timeout_s,
+                max_bytes=MAX_WORD_BYTES,
             )
         except CallError:
             return None
@@ -106,7 +113,7 @@ class EngineApi:
 
     async def version(self, timeout_s: float) -> str:
         """Read /version. Raises ProtocolError."""
-        raw = await self._answer("GET", "/version", timeout_s)
+        raw = await self._answer("GET", "/version", timeout_s, max_bytes=MAX_WORD_BYTES)
         try:
             return str(msgspec.json.decode(raw)["version"])
         except (ValueError, LookupError, TypeError) as error:
@@ -132,7 +139,7 @@ class EngineApi:
     async def is_sleeping(self, timeout_s: float) -> bool | None:
         """Read /is_sleeping, which vLLM has in dev mode alone; None where nothing is told."""
         try:
-            raw = await self._answer("GET", "/is_sleeping", timeout_s)
+            raw = await self._answer("GET", "/is_sleeping", timeout_s, max_bytes=MAX_WORD_BYTES)
             return bool(msgspec.json.decode(raw)["is_sleeping"])
         except (ProtocolError, ValueError, LookupError, TypeError):
             return None
@@ -145,11 +152,25 @@ class EngineApi:
         except ValueError as error:
             raise _malformed("/v1/completions", error) from error
 
-    async def _answer(self, method: str, path: str, timeout_s: float, body: bytes = b"") -> bytes:
+    async def _answer(
+        self,
+        method: str,
+        path: str,
+        timeout_s: float,
+        body: bytes = b"",
+        *,
+        max_bytes: int = MAX_PAGE_BYTES,
+    ) -> bytes:
         """Return the body of a 200. Raises ProtocolError."""
         try:
             status, raw = await self._calls.ask(
-                self._url, method, path, self._headers, body, timeout_s=timeout_s
+                self._url,
+                method,
+                path,
+                self._headers,
+                body,
+                timeout_s=timeout_s,
+                max_bytes=max_bytes,
             )
         except CallError as error:
             raise ProtocolError(f"{path}: {error}") from error

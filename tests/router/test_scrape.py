@@ -8,6 +8,7 @@ import pytest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from pdlaunch.http.engine_calls import MAX_PAGE_BYTES
 from pdlaunch.protocol.engine import EngineStats
 from pdlaunch.router.metrics_page import MetricFamilies
 from tests.router.conftest import Stand, pair, pairs
@@ -125,6 +126,15 @@ async def test_engines_that_cannot_be_read_are_missing(stand: Stand) -> None:
     assert values(families["own"]) == {strange.name: 7}
     assert "x" not in families
     assert set(values(families["pdlaunch_num_requests_waiting"])) == {well.name}
+
+
+async def test_an_engine_whose_page_is_too_long_is_missing(stand: Stand) -> None:
+    (long, _) = engines = pair()
+    await stand.start(engines, metrics_s=60.0)
+    long.metrics_page = "own 7\n#".ljust(MAX_PAGE_BYTES, "-")
+    assert values(families_of(await scraped(stand))["own"]) == {long.name: 7}
+    long.metrics_page += "-"
+    assert "own" not in families_of(await scraped(stand))
 
 
 async def test_an_engine_that_is_silent_is_missing(stand: Stand) -> None:

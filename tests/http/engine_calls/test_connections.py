@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pdlaunch.http import engine_calls, engine_connection
+from pdlaunch.http import engine_calls
 from pdlaunch.http.engine_calls import EngineCalls
 from pdlaunch.http.engine_connection import (
     HIGH_WATER_BYTES,
@@ -110,13 +110,17 @@ async def test_an_engine_that_reads_no_request_to_its_end_keeps_no_connection(
     assert sum(map(len, call.server.requests)) < len(long)
 
 
-async def test_a_body_that_is_too_long_is_an_error(
-    call: Call, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(engine_connection, "MAX_BODY_BYTES", 3)
-    assert await call.answered(OK + b"Content-Length: 3\r\n\r\n123") == b"123"
+async def test_a_body_that_is_too_long_is_an_error(call: Call) -> None:
+    async def ask(answer: bytes) -> tuple[int, bytes]:
+        call.server.says = answer
+        return await call.calls.ask(call.url, "GET", "/", {}, timeout_s=60.0, max_bytes=3)
+
+    assert await ask(OK + b"Content-Length: 3\r\n\r\n123") == (200, b"123")
     with pytest.raises(CallError, match="more than 3 bytes"):
-        await call.answered(OK + b"Content-Length: 4\r\n\r\n1234")
+        await ask(OK + b"Content-Length: 4\r\n\r\n1234")
+    with pytest.raises(CallError, match="more than 3 bytes"):
+        await ask(CHUNKED + b"4\r\n1234\r\n")  # it goes on, and is not waited for
+    await until(lambda: call.server.num_open == 0)
 
 
 async def test_a_call_that_is_cancelled_anywhere_leaves_nothing(call: Call) -> None:
