@@ -60,18 +60,25 @@ async def set_members(
 ) -> None:
     """Make these the engines of ``source``: others of it are drained, new ones added.
 
-    One that may not be added is logged and left out. Returns when those that go are gone.
+    New ones wait for those that go only where these have their name or URL. One that may not be
+    added is logged and left out. Returns when those that go are gone.
     """
     wanted = {member.name: member for member in members}
-    gone = [
-        name for name in membership.names(source) if membership.member(name) != wanted.get(name)
-    ]
+    there = membership.names(source)
+    gone = [name for name in there if membership.member(name) != wanted.get(name)]
+    new = [wanted[name] for name in wanted if name not in there or name in gone]
+    waiting = [member for member in new if membership.holder(member) is not None]
+    _add(membership, source, [member for member in new if member not in waiting])
     await asyncio.gather(*(membership.remove(name, drain_timeout_s) for name in gone))
-    for name in wanted.keys() - membership.names(source):
+    _add(membership, source, waiting)
+
+
+def _add(membership: WatchedMembership, source: str, members: Iterable[Member]) -> None:
+    for member in members:
         try:
-            membership.add(wanted[name], source)
+            membership.add(member, source)
         except RequestError as error:
-            _logger.error("%s: %s is left out: %s", source, name, error)
+            _logger.error("%s: %s is left out: %s", source, member.name, error)
 
 
 def read_engines_file(path: Path) -> list[RunningEngine]:

@@ -104,6 +104,17 @@ class WatchedMembership:
         watched = self._watched.get(name)
         return None if watched is None else watched.member
 
+    def holder(self, member: Member) -> str | None:
+        """Return which engine has this one's name or URL, as one that drains still does."""
+        return next(
+            (
+                name
+                for name, other in self._watched.items()
+                if name == member.name or other.member.url == member.url
+            ),
+            None,
+        )
+
     def add(self, member: Member, source: str, *, is_trusted: bool = False) -> None:
         """Watch an engine from now on. ``is_trusted``: the configuration itself names its URL.
 
@@ -124,15 +135,14 @@ class WatchedMembership:
                 param="kind",
                 code="kinds_differ",
             )
-        for name, other in self._watched.items():
-            if name == member.name or other.member.url == member.url:
-                what = f"the name {name}" if name == member.name else f"the URL {member.url}"
-                raise RequestError(
-                    f"engine {name} has {what} already; remove it first",
-                    param="name" if name == member.name else "url",
-                    status=409,
-                    code="engine_exists",
-                )
+        if (name := self.holder(member)) is not None:
+            what = f"the name {name}" if name == member.name else f"the URL {member.url}"
+            raise RequestError(
+                f"engine {name} has {what} already; remove it first",
+                param="name" if name == member.name else "url",
+                status=409,
+                code="engine_exists",
+            )
         watched = WatchedEngine(member, source, self._settings, EngineApi(member.url, member.key))
         self._watched[member.name] = watched
         watched.task = self._spawn(self._watch(watched))

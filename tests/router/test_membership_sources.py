@@ -63,6 +63,34 @@ async def test_the_file_s_engines_come_and_go_and_bad_content_changes_nothing(
         await asyncio.gather(following, return_exceptions=True)
 
 
+async def test_a_new_engine_waits_for_another_s_work_only_where_it_needs_its_name_or_url(
+    alone: Alone, tmp_path: Path
+) -> None:
+    for name in ("prefill-0", "decode-0", "decode-1"):
+        await alone.start(name)
+    file = tmp_path / "engines.yaml"
+    file.write_text(listing(alone, "prefill-0", "decode-0"))
+    following = asyncio.ensure_future(
+        FileSource(file, alone.watch, "vllm", 3600.0, poll_s=0.01).run()
+    )
+    try:
+        await alone.until(lambda: alone.ready == {"prefill-0", "decode-0"})
+        with alone.engine("decode-0").working(num_streams=1):
+            file.write_text(listing(alone, "prefill-0", "decode-1"))
+            await alone.until(lambda: alone.ready == {"prefill-0", "decode-1"})
+            assert alone.engine("decode-0").state == "draining"
+        await alone.until(lambda: alone.watch.member("decode-0") is None)
+        with alone.engine("decode-1").working(num_streams=1):
+            renamed = listing(alone, "prefill-0", "decode-1").replace("name: decode-1", "name: d")
+            file.write_text(renamed + listing(alone, "decode-0").removeprefix("engines:\n"))
+            await alone.until(lambda: alone.ready == {"prefill-0", "decode-0"})
+            assert alone.watch.member("d") is None
+        await alone.until(lambda: alone.ready == {"prefill-0", "decode-0", "d"})
+    finally:
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+
+
 async def test_an_engine_whose_key_changes_is_taken_anew(
     alone: Alone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
