@@ -2,7 +2,10 @@
 
 Gloo listens for anybody while a group forms and has no keys, which is well on a loopback device
 alone. Here every rank but rank 0 sends what it has and waits; rank 0 puts all in the order of the
-ranks, so that sums are the same in each run, and sends the result back.
+ranks, so that sums are the same in each run, and sends the result back. What one frame cannot hold
+travels as several of one message::
+
+    follower ── head, piece, piece .. ──▶ rank 0 ── piece, piece .. ──▶ every follower
 """
 
 from __future__ import annotations
@@ -16,8 +19,12 @@ import zmq
 from pdlaunch.errors import StartupError, TransferError
 from pdlaunch.platform.addresses import tcp_endpoint
 from pdlaunch.protocol.sockets import SecureContext
+from pdlaunch.protocol.wire import MAX_FRAME_BYTES
 
 TIMEOUT_S = 300.0
+MAX_DATA_BYTES = 4 * 1024**3
+"""Limits what one rank has: a sum of 100,000 tokens with 8,192 float32 values each has 3.3 GB."""
+_PIECE_BYTES = MAX_FRAME_BYTES // 2
 _HEAD = struct.Struct("<IQ")
 """The rank, and the number of the call: ranks make the same calls in the same order."""
 
@@ -55,15 +62,15 @@ class LeaderExchange:
                 raise TransferError(
                     f"ranks {missing} of the TP group were silent for {self._timeout_s:g} s"
                 )
-            identity, head, payload = self._socket.recv_multipart()
+            identity, head, *pieces = self._socket.recv_multipart()
             rank, number = _HEAD.unpack(head)
             # A rank that is done with a call goes on to the next before this one has heard of all
             # others.
-            self._early[number, rank] = (identity, payload)
+            self._early[number, rank] = (identity, _join(pieces))
         theirs = [self._early.pop((call, rank)) for rank in others]
         merged = merge([data, *(payload for _, payload in theirs)])
         for identity, _ in theirs:
-            self._socket.send_multipart([identity, merged])
+            self._socket.send_multipart([identity, *_cut(merged)])
         return merged
 
     def close(self) -> None:
@@ -89,13 +96,31 @@ class FollowerExchange:
     def combine(self, data: bytes, merge: Merge) -> bytes:
         """Return what rank 0 has merged; ``merge`` is rank 0's business. Raises TransferError."""
         self._num_calls += 1
-        self._socket.send_multipart([_HEAD.pack(self._tp_rank, self._num_calls), data])
+        self._socket.send_multipart([_HEAD.pack(self._tp_rank, self._num_calls), *_cut(data)])
         if not self._socket.poll(int(self._timeout_s * 1000)):
             raise TransferError(f"rank 0 of the TP group was silent for {self._timeout_s:g} s")
-        return bytes(self._socket.recv())
+        return _join(self._socket.recv_multipart())
 
     def close(self) -> None:
         self._socket.close()
+
+
+def _cut(data: bytes) -> list[memoryview]:
+    """Return the frames that carry ``data``, one at least. Raises TransferError for too much."""
+    if len(data) > MAX_DATA_BYTES:
+        raise TransferError(
+            f"a TP group over several hosts adds up at most {MAX_DATA_BYTES} bytes at once, not "
+            f"{len(data)}: set a smaller max_num_batched_tokens"
+        )
+    view = memoryview(data)
+    return [view[at : at + _PIECE_BYTES] for at in range(0, max(1, len(data)), _PIECE_BYTES)]
+
+
+def _join(pieces: list[bytes]) -> bytes:
+    """Return what ``_cut`` has made these frames of. Raises TransferError for other ones."""
+    if not pieces or sum(map(len, pieces)) > MAX_DATA_BYTES:
+        raise TransferError(f"{len(pieces)} frames came from a rank of the TP group: no such sum")
+    return b"".join(pieces)
 
 
 def require_cpu(device: str) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import zmq
 
+from pdlaunch.engine import group_channel
 from pdlaunch.engine.group_channel import (
     FollowerExchange,
     LeaderExchange,
@@ -18,6 +19,7 @@ from pdlaunch.engine.group_channel import (
 )
 from pdlaunch.errors import StartupError, TransferError
 from pdlaunch.models.tensor_parallel import TPGroup
+from pdlaunch.protocol import sockets
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 
 TP_SIZE = 3
@@ -76,6 +78,40 @@ def test_calls_follow_each_other_however_fast_a_rank_is(context: SecureContext) 
 
     expected = [5, [0, 7], b"id", *[6] * 20]
     assert on_all(context, work, "127.0.0.1") == [expected] * TP_SIZE
+
+
+def test_what_is_longer_than_a_frame_arrives_whole(
+    context: SecureContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 64 MiB for each rank would be more memory than a test may take.
+    monkeypatch.setattr(sockets, "MAX_FRAME_BYTES", 2**20)
+    monkeypatch.setattr(group_channel, "_PIECE_BYTES", 2**19)
+    shapes = [2**17, 2**17 + 1, 2**20, 3]
+    parts = {shape: [torch.randn(shape) for _ in range(TP_SIZE)] for shape in shapes}
+
+    def work(group: TPGroup) -> list[torch.Tensor]:
+        sums = [group.all_reduce(parts[shape][group.tp_rank].clone()) for shape in shapes]
+        return [*sums, group.broadcast(parts[2**20][group.tp_rank].clone())]
+
+    expected = [(first + second) + third for first, second, third in parts.values()]
+    for found in on_all(context, work, "127.0.0.1"):
+        assert all(map(torch.equal, found, [*expected, parts[2**20][0]]))
+
+
+def test_more_than_ranks_may_send_and_messages_of_another_form_are_refused(
+    context: SecureContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group_channel, "MAX_DATA_BYTES", 3)
+    leader = LeaderExchange(context, "127.0.0.1", "127.0.0.1", 2)
+    follower = FollowerExchange(context, leader.endpoint, 1)
+    with pytest.raises(TransferError, match="at most 3 bytes at once, not 4: set a smaller"):
+        follower.combine(b"1234", lambda parts: parts[0])
+    for pieces in ([], [b"12", b"34"]):
+        follower._socket.send_multipart([b"\1\0\0\0\1" + bytes(7), *pieces])
+        with pytest.raises(TransferError, match=f"{len(pieces)} frames came from a rank"):
+            leader.combine(b"", lambda parts: parts[-1])
+    follower.close()
+    leader.close()
 
 
 def test_a_stranger_has_no_part_in_a_sum(context: SecureContext) -> None:
