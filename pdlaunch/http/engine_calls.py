@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 from aiohappyeyeballs import AddrInfoType, start_connection
 
 from pdlaunch.http.engine_connection import Answer, CallError, EngineConnection, Silence
+from pdlaunch.http.lookups import look_up
 from pdlaunch.http.shared_calls import SharedCalls
 
 UNIX = "unix:"
@@ -55,7 +56,9 @@ class EngineCalls:
         self._tls = tls
         self._resting: dict[str, dict[EngineConnection, None]] = {}
         """By URL; the connection that was used last comes last."""
-        self._addresses = SharedCalls(_resolve)
+        self._addresses = SharedCalls[tuple[str, int], list[AddrInfoType]](
+            lambda address: look_up(*address)
+        )
 
     def close(self) -> None:
         """Close the connections that rest."""
@@ -191,13 +194,6 @@ async def _join(family: int, address: str | tuple[str, int]) -> socket.socket:
     except BaseException:
         joined.close()
         raise
-
-
-async def _resolve(address: tuple[str, int]) -> list[AddrInfoType]:
-    """Return the addresses of a host and port. Raises OSError."""
-    host, port = address
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return [*found]
 
 
 async def _until_connected(joined: socket.socket) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 import re
-import socket
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from pdlaunch.config.external import (
 from pdlaunch.config.roles import EngineName
 from pdlaunch.config.yaml_file import MAX_FILE_BYTES
 from pdlaunch.errors import ConfigError, RequestError
+from pdlaunch.http.lookups import look_up
 from pdlaunch.router.membership_watch import WatchedMembership
 from pdlaunch.router.watched_engine import Member
 
@@ -162,8 +162,7 @@ class FileSource:
 
 async def resolve_name(host: str, port: int) -> set[str]:
     """Return the addresses that a name has now. Raises OSError."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return {str(address[0]) for *_, address in found}
+    return {str(address[0]) for *_, address in await look_up(host, port)}
 
 
 class DnsSource:

@@ -180,13 +180,13 @@ async def test_a_name_is_resolved_once_for_all_who_connect_meanwhile(
 ) -> None:
     server, loop, names = Server(), asyncio.get_running_loop(), list[str]()
     server.says = WHOLE
-    resolve = loop.getaddrinfo
+    resolve = socket.getaddrinfo
 
-    async def counted(host: str, *arguments: Any, **options: Any) -> Any:
+    def counted(host: str, *arguments: Any, **options: Any) -> Any:
         names.append(host)
-        return await resolve(host, *arguments, **options)
+        return resolve(host, *arguments, **options)
 
-    monkeypatch.setattr(loop, "getaddrinfo", counted)
+    monkeypatch.setattr(socket, "getaddrinfo", counted)
     async with await loop.create_server(server, "127.0.0.1", 0) as listening:
         call = Call(server, f"http://localhost:{listening.sockets[0].getsockname()[1]}")
         for answer in await asyncio.gather(*(call.begin() for _ in range(20))):
