@@ -10,25 +10,37 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pdlaunch.process.run_dirs import LOCK, PREFIX, base_dir, is_locked, own_run_dirs, take_lock
+from pdlaunch.process.run_dirs import (
+    LOCK,
+    PREFIX,
+    base_dir,
+    is_in_use,
+    lock_folder,
+    own_run_dirs,
+    take_lock,
+)
 
 _NEW_FOR_S = 60.0
-"""A run folder without a lock is left alone for so long: its launch may just be making it."""
+"""A folder that nobody holds and that has no lock file is left alone for so long: its launch may
+just be making it.
+"""
 
 
 @contextlib.contextmanager
 def new_run_dir(base: Path | None = None) -> Iterator[Path]:
     """Yield a fresh folder, mode 0700, which is removed at the end.
 
-    A lock in it, which dies with this process, says that the folder is in use.
+    Locks of the folder and of a file in it, which die with this process, say that it is in use.
     """
     base = base or base_dir()
     remove_stale_run_dirs(base)
     run_dir = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
     new = run_dir / f"{LOCK}.new"
+    folder = os.open(run_dir, os.O_RDONLY | os.O_CLOEXEC)
     lock = os.open(new, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        # A lock that is there and that nobody holds says that the folder is stale.
+        lock_folder(folder)
+        # A lock file that is there and that nobody holds says that the folder is stale.
         take_lock(lock)
         new.rename(run_dir / LOCK)
         yield run_dir
@@ -36,6 +48,7 @@ def new_run_dir(base: Path | None = None) -> Iterator[Path]:
         # While it is still locked: nobody shall take what is half removed for stale.
         shutil.rmtree(run_dir, ignore_errors=True)
         os.close(lock)
+        os.close(folder)
 
 
 def remove_stale_run_dirs(base: Path) -> list[Path]:
@@ -48,9 +61,9 @@ def remove_stale_run_dirs(base: Path) -> list[Path]:
 
 def _is_stale(path: Path) -> bool:
     try:
-        return not is_locked(path / LOCK)
+        return not is_in_use(path)
     except FileNotFoundError:
-        # Its launch died, or is just about to make the lock.
+        # Its launch died, or is just about to lock it.
         with contextlib.suppress(OSError):
             return time.time() - path.stat().st_mtime > _NEW_FOR_S
         return False

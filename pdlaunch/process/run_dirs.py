@@ -2,8 +2,8 @@
 
 ::
 
-    pdlaunch-run-XXXXXXXX/   mode 0700, made by the supervisor
-      lock                   held for as long as the launch lives
+    pdlaunch-run-XXXXXXXX/   mode 0700, made by the supervisor, locked for as long as it lives
+      lock                   locked as long, for those who do not see the lock of the folder
       control                socket of the supervisor (ZMQ)
       admin.sock             mode 0600; the router takes commands here (HTTP)
       launch.json            a LaunchCard, written by the router when it listens
@@ -77,7 +77,7 @@ def running_launches(base: Path | None = None) -> list[RunningLaunch]:
     found = []
     for run_dir in own_run_dirs(base or base_dir()):
         with contextlib.suppress(OSError, msgspec.DecodeError):
-            if is_locked(run_dir / LOCK):
+            if is_in_use(run_dir):
                 found.append(
                     RunningLaunch(
                         run_dir,
@@ -105,12 +105,38 @@ def take_lock(descriptor: int) -> None:
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+def lock_folder(descriptor: int) -> None:
+    """Hold an open folder until it is closed.
+
+    Cleaners of temporary files may remove an old file from a folder that lives. systemd-tmpfiles
+    leaves a locked folder alone, with all that lies in it.
+    Source: https://systemd.io/TEMPORARY_DIRECTORIES
+    """
+    import fcntl
+
+    # Waits: others who look, and systemd-tmpfiles, hold a folder for an instant.
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
+def is_in_use(run_dir: Path) -> bool:
+    """Tell whether the launch of a folder lives.
+
+    Launches of older versions lock the file alone. Where several hosts share the folder of
+    temporary files, over NFS or Lustre, each of them sees the locks of its own folders alone, and
+    those of all files. Raises FileNotFoundError when nobody holds the folder and it has no file.
+    """
+    return is_locked(run_dir) or is_locked(run_dir / LOCK)
+
+
 def is_locked(path: Path) -> bool:
-    """Tell whether somebody holds the file, or it cannot be told. Raises FileNotFoundError."""
+    """Tell whether somebody holds the file or folder, or it cannot be told.
+
+    Raises FileNotFoundError.
+    """
     import fcntl
 
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         raise
     except OSError:

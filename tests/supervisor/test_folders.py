@@ -5,6 +5,9 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,7 +15,14 @@ import pytest
 
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.process.new_run_dir import new_run_dir, remove_stale_run_dirs
-from pdlaunch.process.run_dirs import PREFIX, LaunchCard, running_launches, take_lock
+from pdlaunch.process.run_dirs import (
+    PREFIX,
+    LaunchCard,
+    is_locked,
+    lock_folder,
+    running_launches,
+    take_lock,
+)
 from pdlaunch.supervisor.folders import (
     KEPT_LAUNCHES,
     SUPERVISOR_LOG,
@@ -83,6 +93,13 @@ def test_a_new_launch_prunes_the_cache_and_never_a_folder_of_the_users_own(
     assert new.exists()
 
 
+CARD = LaunchCard(launch_id="id", url="http://127.0.0.1:8000")
+
+
+def make_old(folder: Path) -> None:
+    os.utime(folder, (time.time() - 3600,) * 2)
+
+
 def test_it_is_private_and_gone_at_the_end(tmp_path: Path) -> None:
     with new_run_dir(tmp_path) as run_dir:
         assert stat.S_IMODE(run_dir.stat().st_mode) == 0o700
@@ -120,7 +137,7 @@ def test_others_that_clean_up_meanwhile_leave_a_new_folder(
 def test_who_looks_is_not_taken_for_a_launch_by_others_who_look(tmp_path: Path) -> None:
     dead = tmp_path / f"{PREFIX}dead"
     dead.mkdir()
-    LaunchCard(launch_id="id", url="http://127.0.0.1:8000").write(dead)
+    CARD.write(dead)
     (dead / "lock").touch()
     with (dead / "lock").open() as looking:
         fcntl.flock(looking, fcntl.LOCK_SH)
@@ -128,11 +145,75 @@ def test_who_looks_is_not_taken_for_a_launch_by_others_who_look(tmp_path: Path) 
         assert remove_stale_run_dirs(tmp_path) == [dead]
 
 
+def test_a_folder_in_use_whose_lock_file_a_cleaner_has_taken_is_found_and_stays(
+    tmp_path: Path,
+) -> None:
+    with new_run_dir(tmp_path) as run_dir:
+        CARD.write(run_dir)
+        (run_dir / "lock").unlink()
+        make_old(run_dir)
+        assert [launch.run_dir for launch in running_launches(tmp_path)] == [run_dir]
+        with new_run_dir(tmp_path):
+            assert run_dir.exists()
+
+
+def test_a_folder_whose_lock_file_alone_is_held_is_found_and_stays(tmp_path: Path) -> None:
+    """An older version made it, or another host that shares the folder of temporary files."""
+    folder = tmp_path / f"{PREFIX}other"
+    folder.mkdir()
+    CARD.write(folder)
+    with (folder / "lock").open("w") as held:
+        take_lock(held.fileno())
+        make_old(folder)
+        assert [launch.run_dir for launch in running_launches(tmp_path)] == [folder]
+        assert remove_stale_run_dirs(tmp_path) == []
+    assert running_launches(tmp_path) == []
+    assert remove_stale_run_dirs(tmp_path) == [folder]
+
+
+DIES = """
+import os, sys
+from pathlib import Path
+from pdlaunch.process.new_run_dir import new_run_dir
+
+with new_run_dir(Path(sys.argv[1])):
+    os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("has_file", [True, False])
+def test_the_folder_of_an_owner_that_died_is_removed(tmp_path: Path, has_file: bool) -> None:
+    subprocess.run([sys.executable, "-c", DIES, str(tmp_path)], check=False)
+    [folder] = tmp_path.iterdir()
+    if not has_file:
+        (folder / "lock").unlink()
+    CARD.write(folder)
+    make_old(folder)
+    assert running_launches(tmp_path) == []
+    assert remove_stale_run_dirs(tmp_path) == [folder]
+    assert not folder.exists()
+
+
+def test_who_looks_at_a_new_folder_keeps_no_launch_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def looked_at(descriptor: int) -> None:
+        looking = os.open(next(tmp_path.iterdir()), os.O_RDONLY)
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        threading.Timer(0.1, os.close, [looking]).start()
+        lock_folder(descriptor)
+
+    monkeypatch.setattr("pdlaunch.process.new_run_dir.lock_folder", looked_at)
+    with new_run_dir(tmp_path) as run_dir:
+        assert is_locked(run_dir)
+
+
 def test_a_folder_without_a_lock_is_stale_once_it_is_old(tmp_path: Path) -> None:
     folder = tmp_path / f"{PREFIX}new"
     folder.mkdir()
     assert remove_stale_run_dirs(tmp_path) == []
-    os.utime(folder, (time.time() - 3600,) * 2)
+    make_old(folder)
     assert remove_stale_run_dirs(tmp_path) == [folder]
 
 
