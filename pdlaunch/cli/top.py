@@ -51,9 +51,10 @@ class Poller:
                 self.snapshot = Snapshot(
                     read_status(self._api), read_requests(self._api, "slowest", NUM_REQUESTS)
                 )
-            except PdlaunchError as error:
-                # What was known stays on the screen.
-                self.snapshot = replace(self.snapshot, error=str(error))
+            except Exception as error:
+                # What was known stays on the screen. Of whatever kind the error is: without this
+                # thread the screen would stand still and not say why.
+                self.snapshot = replace(self.snapshot, error=str(error) or repr(error))
             self._is_over.wait(max(0.0, self._every_s - (time.monotonic() - begin_at)))
 
 

@@ -7,13 +7,19 @@ import http.client
 import json
 import socket
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pdlaunch.client.answers import (
+    AnyStatus,
+    BadAnswerError,
+    BoundedAnswers,
+    StreamRequest,
+    read_answer,
+)
 from pdlaunch.config.http_names import is_loopback
 from pdlaunch.errors import PdlaunchError
 
@@ -27,7 +33,8 @@ class Api:
     """Calls one HTTP server of a deployment.
 
     ``socket_path``: the Unix socket on which it listens, in place of TCP; ``url`` is then only what
-    paths are added to. Methods raise PdlaunchError when it cannot be reached in ``timeout_s``.
+    paths are added to. Methods raise PdlaunchError when it cannot be reached, or its answer is not
+    there, whole, ``timeout_s`` after the request was sent, or is not of the form that is asked for.
     """
 
     def __init__(
@@ -61,13 +68,14 @@ class Api:
         return self._read_object(path, *self._call(path, json.dumps(body).encode()))
 
     def post_text(self, path: str, body: dict[str, Any]) -> str:
-        """Return the whole body as text, for streams of events."""
-        return self._call(path, json.dumps(body).encode())[1].decode()
+        """Return the whole body as text, for streams of events, which may take longer."""
+        status, content = self._call(path, json.dumps(body).encode(), StreamRequest)
+        return self._read_text(path, status, content)
 
     def get(self, path: str) -> tuple[int, str]:
         """Return status and text."""
         status, content = self._call(path, None)
-        return status, content.decode()
+        return status, self._read_text(path, status, content)
 
     def get_object(self, path: str) -> tuple[int, dict[str, Any]]:
         """Return status and JSON body, also of an error."""
@@ -75,39 +83,58 @@ class Api:
 
     def metrics(self) -> dict[str, float]:
         """Return the samples of ``/metrics``, summed over their labels."""
+        status, page = self.get("/metrics")
         totals: dict[str, float] = {}
-        for line in self.get("/metrics")[1].splitlines():
+        for line in page.splitlines():
             if line and not line.startswith("#"):
                 sample, _, value = line.rpartition(" ")
                 name = sample.split("{")[0]
-                totals[name] = totals.get(name, 0.0) + float(value)
+                try:
+                    totals[name] = totals.get(name, 0.0) + float(value)
+                except ValueError:
+                    raise self._stranger("/metrics", status, "a line is no sample") from None
         return totals
+
+    def _read_text(self, path: str, status: int, content: bytes) -> str:
+        try:
+            return content.decode()
+        except UnicodeDecodeError:
+            raise self._stranger(path, status, "it is not in UTF-8") from None
 
     def _read_object(self, path: str, status: int, content: bytes) -> tuple[int, dict[str, Any]]:
         try:
             answer = json.loads(content)
+        except RecursionError:
+            raise self._stranger(path, status, "its JSON is nested too deeply") from None
         except ValueError:
-            answer = None
+            raise self._stranger(path, status, "it is no JSON") from None
         if not isinstance(answer, dict):
-            raise PdlaunchError(
-                f"{self._shown(path)} answers HTTP {status}, but not as a deployment of pdlaunch "
-                "does"
-            )
+            raise self._stranger(path, status, "it is no JSON object")
         return status, answer
 
-    def _call(self, path: str, body: bytes | None) -> tuple[int, bytes]:
+    def _stranger(self, path: str, status: int, what_is_wrong: str) -> PdlaunchError:
+        return PdlaunchError(
+            f"{self._shown(path)} answers HTTP {status}, but not as a deployment of pdlaunch does: "
+            f"{what_is_wrong}"
+        )
+
+    def _call(
+        self,
+        path: str,
+        body: bytes | None,
+        kind: type[urllib.request.Request] = urllib.request.Request,
+    ) -> tuple[int, bytes]:
         headers = dict(self._headers)
         if self._api_key:
             headers["Authorization"] = f"Bearer {self._api_key}"
         if body is not None:
             headers["Content-Type"] = "application/json"
-        request = urllib.request.Request(self.url + path, data=body, headers=headers)
+        request = kind(self.url + path, data=body, headers=headers)
         try:
             with self._opener.open(request, timeout=self._timeout_s) as response:
-                return response.status, response.read()
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, error.read()
+                return response.status, read_answer(response)
+        except BadAnswerError as error:
+            raise PdlaunchError(f"{self._shown(path)} {error}") from error
         except (OSError, http.client.HTTPException) as error:
             raise PdlaunchError(
                 f"{self._shown(path)} cannot be reached: {_reason(error)}"
@@ -141,21 +168,21 @@ class _UnixConnection(http.client.HTTPConnection):
                 time.sleep(_POLL_S)
 
 
-class _UnixHandler(urllib.request.HTTPHandler):
+class _HttpHandler(BoundedAnswers, urllib.request.HTTPHandler):
+    """Calls over TCP."""
+
+
+class _HttpsHandler(BoundedAnswers, urllib.request.HTTPSHandler):
+    """Calls over TLS."""
+
+
+class _UnixHandler(BoundedAnswers, urllib.request.HTTPHandler):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self._path = path
 
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        connection: Any = functools.partial(_UnixConnection, self._path)
-        return self.do_open(connection, request)
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Takes a redirect for the answer: urllib would send the key on to whatever host it names."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
+        return self.do_open(functools.partial(_UnixConnection, self._path), request)
 
 
 @functools.cache
@@ -163,11 +190,10 @@ def _opener(socket_path: Path | None, *, is_here: bool) -> urllib.request.Opener
     """Make an opener; what listens on this machine alone is reached through no proxy, whatever the
     environment says.
     """
-    handlers: list[urllib.request.BaseHandler] = [_NoRedirects()]
+    over_http = _HttpHandler() if socket_path is None else _UnixHandler(socket_path)
+    handlers: list[urllib.request.BaseHandler] = [AnyStatus(), over_http, _HttpsHandler()]
     if is_here:
         handlers.append(urllib.request.ProxyHandler({}))
-    if socket_path is not None:
-        handlers.append(_UnixHandler(socket_path))
     return urllib.request.build_opener(*handlers)
 
 

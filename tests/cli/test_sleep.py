@@ -133,7 +133,7 @@ def test_a_server_of_another_kind_is_named(router: Router) -> None:
     router.page = b"<html>"
     code, output = run("wake", *router.address)
     assert code == 1
-    said = "answers HTTP 200, but not as a deployment of pdlaunch does"
+    said = "answers HTTP 200, but not as a deployment of pdlaunch does: it is no JSON"
     assert output == f"error: {router.url}/wake_up {said}\n"
 
 

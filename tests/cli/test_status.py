@@ -18,6 +18,7 @@ from tests.cli.deployment_server import (
     engine,
     running_server,
 )
+from tests.client.conftest import answering
 from tests.command_line import invoke
 
 
@@ -113,3 +114,16 @@ def test_another_version_s_router_is_no_traceback(router: DeploymentServer) -> N
     result = run(router.url)
     assert result.exit_code == 1
     assert "no pdlaunch of this version" in result.output
+
+
+@pytest.mark.parametrize("head", ["HTTP/1.1 404 Not Found", "HTTP/1.1 200 OK"])
+@pytest.mark.parametrize(
+    ("body", "said"), [("{}", "breaks off its answer"), ("[" * 200_000, "nested too deeply")]
+)
+def test_what_is_no_router_is_no_traceback(head: str, body: str, said: str) -> None:
+    answer = f"{head}\r\nContent-Length: {max(1000, len(body))}\r\n\r\n{body}".encode()
+    with answering(lambda connection: connection.sendall(answer)) as url:
+        result = run(url)
+    assert result.exit_code == 1
+    assert result.output.startswith(f"error: {url}/pdlaunch/status ")
+    assert said in result.output

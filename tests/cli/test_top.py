@@ -6,12 +6,16 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import msgspec
 import pytest
 
+from pdlaunch.cli.top import Poller
 from pdlaunch.cli.top_view import Screen, Snapshot, lay_out
+from pdlaunch.client.api import Api
 from tests.cli.deployment_server import (
     HOSTILE,
     DeploymentServer,
@@ -122,6 +126,41 @@ def test_it_needs_a_terminal(router: DeploymentServer) -> None:
     )
     assert result.returncode == 2
     assert "needs a terminal; pdlaunch status prints the same once" in result.stderr
+
+
+@pytest.mark.parametrize("page", [b"[" * 200_000, b"\xff", b"{}"])
+def test_the_poller_outlives_every_answer(router: DeploymentServer, page: bytes) -> None:
+    """It tells the error, and then what is so again."""
+    answer = router.answer
+    router.answer = lambda path, key: (200, page)  # type: ignore[method-assign]
+    poller = Poller(Api(router.url, timeout_s=30.0), 0.01)
+    poller.start()
+    try:
+        until(lambda: poller.snapshot.error)
+        router.answer = answer  # type: ignore[method-assign]
+        until(lambda: poller.snapshot.status is not None and not poller.snapshot.error)
+    finally:
+        poller.stop()
+
+
+def test_the_poller_outlives_an_error_that_nobody_has_foreseen() -> None:
+    class Broken(Api):
+        def get_object(self, path: str) -> NoReturn:
+            raise RuntimeError("made up")
+
+    poller = Poller(Broken("http://127.0.0.1:9"), 0.01)
+    poller.start()
+    try:
+        until(lambda: poller.snapshot.error == "made up")
+    finally:
+        poller.stop()
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline_at = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline_at
+        time.sleep(0.01)
 
 
 def shown(
