@@ -13,6 +13,7 @@ from pdlaunch.cli import EXIT_FAILED
 from pdlaunch.cli.agent_sessions import introduction, serve_sessions
 from pdlaunch.cli.refusal import refuse
 from pdlaunch.cli.serve import standard_input
+from pdlaunch.cli.steady_output import steady_output
 from pdlaunch.errors import ConfigError, StartupError
 from pdlaunch.hosts.agent import (
     AgentRefusedError,
@@ -69,21 +70,22 @@ def agent(
 ) -> None:
     """Start and watch engines on this host for a `pdlaunch serve` on another one."""
     errors = Console(stderr=True, soft_wrap=True)
-    try:
-        check_platform()
-        stdin = [standard_input()] if stop_on_stdin_eof else []
-        executables = allowed_executables(allow_executable or ())
-        ticket = read_ticket(join)
-        setup_logging("agent", "info")
-        raise_open_files()
-        own_name = name or socket.gethostname()
-        first = introduction(ticket, own_name, executables, cpus)
-        with sole_agent(ticket, own_name), SignalInbox() as signals:
-            stops = [signals.fileno(), *stdin]
-            reason = serve_sessions(ticket, first, executables, stops, wait_s, errors)
-    except ConfigError as error:
-        refuse(errors, error)
-    except (StartupError, AgentRefusedError, AgentTimeoutError) as error:
-        errors.print(Text(f"error: {error}", style="red"))
-        raise typer.Exit(EXIT_FAILED) from None
-    errors.print(Text(f"left: {reason}"))
+    with steady_output():
+        try:
+            check_platform()
+            stdin = [standard_input()] if stop_on_stdin_eof else []
+            executables = allowed_executables(allow_executable or ())
+            ticket = read_ticket(join)
+            setup_logging("agent", "info")
+            raise_open_files()
+            own_name = name or socket.gethostname()
+            first = introduction(ticket, own_name, executables, cpus)
+            with sole_agent(ticket, own_name), SignalInbox() as signals:
+                stops = [signals.fileno(), *stdin]
+                reason = serve_sessions(ticket, first, executables, stops, wait_s, errors)
+        except ConfigError as error:
+            refuse(errors, error)
+        except (StartupError, AgentRefusedError, AgentTimeoutError) as error:
+            errors.print(Text(f"error: {error}", style="red"))
+            raise typer.Exit(EXIT_FAILED) from None
+        errors.print(Text(f"left: {reason}"))

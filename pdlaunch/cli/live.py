@@ -42,13 +42,6 @@ _BAR_FROM_COLUMNS = 70
 """Terminals with fewer columns get the percentage without a bar."""
 
 
-class SteadyConsole(Console):
-    """Goes quiet when its reader goes away: the deployment serves on."""
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-
-
 class PlainView:
     """Prints one line for each change; for logs, pipes and dumb terminals.
 

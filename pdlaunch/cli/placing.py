@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -62,8 +61,7 @@ def serve_task(config: LaunchConfig, environ: Mapping[str, str], errors: Console
     executables = allowed_executables(config.engine_executables)
     join = introduction(ticket, slurm.node_name(environ), executables)
     reason = serve_sessions(ticket, join, executables, [], config.join_timeout_s, errors)
-    with contextlib.suppress(OSError):
-        errors.print(Text(f"left: {reason}"))
+    errors.print(Text(f"left: {reason}"))
 
 
 def _await_file(path: Path, timeout_s: float) -> None:

@@ -22,12 +22,13 @@ from pdlaunch.cli.assume import AssumeOption, Judged, judged_machine
 from pdlaunch.cli.downloads import ShownDownloads
 from pdlaunch.cli.flags import with_serve_flags
 from pdlaunch.cli.joining import Agents, joined_agents, require_hosts
-from pdlaunch.cli.live import SteadyConsole, make_view, ready_rows
+from pdlaunch.cli.live import make_view, ready_rows
 from pdlaunch.cli.output import Format, safe
 from pdlaunch.cli.placing import is_agent_task, refuse_resume, serve_task, with_placed_hosts
 from pdlaunch.cli.preflight import judge_pairs, refuse_errors, refuse_running_engines
 from pdlaunch.cli.refusal import refuse
 from pdlaunch.cli.status_line import StatusLine, reader_of
+from pdlaunch.cli.steady_output import steady_output
 from pdlaunch.config.roles import Role
 from pdlaunch.config.sources import LoadedConfig, load_config
 from pdlaunch.engines.plan import plan_processes
@@ -81,50 +82,54 @@ def serve(
 ) -> None:
     """Start prefill and decode engines behind one router and serve the OpenAI API."""
     errors = Console(stderr=True, soft_wrap=True)
-    try:
-        if output != "table" and not dry_run:
-            raise ConfigError(
-                f"--format {output} is how --dry-run prints the plan; add --dry-run or leave "
-                "--format out"
-            )
-        if assume is not None and not dry_run:
-            raise ConfigError(
-                f"--assume {assume[:80]!a} is another machine, on which nothing can be started",
-                fix="add --dry-run, or leave --assume out",
-            )
-        lifeline = standard_input() if stop_on_stdin_eof else None
-        loaded = with_placed_hosts(load_config(config, os.environ, flags), os.environ)
-        refuse_running_engines(loaded.config)
-        if is_agent_task(loaded.config, os.environ) and not dry_run:
+    # A plan is printed whole, however slowly it is read.
+    with contextlib.nullcontext() if dry_run else steady_output():
+        try:
+            if output != "table" and not dry_run:
+                raise ConfigError(
+                    f"--format {output} is how --dry-run prints the plan; add --dry-run or leave "
+                    "--format out"
+                )
+            if assume is not None and not dry_run:
+                raise ConfigError(
+                    f"--assume {assume[:80]!a} is another machine, on which nothing can be started",
+                    fix="add --dry-run, or leave --assume out",
+                )
+            lifeline = standard_input() if stop_on_stdin_eof else None
+            loaded = with_placed_hosts(load_config(config, os.environ, flags), os.environ)
+            refuse_running_engines(loaded.config)
+            if is_agent_task(loaded.config, os.environ) and not dry_run:
+                check_platform()
+                serve_task(loaded.config, os.environ, errors)
+                return
+            if resume:
+                refuse_resume(loaded.config)
+            if resume and loaded.config.join_file is None:
+                raise ConfigError(
+                    "--resume finds agents by the join file of a launch whose supervisor has died",
+                    field="join_file",
+                    fix="name it with --join-file",
+                )
+            judged = judged_machine(assume, loaded.config)
+            if dry_run:
+                resolved = _resolve(loaded, judged, None, ShownDownloads(errors))[0]
+                refuse_errors(
+                    resolved, loaded.origins, errors, elsewhere=judged.assumed is not None
+                )
+                print_plan(resolved, output)
+                return
             check_platform()
-            serve_task(loaded.config, os.environ, errors)
-            return
-        if resume:
-            refuse_resume(loaded.config)
-        if resume and loaded.config.join_file is None:
-            raise ConfigError(
-                "--resume finds agents by the join file of the launch whose supervisor has died",
-                field="join_file",
-                fix="name it with --join-file",
-            )
-        judged = judged_machine(assume, loaded.config)
-        if dry_run:
-            resolved = _resolve(loaded, judged, None, ShownDownloads(errors))[0]
-            refuse_errors(resolved, loaded.origins, errors, elsewhere=judged.assumed is not None)
-            print_plan(resolved, output)
-            return
-        check_platform()
-        outcome = _launch(loaded, judged, lifeline, errors, resume=resume)
-    except ConfigError as error:
-        refuse(errors, error)
-    except StartupError as error:
-        errors.print(Text(f"error: {error}", style="red"))
-        raise typer.Exit(EXIT_FAILED) from None
-    for line in outcome.report:
-        errors.print(Text(line, style="red"))
-    if outcome.survivors:
-        errors.print(Text(f"could not be killed: {', '.join(outcome.survivors)}", style="red"))
-    raise typer.Exit(outcome.exit_code)
+            outcome = _launch(loaded, judged, lifeline, errors, resume=resume)
+        except ConfigError as error:
+            refuse(errors, error)
+        except StartupError as error:
+            errors.print(Text(f"error: {error}", style="red"))
+            raise typer.Exit(EXIT_FAILED) from None
+        for line in outcome.report:
+            errors.print(Text(line, style="red"))
+        if outcome.survivors:
+            errors.print(Text(f"could not be killed: {', '.join(outcome.survivors)}", style="red"))
+        raise typer.Exit(outcome.exit_code)
 
 
 def standard_input() -> int:
@@ -196,7 +201,7 @@ def _serve(
         findings = judge_pairs(resolved, loaded.origins, status)
         return rows + [(f.severity, f"{f.rule} {f.where}: {f.message}") for f in findings]
 
-    view = make_view(SteadyConsole(), summary)
+    view = make_view(Console(), summary)
     try:
         with StatusLine(view, reader_of(launch_id)) as observer:
             outcome = launch(

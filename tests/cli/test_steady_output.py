@@ -1,0 +1,192 @@
+"""Commands that serve on, whatever becomes of their terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TextIO
+
+import pytest
+from rich.console import Console
+
+from pdlaunch.cli.steady_output import MAX_WRITES, steady_output
+from tests.cli.terminal import ROOT
+
+FINE_S = 60.0
+"""Seconds for a healthy reader on a busy machine."""
+
+
+@contextlib.contextmanager
+def full_pipe() -> Iterator[tuple[int, int]]:
+    """A pipe whose reader stands still: both ends, of which the reader's is closed at the end."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    for size in (4096, 1):
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writer, b"x" * size)
+    os.set_blocking(writer, True)
+    with os.fdopen(reader, "rb"), os.fdopen(writer, "wb", buffering=0):
+        yield reader, writer
+
+
+def shown_on(stream: TextIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", stream)
+
+
+def test_a_reader_that_stands_still_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    with full_pipe() as (_, writer), os.fdopen(os.dup(writer), "w") as stream:
+        shown_on(stream, monkeypatch)
+        with steady_output(finish_s=0.01):
+            for n in range(MAX_WRITES + 10):
+                sys.stdout.write(f"{n}\n")
+        assert sys.stdout is stream
+
+
+def test_a_reader_that_goes_on_is_told_what_it_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with full_pipe() as (reader, writer), os.fdopen(os.dup(writer), "w") as stream:
+        shown_on(stream, monkeypatch)
+        with steady_output(FINE_S):
+            Console().print("first")
+            Console().print("second")
+            while (taken := os.read(reader, 4096)) == b"x" * len(taken):
+                pass
+            text = taken.lstrip(b"x")
+            while not text.endswith(b"second\n"):
+                text += os.read(reader, 4096)
+        assert text == b"first\nsecond\n"
+
+
+def gone_terminal() -> TextIO:
+    ours, theirs = pty.openpty()
+    os.close(ours)
+    return os.fdopen(theirs, "w")
+
+
+def full_disk() -> TextIO:
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    return Path("/dev/full").open("w")
+
+
+def gone_reader() -> TextIO:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
+
+
+@pytest.mark.parametrize("make", [gone_terminal, full_disk, gone_reader])
+def test_what_takes_nothing_any_more_raises_nothing(
+    make: Callable[[], TextIO], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with make() as stream:
+        shown_on(stream, monkeypatch)
+        with pytest.raises(OSError):
+            os.write(stream.fileno(), b"x")
+        with steady_output(FINE_S):
+            for n in range(MAX_WRITES + 10):
+                sys.stdout.write(f"{n}\n")
+
+
+def test_a_terminal_stays_one_and_gets_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = pty.openpty()
+    with (
+        os.fdopen(ours, "rb", buffering=0) as screen,
+        os.fdopen(theirs, "w", encoding="ascii") as stream,
+    ):
+        shown_on(stream, monkeypatch)
+        monkeypatch.setattr(sys, "stderr", stream)
+        with steady_output(FINE_S):
+            Console(stderr=True).print("error")
+            assert sys.stdout.isatty()
+            assert sys.stdout.fileno() == theirs
+            assert sys.stdout.encoding == "ascii"
+            sys.stdout.write("prefill → decode\n")
+            late = sys.stderr
+        late.write("after the end")
+        text = b""
+        while not text.endswith(b"decode\r\n"):
+            text += screen.read(100)
+        assert text == b"error\r\nprefill \\u2192 decode\r\n"
+
+
+def test_a_reader_that_lets_no_write_wait_gets_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    with full_pipe() as (reader, writer), os.fdopen(os.dup(writer), "w") as stream:
+        os.set_blocking(writer, False)
+        shown_on(stream, monkeypatch)
+        with steady_output(FINE_S):
+            sys.stdout.write("line\n")
+            text = b""
+            while not text.endswith(b"line\n"):
+                text = os.read(reader, 4096)
+
+
+def test_without_standard_output_nothing_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    with steady_output():
+        Console().print("x")
+
+
+PROGRAM = """
+import sys
+from rich.console import Console
+from pdlaunch.cli.steady_output import steady_output
+with steady_output(float(sys.argv[1])):
+    for n in range(2000):
+        Console(stderr=n % 3 == 0).print(n)
+    raise SystemExit(3)
+"""
+
+
+@pytest.mark.processes
+def test_a_process_ends_when_all_is_written_in_order() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-P", "-c", PROGRAM, str(FINE_S)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        text=True,
+    )
+    assert ended.returncode == 3
+    assert ended.stdout.split() == [str(n) for n in range(2000)]
+
+
+@pytest.mark.processes
+def test_a_process_ends_although_its_reader_stands_still() -> None:
+    """Its other stream has another reader, which is told everything."""
+    with full_pipe() as (_, stuck):
+        ended = subprocess.run(
+            [sys.executable, "-P", "-c", PROGRAM, "1"],
+            stdout=stuck,
+            stderr=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            text=True,
+        )
+    assert ended.returncode == 3
+    assert ended.stderr.split() == [str(n) for n in range(0, 2000, 3)]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("command", [("serve", "--model", "/none"), ("agent", "--join", "/none")])
+@pytest.mark.parametrize("what", ["reader that stands still", "terminal that is gone"])
+def test_commands_end_with_their_code_whatever_they_print_to(
+    command: tuple[str, ...], what: str
+) -> None:
+    with contextlib.ExitStack() as stack:
+        if what == "reader that stands still":
+            output = stack.enter_context(full_pipe())[1]
+        else:
+            output = stack.enter_context(gone_terminal()).fileno()
+        ended = subprocess.run(
+            [sys.executable, "-P", "-m", "pdlaunch", *command],
+            stdout=output,
+            stderr=output,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            timeout=300,
+        )
+    assert ended.returncode == 2
