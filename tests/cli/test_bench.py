@@ -50,9 +50,9 @@ def test_engine_settings_of_a_step_are_judged_and_passed_on(
     monkeypatch.setattr("pdlaunch.cli.bench.run_module", measure)
     (tmp_path / "config.json").write_text("{}")
     step = ("step", "--model", str(tmp_path), "--format", "json")
-    refused = run(*step, "--max-cudagraph-capture-size", "5000")
+    refused = run(*step, "--max-cudagraph-capture-size", "70000")
     assert (refused.exit_code, measured) == (2, [])
-    assert "--max-cudagraph-capture-size: 5000 is wrong" in refused.stderr
+    assert "--max-cudagraph-capture-size: 70000 is wrong" in refused.stderr
     taken = run(*step, "--max-cudagraph-capture-size", "64", "--enforce-eager")
     assert taken.exit_code == 0, taken.stderr
     (arguments,) = measured
