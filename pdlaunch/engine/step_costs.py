@@ -5,16 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.config.model_files.shape import ModelShape
 from pdlaunch.engine.step import StepPlan
 from pdlaunch.kvcache.groups import KVCacheLayout
 from pdlaunch.observe.online_fit import MAX_SURPRISE, NOISE, OnlineFit
 from pdlaunch.protocol.costs import MAX_SLOWDOWN, EngineCosts, StepCosts, StepWork
 
 _STREAM_DOUBT = (1.0, 0.1, 1e-4)
-_PROMPT_DOUBT = (0.1, 2e-6)
+_PROMPT_DOUBT = (0.1, 0.0)
 """Seconds by which each of ``StepCosts`` may be wrong before anything is measured: more than any
-machine takes. What a token attends to costs a thousandth of it or less: with more doubt, noise in
-short prompts would make long ones seem to take minutes.
+machine takes. The warm-up does not tell what attention costs: its prompts would have to be long,
+and one that other programs disturb would make long ones seem to take minutes.
+"""
+_DOUBT_OF_WARM_UP = (0.2, 4.0)
+"""Share of a token's cost by which tokens and attention may be wrong after it: other engines on the
+machine warm up at the same time.
+"""
+_BEST_ATTENTION = 0.5
+"""Attention takes at least this share of the time that other arithmetic of its size takes."""
+_USUAL_SHARE = 1e-4
+"""Arithmetic for a token that is attended to beside all other for a token, in a model that is not
+known.
 """
 _STREAM_DRIFTS = (True, True, False)
 _PROMPT_DRIFTS = (True, False)
@@ -72,9 +83,15 @@ class StepModel:
     go on.
     """
 
-    def __init__(self, limits: EngineCosts, measured: Sequence[tuple[StepWork, float]]) -> None:
+    def __init__(
+        self,
+        limits: EngineCosts,
+        measured: Sequence[tuple[StepWork, float]],
+        attended_share: float = _USUAL_SHARE,
+    ) -> None:
         """``limits``: what is no cost of these is taken over as it is. ``measured``: in the
-        warm-up, steps with streams and prompts without CUDA graphs.
+        warm-up, steps with streams and prompts without CUDA graphs. ``attended_share``: as the
+        function of this name returns it.
         """
         self._limits = limits
         self._graph_tokens = limits.steps.graph_tokens
@@ -82,6 +99,11 @@ class StepModel:
         """Time of the steps so far, each times the streams in it."""
         self._streams = OnlineFit([0.0] * 3, _STREAM_DOUBT, _STREAM_DRIFTS)
         self._prompts = OnlineFit([0.0] * 2, _PROMPT_DOUBT, _PROMPT_DRIFTS)
+        """Its coefficients are seconds of a token, and by how much attention takes longer than its
+        least, as seconds of a token for the same arithmetic. Cheaper tokens so make cheaper
+        attention: prompts of one length do not tell the two apart.
+        """
+        self._least_share = _BEST_ATTENTION * attended_share
         self._launch_s = 0.0
         """Stays so where the warm-up has not measured it."""
         self._most_launch_s = self._many_tokens = 0.0
@@ -89,8 +111,10 @@ class StepModel:
         for work, seconds in sorted(measured, key=lambda one: (one[0].prompt_tokens > 0, -one[1])):
             if not work.is_mixed:
                 self.observe(work, seconds)
+        if token_s := self._prompts.coefficients[0]:
+            self._prompts.doubt([share * token_s for share in _DOUBT_OF_WARM_UP])
         launches_s = [seconds for work, seconds in measured if work.is_mixed]
-        if launches_s and (token_s := self._prompts.coefficients[0]):
+        if launches_s and token_s:
             self._launch_s = min(launches_s)
             self._most_launch_s = _MOST_LAUNCHES * self._launch_s
             most = _MOST_NEEDED * limits.max_num_batched_tokens
@@ -101,7 +125,9 @@ class StepModel:
         if seconds <= 0:
             return
         self.stream_seconds += work.num_streams * seconds
-        of_streams, of_prompts = work.features[:3], work.features[3:]
+        of_streams = work.features[:3]
+        attended = self._least_share * work.attended_tokens
+        of_prompts = (work.prompt_tokens + attended, attended)
         if not work.prompt_tokens:
             self._streams.observe(of_streams, seconds)
             return
@@ -139,7 +165,8 @@ class StepModel:
         """Return the costs as they are known now."""
         limits = self._limits
         step_s, stream_s, context_s = self._streams.coefficients
-        prompt_s, attended_s = self._prompts.coefficients
+        prompt_s, slower_s = self._prompts.coefficients
+        attended_s = self._least_share * (prompt_s + slower_s)
         return EngineCosts(
             StepCosts(
                 step_s,
@@ -158,6 +185,20 @@ class StepModel:
             limits.max_itl_s,
             limits.max_slowdown,
         )
+
+
+def attended_share(shape: ModelShape) -> float:
+    """Return the arithmetic for one token that a token attends to, as a share of all other
+    arithmetic for a token.
+
+    Layers with a window are left out: their attention ends there.
+    """
+    embeddings = shape.vocab_size * shape.hidden_size
+    num_weights = shape.num_parameters - shape.num_idle_parameters
+    num_weights -= embeddings if shape.tie_word_embeddings else 2 * embeddings
+    # Queries by keys and weights by values, beside one multiplication for each weight.
+    num_products = 2 * shape.num_attention_heads * shape.head_dim
+    return num_products * shape.layer_windows.count(None) / max(1, num_weights)
 
 
 def limits_of(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 
 DRIFT = 0.001
@@ -29,10 +28,7 @@ class OnlineFit:
         self, start: Sequence[float], doubt: Sequence[float], drifts: Sequence[bool] | None = None
     ) -> None:
         self.coefficients = list(start)
-        self._covariance = [
-            [value * value if row == column else 0.0 for column in range(len(doubt))]
-            for row, value in enumerate(doubt)
-        ]
+        self.doubt(doubt)
         self._doubt = tuple(doubt)
         self._drifts = (True,) * len(doubt) if drifts is None else tuple(drifts)
         self._usual_error = 1.0
@@ -62,14 +58,49 @@ class OnlineFit:
             entry * feature for entry, feature in zip(spread, inputs, strict=True)
         )
         gains = [entry / total for entry in spread]
-        moved = [
+        self.coefficients = [
             coefficient + gain * error
             for coefficient, gain in zip(self.coefficients, gains, strict=True)
         ]
-        self.coefficients = _none_negative(moved, inputs)
         for row, gain in enumerate(gains):
             for column, entry in enumerate(spread):
                 self._covariance[row][column] -= gain * entry
+        self._raise_negative()
+
+    def _raise_negative(self) -> None:
+        """Make negative coefficients zero, and move the others as if that had been measured.
+
+        Those move most that are known least: features that grow together have coefficients that
+        move against each other.
+        """
+        covariance = self._covariance
+        for _ in self.coefficients:
+            lowest = min(self.coefficients)
+            if lowest >= 0:
+                return
+            index = self.coefficients.index(lowest)
+            if covariance[index][index] <= 0:
+                self.coefficients[index] = 0.0
+                continue
+            # Zero for what was raised before, which then stays where it is.
+            shares = [row[index] / covariance[index][index] for row in covariance]
+            self.coefficients = [
+                coefficient - share * lowest
+                for coefficient, share in zip(self.coefficients, shares, strict=True)
+            ]
+            self.coefficients[index] = 0.0
+            covariance = [
+                [entry - share * other for entry, other in zip(row, covariance[index], strict=True)]
+                for row, share in zip(covariance, shares, strict=True)
+            ]
+        self.coefficients = [max(0.0, coefficient) for coefficient in self.coefficients]
+
+    def doubt(self, values: Sequence[float]) -> None:
+        """Take the coefficients for no more than a guess, each of which may be wrong by this."""
+        self._covariance = [
+            [value * value if row == column else 0.0 for column in range(len(values))]
+            for row, value in enumerate(values)
+        ]
 
     def _drift(self, inputs: Sequence[float]) -> None:
         """Doubt the coefficients that this measurement speaks of a little more."""
@@ -78,20 +109,3 @@ class OnlineFit:
                 share = max(self.coefficients[index], SMALLEST_SHARE / feature)
                 share = min(share, self._doubt[index])
                 self._covariance[index][index] += (DRIFT * share) ** 2
-
-
-def _none_negative(coefficients: Sequence[float], inputs: Sequence[float]) -> list[float]:
-    """Return coefficients that say the same of ``inputs``, all of which are positive or zero.
-
-    Features that grow together have coefficients that move against each other: with the negative
-    ones cut off alone, the others would say far too much, and be believed from then on.
-    """
-    wanted = sum(map(operator.mul, coefficients, inputs))
-    cut = [max(0.0, coefficient) for coefficient in coefficients]
-    says = sum(map(operator.mul, cut, inputs))
-    if says <= wanted or wanted < 0:
-        return cut
-    return [
-        coefficient * wanted / says if feature else coefficient
-        for coefficient, feature in zip(cut, inputs, strict=True)
-    ]

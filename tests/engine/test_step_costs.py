@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from typing import Any
 
 import msgspec
 import pytest
 
 from pdlaunch.engine.step import ScheduledRow, StepPlan
-from pdlaunch.engine.step_costs import StepModel, limits_of, work_of
+from pdlaunch.engine.step_costs import StepModel, attended_share, limits_of, work_of
 from pdlaunch.engine.warm_up import WarmUp
 from pdlaunch.kvcache.groups import KVCacheGroup, KVCacheLayout
 from pdlaunch.protocol.costs import (
@@ -18,6 +20,7 @@ from pdlaunch.protocol.costs import (
     StepWork,
     StreamPauses,
 )
+from tests.checks.contexts import SHAPE
 from tests.engine.fake_engine import FakeEngine, output
 from tests.engine.hand_scheduler import make_spec
 
@@ -278,6 +281,73 @@ def test_a_warm_up_on_a_busy_machine_is_forgotten(too_slow: int, num_steps_betwe
             model.observe(streams, COSTS.seconds(streams))
     for work in (prompt, short):
         assert model.costs.steps.seconds(work) == pytest.approx(COSTS.seconds(work), rel=0.25)
+
+
+H200 = StepCosts(0.00465, 1.1e-5, 3e-8, 2e-5, 4.4e-10, launch_s=0.0155, graph_tokens=1024)
+"""An 8B model."""
+SHARE_8B = 3.76e-5
+
+
+def prompts(number: int, num_tokens: int, num_before: int = 0) -> StepWork:
+    attended_tokens = number * num_tokens * (num_before + num_tokens / 2)
+    return StepWork(prompt_tokens=number * num_tokens, attended_tokens=attended_tokens)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_warm_up_beside_that_of_other_engines_makes_no_prompt_dear(seed: int) -> None:
+    """Each of its steps took up to four times as long as it should. Prompts that are all alike then
+    tell what others cost: attention is not made dearer where tokens are found to be cheaper.
+    """
+    source = random.Random(seed)
+    warm_up = [prompts(1, number) for number in (32, 1024, 2048, 4096)]
+    warm_up += [StepWork(num_streams=number, context_tokens=32 * number) for number in (1, 32)]
+    warm_up.append(StepWork(num_streams=31, context_tokens=992, prompt_tokens=2))
+    measured = [(work, source.uniform(1, 4) * H200.seconds(work)) for work in warm_up]
+    costs = limits(steps=msgspec.structs.replace(COSTS, graph_tokens=1024))
+    model = StepModel(costs, measured, SHARE_8B)
+    streams = StepWork(num_streams=64, context_tokens=64 * 640)
+    for _ in range(10):
+        for work in (prompts(16, 512), *[streams] * 10):
+            model.observe(work, source.uniform(0.95, 1.05) * H200.seconds(work))
+    for work in (prompts(1, 8192), prompts(1, 512, num_before=16_000)):
+        assert model.costs.steps.seconds(work) == pytest.approx(H200.seconds(work), rel=0.15)
+
+
+@pytest.mark.parametrize("times", [0.5, 1, 5, 20])
+def test_what_attention_costs_is_learned_from_prompts_of_many_lengths(times: float) -> None:
+    """``times``: how long it takes beside other arithmetic of its size."""
+    source = random.Random(1)
+    true = msgspec.structs.replace(H200, attended_s=times * SHARE_8B * H200.prompt_s)
+    measured = [(work, true.seconds(work)) for work in (StepWork(num_streams=1), prompts(1, 1024))]
+    model = StepModel(LIMITS, measured, SHARE_8B)
+    for _ in range(200):
+        work = prompts(1, int(2 ** source.uniform(6, 13)))
+        model.observe(work, source.uniform(0.95, 1.05) * true.seconds(work))
+    for num_tokens in (500, 4000, 8192):
+        work = prompts(1, num_tokens)
+        assert model.costs.steps.seconds(work) == pytest.approx(true.seconds(work), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("changes", "share"),
+    [({}, 1.0), ({"layer_windows": (None, 8, 8, 8)}, 0.25), ({"layer_windows": (8,) * 4}, 0.0)],
+)
+def test_the_arithmetic_of_attention_is_known_from_the_model(
+    changes: dict[str, Any], share: float
+) -> None:
+    layer = 4 * 64 * 64 + 3 * 64 * 256
+    shape = replace(
+        SHAPE,
+        num_layers=4,
+        num_attention_heads=4,
+        head_dim=16,
+        hidden_size=64,
+        vocab_size=1000,
+        num_parameters=4 * layer + 2 * 1000 * 64 + 7 * layer,
+        num_idle_parameters=7 * layer,
+        layer_windows=(None,) * 4,
+    )
+    assert attended_share(replace(shape, **changes)) == pytest.approx(share * 2 * 64 / layer)
 
 
 @pytest.mark.parametrize("seems", [0.5, 1.0, 2.0])

@@ -57,6 +57,21 @@ def test_outliers_among_features_that_grow_together_do_not_stay(seed: int) -> No
     assert 0.05 < fit.predict((1.0, 1, 350)) < 0.3
 
 
+def test_what_is_known_stays_when_another_coefficient_would_be_negative() -> None:
+    """The steps of an engine: of one stream, then of 64, after a warm-up that said too much. The
+    cost of a context is then below zero at first, and that of any step is known.
+    """
+    fit = OnlineFit([0.0] * 3, (1.0, 0.1, 1e-4), (True, True, False))
+    fit.observe((1.0, 1, 32), 7.0e-3)
+    fit.observe((1.0, 32, 1024), 8.5e-3)
+    for number in range(250):
+        fit.observe((1.0, 1, 512 + number), 4.67e-3)
+    for number in range(40):
+        fit.observe((1.0, 64, 64 * (512 + number)), 6.4e-3)
+        assert fit.coefficients[0] == pytest.approx(4.65e-3, rel=0.05)
+    assert fit.predict((1.0, 64, 64 * 600)) == pytest.approx(6.4e-3, rel=0.05)
+
+
 @given(
     st.lists(st.tuples(st.floats(0, 1e6), st.floats(1e-6, 1e3)), max_size=60),
 )
