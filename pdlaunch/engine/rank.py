@@ -26,7 +26,7 @@ from pdlaunch.engine.lifecycle import RequestLifecycle
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.stay_awake import StayAwake
-from pdlaunch.engine.step_costs import StepModel, attended_share, limits_of
+from pdlaunch.engine.step_costs import AttentionShares, StepModel, limits_of
 from pdlaunch.engine.warm_up import Measurement
 from pdlaunch.errors import StartupError
 from pdlaunch.models.tensor_parallel import TPGroup, init_tp_group
@@ -154,7 +154,7 @@ class RankProcess:
         )
         port = transfer.endpoint.rpartition(":")[2]
         limits = limits_of(spec, runner.layout, runner.num_blocks, runner.graph_tokens)
-        model = StepModel(limits, measured, attended_share(runner.shape))
+        model = StepModel(limits, measured, AttentionShares.of(runner.shape))
         scheduler = Scheduler(
             RequestLifecycle(
                 groups=runner.layout.groups,

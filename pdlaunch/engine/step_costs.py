@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.model_files.shape import ModelShape
@@ -11,27 +12,24 @@ from pdlaunch.kvcache.groups import KVCacheLayout
 from pdlaunch.observe.online_fit import MAX_SURPRISE, NOISE, OnlineFit
 from pdlaunch.protocol.costs import MAX_SLOWDOWN, EngineCosts, StepCosts, StepWork
 
-_STREAM_DOUBT = (1.0, 0.1, 1e-4)
+_STREAM_DOUBT = (1.0, 0.1, 0.0)
 _PROMPT_DOUBT = (0.1, 0.0)
-"""Seconds by which each of ``StepCosts`` may be wrong before anything is measured: more than any
-machine takes. The warm-up does not tell what attention costs: its prompts would have to be long,
-and one that other programs disturb would make long ones seem to take minutes.
+"""Seconds by which costs may be wrong before anything is measured: more than any machine takes. The
+warm-up does not tell what attention costs: contexts would have to be long, and steps that other
+programs disturb would make long ones seem to take minutes.
 """
-_DOUBT_OF_WARM_UP = (0.2, 4.0)
-"""Share of a token's cost by which tokens and attention may be wrong after it: other engines on the
-machine warm up at the same time.
-"""
-_BEST_ATTENTION = 0.5
-"""Attention takes at least this share of the time that other arithmetic of its size takes."""
-_USUAL_SHARE = 1e-4
-"""Arithmetic for a token that is attended to beside all other for a token, in a model that is not
-known.
+_STREAM_DOUBT_AFTER = (0.2, 0.1, 2.0)
+_PROMPT_DOUBT_AFTER = (0.2, 1.0)
+"""The same after the warm-up, as shares of any step and of a token: other engines on the machine
+warm up at the same time.
 """
 _STREAM_DRIFTS = (True, True, False)
 _PROMPT_DRIFTS = (True, False)
-"""Requests that are all alike do not tell what tokens before others cost from what tokens cost:
+"""Requests that are all alike do not tell what attention costs from what tokens and steps cost:
 left to drift, the two would take each other's place, and be wrong for the next length.
 """
+_BEST_ATTENTION = 0.5
+"""Attention takes at least this share of what ``AttentionShares`` say."""
 _LEAST_SHARE = 0.1
 """Prompts of which a step with streams tells something take this share of it at least."""
 _LITTLE = 0.01
@@ -50,6 +48,25 @@ _FASTER_SHARE, _SLOWER_SHARE = 0.3, 0.1
 """Each step counts so much in what launches are taken to cost: nothing makes a step faster than it
 is, and much makes it slower.
 """
+
+
+class AttentionShares(NamedTuple):
+    """Tells what attention should cost beside the rest of a model, by its shape."""
+
+    attended: float = 1e-4
+    """Arithmetic for a token that is attended to, as a share of all other for a token."""
+    context: float = 1e-5
+    """Memory of a token of a stream's context, as a share of the weights that a step reads."""
+
+    @classmethod
+    def of(cls, shape: ModelShape) -> AttentionShares:
+        """Return those of a model. Layers with a window are left out: attention ends there."""
+        embeddings = shape.vocab_size * shape.hidden_size
+        num_weights = shape.num_parameters - shape.num_idle_parameters
+        num_weights -= embeddings if shape.tie_word_embeddings else 2 * embeddings
+        # Keys and values; each is multiplied once, as each weight is.
+        per_head = 2 * shape.head_dim * shape.layer_windows.count(None) / max(1, num_weights)
+        return cls(per_head * shape.num_attention_heads, per_head * shape.num_kv_heads)
 
 
 def work_of(plan: StepPlan) -> StepWork:
@@ -87,23 +104,27 @@ class StepModel:
         self,
         limits: EngineCosts,
         measured: Sequence[tuple[StepWork, float]],
-        attended_share: float = _USUAL_SHARE,
+        shares: AttentionShares | None = None,
     ) -> None:
         """``limits``: what is no cost of these is taken over as it is. ``measured``: in the
-        warm-up, steps with streams and prompts without CUDA graphs. ``attended_share``: as the
-        function of this name returns it.
+        warm-up, steps with streams and prompts without CUDA graphs. ``shares``: None for some that
+        are usual.
         """
         self._limits = limits
         self._graph_tokens = limits.steps.graph_tokens
         self.stream_seconds = 0.0
         """Time of the steps so far, each times the streams in it."""
+        usual = shares or AttentionShares()
+        self._least = AttentionShares(*(_BEST_ATTENTION * share for share in usual))
         self._streams = OnlineFit([0.0] * 3, _STREAM_DOUBT, _STREAM_DRIFTS)
-        self._prompts = OnlineFit([0.0] * 2, _PROMPT_DOUBT, _PROMPT_DRIFTS)
-        """Its coefficients are seconds of a token, and by how much attention takes longer than its
-        least, as seconds of a token for the same arithmetic. Cheaper tokens so make cheaper
-        attention: prompts of one length do not tell the two apart.
+        """Finds the seconds of any step, of a stream, and by how much contexts take longer than
+        their least, as seconds of the step in which as much memory is read.
         """
-        self._least_share = _BEST_ATTENTION * attended_share
+        self._prompts = OnlineFit([0.0] * 2, _PROMPT_DOUBT, _PROMPT_DRIFTS)
+        """Finds the seconds of a token, and by how much attention takes longer than its least, as
+        seconds of the token that takes as much arithmetic. So what makes tokens cheaper makes
+        attention cheaper.
+        """
         self._launch_s = 0.0
         """Stays so where the warm-up has not measured it."""
         self._most_launch_s = self._many_tokens = 0.0
@@ -111,8 +132,10 @@ class StepModel:
         for work, seconds in sorted(measured, key=lambda one: (one[0].prompt_tokens > 0, -one[1])):
             if not work.is_mixed:
                 self.observe(work, seconds)
+        if step_s := self._streams.coefficients[0]:
+            self._streams.doubt([share * step_s for share in _STREAM_DOUBT_AFTER])
         if token_s := self._prompts.coefficients[0]:
-            self._prompts.doubt([share * token_s for share in _DOUBT_OF_WARM_UP])
+            self._prompts.doubt([share * token_s for share in _PROMPT_DOUBT_AFTER])
         launches_s = [seconds for work, seconds in measured if work.is_mixed]
         if launches_s and token_s:
             self._launch_s = min(launches_s)
@@ -125,8 +148,9 @@ class StepModel:
         if seconds <= 0:
             return
         self.stream_seconds += work.num_streams * seconds
-        of_streams = work.features[:3]
-        attended = self._least_share * work.attended_tokens
+        context = self._least.context * work.context_tokens
+        of_streams = (1.0 + context, work.num_streams, context)
+        attended = self._least.attended * work.attended_tokens
         of_prompts = (work.prompt_tokens + attended, attended)
         if not work.prompt_tokens:
             self._streams.observe(of_streams, seconds)
@@ -164,16 +188,15 @@ class StepModel:
     def costs(self) -> EngineCosts:
         """Return the costs as they are known now."""
         limits = self._limits
-        step_s, stream_s, context_s = self._streams.coefficients
-        prompt_s, slower_s = self._prompts.coefficients
-        attended_s = self._least_share * (prompt_s + slower_s)
+        step_s, stream_s, slower_step_s = self._streams.coefficients
+        prompt_s, slower_prompt_s = self._prompts.coefficients
         return EngineCosts(
             StepCosts(
                 step_s,
                 stream_s,
-                context_s,
+                self._least.context * (step_s + slower_step_s),
                 prompt_s,
-                attended_s,
+                self._least.attended * (prompt_s + slower_prompt_s),
                 self._launch_s,
                 self._graph_tokens,
             ),
@@ -185,20 +208,6 @@ class StepModel:
             limits.max_itl_s,
             limits.max_slowdown,
         )
-
-
-def attended_share(shape: ModelShape) -> float:
-    """Return the arithmetic for one token that a token attends to, as a share of all other
-    arithmetic for a token.
-
-    Layers with a window are left out: their attention ends there.
-    """
-    embeddings = shape.vocab_size * shape.hidden_size
-    num_weights = shape.num_parameters - shape.num_idle_parameters
-    num_weights -= embeddings if shape.tie_word_embeddings else 2 * embeddings
-    # Queries by keys and weights by values, beside one multiplication for each weight.
-    num_products = 2 * shape.num_attention_heads * shape.head_dim
-    return num_products * shape.layer_windows.count(None) / max(1, num_weights)
 
 
 def limits_of(
