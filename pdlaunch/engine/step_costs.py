@@ -18,7 +18,7 @@ _PROMPT_DOUBT = (0.1, 0.0)
 warm-up does not tell what attention costs: contexts would have to be long, and steps that other
 programs disturb would make long ones seem to take minutes.
 """
-_STREAM_DOUBT_AFTER = (0.2, 0.1, 2.0)
+_STREAM_DOUBT_AFTER = (0.2, 0.1, 1.0)
 _PROMPT_DOUBT_AFTER = (0.2, 1.0)
 """The same after the warm-up, as shares of any step and of a token: other engines on the machine
 warm up at the same time.
@@ -29,7 +29,8 @@ _PROMPT_DRIFTS = (True, False)
 left to drift, the two would take each other's place, and be wrong for the next length.
 """
 _BEST_ATTENTION = 0.5
-"""Attention takes at least this share of what ``AttentionShares`` say."""
+"""Attention begins with this share of what ``AttentionShares`` say. That of prompts takes no less.
+"""
 _LEAST_SHARE = 0.1
 """Prompts of which a step with streams tells something take this share of it at least."""
 _LITTLE = 0.01
@@ -114,11 +115,11 @@ class StepModel:
         self._graph_tokens = limits.steps.graph_tokens
         self.stream_seconds = 0.0
         """Time of the steps so far, each times the streams in it."""
-        usual = shares or AttentionShares()
-        self._least = AttentionShares(*(_BEST_ATTENTION * share for share in usual))
+        self._shares = shares or AttentionShares()
         self._streams = OnlineFit([0.0] * 3, _STREAM_DOUBT, _STREAM_DRIFTS)
-        """Finds the seconds of any step, of a stream, and by how much contexts take longer than
-        their least, as seconds of the step in which as much memory is read.
+        """Finds the seconds of any step, of a stream, and of contexts that take as much memory as
+        the weights do. The last are no part of the first: a step of a small model takes what its
+        launches do, and contexts may take a tenth of what its memory says.
         """
         self._prompts = OnlineFit([0.0] * 2, _PROMPT_DOUBT, _PROMPT_DRIFTS)
         """Finds the seconds of a token, and by how much attention takes longer than its least, as
@@ -133,6 +134,7 @@ class StepModel:
             if not work.is_mixed:
                 self.observe(work, seconds)
         if step_s := self._streams.coefficients[0]:
+            self._streams.coefficients[2] = _BEST_ATTENTION * step_s
             self._streams.doubt([share * step_s for share in _STREAM_DOUBT_AFTER])
         if token_s := self._prompts.coefficients[0]:
             self._prompts.doubt([share * token_s for share in _PROMPT_DOUBT_AFTER])
@@ -148,9 +150,8 @@ class StepModel:
         if seconds <= 0:
             return
         self.stream_seconds += work.num_streams * seconds
-        context = self._least.context * work.context_tokens
-        of_streams = (1.0 + context, work.num_streams, context)
-        attended = self._least.attended * work.attended_tokens
+        of_streams = (1.0, work.num_streams, self._shares.context * work.context_tokens)
+        attended = _BEST_ATTENTION * self._shares.attended * work.attended_tokens
         of_prompts = (work.prompt_tokens + attended, attended)
         if not work.prompt_tokens:
             self._streams.observe(of_streams, seconds)
@@ -188,15 +189,15 @@ class StepModel:
     def costs(self) -> EngineCosts:
         """Return the costs as they are known now."""
         limits = self._limits
-        step_s, stream_s, slower_step_s = self._streams.coefficients
-        prompt_s, slower_prompt_s = self._prompts.coefficients
+        step_s, stream_s, contexts_s = self._streams.coefficients
+        prompt_s, slower_s = self._prompts.coefficients
         return EngineCosts(
             StepCosts(
                 step_s,
                 stream_s,
-                self._least.context * (step_s + slower_step_s),
+                self._shares.context * contexts_s,
                 prompt_s,
-                self._least.attended * (prompt_s + slower_prompt_s),
+                _BEST_ATTENTION * self._shares.attended * (prompt_s + slower_s),
                 self._launch_s,
                 self._graph_tokens,
             ),

@@ -313,6 +313,23 @@ def test_a_warm_up_beside_that_of_other_engines_makes_no_prompt_dear(seed: int) 
         assert model.costs.steps.seconds(work) == pytest.approx(H200.seconds(work), rel=0.15)
 
 
+def test_contexts_are_found_to_be_cheap_where_launches_take_longer_than_memory() -> None:
+    """Weights of a model of 0.5B are read in a tenth of the time that any step takes. Contexts that
+    cost at least a share of that time would be charged to the step, and be wrong for other streams.
+    """
+    source = random.Random(1)
+    true = StepCosts(0.0025, 1e-5, 4e-9, 2.5e-6, 3e-10)
+    warm_up = [StepWork(num_streams=number, context_tokens=32 * number) for number in (1, 32)]
+    measured = [(work, true.seconds(work)) for work in (*warm_up, prompts(1, 1024))]
+    model = StepModel(LIMITS, measured, AttentionShares(attended=1.2e-4, context=1.7e-5))
+    for number in range(1000):
+        work = StepWork(num_streams=100, context_tokens=100 * (2000 + number % 500))
+        model.observe(work, source.uniform(0.95, 1.05) * true.seconds(work))
+    for num_streams, num_tokens in ((1, 100), (64, 2000), (128, 2500)):
+        work = StepWork(num_streams=num_streams, context_tokens=num_streams * num_tokens)
+        assert model.costs.steps.seconds(work) == pytest.approx(true.seconds(work), rel=0.1)
+
+
 @pytest.mark.parametrize("times", [0.5, 1, 4])
 def test_what_attention_costs_is_learned_from_prompts_of_many_lengths(times: float) -> None:
     """``times``: how long it takes beside other arithmetic of its size."""
