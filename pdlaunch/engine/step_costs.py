@@ -20,8 +20,8 @@ programs disturb would make long ones seem to take minutes.
 """
 _STREAM_DOUBT_AFTER = (0.2, 0.1, 1.0)
 _PROMPT_DOUBT_AFTER = (0.2, 1.0)
-"""The same after the warm-up, as shares of any step and of a token: other engines on the machine
-warm up at the same time.
+"""The same after the warm-up, as shares of any step and of a token, or of all that the fastest
+prompt took for each of its tokens: other engines on the machine warm up at the same time.
 """
 _STREAM_DRIFTS = (True, True, False)
 _PROMPT_DRIFTS = (True, False)
@@ -137,7 +137,12 @@ class StepModel:
             self._streams.coefficients[2] = _BEST_ATTENTION * step_s
             self._streams.doubt([share * step_s for share in _STREAM_DOUBT_AFTER])
         if token_s := self._prompts.coefficients[0]:
-            self._prompts.doubt([share * token_s for share in _PROMPT_DOUBT_AFTER])
+            # A prompt seems to cost next to nothing where the streams alone were disturbed.
+            fastest_s = min(
+                seconds / work.prompt_tokens for work, seconds in measured if work.prompt_tokens
+            )
+            doubted_s = max(token_s, fastest_s)
+            self._prompts.doubt([share * doubted_s for share in _PROMPT_DOUBT_AFTER])
         launches_s = [seconds for work, seconds in measured if work.is_mixed]
         if launches_s and token_s:
             self._launch_s = min(launches_s)

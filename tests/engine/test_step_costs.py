@@ -313,6 +313,26 @@ def test_a_warm_up_beside_that_of_other_engines_makes_no_prompt_dear(seed: int) 
         assert model.costs.steps.seconds(work) == pytest.approx(H200.seconds(work), rel=0.15)
 
 
+def test_tokens_that_seemed_to_cost_nothing_are_soon_found_to_cost_more() -> None:
+    """Another program has disturbed the streams of the warm-up, and not its prompt, which is short
+    on a CPU and then took no longer than they did.
+    """
+    source = random.Random(1)
+    true = StepCosts(0.002, 3e-4, 1e-7, 1.25e-4, 1e-8)
+    warm_up = [StepWork(num_streams=number, context_tokens=32 * number) for number in (1, 8)]
+    measured = [(work, 4 * true.seconds(work)) for work in warm_up]
+    measured.append((prompts(1, 32), true.seconds(prompts(1, 32))))
+    model = StepModel(LIMITS, measured)
+    assert model.costs.steps.prompt_s < 0.1 * true.prompt_s
+    for _ in range(20):
+        streams = StepWork(num_streams=4, context_tokens=4 * source.randrange(100, 1500))
+        for work in (prompts(1, source.randrange(100, 1000)), *[streams] * 4):
+            model.observe(work, source.uniform(0.95, 1.05) * true.seconds(work))
+    for num_tokens in (500, 2000):
+        work = prompts(1, num_tokens)
+        assert model.costs.steps.seconds(work) == pytest.approx(true.seconds(work), rel=0.2)
+
+
 def test_contexts_are_found_to_be_cheap_where_launches_take_longer_than_memory() -> None:
     """Weights of a model of 0.5B are read in a tenth of the time that any step takes. Contexts that
     cost at least a share of that time would be charged to the step, and be wrong for other streams.
