@@ -154,7 +154,7 @@ class RankProcess:
         )
         port = transfer.endpoint.rpartition(":")[2]
         limits = limits_of(spec, runner.layout, runner.num_blocks, runner.graph_tokens)
-        model = StepModel(limits, measured, AttentionShares.of(runner.shape))
+        model = StepModel(limits, measured, AttentionShares.of(runner.shape, spec.max_model_len))
         scheduler = Scheduler(
             RequestLifecycle(
                 groups=runner.layout.groups,

@@ -60,13 +60,19 @@ class AttentionShares(NamedTuple):
     """Memory of a token of a stream's context, as a share of the weights that a step reads."""
 
     @classmethod
-    def of(cls, shape: ModelShape) -> AttentionShares:
-        """Return those of a model. Layers with a window are left out: attention ends there."""
+    def of(cls, shape: ModelShape, max_model_len: int) -> AttentionShares:
+        """Return those of a model. A layer with a window counts by the part of the longest request
+        that it attends to: the costs grow with each token, and are then right at its end.
+        """
         embeddings = shape.vocab_size * shape.hidden_size
         num_weights = shape.num_parameters - shape.num_idle_parameters
         num_weights -= embeddings if shape.tie_word_embeddings else 2 * embeddings
+        num_layers = sum(
+            1.0 if window is None else min(1.0, window / max_model_len)
+            for window in shape.layer_windows
+        )
         # Keys and values; each is multiplied once, as each weight is.
-        per_head = 2 * shape.head_dim * shape.layer_windows.count(None) / max(1, num_weights)
+        per_head = 2 * shape.head_dim * num_layers / max(1, num_weights)
         return cls(per_head * shape.num_attention_heads, per_head * shape.num_kv_heads)
 
 

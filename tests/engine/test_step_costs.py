@@ -367,7 +367,11 @@ def test_what_attention_costs_is_learned_from_prompts_of_many_lengths(times: flo
 
 @pytest.mark.parametrize(
     ("changes", "share"),
-    [({}, 1.0), ({"layer_windows": (None, 8, 8, 8)}, 0.25), ({"layer_windows": (8,) * 4}, 0.0)],
+    [
+        ({}, 1.0),
+        ({"layer_windows": (None, 8, 8, 8)}, 0.25 + 0.75 / 100),
+        ({"layer_windows": (None, 400, 800, 900)}, 0.875),
+    ],
 )
 def test_the_arithmetic_of_attention_is_known_from_the_model(
     changes: dict[str, Any], share: float
@@ -385,9 +389,30 @@ def test_the_arithmetic_of_attention_is_known_from_the_model(
         num_idle_parameters=7 * layer,
         layer_windows=(None,) * 4,
     )
-    shares = AttentionShares.of(replace(shape, **changes))
+    shares = AttentionShares.of(replace(shape, **changes), max_model_len=800)
     assert shares.attended == pytest.approx(share * 2 * 64 / layer)
     assert shares.context == pytest.approx(share * 2 * 16 / layer)
+
+
+@pytest.mark.parametrize("window", [1024, 4096, 8192])
+def test_contexts_up_to_a_long_window_are_learned(window: int) -> None:
+    """All layers have one, as those of Mistral 7B. Streams cost more with each token until there:
+    were that left out, short ones would seem to cost as much as long ones.
+    """
+    source = random.Random(1)
+    shape = replace(SHAPE, layer_windows=(window,) * SHAPE.num_layers)
+    measured = [
+        (StepWork(num_streams=1), H200.decode_s(1, 0)),
+        (prompts(1, 1024), H200.prompts_s(1024)),
+    ]
+    model = StepModel(LIMITS, measured, AttentionShares.of(shape, max_model_len=8192))
+    for _ in range(500):
+        num_streams, num_tokens = source.randrange(1, 65), source.randrange(window)
+        work = StepWork(num_streams=num_streams, context_tokens=num_streams * num_tokens)
+        model.observe(work, source.uniform(0.95, 1.05) * H200.seconds(work))
+    for share in (0.05, 1):
+        work = StepWork(num_streams=64, context_tokens=int(64 * share * window))
+        assert model.costs.steps.seconds(work) == pytest.approx(H200.seconds(work), rel=0.1)
 
 
 @pytest.mark.parametrize("seems", [0.5, 1.0, 2.0])
