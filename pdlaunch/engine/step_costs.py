@@ -139,16 +139,17 @@ class StepModel:
         for work, seconds in sorted(measured, key=lambda one: (one[0].prompt_tokens > 0, -one[1])):
             if not work.is_mixed:
                 self.observe(work, seconds)
-        if step_s := self._streams.coefficients[0]:
-            self._streams.coefficients[2] = _BEST_ATTENTION * step_s
-            self._streams.doubt([share * step_s for share in _STREAM_DOUBT_AFTER])
-        if token_s := self._prompts.coefficients[0]:
-            # A prompt seems to cost next to nothing where the streams alone were disturbed.
-            fastest_s = min(
-                seconds / work.prompt_tokens for work, seconds in measured if work.prompt_tokens
-            )
-            doubted_s = max(token_s, fastest_s)
-            self._prompts.doubt([share * doubted_s for share in _PROMPT_DOUBT_AFTER])
+        step_s, token_s = self._streams.coefficients[0], self._prompts.coefficients[0]
+        self._streams.coefficients[2] = _BEST_ATTENTION * step_s
+        # Where nothing was measured, attention has to be learned as all else has.
+        doubted_s = step_s or _STREAM_DOUBT[0]
+        self._streams.doubt([share * doubted_s for share in _STREAM_DOUBT_AFTER])
+        # A prompt seems to cost next to nothing where the streams alone were disturbed.
+        tokens_s = [
+            seconds / work.prompt_tokens for work, seconds in measured if work.prompt_tokens
+        ]
+        doubted_s = max(token_s, min(tokens_s, default=_PROMPT_DOUBT[0]))
+        self._prompts.doubt([share * doubted_s for share in _PROMPT_DOUBT_AFTER])
         launches_s = [seconds for work, seconds in measured if work.is_mixed]
         if launches_s and token_s:
             self._launch_s = min(launches_s)

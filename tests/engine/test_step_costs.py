@@ -64,6 +64,17 @@ def test_the_model_learns_from_steps_what_they_cost() -> None:
     assert model.costs.max_num_seqs == LIMITS.max_num_seqs
 
 
+def test_attention_is_learned_where_the_warm_up_has_measured_nothing() -> None:
+    model, source = StepModel(LIMITS, []), random.Random(1)
+    true = msgspec.structs.replace(COSTS, context_s=1e-6, attended_s=1e-7)
+    for _ in range(600):
+        streams = StepWork(num_streams=8, context_tokens=8 * source.randrange(2000))
+        for work in (streams, prompts(1, source.randrange(32, 2000))):
+            model.observe(work, true.seconds(work) * source.uniform(0.95, 1.05))
+    for work in (StepWork(num_streams=8, context_tokens=16_000), prompts(1, 2000)):
+        assert model.costs.steps.seconds(work) == pytest.approx(true.seconds(work), rel=0.1)
+
+
 def test_the_warm_up_measures_streams_and_prompts_and_uses_what_there_is() -> None:
     """A made-up clock advances by what each step costs, and more at the first step of a kind: the
     fit finds the costs again.
