@@ -21,7 +21,8 @@ class OnlineFit:
 
     Errors count relative to the measured value, so that short steps count as much as long ones.
     ``start``: the coefficients before any measurement. ``doubt``: by how much each may be wrong;
-    one that no measurement speaks of stays as it is. ``drifts``: which may change for good; all.
+    one that no measurement speaks of stays as it is. ``drifts``: which may change for good by
+    themselves, the others only with all of them and by the same share; all.
     """
 
     def __init__(
@@ -109,3 +110,13 @@ class OnlineFit:
                 share = max(self.coefficients[index], SMALLEST_SHARE / feature)
                 share = min(share, self._doubt[index])
                 self._covariance[index][index] += (DRIFT * share) ** 2
+        if all(self._drifts):
+            return
+        # A machine that gets slower does all of its work more slowly.
+        changes = [
+            DRIFT * coefficient if feature > 0 else 0.0
+            for coefficient, feature in zip(self.coefficients, inputs, strict=True)
+        ]
+        for row, change in enumerate(changes):
+            for column, other in enumerate(changes):
+                self._covariance[row][column] += change * other

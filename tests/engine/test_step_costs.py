@@ -361,6 +361,26 @@ def test_contexts_are_found_to_be_cheap_where_launches_take_longer_than_memory()
         assert model.costs.steps.seconds(work) == pytest.approx(true.seconds(work), rel=0.1)
 
 
+@pytest.mark.parametrize("times", [1 / 3, 3])
+def test_contexts_get_slower_with_all_else_of_the_machine(times: float) -> None:
+    """Streams that are all alike do not tell what has changed. Were contexts not taken to change
+    with the rest, it alone would make up for them, and be wrong for other streams.
+    """
+    source = random.Random(1)
+    streams = StepWork(num_streams=64, context_tokens=64 * 600)
+    measured = [(StepWork(num_streams=number), H200.decode_s(number, 0)) for number in (1, 32)]
+    model = StepModel(LIMITS, [*measured, (prompts(1, 1024), H200.prompts_s(1024))], SHARES_8B)
+    for number in range(3000):
+        seconds = H200.seconds(streams) * (1 if number < 1500 else times)
+        model.observe(streams, source.uniform(0.95, 1.05) * seconds)
+    for other in (
+        StepWork(num_streams=1, context_tokens=100),
+        StepWork(num_streams=128, context_tokens=128 * 2500),
+    ):
+        seconds = times * H200.seconds(other)
+        assert model.costs.steps.seconds(other) == pytest.approx(seconds, rel=0.35)
+
+
 @pytest.mark.parametrize("times", [0.5, 1, 4])
 def test_what_attention_costs_is_learned_from_prompts_of_many_lengths(times: float) -> None:
     """``times``: how long it takes beside other arithmetic of its size."""
