@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import http.client
 import json
+import re
 import socket
 import time
 import urllib.parse
@@ -27,6 +28,8 @@ ROUTER_RETURN_S = 20.0
 """Time within which a launch starts a router again that has died, unless it dies again and again.
 """
 _POLL_S = 0.05
+_NO_KEY = re.compile(r"[^\x20-\x7e\xa0-\xff]")
+"""Finds what cannot stand in a header."""
 
 
 class Api:
@@ -126,6 +129,12 @@ class Api:
     ) -> tuple[int, bytes]:
         headers = dict(self._headers)
         if self._api_key:
+            # Not in an error of http.client, which shows the value.
+            if _NO_KEY.search(self._api_key):
+                raise PdlaunchError(
+                    f"the key for {self.url} holds a character that no key may have: a line end, "
+                    "perhaps, of the file that it was read from"
+                )
             headers["Authorization"] = f"Bearer {self._api_key}"
         if body is not None:
             headers["Content-Type"] = "application/json"
@@ -135,7 +144,8 @@ class Api:
                 return response.status, read_answer(response)
         except BadAnswerError as error:
             raise PdlaunchError(f"{self._shown(path)} {error}") from error
-        except (OSError, http.client.HTTPException) as error:
+        # ValueError: Python's own word for names that DNS cannot have, and of bad proxies.
+        except (OSError, http.client.HTTPException, ValueError) as error:
             raise PdlaunchError(
                 f"{self._shown(path)} cannot be reached: {_reason(error)}"
             ) from error
@@ -213,7 +223,7 @@ def check_url(url: str) -> None:
         raise PdlaunchError(f"{url} is no URL of a deployment; write http://host:port")
 
 
-def _reason(error: OSError | http.client.HTTPException) -> str:
+def _reason(error: OSError | http.client.HTTPException | ValueError) -> str:
     """Return the cause in words, without the layers that it came through."""
     cause = getattr(error, "reason", error)
     return getattr(cause, "strerror", None) or str(cause)

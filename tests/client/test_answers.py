@@ -144,3 +144,23 @@ def test_text_that_is_no_utf_8_and_metrics_that_are_none_are_told() -> None:
 def test_a_whole_answer_is_read_in_each_form(answer: bytes) -> None:
     with answering(lambda connection: connection.sendall(answer)) as url:
         assert Api(url, timeout_s=PATIENCE_S).get_object("/x") == (200, {"a": 1})
+
+
+@pytest.mark.parametrize("host", ["a..b", "a" * 64, ".a"])
+def test_a_name_that_dns_cannot_have_is_an_error(host: str) -> None:
+    with pytest.raises(PdlaunchError, match=f"http://{host}:80/x cannot be reached: "):
+        Api(f"http://{host}:80", timeout_s=PATIENCE_S).get("/x")
+
+
+@pytest.mark.usefixtures("proxied")
+def test_a_proxy_that_is_no_url_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http:/proxy")
+    with pytest.raises(PdlaunchError, match="cannot be reached: proxy URL"):
+        Api("http://a.example:80", timeout_s=PATIENCE_S).get("/x")
+
+
+@pytest.mark.parametrize("end", ["\r", "\n", "\r\n", "\u20ac", "\0"])
+def test_a_key_that_no_header_can_hold_is_an_error_that_does_not_show_it(end: str) -> None:
+    with pytest.raises(PdlaunchError, match=r"the key for .* holds a") as caught:
+        Api("http://127.0.0.1:1", f"secret{end}").get("/x")
+    assert "secret" not in str(caught.value)
