@@ -51,7 +51,9 @@ class _Writer(io.RawIOBase):
         self._stream = stream
         # A buffer has a lock, at which the interpreter would find a stuck thread when it exits.
         self._raw: Any = getattr(stream.buffer, "raw", stream.buffer)
-        self._queue: queue.Queue[bytes | None] = queue.Queue(MAX_WRITES)
+        # The other kind of queue has a lock, at which a thread would wait for itself whose put is
+        # interrupted by what prints, too: a finalizer, at any collection of garbage.
+        self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="steady-output", daemon=True)
         self._thread.start()
 
@@ -72,9 +74,8 @@ class _Writer(io.RawIOBase):
 
     def write(self, data: ReadableBuffer, /) -> int:
         written = bytes(data)
-        if self._thread.is_alive():
-            with contextlib.suppress(queue.Full):
-                self._queue.put_nowait(written)
+        if self._thread.is_alive() and self._queue.qsize() < MAX_WRITES:
+            self._queue.put(written)
         return len(written)
 
     def close(self) -> None:
@@ -90,9 +91,8 @@ class _Writer(io.RawIOBase):
     def finish(self, timeout_s: float) -> None:
         """Write what is left, as far as it is taken in time."""
         if self._thread.is_alive():
-            with contextlib.suppress(queue.Full):
-                self._queue.put(None, timeout=timeout_s)
-                self._thread.join(timeout_s)
+            self._queue.put(None)
+            self._thread.join(timeout_s)
 
     def _run(self) -> None:
         with contextlib.suppress(OSError):

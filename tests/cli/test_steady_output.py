@@ -156,6 +156,32 @@ def test_a_process_ends_when_all_is_written_in_order() -> None:
     assert ended.stdout.split() == [str(n) for n in range(2000)]
 
 
+INTERRUPTED = """
+import signal, sys
+from pdlaunch.cli.steady_output import steady_output
+with steady_output(60.0):
+    signal.signal(signal.SIGALRM, lambda *_: sys.stdout.write("interrupts\\n"))
+    for _ in range(30_000):
+        signal.setitimer(signal.ITIMER_REAL, 5e-6)
+        sys.stdout.write("x")
+    signal.setitimer(signal.ITIMER_REAL, 0)
+"""
+
+
+@pytest.mark.processes
+def test_what_interrupts_a_print_may_print_too() -> None:
+    """As finalizers do, of which a collection of garbage finds some at any place."""
+    ended = subprocess.run(
+        [sys.executable, "-P", "-c", INTERRUPTED],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        text=True,
+        timeout=FINE_S,
+    )
+    assert ended.returncode == 0
+    assert "interrupts\n" in ended.stdout
+
+
 @pytest.mark.processes
 def test_a_process_ends_although_its_reader_stands_still() -> None:
     """Its other stream has another reader, which is told everything."""
