@@ -75,7 +75,7 @@ def error_payload(error: BaseException) -> object:
     if isinstance(error, RelayedError):
         try:
             return msgspec.json.decode(error.body)
-        except msgspec.DecodeError:
+        except (ValueError, RecursionError):
             return error_body(RequestError(str(error), status=error.status))
     return error_body(_explained(error))
 

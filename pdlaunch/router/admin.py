@@ -207,7 +207,7 @@ class Admin:
                 engine, method, path, query, timeout_s=timeout_s
             )
             answer = msgspec.json.decode(body, type=dict[str, Any])
-        except (EngineFailure, msgspec.DecodeError) as error:
+        except (EngineFailure, ValueError, RecursionError) as error:
             return failed_outcome(engine.name, error)
         return Outcome(engine.name, status, answer)
 

@@ -215,7 +215,7 @@ class EngineClient:
                 timeout_s=self._timeouts.probe_s,
             )
             return msgspec.json.decode(body, type=SpanReport) if status == 200 else None
-        except (EngineFailure, msgspec.DecodeError) as error:
+        except (EngineFailure, ValueError, RecursionError) as error:
             logger.debug("no spans of %s: %s", name, error)
             return None
 
@@ -256,7 +256,7 @@ class EngineClient:
         try:
             _, body, _ = await self._call_briefly(engine, "GET", "/v1/models")
             return msgspec.json.decode(body, type=ModelList).data
-        except (EngineFailure, msgspec.DecodeError) as error:
+        except (EngineFailure, ValueError, RecursionError) as error:
             logger.info("%s does not tell its models: %s", engine.name, error)
             return []
 

@@ -19,7 +19,7 @@ from pdlaunch.router.engine import Engine
 
 MAX_QUOTE_BYTES = 200
 _NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
-_MALFORMED = (msgspec.DecodeError, LookupError, TypeError, AttributeError, ValueError)
+_MALFORMED = (LookupError, TypeError, AttributeError, ValueError, RecursionError)
 
 
 class EngineFailure(OverloadedError):
@@ -92,7 +92,7 @@ def error_names(error: dict[str, Any]) -> str:
 def _error_of(body: bytes) -> dict[str, Any]:
     try:
         error = msgspec.json.decode(body)["error"]
-    except (msgspec.DecodeError, LookupError, TypeError):
+    except (ValueError, RecursionError, LookupError, TypeError):
         return {}
     return error if isinstance(error, dict) else {}
 

@@ -34,7 +34,7 @@ _report_event = msgspec.json.Decoder(_ReportEvent)
 
 
 def read_report(event: bytes) -> SpanReport:
-    """Return what an event that begins like one tells. Raises msgspec.DecodeError."""
+    """Return what an event that begins like one tells. Raises ValueError, RecursionError."""
     return _report_event.decode(event).report
 
 
@@ -86,7 +86,7 @@ class EngineStream:
         """
         while (data := await self._next_event()) is not None and data != DONE_DATA:
             if data.startswith(REPORT_BEGINNING):
-                with contextlib.suppress(msgspec.DecodeError):
+                with contextlib.suppress(ValueError, RecursionError):
                     self.report = read_report(data)
                     continue
             chunk = self._decode(data)
@@ -115,7 +115,7 @@ class EngineStream:
     def _decode(self, data: bytes) -> Chunk:
         try:
             chunk = msgspec.json.decode(data)
-        except msgspec.DecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise EngineFailure(
                 self._engine, f"malformed event: {error}", may_return=False
             ) from error

@@ -110,8 +110,8 @@ class HandoverStream:
 def read_handover(engine: Engine, raw: bytes, *, is_chat: bool) -> Handover:
     """Read a prefill engine's answer.
 
-    Raises msgspec.DecodeError, LookupError, TypeError or AttributeError when it is not of the
-    OpenAI form.
+    Raises ValueError, RecursionError, LookupError, TypeError or AttributeError when it is not of
+    the OpenAI form.
     """
     answer: dict[str, Any] = msgspec.json.decode(raw)
     report = answer.pop(REPORT_KEY, None)

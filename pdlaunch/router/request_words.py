@@ -39,6 +39,6 @@ def _relayed(error: RelayedError) -> str:
     try:
         body = msgspec.json.decode(error.body)["error"]
         named = [str(body[key]) for key in ("code", "param") if body.get(key)]
-    except (msgspec.DecodeError, LookupError, TypeError, AttributeError):
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
         named = []
     return ": ".join([str(error), *named])[:MAX_ERROR_LENGTH]

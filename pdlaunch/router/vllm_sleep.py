@@ -112,7 +112,7 @@ async def _call(
         raise _failed(path, status, body)
     try:
         return msgspec.json.decode(body, type=dict[str, Any])
-    except msgspec.DecodeError:
+    except (ValueError, RecursionError):
         raise _failed(path, status, body) from None
 
 

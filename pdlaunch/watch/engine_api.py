@@ -108,7 +108,7 @@ class EngineApi:
         try:
             cards = msgspec.json.decode(raw)["data"]
             return {str(card["id"]): card.get("max_model_len") for card in cards}
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
             raise _malformed("/v1/models: not a list of models", error) from error
 
     async def version(self, timeout_s: float) -> str:
@@ -116,7 +116,7 @@ class EngineApi:
         raw = await self._answer("GET", "/version", timeout_s, max_bytes=MAX_WORD_BYTES)
         try:
             return str(msgspec.json.decode(raw)["version"])
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, RecursionError, LookupError, TypeError) as error:
             raise _malformed("/version", error) from error
 
     async def listed_engines(self, timeout_s: float) -> list[tuple[str, str, str]]:
@@ -125,7 +125,7 @@ class EngineApi:
         try:
             engines = msgspec.json.decode(raw)["engines"]
             return [(str(each["role"]), str(each["url"]), str(each["kind"])) for each in engines]
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, RecursionError, LookupError, TypeError) as error:
             raise _malformed("/pdlaunch/status: not a list of engines", error) from error
 
     async def server_info(self, timeout_s: float) -> dict[str, Any] | None:
@@ -133,7 +133,7 @@ class EngineApi:
         try:
             raw = await self._answer("GET", "/server_info?config_format=json", timeout_s)
             return msgspec.json.decode(raw, type=dict[str, Any])
-        except (ProtocolError, ValueError):
+        except (ProtocolError, ValueError, RecursionError):
             return None
 
     async def is_sleeping(self, timeout_s: float) -> bool | None:
@@ -141,7 +141,7 @@ class EngineApi:
         try:
             raw = await self._answer("GET", "/is_sleeping", timeout_s, max_bytes=MAX_WORD_BYTES)
             return bool(msgspec.json.decode(raw)["is_sleeping"])
-        except (ProtocolError, ValueError, LookupError, TypeError):
+        except (ProtocolError, ValueError, RecursionError, LookupError, TypeError):
             return None
 
     async def complete(self, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
@@ -149,7 +149,7 @@ class EngineApi:
         raw = await self._answer("POST", "/v1/completions", timeout_s, msgspec.json.encode(body))
         try:
             return msgspec.json.decode(raw, type=dict[str, Any])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _malformed("/v1/completions", error) from error
 
     async def _answer(

@@ -54,6 +54,31 @@ async def test_another_prefill_engine_takes_over(stand: Stand, how: str) -> None
     assert len(first.seen) == num_seen
 
 
+@pytest.mark.parametrize("status", [200, 500])
+@pytest.mark.parametrize("body", [b'{"error": "\xff"}', b'{"error": ' + b"[" * 100_000])
+async def test_an_engine_whose_answer_is_no_json_is_replaced(
+    stand: Stand, status: int, body: bytes
+) -> None:
+    engines = pairs(2)
+    await stand.start(engines)
+    for name in ("prefill-0", "decode-0"):
+        stand.engines[name].status, stand.engines[name].error_body = status, body
+    for stream in (False, True):
+        answer = await stand.post(completion(stream=stream))
+        assert answer.texts() == {0: expected_text("hello", 6)}
+
+
+@pytest.mark.parametrize("body", [b'{"error": "\xff"}', b'{"error": ' + b"[" * 100_000])
+async def test_a_stream_goes_on_elsewhere_after_an_event_that_is_no_json(
+    stand: Stand, body: bytes
+) -> None:
+    prefill, decode = pair()
+    decode.error_after, decode.error_body = 2, body
+    await stand.start([prefill, decode])
+    answer = await stand.post(completion(stream=True))
+    assert answer.texts() == {0: expected_text("hello", 6)}
+
+
 @pytest.mark.parametrize("stream", [True, False])
 async def test_without_prefill_engines_decode_does_all(stand: Stand, stream: bool) -> None:
     prefill, decode = pair()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,19 @@ async def test_what_is_wrong_with_an_answer_is_told_in_few_words(
             await ask(10.0)
         # It is logged, and shown to clients as the reason why an engine is not used.
         assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("body", [b"[" * LENGTH, b'{"a": ' * LENGTH, b'{"is_sleeping": "\xff"}'])
+async def test_json_that_cannot_be_read_is_told_as_such(engine: Engine, body: bytes) -> None:
+    # Where a word is asked for, too, no more of it is read.
+    engine.body = body[:60_000]
+    api = engine.api
+    for ask in (api.models, api.version, api.listed_engines, partial(api.complete, {})):
+        with pytest.raises(ProtocolError) as caught:
+            await ask(10.0)
+        assert len(str(caught.value)) < 300
+    assert await api.server_info(10.0) is None
+    assert await api.is_sleeping(10.0) is None
 
 
 async def test_an_engine_cannot_hold_up_who_asks_it_by_a_long_answer(engine: Engine) -> None:
