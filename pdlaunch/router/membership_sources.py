@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import re
@@ -69,8 +70,14 @@ async def set_members(
     new = [wanted[name] for name in wanted if name not in there or name in gone]
     waiting = [member for member in new if membership.holder(member) is not None]
     _add(membership, source, [member for member in new if member not in waiting])
-    await asyncio.gather(*(membership.remove(name, drain_timeout_s) for name in gone))
+    await asyncio.gather(*(_remove(membership, name, drain_timeout_s) for name in gone))
     _add(membership, source, waiting)
+
+
+async def _remove(membership: WatchedMembership, name: str, drain_timeout_s: float) -> None:
+    # A command may have been faster.
+    with contextlib.suppress(RequestError):
+        await membership.remove(name, drain_timeout_s)
 
 
 def _add(membership: WatchedMembership, source: str, members: Iterable[Member]) -> None:

@@ -10,7 +10,12 @@ import pytest
 
 from pdlaunch.config.external import read_engine_url
 from pdlaunch.errors import ConfigError
-from pdlaunch.router.membership_sources import DnsSource, FileSource, read_engines_file
+from pdlaunch.router.membership_sources import (
+    DnsSource,
+    FileSource,
+    read_engines_file,
+    set_members,
+)
 from pdlaunch.router.watched_engine import Member
 from tests.router.alone_router import Alone
 
@@ -89,6 +94,18 @@ async def test_a_new_engine_waits_for_another_s_work_only_where_it_needs_its_nam
     finally:
         following.cancel()
         await asyncio.gather(following, return_exceptions=True)
+
+
+async def test_an_engine_that_a_command_removes_at_the_same_time_ends_no_following(
+    alone: Alone,
+) -> None:
+    for name in ("prefill-0", "decode-0"):
+        alone.watch.add(Member(name, "decode", alone.url(name), "vllm"), "file")
+    new = Member("decode-1", "decode", alone.url("prefill-0"), "vllm")
+    await asyncio.gather(
+        set_members(alone.watch, "file", [new], 5.0), alone.watch.remove("prefill-0", 5.0)
+    )
+    assert alone.watch.names("file") == {"decode-1"}
 
 
 async def test_an_engine_whose_key_changes_is_taken_anew(
