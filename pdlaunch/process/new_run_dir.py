@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from pdlaunch.errors import StartupError
 from pdlaunch.process.run_dirs import (
     LOCK,
     PREFIX,
@@ -31,24 +32,36 @@ def new_run_dir(base: Path | None = None) -> Iterator[Path]:
     """Yield a fresh folder, mode 0700, which is removed at the end.
 
     Locks of the folder and of a file in it, which die with this process, say that it is in use.
+    Raises StartupError where none can be made or locked.
     """
-    base = base or base_dir()
-    remove_stale_run_dirs(base)
+    with contextlib.ExitStack() as undo:
+        try:
+            base = base or base_dir()
+            remove_stale_run_dirs(base)
+            run_dir = _locked_folder(base, undo)
+        except OSError as error:
+            raise StartupError(
+                f"no folder can be made and locked in {base or 'any folder of temporary files'}: "
+                f"{error.strerror or error}; set TMPDIR to a folder on a local disk with room"
+            ) from error
+        yield run_dir
+
+
+def _locked_folder(base: Path, undo: contextlib.ExitStack) -> Path:
     run_dir = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
     new = run_dir / f"{LOCK}.new"
+    descriptors = undo.enter_context(contextlib.ExitStack())
+    # While it is still locked: nobody shall take what is half removed for stale.
+    undo.callback(shutil.rmtree, run_dir, ignore_errors=True)
     folder = os.open(run_dir, os.O_RDONLY | os.O_CLOEXEC)
+    descriptors.callback(os.close, folder)
     lock = os.open(new, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        lock_folder(folder)
-        # A lock file that is there and that nobody holds says that the folder is stale.
-        take_lock(lock)
-        new.rename(run_dir / LOCK)
-        yield run_dir
-    finally:
-        # While it is still locked: nobody shall take what is half removed for stale.
-        shutil.rmtree(run_dir, ignore_errors=True)
-        os.close(lock)
-        os.close(folder)
+    descriptors.callback(os.close, lock)
+    lock_folder(folder)
+    # A lock file that is there and that nobody holds says that the folder is stale.
+    take_lock(lock)
+    new.rename(run_dir / LOCK)
+    return run_dir
 
 
 def remove_stale_run_dirs(base: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from pdlaunch.config.models import LaunchConfig
+from pdlaunch.errors import StartupError
 from pdlaunch.process.new_run_dir import new_run_dir, remove_stale_run_dirs
 from pdlaunch.process.run_dirs import (
     PREFIX,
@@ -207,6 +209,34 @@ def test_who_looks_at_a_new_folder_keeps_no_launch_from_starting(
     monkeypatch.setattr("pdlaunch.process.new_run_dir.lock_folder", looked_at)
     with new_run_dir(tmp_path) as run_dir:
         assert is_locked(run_dir)
+
+
+@pytest.mark.parametrize("what", ["lock_folder", "take_lock"])
+def test_a_file_system_without_locks_is_named_and_left_clean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(f"pdlaunch.process.new_run_dir.{what}", fail)
+    num_open = len(list(Path("/proc/self/fd").iterdir()))
+    with (
+        pytest.raises(StartupError, match=f"in {tmp_path}: No locks available; set TMPDIR to"),
+        new_run_dir(tmp_path),
+    ):
+        raise AssertionError
+    assert not list(tmp_path.iterdir())
+    assert len(list(Path("/proc/self/fd").iterdir())) == num_open
+
+
+def test_a_folder_in_which_nothing_can_be_made_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match="No such file"), new_run_dir(tmp_path / "none"):
+        raise AssertionError
+
+
+def test_an_error_of_a_launch_stays_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(ConnectionError), new_run_dir(tmp_path):
+        raise ConnectionError
 
 
 def test_a_folder_without_a_lock_is_stale_once_it_is_old(tmp_path: Path) -> None:
