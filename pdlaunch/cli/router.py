@@ -18,6 +18,7 @@ from pdlaunch.cli import EXIT_FAILED
 from pdlaunch.cli.flags import with_router_flags
 from pdlaunch.cli.refusal import refuse
 from pdlaunch.cli.serve import standard_input
+from pdlaunch.cli.steady_output import steady_output
 from pdlaunch.config.external import DNS
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.problems import InvalidConfigError, Problem
@@ -81,38 +82,39 @@ def router(
     stopped.
     """
     errors = Console(stderr=True, soft_wrap=True)
-    try:
-        if "model" in flags:
-            raise ConfigError(
-                f"{flags['model']} is no file of a deployment (.yaml, .yml or .json)",
-                fix="name a file; engines have their models already",
-            )
-        named = [
-            (role, url)
-            for role, urls in (("prefill", prefill), ("decode", decode), ("both", both))
-            for url in urls or ()
-        ]
-        if named:
-            flags["engines"] = [
-                {"role": role, "url": url, "api_key_env": engine_key_env} for role, url in named
+    with steady_output():
+        try:
+            if "model" in flags:
+                raise ConfigError(
+                    f"{flags['model']} is no file of a deployment (.yaml, .yml or .json)",
+                    fix="name a file; engines have their models already",
+                )
+            named = [
+                (role, url)
+                for role, urls in (("prefill", prefill), ("decode", decode), ("both", both))
+                for url in urls or ()
             ]
-        loaded = load_config(config, os.environ, flags)
-        members = _members(loaded.config, os.environ)
-        model = loaded.config.served_model_name or asyncio.run(_ask_for_model(members))
-        lifeline = standard_input() if stop_on_stdin_eof else None
-        raise_open_files()
-        setup_logging("router", loaded.config.log_level, form=loaded.config.log_format)
-        with (
-            listening(loaded.config.host, loaded.config.port) as listeners,
-            new_run_dir() as folder,
-        ):
-            spec = _spec(loaded.config, model, members, listeners, folder)
-            asyncio.run(_serve(spec, lifeline))
-    except ConfigError as error:
-        refuse(errors, error)
-    except StartupError as error:
-        errors.print(Text(f"error: {error}", style="red"))
-        raise typer.Exit(EXIT_FAILED) from None
+            if named:
+                flags["engines"] = [
+                    {"role": role, "url": url, "api_key_env": engine_key_env} for role, url in named
+                ]
+            loaded = load_config(config, os.environ, flags)
+            members = _members(loaded.config, os.environ)
+            model = loaded.config.served_model_name or asyncio.run(_ask_for_model(members))
+            lifeline = standard_input() if stop_on_stdin_eof else None
+            raise_open_files()
+            setup_logging("router", loaded.config.log_level, form=loaded.config.log_format)
+            with (
+                listening(loaded.config.host, loaded.config.port) as listeners,
+                new_run_dir() as folder,
+            ):
+                spec = _spec(loaded.config, model, members, listeners, folder)
+                asyncio.run(_serve(spec, lifeline))
+        except ConfigError as error:
+            refuse(errors, error)
+        except StartupError as error:
+            errors.print(Text(f"error: {error}", style="red"))
+            raise typer.Exit(EXIT_FAILED) from None
 
 
 def _members(config: LaunchConfig, environ: Mapping[str, str]) -> list[Member]:

@@ -198,7 +198,10 @@ def test_a_process_ends_although_its_reader_stands_still() -> None:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("command", [("serve", "--model", "/none"), ("agent", "--join", "/none")])
+@pytest.mark.parametrize(
+    "command",
+    [("serve", "--model", "/none"), ("agent", "--join", "/none"), ("router", "--prefill", "none")],
+)
 @pytest.mark.parametrize("what", ["reader that stands still", "terminal that is gone"])
 def test_commands_end_with_their_code_whatever_they_print_to(
     command: tuple[str, ...], what: str
