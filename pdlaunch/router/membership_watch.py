@@ -120,7 +120,11 @@ class WatchedMembership:
 
         Raises RequestError for one that may not be added.
         """
-        if not is_trusted and not is_allowed(member.url, self._settings.engine_urls):
+        try:
+            is_allowed_here = is_trusted or is_allowed(member.url, self._settings.engine_urls)
+        except ValueError as error:  # A name may stand for an address of one link: fe80::1%eth0.
+            raise RequestError(str(error), param="url", code="invalid_engine") from None
+        if not is_allowed_here:
             raise RequestError(
                 f"engine_urls does not allow {member.url}; whoever started the router can add it "
                 "there",

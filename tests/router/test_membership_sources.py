@@ -191,6 +191,24 @@ async def test_a_name_stands_for_an_engine_at_each_of_its_addresses(
         await asyncio.gather(following, return_exceptions=True)
 
 
+async def test_an_address_of_one_link_is_left_out(
+    alone: Alone, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The C library tells of some with the device, which no URL of an engine has."""
+
+    async def resolve(*_: object) -> set[str]:
+        return {"127.0.0.1", "fe80::1%eth0"}
+
+    member = Member("prefill", "prefill", "dns+http://own-host:7", "vllm")
+    source = DnsSource(member, alone.watch, 5.0, poll_s=0.01, resolve=resolve)
+    following = asyncio.ensure_future(source.run())
+    await alone.until(lambda: alone.watch.names("dns:prefill") == {"prefill-127.0.0.1"})
+    await alone.until(lambda: "fe80::1%eth0]:7' is no URL of an engine" in caplog.text)
+    assert not following.done()
+    following.cancel()
+    await asyncio.gather(following, return_exceptions=True)
+
+
 def test_a_name_keeps_its_scheme_and_port() -> None:
     address = read_engine_url("dns+https://Prefill.SVC.:8443")
     assert str(address._replace(host="fd00::1")) == "https://[fd00::1]:8443"
