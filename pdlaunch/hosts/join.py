@@ -128,7 +128,7 @@ def read_resume_file(path: Path) -> JoinKeys:
         if not content:  # made by `held_join_file` just now
             raise FileNotFoundError(errno.ENOENT, "no supervisor was killed there")
         return msgspec.json.decode(content, type=JoinKeys)
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"there is nothing to resume at {path}: {_reason(error)}",
             field="join_file",
@@ -145,7 +145,7 @@ def read_ticket(name: str) -> JoinTicket:
             sys.stdin.buffer.readline(_MOST_BYTES) if name == STDIN else _read_private(Path(name))
         )
         return msgspec.json.decode(text, type=JoinTicket)
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{'standard input' if name == STDIN else name} cannot be joined with: "
             f"{_reason(error)}",

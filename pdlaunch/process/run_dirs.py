@@ -76,7 +76,7 @@ def running_launches(base: Path | None = None) -> list[RunningLaunch]:
     """Return the launches of this user whose router has listened."""
     found = []
     for run_dir in own_run_dirs(base or base_dir()):
-        with contextlib.suppress(OSError, msgspec.DecodeError):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
             if is_in_use(run_dir):
                 found.append(
                     RunningLaunch(

@@ -110,5 +110,5 @@ class ChangeCommands:
 def _read(raw: bytes, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(raw, type=kind)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError(str(error), code="invalid_change") from None

@@ -66,7 +66,7 @@ class EngineCommands:
         try:
             new = msgspec.json.decode(await http.read(), type=NewEngine)
             engine = RunningEngine(name=new.name, role=new.role, url=new.url, kind=new.kind)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise RequestError(str(error), code="invalid_engine") from None
         except ValidationError as error:
             (first, *_) = error.errors(include_url=False)

@@ -64,9 +64,12 @@ def test_a_file_that_others_could_read_is_closed_before_secrets_are_in_it(path: 
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-@pytest.mark.parametrize("text", ["", "{}", "no JSON", '{"endpoint": 1}'])
-def test_another_file_is_refused(path: Path, text: str) -> None:
-    path.write_text(text)
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"{}", b"no JSON", b'{"endpoint": 1}', b'{"endpoint": "\xff"}', b'{"a": ' * 99_999],
+)
+def test_another_file_is_refused(path: Path, text: bytes) -> None:
+    path.write_bytes(text)
     path.chmod(0o600)
     with pytest.raises(ConfigError, match="cannot be joined with"):
         read_ticket(str(path))

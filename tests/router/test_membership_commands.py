@@ -131,6 +131,13 @@ async def test_what_cannot_be_added_is_refused_by_name(
     assert (answered, answer["error"]["code"]) == (status, code), answer
 
 
+@pytest.mark.parametrize("path", ["/pdlaunch/engines", "/pdlaunch/scale"])
+@pytest.mark.parametrize("body", [b'{"name": "\xff", "engine": "\xff"}', b'{"a":' * 9_999])
+async def test_what_is_no_json_is_refused(alone: Alone, path: str, body: bytes) -> None:
+    async with alone.session.post(path, data=body) as response:
+        assert response.status == 400
+
+
 async def test_without_an_allow_list_nothing_can_be_added(tmp_path: Path) -> None:
     alone = Alone(tmp_path, urls=())
     try:

@@ -159,6 +159,13 @@ def test_a_folder_in_use_whose_lock_file_a_cleaner_has_taken_is_found_and_stays(
             assert run_dir.exists()
 
 
+@pytest.mark.parametrize("card", [b"", b'{"url": "\xff"}', b'{"a": ' * 99_999])
+def test_a_card_that_cannot_be_read_is_of_no_launch(tmp_path: Path, card: bytes) -> None:
+    with new_run_dir(tmp_path) as run_dir:
+        (run_dir / "launch.json").write_bytes(card)
+        assert running_launches(tmp_path) == []
+
+
 def test_a_folder_whose_lock_file_alone_is_held_is_found_and_stays(tmp_path: Path) -> None:
     """An older version made it, or another host that shares the folder of temporary files."""
     folder = tmp_path / f"{PREFIX}other"
