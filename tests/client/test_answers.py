@@ -154,8 +154,12 @@ def test_a_name_that_dns_cannot_have_is_an_error(host: str) -> None:
 
 @pytest.mark.usefixtures("proxied")
 def test_a_proxy_that_is_no_url_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("http_proxy", "http:/proxy")
-    with pytest.raises(PdlaunchError, match="cannot be reached: proxy URL"):
+    # Undone before what the fixture has set.
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(PdlaunchError, match="cannot be reached: proxy URL"),
+    ):
+        patch.setenv("http_proxy", "http:/proxy")
         Api("http://a.example:80", timeout_s=PATIENCE_S).get("/x")
 
 
