@@ -155,12 +155,11 @@ def test_a_name_that_dns_cannot_have_is_an_error(host: str) -> None:
 @pytest.mark.usefixtures("proxied")
 def test_a_proxy_that_is_no_url_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     # Undone before what the fixture has set.
-    with (
-        monkeypatch.context() as patch,
-        pytest.raises(PdlaunchError, match="cannot be reached: proxy URL"),
-    ):
+    with monkeypatch.context() as patch:
         patch.setenv("http_proxy", "http:/proxy")
-        Api("http://a.example:80", timeout_s=PATIENCE_S).get("/x")
+        api = Api("http://a.example:80", timeout_s=PATIENCE_S)
+        with pytest.raises(PdlaunchError, match="cannot be reached: proxy URL"):
+            api.get("/x")
 
 
 @pytest.mark.parametrize("end", ["\r", "\n", "\r\n", "\u20ac", "\0"])
