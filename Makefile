@@ -47,7 +47,7 @@ $(DEV): $(RUNTIME)
 	@touch $@
 
 install: $(RUNTIME)  ## Install into .venv, convert the demo model
-	@$(BIN)/python -m pdlaunch.models.convert smollm2 --if-needed
+	@$(BIN)/python -m pdlaunch.engine.models.convert smollm2 --if-needed
 
 serve: install  ## Serve the demo model on port 8000
 	@$(BIN)/python -m pdlaunch serve $(ARGS)

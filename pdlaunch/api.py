@@ -15,18 +15,18 @@ from pydantic import SecretStr
 
 from pdlaunch.checks.probes import probe_files, probe_ports
 from pdlaunch.checks.run import Report, run_checks
-from pdlaunch.client.deployment import Deployment, running_deployment
 from pdlaunch.config import sources
 from pdlaunch.config.model_files.fetch import fetch_part
 from pdlaunch.config.settings import VARIABLE_PREFIX, variable_paths
 from pdlaunch.config.sources import OTHER_VARIABLES, LoadedConfig
-from pdlaunch.engines.plan import kind_of, plan_processes
 from pdlaunch.errors import ConfigError, PdlaunchError, StartupError
-from pdlaunch.platform.probe import probe_machine
-from pdlaunch.resolve.models import fetch_weights, read_models
-from pdlaunch.resolve.plan import Plan
-from pdlaunch.resolve.planned_hosts import planned_hosts
-from pdlaunch.resolve.resolve import ResolvedLaunch, resolve_on
+from pdlaunch.launch.client.deployment import Deployment, running_deployment
+from pdlaunch.launch.engines.plan import kind_of, plan_processes
+from pdlaunch.machine.probe import probe_machine
+from pdlaunch.planning.models import fetch_weights, read_models
+from pdlaunch.planning.plan import Plan
+from pdlaunch.planning.planned_hosts import planned_hosts
+from pdlaunch.planning.resolve import ResolvedLaunch, resolve_on
 
 __all__ = [
     "ConfigError",

@@ -16,14 +16,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from pdlaunch.integrity.checksum_kernel import constants, hash_regions
-from pdlaunch.memory.page_kernel import copy_pages, padded_columns
-from pdlaunch.models import fused_decoder
-from pdlaunch.models.fused_decoder import Norm
-from pdlaunch.models.triton_attention import TritonAttention
-from pdlaunch.models.triton_step import HeadNorms
-from pdlaunch.offload.gather_kernel import LOAD_KERNELS, STORE_KERNELS
-from tests.models.attention_reference import Case, make_inputs
+from pdlaunch.engine.memory.page_kernel import copy_pages, padded_columns
+from pdlaunch.engine.models import fused_decoder
+from pdlaunch.engine.models.fused_decoder import Norm
+from pdlaunch.engine.models.triton_attention import TritonAttention
+from pdlaunch.engine.models.triton_step import HeadNorms
+from pdlaunch.engine.offload.gather_kernel import LOAD_KERNELS, STORE_KERNELS
+from pdlaunch.transfer.integrity.checksum_kernel import constants, hash_regions
+from tests.engine.models.attention_reference import Case, make_inputs
 
 SHARED_KIB = {80: 163, 89: 99, 90: 227, 120: 99}
 """Most shared memory of a program, by compute capability. Source: CUDA C++ Programming Guide,

@@ -11,9 +11,9 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
+from pdlaunch.engine.server.metrics import ServerMetrics
 from pdlaunch.observe.metrics import render_metrics
 from pdlaunch.router.metrics import RouterMetrics
-from pdlaunch.server.metrics import ServerMetrics
 
 GRAFANA = Path(__file__).parents[1] / "examples" / "grafana"
 DASHBOARDS = sorted((GRAFANA / "dashboards").glob("*.json"))

@@ -1,12 +1,12 @@
-"""Holds the table of docs/architecture.md: which room may import which, and that light processes
-stay light.
+"""Imports go one way: a room imports only rooms that stand before it in ``ROOMS``.
+
+Light processes (commands, router, engine servers, supervisor) never import torch.
 """
 
 from __future__ import annotations
 
 import ast
 import functools
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,27 +20,49 @@ HEAVY = ("torch", "transformers")
 ENTRY_FILES = {"__init__", "__main__"}
 """Of the package itself; they belong to no room."""
 
-Table = dict[str, tuple[str, ...]]
-
-
-def read_table() -> Table:
-    """Room -> what it may import, in the order of docs/architecture.md."""
-    text = (ROOT / "docs" / "architecture.md").read_text()
-    table: Table = {}
-    for room, allowed in re.findall(
-        r"^\| `(\w+)(?:/|\.py)` \| [^|]* \| ([^|]*) \|$", text, re.MULTILINE
-    ):
-        words = tuple(word.strip() for word in allowed.split(","))
-        above = "all above but "
-        table[room] = (
-            (*(set(table) - {words[0].removeprefix(above)}), *HEAVY)
-            if words[0].startswith(above)
-            else words
-        )
-    return table
-
-
-TABLE = read_table()
+ROOMS = (
+    "errors",
+    "observe",
+    "engine/kvcache",
+    "config",
+    "machine",
+    "transfer/integrity",
+    "vllm",
+    "engine/memory",
+    "engine/models",
+    "protocol",
+    "engine/offload",
+    "planning",
+    "protocol/process",
+    "transfer",
+    "checks",
+    "engine",
+    "http",
+    "launch/client",
+    "launch/hosts",
+    "launch/render",
+    "engine/server",
+    "http/watch",
+    "launch/engines",
+    "launch/sidecar",
+    "launch",
+    "router",
+    "api",
+    "testing",
+    "bench",
+    "cli",
+)
+MAY_IMPORT_TORCH = {
+    "transfer/integrity",
+    "vllm",
+    "engine/memory",
+    "engine/models",
+    "engine/offload",
+    "transfer",
+    "engine",
+    "testing",
+    "bench",
+}
 
 
 def sources() -> list[Path]:
@@ -51,8 +73,14 @@ def sources() -> list[Path]:
     )
 
 
-def room_of(source: Path) -> str:
-    return source.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def room_of(parts: tuple[str, ...]) -> str:
+    """Return the room of a path or module below the package: the longest one that is listed."""
+    nested = "/".join(parts[:2])
+    return nested if nested in ROOMS else parts[0]
+
+
+def room_of_file(source: Path) -> str:
+    return room_of(source.relative_to(PACKAGE).with_suffix("").parts)
 
 
 @functools.cache
@@ -68,63 +96,49 @@ def imports_of(source: Path) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{source}:{node.lineno}: relative import"
-            names = (
-                [f"{node.module}.{alias.name}" for alias in node.names]
-                if node.module == "pdlaunch"
-                else [str(node.module)]
+            yield from (
+                (
+                    node.lineno,
+                    f"{node.module}.{alias.name}"
+                    if "." not in str(node.module)
+                    else str(node.module),
+                )
+                for alias in node.names
             )
-            yield from ((node.lineno, name) for name in names)
 
 
 def forbidden(source: Path, name: str) -> bool:
-    room, allowed = room_of(source), TABLE[room_of(source)]
+    room = room_of_file(source)
     first, *rest = name.split(".")
     if first == "pdlaunch":
-        target = rest[0] if rest else ""
-        return target in TABLE and target != room and target not in allowed
-    return first in HEAVY and "torch" not in allowed
+        target = room_of(tuple(rest)) if rest else ""
+        return target in ROOMS and ROOMS.index(target) > ROOMS.index(room)
+    return first in HEAVY and room not in MAY_IMPORT_TORCH
 
 
-def test_the_table_is_read() -> None:
-    assert TABLE["errors"] == ("stdlib",)
-    assert "checks" not in TABLE["engine"]
-    assert {"kvcache", "transfer", "torch"} <= set(TABLE["engine"])
-    assert "torch" not in TABLE["router"]
+def test_every_file_lies_in_a_room() -> None:
+    assert {room_of_file(source) for source in sources()} == set(ROOMS)
 
 
-def test_every_room_is_in_the_table() -> None:
-    assert {room_of(source) for source in sources()} <= set(TABLE)
+def test_a_forbidden_import_is_found() -> None:
+    assert forbidden(PACKAGE / "router" / "app.py", "torch")
+    assert forbidden(PACKAGE / "engine" / "rank.py", "pdlaunch.engine.server.app")
+    assert not forbidden(PACKAGE / "engine" / "server" / "app.py", "pdlaunch.http.app")
 
 
-def test_rooms_import_only_what_the_table_allows() -> None:
+def test_imports_go_one_way() -> None:
     found = [
         f"{source.relative_to(ROOT)}:{line}: {name}"
         for source in sources()
         for line, name in imports_of(source)
-        if room_of(source) in TABLE and forbidden(source, name)
+        if forbidden(source, name)
     ]
     assert not found
 
 
-def test_rooms_import_all_that_the_table_allows() -> None:
-    """All but ``engine/``, which may import whatever stands above it, and errors."""
-    used = {room: {"errors"} for room in TABLE}
-    for source in sources():
-        for _, name in imports_of(source):
-            first, *rest = name.split(".")
-            used[room_of(source)].add("torch" if first in HEAVY else rest[0] if rest else first)
-    known = {*TABLE, "torch"}
-    unused = {
-        room: spare
-        for room, allowed in TABLE.items()
-        if room != "engine" and (spare := known.intersection(allowed) - used[room])
-    }
-    assert not unused
-
-
 def test_nothing_that_came_over_a_socket_is_unpickled() -> None:
     """Benchmarks talk through pipes to processes that they have started themselves."""
-    files = [source for source in sources() if room_of(source) != "bench"]
+    files = [source for source in sources() if room_of_file(source) != "bench"]
     imported = {name.partition(".")[0] for source in files for _, name in imports_of(source)}
     called = {
         node.attr
@@ -142,22 +156,14 @@ def test_nothing_that_came_over_a_socket_is_unpickled() -> None:
     }
 
 
-def test_the_table_has_no_cycles() -> None:
-    done: list[str] = []
-    for room in TABLE:
-        later = [name for name in TABLE[room] if name in TABLE and name not in done]
-        assert not later, f"{room} may import {later}, which stand below it"
-        done.append(room)
-
-
 @pytest.mark.parametrize(
     "statement",
     [
         "import pdlaunch.cli.serve",
         "import pdlaunch.cli.check_config",
-        "import pdlaunch.supervisor.launch",
+        "import pdlaunch.launch.launch",
         "import pdlaunch.router.__main__",
-        "import pdlaunch.server.__main__",
+        "import pdlaunch.engine.server.__main__",
         "import sys; sys.argv = ['pdlaunch', '--help']; from pdlaunch.cli import main; main()",
         (
             "import sys; sys.argv = ['pdlaunch', 'serve', '--dry-run', '--format', 'json']; from "

@@ -18,8 +18,8 @@ import torch
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.sizes import parse_size
+from pdlaunch.engine.memory.pools import KV_CACHE, WEIGHTS
 from pdlaunch.engine.runner import ModelRunner
-from pdlaunch.memory.pools import KV_CACHE, WEIGHTS
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from pdlaunch.checks.context import Context
 from pdlaunch.checks.rule import Found, rule
-from pdlaunch.platform.allocator_conf import HIP_VARIABLE, VARIABLES, read_allocator_conf
+from pdlaunch.machine.allocator_conf import HIP_VARIABLE, VARIABLES, read_allocator_conf
 
 _TORCH = "Compared with torch 2.13.0 (libc10, libc10_cuda), and with torch 2.11.0 on an H200."
 

@@ -13,11 +13,11 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import Role
 from pdlaunch.config.sources import Origin
 from pdlaunch.errors import ConfigError
-from pdlaunch.platform.engine_commands import EngineCommand, EngineFlags
-from pdlaunch.platform.facts import Fact, Machine, PortState
-from pdlaunch.resolve.hosts import DeviceKind
-from pdlaunch.resolve.resolve import ResolvedLaunch
-from pdlaunch.resolve.role_engines import Allocator, RoleEngines
+from pdlaunch.machine.engine_commands import EngineCommand, EngineFlags
+from pdlaunch.machine.facts import Fact, Machine, PortState
+from pdlaunch.planning.hosts import DeviceKind
+from pdlaunch.planning.resolve import ResolvedLaunch
+from pdlaunch.planning.role_engines import Allocator, RoleEngines
 
 Need = (
     Fact

@@ -14,8 +14,8 @@ from pdlaunch.checks.context import Context
 from pdlaunch.checks.other_engines import by_name, place, vllm_pair
 from pdlaunch.checks.pair_rules import differing_place
 from pdlaunch.checks.rule import Found, rule
-from pdlaunch.platform.allocator_conf import read_allocator_conf
-from pdlaunch.resolve.vllm_verification import AWAITS_AGENT
+from pdlaunch.machine.allocator_conf import read_allocator_conf
+from pdlaunch.planning.vllm_verification import AWAITS_AGENT
 from pdlaunch.vllm.support import SUPPORTED_VERSIONS
 
 _HANDSHAKE = "vLLM 0.32: compute_nixl_compatibility_hash, _validate_remote_agent_handshake."

@@ -12,9 +12,9 @@ from pdlaunch.checks.rule import Found, rule
 from pdlaunch.config.roles import PAIR
 from pdlaunch.config.settings import all_settings
 from pdlaunch.config.sizes import format_size
-from pdlaunch.platform.engine_commands import EngineCommand
-from pdlaunch.resolve.step_time import least_step_s
-from pdlaunch.resolve.vllm_environment import GIBIBYTE
+from pdlaunch.machine.engine_commands import EngineCommand
+from pdlaunch.planning.step_time import least_step_s
+from pdlaunch.planning.vllm_environment import GIBIBYTE
 
 CPU_BLOCK = 32
 

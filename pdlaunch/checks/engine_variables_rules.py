@@ -9,7 +9,7 @@ from pdlaunch.checks.other_engines import vllm_engines, vllm_pair
 from pdlaunch.checks.rule import Found, rule
 from pdlaunch.config.http_names import is_loopback
 from pdlaunch.config.problems import nearest, shown_name
-from pdlaunch.resolve.role_engines import RoleEngines
+from pdlaunch.planning.role_engines import RoleEngines
 
 _HOST = "VLLM_NIXL_SIDE_CHANNEL_HOST"
 _SOURCE = "vllm/envs.py of vLLM 0.32."

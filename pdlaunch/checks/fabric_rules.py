@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from pdlaunch.checks.context import Context
 from pdlaunch.checks.rule import Found, rule
-from pdlaunch.platform.facts import Gpu
+from pdlaunch.machine.facts import Gpu
 
 _MNNVL = "UCX_CUDA_IPC_ENABLE_MNNVL"
 _FABRIC = (

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pdlaunch.checks.context import Context
 from pdlaunch.checks.rule import Found, rule
 from pdlaunch.config.ucx import RDMA, TCP, opens_network, setting
-from pdlaunch.resolve.roles import PlacedEngine
+from pdlaunch.planning.roles import PlacedEngine
 
 _TRUSTED = "kv_transfer.trusted_network"
 _WITHOUT_FILE = (

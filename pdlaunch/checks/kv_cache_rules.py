@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pdlaunch.checks.context import Context
 from pdlaunch.checks.rule import Found, rule
 from pdlaunch.config.sizes import format_size
-from pdlaunch.resolve.footprint import Footprint
-from pdlaunch.resolve.role_engines import RoleEngines
+from pdlaunch.planning.footprint import Footprint
+from pdlaunch.planning.role_engines import RoleEngines
 
 USEFUL_TOKENS = 256
 """A KV cache whose longest request is shorter is a mistake, unless max_model_len says so."""

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pdlaunch.checks.context import Context
 from pdlaunch.checks.memory_rules import cumem_setting
 from pdlaunch.checks.rule import Found, rule
-from pdlaunch.platform.allocator_conf import HIP_VARIABLE
-from pdlaunch.platform.facts import Libraries
+from pdlaunch.machine.allocator_conf import HIP_VARIABLE
+from pdlaunch.machine.facts import Libraries
 
 OLDEST_MOONCAKE = (0, 3, 13)
 

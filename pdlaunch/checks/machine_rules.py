@@ -10,8 +10,8 @@ from pdlaunch.checks.rule import Found, rule
 from pdlaunch.config.problems import shown
 from pdlaunch.config.sizes import format_size, parse_size
 from pdlaunch.config.ucx import RDMA
-from pdlaunch.platform.facts import UNLIMITED
-from pdlaunch.platform.visible_gpus import VISIBLE_DEVICES
+from pdlaunch.machine.facts import UNLIMITED
+from pdlaunch.machine.visible_gpus import VISIBLE_DEVICES
 
 MIN_SHM_BYTES = parse_size("256MiB")
 _FILES_OF_A_PROCESS = 64

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pdlaunch.checks.context import Context
 from pdlaunch.checks.rule import Found, rule
 from pdlaunch.config.sizes import format_size
-from pdlaunch.platform.facts import Gpu
-from pdlaunch.resolve.role_engines import RoleEngines
+from pdlaunch.machine.facts import Gpu
+from pdlaunch.planning.role_engines import RoleEngines
 
 
 @rule(

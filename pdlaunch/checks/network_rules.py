@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pdlaunch.checks.context import Context
 from pdlaunch.checks.rule import Found, rule
 from pdlaunch.config.http_names import WILDCARDS, is_loopback
-from pdlaunch.platform.facts import PortState
-from pdlaunch.resolve.resolve import ListenAddress
+from pdlaunch.machine.facts import PortState
+from pdlaunch.planning.resolve import ListenAddress
 
 
 @rule(

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 from pdlaunch.config.roles import PAIR, Role
 from pdlaunch.config.ucx_variables import is_known_variable
-from pdlaunch.platform.addresses import is_address
-from pdlaunch.platform.availability import ProcessOutcome, run_briefly
-from pdlaunch.resolve.resolve import ResolvedLaunch
-from pdlaunch.resolve.role_engines import RoleEngines
+from pdlaunch.machine.addresses import is_address
+from pdlaunch.machine.availability import ProcessOutcome, run_briefly
+from pdlaunch.planning.resolve import ResolvedLaunch
+from pdlaunch.planning.role_engines import RoleEngines
 
 TIMEOUT_S = 60.0
 """Longest life of such a process; it takes 3 to 5 s on a quiet core."""

@@ -10,7 +10,7 @@ from pydantic import JsonValue
 
 from pdlaunch.checks.context import Context
 from pdlaunch.config.vllm_arguments import long_name, vllm_flag_name
-from pdlaunch.resolve.role_engines import RoleEngines
+from pdlaunch.planning.role_engines import RoleEngines
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from pdlaunch.checks.pair_rules import KV_LAYOUT, differing_place
 from pdlaunch.checks.rule import Found, rule
 from pdlaunch.config.model_files.shape import ModelShape, read_generation_config
 from pdlaunch.errors import ConfigError
-from pdlaunch.resolve.role_engines import RoleEngines
+from pdlaunch.planning.role_engines import RoleEngines
 
 _SAMPLING_DEFAULTS = (
     *("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty"),

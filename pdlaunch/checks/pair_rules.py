@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pdlaunch.checks.context import Context
 from pdlaunch.checks.memory_rules import cumem_setting
 from pdlaunch.checks.rule import Found, rule
-from pdlaunch.resolve.role_engines import RoleEngines
+from pdlaunch.planning.role_engines import RoleEngines
 
 KV_LAYOUT = "pdlaunch's KV layout and handshake."
 

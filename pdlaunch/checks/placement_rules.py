@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pdlaunch.checks.context import Context
 from pdlaunch.checks.rule import Found, rule
 from pdlaunch.config.roles import Role
-from pdlaunch.resolve.role_engines import RoleEngines
-from pdlaunch.resolve.roles import PlacedEngine
+from pdlaunch.planning.role_engines import RoleEngines
+from pdlaunch.planning.roles import PlacedEngine
 
 _OF_HOST = frozenset(("num_threads",))
 """Derived values that may differ between engines of one role."""

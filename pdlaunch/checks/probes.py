@@ -11,17 +11,17 @@ from pdlaunch.config.connectors import ConnectorImportError, connector_spec
 from pdlaunch.config.hosts import LOCAL
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import Role
-from pdlaunch.platform.availability import probe_port, why_not_importable, why_not_writable
-from pdlaunch.platform.engine_commands import (
+from pdlaunch.machine.availability import probe_port, why_not_importable, why_not_writable
+from pdlaunch.machine.engine_commands import (
     EngineCommand,
     EngineFlags,
     ask_engine_flags,
 )
-from pdlaunch.platform.facts import PortState
-from pdlaunch.platform.libraries import missing_modules
-from pdlaunch.resolve.models import weight_error
-from pdlaunch.resolve.resolve import ResolvedLaunch
-from pdlaunch.resolve.vllm_verification import engine_command_on
+from pdlaunch.machine.facts import PortState
+from pdlaunch.machine.libraries import missing_modules
+from pdlaunch.planning.models import weight_error
+from pdlaunch.planning.resolve import ResolvedLaunch
+from pdlaunch.planning.vllm_verification import engine_command_on
 
 EXTRAS = {
     "otel": ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http"),

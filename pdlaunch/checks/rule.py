@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from pdlaunch.checks.context import Context, Need
-from pdlaunch.platform.facts import Fact
+from pdlaunch.machine.facts import Fact
 
 Severity = Literal["error", "warning", "info"]
 

@@ -9,8 +9,8 @@ from typing import get_args
 from pdlaunch.checks.context import Context, Need, Probes, make_context
 from pdlaunch.checks.rule import Finding, Rule, Severity
 from pdlaunch.config.sources import Origin
-from pdlaunch.resolve.effective import effective_values
-from pdlaunch.resolve.resolve import ResolvedLaunch
+from pdlaunch.planning.effective import effective_values
+from pdlaunch.planning.resolve import ResolvedLaunch
 
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
 

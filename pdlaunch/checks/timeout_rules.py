@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from pdlaunch.checks.context import Context
 from pdlaunch.checks.rule import Found, rule
-from pdlaunch.resolve.step_time import least_step_s
+from pdlaunch.planning.step_time import least_step_s
 
 
 @rule(

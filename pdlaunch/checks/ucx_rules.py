@@ -26,7 +26,7 @@ from pdlaunch.config.ucx_variables import (
     network_variables,
     unknown_variables,
 )
-from pdlaunch.resolve.role_engines import RoleEngines
+from pdlaunch.planning.role_engines import RoleEngines
 
 _UCX = "UCX_TLS, UCX 1.19 as NIXL 1.5.1 ships it."
 _BARE_NAMES = sorted(name.removeprefix("UCX_") for name in KNOWN_VARIABLES)

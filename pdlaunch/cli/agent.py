@@ -15,17 +15,17 @@ from pdlaunch.cli.refusal import refuse
 from pdlaunch.cli.serve import standard_input
 from pdlaunch.cli.steady_output import steady_output
 from pdlaunch.errors import ConfigError, StartupError
-from pdlaunch.hosts.agent import (
+from pdlaunch.launch.events import SignalInbox
+from pdlaunch.launch.hosts.agent import (
     AgentRefusedError,
     AgentTimeoutError,
 )
-from pdlaunch.hosts.join import read_ticket
-from pdlaunch.hosts.permitted import allowed_executables
-from pdlaunch.hosts.sole_agent import sole_agent
+from pdlaunch.launch.hosts.join import read_ticket
+from pdlaunch.launch.hosts.permitted import allowed_executables
+from pdlaunch.launch.hosts.sole_agent import sole_agent
+from pdlaunch.launch.launch import check_platform
 from pdlaunch.observe.logs import setup_logging
-from pdlaunch.process.bootstrap import raise_open_files
-from pdlaunch.supervisor.events import SignalInbox
-from pdlaunch.supervisor.launch import check_platform
+from pdlaunch.protocol.process.bootstrap import raise_open_files
 
 
 def agent(

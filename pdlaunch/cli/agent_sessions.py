@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.text import Text
 
 from pdlaunch.errors import StartupError
-from pdlaunch.hosts.agent import AgentSession, SessionLostError
-from pdlaunch.hosts.agent_messages import Join
-from pdlaunch.hosts.join import JoinTicket
-from pdlaunch.platform.addresses import address_towards
-from pdlaunch.platform.engine_commands import find_engine_command
-from pdlaunch.platform.machine_file import encode_machine
-from pdlaunch.platform.probe import probe_machine
+from pdlaunch.launch.hosts.agent import AgentSession, SessionLostError
+from pdlaunch.launch.hosts.agent_messages import Join
+from pdlaunch.launch.hosts.join import JoinTicket
+from pdlaunch.machine.addresses import address_towards
+from pdlaunch.machine.engine_commands import find_engine_command
+from pdlaunch.machine.machine_file import encode_machine
+from pdlaunch.machine.probe import probe_machine
 
 _REJOIN_DELAY_S = 0.2
 

@@ -12,11 +12,11 @@ import typer
 
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.errors import ConfigError
-from pdlaunch.platform.facts import Machine
-from pdlaunch.platform.machine_file import AssumedMachine, read_machine_file
-from pdlaunch.platform.probe import probe_machine
-from pdlaunch.platform.profiles import PROFILES, find_profile
-from pdlaunch.resolve.roles import count_ranks
+from pdlaunch.machine.facts import Machine
+from pdlaunch.machine.machine_file import AssumedMachine, read_machine_file
+from pdlaunch.machine.probe import probe_machine
+from pdlaunch.machine.profiles import PROFILES, find_profile
+from pdlaunch.planning.roles import count_ranks
 
 AssumeOption = Annotated[
     str | None,

@@ -270,7 +270,7 @@ def run_module(
     Raises ``typer.Exit`` when it fails.
     """
     # -P: a folder named pdlaunch where the user stands is not the installed one.
-    command = [sys.executable, "-P", "-m", "pdlaunch.process.guarded", module, *arguments]
+    command = [sys.executable, "-P", "-m", "pdlaunch.protocol.process.guarded", module, *arguments]
     # In a session of its own Ctrl-C does not reach it: it ends with this process, silently.
     with subprocess.Popen(
         command,
@@ -305,7 +305,7 @@ def _model_dir(model: str) -> str:
         raise typer.Exit(2) from None
     if not resolved.ready:
         # Standard output is for the figures.
-        run_module("pdlaunch.models.convert", model, stdout=STDERR)
+        run_module("pdlaunch.engine.models.convert", model, stdout=STDERR)
     return str(resolved.cache_dir)
 
 

@@ -35,12 +35,12 @@ from pdlaunch.cli.preflight import probe_transport, refuse_running_engines
 from pdlaunch.cli.sarif import problems_sarif, report_sarif
 from pdlaunch.config.problems import InvalidConfigError, Problem
 from pdlaunch.config.sources import load_config
-from pdlaunch.engines.plan import kind_of
 from pdlaunch.errors import ConfigError
-from pdlaunch.platform.machine_file import AssumedMachine
-from pdlaunch.resolve.models import read_models, read_models_elsewhere
-from pdlaunch.resolve.planned_hosts import planned_hosts
-from pdlaunch.resolve.resolve import resolve_on
+from pdlaunch.launch.engines.plan import kind_of
+from pdlaunch.machine.machine_file import AssumedMachine
+from pdlaunch.planning.models import read_models, read_models_elsewhere
+from pdlaunch.planning.planned_hosts import planned_hosts
+from pdlaunch.planning.resolve import resolve_on
 
 Format = Literal["table", "json", "github", "sarif", "junit"]
 Platform = Literal["cuda", "cpu"]

@@ -25,9 +25,9 @@ from pdlaunch.config.settings import Setting, all_settings
 from pdlaunch.config.shown import ShownValue, changed_values, shown_values
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError
-from pdlaunch.resolve.effective import effective_settings
-from pdlaunch.resolve.planned_hosts import planned_hosts
-from pdlaunch.resolve.resolve import resolve_on
+from pdlaunch.planning.effective import effective_settings
+from pdlaunch.planning.planned_hosts import planned_hosts
+from pdlaunch.planning.resolve import resolve_on
 
 _REFERENCE_HEAD = """\
 # Settings

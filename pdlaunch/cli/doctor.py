@@ -21,14 +21,14 @@ from pdlaunch.config.external import UNIX, read_engine_url
 from pdlaunch.config.http_names import WILDCARDS, is_loopback
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import ROLES, EngineName, Role
-from pdlaunch.engines.kind import OF_RUNNING_ENGINES
 from pdlaunch.errors import ConfigError, PdlaunchError, ProtocolError
-from pdlaunch.platform.facts import Machine
-from pdlaunch.resolve.models import Model
-from pdlaunch.resolve.resolve import THIS_HOST, resolve
-from pdlaunch.watch.canary import BYTES_READ, SECONDS_READ, CanaryDied, send_canary
-from pdlaunch.watch.engine_api import Counts, EngineApi
-from pdlaunch.watch.handshake import SideChannel, shake_hands, side_channel_of
+from pdlaunch.http.watch.canary import BYTES_READ, SECONDS_READ, CanaryDied, send_canary
+from pdlaunch.http.watch.engine_api import Counts, EngineApi
+from pdlaunch.http.watch.handshake import SideChannel, shake_hands, side_channel_of
+from pdlaunch.launch.engines.kind import OF_RUNNING_ENGINES
+from pdlaunch.machine.facts import Machine
+from pdlaunch.planning.models import Model
+from pdlaunch.planning.resolve import THIS_HOST, resolve
 
 ASK_TIMEOUT_S = 10.0
 INFO_TIMEOUT_S = 60.0

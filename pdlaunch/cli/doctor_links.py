@@ -9,15 +9,15 @@ from urllib.parse import urlsplit
 import psutil
 
 from pdlaunch.config.http_names import is_loopback
-from pdlaunch.platform.addresses import address_towards, device_of
-from pdlaunch.platform.link_speed import (
+from pdlaunch.machine.addresses import address_towards, device_of
+from pdlaunch.machine.link_speed import (
     ExpectedSpeed,
     between_gpus,
     over_network,
     within_cpus,
 )
-from pdlaunch.platform.memory_speed import measure_copy_gigabytes_per_s
-from pdlaunch.platform.probe import probe_machine
+from pdlaunch.machine.memory_speed import measure_copy_gigabytes_per_s
+from pdlaunch.machine.probe import probe_machine
 
 _CPU_BUILD = "+cpu"
 """Ends the version of a vLLM that computes on CPUs."""

@@ -13,9 +13,9 @@ from rich.text import Text
 
 from pdlaunch.cli.engines import KeyOption, UrlOption
 from pdlaunch.cli.output import print_errors
-from pdlaunch.client.admin import admin_api
-from pdlaunch.client.changes import DrainOutcome, drain_engines, undrain_engines
 from pdlaunch.errors import PdlaunchError
+from pdlaunch.launch.client.admin import admin_api
+from pdlaunch.launch.client.changes import DrainOutcome, drain_engines, undrain_engines
 
 MAX_TIMEOUT_S = 850.0
 """Shorter than a command may take."""

@@ -12,9 +12,14 @@ from rich.table import Table
 from rich.text import Text
 
 from pdlaunch.cli.output import print_errors, safe
-from pdlaunch.client.admin import admin_api
-from pdlaunch.client.commands import SleepOutcome, restart_engine, sleep_engines, wake_engines
 from pdlaunch.errors import PdlaunchError
+from pdlaunch.launch.client.admin import admin_api
+from pdlaunch.launch.client.commands import (
+    SleepOutcome,
+    restart_engine,
+    sleep_engines,
+    wake_engines,
+)
 
 GIB = 1024**3
 

@@ -17,7 +17,7 @@ from pdlaunch.checks.rule import Finding
 from pdlaunch.checks.run import SEVERITIES, Report
 from pdlaunch.cli.output import safe
 from pdlaunch.config.problems import Problem
-from pdlaunch.platform.machine_file import AssumedMachine
+from pdlaunch.machine.machine_file import AssumedMachine
 
 STYLES = {"error": "red", "warning": "yellow", "info": "cyan"}
 _GITHUB_LEVELS = {"error": "error", "warning": "warning", "info": "notice"}

@@ -17,17 +17,17 @@ from pdlaunch.config.hosts import LOCAL
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import Role
 from pdlaunch.errors import ConfigError, StartupError
-from pdlaunch.hosts.agent_channel import AgentChannel, Joined, Lost, News, Told
-from pdlaunch.hosts.agent_messages import Look, Seen
-from pdlaunch.hosts.join import (
+from pdlaunch.launch.hosts.agent_channel import AgentChannel, Joined, Lost, News, Told
+from pdlaunch.launch.hosts.agent_messages import Look, Seen
+from pdlaunch.launch.hosts.join import (
     JoinKeys,
     held_join_file,
     new_join_keys,
     read_resume_file,
     write_join_files,
 )
-from pdlaunch.hosts.joined import joined_host
-from pdlaunch.hosts.placement.ray_cluster import (
+from pdlaunch.launch.hosts.joined import joined_host
+from pdlaunch.launch.hosts.placement.ray_cluster import (
     RayAgents,
     has_gpus,
     own_address,
@@ -36,11 +36,11 @@ from pdlaunch.hosts.placement.ray_cluster import (
     ray_cluster,
     stop_agents,
 )
-from pdlaunch.hosts.placement.slurm import slurm_join_file
-from pdlaunch.platform.addresses import default_address
-from pdlaunch.resolve.hosts import ResolvedHost
-from pdlaunch.resolve.resolve import ResolvedLaunch
-from pdlaunch.resolve.role_engines import RoleEngines
+from pdlaunch.launch.hosts.placement.slurm import slurm_join_file
+from pdlaunch.machine.addresses import default_address
+from pdlaunch.planning.hosts import ResolvedHost
+from pdlaunch.planning.resolve import ResolvedLaunch
+from pdlaunch.planning.role_engines import RoleEngines
 
 JOIN_FILE = "join.json"
 _ANSWER_TIMEOUT_S = 30.0

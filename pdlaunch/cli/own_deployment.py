@@ -12,10 +12,10 @@ from rich.console import Console
 
 from pdlaunch.cli.downloads import ShownDownloads
 from pdlaunch.cli.flags import to_command_line
-from pdlaunch.client.deployment import Deployment, running_deployment
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.settings import flag_name
-from pdlaunch.resolve.models import fetch_weights, read_models
+from pdlaunch.launch.client.deployment import Deployment, running_deployment
+from pdlaunch.planning.models import fetch_weights, read_models
 
 
 def refuse_address(flags: Mapping[str, object]) -> None:

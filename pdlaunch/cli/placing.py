@@ -14,12 +14,12 @@ from pdlaunch.cli.agent_sessions import introduction, serve_sessions
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.sources import LoadedConfig
 from pdlaunch.errors import ConfigError, StartupError
-from pdlaunch.hosts.join import read_ticket
-from pdlaunch.hosts.permitted import allowed_executables
-from pdlaunch.hosts.placement import slurm
-from pdlaunch.hosts.placement.ray_cluster import ray_bundles, ray_hosts
+from pdlaunch.launch.hosts.join import read_ticket
+from pdlaunch.launch.hosts.permitted import allowed_executables
+from pdlaunch.launch.hosts.placement import slurm
+from pdlaunch.launch.hosts.placement.ray_cluster import ray_bundles, ray_hosts
 from pdlaunch.observe.logs import setup_logging
-from pdlaunch.process.bootstrap import leave_ends_to_supervisor, raise_open_files
+from pdlaunch.protocol.process.bootstrap import leave_ends_to_supervisor, raise_open_files
 
 _LOOK_S = 0.5
 

@@ -26,19 +26,19 @@ from pdlaunch.cli.output import safe
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import ROLES
 from pdlaunch.config.sources import Origin
-from pdlaunch.engines.plan import kind_of, plan_processes
 from pdlaunch.errors import ConfigError
-from pdlaunch.platform.gpu_links import read_gpu_links
-from pdlaunch.platform.link_speed import HOST_SHARE, LINK_SHARES
-from pdlaunch.platform.memory_speed import measure_copy_gigabytes_per_s
+from pdlaunch.launch.engines.plan import kind_of, plan_processes
+from pdlaunch.launch.folders import new_launch_id
+from pdlaunch.launch.launch import check_platform, launch
+from pdlaunch.launch.pair_links import ReadLinks, gpu_links
+from pdlaunch.launch.ports import listening
+from pdlaunch.launch.status import LaunchStatus
+from pdlaunch.machine.gpu_links import read_gpu_links
+from pdlaunch.machine.link_speed import HOST_SHARE, LINK_SHARES
+from pdlaunch.machine.memory_speed import measure_copy_gigabytes_per_s
+from pdlaunch.planning.resolve import ResolvedLaunch, resolve_on
+from pdlaunch.planning.role_engines import Allocator
 from pdlaunch.protocol.control import PairReady
-from pdlaunch.resolve.resolve import ResolvedLaunch, resolve_on
-from pdlaunch.resolve.role_engines import Allocator
-from pdlaunch.supervisor.folders import new_launch_id
-from pdlaunch.supervisor.launch import check_platform, launch
-from pdlaunch.supervisor.pair_links import ReadLinks, gpu_links
-from pdlaunch.supervisor.ports import listening
-from pdlaunch.supervisor.status import LaunchStatus
 
 
 def refuse_errors(

@@ -13,8 +13,8 @@ from pdlaunch.cli.assume import AssumeOption, assumed
 from pdlaunch.cli.output import print_errors
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.errors import ConfigError
-from pdlaunch.platform.machine_file import encode_machine
-from pdlaunch.platform.probe import probe_machine
+from pdlaunch.machine.machine_file import encode_machine
+from pdlaunch.machine.probe import probe_machine
 
 
 def probe(assume: AssumeOption = None) -> None:

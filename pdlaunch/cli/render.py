@@ -26,18 +26,22 @@ from pdlaunch.cli.preflight import print_finding, refuse_running_engines
 from pdlaunch.cli.refusal import refuse
 from pdlaunch.cli.serve_command import ServeCommand
 from pdlaunch.config.sources import LoadedConfig, load_config
-from pdlaunch.engines.plan import kind_of
 from pdlaunch.errors import ConfigError
-from pdlaunch.hosts.join import new_join_keys
-from pdlaunch.render.compose import compose_endpoint, compose_file
-from pdlaunch.render.engines import engine_groups
-from pdlaunch.render.kubernetes import control_endpoint, kubernetes_objects, kubernetes_secret
-from pdlaunch.render.pods import JOIN_KEY, SUPERVISOR_KEY, PodLaunch, PodOptions
-from pdlaunch.render.settings import machine_names, place
-from pdlaunch.resolve.hosts import ResolvedHost
-from pdlaunch.resolve.models import read_models, read_models_elsewhere
-from pdlaunch.resolve.planned_hosts import planned_hosts
-from pdlaunch.resolve.resolve import ResolvedLaunch, resolve_on
+from pdlaunch.launch.engines.plan import kind_of
+from pdlaunch.launch.hosts.join import new_join_keys
+from pdlaunch.launch.render.compose import compose_endpoint, compose_file
+from pdlaunch.launch.render.engines import engine_groups
+from pdlaunch.launch.render.kubernetes import (
+    control_endpoint,
+    kubernetes_objects,
+    kubernetes_secret,
+)
+from pdlaunch.launch.render.pods import JOIN_KEY, SUPERVISOR_KEY, PodLaunch, PodOptions
+from pdlaunch.launch.render.settings import machine_names, place
+from pdlaunch.planning.hosts import ResolvedHost
+from pdlaunch.planning.models import read_models, read_models_elsewhere
+from pdlaunch.planning.planned_hosts import planned_hosts
+from pdlaunch.planning.resolve import ResolvedLaunch, resolve_on
 
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 _PLACEHOLDER_ADDRESS = "192.0.2.1"

@@ -23,18 +23,18 @@ from pdlaunch.config.external import DNS
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.problems import InvalidConfigError, Problem
 from pdlaunch.config.sources import load_config
-from pdlaunch.engines.plan import capabilities_over_http
 from pdlaunch.errors import ConfigError, ProtocolError, StartupError
+from pdlaunch.http.watch.engine_api import EngineApi
+from pdlaunch.launch.bootstraps import router_spec
+from pdlaunch.launch.engines.plan import capabilities_over_http
+from pdlaunch.launch.folders import new_launch_id
+from pdlaunch.launch.ports import listening
 from pdlaunch.observe.logs import setup_logging
-from pdlaunch.process.bootstrap import raise_open_files
-from pdlaunch.process.new_run_dir import new_run_dir
+from pdlaunch.protocol.process.bootstrap import raise_open_files
+from pdlaunch.protocol.process.new_run_dir import new_run_dir
 from pdlaunch.router.alone import AloneSpec, LoneRouter
 from pdlaunch.router.membership_sources import read_engines_file, to_member
 from pdlaunch.router.watched_engine import Member, WatchSettings
-from pdlaunch.supervisor.bootstraps import router_spec
-from pdlaunch.supervisor.folders import new_launch_id
-from pdlaunch.supervisor.ports import listening
-from pdlaunch.watch.engine_api import EngineApi
 
 ASK_TIMEOUT_S = 5.0
 

@@ -14,10 +14,10 @@ from rich.text import Text
 
 from pdlaunch.cli.engines import KeyOption, UrlOption
 from pdlaunch.cli.output import print_errors
-from pdlaunch.client.admin import admin_api
-from pdlaunch.client.changes import Change, ChangeOutcome, scale_engines, turn_engine
 from pdlaunch.config.roles import ROLES, Role
 from pdlaunch.errors import PdlaunchError
+from pdlaunch.launch.client.admin import admin_api
+from pdlaunch.launch.client.changes import Change, ChangeOutcome, scale_engines, turn_engine
 
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Say what would be started and stopped; do nothing.")

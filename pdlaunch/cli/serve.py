@@ -31,16 +31,16 @@ from pdlaunch.cli.status_line import StatusLine, reader_of
 from pdlaunch.cli.steady_output import steady_output
 from pdlaunch.config.roles import Role
 from pdlaunch.config.sources import LoadedConfig, load_config
-from pdlaunch.engines.plan import plan_processes
 from pdlaunch.errors import ConfigError, StartupError
-from pdlaunch.resolve.effective import effective_engines, effective_hosts
-from pdlaunch.resolve.models import Model, fetch_weights, read_models
-from pdlaunch.resolve.planned_hosts import planned_hosts
-from pdlaunch.resolve.resolve import ResolvedLaunch, resolve_on
-from pdlaunch.supervisor.folders import new_launch_id, new_log_dir
-from pdlaunch.supervisor.launch import LaunchOutcome, check_platform, launch
-from pdlaunch.supervisor.ports import check_engine_ports, listening
-from pdlaunch.supervisor.status import LaunchStatus
+from pdlaunch.launch.engines.plan import plan_processes
+from pdlaunch.launch.folders import new_launch_id, new_log_dir
+from pdlaunch.launch.launch import LaunchOutcome, check_platform, launch
+from pdlaunch.launch.ports import check_engine_ports, listening
+from pdlaunch.launch.status import LaunchStatus
+from pdlaunch.planning.effective import effective_engines, effective_hosts
+from pdlaunch.planning.models import Model, fetch_weights, read_models
+from pdlaunch.planning.planned_hosts import planned_hosts
+from pdlaunch.planning.resolve import ResolvedLaunch, resolve_on
 
 STDIN = 0
 """File descriptor."""

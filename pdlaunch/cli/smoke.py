@@ -18,13 +18,13 @@ from pdlaunch.cli.output import print_errors, safe
 from pdlaunch.cli.own_deployment import own_deployment, refuse_address
 from pdlaunch.cli.report.page import write_report
 from pdlaunch.cli.report.smoke import smoke_page
-from pdlaunch.client.deployment import Deployment
-from pdlaunch.client.smoke import Check, smoke, write_junit
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError, PdlaunchError
-from pdlaunch.platform.probe import probe_machine
-from pdlaunch.resolve.resolve import THIS_HOST, resolve
-from pdlaunch.resolve.role_engines import RoleEngines
+from pdlaunch.launch.client.deployment import Deployment
+from pdlaunch.launch.client.smoke import Check, smoke, write_junit
+from pdlaunch.machine.probe import probe_machine
+from pdlaunch.planning.resolve import THIS_HOST, resolve
+from pdlaunch.planning.role_engines import RoleEngines
 from pdlaunch.testing.chaos import chaos_environment, smoke_under_chaos
 
 

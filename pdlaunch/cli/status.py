@@ -12,8 +12,8 @@ from rich.text import Text
 
 from pdlaunch.cli.figures import amount, duration, percent, times
 from pdlaunch.cli.output import FormatOption, print_errors, print_json, print_table
-from pdlaunch.client.requests import read_status, reading_api
 from pdlaunch.errors import PdlaunchError
+from pdlaunch.launch.client.requests import read_status, reading_api
 from pdlaunch.observe.logs import escape_controls
 from pdlaunch.protocol.status import DeploymentStatus, EngineStatus, PairStatus
 

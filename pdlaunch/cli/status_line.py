@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from pdlaunch.cli.figures import amount, percent
-from pdlaunch.client.api import Api
-from pdlaunch.client.requests import read_status
 from pdlaunch.config.roles import ROLES
 from pdlaunch.errors import PdlaunchError
-from pdlaunch.process.run_dirs import running_launches
+from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.requests import read_status
+from pdlaunch.launch.states import LaunchPhase
+from pdlaunch.launch.status import LaunchStatus, Observer
+from pdlaunch.protocol.process.run_dirs import running_launches
 from pdlaunch.protocol.status import DeploymentStatus
-from pdlaunch.supervisor.states import LaunchPhase
-from pdlaunch.supervisor.status import LaunchStatus, Observer
 
 EVERY_S = 10.0
 DRAIN_EVERY_S = 2.0

@@ -18,9 +18,9 @@ from pdlaunch.cli.keys import read_keys, single_keys
 from pdlaunch.cli.output import print_errors
 from pdlaunch.cli.status import ApiKeyOption, UrlArgument
 from pdlaunch.cli.top_view import Screen, Snapshot, lay_out, shown_requests
-from pdlaunch.client.api import Api
-from pdlaunch.client.requests import read_requests, read_status, read_trace, reading_api
 from pdlaunch.errors import PdlaunchError
+from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.requests import read_requests, read_status, read_trace, reading_api
 
 NUM_REQUESTS = 50
 READ_TIMEOUT_S = 5.0

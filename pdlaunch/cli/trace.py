@@ -18,8 +18,8 @@ from pdlaunch.cli.engines import UrlOption
 from pdlaunch.cli.output import print_errors
 from pdlaunch.cli.perfetto import trace_events
 from pdlaunch.cli.waterfall import print_trace
-from pdlaunch.client.requests import find_ids, read_trace, reading_api
 from pdlaunch.errors import PdlaunchError
+from pdlaunch.launch.client.requests import find_ids, read_trace, reading_api
 from pdlaunch.protocol.ids import HttpRequestId
 from pdlaunch.protocol.requests import RequestTrace
 

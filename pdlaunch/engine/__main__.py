@@ -8,8 +8,8 @@ import os
 
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.observe.logs import setup_logging
-from pdlaunch.process.bootstrap import read_bootstrap
 from pdlaunch.protocol.control import Failed
+from pdlaunch.protocol.process.bootstrap import read_bootstrap
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +24,9 @@ def main() -> None:
     # a fifth of the start. ``RankProcess.run`` turns the collector on.
     gc.disable()
     # Imported here so that the parent guard is up during the seconds that torch takes.
+    from pdlaunch.engine.models.lean_imports import import_lean_transformers
+    from pdlaunch.engine.models.tensor_parallel import says_that_a_rank_is_gone
     from pdlaunch.engine.rank import RankProcess
-    from pdlaunch.models.lean_imports import import_lean_transformers
-    from pdlaunch.models.tensor_parallel import says_that_a_rank_is_gone
 
     # Not tried on a GPU yet, where libraries may want what it leaves out.
     if bootstrap.engine().device == "cpu":

@@ -7,10 +7,10 @@ import msgspec
 from pdlaunch.engine.host_loads import HostLoads
 from pdlaunch.engine.in_flight import StepsInFlight
 from pdlaunch.engine.kv_requests import BlockLeases, BlockPulls
+from pdlaunch.engine.kvcache.manager import KVCacheManager
 from pdlaunch.engine.queues import RequestQueues
 from pdlaunch.engine.request import Request
 from pdlaunch.engine.step_builder import StepBuilder
-from pdlaunch.kvcache.manager import KVCacheManager
 from pdlaunch.protocol.costs import EngineCosts, EngineReport
 from pdlaunch.protocol.engine import EngineStats
 from pdlaunch.protocol.transfer import PullFinished

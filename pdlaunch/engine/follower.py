@@ -9,10 +9,10 @@ import zmq
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engine.channels import FollowerChannel
+from pdlaunch.engine.offload.worker import OffloadWorker
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.engine.sleep import POLL_S, RankSleeper
 from pdlaunch.engine.step import SleepRank, StepDone, StepPlan, StopRank, WakeRank
-from pdlaunch.offload.worker import OffloadWorker
 from pdlaunch.protocol.control import SleepState
 from pdlaunch.transfer.thread import TransferThread
 

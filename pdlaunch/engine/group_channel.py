@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import zmq
 
 from pdlaunch.errors import StartupError, TransferError
-from pdlaunch.platform.addresses import tcp_endpoint
+from pdlaunch.machine.addresses import tcp_endpoint
 from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.protocol.wire import MAX_FRAME_BYTES
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import msgspec
 
+from pdlaunch.engine.kvcache.manager import KVCacheManager
+from pdlaunch.engine.offload.jobs import JobFinished, OffloadJob
+from pdlaunch.engine.offload.planner import HostHit, OffloadPlanner
 from pdlaunch.engine.request import Request
-from pdlaunch.kvcache.manager import KVCacheManager
-from pdlaunch.offload.jobs import JobFinished, OffloadJob
-from pdlaunch.offload.planner import HostHit, OffloadPlanner
 from pdlaunch.protocol.engine import EngineStats
 
 

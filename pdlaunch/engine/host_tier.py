@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.engine.offload.host_memory import AllocationProgress
+from pdlaunch.engine.offload.planner import OffloadPlanner
+from pdlaunch.engine.offload.policies import ARC, LRU, EvictionPolicy
+from pdlaunch.engine.offload.tier import ChunkKey, HeadSlice, HostTier
+from pdlaunch.engine.offload.worker import OffloadWorker
 from pdlaunch.engine.runner import ModelRunner
-from pdlaunch.integrity.checksum import KVHasher
-from pdlaunch.offload.host_memory import AllocationProgress
-from pdlaunch.offload.planner import OffloadPlanner
-from pdlaunch.offload.policies import ARC, LRU, EvictionPolicy
-from pdlaunch.offload.tier import ChunkKey, HeadSlice, HostTier
-from pdlaunch.offload.worker import OffloadWorker
 from pdlaunch.transfer.connectors.opening import rank_part
+from pdlaunch.transfer.integrity.checksum import KVHasher
 
 
 def new_offload_worker(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.engine.kvcache.groups import KVCacheLayout
+from pdlaunch.engine.memory.kv_memory import KVMemory
+from pdlaunch.engine.models.tensor_parallel import TPGroup
 from pdlaunch.errors import ConfigError
-from pdlaunch.kvcache.groups import KVCacheLayout
-from pdlaunch.memory.kv_memory import KVMemory
-from pdlaunch.models.tensor_parallel import TPGroup
 
 _MOST_SPARED = 0.05
 """Share of a GPU that is left free at most, for CUDA contexts, libraries and graphs."""

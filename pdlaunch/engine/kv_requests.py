@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pdlaunch.config.kv_transfer import KVTransferSettings
+from pdlaunch.engine.kvcache.manager import KVCacheManager, PrefixHit
 from pdlaunch.engine.request import Request
-from pdlaunch.kvcache.manager import KVCacheManager, PrefixHit
 from pdlaunch.protocol.engine import FinishReason, TokenOutput
 from pdlaunch.protocol.ids import EngineId, LeaseId, PullId, lease_of
 from pdlaunch.protocol.kv_params import FirstToken, RemoteKV

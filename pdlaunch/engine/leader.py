@@ -12,14 +12,14 @@ import zmq
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engine.channels import LeaderChannel, ServerLink
+from pdlaunch.engine.offload.jobs import JobMerger
+from pdlaunch.engine.offload.worker import OffloadWorker
 from pdlaunch.engine.runner import LaunchedStep, ModelRunner
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.sleep import RankSleeper, SleepCoordinator
 from pdlaunch.engine.step import SleepRank, StepPlan, StopRank, WakeRank
 from pdlaunch.engine.step_costs import StepModel, work_of
 from pdlaunch.engine.tp_events import EventAggregator
-from pdlaunch.offload.jobs import JobMerger
-from pdlaunch.offload.worker import OffloadWorker
 from pdlaunch.protocol.control import SleepState
 from pdlaunch.protocol.costs import EngineReport
 from pdlaunch.protocol.engine import (

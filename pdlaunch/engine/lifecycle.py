@@ -15,16 +15,16 @@ from pdlaunch.engine.histograms import Histograms
 from pdlaunch.engine.host_loads import HostLoads
 from pdlaunch.engine.in_flight import StepsInFlight
 from pdlaunch.engine.kv_requests import BlockLeases, BlockPulls
+from pdlaunch.engine.kvcache.groups import KVCacheGroup
+from pdlaunch.engine.kvcache.manager import KVCacheManager, PrefixHit
+from pdlaunch.engine.offload.jobs import JobFinished
+from pdlaunch.engine.offload.planner import HostHit, OffloadPlanner
 from pdlaunch.engine.outputs import RequestOutputs
 from pdlaunch.engine.queues import RequestQueues
 from pdlaunch.engine.registrations import Registrations
 from pdlaunch.engine.request import Intake, Phase, Request
 from pdlaunch.engine.request_blocks import RequestBlocks
 from pdlaunch.engine.step_builder import StepBuilder
-from pdlaunch.kvcache.groups import KVCacheGroup
-from pdlaunch.kvcache.manager import KVCacheManager, PrefixHit
-from pdlaunch.offload.jobs import JobFinished
-from pdlaunch.offload.planner import HostHit, OffloadPlanner
 from pdlaunch.protocol.engine import WITHDRAWN, AddRequest, FinishReason, TokenOutput
 from pdlaunch.protocol.ids import EngineId, LeaseId, RequestId, lease_of
 from pdlaunch.protocol.kv_params import RemoteKV

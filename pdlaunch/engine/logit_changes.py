@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from pdlaunch.engine.device_copies import upload, upload_array
-from pdlaunch.models.packed import FloatArray, IntArray
+from pdlaunch.engine.models.packed import FloatArray, IntArray
 from pdlaunch.protocol.engine import SamplingParams
 
 LEAST_TEMPERATURE = 0.01

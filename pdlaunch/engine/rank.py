@@ -23,18 +23,15 @@ from pdlaunch.engine.group_channel import FollowerExchange, LeaderExchange, requ
 from pdlaunch.engine.host_tier import new_offload_planner, new_offload_worker
 from pdlaunch.engine.leader import Leader
 from pdlaunch.engine.lifecycle import RequestLifecycle
+from pdlaunch.engine.models.tensor_parallel import TPGroup, init_tp_group
+from pdlaunch.engine.offload.worker import OffloadWorker
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.stay_awake import StayAwake
 from pdlaunch.engine.step_costs import AttentionShares, StepModel, limits_of
 from pdlaunch.engine.warm_up import Measurement
 from pdlaunch.errors import StartupError
-from pdlaunch.models.tensor_parallel import TPGroup, init_tp_group
-from pdlaunch.offload.worker import OffloadWorker
-from pdlaunch.platform.addresses import tcp_endpoint
-from pdlaunch.process.bootstrap import OVER_HOSTS, Bootstrap, leave_ends_to_supervisor
-from pdlaunch.process.control_client import ControlClient, Heartbeat
-from pdlaunch.process.step_record import StepRecord
+from pdlaunch.machine.addresses import tcp_endpoint
 from pdlaunch.protocol.changes import Answered, AwaitIdle
 from pdlaunch.protocol.control import (
     Address,
@@ -51,6 +48,9 @@ from pdlaunch.protocol.control import (
     Suspects,
 )
 from pdlaunch.protocol.ids import EngineId
+from pdlaunch.protocol.process.bootstrap import OVER_HOSTS, Bootstrap, leave_ends_to_supervisor
+from pdlaunch.protocol.process.control_client import ControlClient, Heartbeat
+from pdlaunch.protocol.process.step_record import StepRecord
 from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.transfer.channel.handshake import RankIdentity, draw_engine_id
 from pdlaunch.transfer.connectors.no_connector import NoConnector

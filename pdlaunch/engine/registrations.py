@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pdlaunch.engine.host_loads import HostLoads
+from pdlaunch.engine.kvcache.manager import KVCacheManager
 from pdlaunch.engine.request import Request
-from pdlaunch.kvcache.manager import KVCacheManager
 
 
 class Registrations:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import enum
 from typing import NamedTuple
 
+from pdlaunch.engine.kvcache.block_table import BlockTables
+from pdlaunch.engine.kvcache.hashing import TokenHasher, root_hash
+from pdlaunch.engine.kvcache.manager import KVCacheManager
 from pdlaunch.engine.request_spans import RequestSpans
-from pdlaunch.kvcache.block_table import BlockTables
-from pdlaunch.kvcache.hashing import TokenHasher, root_hash
-from pdlaunch.kvcache.manager import KVCacheManager
-from pdlaunch.process.step_record import SUSPECT_BIT
 from pdlaunch.protocol.engine import AddRequest, FinishReason
 from pdlaunch.protocol.ids import PullId, RequestId
+from pdlaunch.protocol.process.step_record import SUSPECT_BIT
 
 
 class Phase(enum.Enum):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from pdlaunch.engine.kvcache.manager import KVCacheManager, PrefixHit
 from pdlaunch.engine.request import Request
-from pdlaunch.kvcache.manager import KVCacheManager, PrefixHit
 
 
 class RequestBlocks:

@@ -18,23 +18,23 @@ from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.model_files.shape import DTYPE_BYTES, read_model_shape
 from pdlaunch.engine.device_copies import Download, upload_array
 from pdlaunch.engine.kv_cache import allocate_kv_cache, count_kv_blocks
+from pdlaunch.engine.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.engine.latest_tokens import LatestTokens
+from pdlaunch.engine.memory.cumem_pools import open_memory_pools
+from pdlaunch.engine.memory.kv_memories import open_kv_memory
+from pdlaunch.engine.memory.pools import KV_CACHE, TAGS, WEIGHTS, MemoryPools
+from pdlaunch.engine.models.attention import AttentionBackend
+from pdlaunch.engine.models.decoder import Decoder, TransformersDecoder
+from pdlaunch.engine.models.loader import load_model, reload_model
+from pdlaunch.engine.models.packed import PackedBatch
+from pdlaunch.engine.models.progress import ReportProgress
+from pdlaunch.engine.models.tensor_parallel import Shard, TPGroup
+from pdlaunch.engine.models.torch_attention import TorchAttention
+from pdlaunch.engine.models.weights import digest_model
 from pdlaunch.engine.rows import Row, RowTable
 from pdlaunch.engine.sampler import DrawnTokens, draw_tokens
 from pdlaunch.engine.step import ScheduledRow, StepOutput, StepPlan
 from pdlaunch.engine.warm_up import Measurement, WarmUp
-from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
-from pdlaunch.memory.cumem_pools import open_memory_pools
-from pdlaunch.memory.kv_memories import open_kv_memory
-from pdlaunch.memory.pools import KV_CACHE, TAGS, WEIGHTS, MemoryPools
-from pdlaunch.models.attention import AttentionBackend
-from pdlaunch.models.decoder import Decoder, TransformersDecoder
-from pdlaunch.models.loader import load_model, reload_model
-from pdlaunch.models.packed import PackedBatch
-from pdlaunch.models.progress import ReportProgress
-from pdlaunch.models.tensor_parallel import Shard, TPGroup
-from pdlaunch.models.torch_attention import TorchAttention
-from pdlaunch.models.weights import digest_model
 
 if TYPE_CHECKING:
     from pdlaunch.engine.step_graphs import StepGraphs
@@ -343,7 +343,7 @@ class ModelRunner:
 
     def _new_decoder(self) -> Decoder:
         if self._device.type == "cuda":
-            from pdlaunch.models.fused_decoder import FusedDecoder, can_fuse
+            from pdlaunch.engine.models.fused_decoder import FusedDecoder, can_fuse
 
             if can_fuse(self._model):
                 return FusedDecoder(self._model)
@@ -352,7 +352,7 @@ class ModelRunner:
     def _new_attention(self) -> AttentionBackend:
         if self._device.type == "cpu":
             return TorchAttention(self.layout, self.kv_cache)
-        from pdlaunch.models.triton_attention import TritonAttention
+        from pdlaunch.engine.models.triton_attention import TritonAttention
 
         return TritonAttention(self.layout, self.kv_cache)
 
@@ -367,8 +367,8 @@ class ModelRunner:
         """
         if not self._has_graphs:
             return None
+        from pdlaunch.engine.models.triton_attention import TritonAttention
         from pdlaunch.engine.step_graphs import StepGraphs
-        from pdlaunch.models.triton_attention import TritonAttention
 
         assert isinstance(self._attention, TritonAttention)
         return StepGraphs(

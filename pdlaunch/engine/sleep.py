@@ -17,10 +17,10 @@ import math
 from collections.abc import Callable, Collection
 from typing import Protocol
 
+from pdlaunch.engine.memory.pools import TAGS
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.step import SleepRank, SleepReport, WakeRank
 from pdlaunch.errors import ConfigError, MemoryPoolError, TransferError
-from pdlaunch.memory.pools import TAGS
 from pdlaunch.protocol.control import SleepState
 from pdlaunch.protocol.engine import EngineStats, Sleep, SleepReply, WakeUp
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import zmq
 
-from pdlaunch.platform.kernel import sleep_precisely
+from pdlaunch.machine.kernel import sleep_precisely
 from pdlaunch.transfer.thread import TransferThread
 
 SLEEP_S = 20e-6

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from pdlaunch.engine.offload.jobs import OffloadJob
 from pdlaunch.engine.request import Request
 from pdlaunch.engine.step import NewBlocks, NewRow, RowTokens, ScheduledRow, StepPlan
-from pdlaunch.offload.jobs import OffloadJob
 from pdlaunch.protocol.transfer import TransferCommand
 
 _ROUNDED_OFF = 1e-6

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.model_files.shape import ModelShape
+from pdlaunch.engine.kvcache.groups import KVCacheLayout
 from pdlaunch.engine.step import StepPlan
-from pdlaunch.kvcache.groups import KVCacheLayout
 from pdlaunch.observe.online_fit import MAX_SURPRISE, NOISE, OnlineFit
 from pdlaunch.protocol.costs import MAX_SLOWDOWN, EngineCosts, StepCosts, StepWork
 

@@ -18,14 +18,14 @@ import torch
 
 from pdlaunch.engine.device_copies import upload_array
 from pdlaunch.engine.latest_tokens import LatestTokens
+from pdlaunch.engine.models.decoder import Decoder
+from pdlaunch.engine.models.packed import PackedBatch
+from pdlaunch.engine.models.progress import ReportProgress
+from pdlaunch.engine.models.step_inputs import GraphInputs, GraphShape, Staging, tiles_of
 from pdlaunch.engine.sampler import likeliest_tokens
-from pdlaunch.models.decoder import Decoder
-from pdlaunch.models.packed import PackedBatch
-from pdlaunch.models.progress import ReportProgress
-from pdlaunch.models.step_inputs import GraphInputs, GraphShape, Staging, tiles_of
 
 if TYPE_CHECKING:
-    from pdlaunch.models.triton_attention import TritonAttention
+    from pdlaunch.engine.models.triton_attention import TritonAttention
 
 Graph = TypeVar("Graph")
 Step = Callable[[], tuple[torch.Tensor, torch.Tensor]]

@@ -16,8 +16,6 @@ from collections.abc import Awaitable, Callable, Coroutine
 
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.observe.logs import setup_logging
-from pdlaunch.process.bootstrap import Bootstrap, read_bootstrap
-from pdlaunch.process.control_client import ControlClient, Heartbeat
 from pdlaunch.protocol.control import (
     Address,
     Capabilities,
@@ -28,6 +26,8 @@ from pdlaunch.protocol.control import (
     Stop,
     ToSupervisor,
 )
+from pdlaunch.protocol.process.bootstrap import Bootstrap, read_bootstrap
+from pdlaunch.protocol.process.control_client import ControlClient, Heartbeat
 from pdlaunch.protocol.sockets import SecureContext
 
 SHUTDOWN_TIMEOUT_S = 1.0

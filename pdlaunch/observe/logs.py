@@ -33,7 +33,7 @@ def escape_controls(text: str) -> str:
 
 
 class _LineFormatter(logging.Formatter):
-    """Writes ``2026-01-31T12:00:00.123Z INFO prefill-0 pdlaunch.server.app [request-id] text``."""
+    """Writes ``2026-01-31T12:00:00.123Z INFO prefill-0 pdlaunch.router.app [request-id] text``."""
 
     def __init__(self, process: str) -> None:
         super().__init__()

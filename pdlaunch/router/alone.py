@@ -22,10 +22,10 @@ from pdlaunch.config.http_names import local_url
 from pdlaunch.http.admission import Admission
 from pdlaunch.http.connections import HttpRunner
 from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S
-from pdlaunch.process.bootstrap import RouterSpec
-from pdlaunch.process.run_dirs import ADMIN_SOCKET, LaunchCard
 from pdlaunch.protocol.changes import Answered, ChangeEngines, SetDrained
 from pdlaunch.protocol.control import Restart, Restarting
+from pdlaunch.protocol.process.bootstrap import RouterSpec
+from pdlaunch.protocol.process.run_dirs import ADMIN_SOCKET, LaunchCard
 from pdlaunch.router.admin_socket import listen_at_admin_socket
 from pdlaunch.router.app import RouterApp
 from pdlaunch.router.engine_client import EngineClient, EngineTimeouts

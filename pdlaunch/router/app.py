@@ -23,8 +23,8 @@ from pdlaunch.http.app import (
 from pdlaunch.http.errors import json_response
 from pdlaunch.http.guard import Guard
 from pdlaunch.observe.metrics import METRICS_CONTENT_TYPE
-from pdlaunch.process.bootstrap import RouterSpec
 from pdlaunch.protocol.openai.responses import ModelCard
+from pdlaunch.protocol.process.bootstrap import RouterSpec
 from pdlaunch.router.admin import Admin
 from pdlaunch.router.admin_engines import EngineCommands
 from pdlaunch.router.admin_socket import came_through_admin_socket

@@ -7,11 +7,11 @@ from typing import Any
 
 import msgspec
 
+from pdlaunch.http.watch.usage import CACHED_AT_PREFILL
 from pdlaunch.protocol.ids import LeaseId
 from pdlaunch.protocol.openai.responses import REPORT_KEY, WORK_KEY
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_stream import Chunk
-from pdlaunch.watch.usage import CACHED_AT_PREFILL
 
 
 class Handover(msgspec.Struct, frozen=True, kw_only=True):

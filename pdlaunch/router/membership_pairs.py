@@ -9,8 +9,8 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
+from pdlaunch.http.watch.canary import Proof
 from pdlaunch.protocol.due_pairs import Pair, due_pairs
-from pdlaunch.watch.canary import Proof
 
 Results = Mapping[Pair, Proof | str]
 """Outcomes of canaries: a proof, or the reason why there is none. Pairs without one are missing."""

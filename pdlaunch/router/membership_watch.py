@@ -21,6 +21,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequen
 from pdlaunch.config.external import is_allowed
 from pdlaunch.config.roles import EngineName, Role
 from pdlaunch.errors import RequestError
+from pdlaunch.http.watch.engine_api import EngineApi
 from pdlaunch.protocol.control import PairSuspect, Registry
 from pdlaunch.protocol.due_pairs import due_pairs
 from pdlaunch.router.engine import Engine
@@ -29,7 +30,6 @@ from pdlaunch.router.membership import AnnouncedMembership
 from pdlaunch.router.membership_pairs import judge
 from pdlaunch.router.pair_canaries import CanaryOutcome, PairCanaries
 from pdlaunch.router.watched_engine import Member, WatchedEngine, WatchSettings
-from pdlaunch.watch.engine_api import EngineApi
 
 _logger = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
 from typing import Any, Literal
 
 from pdlaunch.errors import ProtocolError
+from pdlaunch.http.watch.canary import CanaryDied, Proof, send_canary
 from pdlaunch.protocol.control import PairReady
 from pdlaunch.protocol.due_pairs import Pair
 from pdlaunch.router.membership_pairs import Results
 from pdlaunch.router.watched_engine import WatchedEngine, WatchSettings
-from pdlaunch.watch.canary import CanaryDied, Proof, send_canary
 
 CanaryOutcome = Literal["proven", "failed"]
 

@@ -17,8 +17,6 @@ from pdlaunch.config.http_names import local_url
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.http.connections import HttpRunner, fit_connections, fit_requests
 from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S, Supervised
-from pdlaunch.process.bootstrap import LISTEN_BACKLOG, RouterSpec
-from pdlaunch.process.run_dirs import ADMIN_SOCKET, LaunchCard
 from pdlaunch.protocol.certificates import client_context
 from pdlaunch.protocol.changes import Answered, AwaitIdle, EngineIdle
 from pdlaunch.protocol.control import (
@@ -32,6 +30,8 @@ from pdlaunch.protocol.control import (
     Stop,
     Suspects,
 )
+from pdlaunch.protocol.process.bootstrap import LISTEN_BACKLOG, RouterSpec
+from pdlaunch.protocol.process.run_dirs import ADMIN_SOCKET, LaunchCard
 from pdlaunch.router.admin_socket import listen_at_admin_socket
 from pdlaunch.router.app import RouterApp
 from pdlaunch.router.cost_policy import LeastCost

@@ -35,9 +35,9 @@ from pdlaunch.http.headers import (
 from pdlaunch.http.ignored_fields import IgnoredFields
 from pdlaunch.http.large_inputs import LARGE_BODY_BYTES, LargeInputs
 from pdlaunch.http.sse import ClientStream, EventStream
-from pdlaunch.process.bootstrap import RouterSpec
 from pdlaunch.protocol.costs import ROUTE_HEADER, WANTS_PAIR
 from pdlaunch.protocol.ids import HopId, HttpRequestId
+from pdlaunch.protocol.process.bootstrap import RouterSpec
 from pdlaunch.router.answers import StreamedAnswer, WholeAnswer
 from pdlaunch.router.client_request import (
     CHAT,

@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Collection
 from typing import Any
 
+from pdlaunch.http.watch.usage import num_recomputed
 from pdlaunch.protocol.ids import HopId, LeaseId
 from pdlaunch.router.engine import Engine, EngineKey
 from pdlaunch.router.engine_errors import malformed_is_failure
@@ -15,7 +16,6 @@ from pdlaunch.router.engine_stream import Chunk
 from pdlaunch.router.handed_prompts import HandedPrompt, HandedPrompts
 from pdlaunch.router.handover import Handover
 from pdlaunch.router.state import RouterState
-from pdlaunch.watch.usage import num_recomputed
 
 
 class PromptLease:

@@ -15,10 +15,10 @@ from typing import Any
 import msgspec
 
 from pdlaunch.errors import OverloadedError, RequestError
+from pdlaunch.http.watch.engine_api import Counts, is_vllm_busy
 from pdlaunch.protocol.control import PairSuspect
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.state import RouterState
-from pdlaunch.watch.engine_api import Counts, is_vllm_busy
 
 IDLE_TIMEOUT_S = 600.0
 IDLE_POLL_S = 0.2

@@ -24,9 +24,9 @@ import msgspec
 import zmq
 
 from pdlaunch.config.models import LaunchConfig
-from pdlaunch.engines.native import python_command
-from pdlaunch.hosts.agent_channel import AgentChannel, Joined, News, Told
-from pdlaunch.hosts.agent_messages import (
+from pdlaunch.launch.engines.native import python_command
+from pdlaunch.launch.hosts.agent_channel import AgentChannel, Joined, News, Told
+from pdlaunch.launch.hosts.agent_messages import (
     AgentWelcome,
     Beat,
     FromAgent,
@@ -37,10 +37,10 @@ from pdlaunch.hosts.agent_messages import (
     from_agent,
     to_agent,
 )
-from pdlaunch.hosts.join import JoinTicket, new_join_keys
-from pdlaunch.platform.machine_file import encode_machine
-from pdlaunch.platform.probe import probe_machine
-from pdlaunch.process.bootstrap import raise_open_files
+from pdlaunch.launch.hosts.join import JoinTicket, new_join_keys
+from pdlaunch.machine.machine_file import encode_machine
+from pdlaunch.machine.probe import probe_machine
+from pdlaunch.protocol.process.bootstrap import raise_open_files
 from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.testing.simulated_engines import SOCKETS_PER_CONTEXT
 

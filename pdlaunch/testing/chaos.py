@@ -17,11 +17,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-from pdlaunch.client.admin import admin_api
-from pdlaunch.client.api import Api
-from pdlaunch.client.deployment import Deployment
-from pdlaunch.client.smoke import Check, engines_of
 from pdlaunch.errors import PdlaunchError
+from pdlaunch.launch.client.admin import admin_api
+from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.deployment import Deployment
+from pdlaunch.launch.client.smoke import Check, engines_of
 from pdlaunch.testing.soak import SoakOptions, SoakReport, make_cases, run_load, soak_session
 
 NUM_REQUESTS = 60

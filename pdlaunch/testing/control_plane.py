@@ -25,23 +25,23 @@ import zmq
 
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import PAIR, Role
-from pdlaunch.engines.native import NativeEngine, light_environment, python_command
-from pdlaunch.engines.plan import with_peers
-from pdlaunch.hosts.children import Children
-from pdlaunch.hosts.host import MessageReceived, ProcessExited
-from pdlaunch.hosts.local import LocalHost
-from pdlaunch.process.bootstrap import Bootstrap, raise_open_files
-from pdlaunch.process.engine_ports import EnginePorts
+from pdlaunch.launch.bootstraps import router_spec
+from pdlaunch.launch.engines.native import NativeEngine, light_environment, python_command
+from pdlaunch.launch.engines.plan import with_peers
+from pdlaunch.launch.events import Event, EventQueue, SignalInbox, StopRequested
+from pdlaunch.launch.hangs import HangLimits, heartbeat_s
+from pdlaunch.launch.hosts.children import Children
+from pdlaunch.launch.hosts.host import MessageReceived, ProcessExited
+from pdlaunch.launch.hosts.local import LocalHost
+from pdlaunch.launch.launch import drive
+from pdlaunch.launch.shutdown import Grace
+from pdlaunch.launch.status import LaunchStatus
+from pdlaunch.launch.supervisor import Supervisor, Timing
+from pdlaunch.planning.plan import Plan, ProcessSpec
 from pdlaunch.protocol.control import FromSupervisor, Stop, from_supervisor
+from pdlaunch.protocol.process.bootstrap import Bootstrap, raise_open_files
+from pdlaunch.protocol.process.engine_ports import EnginePorts
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
-from pdlaunch.resolve.plan import Plan, ProcessSpec
-from pdlaunch.supervisor.bootstraps import router_spec
-from pdlaunch.supervisor.events import Event, EventQueue, SignalInbox, StopRequested
-from pdlaunch.supervisor.hangs import HangLimits, heartbeat_s
-from pdlaunch.supervisor.launch import drive
-from pdlaunch.supervisor.shutdown import Grace
-from pdlaunch.supervisor.status import LaunchStatus
-from pdlaunch.supervisor.supervisor import Supervisor, Timing
 from pdlaunch.testing import agent_costs, route_costs
 
 HANG_TIMEOUT_S = 60.0

@@ -7,8 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from pdlaunch.offload.jobs import JobFinished, OffloadJob
-from pdlaunch.offload.worker import OffloadWorker
+from pdlaunch.engine.offload.jobs import JobFinished, OffloadJob
+from pdlaunch.engine.offload.worker import OffloadWorker
 from pdlaunch.testing.faults import FaultPlan
 
 _TIMER_SLACK_S = 0.001

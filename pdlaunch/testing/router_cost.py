@@ -30,8 +30,8 @@ from typing import Any, Literal
 import msgspec
 import psutil
 
-from pdlaunch.client.deployment import held_port
 from pdlaunch.errors import PdlaunchError
+from pdlaunch.launch.client.deployment import held_port
 from pdlaunch.testing.plain_engine import MODEL, STAMP
 
 Router = Literal["pdlaunch", "vllm-router", "none"]

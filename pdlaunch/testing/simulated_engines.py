@@ -18,7 +18,6 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 
 from pdlaunch.observe.metrics import render_metrics
-from pdlaunch.process.bootstrap import raise_open_files
 from pdlaunch.protocol.control import (
     Address,
     Alive,
@@ -32,6 +31,7 @@ from pdlaunch.protocol.control import (
     to_supervisor,
 )
 from pdlaunch.protocol.ids import EngineId
+from pdlaunch.protocol.process.bootstrap import raise_open_files
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext
 
 SOCKETS_PER_CONTEXT = 400
@@ -163,7 +163,7 @@ _PAGE: web.AppKey[bytes] = web.AppKey("page", bytes)
 
 def _page() -> bytes:
     """Return the page of an engine that has done nothing."""
-    from pdlaunch.server.metrics import ServerMetrics
+    from pdlaunch.engine.server.metrics import ServerMetrics
 
     registry = CollectorRegistry()
     ServerMetrics(registry, engine="simulated", role="decode", model_name="simulated")

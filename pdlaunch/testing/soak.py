@@ -20,10 +20,10 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from pdlaunch.client.admin import admin_api
-from pdlaunch.client.integrity import await_idle, engine_totals
-from pdlaunch.client.smoke import engines_of
 from pdlaunch.errors import PdlaunchError
+from pdlaunch.launch.client.admin import admin_api
+from pdlaunch.launch.client.integrity import await_idle, engine_totals
+from pdlaunch.launch.client.smoke import engines_of
 from pdlaunch.protocol.costs import ROUTE_HEADER, WANTS_PAIR
 from pdlaunch.testing.answers import ReceivedAnswer, collect_stream, difference, read_answer
 

@@ -12,9 +12,8 @@ import torch
 import zmq
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.integrity.checksum import KVHasher
-from pdlaunch.kvcache.groups import KVCacheLayout
-from pdlaunch.memory.kv_memory import KVMemory
+from pdlaunch.engine.kvcache.groups import KVCacheLayout
+from pdlaunch.engine.memory.kv_memory import KVMemory
 from pdlaunch.protocol.control import Entry, ToSupervisor
 from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.protocol.transfer import CancelPull, StartPull, TransferCommand, TransferEvent
@@ -25,6 +24,7 @@ from pdlaunch.transfer.connectors.scratch import scratch_bytes, write_pattern
 from pdlaunch.transfer.decode_side.links import PeerSetup, PullSetup
 from pdlaunch.transfer.decode_side.side import DecodeSide
 from pdlaunch.transfer.instants import earliest, latest
+from pdlaunch.transfer.integrity.checksum import KVHasher
 from pdlaunch.transfer.prefill_side.answers import RankCard
 from pdlaunch.transfer.prefill_side.side import PrefillSide
 

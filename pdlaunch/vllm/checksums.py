@@ -73,7 +73,7 @@ class CudaHasher:
 
     def __init__(self, regions: Sequence[torch.Tensor]) -> None:
         """``regions``: of each layer [num_blocks, num_heads, bytes] uint8. Raises ValueError."""
-        from pdlaunch.integrity.checksum_kernel import constants, hash_regions, supports
+        from pdlaunch.transfer.integrity.checksum_kernel import constants, hash_regions, supports
 
         if not all(supports(each) for each in regions):
             raise ValueError(

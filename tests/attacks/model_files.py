@@ -25,7 +25,7 @@ def model_files(folder: Path, seed: int, verdict: Verdict) -> None:
     for what, model in (*damaged_gguf(folder, random.Random(seed)), *damaged_safetensors(folder)):
         commands = [[sys.executable, "-m", "pdlaunch", "check-config", "--model", str(model)]]
         if model.suffix == ".gguf":
-            commands.append([sys.executable, "-m", "pdlaunch.models.convert", str(model)])
+            commands.append([sys.executable, "-m", "pdlaunch.engine.models.convert", str(model)])
         for command in commands:
             judge(verdict, what, command, folder)
 

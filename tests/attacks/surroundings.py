@@ -19,9 +19,9 @@ from pathlib import Path
 
 import psutil
 
-from pdlaunch.client.api import Api
-from pdlaunch.client.deployment import held_port
 from pdlaunch.errors import PdlaunchError
+from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.deployment import held_port
 from tests.attacks.target import SERVED
 from tests.attacks.verdict import Verdict
 from tests.e2e.conftest import clean_environ

@@ -16,11 +16,11 @@ from typing import Any
 
 import psutil
 
-from pdlaunch.client.api import Api
-from pdlaunch.client.deployment import Deployment, running_deployment
-from pdlaunch.client.integrity import MUST_BE_ZERO
-from pdlaunch.client.smoke import engines_of
 from pdlaunch.errors import PdlaunchError
+from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.deployment import Deployment, running_deployment
+from pdlaunch.launch.client.integrity import MUST_BE_ZERO
+from pdlaunch.launch.client.smoke import engines_of
 from tests.attacks.verdict import Verdict
 from tests.e2e.conftest import clean_environ
 from tests.e2e.faults import SHORT_DEADLINES

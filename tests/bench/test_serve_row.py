@@ -9,9 +9,9 @@ from prometheus_client import CollectorRegistry
 from pdlaunch.bench.serve.engine_counters import EngineCounters, TierRow, parse_counters, tier_rows
 from pdlaunch.bench.serve.row import BenchRow, quantile_ms, summarise
 from pdlaunch.bench.serve.timed_completion import TimedCompletion
+from pdlaunch.engine.server.metrics import ServerMetrics
 from pdlaunch.observe.metrics import render_metrics
 from pdlaunch.protocol.engine import EngineStats
-from pdlaunch.server.metrics import ServerMetrics
 
 PAGE = """
 # TYPE pdlaunch_kv_transfers_total counter

@@ -15,7 +15,7 @@ from pdlaunch.bench.step.memory_floor import decode_bytes, measure_memory_rate, 
 from pdlaunch.bench.step.timing import bench_step
 from pdlaunch.config.model_files.shape import read_model_shape
 from pdlaunch.errors import ConfigError
-from tests.models.tiny import save_tiny_model
+from tests.engine.models.tiny import save_tiny_model
 
 SMALL = 2**20
 

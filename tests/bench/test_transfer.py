@@ -12,8 +12,8 @@ import torch
 from pdlaunch.bench.transfer.bare import parts_of
 from pdlaunch.bench.transfer.pulls import TURN, bench_transfer
 from pdlaunch.bench.transfer.shape import BenchShape
+from pdlaunch.engine.memory.kv_memory import PrivateKVMemory
 from pdlaunch.errors import ConfigError
-from pdlaunch.memory.kv_memory import PrivateKVMemory
 
 
 @pytest.mark.processes

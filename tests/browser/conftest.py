@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from pdlaunch.client.deployment import Deployment, running_deployment
+from pdlaunch.launch.client.deployment import Deployment, running_deployment
 from tests.browser.chromium import Page, find_chromium, new_page, running_chromium, there
 from tests.e2e.conftest import clean_environ
 from tests.e2e.faults import fault_variables

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from pdlaunch.client.api import Api
-from pdlaunch.client.deployment import Deployment
+from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.deployment import Deployment
 from tests.browser.chromium import Page, Scheme, new_page, there
 from tests.browser.conftest import KEY
 

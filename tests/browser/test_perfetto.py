@@ -18,8 +18,8 @@ import pytest
 from typer.testing import CliRunner
 
 from pdlaunch.cli.app import build_app
-from pdlaunch.client.api import Api
-from pdlaunch.client.deployment import Deployment
+from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.deployment import Deployment
 from tests.browser.chromium import Page, new_page
 from tests.browser.conftest import KEY
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from pdlaunch.checks.context import Context
 from pdlaunch.checks.deployment import SeenDeployment, SeenEngine, SeenPair
-from pdlaunch.platform.engine_commands import EngineCommand, EngineFlags
+from pdlaunch.machine.engine_commands import EngineCommand, EngineFlags
 from tests.checks.case import EXPANDABLE, Case
 from tests.checks.cases_of_far_pairs import TRUSTED, far_vllm, near_vllm
 from tests.checks.contexts import CPU, GB200, GPU, on

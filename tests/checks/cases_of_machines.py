@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from pdlaunch.checks.context import Context
-from pdlaunch.platform.facts import Limits, NixlInstall, PortState, SharedMemory
+from pdlaunch.machine.facts import Limits, NixlInstall, PortState, SharedMemory
 from tests.checks.case import (
     PAIR,
     ROUTER,

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from pdlaunch.platform.facts import Availability, Limits
+from pdlaunch.machine.facts import Availability, Limits
 from tests.checks.case import EXPANDABLE, SLIDING, TIER, Case, machine, one_gpu
 from tests.checks.contexts import CPU, GB200, GIB, GPU, SMALL_SHAPE, on
 

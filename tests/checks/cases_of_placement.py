@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 from pdlaunch.checks.context import Context, make_context
-from pdlaunch.resolve.hosts import ResolvedHost
-from pdlaunch.resolve.planned_hosts import settled
-from pdlaunch.resolve.resolve import resolve_on
+from pdlaunch.planning.hosts import ResolvedHost
+from pdlaunch.planning.planned_hosts import settled
+from pdlaunch.planning.resolve import resolve_on
 from tests.checks.case import Case
 from tests.checks.contexts import CPU, GPU, on
 

@@ -13,7 +13,7 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.settings import all_settings
 from pdlaunch.config.sources import Origin
 from pdlaunch.errors import ConfigError
-from pdlaunch.platform.facts import (
+from pdlaunch.machine.facts import (
     Availability,
     Gpu,
     Libraries,
@@ -22,8 +22,8 @@ from pdlaunch.platform.facts import (
     NixlInstall,
     SharedMemory,
 )
-from pdlaunch.resolve.models import Model
-from pdlaunch.resolve.resolve import resolve
+from pdlaunch.planning.models import Model
+from pdlaunch.planning.resolve import resolve
 
 GIB = 1024**3
 

@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 from pdlaunch.cli import check_config as command
 from pdlaunch.config import connectors
-from pdlaunch.platform.facts import NixlInstall
+from pdlaunch.machine.facts import NixlInstall
 from tests.checks.contexts import CPU, GPU
 from tests.checks.firing import Case, Setup
 from tests.checks.machines import MOONCAKE, ON_MOONCAKE, libraries

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from pdlaunch.platform.facts import SharedMemory
+from pdlaunch.machine.facts import SharedMemory
 from tests.checks.contexts import CPU, GIB, GPU
 from tests.checks.firing import Case, Setup
 from tests.checks.machines import MOONCAKE, ON_MOONCAKE, libraries, limits

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from pdlaunch.platform.facts import Availability, Limits, Machine
+from pdlaunch.machine.facts import Availability, Limits, Machine
 from tests.checks.contexts import CPU, GB200, GIB, GPU
 from tests.checks.firing import Case, Setup
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.client.deployment import held_port
+from pdlaunch.launch.client.deployment import held_port
 from tests.capabilities import without_capabilities
 from tests.checks.firing import Case, Setup
 from tests.checks.machines import MOONCAKE, ON_MOONCAKE, limits

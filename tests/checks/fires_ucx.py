@@ -1,6 +1,6 @@
 """For each rule on UCX (PD43x): variables that fire it, and its fixes."""
 
-from pdlaunch.platform.facts import Machine
+from pdlaunch.machine.facts import Machine
 from tests.checks.contexts import CPU, GB200, GPU
 from tests.checks.fires_libraries import nixl_as_installed
 from tests.checks.firing import Case, Setup

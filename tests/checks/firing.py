@@ -16,8 +16,8 @@ from unittest.mock import patch
 from pdlaunch.checks.context import PairTransport
 from pdlaunch.cli import assume
 from pdlaunch.cli import check_config as command
-from pdlaunch.platform.facts import Machine
-from pdlaunch.platform.machine_file import encode_machine
+from pdlaunch.machine.facts import Machine
+from pdlaunch.machine.machine_file import encode_machine
 from tests.checks.contexts import CPU
 from tests.command_line import invoke
 from tests.config.model_files.files import EMPTY_SAFETENSORS, tiny_gguf

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from pdlaunch.platform.facts import Machine
+from pdlaunch.machine.facts import Machine
 from tests.checks.contexts import CPU, GB200
 
 

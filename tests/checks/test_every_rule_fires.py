@@ -7,7 +7,7 @@ import pytest
 
 from pdlaunch.checks.registry import all_rules
 from pdlaunch.config.settings import flag_name, variable_name
-from pdlaunch.engines.kind import OF_RUNNING_ENGINES
+from pdlaunch.launch.engines.kind import OF_RUNNING_ENGINES
 from tests.checks import (
     fires_allocators,
     fires_configuration,

@@ -9,11 +9,11 @@ import pytest
 
 from pdlaunch.checks.probes import probe_files
 from pdlaunch.checks.run import run_checks
-from pdlaunch.engines.plan import kind_of, plan_processes
-from pdlaunch.platform.engine_commands import EngineCommand
-from pdlaunch.resolve.resolve import ResolvedLaunch, resolve_on
+from pdlaunch.launch.engines.plan import kind_of, plan_processes
+from pdlaunch.machine.engine_commands import EngineCommand
+from pdlaunch.planning.resolve import ResolvedLaunch, resolve_on
 from tests.checks.cases_of_far_pairs import TRUSTED, far_vllm
-from tests.engines.test_vllm import installed, value_of
+from tests.launch.engines.test_vllm import installed, value_of
 
 V32 = EngineCommand(version="0.32.0", variables=frozenset({"VLLM_LOGGING_LEVEL"}))
 Told = dict[str, EngineCommand] | None

@@ -7,8 +7,8 @@ import pytest
 from pdlaunch.checks.context import Probes
 from pdlaunch.checks.nixl_answers import NixlAnswer, ask_nixl, read_nixl_answer, sets_ucx
 from pdlaunch.checks.run import run_checks
-from pdlaunch.engines.plan import kind_of
-from pdlaunch.platform.availability import ProcessOutcome
+from pdlaunch.launch.engines.plan import kind_of
+from pdlaunch.machine.availability import ProcessOutcome
 from tests.checks.contexts import CPU, on
 
 STAMP = "[1795368928.410906] [vm:7796 :0]     ucp_context.c:1508 UCX  "

@@ -11,9 +11,9 @@ from pdlaunch.checks.run import run_checks
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError
-from pdlaunch.platform.profiles import find_profile
-from pdlaunch.resolve.models import Model, read_models
-from pdlaunch.resolve.resolve import resolve
+from pdlaunch.machine.profiles import find_profile
+from pdlaunch.planning.models import Model, read_models
+from pdlaunch.planning.resolve import resolve
 from tests.checks.contexts import CPU, GIB, GPU, SHAPE, SMALL_SHAPE
 
 MODELS = {"prefill": Model("m", "/m", SMALL_SHAPE), "decode": Model("m", "/m", SMALL_SHAPE)}

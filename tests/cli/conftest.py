@@ -7,7 +7,7 @@ import pytest
 
 from pdlaunch.checks import probes
 from pdlaunch.cli import assume as assume_module
-from pdlaunch.platform.facts import PortState
+from pdlaunch.machine.facts import PortState
 from tests.checks.contexts import CPU
 from tests.checks.firing import TINY
 from tests.command_line import invoke

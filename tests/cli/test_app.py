@@ -50,7 +50,7 @@ def test_every_command_is_where_the_table_says(command: Command) -> None:
         "typer",
         "pdlaunch.cli.app",
         "pdlaunch.cli.check_config",
-        "pdlaunch.platform.probe",
+        "pdlaunch.machine.probe",
         "pydantic.type_adapter",
     ],
 )

@@ -13,9 +13,9 @@ import pytest
 from pdlaunch.checks import probes as checks_probes
 from pdlaunch.cli import assume as assume_module
 from pdlaunch.cli import probe as probe_module
-from pdlaunch.platform.facts import PortState
-from pdlaunch.platform.machine_file import decode_machine
-from pdlaunch.platform.profiles import PROFILES
+from pdlaunch.machine.facts import PortState
+from pdlaunch.machine.machine_file import decode_machine
+from pdlaunch.machine.profiles import PROFILES
 from tests.checks.contexts import CPU, GB200, GIB, GPU
 from tests.cli.test_serve import MODEL
 from tests.command_line import invoke

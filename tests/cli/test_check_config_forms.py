@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from pdlaunch.cli import check_config as module
-from pdlaunch.engines.native import NativeEngine
+from pdlaunch.launch.engines.native import NativeEngine
 
 
 class TestJson:

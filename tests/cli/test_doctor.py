@@ -16,9 +16,9 @@ from aiohttp import web
 from msgspec.msgpack import decode, encode
 from typer.testing import Result
 
-from pdlaunch.engines.kind import OF_RUNNING_ENGINES
+from pdlaunch.launch.engines.kind import OF_RUNNING_ENGINES
 from tests.command_line import invoke
-from tests.sidecar.fake_vllm import BLOCK_SIZE, BYTES_OF_TOKEN, FakeVllm, listen
+from tests.launch.sidecar.fake_vllm import BLOCK_SIZE, BYTES_OF_TOKEN, FakeVllm, listen
 
 DEV_MODE = {
     "vllm_config": {

@@ -7,8 +7,8 @@ import pytest
 
 from pdlaunch.cli import doctor_links
 from pdlaunch.cli.doctor_links import Links, is_here
-from pdlaunch.platform.facts import Machine
-from pdlaunch.platform.link_speed import ExpectedSpeed
+from pdlaunch.machine.facts import Machine
+from pdlaunch.machine.link_speed import ExpectedSpeed
 from tests.checks.contexts import GPU
 
 FAR = "http://198.51.100.1:8000"

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from typer.testing import Result
 
-from pdlaunch.client.api import Api
-from pdlaunch.process import run_dirs
+from pdlaunch.launch.client.api import Api
+from pdlaunch.protocol.process import run_dirs
 from tests.command_line import invoke
 
 URL = ("--url", "http://127.0.0.1:1", "--admin-api-key", "of-the-admin")

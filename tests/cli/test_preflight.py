@@ -9,9 +9,9 @@ import pytest
 
 from pdlaunch.cli import preflight
 from pdlaunch.config.models import LaunchConfig
-from pdlaunch.platform.probe import probe_machine
-from pdlaunch.resolve.resolve import ResolvedLaunch, resolve
-from pdlaunch.supervisor.launch import LaunchOutcome
+from pdlaunch.launch.launch import LaunchOutcome
+from pdlaunch.machine.probe import probe_machine
+from pdlaunch.planning.resolve import ResolvedLaunch, resolve
 
 
 def test_it_takes_no_fixed_port(monkeypatch: pytest.MonkeyPatch) -> None:

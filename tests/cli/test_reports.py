@@ -17,7 +17,7 @@ from pdlaunch.cli.report.bench import bench_page
 from pdlaunch.cli.report.page import Html, write_report
 from pdlaunch.cli.report.plots import Bar, Series, lines, round_step, shares, timeline
 from pdlaunch.cli.report.smoke import smoke_page
-from pdlaunch.client.smoke import Check
+from pdlaunch.launch.client.smoke import Check
 
 EVIL = "<script>alert('name')</script>&"
 VOID = {"meta"}

@@ -12,7 +12,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from typer.testing import Result
 
-from pdlaunch.process import run_dirs
+from pdlaunch.protocol.process import run_dirs
 from tests.command_line import invoke
 
 ENGINES = ("prefill-0", "decode-0")

@@ -14,18 +14,18 @@ from rich.console import Console
 from pdlaunch.cli.joining import joined_agents
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.errors import StartupError
-from pdlaunch.hosts import lease
-from pdlaunch.hosts.agent import AgentSession, SessionLostError
-from pdlaunch.hosts.agent_messages import Join
-from pdlaunch.hosts.join import (
+from pdlaunch.launch.hosts import lease
+from pdlaunch.launch.hosts.agent import AgentSession, SessionLostError
+from pdlaunch.launch.hosts.agent_messages import Join
+from pdlaunch.launch.hosts.join import (
     JoinKeys,
     new_join_keys,
     read_resume_file,
     read_ticket,
     write_join_files,
 )
-from pdlaunch.platform.facts import Machine
-from pdlaunch.platform.machine_file import encode_machine
+from pdlaunch.machine.facts import Machine
+from pdlaunch.machine.machine_file import encode_machine
 
 TIMEOUT_S = 60.0
 HELLO = Join(name="a", address="127.0.0.1", machine=encode_machine(Machine(), {}), python="python")

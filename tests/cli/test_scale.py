@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from pdlaunch.cli.app import build_app
-from pdlaunch.client.api import Api
-from pdlaunch.process import run_dirs
+from pdlaunch.launch.client.api import Api
+from pdlaunch.protocol.process import run_dirs
 
 URL = ("--url", "http://127.0.0.1:1", "--admin-api-key", "of-the-admin")
 CHANGE = {

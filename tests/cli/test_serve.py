@@ -9,7 +9,7 @@ import pytest
 from typer.testing import Result
 
 from pdlaunch.errors import ConfigError
-from pdlaunch.supervisor.launch import check_platform
+from pdlaunch.launch.launch import check_platform
 from tests.command_line import invoke
 from tests.config.model_files.files import EMPTY_SAFETENSORS
 

@@ -17,13 +17,13 @@ from pdlaunch.cli import preflight
 from pdlaunch.cli.preflight import judge_pairs, refuse_errors
 from pdlaunch.config.roles import Role
 from pdlaunch.config.sources import LoadedConfig, load_config
-from pdlaunch.platform.facts import Gpu, Machine
-from pdlaunch.platform.gpu_links import BusPair, GpuLink
+from pdlaunch.launch.pair_links import ReadLinks
+from pdlaunch.launch.states import LaunchPhase
+from pdlaunch.launch.status import LaunchStatus
+from pdlaunch.machine.facts import Gpu, Machine
+from pdlaunch.machine.gpu_links import BusPair, GpuLink
+from pdlaunch.planning.resolve import ResolvedLaunch, resolve
 from pdlaunch.protocol.control import PairReady
-from pdlaunch.resolve.resolve import ResolvedLaunch, resolve
-from pdlaunch.supervisor.pair_links import ReadLinks
-from pdlaunch.supervisor.states import LaunchPhase
-from pdlaunch.supervisor.status import LaunchStatus
 from tests.checks.contexts import CPU as HEALTHY
 from tests.checks.firing import TINY
 from tests.config.model_files.files import tiny_gguf

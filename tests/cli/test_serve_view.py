@@ -16,9 +16,9 @@ from pdlaunch.cli.live import (
     render_ready,
     render_status,
 )
+from pdlaunch.launch.states import LaunchPhase, ProcessState
+from pdlaunch.launch.status import LaunchStatus, ProcessStatus
 from pdlaunch.protocol.control import PairReady
-from pdlaunch.supervisor.states import LaunchPhase, ProcessState
-from pdlaunch.supervisor.status import LaunchStatus, ProcessStatus
 
 ROWS = (("URL", "http://127.0.0.1:8000"), ("try", "curl x \\\n  -d y"))
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.process import run_dirs
-from pdlaunch.process.new_run_dir import new_run_dir
-from pdlaunch.process.run_dirs import LaunchCard
+from pdlaunch.protocol.process import run_dirs
+from pdlaunch.protocol.process.new_run_dir import new_run_dir
+from pdlaunch.protocol.process.run_dirs import LaunchCard
 from tests.command_line import invoke
 
 GIB = 1024**3

@@ -23,8 +23,8 @@ import pdlaunch.cli.serve as serve_module
 import pdlaunch.cli.smoke as smoke_module
 from pdlaunch.cli.app import build_app
 from pdlaunch.errors import StartupError
-from pdlaunch.resolve.resolve import ResolvedLaunch
-from pdlaunch.supervisor.launch import LaunchOutcome
+from pdlaunch.launch.launch import LaunchOutcome
+from pdlaunch.planning.resolve import ResolvedLaunch
 from tests import command_line
 from tests.checks.contexts import CPU
 from tests.cli.test_serve import MODEL
@@ -122,7 +122,7 @@ class Started:
 
     def run_module(self, module: str, *arguments: str, **named: object) -> bytes:
         self.num += 1
-        if module != "pdlaunch.models.convert":
+        if module != "pdlaunch.engine.models.convert":
             kind, values = arguments
             assert kind in ("step", "offload", "transfer")
             json.loads(values)

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from typer.testing import Result
 
-from pdlaunch.process import run_dirs
+from pdlaunch.protocol.process import run_dirs
 from tests.cli.deployment_server import (
     HOSTILE,
     DeploymentServer,
@@ -18,8 +18,8 @@ from tests.cli.deployment_server import (
     engine,
     running_server,
 )
-from tests.client.conftest import answering
 from tests.command_line import invoke
+from tests.launch.client.conftest import answering
 
 
 @pytest.fixture(autouse=True)

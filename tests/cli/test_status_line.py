@@ -12,12 +12,12 @@ import pytest
 from pdlaunch.cli.live import PlainView
 from pdlaunch.cli.status_line import StatusLine, status_line
 from pdlaunch.errors import PdlaunchError
+from pdlaunch.launch.states import LaunchPhase
+from pdlaunch.launch.status import LaunchStatus
 from pdlaunch.protocol.status import DeploymentStatus
-from pdlaunch.supervisor.states import LaunchPhase
-from pdlaunch.supervisor.status import LaunchStatus
 from tests.cli.deployment_server import deployment, engine, rates
 from tests.cli.test_serve_view import console, printed
-from tests.supervisor.fakes import FakeObserver
+from tests.launch.fakes import FakeObserver
 
 LAUNCH = LaunchStatus(LaunchPhase.READY, ())
 DRAINING = LaunchStatus(LaunchPhase.DRAINING_ROUTER, ())

@@ -15,7 +15,7 @@ import pytest
 
 from pdlaunch.cli.top import Poller
 from pdlaunch.cli.top_view import Screen, Snapshot, lay_out
-from pdlaunch.client.api import Api
+from pdlaunch.launch.client.api import Api
 from tests.cli.deployment_server import (
     HOSTILE,
     DeploymentServer,

@@ -21,7 +21,7 @@ from typer.testing import Result
 
 from pdlaunch.cli.perfetto import trace_events
 from pdlaunch.cli.waterfall import print_trace
-from pdlaunch.process import run_dirs
+from pdlaunch.protocol.process import run_dirs
 from pdlaunch.protocol.requests import RequestList, RequestSummary, RequestTrace, SpanView
 from tests.command_line import invoke
 

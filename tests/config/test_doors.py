@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from pdlaunch.cli.flags import to_command_line
-from pdlaunch.platform.facts import Machine
-from pdlaunch.resolve.resolve import resolve
+from pdlaunch.machine.facts import Machine
+from pdlaunch.planning.resolve import resolve
 from tests.command_line import invoke
 from tests.config.test_sources import load, only, problems
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pdlaunch.client.deployment import Deployment, running_deployment
+from pdlaunch.launch.client.deployment import Deployment, running_deployment
 from tests.router.otlp_collector import Collector, running_collector
 
 DEMO_ARGUMENTS = ("--dtype", "float32", "--kv-cache-memory", "256MiB", "--log-requests")

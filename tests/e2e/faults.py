@@ -9,10 +9,10 @@ from typing import Any
 
 import psutil
 
-from pdlaunch.client.admin import admin_api
-from pdlaunch.client.api import Api
-from pdlaunch.client.deployment import Deployment, running_deployment
-from pdlaunch.client.integrity import await_idle
+from pdlaunch.launch.client.admin import admin_api
+from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.deployment import Deployment, running_deployment
+from pdlaunch.launch.client.integrity import await_idle
 from tests.e2e.conftest import clean_environ
 from tests.e2e.waiting import await_true
 

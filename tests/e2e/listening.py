@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 
-from pdlaunch.client.deployment import Deployment
+from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.waiting import await_true
 
 TIMEOUT_S = 60.0

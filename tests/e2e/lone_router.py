@@ -11,7 +11,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from pdlaunch.client.deployment import held_port
+from pdlaunch.launch.client.deployment import held_port
 
 START_TIMEOUT_S = 120.0
 

@@ -8,7 +8,7 @@ import os
 
 from pdlaunch.engine.rank import RankProcess
 from pdlaunch.observe.logs import setup_logging
-from pdlaunch.process.bootstrap import read_bootstrap
+from pdlaunch.protocol.process.bootstrap import read_bootstrap
 
 
 def main() -> None:

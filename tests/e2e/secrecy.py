@@ -8,9 +8,9 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterable
 
-from pdlaunch.client.api import Api
-from pdlaunch.client.deployment import Deployment
-from pdlaunch.client.requests import find_ids, reading_api
+from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.deployment import Deployment
+from pdlaunch.launch.client.requests import find_ids, reading_api
 from tests.router.otlp_collector import Collector
 
 SHORTEST = 12

@@ -11,8 +11,8 @@ from typing import Any
 import openai
 import pytest
 
-from pdlaunch.client.api import Api
-from pdlaunch.client.deployment import Deployment
+from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete, idle, total_now
 from tests.e2e.listening import await_unlocked_ports
 from tests.e2e.waiting import await_true

@@ -11,7 +11,7 @@ from pdlaunch.bench.serve.multi_turn import MultiTurnOptions, bench_multi_turn
 from pdlaunch.bench.serve.sweep import bench_serve
 from pdlaunch.bench.serve.traces import read_trace_file
 from pdlaunch.cli.report.bench import bench_page
-from pdlaunch.client.deployment import Deployment
+from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.secrecy import places_of, told_by
 from tests.router.otlp_collector import Collector
 

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from pdlaunch.client.deployment import Deployment
+from pdlaunch.launch.client.deployment import Deployment
 from pdlaunch.testing.chaos import load_with_kills
 from pdlaunch.testing.soak import SoakOptions, soak
 from tests.e2e.api import complete, engine_apis, streamed

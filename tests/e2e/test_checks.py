@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.client.smoke import _PROMPTS
+from pdlaunch.launch.client.smoke import _PROMPTS
 from tests.e2e.conftest import default_environ
 from tests.e2e.secrecy import places_of
 from tests.e2e.tiny_models import make_tiny_model

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pdlaunch.client.deployment import Deployment, running_deployment
-from pdlaunch.platform.libraries import find_libraries
+from pdlaunch.launch.client.deployment import Deployment, running_deployment
+from pdlaunch.machine.libraries import find_libraries
 from tests.e2e.api import complete, complete_all, idle, total_now
 from tests.e2e.conftest import clean_environ
 from tests.e2e.listening import await_unlocked_ports

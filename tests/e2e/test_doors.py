@@ -25,22 +25,22 @@ from typer.testing import CliRunner
 
 from pdlaunch import __version__
 from pdlaunch.cli.app import build_app
-from pdlaunch.client.admin import admin_api
-from pdlaunch.client.api import Api
-from pdlaunch.client.deployment import Deployment, held_port, running_deployment
-from pdlaunch.client.smoke import engines_of, smoke
-from pdlaunch.process.run_dirs import RunningLaunch, running_launches
-from pdlaunch.server.app import make_app
-from pdlaunch.server.engine_service import EngineService
+from pdlaunch.engine.server.app import make_app
+from pdlaunch.engine.server.engine_service import EngineService
+from pdlaunch.launch.client.admin import admin_api
+from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.deployment import Deployment, held_port, running_deployment
+from pdlaunch.launch.client.smoke import engines_of, smoke
+from pdlaunch.protocol.process.run_dirs import RunningLaunch, running_launches
 from tests.e2e.api import total_now
 from tests.e2e.conftest import clean_environ
 from tests.e2e.lone_router import running_router
 from tests.e2e.tiny_models import make_tiny_model
 from tests.e2e.vllm_router import needs_vllm_router, running_vllm_router
 from tests.e2e.waiting import await_true
-from tests.process.test_engine_ports import listen_in_all_ways
+from tests.engine.server.conftest import engine_spec
+from tests.protocol.process.test_engine_ports import listen_in_all_ways
 from tests.router.test_admin import COMMANDS
-from tests.server.conftest import engine_spec
 from tests.transfer.test_strangers import as_nobody
 
 CLIENT, OTHER_ROUTER = "of-the-clients", "of-another-router"

@@ -8,7 +8,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from pdlaunch.client.deployment import running_deployment
+from pdlaunch.launch.client.deployment import running_deployment
 from pdlaunch.protocol.costs import ROUTE_HEADER
 from tests.e2e.api import complete_all
 from tests.e2e.conftest import default_environ

@@ -14,7 +14,6 @@ import pytest
 import torch
 import zmq
 
-from pdlaunch.process.bootstrap import Bootstrap
 from pdlaunch.protocol.control import (
     Entry,
     Failed,
@@ -24,6 +23,7 @@ from pdlaunch.protocol.control import (
     from_supervisor,
     to_supervisor,
 )
+from pdlaunch.protocol.process.bootstrap import Bootstrap
 from pdlaunch.protocol.side_channel import (
     Handshake,
     HandshakeReply,
@@ -35,7 +35,7 @@ from pdlaunch.protocol.side_channel import (
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
 from pdlaunch.transfer.channel.handshake import compatibility_of
 from tests.engine.hand_scheduler import make_spec
-from tests.models.tiny import save_tiny_model
+from tests.engine.models.tiny import save_tiny_model
 from tests.transfer.fakes import layout_of, spec_of
 
 ROOT = Path(__file__).parents[2]

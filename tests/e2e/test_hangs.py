@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
-from pdlaunch.client.api import Api
-from pdlaunch.client.deployment import Deployment
-from pdlaunch.client.smoke import engines_of
+from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.deployment import Deployment
+from pdlaunch.launch.client.smoke import engines_of
 from tests.e2e.api import complete, streamed
 from tests.e2e.faults import faulty_deployment, left_over, num_migrations, tracebacks
 from tests.e2e.tiny_models import make_tiny_model

@@ -6,7 +6,7 @@ import json
 import urllib.request
 from pathlib import Path
 
-from pdlaunch.client.deployment import running_deployment
+from pdlaunch.launch.client.deployment import running_deployment
 from tests.config.model_files.fake_hub import COMMIT, fake_hub
 from tests.e2e.api import complete_all
 from tests.e2e.conftest import clean_environ

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pdlaunch.client.api import Api
-from pdlaunch.client.deployment import Deployment
+from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete_all, count_now, engine_apis, idle, total_now
 from tests.e2e.faults import faulty_deployment
 from tests.e2e.tiny_models import VOCAB_SIZE, greedy, make_tiny_model

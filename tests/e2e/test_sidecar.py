@@ -15,18 +15,18 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pdlaunch.client.admin import admin_api, own_launches
-from pdlaunch.client.api import Api
-from pdlaunch.client.changes import scale_engines, turn_engine
-from pdlaunch.client.deployment import Deployment, running_deployment
 from pdlaunch.errors import StartupError
+from pdlaunch.launch.client.admin import admin_api, own_launches
+from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.changes import scale_engines, turn_engine
+from pdlaunch.launch.client.deployment import Deployment, running_deployment
 from tests.e2e.api import complete
 from tests.e2e.conftest import clean_environ
 from tests.e2e.faults import tracebacks
 from tests.e2e.tiny_models import make_tiny_model
 from tests.e2e.waiting import await_true
-from tests.sidecar.fake_vllm import answer_of
-from tests.sidecar.program import replace_text
+from tests.launch.sidecar.fake_vllm import answer_of
+from tests.launch.sidecar.program import replace_text
 
 ROOT = Path(__file__).parents[2]
 PROMPT = list(range(40, 140))
@@ -41,9 +41,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def launched(
     folder: Path, model: Path, *arguments: str, environ: Mapping[str, str] | None = None
 ) -> Iterator[Deployment]:
-    """``folder``: engines share it, and it says how they behave (``tests.sidecar.program``)."""
+    """``folder`` is shared and says how they behave (``tests.launch.sidecar.program``)."""
     command = folder / "vllm"
-    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m tests.sidecar.program "$@"\n')
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m tests.launch.sidecar.program "$@"\n')
     command.chmod(0o755)
     with running_deployment(
         ("--engine", "vllm", "--engine-command", str(command), "--model", str(model), *arguments),

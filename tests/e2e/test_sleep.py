@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from pdlaunch.client.admin import admin_api
-from pdlaunch.client.api import Api
-from pdlaunch.client.commands import sleep_engines, wake_engines
-from pdlaunch.client.deployment import Deployment, running_deployment
+from pdlaunch.launch.client.admin import admin_api
+from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.commands import sleep_engines, wake_engines
+from pdlaunch.launch.client.deployment import Deployment, running_deployment
 from tests.e2e.api import engine_apis
 from tests.e2e.conftest import clean_environ
 from tests.e2e.tiny_models import make_tiny_model

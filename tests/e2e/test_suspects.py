@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.client.api import Api
-from pdlaunch.client.deployment import Deployment, running_deployment
+from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.deployment import Deployment, running_deployment
 from tests.e2e.api import complete, complete_all, streamed
 from tests.e2e.conftest import default_environ
 from tests.e2e.faults import left_over

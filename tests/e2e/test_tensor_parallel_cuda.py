@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from pdlaunch.client.api import Api
-from pdlaunch.client.deployment import running_deployment
+from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.deployment import running_deployment
 from tests.e2e.api import engine_apis
 from tests.e2e.conftest import clean_environ
 from tests.e2e.tiny_models import make_tokenizer
 from tests.e2e.waiting import await_true
-from tests.models.tiny import greedy, save_tiny_model
+from tests.engine.models.tiny import greedy, save_tiny_model
 
 pytestmark = [
     pytest.mark.multi_gpu,

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.client.api import Api
-from pdlaunch.client.deployment import Deployment, running_deployment
-from pdlaunch.models.convert import ensure_converted
+from pdlaunch.engine.models.convert import ensure_converted
+from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.deployment import Deployment, running_deployment
 from tests.e2e.api import complete, complete_all, count_now, engine_apis
 from tests.e2e.conftest import clean_environ
 from tests.e2e.tiny_models import FAMILIES, VOCAB_SIZE, greedy, make_tiny_model

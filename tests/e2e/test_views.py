@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pdlaunch.cli.app import build_app
-from pdlaunch.client.deployment import Deployment
+from pdlaunch.launch.client.deployment import Deployment
 from tests.cli.terminal import Terminal
 from tests.e2e.api import streamed
 from tests.e2e.test_request_traces import post

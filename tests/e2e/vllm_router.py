@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.client.deployment import held_port
+from pdlaunch.launch.client.deployment import held_port
 from tests.e2e.waiting import await_true
 
 needs_vllm_router = pytest.mark.skipif(

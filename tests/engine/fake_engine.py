@@ -8,15 +8,15 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from pdlaunch.config.kv_transfer import KVTransferSettings
+from pdlaunch.engine.kvcache.groups import KVCacheGroup
+from pdlaunch.engine.kvcache.hashing import TokenHasher, root_hash
 from pdlaunch.engine.lifecycle import RequestLifecycle
+from pdlaunch.engine.offload.jobs import JobFinished, JobMerger, OffloadJob
+from pdlaunch.engine.offload.planner import OffloadPlanner
+from pdlaunch.engine.offload.tier import HeadSlice, HostTier
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.step import StepPlan
-from pdlaunch.kvcache.groups import KVCacheGroup
-from pdlaunch.kvcache.hashing import TokenHasher, root_hash
 from pdlaunch.observe.spans import Span
-from pdlaunch.offload.jobs import JobFinished, JobMerger, OffloadJob
-from pdlaunch.offload.planner import OffloadPlanner
-from pdlaunch.offload.tier import HeadSlice, HostTier
 from pdlaunch.protocol.costs import EngineCosts
 from pdlaunch.protocol.engine import (
     AddRequest,

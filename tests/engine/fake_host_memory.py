@@ -4,7 +4,7 @@ change meanwhile.
 
 from __future__ import annotations
 
-from pdlaunch.offload.jobs import JobFinished, OffloadJob
+from pdlaunch.engine.offload.jobs import JobFinished, OffloadJob
 from tests.engine.fake_runner import KV, FakeRunner
 
 BLOCK_BYTES = 100

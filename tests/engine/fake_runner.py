@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from pdlaunch.engine.kvcache.groups import KVCacheGroup
 from pdlaunch.engine.step import NewBlocks, NewRow, ScheduledRow, StepOutput, StepPlan
-from pdlaunch.kvcache.groups import KVCacheGroup
 from pdlaunch.protocol.engine import SamplingParams, TokenOutput
 
 VOCAB_SIZE = 7

@@ -35,8 +35,8 @@ from pdlaunch.protocol.engine import (
 )
 from pdlaunch.protocol.transfer import GrantLease
 from tests.engine.hand_scheduler import GRAPHS, ignore_progress, make_spec
+from tests.engine.models.tiny import greedy, save_tiny_model
 from tests.engine.test_leader import Recorder, make_leader
-from tests.models.tiny import greedy, save_tiny_model
 
 
 class CountingRunner(ModelRunner):

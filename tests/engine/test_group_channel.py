@@ -17,8 +17,8 @@ from pdlaunch.engine.group_channel import (
     LeaderExchange,
     require_cpu,
 )
+from pdlaunch.engine.models.tensor_parallel import TPGroup
 from pdlaunch.errors import StartupError, TransferError
-from pdlaunch.models.tensor_parallel import TPGroup
 from pdlaunch.protocol import sockets
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 

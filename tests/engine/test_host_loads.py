@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import pytest
 
+from pdlaunch.engine.kvcache.groups import KVCacheGroup
 from pdlaunch.engine.sleep import what_holds_blocks
-from pdlaunch.kvcache.groups import KVCacheGroup
 from pdlaunch.protocol.engine import SamplingParams
 from tests.engine.fake_engine import FULL, FakeEngine, remote_kv, sliding
 from tests.engine.fake_runner import expected_output

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pdlaunch.config.kv_transfer import KVTransferSettings
+from pdlaunch.engine.kvcache.groups import make_groups
 from pdlaunch.engine.leader import STATS_INTERVAL_S, Leader
 from pdlaunch.engine.lifecycle import RequestLifecycle
+from pdlaunch.engine.offload.planner import OffloadPlanner
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.step import StepOutput, StepPlan
-from pdlaunch.kvcache.groups import make_groups
-from pdlaunch.offload.planner import OffloadPlanner
 from pdlaunch.protocol.engine import (
     AddRequest,
     EngineStats,

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from pdlaunch.engine.kvcache.groups import make_groups
 from pdlaunch.engine.leader import Leader
+from pdlaunch.engine.offload.jobs import JobFinished, OffloadJob
+from pdlaunch.engine.offload.planner import OffloadPlanner
+from pdlaunch.engine.offload.tier import HeadSlice, HostTier
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.step import StepDone, StepPlan
-from pdlaunch.kvcache.groups import make_groups
-from pdlaunch.offload.jobs import JobFinished, OffloadJob
-from pdlaunch.offload.planner import OffloadPlanner
-from pdlaunch.offload.tier import HeadSlice, HostTier
 from pdlaunch.protocol.engine import AddRequest, SamplingParams
 from tests.engine.hand_scheduler import make_spec
 from tests.engine.test_leader import Recorder, make_scheduler

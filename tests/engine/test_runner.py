@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pdlaunch.engine.models.tensor_parallel import TPGroup
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.engine.step import NewBlocks, NewRow, RowTokens, ScheduledRow, StepOutput, StepPlan
 from pdlaunch.errors import ConfigError
-from pdlaunch.models.tensor_parallel import TPGroup
 from pdlaunch.protocol.engine import SamplingParams
 from tests.engine.hand_scheduler import (
     BLOCK_SIZE,
@@ -23,7 +23,7 @@ from tests.engine.hand_scheduler import (
     make_requests,
     make_spec,
 )
-from tests.models.tiny import CONFIGS, greedy, save_tiny_model
+from tests.engine.models.tiny import CONFIGS, greedy, save_tiny_model
 
 NUM_TOKENS = 14
 # Around the block (4), the chunks (7), and the windows (8, 10).

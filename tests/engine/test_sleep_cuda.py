@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from pdlaunch.engine.memory.cumem_pools import CuMemPools, open_memory_pools
+from pdlaunch.engine.memory.pools import KV_CACHE, TAGS, WEIGHTS
 from pdlaunch.engine.runner import ModelRunner
-from pdlaunch.memory.cumem_pools import CuMemPools, open_memory_pools
-from pdlaunch.memory.pools import KV_CACHE, TAGS, WEIGHTS
 from pdlaunch.protocol.engine import SamplingParams
 from tests.engine.hand_scheduler import HandScheduler, Request, ignore_progress, make_spec
-from tests.models.tiny import COMMON, save_tiny_model
+from tests.engine.models.tiny import COMMON, save_tiny_model
 
 pytest.importorskip("cuda.bindings")
 pytestmark = [

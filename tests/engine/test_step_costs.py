@@ -9,10 +9,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from pdlaunch.engine.kvcache.groups import KVCacheGroup, KVCacheLayout
 from pdlaunch.engine.step import ScheduledRow, StepPlan
 from pdlaunch.engine.step_costs import AttentionShares, StepModel, limits_of, work_of
 from pdlaunch.engine.warm_up import WarmUp
-from pdlaunch.kvcache.groups import KVCacheGroup, KVCacheLayout
 from pdlaunch.protocol.costs import (
     MAX_SLOWDOWN,
     EngineCosts,

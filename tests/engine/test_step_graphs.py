@@ -1,13 +1,11 @@
-"""What can be said of CUDA graphs without a GPU; ``test_runner`` and ``tests/models`` run them on
-one.
-"""
+"""CUDA graphs without a GPU; others run them on one."""
 
 from __future__ import annotations
 
 import pytest
 
+from pdlaunch.engine.models.step_inputs import GraphShape
 from pdlaunch.engine.step_graphs import batch_sizes, capture_all, token_sizes
-from pdlaunch.models.step_inputs import GraphShape
 
 
 def test_capture_says_which_graph_comes_next_and_how_much_is_done() -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from pdlaunch.engine.step import StepPlan
-from pdlaunch.process.step_record import SUSPECT_BIT
 from pdlaunch.protocol.engine import AddRequest, SamplingParams
+from pdlaunch.protocol.process.step_record import SUSPECT_BIT
 from tests.engine.fake_engine import FakeEngine, output, remote_kv
 from tests.engine.test_leader import Recorder, make_leader
 

@@ -16,7 +16,7 @@ from aiohttp import web
 
 from pdlaunch.http import connections
 from pdlaunch.http.connections import HttpRunner, fit_connections, fit_requests
-from pdlaunch.process.bootstrap import raise_open_files
+from pdlaunch.protocol.process.bootstrap import raise_open_files
 from tests.http.loop_clock import pass_time
 
 REQUEST = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"

@@ -20,13 +20,13 @@ STOP_TIMEOUT_S = 120.0
 PORT = 8000
 _SMOKE = """
 import json, sys
-from pdlaunch.client.smoke import smoke
+from pdlaunch.launch.client.smoke import smoke
 checks = smoke(sys.argv[1], api_key=None, exact=True)
 print(json.dumps([f"{check.name}: {check.failure}" for check in checks if check.failure]))
 """
 _ALONE = """
 import json, sys
-from pdlaunch.client.admin import admin_api
+from pdlaunch.launch.client.admin import admin_api
 engine = admin_api(sys.argv[1]).engine(sys.argv[2])
 print(json.dumps([engine.post("/v1/completions", body)[1] for body in json.load(sys.stdin)]))
 """

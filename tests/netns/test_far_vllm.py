@@ -15,10 +15,10 @@ import psutil
 import pytest
 
 from tests.e2e.tiny_models import make_tiny_model
+from tests.launch.sidecar.fake_vllm import answer_of
 from tests.netns.hosts import ROOT, Network
 from tests.netns.launch import FarLaunch, far_launch, wait_for
 from tests.netns.test_launch import HERE, THERE, knock
-from tests.sidecar.fake_vllm import answer_of
 
 PROMPT = list(range(40, 140))
 QUESTION = {"model": "llama", "prompt": PROMPT, "max_tokens": 5, "return_token_ids": True}
@@ -36,7 +36,7 @@ def folder() -> Iterator[Path]:
 def config(folder: Path) -> dict[str, Any]:
     command = folder / "vllm"
     command.write_text(
-        f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m tests.sidecar.program "$@"\n'
+        f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m tests.launch.sidecar.program "$@"\n'
     )
     command.chmod(0o755)
     return {
@@ -94,8 +94,10 @@ def tokens(launch: FarLaunch) -> list[int]:
 def processes(network: Network) -> tuple[Any, Any]:
     """Return the stand-in on b, and its sidecar."""
     found = {each.pid: each for each in network["b"].processes()}
-    sidecar = next(each for each in found.values() if "pdlaunch.sidecar" in each.cmdline())
-    (engine,) = (each for each in found.values() if "tests.sidecar.program" in each.cmdline())
+    sidecar = next(each for each in found.values() if "pdlaunch.launch.sidecar" in each.cmdline())
+    (engine,) = (
+        each for each in found.values() if "tests.launch.sidecar.program" in each.cmdline()
+    )
     return engine, sidecar
 
 

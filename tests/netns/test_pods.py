@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from pdlaunch.config.model_files.aliases import cache_root
+from tests.launch.render.manifests import EXAMPLES, ROOT, lets_in, named, render
 from tests.netns.hosts import Host, Network, new_network
-from tests.render.manifests import EXAMPLES, ROOT, lets_in, named, render
 
 NAME = "pods"
 STARTED_S = 300.0

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.launch.render.manifests import EXAMPLES, lets_in, named, render, run
 from tests.netns.hosts import Host, new_network
 from tests.netns.test_pods import (
     QUESTION,
@@ -27,7 +28,6 @@ from tests.netns.test_pods import (
     running,
     surroundings,
 )
-from tests.render.manifests import EXAMPLES, lets_in, named, render, run
 
 pytestmark = pytest.mark.hosts_long
 NAME = "wide"

@@ -28,12 +28,10 @@ def test_a_line_has_time_level_process_and_request():
     stream = io.StringIO()
     setup_logging("prefill-0", "info", stream=stream)
     with request_logging("r1"):
-        logging.getLogger("pdlaunch.server").info("hello %d", 5)
-    logging.getLogger("pdlaunch.server").debug("not shown")
+        logging.getLogger("pdlaunch.engine.server").info("hello %d", 5)
+    logging.getLogger("pdlaunch.engine.server").debug("not shown")
     logging.getLogger("library").info("not shown")
-    line = (
-        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO prefill-0 pdlaunch\.server \[r1\] hello 5\n"
-    )
+    line = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO prefill-0 pdlaunch\.engine\.server \[r1\] hello 5\n"
     assert re.fullmatch(line, stream.getvalue())
 
 
@@ -41,7 +39,7 @@ def test_a_line_has_time_level_process_and_request():
 def test_a_full_disk_is_told_once_and_stops_nobody(capsys):
     handler = setup_logging("supervisor", "info", file=Path("/dev/full"))
     for number in range(3):
-        logging.getLogger("pdlaunch.supervisor").info("line %d", number)
+        logging.getLogger("pdlaunch.launch").info("line %d", number)
     with contextlib.suppress(OSError):
         handler.close()
     assert (

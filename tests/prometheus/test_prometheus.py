@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.client.api import Api
-from pdlaunch.client.deployment import Deployment
+from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.deployment import Deployment
 from tests.prometheus.conftest import GRAFANA, Prometheus
 
 WINDOW = "2m"

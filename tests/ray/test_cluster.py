@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
-from pdlaunch.client.api import Api
-from pdlaunch.client.deployment import Deployment, running_deployment
+from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.deployment import Deployment, running_deployment
 from tests.e2e.conftest import clean_environ
 from tests.e2e.tiny_models import make_tiny_model
 

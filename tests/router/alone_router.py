@@ -14,7 +14,7 @@ import pytest
 from aiohttp import web
 
 from pdlaunch.config.roles import Role
-from pdlaunch.engines.plan import capabilities_over_http
+from pdlaunch.launch.engines.plan import capabilities_over_http
 from pdlaunch.router.admin_socket import listen_at_admin_socket
 from pdlaunch.router.app import RouterApp
 from pdlaunch.router.engine import Engine
@@ -26,8 +26,8 @@ from pdlaunch.router.process import follow
 from pdlaunch.router.state import RecoverySettings, RouterState
 from pdlaunch.router.supervisor_link import SupervisorLink
 from pdlaunch.router.watched_engine import Member, WatchSettings
+from tests.launch.sidecar.fake_vllm import FakeVllm
 from tests.router.conftest import SPEC
-from tests.sidecar.fake_vllm import FakeVllm
 
 PROMPT = [300, 301, 302]
 

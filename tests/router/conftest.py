@@ -11,8 +11,8 @@ import pytest
 
 from pdlaunch.http.connections import HttpRunner
 from pdlaunch.observe.metrics import render_metrics
-from pdlaunch.process.bootstrap import RouterSpec
 from pdlaunch.protocol.control import PairReady, PairSuspect, Registry
+from pdlaunch.protocol.process.bootstrap import RouterSpec
 from pdlaunch.router.app import RouterApp
 from pdlaunch.router.engine_client import EngineClient, EngineTimeouts, keys_of_launch
 from pdlaunch.router.metrics import RouterMetrics

@@ -12,13 +12,13 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 
 from pdlaunch.config.roles import Role
+from pdlaunch.engine.server.metrics import ServerMetrics
 from pdlaunch.http.headers import SPANS_HEADER
 from pdlaunch.http.ignored_fields import IGNORED_FIELDS_HEADER
 from pdlaunch.observe.metrics import render_metrics
 from pdlaunch.protocol.changes import Withheld
 from pdlaunch.protocol.control import Address, Capabilities, Entry, ListedState
 from pdlaunch.protocol.costs import EngineCosts, EngineReport
-from pdlaunch.server.metrics import ServerMetrics
 from tests.router.fake_generation import Job, Seen
 
 WITHDRAWN = {"message": "made up", "type": "server_error", "param": None, "code": "withdrawn"}

@@ -11,9 +11,9 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from pdlaunch.engines.plan import capabilities_over_http
+from pdlaunch.http.watch.versions import with_version
+from pdlaunch.launch.engines.plan import capabilities_over_http
 from pdlaunch.protocol.control import Address, Entry, PairReady, Role
-from pdlaunch.watch.versions import with_version
 from tests.router.fake_engine import FakeEngine, Seen, _break, until
 
 CAPABILITIES = with_version(capabilities_over_http("vllm"), "0.32.0")

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry
 
+from pdlaunch.engine.server.metrics import ServerMetrics
 from pdlaunch.observe.metrics import render_metrics
 from pdlaunch.router.engine_readings import NAMES, Page, _Book, scan
-from pdlaunch.server.metrics import ServerMetrics
 
 
 def page(**counts: float) -> Page:

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
+from pdlaunch.http.watch.engine_api import Counts
 from pdlaunch.router.handed_prompts import HandedPrompt, HandedPrompts, Recomputed
-from pdlaunch.watch.engine_api import Counts
 
 
 class Decode:

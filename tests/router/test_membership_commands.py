@@ -13,8 +13,8 @@ from aiohttp import web
 
 from pdlaunch.errors import RequestError
 from pdlaunch.router.watched_engine import Member
+from tests.launch.sidecar.fake_vllm import answer_of
 from tests.router.alone_router import PROMPT, Alone, alone
-from tests.sidecar.fake_vllm import answer_of
 
 __all__ = ["alone"]
 

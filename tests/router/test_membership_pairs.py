@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pdlaunch.http.watch.canary import Proof
 from pdlaunch.protocol.due_pairs import Pair, due_pairs
 from pdlaunch.router.membership_pairs import Results, judge
-from pdlaunch.watch.canary import Proof
 
 PROOF = Proof(seconds=0.1, num_bytes=1000, transfer_s=0.0)
 

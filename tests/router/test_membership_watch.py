@@ -10,8 +10,8 @@ from aiohttp import web
 
 from pdlaunch.router import pair_canaries
 from pdlaunch.router.watched_engine import Member
+from tests.launch.sidecar.fake_vllm import FakeVllm, answer_of, listen
 from tests.router.alone_router import PROMPT, Alone, alone
-from tests.sidecar.fake_vllm import FakeVllm, answer_of, listen
 
 __all__ = ["alone"]
 

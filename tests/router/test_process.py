@@ -21,7 +21,6 @@ import psutil
 import pytest
 import zmq
 
-from pdlaunch.process.bootstrap import Bootstrap, RouterSpec
 from pdlaunch.protocol.changes import AwaitIdle, EngineIdle
 from pdlaunch.protocol.control import (
     Drain,
@@ -35,6 +34,7 @@ from pdlaunch.protocol.control import (
     from_supervisor,
     to_supervisor,
 )
+from pdlaunch.protocol.process.bootstrap import Bootstrap, RouterSpec
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 from tests.router.conftest import SPEC
 from tests.router.fake_engine import FakeEngine, until

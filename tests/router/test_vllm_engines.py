@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from pdlaunch.http.watch.versions import with_version
 from pdlaunch.protocol.costs import ROUTE_HEADER
 from pdlaunch.protocol.ids import HopId, HttpRequestId
 from pdlaunch.router.breaker import OPEN_S
@@ -18,7 +19,6 @@ from pdlaunch.router.client_request import CHAT, read_client_request
 from pdlaunch.router.continuation import LOST_REASONS
 from pdlaunch.router.handover import Handover
 from pdlaunch.router.prompt_lease import PromptLease
-from pdlaunch.watch.versions import with_version
 from tests.router.conftest import Stand
 from tests.router.fake_engine import until
 from tests.router.fake_vllm_engine import (

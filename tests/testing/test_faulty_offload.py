@@ -9,11 +9,11 @@ import threading
 
 import torch
 
-from pdlaunch.offload.jobs import JobFinished, OffloadJob
-from pdlaunch.offload.tier import HeadSlice
+from pdlaunch.engine.offload.jobs import JobFinished, OffloadJob
+from pdlaunch.engine.offload.tier import HeadSlice
 from pdlaunch.testing.faults import FaultPlan
 from pdlaunch.testing.faulty_offload import FaultyOffloadWorker
-from tests.offload.test_worker import make_layout
+from tests.engine.offload.test_worker import make_layout
 
 STORE = OffloadJob(1, "store", [3, 4], [2, 0], [0, 0], [5, 6], [b"a", b"b"])
 LOAD = OffloadJob(2, "load", [8, 9], [2, 0], [0, 0], [5, 6], [b"a", b"b"])

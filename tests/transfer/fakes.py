@@ -13,8 +13,8 @@ import torch
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.kv_transfer import KVTransferSettings
+from pdlaunch.engine.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.errors import TransferError
-from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.protocol.side_channel import ToDecodeSide, ToPrefillSide
 from pdlaunch.transfer.connectors.connector import (
     BlockRead,

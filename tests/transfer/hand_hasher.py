@@ -9,8 +9,8 @@ from functools import cached_property
 
 import torch
 
-from pdlaunch.integrity.checksum import ChecksumArray, Checksums, HashBatch, KVHasher
-from pdlaunch.kvcache.groups import KVCacheLayout
+from pdlaunch.engine.kvcache.groups import KVCacheLayout
+from pdlaunch.transfer.integrity.checksum import ChecksumArray, Checksums, HashBatch, KVHasher
 
 
 class HandChecksums:

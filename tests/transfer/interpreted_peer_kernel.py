@@ -11,7 +11,7 @@ import ctypes
 import numpy as np
 import torch
 
-from pdlaunch.memory.page_kernel import copy_pages
+from pdlaunch.engine.memory.page_kernel import copy_pages
 from pdlaunch.transfer.connectors.cuda_copies import relative_units
 from pdlaunch.transfer.connectors.piece_copies import Pieces
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from pdlaunch.integrity.checksum import KVHasher
-from pdlaunch.kvcache.groups import KVCacheLayout
+from pdlaunch.engine.kvcache.groups import KVCacheLayout
 from pdlaunch.protocol.control import Address, Entry, PairReady
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.transfer import (
@@ -26,6 +25,7 @@ from pdlaunch.transfer.connectors.scratch import PATTERN_BYTES, SCRATCH_BYTES, w
 from pdlaunch.transfer.decode_side.links import PeerSetup, PullSetup
 from pdlaunch.transfer.decode_side.peer_table import PeerTable, new_peer_table
 from pdlaunch.transfer.decode_side.pull import PullTable
+from pdlaunch.transfer.integrity.checksum import KVHasher
 from pdlaunch.transfer.prefill_side.answers import LeaseAnswers, RankCard
 from tests.transfer.fakes import (
     Fabric,

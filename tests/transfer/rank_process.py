@@ -22,12 +22,12 @@ import xxhash
 
 from pdlaunch.config.connectors import KVNetwork
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.platform import tcp_sockets
+from pdlaunch.machine import tcp_sockets
 from pdlaunch.protocol.control import Address, Entry
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.sockets import LaunchKeys
 from pdlaunch.protocol.transfer import CancelPull, GrantLease, StartPull, TransferCommand
-from tests.platform.bound_device import bound_device
+from tests.machine.bound_device import bound_device
 from tests.transfer.fakes import layout_of, random_cache
 
 TIMEOUT_S = 300.0
@@ -72,8 +72,8 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
 
     from pdlaunch.config import connectors
     from pdlaunch.engine.kv_cache import allocate_kv_cache
-    from pdlaunch.memory.cumem_pools import open_memory_pools
-    from pdlaunch.memory.kv_memories import open_kv_memory
+    from pdlaunch.engine.memory.cumem_pools import open_memory_pools
+    from pdlaunch.engine.memory.kv_memories import open_kv_memory
     from pdlaunch.protocol.sockets import SecureContext
     from pdlaunch.transfer.channel.handshake import RankIdentity
     from pdlaunch.transfer.connectors.connector import BlockRead, Connection, PeerAgent, Read

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from pdlaunch.platform.cuda_driver import DriverError, has_accelerator
+from pdlaunch.machine.cuda_driver import DriverError, has_accelerator
 from pdlaunch.transfer.connectors.connector import Connection, LocalMemory, PeerAgent, PushJob
 from pdlaunch.transfer.connectors.device_binding import DeviceBinding
 from pdlaunch.transfer.connectors.pushing import PushingConnector

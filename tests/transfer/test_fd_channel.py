@@ -14,7 +14,7 @@ import pytest
 from pdlaunch.errors import TransferError
 from pdlaunch.transfer.connectors import fd_channel
 from pdlaunch.transfer.connectors.fd_channel import TOKEN_BYTES, FdConnection, FdServer, fetch_fds
-from tests.memory.open_files import num_open_fds
+from tests.engine.memory.open_files import num_open_fds
 
 TIMEOUT_S = 60.0
 

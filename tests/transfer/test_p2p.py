@@ -15,9 +15,9 @@ import msgspec
 import pytest
 import torch
 
+from pdlaunch.engine.memory.host_kv_memory import HostKVMemory
+from pdlaunch.engine.memory.kv_memory import PrivateKVMemory
 from pdlaunch.errors import TransferError
-from pdlaunch.memory.host_kv_memory import HostKVMemory
-from pdlaunch.memory.kv_memory import PrivateKVMemory
 from pdlaunch.protocol.side_channel import Geometry
 from pdlaunch.transfer.channel.handshake import geometry_of
 from pdlaunch.transfer.connectors.connector import (
@@ -33,7 +33,7 @@ from pdlaunch.transfer.connectors.p2p import P2PConnector
 from pdlaunch.transfer.connectors.paths import PathsConnector
 from pdlaunch.transfer.connectors.piece_copies import HostCopier
 from pdlaunch.transfer.connectors.scratch import has_pattern, write_pattern
-from tests.memory.open_files import num_open_fds
+from tests.engine.memory.open_files import num_open_fds
 from tests.transfer.fakes import Fabric, FakeConnector, layout_of, random_cache
 
 TIMEOUT_S = 60.0

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from pdlaunch.engine.memory.kv_memory import PrivateKVMemory
 from pdlaunch.errors import TransferError
-from pdlaunch.memory.kv_memory import PrivateKVMemory
 from pdlaunch.protocol.control import PairReady
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 from pdlaunch.testing.faults import FaultPlan

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 
 from pdlaunch.config.kv_transfer import KVTransferSettings
+from pdlaunch.engine.kvcache.hashing import TokenHasher, root_hash
 from pdlaunch.engine.lifecycle import RequestLifecycle
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.step import StepOutput, StepPlan
-from pdlaunch.kvcache.hashing import TokenHasher, root_hash
 from pdlaunch.protocol.control import PairReady
 from pdlaunch.protocol.engine import AddRequest, SamplingParams, TokenOutput
 from pdlaunch.protocol.sockets import new_launch_keys

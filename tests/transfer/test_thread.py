@@ -15,8 +15,8 @@ import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pdlaunch.engine.memory.kv_memory import PrivateKVMemory
 from pdlaunch.errors import ProtocolError, TransferError
-from pdlaunch.memory.kv_memory import PrivateKVMemory
 from pdlaunch.protocol.control import Address, Entry, PairReady
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.side_channel import (

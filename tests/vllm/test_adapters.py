@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pdlaunch.client.admin import admin_api
-from pdlaunch.client.api import Api
-from pdlaunch.client.deployment import Deployment
 from pdlaunch.config.model_files.aliases import resolve_model
+from pdlaunch.launch.client.admin import admin_api
+from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete, streamed
 from tests.vllm.conftest import running_engines
 from tests.vllm.test_pair import BYTES_READ, NUM_TOKENS, prompt_of

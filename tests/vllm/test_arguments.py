@@ -16,7 +16,7 @@ from pdlaunch.config.vllm_arguments import (
     REFUSED,
     long_name,
 )
-from pdlaunch.platform.engine_commands import ask_engine_flags, find_engine_command
+from pdlaunch.machine.engine_commands import ask_engine_flags, find_engine_command
 
 
 @pytest.fixture(scope="module")

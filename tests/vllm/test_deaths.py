@@ -12,8 +12,8 @@ import psutil
 import pytest
 from openai import APIError, OpenAI
 
-from pdlaunch.client.api import Api
-from pdlaunch.client.deployment import Deployment
+from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete, streamed
 from tests.e2e.waiting import await_true
 from tests.vllm.conftest import running_engines

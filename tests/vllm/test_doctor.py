@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 
 from pdlaunch.cli.app import build_app
 from pdlaunch.cli.doctor import MEASURABLE_BYTES
-from pdlaunch.client.api import Api
-from pdlaunch.client.deployment import Deployment
+from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete
 from tests.vllm.test_pair import bytes_read, prompt_of
 

@@ -178,6 +178,6 @@ def _vllm_of(pair: FarLaunch, host: str) -> psutil.Process:
         process
         for process in pair.network[host].processes()
         if "serve" in (words := process.cmdline())
-        and not {"pdlaunch", "pdlaunch.sidecar"}.intersection(words)
+        and not {"pdlaunch", "pdlaunch.launch.sidecar"}.intersection(words)
     )
     return found

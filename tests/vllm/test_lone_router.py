@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from pdlaunch.client.admin import admin_api
-from pdlaunch.client.api import Api
-from pdlaunch.client.deployment import Deployment
+from pdlaunch.launch.client.admin import admin_api
+from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete, streamed
 from tests.e2e.conftest import clean_environ
 from tests.e2e.lone_router import running_router

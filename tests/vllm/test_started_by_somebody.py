@@ -26,11 +26,11 @@ import zmq
 from typer.testing import CliRunner
 
 from pdlaunch.cli.app import build_app
-from pdlaunch.client.admin import admin_api
-from pdlaunch.client.api import Api
-from pdlaunch.client.deployment import held_port
 from pdlaunch.config.model_files.aliases import resolve_model
-from pdlaunch.sidecar.child import die_with_thread
+from pdlaunch.launch.client.admin import admin_api
+from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.deployment import held_port
+from pdlaunch.launch.sidecar.child import die_with_thread
 from tests.e2e.api import complete, streamed
 from tests.e2e.conftest import clean_environ
 from tests.e2e.lone_router import running_router

@@ -15,9 +15,9 @@ from typing import Any
 import psutil
 import pytest
 
-from pdlaunch.client.admin import admin_api
-from pdlaunch.client.api import Api
-from pdlaunch.client.deployment import Deployment
+from pdlaunch.launch.client.admin import admin_api
+from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete
 from tests.e2e.waiting import await_true
 from tests.vllm.conftest import running_engines

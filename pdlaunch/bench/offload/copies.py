@@ -12,19 +12,19 @@ from typing import Any
 import torch
 
 from pdlaunch.bench.offload.traffic import DecodeLikeStep, Traffic
-from pdlaunch.errors import ConfigError
-from pdlaunch.kvcache.host_chunks import CHUNK_ALIGNMENT_BYTES, choose_blocks_per_chunk
-from pdlaunch.offload.copy_methods import HostCopy, TorchCopy
-from pdlaunch.offload.host_memory import AllocationProgress, HostMemory
-from pdlaunch.offload.measure import CudaTrial, Trial
-from pdlaunch.offload.method_choice import (
+from pdlaunch.engine.kvcache.host_chunks import CHUNK_ALIGNMENT_BYTES, choose_blocks_per_chunk
+from pdlaunch.engine.offload.copy_methods import HostCopy, TorchCopy
+from pdlaunch.engine.offload.host_memory import AllocationProgress, HostMemory
+from pdlaunch.engine.offload.measure import CudaTrial, Trial
+from pdlaunch.engine.offload.method_choice import (
     Candidates,
     MethodRates,
     MethodTable,
     cuda_candidates,
     measure_methods,
 )
-from pdlaunch.offload.spec import DIRECTIONS, Direction
+from pdlaunch.engine.offload.spec import DIRECTIONS, Direction
+from pdlaunch.errors import ConfigError
 
 KIB = 1024
 BLOCK_SIZES = (4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, 1024 * KIB)

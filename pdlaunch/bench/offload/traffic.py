@@ -12,13 +12,13 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from pdlaunch.engine.offload.copies import Pages
+from pdlaunch.engine.offload.handler import OffloadHandler
+from pdlaunch.engine.offload.host_memory import HostMemory
+from pdlaunch.engine.offload.measure import JOB_BYTES
+from pdlaunch.engine.offload.method_choice import MethodTable
+from pdlaunch.engine.offload.spec import DIRECTIONS, Direction, IntArray, TransferSpec
 from pdlaunch.errors import TransferError
-from pdlaunch.offload.copies import Pages
-from pdlaunch.offload.handler import OffloadHandler
-from pdlaunch.offload.host_memory import HostMemory
-from pdlaunch.offload.measure import JOB_BYTES
-from pdlaunch.offload.method_choice import MethodTable
-from pdlaunch.offload.spec import DIRECTIONS, Direction, IntArray, TransferSpec
 
 
 class DecodeLikeStep:

@@ -9,8 +9,8 @@ import aiohttp
 import msgspec
 
 from pdlaunch.bench.serve.timed_completion import describe_failure, read_refusal
-from pdlaunch.client.api import check_url
 from pdlaunch.errors import PdlaunchError
+from pdlaunch.launch.client.api import check_url
 
 
 class BenchTarget(msgspec.Struct, frozen=True):

@@ -14,11 +14,11 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from pdlaunch.config.kv_transfer import KVTransferSettings
+from pdlaunch.engine.kvcache.groups import KVCacheGroup
 from pdlaunch.engine.lifecycle import RequestLifecycle
 from pdlaunch.engine.rows import RowTable
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.step import StepOutput, StepPlan
-from pdlaunch.kvcache.groups import KVCacheGroup
 from pdlaunch.protocol.engine import AddRequest, Outputs, SamplingParams, TokenOutput, from_rank
 from pdlaunch.protocol.ids import EngineId, RequestId
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 import torch
 
 from pdlaunch.config.model_files.shape import DTYPE_BYTES, ModelShape
-from pdlaunch.offload.measure import cuda_seconds, host_seconds
+from pdlaunch.engine.offload.measure import cuda_seconds, host_seconds
 
 CPU_BUFFER_BYTES = 512 * 1024**2
 """Bytes of the buffer on a GPU, more than its caches hold."""

@@ -14,12 +14,12 @@ import torch
 from pdlaunch.config.engine_settings import LoadFormat
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.model_files.shape import DTYPE_BYTES, ModelShape
+from pdlaunch.engine.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.engine.runner import LaunchedStep, ModelRunner
 from pdlaunch.engine.step import NewBlocks, NewRow, ScheduledRow, StepPlan
-from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
+from pdlaunch.planning.role_engines import DTypeName
 from pdlaunch.protocol.engine import SamplingParams
 from pdlaunch.protocol.ids import RequestId
-from pdlaunch.resolve.role_engines import DTypeName
 
 NUM_WARM_UPS = 2
 

@@ -21,7 +21,7 @@ from pdlaunch.config.model_files.shape import ModelShape, read_model_shape
 from pdlaunch.config.model_files.weights import weight_files
 from pdlaunch.engine.step import ScheduledRow
 from pdlaunch.errors import ConfigError
-from pdlaunch.resolve.role_engines import DTypeName
+from pdlaunch.planning.role_engines import DTypeName
 
 StepKind = Literal["prefill", "decode", "mixed"]
 

@@ -18,8 +18,8 @@ from collections.abc import Callable
 
 import torch
 
-from pdlaunch.integrity.checksum import KVHasher
-from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
+from pdlaunch.engine.kvcache.groups import KVCacheLayout, make_groups
+from pdlaunch.transfer.integrity.checksum import KVHasher
 
 CACHE_BYTES = 8 * 1024**3
 NUM_RUNS = 20

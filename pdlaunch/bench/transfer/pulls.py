@@ -34,8 +34,8 @@ from pdlaunch.config.connectors import (
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.config.sizes import format_size
 from pdlaunch.errors import ConfigError
-from pdlaunch.platform.limits import memory_bytes
-from pdlaunch.resolve.role_engines import DTypeName
+from pdlaunch.machine.limits import memory_bytes
+from pdlaunch.planning.role_engines import DTypeName
 
 NUM_WARM_UP_TURNS = 2
 NUM_CACHES = 4

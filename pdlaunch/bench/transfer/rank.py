@@ -21,9 +21,9 @@ from pdlaunch.bench.transfer.shape import BenchShape
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.config.roles import Role
+from pdlaunch.engine.memory.cumem_pools import open_memory_pools
+from pdlaunch.engine.memory.kv_memories import open_kv_memory
 from pdlaunch.errors import TransferError
-from pdlaunch.memory.cumem_pools import open_memory_pools
-from pdlaunch.memory.kv_memories import open_kv_memory
 from pdlaunch.protocol.control import Address, Entry, PairFailed, PairReady, ToSupervisor
 from pdlaunch.protocol.ids import EngineId
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from pdlaunch.kvcache.groups import KVCacheLayout, make_groups, num_kv_heads_of_rank
-from pdlaunch.memory.kv_memory import KVMemory
-from pdlaunch.resolve.role_engines import DTypeName
+from pdlaunch.engine.kvcache.groups import KVCacheLayout, make_groups, num_kv_heads_of_rank
+from pdlaunch.engine.memory.kv_memory import KVMemory
+from pdlaunch.planning.role_engines import DTypeName
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from pdlaunch.bench.serve.progress import duration
 from pdlaunch.cli.report.page import Html, cards, environment, facts, page, section, table, text
-from pdlaunch.client.smoke import Check
+from pdlaunch.launch.client.smoke import Check
 
 _BAR_PIXELS = 160
 

@@ -1,7 +1,7 @@
 """Find the directory in Hugging Face layout behind what the user calls a model.
 
-An alias or a .gguf file is converted into the cache once, by ``pdlaunch.models.convert``, which
-needs torch; this module does not. ``ResolvedModel.ready`` says whether that was done.
+An alias or a .gguf file is converted into the cache once, by ``pdlaunch.engine.models.convert``,
+which needs torch; this module does not. ``ResolvedModel.ready`` says whether that was done.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class ResolvedModel:
     cache_dir: Path
     """The directory to serve: ``source`` itself unless it has to be converted."""
     ready: bool
-    """False when ``python -m pdlaunch.models.convert MODEL`` has to run first."""
+    """False when ``python -m pdlaunch.engine.models.convert MODEL`` has to run first."""
 
 
 def resolve_model(model: str, revision: str | None = None) -> ResolvedModel:

@@ -67,7 +67,7 @@ def _has_weights(name: str, revision: str | None) -> bool:
 
 @contextlib.contextmanager
 def _running(name: str, revision: str, part: Part) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-P", "-m", "pdlaunch.process.guarded"]
+    command = [sys.executable, "-P", "-m", "pdlaunch.protocol.process.guarded"]
     process = subprocess.Popen(
         [*command, "pdlaunch.config.model_files.download", name, revision, part],
         # Its end tells the process that we are gone.

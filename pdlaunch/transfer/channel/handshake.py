@@ -13,14 +13,14 @@ import torch
 
 from pdlaunch import __version__
 from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.engine.kvcache.groups import KVCacheGroup, KVCacheLayout
 from pdlaunch.errors import HandshakeError
-from pdlaunch.integrity.checksum import ALGORITHM
-from pdlaunch.kvcache.groups import KVCacheGroup, KVCacheLayout
 from pdlaunch.protocol.ids import EngineId
 from pdlaunch.protocol.side_channel import PROTOCOL_VERSION, Compatibility, Geometry, HandshakeReply
 from pdlaunch.transfer.channel.head_mapping import heads_of_rank
 from pdlaunch.transfer.connectors.connector import LocalMemory, memory_kind
 from pdlaunch.transfer.connectors.scratch import DEVICE_SCRATCH_BYTES, SCRATCH_BYTES
+from pdlaunch.transfer.integrity.checksum import ALGORITHM
 
 LAYOUT = "block, head, layer, kv, token, dim"
 

@@ -20,8 +20,8 @@ from typing import Literal, Protocol
 
 import torch
 
-from pdlaunch.kvcache.groups import KVCacheLayout
-from pdlaunch.memory.kv_memory import KVMemory, PrivateKVMemory
+from pdlaunch.engine.kvcache.groups import KVCacheLayout
+from pdlaunch.engine.memory.kv_memory import KVMemory, PrivateKVMemory
 from pdlaunch.protocol.ids import LeaseId, ReaderId
 from pdlaunch.protocol.side_channel import Geometry
 

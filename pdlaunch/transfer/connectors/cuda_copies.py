@@ -19,9 +19,9 @@ from itertools import accumulate
 import numpy as np
 import torch
 
+from pdlaunch.engine.memory.batch_copies import BatchCopies
 from pdlaunch.errors import TransferError
-from pdlaunch.memory.batch_copies import BatchCopies
-from pdlaunch.platform.cuda_driver import DriverError
+from pdlaunch.machine.cuda_driver import DriverError
 from pdlaunch.transfer.connectors.connector import Read, ReadPart, ReadState
 from pdlaunch.transfer.connectors.piece_copies import PieceCopier, Pieces
 
@@ -92,7 +92,7 @@ class KernelCopier(_CudaCopier):
         self._shape = shape
 
     def supports(self, pieces: Pieces) -> bool:
-        from pdlaunch.memory.page_kernel import UNIT_BYTES
+        from pdlaunch.engine.memory.page_kernel import UNIT_BYTES
 
         addresses = np.concatenate((pieces.sources, pieces.destinations))
         return not (
@@ -102,7 +102,7 @@ class KernelCopier(_CudaCopier):
         )
 
     def _prepare(self, pieces: Pieces) -> Callable[[], object]:
-        from pdlaunch.memory.page_kernel import copy_pages
+        from pdlaunch.engine.memory.page_kernel import copy_pages
 
         words = self._anchor[: self._anchor.numel() // 4 * 4].view(torch.int32)
         units = relative_units(pieces, words.data_ptr(), pin=words.is_cuda)
@@ -150,7 +150,7 @@ def relative_units(pieces: Pieces, anchor: int, *, pin: bool) -> torch.Tensor:
     """Return sources and destinations in units of 16 bytes from ``anchor``, before it or behind it:
     [2, num_columns] int64.
     """
-    from pdlaunch.memory.page_kernel import UNIT_BYTES, padded_columns
+    from pdlaunch.engine.memory.page_kernel import UNIT_BYTES, padded_columns
 
     num_pieces = len(pieces.sources)
     units = torch.zeros((2, padded_columns(num_pieces)), dtype=torch.int64, pin_memory=pin)

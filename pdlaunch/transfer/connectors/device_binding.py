@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from pdlaunch.platform.cuda_driver import has_accelerator
+from pdlaunch.machine.cuda_driver import has_accelerator
 
 
 class DeviceSwitch(Protocol):

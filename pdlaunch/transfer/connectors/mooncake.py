@@ -21,7 +21,7 @@ import torch
 from pdlaunch.config.connectors import MOONCAKE_ADDRESS, MooncakeProtocol
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.errors import TransferError
-from pdlaunch.platform import tcp_sockets
+from pdlaunch.machine import tcp_sockets
 from pdlaunch.transfer.connectors.connector import (
     BlockRead,
     Connection,

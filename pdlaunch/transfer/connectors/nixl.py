@@ -21,8 +21,8 @@ import torch
 
 from pdlaunch.config.ucx import opens_network
 from pdlaunch.errors import TransferError
-from pdlaunch.platform import tcp_sockets
-from pdlaunch.platform.addresses import with_device_names
+from pdlaunch.machine import tcp_sockets
+from pdlaunch.machine.addresses import with_device_names
 from pdlaunch.transfer.connectors.connector import (
     BlockRead,
     Connection,

@@ -15,10 +15,10 @@ import msgspec
 import numpy as np
 import torch
 
+from pdlaunch.engine.memory.batch_copies import Addresses
+from pdlaunch.engine.memory.kv_memory import Export, NotShareable, PeerMapping, SharedRange
 from pdlaunch.errors import TransferError
-from pdlaunch.memory.batch_copies import Addresses
-from pdlaunch.memory.kv_memory import Export, NotShareable, PeerMapping, SharedRange
-from pdlaunch.platform.kernel import host_identity
+from pdlaunch.machine.kernel import host_identity
 from pdlaunch.protocol.side_channel import Geometry
 from pdlaunch.transfer.connectors.connector import (
     BlockRead,

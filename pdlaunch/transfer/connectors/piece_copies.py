@@ -16,7 +16,7 @@ from functools import cached_property
 
 import numpy as np
 
-from pdlaunch.memory.batch_copies import Addresses
+from pdlaunch.engine.memory.batch_copies import Addresses
 from pdlaunch.transfer.connectors.connector import Read, ReadState
 
 logger = logging.getLogger(__name__)

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 
 from pdlaunch.errors import TransferError, VerificationError
-from pdlaunch.integrity.checksum import ChecksumArray, Checksums, HashBatch
 from pdlaunch.observe.spans import SpanLog
 from pdlaunch.protocol.side_channel import Geometry, GroupBlocks, PullReply
 from pdlaunch.protocol.transfer import StartPull
@@ -36,6 +35,7 @@ from pdlaunch.transfer.decode_side.read_plan import (
     plan_read,
     stated_checksums,
 )
+from pdlaunch.transfer.integrity.checksum import ChecksumArray, Checksums, HashBatch
 
 
 class ReadFailed(PullFailed):

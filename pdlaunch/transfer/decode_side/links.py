@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from pdlaunch.integrity.checksum import KVHasher
 from pdlaunch.protocol.control import ToSupervisor
 from pdlaunch.protocol.ids import EngineId, PullId, ReaderId
 from pdlaunch.protocol.side_channel import Compatibility, Geometry, ToDecodeSide, ToPrefillSide
@@ -15,6 +14,7 @@ from pdlaunch.protocol.transfer import PullDrained, PullFinished
 from pdlaunch.transfer.channel.handshake import RankIdentity
 from pdlaunch.transfer.channel.head_mapping import SourceRank, map_sources
 from pdlaunch.transfer.connectors.connector import BlockRead, Connector, Read
+from pdlaunch.transfer.integrity.checksum import KVHasher
 
 LinkStatus = Literal["connecting", "ready", "lost", "incompatible"]
 

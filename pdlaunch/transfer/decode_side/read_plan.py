@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from pdlaunch.errors import TransferError
-from pdlaunch.integrity.checksum import ChecksumArray
 from pdlaunch.protocol.ids import ReaderId
 from pdlaunch.protocol.side_channel import Geometry, GroupBlocks, PullReply
 from pdlaunch.protocol.transfer import StartPull
 from pdlaunch.transfer.connectors.connector import BlockRead
+from pdlaunch.transfer.integrity.checksum import ChecksumArray
 
 
 class PullFailed(TransferError):

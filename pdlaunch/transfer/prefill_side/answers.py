@@ -13,7 +13,6 @@ import msgspec
 import numpy as np
 
 from pdlaunch.errors import LeaseError
-from pdlaunch.integrity.checksum import Checksums, KVHasher
 from pdlaunch.protocol.ids import LeaseId
 from pdlaunch.protocol.side_channel import (
     ChecksumsReply,
@@ -44,6 +43,7 @@ from pdlaunch.protocol.transfer import (
 )
 from pdlaunch.transfer.channel.handshake import RankIdentity
 from pdlaunch.transfer.connectors.connector import PushJob
+from pdlaunch.transfer.integrity.checksum import Checksums, KVHasher
 from pdlaunch.transfer.prefill_side.leases import LeaseTable
 from pdlaunch.transfer.prefill_side.partial_prompts import PartialPrompts
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from pdlaunch.errors import LeaseError, TransferError
-from pdlaunch.integrity.checksum import KVHasher
 from pdlaunch.protocol.ids import EngineId
 from pdlaunch.protocol.side_channel import Push, PushEnded, Refused, ToDecodeSide
 from pdlaunch.protocol.transfer import (
@@ -26,6 +25,7 @@ from pdlaunch.protocol.transfer import (
 from pdlaunch.transfer.channel.side_channel import PrefillSocket
 from pdlaunch.transfer.connectors.connector import Connector, Pusher, Write
 from pdlaunch.transfer.instants import earliest, latest
+from pdlaunch.transfer.integrity.checksum import KVHasher
 from pdlaunch.transfer.prefill_side.answers import LeaseAnswers, RankCard
 from pdlaunch.transfer.prefill_side.pending_questions import PendingQuestions
 

@@ -218,7 +218,7 @@ def test_a_process_that_dies_is_an_error(hub: FakeHub, monkeypatch: pytest.Monke
 
 def test_the_command_line_imports_no_library_that_downloads() -> None:
     code = (
-        "import sys, pdlaunch.cli.serve, pdlaunch.supervisor.supervisor;"
+        "import sys, pdlaunch.cli.serve, pdlaunch.launch.supervisor;"
         "print([m for m in ('torch', 'huggingface_hub.file_download', 'tqdm') if m in sys.modules])"
     )
     result = subprocess.run(

@@ -18,7 +18,7 @@ from pdlaunch.http.engine_connection import (
     HIGH_WATER_BYTES,
     CallError,
 )
-from pdlaunch.process.bootstrap import LISTEN_BACKLOG
+from pdlaunch.protocol.process.bootstrap import LISTEN_BACKLOG
 from tests.http.engine_calls.server import CHUNKED, OK, WHOLE, Call, Server
 from tests.router.fake_engine import until
 

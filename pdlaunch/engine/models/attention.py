@@ -1,0 +1,95 @@
+"""Attention over the paged KV cache: the seam between transformers models and backends.
+
+The function registered with transformers hands each layer's queries, keys and values to the step
+that the runner passed to the model as ``attention_step``. Backends write keys and values into the
+KV cache and attend over it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+
+from pdlaunch.engine.models.packed import PackedBatch
+from pdlaunch.engine.models.progress import ReportProgress
+from pdlaunch.errors import UnsupportedModelError
+
+ATTENTION_NAME = "pdlaunch_paged"
+"""Name under which transformers finds the function. No mask function has that name: transformers
+then builds no masks.
+"""
+
+
+class AttentionStep(ABC):
+    """Attends over the KV cache for one step; made by a backend, used by every layer once."""
+
+    @abstractmethod
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Write keys and values of the step's tokens into the KV cache, and attend over it.
+
+        Returns [num_tokens, num_heads, head_dim]. ``query``: [num_heads, num_tokens, head_dim];
+        ``key``, ``value``: [num_kv_heads, num_tokens, head_dim]; heads of this rank, rotary
+        embedding applied. Query head h belongs to KV head h // (num_heads / num_kv_heads).
+        ``sinks``: [num_heads]; a logit of each head that takes its share of the softmax and gives
+        nothing.
+        """
+
+
+class AttentionBackend(ABC):
+    """Prepares steps; owns nothing but its view of the KV cache and work space."""
+
+    reads_only_context = False
+    """Slots past a row's context are never read. Otherwise whatever lies there has to be finite."""
+
+    def warm_up(self, num_heads: int, max_tokens: int, progress: ReportProgress) -> None:  # noqa: B027 - most have nothing to do
+        """Do once what the first step of each size would have to do.
+
+        ``num_heads``: query heads of this rank.
+        """
+
+    @abstractmethod
+    def prepare(self, batch: PackedBatch) -> AttentionStep:
+        """Compute once what all layers of the step share. A step is used before the next one is
+        prepared.
+        """
+
+
+def register_attention() -> None:
+    """Tell transformers about our attention function. Safe to call again."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION_NAME, _attend)
+
+
+def _attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    _attention_mask: None,
+    *,
+    scaling: float,
+    attention_step: AttentionStep,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """Attend as transformers asks for it.
+
+    Query: [1, num_heads, num_tokens, head_dim]; result: [1, num_tokens, num_heads, head_dim].
+    """
+    if softcap is not None:
+        raise UnsupportedModelError("attention logit soft-capping is not supported", field="model")
+    return attention_step.attend(module.layer_idx, query[0], key[0], value[0], scaling, s_aux)[
+        None
+    ], None

@@ -1,0 +1,253 @@
+"""Convert a GGUF file into a directory in Hugging Face layout, once, into the cache.
+
+``python -m pdlaunch.engine.models.convert MODEL`` prints a line for each stage: ``[ 40%] reading
+weights``. Launches that need the same model at once are safe: one converts under a file lock, and
+the result appears under its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import functools
+import os
+import shutil
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pdlaunch.config.model_files.aliases import ResolvedModel, resolve_model
+from pdlaunch.config.model_files.damage import DOWNLOAD_AGAIN, damaged
+from pdlaunch.config.model_files.gguf import check_gguf
+from pdlaunch.config.model_files.shape import read_model_shape
+from pdlaunch.engine.models.progress import ReportProgress
+from pdlaunch.errors import ConfigError
+
+Converter = Callable[[Path, Path, ReportProgress], None]
+"""Called with source file, target directory and progress."""
+
+MAX_REASON = 300
+"""Characters that are shown of a library's message."""
+
+LARGE_FILE_BYTES = 1024**3
+"""GGUF files from this size on are written as bfloat16, smaller ones as float32."""
+
+
+def ensure_converted(
+    model: str, progress: ReportProgress, *, convert: Converter | None = None
+) -> Path:
+    """Return the directory to serve ``model`` from; convert it now if it is not in the cache.
+
+    Raises ConfigError when the model cannot be found or read, UnsupportedModelError when it cannot
+    be served.
+    """
+    resolved = resolve_model(model)
+    if resolved.ready:
+        return resolved.cache_dir
+    with _locked(resolved.cache_dir.with_name(resolved.cache_dir.name + ".lock")):
+        if not resolve_model(model).ready:
+            _convert_into_place(resolved, progress, convert or convert_gguf)
+    return resolved.cache_dir
+
+
+def _convert_into_place(
+    resolved: ResolvedModel, progress: ReportProgress, convert: Converter
+) -> None:
+    folder = resolved.cache_dir.parent
+    for left_behind in folder.glob(f".{resolved.cache_dir.name}-*"):
+        shutil.rmtree(left_behind, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{resolved.cache_dir.name}-", dir=folder))
+    try:
+        convert(resolved.source, temporary, progress)
+        temporary.chmod(0o755)
+        temporary.rename(resolved.cache_dir)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def convert_gguf(source: Path, target: Path, progress: ReportProgress) -> None:
+    """Write config.json, generation_config.json, model.safetensors and the tokenizer's files of
+    ``source`` into ``target``.
+
+    Raises ConfigError, whatever is wrong with the file.
+    """
+    check_gguf(source)
+    progress("loading libraries", 0.0)
+    try:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+        with _reading_once():
+            progress("reading the configuration", 0.1)
+            config = AutoConfig.from_pretrained(**where)
+            config.save_pretrained(target)
+            read_model_shape(target)
+            progress("reading the tokenizer", 0.2)
+            tokenizer = AutoTokenizer.from_pretrained(**where)
+            progress("reading weights", 0.4)
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                **where,
+                config=config,
+                dtype=torch.float32 if source.stat().st_size < LARGE_FILE_BYTES else torch.bfloat16,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **_dequantizing(),
+            )
+        _refuse_misfits(source, loaded)
+        _refuse_non_finite(source, model.named_parameters())
+    except ConfigError:
+        raise
+    except ImportError as error:
+        raise _not_converted(source, error, "pip install 'pdlaunch[gguf]'") from error
+    except Exception as error:
+        # The libraries raise what they happen to meet: struct.error, bare Exception, IndexError.
+        raise _not_converted(
+            source, error, f"Name another model if others read this file well. {DOWNLOAD_AGAIN}"
+        ) from error
+    if isinstance(config.eos_token_id, int):
+        # The configuration's is right; transformers before 5.18 takes the token that begins a text
+        # for the one that ends it.
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
+    progress("writing", 0.9)
+    tokenizer.save_pretrained(target)
+    model.save_pretrained(target)
+    progress("converted", 1.0)
+
+
+@contextmanager
+def _reading_once() -> Iterator[None]:
+    """Let the module ``gguf``, where transformers looks it up at every call, remember the header
+    and the table of names.
+
+    transformers parses the header for the configuration, for the tokenizer and for the weights, and
+    makes the table of the weights' names anew for each of a model's modules, which took 20 of the
+    31 s of CPU that the conversion of the demo model needed.
+
+    Raises ImportError where gguf is not installed.
+    """
+    import gguf
+
+    reader, name_map = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader = functools.cache(_plain_reader(reader))
+    gguf.get_tensor_name_map = functools.cache(name_map)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = reader, name_map
+
+
+def _plain_reader(reader_class: Any) -> Any:
+    """Return a subclass that keeps its file as a plain array: a header is read in hundreds of
+    thousands of slices, and a slice of a ``numpy.memmap`` takes 2.5 times as long.
+    """
+    import numpy
+
+    class PlainReader(reader_class):  # type: ignore[misc]
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, numpy.asarray(value) if name == "data" else value)
+
+    return PlainReader
+
+
+def _not_converted(source: Path, error: Exception, fix: str) -> ConfigError:
+    reason = " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
+    return ConfigError(
+        f"{source} cannot be converted: {reason}", field="model", value=str(source), fix=fix
+    )
+
+
+def _refuse_misfits(source: Path, loaded: dict[str, Any]) -> None:
+    """Refuse weights that are missing or have another shape.
+
+    transformers makes such weights up, and only warns of it.
+    """
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        # Mismatched ones come with their shapes.
+        names = sorted(
+            item if isinstance(item, str) else str(item[0]) for item in loaded.get(kind, ())
+        )
+        if names:
+            what = f"{len(names)} {kind.removesuffix('_keys')}, {names[0]} among them"
+            raise damaged(source, f"its weights do not fit its configuration: {what}")
+
+
+def _refuse_non_finite(source: Path, weights: Iterable[tuple[str, Any]]) -> None:
+    for name, weight in weights:
+        if not weight.isfinite().all():
+            raise damaged(source, f"weight {name} holds numbers that are not finite")
+
+
+def _dequantizing() -> dict[str, Any]:
+    """Return the arguments with which ``from_pretrained`` gives plain weights. transformers before
+    5.17 gives nothing else, and has no argument for it.
+    """
+    import transformers
+
+    config_class = getattr(transformers, "GgufConfig", None)
+    return {} if config_class is None else {"quantization_config": config_class(dequantize=True)}
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file; the kernel drops it when the process dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Convert a model from the command line.
+
+    Exit code 0 when the directory is there, 1 with the reason on standard error.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m pdlaunch.engine.models.convert", description=__doc__
+    )
+    parser.add_argument("model", help="alias or .gguf file")
+    parser.add_argument(
+        "--if-needed",
+        action="store_true",
+        help="say nothing when the model is in the cache already",
+    )
+    parser.add_argument(
+        "--traceback", action="store_true", help="print where an error came from before the error"
+    )
+    options = parser.parse_args(arguments)
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+
+    def show(text: str, fraction: float | None) -> None:
+        sys.stdout.write(f"[{round((fraction or 0) * 100):3d}%] {text}\n")
+        sys.stdout.flush()
+
+    try:
+        was_ready = resolve_model(options.model).ready
+        directory = ensure_converted(options.model, show)
+    except Exception as error:
+        if options.traceback:
+            traceback.print_exc()
+        fix = error.fix if isinstance(error, ConfigError) else None
+        sys.stderr.write(
+            f"error: {str(error) or type(error).__name__}\n" + (f"fix: {fix}\n" if fix else "")
+        )
+        return 1
+    if not (was_ready and options.if_needed):
+        sys.stdout.write(f"{directory}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

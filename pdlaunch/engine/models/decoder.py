@@ -1,0 +1,84 @@
+"""The model as the runner sees it: packed tokens in, logits out."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from pdlaunch.engine.models.attention import AttentionStep
+
+_ROTARY_WITH_STATE = {"dynamic", "longrope"}
+"""Kinds of rotary embedding that look at the longest position on the host, and change their
+frequencies with it.
+"""
+
+
+class Decoder(Protocol):
+    """Computes logits of packed tokens with a language model over the paged KV cache."""
+
+    @property
+    def can_be_captured(self) -> bool:
+        """Return whether a CUDA graph may replay a step.
+
+        Nothing in it may wait for the device or depend on values there.
+        """
+        ...
+
+    def logits(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        kept: torch.Tensor | None,
+        step: AttentionStep,
+    ) -> torch.Tensor:
+        """Return [len(kept), vocab_size] of the tokens ``kept``; None keeps all.
+
+        ``token_ids``, ``positions``: [num_tokens].
+        """
+        ...
+
+
+class TransformersDecoder:
+    """Runs the model's own code."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    @property
+    def can_be_captured(self) -> bool:
+        return not (
+            _rotary_types(self._model) & _ROTARY_WITH_STATE or _waits_for_experts(self._model)
+        )
+
+    def logits(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        kept: torch.Tensor | None,
+        step: AttentionStep,
+    ) -> torch.Tensor:
+        output = self._model(
+            input_ids=token_ids[None],
+            position_ids=positions[None],
+            use_cache=False,
+            logits_to_keep=0 if kept is None else kept,
+            attention_step=step,
+        )
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+
+def _waits_for_experts(model: nn.Module) -> bool:
+    """Return whether the host may have to know how many tokens each expert gets."""
+    config: Any = model.config
+    return bool(getattr(config, "num_local_experts", 0))
+
+
+def _rotary_types(model: nn.Module) -> set[str]:
+    types: set[str] = set()
+    for module in model.modules():
+        kind: Any = getattr(module, "rope_type", None)
+        types |= set(kind.values()) if isinstance(kind, dict) else {kind} - {None}
+    return types

@@ -1,0 +1,235 @@
+"""The decoder of Llama, Gemma 3 and similar models in fewer, larger operations on CUDA devices.
+
+It takes the weights of a loaded transformers model. A layer has ten launches instead of some forty:
+norms with the residual's addition, queries, keys and values from one product, rotation with the
+write into the KV cache, gate and up projection from one product. Import this module only where
+triton is there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import nn
+from torch.nn.functional import linear
+
+from pdlaunch.engine.models.attention import AttentionStep
+from pdlaunch.engine.models.decoder import TransformersDecoder
+from pdlaunch.engine.models.layer_kernels import add_and_normalize, multiply_gated
+from pdlaunch.engine.models.stacked_weights import join
+from pdlaunch.engine.models.triton_step import HeadNorms, TritonStep
+
+GELU = "gelu_pytorch_tanh"
+ACTIVATIONS = {
+    "LlamaForCausalLM": "silu",
+    "MistralForCausalLM": "silu",
+    "Qwen2ForCausalLM": "silu",
+    "Qwen3ForCausalLM": "silu",
+    "SmolLM3ForCausalLM": "silu",
+    "Gemma3ForCausalLM": GELU,
+}
+"""Models of exactly this shape: RMS norms, rotation by halves or none, ``down(activation(gate(x)) *
+up(x))``.
+"""
+GATE_COLUMNS = 1024
+Rotary = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines, [num_tokens, D] each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """Holds an RMS norm."""
+
+    weight: torch.Tensor
+    """[size]"""
+    epsilon: float
+    offset: int
+    """Added to all weights."""
+
+    @staticmethod
+    def of(module: Any) -> Norm:
+        if type(module).__name__ == "Gemma3RMSNorm":
+            return Norm(module.weight, float(module.eps), offset=1)
+        return Norm(module.weight, float(module.variance_epsilon), offset=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Stacked:
+    """Holds linear layers of the same input, one below the other."""
+
+    weight: torch.Tensor
+    """[sum of out_features, in_features]"""
+    bias: torch.Tensor | None
+
+    @staticmethod
+    def of(*layers: nn.Linear) -> Stacked:
+        """Return the layers' weights as one, in place: they have to be loaded ``stacked``."""
+        weight = join([layer.weight for layer in layers])
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        assert weight is not None
+        assert len(biases) in (0, len(layers))
+        return Stacked(weight, join(biases) if biases else None)
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        return linear(inputs, self.weight, self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Holds one decoder layer."""
+
+    input_norm: Norm
+    qkv: Stacked
+    head_norms: HeadNorms | None
+    rotary: tuple[str, ...] | None
+    """Arguments for the model's rotary embedding to give this layer's; None: no rotation."""
+    output: nn.Module
+    output_norm: Norm | None
+    """Norm of what is added to the residual."""
+    middle_norm: Norm
+    gate_and_up: Stacked
+    down: nn.Module
+    down_norm: Norm | None
+    """Norm of what is added to the residual."""
+
+    @staticmethod
+    def of(layer: Any) -> Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        is_gemma = type(layer).__name__ == "Gemma3DecoderLayer"
+        rotary = (attention.config.layer_types[attention.layer_idx],) if is_gemma else ()
+        return Layer(
+            input_norm=Norm.of(layer.input_layernorm),
+            qkv=Stacked.of(attention.q_proj, attention.k_proj, attention.v_proj),
+            head_norms=_head_norms(attention),
+            rotary=rotary if getattr(attention, "use_rope", True) else None,
+            output=attention.o_proj,
+            output_norm=Norm.of(layer.post_attention_layernorm) if is_gemma else None,
+            middle_norm=Norm.of(
+                layer.pre_feedforward_layernorm if is_gemma else layer.post_attention_layernorm
+            ),
+            gate_and_up=Stacked.of(mlp.gate_proj, mlp.up_proj),
+            down=mlp.down_proj,
+            down_norm=Norm.of(layer.post_feedforward_layernorm) if is_gemma else None,
+        )
+
+
+class FusedDecoder:
+    """Computes logits with a model that ``can_fuse`` accepts, loaded ``stacked``."""
+
+    def __init__(self, model: Any) -> None:
+        self._plain = TransformersDecoder(model)
+        self._embed = model.model.embed_tokens
+        self._rotary = model.model.rotary_emb
+        self._layers = [Layer.of(layer) for layer in model.model.layers]
+        self._scaling = float(model.model.layers[0].self_attn.scaling)
+        self._norm = Norm.of(model.model.norm)
+        self._is_gelu = _activation(model) == GELU
+        self._head = model.lm_head
+
+    @property
+    def can_be_captured(self) -> bool:
+        return self._plain.can_be_captured
+
+    def logits(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        kept: torch.Tensor | None,
+        step: AttentionStep,
+    ) -> torch.Tensor:
+        assert isinstance(step, TritonStep)
+        residual = self._embed(token_ids)
+        rotaries = self._rotaries(residual, positions)
+        # What a sublayer gives, ``hidden``, is added to the residual by the kernel of the next
+        # norm; Gemma has a norm for it alone. So both are carried on, past the last layer, too.
+        hidden: torch.Tensor | None = None
+        hidden_norm: Norm | None = None
+        for index, layer in enumerate(self._layers):
+            normed = _normalize(hidden, residual, layer.input_norm, hidden_norm)
+            rotary = None if layer.rotary is None else rotaries[layer.rotary]
+            attended = step.rotate_and_attend(
+                index, layer.qkv(normed), rotary, self._scaling, layer.head_norms
+            )
+            hidden = layer.output(attended.flatten(1))
+            normed = _normalize(hidden, residual, layer.middle_norm, layer.output_norm)
+            hidden = layer.down(_multiply_gated(layer.gate_and_up(normed), is_gelu=self._is_gelu))
+            hidden_norm = layer.down_norm
+        assert hidden is not None
+        if kept is not None:
+            hidden, residual = hidden[kept], residual[kept]
+        logits: torch.Tensor = self._head(_normalize(hidden, residual, self._norm, hidden_norm))
+        return logits
+
+    def _rotaries(
+        self, hidden: torch.Tensor, positions: torch.Tensor
+    ) -> dict[tuple[str, ...], Rotary]:
+        found: dict[tuple[str, ...], Rotary] = {}
+        for layer in self._layers:
+            if layer.rotary is not None and layer.rotary not in found:
+                cosines, sines = self._rotary(hidden[None], positions[None], *layer.rotary)
+                found[layer.rotary] = (cosines[0], sines[0])
+        return found
+
+
+def can_fuse(model: Any) -> bool:
+    """Return whether ``FusedDecoder`` computes what ``model`` does."""
+    name, is_capped = (
+        type(model).__name__,
+        getattr(model.config, "final_logit_softcapping", None) is not None,
+    )
+    return name in ACTIVATIONS and ACTIVATIONS[name] == _activation(model) and not is_capped
+
+
+def _activation(model: Any) -> str | None:
+    config = model.config
+    name: str | None = getattr(config, "hidden_activation", None) or getattr(
+        config, "hidden_act", None
+    )
+    return name
+
+
+def _head_norms(attention: Any) -> HeadNorms | None:
+    if getattr(attention, "q_norm", None) is None:
+        return None
+    query, key = Norm.of(attention.q_norm), Norm.of(attention.k_norm)
+    return HeadNorms(query.weight, key.weight, query.epsilon, query.offset)
+
+
+def _normalize(
+    hidden: torch.Tensor | None, residual: torch.Tensor, norm: Norm, hidden_norm: Norm | None = None
+) -> torch.Tensor:
+    """Add ``hidden``, or what ``hidden_norm`` makes of it, to ``residual`` in place; return its
+    norm.
+
+    All are [num_tokens, size].
+    """
+    result = torch.empty_like(residual)
+    size = residual.shape[1]
+    if len(residual):
+        add_and_normalize[(len(residual),)](
+            residual if hidden is None else hidden,
+            residual,
+            norm.weight if hidden_norm is None else hidden_norm.weight,
+            norm.weight,
+            result,
+            norm.epsilon,
+            SIZE=size,
+            PADDED_SIZE=triton.next_power_of_2(size),
+            ADDS=hidden is not None,
+            NORMALIZES_HIDDEN=hidden_norm is not None,
+            NORM_OFFSET=norm.offset,
+            num_warps=8 if size >= 4096 else 4,
+        )
+    return result
+
+
+def _multiply_gated(gate_and_up: torch.Tensor, *, is_gelu: bool) -> torch.Tensor:
+    """Return [num_tokens, size] of [num_tokens, 2 * size]."""
+    num_tokens, size = len(gate_and_up), gate_and_up.shape[1] // 2
+    result = gate_and_up.new_empty((num_tokens, size))
+    grid = (num_tokens, triton.cdiv(size, GATE_COLUMNS))
+    multiply_gated[grid](gate_and_up, result, SIZE=size, COLUMNS=GATE_COLUMNS, IS_GELU=is_gelu)
+    return result

@@ -1,0 +1,335 @@
+"""Tensor parallelism: the group of ranks, and the cuts of linear layers by transformers' plan.
+
+``colwise`` layers compute a share of their outputs, ``rowwise`` layers take a share of their inputs
+and add up over the group. Embedding and output layers are whole on every rank. A KV head is on
+several ranks when there are more ranks than KV heads.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.functional import linear
+
+from pdlaunch.config.model_files.shape import ModelShape
+from pdlaunch.engine.kvcache.groups import num_kv_heads_of_rank
+from pdlaunch.errors import ConfigError, StartupError, UnsupportedModelError
+
+RENDEZVOUS_TIMEOUT_S = 300.0
+LOOPBACK_INTERFACE = "lo"
+_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
+
+class Exchange(Protocol):
+    """Joins ranks on several hosts."""
+
+    def combine(self, data: bytes, merge: Callable[[Sequence[bytes]], bytes]) -> bytes:
+        """Return ``merge`` of the ``data`` of all ranks, in their order, on every rank."""
+
+    def close(self) -> None:
+        """Leave the group."""
+
+
+class TPGroup:
+    """Joins the ranks of one engine; all of them make collective calls in the same order.
+
+    ``exchange``: does the work of ``group`` for ranks on several hosts, on CPUs.
+    """
+
+    def __init__(
+        self,
+        tp_rank: int,
+        tp_size: int,
+        device: str,
+        group: dist.ProcessGroup | None,
+        exchange: Exchange | None = None,
+    ) -> None:
+        self.tp_rank = tp_rank
+        self.tp_size = tp_size
+        self._device = torch.device(device)
+        self._group = group
+        self._exchange = exchange
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Add up ``tensor`` over the ranks, in place and in the order of the current stream; a CUDA
+        graph can hold it.
+        """
+        if self._exchange is not None:
+
+            def add(parts: Sequence[bytes]) -> bytes:
+                first, *others = (_tensor_of(part, tensor) for part in parts)
+                for other in others:
+                    first += other
+                return _bytes_of(first)
+
+            tensor.copy_(_tensor_of(self._exchange.combine(_bytes_of(tensor), add), tensor))
+        elif self._group is not None:
+            dist.all_reduce(tensor, group=self._group)
+        return tensor
+
+    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Give every rank rank 0's ``tensor``, in place and in the order of the current stream."""
+        if self._exchange is not None:
+            mine = _bytes_of(tensor) if self.tp_rank == 0 else b""
+            tensor.copy_(_tensor_of(self._exchange.combine(mine, _first), tensor))
+        elif self._group is not None:
+            dist.broadcast(tensor, src=0, group=self._group)
+        return tensor
+
+    def least(self, number: int) -> int:
+        """Return the smallest of the ranks' numbers, on every rank."""
+        if self._exchange is not None:
+            found = self._exchange.combine(
+                str(number).encode(), lambda parts: str(min(map(int, parts))).encode()
+            )
+            return int(found)
+        if self._group is None:
+            return number
+        smallest = torch.tensor([number], dtype=torch.int64, device=self._device)
+        dist.all_reduce(smallest, dist.ReduceOp.MIN, group=self._group)
+        return int(smallest)
+
+    def broadcast_bytes(self, data: bytes | None) -> bytes:
+        """Return rank 0's ``data`` on every rank; what the others pass is not looked at.
+
+        Raw bytes travel, nothing is unpickled.
+        """
+        if self._exchange is not None:
+            return self._exchange.combine(data or b"", _first)
+        if self._group is None:
+            assert data is not None
+            return data
+        own = data or b""
+        length = torch.tensor([len(own)], dtype=torch.int64, device=self._device)
+        dist.broadcast(length, src=0, group=self._group)
+        payload = torch.zeros(int(length), dtype=torch.uint8, device=self._device)
+        if self.tp_rank == 0 and own:
+            payload.copy_(torch.frombuffer(bytearray(own), dtype=torch.uint8))
+        dist.broadcast(payload, src=0, group=self._group)
+        return bytes(payload.cpu().numpy())
+
+    def close(self) -> None:
+        """Leave the group.
+
+        On CUDA only once all graphs that hold its sums are gone: NCCL waits for them.
+        """
+        if self._exchange is not None:
+            self._exchange.close()
+            self._exchange = None
+        if self._group is not None:
+            dist.destroy_process_group()
+            self._group = None
+
+
+def _bytes_of(tensor: torch.Tensor) -> bytes:
+    return bytes(tensor.contiguous().view(torch.uint8).flatten().numpy())
+
+
+def _tensor_of(data: bytes, like: torch.Tensor) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=like.dtype).view(like.shape)
+
+
+def _first(parts: Sequence[bytes]) -> bytes:
+    return parts[0]
+
+
+def init_tp_group(
+    rendezvous: str,
+    tp_rank: int,
+    tp_size: int,
+    device: str,
+    *,
+    timeout_s: float = RENDEZVOUS_TIMEOUT_S,
+) -> TPGroup:
+    """Meet the other ranks over ``rendezvous``, a ``file://`` URL on a path that is new.
+
+    A file store listens nowhere, and the group's own sockets are bound to loopback (unless
+    GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME say otherwise). ``device``: ``cpu``, or this rank's
+    ``cuda:N``. ``timeout_s`` also bounds every collective. Raises StartupError when the others do
+    not come, ConfigError for another kind of rendezvous.
+    """
+    if tp_size == 1:
+        return TPGroup(tp_rank, tp_size, device, None)
+    if not rendezvous.startswith("file:///"):
+        raise ConfigError(
+            f"rendezvous must be a file:///path URL, found {rendezvous!r}",
+            field="rendezvous",
+            value=rendezvous,
+        )
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(name, LOOPBACK_INTERFACE)
+    if device.startswith("cuda:"):
+        # This sets the device of the thread: code that names no device would take memory of device
+        # 0.
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group(
+            "nccl" if device.startswith("cuda") else "gloo",
+            init_method=rendezvous,
+            rank=tp_rank,
+            world_size=tp_size,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=torch.device(device) if device.startswith("cuda:") else None,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise StartupError(
+            f"tp_rank {tp_rank} of {tp_size} did not meet its group at {rendezvous}: {error}"
+        ) from error
+    return TPGroup(tp_rank, tp_size, device, dist.group.WORLD)
+
+
+def says_that_a_rank_is_gone(error: BaseException) -> bool:
+    """Tell whether a collective failed because another rank has died, which the supervisor sees by
+    itself.
+
+    Source: torch 2.13's gloo has no class of its own for it.
+    """
+    return (
+        isinstance(error, RuntimeError)
+        and "gloo" in str(error)
+        and any(text in str(error) for text in _GONE)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Says which part of the model one rank holds."""
+
+    tp_rank: int
+    tp_size: int
+    shape: ModelShape
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for heads, inner size or experts that ``tp_size`` does not divide."""
+        shape, size = self.shape, self.tp_size
+        if shape.num_experts and size > 1:
+            raise ConfigError(
+                (
+                    f"tensor_parallel_size {size}: experts (MoE) cannot be cut, model_type "
+                    f"{shape.model_type!r} runs on one rank"
+                ),
+                field="tensor_parallel_size",
+                value=size,
+                fix="Set tensor_parallel_size to 1.",
+            )
+        if shape.num_attention_heads % size:
+            raise _indivisible("num_attention_heads", shape.num_attention_heads, size)
+        if shape.num_kv_heads % size and size % shape.num_kv_heads:
+            raise _indivisible("num_key_value_heads", shape.num_kv_heads, size)
+        if shape.intermediate_size % size:
+            raise _indivisible("intermediate_size", shape.intermediate_size, size)
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self.shape.num_attention_heads // self.tp_size
+
+    @property
+    def num_kv_heads(self) -> int:
+        return num_kv_heads_of_rank(self.shape.num_kv_heads, self.tp_size)
+
+    @property
+    def first_kv_head(self) -> int:
+        # 8 ranks, 2 KV heads:   rank   0 1 2 3 4 5 6 7
+        #                        head   0 0 0 0 1 1 1 1
+        return self.tp_rank * self.shape.num_kv_heads // self.tp_size
+
+    def share(self, module_name: str, size: int) -> slice:
+        """Return what this rank holds of a cut dimension of ``size``.
+
+        Ranks that share a KV head hold the same keys and values.
+        """
+        if module_name.endswith((".k_proj", ".v_proj")):
+            head_dim = size // self.shape.num_kv_heads
+            return slice(
+                self.first_kv_head * head_dim, (self.first_kv_head + self.num_kv_heads) * head_dim
+            )
+        part = size // self.tp_size
+        return slice(self.tp_rank * part, (self.tp_rank + 1) * part)
+
+
+class RowwiseLinear(nn.Module):
+    """Computes a linear layer whose inputs are spread over ranks; adds the bias after the sum."""
+
+    def __init__(self, layer: nn.Linear, tp: TPGroup) -> None:
+        super().__init__()
+        self.weight = layer.weight
+        self.bias = layer.bias
+        self._tp = tp
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return [..., out_features], the same on every rank, of [..., in_features / tp_size]."""
+        # Each rank has the part of the sum over its own inputs. The bias is added once, afterwards.
+        result = self._tp.all_reduce(linear(inputs, self.weight))
+        return result if self.bias is None else result + self.bias
+
+
+def plan_cuts(
+    model: nn.Module, base_prefix: str, plan: Mapping[str, str] | None, shard: Shard
+) -> dict[str, tuple[int, slice]]:
+    """Return which parameters of ``model`` are cut: name -> (dimension, what this rank holds of
+    it).
+
+    ``plan``: ``config.base_model_tp_plan`` of transformers, with names relative to ``base_prefix``.
+    Raises UnsupportedModelError when there is none or it asks for something other than cut linear
+    layers and embeddings.
+
+    Attention sinks go with their query heads. Embeddings stay whole whatever the plan says: cutting
+    them is optional, and only transformers 5.15 to 5.20 ask for it, where the output layer is tied
+    to them (``embedding_rowwise``). The rank's memory then does not depend on the version.
+    """
+    if not plan:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no tensor-parallel plan in transformers", field="model"
+        )
+    cuts: dict[str, tuple[int, slice]] = {}
+    for name, module in model.named_modules():
+        style = _style(name.removeprefix(f"{base_prefix}."), plan)
+        if style is None or style.startswith("replicated") or isinstance(module, nn.Embedding):
+            continue
+        if style not in ("colwise", "rowwise") or not isinstance(module, nn.Linear):
+            raise UnsupportedModelError(
+                f"tensor parallelism cannot cut {name} ({style})", field="model"
+            )
+        size = module.out_features if style == "colwise" else module.in_features
+        # Weights are [out_features, in_features].
+        cut = (0 if style == "colwise" else 1, shard.share(name, size))
+        cuts[f"{name}.weight"] = cut
+        if style == "colwise" and module.bias is not None:
+            cuts[f"{name}.bias"] = cut
+    for name, parameter in model.named_parameters():
+        attention, _, kind = name.rpartition(".")
+        if kind == "sinks" and f"{attention}.q_proj.weight" in cuts:
+            cuts[name] = (0, shard.share(name, len(parameter)))
+    return cuts
+
+
+def add_up_rowwise(model: nn.Module, cuts: Mapping[str, tuple[int, slice]], tp: TPGroup) -> None:
+    """Replace the layers whose inputs are cut by ones that add up over the group."""
+    for name, (dimension, _) in cuts.items():
+        if dimension == 1:
+            module_name = name.removesuffix(".weight")
+            layer = model.get_submodule(module_name)
+            assert isinstance(layer, nn.Linear)
+            model.set_submodule(module_name, RowwiseLinear(layer, tp))
+
+
+def _style(name: str, plan: Mapping[str, str]) -> str | None:
+    pattern = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+    return plan.get(pattern)
+
+
+def _indivisible(field: str, value: int, tp_size: int) -> ConfigError:
+    return ConfigError(
+        f"tensor_parallel_size {tp_size} does not divide the model's {field} {value}",
+        field="tensor_parallel_size",
+        value=tp_size,
+        fix=f"Choose a tensor_parallel_size that divides {value}.",
+    )

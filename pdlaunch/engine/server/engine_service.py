@@ -1,0 +1,194 @@
+"""Holds what the HTTP handlers of one engine share: model, link to rank 0, limits, leases."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Iterator
+
+from aiohttp import web
+from prometheus_client import CollectorRegistry
+
+from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.engine.server.engine_reports import EngineReports
+from pdlaunch.engine.server.metrics import ServerMetrics
+from pdlaunch.engine.server.rank_link import RankLink
+from pdlaunch.engine.server.running_choices import RunningChoices
+from pdlaunch.engine.server.served_model import ServedModel
+from pdlaunch.engine.server.sleep import SleepDesk
+from pdlaunch.engine.server.unsent_spans import UnsentSpans
+from pdlaunch.errors import OverloadedError
+from pdlaunch.http.admission import Admission, Ticket
+from pdlaunch.http.bodies import BodyBudget, max_engine_body_bytes, read_body
+from pdlaunch.http.deadline import Deadlines
+from pdlaunch.http.errors import LEAVING_RETRY_AFTER_S
+from pdlaunch.http.ignored_fields import IgnoredFields
+from pdlaunch.http.large_inputs import LargeInputs
+from pdlaunch.protocol.engine import EngineStats, Welcome
+from pdlaunch.protocol.ids import HopId, RequestId
+
+MAX_REMEMBERED_LEASES = 4096
+READ_STATS_TIMEOUT_S = 1.5
+"""Rank 0 answers between two steps. Routers wait a little longer for a page of metrics."""
+RANK_SILENCE_S = 30.0
+"""Rank 0 speaks every second between its steps; one that says nothing for so long is taken to
+hang.
+"""
+
+
+class EngineService:
+    """Holds what the HTTP handlers of one engine share; belongs to the event loop."""
+
+    def __init__(
+        self,
+        spec: EngineSpec,
+        registry: CollectorRegistry,
+        *,
+        rank_silence_s: float = RANK_SILENCE_S,
+    ) -> None:
+        self.spec = spec
+        self.admission = Admission(spec.limits.max_queued_requests, _shutting_down)
+        self.deadlines = Deadlines(spec.limits.request_timeout_s, _shutting_down)
+        self.max_body_bytes = max_engine_body_bytes(spec.limits.max_body_bytes, spec.max_model_len)
+        # Room for what a router lets in, and for one of the longest that it makes of it.
+        self.bodies = BodyBudget(spec.limits.body_budget_bytes + 2 * self.max_body_bytes)
+        self.inputs = LargeInputs()
+        self.ignored_fields = IgnoredFields()
+        self.metrics = ServerMetrics(
+            registry,
+            engine=spec.name,
+            role=spec.role,
+            model_name=spec.served_model_name,
+            cache_config={
+                "block_size": str(spec.block_size),
+                "cache_dtype": spec.dtype,
+                "enable_prefix_caching": str(spec.enable_prefix_caching),
+                "gpu_memory_utilization": str(spec.gpu_memory_utilization),
+            },
+        )
+        self.leases = LeaseIndex()
+        self.reports = EngineReports()
+        self.unsent_spans = UnsentSpans()
+        self.running: dict[HopId, RunningChoices] = {}
+        """Requests at rank 0, by the id that the caller gave."""
+        self.sleep = SleepDesk(spec, self.admission, self.live_link)
+        self.loaded: ServedModel | None = None
+        self.welcomed = asyncio.Event()
+        self._link: RankLink | None = None
+        self._rank_silence_s = rank_silence_s
+
+    @property
+    def model(self) -> ServedModel:
+        """Return the model. Raises OverloadedError (503) while the server loads."""
+        if self.loaded is None:
+            raise _starting()
+        return self.loaded
+
+    @property
+    def link(self) -> RankLink:
+        """Return the link to a rank that has said Welcome.
+
+        Raises OverloadedError (503) while there is none.
+        """
+        if self._link is None or not self.welcomed.is_set():
+            raise _starting()
+        return self._link
+
+    def live_link(self) -> RankLink:
+        """Return the link to a rank that can be given work.
+
+        Raises OverloadedError (503) while there is none.
+        """
+        link = self.link
+        if link.silence_s >= self._rank_silence_s:
+            raise OverloadedError(
+                f"rank 0 has been silent for {link.silence_s:.0f} s",
+                status=503,
+                code="engine_stalled",
+            )
+        return link
+
+    def check_health(self) -> None:
+        """Raise OverloadedError (503) that says why the engine takes no work now."""
+        self.admission.check_open()
+        self.sleep.check_awake()
+        if self.loaded is None:
+            raise _starting()
+        self.live_link()
+
+    @contextlib.contextmanager
+    def admit(self) -> Iterator[Ticket]:
+        """Hold a place for a request that rank 0 computes. Raises OverloadedError (429, 503)."""
+        self.admission.check_open()
+        self.sleep.check_awake()
+        with self.admission.admit() as ticket:
+            yield ticket
+
+    @contextlib.asynccontextmanager
+    async def read(self, http: web.Request) -> AsyncIterator[bytes]:
+        """Read a request's body and hold its room while the block runs. Raises RequestError."""
+        with self.bodies.hold() as hold:
+            yield await read_body(http, hold, max_bytes=self.max_body_bytes)
+
+    async def use_link(self, link: RankLink | None) -> None:
+        """Replace the link; requests of the old one get RankLost. Ready again with the new rank's
+        Welcome.
+        """
+        old, self._link = self._link, link
+        # Before the old link's requests hear of it: who asks again at once is told that the engine
+        # starts, and is not given to a link that leads nowhere.
+        self.welcomed.clear()
+        if old is not None:
+            await old.close()
+
+    async def read_stats(self) -> None:
+        """Bring the rank's totals up to date, or leave them as they were when it does not answer.
+
+        So the next scrape has what an answer that has left has counted.
+        """
+        with contextlib.suppress(OverloadedError, TimeoutError):
+            async with asyncio.timeout(READ_STATS_TIMEOUT_S):
+                await self.live_link().read_stats()
+
+    def on_welcome(self, welcome: Welcome) -> None:
+        self.metrics.engine.stats = EngineStats(
+            num_blocks=welcome.num_blocks, num_free_blocks=welcome.num_blocks
+        )
+        self.sleep.on_welcome(welcome)
+        self.welcomed.set()
+
+    def on_stats(self, stats: EngineStats) -> None:
+        self.metrics.engine.stats = stats
+
+
+class LeaseIndex:
+    """Finds the leases that were handed out, by the hop's id and by the lease's."""
+
+    def __init__(self) -> None:
+        self._rank_ids: OrderedDict[str, RequestId] = OrderedDict()
+
+    def add(self, hop_id: HopId, request_id: RequestId) -> None:
+        """Remember a lease; the oldest are forgotten, they have ended by themselves."""
+        for key in (hop_id, request_id):
+            self._rank_ids[key] = request_id
+            self._rank_ids.move_to_end(key)
+        while len(self._rank_ids) > MAX_REMEMBERED_LEASES:
+            self._rank_ids.popitem(last=False)
+
+    def take(self, name: str) -> RequestId | None:
+        """Forget a lease and return its request's id; None when there is none of this name."""
+        return self._rank_ids.pop(name, None)
+
+
+def _shutting_down() -> OverloadedError:
+    return OverloadedError(
+        "the engine is shutting down",
+        status=503,
+        retry_after_s=LEAVING_RETRY_AFTER_S,
+        code="shutting_down",
+    )
+
+
+def _starting() -> OverloadedError:
+    return OverloadedError("the engine is starting", status=503, code="engine_starting")

@@ -1,0 +1,180 @@
+"""Works out what each child of a launch is given."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from pydantic import SecretStr
+
+from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.config.models import LaunchConfig
+from pdlaunch.launch.engines.kind import EngineKind
+from pdlaunch.launch.hangs import heartbeat_s
+from pdlaunch.planning.plan import ProcessSpec
+from pdlaunch.planning.resolve import ResolvedLaunch
+from pdlaunch.planning.roles import PlacedEngine
+from pdlaunch.protocol.control import Capabilities
+from pdlaunch.protocol.process.bootstrap import OVER_HOSTS, Bootstrap, DoorSpec, RouterSpec
+from pdlaunch.protocol.sockets import LaunchKeys
+
+
+class Bootstraps(Protocol):
+    """Works out what each child of a launch is given."""
+
+    def prepare(self) -> None:
+        """Work out what servers and ranks are given, now that all models are converted.
+
+        Raises PdlaunchError.
+        """
+
+    def make(self, spec: ProcessSpec, incarnation: int) -> Bootstrap:
+        """Make the bootstrap of one incarnation."""
+
+
+class LaunchBootstraps:
+    """Makes bootstraps for one launch; ``prepare`` comes before the first ``make``.
+
+    ``listeners``: the open sockets of the public address, one or more, all of one port.
+    """
+
+    def __init__(
+        self,
+        resolved: ResolvedLaunch,
+        *,
+        keys: LaunchKeys,
+        control: str,
+        run_dir: Path,
+        launch_id: str,
+        listeners: Sequence[socket.socket],
+        kind: EngineKind,
+    ) -> None:
+        self._resolved = resolved
+        self._kind = kind
+        self._config = resolved.config
+        self._keys = keys
+        self._control = control
+        self._run_dir = run_dir
+        self._launch_id = launch_id
+        self._listeners = listeners
+        self._engines: dict[str, EngineSpec] = {}
+
+    def prepare(self) -> None:
+        """Derive what could not be known before models were converted. Raises ConfigError."""
+        self._engines = self._resolved.after_conversion().engine_specs()
+
+    def adopt(self, resolved: ResolvedLaunch, engine: PlacedEngine | None = None) -> None:
+        """Start processes from now on as this launch says, and one engine, which is new or at
+        another place.
+        """
+        self._resolved = resolved
+        if engine is not None and engine.engines.is_native:
+            self._engines[engine.name] = resolved.engine_spec(engine)
+
+    def forget(self, engine: str) -> None:
+        """Forget an engine that is gone for good, and remove what it has left in the folder."""
+        self._engines.pop(engine, None)
+        for path in self._run_dir.glob(f"{engine}.*"):
+            path.unlink(missing_ok=True)
+
+    def make(self, spec: ProcessSpec, incarnation: int) -> Bootstrap:
+        engine = self._engines.get(spec.engine)
+        host = self._resolved.host(spec.host)
+        if engine is not None:
+            engine = engine.model_copy(
+                update={
+                    "bind_address": host.bind_address,
+                    "advertise_address": host.advertise_address,
+                }
+            )
+        return Bootstrap(
+            name=spec.name,
+            incarnation=incarnation,
+            control=self._control,
+            keys=self._keys,
+            run_dir=str(self._run_dir),
+            log_level=self._config.log_level,
+            log_format=self._config.log_format,
+            engine_api_key=_plain(self._config.engine_api_key)
+            if spec.kind in ("server", "router")
+            else None,
+            capabilities=self._kind.capabilities(spec, engine)
+            if spec.kind == "server"
+            else Capabilities(),
+            engine_json=None if engine is None else engine.model_dump_json(),
+            router=router_spec(self._config, self._resolved.served_model_name, self._listeners)
+            if spec.kind == "router"
+            else None,
+            # Servers of native engines, which alone have a spec, listen for other hosts themselves.
+            door=self._door(spec) if spec.kind == "server" and engine is None else None,
+            tp_rank=spec.tp_rank,
+            rendezvous=self._rendezvous(spec, incarnation),
+            launch_id=self._launch_id,
+            heartbeat_s=heartbeat_s(self._config.hang_timeout_s),
+        )
+
+    def _door(self, spec: ProcessSpec) -> DoorSpec | None:
+        """Return where the sidecar of an engine opens it; None in a launch on one host."""
+        if not self._resolved.spans_hosts:
+            return None
+        host, limits = self._resolved.host(spec.host), self._config.limits
+        assert spec.role is not None
+        return DoorSpec(
+            bind_address=host.bind_address,
+            advertise_address=host.advertise_address,
+            port=spec.ports["http"],
+            data_ports=self._config.kv_transfer.data_ports,
+            max_model_len=self._resolved.roles[spec.role].max_model_len,
+            max_body_bytes=limits.max_body_bytes,
+            body_budget_bytes=limits.body_budget_bytes,
+            max_connections=limits.max_connections,
+        )
+
+    def _rendezvous(self, spec: ProcessSpec, incarnation: int) -> str:
+        """Return where the ranks of an engine meet."""
+        if spec.kind != "rank":
+            return ""
+        shares = next(one.shares for one in self._resolved.engines if one.name == spec.engine)
+        if len(shares) > 1:
+            return OVER_HOSTS
+        # Another file for each incarnation: the dead one's ranks still stand in theirs.
+        return f"file://{self._run_dir / f'{spec.engine}.tp.{incarnation}'}"
+
+
+def router_spec(
+    config: LaunchConfig, served_model_name: str, listeners: Sequence[socket.socket]
+) -> RouterSpec:
+    """Return what a router is given that accepts at ``listeners``, which are all of one port."""
+    return RouterSpec(
+        host=config.host,
+        port=int(listeners[0].getsockname()[1]),
+        listeners=tuple(listener.fileno() for listener in listeners),
+        served_model_name=served_model_name,
+        api_key=_plain(config.api_key),
+        admin_api_key=_plain(config.admin_api_key),
+        allowed_hosts=config.allowed_hosts,
+        cors_origins=config.cors_origins,
+        strict_fields=config.strict_fields,
+        page=config.page,
+        # Any other word than this one means pairs: a third policy takes more than another word.
+        by_cost=config.routing.policy == "cost",
+        max_itl_ms=config.routing.max_itl_ms,
+        max_ttft_ms=config.routing.max_ttft_ms,
+        max_body_bytes=config.limits.max_body_bytes,
+        body_budget_bytes=config.limits.body_budget_bytes,
+        max_queued_requests=config.limits.max_queued_requests,
+        max_connections=config.limits.max_connections,
+        request_timeout_s=config.limits.request_timeout_s,
+        drain_timeout_s=config.drain_timeout_s,
+        kept_requests=config.tracing.kept_requests,
+        log_requests=config.log_requests,
+        log_content=config.log_content,
+        otlp_endpoint=config.tracing.otlp_endpoint,
+        otlp_sample=config.tracing.otlp_sample,
+    )
+
+
+def _plain(secret: SecretStr | None) -> str | None:
+    return None if secret is None else secret.get_secret_value()

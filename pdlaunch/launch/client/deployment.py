@@ -1,0 +1,187 @@
+"""Runs ``pdlaunch serve`` as a child process, for benchmarks, smoke runs and tests.
+
+The deployment ends with the block that started it, and by itself when this process is gone: it
+holds the other end of a pipe of ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import psutil
+
+from pdlaunch.config.http_names import local_url
+from pdlaunch.errors import PdlaunchError, StartupError
+from pdlaunch.launch.client.api import Api
+from pdlaunch.protocol.process.run_dirs import is_locked, own_run_dirs, take_lock
+
+PREFIX = "pdlaunch-deployment-"
+OUTPUT = "output.log"
+_POLL_S = 0.1
+_HEALTH_TIMEOUT_S = 5.0
+_STOP_TIMEOUT_S = 60.0
+
+
+class Deployment:
+    """Stands for a running ``pdlaunch serve``; ``url`` answers when ``running_deployment`` has
+    yielded it.
+    """
+
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        url: str,
+        log_dir: Path,
+        output: Path,
+        start_s: float,
+    ) -> None:
+        self.process = process
+        self.url = url
+        self.log_dir = log_dir
+        self.start_s = start_s
+        """Seconds from the command to ``/health`` 200."""
+        self._output = output
+
+    def output(self) -> str:
+        """Return what ``pdlaunch serve`` has printed."""
+        return self._output.read_text(errors="replace")
+
+    def processes(self) -> dict[str, psutil.Process]:
+        """Return the children that live, by their name in the launch: ``decode-0/rank-0``."""
+        found = {}
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # a zombie is one too
+                command = process.cmdline()
+                if "--name" in command:
+                    found[command[command.index("--name") + 1]] = process
+        return found
+
+    def stop(self, timeout_s: float = _STOP_TIMEOUT_S) -> int:
+        """Send SIGTERM and wait; return the exit code.
+
+        Ctrl-C meanwhile is passed on, so that the deployment waits no longer for requests, and is
+        raised when it has ended. Raises PdlaunchError when it does not stop and was killed.
+        """
+        interrupt: KeyboardInterrupt | None = None
+        with self.process:
+            while self.process.poll() is None:
+                try:
+                    self.process.send_signal(signal.SIGTERM if interrupt is None else signal.SIGINT)
+                    self.process.wait(timeout_s)
+                except KeyboardInterrupt as again:
+                    interrupt = again
+                except subprocess.TimeoutExpired:
+                    self.process.kill()
+                    raise PdlaunchError(
+                        f"pdlaunch serve did not stop within {timeout_s:g} s and was killed"
+                    ) from interrupt
+        if interrupt is not None:
+            raise interrupt
+        return self.process.returncode
+
+
+@contextlib.contextmanager
+def running_deployment(
+    arguments: Sequence[str] = (),
+    *,
+    environ: Mapping[str, str] | None = None,
+    log_dir: str | None = None,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    timeout_s: float = 300.0,
+) -> Iterator[Deployment]:
+    """Start ``pdlaunch serve`` with ``arguments``, wait until it is healthy, stop it at the end.
+
+    ``port``: None takes a free one.
+    ``log_dir``: the folder of its log files, which are otherwise gone when the block ends. Raises
+    StartupError, with what it printed, when it ends or does not get healthy in time.
+    """
+    with _new_folder() as (folder, sink), contextlib.ExitStack() as stack:
+        logs = log_dir or f"{folder}/logs"
+        port = port or stack.enter_context(held_port())
+        own = ["--host", host, "--port", str(port), "--log-dir", logs, "--stop-on-stdin-eof"]
+        # -P: a folder named pdlaunch where the user stands is not the installed one.
+        command = [sys.executable, "-P", "-m", "pdlaunch", "serve", *arguments, *own]
+        start_at = time.monotonic()
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            env=dict(os.environ if environ is None else environ),
+            start_new_session=True,
+        )
+        deployment = Deployment(process, local_url(host, port), Path(logs), folder / OUTPUT, 0.0)
+        try:
+            _await_health(deployment, start_at + timeout_s)
+            deployment.start_s = time.monotonic() - start_at
+            yield deployment
+        finally:
+            deployment.stop()
+
+
+@contextlib.contextmanager
+def _new_folder() -> Iterator[tuple[Path, BinaryIO]]:
+    """Yield a fresh folder, which is removed at the end, and the file in it for what is printed.
+
+    That file is locked until this process and the deployment, which inherits it, have both ended.
+    Folders that killed owners left, whose lock is there and nobody's, are removed first.
+    """
+    for left in own_run_dirs(Path(tempfile.gettempdir()), PREFIX):
+        with contextlib.suppress(FileNotFoundError):
+            if not is_locked(left / OUTPUT):
+                shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=PREFIX) as name:
+        folder = Path(name)
+        new = folder / f"{OUTPUT}.new"
+        with new.open("wb") as sink:
+            # Under its own name it is never without its lock.
+            take_lock(sink.fileno())
+            new.rename(folder / OUTPUT)
+            yield folder, sink
+
+
+@contextlib.contextmanager
+def held_port() -> Iterator[int]:
+    """Yield a TCP port of 127.0.0.1 that nobody gets who asks for a free one, until the block ends.
+
+    A server that is told the port can listen there: as this socket, it has SO_REUSEADDR. With
+    SO_REUSEPORT a launch can keep it, too.
+    """
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        # Only now: with it, the port of another holder would do.
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        yield int(holder.getsockname()[1])
+
+
+def _await_health(deployment: Deployment, deadline_at: float) -> None:
+    while time.monotonic() < deadline_at:
+        if deployment.process.poll() is not None:
+            raise StartupError(
+                "pdlaunch serve ended with code "
+                f"{deployment.process.returncode}:\n{deployment.output()}"
+            )
+        if _healthy(deployment.url):
+            return
+        time.sleep(_POLL_S)
+    raise StartupError(f"pdlaunch serve was not healthy in time:\n{deployment.output()}")
+
+
+def _healthy(url: str) -> bool:
+    try:
+        return Api(url, timeout_s=_HEALTH_TIMEOUT_S).get("/health")[0] == 200
+    except PdlaunchError:
+        return False

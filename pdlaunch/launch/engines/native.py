@@ -1,0 +1,95 @@
+"""Plans engines of this project: ranks with torch, and a server for each engine."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from pdlaunch import __version__
+from pdlaunch.checks.registry import all_rules
+from pdlaunch.checks.rule import Rule
+from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.planning.plan import ProcessSpec
+from pdlaunch.planning.roles import PlacedEngine
+from pdlaunch.protocol.control import Capabilities
+
+_OF_ALL_KINDS = ("PD610", "PD615")
+
+
+class NativeEngine:
+    """Is the ``EngineKind`` whose processes register themselves and speak the control channel."""
+
+    name = "native"
+
+    def processes(self, engine: PlacedEngine) -> Sequence[ProcessSpec]:
+        """Plan the ranks of one engine, then its server."""
+        name, role = engine.name, engine.engines.role
+        ranks = [
+            ProcessSpec(
+                name=f"{name}/rank-{tp_rank}",
+                kind="rank",
+                unit=f"{name}/ranks",
+                engine=name,
+                role=role,
+                tp_rank=tp_rank,
+                tp_size=share.engines.tp_size,
+                host=share.host.name,
+                command=python_command("pdlaunch.engine", "--name", f"{name}/rank-{tp_rank}"),
+                environment=dict(share.engines.environment),
+                ports={"side_channel": 0},
+                devices=(device,),
+                num_threads=share.engines.num_threads,
+                cpus=share.host.machine.cpus,
+            )
+            for tp_rank, (share, device) in enumerate(engine.shares_by_rank())
+        ]
+        server = ProcessSpec(
+            name=name,
+            kind="server",
+            unit=name,
+            engine=name,
+            role=role,
+            tp_size=engine.engines.tp_size,
+            host=engine.host.name,
+            command=python_command("pdlaunch.engine.server", "--name", name),
+            environment=light_environment(),
+            ports={"http": engine.engines.http_port(engine.index)},
+            cpus=engine.host.machine.cpus,
+        )
+        return (*ranks, server)
+
+    def proves_pairs(self, process: ProcessSpec) -> bool:
+        """Each decode rank shakes hands with the prefill ranks that it pulls from."""
+        return process.kind == "rank" and process.role == "decode"
+
+    def capabilities(self, process: ProcessSpec, spec: EngineSpec | None) -> Capabilities:
+        assert spec is not None
+        return Capabilities(
+            version=__version__,
+            verifies=spec.kv_transfer.verify,
+            resumes=True,
+            gives_first_token=True,
+            awaits_lease=spec.has_peers,
+        )
+
+    def rules(self) -> Sequence[Rule]:
+        """Rules on other engines say nothing here, but that kinds are mixed or settings idle."""
+        rules = all_rules().values()
+        return tuple(rule for rule in rules if rule.code[:3] != "PD6" or rule.code in _OF_ALL_KINDS)
+
+
+def python_command(*arguments: str) -> tuple[str, ...]:
+    """Return the command that runs a module of this package with this interpreter."""
+    # -P: files in the current folder must not stand in for modules, as with the `pdlaunch` script
+    # itself.
+    return (sys.executable, "-P", "-m", *arguments)
+
+
+def light_environment() -> dict[str, str]:
+    """Return the variables of processes without torch."""
+    return {
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }

@@ -1,0 +1,114 @@
+"""Plans the processes of a launch: those of its engines, the router, and conversions of models."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import msgspec
+
+from pdlaunch.config.roles import EngineName
+from pdlaunch.launch.engines.kind import EngineKind
+from pdlaunch.launch.engines.native import NativeEngine, light_environment, python_command
+from pdlaunch.launch.engines.vllm import CAPABILITIES as VLLM_CAPABILITIES
+from pdlaunch.launch.engines.vllm import VllmEngine
+from pdlaunch.planning.hosts import ResolvedHost
+from pdlaunch.planning.plan import Plan, ProcessSpec
+from pdlaunch.planning.resolve import ResolvedLaunch
+from pdlaunch.protocol.control import Capabilities
+from pdlaunch.protocol.due_pairs import MAX_PEERS, due_pairs
+
+
+def kind_of(launch: ResolvedLaunch) -> EngineKind:
+    """Return the kind of a launch's engines; of the first ones, where they differ.
+
+    Either will do then: the rules of both kinds have PD610, which refuses the launch.
+    """
+    first = next(iter(launch.roles.values()), None)
+    if first is not None and first.settings.engine == "vllm":
+        return VllmEngine(
+            launch.config,
+            launch.served_model_name,
+            first.unverified,
+            has_doors=launch.spans_hosts,
+        )
+    return NativeEngine()
+
+
+def capabilities_over_http(kind: EngineName) -> Capabilities:
+    """Return what a router may expect of engines that it knows by their URLs alone.
+
+    Native ones tell only their launch's router where their leases are (``awaits_lease``).
+    """
+    if kind == "vllm":
+        return VLLM_CAPABILITIES
+    # Only of an engine that verifies what it pulls: ``needs_proof`` would be missing otherwise.
+    return Capabilities(resumes=True, gives_first_token=True)
+
+
+def plan_processes(launch: ResolvedLaunch) -> Plan:
+    """Plan every process; ranks come first, because they take longest to start."""
+    kind, here = kind_of(launch), launch.hosts[0]
+    engines = with_peers(
+        [process for engine in launch.engines for process in kind.processes(engine)]
+    )
+    return Plan(
+        conversions=tuple(
+            _conversion(here, index, model) for index, model in enumerate(launch.conversions)
+        ),
+        processes=(
+            *(process for process in engines if process.kind != "server"),
+            *(process for process in engines if process.kind == "server"),
+            _router(launch.config.port, here),
+        ),
+    )
+
+
+def with_peers(processes: Sequence[ProcessSpec]) -> list[ProcessSpec]:
+    """Return the processes of all engines, told their peers where there are too many for all."""
+    names = {
+        role: {process.engine for process in processes if process.role == role}
+        for role in ("prefill", "decode")
+    }
+    if max(map(len, names.values())) <= MAX_PEERS:
+        return [msgspec.structs.replace(process, peers=None) for process in processes]
+    peers: dict[str, list[str]] = defaultdict(list)
+    for prefill, decode in sorted(due_pairs(names["prefill"], names["decode"])):
+        peers[prefill].append(decode)
+        peers[decode].append(prefill)
+    return [
+        msgspec.structs.replace(process, peers=tuple(peers[process.engine]))
+        for process in processes
+    ]
+
+
+def _router(port: int, here: ResolvedHost) -> ProcessSpec:
+    return ProcessSpec(
+        name="router",
+        kind="router",
+        unit="router",
+        command=python_command("pdlaunch.router", "--name", "router"),
+        environment=light_environment(),
+        ports={"http": port},
+        host=here.name,
+        cpus=here.machine.cpus,
+    )
+
+
+def _conversion(here: ResolvedHost, index: int, source: str) -> ProcessSpec:
+    name = f"convert-{index}"
+    return ProcessSpec(
+        name=name,
+        kind="convert",
+        unit=name,
+        command=python_command(
+            "pdlaunch.protocol.process.guarded",
+            "pdlaunch.engine.models.convert",
+            source,
+            "--if-needed",
+            "--traceback",
+        ),
+        environment={"PYTHONUNBUFFERED": "1"},
+        host=here.name,
+        cpus=here.machine.cpus,
+    )

@@ -1,0 +1,199 @@
+"""Plans engines of vLLM: a sidecar for each, which starts ``vllm serve`` and speaks for it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+
+import msgspec
+from pydantic import JsonValue
+
+from pdlaunch.checks.registry import all_rules
+from pdlaunch.checks.rule import Rule
+from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.config.models import LaunchConfig
+from pdlaunch.config.roles import PAIR
+from pdlaunch.config.vllm_arguments import vllm_flag_name
+from pdlaunch.launch.engines.kind import OF_RUNNING_ENGINES
+from pdlaunch.launch.engines.native import light_environment, python_command
+from pdlaunch.planning.plan import ProcessSpec
+from pdlaunch.planning.role_engines import RoleEngines
+from pdlaunch.planning.roles import PlacedEngine
+from pdlaunch.protocol.control import Capabilities
+
+CAPABILITIES = Capabilities(
+    kind="vllm", needs_proof=True, lease_s=30.0, has_own_fields=True, takes_launch_token=False
+)
+"""Describes every version of vLLM, with its default lease; who watches an engine adds what its
+version can do.
+"""
+STOCK_CONNECTOR: Mapping[str, JsonValue] = MappingProxyType({"kv_connector": "NixlConnector"})
+VERIFIED_CONNECTOR: Mapping[str, JsonValue] = MappingProxyType(
+    {
+        "kv_connector": "VerifiedNixlConnector",
+        "kv_connector_module_path": "pdlaunch.vllm.connector",
+    }
+)
+
+
+class VllmEngine:
+    """Is the ``EngineKind`` whose engines are servers of vLLM, watched over HTTP."""
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        config: LaunchConfig,
+        served_model_name: str,
+        unverified: str,
+        *,
+        has_doors: bool,
+    ) -> None:
+        """``unverified``: ``RoleEngines.unverified``. ``has_doors``: sidecars listen for them."""
+        self._config = config
+        self._served_model_name = served_model_name
+        self._unverified = unverified
+        self._has_doors = has_doors
+
+    def processes(self, engine: PlacedEngine) -> Sequence[ProcessSpec]:
+        """Plan the sidecar of one engine; vLLM's own processes are its children."""
+        engines, index, name = engine.engines, engine.index, engine.name
+        devices = engine.device_indices
+        visible = (
+            {"CUDA_VISIBLE_DEVICES": ",".join(str(device) for device in devices)} if devices else {}
+        )
+        sidecar = python_command(
+            "pdlaunch.launch.sidecar",
+            "--name",
+            name,
+            "--hang-timeout",
+            f"{self._config.hang_timeout_s:g}",
+            *(("--exact",) if engines.dtype == "float32" else ()),
+            *(("--unverified", self._unverified) if self._unverified else ()),
+        )
+        return (
+            ProcessSpec(
+                name=name,
+                kind="server",
+                unit=name,
+                engine=name,
+                role=engines.role,
+                tp_size=engines.tp_size,
+                host=engines.host,
+                command=(*sidecar, "--", *self.command(engines, index)),
+                environment=light_environment() | dict(engines.environment) | visible,
+                ports={"http": engines.http_port(index)},
+                devices=tuple(f"cuda:{device}" for device in devices) or ("cpu",),
+                num_threads=engines.num_threads,
+                cpus=engines.machine.cpus,
+            ),
+        )
+
+    def command(self, engines: RoleEngines, index: int) -> tuple[str, ...]:
+        """Return the command of one engine, but for what its sidecar adds at the start.
+
+        That is where it listens, a socket in the launch's folder; unless it has a fixed port, which
+        its sidecar's door has where there is one.
+        """
+        settings = engines.settings
+        flags = dict(self._flags(engines))
+        if (port := engines.http_port(index)) and not self._has_doors:
+            flags |= {"host": engines.bind_address, "port": port}
+        executable = shutil.which(settings.engine_command) or settings.engine_command
+        model = engines.model.path or settings.model
+        return (executable, "serve", model, *_as_arguments(flags | settings.engine_args))
+
+    def proves_pairs(self, process: ProcessSpec) -> bool:
+        """The sidecar of each decode engine sends a canary through every prefill engine."""
+        return process.kind == "server" and process.role == "decode"
+
+    def capabilities(self, process: ProcessSpec, spec: EngineSpec | None) -> Capabilities:
+        assert process.role is not None
+        engine_args = self._config.engine_settings(process.role).engine_args
+        return msgspec.structs.replace(
+            CAPABILITIES,
+            verifies=not self._unverified,
+            # vLLM counts its leases in whole seconds.
+            lease_s=float(int(self._config.kv_transfer.lease_s)),
+            splits_reasoning=any(
+                name.replace("_", "-") == "reasoning-parser" for name in engine_args
+            ),
+        )
+
+    def rules(self) -> Sequence[Rule]:
+        """Return the rules that hold for vLLM, too, and those on engines that are not native."""
+        rules = all_rules().values()
+        return tuple(
+            rule
+            for rule in rules
+            if rule.on_vllm or (rule.code[:3] == "PD6" and rule.code not in OF_RUNNING_ENGINES)
+        )
+
+    def _flags(self, engines: RoleEngines) -> Iterator[tuple[str, JsonValue]]:
+        """Yield vLLM's flags from the settings; what is not set is left to vLLM."""
+        settings, transfer = engines.settings, self._config.kv_transfer
+        yield "served-model-name", self._served_model_name
+        yield "tensor-parallel-size", engines.tp_size
+        if engines.dtype is not None:
+            yield "dtype", engines.dtype
+        for name in ("max_model_len", "max_num_batched_tokens"):
+            if (value := getattr(settings, name)) is not None:
+                yield name.replace("_", "-"), value
+        for name in ("block_size", "max_num_seqs", "gpu_memory_utilization"):
+            if name in engines.given:
+                yield name.replace("_", "-"), getattr(settings, name)
+        # vLLM refuses 0 (PD615).
+        if "max_cudagraph_capture_size" in engines.given and settings.max_cudagraph_capture_size:
+            yield "max-cudagraph-capture-size", settings.max_cudagraph_capture_size
+        if settings.load_format != "auto":
+            yield "load-format", settings.load_format
+        if not settings.enable_prefix_caching:
+            yield "no-enable-prefix-caching", True
+        if settings.enforce_eager:
+            yield "enforce-eager", True
+        if settings.enable_sleep_mode:
+            yield "enable-sleep-mode", True
+        if settings.enable_cumem_allocator is not None and engines.device == "cuda":
+            yield "enable-cumem-allocator", settings.enable_cumem_allocator
+        if not settings.async_scheduling:
+            yield "no-async-scheduling", True
+        if settings.kv_cache_memory is not None and engines.device == "cuda":
+            yield "kv-cache-memory-bytes", settings.kv_cache_memory
+        yield "shutdown-timeout", int(self._config.drain_timeout_s)
+        yield "enable-prompt-tokens-details", True
+        if engines.role not in PAIR:
+            return
+        connector = STOCK_CONNECTOR if self._unverified else VERIFIED_CONNECTOR
+        yield (
+            "kv-transfer-config",
+            {
+                **connector,
+                "kv_role": "kv_both",
+                "kv_buffer_device": engines.device,
+                "kv_load_failure_policy": transfer.on_failure,
+                "kv_connector_extra_config": {"kv_lease_duration": int(transfer.lease_s)},
+            },
+        )
+
+
+def _as_arguments(flags: Mapping[str, JsonValue]) -> Iterator[str]:
+    for name, value in flags.items():
+        flag = f"--{vllm_flag_name(name)}"
+        match value:
+            case True:
+                yield flag
+            case False:
+                yield f"--no-{flag.removeprefix('--')}"
+            case None:
+                continue
+            case list():
+                yield flag
+                yield from map(_as_value, value)
+            case _:
+                yield from (flag, _as_value(value))
+
+
+def _as_value(value: JsonValue) -> str:
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))

@@ -1,0 +1,148 @@
+"""Collects the events of a launch: what its host reports, stop signals, the end of its starter.
+
+Signal handlers only append; the supervisor's loop acts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import socket
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import FrameType, TracebackType
+from typing import Any
+
+import zmq
+
+from pdlaunch.launch.hosts.host import Host, MessageReceived, ProcessExited
+
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+
+
+@dataclass(frozen=True, slots=True)
+class StopRequested:
+    """The user or the system wants the launch to end."""
+
+    signal_number: int
+    reason: str = ""
+    """Words for people; empty: the signal itself."""
+
+
+Event = MessageReceived | ProcessExited | StopRequested
+
+
+class EventQueue:
+    """Waits for the events of a launch.
+
+    ``lifeline``: a descriptor whose end asks for a stop, because its writer is gone then.
+    """
+
+    def __init__(self, host: Host, signals: SignalInbox, lifeline: int | None = None) -> None:
+        self._host = host
+        self._signals = signals
+        self._lifeline = lifeline
+        self._poller = zmq.Poller()
+        for source in (*host.sources, signals.fileno()):
+            self._poller.register(source, zmq.POLLIN)
+        if lifeline is not None:
+            self._poller.register(lifeline, zmq.POLLIN)
+
+    def wait(self, timeout_s: float) -> Sequence[Event]:
+        """Return what has happened, at the latest after ``timeout_s``; perhaps nothing."""
+        timeout_s = min(timeout_s, self._host.poll_s)
+        readable = dict(self._poller.poll(math.ceil(timeout_s * 1000)))
+        stops = [StopRequested(number) for number in self._signals.take()]
+        lifeline = self._lifeline
+        if lifeline is not None and lifeline in readable and not os.read(lifeline, 4096):
+            # It would stay readable, and the loop would turn without a rest.
+            self._poller.unregister(lifeline)
+            self._lifeline = None
+            stops.append(StopRequested(signal.SIGHUP, "whoever started this is gone"))
+        # In this order: what a process said before its end is there once its end is known.
+        exits = self._host.exits()
+        return causes_first(stops, exits, self._host.messages())
+
+
+def causes_first(
+    stops: Sequence[StopRequested],
+    exits: Sequence[ProcessExited],
+    messages: Sequence[MessageReceived],
+) -> list[Event]:
+    """Order what happened at once so that a cause comes before what it may have caused.
+
+    The first failure is reported as the root cause: a process that was killed comes before those
+    that died of it (a rank aborts when a peer of its group is gone), and both before those that
+    report an error or leave with an exit code.
+    """
+    # Exit codes below 0 are signals. Of the killed, those that somebody else killed come first.
+    killed = [gone for gone in exits if gone.returncode < 0]
+    return [
+        *stops,
+        *sorted(killed, key=lambda gone: gone.by_itself),
+        *messages,
+        *(gone for gone in exits if gone.returncode >= 0),
+    ]
+
+
+class SignalInbox:
+    """Collects stop signals between ``__enter__`` and ``__exit__``.
+
+    ``fileno`` becomes readable with each. Only the main thread can have handlers: in another one
+    the inbox stays empty.
+    """
+
+    def __init__(self) -> None:
+        self._received: list[int] = []
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+        self._before: dict[int, Any] = {}
+        self._wakeup_before = -1
+
+    def __enter__(self) -> SignalInbox:
+        if threading.current_thread() is threading.main_thread():
+            self._wakeup_before = signal.set_wakeup_fd(
+                self._writer.fileno(), warn_on_full_buffer=False
+            )
+            self._before = {number: signal.signal(number, self._on_signal) for number in _wanted()}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._before:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(self._wakeup_before)
+        self._reader.close()
+        self._writer.close()
+
+    def fileno(self) -> int:
+        return self._reader.fileno()
+
+    def take(self) -> list[int]:
+        """Return the signals since the last call, oldest first."""
+        with contextlib.suppress(BlockingIOError):
+            self._reader.recv(4096)
+        received, self._received = self._received, []
+        return received
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._received.append(number)
+
+
+def _wanted() -> list[int]:
+    """Return the stop signals by number, without a hangup that is ignored: ``nohup`` means it."""
+    numbers = [int(getattr(signal, name)) for name in STOP_SIGNALS]
+    return [
+        number
+        for number in numbers
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
+    ]

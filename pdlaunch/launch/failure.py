@@ -1,0 +1,90 @@
+"""Describes why a launch failed, in words."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pdlaunch.errors import PdlaunchError
+from pdlaunch.launch.instance import Instance
+from pdlaunch.launch.states import ProcessState
+
+MAX_LINES = 20
+MAX_WIDTH = 300
+_MAX_OWN_LINES = 12
+"""The most lines of the supervisor's own; the rest is left to the process's own words."""
+_TAIL_BYTES = 32 * 1024
+
+
+@dataclass(slots=True)
+class Failure:
+    """Keeps the earliest failure of a launch; later ones are taken for its consequences."""
+
+    summary: str
+    process: str | None = None
+    said: str = ""
+    """Words of the process itself (``Failed``), which may arrive after its end."""
+    details: Sequence[str] = ()
+    cause: PdlaunchError | None = None
+
+    def report(self, log: Path | None) -> list[str]:
+        """Return at most ``MAX_LINES`` lines: what failed, why, and where to read on.
+
+        ``log``: the log file of the process.
+        """
+        lines = _cut("\n".join([self.summary, *self.details]).splitlines(), _MAX_OWN_LINES)
+        if log is not None:
+            reason = self.said.strip().splitlines() or _relevant(_tail(log))
+            lines += [
+                *(f"  {line}" for line in _cut(reason, MAX_LINES - 1 - len(lines))),
+                f"log: {log}",
+            ]
+        return [line[:MAX_WIDTH] for line in lines]
+
+
+def _tail(log: Path) -> list[str]:
+    try:
+        with log.open("rb") as file:
+            file.seek(-min(_TAIL_BYTES, os.fstat(file.fileno()).st_size), os.SEEK_END)
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return []
+    return [line.rstrip() for line in text.splitlines() if line.strip()]
+
+
+def _relevant(lines: Sequence[str]) -> list[str]:
+    """Return the last error or traceback, shortened to where it was raised; without either the last
+    lines.
+    """
+    starts = [
+        index for index, line in enumerate(lines) if line.startswith(("Traceback", "error: "))
+    ]
+    relevant = list(lines[starts[-1] :] if starts else lines[-10:])
+    return relevant if len(relevant) <= 12 else ["…", *relevant[-11:]]
+
+
+def _cut(lines: Sequence[str], num_lines: int) -> list[str]:
+    if len(lines) <= num_lines:
+        return list(lines)
+    return [*lines[: num_lines - 1], f"… and {len(lines) - num_lines + 1} more lines"]
+
+
+def startup_timeout(
+    instances: Sequence[Instance], missing_pairs: Sequence[str], timeout_s: float
+) -> Failure:
+    """Describe a launch that did not get ready in time by what it still waits for.
+
+    ``missing_pairs``: in words; they matter once all processes are ready.
+    """
+    slow = [i for i in instances if i.state not in (ProcessState.READY, ProcessState.EXITED)]
+    waiting = [
+        f"  {i.name} is {i.state}" + (f": {i.progress.text}" if i.progress is not None else "")
+        for i in slow
+    ]
+    return Failure(
+        f"not ready after {timeout_s:g} s (startup_timeout_s):",
+        process=next((i.name for i in slow if i.alive), None),
+        details=waiting or [f"  {missing}" for missing in missing_pairs],
+    )

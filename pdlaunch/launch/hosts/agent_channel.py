@@ -1,0 +1,337 @@
+"""Holds the supervisor's end of the channel to agents: lets them join, beats, notices lost ones.
+
+A thread owns the socket, so that agents hear of the supervisor whatever its loop is doing.
+
+::
+
+    Join ──▶ joined ── Beat, Exited, .. ──▶ silent for 1.5 x timeout_s, or disconnected ──▶ lost
+       └──▶ refused
+
+``hosts.lease`` says by when the processes of a lost agent have ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import zmq
+
+from pdlaunch.errors import ProtocolError, StartupError
+from pdlaunch.launch.hosts.agent_messages import (
+    VERSION,
+    AgentRefused,
+    AgentWelcome,
+    Beat,
+    FromAgent,
+    Join,
+    Leave,
+    OtherVersionError,
+    Printed,
+    Session,
+    ToAgent,
+    from_agent,
+    read_frames,
+    to_agent,
+)
+from pdlaunch.launch.hosts.join import JoinKeys
+from pdlaunch.launch.hosts.lease import beat_s, ended_by
+from pdlaunch.machine.addresses import tcp_endpoint
+from pdlaunch.protocol.sockets import SecureContext
+
+logger = logging.getLogger(__name__)
+
+_RECONNECT_SHARE = 0.25
+"""An agent whose connection is gone may come back for this share of the time-out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """An agent has joined."""
+
+    join: Join
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """An agent is lost, and all processes on its host with it."""
+
+    name: str
+    reason: str
+    ended_by: float | None = field(default=None, compare=False)
+    """By this instant they have ended there, be the agent alive and cut off; None: they have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """An agent has sent a message."""
+
+    name: str
+    message: FromAgent
+
+
+News = Joined | Lost | Told
+
+
+@dataclass(slots=True)
+class _Agent:
+    name: str
+    address: str
+    identity: bytes
+    heard_at: float
+    session: Session = field(default_factory=Session)
+    unsent: deque[bytes] = field(default_factory=deque)
+    """Messages that wait for the connection to come back."""
+    gone_at: float | None = None
+    """Since then its connection is gone."""
+    stamp: float = 0.0
+    """That of its last Beat."""
+
+
+class AgentChannel:
+    """Listens for the agents of ``names``; ``take`` returns what they tell, ``fileno`` wakes.
+
+    Methods may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        keys: JoinKeys,
+        address: str,
+        names: Collection[str],
+        *,
+        timeout_s: float,
+        print_to: Callable[[str], Path],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``print_to``: returns the log file of a process. Raises StartupError."""
+        self._names = frozenset(names)
+        self._timeout_s = timeout_s
+        self._beat_s = beat_s(timeout_s)
+        self._print_to = print_to
+        self._clock = clock
+        self._agents: dict[bytes, _Agent] = {}
+        self._by_name: dict[str, _Agent] = {}
+        """The same agents: one serves a host."""
+        self._news: deque[News] = deque()
+        self._outbox: deque[tuple[str, ToAgent]] = deque()
+        self._closing = False
+        self._is_over = True
+        self._news_event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wake_event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._context = SecureContext(keys.server, peer=keys.agents.public)
+        endpoint = tcp_endpoint(address, keys.port)
+        try:
+            self._socket, self.endpoint = self._context.listen(zmq.ROUTER, endpoint)
+        except zmq.ZMQError as error:
+            self._context.close()
+            raise StartupError(
+                f"agents cannot join at {endpoint}: {error.strerror}; choose another address or "
+                "port with --control-address and --control-port, or stop the supervisor that "
+                "listens there"
+            ) from None
+        # Else messages to an agent whose connection is gone would be dropped without a word.
+        self._socket.router_mandatory = True
+        self._thread = threading.Thread(target=self._run, name="agents", daemon=True)
+        self._thread.start()
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable while ``take`` has something."""
+        return self._news_event
+
+    def take(self) -> list[News]:
+        """Return the news since the last call, oldest first."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._news_event)
+        news = []
+        while self._news:
+            news.append(self._news.popleft())
+        return news
+
+    def put_back(self, news: Sequence[News]) -> None:
+        """Have ``take`` return these again, before all others."""
+        if news:
+            self._news.extendleft(reversed(news))
+            os.eventfd_write(self._news_event, 1)
+
+    def send(self, name: str, message: ToAgent) -> None:
+        """Queue a message for a host; it is dropped when that has no agent."""
+        self._outbox.append((name, message))
+        os.eventfd_write(self._wake_event, 1)
+
+    def admit(self, public: str) -> None:
+        """Let an agent join that has drawn this key pair itself."""
+        self._context.admit(public)
+
+    def close(self, *, is_over: bool = True) -> None:
+        """Stop, and tell all agents that the launch is over; else they wait for another supervisor
+        as if this one had been killed.
+        """
+        if self._closing:
+            return
+        self._is_over = is_over
+        self._closing = True
+        os.eventfd_write(self._wake_event, 1)
+        self._thread.join()
+        self._context.close()
+        os.close(self._news_event)
+        os.close(self._wake_event)
+
+    def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:
+            # Without this thread agents end by themselves: the supervisor must hear of it.
+            logger.exception("the agents' channel failed")
+            for agent in list(self._agents.values()):
+                self._lose(agent, f"the channel failed: {error!r}")
+
+    def _serve(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._wake_event, zmq.POLLIN)
+        beat_at = looked_at = self._clock()
+        while not self._closing:
+            poller.poll(max(1, int((beat_at - self._clock()) * 1000)))
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._wake_event)
+            now = self._clock()
+            self._receive(now)
+            while self._outbox:
+                self._send_to_host(*self._outbox.popleft())
+            if now >= beat_at:
+                beat_at = now + self._beat_s
+                # This process was stopped itself: nobody could be heard, or come back, meanwhile.
+                late_s = now - looked_at - self._beat_s
+                overslept = late_s > _RECONNECT_SHARE * self._timeout_s
+                looked_at = now
+                for agent in list(self._agents.values()):
+                    if overslept:
+                        agent.heard_at = now
+                        agent.gone_at = agent.gone_at and now
+                    self._send(agent, Beat(stamp=agent.stamp))
+                    self._look(agent, now)
+        if self._is_over:
+            for agent in self._agents.values():
+                self._send(agent, Leave(reason="the launch is over"))
+        self._socket.close()
+
+    def _look(self, agent: _Agent, now: float) -> None:
+        if now > ended_by(agent.heard_at, self._timeout_s):
+            self._lose(agent, f"silent for {now - agent.heard_at:.0f} s")
+        elif agent.gone_at and now - agent.gone_at > _RECONNECT_SHARE * self._timeout_s:
+            self._lose(agent, "its connection is gone")
+
+    def _lose(self, agent: _Agent, reason: str, *, has_ended: bool = False) -> None:
+        """Forget an agent. ``has_ended``: it has ended its processes itself."""
+        if self._agents.pop(agent.identity, None) is not None:
+            del self._by_name[agent.name]
+            until = None if has_ended else ended_by(agent.heard_at, self._timeout_s)
+            self._tell(Lost(agent.name, reason, until))
+
+    def _tell(self, news: News) -> None:
+        self._news.append(news)
+        os.eventfd_write(self._news_event, 1)
+
+    def _send_to_host(self, name: str, message: ToAgent) -> None:
+        if (agent := self._by_name.get(name)) is not None:
+            self._send(agent, message)
+
+    def _send(self, agent: _Agent, message: ToAgent) -> None:
+        agent.unsent.append(to_agent.encode(message))
+        try:
+            while agent.unsent:
+                frames = agent.session.frames(agent.unsent[0])
+                self._socket.send_multipart([agent.identity, *frames])
+                agent.unsent.popleft()
+            agent.gone_at = None
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            agent.session.take_back()
+            agent.gone_at = agent.gone_at or self._clock()
+
+    def _answer(self, identity: bytes, message: ToAgent) -> None:
+        """Send to somebody who has no session."""
+        with contextlib.suppress(zmq.ZMQError):
+            self._socket.send_multipart([identity, *Session().frames(to_agent.encode(message))])
+
+    def _receive(self, now: float) -> None:
+        while True:
+            try:
+                identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            agent = self._agents.get(identity)
+            try:
+                if agent is None:
+                    _, payload = read_frames(frames)
+                    self._greet(identity, from_agent.decode(payload), now)
+                else:
+                    agent.heard_at = now
+                    self._hear(agent, from_agent.decode(agent.session.payload(frames)))
+            except OtherVersionError as error:
+                reason = (
+                    f"the agent is pdlaunch {error}, the supervisor is {VERSION.decode()}: install "
+                    "the same version on both hosts"
+                )
+                logger.warning("refused an agent: %s", reason)
+                self._answer(identity, AgentRefused(reason=reason))
+            except ProtocolError as error:
+                logger.warning("agent %s: %s", agent.name if agent else identity, error)
+                self._answer(identity, AgentRefused(reason=str(error)))
+                if agent is not None:
+                    self._lose(agent, str(error))
+
+    def _greet(self, identity: bytes, message: FromAgent, now: float) -> None:
+        """Let an agent join, or say why not."""
+        if not isinstance(message, Join):
+            reason = "the supervisor does not know this session"
+            self._answer(identity, AgentRefused(reason=reason))
+            return
+        name = message.name
+        if (other := self._by_name.get(name)) is not None:
+            # One that was killed has no connection any more, and its successor need not wait.
+            self._send(other, Beat(stamp=other.stamp))
+            if other.gone_at is not None:
+                self._lose(other, "another agent has come in its place")
+        if name not in self._names:
+            listed = ", ".join(sorted(self._names))
+            reason = f"{name} is none of the hosts {listed}: name one of them with --name"
+        elif name in self._by_name:
+            reason = (
+                f"another agent has joined as {name}, from {self._by_name[name].address}: one "
+                "serves a host, choose another --name"
+            )
+        else:
+            agent = _Agent(name, message.address, identity, now)
+            # Join was its first message.
+            agent.session.begin(received=1)
+            self._agents[identity] = self._by_name[name] = agent
+            self._send(agent, AgentWelcome(timeout_s=self._timeout_s, beat_s=self._beat_s))
+            self._tell(Joined(message))
+            return
+        logger.warning("refused an agent: %s", reason)
+        self._answer(identity, AgentRefused(reason=reason))
+
+    def _hear(self, agent: _Agent, message: FromAgent) -> None:
+        match message:
+            case Beat(stamp=stamp):
+                agent.stamp = stamp
+            case Printed(name=name, data=data):
+                with (
+                    contextlib.suppress(OSError, ValueError),
+                    self._print_to(name).open("ab") as log,
+                ):
+                    log.write(data)
+            case Leave(reason=reason):
+                self._lose(agent, reason, has_ended=True)
+            case _:
+                self._tell(Told(agent.name, message))

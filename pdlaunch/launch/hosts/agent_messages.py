@@ -1,0 +1,193 @@
+"""Defines the channel between the supervisor (ROUTER) and the agents of other hosts (DEALER).
+
+Every message is three frames: the version of the sender, its number in the session, and the
+message. A number that is not the next one tells that messages were lost with a connection: the
+session is over then, and its processes with it.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from pdlaunch import __version__
+from pdlaunch.errors import ProtocolError
+from pdlaunch.machine.engine_commands import EngineCommand
+from pdlaunch.planning.plan import ProcessSpec
+from pdlaunch.protocol.process.bootstrap import Bootstrap
+from pdlaunch.protocol.process.step_record import LastStep
+from pdlaunch.protocol.wire import Codec, Message
+
+VERSION = __version__.encode()
+_NUMBER = struct.Struct("<Q")
+
+
+class Join(Message):
+    """Asks to join, as the first message of a session."""
+
+    name: str
+    """Name of the host."""
+    address: str
+    """Its address on the route to the supervisor."""
+    machine: str
+    """The machine, as ``encode_machine`` writes it."""
+    python: str
+    """The Python that it starts processes with, for people."""
+    executables: dict[str, EngineCommand] = {}
+    """The programs of engines that it allows, by name."""
+
+
+class Beat(Message):
+    """Tells, in both directions, that the sender lives."""
+
+    stamp: float = 0.0
+    """Instant of the agent's clock; the supervisor sends the last one back, 0 before the first."""
+
+
+class Exited(Message):
+    """Tells that a process has ended, and all of its group with it."""
+
+    name: str
+    incarnation: int
+    returncode: int
+    last_step: LastStep = LastStep()
+    """The last step of the ranks; empty where rank 0 runs elsewhere, and for all but ranks."""
+
+
+class Said(Message):
+    """Passes a message of the control channel on."""
+
+    name: str
+    frame: bytes
+
+
+class Printed(Message):
+    """Passes on what a process has printed."""
+
+    name: str
+    data: bytes
+
+
+class AgentRefused(Message):
+    """Tells that the agent does not start a process, or answers Join: it is not let in."""
+
+    reason: str
+    name: str = ""
+    """Names the process; empty: the agent itself is refused."""
+    incarnation: int = 0
+
+
+class Leave(Message):
+    """Ends the session, and all processes of it at once."""
+
+    reason: str
+
+
+class Seen(Message):
+    """Answers Look."""
+
+    missing_paths: list[str]
+    busy_ports: dict[int, str] = {}
+    """The reason why a port cannot be listened on."""
+
+
+class LastStepOf(Message):
+    """Answers AskLastStep."""
+
+    engine: str
+    last_step: LastStep
+
+
+FromAgent = Join | Beat | Exited | Said | Printed | AgentRefused | Leave | Seen | LastStepOf
+
+
+class AgentWelcome(Message):
+    """Lets an agent join."""
+
+    timeout_s: float
+    """It ends its processes when no Beat of its own was answered for so long."""
+    beat_s: float
+    """It says Beat so often."""
+
+
+class Look(Message):
+    """Asks which of these files and folders are not there, and which ports are not free."""
+
+    paths: list[str]
+    address: str = ""
+    ports: list[int] = []
+
+
+class AskLastStep(Message):
+    """Asks what the ranks of an engine compute, whose rank 0 runs there."""
+
+    engine: str
+
+
+class Spawn(Message):
+    """Starts a process."""
+
+    spec: ProcessSpec
+    incarnation: int
+    bootstrap: Bootstrap
+
+
+class Signal(Message):
+    """Signals a process and all that it has started."""
+
+    name: str
+    number: int
+
+
+class Send(Message):
+    """Passes a message of the control channel on to a process."""
+
+    name: str
+    frame: bytes
+
+
+ToAgent = AgentWelcome | Beat | AgentRefused | Leave | Look | AskLastStep | Spawn | Signal | Send
+
+from_agent: Codec[FromAgent] = Codec(FromAgent)
+to_agent: Codec[ToAgent] = Codec(ToAgent)
+
+
+class OtherVersionError(ProtocolError):
+    """Is raised for a message of another version of pdlaunch."""
+
+
+class Session:
+    """Numbers the messages of one side and checks those of the other."""
+
+    def __init__(self) -> None:
+        self._sent = 0
+        self._received = 0
+
+    def frames(self, payload: bytes) -> list[bytes]:
+        """Return the frames of the next message."""
+        self._sent += 1
+        return [VERSION, _NUMBER.pack(self._sent), payload]
+
+    def take_back(self) -> None:
+        """Forget the last message, which could not be sent."""
+        self._sent -= 1
+
+    def begin(self, *, received: int) -> None:
+        """Count the messages that came before this object was made."""
+        self._received = received
+
+    def payload(self, frames: list[bytes]) -> bytes:
+        """Return what stands in the frames of the next message. Raises ProtocolError."""
+        number, payload = read_frames(frames)
+        if number != self._received + 1:
+            raise ProtocolError(f"message {number} came after {self._received}: some were lost")
+        self._received = number
+        return payload
+
+
+def read_frames(frames: list[bytes]) -> tuple[int, bytes]:
+    """Return the number of a message and what stands in it. Raises ProtocolError."""
+    if len(frames) != 3 or len(frames[1]) != _NUMBER.size:
+        raise ProtocolError(f"a message of {len(frames)} frames")
+    if frames[0] != VERSION:
+        raise OtherVersionError(frames[0][:40].decode(errors="replace"))
+    return int(_NUMBER.unpack(frames[1])[0]), frames[2]

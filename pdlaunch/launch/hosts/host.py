@@ -1,0 +1,117 @@
+"""Defines what the supervisor asks of a machine on which processes run, and what it hears from it.
+
+``LocalHost`` is this machine. ``group.HostGroup`` adds machines elsewhere: their agents spawn,
+signal and bury processes there, and send exits, messages and logs over a channel of their own.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import zmq
+
+from pdlaunch.planning.plan import ProcessSpec
+from pdlaunch.protocol.control import FromSupervisor, ToSupervisor
+from pdlaunch.protocol.process.bootstrap import Bootstrap
+from pdlaunch.protocol.process.step_record import LastStep
+
+_OWN_SIGNALS = frozenset(
+    {
+        signal.SIGSEGV,
+        signal.SIGABRT,
+        signal.SIGBUS,
+        signal.SIGFPE,
+        signal.SIGILL,
+        signal.SIGTRAP,
+        signal.SIGSYS,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class MessageReceived:
+    """A process has sent a message."""
+
+    name: str
+    message: ToSupervisor
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessExited:
+    """A process has ended, and with it all processes of its group."""
+
+    name: str
+    incarnation: int
+    returncode: int
+    """Exit code; negative: the signal that killed the process."""
+    lost_with: str = ""
+    """The host that is lost, and why; empty: the process itself was seen to end."""
+
+    @property
+    def by_itself(self) -> bool:
+        """Return whether nobody else ended it: no person, nor the kernel for lack of memory."""
+        return self.returncode >= 0 or -self.returncode in _OWN_SIGNALS
+
+    def how(self) -> str:
+        """Say in words how the process ended."""
+        if self.lost_with:
+            return f"was lost with its host {self.lost_with}"
+        if self.returncode >= 0:
+            return f"ended with exit code {self.returncode}"
+        number = -self.returncode
+        known = number in signal.valid_signals() and number < signal.SIGRTMIN
+        hint = ", perhaps for lack of memory" if number == signal.SIGKILL else ""
+        return f"was killed by {signal.Signals(number).name if known else f'signal {number}'}{hint}"
+
+
+class Host(Protocol):
+    """Runs processes of a launch on one machine. No method blocks.
+
+    The addresses that its processes bind and advertise are in the resolved launch
+    (``RoleEngines.bind_address``, ``advertise_address``), where checks can judge them.
+    """
+
+    def spawn(self, spec: ProcessSpec, incarnation: int, bootstrap: Bootstrap | None) -> None:
+        """Start a process and give it ``bootstrap`` on its standard input.
+
+        Its end arrives in ``exits``, also that of a process that could not be started.
+        """
+
+    def signal(self, name: str, signal_number: int) -> None:
+        """Send a signal to the process and all that it has started; ignored when it is gone."""
+
+    def send(self, name: str, message: FromSupervisor) -> None:
+        """Queue a message; it is lost when the process is not connected."""
+
+    def exits(self) -> list[ProcessExited]:
+        """Return the processes that have ended since the last call."""
+
+    def messages(self) -> list[MessageReceived]:
+        """Return the messages since the last call, oldest first.
+
+        A process that is in ``exits`` has none left after the next call of this.
+        """
+
+    def log_path(self, name: str) -> Path:
+        """Return the file that gets what all incarnations of a process print."""
+
+    def last_step(self, engine: str) -> LastStep:
+        """Return what the ranks of an engine computed when one of them died."""
+
+    def forget(self, engine: str) -> None:
+        """Drop what is kept of an engine that is gone for good."""
+
+    @property
+    def sources(self) -> Sequence[zmq.Socket[bytes] | int]:
+        """Return the sockets and descriptors that become readable with an exit or a message.
+
+        They stay the same for as long as the host is used.
+        """
+
+    @property
+    def poll_s(self) -> float:
+        """Return how often to call ``exits`` and ``messages`` whatever ``sources`` say."""

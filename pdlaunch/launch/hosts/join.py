@@ -1,0 +1,200 @@
+"""Writes and reads what an agent joins a launch with: where the supervisor is, and keys.
+
+::
+
+    join file (0600)            server's public key, the agents' key pair
+    join file + .supervisor     the server's key pair and its port, for ``serve --resume``
+
+CURVE proves both sides to each other: only the supervisor has the secret of the server's key, and
+only who holds the join file has that of the agents'. Both are of one launch. The launch's own keys
+are others: an agent is given them with each process that it starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from pdlaunch.errors import ConfigError
+from pdlaunch.protocol.process.run_dirs import take_lock
+from pdlaunch.protocol.sockets import LaunchKeys
+
+STDIN = "-"
+_MOST_BYTES = 64 * 1024
+_RESUME_SUFFIX = ".supervisor"
+_PART_SUFFIX = ".part"
+
+
+class JoinTicket(msgspec.Struct, frozen=True, kw_only=True):
+    """Is what the join file holds."""
+
+    endpoint: str
+    """``tcp://10.0.0.1:5555``"""
+    server_public: str
+    public: str
+    secret: str
+
+    def __repr__(self) -> str:
+        return f"JoinTicket({self.endpoint})"
+
+    @property
+    def keys(self) -> LaunchKeys:
+        return LaunchKeys(self.public, self.secret, "")
+
+
+class JoinKeys(msgspec.Struct, frozen=True, kw_only=True):
+    """Holds the keys of both sides; ``port`` is that of the supervisor that drew them."""
+
+    server: LaunchKeys
+    agents: LaunchKeys
+    port: int = 0
+    """The port of the supervisor that drew them, or shall be; 0: any."""
+
+    def ticket(self, endpoint: str) -> JoinTicket:
+        return JoinTicket(
+            endpoint=endpoint,
+            server_public=self.server.public,
+            public=self.agents.public,
+            secret=self.agents.secret,
+        )
+
+
+def new_join_keys(port: int = 0) -> JoinKeys:
+    """Draw the keys of one launch, whose supervisor listens at this port; 0: at any."""
+    return JoinKeys(server=_new_pair(), agents=_new_pair(), port=port)
+
+
+def _new_pair() -> LaunchKeys:
+    public, secret = zmq.curve_keypair()
+    return LaunchKeys(public.decode(), secret.decode(), "")
+
+
+@contextlib.contextmanager
+def held_join_file(path: Path, *, resumes: bool = False) -> Iterator[None]:
+    """Hold the join file as one supervisor does. Raises ConfigError while another one does.
+
+    The lock is on the supervisor's file: the join file appears only once it is whole. ``resumes``:
+    where the block fails, which Ctrl-C does not, the keys that were there stay for the next try.
+    """
+    descriptor = _open_private(_resume_path(path))
+    try:
+        try:
+            take_lock(descriptor)
+        except OSError:
+            raise ConfigError(
+                f"another supervisor is using {path}: agents obey one",
+                field="join_file",
+                value=str(path),
+                fix="stop that launch, or name another file with --join-file",
+            ) from None
+        # One that a killed supervisor has left would send agents to nobody.
+        path.unlink(missing_ok=True)
+        had_keys, has_failed = os.fstat(descriptor).st_size > 0, False
+        try:
+            yield
+        except Exception:
+            has_failed = True
+            raise
+        finally:
+            # Only a supervisor that was killed, or failed to resume, leaves something to resume.
+            path.unlink(missing_ok=True)
+            if not (resumes and had_keys and has_failed):
+                _resume_path(path).unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def write_join_files(path: Path, keys: JoinKeys, endpoint: str) -> None:
+    """Write what agents join with, and what a supervisor resumes with; nobody else can read it."""
+    port = int(endpoint.rpartition(":")[2])
+    # In place: whoever holds its lock keeps it.
+    _write_private(_resume_path(path), msgspec.structs.replace(keys, port=port))
+    part = path.with_name(path.name + _PART_SUFFIX)
+    _write_private(part, keys.ticket(endpoint))
+    part.replace(path)
+
+
+def read_resume_file(path: Path) -> JoinKeys:
+    """Read the keys of a supervisor that has died. Raises ConfigError."""
+    try:
+        content = _read_private(_resume_path(path))
+        if not content:  # made by `held_join_file` just now
+            raise FileNotFoundError(errno.ENOENT, "no supervisor was killed there")
+        return msgspec.json.decode(content, type=JoinKeys)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"there is nothing to resume at {path}: {_reason(error)}",
+            field="join_file",
+            value=str(path),
+            fix="name the --join-file of the launch whose supervisor has died, or leave --resume "
+            "out",
+        ) from None
+
+
+def read_ticket(name: str) -> JoinTicket:
+    """Read the join file, or its one line from standard input (``-``). Raises ConfigError."""
+    try:
+        text = (
+            sys.stdin.buffer.readline(_MOST_BYTES) if name == STDIN else _read_private(Path(name))
+        )
+        return msgspec.json.decode(text, type=JoinTicket)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{'standard input' if name == STDIN else name} cannot be joined with: "
+            f"{_reason(error)}",
+            field="--join",
+            value=name,
+            fix="copy the join file that `pdlaunch serve --placement hosts` names, as it is",
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _resume_path(path: Path) -> Path:
+    return path.with_name(path.name + _RESUME_SUFFIX)
+
+
+def _open_private(path: Path) -> int:
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        os.fchmod(descriptor, 0o600)
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written: {error.strerror}",
+            field="join_file",
+            value=str(path),
+            fix="name a file that you may write to with --join-file",
+        ) from None
+    return descriptor
+
+
+def _write_private(path: Path, content: JoinTicket | JoinKeys) -> None:
+    descriptor = _open_private(path)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, msgspec.json.encode(content) + b"\n")
+    finally:
+        os.close(descriptor)
+
+
+def _read_private(path: Path) -> bytes:
+    """Read a file of secrets. Raises ConfigError where others can read it too, and OSError."""
+    with path.open("rb") as file:
+        mode = os.fstat(file.fileno()).st_mode & 0o777
+        if mode & 0o077:
+            raise ConfigError(
+                f"others can read {path}, which holds a secret: its mode is {mode:o}",
+                field="--join",
+                value=str(path),
+                fix=f"chmod 600 {path}, and start the launch anew if somebody may have read it",
+            )
+        return file.read(_MOST_BYTES)

@@ -1,0 +1,242 @@
+"""Runs one launch from its resolved configuration to its exit: plan, spawn, watch, stop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import zmq
+
+from pdlaunch.config.models import LaunchConfig
+from pdlaunch.errors import ConfigError
+from pdlaunch.launch.bootstraps import Bootstraps, LaunchBootstraps
+from pdlaunch.launch.engine_changes import EnginePlanner
+from pdlaunch.launch.engines.kind import EngineKind
+from pdlaunch.launch.engines.plan import kind_of, plan_processes
+from pdlaunch.launch.events import Event, EventQueue, SignalInbox
+from pdlaunch.launch.failure import Failure
+from pdlaunch.launch.folders import SUPERVISOR_LOG, keep_logs
+from pdlaunch.launch.hangs import HangLimits
+from pdlaunch.launch.hosts.agent_channel import AgentChannel, Joined, Lost
+from pdlaunch.launch.hosts.children import Children
+from pdlaunch.launch.hosts.group import HostGroup
+from pdlaunch.launch.hosts.host import Host
+from pdlaunch.launch.hosts.joined import joined_host
+from pdlaunch.launch.hosts.local import LocalHost
+from pdlaunch.launch.rooms import Rooms
+from pdlaunch.launch.shutdown import Grace
+from pdlaunch.launch.status import Observer
+from pdlaunch.launch.supervisor import FindRoom, Supervisor, Timing
+from pdlaunch.observe.logs import setup_logging
+from pdlaunch.planning.plan import Plan
+from pdlaunch.planning.planned_hosts import settled
+from pdlaunch.planning.resolve import ResolvedLaunch
+from pdlaunch.protocol.process.bootstrap import raise_open_files
+from pdlaunch.protocol.process.engine_ports import EnginePorts
+from pdlaunch.protocol.process.new_run_dir import new_run_dir
+from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchOutcome:
+    """Tells how a launch ended."""
+
+    failure: Failure | None
+    report: tuple[str, ...]
+    """The root cause in at most 20 lines; empty without a failure."""
+    was_ready: bool
+    stop_signal: int | None
+    survivors: tuple[str, ...] = ()
+    """Processes that even SIGKILL did not end in time."""
+
+    @property
+    def exit_code(self) -> int:
+        """Return 0: served, then stopped; 1: failed; 2: the configuration cannot be used; 128 +
+        signal: stopped before it was ready.
+        """
+        if self.failure is not None:
+            return 2 if isinstance(self.failure.cause, ConfigError) else 1
+        if self.survivors:
+            return 1
+        return 0 if self.was_ready or self.stop_signal is None else 128 + self.stop_signal
+
+
+def check_platform(platform: str = sys.platform) -> None:
+    """Raise ConfigError where pdlaunch cannot serve."""
+    if platform != "linux":
+        raise ConfigError(
+            f"serve needs Linux; this is {platform}",
+            fix="run it on Linux, in a container or a virtual machine; check-config works here",
+        )
+
+
+def launch(
+    resolved: ResolvedLaunch,
+    observer: Observer,
+    listeners: Sequence[socket.socket],
+    *,
+    launch_id: str,
+    log_dir: Path,
+    lifeline: int | None = None,
+    agents: AgentChannel | None = None,
+    joined: Sequence[str] = (),
+) -> LaunchOutcome:
+    """Start everything, serve until told to stop, stop everything.
+
+    ``check_platform`` and ``resolved.require_startable`` come before. ``listeners``: the sockets of
+    the public address (``ports.listening``); they are closed when no more connections are taken, at
+    the latest at the end. ``lifeline``: a descriptor whose end is a request to stop. ``agents``: of
+    the other hosts, of which those of ``joined`` have joined.
+    """
+    config, kind = resolved.config, kind_of(resolved)
+    timing = Timing(
+        startup_timeout_s=config.startup_timeout_s,
+        grace=Grace(drain_s=config.drain_timeout_s),
+        hangs=HangLimits(config.hang_timeout_s, asleep_s=config.startup_timeout_s),
+    )
+    setup_logging(
+        "supervisor", config.log_level, form=config.log_format, file=log_dir / SUPERVISOR_LOG
+    )
+    raise_open_files()
+    keys = new_launch_keys(with_certificate=resolved.spans_hosts)
+    with (
+        keep_logs(log_dir),
+        new_run_dir() as run_dir,
+        contextlib.closing(SecureContext(keys)) as context,
+    ):
+        control, endpoint = context.listen(zmq.ROUTER, f"ipc://{run_dir}/control")
+        bootstraps = LaunchBootstraps(
+            resolved,
+            keys=keys,
+            control=endpoint,
+            run_dir=run_dir,
+            launch_id=launch_id,
+            listeners=listeners,
+            kind=kind,
+        )
+
+        here = resolved.hosts[0].name
+        rooms = Rooms(resolved, kind, bootstraps, {here, *joined})
+        hear = partial(_hear, config, rooms, observer)
+        return supervise(
+            plan_processes(resolved),
+            kind,
+            control,
+            bootstraps,
+            observer,
+            timing,
+            log_dir,
+            lifeline,
+            listeners,
+            lambda local: (
+                local if agents is None else HostGroup(local, here, agents, joined, on_news=hear)
+            ),
+            rooms.find,
+            rooms,
+        )
+
+
+def _hear(config: LaunchConfig, rooms: Rooms, observer: Observer, news: Joined | Lost) -> None:
+    """Take in that a host has joined again, or is lost, and tell people."""
+    match news:
+        case Joined(join=join):
+            settings = {host.name: host for host in config.hosts}[join.name]
+            rooms.joined(settled(settings, joined_host(join)))
+            text = f"{join.name} has joined again, from {join.address}"
+        case Lost(name=name, reason=reason, ended_by=ended_by):
+            rooms.lost(name, ended_by)
+            text = f"{name} is lost: {reason}"
+    logger.warning("%s", text)
+    observer.note(text)
+
+
+def supervise(
+    plan: Plan,
+    kind: EngineKind,
+    control: zmq.Socket[bytes],
+    bootstraps: Bootstraps,
+    observer: Observer,
+    timing: Timing,
+    log_dir: Path,
+    lifeline: int | None = None,
+    listeners: Sequence[socket.socket] = (),
+    with_others: Callable[[LocalHost], Host] = lambda local: local,
+    find_room: FindRoom = lambda *_: True,
+    planner: EnginePlanner | None = None,
+) -> LaunchOutcome:
+    """Run a plan to its end; no process of it is left when this returns.
+
+    ``with_others``: joins the other hosts of the launch to this one. ``find_room``, ``planner``:
+    see ``Supervisor``.
+    """
+    with (
+        SignalInbox() as signals,
+        contextlib.closing(EnginePorts()) as engine_ports,
+        contextlib.closing(Children(log_dir)) as children,
+    ):
+        host = with_others(LocalHost(control, children, engine_ports))
+        supervisor = Supervisor(
+            plan,
+            kind,
+            host,
+            bootstraps,
+            observer,
+            timing,
+            time.monotonic,
+            close_listeners=lambda: _close(listeners),
+            find_room=find_room,
+            planner=planner,
+        )
+        drive(supervisor, EventQueue(host, signals, lifeline), time.monotonic)
+        failure = supervisor.failure
+        log = (
+            host.log_path(failure.process)
+            if failure is not None and failure.process is not None
+            else None
+        )
+        report = () if failure is None else tuple(failure.report(log))
+        for line in report:
+            logger.error("%s", line)
+        return LaunchOutcome(
+            failure,
+            report,
+            supervisor.was_ready,
+            supervisor.stop_signal,
+            tuple(supervisor.survivors()),
+        )
+
+
+class EventSource(Protocol):
+    """Waits for events of a launch."""
+
+    def wait(self, timeout_s: float) -> Sequence[Event]:
+        """Return what has happened, at the latest after ``timeout_s``; perhaps nothing."""
+
+
+def drive(supervisor: Supervisor, events: EventSource, clock: Callable[[], float]) -> None:
+    """Drive a launch to its end: wait for events, act on them, do what is due."""
+    supervisor.start()
+    timers_at = supervisor.next_tick_at()
+    while not supervisor.done:
+        timeout_s = max(0.0, min(timers_at, supervisor.settles_at) - clock())
+        for event in events.wait(timeout_s):
+            supervisor.handle(event)
+        # Heartbeats alone need no look at all processes.
+        if clock() >= min(timers_at, supervisor.settles_at):
+            supervisor.tick()
+            timers_at = supervisor.next_tick_at()
+
+
+def _close(listeners: Sequence[socket.socket]) -> None:
+    for listener in listeners:
+        listener.close()

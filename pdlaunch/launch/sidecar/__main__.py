@@ -1,0 +1,41 @@
+"""Run one engine of vLLM: ``python -m pdlaunch.launch.sidecar --name NAME [OPTIONS] -- COMMAND``.
+
+The supervisor starts it, with a Bootstrap on standard input that has the name too. ``COMMAND``
+starts the engine. ``--exact``: a canary's tokens must be equal, as they are in float32.
+``--unverified``: the engine has vLLM's own connector, for this reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from pdlaunch.http.lifecycle import Supervised, run_supervised
+from pdlaunch.launch.sidecar.child import guard_group
+from pdlaunch.launch.sidecar.process import SidecarOptions, SidecarProcess
+
+
+def _options() -> SidecarOptions:
+    own_end = sys.argv.index("--")
+    arguments, command = sys.argv[1:own_end], sys.argv[own_end + 1 :]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--name")
+    parser.add_argument("--exact", action="store_true")
+    parser.add_argument("--unverified", default="")
+    parser.add_argument("--hang-timeout", type=float, default=0.0)
+    found = parser.parse_args(arguments)
+    return SidecarOptions(
+        command=tuple(command),
+        is_exact=found.exact,
+        hang_timeout_s=found.hang_timeout,
+        unverified=found.unverified,
+    )
+
+
+async def _serve(supervised: Supervised) -> None:
+    await SidecarProcess(supervised, _options()).run()
+
+
+if __name__ == "__main__":
+    guard = guard_group()
+    sys.exit(run_supervised(_serve))

@@ -1,0 +1,207 @@
+"""Opens an engine that listens on a Unix socket to the other hosts of its launch.
+
+::
+
+    router, sidecars of decode engines ── TLS, token ──> door ── Unix socket ──> engine
+                    <── bytes as they come ──                 <──
+
+Each end that leaves takes the other one along: a client that goes away ends its request at the
+engine, and an answer that breaks off at the engine breaks off for the client.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+
+from aiohttp import hdrs, web
+from prometheus_client import CollectorRegistry
+
+from pdlaunch.config.http_names import url_of
+from pdlaunch.errors import OverloadedError, StartupError
+from pdlaunch.http.app import AppRoute, Description, HttpApp, bearer_check, request_id_of
+from pdlaunch.http.bodies import BodyBudget, max_engine_body_bytes, read_body
+from pdlaunch.http.connections import HttpRunner, fit_requests
+from pdlaunch.http.engine_calls import CONNECT_S, EngineCalls
+from pdlaunch.http.engine_connection import Answer, CallError
+from pdlaunch.http.errors import RETRY_AFTER_S
+from pdlaunch.http.guard import Guard
+from pdlaunch.http.headers import REQUEST_ID_HEADER, TRACEPARENT_HEADER, TRACESTATE_HEADER
+from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S
+from pdlaunch.http.openapi import Operation
+from pdlaunch.observe.metrics import RequestMetrics
+from pdlaunch.protocol.certificates import server_context
+from pdlaunch.protocol.process.bootstrap import LISTEN_BACKLOG, DoorSpec
+from pdlaunch.protocol.sockets import LaunchKeys
+
+_logger = logging.getLogger(__name__)
+
+READ_TIMEOUT_S = 60.0
+"""Seconds for which a connection may take no byte of its answer, as with native engines."""
+MOST_TOKENS = 131_072
+"""Stands for the longest request of an engine whose length is not known here."""
+_ASKED = ("/health", "/version", "/metrics", "/v1/models", "/is_sleeping")
+_TOLD = (
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/tokenize",
+    "/detokenize",
+    "/sleep",
+    "/wake_up",
+)
+_TO_ENGINE = (
+    hdrs.CONTENT_TYPE,
+    hdrs.ACCEPT,
+    TRACEPARENT_HEADER,
+    TRACESTATE_HEADER,
+)
+_TO_CLIENT = (hdrs.CONTENT_TYPE, hdrs.CACHE_CONTROL, hdrs.RETRY_AFTER, "X-Accel-Buffering")
+
+
+class Door:
+    """Passes requests of whoever has the launch's token on to one engine.
+
+    Made and used inside a running event loop. ``further``: routes that it answers beside these.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        spec: DoorSpec,
+        keys: LaunchKeys,
+        engine_url: str,
+        engine_key: str | None,
+        further: Sequence[AppRoute] = (),
+    ) -> None:
+        """``engine_key``: the engine asks for it, and so may whoever comes to the door."""
+        self._name = name
+        self._spec = spec
+        self._keys = keys
+        self._engine_url = engine_url
+        self._key: dict[str, str] = (
+            {} if engine_key is None else {hdrs.AUTHORIZATION: f"Bearer {engine_key}"}
+        )
+        length = spec.max_model_len or MOST_TOKENS
+        self._max_body_bytes = max_engine_body_bytes(spec.max_body_bytes, length)
+        # Room for what a router lets in, and for one of the longest that it makes of it.
+        self._bodies = BodyBudget(spec.body_budget_bytes + 2 * self._max_body_bytes)
+        self._calls = EngineCalls(CONNECT_S)
+        self._runner = HttpRunner(
+            self._app(further, [key for key in (keys.http_token, engine_key) if key is not None]),
+            max_connections=fit_requests(spec.max_connections),
+            shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
+        )
+
+    async def open(self) -> str:
+        """Listen, and return the URL for other hosts. Raises StartupError."""
+        spec = self._spec
+        assert self._keys.certificate is not None, "launches on several hosts have one"
+        tls = server_context(self._keys.certificate)
+        await self._runner.setup()
+        try:
+            await web.TCPSite(
+                self._runner,
+                spec.bind_address,
+                spec.port,
+                ssl_context=tls,
+                backlog=LISTEN_BACKLOG,
+            ).start()
+            self._runner.drop_stalled_readers(READ_TIMEOUT_S)
+        except OSError as error:
+            raise StartupError(
+                f"{self._name} cannot listen on {spec.bind_address}:{spec.port}: "
+                f"{os.strerror(error.errno or 0)}"
+            ) from None
+        return url_of("https", spec.advertise_address, self._runner.addresses[0][1])
+
+    async def close(self) -> None:
+        """End all requests, and listen no more."""
+        await self._runner.cleanup()
+        self._calls.close()
+
+    def _app(self, further: Sequence[AppRoute], keys: Sequence[str]) -> web.Application:
+        spec = self._spec
+        passed = Operation("Pass the request on to the engine.")
+        return HttpApp(
+            [
+                *(AppRoute("GET", path, self._pass_on, None, passed) for path in _ASKED),
+                *(AppRoute("POST", path, self._pass_on, None, passed) for path in _TOLD),
+                *further,
+            ],
+            guard=Guard(spec.bind_address, allowed_hosts=(spec.advertise_address,)),
+            check_key=bearer_check(
+                keys,
+                message="engines take requests from the launch's router; others send "
+                "engine_api_key as bearer, where it is set",
+                code="invalid_api_key",
+            ),
+            description=Description(
+                f"pdlaunch door of {self._name}",
+                public=False,
+                strict_fields=False,
+                has_key=True,
+                open_paths=(),
+            ),
+            metrics=RequestMetrics(CollectorRegistry(), {"engine": self._name}),
+            max_body_bytes=self._max_body_bytes,
+        ).app
+
+    async def _pass_on(self, http: web.Request) -> web.StreamResponse:
+        """Answer with what the engine answers.
+
+        Raises OverloadedError (503) when nobody listens there, and ConnectionResetError, with the
+        client's connection cut, when the engine breaks off: its router takes that for what it is.
+        """
+        try:
+            answer = await self._ask(http)
+        except CallError as error:
+            if not error.unheard:
+                raise self._broken_off(http, error) from None
+            raise OverloadedError(
+                f"{self._name} is not there: {error}",
+                status=503,
+                retry_after_s=RETRY_AFTER_S,
+                code="engine_not_there",
+            ) from None
+        try:
+            return await _relayed(http, answer)
+        except CallError as error:
+            raise self._broken_off(http, error) from None
+        finally:
+            # One that has not ended: the engine sees that its client is gone.
+            answer.close()
+
+    async def _ask(self, http: web.Request) -> Answer:
+        with self._bodies.hold() as hold:
+            body = await read_body(http, hold, max_bytes=self._max_body_bytes)
+            headers: dict[str, str] = {
+                name: http.headers[name] for name in _TO_ENGINE if name in http.headers
+            }
+            headers |= self._key
+            headers[REQUEST_ID_HEADER] = request_id_of(http)
+            return await self._calls.call(
+                self._engine_url, http.method, http.rel_url.raw_path_qs, headers, body
+            )
+
+    def _broken_off(self, http: web.Request, error: CallError) -> ConnectionResetError:
+        _logger.warning("an answer to %s broke off: %s", http.path, error)
+        if http.transport is not None:
+            http.transport.abort()
+        return ConnectionResetError()
+
+
+async def _relayed(http: web.Request, answer: Answer) -> web.StreamResponse:
+    """Send an answer on, each piece when it comes. Raises CallError, ConnectionError."""
+    found = ((name, answer.headers.get(name.lower())) for name in _TO_CLIENT)
+    headers = {name: value for name, value in found if value is not None}
+    response = web.StreamResponse(status=answer.status, headers=headers)
+    response.headers[REQUEST_ID_HEADER] = request_id_of(http)
+    if (length := answer.headers.get("content-length", "")).isdecimal():
+        response.content_length = int(length)
+    await response.prepare(http)
+    while piece := await answer.read_some():
+        # It waits while the reader is behind, and so does the engine then.
+        await response.write(piece)
+    await response.write_eof()
+    return response

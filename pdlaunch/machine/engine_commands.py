@@ -1,0 +1,99 @@
+"""Looks at the executables of engines that are not pdlaunch's own; never raises."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import distributions
+from pathlib import Path
+
+from pdlaunch.machine.availability import run_briefly
+
+HELP_TIMEOUT_S = 180.0
+"""vLLM imports torch and itself for its help: 11 s on an idle core, a minute on a busy one."""
+_FLAGS = re.compile(r"(?<![\w-])--?[A-Za-z][\w.-]*")
+_FLAG_LINE = re.compile(r"  (-[^ ].*)")
+_VARIABLE = re.compile(r"\bVLLM_[A-Z0-9_]+\b")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCommand:
+    """Says what can be known of an executable without running it."""
+
+    problem: str = ""
+    """The reason why it cannot be run; empty: it can."""
+    version: str | None = None
+    """Version of the vLLM that is installed where its interpreter is; None: not known."""
+    variables: frozenset[str] | None = None
+    """Names of the variables that this vLLM knows; None: not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFlags:
+    """Holds what an executable says to ``serve --help=all``."""
+
+    names: frozenset[str] = frozenset()
+    """Long and short names with their dashes."""
+    problem: str = ""
+    """The reason why there are none."""
+
+
+def find_engine_command(command: str, environ: Mapping[str, str]) -> EngineCommand:
+    """Look for an executable as a shell does, and for the vLLM behind it."""
+    path = shutil.which(command, path=environ.get("PATH", os.defpath))
+    if path is None:
+        return EngineCommand(problem=_why_not(command))
+    site = _site_packages(Path(path))
+    if site is None:
+        return EngineCommand()
+    version = next((each.version for each in distributions(name="vllm", path=[str(site)])), None)
+    return EngineCommand(version=version, variables=_variables(site))
+
+
+def ask_engine_flags(command: str, environ: Mapping[str, str]) -> EngineFlags:
+    """Have an executable print all flags that ``serve`` takes."""
+    outcome = run_briefly([command, "serve", "--help=all"], environ, HELP_TIMEOUT_S)
+    # Names stand before the first two spaces, behind which a description begins.
+    names = frozenset(
+        name
+        for line in outcome.output
+        if (match := _FLAG_LINE.fullmatch(line))
+        for name in _FLAGS.findall(match[1].partition("  ")[0])
+    )
+    if outcome.returncode or not names:
+        return EngineFlags(problem=outcome.problem())
+    return EngineFlags(names)
+
+
+def _why_not(command: str) -> str:
+    if os.sep not in command:
+        return "it is not on PATH"
+    path = Path(command)
+    if path.is_dir():
+        return "it is a folder"
+    return "this user may not execute it" if path.exists() else "there is no such file"
+
+
+def _site_packages(script: Path) -> Path | None:
+    """Return the packages' folder of a console script, whose first line names its Python."""
+    try:
+        with script.open("rb") as file:
+            first = file.readline(4096).decode(errors="replace")
+    except OSError:
+        return None
+    interpreter = first.removeprefix("#!").strip()
+    if not first.startswith("#!/") or " " in interpreter:
+        return None
+    # Not resolved: the python of a virtual environment is a link out of it.
+    root = Path(interpreter).parent.parent
+    return next((path for path in sorted(root.glob("lib/python3*/site-packages"))), None)
+
+
+def _variables(site: Path) -> frozenset[str] | None:
+    try:
+        return frozenset(_VARIABLE.findall((site / "vllm" / "envs.py").read_text()))
+    except (OSError, UnicodeDecodeError):
+        return None

@@ -1,0 +1,147 @@
+"""Shows the effective values of a launch to people and programs; secrets are masked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from pdlaunch.config.shown import ShownValue, shown_config
+from pdlaunch.config.sources import LoadedConfig, Origin
+from pdlaunch.planning.plan import mask_environment
+from pdlaunch.planning.resolve import ResolvedLaunch
+from pdlaunch.planning.role_engines import CHOSEN_BY_ENGINE, RoleEngines
+
+
+def effective_values(launch: ResolvedLaunch, origins: Mapping[str, Origin]) -> dict[str, object]:
+    """Return the configuration, what it comes to for each role, and the machine; plain JSON."""
+    machine = launch.machine
+    return {
+        "config": shown_config(LoadedConfig(launch.config, origins)),
+        "engines": effective_engines(launch),
+        "hosts": effective_hosts(launch),
+        "host_tier_bytes": sum(
+            engines.num_ranks * engines.host_tier_bytes for engines in launch.roles.values()
+        ),
+        "machine": {
+            "system": machine.system,
+            "cpus": len(machine.cpus),
+            "memory_bytes": machine.memory_bytes,
+            "native_bf16": machine.has_native_bf16,
+            "gpus": [{"name": gpu.name, "memory_bytes": gpu.memory_bytes} for gpu in machine.gpus],
+            "cumem_allocator": {
+                "available": machine.cumem.available,
+                "reason": machine.cumem.reason,
+            },
+        },
+    }
+
+
+def effective_engines(launch: ResolvedLaunch) -> dict[str, dict[str, object]]:
+    """Return by role what its engines will use; null: not known before the start."""
+    return {
+        role: {
+            "replicas": engines.replicas,
+            "tensor_parallel_size": engines.tp_size,
+            "host": engines.host,
+            # Not known before the agents of other hosts have joined.
+            "bind_address": engines.bind_address or None,
+            "advertise_address": engines.advertise_address or None,
+            "served_model_name": launch.served_model_name,
+            "model_dir": engines.model.path,
+            "block_size": engines.block_size,
+            "enable_sleep_mode": engines.settings.enable_sleep_mode,
+            "kv_cache_allocator": engines.allocator,
+            **engines.derived(),
+            "kv_blocks_verified": f"no: {engines.unverified}" if engines.unverified else "yes",
+            "environment": mask_environment(engines.environment),
+            "memory_of_a_rank": _memory(engines),
+        }
+        for role, engines in launch.roles.items()
+    }
+
+
+def effective_hosts(launch: ResolvedLaunch) -> list[dict[str, object]]:
+    """Return each host of the launch, with the engines whose ranks run there and how many do."""
+    return [
+        {
+            "name": host.name,
+            "bind_address": host.bind_address or None,
+            "advertise_address": host.advertise_address or None,
+            "domain": host.domain,
+            "cpus": len(host.machine.cpus),
+            "memory_bytes": host.machine.memory_bytes,
+            "num_gpus": len(host.machine.gpus),
+            "ranks": {
+                engine.name: share.num_ranks
+                for engine in launch.engines
+                for share in engine.shares
+                if share.host is host
+            },
+        }
+        for host in launch.hosts
+    ]
+
+
+def effective_settings(launch: ResolvedLaunch) -> Iterator[ShownValue]:
+    """Return the settings that come to another value than was written, with the reason.
+
+    Values are those of ``effective_engines``.
+    """
+    if launch.config.served_model_name is None:
+        origin = Origin("derived", "the model's own name")
+        yield ShownValue("served_model_name", launch.served_model_name, origin)
+    for role, engines in launch.roles.items():
+        reasons = _reasons(engines)
+        for name, value in engines.derived().items():
+            if value is None and name in CHOSEN_BY_ENGINE and not engines.is_native:
+                continue
+            if value is None or value != getattr(engines.settings, name):
+                yield ShownValue(f"{role}.{name}", value, Origin("derived", reasons[name]))
+
+
+def _reasons(engines: RoleEngines) -> dict[str, str]:
+    """Return where the value of each derived setting comes from, or why it is not known."""
+    settings, machine = engines.settings, engines.machine
+    model_unknown = engines.model.pending or str(engines.model.error or "")
+    of_device = f"default on {'GPUs' if engines.device == 'cuda' else 'a CPU'}"
+    return {
+        "device": f"its ranks see {len(engines.gpus)} GPUs",
+        "dtype": _dtype_reason(engines) or model_unknown,
+        "max_model_len": model_unknown or "limit of the model",
+        "max_num_batched_tokens": of_device,
+        "kv_cache_memory": of_device
+        if engines.kv_cache_bytes
+        else "known only at start: what weights and activations leave of "
+        f"{settings.gpu_memory_utilization:g} of the GPU",
+        "num_threads": f"{len(machine.cpus)} cores shared by all ranks",
+        "async_scheduling": of_device,
+        "enable_cumem_allocator": "enable_sleep_mode turns it on"
+        if settings.enable_sleep_mode
+        else "off unless it is switched on",
+    }
+
+
+def _dtype_reason(engines: RoleEngines) -> str:
+    if engines.device == "cpu" and not engines.machine.has_native_bf16:
+        return "this CPU emulates 16-bit types"
+    if engines.shape is None:
+        return ""
+    return f"the checkpoint has {engines.shape.dtype or 'no dtype'}"
+
+
+def _memory(engines: RoleEngines) -> dict[str, object] | None:
+    """Return what is known of the memory of one rank; None while its model is not known."""
+    needed = engines.footprint
+    if needed is None:
+        return None
+    if not engines.is_native:
+        # Blocks and activations are the engine's own affair.
+        return {"weight_bytes": needed.weight_bytes, "kv_cache_bytes": engines.kv_cache_bytes}
+    return {
+        "weight_bytes": needed.weight_bytes,
+        "activation_bytes": needed.activation_bytes,
+        "kv_cache_bytes": engines.kv_cache_bytes,
+        "num_blocks": engines.num_blocks,
+        "host_tier_bytes": engines.host_tier_bytes,
+        "block_bytes": needed.block_bytes,
+        "blocks_for_longest_request": needed.num_blocks_for_longest,
+    }

@@ -1,0 +1,347 @@
+"""Resolves settings, machines and shapes of models to everything that a launch uses.
+
+Checks judge a ``ResolvedLaunch``, ``serve`` starts it, ``--dry-run`` and ``config show`` print it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.config.hosts import LOCAL
+from pdlaunch.config.model_files.hub import not_cached
+from pdlaunch.config.models import LaunchConfig
+from pdlaunch.config.roles import PAIR, ROLES, Role
+from pdlaunch.errors import ConfigError
+from pdlaunch.machine.facts import Machine
+from pdlaunch.machine.visible_gpus import VISIBLE_DEVICES
+from pdlaunch.planning.hosts import HostShare, Places, ResolvedHost, one_host
+from pdlaunch.planning.models import Model, read_models
+from pdlaunch.planning.role_engines import RoleEngines
+from pdlaunch.planning.roles import PlacedEngine, PlacedRoles, resolve_roles
+
+THIS_HOST = LOCAL
+
+
+@dataclass(frozen=True, slots=True)
+class ListenAddress:
+    """Names an address that the launch listens on for others."""
+
+    name: str
+    host: str
+    port: int
+    where: str
+    """Dotted path of the setting that gives the port."""
+    on: str = LOCAL
+    """Name of the machine that listens."""
+
+
+@dataclass(frozen=True)
+class ResolvedLaunch:
+    """Holds one launch with every value that is derived for it."""
+
+    config: LaunchConfig
+    hosts: tuple[ResolvedHost, ...]
+    """The hosts of the launch, the supervisor's own first: the router runs there."""
+    environ: Mapping[str, str]
+    """The supervisor's environment."""
+    placed: PlacedRoles
+    whole: ResolvedLaunch | None = None
+    """The launch that this is the part of on one host; None: it is a whole one."""
+
+    @property
+    def roles(self) -> Mapping[Role, RoleEngines]:
+        """Return the roles that have engines."""
+        return self.placed.roles
+
+    @property
+    def engines(self) -> tuple[PlacedEngine, ...]:
+        """Return every engine, with the hosts and devices of its ranks."""
+        return self.placed.engines
+
+    @property
+    def machine(self) -> Machine:
+        """Return the machine of the first host."""
+        return self.hosts[0].machine
+
+    @property
+    def engine_hosts(self) -> tuple[ResolvedHost, ...]:
+        """Return the hosts of the whole launch on which ranks run."""
+        launch = self.whole or self
+        return tuple(host for host in launch.hosts if host.name in launch.placed.by_host)
+
+    @property
+    def machines(self) -> Mapping[str, Machine]:
+        """Return the machines of the whole launch on which ranks run, by name."""
+        return {host.name: host.machine for host in self.engine_hosts}
+
+    @property
+    def spans_hosts(self) -> bool:
+        """Return whether processes of the launch talk to others on other hosts."""
+        return len((self.whole or self).hosts) > 1
+
+    @property
+    def peers(self) -> Mapping[Role, RoleEngines]:
+        """Return the roles of the whole launch, of which a host may have some."""
+        return (self.whole or self).roles
+
+    def on_host(self, host: ResolvedHost) -> ResolvedLaunch:
+        """Return the part of this launch that runs on a host, which rules on machines judge."""
+        here = self.placed.by_host.get(host.name, {})
+        engines = tuple(engine for engine in self.engines if engine.host is host)
+        part = PlacedRoles(here, {host.name: here}, engines)
+        return replace(self, hosts=(host,), placed=part, whole=self)
+
+    @property
+    def has_pair(self) -> bool:
+        """Return whether KV blocks go from prefill engines to decode engines."""
+        return self.peers.keys() >= set(PAIR)
+
+    @property
+    def conversions(self) -> tuple[str, ...]:
+        """Return the models that must be converted before the processes are started."""
+        return tuple(dict.fromkeys(e.model.name for e in self._pending if not e.model.on_hub))
+
+    @property
+    def listeners(self) -> tuple[ListenAddress, ...]:
+        """Return the addresses of the router and of the engines that have a fixed port."""
+        router = ListenAddress("router", self.config.host, self.config.port, "port")
+        return (router, *self.engine_addresses)
+
+    def host(self, name: str) -> ResolvedHost:
+        """Return the host of that name."""
+        return next(host for host in self.hosts if host.name == name)
+
+    @property
+    def engine_addresses(self) -> tuple[ListenAddress, ...]:
+        """Return the addresses of engines with a fixed port; others choose free ones and register
+        them.
+        """
+        return tuple(
+            ListenAddress(
+                f"server of {engine.name}",
+                engine.host.bind_address,
+                engine.engines.http_port(engine.index),
+                f"{engine.engines.role}.port",
+                engine.host.name,
+            )
+            for engine in self.engines
+            if engine.engines.ports
+        )
+
+    @property
+    def served_model_name(self) -> str:
+        """Return the name in the API: as set, else the alias, the name on the hub, or the directory
+        or file without its ending.
+
+        Empty without engines.
+        """
+        engines = next(iter(self.roles.values()), None)
+        if engines is None:
+            return ""
+        own = engines.settings.model
+        if not engines.model.on_hub:
+            path = Path(own).expanduser()
+            own = path.stem if path.suffix == ".gguf" else path.resolve().name
+        return self.config.served_model_name or own
+
+    def require_startable(self) -> None:
+        """Raise ConfigError for the first thing that keeps the processes from being started.
+
+        Models that are yet to be converted do not: ``after_conversion`` is asked once they are.
+        """
+        # Models first: what is wrong with one says more than what follows from it.
+        for engines in self.roles.values():
+            if engines.model.error is not None:
+                raise engines.model.error
+            if engines.model.pending and engines.model.on_hub:
+                raise not_cached(engines.model.name, engines.settings.revision)
+        if not self.roles:
+            raise ConfigError(
+                "there is no engine to start",
+                field="prefill.replicas",
+                value=0,
+                fix="set prefill.replicas and decode.replicas, or both.replicas, to 1 or more",
+            )
+        _require_one_kind(self.roles.values())
+        for share in (share for engine in self.engines for share in engine.shares):
+            _require_devices(share.engines, share.num_ranks)
+        for engines in self.roles.values():
+            _require_allocator(engines)
+            _require_length(engines)
+
+    def after_conversion(self) -> ResolvedLaunch:
+        """Resolve again, now that all models can be read. Raises ConfigError."""
+        launch = self
+        if self._pending:
+            launch = resolve_on(self.config, self.hosts, self.environ, places=self.places)
+        launch.require_startable()
+        return launch
+
+    @property
+    def places(self) -> Places:
+        """Return the hosts and devices of every engine."""
+        return {
+            (engine.engines.role, engine.index): tuple(
+                HostShare(share.host.name, share.num_ranks, share.device_indices or None)
+                for share in engine.shares
+            )
+            for engine in self.engines
+        }
+
+    def with_places(self, places: Places) -> ResolvedLaunch:
+        """Resolve again with engines on other hosts."""
+        return resolve_on(self.config, self.hosts, self.environ, places=places)
+
+    def with_engines(
+        self, places: Places, models: Mapping[Role, Model] | None = None
+    ) -> ResolvedLaunch:
+        """Resolve again with these engines and no others. ``models``: as in ``resolve``."""
+        config = with_replicas(self.config, Counter(role for role, _ in places))
+        return resolve_on(config, self.hosts, self.environ, models, places)
+
+    def with_host(self, known: ResolvedHost) -> ResolvedLaunch:
+        """Resolve again with what is known now of a host; nothing is moved."""
+        hosts = [known if host.name == known.name else host for host in self.hosts]
+        return resolve_on(self.config, hosts, self.environ, places=self.places)
+
+    def engine_specs(self) -> dict[str, EngineSpec]:
+        """Return what the processes of each native engine are given, by the engine's name.
+
+        Only of a launch that can be started, and whose models have been converted.
+        """
+        specs = [
+            self.engine_spec(engine)
+            for engine in self.engines
+            if engine.engines.settings.engine == "native"
+        ]
+        return {spec.name: spec for spec in specs}
+
+    @property
+    def _pending(self) -> list[RoleEngines]:
+        return [engines for engines in self.roles.values() if engines.model.pending]
+
+    def engine_spec(self, engine: PlacedEngine) -> EngineSpec:
+        """Return what the processes of one native engine are given, as ``engine_specs`` does."""
+        engines = engine.engines
+        assert engines.model.path is not None
+        assert engines.footprint is not None
+        return EngineSpec.of(
+            self.config,
+            engines.role,
+            **engines.derived(),
+            name=engine.name,
+            model_dir=engines.model.path,
+            served_model_name=self.served_model_name,
+            activation_bytes=engines.footprint.activation_bytes,
+            blocks_per_chunk=engines.footprint.blocks_per_chunk,
+            device_indices=engine.device_indices,
+            tensor_parallel_size=engines.tp_size,
+            bind_address=engines.bind_address,
+            advertise_address=engines.advertise_address,
+            http_port=engines.http_port(engine.index),
+        )
+
+
+def with_replicas(config: LaunchConfig, counts: Mapping[Role, int]) -> LaunchConfig:
+    """Return the settings with so many engines of each role; a role that is missing has none."""
+    sections: dict[str, object] = {
+        role: config.role(role).model_copy(update={"replicas": counts.get(role, 0)})
+        for role in ROLES
+    }
+    return config.model_copy(update=sections)
+
+
+def resolve(
+    config: LaunchConfig,
+    machines: Mapping[str, Machine],
+    environ: Mapping[str, str],
+    models: Mapping[Role, Model] | None = None,
+) -> ResolvedLaunch:
+    """Resolve a configuration; never raises, what cannot be derived is None.
+
+    ``machines``: the hosts that engines run on, by name, the supervisor's own first. ``environ``:
+    the supervisor's. ``models``: of each role with engines; read from disk when None.
+    """
+    return resolve_on(config, one_host(machines, environ), environ, models)
+
+
+def resolve_on(
+    config: LaunchConfig,
+    hosts: Sequence[ResolvedHost],
+    environ: Mapping[str, str],
+    models: Mapping[Role, Model] | None = None,
+    places: Places | None = None,
+) -> ResolvedLaunch:
+    """Resolve a configuration on hosts, as ``resolve`` does.
+
+    ``places``: those of engines that are placed already.
+    """
+    found = read_models(config) if models is None else models
+    placed = resolve_roles(config, hosts, environ, found, places)
+    return ResolvedLaunch(config, tuple(hosts), dict(environ), placed)
+
+
+def _require_one_kind(roles: Iterable[RoleEngines]) -> None:
+    kinds = {engines.settings.engine: engines for engines in roles}
+    if len(kinds) > 1:
+        raise ConfigError(
+            "the engines of a launch must be of one kind: engines of different kinds cannot "
+            "read each other's KV blocks",
+            field="engine",
+            value=", ".join(f"{engines.role}: {kind}" for kind, engines in kinds.items()),
+            fix="set engine once, at the top level",
+        )
+
+
+def _require_allocator(engines: RoleEngines) -> None:
+    if engines.cumem_allocator is None:
+        raise ConfigError(
+            "enable_sleep_mode needs the CuMem allocator, which enable_cumem_allocator: false "
+            "switches off",
+            field="enable_cumem_allocator",
+            value=False,
+            fix="remove enable_cumem_allocator, or switch enable_sleep_mode off",
+        )
+
+
+def _require_devices(engines: RoleEngines, num_ranks: int) -> None:
+    """Raise ConfigError without devices for engines. ``num_ranks``: of one engine on this host."""
+    num_gpus = len(engines.gpus)
+    if engines.gpus_problem:
+        raise ConfigError(
+            f"the {VISIBLE_DEVICES} of {engines.role} cannot be used: {engines.gpus_problem}",
+            field=f"{engines.role}.env.{VISIBLE_DEVICES}",
+            value=engines.given_environ[VISIBLE_DEVICES],
+            fix="correct it, or leave it out",
+        )
+    if engines.device == "cpu":
+        return
+    if not num_gpus:
+        raise ConfigError(
+            "no CUDA device was found",
+            field="device",
+            value=engines.settings.device,
+            fix="set device: cpu, or check nvidia-smi",
+        )
+    if num_ranks > num_gpus:
+        raise ConfigError(
+            f"an engine of {num_ranks} ranks needs {num_ranks} GPUs, its ranks see {num_gpus}",
+            field=engines.where("tensor_parallel_size"),
+            value=engines.tp_size,
+            fix=f"set it to {num_gpus} or less",
+        )
+
+
+def _require_length(engines: RoleEngines) -> None:
+    wanted, limit = engines.settings.max_model_len, engines.max_model_len
+    if wanted is not None and limit is not None and wanted > limit:
+        raise ConfigError(
+            f"max_model_len is over the model's {limit} positions",
+            field="max_model_len",
+            value=wanted,
+            fix=f"set it to {limit} or less, or leave it out",
+        )

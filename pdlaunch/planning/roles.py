@@ -1,0 +1,244 @@
+"""Places the engines of each role on hosts, and has each role derived where its ranks run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from pdlaunch.config.engine_settings import EngineSettings
+from pdlaunch.config.models import LaunchConfig
+from pdlaunch.config.roles import PAIR, ROLES, Role
+from pdlaunch.planning.derive import derive_engines, device_kind, visible_on
+from pdlaunch.planning.hosts import (
+    DeviceKind,
+    HostShare,
+    Places,
+    ResolvedHost,
+    Room,
+    demands_of,
+    is_same_machine,
+    place_engines,
+)
+from pdlaunch.planning.models import Model
+from pdlaunch.planning.role_engines import RoleEngines
+from pdlaunch.planning.vllm_verification import unverified_because
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlacedShare:
+    """Holds ranks of one engine on one host."""
+
+    host: ResolvedHost
+    engines: RoleEngines
+    """The role on this host."""
+    num_ranks: int
+    device_indices: tuple[int, ...]
+    """The CUDA device of each, as the ranks number them; empty on a CPU."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlacedEngine:
+    """Says where the ranks of one engine run. Its server runs on the host of rank 0."""
+
+    index: int
+    shares: tuple[PlacedShare, ...]
+
+    @property
+    def engines(self) -> RoleEngines:
+        """Return the role on the host of rank 0."""
+        return self.shares[0].engines
+
+    @property
+    def host(self) -> ResolvedHost:
+        return self.shares[0].host
+
+    @property
+    def name(self) -> str:
+        return self.engines.engine_name(self.index)
+
+    @property
+    def device_indices(self) -> tuple[int, ...]:
+        """Return the CUDA device of each rank on its host; empty on a CPU."""
+        return tuple(device for share in self.shares for device in share.device_indices)
+
+    def shares_by_rank(self) -> Iterator[tuple[PlacedShare, str]]:
+        """Yield the share that each rank belongs to, and its device: ``cpu`` or ``cuda:N``."""
+        for share in self.shares:
+            devices = share.device_indices
+            for place in range(share.num_ranks):
+                yield share, f"cuda:{devices[place]}" if devices else "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedRoles:
+    """Holds the engines of a launch by role, by host, and one by one."""
+
+    roles: Mapping[Role, RoleEngines]
+    by_host: Mapping[str, Mapping[Role, RoleEngines]]
+    """The roles of each host that has ranks; ``replicas`` counts engines whose rank 0 is there."""
+    engines: tuple[PlacedEngine, ...]
+    """They are in the order of ``ROLES``, then of the index."""
+
+
+def resolve_roles(
+    config: LaunchConfig,
+    hosts: Sequence[ResolvedHost],
+    environ: Mapping[str, str],
+    models: Mapping[Role, Model],
+    places: Places | None = None,
+) -> PlacedRoles:
+    """Place and resolve the engines of each role that has any; never raises, see ``RoleEngines``.
+
+    ``environ``: the supervisor's. ``places``: those of engines that are placed already.
+    """
+    used = [role for role in ROLES if config.role(role).replicas]
+    settings = {role: config.engine_settings(role) for role in used}
+    places = places or place_engines(
+        demands_of(
+            {role: config.role(role).replicas for role in used},
+            {role: settings[role].tensor_parallel_size for role in used},
+            {role: settings[role].hosts_per_engine for role in used},
+        ),
+        [_room(host, settings) for host in hosts if host.roles] or [_room(hosts[0], settings)],
+        config.placement_strategy,
+    )
+    unverified = _unverified(config, hosts, environ, models, places)
+    num_ranks = {
+        host.name: sum(_ranks_on(places, host.name, role) for role in used) for host in hosts
+    }
+    by_host: dict[str, dict[Role, RoleEngines]] = {}
+    for host in hosts:
+        here = by_host.setdefault(host.name, {})
+        for role in used:
+            if not _ranks_on(places, host.name, role):
+                continue
+            engines = derive_engines(
+                config,
+                role,
+                host,
+                models[role],
+                unverified,
+                num_ranks[host.name],
+                has_far_peers=_has_far_peers(config, role, host, hosts, places),
+            )
+            before = sum(
+                other.num_ranks
+                for other in here.values()
+                if other.device == engines.device == "cuda" and other.gpus == engines.gpus
+            )
+            here[role] = replace(
+                engines,
+                replicas=_engines_on(places, host.name, role),
+                num_ranks=_ranks_on(places, host.name, role),
+                first_gpu_rank=before,
+            )
+    placed = tuple(_placed(places, hosts, by_host, used))
+    roles: dict[Role, RoleEngines] = {}
+    for role in used:
+        first = next(engine for engine in placed if engine.engines.role == role)
+        replicas = config.role(role).replicas
+        roles[role] = replace(
+            first.engines, replicas=replicas, num_ranks=replicas * first.engines.tp_size
+        )
+    return PlacedRoles(roles, {name: here for name, here in by_host.items() if here}, placed)
+
+
+def _has_far_peers(
+    config: LaunchConfig,
+    role: Role,
+    host: ResolvedHost,
+    hosts: Sequence[ResolvedHost],
+    places: Places,
+) -> bool:
+    """Return whether a role's engines exchange KV blocks with some on another machine."""
+    return role in PAIR and any(
+        _ranks_on(places, other.name, peer)
+        for other in hosts
+        for peer in PAIR
+        if peer != role
+        and other is not host
+        # Agents of Ray may share a machine.
+        and not (config.placement == "ray" and is_same_machine(host, other))
+    )
+
+
+def _placed(
+    places: Places,
+    hosts: Sequence[ResolvedHost],
+    by_host: Mapping[str, Mapping[Role, RoleEngines]],
+    roles: Sequence[Role],
+) -> Iterator[PlacedEngine]:
+    by_name = {host.name: host for host in hosts}
+    for role in roles:
+        dealt = dict.fromkeys(by_name, 0)
+        for index in sorted(index for other, index in places if other == role):
+            shares = []
+            for share in places[role, index]:
+                engines = by_host[share.host][role]
+                devices = engines.device_indices(dealt[share.host], share.num_ranks)
+                dealt[share.host] += share.num_ranks
+                # Those of a host that has come back with fewer GPUs are dealt anew.
+                if share.devices and max(share.devices) < len(engines.gpus):
+                    devices = share.devices
+                shares.append(PlacedShare(by_name[share.host], engines, share.num_ranks, devices))
+            yield PlacedEngine(index, tuple(shares))
+
+
+def _room(host: ResolvedHost, settings: Mapping[Role, EngineSettings]) -> Room:
+    devices: dict[Role, tuple[DeviceKind, int]] = {}
+    for role, own in settings.items():
+        if role in host.roles:
+            visible = visible_on(host, own)
+            kind = device_kind(own, host.machine, visible)
+            num = len(visible.gpus) if kind == "cuda" else len(host.machine.cpus)
+            devices[role] = (kind, num)
+    return Room(host.name, devices, host.domain)
+
+
+def _shares(places: Places, host: str, role: Role) -> list[tuple[int, HostShare]]:
+    """Return the shares of a role on a host, each with its place among those of its engine."""
+    return [
+        (place, share)
+        for (other, _), shares in places.items()
+        if other == role
+        for place, share in enumerate(shares)
+        if share.host == host
+    ]
+
+
+def _ranks_on(places: Places, host: str, role: Role) -> int:
+    return sum(share.num_ranks for _, share in _shares(places, host, role))
+
+
+def _engines_on(places: Places, host: str, role: Role) -> int:
+    return sum(place == 0 for place, _ in _shares(places, host, role))
+
+
+def _unverified(
+    config: LaunchConfig,
+    hosts: Sequence[ResolvedHost],
+    environ: Mapping[str, str],
+    models: Mapping[Role, Model],
+    places: Places,
+) -> str:
+    """Return why blocks are not proven; it takes the engines of both roles to prove them."""
+    if not config.kv_transfer.verify:
+        return "kv_transfer.verify is off"
+    for role in PAIR:
+        settings = config.engine_settings(role)
+        # Native engines always prove their blocks. One of another kind than these two must not pass
+        # here: it would be taken for one that does.
+        if not config.role(role).replicas or settings.engine != "vllm":
+            continue
+        theirs = [host for host in hosts if _ranks_on(places, host.name, role)]
+        if reason := unverified_because(settings, environ, models[role], theirs, hosts[0]):
+            return reason
+    return ""
+
+
+def count_ranks(config: LaunchConfig) -> int:
+    """Return the number of ranks of all engines."""
+    return sum(
+        config.role(role).replicas * config.engine_settings(role).tensor_parallel_size
+        for role in ROLES
+    )

@@ -1,0 +1,174 @@
+"""Any history of moves: every block has one owner, content is found only where it still is."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from pdlaunch.engine.kvcache.block_pool import BlockPool
+
+NUM_GROUPS = 2
+RANDOM = st.randoms(use_true_random=False)
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Holders are lists of ids; ``content`` is what a block was registered for since it was last
+    given out.
+    """
+
+    @initialize(num_blocks=st.integers(0, 12))
+    def start(self, num_blocks):
+        self.pool = BlockPool(num_blocks, NUM_GROUPS)
+        self.requests: list[list[int]] = []
+        self.leases: list[list[int]] = []
+        self.pulls: list[list[int]] = []
+        self.quarantined: list[list[int]] = []
+        self.content: dict[int, tuple[int, bytes]] = {}
+
+    def pop(self, holders, choice):
+        return holders.pop(choice.randrange(len(holders))) if holders else None
+
+    def forget(self, block_ids):
+        for block_id in block_ids:
+            self.content.pop(block_id, None)
+
+    @rule(count=st.integers(0, 5))
+    def allocate(self, count):
+        if count <= self.pool.num_free_blocks:
+            self.requests.append(self.pool.allocate(count))
+            self.forget(self.requests[-1])
+
+    @rule(count=st.integers(0, 5))
+    def allocate_for_pull(self, count):
+        if count <= self.pool.num_free_blocks:
+            self.pulls.append(self.pool.allocate_for_pull(count))
+            self.forget(self.pulls[-1])
+
+    @rule(choice=RANDOM, group=st.integers(0, NUM_GROUPS - 1), value=st.integers(0, 5))
+    def register(self, choice, group, value):
+        owned = [block_id for holder in self.requests for block_id in holder]
+        if owned:
+            block_id, key = choice.choice(owned), (group, bytes([value]))
+            self.pool.register(block_id, *key)
+            if block_id not in self.content and key not in self.content.values():
+                self.content[block_id] = key
+
+    @rule(choice=RANDOM)
+    def share(self, choice):
+        if self.content:
+            block_id = choice.choice(list(self.content))
+            self.pool.share([block_id])
+            self.requests.append([block_id])
+
+    @rule(choice=RANDOM)
+    def release(self, choice):
+        self.pool.release(self.pop(self.requests, choice) or [])
+
+    @rule(choice=RANDOM)
+    def lease(self, choice):
+        if (held := self.pop(self.requests, choice)) is not None:
+            self.pool.lease(held)
+            self.leases.append(held)
+
+    @rule(choice=RANDOM)
+    def end_lease(self, choice):
+        self.pool.end_lease(self.pop(self.leases, choice) or [])
+
+    @rule(choice=RANDOM, end=st.sampled_from(["finish", "drop", "quarantine"]))
+    def end_pull(self, choice, end):
+        if (pull := self.pop(self.pulls, choice)) is None:
+            return
+        if end == "finish":
+            self.pool.finish_pull(pull)
+            self.requests.append(pull)
+        elif end == "drop":
+            self.pool.drop_pull(pull)
+        else:
+            self.pool.quarantine(pull)
+            self.quarantined.append(pull)
+
+    @rule(choice=RANDOM)
+    def drain(self, choice):
+        self.pool.drain(self.pop(self.quarantined, choice) or [])
+
+    @invariant()
+    def every_block_has_one_owner(self):
+        if not hasattr(self, "pool"):
+            return
+        self.pool.check_integrity(
+            owned=chain(*self.requests),
+            leased=chain(*self.leases),
+            pulling=chain(*self.pulls),
+            quarantined=chain(*self.quarantined),
+        )
+        held = set(chain(*self.requests, *self.leases, *self.pulls, *self.quarantined))
+        assert self.pool.num_free_blocks == self.pool.num_blocks - len(held)
+        assert self.pool.num_leased_blocks == len(set(chain(*self.leases)))
+        assert self.pool.num_quarantined_blocks == sum(map(len, self.quarantined))
+
+    @invariant()
+    def content_is_found_where_it_is(self):
+        if hasattr(self, "pool"):
+            for block_id, key in self.content.items():
+                assert self.pool.find(*key) == block_id
+
+
+TestPoolMachine = PoolMachine.TestCase
+TestPoolMachine.settings = settings(
+    max_examples=100, stateful_step_count=40, deadline=None, report_multiple_bugs=False
+)
+
+
+def registered(pool: BlockPool, count: int) -> list[int]:
+    block_ids = pool.allocate(count)
+    for block_id in block_ids:
+        pool.register(block_id, 0, bytes([block_id]))
+    return block_ids
+
+
+def test_blocks_without_content_are_reused_before_cached_ones() -> None:
+    pool = BlockPool(4, 1)
+    cached = registered(pool, 2)
+    pool.release(cached)
+    pool.allocate(2)
+    assert all(pool.find(0, bytes([block_id])) == block_id for block_id in cached)
+
+
+def test_cached_blocks_are_reused_in_the_order_of_their_release() -> None:
+    pool = BlockPool(3, 1)
+    head, middle, tail = registered(pool, 3)
+    pool.release([tail, middle, head])
+    assert pool.allocate(1) == [tail]
+    assert pool.find(0, bytes([tail])) is None
+    assert pool.find(0, bytes([head])) == head
+
+
+def test_sharing_saves_a_cached_block_from_reuse() -> None:
+    pool = BlockPool(2, 1)
+    first, second = registered(pool, 2)
+    pool.release([first, second])
+    pool.share([first])
+    assert pool.allocate(1) == [second]
+    assert pool.num_free_blocks == 0
+
+
+def test_a_leased_and_shared_block_is_free_after_the_last_owner() -> None:
+    pool = BlockPool(1, 1)
+    (block_id,) = registered(pool, 1)
+    pool.share([block_id])
+    pool.lease([block_id])
+    pool.release([block_id])
+    assert pool.num_free_blocks == 0
+    pool.end_lease([block_id])
+    assert pool.num_free_blocks == 1
+
+
+def test_the_integrity_check_sees_a_forgotten_owner() -> None:
+    pool = BlockPool(2, 1)
+    pool.allocate(1)
+    with pytest.raises(AssertionError, match="requests' blocks"):
+        pool.check_integrity()

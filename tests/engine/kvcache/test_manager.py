@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdlaunch.engine.kvcache.block_table import BlockTables
+from pdlaunch.engine.kvcache.groups import KVCacheGroup
+from pdlaunch.engine.kvcache.hashing import TokenHasher, root_hash
+from pdlaunch.engine.kvcache.manager import KVCacheManager
+
+WINDOWS = st.lists(st.one_of(st.none(), st.integers(1, 12)), min_size=1, max_size=3)
+
+
+def make_groups(windows: list[int | None]) -> list[KVCacheGroup]:
+    return [KVCacheGroup((0,), window) for window in windows]
+
+
+def hashes(num_blocks: int, block_size: int) -> list[bytes]:
+    hasher = TokenHasher(root_hash("m"), block_size)
+    hasher.extend(range(num_blocks * block_size))
+    return hasher.block_hashes
+
+
+def visible_blocks(window: int | None, num_computed: int, block_size: int) -> set[int]:
+    """Logical blocks before ``num_computed`` that the query at that token sees, by its
+    definition.
+    """
+    start = 0 if window is None else max(0, num_computed - window + 1)
+    return {position // block_size for position in range(start, num_computed)}
+
+
+def fill(kv: KVCacheManager, cached: list[set[int]], block_hashes: list[bytes]) -> None:
+    for group, indices in enumerate(cached):
+        for index in indices:
+            (block_id,) = kv.pool.allocate(1)
+            kv.pool.register(block_id, group, block_hashes[index])
+            kv.pool.release([block_id])
+
+
+@given(WINDOWS, st.integers(1, 4), st.integers(0, 10), st.data())
+def test_prefix_is_the_longest_from_which_every_group_can_go_on(
+    windows: list[int | None], block_size: int, num_blocks: int, data: st.DataObject
+) -> None:
+    kv = KVCacheManager(make_groups(windows), 64, block_size)
+    block_hashes = hashes(10, block_size)
+    # Mostly cached: a hit of some length is likely.
+    missing = [data.draw(st.sets(st.integers(0, 9), max_size=3)) for _ in windows]
+    cached = [set(range(10)) - gone for gone in missing]
+    fill(kv, cached, block_hashes)
+    lengths = [
+        length
+        for length in range(num_blocks + 1)
+        if all(
+            visible_blocks(window, length * block_size, block_size) <= cached[group]
+            for group, window in enumerate(windows)
+        )
+    ]
+    hit = kv.find_prefix(block_hashes, num_blocks)
+    assert {hit.end(group) for group in range(len(windows))} == {lengths[-1]}
+    for group, window in enumerate(windows):
+        seen = visible_blocks(window, lengths[-1] * block_size, block_size)
+        assert set(range(hit.first[group], hit.end(group))) == seen
+        assert hit.block_ids[group] == [
+            kv.pool.find(group, block_hashes[index]) for index in sorted(seen)
+        ]
+
+
+@given(WINDOWS, st.integers(1, 4), st.integers(0, 40), st.data())
+def test_a_pull_brings_what_is_visible_and_not_cached(
+    windows: list[int | None], block_size: int, num_computed: int, data: st.DataObject
+) -> None:
+    kv = KVCacheManager(make_groups(windows), 200, block_size)
+    num_blocks = kv.num_logical_blocks(num_computed)
+    block_hashes = hashes(num_blocks, block_size)
+    max_blocks = data.draw(st.integers(0, num_computed // block_size))
+    cached = [
+        data.draw(st.sets(st.integers(0, max(0, num_blocks - 1)))) if num_blocks else set()
+        for _ in windows
+    ]
+    fill(kv, cached, block_hashes)
+    hit = kv.find_for_pull(block_hashes, max_blocks, num_computed)
+    for group, window in enumerate(windows):
+        seen = visible_blocks(window, num_computed, block_size)
+        held = set(range(hit.first[group], hit.end(group)))
+        assert held <= cached[group]
+        assert held <= set(range(max_blocks))
+        assert seen <= held | set(range(hit.end(group), num_blocks))
+        assert seen or not held
+
+
+@given(WINDOWS, st.integers(1, 4), st.lists(st.integers(1, 9), max_size=12))
+def test_tables_hold_what_queries_see_and_little_more(
+    windows: list[int | None], block_size: int, chunks: list[int]
+) -> None:
+    kv = KVCacheManager(make_groups(windows), 500, block_size)
+    tables, num_computed = kv.new_tables(), 0
+    for chunk in chunks:
+        kv.release_left(tables, num_computed)
+        assert kv.extend(tables, num_computed + chunk)
+        for group, window in enumerate(windows):
+            held = set(range(tables.first[group], tables.end))
+            assert visible_blocks(window, num_computed, block_size) <= held
+            if window is not None:
+                first_seen = max(0, num_computed - window + 1)
+                assert tables.first[group] == first_seen // block_size
+        num_computed += chunk
+        kv.pool.check_integrity(owned=tables.all_ids())
+    kv.free(tables)
+    assert kv.pool.num_free_blocks == 500
+
+
+@given(WINDOWS, st.integers(1, 4), st.integers(1, 40))
+def test_min_blocks_suffice_token_by_token(
+    windows: list[int | None], block_size: int, num_tokens: int
+) -> None:
+    num_blocks = KVCacheManager(make_groups(windows), 0, block_size).min_blocks(num_tokens)
+    assert compute_token_by_token(
+        KVCacheManager(make_groups(windows), num_blocks, block_size), num_tokens
+    )
+
+
+def test_fewer_than_min_blocks_do_not_suffice() -> None:
+    num_blocks = KVCacheManager(make_groups([None, 6]), 0, 4).min_blocks(40)
+    assert num_blocks == 10 + 3
+    assert not compute_token_by_token(KVCacheManager(make_groups([None, 6]), num_blocks - 1, 4), 40)
+
+
+def compute_token_by_token(kv: KVCacheManager, num_tokens: int) -> bool:
+    tables = kv.new_tables()
+    for num_computed in range(num_tokens):
+        kv.release_left(tables, num_computed)
+        if not kv.extend(tables, num_computed + 1):
+            return False
+    return True
+
+
+def test_extend_is_all_or_nothing() -> None:
+    kv = KVCacheManager(make_groups([None, None]), 5, 2)
+    tables = kv.new_tables()
+    assert kv.extend(tables, 4)
+    assert not kv.extend(tables, 5)
+    assert (tables.end, kv.pool.num_free_blocks) == (2, 1)
+
+
+def test_freeing_reuses_the_tail_of_a_chain_before_its_head() -> None:
+    kv = KVCacheManager(make_groups([None]), 3, 2)
+    tables = kv.new_tables()
+    kv.extend(tables, 6)
+    kv.register(tables, hashes(3, 2), 0, 3)
+    kv.free(tables)
+    kv.pool.allocate(1)
+    assert kv.find_prefix(hashes(3, 2), 3).end(0) == 2
+
+
+@given(WINDOWS, st.integers(1, 4), st.integers(1, 30), st.integers(0, 5))
+def test_a_lease_holds_what_the_last_token_sees(
+    windows: list[int | None], block_size: int, num_tokens: int, num_further: int
+) -> None:
+    kv = KVCacheManager(make_groups(windows), 200, block_size)
+    tables = kv.new_tables()
+    kv.extend(tables, num_tokens + num_further)
+    before = [list(held) for held in tables.block_ids]
+    leased = kv.lease(tables, num_tokens)
+    for group, window in enumerate(windows):
+        seen = visible_blocks(window, num_tokens - 1, block_size) | {(num_tokens - 1) // block_size}
+        assert set(range(leased.first[group], leased.end(group))) == seen
+        assert leased.block_ids[group] == [before[group][index] for index in sorted(seen)]
+    kv.pool.check_integrity(
+        leased=[block_id for block_ids in leased.block_ids for block_id in block_ids]
+    )
+    assert tables.end == 0
+
+
+def test_a_group_may_begin_later_than_another() -> None:
+    tables = BlockTables(2)
+    tables.append([0, 2], [[1, 2, 3], [4]])
+    assert (tables.first, tables.end) == ([0, 2], 3)
+    assert tables.between(1, 0, 3) == [4]
+    assert tables.pop_before(0, 2) == [1, 2]
+    assert tables.between(0, 0, 9) == [3]

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import gc
+import mmap
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pdlaunch.engine.memory.host_kv_memory import HostKVMemory
+from pdlaunch.engine.memory.kv_memory import NotShareable, PrivateKVMemory, SharedRange
+from pdlaunch.errors import MemoryPoolError
+from tests.engine.memory.open_files import num_open_fds
+
+PAGE = mmap.PAGESIZE
+
+
+def test_a_peer_reads_what_the_owner_writes_and_nothing_stays_open() -> None:
+    before, memory = num_open_fds(), HostKVMemory()
+    tensor = memory.zeros(4 * PAGE)
+    tensor[PAGE : PAGE + 3] = torch.tensor([1, 2, 3], dtype=torch.uint8)
+    export = memory.export(tensor[PAGE : 2 * PAGE])
+    assert export.range == SharedRange("memfd", 4 * PAGE, PAGE, PAGE)
+    mapping = memory.map(export.range, export.fd)
+    export.close()
+    assert mapping.num_bytes == PAGE
+    tensor[PAGE + 1] = 7
+    assert ctypes.string_at(mapping.address, 4) == bytes([1, 7, 3, 0])
+    address = mapping.address
+    del tensor
+    gc.collect()
+    assert ctypes.string_at(address, 3) == bytes([1, 7, 3]), (
+        "the pages live as long as they are mapped"
+    )
+    mapping.close()
+    assert num_open_fds() == before
+
+
+def test_all_pages_are_there_before_the_first_pull() -> None:
+    with mmap.mmap(-1, PAGE) as region:
+        try:
+            region.madvise(23)
+        except OSError:
+            pytest.skip("a kernel before 5.14 cannot be asked for pages")
+    memory = HostKVMemory()
+    export = memory.export(memory.zeros(16 * PAGE))
+    assert export.fd is not None
+    try:
+        assert os.fstat(export.fd).st_blocks * 512 == 16 * PAGE
+    finally:
+        export.close()
+
+
+def test_memory_that_is_not_there_is_named() -> None:
+    with pytest.raises(MemoryPoolError, match="lower kv_cache_memory"):
+        HostKVMemory().zeros(2**62)
+
+
+def test_views_of_other_types_are_found_by_their_addresses() -> None:
+    memory = HostKVMemory()
+    tensors = [memory.zeros(PAGE).view(torch.float32).view(4, -1) for _ in range(3)]
+    for tensor in tensors:
+        export = memory.export(tensor[2])
+        assert (export.range.offset_bytes, export.range.num_bytes) == (PAGE // 2, PAGE // 4)
+        export.close()
+
+
+def test_readers_can_neither_write_nor_shrink() -> None:
+    memory = HostKVMemory()
+    tensor = memory.zeros(PAGE)
+    export = memory.export(tensor)
+    assert export.fd is not None
+    with pytest.raises(PermissionError):
+        os.ftruncate(export.fd, 0)
+    with pytest.raises(PermissionError):
+        mmap.mmap(export.fd, PAGE)
+    export.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"num_bytes": PAGE + 1}, "not within"),
+        ({"offset_bytes": -1}, "not within"),
+        ({"offset_bytes": PAGE}, "not within"),
+        ({"num_bytes": 0}, "not within"),
+        ({"allocation_bytes": 2 * PAGE}, f"has {PAGE} bytes, stated are {2 * PAGE}"),
+        ({"kind": "posix_fd"}, "cannot map memory of kind posix_fd"),
+    ],
+)
+def test_what_a_peer_describes_wrongly_is_not_mapped(
+    change: dict[str, object], reason: str
+) -> None:
+    memory = HostKVMemory()
+    tensor = memory.zeros(PAGE)
+    export = memory.export(tensor)
+    before = num_open_fds()
+    with pytest.raises(NotShareable, match=reason):
+        memory.map(replace(export.range, **change), export.fd)  # type: ignore[arg-type]
+    assert num_open_fds() == before
+    export.close()
+
+
+def test_memory_that_may_shrink_under_its_reader_is_not_mapped() -> None:
+    fd = os.memfd_create("test", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, PAGE)
+    memory, whole = HostKVMemory(), SharedRange("memfd", PAGE, 0, PAGE)
+    with pytest.raises(NotShareable, match="not sealed"):
+        memory.map(whole, fd)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    memory.map(whole, fd).close()
+    os.close(fd)
+    with pytest.raises(NotShareable, match="cannot be mapped"):
+        memory.map(whole, fd)
+
+
+def test_other_memory_is_not_shared() -> None:
+    with pytest.raises(NotShareable, match="was not made for sharing"):
+        HostKVMemory().export(torch.zeros(8))
+    private = PrivateKVMemory()
+    tensor = private.zeros(8)
+    assert tensor.tolist() == [0] * 8
+    with pytest.raises(NotShareable, match="this process alone"):
+        private.export(tensor)

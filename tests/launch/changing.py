@@ -1,0 +1,107 @@
+"""A launch whose engines change: real plans, no processes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pdlaunch.config.models import LaunchConfig
+from pdlaunch.config.roles import ROLES, Role
+from pdlaunch.launch.engines.native import NativeEngine
+from pdlaunch.launch.engines.plan import plan_processes
+from pdlaunch.launch.rooms import Rooms
+from pdlaunch.launch.shutdown import Grace
+from pdlaunch.launch.supervisor import Timing
+from pdlaunch.machine.facts import Gpu, Machine
+from pdlaunch.planning.resolve import ResolvedLaunch, resolve
+from pdlaunch.planning.roles import PlacedEngine
+from pdlaunch.protocol.changes import Answered, ChangeEngines, EngineIdle
+from tests.checks.contexts import CPU
+from tests.checks.firing import TINY
+from tests.config.model_files.files import EMPTY_SAFETENSORS
+from tests.launch.fakes import World
+
+CORES = replace(CPU, cpus=tuple(range(8)))
+GPUS = replace(
+    CPU,
+    cpus=tuple(range(8)),
+    gpus=tuple(Gpu(index, memory_bytes=80 << 30, compute_capability=(9, 0)) for index in range(3)),
+)
+
+
+class Adopted:
+    """Remembers which engines could be started, and which are gone."""
+
+    def __init__(self) -> None:
+        self.engines: dict[str, PlacedEngine] = {}
+        self.gone: list[str] = []
+
+    def adopt(self, resolved: ResolvedLaunch, engine: PlacedEngine | None = None) -> None:
+        if engine is not None:
+            self.engines[engine.name] = engine
+
+    def forget(self, engine: str) -> None:
+        self.gone.append(engine)
+
+
+class Changing(World):
+    """A world whose engines can change."""
+
+    def __init__(self, folder: Path, machine: Machine = CORES, **settings: Any) -> None:
+        (folder / "config.json").write_text(json.dumps(TINY))
+        (folder / "model.safetensors").write_bytes(EMPTY_SAFETENSORS)
+        config = LaunchConfig.model_validate({"model": str(folder), **settings})
+        resolved = resolve(config, {"local": machine}, {})
+        self.adopted = Adopted()
+        super().__init__(
+            plan_processes(resolved),
+            Timing(startup_timeout_s=60, grace=Grace(drain_s=30, stop_s=5)),
+            Rooms(resolved, NativeEngine(), self.adopted, {"local"}),
+        )
+        self.start().all_ready()
+        self.answers: list[Answered] = []
+
+    def change(self, **wanted: Any) -> Answered:
+        """Ask for a change, and return the first answer."""
+        replicas = {role: wanted.pop(role) for role in ROLES if role in wanted}
+        self.say("router", ChangeEngines(question=7, replicas=replicas, **wanted))
+        return self.answered()
+
+    def turn(self, name: str, role: Role) -> Answered:
+        return self.change(turn=name, role=role)
+
+    def answered(self) -> Answered:
+        """Return the last answer."""
+        answer = self.host.sent_to("router", Answered)[-1]
+        assert isinstance(answer, Answered)
+        assert answer.question == 7
+        return answer
+
+    def become_whole(self, engine: str) -> None:
+        """Have all processes of an engine get ready."""
+        for name in (f"{engine}/rank-0", engine):
+            self.become_ready(name)
+
+    def leave(self, engine: str) -> None:
+        """Have an engine that drains finish, and end."""
+        self.drained(engine)
+        if engine.startswith("prefill"):
+            self.say("router", EngineIdle(engine=engine))
+        for name in (f"{engine}/rank-0", engine):
+            self.exit(name)
+
+    def given_work(self) -> set[str]:
+        """The engines that the router may give work."""
+        return {
+            entry.name
+            for entry in self.host.registry("router").entries
+            if entry.kind == "server" and entry.state == "ready" and not entry.withheld
+        }
+
+    @property
+    def engines(self) -> set[str]:
+        """The engines of which the status shows a process."""
+        processes = self.supervisor.status().processes
+        return {p.name.partition("/")[0] for p in processes} - {"router"}

@@ -1,0 +1,81 @@
+"""Servers that commands call, and a proxy in the environment."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from socketserver import BaseRequestHandler, ThreadingTCPServer
+
+import pytest
+
+from pdlaunch.launch.client import api as api_module
+
+
+@contextmanager
+def serving(location: str = "") -> Iterator[tuple[str, list[str | None]]]:
+    """Yield the URL of a server, and the keys that it is sent; it may lead elsewhere."""
+    keys: list[str | None] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            keys.append(self.headers["Authorization"])
+            self.send_response(302 if location else 200)
+            self.send_header("Location", location)
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        do_POST = do_GET  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            """Print nothing."""
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", keys
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@contextmanager
+def answering(answer: Callable[[socket.socket], None]) -> Iterator[str]:
+    """Yield the URL of a server that writes what ``answer`` sends, and then hangs up."""
+
+    class Handler(BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(65536)
+            # The other side may have enough.
+            with suppress(OSError):
+                answer(self.request)
+
+    class Server(ThreadingTCPServer):
+        daemon_threads = True
+
+    with Server(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture
+def proxied(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str | None]]:
+    """Name a proxy in the environment, and yield the keys that it sees."""
+    with serving() as (proxy, keys), monkeypatch.context() as patch:
+        for name in ("http_proxy", "https_proxy"):
+            patch.setenv(name, proxy)
+        for name in ("no_proxy", "NO_PROXY"):
+            patch.delenv(name, raising=False)
+        # A process looks there for proxies once.
+        api_module._opener.cache_clear()
+        yield keys
+    api_module._opener.cache_clear()

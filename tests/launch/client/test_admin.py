@@ -1,0 +1,140 @@
+"""A command goes to the launch that is meant."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from socketserver import UnixStreamServer
+
+import pytest
+
+from pdlaunch.errors import PdlaunchError
+from pdlaunch.launch.client import api as api_module
+from pdlaunch.launch.client.admin import admin_api
+from pdlaunch.launch.client.api import Api
+from pdlaunch.protocol.process.new_run_dir import new_run_dir
+from pdlaunch.protocol.process.run_dirs import ADMIN_SOCKET, PREFIX, LaunchCard, running_launches
+
+
+class Launches:
+    """Makes folders of launches that run."""
+
+    def __init__(self, base: Path, stack: ExitStack) -> None:
+        self.base = base
+        self._stack = stack
+
+    def add(self, url: str) -> Path:
+        run_dir = self._stack.enter_context(new_run_dir(self.base))
+        LaunchCard(launch_id="id", url=url).write(run_dir)
+        return run_dir
+
+    def why_not(self, url: str | None = None) -> str:
+        with pytest.raises(PdlaunchError) as caught:
+            admin_api(url, base=self.base)
+        return str(caught.value)
+
+
+@pytest.fixture
+def launches(tmp_path: Path) -> Iterator[Launches]:
+    with ExitStack() as stack:
+        yield Launches(tmp_path, stack)
+
+
+def socket_of(api: Api) -> Path | None:
+    return api._socket_path
+
+
+def test_the_only_one_is_meant(launches: Launches) -> None:
+    run_dir = launches.add("http://127.0.0.1:8000")
+    assert socket_of(admin_api(base=launches.base)) == run_dir / ADMIN_SOCKET
+
+
+def test_none_is_there(launches: Launches) -> None:
+    assert "--url" in launches.why_not()
+    assert "--admin-api-key" in launches.why_not("http://127.0.0.1:8000")
+
+
+def test_several_are_told_apart_by_their_url(launches: Launches) -> None:
+    first, second = launches.add("http://127.0.0.1:8000"), launches.add("http://[::1]:9000")
+    assert "http://127.0.0.1:8000, http://[::1]:9000" in launches.why_not()
+    for url, run_dir in [
+        ("http://localhost:8000", first),
+        ("http://127.0.0.1:8000/", first),
+        ("http://localhost:9000", second),
+    ]:
+        assert socket_of(admin_api(url, base=launches.base)) == run_dir / ADMIN_SOCKET
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:8001", "http://elsewhere:8000", "http://127.0.0.1"]
+)
+def test_another_s_router_needs_its_key(launches: Launches, url: str) -> None:
+    launches.add("http://127.0.0.1:8000")
+    assert f"no launch of yours listens at {url}" in launches.why_not(url)
+    assert socket_of(admin_api(url, "key", base=launches.base)) is None
+
+
+def test_a_dead_launch_and_one_that_has_not_listened_yet_are_no_launches(
+    launches: Launches, tmp_path: Path
+) -> None:
+    dead = tmp_path / f"{PREFIX}dead"
+    dead.mkdir()
+    (dead / "lock").touch()
+    LaunchCard(launch_id="id", url="http://127.0.0.1:8000").write(dead)
+    assert running_launches(tmp_path) == []
+    with new_run_dir(tmp_path):
+        assert running_launches(tmp_path) == []
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can make folders of others")
+def test_a_folder_that_another_user_has_made_is_no_launch(launches: Launches) -> None:
+    run_dir = launches.add("http://127.0.0.1:8000")
+    os.chown(run_dir, 65534, 65534)
+    assert running_launches(launches.base) == []
+
+
+def test_an_api_over_a_unix_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            payload = f'{{"path": "{self.path}"}}'.encode()
+            self.send_response(200 if self.path != "/nothing" else 404)
+            self.send_header("Content-Length", str(len(payload)))
+            self.end_headers()
+            self.wfile.write(payload)
+
+        def log_message(self, *args: object) -> None:
+            """Quiet."""
+
+    class Server(UnixStreamServer):
+        def get_request(self) -> tuple[socket.socket, tuple[str, int]]:
+            return super().get_request()[0], ("client", 0)
+
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    path = tmp_path / "admin.sock"
+    api = Api("http://launch", socket_path=path, timeout_s=20)
+    with pytest.raises(
+        PdlaunchError, match=rf"/x at {path} cannot be reached: No such file or directory"
+    ):
+        api.get("/x")
+    with Server(str(path), Handler, bind_and_activate=False) as server:
+        # As while a router is replaced: its socket is there, and nobody listens.
+        server.server_bind()
+        with monkeypatch.context() as patch:
+            patch.setattr(api_module, "ROUTER_RETURN_S", 0.0)
+            with pytest.raises(PdlaunchError, match="Connection refused"):
+                api.get("/x")
+        monkeypatch.setattr(api_module.time, "sleep", lambda _: server.server_activate())
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        assert api.get_object("/metrics?a=b") == (200, {"path": "/metrics?a=b"})
+        assert api.engine("decode-0").get_object("/nothing")[1] == {
+            "path": "/pdlaunch/engines/decode-0/nothing"
+        }
+        assert api.get("/nothing")[0] == 404
+        server.shutdown()
+        thread.join()

@@ -1,0 +1,46 @@
+"""Smoke takes two answers for the same when they should be, and only then."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from pdlaunch.launch.client.smoke import SMOKE_LOGPROB_TOLERANCE, _equal, _Failure, _kind_of_error
+
+ALONE = [(105, -0.5), (106, -1.0), (107, -2.0)]
+NEAR = [(token, logprob + SMOKE_LOGPROB_TOLERANCE / 2) for token, logprob in ALONE]
+FAR = [(105, -0.5), (106, -1.0 - 2 * SMOKE_LOGPROB_TOLERANCE), (107, -2.0)]
+FORKED = [(105, -0.5), (108, -1.1), (9, -9.0)]
+
+
+@pytest.mark.parametrize(
+    ("pair", "exact"), [(ALONE, True), (NEAR, True), (NEAR, False), (FORKED, False)]
+)
+def test_equal(pair: list[tuple[int, float]], exact: bool) -> None:
+    _equal(pair, ALONE, exact=exact)
+
+
+@pytest.mark.parametrize(
+    ("pair", "exact", "reason"),
+    [
+        (FORKED, True, "tokens differ"),
+        (ALONE[:2], True, "one answer is longer"),
+        (FAR, False, "logprobs differ"),
+        (ALONE[:2], False, "one answer is longer"),
+        ([], False, "one answer is longer"),
+        ([*ALONE, (108, -1.0)], False, "one answer is longer"),
+    ],
+)
+def test_different(pair: list[tuple[int, float]], exact: bool, reason: str) -> None:
+    with pytest.raises(_Failure, match=reason) as failure:
+        _equal(pair, ALONE, exact=exact)
+    # How many tokens there are, and which of them, but not what they are.
+    assert not re.search(r"\b10[5-8]\b", str(failure.value))
+
+
+def test_an_error_is_named_and_its_message_left_out() -> None:
+    """An engine may quote the prompt in it."""
+    error = {"message": "cannot read: the prompt", "type": "invalid_request_error", "param": "n"}
+    assert _kind_of_error({"error": error}) == " (invalid_request_error, n)"
+    assert _kind_of_error({"error": "the prompt"}) == _kind_of_error({"detail": "x"}) == ""

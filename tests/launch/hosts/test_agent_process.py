@@ -1,0 +1,186 @@
+"""A real ``pdlaunch agent`` starts processes, reports them, and leaves none behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import zmq
+
+from pdlaunch.launch.hosts.agent_channel import AgentChannel, Joined, Lost
+from pdlaunch.launch.hosts.children import Children
+from pdlaunch.launch.hosts.group import HostGroup
+from pdlaunch.launch.hosts.host import MessageReceived, ProcessExited
+from pdlaunch.launch.hosts.join import new_join_keys, write_join_files
+from pdlaunch.launch.hosts.local import LocalHost
+from pdlaunch.planning.plan import ProcessSpec
+from pdlaunch.protocol.control import Failed, Register, Stop
+from pdlaunch.protocol.process.bootstrap import Bootstrap
+from pdlaunch.protocol.process.engine_ports import EnginePorts
+from pdlaunch.protocol.sockets import new_launch_keys
+from tests.engine.server.conftest import engine_spec
+
+pytestmark = pytest.mark.processes
+TIMEOUT_MS = 180_000
+SERVER = ProcessSpec(
+    name="prefill-0",
+    kind="server",
+    unit="prefill-0",
+    engine="prefill-0",
+    host="a",
+    command=("/of/the/supervisor", "-P", "-m", "pdlaunch.engine.server", "--name", "prefill-0"),
+)
+"""It needs no torch, and waits for its rank until it is told to stop."""
+
+
+class Launch:
+    """A supervisor's end, with one agent that runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.logs = folder / "logs"
+        self.logs.mkdir()
+        keys = new_join_keys()
+        self.channel = AgentChannel(
+            keys,
+            "127.0.0.1",
+            ["a"],
+            timeout_s=60.0,
+            print_to=lambda name: self.logs / f"{name.replace('/', '.')}.log",
+        )
+        self.join = folder / "join"
+        write_join_files(self.join, keys, self.channel.endpoint)
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        local = LocalHost(self.context.socket(zmq.ROUTER), Children(self.logs), EnginePorts())
+        self.news: list[Joined | Lost] = []
+        self.host = HostGroup(local, "local", self.channel, [], on_news=self.news.append)
+        self.later: list[MessageReceived | ProcessExited | Joined | Lost] = []
+        self.agent = self.start_agent()
+
+    def start_agent(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "pdlaunch", "agent", "--join", str(self.join), "--name", "a"],
+            stdout=subprocess.DEVNULL,
+        )
+
+    def spawn(self, incarnation: int = 1, spec: ProcessSpec = SERVER) -> None:
+        bootstrap = Bootstrap(
+            name=spec.name,
+            incarnation=incarnation,
+            control="ipc:///of/the/supervisor",
+            keys=KEYS,
+            run_dir="/of/the/supervisor",
+            log_level="info",
+            engine_json=engine_spec(self.folder / "no-model").model_dump_json(),
+        )
+        self.host.spawn(spec, incarnation, bootstrap)
+
+    def until(self, kind: type) -> list[MessageReceived | ProcessExited | Joined | Lost]:
+        """All that is heard, up to the first of a kind of message or event."""
+        poller = zmq.Poller()
+        for source in self.host.sources:
+            poller.register(source, zmq.POLLIN)
+        heard, self.later = self.later, []
+        while True:
+            kinds = [type(getattr(one, "message", one)) for one in heard]
+            if kind in kinds:
+                end = kinds.index(kind) + 1
+                # What came with it is for the next call.
+                self.later = heard[end:]
+                return heard[:end]
+            assert self.host.poll_s == 0 or poller.poll(TIMEOUT_MS), f"only {heard}"
+            exits = self.host.exits()
+            # In the order of the supervisor: a process says nothing after its end.
+            heard += [*self.news, *self.host.messages(), *exits]
+            self.news.clear()
+
+    def processes(self) -> list[psutil.Process]:
+        return psutil.Process(self.agent.pid).children(recursive=True)
+
+    def close(self) -> None:
+        self.channel.close()
+        self.agent.wait(180)
+        self.context.destroy(linger=0)
+
+
+KEYS = new_launch_keys()
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
+    with contextlib.closing(Launch(tmp_path_factory.mktemp("launch"))) as launch:
+        launch.until(Joined)
+        yield launch
+
+
+def test_a_process_speaks_ends_and_its_log_comes_here(launch: Launch) -> None:
+    launch.spawn()
+    registered = launch.until(Register)[-1]
+    assert isinstance(registered, MessageReceived)
+    assert isinstance(registered.message, Register)
+    assert registered.name == "prefill-0"
+    heard = launch.until(ProcessExited)
+    failed = [one for one in heard if isinstance(getattr(one, "message", None), Failed)]
+    assert failed, "it says why it ends before it ends"
+    assert ProcessExited("prefill-0", 1, 1) in heard
+    assert "no-model" in launch.host.log_path("prefill-0").read_text()
+
+
+def test_what_the_host_does_not_permit_fails_with_the_reason(launch: Launch) -> None:
+    spec = ProcessSpec(
+        name="decode-0", kind="server", unit="u", host="a", command=("/bin/sh", "-c", "id")
+    )
+    launch.spawn(spec=spec)
+    heard = launch.until(ProcessExited)
+    message = heard[0]
+    assert isinstance(message, MessageReceived)
+    assert isinstance(message.message, Failed)
+    assert "a does not start it: an agent starts no server with /bin/sh" in message.message.error
+    assert ProcessExited("decode-0", 1, 126) in heard
+
+
+def test_a_signal_reaches_the_process(launch: Launch) -> None:
+    launch.spawn(2)
+    launch.host.signal("prefill-0", signal.SIGKILL)
+    heard = launch.until(ProcessExited)
+    assert ProcessExited("prefill-0", 2, -signal.SIGKILL) in heard
+
+
+def test_a_killed_agent_takes_its_processes_along_and_they_are_told_lost(launch: Launch) -> None:
+    launch.spawn(3)
+    # While it still imports: without a model it ends by itself soon afterwards.
+    while not (children := launch.processes()):
+        launch.host.exits()
+    (child,) = children
+    launch.agent.kill()
+    launch.agent.wait()
+    child.wait(180)
+    heard = launch.until(ProcessExited)
+    assert any(isinstance(one, Lost) for one in heard)
+    (gone,) = (one for one in heard if isinstance(one, ProcessExited))
+    assert "was lost with its host a" in gone.how()
+    launch.agent = launch.start_agent()
+    launch.until(Joined)
+    launch.spawn(4)
+    launch.until(Register)
+    launch.host.send("prefill-0", Stop())
+    launch.until(ProcessExited)
+
+
+def test_an_agent_leaves_with_the_launch_and_nothing_stays(tmp_path: Path) -> None:
+    launch = Launch(tmp_path)
+    launch.until(Joined)
+    launch.spawn()
+    launch.until(Register)
+    children = launch.processes()
+    launch.close()
+    assert launch.agent.returncode == 0
+    assert not [child for child in children if child.is_running()]
+    assert not os.path.lexists(f"/proc/{launch.agent.pid}")

@@ -1,0 +1,111 @@
+"""This machine as a host spawns, hears, signals and buries processes, and waits for nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import zmq
+
+from pdlaunch.launch.hosts.children import Children
+from pdlaunch.launch.hosts.host import MessageReceived, ProcessExited
+from pdlaunch.launch.hosts.local import LocalHost
+from pdlaunch.planning.plan import ProcessSpec
+from pdlaunch.protocol.control import Address, Progress, Register, to_supervisor
+from pdlaunch.protocol.process.engine_ports import EnginePorts, bind_to_share
+
+pytestmark = pytest.mark.processes
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[LocalHost]:
+    with (
+        zmq.Context() as context,
+        context.socket(zmq.ROUTER) as control,
+        contextlib.closing(Children(tmp_path)) as children,
+    ):
+        yield LocalHost(control, children, EnginePorts())
+
+
+def child(code: str, *, name: str = "convert-0") -> ProcessSpec:
+    return ProcessSpec(name=name, kind="convert", unit=name, command=(sys.executable, "-c", code))
+
+
+def await_exit(host: LocalHost) -> list[ProcessExited]:
+    """Wait until ``sources`` say that there is something, as the supervisor's loop does."""
+    poller = zmq.Poller()
+    for source in host.sources:
+        poller.register(source, zmq.POLLIN)
+    assert poller.poll(180_000)
+    return host.exits()
+
+
+def test_an_end_is_told_once_with_its_exit_code(host: LocalHost) -> None:
+    host.spawn(child("raise SystemExit(3)"), 2, None)
+    assert await_exit(host) == [ProcessExited("convert-0", 2, 3)]
+    assert host.exits() == []
+
+
+def test_children_are_told_apart(host: LocalHost) -> None:
+    host.spawn(child("input()", name="waits"), 1, None)
+    host.spawn(child("raise SystemExit(0)", name="ends"), 1, None)
+    assert await_exit(host) == [ProcessExited("ends", 1, 0)]
+    host.signal("waits", signal.SIGKILL)
+    assert await_exit(host) == [ProcessExited("waits", 1, -signal.SIGKILL)]
+    host.signal("waits", signal.SIGKILL)
+
+
+def test_what_cannot_be_started_has_ended_at_once(host: LocalHost) -> None:
+    host.spawn(ProcessSpec(name="r", kind="router", unit="r", command=("/no/such",)), 1, None)
+    assert host.poll_s == 0
+    assert host.exits() == [ProcessExited("r", 1, 127)]
+    assert host.poll_s > 0
+    assert "No such file" in host.log_path("r").read_text()
+
+
+def test_progress_of_a_conversion_is_read_from_its_log(host: LocalHost) -> None:
+    code = "print('[ 40%] reading weights\\na warning', flush=True); input()"
+    host.spawn(child(code), 1, None)
+    heard: list[MessageReceived] = []
+    while not heard:
+        assert 0 < host.poll_s < 60
+        heard = host.messages()
+    expected = Progress(text="reading weights", fraction=0.4)
+    assert heard == [MessageReceived("convert-0", expected)]
+    assert host.messages() == []
+    host.signal("convert-0", signal.SIGKILL)
+    await_exit(host)
+    assert host.poll_s == float("inf")
+
+
+def test_ports_of_servers_are_kept_once_they_listen(tmp_path: Path) -> None:
+    """An engine that listens only later would find its port taken."""
+    with (
+        zmq.Context() as context,
+        context.socket(zmq.ROUTER) as control,
+        context.socket(zmq.DEALER) as server,
+        contextlib.closing(Children(tmp_path)) as children,
+        contextlib.closing(EnginePorts()) as engine_ports,
+        bind_to_share("127.0.0.1", 0, is_kept=False) as bound,
+    ):
+        host = LocalHost(control, children, engine_ports)
+        control.bind("inproc://control")
+        server.identity = b"decode-0"
+        server.connect("inproc://control")
+        address = Address(http=f"http://127.0.0.1:{bound.getsockname()[1]}")
+        for listens in (False, True):
+            register = Register(
+                name="decode-0", incarnation=1, pid=1, address=address, listens=listens
+            )
+            server.send(to_supervisor.encode(register))
+            assert control.poll(180_000)
+            assert host.messages() == [MessageReceived("decode-0", register)]
+            assert ("decode-0" in engine_ports) == listens
+        host.forget_last_step("decode-0")
+        assert "decode-0" in engine_ports, "rank 0 has been started again"
+        host.forget("decode-0")
+        assert "decode-0" not in engine_ports

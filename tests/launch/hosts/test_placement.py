@@ -1,0 +1,129 @@
+"""Hosts and bundles that schedulers give a launch."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from pdlaunch.cli import placing
+from pdlaunch.cli.placing import is_agent_task, with_placed_hosts
+from pdlaunch.config.sources import load_config
+from pdlaunch.errors import ConfigError
+from pdlaunch.launch.hosts.placement.ray_actor import AgentActor
+from pdlaunch.launch.hosts.placement.ray_cluster import ray_bundles
+from pdlaunch.launch.hosts.placement.slurm import slurm_hosts, slurm_join_file
+
+TASK = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "0",
+    "SLURM_STEP_NUM_TASKS": "3",
+    "SLURM_STEP_NODELIST": "n[1-3]",
+    "SLURMD_NODENAME": "n1",
+}
+
+
+@pytest.fixture
+def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands for Slurm's own command, which knows the lists above."""
+    command = tmp_path / "scontrol"
+    command.write_text(
+        '#!/bin/sh\ncase "$3" in "n[1-3]") echo n1; echo n2; echo n3;; *) echo "$3";; esac\n'
+    )
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+
+
+@pytest.mark.processes
+def test_the_nodes_of_a_step_are_hosts_the_supervisors_own_first(scontrol: None) -> None:
+    assert [host.name for host in slurm_hosts(TASK)] == ["local", "n2", "n3"]
+
+
+@pytest.mark.processes
+def test_several_tasks_on_a_node_are_refused(scontrol: None) -> None:
+    with pytest.raises(ConfigError, match="6 tasks on 3 nodes"):
+        slurm_hosts(TASK | {"SLURM_STEP_NUM_TASKS": "6"})
+
+
+@pytest.mark.parametrize(
+    ("environ", "missing"),
+    [({}, "SLURM_JOB_ID"), ({k: v for k, v in TASK.items() if "STEP" not in k}, "SLURM_STEP_ID")],
+    ids=["no job", "the script of a job"],
+)
+def test_outside_of_a_step_the_fix_is_told(environ: dict[str, str], missing: str) -> None:
+    loaded = load_config(None, {}, {"placement": "slurm"})
+    with pytest.raises(ConfigError, match=f"{missing} is not set") as raised:
+        with_placed_hosts(loaded, environ)
+    assert "srun" in str(raised.value.fix)
+
+
+def test_tasks_meet_at_a_file_of_their_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    config = load_config(None, {}, {"placement": "slurm"}).config
+    assert slurm_join_file(config, TASK) == Path("/.pdlaunch-7.0.join.json")
+    assert not is_agent_task(config, TASK)
+    assert is_agent_task(config, TASK | {"SLURM_PROCID": "2"})
+
+
+def test_a_bundle_of_ray_has_the_room_of_one_engine() -> None:
+    flags = {"placement": "ray", "prefill.replicas": 2, "decode.tensor_parallel_size": 4}
+    config = load_config(None, {}, flags).config
+    bundles = ray_bundles(config, has_gpus=True)
+    assert [(bundle.name, bundle.resources) for bundle in bundles] == [
+        ("ray-prefill-0", {"CPU": 1, "GPU": 1}),
+        ("ray-prefill-1", {"CPU": 1, "GPU": 1}),
+        ("ray-decode-0", {"CPU": 4, "GPU": 4}),
+    ]
+    assert "GPU" not in ray_bundles(config)[0].resources
+
+
+VLLM = {"engine": "vllm", "engine_command": "/opt/vllm/bin/vllm"}
+
+
+def test_agents_of_ray_allow_the_program_of_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(None, {}, {"placement": "ray"} | VLLM).config
+    (bundle, _) = ray_bundles(config)
+    assert bundle.executables == ("/opt/vllm/bin/vllm",)
+    started: list[list[str]] = []
+
+    def popen(command: list[str], **_: object) -> object:
+        started.append(command)
+        return SimpleNamespace(stdin=io.BytesIO())
+
+    monkeypatch.setattr("pdlaunch.launch.hosts.placement.ray_actor.subprocess.Popen", popen)
+    for executables in (bundle.executables, ()):
+        AgentActor(bundle.name, bundle.num_cpus, executables).start("tcp://a:1", "key")
+    assert started[0][-2:] == ["--allow-executable", "/opt/vllm/bin/vllm"]
+    assert "--allow-executable" not in started[1]
+
+
+def test_agents_of_slurm_allow_the_program_of_the_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = tmp_path / "vllm"
+    command.write_text("#!/bin/sh\n")
+    command.chmod(0o755)
+    join = tmp_path / "join.json"
+    join.write_text("")
+    told: list[object] = []
+    for name in ("setup_logging", "raise_open_files", "leave_ends_to_supervisor", "read_ticket"):
+        monkeypatch.setattr(placing, name, lambda *_: None)
+    monkeypatch.setattr(placing, "introduction", lambda _, node, allowed: (node, allowed))
+    monkeypatch.setattr(
+        placing, "serve_sessions", lambda _, hello, allowed, *__: told.extend((hello, allowed))
+    )
+    flags = {"placement": "slurm", "join_file": str(join), "engine_command": str(command)}
+    config = load_config(None, {}, VLLM | flags).config
+    placing.serve_task(config, TASK, Console(file=io.StringIO()))
+    allowed = {"vllm": str(command)}
+    assert told == [(TASK["SLURMD_NODENAME"], allowed), allowed]
+
+
+def test_hosts_are_for_placement_hosts() -> None:
+    with pytest.raises(ConfigError, match="set placement to hosts"):
+        load_config(None, {}, {"placement": "ray", "hosts": "a,b"})

@@ -1,0 +1,92 @@
+"""Runs plans of fake children for real: processes, sockets, signals."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from pdlaunch.launch.engines.native import NativeEngine
+from pdlaunch.launch.launch import LaunchOutcome, supervise
+from pdlaunch.launch.status import Observer
+from pdlaunch.launch.supervisor import Timing
+from pdlaunch.planning.plan import Plan, ProcessSpec
+from pdlaunch.protocol.process.bootstrap import Bootstrap, RouterSpec
+from pdlaunch.protocol.process.new_run_dir import new_run_dir
+from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
+from tests.launch.fakes import make_plan
+from tests.router.conftest import SPEC
+
+FAKE_CHILD = Path(__file__).with_name("fake_child.py")
+
+
+class FakeBootstraps:
+    def __init__(
+        self, keys: LaunchKeys, control: str, run_dir: Path, listeners: Sequence[socket.socket]
+    ) -> None:
+        self._keys = keys
+        self._control = control
+        self._run_dir = run_dir
+        self._listeners = listeners
+
+    def prepare(self) -> None:
+        pass
+
+    def make(self, spec: ProcessSpec, incarnation: int) -> Bootstrap:
+        return Bootstrap(
+            name=spec.name,
+            incarnation=incarnation,
+            control=self._control,
+            keys=self._keys,
+            run_dir=str(self._run_dir),
+            log_level="info",
+            router=self._router() if spec.kind == "router" and self._listeners else None,
+        )
+
+    def _router(self) -> RouterSpec:
+        port = self._listeners[0].getsockname()[1]
+        return msgspec.structs.replace(
+            SPEC, port=port, listeners=tuple(listener.fileno() for listener in self._listeners)
+        )
+
+
+def real_plan(words: Mapping[str, str] | None = None, **shape: int) -> Plan:
+    """Plan fake children; ``words`` say by process name how it misbehaves."""
+    plan = make_plan(**shape)
+    own = words or {}
+    processes = [
+        msgspec.structs.replace(
+            p, command=(sys.executable, str(FAKE_CHILD), *own.get(p.name, "").split())
+        )
+        for p in plan.processes
+    ]
+    return Plan(conversions=plan.conversions, processes=tuple(processes))
+
+
+def run_plan(
+    plan: Plan,
+    observer: Observer,
+    folder: Path,
+    timing: Timing,
+    lifeline: int | None = None,
+    listeners: Sequence[socket.socket] = (),
+) -> LaunchOutcome:
+    keys = new_launch_keys()
+    with new_run_dir() as run_dir, contextlib.closing(SecureContext(keys)) as context:
+        control, endpoint = context.listen(zmq.ROUTER, f"ipc://{run_dir}/control")
+        return supervise(
+            plan,
+            NativeEngine(),
+            control,
+            FakeBootstraps(keys, endpoint, run_dir, listeners),
+            observer,
+            timing,
+            folder,
+            lifeline,
+            listeners,
+        )

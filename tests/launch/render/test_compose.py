@@ -1,0 +1,116 @@
+"""Files of docker compose fit the specification, and their parts each other."""
+
+from __future__ import annotations
+
+import shlex
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from compose_pydantic import ComposeSpecification
+from pydantic import ValidationError
+
+from pdlaunch.config.models import LaunchConfig
+from tests.launch.client.conftest import serving
+from tests.launch.render.manifests import EXAMPLES, render, run
+
+DEMO = str(EXAMPLES[0])
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_files_of_all_examples_fit(path: Path) -> None:
+    (file,) = render("compose", str(path), "--name", "mine")
+    check_specification(file)
+    assert problems(file) == []
+    text = file["configs"]["deployment"]["content"]
+    config = LaunchConfig.model_validate(yaml.safe_load(text))
+    assert {host.name for host in config.hosts} == file["services"].keys() - {"router"}
+
+
+def check_specification(file: dict[str, Any]) -> None:
+    """Judge types and unknown fields."""
+    # The models are older than `content`, which came with Compose 2.23.1.
+    configs = {name: {"file": config["content"]} for name, config in file["configs"].items()}
+    ComposeSpecification.model_validate({**file, "configs": configs})
+
+
+def problems(file: dict[str, Any]) -> list[str]:
+    """Return what is wrong between the parts of a file."""
+    found = []
+    for name, service in file["services"].items():
+        for kind in ("networks", "secrets"):
+            found += [f"{name}: no {each}" for each in service[kind] if each not in file[kind]]
+        for config in service.get("configs", []):
+            if config["source"] not in file["configs"]:
+                found.append(f"{name}: no {config['source']}")
+        # Both take the secret from where it is mounted, and have it where they look for it.
+        script = service["entrypoint"][2]
+        *_, source, target = shlex.split(script.partition("&&")[0])
+        if source not in {f"/run/secrets/{secret}" for secret in service["secrets"]}:
+            found.append(f"{name}: {source} is not mounted")
+        folder = target.rpartition("/")[0]
+        if not any(each.partition(":")[0] == folder for each in service["tmpfs"]):
+            found.append(f"{name}: {folder} cannot be written")
+    return found
+
+
+def test_the_specification_finds_unknown_fields() -> None:
+    (file,) = render("compose", DEMO)
+    file["services"]["router"]["stop_grace"] = "5s"
+    with pytest.raises(ValidationError, match="stop_grace"):
+        check_specification(file)
+
+
+def test_the_rules_find_what_does_not_fit() -> None:
+    (file,) = render("compose", DEMO)
+    file["services"]["router"]["networks"] = ["elsewhere"]
+    file["services"]["prefill-0"]["secrets"] = ["supervisor"]
+    file["services"]["decode-0"]["tmpfs"] = []
+    assert problems(file) == [
+        "router: no elsewhere",
+        "prefill-0: /run/secrets/join is not mounted",
+        "decode-0: /run/pdlaunch cannot be written",
+    ]
+
+
+def test_gpus_are_reserved() -> None:
+    (file,) = render("compose", DEMO, "--assume", "h100x8", "--tensor-parallel-size", "3")
+    check_specification(file)
+    (device,) = file["services"]["decode-0"]["deploy"]["resources"]["reservations"]["devices"]
+    assert (device["count"], device["capabilities"]) == (3, ["gpu"])
+
+
+def test_only_the_router_is_reached_from_this_machine() -> None:
+    (file,) = render("compose", DEMO)
+    published = {name: s["ports"] for name, s in file["services"].items() if "ports" in s}
+    assert published == {"router": ["127.0.0.1:8000:8000"]}
+
+
+def test_the_router_asks_itself_past_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving() as (proxy, proxied), serving() as (url, asked):
+        monkeypatch.setenv("http_proxy", proxy)
+        (file,) = render("compose", DEMO, "--port", url.rpartition(":")[2])
+        exec(file["services"]["router"]["healthcheck"]["test"][3])
+    assert (len(asked), proxied) == (1, [])
+
+
+def test_secrets_are_files_of_their_owner_and_variables(tmp_path: Path) -> None:
+    deployment = tmp_path / "deploy.yaml"
+    deployment.write_text("api_key: of-the-clients\nenv: {HF_TOKEN: of-the-hub, A: 'a$b'}\n")
+    result = run("compose", str(deployment), "--assume", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "of-the-" not in result.output
+    file = yaml.safe_load(result.stdout)
+    assert file["services"]["router"]["environment"]["PDLAUNCH_API_KEY"] == "${PDLAUNCH_API_KEY:?}"
+    assert file["services"]["decode-0"]["environment"]["HF_TOKEN"] == "${HF_TOKEN:?}"
+    # Compose reads a dollar as the beginning of a variable.
+    assert "a$$b" in file["configs"]["deployment"]["content"]
+    folder = tmp_path / "secrets"
+    result = run("compose", str(deployment), "--assume", "cpu", "--secrets", str(folder))
+    assert result.exit_code == 0, result.output
+    assert result.stdout == ""
+    names = {name: folder / name for name in file["secrets"]}
+    assert set(folder.iterdir()) == set(names.values())
+    assert {stat.S_IMODE(path.stat().st_mode) for path in names.values()} == {0o600}

@@ -1,0 +1,308 @@
+"""Objects for Kubernetes fit their schemas and each other."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from kubernetes_validate import ValidationError
+
+from pdlaunch.config.sources import load_config
+from pdlaunch.launch.shutdown import Grace
+from tests.launch.render.manifests import (
+    EXAMPLES,
+    check_schema,
+    named,
+    problems,
+    render,
+    run,
+    templates,
+)
+
+DEMO = str(EXAMPLES[0])
+
+
+@pytest.fixture(scope="module")
+def demo() -> list[dict[str, Any]]:
+    return render("kubernetes", DEMO)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_objects_of_all_examples_fit(path: Path) -> None:
+    objects = render("kubernetes", str(path), "--namespace", "serving", "--name", "mine")
+    check_schema(objects)
+    assert problems(objects) == []
+    assert {found["metadata"]["namespace"] for found in objects} == {"serving"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "value"),
+    [
+        ("Service", ("spec", "bogus"), 1),
+        ("Deployment", ("spec", "replicas"), "many"),
+        ("NetworkPolicy", ("spec", "ingress", 0, "ports", 0, "endport"), 9),
+    ],
+)
+def test_the_schema_finds_unknown_fields_and_wrong_types(
+    demo: list[dict[str, Any]], kind: str, path: tuple[Any, ...], value: object
+) -> None:
+    objects = copy.deepcopy(demo)
+    _set(next(found for found in objects if found["kind"] == kind), path, value)
+    with pytest.raises(ValidationError):
+        check_schema(objects)
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "value", "problem"),
+    [
+        ("Service", ("spec", "ports", 0, "targetPort"), "htp", "no port htp"),
+        ("Service", ("spec", "selector", "app.kubernetes.io/instance"), "x", "selects no pod"),
+        ("NetworkPolicy", ("spec", "ingress", 0, "ports", 0, "port"), 1, "no policy opens 8000"),
+        ("StatefulSet", ("spec", "serviceName"), "nobody", "there is no service nobody"),
+        ("StatefulSet", ("spec", "selector", "matchLabels", "x"), "y", "its own pods"),
+        (
+            "Deployment",
+            ("spec", "template", "spec", "volumes", 0, "configMap", "name"),
+            "x",
+            "no ConfigMap x",
+        ),
+        (
+            "Deployment",
+            ("spec", "template", "spec", "containers", 0, "readinessProbe", "httpGet", "path"),
+            "/v1/models",
+            "needs a key",
+        ),
+        ("Deployment", ("spec", "template", "spec", "securityContext", "runAsUser"), 0, "as root"),
+        (
+            "StatefulSet",
+            ("spec", "template", "spec", "containers", 0, "command", 9),
+            "$(NOBODY)",
+            "is not known there",
+        ),
+    ],
+)
+def test_the_rules_find_what_does_not_fit(
+    demo: list[dict[str, Any]], kind: str, path: tuple[Any, ...], value: object, problem: str
+) -> None:
+    objects = copy.deepcopy(demo)
+    _set(next(found for found in objects if found["kind"] == kind), path, value)
+    assert any(problem in each for each in problems(objects)), problems(objects)
+
+
+def _set(found: Any, path: tuple[Any, ...], value: object) -> None:
+    *parents, last = path
+    for name in parents:
+        found = found[name]
+    found[last] = value
+
+
+def test_the_supervisors_file_places_each_engine_on_its_pod(tmp_path: Path) -> None:
+    objects = render("kubernetes", str(EXAMPLES[1]), "--name", "mine")
+    text = named(objects, "ConfigMap", "mine-config")["data"]["deployment.yaml"]
+    path = tmp_path / "deployment.yaml"
+    path.write_text(text)
+    config = load_config(path, {}, {}).config
+    placed = [(host.name, host.roles) for host in config.hosts]
+    assert placed == [
+        (f"mine-{role}-{index}", (role,)) for role in ("prefill", "decode") for index in range(2)
+    ]
+    assert (config.placement, config.placement_strategy) == ("hosts", "spread")
+    for role in ("prefill", "decode"):
+        workload = named(objects, "StatefulSet", f"mine-{role}")
+        assert workload["spec"]["replicas"] == 2
+        labels = workload["spec"]["template"]["metadata"]["labels"]
+        assert labels["llm-d.ai/role"] == role
+
+
+def test_pods_outlive_the_drain(demo: list[dict[str, Any]]) -> None:
+    longest_s = sum(dataclasses.asdict(Grace()).values())
+    for _, pods in templates(demo):
+        assert pods["spec"]["terminationGracePeriodSeconds"] >= longest_s
+    longer = render("kubernetes", DEMO, "--drain-timeout", "100.5")
+    router = named(longer, "Deployment", "pdlaunch")["spec"]["template"]["spec"]
+    assert router["terminationGracePeriodSeconds"] >= longest_s - Grace().drain_s + 100.5
+
+
+def test_the_startup_probe_waits_as_long_as_the_start_may_take() -> None:
+    objects = render("kubernetes", DEMO, "--startup-timeout", "1000", "--join-timeout", "200")
+    (container,) = named(objects, "Deployment", "pdlaunch")["spec"]["template"]["spec"][
+        "containers"
+    ]
+    probe = container["startupProbe"]
+    assert probe["failureThreshold"] * probe["periodSeconds"] >= 1200
+    assert container["readinessProbe"]["httpGet"]["path"] == "/health"
+
+
+def test_there_is_one_supervisor_and_a_changed_configuration_starts_it_anew(
+    demo: list[dict[str, Any]],
+) -> None:
+    router = named(demo, "Deployment", "pdlaunch")["spec"]
+    assert (router["replicas"], router["strategy"]) == (1, {"type": "Recreate"})
+    other = named(render("kubernetes", DEMO, "--block-size", "32"), "Deployment", "pdlaunch")[
+        "spec"
+    ]
+    checksums = {
+        spec["template"]["metadata"]["annotations"]["checksum/config"] for spec in (router, other)
+    }
+    assert len(checksums) == 2
+
+
+def test_only_pods_of_the_launch_reach_its_engines(demo: list[dict[str, Any]]) -> None:
+    opened = {
+        found["metadata"]["name"]: found["spec"]["ingress"][0]
+        for found in demo
+        if found["kind"] == "NetworkPolicy"
+    }
+    assert "from" not in opened.pop("pdlaunch-http")
+    for rule in opened.values():
+        (sender,) = rule["from"]
+        labels = sender["podSelector"]["matchLabels"]
+        assert labels["app.kubernetes.io/instance"] == "pdlaunch"
+    (data,) = opened["pdlaunch-kv"]["ports"]
+    assert (data["port"], data["endPort"]) == (21000, 21999)
+    (chosen,) = opened["pdlaunch-ranks"]["ports"]
+    for _, pods in templates(demo):
+        (sysctl,) = pods["spec"]["securityContext"]["sysctls"]
+        assert sysctl["value"] == f"{chosen['port']} {chosen['endPort']}"
+
+
+def test_ports_of_kv_blocks_open_only_where_the_deployment_trusts_its_network(
+    tmp_path: Path,
+) -> None:
+    result = run("kubernetes", DEMO, "--assume", "cpu", trusted=False)
+    assert result.exit_code == 1
+    assert "PD428" in result.stderr
+    path = tmp_path / "deploy.yaml"
+    path.write_text("kv_transfer: {connector: file, file: {directory: /cache/kv}}\n")
+    objects = render("kubernetes", str(path))
+    assert "pdlaunch-kv" not in {found["metadata"]["name"] for found in objects}
+
+
+def test_pods_of_vllm_are_joined_by_the_ports_of_its_kv_blocks(tmp_path: Path) -> None:
+    path = tmp_path / "deploy.yaml"
+    path.write_text("engine: vllm\nengine_command: /opt/vllm/bin/vllm\n")
+    refused = run("kubernetes", str(path), "--assume", "cpu", trusted=False)
+    assert "PD428" in refused.stderr
+    objects = render("kubernetes", str(path))
+    check_schema(objects)
+    assert problems(objects) == []
+    opened = {found["metadata"]["name"] for found in objects}
+    assert {"pdlaunch-kv", "pdlaunch-ranks"} <= opened
+    for _, pod in templates(objects):
+        words = pod["spec"]["containers"][0]["command"]
+        allowed = [name for flag, name in pairwise(words) if flag == "--allow-executable"]
+        assert allowed == ([] if "agent" not in words else ["/opt/vllm/bin/vllm"])
+
+
+def test_gpus_and_rdma_are_requested_by_their_resources() -> None:
+    objects = render(
+        "kubernetes",
+        DEMO,
+        *("--assume", "h100x8", "--tensor-parallel-size", "3", "--rdma-resource", "rdma/hca"),
+    )
+    check_schema(objects)
+    (container,) = named(objects, "StatefulSet", "pdlaunch-decode")["spec"]["template"]["spec"][
+        "containers"
+    ]
+    resources = container["resources"]
+    assert resources["limits"] == {"nvidia.com/gpu": "3", "rdma/hca": "1"}
+    assert resources["limits"].items() <= resources["requests"].items()
+    assert container["securityContext"]["capabilities"]["add"] == ["IPC_LOCK"]
+
+
+def test_an_engine_over_several_hosts_is_a_leader_worker_set() -> None:
+    objects = render(
+        "kubernetes",
+        str(EXAMPLES[2]),
+        *("--hosts-per-engine", "3", "--name", "wide"),
+    )
+    check_schema(objects)
+    assert problems(objects) == []
+    decode = named(objects, "LeaderWorkerSet", "wide-decode")["spec"]
+    assert (decode["replicas"], decode["leaderWorkerTemplate"]["size"]) == (1, 3)
+    text = named(objects, "ConfigMap", "wide-config")["data"]["deployment.yaml"]
+    names = [host["name"] for host in yaml.safe_load(text)["hosts"]]
+    assert names[3:] == ["wide-decode-0", "wide-decode-0-1", "wide-decode-0-2"]
+
+
+SECRET_FILE = """\
+api_key: of-the-clients
+env: {HF_TOKEN: of-the-hub, UCX_LOG_LEVEL: warn}
+decode: {env: {MY_PASSWORD: of-decode}}
+"""
+
+
+def test_secrets_are_printed_only_when_asked(tmp_path: Path) -> None:
+    path = tmp_path / "deploy.yaml"
+    path.write_text(SECRET_FILE)
+    result = run("kubernetes", str(path), "--assume", "cpu")
+    assert result.exit_code == 0, result.output
+    assert not any(word in result.output for word in ("of-the-", "of-decode"))
+    objects = list(yaml.safe_load_all(result.stdout))
+    check_schema(objects)
+    (secret,) = render("kubernetes", str(path), "--print-secret")
+    check_schema([secret])
+    assert secret["kind"] == "Secret"
+    values = secret["stringData"]
+    assert values["PDLAUNCH_API_KEY"] == "of-the-clients"
+    assert values["decode.MY_PASSWORD"] == "of-decode"
+    # Every key that pods refer to is there.
+    for _, pods in templates(objects):
+        spec = pods["spec"]
+        wanted = {
+            each["valueFrom"]["secretKeyRef"]["key"]
+            for container in spec["containers"]
+            for each in container["env"]
+            if "secretKeyRef" in each.get("valueFrom", {})
+        }
+        wanted |= {
+            item["key"]
+            for volume in spec["volumes"]
+            if volume.get("secret", {}).get("secretName") == secret["metadata"]["name"]
+            for item in volume["secret"]["items"]
+        }
+        assert wanted <= values.keys()
+    variables = {each["name"] for each in spec["containers"][0]["env"]}
+    assert "PDLAUNCH_API_KEY" in variables  # the router's pod comes last
+
+
+def test_join_keys_are_new_each_time() -> None:
+    first, second = (render("kubernetes", DEMO, "--print-secret")[0] for _ in range(2))
+    assert first["stringData"]["join"] != second["stringData"]["join"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field", "code"),
+    [
+        (("--name", "Not_A_Name"), "--name", 2),
+        (("--namespace", "x" * 50), "--namespace", 2),
+        (("--volume", "models"), "--volume", 2),
+        (("--model", "/models/llama"), "model", 2),
+        (("--placement", "hosts", "--hosts", "a,b"), "placement", 2),
+        # What check-config finds stops it.
+        (("--kv-cache-memory", "1KiB"), "not rendered", 1),
+    ],
+)
+def test_what_cannot_be_rendered_is_refused(
+    arguments: tuple[str, ...], field: str, code: int
+) -> None:
+    result = run("kubernetes", DEMO, "--assume", "cpu", *arguments)
+    assert result.exit_code == code, result.output
+    assert field in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_folder_gets_a_file_for_each_object(tmp_path: Path, demo: list[dict[str, Any]]) -> None:
+    folder = tmp_path / "objects"
+    result = run("kubernetes", DEMO, "--assume", "cpu", "--output", f"{folder}/")
+    assert result.exit_code == 0, result.output
+    written = [yaml.safe_load(path.read_text()) for path in folder.iterdir()]
+    assert sorted(map(str, written)) == sorted(map(str, demo))
+    file = tmp_path / "all.yaml"
+    run("kubernetes", DEMO, "--assume", "cpu", "--output", str(file))
+    assert list(yaml.safe_load_all(file.read_text())) == demo

@@ -1,0 +1,33 @@
+"""Rendered examples are what the command prints today."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from tests.launch.render.manifests import ROOT, check_schema, problems, run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _converted() -> None:
+    """Convert the demo model: memory is requested of a model whose shape is known."""
+    command = [sys.executable, "-m", "pdlaunch.engine.models.convert", "smollm2", "--if-needed"]
+    subprocess.run(command, check=True, timeout=240)
+
+
+@pytest.mark.parametrize(
+    ("kind", "file"), [("kubernetes", "objects.yaml"), ("compose", "compose.yaml")]
+)
+@pytest.mark.processes
+def test_rendered_examples_are_up_to_date(kind: str, file: str) -> None:
+    folder = ROOT / "examples" / kind
+    result = run(kind, str(folder / "deployment.yaml"), "--assume", "cpu", trusted=False)
+    assert result.exit_code == 0, result.output
+    assert (folder / file).read_text() == result.stdout
+    if kind == "kubernetes":
+        objects = list(yaml.safe_load_all(result.stdout))
+        check_schema(objects)
+        assert problems(objects) == []

@@ -1,0 +1,81 @@
+"""Stands for the executable of vLLM: ``serve MODEL --uds PATH ..`` as a sidecar starts it.
+
+Engines of one launch read from each other through the folder ``FAKE_VLLM_FOLDER``. Files there say
+how an engine behaves: ``decode-0.moves_bytes`` with ``false`` in it, and the like.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Iterator, MutableMapping
+from pathlib import Path
+
+from tests.launch.sidecar.fake_vllm import FakeVllm, listen
+
+FIELDS = ("moves_bytes", "garbles", "healthy", "has_connector", "num_running")
+
+
+class FolderShares(MutableMapping[str, list[int]]):
+    """Keeps what engines share in files."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __getitem__(self, key: str) -> list[int]:
+        tokens: list[int] = json.loads((self._folder / f"{key}.share").read_text())
+        return tokens
+
+    def __setitem__(self, key: str, value: list[int]) -> None:
+        (self._folder / f"{key}.share").write_text(json.dumps(value))
+
+    def __delitem__(self, key: str) -> None:
+        (self._folder / f"{key}.share").unlink()
+
+    def __iter__(self) -> Iterator[str]:
+        return (path.stem for path in self._folder.glob("*.share"))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file that others read at any time: they find it as it was, or whole."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.new")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+async def serve(path: Path, folder: Path) -> None:
+    engine = FakeVllm(path.stem, FolderShares(folder))
+    heed(engine, folder)
+    await listen(engine, path)
+    while True:
+        await asyncio.sleep(0.1)
+        heed(engine, folder)
+
+
+def heed(engine: FakeVllm, folder: Path) -> None:
+    for field in FIELDS:
+        told = folder / f"{engine.name}.{field}"
+        if told.exists():
+            setattr(engine, field, json.loads(told.read_text()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--uds", type=Path)
+    found, rest = parser.parse_known_args()
+    folder = Path(os.environ["FAKE_VLLM_FOLDER"])
+    told = {"arguments": rest, "environment": dict(os.environ), "pid": os.getpid()}
+    replace_text(folder / f"{found.uds.stem}.started", json.dumps(told))
+    if (folder / f"{found.uds.stem}.dies").exists():
+        sys.exit(3)
+    asyncio.run(serve(found.uds, folder))
+
+
+if __name__ == "__main__":
+    main()

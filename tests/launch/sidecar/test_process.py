@@ -1,0 +1,328 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator, Coroutine
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import pytest_asyncio
+from msgspec import structs
+
+from pdlaunch.errors import StartupError
+from pdlaunch.http.lifecycle import Supervised
+from pdlaunch.launch.sidecar.door import Door
+from pdlaunch.launch.sidecar.process import SidecarOptions, SidecarProcess
+from pdlaunch.protocol.control import (
+    Address,
+    Capabilities,
+    Drain,
+    Drained,
+    Entry,
+    PairReady,
+    PairSuspect,
+    Ready,
+    Registry,
+    Role,
+    SleepState,
+    Stop,
+    ToSupervisor,
+)
+from pdlaunch.protocol.process.bootstrap import Bootstrap
+from pdlaunch.protocol.sockets import new_launch_keys
+from tests.launch.sidecar.fake_vllm import FakeVllm, listen
+from tests.launch.sidecar.test_door import SPEC as DOOR
+from tests.router.fake_engine import until
+
+pytestmark = pytest.mark.processes
+COMMAND = ("sh", "-c", "exec sleep 600", "sh", "--served-model-name", "m")
+"""Stands for the engine's process; its socket belongs to the test."""
+
+
+class FakeSupervisor:
+    """Stands for ``Supervised``: keeps what the sidecar says."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.bootstrap = Bootstrap(
+            name="decode-0",
+            incarnation=1,
+            control="",
+            keys=new_launch_keys(),
+            run_dir=str(run_dir),
+            log_level="info",
+            capabilities=Capabilities(kind="vllm"),
+        )
+        self.inbox: asyncio.Queue[Any] = asyncio.Queue()
+        self.said: asyncio.Queue[ToSupervisor] = asyncio.Queue()
+        self.capabilities: list[Capabilities] = []
+        self.registered: list[Address] = []
+        self.listens: list[bool] = []
+        self.prefill: FakeVllm
+        self.decode: FakeVllm
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def register(
+        self,
+        url: str,
+        capabilities: Capabilities | None = None,
+        *,
+        side_channel: str = "",
+        listens: bool = True,
+    ) -> None:
+        self.registered.append(Address(http=url, side_channel=side_channel))
+        self.listens.append(listens)
+        self.capabilities.append(capabilities or self.bootstrap.capabilities)
+
+    def send(self, message: ToSupervisor) -> None:
+        self.said.put_nowait(message)
+
+    def spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        return task
+
+    async def next(self, kind: type[Any]) -> Any:
+        while not isinstance(said := await self.said.get(), kind):
+            pass
+        return said
+
+
+@pytest_asyncio.fixture
+async def supervisor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[FakeSupervisor]:
+    """A sidecar of a decode engine beside a prefill engine, both of them fakes."""
+    monkeypatch.setattr("pdlaunch.launch.sidecar.process.WATCH_POLL_S", 0.05)
+    shares: dict[str, list[int]] = {}
+    supervisor = FakeSupervisor(tmp_path)
+    sidecar = SidecarProcess(
+        cast(Supervised, supervisor),
+        SidecarOptions(COMMAND, is_exact=True, hang_timeout_s=0.0, unverified="by a test"),
+    )
+    running = asyncio.create_task(sidecar.run())
+    supervisor.prefill = FakeVllm("prefill-0", shares)
+    supervisor.decode = FakeVllm("decode-0", shares)
+    runners = [
+        await listen(engine, tmp_path / f"{engine.name}.sock")
+        for engine in (supervisor.prefill, supervisor.decode)
+    ]
+    yield supervisor
+    supervisor.inbox.put_nowait(Stop())
+    await running
+    for runner in runners:
+        await runner.cleanup()
+
+
+def registry(run_dir: str, *pairs: PairReady) -> Registry:
+    def entry(name: str, role: Role) -> Entry:
+        address = Address(http=f"unix:{run_dir}/{name}.sock")
+        return Entry(
+            name=name, kind="server", incarnation=1, role=role, address=address, state="ready"
+        )
+
+    entries = [entry("prefill-0", "prefill"), entry("decode-0", "decode")]
+    return Registry(version=1, entries=entries, pairs=list(pairs))
+
+
+async def test_on_several_hosts_it_opens_a_door_and_says_where_its_side_channel_is(
+    tmp_path: Path,
+) -> None:
+    """The launch's token opens the prefill engine to the canary of the decode engine's sidecar."""
+    keys = new_launch_keys(with_certificate=True)
+    supervisor = FakeSupervisor(tmp_path)
+    supervisor.bootstrap = structs.replace(supervisor.bootstrap, keys=keys, door=DOOR)
+    options = SidecarOptions(COMMAND, is_exact=True, hang_timeout_s=0.0, unverified="by a test")
+    running = asyncio.create_task(SidecarProcess(cast(Supervised, supervisor), options).run())
+    await asyncio.sleep(0)  # it removes what a predecessor has left at the socket's path
+    shares: dict[str, list[int]] = {}
+    runners = [
+        await listen(FakeVllm(name, shares), tmp_path / f"{name}.sock")
+        for name in ("prefill-0", "decode-0")
+    ]
+    prefill = Door("prefill-0", DOOR, keys, f"unix:{tmp_path}/prefill-0.sock", None)
+    url = await prefill.open()
+    await supervisor.next(Ready)
+    for address, capabilities in zip(supervisor.registered, supervisor.capabilities, strict=True):
+        assert address.http.startswith("https://127.0.0.1:")
+        assert address.side_channel.startswith("tcp://127.0.0.1:")
+        assert capabilities.takes_launch_token
+    listed = registry(str(tmp_path))
+    listed.entries[0] = structs.replace(listed.entries[0], address=Address(http=url))
+    supervisor.inbox.put_nowait(listed)
+    assert (await supervisor.next(PairReady)).peer == "prefill-0"
+    supervisor.inbox.put_nowait(Stop())
+    await running
+    await prefill.close()
+    for runner in runners:
+        await runner.cleanup()
+
+
+async def test_the_version_is_told_before_ready(supervisor: FakeSupervisor) -> None:
+    await supervisor.next(Ready)
+    assert [(c.version, c.continues) for c in supervisor.capabilities] == [
+        ("", False),
+        ("0.32.0+cpu", True),
+    ]
+    # A supervisor that took the port before vLLM listens would keep it from vLLM itself.
+    assert supervisor.listens == [False, True]
+
+
+STRANGER = """
+import os, socket
+os.setgid(65534); os.setuid(65534)
+with socket.create_server(("127.0.0.1", 0)) as server:
+    print(server.getsockname()[1], flush=True)
+    server.accept()
+    print("somebody has come", flush=True)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+async def test_another_users_program_at_a_fixed_port_is_told_nothing(tmp_path: Path) -> None:
+    """It listens before vLLM does, which takes long to start, and would be given the key."""
+    stranger = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", STRANGER), stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        assert stranger.stdout is not None
+        port = (await stranger.stdout.readline()).decode().strip()
+        command = (*COMMAND, "--host", "127.0.0.1", "--port", port)
+        supervisor = FakeSupervisor(tmp_path)
+        options = SidecarOptions(command, is_exact=True, hang_timeout_s=0.0, unverified="by a test")
+        with pytest.raises(StartupError, match=rf"user \(id 65534\) listens at port {port}"):
+            await SidecarProcess(cast(Supervised, supervisor), options).run()
+    finally:
+        stranger.kill()
+    assert await stranger.stdout.read() == b"", "nobody has come"
+    await stranger.wait()
+
+
+async def test_a_pair_is_proven_once_and_again_when_its_proof_is_dropped(
+    supervisor: FakeSupervisor,
+) -> None:
+    run_dir, prefill = supervisor.bootstrap.run_dir, supervisor.prefill
+    supervisor.inbox.put_nowait(registry(run_dir))
+    first = await supervisor.next(PairReady)
+    # Registries from before the proof was listed are no doubt of it.
+    for listed in (registry(run_dir), registry(run_dir, first), registry(run_dir, first)):
+        supervisor.inbox.put_nowait(listed)
+    supervisor.inbox.put_nowait(registry(run_dir))
+    assert (await supervisor.next(PairReady)).peer == "prefill-0"
+    # Each canary asks it for the first token and for all, and nobody has sent a third one.
+    assert len(prefill.bodies) == 4
+
+
+async def test_reads_that_fail_without_one_that_comes_through_are_a_doubt(
+    supervisor: FakeSupervisor,
+) -> None:
+    run_dir, decode = supervisor.bootstrap.run_dir, supervisor.decode
+    supervisor.inbox.put_nowait(registry(run_dir))
+    supervisor.inbox.put_nowait(registry(run_dir, await supervisor.next(PairReady)))
+    looks_of_canary = decode.num_looks
+    await until(lambda: decode.num_looks >= looks_of_canary + 1)
+    looks = decode.num_looks
+    # A failure beside READs that come through is one request's own.
+    decode.num_failed_reads, decode.num_bytes = 1, decode.num_bytes + 1
+    await until(lambda: decode.num_looks >= looks + 2)
+    assert supervisor.said.empty()
+    decode.num_failed_reads = 2
+    doubt = await supervisor.next(PairSuspect)
+    assert (doubt.local, doubt.peer, doubt.peer_incarnation) == ("decode-0", "prefill-0", 1)
+
+
+async def test_the_pair_is_named_whose_reads_fail(supervisor: FakeSupervisor) -> None:
+    run_dir = supervisor.bootstrap.run_dir
+    supervisor.inbox.put_nowait(registry(run_dir))
+    supervisor.inbox.put_nowait(registry(run_dir, await supervisor.next(PairReady)))
+    file = Path(run_dir) / "decode-0.failures"
+    for count in (1, 2):
+        with file.open("a") as failures:
+            failures.write("of-an-engine-that-is-gone\n" + "prefill-0\n" * count)
+        doubt = await supervisor.next(PairSuspect)
+        assert (doubt.local, doubt.peer, doubt.peer_incarnation) == ("decode-0", "prefill-0", 1)
+        assert f"{count} just now" in doubt.error
+
+
+async def test_a_drain_waits_for_requests_and_then_for_leases(
+    supervisor: FakeSupervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decode engines read the blocks of requests that prefill has done with."""
+    monkeypatch.setattr("pdlaunch.launch.sidecar.process.DRAIN_POLL_S", 0.01)
+    await supervisor.next(Ready)
+    engine = supervisor.decode
+    engine.num_running, engine.lends = 1, 0.25
+    supervisor.inbox.put_nowait(Drain(timeout_s=600))
+
+    async def is_looked_at() -> None:
+        # The watch looks too: of so many looks some are the drain's.
+        before = engine.num_looks
+        await until(lambda: engine.num_looks > before + 8)
+
+    await is_looked_at()
+    engine.num_running = 0
+    await is_looked_at()
+    said = [supervisor.said.get_nowait() for _ in range(supervisor.said.qsize())]
+    assert Drained() not in said
+    engine.lends = 0.0
+    await supervisor.next(Drained)
+
+
+async def test_an_idle_engine_whose_core_stands_still_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody asks it for anything, and it says that it is healthy and has nothing to do."""
+    monkeypatch.setattr("pdlaunch.launch.sidecar.process.WATCH_POLL_S", 0.02)
+    supervisor = FakeSupervisor(tmp_path)
+    options = SidecarOptions(COMMAND, is_exact=True, hang_timeout_s=0.5, unverified="a test")
+    running = asyncio.create_task(SidecarProcess(cast(Supervised, supervisor), options).run())
+    await asyncio.sleep(0)  # it removes what a predecessor has left at the socket's path
+    engine = FakeVllm("decode-0", {})
+    runner = await listen(engine, tmp_path / "decode-0.sock")
+    await until(lambda: len(engine.bodies) == 2)
+    assert [(len(body["prompt"]), body["max_tokens"]) for body in engine.bodies] == [(1, 1)] * 2
+    assert not running.done()
+    engine.moves.clear()
+    with pytest.raises(StartupError, match="has computed nothing for"):
+        await running
+    engine.moves.set()
+    await runner.cleanup()
+
+
+async def test_a_peer_that_sleeps_has_to_prove_its_pair_again(supervisor: FakeSupervisor) -> None:
+    run_dir = supervisor.bootstrap.run_dir
+    supervisor.inbox.put_nowait(registry(run_dir))
+    proven = await supervisor.next(PairReady)
+    asleep = registry(run_dir, proven)
+    asleep.entries[0] = structs.replace(asleep.entries[0], state="sleeping")
+    supervisor.inbox.put_nowait(registry(run_dir, proven))
+    supervisor.inbox.put_nowait(asleep)
+    assert (await supervisor.next(PairSuspect)).peer == "prefill-0"
+    supervisor.inbox.put_nowait(registry(run_dir))
+    assert (await supervisor.next(PairReady)).peer == "prefill-0"
+
+
+async def test_an_engine_that_sleeps_is_told_until_it_is_awake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pdlaunch.launch.sidecar.process.WATCH_POLL_S", 0.02)
+    supervisor = FakeSupervisor(tmp_path)
+    options = SidecarOptions(
+        (*COMMAND, "--enable-sleep-mode"), is_exact=True, hang_timeout_s=0.0, unverified="a test"
+    )
+    running = asyncio.create_task(SidecarProcess(cast(Supervised, supervisor), options).run())
+    await asyncio.sleep(0)  # it removes what a predecessor has left at the socket's path
+    engine = FakeVllm("decode-0", {}, is_sleeping=False)
+    runner = await listen(engine, tmp_path / "decode-0.sock")
+    await supervisor.next(Ready)
+    for is_sleeping, state in ((True, "sleeping"), (False, "awake")):
+        engine.is_sleeping = is_sleeping
+        assert (await supervisor.next(SleepState)).state == state
+    engine.is_sleeping = None  # it does not answer; nothing is known
+    looks = engine.num_looks
+    await until(lambda: engine.num_looks >= looks + 3)
+    assert supervisor.said.empty()
+    supervisor.inbox.put_nowait(Stop())
+    await running
+    await runner.cleanup()

@@ -1,0 +1,267 @@
+"""Folders of a launch are private, kept while it lives, and removed afterwards."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from pdlaunch.config.models import LaunchConfig
+from pdlaunch.errors import StartupError
+from pdlaunch.launch.folders import (
+    KEPT_LAUNCHES,
+    SUPERVISOR_LOG,
+    keep_logs,
+    new_launch_id,
+    new_log_dir,
+    prune_logs,
+)
+from pdlaunch.protocol.process.new_run_dir import new_run_dir, remove_stale_run_dirs
+from pdlaunch.protocol.process.run_dirs import (
+    PREFIX,
+    LaunchCard,
+    is_locked,
+    lock_folder,
+    running_launches,
+    take_lock,
+)
+
+
+def make_folders(folder: Path, count: int) -> list[Path]:
+    """Make folders of launches that have ended, oldest first."""
+    paths = [folder / f"20260101-{number:06d}-abcdef" for number in range(count)]
+    for path in paths:
+        path.mkdir(parents=True)
+        (path / SUPERVISOR_LOG).write_text("stopped\n")
+    return paths
+
+
+def test_the_latest_are_kept(tmp_path: Path) -> None:
+    folders = make_folders(tmp_path, 5)
+    assert prune_logs(tmp_path, 3) == folders[:2]
+    assert sorted(tmp_path.iterdir()) == folders[2:]
+    assert prune_logs(tmp_path, 3) == []
+
+
+def test_a_launch_that_runs_keeps_its_folder_however_old_it_is(tmp_path: Path) -> None:
+    folders = make_folders(tmp_path, 5)
+    with keep_logs(folders[0]), keep_logs(folders[0]):
+        assert prune_logs(tmp_path, 2) == folders[1:3]
+        assert folders[0].exists()
+    assert prune_logs(tmp_path, 2) == folders[:1]
+
+
+def test_what_is_no_folder_of_a_launch_stays(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    logs = tmp_path / "logs"
+    (logs / "mine").mkdir(parents=True)
+    (logs / "20250101-000000-abcdef").symlink_to(outside)
+    folders = make_folders(logs, 2)
+    assert prune_logs(logs, 1) == folders[:1]
+    assert {path.name for path in logs.iterdir()} == {
+        "mine",
+        "20250101-000000-abcdef",
+        folders[1].name,
+    }
+    assert outside.exists()
+
+
+def test_a_folder_without_a_log_is_left_over_too(tmp_path: Path) -> None:
+    folders = make_folders(tmp_path, 2)
+    (folders[0] / SUPERVISOR_LOG).unlink()
+    assert prune_logs(tmp_path, 1) == folders[:1]
+
+
+def test_a_new_launch_prunes_the_cache_and_never_a_folder_of_the_users_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PDLAUNCH_CACHE", str(tmp_path / "cache"))
+    own = tmp_path / "own"
+    make_folders(own, KEPT_LAUNCHES + 5)
+    new_log_dir(LaunchConfig(log_dir=str(own / "new")), new_launch_id())
+    assert len(list(own.iterdir())) == KEPT_LAUNCHES + 6
+    make_folders(tmp_path / "cache" / "logs", KEPT_LAUNCHES + 5)
+    new = new_log_dir(LaunchConfig(), new_launch_id())
+    assert len(list(new.parent.iterdir())) == KEPT_LAUNCHES
+    assert new.exists()
+
+
+CARD = LaunchCard(launch_id="id", url="http://127.0.0.1:8000")
+
+
+def make_old(folder: Path) -> None:
+    os.utime(folder, (time.time() - 3600,) * 2)
+
+
+def test_it_is_private_and_gone_at_the_end(tmp_path: Path) -> None:
+    with new_run_dir(tmp_path) as run_dir:
+        assert stat.S_IMODE(run_dir.stat().st_mode) == 0o700
+        (run_dir / "control").touch()
+    assert not run_dir.exists()
+
+
+def test_what_a_dead_launch_left_is_removed_and_what_lives_stays(tmp_path: Path) -> None:
+    dead = tmp_path / f"{PREFIX}dead"
+    dead.mkdir()
+    (dead / "lock").touch()
+    with new_run_dir(tmp_path) as run_dir:
+        assert not dead.exists()
+        assert remove_stale_run_dirs(tmp_path) == []
+        assert run_dir.exists()
+
+
+def test_others_that_clean_up_meanwhile_leave_a_new_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two agents of one machine may start at the same instant."""
+    removed: list[Path] = []
+
+    def take_lock_late(descriptor: int) -> None:
+        removed.extend(remove_stale_run_dirs(tmp_path))
+        take_lock(descriptor)
+
+    monkeypatch.setattr("pdlaunch.protocol.process.new_run_dir.take_lock", take_lock_late)
+    with new_run_dir(tmp_path) as run_dir:
+        removed.extend(remove_stale_run_dirs(tmp_path))
+        assert run_dir.exists()
+    assert removed == []
+
+
+def test_who_looks_is_not_taken_for_a_launch_by_others_who_look(tmp_path: Path) -> None:
+    dead = tmp_path / f"{PREFIX}dead"
+    dead.mkdir()
+    CARD.write(dead)
+    (dead / "lock").touch()
+    with (dead / "lock").open() as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        assert running_launches(tmp_path) == []
+        assert remove_stale_run_dirs(tmp_path) == [dead]
+
+
+def test_a_folder_in_use_whose_lock_file_a_cleaner_has_taken_is_found_and_stays(
+    tmp_path: Path,
+) -> None:
+    with new_run_dir(tmp_path) as run_dir:
+        CARD.write(run_dir)
+        (run_dir / "lock").unlink()
+        make_old(run_dir)
+        assert [launch.run_dir for launch in running_launches(tmp_path)] == [run_dir]
+        with new_run_dir(tmp_path):
+            assert run_dir.exists()
+
+
+@pytest.mark.parametrize("card", [b"", b'{"url": "\xff"}', b'{"a": ' * 99_999])
+def test_a_card_that_cannot_be_read_is_of_no_launch(tmp_path: Path, card: bytes) -> None:
+    with new_run_dir(tmp_path) as run_dir:
+        (run_dir / "launch.json").write_bytes(card)
+        assert running_launches(tmp_path) == []
+
+
+def test_a_folder_whose_lock_file_alone_is_held_is_found_and_stays(tmp_path: Path) -> None:
+    """An older version made it, or another host that shares the folder of temporary files."""
+    folder = tmp_path / f"{PREFIX}other"
+    folder.mkdir()
+    CARD.write(folder)
+    with (folder / "lock").open("w") as held:
+        take_lock(held.fileno())
+        make_old(folder)
+        assert [launch.run_dir for launch in running_launches(tmp_path)] == [folder]
+        assert remove_stale_run_dirs(tmp_path) == []
+    assert running_launches(tmp_path) == []
+    assert remove_stale_run_dirs(tmp_path) == [folder]
+
+
+DIES = """
+import os, sys
+from pathlib import Path
+from pdlaunch.protocol.process.new_run_dir import new_run_dir
+
+with new_run_dir(Path(sys.argv[1])):
+    os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("has_file", [True, False])
+def test_the_folder_of_an_owner_that_died_is_removed(tmp_path: Path, has_file: bool) -> None:
+    subprocess.run([sys.executable, "-c", DIES, str(tmp_path)], check=False)
+    [folder] = tmp_path.iterdir()
+    if not has_file:
+        (folder / "lock").unlink()
+    CARD.write(folder)
+    make_old(folder)
+    assert running_launches(tmp_path) == []
+    assert remove_stale_run_dirs(tmp_path) == [folder]
+    assert not folder.exists()
+
+
+def test_who_looks_at_a_new_folder_keeps_no_launch_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def looked_at(descriptor: int) -> None:
+        looking = os.open(next(tmp_path.iterdir()), os.O_RDONLY)
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        threading.Timer(0.1, os.close, [looking]).start()
+        lock_folder(descriptor)
+
+    monkeypatch.setattr("pdlaunch.protocol.process.new_run_dir.lock_folder", looked_at)
+    with new_run_dir(tmp_path) as run_dir:
+        assert is_locked(run_dir)
+
+
+@pytest.mark.parametrize("what", ["lock_folder", "take_lock"])
+def test_a_file_system_without_locks_is_named_and_left_clean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(f"pdlaunch.protocol.process.new_run_dir.{what}", fail)
+    num_open = len(list(Path("/proc/self/fd").iterdir()))
+    with (
+        pytest.raises(StartupError, match=f"in {tmp_path}: No locks available; set TMPDIR to"),
+        new_run_dir(tmp_path),
+    ):
+        raise AssertionError
+    assert not list(tmp_path.iterdir())
+    assert len(list(Path("/proc/self/fd").iterdir())) == num_open
+
+
+def test_a_folder_in_which_nothing_can_be_made_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match="No such file"), new_run_dir(tmp_path / "none"):
+        raise AssertionError
+
+
+def test_an_error_of_a_launch_stays_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(ConnectionError), new_run_dir(tmp_path):
+        raise ConnectionError
+
+
+def test_a_folder_without_a_lock_is_stale_once_it_is_old(tmp_path: Path) -> None:
+    folder = tmp_path / f"{PREFIX}new"
+    folder.mkdir()
+    assert remove_stale_run_dirs(tmp_path) == []
+    make_old(folder)
+    assert remove_stale_run_dirs(tmp_path) == [folder]
+
+
+def test_links_and_files_are_left_alone(tmp_path: Path) -> None:
+    target = tmp_path / "elsewhere"
+    target.mkdir()
+    (tmp_path / f"{PREFIX}link").symlink_to(target)
+    (tmp_path / f"{PREFIX}file").touch()
+    assert remove_stale_run_dirs(tmp_path) == []
+
+
+def test_sockets_inside_have_short_enough_paths() -> None:
+    with new_run_dir() as run_dir:
+        assert len(os.fsencode(run_dir / ("x" * 60))) <= 107

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pdlaunch.config.models import LaunchConfig
+from pdlaunch.errors import StartupError
+from pdlaunch.launch.ports import check_engine_ports, listening
+from pdlaunch.machine import availability
+from pdlaunch.machine.facts import Machine
+from pdlaunch.planning.resolve import resolve
+
+HAS_IPV6 = socket.has_ipv6 and Path("/proc/net/if_inet6").exists()
+
+
+def test_a_free_port_is_taken_and_given_back() -> None:
+    with listening("127.0.0.1", 0) as (listener,):
+        port = listener.getsockname()[1]
+        socket.create_connection(("127.0.0.1", port)).close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port))
+
+
+def test_a_busy_port_is_named_with_its_holder_and_the_fix() -> None:
+    with listening("127.0.0.1", 0) as (listener,):
+        port = listener.getsockname()[1]
+        with (
+            pytest.raises(
+                StartupError, match=rf"port {port} of 127.0.0.1 .*pid {os.getpid()}\); .*--port"
+            ),
+            listening("127.0.0.1", port),
+        ):
+            pass
+
+
+def test_a_name_that_is_resolved_late_is_named_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A name server may take longer than a check waits for it."""
+
+    def resolve(*_: Any, **__: Any) -> Any:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(availability, "RESOLVE_TIMEOUT_S", 0)
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    with (
+        pytest.raises(StartupError, match=r"late\.example is no address of this machine"),
+        listening("late.example", 0),
+    ):
+        pass
+
+
+def test_a_busy_port_of_an_engine_is_named_with_its_setting() -> None:
+    with listening("127.0.0.1", 0) as (listener,):
+        port = listener.getsockname()[1]
+        config = LaunchConfig.model_validate(
+            {"port": 0, "engine_api_key": "k", "decode": {"port": port, "replicas": 2}}
+        )
+        with pytest.raises(StartupError, match=rf"port {port} of 127.0.0.1 .*busy.*decode.port"):
+            check_engine_ports(resolve(config, {"here": Machine()}, {}))
+    check_engine_ports(resolve(LaunchConfig(), {"here": Machine()}, {}))
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid", "a" * 300])
+def test_a_foreign_address_is_refused(host: str) -> None:
+    with (
+        pytest.raises(StartupError, match=rf"{host} is no address of this machine.*--host"),
+        listening(host, 0),
+    ):
+        pass
+
+
+@pytest.mark.skipif(not HAS_IPV6, reason="this machine has no IPv6")
+def test_every_address_of_a_host_gets_the_same_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    addresses: list[Any] = [
+        (socket.AF_INET6, 1, 6, "", ("::1", 0, 0, 0)),
+        (socket.AF_INET, 1, 6, "", ("127.0.0.1", 0)),
+    ]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, port, **_: addresses)
+    with listening("both.example", 0) as listeners:
+        names = [listener.getsockname() for listener in listeners]
+        assert [name[0] for name in names] == ["::1", "127.0.0.1"]
+        assert len({name[1] for name in names}) == 1
+        for host, port, *_ in names:
+            with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as client:
+                client.connect((host, port))
+
+
+@pytest.mark.skipif(not HAS_IPV6, reason="this machine has no IPv6")
+def test_the_ipv6_wildcard_leaves_ipv4_alone() -> None:
+    with listening("::", 0) as (wildcard,):
+        port = wildcard.getsockname()[1]
+        with listening("0.0.0.0", port) as (other,):
+            assert other.getsockname() == ("0.0.0.0", port)
+
+
+def test_a_port_whose_last_connections_fade_away_is_free() -> None:
+    with listening("127.0.0.1", 0) as (listener,):
+        port = listener.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            listener.setblocking(True)
+            listener.accept()[0].close()
+            assert client.recv(1) == b""
+    with listening("127.0.0.1", port):
+        pass
+
+
+@pytest.mark.processes
+def test_no_child_inherits_it_by_itself() -> None:
+    with listening("127.0.0.1", 0) as (listener,):
+        code = f"import os; os.fstat({listener.fileno()})"
+        child = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, close_fds=False, check=False
+        )
+    assert b"Bad file descriptor" in child.stderr

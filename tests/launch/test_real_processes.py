@@ -1,0 +1,364 @@
+"""Real processes are spawned, signalled and buried; nothing is left behind.
+
+There may be one core, so launches are few and small.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+
+from pdlaunch.launch.ports import listening
+from pdlaunch.launch.restarts import RestartPolicy
+from pdlaunch.launch.shutdown import Grace
+from pdlaunch.launch.states import ProcessState
+from pdlaunch.launch.status import LaunchStatus
+from pdlaunch.launch.supervisor import Timing
+from pdlaunch.planning.plan import Plan, ProcessSpec
+from tests.e2e.waiting import await_true
+from tests.launch.fakes import FakeObserver
+from tests.launch.real import real_plan, run_plan
+
+pytestmark = pytest.mark.processes
+
+ROOT = Path(__file__).parents[2]
+IMPATIENT = Timing(startup_timeout_s=60, grace=Grace(drain_s=0.2, stop_s=0.2, terminate_s=0.2))
+
+
+class InterruptWhenReady(FakeObserver):
+    """Presses Ctrl-C as soon as the launch serves."""
+
+    def ready(self, status: LaunchStatus) -> None:
+        super().ready(status)
+        self.pids = {process.name: process.pid for process in status.processes}
+        self.info = {process.name: process.info for process in status.processes}
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+class KillOnce(FakeObserver):
+    """Kills one process when the launch serves, and presses Ctrl-C when all is well again."""
+
+    def __init__(self, name: str, *, kills: bool = True) -> None:
+        """``kills=False``: it dies by itself."""
+        super().__init__()
+        self.name = name
+        self.kills = kills
+        self.before: dict[str, int | None] = {}
+        self.after: dict[str, int | None] = {}
+
+    def ready(self, status: LaunchStatus) -> None:
+        self.before = {process.name: process.pid for process in status.processes}
+        pid = self.before[self.name]
+        assert pid is not None
+        if self.kills:
+            os.kill(pid, signal.SIGKILL)
+
+    def changed(self, status: LaunchStatus) -> None:
+        if not self.before or self.after:
+            return
+        restarted = any(
+            process.name == self.name and process.incarnation == 2 for process in status.processes
+        )
+        well = (
+            all(process.state is ProcessState.READY for process in status.processes)
+            and not status.num_missing_pairs
+        )
+        if restarted and well:
+            self.after = {process.name: process.pid for process in status.processes}
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+class InterruptWhenGivenUp(FakeObserver):
+    """Presses Ctrl-C once an engine is given up, with all of its processes, for the second time."""
+
+    def __init__(self, engine: str) -> None:
+        super().__init__()
+        self.engine = engine
+        self.serving: set[str] = set()
+        self._given_up: set[int] = set()
+        """Incarnations of its server."""
+
+    def changed(self, status: LaunchStatus) -> None:
+        states = {process.name: process.state for process in status.processes}
+        engine = {state for name, state in states.items() if name.partition("/")[0] == self.engine}
+        if engine == {ProcessState.GIVEN_UP}:
+            self._given_up |= {
+                process.incarnation for process in status.processes if process.name == self.engine
+            }
+        if len(self._given_up) == 2 and not self.serving:
+            self.serving = {name for name, state in states.items() if state is ProcessState.READY}
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def assert_gone(*pids: int | None) -> None:
+    await_true(lambda: not any(lives(pid) for pid in pids if pid is not None), "all are gone")
+
+
+def lives(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def test_start_serve_drain_stop(tmp_path: Path) -> None:
+    observer = InterruptWhenReady()
+    outcome = run_plan(real_plan({"router": "grandchild"}), observer, tmp_path, Timing())
+    assert outcome.exit_code == 0
+    assert outcome.was_ready
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "decode-0.log",
+        "decode-0.rank-0.log",
+        "prefill-0.log",
+        "prefill-0.rank-0.log",
+        "router.log",
+    ]
+    assert (tmp_path / "router.log").read_text() == "drained\nstopped\n"
+    assert (tmp_path / "decode-0.log").read_text() == "drained\nstopped\n"
+    assert (tmp_path / "decode-0.rank-0.log").read_text() == "stopped\n"
+    assert_gone(*observer.pids.values(), int(observer.info["router"]["grandchild"]))
+
+
+def test_a_crash_at_start_is_reported_with_its_log_and_all_are_stopped(tmp_path: Path) -> None:
+    outcome = run_plan(real_plan({"prefill-0/rank-0": "crash"}), FakeObserver(), tmp_path, Timing())
+    assert outcome.exit_code == 1
+    assert len(outcome.report) <= 20
+    assert outcome.report[0] == "prefill-0/rank-0 ended with exit code 1 before it was ready"
+    assert outcome.report[-2:] == (
+        "  RuntimeError: the weights are not there",
+        f"log: {tmp_path}/prefill-0.rank-0.log",
+    )
+
+
+def test_what_a_process_says_before_it_fails_is_the_report(tmp_path: Path) -> None:
+    outcome = run_plan(real_plan({"decode-0": "fail"}), FakeObserver(), tmp_path, Timing())
+    assert outcome.exit_code == 1
+    assert outcome.report == (
+        "decode-0 failed to start",
+        "  cannot open model.safetensors",
+        f"log: {tmp_path}/decode-0.log",
+    )
+
+
+def test_a_child_that_ignores_stop_and_term_is_killed(tmp_path: Path) -> None:
+    observer = InterruptWhenReady()
+    outcome = run_plan(
+        real_plan({"decode-0": "ignore-term deaf"}, num_prefill=0), observer, tmp_path, IMPATIENT
+    )
+    assert outcome.exit_code == 0
+    assert_gone(*observer.pids.values())
+
+
+def test_a_killed_prefill_rank_returns_and_decode_finds_it(tmp_path: Path) -> None:
+    observer = KillOnce("prefill-0/rank-0")
+    outcome = run_plan(real_plan(), observer, tmp_path, Timing())
+    assert outcome.exit_code == 0
+    changed = [name for name in observer.before if observer.before[name] != observer.after[name]]
+    assert changed == ["prefill-0/rank-0"]
+    assert observer.notes[0].startswith("prefill-0/rank-0 was killed by SIGKILL")
+    assert "--- incarnation 2" in (tmp_path / "prefill-0.rank-0.log").read_text()
+
+
+class KillRouter(FakeObserver):
+    """Kills the router twice; a client comes each time while no router runs, others come all the
+    time.
+    """
+
+    def __init__(self, port: int) -> None:
+        super().__init__()
+        self.port = port
+        self.over = threading.Event()
+        self.waiting: list[socket.socket] = []
+        self.answers: list[bytes] = []
+
+    def ready(self, status: LaunchStatus) -> None:
+        self._kill(status)
+
+    def changed(self, status: LaunchStatus) -> None:
+        router = next(process for process in status.processes if process.name == "router")
+        if router.state is ProcessState.BACKING_OFF and len(self.waiting) < router.incarnation:
+            self.waiting.append(ask(self.port))
+        elif (
+            router.state is ProcessState.READY
+            and router.incarnation > 1
+            and len(self.answers) < router.incarnation - 1
+        ):
+            self.answers.append(answer(self.waiting[-1]))
+            if router.incarnation == 2:
+                self._kill(status)
+            else:
+                self.over.set()
+                os.kill(os.getpid(), signal.SIGINT)
+
+    @staticmethod
+    def _kill(status: LaunchStatus) -> None:
+        pid = next(process.pid for process in status.processes if process.name == "router")
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+
+
+def ask(port: int) -> socket.socket:
+    client = socket.create_connection(("127.0.0.1", port), timeout=120)
+    client.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+    return client
+
+
+def answer(client: socket.socket) -> bytes:
+    with client:
+        return client.recv(12)
+
+
+def test_no_connection_is_refused_while_a_router_is_dead(tmp_path: Path) -> None:
+    with listening("127.0.0.1", 0) as listeners:
+        (listener,) = listeners
+        port = listener.getsockname()[1]
+        observer = KillRouter(port)
+        plan = real_plan(num_prefill=0)
+        command = (sys.executable, "-m", "pdlaunch.router", "--name", "router")
+        processes = [
+            msgspec.structs.replace(p, command=command) if p.kind == "router" else p
+            for p in plan.processes
+        ]
+        with ThreadPoolExecutor(4) as pool:
+            visits = [pool.submit(visit, port, observer.over) for _ in range(4)]
+            outcome = run_plan(
+                Plan(processes=tuple(processes)), observer, tmp_path, Timing(), listeners=listeners
+            )
+            observer.over.set()
+        assert outcome.exit_code == 0
+        assert observer.answers == [b"HTTP/1.1 200"] * 2
+        # Those that a dying router had accepted are lost with it.
+        assert sum(visit.result() for visit in visits) > 4
+        with pytest.raises(ConnectionRefusedError):
+            ask(port)
+
+
+def visit(port: int, over: threading.Event) -> int:
+    """Return the number of connections that were made until the launch was told to stop.
+
+    Raises ConnectionRefusedError.
+    """
+    num_connected = 0
+    while not over.wait(0.01):
+        try:
+            client = ask(port)
+            num_connected += 1
+            answer(client)
+        except ConnectionRefusedError:
+            if not over.is_set():
+                raise
+        except ConnectionError:
+            pass
+    return num_connected
+
+
+def test_an_engine_that_always_dies_is_given_up_and_tried_again_while_the_others_serve(
+    tmp_path: Path,
+) -> None:
+    observer = InterruptWhenGivenUp("decode-0")
+    timing = Timing(
+        restarts=RestartPolicy(first_delay_s=0.01, max_quick_deaths=3, first_retry_s=0.01)
+    )
+    outcome = run_plan(
+        real_plan({"decode-0": "die"}, num_decode=2, num_prefill=0), observer, tmp_path, timing
+    )
+    assert outcome.exit_code == 0
+    assert observer.serving == {"decode-1", "decode-1/rank-0", "router"}
+    # Three deaths, then one on trial; it may be on trial again before Ctrl-C is noticed.
+    assert (tmp_path / "decode-0.log").read_text().count("--- incarnation") in (3, 4)
+
+
+def test_the_router_hears_of_the_last_step_of_a_rank_that_crashed(tmp_path: Path) -> None:
+    observer = KillOnce("decode-0/rank-0", kills=False)
+    timing = Timing(restarts=RestartPolicy(first_delay_s=0.01))
+    outcome = run_plan(
+        real_plan({"decode-0/rank-0": "crash-in-a-step"}, num_prefill=0), observer, tmp_path, timing
+    )
+    assert outcome.exit_code == 0
+    assert (tmp_path / "router.log").read_text().count("suspects [5, 7] repeated [5]\n") == 1
+
+
+def test_a_command_that_does_not_exist_is_a_failure_like_any_other(tmp_path: Path) -> None:
+    router = ProcessSpec(name="router", kind="router", unit="router", command=("/no/such",))
+    outcome = run_plan(Plan(processes=(router,)), FakeObserver(), tmp_path, Timing())
+    assert outcome.exit_code == 1
+    assert "No such file" in outcome.report[1]
+
+
+@pytest.fixture
+def launches(tmp_path: Path):
+    started: list[subprocess.Popen[str]] = []
+
+    def start(name: str) -> tuple[subprocess.Popen[str], list[int]]:
+        folder = tmp_path / name
+        folder.mkdir()
+        command = [sys.executable, "-m", "tests.launch.fake_launch", str(folder)]
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        started.append(process)
+        assert process.stdout is not None
+        return process, json.loads(process.stdout.readline())
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_two_launches_at_once_and_no_child_outlives_a_killed_supervisor(launches) -> None:
+    first, first_pids = launches("first")
+    second, second_pids = launches("second")
+    first.kill()
+    first.wait()
+    assert_gone(*first_pids)
+    assert all(psutil.pid_exists(pid) for pid in second_pids)
+    second.send_signal(signal.SIGTERM)
+    assert second.wait(timeout=180) == 0
+    assert_gone(*second_pids)
+
+
+def test_a_launch_ends_with_the_pipe_that_its_starter_holds(launches) -> None:
+    launch, pids = launches("launch")
+    assert launch.stdin is not None
+    launch.stdin.write("what is written means nothing\n")
+    launch.stdin.close()
+    launch.stdin = None
+    assert launch.wait(timeout=180) == 0
+    assert_gone(*pids)
+
+
+def test_a_guarded_module_ends_with_the_pipe_that_the_supervisor_holds() -> None:
+    unbuffered = os.environ | {"PYTHONUNBUFFERED": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "pdlaunch.protocol.process.guarded",
+        "http.server",
+        "0",
+        "--bind",
+        "127.0.0.1",
+    ]
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=unbuffered,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        assert b"Serving HTTP" in process.stdout.readline()
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(timeout=180) == -signal.SIGKILL

@@ -1,0 +1,328 @@
+"""Engines of a lost host are started where there is room, or wait; nothing else moves."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pdlaunch.config.models import LaunchConfig
+from pdlaunch.errors import ConfigError
+from pdlaunch.launch.engines.native import NativeEngine
+from pdlaunch.launch.engines.plan import kind_of, plan_processes
+from pdlaunch.launch.instance import Unit, make_units
+from pdlaunch.launch.rooms import Rooms
+from pdlaunch.launch.states import ProcessState
+from pdlaunch.machine.facts import Gpu, Machine
+from pdlaunch.planning.hosts import ResolvedHost
+from pdlaunch.planning.resolve import ResolvedLaunch, resolve, resolve_on
+from pdlaunch.planning.roles import PlacedEngine
+from pdlaunch.protocol.changes import ChangeEngines
+from tests.checks.firing import TINY
+from tests.config.model_files.files import EMPTY_SAFETENSORS
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> str:
+    """The folder of a model of a few bytes."""
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    (tmp_path / "model.safetensors").write_bytes(EMPTY_SAFETENSORS)
+    return str(tmp_path)
+
+
+TWO_GPUS = Machine(cpus=(0, 1), gpus=(Gpu(0, has_fabric_handles=False), Gpu(1)))
+FOUR_CORES = Machine(cpus=(0, 1, 2, 3), memory_bytes=64 << 30)
+
+
+class Bootstraps:
+    def __init__(self) -> None:
+        self.resolved: ResolvedLaunch | None = None
+        self.moved: dict[str, PlacedEngine] = {}
+
+    def adopt(self, resolved: ResolvedLaunch, engine: PlacedEngine | None = None) -> None:
+        self.resolved = resolved
+        if engine is not None:
+            self.moved[engine.name] = engine
+
+    def forget(self, engine: str) -> None:
+        self.moved.pop(engine, None)
+
+
+class Deployment:
+    """A launch over hosts a, b and c whose processes all run."""
+
+    def __init__(self, machine: Machine = FOUR_CORES, **settings: Any) -> None:
+        config = LaunchConfig.model_validate(
+            {
+                "load_format": "dummy",
+                "kv_transfer": {"trusted_network": True},
+                "placement": "hosts",
+                "hosts": "a,b,c",
+                **settings,
+            }
+        )
+        listed = {host.name: host for host in config.hosts}
+        hosts = [
+            ResolvedHost("local", Machine(), {}, "10.0.0.1", "10.0.0.1", frozenset()),
+            *(
+                ResolvedHost(name, machine, {}, address, address, domain=listed[name].domain)
+                for name, address in (("a", "10.0.0.2"), ("b", "10.0.0.3"), ("c", "10.0.0.4"))
+            ),
+        ]
+        self.launch = resolve_on(config, hosts, {})
+        self.units = make_units(plan_processes(self.launch).processes)
+        for unit in self.units:
+            for member in unit.members:
+                member.begin(1)
+                member.move(ProcessState.READY)
+        self.bootstraps = Bootstraps()
+        self.now = 100.0
+        names = {host.name for host in hosts}
+        self.rooms = Rooms(
+            self.launch, NativeEngine(), self.bootstraps, names, clock=lambda: self.now
+        )
+
+    def lose(self, host: str, ended_by: float | None = None) -> None:
+        self.rooms.lost(host, ended_by)
+        for unit in self.units:
+            for member in unit.members:
+                if member.spec.host == host:
+                    member.move(ProcessState.FAILED)
+
+    def unit(self, name: str) -> Unit:
+        return next(unit for unit in self.units if unit.name == name)
+
+    def find(self, engine: str) -> str | None:
+        """The host on which an engine can be started."""
+        units = [unit for unit in self.units if unit.engine == engine]
+        found = [self.rooms.find(unit, self.units) for unit in units]
+        assert len(set(found)) == 1
+        (host,) = {member.spec.host for unit in units for member in unit.members}
+        return host if found[0] else None
+
+
+SPREAD = {"placement_strategy": "spread"}
+
+
+def test_a_host_that_is_there_keeps_its_engines() -> None:
+    deployment = Deployment(**SPREAD)
+    assert deployment.find("prefill-0") == "a"
+    assert deployment.bootstraps.moved == {}
+    assert deployment.rooms.find(deployment.unit("router"), deployment.units)
+
+
+def test_an_engine_of_a_lost_host_goes_to_one_with_room() -> None:
+    deployment = Deployment(**SPREAD)
+    before = [member.spec for unit in deployment.units for member in unit.members]
+    deployment.lose("b")
+    assert deployment.find("decode-0") == "a"
+    moved = [member.spec for unit in deployment.units for member in unit.members]
+    assert [spec for spec in before if spec.engine != "decode-0"] == [
+        spec for spec in moved if spec.engine != "decode-0"
+    ], "nothing else moves"
+    assert deployment.bootstraps.moved["decode-0"].host.name == "a"
+
+
+def test_nothing_moves_while_its_agent_may_be_alive_and_cut_off() -> None:
+    deployment = Deployment(**SPREAD)
+    deployment.lose("b", ended_by=deployment.now + 30)
+    assert deployment.find("decode-0") is None
+    deployment.now += 30
+    assert deployment.find("decode-0") == "a"
+
+
+def test_a_host_that_is_back_at_another_address_may_be_another_machine() -> None:
+    deployment = Deployment(**SPREAD)
+    host = deployment.launch.host("b")
+    deployment.lose("b", ended_by=deployment.now + 30)
+    deployment.rooms.joined(replace(host, advertise_address="10.0.0.9"))
+    assert deployment.find("decode-0") is None
+    deployment.now += 30
+    assert deployment.find("decode-0") == "b"
+    deployment.rooms.lost("b", deployment.now + 30)
+    deployment.rooms.joined(replace(host, advertise_address="10.0.0.9"))
+    assert deployment.find("decode-0") == "b", "its agent has ended what it ran"
+
+
+def test_of_two_machines_of_one_name_both_must_have_ended() -> None:
+    deployment = Deployment(**SPREAD)
+    host = deployment.launch.host("b")
+    deployment.lose("b", ended_by=deployment.now + 30)
+    deployment.rooms.joined(replace(host, advertise_address="10.0.0.9"))
+    deployment.rooms.lost("b", None)
+    assert deployment.find("decode-0") is None, "the first machine may be cut off"
+    deployment.now += 30
+    assert deployment.find("decode-0") == "a"
+
+
+@pytest.mark.parametrize("engine", ["native", "vllm"])
+def test_engines_of_a_host_that_is_back_elsewhere_get_its_address(engine: str) -> None:
+    deployment = Deployment(engine=engine, **SPREAD)
+    deployment.rooms._kind = kind_of(deployment.launch)
+    host = deployment.launch.host("b")
+    before = addresses(deployment)
+    assert (before["prefill-0"], before["decode-0"]) == ("10.0.0.2", "10.0.0.3")
+    deployment.lose("b")
+    new = replace(host, bind_address="10.0.0.9", advertise_address="10.0.0.9")
+    deployment.rooms.joined(new)
+    assert deployment.find("decode-0") == "b"
+    assert deployment.find("prefill-0") == "a"
+    assert addresses(deployment) == before | {"decode-0": "10.0.0.9"}
+
+
+def addresses(deployment: Deployment) -> dict[str, str]:
+    """Where UCX of each engine listens."""
+    return {
+        unit.engine: member.spec.environment["UCX_NET_DEVICES"]
+        for unit in deployment.units
+        for member in unit.members
+        if "UCX_NET_DEVICES" in member.spec.environment
+    }
+
+
+def test_devices_of_engines_that_run_there_are_left_to_them() -> None:
+    deployment = Deployment(TWO_GPUS, **SPREAD, prefill={"replicas": 2}, model=FAKE)
+    places = {engine.name: engine.host.name for engine in deployment.launch.engines}
+    assert places == {"prefill-0": "a", "decode-0": "b", "prefill-1": "c"}
+    deployment.lose("b")
+    assert deployment.find("decode-0") == "a"
+    rank = deployment.unit("decode-0/ranks").members[0]
+    assert rank.spec.devices == ("cuda:1",)
+    assert deployment.bootstraps.moved["decode-0"].device_indices == (1,)
+
+
+FAKE = "smollm2"
+
+
+def test_a_host_of_the_same_domain_comes_first() -> None:
+    hosts = [
+        {"name": "a", "domain": "x"},
+        {"name": "b", "domain": "y"},
+        {"name": "c", "domain": "y"},
+    ]
+    deployment = Deployment(hosts=hosts, **SPREAD)
+    deployment.lose("b")
+    assert deployment.find("decode-0") == "c"
+
+
+def test_without_room_it_waits_until_its_host_is_back() -> None:
+    deployment = Deployment(replace(FOUR_CORES, cpus=(0,)), **SPREAD, prefill={"replicas": 2})
+    deployment.lose("b")
+    assert deployment.find("decode-0") is None
+    again = replace(
+        deployment.launch.host("b"), bind_address="10.0.0.9", advertise_address="fd00::9"
+    )
+    deployment.rooms.joined(again)
+    assert deployment.find("decode-0") == "b"
+    adopted = deployment.bootstraps.resolved
+    assert adopted is not None
+    assert adopted.host("b").advertise_address == "fd00::9"
+
+
+def test_both_sides_of_a_lost_pair_move_together_where_no_network_is_trusted() -> None:
+    deployment = Deployment(kv_transfer={"trusted_network": False})
+    assert deployment.find("prefill-0") == deployment.find("decode-0") == "a"
+    deployment.lose("a")
+    assert deployment.find("prefill-0") == deployment.find("decode-0") == "b"
+
+
+def test_an_engine_whose_ranks_are_on_several_hosts_waits_for_them() -> None:
+    deployment = Deployment(
+        prefill={"tensor_parallel_size": 2, "hosts_per_engine": 2, "replicas": 1}
+    )
+    ranks = deployment.unit("prefill-0/ranks")
+    lost = ranks.members[1].spec.host
+    deployment.lose(lost)
+    assert not deployment.rooms.find(ranks, deployment.units)
+
+
+def test_nothing_moves_while_a_process_of_the_engine_lives() -> None:
+    deployment = Deployment(**SPREAD)
+    deployment.rooms.lost("b", None)
+    assert deployment.find("decode-0") is None
+
+
+def plan(deployment: Deployment, **replicas: int) -> dict[str, str]:
+    """Return the hosts of the engines that a change would start."""
+    wanted = ChangeEngines(question=1, replicas=replicas)
+    change = deployment.rooms.plan(wanted, deployment.units)
+    return {engine.name: engine.host.name for engine in change.starts}
+
+
+def test_new_engines_go_beside_their_peers_while_there_is_room(tiny: str) -> None:
+    deployment = Deployment(replace(FOUR_CORES, cpus=(0, 1, 2)), model=tiny)
+    assert {engine.host.name for engine in deployment.launch.engines} == {"a"}
+    assert plan(deployment, decode=2) == {"decode-1": "a"}
+    with pytest.raises(ConfigError, match=r"would have to run with other values of .*UCX"):
+        plan(deployment, decode=3)
+
+
+def test_new_engines_take_free_gpus_of_hosts_that_are_there(tiny: str) -> None:
+    deployment = Deployment(TWO_GPUS, **SPREAD, model=tiny)
+    assert plan(deployment, decode=2) == {"decode-1": "a"}
+    assert plan(deployment, prefill=2, decode=3) == {
+        "prefill-1": "b",
+        "decode-1": "a",
+        "decode-2": "c",
+    }
+    deployment.rooms.lost("c", None)
+    with pytest.raises(ConfigError, match="no room for decode-1, decode-2, decode-3"):
+        plan(deployment, decode=4)
+
+
+def test_a_new_engine_gets_no_name_that_may_run_on_a_host_that_is_cut_off(tiny: str) -> None:
+    deployment = Deployment(**SPREAD, model=tiny, decode={"replicas": 2})
+    lost = deployment.unit("decode-0").members[0].spec.host
+    deployment.lose(lost, ended_by=deployment.now + 30)
+    wanted = ChangeEngines(question=1, replicas={"decode": 1})
+    assert deployment.rooms.plan(wanted, deployment.units).stops == ("decode-0",)
+    deployment.rooms.forget("decode-0")
+    deployment.units = [unit for unit in deployment.units if unit.engine != "decode-0"]
+    started = plan(deployment, decode=2)
+    assert (started.keys(), lost in started.values()) == ({"decode-2"}, False)
+    deployment.now += 30
+    assert plan(deployment, decode=2).keys() == {"decode-0"}
+
+
+@pytest.mark.parametrize("machine", [TWO_GPUS, FOUR_CORES], ids=["gpu", "cpu"])
+def test_a_turned_engine_stays_on_its_host(machine: Machine, tiny: str) -> None:
+    deployment = Deployment(machine, **SPREAD, model=tiny, prefill={"replicas": 2})
+    for engine in ("prefill-0", "prefill-1"):
+        (before,) = (one for one in deployment.launch.engines if one.name == engine)
+        wanted = ChangeEngines(question=1, turn=engine, role="decode")
+        change = deployment.rooms.plan(wanted, deployment.units)
+        (turned,) = change.starts
+        assert (turned.name, turned.host.name) == ("decode-1", before.host.name)
+        assert turned.device_indices == before.device_indices
+
+
+def test_an_engine_of_several_hosts_can_go_and_none_comes(tiny: str) -> None:
+    deployment = Deployment(
+        model=tiny,
+        prefill={"tensor_parallel_size": 2, "hosts_per_engine": 2, "replicas": 2},
+    )
+    with pytest.raises(ConfigError, match="not added to a running launch"):
+        plan(deployment, prefill=3)
+    change = deployment.rooms.plan(
+        ChangeEngines(question=1, replicas={"prefill": 1}), deployment.units
+    )
+    assert change.stops == ("prefill-1",)
+
+
+def test_engines_of_vllm_come_the_same_way(tiny: str) -> None:
+    config = LaunchConfig.model_validate({"model": tiny, "engine": "vllm"})
+    machine = replace(TWO_GPUS, gpus=tuple(Gpu(index) for index in range(3)))
+    launch = resolve(config, {"local": machine}, {})
+    units = make_units(plan_processes(launch).processes)
+    for unit in units:
+        for member in unit.members:
+            member.begin(1)
+            member.move(ProcessState.READY)
+    rooms = Rooms(launch, kind_of(launch), Bootstraps(), {"local"})
+    change = rooms.plan(ChangeEngines(question=1, replicas={"decode": 2}), units)
+    (sidecar,) = rooms.begin(change)
+    assert (sidecar.name, sidecar.devices) == ("decode-1", ("cuda:2",))
+    assert sidecar.environment["CUDA_VISIBLE_DEVICES"] == "2"

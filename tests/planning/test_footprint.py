@@ -1,0 +1,91 @@
+"""The footprint of a rank against the rooms that allocate."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdlaunch.engine.kvcache.groups import KVCacheLayout, make_groups
+from pdlaunch.engine.kvcache.manager import KVCacheManager
+from tests.checks.contexts import CPU, GPU, SHAPE, SMALL_SHAPE, on
+
+HYBRID = (512, 512, 512, 512, 512, None) * 4 + (512, 512)
+
+
+@given(
+    windows=st.lists(st.sampled_from([None, 64, 100, 512]), min_size=1, max_size=12),
+    block_size=st.sampled_from([1, 16, 24, 128]),
+    max_model_len=st.integers(1, 4000),
+)
+def test_blocks_are_those_of_the_kv_cache(windows, block_size, max_model_len):
+    shape = replace(SMALL_SHAPE, num_layers=len(windows), layer_windows=tuple(windows))
+    engine = on(
+        CPU,
+        shapes=(shape, shape),
+        block_size=block_size,
+        max_model_len=max_model_len,
+        dtype="float32",
+    ).engines["prefill"]
+    needed = engine.footprint
+    groups = make_groups(windows)
+    layout = KVCacheLayout(groups, shape.num_kv_heads, shape.head_dim, block_size, 4)
+    assert needed.block_bytes == layout.block_bytes
+    assert needed.num_blocks_for_longest == KVCacheManager(groups, 1, block_size).min_blocks(
+        max_model_len
+    )
+
+
+@pytest.mark.parametrize("tp_size", [1, 3, 9])
+def test_weights_of_all_ranks_cover_the_model(tp_size):
+    engine = on(CPU, dtype="float32", prefill__tensor_parallel_size=tp_size).engines["prefill"]
+    assert engine.footprint.weight_bytes * tp_size >= SMALL_SHAPE.num_parameters * 4
+    assert engine.footprint.weight_bytes <= SMALL_SHAPE.num_parameters * 4
+
+
+def test_unknown_models_have_no_footprint():
+    assert on(CPU, shapes=(None, None)).engines["prefill"].footprint is None
+
+
+@given(kv_mib=st.integers(1, 2000))
+def test_the_longest_request_is_the_longest_that_fits(kv_mib):
+    shape = replace(SMALL_SHAPE, num_layers=26, layer_windows=HYBRID)
+    kv_bytes = kv_mib * 1024**2
+    engine = on(CPU, shapes=(shape, shape)).engines["decode"]
+    fits = engine.footprint.longest_request_tokens(kv_bytes)
+
+    def needs(num_tokens):
+        return replace(engine.footprint, max_model_len=num_tokens).min_kv_bytes
+
+    assert fits == 0 or needs(fits) <= kv_bytes
+    assert fits == SHAPE.max_position_embeddings or needs(fits + 16) > kv_bytes
+
+
+@given(
+    prefill=st.tuples(st.integers(1, 5), st.integers(1, 4)),
+    decode=st.tuples(st.integers(1, 5), st.integers(1, 4)),
+    num_gpus=st.integers(1, 8),
+)
+def test_ranks_are_dealt_as_the_supervisor_places_them(prefill, decode, num_gpus):
+    machine = replace(GPU, gpus=GPU.gpus[:num_gpus])
+    context = on(
+        machine,
+        prefill__replicas=prefill[0],
+        prefill__tensor_parallel_size=prefill[1],
+        decode__replicas=decode[0],
+        decode__tensor_parallel_size=decode[1],
+    )
+    order = ["prefill"] * (prefill[0] * prefill[1]) + ["decode"] * (decode[0] * decode[1])
+    expected = {gpu: order[gpu::num_gpus] for gpu in range(num_gpus)}
+    dealt = {
+        gpu: [e.role for e in context.engines.values() for _ in range(e.num_ranks_on(gpu))]
+        for gpu in range(num_gpus)
+    }
+    assert dealt == expected
+    placed = [
+        (index, engine.engines.role)
+        for engine in context.launch.engines
+        for index in engine.device_indices
+    ]
+    assert [role for _, role in placed] == order
+    assert [index for index, _ in placed] == [rank % num_gpus for rank in range(len(order))]

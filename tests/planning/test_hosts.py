@@ -1,0 +1,123 @@
+"""Engines find room on hosts: beside each other, or spread; never more ranks than devices if any
+host has room."""
+
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdlaunch.config.models import LaunchConfig
+from pdlaunch.machine.facts import Gpu, Machine
+from pdlaunch.planning.hosts import Demand, ResolvedHost, Room, demands_of, place_engines
+from pdlaunch.planning.models import Model
+from pdlaunch.planning.resolve import resolve_on
+
+FOUR = Machine(cpus=(0, 1), gpus=tuple(Gpu(index) for index in range(4)))
+
+
+def room(name, num=4, domain="", roles=("prefill", "decode")):
+    return Room(name, dict.fromkeys(roles, ("cuda", num)), domain)
+
+
+def placed(rooms, strategy="pack", hosts=1, **tp):
+    demands = demands_of(
+        {role: len(sizes) for role, sizes in tp.items()},
+        {role: sizes[0] for role, sizes in tp.items()},
+        dict.fromkeys(tp, hosts),
+    )
+    return {
+        f"{role}-{index}": [(share.host, share.num_ranks) for share in shares]
+        for (role, index), shares in place_engines(demands, rooms, strategy).items()
+    }
+
+
+def test_the_two_sides_of_a_pair_share_a_host_while_there_is_room():
+    places = placed([room("a"), room("b")], prefill=(2, 2), decode=(2, 2))
+    assert places == {
+        "prefill-0": [("a", 2)],
+        "decode-0": [("a", 2)],
+        "prefill-1": [("b", 2)],
+        "decode-1": [("b", 2)],
+    }
+
+
+def test_spread_takes_the_emptiest_host():
+    places = placed([room("a"), room("b"), room("c")], "spread", prefill=(1, 1), decode=(1,))
+    assert places == {"prefill-0": [("a", 1)], "decode-0": [("b", 1)], "prefill-1": [("c", 1)]}
+
+
+def test_a_decode_engine_without_room_beside_prefill_stays_in_its_domain():
+    rooms = [room("a", domain="x"), room("b", domain="y"), room("c", domain="x")]
+    assert placed(rooms, prefill=(4,), decode=(4,))["decode-0"] == [("c", 4)]
+
+
+def test_a_host_takes_engines_of_its_roles_alone():
+    rooms = [room("a", roles=("decode",)), room("b", roles=("prefill",))]
+    assert placed(rooms, prefill=(1,), decode=(1,)) == {
+        "prefill-0": [("b", 1)],
+        "decode-0": [("a", 1)],
+    }
+
+
+def test_ranks_of_one_engine_are_spread_when_told():
+    rooms = [room("a"), room("b"), room("c")]
+    assert placed(rooms, hosts=3, prefill=(3,))["prefill-0"] == [("a", 1), ("b", 1), ("c", 1)]
+    assert placed(rooms, hosts=2, prefill=(3,))["prefill-0"] == [("a", 2), ("b", 1)]
+
+
+def test_without_room_the_least_crowded_host_gets_the_engine():
+    places = placed([room("a", 1), room("b", 2)], prefill=(1,) * 6)
+    assert Counter(shares[0][0] for shares in places.values()) == {"a": 2, "b": 4}
+
+
+@given(
+    sizes=st.lists(st.integers(1, 8), min_size=1, max_size=4),
+    replicas=st.tuples(st.integers(0, 5), st.integers(0, 5)),
+    tp=st.tuples(st.integers(1, 8), st.integers(1, 8)),
+    strategy=st.sampled_from(["pack", "spread"]),
+)
+def test_devices_are_not_shared_while_any_host_has_room(sizes, replicas, tp, strategy):
+    rooms = [room(f"h{place}", num) for place, num in enumerate(sizes)]
+    free = {room.host: num for room, num in zip(rooms, sizes, strict=True)}
+    demands = [
+        Demand(role, index, size)
+        for role, number, size in zip(("prefill", "decode"), replicas, tp, strict=True)
+        for index in range(number)
+    ]
+    places = place_engines(demands, rooms, strategy)
+    assert len(places) == len(demands)
+    for demand in demands:
+        (share,) = places[demand.role, demand.index]
+        assert share.num_ranks == demand.tp_size
+        if max(free.values()) >= demand.tp_size:
+            assert free[share.host] >= demand.tp_size
+        free[share.host] -= share.num_ranks
+
+
+def test_devices_are_counted_on_each_host():
+    hosts = [
+        ResolvedHost("local", Machine(), {}, roles=frozenset()),
+        ResolvedHost("a", FOUR, {}, "10.0.0.2", "10.0.0.2"),
+        ResolvedHost("b", FOUR, {"CUDA_VISIBLE_DEVICES": "2,3"}, "10.0.0.3", "10.0.0.3"),
+    ]
+    config = LaunchConfig.model_validate(
+        {
+            "placement_strategy": "spread",
+            "prefill": {"replicas": 2, "tensor_parallel_size": 2},
+            "decode": {"tensor_parallel_size": 2, "replicas": 1},
+        }
+    )
+    models = dict.fromkeys(("prefill", "decode", "both"), Model("m", pending="later"))
+    launch = resolve_on(config, hosts, {}, models)
+    assert {
+        engine.name: (engine.host.name, engine.device_indices) for engine in launch.engines
+    } == {
+        "prefill-0": ("a", (0, 1)),
+        "prefill-1": ("a", (2, 3)),
+        "decode-0": ("b", (0, 1)),
+    }
+    assert [host.name for host in launch.engine_hosts] == ["a", "b"]
+    on_a = launch.on_host(hosts[1])
+    assert (on_a.roles["prefill"].num_ranks, on_a.roles["prefill"].num_ranks_on(3)) == (4, 1)
+    assert on_a.has_pair, "rules on pairs still see both sides"
+    assert launch.roles["decode"].num_threads == 1

@@ -1,0 +1,267 @@
+"""What the checks judge is what is started, and what is printed: byte for byte, for any set-up."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pdlaunch.checks.context import Probes, make_context
+from pdlaunch.checks.run import run_checks
+from pdlaunch.config.engine_settings import EngineSettings
+from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.config.model_files.shape import DTYPE_BYTES, ModelShape
+from pdlaunch.config.models import LaunchConfig
+from pdlaunch.engine.kvcache.groups import KVCacheLayout, make_groups
+from pdlaunch.engine.models.tensor_parallel import Shard
+from pdlaunch.errors import ConfigError
+from pdlaunch.launch.bootstraps import LaunchBootstraps
+from pdlaunch.launch.engines.plan import kind_of, plan_processes
+from pdlaunch.launch.ports import listening
+from pdlaunch.machine.allocator_conf import read_allocator_conf
+from pdlaunch.machine.facts import Gpu, Machine
+from pdlaunch.planning.effective import effective_engines, effective_settings
+from pdlaunch.planning.models import Model
+from pdlaunch.planning.plan import ProcessSpec
+from pdlaunch.planning.resolve import ResolvedLaunch, resolve
+from pdlaunch.planning.role_engines import RoleEngines
+from pdlaunch.protocol.process.bootstrap import Bootstrap
+from pdlaunch.protocol.sockets import new_launch_keys
+from tests.checks.contexts import SMALL_SHAPE
+from tests.cli.test_serve import MODEL
+from tests.command_line import invoke
+from tests.config.model_files.files import EMPTY_SAFETENSORS
+
+GIB = 1024**3
+KEYS = new_launch_keys()
+
+
+def some(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    """Dictionaries with any of the fields."""
+    return st.fixed_dictionaries({}, optional=fields)
+
+
+VARIABLES = some(
+    UCX_TLS=st.sampled_from(["all", "tcp", "posix", "^cma", "cuda,sm", ""]),
+    PYTORCH_CUDA_ALLOC_CONF=st.sampled_from(["expandable_segments:True", ""]),
+    HF_HUB_OFFLINE=st.sampled_from(["0", "1"]),
+    OMP_NUM_THREADS=st.just("3"),
+    CUDA_VISIBLE_DEVICES=st.sampled_from(["", "0", "1,0", "0,0", "2,3"]),
+)
+ENGINE = {
+    "device": st.sampled_from(["auto", "cpu", "cuda"]),
+    "dtype": st.sampled_from(["auto", "float32", "bfloat16", "float16"]),
+    "max_model_len": st.integers(1, 9000),
+    "block_size": st.sampled_from([1, 16, 64]),
+    "kv_cache_memory": st.integers(1, 8 * GIB),
+    "gpu_memory_utilization": st.floats(0.1, 1.0),
+    "enable_prefix_caching": st.booleans(),
+    "enable_cumem_allocator": st.booleans(),
+    "enable_sleep_mode": st.booleans(),
+    "max_num_seqs": st.integers(1, 300),
+    "max_num_batched_tokens": st.integers(1, 20_000),
+    "num_threads": st.integers(1, 64),
+    "async_scheduling": st.booleans(),
+    "enforce_eager": st.booleans(),
+    "max_cudagraph_capture_size": st.integers(0, 4096),
+    "kv_offload": some(host_memory=st.integers(0, GIB), policy=st.sampled_from(["arc", "lru"])),
+    "env": VARIABLES,
+}
+ROLE = some(
+    replicas=st.integers(0, 3), tensor_parallel_size=st.sampled_from([1, 2, 3, 9]), **ENGINE
+)
+CONFIGS = some(
+    prefill=ROLE,
+    decode=ROLE,
+    served_model_name=st.just("mine"),
+    kv_transfer=some(connector=st.sampled_from(["nixl", "mooncake"]), verify=st.booleans()),
+    **ENGINE,
+)
+MACHINES = st.builds(
+    Machine,
+    cpus=st.integers(1, 64).map(lambda count: tuple(range(count))),
+    has_native_bf16=st.booleans(),
+    gpus=st.integers(0, 4).map(
+        lambda count: tuple(Gpu(index, memory_bytes=80 * GIB) for index in range(count))
+    ),
+)
+SHAPES = st.builds(
+    lambda windows, dtype: ModelShape(
+        **{
+            **{name: getattr(SMALL_SHAPE, name) for name in SMALL_SHAPE.__slots__},
+            "num_layers": len(windows),
+            "layer_windows": tuple(windows),
+            "dtype": dtype,
+        }
+    ),
+    st.lists(st.sampled_from([None, 64, 512]), min_size=1, max_size=8),
+    st.sampled_from([None, "float32", "bfloat16", "float16", "int8"]),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(config=CONFIGS, machine=MACHINES, environ=VARIABLES, shape=SHAPES)
+def test_what_was_judged_is_what_is_started(
+    config: dict[str, Any], machine: Machine, environ: dict[str, str], shape: ModelShape
+) -> None:
+    model = Model("m", "/models/m", shape)
+    launch = resolve(
+        LaunchConfig.model_validate(config),
+        {"here": machine},
+        environ,
+        {"prefill": model, "decode": model},
+    )
+    judged = make_context(launch, {}, Probes()).engines
+    report = run_checks(launch, {}, Probes(), rules=kind_of(launch).rules())
+    try:
+        launch.require_startable()
+    except ConfigError:
+        assert not report.is_ok(), "what cannot be started is refused by a rule"
+        return
+    ranks: Counter[tuple[str | None, str]] = Counter()
+    for process, bootstrap in bootstraps(launch):
+        if process.kind == "router":
+            assert bootstrap.router is not None
+            assert bootstrap.router.served_model_name == launch.served_model_name
+            continue
+        assert process.role is not None
+        engines, spec = judged[process.role], bootstrap.engine()
+        assert_same_settings(engines, spec, launch)
+        assert_same_memory(engines, spec)
+        if process.kind == "rank":
+            assert_same_environment(engines, process, spec, environ)
+            ranks[process.role, process.devices[0]] += 1
+        else:
+            assert process.ports == {"http": spec.http_port}
+    for role, engines in judged.items():
+        on_gpus = {
+            (role, f"cuda:{place}"): engines.num_ranks_on(gpu.index)
+            for place, gpu in enumerate(engines.gpus)
+        }
+        assert +Counter(on_gpus) == {
+            place: count for place, count in ranks.items() if place in on_gpus
+        }
+    assert report.resolved["engines"] == effective_engines(launch)
+
+
+def bootstraps(launch: ResolvedLaunch) -> list[tuple[ProcessSpec, Bootstrap]]:
+    """What each process of the launch is given."""
+    with tempfile.TemporaryDirectory() as folder, listening("127.0.0.1", 0) as listeners:
+        made = LaunchBootstraps(
+            launch,
+            keys=KEYS,
+            control="ipc:///c",
+            run_dir=Path(folder),
+            launch_id="l",
+            listeners=listeners,
+            kind=kind_of(launch),
+        )
+        made.prepare()
+        return [(process, made.make(process, 1)) for process in plan_processes(launch).processes]
+
+
+def assert_same_settings(engines: RoleEngines, spec: EngineSpec, launch: ResolvedLaunch) -> None:
+    derived = engines.derived()
+    for name in EngineSettings.model_fields:
+        expected = derived[name] if name in derived else getattr(engines.settings, name)
+        assert getattr(spec, name) == ({} if name == "env" else expected), name
+    index = int(spec.name.rpartition("-")[2])
+    assert spec.name == engines.engine_name(index)
+    placed = {engine.name: engine for engine in launch.engines}
+    assert spec.device_indices == placed[spec.name].device_indices
+    assert spec.tensor_parallel_size == engines.tp_size
+    assert spec.model_dir == engines.model.path
+    assert (spec.bind_address, spec.advertise_address) == (
+        engines.bind_address,
+        engines.advertise_address,
+    )
+    shown = effective_engines(launch)[engines.role]
+    assert {name: shown[name] for name in derived} == derived
+    rows = {item.path: item.value for item in effective_settings(launch)}
+    for name, value in derived.items():
+        assert rows.get(f"{engines.role}.{name}", getattr(engines.settings, name)) == value
+
+
+def assert_same_memory(engines: RoleEngines, spec: EngineSpec) -> None:
+    """The rank makes this layout (``ModelRunner``), and counts its blocks with it."""
+    assert engines.shape is not None
+    try:
+        shard = Shard(0, spec.tensor_parallel_size, engines.shape)
+    except ConfigError:
+        return
+    layout = KVCacheLayout(
+        make_groups(engines.shape.layer_windows),
+        shard.num_kv_heads,
+        engines.shape.head_dim,
+        spec.block_size,
+        DTYPE_BYTES[spec.dtype],
+    )
+    assert engines.footprint is not None
+    assert engines.footprint.layout == layout
+    assert engines.footprint.blocks_per_chunk == spec.blocks_per_chunk
+    assert engines.footprint.activation_bytes == spec.activation_bytes
+    num_blocks = spec.kv_cache_memory and spec.kv_cache_memory // layout.block_bytes
+    assert engines.num_blocks == num_blocks
+    assert (num_blocks is None) == (spec.device == "cuda" and engines.kv_cache_bytes is None)
+
+
+def assert_same_environment(
+    engines: RoleEngines, process: ProcessSpec, spec: EngineSpec, environ: Mapping[str, str]
+) -> None:
+    assert process.environment == engines.environment
+    child = {**environ, **process.environment}
+    if "UCX_TLS" in engines.environment:
+        assert tuple(child["UCX_TLS"].split(",")) == engines.ucx_transports
+    assert process.num_threads == spec.num_threads
+    place = spec.device_indices[process.tp_rank] if spec.device_indices else None
+    assert process.devices == ("cpu" if place is None else f"cuda:{place}",)
+    expandable = read_allocator_conf(child).expandable_segments
+    assert engines.allocator == (
+        "host"
+        if spec.device == "cpu"
+        else "cumem"
+        if spec.enable_cumem_allocator
+        else "expandable_segments"
+        if expandable
+        else "cuda"
+    )
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    (tmp_path / "config.json").write_text(json.dumps(MODEL))
+    (tmp_path / "model.safetensors").write_bytes(EMPTY_SAFETENSORS)
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "flags", [(), ("--decode-tp", "2", "--dtype", "bfloat16"), ("--prefill", "3")]
+)
+def test_dry_run_config_show_and_check_config_print_the_same(
+    model: str, flags: tuple[str, ...]
+) -> None:
+    def run(*command: str) -> Any:
+        arguments = (*command, "--model", model, *flags, "--format", "json")
+        return json.loads(invoke(arguments).stdout)
+
+    planned = run("serve", "--dry-run")
+    checked = run("check-config")["resolved"]
+    shown = run("config", "show")
+    assert planned["engines"] == checked["engines"]
+    for role, engines in planned["engines"].items():
+        for name in ("device", "dtype", "max_model_len", "kv_cache_memory", "num_threads"):
+            row = shown.get(f"{role}.{name}") or shown[name]
+            assert row["value"] == engines[name], name
+        ranks = [p for p in planned["processes"] if p["role"] == role and p["kind"] == "rank"]
+        assert len(ranks) == engines["replicas"] * engines["tensor_parallel_size"]
+        for rank in ranks:
+            assert rank["environment"] == engines["environment"]
+            assert rank["num_threads"] == engines["num_threads"]
+            assert rank["host"] == engines["host"]
