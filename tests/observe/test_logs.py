@@ -31,7 +31,10 @@ def test_a_line_has_time_level_process_and_request():
         logging.getLogger("pdlaunch.engine.server").info("hello %d", 5)
     logging.getLogger("pdlaunch.engine.server").debug("not shown")
     logging.getLogger("library").info("not shown")
-    line = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO prefill-0 pdlaunch\.engine\.server \[r1\] hello 5\n"
+    line = (
+        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO prefill-0 "
+        r"pdlaunch\.engine\.server \[r1\] hello 5\n"
+    )
     assert re.fullmatch(line, stream.getvalue())
 
 
