@@ -151,8 +151,7 @@ def gloo_sockets(context: Context) -> Iterator[Found]:
     while a group is formed could take a rank's place.
     """
     for engine in context.on("cpu"):
-        # Ranks on several hosts have connections of the launch's own.
-        if engine.tp_size > 1 and engine.settings.hosts_per_engine == 1:
+        if engine.tp_size > 1:
             place = engine.where("tensor_parallel_size")
             yield Found(
                 place,

@@ -110,24 +110,23 @@ def hosts_differ(context: Context) -> Iterator[Found]:
 @rule(
     "PD456",
     "error",
-    fix="Set hosts_per_engine to 1, or device: cpu for native engines.",
-    source="NCCL's connections and vLLM's groups have no keys.",
+    fix="Set hosts_per_engine to 1.",
+    source="The connections of gloo, NCCL and vLLM's groups have no keys.",
     on_vllm=True,
 )
 def engine_over_hosts(context: Context) -> Iterator[Found]:
-    """Ranks of an engine are on several hosts, and cannot be joined there safely.
+    """The ranks of an engine are on several hosts.
 
-    Native ranks on CPUs add up over connections that only processes of the launch can open. Ranks
-    on GPUs would use NCCL's, and those of vLLM its own, which admit everybody.
+    They would be joined over connections that admit everybody. Tensor parallelism works within one
+    host.
     """
     for engines in context.engines.values():
-        is_spread = engines.settings.hosts_per_engine > 1 and engines.tp_size > 1
-        if is_spread and (engines.device == "cuda" or not engines.is_native):
-            what = "GPUs" if engines.is_native else engines.settings.engine
+        num_hosts = engines.settings.hosts_per_engine
+        if num_hosts > 1 and engines.tp_size > 1:
             yield Found(
                 engines.where("hosts_per_engine"),
-                f"the ranks of a {engines.role} engine run on {what} of "
-                f"{engines.settings.hosts_per_engine} hosts",
+                f"hosts_per_engine is {num_hosts}: the ranks of a {engines.role} engine run on one "
+                "host",
             )
 
 

@@ -19,7 +19,6 @@ import zmq
 
 from pdlaunch.engine.channels import FollowerChannel, LeaderChannel, ServerLink, Wakeup
 from pdlaunch.engine.follower import Follower
-from pdlaunch.engine.group_channel import FollowerExchange, LeaderExchange, require_cpu
 from pdlaunch.engine.host_tier import new_offload_planner, new_offload_worker
 from pdlaunch.engine.leader import Leader
 from pdlaunch.engine.lifecycle import RequestLifecycle
@@ -48,7 +47,7 @@ from pdlaunch.protocol.control import (
     Suspects,
 )
 from pdlaunch.protocol.ids import EngineId
-from pdlaunch.protocol.process.bootstrap import OVER_HOSTS, Bootstrap, leave_ends_to_supervisor
+from pdlaunch.protocol.process.bootstrap import Bootstrap, leave_ends_to_supervisor
 from pdlaunch.protocol.process.control_client import ControlClient, Heartbeat
 from pdlaunch.protocol.process.step_record import StepRecord
 from pdlaunch.protocol.sockets import SecureContext
@@ -138,11 +137,7 @@ class RankProcess:
     ) -> Leader:
         spec = self._spec
         followers = (
-            LeaderChannel(
-                self._context,
-                spec.tensor_parallel_size,
-                *((spec.bind_address, spec.advertise_address) if self._spans_hosts else ()),
-            )
+            LeaderChannel(self._context, spec.tensor_parallel_size)
             if spec.tensor_parallel_size > 1
             else None
         )
@@ -202,9 +197,7 @@ class RankProcess:
             tp_rank=tp_rank,
             runner=runner,
             transfer=transfer,
-            leader=FollowerChannel(
-                self._context, self._await_leader(lambda address: address.steps), tp_rank
-            ),
+            leader=FollowerChannel(self._context, self._await_leader(), tp_rank),
             offload=offload,
             announce=self._control.send,
         )
@@ -238,35 +231,11 @@ class RankProcess:
         if self._spec.tensor_parallel_size == 1:
             return None
         self._progress("joining the TP group", None)
-        if self._spans_hosts:
-            return self._join_hosts()
         tp_rank, indices = self._bootstrap.tp_rank, self._spec.device_indices
         device = f"cuda:{indices[tp_rank]}" if indices else self._spec.device
         return init_tp_group(
             self._bootstrap.rendezvous, tp_rank, self._spec.tensor_parallel_size, device
         )
-
-    @property
-    def _spans_hosts(self) -> bool:
-        """Return whether the ranks of this engine are on several hosts."""
-        return self._bootstrap.rendezvous == OVER_HOSTS
-
-    def _join_hosts(self) -> TPGroup:
-        """Join ranks on other hosts; rank 0 registers where it listens for them."""
-        spec, tp_rank = self._spec, self._bootstrap.tp_rank
-        require_cpu(spec.device)
-        exchange: LeaderExchange | FollowerExchange
-        if tp_rank == 0:
-            exchange = LeaderExchange(
-                self._context, spec.bind_address, spec.advertise_address, spec.tensor_parallel_size
-            )
-            self._register(EngineId(""), Address(group=exchange.endpoint))
-        else:
-            endpoint = self._await_leader(lambda address: address.group)
-            exchange = FollowerExchange(self._context, endpoint, tp_rank)
-        group = TPGroup(tp_rank, spec.tensor_parallel_size, spec.device, None, exchange)
-        group.least(tp_rank)  # All are there, and it is told if not.
-        return group
 
     def _agree_on_engine_id(self, tp: TPGroup | None) -> EngineId:
         """Return the id that rank 0 has drawn. The other ranks draw one, too, and drop it."""
@@ -312,8 +281,8 @@ class RankProcess:
         port = transfer.endpoint.rpartition(":")[2]
         return tcp_endpoint(self._spec.advertise_address, int(port))
 
-    def _await_leader(self, channel: Callable[[Address], str]) -> str:
-        """Return the endpoint of a channel of rank 0 in this incarnation."""
+    def _await_leader(self) -> str:
+        """Return the endpoint of rank 0's step channel in this incarnation."""
         name = f"{self._spec.name}/rank-0"
         deadline_at = time.monotonic() + GROUP_TIMEOUT_S
         poller = self._poller()
@@ -322,9 +291,9 @@ class RankProcess:
                 if (
                     entry.name == name
                     and entry.incarnation == self._bootstrap.incarnation
-                    and (endpoint := channel(entry.address))
+                    and entry.address.steps
                 ):
-                    return endpoint
+                    return entry.address.steps
             self._wait(poller, 1.0)
         raise StartupError(
             f"{name} did not register where its group meets within {GROUP_TIMEOUT_S:.0f} s"

@@ -17,7 +17,7 @@ from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.planning.roles import PlacedEngine
 from pdlaunch.protocol.control import Capabilities
-from pdlaunch.protocol.process.bootstrap import OVER_HOSTS, Bootstrap, DoorSpec, RouterSpec
+from pdlaunch.protocol.process.bootstrap import Bootstrap, DoorSpec, RouterSpec
 from pdlaunch.protocol.sockets import LaunchKeys
 
 
@@ -136,9 +136,6 @@ class LaunchBootstraps:
         """Return where the ranks of an engine meet."""
         if spec.kind != "rank":
             return ""
-        shares = next(one.shares for one in self._resolved.engines if one.name == spec.engine)
-        if len(shares) > 1:
-            return OVER_HOSTS
         # Another file for each incarnation: the dead one's ranks still stand in theirs.
         return f"file://{self._run_dir / f'{spec.engine}.tp.{incarnation}'}"
 

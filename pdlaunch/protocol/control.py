@@ -44,8 +44,6 @@ class Address(Message, tag=False):
     """ZMQ endpoint of rank 0 for its engine's server."""
     steps: str = ""
     """ZMQ endpoint of rank 0 for the other ranks of the TP group."""
-    group: str = ""
-    """ZMQ endpoint of rank 0 for the sums of a TP group on several hosts."""
     side_channel: str = ""
     """``tcp://127.0.0.1:43210``; of a rank, or of an engine of vLLM."""
 

@@ -43,7 +43,7 @@ CASES = {
             hosts(A | {"roles": "prefill"}, B | {"roles": "prefill"}),
             hosts(A, B, decode__tensor_parallel_size=3, decode__hosts_per_engine=3),
         ],
-        [hosts(A, B, decode__tensor_parallel_size=2, decode__hosts_per_engine=2)],
+        [hosts(A, B, decode__tensor_parallel_size=2)],
     ),
     "PD453": Case(
         [hosts(A | {"domain": "x"}, B | {"domain": "y"}, **SPREAD)],
@@ -76,7 +76,8 @@ CASES = {
                 decode__tensor_parallel_size=2,
                 decode__hosts_per_engine=2,
             ),
+            hosts(A, B, decode__tensor_parallel_size=2, decode__hosts_per_engine=2),
         ],
-        [hosts(A, B, decode__tensor_parallel_size=2, decode__hosts_per_engine=2)],
+        [hosts(A, B, decode__tensor_parallel_size=2)],
     ),
 }

@@ -82,9 +82,6 @@ CASES = [
         on_gpus("decode: {tensor_parallel_size: 2, hosts_per_engine: 2}\n"),
         {
             "Set hosts_per_engine to 1": on_gpus("decode: {tensor_parallel_size: 2}\n"),
-            "device: cpu": two_hosts(
-                more="device: cpu\ndecode: {tensor_parallel_size: 2, hosts_per_engine: 2}\n"
-            ),
         },
     ),
     Case(

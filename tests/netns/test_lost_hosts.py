@@ -16,7 +16,6 @@ import pytest
 from tests.e2e.conftest import DEMO_ARGUMENTS
 from tests.netns.hosts import Network, new_network, signal_inner
 from tests.netns.launch import JOIN, PORT, FarLaunch, far_launch, pdlaunch, wait_for
-from tests.netns.test_launch import knock
 
 TIMEOUT_S = 180.0
 QUESTION = {
@@ -112,25 +111,6 @@ def test_engines_survive_agents_links_and_the_supervisor(
         assert launch.agents["b"].wait(TIMEOUT_S) == 1
         for name in ("a", "b", "c"):
             assert network[name].processes() == []
-
-
-def test_one_engine_over_three_hosts(network: Network, answer: dict[str, Any]) -> None:
-    """Its ranks add up over the network, where nobody else can."""
-    config = {
-        "hosts": [{"name": "local"}, *HOSTS],
-        "both": {"replicas": 1, "tensor_parallel_size": 3, "hosts_per_engine": 3},
-    }
-    with far_launch(network, config, ["b", "c"]) as launch:
-        for name in ("a", "b", "c"):
-            host = network[name]
-            open_to_others = [each for each in host.listening() if each.address != "127.0.0.1"]
-            assert {each.address for each in open_to_others} == {host.address}
-            ports = [each.port for each in open_to_others]
-            doors = knock(network["stranger"], host.address, ports)
-            assert {door.kind for door in doors.values()} <= {"curve", "tls"}
-        passed = network.num_bytes("b", "a")
-        assert is_same(answer, tokens(launch))
-        assert network.num_bytes("b", "a") > passed
 
 
 @pytest.mark.hosts_long

@@ -1,5 +1,5 @@
-"""A LeaderWorkerSet's pods and the services of a compose file run as they stand, each on a host of
-its own; the controller that makes pods of a set, and docker, are played by these tests.
+"""The services of a compose file run as they stand, each on a host of its own; docker is played by
+these tests.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.launch.render.manifests import EXAMPLES, lets_in, named, render, run
+from tests.launch.render.manifests import EXAMPLES, render, run
 from tests.netns.hosts import Host, new_network
 from tests.netns.test_pods import (
     QUESTION,
@@ -24,16 +24,11 @@ from tests.netns.test_pods import (
     accepted,
     ask,
     fill_etc,
-    prepare,
-    running,
     surroundings,
 )
 
 pytestmark = pytest.mark.hosts_long
 NAME = "wide"
-GROUP = (f"{NAME}-both-0", f"{NAME}-both-0-1", f"{NAME}-both-0-2")
-"""The leader and the workers of the first group, as the controller of LeaderWorkerSets names them.
-"""
 
 
 def until_ready(is_ready: Any, processes: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -42,49 +37,6 @@ def until_ready(is_ready: Any, processes: Sequence[subprocess.Popen[bytes]]) -> 
         assert time.monotonic() < ends_at
         assert [process.poll() for process in processes] == [None] * len(processes)
         time.sleep(0.5)
-
-
-def test_the_pods_of_a_group_are_one_engine(tmp_path: Path) -> None:
-    deployment = tmp_path / "wide.yaml"
-    settings = {
-        "model": "smollm2",
-        "both": {"replicas": 1, "tensor_parallel_size": 3, "hosts_per_engine": 3},
-        "kv_cache_memory": "64MiB",
-    }
-    deployment.write_text(json.dumps(settings))
-    arguments = (str(deployment), "--name", NAME)
-    objects = render("kubernetes", *arguments)
-    objects += render("kubernetes", *arguments, "--print-secret")
-    group = named(objects, "LeaderWorkerSet", f"{NAME}-both")["spec"]["leaderWorkerTemplate"]
-    assert group["size"] == len(GROUP)
-    pods = dict.fromkeys(GROUP, group["workerTemplate"])
-    pods["router"] = named(objects, "Deployment", NAME)["spec"]["template"]
-    with new_network(*pods) as network, contextlib.ExitStack() as stack:
-        router = network["router"]
-        names = f"127.0.0.1 localhost\n{router.address} {NAME} {NAME}.serving.svc {NAME}-control\n"
-        for name, pod in pods.items():
-            prepare(network[name], pod, objects, names)
-        processes = [
-            stack.enter_context(running(network[name], pod, name)) for name, pod in pods.items()
-        ]
-        probe = pods["router"]["spec"]["containers"][0]["readinessProbe"]["httpGet"]
-        url = f"http://{router.address}:8000{probe['path']}"
-        outside = network[GROUP[0]]
-        until_ready(lambda: ask(outside, url)[0] == 200, processes)
-        service = f"http://{NAME}.serving.svc:8000"
-        status, answer = ask(outside, f"{service}/v1/completions", json.dumps(QUESTION))
-        assert status == 200, answer
-        assert json.loads(answer)["usage"]["completion_tokens"] == QUESTION["max_tokens"]
-        joined = {(sender, name, port) for name in pods for sender, port in accepted(network, name)}
-        labels = {name: pod["metadata"]["labels"] for name, pod in pods.items()}
-        assert [
-            (sender, name, port)
-            for sender, name, port in joined
-            if not lets_in(objects, labels[name], labels[sender], port)
-        ] == []
-        # Each pod has a rank, which the first one speaks to.
-        for worker in GROUP[1:]:
-            assert any({sender, name} == {GROUP[0], worker} for sender, name, _ in joined)
 
 
 def test_the_services_of_a_compose_file_find_each_other(tmp_path: Path) -> None:

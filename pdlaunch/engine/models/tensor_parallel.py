@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -28,69 +27,33 @@ LOOPBACK_INTERFACE = "lo"
 _GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
-class Exchange(Protocol):
-    """Joins ranks on several hosts."""
-
-    def combine(self, data: bytes, merge: Callable[[Sequence[bytes]], bytes]) -> bytes:
-        """Return ``merge`` of the ``data`` of all ranks, in their order, on every rank."""
-
-    def close(self) -> None:
-        """Leave the group."""
-
-
 class TPGroup:
-    """Joins the ranks of one engine; all of them make collective calls in the same order.
-
-    ``exchange``: does the work of ``group`` for ranks on several hosts, on CPUs.
-    """
+    """Joins the ranks of one engine; all of them make collective calls in the same order."""
 
     def __init__(
-        self,
-        tp_rank: int,
-        tp_size: int,
-        device: str,
-        group: dist.ProcessGroup | None,
-        exchange: Exchange | None = None,
+        self, tp_rank: int, tp_size: int, device: str, group: dist.ProcessGroup | None
     ) -> None:
         self.tp_rank = tp_rank
         self.tp_size = tp_size
         self._device = torch.device(device)
         self._group = group
-        self._exchange = exchange
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Add up ``tensor`` over the ranks, in place and in the order of the current stream; a CUDA
         graph can hold it.
         """
-        if self._exchange is not None:
-
-            def add(parts: Sequence[bytes]) -> bytes:
-                first, *others = (_tensor_of(part, tensor) for part in parts)
-                for other in others:
-                    first += other
-                return _bytes_of(first)
-
-            tensor.copy_(_tensor_of(self._exchange.combine(_bytes_of(tensor), add), tensor))
-        elif self._group is not None:
+        if self._group is not None:
             dist.all_reduce(tensor, group=self._group)
         return tensor
 
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
         """Give every rank rank 0's ``tensor``, in place and in the order of the current stream."""
-        if self._exchange is not None:
-            mine = _bytes_of(tensor) if self.tp_rank == 0 else b""
-            tensor.copy_(_tensor_of(self._exchange.combine(mine, _first), tensor))
-        elif self._group is not None:
+        if self._group is not None:
             dist.broadcast(tensor, src=0, group=self._group)
         return tensor
 
     def least(self, number: int) -> int:
         """Return the smallest of the ranks' numbers, on every rank."""
-        if self._exchange is not None:
-            found = self._exchange.combine(
-                str(number).encode(), lambda parts: str(min(map(int, parts))).encode()
-            )
-            return int(found)
         if self._group is None:
             return number
         smallest = torch.tensor([number], dtype=torch.int64, device=self._device)
@@ -102,8 +65,6 @@ class TPGroup:
 
         Raw bytes travel, nothing is unpickled.
         """
-        if self._exchange is not None:
-            return self._exchange.combine(data or b"", _first)
         if self._group is None:
             assert data is not None
             return data
@@ -121,24 +82,9 @@ class TPGroup:
 
         On CUDA only once all graphs that hold its sums are gone: NCCL waits for them.
         """
-        if self._exchange is not None:
-            self._exchange.close()
-            self._exchange = None
         if self._group is not None:
             dist.destroy_process_group()
             self._group = None
-
-
-def _bytes_of(tensor: torch.Tensor) -> bytes:
-    return bytes(tensor.contiguous().view(torch.uint8).flatten().numpy())
-
-
-def _tensor_of(data: bytes, like: torch.Tensor) -> torch.Tensor:
-    return torch.frombuffer(bytearray(data), dtype=like.dtype).view(like.shape)
-
-
-def _first(parts: Sequence[bytes]) -> bytes:
-    return parts[0]
 
 
 def init_tp_group(

@@ -20,7 +20,6 @@ from pdlaunch.observe.logs import LogFormat
 from pdlaunch.protocol.control import Capabilities
 from pdlaunch.protocol.sockets import LaunchKeys
 
-OVER_HOSTS = "over-hosts"
 LISTEN_BACKLOG = 1024
 """Connections that wait to be accepted, at the router for as long as no router runs too."""
 MAX_OPEN_FILES = 65_536
@@ -113,9 +112,7 @@ class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
     """Says where vLLM's sidecar lets other hosts reach its engine; None on a single host."""
     tp_rank: int = 0
     rendezvous: str = ""
-    """``file://`` URL of this incarnation's TP group; ``OVER_HOSTS`` when its ranks are on several
-    hosts, where rank 0 registers the endpoint.
-    """
+    """``file://`` URL of this incarnation's TP group."""
     launch_id: str = ""
     step_record: int = -1
     """Rank 0's inherited descriptor of its ``StepRecord``."""
