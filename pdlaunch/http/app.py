@@ -32,20 +32,20 @@ from pdlaunch.http.openapi import DescribedRoute, Operation, describe
 from pdlaunch.observe.logs import request_logging
 from pdlaunch.observe.metrics import RequestMetrics
 from pdlaunch.protocol.ids import HttpRequestId
-from pdlaunch.protocol.openai.chat import ChatCompletionRequest
-from pdlaunch.protocol.openai.completions import CompletionRequest
+from pdlaunch.protocol.openai.requests import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeChatRequest,
+    TokenizeCompletionRequest,
+)
 from pdlaunch.protocol.openai.responses import (
     ChatChunk,
     ChatCompletion,
     Completion,
+    DetokenizeResponse,
     ModelCard,
     ModelList,
-)
-from pdlaunch.protocol.openai.tokenize import (
-    DetokenizeRequest,
-    DetokenizeResponse,
-    TokenizeChatRequest,
-    TokenizeCompletionRequest,
     TokenizeResponse,
 )
 

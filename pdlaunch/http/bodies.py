@@ -20,7 +20,7 @@ from aiohttp import hdrs, web
 
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.large_inputs import MemoryReturn
-from pdlaunch.protocol.openai.generation import MAX_CHOICES
+from pdlaunch.protocol.openai.requests import MAX_CHOICES
 
 DECODED_PIECE_BYTES = 256 * 1024
 _ZLIB, _GZIP, _RAW = zlib.MAX_WBITS, zlib.MAX_WBITS | 16, -zlib.MAX_WBITS

@@ -17,15 +17,14 @@ from pdlaunch.http.errors import model_not_found
 from pdlaunch.http.headers import ORIGIN_HEADER, format_origin
 from pdlaunch.protocol.ids import HopId, HttpRequestId, LeaseId, PromptOrigin
 from pdlaunch.protocol.openai.body import (
+    MAX_IGNORED_NAMES,
     TOKEN_IDS,
-    IgnoredNames,
     check_num_values,
     read_json_object,
     refuse_internal_fields,
     refuse_unknown,
 )
-from pdlaunch.protocol.openai.completions import MAX_PROMPTS
-from pdlaunch.protocol.openai.generation import MAX_CHOICES, StreamOptions
+from pdlaunch.protocol.openai.requests import MAX_CHOICES, MAX_PROMPTS, StreamOptions
 from pdlaunch.router.prefix_index import PrefixHashes, hash_prefix
 
 CHARACTERS_PER_TOKEN = 4
@@ -349,10 +348,10 @@ def _read_fields(body: dict[str, Any]) -> ClientFields:
 
 
 def _unknown_stream_options(body: dict[str, Any]) -> tuple[str, ...]:
-    known, names = {*StreamOptions.model_fields, *StreamOptions.HINTS}, IgnoredNames()
+    known = {*StreamOptions.model_fields, *StreamOptions.HINTS}
     given = body.get("stream_options") or {}
-    names.add(StreamOptions.PLACE, (name for name in given if name not in known))
-    return names.all()
+    unknown = [StreamOptions.PLACE + name for name in given if name not in known]
+    return tuple(unknown[:MAX_IGNORED_NAMES])
 
 
 def _check_limits(fields: ClientFields, *, may_be_none: bool) -> int | None:

@@ -20,7 +20,7 @@ import msgspec
 from pdlaunch.errors import OverloadedError
 from pdlaunch.http.errors import RETRY_AFTER_S
 from pdlaunch.protocol.control import Capabilities
-from pdlaunch.protocol.openai.completions import DEFAULT_MAX_TOKENS
+from pdlaunch.protocol.openai.requests import DEFAULT_MAX_TOKENS
 from pdlaunch.router.client_request import PromptRequest
 from pdlaunch.router.engine_stream import Chunk
 from pdlaunch.router.transcript import Transcript

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pdlaunch.protocol.openai.body import RequestBody
-from pdlaunch.protocol.openai.chat import ChatCompletionRequest
-from pdlaunch.protocol.openai.completions import CompletionRequest
-from pdlaunch.protocol.openai.tokenize import (
+from pdlaunch.protocol.openai.requests import (
+    ChatCompletionRequest,
+    CompletionRequest,
     DetokenizeRequest,
     TokenizeChatRequest,
     TokenizeCompletionRequest,

@@ -6,8 +6,7 @@ import pytest
 
 from pdlaunch.errors import RequestError
 from pdlaunch.protocol.openai.body import parse_request
-from pdlaunch.protocol.openai.chat import ChatCompletionRequest
-from pdlaunch.protocol.openai.completions import CompletionRequest
+from pdlaunch.protocol.openai.requests import ChatCompletionRequest, CompletionRequest
 
 USER = [{"role": "user", "content": "hi"}]
 TEXT = {"type": "text", "text": "hi"}

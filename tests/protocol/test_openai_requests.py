@@ -14,8 +14,7 @@ from openai.types.chat import completion_create_params as openai_chat
 
 from pdlaunch.errors import RequestError
 from pdlaunch.protocol.openai.body import MAX_IGNORED_NAMES, parse_request, read_json_object
-from pdlaunch.protocol.openai.chat import ChatCompletionRequest
-from pdlaunch.protocol.openai.completions import CompletionRequest
+from pdlaunch.protocol.openai.requests import ChatCompletionRequest, CompletionRequest
 from tests.protocol.openai_bodies import TEXT, USER, chat, completion, refusal
 
 

@@ -43,8 +43,7 @@ from pdlaunch.http.large_inputs import LARGE_BODY_BYTES, LARGE_TEXT_BYTES
 from pdlaunch.observe.metrics import RequestClock
 from pdlaunch.observe.spans import SpanLog
 from pdlaunch.protocol.ids import NO_ORIGIN, HopId
-from pdlaunch.protocol.openai.chat import ChatCompletionRequest
-from pdlaunch.protocol.openai.completions import CompletionRequest
+from pdlaunch.protocol.openai.requests import ChatCompletionRequest, CompletionRequest
 
 _log = logging.getLogger(__name__)
 

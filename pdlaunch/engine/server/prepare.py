@@ -25,8 +25,12 @@ from pdlaunch.observe.spans import SpanLog
 from pdlaunch.protocol.engine import AddRequest, SamplingParams, TokenOutput, output_of
 from pdlaunch.protocol.ids import NO_ORIGIN, HopId, PromptOrigin, RequestId, request_of
 from pdlaunch.protocol.kv_params import FirstToken, KVTransferParams
-from pdlaunch.protocol.openai.completions import DEFAULT_MAX_TOKENS, CompletionRequest
-from pdlaunch.protocol.openai.generation import GenerationRequest, SamplingFields
+from pdlaunch.protocol.openai.requests import (
+    DEFAULT_MAX_TOKENS,
+    CompletionRequest,
+    GenerationRequest,
+    SamplingFields,
+)
 
 _SEED_BITS = 63
 

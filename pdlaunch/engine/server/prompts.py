@@ -12,15 +12,14 @@ import msgspec
 from pdlaunch.engine.server.served_model import ServedModel
 from pdlaunch.errors import RequestError
 from pdlaunch.protocol.openai.body import num_token_ids, parse_request, read_json_object
-from pdlaunch.protocol.openai.chat import ChatCompletionRequest
-from pdlaunch.protocol.openai.completions import CompletionRequest
-from pdlaunch.protocol.openai.tokenize import (
+from pdlaunch.protocol.openai.requests import (
+    ChatCompletionRequest,
+    CompletionRequest,
     DetokenizeRequest,
-    DetokenizeResponse,
     TokenizeChatRequest,
     TokenizeCompletionRequest,
-    TokenizeResponse,
 )
+from pdlaunch.protocol.openai.responses import DetokenizeResponse, TokenizeResponse
 
 MIN_TEXT_CHARS = 2**18
 TEXT_CHARS_PER_TOKEN = 8

@@ -14,7 +14,7 @@ from pdlaunch.engine.server.engine_reports import EngineReports
 from pdlaunch.engine.server.tokenizer import TextTokenizer
 from pdlaunch.protocol.engine import TokenOutput
 from pdlaunch.protocol.ids import HopId
-from pdlaunch.protocol.openai.generation import GenerationRequest
+from pdlaunch.protocol.openai.requests import GenerationRequest
 from pdlaunch.protocol.openai.responses import (
     AssistantMessage,
     ChatChoice,

@@ -14,7 +14,7 @@ from pdlaunch.engine.server.tokenizer import TextTokenizer
 from pdlaunch.errors import ConfigError, RequestError
 from pdlaunch.http.errors import model_not_found
 from pdlaunch.protocol.openai.body import parse_request
-from pdlaunch.protocol.openai.generation import SamplingDefaults
+from pdlaunch.protocol.openai.requests import SamplingDefaults
 
 _log = logging.getLogger(__name__)
 

@@ -22,35 +22,15 @@ from pydantic.fields import FieldInfo
 from pdlaunch.errors import RequestError
 
 MAX_JSON_VALUES = 100_000
-"""Strings, lists and objects of a body: what Python makes of them is far larger than their text."""
+"""Strings, lists and objects of a body; as Python objects they are far larger than as text."""
+MAX_IGNORED_NAMES = 64
 INTERNAL_FIELDS = frozenset({"kv_transfer_params", "resume"})
 """Accepted by engines; refused by the public router."""
-
-MAX_IGNORED_NAMES = 64
-"""Names of ignored fields that are kept of a request, which may have very many."""
-
 TOKEN_IDS = re.compile(rb"\s*\[\s*\d")
-"""A list of token ids begins like this."""
+"""The beginning of a list of token ids."""
 
 R = TypeVar("R", bound="RequestBody")
-
-
-class IgnoredNames:
-    """Collects the names of a body's unknown fields, the first ``MAX_IGNORED_NAMES`` of them."""
-
-    def __init__(self) -> None:
-        self._names: dict[str, None] = {}
-
-    def add(self, place: str, names: Iterable[str]) -> None:
-        """Add names of fields that stand at ``place``, such as ``messages.``."""
-        for name in names:
-            if len(self._names) >= MAX_IGNORED_NAMES:
-                return
-            self._names[place + name] = None
-
-    def all(self) -> tuple[str, ...]:
-        """Return the names in the order in which they were found, each once."""
-        return tuple(self._names)
+Values = dict[str, tuple[object, ...]]
 
 
 class RequestBody(BaseModel):
@@ -58,20 +38,20 @@ class RequestBody(BaseModel):
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True, allow_inf_nan=False)
 
-    NEUTRAL: ClassVar[dict[str, tuple[object, ...]]] = {}
-    """Fields of the API that pdlaunch does not serve, with the values, besides ``null``, under
-    which they change nothing.
+    NEUTRAL: ClassVar[Values] = {}
+    """Fields of the API that pdlaunch does not serve, with the values, besides ``null``, that
+    change nothing.
     """
     HINTS: ClassVar[frozenset[str]] = frozenset()
-    """Fields of the API that no answer has to follow: any value is accepted, and not used."""
+    """Fields of the API that may be ignored, whatever their value."""
     PLACE: ClassVar[str] = ""
-    """Says where such objects stand in a body: ``messages.``; indices are left out."""
+    """Path of such objects in a body, without indices: ``messages.``."""
 
     _ignored: tuple[str, ...] = PrivateAttr(())
 
     @property
     def ignored_fields(self) -> tuple[str, ...]:
-        """Return the names of the body's fields, at all depths, that nobody here knows."""
+        """Return the paths of the body's unknown fields, at all depths."""
         return self._ignored
 
     @model_validator(mode="before")
@@ -81,113 +61,48 @@ class RequestBody(BaseModel):
         if not isinstance(body, dict):
             return body
         known: dict[str, object] = {}
-        unknown: list[str] = []
         for name, value in body.items():
             if value is None or name in cls.HINTS:
-                pass
-            elif name in cls.model_fields:
+                continue
+            if name in cls.model_fields:
                 known[name] = value
             elif name not in cls.NEUTRAL:
-                unknown.append(name)
+                if isinstance(info.context, dict) and len(info.context) < MAX_IGNORED_NAMES:
+                    info.context[cls.PLACE + name] = None
             elif not any(_same(value, neutral) for neutral in cls.NEUTRAL[name]):
                 raise RequestError(
                     f"{name} is not supported; leave it out",
                     param=name,
                     code="unsupported_parameter",
                 )
-        if unknown and isinstance(info.context, IgnoredNames):
-            info.context.add(cls.PLACE, unknown)
         return known
-
-
-class _Resume(msgspec.Struct):
-    resume: msgspec.Raw = msgspec.Raw()
-
-
-def read_json_object(raw: bytes) -> dict[str, Any]:
-    """Return the JSON object in ``raw``; raises RequestError for anything else."""
-    check_num_values(raw)
-    try:
-        body = msgspec.json.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from None
-    if not isinstance(body, dict):
-        raise RequestError("the body must be a JSON object", code="invalid_json")
-    return body
-
-
-def check_num_values(raw: bytes) -> None:
-    """Refuse a body of very many values before it is parsed. Raises RequestError.
-
-    ``resume``, which only routers may send, grows with the answer that is to go on.
-    """
-    if raw.count(b'"') // 2 + raw.count(b"[") + raw.count(b"{") <= MAX_JSON_VALUES:
-        return
-    try:
-        resume = msgspec.json.decode(raw, type=_Resume).resume
-    except (ValueError, RecursionError):
-        resume = msgspec.Raw()
-    if num_values(raw) - num_values(bytes(resume)) > MAX_JSON_VALUES:
-        message = f"the body has more than {MAX_JSON_VALUES} strings, lists and objects"
-        raise RequestError(message, code="too_many_values")
-
-
-def num_values(raw: bytes) -> int:
-    """Count strings, lists and objects of a JSON text.
-
-    It runs at the speed of memory, 0.1 s for 16 MiB.
-    """
-    text = raw.replace(b"\\\\", b"").replace(
-        b'\\"', b""
-    )  # what is left of quotes begins and ends strings
-    num_strings = text.count(b'"') // 2
-    if num_strings > MAX_JSON_VALUES:
-        return num_strings
-    outside = b"".join(text.split(b'"')[::2])
-    return num_strings + outside.count(b"[") + outside.count(b"{")
-
-
-def num_token_ids(raw: bytes, member: str) -> int:
-    """Return the length of a member that is one list of token ids, without parsing it.
-
-    It is 0 when the member is something else. Raises RequestError.
-    """
-    check_num_values(raw)
-    try:
-        value = bytes(msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).get(member, b""))
-    except (ValueError, RecursionError):
-        return 0
-    return value.count(b",") + 1 if TOKEN_IDS.match(value) else 0
 
 
 def parse_request(
     kind: type[R], body: dict[str, Any], *, public: bool, strict_fields: bool = False
 ) -> R:
-    """Check ``body`` against ``kind``.
+    """Check ``body`` against ``kind``. Raises RequestError naming the field.
 
     ``public``: the body comes from a client of the deployment, who may not set ``INTERNAL_FIELDS``.
-    ``strict_fields``: unknown fields are refused, not ignored. Raises RequestError with ``param``
-    set to the field.
+    ``strict_fields``: unknown fields are refused, not ignored.
     """
     if public:
         refuse_internal_fields(body)
-    ignored = IgnoredNames()
+    ignored: dict[str, None] = {}
     try:
         request = kind.model_validate(body, context=ignored)
     except ValidationError as error:
         raise _request_error(kind, error) from None
     if strict_fields:
-        refuse_unknown(
-            ignored.all(), set(kind.model_fields) - (INTERNAL_FIELDS if public else set())
-        )
-    request._ignored = ignored.all()
+        refuse_unknown(ignored, set(kind.model_fields) - (INTERNAL_FIELDS if public else set()))
+    request._ignored = tuple(ignored)
     return request
 
 
 def refuse_internal_fields(body: dict[str, Any]) -> None:
     """Raise RequestError for a client's body with fields that only routers may send."""
-    # vLLM takes what stands in vllm_xargs for its own fields and does not look at it: a text as
-    # kv_transfer_params ends its engine core, and the next engine's after it.
+    # vLLM takes vllm_xargs for its own fields without a check: a string as kv_transfer_params ends
+    # its engine core.
     xargs = body.get("vllm_xargs")
     places = {"": body, "vllm_xargs.": xargs if isinstance(xargs, dict) else {}}
     for place, fields in places.items():
@@ -212,47 +127,91 @@ def refuse_unknown(names: Iterable[str], known: Iterable[str]) -> None:
         )
 
 
+class _Resume(msgspec.Struct):
+    resume: msgspec.Raw = msgspec.Raw()
+
+
+def read_json_object(raw: bytes) -> dict[str, Any]:
+    """Return the JSON object in ``raw``. Raises RequestError."""
+    check_num_values(raw)
+    try:
+        body = msgspec.json.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from None
+    if not isinstance(body, dict):
+        raise RequestError("the body must be a JSON object", code="invalid_json")
+    return body
+
+
+def check_num_values(raw: bytes) -> None:
+    """Refuse a body of very many values before it is parsed. Raises RequestError.
+
+    ``resume``, which only routers may send, is not counted: it grows with the answer.
+    """
+    if raw.count(b'"') // 2 + raw.count(b"[") + raw.count(b"{") <= MAX_JSON_VALUES:
+        return
+    try:
+        resume = bytes(msgspec.json.decode(raw, type=_Resume).resume)
+    except (ValueError, RecursionError):
+        resume = b""
+    if num_values(raw) - num_values(resume) > MAX_JSON_VALUES:
+        message = f"the body has more than {MAX_JSON_VALUES} strings, lists and objects"
+        raise RequestError(message, code="too_many_values")
+
+
+def num_values(raw: bytes) -> int:
+    """Count strings, lists and objects of a JSON text at the speed of memory: 16 MiB in 0.1 s."""
+    text = raw.replace(b"\\\\", b"").replace(b'\\"', b"")  # leaves only quotes that delimit strings
+    num_strings = text.count(b'"') // 2
+    if num_strings > MAX_JSON_VALUES:
+        return num_strings
+    outside = b"".join(text.split(b'"')[::2])
+    return num_strings + outside.count(b"[") + outside.count(b"{")
+
+
+def num_token_ids(raw: bytes, member: str) -> int:
+    """Return the length of a member that is a list of token ids, without parsing it; else 0.
+
+    Raises RequestError.
+    """
+    check_num_values(raw)
+    try:
+        value = bytes(msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).get(member, b""))
+    except (ValueError, RecursionError):
+        return 0
+    return value.count(b",") + 1 if TOKEN_IDS.match(value) else 0
+
+
 def _same(value: object, neutral: object) -> bool:
-    """Tell whether both are equal and of one type, as ``True == 1`` in Python."""
-    return type(value) is type(neutral) and value == neutral
-
-
-def _request_error(kind: type[RequestBody], error: ValidationError) -> RequestError:
-    """Return the first finding of pydantic.
-
-    The path to the field is written as OpenAI does: ``messages[0].role``.
-    """
-    first = error.errors(include_url=False)[0]
-    path = ""
-    for part in first["loc"]:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, RequestError):
-        return _at(path, cause)
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] in _OUT_OF_RANGE:
-        name, *inside = first["loc"]
-        bounds = "" if inside else _bounds(kind.model_fields[str(name)])
-        message = f"{bounds or message}, got {str(first['input'])[:100]}"
-    return RequestError(
-        f"{path}: {message}" if path else message, param=path or None, code="invalid_value"
-    )
-
-
-def _at(path: str, error: RequestError) -> RequestError:
-    """Return the refusal of an inner object as one of the whole body.
-
-    Always a new error: pydantic's holds the one that it caught, out of sight of the garbage
-    collector, so a raise of that one with pydantic's as its context would keep the request forever.
-    """
-    message = f"{path}: {error}" if path else str(error)
-    param = ".".join(filter(None, (path, error.param))) or None
-    return RequestError(message, param=param, status=error.status, code=error.code)
+    return type(value) is type(neutral) and value == neutral  # in Python, True == 1
 
 
 _OUT_OF_RANGE = frozenset(
     {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
 )
+
+
+def _request_error(kind: type[RequestBody], error: ValidationError) -> RequestError:
+    """Return pydantic's first finding, with the field's path as OpenAI writes it:
+    ``messages[0].role``.
+    """
+    first = error.errors(include_url=False)[0]
+    path = ""
+    for part in first["loc"]:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    place = f"{path}: " if path else ""
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, RequestError):
+        # A copy: pydantic's error holds the one that it caught, out of sight of the garbage
+        # collector, so raising that one would keep the request's body forever.
+        param = ".".join(filter(None, (path, cause.param))) or None
+        return RequestError(f"{place}{cause}", param=param, status=cause.status, code=cause.code)
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] in _OUT_OF_RANGE:
+        name, *inside = first["loc"]
+        bounds = "" if inside else _bounds(kind.model_fields[str(name)])
+        message = f"{bounds or message}, got {str(first['input'])[:100]}"
+    return RequestError(f"{place}{message}", param=path or None, code="invalid_value")
 
 
 def _bounds(field: FieldInfo) -> str:

@@ -16,12 +16,7 @@ MAX_PARTS = 4096
 """Bounds the parts of all messages together."""
 MAX_TOOLS = 1024
 
-_TEXT_MEMBERS = {
-    "text": "text",
-    "input_text": "text",
-    "output_text": "text",
-    "refusal": "refusal",
-}
+_TEXT_MEMBERS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 """The member that holds the text of a part, by its type."""
 
 
@@ -66,17 +61,6 @@ class FunctionCall(RequestBody):
     name: str = Field(min_length=1)
     arguments: str | dict[str, Any] = ""
 
-    def for_template(self) -> dict[str, Any]:
-        """Return the call with its arguments as an object, which templates expect.
-
-        Arguments that are no JSON object stay the text that the model wrote.
-        """
-        arguments: object = self.arguments or {}
-        if isinstance(arguments, str):
-            with contextlib.suppress(ValueError, RecursionError):
-                arguments = msgspec.json.decode(arguments, type=dict[str, Any])
-        return {"name": self.name, "arguments": arguments}
-
 
 class ToolCall(RequestBody):
     """Holds a tool call of an answer that the client sends back."""
@@ -89,8 +73,15 @@ class ToolCall(RequestBody):
     function: FunctionCall
 
     def for_template(self) -> dict[str, Any]:
-        """Return what a chat template sees."""
-        return {"id": self.id, "type": self.type, "function": self.function.for_template()}
+        """Return what a chat template sees: arguments as an object, unless they are no JSON
+        object.
+        """
+        arguments: object = self.function.arguments or {}
+        if isinstance(arguments, str):
+            with contextlib.suppress(ValueError, RecursionError):
+                arguments = msgspec.json.decode(arguments, type=dict[str, Any])
+        function = {"name": self.function.name, "arguments": arguments}
+        return {"id": self.id, "type": self.type, "function": function}
 
 
 class ToolFunction(RequestBody):
@@ -113,7 +104,6 @@ class Tool(RequestBody):
     function: ToolFunction
 
     def for_template(self) -> dict[str, Any]:
-        """Return what a chat template sees: what the client has said of the tool."""
         return {"type": self.type, "function": self.function.model_dump(exclude_none=True)}
 
 
@@ -122,9 +112,6 @@ Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS)]
 
 def _as_parts(value: object) -> object:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
-
-
-_PARTS_CHECK = BeforeValidator(_as_parts, json_schema_input_type=list[TextPart] | str)
 
 
 class ChatMessage(RequestBody):
@@ -145,14 +132,14 @@ class ChatMessage(RequestBody):
     tool_call_id: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
-    """The older name of ``reasoning``."""
+    """The name of ``reasoning`` in other APIs."""
 
     def text(self) -> str:
         """Return the content; parts are joined by line ends, as vLLM does."""
         return "\n".join(part.text for part in self.content)
 
     def for_template(self) -> dict[str, Any]:
-        """Return what a chat template sees; it is what vLLM shows."""
+        """Return what a chat template sees, as in vLLM."""
         message: dict[str, Any] = {"role": self.role, "content": self.text()}
         if self.tool_calls:
             message["tool_calls"] = [call.for_template() for call in self.tool_calls]
@@ -168,11 +155,10 @@ class ChatMessage(RequestBody):
 
 def _check_size(messages: list[ChatMessage]) -> list[ChatMessage]:
     num_parts = sum(len(message.content) for message in messages)
-    # A message of text alone has one part.
-    if num_parts - len(messages) > MAX_PARTS:
+    if num_parts - len(messages) > MAX_PARTS:  # each message has one part at least
         raise ValueError(f"{num_parts} parts of content; at most {MAX_PARTS} are accepted")
     arguments = [call.function.arguments for message in messages for call in message.tool_calls]
-    # They are JSON in a string, which the body's own bound does not see.
+    # JSON in a string, which the check of the whole body does not see.
     texts = [text.encode() for text in arguments if isinstance(text, str)]
     if sum(map(num_values, texts)) > MAX_JSON_VALUES:
         raise ValueError(

@@ -1,8 +1,4 @@
-"""Defines answers and stream chunks, encoded and decoded by msgspec.
-
-They read what vLLM writes as well: members that we do not know are dropped, those that others leave
-out have defaults. ``UNSET`` members are not written.
-"""
+"""Defines answers and stream chunks. ``UNSET`` members are not written."""
 
 from __future__ import annotations
 
@@ -37,7 +33,7 @@ class Usage(msgspec.Struct, kw_only=True):
     total_tokens: int = 0
     prompt_tokens_details: PromptTokensDetails | None = None
     completion_tokens_details: dict[str, Any] | UnsetType = UNSET
-    """Filled in by engines that tell more than we do: reasoning tokens and the like."""
+    """Of other engines: reasoning tokens and the like."""
 
 
 class CompletionLogprobs(msgspec.Struct, kw_only=True):
@@ -73,33 +69,24 @@ class ChatLogprobs(msgspec.Struct, kw_only=True):
     refusal: None = None
 
 
-class CompletionChoice(msgspec.Struct, kw_only=True):
-    """Holds a choice of an answer or of a chunk.
+class AnyChoice(msgspec.Struct, kw_only=True):
+    """Holds what all choices of answers and chunks have.
 
     With ``return_token_ids``, ``token_ids`` are those of this answer or chunk.
     """
 
     index: int = 0
-    text: str = ""
-    logprobs: CompletionLogprobs | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     token_ids: list[int] | UnsetType | None = UNSET
+
+
+class CompletionChoice(AnyChoice, kw_only=True):
+    """Holds a choice of a completion or of a chunk."""
+
+    text: str = ""
+    logprobs: CompletionLogprobs | None = None
     prompt_token_ids: list[int] | UnsetType | None = UNSET
-
-
-class Completion(msgspec.Struct, kw_only=True):
-    """Answers /v1/completions; with ``usage`` UNSET it is a chunk of the stream."""
-
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int = 0
-    model: str = ""
-    choices: list[CompletionChoice] = []
-    usage: Usage | UnsetType | None = UNSET
-    kv_transfer_params: dict[str, Any] | UnsetType | None = UNSET
-    pdlaunch_work: EngineReport | UnsetType = UNSET
-    """Tells a router of ours what the engine has to do."""
 
 
 class AssistantMessage(msgspec.Struct, kw_only=True):
@@ -110,30 +97,11 @@ class AssistantMessage(msgspec.Struct, kw_only=True):
     refusal: None = None
 
 
-class ChatChoice(msgspec.Struct, kw_only=True):
-    """Holds one choice of an answer."""
+class ChatChoice(AnyChoice, kw_only=True):
+    """Holds one choice of a chat's answer."""
 
-    index: int = 0
     message: AssistantMessage
     logprobs: ChatLogprobs | None = None
-    finish_reason: str | None = None
-    stop_reason: str | int | None = None
-    token_ids: list[int] | UnsetType | None = UNSET
-
-
-class ChatCompletion(msgspec.Struct, kw_only=True):
-    """Answers /v1/chat/completions."""
-
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int = 0
-    model: str = ""
-    choices: list[ChatChoice] = []
-    usage: Usage | UnsetType | None = UNSET
-    prompt_token_ids: list[int] | UnsetType | None = UNSET
-    kv_transfer_params: dict[str, Any] | UnsetType | None = UNSET
-    pdlaunch_work: EngineReport | UnsetType = UNSET
-    """Tells a router of ours what the engine has to do."""
 
 
 class ChatDelta(msgspec.Struct, kw_only=True):
@@ -143,30 +111,45 @@ class ChatDelta(msgspec.Struct, kw_only=True):
     content: str | UnsetType | None = UNSET
 
 
-class ChatChunkChoice(msgspec.Struct, kw_only=True):
-    """Holds one choice of a chunk; ``token_ids`` are those of this chunk."""
+class ChatChunkChoice(AnyChoice, kw_only=True):
+    """Holds one choice of a chunk."""
 
-    index: int = 0
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
-    finish_reason: str | None = None
-    stop_reason: str | int | None = None
-    token_ids: list[int] | UnsetType | None = UNSET
 
 
-class ChatChunk(msgspec.Struct, kw_only=True):
-    """Holds a chunk of a chat stream."""
+class AnyAnswer(msgspec.Struct, kw_only=True):
+    """Holds what all answers and chunks have."""
 
     id: str
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     created: int = 0
     model: str = ""
-    choices: list[ChatChunkChoice] = []
     usage: Usage | UnsetType | None = UNSET
-    prompt_token_ids: list[int] | UnsetType | None = UNSET
     kv_transfer_params: dict[str, Any] | UnsetType | None = UNSET
     pdlaunch_work: EngineReport | UnsetType = UNSET
-    """Tells a router of ours what the engine has to do."""
+
+
+class Completion(AnyAnswer, kw_only=True):
+    """Answers /v1/completions, whole or as a chunk."""
+
+    object: Literal["text_completion"] = "text_completion"
+    choices: list[CompletionChoice] = []
+
+
+class ChatCompletion(AnyAnswer, kw_only=True):
+    """Answers /v1/chat/completions."""
+
+    object: Literal["chat.completion"] = "chat.completion"
+    choices: list[ChatChoice] = []
+    prompt_token_ids: list[int] | UnsetType | None = UNSET
+
+
+class ChatChunk(AnyAnswer, kw_only=True):
+    """Holds a chunk of a chat stream."""
+
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    choices: list[ChatChunkChoice] = []
+    prompt_token_ids: list[int] | UnsetType | None = UNSET
 
 
 class ModelCard(msgspec.Struct, kw_only=True):
@@ -187,3 +170,18 @@ class ModelList(msgspec.Struct, kw_only=True):
 
     object: Literal["list"] = "list"
     data: list[ModelCard] = []
+
+
+class TokenizeResponse(msgspec.Struct, kw_only=True):
+    """Answers /tokenize."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeResponse(msgspec.Struct, kw_only=True):
+    """Answers /detokenize."""
+
+    prompt: str

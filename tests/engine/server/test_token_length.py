@@ -17,7 +17,7 @@ from pdlaunch.engine.server.prompts import (
 from pdlaunch.engine.server.served_model import ServedModel
 from pdlaunch.engine.server.tokenizer import TextTokenizer
 from pdlaunch.errors import RequestError
-from pdlaunch.protocol.openai.completions import CompletionRequest
+from pdlaunch.protocol.openai.requests import CompletionRequest
 from tests.engine.server.conftest import byte_level_tokenizer
 from tests.engine.server.test_text_stream import METASPACE
 

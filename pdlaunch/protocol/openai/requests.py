@@ -1,0 +1,362 @@
+"""Defines the requests of /v1/completions, /v1/chat/completions, /tokenize and /detokenize.
+
+The internal field ``resume`` continues an answer at another engine: ``{"choices": [[{"token_id":
+5, "logprob": -0.1, "top_logprobs": [[5, -0.1]]}, ...], ...], "sent": true}`` has the output tokens
+so far of each choice. A choice whose last token has a ``finish_reason`` is over.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, cast
+
+import msgspec
+from pydantic import BeforeValidator, Field, PlainValidator, model_validator
+
+from pdlaunch.errors import RequestError
+from pdlaunch.protocol.kv_params import FirstToken, KVTransferParams, from_wire
+from pdlaunch.protocol.openai.body import RequestBody, Values
+from pdlaunch.protocol.openai.messages import Messages, Tools
+
+MAX_CHOICES = 128
+MAX_PROMPTS = 1024
+MAX_LOGPROBS = 20
+MAX_LABEL_LENGTH = 1024
+MAX_STOP_STRINGS = 32
+MAX_STOP_LENGTH = 1000
+MAX_LOGIT_BIAS = 1024
+"""OpenAI takes 300, vLLM any number."""
+DEFAULT_MAX_TOKENS = 16
+"""The limit of a completion that names none."""
+
+
+class Resume(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Holds output tokens that exist already, by choice."""
+
+    choices: list[list[FirstToken]]
+    sent: bool = True
+    """The client has everything that these tokens give (role, text, logprobs, finish_reason)."""
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _int_keys(value: object) -> object:
+    """Convert keys to integers, which JSON does not have: ``{"15043": -100}``."""
+    if not isinstance(value, dict):
+        return value
+    if len(value) > MAX_LOGIT_BIAS:
+        raise ValueError(f"{len(value)} entries; at most {MAX_LOGIT_BIAS} are accepted")
+    try:
+        return {int(key): bias for key, bias in value.items()}
+    except (TypeError, ValueError):
+        raise ValueError("keys must be token ids") from None
+
+
+StopStrings = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]],
+    BeforeValidator(_as_list, json_schema_input_type=list[str] | str),
+    Field(max_length=MAX_STOP_STRINGS),
+]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+LogitBias = Annotated[
+    dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_int_keys)
+]
+Label = Annotated[str, Field(max_length=MAX_LABEL_LENGTH)]
+
+
+def _names(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
+
+class StreamOptions(RequestBody):
+    """Says what a stream carries besides text."""
+
+    PLACE = "stream_options."
+    HINTS = frozenset({"include_obfuscation"})
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class SamplingFields(RequestBody):
+    """Holds the fields that a model's generation_config.json has too; the defaults are neutral."""
+
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=-1, lt=2**31, description="0 and -1: off.")
+    min_p: float = Field(0.0, ge=0, le=1)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(1.0, gt=0)
+
+
+class SamplingDefaults(SamplingFields):
+    """Holds the defaults of sampling fields that requests leave open."""
+
+    max_new_tokens: int | None = Field(None, ge=1)
+    """Limits answers of chats; completions have OpenAI's default."""
+
+
+class GenerationRequest(SamplingFields):
+    """Holds the sampling and streaming fields of both completion APIs.
+
+    ``model_fields_set`` tells which of them the client has given. ``user``,
+    ``safety_identifier`` and ``prompt_cache_key`` are accepted as labels.
+    """
+
+    # Fields that would change the answer are refused, also those that vLLM has dropped
+    # (``guided_*``): an answer without the constraint would be wrong in silence.
+    NEUTRAL: ClassVar[Values] = dict.fromkeys(
+        _names(
+            "allowed_token_ids ebnf guided_choice guided_grammar guided_json guided_regex "
+            "json_schema logprob_token_ids lora_path moderation prompt_embeds prompt_logprobs regex "
+            "repetition_detection structural_tag structured_outputs truncate_prompt_tokens"
+        ),
+        (),
+    ) | {
+        "bad_words": ([],),
+        "early_stopping": (False,),
+        "ec_transfer_params": ({},),
+        "echo": (False,),
+        "length_penalty": (1, 1.0),
+        "logits_processors": ([],),
+        "priority": (0,),
+        "response_format": ({"type": "text"},),
+        "return_prompt_text": (False,),
+        "return_tokens_as_token_ids": (False,),
+        "spaces_between_special_tokens": (True,),
+        "thinking_token_budget": (-1,),
+        "use_beam_search": (False,),
+        "watermarking": (False,),
+    }
+    HINTS: ClassVar[frozenset[str]] = _names(
+        "metadata prompt_cache_options prompt_cache_retention request_id return_mm_kwargs "
+        "return_token_offsets routed_experts_prompt_start service_tier session_id store "
+        "stream_interval truncation_side vllm_xargs"
+    )
+
+    model: str | None = None
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    min_tokens: int = Field(0, ge=0, lt=2**31)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    stop: StopStrings = []
+    stop_token_ids: list[TokenId] = Field([], max_length=MAX_CHOICES)
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    logit_bias: LogitBias = {}
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    cache_salt: Label = ""
+    return_token_ids: bool = False
+    user: Label = ""
+    safety_identifier: Label = ""
+    prompt_cache_key: Label = ""
+    kv_transfer_params: dict[str, Any] | None = None
+    resume: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _check_together(self) -> GenerationRequest:
+        if self.is_remote_prefill:
+            return self
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options needs stream: true", param="stream_options")
+        limit = self.token_limit
+        if limit is not None and self.min_tokens > limit:
+            raise RequestError(
+                f"min_tokens {self.min_tokens} is more than max_tokens {limit}", param="min_tokens"
+            )
+        return self
+
+    @property
+    def is_remote_prefill(self) -> bool:
+        """Return whether only the first token is wanted; other fields describe the whole answer."""
+        return (self.kv_transfer_params or {}).get("do_remote_decode") is True
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def continuous_usage(self) -> bool:
+        options = self.stream_options
+        return options is not None and options.include_usage and options.continuous_usage_stats
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        """Return None for no logprobs, 0 for those of the token itself."""
+        raise NotImplementedError
+
+    def kv_transfer(self) -> KVTransferParams:
+        """Return ``kv_transfer_params``, checked. Raises RequestError naming the key."""
+        params = self.kv_transfer_params
+        return KVTransferParams() if params is None else from_wire(params)
+
+    def resumed(self) -> Resume | None:
+        """Return ``resume``, checked. Raises RequestError."""
+        if self.resume is None:
+            return None
+        try:
+            resume = msgspec.convert(self.resume, Resume)
+        except (msgspec.ValidationError, RecursionError) as error:
+            raise RequestError(f"resume: {error}", param="resume") from None
+        if len(resume.choices) != self.n:
+            message = f"resume has {len(resume.choices)} choices, the request n={self.n}"
+            raise RequestError(message, param="resume.choices")
+        return resume
+
+
+Prompt = str | list[int]
+_TokenIds = list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]]
+
+
+def _check_prompt(value: object) -> Prompt | list[Prompt]:
+    """Check by hand: pydantic would try a union of lists item by item, and name every try."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value:
+        raise ValueError("must be a string, a list of token ids, or a list of these, and not empty")
+    if isinstance(value[0], int) and (token_ids := _token_ids(value)) is not None:
+        return token_ids
+    if len(value) > MAX_PROMPTS:
+        raise ValueError(f"at most {MAX_PROMPTS} prompts in one request")
+    prompts = [item if isinstance(item, str) else _token_ids(item) for item in value]
+    if None in prompts:
+        raise ValueError("every prompt must be a string or a non-empty list of token ids")
+    return cast(list[Prompt], prompts)
+
+
+def _token_ids(value: object) -> list[int] | None:
+    """Return ``value`` if it is a non-empty list of token ids, without a loop in Python."""
+    try:
+        return msgspec.convert(value, _TokenIds) if isinstance(value, list) and value else None
+    except msgspec.ValidationError:
+        return None
+
+
+class CompletionRequest(GenerationRequest):
+    """Asks for a text completion of one or several prompts."""
+
+    NEUTRAL: ClassVar[Values] = GenerationRequest.NEUTRAL | {"best_of": (1,), "suffix": ("",)}
+
+    prompt: Annotated[
+        str | list[int] | list[str | list[int]],
+        PlainValidator(_check_prompt, json_schema_input_type=Prompt | list[Prompt]),
+    ]
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    add_special_tokens: bool = True
+
+    @property
+    def has_token_ids(self) -> bool:
+        """Return whether there is one prompt, given as token ids."""
+        return not isinstance(self.prompt, str) and isinstance(self.prompt[0], int)
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        if isinstance(self.prompt, str) or self.has_token_ids:
+            return [cast(Prompt, self.prompt)]
+        return cast(list[Prompt], self.prompt)
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+class ChatCompletionRequest(GenerationRequest):
+    """Asks for a chat completion."""
+
+    NEUTRAL: ClassVar[Values] = GenerationRequest.NEUTRAL | {
+        "audio": (),
+        "chat_template": (),
+        "documents": ([],),
+        "function_call": ("none", "auto"),
+        "functions": ([],),
+        "modalities": (["text"],),
+        "web_search_options": (),
+    }
+    HINTS: ClassVar[frozenset[str]] = GenerationRequest.HINTS | _names(
+        "include_reasoning media_io_kwargs mm_payload mm_processor_kwargs "
+        "parallel_tool_calls prediction verbosity"
+    )
+
+    messages: Messages
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+    chat_template_kwargs: dict[str, Any] = {}
+    reasoning_effort: str | None = Field(None, max_length=64)
+    tools: Tools = []
+    tool_choice: Any = "none"
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> ChatCompletionRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise RequestError(
+                "continue_final_message needs add_generation_prompt: false",
+                param="continue_final_message",
+            )
+        if self.tool_choice not in (("none",) if self.tools else ("none", "auto")):
+            raise RequestError(
+                "tool_choice: the model's calls are not parsed; leave tool_choice out or send "
+                '"none", and a call is in the text of the answer as the model writes it',
+                param="tool_choice",
+                code="unsupported_parameter",
+            )
+        return self
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """Return the chat template's variables besides messages and tools, as in vLLM."""
+        effort = self.reasoning_effort
+        if effort is None:
+            return self.chat_template_kwargs
+        thinking = {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+        return thinking | self.chat_template_kwargs
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
+
+
+class TokenizeCompletionRequest(RequestBody):
+    """Asks for the token ids of a text, in vLLM's form."""
+
+    model: str | None = None
+    prompt: str
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class TokenizeChatRequest(RequestBody):
+    """Asks for the token ids of messages, rendered by the chat template."""
+
+    model: str | None = None
+    messages: Messages
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+    return_token_strs: bool = False
+    chat_template_kwargs: dict[str, Any] = {}
+    tools: Tools = []
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        return self.chat_template_kwargs
+
+
+class DetokenizeRequest(RequestBody):
+    """Asks for the text of token ids; special tokens are kept."""
+
+    model: str | None = None
+    tokens: list[TokenId]
