@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
@@ -25,6 +26,9 @@ REPORT_LASTS_S = 1.0
 """Engines report with every step, so that this router hears several times a second of an engine
 that works for it.
 """
+
+SPEED_MEMORY_S = 2.0
+"""Time constant of the average, in seconds in which an engine computes prompts."""
 
 Processes = tuple[int, ...]
 """Incarnations of an engine's server and ranks."""
@@ -106,6 +110,11 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     pace: Pace = msgspec.field(default_factory=Pace)
     """Its speed beside what was expected."""
     num_picks: int = 0
+    devices: frozenset[str] = frozenset()
+    """The GPUs of its ranks, as ``host/cuda:0``; empty on a CPU, or where nobody has told."""
+    computed_tokens: float = 0.0
+    computing_s: float = 0.0
+    """Moving sums of the prompt tokens that it has computed, and of the time that took."""
     breaker: Breaker = msgspec.field(default_factory=Breaker)
     """Keeps requests off after failures."""
     pulls: dict[EngineKey, Breaker] = {}
@@ -191,6 +200,23 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
         """Note how long an answer took that came whole, behind a pull of its prompt."""
         if num_tokens >= NUM_WHOLE:
             self.told(num_tokens, took_s, now_at)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Return the moving average of the prompt tokens it computes in a second; 0: not known."""
+        return self.computed_tokens / self.computing_s if self.computing_s else 0.0
+
+    def waiting_tokens(self, now_at: float, tokens_per_s: float) -> float:
+        """Return how many prompt tokens it has to compute before those of a new prompt."""
+        return max(0.0, self.unanswered_tokens - (now_at - self.progressed_at) * tokens_per_s)
+
+    def computed(self, num_tokens: int, now_at: float) -> None:
+        """Note that a prompt of which it had to compute so many tokens has its first token."""
+        took_s = max(0.0, now_at - self.progressed_at)
+        keeps = math.exp(-took_s / SPEED_MEMORY_S)
+        self.computed_tokens = keeps * self.computed_tokens + num_tokens
+        self.computing_s = keeps * self.computing_s + took_s
+        self.progressed_at = now_at
 
     @contextlib.contextmanager
     def computing(self, num_tokens: int, clock: Callable[[], float]) -> Iterator[None]:

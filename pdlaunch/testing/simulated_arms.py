@@ -25,9 +25,12 @@ from typing import Any
 import msgspec
 
 from pdlaunch.config.roles import Role
+from pdlaunch.protocol.control import PairReady
 from pdlaunch.protocol.costs import MAX_SLOWDOWN, EngineCosts, StepCosts
+from pdlaunch.router import waiting_policy
 from pdlaunch.router.cost_policy import LeastCost
-from pdlaunch.router.policy import LeastWork, Policy
+from pdlaunch.router.engine import Engine
+from pdlaunch.router.policy import LeastWork, Policy, PrefixIndex, Route, RoutingRequest
 from pdlaunch.testing.simulated_run import read_costs
 from pdlaunch.testing.simulator import SimEngine, SimRequest, Simulation
 
@@ -53,7 +56,39 @@ NUM_DRAWS = 3
 """Simulations of which each figure is the median: what meets whom changes it."""
 NUM_ROUNDS = 4
 OPEN_LOOP_S = 30.0
-ARMS: Mapping[str, tuple[tuple[str, ...], type[LeastCost] | type[LeastWork]]] = {
+
+
+class Waiting:
+    """Puts the policy that counts what waits in the place of one by cost."""
+
+    def choose(
+        self,
+        request: RoutingRequest,
+        engines: Sequence[Engine],
+        pairs: Sequence[PairReady],
+        index: PrefixIndex,
+        now_at: float,
+    ) -> Route:
+        asked = waiting_policy.RoutingRequest(
+            num_prompt_tokens=request.num_prompt_tokens, max_tokens=request.max_tokens
+        )
+        limits = waiting_policy.Limits()
+        found = waiting_policy.choose(asked, engines, index, now_at, limits)
+        if found.prefill is None:
+            return Route(reason=found.reason, decode=found.decode)
+        return Route(reason=found.reason, prefill=found.prefill, planned=found.decode)
+
+    def take_over(self, *_: object) -> None:
+        return None
+
+
+class WaitingInWholeChunks(Waiting):
+    """The same, at engines that compute as many tokens of prompts in a step as fit."""
+
+
+ARMS: Mapping[str, tuple[tuple[str, ...], type[LeastCost] | type[LeastWork] | type[Waiting]]] = {
+    "waits": (("prefill-0", "decode-0"), Waiting),
+    "whole": (("prefill-0", "decode-0"), WaitingInWholeChunks),
     "cost": (("prefill-0", "decode-0"), LeastCost),
     "pairs": (("prefill-0", "decode-0"), LeastWork),
     "both": (("both-0", "both-1"), LeastWork),
@@ -122,7 +157,7 @@ def simulate(
     engines = []
     for name in names:
         role: Role = name.partition("-")[0]  # type: ignore[assignment]
-        bound = None if role == "both" else MAX_SLOWDOWN
+        bound = None if role == "both" or isinstance(policy, WaitingInWholeChunks) else MAX_SLOWDOWN
         engines.append(SimEngine(name, role, msgspec.structs.replace(costs, max_slowdown=bound)))
     draw = random.Random(seed)
     simulation = Simulation(
@@ -175,6 +210,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("loads", nargs="+", type=read_load, metavar="IN/OUT@LOAD")
+    parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--status", type=Path, help="what /pdlaunch/status has answered")
     arguments = parser.parse_args()
     costs = (
@@ -184,7 +220,7 @@ def main() -> None:
         rate = (
             f"{load.concurrency} at once" if load.per_second is None else f"{load.per_second:g}/s"
         )
-        for arm in ARMS:
+        for arm in arguments.arms.split(","):
             figures = medians(load, arm, costs)
             sys.stdout.write(
                 f"{load.num_prompt_tokens}/{load.num_output_tokens}, {rate:<12} {arm:<6} "

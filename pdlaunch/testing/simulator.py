@@ -358,7 +358,9 @@ class Simulation:
 
     def _count(self, view: Engine, request: SimRequest, sign: int) -> None:
         """Count a prompt as unanswered, or answered."""
-        if sign < 0 or not view.unanswered_tokens:
+        if sign < 0:
+            view.computed(request.num_prompt_tokens, self.now_at)
+        elif not view.unanswered_tokens:
             view.progressed_at = self.now_at
         view.unanswered_tokens += sign * request.num_prompt_tokens
         view.num_prompt_tokens += sign * request.num_prompt_tokens
