@@ -1,4 +1,4 @@
-# docker build --target cpu --tag pdlaunch:cpu .     docs/installing.md says how to run them
+# docker build --target cpu --tag pdlaunch:cpu .     docs/first_hour.md says how to run them
 # docker build --target cuda --tag pdlaunch:cuda .
 ARG PYTHON=3.12
 

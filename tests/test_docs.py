@@ -36,4 +36,4 @@ def test_the_readme_leads_to_every_page() -> None:
 
 def test_broken_links_are_found() -> None:
     assert LINK.findall("[a](b.md#c) [d](#e) [f](https://g.h/)") == [("b.md", "c"), ("", "e")]
-    assert "faults-make-soak" in anchors(ROOT / "docs" / "reliability.md")
+    assert "faults-that-are-injected" in anchors(ROOT / "docs" / "reliability.md")

@@ -45,9 +45,9 @@ These stand at the top level and hold for all engines. The sections `prefill`, `
 `PDLAUNCH_DECODE__BLOCK_SIZE`.""",
     "Roles": "How many engines a role has.",
     "`kv_transfer`": "How KV blocks get from prefill to decode: [connectors.md](connectors.md).",
-    "`routing`": "What a router prefers when it chooses engines: [router.md](router.md).",
+    "`routing`": "What a router prefers when it chooses engines: [routing.md](routing.md).",
     "`limits`": "What a router or an engine takes before it refuses requests.",
-    "`tracing`": "What becomes visible of requests: [observability.md](observability.md).",
+    "`tracing`": "What becomes visible of requests: [operating.md](operating.md).",
     "Deployment": "The router and the launch as a whole.",
 }
 _TABLE_HEAD = (

@@ -219,7 +219,7 @@ def test_what_is_wrong_with_a_file_is_told_with_value_and_fix(tmp_path):
 
 
 def test_the_file_in_the_documents_can_be_read():
-    text = (Path(__file__).parents[2] / "docs" / "check-config.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "checking.md").read_text()
     (example,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
     machine = decode_machine(example, "docs").machine
     assert "fabric" not in machine.unknown

@@ -40,12 +40,14 @@ def test_examples_are_clean(name: str) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/offload.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/connectors.md"])
 def test_configurations_in_the_documents_can_be_read(document: str, tmp_path: Path) -> None:
-    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
-    path = tmp_path / "deploy.yaml"
-    path.write_text(block)
-    load_config(path, {}, {})
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        path = tmp_path / "deploy.yaml"
+        path.write_text(block)
+        load_config(path, {}, {})
 
 
 def steps_of_the_workflow() -> list[str]:
@@ -117,7 +119,7 @@ def test_the_image_gets_the_files_that_it_copies() -> None:
     assert copied == sent
     assert all((ROOT / source).exists() for source in copied)
     targets = set(re.findall(r"^FROM \S+ AS (\w+)$", dockerfile, re.MULTILINE))
-    page = (ROOT / "docs" / "installing.md").read_text()
+    page = (ROOT / "docs" / "first_hour.md").read_text()
     assert set(re.findall(r"--target (\w+)", dockerfile + page)) == {"cpu", "cuda"} <= targets
 
 

@@ -37,7 +37,7 @@ def value(metrics: RouterMetrics, sample: str) -> float | None:
 
 
 def test_every_metric_of_the_router_stands_in_the_docs() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "operating.md").read_text()
     names = re.findall(r"^# TYPE (\S+)", RouterMetrics("m").text().decode(), re.MULTILINE)
     assert len(names) > 25
     for name in names:

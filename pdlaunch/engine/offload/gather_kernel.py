@@ -29,7 +29,7 @@ STORE_KERNELS: tuple[KernelShape, ...] = (
 """Kernels for stores. A store as fast as the link delays loads, which ask for their bytes over the
 same way up, and one with much in flight delays everybody: a decode step took twice as long beside
 256 KiB of writes. So these are the least that fills the link and some that stay a little below it;
-which is best depends on page size and host. Figures: docs/measurements/host_copies.md.
+which is best depends on page size and host. Figures: docs/performance.md.
 """
 
 
