@@ -47,8 +47,12 @@ from pdlaunch.protocol.control import (
     Suspects,
 )
 from pdlaunch.protocol.ids import EngineId
-from pdlaunch.protocol.process.bootstrap import Bootstrap, leave_ends_to_supervisor
-from pdlaunch.protocol.process.control_client import ControlClient, Heartbeat
+from pdlaunch.protocol.process.bootstrap import (
+    Bootstrap,
+    ControlClient,
+    Heartbeat,
+    leave_ends_to_supervisor,
+)
 from pdlaunch.protocol.process.step_record import StepRecord
 from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.transfer.channel.handshake import RankIdentity, draw_engine_id

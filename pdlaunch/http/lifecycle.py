@@ -26,8 +26,7 @@ from pdlaunch.protocol.control import (
     Stop,
     ToSupervisor,
 )
-from pdlaunch.protocol.process.bootstrap import Bootstrap, read_bootstrap
-from pdlaunch.protocol.process.control_client import ControlClient, Heartbeat
+from pdlaunch.protocol.process.bootstrap import Bootstrap, ControlClient, Heartbeat, read_bootstrap
 from pdlaunch.protocol.sockets import SecureContext
 
 SHUTDOWN_TIMEOUT_S = 1.0

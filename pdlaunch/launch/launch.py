@@ -41,7 +41,7 @@ from pdlaunch.planning.planned_hosts import settled
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.protocol.process.bootstrap import raise_open_files
 from pdlaunch.protocol.process.engine_ports import EnginePorts
-from pdlaunch.protocol.process.new_run_dir import new_run_dir
+from pdlaunch.protocol.process.run_dirs import new_run_dir
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 
 logger = logging.getLogger(__name__)

@@ -1,8 +1,7 @@
-"""Makes the certificate of a launch, with which engines on other hosts are reached over HTTP.
+"""Makes the certificate of a launch, with which engines on other hosts are reached over HTTPS.
 
-All processes of the launch hold certificate and key, which travel as its other keys do. Who calls
-an engine trusts this one certificate and no authority, so any name and address will do; who is
-called asks for the launch's token.
+A certificate is PEM text with its private key; all processes of the launch hold it. Callers trust
+this one certificate and no authority, whatever the name; servers ask for the launch's token.
 """
 
 from __future__ import annotations
@@ -11,25 +10,10 @@ import datetime
 import os
 import ssl
 
-import msgspec
-
 _NAME = "pdlaunch"
-_VALID = datetime.timedelta(days=3650)
-_CLOCK_DIFFERENCE = datetime.timedelta(days=1)
-"""Clocks of hosts may be set differently."""
 
 
-class LaunchCertificate(msgspec.Struct, frozen=True):
-    """Holds a certificate that is its own authority, and its private key, in PEM."""
-
-    certificate: str
-    private_key: str
-
-    def __repr__(self) -> str:
-        return "LaunchCertificate(...)"
-
-
-def new_certificate() -> LaunchCertificate:
+def new_certificate() -> str:
     """Return a fresh certificate for one launch."""
     # Imported here: launches on one host do without.
     from cryptography import x509
@@ -42,30 +26,26 @@ def new_certificate() -> LaunchCertificate:
     now = datetime.datetime.now(datetime.UTC)
     certificate = (
         x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - _CLOCK_DIFFERENCE)
-        .not_valid_after(now + _VALID)
+        .not_valid_before(now - datetime.timedelta(days=1))  # clocks of hosts differ
+        .not_valid_after(now + datetime.timedelta(days=3650))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(_NAME)]), critical=False)
         .sign(key, hashes.SHA256())
     )
+    pem = serialization.Encoding.PEM
     private_key = key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
+        pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    return LaunchCertificate(
-        certificate.public_bytes(serialization.Encoding.PEM).decode(), private_key.decode()
-    )
+    return (certificate.public_bytes(pem) + private_key).decode()
 
 
-def server_context(pair: LaunchCertificate) -> ssl.SSLContext:
-    """Return what a server of the launch speaks TLS with."""
+def server_context(certificate: str) -> ssl.SSLContext:
+    """Return a context for servers of the launch."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     # Python reads keys from files alone: this one is in memory, and gone when it is closed.
     descriptor = os.memfd_create(_NAME)
     try:
-        os.write(descriptor, f"{pair.certificate}{pair.private_key}".encode())
+        os.write(descriptor, certificate.encode())
         context.load_cert_chain(f"/proc/self/fd/{descriptor}")
     finally:
         os.close(descriptor)
@@ -73,7 +53,7 @@ def server_context(pair: LaunchCertificate) -> ssl.SSLContext:
 
 
 def client_context(certificate: str) -> ssl.SSLContext:
-    """Return what servers of the launch are called with: they prove that they hold its key."""
+    """Return a context for servers of the launch, which prove that they hold its private key."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False

@@ -18,19 +18,14 @@ Pair = tuple[str, str]
 
 def due_pairs(prefill: Collection[str], decode: Collection[str]) -> set[Pair]:
     """Return the pairs that are used: each engine with at least ``MAX_PEERS`` of the other role, or
-    all of it.
-
-    Engines that come or go change few of the other pairs.
+    all of it. Engines that come or go change few of the other pairs.
     """
     pairs = set(_followers(prefill, decode))
     return pairs | {(first, second) for second, first in _followers(decode, prefill)}
 
 
 def _followers(names: Collection[str], others: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Yield each name with those of the others that come next on a ring.
-
-    Hashes place names there, so that each engine's place is its own affair.
-    """
+    """Yield each name with the others that come next on a ring, on which hashes place them."""
     ring = sorted((_place(other), other) for other in others)
     for name in names:
         first = bisect.bisect(ring, (_place(name), name))

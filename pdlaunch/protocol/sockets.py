@@ -14,7 +14,7 @@ import msgspec
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from pdlaunch.protocol.certificates import LaunchCertificate, new_certificate
+from pdlaunch.protocol.certificates import new_certificate
 from pdlaunch.protocol.wire import MAX_FRAME_BYTES
 
 
@@ -28,7 +28,7 @@ class LaunchKeys(msgspec.Struct, frozen=True):
     public: str
     secret: str
     http_token: str
-    certificate: LaunchCertificate | None = None
+    certificate: str | None = None
 
     def __repr__(self) -> str:
         return "LaunchKeys(...)"

@@ -71,7 +71,7 @@ class RouterProcess:
                     supervised.bootstrap.keys.http_token, supervised.bootstrap.engine_api_key
                 ),
                 EngineTimeouts(),
-                None if certificate is None else client_context(certificate.certificate),
+                None if certificate is None else client_context(certificate),
             ),
             RouterMetrics(spec.served_model_name),
             RecoverySettings(),

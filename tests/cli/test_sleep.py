@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from pdlaunch.protocol.process import run_dirs
-from pdlaunch.protocol.process.new_run_dir import new_run_dir
-from pdlaunch.protocol.process.run_dirs import LaunchCard
+from pdlaunch.protocol.process.run_dirs import LaunchCard, new_run_dir
 from tests.command_line import invoke
 
 GIB = 1024**3

@@ -11,7 +11,7 @@ import pytest
 from pdlaunch.http import large_inputs
 from pdlaunch.http.large_inputs import LargeInputs
 from pdlaunch.protocol.control import Alive
-from pdlaunch.protocol.process.control_client import Heartbeat
+from pdlaunch.protocol.process.bootstrap import Heartbeat
 
 
 async def test_small_inputs_are_worked_at_in_place() -> None:

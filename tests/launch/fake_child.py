@@ -23,8 +23,7 @@ from pdlaunch.protocol.control import (
     Stop,
     Suspects,
 )
-from pdlaunch.protocol.process.bootstrap import read_bootstrap
-from pdlaunch.protocol.process.control_client import ControlClient
+from pdlaunch.protocol.process.bootstrap import ControlClient, read_bootstrap
 from pdlaunch.protocol.process.step_record import SUSPECT_BIT, StepRecord
 from pdlaunch.protocol.sockets import SecureContext
 

@@ -17,7 +17,7 @@ from pdlaunch.launch.status import Observer
 from pdlaunch.launch.supervisor import Timing
 from pdlaunch.planning.plan import Plan, ProcessSpec
 from pdlaunch.protocol.process.bootstrap import Bootstrap, RouterSpec
-from pdlaunch.protocol.process.new_run_dir import new_run_dir
+from pdlaunch.protocol.process.run_dirs import new_run_dir
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
 from tests.launch.fakes import make_plan
 from tests.router.conftest import SPEC

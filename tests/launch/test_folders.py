@@ -24,12 +24,13 @@ from pdlaunch.launch.folders import (
     new_log_dir,
     prune_logs,
 )
-from pdlaunch.protocol.process.new_run_dir import new_run_dir, remove_stale_run_dirs
 from pdlaunch.protocol.process.run_dirs import (
     PREFIX,
     LaunchCard,
     is_locked,
     lock_folder,
+    new_run_dir,
+    remove_stale_run_dirs,
     running_launches,
     take_lock,
 )
@@ -129,7 +130,7 @@ def test_others_that_clean_up_meanwhile_leave_a_new_folder(
         removed.extend(remove_stale_run_dirs(tmp_path))
         take_lock(descriptor)
 
-    monkeypatch.setattr("pdlaunch.protocol.process.new_run_dir.take_lock", take_lock_late)
+    monkeypatch.setattr("pdlaunch.protocol.process.run_dirs.take_lock", take_lock_late)
     with new_run_dir(tmp_path) as run_dir:
         removed.extend(remove_stale_run_dirs(tmp_path))
         assert run_dir.exists()
@@ -183,7 +184,7 @@ def test_a_folder_whose_lock_file_alone_is_held_is_found_and_stays(tmp_path: Pat
 DIES = """
 import os, sys
 from pathlib import Path
-from pdlaunch.protocol.process.new_run_dir import new_run_dir
+from pdlaunch.protocol.process.run_dirs import new_run_dir
 
 with new_run_dir(Path(sys.argv[1])):
     os.kill(os.getpid(), 9)
@@ -213,7 +214,7 @@ def test_who_looks_at_a_new_folder_keeps_no_launch_from_starting(
         threading.Timer(0.1, os.close, [looking]).start()
         lock_folder(descriptor)
 
-    monkeypatch.setattr("pdlaunch.protocol.process.new_run_dir.lock_folder", looked_at)
+    monkeypatch.setattr("pdlaunch.protocol.process.run_dirs.lock_folder", looked_at)
     with new_run_dir(tmp_path) as run_dir:
         assert is_locked(run_dir)
 
@@ -225,7 +226,7 @@ def test_a_file_system_without_locks_is_named_and_left_clean(
     def fail(_: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(f"pdlaunch.protocol.process.new_run_dir.{what}", fail)
+    monkeypatch.setattr(f"pdlaunch.protocol.process.run_dirs.{what}", fail)
     num_open = len(list(Path("/proc/self/fd").iterdir()))
     with (
         pytest.raises(StartupError, match=f"in {tmp_path}: No locks available; set TMPDIR to"),

@@ -53,7 +53,7 @@ from pdlaunch.machine.availability import probe_port
 from pdlaunch.protocol.control import from_supervisor, to_supervisor
 from pdlaunch.protocol.process.bootstrap import Bootstrap
 from pdlaunch.protocol.process.engine_ports import EnginePorts
-from pdlaunch.protocol.process.new_run_dir import new_run_dir
+from pdlaunch.protocol.process.run_dirs import new_run_dir
 from pdlaunch.protocol.sockets import SecureContext
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ class Opening:
         keys, run_dir = bootstrap.keys, Path(bootstrap.run_dir)
         assert keys.certificate is not None, "launches on several hosts have one"
         self._token = keys.http_token
-        self._tls = client_context(keys.certificate.certificate)
+        self._tls = client_context(keys.certificate)
         self._doors: dict[str, str] = {}
         """Doors of engines by their side channels."""
         self._door = Door(

@@ -110,8 +110,8 @@ class GenerationRequest(SamplingFields):
     NEUTRAL: ClassVar[Values] = dict.fromkeys(
         _names(
             "allowed_token_ids ebnf guided_choice guided_grammar guided_json guided_regex "
-            "json_schema logprob_token_ids lora_path moderation prompt_embeds prompt_logprobs regex "
-            "repetition_detection structural_tag structured_outputs truncate_prompt_tokens"
+            "json_schema logprob_token_ids lora_path moderation prompt_embeds prompt_logprobs "
+            "regex repetition_detection structural_tag structured_outputs truncate_prompt_tokens"
         ),
         (),
     ) | {

@@ -1,31 +1,41 @@
-"""Reads what a child process is given: one line of JSON on its standard input.
+"""Connects a child process to its supervisor: bootstrap, parent guard, control channel, heartbeat.
 
-Secrets so never stand in argv or environment. Standard input stays open: its end means that the
-supervisor is gone.
+The bootstrap is one line of JSON on standard input, so that secrets never stand in argv or
+environment. Standard input stays open: its end means that the supervisor is gone.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import ctypes
 import os
+import queue
 import resource
 import signal
 import sys
 import threading
+import time
+from collections.abc import Callable
 
 import msgspec
+import zmq
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.observe.logs import LogFormat
-from pdlaunch.protocol.control import Capabilities
-from pdlaunch.protocol.sockets import LaunchKeys
+from pdlaunch.protocol.control import (
+    Alive,
+    Capabilities,
+    FromSupervisor,
+    ToSupervisor,
+    from_supervisor,
+    to_supervisor,
+)
+from pdlaunch.protocol.sockets import LaunchKeys, SecureContext
 
 LISTEN_BACKLOG = 1024
-"""Connections that wait to be accepted, at the router for as long as no router runs too."""
 MAX_OPEN_FILES = 65_536
-"""The number of descriptors that any process here needs at most; some systems allow a billion,
-which slows down programs that walk over all.
-"""
+"""Some systems allow a billion, which slows down programs that walk over all."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -35,12 +45,9 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     port: int
     listeners: tuple[int, ...] = ()
-    """Descriptors that it inherits: sockets that listen at the address, and belong to the
-    supervisor.
-    """
+    """Inherited descriptors of the supervisor's listening sockets."""
     served_model_name: str
     api_key: str | None
-    """Clients send it; it opens no command."""
     max_body_bytes: int
     body_budget_bytes: int
     """Bounds all bodies in flight."""
@@ -49,21 +56,19 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     request_timeout_s: float
     drain_timeout_s: float
     admin_api_key: str | None = None
-    """Opens the commands over TCP; None: they are taken at the admin socket alone."""
+    """Opens the commands over TCP; None: commands come over the admin socket alone."""
     allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     strict_fields: bool = False
     kept_requests: int = 500
-    """Requests that have ended and of which it can tell."""
+    """Ended requests that ``pdlaunch trace`` can show."""
     page: bool = True
-    """Answer at ``/`` with a page that shows the deployment."""
     by_cost: bool = True
     """Routes are chosen by cost; else pairs of engines come first."""
     max_itl_ms: float | None = None
     """Routes that keep these come first."""
     max_ttft_ms: float | None = None
     log_requests: bool = False
-    """The supervisor shows the line of each request."""
     log_content: bool = False
     otlp_endpoint: str | None = None
     otlp_sample: float = 1.0
@@ -81,7 +86,6 @@ class DoorSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int | None
     """None: the engine's own affair."""
     max_body_bytes: int
-    """The limit of a client's body; routers send longer ones."""
     body_budget_bytes: int
     max_connections: int
 
@@ -102,14 +106,10 @@ class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
     engine_json: str | None = None
     """``EngineSpec`` of servers and ranks."""
     engine_api_key: str | None = None
-    """Another router sends it to servers; the launch's own sends the token, but this key to engines
-    that know no token.
-    """
+    """Other routers send it to servers; the launch's own sends it to engines without the token."""
     capabilities: Capabilities = msgspec.field(default_factory=Capabilities)
-    """A server registers that its engine can do this."""
     router: RouterSpec | None = None
     door: DoorSpec | None = None
-    """Says where vLLM's sidecar lets other hosts reach its engine; None on a single host."""
     tp_rank: int = 0
     rendezvous: str = ""
     """``file://`` URL of this incarnation's TP group."""
@@ -119,7 +119,7 @@ class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
     port_is_kept: bool = False
     """The port of the server that ran before this one is kept for it."""
     heartbeat_s: float = 0.0
-    """Seconds between two Alive messages of its main loop; 0: nobody listens."""
+    """Seconds between two Alive messages; 0: none."""
 
     def engine(self) -> EngineSpec:
         assert self.engine_json is not None
@@ -127,11 +127,8 @@ class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_bootstrap() -> Bootstrap:
-    """Read the first line of standard input, then make sure that this process does not outlive the
-    supervisor.
-    """
-    line = sys.stdin.buffer.readline()
-    bootstrap = msgspec.json.decode(line, type=Bootstrap)
+    """Read the first line of standard input; this process does not outlive the supervisor."""
+    bootstrap = msgspec.json.decode(sys.stdin.buffer.readline(), type=Bootstrap)
     die_with_parent()
     raise_open_files()
     return bootstrap
@@ -148,12 +145,11 @@ def raise_open_files() -> None:
 def leave_ends_to_supervisor() -> None:
     """Do nothing at SIGTERM and SIGINT from now on; ranks call it when they are ready.
 
-    Slurm and systemd signal all processes of a launch at once: one that ended by itself would take
-    along the requests that the supervisor waits for. It says Stop, or kills.
+    Slurm and systemd signal all processes of a launch at once. The supervisor still waits for
+    requests; it says Stop, or kills.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
-        # Not SIG_IGN, which what this process starts would inherit.
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, lambda *_: None)  # children would inherit SIG_IGN
 
 
 def die_with_parent() -> None:
@@ -164,7 +160,6 @@ def die_with_parent() -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
     descriptor = sys.stdin.fileno()
 
     def watch() -> None:
@@ -178,3 +173,88 @@ def die_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="parent-guard", daemon=True).start()
+
+
+class ControlClient:
+    """Sends to the supervisor from any thread, and calls ``on_message`` in its own thread with
+    what comes back.
+    """
+
+    def __init__(
+        self,
+        context: SecureContext,
+        endpoint: str,
+        name: str,
+        on_message: Callable[[FromSupervisor], None],
+    ) -> None:
+        self._context = context
+        self._on_message = on_message
+        self._outbox: queue.SimpleQueue[ToSupervisor | None] = queue.SimpleQueue()
+        self._wake, self._woken = context.pair("control-wake")
+        self._wake_lock = threading.Lock()
+        self._thread = threading.Thread(
+            target=self._run, args=(endpoint, name), name="control", daemon=True
+        )
+        self._thread.start()
+
+    def send(self, message: ToSupervisor | None) -> None:
+        """Queue a message; never blocks. None ends the thread."""
+        self._outbox.put(message)
+        # A full pipe is a wake that waits already; after the end of the thread nobody needs one.
+        with self._wake_lock, contextlib.suppress(zmq.ZMQError):
+            self._wake.send(b"", zmq.NOBLOCK)
+
+    def close(self) -> None:
+        """Send what is queued and stop; at most two seconds."""
+        self.send(None)
+        self._thread.join(timeout=2)
+
+    def _run(self, endpoint: str, name: str) -> None:
+        socket = self._context.connect(zmq.DEALER, endpoint, identity=name.encode())
+        poller = zmq.Poller()
+        poller.register(socket, zmq.POLLIN)
+        poller.register(self._woken, zmq.POLLIN)
+        try:
+            while True:
+                ready = dict(poller.poll())
+                if self._woken in ready:
+                    self._woken.recv()
+                    while not self._outbox.empty():
+                        message = self._outbox.get()
+                        if message is None:
+                            return
+                        socket.send(to_supervisor.encode(message))
+                if socket in ready:
+                    self._on_message(from_supervisor.decode(socket.recv()))
+        except zmq.ContextTerminated:
+            return
+        finally:
+            socket.close()
+
+
+class Heartbeat:
+    """Says Alive every ``interval_s``, never when that is 0."""
+
+    def __init__(
+        self,
+        send: Callable[[Alive], None],
+        interval_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._send = send
+        self._interval_s = interval_s
+        self._clock = clock
+        self._due_at = clock()
+
+    def beat(self) -> None:
+        """Call it with every turn of a loop."""
+        now_at = self._clock()
+        if self._interval_s and now_at >= self._due_at:
+            self._due_at = now_at + self._interval_s
+            self._send(Alive())
+
+    async def run(self) -> None:
+        """Beat with the event loop, until cancelled."""
+        while self._interval_s:
+            self.beat()
+            await asyncio.sleep(self._interval_s)

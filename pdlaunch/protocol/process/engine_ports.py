@@ -5,9 +5,9 @@
     server       listens ── dies                                        the next one listens
     supervisor   is bound, too ── nobody else can listen, connections are refused ──▶
 
-Routers hear of a death some milliseconds late. Whoever listened at the port by then would be sent
-prompts and the launch's token, and could answer. Two sockets of one user may share a port where
-both have SO_REUSEPORT, and one of these need not listen. Source: socket(7).
+Routers hear of a death some milliseconds late. Another listener at the port would be sent prompts
+and the launch's token. Two sockets of one user may share a port where both have SO_REUSEPORT, and
+one of them need not listen. Source: socket(7).
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from urllib.parse import urlsplit
 from pdlaunch.config.http_names import is_loopback
 
 _SERVERS = 2
-"""Servers of an engine whose ports are kept: a slow router may know but the one before."""
+"""Servers of an engine whose ports are kept: a slow router may know only the one before."""
 
 
 def bind_to_share(host: str, port: int, *, is_kept: bool) -> socket.socket:
     """Bind a server's socket so that ``EnginePorts`` can keep its port; 0 is a free one.
 
-    ``is_kept``: it is already, from a server that has died. Else it must be free: two launches of
-    one user may have been given the same. Raises OSError.
+    ``is_kept``: the port is kept already, from a server that has died. Else it must be free: two
+    launches of one user may have been given the same. Raises OSError.
     """
     bound = _socket(host)
     try:
@@ -49,14 +49,12 @@ class EnginePorts:
         """Sockets by engine and URL, the oldest first."""
 
     def __contains__(self, engine: object) -> bool:
-        """Return whether a port of the engine is kept."""
         return bool(self._sockets.get(str(engine)))
 
     def keep(self, engine: str, url: str) -> None:
-        """Keep the port at which the engine's server listens already, or it could not.
+        """Keep the port at which the engine's server listens already.
 
-        Nothing is kept where TLS proves to routers whom they speak to, nor of a program that shares
-        its port with nobody.
+        Only plain HTTP on loopback is kept: elsewhere TLS proves to routers whom they speak to.
         """
         place = _loopback_place(url)
         if place is None or url in (sockets := self._sockets[engine]):
@@ -74,12 +72,11 @@ class EnginePorts:
             sockets.pop(next(iter(sockets))).close()
 
     def release(self, engine: str) -> None:
-        """Let others have the ports of an engine that is gone."""
+        """Release the ports of an engine that is gone."""
         for kept in self._sockets.pop(engine, {}).values():
             kept.close()
 
     def close(self) -> None:
-        """Release all ports."""
         for engine in list(self._sockets):
             self.release(engine)
 

@@ -1,9 +1,9 @@
-"""Finds the folders of running launches, and says what lies in them.
+"""Makes and finds the folders of running launches.
 
 ::
 
     pdlaunch-run-XXXXXXXX/   mode 0700, made by the supervisor, locked for as long as it lives
-      lock                   locked as long, for those who do not see the lock of the folder
+      lock                   locked as long, for hosts that share the folder and see no lock of it
       control                socket of the supervisor (ZMQ)
       admin.sock             mode 0600; the router takes commands here (HTTP)
       launch.json            a LaunchCard, written by the router when it listens
@@ -13,20 +13,26 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
+
+from pdlaunch.errors import StartupError
 
 PREFIX = "pdlaunch-run-"
 LOCK = "lock"
 ADMIN_SOCKET = "admin.sock"
 MAX_PATH_BYTES = 107
-"""Linux allows a Unix socket no longer path."""
-
+"""The longest path of a Unix socket on Linux."""
 _CARD = "launch.json"
 _SOCKET_NAME_BYTES = 60
-"""Room that is kept free for the names of sockets inside."""
+"""Room for the names of sockets inside."""
+_NEW_FOR_S = 60.0
+"""A folder without a lock file is left alone at first: its launch may just be making it."""
 
 
 class LaunchCard(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,43 +60,84 @@ class RunningLaunch(msgspec.Struct, frozen=True):
         return self.run_dir / ADMIN_SOCKET
 
 
-def base_dir() -> Path:
-    """Return the folder for temporary files.
+def running_launches(base: Path | None = None) -> list[RunningLaunch]:
+    """Return the launches of this user whose router has listened."""
+    found = []
+    for run_dir in own_run_dirs(base or base_dir()):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            if _is_in_use(run_dir):
+                card = msgspec.json.decode((run_dir / _CARD).read_bytes(), type=LaunchCard)
+                found.append(RunningLaunch(run_dir, card))
+    return found
 
-    It is /tmp where sockets in the usual one would have too long a path.
+
+@contextlib.contextmanager
+def new_run_dir(base: Path | None = None) -> Iterator[Path]:
+    """Yield a fresh folder, mode 0700, locked by this process and removed at the end.
+
+    Raises StartupError where none can be made or locked.
     """
+    with contextlib.ExitStack() as undo:
+        try:
+            base = base or base_dir()
+            remove_stale_run_dirs(base)
+            run_dir = _locked_folder(base, undo)
+        except OSError as error:
+            raise StartupError(
+                f"no folder can be made and locked in {base or 'any folder of temporary files'}: "
+                f"{error.strerror or error}; set TMPDIR to a folder on a local disk with room"
+            ) from error
+        yield run_dir
+
+
+def _locked_folder(base: Path, undo: contextlib.ExitStack) -> Path:
+    run_dir = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
+    descriptors = undo.enter_context(contextlib.ExitStack())
+    # Removed while it is still locked: a half removed folder must not be taken for stale.
+    undo.callback(shutil.rmtree, run_dir, ignore_errors=True)
+    folder = os.open(run_dir, os.O_RDONLY | os.O_CLOEXEC)
+    descriptors.callback(os.close, folder)
+    new = run_dir / f"{LOCK}.new"
+    lock = os.open(new, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptors.callback(os.close, lock)
+    lock_folder(folder)
+    take_lock(lock)
+    new.rename(run_dir / LOCK)  # a lock file that nobody holds makes its folder stale
+    return run_dir
+
+
+def remove_stale_run_dirs(base: Path) -> list[Path]:
+    """Remove this user's folders whose launch is dead; return them."""
+    stale = [path for path in own_run_dirs(base) if _is_stale(path)]
+    for path in stale:
+        shutil.rmtree(path, ignore_errors=True)
+    return stale
+
+
+def _is_stale(path: Path) -> bool:
+    try:
+        return not _is_in_use(path)
+    except FileNotFoundError:
+        with contextlib.suppress(OSError):
+            return time.time() - path.stat().st_mtime > _NEW_FOR_S
+        return False
+
+
+def base_dir() -> Path:
+    """Return the folder for temporary files, or /tmp where its path is too long for sockets."""
     base = Path(tempfile.gettempdir())
     longest = len(os.fsencode(base)) + len(f"/{PREFIX}12345678/") + _SOCKET_NAME_BYTES
     return base if longest <= MAX_PATH_BYTES else Path("/tmp")
 
 
 def own_run_dirs(base: Path, prefix: str = PREFIX) -> list[Path]:
-    """Return this user's folders in ``base``, of launches that live and of dead ones.
-
-    Links are left out.
-    """
+    """Return this user's folders in ``base``, of launches that live and of dead ones."""
     return sorted(path for path in base.glob(f"{prefix}*") if _is_ours(path))
 
 
-def running_launches(base: Path | None = None) -> list[RunningLaunch]:
-    """Return the launches of this user whose router has listened."""
-    found = []
-    for run_dir in own_run_dirs(base or base_dir()):
-        with contextlib.suppress(OSError, ValueError, RecursionError):
-            if is_in_use(run_dir):
-                found.append(
-                    RunningLaunch(
-                        run_dir,
-                        msgspec.json.decode((run_dir / _CARD).read_bytes(), type=LaunchCard),
-                    )
-                )
-    return found
-
-
 def _is_ours(path: Path) -> bool:
-    """Tell whether this user owns the folder.
-
-    Others may make folders of this name too, to be sent the commands.
+    """Return whether this user owns the folder: others may make some of this name, to be sent
+    commands.
     """
     with contextlib.suppress(OSError):
         return path.lstat().st_uid == os.getuid() and path.is_dir() and not path.is_symlink()
@@ -106,10 +153,8 @@ def take_lock(descriptor: int) -> None:
 
 
 def lock_folder(descriptor: int) -> None:
-    """Hold an open folder until it is closed.
+    """Hold an open folder until it is closed; systemd-tmpfiles leaves locked folders alone.
 
-    Cleaners of temporary files may remove an old file from a folder that lives. systemd-tmpfiles
-    leaves a locked folder alone, with all that lies in it.
     Source: https://systemd.io/TEMPORARY_DIRECTORIES
     """
     import fcntl
@@ -118,18 +163,16 @@ def lock_folder(descriptor: int) -> None:
     fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
-def is_in_use(run_dir: Path) -> bool:
-    """Tell whether the launch of a folder lives.
+def _is_in_use(run_dir: Path) -> bool:
+    """Return whether the launch of a folder lives. Raises FileNotFoundError without a lock file.
 
-    Launches of older versions lock the file alone. Where several hosts share the folder of
-    temporary files, over NFS or Lustre, each of them sees the locks of its own folders alone, and
-    those of all files. Raises FileNotFoundError when nobody holds the folder and it has no file.
+    Hosts that share ``run_dir`` over NFS or Lustre see the locks of files, not of folders.
     """
     return is_locked(run_dir) or is_locked(run_dir / LOCK)
 
 
 def is_locked(path: Path) -> bool:
-    """Tell whether somebody holds the file or folder, or it cannot be told.
+    """Return whether somebody holds the file or folder, or that is unknown.
 
     Raises FileNotFoundError.
     """
@@ -147,7 +190,6 @@ def is_locked(path: Path) -> bool:
     except OSError:
         return True
     else:
-        # Removed meanwhile: by another launch that cleans up.
-        return os.fstat(descriptor).st_nlink == 0
+        return os.fstat(descriptor).st_nlink == 0  # removed meanwhile, by another launch
     finally:
         os.close(descriptor)

@@ -1,14 +1,12 @@
-"""Records which requests a rank computes, in memory that outlives it: the supervisor so knows the
-last step of a rank that died by itself.
+"""Records which requests a rank computes, in memory that outlives it, so that the supervisor knows
+the last step of a rank that died.
 
-The supervisor makes it for each rank 0 and keeps it mapped; the rank inherits the descriptor and
-writes before each step, without a system call. It is memory without a file, so that neither a full
-nor a slow disk holds up a step.
+The supervisor makes the record of each rank 0 and keeps it mapped; the rank inherits the descriptor
+and writes before each step, without a system call::
 
     words of 64 bits   number of requests │ request, its top bit: it is a suspect │ ..
 
-A request stands here with the number that the router gave it (``origin``); those of other routers
-have none and are left out.
+Requests stand here by the number that the router gave them (``origin``); 0 is none.
 """
 
 from __future__ import annotations
@@ -24,9 +22,7 @@ from pdlaunch.protocol.ids import PromptOrigin
 
 SUSPECT_BIT = 1 << 63
 MAX_REQUESTS = 8191
-"""More are never in a step; if they were, the first would be known."""
-_WORD_BYTES = 8
-_NUM_BYTES = (1 + MAX_REQUESTS) * _WORD_BYTES
+_NUM_BYTES = (1 + MAX_REQUESTS) * 8
 
 
 class LastStep(msgspec.Struct, frozen=True):
@@ -56,10 +52,7 @@ class StepRecord:
             os.close(descriptor)
 
     def write(self, marks: Sequence[int]) -> None:
-        """Write which requests are in flight.
-
-        ``marks``: the origin of each request, with ``SUSPECT_BIT`` for a suspect.
-        """
+        """Write the origin of each request in flight, with ``SUSPECT_BIT`` for a suspect."""
         known = array("Q", marks[:MAX_REQUESTS])
         # The number last: a rank that is killed in between leaves requests of this step and of the
         # one before, and no others.

@@ -299,7 +299,7 @@ async def test_sockets_and_tls(tmp_path: Path) -> None:
         port = listening.sockets[0].getsockname()[1]
         for url, tls in (
             (f"unix:{path}", None),
-            (f"https://127.0.0.1:{port}", client_context(pair.certificate)),
+            (f"https://127.0.0.1:{port}", client_context(pair)),
         ):
             call = Call(server, url, tls)
             assert [await call.answered(whole) for _ in range(2)] == [b"ok", b"ok"]

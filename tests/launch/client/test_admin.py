@@ -17,8 +17,13 @@ from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client import api as api_module
 from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.api import Api
-from pdlaunch.protocol.process.new_run_dir import new_run_dir
-from pdlaunch.protocol.process.run_dirs import ADMIN_SOCKET, PREFIX, LaunchCard, running_launches
+from pdlaunch.protocol.process.run_dirs import (
+    ADMIN_SOCKET,
+    PREFIX,
+    LaunchCard,
+    new_run_dir,
+    running_launches,
+)
 
 
 class Launches:

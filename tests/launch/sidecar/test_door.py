@@ -50,7 +50,7 @@ class Scene:
         self.engine = web.AppRunner(app, handler_cancellation=True)
         self.door = Door("prefill-0", SPEC, KEYS, f"unix:{self.path}", "of-the-engine")
         assert KEYS.certificate is not None
-        self.tls = client_context(KEYS.certificate.certificate)
+        self.tls = client_context(KEYS.certificate)
         self.client = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(ssl=self.tls),
             headers={"Authorization": f"Bearer {KEYS.http_token}"},
@@ -127,7 +127,7 @@ async def test_other_routes_are_not_there(scene: Scene, path: str) -> None:
 
 
 async def test_who_does_not_hold_the_certificate_is_told_nothing(scene: Scene) -> None:
-    other = client_context(new_certificate().certificate)
+    other = client_context(new_certificate())
     async with aiohttp.ClientSession() as client:
         with pytest.raises(aiohttp.ClientConnectorCertificateError):
             await client.get(f"{scene.url}/health", ssl=other)
@@ -240,7 +240,7 @@ async def test_a_canary_goes_through_it(tmp_path: Path) -> None:
     runners = [await listen(each, tmp_path / f"{each.name}.sock") for each in engines]
     door = Door("prefill-0", SPEC, KEYS, f"unix:{tmp_path / 'prefill-0.sock'}", None)
     assert KEYS.certificate is not None
-    tls = client_context(KEYS.certificate.certificate)
+    tls = client_context(KEYS.certificate)
     url = await door.open()
     prefill = EngineApi(url, KEYS.http_token, tls)
     decode = EngineApi(f"unix:{tmp_path / 'decode-0.sock'}")

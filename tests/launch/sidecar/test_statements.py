@@ -27,7 +27,7 @@ HOST, PORT = "10.0.0.2", 21_000
 
 def tls() -> ssl.SSLContext:
     assert KEYS.certificate is not None
-    return client_context(KEYS.certificate.certificate)
+    return client_context(KEYS.certificate)
 
 
 class Scene:

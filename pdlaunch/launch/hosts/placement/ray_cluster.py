@@ -30,7 +30,7 @@ from pdlaunch.config.roles import ROLES, Role
 from pdlaunch.errors import ConfigError, StartupError
 from pdlaunch.launch.hosts.children import HIDDEN_VARIABLES
 from pdlaunch.launch.hosts.placement.ray_actor import AgentActor, AgentState
-from pdlaunch.protocol.process.new_run_dir import new_run_dir
+from pdlaunch.protocol.process.run_dirs import new_run_dir
 
 logger = logging.getLogger(__name__)
 
