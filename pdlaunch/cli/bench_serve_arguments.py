@@ -63,7 +63,7 @@ class ServeArguments:
         str | None,
         typer.Option(
             help=(
-                "Decode step at these concurrencies, of `bench step`: shows the share of what it "
+                "Decode step at these concurrencies, of `benchmarks.step`: shows the share of what it "
                 "allows."
             )
         ),

@@ -8,8 +8,6 @@ from collections.abc import Collection, Sequence
 
 import typer
 
-from pdlaunch.config.sizes import parse_size
-
 
 def read_numbers(text: str, option: str) -> list[int]:
     """Read ``1,4,16``."""
@@ -58,27 +56,6 @@ def read_decimals(text: str | None, keys: Sequence[int], option: str) -> dict[in
             option, f"{text!r} is neither a positive number nor a list of one for each of {wanted}"
         )
     return dict(zip(keys, numbers, strict=True))
-
-
-def read_sizes(text: str, option: str) -> list[int]:
-    """Read ``4KiB,1MiB`` as bytes."""
-    try:
-        sizes = [parse_size(part) for part in text.split(",")]
-    except ValueError as error:
-        raise _refused(
-            option, f"{text!r} is not a list of sizes such as 4KiB,1MiB: {error}"
-        ) from None
-    if min(sizes) < 1:
-        raise _refused(option, f"{text!r} is not a list of sizes such as 4KiB,1MiB")
-    return sizes
-
-
-def read_size(text: str, option: str) -> int:
-    """Read ``1GiB`` as bytes."""
-    sizes = read_sizes(text, option)
-    if len(sizes) > 1:
-        raise _refused(option, f"{text!r} is not one size such as 1GiB")
-    return sizes[0]
 
 
 def read_names(text: str, known: Collection[str], option: str) -> list[str]:

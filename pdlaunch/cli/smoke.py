@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from pdlaunch.bench.chaos import chaos_environment, smoke_under_chaos
 from pdlaunch.cli import EXIT_INTERRUPTED, EXIT_UNUSABLE
 from pdlaunch.cli.flags import with_serve_flags
 from pdlaunch.cli.output import print_errors, safe
@@ -25,7 +26,6 @@ from pdlaunch.launch.client.smoke import Check, smoke, write_junit
 from pdlaunch.machine.probe import probe_machine
 from pdlaunch.planning.resolve import THIS_HOST, resolve
 from pdlaunch.planning.role_engines import RoleEngines
-from pdlaunch.testing.chaos import chaos_environment, smoke_under_chaos
 
 
 @with_serve_flags

@@ -273,7 +273,9 @@ class FileSpec(ConnectorSpec[FileSettings]):
         return {} if section.directory is None else {"directory": section.directory}
 
 
-_LAZY: Mapping[str, str] = MappingProxyType({"faulty": "pdlaunch.testing.faults:FAULTY"})
+_LAZY: Mapping[str, str] = MappingProxyType(
+    {"faulty": "pdlaunch.transfer.connectors.faults:FAULTY"}
+)
 """Connectors of pdlaunch that come as those of other packages do."""
 BUILT_IN: Mapping[str, ConnectorSpec[Any]] = MappingProxyType(
     {"nixl": NixlSpec(), "mooncake": MooncakeSpec(), "file": FileSpec()}

@@ -27,7 +27,7 @@ def test_rows_of_a_small_benchmark() -> None:
         "num_layers": 2,
         "head_dim": 8,
     }
-    command = [sys.executable, "-m", "pdlaunch.bench", "transfer", json.dumps(arguments)]
+    command = [sys.executable, "-m", "pdlaunch.bench", json.dumps(arguments)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
     assert result.returncode == 0, result.stderr
     rows = json.loads(result.stdout)

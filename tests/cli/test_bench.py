@@ -38,31 +38,6 @@ SMALL = ("--output-tokens", "4", "--concurrency", "1,2", "--num-requests", "3")
 CHATS = ("--multi-turn", "--conversations", "2", "--turns", "2", "--output-tokens", "4")
 
 
-def test_engine_settings_of_a_step_are_judged_and_passed_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    measured: list[dict[str, object]] = []
-
-    def measure(_module: str, _kind: str, arguments: str, **_: object) -> bytes:
-        measured.append(json.loads(arguments))
-        return b"[]"
-
-    monkeypatch.setattr("pdlaunch.cli.bench.run_module", measure)
-    (tmp_path / "config.json").write_text("{}")
-    step = ("step", "--model", str(tmp_path), "--format", "json")
-    refused = run(*step, "--max-cudagraph-capture-size", "70000")
-    assert (refused.exit_code, measured) == (2, [])
-    assert "--max-cudagraph-capture-size: 70000 is wrong" in refused.stderr
-    taken = run(*step, "--max-cudagraph-capture-size", "64", "--enforce-eager")
-    assert taken.exit_code == 0, taken.stderr
-    (arguments,) = measured
-    assert (arguments["max_cudagraph_capture_size"], arguments["enforce_eager"]) == (64, True)
-    assert "load_format" not in arguments, "what was not given is the engine's default"
-    assert arguments["chunk_tokens"] == []
-    assert run(*step, "--chunk-tokens", "8,9", "--chunk-behind", "70").exit_code == 0
-    assert (measured[1]["chunk_tokens"], measured[1]["chunk_behind"]) == ([8, 9], 70)
-
-
 def test_json_has_every_figure(server: FakeOpenAI) -> None:
     result = bench(server.url, "--input-tokens", "5,9", *SMALL, "--format", "json")
     assert result.exit_code == 0, result.stderr
@@ -320,37 +295,11 @@ def test_a_pipe_gets_the_whole_table() -> None:
     assert "a long heading another one" in console.file.getvalue()
 
 
-@pytest.mark.processes
-def test_offload_between_two_cpu_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "pdlaunch").mkdir()
-    (tmp_path / "pdlaunch" / "__init__.py").write_text(
-        "raise AssertionError('this is another pdlaunch')"
-    )
-    monkeypatch.chdir(tmp_path)
-    result = run("offload", "--device", "cpu", "--block-sizes", "4KiB,16KiB", "--memory", "64KiB")
-    assert result.exit_code == 0
-    assert all(
-        word in result.stdout
-        for word in ("4 KiB", "16 KiB", "one copy", "memcpy", "64 KiB in each direction")
-    )
-
-
 @pytest.mark.parametrize(
     "options",
     [
         ("transfer", "--connectors", "file", "--path", "p2p"),
         ("transfer", "--mooncake-protocol", "tcp,rdma"),
-        ("offload", "--memory", "1MiB,2MiB"),
-        ("offload", "--block-sizes", "0"),
-        ("offload", "--block-sizes", "4KiB,x"),
-        ("offload", "--memory", ""),
-        ("offload", "--memory", "4G"),
-        ("offload", "--device", "tpu"),
-        ("step", "--batch-sizes", "1,"),
-        ("step", "--dtype", "int8"),
-        ("step", "--load-format", "magic"),
-        ("step", "--model", "no-such-model"),
-        ("step", "--prefill-tokens", "-1"),
         ("transfer", "--connectors", "pigeon"),
         ("transfer", "--tp-pairs", "1x1,2"),
         ("transfer", "--device", "tpu"),

@@ -27,7 +27,7 @@ from pdlaunch.protocol.side_channel import (
 )
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
 from pdlaunch.protocol.transfer import LeaseEnded, OfferPartialPrompt, PullDrained, PullFinished
-from pdlaunch.testing.faults import Fault, FaultPlan
+from pdlaunch.transfer.connectors.faults import Fault, FaultPlan
 from tests.transfer.all_questions import questions_for
 from tests.transfer.fakes import spec_of
 from tests.transfer.rank_process import RankHandle, RankOptions, cancel, grant, hashes, pull

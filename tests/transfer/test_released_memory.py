@@ -19,10 +19,10 @@ from pdlaunch.engine.memory.kv_memory import PrivateKVMemory
 from pdlaunch.errors import TransferError
 from pdlaunch.protocol.control import PairReady
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
-from pdlaunch.testing.faults import FaultPlan
-from pdlaunch.testing.faulty_connector import FaultyConnector
 from pdlaunch.transfer.connectors.connector import Connector, LocalMemory
 from pdlaunch.transfer.connectors.device_binding import DeviceBinding
+from pdlaunch.transfer.connectors.faults import FaultPlan
+from pdlaunch.transfer.connectors.faulty import FaultyConnector
 from pdlaunch.transfer.connectors.file import FileConnector
 from pdlaunch.transfer.connectors.nixl import NixlConnector
 from pdlaunch.transfer.connectors.p2p import P2PConnector

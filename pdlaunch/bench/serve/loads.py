@@ -42,7 +42,7 @@ class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
     bare_gb_per_s: Mapping[int, float] = {}
     """Figures of ``bench transfer`` by prompt length, for the goal of the first gap."""
     step_ms: Mapping[int, float] = {}
-    """Figures of ``bench step`` by concurrency, for the share of what it allows."""
+    """Figures of ``benchmarks.step`` by concurrency, for the share of what it allows."""
     request_rates: Sequence[float] = ()
     """Requests sent a second, instead of ``concurrencies``."""
     burstiness: float = 1.0

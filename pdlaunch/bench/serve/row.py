@@ -112,7 +112,7 @@ def summarise(
     """Make a row.
 
     ``counted``: by the engines meanwhile. ``bare_gb_per_s``: from ``bench transfer``; ``step_ms``:
-    from ``bench step``.
+    from ``python -m benchmarks.step``.
     """
     good = [completion for completion in done if completion.error is None]
     several = [completion for completion in good if len(completion.tokens_at) > 1]

@@ -1,5 +1,5 @@
 """Time what rank 0 does on the CPU for one decode step, with no model: ``python -m
-pdlaunch.bench.step.host --batch-size 128``.
+benchmarks.host_step --batch-size 128``.
 
 This is what a GPU waits for between two steps unless the engine runs ahead.
 """

@@ -139,11 +139,11 @@ class FaultPlan(FrozenModel):
 class FaultySpec(ConnectorSpec[FaultPlan]):
     """Adds faults around another connector, in the leases and in the host tier."""
 
-    factory = "pdlaunch.testing.faulty_connector:new_connector"
+    factory = "pdlaunch.transfer.connectors.faulty:new_connector"
     settings = FaultPlan
     stand_ins = {
-        "TransferThread": "pdlaunch.testing.faulty_connector:FaultyTransferThread",
-        "OffloadWorker": "pdlaunch.testing.faulty_offload:FaultyOffloadWorker",
+        "TransferThread": "pdlaunch.transfer.connectors.faulty:FaultyTransferThread",
+        "OffloadWorker": "pdlaunch.transfer.connectors.faulty:FaultyOffloadWorker",
     }
 
     def inner(self, section: FaultPlan) -> str:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from pdlaunch.bench.step.host import main
+from benchmarks.host_step import main
 
 
 def test_every_part_of_a_step_is_timed(

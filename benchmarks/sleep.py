@@ -1,5 +1,5 @@
 """Measures how much memory a rank gives back when it sleeps, and how fast: ``python -m
-pdlaunch.bench.sleep --model DIR``.
+benchmarks.sleep --model DIR``.
 
 Bytes are counted by the driver (``cuMemGetInfo``), against those of weights and KV cache. Prints
 one line of JSON a cycle.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from pdlaunch.testing.chaos import wrong_answers
-from pdlaunch.testing.soak import SentRequest, SoakReport
+from pdlaunch.bench.chaos import wrong_answers
+from pdlaunch.bench.known_answers import SentRequest, SoakReport
 
 
 def test_it_says_how_many_and_when_but_neither_prompt_nor_answer() -> None:

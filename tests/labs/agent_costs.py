@@ -42,7 +42,7 @@ from pdlaunch.machine.machine_file import encode_machine
 from pdlaunch.machine.probe import probe_machine
 from pdlaunch.protocol.process.bootstrap import raise_open_files
 from pdlaunch.protocol.sockets import SecureContext
-from pdlaunch.testing.simulated_engines import SOCKETS_PER_CONTEXT
+from tests.labs.simulated_engines import SOCKETS_PER_CONTEXT
 
 TURN_S = 0.02
 """Messages are looked for this often: a poll of thousands of sockets takes milliseconds."""
@@ -117,7 +117,7 @@ def simulate() -> None:
 @contextlib.contextmanager
 def simulated_agents(ticket: JoinTicket, num_agents: int) -> Iterator[subprocess.Popen[str]]:
     """Run the process that stands for all agents."""
-    command = python_command("pdlaunch.testing.agent_costs")
+    command = python_command("tests.labs.agent_costs")
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:

@@ -7,7 +7,7 @@ not read; its engines are killed, stopped, and started again.
                   ▲              ▲
                   └ descriptors  └ kill -9, SIGSTOP, each a process of its own
 
-``python -m pdlaunch.testing.router_soak --seconds 120`` prints JSON. Each answer must have
+``python -m tests.labs.router_soak --seconds 120`` prints JSON. Each answer must have
 all its tokens or end with an error; the router must hold no more descriptors than before.
 """
 
@@ -31,8 +31,8 @@ from typing import Literal
 import msgspec
 import psutil
 
-from pdlaunch.testing.plain_engine import MODEL, STAMP
-from pdlaunch.testing.router_cost import held_ports, router_command, running
+from tests.labs.plain_engine import MODEL, STAMP
+from tests.labs.router_cost import held_ports, router_command, running
 
 Kind = Literal["whole", "stream", "leaves", "half a request", "reads late"]
 KINDS: tuple[Kind, ...] = ("whole", "stream", "stream", "leaves", "half a request", "reads late")
@@ -111,7 +111,7 @@ class Engines:
 
 
 def _start_engine(port: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "pdlaunch.testing.plain_engine", str(port), str(INTERVAL_S)]
+    command = [sys.executable, "-m", "tests.labs.plain_engine", str(port), str(INTERVAL_S)]
     return subprocess.Popen(command, stderr=subprocess.DEVNULL)
 
 

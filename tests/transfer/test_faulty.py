@@ -14,13 +14,6 @@ from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.errors import TransferError
 from pdlaunch.protocol.side_channel import Geometry
 from pdlaunch.protocol.transfer import EndLease
-from pdlaunch.testing.faults import Fault, FaultPlan
-from pdlaunch.testing.faulty_connector import (
-    FaultyConnection,
-    FaultyConnector,
-    FaultyPushedRead,
-    FaultyRead,
-)
 from pdlaunch.transfer.connectors import connector as interfaces
 from pdlaunch.transfer.connectors.connector import (
     BlockRead,
@@ -31,6 +24,13 @@ from pdlaunch.transfer.connectors.connector import (
     PushedRead,
     Read,
     ReadState,
+)
+from pdlaunch.transfer.connectors.faults import Fault, FaultPlan
+from pdlaunch.transfer.connectors.faulty import (
+    FaultyConnection,
+    FaultyConnector,
+    FaultyPushedRead,
+    FaultyRead,
 )
 from pdlaunch.transfer.connectors.opening import new_connector, rank_part
 from pdlaunch.transfer.thread import TransferThread

@@ -10,8 +10,8 @@ import pytest
 
 from pdlaunch.http.watch.canary import send_canary
 from pdlaunch.http.watch.engine_api import EngineApi
-from pdlaunch.testing.plain_engine import MODEL, VERSION, serve
-from pdlaunch.testing.router_cost import StreamLoad, held_ports, router_command, send_load
+from tests.labs.plain_engine import MODEL, VERSION, serve
+from tests.labs.router_cost import StreamLoad, held_ports, router_command, send_load
 
 
 @pytest.fixture

@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 
-from pdlaunch.errors import ProtocolError
-from pdlaunch.testing.answers import (
+from pdlaunch.bench.known_answers import (
     LOGPROB_TOLERANCE,
     ReceivedAnswer,
     collect_stream,
     difference,
-    read_answer,
 )
+from pdlaunch.errors import ProtocolError
 
 WHOLE = {
     "index": 0,
@@ -27,7 +26,9 @@ WHOLE = {
 
 
 def answer(**changes: Any) -> ReceivedAnswer:
-    return read_answer({"choices": [WHOLE | changes]})
+    received = ReceivedAnswer()
+    received.add([WHOLE | changes])
+    return received
 
 
 async def lines(*events: object, done: bool = True) -> AsyncIterator[bytes]:

@@ -11,8 +11,8 @@ import torch
 
 from pdlaunch.engine.offload.jobs import JobFinished, OffloadJob
 from pdlaunch.engine.offload.tier import HeadSlice
-from pdlaunch.testing.faults import FaultPlan
-from pdlaunch.testing.faulty_offload import FaultyOffloadWorker
+from pdlaunch.transfer.connectors.faults import FaultPlan
+from pdlaunch.transfer.connectors.faulty import FaultyOffloadWorker
 from tests.engine.offload.test_worker import make_layout
 
 STORE = OffloadJob(1, "store", [3, 4], [2, 0], [0, 0], [5, 6], [b"a", b"b"])

@@ -6,7 +6,7 @@
     client ──▶ router ──▶ prefill, decode    time, processor time and memory of the router
     client ─────────────▶ prefill, decode    the same answers without it
 
-``python -m pdlaunch.testing.router_cost`` prints a row of JSON for each load. With
+``python -m tests.labs.router_cost`` prints a row of JSON for each load. With
 ``--router vllm-router`` it measures vLLM's own router instead, at the same engines.
 """
 
@@ -32,7 +32,7 @@ import psutil
 
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.deployment import held_port
-from pdlaunch.testing.plain_engine import MODEL, STAMP
+from tests.labs.plain_engine import MODEL, STAMP
 
 Router = Literal["pdlaunch", "vllm-router", "none"]
 START_TIMEOUT_S = 120.0
@@ -289,7 +289,7 @@ def measure_loads(router: Router, loads: Sequence[StreamLoad]) -> Iterator[CostR
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
             prefill, decode, port, other = stack.enter_context(held_ports(4))
             urls = [f"http://127.0.0.1:{number}" for number in (prefill, decode)]
-            engine = [sys.executable, "-m", "pdlaunch.testing.plain_engine"]
+            engine = [sys.executable, "-m", "tests.labs.plain_engine"]
             engine += [str(prefill), str(decode), str(load.interval_s)]
             stack.enter_context(running(engine, urls[1], Path(folder) / "engines"))
             if router == "none":

@@ -1,8 +1,8 @@
-"""Measures the control plane with simulated engines: ``python -m pdlaunch.testing.control_plane``.
+"""Measures the control plane with simulated engines: ``python -m tests.labs.control_plane``.
 
 Supervisor, control channel and router are the real ones. One other process simulates all engines
 (``simulated_engines``): it registers them, beats their hearts, claims to have proven their pairs
-and answers HTTP. What agents and routes cost is measured apart (``agent_costs``, ``route_costs``).
+and answers HTTP. What agents cost is measured apart (``agent_costs``).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from pdlaunch.protocol.control import FromSupervisor, Stop, from_supervisor
 from pdlaunch.protocol.process.bootstrap import Bootstrap, raise_open_files
 from pdlaunch.protocol.process.engine_ports import EnginePorts
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
-from pdlaunch.testing import agent_costs, route_costs
+from tests.labs import agent_costs
 
 HANG_TIMEOUT_S = 60.0
 SETTLE_S = 3.0
@@ -268,9 +268,7 @@ def measure(num_engines: int, rest_s: float) -> tuple[dict[str, Cost], int]:
             "heartbeat_s": heartbeat_s(HANG_TIMEOUT_S),
         }
         simulator = stack.enter_context(
-            subprocess.Popen(
-                python_command("pdlaunch.testing.simulated_engines"), stdin=subprocess.PIPE
-            )
+            subprocess.Popen(python_command("tests.labs.simulated_engines"), stdin=subprocess.PIPE)
         )
         assert simulator.stdin is not None
         simulator.stdin.write(json.dumps(first).encode() + b"\n")
@@ -351,7 +349,6 @@ def main() -> None:
         )
         print(f"| {' | '.join(map(str, cells))} |", flush=True)  # noqa: T201
     numbers = [int(text) for text in options.engines.split(",")]
-    print(f"\n{route_costs.table(numbers)}", flush=True)  # noqa: T201
     print(f"\n{agent_costs.table(numbers, options.seconds)}")  # noqa: T201
 
 

@@ -1,5 +1,5 @@
 """Measures how fast a CUDA device computes checksums of KV blocks: ``python -m
-pdlaunch.bench.transfer.checksum``.
+benchmarks.checksums``.
 
 The blocks are scattered ones of an 8B model (32 layers, 8 KV heads of 128, 16 bits). Prints one
 line of JSON a case: the time from ``start`` to the result on the host, and its speed, beside that

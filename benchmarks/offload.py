@@ -1,0 +1,136 @@
+"""Times copies of scattered KV blocks between device and host memory through the host tier's
+handler, beside one copy of everything: ``python -m benchmarks.offload``. Prints a line of JSON for
+each block size: GB/s (10**9 bytes a second) of loads, stores and both at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import threading
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from pdlaunch.config.sizes import parse_size
+from pdlaunch.engine.kvcache.host_chunks import choose_blocks_per_chunk
+from pdlaunch.engine.offload.copy_methods import HostCopy, TorchCopy
+from pdlaunch.engine.offload.handler import OffloadHandler
+from pdlaunch.engine.offload.host_memory import HostMemory
+from pdlaunch.engine.offload.measure import JOB_BYTES, CudaTrial, Trial
+from pdlaunch.engine.offload.method_choice import MethodTable, cuda_candidates, measure_methods
+from pdlaunch.engine.offload.spec import DIRECTIONS, Direction, TransferSpec
+
+WAYS: dict[str, tuple[Direction, ...]] = {
+    "h2d": ("load",),
+    "d2h": ("store",),
+    "both": ("load", "store"),
+}
+
+
+class Traffic:
+    """Stores one half of the trial's pages and loads the other, in random order, in jobs."""
+
+    def __init__(self, trial: Trial, host: HostMemory, table: MethodTable, per_chunk: int) -> None:
+        self._finished = threading.Semaphore(0)
+        pages, wake = trial.pages, self._finished.release
+        self._handler = OffloadHandler([[pages]], host, per_chunk, choose=table.choose, wake=wake)
+        half = len(pages) // 2
+        num_chunks = half // per_chunk
+        num_jobs = min(max(1, half * pages.shape[1] // JOB_BYTES), num_chunks)
+        random = np.random.default_rng(0)
+        chunks = random.permutation(host.num_chunks)
+        self._jobs = {}
+        for index, direction in enumerate(DIRECTIONS):
+            blocks = index * half + random.permutation(half).reshape(num_chunks, per_chunk)
+            own = chunks[index * num_chunks : (index + 1) * num_chunks]
+            self._jobs[direction] = [
+                TransferSpec(direction, some.ravel(), [some.size], [0], ids)
+                for some, ids in zip(
+                    np.array_split(blocks, num_jobs), np.array_split(own, num_jobs), strict=True
+                )
+            ]
+        self._num_submitted = 0
+
+    def seconds(self, directions: Sequence[Direction]) -> float:
+        """Return the time of one round of all jobs."""
+        start_at = time.perf_counter()
+        num_pending = 0
+        for specs in zip(*(self._jobs[direction] for direction in directions), strict=True):
+            for spec in specs:
+                self._handler.transfer_async(self._num_submitted, spec)
+                self._num_submitted += 1
+                num_pending += 1
+        while num_pending:
+            self._finished.acquire()
+            results = self._handler.get_finished()
+            assert all(result.ok for result in results)
+            num_pending -= len(results)
+        return time.perf_counter() - start_at
+
+    def close(self) -> None:
+        self._handler.close(60.0)
+
+
+def measure(block_bytes: int, device: torch.device, num_bytes: int) -> dict[str, object]:
+    """Return the row of a block size; each way is the best of three rounds."""
+    per_chunk = min(choose_blocks_per_chunk(block_bytes, device.type), num_bytes // block_bytes)
+    is_cuda = device.type == "cuda"
+    num_chunks = 2 * (num_bytes // (per_chunk * block_bytes))
+    host = HostMemory(num_chunks, per_chunk * block_bytes, pin=is_cuda, progress=lambda *_: None)
+    kind = CudaTrial if is_cuda else Trial
+    trial = kind(block_bytes, host, device, num_bytes, blocks_per_chunk=per_chunk)
+    candidates = cuda_candidates() if is_cuda else {way: [HostCopy()] for way in DIRECTIONS}
+    table = MethodTable(TorchCopy())
+    table.set(block_bytes, measure_methods(candidates, trial.alone, trial.both))
+    traffic = Traffic(trial, host, table, per_chunk)
+    row: dict[str, object] = {"block_bytes": block_bytes}
+    for name, directions in WAYS.items():
+        seconds = min(traffic.seconds(directions) for _ in range(3))
+        row[f"{name}_gb_per_s"] = round(len(directions) * trial.num_bytes / seconds / 1e9, 2)
+    traffic.close()
+    host.close()
+    return row
+
+
+def one_copy(device: torch.device, num_bytes: int) -> dict[str, object]:
+    """Return the row of a single contiguous copy in each direction."""
+    there = torch.ones(num_bytes, dtype=torch.uint8, device=device)
+    here = torch.ones(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+    def gb_per_s(target: torch.Tensor, source: torch.Tensor) -> float:
+        times = []
+        for _ in range(4):
+            start_at = time.perf_counter()
+            target.copy_(source)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - start_at)
+        return round(num_bytes / min(times) / 1e9, 2)
+
+    rates = {"h2d_gb_per_s": gb_per_s(there, here), "d2h_gb_per_s": gb_per_s(here, there)}
+    return {"block_bytes": "one copy", **rates}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--block-sizes", default="4KiB,16KiB,64KiB,256KiB,1MiB")
+    parser.add_argument("--memory", type=parse_size, help="bytes copied (1GiB; 32MiB on a CPU)")
+    parser.add_argument("--device", choices=("cpu", "cuda"))
+    options = parser.parse_args()
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    num_bytes = options.memory or (2**30 if device.type == "cuda" else 2**25)
+    # Each direction has one thread of the handler; the single copy gets no more.
+    torch.set_num_threads(1)
+    rows = [one_copy(device, num_bytes)]
+    sizes = [parse_size(size) for size in options.block_sizes.split(",")]
+    rows += [measure(size, device, num_bytes) for size in sizes]
+    for row in rows:
+        sys.stdout.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,1 +1,0 @@
-"""`pdlaunch bench offload` times block copies between device and host."""

@@ -1,1 +1,0 @@
-"""`pdlaunch bench step` times the engine's step beside bare transformers."""

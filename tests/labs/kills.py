@@ -1,0 +1,92 @@
+"""Kills processes of a deployment under load, again and again, for ``make soak`` and ``make
+kills``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import signal
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
+
+from pdlaunch.bench.chaos import kill_and_wait
+from pdlaunch.bench.known_answers import SoakOptions, SoakReport, make_cases, soak
+from pdlaunch.launch.client.admin import admin_api
+from pdlaunch.launch.client.deployment import Deployment
+
+
+@dataclass
+class Kill:
+    """Records one ``kill -9``, or ``SIGSTOP``, and what clients saw of it."""
+
+    killed_at: float
+    """Instant of the monotonic clock."""
+    ready_s: float
+    """Time from the kill until the router could use the engine again."""
+    num_in_flight: int = 0
+    num_lost: int = 0
+    """Requests in flight that ended with an error, even one with a reason."""
+    longest_gap_s: float = 0.0
+    """Longest time between two tokens that a client of a request in flight saw."""
+
+
+async def load_with_kills(
+    deployment: Deployment,
+    options: SoakOptions,
+    processes: list[str],
+    source: random.Random,
+    *,
+    pause_s: tuple[float, float],
+    signal_number: int = signal.SIGKILL,
+) -> tuple[SoakReport, list[Kill]]:
+    """Kill each of ``processes`` in turn under load, after a pause from the range ``pause_s``.
+
+    Processes whose names are joined by ``+`` are killed at once. The load ends when the last one is
+    back, or with its last request.
+    """
+    stop = asyncio.Event()
+    kills: list[Kill] = []
+    counted_before: Counter[str] = Counter()
+
+    async def kill_all() -> None:
+        for names in processes:
+            await asyncio.sleep(source.uniform(*pause_s))
+            for name in names.split("+"):
+                if "/rank-" in name:
+                    engine = name.partition("/")[0]
+                    counted_before.update(await asyncio.to_thread(counters, deployment, engine))
+            killed_at = time.monotonic()
+            await kill_and_wait(deployment, names, signal_number)
+            kills.append(Kill(killed_at, time.monotonic() - killed_at))
+        await asyncio.sleep(pause_s[0])
+
+    cases = await make_cases(options)
+    killer = asyncio.create_task(kill_all())
+    killer.add_done_callback(lambda _: stop.set())  # a kill that went wrong ends the load, too
+    report = await soak(options, cases, stop=stop)
+    killer.cancel()
+    with suppress(asyncio.CancelledError):
+        await killer
+    report.totals = {
+        name: round(value + counted_before[name], 3) for name, value in report.totals.items()
+    }
+    for kill in kills:
+        hit = [sent for sent in report.sent if sent.start_at <= kill.killed_at <= sent.end_at]
+        kill.num_in_flight = len(hit)
+        kill.num_lost = sum(sent.outcome not in ("equal", "cancelled") for sent in hit)
+        kill.longest_gap_s = max((sent.longest_gap_s for sent in hit), default=0.0)
+    return report, kills
+
+
+def counters(deployment: Deployment, engine: str) -> dict[str, float]:
+    """Return what the rank of an engine has counted: its counters die with it."""
+    page = admin_api(deployment.url).engine(engine).get("/pdlaunch/integrity")[1]
+    return {
+        name: value
+        for name, value in json.loads(page)["stats"].items()
+        if isinstance(value, int | float) and not name.startswith("num_")
+    }
