@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import typer
 
@@ -116,30 +116,26 @@ def transfer(
             mooncake_protocol, _MOONCAKE_PROTOCOLS, "--mooncake-protocol"
         ),
     }
-    rows = _measure(arguments)
+    rows = json.loads(run_module("pdlaunch.bench", json.dumps(arguments)))
     if output == "json":
         print_json(rows)
     else:
         print_table(rows, _TRANSFER_HEADINGS)
 
 
-def _measure(arguments: dict[str, object]) -> Any:
-    """Return what ``python -m pdlaunch.bench JSON`` prints, which keeps torch out of this process.
+def run_module(module: str, *arguments: str, stdout: int = subprocess.PIPE) -> bytes:
+    """Run ``python -m MODULE ARGUMENTS``, which keeps torch out of this process; return its output.
 
     Raises ``typer.Exit`` when it fails.
     """
     # -P: a folder named pdlaunch where the user stands is not the installed one.
-    guarded = [sys.executable, "-P", "-m", "pdlaunch.protocol.process.guarded", "pdlaunch.bench"]
+    command = [sys.executable, "-P", "-m", "pdlaunch.protocol.process.guarded", module, *arguments]
     # In a session of its own Ctrl-C does not reach it: it ends with this process, silently.
     with subprocess.Popen(
-        [*guarded, json.dumps(arguments)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        start_new_session=True,
+        command, stdin=subprocess.PIPE, stdout=stdout, start_new_session=True
     ) as process:
         # Standard input stays open: its end is the end of the process.
-        assert process.stdout is not None
-        found = process.stdout.read()
+        found = b"" if process.stdout is None else process.stdout.read()
         if process.wait() != 0:
             raise typer.Exit(1)
-    return json.loads(found)
+    return found

@@ -62,10 +62,7 @@ class ServeArguments:
     step_ms: Annotated[
         str | None,
         typer.Option(
-            help=(
-                "Decode step at these concurrencies, of `benchmarks.step`: shows the share of what it "
-                "allows."
-            )
+            help=("Decode step in ms at these concurrencies: shows the share of what it allows.")
         ),
     ] = None
     multi_turn: Annotated[
