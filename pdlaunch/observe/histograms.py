@@ -77,9 +77,7 @@ REQUEST_HISTOGRAMS: Mapping[str, HistogramFamily] = {
     # A name of vLLM's: elsewhere names of counters alone end like this.
     "iteration_tokens_total": HistogramFamily(STEP_TOKEN_BUCKETS, "Tokens that a step computes."),
 }
-"""Histograms of an engine, by name without prefix. All are observed when a request ends, but for
-the last, which is observed with every step.
-"""
+"""Histograms of an engine by name without prefix, of requests that end, and at last of steps."""
 PULL_HISTOGRAMS: Mapping[str, HistogramFamily] = {
     "kv_pull_seconds": HistogramFamily(
         PULL_BUCKETS_S, "Pulls that ended well: from lease to proof."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
 import re
@@ -20,8 +19,7 @@ FIELDS = "fields"
 
 _current_request: ContextVar[str] = ContextVar("pdlaunch_request", default="")
 
-# Besides the control characters of ASCII and Latin-1: marks that turn the direction of writing, and
-# separators of lines and paragraphs.
+# Control characters, marks that turn the direction of writing, and separators of lines.
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -75,13 +73,8 @@ class _JsonFormatter(logging.Formatter):
 
 
 def _time(record: logging.LogRecord) -> str:
-    return f"{_second(int(record.created))}.{int(record.msecs):03d}Z"
-
-
-@functools.lru_cache(maxsize=4)
-def _second(at: int) -> str:
-    """Write a second; once for all lines of it, as that takes a ninth of a line's time."""
-    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    second = datetime.fromtimestamp(int(record.created), UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    return f"{second}.{int(record.msecs):03d}Z"
 
 
 class _LogFile(logging.FileHandler):
@@ -111,11 +104,9 @@ def setup_logging(
     file: Path | None = None,
     stream: TextIO | None = None,
 ) -> logging.Handler:
-    """Send all records of this process to ``file``, else ``stream``, else standard error; replaces
-    earlier handlers.
+    """Send all records of this process to ``file``, else ``stream``, else standard error.
 
-    ``level``: debug, info, warning or error, of pdlaunch's own loggers; libraries speak from
-    warning on.
+    ``level``: of pdlaunch's own loggers; libraries speak from warning on.
     """
     handler = logging.StreamHandler(stream or sys.stderr) if file is None else _LogFile(file)
     handler.setFormatter(_JsonFormatter(process) if form == "json" else _LineFormatter(process))
@@ -126,8 +117,7 @@ def setup_logging(
     root.setLevel(logging.WARNING)
     logging.getLogger("pdlaunch").setLevel(level.upper())
     logging.captureWarnings(True)
-    # No line has the place in the source, the thread or the process id, of which the library keeps
-    # note for each: a line takes a third less without.
+    # Nothing shows place in the source, thread or process id; a line takes a third less without.
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     return handler
@@ -135,9 +125,7 @@ def setup_logging(
 
 @contextlib.contextmanager
 def request_logging(request_id: str) -> Iterator[None]:
-    """Mark records made inside, also by awaited coroutines, with ``request_id``: an HttpRequestId
-    in a router, a HopId in an engine's server. This room knows neither.
-    """
+    """Mark records made inside, also by awaited coroutines, with ``request_id``."""
     token = _current_request.set(request_id)
     try:
         yield

@@ -2,17 +2,19 @@
 
 Names of engines are vLLM's with the prefix ``pdlaunch_``, those of the router begin with
 ``pdlaunch_router_``: a request that the router serves is two or more at engines, and no sum may add
-them up. Building blocks: label names are fixed at construction, as are their values.
+them up. Label names and values are fixed at construction.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
-from prometheus_client.metrics_core import Metric
+from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from pdlaunch.observe.histograms import (
@@ -21,11 +23,10 @@ from pdlaunch.observe.histograms import (
     TOKEN_BUCKETS,
     TTFT_BUCKETS_S,
 )
-from pdlaunch.observe.light_metrics import LightCounter, LightHistogram
 
 METRICS_CONTENT_TYPE = CONTENT_TYPE_LATEST
 FINISH_REASONS = ("stop", "length", "abort", "error")
-"""They are shown from the start, others once they occur."""
+"""Shown from the start, others once they occur."""
 ERROR_STATUSES = (400, 401, 404, 408, 413, 429, 499, 500, 502, 503)
 """The same; 499: the client went away; 502: engines failed it."""
 
@@ -46,11 +47,74 @@ class _WithoutCreated(Collector):
 
 
 def render_metrics(registry: Collector) -> bytes:
-    """Return the registry, or whatever else collects, in Prometheus's text format.
-
-    No series tells when another one was created.
-    """
+    """Return a registry in Prometheus's text format."""
     return generate_latest(_WithoutCreated(registry))
+
+
+def buckets_of(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, float]]:
+    """Return the buckets of a ``HistogramMetricFamily``; ``counts`` has one for +Inf, too."""
+    names = [*(str(float(bound)) for bound in bounds), "+Inf"]
+    return list(zip(names, map(float, accumulate(counts)), strict=True))
+
+
+class LightHistogram(Collector):
+    """Shows one series as a histogram; belongs to one thread.
+
+    For what happens with each token: a histogram and a counter of ``prometheus_client`` took a
+    router an eighth of its time for a token.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        text: str,
+        labels: Mapping[str, str],
+        bounds: Sequence[float],
+        registry: CollectorRegistry,
+    ) -> None:
+        """``bounds``: the upper ends of the buckets but for the last."""
+        self._name, self._text, self._labels = name, text, labels
+        self._bounds = list(bounds)
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+        registry.register(self)
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def describe(self) -> Iterator[Metric]:
+        """Yield the name, under which a registry finds it."""
+        yield HistogramMetricFamily(self._name, self._text, labels=list(self._labels))
+
+    def collect(self) -> Iterator[Metric]:
+        family = HistogramMetricFamily(self._name, self._text, labels=list(self._labels))
+        buckets = buckets_of(self._bounds, self._counts)
+        family.add_metric(list(self._labels.values()), buckets, self._sum)
+        yield family
+
+
+class LightCounter(Collector):
+    """Shows one series as a counter; belongs to one thread."""
+
+    def __init__(
+        self, name: str, text: str, labels: Mapping[str, str], registry: CollectorRegistry
+    ) -> None:
+        self._name, self._text, self._labels = name, text, labels
+        self._value = 0.0
+        registry.register(self)
+
+    def inc(self, number: float) -> None:
+        self._value += number
+
+    def describe(self) -> Iterator[Metric]:
+        """Yield the name, under which a registry finds it."""
+        yield CounterMetricFamily(self._name, self._text, labels=list(self._labels))
+
+    def collect(self) -> Iterator[Metric]:
+        family = CounterMetricFamily(self._name, self._text, labels=list(self._labels))
+        family.add_metric(list(self._labels.values()), self._value)
+        yield family
 
 
 class RequestMetrics:
@@ -64,27 +128,19 @@ class RequestMetrics:
     ) -> None:
         names, values = tuple(labels), tuple(labels.values())
 
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
             return Histogram(
                 f"{prefix}{name}", text, names, registry=registry, buckets=buckets
             ).labels(*values)
 
-        def counter(name: str, text: str) -> Counter:
-            return Counter(f"{prefix}{name}", text, names, registry=registry).labels(*values)
+        def counter(name: str, text: str, *more: str) -> Counter:
+            return Counter(f"{prefix}{name}", text, (*names, *more), registry=registry)
 
         self._values = values
-        self._finished = Counter(
-            f"{prefix}request_success",
-            "Finished requests by reason.",
-            (*names, "finished_reason"),
-            registry=registry,
+        self._finished = counter(
+            "request_success", "Finished requests by reason.", "finished_reason"
         )
-        self._failed = Counter(
-            f"{prefix}request_errors",
-            "Refused or failed requests.",
-            (*names, "status"),
-            registry=registry,
-        )
+        self._failed = counter("request_errors", "Refused or failed requests.", "status")
         self.in_flight: Gauge = Gauge(
             f"{prefix}http_requests_in_flight", "Requests being answered.", names, registry=registry
         ).labels(*values)
@@ -107,11 +163,12 @@ class RequestMetrics:
         self.output_length = histogram(
             "request_generation_tokens", "Output tokens of a request.", TOKEN_BUCKETS
         )
-        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of accepted requests.")
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of accepted requests.").labels(
+            *values
+        )
         self.generation_tokens = LightCounter(
             f"{prefix}generation_tokens", "Output tokens sent to clients.", labels, registry
         )
-
         for reason in FINISH_REASONS:
             self._finished.labels(*values, reason)
         for status in ERROR_STATUSES:
@@ -127,10 +184,7 @@ class RequestMetrics:
 
 
 class RequestClock:
-    """Measures one HTTP request, and reports to the metrics as tokens come.
-
-    ``clock`` counts seconds.
-    """
+    """Measures one HTTP request, and reports to the metrics as tokens come."""
 
     def __init__(
         self, metrics: RequestMetrics, clock: Callable[[], float] = time.monotonic

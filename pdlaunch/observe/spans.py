@@ -44,9 +44,7 @@ class Span(msgspec.Struct):
     end_at: float
     attributes: dict[str, Attribute] = {}
     process: str = ""
-    """Name by which its holder calls the process; empty for itself. ``rank-0`` of ``decode-0``
-    becomes ``decode-0/rank-0``.
-    """
+    """Name by which its holder calls the process; empty for itself. Nested: decode-0/rank-0."""
 
     @property
     def duration_s(self) -> float:
@@ -74,9 +72,7 @@ class SpanReport(msgspec.Struct, kw_only=True):
     """Spans beyond ``MAX_SPANS``."""
 
     def placed(self, sent_at: float, received_at: float, process: str) -> list[Span]:
-        """Return the spans on the clock of the asker, who sent the request and received the report
-        at these instants.
-        """
+        """Return the spans on the clock of the asker, who sent and received at these instants."""
         start_at = sent_at + self.clock_error_s(sent_at, received_at)
         return [span.moved(start_at, process) for span in self.spans]
 
@@ -97,9 +93,7 @@ class SpanLog:
     def add(
         self, name: str, start_at: float, end_at: float | None = None, /, **attributes: Attribute
     ) -> None:
-        """Add a span that has ended, without ``end_at`` just now. Attributes that are None are
-        left out.
-        """
+        """Add a span that ended at ``end_at``, or now. Attributes that are None are left out."""
         if len(self.spans) < MAX_SPANS:
             end_at = self.clock() if end_at is None else end_at
             known: dict[str, Attribute] = {

@@ -4,8 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from pdlaunch.observe.light_metrics import LightCounter, LightHistogram
-from pdlaunch.observe.metrics import render_metrics
+from pdlaunch.observe.metrics import LightCounter, LightHistogram, render_metrics
 
 BOUNDS = (0.002, 0.01, 0.5, 1.0)
 
