@@ -30,7 +30,7 @@ SHARED_KIB = {80: 163, 89: 99, 90: 227, 120: 99}
 technical specifications.
 """
 LAUNCHED = {
-    *("write_kv", "attend_decode", "reduce_splits", "attend_chunks", "reduce_chunks"),
+    *("write_kv", "attend_decode", "reduce_splits", "attend_chunks"),
     *("gather_kv", "rotate_and_write", "add_and_normalize", "multiply_gated"),
     *("hash_region", "_copy_pages"),
 }

@@ -155,13 +155,6 @@ def native_setting(context: Context) -> Iterator[Found]:
                 f"{format_size(engines.kv_cache_bytes or 0)}: vLLM counts in GiB on a CPU",
                 "set it to whole GiB",
             )
-        if not engines.settings.max_cudagraph_capture_size and not engines.settings.enforce_eager:
-            yield Found(
-                engines.where("max_cudagraph_capture_size"),
-                "max_cudagraph_capture_size 0 is not passed on: vLLM has graphs for prompts, too, "
-                "or none",
-                "remove it, or set enforce_eager",
-            )
     for engines in context.engines.values():
         if engines.is_native:
             for name in ("engine_args", "engine_command"):

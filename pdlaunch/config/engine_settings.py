@@ -93,15 +93,6 @@ class EngineSettings(FrozenModel):
     enforce_eager: Annotated[bool, Flag()] = Field(
         False, description="Run all steps on a GPU without CUDA graphs."
     )
-    max_cudagraph_capture_size: Annotated[int, Flag()] = Field(
-        1024,
-        ge=0,
-        le=65536,
-        description=(
-            "Run steps of up to so many tokens from CUDA graphs on a GPU where they hold prompts, "
-            "too; 0: decode steps alone. vLLM: all steps, as vLLM chooses when left out."
-        ),
-    )
     async_scheduling: Annotated[bool, Flag()] = Field(
         True, description="Prepare a GPU's next step on the CPU while one runs."
     )

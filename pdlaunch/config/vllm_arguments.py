@@ -69,7 +69,6 @@ OURS: Mapping[str, str] = {
     "kv-cache-memory-bytes": "set kv_cache_memory",
     "kv-transfer-config": "set kv_transfer: lease_s, on_failure",
     "load-format": "set load_format",
-    "max-cudagraph-capture-size": "set max_cudagraph_capture_size",
     "max-model-len": "set max_model_len",
     "max-num-batched-tokens": "set max_num_batched_tokens",
     "max-num-seqs": "set max_num_seqs",

@@ -11,7 +11,7 @@ from pdlaunch.engine.kvcache.manager import KVCacheManager
 from pdlaunch.engine.queues import RequestQueues
 from pdlaunch.engine.request import Request
 from pdlaunch.engine.step_builder import StepBuilder
-from pdlaunch.protocol.costs import EngineCosts, EngineReport
+from pdlaunch.protocol.costs import EngineReport
 from pdlaunch.protocol.engine import EngineStats
 from pdlaunch.protocol.transfer import PullFinished
 
@@ -75,9 +75,7 @@ class EngineFigures:
             num_quarantined_blocks=pool.num_quarantined_blocks,
         )
 
-    def report(
-        self, costs: EngineCosts, *, long_gaps: float = 0.0, stream_seconds: float = 0.0
-    ) -> EngineReport:
+    def report(self) -> EngineReport:
         """Return what there is to do now, which routers weigh their routes by."""
         queues, pool = self._queues, self._kv.pool
         streams = [request for request in queues.running if request.num_to_schedule <= 1]
@@ -93,9 +91,6 @@ class EngineFigures:
             len(streams),
             sum(request.num_computed for request in streams),
             pool.num_free_blocks // self._kv.num_groups * self._kv.block_size,
-            costs,
-            long_gaps,
-            stream_seconds,
         )
 
     def check_integrity(self) -> None:

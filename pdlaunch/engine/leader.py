@@ -18,10 +18,8 @@ from pdlaunch.engine.runner import LaunchedStep, ModelRunner
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.sleep import RankSleeper, SleepCoordinator
 from pdlaunch.engine.step import SleepRank, StepPlan, StopRank, WakeRank
-from pdlaunch.engine.step_costs import StepModel, work_of
 from pdlaunch.engine.tp_events import EventAggregator
 from pdlaunch.protocol.control import SleepState
-from pdlaunch.protocol.costs import EngineReport
 from pdlaunch.protocol.engine import (
     AbortRequest,
     AddRequest,
@@ -70,7 +68,6 @@ class Leader:
         runner: ModelRunner,
         transfer: TransferThread,
         scheduler: Scheduler,
-        model: StepModel | None = None,
         server: ServerLink,
         followers: LeaderChannel | None,
         offload: OffloadWorker | None = None,
@@ -81,19 +78,17 @@ class Leader:
         """Begin with no step in flight.
 
         ``announce`` tells the supervisor whether peers may read this rank's memory; ``record``
-        notes for whom steps run; ``model`` learns what they cost.
+        notes for whom steps run.
         """
         self._welcome = Welcome(
             engine_id=engine_id,
             max_model_len=spec.max_model_len,
             num_blocks=runner.num_blocks,
             block_size=spec.block_size,
-            costs=None if model is None else model.costs,
         )
         self._runner = runner
         self._transfer = transfer
         self._scheduler = scheduler
-        self._model = model
         self._requests = scheduler.requests
         self._figures = scheduler.requests.figures
         self._server = server
@@ -103,11 +98,8 @@ class Leader:
         self._events = EventAggregator(spec.tensor_parallel_size)
         self._clock = clock
         self._runs_ahead = spec.async_scheduling
-        self._in_flight: deque[tuple[StepPlan, LaunchedStep, float]] = deque()
-        """Launched and not collected, and when their turns began, the oldest first: between turns
-        at most one.
-        """
-        self._collected_at = clock()
+        self._in_flight: deque[tuple[StepPlan, LaunchedStep]] = deque()
+        """Launched and not collected, the oldest first: between turns at most one."""
         self._record = record
         self._stats_due_at = 0.0
         self._sleep = SleepCoordinator(
@@ -144,10 +136,9 @@ class Leader:
 
     def turn(self) -> None:
         """Receive, then one step: schedule, run, postprocess."""
-        begin_at = self._clock()
         self._receive()
         plan = self._schedule()
-        self._run(plan, begin_at)
+        self._run(plan)
         # On a GPU the step that was launched just now is left running.
         num_left = 1 if self._runs_ahead and plan.scheduled else 0
         while len(self._in_flight) > num_left:
@@ -173,7 +164,7 @@ class Leader:
             self._receive()
         return self._scheduler.schedule()
 
-    def _run(self, plan: StepPlan, begin_at: float) -> None:
+    def _run(self, plan: StepPlan) -> None:
         """Give the plan to all ranks and launch it; send what the server has to be told."""
         # Commands leave first: an answer must not reach a decode engine before the lease of which
         # it speaks is granted.
@@ -191,20 +182,14 @@ class Leader:
         if not plan.is_empty:
             launched = self._runner.launch(plan)
             if plan.scheduled:
-                self._in_flight.append((plan, launched, begin_at))
+                self._in_flight.append((plan, launched))
         if launches_first:
             self._send_outputs()
 
     def _postprocess(self) -> None:
         """Wait for the oldest step in flight, account for its tokens and send them."""
-        plan, launched, begin_at = self._in_flight.popleft()
-        output = self._runner.collect(launched)
-        # With steps back to back: from the end of one to the end of the next.
-        now_at = self._clock()
-        if self._model is not None:
-            self._model.observe(work_of(plan), now_at - max(begin_at, self._collected_at))
-        self._collected_at = now_at
-        self._scheduler.postprocess(plan, output)
+        plan, launched = self._in_flight.popleft()
+        self._scheduler.postprocess(plan, self._runner.collect(launched))
         # Leases leave before the answers that speak of them, as in ``_run``; both leave before the
         # next plan is made.
         self._submit(self._scheduler.hand_over())
@@ -298,16 +283,7 @@ class Leader:
         if outputs := self._requests.outputs.take():
             # With every answer, so that a router that works with this engine hears of its load
             # several times a second, without a message more.
-            self._server.send(Outputs(items=outputs, report=self._report()))
-
-    def _report(self) -> EngineReport | None:
-        if self._model is None:
-            return None
-        return self._figures.report(
-            self._model.costs,
-            long_gaps=self._scheduler.pauses.num_left,
-            stream_seconds=self._model.stream_seconds,
-        )
+            self._server.send(Outputs(items=outputs, report=self._figures.report()))
 
     def _send_stats(self) -> None:
         """Send statistics every second, as the server takes silence for a rank that hangs."""

@@ -13,7 +13,7 @@ import logging
 import os
 import queue
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import zmq
 
@@ -26,9 +26,6 @@ from pdlaunch.engine.models.tensor_parallel import TPGroup, init_tp_group
 from pdlaunch.engine.offload.worker import OffloadWorker
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.engine.scheduler import Scheduler
-from pdlaunch.engine.stay_awake import StayAwake
-from pdlaunch.engine.step_costs import AttentionShares, StepModel, limits_of
-from pdlaunch.engine.warm_up import Measurement
 from pdlaunch.errors import StartupError
 from pdlaunch.machine.addresses import tcp_endpoint
 from pdlaunch.protocol.changes import Answered, AwaitIdle
@@ -66,6 +63,10 @@ logger = logging.getLogger(__name__)
 GROUP_TIMEOUT_S = 300.0
 """Longest difference between the ranks of a TP group at start."""
 CONNECTOR_TIMEOUT_S = 60.0
+CPU_TOKENS_BESIDE_STREAMS = 64
+"""Most prompt tokens in a step with streams on a CPU. A core computes 128 tokens of the demo model
+in 0.4 s: a full step of 512 would keep each stream waiting for 1.6 s.
+"""
 
 
 class RankProcess:
@@ -103,7 +104,7 @@ class RankProcess:
         engine_id = self._agree_on_engine_id(tp)
         runner = ModelRunner(self._spec, tp=tp, progress=self._progress)
         self._progress("warming up", None)
-        measured = runner.warm_up()
+        runner.warm_up()
         # Objects that exist now stay for the life of the rank. Collections leave them out, so that
         # none takes long in a step.
         gc.freeze()
@@ -115,11 +116,8 @@ class RankProcess:
         )
         if self._bootstrap.tp_rank == 0:
             self._turn(
-                self._new_leader(runner, transfer, offload, engine_id, measured),
+                self._new_leader(runner, transfer, offload, engine_id),
                 info={"num_blocks": str(runner.num_blocks), "dtype": self._spec.dtype},
-                stay_awake=StayAwake(transfer, runner.rehearse)
-                if self._spec.async_scheduling
-                else None,
             )
         else:
             self._turn(self._new_follower(runner, transfer, offload, engine_id))
@@ -137,7 +135,6 @@ class RankProcess:
         transfer: TransferThread,
         offload: OffloadWorker | None,
         engine_id: EngineId,
-        measured: Sequence[Measurement],
     ) -> Leader:
         spec = self._spec
         followers = (
@@ -152,8 +149,6 @@ class RankProcess:
             side_channel=self._side_channel(transfer),
         )
         port = transfer.endpoint.rpartition(":")[2]
-        limits = limits_of(spec, runner.layout, runner.num_blocks, runner.graph_tokens)
-        model = StepModel(limits, measured, AttentionShares.of(runner.shape, spec.max_model_len))
         scheduler = Scheduler(
             RequestLifecycle(
                 groups=runner.layout.groups,
@@ -168,7 +163,7 @@ class RankProcess:
                 offload=new_offload_planner(spec, runner, offload),
             ),
             max_num_batched_tokens=spec.max_num_batched_tokens,
-            costs=lambda: model.costs,
+            max_beside_streams=CPU_TOKENS_BESIDE_STREAMS if spec.device == "cpu" else None,
         )
         leader = Leader(
             spec=spec,
@@ -176,7 +171,6 @@ class RankProcess:
             runner=runner,
             transfer=transfer,
             scheduler=scheduler,
-            model=model,
             server=server,
             followers=followers,
             offload=offload,
@@ -206,12 +200,7 @@ class RankProcess:
             announce=self._control.send,
         )
 
-    def _turn(
-        self,
-        loop: Leader | Follower,
-        info: dict[str, str] | None = None,
-        stay_awake: StayAwake | None = None,
-    ) -> None:
+    def _turn(self, loop: Leader | Follower, info: dict[str, str] | None = None) -> None:
         """Turn the step loop until the supervisor or rank 0 stops it; say Ready once it is.
 
         ``info`` is for the supervisor's status.
@@ -224,10 +213,7 @@ class RankProcess:
                 said_ready = True
                 leave_ends_to_supervisor()
                 self._control.send(Ready(info=info or {}))
-            wait_s = loop.wait_s()
-            if wait_s > 0 and stay_awake is not None:
-                stay_awake.wait(poller)
-            self._wait(poller, wait_s)
+            self._wait(poller, loop.wait_s())
             loop.turn()
         loop.close()
 

@@ -34,7 +34,7 @@ from pdlaunch.engine.models.weights import digest_model
 from pdlaunch.engine.rows import Row, RowTable
 from pdlaunch.engine.sampler import DrawnTokens, draw_tokens
 from pdlaunch.engine.step import ScheduledRow, StepOutput, StepPlan
-from pdlaunch.engine.warm_up import Measurement, WarmUp
+from pdlaunch.engine.warm_up import warm_up_steps
 
 if TYPE_CHECKING:
     from pdlaunch.engine.step_graphs import StepGraphs
@@ -169,14 +169,6 @@ class ModelRunner:
             else self._expect(plan.step_id, sampled)
         )
 
-    def rehearse(self) -> None:
-        """Do what a decode step does first on the host, while no step is in flight.
-
-        After a pause that code takes three times as long.
-        """
-        if self._graphs is not None:
-            self._graphs.rehearse()
-
     def collect(self, step: LaunchedStep) -> StepOutput:
         """Wait for the end of a launched step, in the order of launches; return its tokens."""
         if step.ended is not None:
@@ -187,43 +179,26 @@ class ModelRunner:
                 row.set(position, token.token_id)
         return StepOutput(step_id=step.step_id, tokens=tokens)
 
-    def warm_up(self) -> list[Measurement]:
-        """Run chunks of prompts and decode steps, so that the first request pays for no lazy
-        initialisation; capture graphs. Returns what the steps took, those with streams and prompts
-        without graphs.
+    def warm_up(self) -> None:
+        """Run a prompt and decode steps, so that the first request pays for no lazy initialisation;
+        capture graphs.
 
         Leaves rows and blocks as they were at the start: only to be called before the first step.
         """
         assert len(self._rows) == 0
         self._attention.warm_up(self.num_heads, self._spec.max_num_batched_tokens, self._progress)
-        warm_up = WarmUp(
-            self.execute,
-            self._spec,
-            num_groups=len(self.layout.groups),
-            num_blocks=self.num_blocks,
+        steps = warm_up_steps(
+            self._spec, num_groups=len(self.layout.groups), num_blocks=self.num_blocks
         )
-        # Steps that have no graph take other kernels. What is measured of these tells what their
-        # launches take.
-        launched = (
-            warm_up.run() if self._has_graphs and self._spec.max_cudagraph_capture_size else []
-        )
+        used = 0
+        for plan in steps:
+            self.execute(plan)
+            used = max(used, *(max(blocks.block_ids) + 1 for blocks in plan.new_blocks))
         self._graphs = self._capture_graphs()
-        measured = warm_up.run()
-        if self.graph_tokens:
-            measured = [
-                *(one for one in measured if not one[0].is_mixed),
-                *(one for one in launched if one[0].is_mixed),
-            ]
         self._rows = self._new_rows()
         # Blocks may be used by anybody from the first step on, and a NaN left in one would show
         # through attention's mask.
-        self.kv_cache[: warm_up.num_used_blocks].zero_()
-        return measured
-
-    @property
-    def graph_tokens(self) -> int:
-        """Return of how many tokens in all a step with prompts may be to have a CUDA graph."""
-        return 0 if self._graphs is None else self._graphs.max_prompt_tokens
+        self.kv_cache[:used].zero_()
 
     @property
     def weight_bytes(self) -> int:
@@ -356,16 +331,10 @@ class ModelRunner:
 
         return TritonAttention(self.layout, self.kv_cache)
 
-    @property
-    def _has_graphs(self) -> bool:
-        is_eager = self._device.type == "cpu" or self._spec.enforce_eager
-        return not is_eager and self._decoder.can_be_captured
-
     def _capture_graphs(self) -> StepGraphs | None:
-        """Capture the graphs of steps; all ranks of a TP group do it, as their sums are in the
-        graphs.
-        """
-        if not self._has_graphs:
+        """Capture graphs of decode steps, on all ranks of a TP group: their sums are in them."""
+        is_eager = self._device.type == "cpu" or self._spec.enforce_eager
+        if is_eager or not self._decoder.can_be_captured:
             return None
         from pdlaunch.engine.models.triton_attention import TritonAttention
         from pdlaunch.engine.step_graphs import StepGraphs
@@ -375,9 +344,6 @@ class ModelRunner:
             self._decoder,
             self._attention,
             max_rows=self._spec.max_num_seqs,
-            max_prompt_tokens=min(
-                self._spec.max_cudagraph_capture_size, self._spec.max_num_batched_tokens
-            ),
             max_blocks=-(-self._spec.max_model_len // self._spec.block_size),
             latest=self._latest,
             progress=self._progress,

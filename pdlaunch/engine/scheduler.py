@@ -1,8 +1,7 @@
 """Choose what an engine computes next: continuous batching under a token budget, on paged KV.
 
 A step holds first the next token of every request that decodes, then chunks of prompts, in order
-of arrival: beside streams only as much of them as keeps the step as short as it has to be. Now and
-then streams are left out, so that a burst of prompts is computed at full speed. When blocks run
+of arrival; beside streams a limit of their own may keep these short. When blocks run
 out, the latest arrival gives its own back and computes its tokens again later. Requests wait
 without row and budget while their blocks are pulled from another engine or loaded from host memory.
 A prefix is looked for on the device, then on the host, then at the prefill engine; what is left is
@@ -13,16 +12,12 @@ This module only chooses; ``lifecycle.py`` does what it has chosen.
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 
 from pdlaunch.engine.lifecycle import RequestLifecycle
 from pdlaunch.engine.request import Phase, Request
 from pdlaunch.engine.step import StepOutput, StepPlan
 from pdlaunch.engine.step_builder import StepDraft
-from pdlaunch.protocol.costs import EngineCosts, StreamPauses
 from pdlaunch.protocol.transfer import TransferCommand
 
 logger = logging.getLogger(__name__)
@@ -41,9 +36,9 @@ class Scheduler:
         requests: RequestLifecycle,
         *,
         max_num_batched_tokens: int,
-        costs: Callable[[], EngineCosts] | None = None,
+        max_beside_streams: int | None = None,
     ) -> None:
-        """``costs``: what steps cost now, and how long they may be; None: as long as they get."""
+        """``max_beside_streams``: most prompt tokens in a step with streams; None: all that fit."""
         self.requests = requests
         self._kv = requests.kv
         self._blocks = requests.blocks
@@ -54,8 +49,7 @@ class Scheduler:
         self._queues = requests.queues
         self._registrations = requests.registrations
         self._max_num_batched_tokens = max_num_batched_tokens
-        self._costs = costs
-        self.pauses = StreamPauses(0 if costs is None else costs().most_long_gaps)
+        self._max_beside_streams = max_beside_streams
         self._stalls = False
         """Nothing can be computed before copies to host memory let go of their blocks."""
 
@@ -131,25 +125,11 @@ class Scheduler:
     def _schedule(self) -> StepPlan:
         # First: a preemption below sets it again, as it frees blocks for others.
         self.requests.may_progress = False
-        if self._costs is not None and self._streams_wait():
-            step = StepDraft(self._max_num_batched_tokens, has_streams=False)
-            step.most_of_prompts = self._costs().pause_chunk
-        else:
-            step = StepDraft(self._max_num_batched_tokens)
-        self._fill(step)
-        if not step.has_streams and not step.scheduled:
-            # No prompt has room now.
-            step = StepDraft(self._max_num_batched_tokens)
-            self._fill(step)
-        if self._costs is not None and not step.has_streams:
-            costs = self._costs().steps
-            self.pauses.ran_prompts(
-                costs.step_s
-                + sum(
-                    costs.tokens_s(num_tokens, request.num_scheduled)
-                    for request, num_tokens in step.scheduled.items()
-                )
-            )
+        step = StepDraft(self._max_num_batched_tokens)
+        self._schedule_running(step)
+        # After a preemption blocks are short: a new one would take what running requests need next.
+        if not step.preempted:
+            self._schedule_waiting(step)
         self._stalls = bool(self._queues.running) and not step.scheduled
         self.requests.offer_partial(step.scheduled)
         plan = self._builder.build(step.scheduled, self._take_commands(), self._host.take_jobs())
@@ -167,53 +147,6 @@ class Scheduler:
             )
         return plan
 
-    def _streams_wait(self) -> bool:
-        """Return whether the next step leaves the streams out, for the prompts that wait."""
-        if self._costs is None or self._in_flight:
-            return False
-        num_prompt_tokens = self._count_prompt_tokens()
-        if not num_prompt_tokens:
-            return False
-        context_tokens = [
-            request.num_scheduled
-            for request in self._queues.running
-            if request.num_to_schedule == 1
-        ]
-        if not self._leaves_out(num_prompt_tokens, context_tokens):
-            return False
-        # What is cached is looked up where it may change something.
-        num_cached = sum(
-            self._blocks.find_prefix(request).end(0) * self._kv.block_size
-            for request in self._next_prompts()
-            if request.phase is Phase.WAITING
-        )
-        return self._leaves_out(num_prompt_tokens - num_cached, context_tokens)
-
-    def _leaves_out(self, num_prompt_tokens: int, context_tokens: Sequence[int]) -> bool:
-        assert self._costs is not None
-        num_streams = len(context_tokens)
-        chunk_tokens = self._costs().chunk_tokens(num_streams, sum(context_tokens))
-        return self.pauses.leave_out(num_streams, num_prompt_tokens, chunk_tokens)
-
-    def _next_prompts(self) -> Iterator[Request]:
-        """Return the requests that wait with a prompt to compute, as many as there are rows for."""
-        prompts = (request for request in self._queues.waiting if not request.wants_pull)
-        return itertools.islice(prompts, self._builder.num_free_rows)
-
-    def _count_prompt_tokens(self) -> int:
-        """Return how many tokens of prompts are to be computed that have a row or get one now."""
-        return sum(
-            request.num_to_schedule
-            for request in self._queues.running
-            if request.num_to_schedule > 1
-        ) + sum(request.num_remaining for request in self._next_prompts())
-
-    def _fill(self, step: StepDraft) -> None:
-        self._schedule_running(step)
-        # After a preemption blocks are short: a new one would take what running requests need next.
-        if not step.preempted:
-            self._schedule_waiting(step)
-
     def _take_commands(self) -> list[TransferCommand]:
         commands, self.requests.commands = self.requests.commands, []
         return commands
@@ -226,31 +159,19 @@ class Scheduler:
                 continue
             if request.num_to_schedule > 1:
                 prefilling.append(request)
-            elif step.has_streams:
+            else:
                 self._schedule_chunk(request, step)
-        self._bound_prompts(step)
+        if step.scheduled and self._max_beside_streams is not None:
+            step.prompt_budget = self._max_beside_streams
         for request in prefilling:
             self._schedule_chunk(request, step)
-
-    def _bound_prompts(self, step: StepDraft) -> None:
-        """Say how many tokens of prompts may stand in a step beside the streams in it."""
-        num_streams = len(step.scheduled)
-        if self._costs is None or not num_streams:
-            return
-        ends_pause = self.pauses.has_begun
-        self.pauses.ran_streams(num_streams)
-        if ends_pause:
-            step.take_no_more_prompts()
-            return
-        num_context_tokens = sum(request.num_scheduled for request in step.scheduled)
-        step.most_of_prompts = partial(self._costs().chunk_tokens, num_streams, num_context_tokens)
 
     def _schedule_chunk(self, request: Request, step: StepDraft) -> None:
         """Add as many next tokens of a running request as budget and blocks allow.
 
         Later arrivals give up their blocks so that at least one token fits.
         """
-        num_tokens = step.room(request.num_to_schedule, request.num_scheduled)
+        num_tokens = step.room(request.num_to_schedule)
         # It may have been preempted in this very step, by a request that came before it.
         if request.phase is not Phase.RUNNING or num_tokens == 0:
             return
@@ -288,10 +209,11 @@ class Scheduler:
                 and self._builder.has_free_row
                 and not self._has_to_be_apart(request)
             ):
-                if step.room(request.num_remaining, request.num_computed):
+                if step.room(request.num_remaining):
                     lacks_blocks |= not self._admit(request, step)
                 else:
-                    step.take_no_more_prompts()
+                    # Nobody who came later goes before it.
+                    step.prompt_budget = 0
         if lacks_blocks and not self._queues.running and not self._in_flight:
             self._break_standstill(step)
 
@@ -314,15 +236,15 @@ class Scheduler:
             if self._start_load(request):
                 return True
             num_cached = hit.end(0) * self._kv.block_size
-            if not step.room(request.num_remaining - num_cached, num_cached):
-                step.take_no_more_prompts()
+            if not step.room(request.num_remaining - num_cached):
+                step.prompt_budget = 0
                 return True
             self.requests.share(request, hit)
         room = self._blocks.room(request)
         if not room:
             return False
         self.requests.seat(request)
-        num_tokens = min(step.room(request.num_remaining, request.num_computed), room)
+        num_tokens = min(step.room(request.num_remaining), room)
         self._kv.extend(request.tables, request.num_computed + num_tokens)
         step.add(request, num_tokens)
         return True

@@ -2,69 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from pdlaunch.engine.offload.jobs import OffloadJob
 from pdlaunch.engine.request import Request
 from pdlaunch.engine.step import NewBlocks, NewRow, RowTokens, ScheduledRow, StepPlan
 from pdlaunch.protocol.transfer import TransferCommand
 
-_ROUNDED_OFF = 1e-6
-"""Part of a token that is added again: shares of a step add up to a little more or less."""
-
 
 class StepDraft:
     """Collects what the next step computes."""
 
-    __slots__ = (
-        "budget",
-        "has_streams",
-        "most_of_prompts",
-        "preempted",
-        "scheduled",
-        "shares",
-    )
-
-    def __init__(self, budget: int, *, has_streams: bool = True) -> None:
-        self.has_streams = has_streams
-        """False: streams that run are left out, for the sake of prompts."""
+    def __init__(self, budget: int) -> None:
         self.budget = budget
         """Tokens that may still be added."""
-        self.most_of_prompts: Callable[[int], int] | None = None
-        """Returns how many tokens of prompts the step may have where they all stand behind so many
-        others of their prompt; None: as many as fit.
-        """
-        self.shares: dict[Request, float] = {}
-        """By prompt that was added, the share that it takes of the most tokens that the step may
-        have behind so many others: such a token takes more than one that begins its prompt.
-        """
+        self.prompt_budget = budget
+        """Tokens of prompts that may still be added, within ``budget``."""
         self.scheduled: dict[Request, int] = {}
         self.preempted = False
 
-    def room(self, num_wanted: int, num_before: int) -> int:
-        """Return how many of the next tokens of a request may be added, behind so many others."""
-        bound = self.budget
-        if num_wanted > 1 and self.most_of_prompts is not None:
-            left = self.most_of_prompts(num_before) * (1.0 - sum(self.shares.values()))
-            bound = min(bound, int(left + _ROUNDED_OFF))
-        return max(0, min(num_wanted, bound))
-
-    def take_no_more_prompts(self) -> None:
-        """Leave the next prompt, which has no room here, to a step that begins with it: nobody who
-        came later goes before it.
-        """
-        self.most_of_prompts = lambda _: 0
+    def room(self, num_wanted: int) -> int:
+        """Return how many of the next tokens of a request may be added; more than one: a prompt."""
+        budget = min(self.budget, self.prompt_budget) if num_wanted > 1 else self.budget
+        return max(0, min(num_wanted, budget))
 
     def add(self, request: Request, num_tokens: int) -> None:
         self.scheduled[request] = num_tokens
         self.budget -= num_tokens
-        if num_tokens > 1 and self.most_of_prompts is not None:
-            most = max(1, self.most_of_prompts(request.num_scheduled))
-            self.shares[request] = num_tokens / most
+        if num_tokens > 1:
+            self.prompt_budget -= num_tokens
 
     def remove(self, request: Request) -> None:
         self.budget += self.scheduled.pop(request, 0)
-        self.shares.pop(request, None)
 
 
 class StepBuilder:

@@ -269,7 +269,7 @@ class EngineReport(msgspec.Struct, frozen=True, array_like=True):
     No router reads it; it keeps its place for ``pdlaunch router`` of other versions, which find
     what follows by its position.
     """
-    costs: EngineCosts
+    costs: EngineCosts | None = None
     long_gaps: float = 0.0
     """Gaps between tokens of its streams that may be long; see ``StreamPauses``."""
     stream_seconds: float = 0.0

@@ -196,7 +196,6 @@ CASES = [
         for setting in (
             "kv_offload: {host_memory: 1GiB}",
             "kv_transfer: {pull_attempts: 3}",
-            "max_cudagraph_capture_size: 0",
             "kv_cache_memory: 1536MiB",
         )
     ),

@@ -5,7 +5,7 @@ after every step.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.engine.kvcache.groups import KVCacheGroup
@@ -17,7 +17,6 @@ from pdlaunch.engine.offload.tier import HeadSlice, HostTier
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.step import StepPlan
 from pdlaunch.observe.spans import Span
-from pdlaunch.protocol.costs import EngineCosts
 from pdlaunch.protocol.engine import (
     AddRequest,
     FirstTokens,
@@ -95,7 +94,7 @@ class FakeEngine:
         blocks_per_chunk: int = 1,
         runs_ahead: bool = False,
         shares_tokens: bool = False,
-        costs: Callable[[], EngineCosts] | None = None,
+        max_beside_streams: int | None = None,
     ) -> None:
         """``shares_tokens``: other ranks get what rank 0 draws at once, without which they cannot
         run ahead. ``num_chunks``: room of the host tier, which needs ``caching``; 0: there is
@@ -120,7 +119,7 @@ class FakeEngine:
                 else None,
             ),
             max_num_batched_tokens=max_num_batched_tokens,
-            costs=costs,
+            max_beside_streams=max_beside_streams,
         )
         self.runners = [
             FakeRunner(

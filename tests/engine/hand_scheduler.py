@@ -20,8 +20,7 @@ MAX_MODEL_LEN = 96
 
 
 GRAPHS: dict[str, dict[str, object]] = {
-    "graphs": {"max_cudagraph_capture_size": 0},
-    "graphs with prompts": {"max_cudagraph_capture_size": 32},
+    "graphs": {},
     "eager": {"enforce_eager": True},
 }
 """Settings for steps on a GPU, by which of them run from CUDA graphs."""

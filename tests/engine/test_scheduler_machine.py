@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pdlaunch.config.kv_transfer import KVTransferSettings
-from pdlaunch.protocol.costs import EngineCosts, StepCosts
 from pdlaunch.protocol.engine import WITHDRAWN, SamplingParams
 from tests.engine.fake_engine import FULL, FakeEngine, remote_kv, sliding
 from tests.engine.fake_runner import VOCAB_SIZE, expected_output
@@ -63,8 +62,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         on_failure=st.sampled_from(["recompute", "recompute", "fail"]),
         num_chunks=st.sampled_from([0, 3, 12, 100]),
         shares_tokens=st.booleans(),
-        prompt_s=st.sampled_from([None, 0.0, 0.001, 0.1]),
-        attended_s=st.sampled_from([0.0, 0.001]),
+        max_beside_streams=st.sampled_from([None, 1, 5]),
     )
     def start(
         self,
@@ -78,18 +76,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         on_failure,
         num_chunks,
         shares_tokens,
-        prompt_s,
-        attended_s,
+        max_beside_streams,
     ):
-        costs = EngineCosts(
-            StepCosts(0.01, 0.0, 0.0, prompt_s or 0.0, attended_s),
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=budget,
-            block_size=block_size,
-            num_kv_tokens=num_blocks * block_size,
-            kv_bytes_per_token=1,
-            max_slowdown=2.0,
-        )
         self.kv_transfer = KVTransferSettings(on_failure=on_failure)
         self.engine = FakeEngine(
             groups=groups,
@@ -103,7 +91,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             kv_transfer=self.kv_transfer,
             num_chunks=num_chunks if caching else 0,
             shares_tokens=shares_tokens,
-            costs=None if prompt_s is None else lambda: costs,
+            max_beside_streams=max_beside_streams,
         )
 
     def has_room(self) -> bool:

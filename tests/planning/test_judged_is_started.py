@@ -70,7 +70,6 @@ ENGINE = {
     "num_threads": st.integers(1, 64),
     "async_scheduling": st.booleans(),
     "enforce_eager": st.booleans(),
-    "max_cudagraph_capture_size": st.integers(0, 4096),
     "kv_offload": some(host_memory=st.integers(0, GIB), policy=st.sampled_from(["arc", "lru"])),
     "env": VARIABLES,
 }

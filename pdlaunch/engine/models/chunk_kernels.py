@@ -1,56 +1,20 @@
-"""Triton kernels of paged attention for chunks of prompts, in splits of what lies before them.
+"""The Triton kernel of paged attention for chunks of prompts that no library can do: those in
+float32, and those of heads with sinks.
 
-As those of ``attention_kernels``, they read the KV cache in place. Import this module only where
-triton is there.
+It reads the KV cache in place. Import this module only where triton is there.
 
-Source: flash-decoding (Dao et al., 2023) for the splits, FlashAttention-2 for the online softmax.
+Source: FlashAttention-2 for the online softmax.
 """
 
 from __future__ import annotations
 
 # Triton reads annotations of kernels: only its own may stand there. Its constants are in capitals.
-# ruff: noqa: ANN001, ANN201, ANN202, N803
+# ruff: noqa: ANN001, ANN201, N803
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 import triton
 import triton.language as tl
 
-from pdlaunch.engine.models.attention_kernels import LOG2_E, first_tile, row_offsets, split_size
-
-
-@triton.jit
-def _tile_place(lengths, row_starts, tile_rows, tile_tokens):
-    """Return the program's tile of a chunk: its row, first token, the first token of the row in the
-    step, the chunk's tokens, and those before the chunk.
-
-    ::
-
-        0 ................. before ......................... length
-          computed earlier  │  the chunk: tokens 0 .. num_tokens │
-
-    The tile's queries are at positions from ``before + token`` on.
-    """
-    row = tl.load(tile_rows + tl.program_id(0))
-    row_start = tl.load(row_starts + row)
-    num_tokens = tl.load(row_starts + row + 1) - row_start
-    before = tl.load(lengths + row) - num_tokens
-    return row, tl.load(tile_tokens + tl.program_id(0)), row_start, num_tokens, before
-
-
-@triton.jit
-def _tile_span(
-    before,
-    token,
-    num_tokens,
-    NUM_SPLITS: tl.constexpr,
-    MIN_SPLIT: tl.constexpr,
-    TOKENS: tl.constexpr,
-    TILE: tl.constexpr,
-    WINDOW: tl.constexpr,
-):
-    """Return the positions [first, stop) that a tile of a chunk sees, and the size of a split."""
-    first = first_tile(before + token + 1, WINDOW, TILE)
-    stop = before + tl.minimum(token + TOKENS, num_tokens)
-    return first, stop, split_size(stop - first, NUM_SPLITS, MIN_SPLIT, TILE)
+from pdlaunch.engine.models.attention_kernels import LOG2_E, first_tile, row_offsets
 
 
 @triton.jit(do_not_specialize=["table_row"])
@@ -65,9 +29,6 @@ def attend_chunks(
     tile_tokens,
     sinks,
     result,
-    partial,
-    partial_max,
-    partial_sum,
     table_row,
     scaling_log2,
     query_token_stride,
@@ -76,8 +37,6 @@ def attend_chunks(
     layer_offset,
     block_stride,
     head_stride,
-    NUM_SPLITS: tl.constexpr,
-    MIN_SPLIT: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -87,147 +46,74 @@ def attend_chunks(
     WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr,
 ):
-    """Attend for TOKENS tokens of a row's chunk and one query head, over one split of all that lies
-    before them.
+    """Attend for TOKENS tokens of a row's chunk and one query head.
 
-    Program (i, h, s): tokens from ``tile_tokens[i]`` on, counted in the chunk of row
-    ``tile_rows[i]``. ``row_starts``: [rows + 1] first token of each row in ``query`` and
-    ``result``. What needs one split goes to ``result``, else to ``partial`` for ``reduce_chunks``.
+    Program (i, h): tokens from ``tile_tokens[i]`` on, counted in the chunk of row ``tile_rows[i]``.
+    ``row_starts``: [rows + 1] first token of each row in ``query`` and ``result``.
+
+    ::
+
+        0 ................. before ......................... length
+          computed earlier  │  the chunk: tokens 0 .. num_tokens │
     """
-    head, num_heads, split = tl.program_id(1), tl.num_programs(1), tl.program_id(2)
-    row, token, row_start, num_tokens, before = _tile_place(
-        lengths, row_starts, tile_rows, tile_tokens
+    head = tl.program_id(1)
+    row, token = tl.load(tile_rows + tl.program_id(0)), tl.load(tile_tokens + tl.program_id(0))
+    row_start = tl.load(row_starts + row)
+    num_tokens = tl.load(row_starts + row + 1) - row_start
+    before = tl.load(lengths + row) - num_tokens
+    # The positions that the tile's tokens see.
+    start = first_tile(before + token + 1, WINDOW, TILE)
+    stop = before + tl.minimum(token + TOKENS, num_tokens)
+    dims, tokens = tl.arange(0, PADDED_DIM), token + tl.arange(0, TOKENS)
+    is_dim, is_token = dims < HEAD_DIM, tokens < num_tokens
+    seats = (row_start + tokens).to(tl.int64)
+    queries = tl.load(
+        query + seats[:, None] * query_token_stride + head * query_head_stride + dims[None, :],
+        mask=is_token[:, None] & is_dim[None, :],
+        other=0.0,
     )
-    first, stop, size = _tile_span(
-        before, token, num_tokens, NUM_SPLITS, MIN_SPLIT, TOKENS, TILE, WINDOW
-    )
-    start = first + split * size
-    if start < stop:
-        is_whole = size >= stop - first
-        stop = tl.minimum(start + size, stop)
-        dims, tokens = tl.arange(0, PADDED_DIM), token + tl.arange(0, TOKENS)
-        is_dim, is_token = dims < HEAD_DIM, tokens < num_tokens
-        seats = (row_start + tokens).to(tl.int64)
-        queries = tl.load(
-            query + seats[:, None] * query_token_stride + head * query_head_stride + dims[None, :],
-            mask=is_token[:, None] & is_dim[None, :],
+    table = tables + (table_row + row).to(tl.int64) * tl.load(table_stride_at)
+    layer = kv_cache + (head // GROUP) * head_stride + layer_offset
+    best = tl.full([TOKENS], float("-inf"), tl.float32)
+    total = tl.zeros([TOKENS], tl.float32)
+    if HAS_SINKS:
+        best = tl.zeros_like(best) + tl.load(sinks + head).to(tl.float32) * LOG2_E
+        total += 1.0
+    attended = tl.zeros([TOKENS, PADDED_DIM], tl.float32)
+    for position in range(start, stop, TILE):
+        positions = position + tl.arange(0, TILE)
+        held = positions < stop
+        rows = row_offsets(table, positions, held, block_stride, BLOCK_SIZE, HEAD_DIM)
+        visible = held[None, :] & (positions[None, :] <= before + tokens[:, None])
+        if WINDOW > 0:
+            # Blocks before the window may belong to others by now: what lies there is not read.
+            held = held & (positions > before + token - WINDOW)
+            visible = visible & (positions[None, :] > before + tokens[:, None] - WINDOW)
+        keys = tl.load(
+            layer + rows[None, :] + dims[:, None],
+            mask=held[None, :] & is_dim[:, None],
             other=0.0,
         )
-        table = tables + (table_row + row).to(tl.int64) * tl.load(table_stride_at)
-        layer = kv_cache + (head // GROUP) * head_stride + layer_offset
-        best = tl.full([TOKENS], float("-inf"), tl.float32)
-        total = tl.zeros([TOKENS], tl.float32)
-        if HAS_SINKS:  # noqa: SIM102
-            # The line above is of the compiler, this one of the kernel.
-            if is_whole:
-                best = tl.zeros_like(best) + tl.load(sinks + head).to(tl.float32) * LOG2_E
-                total += 1.0
-        attended = tl.zeros([TOKENS, PADDED_DIM], tl.float32)
-        for position in range(start, stop, TILE):
-            positions = position + tl.arange(0, TILE)
-            held = positions < stop
-            rows = row_offsets(table, positions, held, block_stride, BLOCK_SIZE, HEAD_DIM)
-            visible = held[None, :] & (positions[None, :] <= before + tokens[:, None])
-            if WINDOW > 0:
-                # Blocks before the window may belong to others by now: what lies there is not read.
-                held = held & (positions > before + token - WINDOW)
-                visible = visible & (positions[None, :] > before + tokens[:, None] - WINDOW)
-            keys = tl.load(
-                layer + rows[None, :] + dims[:, None],
-                mask=held[None, :] & is_dim[:, None],
-                other=0.0,
-            )
-            scores = tl.dot(queries, keys, input_precision="ieee") * scaling_log2
-            scores = tl.where(visible, scores, float("-inf"))
-            new_best = tl.maximum(best, tl.max(scores, 1))
-            # A token may see nothing of this tile: no score to subtract yet.
-            reference = tl.where(new_best == float("-inf"), 0.0, new_best)
-            weights = tl.exp2(scores - reference[:, None])
-            decay = tl.exp2(best - reference)
-            values = tl.load(
-                layer + BLOCK_SIZE * HEAD_DIM + rows[:, None] + dims[None, :],
-                mask=held[:, None] & is_dim[None, :],
-                other=0.0,
-            )
-            attended = tl.dot(
-                weights.to(values.dtype), values, attended * decay[:, None], input_precision="ieee"
-            )
-            total = total * decay + tl.sum(weights, 1)
-            best = new_best
-        mask = is_token[:, None] & is_dim[None, :]
-        if is_whole:
-            attended = attended / tl.where(total > 0, total, 1.0)[:, None]
-            tl.store(
-                result + seats[:, None] * result_token_stride + head * HEAD_DIM + dims[None, :],
-                attended.to(result.dtype.element_ty),
-                mask=mask,
-            )
-        else:
-            # ``partial`` is [tokens, heads, NUM_SPLITS, D].
-            places = (seats * num_heads + head) * NUM_SPLITS + split
-            tl.store(partial_max + places, best, mask=is_token)
-            tl.store(partial_sum + places, total, mask=is_token)
-            tl.store(partial + places[:, None] * HEAD_DIM + dims[None, :], attended, mask=mask)
-
-
-@triton.jit
-def reduce_chunks(
-    partial,
-    partial_max,
-    partial_sum,
-    lengths,
-    row_starts,
-    tile_rows,
-    tile_tokens,
-    sinks,
-    result,
-    result_token_stride,
-    NUM_SPLITS: tl.constexpr,
-    MIN_SPLIT: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    TOKENS: tl.constexpr,
-    TILE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-):
-    """Add up what ``attend_chunks`` left of several splits. Grid: tiles, heads."""
-    head, num_heads = tl.program_id(1), tl.num_programs(1)
-    _row, token, row_start, num_tokens, before = _tile_place(
-        lengths, row_starts, tile_rows, tile_tokens
-    )
-    first, stop, size = _tile_span(
-        before, token, num_tokens, NUM_SPLITS, MIN_SPLIT, TOKENS, TILE, WINDOW
-    )
-    if size < stop - first:
-        dims, tokens = tl.arange(0, PADDED_DIM), token + tl.arange(0, TOKENS)
-        is_token = tokens < num_tokens
-        mask = is_token[:, None] & (dims < HEAD_DIM)[None, :]
-        seats = (row_start + tokens).to(tl.int64)
-        places = (seats * num_heads + head) * NUM_SPLITS
-        best = tl.full([TOKENS], float("-inf"), tl.float32)
-        total = tl.zeros([TOKENS], tl.float32)
-        if HAS_SINKS:
-            best = tl.zeros_like(best) + tl.load(sinks + head).to(tl.float32) * LOG2_E
-            total += 1.0
-        attended = tl.zeros([TOKENS, PADDED_DIM], tl.float32)
-        for _start in range(first, stop, size):
-            maxima = tl.load(partial_max + places, mask=is_token, other=float("-inf"))
-            new_best = tl.maximum(best, maxima)
-            # In a split before its window a token sees nothing.
-            reference = tl.where(new_best == float("-inf"), 0.0, new_best)
-            decay, share = tl.exp2(best - reference), tl.exp2(maxima - reference)
-            sums = tl.load(partial_sum + places, mask=is_token, other=0.0)
-            summed = tl.load(
-                partial + places[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0
-            )
-            total = total * decay + sums * share
-            attended = attended * decay[:, None] + summed * share[:, None]
-            best = new_best
-            places += 1
-        attended = attended / tl.where(total > 0, total, 1.0)[:, None]
-        tl.store(
-            result + seats[:, None] * result_token_stride + head * HEAD_DIM + dims[None, :],
-            attended.to(result.dtype.element_ty),
-            mask=mask,
+        scores = tl.dot(queries, keys, input_precision="ieee") * scaling_log2
+        scores = tl.where(visible, scores, float("-inf"))
+        new_best = tl.maximum(best, tl.max(scores, 1))
+        # A token may see nothing of this tile: no score to subtract yet.
+        reference = tl.where(new_best == float("-inf"), 0.0, new_best)
+        weights = tl.exp2(scores - reference[:, None])
+        decay = tl.exp2(best - reference)
+        values = tl.load(
+            layer + BLOCK_SIZE * HEAD_DIM + rows[:, None] + dims[None, :],
+            mask=held[:, None] & is_dim[None, :],
+            other=0.0,
         )
+        attended = tl.dot(
+            weights.to(values.dtype), values, attended * decay[:, None], input_precision="ieee"
+        )
+        total = total * decay + tl.sum(weights, 1)
+        best = new_best
+    attended = attended / tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(
+        result + seats[:, None] * result_token_stride + head * HEAD_DIM + dims[None, :],
+        attended.to(result.dtype.element_ty),
+        mask=is_token[:, None] & is_dim[None, :],
+    )

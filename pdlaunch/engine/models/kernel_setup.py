@@ -13,8 +13,6 @@ from pdlaunch.engine.kvcache.groups import KVCacheLayout
 TARGET_PROGRAMS = 1024
 """Programs that fill the device: eight for each of an H200's multiprocessors."""
 MAX_SPLITS = 32
-CHUNK_SPLIT_TOKENS = 512
-"""Fewest tokens of a split for a tile of a chunk."""
 MIN_DOT = 16
 """Smallest side of a matrix product in Triton."""
 
@@ -24,24 +22,15 @@ class SplitPlan:
     """Says how kernels cut contexts; fixed at launch, whatever the lengths are."""
 
     num_splits: int
-    """Most splits of a row, or of a tile of a chunk; a power of two."""
+    """Most splits of a row; a power of two."""
     min_tokens: int
 
     @staticmethod
-    def of(num_rows: int, num_kv_heads: int, *, has_chunks: bool = False) -> SplitPlan:
-        """Cut few rows into many splits; cut rows that fill the device only where they are long.
-
-        ``has_chunks``: rows of chunks, and of nothing, are among them, which need no split.
-        """
+    def of(num_rows: int, num_kv_heads: int) -> SplitPlan:
+        """Cut few rows into many splits; cut rows that fill the device only where they are long."""
         wanted = -(-TARGET_PROGRAMS // (num_rows * num_kv_heads))
-        min_tokens = 1024 if wanted == 1 and not has_chunks else 256 if wanted <= 4 else 32
+        min_tokens = 1024 if wanted == 1 else 256 if wanted <= 4 else 32
         return SplitPlan(min(MAX_SPLITS, max(8, triton.next_power_of_2(wanted))), min_tokens)
-
-    @staticmethod
-    def of_chunks(num_tiles: int, num_heads: int) -> SplitPlan:
-        """Cut what tiles of chunks see into as many splits as fill the device."""
-        wanted = -(-TARGET_PROGRAMS // (num_tiles * num_heads))
-        return SplitPlan(min(MAX_SPLITS, triton.next_power_of_2(wanted)), CHUNK_SPLIT_TOKENS)
 
 
 @dataclass(slots=True)

@@ -67,9 +67,9 @@ class StepTensors:
     slots: tuple[torch.Tensor, ...]
     """[num_tokens] int32 by group; -1 writes nothing"""
     lengths: torch.Tensor
-    """[num_rows] int32"""
-    decode_lengths: torch.Tensor
-    """[num_decode_rows] int32; 0 for a row that has no token here"""
+    """[num_rows] int32; 0 for a row that has no token here"""
+    num_decode_rows: int
+    """These come first; the rest are chunks."""
     tables: torch.Tensor
     """[num_groups * num_rows * table_stride] int32"""
     table_stride_at: torch.Tensor
@@ -134,81 +134,58 @@ class Staging:
             self._sent.record()
 
 
-@dataclass(frozen=True, slots=True)
-class GraphShape:
-    """Says for how much a CUDA graph of a step has room."""
-
-    num_rows: int
-    num_tokens: int
-    num_tiles: int = 0
-    """Tiles of chunks; those that a batch does not need belong to the last row, which is left for
-    them. 0: a graph for decode rows alone, each of one token.
-    """
-
-
 class GraphInputs:
-    """Holds the inputs of steps of one shape, where CUDA graphs read them.
+    """Holds the inputs of decode steps of up to ``num_rows`` rows, where a CUDA graph reads them.
 
-    One buffer, at an address that stays: ``| stride | lengths | .. | slots of each group | tables
-    of each group |``. Block tables are as wide as the step's longest context asks for, so that only
-    their used part is copied. What pads a batch reads nothing and writes nothing: rows of length 0,
-    tokens with slots of -1.
+    One buffer, at an address that stays: ``| stride | lengths | token_ids | positions | slots of
+    each group | tables of each group |``. Block tables are as wide as the step's longest context
+    asks for, so that only their used part is copied. What pads a batch reads nothing and writes
+    nothing: rows of length 0, tokens with slots of -1.
     """
 
-    def __init__(self, layout: KVCacheLayout, shape: GraphShape, staging: Staging) -> None:
-        """``staging``: may be shared by inputs of several shapes, of which one is in use at a
+    def __init__(self, layout: KVCacheLayout, num_rows: int, staging: Staging) -> None:
+        """``staging``: may be shared by inputs of several sizes, of which one is in use at a
         time.
         """
         self.layout = layout
-        self.shape = shape
+        self.num_rows = num_rows
         self.staging = staging
-        self._places: dict[str, slice] = {}
-        start = 0
-        for name, size in _line_sizes(shape, len(layout.groups)).items():
-            self._places[name] = slice(start, start + size)
-            start += _aligned(size)
-        self._tables_start = start
+        names = ("lengths", "token_ids", "positions")
+        slots = tuple(f"slots {index}" for index in range(len(layout.groups)))
+        size = _aligned(num_rows)
+        starts = {name: ALIGNMENT + index * size for index, name in enumerate(names + slots)}
+        self._places = {name: slice(start, start + num_rows) for name, start in starts.items()}
+        self._places["stride"] = slice(0, 1)
+        self._tables_start = ALIGNMENT + len(starts) * size
 
     @staticmethod
-    def buffer_size(layout: KVCacheLayout, shape: GraphShape, max_blocks: int) -> int:
+    def buffer_size(layout: KVCacheLayout, num_rows: int, max_blocks: int) -> int:
         """Return how many integers it takes, with block tables of ``max_blocks`` a row."""
         num_groups = len(layout.groups)
-        lines = sum(_aligned(size) for size in _line_sizes(shape, num_groups).values())
-        return lines + num_groups * shape.num_rows * max_blocks
+        return (
+            ALIGNMENT + (3 + num_groups) * _aligned(num_rows) + num_groups * num_rows * max_blocks
+        )
 
     @property
     def token_ids(self) -> torch.Tensor:
-        """Return [num_tokens]."""
+        """Return [num_rows]."""
         return self._line("token_ids")
 
     @property
     def positions(self) -> torch.Tensor:
-        """Return [num_tokens]."""
+        """Return [num_rows]."""
         return self._line("positions")
-
-    @property
-    def kept(self) -> torch.Tensor | None:
-        """Return [num_rows]: tokens whose logits are wanted; None: of all."""
-        return self._line("kept") if self.shape.num_tiles else None
 
     @property
     def tensors(self) -> StepTensors:
         """Return what attention reads."""
-        has_tiles = self.shape.num_tiles > 0
         return StepTensors(
             slots=tuple(self._line(f"slots {index}") for index in range(len(self.layout.groups))),
             lengths=self._line("lengths"),
-            decode_lengths=self._line("decode_lengths" if has_tiles else "lengths"),
+            num_decode_rows=self.num_rows,
             tables=self.staging.device[self._tables_start :],
             table_stride_at=self._line("stride"),
-            chunks=Chunks(
-                self._line("row_starts"),
-                self._line("tile_rows"),
-                self._line("tile_tokens"),
-                library=None,
-            )
-            if has_tiles
-            else None,
+            chunks=None,
         )
 
     def clear(self) -> None:
@@ -217,64 +194,33 @@ class GraphInputs:
         for index in range(len(self.layout.groups)):
             self._line(f"slots {index}").fill_(-1)
 
-    def fill(self, batch: PackedBatch, kept: Sequence[int] = (), tile_size: int = 1) -> None:
-        """Copy a batch that fits, behind the device's queued work.
-
-        ``kept``: indices of tokens; ``tile_size``: tokens of a tile.
-        """
-        stride = max(table.shape[1] for table in batch.block_tables)
+    def fill(self, batch: PackedBatch) -> None:
+        """Copy decode rows that fit, behind the device's queued work."""
+        stride = batch.block_tables[0].shape[1]
         content = self.staging.host()
         slots = slots_of(batch.block_tables, batch, self.layout.block_size)
         # | stride | lengths      | token_ids | .. | slots 0      | .. | tables, row by row ..
         #            9 8 7 0 0 ..               5 6 7 -1 -1 ..         stride entries each
-        # What pads the rows and tokens of a batch:  0, and -1 for slots.
-        lines: dict[str, tuple[IntArray | Sequence[int], int]] = {
-            "stride": ([stride], 0),
+        # What pads the rows of a batch:  0, and -1 for slots.
+        lines: dict[str, tuple[IntArray, int]] = {
             "lengths": (batch.context_lengths, 0),
             "token_ids": (batch.token_ids, 0),
             "positions": (batch.positions, 0),
+            **{f"slots {index}": (group_slots, -1) for index, group_slots in enumerate(slots)},
         }
-        if self.shape.num_tiles:
-            tile_rows, tile_tokens = tiles_of(batch, tile_size)
-            lines["decode_lengths"] = batch.context_lengths[: batch.num_decode_rows], 0
-            lines["row_starts"] = batch.row_starts, int(batch.row_starts[-1])
-            lines["tile_rows"] = tile_rows, self.shape.num_rows - 1
-            lines["tile_tokens"] = tile_tokens, 0
-            lines["kept"] = kept, 0
-        for index, group_slots in enumerate(slots):
-            lines[f"slots {index}"] = group_slots, -1
         for name, (line, padding) in lines.items():
             place = content[self._places[name]]
             place[: len(line)] = line
             place[len(line) :] = padding
-        used = self._tables_start + len(batch.block_tables) * self.shape.num_rows * stride
-        tables = content[self._tables_start : used].reshape(
-            len(batch.block_tables), self.shape.num_rows, stride
-        )
-        for target, table in zip(tables, batch.block_tables, strict=True):
-            target[: batch.num_rows] = table
+        content[0] = stride
+        num_groups = len(batch.block_tables)
+        used = self._tables_start + num_groups * self.num_rows * stride
+        tables = content[self._tables_start : used].reshape(num_groups, self.num_rows, stride)
+        tables[:, : batch.num_rows] = np.stack(batch.block_tables)
         self.staging.send(used)
 
     def _line(self, name: str) -> torch.Tensor:
         return self.staging.device[self._places[name]]
-
-
-def _line_sizes(shape: GraphShape, num_groups: int) -> dict[str, int]:
-    sizes = {
-        "stride": 1,
-        "lengths": shape.num_rows,
-        "token_ids": shape.num_tokens,
-        "positions": shape.num_tokens,
-    }
-    if shape.num_tiles:
-        sizes |= {
-            "decode_lengths": shape.num_rows,
-            "row_starts": shape.num_rows + 1,
-            "tile_rows": shape.num_tiles,
-            "tile_tokens": shape.num_tiles,
-            "kept": shape.num_rows,
-        }
-    return sizes | {f"slots {index}": shape.num_tokens for index in range(num_groups)}
 
 
 def _aligned(size: int) -> int:

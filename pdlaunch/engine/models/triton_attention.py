@@ -92,7 +92,7 @@ class TritonAttention(AttentionBackend):
         tensors = StepTensors(
             slots=tuple(rest[: num_shared - 3]),
             lengths=lengths,
-            decode_lengths=lengths[: batch.num_decode_rows],
+            num_decode_rows=batch.num_decode_rows,
             tables=tables,
             table_stride_at=stride_at,
             chunks=self._chunks(batch, uploaded, gathered) if has_chunks else None,

@@ -1,7 +1,7 @@
 """One step of ``TritonAttention``: it launches the kernels of each layer.
 
-They read the KV cache in place and cut contexts into splits, so that few long rows, and short
-chunks of long prompts, fill the device too.
+They read the KV cache in place and cut contexts of decode rows into splits, so that few long rows
+fill the device too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pdlaunch.engine.models.attention_kernels import (
     reduce_splits,
     write_kv,
 )
-from pdlaunch.engine.models.chunk_kernels import attend_chunks, reduce_chunks
+from pdlaunch.engine.models.chunk_kernels import attend_chunks
 from pdlaunch.engine.models.kernel_setup import MIN_DOT, KernelSetup, SplitPlan
 from pdlaunch.engine.models.layer_kernels import rotate_and_write
 from pdlaunch.engine.models.prompt_attention import attend_whole_prompts
@@ -157,7 +157,7 @@ class TritonStep(AttentionStep):
 
         All are [num_tokens, heads, D]; ``stacked`` holds all three along dimension 1.
         """
-        num_rows, chunks = len(self._tensors.decode_lengths), self._tensors.chunks
+        num_rows, chunks = self._tensors.num_decode_rows, self._tensors.chunks
         library = None if chunks is None or sinks is not None else chunks.library
         if library is not None and not num_rows:
             return self._library_chunks(layer, library, query, key, value, scaling, stacked)
@@ -175,8 +175,6 @@ class TritonStep(AttentionStep):
                 None if stacked is None else stacked[num_rows:],
             )
         elif chunks is not None:
-            # In a graph ``num_rows`` counts chunks, too. Decode writes zeros for those, which this
-            # overwrites.
             self._attend_chunks(layer, chunks, query, result, scaling, sinks)
         return result
 
@@ -190,8 +188,7 @@ class TritonStep(AttentionStep):
     ) -> None:
         setup, layout = self._setup, self._setup.layout
         num_rows, num_heads, head_dim = query.shape
-        has_chunks = self._tensors.chunks is not None
-        plan = SplitPlan.of(num_rows, layout.num_kv_heads, has_chunks=has_chunks)
+        plan = SplitPlan.of(num_rows, layout.num_kv_heads)
         share = num_heads // layout.num_kv_heads
         partials = query.new_empty(
             (num_rows * num_heads * plan.num_splits, head_dim), dtype=torch.float32
@@ -203,7 +200,7 @@ class TritonStep(AttentionStep):
             setup.kv_cache,
             self._tensors.tables,
             self._tensors.table_stride_at,
-            self._tensors.decode_lengths,
+            self._tensors.lengths,
             partials,
             scales[0],
             scales[1],
@@ -230,7 +227,7 @@ class TritonStep(AttentionStep):
             partials,
             scales[0],
             scales[1],
-            self._tensors.decode_lengths,
+            self._tensors.lengths,
             scales if sinks is None else sinks,
             result,
             NUM_SPLITS=plan.num_splits,
@@ -253,13 +250,8 @@ class TritonStep(AttentionStep):
         sinks: torch.Tensor | None,
     ) -> None:
         setup, layout = self._setup, self._setup.layout
-        num_tokens, num_heads, head_dim = query.shape
-        window = layout.groups[setup.place[layer][0]].sliding_window or 0
-        plan = SplitPlan.of_chunks(-(-num_tokens // setup.chunk_tokens), num_heads)
-        num_partials = num_tokens * num_heads * plan.num_splits if plan.num_splits > 1 else 1
-        partials = query.new_empty((num_partials, head_dim), dtype=torch.float32)
-        scales = query.new_empty((2, len(partials)), dtype=torch.float32)
-        attend_chunks[(len(chunks.tile_rows), num_heads, plan.num_splits)](
+        _num_tokens, num_heads, head_dim = query.shape
+        attend_chunks[(len(chunks.tile_rows), num_heads)](
             query,
             setup.kv_cache,
             self._tensors.tables,
@@ -270,9 +262,6 @@ class TritonStep(AttentionStep):
             chunks.tile_tokens,
             query if sinks is None else sinks,
             result,
-            partials,
-            scales[0],
-            scales[1],
             self._table_row(layer),
             scaling * LOG2_E.value,
             query.stride(0),
@@ -281,41 +270,16 @@ class TritonStep(AttentionStep):
             self._layer_offset(layer),
             self._block_stride,
             self._head_stride,
-            NUM_SPLITS=plan.num_splits,
-            MIN_SPLIT=plan.min_tokens,
             GROUP=num_heads // layout.num_kv_heads,
             BLOCK_SIZE=layout.block_size,
             HEAD_DIM=head_dim,
             PADDED_DIM=setup.padded_dim,
             TOKENS=setup.chunk_tokens,
             TILE=setup.chunk_tile,
-            WINDOW=window,
+            WINDOW=layout.groups[setup.place[layer][0]].sliding_window or 0,
             HAS_SINKS=sinks is not None,
             num_warps=4,
             num_stages=2,
-        )
-        if plan.num_splits == 1:
-            return
-        reduce_chunks[(len(chunks.tile_rows), num_heads)](
-            partials,
-            scales[0],
-            scales[1],
-            self._tensors.lengths,
-            chunks.row_starts,
-            chunks.tile_rows,
-            chunks.tile_tokens,
-            scales if sinks is None else sinks,
-            result,
-            result.stride(0),
-            NUM_SPLITS=plan.num_splits,
-            MIN_SPLIT=plan.min_tokens,
-            HEAD_DIM=head_dim,
-            PADDED_DIM=setup.padded_dim,
-            TOKENS=setup.chunk_tokens,
-            TILE=setup.chunk_tile,
-            WINDOW=window,
-            HAS_SINKS=sinks is not None,
-            num_warps=4,
         )
 
     def _library_chunks(

@@ -144,9 +144,6 @@ class VllmEngine:
         for name in ("block_size", "max_num_seqs", "gpu_memory_utilization"):
             if name in engines.given:
                 yield name.replace("_", "-"), getattr(settings, name)
-        # vLLM refuses 0 (PD615).
-        if "max_cudagraph_capture_size" in engines.given and settings.max_cudagraph_capture_size:
-            yield "max-cudagraph-capture-size", settings.max_cudagraph_capture_size
         if settings.load_format != "auto":
             yield "load-format", settings.load_format
         if not settings.enable_prefix_caching:

@@ -21,12 +21,11 @@ from pdlaunch.config.model_files.shape import ModelShape, read_model_shape
 from pdlaunch.engine import step_graphs
 from pdlaunch.engine.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.engine.latest_tokens import LatestTokens
-from pdlaunch.engine.models import kernel_setup
 from pdlaunch.engine.models.decoder import TransformersDecoder
 from pdlaunch.engine.models.fused_decoder import FusedDecoder, can_fuse
 from pdlaunch.engine.models.loader import load_model
 from pdlaunch.engine.models.packed import PackedBatch
-from pdlaunch.engine.models.step_inputs import GraphInputs, GraphShape, Staging
+from pdlaunch.engine.models.step_inputs import GraphInputs, Staging
 from pdlaunch.engine.models.torch_attention import TorchAttention
 from pdlaunch.engine.models.triton_attention import TritonAttention
 from pdlaunch.engine.sampler import likeliest_tokens
@@ -60,12 +59,9 @@ CASES = (
         dtype=torch.float16,
         has_sinks=True,
     ),
-    Case(((7, 1), (5, 9)), block_size=4, head_dim=8, windows=(None, 8, 10)),
-)
-IN_SPLITS = (
-    Case(((40, 1), (0, 5), (100, 70)), num_heads=2, num_kv_heads=1),
     Case(((3, 1), (130, 20)), num_heads=2, num_kv_heads=1, windows=(None, 60), has_sinks=True),
     Case(((0, 150),), num_heads=2, num_kv_heads=2, head_dim=256, windows=(None, 100)),
+    Case(((7, 1), (5, 9)), block_size=4, head_dim=8, windows=(None, 8, 10)),
 )
 MANY_TOKENS = ((3, 1), (5, 40))
 ROTATIONS = (
@@ -149,58 +145,6 @@ def attend_contiguous(
     return result
 
 
-def check_graph_inputs() -> None:
-    """What pads a batch writes nothing and changes nothing; the same memory is filled again."""
-    batches = (((9, 1), (100, 1), (0, 1)), ((33, 1),), ((33, 1), (0, 5), (30, 70)), ((9, 20),))
-    shapes = (GraphShape(4, 4), GraphShape(4, 4), GraphShape(5, 80, 6), GraphShape(3, 30, 2))
-    layout = Case(()).layout
-    staging = Staging(
-        max(GraphInputs.buffer_size(layout, shape, 16) for shape in shapes), torch.device("cpu")
-    )
-    staging.device.fill_(77)
-    for rows, shape in zip(batches, shapes, strict=True):
-        case = Case(rows)
-        inputs = make_inputs(case)
-        num_tokens = len(inputs.batch.token_ids)
-        backend = TritonAttention(inputs.layout, inputs.kv_cache)
-        filled = GraphInputs(inputs.layout, shape, staging)
-        filled.fill(inputs.batch, [num_tokens - 1], backend.setup.chunk_tokens)
-        assert filled.token_ids[:num_tokens].tolist() == inputs.batch.token_ids.tolist()
-        assert filled.positions[:num_tokens].tolist() == inputs.batch.positions.tolist()
-        if filled.kept is not None:
-            assert filled.kept.tolist() == [num_tokens - 1] + [0] * (shape.num_rows - 1)
-            check_padding(filled, inputs.batch)
-        kv_cache, expected = reference(inputs, 2, 0.1)
-        padded = [
-            torch.cat([states, states[:, :1].expand(-1, shape.num_tokens - num_tokens, -1)], 1)
-            for states in (inputs.query, inputs.key, inputs.value)
-        ]
-        found = backend.graph_step(filled).attend(2, *padded, 0.1)
-        assert torch.equal(inputs.kv_cache.nan_to_num(9), kv_cache.nan_to_num(9)), rows
-        assert relative_error(found[:num_tokens], expected) < 1e-5, rows
-        if not shape.num_tiles:
-            assert not found[num_tokens:].any()
-
-
-def check_padding(filled: GraphInputs, batch: PackedBatch) -> None:
-    """No work is done for what pads a batch: it is no decode row, and no tile has tokens."""
-    tensors, num_rows = filled.tensors, batch.num_rows
-    assert tensors.chunks is not None
-    row_starts = tensors.chunks.row_starts.tolist()
-    assert tensors.lengths.tolist()[num_rows:] == [0] * (filled.shape.num_rows - num_rows)
-    assert tensors.decode_lengths.tolist() == [
-        *batch.context_lengths[: batch.num_decode_rows],
-        *([0] * (filled.shape.num_rows - batch.num_decode_rows)),
-    ]
-    assert row_starts == [
-        *batch.row_starts,
-        *([batch.row_starts[-1]] * (filled.shape.num_rows - num_rows)),
-    ]
-    num_tiles = int(np.ceil(np.diff(batch.row_starts)[batch.num_decode_rows :] / 64).sum())
-    assert all(row < num_rows for row in tensors.chunks.tile_rows[:num_tiles])
-    assert set(tensors.chunks.tile_rows[num_tiles:].tolist()) <= {filled.shape.num_rows - 1}
-
-
 class Replayed:
     """Stands for a CUDA graph where there is none: it runs the step again."""
 
@@ -208,18 +152,41 @@ class Replayed:
         self.replay = step
 
 
+def check_graph_inputs() -> None:
+    """What pads a batch writes nothing and changes nothing; the same memory is filled again."""
+    layout = Case(()).layout
+    staging = Staging(GraphInputs.buffer_size(layout, 4, 16), torch.device("cpu"))
+    staging.device.fill_(77)
+    for rows in (((9, 1), (100, 1), (0, 1)), ((33, 1),)):
+        inputs = make_inputs(Case(rows))
+        backend = TritonAttention(inputs.layout, inputs.kv_cache)
+        filled = GraphInputs(inputs.layout, 4, staging)
+        filled.fill(inputs.batch)
+        num_rows = len(rows)
+        assert filled.token_ids[:num_rows].tolist() == inputs.batch.token_ids.tolist()
+        assert filled.positions[:num_rows].tolist() == inputs.batch.positions.tolist()
+        assert filled.tensors.lengths.tolist()[num_rows:] == [0] * (4 - num_rows)
+        kv_cache, expected = reference(inputs, 2, 0.1)
+        padded = [
+            torch.cat([states, states[:, :1].expand(-1, 4 - num_rows, -1)], 1)
+            for states in (inputs.query, inputs.key, inputs.value)
+        ]
+        found = backend.graph_step(filled).attend(2, *padded, 0.1)
+        assert torch.equal(inputs.kv_cache.nan_to_num(9), kv_cache.nan_to_num(9)), rows
+        assert relative_error(found[:num_rows], expected) < 1e-5, rows
+        assert not found[num_rows:].any()
+
+
 def check_step_graphs() -> None:
-    """Steps from graphs equal steps without, with and without prompts, whichever rows draw; where
-    no graph fits there is none.
+    """Decode steps from graphs equal steps without, whichever rows draw; where no graph fits there
+    is none.
     """
     step_graphs.Recorded = Replayed  # type: ignore[assignment, misc]
-    step_graphs.FEWEST_TOKENS, step_graphs.MOST_CHUNKS = 4, 2
-    kernel_setup.CHUNK_SPLIT_TOKENS = 8
     with TemporaryDirectory() as folder:
         shape, model = load_tiny(save_tiny_model("qwen2-window", Path(folder)))
     groups = make_groups(shape.layer_windows)
     layout = KVCacheLayout(groups, shape.num_kv_heads, shape.head_dim, 4, 4)
-    kv_cache = torch.zeros(64, *layout.block_shape())
+    kv_cache = torch.zeros(128, *layout.block_shape())
     decoder, attention = FusedDecoder(model), TritonAttention(layout, kv_cache)
     latest = LatestTokens(shape.vocab_size, 4, torch.device("cpu"))
     latest.keep(torch.tensor([3, 4]))
@@ -236,22 +203,16 @@ def check_step_graphs() -> None:
             decoder,
             attention,
             max_rows=4,
-            max_prompt_tokens=10,
             max_blocks=5,
             latest=latest,
-            progress=lambda text, _: shown.append(text.removeprefix("capturing CUDA graphs, ")),
+            progress=lambda text, _: shown.append(text.removeprefix("capturing CUDA graphs: ")),
         )
-        assert shown == [
-            *(f"tokens with prompts: {number}" for number in (10, 8)),
-            *("decode rows: 4", "tokens with prompts: 4", "decode rows: 2", "decode rows: 1"),
-        ]
+        assert shown == ["4 rows", "2 rows", "1 rows"]
         assert not kv_cache.any()
         for rows, kept in (
-            (((5, 1), (4, 4)), [4, 0]),
-            (((0, 10),), [9]),
-            (((9, 3), (0, 4)), []),
+            (((5, 1),), [0]),
             (((3, 1), (6, 1), (18, 1)), [2, 0]),
-            (((19, 1), (14, 3)), [0, 3]),
+            (((3, 1), (6, 1), (18, 1), (2, 1)), [0, 1, 2, 3]),
         ):
             batch = batch_of(rows)
             expected = decoder.logits(
@@ -266,9 +227,8 @@ def check_step_graphs() -> None:
             torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(kv_cache, written, rtol=1e-4, atol=1e-4)
             assert found[1].tolist() == expected.argmax(-1).tolist(), rows
-        too_many_tokens, too_many_rows = ((0, 11),), ((1, 1),) * 5
-        too_many_chunks = ((0, 2),) * 3
-        for rows in (too_many_tokens, too_many_rows, too_many_chunks):
+        has_prompt, too_many_rows = ((3, 1), (0, 5)), ((1, 1),) * 5
+        for rows in (has_prompt, too_many_rows):
             assert graphs.run(batch_of(rows), []) is None, rows
 
 
@@ -331,9 +291,6 @@ def check_fused_decoder(name: str) -> None:
 
 def check_kernels() -> None:
     for case in CASES:
-        check_attention(case)
-    kernel_setup.CHUNK_SPLIT_TOKENS = 32
-    for case in IN_SPLITS:
         check_attention(case)
     check_gathered_prefixes(Case(((40, 1), (0, 5), (30, 70))))
     check_gathered_prefixes(

@@ -60,7 +60,6 @@ def test_only_what_is_set_is_handed_on() -> None:
         "block_size": 32,
         "max_num_seqs": 8,
         "max_model_len": 512,
-        "max_cudagraph_capture_size": 64,
     }
     flags = {name: "--" + name.replace("_", "-") for name in sizes}
     plain = commands(plan_processes(resolved(config(engine="vllm"), CPU)))["prefill-0"]
