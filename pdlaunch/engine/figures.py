@@ -71,7 +71,7 @@ class EngineFigures:
             num_waiting_for_kv=self._queues.num_waiting_for_kv,
             num_leased_requests=len(self._leases),
             num_free_blocks=pool.num_free_blocks,
-            num_leased_blocks=pool.num_leased_blocks,
+            num_leased_blocks=len({*self._leases.all_ids()}),
             num_quarantined_blocks=pool.num_quarantined_blocks,
         )
 
@@ -101,9 +101,13 @@ class EngineFigures:
         requests = {*self._queues.by_id.values(), *self._in_flight.ended()}
         owned = [block_id for request in requests for block_id in request.tables.all_ids()]
         self._kv.pool.check_integrity(
-            owned=[*owned, *self._pulls.shared_ids(), *self._host.shared_ids()],
-            leased=self._leases.all_ids(),
-            held=self._host.held_ids(),
+            owned=[
+                *owned,
+                *self._leases.all_ids(),
+                *self._pulls.shared_ids(),
+                *self._host.shared_ids(),
+                *self._host.held_ids(),
+            ],
             pulling=[*self._pulls.pulling_ids(), *self._host.loading_ids()],
             quarantined=self._pulls.quarantined_ids(),
         )

@@ -10,6 +10,7 @@ Every rank executes the jobs (``offload/worker.py``); each ends in exactly one r
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -101,7 +102,7 @@ class HostLoads:
             return
         hashes = request.block_hasher.block_hashes
         for job in self._planner.begin_stores(request.tables, hashes, blocks.start, blocks.stop):
-            self._kv.pool.hold(job.block_ids)
+            self._kv.pool.share(job.block_ids)
             self._jobs.append(job)
 
     def finish(self, report: JobFinished) -> HostLoad | None:
@@ -113,7 +114,7 @@ class HostLoads:
             return None
         if job.direction == "store":
             # Reversed, so that the tail of a prompt is reused before its head.
-            self._kv.pool.unhold(reversed(job.block_ids))
+            self._kv.pool.release(reversed(job.block_ids))
             return None
         load = self._loads.pop(job.job_id)
         if load.request is not None:
@@ -144,7 +145,10 @@ class HostLoads:
 
         Waiting for these is better than preempting a request.
         """
-        return self._kv.pool.has_only_held(self.held_ids())
+        return any(
+            self._kv.pool.num_owners(block_id) == num_copies
+            for block_id, num_copies in Counter(self.held_ids()).items()
+        )
 
     def shared_ids(self) -> Iterator[int]:
         """Yield the blocks that waiting requests share."""

@@ -134,9 +134,10 @@ class BlockLeases:
         # Full ones stay in the prefix cache until they are needed; reversed, so that the tail of a
         # prompt is reused before its head: without the head nobody finds the tail.
         for block_ids in self._block_ids.pop(lease_id, []):
-            self._kv.pool.end_lease(reversed(block_ids))
+            self._kv.pool.release(reversed(block_ids))
 
     def all_ids(self) -> Iterator[int]:
+        """Yield each block once for each lease on it."""
         for groups in self._block_ids.values():
             for block_ids in groups:
                 yield from block_ids

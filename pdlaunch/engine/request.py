@@ -5,9 +5,8 @@ from __future__ import annotations
 import enum
 from typing import NamedTuple
 
-from pdlaunch.engine.kvcache.block_table import BlockTables
 from pdlaunch.engine.kvcache.hashing import TokenHasher, root_hash
-from pdlaunch.engine.kvcache.manager import KVCacheManager
+from pdlaunch.engine.kvcache.manager import BlockTables, KVCacheManager
 from pdlaunch.engine.request_spans import RequestSpans
 from pdlaunch.protocol.engine import AddRequest, FinishReason
 from pdlaunch.protocol.ids import PullId, RequestId

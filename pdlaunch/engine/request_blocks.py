@@ -23,10 +23,7 @@ class RequestBlocks:
         """Return how many tokens, after the scheduled ones, fit into the request's and all free
         blocks.
         """
-        return (
-            self._kv.max_tokens(request.tables, self._kv.pool.num_free_blocks)
-            - request.num_scheduled
-        )
+        return self._kv.max_tokens(request.tables) - request.num_scheduled
 
     def have_room_for_one_more(self, requests: Iterable[Request]) -> bool:
         """Return whether each request can have its next token without taking blocks from others."""

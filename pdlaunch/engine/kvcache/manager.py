@@ -8,12 +8,67 @@ again for an earlier one: blocks wholly before that window are given back.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pdlaunch.engine.kvcache.block_pool import BlockPool
-from pdlaunch.engine.kvcache.block_table import BlockTables
 from pdlaunch.engine.kvcache.groups import KVCacheGroup, min_blocks, span_blocks
+
+
+class BlockTables:
+    """Says which block holds which tokens of one request.
+
+    Logical block i of a group holds tokens [i * block_size, (i + 1) * block_size). All groups end
+    at the same logical block. A sliding group begins later: its earlier blocks have left the
+    window.
+
+        logical block    0   1   2   3   4
+        full group     [ a   b   c   d   e ]     first 0, end 5
+        sliding group          [ v   w   x ]     first 2, end 5
+    """
+
+    __slots__ = ("block_ids", "end", "first", "next_release")
+
+    def __init__(self, num_groups: int) -> None:
+        self.first = [0] * num_groups
+        """Logical index of the first block held, by group."""
+        self.end = 0
+        """Logical index after the last block held."""
+        self.block_ids: list[list[int]] = [[] for _ in range(num_groups)]
+        """The blocks [first, end), by group."""
+        self.next_release = 0
+        """Number of computed tokens from which on the next block has left a window."""
+
+    def append(self, first: Sequence[int], block_ids: Sequence[Sequence[int]]) -> None:
+        """Add by group the blocks from ``first[group]`` on; an empty group may begin anywhere."""
+        for group, new_ids in enumerate(block_ids):
+            held = self.block_ids[group]
+            if not held:
+                self.first[group] = first[group]
+            assert self.first[group] + len(held) == first[group]
+            held.extend(new_ids)
+        self.end = self.first[0] + len(self.block_ids[0])
+        assert all(
+            start + len(held) == self.end
+            for start, held in zip(self.first, self.block_ids, strict=True)
+        )
+
+    def between(self, group: int, start: int, end: int) -> list[int]:
+        """Return the blocks of the logical indices [start, end) that the group still holds."""
+        first = self.first[group]
+        return self.block_ids[group][max(0, start - first) : max(0, end - first)]
+
+    def pop_before(self, group: int, index: int) -> list[int]:
+        """Take away the blocks before logical ``index``."""
+        count = max(0, index - self.first[group])
+        popped = self.block_ids[group][:count]
+        del self.block_ids[group][:count]
+        self.first[group] += len(popped)
+        return popped
+
+    def all_ids(self) -> Iterator[int]:
+        for held in self.block_ids:
+            yield from held
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +93,12 @@ class KVCacheManager:
 
     def __init__(self, groups: Sequence[KVCacheGroup], num_blocks: int, block_size: int) -> None:
         self._windows = [group.sliding_window for group in groups]
-        self._num_groups = len(groups)
+        self.num_groups = len(groups)
         self.block_size = block_size
-        self.pool = BlockPool(num_blocks, self._num_groups)
+        self.pool = BlockPool(num_blocks, self.num_groups)
 
     def new_tables(self) -> BlockTables:
-        tables = BlockTables(self._num_groups)
+        tables = BlockTables(self.num_groups)
         self._plan_release(tables)
         return tables
 
@@ -51,19 +106,11 @@ class KVCacheManager:
         """Return how many blocks of one full group hold ``num_tokens``."""
         return -(-num_tokens // self.block_size)
 
-    @property
-    def num_groups(self) -> int:
-        return self._num_groups
-
-    def first_visible(self, num_computed: int) -> list[int]:
-        """Return by group the first logical block that tokens from ``num_computed`` on see."""
-        return [self._first_visible(window, num_computed) for window in self._windows]
-
     def min_blocks(self, num_tokens: int) -> int:
-        """Return how many blocks ``num_tokens`` tokens need, even if they are computed one at a
-        time.
-        """
+        """Return the blocks that ``num_tokens`` tokens need, even if computed one at a time."""
         return min_blocks(self._windows, self.block_size, num_tokens)
+
+    # Prefix cache
 
     def find_prefix(self, block_hashes: Sequence[bytes], max_blocks: int) -> PrefixHit:
         """Return the longest cached prefix from which a request can compute on.
@@ -71,98 +118,45 @@ class KVCacheManager:
         It has at most ``max_blocks`` logical blocks. Every full group has all its blocks, every
         sliding group those that the first token after the prefix sees.
         """
-        length = max_blocks
-        for group, window in enumerate(self._windows):
-            if window is None:
-                length = self._count_cached(group, block_hashes, 0, length)
+        length, longest = -1, max_blocks
         # A shorter prefix moves every window towards the beginning, where other blocks have to be
-        # cached: repeat until no sliding group shortens it any more.
-        settled = False
-        while not settled:
-            shorter = length
+        # cached: repeat until no group shortens it any more.
+        while length != longest:
+            length = longest
             for group, window in enumerate(self._windows):
-                if window is not None:
-                    shorter = self._fit_window(group, window, block_hashes, shorter)
-            settled, length = shorter == length, shorter
-        first = self.first_visible(length * self.block_size)
-        return PrefixHit(
-            first,
-            [
-                self._find_all(group, block_hashes[start:length])
-                for group, start in enumerate(first)
-            ],
-        )
+                longest = self._longest_prefix(group, window, block_hashes, longest)
+        first = self._first_visible(length * self.block_size)
+        return self._hit(block_hashes, first, [length] * self.num_groups)
 
     def find_for_pull(
         self, block_hashes: Sequence[bytes], max_blocks: int, num_computed: int
     ) -> PrefixHit:
-        """Return what a pull need not bring.
+        """Return what a pull need not bring: by group, the cached blocks from the first one on that
+        token ``num_computed`` sees.
 
-        These are, by group, the cached blocks from the first one on that token ``num_computed``
-        sees. Groups are independent of each other here, as no token before ``num_computed`` is
-        computed.
+        Groups are independent of each other here, as no token before ``num_computed`` is computed.
         """
-        first = self.first_visible(num_computed)
-        block_ids = []
-        for group, start in enumerate(first):
-            end = self._count_cached(group, block_hashes, start, max_blocks)
-            block_ids.append(self._find_all(group, block_hashes[start:end]))
-        return PrefixHit(first, block_ids)
-
-    def has_room_for(self, hit: PrefixHit, num_tokens: int, num_reserved: int) -> bool:
-        """Return whether a request that begins with ``hit`` can compute ``num_tokens`` tokens.
-
-        ``num_reserved`` blocks stay untouched. Sharing takes cached blocks from the free ones.
-        Those of a sliding group come back when they leave the window, but blocks shared with other
-        owners do not: only what is taken from the free ones counts.
-        """
-        num_logical = self.num_logical_blocks(num_tokens)
-        num_needed = 0
-        for group, window in enumerate(self._windows):
-            num_taken = (
-                self.pool.num_cached_among(hit.block_ids[group]) + num_logical - hit.end(group)
-            )
-            # A sliding group never holds more than its window spans: it gives back what leaves.
-            num_needed += num_taken if window is None else min(num_taken, self._span(window))
-        return num_needed + num_reserved <= self.pool.num_free_blocks
+        first = self._first_visible(num_computed)
+        ends = [
+            self._count_cached(group, block_hashes, start, max_blocks)
+            for group, start in enumerate(first)
+        ]
+        return self._hit(block_hashes, first, ends)
 
     def share(self, tables: BlockTables, hit: PrefixHit) -> None:
         """Begin empty ``tables`` with a hit of equal ends."""
-        for block_ids in hit.block_ids:
-            self.pool.share(block_ids)
+        self.share_hit(hit)
         tables.append(hit.first, hit.block_ids)
         self._plan_release(tables)
 
-    def max_tokens(self, tables: BlockTables, num_takeable_blocks: int) -> int:
-        """Return for how many tokens ``tables`` would have room with so many more blocks."""
-        return (tables.end + num_takeable_blocks // self._num_groups) * self.block_size
+    def share_hit(self, hit: PrefixHit) -> None:
+        """Keep the blocks of a hit until ``release_hit`` or ``adopt_pulled``."""
+        for block_ids in hit.block_ids:
+            self.pool.share(block_ids)
 
-    def extend(self, tables: BlockTables, num_tokens: int) -> bool:
-        """Make room for ``num_tokens`` tokens in all groups.
-
-        False, and nothing has changed, when blocks are short.
-        """
-        count = self.num_logical_blocks(num_tokens) - tables.end
-        if count <= 0:
-            return True
-        if count * self._num_groups > self.pool.num_free_blocks:
-            return False
-        block_ids = self.pool.allocate(count * self._num_groups)
-        # The first ``count`` ids are for group 0, the next for group 1, and so on.
-        new_ids = [block_ids[start : start + count] for start in range(0, len(block_ids), count)]
-        tables.append([tables.end] * self._num_groups, new_ids)
-        return True
-
-    def release_left(self, tables: BlockTables, num_computed: int) -> None:
-        """Free the blocks that no query from token ``num_computed`` on can see."""
-        if num_computed < tables.next_release:
-            return
-        for group, window in enumerate(self._windows):
-            if window is not None:
-                self.pool.release(
-                    tables.pop_before(group, self._first_visible(window, num_computed))
-                )
-        self._plan_release(tables)
+    def release_hit(self, hit: PrefixHit) -> None:
+        for block_ids in hit.block_ids:
+            self.pool.release(reversed(block_ids))
 
     def adopt_pulled(
         self, tables: BlockTables, hit: PrefixHit, pulled: Sequence[Sequence[int]]
@@ -179,50 +173,93 @@ class KVCacheManager:
         self, tables: BlockTables, block_hashes: Sequence[bytes], start: int, end: int
     ) -> None:
         """Let others find the logical blocks [start, end), whose tokens are all computed."""
-        for group in range(self._num_groups):
+        for group in range(self.num_groups):
             begin = max(start, tables.first[group])
             for index, block_id in enumerate(tables.between(group, begin, end), begin):
                 self.pool.register(block_id, group, block_hashes[index])
+
+    # Block tables
+
+    def has_room_for(self, hit: PrefixHit, num_tokens: int, num_reserved: int) -> bool:
+        """Return whether a request that begins with ``hit`` can compute ``num_tokens`` tokens.
+
+        ``num_reserved`` blocks stay untouched. Sharing takes cached blocks from the free ones.
+        Those of a sliding group come back when they leave the window, but blocks shared with other
+        owners do not: only what is taken from the free ones counts.
+        """
+        num_logical = self.num_logical_blocks(num_tokens)
+        num_needed = 0
+        for group, window in enumerate(self._windows):
+            num_cached = self.pool.num_cached_among(hit.block_ids[group])
+            num_taken = num_cached + num_logical - hit.end(group)
+            # A sliding group never holds more than its window spans: it gives back what leaves.
+            if window is not None:
+                num_taken = min(num_taken, span_blocks(window, self.block_size))
+            num_needed += num_taken
+        return num_needed + num_reserved <= self.pool.num_free_blocks
+
+    def max_tokens(self, tables: BlockTables) -> int:
+        """Return for how many tokens ``tables`` would have room with all free blocks."""
+        return (tables.end + self.pool.num_free_blocks // self.num_groups) * self.block_size
+
+    def extend(self, tables: BlockTables, num_tokens: int) -> bool:
+        """Make room for ``num_tokens`` tokens in all groups.
+
+        False, and nothing has changed, when blocks are short.
+        """
+        count = self.num_logical_blocks(num_tokens) - tables.end
+        if count <= 0:
+            return True
+        if count * self.num_groups > self.pool.num_free_blocks:
+            return False
+        block_ids = self.pool.allocate(count * self.num_groups)
+        # The first ``count`` ids are for group 0, the next for group 1, and so on.
+        new_ids = [block_ids[start : start + count] for start in range(0, len(block_ids), count)]
+        tables.append([tables.end] * self.num_groups, new_ids)
+        return True
+
+    def release_left(self, tables: BlockTables, num_computed: int) -> None:
+        """Free the blocks that no query from token ``num_computed`` on can see."""
+        if num_computed < tables.next_release:
+            return
+        for group, first in enumerate(self._first_visible(num_computed)):
+            self.pool.release(tables.pop_before(group, first))
+        self._plan_release(tables)
 
     def free(self, tables: BlockTables) -> None:
         """Take all blocks back; the tail of the chain is reused before its head."""
         for block_ids in tables.block_ids:
             self.pool.release(reversed(block_ids))
             block_ids.clear()
-        tables.first = [0] * self._num_groups
+        tables.first = [0] * self.num_groups
         tables.end = 0
         self._plan_release(tables)
 
     def lease(self, tables: BlockTables, num_tokens: int) -> PrefixHit:
-        """Turn a finished request's blocks into a lease on its first ``num_tokens`` tokens.
+        """Give a finished request's blocks of its first ``num_tokens`` tokens to a lease.
 
         Leased is what the last of these tokens sees, because a reader without the next token
         computes that one again. Other blocks are freed.
         """
         end = self.num_logical_blocks(num_tokens)
-        first = self.first_visible(num_tokens - 1)
-        leased = [tables.between(group, start, end) for group, start in enumerate(first)]
-        assert all(
-            len(block_ids) == end - start for block_ids, start in zip(leased, first, strict=True)
+        first = self._first_visible(num_tokens - 1)
+        leased = PrefixHit(
+            first, [tables.between(group, start, end) for group, start in enumerate(first)]
         )
+        assert all(leased.end(group) == end for group in range(self.num_groups))
         # tables.first ....... first ............ end .......... tables.end
         #    left the window   │   under lease    │  output only  │
-        #         released     │                  │   released    │
-        for group, block_ids in enumerate(leased):
-            self.pool.release(tables.between(group, end, tables.end))
-            self.pool.lease(block_ids)
-            self.pool.release(tables.between(group, tables.first[group], first[group]))
-            tables.block_ids[group].clear()
+        self.share_hit(leased)
         self.free(tables)
-        return PrefixHit(first, leased)
+        return leased
 
-    def _first_visible(self, window: int | None, num_computed: int) -> int:
+    def _first_visible(self, num_computed: int) -> list[int]:
+        """Return by group the first logical block that tokens from ``num_computed`` on see."""
         # The query at num_computed sees tokens [num_computed - window + 1, num_computed].
-        return 0 if window is None else max(0, num_computed - window + 1) // self.block_size
-
-    def _span(self, window: int) -> int:
-        """Return the largest number of blocks that ``window`` neighbouring tokens touch."""
-        return span_blocks(window, self.block_size)
+        return [
+            0 if window is None else max(0, num_computed - window + 1) // self.block_size
+            for window in self._windows
+        ]
 
     def _plan_release(self, tables: BlockTables) -> None:
         """Note when the next block leaves: its group's window then begins after it."""
@@ -238,31 +275,33 @@ class KVCacheManager:
         )
 
     def _count_cached(self, group: int, block_hashes: Sequence[bytes], start: int, end: int) -> int:
-        """Return the logical index of the first block from ``start`` on that is not cached.
-
-        At most ``end``.
-        """
+        """Return the first logical index in [start, end] that is not cached."""
         for index in range(start, end):
             if self.pool.find(group, block_hashes[index]) is None:
                 return index
         return max(start, end)
 
-    def _fit_window(
-        self, group: int, window: int, block_hashes: Sequence[bytes], length: int
+    def _longest_prefix(
+        self, group: int, window: int | None, block_hashes: Sequence[bytes], length: int
     ) -> int:
-        """Return the longest prefix of which a sliding group has all visible blocks cached.
-
-        At most ``length`` blocks.
-        """
+        """Return the longest prefix of at most ``length`` blocks whose visible ones are cached."""
+        if window is None:
+            return self._count_cached(group, block_hashes, 0, length)
         # Walk back from the end. Where a block lacks, a prefix can at most end there, and its
         # window begins earlier: so the walk goes on from that block.
         index = length
-        while index > self._first_visible(window, length * self.block_size):
+        while index > max(0, length * self.block_size - window + 1) // self.block_size:
             index -= 1
             if self.pool.find(group, block_hashes[index]) is None:
                 length = index
         return length
 
-    def _find_all(self, group: int, block_hashes: Sequence[bytes]) -> list[int]:
-        found = [self.pool.find(group, block_hash) for block_hash in block_hashes]
-        return [block_id for block_id in found if block_id is not None]
+    def _hit(
+        self, block_hashes: Sequence[bytes], first: list[int], ends: Sequence[int]
+    ) -> PrefixHit:
+        """Return the blocks [first, ends) of each group, which are all cached."""
+        found = [
+            [self.pool.find(group, block_hash) for block_hash in block_hashes[start:end]]
+            for group, (start, end) in enumerate(zip(first, ends, strict=True))
+        ]
+        return PrefixHit(first, [[one for one in ids if one is not None] for ids in found])

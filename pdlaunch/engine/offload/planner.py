@@ -22,9 +22,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
-from pdlaunch.engine.kvcache.block_table import BlockTables
 from pdlaunch.engine.kvcache.groups import KVCacheGroup
-from pdlaunch.engine.kvcache.manager import PrefixHit
+from pdlaunch.engine.kvcache.manager import BlockTables, PrefixHit
 from pdlaunch.engine.offload.jobs import JobFinished, OffloadJob, OffloadStats
 from pdlaunch.engine.offload.spec import Direction
 from pdlaunch.engine.offload.tier import HostTier

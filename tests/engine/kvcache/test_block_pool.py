@@ -23,8 +23,7 @@ class PoolMachine(RuleBasedStateMachine):
     @initialize(num_blocks=st.integers(0, 12))
     def start(self, num_blocks):
         self.pool = BlockPool(num_blocks, NUM_GROUPS)
-        self.requests: list[list[int]] = []
-        self.leases: list[list[int]] = []
+        self.owners: list[list[int]] = []
         self.pulls: list[list[int]] = []
         self.quarantined: list[list[int]] = []
         self.content: dict[int, tuple[int, bytes]] = {}
@@ -39,8 +38,8 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(count=st.integers(0, 5))
     def allocate(self, count):
         if count <= self.pool.num_free_blocks:
-            self.requests.append(self.pool.allocate(count))
-            self.forget(self.requests[-1])
+            self.owners.append(self.pool.allocate(count))
+            self.forget(self.owners[-1])
 
     @rule(count=st.integers(0, 5))
     def allocate_for_pull(self, count):
@@ -50,7 +49,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(choice=RANDOM, group=st.integers(0, NUM_GROUPS - 1), value=st.integers(0, 5))
     def register(self, choice, group, value):
-        owned = [block_id for holder in self.requests for block_id in holder]
+        owned = [*chain(*self.owners)]
         if owned:
             block_id, key = choice.choice(owned), (group, bytes([value]))
             self.pool.register(block_id, *key)
@@ -59,24 +58,14 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(choice=RANDOM)
     def share(self, choice):
-        if self.content:
-            block_id = choice.choice(list(self.content))
+        if shareable := sorted({*self.content, *chain(*self.owners)}):
+            block_id = choice.choice(shareable)
             self.pool.share([block_id])
-            self.requests.append([block_id])
+            self.owners.append([block_id])
 
     @rule(choice=RANDOM)
     def release(self, choice):
-        self.pool.release(self.pop(self.requests, choice) or [])
-
-    @rule(choice=RANDOM)
-    def lease(self, choice):
-        if (held := self.pop(self.requests, choice)) is not None:
-            self.pool.lease(held)
-            self.leases.append(held)
-
-    @rule(choice=RANDOM)
-    def end_lease(self, choice):
-        self.pool.end_lease(self.pop(self.leases, choice) or [])
+        self.pool.release(self.pop(self.owners, choice) or [])
 
     @rule(choice=RANDOM, end=st.sampled_from(["finish", "drop", "quarantine"]))
     def end_pull(self, choice, end):
@@ -84,7 +73,7 @@ class PoolMachine(RuleBasedStateMachine):
             return
         if end == "finish":
             self.pool.finish_pull(pull)
-            self.requests.append(pull)
+            self.owners.append(pull)
         elif end == "drop":
             self.pool.drop_pull(pull)
         else:
@@ -100,14 +89,12 @@ class PoolMachine(RuleBasedStateMachine):
         if not hasattr(self, "pool"):
             return
         self.pool.check_integrity(
-            owned=chain(*self.requests),
-            leased=chain(*self.leases),
+            owned=chain(*self.owners),
             pulling=chain(*self.pulls),
             quarantined=chain(*self.quarantined),
         )
-        held = set(chain(*self.requests, *self.leases, *self.pulls, *self.quarantined))
+        held = set(chain(*self.owners, *self.pulls, *self.quarantined))
         assert self.pool.num_free_blocks == self.pool.num_blocks - len(held)
-        assert self.pool.num_leased_blocks == len(set(chain(*self.leases)))
         assert self.pool.num_quarantined_blocks == sum(map(len, self.quarantined))
 
     @invariant()
@@ -156,19 +143,17 @@ def test_sharing_saves_a_cached_block_from_reuse() -> None:
     assert pool.num_free_blocks == 0
 
 
-def test_a_leased_and_shared_block_is_free_after_the_last_owner() -> None:
-    pool = BlockPool(1, 1)
-    (block_id,) = registered(pool, 1)
-    pool.share([block_id])
-    pool.lease([block_id])
-    pool.release([block_id])
-    assert pool.num_free_blocks == 0
-    pool.end_lease([block_id])
-    assert pool.num_free_blocks == 1
-
-
 def test_the_integrity_check_sees_a_forgotten_owner() -> None:
     pool = BlockPool(2, 1)
     pool.allocate(1)
-    with pytest.raises(AssertionError, match="requests' blocks"):
+    with pytest.raises(AssertionError, match="owners' blocks"):
         pool.check_integrity()
+
+
+def test_nothing_is_found_and_every_block_is_free_once_the_content_is_lost() -> None:
+    pool = BlockPool(4, 1)
+    pool.release(registered(pool, 3))
+    pool.forget_cached()
+    pool.check_integrity()
+    assert pool.find(0, b"\0") is None
+    assert sorted(pool.allocate(4)) == [0, 1, 2, 3]

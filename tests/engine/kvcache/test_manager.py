@@ -3,10 +3,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdlaunch.engine.kvcache.block_table import BlockTables
 from pdlaunch.engine.kvcache.groups import KVCacheGroup
 from pdlaunch.engine.kvcache.hashing import TokenHasher, root_hash
-from pdlaunch.engine.kvcache.manager import KVCacheManager
+from pdlaunch.engine.kvcache.manager import BlockTables, KVCacheManager
 
 WINDOWS = st.lists(st.one_of(st.none(), st.integers(1, 12)), min_size=1, max_size=3)
 
@@ -166,7 +165,7 @@ def test_a_lease_holds_what_the_last_token_sees(
         assert set(range(leased.first[group], leased.end(group))) == seen
         assert leased.block_ids[group] == [before[group][index] for index in sorted(seen)]
     kv.pool.check_integrity(
-        leased=[block_id for block_ids in leased.block_ids for block_id in block_ids]
+        owned=[block_id for block_ids in leased.block_ids for block_id in block_ids]
     )
     assert tables.end == 0
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdlaunch.engine.kvcache.block_table import BlockTables
 from pdlaunch.engine.kvcache.groups import KVCacheGroup
+from pdlaunch.engine.kvcache.manager import BlockTables
 from pdlaunch.engine.offload.jobs import JobFinished, JobMerger, OffloadJob
 from pdlaunch.engine.offload.planner import OffloadPlanner
 from pdlaunch.engine.offload.tier import HeadSlice, HostTier

@@ -11,8 +11,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from pdlaunch.engine.kvcache.block_table import BlockTables
 from pdlaunch.engine.kvcache.groups import KVCacheGroup, KVCacheLayout
+from pdlaunch.engine.kvcache.manager import BlockTables
 from pdlaunch.engine.offload.host_memory import HostMemory
 from pdlaunch.engine.offload.jobs import JobFinished, OffloadJob
 from pdlaunch.engine.offload.planner import OffloadPlanner
