@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pdlaunch.engine.logit_changes import SampleRow, TokenBias, token_bias
 from pdlaunch.engine.models.packed import IntArray, PackedBatch
+from pdlaunch.engine.sampler import SampleRow, TokenBias, token_bias
 from pdlaunch.engine.step import NewBlocks, NewRow, RowTokens, ScheduledRow, StepPlan
 from pdlaunch.protocol.engine import SamplingParams
 

@@ -16,8 +16,8 @@ from unittest.mock import patch
 import torch
 
 from pdlaunch.engine import sampler
-from pdlaunch.engine.logit_changes import SampleRow
 from pdlaunch.engine.runner import ModelRunner
+from pdlaunch.engine.sampler import SampleRow
 from pdlaunch.protocol.engine import SamplingParams
 from tests.engine.hand_scheduler import HandScheduler, Request, ignore_progress, make_spec
 
@@ -71,9 +71,7 @@ def scaled(logits: torch.Tensor, kind: dict[str, Any]) -> torch.Tensor:
     sampling = SamplingParams(max_tokens=1, **kind)
     row = SampleRow(sampling, torch.tensor([0]).numpy(), 1, None)
     values = ((logits - logits.max()) / row.temperature)[None]
-    for cut in (sampler._keep_min_p, sampler._keep_top_k, sampler._keep_top_p):
-        values = cut(values, [row])
-    return values
+    return sampler.cut_unlikely(values, [row])
 
 
 def by_noise(values: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

@@ -20,9 +20,8 @@ from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.engine.latest_tokens import LatestTokens
 from pdlaunch.engine.leader import Leader
 from pdlaunch.engine.lifecycle import RequestLifecycle
-from pdlaunch.engine.logit_changes import SampleRow, token_bias
 from pdlaunch.engine.runner import ModelRunner
-from pdlaunch.engine.sampler import draw_tokens
+from pdlaunch.engine.sampler import SampleRow, draw_tokens, token_bias
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.step import StepOutput, StepPlan
 from pdlaunch.protocol.engine import (

@@ -11,14 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdlaunch.engine.logit_changes import SampleRow, token_bias
-from pdlaunch.engine.noise import draw_key
 from pdlaunch.engine.sampler import (
     GROUP_TOKENS,
-    _nucleus_edge,
+    SampleRow,
     draw_by_noise,
+    draw_key,
     draw_tokens,
+    nucleus_edge,
     nucleus_edges,
+    token_bias,
 )
 from pdlaunch.protocol.engine import SamplingParams, TokenOutput
 
@@ -299,7 +300,7 @@ def test_edges_of_all_rows_at_once_equal_those_of_each() -> None:
         -1
     )
     wanted = [0.1, 0.5, 0.9, 0.999, 1.0]
-    each = [_nucleus_edge(row, share, 16) for row, share in zip(probabilities, wanted, strict=True)]
+    each = [nucleus_edge(row, share, 16) for row, share in zip(probabilities, wanted, strict=True)]
     assert torch.equal(nucleus_edges(probabilities, wanted)[:, 0], torch.stack(each))
 
 
