@@ -370,9 +370,9 @@ def draw_by_noise(scaled: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return (group * GROUP_TOKENS + place)[:, 0]
 
 
-# Noise is a pure function of (seed, choice, index, number); no generator keeps a state. The host hashes
-# (seed, choice, index) to one key for each row. The device hashes key and number (SplitMix64) to a
-# uniform number.
+# Noise is a pure function of (seed, choice, index, number); no generator keeps a state. The host
+# hashes (seed, choice, index) to one key for each row. The device hashes key and number to a
+# uniform number (SplitMix64).
 _INCREMENT = 0x9E3779B97F4A7C15 - 2**64
 _FIRST_FACTOR = 0xBF58476D1CE4E5B9 - 2**64
 _SECOND_FACTOR = 0x94D049BB133111EB - 2**64
