@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 from pdlaunch.config.roles import PAIR, Role
 from pdlaunch.config.ucx_variables import is_known_variable
-from pdlaunch.machine.addresses import is_address
 from pdlaunch.machine.availability import ProcessOutcome, run_briefly
+from pdlaunch.machine.network import is_address
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.planning.role_engines import RoleEngines
 

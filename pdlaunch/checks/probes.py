@@ -18,7 +18,7 @@ from pdlaunch.machine.engine_commands import (
     ask_engine_flags,
 )
 from pdlaunch.machine.facts import PortState
-from pdlaunch.machine.libraries import missing_modules
+from pdlaunch.machine.host import missing_modules
 from pdlaunch.planning.models import weight_error
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.planning.vllm_verification import engine_command_on

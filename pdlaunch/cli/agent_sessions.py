@@ -16,9 +16,9 @@ from pdlaunch.errors import StartupError
 from pdlaunch.launch.hosts.agent import AgentSession, SessionLostError
 from pdlaunch.launch.hosts.agent_messages import Join
 from pdlaunch.launch.hosts.join import JoinTicket
-from pdlaunch.machine.addresses import address_towards
 from pdlaunch.machine.engine_commands import find_engine_command
 from pdlaunch.machine.machine_file import encode_machine
+from pdlaunch.machine.network import address_towards
 from pdlaunch.machine.probe import probe_machine
 
 _REJOIN_DELAY_S = 0.2

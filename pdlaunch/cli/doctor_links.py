@@ -9,14 +9,14 @@ from urllib.parse import urlsplit
 import psutil
 
 from pdlaunch.config.http_names import is_loopback
-from pdlaunch.machine.addresses import address_towards, device_of
 from pdlaunch.machine.link_speed import (
     ExpectedSpeed,
     between_gpus,
+    measure_copy_gigabytes_per_s,
     over_network,
     within_cpus,
 )
-from pdlaunch.machine.memory_speed import measure_copy_gigabytes_per_s
+from pdlaunch.machine.network import address_towards, device_of
 from pdlaunch.machine.probe import probe_machine
 
 _CPU_BUILD = "+cpu"

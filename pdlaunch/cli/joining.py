@@ -37,7 +37,7 @@ from pdlaunch.launch.hosts.placement.ray_cluster import (
     stop_agents,
 )
 from pdlaunch.launch.hosts.placement.slurm import slurm_join_file
-from pdlaunch.machine.addresses import default_address
+from pdlaunch.machine.network import default_address
 from pdlaunch.planning.hosts import ResolvedHost
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.planning.role_engines import RoleEngines

@@ -33,9 +33,8 @@ from pdlaunch.launch.launch import check_platform, launch
 from pdlaunch.launch.pair_links import ReadLinks, gpu_links
 from pdlaunch.launch.ports import listening
 from pdlaunch.launch.status import LaunchStatus
-from pdlaunch.machine.gpu_links import read_gpu_links
-from pdlaunch.machine.link_speed import HOST_SHARE, LINK_SHARES
-from pdlaunch.machine.memory_speed import measure_copy_gigabytes_per_s
+from pdlaunch.machine.link_speed import HOST_SHARE, LINK_SHARES, measure_copy_gigabytes_per_s
+from pdlaunch.machine.nvml import read_gpu_links
 from pdlaunch.planning.resolve import ResolvedLaunch, resolve_on
 from pdlaunch.planning.role_engines import Allocator
 from pdlaunch.protocol.control import PairReady

@@ -10,7 +10,7 @@ import zmq
 
 from pdlaunch.engine.step import FromRankZero, StepDone, from_rank_zero, step_done
 from pdlaunch.errors import ProtocolError
-from pdlaunch.machine.addresses import tcp_endpoint
+from pdlaunch.machine.network import tcp_endpoint
 from pdlaunch.protocol.engine import FromRank, Hello, ToRank, from_rank, to_rank
 from pdlaunch.protocol.sockets import SecureContext
 

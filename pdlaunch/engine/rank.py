@@ -27,7 +27,7 @@ from pdlaunch.engine.offload.worker import OffloadWorker
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.errors import StartupError
-from pdlaunch.machine.addresses import tcp_endpoint
+from pdlaunch.machine.network import tcp_endpoint
 from pdlaunch.protocol.changes import Answered, AwaitIdle
 from pdlaunch.protocol.control import (
     Address,

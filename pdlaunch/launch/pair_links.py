@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from pdlaunch.machine.gpu_links import BusPair, GpuLink
+from pdlaunch.machine.nvml import BusPair, GpuLink
 from pdlaunch.planning.plan import Plan
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.planning.role_engines import RoleEngines

@@ -14,7 +14,6 @@ from pathlib import Path
 from uuid import UUID
 
 from pdlaunch.machine.facts import Availability, Gpu
-from pdlaunch.machine.library_calls import LibraryCalls
 
 LIBRARY = "libcuda.so.1"
 IMEX_CHANNELS = Path("/dev/nvidia-caps-imex-channels")
@@ -61,9 +60,19 @@ def read_driver(
     return Driver((version // 1000, version % 1000 // 10), gpus, num_channels)
 
 
-class _Calls(LibraryCalls):
-    error = DriverError
-    owner = "the CUDA driver"
+class _Calls:
+    """Turns an error code into a DriverError that names the call."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+
+    def __call__(self, name: str, *arguments: object) -> None:
+        try:
+            code = int(getattr(self._library, name)(*arguments))
+        except AttributeError:
+            raise DriverError(f"the CUDA driver has no {name}: it is too old") from None
+        if code:
+            raise DriverError(f"{name} failed: {self._error_name(code)}")
 
     def read_int(self, name: str, *arguments: object) -> int:
         """Call a function whose first parameter is where the driver writes an int."""
@@ -100,7 +109,7 @@ class _Calls(LibraryCalls):
         name = ctypes.c_char_p()
         with contextlib.suppress(AttributeError):
             self._library.cuGetErrorName(code, ctypes.byref(name))
-        return f"{name.value.decode()} ({code})" if name.value else super()._error_name(code)
+        return f"{name.value.decode()} ({code})" if name.value else f"error {code}"
 
 
 def _read_gpu(calls: _Calls, index: int, has_imex_channel: bool) -> Gpu:

@@ -17,7 +17,6 @@ import msgspec
 
 from pdlaunch.errors import ConfigError
 from pdlaunch.machine.allocator_conf import VARIABLES
-from pdlaunch.machine.cpu_lists import format_cpu_list, parse_cpu_list
 from pdlaunch.machine.cuda_driver import NO_DEVICE
 from pdlaunch.machine.facts import (
     Availability,
@@ -29,6 +28,7 @@ from pdlaunch.machine.facts import (
     Machine,
     SharedMemory,
 )
+from pdlaunch.machine.host import format_cpu_list, parse_cpu_list
 
 VERSION = 1
 """Raise it with every field that is added: an older pdlaunch must refuse what it cannot read."""

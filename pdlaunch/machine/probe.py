@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import itertools
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
 from pdlaunch.machine.cuda_driver import Driver, DriverError, judge_cumem, probe_cumem, read_driver
@@ -22,9 +22,10 @@ from pdlaunch.machine.facts import (
     Machine,
     SharedMemory,
 )
-from pdlaunch.machine.gpu_links import Nvml, NvmlError, load_nvml, open_nvml
-from pdlaunch.machine.libraries import find_libraries
-from pdlaunch.machine.limits import (
+from pdlaunch.machine.host import (
+    RDMA_FOLDER,
+    find_libraries,
+    first_line,
     has_native_bf16,
     memory_bytes,
     numa_nodes,
@@ -32,7 +33,7 @@ from pdlaunch.machine.limits import (
     read_shared_memory,
     usable_cpus,
 )
-from pdlaunch.machine.sysfs import RDMA_FOLDER, first_line
+from pdlaunch.machine.nvml import Nvml, NvmlError, open_nvml
 
 T = TypeVar("T")
 
@@ -120,7 +121,7 @@ class NvmlFacts:
 
 def read_nvml_facts(
     gpus: tuple[Gpu, ...],
-    load: Callable[[], ctypes.CDLL] = load_nvml,
+    library: ModuleType | None = None,
     pci_devices: Path = PCI_DEVICES,
 ) -> NvmlFacts:
     """Return what is known of these GPUs; without NVML they are returned as they are."""
@@ -129,7 +130,7 @@ def read_nvml_facts(
     if not found:
         return NvmlFacts(found)
     try:
-        with open_nvml(load) as nvml:
+        with open_nvml(library) as nvml:
             with contextlib.suppress(NvmlError):
                 version = nvml.driver_version()
             found = tuple(replace(gpu, free_memory_bytes=_free_bytes(nvml, gpu)) for gpu in found)

@@ -10,9 +10,9 @@ from pdlaunch.config.hosts import LOCAL, HostSettings
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import ROLES
 from pdlaunch.errors import ConfigError
-from pdlaunch.machine.addresses import default_address
 from pdlaunch.machine.facts import Fact, Machine
 from pdlaunch.machine.machine_file import AssumedMachine, read_machine_file
+from pdlaunch.machine.network import default_address
 from pdlaunch.machine.profiles import PROFILES, find_profile
 from pdlaunch.planning.hosts import ResolvedHost, one_host
 from pdlaunch.planning.roles import count_ranks

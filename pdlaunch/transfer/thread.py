@@ -29,8 +29,8 @@ from typing import Any
 import zmq
 
 from pdlaunch.errors import TransferError
-from pdlaunch.machine.addresses import tcp_endpoint
 from pdlaunch.machine.kernel import sleep_precisely
+from pdlaunch.machine.network import tcp_endpoint
 from pdlaunch.protocol.control import Entry
 from pdlaunch.protocol.side_channel import Refused
 from pdlaunch.protocol.transfer import TransferCommand, TransferEvent

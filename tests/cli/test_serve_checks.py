@@ -21,7 +21,7 @@ from pdlaunch.launch.pair_links import ReadLinks
 from pdlaunch.launch.states import LaunchPhase
 from pdlaunch.launch.status import LaunchStatus
 from pdlaunch.machine.facts import Gpu, Machine
-from pdlaunch.machine.gpu_links import BusPair, GpuLink
+from pdlaunch.machine.nvml import BusPair, GpuLink
 from pdlaunch.planning.resolve import ResolvedLaunch, resolve
 from pdlaunch.protocol.control import PairReady
 from tests.checks.contexts import CPU as HEALTHY

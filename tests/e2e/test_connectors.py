@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from pdlaunch.launch.client.deployment import Deployment, running_deployment
-from pdlaunch.machine.libraries import find_libraries
+from pdlaunch.machine.host import find_libraries
 from tests.e2e.api import complete, complete_all, idle, total_now
 from tests.e2e.conftest import clean_environ
 from tests.e2e.listening import await_unlocked_ports

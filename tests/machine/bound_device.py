@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 
-from pdlaunch.machine.tcp_sockets import Listener
+from pdlaunch.machine.network import Listener
 
 
 def bound_device(listener: Listener) -> str:

@@ -4,8 +4,8 @@ import socket
 
 import pytest
 
-from pdlaunch.machine import addresses
-from pdlaunch.machine.addresses import address_towards, default_address, tcp_endpoint
+from pdlaunch.machine import network
+from pdlaunch.machine.network import address_towards, default_address, tcp_endpoint
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
@@ -18,7 +18,7 @@ def test_without_a_route_there_is_none() -> None:
 
 
 def test_a_default_route_over_loopback_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(addresses, "_ELSEWHERE", ("127.0.0.1", "::1"))
+    monkeypatch.setattr(network, "_ELSEWHERE", ("127.0.0.1", "::1"))
     assert default_address() is None
 
 

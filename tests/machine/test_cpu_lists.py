@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdlaunch.machine.cpu_lists import format_cpu_list, parse_cpu_list
+from pdlaunch.machine.host import format_cpu_list, parse_cpu_list
 
 
 @pytest.mark.parametrize(

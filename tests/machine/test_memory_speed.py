@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from pdlaunch.machine.memory_speed import measure_copy_gigabytes_per_s
+from pdlaunch.machine.link_speed import measure_copy_gigabytes_per_s
 
 
 def test_the_best_copy_counts():

@@ -8,8 +8,13 @@ from pdlaunch.machine import availability, probe
 from pdlaunch.machine.availability import ProcessOutcome, probe_port, run_briefly
 from pdlaunch.machine.cuda_driver import Driver
 from pdlaunch.machine.facts import Gpu
-from pdlaunch.machine.libraries import find_libraries
-from pdlaunch.machine.limits import has_native_bf16, memory_bytes, read_shared_memory, usable_cpus
+from pdlaunch.machine.host import (
+    find_libraries,
+    has_native_bf16,
+    memory_bytes,
+    read_shared_memory,
+    usable_cpus,
+)
 from pdlaunch.machine.probe import probe_machine
 
 

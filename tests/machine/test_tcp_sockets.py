@@ -7,21 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.machine import tcp_sockets
+from pdlaunch.machine import network
 from tests.machine.bound_device import bound_device
 
 pytestmark = pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Linux")
 
 
 def test_a_new_listener_is_found_and_bound_to_loopback() -> None:
-    before = tcp_sockets.listeners()
+    before = network.listeners()
     with socket.socket() as server:
         server.bind(("0.0.0.0", 0))
         server.listen()
-        (listener,) = tcp_sockets.listeners() - before
+        (listener,) = network.listeners() - before
         assert (listener.address, listener.port) == server.getsockname()
         assert bound_device(listener) == ""
-        tcp_sockets.bind_to_loopback(listener)
+        network.bind_to_loopback(listener)
         assert bound_device(listener) == "lo"
         with socket.create_connection(("127.0.0.1", listener.port), timeout=10):
             server.accept()[0].close()
@@ -34,25 +34,25 @@ def test_a_new_listener_is_found_and_bound_to_loopback() -> None:
 def test_a_listener_takes_packets_to_one_address_alone(
     family: socket.AddressFamily, mine: str, other: str
 ) -> None:
-    before = tcp_sockets.listeners()
+    before = network.listeners()
     any_address = "0.0.0.0" if family is socket.AF_INET else "::"
     with socket.create_server(
         (any_address, 0), family=family, dualstack_ipv6=family is socket.AF_INET6
     ) as server:
-        (listener,) = tcp_sockets.listeners() - before
+        (listener,) = network.listeners() - before
         socket.create_connection((other, listener.port), timeout=10).close()
         server.accept()[0].close()
-        tcp_sockets.admit_one_address(listener, mine)
+        network.admit_one_address(listener, mine)
         with socket.create_connection((mine, listener.port), timeout=10) as client:
             accepted, _ = server.accept()
             client.sendall(bytes(1 << 20))
             left = 1 << 20
             while left:
                 left -= len(accepted.recv(left))
-            assert tcp_sockets.is_connected(listener.port, mine)
-            assert not tcp_sockets.is_connected(listener.port, other)
+            assert network.is_connected(listener.port, mine)
+            assert not network.is_connected(listener.port, other)
             accepted.close()
-        assert not tcp_sockets.is_connected(listener.port, mine)
+        assert not network.is_connected(listener.port, mine)
         with pytest.raises(TimeoutError):
             socket.create_connection((other, listener.port), timeout=0.3)
 
@@ -64,13 +64,13 @@ def test_bytes_are_under_way_until_they_are_read() -> None:
             socket.create_connection(("127.0.0.1", port), timeout=10) as client,
             server.accept()[0] as accepted,
         ):
-            assert not tcp_sockets.has_bytes_under_way(port)
+            assert not network.has_bytes_under_way(port)
             client.sendall(b"x" * 1000)
             client.close()
-            assert tcp_sockets.has_bytes_under_way(port), "also when the sender is gone"
+            assert network.has_bytes_under_way(port), "also when the sender is gone"
             while accepted.recv(300):
                 pass
-            assert not tcp_sockets.has_bytes_under_way(port)
+            assert not network.has_bytes_under_way(port)
 
 
 def test_listening_sockets_and_other_ports_do_not_count(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_listening_sockets_and_other_ports_do_not_count(tmp_path: Path) -> None:
 
     def under_way(local: int, remote: int, state: str, sending: int, receiving: int) -> bool:
         table.write_text(header + row.format(local, remote, state, sending, receiving))
-        return tcp_sockets.has_bytes_under_way(7000, (table, tmp_path / "none"))
+        return network.has_bytes_under_way(7000, (table, tmp_path / "none"))
 
     assert under_way(7000, 9, "01", 0, 5)
     assert under_way(9, 7000, "04", 5, 0)
@@ -97,4 +97,4 @@ def test_listening_sockets_and_other_ports_do_not_count(tmp_path: Path) -> None:
 
 
 def test_whether_sockets_can_be_bound_is_never_an_error() -> None:
-    assert isinstance(tcp_sockets.can_bind_to_loopback(), bool)
+    assert isinstance(network.can_bind_to_loopback(), bool)

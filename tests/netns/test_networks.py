@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from pdlaunch.machine.libraries import find_libraries
+from pdlaunch.machine.host import find_libraries
 from tests.e2e.conftest import default_environ
 from tests.netns.hosts import Network
 from tests.netns.launch import PORT, FarLaunch, far_launch

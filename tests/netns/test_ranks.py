@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
-from pdlaunch.machine.libraries import find_libraries
+from pdlaunch.machine.host import find_libraries
 from pdlaunch.protocol.control import PairFailed, PairReady
 from pdlaunch.protocol.sockets import LaunchKeys, new_launch_keys
 from pdlaunch.protocol.transfer import PullDrained, PullFinished

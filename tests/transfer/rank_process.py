@@ -22,7 +22,7 @@ import xxhash
 
 from pdlaunch.config.connectors import KVNetwork
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.machine import tcp_sockets
+from pdlaunch.machine import network
 from pdlaunch.protocol.control import Address, Entry
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.sockets import LaunchKeys
@@ -287,7 +287,7 @@ def open_listeners() -> list[str]:
     """Addresses that other hosts could connect to."""
     return [
         f"{listener.address}:{listener.port}"
-        for listener in tcp_sockets.listeners()
+        for listener in network.listeners()
         if listener.address != "127.0.0.1" and bound_device(listener) != "lo"
     ]
 
@@ -300,7 +300,7 @@ def listening() -> tuple[set[int], list[str]]:
     rows = [line.split() for line in Path("/proc/self/net/unix").read_text().splitlines()[1:]]
     accepts = 0x10000  # __SO_ACCEPTCON, the flag of a socket that listens
     unix = [row[7] for row in rows if int(row[3], 16) & accepts and f"socket:[{row[6]}]" in inodes]
-    return {listener.port for listener in tcp_sockets.listeners()}, unix
+    return {listener.port for listener in network.listeners()}, unix
 
 
 def shared_memory() -> tuple[set[int], int]:

@@ -17,7 +17,7 @@ import pytest
 import zmq
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.machine.libraries import find_libraries
+from pdlaunch.machine.host import find_libraries
 from pdlaunch.protocol.control import PairFailed, PairReady
 from pdlaunch.protocol.side_channel import (
     PushEnded,

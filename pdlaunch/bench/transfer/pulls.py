@@ -34,7 +34,7 @@ from pdlaunch.config.connectors import (
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.config.sizes import format_size
 from pdlaunch.errors import ConfigError
-from pdlaunch.machine.limits import memory_bytes
+from pdlaunch.machine.host import memory_bytes
 from pdlaunch.planning.role_engines import DTypeName
 
 NUM_WARM_UP_TURNS = 2

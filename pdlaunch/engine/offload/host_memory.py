@@ -17,7 +17,7 @@ import torch
 from pdlaunch.engine.memory.host_pages import map_pages, touch_pages
 from pdlaunch.engine.offload.spec import IntArray
 from pdlaunch.errors import ConfigError
-from pdlaunch.machine.limits import memory_bytes
+from pdlaunch.machine.host import memory_bytes
 
 AllocationProgress = Callable[[str, float | None], None]
 """Called with what is done now and the fraction that is complete; None where that is unknown."""

@@ -31,7 +31,7 @@ from pdlaunch.engine.offload.jobs import JobFinished, OffloadJob
 from pdlaunch.engine.offload.method_choice import MethodTable, choose_cuda_methods, host_methods
 from pdlaunch.engine.offload.tier import ChunkKey, HeadSlice
 from pdlaunch.errors import ConfigError, TransferSpecError
-from pdlaunch.machine.limits import usable_cpus
+from pdlaunch.machine.host import usable_cpus
 from pdlaunch.transfer.integrity.checksum import KVHasher
 
 logger = logging.getLogger(__name__)

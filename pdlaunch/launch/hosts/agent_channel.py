@@ -43,7 +43,7 @@ from pdlaunch.launch.hosts.agent_messages import (
 )
 from pdlaunch.launch.hosts.join import JoinKeys
 from pdlaunch.launch.hosts.lease import beat_s, ended_by
-from pdlaunch.machine.addresses import tcp_endpoint
+from pdlaunch.machine.network import tcp_endpoint
 from pdlaunch.protocol.sockets import SecureContext
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from pdlaunch.config.http_names import is_loopback
 from pdlaunch.errors import StartupError
-from pdlaunch.machine.addresses import with_device_names
+from pdlaunch.machine.network import with_device_names
 
 SIDE_CHANNEL_HOST = "VLLM_NIXL_SIDE_CHANNEL_HOST"
 SIDE_CHANNEL_PORT = "VLLM_NIXL_SIDE_CHANNEL_PORT"

@@ -39,8 +39,7 @@ from pdlaunch.launch.sidecar.network import (
     named_devices,
 )
 from pdlaunch.launch.sidecar.opening import Opening
-from pdlaunch.machine.addresses import tcp_endpoint
-from pdlaunch.machine.tcp_sockets import foreign_listener
+from pdlaunch.machine.network import foreign_listener, tcp_endpoint
 from pdlaunch.protocol.changes import Answered, AwaitIdle
 from pdlaunch.protocol.control import (
     Drain,

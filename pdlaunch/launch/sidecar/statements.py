@@ -19,7 +19,7 @@ from pdlaunch.http.app import AppRoute
 from pdlaunch.http.engine_calls import CONNECT_S, EngineCalls
 from pdlaunch.http.engine_connection import CallError
 from pdlaunch.http.openapi import Operation
-from pdlaunch.machine.addresses import tcp_endpoint
+from pdlaunch.machine.network import tcp_endpoint
 
 PATH = "/pdlaunch/kv-statements"
 TIMEOUT_S = 8.0

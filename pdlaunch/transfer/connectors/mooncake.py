@@ -21,7 +21,7 @@ import torch
 from pdlaunch.config.connectors import MOONCAKE_ADDRESS, MooncakeProtocol
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.errors import TransferError
-from pdlaunch.machine import tcp_sockets
+from pdlaunch.machine import network
 from pdlaunch.transfer.connectors.connector import (
     BlockRead,
     Connection,
@@ -145,9 +145,7 @@ class MooncakeConnector(PushingConnector):
             return "done"
         is_far = writer != self._host
         is_under_way = any(
-            tcp_sockets.is_connected(port, writer)
-            if is_far
-            else tcp_sockets.has_bytes_under_way(port)
+            network.is_connected(port, writer) if is_far else network.has_bytes_under_way(port)
             for port in self._data_ports
         )
         return "pending" if is_under_way else "failed"
@@ -161,7 +159,7 @@ class MooncakeConnector(PushingConnector):
         if os.environ.get("MC_TCP_PROTO") == "1":
             raise TransferError("MC_TCP_PROTO=1 has no acknowledged writes: unset it")
         # Mooncake tells its port for handshakes alone. Those for data are the ones that are new.
-        before = tcp_sockets.listeners()
+        before = network.listeners()
         self._host = os.environ.get(MOONCAKE_ADDRESS, _LOOPBACK)
         name = f"[{self._host}]" if ":" in self._host else self._host
         engine = mooncake.TransferEngine()
@@ -173,16 +171,16 @@ class MooncakeConnector(PushingConnector):
             )
         rpc_port = engine.get_rpc_port()
         self._segment = f"{name}:{rpc_port}"
-        for listener in tcp_sockets.listeners() - before:
+        for listener in network.listeners() - before:
             self._close_to_strangers(listener)
             if listener.port != rpc_port:
                 self._data_ports.append(listener.port)
         return engine
 
-    def _close_to_strangers(self, listener: tcp_sockets.Listener) -> None:
+    def _close_to_strangers(self, listener: network.Listener) -> None:
         if self._host != _LOOPBACK:
             try:
-                tcp_sockets.admit_one_address(listener, self._host)
+                network.admit_one_address(listener, self._host)
             except OSError as error:
                 raise TransferError(
                     f"Mooncake listens on {listener.address}:{listener.port}, which cannot be "
@@ -196,7 +194,7 @@ class MooncakeConnector(PushingConnector):
             )
             return
         try:
-            tcp_sockets.bind_to_loopback(listener)
+            network.bind_to_loopback(listener)
         except OSError as error:
             raise TransferError(
                 f"Mooncake listens on {listener.address}:{listener.port}, which cannot be bound to "

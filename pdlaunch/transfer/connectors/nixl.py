@@ -21,8 +21,8 @@ import torch
 
 from pdlaunch.config.ucx import opens_network
 from pdlaunch.errors import TransferError
-from pdlaunch.machine import tcp_sockets
-from pdlaunch.machine.addresses import with_device_names
+from pdlaunch.machine import network
+from pdlaunch.machine.network import with_device_names
 from pdlaunch.transfer.connectors.connector import (
     BlockRead,
     Connection,
@@ -128,7 +128,7 @@ class NixlConnector(Connector):
                 self._device_index
             )  # of this thread: UCX takes the context that is current
         choose_devices(os.environ)
-        before = tcp_sockets.listeners()
+        before = network.listeners()
         try:
             # NIXL never closes the endpoint of an agent that is removed, which is a socket on both
             # sides; a new agent has none.
@@ -150,7 +150,7 @@ class NixlConnector(Connector):
             raise TransferError(
                 f"the NIXL agent {self.agent_name} cannot start: {error}"
             ) from error
-        for each in sorted(tcp_sockets.listeners() - before, key=lambda each: each.port):
+        for each in sorted(network.listeners() - before, key=lambda each: each.port):
             logger.info(
                 "takes KV blocks' READs at %s:%d (%s), over UCX_TLS %s: whoever reaches it can "
                 "read and write this process (kv_transfer.trusted_network)",

@@ -7,7 +7,7 @@ import zmq
 
 from pdlaunch.errors import StartupError
 from pdlaunch.launch.sidecar.network import SideChannelPort, named_devices
-from pdlaunch.machine.addresses import device_of
+from pdlaunch.machine.network import device_of
 
 
 def free_range(size: int) -> str:
