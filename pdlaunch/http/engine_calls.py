@@ -1,70 +1,161 @@
-"""Calls engines over HTTP/1.1; a connection is used again once its answer has come.
+"""Calls engines over HTTP/1.1 through aiohttp's client, the only one that routers, sidecars and
+canaries use.
 
-::
-
-    call ── connection that rests, else a new one ──▶ request ──▶ head ──▶ body, piece by piece
-                  ▲                                                            │
-                  └──────────────────── all of it has come ────────────────────┘
-
-It does what a router needs and no more: no redirects, cookies, proxies, compression. aiohttp's
-client took about a fifth of a router's CPU.
+Redirects, cookies, proxies and compression are off: an engine must not choose where a prompt or a
+key goes.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
+import concurrent.futures
+import io
 import re
-import select
 import socket
 import ssl
-from collections.abc import Mapping
-from urllib.parse import urlsplit
+import threading
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, NamedTuple
 
-from aiohappyeyeballs import AddrInfoType, start_connection
-
-from pdlaunch.http.engine_connection import Answer, CallError, EngineConnection, Silence
-from pdlaunch.http.lookups import look_up
-from pdlaunch.http.shared_calls import SharedCalls
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.http_exceptions import ContentLengthError, HttpProcessingError
+from yarl import URL
 
 UNIX = "unix:"
 """Begins the URL of an engine that listens on a Unix socket; the rest is its path."""
 CONNECT_S = 5.0
-"""Time in which a connection to an engine must be there, where nobody says otherwise."""
 MAX_PAGE_BYTES = 4 * 1024**2
-"""Limits what an engine tells of itself: vLLM's /metrics has up to 300 kB, and a page of this size
-takes an event loop a second to parse.
+"""Limits what an engine tells of itself. vLLM's /metrics has up to 300 kB; a page of this size
+takes a second to parse.
 """
-_BACKLOG_S = 0.01
-"""Time after which a Unix socket is tried again whose backlog is full."""
-_NEXT_ADDRESS_S = 0.25
-"""Time after which the next address of a name is tried, too."""
-_ADDRESS = re.compile(r"[0-9.]+|.*:.*")
-_FORBIDDEN = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
-_SAFE_METHODS = frozenset({"GET", "HEAD"})
+MAX_BODY_BYTES = 1024**3
+KEEPALIVE_S = 2.0
+"""Shorter than any engine's own, so that no request meets a connection that is being closed."""
+END_S = 1.0
+"""How long a stream that has said ``[DONE]`` may take to end, to use its connection again."""
+_HIGH_WATER_BYTES = 256 * 1024
+_MAX_LINE_BYTES = 64 * 1024
+_RAW_BODY_BYTES = 1024**2
+_FORBIDDEN = re.compile(r"[\x00-\x20\x7f]")
+
+Probe = Callable[[], Awaitable[None]]
+"""Raises when the engine has died."""
+
+
+class CallError(Exception):
+    """A call that has no whole answer; the reason quotes nothing that was sent or received.
+
+    ``unheard``: the engine cannot have seen the request.
+    """
+
+    def __init__(self, reason: str, *, unheard: bool = False) -> None:
+        super().__init__(reason)
+        self.unheard = unheard
+
+
+class Silence(NamedTuple):
+    """Calls ``probe`` after each ``stall_s`` in which an engine that works sends nothing."""
+
+    stall_s: float
+    probe: Probe
+
+
+class Answer:
+    """An answer whose head has come; read by one task at a time. ``close`` or ``leave`` it."""
+
+    def __init__(self, response: aiohttp.ClientResponse, silence: Silence | None) -> None:
+        self.status = response.status
+        self.headers = {name.lower(): value for name, value in response.headers.items()}
+        self._response = response
+        self._silence = silence
+        self._is_read = False
+        self._num_seen = 0
+        self._probing: asyncio.Task[None] | None = None
+        self._error: BaseException | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        if silence is not None:
+            self._look_again(silence)
+
+    async def read_some(self) -> bytes:
+        """Return the next bytes, none at the end. Raises CallError, and what the probe raises."""
+        self._is_read = True
+        try:
+            return await self._response.content.readany()
+        except Exception as error:
+            raise self._error or _broken(error, "in the middle of its answer") from None
+        finally:
+            self._is_read = False
+
+    async def read(self, max_bytes: int = MAX_BODY_BYTES) -> bytes:
+        """Return the whole body. Raises as ``read_some`` does, and CallError for a larger one."""
+        pieces, num_bytes = [], 0
+        while piece := await self.read_some():
+            pieces.append(piece)
+            num_bytes += len(piece)
+            if num_bytes > max_bytes:
+                raise CallError(f"its answer has more than {max_bytes} bytes")
+        return b"".join(pieces)
+
+    def close(self) -> None:
+        """Give up what has not come, by closing the connection: that ends the engine's work."""
+        self._stop()
+        # At once: what is left of a long request would keep the connection open.
+        if (connection := self._response.connection) is not None and connection.transport:
+            connection.transport.abort()
+        self._response.close()
+
+    def leave(self) -> None:
+        """Use the connection again if the answer ends soon, as one that said ``[DONE]`` does."""
+        self._stop()
+        if self._response.connection is not None:
+            asyncio.get_running_loop().call_later(END_S, self._response.close)
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._probing is not None:
+            self._probing.cancel()
+
+    def _look_again(self, silence: Silence) -> None:
+        # One timer for a whole answer: one for each piece took a tenth of the time for a token.
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(silence.stall_s, self._look, silence)
+
+    def _look(self, silence: Silence) -> None:
+        num_bytes = self._response.content.total_bytes
+        if self._is_read and num_bytes == self._num_seen:
+            self._probing = asyncio.ensure_future(self._probe(silence))
+            return
+        self._num_seen = num_bytes
+        self._look_again(silence)
+
+    async def _probe(self, silence: Silence) -> None:
+        try:
+            await silence.probe()
+        except Exception as error:
+            self._error = error
+            self._response.close()  # its reader gets the error
+        else:
+            self._look_again(silence)
 
 
 class EngineCalls:
     """Keeps the connections of a process to engines. ``close`` it.
 
-    ``tls``: what https URLs are called with; without it the system's authorities are trusted.
-    ``connect_s``: time in which a connection must be there.
+    ``tls``: used for https URLs, in place of the system's authorities.
     """
 
-    def __init__(self, connect_s: float, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(self, connect_s: float = CONNECT_S, tls: ssl.SSLContext | None = None) -> None:
         self._connect_s = connect_s
         self._tls = tls
-        self._resting: dict[str, dict[EngineConnection, None]] = {}
-        """By URL; the connection that was used last comes last."""
-        self._addresses = SharedCalls[tuple[str, int], list[AddrInfoType]](
-            lambda address: look_up(*address)
-        )
+        self._sessions: dict[str, aiohttp.ClientSession] = {}
+        """One for each Unix socket, and one for all else."""
 
-    def close(self) -> None:
-        """Close the connections that rest."""
-        for resting in self._resting.values():
-            for connection in list(resting):
-                connection.transport.abort()
+    async def close(self) -> None:
+        for session in self._sessions.values():
+            await session.close()
+        self._sessions.clear()
 
     async def call(
         self,
@@ -79,23 +170,19 @@ class EngineCalls:
 
         ``target``: the path, and the query. Raises CallError, and what the probe raises.
         """
-        head = _head(url, method, target, headers, len(body))
-        resting = self._resting.setdefault(url, {})
-        while True:
-            rested = _awake(resting)
-            connection = rested or await self._connect(url, resting)
-            answer = connection.call(head, body, silence, is_bodiless=method == "HEAD")
-            try:
-                await answer.head()
-                return answer
-            except CallError:
-                answer.close()
-                # The engine may close one that rests at any moment, which says nothing of it.
-                if rested is None or method not in _SAFE_METHODS:
-                    raise
-            except BaseException:
-                answer.close()
-                raise
+        asking = self._request(url, method, target, headers, body)
+        if silence is None:
+            return Answer(await asking, None)
+        task = asyncio.ensure_future(asking)
+        try:
+            while not (await asyncio.wait({task}, timeout=silence.stall_s))[0]:
+                await silence.probe()
+        except BaseException:
+            # The head may have come at the same moment.
+            task.add_done_callback(_drop)
+            task.cancel()
+            raise
+        return Answer(task.result(), silence)
 
     async def ask(
         self,
@@ -119,114 +206,114 @@ class EngineCalls:
         except TimeoutError:
             raise CallError(f"no answer within {timeout_s:g} s") from None
 
-    async def _connect(self, url: str, resting: dict[EngineConnection, None]) -> EngineConnection:
+    async def _request(
+        self, url: str, method: str, target: str, headers: Mapping[str, str], body: bytes
+    ) -> aiohttp.ClientResponse:
+        if _FORBIDDEN.search(target):  # aiohttp would send it
+            raise CallError("its path holds a space or a control character", unheard=True)
+        base = "http://localhost" if url.startswith(UNIX) else url.rstrip("/")
+        # aiohttp warns of a long body in one piece, which would be copied in each try to write it.
+        data: Any = body if len(body) <= _RAW_BODY_BYTES else io.BytesIO(body)
         try:
-            async with asyncio.timeout(self._connect_s):
-                if url.startswith(UNIX):
-                    path = url.removeprefix(UNIX)
-                    return await _over(await _join(socket.AF_UNIX, path), resting)
-                parts = urlsplit(url)
-                tls = self._context() if parts.scheme == "https" else None
-                host, port = parts.hostname or "", parts.port or (443 if tls else 80)
-                if _ADDRESS.fullmatch(host):
-                    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-                    return await _over(await _join(family, (host, port)), resting, tls, host)
-                # A name may have several addresses.
-                joined = await start_connection(
-                    await self._addresses((host, port)), happy_eyeballs_delay=_NEXT_ADDRESS_S
+            return await self._session(url).request(
+                method,
+                URL(base + target, encoded=True),
+                headers=headers,
+                data=data,
+                allow_redirects=False,
+            )
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            if isinstance(error, TimeoutError):
+                reason = f"no connection within {self._connect_s:g} s"
+                raise CallError(reason, unheard=True) from None
+            raise CallError(f"cannot connect: {error}", unheard=True) from None
+        except (ValueError, aiohttp.InvalidURL) as error:
+            raise CallError(f"the request cannot be sent: {error}", unheard=True) from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise _broken(error, "without an answer") from None
+
+    def _session(self, url: str) -> aiohttp.ClientSession:
+        path = url.removeprefix(UNIX) if url.startswith(UNIX) else ""
+        session = self._sessions.get(path)
+        if session is None:
+            connector: aiohttp.BaseConnector = (
+                aiohttp.UnixConnector(path, limit=0, keepalive_timeout=KEEPALIVE_S)
+                if path
+                else aiohttp.TCPConnector(
+                    limit=0,
+                    keepalive_timeout=KEEPALIVE_S,
+                    ssl=self._tls or True,
+                    resolver=_Resolver(),
+                    ttl_dns_cache=0,
                 )
-                return await _over(joined, resting, tls, host)
-        except TimeoutError:
-            reason = f"no connection within {self._connect_s:g} s"
-            raise CallError(reason, unheard=True) from None
-        except (OSError, ValueError) as error:
-            raise CallError(f"cannot connect: {error}", unheard=True) from error
-
-    def _context(self) -> ssl.SSLContext:
-        if self._tls is None:
-            self._tls = ssl.create_default_context()
-        return self._tls
-
-
-def _awake(resting: dict[EngineConnection, None]) -> EngineConnection | None:
-    """Take the connection that was used last; None: none rests."""
-    while resting:
-        connection, _ = resting.popitem()
-        if connection.is_quiet():
-            return connection
-        connection.transport.abort()
-    return None
+            )
+            session = self._sessions[path] = aiohttp.ClientSession(
+                connector=connector,
+                timeout=aiohttp.ClientTimeout(total=None, connect=self._connect_s),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+                skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
+                read_bufsize=_HIGH_WATER_BYTES,
+                max_line_size=_MAX_LINE_BYTES,
+                max_field_size=_MAX_LINE_BYTES,
+            )
+        return session
 
 
-async def _over(
-    joined: socket.socket,
-    resting: dict[EngineConnection, None],
-    tls: ssl.SSLContext | None = None,
-    host: str = "",
-) -> EngineConnection:
-    """Return the connection over a socket that is connected."""
-    _, made = await asyncio.get_running_loop().create_connection(
-        lambda: EngineConnection(resting),
-        sock=joined,
-        ssl=tls,
-        server_hostname=host if tls else None,
-    )
-    return made
+class _Resolver(AbstractResolver):
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[ResolveResult]:
+        return [
+            ResolveResult(
+                hostname=host,
+                host=address[0],
+                port=address[1],
+                family=kind,
+                proto=protocol,
+                flags=socket.AI_NUMERICHOST,
+            )
+            for kind, protocol, address in await look_up(host, port, family)
+        ]
+
+    async def close(self) -> None:
+        return
 
 
-async def _join(family: int, address: str | tuple[str, int]) -> socket.socket:
-    """Connect to an address. Raises OSError.
+async def look_up(
+    host: str, port: int, family: socket.AddressFamily = socket.AF_UNSPEC
+) -> list[tuple[socket.AddressFamily, int, tuple[Any, ...]]]:
+    """Return family, protocol and address of each address of a host. Raises OSError, ValueError.
 
-    asyncio takes a Unix socket whose backlog is full for connected, and 70 us more for others.
+    In a thread of its own: a name that no server answers holds a thread for 10 s and more. The
+    event loop has few of them, for all its work that blocks, and its end waits for them.
     """
-    joined = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        joined.setblocking(False)
-        while True:
-            try:
-                joined.connect(address)
-            except BlockingIOError:
-                if family == socket.AF_UNIX:
-                    await asyncio.sleep(_BACKLOG_S)
-                    continue
-                await _until_connected(joined)
-            return joined
-    except BaseException:
-        joined.close()
-        raise
+    answer: concurrent.futures.Future[list[Any]] = concurrent.futures.Future()
+    answer.set_running_or_notify_cancel()  # a task that is cancelled leaves it as it is
 
-
-async def _until_connected(joined: socket.socket) -> None:
-    """Wait for the other end. Raises OSError."""
-    if not _has_come(joined):
-        loop = asyncio.get_running_loop()
-        came = asyncio.Event()
-        loop.add_writer(joined, came.set)
+    def ask() -> None:
         try:
-            await came.wait()
-        finally:
-            loop.remove_writer(joined)
-    if error := joined.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-        raise OSError(error, os.strerror(error))
+            answer.set_result(socket.getaddrinfo(host, port, family, socket.SOCK_STREAM))
+        except Exception as error:
+            answer.set_exception(error)
 
-
-def _has_come(joined: socket.socket) -> bool:
-    """Tell whether it is known what has come of connecting, as it is at once on the same host."""
-    ready = select.poll()
-    ready.register(joined, select.POLLOUT)
-    return bool(ready.poll(0))
-
-
-def _head(url: str, method: str, target: str, headers: Mapping[str, str], length: int) -> bytes:
-    """Return the head of a request. Raises CallError for what cannot stand there."""
-    host = "localhost" if url.startswith(UNIX) else url.partition("://")[2].rstrip("/")
-    lines = [f"{method} {target} HTTP/1.1", f"Host: {host}", f"Content-Length: {length}"]
-    lines += [f"{name}: {value}" for name, value in headers.items()]
-    if _FORBIDDEN.search("".join(lines)):
-        raise CallError("a header holds a control character", unheard=True)
-    if " " in target:
-        raise CallError("its path holds a space", unheard=True)
     try:
-        return ("\r\n".join(lines) + "\r\n\r\n").encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        raise CallError("a header holds half a character", unheard=True) from None
+        threading.Thread(target=ask, name=f"look up {host}", daemon=True).start()
+    except RuntimeError as error:
+        raise OSError(f"{host} cannot be looked up: {error}") from error
+    found = await asyncio.wrap_future(answer)
+    return [(kind, protocol, address) for kind, _, protocol, _, address in found]
+
+
+def _drop(asking: asyncio.Future[aiohttp.ClientResponse]) -> None:
+    if not asking.cancelled() and asking.exception() is None:
+        asking.result().close()
+
+
+def _broken(error: BaseException, when: str) -> CallError:
+    """Return the error for an answer that broke off; aiohttp's own words may quote it."""
+    cause = error if isinstance(error, aiohttp.ClientResponseError) else error.__cause__
+    is_cut = isinstance(cause, ContentLengthError) or "Not enough data" in str(cause)
+    if isinstance(cause, aiohttp.ClientResponseError | HttpProcessingError) and not is_cut:
+        return CallError("its answer is no valid HTTP")
+    return CallError(f"it closed the connection {when}")

@@ -18,10 +18,15 @@ from urllib.parse import urlencode
 
 import msgspec
 
-from pdlaunch.http.engine_calls import CONNECT_S, MAX_PAGE_BYTES, EngineCalls
-from pdlaunch.http.engine_connection import MAX_BODY_BYTES, Answer, Silence
+from pdlaunch.http.engine_calls import (
+    CONNECT_S,
+    MAX_BODY_BYTES,
+    MAX_PAGE_BYTES,
+    Answer,
+    EngineCalls,
+    Silence,
+)
 from pdlaunch.http.ignored_fields import IGNORED_FIELDS_HEADER, read_ignored_fields
-from pdlaunch.http.shared_calls import SharedCalls
 from pdlaunch.observe.spans import SpanReport
 from pdlaunch.protocol.costs import EngineReport
 from pdlaunch.protocol.ids import HopId, LeaseId
@@ -82,10 +87,11 @@ class EngineClient:
         self._calls = EngineCalls(timeouts.connect_s, tls)
         self._clock = clock
         self._keys = keys
-        self._living = SharedCalls(self._ask_health)
+        self._living: dict[str, asyncio.Task[bool]] = {}
+        """Questions that are under way, by the name of the engine."""
 
     async def close(self) -> None:
-        self._calls.close()
+        await self._calls.close()
 
     async def _call(
         self,
@@ -242,7 +248,11 @@ class EngineClient:
 
         An engine that hangs is asked once for all of its streams, which fall silent together.
         """
-        return await self._living(engine)
+        asking = self._living.get(engine.name)
+        if asking is None:
+            asking = self._living[engine.name] = asyncio.ensure_future(self._ask_health(engine))
+            asking.add_done_callback(lambda _: self._living.pop(engine.name))
+        return await asyncio.shield(asking)
 
     async def _ask_health(self, engine: Engine) -> bool:
         try:

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from pdlaunch.errors import OverloadedError, PdlaunchError
-from pdlaunch.http.engine_connection import Answer, CallError
+from pdlaunch.http.engine_calls import Answer, CallError
 from pdlaunch.http.errors import RANK_LOST, RETRY_AFTER_S, RelayedError
 from pdlaunch.router.engine import Engine
 

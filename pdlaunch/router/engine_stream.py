@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from pdlaunch.errors import ProtocolError
-from pdlaunch.http.engine_connection import CallError
+from pdlaunch.http.engine_calls import CallError
 from pdlaunch.http.sse import DONE_DATA, EventDecoder
 from pdlaunch.observe.spans import SpanReport
 from pdlaunch.protocol.openai.responses import REPORT_KEY, WORK_KEY

@@ -24,7 +24,7 @@ from pdlaunch.config.external import (
 from pdlaunch.config.roles import EngineName
 from pdlaunch.config.yaml_file import MAX_FILE_BYTES
 from pdlaunch.errors import ConfigError, RequestError
-from pdlaunch.http.lookups import look_up
+from pdlaunch.http.engine_calls import look_up
 from pdlaunch.router.membership_watch import WatchedMembership
 from pdlaunch.router.watched_engine import Member
 
@@ -169,7 +169,7 @@ class FileSource:
 
 async def resolve_name(host: str, port: int) -> set[str]:
     """Return the addresses that a name has now. Raises OSError."""
-    return {str(address[0]) for *_, address in await look_up(host, port)}
+    return {str(address[0]) for _, _, address in await look_up(host, port)}
 
 
 class DnsSource:

@@ -208,7 +208,7 @@ class FakeEngine:
         self.seen.append(seen)
         try:
             return await self._answer(request, seen)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, ConnectionError):
             self.num_aborted += 1
             self.aborted.set()
             raise

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from aiohttp import web
 
-from pdlaunch.http import engine_connection
+from pdlaunch.http import engine_calls
 from tests.router.conftest import Stand
-from tests.router.fake_engine import FakeEngine, until
+from tests.router.fake_engine import FakeEngine
 from tests.router.test_life_of_a_request import completion, expected_text
 
 
@@ -29,12 +31,11 @@ async def test_the_connection_of_a_stream_is_used_again(
 ) -> None:
     """Though the end of the answer comes behind its last event, in a piece of its own."""
     for name in ("KEEPALIVE_S", "END_S"):  # however busy the machine is
-        monkeypatch.setattr(engine_connection, name, 300.0)
+        monkeypatch.setattr(engine_calls, name, 300.0)
     counted = CountedEngine()
     await stand.start([counted])
-    calls = stand.state.client._calls
     for _ in range(3):
         answer = await stand.post(completion(stream=True))
         assert answer.texts() == {0: expected_text("hello", 6)}
-        await until(lambda: calls._resting[counted.url])
+        await asyncio.sleep(0.05)
     assert len(counted.peers) == 1

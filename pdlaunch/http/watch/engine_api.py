@@ -13,8 +13,7 @@ import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
 from pdlaunch.errors import ProtocolError
-from pdlaunch.http.engine_calls import CONNECT_S, MAX_PAGE_BYTES, EngineCalls
-from pdlaunch.http.engine_connection import CallError
+from pdlaunch.http.engine_calls import CONNECT_S, MAX_PAGE_BYTES, CallError, EngineCalls
 
 Kind = Literal["native", "vllm"]
 """The program that an engine is; names of metrics follow from it. It is ``config.roles.EngineName``
@@ -75,7 +74,7 @@ class EngineApi:
             self._headers["Authorization"] = f"Bearer {key}"
 
     async def close(self) -> None:
-        self._calls.close()
+        await self._calls.close()
         # The event loop closes them in its next turn; the one of a command may have no other.
         await asyncio.sleep(0)
 

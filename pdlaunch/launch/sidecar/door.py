@@ -23,8 +23,7 @@ from pdlaunch.errors import OverloadedError, StartupError
 from pdlaunch.http.app import AppRoute, Description, HttpApp, bearer_check, request_id_of
 from pdlaunch.http.bodies import BodyBudget, max_engine_body_bytes, read_body
 from pdlaunch.http.connections import HttpRunner, fit_requests
-from pdlaunch.http.engine_calls import CONNECT_S, EngineCalls
-from pdlaunch.http.engine_connection import Answer, CallError
+from pdlaunch.http.engine_calls import CONNECT_S, Answer, CallError, EngineCalls
 from pdlaunch.http.errors import RETRY_AFTER_S
 from pdlaunch.http.guard import Guard
 from pdlaunch.http.headers import REQUEST_ID_HEADER, TRACEPARENT_HEADER, TRACESTATE_HEADER
@@ -118,7 +117,7 @@ class Door:
     async def close(self) -> None:
         """End all requests, and listen no more."""
         await self._runner.cleanup()
-        self._calls.close()
+        await self._calls.close()
 
     def _app(self, further: Sequence[AppRoute], keys: Sequence[str]) -> web.Application:
         spec = self._spec

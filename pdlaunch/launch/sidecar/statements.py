@@ -16,8 +16,7 @@ from aiohttp import web
 
 from pdlaunch.errors import RequestError
 from pdlaunch.http.app import AppRoute
-from pdlaunch.http.engine_calls import CONNECT_S, EngineCalls
-from pdlaunch.http.engine_connection import CallError
+from pdlaunch.http.engine_calls import CONNECT_S, CallError, EngineCalls
 from pdlaunch.http.openapi import Operation
 from pdlaunch.machine.network import tcp_endpoint
 
@@ -71,7 +70,7 @@ class StatementDesk:
 
     async def close(self) -> None:
         await self._runner.cleanup()
-        self._calls.close()
+        await self._calls.close()
 
     async def _answer(self, http: web.Request) -> web.Response:
         """Answer 200 with the statement, 404 when there is none, 502 when nobody can tell."""
