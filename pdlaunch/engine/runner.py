@@ -6,7 +6,7 @@ obeys: the scheduler decides on rows, blocks and tokens.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,9 +17,7 @@ import torch
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.model_files.shape import DTYPE_BYTES, read_model_shape
 from pdlaunch.engine.device_copies import Download, upload_array
-from pdlaunch.engine.kv_cache import allocate_kv_cache, count_kv_blocks
 from pdlaunch.engine.kvcache.groups import KVCacheLayout, make_groups
-from pdlaunch.engine.latest_tokens import LatestTokens
 from pdlaunch.engine.memory.cumem_pools import open_memory_pools
 from pdlaunch.engine.memory.kv_memories import open_kv_memory
 from pdlaunch.engine.memory.pools import KV_CACHE, TAGS, WEIGHTS, MemoryPools
@@ -31,13 +29,19 @@ from pdlaunch.engine.models.progress import ReportProgress
 from pdlaunch.engine.models.tensor_parallel import Shard, TPGroup
 from pdlaunch.engine.models.torch_attention import TorchAttention
 from pdlaunch.engine.models.weights import digest_model
-from pdlaunch.engine.rows import Row, RowTable
+from pdlaunch.engine.rows import LatestTokens, Row, RowTable
 from pdlaunch.engine.sampler import DrawnTokens, draw_tokens
-from pdlaunch.engine.step import ScheduledRow, StepOutput, StepPlan
-from pdlaunch.engine.warm_up import warm_up_steps
+from pdlaunch.engine.step import NewBlocks, NewRow, ScheduledRow, StepOutput, StepPlan
+from pdlaunch.errors import ConfigError
+from pdlaunch.protocol.engine import SamplingParams
+from pdlaunch.protocol.ids import RequestId
 
 if TYPE_CHECKING:
     from pdlaunch.engine.step_graphs import StepGraphs
+
+_MOST_SPARED = 0.05
+"""Share of a GPU that is left free at most, for CUDA contexts, libraries and graphs."""
+_NUM_WARM_UP_STREAMS = {"cpu": 8, "cuda": 32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +73,7 @@ class ModelRunner:
         progress: ReportProgress,
         pools: MemoryPools | None = None,
     ) -> None:
-        """Load the model and allocate the KV cache.
-
-        ``pools``: where weights and KV cache are allocated; made from ``spec`` when not given.
-        """
+        """``pools``: where weights and KV cache are allocated; None for new ones by ``spec``."""
         self._spec = spec
         self._tp = tp
         self._progress = progress
@@ -110,8 +111,6 @@ class ModelRunner:
             self._decoder = self._new_decoder()
         self._weights_lost = False
         progress("allocating the KV cache", None)
-        # After the weights: on a GPU the cache gets what they leave, and on all ranks of a TP group
-        # as much as the rank with the least.
         self.num_blocks = count_kv_blocks(spec, self.layout, self._device, tp)
         self.kv_memory = open_kv_memory(
             self._pools,
@@ -119,7 +118,8 @@ class ModelRunner:
             shared=spec.has_peers and spec.kv_transfer.maps_memory,
             mapped_alone=spec.has_peers and spec.kv_transfer.only_maps_memory,
         )
-        self.kv_cache = allocate_kv_cache(self.layout, self.num_blocks, dtype, self.kv_memory)
+        content = self.kv_memory.zeros(self.num_blocks * self.layout.block_bytes)
+        self.kv_cache = content.view(dtype).view(self.num_blocks, *self.layout.block_shape())
         self._latest = (
             LatestTokens(self.shape.vocab_size, spec.max_num_seqs, self._device)
             if spec.async_scheduling
@@ -187,15 +187,12 @@ class ModelRunner:
         """
         assert len(self._rows) == 0
         self._attention.warm_up(self.num_heads, self._spec.max_num_batched_tokens, self._progress)
-        steps = warm_up_steps(
-            self._spec, num_groups=len(self.layout.groups), num_blocks=self.num_blocks
-        )
         used = 0
-        for plan in steps:
+        for plan in warm_up_steps(self._spec, self.num_blocks, len(self.layout.groups)):
             self.execute(plan)
-            used = max(used, *(max(blocks.block_ids) + 1 for blocks in plan.new_blocks))
+            self._rows = self._new_rows()
+            used = max(used, len(plan.new_blocks[0].block_ids))
         self._graphs = self._capture_graphs()
-        self._rows = self._new_rows()
         # Blocks may be used by anybody from the first step on, and a NaN left in one would show
         # through attention's mask.
         self.kv_cache[:used].zero_()
@@ -358,3 +355,112 @@ class ModelRunner:
         device = torch.device("cuda", self._spec.device_indices[self._tp_rank])
         torch.cuda.set_device(device)
         return device
+
+
+def count_kv_blocks(
+    spec: EngineSpec, layout: KVCacheLayout, device: torch.device, tp: TPGroup | None
+) -> int:
+    """Return how many blocks fit into the memory for the KV cache; the same on all ranks of ``tp``.
+
+    Call it once the weights are allocated: without ``kv_cache_memory`` the cache gets what they
+    have left. Raises ConfigError when not one block fits.
+    """
+    cache_bytes = _cache_bytes(spec, device)
+    if tp is not None:
+        # Ranks of a TP group share block ids: all have as many as the one with the least memory.
+        cache_bytes = tp.least(cache_bytes)
+    num_blocks = cache_bytes // layout.block_bytes
+    if num_blocks < 1:
+        raise _no_block(spec, cache_bytes, layout.block_bytes)
+    return num_blocks
+
+
+def left_for_cache(
+    *, free_bytes: int, total_bytes: int, own_bytes: int, utilization: float, activation_bytes: int
+) -> int:
+    """Return the bytes of the KV cache of a rank that sizes it itself, 0 when nothing is left.
+
+    ``utilization`` of the GPU is the budget of this rank alone, as in vLLM: what other ranks and
+    processes hold does not count against it, but cannot be had either. ``free_bytes`` and
+    ``total_bytes`` are the GPU's; this process holds ``own_bytes`` by now and needs
+    ``activation_bytes`` for a step.
+    """
+    budget = total_bytes * utilization - own_bytes
+    available = free_bytes - total_bytes * min(_MOST_SPARED, 1 - utilization)
+    return max(0, int(min(budget, available) - activation_bytes))
+
+
+def _cache_bytes(spec: EngineSpec, device: torch.device) -> int:
+    if spec.kv_cache_memory is not None:
+        return spec.kv_cache_memory
+    # The only size that is not planned: nobody knows before what a device has left.
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    return left_for_cache(
+        free_bytes=free_bytes,
+        total_bytes=total_bytes,
+        own_bytes=torch.cuda.memory_reserved(device),
+        utilization=spec.gpu_memory_utilization,
+        activation_bytes=spec.activation_bytes,
+    )
+
+
+def _no_block(spec: EngineSpec, cache_bytes: int, block_bytes: int) -> ConfigError:
+    if spec.kv_cache_memory is None:
+        return ConfigError(
+            f"the GPU has {cache_bytes} bytes left for the KV cache, a block takes {block_bytes}",
+            field="gpu_memory_utilization",
+            value=spec.gpu_memory_utilization,
+            fix="Raise it, lower max_num_batched_tokens, or stop what else holds the GPU's memory.",
+        )
+    return ConfigError(
+        f"kv_cache_memory {cache_bytes} bytes holds no block of {block_bytes} bytes",
+        field="kv_cache_memory",
+        value=cache_bytes,
+        fix=f"Give it at least {block_bytes} bytes, or choose a smaller block_size.",
+    )
+
+
+def warm_up_steps(spec: EngineSpec, num_blocks: int, num_groups: int) -> Iterator[StepPlan]:
+    """Yield the plans of a short prompt, of decode steps, and on a GPU of the longest prompt and of
+    a chunk with something before it. Each begins with an empty row table.
+
+    Nothing is right about their results, as all rows and groups use the same blocks, the first
+    ones. There are no plans where not even a short prompt has room.
+    """
+    block_size = spec.block_size
+    longest = min(spec.max_num_batched_tokens, spec.max_model_len - 1, num_blocks * block_size - 1)
+    short = min(2 * block_size, longest)
+    num_streams = min(_NUM_WARM_UP_STREAMS[spec.device], spec.max_num_seqs)
+    # The number of rows, and for each of them the tokens before this step and in it.
+    steps = [(1, 0, short), (1, short, 1), (num_streams, short, 1)]
+    if spec.device == "cuda":
+        steps += [(1, 0, longest), (1, longest // 2, longest // 2)]
+    for num_rows, num_before, num_tokens in steps if longest > 1 else ():
+        num_known = num_before + num_tokens
+        rows = range(num_rows)
+        block_ids = [*range(-(-num_known // block_size))]
+        sampling = SamplingParams(max_tokens=1, temperature=0.0)
+        yield StepPlan(
+            step_id=-1,
+            new_rows=[
+                NewRow(
+                    row=row,
+                    request_id=RequestId("warm-up"),
+                    token_ids=[0] * num_known,
+                    num_prompt_tokens=num_known,
+                    sampling=sampling,
+                )
+                for row in rows
+            ],
+            new_blocks=[
+                NewBlocks(row=row, group=group, first_block_index=0, block_ids=block_ids)
+                for row in rows
+                for group in range(num_groups)
+            ],
+            scheduled=[
+                ScheduledRow(
+                    row=row, num_computed_tokens=num_before, num_tokens=num_tokens, sample=True
+                )
+                for row in rows
+            ],
+        )

@@ -15,70 +15,40 @@ import enum
 import logging
 import math
 from collections.abc import Callable, Collection
-from typing import Protocol
 
 from pdlaunch.engine.memory.pools import TAGS
+from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.step import SleepRank, SleepReport, WakeRank
 from pdlaunch.errors import ConfigError, MemoryPoolError, TransferError
 from pdlaunch.protocol.control import SleepState
 from pdlaunch.protocol.engine import EngineStats, Sleep, SleepReply, WakeUp
+from pdlaunch.transfer.thread import TransferThread
 
 logger = logging.getLogger(__name__)
 
 TRANSFER_TIMEOUT_S = 20.0
 """Longest time that the transfer thread may take to let go of its memory, or to take it again."""
 UNMAP_TIMEOUT_S = 5.0
-"""Longest time that peers get to unmap this rank's memory; until then the device does not get it
-back.
-"""
+"""Longest time that peers get to unmap this rank's memory, which the device gets back then."""
 POLL_S = 0.05
 """Time between two looks at whether the engine is idle, or peers are back."""
 
 
-class SleepingMemory(Protocol):
-    """Gives and takes the memory of one rank; a ``ModelRunner``."""
-
-    @property
-    def sleeping_tags(self) -> frozenset[str]: ...
-
-    def sleep(self, level: int) -> int: ...
-
-    def wake_up(self, tags: Collection[str]) -> int: ...
-
-
-class SleepingTransfer(Protocol):
-    """Lets peers read that memory; a ``TransferThread``."""
-
-    @property
-    def connected(self) -> bool: ...
-
-    def suspend(self, timeout_s: float) -> None: ...
-
-    def wait_unmapped(self, timeout_s: float) -> bool: ...
-
-    def resume(self, timeout_s: float) -> None: ...
-
-
 class RankSleeper:
-    """Puts one rank to sleep and wakes it up.
-
-    Its methods may take seconds: the engine has nothing else to do.
-    """
+    """Puts one rank to sleep and wakes it up; this may take seconds, as nothing runs."""
 
     def __init__(
         self,
-        memory: SleepingMemory,
-        transfer: SleepingTransfer,
+        memory: ModelRunner,
+        transfer: TransferThread,
         announce: Callable[[SleepState], None],
         *,
         peers_timeout_s: float,
         clock: Callable[[], float],
     ) -> None:
-        """Begin awake.
-
-        ``announce`` tells the supervisor, whose registry tells the peers. ``peers_timeout_s``: for
-        their handshakes.
+        """``announce`` tells the supervisor, whose registry tells the peers. ``peers_timeout_s``:
+        for their handshakes.
         """
         self._memory = memory
         self._transfer = transfer
@@ -97,18 +67,15 @@ class RankSleeper:
         return self._woken is not None
 
     def sleep(self, level: int) -> SleepReport:
-        """Let peers go, then give the memory back. An error leaves the rank awake.
-
-        A rank that sleeps already just reports.
-        """
+        """Let peers go, then give the memory back. An error leaves the rank awake."""
         if self._memory.sleeping_tags:
             return self._report()
         try:
             self._transfer.suspend(TRANSFER_TIMEOUT_S)
         except TransferError as error:
             return self._report(error=error)
-        # Peers see it in the registry, and unmap this memory. Not before it is sure: a rank whose
-        # transfers do not end stays awake, and its peers never hear of it.
+        # Peers see this in the registry and unmap the memory. Only now: a rank whose transfers do
+        # not end stays awake.
         self._announce(SleepState(state="sleeping"))
         if not self._transfer.wait_unmapped(UNMAP_TIMEOUT_S):
             logger.warning(
@@ -138,9 +105,7 @@ class RankSleeper:
         return self.advance()
 
     def advance(self) -> SleepReport | None:
-        """Return the report of a ``wake_up`` once all peers have shaken hands, or had their time
-        to.
-        """
+        """Report a ``wake_up`` once all peers have shaken hands or their time is up."""
         if self._woken is None:
             return None
         if not self._transfer.connected:
@@ -153,9 +118,7 @@ class RankSleeper:
         return report
 
     def _reconnect(self) -> None:
-        """Let peers come again. Raises TransferError: a rank that cannot transfer has to be
-        replaced.
-        """
+        """Let peers come again. Raises TransferError; then the rank has to be replaced."""
         self._transfer.resume(TRANSFER_TIMEOUT_S)
         self._announce(SleepState(state="awake"))
 
@@ -168,8 +131,6 @@ class RankSleeper:
 
 
 class SleepPhase(enum.Enum):
-    """Says where the engine stands; see the module."""
-
     AWAKE = enum.auto()
     DRAINING = enum.auto()
     FALLING_ASLEEP = enum.auto()
@@ -216,14 +177,12 @@ class SleepCoordinator:
         return [] if self.computes else self._sleeper.sleeping_tags or list(TAGS)
 
     def wait_s(self) -> float:
-        """Return for how long nothing is due here; infinity, which a min() can take: for ever."""
+        """Return for how long nothing is due here."""
         polls = self.phase is SleepPhase.DRAINING or self._sleeper.waits_for_peers
         return POLL_S if polls else math.inf
 
     def sleep(self, message: Sleep) -> None:
-        """Fall asleep as soon as nothing holds a block; ``advance`` decides, after the turn's
-        step.
-        """
+        """Fall asleep as soon as nothing holds a block."""
         if error := self._refusal(message):
             self._reply(message, error=error)
         elif self.phase is SleepPhase.ASLEEP:
@@ -249,9 +208,7 @@ class SleepCoordinator:
             self._wake(message.tags or list(TAGS))
 
     def forget_caller(self) -> None:
-        """Forget the server that asked, as it has restarted; what it asked for goes on if it has
-        begun.
-        """
+        """Forget the server that asked, as it has restarted; what has begun goes on."""
         if self.phase is SleepPhase.DRAINING:
             self._call, self.phase = None, SleepPhase.AWAKE
 

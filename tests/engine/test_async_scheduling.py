@@ -17,9 +17,9 @@ import torch
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.kv_transfer import KVTransferSettings
-from pdlaunch.engine.latest_tokens import LatestTokens
 from pdlaunch.engine.leader import Leader
 from pdlaunch.engine.lifecycle import RequestLifecycle
+from pdlaunch.engine.rows import LatestTokens
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.engine.sampler import SampleRow, draw_tokens, token_bias
 from pdlaunch.engine.scheduler import Scheduler

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdlaunch.engine.kv_cache import left_for_cache
+from pdlaunch.engine.runner import left_for_cache
 
 GIB = 1 << 30
 TOTAL, CONTEXT, WEIGHTS, ACTIVATIONS = 140 * GIB, GIB // 2, 16 * GIB, 5 * GIB

@@ -71,7 +71,6 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
     import torch
 
     from pdlaunch.config import connectors
-    from pdlaunch.engine.kv_cache import allocate_kv_cache
     from pdlaunch.engine.memory.cumem_pools import open_memory_pools
     from pdlaunch.engine.memory.kv_memories import open_kv_memory
     from pdlaunch.protocol.sockets import SecureContext
@@ -106,7 +105,8 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
         shared=options.spec.kv_transfer.maps_memory,
         mapped_alone=options.spec.kv_transfer.only_maps_memory,
     )
-    kv_cache = allocate_kv_cache(layout, options.num_blocks, torch.float32, source)
+    content = source.zeros(options.num_blocks * layout.block_bytes).view(torch.float32)
+    kv_cache = content.view(options.num_blocks, *layout.block_shape())
     if device.type == "cuda":
         kv_cache.normal_(generator=torch.Generator(device).manual_seed(options.seed))
     else:

@@ -20,7 +20,6 @@ import torch
 from pdlaunch.config.model_files.shape import ModelShape, read_model_shape
 from pdlaunch.engine import step_graphs
 from pdlaunch.engine.kvcache.groups import KVCacheLayout, make_groups
-from pdlaunch.engine.latest_tokens import LatestTokens
 from pdlaunch.engine.models.decoder import TransformersDecoder
 from pdlaunch.engine.models.fused_decoder import FusedDecoder, can_fuse
 from pdlaunch.engine.models.loader import load_model
@@ -28,6 +27,7 @@ from pdlaunch.engine.models.packed import PackedBatch
 from pdlaunch.engine.models.step_inputs import GraphInputs, Staging
 from pdlaunch.engine.models.torch_attention import TorchAttention
 from pdlaunch.engine.models.triton_attention import TritonAttention
+from pdlaunch.engine.rows import LatestTokens
 from pdlaunch.engine.sampler import likeliest_tokens
 from pdlaunch.engine.step_graphs import Step, batch_sizes
 from tests.engine.models.attention_reference import Case, make_inputs, reference, relative_error
