@@ -1,8 +1,6 @@
 """Leases and pulls of an engine: which blocks they own, and the commands that start and end them.
 
-    lease   running ─┬─ offer ─▶ its own, may be read ─┬─ grant ─▶ leased ─ LeaseEnded ─▶ free
-                     │                                 └─ withdraw ─▶ its own
-                     └─ grant ─▶ leased ─ LeaseEnded ─▶ free
+    lease   running ─ grant ─▶ leased ─ LeaseEnded ─▶ free
     pull    start ─▶ in flight ─┬─ ok ──────────────────────────▶ the request's
                                 ├─ failed ──────────────────────▶ free
                                 └─ failed, READ may still write ▶ quarantined ─ PullDrained ─▶ free
@@ -19,16 +17,14 @@ from dataclasses import dataclass
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.engine.kvcache.manager import KVCacheManager, PrefixHit
 from pdlaunch.engine.request import Request
-from pdlaunch.protocol.engine import FinishReason, TokenOutput
+from pdlaunch.protocol.engine import FinishReason
 from pdlaunch.protocol.ids import EngineId, LeaseId, PullId, lease_of
-from pdlaunch.protocol.kv_params import FirstToken, RemoteKV
+from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.transfer import (
     CancelPull,
     GrantLease,
-    OfferPartialPrompt,
     PullFinished,
     StartPull,
-    WithdrawPartialPrompt,
 )
 
 LeaseSource = tuple[EngineId, LeaseId]
@@ -36,21 +32,18 @@ LeaseSource = tuple[EngineId, LeaseId]
 
 
 class BlockLeases:
-    """Holds the blocks that decode engines may pull.
+    """Holds the blocks of finished requests that decode engines may pull.
 
-    They are those of finished requests, and of running ones whose partial prompts are offered.
     ``local``: engine_id, host, port and tp_size of this engine.
     """
 
     def __init__(
         self,
         kv: KVCacheManager,
-        block_size: int,
         settings: KVTransferSettings,
         local: tuple[EngineId, str, int, int],
     ) -> None:
         self._kv = kv
-        self._block_size = block_size
         self._lease_s = settings.lease_s
         self._local = local
         self._block_ids: dict[LeaseId, list[list[int]]] = {}
@@ -61,30 +54,7 @@ class BlockLeases:
     def __contains__(self, lease_id: LeaseId) -> bool:
         return lease_id in self._block_ids
 
-    def offer(self, request: Request) -> OfferPartialPrompt:
-        """Let readers begin with the blocks of a partial prompt that are complete.
-
-        The request already owns the blocks that its next step fills. They are named too, but only
-        the first ``num_ready_blocks`` are complete.
-        """
-        request.is_offered = True
-        return OfferPartialPrompt(
-            lease_id=lease_of(request.request_id),
-            block_ids=[block_ids.copy() for block_ids in request.tables.block_ids],
-            first_block_index=request.tables.first.copy(),
-            num_ready_blocks=request.num_computed // self._block_size,
-            block_hashes=request.prompt_hashes(),
-            num_tokens=request.num_prompt_tokens,
-        )
-
-    def withdraw(self, request: Request) -> WithdrawPartialPrompt:
-        """Take an offered partial prompt back, so that others may get its blocks."""
-        request.is_offered = False
-        return WithdrawPartialPrompt(lease_id=lease_of(request.request_id))
-
-    def grant(
-        self, request: Request, first_token: TokenOutput, reason: FinishReason
-    ) -> tuple[GrantLease, RemoteKV] | None:
+    def grant(self, request: Request, reason: FinishReason) -> tuple[GrantLease, RemoteKV] | None:
         """Keep the prompt's blocks of a request that ends now, if another engine may decode on.
 
         A stopped choice gets a lease too if there are others, which may go on; the server ends a
@@ -101,9 +71,6 @@ class BlockLeases:
         ):
             return None
         hashes = request.prompt_hashes()
-        # No withdrawal: the grant itself ends the offer at the ranks, and keeps its generation, so
-        # that what was read early counts.
-        request.is_offered = False
         leased = self._kv.lease(request.tables, request.num_prompt_tokens)
         self._block_ids[lease_of(request.request_id)] = leased.block_ids
         engine_id, host, port, tp_size = self._local
@@ -114,7 +81,6 @@ class BlockLeases:
             block_hashes=hashes,
             num_tokens=request.num_prompt_tokens,
             num_readers=request.message.num_readers,
-            first_tokens=[_first_token(first_token, reason)],
             lease_s=self._lease_s,
         )
         remote = RemoteKV(
@@ -143,15 +109,6 @@ class BlockLeases:
                 yield from block_ids
 
 
-def _first_token(token: TokenOutput, finish_reason: str) -> FirstToken:
-    return FirstToken(
-        token_id=token.token_id,
-        finish_reason="stop" if finish_reason == "stop" else None,
-        logprob=token.logprob,
-        top_logprobs=list(token.top_logprobs),
-    )
-
-
 @dataclass(slots=True)
 class BlockPull:
     """Says which blocks a pull owns, and for whom."""
@@ -163,12 +120,6 @@ class BlockPull:
     """Cached blocks that ``request`` shares meanwhile."""
     block_ids: list[list[int]]
     """Blocks to pull into, by group; they follow those of ``hit``."""
-    awaits: bool = False
-    """The lease may not be granted yet."""
-
-    def tells_of_blocks(self, event: PullFinished) -> bool:
-        """Return whether ``event`` is about blocks: some were lacking, and there was a lease."""
-        return any(self.block_ids) and (bool(event.first_tokens) or not self.awaits)
 
 
 class BlockPulls:
@@ -188,41 +139,26 @@ class BlockPulls:
             pull.source == source and pull.request is not None for pull in self._in_flight.values()
         )
 
-    def may_await(self, request: Request, hit: PrefixHit) -> bool:
-        """Return whether a pull may begin before its prompt is complete.
-
-        Pulls of unfinished prompts reserve at most half of the pool, so that finished ones can be
-        pulled; a lone pull may exceed it. Otherwise two engines could wait for each other: a
-        prefill engine whose blocks are leased for prompts that find no room here.
-        """
-        num_awaiting = sum(
-            len(ids) for pull in self._in_flight.values() if pull.awaits for ids in pull.block_ids
-        )
-        num_needed = sum(self._counts(request, hit))
-        return not num_awaiting or num_awaiting + num_needed <= self._kv.pool.num_blocks // 2
-
     def start(self, request: Request, hit: PrefixHit) -> StartPull | None:
         """Share ``hit`` and pull the prompt's other blocks.
 
-        None, and nothing has changed, when no block is lacking; a request that waits for its lease
-        pulls in any case.
+        None, and nothing has changed, when no block is lacking.
         """
-        awaits = request.message.awaits_lease
-        counts = self._counts(request, hit)
-        if not (any(counts) or awaits):
+        num_logical = self._kv.num_logical_blocks(request.num_prompt_tokens)
+        counts = [num_logical - hit.end(group) for group in range(len(hit.first))]
+        if not any(counts):
             return None
         # From now on nobody can reuse them before the pull has ended.
         for cached in hit.block_ids:
             self._kv.pool.share(cached)
         block_ids = [self._kv.pool.allocate_for_pull(count) for count in counts]
-        pull_id = self._add(BlockPull(request, source_of(request), hit, block_ids, awaits))
+        pull_id = self._add(BlockPull(request, source_of(request), hit, block_ids))
         request.pull_id = pull_id
         return self._command(
             pull_id,
             request,
             block_ids,
             [hit.end(group) for group in range(len(counts))],
-            awaits=awaits,
         )
 
     def tell_prefill_side(self, request: Request) -> StartPull:
@@ -291,11 +227,6 @@ class BlockPulls:
             for block_ids in groups:
                 yield from block_ids
 
-    def _counts(self, request: Request, hit: PrefixHit) -> list[int]:
-        """Return by group how many blocks a pull brings."""
-        num_logical = self._kv.num_logical_blocks(request.num_prompt_tokens)
-        return [num_logical - hit.end(group) for group in range(len(hit.first))]
-
     def _add(self, pull: BlockPull) -> PullId:
         pull_id = PullId(f"pull-{self._num_started}")
         self._num_started += 1
@@ -312,8 +243,6 @@ class BlockPulls:
         request: Request,
         block_ids: list[list[int]],
         first_block_index: list[int],
-        *,
-        awaits: bool = False,
     ) -> StartPull:
         remote = request.message.remote_kv
         assert remote is not None
@@ -327,7 +256,6 @@ class BlockPulls:
             num_tokens=request.num_prompt_tokens,
             timeout_s=self._settings.pull_timeout_s,
             num_attempts=self._settings.pull_attempts,
-            awaits=awaits,
             records_spans=request.message.records_spans,
         )
 

@@ -7,7 +7,7 @@ row and the KV blocks along. ``scheduler.py`` chooses which requests move.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.engine.figures import EngineFigures
@@ -75,7 +75,7 @@ class RequestLifecycle:
         )
         self._block_size = block_size
         self._settings = kv_transfer
-        self._leases = BlockLeases(self.kv, block_size, kv_transfer, local)
+        self._leases = BlockLeases(self.kv, kv_transfer, local)
         self.blocks = RequestBlocks(self.kv, block_size, caches=enable_prefix_caching)
         self.pulls = BlockPulls(self.kv, kv_transfer)
         self.host = HostLoads(self.kv, offload)
@@ -121,9 +121,7 @@ class RequestLifecycle:
             self._finish(request, "error", error=error)
         elif message.do_remote_decode and lease_of(message.request_id) in self._leases:
             error = f"an earlier request {message.request_id} still has a lease; use another id"
-            self._finish(
-                request, "error", error=error, error_param="kv_transfer_params.pdlaunch.lease_id"
-            )
+            self._finish(request, "error", error=error)
         elif message.output:
             self._finish_if_complete(request, message.output[-1].token_id)
 
@@ -228,7 +226,6 @@ class RequestLifecycle:
         if request.phase is Phase.RUNNING:
             self.builder.unseat(request)
         self.queues.preempt(request)
-        self._withdraw(request)
         # While the blocks are still its own: it will find them in host memory.
         self.host.store(request, range(request.num_registered_blocks))
         self.kv.free(request.tables)
@@ -237,12 +234,6 @@ class RequestLifecycle:
         self.figures.counts.preemptions += 1
         request.times.num_preemptions += 1
         self.may_progress = True
-
-    def offer_partial(self, requests: Iterable[Request]) -> None:
-        """Let decode engines read what is complete of the prompts for which they wait."""
-        self.commands += [
-            self._leases.offer(request) for request in requests if request.message.is_awaited
-        ]
 
     # Results of steps
 
@@ -295,7 +286,7 @@ class RequestLifecycle:
         pull = self.pulls.finish(event)
         if pull is None:
             return
-        if pull.tells_of_blocks(event):
+        if any(pull.block_ids):
             self.figures.add_pull(event)
             if event.ok:
                 self.histograms.pulled(event)
@@ -309,24 +300,8 @@ class RequestLifecycle:
         if event.ok:
             request.num_remote_tokens = num_tokens
             self._take_pulled(request)
-        # With its first token the request may have ended: then there is nothing to recompute.
-        goes_on = not pull.awaits or self._take_first_token(request, event)
-        if goes_on and not event.ok:
+        else:
             self._do_without(request, event.error)
-
-    def _take_first_token(self, request: Request, event: PullFinished) -> bool:
-        """Take the first token from the lease that the request waited for.
-
-        False: the request has ended, with this token or because there was no lease.
-        """
-        if not event.first_tokens:
-            error = f"the lease on the prompt's KV blocks did not come: {event.error}"
-            self._finish(request, "error", error=error, error_param="kv_transfer_params")
-            return False
-        token = event.first_tokens[0]
-        self.outputs.add_first_token(request, token)
-        request.token_ids.append(token.token_id)
-        return not self._finish_if_complete(request, token.token_id)
 
     def _do_without(self, request: Request, cause: str) -> None:
         """Recompute the prompt whose pull has failed, or end the request, by ``on_failure``."""
@@ -348,15 +323,10 @@ class RequestLifecycle:
         remote_kv = None
         # Before ``_finish``, which frees what is left in the request's tables: a lease takes its
         # blocks out of them.
-        if token is not None and (granted := self._leases.grant(request, token, reason)):
+        if token is not None and (granted := self._leases.grant(request, reason)):
             command, remote_kv = granted
             request.spans.leased(command.lease_s, sum(map(len, command.block_ids)))
             self.commands.append(command)
-            if reason == "length" and request.message.num_readers == 1:
-                # The token can be streamed before the answer with the lease. With more choices the
-                # answer needs all their tokens at once.
-                self.outputs.add_token(request, token)
-                token = None
         self._finish(
             request,
             reason,
@@ -381,17 +351,11 @@ class RequestLifecycle:
         the server.
         """
         self.histograms.ended(request)
-        self._withdraw(request)
         if request.phase is Phase.PULLING:
             self.commands.append(self.pulls.cancel(request))
         elif request.phase is Phase.LOADING:
             self.host.cancel(request)
-        # A reader that gives up before there is a lease leaves its share to another reader.
-        if (
-            request.wants_pull
-            and not request.message.awaits_lease
-            and request.phase is not Phase.PULLING
-        ):
+        if request.wants_pull and request.phase is not Phase.PULLING:
             self.commands.append(self.pulls.tell_prefill_side(request))
         # A step in flight still writes to its blocks: ``Scheduler.postprocess`` lets it go after
         # that step.
@@ -407,8 +371,3 @@ class RequestLifecycle:
             error_param=error_param,
             remote_kv=remote_kv,
         )
-
-    def _withdraw(self, request: Request) -> None:
-        """Stop decode engines from reading the request's partial prompt, if it was offered."""
-        if request.is_offered:
-            self.commands.append(self._leases.withdraw(request))

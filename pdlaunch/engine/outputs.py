@@ -5,20 +5,18 @@ from __future__ import annotations
 from pdlaunch.engine.request import Request
 from pdlaunch.protocol.engine import (
     FinishReason,
-    FirstTokens,
     RequestFinished,
     TokenOutput,
     Tokens,
-    output_of,
 )
-from pdlaunch.protocol.kv_params import FirstToken, RemoteKV
+from pdlaunch.protocol.kv_params import RemoteKV
 
 
 class RequestOutputs:
     """Holds messages for the server in their order; each request ends in one RequestFinished."""
 
     def __init__(self) -> None:
-        self._items: list[Tokens | FirstTokens | RequestFinished] = []
+        self._items: list[Tokens | RequestFinished] = []
 
     def add_token(self, request: Request, token: TokenOutput) -> None:
         self._items.append(
@@ -28,10 +26,6 @@ class RequestOutputs:
                 spans=request.spans.first_news(),
             )
         )
-
-    def add_first_token(self, request: Request, token: FirstToken) -> None:
-        """Add the first token, which the prefill engine has drawn."""
-        self._items.append(FirstTokens(request_id=request.request_id, tokens=[output_of(token)]))
 
     def finish(
         self,
@@ -59,7 +53,7 @@ class RequestOutputs:
             )
         )
 
-    def take(self) -> list[Tokens | FirstTokens | RequestFinished]:
+    def take(self) -> list[Tokens | RequestFinished]:
         """Return what was added since the last call, in order."""
         items, self._items = self._items, []
         return items

@@ -96,7 +96,6 @@ class RequestQueues:
             assert request in places.get(request.phase, [request])
             assert (request.row is not None) == (request.phase is Phase.RUNNING)
             assert request.tables.end == 0 or request.phase in (Phase.READY, Phase.RUNNING)
-            assert not request.is_offered or request.phase is Phase.RUNNING
         num_apart = sum(
             request.phase in (Phase.PULLING, Phase.LOADING) for request in self.by_id.values()
         )

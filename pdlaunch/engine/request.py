@@ -76,7 +76,6 @@ class Request:
     __slots__ = (
         "arrival",
         "block_hasher",
-        "is_offered",
         "is_suspect",
         "load_id",
         "mark",
@@ -154,8 +153,6 @@ class Request:
         self.mark = message.origin | (SUSPECT_BIT if message.is_suspect else 0)
         """The number that stands for the request in the record of steps."""
         self.spans = RequestSpans(message.records_spans)
-        self.is_offered = False
-        """Decode engines may read its complete blocks until it is leased or they are withdrawn."""
 
     @property
     def request_id(self) -> RequestId:
@@ -212,12 +209,9 @@ class Request:
     def num_pulled_tokens(self) -> int:
         """Return how many tokens count as computed after a pull: the whole prompt.
 
-        A request without an output token computes its last prompt token here, unless the lease for
-        which it waits brings the first output token.
+        A request without an output token computes its last prompt token here.
         """
-        return self.num_prompt_tokens - (
-            self.num_output_tokens == 0 and not self.message.awaits_lease
-        )
+        return self.num_prompt_tokens - (self.num_output_tokens == 0)
 
     def survive(self) -> None:
         """Note that a step has drawn a token for the request: no rank died of that step."""

@@ -131,7 +131,6 @@ class Scheduler:
         if not step.preempted:
             self._schedule_waiting(step)
         self._stalls = bool(self._queues.running) and not step.scheduled
-        self.requests.offer_partial(step.scheduled)
         plan = self._builder.build(step.scheduled, self._take_commands(), self._host.take_jobs())
         self._in_flight.launch(plan, [*step.scheduled])
         if logger.isEnabledFor(logging.DEBUG) and not plan.is_empty:
@@ -269,9 +268,6 @@ class Scheduler:
         if not self._blocks.has_room_for(request, hit, len(self._queues.running)):
             return False
         if self._start_load(request):
-            return True
-        if request.message.awaits_lease and not self._pulls.may_await(request, hit):
-            # No lack of blocks that should hold others back: it waits for unfinished prompts only.
             return True
         self.requests.pull(request, hit)
         return True

@@ -71,10 +71,7 @@ class EventAggregator:
 
 
 def _merge(reports: list[PullFinished], *, in_flight: bool) -> PullFinished:
-    """Return all ranks' reports as one, which is right only if all are.
-
-    The first tokens come from any of them, as a rank that failed may not have heard of the lease.
-    """
+    """Return all ranks' reports as one, which is right only if all are."""
     # One rank that has failed makes the engine compute the prompt again: the others' shares of the
     # lease are used up, so that nobody can pull it a second time.
     failed = [report for report in reports if not report.ok]
@@ -91,6 +88,5 @@ def _merge(reports: list[PullFinished], *, in_flight: bool) -> PullFinished:
         verification_failed=any(report.verification_failed for report in reports),
         late=any(report.late for report in reports),
         num_retries=sum(report.num_retries for report in reports),
-        first_tokens=next((report.first_tokens for report in reports if report.first_tokens), []),
         reports={rank: told for report in reports for rank, told in report.reports.items()},
     )

@@ -206,10 +206,6 @@ class RequestClock:
         """Return how many choices have had a token."""
         return len(self._last_at)
 
-    def restart(self) -> None:
-        """Start anew: only now this engine's work begins."""
-        self._start_at = self._clock()
-
     def tokens(self, choice: int, num_tokens: int) -> None:
         """Count new tokens of a choice on their way to the client."""
         if not num_tokens:

@@ -80,14 +80,6 @@ class AddRequest(Message):
     """Choices that will pull the leased blocks."""
     remote_kv: RemoteKV | None = None
     """Pull the prompt's KV blocks from there."""
-    awaits_lease: bool = False
-    """They may still be computed there: the pull waits for the lease, which brings the first
-    token.
-    """
-    is_awaited: bool = False
-    """Set with do_remote_decode: a decode engine knows the id and may ask for the blocks before
-    there is a lease.
-    """
     cache_salt: str = ""
     origin: PromptOrigin = NO_ORIGIN
     """The router's number of the prompt, the same for all choices and attempts; below 2^63, 0: it
@@ -196,16 +188,6 @@ class Tokens(Message):
     """Spans of the request so far; they come with the first tokens, where they were asked for."""
 
 
-class FirstTokens(Message):
-    """Carries output of a request with ``awaits_lease`` that another engine has drawn.
-
-    The client has been told of it.
-    """
-
-    request_id: RequestId
-    tokens: list[TokenOutput]
-
-
 class RequestFinished(Message):
     """Ends a request, once, with the tokens not sent before."""
 
@@ -243,7 +225,7 @@ class Welcome(Message):
 class Outputs(Message):
     """Holds all messages of one step in one frame."""
 
-    items: list[Tokens | FirstTokens | RequestFinished]
+    items: list[Tokens | RequestFinished]
     report: EngineReport | None = None
     """The work that is left after it."""
 

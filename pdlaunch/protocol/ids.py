@@ -11,16 +11,15 @@
     RequestId       engine's server, for each       RequestFinished          request_id
                     choice: HOP-RANDOM/INDEX
     LeaseId         prefill engine (its RequestId)  last reader's PullEnd,   remote_request_id,
-                    or router                       or expiry                pdlaunch.lease_id,
-                                                                             side: request_id
+                                                    or expiry                side: request_id
     PullId          rank 0 of a decode engine       PullFinished, Drained    pull_id
     ReaderId        decode rank, for each pull:     PullEnd                  reader
                     ENGINE/RANK/DIGEST
     EngineId        rank 0, at each start           the engine's ranks       engine_id
 
-The first request of a remote prefill lends its RequestId to its lease, or takes the LeaseId that
-the router has named. They stay two types, because a request ends with its last token and a lease
-when its blocks are pulled: ``lease_of`` and ``request_of`` are the only bridges.
+The first request of a remote prefill lends its RequestId to its lease. They stay two types, because
+a request ends with its last token and a lease when its blocks are pulled: ``lease_of`` is the only
+bridge.
 
 The router keeps an HttpRequestId apart from its HopIds because the ids of clients may come twice,
 and because an engine may still hold blocks for the attempt before.
@@ -44,16 +43,6 @@ NO_ORIGIN = PromptOrigin(0)
 """Stands for the origin of a request whose router gives none."""
 
 
-def engine_of_reader(reader: ReaderId) -> EngineId:
-    """Return the decode engine whose pull this is."""
-    return EngineId(reader.partition("/")[0])
-
-
 def lease_of(request_id: RequestId) -> LeaseId:
     """Return the id of the lease on the blocks that this request has computed."""
     return LeaseId(request_id)
-
-
-def request_of(lease_id: LeaseId) -> RequestId:
-    """Return the id of the request whose blocks this lease keeps."""
-    return RequestId(lease_id)

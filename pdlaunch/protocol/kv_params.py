@@ -53,10 +53,6 @@ class PdlaunchParams(msgspec.Struct, frozen=True, kw_only=True):
     """One for each choice; filled by prefill."""
     first_token_sent: bool = False
     """Set by a router that has streamed to the client what the prefill engine's answer holds."""
-    lease_id: Annotated[LeaseId, msgspec.Meta(max_length=250)] = LeaseId("")
-    """The name of the lease, told to prefill, never used before; the router needs to know it in
-    advance.
-    """
     awaits_lease: bool = False
     """Tells decode that prefill still computes the prompt. Its lease brings the first token, which
     the client is told by others.
@@ -92,18 +88,6 @@ class KVTransferParams(msgspec.Struct, frozen=True, kw_only=True):
     do_remote_decode: bool = False
     remote_kv: RemoteKV | None = None
     pdlaunch: PdlaunchParams | None = None
-
-    @property
-    def lease_id(self) -> LeaseId:
-        """Return what the router wants the lease to be called; empty: anything."""
-        if self.pdlaunch is None or not self.do_remote_decode:
-            return LeaseId("")
-        return self.pdlaunch.lease_id
-
-    @property
-    def awaits_lease(self) -> bool:
-        """Tell whether the blocks are still being computed."""
-        return self.pdlaunch is not None and self.pdlaunch.awaits_lease
 
 
 def from_wire(params: object) -> KVTransferParams:

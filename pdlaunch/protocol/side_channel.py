@@ -1,7 +1,7 @@
 """Messages of the side channel, on which a decode rank asks (DEALER) and a prefill rank answers
 (ROUTER).
 
-A pair shakes hands once for each incarnation. Each pull then sends ``PullBegin+ -> StateChecksums
+A pair shakes hands once for each incarnation. Each pull then sends ``PullBegin -> StateChecksums
 -> PullHeartbeat* -> PullEnd``. Seconds are remaining seconds, because clocks differ between hosts.
 """
 
@@ -12,14 +12,9 @@ from typing import Annotated, Literal
 import msgspec
 
 from pdlaunch.protocol.ids import EngineId, LeaseId, ReaderId
-from pdlaunch.protocol.kv_params import FirstToken
 from pdlaunch.protocol.wire import Codec, Message
 
-PROTOCOL_VERSION = 3
-LONGEST_WAIT_S = 60.0
-"""A reader that awaits a prompt is refused after this time, and comes later: the prompt may be far
-from computed.
-"""
+PROTOCOL_VERSION = 4
 
 _IS_ID = msgspec.Meta(min_length=1, max_length=256)
 NonNegative = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
@@ -104,9 +99,6 @@ class HandshakeReply(Message):
 class PullBegin(Message):
     """Ask for the blocks of a lease, which extends it. A reader whose READ failed asks again under
     the same lease.
-
-    With ``awaits`` the prompt may still be computed. Then the answer waits until there is more than
-    the reader knows of, and only the answer that tells of the lease begins the reader's share.
     """
 
     call_id: int
@@ -117,10 +109,6 @@ class PullBegin(Message):
     """Names this pull: unique over engines, ranks and choices."""
     num_decode_ranks: int = msgspec.field(name="num_pullers")
     """Ranks of the decode engine's TP group that pull from this rank."""
-    awaits: bool = False
-    """There need not be a lease yet."""
-    version: NonNegative = 0
-    """Version of the latest answer; the next one has another version, or tells of the lease."""
 
 
 class GroupBlocks(Message, tag=False):
@@ -138,7 +126,7 @@ class GroupBlocks(Message, tag=False):
 
 
 class PullReply(Message):
-    """Name the blocks of a lease, or, to a reader that awaits one, those that are there so far."""
+    """Name the blocks of a lease."""
 
     call_id: int
     num_tokens: int
@@ -147,20 +135,6 @@ class PullReply(Message):
     """Chained token hashes of the prompt's blocks, the last one possibly partial; 32 bytes each."""
     groups: list[GroupBlocks]
     lease_s: Seconds
-    """0 without a lease."""
-    first_tokens: list[FirstToken] = []
-    leased: bool = True
-    """False: the blocks may be taken back at any time, and what was read of them counts only under
-    a lease of the same ``generation``.
-    """
-    num_ready_blocks: NonNegative = 0
-    """Blocks of a prompt without a lease, from the beginning of the prompt, that nothing writes to
-    any more.
-    """
-    generation: NonNegative = 0
-    """Changes when blocks were taken back in between: they may have been another request's."""
-    version: NonNegative = 0
-    """A version number for a prompt without a lease: it changes with every other field."""
 
 
 class StateChecksums(Message):

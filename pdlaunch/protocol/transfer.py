@@ -11,37 +11,8 @@ from collections.abc import Iterable
 
 from pdlaunch.observe.spans import SpanReport
 from pdlaunch.protocol.ids import LeaseId, PullId, RequestId
-from pdlaunch.protocol.kv_params import FirstToken, RemoteKV
+from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.wire import Message
-
-
-class OfferPartialPrompt(Message):
-    """Prefill: offer the first blocks of a request that a decode engine awaits.
-
-    Nothing writes to the ready ones any more. The request keeps all of them until it is granted a
-    lease, or until ``WithdrawPartialPrompt``.
-    """
-
-    lease_id: LeaseId
-    block_ids: list[list[int]]
-    """Blocks of each group from first_block_index on; blocks that later steps compute may be
-    missing.
-    """
-    first_block_index: list[int]
-    num_ready_blocks: int
-    """Logical blocks, from the beginning of the prompt, that are complete."""
-    block_hashes: list[bytes]
-    """Hashes of all blocks of the prompt."""
-    num_tokens: int
-    """Tokens of the prompt."""
-
-
-class WithdrawPartialPrompt(Message):
-    """Prefill: take offered blocks back, as the engine may give them to others. They may be
-    offered anew later.
-    """
-
-    lease_id: LeaseId
 
 
 class GrantLease(Message):
@@ -54,7 +25,6 @@ class GrantLease(Message):
     block_hashes: list[bytes]
     num_tokens: int
     num_readers: int
-    first_tokens: list[FirstToken]
     lease_s: float
 
 
@@ -91,10 +61,6 @@ class StartPull(Message):
     timeout_s: float
     num_attempts: int = 1
     """READs that the share of one prefill rank may take, when they fail or bring wrong bytes."""
-    awaits: bool = False
-    """The prompt may still be being computed: ``timeout_s`` then counts from when its lease is
-    known, and ``block_ids`` may be empty.
-    """
     records_spans: bool = False
 
 
@@ -104,9 +70,7 @@ class CancelPull(Message):
     pull_id: PullId
 
 
-PrefillCommand = (
-    OfferPartialPrompt | WithdrawPartialPrompt | GrantLease | EndLease | SetLeaseReaders
-)
+PrefillCommand = GrantLease | EndLease | SetLeaseReaders
 DecodeCommand = StartPull | CancelPull
 TransferCommand = PrefillCommand | DecodeCommand
 
@@ -144,10 +108,6 @@ class PullFinished(Message):
     """The lease had ended before the READ was over: the bytes may be another request's."""
     num_retries: int = 0
     """READs that were repeated."""
-    first_tokens: list[FirstToken] = []
-    """First tokens as the lease states them, also when the pull failed later; empty when no lease
-    was known.
-    """
     reports: dict[int, SpanReport] = {}
     """Spans of each rank, by tp_rank, where its StartPull asked for that."""
 

@@ -143,7 +143,6 @@ class TransferSides:
 
     def update_registry(self, entries: Sequence[Entry]) -> None:
         """Take in a new registry: peers come, go and restart."""
-        self._prefill.drop_readers_but_of({entry.engine_id for entry in entries})
         self._decode.update_registry(entries)
 
     def turn(self) -> list[TransferEvent]:

@@ -19,25 +19,22 @@ from pdlaunch.engine.step import StepPlan
 from pdlaunch.observe.spans import Span
 from pdlaunch.protocol.engine import (
     AddRequest,
-    FirstTokens,
     RequestFinished,
     SamplingParams,
     TokenOutput,
     Tokens,
 )
-from pdlaunch.protocol.kv_params import FirstToken, RemoteKV
+from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.transfer import (
     CancelPull,
     EndLease,
     GrantLease,
     LeaseEnded,
-    OfferPartialPrompt,
     PullDrained,
     PullFinished,
     SetLeaseReaders,
     StartPull,
     TransferCommand,
-    WithdrawPartialPrompt,
 )
 from tests.engine.fake_host_memory import FakeHostMemory
 from tests.engine.fake_runner import KV, FakeRunner, FakeStep, expected_output, extend_chain
@@ -147,10 +144,6 @@ class FakeEngine:
         self.spans: dict[str, list[Span]] = {}
         """What was told of requests that ask for it."""
         self.pulls: dict[str, StartPull] = {}
-        self.offered: dict[str, OfferPartialPrompt] = {}
-        """The latest of each request that has neither a lease nor been withdrawn."""
-        self.withdrawn: list[str] = []
-        self.first_tokens: dict[str, list[int]] = {}
         self.cancelled: set[str] = set()
         self.num_pulls = 0
         self.quarantined: dict[str, StartPull] = {}
@@ -217,7 +210,6 @@ class FakeEngine:
         self.scheduler.postprocess(plan, output)
         self.scheduler.requests.figures.check_integrity()
         self._check_leases()
-        self._check_offered()
         if self.in_flight:
             self.scheduler.requests.registrations.register_pending()
             self._submit(self.scheduler.hand_over())
@@ -228,7 +220,6 @@ class FakeEngine:
             self._on_command(command)
         for job in plan.jobs:
             self._begin_job(job)
-        self._check_offered()
 
     def run(self, max_steps: int = 20_000) -> list[StepPlan]:
         """Step until the scheduler has nothing to do."""
@@ -243,9 +234,6 @@ class FakeEngine:
     def take_outputs(self) -> None:
         for item in self.scheduler.requests.outputs.take():
             assert item.request_id not in self.finished, "a request that has ended says more"
-            if isinstance(item, FirstTokens):
-                self.first_tokens[item.request_id] = [token.token_id for token in item.tokens]
-                continue
             self.outputs[item.request_id].extend(item.tokens)
             if item.spans is not None:
                 self.spans.setdefault(item.request_id, []).extend(item.spans.spans)
@@ -257,27 +245,17 @@ class FakeEngine:
     def token_ids(self, request_id: str) -> list[int]:
         return [token.token_id for token in self.outputs[request_id]]
 
-    def end_pull(
-        self, pull_id: str, *, ok: bool = True, in_flight: bool = False, leased: bool = True
-    ) -> None:
-        """``leased``: there was a lease, which tells of the first token."""
+    def end_pull(self, pull_id: str, *, ok: bool = True, in_flight: bool = False) -> None:
         pull = self.pulls.pop(pull_id)
         if ok:
             self._write_pulled(pull)
         if in_flight:
             self.quarantined[pull_id] = pull
-        request = self.added[pull.request_id]
-        first_tokens = (
-            expected_output(request.prompt_token_ids, request.sampling, 1)
-            if pull.awaits and leased
-            else []
-        )
         event = PullFinished(
             pull_id=pull_id,
             ok=ok,
             in_flight=in_flight,
             error="" if ok else "broken",
-            first_tokens=[FirstToken(token_id=token_id) for token_id in first_tokens],
         )
         self.scheduler.requests.on_transfer_event(event)
         self.scheduler.requests.figures.check_integrity()
@@ -328,8 +306,6 @@ class FakeEngine:
             case GrantLease():
                 assert command.lease_id not in self.leases
                 self._check_granted(command)
-                assert (command.lease_id in self.offered) == self.added[command.lease_id].is_awaited
-                self.offered.pop(command.lease_id, None)
                 self.leases[command.lease_id] = (command, self._snapshot(command))
             case SetLeaseReaders():
                 self.readers[command.lease_id] = command.num_readers
@@ -340,12 +316,6 @@ class FakeEngine:
                 self._check_pull(command)
                 self.pulls[command.pull_id] = command
                 self.num_pulls += 1
-            case OfferPartialPrompt():
-                self._check_offer(command)
-                self.offered[command.lease_id] = command
-            case WithdrawPartialPrompt():
-                del self.offered[command.lease_id]
-                self.withdrawn.append(command.lease_id)
             case CancelPull():
                 # The pull may have ended while the command was on its way.
                 self.cancelled.add(command.pull_id)
@@ -360,13 +330,6 @@ class FakeEngine:
         """The leased blocks hold what the last prompt token sees."""
         request = self.added[grant.lease_id]
         assert grant.block_hashes == self._hashes(request)
-        if (offered := self.offered.get(grant.lease_id)) is not None:
-            for group in range(len(self.groups)):
-                places = _places(grant, group)
-                assert (
-                    places.items()
-                    >= _seen(_places(offered, group), grant.first_block_index[group]).items()
-                )
         chain = extend_chain([], request.prompt_token_ids)
         for group, kind in enumerate(self.groups):
             start = 0 if kind.sliding_window is None else max(0, len(chain) - kind.sliding_window)
@@ -377,38 +340,8 @@ class FakeEngine:
                     found = runner.memory[grant.block_ids[group][index]][position % self.block_size]
                     assert found == (group, chain[position])
 
-    def _check_offer(self, new: OfferPartialPrompt) -> None:
-        request = self.added[new.lease_id]
-        assert request.is_awaited
-        assert new.lease_id not in self.finished
-        assert new.block_hashes == self._hashes(request)
-        assert new.num_tokens == len(request.prompt_token_ids)
-        if (known := self.offered.get(new.lease_id)) is not None:
-            assert new.num_ready_blocks >= known.num_ready_blocks
-            for group, first in enumerate(new.first_block_index):
-                assert _places(new, group).items() >= _seen(_places(known, group), first).items()
-
-    def _check_offered(self) -> None:
-        """What readers may read and will need is there, and stays as it is."""
-        for offered in self.offered.values():
-            chain = extend_chain([], self.added[offered.lease_id].prompt_token_ids)
-            for group, kind in enumerate(self.groups):
-                seen = (
-                    0
-                    if kind.sliding_window is None
-                    else max(0, len(chain) - kind.sliding_window) // self.block_size
-                )
-                for index, block_id in _seen(_places(offered, group), seen).items():
-                    if index < offered.num_ready_blocks:
-                        links = chain[index * self.block_size : (index + 1) * self.block_size]
-                        assert all(
-                            runner.memory[block_id] == [(group, link) for link in links]
-                            for runner in self.runners
-                        )
-
     def _check_pull(self, pull: StartPull) -> None:
         request = self.added[pull.request_id]
-        assert pull.awaits <= request.awaits_lease
         assert pull.block_hashes == self._hashes(request)
         assert pull.num_tokens == len(request.prompt_token_ids)
         num_blocks = -(-pull.num_tokens // self.block_size)
@@ -453,13 +386,3 @@ class FakeEngine:
     def _check_leases(self) -> None:
         for grant, snapshot in self.leases.values():
             assert self._snapshot(grant) == snapshot, "leased blocks were overwritten"
-
-
-def _places(message: OfferPartialPrompt | GrantLease, group: int) -> dict[int, int]:
-    """Blocks of a group by their logical indices."""
-    return dict(enumerate(message.block_ids[group], message.first_block_index[group]))
-
-
-def _seen(places: dict[int, int], first: int) -> dict[int, int]:
-    """What has not left the window yet."""
-    return {index: block_id for index, block_id in places.items() if index >= first}

@@ -157,23 +157,11 @@ def test_lease_and_answer_after_the_first_token() -> None:
         10,
     )
     assert finished.remote_kv.block_ids == grant.block_ids
-    assert [token.token_id for token in grant.first_tokens] == output(PROMPT, 1)
     stats = engine.scheduler.requests.figures.stats()
     assert (stats.num_leased_requests, stats.num_leased_blocks, stats.num_free_blocks) == (1, 3, 29)
     engine.end_lease("a", "expired")
     stats = engine.scheduler.requests.figures.stats()
     assert (stats.num_leased_requests, stats.num_free_blocks, stats.leases_expired) == (0, 32, 1)
-
-
-@pytest.mark.parametrize("num_readers", [1, 2])
-def test_the_token_goes_ahead_of_its_lease_only_where_no_other_choice_shares_it(
-    num_readers: int,
-) -> None:
-    """The server would end the lease of others when the token ends this choice."""
-    engine = FakeEngine()
-    assert lease_of(engine, num_readers=num_readers) is not None
-    with_the_end = [token.token_id for token in engine.finished["a"].tokens]
-    assert with_the_end == ([] if num_readers == 1 else output(PROMPT, 1))
 
 
 def test_no_lease_for_a_choice_that_is_complete() -> None:

@@ -143,25 +143,6 @@ class SchedulerMachine(RuleBasedStateMachine):
                 f"{name}/{choice}", prompt, sampling=sampling, output=output, remote_kv=remote
             )
 
-    @precondition(lambda self: self.has_room())
-    @rule(
-        prompt=PROMPTS,
-        stop=st.sampled_from([(), (1, 3, 5)]),
-        num_readers=st.sampled_from([1, 1, 2]),
-    )
-    def add_awaited_prefill(self, prompt, stop, num_readers):
-        sampling = SamplingParams(max_tokens=1, stop_token_ids=stop)
-        message = {"do_remote_decode": True, "is_awaited": True, "num_readers": num_readers}
-        self.engine.add(self.new_id(), prompt, sampling=sampling, **message)
-
-    @precondition(lambda self: self.has_room())
-    @rule(prompt=PROMPTS, sampling=SAMPLING)
-    def add_awaiting_decode(self, prompt, sampling):
-        name = self.new_id()
-        self.engine.add(
-            name, prompt, sampling=sampling, remote_kv=remote_kv(name, 0), awaits_lease=True
-        )
-
     @rule(choice=st.randoms(use_true_random=False))
     def abort(self, choice):
         # Mostly one that lives, else the lease of one that has ended.
@@ -207,14 +188,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(
         choice=st.randoms(use_true_random=False),
         outcome=st.sampled_from(["ok", "ok", "ok", "failed", "failed", "in_flight", "in_flight"]),
-        leased=st.sampled_from([True, True, False]),
     )
-    def end_pull(self, choice, outcome, leased):
+    def end_pull(self, choice, outcome):
         if self.engine.pulls:
             pull_id = choice.choice(list(self.engine.pulls))
-            self.engine.end_pull(
-                pull_id, ok=outcome == "ok", in_flight=outcome == "in_flight", leased=leased
-            )
+            self.engine.end_pull(pull_id, ok=outcome == "ok", in_flight=outcome == "in_flight")
 
     @rule(
         choice=st.randoms(use_true_random=False),
@@ -268,7 +246,6 @@ class SchedulerMachine(RuleBasedStateMachine):
             stats.num_leased_blocks == stats.num_quarantined_blocks == stats.num_offload_jobs == 0
         )
         assert not any(runner.rows for runner in self.engine.runners)
-        assert not self.engine.offered, "neither leased nor withdrawn"
 
     def run_to_the_end(self):
         """Waiting requests need no more than the ends of those leases and pulls that exist."""
@@ -290,9 +267,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def check_request(self, request_id):
         message, finished = self.engine.added[request_id], self.engine.finished[request_id]
         sampling, prompt = message.sampling, message.prompt_token_ids
-        known = [token.token_id for token in message.output] + self.engine.first_tokens.get(
-            request_id, []
-        )
+        known = [token.token_id for token in message.output]
         known += self.engine.token_ids(request_id)
         limit = min(sampling.max_tokens, MAX_MODEL_LEN - len(prompt))
         if finished.reason == "error":

@@ -5,7 +5,6 @@ import itertools
 import pytest
 
 from pdlaunch.engine.tp_events import EventAggregator
-from pdlaunch.protocol.kv_params import FirstToken
 from pdlaunch.protocol.transfer import LeaseEnded, PullDrained, PullFinished, TransferEvent
 
 
@@ -39,22 +38,6 @@ def test_lease_ends_when_all_ranks_said_so_and_one_expiry_is_an_expiry() -> None
         3, [LeaseEnded(lease_id="r", reason=reason) for reason in ("pulled", "expired", "pulled")]
     )
     assert merged == [LeaseEnded(lease_id="r", reason="expired")]
-
-
-@pytest.mark.parametrize("ok", [True, False])
-def test_the_first_tokens_are_known_when_any_rank_has_heard_of_the_lease(ok: bool) -> None:
-    """One that fails before that makes the pull a failed one, and the prompt is recomputed."""
-    told = PullFinished(pull_id="a", ok=True, first_tokens=[FirstToken(token_id=3)])
-    (merged,) = run(
-        3,
-        [
-            PullFinished(pull_id="a", ok=ok, first_tokens=told.first_tokens if ok else []),
-            told,
-            told,
-        ],
-    )
-    assert isinstance(merged, PullFinished)
-    assert (merged.ok, merged.first_tokens) == (ok, told.first_tokens)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4))))

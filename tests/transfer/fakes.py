@@ -161,7 +161,6 @@ class FakeConnector(Connector):
         self.peers: list[str] = []
         self.added: list[str] = []
         self.block_reads: list[BlockRead] = []
-        self.prepared: list[BlockRead] = []
 
     def open(self, memory: LocalMemory) -> None:
         self.memory = memory
@@ -191,9 +190,6 @@ class FakeConnection(Connection):
 
     def paths(self) -> Sequence[str]:
         return (self.connector.path,)
-
-    def prepare(self, blocks: BlockRead) -> None:
-        self.connector.prepared.append(blocks)
 
     def read(self, blocks: BlockRead) -> Read:
         self.connector.block_reads.append(blocks)

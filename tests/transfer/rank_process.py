@@ -139,7 +139,7 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
         def __init__(self, peer: PeerAgent) -> None:
             self.inner = connect(peer)
             self.paths, self.use_path = self.inner.paths, self.inner.use_path  # type: ignore[method-assign]
-            self.prepare, self.close = self.inner.prepare, self.inner.close  # type: ignore[method-assign]
+            self.close = self.inner.close  # type: ignore[method-assign]
 
         def read(self, blocks: BlockRead) -> Read:
             if doomed_before:
@@ -433,7 +433,6 @@ def grant(
         block_hashes=hashes(len(block_ids), salt),
         num_tokens=16 * len(block_ids),
         num_readers=num_readers,
-        first_tokens=[],
         lease_s=lease_s,
     )
 

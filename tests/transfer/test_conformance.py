@@ -6,12 +6,10 @@ import functools
 import itertools
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 import zmq
@@ -26,11 +24,11 @@ from pdlaunch.protocol.side_channel import (
     to_prefill_side,
 )
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
-from pdlaunch.protocol.transfer import LeaseEnded, OfferPartialPrompt, PullDrained, PullFinished
+from pdlaunch.protocol.transfer import LeaseEnded, PullDrained, PullFinished
 from pdlaunch.transfer.connectors.faults import Fault, FaultPlan
 from tests.transfer.all_questions import questions_for
 from tests.transfer.fakes import spec_of
-from tests.transfer.rank_process import RankHandle, RankOptions, cancel, grant, hashes, pull
+from tests.transfer.rank_process import RankHandle, RankOptions, cancel, grant, pull
 
 pytestmark = pytest.mark.processes
 
@@ -110,37 +108,6 @@ def test_bytes_are_equal_and_the_lease_ends(pair):
     assert finished.num_bytes == 4 * holder.blocks([0]).nbytes
     np.testing.assert_array_equal(puller.blocks([9, 2, 6, 5]), holder.blocks([3, 1, 4, 15]))
     assert holder.event(LeaseEnded) == LeaseEnded(lease_id="r", reason="pulled")
-
-
-def test_a_prompt_is_pulled_while_it_is_computed(pair):
-    """Those that write to their readers need the lease for it; the others bring what is ready
-    before.
-    """
-    holder, puller = pair
-    reads_early = holder.options.spec.kv_transfer.connector == "nixl"
-    puller.submit(
-        msgspec.structs.replace(pull("early", holder.remote("early"), [9, 2, 6, 5]), awaits=True)
-    )
-    for num_ready in (0, 2):
-        holder.submit(
-            OfferPartialPrompt(
-                lease_id="early",
-                block_ids=[[16, 17, 18, 19]],
-                first_block_index=[0],
-                num_ready_blocks=num_ready,
-                block_hashes=hashes(4),
-                num_tokens=64,
-            )
-        )
-    deadline_s = time.monotonic() + 60
-    while reads_early and not np.array_equal(puller.blocks([9, 2]), holder.blocks([16, 17])):
-        assert time.monotonic() < deadline_s
-    holder.submit(grant("early", [16, 17, 18, 19]))
-    finished = puller.event(PullFinished)
-    assert finished.ok, finished.error
-    assert finished.num_bytes == 4 * holder.blocks([0]).nbytes
-    np.testing.assert_array_equal(puller.blocks([9, 2, 6, 5]), holder.blocks([16, 17, 18, 19]))
-    assert holder.event(LeaseEnded) == LeaseEnded(lease_id="early", reason="pulled")
 
 
 def test_skipped_blocks_are_not_touched(pair):

@@ -194,12 +194,6 @@ def test_every_interface_that_a_connector_hands_out_is_wrapped_or_handed_on():
     assert (pair.faulty.pusher, pair.faulty.mapper) == (inner.pusher, inner.mapper)
 
 
-def test_a_prepared_read_is_prepared_by_the_inner_connector():
-    pair = Pair(FaultPlan(rate=0))
-    pair.peer.prepare(READ)
-    assert pair.faulty._inner.prepared == [READ]
-
-
 @pytest.mark.parametrize(
     "fields", [{"rat": 0.5}, {"only": "corrupt"}, {"inner": "faulty"}, {"inner": "nobody"}]
 )

@@ -22,7 +22,6 @@ def grant_of(lease_id: str, *, num_readers: int = 1, lease_s: float = 10.0) -> G
         block_hashes=[b"a" * 32, b"b" * 32],
         num_tokens=32,
         num_readers=num_readers,
-        first_tokens=[],
         lease_s=lease_s,
     )
 

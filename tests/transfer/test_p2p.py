@@ -147,22 +147,6 @@ def test_blocks_and_heads_arrive_where_they_belong(ranks: Callable[..., Rank]) -
     back.close()
 
 
-def test_what_was_prepared_for_a_mapping_is_worth_nothing_for_the_next(
-    ranks: Callable[..., Rank],
-) -> None:
-    """A new connection maps the same memory elsewhere: where it was, another peer's may be."""
-    puller, holder, other = ranks("a"), ranks("b"), ranks("c")
-    prepared = BlockRead([1, 2], [3, 4], range(3), range(3))
-    peer = puller.add(holder)
-    peer.prepare(prepared)
-    peer.close()
-    between, peer = puller.add(other), puller.add(holder)
-    assert await_end(peer.read(prepared)) == "done"
-    assert torch.equal(puller.memory.kv_cache[[1, 2]], holder.memory.kv_cache[[3, 4]])
-    for added in (between, peer):
-        added.close()
-
-
 def test_the_scratch_is_read_over_the_path_that_is_offered(ranks: Callable[..., Rank]) -> None:
     puller, holder = ranks("a"), ranks("b")
     peer = puller.add(holder)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from msgspec.structs import replace
 
-from pdlaunch.protocol.ids import EngineId
 from pdlaunch.protocol.side_channel import (
     PullBegin,
     PullEnd,
@@ -93,19 +91,6 @@ def test_a_lease_that_has_ended_is_refused_at_once(desk):
 def test_another_engine_is_refused_at_once(desk):
     (answer,) = desk.ask(desk.begin(engine_id="2" * 32))
     assert "belongs to engine_id 1111" in answer.reason
-
-
-def test_a_reader_that_is_gone_has_no_share_of_the_lease(desk):
-    awaited = [
-        replace(desk.begin(), awaits=True, reader=f"{engine_id}/0/r") for engine_id in ("a", "b")
-    ]
-    assert desk.ask(*awaited, desk.begin()) == []
-    desk.pending.drop_readers_but_of({EngineId("b")})
-    desk.rank.holder.grant(grant("r", [4]))
-    assert len(desk.ask()) == 2, (
-        "of the one that is there, and of the one whose grant is on the way"
-    )
-    assert set(desk.rank.holder._leases.living("r").open_readers) == {"b/0/r", "x"}
 
 
 def test_no_more_than_so_many_wait(desk):

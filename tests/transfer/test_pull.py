@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 from pdlaunch.protocol.side_channel import (
+    ChecksumsReply,
     PullBegin,
     PullEndReply,
     PullReply,
@@ -323,3 +325,33 @@ def test_a_holder_that_states_nonsense_fails_the_pull_only(world, holder, change
     assert not finished.ok
     assert error in finished.error
     assert len(world.pulls) == 0
+
+
+@pytest.mark.parametrize(
+    ("groups", "error"),
+    [
+        ([], "stated no checksums"),
+        ([None], "stated no checksums"),
+        ([bytes(8)], "stated no checksums"),
+        ([bytes(48)], "differs"),
+    ],
+)
+def test_checksums_that_make_no_sense_fail_the_pull(world, holder, groups, error):
+    answer = holder.channel.answer
+
+    def changed(message: Any) -> Any:
+        reply = answer(message)
+        if isinstance(reply, PullReply):
+            reply.groups[0] = msgspec.structs.replace(reply.groups[0], checksums=None)
+        if isinstance(reply, ChecksumsReply):
+            reply.groups = groups
+        return reply
+
+    holder.channel.answer = changed
+    holder.holder.grant(grant("r", [4, 5]))
+    world.pulls.start(pull("p", holder.remote("r"), [1, 2]))
+    world.turn()
+    finished = world.finished()
+    assert not finished.ok
+    assert finished.verification_failed
+    assert error in finished.error

@@ -52,7 +52,7 @@ def of_pull(kind: Any, **fields: st.SearchStrategy[Any]) -> st.SearchStrategy[To
 
 
 QUESTIONS = st.one_of(
-    of_pull(PullBegin, num_decode_ranks=NUMBERS, awaits=st.booleans(), version=st.integers(0, 2)),
+    of_pull(PullBegin, num_decode_ranks=NUMBERS),
     of_pull(StateChecksums),
     of_pull(PullHeartbeat),
     of_pull(PullEnd),

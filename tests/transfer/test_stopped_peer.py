@@ -116,7 +116,6 @@ def lease(holder: RankHandle, lease_id: str, prompt: list[int], block_ids: list[
             block_hashes=hashes,
             num_tokens=len(prompt),
             num_readers=1,
-            first_tokens=[],
             lease_s=600.0,
         )
     )

@@ -114,7 +114,6 @@ class RankPair:
             block_hashes=hashes,
             num_tokens=len(local),
             num_readers=1,
-            first_tokens=[],
             lease_s=LEASE_S,
         )
         for rank in self.prefill_ranks:

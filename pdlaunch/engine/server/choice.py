@@ -107,17 +107,6 @@ class Choice:
             self._signed(end)
         return known, end
 
-    def pass_over(self, tokens: Sequence[TokenOutput]) -> Delta | None:
-        """Feed tokens that the client has already been told of; what there is to add, if they end
-        the choice.
-        """
-        _, end = self.replay(tokens, None)
-        if not self.is_over():
-            return None
-        return Delta(
-            self.index, end.text, finish_reason=end.finish_reason, stop_reason=end.stop_reason
-        )
-
     def _add(self, delta: Delta, token: TokenOutput) -> None:
         self._count(delta, token)
         delta.text += self._text.push(token.token_id)

@@ -167,7 +167,6 @@ class GenerateHandler:
             self._service.live_link(),
             prepared.choices,
             num_prompt_tokens=prepared.num_prompt_tokens,
-            on_first_tokens=clock.restart,
             spans=call.spans,
         )
         headers = {REQUEST_ID_HEADER: call.hop_id} | self._service.ignored_fields.headers(

@@ -1,13 +1,11 @@
 """Splits a checked request into the choices that rank 0 works on, with what is known of them.
 
-Each prompt has ``n`` choices, each choice is one request to the rank: ``<request id>/<index>``, or
-what a router that names the lease wants (``lease_id``).
+Each prompt has ``n`` choices, each choice is one request to the rank: ``<request id>/<index>``.
 
 - Prefill side of a hand-over: one token a choice; the first choice puts the prompt's blocks under a
   lease for all.
 - Decode side: every choice starts with the token that prefill has drawn
-  (``pdlaunch.first_tokens``), or without one when the router does not pass them on; with
-  ``awaits_lease`` the lease brings it later.
+  (``pdlaunch.first_tokens``), or without one when the router does not pass them on.
 - ``resume``: every choice starts with the tokens that it has.
 """
 
@@ -23,7 +21,7 @@ from pdlaunch.engine.server.text_stream import IncrementalDetokenizer, TextStrea
 from pdlaunch.errors import RequestError
 from pdlaunch.observe.spans import SpanLog
 from pdlaunch.protocol.engine import AddRequest, SamplingParams, TokenOutput, output_of
-from pdlaunch.protocol.ids import NO_ORIGIN, HopId, PromptOrigin, RequestId, request_of
+from pdlaunch.protocol.ids import NO_ORIGIN, HopId, PromptOrigin, RequestId
 from pdlaunch.protocol.kv_params import FirstToken, KVTransferParams
 from pdlaunch.protocol.openai.requests import (
     DEFAULT_MAX_TOKENS,
@@ -120,14 +118,7 @@ def prepare(
             choices.append(choice)
             if known is not None:
                 deltas += _replay(choice, known[number])
-    # Who asks for a stream of a remote prefill is a router that has the token ids that it sent.
-    is_told = (
-        transfer.do_remote_decode
-        and request.stream
-        and isinstance(request, CompletionRequest)
-        and request.has_token_ids
-    )
-    continues = transfer.awaits_lease or is_told or bool(known and known[0].sent)
+    continues = bool(known and known[0].sent)
     return Prepared(choices, deltas, list(prompts), continues, transfer.do_remote_decode)
 
 
@@ -143,12 +134,7 @@ def _check_transfer(
     ):
         raise RequestError("one prompt only with kv_transfer_params or resume", param="prompt")
     if transfer.do_remote_decode:
-        _check_remote_prefill(request, may_stream=bool(transfer.lease_id))
-    if transfer.awaits_lease and (request.n > 1 or known is not None or transfer.remote_kv is None):
-        raise RequestError(
-            "one choice only, of which nothing is known, with awaits_lease",
-            param="kv_transfer_params.pdlaunch",
-        )
+        _check_remote_prefill(request)
 
 
 def _known(request: GenerationRequest, transfer: KVTransferParams) -> list[Known] | None:
@@ -176,14 +162,11 @@ def _known_tokens(tokens: list[FirstToken], sent: bool) -> Known:
     )
 
 
-def _check_remote_prefill(request: GenerationRequest, *, may_stream: bool) -> None:
-    """Raise RequestError for what a remote prefill cannot do.
-
-    ``may_stream``: the router knows what such a stream ends with.
-    """
+def _check_remote_prefill(request: GenerationRequest) -> None:
+    """Raise RequestError for what a remote prefill cannot do."""
     if request.token_limit != 1:
         raise RequestError("do_remote_decode needs max_tokens: 1", param="max_tokens")
-    if request.stream and not may_stream:
+    if request.stream:
         raise RequestError("do_remote_decode needs stream: false", param="stream")
     if request.resume is not None:
         raise RequestError("do_remote_decode and resume exclude each other", param="resume")
@@ -259,16 +242,12 @@ def _choice(
 ) -> Choice:
     leases = transfer.do_remote_decode and index == 0
     add = AddRequest(
-        request_id=request_of(transfer.lease_id)
-        if leases and transfer.lease_id
-        else RequestId(f"{call.unique_id}/{index}"),
+        request_id=RequestId(f"{call.unique_id}/{index}"),
         prompt_token_ids=prompt,
         sampling=sampling,
         do_remote_decode=leases,
         num_readers=request.n if leases else 1,
-        is_awaited=leases and bool(transfer.lease_id),
         remote_kv=transfer.remote_kv,
-        awaits_lease=transfer.awaits_lease,
         cache_salt=request.cache_salt,
         origin=call.origin,
         is_suspect=call.is_suspect,

@@ -21,7 +21,6 @@ from pdlaunch.protocol.engine import (
     AddRequest,
     CheckIntegrity,
     EngineStats,
-    FirstTokens,
     FromRank,
     Hello,
     IntegrityReport,
@@ -51,7 +50,7 @@ class RankLost:
     request_id: RequestId
 
 
-RankEvent = Tokens | FirstTokens | RequestFinished | RankLost
+RankEvent = Tokens | RequestFinished | RankLost
 Sink = Callable[[RankEvent], None]
 
 
@@ -101,10 +100,7 @@ class RankLink:
         RequestError.
         """
         if request.request_id in self._sinks:
-            raise RequestError(
-                f"a request {request.request_id} is under way; give each lease an id of its own",
-                param="kv_transfer_params.pdlaunch.lease_id",
-            )
+            raise RequestError(f"a request {request.request_id} is under way")
         # First sent, then remembered: a request that cannot be encoded leaves nothing behind.
         self.send(request)
         self._sinks[request.request_id] = sink
@@ -233,7 +229,7 @@ class RankLink:
                 if (check := self._checks.get(message.call_id)) is not None and not check.done():
                     check.set_result(message)
 
-    def _deliver(self, item: Tokens | FirstTokens | RequestFinished) -> None:
+    def _deliver(self, item: Tokens | RequestFinished) -> None:
         """Hand an item to its request; items of aborted requests are dropped."""
         finished = isinstance(item, RequestFinished)
         sink = (

@@ -133,13 +133,8 @@ class Renderer(ABC):
         """Return a chunk of the stream."""
 
     @abstractmethod
-    def usage_chunk(
-        self, usage: Usage, kv_transfer_params: KVParams | UnsetType | None = UNSET
-    ) -> object:
-        """Return the last chunk, which has no choices.
-
-        It ends a stream with include_usage, and that of a remote prefill.
-        """
+    def usage_chunk(self, usage: Usage) -> object:
+        """Return the last chunk of a stream with include_usage; it has no choices."""
 
     @abstractmethod
     def answer(
@@ -174,12 +169,9 @@ class CompletionRenderer(Renderer):
         completion.pdlaunch_work = self._reports.unheard()
         return completion
 
-    def usage_chunk(
-        self, usage: Usage, kv_transfer_params: KVParams | UnsetType | None = UNSET
-    ) -> object:
+    def usage_chunk(self, usage: Usage) -> object:
         completion = self._completion([], usage)
         completion.pdlaunch_work = self._reports.latest()
-        completion.kv_transfer_params = kv_transfer_params
         return completion
 
     def answer(
@@ -250,12 +242,9 @@ class ChatRenderer(Renderer):
         chunk.pdlaunch_work = self._reports.unheard()
         return chunk
 
-    def usage_chunk(
-        self, usage: Usage, kv_transfer_params: KVParams | UnsetType | None = UNSET
-    ) -> object:
+    def usage_chunk(self, usage: Usage) -> object:
         chunk = self._chunk([], usage)
         chunk.pdlaunch_work = self._reports.latest()
-        chunk.kv_transfer_params = kv_transfer_params
         return chunk
 
     def answer(

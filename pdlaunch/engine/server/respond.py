@@ -47,7 +47,6 @@ class Answerer:
         self._clock = clock
         self._deadline = deadline
         self._spans = spans
-        self._whole = [Delta(choice.index) for choice in running.choices]
         self.broke_off = False
         """A stream has ended with an error."""
 
@@ -97,12 +96,10 @@ class Answerer:
 
     async def _collect(self) -> list[Delta]:
         """Return everything of each choice."""
-        async for _ in self._deltas():
-            pass
-        return self._whole_deltas()
-
-    def _whole_deltas(self) -> list[Delta]:
-        whole = self._whole
+        whole = [Delta(choice.index) for choice in self._running.choices]
+        async for deltas in self._deltas():
+            for delta in deltas:
+                whole[delta.index].add(delta)
         for choice, delta in zip(self._running.choices, whole, strict=True):
             delta.finish_reason, delta.stop_reason = choice.finish_reason, choice.stop_reason
         return whole
@@ -110,20 +107,11 @@ class Answerer:
     async def _deltas(self) -> AsyncIterator[Sequence[Delta]]:
         """Yield what was known before the engine began, then what comes."""
         if self._prepared.deltas:
-            self._add(self._prepared.deltas)
             yield self._prepared.deltas
         async for deltas in self._running.deltas():
             for delta in deltas:
                 self._clock.tokens(delta.index, len(delta.tokens))
-            self._add(deltas)
             yield deltas
-
-    def _add(self, deltas: Sequence[Delta]) -> None:
-        """Keep the deltas, except of a plain stream, of which nobody asks for all that it said."""
-        if self._renderer.request.stream and not self._prepared.is_remote_prefill:
-            return
-        for delta in deltas:
-            self._whole[delta.index].add(delta)
 
     async def _events(self) -> AsyncIterator[bytes]:
         """Yield the stream but for its end, in pieces; each piece is what has come at once."""
@@ -136,10 +124,7 @@ class Answerer:
 
     def _last_events(self) -> bytes:
         end = DONE
-        if self._prepared.is_remote_prefill:
-            params = self._running.hand_over(self._whole_deltas())
-            end = encode_event(self._renderer.usage_chunk(self._running.usage(), params)) + end
-        elif self._renderer.request.include_usage:
+        if self._renderer.request.include_usage:
             end = encode_event(self._renderer.usage_chunk(self._running.usage())) + end
         if self._spans is not None:
             end = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import msgspec
@@ -13,7 +13,7 @@ from pdlaunch.engine.server.rank_link import RankEvent, RankLink, RankLost
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.errors import RANK_LOST, WITHDRAWN_CODE
 from pdlaunch.observe.spans import SpanLog, SpanReport
-from pdlaunch.protocol.engine import WITHDRAWN, FirstTokens, RequestFinished, SetReaders, Tokens
+from pdlaunch.protocol.engine import WITHDRAWN, RequestFinished, SetReaders, Tokens
 from pdlaunch.protocol.ids import RequestId
 from pdlaunch.protocol.kv_params import FirstToken, PdlaunchParams, RemoteKV, to_wire
 from pdlaunch.protocol.openai.responses import PromptTokensDetails, Usage
@@ -23,8 +23,7 @@ class RunningChoices:
     """Runs the choices of one HTTP request.
 
     Choices that already have a ``finish_reason`` do not run. ``num_prompt_tokens``: of all prompts
-    together. ``on_first_tokens``: the prompt has been computed elsewhere, what was waited for is
-    there.
+    together.
     """
 
     def __init__(
@@ -33,13 +32,11 @@ class RunningChoices:
         choices: Sequence[Choice],
         *,
         num_prompt_tokens: int,
-        on_first_tokens: Callable[[], None] = lambda: None,
         spans: SpanLog | None = None,
     ) -> None:
         self._link = link
         self._spans = spans or SpanLog()
         self._sent_at = 0.0
-        self._on_first_tokens = on_first_tokens
         self.choices = list(choices)
         self._running = {
             choice.request.request_id: choice for choice in choices if choice.finish_reason is None
@@ -148,16 +145,12 @@ class RunningChoices:
         choice = self._running.get(event.request_id)
         if choice is None:
             return None
-        delta: Delta | None
         match event:
             case RankLost():
                 raise OverloadedError("the engine is restarting", status=503, code=RANK_LOST)
             case Tokens(tokens=tokens):
                 self._hear(choice, event.spans)
                 delta = choice.take(tokens)
-            case FirstTokens(tokens=tokens):
-                self._on_first_tokens()
-                delta = choice.pass_over(tokens)
             case RequestFinished():
                 delta = self._take_end(choice, event)
         if choice.finish_reason is not None:

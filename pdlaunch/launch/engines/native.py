@@ -69,7 +69,6 @@ class NativeEngine:
             verifies=spec.kv_transfer.verify,
             resumes=True,
             gives_first_token=True,
-            awaits_lease=spec.has_peers,
         )
 
     def rules(self) -> Sequence[Rule]:

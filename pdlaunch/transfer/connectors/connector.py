@@ -3,7 +3,7 @@
 ::
 
     open(memory) ── connect(peer) ──▶ Connection ── read(blocks) ──▶ Read ── poll .. release
-      ▲    │                              └─ prepare(blocks); close, once its READs have ended
+      ▲    │                              └─ close, once its READs have ended
       └────┴─ close
 
 One thread uses a connector, its connections and READs: that of the ``TransferThread``. They read
@@ -58,13 +58,10 @@ class PeerAgent:
     geometry: Geometry
 
 
-@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+@dataclass(frozen=True, slots=True)
 class BlockRead:
     """Says which bytes go where: heads ``remote_heads`` of ``remote_blocks[i]`` to heads
     ``local_heads`` of ``local_blocks[i]``.
-
-    Compared by identity: a connector may keep what it has prepared under this very object, and need
-    not compare thousands of ids to find it again.
     """
 
     local_blocks: Sequence[int]
@@ -127,12 +124,6 @@ class Connection(ABC):
 
     def use_path(self, path: str) -> None:
         """Send every ``read`` from now on this way; the other paths may be let go."""
-        return
-
-    def prepare(self, blocks: BlockRead) -> None:
-        """Do what can be done ahead for a READ that is likely to start soon. Raises
-        TransferError.
-        """
         return
 
     @abstractmethod

@@ -124,9 +124,6 @@ class FaultyConnection(Connection):
     def use_path(self, path: str) -> None:
         self._inner.use_path(path)
 
-    def prepare(self, blocks: BlockRead) -> None:
-        self._inner.prepare(blocks)
-
     def read(self, blocks: BlockRead) -> Read:
         return self._connector.read(self._inner, blocks)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from weakref import WeakKeyDictionary
 
 import msgspec
 import numpy as np
@@ -182,7 +181,6 @@ class _P2PConnection(Connection):
         self._use = use
         self._copiers = copiers
         self._any_copier = self._copier = next(iter(copiers.values()))
-        self._prepared: WeakKeyDictionary[BlockRead, Pieces] = WeakKeyDictionary()
 
     def paths(self) -> Sequence[str]:
         return list(self._copiers)
@@ -190,13 +188,8 @@ class _P2PConnection(Connection):
     def use_path(self, path: str) -> None:
         self._copier = self._copiers[path]
 
-    def prepare(self, blocks: BlockRead) -> None:
-        pieces = self._prepared[blocks] = self._pieces_of(blocks)
-        for part in pieces.parts:
-            part.merged  # noqa: B018 - it is kept
-
     def read(self, blocks: BlockRead) -> Read:
-        pieces = self._prepared.pop(blocks, None) or self._pieces_of(blocks)
+        pieces = self._pieces_of(blocks)
         # The chosen copier was timed with pieces of the scratch; these may be too small or
         # unaligned for it.
         copier = self._copier if self._copier.supports(pieces) else self._any_copier

@@ -150,10 +150,6 @@ class _PathsConnection(Connection):
             if way is not chosen and not way.num_reads:
                 way.close()
 
-    def prepare(self, blocks: BlockRead) -> None:
-        assert self._chosen is not None
-        self._chosen.prepare(blocks)
-
     def read(self, blocks: BlockRead) -> Read:
         assert self._chosen is not None
         return self._chosen.read(blocks)

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pdlaunch.transfer.instants import is_due
-
 HEARTBEATS_A_LEASE = 4
 
 
@@ -25,8 +23,6 @@ class LeaseHold:
         """Instant until which the lease is known to hold."""
         self._interval_s = 0.0
         """Time between two heartbeats, once there is a lease."""
-        self._is_asked = False
-        """True while a heartbeat waits for its answer."""
         self._last_sent_at = self._last_answered_at = 0.0
         """Instants at which the last heartbeat, and the last one that was answered, were sent."""
 
@@ -39,22 +35,17 @@ class LeaseHold:
 
     def sent(self, sent_at: float) -> None:
         """Note that a heartbeat was sent. The next one is due an interval later."""
-        self._last_sent_at, self._is_asked = sent_at, True
+        self._last_sent_at = sent_at
         self.next_heartbeat_at = sent_at + self._interval_s
 
     def answered(self, sent_at: float) -> None:
         """Note that the heartbeat of ``sent_at`` was answered."""
-        self._is_asked = False
         self._last_answered_at = max(self._last_answered_at, sent_at)
 
     def extend(self, sent_at: float, lease_s: float) -> None:
         """Take in how long the lease holds. The next heartbeat is due an interval from now."""
         self._held_until_at = sent_at + lease_s
         self.next_heartbeat_at = self._clock() + self._interval_s
-
-    def forget_question(self) -> None:
-        """Expect no answer, as the connection is gone."""
-        self._is_asked = False
 
     def ask_now(self) -> None:
         """Have a heartbeat sent as soon as possible."""
@@ -77,8 +68,3 @@ class LeaseHold:
     def held_at(self, instant_at: float) -> bool:
         """Return whether the lease is known to have held at this instant."""
         return instant_at < self._held_until_at
-
-    @property
-    def is_being_asked(self) -> bool:
-        """Return whether a heartbeat is under way or due, which may tell of a longer hold."""
-        return self._is_asked or is_due(self.next_heartbeat_at, self._clock())

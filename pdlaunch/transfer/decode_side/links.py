@@ -35,10 +35,6 @@ class PrefillLink(Protocol):
     def geometry(self) -> Geometry:
         """Return how its blocks lie; only of a link that is ready."""
 
-    @property
-    def reads_early(self) -> bool:
-        """Return whether the prefill rank takes no part in a READ, so that none needs a lease."""
-
     def ask(
         self, build: Callable[[int], ToPrefillSide], on_reply: Callable[[ToDecodeSide], None] | None
     ) -> int:
@@ -48,9 +44,6 @@ class PrefillLink(Protocol):
 
     def forget(self, call_id: int) -> None:
         """Drop the answer to this call: nobody waits for it any more."""
-
-    def prepare(self, blocks: BlockRead) -> None:
-        """Get ready for a READ that is likely to start soon. Raises TransferError."""
 
     def read(self, blocks: BlockRead) -> Read:
         """Start to read. Raises TransferError."""

@@ -111,10 +111,6 @@ class Peer:
         return self._geometry
 
     @property
-    def reads_early(self) -> bool:
-        return self._setup.connector.pusher is None
-
-    @property
     def closed(self) -> bool:
         """Return whether it is lost, and no READ can write any more."""
         return self._state is _State.LOST and not self._reads
@@ -168,10 +164,6 @@ class Peer:
 
     def forget(self, call_id: int) -> None:
         self._calls.pop(call_id, None)
-
-    def prepare(self, blocks: BlockRead) -> None:
-        assert self._connection is not None
-        self._connection.prepare(blocks)
 
     def read(self, blocks: BlockRead) -> Read:
         """Start to read. Raises TransferError."""

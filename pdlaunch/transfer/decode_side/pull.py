@@ -16,7 +16,6 @@ import logging
 from pdlaunch.errors import TransferError
 from pdlaunch.observe.spans import SpanLog
 from pdlaunch.protocol.ids import PullId
-from pdlaunch.protocol.side_channel import LONGEST_WAIT_S
 from pdlaunch.protocol.transfer import (
     CancelPull,
     PullDrained,
@@ -28,7 +27,7 @@ from pdlaunch.transfer.channel.head_mapping import SourceRank
 from pdlaunch.transfer.decode_side.links import PrefillLink, PullSetup
 from pdlaunch.transfer.decode_side.peer_table import PeerTable
 from pdlaunch.transfer.decode_side.rank_pull import RankPull
-from pdlaunch.transfer.decode_side.read_plan import PullFailed
+from pdlaunch.transfer.decode_side.reads import PullFailed
 from pdlaunch.transfer.instants import earliest, latest
 
 logger = logging.getLogger(__name__)
@@ -50,15 +49,7 @@ class Pull:
             RankPull(command, source, link, setup, self._log) for source, link in links
         ]
         self._started_at = setup.clock()
-        """Instant from which the time limit counts: the start or, if the pull awaits its lease,
-        when the lease became known.
-        """
-        # A prompt that is awaited has yet to be computed: that may take as much longer as a prefill
-        # rank lets a question about it wait.
-        self._deadline_at = (
-            self._started_at + command.timeout_s + (LONGEST_WAIT_S if command.awaits else 0.0)
-        )
-        self._awaits = command.awaits
+        self._deadline_at = self._started_at + command.timeout_s
         self._finished = False
         self._draining = False
 
@@ -102,16 +93,11 @@ class Pull:
     def _step(self) -> None:
         for pull in self._rank_pulls:
             pull.advance()
-        known_at = earliest(pull.lease_known_at for pull in self._rank_pulls)
-        if self._awaits and known_at is not None:
-            # From here on it is a pull like any other, however long prefill has computed before.
-            self._awaits = False
-            self._started_at, self._deadline_at = known_at, known_at + self.command.timeout_s
         if self._setup.clock() >= self._deadline_at:
             where = ", ".join(
                 f"{pull.name} is {pull.stage.name.lower()}" for pull in self._rank_pulls
             )
-            raise PullFailed(f"no end within {self._deadline_at - self._started_at:g} s; {where}")
+            raise PullFailed(f"no end within {self.command.timeout_s:g} s; {where}")
         if all(pull.is_proven for pull in self._rank_pulls):
             for pull in self._rank_pulls:
                 pull.end()
@@ -152,9 +138,6 @@ class Pull:
                 or any(pull.verification_failed for pull in self._rank_pulls),
                 late=late,
                 num_retries=sum(pull.num_retries for pull in self._rank_pulls),
-                first_tokens=next(
-                    (pull.first_tokens for pull in self._rank_pulls if pull.first_tokens), []
-                ),
                 reports={} if self._log is None else {self._setup.tp_rank: self._log.report()},
             )
         )

@@ -3,14 +3,12 @@
 ::
 
     connecting ─ begin ─> beginning ─ lease ─> reading ─ all read ─> verifying ─ equal ─> proven
-       ▲  ▲                │ ▲  └ more blocks ┐   │                     │                   │
-       │  └─ disconnected ─┘ └── ask again ───┘   │                     │       all are ─> ended
+       ▲  ▲                │                      │                     │                   │
+       │  └─ disconnected ─┘                      │                     │       all are ─> ended
        └──────── READ failed, or wrong bytes ─────┴─────────────────────┘
     ended, or failed here or elsewhere: the prefill rank is told as soon as it can be reached
 
-A pull that awaits its prompt begins while that is computed. Each answer says which blocks are
-ready, and is followed by the next question, until one tells of the lease. Checksums come with a
-message of their own, while the rest is read.
+Checksums come with a message of their own, while the blocks are read.
 
 The lease has held throughout the READ if the READ ends before the lease can. The prefill rank says
 how many seconds are left when it answers, which is after it was asked, and ends no lease earlier
@@ -33,7 +31,6 @@ from functools import partial
 
 from pdlaunch.errors import VerificationError
 from pdlaunch.observe.spans import SpanLog
-from pdlaunch.protocol.kv_params import FirstToken
 from pdlaunch.protocol.side_channel import (
     ChecksumsReply,
     HeartbeatReply,
@@ -47,10 +44,9 @@ from pdlaunch.protocol.side_channel import (
 )
 from pdlaunch.protocol.transfer import StartPull
 from pdlaunch.transfer.channel.head_mapping import SourceRank
-from pdlaunch.transfer.decode_side.chunked_reads import ChunkedReads, ReadFailed
 from pdlaunch.transfer.decode_side.lease_hold import LeaseHold
 from pdlaunch.transfer.decode_side.links import PrefillLink, PullSetup
-from pdlaunch.transfer.decode_side.read_plan import PullFailed, Share
+from pdlaunch.transfer.decode_side.reads import PullFailed, ReadFailed, Share, ShareRead
 from pdlaunch.transfer.instants import earliest, is_due
 
 logger = logging.getLogger(__name__)
@@ -88,17 +84,14 @@ class RankPull:
         self.stage = Stage.CONNECTING
         self.num_retries = 0
         self.verification_failed = False
-        self.lease_known_at: float | None = None
-        """Instant at which the lease became known; None before. All blocks can be read then."""
-        self.first_tokens: list[FirstToken] = []
-        """First tokens as the lease states them, once it is known."""
+        self._had_lease = False
         self._command = command
         self._source = source
         self._link = link
         self._setup = setup
         self._log = log
         self._reader = setup.reader(command.pull_id)
-        self._reads = ChunkedReads(
+        self._reads = ShareRead(
             command,
             link,
             setup,
@@ -107,8 +100,6 @@ class RankPull:
         )
         self._begin_calls: list[int] = []
         """Calls of PullBegin without an answer."""
-        self._version = 0
-        """Version of the latest answer over this connection."""
         self._next_begin_at: float | None = None
         """The instant at which PullBegin is sent again, while no lease is known."""
         self._next_checksums_at: float | None = None
@@ -216,11 +207,8 @@ class RankPull:
     def _settle_end(self, owes_until_at: float) -> None:
         status = self._link.status
         if status == "ready":
-            if self.stage is Stage.CONNECTING and (
-                self.lease_known_at is not None or not self._command.awaits
-            ):
-                # A reader's share of the lease ends only when it has begun; who gives up before
-                # there is one has none.
+            if self.stage is Stage.CONNECTING:
+                # A reader's share of the lease ends only when it has begun.
                 self._link.ask(self._begin_message, None)
             # Not by a notification of NIXL's, which is sent for whatever was read: of a READ that
             # was given up, and of memory that was deregistered.
@@ -231,16 +219,13 @@ class RankPull:
 
     def _on_disconnected(self) -> None:
         """Stop waiting for answers, which do not come any more."""
-        now = self._setup.clock()
-        self._version = 0
-        self._hold.forget_question()
         if self.stage is Stage.BEGINNING:
             self.stage, self._next_begin_at = Stage.CONNECTING, None
         # A heartbeat, or its answer, may have been lost with the connection.
         if self.stage is not Stage.CONNECTING:
             self._hold.ask_now()
         if self._next_checksums_at is not None:
-            self._next_checksums_at = now
+            self._next_checksums_at = self._setup.clock()
 
     def _ask(self) -> None:
         """Ask what is to be asked now."""
@@ -253,9 +238,6 @@ class RankPull:
             self._heartbeat()
 
     def _begin(self) -> None:
-        """Begin, or ask for more than the last answer has said: the answer comes when there is
-        more.
-        """
         now = self._setup.clock()
         self.stage, self._next_begin_at = Stage.BEGINNING, now + REPEAT_S
         self._begin_calls.append(self._link.ask(self._begin_message, partial(self._on_reply, now)))
@@ -299,8 +281,6 @@ class RankPull:
             lease_id=remote.lease_id,
             reader=self._reader,
             num_decode_ranks=self._source.num_decode_ranks,
-            awaits=self._command.awaits,
-            version=self._version,
         )
 
     def _on_reply(self, asked_at: float, reply: ToDecodeSide) -> None:
@@ -321,15 +301,7 @@ class RankPull:
         match reply:
             case PullReply() if self.stage is Stage.BEGINNING:
                 self._forget_begin_calls()
-                self._reads.offer(reply)
-                if reply.leased:
-                    self._take_lease(asked_at, reply)
-                else:
-                    self._version = reply.version
-                    # Asked before it reads: posting a READ takes time, and the lease may come
-                    # meanwhile.
-                    self._begin()
-                    self._read()
+                self._take_lease(asked_at, reply)
             case PullReply():
                 return  # To a PullBegin that was repeated.
             case ChecksumsReply():
@@ -344,9 +316,7 @@ class RankPull:
             case Refused():
                 # Once there was a lease a refusal says that it has ended: what was read since may
                 # be another request's, which is counted as late.
-                raise PullFailed(
-                    f"{self.name} refused: {reply.reason}", late=self.lease_known_at is not None
-                )
+                raise PullFailed(f"{self.name} refused: {reply.reason}", late=self._had_lease)
             case _:
                 raise PullFailed(f"{self.name}: unexpected {type(reply).__name__}")
 
@@ -354,18 +324,15 @@ class RankPull:
         """Begin to read under the lease before anything else. The seconds that the answer states
         count from the question: nobody here knows when the answer left.
         """
-        now = self._setup.clock()
-        self.stage, self._next_begin_at = Stage.READING, None
-        self.first_tokens = reply.first_tokens
-        self.lease_known_at = now if self.lease_known_at is None else self.lease_known_at
+        self.stage, self._next_begin_at, self._had_lease = Stage.READING, None, True
         logger.debug("%s: lease at %s for %g s", self._command.request_id, self.name, reply.lease_s)
         self._hold.begin(asked_at, reply.lease_s)
-        if self._reads.lacks_checksums:
-            self._next_checksums_at = now
         # The READ takes longest: it begins before other questions, and before the step loop wakes.
-        self._reads.start()
+        self._reads.begin(reply)
+        if self._reads.lacks_checksums:
+            self._next_checksums_at = self._setup.clock()
         self._ask()
-        self._setup.alert(self._reads.num_bytes_in_flight)
+        self._setup.alert(self._reads.num_bytes)
         self._read()
 
     def _read(self) -> None:
@@ -386,10 +353,6 @@ class RankPull:
             return False
         if self._hold.held_at(ended_at):
             return True
-        if self._command.awaits and self._hold.is_being_asked:
-            # The lease became known by the answer to a question of long ago, so that it holds
-            # longer than is known here: the answer to the heartbeat says how long.
-            return False
         raise PullFailed(f"{self.name}: the lease did not hold throughout the READ", late=True)
 
     def _verify(self) -> None:
@@ -401,7 +364,6 @@ class RankPull:
             self.verification_failed = True
             self._note_checksums(ok=False)
             logger.error("pull of %s from %s: %s", self._command.request_id, self.name, error)
-            self._reads.forget()
             raise ReadFailed(f"{self.name}: {error}", verification=True) from error
 
     def _note_checksums(self, *, ok: bool) -> None:
@@ -416,8 +378,6 @@ class RankPull:
             return False
         self.num_retries += 1
         logger.warning("pull of %s begins anew: %s", self._command.request_id, failure)
-        # The next answer says anew which blocks there are.
-        self._reads.wait()
         self.stage = Stage.CONNECTING
         self._next_begin_at = self._next_checksums_at = None
         self._hold.stop()

@@ -37,15 +37,12 @@ from pdlaunch.protocol.transfer import (
     EndLease,
     GrantLease,
     LeaseEnded,
-    OfferPartialPrompt,
     SetLeaseReaders,
-    WithdrawPartialPrompt,
 )
 from pdlaunch.transfer.channel.handshake import RankIdentity
 from pdlaunch.transfer.connectors.connector import PushJob
 from pdlaunch.transfer.integrity.checksum import Checksums, KVHasher
 from pdlaunch.transfer.prefill_side.leases import LeaseTable
-from pdlaunch.transfer.prefill_side.partial_prompts import PartialPrompts
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +81,7 @@ class _Hashing:
 
 
 class LeaseAnswers:
-    """Keeps leases and partial prompts of one rank, and answers questions about them. The transfer
+    """Keeps the leases of one rank, and answers questions about them. The transfer
     thread owns it.
     """
 
@@ -95,7 +92,6 @@ class LeaseAnswers:
         self._clock = clock
         self._known_ranks: set[tuple[str, int]] = set()
         self._leases = LeaseTable(clock)
-        self._partial = PartialPrompts()
         self._hashing: dict[LeaseId, _Hashing] = {}
 
     @property
@@ -116,14 +112,6 @@ class LeaseAnswers:
         """Return when the next lease expires."""
         return self._leases.next_deadline_at()
 
-    def offer(self, command: OfferPartialPrompt) -> None:
-        """Let readers that await this prompt have the blocks that are ready."""
-        self._partial.offer(command)
-
-    def withdraw(self, command: WithdrawPartialPrompt) -> None:
-        """Take offered blocks back: they may be overwritten."""
-        self._partial.end(command.lease_id)
-
     def grant(self, command: GrantLease) -> None:
         """Keep the blocks of a finished request for its readers.
 
@@ -136,7 +124,7 @@ class LeaseAnswers:
             for first, block_ids in zip(command.first_block_index, command.block_ids, strict=True)
         ]
         try:
-            self._leases.grant(command, groups, generation=self._partial.end(command.lease_id))
+            self._leases.grant(command, groups)
         except LeaseError as error:
             # The scheduler refuses a request whose id still has a lease, so this is a fault of
             # ours.
@@ -193,17 +181,10 @@ class LeaseAnswers:
                 # First, as the lease is known by then, and the last line would let it pass.
                 if isinstance(message, StateChecksums) and lease_id in self._hashing:
                     return True
-                # A partial prompt can be answered, although there is no lease yet.
-                if isinstance(message, PullBegin) and self._has_news_for(message):
-                    return False
                 # Grants and questions travel over different connections: either may be first.
                 return not self._leases.knows(lease_id)
             case _:
                 return False
-
-    def _has_news_for(self, message: PullBegin) -> bool:
-        """Return whether more of an awaited prompt has been computed than the reader knows of."""
-        return message.awaits and self._partial.has_news(message.lease_id, message.version)
 
     def job_of(self, message: Push) -> PushJob:
         """Return the write that a reader asks for. Raises LeaseError when it may not have what it
@@ -286,8 +267,6 @@ class LeaseAnswers:
         )
 
     def _begin(self, message: PullBegin) -> PullReply:
-        if self._has_news_for(message):
-            return self._partial.reply(message.call_id, message.lease_id)
         lease = self._leases.begin(message.lease_id, message.reader, message.num_decode_ranks)
         return PullReply(
             call_id=message.call_id,
@@ -295,8 +274,6 @@ class LeaseAnswers:
             block_hashes=lease.grant.block_hashes,
             groups=lease.groups,
             lease_s=self._leases.remaining_s(lease),
-            first_tokens=lease.grant.first_tokens,
-            generation=lease.generation,
         )
 
     def _state_checksums(self, message: StateChecksums) -> ChecksumsReply:

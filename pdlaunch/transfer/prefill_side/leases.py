@@ -53,8 +53,6 @@ class Lease:
     """No extension goes beyond this."""
     num_readers: int
     """Choices that will pull; fewer than granted when some have ended with their first token."""
-    generation: int = 0
-    """Generation under which the prompt was offered; 0 if it was not."""
     open_readers: dict[ReaderId, int] = field(default_factory=dict)
     """Pulls that have begun and not ended, with their number of decode ranks."""
     served_readers: set[ReaderId] = field(default_factory=set)
@@ -77,7 +75,7 @@ class LeaseTable:
     def __len__(self) -> int:
         return len(self._leases)
 
-    def grant(self, grant: GrantLease, groups: list[GroupBlocks], *, generation: int = 0) -> None:
+    def grant(self, grant: GrantLease, groups: list[GroupBlocks]) -> None:
         """Take over the blocks of a finished request. Raises LeaseError when its id has a living
         lease.
         """
@@ -89,7 +87,7 @@ class LeaseTable:
         now = self._clock()
         last_deadline_at = now + MAX_EXTENSIONS * grant.lease_s
         self._leases[grant.lease_id] = Lease(
-            grant, groups, now + grant.lease_s, last_deadline_at, grant.num_readers, generation
+            grant, groups, now + grant.lease_s, last_deadline_at, grant.num_readers
         )
 
     def set_groups(self, lease_id: LeaseId, groups: list[GroupBlocks]) -> None:

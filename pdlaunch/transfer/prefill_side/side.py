@@ -7,20 +7,17 @@ begun cannot be taken back: whoever asked owns the destination until the answer 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pdlaunch.errors import LeaseError, TransferError
-from pdlaunch.protocol.ids import EngineId
 from pdlaunch.protocol.side_channel import Push, PushEnded, Refused, ToDecodeSide
 from pdlaunch.protocol.transfer import (
     EndLease,
     GrantLease,
     LeaseEnded,
-    OfferPartialPrompt,
     PrefillCommand,
     SetLeaseReaders,
-    WithdrawPartialPrompt,
 )
 from pdlaunch.transfer.channel.side_channel import PrefillSocket
 from pdlaunch.transfer.connectors.connector import Connector, Pusher, Write
@@ -53,10 +50,6 @@ class PrefillSide:
     def execute(self, command: PrefillCommand) -> None:
         """Take a command of the scheduler."""
         match command:
-            case OfferPartialPrompt():
-                self._answers.offer(command)
-            case WithdrawPartialPrompt():
-                self._answers.withdraw(command)
             case GrantLease():
                 self._answers.grant(command)
             case EndLease():
@@ -73,10 +66,6 @@ class PrefillSide:
         if self._answers.advance_checksums():
             self._answer()
         return self._answers.take_ended()
-
-    def drop_readers_but_of(self, engine_ids: Collection[EngineId]) -> None:
-        """Drop questions of decode engines that left the registry."""
-        self._pending.drop_readers_but_of(engine_ids)
 
     @property
     def known_ranks(self) -> frozenset[tuple[str, int]]:

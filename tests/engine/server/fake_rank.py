@@ -17,7 +17,6 @@ from pdlaunch.protocol.engine import (
     AddRequest,
     CheckIntegrity,
     EngineStats,
-    FirstTokens,
     FromRank,
     Hello,
     IntegrityReport,
@@ -35,7 +34,7 @@ from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.sockets import SecureContext
 
 M = TypeVar("M", bound=ToRank)
-Script = Callable[[AddRequest], Iterable[Tokens | FirstTokens | RequestFinished]]
+Script = Callable[[AddRequest], Iterable[Tokens | RequestFinished]]
 
 
 class FakeRank:
@@ -129,7 +128,7 @@ class FakeRank:
     async def send(self, message: FromRank) -> None:
         await self._socket.send_multipart([self._server, from_rank.encode(message)])
 
-    async def say(self, *items: Tokens | FirstTokens | RequestFinished) -> None:
+    async def say(self, *items: Tokens | RequestFinished) -> None:
         await self.send(Outputs(items=list(items)))
 
     async def stats(self, **values: Any) -> None:

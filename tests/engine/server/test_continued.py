@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-from collections.abc import Iterator
-
 import pytest
 
 from pdlaunch.engine.server.text_stream import IncrementalDetokenizer, TextStream
 from pdlaunch.protocol.engine import (
     AbortRequest,
     AddRequest,
-    FirstTokens,
-    RequestFinished,
     SamplingParams,
     TokenOutput,
-    Tokens,
 )
 from pdlaunch.protocol.kv_params import to_wire
 from tests.engine.server.conftest import END_TOKEN, Engine
-from tests.engine.server.fake_rank import FakeRank, remote_kv, silent
+from tests.engine.server.fake_rank import FakeRank, remote_kv
 from tests.engine.server.test_handover import (
     CHAT,
     HELLO,
@@ -208,116 +201,3 @@ async def test_a_choice_that_prefill_has_ended_is_no_reader_of_its_lease(
     assert answer["choices"][0]["finish_reason"] == "stop"
     await engine.complete(max_tokens=4)
     assert [request.remote_kv for request in rank.added()] == [None]
-
-
-AWAITS_LEASE = REMOTE_PREFILL | {
-    "remote_block_ids": [],
-    "remote_num_tokens": 0,
-    "pdlaunch": {"awaits_lease": True},
-}
-
-
-async def told_early(engine: Engine, rank: FakeRank, text: str, **fields: object) -> list[dict]:
-    """The stream of a decode engine that was told of the prompt before it was computed; the first
-    token is said to be sent.
-    """
-
-    def script(request: AddRequest) -> Iterator[Tokens | FirstTokens | RequestFinished]:
-        assert request.awaits_lease
-        first, *rest = rank.ids(text)[: request.sampling.max_tokens]
-        yield FirstTokens(request_id=request.request_id, tokens=[TokenOutput(token_id=first)])
-        outputs = [TokenOutput(token_id=token_id) for token_id in rest]
-        yield RequestFinished(
-            request_id=request.request_id, reason="length", tokens=outputs, num_cached_tokens=5
-        )
-
-    rank.script = script
-    chunks = await engine.stream(return_token_ids=True, kv_transfer_params=AWAITS_LEASE, **fields)
-    assert chunks.pop() == {"done": True}
-    return chunks
-
-
-async def test_decode_goes_on_after_the_first_token_that_comes_with_the_lease(
-    engine: Engine, rank: FakeRank
-):
-    chunks = await told_early(
-        engine, rank, TEXT, max_tokens=6, stream_options={"include_usage": True}
-    )
-    assert chunks.pop()["usage"]["completion_tokens"] == 6
-    token_ids = [token_id for chunk in chunks for token_id in chunk["choices"][0]["token_ids"]]
-    assert token_ids == rank.ids(TEXT)[1:6]
-    assert not any("prompt_token_ids" in chunk["choices"][0] for chunk in chunks)
-    rank.script = rank.says(TEXT)
-    alone = await engine.complete(max_tokens=6)
-    first, _ = await hand_over(engine, rank, True)
-    said = first["choices"][0]["text"] + "".join(chunk["choices"][0]["text"] for chunk in chunks)
-    assert said == alone["choices"][0]["text"]
-
-
-async def test_a_first_token_that_comes_with_the_lease_may_end_the_choice(
-    engine: Engine, rank: FakeRank
-):
-    chunks = await told_early(engine, rank, "hello world", max_tokens=6, stop=["ell"])
-    (choice,) = chunks[0]["choices"]
-    assert (choice["finish_reason"], choice["stop_reason"], choice["token_ids"]) == (
-        "stop",
-        "ell",
-        [],
-    )
-
-
-async def test_only_one_choice_can_await_a_lease(engine: Engine):
-    status, error = await engine.refusal(n=2, kv_transfer_params=AWAITS_LEASE)
-    assert (status, error["param"]) == (400, "kv_transfer_params.pdlaunch")
-
-
-async def test_a_lease_is_called_as_the_router_wants_and_may_be_awaited_then(
-    engine: Engine, rank: FakeRank
-):
-    params = REMOTE_DECODE | {"pdlaunch": {"lease_id": "mine"}}
-    answer = await prefill(engine, kv_transfer_params=params)
-    assert answer["kv_transfer_params"]["remote_request_id"] == "mine"
-    await prefill(engine)
-    assert [request.is_awaited for request in rank.added()] == [True, False]
-
-
-@pytest.mark.parametrize("path", ["/v1/completions", CHAT])
-async def test_a_first_token_is_streamed_before_its_lease_is_there(
-    engine: Engine, rank: FakeRank, path: str
-):
-    rank.script = silent
-    params = REMOTE_DECODE | {"pdlaunch": {"lease_id": "mine"}}
-    fields: dict = {"messages": HELLO} if path == CHAT else {"prompt": "hello"}
-    options = {"include_usage": True, "continuous_usage_stats": True}
-    body = fields | {
-        "max_tokens": 1,
-        "stream": True,
-        "stream_options": options,
-        "kv_transfer_params": params,
-    }
-    asked = asyncio.ensure_future(engine.session.post(engine.url + path, json=body))
-    (request,) = await rank.wait_for(AddRequest)
-    token = TokenOutput(token_id=rank.ids("hello")[0])
-    await rank.say(Tokens(request_id=request.request_id, tokens=[token]))
-    async with await asked as response:
-        said = b""
-        while b"hello" not in said or not said.endswith(b"\n\n"):
-            said += await response.content.readany()
-        chunks = [json.loads(line[5:]) for line in said.split(b"\n\n")[:-1]]
-        assert all(chunk["usage"]["prompt_tokens"] > 0 for chunk in chunks), (
-            "the router checks the context before it tells anything"
-        )
-        assert not any("kv_transfer_params" in chunk for chunk in chunks)
-        await rank.say(
-            RequestFinished(
-                request_id=request.request_id, reason="length", remote_kv=remote_kv(request)
-            )
-        )
-        *_, last = [
-            json.loads(line[5:]) for line in (await response.content.read()).split(b"\n\n")[:-2]
-        ]
-    assert last["choices"] == []
-    assert last["usage"]["completion_tokens"] == 1
-    assert last["kv_transfer_params"]["remote_request_id"] == "mine"
-    assert last["kv_transfer_params"]["pdlaunch"]["first_tokens"][0]["token_id"] == token.token_id
-    assert rank.aborted() == []

@@ -46,7 +46,6 @@ def test_an_engine_verifies_as_the_settings_say(tmp_path: Path, verify: bool) ->
     assert capabilities.verifies is verify
     assert capabilities.resumes
     assert capabilities.gives_first_token
-    assert capabilities.awaits_lease
 
 
 def test_rules_on_other_engines_say_nothing_of_native_ones() -> None:
@@ -54,7 +53,7 @@ def test_rules_on_other_engines_say_nothing_of_native_ones() -> None:
     assert {rule.code for rule in NativeEngine().rules()} == all_rules().keys() - others
 
 
-def test_engines_of_both_roles_prove_no_pair_and_await_no_lease(tmp_path: Path) -> None:
+def test_engines_of_both_roles_prove_no_pair(tmp_path: Path) -> None:
     launch = resolved(tmp_path, both={"replicas": 2}, kv_transfer={"connector": "nixl"})
     kind, planned = kind_of(launch), plan_processes(launch)
     assert [p.name for p in planned.processes] == [
@@ -67,7 +66,6 @@ def test_engines_of_both_roles_prove_no_pair_and_await_no_lease(tmp_path: Path) 
     assert not any(kind.proves_pairs(p) for p in planned.processes)
     capabilities = kind.capabilities(planned.processes[3], launch.engine_specs()["both-1"])
     assert capabilities.resumes
-    assert not capabilities.awaits_lease
 
 
 def test_a_rank_without_peers_has_no_variables_of_a_connector(tmp_path: Path) -> None:
