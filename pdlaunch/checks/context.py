@@ -1,42 +1,29 @@
-"""Holds what rules look at: a resolved launch, the origins of its settings, and what was probed."""
+"""Holds what rules look at: a resolved launch, the origins of its settings, and what was probed.
+
+The functions below ``Context`` name what a rule goes over: ``over=engines``, ``over=pair``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from pdlaunch.checks.deployment import SeenDeployment
-from pdlaunch.checks.nixl_answers import NixlAnswer, uses_ucx
+from pdlaunch.checks.probed import Probes
+from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.config.model_files.shape import ModelShape
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import Role
 from pdlaunch.config.sources import Origin
-from pdlaunch.errors import ConfigError
-from pdlaunch.machine.engine_commands import EngineCommand, EngineFlags
-from pdlaunch.machine.facts import Fact, Machine, PortState
-from pdlaunch.planning.hosts import DeviceKind
+from pdlaunch.machine.engine_commands import EngineCommand
+from pdlaunch.machine.facts import Fact, Machine
 from pdlaunch.planning.resolve import ResolvedLaunch
-from pdlaunch.planning.role_engines import Allocator, RoleEngines
+from pdlaunch.planning.role_engines import RoleEngines
 
 Need = (
     Fact
-    | Literal[
-        "model",
-        "model_files",
-        "ports",
-        "nixl",
-        "connector",
-        "extras",
-        "folders",
-        "weights",
-        "transport",
-        "engine_commands",
-        "engine_flags",
-        "deployment",
-        "canary",
-        "handshake",
-    ]
+    | Literal["model", "model_files", "ports", "nixl", "connector", "extras", "folders", "weights"]
+    | Literal["transport", "engine_commands", "engine_flags", "deployment", "canary", "handshake"]
 )
 """Facts that can be missing."""
 
@@ -59,62 +46,6 @@ _NOT_PROBED: Mapping[str, tuple[Need, str]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class PairTransport:
-    """Says how fast one decode rank reads from one prefill rank."""
-
-    decode_rank: str
-    """``decode-0/rank-0``"""
-    prefill_rank: str
-    """``prefill-0/rank-0``"""
-    path: str
-    """The path in use: ``nixl/UCX``, ``p2p/memfd`` and such."""
-    allocator: Allocator
-    """Allocator of the prefill rank's KV cache."""
-    gigabytes_per_s: float | None = None
-    """None: too few bytes moved to tell, or nothing could be moved."""
-    expected_gigabytes_per_s: float | None = None
-    """Speed of a good path over the link between the two; None: not known."""
-    hosts: tuple[str, str] | None = None
-    """Names of the two hosts, prefill's first; None: both ranks are on one."""
-    link: str = ""
-    """The link, in words: ``18 NVLinks with 478 GB/s``."""
-    error: str | None = None
-    """The reason why nothing could be moved."""
-    other_paths: Mapping[str, str] = field(default_factory=dict)
-    """Speed of the paths that are not in use, or why they cannot be."""
-
-
-@dataclass(frozen=True, slots=True)
-class Probes:
-    """Holds what was probed for one check; None where nobody looked."""
-
-    ports: Mapping[tuple[str, int], PortState] | None = None
-    """Says for each host and port whether it can be listened on."""
-    nixl: Mapping[Role, NixlAnswer] | None = None
-    """NIXL's answer to the settings of each role's ranks."""
-    connector_errors: Mapping[str, str] | None = None
-    """Maps a name to the reason why that connector of another package that is in use cannot be
-    imported.
-    """
-    missing_extras: Mapping[str, str] | None = None
-    """Maps an extra of pdlaunch to the first of its modules that this Python does not find."""
-    folder_problems: Mapping[str, str] | None = None
-    """Reasons why folders cannot be written to, by setting."""
-    weight_errors: Mapping[Role, ConfigError] | None = None
-    """Reasons why the engines of a role cannot read their weights."""
-    engine_commands: Mapping[Role, Mapping[str, EngineCommand]] | None = None
-    """Facts about the executables of engines that are not native, by the host that they are on,
-    found without running them.
-    """
-    engine_flags: Mapping[Role, EngineFlags] | None = None
-    """The flags that these executables list in their help."""
-    deployment: SeenDeployment | None = None
-    """Engines that run already."""
-    transport: tuple[PairTransport, ...] | None = None
-    """Every pair of ranks of a launch that was measured."""
-
-
-@dataclass(frozen=True, slots=True)
 class Context:
     """Holds everything that a rule may look at."""
 
@@ -129,16 +60,24 @@ class Context:
         return self.launch.config
 
     @property
+    def kv_transfer(self) -> KVTransferSettings:
+        return self.launch.config.kv_transfer
+
+    @property
     def machine(self) -> Machine:
         """Return the machine that is judged; rules that need facts of machines judge each."""
         return self.launch.machine
 
     @property
     def engines(self) -> Mapping[Role, RoleEngines]:
-        """Return the roles that have engines, on the machine that is judged where that is one of
-        many.
-        """
+        """Return the roles that have engines, on the machine that is judged."""
         return self.launch.roles
+
+    @property
+    def pair(self) -> tuple[RoleEngines, RoleEngines] | None:
+        """Return the prefill and the decode side, where there are both."""
+        prefill, decode = self.launch.peers.get("prefill"), self.launch.peers.get("decode")
+        return (prefill, decode) if prefill and decode else None
 
     def given(self, path: str) -> bool:
         """Return whether the user has set this, be it to its default."""
@@ -154,56 +93,29 @@ class Context:
         """Return what is known of the executable of a role, by the hosts of its engines."""
         return (self.probes.engine_commands or {}).get(role, {})
 
-    def on_host(self, name: str) -> str:
-        """Return the words with which a message begins that is about one host of several."""
-        return f"on {name}: " if self.launch.spans_hosts else ""
-
-    def on(self, device: DeviceKind) -> Iterator[RoleEngines]:
-        """Return the engines on this kind of device."""
-        return (engines for engines in self.engines.values() if engines.device == device)
-
-    def peers(self, device: DeviceKind | None = None) -> Iterator[RoleEngines]:
-        """Return the engines that exchange KV blocks, those on this kind of device."""
-        return (engines for engines in self.pair() or () if device in (None, engines.device))
-
-    def pair(self) -> tuple[RoleEngines, RoleEngines] | None:
-        """Return the prefill and the decode side, where there are both."""
-        prefill, decode = self.launch.peers.get("prefill"), self.launch.peers.get("decode")
-        return (prefill, decode) if prefill and decode else None
-
     def uses(self, connector: str) -> bool:
         """Return whether KV blocks go from prefill to decode over this connector."""
-        return self.pair() is not None and self.config.kv_transfer.carrier == connector
+        return self.pair is not None and self.kv_transfer.carrier == connector
 
     @property
     def uses_ucx(self) -> bool:
-        """Return whether ranks load NIXL, whose UCX may move KV blocks; path p2p does without."""
         return uses_ucx(self.launch)
 
     @property
     def moves_over_ucx(self) -> bool:
         """Return whether UCX may move KV blocks, in pdlaunch's own ranks or in engines of vLLM."""
-        return self.uses_ucx or any(not each.is_native for each in self.pair() or ())
+        return self.uses_ucx or any(not each.is_native for each in self.pair or ())
 
     @property
     def moves_cumem_slowly(self) -> bool:
         """Return whether a library opens GPU memory by itself where CuMem pools export no fabric
         handles: it then copies them through the host.
         """
-        transfer = self.config.kv_transfer
         return (
-            self.pair() is not None
-            and transfer.opens_device_memory
-            and not transfer.maps_memory
+            self.pair is not None
+            and self.kv_transfer.opens_device_memory
+            and not self.kv_transfer.maps_memory
             and any(gpu.has_fabric_handles is False for gpu in self.machine.gpus)
-        )
-
-    def shapes(self) -> Iterator[tuple[RoleEngines, ModelShape]]:
-        """Return the engines whose model is known."""
-        return (
-            (engines, engines.shape)
-            for engines in self.engines.values()
-            if engines.shape is not None
         )
 
 
@@ -223,3 +135,62 @@ def make_context(launch: ResolvedLaunch, origins: Mapping[str, Origin], probes: 
     if probes.deployment is None or not probes.deployment.has_asked_side_channels:
         missing["handshake"] = "side channels are asked with --handshake, after a canary"
     return Context(launch, origins, probes, missing)
+
+
+def uses_ucx(launch: ResolvedLaunch) -> bool:
+    """Return whether pdlaunch's own ranks load NIXL, whose UCX may move KV blocks; path p2p does
+    without.
+    """
+    transfer = launch.config.kv_transfer
+    is_native = all(each.is_native for each in launch.roles.values())
+    return (
+        is_native and launch.has_pair and transfer.carrier == "nixl" and transfer.nixl.path != "p2p"
+    )
+
+
+def engines(context: Context) -> Iterator[RoleEngines]:
+    """Go over the roles that have engines."""
+    return iter(context.engines.values())
+
+
+def on_cuda(context: Context) -> Iterator[RoleEngines]:
+    """Go over the roles on GPUs."""
+    return (each for each in context.engines.values() if each.device == "cuda")
+
+
+def on_cpu(context: Context) -> Iterator[RoleEngines]:
+    """Go over the roles on CPUs."""
+    return (each for each in context.engines.values() if each.device == "cpu")
+
+
+def shapes(context: Context) -> Iterator[tuple[RoleEngines, ModelShape]]:
+    """Go over the engines whose model is known."""
+    return ((each, each.shape) for each in context.engines.values() if each.shape is not None)
+
+
+def pair(context: Context) -> Iterator[tuple[RoleEngines, RoleEngines]]:
+    """Go over the prefill and the decode side, once and together."""
+    if context.pair is not None:
+        yield context.pair
+
+
+def peers(context: Context) -> Iterator[RoleEngines]:
+    """Go over the engines that exchange KV blocks."""
+    return iter(context.pair or ())
+
+
+def ucx_peers(context: Context) -> Iterator[RoleEngines]:
+    """Go over the native engines that exchange KV blocks and load UCX."""
+    return peers(context) if context.uses_ucx else iter(())
+
+
+def vllm_engines(context: Context) -> Iterator[RoleEngines]:
+    """Go over the roles whose engines are of vLLM."""
+    return (each for each in context.engines.values() if each.settings.engine == "vllm")
+
+
+def vllm_pair(context: Context) -> Iterator[tuple[RoleEngines, RoleEngines]]:
+    """Go over the prefill and the decode side where both are of vLLM."""
+    return (
+        sides for sides in pair(context) if all(each.settings.engine == "vllm" for each in sides)
+    )

@@ -1,320 +1,395 @@
-"""Rules PD20x and PD21x judge memory settings, and whether everything fits."""
+"""Rules PD2xx judge memory settings, and whether everything fits."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pdlaunch.checks.context import Context
-from pdlaunch.checks.rule import Found, rule
+from pdlaunch.checks.context import Context, engines, on_cpu, on_cuda, peers
+from pdlaunch.checks.rule import Found, error, warning
 from pdlaunch.config.sizes import format_size
+from pdlaunch.machine.allocator_conf import expandable_segments_variable
 from pdlaunch.machine.facts import Gpu
+from pdlaunch.planning.footprint import Footprint
 from pdlaunch.planning.role_engines import RoleEngines
 
-
-@rule(
-    "PD201",
-    "error",
-    fix="Remove enable_cumem_allocator (sleep mode turns it on), or switch enable_sleep_mode off.",
-    source="The CUDA driver's virtual memory management.",
-    on_vllm=True,
-)
-def sleep_without_allocator(context: Context) -> Iterator[Found]:
-    """Sleep mode is on, and the CuMem allocator that it needs is off.
-
-    Sleep frees the physical memory behind weights and KV cache and keeps the addresses; only CuMem
-    pools can.
-    """
-    for engine in context.engines.values():
-        if engine.cumem_allocator is None:
-            message = "enable_sleep_mode is on, but enable_cumem_allocator is false"
-            yield Found(engine.where("enable_cumem_allocator"), message)
+USEFUL_TOKENS = 256
+"""A KV cache whose longest request is shorter is a mistake, unless max_model_len says so."""
+_MEBIBYTE = 1024**2
+_PLACEMENT = "How ranks are placed: in turn over all GPUs."
+_TIER = "kv_offload.host_memory"
 
 
-@rule(
-    "PD202",
-    "error",
-    fix="Remove enable_cumem_allocator, or run on a CUDA device.",
-    source="CuMem pools: memory of a CUDA device.",
-    on_vllm=True,
-)
-def allocator_on_cpu(context: Context) -> Iterator[Found]:
-    """The CuMem allocator is not supported on the current platform.
-
-    The engines run on a CPU, and CuMem pools are memory of CUDA devices. The allocator is never
-    silently left out: what relies on it (sleep, sharing with peers) would fail later.
-    """
-    for engine in context.on("cpu"):
-        if engine.settings.enable_cumem_allocator:
-            message = (
-                f"cumem allocator is not supported on the current platform: {_on_cpu(context)}"
-            )
-            yield Found(engine.where("enable_cumem_allocator"), message)
+def cumem_setting(each: RoleEngines) -> str:
+    """Return the setting by which an engine has CuMem pools: sleep mode brings them, too."""
+    asked = each.settings.enable_cumem_allocator
+    return "enable_cumem_allocator" if asked else "enable_sleep_mode"
 
 
-@rule(
-    "PD203",
-    "error",
-    fix="Switch enable_sleep_mode off, or run on a CUDA device.",
-    source="CuMem pools: memory of a CUDA device.",
-    on_vllm=True,
-)
-def sleep_on_cpu(context: Context) -> Iterator[Found]:
-    """Sleep mode is not supported on the current platform.
-
-    Sleep mode needs the CuMem allocator, and the engines run on a CPU.
-    """
-    for engine in context.on("cpu"):
-        if engine.settings.enable_sleep_mode:
-            message = (
-                "sleep mode is not supported on the current platform: cumem allocator is not "
-                f"supported: {_on_cpu(context)}"
-            )
-            yield Found(engine.where("enable_sleep_mode"), message)
+def segments_variable(each: RoleEngines) -> str | None:
+    """Return the variable that has the KV cache of engines on GPUs lie in expandable segments."""
+    on_gpu = each.device == "cuda" and not each.cumem_allocator
+    return expandable_segments_variable(each.given_environ) if on_gpu else None
 
 
-def _on_cpu(context: Context) -> str:
+def _on_cpu(context: Context, setting: str, prefix: str) -> Iterator[Found]:
     cumem = context.machine.cumem
     detail = "" if cumem.available or "cumem" in context.missing else f" ({cumem.reason})"
-    return f"the engines run on a CPU{detail}"
+    for each in on_cpu(context):
+        if getattr(each.settings, setting):
+            yield Found(f"{prefix}: the engines run on a CPU{detail}", each.where(setting))
 
 
-@rule(
-    "PD215",
-    "error",
-    fix="Switch enable_cumem_allocator and enable_sleep_mode off, or update the CUDA driver.",
-    source="cuDeviceGetAttribute(VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED).",
-    needs=("gpus", "cumem"),
-    on_vllm=True,
-)
-def allocator_without_driver(context: Context) -> Iterator[Found]:
-    """The CUDA driver or a GPU does not support the CuMem allocator.
-
-    The allocator, and with it sleep mode, needs virtual memory management of the driver on every
-    device. It is never silently left out.
-    """
-    if context.machine.cumem.available:
+def _segments(context: Context) -> Iterator[Found]:
+    transfer = context.kv_transfer
+    if not transfer.opens_device_memory:
         return
-    for engine in context.on("cuda"):
-        for name in ("enable_cumem_allocator", "enable_sleep_mode"):
-            if getattr(engine.settings, name):
-                message = f"cumem allocator is not supported: {context.machine.cumem.reason}"
-                yield Found(engine.where(name), message)
-
-
-@rule(
-    "PD207",
-    "error",
-    fix=(
-        "Use more ranks, a smaller dtype, a smaller max_num_batched_tokens (activations), "
-        "max_model_len or kv_cache_memory (KV cache), or a larger gpu_memory_utilization; or stop "
-        "the processes that hold the GPU's memory (nvidia-smi shows them)."
-    ),
-    source="The model's config.json, the driver, and NVML for the memory that is free.",
-    needs=("model", "gpus", "gpu_memory"),
-    on_vllm=True,
-)
-def gpu_memory_exceeded(context: Context) -> Iterator[Found]:
-    """Weights, activations and KV cache do not fit into the memory of a GPU.
-
-    The engine would end with an out-of-memory error, at start or under load. Memory that other
-    processes hold now does not count as there, where the driver tells how much that is; of a
-    machine that is assumed by name it does not.
-    """
-    for index, ranks in _ranks_by_gpu(context).items():
-        gpu = context.machine.gpus[index]
-        for engine in ranks:
-            needed = engine.footprint
-            if gpu.memory_bytes is None or needed is None:
-                continue
-            share = engine.settings.gpu_memory_utilization
-            # A rank that is given the size of its KV cache does not ask for its share.
-            given = bool(engine.settings.kv_cache_memory)
-            budget = gpu.memory_bytes if given else int(gpu.memory_bytes * share)
-            if needed.total_bytes <= min(budget, gpu.memory_bytes - gpu.held_bytes):
-                continue
-            size = format_size(gpu.memory_bytes)
-            message = f"a {engine.role} rank needs {needed.arithmetic()}, GPU {index}"
-            if needed.total_bytes <= budget:
-                yield Found(
-                    engine.where("tensor_parallel_size"),
-                    f"{message} has {size}, of which {_held(gpu)}",
-                    f"stop the processes that hold memory of GPU {index} (nvidia-smi shows them)",
-                )
-            else:
-                gives = size if given else f"{share:g} x {size} = {format_size(budget)}"
-                yield Found(engine.where("tensor_parallel_size"), f"{message} gives {gives}")
-
-
-@rule(
-    "PD210",
-    "error",
-    fix=(
-        "Lower gpu_memory_utilization of the engines that share a device, set kv_cache_memory, use "
-        "fewer engines, or stop other processes that hold the GPU's memory."
-    ),
-    source="How ranks are placed: in turn over all GPUs.",
-    needs=("gpus", "model", "gpu_memory"),
-    on_vllm=True,
-)
-def gpu_shares_exceeded(context: Context) -> Iterator[Found]:
-    """Ranks on one GPU together want more memory than it has.
-
-    Each rank takes its share of the whole device, so that the last one to start finds too little.
-    What other processes hold is not there, where the driver tells how much that is.
-    """
-    for index, ranks in _ranks_by_gpu(context).items():
-        gpu = context.machine.gpus[index]
-        memory = gpu.memory_bytes
-        if memory is None or sum(ranks.values()) < 2:
-            continue
-        wants = {engine: _wanted_bytes(engine, memory) for engine in ranks}
-        total = sum(count * wants[engine] for engine, count in ranks.items())
-        free = memory - gpu.held_bytes
-        if total > free:
-            parts = " + ".join(
-                f"{count} {engine.role} x {format_size(wants[engine])}"
-                for engine, count in ranks.items()
-            )
-            message = f"GPU {index}: {parts} = {format_size(total)} of {format_size(memory)}"
-            if total <= memory:
-                message += f", of which {_held(gpu)}"
-            sized = [engine for engine in ranks if _is_sized(engine)]
-            if sized:
-                # The share of such an engine does nothing.
-                names = [
-                    f"{'kv_cache_memory' if engine in sized else 'gpu_memory_utilization'} of "
-                    f"{engine.role}"
-                    for engine in ranks
-                ]
-                fix = f"lower {' and '.join(names)}, or use fewer engines"
-                yield Found(sized[0].where("kv_cache_memory"), message, fix)
-                continue
-            # What CUDA contexts take is in no engine's share: 5 % are left for them.
-            share = min(0.9, 0.95 * free / memory / sum(ranks.values()))
+    elsewhere = "--enable-cumem-allocator or --enable-sleep-mode"
+    if context.uses("nixl"):
+        elsewhere = "--enable-cumem-allocator, --enable-sleep-mode or kv_transfer.nixl.path: p2p"
+    for each in peers(context):
+        if (name := segments_variable(each)) is not None and each.cumem_allocator is False:
             yield Found(
-                "gpu_memory_utilization",
-                message,
-                f"set gpu_memory_utilization to {share:.2f} or less",
+                f"{name} switches expandable_segments on, which connector {transfer.connector} "
+                "cannot move fast",
+                context.where_variable(each, name),
+                f"take expandable_segments out of {name}, or use {elsewhere}",
             )
+
+
+def _ranks_by_gpu(context: Context) -> dict[int, dict[RoleEngines, int]]:
+    """Return for each GPU how many ranks of which engines run on it."""
+    return {
+        gpu: {each: count for each in on_cuda(context) if (count := each.num_ranks_on(gpu))}
+        for gpu in range(len(context.machine.gpus))
+    }
 
 
 def _held(gpu: Gpu) -> str:
     return f"other processes hold {format_size(gpu.held_bytes)} now"
 
 
-def _ranks_by_gpu(context: Context) -> dict[int, dict[RoleEngines, int]]:
-    """Return for each GPU how many ranks of which engines run on it."""
-    return {
-        gpu: {
-            engine: num_ranks
-            for engine in context.on("cuda")
-            if (num_ranks := engine.num_ranks_on(gpu))
+def _gpu_memory(context: Context) -> Iterator[Found]:
+    for index, ranks in _ranks_by_gpu(context).items():
+        gpu = context.machine.gpus[index]
+        for each in ranks:
+            needed = each.footprint
+            if gpu.memory_bytes is None or needed is None:
+                continue
+            share = each.settings.gpu_memory_utilization
+            # A rank that is given the size of its KV cache does not ask for its share.
+            given = bool(each.settings.kv_cache_memory)
+            budget = gpu.memory_bytes if given else int(gpu.memory_bytes * share)
+            if needed.total_bytes <= min(budget, gpu.memory_bytes - gpu.held_bytes):
+                continue
+            size = format_size(gpu.memory_bytes)
+            message = f"a {each.role} rank needs {needed.arithmetic()}, GPU {index}"
+            place = each.where("tensor_parallel_size")
+            if needed.total_bytes <= budget:
+                fix = f"stop the processes that hold memory of GPU {index} (nvidia-smi shows them)"
+                yield Found(f"{message} has {size}, of which {_held(gpu)}", place, fix)
+            else:
+                gives = size if given else f"{share:g} x {size} = {format_size(budget)}"
+                yield Found(f"{message} gives {gives}", place)
+
+
+def _gpu_shares(context: Context) -> Iterator[Found]:
+    for index, ranks in _ranks_by_gpu(context).items():
+        gpu = context.machine.gpus[index]
+        memory = gpu.memory_bytes
+        if memory is None or sum(ranks.values()) < 2:
+            continue
+        sized = {
+            each: each.footprint.total_bytes
+            for each in ranks
+            if each.settings.kv_cache_memory is not None and each.footprint is not None
         }
-        for gpu in range(len(context.machine.gpus))
-    }
-
-
-def _wanted_bytes(engine: RoleEngines, memory: int) -> int:
-    if (needed := engine.footprint) is not None and _is_sized(engine):
-        return needed.total_bytes
-    return int(memory * engine.settings.gpu_memory_utilization)
-
-
-def _is_sized(engine: RoleEngines) -> bool:
-    """Tell whether an engine wants what its parts come to, and no share of the GPU."""
-    return engine.settings.kv_cache_memory is not None and engine.footprint is not None
-
-
-@rule(
-    "PD211",
-    "warning",
-    fix="Use as many GPUs as there are ranks, or fewer engines.",
-    source="How ranks are placed: in turn over all GPUs.",
-    needs=("gpus",),
-    on_vllm=True,
-)
-def gpu_shared(context: Context) -> Iterator[Found]:
-    """Ranks of different engines share a GPU.
-
-    Prefill and decode then slow each other down, which is what disaggregation is meant to avoid.
-    """
-    shared = [index for index, ranks in _ranks_by_gpu(context).items() if sum(ranks.values()) > 1]
-    if shared:
-        num_ranks = sum(engine.num_ranks for engine in context.on("cuda"))
-        yield Found(
-            "device",
-            (
-                f"{num_ranks} ranks on {len(context.machine.gpus)} GPUs: {len(shared)} of them are "
-                "shared"
-            ),
+        wants = {each: int(memory * each.settings.gpu_memory_utilization) for each in ranks} | sized
+        total = sum(count * wants[each] for each, count in ranks.items())
+        free = memory - gpu.held_bytes
+        if total <= free:
+            continue
+        parts = " + ".join(
+            f"{count} {each.role} x {format_size(wants[each])}" for each, count in ranks.items()
         )
+        message = f"GPU {index}: {parts} = {format_size(total)} of {format_size(memory)}"
+        if total <= memory:
+            message += f", of which {_held(gpu)}"
+        if sized:  # The share of such an engine does nothing.
+            names = [
+                f"{'kv_cache_memory' if each in sized else 'gpu_memory_utilization'} of {each.role}"
+                for each in ranks
+            ]
+            fix = f"lower {' and '.join(names)}, or use fewer engines"
+            yield Found(message, next(iter(sized)).where("kv_cache_memory"), fix)
+        else:
+            # What CUDA contexts take is in no engine's share: 5 % are left for them.
+            share = min(0.9, 0.95 * free / memory / sum(ranks.values()))
+            fix = f"set gpu_memory_utilization to {share:.2f} or less"
+            yield Found(message, "gpu_memory_utilization", fix)
 
 
-@rule(
-    "PD212",
-    "error",
-    fix="Lower kv_cache_memory or the number of engines, or use a smaller model.",
-    source="The model's config.json and the machine (its control group included).",
-    needs=("model", "memory"),
-    on_vllm=True,
-)
-def host_memory_exceeded(context: Context) -> Iterator[Found]:
-    """The engines on the CPU need more memory than the machine has.
+def _shared_gpus(context: Context) -> str:
+    shared = [index for index, ranks in _ranks_by_gpu(context).items() if sum(ranks.values()) > 1]
+    num_ranks = sum(each.num_ranks for each in on_cuda(context))
+    on = f"{num_ranks} ranks on {len(context.machine.gpus)} GPUs"
+    return f"{on}: {len(shared)} of them are shared" if shared else ""
 
-    The kernel would end a process in the middle of loading, or under load.
-    """
-    needs = {engine: engine.footprint for engine in context.on("cpu") if engine.footprint}
-    total = sum(engine.num_ranks * needed.total_bytes for engine, needed in needs.items())
+
+def _host_memory(context: Context) -> Iterator[Found]:
+    needs = {each: each.footprint for each in on_cpu(context) if each.footprint}
+    total = sum(each.num_ranks * needed.total_bytes for each, needed in needs.items())
     if total > context.machine.memory_bytes:
         parts = "; ".join(
-            f"{e.num_ranks} {e.role} ranks: {needed.arithmetic()} each"
-            for e, needed in needs.items()
+            f"{each.num_ranks} {each.role} ranks: {needed.arithmetic()} each"
+            for each, needed in needs.items()
         )
-        message = (
-            f"{parts}; together {format_size(total)} of {format_size(context.machine.memory_bytes)}"
-        )
-        yield Found(next(iter(needs)).where("kv_cache_memory"), message)
+        there = format_size(context.machine.memory_bytes)
+        place = next(iter(needs)).where("kv_cache_memory")
+        yield Found(f"{parts}; together {format_size(total)} of {there}", place)
 
 
-@rule(
-    "PD213",
-    "warning",
-    fix=(
-        "Let kv_transfer.nixl.path be auto or p2p, switch the CuMem allocator off, or give the "
-        "host an IMEX channel."
-    ),
-    source=(
-        "Measured on two H200s with NIXL 1.5.1; vLLM 0.24 with --enable-cumem-allocator: 0.44 "
-        "GB/s, HTTP 200."
-    ),
-    needs=("gpus", "fabric"),
-)
-def cumem_without_fabric(context: Context) -> Iterator[Found]:
-    """The KV cache lies in CuMem memory that the connector cannot map: this host has no fabric
-    handles.
-
-    Without an IMEX channel the driver does not export CuMem allocations as fabric handles, and
-    NIXL/UCX falls back to copying through the host: 0.6 GB/s instead of 392 GB/s (the silent
-    cliff), also with UCX_CUDA_IPC_ENABLE_MNNVL=y. The path p2p maps such memory by its POSIX file
-    descriptors instead.
-    """
-    if not context.moves_cumem_slowly:
-        return
-    for engine in context.on("cuda"):
-        if engine.cumem_allocator:
-            message = (
-                f"connector {context.config.kv_transfer.connector} moves CuMem memory at 0.6 GB/s "
-                "on hosts without fabric handles"
-            )
-            name = cumem_setting(engine)
+def _cumem_without_fabric(context: Context) -> Iterator[Found]:
+    for each in on_cuda(context) if context.moves_cumem_slowly else ():
+        if each.cumem_allocator:
+            name = cumem_setting(each)
             # Other connectors do not look at the path.
             path = "let kv_transfer.nixl.path be auto or p2p"
             other = path if context.uses("nixl") else "use connector nixl"
-            fix = f"{other}, switch {name} off, or give the host an IMEX channel"
-            yield Found(engine.where(name), message, fix)
+            yield Found(
+                f"connector {context.kv_transfer.connector} moves CuMem memory at 0.6 GB/s on "
+                "hosts without fabric handles",
+                each.where(name),
+                f"{other}, switch {name} off, or give the host an IMEX channel",
+            )
 
 
-def cumem_setting(engine: RoleEngines) -> str:
-    """Return the setting by which an engine has CuMem pools: sleep mode brings them, too."""
-    asked = engine.settings.enable_cumem_allocator
-    return "enable_cumem_allocator" if asked else "enable_sleep_mode"
+def _wanted_tokens(each: RoleEngines) -> int | None:
+    """Return the tokens of a request without which the KV cache is of no use; None: not known."""
+    longest = each.max_model_len
+    if longest is None or each.settings.max_model_len is not None:
+        return longest
+    return min(USEFUL_TOKENS, longest)
+
+
+def _too_small(each: RoleEngines, tokens: int | None) -> Found | None:
+    """Return what is wrong where the KV cache holds no request of so many tokens."""
+    needed, kv_bytes = each.footprint, each.kv_cache_bytes
+    if needed is None or kv_bytes is None or tokens is None:
+        return None
+    blocks = needed.blocks_for(tokens)
+    least_bytes = blocks * needed.block_bytes
+    if least_bytes <= kv_bytes:
+        return None
+    message = (
+        f"a request of {tokens} tokens needs {_count(blocks, 'block')} x "
+        f"{format_size(needed.block_bytes)} = {format_size(least_bytes)} on each {each.role} "
+        f"rank, kv_cache_memory is {format_size(kv_bytes)} "
+        f"({_count(kv_bytes // needed.block_bytes, 'block')})"
+    )
+    return Found(message, fix=_way_out(needed, kv_bytes, least_bytes))
+
+
+def _way_out(needed: Footprint, kv_bytes: int, least_bytes: int) -> str:
+    fits = needed.longest_request_tokens(kv_bytes)
+    shorter = f"set max_model_len to {fits} or less, or " if fits else ""
+    longest = ""
+    if least_bytes < needed.min_kv_bytes:
+        longest = (
+            f"; the longest request of {needed.max_model_len} tokens needs "
+            f"{_mebibytes(needed.min_kv_bytes)}MiB"
+        )
+    return f"{shorter}set kv_cache_memory to {_mebibytes(least_bytes)}MiB or more{longest}"
+
+
+def _below_model(each: RoleEngines) -> Found | None:
+    # PD208 tells of a length that somebody wants, and of a KV cache that holds next to nothing.
+    if each.settings.max_model_len is not None or _too_small(each, _wanted_tokens(each)):
+        return None
+    return _too_small(each, each.max_model_len)
+
+
+def _mebibytes(num_bytes: int) -> int:
+    return -(-num_bytes // _MEBIBYTE)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _with_tier(context: Context) -> Iterator[RoleEngines]:
+    return (each for each in engines(context) if each.host_tier_bytes)
+
+
+def _size(each: RoleEngines) -> str:
+    return format_size(each.host_tier_bytes)
+
+
+def _tiers(context: Context) -> Iterator[Found]:
+    tiers = list(_with_tier(context))
+    others = sum(
+        each.num_ranks * each.footprint.total_bytes
+        for each in on_cpu(context)
+        if each.footprint is not None
+    )
+    total = sum(each.num_ranks * each.host_tier_bytes for each in tiers) + others
+    if tiers and total > context.machine.memory_bytes:
+        parts = " + ".join(f"{each.num_ranks} {each.role} ranks x {_size(each)}" for each in tiers)
+        rest = f" + {format_size(others)} for engines on the CPU" if others else ""
+        there = format_size(context.machine.memory_bytes)
+        yield Found(f"{parts}{rest} = {format_size(total)} of {there}", tiers[0].where(_TIER))
+
+
+# fmt: off
+RULES = (
+    error(
+        "PD201", "Sleep mode is on, and the CuMem allocator that it needs is off.",
+        "Sleep frees the physical memory behind weights and KV cache and keeps the addresses; "
+        "only CuMem pools can.",
+        over=engines, when=lambda each: each.cumem_allocator is None, at="enable_cumem_allocator",
+        message="enable_sleep_mode is on, but enable_cumem_allocator is false",
+        fix="Remove enable_cumem_allocator (sleep mode turns it on), or switch enable_sleep_mode "
+        "off.", source="The CUDA driver's virtual memory management.", on_vllm=True,
+    ),
+    error(
+        "PD202", "The CuMem allocator is not supported on the current platform.",
+        "The engines run on a CPU, and CuMem pools are memory of CUDA devices. The allocator is "
+        "never silently left out.",
+        when=lambda context: _on_cpu(
+            context,
+            "enable_cumem_allocator",
+            "cumem allocator is not supported on the current platform",
+        ),
+        fix="Remove enable_cumem_allocator, or run on a CUDA device.",
+        source="CuMem pools: memory of a CUDA device.", on_vllm=True,
+    ),
+    error(
+        "PD203", "Sleep mode is not supported on the current platform.",
+        "Sleep mode needs the CuMem allocator, and the engines run on a CPU.",
+        when=lambda context: _on_cpu(
+            context,
+            "enable_sleep_mode",
+            "sleep mode is not supported on the current platform: cumem allocator is not supported",
+        ),
+        fix="Switch enable_sleep_mode off, or run on a CUDA device.",
+        source="CuMem pools: memory of a CUDA device.", on_vllm=True,
+    ),
+    error(
+        "PD204", "A KV connector is used together with torch's expandable_segments.",
+        "Expandable segments have no handle that a peer can open: NIXL/UCX moves such memory at "
+        "0.6 GB/s instead of 392 GB/s between two NVLink GPUs, without an error. CuMem pools "
+        "switch expandable segments off for their own allocations. torch reads the first of "
+        "PYTORCH_CUDA_ALLOC_CONF, PYTORCH_HIP_ALLOC_CONF and PYTORCH_ALLOC_CONF that is set, even "
+        "if empty.",
+        when=_segments,
+        fix="Remove expandable_segments from the environment, or allocate the KV cache elsewhere: "
+        "--enable-cumem-allocator, --enable-sleep-mode, or kv_transfer.nixl.path: p2p.",
+        source="Measured on two H200s with NIXL 1.5.1 and torch 2.11.0.",
+    ),
+    error(
+        "PD207", "Weights, activations and KV cache do not fit into the memory of a GPU.",
+        "The engine would end with an out-of-memory error, at start or under load. Memory that "
+        "other processes hold now does not count as there, where the driver tells how much that "
+        "is.",
+        when=_gpu_memory,
+        fix="Use more ranks, a smaller dtype, a smaller max_num_batched_tokens (activations), "
+        "max_model_len or kv_cache_memory (KV cache), or a larger gpu_memory_utilization; or stop "
+        "the processes that hold the GPU's memory (nvidia-smi shows them).",
+        source="The model's config.json, the driver, and NVML for the memory that is free.",
+        needs=("model", "gpus", "gpu_memory"), on_vllm=True,
+    ),
+    error(
+        "PD208",
+        "The KV cache cannot hold one request of max_model_len; where that is unset, none of 256 "
+        "tokens.",
+        "A request that needs more blocks than there are can never run: it is refused although it "
+        "is within max_model_len.",
+        over=engines, when=lambda each: _too_small(each, _wanted_tokens(each)),
+        at="kv_cache_memory",
+        fix="Raise kv_cache_memory, or lower max_model_len.",
+        source="Number of KV blocks against the longest request.", needs=("model",), on_vllm=True,
+    ),
+    warning(
+        "PD209", "The KV cache cannot hold a request as long as the model allows.",
+        "With max_model_len left to the model, longer requests than the KV cache holds are "
+        "refused one by one.",
+        over=engines, when=_below_model, at="kv_cache_memory",
+        fix="Set max_model_len to what fits, or raise kv_cache_memory.",
+        source="Number of KV blocks against the longest request.", needs=("model",), on_vllm=True,
+    ),
+    error(
+        "PD210", "Ranks on one GPU together want more memory than it has.",
+        "Each rank takes its share of the whole device, so that the last one to start finds too "
+        "little.",
+        when=_gpu_shares,
+        fix="Lower gpu_memory_utilization of the engines that share a device, set "
+        "kv_cache_memory, use fewer engines, or stop other processes that hold the GPU's memory.",
+        source=_PLACEMENT, needs=("gpus", "model", "gpu_memory"), on_vllm=True,
+    ),
+    warning(
+        "PD211", "Ranks of different engines share a GPU.",
+        "Prefill and decode then slow each other down, which is what disaggregation is meant to "
+        "avoid.",
+        when=_shared_gpus, at="device",
+        fix="Use as many GPUs as there are ranks, or fewer engines.", source=_PLACEMENT,
+        needs=("gpus",), on_vllm=True,
+    ),
+    error(
+        "PD212", "The engines on the CPU need more memory than the machine has.",
+        "The kernel would end a process in the middle of loading, or under load.",
+        when=_host_memory,
+        fix="Lower kv_cache_memory or the number of engines, or use a smaller model.",
+        source="The model's config.json and the machine (its control group included).",
+        needs=("model", "memory"), on_vllm=True,
+    ),
+    warning(
+        "PD213",
+        "The KV cache lies in CuMem memory that the connector cannot map: this host has no fabric "
+        "handles.",
+        "Without an IMEX channel the driver does not export CuMem allocations as fabric handles, "
+        "and NIXL/UCX copies through the host: 0.6 GB/s instead of 392 GB/s (the silent cliff), "
+        "also with UCX_CUDA_IPC_ENABLE_MNNVL=y. The path p2p maps such memory by its POSIX file "
+        "descriptors.",
+        when=_cumem_without_fabric,
+        fix="Let kv_transfer.nixl.path be auto or p2p, switch the CuMem allocator off, or give "
+        "the host an IMEX channel.",
+        source="Measured on two H200s with NIXL 1.5.1; vLLM 0.24 with --enable-cumem-allocator: "
+        "0.44 GB/s, HTTP 200.", needs=("gpus", "fabric"),
+    ),
+    error(
+        "PD215", "The CUDA driver or a GPU does not support the CuMem allocator.",
+        "The allocator, and with it sleep mode, needs virtual memory management of the driver on "
+        "every device.",
+        over=lambda context: [
+            (each, context.machine.cumem)
+            for each in on_cuda(context)
+            if not context.machine.cumem.available
+        ],
+        when=lambda it: (
+            Found(at=name)
+            for name in ("enable_cumem_allocator", "enable_sleep_mode")
+            if getattr(it[0].settings, name)
+        ), message="cumem allocator is not supported: {1.reason}",
+        fix="Switch enable_cumem_allocator and enable_sleep_mode off, or update the CUDA driver.",
+        source="cuDeviceGetAttribute(VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED).",
+        needs=("gpus", "cumem"), on_vllm=True,
+    ),
+    error(
+        "PD220", "The host tier is of no use without the prefix cache.",
+        "Blocks are kept and found under the hashes that prefix caching computes.",
+        over=_with_tier,
+        when=lambda each: not each.settings.enable_prefix_caching
+        and f"{_TIER} is {_size(each)}, but enable_prefix_caching is false",
+        at="enable_prefix_caching",
+        fix="Switch enable_prefix_caching on, or remove kv_offload.",
+        source="The host tier is content-addressed by the hashes of the prefix cache.",
+    ),
+    error(
+        "PD221", "The host tiers need more memory than the machine has.",
+        "Every rank takes kv_offload.host_memory at its start; engines on the CPU need their own "
+        "memory too.",
+        when=_tiers,
+        fix="Lower kv_offload.host_memory; it is the share of one rank.",
+        source="The machine's memory (its control group included).", needs=("memory",),
+    ),
+)
+# fmt: on

@@ -1,237 +1,190 @@
-"""Rules PD3xx judge which settings must be equal, or fit, between prefill and decode engines.
-
-vLLM sees these at the first request, when both engines are already "healthy".
-"""
+"""Rules PD3xx judge what must be equal, or fit, between prefill and decode engines."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
-from pdlaunch.checks.context import Context
+from pdlaunch.checks.context import Context, pair, peers
 from pdlaunch.checks.memory_rules import cumem_setting
-from pdlaunch.checks.rule import Found, rule
+from pdlaunch.checks.rule import Found, error, warning
+from pdlaunch.config.model_files.shape import ModelShape
 from pdlaunch.planning.role_engines import RoleEngines
 
 KV_LAYOUT = "pdlaunch's KV layout and handshake."
-
-
-@rule(
-    "PD303",
-    "error",
-    fix="Set dtype once, at the top level.",
-    source=KV_LAYOUT,
-    on_vllm=True,
+_SHAPE = (
+    *("architecture", "model_type", "num_layers", "num_attention_heads", "num_kv_heads"),
+    *("head_dim", "hidden_size", "vocab_size", "num_parameters"),
 )
-def dtypes_differ(context: Context) -> Iterator[Found]:
-    """Prefill and decode use different dtypes.
-
-    KV blocks are handed over as bytes: in another dtype they are other numbers.
-    """
-    if (pair := context.pair()) is None:
-        return
-    prefill, decode = pair
-    if prefill.dtype and decode.dtype and prefill.dtype != decode.dtype:
-        message = f"prefill computes in {prefill.dtype}, decode in {decode.dtype}"
-        yield Found(differing_place(prefill, decode, "dtype"), message)
+_Pair = tuple[RoleEngines, RoleEngines]
 
 
-@rule(
-    "PD304",
-    "error",
-    fix="Set block_size once, at the top level.",
-    source=KV_LAYOUT,
-)
-def block_sizes_differ(context: Context) -> Iterator[Found]:
-    """Prefill and decode use different block sizes.
-
-    Blocks are handed over whole, and their hashes chain over block_size tokens each.
-    """
-    if (pair := context.pair()) is None:
-        return
-    sizes = [engine.settings.block_size for engine in pair]
-    if sizes[0] != sizes[1]:
-        message = f"prefill has blocks of {sizes[0]} tokens, decode of {sizes[1]}"
-        yield Found(differing_place(*pair, "block_size"), message)
+def _shapes(sides: _Pair) -> tuple[ModelShape, ModelShape] | None:
+    prefill, decode = (side.shape for side in sides)
+    return (prefill, decode) if prefill is not None and decode is not None else None
 
 
-@rule(
-    "PD307",
-    "warning",
-    fix="Choose sizes of which one divides the other.",
-    source=(
-        "NIXL 1.5.1 between two H200s: 64 KiB pieces move at 10.4 GB/s where 8 MiB pieces move at "
-        "296 GB/s (measured)."
-    ),
-)
-def tp_sizes_cross(context: Context) -> Iterator[Found]:
-    """The tensor-parallel sizes of prefill and decode do not divide each other.
-
-    Every decode rank then reads pieces of several prefill ranks, with a transfer and a lease for
-    each: more and smaller reads.
-    """
-    if (pair := context.pair()) is None:
-        return
-    prefill, decode = pair[0].tp_size, pair[1].tp_size
-    if prefill % decode and decode % prefill:
-        message = (
-            f"prefill has {prefill} ranks an engine, decode {decode}: each decode rank reads from "
-            "several prefill ranks"
-        )
-        yield Found(differing_place(*pair, "tensor_parallel_size"), message)
+def _different_shapes(sides: _Pair) -> str:
+    if (shapes := _shapes(sides)) is None:
+        return ""
+    values = ((name, *(getattr(shape, name) for shape in shapes)) for name in _SHAPE)
+    differing = [f"{name} ({left}, {right})" for name, left, right in values if left != right]
+    prefill, decode = (shape.layer_windows for shape in shapes)
+    if not differing and prefill != decode:
+        windows = [", ".join(sorted({str(size) for size in side})) for side in (prefill, decode)]
+        differing = [f"layer windows ({'; '.join(windows)}), or give them to other layers"]
+    return f"prefill and decode differ in {', '.join(differing)}" if differing else ""
 
 
-@rule(
-    "PD308",
-    "warning",
-    fix="Give decode at least as many ranks an engine as prefill.",
-    source="Direction of tensor parallelism in P/D set-ups of vLLM and Dynamo.",
-    on_vllm=True,
-)
-def tp_direction(context: Context) -> Iterator[Found]:
-    """Prefill has more ranks an engine than decode.
-
-    Every decode rank pulls from several prefill ranks, and decode, which is bound by memory
-    bandwidth, is the narrow side.
-    """
-    if (pair := context.pair()) is None:
-        return
-    prefill, decode = pair[0].tp_size, pair[1].tp_size
-    # PD307 speaks of sizes that do not divide each other.
-    if prefill > decode and prefill % decode == 0:
-        message = f"prefill has {prefill} ranks an engine, decode {decode}"
-        yield Found(pair[0].where("tensor_parallel_size"), message)
+def _same_folder(left: str | None, right: str | None) -> bool:
+    return not left or not right or Path(left).resolve() == Path(right).resolve()
 
 
-@rule(
-    "PD309",
-    "error",
-    fix="Set max_model_len once, at the top level.",
-    source="The life of a request.",
-    needs=("model",),
-    on_vllm=True,
-)
-def lengths_differ(context: Context) -> Iterator[Found]:
-    """Prefill accepts longer requests than decode.
-
-    Prefill computes a prompt that decode then refuses: the work is lost and the client gets an
-    error late.
-    """
-    if (pair := context.pair()) is None:
-        return
-    prefill, decode = pair
-    if (
-        prefill.max_model_len
-        and decode.max_model_len
-        and prefill.max_model_len > decode.max_model_len
-    ):
-        message = f"prefill takes {prefill.max_model_len} tokens, decode {decode.max_model_len}"
-        yield Found(differing_place(prefill, decode, "max_model_len"), message)
+def _beside_both(context: Context) -> Iterator[_Pair]:
+    """Go over the engines of the pair, each with those of both roles."""
+    if both := context.engines.get("both"):
+        yield from ((other, both) for other in peers(context))
 
 
-@rule(
-    "PD310",
-    "error",
-    fix="Set load_format once, at the top level.",
-    source="load_format.",
-    on_vllm=True,
-)
-def load_formats_differ(context: Context) -> Iterator[Found]:
-    """Only one side of the pair has real weights.
-
-    KV blocks of random weights mean nothing to the model, and the other way round.
-    """
-    if (pair := context.pair()) is None:
-        return
-    formats = [engine.settings.load_format for engine in pair]
+def _both_differ(sides: _Pair) -> Found | None:
+    other, both = sides
+    formats = [each.settings.load_format for each in sides]
     if formats[0] != formats[1]:
-        message = f"load_format of prefill is {formats[0]}, of decode {formats[1]}"
-        yield Found(differing_place(*pair, "load_format"), message)
+        message = f"load_format of {other.role} is {formats[0]}, of both {formats[1]}"
+        return Found(message, "load_format")
+    if other.shape != both.shape:
+        return Found(f"{other.role} and both serve models of different shapes")
+    is_same = _same_folder(other.model.path, both.model.path)
+    return (
+        None
+        if is_same
+        else Found(f"{other.role} serves {other.model.path}, both {both.model.path}")
+    )
 
 
-@rule(
-    "PD311",
-    "warning",
-    fix="Set device once, at the top level.",
-    source="float32 on a CPU and on a GPU add in another order.",
-    needs=("gpus",),
-    on_vllm=True,
-)
-def devices_differ(context: Context) -> Iterator[Found]:
-    """Prefill and decode run on different kinds of device.
-
-    KV blocks cross between GPU memory and host memory, and both sides round differently: greedy
-    answers can differ from those of one engine alone.
-    """
-    # With the connector nixl it is an error: PD314.
-    if (
-        (pair := context.pair()) is not None
-        and pair[0].device != pair[1].device
-        and not context.uses("nixl")
-    ):
-        message = f"prefill runs on {pair[0].device}, decode on {pair[1].device}"
-        yield Found(differing_place(*pair, "device"), message)
+def _one_sided_cumem(sides: _Pair) -> Found | None:
+    has_cumem = [side for side in sides if side.cumem_allocator]
+    if any(side.device != "cuda" for side in sides) or len(has_cumem) != 1:
+        return None
+    message = f"only {has_cumem[0].role} uses the CuMem allocator"
+    return Found(message, cumem_setting(has_cumem[0]))
 
 
-@rule(
-    "PD313",
-    "error",
-    fix=(
-        "Set enable_cumem_allocator and enable_sleep_mode once, at the top level, or let "
-        "kv_transfer.nixl.path be auto."
+# fmt: off
+RULES = (
+    error(
+        "PD301", "Prefill and decode serve models of different shapes.",
+        "The numbers in KV blocks have a meaning to one model only, and each head's share of a "
+        "block is one region. A block holds the layers of one group: with other windows it has no "
+        "counterpart.",
+        over=pair, when=_different_shapes, at="model",
+        fix="Set model once, at the top level.", source=KV_LAYOUT, needs=("model",), on_vllm=True,
     ),
-    source=(
-        "Measured on two H200s: READ from CuMem memory 0.6 GB/s, from cudaMalloc memory 392 GB/s."
+    warning(
+        "PD302", "Prefill and decode load their model from different folders.",
+        "The shapes are equal, but another revision has other weights: the handshake compares the "
+        "weights and refuses the pair, after both engines have loaded them.",
+        over=pair,
+        when=lambda it: it[0].shape == it[1].shape
+        and not _same_folder(it[0].model.path, it[1].model.path), at="model",
+        message="prefill serves {0.model.path}, decode {1.model.path}",
+        fix="Set model once, at the top level.", source=KV_LAYOUT, needs=("model",),
     ),
-    needs=("gpus", "fabric"),
+    error(
+        "PD303", "Prefill and decode use different dtypes.",
+        "KV blocks are handed over as bytes: in another dtype they are other numbers.",
+        over=pair,
+        when=lambda it: it[0].dtype and it[1].dtype and it[0].dtype != it[1].dtype and Found(),
+        at="dtype", message="prefill computes in {0.dtype}, decode in {1.dtype}",
+        fix="Set dtype once, at the top level.", source=KV_LAYOUT, on_vllm=True,
+    ),
+    error(
+        "PD304", "Prefill and decode use different block sizes.",
+        "Blocks are handed over whole, and their hashes chain over block_size tokens each.",
+        over=pair, when=lambda it: it[0].settings.block_size != it[1].settings.block_size,
+        at="block_size",
+        message="prefill has blocks of {0.settings.block_size} tokens, decode of "
+        "{1.settings.block_size}",
+        fix="Set block_size once, at the top level.", source=KV_LAYOUT,
+    ),
+    warning(
+        "PD307", "The tensor-parallel sizes of prefill and decode do not divide each other.",
+        "Every decode rank then reads pieces of several prefill ranks, with a transfer and a "
+        "lease for each: more and smaller reads.",
+        over=pair,
+        when=lambda it: it[0].tp_size % it[1].tp_size and it[1].tp_size % it[0].tp_size and Found(),
+        at="tensor_parallel_size",
+        message="prefill has {0.tp_size} ranks an engine, decode {1.tp_size}: each decode rank "
+        "reads from several prefill ranks",
+        fix="Choose sizes of which one divides the other.",
+        source="NIXL 1.5.1 between two H200s: 64 KiB pieces move at 10.4 GB/s where 8 MiB pieces "
+        "move at 296 GB/s (measured).",
+    ),
+    warning(
+        "PD308", "Prefill has more ranks an engine than decode.",
+        "Every decode rank pulls from several prefill ranks, and decode, which is bound by memory "
+        "bandwidth, is the narrow side.",
+        over=pair,
+        # PD307 speaks of sizes that do not divide each other.
+        when=lambda it: it[0].tp_size > it[1].tp_size and it[0].tp_size % it[1].tp_size == 0
+        and Found(at=it[0].where("tensor_parallel_size")),
+        message="prefill has {0.tp_size} ranks an engine, decode {1.tp_size}",
+        fix="Give decode at least as many ranks an engine as prefill.",
+        source="Direction of tensor parallelism in P/D set-ups of vLLM and Dynamo.", on_vllm=True,
+    ),
+    error(
+        "PD309", "Prefill accepts longer requests than decode.",
+        "Prefill computes a prompt that decode then refuses: the work is lost and the client gets "
+        "an error late.",
+        over=pair,
+        when=lambda it: (longest := it[1].max_model_len) and (it[0].max_model_len or 0) > longest,
+        at="max_model_len",
+        message="prefill takes {0.max_model_len} tokens, decode {1.max_model_len}",
+        fix="Set max_model_len once, at the top level.", source="The life of a request.",
+        needs=("model",), on_vllm=True,
+    ),
+    error(
+        "PD310", "Only one side of the pair has real weights.",
+        "KV blocks of random weights mean nothing to the model, and the other way round.",
+        over=pair, when=lambda it: it[0].settings.load_format != it[1].settings.load_format,
+        at="load_format",
+        message="load_format of prefill is {0.settings.load_format}, of decode "
+        "{1.settings.load_format}",
+        fix="Set load_format once, at the top level.", source="load_format.", on_vllm=True,
+    ),
+    error(
+        "PD313",
+        "Only one side of the pair allocates its KV cache from CuMem pools, which the path cannot "
+        "map.",
+        "Without fabric handles NIXL's path and Mooncake move such memory through the host, and a "
+        "pair is as slow as its slower side. Mapped memory (paths auto and p2p) and files do not "
+        "care.",
+        over=lambda context: pair(context) if context.moves_cumem_slowly else (),
+        when=_one_sided_cumem,
+        fix="Set enable_cumem_allocator and enable_sleep_mode once, at the top level, or let "
+        "kv_transfer.nixl.path be auto.",
+        source="Measured on two H200s: READ from CuMem memory 0.6 GB/s, from cudaMalloc memory "
+        "392 GB/s.", needs=("gpus", "fabric"),
+    ),
+    error(
+        "PD314", "The connector nixl is to join a GPU and a CPU.",
+        "A rank reads the memory of a peer on the same kind of device alone, by every path: no "
+        "pair would shake hands, and the launch would never be ready.",
+        over=lambda context: pair(context) if context.uses("nixl") else (),
+        when=lambda it: it[0].device != it[1].device, at="device",
+        message="prefill runs on {0.device} and decode on {1.device}, which the connector nixl "
+        "does not join",
+        fix="Set device once, at the top level, or set kv_transfer.connector to file.",
+        source="The connector nixl: both of its paths join memory of one kind.", needs=("gpus",),
+    ),
+    error(
+        "PD316", "Engines of both roles serve another model than the pair beside them.",
+        "The router takes one for the other: an answer would come from either model, and one that "
+        "goes on elsewhere from two.",
+        over=_beside_both, when=_both_differ, at="model",
+        fix="Set model and load_format once, at the top level.",
+        source="The router: requests go to either, and a stream whose engine dies to the other.",
+        needs=("model",), on_vllm=True,
+    ),
 )
-def allocators_differ(context: Context) -> Iterator[Found]:
-    """Only one side of the pair allocates its KV cache from CuMem pools, which the path cannot map.
-
-    Without fabric handles NIXL's path and Mooncake move such memory through the host. A pair is as
-    slow as its slower side, and the handshake of the faster one gives no hint of it. Mapped memory
-    (paths auto and p2p) and files do not care. Expandable segments of one side alone: PD204.
-    """
-    pair = context.pair()
-    if (
-        pair is None
-        or not context.moves_cumem_slowly
-        or any(engine.device != "cuda" for engine in pair)
-    ):
-        return
-    wanted = [bool(engine.cumem_allocator) for engine in pair]
-    if wanted[0] != wanted[1]:
-        with_cumem = pair[0] if wanted[0] else pair[1]
-        yield Found(
-            differing_place(*pair, cumem_setting(with_cumem)),
-            f"only {with_cumem.role} uses the CuMem allocator",
-        )
-
-
-@rule(
-    "PD314",
-    "error",
-    fix="Set device once, at the top level, or set kv_transfer.connector to file.",
-    source="The connector nixl: both of its paths join memory of one kind.",
-    needs=("gpus",),
-)
-def nixl_across_devices(context: Context) -> Iterator[Found]:
-    """The connector nixl is to join a GPU and a CPU.
-
-    A rank reads the memory of a peer on the same kind of device alone, by every path: no pair would
-    shake hands, and the launch would never be ready.
-    """
-    pair = context.pair()
-    if pair is None or not context.uses("nixl"):
-        return
-    prefill, decode = pair
-    if prefill.device != decode.device:
-        message = (
-            f"prefill runs on {prefill.device} and decode on {decode.device}, which the connector "
-            "nixl does not join"
-        )
-        yield Found(differing_place(*pair, "device"), message)
-
-
-def differing_place(prefill: RoleEngines, decode: RoleEngines, name: str) -> str:
-    """Return the role's own setting that makes the difference."""
-    return decode.where(name) if name in decode.overrides else prefill.where(name)
+# fmt: on

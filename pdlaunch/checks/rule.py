@@ -1,46 +1,50 @@
-"""Defines a rule: a function over a ``Context`` that yields what it finds.
+"""Defines a rule: a row that says what is wrong, where, why it matters, and what to do.
 
 ::
 
-    @rule("PD109", "warning", fix="...", source="...")
-    def too_many_threads(context: Context) -> Iterator[Found]:
-        '''One sentence that states what is wrong.
+    warning(
+        "PD110", "The token budget of a step is smaller than the largest batch.",
+        "Requests beyond the budget wait, whatever max_num_seqs says.",
+        over=engines, when=lambda each: each.max_num_batched_tokens < each.settings.max_num_seqs,
+        at="max_num_batched_tokens", message="it is less than {0.settings.max_num_seqs}",
+        fix="Raise max_num_batched_tokens, or lower max_num_seqs.", source="Continuous batching.",
+    )
 
-        Why it matters.
-        '''
-        if context...:
-            yield Found("num_threads", "...")
-
-The decorated name is the ``Rule``; ``registry.all_rules`` finds it in its family's file.
+``when`` sees one item of ``over`` at a time, or the whole context. It returns True for the row's
+``message``, in which ``{0}`` is the item (``{0}`` and ``{1}``: the two of a pair); a message of its
+own; or one or several ``Found``. ``at`` is a setting (the role's own where that gives it), a
+variable (``$UCX_TLS``), or any other name.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from functools import partial
+from typing import Any, Literal, Protocol, TypeVar, cast, get_args, overload
 
 from pdlaunch.checks.context import Context, Need
 from pdlaunch.machine.facts import Fact
+from pdlaunch.planning.role_engines import RoleEngines
 
 Severity = Literal["error", "warning", "info"]
+SEVERITIES: tuple[Severity, ...] = get_args(Severity)
 
 _FACTS: frozenset[str] = frozenset(get_args(Fact))
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Says one thing that a rule has found."""
+    """Says one thing that a rule has found; what is empty is as in the rule's row."""
 
-    where: str
-    """Dotted path of the setting to change, or the name of what is at fault (a variable, a folder,
-    a package).
-    """
-    message: str
-    """Says what is wrong here, with the values."""
-    fix: str | None = None
-    """Says what to do here; None takes the rule's own text."""
+    message: str = ""
+    at: str = ""
+    fix: str | None = ""
+
+
+Outcome = Found | Iterable[Found | str] | str | int | None
+"""What ``when`` returns: nothing (whatever is false), True, a message, or what it has found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,9 @@ class Finding:
     rule: str
     severity: Severity
     where: str
+    """Dotted path of the setting to change, or the name of what is at fault (a variable, a folder,
+    a package).
+    """
     message: str
     fix: str
     origin: str = ""
@@ -71,11 +78,14 @@ class Rule:
     fix: str
     source: str
     """The source of the knowledge."""
-    needs: tuple[Need, ...]
+    when: Callable[[Any], Outcome]
+    over: Callable[[Context], Iterable[Any]] = lambda context: (context,)
+    at: str = ""
+    message: str = ""
+    needs: tuple[Need, ...] = ()
     """Facts without which the rule cannot say anything; it is then listed as not checked."""
-    on_vllm: bool
+    on_vllm: bool = False
     """It holds for engines of vLLM, too. Those of the family PD6 are about such engines alone."""
-    check: Callable[[Context], Iterable[Found]]
 
     @property
     def is_of_machine(self) -> bool:
@@ -84,30 +94,84 @@ class Rule:
         """
         return not _FACTS.isdisjoint(self.needs)
 
+    def missing(self, context: Context) -> tuple[Need, ...]:
+        """Return the facts without which the rule can say nothing here; empty: it can."""
+        return tuple(need for need in self.needs if need in context.missing)
 
-def rule(
-    code: str,
-    severity: Severity,
-    *,
-    fix: str,
-    source: str,
-    needs: tuple[Need, ...] = (),
-    on_vllm: bool = False,
-) -> Callable[[Callable[[Context], Iterable[Found]]], Rule]:
-    """Make a rule of a function; its docstring says what is wrong, and why it matters."""
+    def apply(self, context: Context) -> list[Finding]:
+        """Return what the rule finds; equal findings of both roles are one."""
+        if self.missing(context):
+            return []
+        # A setting of the top level is found once for each role: dict keys keep the first.
+        return list(dict.fromkeys(self._find(context)))
 
-    def make(check: Callable[[Context], Iterable[Found]]) -> Rule:
-        title, _, why = inspect.cleandoc(check.__doc__ or "").partition("\n\n")
-        return Rule(
-            code,
-            severity,
-            " ".join(title.split()),
-            " ".join(why.split()),
-            fix,
-            source,
-            needs,
-            on_vllm,
-            check,
-        )
+    def _find(self, context: Context) -> Iterator[Finding]:
+        for item in self.over(context):
+            for each in _found(self.when(item)):
+                where = _place(context, item, each.at or self.at)
+                items = item if isinstance(item, tuple) else (item,)
+                yield Finding(
+                    self.code,
+                    self.severity,
+                    where,
+                    each.message or self.message.format(*items),
+                    each.fix or self.fix,
+                    context.origins[where].detail if context.given(where) else "",
+                )
 
-    return make
+
+def _found(outcome: Outcome) -> Iterable[Found]:
+    match outcome:
+        case None | int() | str():
+            text = outcome if isinstance(outcome, str) else ""
+            return (Found(text),) if outcome else ()
+        case Found():
+            return (outcome,)
+        case _:
+            return (Found(each) if isinstance(each, str) else each for each in outcome)
+
+
+def _place(context: Context, item: object, at: str) -> str:
+    match item:
+        case RoleEngines():
+            is_variable = at.startswith("$")
+            return context.where_variable(item, at[1:]) if is_variable else item.where(at)
+        case (RoleEngines() as prefill, RoleEngines() as decode):
+            return differing_place(prefill, decode, at)
+        case (RoleEngines() as engines, _):
+            return _place(context, engines, at)
+        case _:
+            return at
+
+
+def differing_place(prefill: RoleEngines, decode: RoleEngines, name: str) -> str:
+    """Return the role's own setting that makes the difference."""
+    return decode.where(name) if name in decode.overrides else prefill.where(name)
+
+
+class _RuleOf(Protocol):
+    @overload
+    def __call__(
+        self,
+        code: str,
+        title: str,
+        why: str,
+        *,
+        over: Callable[[Context], Iterable[_Item]],
+        when: Callable[[_Item], Outcome],
+        **row: Any,
+    ) -> Rule: ...
+
+    @overload
+    def __call__(
+        self, code: str, title: str, why: str, *, when: Callable[[Context], Outcome], **row: Any
+    ) -> Rule: ...
+
+
+def _rule(severity: Severity, code: str, title: str, why: str, **row: Any) -> Rule:
+    return Rule(code, severity, title, why, **row)
+
+
+error: _RuleOf = cast("_RuleOf", partial(_rule, "error"))
+warning: _RuleOf = cast("_RuleOf", partial(_rule, "warning"))
+info: _RuleOf = cast("_RuleOf", partial(_rule, "info"))

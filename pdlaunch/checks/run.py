@@ -1,18 +1,57 @@
-"""Runs the rules over a resolved launch; ``check-config`` shows what they find."""
+"""Collects the rules, and runs them over a resolved launch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import get_args
 
-from pdlaunch.checks.context import Context, Need, Probes, make_context
-from pdlaunch.checks.rule import Finding, Rule, Severity
+from pdlaunch.checks import (
+    engine_rules,
+    machine_rules,
+    memory_rules,
+    pair_rules,
+    running_rules,
+    settings_rules,
+    transfer_rules,
+)
+from pdlaunch.checks.context import Need, make_context
+from pdlaunch.checks.probed import Probes
+from pdlaunch.checks.rule import SEVERITIES, Finding, Rule
 from pdlaunch.config.sources import Origin
 from pdlaunch.planning.effective import effective_values
 from pdlaunch.planning.resolve import ResolvedLaunch
 
-SEVERITIES: tuple[Severity, ...] = get_args(Severity)
+# A rule takes a number of its family that no rule has had: reports name rules by it, in CI and
+# elsewhere.
+FAMILIES = {
+    "PD1": "Configuration",
+    "PD2": "Memory",
+    "PD3": "Prefill and decode pairs",
+    "PD4": "Environment",
+    "PD5": "Transport",
+    "PD6": "Other engines",
+}
+_RULES = (
+    *settings_rules.RULES,
+    *memory_rules.RULES,
+    *pair_rules.RULES,
+    *machine_rules.RULES,
+    *transfer_rules.RULES,
+    *engine_rules.RULES,
+    *running_rules.RULES,
+)
+
+
+def all_rules() -> dict[str, Rule]:
+    """Return every rule, in the order of the codes."""
+    by_code = {rule.code: rule for rule in sorted(_RULES, key=lambda rule: rule.code)}
+    assert len(by_code) == len(_RULES), "two rules share a code"
+    return by_code
+
+
+def family(rule: Rule) -> str:
+    """Return the name of the rule's family."""
+    return FAMILIES[rule.code[:3]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +84,8 @@ class Report:
 
     def is_ok(self, *, strict: bool = False) -> bool:
         """Return True without errors; with ``strict`` only without warnings too."""
-        return not any(
-            finding.severity == "error" or (strict and finding.severity == "warning")
-            for finding in self.findings
-        )
+        failing = ("error", "warning") if strict else ("error",)
+        return not any(finding.severity in failing for finding in self.findings)
 
 
 def run_checks(
@@ -64,28 +101,26 @@ def run_checks(
     Rules that need what was not probed are listed as not checked. ``serve`` calls with
     ``family="PD5"`` and the measured pairs after the handshake.
     """
-    whole = make_context(launch, origins, probes)
+    whole = {"": make_context(launch, origins, probes)}
     hosts = {
         host.name: make_context(launch.on_host(host), origins, probes)
         for host in (launch.engine_hosts if launch.spans_hosts else ())
     }
-    applied = [rule for rule in rules if rule.code.startswith(family)]
+    applied = tuple(rule for rule in rules if rule.code.startswith(family))
     findings: list[Finding] = []
     not_checked: list[NotChecked] = []
     for rule in applied:
-        contexts = hosts if rule.is_of_machine and hosts else {"": whole}
-        findings += _of_hosts({name: apply_rule(rule, one) for name, one in contexts.items()})
-        gaps = {
-            name: missing for name, one in contexts.items() if (missing := missing_facts(rule, one))
-        }
-        for name, missing in list(gaps.items())[:1]:
-            reason = contexts[name].missing[missing[0]]
-            on = f"{', '.join(gaps)}: " if name else ""
-            not_checked.append(NotChecked(rule.code, rule.title, missing, f"{on}{reason}"))
+        contexts = (hosts if rule.is_of_machine else whole) or whole
+        findings += _of_hosts({name: rule.apply(one) for name, one in contexts.items()})
+        gaps = [name for name, one in contexts.items() if rule.missing(one)]
+        if gaps:
+            first = contexts[gaps[0]]
+            missing = rule.missing(first)
+            on = f"{', '.join(gaps)}: " if gaps[0] else ""
+            reason = f"{on}{first.missing[missing[0]]}"
+            not_checked.append(NotChecked(rule.code, rule.title, missing, reason))
     findings.sort(key=lambda finding: (SEVERITIES.index(finding.severity), finding.rule))
-    return Report(
-        tuple(findings), tuple(not_checked), tuple(applied), effective_values(launch, origins)
-    )
+    return Report(tuple(findings), tuple(not_checked), applied, effective_values(launch, origins))
 
 
 def _of_hosts(found: Mapping[str, Sequence[Finding]]) -> Iterator[Finding]:
@@ -97,30 +132,3 @@ def _of_hosts(found: Mapping[str, Sequence[Finding]]) -> Iterator[Finding]:
     for finding, names in hosts.items():
         on = ", ".join(filter(None, names))
         yield replace(finding, message=f"on {on}: {finding.message}") if on else finding
-
-
-def apply_rule(rule: Rule, context: Context) -> list[Finding]:
-    """Return what one rule finds; equal findings of both roles are one.
-
-    Empty where the rule lacks a fact.
-    """
-    if missing_facts(rule, context):
-        return []
-    # A setting of the top level is found once for each role: dict keys keep the first.
-    found = dict.fromkeys(rule.check(context))
-    return [
-        Finding(
-            rule.code,
-            rule.severity,
-            item.where,
-            item.message,
-            item.fix or rule.fix,
-            context.origins[item.where].detail if context.given(item.where) else "",
-        )
-        for item in found
-    ]
-
-
-def missing_facts(rule: Rule, context: Context) -> tuple[Need, ...]:
-    """Return the facts without which a rule can say nothing here; empty: it can."""
-    return tuple(need for need in rule.needs if need in context.missing)

@@ -12,9 +12,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from pdlaunch.checks.context import Probes
-from pdlaunch.checks.nixl_answers import ask_nixl
-from pdlaunch.checks.probes import probe_engine_flags, probe_files, probe_ports
+from pdlaunch.checks.probed import Probes
+from pdlaunch.checks.probes import ask_nixl, probe_engine_flags, probe_files, probe_ports
 from pdlaunch.checks.run import Report, run_checks
 from pdlaunch.cli import EXIT_FAILED, EXIT_UNUSABLE
 from pdlaunch.cli.assume import AssumeOption, judged_machine

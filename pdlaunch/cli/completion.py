@@ -40,7 +40,7 @@ def complete_target(incomplete: str) -> list[str]:
 
 def complete_rule(incomplete: str) -> list[tuple[str, str]]:
     """Return the codes of rules with their titles."""
-    from pdlaunch.checks.registry import all_rules
+    from pdlaunch.checks.run import all_rules
 
     titles = {code: rule.title for code, rule in all_rules().items()}
     if incomplete[:1].islower():

@@ -11,10 +11,8 @@ from urllib.parse import urlsplit
 
 import typer
 
-from pdlaunch.checks.context import Probes
-from pdlaunch.checks.deployment import SeenDeployment, SeenEngine, SeenPair
-from pdlaunch.checks.registry import all_rules
-from pdlaunch.checks.run import Report, run_checks
+from pdlaunch.checks.probed import Probes, SeenDeployment, SeenEngine, SeenPair
+from pdlaunch.checks.run import Report, all_rules, run_checks
 from pdlaunch.cli.check_config import Format, print_report, refuse_input
 from pdlaunch.cli.doctor_links import Links, is_here
 from pdlaunch.config.external import UNIX, read_engine_url

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pdlaunch.checks.registry import all_rules, family
 from pdlaunch.checks.rule import Rule
+from pdlaunch.checks.run import all_rules, family
 from pdlaunch.cli import EXIT_UNUSABLE
 from pdlaunch.cli.completion import complete_rule
 from pdlaunch.cli.output import safe

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.text import Text
 
 from pdlaunch.checks.context import WITHOUT_PROBE
-from pdlaunch.checks.rule import Finding
-from pdlaunch.checks.run import SEVERITIES, Report
+from pdlaunch.checks.rule import SEVERITIES, Finding
+from pdlaunch.checks.run import Report
 from pdlaunch.cli.output import safe
 from pdlaunch.config.problems import Problem
 from pdlaunch.machine.machine_file import AssumedMachine

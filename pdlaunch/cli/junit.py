@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from xml.etree import ElementTree
 
-from pdlaunch.checks.registry import family
 from pdlaunch.checks.rule import Finding
-from pdlaunch.checks.run import Report
+from pdlaunch.checks.run import Report, family
 from pdlaunch.cli.findings import place
 from pdlaunch.cli.output import safe
 from pdlaunch.config.problems import Problem

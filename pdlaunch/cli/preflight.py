@@ -15,9 +15,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from pdlaunch.checks.context import PairTransport, Probes
-from pdlaunch.checks.nixl_answers import ask_nixl, sets_ucx
-from pdlaunch.checks.probes import probe_files
+from pdlaunch.checks.probed import PairTransport, Probes
+from pdlaunch.checks.probes import ask_nixl, probe_files, sets_ucx
 from pdlaunch.checks.rule import Finding
 from pdlaunch.checks.run import run_checks
 from pdlaunch.cli import EXIT_FAILED

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from pdlaunch import __version__
-from pdlaunch.checks.context import Probes
+from pdlaunch.checks.probed import Probes
 from pdlaunch.checks.run import run_checks
 from pdlaunch.cli import EXIT_FAILED
 from pdlaunch.cli.assume import AssumeOption, judged_machine

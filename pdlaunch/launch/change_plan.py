@@ -13,7 +13,7 @@ from functools import cached_property
 
 import msgspec
 
-from pdlaunch.checks.context import Probes
+from pdlaunch.checks.probed import Probes
 from pdlaunch.checks.rule import Finding
 from pdlaunch.checks.run import run_checks
 from pdlaunch.config.models import MAX_PORT

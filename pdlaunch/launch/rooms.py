@@ -14,7 +14,7 @@ from typing import Protocol
 
 import msgspec
 
-from pdlaunch.checks.context import Probes
+from pdlaunch.checks.probed import Probes
 from pdlaunch.checks.run import run_checks
 from pdlaunch.launch.change_plan import ChangePlanner, EngineChange, PresentEngine
 from pdlaunch.launch.engines.kind import EngineKind

@@ -13,7 +13,7 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import PAIR, Role
 from pdlaunch.config.sizes import parse_size
 from pdlaunch.config.ucx import local_transports
-from pdlaunch.machine.allocator_conf import read_allocator_conf
+from pdlaunch.machine.allocator_conf import expandable_segments_variable
 from pdlaunch.machine.facts import Machine
 from pdlaunch.machine.visible_gpus import VISIBLE_DEVICES, VisibleGpus, visible_gpus
 from pdlaunch.planning.footprint import make_footprint
@@ -222,4 +222,4 @@ def _allocator(device: DeviceKind, cumem: bool | None, environ: Mapping[str, str
         return "host"
     if cumem:
         return "cumem"
-    return "expandable_segments" if read_allocator_conf(environ).expandable_segments else "cuda"
+    return "expandable_segments" if expandable_segments_variable(environ) else "cuda"

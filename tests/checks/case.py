@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-from pdlaunch.checks.context import Context, PairTransport
-from pdlaunch.checks.nixl_answers import NixlAnswer
+from pdlaunch.checks.context import Context
+from pdlaunch.checks.probed import NixlAnswer, PairTransport
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from tests.checks.contexts import CPU, GPU, SHAPE, SMALL_SHAPE, on
 

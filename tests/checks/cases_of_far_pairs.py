@@ -54,17 +54,6 @@ CASES = {
         [far(**TRUSTED), far_vllm(**TRUSTED)],
         [far(), hosts(A, B, **TRUSTED), far_vllm(), near_vllm(**TRUSTED)],
     ),
-    "PD434": Case(
-        [
-            far(RDMA, RDMA, env__UCX_TLS="tcp,sm", **TRUSTED),
-            far_vllm(RDMA, RDMA, env__UCX_TLS="tcp,sm", **TRUSTED),
-        ],
-        [
-            far(RDMA, RDMA, **TRUSTED),
-            far(env__UCX_TLS="tcp,sm", **TRUSTED),
-            hosts(A, B, machines=(RDMA, RDMA), env__UCX_TLS="tcp,sm"),
-        ],
-    ),
     "PD439": Case(
         [
             far(env__UCX_TLS="sm", **TRUSTED),
@@ -78,9 +67,5 @@ CASES = {
             far_vllm(**TRUSTED),
             near_vllm(env__UCX_TLS="sm"),
         ],
-    ),
-    "PD639": Case(
-        [far(engine="vllm", **TRUSTED)],
-        [far(**TRUSTED), far_vllm(**TRUSTED), hosts(A, B, engine="vllm")],
     ),
 }

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from pdlaunch.machine.facts import Availability, Limits
+from pdlaunch.machine.facts import Availability
 from tests.checks.case import EXPANDABLE, SLIDING, TIER, Case, machine, one_gpu
-from tests.checks.contexts import CPU, GB200, GIB, GPU, SMALL_SHAPE, on
+from tests.checks.contexts import CPU, GB200, GIB, GPU, on
 
 FILES = {"kv_transfer__connector": "file", "kv_transfer__file__directory": "/kv"}
 
@@ -71,30 +71,6 @@ CASES: dict[str, Case] = {
             ),
         ],
     ),
-    "PD205": Case(
-        [
-            on(GPU, environ={"PYTORCH_ALLOC_CONF": "expandable_segments:true"}),
-            on(GPU, environ={"PYTORCH_ALLOC_CONF": "max_split_size:128"}),
-            on(GPU, environ={}, decode__env={"PYTORCH_CUDA_ALLOC_CONF": "foo:1"}),
-            on(GPU, environ={"PYTORCH_ALLOC_CONF": "foo:1"}, kv_transfer__nixl__path="p2p"),
-            # A build of torch for CUDA cannot be imported.
-            on(GPU, device="cpu", environ={"PYTORCH_ALLOC_CONF": "expandable_segments=True"}),
-        ],
-        [
-            on(GPU, environ={"PYTORCH_ALLOC_CONF": "expandable_segments: Tr ue"}),
-            on(GPU, environ={"PYTORCH_ALLOC_CONF": "foo:1"}, device="cpu"),
-            on(GPU, environ={"PYTORCH_ALLOC_CONF": "foo:1", "PYTORCH_CUDA_ALLOC_CONF": ""}),
-            on(CPU, environ={"PYTORCH_ALLOC_CONF": "expandable_segments=True"}),
-        ],
-    ),
-    "PD206": Case(
-        [on(GPU, environ=EXPANDABLE | {"PYTORCH_ALLOC_CONF": "max_split_size_mb:100"})],
-        [
-            on(CPU, environ=EXPANDABLE | {"PYTORCH_ALLOC_CONF": "max_split_size_mb:100"}),
-            on(GPU, environ=EXPANDABLE),
-            on(GPU, environ=EXPANDABLE | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
-        ],
-    ),
     "PD207": Case(
         [
             on(machine(GPU, gpus=tuple(replace(gpu, memory_bytes=16 * GIB) for gpu in GPU.gpus))),
@@ -156,14 +132,6 @@ CASES: dict[str, Case] = {
             on(GPU, enable_cumem_allocator=True, **FILES),
         ],
     ),
-    "PD214": Case(
-        [on(CPU, kv_cache_memory="64MiB", max_num_seqs=1000), on(CPU, kv_cache_memory="20MiB")],
-        [
-            on(CPU, kv_cache_memory="64MiB"),
-            on(CPU, kv_cache_memory="1KiB"),
-            on(CPU, kv_cache_memory="1MiB", max_model_len=32, max_num_seqs=2),
-        ],
-    ),
     "PD215": Case(
         [
             on(
@@ -176,22 +144,6 @@ CASES: dict[str, Case] = {
             on(machine(GPU, cumem=Availability(False, "old"))),
             on(GPU, enable_sleep_mode=True),
             on(CPU, enable_cumem_allocator=True),
-        ],
-    ),
-    "PD216": Case(
-        [
-            on(GPU, environ=ASYNC),
-            on(GPU, environ=ASYNC, kv_transfer__nixl__path="p2p"),
-            on(GPU, environ=ASYNC, enable_sleep_mode=True, **FILES),
-            on(GPU, environ={}, decode__env=ASYNC),
-            on(GPU, environ=ASYNC | {"PYTORCH_HIP_ALLOC_CONF": ""}),
-        ],
-        [
-            on(GPU, environ=ASYNC, **FILES),
-            on(GPU, environ=ASYNC, device="cpu"),
-            on(GPU, environ=ASYNC, prefill__replicas=0),
-            on(GPU, environ={"PYTORCH_ALLOC_CONF": "backend:native"}),
-            on(GPU, environ={"PYTORCH_HIP_ALLOC_CONF": "backend:cudaMallocAsync"}),
         ],
     ),
     "PD220": Case(
@@ -211,39 +163,6 @@ CASES: dict[str, Case] = {
             on(CPU, kv_offload__host_memory="28GiB"),
             on(GPU, kv_offload__host_memory="32GiB"),
             on(CPU, kv_cache_memory="40GiB"),
-        ],
-    ),
-    "PD222": Case(
-        [on(machine(GPU, limits=Limits(GIB, 65536)), **TIER)],
-        [
-            on(GPU, **TIER),
-            on(machine(limits=Limits(GIB, 65536)), **TIER),
-            on(machine(GPU, limits=Limits(32 * GIB, 65536)), **TIER),
-        ],
-    ),
-    "PD223": Case(
-        [on(CPU, kv_offload__host_memory="1GiB"), on(GPU, **TIER, kv_cache_memory="40GiB")],
-        [on(CPU, **TIER), on(GPU, **TIER), on(CPU, **TIER, kv_offload__policy="lru")],
-    ),
-    "PD224": Case(
-        [
-            on(CPU, kv_offload__host_memory="64KiB"),
-            on(CPU, **TIER, prefill__kv_offload__host_memory="100KiB"),
-            on(
-                GPU,
-                shapes=(SMALL_SHAPE, SMALL_SHAPE),
-                block_size=1,
-                kv_offload__host_memory="64KiB",
-            ),
-        ],
-        [on(CPU, kv_offload__host_memory="1MiB")],
-    ),
-    "PD225": Case(
-        [on(CPU, kv_offload__policy="lru"), on(CPU, prefill__kv_offload__policy="lru")],
-        [
-            on(CPU, **TIER, kv_offload__policy="lru"),
-            on(CPU, **TIER, kv_offload__policy="lru", decode__kv_offload__host_memory=0),
-            on(CPU),
         ],
     ),
 }

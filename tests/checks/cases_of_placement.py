@@ -43,17 +43,8 @@ CASES = {
             hosts(A | {"roles": "prefill"}, B | {"roles": "prefill"}),
             hosts(A, B, decode__tensor_parallel_size=3, decode__hosts_per_engine=3),
         ],
-        [hosts(A, B, decode__tensor_parallel_size=2)],
+        [hosts(A, B, decode__tensor_parallel_size=2, decode__hosts_per_engine=2)],
     ),
-    "PD453": Case(
-        [hosts(A | {"domain": "x"}, B | {"domain": "y"}, **SPREAD)],
-        [
-            hosts(A | {"domain": "x"}, B, **SPREAD),
-            hosts(A | {"domain": "x"}, B | {"domain": "x"}, **SPREAD),
-            hosts(A | {"domain": "x"}, B | {"domain": "y"}),
-        ],
-    ),
-    "PD454": Case([hosts(A, B)], [hosts(A, B, **SPREAD)]),
     "PD455": Case(
         [hosts(A, B, machines=(WIDE, GPU), prefill__replicas=3, **SPREAD)],
         [
@@ -69,13 +60,6 @@ CASES = {
     ),
     "PD456": Case(
         [
-            hosts(
-                A,
-                B,
-                machines=(GPU, GPU),
-                decode__tensor_parallel_size=2,
-                decode__hosts_per_engine=2,
-            ),
             hosts(A, B, decode__tensor_parallel_size=2, decode__hosts_per_engine=2),
         ],
         [hosts(A, B, decode__tensor_parallel_size=2)],

@@ -35,9 +35,6 @@ CASES: dict[str, Case] = {
         [on(CPU, kv_transfer__lease_s=5.0, kv_transfer__pull_timeout_s=4.0)],
     ),
     "PD108": Case([on(GPU, block_size=24)], [on(CPU, block_size=24), on(GPU, block_size=48)]),
-    "PD109": Case(
-        [on(CPU, block_size=128, max_model_len=100)], [on(CPU, block_size=128, max_model_len=128)]
-    ),
     "PD110": Case([on(CPU, max_num_batched_tokens=63)], [on(CPU, max_num_batched_tokens=64)]),
     "PD111": Case([on(CPU, kv_transfer__verify="off")], [on(CPU, kv_transfer__verify="on")]),
     "PD112": Case(
@@ -52,10 +49,6 @@ CASES: dict[str, Case] = {
             on(CPU, host="::1"),
         ],
     ),
-    "PD113": Case(
-        [on(CPU, limits__request_timeout_s=20.0)],
-        [on(CPU, limits__request_timeout_s=20.5)],
-    ),
     "PD114": Case(
         [
             on(CPU, gpu_memory_utilization=0.9),
@@ -63,10 +56,6 @@ CASES: dict[str, Case] = {
         ],
         [on(GPU, gpu_memory_utilization=0.5)],
     ),
-    "PD115": Case(
-        [on(CPU, num_threads=9)], [on(CPU, num_threads=8), on(machine(cpus=(0,)), num_threads=1)]
-    ),
-    "PD116": Case([on(CPU, startup_timeout_s=20.0)], [on(CPU, startup_timeout_s=20.5)]),
     "PD117": Case([on(CPU, load_format="dummy")], [on(CPU, load_format="auto")]),
     "PD118": Case(
         [on(GPU, decode__tensor_parallel_size=2, shapes=(EXPERTS, EXPERTS))],
@@ -85,23 +74,6 @@ CASES: dict[str, Case] = {
             on(CPU, hang_timeout_s=5),
             on(GPU, max_num_batched_tokens=1_000_000),
         ],
-    ),
-    "PD121": Case(
-        [
-            on(CPU, environ={"VLLM_API_KEY": "secret"}),
-            on(CPU, environ={}, decode__env={"VLLM_CPU_KVCACHE_SPACE": "4"}),
-            on(CPU, environ={"VLLM_CACHE_ROOT": "/cache"}),
-        ],
-        [
-            on(CPU, environ={"VLLM_API_KEY": "secret"}, api_key="secret"),
-            on(CPU, environ={"VLLM_CPU_KVCACHE_SPACE": "4"}, decode__kv_cache_memory="4GiB"),
-            on(CPU, environ={"VLLM_CACHE_ROOT": "/cache", "PDLAUNCH_CACHE": "/cache"}),
-            on(CPU, environ={"VLLM_HOST_IP": "10.0.0.1", "NOT_VLLM_API_KEY": "secret"}),
-        ],
-    ),
-    "PD122": Case(
-        [on(CPU, environ={"VLLM_HOST_IP": "10.0.0.1"}), on(CPU, env={"VLLM_USE_V1": "1"})],
-        [on(CPU, environ={"VLLM_API_KEY": "secret"}), on(CPU, environ={"MY_VLLM_USE_V1": "1"})],
     ),
     "PD123": Case(
         [on(CPU, max_num_seqs=1025), on(CPU, decode__replicas=17, max_num_seqs=64)],
@@ -125,8 +97,13 @@ CASES: dict[str, Case] = {
         [
             on(GPU, shapes=(SHAPE, SMALL_SHAPE)),
             on(CPU, shapes=(SMALL_SHAPE, replace(SMALL_SHAPE, vocab_size=1))),
+            on(CPU, shapes=(SMALL_SHAPE, SLIDING)),
+            on(CPU, shapes=(SMALL_SHAPE, replace(SMALL_SHAPE, num_kv_heads=9))),
         ],
-        [on(CPU, shapes=(SMALL_SHAPE, replace(SMALL_SHAPE, eos_token_ids=(7,))))],
+        [
+            on(CPU, shapes=(SLIDING, SLIDING)),
+            on(CPU, shapes=(SMALL_SHAPE, replace(SMALL_SHAPE, eos_token_ids=(7,)))),
+        ],
     ),
     "PD302": Case(
         [on(CPU, paths=("/models/a", "/models/b"))],
@@ -151,11 +128,6 @@ CASES: dict[str, Case] = {
     "PD304": Case(
         [on(CPU, decode__block_size=32)], [on(CPU, block_size=32, decode__block_size=32)]
     ),
-    "PD305": Case([on(CPU, shapes=(SMALL_SHAPE, SLIDING))], [on(CPU, shapes=(SLIDING, SLIDING))]),
-    "PD306": Case(
-        [on(CPU, shapes=(SMALL_SHAPE, replace(SMALL_SHAPE, num_kv_heads=9)))],
-        [on(CPU, decode__tensor_parallel_size=3)],
-    ),
     "PD307": Case(
         [on(GPU, prefill__tensor_parallel_size=2, decode__tensor_parallel_size=3)],
         [on(GPU, prefill__tensor_parallel_size=2, decode__tensor_parallel_size=4)],
@@ -166,17 +138,6 @@ CASES: dict[str, Case] = {
     ),
     "PD309": Case([on(CPU, decode__max_model_len=4096)], [on(CPU, prefill__max_model_len=4096)]),
     "PD310": Case([on(CPU, decode__load_format="dummy")], [on(CPU, load_format="dummy")]),
-    "PD311": Case(
-        [on(GPU, prefill__device="cpu", **OVER_FILES)],
-        [on(GPU, device="cpu", **OVER_FILES), on(GPU, prefill__device="cpu")],
-    ),
-    "PD315": Case(
-        [
-            on(CPU, shapes=(SMALL_SHAPE, OTHER_END)),
-            on(CPU, shapes=(SMALL_SHAPE, OTHER_END), generation_config="vllm"),
-        ],
-        [on(CPU), on(GPU, shapes=(OTHER_END, OTHER_END))],
-    ),
     "PD314": Case(
         [p2p(GPU, prefill__device="cpu"), on(GPU, decode__device="cpu")],
         [p2p(GPU), p2p(CPU), p2p(GPU, device="cpu"), on(GPU, decode__device="cpu", **OVER_FILES)],

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from pdlaunch.checks.context import Context, PairTransport, Probes, make_context
-from pdlaunch.checks.deployment import SeenDeployment
+from pdlaunch.checks.context import Context, make_context
+from pdlaunch.checks.probed import PairTransport, Probes, SeenDeployment
 from pdlaunch.config.model_files.shape import ModelShape
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.settings import all_settings
@@ -57,6 +57,20 @@ SMALL_SHAPE = replace(
     layer_windows=(None,) * 30,
     num_parameters=134_515_008,
 )
+
+TINY: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+    "max_position_embeddings": 512,
+    "dtype": "float32",
+}
+"""config.json of a model."""
 
 CPU = Machine(
     cpus=tuple(range(16)),

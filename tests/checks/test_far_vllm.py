@@ -15,7 +15,7 @@ from pdlaunch.planning.resolve import ResolvedLaunch, resolve_on
 from tests.checks.cases_of_far_pairs import TRUSTED, far_vllm
 from tests.launch.engines.test_vllm import installed, value_of
 
-V32 = EngineCommand(version="0.32.0", variables=frozenset({"VLLM_LOGGING_LEVEL"}))
+V32 = EngineCommand(version="0.32.0")
 Told = dict[str, EngineCommand] | None
 
 
@@ -47,14 +47,6 @@ def test_versions_of_hosts_are_compared() -> None:
         "PD612 prefill is vLLM 0.32.0, decode vLLM 0.31.1"
     ]
     assert not findings(launch_on({"vllm": V32}, {"vllm": V32}), "PD611", "PD612")
-
-
-def test_variables_are_those_that_the_vllm_of_an_agent_knows() -> None:
-    names = {"env": {"VLLM_LOGING_LEVEL": "x", "VLLM_LOGGING_LEVEL": "x"}}
-    (found,) = findings(launch_on({"vllm": V32}, {"vllm": V32}, **names), "PD637")
-    assert "VLLM_LOGING_LEVEL" in found
-    unknown = EngineCommand(version="0.32.0")
-    assert not findings(launch_on({"vllm": unknown}, {"vllm": unknown}, **names), "PD637")
 
 
 def test_of_hosts_that_have_not_joined_no_executable_is_missed() -> None:

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from pdlaunch.checks.context import Probes
-from pdlaunch.checks.nixl_answers import NixlAnswer, ask_nixl, read_nixl_answer, sets_ucx
+from pdlaunch.checks.probed import NixlAnswer, Probes
+from pdlaunch.checks.probes import ask_nixl, read_nixl_answer, sets_ucx
 from pdlaunch.checks.run import run_checks
 from pdlaunch.launch.engines.plan import kind_of
 from pdlaunch.machine.availability import ProcessOutcome

@@ -3,8 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from pdlaunch.checks.registry import FAMILIES, all_rules, family
-from pdlaunch.checks.run import apply_rule
+from pdlaunch.checks.run import FAMILIES, all_rules, family
 from pdlaunch.config.settings import all_settings, split_path
 from tests.checks.cases import CASES
 from tests.checks.contexts import CPU, GB200, GPU, on
@@ -33,14 +32,14 @@ def test_every_rule_fires_and_stays_quiet(firing_rule):
     assert case.fires
     assert case.quiet
     for context in case.fires:
-        assert [finding.rule for finding in apply_rule(rule, context)]
+        assert [finding.rule for finding in rule.apply(context)]
     for context in case.quiet:
-        assert apply_rule(rule, context) == []
+        assert rule.apply(context) == []
 
 
 @pytest.mark.parametrize("machine", [CPU, GPU, GB200], ids=["cpu", "h200", "gb200"])
 def test_healthy_set_ups_have_no_findings(rule, machine):
-    assert apply_rule(rule, on(machine)) == []
+    assert rule.apply(on(machine)) == []
 
 
 def test_every_rule_is_explained(rule):
@@ -55,7 +54,7 @@ def test_every_rule_is_explained(rule):
 def test_findings_say_what_and_how(firing_rule):
     rule = firing_rule
     for context in CASES[rule.code].fires:
-        for finding in apply_rule(rule, context):
+        for finding in rule.apply(context):
             assert finding.message
             assert finding.fix
             assert (
@@ -70,4 +69,4 @@ def test_rules_say_nothing_without_their_facts(firing_rule):
     rule = firing_rule
     for need in rule.needs:
         for context in CASES[rule.code].fires:
-            assert apply_rule(rule, replace(context, missing={need: "not probed"})) == []
+            assert rule.apply(replace(context, missing={need: "not probed"})) == []

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from pdlaunch.checks import probes
-from pdlaunch.checks.nixl_answers import NixlAnswer
+from pdlaunch.checks.probed import NixlAnswer
 from pdlaunch.cli import check_config as module
 from pdlaunch.machine.facts import PortState
 from tests.config.model_files.files import EMPTY_SAFETENSORS, tiny_gguf
@@ -163,22 +163,6 @@ class TestMemoryOptions:
             "foo:bar",
         ],
     )
-    @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
-    def test_what_torch_refuses_at_start(self, check, file, name, text):
-        of_role = file(f"decode: {{env: {{{name}: {json.dumps(text)}}}}}\n")
-        for arguments, environ, place in (
-            ((), {name: text}, f"environment {name}"),
-            ((of_role,), {}, f"decode.env.{name}"),
-        ):
-            result = check(*arguments, "--assume-platform", "cuda", columns="300", **environ)
-            assert result.exit_code == 1
-            assert f"PD205 {place}" in result.stdout
-            assert check(*arguments, "--device", "cpu", **environ).exit_code == 0
-
-    def test_the_keys_of_cuda_are_known_without_cuda(self, check):
-        keys = "backend:native,pinned_num_register_threads:8,release_lock_on_cudamalloc:True"
-        assert check("--assume-platform", "cuda", PYTORCH_ALLOC_CONF=keys).exit_code == 0
-
     @pytest.mark.parametrize("name", ["ENABLE_CUMEM_ALLOCATOR", "ENABLE_SLEEP_MODE"])
     def test_flag_variable_and_file_reach_the_same_field(self, check, file, name):
         flag = f"--{name.lower().replace('_', '-')}"

@@ -1,6 +1,6 @@
 import pytest
 
-from pdlaunch.checks.registry import all_rules
+from pdlaunch.checks.run import all_rules
 from tests.command_line import invoke
 
 

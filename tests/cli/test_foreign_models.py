@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from typer.testing import Result
 
-from tests.checks.fires_engines import installed
 from tests.command_line import invoke
+from tests.launch.engines.test_vllm import installed
 
 LATENT = "multi-head latent attention"
 HYBRID = "the model is a hybrid"
@@ -53,8 +53,8 @@ def run(*arguments: str) -> Result:
 def test_vllm_may_serve_what_native_engines_cannot(folder: Path, name: str) -> None:
     config, unproven = MODELS[name]
     (folder / "model" / "config.json").write_text(json.dumps(config))
-    with installed(one="0.32.0")():
-        result = run("--engine", "vllm", "--engine-command", "one/bin/vllm", "--format", "json")
+    command = installed(folder / "one", "0.32.0")
+    result = run("--engine", "vllm", "--engine-command", command, "--format", "json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     found = {item["rule"]: item["message"] for item in report["findings"]}

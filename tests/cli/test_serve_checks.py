@@ -11,7 +11,7 @@ import pytest
 import typer
 from rich.console import Console
 
-from pdlaunch.checks.nixl_answers import NixlAnswer
+from pdlaunch.checks.probed import NixlAnswer
 from pdlaunch.checks.rule import Finding
 from pdlaunch.cli import preflight
 from pdlaunch.cli.preflight import judge_pairs, refuse_errors
@@ -25,7 +25,7 @@ from pdlaunch.machine.nvml import BusPair, GpuLink
 from pdlaunch.planning.resolve import ResolvedLaunch, resolve
 from pdlaunch.protocol.control import PairReady
 from tests.checks.contexts import CPU as HEALTHY
-from tests.checks.firing import TINY
+from tests.checks.contexts import TINY
 from tests.config.model_files.files import tiny_gguf
 
 CPU = Machine(cpus=(0, 1), memory_bytes=64 * 1024**3)

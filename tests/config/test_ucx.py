@@ -1,6 +1,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pdlaunch.config.ucx_variables import network_variables, unknown_variables
 from pydantic import ValidationError
 
 from pdlaunch.config.connectors import KVNetwork
@@ -17,7 +18,6 @@ from pdlaunch.config.ucx import (
     ucx_transports,
     unknown_transports,
 )
-from pdlaunch.config.ucx_variables import network_variables, unknown_variables
 
 
 @pytest.mark.parametrize(

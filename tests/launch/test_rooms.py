@@ -21,7 +21,7 @@ from pdlaunch.planning.hosts import ResolvedHost
 from pdlaunch.planning.resolve import ResolvedLaunch, resolve, resolve_on
 from pdlaunch.planning.roles import PlacedEngine
 from pdlaunch.protocol.changes import ChangeEngines
-from tests.checks.firing import TINY
+from tests.checks.contexts import TINY
 from tests.config.model_files.files import EMPTY_SAFETENSORS
 
 

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdlaunch.checks.context import Probes, make_context
+from pdlaunch.checks.context import make_context
+from pdlaunch.checks.probed import Probes
 from pdlaunch.checks.run import run_checks
 from pdlaunch.config.engine_settings import EngineSettings
 from pdlaunch.config.engine_spec import EngineSpec
@@ -25,7 +26,7 @@ from pdlaunch.errors import ConfigError
 from pdlaunch.launch.bootstraps import LaunchBootstraps
 from pdlaunch.launch.engines.plan import kind_of, plan_processes
 from pdlaunch.launch.ports import listening
-from pdlaunch.machine.allocator_conf import read_allocator_conf
+from pdlaunch.machine.allocator_conf import expandable_segments_variable
 from pdlaunch.machine.facts import Gpu, Machine
 from pdlaunch.planning.effective import effective_engines, effective_settings
 from pdlaunch.planning.models import Model
@@ -221,7 +222,7 @@ def assert_same_environment(
     assert process.num_threads == spec.num_threads
     place = spec.device_indices[process.tp_rank] if spec.device_indices else None
     assert process.devices == ("cpu" if place is None else f"cuda:{place}",)
-    expandable = read_allocator_conf(child).expandable_segments
+    expandable = expandable_segments_variable(child)
     assert engines.allocator == (
         "host"
         if spec.device == "cpu"

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from pdlaunch.machine.allocator_conf import VARIABLES, read_allocator_conf
+from pdlaunch.machine.allocator_conf import VARIABLES, expandable_segments_variable
 
 
 class AllocatorSettings(Protocol):
@@ -47,7 +47,7 @@ def expandable_segments_off(settings: AllocatorSettings) -> Iterator[None]:
     bypass a pool's allocator.
     """
     before = settings.read()
-    if not read_allocator_conf({VARIABLES[0]: before}).expandable_segments:
+    if not expandable_segments_variable({VARIABLES[0]: before}):
         yield
         return
     settings.write(f"{before},expandable_segments:False")

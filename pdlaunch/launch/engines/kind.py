@@ -9,16 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from pdlaunch.checks import deployment_rules
+from pdlaunch.checks import running_rules
 from pdlaunch.checks.rule import Rule
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.planning.roles import PlacedEngine
 from pdlaunch.protocol.control import Capabilities
 
-OF_RUNNING_ENGINES = frozenset(
-    rule.code for rule in vars(deployment_rules).values() if isinstance(rule, Rule)
-)
+OF_RUNNING_ENGINES = frozenset(rule.code for rule in running_rules.RULES)
 """Rules on engines that run already: what they need is seen by `pdlaunch doctor` alone."""
 
 

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from pdlaunch import __version__
-from pdlaunch.checks.registry import all_rules
 from pdlaunch.checks.rule import Rule
+from pdlaunch.checks.run import all_rules
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.planning.roles import PlacedEngine

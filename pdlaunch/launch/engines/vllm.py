@@ -10,8 +10,8 @@ from types import MappingProxyType
 import msgspec
 from pydantic import JsonValue
 
-from pdlaunch.checks.registry import all_rules
 from pdlaunch.checks.rule import Rule
+from pdlaunch.checks.run import all_rules
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import PAIR

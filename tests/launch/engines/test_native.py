@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.checks.registry import all_rules
+from pdlaunch.checks.run import all_rules
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.launch.engines.native import NativeEngine
 from pdlaunch.launch.engines.plan import kind_of, plan_processes

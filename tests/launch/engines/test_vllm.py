@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.checks.registry import all_rules
+from pdlaunch.checks.run import all_rules
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch.engines.kind import OF_RUNNING_ENGINES
 from pdlaunch.launch.engines.plan import kind_of, plan_processes
@@ -148,7 +148,7 @@ def test_engines_see_their_own_devices() -> None:
 def test_rules_on_engines_that_run_already_are_not_for_launches() -> None:
     codes = {rule.code for rule in kind_of(resolved(config(engine="vllm"), CPU)).rules()}
     assert {code for code in all_rules() if code.startswith("PD6")} - codes == OF_RUNNING_ENGINES
-    assert not codes & {"PD121", "PD122", "PD304", "PD402", "PD504"}
+    assert not codes & {"PD110", "PD304", "PD402", "PD504"}
     assert codes >= {"PD103", "PD212", "PD303", "PD410", "PD420", "PD501"}
 
 

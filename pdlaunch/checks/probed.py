@@ -1,0 +1,154 @@
+"""Holds what was probed beside the settings: answers of NIXL, measured pairs, and engines that
+run already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pdlaunch.config.roles import Role
+from pdlaunch.errors import ConfigError
+from pdlaunch.machine.engine_commands import EngineCommand, EngineFlags
+from pdlaunch.machine.facts import PortState
+from pdlaunch.planning.role_engines import Allocator
+
+
+@dataclass(frozen=True, slots=True)
+class NixlAnswer:
+    """Holds what NIXL said to one role's settings."""
+
+    import_error: str | None = None
+    refusal: str | None = None
+    """The reason why UCX cannot make a rank's backend."""
+    unavailable: tuple[str, ...] = ()
+    """UCX's warnings of transports and devices that it does not find."""
+    unused: Mapping[str, str | None] = field(default_factory=dict)
+    """Variables that UCX did not look at, each with the name that UCX believes was meant."""
+
+
+@dataclass(frozen=True, slots=True)
+class PairTransport:
+    """Says how fast one decode rank reads from one prefill rank."""
+
+    decode_rank: str
+    """``decode-0/rank-0``"""
+    prefill_rank: str
+    path: str
+    """The path in use: ``nixl/UCX``, ``p2p/memfd`` and such."""
+    allocator: Allocator
+    """Allocator of the prefill rank's KV cache."""
+    gigabytes_per_s: float | None = None
+    """None: too few bytes moved to tell, or nothing could be moved."""
+    expected_gigabytes_per_s: float | None = None
+    """Speed of a good path over the link between the two; None: not known."""
+    hosts: tuple[str, str] | None = None
+    """Names of the two hosts, prefill's first; None: both ranks are on one."""
+    link: str = ""
+    """``18 NVLinks with 478 GB/s``"""
+    error: str | None = None
+    """The reason why nothing could be moved."""
+    other_paths: Mapping[str, str] = field(default_factory=dict)
+    """Speed of the paths that are not in use, or why they cannot be."""
+
+
+@dataclass(frozen=True, slots=True)
+class SeenEngine:
+    """Says what an engine that runs already answers over HTTP; None where it does not say."""
+
+    role: Role
+    url: str
+    kind: str = "vllm"
+    problem: str = ""
+    """The reason why it cannot be asked; nothing else is known then."""
+    version: str | None = None
+    models: tuple[str, ...] = ()
+    max_model_len: int | None = None
+    block_size: str | None = None
+    cache_dtype: str | None = None
+    # Counts since its start.
+    prompt_tokens: int = 0
+    bytes_read: int = 0
+    num_expired: int = 0
+    """Leases that ended before their blocks were read."""
+    num_failed: int = 0
+    """Transfers and notifications that failed."""
+    num_answers: int = 0
+    """Of vLLM alone, as are their tokens."""
+    answer_tokens: int = 0
+    gigabytes_per_s: float | None = None
+    """Mean speed of its READs; None: too few bytes to tell."""
+    expected_gigabytes_per_s: float | None = None
+    """The speed that the slowest of its links to prefill engines should give; None: not known."""
+    link: str = ""
+    """That link in words, or the reason why its speed is not known; empty: there is no link."""
+    # The following are told in dev mode alone.
+    has_dev_mode: bool = False
+    kv_role: str | None = None
+    lease_s: int | None = None
+    on_failure: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.role} {self.url}"
+
+
+@dataclass(frozen=True, slots=True)
+class SeenPair:
+    """Says what became of a canary through a pair of engines that run already."""
+
+    prefill: str
+    decode: str
+    """URLs."""
+    problem: str = ""
+    """The reason why the canary failed; empty: it came through."""
+    num_bytes: int = 0
+    is_told: bool = True
+    """Decode has told that it did not compute the canary; else these bytes are all that is known,
+    and other requests may have read them.
+    """
+    seconds: float = 0.0
+    side_channel: str = ""
+    """``HOST:PORT`` at which decode is told to shake hands; empty: of an engine without one."""
+    wrong_address: str = ""
+    """The reason why decode cannot find the side channel there; empty: none is known."""
+    handshake: str | None = None
+    """The metadata that a handshake returned; None: nobody asked."""
+    silence: str = ""
+    """The reason why the side channel did not answer; empty: it did, or nobody asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class SeenDeployment:
+    """Holds the engines and pairs of a deployment that runs already."""
+
+    engines: tuple[SeenEngine, ...]
+    pairs: tuple[SeenPair, ...] | None
+    """None: no canary was sent."""
+    has_asked_side_channels: bool = False
+
+    def of(self, role: Role) -> tuple[SeenEngine, ...]:
+        """Return the engines of a role that answer."""
+        return tuple(each for each in self.engines if each.role == role and not each.problem)
+
+
+@dataclass(frozen=True, slots=True)
+class Probes:
+    """Holds what was probed for one check; None where nobody looked."""
+
+    ports: Mapping[tuple[str, int], PortState] | None = None
+    nixl: Mapping[Role, NixlAnswer] | None = None
+    connector_errors: Mapping[str, str] | None = None
+    """Reasons why connectors of other packages cannot be imported, by name."""
+    missing_extras: Mapping[str, str] | None = None
+    """Maps an extra of pdlaunch to the first of its modules that this Python does not find."""
+    folder_problems: Mapping[str, str] | None = None
+    """Reasons why folders cannot be written to, by setting."""
+    weight_errors: Mapping[Role, ConfigError] | None = None
+    engine_commands: Mapping[Role, Mapping[str, EngineCommand]] | None = None
+    """Facts about the executables of vLLM engines, by host, found without running them."""
+    engine_flags: Mapping[Role, EngineFlags] | None = None
+    """The flags that these executables list in their help."""
+    deployment: SeenDeployment | None = None
+    transport: tuple[PairTransport, ...] | None = None
+    """Every pair of ranks of a launch that was measured."""

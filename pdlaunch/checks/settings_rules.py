@@ -1,0 +1,251 @@
+"""Rules PD1xx judge settings that contradict each other or the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pdlaunch.checks.context import (
+    Context,
+    engines,
+    on_cuda,
+    shapes,
+)
+from pdlaunch.checks.rule import Found, error, info, warning
+from pdlaunch.config.http_names import is_loopback
+from pdlaunch.config.model_files.shape import ModelShape
+from pdlaunch.config.roles import PAIR
+from pdlaunch.planning.step_time import least_step_s
+
+CUDA_BLOCK_STEP_TOKENS = 16
+
+
+def _lone_role(context: Context) -> Iterator[Found]:
+    present = [role for role in PAIR if role in context.engines]
+    if len(present) == 1:
+        absent = next(role for role in PAIR if role not in present)
+        count = context.engines[present[0]].replicas
+        engines = f"{count} {present[0]} engine{'' if count == 1 else 's'}"
+        yield Found(f"{engines}, but no {absent} engine", f"{absent}.replicas")
+
+
+def _uneven_heads(context: Context) -> Iterator[Found]:
+    for each, shape in shapes(context):
+        numbers = {
+            "attention heads": shape.num_attention_heads,
+            "intermediate_size": shape.intermediate_size,
+        }
+        for name, number in numbers.items():
+            if number % each.tp_size:
+                yield Found(
+                    f"tensor_parallel_size {each.tp_size} does not divide the model's "
+                    f"{number} {name}",
+                    each.where("tensor_parallel_size"),
+                )
+
+
+def _fitting_heads(shape: ModelShape) -> str:
+    heads = shape.num_kv_heads
+    sizes = [n for n in range(1, heads + 1) if not heads % n and not shape.num_attention_heads % n]
+    return f"choose {', '.join(map(str, sizes))} or a multiple of {heads}"
+
+
+def _slow_step(context: Context) -> Iterator[Found]:
+    limit_s = context.config.hang_timeout_s
+    for each in engines(context):
+        step_s = least_step_s(each)
+        if step_s is not None and 0 < limit_s < step_s:
+            tokens = int(each.max_num_batched_tokens * limit_s / step_s)
+            yield Found(
+                f"a step of {each.max_num_batched_tokens} tokens takes a {each.role} rank at "
+                f"least {step_s:.2g} s, hang_timeout_s is {limit_s:g}",
+                fix=f"set hang_timeout_s to several times {step_s:.2g} (0 for never), or "
+                f"max_num_batched_tokens well below {tokens}",
+            )
+
+
+def _few_admitted(context: Context) -> Iterator[Found]:
+    admitted = context.config.limits.max_queued_requests
+    seats = sum(
+        each.replicas * each.settings.max_num_seqs
+        for each in engines(context)
+        if each.role != "prefill"
+    )
+    if admitted < seats:
+        yield Found(f"{admitted} requests are let in, the engines can run {seats} at once")
+
+
+# fmt: off
+RULES = (
+    error(
+        "PD101", "There is no engine at all.",
+        "Nothing can answer a request.",
+        when=lambda context: not context.engines, at="prefill.replicas",
+        message="prefill.replicas, decode.replicas and both.replicas are all 0",
+        fix="Set prefill.replicas and decode.replicas, or both.replicas, to 1 or more.",
+        source="The plan of a launch.", on_vllm=True,
+    ),
+    error(
+        "PD102", "There are prefill engines without decode engines, or the other way round.",
+        "Nothing is handed over, and one role does the work of both.",
+        when=_lone_role,
+        fix="Give both roles at least one engine, or neither, and `both` some.",
+        source="The plan of a launch.", on_vllm=True,
+    ),
+    error(
+        "PD103", "The model cannot be found or cannot be served.",
+        "Every engine would end while it loads the model.",
+        over=engines,
+        when=lambda each: (wrong := each.model.error) is not None
+        and Found(str(wrong), fix=wrong.fix), at="model",
+        fix="Name an alias, a directory in Hugging Face layout, or a .gguf file of a supported "
+        "family.", source="The model's own config.json.", needs=("model_files",), on_vllm=True,
+    ),
+    error(
+        "PD104", "tensor_parallel_size does not divide the attention heads of the model.",
+        "Tensor parallelism gives every rank the same number of attention heads, and an equal "
+        "part of the inner size.",
+        when=_uneven_heads,
+        fix="Choose a tensor_parallel_size that divides both numbers.",
+        source="Megatron-style tensor parallelism.", needs=("model",), on_vllm=True,
+    ),
+    error(
+        "PD105", "tensor_parallel_size does not fit the KV heads of the model.",
+        "A rank holds whole KV heads. They are shared out evenly, or each is replicated on "
+        "equally many ranks.",
+        over=shapes,
+        when=lambda it: it[1].num_kv_heads % it[0].tp_size and it[0].tp_size % it[1].num_kv_heads
+        and Found(fix=_fitting_heads(it[1])), at="tensor_parallel_size",
+        message="tensor_parallel_size {0.tp_size} does not fit the model's {1.num_kv_heads} KV "
+        "heads",
+        fix="Choose a tensor_parallel_size that divides the number of KV heads, or a multiple of "
+        "it.", source="pdlaunch's KV layout: heads first, one region a head.", needs=("model",),
+        on_vllm=True,
+    ),
+    error(
+        "PD106", "max_model_len is longer than the model was made for.",
+        "Positions beyond max_position_embeddings have no meaning to the model.",
+        over=shapes,
+        when=lambda it: (it[0].settings.max_model_len or 0) > it[1].max_position_embeddings
+        and Found(fix=f"set it to {it[1].max_position_embeddings} or less, or leave it out"),
+        at="max_model_len",
+        message="max_model_len {0.settings.max_model_len} is over the model's "
+        "{1.max_position_embeddings} positions",
+        fix="Lower max_model_len, or leave it out.",
+        source="max_position_embeddings of the model's config.json.", needs=("model",),
+        on_vllm=True,
+    ),
+    error(
+        "PD107", "The lease on prefill's blocks is shorter than the longest transfer.",
+        "When a lease ends, prefill gives the blocks to other requests. A pull that is still "
+        "allowed to go on reads their bytes, and the prompt is computed again.",
+        over=lambda context: [context.kv_transfer] if context.pair else [],
+        when=lambda it: it.lease_s <= it.pull_timeout_s
+        and Found(fix=f"raise lease_s over {it.pull_timeout_s:g}, or lower pull_timeout_s"),
+        at="kv_transfer.lease_s",
+        message="blocks are leased for {0.lease_s:g} s, but a pull may take {0.pull_timeout_s:g} s",
+        fix="Make kv_transfer.lease_s longer than kv_transfer.pull_timeout_s.",
+        source="vLLM: after its lease the late read succeeds, and decode answers wrong text with "
+        "HTTP 200 (measured).",
+    ),
+    error(
+        "PD108", "block_size is not allowed by the attention backend of the device.",
+        "Paged attention kernels on CUDA read the KV cache in tiles of 16 tokens.",
+        over=on_cuda,
+        when=lambda each: each.settings.block_size % CUDA_BLOCK_STEP_TOKENS
+        and Found(fix=f"set it to {max(1, round(each.settings.block_size / 16)) * 16}"),
+        at="block_size",
+        message="block_size {0.settings.block_size} is no multiple of 16, which CUDA needs",
+        fix="Use a multiple of 16; 64 or 128 move faster.",
+        source="The paged variants of FlashAttention.", needs=("gpus",), on_vllm=True,
+    ),
+    warning(
+        "PD110", "The token budget of a step is smaller than the largest batch.",
+        "A decode step computes one token for every running request: requests beyond the budget "
+        "wait, whatever max_num_seqs says.",
+        over=engines, when=lambda each: each.max_num_batched_tokens < each.settings.max_num_seqs,
+        at="max_num_batched_tokens",
+        message="max_num_batched_tokens {0.max_num_batched_tokens} is less than max_num_seqs "
+        "{0.settings.max_num_seqs}",
+        fix="Raise max_num_batched_tokens, or lower max_num_seqs.", source="Continuous batching.",
+    ),
+    warning(
+        "PD111", "Pulled KV blocks are not verified.",
+        "Without checksums a block that was overwritten while it was read is used, and the answer "
+        "is wrong with HTTP 200.",
+        when=lambda context: context.pair and not context.kv_transfer.verify,
+        at="kv_transfer.verify",
+        message="kv_transfer.verify is off: wrong KV blocks would be used unnoticed",
+        fix="Remove kv_transfer.verify: off; it is meant for measuring.",
+        source="NIXL 1.5.1: a READ of deregistered memory ends as DONE (measured).", on_vllm=True,
+    ),
+    warning(
+        "PD112", "The API listens beyond this machine without a key.",
+        "Whoever reaches the port can use the engines, and read what the prefix cache tells by "
+        "its timing.",
+        over=lambda context: [context.config],
+        when=lambda config: config.api_key is None and not is_loopback(config.host), at="host",
+        message="the API listens on {0.host} and asks for no key",
+        fix="Set PDLAUNCH_API_KEY, or --host 127.0.0.1 behind a proxy that authenticates.",
+        source="An open port answers whoever reaches it.", on_vllm=True,
+    ),
+    warning(
+        "PD114", "A setting has no effect on this set-up.",
+        "A setting that is ignored gives a wrong idea of what runs.",
+        over=engines,
+        when=lambda each: "gpu_memory_utilization" in each.given
+        and (each.device == "cpu" or each.settings.kv_cache_memory is not None),
+        at="gpu_memory_utilization",
+        message="gpu_memory_utilization does nothing here; kv_cache_memory sizes the KV cache",
+        fix="Remove it.", source="How the KV cache is sized.", on_vllm=True,
+    ),
+    info(
+        "PD117", "The weights are random.",
+        "load_format: dummy is for benchmarks.",
+        over=engines, when=lambda each: each.settings.load_format == "dummy", at="load_format",
+        message="load_format is dummy: the answers have no meaning",
+        fix="Remove load_format.", source="load_format.", on_vllm=True,
+    ),
+    error(
+        "PD118", "tensor_parallel_size is over 1 for a model with experts.",
+        "Experts (MoE) are not cut: all of them belong to one rank.",
+        over=shapes, when=lambda it: it[1].num_experts and it[0].tp_size > 1,
+        at="tensor_parallel_size",
+        message="tensor_parallel_size {0.tp_size} for {1.model_type}, which has {1.num_experts} "
+        "experts a layer",
+        fix="Set tensor_parallel_size to 1.", source="pdlaunch's tensor parallelism.",
+        needs=("model",),
+    ),
+    error(
+        "PD119", "The weights of the model are missing, damaged, or in a format that is not read.",
+        "Engines read *.safetensors. A file that is cut off or missing would end every rank after "
+        "its libraries are loaded. Pickles (*.bin, *.pt, *.pth) can run any code when they are "
+        "opened, so they are never read.",
+        over=lambda context: [
+            (context.engines[role], wrong)
+            for role, wrong in (context.probes.weight_errors or {}).items()
+            if role in context.engines
+        ], when=lambda it: Found(str(it[1]), fix=it[1].fix), at="model",
+        fix="Complete the download, or convert the weights to safetensors.",
+        source="The format of safetensors; pickle's own documentation warns of untrusted files.",
+        needs=("weights",), on_vllm=True,
+    ),
+    warning(
+        "PD120", "A step of the token budget takes longer than hang_timeout_s.",
+        "A rank says that it is alive between two steps. One whose step takes longer is taken for "
+        "hung and restarted. The time that is told is the least that such a step can take.",
+        when=_slow_step, at="hang_timeout_s",
+        fix="Raise hang_timeout_s (0 for never), or lower max_num_batched_tokens.",
+        source="Two operations for each weight and token, at a speed that no device of its kind "
+        "reaches: 100 GFLOP/s a CPU thread (measured with AVX2: 43), 1 TFLOP/s where it "
+        "multiplies bfloat16; on a GPU 80 TFLOP/s in float32, 2.5 PFLOP/s in 16 bits.",
+        needs=("model",),
+    ),
+    warning(
+        "PD123", "The router admits fewer requests than the engines can run at once.",
+        "Clients get 429 while engines have free seats.",
+        when=_few_admitted, at="limits.max_queued_requests",
+        fix="Raise limits.max_queued_requests, or lower max_num_seqs.",
+        source="The router's admission.",
+    ),
+)
+# fmt: on

@@ -1,0 +1,353 @@
+"""Rules PD423 to PD444 judge the ways of KV blocks, PD5xx what was measured between the ranks.
+
+NIXL moves KV blocks with UCX, whose settings these rules read; others NIXL is asked about itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+from pdlaunch.checks.context import Context, ucx_peers
+from pdlaunch.checks.probed import NixlAnswer, PairTransport
+from pdlaunch.checks.rule import Found, error, info, warning
+from pdlaunch.config.problems import nearest
+from pdlaunch.config.ucx import CUDA, RDMA, TCP, opens_network
+from pdlaunch.planning.role_engines import RoleEngines
+from pdlaunch.planning.roles import PlacedEngine
+
+CLIFF_GIGABYTES_PER_S = 1.5
+"""Below this, memory that no peer can map is the likely cause: 0.4 to 0.6 GB/s were measured."""
+FAR_GIGABYTES_PER_S = 0.6
+"""Below this, a pair of ranks on two hosts is slow."""
+SLOW_SHARE = 0.5
+"""A pair below this share of what its link should give is slow."""
+
+_UNMAPPABLE = ("cumem", "expandable_segments")
+_TRUSTED = "kv_transfer.trusted_network"
+_PORTS = "UCX 1.19 and Mooncake 0.3.13: neither knows whom it talks to (measured)."
+_UCX = "UCX_TLS, UCX 1.19 as NIXL 1.5.1 ships it."
+
+
+def far_engines(context: Context) -> list[PlacedEngine]:
+    """Return the engines that exchange KV blocks with engines on other hosts."""
+    return [
+        engine
+        for engine in context.launch.engines
+        if any(share.engines.has_far_peers for share in engine.shares)
+    ]
+
+
+def _opening_engines(context: Context) -> list[PlacedEngine]:
+    """Return those of them that open ports for it; vLLM has NIXL alone, whatever the path."""
+    opens = context.kv_transfer.opens_data_ports
+    return [each for each in far_engines(context) if opens or not each.engines.is_native]
+
+
+def _names_of_hosts(context: Context) -> str:
+    return ", ".join(dict.fromkeys(engine.host.name for engine in far_engines(context)))
+
+
+def _p2p_between_hosts(context: Context) -> str:
+    if not far_engines(context) or context.kv_transfer.joins_hosts:
+        return ""
+    return f"p2p does not join the hosts {_names_of_hosts(context)}"
+
+
+def _untrusted_network(context: Context) -> Found | None:
+    opening = _opening_engines(context)
+    if not opening or context.kv_transfer.trusted_network:
+        return None
+    fix = (
+        f"Set {_TRUSTED}: true where nobody else reaches that network (docs/hosts.md has the rules "
+        "for a firewall), or place prefill and decode engines on one host."
+    )
+    return Found(
+        f"engines of a pair are on different hosts ({_names_of_hosts(context)}), and their network "
+        "is not said to be trusted",
+        # vLLM takes no other connector.
+        fix=None if opening[0].engines.is_native else fix,
+    )
+
+
+def _open_ports(context: Context) -> Iterator[str]:
+    if context.kv_transfer.trusted_network:
+        ports = context.kv_transfer.data_ports
+        for host in {
+            engine.host.name: engine.host for engine in _opening_engines(context)
+        }.values():
+            address = host.bind_address or "its address"
+            yield f"{host.name} takes KV blocks at {address}, ports {ports}"
+
+
+def _tls(each: RoleEngines) -> str:
+    """Return the user's UCX_TLS, for messages."""
+    return f"UCX_TLS {each.given_environ.get('UCX_TLS', 'all')[:80]!a}"
+
+
+def _no_way_between_hosts(context: Context) -> Iterator[Found]:
+    if not context.moves_over_ucx or not context.kv_transfer.trusted_network:
+        return
+    shares = [share for engine in far_engines(context) for share in engine.shares]
+    far = {share.host.name: share.engines for share in shares if share.engines.has_far_peers}
+    for each in far.values():
+        if not opens_network(each.environment):
+            wanted = " or ".join(sorted(TCP | RDMA if each.machine.rdma_devices else TCP))
+            place = context.where_variable(each, "UCX_TLS")
+            yield Found(f"{_tls(each)} has none of {wanted}", place)
+
+
+def _answers(context: Context) -> Iterator[tuple[RoleEngines, NixlAnswer]]:
+    for role, answer in (context.probes.nixl or {}).items() if context.uses_ucx else ():
+        yield context.engines[role], answer
+
+
+def _refused(item: tuple[RoleEngines, NixlAnswer]) -> Found | None:
+    each, answer = item
+    if answer.refusal is None:
+        return None
+    name = _named_in(answer.refusal, each.given_environ)
+    message = f"NIXL cannot make its backend: {answer.refusal}"
+    return Found(message, f"${name}" if name else "environment UCX_*")
+
+
+def _named_in(text: str, environ: Mapping[str, str]) -> str | None:
+    """Return the user's variable that UCX complains of: it names RNDV_THRESH, or BW of CMA_BW."""
+    given = [name for name in environ if name.startswith("UCX_")]
+    words = set(re.findall(r"[A-Z][A-Z0-9_]+", text))
+    found = [name for name in given if name.removeprefix("UCX_") in words]
+    found += [name for name in given if any(name.endswith(f"_{word}") for word in words)]
+    return next(iter(found or (given if len(given) == 1 else ())), None)
+
+
+def _unavailable(item: tuple[RoleEngines, NixlAnswer]) -> Iterator[Found]:
+    each, answer = item
+    variables = {"intra-node": "UCX_SHM_DEVICES", "loopback": "UCX_SELF_DEVICES"}
+    variables |= {"accelerator": "UCX_ACC_DEVICES"}
+    for text in answer.unavailable:
+        # Ranks of one host use no network. A rank on the CPU of a host with GPUs is given CUDA's
+        # transports for NIXL's sake, and needs none.
+        named = set(re.findall(r"'(\w+)'", text)) or {text}
+        needless = each.device == "cpu" and named <= CUDA
+        if not text.startswith("network device") and not needless:
+            name = variables.get(text.partition(" ")[0], "UCX_TLS")
+            yield Found(f"UCX says: {text}", f"${name}")
+
+
+def _misspelt(item: tuple[RoleEngines, NixlAnswer]) -> Iterator[Found]:
+    each, answer = item
+    of_loaded = tuple(f"UCX_{name.upper()}_" for name in each.ucx_transports)
+    for name, likely in answer.unused.items():
+        if likely is None or name not in each.given_environ:
+            continue
+        # UCX knows nothing of the variables of transports that it has not loaded.
+        if name.startswith(of_loaded) or nearest(name, [likely]):
+            yield Found(f"UCX has no variable {name}", f"${name}", f"did you mean {likely}?")
+
+
+def _measured(context: Context) -> Iterator[tuple[PairTransport, str]]:
+    """Go over the pairs of ranks, each with what kept it from a faster path."""
+    settings = context.kv_transfer
+    for pair in context.probes.transport or ():
+        reasons = [f"{path}: {said}" for path, said in pair.other_paths.items()]
+        if settings.carrier == "nixl" and settings.nixl.path != "auto":
+            untried = "P2P" if settings.nixl.path == "nixl" else "NIXL"
+            path = f"kv_transfer.nixl.path is {settings.nixl.path}"
+            reasons.append(f"{path}: {untried} was not tried")
+        if pair.path.startswith("nixl"):
+            values = {each.given_environ.get("UCX_TLS") for each in context.pair or ()} - {None}
+            reasons += sorted(f"UCX_TLS is {value}" for value in values)
+        yield pair, "".join(f"; {reason}" for reason in reasons)
+
+
+def _name(pair: PairTransport) -> str:
+    return f"{pair.prefill_rank} -> {pair.decode_rank}"
+
+
+def _is_cliff(pair: PairTransport) -> bool:
+    speed = pair.gigabytes_per_s
+    return pair.allocator in _UNMAPPABLE and speed is not None and speed < CLIFF_GIGABYTES_PER_S
+
+
+def _cliff(item: tuple[PairTransport, str]) -> Found | None:
+    pair, reasons = item
+    moves = f"{pair.path} moves {pair.gigabytes_per_s:.2f} GB/s out of {pair.allocator} memory"
+    return Found(f"{moves}: the 0.6 GB/s cliff{reasons}", _name(pair)) if _is_cliff(pair) else None
+
+
+def _slow(item: tuple[PairTransport, str]) -> Found | None:
+    pair, reasons = item
+    speed, expected = pair.gigabytes_per_s, pair.expected_gigabytes_per_s
+    if speed is None or expected is None or speed >= SLOW_SHARE * expected or _is_cliff(pair):
+        return None
+    link = f" of {pair.link}" if pair.link else ""
+    moves = f"{pair.path} moves {speed:.3g} GB/s where {expected:.3g} GB/s are expected{link}"
+    return Found(f"{moves} ({pair.allocator} memory){reasons}", _name(pair))
+
+
+def _slow_network(item: tuple[PairTransport, str]) -> Found | None:
+    pair, reasons = item
+    speed = pair.gigabytes_per_s
+    if pair.hosts is None or speed is None or speed >= FAR_GIGABYTES_PER_S:
+        return None
+    moves = f"{pair.path} moves {speed:.3g} GB/s from {pair.hosts[0]} to {pair.hosts[1]}"
+    return Found(f"{moves}{reasons}", _name(pair))
+
+
+# fmt: off
+RULES = (
+    error(
+        "PD423",
+        "The path of KV blocks ends at the host, and engines of a pair are on different ones.",
+        "Path p2p maps the memory of a peer, which only processes of the same host can.",
+        when=_p2p_between_hosts, at="kv_transfer.nixl.path",
+        fix="Set kv_transfer.nixl.path to auto, or place prefill and decode engines on one host.",
+        source="Memory is mapped through file descriptors and handles of one kernel.",
+    ),
+    error(
+        "PD428", "KV blocks would go between hosts over ports that ask nobody who he is.",
+        "NIXL's UCX and Mooncake cannot authenticate their peers, nor encrypt. Whoever reaches "
+        "the data port of a rank can read and write the memory of its process. The side channel "
+        "of an engine of vLLM tells everybody where that memory is, and ends at a query for a "
+        "rank that does not exist.",
+        when=_untrusted_network, at=_TRUSTED,
+        fix=f"Set {_TRUSTED}: true where nobody else reaches that network (docs/hosts.md has the "
+        "rules for a firewall), use connector file, or place prefill and decode engines on one "
+        "host.", source=_PORTS, on_vllm=True,
+    ),
+    info(
+        "PD429", "Ranks take KV blocks at ports that ask nobody who he is.",
+        "The network was said to be trusted. UCX listens at one port of each rank, on the device "
+        "of the host's address alone; of vLLM at one for each thread of NIXL, and its side "
+        "channel at another.",
+        when=_open_ports, at=_TRUSTED,
+        fix="Nothing to fix where a firewall lets the hosts alone through to these ports; "
+        "docs/hosts.md has its rules.", source=_PORTS, on_vllm=True,
+    ),
+    warning(
+        "PD432", "UCX_TLS leaves out CMA between processes of one host.",
+        "The prefill rank then copies its blocks into shared memory, piece by piece, and the "
+        "decode rank out of it again.",
+        over=ucx_peers,
+        # Without posix nothing connects two processes at all: PD433.
+        when=lambda each: each.device == "cpu" and "posix" in each.ucx_transports
+        and "cma" not in each.ucx_transports and f"{_tls(each)} has no cma", at="$UCX_TLS",
+        fix="Add cma to UCX_TLS, or unset it.",
+        source="NIXL 1.5.1, measured: without CMA a READ needs the prefill rank's process, and "
+        "never ends when that dies meanwhile.",
+    ),
+    error(
+        "PD433", "UCX_TLS leaves no transport between processes of one host.",
+        "pdlaunch leaves out whatever would listen on the network without authentication (tcp, "
+        "RDMA) or open memory to other users (sysv, knem). posix has to be there: UCX finds its "
+        "peers through it.",
+        over=ucx_peers,
+        when=lambda each: (
+            "posix" not in each.ucx_transports
+            and f"{_tls(each)} leaves nothing that connects two processes of this host; posix is "
+            "missing"
+        ), at="$UCX_TLS",
+        fix="Unset UCX_TLS, or add posix.", source=_UCX,
+    ),
+    error(
+        "PD439", "UCX_TLS leaves no transport between hosts.",
+        "Engines of a pair are on different hosts, and what is left joins processes of one host "
+        "alone: the handshake of such a pair fails.",
+        when=_no_way_between_hosts,
+        fix="Add tcp (or rc) to UCX_TLS, or unset it.", source=_UCX, on_vllm=True,
+    ),
+    error(
+        "PD440", "UCX refuses the settings of a rank.",
+        "NIXL says NIXL_ERR_BACKEND then, and the launch ends once its ranks have started. UCX "
+        "knows hundreds of variables and reads each by rules of its own, so it is asked itself.",
+        over=_answers, when=_refused,
+        fix="Correct the variable that the finding names, or unset it.",
+        source="A NIXL backend, made in a process of its own with the ranks' environment.",
+        needs=("nixl",),
+    ),
+    warning(
+        "PD442", "A variable of UCX is misspelt.",
+        "UCX does not look at it, and says so only on a terminal. UCX judges those of the "
+        "transports in use.",
+        over=_answers, when=_misspelt,
+        fix="Correct the name, or unset the variable.",
+        source="What UCX writes when a NIXL backend is made with the ranks' environment.",
+        needs=("nixl",),
+    ),
+    warning(
+        "PD444", "UCX does not find a transport or device that a rank is to use.",
+        "It goes on without: blocks take a slower way, or none.",
+        over=_answers, when=_unavailable,
+        fix="Correct UCX_TLS, UCX_MODULES and the UCX_..._DEVICES, or unset them; give the "
+        "container what the transport needs (cma: ptrace, cuda_ipc: the CUDA driver).",
+        source="What UCX writes when a NIXL backend is made with the ranks' environment.",
+        needs=("nixl",),
+    ),
+    error(
+        "PD501", "Nothing can be moved between a pair of ranks.",
+        "Every hand-over of this pair would fail, and decode would compute each prompt again. A "
+        "path whose first READ brings other bytes than were sent is not used.",
+        over=_measured,
+        when=lambda it: it[0].error is not None
+        and Found(f"{it[0].path} moves nothing: {it[0].error}", _name(it[0])),
+        fix="Read the error and the logs of both ranks; `pdlaunch check-config` lists what "
+        "commonly closes a path. Where a path brings wrong bytes, leave it out "
+        "(kv_transfer.nixl.path, UCX_TLS) and report it.",
+        source="The READ at the end of the handshake.", needs=("transport",), on_vllm=True,
+    ),
+    warning(
+        "PD503", "KV blocks lie in memory that a peer cannot map: the 0.6 GB/s cliff.",
+        "CuMem pools and expandable segments without fabric handles cannot be opened by a peer "
+        "through CUDA IPC. NIXL/UCX then copies through the host in small pieces, with no error: "
+        "0.6 GB/s instead of 392 GB/s. The path p2p maps CuMem memory by its own handles, at full "
+        "speed.",
+        over=_measured, when=_cliff,
+        fix="Let kv_transfer.nixl.path be auto or p2p; switch expandable_segments off; or give "
+        "the host an IMEX channel (fabric handles).",
+        source="Measured on two H200s with NIXL 1.5.1; vLLM 0.24 with --enable-cumem-allocator: "
+        "0.44 GB/s.", needs=("transport",),
+    ),
+    warning(
+        "PD504", "A pair of ranks is far slower than its link.",
+        "Far slower is less than half of what a good path over the link gives. Only the path in "
+        "use is judged: with kv_transfer.nixl.path auto it is the fastest of those that can be "
+        "used, and the finding says what the others gave. Two GPUs of a host are judged with the "
+        "connector nixl, where NVML knows their links.",
+        over=_measured, when=_slow,
+        fix="Let kv_transfer.nixl.path be auto, so that ranks of one host use P2P; with path nixl "
+        "take larger blocks; look at UCX_TLS, at the placement of the ranks (NUMA node, PCIe "
+        "switch), and at what else uses the link.",
+        source="The READ at the end of the handshake against what the link should give. Between "
+        "GPUs: 75 % of what the wires of their NVLinks carry, 80 % with PCIe, as NVML tells them "
+        "(P2P between two H200s: 340 to 394 of 478 GB/s). On a CPU: a share of a plain copy.",
+        needs=("transport",),
+    ),
+    info(
+        "PD505", "KV blocks move between a pair of ranks at the speed that is shown.",
+        "The time that a prompt's KV cache takes from prefill to decode is its size divided by "
+        "this figure.",
+        over=_measured,
+        when=lambda it: (
+            it[0].error is None
+            and it[0].gigabytes_per_s is not None
+            and Found(
+                f"{it[0].path} moves {it[0].gigabytes_per_s:.3g} GB/s ({it[0].allocator} memory)",
+                _name(it[0]),
+            )
+        ),
+        fix="Nothing to fix; compare it with what the link should give.",
+        source="The READs at the end of the handshake: up to 16 MiB of a CPU's memory, 128 MiB of "
+        "a GPU's, in block-sized pieces.", needs=("transport",), on_vllm=True,
+    ),
+    warning(
+        "PD506", "KV blocks go from host to host at less than half the speed of 10 Gbit Ethernet.",
+        "Every prompt's first tokens wait for them: with some networks decode would compute a "
+        "prompt sooner than it pulls one.",
+        over=_measured, when=_slow_network,
+        fix="Place both sides of a pair on one host (placement_strategy pack), or on hosts with "
+        "RDMA or a faster network; look at what else uses the network.",
+        source="The READ at the end of the handshake; 10 Gbit Ethernet carries 1.2 GB/s.",
+        needs=("transport",),
+    ),
+)
+# fmt: on
