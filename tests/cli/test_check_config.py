@@ -147,22 +147,6 @@ class TestMemoryOptions:
     def test_both_ways_out(self, check, flag):
         assert check("--assume-platform", "cuda", flag, **self.EXPANDABLE).exit_code == 0
 
-    @pytest.mark.parametrize(
-        "text",
-        [
-            "expandable_segments=True",
-            "expandable_segments",
-            "expandable_segments:",
-            "Expandable_Segments:True",
-            '"expandable_segments:True"',
-            ",expandable_segments:True",
-            "expandable_segments:False,,max_split_size_mb:128",
-            "max_split_size:128",
-            "max_split_size_mb:1",
-            "garbage_collection_threshold:2",
-            "foo:bar",
-        ],
-    )
     @pytest.mark.parametrize("name", ["ENABLE_CUMEM_ALLOCATOR", "ENABLE_SLEEP_MODE"])
     def test_flag_variable_and_file_reach_the_same_field(self, check, file, name):
         flag = f"--{name.lower().replace('_', '-')}"
