@@ -14,7 +14,6 @@ from pdlaunch.config.connectors import ConnectorImportError, connector_spec
 from pdlaunch.config.hosts import LOCAL
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import PAIR, Role
-from pdlaunch.machine.addresses import is_address
 from pdlaunch.machine.availability import (
     ProcessOutcome,
     probe_port,
@@ -25,6 +24,7 @@ from pdlaunch.machine.availability import (
 from pdlaunch.machine.engine_commands import EngineCommand, EngineFlags, ask_engine_flags
 from pdlaunch.machine.facts import PortState
 from pdlaunch.machine.host import missing_modules
+from pdlaunch.machine.network import is_address
 from pdlaunch.planning.models import weight_error
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.planning.role_engines import RoleEngines
