@@ -17,13 +17,11 @@ import torch
 
 from pdlaunch.config.sizes import parse_size
 from pdlaunch.engine.kvcache.host_chunks import choose_blocks_per_chunk
-from pdlaunch.engine.offload.copy_methods import HostCopy, TorchCopy
-from pdlaunch.engine.offload.handler import OffloadHandler
+from pdlaunch.engine.offload.copies import OffloadHandler, chunk_layout
 from pdlaunch.engine.offload.host_memory import HostMemory
-from pdlaunch.engine.offload.measure import JOB_BYTES, CudaTrial, Trial
-from pdlaunch.engine.offload.method_choice import MethodTable, cuda_candidates, measure_methods
 from pdlaunch.engine.offload.spec import DIRECTIONS, Direction, TransferSpec
 
+JOB_BYTES = 64 * 1024**2
 WAYS: dict[str, tuple[Direction, ...]] = {
     "h2d": ("load",),
     "d2h": ("store",),
@@ -32,12 +30,11 @@ WAYS: dict[str, tuple[Direction, ...]] = {
 
 
 class Traffic:
-    """Stores one half of the trial's pages and loads the other, in random order, in jobs."""
+    """Stores one half of the blocks and loads the other, in random order, in jobs."""
 
-    def __init__(self, trial: Trial, host: HostMemory, table: MethodTable, per_chunk: int) -> None:
+    def __init__(self, pages: torch.Tensor, host: HostMemory, per_chunk: int) -> None:
         self._finished = threading.Semaphore(0)
-        pages, wake = trial.pages, self._finished.release
-        self._handler = OffloadHandler([[pages]], host, per_chunk, choose=table.choose, wake=wake)
+        self._handler = OffloadHandler([[pages]], host, per_chunk, wake=self._finished.release)
         half = len(pages) // 2
         num_chunks = half // per_chunk
         num_jobs = min(max(1, half * pages.shape[1] // JOB_BYTES), num_chunks)
@@ -76,21 +73,23 @@ class Traffic:
 
 
 def measure(block_bytes: int, device: torch.device, num_bytes: int) -> dict[str, object]:
-    """Return the row of a block size; each way is the best of three rounds."""
+    """Return the row of a block size; each way is the best of three rounds after a first."""
     per_chunk = min(choose_blocks_per_chunk(block_bytes, device.type), num_bytes // block_bytes)
-    is_cuda = device.type == "cuda"
-    num_chunks = 2 * (num_bytes // (per_chunk * block_bytes))
-    host = HostMemory(num_chunks, per_chunk * block_bytes, pin=is_cuda, progress=lambda *_: None)
-    kind = CudaTrial if is_cuda else Trial
-    trial = kind(block_bytes, host, device, num_bytes, blocks_per_chunk=per_chunk)
-    candidates = cuda_candidates() if is_cuda else {way: [HostCopy()] for way in DIRECTIONS}
-    table = MethodTable(TorchCopy())
-    table.set(block_bytes, measure_methods(candidates, trial.alone, trial.both))
-    traffic = Traffic(trial, host, table, per_chunk)
+    num_chunks = num_bytes // (per_chunk * block_bytes)
+    pages = torch.zeros(2 * num_chunks * per_chunk, block_bytes, dtype=torch.uint8, device=device)
+    host = HostMemory(
+        2 * num_chunks,
+        chunk_layout([[pages]], per_chunk).chunk_bytes,
+        pin=device.type == "cuda",
+        progress=lambda *_: None,
+    )
+    traffic = Traffic(pages, host, per_chunk)
     row: dict[str, object] = {"block_bytes": block_bytes}
     for name, directions in WAYS.items():
+        traffic.seconds(directions)
         seconds = min(traffic.seconds(directions) for _ in range(3))
-        row[f"{name}_gb_per_s"] = round(len(directions) * trial.num_bytes / seconds / 1e9, 2)
+        moved = len(directions) * num_chunks * per_chunk * block_bytes
+        row[f"{name}_gb_per_s"] = round(moved / seconds / 1e9, 2)
     traffic.close()
     host.close()
     return row
@@ -117,7 +116,7 @@ def one_copy(device: torch.device, num_bytes: int) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--block-sizes", default="4KiB,16KiB,64KiB,256KiB,1MiB")
+    parser.add_argument("--block-sizes", default="32KiB,64KiB,256KiB,1MiB,2MiB")
     parser.add_argument("--memory", type=parse_size, help="bytes copied (1GiB; 32MiB on a CPU)")
     parser.add_argument("--device", choices=("cpu", "cuda"))
     options = parser.parse_args()

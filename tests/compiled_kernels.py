@@ -21,7 +21,7 @@ from pdlaunch.engine.models import fused_decoder
 from pdlaunch.engine.models.fused_decoder import Norm
 from pdlaunch.engine.models.triton_attention import TritonAttention
 from pdlaunch.engine.models.triton_step import HeadNorms
-from pdlaunch.engine.offload.gather_kernel import LOAD_KERNELS, STORE_KERNELS
+from pdlaunch.transfer.connectors.cuda_copies import KERNELS
 from pdlaunch.transfer.integrity.checksum_kernel import constants, hash_regions
 from tests.engine.models.attention_reference import Case, make_inputs
 
@@ -126,7 +126,7 @@ def blocks() -> None:
         hash_regions(memory, torch.tensor([3, 0]), 0, results, words)
     memory = torch.zeros(4096, dtype=torch.int32)
     units = torch.zeros(2, padded_columns(3), dtype=torch.int64)
-    for page_bytes, shape in product((8192, 48), (*LOAD_KERNELS, *STORE_KERNELS)):
+    for page_bytes, shape in product((8192, 48), KERNELS):
         copy_pages(memory, memory, units, 3, page_bytes, shape)
 
 

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engine.offload.host_memory import AllocationProgress
 from pdlaunch.engine.offload.planner import OffloadPlanner
-from pdlaunch.engine.offload.policies import ARC, LRU, EvictionPolicy
-from pdlaunch.engine.offload.tier import ChunkKey, HeadSlice, HostTier
+from pdlaunch.engine.offload.tier import HeadSlice, HostTier
 from pdlaunch.engine.offload.worker import OffloadWorker
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.transfer.connectors.opening import rank_part
@@ -45,11 +44,8 @@ def new_offload_planner(
     """Return the planner of an engine whose ranks have such workers; its tier is empty."""
     if worker is None:
         return None
-    policy: EvictionPolicy[ChunkKey] = (
-        LRU() if spec.kv_offload.policy == "lru" else ARC(worker.num_chunks)
-    )
     # All heads, where a rank's worker names its own: the tier speaks for the whole engine.
-    tier = HostTier(worker.num_chunks, HeadSlice(0, runner.shape.num_kv_heads), policy=policy)
+    tier = HostTier(worker.num_chunks, HeadSlice(0, runner.shape.num_kv_heads))
     return OffloadPlanner(
         runner.layout.groups, spec.block_size, tier, blocks_per_chunk=spec.blocks_per_chunk
     )

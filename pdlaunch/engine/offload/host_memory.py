@@ -63,15 +63,6 @@ class HostMemory:
         self.pieces = self._allocate(pin, progress)
         """[chunks * chunk_bytes] uint8 each; the last one may be smaller."""
         self.piece_addresses = np.array([piece.data_ptr() for piece in self.pieces], dtype=np.int64)
-        every_chunk = np.arange(num_chunks, dtype=np.int64)
-        # 8 bytes a chunk spare each transfer two divisions a block.
-        self._chunk_addresses = self.piece_addresses[self.piece_of(every_chunk)] + self.offsets(
-            every_chunk
-        )
-
-    def addresses(self, chunk_ids: IntArray) -> IntArray:
-        """Return the address of the first byte of each chunk."""
-        return self._chunk_addresses[chunk_ids]
 
     def piece_of(self, chunk_ids: IntArray) -> IntArray:
         """Return the index of the piece that holds each chunk."""

@@ -44,7 +44,7 @@ class HostHit:
     """Logical index, for each group, after its last block; all equal, except before a pull."""
 
     def num_blocks_to_load(self, group: int) -> int:
-        """Return the device blocks that the group needs for the load."""
+        """Return the number of device blocks that the group needs for the load."""
         return self.ends[group] - self.device.end(group)
 
 

@@ -12,11 +12,10 @@ them, so they never leave.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
-
-from pdlaunch.engine.offload.policies import ARC, EvictionPolicy
 
 HIGH_WATER = 0.98
 LOW_WATER = 0.95
@@ -55,7 +54,7 @@ class HostTier:
 
     ``heads``: what its chunks hold of each block. Above ``high_water`` (a share of all chunks) a
     store makes room down to ``low_water``, so that bursts find free chunks while others are in
-    flight. ``policy``: ARC unless given.
+    flight. The least recently used chunk leaves first.
     """
 
     def __init__(
@@ -63,7 +62,6 @@ class HostTier:
         num_chunks: int,
         heads: HeadSlice,
         *,
-        policy: EvictionPolicy[ChunkKey] | None = None,
         high_water: float = HIGH_WATER,
         low_water: float = LOW_WATER,
     ) -> None:
@@ -71,7 +69,7 @@ class HostTier:
         assert 0 < low_water <= high_water <= 1
         self.num_chunks = num_chunks
         self._heads = heads
-        self._policy: EvictionPolicy[ChunkKey] = ARC(num_chunks) if policy is None else policy
+        self._least_used_first: OrderedDict[ChunkKey, None] = OrderedDict()
         self._high_chunks = max(1, int(num_chunks * high_water))
         self._low_chunks = int(num_chunks * low_water)
         # A stack, low ids on top: little memory is touched while the tier is young.
@@ -122,7 +120,7 @@ class HostTier:
         assert not chunk.is_resident
         if ok:
             chunk.is_resident = True
-            self._policy.add(chunk.key)
+            self._least_used_first[chunk.key] = None
         else:
             del self._by_key[chunk.key]
             self._release(chunk_id)
@@ -135,7 +133,7 @@ class HostTier:
             assert chunk.is_resident
             assert not chunk.is_failed
             chunk.pins += 1
-            self._policy.touch(chunk.key)
+            self._least_used_first.move_to_end(chunk.key)
 
     def finish_load(self, chunk_ids: Iterable[int], failed_chunk_ids: Iterable[int] = ()) -> None:
         """Unpin what ``begin_load`` pinned; failed chunks hold wrong bytes and are given up."""
@@ -187,9 +185,7 @@ class HostTier:
             if chunk.is_resident and not chunk.is_failed
         }
         assert len(self._by_key) == len(findable) + len(in_store)
-        assert sorted(self._policy) == sorted(findable), (
-            "the policy orders other chunks than those that can be found"
-        )
+        assert sorted(self._least_used_first) == sorted(findable)
 
     def _may_store(self, key: ChunkKey, first_slot: int) -> bool:
         chunk_id = self._by_key.get(key)
@@ -205,17 +201,17 @@ class HostTier:
 
     def _make_room(self) -> None:
         while len(self._chunks) > self._low_chunks or not self._free:
-            key = self._policy.evict(self._may_leave)
-            if key is None:
+            chunks = (self._chunks[self._by_key[key]] for key in self._least_used_first)
+            chunk = next((chunk for chunk in chunks if not chunk.pins), None)
+            if chunk is None:
                 return
-            self._release(self._by_key.pop(key))
+            chunk_id = self._by_key[chunk.key]
+            self._forget(chunk)
+            self._release(chunk_id)
             self.num_evicted_chunks += 1
 
-    def _may_leave(self, key: ChunkKey) -> bool:
-        return not self._chunks[self._by_key[key]].pins
-
     def _forget(self, chunk: _Chunk) -> None:
-        self._policy.remove(chunk.key)
+        del self._least_used_first[chunk.key]
         del self._by_key[chunk.key]
 
     def _release(self, chunk_id: int) -> None:

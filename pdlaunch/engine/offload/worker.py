@@ -5,6 +5,9 @@ it and never waits.
 
     store   copy ──▶ checksums ──▶ recorded ──▶ JobFinished
     load    recorded? ──▶ copy, checksums ──▶ equal to those recorded? ──▶ JobFinished
+
+Checksums are xxh3_64 of each (block, KV head). On a CPU the host's bytes are hashed while the copy
+reads them; a GPU hashes its own blocks: those that were stored, and those that a load has brought.
 """
 
 from __future__ import annotations
@@ -14,34 +17,52 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+import xxhash
 
 from pdlaunch.engine.kvcache.groups import KVCacheLayout
-from pdlaunch.engine.offload.contents import (
-    ChunkContent,
-    ChunkHasher,
-    DeviceChunkHasher,
-    Digests,
-    Slots,
-)
-from pdlaunch.engine.offload.copy_streams import TransferResult
-from pdlaunch.engine.offload.handler import OffloadHandler, chunk_layout
+from pdlaunch.engine.offload.copies import OffloadHandler, TransferResult, chunk_layout
 from pdlaunch.engine.offload.host_memory import AllocationProgress, HostMemory
 from pdlaunch.engine.offload.jobs import JobFinished, OffloadJob
-from pdlaunch.engine.offload.method_choice import MethodTable, choose_cuda_methods, host_methods
 from pdlaunch.engine.offload.tier import ChunkKey, HeadSlice
 from pdlaunch.errors import ConfigError, TransferSpecError
 from pdlaunch.machine.host import usable_cpus
-from pdlaunch.transfer.integrity.checksum import KVHasher
+from pdlaunch.transfer.integrity.checksum import Checksums, KVHasher
 
 logger = logging.getLogger(__name__)
 
 MOST_HASH_THREADS = 8
+"""Of half of the cores. 512 MiB take 44 ms on 2 threads and 18 ms on 6; the copy takes 10 ms."""
+
+Digests = list[tuple[int, ...]]
+"""By block, one checksum for each KV head of the rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """The blocks of one chunk that a transfer touches: slots [start, stop)."""
+
+    key: ChunkKey
+    chunk_id: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """What one chunk holds."""
+
+    key: ChunkKey
+    first_slot: int
+    """Slots before it hold nothing."""
+    digests: Digests | None
+    """Of the slots from ``first_slot`` on; None when nothing is verified."""
 
 
 @dataclass(slots=True)
 class _Pending:
-    """Tracks a job under way: ended when the copy has and all checksums are there."""
+    """A job under way: ended when the copy has and all checksums are there."""
 
     job: OffloadJob
     slots: list[Slots]
@@ -54,23 +75,19 @@ class _Pending:
 
     def digests(self) -> list[Digests] | None:
         """Return the digests by chunk; None when nothing is verified."""
-        return (
-            [digests for future in self.hashing for digests in future.result()]
-            if self.hashing
-            else None
-        )
+        found = [digests for future in self.hashing for digests in future.result()]
+        return found if self.hashing else None
 
 
 class OffloadWorker:
-    """Owns the host memory of one rank and the copies between it and the rank's KV cache. All
+    """Owns the host memory of one rank, and the copies between it and the rank's KV cache. All
     methods are for one thread.
 
     ``kv_cache``: [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous,
     shared by all groups; outlives the worker. ``heads``: the model's KV heads that this rank holds.
-    ``num_hash_threads`` compute checksums; half of the cores, at most 8, unless given (measured:
-    512 MiB take 44 ms on 2 threads and 18 ms on 6, the copy 10 ms). ``device_hasher`` computes them
-    instead. ``wake`` is called from other threads when ``take_finished`` may have something. Raises
-    ConfigError when ``host_memory_bytes`` hold no chunk, or cannot be had.
+    ``device_hasher`` computes checksums where the cache lies on a GPU. ``wake`` is called from
+    other threads when ``take_finished`` may have something. Raises ConfigError when
+    ``host_memory_bytes`` hold no chunk, or cannot be had.
     """
 
     def __init__(
@@ -92,33 +109,21 @@ class OffloadWorker:
         self.num_chunks = _count_chunks(host_memory_bytes, chunk_bytes)
         """Every rank of an engine has as many; the tier gets the least of all."""
         self.block_bytes = layout.block_bytes
+        self._head_bytes = layout.head_bytes
         self._heads = heads
         self._blocks_per_chunk = blocks_per_chunk
         self._wake = wake
         self._host = HostMemory(
             self.num_chunks, chunk_bytes, pin=kv_cache.device.type == "cuda", progress=progress
         )
-        methods = _choose_methods(
-            layout.block_bytes, blocks_per_chunk, self._host, kv_cache.device, progress
+        self._handler = OffloadHandler(groups, self._host, blocks_per_chunk, wake=wake)
+        self._num_threads = num_hash_threads or max(
+            1, min(MOST_HASH_THREADS, len(usable_cpus()) // 2)
         )
-        self._handler = OffloadHandler(
-            groups, self._host, blocks_per_chunk, choose=methods.choose, wake=wake
-        )
-        num_threads = num_hash_threads or max(1, min(MOST_HASH_THREADS, len(usable_cpus()) // 2))
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="offload-hash")
-        self._hasher = (
-            ChunkHasher(
-                self._host, layout.block_bytes, layout.head_bytes, self._threads, num_threads
-            )
-            if verify
-            else None
-        )
-        self._block_hasher = (
-            DeviceChunkHasher(device_hasher, self._threads)
-            if verify and device_hasher is not None
-            else None
-        )
-        self._contents: dict[int, ChunkContent] = {}
+        self._threads = ThreadPoolExecutor(self._num_threads, thread_name_prefix="offload-hash")
+        self._verify = verify
+        self._device_hasher = device_hasher
+        self._contents: dict[int, _Content] = {}
         self._pending: dict[int, _Pending] = {}
         self._refused: list[JobFinished] = []
 
@@ -128,9 +133,7 @@ class OffloadWorker:
         return len(self._pending) + len(self._refused)
 
     def submit(self, jobs: Sequence[OffloadJob]) -> None:
-        """Start jobs behind what the current CUDA stream holds. Whatever is wrong with one, its end
-        is told.
-        """
+        """Start jobs behind what the current CUDA stream holds; every one is reported."""
         for job in jobs:
             try:
                 self._start(job)
@@ -141,7 +144,11 @@ class OffloadWorker:
     def take_finished(self) -> list[JobFinished]:
         """Return the jobs that have ended since the last call, each once."""
         for result in self._handler.get_finished():
-            self._on_copied(self._pending[result.job_id], result)
+            pending = self._pending[result.job_id]
+            pending.copied = result
+            hashes_now = pending.job.direction == "store" or self._device_hasher is not None
+            if result.ok and hashes_now:
+                self._hash(pending)
         ended = [pending for pending in self._pending.values() if pending.is_ended]
         for pending in ended:
             del self._pending[pending.job.job_id]
@@ -149,14 +156,12 @@ class OffloadWorker:
         return refused + [self._finish(pending) for pending in ended]
 
     def checksums(self, chunk_id: int) -> Digests | None:
-        """Return the checksums that a chunk's blocks were stored with, from its first filled slot
-        on; None where there are none.
-        """
+        """Return the checksums of a chunk's filled slots; None where there are none."""
         content = self._contents.get(chunk_id)
         return None if content is None else content.digests
 
     def chunk(self, chunk_id: int) -> torch.Tensor:
-        """Return a chunk's memory, [chunk_bytes] uint8, ``block_bytes`` a block; for tests only."""
+        """Return a chunk's memory: [chunk_bytes] uint8."""
         return self._host.chunk(chunk_id)
 
     def close(self, timeout_s: float = 10.0) -> None:
@@ -167,8 +172,6 @@ class OffloadWorker:
             self._host.close()
         else:
             logger.warning("offload copies did not end within %g s", timeout_s)
-
-    # Starting
 
     def _start(self, job: OffloadJob) -> None:
         slots = list(self._slots(job))
@@ -183,22 +186,19 @@ class OffloadWorker:
             for item in slots:
                 # While the copy writes, the chunk holds neither its old content nor the new one.
                 self._contents.pop(item.chunk_id, None)
-        # A load: on a CPU the host's bytes are hashed while the copy reads them. A GPU hashes what
-        # has arrived, so that waits for the copy (``_on_copied``).
-        elif self._block_hasher is None:
+        elif self._device_hasher is None:
             self._hash(pending)
 
     def _slots(self, job: OffloadJob) -> Iterator[Slots]:
-        """Yield the job's chunks in order. Raises TransferSpecError when there are more or fewer of
-        them than hashes.
-        """
-        chunks = iter(zip(job.chunk_ids, job.chunk_hashes, strict=False))
+        """Yield the job's chunks in order. Raises TransferSpecError unless each has a hash."""
         if len(job.chunk_ids) != len(job.chunk_hashes):
             raise TransferSpecError(
                 f"the job has {len(job.chunk_ids)} chunk_ids and {len(job.chunk_hashes)} "
                 "chunk_hashes"
             )
+        chunks = iter(zip(job.chunk_ids, job.chunk_hashes, strict=True))
         size = self._blocks_per_chunk
+        # Lengths that differ are the handler's to refuse.
         for group, (num_blocks, first) in enumerate(
             zip(job.group_sizes, job.block_indices, strict=False)
         ):
@@ -206,12 +206,8 @@ class OffloadWorker:
             for chunk in range(first // size, -(-end // size) if num_blocks else 0):
                 chunk_id, chunk_hash = next(chunks, (-1, b""))
                 start, stop = max(first, chunk * size), min(end, (chunk + 1) * size)
-                yield Slots(
-                    ChunkKey(group, chunk_hash, self._heads),
-                    chunk_id,
-                    start - chunk * size,
-                    stop - chunk * size,
-                )
+                key = ChunkKey(group, chunk_hash, self._heads)
+                yield Slots(key, chunk_id, start - chunk * size, stop - chunk * size)
 
     def _holds(self, slots: Slots) -> bool:
         content = self._contents.get(slots.chunk_id)
@@ -223,22 +219,36 @@ class OffloadWorker:
         self._refused.append(JobFinished(job.job_id, False, error, failed_chunk_ids))
         self._wake()
 
-    # Ending
-
-    def _on_copied(self, pending: _Pending, result: TransferResult) -> None:
-        pending.copied = result
-        if result.ok and (pending.job.direction == "store" or self._block_hasher is not None):
-            self._hash(pending)
-
     def _hash(self, pending: _Pending) -> None:
-        if self._hasher is None or not pending.slots:
+        if not self._verify or not pending.slots:
             return
-        if self._block_hasher is not None:
-            pending.hashing = self._block_hasher.submit(pending.slots, pending.job.block_ids)
+        if self._device_hasher is not None:
+            checksums = self._device_hasher.start(pending.job.block_ids, slice(None))
+            pending.hashing = [self._threads.submit(_by_chunk, pending.slots, checksums)]
         else:
-            pending.hashing = self._hasher.submit(pending.slots)
+            # Shared out in order, so that the futures one after another give all chunks in order.
+            num_parts = min(self._num_threads, len(pending.slots))
+            parts = np.array_split(np.arange(len(pending.slots)), num_parts)
+            pending.hashing = [
+                self._threads.submit(self._hash_host, [pending.slots[index] for index in part])
+                for part in parts
+            ]
         for future in pending.hashing:
             future.add_done_callback(lambda _future: self._wake())
+
+    def _hash_host(self, slots: Sequence[Slots]) -> list[Digests]:
+        """Hash blocks in host memory, on another thread."""
+        size = self.block_bytes
+        found = []
+        for item in slots:
+            memory = self._host.chunk(item.chunk_id).numpy()
+            blocks = memory[item.start * size : item.stop * size]
+            # A block's bytes of each head follow each other.
+            heads = blocks.reshape(item.stop - item.start, -1, self._head_bytes)
+            found.append(
+                [tuple(xxhash.xxh3_64_intdigest(head) for head in block) for block in heads]
+            )
+        return found
 
     def _finish(self, pending: _Pending) -> JobFinished:
         job, copied, digests = pending.job, pending.copied, pending.digests()
@@ -246,56 +256,36 @@ class OffloadWorker:
         if not copied.ok:
             return JobFinished(job.job_id, False, copied.error)
         wrong: list[int] = []
-        if job.direction == "store":
-            self._record(pending.slots, digests)
-        elif digests is not None:
-            wrong = self._wrong_chunks(pending.slots, digests)
-        error = (
-            f"the checksums of host chunks {wrong} are not those of the blocks that were stored "
-            "there"
-            if wrong
-            else ""
+        for index, item in enumerate(pending.slots):
+            own = None if digests is None else digests[index]
+            if job.direction == "store":
+                self._contents[item.chunk_id] = _Content(item.key, item.start, own)
+            elif own is not None:
+                content = self._contents[item.chunk_id]
+                first = content.first_slot
+                stored = content.digests and content.digests[item.start - first : item.stop - first]
+                if stored != own:
+                    wrong.append(item.chunk_id)
+        error = f"host chunks {wrong} have other checksums than when they were stored"
+        return JobFinished(
+            job.job_id, not wrong, error if wrong else "", wrong, copied.num_bytes, copied.seconds
         )
-        return JobFinished(job.job_id, not wrong, error, wrong, copied.num_bytes, copied.seconds)
 
-    def _record(self, slots: Sequence[Slots], digests: Sequence[Digests] | None) -> None:
-        for index, item in enumerate(slots):
-            self._contents[item.chunk_id] = ChunkContent(
-                item.key, item.start, None if digests is None else digests[index]
-            )
 
-    def _wrong_chunks(self, slots: Sequence[Slots], digests: Sequence[Digests]) -> list[int]:
-        wrong = []
-        for item, found in zip(slots, digests, strict=True):
-            stored = self._contents[item.chunk_id].digests_between(item.start, item.stop)
-            if stored != found:
-                wrong.append(item.chunk_id)
-        return wrong
+def _by_chunk(slots: Sequence[Slots], checksums: Checksums) -> list[Digests]:
+    """Wait for the device, and return its checksums by chunk."""
+    rows = iter(checksums.result().tolist())
+    return [[tuple(next(rows)) for _ in range(item.start, item.stop)] for item in slots]
 
 
 def _count_chunks(host_memory_bytes: int, chunk_bytes: int) -> int:
     num_chunks = host_memory_bytes // chunk_bytes
     if num_chunks < 1:
         raise ConfigError(
-            (
-                f"kv_offload.host_memory {host_memory_bytes} bytes holds no chunk of {chunk_bytes} "
-                "bytes"
-            ),
+            f"kv_offload.host_memory {host_memory_bytes} bytes holds no chunk of {chunk_bytes} "
+            "bytes",
             field="kv_offload.host_memory",
             value=host_memory_bytes,
             fix=f"Give it at least {chunk_bytes} bytes for each rank.",
         )
     return num_chunks
-
-
-def _choose_methods(
-    page_bytes: int,
-    blocks_per_chunk: int,
-    host: HostMemory,
-    device: torch.device,
-    progress: AllocationProgress,
-) -> MethodTable:
-    if device.type != "cuda":
-        return host_methods()
-    progress("measuring copies between device and host", None)
-    return choose_cuda_methods([page_bytes], host, device, blocks_per_chunk=blocks_per_chunk)

@@ -1,8 +1,9 @@
-"""The same handler on a GPU: every copy method moves the bytes that the model moves."""
+"""The same handler on a GPU moves the bytes that the model moves."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,11 +12,15 @@ from hypothesis import strategies as st
 
 from pdlaunch.engine.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.engine.kvcache.host_chunks import choose_blocks_per_chunk
-from pdlaunch.engine.offload.copy_methods import CopyMethod, TorchCopy
-from pdlaunch.engine.offload.handler import OffloadHandler, chunk_layout
+from pdlaunch.engine.offload.copies import (
+    Copy,
+    OffloadHandler,
+    batch_copy,
+    chunk_layout,
+    copy_by_torch,
+)
 from pdlaunch.engine.offload.host_memory import HostMemory
 from pdlaunch.engine.offload.jobs import JobFinished, OffloadJob
-from pdlaunch.engine.offload.method_choice import choose_cuda_methods, cuda_candidates
 from pdlaunch.engine.offload.spec import TransferSpec
 from pdlaunch.engine.offload.tier import HeadSlice
 from pdlaunch.engine.offload.worker import OffloadWorker
@@ -35,20 +40,10 @@ pytestmark = [
 ]
 
 
-def methods() -> list[CopyMethod]:
-    if not torch.cuda.is_available():
-        return []
-    offered = cuda_candidates()
-    methods_by_name = {
-        method.name: method for method in (*offered["load"], *offered["store"], TorchCopy())
-    }
-    return list(methods_by_name.values())
-
-
-@pytest.mark.parametrize("method", methods(), ids=lambda method: method.name)
+@pytest.mark.parametrize("make_copy", [batch_copy, lambda: copy_by_torch], ids=["batch", "torch"])
 @settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_equals_the_model(method: CopyMethod, data: st.DataObject) -> None:
+def test_equals_the_model(make_copy: Callable[[], Copy], data: st.DataObject) -> None:
     geometry = data.draw(geometries(unit_bytes=16, max_units=8))
     groups = geometry.new_groups("cuda")
     layout = chunk_layout(groups, geometry.blocks_per_chunk)
@@ -63,7 +58,7 @@ def test_equals_the_model(method: CopyMethod, data: st.DataObject) -> None:
         piece.random_(0, 256)
     waiter = Waiter()
     handler = OffloadHandler(
-        groups, host, geometry.blocks_per_chunk, choose=lambda *_: method, wake=waiter.wake
+        groups, host, geometry.blocks_per_chunk, copy=make_copy(), wake=waiter.wake
     )
     expected_groups = [[tensor.cpu() for tensor in group] for group in groups]
     expected_host = host_content(host)
@@ -84,14 +79,14 @@ def test_equals_the_model(method: CopyMethod, data: st.DataObject) -> None:
     host.close()
 
 
-@pytest.mark.parametrize("method", methods(), ids=lambda method: method.name)
-def test_thousands_of_pages_go_there_and_back(method: CopyMethod) -> None:
+@pytest.mark.parametrize("make_copy", [batch_copy, lambda: copy_by_torch], ids=["batch", "torch"])
+def test_thousands_of_pages_go_there_and_back(make_copy: Callable[[], Copy]) -> None:
     num_blocks = 3000
     pages = torch.randint(0, 256, (num_blocks, 4096), dtype=torch.uint8, device="cuda")
     original = pages.clone()
     host = HostMemory(num_blocks, 4096, pin=True, progress=lambda *_: None, piece_bytes=1000 * 4096)
     waiter = Waiter()
-    handler = OffloadHandler([[pages]], host, 1, choose=lambda *_: method, wake=waiter.wake)
+    handler = OffloadHandler([[pages]], host, 1, copy=make_copy(), wake=waiter.wake)
     order, chunks, places = (torch.randperm(num_blocks).numpy() for _ in range(3))
     handler.transfer_async(1, TransferSpec("store", order, [num_blocks], [0], chunks))
     (stored,) = waiter.results(handler, 1)
@@ -107,9 +102,8 @@ def test_thousands_of_pages_go_there_and_back(method: CopyMethod) -> None:
 def test_a_store_is_queued_behind_the_work_that_fills_its_blocks() -> None:
     pages = torch.zeros(64, 65536, dtype=torch.uint8, device="cuda")
     host = HostMemory(64, 65536, pin=True, progress=lambda *_: None)
-    table = choose_cuda_methods([65536], host, pages.device)
     waiter = Waiter()
-    handler = OffloadHandler([[pages]], host, 1, choose=table.choose, wake=waiter.wake)
+    handler = OffloadHandler([[pages]], host, 1, wake=waiter.wake)
     torch.cuda._sleep(200_000_000)
     pages.fill_(7)
     handler.transfer_async(1, TransferSpec("store", range(64), [64], [0], range(64)))
@@ -137,10 +131,9 @@ def test_small_blocks_in_long_chunks_go_both_ways_at_once(page_bytes: int) -> No
         progress=lambda *_: None,
         piece_bytes=7 * layout.chunk_bytes,
     )
-    table = choose_cuda_methods([page_bytes], host, pages.device, blocks_per_chunk=a_chunk)
     original = pages.cpu()
     waiter = Waiter()
-    handler = OffloadHandler([[pages]], host, a_chunk, choose=table.choose, wake=waiter.wake)
+    handler = OffloadHandler([[pages]], host, a_chunk, wake=waiter.wake)
     blocks, chunks = torch.randperm(2 * half).numpy(), torch.randperm(90).numpy()
     first, second = (blocks[:half], chunks[:41]), (blocks[half:], chunks[41:81])
     elsewhere = torch.randperm(half).numpy() + 2 * half

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdlaunch.engine.kvcache.host_chunks import CHUNK_ALIGNMENT_BYTES, choose_blocks_per_chunk
-from pdlaunch.engine.offload.copies import PageCopies
-from pdlaunch.engine.offload.copy_methods import CopyMethod, HostCopy, TorchCopy
-from pdlaunch.engine.offload.handler import OffloadHandler, chunk_layout
+from pdlaunch.engine.offload.copies import (
+    Copy,
+    OffloadHandler,
+    PageCopies,
+    chunk_layout,
+    copy_by_torch,
+    copy_on_host,
+    merge_runs,
+)
 from pdlaunch.engine.offload.host_memory import HostMemory
 from pdlaunch.engine.offload.spec import Direction, TransferSpec
 from pdlaunch.errors import TransferError, TransferSpecError
@@ -44,24 +51,21 @@ def make_host(geometry: Geometry, groups: list[list[torch.Tensor]]) -> HostMemor
 
 
 def make_handler(
-    geometry: Geometry, method: CopyMethod | None = None
+    geometry: Geometry, copy: Copy = copy_on_host
 ) -> tuple[OffloadHandler, list[list[torch.Tensor]], HostMemory, Waiter]:
     groups = geometry.new_groups()
     host = make_host(geometry, groups)
     waiter = Waiter()
-    chosen = method or HostCopy()
-    handler = OffloadHandler(
-        groups, host, geometry.blocks_per_chunk, choose=lambda *_: chosen, wake=waiter.wake
-    )
+    handler = OffloadHandler(groups, host, geometry.blocks_per_chunk, copy=copy, wake=waiter.wake)
     return handler, groups, host, waiter
 
 
-@pytest.mark.parametrize("method", [HostCopy(), TorchCopy()], ids=lambda method: method.name)
+@pytest.mark.parametrize("copy", [copy_on_host, copy_by_torch])
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
-def test_stores_and_loads_equal_the_model(method: CopyMethod, data: st.DataObject) -> None:
+def test_stores_and_loads_equal_the_model(copy: Copy, data: st.DataObject) -> None:
     geometry = data.draw(geometries())
-    handler, groups, host, waiter = make_handler(geometry, method)
+    handler, groups, host, waiter = make_handler(geometry, copy)
     expected_groups = [[tensor.clone() for tensor in group] for group in groups]
     expected_host = host_content(host)
     for job_id in range(data.draw(st.integers(1, 3))):
@@ -188,18 +192,18 @@ def test_a_transfer_of_nothing_finishes() -> None:
     assert handler.close()
 
 
-class GatedCopy(HostCopy):
+class GatedCopy:
     """Stores wait for the gate, loads do not; block 0 cannot be copied."""
 
     def __init__(self) -> None:
         self.gate = threading.Event()
 
-    def copy(self, copies: PageCopies, direction: Direction) -> None:
+    def __call__(self, copies: PageCopies, direction: Direction) -> None:
         if direction == "store":
             assert self.gate.wait(60)
         if 0 in copies.block_ids:
             raise TransferError("block 0 is broken")
-        super().copy(copies, direction)
+        copy_on_host(copies, direction)
 
 
 def test_directions_do_not_wait_for_each_other_and_failures_are_reported() -> None:
@@ -218,40 +222,6 @@ def test_directions_do_not_wait_for_each_other_and_failures_are_reported() -> No
     assert handler.close()
 
 
-def test_methods_are_chosen_by_whether_the_other_direction_copies() -> None:
-    groups = HYBRID.new_groups()
-    method, asked, waiter = GatedCopy(), list[tuple[Direction, bool]](), Waiter()
-
-    def choose(_copies: PageCopies, direction: Direction, both_ways: bool) -> CopyMethod:
-        asked.append((direction, both_ways))
-        return method
-
-    handler = OffloadHandler(
-        groups, make_host(HYBRID, groups), HYBRID.blocks_per_chunk, choose=choose, wake=waiter.wake
-    )
-    one_block = {
-        "block_ids": (5,),
-        "group_sizes": (1, 0),
-        "block_indices": (0, 0),
-        "chunk_ids": (1,),
-    }
-    handler.transfer_async(1, TransferSpec("load", **one_block))
-    waiter.results(handler, 1)
-    handler.transfer_async(2, TransferSpec("store", **one_block))
-    handler.transfer_async(3, TransferSpec("load", **one_block))
-    waiter.results(handler, 1)
-    method.gate.set()
-    waiter.results(handler, 1)
-    handler.transfer_async(4, TransferSpec("load", **one_block))
-    waiter.results(handler, 1)
-    assert [both_ways for direction, both_ways in asked if direction == "load"] == [
-        False,
-        True,
-        False,
-    ]
-    assert handler.close()
-
-
 def test_close_says_when_a_copy_still_runs() -> None:
     method = GatedCopy()
     handler, _, _, waiter = make_handler(HYBRID, method)
@@ -261,13 +231,22 @@ def test_close_says_when_a_copy_still_runs() -> None:
     assert waiter.results(handler, 1)
 
 
+def test_runs_join_neighbours_and_stop_at_the_border_of_a_piece() -> None:
+    pages = torch.zeros(8, 4096, dtype=torch.uint8)
+    host = HostMemory(8, 4096, pin=False, progress=lambda *_: None, piece_bytes=2 * 4096)
+    places = np.array([2, 3, 4, 5, 7]), host, np.arange(5), np.zeros(5, dtype=np.int64)
+    runs = merge_runs(PageCopies(pages, *places))
+    assert runs.device_offsets.tolist() == [8192, 16384, 28672]
+    assert runs.host_pieces.tolist() == [0, 1, 2]
+    assert runs.host_offsets.tolist() == [0, 0, 0]
+    assert runs.sizes.tolist() == [8192, 8192, 4096]
+
+
 def test_groups_may_share_one_tensor() -> None:
     pages = torch.arange(8 * 16, dtype=torch.uint8).view(8, 16)
     host = HostMemory(4, CHUNK_ALIGNMENT_BYTES, pin=False, progress=lambda *_: None)
     waiter = Waiter()
-    handler = OffloadHandler(
-        [[pages], [pages]], host, 1, choose=lambda *_: HostCopy(), wake=waiter.wake
-    )
+    handler = OffloadHandler([[pages], [pages]], host, 1, wake=waiter.wake)
     original = pages.clone()
     handler.transfer_async(1, TransferSpec("store", [1, 6], [1, 1], [0, 5], [2, 3]))
     waiter.results(handler, 1)

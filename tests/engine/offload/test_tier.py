@@ -7,8 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from pdlaunch.engine.offload.policies import ARC, LRU
-from pdlaunch.engine.offload.tier import ChunkKey, HeadSlice, HostTier
+from pdlaunch.engine.offload.tier import HeadSlice, HostTier
 
 HEADS = HeadSlice(0, 4)
 
@@ -62,7 +61,7 @@ def test_slots_that_had_left_the_window_are_not_found_and_a_fuller_chunk_replace
 
 
 def test_makes_room_down_to_the_low_water_mark() -> None:
-    tier = HostTier(10, HEADS, policy=LRU(), high_water=0.8, low_water=0.5)
+    tier = HostTier(10, HEADS, high_water=0.8, low_water=0.5)
     for number in range(8):
         stored(tier, number)
     assert tier.num_evicted_chunks == 0
@@ -117,14 +116,10 @@ class TierMachine(RuleBasedStateMachine):
 
     @initialize(
         num_chunks=st.integers(1, 8),
-        is_lru=st.booleans(),
         marks=st.sampled_from([(1.0, 1.0), (0.9, 0.5), (0.6, 0.3)]),
     )
-    def start(self, num_chunks: int, is_lru: bool, marks: tuple[float, float]) -> None:
-        policy: LRU[ChunkKey] | ARC[ChunkKey] = LRU() if is_lru else ARC(num_chunks)
-        self.tier = HostTier(
-            num_chunks, HEADS, policy=policy, high_water=marks[0], low_water=marks[1]
-        )
+    def start(self, num_chunks: int, marks: tuple[float, float]) -> None:
+        self.tier = HostTier(num_chunks, HEADS, high_water=marks[0], low_water=marks[1])
         self.storing: dict[int, tuple[int, int]] = {}
         self.loads: list[list[int]] = []
         self.content: dict[int, tuple[int, int]] = {}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from pdlaunch.engine.offload.copy_streams import TransferResult
-from pdlaunch.engine.offload.handler import OffloadHandler
+from pdlaunch.engine.offload.copies import OffloadHandler, TransferResult
 
 TIMEOUT_S = 60.0
 
