@@ -66,7 +66,7 @@ class HttpRunner(web.AppRunner):
             "access_log": None,
             "keepalive_timeout": idle_timeout_s,
             "lingering_time": LINGERING_S,
-            # ``bodies.read_body`` does it within bounds, and tells what is broken.
+            # ``limits.read_body`` does it within bounds, and tells what is broken.
             "auto_decompress": False,
         }
         super().__init__(

@@ -24,8 +24,7 @@ from aiohttp import hdrs, web
 
 from pdlaunch.config.http_names import ANY, WILDCARDS, is_loopback
 from pdlaunch.errors import RequestError
-from pdlaunch.http.headers import REQUEST_ID_HEADER
-from pdlaunch.http.ignored_fields import IGNORED_FIELDS_HEADER
+from pdlaunch.http.headers import IGNORED_FIELDS_HEADER, REQUEST_ID_HEADER
 
 HOST_FREE_PATHS = frozenset({"/health", "/ping"})
 PREFLIGHT_MAX_AGE_S = 600

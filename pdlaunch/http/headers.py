@@ -1,10 +1,12 @@
-"""Reads the headers that follow a request from the client through the router to engines."""
+"""Headers that follow a request from the client through the router to engines, and back."""
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import uuid
+from collections.abc import Iterable
 
 from pdlaunch.errors import RequestError
 from pdlaunch.protocol.ids import NO_ORIGIN, HttpRequestId, PromptOrigin
@@ -19,12 +21,23 @@ TIMEOUT_HEADER = "X-Request-Timeout"
 SPANS_HEADER = "X-Pdlaunch-Spans"
 """A router that sends it gets a ``SpanReport`` with the answer, under the key ``pdlaunch``."""
 MAX_REQUEST_ID_LENGTH = 200
+IGNORED_FIELDS_HEADER = "X-Pdlaunch-Ignored-Fields"
+"""Names of fields of the request that were ignored, with commas between them."""
+MAX_SENT_NAMES = 20
+MAX_LOGGED_NAMES = 256
+"""Names that a process logs in its life: what clients send must not fill its log or memory."""
+MAX_NAME_CHARS = 64
 
 _REQUEST_ID = re.compile(rf"[!-~]{{1,{MAX_REQUEST_ID_LENGTH}}}")
+# A name is the client's own text: only plain ones can go into a header.
+_PLAIN_NAME = re.compile(rf"[A-Za-z0-9_.-]{{1,{MAX_NAME_CHARS}}}")
 _ORIGIN = re.compile(r"([1-9][0-9]{0,18})(;suspect)?")
 _TRACEPARENT = re.compile(
     r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
 )
+
+
+_logger = logging.getLogger(__name__)
 
 
 def read_request_id(header: str | None) -> HttpRequestId:
@@ -87,3 +100,36 @@ def read_origin(header: str | None) -> tuple[PromptOrigin, bool]:
     if match is None or int(match[1]) >= 2**63:
         return NO_ORIGIN, False
     return PromptOrigin(int(match[1])), match[2] is not None
+
+
+class IgnoredFields:
+    """Tells of fields that were ignored: in the log, once a name, and to the client."""
+
+    def __init__(self) -> None:
+        self._logged: set[str] = set()
+
+    def headers(self, names: Iterable[str]) -> dict[str, str]:
+        """Log names that are new, and return the header that tells the client of all plain ones.
+
+        Without such names there is no header.
+        """
+        plain: dict[str, None] = {}
+        for name in names:
+            self._log(name)
+            if len(plain) < MAX_SENT_NAMES and _PLAIN_NAME.fullmatch(name):
+                plain[name] = None
+        return {IGNORED_FIELDS_HEADER: ", ".join(plain)} if plain else {}
+
+    def _log(self, name: str) -> None:
+        shown = ascii(name[:MAX_NAME_CHARS])
+        if shown in self._logged or len(self._logged) >= MAX_LOGGED_NAMES:
+            return
+        self._logged.add(shown)
+        _logger.warning("requests have a field that is not known here and ignored: %s", shown)
+        if len(self._logged) == MAX_LOGGED_NAMES:
+            _logger.warning("further names of ignored fields are not logged")
+
+
+def read_ignored_fields(header: str | None) -> list[str]:
+    """Return the names in an engine's header."""
+    return [] if header is None else header.split(", ")

@@ -19,9 +19,9 @@ from aiohttp import web
 
 from pdlaunch.config.external import DNS
 from pdlaunch.config.http_names import local_url
-from pdlaunch.http.admission import Admission
 from pdlaunch.http.connections import HttpRunner
 from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S
+from pdlaunch.http.limits import Admission
 from pdlaunch.protocol.changes import Answered, ChangeEngines, SetDrained
 from pdlaunch.protocol.control import Restart, Restarting
 from pdlaunch.protocol.process.bootstrap import RouterSpec

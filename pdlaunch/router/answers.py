@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from pdlaunch.http.ignored_fields import IgnoredFields
+from pdlaunch.http.headers import IgnoredFields
 from pdlaunch.http.sse import DONE, EventStream, encode_event
 from pdlaunch.observe.metrics import RequestClock, RequestMetrics
 from pdlaunch.protocol.costs import ROUTE_HEADER

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from aiohttp import web
 
 from pdlaunch.errors import RequestError
-from pdlaunch.http.admission import Admission
 from pdlaunch.http.app import (
     METRICS_OPERATION,
     AppRoute,
@@ -22,6 +21,7 @@ from pdlaunch.http.app import (
 )
 from pdlaunch.http.errors import json_response
 from pdlaunch.http.guard import Guard
+from pdlaunch.http.limits import Admission
 from pdlaunch.observe.metrics import METRICS_CONTENT_TYPE
 from pdlaunch.protocol.openai.responses import ModelCard
 from pdlaunch.protocol.process.bootstrap import RouterSpec

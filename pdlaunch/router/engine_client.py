@@ -26,7 +26,7 @@ from pdlaunch.http.engine_calls import (
     EngineCalls,
     Silence,
 )
-from pdlaunch.http.ignored_fields import IGNORED_FIELDS_HEADER, read_ignored_fields
+from pdlaunch.http.headers import IGNORED_FIELDS_HEADER, read_ignored_fields
 from pdlaunch.observe.spans import SpanReport
 from pdlaunch.protocol.costs import EngineReport
 from pdlaunch.protocol.ids import HopId, LeaseId

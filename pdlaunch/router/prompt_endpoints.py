@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 from aiohttp import web
 
 from pdlaunch.errors import OverloadedError
-from pdlaunch.http.admission import Admission
 from pdlaunch.http.app import (
     CHAT_OPERATION,
     COMPLETIONS_OPERATION,
@@ -20,8 +19,6 @@ from pdlaunch.http.app import (
     AppRoute,
     request_id_of,
 )
-from pdlaunch.http.bodies import BodyBudget, Hold, read_body
-from pdlaunch.http.deadline import Deadline, Deadlines
 from pdlaunch.http.errors import LEAVING_RETRY_AFTER_S, RETRY_AFTER_S, error_status, json_response
 from pdlaunch.http.headers import (
     REQUEST_ID_HEADER,
@@ -29,11 +26,20 @@ from pdlaunch.http.headers import (
     TIMEOUT_HEADER,
     TRACEPARENT_HEADER,
     TRACESTATE_HEADER,
+    IgnoredFields,
     read_timeout_s,
     read_traceparent,
 )
-from pdlaunch.http.ignored_fields import IgnoredFields
-from pdlaunch.http.large_inputs import LARGE_BODY_BYTES, LargeInputs
+from pdlaunch.http.limits import (
+    LARGE_BODY_BYTES,
+    Admission,
+    BodyBudget,
+    Deadline,
+    Deadlines,
+    Hold,
+    LargeInputs,
+    read_body,
+)
 from pdlaunch.http.sse import ClientStream, EventStream
 from pdlaunch.protocol.costs import ROUTE_HEADER, WANTS_PAIR
 from pdlaunch.protocol.ids import HopId, HttpRequestId

@@ -13,8 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from pdlaunch.config.roles import Role
 from pdlaunch.engine.server.metrics import ServerMetrics
-from pdlaunch.http.headers import SPANS_HEADER
-from pdlaunch.http.ignored_fields import IGNORED_FIELDS_HEADER
+from pdlaunch.http.headers import IGNORED_FIELDS_HEADER, SPANS_HEADER
 from pdlaunch.observe.metrics import render_metrics
 from pdlaunch.protocol.changes import Withheld
 from pdlaunch.protocol.control import Address, Capabilities, Entry, ListedState

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from pdlaunch.http.ignored_fields import IGNORED_FIELDS_HEADER
+from pdlaunch.http.headers import IGNORED_FIELDS_HEADER
 from tests.router.conftest import SPEC, Stand, pair
 from tests.router.test_life_of_a_request import completion
 

@@ -16,8 +16,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from pdlaunch.http.bodies import SMALL_BODY_BYTES, max_engine_body_bytes
-from pdlaunch.http.large_inputs import LARGE_BODY_BYTES
+from pdlaunch.http.limits import LARGE_BODY_BYTES, SMALL_BODY_BYTES, max_engine_body_bytes
 from pdlaunch.protocol.openai.requests import MAX_CHOICES
 from pdlaunch.router.client_request import COMPLETIONS, ClientRequest, read_client_request
 from tests.router.conftest import SPEC, Stand, pair

@@ -30,7 +30,7 @@ from pdlaunch.http.app import (
 )
 from pdlaunch.http.errors import json_response
 from pdlaunch.http.guard import Guard
-from pdlaunch.http.large_inputs import LARGE_TEXT_BYTES
+from pdlaunch.http.limits import LARGE_TEXT_BYTES
 from pdlaunch.http.openapi import Operation
 from pdlaunch.observe.metrics import METRICS_CONTENT_TYPE, render_metrics
 from pdlaunch.protocol.ids import HopId

@@ -19,12 +19,17 @@ from pdlaunch.engine.server.served_model import ServedModel
 from pdlaunch.engine.server.sleep import SleepDesk
 from pdlaunch.engine.server.unsent_spans import UnsentSpans
 from pdlaunch.errors import OverloadedError
-from pdlaunch.http.admission import Admission, Ticket
-from pdlaunch.http.bodies import BodyBudget, max_engine_body_bytes, read_body
-from pdlaunch.http.deadline import Deadlines
 from pdlaunch.http.errors import LEAVING_RETRY_AFTER_S
-from pdlaunch.http.ignored_fields import IgnoredFields
-from pdlaunch.http.large_inputs import LargeInputs
+from pdlaunch.http.headers import IgnoredFields
+from pdlaunch.http.limits import (
+    Admission,
+    BodyBudget,
+    Deadlines,
+    LargeInputs,
+    Ticket,
+    max_engine_body_bytes,
+    read_body,
+)
 from pdlaunch.protocol.engine import EngineStats, Welcome
 from pdlaunch.protocol.ids import HopId, RequestId
 

@@ -28,9 +28,7 @@ from pdlaunch.engine.server.render import ChatRenderer, CompletionRenderer, Rend
 from pdlaunch.engine.server.respond import Answerer
 from pdlaunch.engine.server.running_choices import RunningChoices
 from pdlaunch.errors import PdlaunchError
-from pdlaunch.http.admission import Ticket
 from pdlaunch.http.app import request_id_of
-from pdlaunch.http.deadline import Deadline
 from pdlaunch.http.headers import (
     ORIGIN_HEADER,
     REQUEST_ID_HEADER,
@@ -39,7 +37,7 @@ from pdlaunch.http.headers import (
     read_origin,
     read_traceparent,
 )
-from pdlaunch.http.large_inputs import LARGE_BODY_BYTES, LARGE_TEXT_BYTES
+from pdlaunch.http.limits import LARGE_BODY_BYTES, LARGE_TEXT_BYTES, Deadline, Ticket
 from pdlaunch.observe.metrics import RequestClock
 from pdlaunch.observe.spans import SpanLog
 from pdlaunch.protocol.ids import NO_ORIGIN, HopId

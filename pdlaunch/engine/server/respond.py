@@ -15,7 +15,7 @@ from pdlaunch.engine.server.prepare import Prepared
 from pdlaunch.engine.server.render import Renderer
 from pdlaunch.engine.server.running_choices import RunningChoices
 from pdlaunch.errors import RequestError
-from pdlaunch.http.deadline import Deadline
+from pdlaunch.http.limits import Deadline
 from pdlaunch.http.sse import DONE, ClientStream, encode_event
 from pdlaunch.observe.metrics import RequestClock
 from pdlaunch.observe.spans import SpanLog

@@ -19,8 +19,8 @@ import msgspec
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engine.server.rank_link import RankLink
 from pdlaunch.errors import OverloadedError, RequestError
-from pdlaunch.http.admission import Admission
 from pdlaunch.http.errors import LEAVING_RETRY_AFTER_S
+from pdlaunch.http.limits import Admission
 from pdlaunch.protocol.control import SleepState
 from pdlaunch.protocol.engine import SleepReply, Welcome
 

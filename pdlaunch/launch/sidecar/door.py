@@ -21,13 +21,13 @@ from prometheus_client import CollectorRegistry
 from pdlaunch.config.http_names import url_of
 from pdlaunch.errors import OverloadedError, StartupError
 from pdlaunch.http.app import AppRoute, Description, HttpApp, bearer_check, request_id_of
-from pdlaunch.http.bodies import BodyBudget, max_engine_body_bytes, read_body
 from pdlaunch.http.connections import HttpRunner, fit_requests
 from pdlaunch.http.engine_calls import CONNECT_S, Answer, CallError, EngineCalls
 from pdlaunch.http.errors import RETRY_AFTER_S
 from pdlaunch.http.guard import Guard
 from pdlaunch.http.headers import REQUEST_ID_HEADER, TRACEPARENT_HEADER, TRACESTATE_HEADER
 from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S
+from pdlaunch.http.limits import BodyBudget, max_engine_body_bytes, read_body
 from pdlaunch.http.openapi import Operation
 from pdlaunch.observe.metrics import RequestMetrics
 from pdlaunch.protocol.certificates import server_context

@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 
 from pdlaunch.engine.server.chat_template import ChatTemplate
-from pdlaunch.http.ignored_fields import IGNORED_FIELDS_HEADER
+from pdlaunch.http.headers import IGNORED_FIELDS_HEADER
 from tests.engine.server.conftest import TOKEN, Engine
 from tests.engine.server.fake_rank import FakeRank
 

@@ -16,7 +16,7 @@ import pytest
 from pdlaunch.config.shared_settings import LimitSettings
 from pdlaunch.engine.server import prompts
 from pdlaunch.engine.server.engine_service import EngineService
-from pdlaunch.http.bodies import SMALL_BODY_BYTES
+from pdlaunch.http.limits import SMALL_BODY_BYTES
 from pdlaunch.protocol.engine import SleepReply
 from tests.engine.server.conftest import Engine
 from tests.engine.server.fake_rank import FakeRank

@@ -1,3 +1,5 @@
+"""Who is let in, for how long, and with how many bytes; what large inputs hold up."""
+
 from __future__ import annotations
 
 import asyncio
@@ -5,6 +7,7 @@ import contextlib
 import gzip
 import io
 import json
+import threading
 import zlib
 from collections.abc import AsyncIterator
 from typing import Any
@@ -15,10 +18,20 @@ from aiohttp import web
 
 from pdlaunch.config.shared_settings import LimitSettings
 from pdlaunch.errors import OverloadedError, RequestError
-from pdlaunch.http import bodies, connections
-from pdlaunch.http.bodies import SMALL_BODY_BYTES, BodyBudget, max_engine_body_bytes, read_body
+from pdlaunch.http import connections, limits
 from pdlaunch.http.connections import LINGERING_S, HttpRunner
 from pdlaunch.http.errors import error_response
+from pdlaunch.http.limits import (
+    SMALL_BODY_BYTES,
+    Admission,
+    BodyBudget,
+    Deadlines,
+    LargeInputs,
+    max_engine_body_bytes,
+    read_body,
+)
+from pdlaunch.protocol.control import Alive
+from pdlaunch.protocol.process.bootstrap import Heartbeat
 
 MAX_BYTES = 2 * SMALL_BODY_BYTES
 
@@ -171,7 +184,7 @@ async def test_a_body_that_is_too_long_is_a_413_at_once() -> None:
 
 
 async def test_a_body_that_falls_silent_is_a_408(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bodies, "BODY_SILENCE_S", 0.1)
+    monkeypatch.setattr(limits, "BODY_SILENCE_S", 0.1)
     monkeypatch.setattr(connections, "LINGERING_S", 0.1)
     async with serving() as server:
         async with server.begun(100) as reader:
@@ -184,7 +197,7 @@ async def test_a_body_that_falls_silent_is_a_408(monkeypatch: pytest.MonkeyPatch
 
 
 def test_silent_bodies_end_within_30_s() -> None:
-    assert bodies.BODY_SILENCE_S + LINGERING_S <= 30
+    assert limits.BODY_SILENCE_S + LINGERING_S <= 30
 
 
 async def test_a_refused_body_leaves_no_trace_in_the_budget() -> None:
@@ -223,3 +236,124 @@ def test_the_budget_is_eight_of_the_longest_bodies_unless_set() -> None:
     )
     with pytest.raises(ValueError, match="at least twice max_body_bytes, which is 1000"):
         LimitSettings(max_body_bytes=1000, max_body_bytes_in_flight=1999)
+
+
+def leaving() -> OverloadedError:
+    return OverloadedError("leaving", status=503, code="leaving")
+
+
+async def test_a_request_grows_up_to_the_limit_and_gives_all_of_it_back() -> None:
+    admission = Admission(3, leaving)
+    with admission.admit() as ticket:
+        ticket.grow(3, "n")
+        with pytest.raises(OverloadedError, match="3 requests are in flight; at most 3") as full:
+            admission.admit().__enter__()
+        assert (full.value.status, full.value.code) == (429, "too_many_requests")
+    assert admission.in_flight == 0
+
+
+async def test_what_alone_exceeds_the_limit_is_the_callers_fault() -> None:
+    admission = Admission(3, leaving)
+    with pytest.raises(RequestError) as error, admission.admit(4, "prompt"):
+        pass
+    assert not isinstance(error.value, OverloadedError)
+    assert (error.value.status, error.value.param) == (400, "prompt")
+    assert admission.in_flight == 0
+
+
+async def test_a_failed_growth_leaves_the_place_that_was_held() -> None:
+    admission = Admission(2, leaving)
+    with admission.admit(), admission.admit() as second:
+        with pytest.raises(OverloadedError):
+            second.grow(2, "n")
+        assert admission.in_flight == 2
+    assert admission.in_flight == 0
+
+
+async def test_draining_refuses_newcomers_and_waits_for_the_others() -> None:
+    admission = Admission(2, leaving)
+    with admission.admit():
+        assert not await admission.drain(0.0)
+        draining = asyncio.ensure_future(admission.drain(30.0))
+        await asyncio.sleep(0)
+        with pytest.raises(OverloadedError, match="leaving"):
+            admission.check_open()
+        assert not draining.done()
+    assert await draining
+
+
+async def test_a_deadline_covers_all_parts_of_a_request() -> None:
+    deadline = Deadlines(0.0, leaving, retry_after_s=7).start()
+    for _ in range(2):
+        with pytest.raises(OverloadedError, match="within 0 s") as error:
+            async with deadline.guard():
+                await asyncio.Event().wait()
+        assert (error.value.status, error.value.retry_after_s) == (503, 7)
+        assert error.value.code == "request_timeout"
+
+
+async def test_closing_ends_what_runs_and_what_comes() -> None:
+    deadlines = Deadlines(60.0, leaving)
+    began = asyncio.Event()
+
+    async def run() -> None:
+        async with deadlines.start().guard():
+            began.set()
+            await asyncio.Event().wait()
+
+    running = asyncio.ensure_future(run())
+    await began.wait()
+    deadlines.close()
+    deadlines.close()
+    with pytest.raises(OverloadedError, match="leaving"):
+        await running
+    with pytest.raises(OverloadedError, match="leaving"):
+        await run()
+
+
+async def test_errors_pass_a_guard_as_they_are() -> None:
+    with pytest.raises(ZeroDivisionError):
+        async with Deadlines(60.0, leaving).start().guard():
+            raise ZeroDivisionError
+
+
+async def test_small_inputs_are_worked_at_in_place() -> None:
+    assert await LargeInputs().run(False, threading.get_ident) == threading.get_ident()
+    assert await LargeInputs().run(True, threading.get_ident) != threading.get_ident()
+
+
+async def test_heartbeats_go_out_while_large_inputs_are_worked_at() -> None:
+    """Work in Python alone, which never lets go of the interpreter by itself, until three beats
+    have been sent.
+    """
+    beats: list[Alive] = []
+
+    def work() -> int:
+        while len(beats) < 3:
+            sum(range(1000))
+        return len(beats)
+
+    heartbeat = asyncio.create_task(Heartbeat(beats.append, 0.01).run())
+    assert await LargeInputs().run(True, work) >= 3
+    heartbeat.cancel()
+
+
+async def test_few_large_inputs_are_worked_at_at_a_time() -> None:
+    inputs, lock, together = (
+        LargeInputs(),
+        threading.Lock(),
+        threading.Barrier(limits.NUM_INPUT_THREADS),
+    )
+    running, most = 0, 0
+
+    def work() -> None:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        together.wait(timeout=60)
+        with lock:
+            running -= 1
+
+    await asyncio.gather(*[inputs.run(True, work) for _ in range(8)])
+    assert most == limits.NUM_INPUT_THREADS

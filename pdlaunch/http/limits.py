@@ -1,0 +1,362 @@
+"""Limits what an HTTP process takes on: requests in flight, their time, the bytes of their bodies,
+and how many large inputs are worked at. All belongs to the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import zlib
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from aiohttp import hdrs, web
+
+from pdlaunch.errors import OverloadedError, RequestError
+from pdlaunch.protocol.openai.requests import MAX_CHOICES
+
+BODY_TIMEOUT_S = 60.0
+BODY_SILENCE_S = 15.0
+"""Time within which the next piece of a body must come."""
+SMALL_BODY_BYTES = 256 * 1024
+LARGE_SHARE = 3 / 4
+"""The part of the budget that is open to bodies that are not small: a few large ones lock nobody
+out.
+"""
+ROUTER_ADDS_BYTES = 1024**2
+"""A router adds at most this to a body that it sends on: kv_transfer_params with block ids and
+first tokens, a seed.
+"""
+RESUMED_TOKEN_BYTES = len('{"token_id":2147483647},')
+LARGE_BODY_BYTES = 64 * 1024
+LARGE_TEXT_BYTES = 4 * 1024
+"""From here on parsing, or tokenizing, takes about a millisecond; a thread costs 0.1 ms."""
+NUM_INPUT_THREADS = 2
+"""Bounds the memory of large work, which each thread needs once."""
+DECODED_PIECE_BYTES = 256 * 1024
+_CM_DEFLATE = 8
+
+T = TypeVar("T")
+
+
+class Ticket:
+    """Holds the places that one request takes, one for each of its choices."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self.size = 0
+
+    def grow(self, size: int, param: str) -> None:
+        """Take ``size`` places in all; ``param`` names the field that asks for so many.
+
+        Raises OverloadedError (429), or RequestError when the request alone exceeds the limit.
+        """
+        limit, in_flight = self._admission.limit, self._admission.in_flight
+        if size > limit:
+            raise RequestError(
+                f"{param}: {size} choices in one request, but at most {limit} are served at a time",
+                param=param,
+            )
+        if in_flight + size - self.size > limit:
+            raise OverloadedError(
+                f"{in_flight} requests are in flight; at most {limit} are served at a time",
+                code="too_many_requests",
+            )
+        self._admission.in_flight += size - self.size
+        self.size = size
+
+
+class Admission:
+    """Admits requests up to a limit of those in flight, and none while the process drains.
+
+    ``shutting_down`` makes the error for those who come while the process drains.
+    """
+
+    def __init__(self, limit: int, shutting_down: Callable[[], OverloadedError]) -> None:
+        self.limit = limit
+        self.in_flight = 0
+        self.is_draining = False
+        self._shutting_down = shutting_down
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @contextlib.contextmanager
+    def admit(self, size: int = 1, param: str = "prompt") -> Iterator[Ticket]:
+        """Hold ``size`` places while the block runs.
+
+        Raises OverloadedError (503 while draining, 429 when full) and what ``Ticket.grow`` raises.
+        """
+        self.check_open()
+        ticket = Ticket(self)
+        ticket.grow(size, param)
+        self._idle.clear()
+        try:
+            yield ticket
+        finally:
+            self.in_flight -= ticket.size
+            if self.in_flight == 0:
+                self._idle.set()
+
+    def check_open(self) -> None:
+        """Raise OverloadedError (503) while the process drains."""
+        if self.is_draining:
+            raise self._shutting_down()
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuse what comes and wait for what runs; False when ``timeout_s`` was too short."""
+        self.is_draining = True
+        return await self.wait_idle(timeout_s)
+
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """Wait until nothing is in flight; False when ``timeout_s`` was too short."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        return self._idle.is_set()
+
+
+class Deadlines:
+    """Starts the deadlines of a process's requests; ``close`` ends all of them.
+
+    ``shutting_down`` makes the error for those that ``close`` ends.
+    """
+
+    def __init__(
+        self,
+        limit_s: float,
+        shutting_down: Callable[[], OverloadedError],
+        *,
+        retry_after_s: int = 1,
+    ) -> None:
+        self._limit_s = limit_s
+        self._retry_after_s = retry_after_s
+        self._shutting_down = shutting_down
+        self._running: set[asyncio.Timeout] = set()
+        self._is_closed = False
+
+    def close(self) -> None:
+        """End what runs and all that comes. Safe to call twice."""
+        self._is_closed = True
+        for timeout in self._running:
+            # One that has just expired cannot be moved any more; it ends anyway.
+            if not timeout.expired():
+                timeout.reschedule(0.0)
+
+    def start(self, wanted_s: float | None = None) -> Deadline:
+        """Start the deadline of one request now. ``wanted_s``: the time that its client gives."""
+        now_at = asyncio.get_running_loop().time()
+        if wanted_s is None:
+            return Deadline(self, now_at + self._limit_s, self._limit_s)
+        limit_s = min(wanted_s, self._limit_s)
+        return Deadline(self, now_at + limit_s, limit_s, wanted_at=now_at + wanted_s)
+
+    @contextlib.asynccontextmanager
+    async def guard_until(self, end_at: float, limit_s: float) -> AsyncIterator[None]:
+        """Run the block until ``end_at`` on the loop's clock, ``limit_s`` after its start.
+
+        Raises OverloadedError (503).
+        """
+        if self._is_closed:
+            raise self._shutting_down()
+        timeout = asyncio.timeout_at(end_at)
+        try:
+            async with timeout:
+                self._running.add(timeout)
+                try:
+                    yield
+                finally:
+                    self._running.discard(timeout)
+        except TimeoutError:
+            if self._is_closed:
+                raise self._shutting_down() from None
+            raise OverloadedError(
+                f"the request was not answered within {limit_s:g} s",
+                status=503,
+                retry_after_s=self._retry_after_s,
+                code="request_timeout",
+            ) from None
+
+
+class Deadline:
+    """Limits the life of one request, whose parts run under ``guard`` one after another."""
+
+    def __init__(
+        self,
+        deadlines: Deadlines,
+        end_at: float,
+        limit_s: float,
+        *,
+        wanted_at: float | None = None,
+    ) -> None:
+        self._deadlines = deadlines
+        self._end_at = end_at
+        self._limit_s = limit_s
+        self.wanted_at = wanted_at
+        """Instant on the event loop's clock by which the client wants the whole answer."""
+
+    def guard(self) -> contextlib.AbstractAsyncContextManager[None]:
+        """Run the block until the deadline. Raises OverloadedError (503) when it ends there."""
+        return self._deadlines.guard_until(self._end_at, self._limit_s)
+
+
+class BodyBudget:
+    """Counts the bytes of the bodies that a process holds.
+
+    A body counts from its first byte: with the length that its header states, or with its
+    decompressed length so far, whichever is more. One that finds no room is answered 503 at once:
+    bodies that wait would hold connections, and the client knows better whether to try again.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.held_bytes = 0
+
+    @contextlib.contextmanager
+    def hold(self, num_bytes: int = 0) -> Iterator[Hold]:
+        """Hold room for a body while the block runs. Raises OverloadedError (503)."""
+        hold = Hold(self)
+        with hold.shared():
+            hold.grow_to(num_bytes)
+            yield hold
+
+
+class Hold:
+    """Holds the room of one body."""
+
+    def __init__(self, budget: BodyBudget) -> None:
+        self._budget = budget
+        self._num_users = 0
+        self.num_bytes = 0
+
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[None]:
+        """Keep the room while the block runs; of several blocks the last one gives it back."""
+        self._num_users += 1
+        try:
+            yield
+        finally:
+            self._num_users -= 1
+            if not self._num_users:
+                self._budget.held_bytes -= self.num_bytes
+                self.num_bytes = 0
+
+    def grow_to(self, num_bytes: int) -> None:
+        """Hold room for ``num_bytes`` in all; it never shrinks. Raises OverloadedError (503)."""
+        more = max(0, num_bytes - self.num_bytes)
+        budget = self._budget
+        share = 1.0 if num_bytes <= SMALL_BODY_BYTES else LARGE_SHARE
+        if more and budget.held_bytes + more > budget.max_bytes * share:
+            raise OverloadedError(
+                f"requests in flight hold {budget.held_bytes} bytes; there is no room for another "
+                f"body of {num_bytes} bytes "
+                f"(limits.max_body_bytes_in_flight is {budget.max_bytes})",
+                status=503,
+                code="too_many_bytes_in_flight",
+            )
+        budget.held_bytes += more
+        self.num_bytes += more
+
+
+async def read_body(http: web.Request, hold: Hold, *, max_bytes: int) -> bytes:
+    """Read the body, decompressed. Raises RequestError (400, 408, 413, 415), OverloadedError."""
+    # Before a byte is read: whoever states much must find room for it first.
+    num_bytes = http.content_length or 0
+    _check_length(num_bytes, max_bytes)
+    hold.grow_to(num_bytes)
+    pieces: list[bytes] = []
+    num_bytes = 0
+    now = asyncio.get_running_loop().time
+    end_at = now() + BODY_TIMEOUT_S
+    try:
+        async with asyncio.timeout_at(now() + BODY_SILENCE_S) as timeout:
+            async for piece in _decoded(http):
+                timeout.reschedule(min(end_at, now() + BODY_SILENCE_S))
+                num_bytes += len(piece)
+                _check_length(num_bytes, max_bytes)
+                hold.grow_to(num_bytes)
+                pieces.append(piece)
+        return b"".join(pieces)
+    except TimeoutError:
+        raise RequestError(
+            f"{num_bytes} bytes of the body came; it must be there within {BODY_TIMEOUT_S:g} s, "
+            f"without pauses of {BODY_SILENCE_S:g} s",
+            status=408,
+            code="body_timeout",
+        ) from None
+    except web.RequestPayloadError as error:
+        raise RequestError(f"the body cannot be read: {error}", code="invalid_body") from None
+
+
+async def _decoded(http: web.Request) -> AsyncIterator[bytes]:
+    """Yield the body in pieces of bounded size.
+
+    aiohttp would decompress too, but takes a stream that ends in its middle for whole, and logs a
+    traceback of one that goes on after its end.
+    """
+    encoding = http.headers.get(hdrs.CONTENT_ENCODING, "").strip().lower().removeprefix("x-")
+    if encoding in ("", "identity"):
+        while piece := await http.content.readany():
+            yield piece
+        return
+    if encoding not in ("gzip", "deflate"):
+        raise RequestError(
+            f"Content-Encoding {encoding[:100]!r} is not supported; send gzip, deflate or no "
+            "encoding",
+            status=415,
+            code="unsupported_encoding",
+        )
+
+    def broken(reason: str) -> RequestError:
+        return RequestError(f"the body is no valid {encoding}: {reason}", code="invalid_body")
+
+    stream = None
+    while sent := await http.content.readany():
+        if stream is None:
+            # Some clients send deflate without zlib's header.
+            is_raw = encoding == "deflate" and sent[0] & 0x0F != _CM_DEFLATE
+            gzip_bits = 16 if encoding == "gzip" else 0
+            stream = zlib.decompressobj(-zlib.MAX_WBITS if is_raw else zlib.MAX_WBITS | gzip_bits)
+        has_more = True
+        while has_more:
+            if stream.eof:
+                raise broken("it goes on after its end")
+            try:
+                piece = stream.decompress(sent, DECODED_PIECE_BYTES)
+            except zlib.error as error:
+                raise broken(str(error)) from None
+            yield piece
+            sent = stream.unused_data or stream.unconsumed_tail
+            # A full piece may leave some of its output inside the stream.
+            has_more = bool(sent) or (len(piece) == DECODED_PIECE_BYTES and not stream.eof)
+    if stream is None or not stream.eof:
+        raise broken("it ends in its middle")
+
+
+def max_engine_body_bytes(max_body_bytes: int, max_model_len: int) -> int:
+    """Return the longest body that a router may send to an engine.
+
+    That is a client's and what the router adds: to continue an answer elsewhere, all of its tokens
+    so far, for each choice.
+    """
+    return max_body_bytes + ROUTER_ADDS_BYTES + RESUMED_TOKEN_BYTES * MAX_CHOICES * max_model_len
+
+
+def _check_length(num_bytes: int, max_bytes: int) -> None:
+    if num_bytes > max_bytes:
+        raise RequestError(
+            f"the body is longer than {max_bytes} bytes", status=413, code="body_too_large"
+        )
+
+
+class LargeInputs:
+    """Works at large inputs in a few threads, so that the event loop turns meanwhile."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(NUM_INPUT_THREADS, thread_name_prefix="large-input")
+
+    async def run(self, is_large: bool, work: Callable[[], T]) -> T:
+        """Do ``work``, in a thread when its input is large."""
+        if not is_large:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
