@@ -20,7 +20,6 @@ from pdlaunch.config.roles import EngineName
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 LoadFormat = Literal["auto", "dummy"]
-OffloadPolicy = Literal["arc", "lru"]
 
 DEFAULT_MODEL = "smollm2"
 
@@ -30,10 +29,6 @@ class KVOffloadSettings(FrozenModel):
 
     host_memory: Annotated[OptionalSize, Flag("kv-offload-memory"), NativeAlone()] = Field(
         0, description="Host memory of one rank for KV blocks, such as 32GiB; 0 for none."
-    )
-    policy: Annotated[OffloadPolicy, NativeAlone()] = Field(
-        "arc",
-        description="Which blocks leave first; `arc` withstands long prompts used once, `lru` not.",
     )
 
 

@@ -377,7 +377,6 @@ class TestHostTier:
         [
             ("kv_offload: {host_memory: lots}", "kv_offload.host_memory"),
             ("decode: {kv_offload: {host_memory: -1}}", "decode.kv_offload.host_memory"),
-            ("kv_offload: {policy: fifo}", "kv_offload.policy"),
             ("decode: {kv_offload: {memory: 1GiB}}", "decode.kv_offload.memory"),
             ("kv_offload: 32GiB", "kv_offload"),
         ],

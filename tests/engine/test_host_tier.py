@@ -29,8 +29,8 @@ def make_runner() -> Any:
     )
 
 
-def new_worker(host_memory: int, policy: str = "arc") -> tuple[Any, OffloadWorker | None]:
-    spec = make_spec("unused", kv_offload={"host_memory": host_memory, "policy": policy})
+def new_worker(host_memory: int) -> tuple[Any, OffloadWorker | None]:
+    spec = make_spec("unused", kv_offload={"host_memory": host_memory})
     return spec, new_offload_worker(
         spec, make_runner(), progress=ignore_progress, wake=lambda: None
     )
@@ -42,9 +42,8 @@ def test_without_the_setting_there_is_no_tier() -> None:
     assert new_offload_planner(spec, make_runner(), worker) is None
 
 
-@pytest.mark.parametrize("policy", ["arc", "lru"])
-def test_the_tier_is_as_large_as_the_memory(policy: str) -> None:
-    spec, worker = new_worker(10 * 4096 + 1, policy)
+def test_the_tier_is_as_large_as_the_memory() -> None:
+    spec, worker = new_worker(10 * 4096 + 1)
     assert worker is not None
     planner = new_offload_planner(spec, make_runner(), worker)
     assert planner is not None

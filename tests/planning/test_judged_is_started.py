@@ -71,7 +71,7 @@ ENGINE = {
     "num_threads": st.integers(1, 64),
     "async_scheduling": st.booleans(),
     "enforce_eager": st.booleans(),
-    "kv_offload": some(host_memory=st.integers(0, GIB), policy=st.sampled_from(["arc", "lru"])),
+    "kv_offload": some(host_memory=st.integers(0, GIB)),
     "env": VARIABLES,
 }
 ROLE = some(

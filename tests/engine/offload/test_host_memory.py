@@ -60,12 +60,9 @@ def test_each_piece_is_pinned_once_and_told_of() -> None:
         ("pinning host memory", 1.0),
     ]
     assert list(pages.pinned) == memory.piece_addresses.tolist()
-    for chunk_id, address in enumerate(
-        (
-            memory.piece_addresses[memory.piece_of(np.arange(NUM_CHUNKS))]
-            + memory.offsets(np.arange(NUM_CHUNKS))
-        ).tolist()
-    ):
+    every = np.arange(NUM_CHUNKS)
+    addresses = memory.piece_addresses[memory.piece_of(every)] + memory.offsets(every)
+    for chunk_id, address in enumerate(addresses.tolist()):
         assert any(
             first <= address <= address + CHUNK_BYTES <= first + size
             for first, size in pages.pinned.items()
