@@ -18,8 +18,7 @@ from rich.text import Text
 from pdlaunch.cli.output import safe
 from pdlaunch.config.hosts import on_host
 from pdlaunch.config.roles import ROLES
-from pdlaunch.launch.states import LaunchPhase, ProcessState
-from pdlaunch.launch.status import LaunchStatus, ProcessStatus
+from pdlaunch.launch.status import LaunchPhase, LaunchStatus, ProcessState, ProcessStatus
 
 Summary = Callable[[LaunchStatus], list[tuple[str, str]]]
 """Returns the lines of the ready panel: label and text, which may have several lines."""

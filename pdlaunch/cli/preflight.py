@@ -29,7 +29,7 @@ from pdlaunch.errors import ConfigError
 from pdlaunch.launch.engines.plan import kind_of, plan_processes
 from pdlaunch.launch.folders import new_launch_id
 from pdlaunch.launch.launch import check_platform, launch
-from pdlaunch.launch.pair_links import ReadLinks, gpu_links
+from pdlaunch.launch.pairs import ReadLinks, gpu_links
 from pdlaunch.launch.ports import listening
 from pdlaunch.launch.status import LaunchStatus
 from pdlaunch.machine.link_speed import HOST_SHARE, LINK_SHARES, measure_copy_gigabytes_per_s

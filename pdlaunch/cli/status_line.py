@@ -15,8 +15,7 @@ from pdlaunch.config.roles import ROLES
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.requests import read_status
-from pdlaunch.launch.states import LaunchPhase
-from pdlaunch.launch.status import LaunchStatus, Observer
+from pdlaunch.launch.status import LaunchPhase, LaunchStatus, Observer
 from pdlaunch.protocol.process.run_dirs import running_launches
 from pdlaunch.protocol.status import DeploymentStatus
 

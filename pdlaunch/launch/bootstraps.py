@@ -5,14 +5,12 @@ from __future__ import annotations
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 from pydantic import SecretStr
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.launch.engines.kind import EngineKind
-from pdlaunch.launch.hangs import heartbeat_s
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.planning.roles import PlacedEngine
@@ -20,21 +18,11 @@ from pdlaunch.protocol.control import Capabilities
 from pdlaunch.protocol.process.bootstrap import Bootstrap, DoorSpec, RouterSpec
 from pdlaunch.protocol.sockets import LaunchKeys
 
-
-class Bootstraps(Protocol):
-    """Works out what each child of a launch is given."""
-
-    def prepare(self) -> None:
-        """Work out what servers and ranks are given, now that all models are converted.
-
-        Raises PdlaunchError.
-        """
-
-    def make(self, spec: ProcessSpec, incarnation: int) -> Bootstrap:
-        """Make the bootstrap of one incarnation."""
+HEARTBEATS = 6
+"""How often a process says Alive, and the supervisor looks, within ``hang_timeout_s``."""
 
 
-class LaunchBootstraps:
+class Bootstraps:
     """Makes bootstraps for one launch; ``prepare`` comes before the first ``make``.
 
     ``listeners``: the open sockets of the public address, one or more, all of one port.
@@ -112,7 +100,7 @@ class LaunchBootstraps:
             tp_rank=spec.tp_rank,
             rendezvous=self._rendezvous(spec, incarnation),
             launch_id=self._launch_id,
-            heartbeat_s=heartbeat_s(self._config.hang_timeout_s),
+            heartbeat_s=self._config.hang_timeout_s / HEARTBEATS,
         )
 
     def _door(self, spec: ProcessSpec) -> DoorSpec | None:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pdlaunch.errors import PdlaunchError
-from pdlaunch.launch.instance import Instance
-from pdlaunch.launch.states import ProcessState
+from pdlaunch.launch.status import LaunchStatus, ProcessState
 
 MAX_LINES = 20
 MAX_WIDTH = 300
@@ -55,9 +54,7 @@ def _tail(log: Path) -> list[str]:
 
 
 def _relevant(lines: Sequence[str]) -> list[str]:
-    """Return the last error or traceback, shortened to where it was raised; without either the last
-    lines.
-    """
+    """Return the last error or traceback, shortened to where it was raised, else the last lines."""
     starts = [
         index for index, line in enumerate(lines) if line.startswith(("Traceback", "error: "))
     ]
@@ -72,19 +69,20 @@ def _cut(lines: Sequence[str], num_lines: int) -> list[str]:
 
 
 def startup_timeout(
-    instances: Sequence[Instance], missing_pairs: Sequence[str], timeout_s: float
+    status: LaunchStatus, timeout_s: float, missing_pairs: Sequence[str]
 ) -> Failure:
     """Describe a launch that did not get ready in time by what it still waits for.
 
     ``missing_pairs``: in words; they matter once all processes are ready.
     """
-    slow = [i for i in instances if i.state not in (ProcessState.READY, ProcessState.EXITED)]
+    done = (ProcessState.READY, ProcessState.EXITED)
+    slow = [process for process in status.processes if process.state not in done]
     waiting = [
-        f"  {i.name} is {i.state}" + (f": {i.progress.text}" if i.progress is not None else "")
-        for i in slow
+        f"  {each.name} is {each.state}" + (f": {each.doing}" if each.doing else "")
+        for each in slow
     ]
     return Failure(
         f"not ready after {timeout_s:g} s (startup_timeout_s):",
-        process=next((i.name for i in slow if i.alive), None),
+        process=next((each.name for each in slow), None),
         details=waiting or [f"  {missing}" for missing in missing_pairs],
     )

@@ -11,30 +11,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import zmq
 
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.errors import ConfigError
-from pdlaunch.launch.bootstraps import Bootstraps, LaunchBootstraps
-from pdlaunch.launch.engine_changes import EnginePlanner
+from pdlaunch.launch.bootstraps import Bootstraps
 from pdlaunch.launch.engines.kind import EngineKind
 from pdlaunch.launch.engines.plan import kind_of, plan_processes
-from pdlaunch.launch.events import Event, EventQueue, SignalInbox
+from pdlaunch.launch.events import EventQueue, SignalInbox
 from pdlaunch.launch.failure import Failure
 from pdlaunch.launch.folders import SUPERVISOR_LOG, keep_logs
-from pdlaunch.launch.hangs import HangLimits
 from pdlaunch.launch.hosts.agent_channel import AgentChannel, Joined, Lost
 from pdlaunch.launch.hosts.children import Children
 from pdlaunch.launch.hosts.group import HostGroup
 from pdlaunch.launch.hosts.host import Host
 from pdlaunch.launch.hosts.joined import joined_host
 from pdlaunch.launch.hosts.local import LocalHost
-from pdlaunch.launch.rooms import Rooms
-from pdlaunch.launch.shutdown import Grace
+from pdlaunch.launch.places import Places
+from pdlaunch.launch.state import Timing
 from pdlaunch.launch.status import Observer
-from pdlaunch.launch.supervisor import FindRoom, Supervisor, Timing
+from pdlaunch.launch.supervisor import Supervisor, drive
 from pdlaunch.observe.logs import setup_logging
 from pdlaunch.planning.plan import Plan
 from pdlaunch.planning.planned_hosts import settled
@@ -101,8 +98,8 @@ def launch(
     config, kind = resolved.config, kind_of(resolved)
     timing = Timing(
         startup_timeout_s=config.startup_timeout_s,
-        grace=Grace(drain_s=config.drain_timeout_s),
-        hangs=HangLimits(config.hang_timeout_s, asleep_s=config.startup_timeout_s),
+        drain_s=config.drain_timeout_s,
+        hang_timeout_s=config.hang_timeout_s,
     )
     setup_logging(
         "supervisor", config.log_level, form=config.log_format, file=log_dir / SUPERVISOR_LOG
@@ -115,7 +112,7 @@ def launch(
         contextlib.closing(SecureContext(keys)) as context,
     ):
         control, endpoint = context.listen(zmq.ROUTER, f"ipc://{run_dir}/control")
-        bootstraps = LaunchBootstraps(
+        bootstraps = Bootstraps(
             resolved,
             keys=keys,
             control=endpoint,
@@ -126,13 +123,14 @@ def launch(
         )
 
         here = resolved.hosts[0].name
-        rooms = Rooms(resolved, kind, bootstraps, {here, *joined})
-        hear = partial(_hear, config, rooms, observer)
+        places = Places(resolved, kind, bootstraps, {here, *joined})
+        hear = partial(_hear, config, places, observer)
         return supervise(
             plan_processes(resolved),
             kind,
             control,
             bootstraps,
+            places,
             observer,
             timing,
             log_dir,
@@ -141,20 +139,18 @@ def launch(
             lambda local: (
                 local if agents is None else HostGroup(local, here, agents, joined, on_news=hear)
             ),
-            rooms.find,
-            rooms,
         )
 
 
-def _hear(config: LaunchConfig, rooms: Rooms, observer: Observer, news: Joined | Lost) -> None:
+def _hear(config: LaunchConfig, places: Places, observer: Observer, news: Joined | Lost) -> None:
     """Take in that a host has joined again, or is lost, and tell people."""
     match news:
         case Joined(join=join):
             settings = {host.name: host for host in config.hosts}[join.name]
-            rooms.joined(settled(settings, joined_host(join)))
+            places.joined(settled(settings, joined_host(join)))
             text = f"{join.name} has joined again, from {join.address}"
         case Lost(name=name, reason=reason, ended_by=ended_by):
-            rooms.lost(name, ended_by)
+            places.lost(name, ended_by)
             text = f"{name} is lost: {reason}"
     logger.warning("%s", text)
     observer.note(text)
@@ -165,19 +161,17 @@ def supervise(
     kind: EngineKind,
     control: zmq.Socket[bytes],
     bootstraps: Bootstraps,
+    places: Places,
     observer: Observer,
     timing: Timing,
     log_dir: Path,
     lifeline: int | None = None,
     listeners: Sequence[socket.socket] = (),
     with_others: Callable[[LocalHost], Host] = lambda local: local,
-    find_room: FindRoom = lambda *_: True,
-    planner: EnginePlanner | None = None,
 ) -> LaunchOutcome:
     """Run a plan to its end; no process of it is left when this returns.
 
-    ``with_others``: joins the other hosts of the launch to this one. ``find_room``, ``planner``:
-    see ``Supervisor``.
+    ``with_others``: joins the other hosts of the launch to this one.
     """
     with (
         SignalInbox() as signals,
@@ -190,15 +184,14 @@ def supervise(
             kind,
             host,
             bootstraps,
+            places,
             observer,
             timing,
             time.monotonic,
             close_listeners=lambda: _close(listeners),
-            find_room=find_room,
-            planner=planner,
         )
         drive(supervisor, EventQueue(host, signals, lifeline), time.monotonic)
-        failure = supervisor.failure
+        failure = supervisor.seen.failure
         log = (
             host.log_path(failure.process)
             if failure is not None and failure.process is not None
@@ -210,31 +203,10 @@ def supervise(
         return LaunchOutcome(
             failure,
             report,
-            supervisor.was_ready,
-            supervisor.stop_signal,
+            supervisor.seen.was_ready,
+            supervisor.wanted.stop_signal,
             tuple(supervisor.survivors()),
         )
-
-
-class EventSource(Protocol):
-    """Waits for events of a launch."""
-
-    def wait(self, timeout_s: float) -> Sequence[Event]:
-        """Return what has happened, at the latest after ``timeout_s``; perhaps nothing."""
-
-
-def drive(supervisor: Supervisor, events: EventSource, clock: Callable[[], float]) -> None:
-    """Drive a launch to its end: wait for events, act on them, do what is due."""
-    supervisor.start()
-    timers_at = supervisor.next_tick_at()
-    while not supervisor.done:
-        timeout_s = max(0.0, min(timers_at, supervisor.settles_at) - clock())
-        for event in events.wait(timeout_s):
-            supervisor.handle(event)
-        # Heartbeats alone need no look at all processes.
-        if clock() >= min(timers_at, supervisor.settles_at):
-            supervisor.tick()
-            timers_at = supervisor.next_tick_at()
 
 
 def _close(listeners: Sequence[socket.socket]) -> None:

@@ -1,158 +1,136 @@
-"""Keeps what the supervisor tells every process: who lives where, and which pairs of ranks are
-proven.
+"""Makes what processes are told of the launch: who lives where, and which pairs are proven.
+
+A router is told all of it. Others are told of the engines that theirs exchanges KV blocks with, so
+that a change in a launch of a thousand engines costs as much as in one of twenty.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping
 
-from pdlaunch.launch.engines.kind import EngineKind
-from pdlaunch.launch.instance import Instance
+from pdlaunch.launch.state import Desired, Engine, Observed, Process
+from pdlaunch.launch.status import ProcessState
 from pdlaunch.planning.plan import Plan
-from pdlaunch.protocol.control import EndReason, Entry, PairReady, PairSuspect, Registry
+from pdlaunch.protocol.changes import Withheld, why_withheld
+from pdlaunch.protocol.control import Entry, ListedState, PairReady, Register, Registry
+
+_LISTED: Mapping[ProcessState, ListedState] = {
+    ProcessState.STARTING: "starting",
+    ProcessState.READY: "ready",
+    ProcessState.DRAINING: "draining",
+    ProcessState.GIVEN_UP: "failed",
+}
+"""A process in any other state is not listed: everybody hears of a death by that."""
 
 
-class RegistryVersions:
-    """Makes the versions of the registry: a new one with every change, and never without one."""
-
-    def __init__(self) -> None:
-        self._current = Registry(version=0, entries=[], serving=False)
-
-    @property
-    def current(self) -> Registry:
-        return self._current
-
-    def update(
-        self,
-        instances: Iterable[Instance],
-        pairs: Sequence[PairReady] = (),
-        *,
-        serving: bool,
-        ends: Mapping[str, Mapping[EndReason, int]] | None = None,
-    ) -> bool:
-        """Take in the state of all instances, of pairs and of the launch. ``ends``: as in Registry;
-        who ends leaves the entries, too.
-
-        Returns True when the registry has changed and must be sent.
-        """
-        entries: list[Entry] = [
-            entry for instance in instances if (entry := instance.entry()) is not None
-        ]
-        current = self._current
-        if (entries, list(pairs), serving) == (current.entries, current.pairs, current.serving):
-            return False
-        self._current = Registry(
-            version=current.version + 1,
-            entries=entries,
-            serving=serving,
-            pairs=list(pairs),
-            ends={name: dict(counts) for name, counts in (ends or {}).items()},
-        )
-        return True
-
-
-class Pairs:
-    """Keeps which pairs of a launch are proven and which are missing.
-
-    With different TP sizes only some ranks of two engines talk to each other, and the decode side
-    knows which: each pair tells with how many ranks of that engine. No pairs are due while a role
-    has no engine.
-    """
-
-    def __init__(self, plan: Plan, kind: EngineKind) -> None:
-        self._kind = kind
-        self.use(plan)
-        self._given_up: set[str] = set()
-        self._proven: dict[tuple[str, str], PairReady] = {}
-        self._errors: dict[tuple[str, str], str] = {}
-
-    def use(self, plan: Plan) -> None:
-        """Take the processes that there are from now on."""
-        self._engine_of = {p.name: p.engine for p in plan.processes if p.role == "prefill"}
-        self._due = [
-            (process.name, engine)
-            for process in plan.processes
-            if self._kind.proves_pairs(process)
-            for engine in plan.engines("prefill")
-            if process.peers is None or engine in process.peers
-        ]
-
-    def add(self, pair: PairReady) -> None:
-        self._proven[pair.local, pair.peer] = pair
-        self._errors.pop((pair.local, pair.peer), None)
-
-    def fail(self, local: str, peer: str, error: str) -> None:
-        self._errors[local, peer] = error
-
-    def suspect(self, pair: PairSuspect) -> bool:
-        """Drop the proof that is in doubt; False when it is gone or renewed already."""
-        proof = self._proven.get((pair.local, pair.peer))
-        if proof is None or proof.peer_incarnation != pair.peer_incarnation:
-            return False
-        del self._proven[pair.local, pair.peer]
-        self.fail(pair.local, pair.peer, pair.error)
-        return True
-
-    def forget(self, name: str) -> None:
-        """Drop what a dead process has proven, and what was proven about it."""
-        for pair in [pair for pair in self._proven if name in pair]:
-            del self._proven[pair]
-
-    def give_up(self, engine: str) -> None:
-        """Stop waiting for the pairs of this engine, until it is tried again."""
-        self._given_up.add(engine)
-
-    def try_again(self, engine: str) -> None:
-        self._given_up.discard(engine)
-
-    def missing_of(self, engine: str, others: Set[str]) -> list[str]:
-        """Return the pairs that are due between an engine and others, as ``missing`` does."""
-        return self._describe_missing(
-            pair
-            for pair in self._due
-            if engine in (ends := (_engine_of(pair[0]), pair[1])) and others >= set(ends)
-        )
-
-    def proven(self) -> list[PairReady]:
-        return list(self._proven.values())
-
-    def missing(self) -> list[str]:
-        """Return the pairs that are due, each in words with the last error."""
-        return self._describe_missing(
-            (rank, engine)
-            for rank, engine in self._due
-            if self._given_up.isdisjoint((_engine_of(rank), engine))
-        )
-
-    def _describe_missing(self, due: Iterable[tuple[str, str]]) -> list[str]:
-        proven: dict[tuple[str, str], list[PairReady]] = defaultdict(list)
-        for pair in self._proven.values():
-            proven[pair.local, self._engine_of.get(pair.peer, "")].append(pair)
-        errors = {
-            (local, self._engine_of.get(peer, "")): error
-            for (local, peer), error in self._errors.items()
-        }
-        return [
-            _describe(rank, engine, proven[rank, engine], errors.get((rank, engine), ""))
-            for rank, engine in due
-            if not _is_connected(proven[rank, engine])
-        ]
-
-
-def _engine_of(process: str) -> str:
-    """Return the engine of a process, whose name begins with the engine's."""
-    return process.partition("/")[0]
-
-
-def _is_connected(pairs: Sequence[PairReady]) -> bool:
-    # Before the first proof nobody here knows how many ranks of the engine this one talks to.
-    return bool(pairs) and len(pairs) >= max(pair.num_peers for pair in pairs)
-
-
-def _describe(local: str, engine: str, pairs: Sequence[PairReady], error: str) -> str:
-    """Say what is missing between a rank and an engine, with the last error."""
-    what = (
-        f"a path to only {len(pairs)} of {pairs[0].num_peers} ranks of" if pairs else "no path to"
+def next_registry(current: Registry, wanted: Desired, seen: Observed) -> Registry:
+    """Return a new version of the registry; the current one when nothing has changed."""
+    entries = []
+    for process in seen.processes():
+        engine = seen.engines.get(process.spec.engine)
+        withheld: Withheld = ""
+        if engine is not None and process.spec.kind == "server":
+            withheld = wanted.engines[engine.name].withheld
+        if (entry := _entry(process, engine, withheld)) is not None:
+            entries.append(entry)
+    pairs = list(seen.pairs.proven.values())
+    if (entries, pairs, seen.was_ready) == (current.entries, current.pairs, current.serving):
+        return current
+    return Registry(
+        version=current.version + 1,
+        entries=entries,
+        serving=seen.was_ready,
+        pairs=pairs,
+        ends={name: dict(counts) for name, counts in seen.ends.items()},
     )
-    return f"{local} has {what} {engine}" + (f": {error}" if error else "")
+
+
+def _entry(process: Process, engine: Engine | None, withheld: Withheld) -> Entry | None:
+    """Return the line of a process; None while it is not reachable.
+
+    The server of an engine that was given up keeps a line.
+    """
+    spec, said = process.spec, process.registration
+    reason = why_withheld(withheld, spec.engine)
+    if process.state is ProcessState.GIVEN_UP and spec.kind == "server" and engine is not None:
+        said = Register(name=process.name, incarnation=process.incarnation, pid=0)
+        reason = f"{engine.failed_for}; tried again {engine.retry_s:g} s later"
+    if said is None or spec.kind == "convert" or process.state not in _LISTED:
+        return None
+    state = _LISTED[process.state]
+    if state == "ready" and process.is_stalled:
+        state = "stalled"
+    elif state == "ready" and process.sleep_state != "awake":
+        state = process.sleep_state
+    return Entry(
+        name=process.name,
+        kind=spec.kind,
+        host=spec.host,
+        incarnation=process.incarnation,
+        engine=spec.engine,
+        role=spec.role,
+        tp_rank=spec.tp_rank,
+        tp_size=spec.tp_size,
+        engine_id=said.engine_id,
+        address=said.address,
+        capabilities=said.capabilities,
+        state=state,
+        reason=reason,
+        peers=spec.peers if spec.kind == "server" else None,
+        withheld=withheld,
+    )
+
+
+class Views:
+    """Makes the views of the registry that the processes of a plan are sent."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._circles = {
+            process.name: (process.engine, *process.peers)
+            for process in plan.processes
+            if process.peers is not None
+        }
+        """The engines that a process is told of; all, where it has none here."""
+        self._grouped = Registry(version=-1, entries=[])
+        self._entries: dict[str, list[Entry]] = {}
+        self._pairs: dict[str, list[PairReady]] = {}
+
+    def of(self, name: str, registry: Registry) -> Registry:
+        """Return what a process is told."""
+        circle = self._circles.get(name)
+        if circle is None:
+            return registry
+        if self._grouped is not registry:
+            self._group(registry)
+        return Registry(
+            version=registry.version,
+            entries=[entry for engine in circle for entry in self._entries.get(engine, ())],
+            serving=registry.serving,
+            # A process asks for the pairs that it has proven itself.
+            pairs=self._pairs.get(name, []),
+        )
+
+    def _group(self, registry: Registry) -> None:
+        entries, pairs = defaultdict(list), defaultdict(list)
+        for entry in registry.entries:
+            entries[entry.engine].append(entry)
+        for pair in registry.pairs:
+            pairs[pair.local].append(pair)
+        self._grouped, self._entries, self._pairs = registry, entries, pairs
+
+    def changed(self, before: Registry, now: Registry) -> Iterator[tuple[str, Registry]]:
+        """Yield the views that differ, each with the listed process that it is for.
+
+        Nobody is told later than others: who is told late would use a peer that is gone.
+        """
+        old_entries = {entry.name: entry for entry in before.entries}
+        engines = {e.engine for e in now.entries if old_entries.pop(e.name, None) != e}
+        engines |= {entry.engine for entry in old_entries.values()}
+        old_pairs = {(pair.local, pair.peer): pair for pair in before.pairs}
+        provers = {p.local for p in now.pairs if old_pairs.pop((p.local, p.peer), None) != p}
+        provers |= {local for local, _ in old_pairs}
+        for entry in now.entries:
+            circle = self._circles.get(entry.name)
+            if circle is None or entry.name in provers or not engines.isdisjoint(circle):
+                yield entry.name, self.of(entry.name, now)

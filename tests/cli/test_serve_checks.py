@@ -17,9 +17,8 @@ from pdlaunch.cli import preflight
 from pdlaunch.cli.preflight import judge_pairs, refuse_errors
 from pdlaunch.config.roles import Role
 from pdlaunch.config.sources import LoadedConfig, load_config
-from pdlaunch.launch.pair_links import ReadLinks
-from pdlaunch.launch.states import LaunchPhase
-from pdlaunch.launch.status import LaunchStatus
+from pdlaunch.launch.pairs import ReadLinks
+from pdlaunch.launch.status import LaunchPhase, LaunchStatus
 from pdlaunch.machine.facts import Gpu, Machine
 from pdlaunch.machine.nvml import BusPair, GpuLink
 from pdlaunch.planning.resolve import ResolvedLaunch, resolve

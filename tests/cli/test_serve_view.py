@@ -16,8 +16,7 @@ from pdlaunch.cli.live import (
     render_ready,
     render_status,
 )
-from pdlaunch.launch.states import LaunchPhase, ProcessState
-from pdlaunch.launch.status import LaunchStatus, ProcessStatus
+from pdlaunch.launch.status import LaunchPhase, LaunchStatus, ProcessState, ProcessStatus
 from pdlaunch.protocol.control import PairReady
 
 ROWS = (("URL", "http://127.0.0.1:8000"), ("try", "curl x \\\n  -d y"))

@@ -12,8 +12,7 @@ import pytest
 from pdlaunch.cli.live import PlainView
 from pdlaunch.cli.status_line import StatusLine, status_line
 from pdlaunch.errors import PdlaunchError
-from pdlaunch.launch.states import LaunchPhase
-from pdlaunch.launch.status import LaunchStatus
+from pdlaunch.launch.status import LaunchPhase, LaunchStatus
 from pdlaunch.protocol.status import DeploymentStatus
 from tests.cli.deployment_server import deployment, engine, rates
 from tests.cli.test_serve_view import console, printed

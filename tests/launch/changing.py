@@ -9,11 +9,11 @@ from typing import Any
 
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import ROLES, Role
+from pdlaunch.launch.bootstraps import Bootstraps
 from pdlaunch.launch.engines.native import NativeEngine
 from pdlaunch.launch.engines.plan import plan_processes
-from pdlaunch.launch.rooms import Rooms
-from pdlaunch.launch.shutdown import Grace
-from pdlaunch.launch.supervisor import Timing
+from pdlaunch.launch.places import Places
+from pdlaunch.launch.state import Timing
 from pdlaunch.machine.facts import Gpu, Machine
 from pdlaunch.planning.resolve import ResolvedLaunch, resolve
 from pdlaunch.planning.roles import PlacedEngine
@@ -30,7 +30,7 @@ GPUS = replace(
 )
 
 
-class Adopted:
+class Adopted(Bootstraps):
     """Remembers which engines could be started, and which are gone."""
 
     def __init__(self) -> None:
@@ -56,8 +56,8 @@ class Changing(World):
         self.adopted = Adopted()
         super().__init__(
             plan_processes(resolved),
-            Timing(startup_timeout_s=60, grace=Grace(drain_s=30, stop_s=5)),
-            Rooms(resolved, NativeEngine(), self.adopted, {"local"}),
+            Timing(startup_timeout_s=60, drain_s=30, stop_s=5),
+            Places(resolved, NativeEngine(), self.adopted, {"local"}),
         )
         self.start().all_ready()
         self.answers: list[Answered] = []

@@ -9,8 +9,8 @@ import json
 import sys
 from pathlib import Path
 
+from pdlaunch.launch.state import Timing
 from pdlaunch.launch.status import LaunchStatus
-from pdlaunch.launch.supervisor import Timing
 from tests.launch.fakes import FakeObserver
 from tests.launch.real import real_plan, run_plan
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 import os
 import signal
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pdlaunch.errors import PdlaunchError
-from pdlaunch.launch.engine_changes import EnginePlanner
+from pdlaunch.launch.bootstraps import Bootstraps
 from pdlaunch.launch.engines.native import NativeEngine
 from pdlaunch.launch.events import Event, StopRequested
+from pdlaunch.launch.failure import Failure
 from pdlaunch.launch.hosts.host import MessageReceived, ProcessExited
-from pdlaunch.launch.status import LaunchStatus
-from pdlaunch.launch.supervisor import Supervisor, Timing
+from pdlaunch.launch.places import Places
+from pdlaunch.launch.state import Timing, Unit
+from pdlaunch.launch.status import LaunchPhase, LaunchStatus
+from pdlaunch.launch.supervisor import Supervisor
 from pdlaunch.planning.plan import Plan, ProcessSpec
 from pdlaunch.protocol.control import (
     Address,
@@ -131,9 +134,9 @@ class FakeHost:
         return newest
 
 
-@dataclass
-class FakeBootstraps:
-    prepare_error: PdlaunchError | None = None
+class FakeBootstraps(Bootstraps):
+    def __init__(self) -> None:
+        self.prepare_error: PdlaunchError | None = None
 
     def prepare(self) -> None:
         if self.prepare_error is not None:
@@ -148,6 +151,16 @@ class FakeBootstraps:
             run_dir="",
             log_level="info",
         )
+
+
+class FakePlaces(Places):
+    """Hosts on which there is room, or none; their engines cannot change."""
+
+    def __init__(self) -> None:
+        self.has_room = True
+
+    def find(self, unit: Unit, units: Sequence[Unit]) -> bool:
+        return self.has_room
 
 
 @dataclass
@@ -170,7 +183,7 @@ class World:
     """Holds a supervisor and all that it sees; methods are what children and users do."""
 
     def __init__(
-        self, plan: Plan, timing: Timing | None = None, planner: EnginePlanner | None = None
+        self, plan: Plan, timing: Timing | None = None, places: Places | None = None
     ) -> None:
         self.plan = plan
         self.clock = FakeClock()
@@ -178,31 +191,38 @@ class World:
         self.observer = FakeObserver()
         self.bootstraps = FakeBootstraps()
         self.listens = True
-        self.has_room = True
+        self.room = FakePlaces()
         self.supervisor = Supervisor(
             plan,
             NativeEngine(),
             self.host,
             self.bootstraps,
+            places or self.room,
             self.observer,
             timing or Timing(),
             self.clock,
             close_listeners=self._close_listeners,
-            find_room=lambda *_: self.has_room,
-            planner=planner,
         )
 
     def _handle(self, event: Event) -> None:
         """Have the supervisor act on an event and tell of it, as ``launch.drive`` does."""
         self.supervisor.handle(event)
-        if self.supervisor.settles_at < math.inf:
+        if self.supervisor.has_news:
             self.supervisor.tick()
+
+    @property
+    def phase(self) -> LaunchPhase:
+        return self.supervisor.seen.phase
+
+    @property
+    def failure(self) -> Failure | None:
+        return self.supervisor.seen.failure
 
     def _close_listeners(self) -> None:
         self.listens = False
 
     def start(self) -> World:
-        self.supervisor.start()
+        self.supervisor.tick()
         return self
 
     def say(self, name: str, message: ToSupervisor) -> None:
@@ -235,8 +255,7 @@ class World:
     def lose(self, name: str) -> None:
         """The host of a process is lost."""
         incarnation = self.host.running.pop(name)
-        event = ProcessExited(name, incarnation, -signal.SIGKILL, lost_with="node-1 (silent)")
-        self.supervisor.handle(event)
+        self._handle(ProcessExited(name, incarnation, -signal.SIGKILL, lost_with="node-1 (silent)"))
 
     def exit_all(self) -> None:
         for name in list(self.host.running):

@@ -11,21 +11,22 @@ from pathlib import Path
 import msgspec
 import zmq
 
+from pdlaunch.launch.bootstraps import Bootstraps
 from pdlaunch.launch.engines.native import NativeEngine
 from pdlaunch.launch.launch import LaunchOutcome, supervise
+from pdlaunch.launch.state import Timing
 from pdlaunch.launch.status import Observer
-from pdlaunch.launch.supervisor import Timing
 from pdlaunch.planning.plan import Plan, ProcessSpec
 from pdlaunch.protocol.process.bootstrap import Bootstrap, RouterSpec
 from pdlaunch.protocol.process.run_dirs import new_run_dir
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
-from tests.launch.fakes import make_plan
+from tests.launch.fakes import FakePlaces, make_plan
 from tests.router.conftest import SPEC
 
 FAKE_CHILD = Path(__file__).with_name("fake_child.py")
 
 
-class FakeBootstraps:
+class FakeBootstraps(Bootstraps):
     def __init__(
         self, keys: LaunchKeys, control: str, run_dir: Path, listeners: Sequence[socket.socket]
     ) -> None:
@@ -84,6 +85,7 @@ def run_plan(
             NativeEngine(),
             control,
             FakeBootstraps(keys, endpoint, run_dir, listeners),
+            FakePlaces(),
             observer,
             timing,
             folder,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pdlaunch.config.models import LaunchConfig
-from pdlaunch.launch.bootstraps import LaunchBootstraps
+from pdlaunch.launch.bootstraps import Bootstraps
 from pdlaunch.launch.engines.plan import kind_of, plan_processes
 from pdlaunch.launch.ports import listening
 from pdlaunch.planning.hosts import HostShare, ResolvedHost
@@ -25,8 +25,8 @@ def model(tmp_path: Path) -> Path:
 
 def prepared(
     resolved: ResolvedLaunch, run_dir: Path, listeners: Sequence[socket.socket]
-) -> LaunchBootstraps:
-    bootstraps = LaunchBootstraps(
+) -> Bootstraps:
+    bootstraps = Bootstraps(
         resolved,
         keys=new_launch_keys(),
         control="ipc:///c",

@@ -26,7 +26,7 @@ def test_a_new_engine_that_dies_is_taken_back(tmp_path: Path) -> None:
     )
     assert world.engines == {"prefill-0", "decode-0"}
     assert world.adopted.gone == ["prefill-1"]
-    assert world.supervisor.failure is None
+    assert world.failure is None
     world.change(prefill=2)
     assert world.host.running["prefill-1"] == 2, "nobody takes it for the one before"
 

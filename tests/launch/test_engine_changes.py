@@ -12,7 +12,6 @@ import pytest
 from pdlaunch.protocol.changes import Answered, AwaitIdle, ChangeEngines, EngineIdle, SetDrained
 from pdlaunch.protocol.control import Drain, Restart, Restarting, SleepState
 from tests.launch.changing import CORES, GPUS, Changing
-from tests.launch.fakes import World, make_plan
 from tests.launch.test_restarts import give_up
 
 
@@ -37,7 +36,7 @@ def test_a_new_engine_gets_work_once_its_pairs_are_proven(tmp_path: Path) -> Non
     assert sent.index(world.host.registry("router")) < sent.index(world.answered()), (
         "who asks at once what engines there are must find them"
     )
-    assert world.supervisor.failure is None
+    assert world.failure is None
 
 
 def test_new_engines_of_both_sides_prove_the_pair_among_them(tmp_path: Path) -> None:
@@ -94,7 +93,7 @@ def test_what_still_runs_after_the_limit_is_not_waited_for(tmp_path: Path) -> No
     for name in ("decode-1", "decode-1/rank-0"):
         world.exit(name, -9)
     assert world.answered() == Answered(question=7)
-    assert world.supervisor.failure is None
+    assert world.failure is None
 
 
 def test_one_that_dies_while_it_drains_is_gone(tmp_path: Path) -> None:
@@ -322,7 +321,7 @@ def test_ctrl_c_in_the_middle_ends_all(tmp_path: Path, joining: bool) -> None:
     world.interrupt()
     world.exit_all()
     assert world.supervisor.done
-    assert world.supervisor.failure is None
+    assert world.failure is None
 
 
 def test_all_ranks_of_many_engines_are_told_of_their_new_peers(tmp_path: Path) -> None:
@@ -339,11 +338,3 @@ def test_all_ranks_of_many_engines_are_told_of_their_new_peers(tmp_path: Path) -
     world.leave("decode-8")
     told = {entry.engine for entry in world.host.registry("prefill-0/rank-0").entries}
     assert told == everyone
-
-
-def test_a_fake_launch_without_a_planner_does_not_change() -> None:
-    world = World(make_plan()).start().all_ready()
-    world.say("router", ChangeEngines(question=7, replicas={"decode": 2}))
-    answer = world.host.sent_to("router", Answered)[-1]
-    assert isinstance(answer, Answered)
-    assert answer.error == "the engines of this launch cannot change"

@@ -6,8 +6,7 @@ import signal
 
 import pytest
 
-from pdlaunch.launch.shutdown import Grace
-from pdlaunch.launch.supervisor import Timing
+from pdlaunch.launch.state import Timing
 from pdlaunch.protocol.changes import AwaitIdle, EngineIdle
 from pdlaunch.protocol.control import Drain, Restart, Restarting
 from tests.launch.fakes import World, make_plan
@@ -19,9 +18,7 @@ DECODE = {"decode-0", "decode-0/rank-0", "decode-0/rank-1"}
 @pytest.fixture
 def world() -> World:
     return (
-        World(make_plan(num_decode=2, tp_size=2), Timing(grace=Grace(drain_s=30, stop_s=5)))
-        .start()
-        .all_ready()
+        World(make_plan(num_decode=2, tp_size=2), Timing(drain_s=30, stop_s=5)).start().all_ready()
     )
 
 
@@ -59,7 +56,7 @@ def test_an_engine_that_serves_finishes_what_runs_before_it_is_stopped(
     for process in DECODE:
         world.become_ready(process)
     assert world.listed("decode-0") == "ready"
-    assert world.supervisor.failure is None
+    assert world.failure is None
     assert not world.host.signals
     assert world.observer.notes[0] == "decode-0 is restarted, as was asked"
 
@@ -188,5 +185,5 @@ def test_a_launch_that_is_stopped_meanwhile_ends_like_any_other(world: World) ->
     world.interrupt()
     world.exit_all()
     assert world.supervisor.done
-    assert world.supervisor.failure is None
+    assert world.failure is None
     assert not spawned_again(world)

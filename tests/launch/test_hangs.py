@@ -9,18 +9,15 @@ import pytest
 from pydantic import ValidationError
 
 from pdlaunch.config.models import LaunchConfig
-from pdlaunch.launch.hangs import HangLimits, heartbeat_s
-from pdlaunch.launch.restarts import RestartPolicy
-from pdlaunch.launch.supervisor import Timing
+from pdlaunch.launch.state import Timing
 from pdlaunch.protocol.control import Alive, PairFailed, Progress, SleepState, ToSupervisor
 from tests.launch.fakes import World, make_plan, pair_ready
 
-LIMITS = HangLimits(60.0, asleep_s=600.0)
 DECODE = "decode-0/rank-0"
 
 
-def make_world(limits: HangLimits = LIMITS, **shape: int) -> World:
-    return World(make_plan(**shape), Timing(hangs=limits)).start().all_ready()
+def make_world(timeout_s: float = 60.0, **shape: int) -> World:
+    return World(make_plan(**shape), Timing(hang_timeout_s=timeout_s)).start().all_ready()
 
 
 @pytest.mark.parametrize("name", [DECODE, "decode-0", "router"])
@@ -37,7 +34,7 @@ def test_what_says_nothing_for_too_long_is_killed_and_restarted(name: str) -> No
     world.pass_time_alive(1)
     assert world.host.running[name] == 2
     world.become_ready(name)
-    assert world.supervisor.failure is None
+    assert world.failure is None
     assert world.host.registry("router").ends[name] == {"died": 0, "hung": 1}
     others = [
         counts for other, counts in world.host.registry("router").ends.items() if other != name
@@ -120,11 +117,10 @@ def test_a_supervisor_that_was_stopped_itself_blames_nobody() -> None:
 
 
 def test_nobody_is_watched_when_that_is_off_or_the_launch_ends() -> None:
-    off = make_world(HangLimits(0.0))
+    off = make_world(0.0)
     off.pass_time_alive(3600, silent=[DECODE], step_s=60)
     assert not off.signalled(signal.SIGKILL)
-    assert heartbeat_s(0.0) == 0
-    leaving = World(make_plan(), Timing(hangs=HangLimits(5.0))).start().all_ready()
+    leaving = World(make_plan(), Timing(hang_timeout_s=5.0)).start().all_ready()
     leaving.interrupt()
     leaving.pass_time_alive(20, silent=[DECODE])
     assert not leaving.signalled(signal.SIGKILL)
@@ -134,7 +130,7 @@ def test_an_engine_that_hangs_soon_after_each_start_is_not_started_for_ever() ->
     world = (
         World(
             make_plan(),
-            Timing(hangs=LIMITS, restarts=RestartPolicy(quick_s=60, max_quick_deaths=3)),
+            Timing(hang_timeout_s=60.0, quick_s=60, max_quick_deaths=3),
         )
         .start()
         .all_ready()
@@ -142,11 +138,11 @@ def test_an_engine_that_hangs_soon_after_each_start_is_not_started_for_ever() ->
     for _ in range(3):
         world.pass_time_alive(80, silent=[DECODE])
         world.exit(DECODE, -9)
-        if world.supervisor.failure is None:
+        if world.failure is None:
             world.pass_time_alive(5)
             world.become_ready(DECODE)
-    assert world.supervisor.failure is not None
-    assert "hung" in world.supervisor.failure.said
+    assert world.failure is not None
+    assert "hung" in world.failure.said
 
 
 def test_heartbeats_alone_send_no_registry_and_change_no_view() -> None:

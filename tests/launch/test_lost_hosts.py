@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pdlaunch.launch.states import LaunchPhase
+from pdlaunch.launch.status import LaunchPhase
 from pdlaunch.protocol.control import Restart
 from tests.launch.fakes import World, make_plan
 
@@ -11,14 +11,14 @@ ENGINE = ("decode-0", "decode-0/rank-0")
 
 def test_processes_of_a_lost_host_start_again_once_there_is_room() -> None:
     world = World(make_plan()).start().all_ready()
-    world.has_room = False
+    world.room.has_room = False
     for name in ENGINE:
         world.lose(name)
     world.pass_time_alive(600)
     assert world.listed("decode-0") is None, "nobody is sent there any more"
     assert {world.state(name) for name in ENGINE} == {"backing-off"}
-    assert world.supervisor.phase is LaunchPhase.READY
-    world.has_room = True
+    assert world.phase is LaunchPhase.READY
+    world.room.has_room = True
     world.pass_time_alive(2)
     assert {world.host.running[name] for name in ENGINE} == {2}
     assert any("was lost with its host node-1 (silent)" in note for note in world.observer.notes)
@@ -27,13 +27,13 @@ def test_processes_of_a_lost_host_start_again_once_there_is_room() -> None:
 def test_a_restart_that_is_asked_for_waits_for_room_too() -> None:
     """Its processes may still run there, cut off, and none runs twice."""
     world = World(make_plan(num_decode=2)).start().all_ready()
-    world.has_room = False
+    world.room.has_room = False
     for name in ENGINE:
         world.lose(name)
     world.say("router", Restart(question=7, name="decode-0"))
     world.pass_time_alive(5)
     assert not world.host.running.keys() & set(ENGINE)
-    world.has_room = True
+    world.room.has_room = True
     world.pass_time_alive(2)
     assert {world.host.running[name] for name in ENGINE} == {2}
     for name in ENGINE:
@@ -49,13 +49,13 @@ def test_hosts_that_are_lost_often_do_not_give_engines_up() -> None:
         world.pass_time_alive(2)
         for name in ENGINE:
             world.become_ready(name)
-    assert world.supervisor.failure is None
+    assert world.failure is None
     assert {world.state(name) for name in ENGINE} == {"ready"}
 
 
 def test_before_the_launch_is_ready_a_lost_host_ends_it() -> None:
     world = World(make_plan()).start()
     world.lose("decode-0")
-    failure = world.supervisor.failure
+    failure = world.failure
     assert failure is not None
     assert "decode-0 was lost with its host node-1 (silent) before it was ready" in failure.summary

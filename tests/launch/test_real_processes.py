@@ -21,11 +21,8 @@ import psutil
 import pytest
 
 from pdlaunch.launch.ports import listening
-from pdlaunch.launch.restarts import RestartPolicy
-from pdlaunch.launch.shutdown import Grace
-from pdlaunch.launch.states import ProcessState
-from pdlaunch.launch.status import LaunchStatus
-from pdlaunch.launch.supervisor import Timing
+from pdlaunch.launch.state import Timing
+from pdlaunch.launch.status import LaunchStatus, ProcessState
 from pdlaunch.planning.plan import Plan, ProcessSpec
 from tests.e2e.waiting import await_true
 from tests.launch.fakes import FakeObserver
@@ -34,7 +31,7 @@ from tests.launch.real import real_plan, run_plan
 pytestmark = pytest.mark.processes
 
 ROOT = Path(__file__).parents[2]
-IMPATIENT = Timing(startup_timeout_s=60, grace=Grace(drain_s=0.2, stop_s=0.2, terminate_s=0.2))
+IMPATIENT = Timing(startup_timeout_s=60, drain_s=0.2, stop_s=0.2, terminate_s=0.2)
 
 
 class InterruptWhenReady(FakeObserver):
@@ -267,9 +264,7 @@ def test_an_engine_that_always_dies_is_given_up_and_tried_again_while_the_others
     tmp_path: Path,
 ) -> None:
     observer = InterruptWhenGivenUp("decode-0")
-    timing = Timing(
-        restarts=RestartPolicy(first_delay_s=0.01, max_quick_deaths=3, first_retry_s=0.01)
-    )
+    timing = Timing(first_delay_s=0.01, max_quick_deaths=3, first_retry_s=0.01)
     outcome = run_plan(
         real_plan({"decode-0": "die"}, num_decode=2, num_prefill=0), observer, tmp_path, timing
     )
@@ -281,7 +276,7 @@ def test_an_engine_that_always_dies_is_given_up_and_tried_again_while_the_others
 
 def test_the_router_hears_of_the_last_step_of_a_rank_that_crashed(tmp_path: Path) -> None:
     observer = KillOnce("decode-0/rank-0", kills=False)
-    timing = Timing(restarts=RestartPolicy(first_delay_s=0.01))
+    timing = Timing(first_delay_s=0.01)
     outcome = run_plan(
         real_plan({"decode-0/rank-0": "crash-in-a-step"}, num_prefill=0), observer, tmp_path, timing
     )

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from pdlaunch.launch.states import LaunchPhase
+from pdlaunch.launch.status import LaunchPhase
 from tests.launch.fakes import World, make_plan
 
 
@@ -43,8 +43,8 @@ def test_it_is_given_up_with_all_of_its_processes_and_the_others_serve_on(name: 
     world.pass_time(59)
     assert (world.state(name), world.state(other)) == ("given-up", "given-up")
     assert not {name, other} & world.host.running.keys()
-    assert world.supervisor.failure is None
-    assert world.supervisor.phase is LaunchPhase.READY
+    assert world.failure is None
+    assert world.phase is LaunchPhase.READY
     assert any(
         note.endswith("decode-0 is given up and tried again in 60 s, decode-1 serves on")
         for note in world.observer.notes
@@ -91,7 +91,7 @@ def test_the_launch_ends_with_the_last_engine_of_a_role_and_tells_of_the_others(
     crash_loop(world, "decode-0")
     world.exit("decode-0/rank-0", -9)
     crash_loop(world, "decode-1")
-    failure = world.supervisor.failure
+    failure = world.failure
     assert failure is not None
     assert (failure.process, failure.said) == ("decode-1", "disk full")
     assert failure.summary == "decode-1 died 5 times in a row, each within 60 s of its start"
@@ -105,10 +105,10 @@ def test_engines_of_both_roles_serve_on_without_a_pair_and_the_pair_without_them
         world = World(make_plan(num_both=1)).start().all_ready()
         crash_loop(world, lost)
         world.exit(f"{lost}/rank-0", -9)
-        assert world.supervisor.failure is None
+        assert world.failure is None
         assert world.observer.notes[-1].endswith(f"tried again in 60 s, {left} serves on")
     crash_loop(world, "decode-0")
-    failure = world.supervisor.failure
+    failure = world.failure
     assert failure is not None, "a prefill engine alone is no pair"
     assert list(failure.details) == [
         "  before that, both-0 died 5 times in a row, each within 60 s of its start: disk full"
@@ -149,7 +149,7 @@ def test_each_time_it_is_left_alone_for_twice_as_long_up_to_a_limit() -> None:
         assert world.state("decode-0") == "starting"
         world.exit("decode-0", 1)
         world.exit("decode-0/rank-0", -9)
-    assert world.supervisor.failure is None
+    assert world.failure is None
 
 
 def test_the_waits_begin_anew_after_long_service() -> None:
@@ -197,21 +197,21 @@ def test_an_engine_on_trial_does_not_hold_a_launch_that_has_lost_the_others() ->
     give_up(world)
     world.pass_time(60)
     crash_loop(world, "decode-1")
-    assert world.supervisor.failure is not None
+    assert world.failure is not None
 
 
 def test_sigkill_counts_as_the_kernel_sends_it_for_lack_of_memory() -> None:
     world = World(make_plan(num_decode=2)).start().all_ready()
     crash_loop(world, "decode-0/rank-0", returncode=-9)
-    assert world.supervisor.failure is None
+    assert world.failure is None
     assert any("decode-0 is given up" in note for note in world.observer.notes)
 
 
 def test_a_router_that_always_dies_ends_the_launch() -> None:
     world = World(make_plan(num_decode=2)).start().all_ready()
     crash_loop(world, "router")
-    assert world.supervisor.failure is not None
-    assert world.supervisor.failure.process == "router"
+    assert world.failure is not None
+    assert world.failure.process == "router"
 
 
 def test_a_launch_with_an_engine_given_up_stops_like_any_other() -> None:
@@ -222,5 +222,5 @@ def test_a_launch_with_an_engine_given_up_stops_like_any_other() -> None:
     world.interrupt()
     world.exit_all()
     assert world.supervisor.done
-    assert world.supervisor.failure is None
+    assert world.failure is None
     assert world.state("decode-0") == "given-up"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pdlaunch.launch.states import LaunchPhase
+from pdlaunch.launch.status import LaunchPhase
 from pdlaunch.protocol.control import SleepState
 from tests.launch.fakes import World, make_plan
 
@@ -23,7 +23,7 @@ def test_everyone_hears_of_sleep_and_the_launch_goes_on() -> None:
         "prefill-0",
         "prefill-0/rank-0",
     }
-    assert world.supervisor.phase is LaunchPhase.READY
+    assert world.phase is LaunchPhase.READY
     world.say("prefill-0/rank-0", SleepState(state="awake"))
     world.say("prefill-0", SleepState(state="awake"))
     assert set(states(world).values()) == {"ready"}

@@ -6,10 +6,8 @@ import signal
 
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch.hosts.host import ProcessExited
-from pdlaunch.launch.restarts import RestartPolicy
-from pdlaunch.launch.shutdown import Grace
-from pdlaunch.launch.states import LaunchPhase
-from pdlaunch.launch.supervisor import Timing
+from pdlaunch.launch.state import Timing
+from pdlaunch.launch.status import LaunchPhase
 from pdlaunch.protocol.control import (
     Drain,
     PairFailed,
@@ -29,9 +27,9 @@ def test_everything_starts_at_once_and_serves_when_all_are_ready_and_connected()
     assert set(world.host.running) == EVERYONE
     for name in EVERYONE:
         world.become_ready(name)
-    assert world.supervisor.phase is LaunchPhase.STARTING
+    assert world.phase is LaunchPhase.STARTING
     world.connect("decode-0/rank-0", "prefill-0/rank-0")
-    assert world.supervisor.phase is LaunchPhase.READY
+    assert world.phase is LaunchPhase.READY
     assert world.observer.ready_count == 1
 
 
@@ -42,15 +40,15 @@ def test_one_pair_for_each_decode_rank_and_prefill_engine_suffices() -> None:
     world.connect("decode-0/rank-0", "prefill-0/rank-0")
     world.connect("decode-0/rank-1", "prefill-0/rank-0")
     world.connect("decode-0/rank-0", "prefill-1/rank-1")
-    assert world.supervisor.phase is LaunchPhase.STARTING
+    assert world.phase is LaunchPhase.STARTING
     world.connect("decode-0/rank-1", "prefill-1/rank-0")
-    assert world.supervisor.phase is LaunchPhase.READY
+    assert world.phase is LaunchPhase.READY
 
 
 def test_without_a_second_role_there_are_no_pairs() -> None:
     world = World(make_plan(num_decode=0)).start()
     world.all_ready()
-    assert world.supervisor.phase is LaunchPhase.READY
+    assert world.phase is LaunchPhase.READY
 
 
 def test_conversions_run_before_anything_else() -> None:
@@ -68,8 +66,8 @@ def test_a_failed_conversion_is_the_root_cause() -> None:
     world = World(make_plan(conversions=1)).start()
     world.exit("convert-0", 1)
     assert world.supervisor.done
-    assert world.supervisor.failure is not None
-    assert world.supervisor.failure.process == "convert-0"
+    assert world.failure is not None
+    assert world.failure.process == "convert-0"
 
 
 def test_a_model_that_cannot_be_served_fails_the_launch_with_its_cause() -> None:
@@ -78,8 +76,8 @@ def test_a_model_that_cannot_be_served_fails_the_launch_with_its_cause() -> None
     world.start()
     world.exit("convert-0")
     assert world.supervisor.done
-    assert world.supervisor.failure is not None
-    assert world.supervisor.failure.cause is world.bootstraps.prepare_error
+    assert world.failure is not None
+    assert world.failure.cause is world.bootstraps.prepare_error
 
 
 def test_the_earliest_failure_is_kept_and_everything_is_stopped() -> None:
@@ -87,9 +85,9 @@ def test_the_earliest_failure_is_kept_and_everything_is_stopped() -> None:
     world.become_ready("router")
     world.exit("decode-0/rank-0", -11)
     world.fail("decode-0", "my rank is gone")
-    assert world.supervisor.failure is not None
-    assert world.supervisor.failure.process == "decode-0/rank-0"
-    assert "SIGSEGV" in world.supervisor.failure.summary
+    assert world.failure is not None
+    assert world.failure.process == "decode-0/rank-0"
+    assert "SIGSEGV" in world.failure.summary
     assert world.stopped() == {"router"}
     world.exit("router")
     assert world.signalled(signal.SIGTERM) == {"prefill-0/rank-0", "prefill-0", "decode-0"}
@@ -101,8 +99,8 @@ def test_last_words_may_arrive_after_the_death() -> None:
     world = World(make_plan()).start()
     world.exit("decode-0/rank-0", 1)
     world.fail("decode-0/rank-0", "cannot open model.safetensors")
-    assert world.supervisor.failure is not None
-    assert world.supervisor.failure.said == "cannot open model.safetensors"
+    assert world.failure is not None
+    assert world.failure.said == "cannot open model.safetensors"
 
 
 def test_incompatible_engines_fail_the_start_and_unreachable_ones_do_not() -> None:
@@ -112,11 +110,11 @@ def test_incompatible_engines_fail_the_start_and_unreachable_ones_do_not() -> No
         local="decode-0/rank-0", peer="prefill-0/rank-0", error="connection refused", fatal=False
     )
     world.say("decode-0/rank-0", pair)
-    assert world.supervisor.failure is None
+    assert world.failure is None
     pair.fatal, pair.error = True, "block_size 16 and 32"
     world.say("decode-0/rank-0", pair)
-    assert world.supervisor.failure is not None
-    assert world.supervisor.failure.said == "block_size 16 and 32"
+    assert world.failure is not None
+    assert world.failure.said == "block_size 16 and 32"
 
 
 def test_a_pair_in_doubt_is_not_listed_until_it_is_proven_again() -> None:
@@ -130,7 +128,7 @@ def test_a_pair_in_doubt_is_not_listed_until_it_is_proven_again() -> None:
     doubt.peer_incarnation -= 1
     world.say("router", doubt)
     assert world.supervisor.status().pairs == ()
-    assert world.supervisor.phase is LaunchPhase.READY
+    assert world.phase is LaunchPhase.READY
     world.say(pair.local, pair)
     assert world.supervisor.status().pairs == (pair,)
 
@@ -141,12 +139,10 @@ def test_the_startup_timeout_names_what_is_not_ready() -> None:
         world.become_ready(name)
     world.say("decode-0/rank-0", Progress(text="loading weights"))
     world.pass_time(59)
-    assert world.supervisor.failure is None
+    assert world.failure is None
     world.pass_time(1)
-    assert world.supervisor.failure is not None
-    assert list(world.supervisor.failure.details) == [
-        "  decode-0/rank-0 is starting: loading weights"
-    ]
+    assert world.failure is not None
+    assert list(world.failure.details) == ["  decode-0/rank-0 is starting: loading weights"]
 
 
 def test_the_startup_timeout_names_pairs_that_are_not_connected() -> None:
@@ -158,8 +154,8 @@ def test_the_startup_timeout_names_pairs_that_are_not_connected() -> None:
     )
     world.say("decode-0/rank-0", pair)
     world.pass_time(60)
-    assert world.supervisor.failure is not None
-    assert list(world.supervisor.failure.details) == [
+    assert world.failure is not None
+    assert list(world.failure.details) == [
         "  decode-0/rank-0 has no path to prefill-0: connection refused"
     ]
 
@@ -231,7 +227,7 @@ def test_the_ranks_of_an_engine_die_and_return_together() -> None:
     assert {name: n for name, n in world.host.running.items() if n == 2} == {
         f"decode-0/rank-{n}": 2 for n in range(3)
     }
-    assert world.supervisor.phase is LaunchPhase.READY
+    assert world.phase is LaunchPhase.READY
 
 
 def test_pairs_of_a_dead_process_are_forgotten_and_old_incarnations_do_not_count() -> None:
@@ -257,9 +253,9 @@ def test_back_off_grows_and_ends_in_a_failed_launch() -> None:
     assert waits == [0.5, 1, 2, 4]
     world.fail("decode-0", "disk full")
     world.exit("decode-0", 1)
-    assert world.supervisor.failure is not None
-    assert world.supervisor.failure.process == "decode-0"
-    assert world.supervisor.failure.said == "disk full"
+    assert world.failure is not None
+    assert world.failure.process == "decode-0"
+    assert world.failure.said == "disk full"
     assert world.stopped()
 
 
@@ -270,11 +266,11 @@ def test_a_long_life_starts_the_count_of_deaths_anew() -> None:
         world.exit("decode-0", 1)
         world.pass_time(0.5)
         world.become_ready("decode-0")
-    assert world.supervisor.failure is None
+    assert world.failure is None
 
 
 def test_back_off_is_capped() -> None:
-    policy = RestartPolicy(max_quick_deaths=100)
+    policy = Timing(max_quick_deaths=100)
     assert policy.delay_s(50) == policy.max_delay_s
 
 
@@ -302,7 +298,7 @@ def test_connections_wait_while_a_router_is_restarted() -> None:
 
 
 def test_connections_are_refused_once_the_drain_is_over() -> None:
-    world = World(make_plan(), Timing(grace=Grace(drain_s=30))).start().all_ready()
+    world = World(make_plan(), Timing(drain_s=30)).start().all_ready()
     world.interrupt()
     assert world.listens
     world.drained("router")
@@ -314,17 +310,17 @@ def test_connections_are_refused_once_the_drain_is_over() -> None:
 
 
 def test_connections_are_refused_when_the_router_dies_in_a_drain() -> None:
-    world = World(make_plan(), Timing(grace=Grace(drain_s=30))).start().all_ready()
+    world = World(make_plan(), Timing(drain_s=30)).start().all_ready()
     world.interrupt()
     world.exit("router", -9)
-    assert world.supervisor.phase is LaunchPhase.DRAINING_ENGINES
+    assert world.phase is LaunchPhase.DRAINING_ENGINES
     assert not world.listens
 
 
 def test_connections_are_refused_when_the_launch_fails() -> None:
     world = World(make_plan()).start()
     world.exit("decode-0", 1)
-    assert world.supervisor.failure is not None
+    assert world.failure is not None
     assert not world.listens
 
 
@@ -338,7 +334,7 @@ def test_the_end_of_an_old_incarnation_is_not_taken_for_the_new_one() -> None:
 
 
 def test_stop_drains_router_then_engines_then_stops_all() -> None:
-    world = World(make_plan(), Timing(grace=Grace(drain_s=30))).start().all_ready()
+    world = World(make_plan(), Timing(drain_s=30)).start().all_ready()
     world.interrupt(signal.SIGTERM)
     assert world.draining() == {"router"}
     assert (
@@ -355,12 +351,12 @@ def test_stop_drains_router_then_engines_then_stops_all() -> None:
     assert world.stopped() == EVERYONE
     world.exit_all()
     assert world.supervisor.done
-    assert world.supervisor.failure is None
+    assert world.failure is None
 
 
 def test_sigterm_again_skips_nothing_and_ctrl_c_then_does() -> None:
     """At a time limit Slurm sends it twice."""
-    world = World(make_plan(), Timing(grace=Grace(drain_s=30))).start().all_ready()
+    world = World(make_plan(), Timing(drain_s=30)).start().all_ready()
     world.interrupt(signal.SIGTERM)
     world.interrupt(signal.SIGTERM)
     assert world.draining() == {"router"}
@@ -389,13 +385,9 @@ def test_a_third_interrupt_kills_what_a_router_that_does_not_leave_holds_up() ->
 
 
 def test_engines_outlive_the_router_but_do_not_wait_for_it_for_long() -> None:
-    world = (
-        World(make_plan(), Timing(grace=Grace(drain_s=0, router_stop_s=1.5, stop_s=5)))
-        .start()
-        .all_ready()
-    )
+    world = World(make_plan(), Timing(drain_s=0, router_stop_s=1.5, stop_s=5)).start().all_ready()
     world.interrupt()
-    assert world.supervisor.phase is LaunchPhase.STOPPING_ROUTER
+    assert world.phase is LaunchPhase.STOPPING_ROUTER
     world.pass_time(1.4)
     assert world.stopped() == {"router"}
     world.pass_time(0.1)
@@ -408,18 +400,16 @@ def test_engines_outlive_the_router_but_do_not_wait_for_it_for_long() -> None:
 
 
 def test_the_last_failure_of_a_launch_that_serves_stops_the_router_first() -> None:
-    world = (
-        World(make_plan(), Timing(restarts=RestartPolicy(max_quick_deaths=1))).start().all_ready()
-    )
+    world = World(make_plan(), Timing(max_quick_deaths=1)).start().all_ready()
     world.exit("decode-0", 1)
-    assert world.supervisor.failure is not None
+    assert world.failure is not None
     assert world.stopped() == {"router"}
     world.exit("router")
     assert world.stopped() == EVERYONE - {"decode-0"}
 
 
 def test_a_drain_that_takes_too_long_ends_at_its_deadline() -> None:
-    world = World(make_plan(), Timing(grace=Grace(drain_s=30))).start().all_ready()
+    world = World(make_plan(), Timing(drain_s=30)).start().all_ready()
     world.interrupt()
     world.pass_time(30)
     assert world.stopped() == {"router"}
@@ -428,7 +418,7 @@ def test_a_drain_that_takes_too_long_ends_at_its_deadline() -> None:
 
 
 def test_nothing_is_drained_when_that_is_set_to_zero() -> None:
-    world = World(make_plan(), Timing(grace=Grace(drain_s=0))).start().all_ready()
+    world = World(make_plan(), Timing(drain_s=0)).start().all_ready()
     world.interrupt()
     assert not world.draining()
     world.exit("router")
@@ -437,9 +427,7 @@ def test_nothing_is_drained_when_that_is_set_to_zero() -> None:
 
 def test_what_does_not_stop_is_terminated_and_then_killed_and_then_left() -> None:
     world = (
-        World(make_plan(), Timing(grace=Grace(drain_s=0, stop_s=5, terminate_s=3, kill_s=4)))
-        .start()
-        .all_ready()
+        World(make_plan(), Timing(drain_s=0, stop_s=5, terminate_s=3, kill_s=4)).start().all_ready()
     )
     world.interrupt()
     for name in EVERYONE - {"decode-0"}:
@@ -471,7 +459,7 @@ def test_an_interrupt_while_starting_stops_without_drain() -> None:
     assert world.signalled(signal.SIGTERM) == EVERYONE
     world.exit_all()
     assert world.supervisor.done
-    assert not world.supervisor.was_ready
+    assert not world.supervisor.seen.was_ready
 
 
 def test_an_interrupt_while_converting_starts_nothing_afterwards() -> None:

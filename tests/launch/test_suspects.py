@@ -6,8 +6,7 @@ import signal
 
 import pytest
 
-from pdlaunch.launch.hangs import HangLimits
-from pdlaunch.launch.supervisor import Timing
+from pdlaunch.launch.state import Timing
 from pdlaunch.protocol.control import Registry, Restart, Suspects
 from pdlaunch.protocol.process.step_record import LastStep
 from tests.launch.fakes import World, make_plan
@@ -50,7 +49,7 @@ def test_death_from_outside_makes_no_suspects(number: int) -> None:
 
 
 def test_hang_makes_no_suspects() -> None:
-    world = World(make_plan(), Timing(hangs=HangLimits(60.0))).start().all_ready()
+    world = World(make_plan(), Timing(hang_timeout_s=60.0)).start().all_ready()
     world.host.last_steps = {"decode-0": STEP}
     world.pass_time_alive(70, silent={"decode-0/rank-0"})
     assert ("decode-0/rank-0", signal.SIGKILL) in world.host.signals

@@ -23,7 +23,7 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.engine.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.engine.models.tensor_parallel import Shard
 from pdlaunch.errors import ConfigError
-from pdlaunch.launch.bootstraps import LaunchBootstraps
+from pdlaunch.launch.bootstraps import Bootstraps
 from pdlaunch.launch.engines.plan import kind_of, plan_processes
 from pdlaunch.launch.ports import listening
 from pdlaunch.machine.allocator_conf import expandable_segments_variable
@@ -154,7 +154,7 @@ def test_what_was_judged_is_what_is_started(
 def bootstraps(launch: ResolvedLaunch) -> list[tuple[ProcessSpec, Bootstrap]]:
     """What each process of the launch is given."""
     with tempfile.TemporaryDirectory() as folder, listening("127.0.0.1", 0) as listeners:
-        made = LaunchBootstraps(
+        made = Bootstraps(
             launch,
             keys=KEYS,
             control="ipc:///c",

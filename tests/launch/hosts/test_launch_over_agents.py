@@ -21,8 +21,7 @@ from pdlaunch.launch.hosts.join import new_join_keys
 from pdlaunch.launch.hosts.joined import joined_host
 from pdlaunch.launch.launch import LaunchOutcome, launch
 from pdlaunch.launch.ports import listening
-from pdlaunch.launch.states import ProcessState
-from pdlaunch.launch.status import LaunchStatus
+from pdlaunch.launch.status import LaunchStatus, ProcessState
 from pdlaunch.machine.facts import Machine
 from pdlaunch.machine.machine_file import encode_machine
 from pdlaunch.planning.hosts import ResolvedHost

@@ -13,7 +13,7 @@ import yaml
 from kubernetes_validate import ValidationError
 
 from pdlaunch.config.sources import load_config
-from pdlaunch.launch.shutdown import Grace
+from pdlaunch.launch.state import Timing
 from tests.launch.render.manifests import (
     EXAMPLES,
     check_schema,
@@ -120,12 +120,12 @@ def test_the_supervisors_file_places_each_engine_on_its_pod(tmp_path: Path) -> N
 
 
 def test_pods_outlive_the_drain(demo: list[dict[str, Any]]) -> None:
-    longest_s = sum(dataclasses.asdict(Grace()).values())
+    longest_s = sum(dataclasses.asdict(Timing()).values())
     for _, pods in templates(demo):
         assert pods["spec"]["terminationGracePeriodSeconds"] >= longest_s
     longer = render("kubernetes", DEMO, "--drain-timeout", "100.5")
     router = named(longer, "Deployment", "pdlaunch")["spec"]["template"]["spec"]
-    assert router["terminationGracePeriodSeconds"] >= longest_s - Grace().drain_s + 100.5
+    assert router["terminationGracePeriodSeconds"] >= longest_s - Timing().drain_s + 100.5
 
 
 def test_the_startup_probe_waits_as_long_as_the_start_may_take() -> None:

@@ -11,11 +11,15 @@ import pytest
 
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.errors import ConfigError
+from pdlaunch.launch import bootstraps
+from pdlaunch.launch.changes import PresentEngine
+from pdlaunch.launch.commands import present_engines
 from pdlaunch.launch.engines.native import NativeEngine
 from pdlaunch.launch.engines.plan import kind_of, plan_processes
-from pdlaunch.launch.instance import Unit, make_units
-from pdlaunch.launch.rooms import Rooms
-from pdlaunch.launch.states import ProcessState
+from pdlaunch.launch.pairs import Pairs
+from pdlaunch.launch.places import Places
+from pdlaunch.launch.state import Desired, Goal, Observed, Timing, Unit
+from pdlaunch.launch.status import ProcessState
 from pdlaunch.machine.facts import Gpu, Machine
 from pdlaunch.planning.hosts import ResolvedHost
 from pdlaunch.planning.resolve import ResolvedLaunch, resolve, resolve_on
@@ -37,7 +41,7 @@ TWO_GPUS = Machine(cpus=(0, 1), gpus=(Gpu(0, has_fabric_handles=False), Gpu(1)))
 FOUR_CORES = Machine(cpus=(0, 1, 2, 3), memory_bytes=64 << 30)
 
 
-class Bootstraps:
+class Bootstraps(bootstraps.Bootstraps):
     def __init__(self) -> None:
         self.resolved: ResolvedLaunch | None = None
         self.moved: dict[str, PlacedEngine] = {}
@@ -49,6 +53,21 @@ class Bootstraps:
 
     def forget(self, engine: str) -> None:
         self.moved.pop(engine, None)
+
+
+def running(launch: ResolvedLaunch) -> Observed:
+    """The processes of a launch, which are all ready."""
+    plan = plan_processes(launch)
+    seen = Observed([], Pairs(plan, NativeEngine()), 0.0)
+    seen.add(plan.processes)
+    for process in seen.processes():
+        process.begin(1)
+        process.state = ProcessState.READY
+    return seen
+
+
+def present(seen: Observed) -> list[PresentEngine]:
+    return present_engines(Desired(Timing(), {name: Goal() for name in seen.engines}), seen)
 
 
 class Deployment:
@@ -73,24 +92,24 @@ class Deployment:
             ),
         ]
         self.launch = resolve_on(config, hosts, {})
-        self.units = make_units(plan_processes(self.launch).processes)
-        for unit in self.units:
-            for member in unit.members:
-                member.begin(1)
-                member.move(ProcessState.READY)
+        self.seen = running(self.launch)
         self.bootstraps = Bootstraps()
         self.now = 100.0
         names = {host.name for host in hosts}
-        self.rooms = Rooms(
+        self.places = Places(
             self.launch, NativeEngine(), self.bootstraps, names, clock=lambda: self.now
         )
 
     def lose(self, host: str, ended_by: float | None = None) -> None:
-        self.rooms.lost(host, ended_by)
+        self.places.lost(host, ended_by)
         for unit in self.units:
-            for member in unit.members:
+            for member in unit.processes:
                 if member.spec.host == host:
-                    member.move(ProcessState.FAILED)
+                    member.state = ProcessState.FAILED
+
+    @property
+    def units(self) -> list[Unit]:
+        return self.seen.units
 
     def unit(self, name: str) -> Unit:
         return next(unit for unit in self.units if unit.name == name)
@@ -98,9 +117,9 @@ class Deployment:
     def find(self, engine: str) -> str | None:
         """The host on which an engine can be started."""
         units = [unit for unit in self.units if unit.engine == engine]
-        found = [self.rooms.find(unit, self.units) for unit in units]
+        found = [self.places.find(unit, self.units) for unit in units]
         assert len(set(found)) == 1
-        (host,) = {member.spec.host for unit in units for member in unit.members}
+        (host,) = {member.spec.host for unit in units for member in unit.processes}
         return host if found[0] else None
 
 
@@ -111,15 +130,15 @@ def test_a_host_that_is_there_keeps_its_engines() -> None:
     deployment = Deployment(**SPREAD)
     assert deployment.find("prefill-0") == "a"
     assert deployment.bootstraps.moved == {}
-    assert deployment.rooms.find(deployment.unit("router"), deployment.units)
+    assert deployment.places.find(deployment.unit("router"), deployment.units)
 
 
 def test_an_engine_of_a_lost_host_goes_to_one_with_room() -> None:
     deployment = Deployment(**SPREAD)
-    before = [member.spec for unit in deployment.units for member in unit.members]
+    before = [member.spec for unit in deployment.units for member in unit.processes]
     deployment.lose("b")
     assert deployment.find("decode-0") == "a"
-    moved = [member.spec for unit in deployment.units for member in unit.members]
+    moved = [member.spec for unit in deployment.units for member in unit.processes]
     assert [spec for spec in before if spec.engine != "decode-0"] == [
         spec for spec in moved if spec.engine != "decode-0"
     ], "nothing else moves"
@@ -138,12 +157,12 @@ def test_a_host_that_is_back_at_another_address_may_be_another_machine() -> None
     deployment = Deployment(**SPREAD)
     host = deployment.launch.host("b")
     deployment.lose("b", ended_by=deployment.now + 30)
-    deployment.rooms.joined(replace(host, advertise_address="10.0.0.9"))
+    deployment.places.joined(replace(host, advertise_address="10.0.0.9"))
     assert deployment.find("decode-0") is None
     deployment.now += 30
     assert deployment.find("decode-0") == "b"
-    deployment.rooms.lost("b", deployment.now + 30)
-    deployment.rooms.joined(replace(host, advertise_address="10.0.0.9"))
+    deployment.places.lost("b", deployment.now + 30)
+    deployment.places.joined(replace(host, advertise_address="10.0.0.9"))
     assert deployment.find("decode-0") == "b", "its agent has ended what it ran"
 
 
@@ -151,8 +170,8 @@ def test_of_two_machines_of_one_name_both_must_have_ended() -> None:
     deployment = Deployment(**SPREAD)
     host = deployment.launch.host("b")
     deployment.lose("b", ended_by=deployment.now + 30)
-    deployment.rooms.joined(replace(host, advertise_address="10.0.0.9"))
-    deployment.rooms.lost("b", None)
+    deployment.places.joined(replace(host, advertise_address="10.0.0.9"))
+    deployment.places.lost("b", None)
     assert deployment.find("decode-0") is None, "the first machine may be cut off"
     deployment.now += 30
     assert deployment.find("decode-0") == "a"
@@ -161,13 +180,13 @@ def test_of_two_machines_of_one_name_both_must_have_ended() -> None:
 @pytest.mark.parametrize("engine", ["native", "vllm"])
 def test_engines_of_a_host_that_is_back_elsewhere_get_its_address(engine: str) -> None:
     deployment = Deployment(engine=engine, **SPREAD)
-    deployment.rooms._kind = kind_of(deployment.launch)
+    deployment.places._kind = kind_of(deployment.launch)
     host = deployment.launch.host("b")
     before = addresses(deployment)
     assert (before["prefill-0"], before["decode-0"]) == ("10.0.0.2", "10.0.0.3")
     deployment.lose("b")
     new = replace(host, bind_address="10.0.0.9", advertise_address="10.0.0.9")
-    deployment.rooms.joined(new)
+    deployment.places.joined(new)
     assert deployment.find("decode-0") == "b"
     assert deployment.find("prefill-0") == "a"
     assert addresses(deployment) == before | {"decode-0": "10.0.0.9"}
@@ -178,7 +197,7 @@ def addresses(deployment: Deployment) -> dict[str, str]:
     return {
         unit.engine: member.spec.environment["UCX_NET_DEVICES"]
         for unit in deployment.units
-        for member in unit.members
+        for member in unit.processes
         if "UCX_NET_DEVICES" in member.spec.environment
     }
 
@@ -189,7 +208,7 @@ def test_devices_of_engines_that_run_there_are_left_to_them() -> None:
     assert places == {"prefill-0": "a", "decode-0": "b", "prefill-1": "c"}
     deployment.lose("b")
     assert deployment.find("decode-0") == "a"
-    rank = deployment.unit("decode-0/ranks").members[0]
+    rank = deployment.unit("decode-0/ranks").processes[0]
     assert rank.spec.devices == ("cuda:1",)
     assert deployment.bootstraps.moved["decode-0"].device_indices == (1,)
 
@@ -215,7 +234,7 @@ def test_without_room_it_waits_until_its_host_is_back() -> None:
     again = replace(
         deployment.launch.host("b"), bind_address="10.0.0.9", advertise_address="fd00::9"
     )
-    deployment.rooms.joined(again)
+    deployment.places.joined(again)
     assert deployment.find("decode-0") == "b"
     adopted = deployment.bootstraps.resolved
     assert adopted is not None
@@ -234,21 +253,21 @@ def test_an_engine_whose_ranks_are_on_several_hosts_waits_for_them() -> None:
         prefill={"tensor_parallel_size": 2, "hosts_per_engine": 2, "replicas": 1}
     )
     ranks = deployment.unit("prefill-0/ranks")
-    lost = ranks.members[1].spec.host
+    lost = ranks.processes[1].spec.host
     deployment.lose(lost)
-    assert not deployment.rooms.find(ranks, deployment.units)
+    assert not deployment.places.find(ranks, deployment.units)
 
 
 def test_nothing_moves_while_a_process_of_the_engine_lives() -> None:
     deployment = Deployment(**SPREAD)
-    deployment.rooms.lost("b", None)
+    deployment.places.lost("b", None)
     assert deployment.find("decode-0") is None
 
 
 def plan(deployment: Deployment, **replicas: int) -> dict[str, str]:
     """Return the hosts of the engines that a change would start."""
     wanted = ChangeEngines(question=1, replicas=replicas)
-    change = deployment.rooms.plan(wanted, deployment.units)
+    change = deployment.places.plan(wanted, present(deployment.seen))
     return {engine.name: engine.host.name for engine in change.starts}
 
 
@@ -268,19 +287,19 @@ def test_new_engines_take_free_gpus_of_hosts_that_are_there(tiny: str) -> None:
         "decode-1": "a",
         "decode-2": "c",
     }
-    deployment.rooms.lost("c", None)
+    deployment.places.lost("c", None)
     with pytest.raises(ConfigError, match="no room for decode-1, decode-2, decode-3"):
         plan(deployment, decode=4)
 
 
 def test_a_new_engine_gets_no_name_that_may_run_on_a_host_that_is_cut_off(tiny: str) -> None:
     deployment = Deployment(**SPREAD, model=tiny, decode={"replicas": 2})
-    lost = deployment.unit("decode-0").members[0].spec.host
+    lost = deployment.unit("decode-0").processes[0].spec.host
     deployment.lose(lost, ended_by=deployment.now + 30)
     wanted = ChangeEngines(question=1, replicas={"decode": 1})
-    assert deployment.rooms.plan(wanted, deployment.units).stops == ("decode-0",)
-    deployment.rooms.forget("decode-0")
-    deployment.units = [unit for unit in deployment.units if unit.engine != "decode-0"]
+    assert deployment.places.plan(wanted, present(deployment.seen)).stops == ("decode-0",)
+    deployment.places.forget("decode-0")
+    deployment.seen.remove("decode-0")
     started = plan(deployment, decode=2)
     assert (started.keys(), lost in started.values()) == ({"decode-2"}, False)
     deployment.now += 30
@@ -293,7 +312,7 @@ def test_a_turned_engine_stays_on_its_host(machine: Machine, tiny: str) -> None:
     for engine in ("prefill-0", "prefill-1"):
         (before,) = (one for one in deployment.launch.engines if one.name == engine)
         wanted = ChangeEngines(question=1, turn=engine, role="decode")
-        change = deployment.rooms.plan(wanted, deployment.units)
+        change = deployment.places.plan(wanted, present(deployment.seen))
         (turned,) = change.starts
         assert (turned.name, turned.host.name) == ("decode-1", before.host.name)
         assert turned.device_indices == before.device_indices
@@ -306,8 +325,8 @@ def test_an_engine_of_several_hosts_can_go_and_none_comes(tiny: str) -> None:
     )
     with pytest.raises(ConfigError, match="not added to a running launch"):
         plan(deployment, prefill=3)
-    change = deployment.rooms.plan(
-        ChangeEngines(question=1, replicas={"prefill": 1}), deployment.units
+    change = deployment.places.plan(
+        ChangeEngines(question=1, replicas={"prefill": 1}), present(deployment.seen)
     )
     assert change.stops == ("prefill-1",)
 
@@ -316,13 +335,10 @@ def test_engines_of_vllm_come_the_same_way(tiny: str) -> None:
     config = LaunchConfig.model_validate({"model": tiny, "engine": "vllm"})
     machine = replace(TWO_GPUS, gpus=tuple(Gpu(index) for index in range(3)))
     launch = resolve(config, {"local": machine}, {})
-    units = make_units(plan_processes(launch).processes)
-    for unit in units:
-        for member in unit.members:
-            member.begin(1)
-            member.move(ProcessState.READY)
-    rooms = Rooms(launch, kind_of(launch), Bootstraps(), {"local"})
-    change = rooms.plan(ChangeEngines(question=1, replicas={"decode": 2}), units)
-    (sidecar,) = rooms.begin(change)
+    places = Places(launch, kind_of(launch), Bootstraps(), {"local"})
+    change = places.plan(
+        ChangeEngines(question=1, replicas={"decode": 2}), present(running(launch))
+    )
+    (sidecar,) = places.begin(change)
     assert (sidecar.name, sidecar.devices) == ("decode-1", ("cuda:2",))
     assert sidecar.environment["CUDA_VISIBLE_DEVICES"] == "2"

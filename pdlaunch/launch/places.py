@@ -10,15 +10,15 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Protocol
 
 import msgspec
 
 from pdlaunch.checks.probed import Probes
 from pdlaunch.checks.run import run_checks
-from pdlaunch.launch.change_plan import ChangePlanner, EngineChange, PresentEngine
+from pdlaunch.launch.bootstraps import Bootstraps
+from pdlaunch.launch.changes import ChangePlanner, EngineChange, PresentEngine
 from pdlaunch.launch.engines.kind import EngineKind
-from pdlaunch.launch.instance import Instance, Unit, server_of, serving
+from pdlaunch.launch.state import Process, Unit
 from pdlaunch.planning.hosts import HostShare, ResolvedHost
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.planning.resolve import ResolvedLaunch
@@ -26,32 +26,21 @@ from pdlaunch.planning.role_engines import RoleEngines
 from pdlaunch.planning.roles import PlacedEngine
 from pdlaunch.protocol.changes import ChangeEngines
 
-_OF_ROOM = frozenset(("PD207", "PD210", "PD212"))
+_OF_MEMORY = frozenset(("PD207", "PD210", "PD212"))
 """Rules on memory, of all engines that might be moved together; each is judged by its devices."""
 
 
-class Adopts(Protocol):
-    """Is told where engines are started from now on, and which are gone."""
+class Places:
+    """Knows the hosts that are there, and where each engine is placed.
 
-    def adopt(self, resolved: ResolvedLaunch, engine: PlacedEngine | None = None) -> None:
-        """Take a launch, and the place of one of its engines."""
-
-    def forget(self, engine: str) -> None:
-        """Forget an engine that is gone for good."""
-
-
-class Rooms:
-    """Keeps which hosts are there and where engines are placed.
-
-    ``present``: names of hosts that are there, the supervisor's own among them. ``clock``: that of
-    the instants by which processes of lost hosts have ended.
+    ``present``: names of hosts that are there, the supervisor's own among them.
     """
 
     def __init__(
         self,
         resolved: ResolvedLaunch,
         kind: EngineKind,
-        bootstraps: Adopts,
+        bootstraps: Bootstraps,
         present: Collection[str],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -61,11 +50,11 @@ class Rooms:
         self._present = set(present)
         self._clock = clock
         self._ended_by: dict[str, float] = {}
-        """Instants by which lost hosts have ended their processes, by host."""
+        """Instants by which lost hosts have ended their processes."""
         self._names_taken_until: dict[str, float] = {}
         """Instants by which the processes of engines have ended that are gone with a lost host."""
         self._readdressed: set[str] = set()
-        """Hosts that have come back at another address than their processes were planned for."""
+        """Hosts that are back at another address than their processes were planned for."""
 
     def joined(self, host: ResolvedHost) -> None:
         """Note that a host is back, perhaps at another address."""
@@ -85,12 +74,12 @@ class Rooms:
             # Another machine of the name may be cut off, too.
             self._ended_by[name] = max(ended_by, self._ended_by.get(name, 0.0))
 
-    def plan(self, wanted: ChangeEngines, units: Sequence[Unit]) -> EngineChange:
+    def plan(self, wanted: ChangeEngines, engines: Sequence[PresentEngine]) -> EngineChange:
         """Plan a change of the engines. Raises ConfigError with the reason why it cannot be."""
         now = self._clock()
         taken = {name for name, until in self._names_taken_until.items() if now < until}
-        running = _running(units)
-        return ChangePlanner(self._resolved, self._kind, self._present, running, taken).plan(wanted)
+        planner = ChangePlanner(self._resolved, self._kind, self._present, engines, taken)
+        return planner.plan(wanted)
 
     def begin(self, change: EngineChange) -> list[ProcessSpec]:
         """Add the new engines of a change; return their processes. Those that stop are there until
@@ -107,81 +96,74 @@ class Rooms:
         """Forget an engine that is gone; its name stays taken while its processes may run on a host
         that is cut off.
         """
-        (gone,) = (one for one in self._resolved.engines if one.name == engine)
+        gone = self._placed(engine)
         self._names_taken_until[engine] = max(
             self._ended_by.get(share.host.name, 0.0) for share in gone.shares
         )
-        left = {
-            (one.engines.role, one.index): self._resolved.places[one.engines.role, one.index]
-            for one in self._resolved.engines
-            if one.name != engine
-        }
+        left = dict(self._resolved.places)
+        del left[gone.engines.role, gone.index]
         self._resolved = self._resolved.with_engines(left)
         self._bootstraps.forget(engine)
         self._bootstraps.adopt(self._resolved)
 
     def find(self, unit: Unit, units: Sequence[Unit]) -> bool:
-        """Tell whether a unit, whose processes have ended, can be started; perhaps elsewhere."""
-        hosts = {member.spec.host for member in unit.members}
+        """Return whether a unit, whose processes have ended, can be started; perhaps elsewhere."""
+        hosts = {process.spec.host for process in unit.processes}
         # An agent may be alive, and cut off: no engine runs twice.
         if any(self._clock() < self._ended_by.get(name, 0.0) for name in hosts):
             return False
         if hosts <= self._present:
-            if hosts & self._readdressed:
+            if unit.engine and hosts & self._readdressed:
                 self._readdress(unit)
             return True
-        members = [m for other in units if other.engine == unit.engine for m in other.members]
-        if not unit.engine or len(hosts) > 1 or any(member.alive for member in members):
-            return False
-        (lost,) = hosts
+        own = [p for other in units if other.engine == unit.engine for p in other.processes]
         # The server and the ranks of an engine are units of their own.
-        if {member.spec.host for member in members} != hosts:
+        is_whole = unit.engine and {process.spec.host for process in own} == hosts
+        if not is_whole or len(hosts) > 1 or any(process.alive for process in own):
             return False
-        others = [m for other in units if other.engine != unit.engine for m in other.members]
-        moved = self._move(unit.engine, lost, others)
+        others = [p for other in units if other.engine != unit.engine for p in other.processes]
+        moved = self._move(unit.engine, hosts.pop(), _taken(others))
         if moved is None:
             return False
         specs = {spec.name: spec for spec in self._kind.processes(moved)}
-        for member in members:
-            member.spec = specs[member.name]
+        for process in own:
+            process.spec = specs[process.name]
         return True
+
+    def _placed(self, name: str) -> PlacedEngine:
+        return next(engine for engine in self._resolved.engines if engine.name == name)
 
     def _readdress(self, unit: Unit) -> None:
         """Have the processes of an engine started with the addresses of today."""
-        for engine in self._resolved.engines:
-            if engine.name == unit.engine:
-                specs = {spec.name: spec for spec in self._kind.processes(engine)}
-                for member in unit.members:
-                    environment = specs[member.name].environment
-                    member.spec = msgspec.structs.replace(member.spec, environment=environment)
+        specs = {spec.name: spec for spec in self._kind.processes(self._placed(unit.engine))}
+        for process in unit.processes:
+            environment = specs[process.name].environment
+            process.spec = msgspec.structs.replace(process.spec, environment=environment)
 
-    def _move(self, name: str, lost: str, others: Iterable[Instance]) -> PlacedEngine | None:
+    def _move(self, name: str, lost: str, taken: Mapping[str, Counter[str]]) -> PlacedEngine | None:
         """Place an engine on a host with room; hosts of the same domain come first."""
-        engine = next(one for one in self._resolved.engines if one.name == name)
-        role, domain = engine.engines.role, self._resolved.host(lost).domain
-        taken = _taken(others)
+        engine, domain = self._placed(name), self._resolved.host(lost).domain
+        key = (engine.engines.role, engine.index)
         candidates = [
             host
             for host in self._resolved.hosts
-            if role in host.roles and host.name in self._present
+            if key[0] in host.roles and host.name in self._present
         ]
         for host in sorted(candidates, key=lambda host: host.domain != domain):
-            places = {**self._resolved.places, (role, engine.index): _all_on(host, engine)}
+            places = {**self._resolved.places, key: _all_on(host, engine)}
             moved = self._resolved.with_places(places)
             placed = next(one for one in moved.engines if one.name == name)
             devices = _free_devices(placed.engines, taken[host.name])
             if devices is None or not self._may_move(lost, host):
                 continue
             share = HostShare(host.name, engine.engines.tp_size, devices or None)
-            places = {**moved.places, (role, engine.index): (share,)}
-            self._resolved = moved.with_places(places)
-            placed = next(one for one in self._resolved.engines if one.name == name)
-            self._bootstraps.adopt(self._resolved, placed)
-            return placed
+            self._resolved = moved.with_places({**moved.places, key: (share,)})
+            self._bootstraps.adopt(self._resolved, self._placed(name))
+            return self._placed(name)
         return None
 
     def _may_move(self, lost: str, host: ResolvedHost) -> bool:
-        """Tell whether rules find nothing new where all engines of a lost host are on this one.
+        """Return whether rules find nothing new where all engines of a lost host are on this one.
 
         Those that find no room there are judged when they are moved themselves.
         """
@@ -194,38 +176,15 @@ class Rooms:
         return self._errors(moved) <= self._errors(self._resolved)
 
     def _errors(self, launch: ResolvedLaunch) -> set[str]:
-        rules = [rule for rule in self._kind.rules() if rule.code not in _OF_ROOM]
+        rules = [rule for rule in self._kind.rules() if rule.code not in _OF_MEMORY]
         return {error.rule for error in run_checks(launch, {}, Probes(), rules=rules).errors}
 
 
-def _running(units: Sequence[Unit]) -> list[PresentEngine]:
-    """Return what a plan needs to know of the engines that there are."""
-    working = {server.name for server in serving(units)}
-    members: defaultdict[str, list[Instance]] = defaultdict(list)
-    for unit in units:
-        if unit.engine:
-            members[unit.engine] += unit.members
-    running = []
-    for name, instances in members.items():
-        server = server_of(units, name)
-        assert server.spec.role is not None
-        running.append(
-            PresentEngine(
-                (server.spec.role, int(name.rpartition("-")[2])),
-                server.spec.host,
-                tuple(device for each in instances for device in each.spec.devices),
-                serves=name in working,
-                is_drained=server.withheld == "draining",
-            )
-        )
-    return running
-
-
-def _taken(instances: Iterable[Instance]) -> Mapping[str, Counter[str]]:
+def _taken(processes: Iterable[Process]) -> Mapping[str, Counter[str]]:
     """Count the ranks on each device of each host."""
     taken: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    for instance in instances:
-        spec = instance.spec
+    for process in processes:
+        spec = process.spec
         # The server of an engine of another kind has the devices of all its ranks.
         num_ranks = spec.tp_size if spec.devices == ("cpu",) and spec.kind == "server" else 1
         taken[spec.host].update(spec.devices * num_ranks)

@@ -1,0 +1,102 @@
+"""Names what the supervisor does when it acts on the state of a launch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pdlaunch.protocol.changes import Answered
+from pdlaunch.protocol.control import FromSupervisor, Restarting
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Start a unit under its next incarnation, where there is room for it."""
+
+    unit: str
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    process: str
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    process: str
+    message: FromSupervisor
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Send an answer once all processes know what has changed."""
+
+    process: str
+    message: Answered | Restarting
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Tell people, the log and the router what has happened."""
+
+    text: str
+    prefill: str = ""
+    decode: str = ""
+    """The engines of a pair that has failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Show:
+    """Show people a line of the router's log."""
+
+    line: str
+
+
+@dataclass(frozen=True, slots=True)
+class Greet:
+    """Tell a process that has just registered what the others know."""
+
+    process: str
+
+
+@dataclass(frozen=True, slots=True)
+class TellSuspects:
+    """Tell the router the requests of an engine's last step, before it repeats them elsewhere."""
+
+    engine: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prepare:
+    """Work out what servers and ranks are given, now that all models are converted."""
+
+
+@dataclass(frozen=True, slots=True)
+class AddEngines:
+    """Begin the change that is wanted: take in the processes of its new engines."""
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetEngine:
+    engine: str
+
+
+@dataclass(frozen=True, slots=True)
+class CloseListeners:
+    """Refuse connections: no router will accept any more."""
+
+
+Action = (
+    Start
+    | Signal
+    | Send
+    | Answer
+    | Note
+    | Show
+    | Greet
+    | TellSuspects
+    | Prepare
+    | AddEngines
+    | ForgetEngine
+    | CloseListeners
+)

@@ -1,0 +1,380 @@
+"""Holds what is wanted of a launch (``Desired``) and what is known of it (``Observed``).
+
+Commands change the first, events the second, and ``reconcile`` compares the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pdlaunch.config.hosts import on_host
+from pdlaunch.config.roles import Role
+from pdlaunch.launch.bootstraps import HEARTBEATS
+from pdlaunch.launch.changes import EngineChange
+from pdlaunch.launch.failure import Failure
+from pdlaunch.launch.pairs import Pairs
+from pdlaunch.launch.status import LaunchPhase, LaunchStatus, ProcessState, ProcessStatus
+from pdlaunch.planning.plan import Plan, ProcessSpec
+from pdlaunch.protocol.changes import Withheld
+from pdlaunch.protocol.control import EndReason, Progress, Register
+
+ALIVE = (
+    ProcessState.CONVERTING,
+    ProcessState.STARTING,
+    ProcessState.READY,
+    ProcessState.DRAINING,
+)
+"""States in which there is an operating system process."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Sets every time that the supervisor keeps, in seconds."""
+
+    startup_timeout_s: float = 600.0
+    drain_s: float = 30.0
+    """Time to finish running requests: of an engine that stops, or of router and engines together.
+    """
+    router_stop_s: float = 1.5
+    """Time for the router to end the requests that still run, before their engines are gone."""
+    stop_s: float = 5.0
+    terminate_s: float = 3.0
+    kill_s: float = 5.0
+    """A process that the kernel has not removed by then is left to it."""
+    hang_timeout_s: float = 0.0
+    """The longest silence of a ready process; 0: nobody is watched."""
+    first_delay_s: float = 0.5
+    """The wait before the first restart; each quick death doubles it, up to ``max_delay_s``."""
+    max_delay_s: float = 30.0
+    quick_s: float = 60.0
+    """A death within this time of being ready, or before it, is quick; a later one starts the count
+    anew.
+    """
+    max_quick_deaths: int = 5
+    first_retry_s: float = 60.0
+    """How long an engine that was given up is left alone; doubled each time, up to ``max_retry_s``.
+    """
+    max_retry_s: float = 900.0
+
+    @property
+    def heartbeat_s(self) -> float:
+        return self.hang_timeout_s / HEARTBEATS
+
+    def silence_s(self, process: Process) -> float:
+        """Return the longest silence of a process: one that sleeps may be loading its weights."""
+        if process.sleep_state == "awake":
+            return self.hang_timeout_s
+        return max(self.hang_timeout_s, self.startup_timeout_s)
+
+    def delay_s(self, num_quick_deaths: int) -> float:
+        return float(min(self.max_delay_s, self.first_delay_s * 2 ** max(0, num_quick_deaths - 1)))
+
+    def retry_s(self, num_times: int) -> float:
+        # The bound keeps the power from overflowing, however often an engine is given up.
+        return float(min(self.max_retry_s, self.first_retry_s * 2 ** min(num_times - 1, 32)))
+
+
+@dataclass(slots=True)
+class Process:
+    """Holds what is known of one process of the plan."""
+
+    spec: ProcessSpec
+    incarnation: int = 0
+    """Counts the starts; 0: never started."""
+    state: ProcessState = ProcessState.PLANNED
+    registration: Register | None = None
+    progress: Progress | None = None
+    info: dict[str, str] = field(default_factory=dict)
+    error: str = ""
+    """Words of the process before it died, else how it died."""
+    sleep_state: Literal["awake", "draining", "sleeping"] = "awake"
+    is_drained: bool = False
+    heard_at: float = 0.0
+    is_stalled: bool = False
+    """It is ready and has been silent for so long that it gets no new work."""
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def label(self) -> str:
+        """Return its name for people, with the host where that is another one."""
+        return on_host(self.name, self.spec.host)
+
+    @property
+    def alive(self) -> bool:
+        return self.state in ALIVE
+
+    def begin(self, incarnation: int) -> None:
+        """Enter the first state of a new incarnation; nothing of the one before is kept."""
+        is_conversion = self.spec.kind == "convert"
+        self.state = ProcessState.CONVERTING if is_conversion else ProcessState.STARTING
+        self.incarnation = incarnation
+        self.registration = self.progress = None
+        self.error, self.sleep_state, self.info = "", "awake", {}
+        self.is_stalled = self.is_drained = False
+
+    def status(self) -> ProcessStatus:
+        starts = self.state in (ProcessState.STARTING, ProcessState.CONVERTING)
+        progress = self.progress if starts else None
+        return ProcessStatus(
+            name=self.name,
+            kind=self.spec.kind,
+            host=self.spec.host,
+            state=self.state,
+            incarnation=self.incarnation,
+            pid=None if self.registration is None else self.registration.pid,
+            doing=self.error if progress is None else progress.text,
+            fraction=None if progress is None else progress.fraction,
+            info=dict(self.info),
+        )
+
+
+@dataclass(slots=True)
+class Unit:
+    """Processes that start, die and are restarted together: the router, a server, or the ranks of
+    one engine, which cannot add up any more once one of them is gone.
+    """
+
+    name: str
+    processes: list[Process]
+    incarnation: int = 0
+    num_quick_deaths: int = 0
+    """Deaths in a row that came before the unit was ready, or soon after."""
+    cause: Process | None = None
+    """The first process to die in this incarnation; the others are killed for it."""
+    died_at: float = 0.0
+    """The instant of that death; of a process that hung, its last sign of life."""
+    lost_with: str = ""
+    """The lost host that ``cause`` died of; empty: of something else."""
+    ready_at: float | None = None
+    kill_at: float | None = None
+    """The instant at which its processes are killed: they should have been ready, or gone, by then.
+    """
+    is_killed: bool = False
+    start_at: float | None = None
+    """The instant at which it is started, where there is room for it."""
+    waits_for_room: bool = False
+
+    @property
+    def alive(self) -> bool:
+        return any(process.alive for process in self.processes)
+
+    @property
+    def engine(self) -> str:
+        """Return the engine's name; empty for the router and conversions."""
+        return self.processes[0].spec.engine
+
+    @property
+    def ready(self) -> bool:
+        return all(process.state is ProcessState.READY for process in self.processes)
+
+    def begin(self, kill_at: float) -> None:
+        """Enter the next incarnation, whose processes are about to be spawned."""
+        self.incarnation += 1
+        self.cause = self.ready_at = self.start_at = None
+        self.lost_with, self.is_killed, self.waits_for_room = "", False, False
+        self.kill_at = kill_at
+        for process in self.processes:
+            process.begin(self.incarnation)
+
+
+@dataclass(slots=True)
+class Engine:
+    """Holds what is known of one engine."""
+
+    name: str
+    role: Role
+    units: list[Unit]
+    retires: bool = False
+    """It drains or stops, because it is to be replaced or removed."""
+    stop_at: float | None = None
+    """The instant at which the drain ends whatever runs; None: it does not drain (any more)."""
+    awaits_readers: bool = False
+    """Its server is done; a router is asked whether somebody has yet to read KV blocks."""
+    is_idle: bool = False
+    failed_for: str = ""
+    """The reason why it was given up; empty once it serves again."""
+    num_times: int = 0
+    """How often in a row it was given up."""
+    retry_s: float = 0.0
+    retry_at: float | None = None
+    """The instant at which it is tried again; None: it is not given up, or on trial."""
+
+    @property
+    def processes(self) -> list[Process]:
+        return [process for unit in self.units for process in unit.processes]
+
+    @property
+    def server(self) -> Process:
+        return next(process for process in self.processes if process.spec.kind == "server")
+
+    @property
+    def ready(self) -> bool:
+        return all(unit.ready for unit in self.units)
+
+    @property
+    def alive(self) -> bool:
+        return any(unit.alive for unit in self.units)
+
+    @property
+    def is_awake(self) -> bool:
+        return all(process.sleep_state == "awake" for process in self.processes)
+
+
+@dataclass(slots=True)
+class Goal:
+    """Says what is wanted of one engine."""
+
+    withheld: Withheld = ""
+    """The reason why it is given no new work. ``joining``: until its pairs are proven. ``leaving``:
+    it is to be removed.
+    """
+    restart: bool = False
+    """Its processes are to be replaced."""
+    drain_s: float = 0.0
+    """Time that running requests get before it stops."""
+
+
+@dataclass(slots=True)
+class Change:
+    """A change of the engines that is under way."""
+
+    plan: EngineChange
+    question: int
+    asker: str
+    drain_s: float
+    deadline_at: float = 0.0
+    """The instant by which new engines must have joined."""
+    failure: str = ""
+    """The reason why new engines cannot join."""
+    error: str = ""
+    """What is answered once new engines are taken back."""
+
+    @property
+    def what(self) -> str:
+        starts = [f"+{engine.name}" for engine in self.plan.starts]
+        return " ".join([*starts, *(f"-{engine}" for engine in self.plan.stops)])
+
+
+@dataclass(slots=True)
+class Desired:
+    """Holds what is wanted of a launch."""
+
+    timing: Timing
+    engines: dict[str, Goal] = field(default_factory=dict)
+    change: Change | None = None
+    stop_signal: int | None = None
+    """The signal that asked for the end of the launch."""
+    is_hurried: bool = False
+    """The user has asked for the end again."""
+
+
+@dataclass(slots=True)
+class Observed:
+    """Holds what is known of a launch."""
+
+    conversions: list[Unit]
+    pairs: Pairs
+    started_at: float
+    units: list[Unit] = field(default_factory=list)
+    """Router, servers and ranks; conversions are not among them."""
+    engines: dict[str, Engine] = field(default_factory=dict)
+    phase: LaunchPhase = LaunchPhase.PREPARING
+    phase_ends_at: float = 0.0
+    drain_ends_at: float = 0.0
+    """Router and engines share one deadline for the drain at the end of the launch."""
+    failure: Failure | None = None
+    """The earliest failure; later ones are taken for its consequences."""
+    was_ready: bool = False
+    listens: bool = True
+    """The public sockets are open."""
+    ends: dict[str, dict[EndReason, int]] = field(default_factory=dict)
+    """How often each process was the first of its unit to end while the launch served."""
+    last_incarnations: dict[str, int] = field(default_factory=dict)
+    """Those of removed units: a new one of the name must not be taken for the old."""
+    _processes: dict[str, tuple[Unit, Process]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for unit in self.conversions:
+            self._processes.update({each.name: (unit, each) for each in unit.processes})
+
+    @property
+    def is_ending(self) -> bool:
+        return self.phase not in (LaunchPhase.PREPARING, LaunchPhase.STARTING, LaunchPhase.READY)
+
+    def processes(self) -> Iterator[Process]:
+        return (process for _, process in self._processes.values())
+
+    def find(self, name: str) -> tuple[Unit, Process] | None:
+        return self._processes.get(name)
+
+    def routers(self) -> list[Process]:
+        return [p for unit in self.units for p in unit.processes if p.spec.kind == "router"]
+
+    def add(self, specs: Sequence[ProcessSpec]) -> None:
+        """Take in processes that are yet to be started."""
+        units: list[Unit] = []
+        for unit in make_units(specs):
+            unit.incarnation = self.last_incarnations.pop(unit.name, 0)
+            units.append(unit)
+            self._processes.update({each.name: (unit, each) for each in unit.processes})
+        self.units += units
+        for name in dict.fromkeys(unit.engine for unit in units if unit.engine):
+            of_it = [unit for unit in units if unit.engine == name]
+            role = of_it[0].processes[0].spec.role
+            assert role is not None
+            self.engines[name] = Engine(name, role, of_it)
+
+    def remove(self, name: str) -> None:
+        """Forget an engine whose processes have ended."""
+        for unit in self.engines.pop(name).units:
+            self.last_incarnations[unit.name] = unit.incarnation
+            self.units.remove(unit)
+            for process in unit.processes:
+                del self._processes[process.name]
+
+    def plan(self) -> Plan:
+        return Plan(processes=tuple(p.spec for unit in self.units for p in unit.processes))
+
+    def find_engine(self, name: str) -> Engine | None:
+        """Return the engine of that name, or that one of its processes has."""
+        found = self.find(name)
+        return None if found is None else self.engines.get(found[1].spec.engine)
+
+    def serving(self, wanted: Desired) -> list[Engine]:
+        """Return the engines that are given work."""
+        return [
+            engine
+            for name, engine in self.engines.items()
+            if engine.ready
+            and not wanted.engines[name].withheld
+            and engine.server.sleep_state == "awake"
+        ]
+
+    def missing_pairs(self) -> list[str]:
+        """Return the pairs that are due, in words; none of engines that were given up."""
+        return self.pairs.missing(
+            name for name, engine in self.engines.items() if engine.retry_at is None
+        )
+
+    def status(self) -> LaunchStatus:
+        urls = [p.registration.address.http for p in self.routers() if p.registration is not None]
+        return LaunchStatus(
+            phase=self.phase,
+            processes=tuple(process.status() for process in self.processes()),
+            pairs=tuple(self.pairs.proven.values()),
+            num_missing_pairs=len(self.missing_pairs()),
+            url=next(iter(urls), ""),
+        )
+
+
+def make_units(specs: Iterable[ProcessSpec]) -> list[Unit]:
+    """Group processes into units, in the order of their first process."""
+    units: dict[str, Unit] = {}
+    for spec in specs:
+        units.setdefault(spec.unit, Unit(spec.unit, [])).processes.append(Process(spec))
+    return list(units.values())
