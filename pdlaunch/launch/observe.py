@@ -199,11 +199,12 @@ def _exited(wanted: Desired, seen: Observed, event: ProcessExited, now: float) -
         return
     unit, process = found
     engine = seen.engines.get(unit.engine)
-    seen.pairs.forget(process.name)
     said = f": {process.error}" if process.error else ""
     if seen.is_ending:
         process.state = ProcessState.EXITED
-    elif engine is not None and engine.retires:
+        return
+    seen.pairs.forget(process.name)
+    if engine is not None and engine.retires:
         process.state, process.registration = ProcessState.EXITED, None
         if engine.stop_at is not None and not engine.is_idle:
             # It still computes, and nobody has told it to end.

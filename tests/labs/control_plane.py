@@ -25,24 +25,23 @@ import zmq
 
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import PAIR, Role
-from pdlaunch.launch.bootstraps import router_spec
+from pdlaunch.launch.bootstraps import HEARTBEATS, Bootstraps, router_spec
 from pdlaunch.launch.engines.native import NativeEngine, light_environment, python_command
 from pdlaunch.launch.engines.plan import with_peers
 from pdlaunch.launch.events import Event, EventQueue, SignalInbox, StopRequested
-from pdlaunch.launch.hangs import HangLimits, heartbeat_s
 from pdlaunch.launch.hosts.children import Children
 from pdlaunch.launch.hosts.host import MessageReceived, ProcessExited
 from pdlaunch.launch.hosts.local import LocalHost
-from pdlaunch.launch.launch import drive
-from pdlaunch.launch.shutdown import Grace
+from pdlaunch.launch.state import Timing
 from pdlaunch.launch.status import LaunchStatus
-from pdlaunch.launch.supervisor import Supervisor, Timing
+from pdlaunch.launch.supervisor import Supervisor, drive
 from pdlaunch.planning.plan import Plan, ProcessSpec
 from pdlaunch.protocol.control import FromSupervisor, Stop, from_supervisor
 from pdlaunch.protocol.process.bootstrap import Bootstrap, raise_open_files
 from pdlaunch.protocol.process.engine_ports import EnginePorts
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
 from tests.labs import agent_costs
+from tests.launch.fakes import FakePlaces
 
 HANG_TIMEOUT_S = 60.0
 SETTLE_S = 3.0
@@ -128,7 +127,7 @@ class SimulatedHost(LocalHost):
         self._simulator.stdin.flush()
 
 
-class _Bootstraps:
+class _Bootstraps(Bootstraps):
     """Makes the bootstrap of the router; simulated processes get none of their own."""
 
     def __init__(
@@ -150,7 +149,7 @@ class _Bootstraps:
             run_dir=str(self._run_dir),
             log_level="warning",
             router=self._router if spec.kind == "router" else None,
-            heartbeat_s=heartbeat_s(HANG_TIMEOUT_S),
+            heartbeat_s=HANG_TIMEOUT_S / HEARTBEATS,
         )
 
 
@@ -265,7 +264,7 @@ def measure(num_engines: int, rest_s: float) -> tuple[dict[str, Cost], int]:
         first = {
             "keys": [keys.public, keys.secret, keys.http_token],
             "control": endpoint,
-            "heartbeat_s": heartbeat_s(HANG_TIMEOUT_S),
+            "heartbeat_s": HANG_TIMEOUT_S / HEARTBEATS,
         }
         simulator = stack.enter_context(
             subprocess.Popen(python_command("tests.labs.simulated_engines"), stdin=subprocess.PIPE)
@@ -282,17 +281,15 @@ def measure(num_engines: int, rest_s: float) -> tuple[dict[str, Cost], int]:
             NativeEngine(),
             host,
             _Bootstraps(keys, endpoint, run_dir, listener),
+            FakePlaces(),
             script,
-            Timing(
-                grace=Grace(drain_s=0.0),
-                hangs=HangLimits(HANG_TIMEOUT_S),
-            ),
+            Timing(drain_s=0.0, hang_timeout_s=HANG_TIMEOUT_S),
             time.monotonic,
             close_listeners=listener.close,
         )
         drive(supervisor, script, time.monotonic)
-        if supervisor.failure is not None:
-            raise RuntimeError("\n".join(supervisor.failure.report(run_dir / "router.log")))
+        if (failure := supervisor.seen.failure) is not None:
+            raise RuntimeError("\n".join(failure.report(run_dir / "router.log")))
         num_pairs = 0 if script.status is None else len(script.status.pairs)
         simulator.stdin.close()
         return script.costs, num_pairs
