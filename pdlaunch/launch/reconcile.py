@@ -60,12 +60,17 @@ def reconcile(wanted: Desired, seen: Observed, now: float) -> tuple[list[Action]
     """Return what to do next, and the instant at which to ask again without an event."""
     moment = Moment(now)
     actions: list[Action] = []
-    if not seen.is_ending and seen.failure is None and wanted.stop_signal is None:
-        step = _serve if seen.phase is LaunchPhase.READY else _start
-        actions += step(wanted, seen, moment)
-    if seen.is_ending or seen.failure is not None or wanted.stop_signal is not None:
+    if not _must_end(wanted, seen) and seen.phase is not LaunchPhase.READY:
+        actions += _start(wanted, seen, moment)
+    if not _must_end(wanted, seen) and seen.phase is LaunchPhase.READY:
+        actions += _serve(wanted, seen, moment)
+    if _must_end(wanted, seen):
         actions += _end(wanted, seen, moment)
     return actions, moment.next_at
+
+
+def _must_end(wanted: Desired, seen: Observed) -> bool:
+    return seen.is_ending or seen.failure is not None or wanted.stop_signal is not None
 
 
 # The start

@@ -160,3 +160,8 @@ def test_the_limit_leaves_time_for_several_heartbeats(value: float, is_good: boo
         else pytest.raises(ValidationError, match="hang_timeout_s")
     ):
         LaunchConfig(hang_timeout_s=value)
+
+
+def test_the_watch_begins_with_the_service() -> None:
+    world = make_world(6.0)
+    assert world.supervisor.next_tick_at() == world.clock.now + 1.0
