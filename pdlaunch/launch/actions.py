@@ -16,19 +16,19 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True)
-class Signal:
+class SendSignal:
     process: str
     number: int
 
 
 @dataclass(frozen=True, slots=True)
-class Send:
+class SendMessage:
     process: str
     message: FromSupervisor
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class SendAnswer:
     """Send an answer once all processes know what has changed."""
 
     process: str
@@ -88,9 +88,9 @@ class CloseListeners:
 
 Action = (
     Start
-    | Signal
-    | Send
-    | Answer
+    | SendSignal
+    | SendMessage
+    | SendAnswer
     | Note
     | Show
     | Greet

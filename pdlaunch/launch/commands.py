@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 import msgspec
 
 from pdlaunch.errors import PdlaunchError
-from pdlaunch.launch.actions import Action, Answer, Note
+from pdlaunch.launch.actions import Action, Note, SendAnswer
 from pdlaunch.launch.changes import EngineChange, PresentEngine
-from pdlaunch.launch.state import Change, Desired, Engine, Observed
+from pdlaunch.launch.state import Desired, LaunchedEngine, Observed, RunningChange
 from pdlaunch.launch.status import LaunchPhase
 from pdlaunch.protocol.changes import Answered, ChangeEngines, SetDrained
 from pdlaunch.protocol.control import Restart, Restarting
@@ -42,7 +42,7 @@ def _restart(command: Restart, asker: str, wanted: Desired, seen: Observed) -> I
     answer = Restarting(question=command.question)
     if engine is None:
         answer.error = _unknown(seen, command.name)
-        yield Answer(asker, answer)
+        yield SendAnswer(asker, answer)
         return
     answer.engine = engine.name
     goal = wanted.engines[engine.name]
@@ -53,7 +53,7 @@ def _restart(command: Restart, asker: str, wanted: Desired, seen: Observed) -> I
         if not goal.restart:
             goal.restart, goal.drain_s = True, wanted.timing.drain_s
             yield Note(f"{engine.name} is restarted, as was asked")
-    yield Answer(asker, answer)
+    yield SendAnswer(asker, answer)
 
 
 def _why_not(withheld: str, seen: Observed) -> str:
@@ -74,7 +74,7 @@ def _set_drained(
     answer = Answered(question=command.question)
     if engine is None:
         answer.code, answer.error = "engine_not_found", _unknown(seen, command.name)
-        yield Answer(asker, answer)
+        yield SendAnswer(asker, answer)
         return
     answer.engine = engine.name
     goal = wanted.engines[engine.name]
@@ -93,7 +93,7 @@ def _set_drained(
             answer.notes = [f"no other {engine.role} engine serves: its work goes to {names}"]
         goal.withheld = "draining" if command.is_drained else ""
         yield Note(f"{engine.name} is {verb}, as was asked")
-    yield Answer(asker, answer)
+    yield SendAnswer(asker, answer)
 
 
 def _change(
@@ -103,10 +103,10 @@ def _change(
     answer = Answered(question=command.question)
     change = _judge(command, wanted, seen, plan, answer)
     answer.is_done = change is None
-    yield Answer(asker, answer)
+    yield SendAnswer(asker, answer)
     if change is not None and answer.change is not None:
         drain_s = answer.change.drain_s
-        wanted.change = Change(change, command.question, asker, drain_s)
+        wanted.change = RunningChange(change, command.question, asker, drain_s)
         yield Note(f"engines change, as was asked: {wanted.change.what}")
 
 
@@ -160,7 +160,7 @@ def _judge(
     return None if command.dry_run else change
 
 
-def _somebody_serves(change: EngineChange, serving: Sequence[Engine]) -> bool:
+def _somebody_serves(change: EngineChange, serving: Sequence[LaunchedEngine]) -> bool:
     """Return whether requests can be served while the change is made."""
     stays = {engine.name for engine in serving}.difference(change.stops)
     return bool(stays) or bool(change.starts and not change.stops_first)

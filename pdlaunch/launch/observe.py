@@ -11,7 +11,7 @@ from pdlaunch.launch.events import Event, StopRequested
 from pdlaunch.launch.failure import Failure
 from pdlaunch.launch.hosts.host import MessageReceived, ProcessExited
 from pdlaunch.launch.pairs import engine_of
-from pdlaunch.launch.state import Desired, Observed, Process, Unit
+from pdlaunch.launch.state import Desired, Instance, Observed, Unit
 from pdlaunch.launch.status import LaunchPhase, ProcessState
 from pdlaunch.protocol.changes import ChangeEngines, EngineIdle, SetDrained
 from pdlaunch.protocol.control import (
@@ -83,7 +83,7 @@ def _received(
     wanted: Desired,
     seen: Observed,
     unit: Unit,
-    process: Process,
+    process: Instance,
     message: ToSupervisor,
     now: float,
 ) -> Iterator[Action]:
@@ -148,7 +148,7 @@ def _received(
 
 
 def _ready(
-    seen: Observed, unit: Unit, process: Process, message: Ready, now: float
+    seen: Observed, unit: Unit, process: Instance, message: Ready, now: float
 ) -> Iterator[Action]:
     process.info = message.info
     if process.state is not ProcessState.STARTING:
@@ -165,7 +165,7 @@ def _ready(
 
 
 def _pair_failed(
-    wanted: Desired, seen: Observed, process: Process, pair: PairFailed
+    wanted: Desired, seen: Observed, process: Instance, pair: PairFailed
 ) -> Iterator[Action]:
     seen.pairs.fail(process.name, pair.peer, pair.error)
     words = f"{process.label} cannot use {pair.peer}"
@@ -230,7 +230,7 @@ def _exited(wanted: Desired, seen: Observed, event: ProcessExited, now: float) -
         process.error = process.error or event.how()
 
 
-def _tell(unit: Unit, process: Process, event: ProcessExited) -> Iterator[Action]:
+def _tell(unit: Unit, process: Instance, event: ProcessExited) -> Iterator[Action]:
     """Tell people of the first death of a unit, and the router of what a rank may have died of."""
     said = f": {process.error}" if process.error else ""
     yield Note(f"{process.label} {event.how()}{said}")

@@ -18,7 +18,7 @@ from pdlaunch.checks.run import run_checks
 from pdlaunch.launch.bootstraps import Bootstraps
 from pdlaunch.launch.changes import ChangePlanner, EngineChange, PresentEngine
 from pdlaunch.launch.engines.kind import EngineKind
-from pdlaunch.launch.state import Process, Unit
+from pdlaunch.launch.state import Instance, Unit
 from pdlaunch.planning.hosts import HostShare, ResolvedHost
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.planning.resolve import ResolvedLaunch
@@ -180,7 +180,7 @@ class Places:
         return {error.rule for error in run_checks(launch, {}, Probes(), rules=rules).errors}
 
 
-def _taken(processes: Iterable[Process]) -> Mapping[str, Counter[str]]:
+def _taken(processes: Iterable[Instance]) -> Mapping[str, Counter[str]]:
     """Count the ranks on each device of each host."""
     taken: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for process in processes:

@@ -21,18 +21,26 @@ from pdlaunch.config.roles import ROLES, Role
 from pdlaunch.launch.actions import (
     Action,
     AddEngines,
-    Answer,
     CloseListeners,
     ForgetEngine,
     Note,
     Prepare,
-    Send,
-    Signal,
+    SendAnswer,
+    SendMessage,
+    SendSignal,
     Start,
 )
 from pdlaunch.launch.failure import Failure, startup_timeout
 from pdlaunch.launch.observe import fail
-from pdlaunch.launch.state import Change, Desired, Engine, Goal, Observed, Process, Unit
+from pdlaunch.launch.state import (
+    Desired,
+    Goal,
+    Instance,
+    LaunchedEngine,
+    Observed,
+    RunningChange,
+    Unit,
+)
 from pdlaunch.launch.status import LaunchPhase, ProcessState
 from pdlaunch.protocol.changes import Answered, AwaitIdle
 from pdlaunch.protocol.control import Drain, Stop
@@ -160,7 +168,7 @@ def _kill(unit: Unit) -> Iterator[Action]:
         if process.alive:
             # Now, and not when it has ended: until they hear of it, peers go on asking it.
             process.registration = None
-            yield Signal(process.name, signal.SIGKILL)
+            yield SendSignal(process.name, signal.SIGKILL)
 
 
 def _kill_late(unit: Unit) -> Iterator[Action]:
@@ -199,7 +207,7 @@ def _after_death(wanted: Desired, seen: Observed, unit: Unit, moment: Moment) ->
 
 
 def _give_up(
-    wanted: Desired, seen: Observed, unit: Unit, cause: Process, moment: Moment
+    wanted: Desired, seen: Observed, unit: Unit, cause: Instance, moment: Moment
 ) -> Iterator[Action]:
     """Leave the work of an engine that always dies to others; without any the launch is over.
 
@@ -234,7 +242,7 @@ def _give_up(
     yield from _leave_alone(engine, engine.retry_at, wanted, moment)
 
 
-def _left_of(role: Role, engines: Collection[Engine]) -> list[Engine]:
+def _left_of(role: Role, engines: Collection[LaunchedEngine]) -> list[LaunchedEngine]:
     """Return the engines that can do the work of a role and were not given up.
 
     Engines of both roles can do all work, and so can a pair.
@@ -246,7 +254,7 @@ def _left_of(role: Role, engines: Collection[Engine]) -> list[Engine]:
 
 
 def _leave_alone(
-    engine: Engine, retry_at: float, wanted: Desired, moment: Moment
+    engine: LaunchedEngine, retry_at: float, wanted: Desired, moment: Moment
 ) -> Iterator[Action]:
     """End what lives of an engine that was given up, and try it again when it is time.
 
@@ -272,7 +280,7 @@ def _leave_alone(
 
 
 def _retire(
-    wanted: Desired, seen: Observed, engine: Engine, goal: Goal, moment: Moment
+    wanted: Desired, seen: Observed, engine: LaunchedEngine, goal: Goal, moment: Moment
 ) -> Iterator[Action]:
     """Drain and stop an engine; once all of it has ended, start it anew or forget it.
 
@@ -289,7 +297,7 @@ def _retire(
         if engine.ready and goal.drain_s > 0:
             engine.stop_at = moment.now + goal.drain_s
             engine.server.state = ProcessState.DRAINING
-            yield Send(engine.server.name, Drain(timeout_s=goal.drain_s))
+            yield SendMessage(engine.server.name, Drain(timeout_s=goal.drain_s))
         else:
             yield from _stop(engine, wanted, moment)
     if engine.stop_at is not None:
@@ -298,7 +306,7 @@ def _retire(
         elif engine.server.is_drained and not engine.awaits_readers:
             engine.awaits_readers = True
             for router in seen.routers():
-                yield Send(router.name, AwaitIdle(engine=engine.name))
+                yield SendMessage(router.name, AwaitIdle(engine=engine.name))
         if engine.is_idle or moment.due(engine.stop_at):
             yield from _stop(engine, wanted, moment)
     if engine.stop_at is not None:
@@ -322,7 +330,7 @@ def _retire(
         yield Start(unit.name)
 
 
-def _stop(engine: Engine, wanted: Desired, moment: Moment) -> Iterator[Action]:
+def _stop(engine: LaunchedEngine, wanted: Desired, moment: Moment) -> Iterator[Action]:
     """Tell ready processes to stop, by message.
 
     Those that still start may be busy loading, so they get SIGTERM. Stragglers are killed.
@@ -337,16 +345,18 @@ def _stop(engine: Engine, wanted: Desired, moment: Moment) -> Iterator[Action]:
                 yield _ask_to_end(process)
 
 
-def _ask_to_end(process: Process) -> Action:
+def _ask_to_end(process: Instance) -> Action:
     if process.state in _WORKING:
-        return Send(process.name, Stop())
-    return Signal(process.name, signal.SIGTERM)
+        return SendMessage(process.name, Stop())
+    return SendSignal(process.name, signal.SIGTERM)
 
 
 # Changes of the engines
 
 
-def _advance(wanted: Desired, seen: Observed, change: Change, moment: Moment) -> Iterator[Action]:
+def _advance(
+    wanted: Desired, seen: Observed, change: RunningChange, moment: Moment
+) -> Iterator[Action]:
     """Take the next step of a change: which engines are there tells how far it is.
 
     A new engine is listed from its start, so that pairs can be proven, and given work once they
@@ -365,7 +375,7 @@ def _advance(wanted: Desired, seen: Observed, change: Change, moment: Moment) ->
     if change.error or not (starts or stops):
         wanted.change = None
         yield Note(change.error or f"engines have changed: {change.what}")
-        yield Answer(change.asker, Answered(question=change.question, error=change.error))
+        yield SendAnswer(change.asker, Answered(question=change.question, error=change.error))
     elif stops and (change.plan.stops_first or not starts):
         # All are told before the first can be gone.
         for name in stops:
@@ -379,7 +389,7 @@ def _advance(wanted: Desired, seen: Observed, change: Change, moment: Moment) ->
 
 
 def _join(
-    wanted: Desired, seen: Observed, change: Change, joining: Sequence[str], moment: Moment
+    wanted: Desired, seen: Observed, change: RunningChange, joining: Sequence[str], moment: Moment
 ) -> Iterator[Action]:
     """Give new engines work once they are ready and proven; take them back if they never are."""
     engines = [seen.engines[name] for name in joining]
@@ -458,7 +468,7 @@ def _enter(phase: LaunchPhase, wanted: Desired, seen: Observed, moment: Moment) 
             # A drained server has no request at its ranks: they are not asked.
             for process in _undrained(seen, _DRAINED_KIND[phase]):
                 process.state = ProcessState.DRAINING
-                yield Send(process.name, Drain(timeout_s=time_s))
+                yield SendMessage(process.name, Drain(timeout_s=time_s))
         case LaunchPhase.STOPPING_ROUTER:
             time_s = timing.router_stop_s
             for process in (each for each in alive if each.spec.kind == "router"):
@@ -470,17 +480,17 @@ def _enter(phase: LaunchPhase, wanted: Desired, seen: Observed, moment: Moment) 
         case LaunchPhase.TERMINATING:
             time_s = timing.terminate_s
             for process in alive:
-                yield Signal(process.name, signal.SIGTERM)
+                yield SendSignal(process.name, signal.SIGTERM)
         case LaunchPhase.KILLING:
             time_s = timing.kill_s
             for process in alive:
-                yield Signal(process.name, signal.SIGKILL)
+                yield SendSignal(process.name, signal.SIGKILL)
         case _:
             pass
     seen.phase_ends_at = moment.now + time_s
 
 
-def _undrained(seen: Observed, kind: str) -> list[Process]:
+def _undrained(seen: Observed, kind: str) -> list[Instance]:
     """Return those that have yet to drain; one that still starts has no work to finish."""
     return [
         process
@@ -489,5 +499,5 @@ def _undrained(seen: Observed, kind: str) -> list[Process]:
     ]
 
 
-def _alive(seen: Observed) -> list[Process]:
+def _alive(seen: Observed) -> list[Instance]:
     return [process for process in seen.processes() if process.alive]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
-from pdlaunch.launch.state import Desired, Engine, Observed, Process
+from pdlaunch.launch.state import Desired, Instance, LaunchedEngine, Observed
 from pdlaunch.launch.status import ProcessState
 from pdlaunch.planning.plan import Plan
 from pdlaunch.protocol.changes import Withheld, why_withheld
@@ -46,7 +46,7 @@ def next_registry(current: Registry, wanted: Desired, seen: Observed) -> Registr
     )
 
 
-def _entry(process: Process, engine: Engine | None, withheld: Withheld) -> Entry | None:
+def _entry(process: Instance, engine: LaunchedEngine | None, withheld: Withheld) -> Entry | None:
     """Return the line of a process; None while it is not reachable.
 
     The server of an engine that was given up keeps a line.

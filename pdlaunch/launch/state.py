@@ -62,7 +62,7 @@ class Timing:
     def heartbeat_s(self) -> float:
         return self.hang_timeout_s / HEARTBEATS
 
-    def silence_s(self, process: Process) -> float:
+    def silence_s(self, process: Instance) -> float:
         """Return the longest silence of a process: one that sleeps may be loading its weights."""
         if process.sleep_state == "awake":
             return self.hang_timeout_s
@@ -77,7 +77,7 @@ class Timing:
 
 
 @dataclass(slots=True)
-class Process:
+class Instance:
     """Holds what is known of one process of the plan."""
 
     spec: ProcessSpec
@@ -140,11 +140,11 @@ class Unit:
     """
 
     name: str
-    processes: list[Process]
+    processes: list[Instance]
     incarnation: int = 0
     num_quick_deaths: int = 0
     """Deaths in a row that came before the unit was ready, or soon after."""
-    cause: Process | None = None
+    cause: Instance | None = None
     """The first process to die in this incarnation; the others are killed for it."""
     died_at: float = 0.0
     """The instant of that death; of a process that hung, its last sign of life."""
@@ -183,7 +183,7 @@ class Unit:
 
 
 @dataclass(slots=True)
-class Engine:
+class LaunchedEngine:
     """Holds what is known of one engine."""
 
     name: str
@@ -205,11 +205,11 @@ class Engine:
     """The instant at which it is tried again; None: it is not given up, or on trial."""
 
     @property
-    def processes(self) -> list[Process]:
+    def processes(self) -> list[Instance]:
         return [process for unit in self.units for process in unit.processes]
 
     @property
-    def server(self) -> Process:
+    def server(self) -> Instance:
         return next(process for process in self.processes if process.spec.kind == "server")
 
     @property
@@ -240,7 +240,7 @@ class Goal:
 
 
 @dataclass(slots=True)
-class Change:
+class RunningChange:
     """A change of the engines that is under way."""
 
     plan: EngineChange
@@ -266,7 +266,7 @@ class Desired:
 
     timing: Timing
     engines: dict[str, Goal] = field(default_factory=dict)
-    change: Change | None = None
+    change: RunningChange | None = None
     stop_signal: int | None = None
     """The signal that asked for the end of the launch."""
     is_hurried: bool = False
@@ -282,7 +282,7 @@ class Observed:
     started_at: float
     units: list[Unit] = field(default_factory=list)
     """Router, servers and ranks; conversions are not among them."""
-    engines: dict[str, Engine] = field(default_factory=dict)
+    engines: dict[str, LaunchedEngine] = field(default_factory=dict)
     phase: LaunchPhase = LaunchPhase.PREPARING
     phase_ends_at: float = 0.0
     drain_ends_at: float = 0.0
@@ -296,7 +296,7 @@ class Observed:
     """How often each process was the first of its unit to end while the launch served."""
     last_incarnations: dict[str, int] = field(default_factory=dict)
     """Those of removed units: a new one of the name must not be taken for the old."""
-    _processes: dict[str, tuple[Unit, Process]] = field(default_factory=dict)
+    _processes: dict[str, tuple[Unit, Instance]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for unit in self.conversions:
@@ -306,13 +306,13 @@ class Observed:
     def is_ending(self) -> bool:
         return self.phase not in (LaunchPhase.PREPARING, LaunchPhase.STARTING, LaunchPhase.READY)
 
-    def processes(self) -> Iterator[Process]:
+    def processes(self) -> Iterator[Instance]:
         return (process for _, process in self._processes.values())
 
-    def find(self, name: str) -> tuple[Unit, Process] | None:
+    def find(self, name: str) -> tuple[Unit, Instance] | None:
         return self._processes.get(name)
 
-    def routers(self) -> list[Process]:
+    def routers(self) -> list[Instance]:
         return [p for unit in self.units for p in unit.processes if p.spec.kind == "router"]
 
     def add(self, specs: Sequence[ProcessSpec]) -> None:
@@ -327,7 +327,7 @@ class Observed:
             of_it = [unit for unit in units if unit.engine == name]
             role = of_it[0].processes[0].spec.role
             assert role is not None
-            self.engines[name] = Engine(name, role, of_it)
+            self.engines[name] = LaunchedEngine(name, role, of_it)
 
     def remove(self, name: str) -> None:
         """Forget an engine whose processes have ended."""
@@ -340,12 +340,12 @@ class Observed:
     def plan(self) -> Plan:
         return Plan(processes=tuple(p.spec for unit in self.units for p in unit.processes))
 
-    def find_engine(self, name: str) -> Engine | None:
+    def find_engine(self, name: str) -> LaunchedEngine | None:
         """Return the engine of that name, or that one of its processes has."""
         found = self.find(name)
         return None if found is None else self.engines.get(found[1].spec.engine)
 
-    def serving(self, wanted: Desired) -> list[Engine]:
+    def serving(self, wanted: Desired) -> list[LaunchedEngine]:
         """Return the engines that are given work."""
         return [
             engine
@@ -376,5 +376,5 @@ def make_units(specs: Iterable[ProcessSpec]) -> list[Unit]:
     """Group processes into units, in the order of their first process."""
     units: dict[str, Unit] = {}
     for spec in specs:
-        units.setdefault(spec.unit, Unit(spec.unit, [])).processes.append(Process(spec))
+        units.setdefault(spec.unit, Unit(spec.unit, [])).processes.append(Instance(spec))
     return list(units.values())

@@ -17,15 +17,15 @@ from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.actions import (
     Action,
     AddEngines,
-    Answer,
     CloseListeners,
     ForgetEngine,
     Greet,
     Note,
     Prepare,
-    Send,
+    SendAnswer,
+    SendMessage,
+    SendSignal,
     Show,
-    Signal,
     Start,
     TellSuspects,
 )
@@ -90,7 +90,7 @@ class Supervisor:
         self.wanted.engines = {name: Goal() for name in self.seen.engines}
         self._registry = Registry(version=0, entries=[], serving=False)
         self._views_are_new = True
-        self._answers: list[Answer] = []
+        self._answers: list[SendAnswer] = []
         self._notes: deque[tuple[float, Happened]] = deque(maxlen=MAX_NOTES)
         self.has_news = True
         """``tick`` is due soon, for what events have changed."""
@@ -189,11 +189,11 @@ class Supervisor:
         match action:
             case Start(unit=name):
                 self._start(name)
-            case Signal(process=name, number=number):
+            case SendSignal(process=name, number=number):
                 self._host.signal(name, number)
-            case Send(process=name, message=message):
+            case SendMessage(process=name, message=message):
                 self._host.send(name, message)
-            case Answer():
+            case SendAnswer():
                 self._answers.append(action)
             case Note():
                 self._note(action)
