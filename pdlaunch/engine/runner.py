@@ -18,9 +18,8 @@ from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.model_files.shape import DTYPE_BYTES, read_model_shape
 from pdlaunch.engine.device_copies import Download, upload_array
 from pdlaunch.engine.kvcache.groups import KVCacheLayout, make_groups
-from pdlaunch.engine.memory.cumem_pools import open_memory_pools
-from pdlaunch.engine.memory.kv_memories import open_kv_memory
-from pdlaunch.engine.memory.pools import KV_CACHE, TAGS, WEIGHTS, MemoryPools
+from pdlaunch.engine.memory.device_kv_memory import open_kv_memory
+from pdlaunch.engine.memory.pools import KV_CACHE, TAGS, WEIGHTS, MemoryPools, open_memory_pools
 from pdlaunch.engine.models.attention import AttentionBackend
 from pdlaunch.engine.models.decoder import Decoder, TransformersDecoder
 from pdlaunch.engine.models.loader import load_model, reload_model

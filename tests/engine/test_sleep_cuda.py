@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pdlaunch.engine.memory.cumem_pools import CuMemPools, open_memory_pools
-from pdlaunch.engine.memory.pools import KV_CACHE, TAGS, WEIGHTS
+from pdlaunch.engine.memory.pools import KV_CACHE, TAGS, WEIGHTS, CuMemPools, open_memory_pools
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.protocol.engine import SamplingParams
 from tests.engine.hand_scheduler import HandScheduler, Request, ignore_progress, make_spec

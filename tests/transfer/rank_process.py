@@ -71,8 +71,8 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
     import torch
 
     from pdlaunch.config import connectors
-    from pdlaunch.engine.memory.cumem_pools import open_memory_pools
-    from pdlaunch.engine.memory.kv_memories import open_kv_memory
+    from pdlaunch.engine.memory.device_kv_memory import open_kv_memory
+    from pdlaunch.engine.memory.pools import open_memory_pools
     from pdlaunch.protocol.sockets import SecureContext
     from pdlaunch.transfer.channel.handshake import RankIdentity
     from pdlaunch.transfer.connectors.connector import BlockRead, Connection, PeerAgent, Read

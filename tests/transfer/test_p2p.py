@@ -15,8 +15,7 @@ import msgspec
 import pytest
 import torch
 
-from pdlaunch.engine.memory.host_kv_memory import HostKVMemory
-from pdlaunch.engine.memory.kv_memory import PrivateKVMemory
+from pdlaunch.engine.memory.kv_memory import HostKVMemory, PrivateKVMemory
 from pdlaunch.errors import TransferError
 from pdlaunch.protocol.side_channel import Geometry
 from pdlaunch.transfer.channel.handshake import geometry_of

@@ -21,8 +21,8 @@ from pdlaunch.bench.transfer.shape import BenchShape
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.config.roles import Role
-from pdlaunch.engine.memory.cumem_pools import open_memory_pools
-from pdlaunch.engine.memory.kv_memories import open_kv_memory
+from pdlaunch.engine.memory.device_kv_memory import open_kv_memory
+from pdlaunch.engine.memory.pools import open_memory_pools
 from pdlaunch.errors import TransferError
 from pdlaunch.protocol.control import Address, Entry, PairFailed, PairReady, ToSupervisor
 from pdlaunch.protocol.ids import EngineId

@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from pdlaunch.engine.memory.driver import DriverRefused, Handle, HandleKind, MemoryDriver
+from pdlaunch.engine.memory.driver import CudaMemoryDriver, DriverRefused, Handle, HandleKind
 from pdlaunch.errors import MemoryPoolError
 
 
@@ -54,7 +54,7 @@ class ExportedHandle:
 class AllocationTable:
     """Owns all address ranges and physical memory of the pools. Any thread may call it."""
 
-    def __init__(self, driver: MemoryDriver) -> None:
+    def __init__(self, driver: CudaMemoryDriver) -> None:
         self._driver = driver
         self._allocations: dict[int, Allocation] = {}
         self._sleeping_tags: set[str] = set()

@@ -14,17 +14,22 @@ from collections.abc import Callable
 import torch
 
 from pdlaunch.engine.memory.allocations import ExportedHandle
-from pdlaunch.engine.memory.allocator_settings import AllocatorSettings, expandable_segments_off
-from pdlaunch.engine.memory.driver import DriverRefused
+from pdlaunch.engine.memory.driver import CudaMemoryDriver, DriverRefused
 from pdlaunch.engine.memory.kv_memory import (
     Export,
+    HostKVMemory,
     KVMemory,
     NotShareable,
     PeerMapping,
+    PrivateKVMemory,
     SharedRange,
 )
-from pdlaunch.engine.memory.peer_driver import CudaPeerDriver, PeerDriver
-from pdlaunch.engine.memory.pools import KV_CACHE, MemoryPools
+from pdlaunch.engine.memory.pools import (
+    KV_CACHE,
+    MemoryPools,
+    TorchAllocatorSettings,
+    expandable_segments_off,
+)
 from pdlaunch.errors import ConfigError, MemoryPoolError
 
 
@@ -37,9 +42,9 @@ class DeviceKVMemory(KVMemory):
         self,
         pools: MemoryPools,
         device: torch.device,
-        new_driver: Callable[[int], PeerDriver] = CudaPeerDriver,
+        new_driver: Callable[[int], CudaMemoryDriver] = CudaMemoryDriver,
         *,
-        allocator: AllocatorSettings | None = None,
+        allocator: TorchAllocatorSettings | None = None,
     ) -> None:
         """``new_driver``: from the index of the device; called when memory is first shared.
         ``allocator``: switches expandable segments off for what is allocated here; None leaves them
@@ -49,7 +54,7 @@ class DeviceKVMemory(KVMemory):
         self._device = device
         self._allocator = allocator
         self._new_driver = new_driver
-        self._opened: PeerDriver | None = None
+        self._opened: CudaMemoryDriver | None = None
 
     def zeros(self, num_bytes: int) -> torch.Tensor:
         with contextlib.ExitStack() as stack:
@@ -106,7 +111,7 @@ class DeviceKVMemory(KVMemory):
             ) from error
         return Export(SharedRange("cuda_ipc", allocation_bytes, start - base, num_bytes, handle))
 
-    def _driver(self) -> PeerDriver:
+    def _driver(self) -> CudaMemoryDriver:
         if self._opened is None:
             try:
                 self._opened = self._new_driver(self._device.index or 0)
@@ -124,7 +129,7 @@ class HandleMapping(PeerMapping):
     memory.
     """
 
-    def __init__(self, driver: PeerDriver, shared: SharedRange, handle: int | bytes) -> None:
+    def __init__(self, driver: CudaMemoryDriver, shared: SharedRange, handle: int | bytes) -> None:
         """``shared``: posix_fd or fabric. Raises DriverRefused; then nothing is held."""
         assert shared.kind in ("posix_fd", "fabric")
         self._driver, self._allocation_bytes = driver, shared.allocation_bytes
@@ -151,7 +156,7 @@ class IpcMapping(PeerMapping):
     dies.
     """
 
-    def __init__(self, driver: PeerDriver, shared: SharedRange) -> None:
+    def __init__(self, driver: CudaMemoryDriver, shared: SharedRange) -> None:
         """``shared``: cuda_ipc. Raises DriverRefused."""
         self._driver = driver
         self._start = driver.open_ipc(shared.handle)
@@ -167,3 +172,17 @@ def _export_pooled(found: ExportedHandle, start: int, num_bytes: int) -> Export:
     if isinstance(found.handle, int):
         return Export(SharedRange("posix_fd", found.num_bytes, offset, num_bytes), found.handle)
     return Export(SharedRange("fabric", found.num_bytes, offset, num_bytes, found.handle))
+
+
+def open_kv_memory(
+    pools: MemoryPools, device: torch.device, *, shared: bool, mapped_alone: bool = False
+) -> KVMemory:
+    """Return the KV memory that fits the device. With ``shared`` peers may map it.
+
+    ``mapped_alone``: peers have no other way to it, so on a GPU it lies outside torch's expandable
+    segments, which cannot be mapped; where a library may read it too, they are refused (PD204).
+    """
+    if device.type == "cpu":
+        return HostKVMemory() if shared else PrivateKVMemory()
+    allocator = TorchAllocatorSettings() if mapped_alone else None
+    return DeviceKVMemory(pools, device, allocator=allocator)

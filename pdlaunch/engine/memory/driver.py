@@ -1,13 +1,20 @@
-"""The pools need three things of a device's driver: physical memory, addresses, and the map between
-them.
+"""Drives the memory of a CUDA device with ``cuda.bindings``: physical memory, addresses, the map
+between them, and handles by which other processes import memory.
 
 A page is the driver's granule: sizes are multiples of ``page_bytes``. Physical memory is known by a
 handle, address ranges by their start; one range is mapped to at most one handle.
+
+Source: the CUDA driver API's chapters on virtual memory management and on memory (inter-process
+communication).
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, NewType, Protocol
+import mmap
+from typing import Any, Literal, NewType
+
+from pdlaunch.engine.memory.host_pages import address_of, map_pages, touch_pages
+from pdlaunch.errors import ConfigError
 
 Handle = NewType("Handle", object)
 """Physical memory, as the driver knows it."""
@@ -23,50 +30,211 @@ class OutOfDeviceMemory(DriverRefused):
     """The device has no room for the physical memory asked for."""
 
 
-class MemoryDriver(Protocol):
-    """Drives one device. Every method may raise DriverRefused; addresses and sizes are in bytes."""
+_FOR_THIS_CONTEXT = 0
+"""No flag of cuMemHostRegister."""
+
+
+class CudaMemoryDriver:
+    """Drives one device, whose primary context is current in every thread that calls. Every method
+    may raise DriverRefused; addresses and sizes are in bytes.
+
+    Memory is made for RDMA where the device can do that, and can be exported: as fabric handle
+    where this process may make them (an IMEX channel is there), else as POSIX file descriptor.
+    """
+
+    def __init__(self, device_index: int, bindings: Any = None) -> None:
+        """``bindings``: None for ``cuda.bindings.driver``.
+
+        Raises ConfigError without cuda.bindings, DriverRefused when the device cannot map memory.
+        """
+        self._driver: Any = bindings or _import_bindings()
+        self._device = self._call("cuDeviceGet", device_index)
+        self._location = self._driver.CUmemLocation()
+        self._location.type = self._driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        self._location.id = device_index
+        self.page_bytes, self.handle_kind, self._properties = 0, "posix_fd", None
+        self._choose_handle_kind()
 
     page_bytes: int
     handle_kind: HandleKind
-    """The kind of handle that ``export`` returns: an integer file descriptor, or the 64 bytes of a
-    fabric handle.
-    """
+    _properties: Any
 
     def reserve(self, num_bytes: int) -> int:
         """Reserve an address range that nothing is mapped to, until ``free_address``."""
+        return int(self._call("cuMemAddressReserve", num_bytes, 0, 0, 0))
 
-    def free_address(self, address: int, num_bytes: int) -> None: ...
+    def free_address(self, address: int, num_bytes: int) -> None:
+        self._call("cuMemAddressFree", address, num_bytes)
 
     def create(self, num_bytes: int) -> Handle:
-        """Create physical memory of the device, which lives until it is released, unmapped, and
-        closed by all peers that import it.
-
-        Raises OutOfDeviceMemory.
+        """Create physical memory, which lives until it is released, unmapped, and closed by all
+        peers that import it. Raises OutOfDeviceMemory.
         """
+        return Handle(self._call("cuMemCreate", num_bytes, self._properties, 0))
 
-    def release(self, handle: Handle) -> None: ...
+    def release(self, handle: Handle) -> None:
+        self._call("cuMemRelease", handle)
 
-    def map(self, address: int, num_bytes: int, handle: Handle) -> None: ...
+    def map(self, address: int, num_bytes: int, handle: Handle) -> None:
+        self._call("cuMemMap", address, num_bytes, 0, handle, 0)
 
     def set_access(self, address: int, num_bytes: int) -> None:
-        """Let this device read and write what is mapped there."""
+        """Let this device read and write what is mapped there, wherever it lies."""
+        access = self._driver.CUmemAccessDesc()
+        access.location = self._location
+        access.flags = self._driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        self._call("cuMemSetAccess", address, num_bytes, [access], 1)
 
     def unmap(self, address: int, num_bytes: int) -> None:
-        """Unmap the range; nothing may use the addresses any more (see ``synchronize``)."""
+        """Unmap the range; nothing may use it any more (see ``synchronize``)."""
+        self._call("cuMemUnmap", address, num_bytes)
 
     def export(self, handle: Handle) -> int | bytes:
         """Return the handle by which a peer imports the memory; the caller closes a descriptor."""
+        exported = self._call(
+            "cuMemExportToShareableHandle", handle, self._handle_type(self.handle_kind), 0
+        )
+        return bytes(exported.data) if self.handle_kind == "fabric" else int(exported)
 
     def synchronize(self) -> None:
         """Wait for everything queued on the device, copies included."""
+        self._call("cuCtxSynchronize")
 
-    def allocate_host(self, num_bytes: int) -> Any:
+    def allocate_host(self, num_bytes: int) -> mmap.mmap:
         """Allocate page-locked host memory."""
+        try:
+            memory = map_pages(num_bytes)
+        except OSError as error:
+            raise DriverRefused(f"mmap of {num_bytes} bytes: {error}") from error
+        # Before the driver locks them, which is most of the time of a sleep that keeps the weights.
+        touch_pages(memory)
+        self._call("cuMemHostRegister", address_of(memory), num_bytes, _FOR_THIS_CONTEXT)
+        return memory
 
-    def free_host(self, buffer: Any) -> None: ...
+    def free_host(self, buffer: mmap.mmap) -> None:
+        self._call("cuMemHostUnregister", address_of(buffer))
+        buffer.close()
 
-    def copy_to_host(self, buffer: Any, address: int, num_bytes: int) -> None:
+    def copy_to_host(self, buffer: mmap.mmap, address: int, num_bytes: int) -> None:
         """Queue a copy."""
+        self._call("cuMemcpyDtoHAsync", address_of(buffer), address, num_bytes, 0)
 
-    def copy_to_device(self, address: int, buffer: Any, num_bytes: int) -> None:
+    def copy_to_device(self, address: int, buffer: mmap.mmap, num_bytes: int) -> None:
         """Queue a copy."""
+        self._call("cuMemcpyHtoDAsync", address, address_of(buffer), num_bytes, 0)
+
+    def import_handle(self, kind: HandleKind, handle: int | bytes) -> Handle:
+        """Import a peer's physical memory, until it is released and unmapped; the caller keeps the
+        descriptor.
+        """
+        kind_of_driver = self._handle_type(kind)
+        if isinstance(handle, int):
+            return Handle(self._call("cuMemImportFromShareableHandle", handle, kind_of_driver))
+        fabric = self._driver.CUmemFabricHandle()  # must outlive the call, which gets its address
+        fabric.data = handle
+        return Handle(self._call("cuMemImportFromShareableHandle", fabric.getPtr(), kind_of_driver))
+
+    def allocation_of(self, address: int) -> tuple[int, int]:
+        """Return start and size of the allocation that holds an address."""
+        start, num_bytes = self._call("cuMemGetAddressRange", address)
+        return int(start), int(num_bytes)
+
+    def ipc_handle(self, address: int) -> bytes:
+        """Return the 64-byte handle of the allocation that starts at ``address``; refused where it
+        was mapped rather than allocated.
+        """
+        return bytes(self._call("cuIpcGetMemHandle", address).reserved)
+
+    def open_ipc(self, handle: bytes) -> int:
+        """Open a peer's allocation and return its start in this process, until ``close_ipc``."""
+        opened = self._driver.CUipcMemHandle()
+        opened.reserved = handle
+        return int(self._call("cuIpcOpenMemHandle", opened, _LAZY_ENABLE_PEER_ACCESS))
+
+    def close_ipc(self, address: int) -> None:
+        self._call("cuIpcCloseMemHandle", address)
+
+    def _choose_handle_kind(self) -> None:
+        """Choose by a page of memory, which tells whether fabric handles are permitted: that the
+        device knows them is not enough.
+        """
+        if self._attribute("CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED"):
+            self._use("fabric")
+            try:
+                handle = self.create(self.page_bytes)
+                try:
+                    self.export(handle)
+                finally:
+                    self.release(handle)
+            except DriverRefused:
+                pass
+            else:
+                return
+        self._use("posix_fd")
+
+    def _use(self, kind: HandleKind) -> None:
+        properties = self._driver.CUmemAllocationProp()
+        properties.type = self._driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+        properties.location = self._location
+        properties.requestedHandleTypes = self._handle_type(kind)
+        if self._attribute("CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED"):
+            properties.allocFlags.gpuDirectRDMACapable = 1
+        flag = self._driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
+        self.handle_kind, self._properties = kind, properties
+        self.page_bytes = int(self._call("cuMemGetAllocationGranularity", properties, flag))
+
+    def _handle_type(self, kind: HandleKind) -> Any:
+        kinds = self._driver.CUmemAllocationHandleType
+        return (
+            kinds.CU_MEM_HANDLE_TYPE_FABRIC
+            if kind == "fabric"
+            else kinds.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+        )
+
+    def _attribute(self, name: str) -> bool:
+        """Return whether the device has this attribute; False also where the driver is too old to
+        know it.
+        """
+        try:
+            return bool(
+                self._call(
+                    "cuDeviceGetAttribute",
+                    getattr(self._driver.CUdevice_attribute, name),
+                    self._device,
+                )
+            )
+        except DriverRefused:
+            return False
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        """Call the driver, and return what it gives beside its code: nothing, one value, or a
+        tuple. Raises DriverRefused.
+        """
+        code, *results = getattr(self._driver, name)(*arguments)
+        if code != self._driver.CUresult.CUDA_SUCCESS:
+            kind = (
+                OutOfDeviceMemory
+                if code == self._driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
+                else DriverRefused
+            )
+            raise kind(f"{name}: {code.name}")
+        if len(results) > 1:
+            return tuple(results)
+        return results[0] if results else None
+
+
+def _import_bindings() -> Any:
+    try:
+        from cuda.bindings import driver
+    except ImportError:
+        raise ConfigError(
+            "enable_cumem_allocator needs the package cuda-bindings, which is not installed",
+            field="enable_cumem_allocator",
+            value=True,
+            fix="pip install 'pdlaunch[cuda]', or switch the CuMem allocator and sleep mode off",
+        ) from None
+    return driver
+
+
+_LAZY_ENABLE_PEER_ACCESS = 1
+"""CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS: the only flag that cuIpcOpenMemHandle takes."""

@@ -1,5 +1,5 @@
 """Defines the memory of a rank's KV cache and scratch: how a peer on this host gets at it, and how
-this rank maps that of a peer.
+this rank maps that of a peer. Here is also the memory of a rank on a CPU.
 
 ::
 
@@ -7,17 +7,27 @@ this rank maps that of a peer.
                                   and perhaps a descriptor, over a Unix socket
     reader:                       map ──> address ──> close
                                   (before the owner's memory is given back)
+
+On a CPU each allocation is a memfd. Seals keep it as large as it is, so that no reader meets the
+end of the file, and keep readers from writing. The pages outlive their owner.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import mmap
 import os
+import weakref
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
+
+from pdlaunch.errors import MemoryPoolError
 
 RangeKind = Literal["memfd", "posix_fd", "fabric", "cuda_ipc"]
 """memfd is memory of a CPU; posix_fd and fabric are CuMem; cuda_ipc is cudaMalloc."""
@@ -117,3 +127,105 @@ class PrivateKVMemory(KVMemory):
 
     def map(self, shared: SharedRange, fd: int | None) -> PeerMapping:
         raise NotShareable("a rank with private memory maps none of its peers")
+
+
+_F_SEAL_FUTURE_WRITE = 0x0010
+"""Mappings that exist stay writable, new ones are for reading; Linux 5.1, not in Python's
+``fcntl``.
+"""
+_SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+
+
+_MADV_POPULATE_WRITE = 23
+"""Linux 5.14, not in Python's ``mmap``."""
+_PIECE_BYTES = 256 * 1024**2
+"""Bytes that are populated by one call; other threads get a turn in between."""
+
+
+class HostKVMemory(KVMemory):
+    """Allocates all pages at once: the first pull into a page would take three times as long. Any
+    thread may call it.
+    """
+
+    def __init__(self) -> None:
+        self._regions: dict[int, tuple[int, int]] = {}
+        """The descriptor and size of every living allocation, by its address."""
+
+    def zeros(self, num_bytes: int) -> torch.Tensor:
+        """Raises MemoryPoolError."""
+        fd = os.memfd_create("pdlaunch-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, num_bytes)
+            pages = mmap.mmap(fd, num_bytes)
+            _take_pages(pages)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SIZE_SEALS)
+            with contextlib.suppress(OSError):  # An older kernel: readers are of this launch.
+                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE)
+        except OSError as error:
+            os.close(fd)
+            raise MemoryPoolError(
+                f"no {num_bytes} bytes for the KV cache ({error}): lower kv_cache_memory"
+            ) from error
+        tensor = torch.frombuffer(pages, dtype=torch.uint8)
+        address = tensor.data_ptr()
+        self._regions[address] = fd, num_bytes
+        # Of the pages, not of this tensor: views of it, which ``export`` takes, outlive it.
+        weakref.finalize(pages, self._forget, address)
+        return tensor
+
+    def export(self, tensor: torch.Tensor) -> Export:
+        assert tensor.is_contiguous()
+        start, num_bytes = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+        for address, (fd, allocation_bytes) in self._regions.items():
+            if address <= start and start + num_bytes <= address + allocation_bytes:
+                return Export(
+                    SharedRange("memfd", allocation_bytes, start - address, num_bytes), os.dup(fd)
+                )
+        raise NotShareable("the KV cache lies in memory that was not made for sharing")
+
+    def map(self, shared: SharedRange, fd: int | None) -> PeerMapping:
+        if shared.kind != "memfd" or fd is None:
+            raise NotShareable(f"a rank on a CPU cannot map memory of kind {shared.kind}")
+        return HostMapping(shared, fd)
+
+    def _forget(self, address: int) -> None:
+        os.close(self._regions.pop(address)[0])
+
+
+def _take_pages(region: mmap.mmap) -> None:
+    """Raises OSError when there is too little memory."""
+    for start in range(0, len(region), _PIECE_BYTES):
+        try:
+            region.madvise(_MADV_POPULATE_WRITE, start, min(_PIECE_BYTES, len(region) - start))
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # An older kernel takes pages when they are written.
+                return
+            raise
+
+
+class HostMapping(PeerMapping):
+    """Maps a peer's memfd, for reading."""
+
+    def __init__(self, shared: SharedRange, fd: int) -> None:
+        """Raises NotShareable."""
+        shared.check()
+        try:
+            # Of a file that shrinks while it is mapped, the lost pages kill who reads them
+            # (SIGBUS).
+            if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+                raise NotShareable("the peer's memory is not sealed against shrinking")
+            if os.fstat(fd).st_size != shared.allocation_bytes:
+                raise NotShareable(
+                    f"the peer's memory has {os.fstat(fd).st_size} bytes, stated are "
+                    f"{shared.allocation_bytes}"
+                )
+            self._pages = mmap.mmap(
+                fd, shared.allocation_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ
+            )
+        except OSError as error:
+            raise NotShareable(f"the peer's memory cannot be mapped: {error}") from error
+        self.address = np.frombuffer(self._pages, dtype=np.uint8).ctypes.data + shared.offset_bytes
+        self.num_bytes = shared.num_bytes
+
+    def close(self) -> None:
+        self._pages.close()

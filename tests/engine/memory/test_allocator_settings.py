@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from pdlaunch.engine.memory.allocator_settings import expandable_segments_off
+from pdlaunch.engine.memory.pools import expandable_segments_off
 
 
 @dataclass
@@ -47,7 +47,7 @@ def test_torch_reads_and_takes_the_settings(variable: str) -> None:
     text = "max_split_size_mb:64,expandable_segments:True"
     code = """
 import json
-from pdlaunch.engine.memory.allocator_settings import (
+from pdlaunch.engine.memory.pools import (
     TorchAllocatorSettings,
     expandable_segments_off,
 )

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from pdlaunch.engine.memory.cumem_pools import CuMemPools, open_memory_pools
-from pdlaunch.engine.memory.pools import KV_CACHE, TAGS, WEIGHTS
+from pdlaunch.engine.memory.pools import KV_CACHE, TAGS, WEIGHTS, CuMemPools, open_memory_pools
 from pdlaunch.errors import MemoryPoolError
 
 pytest.importorskip("cuda.bindings")
@@ -131,8 +130,8 @@ def test_too_large_is_torchs_out_of_memory(pools: CuMemPools) -> None:
 def test_the_interpreter_exits_cleanly_with_pools_tensors_and_a_sleeping_tag(conf: str) -> None:
     code = """
 import torch
-from pdlaunch.engine.memory.allocator_settings import TorchAllocatorSettings
-from pdlaunch.engine.memory.cumem_pools import open_memory_pools
+from pdlaunch.engine.memory.pools import TorchAllocatorSettings
+from pdlaunch.engine.memory.pools import open_memory_pools
 pools = open_memory_pools(enabled=True, device=torch.device("cuda", 0))
 with pools.memory_pool("weights"):
     weights = torch.ones(2**26, device="cuda")
@@ -167,7 +166,7 @@ print(
 def test_what_peers_only_map_has_a_handle_beside_expandable_segments() -> None:
     code = """
 import torch
-from pdlaunch.engine.memory.kv_memories import open_kv_memory
+from pdlaunch.engine.memory.device_kv_memory import open_kv_memory
 from pdlaunch.engine.memory.kv_memory import NotShareable
 from pdlaunch.engine.memory.pools import NoMemoryPools
 device = torch.device("cuda", 0)

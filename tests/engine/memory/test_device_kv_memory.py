@@ -12,9 +12,8 @@ import torch
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.engine.memory.allocations import ExportedHandle
 from pdlaunch.engine.memory.device_kv_memory import DeviceKVMemory
-from pdlaunch.engine.memory.driver import DriverRefused
+from pdlaunch.engine.memory.driver import CudaMemoryDriver, DriverRefused
 from pdlaunch.engine.memory.kv_memory import NotShareable, SharedRange
-from pdlaunch.engine.memory.peer_driver import PeerDriver
 from pdlaunch.engine.memory.pools import NoMemoryPools
 from pdlaunch.errors import ConfigError, MemoryPoolError
 from tests.engine.memory.fake_peer_driver import FakePeerDriver
@@ -160,10 +159,10 @@ def test_memory_of_another_kind_of_device_is_refused() -> None:
 
 
 def test_what_the_machine_lacks_is_the_reason() -> None:
-    def without_bindings(index: int) -> PeerDriver:
+    def without_bindings(index: int) -> CudaMemoryDriver:
         raise ConfigError("enable_cumem_allocator needs the package cuda-bindings")
 
-    def without_mapping(index: int) -> PeerDriver:
+    def without_mapping(index: int) -> CudaMemoryDriver:
         raise DriverRefused("cuMemGetAllocationGranularity: CUDA_ERROR_NOT_SUPPORTED")
 
     for new_driver, reason in (

@@ -10,8 +10,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pdlaunch.engine.memory.host_kv_memory import HostKVMemory
-from pdlaunch.engine.memory.kv_memory import NotShareable, PrivateKVMemory, SharedRange
+from pdlaunch.engine.memory.kv_memory import (
+    HostKVMemory,
+    NotShareable,
+    PrivateKVMemory,
+    SharedRange,
+)
 from pdlaunch.errors import MemoryPoolError
 from tests.engine.memory.open_files import num_open_fds
 

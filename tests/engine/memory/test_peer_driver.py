@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from pdlaunch.engine.memory.driver import DriverRefused
-from pdlaunch.engine.memory.peer_driver import CudaPeerDriver
+from pdlaunch.engine.memory.driver import CudaMemoryDriver, DriverRefused
 
 FABRIC = bytes(range(64))
 
@@ -83,7 +82,7 @@ def test_an_allocation_is_shared_by_its_ipc_handle() -> None:
     bindings = Bindings(
         cuMemGetAddressRange=(4096, 100), cuIpcGetMemHandle=(SimpleNamespace(reserved=FABRIC),)
     )
-    driver = CudaPeerDriver(0, bindings)
+    driver = CudaMemoryDriver(0, bindings)
     assert driver.allocation_of(4100) == (4096, 100)
     assert driver.ipc_handle(4096) == FABRIC
     assert bindings.calls[-2:] == [("cuMemGetAddressRange", 4100), ("cuIpcGetMemHandle", 4096)]
@@ -91,7 +90,7 @@ def test_an_allocation_is_shared_by_its_ipc_handle() -> None:
 
 def test_an_ipc_handle_is_opened_with_peer_access_and_closed() -> None:
     bindings = Bindings(cuIpcOpenMemHandle=(8192,), cuIpcCloseMemHandle=())
-    driver = CudaPeerDriver(0, bindings)
+    driver = CudaMemoryDriver(0, bindings)
     assert driver.open_ipc(FABRIC) == 8192
     name, handle, flags = bindings.calls[-1]
     assert (name, handle.reserved, flags) == ("cuIpcOpenMemHandle", FABRIC, 1)
@@ -101,7 +100,7 @@ def test_an_ipc_handle_is_opened_with_peer_access_and_closed() -> None:
 
 def test_handles_are_imported_as_what_they_are() -> None:
     bindings = Bindings(cuMemImportFromShareableHandle=("memory",))
-    driver = CudaPeerDriver(0, bindings)
+    driver = CudaMemoryDriver(0, bindings)
     assert driver.import_handle("posix_fd", 5) == "memory"
     assert bindings.calls[-1] == ("cuMemImportFromShareableHandle", 5, "fd")
     assert driver.import_handle("fabric", FABRIC) == "memory"
@@ -109,7 +108,7 @@ def test_handles_are_imported_as_what_they_are() -> None:
 
 
 def test_a_refusal_names_the_call() -> None:
-    driver = CudaPeerDriver(
+    driver = CudaMemoryDriver(
         0, Bindings(cuIpcOpenMemHandle=SimpleNamespace(name="CUDA_ERROR_PEER_ACCESS_UNSUPPORTED"))
     )
     with pytest.raises(
@@ -132,7 +131,7 @@ def test_memory_is_for_fabric_handles_and_rdma_where_the_device_has_both() -> No
         cuMemExportToShareableHandle=(SimpleNamespace(data=FABRIC),),
         cuMemRelease=(),
     )
-    driver = CudaPeerDriver(0, bindings)
+    driver = CudaMemoryDriver(0, bindings)
     assert bindings.calls[-1] == ("cuMemRelease", "memory")  # of the trial
     assert driver.handle_kind == "fabric"
     assert driver.export(driver.create(2 << 20)) == FABRIC
@@ -152,7 +151,7 @@ def test_memory_is_for_descriptors_where_fabric_handles_are_not_permitted(
         refused: SimpleNamespace(name="CUDA_ERROR_NOT_PERMITTED"),
     }
     bindings = Bindings(cuDeviceGetAttribute=(1,), cuMemRelease=(), **results)
-    driver = CudaPeerDriver(0, bindings)
+    driver = CudaMemoryDriver(0, bindings)
     properties = properties_in_use(bindings)
     assert (driver.handle_kind, properties.requestedHandleTypes) == ("posix_fd", "fd")
     assert properties.allocFlags.gpuDirectRDMACapable == 1
@@ -161,5 +160,5 @@ def test_memory_is_for_descriptors_where_fabric_handles_are_not_permitted(
 
 def test_a_device_without_rdma_is_not_asked_for_it() -> None:
     bindings = Bindings()
-    assert CudaPeerDriver(0, bindings).handle_kind == "posix_fd"
+    assert CudaMemoryDriver(0, bindings).handle_kind == "posix_fd"
     assert not hasattr(properties_in_use(bindings).allocFlags, "gpuDirectRDMACapable")

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from pdlaunch.engine.memory.allocations import AllocationTable
-from pdlaunch.engine.memory.cumem_pools import CuMemPools, open_memory_pools
-from pdlaunch.engine.memory.pools import NoMemoryPools
+from pdlaunch.engine.memory.pools import CuMemPools, NoMemoryPools, open_memory_pools
 from pdlaunch.errors import ConfigError, MemoryPoolError
 from tests.engine.memory.fake_driver import FakeDriver
 
