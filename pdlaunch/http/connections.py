@@ -7,9 +7,9 @@
                  of its header; gives way         no byte is dropped
                  to new connections at the cap
 
-The timeout of idle connections is aiohttp's own, which begins with the connection. That of readers
-is the kernel's: it counts from the moment the reader's window is closed, however much is still in
-buffers.
+The kernel drops readers that stall: it counts from the moment the reader's window is closed,
+however much is still in buffers. Idle connections and their state are aiohttp's, which has no
+public names for it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,12 @@ import resource
 import socket
 import time
 import weakref
-from collections.abc import Callable
 from typing import Any
 
-import msgspec
 from aiohttp import web
 
 from pdlaunch.errors import OverloadedError, RequestError
-from pdlaunch.http.errors import error_body
+from pdlaunch.http.errors import error_response
 
 IDLE_TIMEOUT_S = 20.0
 """The next whole header must have come, counted from the accept or the last answer."""
@@ -42,16 +40,14 @@ RESERVED_DESCRIPTORS = 64
 UPSTREAM_CONNECTIONS = 2
 """One request may have prefill and decode at once."""
 _GIVING_WAY = 16
-"""At the cap this part of the connections, those that idle the longest, is closed at once: a look
-at all of them costs time.
-"""
+"""At the cap this part of the connections, those that idle the longest, is closed at once."""
 
 _logger = logging.getLogger(__name__)
 
 
 class HttpRunner(web.AppRunner):
-    """Serves an application within ``max_connections``; ``drop_stalled_readers`` once its sites
-    have been started.
+    """Serves an application within ``max_connections``; call ``drop_stalled_readers`` once its
+    sites have started.
     """
 
     def __init__(
@@ -62,31 +58,44 @@ class HttpRunner(web.AppRunner):
         shutdown_timeout_s: float,
         idle_timeout_s: float = IDLE_TIMEOUT_S,
     ) -> None:
-        options: dict[str, Any] = {
+        super().__init__(app, handler_cancellation=True, shutdown_timeout=shutdown_timeout_s)
+        self._max_connections = max_connections
+        self._options: dict[str, Any] = {
             "access_log": None,
             "keepalive_timeout": idle_timeout_s,
             "lingering_time": LINGERING_S,
-            # ``limits.read_body`` does it within bounds, and tells what is broken.
-            "auto_decompress": False,
+            "auto_decompress": False,  # ``limits.read_body`` does
         }
-        super().__init__(
-            app, handler_cancellation=True, shutdown_timeout=shutdown_timeout_s, **options
-        )
-        self._max_connections = max_connections
-        self._options = options
-        self._front: _Front | None = None
+        # Weak: a connection that could not be set up is never told that it is lost.
+        self._open = weakref.WeakSet[_Connection]()
 
     async def setup(self) -> None:
         await super().setup()
-        server = super().server
-        assert server is not None
-        self._front = _Front(server, self._max_connections, self._options)
         asyncio.get_running_loop().set_exception_handler(AcceptErrors())
 
     @property
     def server(self) -> web.Server | None:
         """Return what sites make connections with."""
-        return self._front  # type: ignore[return-value] # sites only call it
+        return self._connect  # type: ignore[return-value] # sites only call it
+
+    def _connect(self) -> asyncio.Protocol:
+        server = super().server
+        assert server is not None
+        if len(self._open) >= self._max_connections and not self._close_idle():
+            return _Refusal()
+        loop = asyncio.get_running_loop()
+        connection = _Connection(self._open, server, loop=loop, **self._options)
+        self._open.add(connection)
+        return connection
+
+    def _close_idle(self) -> bool:
+        """Close those that idle the longest; False when none does."""
+        idle = [connection for connection in self._open if connection.is_idle]
+        number = 1 + self._max_connections // _GIVING_WAY
+        for connection in heapq.nsmallest(number, idle, key=_Connection.idle_until_at):
+            self._open.discard(connection)
+            connection.force_close()
+        return bool(idle)
 
     def drop_stalled_readers(self, timeout_s: float) -> None:
         """End connections whose peer takes no byte of what was sent for so long; accepted sockets
@@ -95,51 +104,14 @@ class HttpRunner(web.AppRunner):
         if not hasattr(socket, "TCP_USER_TIMEOUT"):
             return
         for site in self.sites:
-            server = site._server
-            assert isinstance(server, asyncio.Server)
-            for listener in server.sockets:
+            assert isinstance(site._server, asyncio.Server)
+            for listener in site._server.sockets:
                 listener.setsockopt(
                     socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(timeout_s * 1000)
                 )
 
 
-class _Front:
-    """Makes the protocol of each accepted connection."""
-
-    def __init__(self, server: web.Server, limit: int, options: dict[str, Any]) -> None:
-        self._server = server
-        self._limit = limit
-        self._options = options
-        # Weak: a connection that could not be set up is never told that it is lost.
-        self._open = weakref.WeakSet[_Connection]()
-
-    def __call__(self) -> asyncio.Protocol:
-        if len(self._open) >= self._limit and not self._close_idle():
-            return _Refusal()
-        connection = _Connection(
-            self._open, self._server, loop=asyncio.get_running_loop(), **self._options
-        )
-        self._open.add(connection)
-        return connection
-
-    def _close_idle(self) -> bool:
-        """Close those that idle the longest; False when none does."""
-        # One look at all of them closes a sixteenth: at the cap every new connection comes here.
-        idle = [connection for connection in self._open if connection.is_idle]
-        for connection in heapq.nsmallest(
-            1 + self._limit // _GIVING_WAY, idle, key=_Connection.idle_until_at
-        ):
-            self._open.discard(connection)
-            connection.force_close()
-        return bool(idle)
-
-
 class _Connection(web.RequestHandler):
-    """Counts itself among the open connections.
-
-    What it looks at is aiohttp's own state, which has no public name.
-    """
-
     def __init__(
         self, open_connections: weakref.WeakSet[_Connection], server: web.Server, **options: Any
     ) -> None:
@@ -161,14 +133,8 @@ class _Connection(web.RequestHandler):
         if status >= 500:
             return super().handle_error(request, status, exc, message)
         _logger.debug("no valid HTTP from %s: %s", request.remote, message)
-        error = RequestError(
-            f"the request is no valid HTTP: {message}", status=status, code="invalid_http"
-        )
-        response = web.Response(
-            status=status,
-            body=msgspec.json.encode(error_body(error)),
-            content_type="application/json",
-        )
+        text = f"the request is no valid HTTP: {message}"
+        response = error_response(RequestError(text, status=status, code="invalid_http"))
         response.force_close()
         return response
 
@@ -190,11 +156,12 @@ class _Refusal(asyncio.Protocol):
         error = OverloadedError(
             "all connections of this server are busy", status=503, code="too_many_connections"
         )
-        body = msgspec.json.encode(error_body(error))
+        body = error_response(error).body
+        assert isinstance(body, bytes)
         head = (
-            "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nConnection: "
-            "close\r\n"
-            f"Retry-After: {error.retry_after_s}\r\nContent-Length: {len(body)}\r\n\r\n"
+            "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+            f"Connection: close\r\nRetry-After: {error.retry_after_s}\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
         )
         transport.write(head.encode() + body)
         # Not closed at once: a request that is still to come would reset the connection before the
@@ -205,56 +172,37 @@ class _Refusal(asyncio.Protocol):
 
 
 class AcceptErrors:
-    """Handles errors of an event loop.
-
-    Accepts that fail for want of a descriptor are logged once a minute, not a thousand times a
-    second.
+    """Handles errors of an event loop; accepts that fail for want of a descriptor are logged once
+    a minute, not a thousand times a second.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._due_at = clock()
+    def __init__(self) -> None:
+        self._due_at = 0.0
 
     def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         if "socket.accept()" not in context.get("message", ""):
             loop.default_exception_handler(context)
-        elif self._clock() >= self._due_at:
-            self._due_at = self._clock() + ACCEPT_LOG_INTERVAL_S
-            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        elif time.monotonic() >= self._due_at:
+            self._due_at = time.monotonic() + ACCEPT_LOG_INTERVAL_S
             _logger.error(
                 "connections wait: %s; this process may open %d files (ulimit -n)",
                 context.get("exception"),
-                limit,
+                resource.getrlimit(resource.RLIMIT_NOFILE)[0],
             )
 
 
 def fit_requests(max_requests: int) -> int:
-    """Return how many requests a router's descriptors allow at a time.
-
-    As many idle connections find room beside them.
-    """
-    return max(
-        1,
-        min(
-            max_requests, (_num_descriptors() - RESERVED_DESCRIPTORS) // (2 + UPSTREAM_CONNECTIONS)
-        ),
-    )
+    """Return how many requests the descriptors of a router allow, with as many idle connections."""
+    return max(1, min(max_requests, _num_descriptors() // (2 + UPSTREAM_CONNECTIONS)))
 
 
 def fit_connections(max_connections: int, *, num_forwarded: int = 0) -> int:
-    """Return how many connections of clients the descriptors allow.
-
-    ``num_forwarded`` requests to engines find room beside them.
+    """Return how many connections of clients the descriptors allow beside ``num_forwarded``
+    requests to engines.
     """
-    return max(
-        1,
-        min(
-            max_connections,
-            _num_descriptors() - RESERVED_DESCRIPTORS - UPSTREAM_CONNECTIONS * num_forwarded,
-        ),
-    )
+    return max(1, min(max_connections, _num_descriptors() - UPSTREAM_CONNECTIONS * num_forwarded))
 
 
 def _num_descriptors() -> int:
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return 2**31 if limit == resource.RLIM_INFINITY else limit
+    return 2**31 if limit == resource.RLIM_INFINITY else limit - RESERVED_DESCRIPTORS

@@ -38,7 +38,7 @@ _logger = logging.getLogger(__name__)
 
 
 class RelayedError(PdlaunchError):
-    """Carries another server's answer that is no 200; this server's client gets it as it is."""
+    """Carries an engine's answer that is no 200; the client gets it as it is."""
 
     def __init__(
         self, message: str, *, status: int, body: bytes, content_type: str, headers: dict[str, str]
@@ -60,9 +60,16 @@ def error_response(error: BaseException) -> web.Response:
             headers=error.headers,
         )
     explained = _explained(error)
-    return json_response(
-        error_body(explained), status=explained.status, headers=_error_headers(error, explained)
-    )
+    headers = {}
+    match explained:
+        case KillsEngineError():
+            # OpenAI's clients repeat a 500 by themselves unless this tells them not to.
+            headers = {"X-Should-Retry": "false"}
+        case OverloadedError(status=429 | 503):
+            headers = {"Retry-After": str(explained.retry_after_s)}
+        case _:
+            pass
+    return json_response(error_body(explained), status=explained.status, headers=headers)
 
 
 def error_status(error: BaseException) -> int:
@@ -129,18 +136,3 @@ def _explained(error: BaseException) -> RequestError:
         case _:
             _logger.error("request failed", exc_info=error)
             return RequestError("internal error, see the log", status=500)
-
-
-def _error_headers(error: BaseException, explained: RequestError) -> dict[str, str]:
-    """Return ``Retry-After`` where trying again helps, and a veto where it does harm."""
-    match explained:
-        case KillsEngineError():
-            # OpenAI's clients repeat a 500 by themselves unless this tells them not to.
-            return {"X-Should-Retry": "false"}
-        case OverloadedError(status=429 | 503):
-            return {"Retry-After": str(explained.retry_after_s)}
-        case _:
-            pass
-    if isinstance(error, web.HTTPMethodNotAllowed):
-        return {"Allow": error.headers["Allow"]}
-    return {}

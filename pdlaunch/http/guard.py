@@ -50,15 +50,29 @@ class Guard:
         """Let the request pass (None), or answer it when it is the preflight of a listed origin.
         Raises RequestError.
         """
-        self._check_host(http)
-        self._check_origin(http)
-        if (
-            self._is_listed(http)
-            and http.method == hdrs.METH_OPTIONS
-            and hdrs.ACCESS_CONTROL_REQUEST_METHOD in http.headers
-        ):
+        if not self._is_own_host(http):
+            shown = ", ".join(http.headers.getall(hdrs.HOST, []))[:200]
+            raise RequestError(
+                f"Host {shown!r} is none of this server; add its name to the setting "
+                "allowed_hosts if it is",
+                status=421,
+                code="host_not_allowed",
+            )
+        is_listed = self._is_listed(http)
+        if hdrs.ORIGIN in http.headers and not is_listed and not _is_same_origin(http):
+            raise RequestError(
+                f"pages of origin {http.headers[hdrs.ORIGIN][:200]!r} may not use this server; add "
+                "it to the setting cors_origins if they may",
+                status=403,
+                code="origin_not_allowed",
+            )
+        wants_preflight = hdrs.ACCESS_CONTROL_REQUEST_METHOD in http.headers
+        if is_listed and http.method == hdrs.METH_OPTIONS and wants_preflight:
             return _preflight_answer(http)
-        _check_content_type(http)
+        if http.body_exists and http.content_type != "application/json":
+            raise RequestError(
+                "Content-Type must be application/json", status=415, code="unsupported_media_type"
+            )
         return None
 
     async def add_cors_headers(self, http: web.Request, response: web.StreamResponse) -> None:
@@ -71,45 +85,17 @@ class Guard:
             response.headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = http.headers[hdrs.ORIGIN]
             response.headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = _EXPOSED_HEADERS
 
-    def _check_host(self, http: web.Request) -> None:
+    def _is_own_host(self, http: web.Request) -> bool:
         if self._any_host or http.path in HOST_FREE_PATHS:
-            return
+            return True
         # Two Host headers: servers disagree on which one counts, so neither does.
         given = http.headers.getall(hdrs.HOST, [])
         host = _host_name(given[0]) if len(given) == 1 else ""
-        if host not in self._hosts and not is_loopback(host) and host != _local_address(http):
-            shown = ", ".join(given)[:200]
-            raise RequestError(
-                (
-                    f"Host {shown!r} is none of this server; add its name to the setting "
-                    "allowed_hosts if it is"
-                ),
-                status=421,
-                code="host_not_allowed",
-            )
-
-    def _check_origin(self, http: web.Request) -> None:
-        if hdrs.ORIGIN in http.headers and not self._is_listed(http) and not _is_same_origin(http):
-            shown = http.headers[hdrs.ORIGIN][:200]
-            raise RequestError(
-                (
-                    f"pages of origin {shown!r} may not use this server; add it to the setting "
-                    "cors_origins if they may"
-                ),
-                status=403,
-                code="origin_not_allowed",
-            )
+        return host in self._hosts or is_loopback(host) or host == _local_address(http)
 
     def _is_listed(self, http: web.Request) -> bool:
         origins = http.headers.getall(hdrs.ORIGIN, [])
         return len(origins) == 1 and (ANY in self._origins or origins[0].lower() in self._origins)
-
-
-def _check_content_type(http: web.Request) -> None:
-    if http.body_exists and http.content_type != "application/json":
-        raise RequestError(
-            "Content-Type must be application/json", status=415, code="unsupported_media_type"
-        )
 
 
 def _preflight_answer(http: web.Request) -> web.Response:
@@ -125,9 +111,7 @@ def _preflight_answer(http: web.Request) -> web.Response:
 
 
 def _is_same_origin(http: web.Request) -> bool:
-    """Compare host and port alone: behind a proxy that ends TLS the server does not know the
-    scheme.
-    """
+    """Compare host and port: behind a proxy that ends TLS the server does not know the scheme."""
     origins, hosts = http.headers.getall(hdrs.ORIGIN), http.headers.getall(hdrs.HOST, [])
     try:
         return (
@@ -157,9 +141,6 @@ def _plain(name: str) -> str:
 
 
 def _local_address(http: web.Request) -> str | None:
-    """Return the address of this machine that the connection came in on.
-
-    It tells a server of all addresses which one is meant.
-    """
+    """Return the address of this machine that the connection came in on."""
     name = None if http.transport is None else http.transport.get_extra_info("sockname")
     return name[0].partition("%")[0] if isinstance(name, tuple) else None

@@ -76,9 +76,8 @@ class Supervised:
     ) -> None:
         """Tell where this process listens, and show from now on that its loop turns.
 
-        ``capabilities``: instead of those of the bootstrap. ``side_channel``: that of an engine
-        without ranks of ours. ``listens``: see ``Register``. What is registered again replaces the
-        first.
+        ``capabilities``: in place of the bootstrap's. ``side_channel``: that of an engine without
+        ranks of ours. ``listens``: see ``Register``. A second call replaces the first.
         """
         self.send(
             Register(
@@ -126,14 +125,13 @@ async def _run(bootstrap: Bootstrap, serve: Callable[[Supervised], Awaitable[Non
     supervised = Supervised(bootstrap)
     try:
         await serve(supervised)
+        return 0
     except PdlaunchError as error:
         _logger.error("%s", error)
         supervised.send(Failed(error=str(error)))
-        return 1
     except Exception as error:
         _logger.exception("%s failed", bootstrap.name)
         supervised.send(Failed(error=f"{type(error).__name__}: {error}"))
-        return 1
     finally:
         supervised.close()
-    return 0
+    return 1

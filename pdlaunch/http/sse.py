@@ -124,33 +124,27 @@ class EventDecoder:
 
         Raises ProtocolError when an event exceeds ``MAX_EVENT_BYTES``.
         """
-        if not self._rest and not self._data and _is_one_event(received):
+        if (
+            # One event of one line, as almost all pieces of a stream are.
+            not self._rest
+            and not self._data
+            and received.startswith(b"data: ")
+            and received.find(b"\n") == len(received) - 2
+            and received.endswith(b"\n")
+            and b"\r" not in received
+            and len(received) <= MAX_EVENT_BYTES
+        ):
             return [received[6:-2]]
-        lines = (self._rest + received).split(b"\n")
-        self._rest = lines.pop()
+        events: list[bytes] = []
+        *lines, self._rest = (self._rest + received).split(b"\n")
         if len(self._rest) + sum(map(len, self._data)) > MAX_EVENT_BYTES:
             raise ProtocolError(f"an event of more than {MAX_EVENT_BYTES} bytes")
-        return [
-            event for line in lines if (event := self._take(line.removesuffix(b"\r"))) is not None
-        ]
-
-    def _take(self, line: bytes) -> bytes | None:
-        """Return the event that an empty line ends; comments and other fields are dropped."""
-        if line.startswith(b"data:"):
-            self._data.append(line[5:].removeprefix(b" "))
-        elif not line and self._data:
-            event, self._data = b"\n".join(self._data), []
-            return event
-        return None
-
-
-def _is_one_event(received: bytes) -> bool:
-    """Tell whether it is just one event of one line, as almost all pieces of a stream are."""
-    length = len(received)
-    return (
-        received.find(b"\n") == length - 2
-        and received.endswith(b"\n")
-        and received.startswith(b"data: ")
-        and b"\r" not in received
-        and length <= MAX_EVENT_BYTES
-    )
+        for line in lines:
+            line = line.removesuffix(b"\r")
+            # Comments and other fields are dropped; an empty line ends an event.
+            if line.startswith(b"data:"):
+                self._data.append(line[5:].removeprefix(b" "))
+            elif not line and self._data:
+                events.append(b"\n".join(self._data))
+                self._data = []
+        return events

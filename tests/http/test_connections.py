@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import resource
 import socket
 import subprocess
@@ -144,26 +143,6 @@ async def test_a_reader_that_does_not_read_loses_its_place() -> None:
             client.connect(("127.0.0.1", port))
             client.sendall(REQUEST.replace(b"/health", b"/work"))
             await gone.wait()
-
-
-def test_failures_to_accept_are_logged_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:
-    clock = [100.0]
-    handle = connections.AcceptErrors(lambda: clock[0])
-    loop = asyncio.new_event_loop()
-    error = OSError(24, "Too many open files")
-    with caplog.at_level(logging.ERROR):
-        for clock[0] in (100.0, 101.0, 159.0, 160.5, 161.0):
-            for _ in range(1000):
-                handle(
-                    loop, {"message": "socket.accept() out of system resource", "exception": error}
-                )
-        assert [record.message for record in caplog.records] == [
-            f"connections wait: {error}; this process may open "
-            f"{resource.getrlimit(resource.RLIMIT_NOFILE)[0]} files (ulimit -n)"
-        ] * 2
-        handle(loop, {"message": "something else"})
-        assert caplog.records[-1].message == "something else"
-    loop.close()
 
 
 SMALL_SERVER = """
