@@ -9,14 +9,9 @@ import os
 import sys
 
 from pdlaunch.engine.server.lifecycle import ServerProcess
-from pdlaunch.http.lifecycle import Supervised, run_supervised
-
-
-async def _serve(supervised: Supervised) -> None:
-    await ServerProcess(supervised).run()
-
+from pdlaunch.http.lifecycle import run_supervised
 
 if __name__ == "__main__":
     # One text at a time is encoded; a thread pool of the tokenizers library would only cost memory.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    sys.exit(run_supervised(_serve))
+    sys.exit(run_supervised(lambda supervised: ServerProcess(supervised).run()))

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, nodes
+from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -18,39 +18,24 @@ from pdlaunch.errors import ConfigError, RequestError
 
 RENDER_TIMEOUT_S = 10.0
 MAX_REASON_CHARS = 500
-_SPECIAL_TOKENS = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
+_SPECIAL_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _OWN_NAMES = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
 )
 
 
 class ChatTemplate:
-    """Messages to the text of a prompt."""
+    """Converts messages to the text of a prompt."""
 
     def __init__(
         self, source: str, special_tokens: Mapping[str, str], tool_source: str | None = None
     ) -> None:
         """Compile the template, and the one for requests with tools where the model has one.
 
-        Raises ConfigError when one is not valid.
+        Raises ConfigError.
         """
-        try:
-            self._template = _environment().from_string(source)
-            self._tool_template = (
-                self._template if tool_source is None else _environment().from_string(tool_source)
-            )
-        except TemplateError as error:
-            raise ConfigError(
-                f"the model's chat template is broken: {error}", field="model"
-            ) from None
+        self._template = _compile(source)
+        self._tool_template = self._template if tool_source is None else _compile(tool_source)
         self._special_tokens = dict(special_tokens)
 
     def render(
@@ -63,18 +48,15 @@ class ChatTemplate:
         variables: Mapping[str, Any] | None = None,
         max_chars: int,
     ) -> str:
-        """Return the prompt's text, up to ``max_chars``.
+        """Return the prompt's text, up to ``max_chars``. Raises RequestError.
 
-        ``variables``: chat_template_kwargs of the request. Raises RequestError.
+        ``variables``: chat_template_kwargs of the request.
         """
-        for name in variables or {}:
-            if name in _OWN_NAMES:
-                raise RequestError(
-                    f"{name} has a field of its own", param=f"chat_template_kwargs.{name}"
-                )
+        for name in _OWN_NAMES & (variables or {}).keys():
+            message = f"{name} has a field of its own"
+            raise RequestError(message, param=f"chat_template_kwargs.{name}")
         try:
-            template = self._tool_template if tools else self._template
-            pieces = template.generate(
+            pieces = (self._tool_template if tools else self._template).generate(
                 **self._special_tokens | dict(variables or {}),
                 messages=[dict(message) for message in messages],
                 tools=list(tools) or None,
@@ -97,17 +79,14 @@ def _join(pieces: Iterator[str], max_chars: int) -> str:
     rendered: list[str] = []
     num_chars = 0
     end_at = time.monotonic() + RENDER_TIMEOUT_S
-    # Between pieces, not at the end: a template that loops over very many messages would hold a
-    # thread for as long as all of them take (400,000 took 24 s).
+    # Between pieces, not at the end: 400,000 messages would hold a thread for 24 s.
     for piece in pieces:
         rendered.append(piece)
         num_chars += len(piece)
         if num_chars > max_chars:
             raise RequestError(
-                (
-                    "the messages, rendered by the model's chat template, have more than "
-                    f"{max_chars} characters"
-                ),
+                "the messages, rendered by the model's chat template, have more than "
+                f"{max_chars} characters",
                 param="messages",
                 code="context_length_exceeded",
             )
@@ -120,33 +99,43 @@ def _join(pieces: Iterator[str], max_chars: int) -> str:
 
 
 def load_chat_template(model_dir: str | Path) -> ChatTemplate | None:
-    """Return a model's template, None when it has none.
+    """Return a model's template, None when it has none. Raises ConfigError.
 
-    It is chat_template.jinja, else the one in tokenizer_config.json. Raises ConfigError.
+    It is chat_template.jinja, else the one in tokenizer_config.json.
     """
     directory = Path(model_dir)
     settings = _read_settings(directory / "tokenizer_config.json")
+    special_tokens: dict[str, str] = {}
+    for name in (f"{kind}_token" for kind in _SPECIAL_TOKENS):
+        token = settings.get(name)
+        content = token.get("content") if isinstance(token, dict) else token
+        if isinstance(content, str):
+            special_tokens[name] = content
     file = directory / "chat_template.jinja"
     if file.is_file():
-        return ChatTemplate(file.read_text("utf-8"), _special_tokens(settings))
+        return ChatTemplate(file.read_text("utf-8"), special_tokens)
     templates = settings.get("chat_template")
-    source = templates if isinstance(templates, str) else _named_template(templates, "default")
-    if source is None:
+    if isinstance(templates, str):
+        return ChatTemplate(templates, special_tokens)
+    named: dict[object, object] = {}
+    if isinstance(templates, list):
+        named = {part.get("name"): part.get("template") for part in templates if type(part) is dict}
+    source, tool_source = named.get("default"), named.get("tool_use")
+    if not isinstance(source, str):
         return None
-    return ChatTemplate(source, _special_tokens(settings), _named_template(templates, "tool_use"))
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[loopcontrols, _GenerationTag],
-        autoescape=False,
+    return ChatTemplate(
+        source, special_tokens, tool_source if isinstance(tool_source, str) else None
     )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda form: datetime.now().astimezone().strftime(form)
-    return environment
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}", field="model") from None
+    return settings if isinstance(settings, dict) else {}
 
 
 class _GenerationTag(Extension):
@@ -160,6 +149,23 @@ class _GenerationTag(Extension):
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _compile(source: str) -> Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[loopcontrols, _GenerationTag],
+        autoescape=False,
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda form: datetime.now().astimezone().strftime(form)
+    try:
+        return environment.from_string(source)
+    except TemplateError as error:
+        message = f"the model's chat template is broken: {error}"
+        raise ConfigError(message, field="model") from None
 
 
 def _to_json(
@@ -190,33 +196,3 @@ def _cut_after(text: str, content: str) -> str:
     return text[:end] + (
         content[len(content.rstrip()) :] if text[start:].startswith(content.lstrip()) else ""
     )
-
-
-def _named_template(templates: object, name: str) -> str | None:
-    """Return a template from a list of ``{"name", "template"}``."""
-    if not isinstance(templates, list):
-        return None
-    named = {item.get("name"): item.get("template") for item in templates if isinstance(item, dict)}
-    template = named.get(name)
-    return template if isinstance(template, str) else None
-
-
-def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Return the text of each name; a token is written as a string or as ``{"content": ...}``."""
-    found: dict[str, str] = {}
-    for name in _SPECIAL_TOKENS:
-        token = settings.get(name)
-        content = token.get("content") if isinstance(token, dict) else token
-        if isinstance(content, str):
-            found[name] = content
-    return found
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        settings = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}", field="model") from None
-    return settings if isinstance(settings, dict) else {}

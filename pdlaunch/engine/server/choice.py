@@ -1,12 +1,120 @@
-"""Turns what the rank sends for one choice into what the client gets."""
+"""Turns the output tokens of one choice into the text that its client gets.
+
+The text emitted after k tokens is a pure function of the prompt, these k tokens and the stop
+strings: another engine that is fed the same tokens is at the same place. Two things hold text back:
+a UTF-8 character that is incomplete, and text that may begin a stop string.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pdlaunch.engine.server.text_stream import TextStream
-from pdlaunch.protocol.engine import AddRequest, RequestFinished, TokenOutput
+from pdlaunch.engine.server.tokenizer import TextTokenizer
+from pdlaunch.protocol.engine import AddRequest, RequestFinished, TokenOutput, output_of
+from pdlaunch.protocol.kv_params import FirstToken
+
+_REPLACEMENT = "�"
+_NUM_PROMPT_TOKENS = 6
+"""Context that decides on a leading space; more is never needed."""
+_MAX_HELD_TOKENS = 24
+"""A run of tokens that are no text is emitted from here on; real characters end far earlier."""
+
+
+class TextStream:
+    """Detokenizes one choice and looks for stop strings.
+
+    ::
+
+        tokens   ... [ context | pending ]
+                      ^start    ^read
+        text          [ prefix | stable | � ]     ``emitted`` characters of stable were given out
+
+    The text of a token depends on the few before it, so the window ``tokens[start:]`` is decoded
+    again for each token and moves on when it ends in a whole character.
+    """
+
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        prompt_token_ids: Sequence[int] = (),
+        *,
+        skip_special_tokens: bool = True,
+        stop: Sequence[str] = (),
+        min_tokens: int = 0,
+        include_stop: bool = False,
+    ) -> None:
+        """Text of earlier tokens than ``min_tokens`` is not searched for stop strings."""
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._stop = tuple(stop)
+        self._min_tokens = min_tokens
+        self._include_stop = include_stop
+        self._window = list(prompt_token_ids[-_NUM_PROMPT_TOKENS:])
+        self._read = len(self._window)
+        self._prefix = self._decode().rstrip(_REPLACEMENT)
+        self._emitted = 0
+        self._num_tokens = 0
+        self._held = ""
+        self.num_chars = 0
+        """Characters of all tokens so far, also of those held back."""
+        self.stop_string: str | None = None
+        """The stop string that was found; the choice is over."""
+
+    def push(self, token_id: int) -> str:
+        """Return the text to emit after one more token."""
+        assert self.stop_string is None
+        self._num_tokens += 1
+        new = self._detokenize(token_id)
+        self.num_chars += len(new)
+        if not self._stop or self._num_tokens < self._min_tokens:
+            return new
+        text = self._held + new
+        found = [(start, len(stop), stop) for stop in self._stop if (start := text.find(stop)) >= 0]
+        if found:
+            # Of two at one place the shorter one was complete first.
+            start, size, self.stop_string = min(found)
+            self._held = ""
+            return text[: start + size] if self._include_stop else text[:start]
+        num_held = max(_overlap(text, stop) for stop in self._stop)
+        self._held = text[len(text) - num_held :]
+        return text[: len(text) - num_held]
+
+    def finish(self) -> str:
+        """Return the text to emit when the choice has ended by anything but a stop string.
+
+        Incomplete characters are emitted as U+FFFD.
+        """
+        rest = self._decode()[len(self._prefix) + self._emitted :]
+        self._emitted += len(rest)
+        self.num_chars += len(rest)
+        text, self._held = self._held + rest, ""
+        return text
+
+    def _detokenize(self, token_id: int) -> str:
+        """Return the text that is certain now; empty while a character is incomplete."""
+        self._window.append(token_id)
+        text = self._decode()
+        stable = text.rstrip(_REPLACEMENT)
+        if len(self._window) - self._read > _MAX_HELD_TOKENS:
+            stable = text.removesuffix(_REPLACEMENT)
+        new = stable[len(self._prefix) + self._emitted :]
+        self._emitted += len(new)
+        if len(text) > len(self._prefix) and stable == text:
+            self._window = self._window[self._read :]
+            self._read = len(self._window)
+            self._prefix = self._decode()
+            self._emitted = 0
+        return new
+
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self._window, skip_special_tokens=self._skip_special_tokens)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of ``text`` that ``stop`` begins with."""
+    longest = min(len(text), len(stop) - 1)
+    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
 
 
 @dataclass(slots=True)
@@ -29,8 +137,7 @@ class Delta:
         self.text += other.text
         self.tokens += other.tokens
         self.text_offsets += other.text_offsets
-        self.finish_reason = other.finish_reason
-        self.stop_reason = other.stop_reason
+        self.finish_reason, self.stop_reason = other.finish_reason, other.stop_reason
 
 
 class Choice:
@@ -45,10 +152,8 @@ class Choice:
         include_stop: bool = False,
         goes_on_elsewhere: bool = False,
     ) -> None:
-        """Start without tokens.
-
-        ``goes_on_elsewhere``: another engine continues at ``length``, so held back text stays held
-        back.
+        """``goes_on_elsewhere``: another engine continues at ``length``, so text that is held back
+        stays held back.
         """
         self.index = index
         self.request = request
@@ -63,49 +168,57 @@ class Choice:
     def is_over(self) -> bool:
         return self.finish_reason is not None
 
-    def take(self, tokens: Iterable[TokenOutput], finished: RequestFinished | None = None) -> Delta:
+    def take(self, tokens: Sequence[TokenOutput], finished: RequestFinished | None = None) -> Delta:
         """Feed new tokens; a stop string ends the choice early and drops the tokens after it."""
         assert not self.is_over()
         delta = Delta(self.index)
-        tokens = list(tokens)
-        stop_token = (
-            tokens.pop()
-            if tokens and finished is not None and finished.stop_token_id is not None
-            else None
+        ends_with_stop = (
+            bool(tokens) and finished is not None and finished.stop_token_id is not None
         )
-        for token in tokens:
+        for token in tokens[:-1] if ends_with_stop else tokens:
             self._add(delta, token)
             if self.is_over():
-                return self._signed(delta)
-        if stop_token is not None:
-            self._add_stop_token(delta, stop_token)
-        elif finished is not None:
-            self._end(delta, finished.reason)
-        return self._signed(delta)
+                break
+        else:
+            if ends_with_stop:
+                self._add_stop_token(delta, tokens[-1])
+            elif finished is not None:
+                self._end(delta, finished.reason)
+        delta.finish_reason, delta.stop_reason = self.finish_reason, self.stop_reason
+        return delta
 
-    def replay(
-        self, tokens: Sequence[TokenOutput], finish_reason: str | None
-    ) -> tuple[Delta, Delta]:
-        """Feed tokens that exist already; ``finish_reason`` is set where somebody knows that the
-        last one ended the choice.
+    def resume(self, tokens: Sequence[FirstToken], *, sent: bool) -> Delta | None:
+        """Feed tokens that another engine has drawn; return what the client has not seen of them.
 
-        Returns what a stream has emitted for the tokens while the choice went on, and what its end
-        adds, if it is over.
+        ``sent``: the client has what a stream emits for the tokens, and for the end of the choice
+        if the last token has a ``finish_reason``.
         """
-        sampling = self.request.sampling
-        last = tokens[-1]
-        is_stop = last.token_id in sampling.stop_token_ids and len(tokens) >= sampling.min_tokens
-        known, end = self.take(tokens[:-1] if is_stop else tokens), Delta(self.index)
-        if self.is_over():
-            end.finish_reason, end.stop_reason = known.finish_reason, known.stop_reason
-            known.finish_reason = known.stop_reason = None
-        elif is_stop:
-            self._add_stop_token(end, last)
-            self._signed(end)
-        elif finish_reason is not None or self.num_tokens >= sampling.max_tokens:
-            self._end(end, "stop" if finish_reason == "stop" else "length")
-            self._signed(end)
-        return known, end
+        outputs = list(map(output_of, tokens))
+        sampling, reason = self.request.sampling, tokens[-1].finish_reason
+        self.request.output = outputs
+        if reason is not None:
+            self.request.remote_kv = None  # the prefill side knows, and waits for no pull
+        is_stop = (
+            outputs[-1].token_id in sampling.stop_token_ids and len(outputs) >= sampling.min_tokens
+        )
+        delta = self.take(outputs[:-1] if is_stop else outputs)
+        num_chars = len(delta.text)
+        if not self.is_over():
+            if is_stop:
+                self._add_stop_token(delta, outputs[-1])
+            elif reason is not None or self.num_tokens >= sampling.max_tokens:
+                self._end(delta, "stop" if reason == "stop" else "length")
+        if not sent:
+            delta.finish_reason, delta.stop_reason = self.finish_reason, self.stop_reason
+            return delta
+        if reason is not None or not self.is_over():
+            return None
+        return Delta(
+            self.index,
+            delta.text[num_chars:],
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+        )
 
     def _add(self, delta: Delta, token: TokenOutput) -> None:
         self._count(delta, token)
@@ -133,7 +246,3 @@ class Choice:
         self.num_tokens += 1
         delta.tokens.append(token)
         delta.text_offsets.append(self._text.num_chars)
-
-    def _signed(self, delta: Delta) -> Delta:
-        delta.finish_reason, delta.stop_reason = self.finish_reason, self.stop_reason
-        return delta

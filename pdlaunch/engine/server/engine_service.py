@@ -11,13 +11,10 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.engine.server.engine_reports import EngineReports
 from pdlaunch.engine.server.metrics import ServerMetrics
 from pdlaunch.engine.server.rank_link import RankLink
-from pdlaunch.engine.server.running_choices import RunningChoices
 from pdlaunch.engine.server.served_model import ServedModel
 from pdlaunch.engine.server.sleep import SleepDesk
-from pdlaunch.engine.server.unsent_spans import UnsentSpans
 from pdlaunch.errors import OverloadedError
 from pdlaunch.http.errors import LEAVING_RETRY_AFTER_S
 from pdlaunch.http.headers import IgnoredFields
@@ -30,16 +27,18 @@ from pdlaunch.http.limits import (
     max_engine_body_bytes,
     read_body,
 )
+from pdlaunch.observe.spans import SpanLog, SpanReport
 from pdlaunch.protocol.engine import EngineStats, Welcome
 from pdlaunch.protocol.ids import HopId, RequestId
 
 MAX_REMEMBERED_LEASES = 4096
+MAX_KEPT_SPANS = 256
+WAIT_FOR_SPANS_S = 2.0
+"""Rank 0 tells its part at the end of a step. A router may ask before its own leaving is seen."""
 READ_STATS_TIMEOUT_S = 1.5
 """Rank 0 answers between two steps. Routers wait a little longer for a page of metrics."""
 RANK_SILENCE_S = 30.0
-"""Rank 0 speaks every second between its steps; one that says nothing for so long is taken to
-hang.
-"""
+"""Rank 0 speaks every second between its steps; after this silence it counts as hung."""
 
 
 class EngineService:
@@ -73,10 +72,7 @@ class EngineService:
             },
         )
         self.leases = LeaseIndex()
-        self.reports = EngineReports()
         self.unsent_spans = UnsentSpans()
-        self.running: dict[HopId, RunningChoices] = {}
-        """Requests at rank 0, by the id that the caller gave."""
         self.sleep = SleepDesk(spec, self.admission, self.live_link)
         self.loaded: ServedModel | None = None
         self.welcomed = asyncio.Event()
@@ -101,10 +97,7 @@ class EngineService:
         return self._link
 
     def live_link(self) -> RankLink:
-        """Return the link to a rank that can be given work.
-
-        Raises OverloadedError (503) while there is none.
-        """
+        """Return the link to a rank that can be given work. Raises OverloadedError (503)."""
         link = self.link
         if link.silence_s >= self._rank_silence_s:
             raise OverloadedError(
@@ -148,10 +141,7 @@ class EngineService:
             await old.close()
 
     async def read_stats(self) -> None:
-        """Bring the rank's totals up to date, or leave them as they were when it does not answer.
-
-        So the next scrape has what an answer that has left has counted.
-        """
+        """Bring the rank's totals up to date; they stay as they were when it does not answer."""
         with contextlib.suppress(OverloadedError, TimeoutError):
             async with asyncio.timeout(READ_STATS_TIMEOUT_S):
                 await self.live_link().read_stats()
@@ -160,7 +150,7 @@ class EngineService:
         self.metrics.engine.stats = EngineStats(
             num_blocks=welcome.num_blocks, num_free_blocks=welcome.num_blocks
         )
-        self.sleep.on_welcome(welcome)
+        self.sleep.settle(welcome.sleeping_tags)
         self.welcomed.set()
 
     def on_stats(self, stats: EngineStats) -> None:
@@ -184,6 +174,32 @@ class LeaseIndex:
     def take(self, name: str) -> RequestId | None:
         """Forget a lease and return its request's id; None when there is none of this name."""
         return self._rank_ids.pop(name, None)
+
+
+class UnsentSpans:
+    """Keeps the spans of requests whose answer nobody took, for routers that ask afterwards."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[HopId, tuple[SpanLog, asyncio.Event]] = OrderedDict()
+        self._added = asyncio.Event()
+
+    def keep(self, hop_id: HopId, spans: SpanLog, ended: asyncio.Event) -> None:
+        """Keep the spans of a request, which are whole once ``ended`` is set."""
+        self._kept[hop_id] = spans, ended
+        while len(self._kept) > MAX_KEPT_SPANS:
+            self._kept.popitem(last=False)
+        self._added.set()
+        self._added = asyncio.Event()
+
+    async def take(self, hop_id: HopId) -> SpanReport | None:
+        """Return a request's spans, once; None when there are none of it."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(WAIT_FOR_SPANS_S):
+                while hop_id not in self._kept:
+                    await self._added.wait()
+                await self._kept[hop_id][1].wait()
+        kept = self._kept.pop(hop_id, None)
+        return None if kept is None else kept[0].report()
 
 
 def _shutting_down() -> OverloadedError:

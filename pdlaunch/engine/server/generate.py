@@ -10,24 +10,15 @@ A client that goes away cancels the handler, and leaving the handler aborts what
 from __future__ import annotations
 
 import logging
-import secrets
 from functools import partial
+from typing import TypeVar
 
 from aiohttp import web
 
-from pdlaunch.engine.server.engine_reports import EngineReports
+from pdlaunch.engine.server.answers import AnswerWriter
 from pdlaunch.engine.server.engine_service import EngineService
-from pdlaunch.engine.server.prepare import Call, Prepared, prepare
-from pdlaunch.engine.server.prompts import (
-    chat_prompt,
-    completion_prompts,
-    read_chat,
-    read_completion,
-)
-from pdlaunch.engine.server.render import ChatRenderer, CompletionRenderer, Renderer
-from pdlaunch.engine.server.respond import Answerer
-from pdlaunch.engine.server.running_choices import RunningChoices
-from pdlaunch.errors import PdlaunchError
+from pdlaunch.engine.server.generation import Call, Generation
+from pdlaunch.errors import PdlaunchError, RequestError
 from pdlaunch.http.app import request_id_of
 from pdlaunch.http.headers import (
     ORIGIN_HEADER,
@@ -38,196 +29,158 @@ from pdlaunch.http.headers import (
     read_traceparent,
 )
 from pdlaunch.http.limits import LARGE_BODY_BYTES, LARGE_TEXT_BYTES, Deadline, Ticket
+from pdlaunch.http.sse import ClientStream
 from pdlaunch.observe.metrics import RequestClock
 from pdlaunch.observe.spans import SpanLog
-from pdlaunch.protocol.ids import NO_ORIGIN, HopId
+from pdlaunch.protocol.ids import HopId
 from pdlaunch.protocol.openai.requests import ChatCompletionRequest, CompletionRequest
 
 _log = logging.getLogger(__name__)
 
-
-class GenerateHandler:
-    """Answers both completion endpoints of one engine."""
-
-    def __init__(self, service: EngineService) -> None:
-        self._service = service
-
-    async def completions(self, http: web.Request) -> web.StreamResponse:
-        call = _read_call(http)
-        with self._service.admit() as ticket:
-            deadline = self._service.deadlines.start()
-            async with deadline.guard():
-                request, prompts = await self._read_completion(http, ticket, call.spans)
-            model, has_peers = self._service.model, self._service.spec.has_peers
-            prepared = prepare(
-                call, request, prompts, model, prompt_param="prompt", has_peers=has_peers
-            )
-            renderer = CompletionRenderer(
-                request,
-                call.hop_id,
-                model.name,
-                model.tokenizer,
-                prompts,
-                self._reports_for(call),
-            )
-            return await self._run(http, call, prepared, renderer, deadline)
-
-    async def chat(self, http: web.Request) -> web.StreamResponse:
-        call = _read_call(http)
-        with self._service.admit() as ticket:
-            deadline = self._service.deadlines.start()
-            async with deadline.guard():
-                request, prompt = await self._read_chat(http, ticket, call.spans)
-            model, has_peers = self._service.model, self._service.spec.has_peers
-            prepared = prepare(
-                call, request, [prompt], model, prompt_param="messages", has_peers=has_peers
-            )
-            renderer = ChatRenderer(
-                request,
-                call.hop_id,
-                model.name,
-                model.tokenizer,
-                [prompt],
-                self._reports_for(call),
-            )
-            return await self._run(http, call, prepared, renderer, deadline)
-
-    def _reports_for(self, call: Call) -> EngineReports | None:
-        """Return what a router of ours is told, which names the origin of each prompt."""
-        return self._service.reports if call.origin != NO_ORIGIN else None
-
-    async def _read_completion(
-        self, http: web.Request, ticket: Ticket, spans: SpanLog
-    ) -> tuple[CompletionRequest, list[list[int]]]:
-        """Return the request, and the token ids of its prompts.
-
-        The ticket has all the request's places then. Raises RequestError.
-        """
-        async with self._service.read(http) as raw:
-            inputs, model = self._service.inputs, self._service.model
-            request = await inputs.run(
-                len(raw) >= LARGE_BODY_BYTES,
-                partial(read_completion, raw, model, self._service.spec.strict_fields),
-            )
-            num_prompts = len(request.prompts)
-            ticket.grow(num_prompts * request.n, "n" if num_prompts == 1 else "prompt")
-            spans.add("receive", spans.start_at, bytes=len(raw))
-            with spans.measure("tokenize") as attributes:
-                prompts = await inputs.run(
-                    len(raw) >= LARGE_TEXT_BYTES, partial(completion_prompts, request, model)
-                )
-                attributes["tokens"] = sum(map(len, prompts))
-            return request, prompts
-
-    async def _read_chat(
-        self, http: web.Request, ticket: Ticket, spans: SpanLog
-    ) -> tuple[ChatCompletionRequest, list[int]]:
-        """Return the request, and the token ids of its one prompt.
-
-        The ticket has all the request's places then. Raises RequestError.
-        """
-        async with self._service.read(http) as raw:
-            inputs, model = self._service.inputs, self._service.model
-            request = await inputs.run(
-                len(raw) >= LARGE_BODY_BYTES,
-                partial(read_chat, raw, model, self._service.spec.strict_fields),
-            )
-            ticket.grow(request.n, "n")
-            spans.add("receive", spans.start_at, bytes=len(raw))
-            with spans.measure("tokenize") as attributes:
-                prompt = await inputs.run(
-                    len(raw) >= LARGE_TEXT_BYTES, partial(chat_prompt, request, model)
-                )
-                attributes["tokens"] = len(prompt)
-            return request, prompt
-
-    async def _run(
-        self,
-        http: web.Request,
-        call: Call,
-        prepared: Prepared,
-        renderer: Renderer,
-        deadline: Deadline,
-    ) -> web.StreamResponse:
-        """Answer the request.
-
-        On the way out, whatever is not finished is aborted, and so is a lease whose answer could
-        not be written.
-        """
-        metrics = self._service.metrics
-        clock = RequestClock(metrics.requests)
-        if call.traceparent is not None:
-            _log.debug("traceparent %s", call.traceparent)
-        metrics.requests.prompt_tokens.inc(prepared.num_prompt_tokens)
-        metrics.requests.prompt_length.observe(prepared.num_prompt_tokens)
-        metrics.asked(renderer.request.n, prepared.choices)
-        running = RunningChoices(
-            self._service.live_link(),
-            prepared.choices,
-            num_prompt_tokens=prepared.num_prompt_tokens,
-            spans=call.spans,
-        )
-        headers = {REQUEST_ID_HEADER: call.hop_id} | self._service.ignored_fields.headers(
-            renderer.request.ignored_fields
-        )
-        answerer = Answerer(
-            http,
-            headers,
-            prepared,
-            renderer,
-            running,
-            clock,
-            deadline,
-            call.spans if call.wants_spans else None,
-        )
-        # Until the last byte is written nobody knows of the lease, and nobody else would end it.
-        answered = False
-        # What becomes of choices without a reason of their own: their client has gone away, unless
-        # something else is known.
-        otherwise = "abort"
-        try:
-            self._service.running[call.hop_id] = running
-            running.start()
-            response = await (answerer.stream() if renderer.request.stream else answerer.answer())
-            answered = not answerer.broke_off
-            if answerer.broke_off:
-                otherwise = "error"
-        except PdlaunchError:
-            otherwise = "error"
-            raise
-        finally:
-            metrics.ended(prepared.choices, otherwise)
-            running.abort()
-            if call.wants_spans and not answered:
-                self._service.unsent_spans.keep(call.hop_id, call.spans, running.ended)
-            if self._service.running.get(call.hop_id) is running:
-                del self._service.running[call.hop_id]
-            if prepared.is_remote_prefill and not answered:
-                running.release()
-        if prepared.is_remote_prefill and answered:
-            self._service.leases.add(call.hop_id, prepared.choices[0].request.request_id)
-        clock.end(sum(choice.num_tokens for choice in prepared.choices))
-        _log.info("%s", _summary(prepared))
-        return response
+R = TypeVar("R", CompletionRequest, ChatCompletionRequest)
 
 
-def _read_call(http: web.Request) -> Call:
-    hop_id = HopId(request_id_of(http))
+async def generate(service: EngineService, kind: type[R], http: web.Request) -> web.StreamResponse:
+    """Answer one request of ``kind``. Raises RequestError before the answer begins."""
     origin, is_suspect = read_origin(http.headers.get(ORIGIN_HEADER))
-    return Call(
-        hop_id=hop_id,
-        unique_id=f"{hop_id}-{secrets.token_hex(4)}",
+    call = Call(
+        hop_id=HopId(request_id_of(http)),
         traceparent=read_traceparent(http.headers.get(TRACEPARENT_HEADER)),
         origin=origin,
         is_suspect=is_suspect,
         wants_spans=http.headers.get(SPANS_HEADER) == "1",
     )
+    with service.admit() as ticket:
+        deadline = service.deadlines.start()
+        async with deadline.guard():
+            request, prompts = await _read(service, kind, http, ticket, call.spans)
+        generation = Generation(
+            service.live_link(),
+            call,
+            request,
+            prompts,
+            service.model,
+            has_peers=service.spec.has_peers,
+        )
+        return await _run(service, http, call, generation, deadline)
 
 
-def _summary(prepared: Prepared) -> str:
-    num_output = sum(choice.num_tokens for choice in prepared.choices)
-    reasons = ",".join(str(choice.finish_reason) for choice in prepared.choices)
-    return (
-        f"prompt_tokens={prepared.num_prompt_tokens} completion_tokens={num_output} "
-        f"finish_reason={reasons}"
+async def _read(
+    service: EngineService, kind: type[R], http: web.Request, ticket: Ticket, spans: SpanLog
+) -> tuple[R, list[list[int]]]:
+    """Return the request and the token ids of its prompts; the ticket has all its places then.
+
+    Raises RequestError.
+    """
+    async with service.read(http) as raw:
+        model = service.model
+        request = await service.inputs.run(
+            len(raw) >= LARGE_BODY_BYTES, partial(model.read, kind, raw)
+        )
+        num_prompts = len(request.prompts) if isinstance(request, CompletionRequest) else 1
+        ticket.grow(num_prompts * request.n, "n" if num_prompts == 1 else "prompt")
+        spans.add("receive", spans.start_at, bytes=len(raw))
+        with spans.measure("tokenize") as attributes:
+            prompts = await service.inputs.run(
+                len(raw) >= LARGE_TEXT_BYTES, partial(model.prompts, request)
+            )
+            attributes["tokens"] = sum(map(len, prompts))
+        return request, prompts
+
+
+async def _run(
+    service: EngineService,
+    http: web.Request,
+    call: Call,
+    generation: Generation,
+    deadline: Deadline,
+) -> web.StreamResponse:
+    """Answer the request.
+
+    On the way out, whatever is not finished is aborted, and so is a lease whose answer could not be
+    written.
+    """
+    metrics, request, choices = service.metrics, generation.request, generation.choices
+    clock = RequestClock(metrics.requests)
+    if call.traceparent is not None:
+        _log.debug("traceparent %s", call.traceparent)
+    metrics.asked(request.n, generation.num_prompt_tokens, choices)
+    headers = {REQUEST_ID_HEADER: call.hop_id} | service.ignored_fields.headers(
+        request.ignored_fields
     )
+    writer = AnswerWriter(
+        generation, service.model, call.hop_id, clock, call.spans if call.wants_spans else None
+    )
+    # Until the last byte is written nobody knows of the lease, and nobody else would end it.
+    answered = False
+    # How choices without a reason of their own end: their client has gone away, unless something
+    # else is known.
+    otherwise = "abort"
+    try:
+        generation.start()
+        if request.stream:
+            response, answered = await _stream(http, headers, writer, deadline)
+            otherwise = "abort" if answered else "error"
+        else:
+            response = await _answer(http, headers, writer, deadline)
+            answered = True
+    except PdlaunchError:
+        otherwise = "error"
+        raise
+    finally:
+        metrics.ended(choices, otherwise)
+        generation.abort()
+        if not answered:
+            if call.wants_spans:
+                service.unsent_spans.keep(call.hop_id, call.spans, generation.ended)
+            if generation.is_remote_prefill:
+                generation.release()
+    if generation.is_remote_prefill:
+        service.leases.add(call.hop_id, choices[0].request.request_id)
+    num_output = sum(choice.num_tokens for choice in choices)
+    clock.end(num_output)
+    _log.info(
+        "prompt_tokens=%d completion_tokens=%d finish_reason=%s",
+        generation.num_prompt_tokens,
+        num_output,
+        ",".join(str(choice.finish_reason) for choice in choices),
+    )
+    return response
+
+
+async def _answer(
+    http: web.Request, headers: dict[str, str], writer: AnswerWriter, deadline: Deadline
+) -> web.StreamResponse:
+    """Write one JSON body. Raises RequestError, or ConnectionError when the client has left."""
+    async with deadline.guard():
+        body = await writer.whole()
+        response = web.Response(body=body, content_type="application/json", headers=headers)
+        # Written here, so that its caller knows when nobody took the answer.
+        await response.prepare(http)
+        await response.write_eof()
+    return response
+
+
+async def _stream(
+    http: web.Request, headers: dict[str, str], writer: AnswerWriter, deadline: Deadline
+) -> tuple[web.StreamResponse, bool]:
+    """Write server-sent events; return False for a stream that ended with an error.
+
+    Raises RequestError before the first event; later errors are events.
+    """
+    stream = ClientStream(http, headers)
+    try:
+        async with deadline.guard():
+            async for events in writer.events():
+                await stream.write(events)
+            await stream.end(writer.last_events())
+    except ConnectionError:
+        raise
+    except Exception as error:
+        if not stream.has_begun:
+            raise
+        if isinstance(error, RequestError):
+            _log.warning("stream failed: %s", error)
+        await stream.fail(error)
+        return stream.response, False
+    return stream.response, True

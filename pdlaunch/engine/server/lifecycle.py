@@ -12,7 +12,6 @@ import asyncio
 import logging
 import os
 
-import msgspec
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 
@@ -38,16 +37,14 @@ from pdlaunch.protocol.control import (
     Stop,
     Suspects,
 )
-from pdlaunch.protocol.engine import Welcome
 from pdlaunch.protocol.process.bootstrap import LISTEN_BACKLOG
 from pdlaunch.protocol.process.engine_ports import bind_to_share
 
 _log = logging.getLogger(__name__)
 
 ROUTER_READ_TIMEOUT_S = 60.0
-"""Seconds for which a connection may take no byte of its answer.
-
-It is longer than a router's limit, because a router waits for its own client in turn.
+"""Seconds for which a connection may take no byte of its answer. It is longer than a router's
+limit, because a router waits for its own client in turn.
 """
 
 
@@ -59,7 +56,6 @@ class ServerProcess:
         self._spec: EngineSpec = supervised.bootstrap.engine()
         self._service = EngineService(self._spec, CollectorRegistry())
         self._service.sleep.announce = supervised.send
-        self._url: str | None = None
         self._rank: tuple[int, str] | None = None
         """Incarnation and endpoint of the rank 0 that the link leads to."""
 
@@ -74,8 +70,7 @@ class ServerProcess:
         )
         try:
             await runner.setup()
-            self._url = await self._bind(runner)
-            supervised.register(self._url)
+            supervised.register(await self._bind(runner))
             supervised.spawn(self._start())
             await self._obey()
         finally:
@@ -87,17 +82,17 @@ class ServerProcess:
         StartupError.
         """
         host, port = self._spec.bind_address, self._spec.http_port
-        certificate = self._supervised.bootstrap.keys.certificate
-        if not (is_local := is_loopback(host)) and certificate is None:
+        bootstrap = self._supervised.bootstrap
+        certificate, is_local = bootstrap.keys.certificate, is_loopback(host)
+        if not is_local and certificate is None:
             raise StartupError(f"{self._spec.name} has no certificate to listen on {host} with")
-        tls = None if is_local or certificate is None else server_context(certificate)
         try:
             site: web.BaseSite
-            if is_local:
-                is_kept = self._supervised.bootstrap.port_is_kept
-                bound = bind_to_share(host, port, is_kept=is_kept)
+            if is_local or certificate is None:
+                bound = bind_to_share(host, port, is_kept=bootstrap.port_is_kept)
                 site = web.SockSite(runner, bound, backlog=LISTEN_BACKLOG)
             else:
+                tls = server_context(certificate)
                 site = web.TCPSite(runner, host, port, ssl_context=tls, backlog=LISTEN_BACKLOG)
             await site.start()
             runner.drop_stalled_readers(ROUTER_READ_TIMEOUT_S)
@@ -105,7 +100,7 @@ class ServerProcess:
             raise StartupError(
                 f"{self._spec.name} cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}"
             ) from None
-        scheme = "http" if tls is None else "https"
+        scheme = "http" if is_local else "https"
         return url_of(scheme, self._spec.advertise_address, runner.addresses[0][1])
 
     async def _start(self) -> None:
@@ -144,38 +139,31 @@ class ServerProcess:
     async def _find_rank(self, registry: Registry) -> None:
         """Link to this engine's rank 0; a new incarnation gets a new link, a lost one none."""
         name = f"{self._spec.name}/rank-0"
-        found = next(
-            (entry for entry in registry.entries if entry.name == name and entry.address.requests),
+        rank = next(
+            (
+                (entry.incarnation, entry.address.requests)
+                for entry in registry.entries
+                if entry.name == name and entry.address.requests
+            ),
             None,
         )
-        rank = None if found is None else (found.incarnation, found.address.requests)
         # Registries come for every change of any process; most say nothing of this rank.
         if rank == self._rank:
             return
         if self._rank is not None:
             _log.warning("rank 0 was %s, now %s", self._rank, rank or "lost")
         self._rank = rank
-        await self._service.use_link(None if rank is None else self._new_link(rank[1]))
-
-    def _new_link(self, endpoint: str) -> RankLink:
-        return RankLink(
-            self._supervised.context,
-            endpoint,
-            identity=self._supervised.bootstrap.name,
-            on_welcome=self._on_welcome,
-            on_stats=self._service.on_stats,
-            on_sleep=self._service.sleep.on_reply,
-            on_report=self._service.reports.take,
-        )
-
-    def _on_welcome(self, welcome: Welcome) -> None:
-        """Tell routers what the rank has measured at its warm-up, then take its work."""
-        if welcome.costs is not None and self._url is not None:
-            capabilities = self._supervised.bootstrap.capabilities
-            self._supervised.register(
-                self._url, msgspec.structs.replace(capabilities, costs=welcome.costs)
+        link = None
+        if rank is not None:
+            link = RankLink(
+                self._supervised.context,
+                rank[1],
+                identity=self._supervised.bootstrap.name,
+                on_welcome=self._service.on_welcome,
+                on_stats=self._service.on_stats,
+                on_sleep=lambda reply: self._service.sleep.settle(reply.sleeping_tags),
             )
-        self._service.on_welcome(welcome)
+        await self._service.use_link(link)
 
     async def _drain(self, timeout_s: float) -> None:
         await self._service.admission.drain(timeout_s)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
-from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import (
@@ -23,80 +21,91 @@ from pdlaunch.observe.histograms import (
     TOKEN_BUCKETS,
     HistogramFamily,
 )
-from pdlaunch.observe.metrics import RequestMetrics
+from pdlaunch.observe.metrics import RequestMetrics, buckets_of
 from pdlaunch.protocol.engine import EngineHistograms, EngineStats, HistogramCounts
 
-# Fields of EngineStats, with what follows ``pdlaunch_`` in the metric's name, vLLM's word where it
-# has one. Counters get ``_total`` when they are shown. What follows from several fields is made in
-# ``_derived``; a field that is in none of them is sent and never shown.
-_GAUGES: Mapping[str, tuple[str, str]] = {
-    "num_running": ("num_requests_running", "Requests in the batch."),
-    "num_leased_requests": (
-        "num_requests_leased",
-        "Finished prefills whose blocks wait for a decode engine.",
-    ),
-    "num_blocks": ("kv_blocks", "KV blocks of a rank."),
-    "num_free_blocks": ("kv_blocks_free", "KV blocks that can be allocated."),
-    "num_leased_blocks": ("kv_blocks_leased", "KV blocks under lease."),
-    "num_quarantined_blocks": (
-        "kv_blocks_quarantined",
-        "KV blocks that a READ may still write to.",
-    ),
-    "num_host_blocks": ("kv_offload_blocks", "Room of the host tier in KV blocks."),
-    "num_used_host_blocks": ("kv_offload_blocks_used", "KV blocks in the host tier."),
-    "num_offload_jobs": ("kv_offload_jobs", "Copies between device and host in flight."),
+_STATS = """
+gauge   num_running            num_requests_running     Requests in the batch.
+gauge   num_leased_requests    num_requests_leased      Finished prefills that wait for a pull.
+gauge   num_blocks             kv_blocks                KV blocks of a rank.
+gauge   num_free_blocks        kv_blocks_free           KV blocks that can be allocated.
+gauge   num_leased_blocks      kv_blocks_leased         KV blocks under lease.
+gauge   num_quarantined_blocks kv_blocks_quarantined    KV blocks that a READ may still write to.
+gauge   num_host_blocks        kv_offload_blocks        Room of the host tier in KV blocks.
+gauge   num_used_host_blocks   kv_offload_blocks_used   KV blocks in the host tier.
+gauge   num_offload_jobs       kv_offload_jobs          Copies between device and host in flight.
+counter prompt_tokens          prefix_cache_queries     Prompt tokens looked up in the cache.
+counter device_hit_tokens      prefix_cache_hits        Prompt tokens found in the device's cache.
+counter cached_prompt_tokens   prompt_tokens_cached     Prompt tokens that were not computed here.
+counter generation_tokens      sampled_tokens           Output tokens drawn by the rank.
+counter preemptions            num_preemptions          Requests that lost their blocks.
+counter transfers              kv_transfers             Pulls that ended well.
+counter transfer_bytes         kv_transfer_bytes        Bytes of KV blocks pulled.
+counter transfer_seconds       kv_transfer_seconds      Seconds spent in pulls.
+counter transfer_failures      kv_transfer_failures     Pulls that failed.
+counter pull_retries           kv_pull_retries          READs that were repeated after a failure.
+counter recomputed_requests    kv_recomputed_requests   Requests recomputed after failed pulls.
+counter leases_expired         kv_leases_expired        Leases that nobody pulled in time.
+counter late_reads             kv_late_reads            Pulls after their lease; they were not used.
+counter verification_failures  kv_verification_failures Pulls whose hashes or checksums differed.
+counter offload_stores         kv_offload_stores        Copies to host memory that have ended.
+counter offload_stored_bytes   kv_offload_stored_bytes  Bytes copied from device to host.
+counter offload_stored_seconds kv_offload_stored_seconds Seconds of these copies.
+counter offload_store_failures kv_offload_store_failures Copies to host memory that failed.
+counter offload_loads          kv_offload_loads         Copies from host memory that have ended.
+counter offload_loaded_bytes   kv_offload_loaded_bytes  Bytes copied from host to device.
+counter offload_loaded_seconds kv_offload_loaded_seconds Seconds of these copies.
+counter offload_load_failures  kv_offload_load_failures Copies from host memory that failed.
+counter offload_bad_blocks     kv_offload_bad_blocks    Host blocks that were not what was stored.
+counter offload_evicted_blocks kv_offload_evicted_blocks KV blocks that left the host tier.
+counter offload_refused_blocks kv_offload_refused_blocks KV blocks not stored for want of room.
+gauge   - kv_cache_usage_perc            Share of KV blocks in use, 0 to 1.
+gauge   - kv_offload_usage_perc          Share of the host tier in use, 0 to 1.
+gauge   - num_requests_waiting           Requests that wait for a place in the batch or KV blocks.
+gauge   - num_requests_waiting_by_reason The same: for a place (capacity), for KV blocks (deferred).
+counter - external_prefix_cache_queries  Prompt tokens that the KV cache of the device lacked.
+counter - external_prefix_cache_hits     Of these, tokens of the host tier or of another engine.
+counter - prompt_tokens_by_source        Prompt tokens by where their KV came from.
+counter - prompt_tokens_cached_by_source Cached prompt tokens: of device, host, peers (p2p).
+"""
+"""Fields of ``EngineStats``, each with what follows ``pdlaunch_`` in the metric's name, vLLM's word
+where it has one; ``-`` follows from several. Counters get ``_total`` when they are shown.
+"""
+_KINDS = {"gauge": GaugeMetricFamily, "counter": CounterMetricFamily}
+
+
+_LABELS = {
+    "num_requests_waiting_by_reason": "reason",
+    "prompt_tokens_by_source": "source",
+    "prompt_tokens_cached_by_source": "source",
 }
-_COUNTERS: Mapping[str, tuple[str, str]] = {
-    "prompt_tokens": ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
-    "device_hit_tokens": (
-        "prefix_cache_hits",
-        "Prompt tokens found in the KV cache of the device.",
-    ),
-    "cached_prompt_tokens": ("prompt_tokens_cached", "Prompt tokens that were not computed here."),
-    "generation_tokens": ("sampled_tokens", "Output tokens drawn by the rank."),
-    "preemptions": ("num_preemptions", "Requests that lost their blocks and were computed again."),
-    "transfers": ("kv_transfers", "Pulls that ended well."),
-    "transfer_bytes": ("kv_transfer_bytes", "Bytes of KV blocks pulled."),
-    "transfer_seconds": ("kv_transfer_seconds", "Seconds spent in pulls."),
-    "transfer_failures": ("kv_transfer_failures", "Pulls that failed."),
-    "pull_retries": ("kv_pull_retries", "READs that were repeated after a failure."),
-    "recomputed_requests": (
-        "kv_recomputed_requests",
-        "Requests whose prompt was recomputed after failed pulls.",
-    ),
-    "leases_expired": ("kv_leases_expired", "Leases that nobody pulled in time."),
-    "late_reads": (
-        "kv_late_reads",
-        "Pulls whose bytes came after their lease had ended; they were not used.",
-    ),
-    "verification_failures": (
-        "kv_verification_failures",
-        "Pulls whose hashes or checksums differed.",
-    ),
-    "offload_stores": ("kv_offload_stores", "Copies to host memory that have ended."),
-    "offload_stored_bytes": ("kv_offload_stored_bytes", "Bytes copied from device to host."),
-    "offload_stored_seconds": ("kv_offload_stored_seconds", "Seconds of these copies."),
-    "offload_store_failures": ("kv_offload_store_failures", "Copies to host memory that failed."),
-    "offload_loads": ("kv_offload_loads", "Copies from host memory that have ended."),
-    "offload_loaded_bytes": ("kv_offload_loaded_bytes", "Bytes copied from host to device."),
-    "offload_loaded_seconds": ("kv_offload_loaded_seconds", "Seconds of these copies."),
-    "offload_load_failures": (
-        "kv_offload_load_failures",
-        "Copies from host memory that failed; their tokens were computed.",
-    ),
-    "offload_bad_blocks": (
-        "kv_offload_bad_blocks",
-        "KV blocks in host memory that were not what was stored there.",
-    ),
-    "offload_evicted_blocks": (
-        "kv_offload_evicted_blocks",
-        "KV blocks that left the host tier for others.",
-    ),
-    "offload_refused_blocks": (
-        "kv_offload_refused_blocks",
-        "KV blocks not stored for want of room.",
-    ),
-}
+
+
+def _value(stats: EngineStats, field: str, name: str) -> float | Mapping[str, float]:
+    """Return the value of a metric, or its values by label."""
+    if field != "-":
+        value: float = getattr(stats, field)
+        return value
+    device, host, remote = stats.device_hit_tokens, stats.host_hit_tokens, stats.remote_hit_tokens
+    num_used = stats.num_blocks - stats.num_free_blocks
+    derived: dict[str, float | Mapping[str, float]] = {
+        "kv_cache_usage_perc": num_used / max(stats.num_blocks, 1),
+        "kv_offload_usage_perc": stats.num_used_host_blocks / max(stats.num_host_blocks, 1),
+        "num_requests_waiting": stats.num_waiting + stats.num_waiting_for_kv,
+        "num_requests_waiting_by_reason": {
+            "capacity": stats.num_waiting,
+            "deferred": stats.num_waiting_for_kv,
+        },
+        "external_prefix_cache_queries": stats.prompt_tokens - device,
+        "external_prefix_cache_hits": host + remote,
+        "prompt_tokens_by_source": {
+            "local_compute": stats.prompt_tokens - stats.cached_prompt_tokens,
+            "local_cache_hit": device,
+            "external_kv_transfer": host + remote,
+        },
+        "prompt_tokens_cached_by_source": {"device": device, "host": host, "p2p": remote},
+    }
+    return derived[name]
 
 
 class ServerMetrics:
@@ -137,8 +146,10 @@ class ServerMetrics:
             TOKEN_BUCKETS,
         )
 
-    def asked(self, num_choices: int, choices: Sequence[Choice]) -> None:
+    def asked(self, num_choices: int, num_prompt_tokens: int, choices: Sequence[Choice]) -> None:
         """Count what a request wants: ``num_choices`` for each of its prompts."""
+        self.requests.prompt_tokens.inc(num_prompt_tokens)
+        self.requests.prompt_length.observe(num_prompt_tokens)
         self._num_choices.observe(num_choices)
         for choice in choices:
             self._max_tokens.observe(choice.request.sampling.max_tokens)
@@ -148,79 +159,6 @@ class ServerMetrics:
         self._longest.observe(max(choice.num_tokens for choice in choices))
         for choice in choices:
             self.requests.finished(choice.finish_reason or otherwise)
-
-
-class _Derived(NamedTuple):
-    """Describes a metric that follows from several fields."""
-
-    kind: type[GaugeMetricFamily | CounterMetricFamily]
-    name: str
-    text: str
-    values: Mapping[tuple[str, ...], float]
-    """Values by those of ``labels``."""
-    labels: tuple[str, ...] = ()
-
-
-def _derived(stats: EngineStats) -> Iterator[_Derived]:
-    device, host, remote = stats.device_hit_tokens, stats.host_hit_tokens, stats.remote_hit_tokens
-    num_used = stats.num_blocks - stats.num_free_blocks
-    yield _Derived(
-        GaugeMetricFamily,
-        "kv_cache_usage_perc",
-        "Share of KV blocks in use, 0 to 1.",
-        {(): num_used / max(stats.num_blocks, 1)},
-    )
-    yield _Derived(
-        GaugeMetricFamily,
-        "kv_offload_usage_perc",
-        "Share of the host tier in use, 0 to 1.",
-        {(): stats.num_used_host_blocks / max(stats.num_host_blocks, 1)},
-    )
-    yield _Derived(
-        GaugeMetricFamily,
-        "num_requests_waiting",
-        "Requests waiting for a place in the batch, or for KV blocks.",
-        {(): stats.num_waiting + stats.num_waiting_for_kv},
-    )
-    yield _Derived(
-        GaugeMetricFamily,
-        "num_requests_waiting_by_reason",
-        "The same: for a place in the batch (capacity), or for KV blocks of another engine or of "
-        "the host (deferred).",
-        {("capacity",): stats.num_waiting, ("deferred",): stats.num_waiting_for_kv},
-        ("reason",),
-    )
-    yield _Derived(
-        CounterMetricFamily,
-        "external_prefix_cache_queries",
-        "Prompt tokens that the KV cache of the device lacked.",
-        {(): stats.prompt_tokens - device},
-    )
-    yield _Derived(
-        CounterMetricFamily,
-        "external_prefix_cache_hits",
-        "Of these, tokens from the host tier or pulled from another engine.",
-        {(): host + remote},
-    )
-    yield _Derived(
-        CounterMetricFamily,
-        "prompt_tokens_by_source",
-        "Prompt tokens by where their KV came from.",
-        {
-            ("local_compute",): stats.prompt_tokens - stats.cached_prompt_tokens,
-            ("local_cache_hit",): device,
-            ("external_kv_transfer",): host + remote,
-        },
-        ("source",),
-    )
-    yield _Derived(
-        CounterMetricFamily,
-        "prompt_tokens_cached_by_source",
-        "Prompt tokens that were not computed here, by what had them: the device, host memory, "
-        "another engine (p2p).",
-        {("device",): device, ("host",): host, ("p2p",): remote},
-        ("source",),
-    )
 
 
 class EngineStatsCollector(Collector):
@@ -237,37 +175,23 @@ class EngineStatsCollector(Collector):
         self.stats = EngineStats()
 
     def collect(self) -> Iterator[Metric]:
-        for field, (name, text) in _GAUGES.items():
-            value = getattr(self.stats, field)
-            yield self._family(_Derived(GaugeMetricFamily, name, text, {(): value}))
-        for field, (name, text) in _COUNTERS.items():
-            value = getattr(self.stats, field)
-            yield self._family(_Derived(CounterMetricFamily, name, text, {(): value}))
-        for derived in _derived(self.stats):
-            yield self._family(derived)
-        yield self._cache_config_info()
-        yield from self._histograms(self.stats.histograms or EngineHistograms())
-
-    def _family(self, derived: _Derived) -> Metric:
-        family = derived.kind(
-            f"pdlaunch_{derived.name}", derived.text, labels=[*self._names, *derived.labels]
-        )
-        for labels, value in derived.values.items():
-            family.add_metric([*self._values, *labels], value)
-        return family
-
-    def _cache_config_info(self) -> Metric:
-        """Return a gauge that is always 1, whose labels say what the KV cache is like."""
+        for row in _STATS.strip().splitlines():
+            kind, field, name, text = row.split(maxsplit=3)
+            value = _value(self.stats, field, name)
+            names = [*self._names, _LABELS[name]] if name in _LABELS else self._names
+            family = _KINDS[kind](f"pdlaunch_{name}", text, labels=names)
+            for label, number in value.items() if isinstance(value, Mapping) else [("", value)]:
+                family.add_metric([*self._values, label] if label else self._values, number)
+            yield family
         config = {**self._cache_config, "num_gpu_blocks": str(self.stats.num_blocks)}
-        family = GaugeMetricFamily(
+        info = GaugeMetricFamily(
             "pdlaunch_cache_config_info",
             "The KV cache of a rank, in labels; num_gpu_blocks are the blocks of any device.",
             labels=[*self._names, *config],
         )
-        family.add_metric([*self._values, *config.values()], 1)
-        return family
-
-    def _histograms(self, histograms: EngineHistograms) -> Iterator[Metric]:
+        info.add_metric([*self._values, *config.values()], 1)
+        yield info
+        histograms = self.stats.histograms or EngineHistograms()
         for name, known in REQUEST_HISTOGRAMS.items():
             shown = HistogramMetricFamily(f"pdlaunch_{name}", known.text, labels=self._names)
             _add(shown, self._values, known, histograms.requests.get(name))
@@ -289,6 +213,4 @@ def _add(
 ) -> None:
     """Add a histogram; one that no rank has reported is empty."""
     counts = found or HistogramCounts(counts=[0] * (len(known.bounds) + 1))
-    bounds = [*(str(float(bound)) for bound in known.bounds), "+Inf"]
-    buckets = list(zip(bounds, accumulate(counts.counts), strict=True))
-    shown.add_metric(labels, buckets, counts.sum)
+    shown.add_metric(labels, buckets_of(known.bounds, counts.counts), counts.sum)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,8 +15,7 @@ from typing import Any
 import zmq
 import zmq.asyncio
 
-from pdlaunch.errors import OverloadedError, ProtocolError, RequestError
-from pdlaunch.protocol.costs import EngineReport
+from pdlaunch.errors import OverloadedError, ProtocolError
 from pdlaunch.protocol.engine import (
     AbortRequest,
     AddRequest,
@@ -33,7 +33,6 @@ from pdlaunch.protocol.engine import (
     ToRank,
     WakeUp,
     Welcome,
-    WithdrawRequest,
     from_rank,
     to_rank,
 )
@@ -70,23 +69,22 @@ class RankLink:
         on_welcome: Callable[[Welcome], None],
         on_stats: Callable[[EngineStats], None],
         on_sleep: Callable[[SleepReply], None] = lambda _: None,
-        on_report: Callable[[EngineReport | None], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """``on_sleep``: for replies to calls of an earlier server."""
         self._socket: Any = context.connect(
             zmq.DEALER, endpoint, identity=identity.encode(), socket_class=zmq.asyncio.Socket
         )
         self._on_welcome = on_welcome
         self._on_stats = on_stats
         self._on_sleep = on_sleep
-        self._on_report = on_report
         self._clock = clock
         self._heard_at = clock()
         self._sinks: dict[RequestId, Sink] = {}
-        self._checks: dict[int, asyncio.Future[IntegrityReport]] = {}
-        self._sleeps: dict[int, asyncio.Future[SleepReply]] = {}
-        self._stats_readers: list[asyncio.Future[None]] = []
-        self._call_ids = itertools.count(1)
+        self._calls: dict[int, asyncio.Future[Any]] = {}
+        # Replies to calls of an earlier server have other numbers.
+        self._call_ids = itertools.count(secrets.randbits(32))
+        self._stats_readers: set[int] = set()
         self.send(Hello())
         self._reader = asyncio.create_task(self._read())
 
@@ -96,11 +94,7 @@ class RankLink:
         return self._clock() - self._heard_at
 
     def submit(self, request: AddRequest, sink: Sink) -> None:
-        """Start a request; ``sink`` is called from the event loop with whatever comes back. Raises
-        RequestError.
-        """
-        if request.request_id in self._sinks:
-            raise RequestError(f"a request {request.request_id} is under way")
+        """Start a request; the event loop calls ``sink`` with whatever comes back."""
         # First sent, then remembered: a request that cannot be encoded leaves nothing behind.
         self.send(request)
         self._sinks[request.request_id] = sink
@@ -116,66 +110,61 @@ class RankLink:
         self.send(AbortRequest(request_id=request_id))
         return runs
 
-    def withdraw(self, request_ids: list[RequestId]) -> None:
-        """End requests that have not begun; their sinks are told if they end."""
-        self.send(WithdrawRequest(request_ids=request_ids))
-
     def send(self, message: ToRank) -> None:
         """Queue any message; after the end of the connection nobody hears it.
 
-        Encodes it here, so that one that cannot be encoded is its sender's error alone. A socket
-        without a high-water mark takes all at once: there is nothing to wait for.
+        The socket has no high-water mark and takes all at once: there is nothing to wait for.
         """
         if not self._socket.closed:
             self._socket.send(to_rank.encode(message))
 
     async def check_integrity(self) -> IntegrityReport:
-        """Have the rank prove who owns each KV block. Raises OverloadedError when it is gone
-        meanwhile.
-        """
-        call_id = next(self._call_ids)
-        answer: asyncio.Future[IntegrityReport] = asyncio.get_running_loop().create_future()
-        self._checks[call_id] = answer
+        """Have the rank prove who owns each KV block. Raises OverloadedError when it is lost."""
+        call_id, reply = self._new_call()
         self.send(CheckIntegrity(call_id=call_id))
-        try:
-            return await answer
-        finally:
-            del self._checks[call_id]
+        report: IntegrityReport = await reply
+        return report
 
     async def read_stats(self) -> None:
         """Have the rank send its totals, and wait until ``on_stats`` has them.
 
-        What the rank has said before is counted in them: messages keep their order. Raises
-        OverloadedError when the rank is gone meanwhile.
+        What the rank has said before is counted in them. Raises OverloadedError when it is lost.
         """
-        arrived: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._stats_readers.append(arrived)
+        call_id, reply = self._new_call()
+        self._stats_readers.add(call_id)
         self.send(ReadStats())
-        await arrived
+        await reply
 
     async def sleep(self, level: int, timeout_s: float) -> SleepReply:
-        """Have the engine fall asleep, at the latest ``timeout_s`` from now. Raises OverloadedError
-        when the rank is lost.
+        """Have the engine fall asleep within ``timeout_s``. Raises OverloadedError when the rank is
+        lost.
         """
-        return await self._call_sleep(
-            lambda call_id: Sleep(call_id=call_id, level=level, timeout_s=timeout_s)
-        )
+        call_id, reply = self._new_call()
+        self.send(Sleep(call_id=call_id, level=level, timeout_s=timeout_s))
+        answer: SleepReply = await reply
+        return answer
 
     async def wake_up(self, tags: list[str]) -> SleepReply:
         """Have the engine wake these pools up, or all. Raises OverloadedError when the rank is
         lost.
         """
-        return await self._call_sleep(lambda call_id: WakeUp(call_id=call_id, tags=tags))
+        call_id, reply = self._new_call()
+        self.send(WakeUp(call_id=call_id, tags=tags))
+        answer: SleepReply = await reply
+        return answer
 
-    async def _call_sleep(self, build: Callable[[int], ToRank]) -> SleepReply:
+    def _new_call(self) -> tuple[int, asyncio.Future[Any]]:
         call_id = next(self._call_ids)
-        answer: asyncio.Future[SleepReply] = asyncio.get_running_loop().create_future()
-        self._sleeps[call_id] = answer
-        self.send(build(call_id))
-        try:
-            return await answer
-        finally:
-            del self._sleeps[call_id]
+        self._calls[call_id] = asyncio.get_running_loop().create_future()
+        return call_id, self._calls[call_id]
+
+    def _reply(self, call_id: int, message: object) -> bool:
+        """Return False when nobody has made this call, or has gone away since."""
+        reply = self._calls.pop(call_id, None)
+        if reply is None or reply.done():
+            return False
+        reply.set_result(message)
+        return True
 
     async def close(self) -> None:
         """End the connection; requests under way get RankLost."""
@@ -183,14 +172,10 @@ class RankLink:
         with contextlib.suppress(asyncio.CancelledError):
             await self._reader
         self._socket.close()
-        calls: list[asyncio.Future[Any]] = [
-            *self._checks.values(),
-            *self._sleeps.values(),
-            *self._stats_readers,
-        ]
-        for call in calls:
-            if not call.done():
-                call.set_exception(_lost())
+        for reply in self._calls.values():
+            if not reply.done():
+                lost = OverloadedError("the rank has gone", status=503, code="engine_starting")
+                reply.set_exception(lost)
         sinks, self._sinks = self._sinks, {}
         for request_id, sink in sinks.items():
             sink(RankLost(request_id))
@@ -208,36 +193,21 @@ class RankLink:
 
     def _handle(self, message: FromRank) -> None:
         match message:
-            case Outputs(items=items, report=report):
-                self._on_report(report)
+            case Outputs(items=items):
                 for item in items:
-                    self._deliver(item)
+                    ends = isinstance(item, RequestFinished)
+                    take = self._sinks.pop if ends else self._sinks.get
+                    if (sink := take(item.request_id, None)) is not None:
+                        sink(item)
             case Welcome():
                 self._on_welcome(message)
             case EngineStats():
                 self._on_stats(message)
-                readers, self._stats_readers = self._stats_readers, []
-                for reader in readers:
-                    if not reader.done():
-                        reader.set_result(None)
+                readers, self._stats_readers = self._stats_readers, set()
+                for call_id in readers:
+                    self._reply(call_id, None)
             case SleepReply():
-                if (sleep := self._sleeps.get(message.call_id)) is not None and not sleep.done():
-                    sleep.set_result(message)
-                else:
+                if not self._reply(message.call_id, message):
                     self._on_sleep(message)
             case IntegrityReport():
-                if (check := self._checks.get(message.call_id)) is not None and not check.done():
-                    check.set_result(message)
-
-    def _deliver(self, item: Tokens | RequestFinished) -> None:
-        """Hand an item to its request; items of aborted requests are dropped."""
-        finished = isinstance(item, RequestFinished)
-        sink = (
-            self._sinks.pop(item.request_id, None) if finished else self._sinks.get(item.request_id)
-        )
-        if sink is not None:
-            sink(item)
-
-
-def _lost() -> OverloadedError:
-    return OverloadedError("the rank has gone", status=503, code="engine_starting")
+                self._reply(message.call_id, message)

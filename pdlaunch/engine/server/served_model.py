@@ -1,4 +1,7 @@
-"""Describes the model to the server: tokenizer, chat template and limits."""
+"""Describes the model to the server, and converts requests to token ids with it.
+
+A prompt that cannot fit is refused before work is done for it. All of this may run in threads.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.model_files.shape import read_generation_config, read_model_shape
@@ -13,13 +17,28 @@ from pdlaunch.engine.server.chat_template import ChatTemplate, load_chat_templat
 from pdlaunch.engine.server.tokenizer import TextTokenizer
 from pdlaunch.errors import ConfigError, RequestError
 from pdlaunch.http.errors import model_not_found
-from pdlaunch.protocol.openai.body import parse_request
-from pdlaunch.protocol.openai.requests import SamplingDefaults
+from pdlaunch.protocol.openai.body import num_token_ids, parse_request, read_json_object
+from pdlaunch.protocol.openai.requests import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    GenerationRequest,
+    SamplingDefaults,
+    TokenizeChatRequest,
+    TokenizeCompletionRequest,
+)
+from pdlaunch.protocol.openai.responses import DetokenizeResponse, TokenizeResponse
+
+MIN_TEXT_CHARS = 2**18
+TEXT_CHARS_PER_TOKEN = 16
+"""Longer texts, for each token of the context, are refused: tokenizing takes 100 bytes for each
+character. Text that just fills the context has about a third.
+"""
+MIN_TOKEN_IDS = 2**16
 
 _log = logging.getLogger(__name__)
 
-UNBOUNDED_PROMPT_CHARS = 2**26
-"""Longest text of a prompt where the tokenizer sets no bound."""
+G = TypeVar("G", bound=GenerationRequest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,28 +46,25 @@ class ServedModel:
     """Describes one model under one name."""
 
     name: str
-    model_dir: str
     max_model_len: int
     vocab_size: int
     """Token ids are below it; the tokenizer may know fewer."""
     eos_token_ids: tuple[int, ...]
     tokenizer: TextTokenizer
     chat_template: ChatTemplate | None
+    strict_fields: bool = False
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     """Defaults of the sampling fields that requests leave open."""
 
     @property
-    def max_prompt_chars(self) -> int:
-        """Return the longest text of a prompt that is accepted without looking closer."""
-        length = self.tokenizer.token_length
-        return UNBOUNDED_PROMPT_CHARS if length is None else self.max_model_len * length.max_chars
+    def max_text_chars(self) -> int:
+        return max(MIN_TEXT_CHARS, TEXT_CHARS_PER_TOKEN * self.max_model_len)
 
     def too_long(self, finding: str, param: str) -> RequestError:
         """Return the refusal of a prompt that does not fit. ``finding``: ``has 9000 tokens``."""
         return RequestError(
             f"the prompt {finding}; this model's maximum context length is {self.max_model_len} "
-            "tokens, one of which is for the "
-            "answer",
+            "tokens, one of which is for the answer",
             param=param,
             code="context_length_exceeded",
         )
@@ -62,9 +78,8 @@ class ServedModel:
         """Raise RequestError for ids that the model does not have."""
         highest = max(token_ids, default=0)
         if highest >= self.vocab_size:
-            raise RequestError(
-                f"token id {highest} is not below the vocabulary's {self.vocab_size}", param=param
-            )
+            message = f"token id {highest} is not below the vocabulary's {self.vocab_size}"
+            raise RequestError(message, param=param)
 
     def remaining_tokens(self, num_prompt_tokens: int, wanted: int | None, param: str) -> int:
         """Return how many tokens may follow a prompt.
@@ -79,18 +94,104 @@ class ServedModel:
         if wanted is not None and wanted > remaining:
             raise RequestError(
                 f"the prompt's {num_prompt_tokens} tokens and max_tokens={wanted} exceed this "
-                "model's maximum context length of "
-                f"{self.max_model_len} tokens",
+                f"model's maximum context length of {self.max_model_len} tokens",
                 param="max_tokens",
                 code="context_length_exceeded",
             )
         return remaining
 
+    def read(self, kind: type[G], raw: bytes) -> G:
+        """Check the body of a request that generates. Raises RequestError."""
+        num_tokens = num_token_ids(raw, "prompt") if len(raw) > self.max_model_len else 0
+        if num_tokens >= self.max_model_len:
+            raise self.too_long(f"has {num_tokens} tokens", "prompt")
+        request = parse_request(
+            kind, read_json_object(raw), public=False, strict_fields=self.strict_fields
+        )
+        self.check_name(request.model)
+        return request
+
+    def prompts(self, request: CompletionRequest | ChatCompletionRequest) -> list[list[int]]:
+        """Return the token ids of each prompt; of a chat there is one. Raises RequestError."""
+        if isinstance(request, ChatCompletionRequest):
+            text = self.render_chat(request)
+            return [self._encode(text, "messages", request.add_special_tokens)]
+        return [
+            self._encode(prompt, "prompt", request.add_special_tokens)
+            if isinstance(prompt, str)
+            else prompt
+            for prompt in request.prompts
+        ]
+
+    def render_chat(self, request: ChatCompletionRequest | TokenizeChatRequest) -> str:
+        """Return the text of a chat's prompt. Raises RequestError."""
+        if self.chat_template is None:
+            message = f"the model {self.name!r} has no chat template; use /v1/completions"
+            raise RequestError(message, param="messages")
+        return self.chat_template.render(
+            [message.for_template() for message in request.messages],
+            tools=[tool.for_template() for tool in request.tools],
+            add_generation_prompt=request.add_generation_prompt,
+            continue_final_message=request.continue_final_message,
+            variables=request.template_variables,
+            max_chars=self.max_text_chars,
+        )
+
+    def _encode(self, text: str, param: str, add_special_tokens: bool) -> list[int]:
+        if len(text) > self.max_text_chars:
+            raise self.too_long(f"has {len(text)} characters", param)
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def tokenize(self, raw: bytes) -> tuple[TokenizeResponse, tuple[str, ...]]:
+        """Answer /tokenize; also return the ignored fields. Raises RequestError."""
+        body = read_json_object(raw)
+        request: TokenizeCompletionRequest | TokenizeChatRequest
+        if "messages" in body:
+            request = parse_request(
+                TokenizeChatRequest, body, public=True, strict_fields=self.strict_fields
+            )
+            text = self.render_chat(request)
+        else:
+            request = parse_request(
+                TokenizeCompletionRequest, body, public=True, strict_fields=self.strict_fields
+            )
+            text = request.prompt
+            if len(text) > self.max_text_chars:
+                raise RequestError(
+                    f"prompt has {len(text)} characters; at most {self.max_text_chars} are "
+                    "tokenized at a time",
+                    param="prompt",
+                )
+        self.check_name(request.model)
+        tokens = self.tokenizer.encode(text, add_special_tokens=request.add_special_tokens)
+        pieces = list(map(self.tokenizer.token_piece, tokens))
+        answer = TokenizeResponse(
+            count=len(tokens),
+            max_model_len=self.max_model_len,
+            tokens=tokens,
+            token_strs=pieces if request.return_token_strs else None,
+        )
+        return answer, request.ignored_fields
+
+    def detokenize(self, raw: bytes) -> tuple[DetokenizeResponse, tuple[str, ...]]:
+        """Answer /detokenize; also return the ignored fields. Raises RequestError."""
+        num_ids, max_ids = num_token_ids(raw, "tokens"), max(MIN_TOKEN_IDS, self.max_model_len)
+        if num_ids > max_ids:
+            raise RequestError(
+                f"tokens has {num_ids} token ids; at most {max_ids} are detokenized at a time",
+                param="tokens",
+            )
+        request = parse_request(
+            DetokenizeRequest, read_json_object(raw), public=True, strict_fields=self.strict_fields
+        )
+        self.check_name(request.model)
+        self.check_token_ids(request.tokens, "tokens")
+        text = self.tokenizer.decode(request.tokens, skip_special_tokens=False)
+        return DetokenizeResponse(prompt=text), request.ignored_fields
+
 
 def load_served_model(spec: EngineSpec, progress: Callable[[str], None]) -> ServedModel:
-    """Read what the server needs from the model's folder; takes up to seconds. Raises
-    ConfigError.
-    """
+    """Read what the server needs of the model's folder; takes seconds. Raises ConfigError."""
     progress("reading the tokenizer")
     shape = read_model_shape(spec.model_dir)
     defaults = (
@@ -102,19 +203,18 @@ def load_served_model(spec: EngineSpec, progress: Callable[[str], None]) -> Serv
         _log.info("requests that say nothing else get generation_config.json's %s", changed)
     return ServedModel(
         name=spec.served_model_name,
-        model_dir=spec.model_dir,
         max_model_len=spec.max_model_len,
         vocab_size=shape.vocab_size,
         eos_token_ids=shape.eos_token_ids,
         tokenizer=TextTokenizer.load(spec.model_dir),
         chat_template=load_chat_template(spec.model_dir),
+        strict_fields=spec.strict_fields,
         defaults=defaults,
     )
 
 
 def read_sampling_defaults(model_dir: str | Path) -> SamplingDefaults:
-    """Return the defaults in the model's generation_config.json, as vLLM takes them; neutral ones
-    for what it leaves open.
+    """Return the defaults in the model's generation_config.json, as vLLM takes them.
 
     Raises ConfigError when the file is broken or a value is out of range.
     """

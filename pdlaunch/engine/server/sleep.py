@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
@@ -22,19 +22,9 @@ from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.errors import LEAVING_RETRY_AFTER_S
 from pdlaunch.http.limits import Admission
 from pdlaunch.protocol.control import SleepState
-from pdlaunch.protocol.engine import SleepReply, Welcome
-
-T = TypeVar("T")
+from pdlaunch.protocol.engine import SleepReply
 
 SLEEP_TAGS = ("weights", "kv_cache")
-
-
-class SleepQuery(msgspec.Struct, frozen=True):
-    """Holds the query of POST /sleep."""
-
-    level: int
-    waits: bool
-    """True waits for what runs; False refuses while something runs."""
 
 
 class SleepStatus(msgspec.Struct, frozen=True):
@@ -46,8 +36,8 @@ class SleepStatus(msgspec.Struct, frozen=True):
     """Device memory that the call gave back or took, over all ranks."""
 
 
-def read_sleep_query(query: Mapping[str, str]) -> SleepQuery:
-    """Read the query of POST /sleep. Raises RequestError."""
+def read_sleep_query(query: Mapping[str, str]) -> tuple[int, bool]:
+    """Return the level of POST /sleep, and whether to wait for what runs. Raises RequestError."""
     _check_names(query, ("level", "mode"))
     level, mode = query.get("level", "1"), query.get("mode", "wait")
     if level not in ("1", "2"):
@@ -59,7 +49,7 @@ def read_sleep_query(query: Mapping[str, str]) -> SleepQuery:
         raise RequestError(
             "mode must be wait (for what runs) or refuse (while something runs)", param="mode"
         )
-    return SleepQuery(int(level), waits=mode == "wait")
+    return int(level), mode == "wait"
 
 
 def read_tags(query: Any) -> list[str]:
@@ -100,15 +90,13 @@ class SleepDesk:
         self._link = link
         self._turn = asyncio.Lock()
         self._tags: list[str] = []
-        self._is_closed = False
-        """The engine sleeps, or is about to."""
-        self._announced = "awake"
+        self._state = SleepState(state="awake")
         self._tasks: set[asyncio.Task[Any]] = set()
         self.announce: Callable[[SleepState], None] = lambda _: None
 
     def check_awake(self) -> None:
         """Raise OverloadedError (503) while the engine sleeps, or is about to."""
-        if self._is_closed:
+        if self._state.state != "awake":
             raise OverloadedError(
                 "the engine sleeps",
                 status=503,
@@ -119,60 +107,60 @@ class SleepDesk:
     def status(self, num_bytes: int = 0) -> SleepStatus:
         return SleepStatus(bool(self._tags), self._tags, num_bytes)
 
-    def on_welcome(self, welcome: Welcome) -> None:
-        """Take over the state of a rank 0.
+    def settle(self, tags: list[str], *, draining: bool = False) -> None:
+        """Take over which pools sleep, and tell the supervisor when it is news.
 
-        It may have slept through a restart of this server, or have been restarted itself.
+        Rank 0 may have slept through a restart of this server, or have been restarted itself.
         """
-        self._settle(welcome.sleeping_tags)
+        self._tags = tags
+        state = SleepState(state="draining" if draining else "sleeping" if tags else "awake")
+        if state != self._state:
+            self._state = state
+            self.announce(state)
 
-    def on_reply(self, reply: SleepReply) -> None:
-        """Take over the end of a call that an earlier server has made."""
-        self._settle(reply.sleeping_tags)
-
-    async def fall_asleep(self, query: SleepQuery) -> SleepStatus:
+    async def fall_asleep(self, level: int, *, waits: bool) -> SleepStatus:
         """Put the engine to sleep.
 
         Raises RequestError: 400 without sleep mode, 409 while the engine is busy and the caller
         does not wait.
         """
-        self._check_enabled()
-        return await self._to_the_end(self._fall_asleep(query))
+        return await self._to_the_end(self._fall_asleep(level, waits))
 
     async def wake_up(self, tags: list[str]) -> SleepStatus:
         """Wake these pools up.
 
         Raises RequestError: 400 without sleep mode, 409 when the engine cannot wake up now.
         """
-        self._check_enabled()
         return await self._to_the_end(self._wake_up(tags))
 
-    async def _fall_asleep(self, query: SleepQuery) -> SleepStatus:
+    async def _fall_asleep(self, level: int, waits: bool) -> SleepStatus:
         async with self._turn:
+            self._check_enabled()
             if self._tags:
                 return self.status()
             link = self._link()
-            if not query.waits and self._admission.in_flight:
+            if not waits and self._admission.in_flight:
                 raise _conflict(
                     f"{self._admission.in_flight} requests are in flight; mode=wait waits for them"
                 )
             reply = None
             try:
                 # The registry first keeps routers away; then what is here can come to its end.
-                self._settle(self._tags, draining=True)
+                self.settle(self._tags, draining=True)
                 if not await self._admission.wait_idle(self._timeout_s):
                     raise _conflict(f"requests were still in flight after {self._timeout_s:g} s")
-                reply = await link.sleep(query.level, self._timeout_s if query.waits else 0.0)
+                reply = await link.sleep(level, self._timeout_s if waits else 0.0)
             finally:
-                self._settle(self._tags if reply is None else reply.sleeping_tags)
+                self.settle(self._tags if reply is None else reply.sleeping_tags)
             return self._answer(reply)
 
     async def _wake_up(self, tags: list[str]) -> SleepStatus:
         async with self._turn:
+            self._check_enabled()
             if not self._tags:
                 return self.status()
             reply = await self._link().wake_up(tags)
-            self._settle(reply.sleeping_tags)
+            self.settle(reply.sleeping_tags)
             return self._answer(reply)
 
     def _answer(self, reply: SleepReply) -> SleepStatus:
@@ -180,22 +168,13 @@ class SleepDesk:
             raise _conflict(reply.error)
         return self.status(reply.num_bytes)
 
-    def _settle(self, tags: list[str], *, draining: bool = False) -> None:
-        """Take over what is true now, and tell the supervisor when it is news."""
-        self._tags = tags
-        self._is_closed = bool(tags) or draining
-        state = SleepState(state="draining" if draining else "sleeping" if tags else "awake")
-        if state.state != self._announced:
-            self._announced = state.state
-            self.announce(state)
-
     def _check_enabled(self) -> None:
         if not self._enabled:
             raise RequestError(
                 "this engine cannot sleep: enable_sleep_mode is off", code="sleep_mode_off"
             )
 
-    async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
+    async def _to_the_end(self, work: Coroutine[Any, Any, SleepStatus]) -> SleepStatus:
         # Shielded: half a sleep, with the door shut and memory held, would help nobody.
         task = asyncio.create_task(work)
         self._tasks.add(task)

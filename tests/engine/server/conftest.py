@@ -176,9 +176,8 @@ async def make_engine(
             identity=spec.name,
             on_welcome=service.on_welcome,
             on_stats=service.on_stats,
-            on_report=service.reports.take,
             clock=clock,
-            on_sleep=service.sleep.on_reply,
+            on_sleep=lambda reply: service.sleep.settle(reply.sleeping_tags),
         )
         await service.use_link(link)
         app = make_app(service, keys=[TOKEN, OTHER_ROUTERS_KEY])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from tests.engine.server.conftest import END_TOKEN, Engine
 from tests.engine.server.fake_rank import FakeRank
 
@@ -64,15 +66,7 @@ async def test_chat_logprobs_have_bytes(engine: Engine, rank: FakeRank):
 async def test_a_model_without_a_template_has_no_chat(engine: Engine, make_engine):
     loaded = engine.service.loaded
     assert loaded is not None
-    engine.service.loaded = type(loaded)(
-        loaded.name,
-        loaded.model_dir,
-        100,
-        loaded.vocab_size,
-        loaded.eos_token_ids,
-        loaded.tokenizer,
-        None,
-    )
+    engine.service.loaded = dataclasses.replace(loaded, chat_template=None)
     status, error = await engine.refusal("/v1/chat/completions", messages=HELLO)
     assert (status, error["param"]) == (400, "messages")
 

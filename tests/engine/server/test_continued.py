@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pdlaunch.engine.server.text_stream import IncrementalDetokenizer, TextStream
+from pdlaunch.engine.server.choice import TextStream
 from pdlaunch.protocol.engine import (
     AbortRequest,
     AddRequest,
@@ -141,9 +141,7 @@ async def test_a_resumed_stream_says_the_rest(
     prompt = rank.added()[-1].prompt_token_ids
     given = [{"token_id": token_id} for token_id in token_ids[:count]]
     rest = await engine.stream(path, **fields, resume={"choices": [given], "sent": True})
-    seen = TextStream(
-        IncrementalDetokenizer(engine.service.model.tokenizer, prompt, skip_special_tokens=True)
-    )
+    seen = TextStream(engine.service.model.tokenizer, prompt)
     sent = "".join(seen.push(token_id) for token_id in token_ids[:count])
     more, more_ids = text_and_tokens(rest)
     assert more_ids == token_ids[count:]

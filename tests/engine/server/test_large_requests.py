@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 
 from pdlaunch.config.shared_settings import LimitSettings
-from pdlaunch.engine.server import prompts
+from pdlaunch.engine.server import served_model
 from pdlaunch.engine.server.engine_service import EngineService
 from pdlaunch.http.limits import SMALL_BODY_BYTES
-from pdlaunch.protocol.engine import SleepReply
 from tests.engine.server.conftest import Engine
 from tests.engine.server.fake_rank import FakeRank
 
@@ -61,19 +60,19 @@ async def test_a_compressed_request_is_served(engine: Engine):
 
 
 async def test_tokenize_and_detokenize_are_bounded(engine: Engine, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(prompts, "MIN_TEXT_CHARS", 1000)
-    monkeypatch.setattr(prompts, "MIN_TOKEN_IDS", 1000)
-    assert (await engine.post("/tokenize", {"prompt": "a" * 1000}))[0] == 200
-    assert (await engine.post("/detokenize", {"tokens": [5] * 1000}))[0] == 200
-    chat = [{"role": "user", "content": "a" * 1000}]
+    monkeypatch.setattr(served_model, "MIN_TEXT_CHARS", 2000)
+    monkeypatch.setattr(served_model, "MIN_TOKEN_IDS", 2000)
+    assert (await engine.post("/tokenize", {"prompt": "a" * 2000}))[0] == 200
+    assert (await engine.post("/detokenize", {"tokens": [5] * 2000}))[0] == 200
+    chat = [{"role": "user", "content": "a" * 2000}]
     for path, body, param in [
-        ("/tokenize", {"prompt": "a" * 1001}, "prompt"),
+        ("/tokenize", {"prompt": "a" * 2001}, "prompt"),
         ("/tokenize", {"messages": chat}, "messages"),
-        ("/detokenize", {"tokens": [5] * 1001}, "tokens"),
+        ("/detokenize", {"tokens": [5] * 2001}, "tokens"),
     ]:
         status, answer, _ = await engine.post(path, body)
         assert (status, answer["error"]["param"]) == (400, param)
-        assert "1000" in answer["error"]["message"]
+        assert "2000" in answer["error"]["message"]
 
 
 async def test_tokenize_takes_a_place_of_the_engine(make_engine: Callable[..., Any]):
@@ -90,7 +89,7 @@ async def test_tokenize_takes_a_place_of_the_engine(make_engine: Callable[..., A
 
 
 async def test_an_engine_that_sleeps_tokenizes(engine: Engine):
-    engine.service.sleep.on_reply(SleepReply(call_id=0, sleeping_tags=["kv_cache"]))
+    engine.service.sleep.settle(["kv_cache"])
     assert (await engine.post("/tokenize", {"prompt": "a"}))[0] == 200
 
 
@@ -172,7 +171,7 @@ async def test_bodies_hold_room_until_they_are_token_ids(
 async def test_places_are_taken_before_prompts_are_tokenized(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("pdlaunch.engine.server.generate.completion_prompts", None)
+    monkeypatch.setattr("pdlaunch.engine.server.served_model.ServedModel.prompts", None)
     status, error = await engine.refusal(prompt=["hello"] * 9)
     assert (status, error["param"]) == (400, "prompt")
     assert "9 choices" in error["message"]

@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from pdlaunch.engine.server.running_choices import RunningChoices
+from pdlaunch.engine.server.generation import Generation
+from pdlaunch.observe.metrics import RequestClock
 from tests.engine.server.conftest import Engine
 from tests.engine.server.fake_rank import FakeRank
 from tests.engine.server.test_completions import running_stream
@@ -37,14 +38,14 @@ async def test_an_error_that_nobody_expected_shows_its_traceback(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    told = RunningChoices.deltas
+    told = Generation.deltas
 
-    async def deltas(self: RunningChoices) -> AsyncIterator[object]:
-        async for some in told(self):
+    async def deltas(self: Generation, clock: RequestClock) -> AsyncIterator[object]:
+        async for some in told(self, clock):
             yield some
             raise ZeroDivisionError("made up")
 
-    monkeypatch.setattr(RunningChoices, "deltas", deltas)
+    monkeypatch.setattr(Generation, "deltas", deltas)
     async with running_stream(engine, rank) as (_, response):
         assert "error" in await response.text()
     (record,) = [record for record in caplog.records if record.getMessage() == "request failed"]

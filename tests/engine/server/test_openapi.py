@@ -9,7 +9,7 @@ import aiohttp
 import pytest
 
 from pdlaunch import __version__
-from pdlaunch.engine.server import unsent_spans
+from pdlaunch.engine.server import engine_service
 from tests.engine.server.conftest import Engine
 from tests.http.json_schema import misfits
 
@@ -34,7 +34,7 @@ def answer_schema(document: dict[str, Any], path: str, method: str, kind: str) -
 async def test_every_route_is_described_and_every_described_one_is_there(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unsent_spans, "WAIT_S", 0.0)
+    monkeypatch.setattr(engine_service, "WAIT_FOR_SPANS_S", 0.0)
     document = await document_of(engine)
     for path, operations in document["paths"].items():
         assert all(operation["summary"] for operation in operations.values())

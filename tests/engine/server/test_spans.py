@@ -7,8 +7,8 @@ import asyncio
 import msgspec
 import pytest
 
-from pdlaunch.engine.server import unsent_spans
-from pdlaunch.engine.server.unsent_spans import UnsentSpans
+from pdlaunch.engine.server import engine_service
+from pdlaunch.engine.server.engine_service import UnsentSpans
 from pdlaunch.http.headers import SPANS_HEADER
 from pdlaunch.observe.spans import Span, SpanLog, SpanReport
 from pdlaunch.protocol.engine import AbortRequest, AddRequest, RequestFinished, Tokens
@@ -127,7 +127,7 @@ async def test_the_spans_of_an_aborted_request_can_be_asked_for_once(
         found = by_process(await response.json())
     assert found[""] == ["receive", "tokenize"]
     assert found["rank-0"] == (["pull", "end"] if has_token else ["end"])
-    monkeypatch.setattr(unsent_spans, "WAIT_S", 0.0)
+    monkeypatch.setattr(engine_service, "WAIT_FOR_SPANS_S", 0.0)
     async with engine.session.get(path) as response:
         assert response.status == 404
 
@@ -135,7 +135,7 @@ async def test_the_spans_of_an_aborted_request_can_be_asked_for_once(
 async def test_few_spans_are_kept() -> None:
     kept, ended = UnsentSpans(), asyncio.Event()
     ended.set()
-    for number in range(unsent_spans.MAX_KEPT + 1):
+    for number in range(engine_service.MAX_KEPT_SPANS + 1):
         kept.keep(HopId(str(number)), SpanLog(), ended)
-    assert len(kept._kept) == unsent_spans.MAX_KEPT
+    assert len(kept._kept) == engine_service.MAX_KEPT_SPANS
     assert await kept.take(HopId("1")) is not None

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
-from pdlaunch.engine.server.text_stream import IncrementalDetokenizer, TextStream
+from pdlaunch.engine.server.choice import TextStream
 from pdlaunch.engine.server.tokenizer import TextTokenizer
 from tests.engine.server.conftest import byte_level_tokenizer
 
@@ -39,9 +39,7 @@ METASPACE = TextTokenizer(metaspace_tokenizer())
 def stream(
     tokenizer: TextTokenizer = BYTE_LEVEL, prompt: list[int] | None = None, **options
 ) -> TextStream:
-    return TextStream(
-        IncrementalDetokenizer(tokenizer, prompt or [], skip_special_tokens=True), **options
-    )
+    return TextStream(tokenizer, prompt or [], **options)
 
 
 def run(text_stream: TextStream, token_ids: list[int]) -> list[str]:
@@ -175,5 +173,5 @@ def test_text_before_min_tokens_is_not_searched():
 def test_special_tokens_show_only_on_request():
     tokens = [*byte_ids("a"), 1, *byte_ids("b")]
     assert "".join(run(stream(), tokens)) == "ab"
-    shown = TextStream(IncrementalDetokenizer(BYTE_LEVEL, [], skip_special_tokens=False))
+    shown = TextStream(BYTE_LEVEL, skip_special_tokens=False)
     assert "".join(run(shown, tokens)) == "a<|im_start|>b"

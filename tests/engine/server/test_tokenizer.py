@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdlaunch.engine.server.render import token_name
 from pdlaunch.engine.server.tokenizer import TextTokenizer
 from pdlaunch.errors import ConfigError
 from tests.engine.server.test_text_stream import BYTE_LEVEL, METASPACE
@@ -36,8 +35,8 @@ def test_ids_beyond_the_tokenizer_give_no_text():
 
 
 def test_partial_characters_have_a_name():
-    assert token_name("é".encode()) == "é"
-    assert token_name(b"\xe2\x98") == "bytes:\\xe2\\x98"
+    assert METASPACE.token_name(1) == " hello"
+    assert METASPACE.token_name(5 + 0xE2) == "bytes:\\xe2"
 
 
 def test_a_missing_tokenizer_is_named(tmp_path: Path):

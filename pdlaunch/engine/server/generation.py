@@ -1,0 +1,377 @@
+"""Splits a request into choices and runs them at rank 0.
+
+Each prompt has ``n`` choices; each choice is one request to the rank: ``<request id>/<index>``.
+
+- Prefill side of a hand-over: one token a choice; the first choice puts the prompt's blocks under a
+  lease for all.
+- Decode side: every choice starts with the token that prefill has drawn
+  (``pdlaunch.first_tokens``), or without one when the router does not pass it on.
+- ``resume``: every choice starts with the tokens that it has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from pdlaunch.engine.server.choice import Choice, Delta, TextStream
+from pdlaunch.engine.server.rank_link import RankEvent, RankLink, RankLost
+from pdlaunch.engine.server.served_model import ServedModel
+from pdlaunch.errors import OverloadedError, RequestError
+from pdlaunch.http.errors import RANK_LOST
+from pdlaunch.observe.metrics import RequestClock
+from pdlaunch.observe.spans import SpanLog
+from pdlaunch.protocol.engine import (
+    AddRequest,
+    RequestFinished,
+    SamplingParams,
+    SetReaders,
+    Tokens,
+)
+from pdlaunch.protocol.ids import NO_ORIGIN, HopId, PromptOrigin, RequestId
+from pdlaunch.protocol.kv_params import (
+    FirstToken,
+    KVTransferParams,
+    PdlaunchParams,
+    RemoteKV,
+    to_wire,
+)
+from pdlaunch.protocol.openai.requests import (
+    DEFAULT_MAX_TOKENS,
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationRequest,
+    SamplingFields,
+)
+from pdlaunch.protocol.openai.responses import PromptTokensDetails, Usage
+
+_SEED_BITS = 63
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Identifies one HTTP request on its way."""
+
+    hop_id: HopId
+    """Names the request for its caller, who may use an id twice at once."""
+    traceparent: str | None = None
+    origin: PromptOrigin = NO_ORIGIN
+    is_suspect: bool = False
+    """A rank may have died of it."""
+    spans: SpanLog = field(default_factory=SpanLog)
+    wants_spans: bool = False
+    """The caller is to be told them."""
+
+
+class Generation:
+    """Runs the choices of one HTTP request; those that are over at the start do not run."""
+
+    def __init__(
+        self,
+        link: RankLink,
+        call: Call,
+        request: CompletionRequest | ChatCompletionRequest,
+        prompts: Sequence[list[int]],
+        model: ServedModel,
+        *,
+        has_peers: bool,
+    ) -> None:
+        """Split a request into choices. Raises RequestError.
+
+        ``has_peers``: the engine exchanges KV blocks with others.
+        """
+        self.request = request
+        self.prompts = list(prompts)
+        self.choices: list[Choice] = []
+        self.num_prompt_tokens = sum(map(len, prompts))
+        self.ended = asyncio.Event()
+        """Set once nothing more comes of choices that were aborted."""
+        self._spans = call.spans
+        self._sent_at = 0.0
+        self._link = link
+        self._running: dict[RequestId, Choice] = {}
+        self._aborted: set[RequestId] = set()
+        self._events: asyncio.Queue[RankEvent] = asyncio.Queue()
+        self._remote_kv: RemoteKV | None = None
+        self._known: list[Delta] = []
+        """What the client is told before rank 0 says anything."""
+
+        transfer = request.kv_transfer()
+        known, sent = _known(request, transfer)
+        self.is_remote_prefill = transfer.do_remote_decode
+        self.continues = known is not None and sent
+        """Another engine has sent the beginning: no role, no prompt ids again."""
+        _check(request, transfer, known, model, len(prompts), has_peers=has_peers)
+        seed = secrets.randbits(_SEED_BITS) if request.seed is None else request.seed
+        unique_id = f"{call.hop_id}-{secrets.token_hex(4)}"
+        param = "messages" if isinstance(request, ChatCompletionRequest) else "prompt"
+        for prompt in prompts:
+            model.check_token_ids(prompt, param)
+            limit = _limit(request, model, len(prompt), param)
+            for number in range(request.n):
+                index = len(self.choices)
+                leases = transfer.do_remote_decode and index == 0
+                add = AddRequest(
+                    request_id=RequestId(f"{unique_id}/{index}"),
+                    prompt_token_ids=prompt,
+                    sampling=_sampling(request, model, limit, seed % 2**_SEED_BITS, number),
+                    do_remote_decode=leases,
+                    num_readers=request.n if leases else 1,
+                    remote_kv=transfer.remote_kv,
+                    cache_salt=request.cache_salt,
+                    origin=call.origin,
+                    is_suspect=call.is_suspect,
+                    traceparent=call.traceparent,
+                    records_spans=call.wants_spans,
+                )
+                text = TextStream(
+                    model.tokenizer,
+                    prompt,
+                    skip_special_tokens=request.skip_special_tokens,
+                    stop=request.stop,
+                    min_tokens=request.min_tokens,
+                    include_stop=request.include_stop_str_in_output,
+                )
+                choice = Choice(
+                    index,
+                    add,
+                    text,
+                    include_stop=request.include_stop_str_in_output,
+                    goes_on_elsewhere=transfer.do_remote_decode,
+                )
+                self.choices.append(choice)
+                if known is not None and (tokens := known[number]):
+                    delta = choice.resume(tokens, sent=sent)
+                    self._known += [] if delta is None else [delta]
+
+    def start(self) -> None:
+        """Submit the choices."""
+        self._sent_at = self._spans.clock()
+        for choice in self.choices:
+            add = choice.request
+            if not choice.is_over():
+                self._running[add.request_id] = choice
+                self._link.submit(add, self._events.put_nowait)
+            elif add.remote_kv is not None:
+                # The prefill side waits for each reader: a request that comes and goes tells it
+                # that this one needs no blocks.
+                self._link.submit(add, lambda _: None)
+                self._link.abort(add.request_id)
+
+    async def deltas(self, clock: RequestClock) -> AsyncIterator[list[Delta]]:
+        """Yield what is new, until every choice has ended; all that has arrived comes at once.
+
+        ``clock`` counts new tokens. Raises OverloadedError (503) when the rank is lost,
+        RequestError (500) when it failed; then abort is up to the caller.
+        """
+        if self._known:
+            yield self._known
+        while self._running:
+            # All that has come makes one write: at high load a step's tokens wait for each other.
+            events = [await self._events.get()]
+            while not self._events.empty():
+                events.append(self._events.get_nowait())
+            if deltas := [delta for event in events if (delta := self._take(event)) is not None]:
+                for delta in deltas:
+                    clock.tokens(delta.index, len(delta.tokens))
+                yield deltas
+
+    def abort(self) -> None:
+        """Drop what still runs; its spans are still taken. Safe to call at any time."""
+        while not self._events.empty():
+            self._hear(self._events.get_nowait())
+        abort, last = self._link.abort, self._take_last
+        self._aborted |= {name for name in self._running if abort(name, last)}
+        self._running = {}
+        if not self._aborted:
+            self.ended.set()
+
+    def release(self) -> None:
+        """End the lease of a remote prefill that nobody will pull, granted or not."""
+        self._link.abort(self.choices[0].request.request_id)
+
+    def hand_over(self, deltas: Sequence[Delta]) -> dict[str, Any] | None:
+        """Return the ``kv_transfer_params`` of a finished remote prefill.
+
+        None when every choice ended with its first token; then the lease ends too. Without leased
+        blocks the decode engine gets the first tokens alone and computes the prompt itself.
+        ``deltas``: the first token of each choice.
+        """
+        num_open = sum(choice.finish_reason != "stop" for choice in self.choices)
+        if num_open == 0:
+            self.release()
+            return None
+        first_tokens = PdlaunchParams(first_tokens=[_first_token(delta) for delta in deltas])
+        if self._remote_kv is None:
+            return {
+                "do_remote_prefill": False,
+                "do_remote_decode": False,
+                "pdlaunch": msgspec.to_builtins(first_tokens),
+            }
+        if num_open < len(self.choices):
+            lease_id = self.choices[0].request.request_id
+            self._link.send(SetReaders(request_id=lease_id, num_readers=num_open))
+        return to_wire(self._remote_kv, first_tokens)
+
+    def usage(self) -> Usage:
+        """Return the tokens so far; cached ones are those of each prompt's first choice."""
+        num_output = sum(choice.num_tokens for choice in self.choices)
+        cached = sum(choice.num_cached_tokens for choice in self.choices[:: self.request.n])
+        return Usage(
+            prompt_tokens=self.num_prompt_tokens,
+            completion_tokens=num_output,
+            total_tokens=self.num_prompt_tokens + num_output,
+            prompt_tokens_details=PromptTokensDetails(cached),
+        )
+
+    def _take(self, event: RankEvent) -> Delta | None:
+        choice = self._running.get(event.request_id)
+        if choice is None:
+            return None
+        self._hear(event)
+        match event:
+            case RankLost():
+                raise OverloadedError("the engine is restarting", status=503, code=RANK_LOST)
+            case Tokens(tokens=tokens):
+                delta = choice.take(tokens)
+                if choice.is_over():  # by a stop string, of which the rank knows nothing
+                    del self._running[event.request_id]
+                    self._link.abort(event.request_id)
+            case RequestFinished():
+                del self._running[event.request_id]
+                if event.reason in ("error", "abort"):
+                    raise _failure(event)
+                choice.num_cached_tokens = event.num_cached_tokens
+                self._remote_kv = event.remote_kv or self._remote_kv
+                delta = choice.take(event.tokens, event)
+        return delta
+
+    def _take_last(self, event: RankEvent) -> None:
+        self._hear(event)
+        if isinstance(event, RequestFinished | RankLost):
+            self._aborted.discard(event.request_id)
+            if not self._aborted:
+                self.ended.set()
+
+    def _hear(self, event: RankEvent) -> None:
+        """Take the spans that rank 0 reports; of several choices it matters which."""
+        if isinstance(event, RankLost) or event.spans is None:
+            return
+        if len(self.choices) > 1:
+            for span in event.spans.spans:
+                span.attributes["choice"] = int(event.request_id.rpartition("/")[2])
+        self._spans.take(event.spans, sent_at=self._sent_at, received_at=self._spans.clock())
+
+
+def _failure(event: RequestFinished) -> RequestError:
+    if event.error is not None and event.error_param is not None:
+        return RequestError(event.error, param=event.error_param)
+    message = event.error or "the engine aborted the request"
+    return RequestError(message, status=500, code="engine_error")
+
+
+def _first_token(delta: Delta) -> FirstToken:
+    (token,) = delta.tokens
+    return FirstToken(
+        token_id=token.token_id,
+        finish_reason="stop" if delta.finish_reason == "stop" else None,
+        logprob=token.logprob,
+        top_logprobs=list(token.top_logprobs),
+    )
+
+
+def _known(
+    request: GenerationRequest, transfer: KVTransferParams
+) -> tuple[list[list[FirstToken]] | None, bool]:
+    """Return the tokens that exist, by choice, and whether the client has been sent them.
+
+    ``resume`` beats first tokens, as it has them too.
+    """
+    resume, pdlaunch = request.resumed(), transfer.pdlaunch
+    if resume is not None:
+        return resume.choices, resume.sent
+    if pdlaunch is None or not pdlaunch.first_tokens:
+        return None, False
+    if len(pdlaunch.first_tokens) != request.n:
+        raise RequestError(
+            f"{len(pdlaunch.first_tokens)} first tokens for n={request.n}",
+            param="kv_transfer_params.pdlaunch.first_tokens",
+        )
+    return [[token] for token in pdlaunch.first_tokens], pdlaunch.first_token_sent
+
+
+def _check(
+    request: GenerationRequest,
+    transfer: KVTransferParams,
+    known: list[list[FirstToken]] | None,
+    model: ServedModel,
+    num_prompts: int,
+    *,
+    has_peers: bool,
+) -> None:
+    """Raise RequestError for a request that no hand-over of KV blocks, or of known tokens, fits."""
+    hands_over = transfer.do_remote_decode or transfer.remote_kv is not None
+    if hands_over and not has_peers:
+        raise RequestError(
+            "this engine computes prompts and tokens itself: it hands no KV blocks over and pulls "
+            "none",
+            param="kv_transfer_params",
+        )
+    if num_prompts > 1 and (known is not None or hands_over):
+        raise RequestError("one prompt only with kv_transfer_params or resume", param="prompt")
+    if transfer.do_remote_decode:
+        if request.token_limit != 1:
+            raise RequestError("do_remote_decode needs max_tokens: 1", param="max_tokens")
+        if request.stream:
+            raise RequestError("do_remote_decode needs stream: false", param="stream")
+        if request.resume is not None:
+            raise RequestError("do_remote_decode and resume exclude each other", param="resume")
+    model.check_token_ids(request.stop_token_ids, "stop_token_ids")
+    model.check_token_ids(list(request.logit_bias), "logit_bias")
+    first_tokens = "kv_transfer_params.pdlaunch.first_tokens"
+    for tokens in known or ():
+        for token in tokens:
+            ids = [token.token_id, *dict(token.top_logprobs)]
+            model.check_token_ids(ids, first_tokens if request.resume is None else "resume")
+
+
+def _limit(
+    request: GenerationRequest, model: ServedModel, num_prompt_tokens: int, prompt_param: str
+) -> int:
+    """Return the number of output tokens of a choice.
+
+    Without a limit it is what remains, for completions at most 16 as OpenAI has it, for chats at
+    most what the model's own defaults say.
+    """
+    remaining = model.remaining_tokens(num_prompt_tokens, request.token_limit, prompt_param)
+    if request.token_limit is not None:
+        return request.token_limit
+    is_chat = isinstance(request, ChatCompletionRequest)
+    default = model.defaults.max_new_tokens if is_chat else DEFAULT_MAX_TOKENS
+    return remaining if default is None else min(remaining, default)
+
+
+def _sampling(
+    request: GenerationRequest, model: ServedModel, limit: int, seed: int, number: int
+) -> SamplingParams:
+    end_tokens = () if request.ignore_eos else model.eos_token_ids
+    chosen = {
+        name: getattr(request if name in request.model_fields_set else model.defaults, name)
+        for name in SamplingFields.model_fields
+    }
+    return SamplingParams(
+        max_tokens=limit,
+        min_tokens=request.min_tokens,
+        **chosen | {"top_k": max(chosen["top_k"], 0)},
+        logit_bias=request.logit_bias,
+        stop_token_ids=tuple(dict.fromkeys((*request.stop_token_ids, *end_tokens))),
+        eos_token_ids=model.eos_token_ids,
+        seed=seed,
+        choice=number,
+        num_top_logprobs=request.num_top_logprobs,
+    )
