@@ -13,8 +13,8 @@ from pdlaunch.config.roles import Role
 from pdlaunch.protocol.wire import Message
 
 Withheld = Literal["", "joining", "draining", "leaving"]
-"""The reason why an engine that is ready is given no new work: its pairs are yet to be proven,
-somebody drains it, or it is about to be removed.
+"""Why an engine that is ready is given no new work: its pairs are yet to be proven, somebody drains
+it, or it is about to be removed.
 """
 RefusalCode = Literal["engine_not_found", "not_now", "refused"]
 
@@ -54,19 +54,17 @@ class ChangeEngines(Message):
     dry_run: bool = False
     """Say what would be done, and do nothing."""
     drain_s: float | None = None
-    """Seconds that what runs gets at an engine that is stopped; None: ``drain_timeout_s``."""
+    """Seconds that running requests get at an engine that stops; None: ``drain_timeout_s``."""
 
 
 class PlannedEngine(Message, tag=False):
-    """Describes an engine that is to start."""
+    """Describes an engine that is to start, on ``cpu`` or the ``cuda:N`` of each rank."""
 
     name: str
     role: Role
     host: str
     devices: list[str]
-    """``cpu``, or the ``cuda:N`` of each rank."""
     num_threads: int
-    """CPU threads of a rank."""
 
 
 class PlannedChange(Message, tag=False):
@@ -77,9 +75,8 @@ class PlannedChange(Message, tag=False):
     starts: list[PlannedEngine]
     stops: list[str]
     stops_first: bool
-    """The engines that stop do so before the others start."""
     drain_s: float
-    """Seconds that what runs at an engine that stops gets; then it goes on elsewhere."""
+    """Seconds that running requests get at an engine that stops, before they go on elsewhere."""
 
 
 class Answered(Message):
@@ -87,12 +84,9 @@ class Answered(Message):
 
     question: int
     engine: str = ""
-    """The engine that was named."""
     error: str = ""
     code: RefusalCode = "refused"
-    """The kind of the error, if there is one."""
     notes: list[str] = msgspec.field(default_factory=list)
-    """Remarks for whoever asked."""
     change: PlannedChange | None = None
     """The change that is made, or would be with ``dry_run``."""
     is_done: bool = True

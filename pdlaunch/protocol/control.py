@@ -24,14 +24,8 @@ from pdlaunch.protocol.ids import EngineId, PromptOrigin
 from pdlaunch.protocol.wire import Codec, Message
 
 ProcessKind = Literal["router", "server", "rank"]
-
-
 ListedState = Literal["starting", "ready", "draining", "sleeping", "stalled", "failed"]
-"""``stalled``: ready, but silent for long; ``failed``: a server whose engine died too often and is
-left alone for a while.
-"""
-
-
+"""``stalled``: ready, but silent for long; ``failed``: a server whose engine died too often."""
 EndReason = Literal["died", "hung"]
 
 
@@ -63,7 +57,7 @@ class Capabilities(Message, tag=False):
     """
     kind: str = "native"
     version: str = ""
-    """The version of the engine's software; empty until it has told."""
+    """Version of the engine's software; empty until it is known."""
     needs_proof: bool = False
     """Does not verify what it pulls, so it pulls only over pairs that a canary has proven. A lease
     is read once.
@@ -83,7 +77,7 @@ class Capabilities(Message, tag=False):
 
     @property
     def goes_on(self) -> bool:
-        """Tell whether it can go on with an answer that another engine has begun."""
+        """Return whether it can go on with an answer that another engine has begun."""
         return self.resumes or self.continues
 
 
@@ -106,11 +100,11 @@ class Entry(Message, tag=False):
     capabilities: Capabilities = msgspec.field(default_factory=Capabilities)
     state: ListedState = "starting"
     reason: str = ""
-    """The reason why it is ``failed`` or ``withheld``, and what comes next; for people."""
+    """Why it is ``failed`` or ``withheld``, and what comes next; for people."""
     peers: tuple[str, ...] | None = None
     """The engines that a server's engine exchanges KV blocks with; None: all."""
     withheld: Withheld = ""
-    """The reason why routers give a server's engine no new work though it is ready; empty: none."""
+    """Why routers give a server's engine no new work though it is ready."""
 
 
 class Register(Message):
@@ -144,9 +138,8 @@ class Alive(Message):
 
 
 class PairReady(Message):
-    """Tells that a decode rank has proven the path to a prefill rank.
-
-    The handshake is done and a small READ was verified.
+    """Tells that a decode rank has proven the path to a prefill rank: the handshake is done and a
+    small READ was verified.
     """
 
     local: str
@@ -163,10 +156,7 @@ class PairReady(Message):
 
 
 class PairFailed(Message):
-    """Tells that the handshake of a pair failed.
-
-    ``fatal``: no retry can help, because the engines are incompatible.
-    """
+    """Tells that the handshake of a pair failed; ``fatal``: the engines are incompatible."""
 
     local: str
     peer: str
@@ -208,10 +198,7 @@ class SleepState(Message):
 
 
 class Restart(Message):
-    """Asks, from the router for somebody who may, to start an engine anew.
-
-    It is answered with Restarting.
-    """
+    """Asks, from the router, to start an engine anew; answered with Restarting."""
 
     question: int
     """Comes back with the answer."""
@@ -220,10 +207,9 @@ class Restart(Message):
 
 
 class ServedRequest(Message):
-    """Tells, from the router, of a request that has ended, where people want to see each."""
+    """Tells, from the router, of a request that has ended; ``line`` is escaped for terminals."""
 
     line: str
-    """Escaped for terminals."""
 
 
 ToSupervisor = (
@@ -251,15 +237,11 @@ class Registry(Message):
     version: int
     entries: list[Entry]
     serving: bool = True
-    """The launch has been ready: every process, and every pair of engines. Before that the router
-    takes no request.
-    """
+    """Every process and pair has been ready; before that the router takes no request."""
     pairs: list[PairReady] = []
     """The paths between ranks that are proven now."""
     ends: dict[str, dict[EndReason, int]] = {}
-    """Counts the ends of processes while the launch served, by name: those that died by themselves
-    and those that were killed because they hung.
-    """
+    """Counts the ends of processes while the launch served, by name."""
 
 
 class Suspects(Message):
@@ -271,15 +253,11 @@ class Suspects(Message):
     origins: list[PromptOrigin]
     """``AddRequest.origin`` of the requests in the last step."""
     repeated: list[PromptOrigin]
-    """Requests among ``origins`` that were suspects already: one at most, as a step never has
-    two.
-    """
+    """Requests among ``origins`` that were suspects already: one at most."""
 
 
 class Drain(Message):
-    """Take no new work; say Drained when the running work is done, at the latest after
-    ``timeout_s``.
-    """
+    """Take no new work; say Drained when the running work is done, or after ``timeout_s``."""
 
     timeout_s: float
 

@@ -25,42 +25,32 @@ class RequestSummary(msgspec.Struct, kw_only=True):
     state: Literal["running", "done"] = "running"
     path: str
     model: str | None = None
-    """Name that the client gave."""
     prefill: str | None = None
     """Engine that computed the prompt for another one."""
     decode: str | None = None
     """Engine that computed the tokens, after the first one where ``prefill`` is set."""
     route: str | None = None
     explanation: str | None = None
-    """The reason why these engines were chosen."""
     kv_path: str | None = None
-    """The path on which the pair exchanges KV blocks, such as ``nixl/UCX``."""
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
-    """Prompt tokens that were not computed for it, as the client was told (``usage``): all that is
-    known where engines do not tell their caches apart.
-    """
+    """Prompt tokens that were not computed for it, as the client was told (``usage``)."""
     cached_device_tokens: int | None = None
-    """Prompt tokens that the first engine found in its device's memory."""
     cached_host_tokens: int | None = None
     remote_tokens: int | None = None
     """Prompt tokens whose blocks decode has pulled."""
     queue_ms: float | None = None
-    """Waiting for a place in an engine's batch."""
     prefill_ms: float | None = None
     pull_ms: float | None = None
-    """Time from when the lease was known until the blocks were proven."""
+    """From lease to proof."""
     pull_mb: float | None = None
     pull_gb_s: float | None = None
     verified: bool | None = None
-    """The pulled blocks were proven to be right."""
     first_token_ms: float | None = None
     output_tokens: int | None = None
     ms_per_token: float | None = None
-    """Mean time between two tokens of a choice."""
     total_ms: float | None = None
     retries: int = 0
-    """Times that it was sent to an engine again."""
     finish_reason: str | None = None
     error: str | None = None
 
@@ -74,7 +64,7 @@ class SpanView(msgspec.Struct, kw_only=True):
     end_ms: float
     attributes: dict[str, Attribute] = {}
     parent: int = 0
-    """Index, among the spans of the request, of the call that it is a part of; 0: the request."""
+    """Index of the span that it is a part of; 0: the request."""
 
 
 class RequestTrace(RequestSummary, kw_only=True):
@@ -82,7 +72,6 @@ class RequestTrace(RequestSummary, kw_only=True):
 
     spans: list[SpanView] = []
     dropped_spans: int = 0
-    """Spans that there was no room for."""
 
 
 class RequestList(msgspec.Struct, kw_only=True):

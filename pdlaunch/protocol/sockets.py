@@ -19,10 +19,8 @@ from pdlaunch.protocol.wire import MAX_FRAME_BYTES
 
 
 class LaunchKeys(msgspec.Struct, frozen=True):
-    """Holds the secrets that all processes of one launch share.
-
-    They are a CURVE key pair (Z85) and the token of the HTTP ports; on several hosts also the
-    certificate of these ports.
+    """Holds the secrets of a launch: a CURVE key pair (Z85), the token of the HTTP ports, and on
+    several hosts their certificate with its private key.
     """
 
     public: str
@@ -42,7 +40,7 @@ def new_launch_keys(*, with_certificate: bool = False) -> LaunchKeys:
 
 
 class _Admitted:
-    """Provides the authenticator with credentials: the public keys that may connect."""
+    """Provides the authenticator with the public keys that may connect."""
 
     def __init__(self, public: str) -> None:
         self.publics = {public.encode()}
@@ -53,11 +51,10 @@ class _Admitted:
 
 
 class SecureContext:
-    """Makes ZMQ sockets that are closed to strangers. One for each process; ``close`` ends its
-    threads.
+    """Makes ZMQ sockets that are closed to strangers; one for each process.
 
-    Sockets belong to the thread that made them. ``socket_class`` as in ``zmq.Context.socket``: pass
-    ``zmq.asyncio.Socket`` for an event loop.
+    Sockets belong to the thread that made them. ``socket_class``: ``zmq.asyncio.Socket`` for an
+    event loop.
     """
 
     LINGER_MS: ClassVar[int] = 500
@@ -76,7 +73,7 @@ class SecureContext:
         )
 
     def admit(self, public: str) -> None:
-        """Let who has this key pair connect too; any thread may call it."""
+        """Let the owner of this key pair connect too; any thread may call it."""
         self._admitted.publics.add(public.encode())
 
     def listen(
@@ -105,9 +102,7 @@ class SecureContext:
         identity: bytes | None = None,
         socket_class: type | None = None,
     ) -> Any:
-        """Connect a socket; ZMQ connects again by itself when the peer comes back at the same
-        endpoint.
-        """
+        """Connect a socket; ZMQ connects again when the peer comes back at the same endpoint."""
         socket = self._socket(kind, socket_class, endpoint)
         socket.curve_serverkey = self._peer.encode()
         socket.curve_secretkey = self._keys.secret.encode()
