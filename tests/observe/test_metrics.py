@@ -42,8 +42,3 @@ def test_errors_are_there_before_the_first_one(status: int) -> None:
     registry = CollectorRegistry()
     RequestMetrics(registry, {"model_name": "m"})
     assert samples(registry)[f"pdlaunch_request_errors_total/{status}"] == 0
-
-
-def test_two_processes_of_a_test_do_not_share_a_registry():
-    for _ in range(2):
-        RequestMetrics(CollectorRegistry(), {"model_name": "m"})

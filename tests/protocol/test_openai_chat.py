@@ -7,13 +7,6 @@ import pytest
 from tests.protocol.openai_bodies import TEXT, USER, chat, refusal
 
 
-def test_content_parts_are_joined():
-    messages = [
-        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
-    ]
-    assert chat(messages=messages).messages[0].for_template() == {"role": "user", "content": "a\nb"}
-
-
 @pytest.mark.parametrize(
     ("messages", "param"),
     [
@@ -75,13 +68,6 @@ def test_a_history_with_tool_calls_is_shown_to_the_template():
     assert called["reasoning"] == called["reasoning_content"] == "hm"
     assert result == {"role": "tool", "content": "sunny", "tool_call_id": "1"}
     assert [tool.for_template() for tool in request.tools] == [tool]
-
-
-def test_arguments_that_are_no_object_stay_as_the_model_wrote_them():
-    for written, shown in [("{oops", "{oops"), ("[1]", "[1]"), ("", {}), ({"a": 1}, {"a": 1})]:
-        call = {"function": {"name": "f", "arguments": written}}
-        (message,) = chat(messages=[{"role": "assistant", "tool_calls": [call]}]).messages
-        assert message.for_template()["tool_calls"][0]["function"]["arguments"] == shown
 
 
 @pytest.mark.parametrize(

@@ -86,18 +86,6 @@ def test_no_other_user_gets_it_in_any_way(kept: EnginePorts, host: str) -> None:
     assert "" in as_nobody(partial(listen_in_all_ways, host, port)).values()
 
 
-def test_ports_of_the_last_two_servers_are_kept(kept: EnginePorts) -> None:
-    """A slow router may know the one before."""
-    ports = []
-    for _ in range(3):
-        with serving() as server:
-            # Servers register again when their state changes.
-            kept.keep("decode-0", url_of(server))
-            kept.keep("decode-0", url_of(server))
-            ports.append(server.getsockname()[1])
-    assert [listen("127.0.0.1", port) for port in ports] == ["", "EADDRINUSE", "EADDRINUSE"]
-
-
 def test_a_certain_port_is_that_of_one_launch(kept: EnginePorts) -> None:
     """Its servers follow one another there; another launch of the same user is refused."""
 
