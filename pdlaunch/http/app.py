@@ -75,7 +75,6 @@ class Description(NamedTuple):
     title: str
     public: bool
     """Its callers are clients, not routers."""
-    strict_fields: bool
     has_key: bool
     open_paths: Collection[str]
     """Need no key."""
@@ -208,9 +207,7 @@ class HttpApp:
             )
             for route in self._routes
         ]
-        return msgspec.json.encode(
-            describe(about.title, routes, public=about.public, strict_fields=about.strict_fields)
-        )
+        return msgspec.json.encode(describe(about.title, routes, public=about.public))
 
     async def _unknown(self, http: web.Request) -> web.StreamResponse:
         error = http.match_info.http_exception

@@ -103,7 +103,6 @@ class RouterApp:
             description=Description(
                 "pdlaunch",
                 public=True,
-                strict_fields=spec.strict_fields,
                 has_key=spec.api_key is not None,
                 open_paths=OPEN_PATHS,
             ),

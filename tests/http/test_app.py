@@ -76,9 +76,7 @@ async def ask(registry: CollectorRegistry) -> AsyncIterator[Ask]:
         check_key=check,
         metrics=RequestMetrics(registry, {"model_name": "tiny"}),
         max_body_bytes=1000,
-        description=Description(
-            "test", public=True, strict_fields=False, has_key=True, open_paths=("/open",)
-        ),
+        description=Description("test", public=True, has_key=True, open_paths=("/open",)),
     ).app
     runner = HttpRunner(app, max_connections=10, shutdown_timeout_s=0.1)
     await runner.setup()

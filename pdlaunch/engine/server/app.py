@@ -88,7 +88,6 @@ def make_app(service: EngineService, *, keys: Collection[str]) -> web.Applicatio
         description=Description(
             f"pdlaunch engine {spec.name}",
             public=False,
-            strict_fields=spec.strict_fields,
             has_key=True,
             open_paths=OPEN_PATHS,
         ),

@@ -138,7 +138,6 @@ class Door:
             description=Description(
                 f"pdlaunch door of {self._name}",
                 public=False,
-                strict_fields=False,
                 has_key=True,
                 open_paths=(),
             ),
