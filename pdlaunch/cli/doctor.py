@@ -307,7 +307,7 @@ async def _prove(
     if not shakes_hands or (is_loopback(dialed) and not is_here(prefill.url)):
         return pair
     try:
-        told = await shake_hands(replace(channel, host=dialed), HANDSHAKE_TIMEOUT_S)
+        told = await shake_hands(channel._replace(host=dialed), HANDSHAKE_TIMEOUT_S)
     except ProtocolError as error:
         return replace(pair, silence=str(error))
     return replace(

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from pdlaunch.http.watch.canary import NUM_BACKED_OFF_TOKENS
 from pdlaunch.http.watch.engine_api import Counts
-from pdlaunch.http.watch.usage import NUM_BACKED_OFF_TOKENS
 
 _SOURCES = "vllm:prompt_tokens_by_source_total"
 _SPARED = ("external_kv_transfer", "local_cache_hit")

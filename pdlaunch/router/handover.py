@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from pdlaunch.http.watch.usage import CACHED_AT_PREFILL
+from pdlaunch.http.watch.canary import CACHED_AT_PREFILL
 from pdlaunch.protocol.ids import LeaseId
 from pdlaunch.protocol.openai.responses import REPORT_KEY, WORK_KEY
 from pdlaunch.router.engine import Engine

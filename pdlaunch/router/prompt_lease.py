@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import Collection
 from typing import Any
 
-from pdlaunch.http.watch.usage import num_recomputed
+from pdlaunch.http.watch.canary import num_recomputed
 from pdlaunch.protocol.ids import HopId, LeaseId
 from pdlaunch.router.engine import Engine, EngineKey
 from pdlaunch.router.engine_errors import malformed_is_failure

@@ -14,9 +14,7 @@ from dataclasses import dataclass, field
 from pdlaunch import __version__
 from pdlaunch.config.roles import EngineName, Role
 from pdlaunch.errors import ProtocolError
-from pdlaunch.http.watch.engine_api import Counts, EngineApi
-from pdlaunch.http.watch.reads import FailedReads
-from pdlaunch.http.watch.versions import with_version
+from pdlaunch.http.watch.engine_api import Counts, EngineApi, FailedReads, with_version
 from pdlaunch.protocol.changes import Withheld, why_withheld
 from pdlaunch.protocol.control import Address, Capabilities, Entry, ListedState
 from pdlaunch.protocol.due_pairs import MAX_PEERS

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from pdlaunch.http.watch.versions import with_version
+from pdlaunch.http.watch.engine_api import with_version
 from pdlaunch.launch.engines.plan import capabilities_over_http
 from pdlaunch.protocol.control import Address, Entry, PairReady, Role
 from tests.router.fake_engine import FakeEngine, Seen, _break, until

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from pdlaunch.http.watch.versions import with_version
+from pdlaunch.http.watch.engine_api import with_version
 from pdlaunch.protocol.costs import ROUTE_HEADER
 from pdlaunch.protocol.ids import HopId, HttpRequestId
 from pdlaunch.router.breaker import OPEN_S

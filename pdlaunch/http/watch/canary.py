@@ -1,4 +1,4 @@
-"""Proves a pair of engines by a canary: a short prompt, computed by one, decoded by the other.
+"""Proves pairs of engines by canaries: a short prompt, computed by one, decoded by the other.
 
 ::
 
@@ -14,16 +14,17 @@ of bytes is of all requests: under traffic the usage alone tells what became of 
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import math
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from pdlaunch.errors import PdlaunchError, ProtocolError
 from pdlaunch.http.watch.engine_api import Counts, EngineApi, Kind
-from pdlaunch.http.watch.usage import CACHED_AT_PREFILL, num_recomputed
 
 NUM_BLOCKS = 2
 NUM_TOKENS = 4
@@ -39,11 +40,18 @@ SECONDS_READ: dict[Kind, str] = {
     "vllm": "vllm:nixl_xfer_time_seconds_sum",
     "native": "pdlaunch_kv_transfer_seconds_total",
 }
-"""Names of what decode engines count, by their kind."""
 FIRST_TOKEN_ID = 100
 """Ids below are often special tokens."""
 NUM_TOKEN_IDS = 150
 """Ids that prompts are drawn from; a vocabulary of bytes has them too."""
+NUM_AT_ONCE = 4
+FIRST_RETRY_S = 0.5
+LONGEST_RETRY_S = 30.0
+CACHED_AT_PREFILL = "remote_prefill_cached_tokens"
+"""A parameter of prefill's answer. With it vLLM's decode engine repeats what prefill had cached,
+and does not tell what it has read itself."""
+NUM_BACKED_OFF_TOKENS = 16
+"""Tokens at the end of a prompt that decode may compute though it has read all it can."""
 
 REMOTE_DECODE: dict[str, Any] = {
     "do_remote_decode": True,
@@ -53,6 +61,9 @@ REMOTE_DECODE: dict[str, Any] = {
     "remote_host": None,
     "remote_port": None,
 }
+Pair = TypeVar("Pair", bound=Hashable)
+
+_logger = logging.getLogger(__name__)
 
 
 class CanaryDied(PdlaunchError):
@@ -77,7 +88,7 @@ class Proof:
     seconds: float
     num_bytes: int
     transfer_s: float
-    """Seconds that the engine counted for the READs; 0 when it counts none."""
+    """Time that the engine counted for the READs; 0 when it counts none."""
     is_told: bool = True
     """Decode has told that it computed none of these tokens; else its count of bytes is the proof,
     which READs of other requests add to."""
@@ -89,10 +100,78 @@ class Proof:
         return self.num_bytes / self.transfer_s / 1e9 if self.transfer_s else None
 
 
-@dataclass(frozen=True, slots=True)
-class _Tokens:
-    ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
+class Canaries(Generic[Pair]):
+    """Sends canaries through pairs, again and again until each is proven.
+
+    ``send`` sends one; ``tell`` is told each outcome. ``results``: the latest outcome of each pair.
+    """
+
+    def __init__(
+        self,
+        send: Callable[[Pair], Awaitable[Proof]],
+        tell: Callable[[Pair, Proof | CanaryDied], None],
+    ) -> None:
+        self._send = send
+        self._tell = tell
+        self.results: dict[Pair, Proof | CanaryDied] = {}
+        self._tasks: dict[Pair, asyncio.Task[None]] = {}
+        self._at_once = asyncio.Semaphore(NUM_AT_ONCE)
+
+    def prove(self, due: Collection[Pair]) -> None:
+        """Prove those of these pairs that have no result; stop the canaries of others."""
+        for pair in self._tasks.keys() - set(due):
+            self._tasks.pop(pair).cancel()
+        for pair in set(due) - self._tasks.keys() - self.results.keys():
+            self._tasks[pair] = asyncio.create_task(self._prove(pair))
+
+    def doubt(self, pairs: Collection[Pair]) -> bool:
+        """Have pairs proven again; False when none of them has a result."""
+        num_before = len(self.results)
+        for pair in pairs:
+            self.results.pop(pair, None)
+        return len(self.results) < num_before
+
+    def pairs(self) -> set[Pair]:
+        """Return the pairs that have a result or a canary under way."""
+        return {*self.results, *self._tasks}
+
+    def forget(self, pairs: Collection[Pair]) -> None:
+        """Forget pairs whose engines are not what they were, and stop their canaries."""
+        self.doubt(pairs)
+        for pair in pairs:
+            if (task := self._tasks.pop(pair, None)) is not None:
+                task.cancel()
+
+    async def close(self) -> None:
+        """Stop all canaries."""
+        tasks = [*self._tasks.values()]
+        self.prove(())
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _prove(self, pair: Pair) -> None:
+        pause_s = FIRST_RETRY_S
+        while True:
+            result = self.results[pair] = await self._try(pair)
+            if isinstance(result, Proof):
+                del self._tasks[pair]
+            self._tell(pair, result)
+            if isinstance(result, Proof):
+                return
+            await asyncio.sleep(pause_s)
+            pause_s = min(LONGEST_RETRY_S, 2 * pause_s)
+
+    async def _try(self, pair: Pair) -> Proof | CanaryDied:
+        try:
+            async with self._at_once:
+                return await self._send(pair)
+        except CanaryDied as died:
+            return died
+        except ProtocolError as error:
+            return CanaryDied(str(error))
+        except Exception as error:
+            # Whatever an engine answers must not keep the pair from being tried again.
+            _logger.exception("a canary cannot be sent")
+            return CanaryDied(f"{type(error).__name__}: {error}")
 
 
 async def send_canary(
@@ -125,11 +204,15 @@ async def send_canary(
         )
     lent = {name: value for name, value in params.items() if name != CACHED_AT_PREFILL}
     answer = await decode.complete(request | {"kv_transfer_params": lent}, TIMEOUT_S)
-    told = _tokens(answer)
-    expected = _tokens(await prefill.complete(request, TIMEOUT_S))
-    if reason := _difference(told, expected, is_exact=is_exact):
+    alone = await prefill.complete(request, TIMEOUT_S)
+    try:
+        reason = _difference(answer, alone, is_exact=is_exact)
+        num_tokens = num_recomputed(answer)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ProtocolError(f"not an answer with token ids and logprobs: {error!r}") from error
+    if reason:
         raise CanaryDied(reason, fatal=True, params=params)
-    if num_tokens := _num_recomputed(answer):
+    if num_tokens:
         raise CanaryDied(
             f"decode computed the prompt itself: {num_tokens} tokens whose KV blocks it was handed",
             params=params,
@@ -145,50 +228,49 @@ async def send_canary(
         time.monotonic() - started_at,
         num_bytes,
         after.total(SECONDS_READ[kind]) - before.total(SECONDS_READ[kind]),
-        _num_recomputed(answer) is not None,
+        num_tokens is not None,
         params,
     )
 
 
+def num_recomputed(answer: Mapping[str, Any]) -> int | None:
+    """Return how many tokens of a prompt decode has computed though it was handed their blocks.
+
+    None: the engine does not tell (vLLM without --enable-prompt-tokens-details), or the answer is a
+    chunk before the last one. Raises LookupError, TypeError or AttributeError for what is no usage.
+    """
+    usage = answer.get("usage") or {}
+    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+    if cached is None:
+        return None
+    num_tokens: int = usage["prompt_tokens"] - cached
+    return num_tokens if num_tokens > NUM_BACKED_OFF_TOKENS else 0
+
+
 def _new_prompt(counts: Counts) -> list[int]:
-    block_size = counts.label("vllm:cache_config_info", "block_size")
-    length = NUM_BLOCKS * (
-        int(block_size) if block_size and block_size.isdecimal() else DEFAULT_BLOCK_SIZE
-    )
+    told = counts.label("vllm:cache_config_info", "block_size") or ""
+    block_size = int(told) if told.isdecimal() and int(told) else DEFAULT_BLOCK_SIZE
     draw = random.SystemRandom()
     # One more: the last token of a prompt is computed by decode itself.
-    return [FIRST_TOKEN_ID + draw.randrange(NUM_TOKEN_IDS) for _ in range(length + 1)]
+    length = NUM_BLOCKS * block_size + 1
+    return [FIRST_TOKEN_ID + draw.randrange(NUM_TOKEN_IDS) for _ in range(length)]
 
 
-def _tokens(answer: dict[str, Any]) -> _Tokens:
-    """Read token ids and logprobs of an answer. Raises ProtocolError."""
-    try:
-        choice = answer["choices"][0]
-        return _Tokens(tuple(choice["token_ids"]), tuple(choice["logprobs"]["token_logprobs"]))
-    except (LookupError, TypeError) as error:
-        raise ProtocolError(f"not an answer with token ids and logprobs: {error!r}") from error
-
-
-def _num_recomputed(answer: dict[str, Any]) -> int | None:
-    """Return what ``num_recomputed`` does. Raises ProtocolError."""
-    try:
-        return num_recomputed(answer)
-    except (LookupError, TypeError, AttributeError) as error:
-        raise ProtocolError(f"not a usage: {error!r}") from error
-
-
-def _difference(told: _Tokens, expected: _Tokens, *, is_exact: bool) -> str:
-    """Return what is wrong with the tokens of a pair, empty: nothing."""
+def _difference(answer: Mapping[str, Any], alone: Mapping[str, Any], *, is_exact: bool) -> str:
+    """Return what is wrong with the tokens of a pair; empty: nothing."""
+    told, expected = answer["choices"][0], alone["choices"][0]
+    ids, expected_ids = list(told["token_ids"]), list(expected["token_ids"])
     if is_exact:
-        if told.ids == expected.ids:
+        if ids == expected_ids:
             return ""
         return (
-            f"decode answered tokens {list(told.ids)}, prefill alone {list(expected.ids)}: decode "
-            "computes with other KV blocks than it was handed"
+            f"decode answered tokens {ids}, prefill alone {expected_ids}: decode computes with "
+            "other KV blocks than it was handed"
         )
+    logprobs, others = (one["logprobs"]["token_logprobs"] for one in (told, expected))
     # After a token that differs, the next ones have another context.
     for token, other, logprob, other_logprob in zip(
-        told.ids, expected.ids, told.logprobs, expected.logprobs, strict=True
+        ids, expected_ids, logprobs, others, strict=True
     ):
         if not math.isclose(logprob, other_logprob, abs_tol=TOLERANCE):
             return (

@@ -1,19 +1,18 @@
-"""Asks an engine over HTTP: whether it is healthy, what it serves, for tokens, what it counts.
-
-Redirects are not followed: an engine must not choose where a key or a prompt goes.
-"""
+"""Asks an engine over HTTP: whether it is healthy, what it serves, for tokens, what it counts."""
 
 from __future__ import annotations
 
-import asyncio
+import re
 import ssl
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
 from pdlaunch.errors import ProtocolError
-from pdlaunch.http.engine_calls import CONNECT_S, MAX_PAGE_BYTES, CallError, EngineCalls
+from pdlaunch.http.engine_calls import MAX_PAGE_BYTES, CallError, EngineCalls
+from pdlaunch.protocol.control import Capabilities
 
 Kind = Literal["native", "vllm"]
 """The program that an engine is; names of metrics follow from it. It is ``config.roles.EngineName``
@@ -26,8 +25,11 @@ MOST_QUOTED = 200
 VLLM_RUNNING = ("vllm:num_requests_running", "vllm:num_requests_waiting")
 VLLM_LENT = "vllm:kv_cache_usage_perc"
 """The share of the KV cache that requests or leases hold; the prefix cache alone does not count."""
+TELLS_TOKEN_IDS_SINCE = (0, 11)
+"""The vLLM of ``return_token_ids``, without which no router knows the tokens so far."""
 Models = dict[str, int | None]
 """Names of the models that an engine serves, each with its ``max_model_len``."""
+T = TypeVar("T")
 
 
 class Counts:
@@ -47,7 +49,6 @@ class Counts:
         )
 
     def has(self, name: str) -> bool:
-        """Return whether there is a sample of this name."""
         return any(sample.name == name for sample in self._samples)
 
     def label(self, name: str, label: str) -> str | None:
@@ -57,9 +58,33 @@ class Counts:
         )
 
 
+class FailedReads:
+    """Finds out, look by look at an engine of vLLM, that its READs fail and none comes through."""
+
+    def __init__(self) -> None:
+        self._before: tuple[float, float] | None = None
+        """Failed READs and bytes read, at the last look."""
+
+    def look(self, counts: Counts) -> bool:
+        """Return whether READs have failed since the last look, and no byte has come."""
+        failed = counts.total("vllm:nixl_num_failed_transfers_total")
+        num_bytes = counts.total("vllm:nixl_bytes_transferred_sum")
+        before, self._before = self._before, (failed, num_bytes)
+        return before is not None and failed > before[0] and num_bytes <= before[1]
+
+
 def is_vllm_busy(counts: Counts) -> bool:
     """Tell whether an engine of vLLM has requests, or blocks that decode engines may still read."""
     return any(counts.total(name) for name in (*VLLM_RUNNING, VLLM_LENT))
+
+
+def with_version(capabilities: Capabilities, version: str) -> Capabilities:
+    """Return the capabilities with those that depend on ``version``: ``0.32.0+cpu``."""
+    known = msgspec.structs.replace(capabilities, version=version)
+    if capabilities.kind != "vllm":
+        return known
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    return msgspec.structs.replace(known, continues=numbers >= TELLS_TOKEN_IDS_SINCE)
 
 
 class EngineApi:
@@ -68,90 +93,88 @@ class EngineApi:
     def __init__(self, url: str, key: str | None = None, tls: ssl.SSLContext | None = None) -> None:
         """``tls``: what an https URL is called with; else the system's authorities are trusted."""
         self._url = url
-        self._calls = EngineCalls(CONNECT_S, tls)
+        self._calls = EngineCalls(tls=tls)
         self._headers = {"Content-Type": "application/json"}
         if key is not None:
             self._headers["Authorization"] = f"Bearer {key}"
 
     async def close(self) -> None:
         await self._calls.close()
-        # The event loop closes them in its next turn; the one of a command may have no other.
-        await asyncio.sleep(0)
 
     async def is_healthy(self, timeout_s: float) -> bool | None:
         """Return what /health says; None when it says nothing within ``timeout_s``."""
         try:
-            status, _ = await self._calls.ask(
-                self._url,
-                "GET",
-                "/health",
-                self._headers,
-                timeout_s=timeout_s,
-                max_bytes=MAX_WORD_BYTES,
-            )
+            status, _ = await self._ask("GET", "/health", timeout_s, max_bytes=MAX_WORD_BYTES)
         except CallError:
             return None
         return status == 200
 
     async def counts(self, timeout_s: float) -> Counts:
         """Read /metrics. Raises ProtocolError."""
-        page = await self._answer("GET", "/metrics", timeout_s)
-        try:
-            return Counts(page.decode())
-        except ValueError as error:
-            raise _malformed("/metrics: not a page of metrics", error) from error
+        return await self._read("/metrics", timeout_s, lambda page: Counts(page.decode()))
 
     async def models(self, timeout_s: float) -> Models:
         """Read /v1/models. Raises ProtocolError."""
-        raw = await self._answer("GET", "/v1/models", timeout_s)
-        try:
+
+        def read(raw: bytes) -> Models:
             cards = msgspec.json.decode(raw)["data"]
             return {str(card["id"]): card.get("max_model_len") for card in cards}
-        except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-            raise _malformed("/v1/models: not a list of models", error) from error
+
+        return await self._read("/v1/models", timeout_s, read)
 
     async def version(self, timeout_s: float) -> str:
         """Read /version. Raises ProtocolError."""
-        raw = await self._answer("GET", "/version", timeout_s, max_bytes=MAX_WORD_BYTES)
-        try:
-            return str(msgspec.json.decode(raw)["version"])
-        except (ValueError, RecursionError, LookupError, TypeError) as error:
-            raise _malformed("/version", error) from error
+        return await self._read(
+            "/version", timeout_s, lambda raw: str(msgspec.json.decode(raw)["version"])
+        )
 
     async def listed_engines(self, timeout_s: float) -> list[tuple[str, str, str]]:
         """Read role, URL and kind of each engine of a router of pdlaunch. Raises ProtocolError."""
-        raw = await self._answer("GET", "/pdlaunch/status", timeout_s)
-        try:
+
+        def read(raw: bytes) -> list[tuple[str, str, str]]:
             engines = msgspec.json.decode(raw)["engines"]
             return [(str(each["role"]), str(each["url"]), str(each["kind"])) for each in engines]
-        except (ValueError, RecursionError, LookupError, TypeError) as error:
-            raise _malformed("/pdlaunch/status: not a list of engines", error) from error
+
+        return await self._read("/pdlaunch/status", timeout_s, read)
 
     async def server_info(self, timeout_s: float) -> dict[str, Any] | None:
         """Read /server_info, which vLLM has in dev mode alone; None without it."""
         try:
-            raw = await self._answer("GET", "/server_info?config_format=json", timeout_s)
-            return msgspec.json.decode(raw, type=dict[str, Any])
-        except (ProtocolError, ValueError, RecursionError):
+            return await self._read("/server_info?config_format=json", timeout_s, _json_object)
+        except ProtocolError:
             return None
 
     async def is_sleeping(self, timeout_s: float) -> bool | None:
         """Read /is_sleeping, which vLLM has in dev mode alone; None where nothing is told."""
         try:
-            raw = await self._answer("GET", "/is_sleeping", timeout_s, max_bytes=MAX_WORD_BYTES)
-            return bool(msgspec.json.decode(raw)["is_sleeping"])
-        except (ProtocolError, ValueError, RecursionError, LookupError, TypeError):
+            return await self._read(
+                "/is_sleeping", timeout_s, lambda raw: bool(_json_object(raw)["is_sleeping"])
+            )
+        except ProtocolError:
             return None
 
     async def complete(self, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         """Return the answer to /v1/completions. Raises ProtocolError."""
-        raw = await self._answer("POST", "/v1/completions", timeout_s, msgspec.json.encode(body))
-        try:
-            return msgspec.json.decode(raw, type=dict[str, Any])
-        except (ValueError, RecursionError) as error:
-            raise _malformed("/v1/completions", error) from error
+        sent = msgspec.json.encode(body)
+        return await self._read("/v1/completions", timeout_s, _json_object, sent)
 
-    async def _answer(
+    async def _read(
+        self, path: str, timeout_s: float, read: Callable[[bytes], T], body: bytes = b""
+    ) -> T:
+        """Return what ``read`` makes of the body of a 200. Raises ProtocolError."""
+        try:
+            status, raw = await self._ask("POST" if body else "GET", path, timeout_s, body)
+        except CallError as error:
+            raise ProtocolError(f"{path}: {error}") from error
+        if status != 200:
+            raise ProtocolError(f"{path} answered {status}: {raw[:300]!r}")
+        try:
+            return read(raw)
+        except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+            reason = "not UTF-8" if isinstance(error, UnicodeError) else repr(error)[:MOST_QUOTED]
+            raise ProtocolError(f"{path}: not what it should say: {reason}") from error
+
+    async def _ask(
         self,
         method: str,
         path: str,
@@ -159,25 +182,11 @@ class EngineApi:
         body: bytes = b"",
         *,
         max_bytes: int = MAX_PAGE_BYTES,
-    ) -> bytes:
-        """Return the body of a 200. Raises ProtocolError."""
-        try:
-            status, raw = await self._calls.ask(
-                self._url,
-                method,
-                path,
-                self._headers,
-                body,
-                timeout_s=timeout_s,
-                max_bytes=max_bytes,
-            )
-        except CallError as error:
-            raise ProtocolError(f"{path}: {error}") from error
-        if status != 200:
-            raise ProtocolError(f"{path} answered {status}: {raw[:300]!r}")
-        return raw
+    ) -> tuple[int, bytes]:
+        return await self._calls.ask(
+            self._url, method, path, self._headers, body, timeout_s=timeout_s, max_bytes=max_bytes
+        )
 
 
-def _malformed(what: str, error: Exception) -> ProtocolError:
-    reason = "not UTF-8" if isinstance(error, UnicodeError) else repr(error)[:MOST_QUOTED]
-    return ProtocolError(f"{what}: {reason}")
+def _json_object(raw: bytes) -> dict[str, Any]:
+    return msgspec.json.decode(raw, type=dict[str, Any])

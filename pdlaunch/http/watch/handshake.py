@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import zmq
@@ -17,11 +16,8 @@ import zmq.asyncio
 
 from pdlaunch.errors import ProtocolError
 
-_GET_META = b"get_meta_msg"
 
-
-@dataclass(frozen=True, slots=True)
-class SideChannel:
+class SideChannel(NamedTuple):
     """Says where decode engines are told to ask an engine, and of which ranks."""
 
     engine_id: str
@@ -31,16 +27,14 @@ class SideChannel:
     pp_size: int
 
 
-@dataclass(frozen=True, slots=True)
-class ToldHandshake:
-    """Holds what all ranks of an engine tell."""
+class ToldHandshake(NamedTuple):
+    """Holds what all ranks of an engine tell; ``num_blocks`` is that of the first."""
 
     num_ranks: int
     layout: str
     attention: str
     block_size: int
     num_blocks: int
-    """The number of blocks of the first rank."""
 
 
 def side_channel_of(params: Mapping[str, Any]) -> SideChannel | None:
@@ -59,12 +53,13 @@ def side_channel_of(params: Mapping[str, Any]) -> SideChannel | None:
 
 async def shake_hands(channel: SideChannel, timeout_s: float) -> ToldHandshake:
     """Ask every rank. Raises ProtocolError."""
-    address = f"tcp://{_bracketed(channel.host)}:{channel.port}"
+    host = channel.host
+    host = f"[{host}]" if ":" in host and not host.startswith("[") else host
     context = zmq.asyncio.Context()
     try:
         async with asyncio.timeout(timeout_s):
             told = [
-                await _ask(context, address, pp_rank, tp_rank)
+                await _ask(context, f"tcp://{host}:{channel.port}", pp_rank, tp_rank)
                 for pp_rank in range(channel.pp_size)
                 for tp_rank in range(channel.tp_size)
             ]
@@ -93,10 +88,6 @@ async def _ask(
     with context.socket(zmq.REQ) as socket:
         socket.setsockopt(zmq.LINGER, 0)
         socket.connect(address)
-        await socket.send(msgspec.msgpack.encode((_GET_META, pp_rank, tp_rank)))
+        await socket.send(msgspec.msgpack.encode((b"get_meta_msg", pp_rank, tp_rank)))
         payload = msgspec.msgpack.decode((await socket.recv_multipart())[0])
     return msgspec.msgpack.decode(payload["agent_metadata_bytes"], type=dict[str, Any])
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host and not host.startswith("[") else host

@@ -25,10 +25,14 @@ from pdlaunch.config.engine_spec import ENGINE_HOST
 from pdlaunch.errors import PdlaunchError, ProtocolError, StartupError
 from pdlaunch.http.engine_calls import UNIX
 from pdlaunch.http.lifecycle import Supervised
-from pdlaunch.http.watch.canary import FIRST_TOKEN_ID, CanaryDied, send_canary
-from pdlaunch.http.watch.engine_api import Counts, EngineApi, is_vllm_busy
-from pdlaunch.http.watch.reads import FailedReads
-from pdlaunch.http.watch.versions import with_version
+from pdlaunch.http.watch.canary import FIRST_TOKEN_ID, Canaries, CanaryDied, Proof, send_canary
+from pdlaunch.http.watch.engine_api import (
+    Counts,
+    EngineApi,
+    FailedReads,
+    is_vllm_busy,
+    with_version,
+)
 from pdlaunch.launch.sidecar.child import EngineChild
 from pdlaunch.launch.sidecar.connector import Failures, connector_environment
 from pdlaunch.launch.sidecar.hangs import EngineHangWatch
@@ -65,10 +69,12 @@ WATCH_POLL_S = 2.0
 DRAIN_POLL_S = 0.5
 HEALTH_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 5.0
-CANARY_RETRY_S = (0.5, 10.0)
-"""First and longest pause before a canary that died is sent again."""
 EVENTS_FLAG = "--kv-events-config"
 SLEEP_FLAG = "--enable-sleep-mode"
+
+
+_Peer = tuple[str, int]
+"""Name and incarnation of a prefill engine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,16 +119,16 @@ class SidecarProcess:
             os.environ.get(SIDE_CHANNEL_HOST, ENGINE_HOST), "" if spec is None else spec.data_ports
         )
         self._is_ready = asyncio.Event()
-        self._canaries: dict[tuple[str, int], asyncio.Task[None]] = {}
-        """Tasks by prefill engine and incarnation that is proven or being proven."""
+        self._canaries = Canaries(self._send_canary, self._tell_proof)
+        self._peers: dict[_Peer, Entry] = {}
         self._one_at_a_time = asyncio.Semaphore(1)
         self._failed_reads = FailedReads()
         self._probe: asyncio.Task[None] | None = None
         """Asks an engine that was idle for one token."""
         self._failures = Failures(Path(supervised.bootstrap.run_dir), self._name)
-        self._proven: dict[str, tuple[str, int]] = {}
+        self._proven: dict[str, _Peer] = {}
         """Prefill engines and their incarnations, by the id that vLLM has given them."""
-        self._listed: set[tuple[str, int]] = set()
+        self._listed: set[_Peer] = set()
         """Those of them that the registry has shown as proven."""
 
     async def run(self) -> None:
@@ -148,10 +154,10 @@ class SidecarProcess:
             ]
             await self._obey()
         finally:
-            tasks = [*watches, *self._canaries.values()]
-            for task in tasks:
+            for task in watches:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*watches, return_exceptions=True)
+            await self._canaries.close()
             if self._opening is not None:
                 await self._opening.close()
             await self._api.close()
@@ -329,52 +335,43 @@ class SidecarProcess:
             if pair.local == self._name
         }
         # What was listed and is no more is in doubt, and has to be proven anew.
-        for key in self._canaries.keys() - peers.keys() | self._listed - listed:
-            if key in self._canaries:
-                self._canaries.pop(key).cancel()
-        self._listed = listed
+        self._canaries.forget(self._canaries.pairs() - peers.keys() | self._listed - listed)
+        self._listed, self._peers = listed, peers
         for entry in registry.entries:
             if entry.state == "sleeping" and (entry.name, entry.incarnation) in listed:
                 self._doubt(entry.name, entry.incarnation, "it sleeps")
-        for key in peers.keys() - self._canaries.keys():
-            self._canaries[key] = self._supervised.spawn(self._prove(peers[key]))
+        self._canaries.prove(peers)
 
-    async def _prove(self, peer: Entry) -> None:
+    async def _send_canary(self, peer: _Peer) -> Proof:
         await self._is_ready.wait()
-        url = peer.address.http
+        url = self._peers[peer].address.http
         # All engines of a launch have doors, or none has.
         api = EngineApi(url, self._key) if self._opening is None else self._opening.api_of(url)
-        pause_s, longest_s = CANARY_RETRY_S
-        try:
-            while not await self._send_canary(peer, api):
-                await asyncio.sleep(pause_s)
-                pause_s = min(longest_s, 2 * pause_s)
-        finally:
-            await api.close()
-
-    async def _send_canary(self, peer: Entry, api: EngineApi) -> bool:
-        """Return whether the pair is proven; the supervisor is told in either case."""
-        send = self._supervised.send
         try:
             async with self._one_at_a_time:
                 model = _served_model_name(self._options.command)
-                proof = await send_canary(api, self._api, model, is_exact=self._options.is_exact)
-        except (CanaryDied, ProtocolError) as error:
-            fatal = isinstance(error, CanaryDied) and error.fatal
-            send(PairFailed(local=self._name, peer=peer.name, error=str(error), fatal=fatal))
-            return False
-        self._proven[str(proof.params.get("remote_engine_id"))] = (peer.name, peer.incarnation)
-        send(
+                return await send_canary(api, self._api, model, is_exact=self._options.is_exact)
+        finally:
+            await api.close()
+
+    def _tell_proof(self, peer: _Peer, result: Proof | CanaryDied) -> None:
+        name, incarnation = peer
+        if isinstance(result, CanaryDied):
+            self._supervised.send(
+                PairFailed(local=self._name, peer=name, error=str(result), fatal=result.fatal)
+            )
+            return
+        self._proven[str(result.params.get("remote_engine_id"))] = peer
+        self._supervised.send(
             PairReady(
                 local=self._name,
-                peer=peer.name,
-                peer_incarnation=peer.incarnation,
-                seconds=proof.seconds,
+                peer=name,
+                peer_incarnation=incarnation,
+                seconds=result.seconds,
                 path="nixl/vLLM",
-                gigabytes_per_s=proof.gigabytes_per_s,
+                gigabytes_per_s=result.gigabytes_per_s,
             )
         )
-        return True
 
     async def _drain(self, timeout_s: float) -> None:
         """Wait until the engine has nothing to do and lends nothing, at most ``timeout_s``."""

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from pdlaunch.errors import ProtocolError
-from pdlaunch.http.watch.canary import NUM_TOKENS, CanaryDied, Proof, send_canary
+from pdlaunch.http.watch.canary import CACHED_AT_PREFILL, NUM_TOKENS, CanaryDied, Proof, send_canary
 from pdlaunch.http.watch.engine_api import EngineApi
-from pdlaunch.http.watch.usage import CACHED_AT_PREFILL
 from tests.launch.sidecar.fake_vllm import BLOCK_SIZE, BYTES_OF_TOKEN, FakeVllm, listen
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pdlaunch.http.watch.versions import with_version
+from pdlaunch.http.watch.engine_api import with_version
 from pdlaunch.launch.engines.plan import capabilities_over_http
 
 
