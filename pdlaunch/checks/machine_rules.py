@@ -145,12 +145,10 @@ def _local_addresses(context: Context) -> Iterator[Found]:
 
 
 def _too_few_hosts(context: Context) -> Iterator[Found]:
-    for role, each in context.engines.items() if context.config.placement != "local" else ():
+    for role in context.engines if context.config.placement != "local" else ():
         there = sum(role in host.roles for host in context.launch.hosts)
-        wanted = each.settings.hosts_per_engine
-        if there < wanted:
-            message = f"a {role} engine needs {wanted}, {there} of the hosts take this role"
-            yield Found(message, each.where("hosts_per_engine") if there else "hosts")
+        if not there:
+            yield Found(f"none of the hosts takes {role} engines", "hosts")
 
 
 def _unlike_hosts(context: Context) -> Iterator[Found]:
@@ -158,7 +156,7 @@ def _unlike_hosts(context: Context) -> Iterator[Found]:
         placed = [engine for engine in context.launch.engines if engine.engines.role == role]
         first = placed[0]
         mine = first.engines.derived()
-        others = {share.engines.host: share.engines for each in placed for share in each.shares}
+        others = {each.engines.host: each.engines for each in placed}
         for other in others.values():
             theirs = other.derived()
             for name in mine.keys() - _OF_HOST:
@@ -408,10 +406,9 @@ RULES = (
     ),
     error(
         "PD452", "Too few hosts take the engines of a role.",
-        "An engine needs a host that takes its role, and as many as its ranks are to be spread "
-        "over.",
+        "An engine needs a host that takes its role.",
         when=_too_few_hosts,
-        fix="List more hosts, lower hosts_per_engine, or leave roles of hosts out.",
+        fix="List more hosts, or leave roles of hosts out.",
         source="Hosts take engines of their roles alone.", on_vllm=True,
     ),
     error(
@@ -422,17 +419,6 @@ RULES = (
         fix="Set these for the role, or place its engines on hosts that are alike.",
         source="Values are derived on each host: dtype auto is float32 on a CPU without bfloat16.",
         on_vllm=True,
-    ),
-    error(
-        "PD456", "The ranks of an engine are on several hosts.",
-        "They would be joined over connections that admit everybody. Tensor parallelism works "
-        "within one host.",
-        over=engines, when=lambda each: each.settings.hosts_per_engine > 1 and each.tp_size > 1,
-        at="hosts_per_engine",
-        message="hosts_per_engine is {0.settings.hosts_per_engine}: the ranks of a {0.role} "
-        "engine run on one host",
-        fix="Set hosts_per_engine to 1.",
-        source="The connections of gloo, NCCL and vLLM's groups have no keys.", on_vllm=True,
     ),
     error(
         "PD460", "A setting or the model asks for an extra of pdlaunch that is not installed.",

@@ -31,11 +31,7 @@ _UCX = "UCX_TLS, UCX 1.19 as NIXL 1.5.1 ships it."
 
 def far_engines(context: Context) -> list[PlacedEngine]:
     """Return the engines that exchange KV blocks with engines on other hosts."""
-    return [
-        engine
-        for engine in context.launch.engines
-        if any(share.engines.has_far_peers for share in engine.shares)
-    ]
+    return [engine for engine in context.launch.engines if engine.engines.has_far_peers]
 
 
 def _opening_engines(context: Context) -> list[PlacedEngine]:
@@ -88,8 +84,7 @@ def _tls(each: RoleEngines) -> str:
 def _no_way_between_hosts(context: Context) -> Iterator[Found]:
     if not context.moves_over_ucx or not context.kv_transfer.trusted_network:
         return
-    shares = [share for engine in far_engines(context) for share in engine.shares]
-    far = {share.host.name: share.engines for share in shares if share.engines.has_far_peers}
+    far = {engine.host.name: engine.engines for engine in far_engines(context)}
     for each in far.values():
         if not opens_network(each.environment):
             wanted = " or ".join(sorted(TCP | RDMA if each.machine.rdma_devices else TCP))

@@ -128,7 +128,7 @@ def kubernetes(
             cache_claim=cache_claim,
             cache_size=cache_size,
         )
-        launch = _placed(config, flags, options, assume, base=f"{name}-", grouped=True)
+        launch = _placed(config, flags, options, assume, base=f"{name}-")
         if not print_secret:
             return kubernetes_objects(launch, namespace)
         join, supervisor = _join_texts(control_endpoint(launch))
@@ -163,7 +163,7 @@ def compose(
             image=image or f"pdlaunch:{__version__}",
             claims=_volumes(volume or ()),
         )
-        launch = _placed(config, flags, options, assume, base="", grouped=False)
+        launch = _placed(config, flags, options, assume, base="")
         if secrets is None:
             return [compose_file(launch)]
         texts = _join_texts(compose_endpoint(launch))
@@ -180,14 +180,13 @@ def _placed(
     assume: str | None,
     *,
     base: str,
-    grouped: bool,
 ) -> PodLaunch:
     """Return the launch on its pods. Raises ConfigError, and typer.Exit where a rule finds an
     error.
     """
     loaded = load_config(path, os.environ, dict(flags))
     refuse_running_engines(loaded.config)
-    machines = machine_names(loaded.config, base, grouped=grouped)
+    machines = machine_names(loaded.config, base)
     placed = place(loaded.config, machines)
     config = placed.config()
     judged = judged_machine(assume, config)

@@ -103,9 +103,6 @@ class EngineSettings(FrozenModel):
     num_threads: int | None = Field(
         None, gt=0, description="CPU threads of a rank; an even share of the cores when unset."
     )
-    hosts_per_engine: Annotated[int, Flag()] = Field(
-        1, gt=0, le=1024, description="Hosts that the ranks of one engine are spread over."
-    )
     engine: Annotated[EngineName, Flag(for_router=True)] = Field(
         "native", description="What computes: `native`, this project's own engine, or `vllm`."
     )

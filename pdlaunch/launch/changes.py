@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import msgspec
@@ -21,7 +21,7 @@ from pdlaunch.config.roles import PAIR, ROLES, Role
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch.engines.kind import EngineKind
 from pdlaunch.launch.engines.plan import kind_of
-from pdlaunch.planning.hosts import HostShare, Places, ResolvedHost
+from pdlaunch.planning.hosts import EnginePlace, Places, ResolvedHost
 from pdlaunch.planning.models import Model, read_models
 from pdlaunch.planning.resolve import ResolvedLaunch, with_replicas
 from pdlaunch.planning.role_engines import RoleEngines
@@ -215,32 +215,23 @@ class ChangePlanner:
         busy: BusyGpus,
         preferred: Collection[tuple[str, int]],
         homes: Collection[str] = (),
-    ) -> dict[Key, tuple[HostShare, ...]] | None:
+    ) -> dict[Key, EnginePlace] | None:
         """Return hosts and devices for new engines; None: there is no room for one of them.
 
         ``preferred``, ``homes``: GPUs and hosts that come first.
         """
-        placed: dict[Key, tuple[HostShare, ...]] = {}
+        placed: dict[Key, EnginePlace] = {}
         taken = dict(busy)
         for key in starts:
             role = key[0]
-            settings = self._resolved.config.engine_settings(role)
-            if settings.hosts_per_engine > 1:
-                raise ConfigError(
-                    f"{role} engines have their ranks on several hosts, and such an engine is not "
-                    "added to a running launch",
-                    field=f"{role}.hosts_per_engine",
-                    value=settings.hosts_per_engine,
-                    fix="start the launch with as many as it needs",
-                )
             for host in self._hosts(role, {**kept, **placed}, homes):
-                share = HostShare(host.name, settings.tensor_parallel_size)
-                tried = self._resolved.with_engines({**kept, **placed, key: (share,)}, models)
+                place = EnginePlace(host.name)
+                tried = self._resolved.with_engines({**kept, **placed, key: place}, models)
                 engines = tried.placed.by_host[host.name][role]
                 devices = _devices(engines, host.name, taken, preferred)
                 if devices is None:
                     continue
-                placed[key] = (replace(share, devices=devices or None),)
+                placed[key] = EnginePlace(host.name, devices or None)
                 for device in devices:
                     taken[host.name, engines.gpus[device].index] = f"{role}-{key[1]}"
                 break
@@ -254,13 +245,12 @@ class ChangePlanner:
         """
         by_name = {host.name: host for host in self._resolved.hosts}
         peers = [
-            by_name[share.host]
-            for (other, _), shares in places.items()
-            for share in shares
+            by_name[place.host]
+            for (other, _), place in places.items()
             if role in PAIR and other in PAIR and other != role
         ]
         near, domains = {host.name for host in peers}, {host.domain for host in peers}
-        num_ranks = Counter(share.host for shares in places.values() for share in shares)
+        num_engines = Counter(place.host for place in places.values())
         candidates = [
             host
             for host in self._resolved.hosts
@@ -270,7 +260,7 @@ class ChangePlanner:
             candidates,
             key=lambda host: (
                 host.name not in homes,
-                bool(host.machine.cpus) and num_ranks[host.name] >= len(host.machine.cpus),
+                bool(host.machine.cpus) and num_engines[host.name] >= len(host.machine.cpus),
                 host.domain not in domains,
                 host.name not in near,
             ),

@@ -19,7 +19,7 @@ from pdlaunch.launch.bootstraps import Bootstraps
 from pdlaunch.launch.changes import ChangePlanner, EngineChange, PresentEngine
 from pdlaunch.launch.engines.kind import EngineKind
 from pdlaunch.launch.state import Instance, Unit
-from pdlaunch.planning.hosts import HostShare, ResolvedHost
+from pdlaunch.planning.hosts import EnginePlace, ResolvedHost
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.planning.role_engines import RoleEngines
@@ -97,9 +97,7 @@ class Places:
         that is cut off.
         """
         gone = self._placed(engine)
-        self._names_taken_until[engine] = max(
-            self._ended_by.get(share.host.name, 0.0) for share in gone.shares
-        )
+        self._names_taken_until[engine] = self._ended_by.get(gone.host.name, 0.0)
         left = dict(self._resolved.places)
         del left[gone.engines.role, gone.index]
         self._resolved = self._resolved.with_engines(left)
@@ -150,14 +148,14 @@ class Places:
             if key[0] in host.roles and host.name in self._present
         ]
         for host in sorted(candidates, key=lambda host: host.domain != domain):
-            places = {**self._resolved.places, key: _all_on(host, engine)}
+            places = {**self._resolved.places, key: EnginePlace(host.name)}
             moved = self._resolved.with_places(places)
             placed = next(one for one in moved.engines if one.name == name)
             devices = _free_devices(placed.engines, taken[host.name])
             if devices is None or not self._may_move(lost, host):
                 continue
-            share = HostShare(host.name, engine.engines.tp_size, devices or None)
-            self._resolved = moved.with_places({**moved.places, key: (share,)})
+            place = EnginePlace(host.name, devices or None)
+            self._resolved = moved.with_places({**moved.places, key: place})
             self._bootstraps.adopt(self._resolved, self._placed(name))
             return self._placed(name)
         return None
@@ -168,9 +166,9 @@ class Places:
         Those that find no room there are judged when they are moved themselves.
         """
         places = {
-            (engine.engines.role, engine.index): _all_on(host, engine)
+            (engine.engines.role, engine.index): EnginePlace(host.name)
             for engine in self._resolved.engines
-            if engine.host.name == lost and len(engine.shares) == 1
+            if engine.host.name == lost
         }
         moved = self._resolved.with_places({**self._resolved.places, **places})
         return self._errors(moved) <= self._errors(self._resolved)
@@ -198,7 +196,3 @@ def _free_devices(engines: RoleEngines, taken: Counter[str]) -> tuple[int, ...] 
         return () if taken["cpu"] + engines.tp_size <= there else None
     free = [index for index in range(len(engines.gpus)) if not taken[f"cuda:{index}"]]
     return tuple(free[: engines.tp_size]) if len(free) >= engines.tp_size else None
-
-
-def _all_on(host: ResolvedHost, engine: PlacedEngine) -> tuple[HostShare, ...]:
-    return (HostShare(host.name, engine.engines.tp_size),)

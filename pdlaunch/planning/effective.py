@@ -60,7 +60,7 @@ def effective_engines(launch: ResolvedLaunch) -> dict[str, dict[str, object]]:
 
 
 def effective_hosts(launch: ResolvedLaunch) -> list[dict[str, object]]:
-    """Return each host of the launch, with the engines whose ranks run there and how many do."""
+    """Return each host of the launch, with its engines and the ranks of each."""
     return [
         {
             "name": host.name,
@@ -71,10 +71,9 @@ def effective_hosts(launch: ResolvedLaunch) -> list[dict[str, object]]:
             "memory_bytes": host.machine.memory_bytes,
             "num_gpus": len(host.machine.gpus),
             "ranks": {
-                engine.name: share.num_ranks
+                engine.name: engine.engines.tp_size
                 for engine in launch.engines
-                for share in engine.shares
-                if share.host is host
+                if engine.host is host
             },
         }
         for host in launch.hosts

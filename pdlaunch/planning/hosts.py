@@ -61,32 +61,27 @@ class Demand:
     role: Role
     index: int
     tp_size: int
-    num_hosts: int = 1
-    """The ranks are spread evenly over so many hosts."""
 
 
 @dataclass(frozen=True, slots=True)
-class HostShare:
-    """Names a host and how many ranks of an engine run there: the next ones in order."""
+class EnginePlace:
+    """The host of an engine, and the CUDA devices of its ranks as they number them."""
 
     host: str
-    num_ranks: int
     devices: tuple[int, ...] | None = None
-    """The CUDA devices that its ranks have, as they number them; None: they are dealt in turn."""
+    """None: they are dealt in turn."""
 
 
-Places = Mapping[tuple[Role, int], tuple[HostShare, ...]]
-"""The shares of each engine, by role and index."""
+Places = Mapping[tuple[Role, int], EnginePlace]
+"""The place of each engine, by role and index."""
 
 
-def demands_of(
-    replicas: Mapping[Role, int], tp_sizes: Mapping[Role, int], num_hosts: Mapping[Role, int]
-) -> Iterator[Demand]:
+def demands_of(replicas: Mapping[Role, int], tp_sizes: Mapping[Role, int]) -> Iterator[Demand]:
     """Yield what engines ask for, in the order in which they are placed."""
     for index in range(max(replicas.values(), default=0)):
         for role in ROLES:
             if index < replicas.get(role, 0):
-                yield Demand(role, index, tp_sizes[role], num_hosts[role])
+                yield Demand(role, index, tp_sizes[role])
 
 
 def place_engines(
@@ -98,22 +93,18 @@ def place_engines(
 
     A host without devices for a role is taken only when there is no other one; rules tell.
     """
-    places: dict[tuple[Role, int], tuple[HostShare, ...]] = {}
+    places: dict[tuple[Role, int], EnginePlace] = {}
     used: dict[tuple[str, DeviceKind], int] = {}
     domains = {room.host: room.domain for room in rooms}
     for demand in demands:
         partner = _partner(demand, places)
         offers = [room for room in rooms if demand.role in room.devices] or list(rooms)
-        num_hosts = max(1, min(demand.num_hosts, demand.tp_size, len(offers)))
-        sizes = _split(demand.tp_size, num_hosts)
 
         def cost(
-            room: Room,
-            role: Role = demand.role,
-            size: int = sizes[0],
-            partner: str | None = partner,
+            room: Room, demand: Demand = demand, partner: str | None = partner
         ) -> tuple[object, ...]:
-            kind, num_devices = room.devices.get(role, ("cpu", 0))
+            kind, num_devices = room.devices.get(demand.role, ("cpu", 0))
+            size = demand.tp_size
             taken = used.get((room.host, kind), 0)
             fits = taken + size <= num_devices
             crowd = 0.0 if fits and strategy == "pack" else (taken + size) / max(1, num_devices)
@@ -124,13 +115,10 @@ def place_engines(
             return (not fits, size > num_devices, crowd, not near, is_far)
 
         # Hosts of equal cost keep the order in which they are listed.
-        chosen = sorted(offers, key=cost)[:num_hosts]
-        places[demand.role, demand.index] = tuple(
-            HostShare(room.host, size) for room, size in zip(chosen, sizes, strict=True)
-        )
-        for room, size in zip(chosen, sizes, strict=True):
-            key = (room.host, room.devices.get(demand.role, ("cpu", 0))[0])
-            used[key] = used.get(key, 0) + size
+        chosen = min(offers, key=cost)
+        places[demand.role, demand.index] = EnginePlace(chosen.host)
+        key = (chosen.host, chosen.devices.get(demand.role, ("cpu", 0))[0])
+        used[key] = used.get(key, 0) + demand.tp_size
     return places
 
 
@@ -140,13 +128,7 @@ def _partner(demand: Demand, places: Places) -> str | None:
         return None
     (other,) = (role for role in PAIR if role != demand.role)
     there = [index for role, index in places if role == other]
-    return places[other, there[demand.index % len(there)]][0].host if there else None
-
-
-def _split(num_ranks: int, num_hosts: int) -> list[int]:
-    """Return how many ranks each host gets: 3 ranks over 2 hosts are 2 and 1."""
-    each, rest = divmod(num_ranks, num_hosts)
-    return [each + (place < rest) for place in range(num_hosts)]
+    return places[other, there[demand.index % len(there)]].host if there else None
 
 
 def one_host(

@@ -18,7 +18,7 @@ from pdlaunch.config.roles import PAIR, ROLES, Role
 from pdlaunch.errors import ConfigError
 from pdlaunch.machine.facts import Machine
 from pdlaunch.machine.visible_gpus import VISIBLE_DEVICES
-from pdlaunch.planning.hosts import HostShare, Places, ResolvedHost, one_host
+from pdlaunch.planning.hosts import EnginePlace, Places, ResolvedHost, one_host
 from pdlaunch.planning.models import Model, read_models
 from pdlaunch.planning.role_engines import RoleEngines
 from pdlaunch.planning.roles import PlacedEngine, PlacedRoles, resolve_roles
@@ -167,8 +167,8 @@ class ResolvedLaunch:
                 fix="set prefill.replicas and decode.replicas, or both.replicas, to 1 or more",
             )
         _require_one_kind(self.roles.values())
-        for share in (share for engine in self.engines for share in engine.shares):
-            _require_devices(share.engines, share.num_ranks)
+        for engine in self.engines:
+            _require_devices(engine.engines)
         for engines in self.roles.values():
             _require_allocator(engines)
             _require_length(engines)
@@ -185,9 +185,8 @@ class ResolvedLaunch:
     def places(self) -> Places:
         """Return the hosts and devices of every engine."""
         return {
-            (engine.engines.role, engine.index): tuple(
-                HostShare(share.host.name, share.num_ranks, share.device_indices or None)
-                for share in engine.shares
+            (engine.engines.role, engine.index): EnginePlace(
+                engine.host.name, engine.device_indices or None
             )
             for engine in self.engines
         }
@@ -308,9 +307,9 @@ def _require_allocator(engines: RoleEngines) -> None:
         )
 
 
-def _require_devices(engines: RoleEngines, num_ranks: int) -> None:
-    """Raise ConfigError without devices for engines. ``num_ranks``: of one engine on this host."""
-    num_gpus = len(engines.gpus)
+def _require_devices(engines: RoleEngines) -> None:
+    """Raise ConfigError without devices for engines."""
+    num_gpus, num_ranks = len(engines.gpus), engines.tp_size
     if engines.gpus_problem:
         raise ConfigError(
             f"the {VISIBLE_DEVICES} of {engines.role} cannot be used: {engines.gpus_problem}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,7 +12,6 @@ from pdlaunch.config.roles import PAIR, ROLES, Role
 from pdlaunch.planning.derive import derive_engines, device_kind, visible_on
 from pdlaunch.planning.hosts import (
     DeviceKind,
-    HostShare,
     Places,
     ResolvedHost,
     Room,
@@ -25,48 +25,26 @@ from pdlaunch.planning.vllm_verification import unverified_because
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PlacedShare:
-    """Holds ranks of one engine on one host."""
+class PlacedEngine:
+    """Says where one engine runs."""
 
+    index: int
     host: ResolvedHost
     engines: RoleEngines
     """The role on this host."""
-    num_ranks: int
     device_indices: tuple[int, ...]
-    """The CUDA device of each, as the ranks number them; empty on a CPU."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PlacedEngine:
-    """Says where the ranks of one engine run. Its server runs on the host of rank 0."""
-
-    index: int
-    shares: tuple[PlacedShare, ...]
-
-    @property
-    def engines(self) -> RoleEngines:
-        """Return the role on the host of rank 0."""
-        return self.shares[0].engines
-
-    @property
-    def host(self) -> ResolvedHost:
-        return self.shares[0].host
+    """The CUDA device of each rank on its host; empty on a CPU."""
 
     @property
     def name(self) -> str:
         return self.engines.engine_name(self.index)
 
     @property
-    def device_indices(self) -> tuple[int, ...]:
-        """Return the CUDA device of each rank on its host; empty on a CPU."""
-        return tuple(device for share in self.shares for device in share.device_indices)
-
-    def shares_by_rank(self) -> Iterator[tuple[PlacedShare, str]]:
-        """Yield the share that each rank belongs to, and its device: ``cpu`` or ``cuda:N``."""
-        for share in self.shares:
-            devices = share.device_indices
-            for place in range(share.num_ranks):
-                yield share, f"cuda:{devices[place]}" if devices else "cpu"
+    def devices(self) -> tuple[str, ...]:
+        """Return the device of each rank: ``cpu`` or ``cuda:N``."""
+        if self.device_indices:
+            return tuple(f"cuda:{index}" for index in self.device_indices)
+        return ("cpu",) * self.engines.tp_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +53,7 @@ class PlacedRoles:
 
     roles: Mapping[Role, RoleEngines]
     by_host: Mapping[str, Mapping[Role, RoleEngines]]
-    """The roles of each host that has ranks; ``replicas`` counts engines whose rank 0 is there."""
+    """The roles of each host that has engines."""
     engines: tuple[PlacedEngine, ...]
     """They are in the order of ``ROLES``, then of the index."""
 
@@ -97,20 +75,23 @@ def resolve_roles(
         demands_of(
             {role: config.role(role).replicas for role in used},
             {role: settings[role].tensor_parallel_size for role in used},
-            {role: settings[role].hosts_per_engine for role in used},
         ),
         [_room(host, settings) for host in hosts if host.roles] or [_room(hosts[0], settings)],
         config.placement_strategy,
     )
     unverified = _unverified(config, hosts, environ, models, places)
+    num_engines = Counter((place.host, role) for (role, _), place in places.items())
     num_ranks = {
-        host.name: sum(_ranks_on(places, host.name, role) for role in used) for host in hosts
+        host.name: sum(
+            num_engines[host.name, role] * settings[role].tensor_parallel_size for role in used
+        )
+        for host in hosts
     }
     by_host: dict[str, dict[Role, RoleEngines]] = {}
     for host in hosts:
         here = by_host.setdefault(host.name, {})
         for role in used:
-            if not _ranks_on(places, host.name, role):
+            if not num_engines[host.name, role]:
                 continue
             engines = derive_engines(
                 config,
@@ -119,7 +100,7 @@ def resolve_roles(
                 models[role],
                 unverified,
                 num_ranks[host.name],
-                has_far_peers=_has_far_peers(config, role, host, hosts, places),
+                has_far_peers=_has_far_peers(config, role, host, hosts, num_engines),
             )
             before = sum(
                 other.num_ranks
@@ -128,8 +109,8 @@ def resolve_roles(
             )
             here[role] = replace(
                 engines,
-                replicas=_engines_on(places, host.name, role),
-                num_ranks=_ranks_on(places, host.name, role),
+                replicas=num_engines[host.name, role],
+                num_ranks=num_engines[host.name, role] * engines.tp_size,
                 first_gpu_rank=before,
             )
     placed = tuple(_placed(places, hosts, by_host, used))
@@ -148,11 +129,11 @@ def _has_far_peers(
     role: Role,
     host: ResolvedHost,
     hosts: Sequence[ResolvedHost],
-    places: Places,
+    num_engines: Counter[tuple[str, Role]],
 ) -> bool:
     """Return whether a role's engines exchange KV blocks with some on another machine."""
     return role in PAIR and any(
-        _ranks_on(places, other.name, peer)
+        num_engines[other.name, peer]
         for other in hosts
         for peer in PAIR
         if peer != role
@@ -172,16 +153,14 @@ def _placed(
     for role in roles:
         dealt = dict.fromkeys(by_name, 0)
         for index in sorted(index for other, index in places if other == role):
-            shares = []
-            for share in places[role, index]:
-                engines = by_host[share.host][role]
-                devices = engines.device_indices(dealt[share.host], share.num_ranks)
-                dealt[share.host] += share.num_ranks
-                # Those of a host that has come back with fewer GPUs are dealt anew.
-                if share.devices and max(share.devices) < len(engines.gpus):
-                    devices = share.devices
-                shares.append(PlacedShare(by_name[share.host], engines, share.num_ranks, devices))
-            yield PlacedEngine(index, tuple(shares))
+            place = places[role, index]
+            engines = by_host[place.host][role]
+            devices = engines.device_indices(dealt[place.host], engines.tp_size)
+            dealt[place.host] += engines.tp_size
+            # Those of a host that has come back with fewer GPUs are dealt anew.
+            if place.devices and max(place.devices) < len(engines.gpus):
+                devices = place.devices
+            yield PlacedEngine(index, by_name[place.host], engines, devices)
 
 
 def _room(host: ResolvedHost, settings: Mapping[Role, EngineSettings]) -> Room:
@@ -193,25 +172,6 @@ def _room(host: ResolvedHost, settings: Mapping[Role, EngineSettings]) -> Room:
             num = len(visible.gpus) if kind == "cuda" else len(host.machine.cpus)
             devices[role] = (kind, num)
     return Room(host.name, devices, host.domain)
-
-
-def _shares(places: Places, host: str, role: Role) -> list[tuple[int, HostShare]]:
-    """Return the shares of a role on a host, each with its place among those of its engine."""
-    return [
-        (place, share)
-        for (other, _), shares in places.items()
-        if other == role
-        for place, share in enumerate(shares)
-        if share.host == host
-    ]
-
-
-def _ranks_on(places: Places, host: str, role: Role) -> int:
-    return sum(share.num_ranks for _, share in _shares(places, host, role))
-
-
-def _engines_on(places: Places, host: str, role: Role) -> int:
-    return sum(place == 0 for place, _ in _shares(places, host, role))
 
 
 def _unverified(
@@ -230,7 +190,8 @@ def _unverified(
         # here: it would be taken for one that does.
         if not config.role(role).replicas or settings.engine != "vllm":
             continue
-        theirs = [host for host in hosts if _ranks_on(places, host.name, role)]
+        names = {place.host for (other, _), place in places.items() if other == role}
+        theirs = [host for host in hosts if host.name in names]
         if reason := unverified_because(settings, environ, models[role], theirs, hosts[0]):
             return reason
     return ""

@@ -41,9 +41,8 @@ CASES = {
     "PD452": Case(
         [
             hosts(A | {"roles": "prefill"}, B | {"roles": "prefill"}),
-            hosts(A, B, decode__tensor_parallel_size=3, decode__hosts_per_engine=3),
         ],
-        [hosts(A, B, decode__tensor_parallel_size=2, decode__hosts_per_engine=2)],
+        [hosts(A, B, decode__tensor_parallel_size=2)],
     ),
     "PD455": Case(
         [hosts(A, B, machines=(WIDE, GPU), prefill__replicas=3, **SPREAD)],
@@ -57,11 +56,5 @@ CASES = {
                 **SPREAD,
             ),
         ],
-    ),
-    "PD456": Case(
-        [
-            hosts(A, B, decode__tensor_parallel_size=2, decode__hosts_per_engine=2),
-        ],
-        [hosts(A, B, decode__tensor_parallel_size=2)],
     ),
 }

@@ -12,7 +12,7 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.launch.bootstraps import Bootstraps
 from pdlaunch.launch.engines.plan import kind_of, plan_processes
 from pdlaunch.launch.ports import listening
-from pdlaunch.planning.hosts import HostShare, ResolvedHost
+from pdlaunch.planning.hosts import EnginePlace, ResolvedHost
 from pdlaunch.planning.resolve import ResolvedLaunch, resolve, resolve_on
 from pdlaunch.protocol.sockets import new_launch_keys
 from tests.planning.test_resolve import CPU, write_model
@@ -66,7 +66,7 @@ def test_children_are_given_the_addresses_of_their_host(model: Path, tmp_path: P
         {
             "model": str(model),
             "placement_strategy": "spread",
-            "decode": {"tensor_parallel_size": 2, "hosts_per_engine": 2},
+            "decode": {"tensor_parallel_size": 2},
         }
     )
     hosts = [
@@ -86,11 +86,8 @@ def test_children_are_given_the_addresses_of_their_host(model: Path, tmp_path: P
 
         assert given("prefill-0/rank-0")[:2] == ("10.0.0.2", "192.0.2.2")
         ranks = {given(f"decode-0/rank-{rank}") for rank in (0, 1)}
-        assert ranks == {
-            ("10.0.0.2", "192.0.2.2", f"file://{tmp_path}/decode-0.tp.1"),
-            ("fd00::3", "fd00::3", f"file://{tmp_path}/decode-0.tp.1"),
-        }
-        resolved = resolved.with_places({**resolved.places, ("prefill", 0): (HostShare("b", 1),)})
+        assert ranks == {("fd00::3", "fd00::3", f"file://{tmp_path}/decode-0.tp.1")}
+        resolved = resolved.with_places({**resolved.places, ("prefill", 0): EnginePlace("b")})
         prefill = next(one for one in resolved.engines if one.name == "prefill-0")
         bootstraps.adopt(resolved, prefill)
         assert given("prefill-0/rank-0")[:2] == ("fd00::3", "fd00::3")

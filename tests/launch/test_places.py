@@ -248,16 +248,6 @@ def test_both_sides_of_a_lost_pair_move_together_where_no_network_is_trusted() -
     assert deployment.find("prefill-0") == deployment.find("decode-0") == "b"
 
 
-def test_an_engine_whose_ranks_are_on_several_hosts_waits_for_them() -> None:
-    deployment = Deployment(
-        prefill={"tensor_parallel_size": 2, "hosts_per_engine": 2, "replicas": 1}
-    )
-    ranks = deployment.unit("prefill-0/ranks")
-    lost = ranks.processes[1].spec.host
-    deployment.lose(lost)
-    assert not deployment.places.find(ranks, deployment.units)
-
-
 def test_nothing_moves_while_a_process_of_the_engine_lives() -> None:
     deployment = Deployment(**SPREAD)
     deployment.places.lost("b", None)
@@ -316,19 +306,6 @@ def test_a_turned_engine_stays_on_its_host(machine: Machine, tiny: str) -> None:
         (turned,) = change.starts
         assert (turned.name, turned.host.name) == ("decode-1", before.host.name)
         assert turned.device_indices == before.device_indices
-
-
-def test_an_engine_of_several_hosts_can_go_and_none_comes(tiny: str) -> None:
-    deployment = Deployment(
-        model=tiny,
-        prefill={"tensor_parallel_size": 2, "hosts_per_engine": 2, "replicas": 2},
-    )
-    with pytest.raises(ConfigError, match="not added to a running launch"):
-        plan(deployment, prefill=3)
-    change = deployment.places.plan(
-        ChangeEngines(question=1, replicas={"prefill": 1}), present(deployment.seen)
-    )
-    assert change.stops == ("prefill-1",)
 
 
 def test_engines_of_vllm_come_the_same_way(tiny: str) -> None:

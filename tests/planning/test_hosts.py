@@ -19,55 +19,48 @@ def room(name, num=4, domain="", roles=("prefill", "decode")):
     return Room(name, dict.fromkeys(roles, ("cuda", num)), domain)
 
 
-def placed(rooms, strategy="pack", hosts=1, **tp):
+def placed(rooms, strategy="pack", **tp):
     demands = demands_of(
         {role: len(sizes) for role, sizes in tp.items()},
         {role: sizes[0] for role, sizes in tp.items()},
-        dict.fromkeys(tp, hosts),
     )
     return {
-        f"{role}-{index}": [(share.host, share.num_ranks) for share in shares]
-        for (role, index), shares in place_engines(demands, rooms, strategy).items()
+        f"{role}-{index}": place.host
+        for (role, index), place in place_engines(demands, rooms, strategy).items()
     }
 
 
 def test_the_two_sides_of_a_pair_share_a_host_while_there_is_room():
     places = placed([room("a"), room("b")], prefill=(2, 2), decode=(2, 2))
     assert places == {
-        "prefill-0": [("a", 2)],
-        "decode-0": [("a", 2)],
-        "prefill-1": [("b", 2)],
-        "decode-1": [("b", 2)],
+        "prefill-0": "a",
+        "decode-0": "a",
+        "prefill-1": "b",
+        "decode-1": "b",
     }
 
 
 def test_spread_takes_the_emptiest_host():
     places = placed([room("a"), room("b"), room("c")], "spread", prefill=(1, 1), decode=(1,))
-    assert places == {"prefill-0": [("a", 1)], "decode-0": [("b", 1)], "prefill-1": [("c", 1)]}
+    assert places == {"prefill-0": "a", "decode-0": "b", "prefill-1": "c"}
 
 
 def test_a_decode_engine_without_room_beside_prefill_stays_in_its_domain():
     rooms = [room("a", domain="x"), room("b", domain="y"), room("c", domain="x")]
-    assert placed(rooms, prefill=(4,), decode=(4,))["decode-0"] == [("c", 4)]
+    assert placed(rooms, prefill=(4,), decode=(4,))["decode-0"] == "c"
 
 
 def test_a_host_takes_engines_of_its_roles_alone():
     rooms = [room("a", roles=("decode",)), room("b", roles=("prefill",))]
     assert placed(rooms, prefill=(1,), decode=(1,)) == {
-        "prefill-0": [("b", 1)],
-        "decode-0": [("a", 1)],
+        "prefill-0": "b",
+        "decode-0": "a",
     }
-
-
-def test_ranks_of_one_engine_are_spread_when_told():
-    rooms = [room("a"), room("b"), room("c")]
-    assert placed(rooms, hosts=3, prefill=(3,))["prefill-0"] == [("a", 1), ("b", 1), ("c", 1)]
-    assert placed(rooms, hosts=2, prefill=(3,))["prefill-0"] == [("a", 2), ("b", 1)]
 
 
 def test_without_room_the_least_crowded_host_gets_the_engine():
     places = placed([room("a", 1), room("b", 2)], prefill=(1,) * 6)
-    assert Counter(shares[0][0] for shares in places.values()) == {"a": 2, "b": 4}
+    assert Counter(places.values()) == {"a": 2, "b": 4}
 
 
 @given(
@@ -87,11 +80,10 @@ def test_devices_are_not_shared_while_any_host_has_room(sizes, replicas, tp, str
     places = place_engines(demands, rooms, strategy)
     assert len(places) == len(demands)
     for demand in demands:
-        (share,) = places[demand.role, demand.index]
-        assert share.num_ranks == demand.tp_size
+        host = places[demand.role, demand.index].host
         if max(free.values()) >= demand.tp_size:
-            assert free[share.host] >= demand.tp_size
-        free[share.host] -= share.num_ranks
+            assert free[host] >= demand.tp_size
+        free[host] -= demand.tp_size
 
 
 def test_devices_are_counted_on_each_host():

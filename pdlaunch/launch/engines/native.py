@@ -32,16 +32,16 @@ class NativeEngine:
                 engine=name,
                 role=role,
                 tp_rank=tp_rank,
-                tp_size=share.engines.tp_size,
-                host=share.host.name,
+                tp_size=engine.engines.tp_size,
+                host=engine.host.name,
                 command=python_command("pdlaunch.engine", "--name", f"{name}/rank-{tp_rank}"),
-                environment=dict(share.engines.environment),
+                environment=dict(engine.engines.environment),
                 ports={"side_channel": 0},
                 devices=(device,),
-                num_threads=share.engines.num_threads,
-                cpus=share.host.machine.cpus,
+                num_threads=engine.engines.num_threads,
+                cpus=engine.host.machine.cpus,
             )
-            for tp_rank, (share, device) in enumerate(engine.shares_by_rank())
+            for tp_rank, device in enumerate(engine.devices)
         ]
         server = ProcessSpec(
             name=name,

@@ -35,7 +35,7 @@ class EngineGroup:
 
     @property
     def num_engines(self) -> int:
-        return len(self.machines.names) // self.machines.per_engine
+        return len(self.machines.names)
 
 
 def engine_groups(launch: ResolvedLaunch, machines: Sequence[Machines]) -> tuple[EngineGroup, ...]:
@@ -49,7 +49,7 @@ def grace_s(launch: ResolvedLaunch) -> int:
 
 
 def _group(engines: RoleEngines, machines: Machines) -> EngineGroup:
-    num_ranks = math.ceil(engines.tp_size / machines.per_engine)
+    num_ranks = engines.tp_size
     on_gpu = engines.device == "cuda"
     footprint = engines.footprint
     held = 0 if on_gpu or footprint is None else footprint.total_bytes

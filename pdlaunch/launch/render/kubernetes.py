@@ -19,8 +19,6 @@ from pdlaunch.launch.render.pods import (
     secret_key,
 )
 
-LEADER_WORKER_SET = "leaderworkerset.x-k8s.io/v1"
-
 
 def kubernetes_objects(launch: PodLaunch, namespace: str | None) -> list[Object]:
     """Return all objects but the Secret, in the order in which they are applied."""
@@ -110,20 +108,6 @@ def _router(launch: PodLaunch) -> Object:
 
 def _engines(launch: PodLaunch, group: EngineGroup) -> Object:
     name, pod = f"{launch.options.name}-{group.role}", engine_pod(launch, group)
-    if group.machines.per_engine > 1:
-        found = _object(launch, LEADER_WORKER_SET, "LeaderWorkerSet", name, group.role)
-        return found | {
-            "spec": {
-                "replicas": group.num_engines,
-                "startupPolicy": "LeaderCreated",
-                "leaderWorkerTemplate": {
-                    "size": group.machines.per_engine,
-                    # An engine lives as long as all of its ranks; its supervisor restarts them.
-                    "restartPolicy": "None",
-                    "workerTemplate": pod,
-                },
-            }
-        }
     found = _object(launch, "apps/v1", "StatefulSet", name, group.role)
     return found | {
         "spec": {
@@ -222,4 +206,4 @@ def _disruption_budget(launch: PodLaunch, group: EngineGroup) -> Object:
         group.role,
     )
     selector = {"matchLabels": launch.labels(group.role)}
-    return found | {"spec": {"maxUnavailable": group.machines.per_engine, "selector": selector}}
+    return found | {"spec": {"maxUnavailable": 1, "selector": selector}}

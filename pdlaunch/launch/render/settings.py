@@ -31,8 +31,6 @@ class Machines:
 
     role: Role
     names: tuple[str, ...]
-    per_engine: int
-    """The number of them that one engine spans."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,26 +52,13 @@ class PlacedSettings:
         )
 
 
-def machine_names(config: LaunchConfig, base: str, *, grouped: bool) -> tuple[Machines, ...]:
-    """Name the machines of each role with engines: ``base-prefill-0`` and so on.
-
-    ``grouped``: those of an engine that spans several are numbered as LeaderWorkerSets do,
-    ``base-prefill-0``, ``base-prefill-0-1``.
-    """
-    found = []
-    for role in ROLES:
-        replicas = config.role(role).replicas
-        each = config.engine_settings(role).hosts_per_engine
-        names = [
-            f"{base}{role}-{index}" + (f"-{place}" if place else "")
-            for index in range(replicas)
-            for place in range(each)
-        ]
-        if not grouped and each > 1:
-            names = [f"{base}{role}-{index}" for index in range(replicas * each)]
-        if names:
-            found.append(Machines(role, tuple(names), each))
-    return tuple(found)
+def machine_names(config: LaunchConfig, base: str) -> tuple[Machines, ...]:
+    """Name the machines of each role with engines: ``base-prefill-0`` and so on."""
+    return tuple(
+        Machines(role, tuple(f"{base}{role}-{index}" for index in range(replicas)))
+        for role in ROLES
+        if (replicas := config.role(role).replicas)
+    )
 
 
 def place(config: LaunchConfig, machines: Sequence[Machines]) -> PlacedSettings:

@@ -54,25 +54,11 @@ def templates(objects: list[Object]) -> Iterator[tuple[Object, Object]]:
         match found["kind"]:
             case "Deployment" | "StatefulSet":
                 yield found, found["spec"]["template"]
-            case "LeaderWorkerSet":
-                yield found, found["spec"]["leaderWorkerTemplate"]["workerTemplate"]
 
 
 def check_schema(objects: list[Object]) -> None:
-    """Judge types and unknown fields; of a LeaderWorkerSet, the pods in it."""
+    """Judge types and unknown fields."""
     for found in objects:
-        if found["kind"] == "LeaderWorkerSet":
-            spec = found["spec"]
-            assert set(spec) <= {"replicas", "startupPolicy", "leaderWorkerTemplate"}
-            template = spec["leaderWorkerTemplate"]
-            assert set(template) == {"size", "restartPolicy", "workerTemplate"}
-            pods = template["workerTemplate"]
-            found = {
-                "apiVersion": "v1",
-                "kind": "Pod",
-                "metadata": {"name": "x", **pods["metadata"]},
-                "spec": pods["spec"],
-            }
         with patch.object(kubernetes_validate.utils, "schema_contents", _schema_contents):
             kubernetes_validate.validate(found, KUBERNETES, strict=True)
 

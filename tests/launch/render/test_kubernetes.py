@@ -216,21 +216,6 @@ def test_gpus_and_rdma_are_requested_by_their_resources() -> None:
     assert container["securityContext"]["capabilities"]["add"] == ["IPC_LOCK"]
 
 
-def test_an_engine_over_several_hosts_is_a_leader_worker_set() -> None:
-    objects = render(
-        "kubernetes",
-        str(EXAMPLES[2]),
-        *("--hosts-per-engine", "3", "--name", "wide"),
-    )
-    check_schema(objects)
-    assert problems(objects) == []
-    decode = named(objects, "LeaderWorkerSet", "wide-decode")["spec"]
-    assert (decode["replicas"], decode["leaderWorkerTemplate"]["size"]) == (1, 3)
-    text = named(objects, "ConfigMap", "wide-config")["data"]["deployment.yaml"]
-    names = [host["name"] for host in yaml.safe_load(text)["hosts"]]
-    assert names[3:] == ["wide-decode-0", "wide-decode-0-1", "wide-decode-0-2"]
-
-
 SECRET_FILE = """\
 api_key: of-the-clients
 env: {HF_TOKEN: of-the-hub, UCX_LOG_LEVEL: warn}
