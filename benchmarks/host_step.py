@@ -82,7 +82,7 @@ class HostStep:
         )
         self._time(
             "encode outputs",
-            lambda: from_rank.encode(Outputs(items=self._scheduler.requests.outputs.take())),
+            lambda: from_rank.encode(Outputs(items=self._scheduler.requests.take_outputs())),
         )
         for item in plan.scheduled:
             row = self._rows[item.row]

@@ -55,7 +55,7 @@ class HostLoads:
         """
         if self._planner is None or not request.may_load:
             return None
-        hashes, find_on_device = request.block_hasher.block_hashes, self._kv.pool.find
+        hashes, find_on_device = request.hasher.block_hashes, self._kv.pool.find
         if request.wants_pull:
             return self._planner.find_for_pull(
                 hashes, max_blocks, request.num_pulled_tokens, find_on_device
@@ -76,11 +76,10 @@ class HostLoads:
     def start(self, request: Request, hit: HostHit) -> None:
         """Share the hit's device blocks and load the others; the caller has looked for room."""
         assert self._planner is not None
-        for cached in hit.device.block_ids:
-            self._kv.pool.share(cached)
+        self._kv.share_hit(hit.device)
         counts = [hit.num_blocks_to_load(group) for group in range(len(hit.chunk_ids))]
         block_ids = [self._kv.pool.allocate_for_pull(count) for count in counts]
-        job = self._planner.begin_load(hit, block_ids, request.block_hasher.block_hashes)
+        job = self._planner.begin_load(hit, block_ids, request.hasher.block_hashes)
         self._loads[job.job_id] = HostLoad(request, hit, block_ids)
         request.load_id = job.job_id
         self._jobs.append(job)
@@ -92,7 +91,7 @@ class HostLoads:
         assert request.load_id is not None
         load = self._loads[request.load_id]
         load.request = None
-        self._release_hit(load)
+        self._kv.release_hit(load.hit.device)
 
     def store(self, request: Request, blocks: range) -> None:
         """Copy these logical blocks out, as far as host memory lacks them; all their tokens are
@@ -100,7 +99,7 @@ class HostLoads:
         """
         if self._planner is None or not blocks:
             return
-        hashes = request.block_hasher.block_hashes
+        hashes = request.hasher.block_hashes
         for job in self._planner.begin_stores(request.tables, hashes, blocks.start, blocks.stop):
             self._kv.pool.share(job.block_ids)
             self._jobs.append(job)
@@ -197,11 +196,11 @@ class HostLoads:
         for block_ids in load.block_ids:
             self._kv.pool.drop_pull(block_ids)
         if load.request is not None:
-            self._release_hit(load)
+            self._kv.release_hit(load.hit.device)
 
     def _cache(self, load: HostLoad, request: Request) -> None:
         """Put the loaded blocks into the prefix cache, where the pull of the others finds them."""
-        hashes = request.block_hasher.block_hashes
+        hashes = request.hasher.block_hashes
         # A block can be registered only while it has an owner. It is released at once, and then
         # cached.
         for group, block_ids in enumerate(load.block_ids):
@@ -209,8 +208,4 @@ class HostLoads:
             for index, block_id in enumerate(block_ids, load.hit.device.end(group)):
                 self._kv.pool.register(block_id, group, hashes[index])
             self._kv.pool.release(reversed(block_ids))
-        self._release_hit(load)
-
-    def _release_hit(self, load: HostLoad) -> None:
-        for block_ids in load.hit.device.block_ids:
-            self._kv.pool.release(reversed(block_ids))
+        self._kv.release_hit(load.hit.device)

@@ -70,22 +70,22 @@ class BlockLeases:
             or (reason == "stop" and num_readers == 1)
         ):
             return None
-        hashes = request.prompt_hashes()
+        lease_id = lease_of(request.request_id)
         leased = self._kv.lease(request.tables, request.num_prompt_tokens)
-        self._block_ids[lease_of(request.request_id)] = leased.block_ids
-        engine_id, host, port, tp_size = self._local
+        self._block_ids[lease_id] = leased.block_ids
         grant = GrantLease(
-            lease_id=lease_of(request.request_id),
+            lease_id=lease_id,
             block_ids=leased.block_ids,
             first_block_index=leased.first,
-            block_hashes=hashes,
+            block_hashes=request.prompt_hashes(),
             num_tokens=request.num_prompt_tokens,
-            num_readers=request.message.num_readers,
+            num_readers=num_readers,
             lease_s=self._lease_s,
         )
+        engine_id, host, port, tp_size = self._local
         remote = RemoteKV(
             engine_id=engine_id,
-            lease_id=lease_of(request.request_id),
+            lease_id=lease_id,
             host=host,
             port=port,
             block_ids=leased.block_ids,
@@ -148,30 +148,23 @@ class BlockPulls:
         counts = [num_logical - hit.end(group) for group in range(len(hit.first))]
         if not any(counts):
             return None
-        # From now on nobody can reuse them before the pull has ended.
-        for cached in hit.block_ids:
-            self._kv.pool.share(cached)
+        self._kv.share_hit(hit)
         block_ids = [self._kv.pool.allocate_for_pull(count) for count in counts]
-        pull_id = self._add(BlockPull(request, source_of(request), hit, block_ids))
-        request.pull_id = pull_id
-        return self._command(
-            pull_id,
+        command = self._begin(
+            BlockPull(request, source_of(request), hit, block_ids),
             request,
-            block_ids,
             [hit.end(group) for group in range(len(counts))],
         )
+        request.pull_id = command.pull_id
+        return command
 
     def tell_prefill_side(self, request: Request) -> StartPull:
-        """Pull nothing: this tells the prefill side that the reader does not need the lease any
-        more.
-        """
-        num_groups = len(request.tables.first)
-        pull_id = self._add(
-            BlockPull(None, source_of(request), PrefixHit([0] * num_groups, []), [])
-        )
+        """Pull nothing: the prefill side hears that this reader needs the lease no more."""
+        num_groups = self._kv.num_groups
+        nothing = BlockPull(None, source_of(request), PrefixHit([], []), [[]] * num_groups)
         # No group wants a block: each begins where the prompt ends.
         end = self._kv.num_logical_blocks(request.num_prompt_tokens)
-        return self._command(pull_id, request, [[] for _ in range(num_groups)], [end] * num_groups)
+        return self._begin(nothing, request, [end] * num_groups)
 
     def cancel(self, request: Request) -> CancelPull:
         """Free the shared blocks of a waiting request that has ended; the pull keeps its own until
@@ -180,7 +173,7 @@ class BlockPulls:
         assert request.pull_id is not None
         pull = self._in_flight[request.pull_id]
         pull.request = None
-        self._release_hit(pull)
+        self._kv.release_hit(pull.hit)
         return CancelPull(pull_id=request.pull_id)
 
     def finish(self, event: PullFinished) -> BlockPull | None:
@@ -200,13 +193,11 @@ class BlockPulls:
         if pull.request is not None:
             pull.request.pull_id = None
             if not event.ok:
-                self._release_hit(pull)
+                self._kv.release_hit(pull.hit)
         return pull
 
     def drained(self, pull_id: PullId) -> None:
-        """Free the blocks of a failed pull, to which nothing can write any more. Unknown ids are
-        ignored.
-        """
+        """Free the blocks of an abandoned pull, to which nothing can write any more."""
         for block_ids in self._quarantined.pop(pull_id, []):
             self._kv.pool.drain(block_ids)
 
@@ -227,30 +218,17 @@ class BlockPulls:
             for block_ids in groups:
                 yield from block_ids
 
-    def _add(self, pull: BlockPull) -> PullId:
+    def _begin(self, pull: BlockPull, request: Request, first_block_index: list[int]) -> StartPull:
         pull_id = PullId(f"pull-{self._num_started}")
         self._num_started += 1
         self._in_flight[pull_id] = pull
-        return pull_id
-
-    def _release_hit(self, pull: BlockPull) -> None:
-        for block_ids in pull.hit.block_ids:
-            self._kv.pool.release(reversed(block_ids))
-
-    def _command(
-        self,
-        pull_id: PullId,
-        request: Request,
-        block_ids: list[list[int]],
-        first_block_index: list[int],
-    ) -> StartPull:
         remote = request.message.remote_kv
         assert remote is not None
         return StartPull(
             pull_id=pull_id,
             request_id=request.request_id,
             remote=remote,
-            block_ids=block_ids,
+            block_ids=pull.block_ids,
             first_block_index=first_block_index,
             block_hashes=request.prompt_hashes(),
             num_tokens=request.num_prompt_tokens,

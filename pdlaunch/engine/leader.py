@@ -90,7 +90,6 @@ class Leader:
         self._transfer = transfer
         self._scheduler = scheduler
         self._requests = scheduler.requests
-        self._figures = scheduler.requests.figures
         self._server = server
         self._followers = followers
         self._offload = offload
@@ -143,8 +142,6 @@ class Leader:
         num_left = 1 if self._runs_ahead and plan.scheduled else 0
         while len(self._in_flight) > num_left:
             self._postprocess()
-        # Here, while the step that was just launched runs: it costs the GPU nothing.
-        self._requests.registrations.register_pending()
         self._sleep.advance()
         self._send_stats()
 
@@ -207,7 +204,6 @@ class Leader:
                 # here.
                 # Leases stay: their readers are at other engines.
                 self._requests.abort_all()
-                self._requests.outputs.take()
                 self._sleep.forget_caller()
                 self._server.send(
                     msgspec.structs.replace(self._welcome, sleeping_tags=self._sleep.sleeping_tags)
@@ -236,15 +232,15 @@ class Leader:
 
     def _integrity(self, call_id: int) -> IntegrityReport:
         try:
-            self._figures.check_integrity()
+            self._requests.check_integrity()
         except AssertionError as error:
             logger.exception("the owners of the KV blocks are inconsistent")
             return IntegrityReport(
                 call_id=call_id,
                 error=str(error) or repr(error),
-                stats=self._figures.stats(),
+                stats=self._requests.stats(),
             )
-        return IntegrityReport(call_id=call_id, error=None, stats=self._figures.stats())
+        return IntegrityReport(call_id=call_id, error=None, stats=self._requests.stats())
 
     def _receive_events(self) -> None:
         events = self._transfer.take_events()
@@ -270,7 +266,7 @@ class Leader:
         """Give the plan to other ranks, its commands and jobs to the threads of this one."""
         # The record is what blames a rank's death on a step: written before any rank begins one,
         # and also for an empty plan, as a step that was collected is to blame for nothing any more.
-        self._record(self._requests.in_flight.marks())
+        self._record(self._requests.batch.marks())
         if plan.is_empty:
             return
         if self._followers is not None:
@@ -280,10 +276,10 @@ class Leader:
             self._offload.submit(plan.jobs)
 
     def _send_outputs(self) -> None:
-        if outputs := self._requests.outputs.take():
+        if outputs := self._requests.take_outputs():
             # With every answer, so that a router that works with this engine hears of its load
             # several times a second, without a message more.
-            self._server.send(Outputs(items=outputs, report=self._figures.report()))
+            self._server.send(Outputs(items=outputs, report=self._requests.report()))
 
     def _send_stats(self) -> None:
         """Send statistics every second, as the server takes silence for a rank that hangs."""
@@ -292,4 +288,4 @@ class Leader:
             return
         self._stats_due_at = now_at + STATS_INTERVAL_S
         histograms = self._requests.histograms.shown()
-        self._server.send(msgspec.structs.replace(self._figures.stats(), histograms=histograms))
+        self._server.send(msgspec.structs.replace(self._requests.stats(), histograms=histograms))

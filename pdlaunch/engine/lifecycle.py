@@ -1,7 +1,7 @@
 """Leads the requests of an engine through their life, from arrival to the last word to the server.
 
-Each move between phases (see ``Phase``) is one method of ``RequestLifecycle``, which moves the
-row and the KV blocks along. ``scheduler.py`` chooses which requests move.
+``scheduler.py`` chooses which of them are loaded, pulled, computed and preempted; here is what
+messages, connectors, host tier and drawn tokens do to them, and what they give back at their end.
 """
 
 from __future__ import annotations
@@ -9,23 +9,29 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import msgspec
+
 from pdlaunch.config.kv_transfer import KVTransferSettings
-from pdlaunch.engine.figures import EngineFigures
+from pdlaunch.engine.batch import Batch
 from pdlaunch.engine.histograms import Histograms
 from pdlaunch.engine.host_loads import HostLoads
-from pdlaunch.engine.in_flight import StepsInFlight
 from pdlaunch.engine.kv_requests import BlockLeases, BlockPulls
 from pdlaunch.engine.kvcache.groups import KVCacheGroup
-from pdlaunch.engine.kvcache.manager import KVCacheManager, PrefixHit
+from pdlaunch.engine.kvcache.hashing import TokenHasher, root_hash
+from pdlaunch.engine.kvcache.manager import KVCacheManager
 from pdlaunch.engine.offload.jobs import JobFinished
-from pdlaunch.engine.offload.planner import HostHit, OffloadPlanner
-from pdlaunch.engine.outputs import RequestOutputs
-from pdlaunch.engine.queues import RequestQueues
-from pdlaunch.engine.registrations import Registrations
-from pdlaunch.engine.request import Intake, Phase, Request
-from pdlaunch.engine.request_blocks import RequestBlocks
-from pdlaunch.engine.step_builder import StepBuilder
-from pdlaunch.protocol.engine import WITHDRAWN, AddRequest, FinishReason, TokenOutput
+from pdlaunch.engine.offload.planner import OffloadPlanner
+from pdlaunch.engine.request import Phase, Request, RequestQueues
+from pdlaunch.protocol.costs import EngineReport
+from pdlaunch.protocol.engine import (
+    WITHDRAWN,
+    AddRequest,
+    EngineStats,
+    FinishReason,
+    RequestFinished,
+    TokenOutput,
+    Tokens,
+)
 from pdlaunch.protocol.ids import EngineId, LeaseId, RequestId, lease_of
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.transfer import (
@@ -42,16 +48,14 @@ logger = logging.getLogger(__name__)
 
 NAN_LOGITS = (
     "the model's logits for this request are not numbers (NaN), so that no token can be drawn; "
-    "look for overflow in its dtype, "
-    "or for damaged weights"
+    "look for overflow in its dtype, or for damaged weights"
 )
 
 
 class RequestLifecycle:
     """Owns the requests of an engine with their rows, KV blocks, leases, pulls and loads.
 
-    Lives in rank 0. Not safe for more than one thread. ``local``: engine_id, host and port of the
-    side channel, and tp_size of this engine, for the leases that it grants.
+    Lives in rank 0. Not safe for more than one thread.
     """
 
     def __init__(
@@ -68,40 +72,32 @@ class RequestLifecycle:
         local: tuple[EngineId, str, int, int],
         offload: OffloadPlanner | None = None,
     ) -> None:
+        """``local``: engine_id, host and port of the side channel, and tp_size of this engine, for
+        the leases that it grants.
+        """
         assert offload is None or enable_prefix_caching
         self.kv = KVCacheManager(groups, num_blocks, block_size)
-        self._intake = Intake(
-            self.kv, block_size=block_size, max_model_len=max_model_len, model_digest=model_digest
-        )
-        self._block_size = block_size
-        self._settings = kv_transfer
-        self._leases = BlockLeases(self.kv, kv_transfer, local)
-        self.blocks = RequestBlocks(self.kv, block_size, caches=enable_prefix_caching)
+        self.leases = BlockLeases(self.kv, kv_transfer, local)
         self.pulls = BlockPulls(self.kv, kv_transfer)
         self.host = HostLoads(self.kv, offload)
-        self.registrations = Registrations(
-            self.kv, self.host, block_size, caches=enable_prefix_caching
-        )
-        self.outputs = RequestOutputs()
-        self.builder = StepBuilder(max_num_seqs, tp_size=local[3])
         self.queues = RequestQueues()
-        self.in_flight = StepsInFlight()
+        self.batch = Batch(max_num_seqs, tp_size=local[3])
+        self.histograms = Histograms()
+        self.counts = EngineStats(num_blocks=num_blocks)
+        """Totals since the start; ``stats`` adds what is there now."""
+        self.caches = enable_prefix_caching
         self.commands: list[TransferCommand] = []
         """Commands for the connectors that no plan carries yet."""
         self.may_progress = False
         """Something has happened that may let a waiting request start; the scheduler clears it."""
-        self.figures = EngineFigures(
-            self.kv,
-            self._leases,
-            self.pulls,
-            self.host,
-            self.queues,
-            self.in_flight,
-            self.builder,
-        )
-        self.histograms = Histograms()
+        self._outputs: list[Tokens | RequestFinished] = []
+        self._block_size = block_size
+        self._max_model_len = max_model_len
+        self._model_digest = model_digest
+        self._settings = kv_transfer
+        self._num_arrived = 0
 
-    # Messages of the server and of the connectors
+    # Messages of the server
 
     def add(self, message: AddRequest) -> None:
         """Take a request; one that can never be served ends at once.
@@ -113,23 +109,55 @@ class RequestLifecycle:
                 "request %s is here already; the second one is dropped", message.request_id
             )
             return
-        request = self._intake.new_request(message)
+        room = self._max_model_len - len(message.prompt_token_ids)
+        output_limit = min(message.sampling.max_tokens, room)
+        if message.do_remote_decode:
+            # The lease is on the prompt: later tokens would push its blocks out of the windows.
+            output_limit = min(output_limit, 1)
+        root = root_hash(self._model_digest, cache_salt=message.cache_salt)
+        self._num_arrived += 1
+        request = Request(
+            message,
+            self._num_arrived,
+            output_limit,
+            self.kv.new_tables(),
+            TokenHasher(root, self._block_size),
+        )
         self.histograms.arrived(request)
         self.queues.add(request)
         self.may_progress = True
-        if error := self._intake.refusal(request):
-            self._finish(request, "error", error=error)
-        elif message.do_remote_decode and lease_of(message.request_id) in self._leases:
-            error = f"an earlier request {message.request_id} still has a lease; use another id"
+        if error := self._refusal(request):
             self._finish(request, "error", error=error)
         elif message.output:
             self._finish_if_complete(request, message.output[-1].token_id)
+
+    def _refusal(self, request: Request) -> str | None:
+        """Return why this engine can not serve the request; None when it can."""
+        if request.num_prompt_tokens == 0:
+            return "the prompt has no tokens"
+        if request.num_prompt_tokens >= self._max_model_len:
+            return (
+                f"the prompt has {request.num_prompt_tokens} tokens, max_model_len is "
+                f"{self._max_model_len}: no room for an output token; shorten the prompt or raise "
+                "max_model_len"
+            )
+        # The last output token is never computed.
+        num_tokens = request.num_prompt_tokens + request.output_limit - 1
+        num_needed, num_blocks = self.kv.min_blocks(num_tokens), self.kv.pool.num_blocks
+        if num_needed > num_blocks:
+            return (
+                f"the request's {num_tokens} tokens need {num_needed} KV blocks, the engine has "
+                f"{num_blocks}; lower max_tokens or raise kv_cache_memory"
+            )
+        if request.message.do_remote_decode and lease_of(request.request_id) in self.leases:
+            return f"an earlier request {request.request_id} still has a lease; use another id"
+        return None
 
     def abort(self, request_id: RequestId) -> None:
         """End a request, or the lease of a finished one. Unknown ids are ignored."""
         if request_id in self.queues.by_id:
             self._finish(self.queues.by_id[request_id], "abort")
-        elif (lease_id := lease_of(request_id)) in self._leases:
+        elif (lease_id := lease_of(request_id)) in self.leases:
             self.commands.append(EndLease(lease_id=lease_id))
 
     def withdraw(self, request_ids: Sequence[RequestId]) -> None:
@@ -140,29 +168,81 @@ class RequestLifecycle:
                 self._finish(self.queues.by_id[request_id], "abort", error=WITHDRAWN)
 
     def abort_all(self) -> None:
-        """End every request, because the server has restarted. Leases stay for their readers."""
+        """End every request, because the server has restarted, which knows none of them. Leases
+        stay for their readers.
+        """
         for request in list(self.queues.by_id.values()):
             self._finish(request, "abort")
+        self._outputs.clear()
 
     def set_readers(self, lease_id: LeaseId, num_readers: int) -> None:
         """Lower the number of readers after which the lease of a finished request ends.
 
         Unknown ids are ignored.
         """
-        if lease_id in self._leases:
+        if lease_id in self.leases:
             self.commands.append(SetLeaseReaders(lease_id=lease_id, num_readers=num_readers))
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached blocks, as their content is lost; nobody uses any block."""
+        assert not self.queues.by_id
+        self.kv.pool.forget_cached()
+
+    # Events of the connectors and of the host tier
 
     def on_transfer_event(self, event: TransferEvent) -> None:
         """Take an event of a lease or a pull, already merged over all TP ranks."""
         self.may_progress = True
         match event:
             case LeaseEnded():
-                self.figures.counts.leases_expired += event.reason == "expired"
-                self._leases.ended(event.lease_id)
+                self.counts.leases_expired += event.reason == "expired"
+                self.leases.ended(event.lease_id)
             case PullFinished():
                 self._on_pull_finished(event)
             case PullDrained():
                 self.pulls.drained(event.pull_id)
+
+    def _on_pull_finished(self, event: PullFinished) -> None:
+        pull = self.pulls.finish(event)
+        if pull is None:
+            return
+        if any(pull.block_ids):
+            self._count_pull(event)
+        request = pull.request
+        if request is None:
+            return
+        num_tokens = max(0, request.num_pulled_tokens - pull.hit.end(0) * self._block_size)
+        request.spans.pulled(event, num_tokens=num_tokens, verifies=self._settings.verify)
+        self.queues.wait(request, Phase.READY if event.ok else Phase.WAITING)
+        request.wants_pull = False
+        if event.ok:
+            request.num_remote_tokens = num_tokens
+            self.take_pulled(request)
+            return
+        logger.warning("pull of request %s failed: %s", request.request_id, event.error)
+        if self._settings.on_failure == "fail":
+            error = f"the prompt's KV blocks could not be pulled: {event.error}"
+            self._finish(request, "error", error=error)
+        else:
+            self.counts.recomputed_requests += 1
+
+    def take_pulled(self, request: Request) -> None:
+        """Note that the request owns all blocks of its prompt."""
+        request.wants_pull = False
+        self.skip_to(request, request.num_pulled_tokens)
+
+    def _count_pull(self, event: PullFinished) -> None:
+        counts = self.counts
+        if event.ok:
+            counts.transfers += 1
+            counts.transfer_bytes += event.num_bytes
+            counts.transfer_seconds += event.seconds
+            self.histograms.pulled(event)
+        else:
+            counts.transfer_failures += 1
+            counts.late_reads += event.late
+        counts.verification_failures += event.verification_failed
+        counts.pull_retries += event.num_retries
 
     def on_job_finished(self, report: JobFinished) -> None:
         """Take the end of a job of ``StepPlan.jobs``, already merged over all TP ranks."""
@@ -175,67 +255,18 @@ class RequestLifecycle:
         request.spans.loaded(ok=report.ok, num_tokens=num_tokens)
         # It waits again after a failed load, and before a pull: what was loaded is in the prefix
         # cache then, and the pull brings the rest.
-        self.queues.wait(
-            request, Phase.READY if report.ok and not request.wants_pull else Phase.WAITING
-        )
-        if not report.ok:
+        is_ready = report.ok and not request.wants_pull
+        self.queues.wait(request, Phase.READY if is_ready else Phase.WAITING)
+        if report.ok:
+            request.num_host_tokens = num_tokens
+        else:
             logger.warning(
                 "load of request %s from host memory failed: %s", request.request_id, report.error
             )
-            return
-        request.num_host_tokens = num_tokens
-        if not request.wants_pull:
-            self._skip_to(request, load.hit.ends[0] * self._block_size)
+        if is_ready:
+            self.skip_to(request, load.hit.ends[0] * self._block_size)
 
-    # Decisions of the scheduler
-
-    def share(self, request: Request, hit: PrefixHit) -> None:
-        """Give a waiting request the cached blocks of ``hit``; it computes on from their end."""
-        self.kv.share(request.tables, hit)
-        self._skip_to(request, request.tables.end * self._block_size)
-
-    def seat(self, request: Request) -> None:
-        """Move a waiting or ready request into the batch."""
-        self.histograms.seated(request)
-        self.queues.run(request)
-        self.builder.seat(request)
-
-    def load(self, request: Request, hit: HostHit) -> None:
-        """Let a waiting request wait for the blocks of ``hit`` from host memory."""
-        self.host.start(request, hit)
-        self.queues.await_kv(request, Phase.LOADING)
-
-    def pull(self, request: Request, hit: PrefixHit) -> None:
-        """Let a waiting request wait for the prompt's blocks that ``hit`` lacks; ready if none."""
-        command = self.pulls.start(request, hit)
-        if command is not None:
-            self.commands.append(command)
-            self.queues.await_kv(request, Phase.PULLING)
-            return
-        # All blocks are cached here, so that the lease is not needed.
-        self.commands.append(self.pulls.tell_prefill_side(request))
-        self.kv.share(request.tables, hit)
-        # Not by a method of the queues: it stays in the one that holds both phases.
-        request.phase = Phase.READY
-        self._take_pulled(request)
-
-    def preempt(self, request: Request) -> None:
-        """Take all blocks from a running or ready request; it starts anew. No step is in flight."""
-        assert not self.in_flight
-        self.registrations.register_pending()
-        if request.phase is Phase.RUNNING:
-            self.builder.unseat(request)
-        self.queues.preempt(request)
-        # While the blocks are still its own: it will find them in host memory.
-        self.host.store(request, range(request.num_registered_blocks))
-        self.kv.free(request.tables)
-        request.num_computed = request.num_registered_blocks = 0
-        request.may_load = True
-        self.figures.counts.preemptions += 1
-        request.times.num_preemptions += 1
-        self.may_progress = True
-
-    # Results of steps
+    # Tokens and blocks
 
     def take_token(self, request: Request, token: TokenOutput | None) -> None:
         """Append the token that a step has drawn; None, for logits that are NaN, is an error."""
@@ -245,73 +276,44 @@ class RequestLifecycle:
             return
         request.token_ids.append(token.token_id)
         if request.is_suspect:
-            request.survive()
-        self.figures.counts.generation_tokens += 1
+            # No rank died of this step.
+            request.is_suspect, request.mark = False, request.message.origin
+        self.counts.generation_tokens += 1
         self.histograms.drew_token(request)
         if not self._finish_if_complete(request, token.token_id, token):
-            self.builder.add_sampled(request)
-            self.outputs.add_token(request, token)
+            self.batch.add_sampled(request)
+            spans = request.spans.first_report()
+            self._outputs.append(Tokens(request_id=request.request_id, tokens=[token], spans=spans))
 
-    def let_go(self, request: Request) -> None:
-        """Free row and blocks of a request that has ended and that no step computes any more."""
-        if request in self.registrations:
-            # Freed unregistered, the pulled or loaded blocks could not be found again.
-            self.registrations.register_pending()
-        if request.row is not None:
-            self.builder.unseat(request)
-        self.kv.free(request.tables)
-        self.may_progress = True
+    def register(self, request: Request) -> None:
+        """Let others find the blocks that the request has filled, in the prefix cache and in host
+        memory.
+        """
+        # Most tokens fill no block, and this is asked for each request of each step.
+        start, stop = request.num_registered_blocks, request.num_computed // self._block_size
+        if not self.caches or start >= stop:
+            return
+        request.hasher.extend(request.token_ids)
+        self.kv.register(request.tables, request.hasher.block_hashes, start, stop)
+        request.num_registered_blocks = stop
+        # When they are full, not when they are evicted: then somebody else needs the block at once,
+        # and would wait for the copy.
+        self.host.store(request, range(start, stop))
 
-    def reset_prefix_cache(self) -> None:
-        """Forget all cached blocks, as their content is lost; nobody uses any block."""
-        assert not self.queues.by_id
-        self.kv.pool.forget_cached()
-
-    # Moves
-
-    def _skip_to(self, request: Request, num_computed: int) -> None:
+    def skip_to(self, request: Request, num_computed: int) -> None:
         """Note that the request got its first ``num_computed`` tokens without computing them."""
         request.num_computed = num_computed
         if request.num_cached_tokens is None:
             request.num_cached_tokens = min(num_computed, request.num_prompt_tokens)
-            self.figures.add_prompt(request)
-        self.registrations.add_pending(request)
+            cached, counts = request.cached_tokens, self.counts
+            counts.prompt_tokens += request.num_prompt_tokens
+            counts.cached_prompt_tokens += sum(cached)
+            counts.remote_hit_tokens += cached.remote
+            counts.host_hit_tokens += cached.host
+            counts.device_hit_tokens += cached.device
+        self.register(request)
 
-    def _take_pulled(self, request: Request) -> None:
-        """Note that the request owns all blocks of its prompt."""
-        request.wants_pull = False
-        self._skip_to(request, request.num_pulled_tokens)
-
-    def _on_pull_finished(self, event: PullFinished) -> None:
-        pull = self.pulls.finish(event)
-        if pull is None:
-            return
-        if any(pull.block_ids):
-            self.figures.add_pull(event)
-            if event.ok:
-                self.histograms.pulled(event)
-        request = pull.request
-        if request is None:
-            return
-        num_tokens = max(0, request.num_pulled_tokens - pull.hit.end(0) * self._block_size)
-        request.spans.pulled(event, num_tokens=num_tokens, verifies=self._settings.verify)
-        self.queues.wait(request, Phase.READY if event.ok else Phase.WAITING)
-        request.wants_pull = False
-        if event.ok:
-            request.num_remote_tokens = num_tokens
-            self._take_pulled(request)
-        else:
-            self._do_without(request, event.error)
-
-    def _do_without(self, request: Request, cause: str) -> None:
-        """Recompute the prompt whose pull has failed, or end the request, by ``on_failure``."""
-        logger.warning("pull of request %s failed: %s", request.request_id, cause)
-        if self._settings.on_failure == "fail":
-            self._finish(
-                request, "error", error=f"the prompt's KV blocks could not be pulled: {cause}"
-            )
-        else:
-            self.figures.counts.recomputed_requests += 1
+    # The end of a request
 
     def _finish_if_complete(
         self, request: Request, token_id: int, token: TokenOutput | None = None
@@ -323,17 +325,11 @@ class RequestLifecycle:
         remote_kv = None
         # Before ``_finish``, which frees what is left in the request's tables: a lease takes its
         # blocks out of them.
-        if token is not None and (granted := self._leases.grant(request, reason)):
+        if token is not None and (granted := self.leases.grant(request, reason)):
             command, remote_kv = granted
             request.spans.leased(command.lease_s, sum(map(len, command.block_ids)))
             self.commands.append(command)
-        self._finish(
-            request,
-            reason,
-            tokens=[] if token is None else [token],
-            stop_token_id=token_id if reason == "stop" else None,
-            remote_kv=remote_kv,
-        )
+        self._finish(request, reason, token=token, ending=token_id, remote_kv=remote_kv)
         return True
 
     def _finish(
@@ -341,14 +337,15 @@ class RequestLifecycle:
         request: Request,
         reason: FinishReason,
         *,
-        tokens: list[TokenOutput] | None = None,
-        stop_token_id: int | None = None,
+        token: TokenOutput | None = None,
+        ending: int | None = None,
         error: str | None = None,
-        error_param: str | None = None,
         remote_kv: RemoteKV | None = None,
     ) -> None:
         """End a request: give back what it holds, unless a step in flight still uses it, and tell
         the server.
+
+        ``ending``: id of the last token; ``token``: the same if the server does not know it.
         """
         self.histograms.ended(request)
         if request.phase is Phase.PULLING:
@@ -357,17 +354,88 @@ class RequestLifecycle:
             self.host.cancel(request)
         if request.wants_pull and request.phase is not Phase.PULLING:
             self.commands.append(self.pulls.tell_prefill_side(request))
-        # A step in flight still writes to its blocks: ``Scheduler.postprocess`` lets it go after
-        # that step.
-        if not self.in_flight.keep(request):
+        # A step in flight still writes to its blocks: ``postprocess`` lets it go after that step.
+        if not request.num_in_flight:
             self.let_go(request)
         self.queues.end(request)
-        self.outputs.finish(
-            request,
-            reason,
-            tokens=tokens,
-            stop_token_id=stop_token_id,
-            error=error,
-            error_param=error_param,
-            remote_kv=remote_kv,
+        self._outputs.append(
+            RequestFinished(
+                request_id=request.request_id,
+                reason=reason,
+                tokens=[] if token is None else [token],
+                stop_token_id=ending if reason == "stop" else None,
+                error=error,
+                num_cached_tokens=request.num_cached_tokens or 0,
+                remote_kv=remote_kv,
+                spans=request.spans.end(reason, request.num_output_tokens),
+            )
         )
+
+    def let_go(self, request: Request) -> None:
+        """Free row and blocks of a request that has ended and that no step computes any more."""
+        if request.row is not None:
+            self.batch.unseat(request)
+        self.kv.free(request.tables)
+        self.may_progress = True
+
+    # What there is
+
+    def take_outputs(self) -> list[Tokens | RequestFinished]:
+        """Return what the server has to be told, in order; a request ends in one
+        RequestFinished.
+        """
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def stats(self) -> EngineStats:
+        """Return the totals since the start, and how many requests and blocks are where now."""
+        pool = self.kv.pool
+        return msgspec.structs.replace(
+            self.host.add_to(self.counts),
+            num_running=len(self.queues.running),
+            num_waiting=len(self.queues.waiting),
+            num_waiting_for_kv=self.queues.num_waiting_for_kv,
+            num_leased_requests=len(self.leases),
+            num_free_blocks=pool.num_free_blocks,
+            num_leased_blocks=len({*self.leases.all_ids()}),
+            num_quarantined_blocks=pool.num_quarantined_blocks,
+        )
+
+    def report(self) -> EngineReport:
+        """Return what there is to do now, which routers weigh their routes by."""
+        running = self.queues.running
+        streams = [request for request in running if request.num_to_schedule <= 1]
+        prompts = [request for request in running if request.num_to_schedule > 1]
+        waiting = [request for request in self.queues.waiting if not request.wants_pull]
+        waiting_tokens = sum(request.num_to_schedule for request in prompts) + sum(
+            request.num_remaining for request in waiting if request.num_remaining > 1
+        )
+        return EngineReport(
+            waiting_tokens,
+            len(streams),
+            sum(request.num_computed for request in streams),
+            self.kv.pool.num_free_blocks // self.kv.num_groups * self._block_size,
+        )
+
+    def check_integrity(self) -> None:
+        """Prove that each request is in its place and each block has the owners that requests,
+        leases, pulls and loads say. Raises AssertionError.
+        """
+        living = {*self.queues.by_id.values()}
+        requests = living | self.batch.ended()
+        self.kv.pool.check_integrity(
+            owned=[
+                *(block_id for request in requests for block_id in request.tables.all_ids()),
+                *self.leases.all_ids(),
+                *self.pulls.shared_ids(),
+                *self.host.shared_ids(),
+                *self.host.held_ids(),
+            ],
+            pulling=[*self.pulls.pulling_ids(), *self.host.loading_ids()],
+            quarantined=self.pulls.quarantined_ids(),
+        )
+        self.host.check_integrity()
+        self.queues.check_integrity()
+        self.batch.check_integrity(living)
+        for request in requests:
+            assert request.num_scheduled <= request.tables.end * self._block_size

@@ -1,13 +1,16 @@
-"""Describes one request inside the scheduler, from its message on."""
+"""Describes one request inside the scheduler, and the queues in which requests wait and run."""
 
 from __future__ import annotations
 
 import enum
+from bisect import bisect_left, insort
+from operator import attrgetter
 from typing import NamedTuple
 
-from pdlaunch.engine.kvcache.hashing import TokenHasher, root_hash
-from pdlaunch.engine.kvcache.manager import BlockTables, KVCacheManager
+from pdlaunch.engine.kvcache.hashing import TokenHasher
+from pdlaunch.engine.kvcache.manager import BlockTables
 from pdlaunch.engine.request_spans import RequestSpans
+from pdlaunch.observe.spans import QUEUE
 from pdlaunch.protocol.engine import AddRequest, FinishReason
 from pdlaunch.protocol.ids import PullId, RequestId
 from pdlaunch.protocol.process.step_record import SUSPECT_BIT
@@ -32,8 +35,8 @@ class Phase(enum.Enum):
     to the load.
     """
     PULLING = "pulling"
-    """It waits for KV, which may still be computed elsewhere. It owns the cached blocks it shares;
-    the others belong to the pull.
+    """It waits for blocks of another engine. It owns the cached blocks it shares; the others belong
+    to the pull.
     """
     READY = "ready"
     """It is queued and owns the blocks of its computed tokens."""
@@ -45,9 +48,7 @@ class Phase(enum.Enum):
 class RequestTimes:
     """Holds the instants of one request; ``Histograms`` sets and reads them."""
 
-    __slots__ = (
-        "arrived_at", "first_at", "last_at", "num_drawn", "num_preemptions", "started_at"
-    )  # fmt: skip
+    __slots__ = ("arrived_at", "first_at", "last_at", "num_drawn", "num_preemptions", "started_at")
 
     def __init__(self) -> None:
         self.arrived_at = 0.0
@@ -70,36 +71,19 @@ class CachedTokens(NamedTuple):
 class Request:
     """Holds the state of one request.
 
-    ``token_ids`` is prompt and output; its first ``num_computed`` tokens are in the KV cache.
+    ``token_ids`` is prompt and output; its first ``num_computed`` tokens are in the KV cache::
+
+        0 ............ num_computed ........ num_scheduled ........ len(token_ids) + num_unknown
+          in the KV cache    │    in flight        │    to schedule   │
     """
 
     __slots__ = (
-        "arrival",
-        "block_hasher",
-        "is_suspect",
-        "load_id",
-        "mark",
-        "may_load",
-        "message",
-        "num_cached_tokens",
-        "num_computed",
-        "num_host_tokens",
-        "num_in_flight",
-        "num_prompt_tokens",
-        "num_registered_blocks",
-        "num_remote_tokens",
-        "num_sent_blocks",
-        "num_unknown",
-        "output_limit",
-        "phase",
-        "pull_id",
-        "row",
-        "spans",
-        "tables",
-        "times",
-        "token_ids",
-        "wants_pull",
-    )
+        "arrival", "hasher", "is_suspect", "load_id", "mark", "may_load", "message",
+        "num_cached_tokens", "num_computed", "num_host_tokens", "num_in_flight",
+        "num_prompt_tokens", "num_registered_blocks", "num_remote_tokens", "num_sent_blocks",
+        "num_unknown", "output_limit", "phase", "pull_id", "row", "spans", "tables", "times",
+        "token_ids", "wants_pull",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -116,23 +100,24 @@ class Request:
         """Output tokens after which it ends: max_tokens, or what max_model_len leaves."""
         self.token_ids = message.prompt_token_ids + [token.token_id for token in message.output]
         self.num_prompt_tokens = len(message.prompt_token_ids)
+        self.phase = Phase.WAITING
         self.num_computed = 0
         self.num_in_flight = 0
         """Tokens after the computed ones that launched steps compute. Row and blocks stay with
         these steps until they are collected.
         """
         self.num_unknown = 0
-        """Output tokens that launched steps draw; the host learns of them when it collects
-        these.
-        """
+        """Output tokens that launched steps draw and the host does not know yet."""
         self.num_cached_tokens: int | None = None
         """Prompt tokens that were found or brought, and not computed, before its first step here;
         None until that is known.
         """
-        self.phase = Phase.WAITING
+        self.num_host_tokens = 0
+        """Prompt tokens that came from host memory."""
+        self.num_remote_tokens = 0
+        """Prompt tokens that a pull has brought."""
         self.tables = tables
-        self.times = RequestTimes()
-        self.block_hasher = hasher
+        self.hasher = hasher
         self.num_registered_blocks = 0
         """Logical blocks that the prefix cache has been told of."""
         self.row: int | None = None
@@ -140,19 +125,16 @@ class Request:
         """Logical blocks that the ranks know of; None while they do not know the row."""
         self.wants_pull = message.remote_kv is not None
         """The prefill side still counts this request as a reader of its lease."""
-        self.num_remote_tokens = 0
-        """Prompt tokens that a pull has brought."""
         self.pull_id: PullId | None = None
         self.may_load = True
         """Once a load has ended, well or not, the host is asked again only after preemption."""
-        self.num_host_tokens = 0
-        """Prompt tokens that came from host memory."""
         self.load_id: int | None = None
         self.is_suspect = message.is_suspect
         """A rank may have died of it; False once a step has drawn a token for it here."""
         self.mark = message.origin | (SUSPECT_BIT if message.is_suspect else 0)
         """The number that stands for the request in the record of steps."""
         self.spans = RequestSpans(message.records_spans)
+        self.times = RequestTimes()
 
     @property
     def request_id(self) -> RequestId:
@@ -188,14 +170,13 @@ class Request:
     @property
     def num_to_schedule(self) -> int:
         """Return how many tokens no step computes yet; 1 while the request decodes."""
-        return len(self.token_ids) + self.num_unknown - self.num_computed - self.num_in_flight
+        return len(self.token_ids) + self.num_unknown - self.num_scheduled
 
     @property
     def ends_in_flight(self) -> bool:
         """Return whether the steps in flight draw its last token, whichever that is."""
-        return (
-            self.num_unknown > 0 and self.num_output_tokens + self.num_unknown >= self.output_limit
-        )
+        num_drawn = self.num_output_tokens + self.num_unknown
+        return self.num_unknown > 0 and num_drawn >= self.output_limit
 
     @property
     def draws_from_its_output(self) -> bool:
@@ -213,68 +194,104 @@ class Request:
         """
         return self.num_prompt_tokens - (self.num_output_tokens == 0)
 
-    def survive(self) -> None:
-        """Note that a step has drawn a token for the request: no rank died of that step."""
-        self.is_suspect = False
-        self.mark = self.message.origin
-
     def prompt_hashes(self) -> list[bytes]:
         """Return the hashes of the prompt's blocks, 32 bytes each, which prove a hand-over."""
-        return self.block_hasher.prompt_hashes(self.token_ids, self.num_prompt_tokens)
+        return self.hasher.prompt_hashes(self.token_ids, self.num_prompt_tokens)
 
     def end_of(self, token_id: int) -> FinishReason | None:
-        """Return why the request ends with ``token_id``: ``stop``, ``length``, or None when it goes
-        on.
-        """
+        """Return why the request ends with ``token_id``, or None when it goes on."""
         sampling = self.message.sampling
         if token_id in sampling.stop_token_ids and self.num_output_tokens >= sampling.min_tokens:
             return "stop"
         return "length" if self.num_output_tokens >= self.output_limit else None
 
 
-class Intake:
-    """Makes the requests of an engine, and refuses those that exceed its limits."""
+# The one order of an engine: who is seated first, whom a lack of blocks holds back, and who gives
+# its blocks up (the last). No two requests have equal keys.
+_by_arrival = attrgetter("arrival")
 
-    def __init__(
-        self, kv: KVCacheManager, *, block_size: int, max_model_len: int, model_digest: str
-    ) -> None:
-        self._kv = kv
-        self._block_size = block_size
-        self._max_model_len = max_model_len
-        self._model_digest = model_digest
-        self._num_arrived = 0
 
-    def new_request(self, message: AddRequest) -> Request:
-        """Return the next request in order of arrival."""
-        output_limit = min(
-            message.sampling.max_tokens, self._max_model_len - len(message.prompt_token_ids)
-        )
-        if message.do_remote_decode:
-            # The lease is on the prompt: later tokens would push its blocks out of the windows.
-            output_limit = min(output_limit, 1)
-        hasher = TokenHasher(
-            root_hash(self._model_digest, cache_salt=message.cache_salt), self._block_size
-        )
-        self._num_arrived += 1
-        return Request(message, self._num_arrived, output_limit, self._kv.new_tables(), hasher)
+class RequestQueues:
+    """Holds requests from their arrival to their end; every move also sets ``Request.phase``."""
 
-    def refusal(self, request: Request) -> str | None:
-        """Return why this engine can never serve the request; None when it can."""
-        if request.num_prompt_tokens == 0:
-            return "the prompt has no tokens"
-        if request.num_prompt_tokens >= self._max_model_len:
-            return (
-                f"the prompt has {request.num_prompt_tokens} tokens, max_model_len is "
-                f"{self._max_model_len}: "
-                "no room for an output token; shorten the prompt or raise max_model_len"
-            )
-        # The last output token is never computed.
-        num_tokens = request.num_prompt_tokens + request.output_limit - 1
-        num_needed, num_blocks = self._kv.min_blocks(num_tokens), self._kv.pool.num_blocks
-        if num_needed > num_blocks:
-            return (
-                f"the request's {num_tokens} tokens need {num_needed} KV blocks, the engine has "
-                f"{num_blocks}; "
-                "lower max_tokens or raise kv_cache_memory"
-            )
-        return None
+    def __init__(self) -> None:
+        self.by_id: dict[RequestId, Request] = {}
+        self.waiting: list[Request] = []
+        """Phases WAITING and READY, in order of arrival."""
+        self.running: list[Request] = []
+        """In order of arrival."""
+
+    @property
+    def num_waiting_for_kv(self) -> int:
+        """Return how many requests are in neither queue, as a pull or a load has to end first."""
+        return len(self.by_id) - len(self.waiting) - len(self.running)
+
+    def add(self, request: Request) -> None:
+        """Take a request that has arrived."""
+        self.by_id[request.request_id] = request
+        self.wait(request)
+
+    def wait(self, request: Request, phase: Phase = Phase.WAITING) -> None:
+        """Let a request that is in neither queue wait for a place in the batch."""
+        request.phase = phase
+        request.spans.enter(QUEUE)
+        insort(self.waiting, request, key=_by_arrival)
+
+    def run(self, request: Request) -> None:
+        """Move a waiting request into the batch."""
+        self._remove(request)
+        request.phase = Phase.RUNNING
+        request.spans.enter("run")
+        request.spans.seated(**request.cached_tokens._asdict())
+        insort(self.running, request, key=_by_arrival)
+
+    def await_kv(self, request: Request, phase: Phase) -> None:
+        """Take a waiting request out of the queues until its blocks are there."""
+        self._remove(request)
+        request.phase = phase
+        request.spans.enter(phase.value)
+
+    def preempt(self, request: Request) -> None:
+        """Let a running or ready request wait again."""
+        self._remove(request)
+        request.spans.preempted()
+        self.wait(request)
+
+    def end(self, request: Request) -> None:
+        """Remove a request that has ended."""
+        del self.by_id[request.request_id]
+        self._remove(request)
+        request.phase = Phase.FINISHED
+
+    def latest_owner(self) -> Request:
+        """Return the latest arrival that owns blocks and waits for no connector; there is one."""
+        return max(self.ready()[-1:] + self.running[-1:], key=_by_arrival)
+
+    def ready(self) -> list[Request]:
+        """Return the requests that wait and own blocks."""
+        return [request for request in self.waiting if request.phase is Phase.READY]
+
+    def check_integrity(self) -> None:
+        """Prove that each request is where its phase says. Raises AssertionError."""
+        for queue in (self.waiting, self.running):
+            assert queue == sorted(queue, key=_by_arrival)
+        num_apart = 0
+        for request in self.by_id.values():
+            place = self._queue_of(request)
+            num_apart += place is None
+            assert place is None or request in place
+            assert request.phase is not Phase.FINISHED
+            assert (request.row is not None) == (request.phase is Phase.RUNNING)
+            assert request.tables.end == 0 or request.phase in (Phase.READY, Phase.RUNNING)
+        assert self.num_waiting_for_kv == num_apart
+
+    def _queue_of(self, request: Request) -> list[Request] | None:
+        if request.phase is Phase.RUNNING:
+            return self.running
+        return self.waiting if request.phase in (Phase.WAITING, Phase.READY) else None
+
+    def _remove(self, request: Request) -> None:
+        if (queue := self._queue_of(request)) is not None:
+            place = bisect_left(queue, request.arrival, key=_by_arrival)
+            assert queue[place] is request
+            del queue[place]

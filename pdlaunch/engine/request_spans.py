@@ -70,13 +70,12 @@ class RequestSpans:
         asked_at, now_at = self._phase_at, log.clock()
         start_at = max(asked_at, now_at - event.seconds)
         log.add("lease", asked_at, start_at)
-        speed = event.num_bytes / event.read_s / 1e9 if event.read_s else None
         log.add(
             PULL,
             start_at,
             now_at,
             bytes=event.num_bytes,
-            gb_s=None if speed is None else round(speed, 3),
+            gb_s=round(event.num_bytes / event.read_s / 1e9, 3) if event.read_s else None,
             verified=event.ok and verifies,
             tokens=num_tokens if event.ok else 0,
             retries=event.num_retries,
@@ -109,12 +108,12 @@ class RequestSpans:
             # The next step may be in flight already: it is part of the span of the rest.
             self._launched_at.clear()
 
-    def first_news(self) -> SpanReport | None:
+    def first_report(self) -> SpanReport | None:
         """Return what goes with the first output; None if that has gone, or nobody asked."""
-        return None if self._has_reported else self._news()
+        return None if self._has_reported else self._report()
 
     def end(self, reason: str, num_tokens: int) -> SpanReport | None:
-        """Note the end; return all that has not been told."""
+        """Note the end; return all that has not been reported."""
         log = self._log
         if log is None:
             return None
@@ -123,9 +122,9 @@ class RequestSpans:
         if self._decodes_since_at is not None:
             log.add("decode", self._decodes_since_at, now_at, tokens=num_tokens)
         log.add("end", now_at, now_at, reason=reason, tokens=num_tokens)
-        return self._news()
+        return self._report()
 
-    def _news(self) -> SpanReport | None:
+    def _report(self) -> SpanReport | None:
         log, self._has_reported = self._log, True
         if log is None:
             return None

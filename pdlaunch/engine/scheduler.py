@@ -1,34 +1,54 @@
-"""Choose what an engine computes next: continuous batching under a token budget, on paged KV.
+"""Chooses what an engine computes next: ``schedule -> run -> postprocess``.
 
-A step holds first the next token of every request that decodes, then chunks of prompts, in order
-of arrival; beside streams a limit of their own may keep these short. When blocks run
-out, the latest arrival gives its own back and computes its tokens again later. Requests wait
-without row and budget while their blocks are pulled from another engine or loaded from host memory.
-A prefix is looked for on the device, then on the host, then at the prefill engine; what is left is
-computed.
-
-This module only chooses; ``lifecycle.py`` does what it has chosen.
+Continuous batching under a token budget, on paged KV. A step holds first the next token of every
+request that decodes, then chunks of prompts in order of arrival. When blocks run out, the latest
+arrival gives its own back and computes its tokens again later. Requests wait without row and budget
+while their blocks are pulled from another engine or loaded from host memory. A prefix is looked for
+on the device, then on the host, then at the prefill engine; what is left is computed.
 """
 
 from __future__ import annotations
 
 import logging
 
+from pdlaunch.engine.kvcache.manager import PrefixHit
 from pdlaunch.engine.lifecycle import RequestLifecycle
 from pdlaunch.engine.request import Phase, Request
 from pdlaunch.engine.step import StepOutput, StepPlan
-from pdlaunch.engine.step_builder import StepDraft
 from pdlaunch.protocol.transfer import TransferCommand
 
 logger = logging.getLogger(__name__)
+
+
+class _Draft:
+    """Collects what the next step computes: by request its number of tokens."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        """Tokens that may still be added."""
+        self.prompt_budget = budget
+        """Tokens of prompts that may still be added, within ``budget``."""
+        self.scheduled: dict[Request, int] = {}
+        self.preempted = False
+
+    def room(self, num_wanted: int) -> int:
+        """Return how many of the next tokens of a request may be added; more than one: a prompt."""
+        budget = min(self.budget, self.prompt_budget) if num_wanted > 1 else self.budget
+        return min(num_wanted, budget)
+
+    def add(self, request: Request, num_tokens: int) -> None:
+        self.scheduled[request] = num_tokens
+        self.budget -= num_tokens
+        if num_tokens > 1:
+            self.prompt_budget -= num_tokens
 
 
 class Scheduler:
     """Plans the steps of an engine; lives in rank 0. Not safe for more than one thread.
 
     The step loop alternates ``schedule`` and ``postprocess``. With ``schedule_ahead`` it may have a
-    second plan before the first one's step has ended (``in_flight.py``). Server and connectors talk
-    to ``requests`` in between.
+    second plan before the first one's step has ended. Server and connectors talk to ``requests`` in
+    between.
     """
 
     def __init__(
@@ -41,13 +61,10 @@ class Scheduler:
         """``max_beside_streams``: most prompt tokens in a step with streams; None: all that fit."""
         self.requests = requests
         self._kv = requests.kv
-        self._blocks = requests.blocks
-        self._builder = requests.builder
-        self._host = requests.host
-        self._in_flight = requests.in_flight
-        self._pulls = requests.pulls
         self._queues = requests.queues
-        self._registrations = requests.registrations
+        self._batch = requests.batch
+        self._host = requests.host
+        self._block_size = requests.kv.block_size
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_beside_streams = max_beside_streams
         self._stalls = False
@@ -58,7 +75,7 @@ class Scheduler:
 
         No step is in flight.
         """
-        assert not self._in_flight
+        assert not self._batch.num_steps_in_flight
         return self._schedule()
 
     def schedule_ahead(self) -> StepPlan | None:
@@ -69,11 +86,9 @@ class Scheduler:
         a request would have to give up blocks for others, draws from its own output, or is a
         suspect.
         """
-        assert len(self._in_flight) == 1
-        arrived = self._queues.waiting if self._builder.has_free_row else []
-        if any(
-            request.is_suspect for queue in (self._queues.running, arrived) for request in queue
-        ):
+        assert self._batch.num_steps_in_flight == 1
+        arrived = self._queues.waiting if self._batch.has_free_row else []
+        if any(request.is_suspect for request in (*self._queues.running, *arrived)):
             # With two steps in flight a death could not be blamed on one of them.
             return None
         going_on = [request for request in self._queues.running if not request.ends_in_flight]
@@ -83,24 +98,39 @@ class Scheduler:
             return None
         if any(request.num_remaining > 1 and not request.wants_pull for request in arrived):
             return None
-        return self._schedule() if self._blocks.have_room_for_one_more(going_on) else None
+        num_full = sum(
+            request.num_scheduled >= request.tables.end * self._block_size for request in going_on
+        )
+        has_room = num_full * self._kv.num_groups <= self._kv.pool.num_free_blocks
+        return self._schedule() if has_room else None
 
     def hand_over(self) -> StepPlan:
         """Return a plan that computes nothing, with the commands and jobs that have come up.
 
-        Connectors and host tier must hear of them before the server gets ``outputs``.
+        Connectors and host tier must hear of them before the server gets the outputs.
         """
         return StepPlan(step_id=-1, commands=self._take_commands(), jobs=self._host.take_jobs())
+
+    def has_work(self) -> bool:
+        """Return whether ``schedule`` has something to do now.
+
+        False while every request waits for a lease, a pull or a copy to end.
+        """
+        computes = self._queues.running and not self._stalls
+        tells = self.requests.commands or self._host.has_jobs or self._batch.has_freed_rows
+        return bool(
+            computes or tells or self.requests.may_progress or self._batch.num_steps_in_flight
+        )
 
     def postprocess(self, plan: StepPlan, output: StepOutput) -> None:
         """Account for a step that has run, the oldest in flight; ``output`` is that of rank 0."""
         self.requests.histograms.ran_step(sum(item.num_tokens for item in plan.scheduled))
         tokens = iter(output.tokens)
-        for item, request in self._in_flight.collect(plan):
+        for item, request in self._batch.collect(plan):
             drawn = next(tokens) if item.sample else None
             if request.phase is Phase.FINISHED:
                 # It ended while the step ran: what the step drew for it is dropped.
-                if self._in_flight.is_free(request):
+                if not request.num_in_flight:
                     self.requests.let_go(request)
                 continue
             if request.spans.wants_steps:
@@ -109,63 +139,46 @@ class Scheduler:
             request.num_computed += item.num_tokens
             # Before the token, which may end the request: freed unregistered, its blocks could not
             # be found again.
-            self._registrations.register(request)
+            self.requests.register(request)
             if item.sample:
                 self.requests.take_token(request, drawn)
-
-    def has_work(self) -> bool:
-        """Return whether ``schedule`` has something to do now.
-
-        False while every request waits for a lease, a pull or a copy to end.
-        """
-        computes = self._queues.running and not self._stalls
-        tells = self.requests.commands or self._host.has_jobs or self._builder.has_freed_rows
-        return bool(computes or tells or self.requests.may_progress or self._in_flight)
 
     def _schedule(self) -> StepPlan:
         # First: a preemption below sets it again, as it frees blocks for others.
         self.requests.may_progress = False
-        step = StepDraft(self._max_num_batched_tokens)
+        step = _Draft(self._max_num_batched_tokens)
         self._schedule_running(step)
         # After a preemption blocks are short: a new one would take what running requests need next.
         if not step.preempted:
             self._schedule_waiting(step)
         self._stalls = bool(self._queues.running) and not step.scheduled
-        plan = self._builder.build(step.scheduled, self._take_commands(), self._host.take_jobs())
-        self._in_flight.launch(plan, [*step.scheduled])
-        if logger.isEnabledFor(logging.DEBUG) and not plan.is_empty:
-            logger.debug(
-                "step %d: %s; %d wait",
-                plan.step_id,
-                ", ".join(
-                    f"{request.request_id} computes {num_tokens}"
-                    for request, num_tokens in step.scheduled.items()
-                )
-                or "nothing to compute",
-                len(self._queues.waiting) + self._queues.num_waiting_for_kv,
+        plan = self._batch.launch(step.scheduled, self._take_commands(), self._host.take_jobs())
+        if plan.scheduled and logger.isEnabledFor(logging.DEBUG):
+            computes = ", ".join(
+                f"{request.request_id} computes {num_tokens}"
+                for request, num_tokens in step.scheduled.items()
             )
+            num_waiting = len(self._queues.waiting) + self._queues.num_waiting_for_kv
+            logger.debug("step %d: %s; %d wait", plan.step_id, computes, num_waiting)
         return plan
 
     def _take_commands(self) -> list[TransferCommand]:
         commands, self.requests.commands = self.requests.commands, []
         return commands
 
-    def _schedule_running(self, step: StepDraft) -> None:
+    def _schedule_running(self, step: _Draft) -> None:
         """Add the next tokens of all running requests, decoding ones before prompts."""
-        prefilling = []
-        for request in self._queues.running.copy():
-            if request.ends_in_flight:
-                continue
-            if request.num_to_schedule > 1:
-                prefilling.append(request)
-            else:
+        going_on = [request for request in self._queues.running if not request.ends_in_flight]
+        prompts = [request for request in going_on if request.num_to_schedule > 1]
+        for request in going_on:
+            if request.num_to_schedule == 1:
                 self._schedule_chunk(request, step)
         if step.scheduled and self._max_beside_streams is not None:
             step.prompt_budget = self._max_beside_streams
-        for request in prefilling:
+        for request in prompts:
             self._schedule_chunk(request, step)
 
-    def _schedule_chunk(self, request: Request, step: StepDraft) -> None:
+    def _schedule_chunk(self, request: Request, step: _Draft) -> None:
         """Add as many next tokens of a running request as budget and blocks allow.
 
         Later arrivals give up their blocks so that at least one token fits.
@@ -176,19 +189,16 @@ class Scheduler:
             return
         # Counted from num_computed: tokens in flight are queries too, and still read their windows.
         self._kv.release_left(request.tables, request.num_computed)
-        # 0 ............... num_computed ......... start ............. start + num_tokens
-        #   in the KV cache      │     in flight     │  for this step  │
-        start = request.num_scheduled
-        if start + num_tokens > request.tables.end * self._kv.block_size:
-            while not (room := self._blocks.room(request)):
+        if request.num_scheduled + num_tokens > request.tables.end * self._block_size:
+            while not (room := self._room(request)):
                 # The request itself is the victim if it came last; then it is not computed now.
                 if self._host.frees_blocks_soon() or self._preempt_latest(step) is request:
                     return
             num_tokens = min(num_tokens, room)
-            self._kv.extend(request.tables, start + num_tokens)
+            self._kv.extend(request.tables, request.num_scheduled + num_tokens)
         step.add(request, num_tokens)
 
-    def _schedule_waiting(self, step: StepDraft) -> None:
+    def _schedule_waiting(self, step: _Draft) -> None:
         """Start requests in order of arrival.
 
         One that lacks blocks holds back the later ones that would take some.
@@ -198,92 +208,143 @@ class Scheduler:
             # One that is READY goes on: it has the blocks of its prompt already.
             if lacks_blocks and request.phase is Phase.WAITING:
                 continue
-            if request.phase is Phase.WAITING:
-                # Its prefix may be among the blocks that another request has just got.
-                self._registrations.register_pending()
             if request.wants_pull:
                 lacks_blocks |= not self._start_pull(request)
             if (
                 not request.wants_pull
-                and self._builder.has_free_row
+                and self._batch.has_free_row
                 and not self._has_to_be_apart(request)
             ):
-                if step.room(request.num_remaining):
-                    lacks_blocks |= not self._admit(request, step)
-                else:
-                    # Nobody who came later goes before it.
-                    step.prompt_budget = 0
-        if lacks_blocks and not self._queues.running and not self._in_flight:
-            self._break_standstill(step)
+                lacks_blocks |= not self._admit(request, step)
+        nothing_runs = not self._queues.running and not self._batch.num_steps_in_flight
+        if lacks_blocks and nothing_runs and len(self._queues.ready()) > 1:
+            # They hold each other's blocks.
+            self._preempt_latest(step)
 
     def _has_to_be_apart(self, request: Request) -> bool:
         """Return whether a suspect has to wait for another one, as no step may hold two."""
         return request.is_suspect and any(other.is_suspect for other in self._queues.running)
 
-    def _admit(self, request: Request, step: StepDraft) -> bool:
+    def _admit(self, request: Request, step: _Draft) -> bool:
         """Seat a request and schedule its first chunk. False: it lacks blocks.
 
         True also if it had better wait for another request, another step or host memory.
         """
+        if not step.room(request.num_remaining):
+            # Nobody who came later goes before it.
+            step.prompt_budget = 0
+            return True
         if request.phase is Phase.WAITING:
-            hit = self._blocks.find_prefix(request)
-            if self._blocks.is_computed_elsewhere(request, hit, self._queues.running):
+            if self.requests.caches:
+                request.hasher.extend(request.token_ids)
+            hit = self._kv.find_prefix(request.hasher.block_hashes, self._max_shared(request))
+            if self._is_computed_elsewhere(request, hit):
                 # It shares these blocks a few steps later instead of computing them twice.
                 return True
-            if not self._blocks.has_room_for(request, hit, len(self._queues.running)):
+            if not self._has_room_for(request, hit):
                 return False
-            if self._start_load(request):
+            if self._start_load(request, self._max_shared(request)):
                 return True
-            num_cached = hit.end(0) * self._kv.block_size
-            if not step.room(request.num_remaining - num_cached):
+            if not step.room(request.num_remaining - hit.end(0) * self._block_size):
                 step.prompt_budget = 0
                 return True
-            self.requests.share(request, hit)
-        room = self._blocks.room(request)
+            self._kv.share(request.tables, hit)
+            self.requests.skip_to(request, request.tables.end * self._block_size)
+        room = self._room(request)
         if not room:
             return False
-        self.requests.seat(request)
+        self.requests.histograms.seated(request)
+        self._queues.run(request)
+        self._batch.seat(request)
         num_tokens = min(step.room(request.num_remaining), room)
         self._kv.extend(request.tables, request.num_computed + num_tokens)
         step.add(request, num_tokens)
         return True
 
-    def _start_load(self, request: Request) -> bool:
+    def _start_load(self, request: Request, max_blocks: int) -> bool:
         """Load what host memory has and the device lacks. False: there is nothing of that kind."""
-        hit = self._host.find(request, self._blocks.max_loadable(request))
-        if hit is None or not self._blocks.has_room_for(
-            request, hit.device, len(self._queues.running)
-        ):
+        hit = self._host.find(request, max_blocks)
+        if hit is None or not self._has_room_for(request, hit.device):
             return False
         if not self._host.is_waited_for(hit):
-            self.requests.load(request, hit)
+            self._host.start(request, hit)
+            self._queues.await_kv(request, Phase.LOADING)
         return True
 
     def _start_pull(self, request: Request) -> bool:
         """Pull the prompt's blocks that are not cached here. False: there is no room for them."""
-        if self._blocks.gains_from_sibling(request) and self._pulls.is_waited_for(request):
+        max_cached = request.num_pulled_tokens // self._block_size if self.requests.caches else 0
+        if max_cached and self.requests.pulls.is_waited_for(request):
             # Another choice of the same prompt: its full blocks will be in the cache soon.
             return True
-        hit = self._blocks.find_for_pull(request)
-        if not self._blocks.has_room_for(request, hit, len(self._queues.running)):
+        hit = self._kv.find_for_pull(request.prompt_hashes(), max_cached, request.num_pulled_tokens)
+        if not self._has_room_for(request, hit):
             return False
-        if self._start_load(request):
+        if self._start_load(request, max_cached):
             return True
-        self.requests.pull(request, hit)
+        command = self.requests.pulls.start(request, hit)
+        if command is not None:
+            self.requests.commands.append(command)
+            self._queues.await_kv(request, Phase.PULLING)
+            return True
+        # All blocks are cached here, so that the lease is not needed.
+        self.requests.commands.append(self.requests.pulls.tell_prefill_side(request))
+        self._kv.share(request.tables, hit)
+        request.phase = Phase.READY  # which is in the same queue
+        self.requests.take_pulled(request)
         return True
 
-    def _preempt_latest(self, step: StepDraft) -> Request:
-        """Preempt the latest arrival that owns blocks and waits for no connector."""
+    def _max_shared(self, request: Request) -> int:
+        """Return how many full blocks may be shared: the last known token is always computed."""
+        return (len(request.token_ids) - 1) // self._block_size if self.requests.caches else 0
+
+    def _room(self, request: Request) -> int:
+        """Return how many tokens after the scheduled ones fit into its own and all free blocks."""
+        return self._kv.max_tokens(request.tables) - request.num_scheduled
+
+    def _has_room_for(self, request: Request, hit: PrefixHit) -> bool:
+        """Return whether all known tokens of a new request fit.
+
+        One more block for each running request has to fit too, or the new one would be preempted at
+        once.
+        """
+        num_running = len(self._queues.running)
+        return self._kv.has_room_for(hit, len(request.token_ids), num_reserved=num_running)
+
+    def _is_computed_elsewhere(self, request: Request, hit: PrefixHit) -> bool:
+        """Return whether a running request will soon compute blocks for which this one should wait.
+
+        It should if they are at least half of the blocks that it could share and does not find.
+        """
+        max_blocks = self._max_shared(request)
+        middle = (hit.end(0) + max_blocks) // 2
+        if middle >= max_blocks:
+            return False
+        block_hash = request.hasher.block_hashes[middle]
+        return any(
+            other.num_remaining > 1
+            and other.num_registered_blocks <= middle < len(other.hasher.block_hashes)
+            and other.hasher.block_hashes[middle] == block_hash
+            for other in self._queues.running
+        )
+
+    def _preempt_latest(self, step: _Draft) -> Request:
+        """Take all blocks from the latest arrival that owns some and waits for no connector; it
+        starts anew. No step is in flight.
+        """
+        assert not self._batch.num_steps_in_flight
         victim = self._queues.latest_owner()
-        self.requests.preempt(victim)
-        step.remove(victim)
+        if victim.phase is Phase.RUNNING:
+            self._batch.unseat(victim)
+        self._queues.preempt(victim)
+        # While the blocks are still its own: it will find them in host memory.
+        self._host.store(victim, range(victim.num_registered_blocks))
+        self._kv.free(victim.tables)
+        victim.num_computed = victim.num_registered_blocks = 0
+        victim.may_load = True
+        self.requests.counts.preemptions += 1
+        victim.times.num_preemptions += 1
+        self.requests.may_progress = True
+        step.budget += step.scheduled.pop(victim, 0)
         step.preempted = True
         return victim
-
-    def _break_standstill(self, step: StepDraft) -> None:
-        """Preempt the latest of several READY requests that hold each other's blocks.
-
-        Nothing runs that could free any.
-        """
-        if len(self._queues.ready()) > 1:
-            self._preempt_latest(step)

@@ -228,7 +228,7 @@ class SleepCoordinator:
     def _advance_draining(self) -> None:
         assert isinstance(self._call, Sleep)
         busy = "work is queued" if self._scheduler.has_work() else ""
-        busy = what_holds_blocks(self._scheduler.requests.figures.stats()) or busy
+        busy = what_holds_blocks(self._scheduler.requests.stats()) or busy
         if not busy:
             self.phase, self._reports = SleepPhase.FALLING_ASLEEP, []
             self._tell_ranks(SleepRank(level=self._call.level))

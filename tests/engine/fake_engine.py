@@ -182,7 +182,6 @@ class FakeEngine:
         self._launch(plan)
         if not self.runs_ahead:
             self.collect()
-        self.scheduler.requests.registrations.register_pending()
         return plan
 
     def collect(self) -> None:
@@ -191,7 +190,7 @@ class FakeEngine:
             self._collect_oldest()
 
     def _launch(self, plan: StepPlan) -> None:
-        self.scheduler.requests.figures.check_integrity()
+        self.scheduler.requests.check_integrity()
         self._submit(plan)
         self._scribble()
         steps = [runner.launch(plan) for runner in self.runners]
@@ -208,10 +207,9 @@ class FakeEngine:
             runner.collect(step, output.tokens)
         self._scribble()
         self.scheduler.postprocess(plan, output)
-        self.scheduler.requests.figures.check_integrity()
+        self.scheduler.requests.check_integrity()
         self._check_leases()
         if self.in_flight:
-            self.scheduler.requests.registrations.register_pending()
             self._submit(self.scheduler.hand_over())
         self.take_outputs()
 
@@ -232,7 +230,7 @@ class FakeEngine:
         return plans
 
     def take_outputs(self) -> None:
-        for item in self.scheduler.requests.outputs.take():
+        for item in self.scheduler.requests.take_outputs():
             assert item.request_id not in self.finished, "a request that has ended says more"
             self.outputs[item.request_id].extend(item.tokens)
             if item.spans is not None:
@@ -258,13 +256,13 @@ class FakeEngine:
             error="" if ok else "broken",
         )
         self.scheduler.requests.on_transfer_event(event)
-        self.scheduler.requests.figures.check_integrity()
+        self.scheduler.requests.check_integrity()
         self.take_outputs()
 
     def drain(self, pull_id: str) -> None:
         del self.quarantined[pull_id]
         self.scheduler.requests.on_transfer_event(PullDrained(pull_id=pull_id))
-        self.scheduler.requests.figures.check_integrity()
+        self.scheduler.requests.check_integrity()
 
     def end_job(self, job_id: int, *, ok: bool = True, num_bad: int = 0) -> None:
         """The copy ends, on one rank with a fault unless ``ok``; ``num_bad`` chunks of a load are
@@ -281,7 +279,7 @@ class FakeEngine:
         assert merged is not None
         assert merged.ok == ok
         self.scheduler.requests.on_job_finished(merged)
-        self.scheduler.requests.figures.check_integrity()
+        self.scheduler.requests.check_integrity()
         self.take_outputs()
 
     def end_jobs(self) -> None:
@@ -299,7 +297,7 @@ class FakeEngine:
     def end_lease(self, request_id: str, reason: str = "pulled") -> None:
         del self.leases[request_id]
         self.scheduler.requests.on_transfer_event(LeaseEnded(lease_id=request_id, reason=reason))
-        self.scheduler.requests.figures.check_integrity()
+        self.scheduler.requests.check_integrity()
 
     def _on_command(self, command: TransferCommand) -> None:
         match command:

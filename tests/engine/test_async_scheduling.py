@@ -96,7 +96,7 @@ class Engine:
         while arrivals.keys() - set(range(turn)) or self.leader.wait_s() == 0:
             self.server.requests = arrivals.get(turn, [])
             self.leader.turn()
-            self.scheduler.requests.figures.check_integrity()
+            self.scheduler.requests.check_integrity()
             turn += 1
         tokens: dict[str, list[TokenOutput]] = {}
         reasons: dict[str, str] = {}

@@ -50,7 +50,7 @@ def test_what_left_the_device_comes_back_from_the_host(groups: tuple[KVCacheGrou
     num_computed = engine.runners[0].num_computed_tokens
     engine.add("second", PROMPT)
     engine.step()
-    assert engine.scheduler.requests.figures.stats().num_waiting_for_kv == 1
+    assert engine.scheduler.requests.stats().num_waiting_for_kv == 1
     assert not engine.scheduler.has_work()
     engine.run_all()
     assert engine.token_ids("second") == output(PROMPT)
@@ -58,7 +58,7 @@ def test_what_left_the_device_comes_back_from_the_host(groups: tuple[KVCacheGrou
     assert engine.finished["second"].num_cached_tokens == 12
     # Of the sliding group only what the token after the prefix sees.
     assert [job.group_sizes for job in engine.loads] == [[3] if len(groups) == 1 else [3, 1]]
-    stats = engine.scheduler.requests.figures.stats()
+    stats = engine.scheduler.requests.stats()
     assert (stats.host_hit_tokens, stats.device_hit_tokens, stats.remote_hit_tokens) == (12, 0, 0)
     assert stats.offload_loaded_bytes == 100 * sum(engine.loads[0].group_sizes)
 
@@ -77,7 +77,7 @@ def test_a_prefix_lies_partly_on_the_device_and_partly_on_the_host() -> None:
     (load,) = engine.loads
     assert 0 < load.block_indices[0] < 3
     assert load.block_indices[0] + load.group_sizes[0] == 3
-    stats = engine.scheduler.requests.figures.stats()
+    stats = engine.scheduler.requests.stats()
     assert stats.device_hit_tokens == 4 * load.block_indices[0]
     assert stats.host_hit_tokens == 4 * load.group_sizes[0]
     assert engine.token_ids("second") == output(PROMPT + OTHER)
@@ -106,7 +106,7 @@ def test_decode_loads_what_the_host_has_and_pulls_the_rest(
     engine.end_pull(pull.pull_id)
     engine.run_all()
     assert engine.token_ids("second") == output(longer)
-    stats = engine.scheduler.requests.figures.stats()
+    stats = engine.scheduler.requests.stats()
     assert (stats.host_hit_tokens, stats.remote_hit_tokens) == (12, len(longer) - 1 - 12)
 
 
@@ -156,7 +156,7 @@ def test_a_preempted_request_goes_on_from_the_host() -> None:
     engine = make_engine(num_blocks=8)
     engine.add("early", PROMPT[:7], max_tokens=20)
     engine.add("late", OTHER[:7], max_tokens=20)
-    while not engine.scheduler.requests.figures.stats().preemptions:
+    while not engine.scheduler.requests.stats().preemptions:
         engine.step()
         engine.end_jobs()
     engine.run_all()
@@ -181,7 +181,7 @@ def test_a_failed_load_is_computed_instead(num_bad: int) -> None:
     engine.run_all()
     assert engine.token_ids("second") == output(PROMPT)
     assert engine.finished["second"].num_cached_tokens == 0
-    stats = engine.scheduler.requests.figures.stats()
+    stats = engine.scheduler.requests.stats()
     assert (stats.offload_load_failures, stats.offload_bad_blocks) == (1, num_bad)
     assert len(engine.loads) == 1
 
@@ -205,14 +205,14 @@ def test_blocks_of_an_aborted_load_are_free_when_it_has_ended() -> None:
     engine.step()
     engine.scheduler.requests.abort("second")
     engine.take_outputs()
-    assert engine.scheduler.requests.figures.stats().num_free_blocks == 3
+    assert engine.scheduler.requests.stats().num_free_blocks == 3
     engine.run()
     # The holder of the remote blocks hears of it as well.
     (pull,) = engine.pulls.values()
     assert pull.block_ids == [[]]
     engine.end_jobs()
     engine.end_pull(pull.pull_id)
-    assert engine.scheduler.requests.figures.stats().num_free_blocks == 6
+    assert engine.scheduler.requests.stats().num_free_blocks == 6
 
 
 def test_blocks_are_not_reused_before_they_are_stored() -> None:
@@ -222,30 +222,30 @@ def test_blocks_are_not_reused_before_they_are_stored() -> None:
     engine = make_engine(num_blocks=4)
     engine.add("first", PROMPT[:8], max_tokens=1)
     engine.run()
-    assert engine.scheduler.requests.figures.stats().num_free_blocks == 2
+    assert engine.scheduler.requests.stats().num_free_blocks == 2
     engine.add("second", OTHER[:3], max_tokens=13)
     engine.run()
     assert len(engine.token_ids("second")) == 6, "two blocks hold eight tokens"
     assert not engine.scheduler.has_work()
     engine.run_all()
     assert engine.token_ids("second") == output(OTHER[:3], 13)
-    assert engine.scheduler.requests.figures.stats().preemptions == 0
+    assert engine.scheduler.requests.stats().preemptions == 0
 
 
 def test_an_engine_does_not_sleep_before_its_copies_have_ended_and_keeps_them_over_sleep() -> None:
     engine = make_engine()
     engine.add("first", PROMPT)
     engine.run()
-    assert "copies" in what_holds_blocks(engine.scheduler.requests.figures.stats())
+    assert "copies" in what_holds_blocks(engine.scheduler.requests.stats())
     engine.run_all()
-    assert what_holds_blocks(engine.scheduler.requests.figures.stats()) == ""
+    assert what_holds_blocks(engine.scheduler.requests.stats()) == ""
     engine.scheduler.requests.reset_prefix_cache()
     for runner in engine.runners:
         runner.memory = [[None] * engine.block_size for _ in range(engine.num_blocks)]
     engine.add("second", PROMPT)
     engine.run_all()
     assert engine.token_ids("second") == output(PROMPT)
-    assert engine.scheduler.requests.figures.stats().host_hit_tokens == 12
+    assert engine.scheduler.requests.stats().host_hit_tokens == 12
 
 
 def test_without_room_on_the_host_all_goes_on() -> None:
@@ -254,5 +254,5 @@ def test_without_room_on_the_host_all_goes_on() -> None:
         engine.add(f"request-{index}", [index, *PROMPT])
         engine.run()
     engine.run_all()
-    assert engine.scheduler.requests.figures.stats().offload_refused_blocks > 0
+    assert engine.scheduler.requests.stats().offload_refused_blocks > 0
     assert engine.token_ids("request-2") == output([2, *PROMPT])

@@ -81,11 +81,11 @@ def test_blocks_are_free_when_the_last_rank_has_stored_its_heads() -> None:
         leader.turn()
     assert [job.group_sizes for job in offload.jobs] == [[2]]
     assert follower.jobs == offload.jobs
-    stats = scheduler.requests.figures.stats()
+    stats = scheduler.requests.stats()
     assert (stats.num_offload_jobs, stats.num_free_blocks, stats.num_running) == (1, 14, 0)
     follower.end_all()
     leader.turn()
-    stats = scheduler.requests.figures.stats()
+    stats = scheduler.requests.stats()
     assert (stats.num_offload_jobs, stats.num_free_blocks, stats.offload_stored_bytes) == (
         0,
         16,

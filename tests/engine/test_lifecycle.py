@@ -80,7 +80,7 @@ def test_abort_ends_a_request_once_wherever_it_is() -> None:
         "waiting": "abort",
     }
     engine.run()
-    assert engine.scheduler.requests.figures.stats().num_free_blocks == 32
+    assert engine.scheduler.requests.stats().num_free_blocks == 32
 
 
 def test_abort_all_ends_everything() -> None:
@@ -126,7 +126,7 @@ def test_request_whose_logits_are_nan_ends_with_an_error_and_others_go_on(runs_a
     assert "NaN" in sick.error
     assert engine.token_ids("before") == output([1, 2, 3], 8)
     assert engine.token_ids("after") == output([2, 2, 3], 8)
-    assert engine.scheduler.requests.figures.stats().num_free_blocks == engine.num_blocks
+    assert engine.scheduler.requests.stats().num_free_blocks == engine.num_blocks
 
 
 # Lease
@@ -157,10 +157,10 @@ def test_lease_and_answer_after_the_first_token() -> None:
         10,
     )
     assert finished.remote_kv.block_ids == grant.block_ids
-    stats = engine.scheduler.requests.figures.stats()
+    stats = engine.scheduler.requests.stats()
     assert (stats.num_leased_requests, stats.num_leased_blocks, stats.num_free_blocks) == (1, 3, 29)
     engine.end_lease("a", "expired")
-    stats = engine.scheduler.requests.figures.stats()
+    stats = engine.scheduler.requests.stats()
     assert (stats.num_leased_requests, stats.num_free_blocks, stats.leases_expired) == (0, 32, 1)
 
 
@@ -179,7 +179,7 @@ def test_lease_for_other_choices_and_its_end_by_the_server() -> None:
     plan = engine.step()
     assert engine.readers == {"a": 2}
     assert EndLease(lease_id="a") in plan.commands
-    assert engine.scheduler.requests.figures.stats().num_leased_requests == 1
+    assert engine.scheduler.requests.stats().num_leased_requests == 1
 
 
 def test_min_tokens_beyond_the_first_token_do_not_matter_to_prefill() -> None:
@@ -233,7 +233,7 @@ def test_pulled_with_first_token_computes_no_prompt_token() -> None:
         [len(ids) for ids in pull.block_ids],
         len(pull.block_hashes),
     ) == ([0], [3], 3)
-    assert engine.scheduler.requests.figures.stats().num_waiting_for_kv == 1
+    assert engine.scheduler.requests.stats().num_waiting_for_kv == 1
     assert not engine.scheduler.has_work()
     engine.end_pull(pull.pull_id)
     engine.run()
@@ -325,7 +325,7 @@ def test_a_prompt_whose_pull_failed_is_recomputed() -> None:
     engine.run()
     assert engine.num_pulls == 1
     assert engine.token_ids("d") == output(PROMPT, 4)
-    stats = engine.scheduler.requests.figures.stats()
+    stats = engine.scheduler.requests.stats()
     assert (stats.recomputed_requests, stats.transfer_failures, stats.transfers) == (1, 1, 0)
 
 
@@ -340,13 +340,13 @@ def test_blocks_of_a_stalled_read_are_quarantined_until_drained() -> None:
     engine = FakeEngine(num_blocks=6)
     pull = start_pull(engine)
     engine.end_pull(pull.pull_id, ok=False, in_flight=True)
-    assert engine.scheduler.requests.figures.stats().num_quarantined_blocks == 3
+    assert engine.scheduler.requests.stats().num_quarantined_blocks == 3
     engine.run()
     assert "d" not in engine.finished
     engine.drain(pull.pull_id)
     engine.run()
     assert engine.token_ids("d") == output(PROMPT, 4)
-    assert engine.scheduler.requests.figures.stats().num_free_blocks == 6
+    assert engine.scheduler.requests.stats().num_free_blocks == 6
 
 
 def test_abort_while_pulling_answers_at_once_and_leaves_the_blocks_to_the_pull() -> None:
@@ -356,9 +356,9 @@ def test_abort_while_pulling_answers_at_once_and_leaves_the_blocks_to_the_pull()
     engine.take_outputs()
     assert engine.finished["d"].reason == "abort"
     assert engine.step().commands == [CancelPull(pull_id=pull.pull_id)]
-    assert engine.scheduler.requests.figures.stats().num_free_blocks == 29
+    assert engine.scheduler.requests.stats().num_free_blocks == 29
     engine.end_pull(pull.pull_id)
-    assert engine.scheduler.requests.figures.stats().num_free_blocks == 32
+    assert engine.scheduler.requests.stats().num_free_blocks == 32
 
 
 def test_abort_before_the_pull_tells_the_holder() -> None:
@@ -373,7 +373,7 @@ def test_abort_before_the_pull_tells_the_holder() -> None:
 def test_unknown_transfer_events_are_ignored() -> None:
     engine = FakeEngine()
     engine.scheduler.requests.on_transfer_event(PullFinished(pull_id="never", ok=True))
-    engine.scheduler.requests.figures.check_integrity()
+    engine.scheduler.requests.check_integrity()
 
 
 def test_abort_while_pulling_frees_the_blocks_it_shared() -> None:
@@ -383,8 +383,8 @@ def test_abort_while_pulling_frees_the_blocks_it_shared() -> None:
     pull = start_pull(engine)
     assert pull.first_block_index == [2]
     engine.scheduler.requests.abort("d")
-    engine.scheduler.requests.figures.check_integrity()
-    assert engine.scheduler.requests.figures.stats().num_free_blocks == 31
+    engine.scheduler.requests.check_integrity()
+    assert engine.scheduler.requests.stats().num_free_blocks == 31
 
 
 def test_prompts_that_have_not_begun_are_given_back_all_or_none() -> None:

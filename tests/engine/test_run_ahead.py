@@ -73,13 +73,13 @@ def test_row_and_blocks_of_a_stopped_request_wait_for_the_step_that_writes_to_th
     while "a" not in engine.finished:
         engine.step()
     assert len(engine.in_flight) == 1
-    assert engine.scheduler.requests.figures.stats().num_free_blocks < 16
-    assert engine.scheduler.requests.figures.stats().num_running == 0
+    assert engine.scheduler.requests.stats().num_free_blocks < 16
+    assert engine.scheduler.requests.stats().num_running == 0
     blocked = engine.scheduler.schedule_ahead()
     assert blocked is not None
     assert not blocked.scheduled, "the row was given away"
     engine.collect()
-    assert engine.scheduler.requests.figures.stats().num_free_blocks == 16
+    assert engine.scheduler.requests.stats().num_free_blocks == 16
     engine.run()
     assert engine.finished["a"].reason == "stop"
     assert engine.token_ids("a") == expected_output(PROMPT, stops_at(PROMPT, num_tokens), 40)
@@ -144,7 +144,7 @@ def test_nobody_gives_blocks_up_while_a_step_runs() -> None:
     engine.step()
     assert engine.scheduler.schedule_ahead() is None
     engine.step()
-    assert engine.scheduler.requests.figures.stats().preemptions == 1
+    assert engine.scheduler.requests.stats().preemptions == 1
     engine.run()
     for name, prompt in (("a", [1, 2, 3]), ("b", [3, 2, 1])):
         assert engine.token_ids(name) == expected_output(prompt, SamplingParams(max_tokens=5), 5)
@@ -158,12 +158,12 @@ def test_pulled_requests_that_lack_blocks_wait_for_those_of_an_aborted_one() -> 
         engine.add(name, [5, 6, 5, 6], max_tokens=3, output=first, remote_kv=remote_kv(name, 4))
     for _ in range(7):
         engine.step()
-    assert engine.scheduler.requests.figures.stats().num_free_blocks == 0
+    assert engine.scheduler.requests.stats().num_free_blocks == 0
     for pull_id in list(engine.pulls):
         engine.end_pull(pull_id)
     engine.scheduler.requests.abort("a")
     engine.run()
-    assert engine.scheduler.requests.figures.stats().preemptions == 0
+    assert engine.scheduler.requests.stats().preemptions == 0
     for name in "bc":
         assert engine.finished[name].reason == "length"
 

@@ -45,7 +45,7 @@ def test_preempted_is_the_latest_and_its_tokens_stay() -> None:
     engine.add("first", [1, 2, 3, 4], max_tokens=16)
     engine.add("second", [4, 3, 2, 1], max_tokens=16)
     engine.run()
-    assert engine.scheduler.requests.figures.stats().preemptions > 0
+    assert engine.scheduler.requests.stats().preemptions > 0
     assert list(engine.finished) == ["first", "second"]
     assert engine.token_ids("second") == output([4, 3, 2, 1], 16)
 
@@ -58,7 +58,7 @@ def test_a_long_prompt_takes_blocks_from_a_later_request_that_decodes() -> None:
     engine.end_pull(next(iter(engine.pulls)), ok=False)
     engine.run()
     assert list(engine.finished) == ["long", "chat"]
-    assert engine.scheduler.requests.figures.stats().preemptions > 0
+    assert engine.scheduler.requests.stats().preemptions > 0
     assert engine.token_ids("chat") == output([1, 2], 30)
 
 
@@ -94,13 +94,13 @@ def test_pulled_requests_make_way_when_the_last_blocks_are_leased() -> None:
         engine.add(name, prompt, output=output(prompt, 1), remote_kv=remote_kv(name, 8))
     engine.add("leased", [3] * 8, max_tokens=1, do_remote_decode=True)
     engine.run()
-    assert engine.scheduler.requests.figures.stats().num_free_blocks == 0
+    assert engine.scheduler.requests.stats().num_free_blocks == 0
     for pull_id in list(engine.pulls):
         engine.end_pull(pull_id)
     engine.run()
     for name, prompt in prompts.items():
         assert engine.token_ids(name) == output(prompt, 4)[1:]
-    assert engine.scheduler.requests.figures.stats().num_leased_requests == 1
+    assert engine.scheduler.requests.stats().num_leased_requests == 1
 
 
 # Prefix cache
@@ -114,7 +114,7 @@ def test_a_second_prompt_computes_only_what_is_new() -> None:
     (item,) = engine.step().scheduled
     assert (item.num_computed_tokens, item.num_tokens) == (8, 4)
     assert engine.finished["b"].num_cached_tokens == 8
-    stats = engine.scheduler.requests.figures.stats()
+    stats = engine.scheduler.requests.stats()
     assert (stats.prompt_tokens, stats.cached_prompt_tokens) == (22, 8)
 
 

@@ -226,7 +226,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def owners_agree(self):
         if hasattr(self, "engine"):
-            self.engine.scheduler.requests.figures.check_integrity()
+            self.engine.scheduler.requests.check_integrity()
 
     def teardown(self):
         if not hasattr(self, "engine"):
@@ -234,7 +234,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.run_to_the_end()
         for request_id in self.engine.added:
             self.check_request(request_id)
-        stats = self.engine.scheduler.requests.figures.stats()
+        stats = self.engine.scheduler.requests.stats()
         assert stats.num_free_blocks == self.engine.num_blocks
         assert (
             stats.num_running,

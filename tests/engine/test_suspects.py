@@ -20,9 +20,7 @@ PROMPTS = {"a": [1, 2, 3], "b": [2, 3, 4, 5, 6], "c": [3, 4], "innocent": [5, 5,
 def suspects_in(engine: FakeEngine) -> list[int]:
     """Origins of the suspects of the steps in flight."""
     return [
-        mark - SUSPECT_BIT
-        for mark in engine.scheduler.requests.in_flight.marks()
-        if mark & SUSPECT_BIT
+        mark - SUSPECT_BIT for mark in engine.scheduler.requests.batch.marks() if mark & SUSPECT_BIT
     ]
 
 

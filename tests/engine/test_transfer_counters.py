@@ -23,7 +23,7 @@ def test_a_pull_that_failed_for_good() -> None:
     engine = pulling_engine()
     finish(engine, ok=False, num_retries=2, verification_failed=True, late=True)
     engine.run()
-    stats = engine.scheduler.requests.figures.stats()
+    stats = engine.scheduler.requests.stats()
     assert (
         stats.transfers,
         stats.transfer_failures,
@@ -36,7 +36,7 @@ def test_a_pull_that_failed_for_good() -> None:
 def test_a_pull_that_succeeded_with_its_second_read() -> None:
     engine = pulling_engine()
     finish(engine, ok=True, num_retries=1, verification_failed=True)
-    stats = engine.scheduler.requests.figures.stats()
+    stats = engine.scheduler.requests.stats()
     assert (
         stats.transfers,
         stats.transfer_failures,
@@ -48,7 +48,7 @@ def test_a_pull_that_succeeded_with_its_second_read() -> None:
 def test_a_pull_that_succeeds_counts_its_bytes() -> None:
     engine = pulling_engine()
     finish(engine, ok=True, num_bytes=5, seconds=0.5)
-    stats = engine.scheduler.requests.figures.stats()
+    stats = engine.scheduler.requests.stats()
     assert (
         stats.transfers,
         stats.transfer_bytes,
@@ -68,5 +68,5 @@ def test_leases_count_as_expired_only_when_their_time_was_up() -> None:
         engine.add(request_id, range(10), max_tokens=1, do_remote_decode=True)
         engine.run()
         engine.end_lease(request_id, reason)
-    stats = engine.scheduler.requests.figures.stats()
+    stats = engine.scheduler.requests.stats()
     assert (stats.leases_expired, stats.num_leased_requests, stats.num_free_blocks) == (2, 0, 32)

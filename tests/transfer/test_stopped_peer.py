@@ -95,13 +95,13 @@ class DecodeEngine:
             self.tables.setdefault(self._lease_ids[blocks.row], []).extend(blocks.block_ids)
         tokens = [TokenOutput(token_id=7) for row in plan.scheduled if row.sample]
         self.scheduler.postprocess(plan, StepOutput(step_id=plan.step_id, tokens=tokens))
-        self.scheduler.requests.figures.check_integrity()
+        self.scheduler.requests.check_integrity()
         return plan
 
     def hear(self, kind: type) -> PullFinished | PullDrained:
         event = self.rank.event(kind)
         self.scheduler.requests.on_transfer_event(event)
-        self.scheduler.requests.figures.check_integrity()
+        self.scheduler.requests.check_integrity()
         return event
 
 
@@ -176,9 +176,7 @@ def test_no_block_in_use_changes_when_a_stopped_peer_goes_on(
     engine.step()
     ended = engine.hear(PullFinished)
     assert (ended.ok, ended.error, ended.in_flight) == (False, "cancelled", True)
-    assert (
-        engine.scheduler.requests.figures.stats().num_quarantined_blocks == len(destination) == 40
-    )
+    assert engine.scheduler.requests.stats().num_quarantined_blocks == len(destination) == 40
 
     # Others are served from the other blocks, all but the one that is held back for who runs.
     wanted = lease(other, "pulled", pulled, list(range(20, 32)))
@@ -192,14 +190,14 @@ def test_no_block_in_use_changes_when_a_stopped_peer_goes_on(
     in_use = engine.tables["pulled"] + engine.tables["computed"]
     assert len({*in_use, *destination}) == len(in_use) + len(destination) == NUM_BLOCKS - 1
     np.testing.assert_array_equal(rank.blocks(engine.tables["pulled"]), wanted)
-    stats = engine.scheduler.requests.figures.stats()
+    stats = engine.scheduler.requests.stats()
     assert (stats.num_running, stats.num_free_blocks, stats.num_quarantined_blocks) == (2, 1, 40)
 
     # Who needs more waits, rather than that it gets blocks which may still be written to.
     late_bytes = lease(other, "late", late, list(range(30)))
     engine.add("late", late, other)
     assert engine.step().commands == []
-    stats = engine.scheduler.requests.figures.stats()
+    stats = engine.scheduler.requests.stats()
     assert (stats.num_running, stats.num_waiting, stats.num_waiting_for_kv) == (2, 1, 0)
     used = rank.blocks(in_use)
     assert not np.array_equal(rank.blocks(destination), sent), "the READ is in its middle"
@@ -208,7 +206,7 @@ def test_no_block_in_use_changes_when_a_stopped_peer_goes_on(
     engine.hear(PullDrained)
     np.testing.assert_array_equal(rank.blocks(destination), sent)
     np.testing.assert_array_equal(rank.blocks(in_use), used)
-    stats = engine.scheduler.requests.figures.stats()
+    stats = engine.scheduler.requests.stats()
     assert (stats.num_quarantined_blocks, stats.num_free_blocks) == (0, 41)
 
     # Now they are anybody's.
