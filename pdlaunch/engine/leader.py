@@ -204,6 +204,7 @@ class Leader:
                 # here.
                 # Leases stay: their readers are at other engines.
                 self._requests.abort_all()
+                self._requests.take_outputs()
                 self._sleep.forget_caller()
                 self._server.send(
                     msgspec.structs.replace(self._welcome, sleeping_tags=self._sleep.sleeping_tags)

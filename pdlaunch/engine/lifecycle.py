@@ -168,12 +168,9 @@ class RequestLifecycle:
                 self._finish(self.queues.by_id[request_id], "abort", error=WITHDRAWN)
 
     def abort_all(self) -> None:
-        """End every request, because the server has restarted, which knows none of them. Leases
-        stay for their readers.
-        """
+        """End every request, because the server has restarted. Leases stay for their readers."""
         for request in list(self.queues.by_id.values()):
             self._finish(request, "abort")
-        self._outputs.clear()
 
     def set_readers(self, lease_id: LeaseId, num_readers: int) -> None:
         """Lower the number of readers after which the lease of a finished request ends.

@@ -262,7 +262,6 @@ def test_a_lease_is_granted_before_its_answer_leaves_while_a_step_runs() -> None
         "collect 0",
         "GrantLease",
         "Tokens",
-        "Tokens",
         "RequestFinished",
     ]
 
