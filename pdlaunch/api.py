@@ -23,9 +23,9 @@ from pdlaunch.errors import ConfigError, PdlaunchError, StartupError
 from pdlaunch.launch.client.deployment import Deployment, running_deployment
 from pdlaunch.launch.engines.plan import kind_of, plan_processes
 from pdlaunch.machine.probe import probe_machine
+from pdlaunch.planning.hosts import planned_hosts
 from pdlaunch.planning.models import fetch_weights, read_models
 from pdlaunch.planning.plan import Plan
-from pdlaunch.planning.planned_hosts import planned_hosts
 from pdlaunch.planning.resolve import ResolvedLaunch, resolve_on
 
 __all__ = [

@@ -32,9 +32,9 @@ from pdlaunch.config.vllm_arguments import (
     values_like_flags,
     vllm_flag_name,
 )
+from pdlaunch.planning.derive import AWAITS_AGENT
 from pdlaunch.planning.role_engines import RoleEngines
 from pdlaunch.planning.step_time import least_step_s
-from pdlaunch.planning.vllm_verification import AWAITS_AGENT
 from pdlaunch.vllm.support import SUPPORTED_VERSIONS
 
 _PARSER = "The parser of vllm serve 0.32."

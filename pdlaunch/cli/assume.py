@@ -16,7 +16,7 @@ from pdlaunch.machine.facts import Machine
 from pdlaunch.machine.machine_file import AssumedMachine, read_machine_file
 from pdlaunch.machine.probe import probe_machine
 from pdlaunch.machine.profiles import PROFILES, find_profile
-from pdlaunch.planning.roles import count_ranks
+from pdlaunch.planning.hosts import count_ranks
 
 AssumeOption = Annotated[
     str | None,

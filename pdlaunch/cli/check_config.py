@@ -37,8 +37,8 @@ from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch.engines.plan import kind_of
 from pdlaunch.machine.machine_file import AssumedMachine
+from pdlaunch.planning.hosts import planned_hosts
 from pdlaunch.planning.models import read_models, read_models_elsewhere
-from pdlaunch.planning.planned_hosts import planned_hosts
 from pdlaunch.planning.resolve import resolve_on
 
 Format = Literal["table", "json", "github", "sarif", "junit"]

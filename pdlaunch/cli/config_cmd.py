@@ -26,7 +26,7 @@ from pdlaunch.config.shown import ShownValue, changed_values, shown_values
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError
 from pdlaunch.planning.effective import effective_settings
-from pdlaunch.planning.planned_hosts import planned_hosts
+from pdlaunch.planning.hosts import planned_hosts
 from pdlaunch.planning.resolve import resolve_on
 
 _REFERENCE_HEAD = """\

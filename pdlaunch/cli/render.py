@@ -38,9 +38,8 @@ from pdlaunch.launch.render.kubernetes import (
 )
 from pdlaunch.launch.render.pods import JOIN_KEY, SUPERVISOR_KEY, PodLaunch, PodOptions
 from pdlaunch.launch.render.settings import machine_names, place
-from pdlaunch.planning.hosts import ResolvedHost
+from pdlaunch.planning.hosts import ResolvedHost, planned_hosts
 from pdlaunch.planning.models import read_models, read_models_elsewhere
-from pdlaunch.planning.planned_hosts import planned_hosts
 from pdlaunch.planning.resolve import ResolvedLaunch, resolve_on
 
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")

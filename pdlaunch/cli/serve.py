@@ -38,8 +38,8 @@ from pdlaunch.launch.launch import LaunchOutcome, check_platform, launch
 from pdlaunch.launch.ports import check_engine_ports, listening
 from pdlaunch.launch.status import LaunchStatus
 from pdlaunch.planning.effective import effective_engines, effective_hosts
+from pdlaunch.planning.hosts import planned_hosts
 from pdlaunch.planning.models import Model, fetch_weights, read_models
-from pdlaunch.planning.planned_hosts import planned_hosts
 from pdlaunch.planning.resolve import ResolvedLaunch, resolve_on
 
 STDIN = 0

@@ -33,8 +33,8 @@ from pdlaunch.launch.state import Timing
 from pdlaunch.launch.status import Observer
 from pdlaunch.launch.supervisor import Supervisor, drive
 from pdlaunch.observe.logs import setup_logging
+from pdlaunch.planning.hosts import settled
 from pdlaunch.planning.plan import Plan
-from pdlaunch.planning.planned_hosts import settled
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.protocol.process.bootstrap import raise_open_files
 from pdlaunch.protocol.process.engine_ports import EnginePorts

@@ -8,13 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Literal, get_args
 
 from pdlaunch.config.engine_spec import ENGINE_HOST
-from pdlaunch.config.hosts import PlacementStrategy
+from pdlaunch.config.hosts import LOCAL, HostSettings, PlacementStrategy
+from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import PAIR, ROLES, Role
+from pdlaunch.errors import ConfigError
 from pdlaunch.machine.engine_commands import EngineCommand
-from pdlaunch.machine.facts import Machine
+from pdlaunch.machine.facts import Fact, Machine
+from pdlaunch.machine.machine_file import AssumedMachine, read_machine_file
+from pdlaunch.machine.network import default_address
+from pdlaunch.machine.profiles import PROFILES, find_profile
 
 DeviceKind = Literal["cpu", "cuda"]
 
@@ -136,3 +142,79 @@ def one_host(
 ) -> tuple[ResolvedHost, ...]:
     """Return machines as hosts that share the supervisor's environment and listen on loopback."""
     return tuple(ResolvedHost(name, machine, environ) for name, machine in machines.items())
+
+
+def count_ranks(config: LaunchConfig) -> int:
+    """Return the number of ranks of all engines."""
+    return sum(
+        config.role(role).replicas * config.engine_settings(role).tensor_parallel_size
+        for role in ROLES
+    )
+
+
+def planned_hosts(
+    config: LaunchConfig,
+    machine: Machine,
+    environ: Mapping[str, str],
+    joined: Mapping[str, ResolvedHost] | None = None,
+) -> tuple[ResolvedHost, ...]:
+    """Return the hosts of a launch, the supervisor's own first. Raises ConfigError.
+
+    ``machine``, ``environ``: of this host. ``joined``: what agents have told of their hosts; of
+    others, the settings tell what is known.
+    """
+    if config.placement == "local":
+        return one_host({LOCAL: machine}, environ)
+    listed = {host.name: host for host in config.hosts}
+    own = listed.get(LOCAL)
+    address = config.control_address or default_address() or ""
+    here = ResolvedHost(LOCAL, machine, environ, address, address, frozenset())
+    hosts = [here if own is None else settled(own, here)]
+    for name, settings in listed.items():
+        if name != LOCAL:
+            known = (joined or {}).get(name) or _not_joined(settings, config, environ)
+            hosts.append(settled(settings, known))
+    return tuple(hosts)
+
+
+def settled(settings: HostSettings, known: ResolvedHost) -> ResolvedHost:
+    """Return a host with what its settings say over what is known of it."""
+    bind = settings.bind_address or known.bind_address
+    return ResolvedHost(
+        name=settings.name,
+        machine=known.machine,
+        environ=known.environ,
+        bind_address=bind,
+        advertise_address=settings.advertise_address
+        or settings.bind_address
+        or known.advertise_address,
+        roles=frozenset(ROLES if settings.roles is None else settings.roles),
+        domain=settings.domain,
+        executables=known.executables,
+    )
+
+
+def _not_joined(
+    settings: HostSettings, config: LaunchConfig, environ: Mapping[str, str]
+) -> ResolvedHost:
+    if settings.machine is None:
+        reason = f"{settings.name} has not joined, and hosts has no machine for it"
+        unknown: dict[Fact, str] = dict.fromkeys(get_args(Fact), reason)
+        return ResolvedHost(settings.name, Machine(unknown=unknown), environ, "", "")
+    found = _described(settings.machine, config)
+    return ResolvedHost(settings.name, found.machine, {**environ, **found.environ}, "", "")
+
+
+def _described(name: str, config: LaunchConfig) -> AssumedMachine:
+    found = find_profile(name, count_ranks(config))
+    if found is not None:
+        return found
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise ConfigError(
+            f"{name[:80]!a} is neither a file nor one of {', '.join(PROFILES)}",
+            field="hosts.machine",
+            value=name,
+            fix="run `pdlaunch probe > machine.json` on the machine, and name that file",
+        )
+    return read_machine_file(path)

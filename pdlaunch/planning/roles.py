@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pdlaunch.config.engine_settings import EngineSettings
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import PAIR, ROLES, Role
-from pdlaunch.planning.derive import derive_engines, device_kind, visible_on
+from pdlaunch.planning.derive import derive_engines, device_kind, unverified_because, visible_on
 from pdlaunch.planning.hosts import (
     DeviceKind,
     Places,
@@ -21,7 +21,6 @@ from pdlaunch.planning.hosts import (
 )
 from pdlaunch.planning.models import Model
 from pdlaunch.planning.role_engines import RoleEngines
-from pdlaunch.planning.vllm_verification import unverified_because
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -195,11 +194,3 @@ def _unverified(
         if reason := unverified_because(settings, environ, models[role], theirs, hosts[0]):
             return reason
     return ""
-
-
-def count_ranks(config: LaunchConfig) -> int:
-    """Return the number of ranks of all engines."""
-    return sum(
-        config.role(role).replicas * config.engine_settings(role).tensor_parallel_size
-        for role in ROLES
-    )

@@ -3,8 +3,7 @@
 from dataclasses import replace
 
 from pdlaunch.checks.context import Context, make_context
-from pdlaunch.planning.hosts import ResolvedHost
-from pdlaunch.planning.planned_hosts import settled
+from pdlaunch.planning.hosts import ResolvedHost, settled
 from pdlaunch.planning.resolve import resolve_on
 from tests.checks.case import Case
 from tests.checks.contexts import CPU, GPU, on

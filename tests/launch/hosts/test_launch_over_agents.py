@@ -24,8 +24,7 @@ from pdlaunch.launch.ports import listening
 from pdlaunch.launch.status import LaunchStatus, ProcessState
 from pdlaunch.machine.facts import Machine
 from pdlaunch.machine.machine_file import encode_machine
-from pdlaunch.planning.hosts import ResolvedHost
-from pdlaunch.planning.planned_hosts import planned_hosts
+from pdlaunch.planning.hosts import ResolvedHost, planned_hosts
 from pdlaunch.planning.resolve import resolve_on
 from tests.launch.fakes import FakeObserver
 from tests.launch.hosts.test_agent_channel import Agent, news_of
