@@ -30,7 +30,7 @@ from pdlaunch.config.model_files.aliases import resolve_model
 from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import held_port
-from pdlaunch.launch.sidecar.child import die_with_thread
+from pdlaunch.launch.sidecar.engine import die_with_thread
 from tests.e2e.api import complete, streamed
 from tests.e2e.conftest import clean_environ
 from tests.e2e.lone_router import running_router

@@ -11,29 +11,25 @@ import argparse
 import sys
 
 from pdlaunch.http.lifecycle import Supervised, run_supervised
-from pdlaunch.launch.sidecar.child import guard_group
+from pdlaunch.launch.sidecar.engine import guard_group
 from pdlaunch.launch.sidecar.process import SidecarOptions, SidecarProcess
 
 
-def _options() -> SidecarOptions:
+async def _serve(supervised: Supervised) -> None:
     own_end = sys.argv.index("--")
-    arguments, command = sys.argv[1:own_end], sys.argv[own_end + 1 :]
     parser = argparse.ArgumentParser()
     parser.add_argument("--name")
     parser.add_argument("--exact", action="store_true")
     parser.add_argument("--unverified", default="")
     parser.add_argument("--hang-timeout", type=float, default=0.0)
-    found = parser.parse_args(arguments)
-    return SidecarOptions(
-        command=tuple(command),
+    found = parser.parse_args(sys.argv[1:own_end])
+    options = SidecarOptions(
+        command=tuple(sys.argv[own_end + 1 :]),
         is_exact=found.exact,
         hang_timeout_s=found.hang_timeout,
         unverified=found.unverified,
     )
-
-
-async def _serve(supervised: Supervised) -> None:
-    await SidecarProcess(supervised, _options()).run()
+    await SidecarProcess(supervised, options).run()
 
 
 if __name__ == "__main__":

@@ -2,24 +2,28 @@
 
 ::
 
-    router, sidecars of decode engines ── TLS, token ──> door ── Unix socket ──> engine
-                    <── bytes as they come ──                 <──
+    router, other sidecars ── TLS, token ──> door ── Unix socket ──> engine
+    engine ── socket ──> desk ── TLS, token ──> door of a prefill engine ── file: a statement
 
 Each end that leaves takes the other one along: a client that goes away ends its request at the
-engine, and an answer that breaks off at the engine breaks off for the client.
+engine, and an answer that breaks off at the engine breaks off for the client. Statements are what
+prefill engines say about their KV blocks.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+import re
+import ssl
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from aiohttp import hdrs, web
 from prometheus_client import CollectorRegistry
 
 from pdlaunch.config.http_names import url_of
-from pdlaunch.errors import OverloadedError, StartupError
+from pdlaunch.errors import OverloadedError, RequestError, StartupError
 from pdlaunch.http.app import AppRoute, Description, HttpApp, bearer_check, request_id_of
 from pdlaunch.http.connections import HttpRunner, fit_requests
 from pdlaunch.http.engine_calls import CONNECT_S, Answer, CallError, EngineCalls
@@ -29,9 +33,13 @@ from pdlaunch.http.headers import REQUEST_ID_HEADER, TRACEPARENT_HEADER, TRACEST
 from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S
 from pdlaunch.http.limits import BodyBudget, max_engine_body_bytes, read_body
 from pdlaunch.http.openapi import Operation
+from pdlaunch.http.watch.engine_api import EngineApi
+from pdlaunch.launch.sidecar.engine import statements_folder, statements_socket
+from pdlaunch.machine.network import tcp_endpoint
 from pdlaunch.observe.metrics import RequestMetrics
-from pdlaunch.protocol.certificates import server_context
-from pdlaunch.protocol.process.bootstrap import LISTEN_BACKLOG, DoorSpec
+from pdlaunch.protocol.certificates import client_context, server_context
+from pdlaunch.protocol.control import Registry
+from pdlaunch.protocol.process.bootstrap import LISTEN_BACKLOG, Bootstrap, DoorSpec
 from pdlaunch.protocol.sockets import LaunchKeys
 
 _logger = logging.getLogger(__name__)
@@ -41,21 +49,65 @@ READ_TIMEOUT_S = 60.0
 MOST_TOKENS = 131_072
 """Stands for the longest request of an engine whose length is not known here."""
 _ASKED = ("/health", "/version", "/metrics", "/v1/models", "/is_sleeping")
-_TOLD = (
-    "/v1/completions",
-    "/v1/chat/completions",
-    "/tokenize",
-    "/detokenize",
-    "/sleep",
-    "/wake_up",
-)
-_TO_ENGINE = (
-    hdrs.CONTENT_TYPE,
-    hdrs.ACCEPT,
-    TRACEPARENT_HEADER,
-    TRACESTATE_HEADER,
-)
+_COMPLETIONS = ("/v1/completions", "/v1/chat/completions")
+_TOLD = (*_COMPLETIONS, "/tokenize", "/detokenize", "/sleep", "/wake_up")
+_TO_ENGINE = (hdrs.CONTENT_TYPE, hdrs.ACCEPT, TRACEPARENT_HEADER, TRACESTATE_HEADER)
 _TO_CLIENT = (hdrs.CONTENT_TYPE, hdrs.CACHE_CONTROL, hdrs.RETRY_AFTER, "X-Accel-Buffering")
+STATEMENTS_PATH = "/pdlaunch/kv-statements"
+STATEMENT_TIMEOUT_S = 8.0
+"""Shorter than an engine waits, so that it is told why."""
+MAX_STATEMENT_BYTES = 64 * 1024**2
+"""A prompt of a million tokens has a few megabytes: block ids, and checksums by block and head."""
+_STATEMENT = re.compile(r"[0-9a-f]{40}")
+
+
+class Opening:
+    """Is the engine's part of what joins hosts; made and used inside a running event loop."""
+
+    def __init__(
+        self, bootstrap: Bootstrap, spec: DoorSpec, engine_url: str, *, is_verified: bool
+    ) -> None:
+        """``is_verified``: the engine has pdlaunch's connector."""
+        keys, run_dir = bootstrap.keys, Path(bootstrap.run_dir)
+        assert keys.certificate is not None, "launches on several hosts have one"
+        self._token = keys.http_token
+        self._tls = client_context(keys.certificate)
+        self._doors: dict[str, str] = {}
+        """Doors of engines by their side channels."""
+        self._desk: StatementDesk | None = None
+        further: list[AppRoute] = []
+        if is_verified:
+            further = [statement_route(statements_folder(run_dir))]
+            self._desk = StatementDesk(
+                statements_socket(run_dir, bootstrap.name),
+                self._token,
+                self._tls,
+                lambda: self._doors,
+            )
+        self._door = Door(bootstrap.name, spec, keys, engine_url, bootstrap.engine_api_key, further)
+
+    async def open(self) -> str:
+        """Listen; return the URL that other hosts are told. Raises StartupError."""
+        if self._desk is not None:
+            await self._desk.open()
+        return await self._door.open()
+
+    async def close(self) -> None:
+        await self._door.close()
+        if self._desk is not None:
+            await self._desk.close()
+
+    def learn(self, registry: Registry) -> None:
+        """Note where the engines of the launch are."""
+        self._doors = {
+            entry.address.side_channel: entry.address.http
+            for entry in registry.entries
+            if entry.kind == "server" and entry.address.http
+        }
+
+    def api_of(self, url: str) -> EngineApi:
+        """Return what asks the engine behind another door."""
+        return EngineApi(url, self._token, self._tls)
 
 
 class Door:
@@ -203,3 +255,71 @@ async def _relayed(http: web.Request, answer: Answer) -> web.StreamResponse:
         await response.write(piece)
     await response.write_eof()
     return response
+
+
+def statement_route(folder: Path) -> AppRoute:
+    """Return the route at which sidecars of other hosts read statements of this one's engine."""
+
+    async def read(http: web.Request) -> web.StreamResponse:
+        name = http.match_info["name"]
+        try:
+            if _STATEMENT.fullmatch(name):
+                # A few hundred bytes, in memory or nearly so: no thread is worth it.
+                return web.Response(body=(folder / name).read_bytes())
+        except FileNotFoundError:
+            pass
+        raise RequestError("there is no such statement (any more)", status=404, code="not_found")
+
+    operation = Operation("Return what a prefill engine states about the KV blocks of a request.")
+    return AppRoute("GET", STATEMENTS_PATH + "/{name}", read, None, operation)
+
+
+class StatementDesk:
+    """Asks other sidecars for the statements that this one's engine wants; belongs to the loop.
+
+    ``urls``: returns the doors of prefill engines by their side channels, which engines are told.
+    """
+
+    def __init__(
+        self, path: Path, token: str, tls: ssl.SSLContext, urls: Callable[[], Mapping[str, str]]
+    ) -> None:
+        self._path = path
+        self._urls = urls
+        self._calls = EngineCalls(CONNECT_S, tls)
+        self._headers = {"Authorization": f"Bearer {token}"}
+        app = web.Application()
+        app.router.add_get("/", self._answer)
+        self._runner = web.AppRunner(app, access_log=None)
+
+    async def open(self) -> None:
+        """Listen on the socket, in a folder that this user alone can open."""
+        self._path.unlink(missing_ok=True)
+        await self._runner.setup()
+        await web.UnixSite(self._runner, str(self._path)).start()
+
+    async def close(self) -> None:
+        await self._runner.cleanup()
+        await self._calls.close()
+
+    async def _answer(self, http: web.Request) -> web.Response:
+        """Answer 200 with the statement, 404 when there is none, 502 when nobody can tell."""
+        name, host, port = (http.query.get(key, "") for key in ("name", "host", "port"))
+        if not _STATEMENT.fullmatch(name) or not port.isdecimal():
+            return web.Response(status=400, text="no statement has this name")
+        url = self._urls().get(tcp_endpoint(host, int(port)))
+        if url is None:
+            return web.Response(status=502, text="no engine of the launch is there")
+        try:
+            status, body = await self._calls.ask(
+                url,
+                "GET",
+                f"{STATEMENTS_PATH}/{name}",
+                self._headers,
+                timeout_s=STATEMENT_TIMEOUT_S,
+                max_bytes=MAX_STATEMENT_BYTES,
+            )
+        except CallError as error:
+            return web.Response(status=502, text=str(error))
+        if status not in (200, 404):
+            return web.Response(status=502, text=f"its sidecar answered {status}")
+        return web.Response(status=status, body=body)

@@ -10,39 +10,42 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
+import signal
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit
 
 import msgspec
 
-from pdlaunch.config.engine_spec import ENGINE_HOST
 from pdlaunch.errors import PdlaunchError, ProtocolError, StartupError
 from pdlaunch.http.engine_calls import UNIX
 from pdlaunch.http.lifecycle import Supervised
 from pdlaunch.http.watch.canary import FIRST_TOKEN_ID, Canaries, CanaryDied, Proof, send_canary
 from pdlaunch.http.watch.engine_api import (
+    VLLM_RUNNING,
     Counts,
     EngineApi,
     FailedReads,
     is_vllm_busy,
     with_version,
 )
-from pdlaunch.launch.sidecar.child import EngineChild
-from pdlaunch.launch.sidecar.connector import Failures, connector_environment
-from pdlaunch.launch.sidecar.hangs import EngineHangWatch
-from pdlaunch.launch.sidecar.network import (
-    SIDE_CHANNEL_HOST,
-    SIDE_CHANNEL_PORT,
-    SideChannelPort,
-    named_devices,
+from pdlaunch.launch.sidecar.door import Opening
+from pdlaunch.launch.sidecar.engine import (
+    Failures,
+    connector_environment,
+    engine_environment,
+    hold_side_channel,
+    side_channel_host,
+    start_engine,
+    stop_engine,
+    with_events_at,
 )
-from pdlaunch.launch.sidecar.opening import Opening
 from pdlaunch.machine.network import foreign_listener, tcp_endpoint
 from pdlaunch.protocol.changes import Answered, AwaitIdle
 from pdlaunch.protocol.control import (
@@ -68,12 +71,10 @@ START_POLL_S = 0.5
 WATCH_POLL_S = 2.0
 DRAIN_POLL_S = 0.5
 HEALTH_TIMEOUT_S = 30.0
-STOP_TIMEOUT_S = 5.0
-EVENTS_FLAG = "--kv-events-config"
 SLEEP_FLAG = "--enable-sleep-mode"
-
-
-_Peer = tuple[str, int]
+_PROGRESS = ("vllm:generation_tokens_total", "vllm:iteration_tokens_total_sum")
+Found = Literal["works", "idle", "hangs"]
+Peer = tuple[str, int]
 """Name and incarnation of a prefill engine."""
 
 
@@ -90,6 +91,16 @@ class SidecarOptions:
     unverified: str
     """The reason why pulled KV blocks are used unproven; empty: it has pdlaunch's connector."""
 
+    @property
+    def model(self) -> str:
+        return self.value("--served-model-name")
+
+    def value(self, flag: str) -> str:
+        """Return what the command has behind a flag; empty: the flag is not there."""
+        if flag not in self.command:
+            return ""
+        return self.command[self.command.index(flag) + 1]
+
 
 class SidecarProcess:
     """Speaks for one engine of vLLM; made inside a running event loop, ``run`` once."""
@@ -97,51 +108,52 @@ class SidecarProcess:
     def __init__(self, supervised: Supervised, options: SidecarOptions) -> None:
         self._supervised = supervised
         self._options = options
-        self._name = supervised.bootstrap.name
-        self._url = _fixed_url(options.command)
-        socket_path = Path(supervised.bootstrap.run_dir) / f"{self._name}.sock"
-        self._socket_path = None if self._url else socket_path
-        self._url = self._url or f"{UNIX}{socket_path}"
-        self._key = supervised.bootstrap.engine_api_key
+        bootstrap = supervised.bootstrap
+        self._name, self._run_dir = bootstrap.name, Path(bootstrap.run_dir)
+        self._key, spec = bootstrap.engine_api_key, bootstrap.door
+        self._socket_path = self._run_dir / f"{self._name}.sock"
+        port = options.value("--port")
+        self._is_at_port = bool(port)
+        self._url = (
+            f"http://{options.value('--host')}:{port}" if port else f"{UNIX}{self._socket_path}"
+        )
         self._api = EngineApi(self._url, self._key)
-        self._registered_url = self._url
-        """Others are told this one: that of the door, where there is one."""
-        spec, is_verified = supervised.bootstrap.door, not options.unverified
         self._opening = (
             None
             if spec is None
-            else Opening(supervised.bootstrap, spec, self._url, is_verified=is_verified)
+            else Opening(bootstrap, spec, self._url, is_verified=not options.unverified)
         )
+        self._registered_url = self._url
+        """Others are told this one: that of the door, where there is one."""
         self._capabilities = msgspec.structs.replace(
-            supervised.bootstrap.capabilities, takes_launch_token=self._opening is not None
+            bootstrap.capabilities, takes_launch_token=self._opening is not None
         )
-        self._side_channel = SideChannelPort(
-            os.environ.get(SIDE_CHANNEL_HOST, ENGINE_HOST), "" if spec is None else spec.data_ports
+        self._side_channel = hold_side_channel(
+            side_channel_host(), "" if spec is None else spec.data_ports
         )
         self._is_ready = asyncio.Event()
         self._canaries = Canaries(self._send_canary, self._tell_proof)
-        self._peers: dict[_Peer, Entry] = {}
+        self._peers: dict[Peer, Entry] = {}
         self._one_at_a_time = asyncio.Semaphore(1)
-        self._failed_reads = FailedReads()
         self._probe: asyncio.Task[None] | None = None
         """Asks an engine that was idle for one token."""
-        self._failures = Failures(Path(supervised.bootstrap.run_dir), self._name)
-        self._proven: dict[str, _Peer] = {}
+        self._failed_reads = FailedReads()
+        self._failures = Failures(self._run_dir, self._name)
+        self._proven: dict[str, Peer] = {}
         """Prefill engines and their incarnations, by the id that vLLM has given them."""
-        self._listed: set[_Peer] = set()
+        self._listed: set[Peer] = set()
         """Those of them that the registry has shown as proven."""
 
     async def run(self) -> None:
         """Run until Stop or a signal. Raises StartupError when the engine ends by itself."""
-        supervised = self._supervised
-        if self._socket_path is not None:
+        if not self._is_at_port:
             self._socket_path.unlink(missing_ok=True)
         if self._options.unverified:
             _logger.warning(
                 "pulled KV blocks are used unproven: %s (kv_transfer.verify)",
                 self._options.unverified,
             )
-        child = await EngineChild.start(self._command(), self._environment())
+        child = await start_engine(self._command(), self._environment())
         _logger.info("started %s as process %d", self._options.command[0], child.pid)
         watches: list[asyncio.Task[None]] = []
         try:
@@ -149,8 +161,8 @@ class SidecarProcess:
                 self._registered_url = await self._opening.open()
             self._register(listens=self._opening is not None)
             watches = [
-                supervised.spawn(self._fail_with(child)),
-                supervised.spawn(self._watch()),
+                self._supervised.spawn(self._fail_with(child)),
+                self._supervised.spawn(self._watch()),
             ]
             await self._obey()
         finally:
@@ -161,56 +173,72 @@ class SidecarProcess:
             if self._opening is not None:
                 await self._opening.close()
             await self._api.close()
-            await child.stop(STOP_TIMEOUT_S)
+            await stop_engine(child)
             self._side_channel.close()
 
-    async def _is_there(self) -> bool:
-        """Return whether the engine answers, and nobody else at its port, who would be given the
-        key.
-        """
-        port = urlsplit(self._url).port if self._socket_path is None else None
-        if port is not None and (uid := foreign_listener(port)) is not None:
-            self._fail(
-                f"a program of another user (id {uid}) listens at port {port}, which is to be the "
-                "engine's; free it, or choose another port"
-            )
-            return False
-        return bool(await self._api.is_healthy(HEALTH_TIMEOUT_S))
+    def _command(self) -> tuple[str, ...]:
+        where = () if self._is_at_port else ("--uds", str(self._socket_path))
+        events = f"ipc://{self._run_dir / self._name}.events"
+        return (*with_events_at(self._options.command, events), *where)
+
+    def _environment(self) -> dict[str, str]:
+        own = engine_environment(self._run_dir, self._key, self._side_channel)
+        if self._options.unverified:
+            return own
+        paths, is_far = os.environ.get("PYTHONPATH", ""), self._opening is not None
+        return own | connector_environment(self._run_dir, self._name, paths, is_far=is_far)
 
     def _register(self, *, listens: bool = True) -> None:
         """Tell where the engine is reached, and what it can do."""
         self._supervised.register(
             self._registered_url,
             self._capabilities,
-            side_channel=tcp_endpoint(self._side_channel.host, self._side_channel.number),
+            side_channel=tcp_endpoint(side_channel_host(), self._side_channel.getsockname()[1]),
             listens=listens,
         )
 
-    def _command(self) -> tuple[str, ...]:
-        where = () if self._socket_path is None else ("--uds", str(self._socket_path))
-        events = Path(self._supervised.bootstrap.run_dir) / f"{self._name}.events"
-        return (*with_events_at(self._options.command, f"ipc://{events}"), *where)
+    async def _obey(self) -> None:
+        """Do what the supervisor says until Stop. Raises the error of the engine."""
+        while True:
+            match await self._supervised.inbox.get():
+                case Registry() as registry:
+                    if self._opening is not None:
+                        self._opening.learn(registry)
+                    self._prove_pairs(registry)
+                case Drain(timeout_s=timeout_s):
+                    self._supervised.spawn(self._drain(timeout_s))
+                case Stop():
+                    return
+                case PdlaunchError() as error:
+                    raise error
+                case Suspects() | Restarting() | Answered() | AwaitIdle() | Happened():
+                    pass  # said to routers alone
 
-    def _environment(self) -> dict[str, str]:
-        run_dir = self._supervised.bootstrap.run_dir
-        # The sockets between the engine's own processes: anybody may open those in /tmp.
-        own = {"VLLM_RPC_BASE_PATH": run_dir, SIDE_CHANNEL_PORT: str(self._side_channel.number)}
-        own |= named_devices(os.environ)
-        if not self._options.unverified:
-            own |= connector_environment(
-                Path(run_dir),
-                self._name,
-                os.environ.get("PYTHONPATH", ""),
-                is_far=self._opening is not None,
-            )
-        # Empty without one: a key of the user's shell would keep the router out.
-        return own | {"VLLM_API_KEY": self._key or ""}
+    def _fail(self, reason: str) -> None:
+        self._supervised.inbox.put_nowait(StartupError(reason))
 
-    async def _fail_with(self, child: EngineChild) -> None:
-        how = await child.ended()
-        self._supervised.inbox.put_nowait(
-            StartupError(f"{Path(self._options.command[0]).name} {how}")
+    async def _fail_with(self, child: asyncio.subprocess.Process) -> None:
+        code = await child.wait()
+        how = (
+            f"was killed by {signal.Signals(-code).name}"
+            if code < 0
+            else f"exited with status {code}"
         )
+        self._fail(f"{Path(self._options.command[0]).name} {how}")
+
+    async def _drain(self, timeout_s: float) -> None:
+        """Wait until the engine has nothing to do and lends nothing, at most ``timeout_s``."""
+        ends_at = time.monotonic() + timeout_s
+        while time.monotonic() < ends_at:
+            try:
+                if not is_vllm_busy(await self._api.counts(HEALTH_TIMEOUT_S)):
+                    break
+            except ProtocolError:
+                break
+            await asyncio.sleep(DRAIN_POLL_S)
+        self._supervised.send(Drained())
+
+    # Watching the engine
 
     async def _watch(self) -> None:
         """Say Ready once the engine is healthy; fail when it is not any more, or stands still."""
@@ -218,7 +246,12 @@ class SidecarProcess:
         while not await self._is_there():  # noqa: ASYNC110 - it tells nobody
             await asyncio.sleep(START_POLL_S)
         # Before Ready: what routers may ask of the engine from then on follows from its version.
-        await self._tell_version()
+        try:
+            version = await self._api.version(HEALTH_TIMEOUT_S)
+            self._capabilities = with_version(self._capabilities, version)
+            self._register()
+        except ProtocolError as error:
+            _logger.warning("%s", error)
         self._supervised.send(Ready())
         self._is_ready.set()
         hangs = EngineHangWatch(self._options.hang_timeout_s)
@@ -243,26 +276,38 @@ class SidecarProcess:
                     self._probe.cancel()  # the engine would keep it until it is awake
                 continue
             is_probed = self._probe is not None and not self._probe.done()
-            match hangs.look(counts, is_probed=is_probed):
-                case "idle":
-                    self._probe = self._supervised.spawn(self._send_probe())
-                case "hangs":
-                    hang_s = self._options.hang_timeout_s
-                    self._fail(f"it has requests and has computed nothing for {hang_s:g} s")
-                    return
-                case "works":
-                    pass
+            found = hangs.look(counts, is_probed=is_probed)
+            if found == "idle":
+                self._probe = self._supervised.spawn(self._send_probe())
+            elif found == "hangs":
+                hang_s = self._options.hang_timeout_s
+                self._fail(f"it has requests and has computed nothing for {hang_s:g} s")
+                return
+
+    async def _is_there(self) -> bool:
+        """Return whether the engine answers, and nobody else at its port, who would be given the
+        key.
+        """
+        port = urlsplit(self._url).port if self._is_at_port else None
+        if port is not None and (uid := foreign_listener(port)) is not None:
+            self._fail(
+                f"a program of another user (id {uid}) listens at port {port}, which is to be the "
+                "engine's; free it, or choose another port"
+            )
+            return False
+        return bool(await self._api.is_healthy(HEALTH_TIMEOUT_S))
 
     async def _send_probe(self) -> None:
         """Have the engine compute one token, so that it can be seen whether it still does."""
         body = {"prompt": [FIRST_TOKEN_ID], "max_tokens": 1, "temperature": 0}
-        model = {"model": _served_model_name(self._options.command)}
         try:
             # Longer than a look takes to find that nothing comes of it.
             timeout_s = self._options.hang_timeout_s + 2 * HEALTH_TIMEOUT_S
-            await self._api.complete(model | body, timeout_s)
+            await self._api.complete({"model": self._options.model, **body}, timeout_s)
         except ProtocolError as error:
             _logger.warning("a probe of one token: %s", error)
+
+    # Pairs, of decode engines
 
     def _doubt_pairs(self, counts: Counts) -> None:
         """Have pairs proven anew from which READs have failed since the last look.
@@ -286,36 +331,6 @@ class SidecarProcess:
         self._supervised.send(
             PairSuspect(local=self._name, peer=peer, peer_incarnation=incarnation, error=error)
         )
-
-    async def _tell_version(self) -> None:
-        """Register again, with what this version of the engine can do."""
-        try:
-            version = await self._api.version(HEALTH_TIMEOUT_S)
-        except ProtocolError as error:
-            _logger.warning("%s", error)
-            return
-        self._capabilities = with_version(self._capabilities, version)
-        self._register()
-
-    def _fail(self, reason: str) -> None:
-        self._supervised.inbox.put_nowait(StartupError(reason))
-
-    async def _obey(self) -> None:
-        """Do what the supervisor says until Stop. Raises the error of the engine."""
-        while True:
-            match await self._supervised.inbox.get():
-                case Registry() as registry:
-                    if self._opening is not None:
-                        self._opening.learn(registry)
-                    self._prove_pairs(registry)
-                case Drain(timeout_s=timeout_s):
-                    self._supervised.spawn(self._drain(timeout_s))
-                case Stop():
-                    return
-                case PdlaunchError() as error:
-                    raise error
-                case Suspects() | Restarting() | Answered() | AwaitIdle() | Happened():
-                    pass  # said to routers alone
 
     def _prove_pairs(self, registry: Registry) -> None:
         """Send a canary through each prefill engine that has none yet or whose proof was dropped;
@@ -342,19 +357,18 @@ class SidecarProcess:
                 self._doubt(entry.name, entry.incarnation, "it sleeps")
         self._canaries.prove(peers)
 
-    async def _send_canary(self, peer: _Peer) -> Proof:
+    async def _send_canary(self, peer: Peer) -> Proof:
         await self._is_ready.wait()
-        url = self._peers[peer].address.http
+        url, options = self._peers[peer].address.http, self._options
         # All engines of a launch have doors, or none has.
         api = EngineApi(url, self._key) if self._opening is None else self._opening.api_of(url)
         try:
             async with self._one_at_a_time:
-                model = _served_model_name(self._options.command)
-                return await send_canary(api, self._api, model, is_exact=self._options.is_exact)
+                return await send_canary(api, self._api, options.model, is_exact=options.is_exact)
         finally:
             await api.close()
 
-    def _tell_proof(self, peer: _Peer, result: Proof | CanaryDied) -> None:
+    def _tell_proof(self, peer: Peer, result: Proof | CanaryDied) -> None:
         name, incarnation = peer
         if isinstance(result, CanaryDied):
             self._supervised.send(
@@ -373,39 +387,35 @@ class SidecarProcess:
             )
         )
 
-    async def _drain(self, timeout_s: float) -> None:
-        """Wait until the engine has nothing to do and lends nothing, at most ``timeout_s``."""
-        ends_at = time.monotonic() + timeout_s
-        while time.monotonic() < ends_at:
-            try:
-                counts = await self._api.counts(HEALTH_TIMEOUT_S)
-            except ProtocolError:
-                break
-            if not is_vllm_busy(counts):
-                break
-            await asyncio.sleep(DRAIN_POLL_S)
-        self._supervised.send(Drained())
 
+class EngineHangWatch:
+    """Finds out, look by look at an engine's counts, that it stands still.
 
-def with_events_at(command: tuple[str, ...], endpoint: str) -> tuple[str, ...]:
-    """Return the command with KV events published at ``endpoint``, where it asks for events.
+    ::
 
-    vLLM's own default is a TCP port on every address. A command that names an endpoint keeps it.
+        has work, counts progress ──> works      has work, no progress for timeout_s ──> hangs
+        has no work for timeout_s ──> idle: whoever watches gives it some, and the next looks tell
+
+    An engine whose core has stopped says that it is healthy, and that it has nothing to do.
+    ``timeout_s``: 0 for an engine that never hangs nor idles.
     """
-    if EVENTS_FLAG not in command:
-        return command
-    at = command.index(EVENTS_FLAG) + 1
-    config = {"endpoint": endpoint, **json.loads(command[at])}
-    return (*command[:at], json.dumps(config), *command[at + 1 :])
 
+    def __init__(self, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._timeout_s = timeout_s
+        self._clock = clock
+        self._seen: tuple[float, bool] | None = None
+        """Progress, and whether it has work."""
+        self._since_at = 0.0
+        """Instant since which it was seen so."""
 
-def _fixed_url(command: tuple[str, ...]) -> str:
-    """Return the URL of an engine whose command gives it a port, empty without one."""
-    if "--port" not in command:
-        return ""
-    host, port = (command[command.index(flag) + 1] for flag in ("--host", "--port"))
-    return f"http://{host}:{port}"
-
-
-def _served_model_name(command: tuple[str, ...]) -> str:
-    return command[command.index("--served-model-name") + 1]
+    def look(self, counts: Counts, *, is_probed: bool) -> Found:
+        """Judge it. ``is_probed``: it has work whatever it counts."""
+        now_at = self._clock()
+        has_work = is_probed or any(counts.total(name) for name in VLLM_RUNNING)
+        seen = (sum(counts.total(name) for name in _PROGRESS), has_work)
+        if seen != self._seen:
+            self._seen, self._since_at = seen, now_at
+        if not 0 < self._timeout_s < now_at - self._since_at:
+            return "works"
+        self._since_at = now_at
+        return "hangs" if has_work else "idle"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pdlaunch.http.watch.engine_api import Counts
-from pdlaunch.launch.sidecar.hangs import EngineHangWatch, Found
+from pdlaunch.launch.sidecar.process import EngineHangWatch, Found
 
 TIMEOUT_S = 60.0
 

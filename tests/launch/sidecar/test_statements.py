@@ -14,8 +14,12 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
-from pdlaunch.launch.sidecar.door import Door
-from pdlaunch.launch.sidecar.statements import PATH, StatementDesk, statement_route
+from pdlaunch.launch.sidecar.door import (
+    STATEMENTS_PATH,
+    Door,
+    StatementDesk,
+    statement_route,
+)
 from pdlaunch.protocol.certificates import client_context
 from pdlaunch.vllm.far_statements import Answer, FarStatements
 from pdlaunch.vllm.statements import Statement, StatementBoard, statement_name
@@ -106,5 +110,7 @@ async def test_no_other_file_can_be_read(scene: Scene, name: str) -> None:
     headers = {"Authorization": f"Bearer {KEYS.http_token}"}
     async with aiohttp.ClientSession() as client:
         for sent, status in ((headers, 404), ({}, 401)):
-            async with client.get(f"{url}{PATH}/{name}", headers=sent, ssl=tls()) as response:
+            async with client.get(
+                f"{url}{STATEMENTS_PATH}/{name}", headers=sent, ssl=tls()
+            ) as response:
                 assert response.status == status

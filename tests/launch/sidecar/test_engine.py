@@ -1,0 +1,209 @@
+"""What an engine of vLLM is given, and what is left of it when its sidecar is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import zmq
+
+import pdlaunch
+from pdlaunch.errors import StartupError
+from pdlaunch.launch.sidecar.engine import (
+    Failures,
+    connector_environment,
+    engine_environment,
+    hold_side_channel,
+    statements_folder,
+    statements_socket,
+    with_events_at,
+)
+from pdlaunch.machine.network import device_of
+from pdlaunch.vllm.far_statements import STATEMENTS_SOCKET
+from pdlaunch.vllm.worker import FAILURES_FILE, report_failure
+from tests.e2e.waiting import await_true
+
+
+def test_events_are_published_at_a_socket_of_the_launch() -> None:
+    command = ("vllm", "--kv-events-config", '{"enable_kv_cache_events":true}', "--seed", "1")
+    changed = with_events_at(command, "ipc:///run/decode-0.events")
+    assert changed[3:] == command[3:]
+    assert json.loads(changed[2]) == {
+        "enable_kv_cache_events": True,
+        "endpoint": "ipc:///run/decode-0.events",
+    }
+    own = ("vllm", "--kv-events-config", '{"endpoint":"ipc:///mine"}')
+    assert json.loads(with_events_at(own, "ipc:///other")[2]) == {"endpoint": "ipc:///mine"}
+    assert with_events_at(("vllm", "--seed", "1"), "ipc:///x") == ("vllm", "--seed", "1")
+
+
+def free_range(size: int) -> str:
+    """Ports of 127.0.0.1 that are free now; the test has them for itself."""
+    for first in range(23_000, 30_000, size):
+        try:
+            for port in range(first, first + size):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        return f"{first}-{first + size - 1}"
+    raise AssertionError("no free ports")
+
+
+def number(port: socket.socket) -> int:
+    return int(port.getsockname()[1])
+
+
+@pytest.fixture
+def not_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take 127.0.0.1 for an address that others reach: a test opens nothing to them."""
+    monkeypatch.setattr("pdlaunch.launch.sidecar.engine.is_loopback", lambda _: False)
+
+
+@pytest.mark.usefixtures("not_loopback")
+def test_ports_of_a_range_are_kept_for_their_engines() -> None:
+    ports = free_range(3)
+    first, last = map(int, ports.split("-"))
+    kept = [hold_side_channel("127.0.0.1", ports) for _ in range(3)]
+    assert sorted(number(each) for each in kept) == list(range(first, last + 1))
+    with pytest.raises(StartupError, match=f"no port {ports} of 127.0.0.1 can be had"):
+        hold_side_channel("127.0.0.1", ports)
+    # UCX and others take it for busy; the engine's ZMQ socket listens there, and again after it.
+    for _ in range(2):
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", number(kept[0])))
+        with zmq.Context() as context, context.socket(zmq.ROUTER) as engine:
+            engine.bind(f"tcp://127.0.0.1:{number(kept[0])}")
+    freed = number(kept[1])
+    kept[1].close()
+    again = hold_side_channel("127.0.0.1", ports)
+    assert number(again) == freed
+    for each in (kept[0], kept[2], again):
+        each.close()
+
+
+def test_on_loopback_it_is_any_free_port() -> None:
+    for host in ("127.0.0.1", "localhost", "::1"):
+        port = hold_side_channel(host, "1-1")
+        assert number(port) > 1
+        port.close()
+
+
+def test_ucx_gets_the_name_of_the_device_that_has_the_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with hold_side_channel("127.0.0.1", "") as port:
+        monkeypatch.delenv("UCX_NET_DEVICES", raising=False)
+        assert "UCX_NET_DEVICES" not in engine_environment(tmp_path, None, port)
+        monkeypatch.setenv("UCX_NET_DEVICES", "127.0.0.1,mlx5_0:1")
+        found = engine_environment(tmp_path, None, port)
+        assert found["UCX_NET_DEVICES"] == f"{device_of('127.0.0.1')},mlx5_0:1"
+        monkeypatch.setenv("UCX_NET_DEVICES", "192.0.2.1")
+        with pytest.raises(StartupError, match=r"no network device .* 192\.0\.2\.1"):
+            engine_environment(tmp_path, None, port)
+
+
+def test_engines_of_a_launch_get_one_folder_of_their_user(tmp_path: Path) -> None:
+    first, second = (connector_environment(tmp_path, name, "") for name in ("first", "second"))
+    assert first | {"PDLAUNCH_FAILURES_FILE": ""} == second | {"PDLAUNCH_FAILURES_FILE": ""}
+    folder = Path(first["PDLAUNCH_STATEMENTS_DIR"])
+    assert folder.parent == tmp_path
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_engines_of_several_hosts_ask_their_sidecars(tmp_path: Path) -> None:
+    far = connector_environment(tmp_path, "decode-0", "", is_far=True)
+    assert far.pop(STATEMENTS_SOCKET) == str(statements_socket(tmp_path, "decode-0"))
+    assert far == connector_environment(tmp_path, "decode-0", "")
+    assert statements_folder(tmp_path) == Path(far["PDLAUNCH_STATEMENTS_DIR"])
+
+
+def test_of_what_is_installed_here_vllm_sees_pdlaunch_alone(tmp_path: Path) -> None:
+    paths = connector_environment(tmp_path, "decode-0", "/first:/second")["PYTHONPATH"].split(":")
+    assert paths[1:] == ["/first", "/second"]
+    (package,) = Path(paths[0]).iterdir()
+    assert package.name == "pdlaunch"
+    assert package.resolve() == Path(pdlaunch.__file__).parent.resolve()
+
+
+def test_failures_are_read_once_by_whole_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "decode-0.failures").write_text("of-the-last-start\n")
+    failures = Failures(tmp_path, "decode-0")
+    assert failures.latest() == []
+    environment = connector_environment(tmp_path, "decode-0", "")
+    monkeypatch.setenv(FAILURES_FILE, environment[FAILURES_FILE])
+    for engine_id in ("first", "second", "first"):
+        report_failure(engine_id)
+    with Path(environment[FAILURES_FILE]).open("a") as file:
+        file.write("half")
+    assert failures.latest() == ["first", "second", "first"]
+    with Path(environment[FAILURES_FILE]).open("a") as file:
+        file.write(" a line\n")
+    assert failures.latest() == ["half a line"]
+    assert failures.latest() == []
+
+
+@pytest.mark.processes
+def test_the_room_is_imported_without_pdlaunchs_dependencies(tmp_path: Path) -> None:
+    """What vLLM's environment need not have is not imported; ``connector`` needs vLLM itself."""
+    program = (
+        "import sys, pdlaunch.vllm.worker, pdlaunch.vllm.support, pdlaunch.vllm.agent\n"
+        "import pdlaunch\n"
+        "print(pdlaunch.__file__)\n"
+        "missing = {'msgspec', 'pydantic', 'xxhash', 'aiohttp', 'zmq', 'typer', 'vllm'}\n"
+        "print(sorted(missing & set(sys.modules)))\n"
+    )
+    environment = connector_environment(tmp_path, "decode-0", "")
+    found = subprocess.run(
+        [sys.executable, "-c", program],
+        env={"PYTHONPATH": environment["PYTHONPATH"], "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    path, missing = found.stdout.splitlines()
+    assert path.startswith(str(tmp_path))
+    assert missing == "[]"
+
+
+SIDECAR = """
+import subprocess, sys, time
+from pdlaunch.launch.sidecar.engine import guard_group
+guard = guard_group()
+server = subprocess.Popen(
+    ("sh", "-c", "sleep 600 & echo $!; wait"), stdout=subprocess.PIPE, text=True
+)
+print(guard.pid, server.pid, server.stdout.readline().strip(), flush=True)
+time.sleep(600)
+"""
+
+
+def is_gone(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    return True
+
+
+@pytest.mark.processes
+def test_children_of_the_server_go_with_a_sidecar_that_is_killed() -> None:
+    with subprocess.Popen(
+        (sys.executable, "-c", SIDECAR), stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as sidecar:
+        assert sidecar.stdout is not None
+        pids = [int(pid) for pid in sidecar.stdout.readline().split()]
+        assert len(pids) == 3
+        # The supervisor's signals reach the group, and the guard is of it.
+        psutil.Process(pids[0]).send_signal(signal.SIGTERM)
+        sidecar.kill()
+        await_true(lambda: all(map(is_gone, pids)), "server, its child and the guard are gone", 60)
