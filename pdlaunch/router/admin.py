@@ -7,153 +7,194 @@ chooses engines; without it: all that were not given up.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import math
+import os
+import socket
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
 import msgspec
 from aiohttp import hdrs, web
+from pydantic import ValidationError
 
-from pdlaunch.config.roles import Role
+from pdlaunch.config.external import DNS, RunningEngine
+from pdlaunch.config.roles import EngineName, Role
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.app import AppRoute, request_id_of
-from pdlaunch.http.errors import error_body
+from pdlaunch.http.errors import error_body, json_response
 from pdlaunch.http.headers import REQUEST_ID_HEADER
 from pdlaunch.http.openapi import Operation
-from pdlaunch.protocol.control import Restarting
-from pdlaunch.router.admin_changes import ChangeCommands
-from pdlaunch.router.admin_drains import DrainCommands
+from pdlaunch.protocol.changes import ChangeEngines, RefusalCode
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_errors import EngineFailure
-from pdlaunch.router.outcomes import Outcome, engines_named, failed_outcome, refusal, together
+from pdlaunch.router.membership_watch import WatchedMembership
 from pdlaunch.router.state import RouterState
 from pdlaunch.router.supervisor_link import SupervisorLink
 from pdlaunch.router.vllm_sleep import fall_asleep, wake_up
+from pdlaunch.router.watched_engine import Member
 
-AWAKE_TIMEOUT_S = 10.0
-"""The registry may take this long to say what an engine has just said itself."""
+LISTED_TIMEOUT_S = 10.0
+"""The registry may take this long to say what an engine, or the supervisor, has just said."""
 RESTART_TIMEOUT_S = 850.0
 """An engine must serve again by then; `pdlaunch restart` waits a little longer."""
 ENGINE_CHECK_TIMEOUT_S = 40.0
 """Longer than an engine waits for its rank."""
+SOCKET_BACKLOG = 32
+_STATUS: dict[RefusalCode, int] = {"engine_not_found": 404, "not_now": 409, "refused": 409}
 
+T = TypeVar("T")
 Query = Sequence[tuple[str, str]]
+Count = Annotated[int, msgspec.Meta(ge=0, le=1024)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=3600)]
+
+
+class ScaleBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Says how many engines of each role there are to be; null: as many as there are."""
+
+    prefill: Count | None = None
+    decode: Count | None = None
+    both: Count | None = None
+    dry_run: bool = False
+    drain_timeout_s: Seconds | None = None
+    """Time for what runs at an engine that stops; null: ``drain_timeout_s`` of the launch."""
+
+
+class RoleBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Names an engine, and the role that it is to have."""
+
+    engine: str
+    role: Role
+    dry_run: bool = False
+    drain_timeout_s: Seconds | None = None
+
+
+class NewEngine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Names an engine to add. ``kind``: null for that of the others."""
+
+    name: str
+    role: Role
+    url: str
+    kind: EngineName | None = None
+    api_key: str | None = None
+    """Sent to this engine alone; without it the engine is sent none."""
+
+
+class Outcome(NamedTuple):
+    """Holds what became of a command at one engine."""
+
+    engine: str
+    status: int
+    answer: dict[str, Any]
 
 
 class Admin:
-    """Answers the commands of one router."""
+    """Answers the commands of one router.
 
-    def __init__(self, state: RouterState, supervisor: SupervisorLink) -> None:
+    ``membership`` is None in a launch, whose supervisor alone decides which engines there are.
+    """
+
+    def __init__(
+        self,
+        state: RouterState,
+        supervisor: SupervisorLink,
+        membership: WatchedMembership | None,
+        drain_timeout_s: float,
+    ) -> None:
         self._state = state
         self._supervisor = supervisor
+        self._membership = membership
+        self._drain_timeout_s = drain_timeout_s
 
     def routes(self) -> list[AppRoute]:
         """Return all of them; whoever adds a command adds a row."""
+        one_engine = "/pdlaunch/engines/{engine}"
         return [
-            *(
-                AppRoute(method, path, handler, None, Operation(f"{summary} Takes the admin key."))
-                for method, path, handler, summary in (
-                    ("POST", "/sleep", self._sleep, "Put engines to sleep."),
-                    ("POST", "/wake_up", self._wake_up, "Wake engines up."),
-                    ("GET", "/is_sleeping", self._is_sleeping, "Say which engines sleep."),
-                    ("POST", "/pdlaunch/restart", self._restart, "Restart engines."),
-                    ("GET", "/pdlaunch/integrity", self._integrity, "Prove who owns each block."),
-                    (
-                        "*",
-                        "/pdlaunch/engines/{engine}/{path:.*}",
-                        self._one_engine,
-                        "Pass a call on to one engine.",
-                    ),
-                )
-            ),
-            *DrainCommands(self._state, self._supervisor).routes(),
-            *ChangeCommands(self._state, self._supervisor).routes(),
+            AppRoute(method, path, handler, None, Operation(f"{summary} Takes the admin key."))
+            for method, path, handler, summary in (
+                ("POST", "/pdlaunch/engines", self._add, "Add an engine that runs already."),
+                ("DELETE", one_engine, self._remove, "Drain and remove an engine."),
+                ("POST", "/sleep", self._sleep, "Put engines to sleep."),
+                ("POST", "/wake_up", self._wake_up, "Wake engines up."),
+                ("GET", "/is_sleeping", self._is_sleeping, "Say which engines sleep."),
+                ("POST", "/pdlaunch/restart", self._restart, "Restart engines."),
+                ("GET", "/pdlaunch/integrity", self._integrity, "Prove who owns each block."),
+                ("*", one_engine + "/{path:.*}", self._one_engine, "Pass a call to one engine."),
+                ("POST", "/pdlaunch/drain", self._drain, "Give engines no new work."),
+                ("POST", "/pdlaunch/undrain", self._undrain, "Give drained engines work again."),
+                ("POST", "/pdlaunch/scale", self._scale, "Add or remove engines of a launch."),
+                ("POST", "/pdlaunch/role", self._role, "Give an engine another role."),
+            )
         ]
 
     async def _sleep(self, http: web.Request) -> web.Response:
-        """Put engines to sleep, prefill engines first: decode engines fetch what those hold while
-        awake.
-        """
-        return together(
+        """Prefill engines first: decode engines fetch what those hold while awake."""
+        return _together(
             [
-                await self._post(engine, http, partial(fall_asleep, query=http.query))
+                await self._put_to_sleep(engine, http)
                 for engine in self._chosen(http, first="prefill")
             ]
         )
 
+    async def _put_to_sleep(self, engine: Engine, http: web.Request) -> Outcome:
+        if engine.capabilities.kind != "vllm":
+            return await self._ask(engine, "POST", http.path, _without_engine(http))
+        return await _outcome(engine, fall_asleep(self._state, engine, http.query))
+
     async def _wake_up(self, http: web.Request) -> web.Response:
         """Decode engines first: they shake hands with prefill engines as these come back."""
-        tags = http.query.getall("tags", [])
-        outcomes = [
-            await self._post(engine, http, partial(wake_up, tags=tags))
-            for engine in self._chosen(http, first="decode")
-        ]
-        await self._see_awake(
-            {outcome.engine for outcome in outcomes if outcome.answer.get("is_sleeping") is False}
+        outcomes = []
+        for engine in self._chosen(http, first="decode"):
+            if engine.capabilities.kind == "vllm":
+                tags = http.query.getall("tags", [])
+                outcome = await _outcome(engine, wake_up(self._state, engine, tags))
+            else:
+                outcome = await self._ask(engine, "POST", http.path, _without_engine(http))
+            outcomes.append(outcome)
+        awake = {each.engine for each in outcomes if each.answer.get("is_sleeping") is False}
+        # Requests that follow must find these engines.
+        await self._until_listed(
+            lambda: all(e.state != "sleeping" for e in self._engines() if e.name in awake),
+            "the engines are awake, but not yet in the registry",
         )
-        return together(outcomes)
+        return _together(outcomes)
 
     async def _is_sleeping(self, http: web.Request) -> web.Response:
         outcomes = [await self._ask(engine, "GET", "/is_sleeping") for engine in self._chosen(http)]
-        return together(
-            outcomes,
-            is_sleeping=all(outcome.answer.get("is_sleeping", False) for outcome in outcomes),
-        )
+        is_sleeping = all(outcome.answer.get("is_sleeping", False) for outcome in outcomes)
+        return _together(outcomes, is_sleeping=is_sleeping)
 
     async def _restart(self, http: web.Request) -> web.Response:
-        """Start engines anew, one after the other, so that others serve meanwhile; answered when
-        they serve again.
-
-        Unlike the other commands it knows an engine by the names of its processes too, and means
-        none without a name.
+        """Restart engines one after the other, so that others serve meanwhile; answer when they
+        serve again. An engine may be named by one of its processes.
         """
-        names = engines_named(http.query.getall("engine", []))
-        return together([await self._restart_one(name) for name in names])
+        return _together([await self._restart_one(name) for name in _engines_named(http)])
 
     async def _restart_one(self, name: str) -> Outcome:
         begun = await self._supervisor.restart(name)
         if begun.error:
-            error = refusal(begun.error, "not_now" if begun.engine else "engine_not_found")
-            return Outcome(name, error.status, error_body(error))
-        until_at = self._state.now() + RESTART_TIMEOUT_S
-        while (successor := self._successor(begun)) is None:
-            left_s = until_at - self._state.now()
-            if left_s <= 0:
-                message = (
-                    f"{begun.engine} does not serve {RESTART_TIMEOUT_S:g} s after it was "
-                    "restarted; see its log"
-                )
-                return Outcome(
-                    begun.engine,
-                    503,
-                    error_body(OverloadedError(message, status=503, code="not_ready")),
-                )
-            await self._state.registry_change(left_s)
-        if successor.state == "failed":
-            given_up = OverloadedError(
-                f"{begun.engine} is given up again: {successor.reason}",
-                status=503,
-                code="engine_failed",
-            )
-            return Outcome(begun.engine, given_up.status, error_body(given_up))
-        return Outcome(begun.engine, 200, {"incarnation": successor.processes[0]})
+            code: RefusalCode = "not_now" if begun.engine else "engine_not_found"
+            return _failed(name, _refusal(begun.error, code))
 
-    def _successor(self, begun: Restarting) -> Engine | None:
-        """Return the engine once it serves again, stands by drained, or is given up again."""
-        engines = [
-            e
-            for e in self._state.pool.engines
-            if e.name == begun.engine and e.processes[0] > begun.incarnation
-        ]
-        return next(
-            (
-                engine
-                for engine in engines
-                if engine.ready or engine.state in ("failed", "draining")
-            ),
-            None,
-        )
+        def successor() -> Engine | None:
+            """Return the engine once it serves again, stands by drained, or is given up again."""
+            for engine in self._engines():
+                is_new = engine.name == begun.engine and engine.processes[0] > begun.incarnation
+                if is_new and (engine.ready or engine.state in ("failed", "draining")):
+                    return engine
+            return None
+
+        found = await self._wait(successor, RESTART_TIMEOUT_S)
+        if found is None:
+            reason = f"does not serve {RESTART_TIMEOUT_S:g} s after it was restarted; see its log"
+            return _failed(begun.engine, _unavailable(f"{begun.engine} {reason}", "not_ready"))
+        if found.state == "failed":
+            text = f"{begun.engine} is given up again: {found.reason}"
+            return _failed(begun.engine, _unavailable(text, "engine_failed"))
+        return Outcome(begun.engine, 200, {"incarnation": found.processes[0]})
 
     async def _integrity(self, http: web.Request) -> web.Response:
         """Tell who owns each KV block of each engine; an engine that cannot be asked is not ok."""
@@ -161,7 +202,7 @@ class Admin:
             await self._ask(engine, "GET", "/pdlaunch/integrity", timeout_s=ENGINE_CHECK_TIMEOUT_S)
             for engine in self._chosen(http)
         ]
-        return together(outcomes, ok=all(outcome.answer.get("ok", False) for outcome in outcomes))
+        return _together(outcomes, ok=all(outcome.answer.get("ok", False) for outcome in outcomes))
 
     async def _one_engine(self, http: web.Request) -> web.Response:
         """Pass any call on to one engine, and its answer back once it is whole."""
@@ -175,23 +216,121 @@ class Admin:
         )
         return web.Response(status=status, body=body, headers={"Content-Type": content_type})
 
-    async def _post(
-        self,
-        engine: Engine,
-        http: web.Request,
-        with_vllm: Callable[[RouterState, Engine], Awaitable[dict[str, Any]]],
-    ) -> Outcome:
-        """Send the command on; ``with_vllm`` does it for an engine of vLLM."""
-        # Whatever else it is, it is asked as a native engine is.
-        if engine.capabilities.kind == "vllm":
-            try:
-                return Outcome(engine.name, 200, await with_vllm(self._state, engine))
-            except EngineFailure as error:
-                return failed_outcome(engine.name, error)
-            except (RequestError, OverloadedError) as error:
-                return Outcome(engine.name, error.status, error_body(error))
-        query = [(name, value) for name, value in http.query.items() if name != "engine"]
-        return await self._ask(engine, "POST", http.path, query)
+    async def _drain(self, http: web.Request) -> web.Response:
+        """Answer when nothing runs at the engines, at the latest after ``timeout_s``."""
+        names = _engines_named(http)
+        until_at = self._state.now() + _read_seconds(http.query.get("timeout_s", "0"), "timeout_s")
+        # All of them before the first is waited for.
+        outcomes = [await self._set_drained(name, is_drained=True) for name in names]
+        for number, outcome in enumerate(outcomes):
+            if outcome.status == 200:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout_at(until_at):
+                        await self._state.pool.until_idle(outcome.engine)
+                running = self._state.pool.num_outstanding(outcome.engine)
+                outcomes[number] = outcome._replace(answer=outcome.answer | {"running": running})
+        return _together(outcomes)
+
+    async def _undrain(self, http: web.Request) -> web.Response:
+        names = _engines_named(http)
+        return _together([await self._set_drained(name, is_drained=False) for name in names])
+
+    async def _set_drained(self, name: str, *, is_drained: bool) -> Outcome:
+        answer = await self._supervisor.set_drained(name, is_drained=is_drained)
+        if answer.error:
+            return _failed(answer.engine or name, _refusal(answer.error, answer.code))
+        # Requests that follow must find it so.
+        await self._until_listed(
+            lambda: all(
+                e.is_drained == is_drained for e in self._engines() if e.name == answer.engine
+            ),
+            f"the registry does not show it of {answer.engine} yet",
+        )
+        return Outcome(answer.engine, 200, {"is_drained": is_drained, "notes": answer.notes})
+
+    async def _scale(self, http: web.Request) -> web.Response:
+        """Answer when the engines are as they are wanted, or at once with ``dry_run``."""
+        body = _read(await http.read(), ScaleBody, "invalid_change")
+        numbers: dict[Role, int | None] = {
+            "prefill": body.prefill,
+            "decode": body.decode,
+            "both": body.both,
+        }
+        replicas = {role: number for role, number in numbers.items() if number is not None}
+        if not replicas:
+            message = "say how many engines there are to be: prefill, decode or both"
+            raise RequestError(message, code="invalid_change")
+        return await self._change(
+            ChangeEngines(
+                question=0,
+                replicas=replicas,
+                dry_run=body.dry_run,
+                drain_s=body.drain_timeout_s,
+            )
+        )
+
+    async def _role(self, http: web.Request) -> web.Response:
+        body = _read(await http.read(), RoleBody, "invalid_change")
+        return await self._change(
+            ChangeEngines(
+                question=0,
+                turn=body.engine,
+                role=body.role,
+                dry_run=body.dry_run,
+                drain_s=body.drain_timeout_s,
+            )
+        )
+
+    async def _change(self, wanted: ChangeEngines) -> web.Response:
+        """Have it done. The answer says what runs at the engines that stop, as of the start."""
+        running = {engine.name: engine.num_outstanding for engine in self._engines()}
+        answer = await self._supervisor.change(wanted)
+        body: dict[str, object] = {"dry_run": wanted.dry_run, "notes": answer.notes}
+        if answer.change is not None:
+            stops = {name: running.get(name, 0) for name in answer.change.stops}
+            body["change"] = msgspec.to_builtins(answer.change) | {"stops": stops}
+        if not answer.error:
+            return json_response(body)
+        error = _refusal(answer.error, answer.code)
+        return json_response(body | error_body(error), status=error.status)
+
+    async def _add(self, http: web.Request) -> web.Response:
+        """Answer at once; /pdlaunch/status says when the engine is ready, or why it is not."""
+        membership = self._open_membership()
+        new = _read(await http.read(), NewEngine, "invalid_engine")
+        try:
+            engine = RunningEngine(name=new.name, role=new.role, url=new.url, kind=new.kind)
+        except ValidationError as error:
+            (first, *_) = error.errors(include_url=False)
+            raise _invalid(
+                str(first["loc"][0]), first["msg"].removeprefix("Value error, ")
+            ) from None
+        if engine.url.startswith(DNS):
+            message = "a name in DNS is followed from the start: list it in engines"
+            raise RequestError(message, param="url", code="invalid_engine")
+        if new.api_key is not None and not all("!" <= each <= "~" for each in new.api_key or " "):
+            raise _invalid("api_key", "must be printable ASCII without spaces")
+        kind = engine.kind or membership.kind
+        membership.add(Member(new.name, engine.role, engine.url, kind, new.api_key), "command")
+        return json_response({"engine": new.name, "url": engine.url, "state": "starting"})
+
+    async def _remove(self, http: web.Request) -> web.Response:
+        """Answer when the engine is drained, at the latest after ``drain_timeout_s``."""
+        membership = self._open_membership()
+        name = http.match_info["engine"]
+        text = http.query.get("drain_timeout_s", str(self._drain_timeout_s))
+        num_works = await membership.remove(name, _read_seconds(text, "drain_timeout_s"))
+        return json_response({"engine": name, "drained": num_works == 0})
+
+    def _open_membership(self) -> WatchedMembership:
+        if self._membership is None:
+            raise RequestError(
+                "the engines of a launch are its own: `pdlaunch scale` adds and removes them; "
+                "`pdlaunch router` takes engines that run already",
+                status=409,
+                code="own_engines",
+            )
+        return self._membership
 
     async def _ask(
         self,
@@ -208,24 +347,22 @@ class Admin:
             )
             answer = msgspec.json.decode(body, type=dict[str, Any])
         except (EngineFailure, ValueError, RecursionError) as error:
-            return failed_outcome(engine.name, error)
+            return _failed(engine.name, _unavailable(str(error), "engine_failed"))
         return Outcome(engine.name, status, answer)
 
-    def _chosen(self, http: web.Request, first: Role = "prefill") -> list[Engine]:
-        """Return the engines that the query names, those of role ``first`` at first.
+    def _engines(self) -> Sequence[Engine]:
+        return self._state.pool.engines
 
-        Raises RequestError.
-        """
+    def _chosen(self, http: web.Request, first: Role = "prefill") -> list[Engine]:
+        """Return the engines that the query names, those of role ``first`` at first."""
         names = http.query.getall("engine", [])
         engines = (
-            self._named(names)
-            if names
-            else [e for e in self._state.pool.engines if e.state != "failed"]
+            self._named(names) if names else [e for e in self._engines() if e.state != "failed"]
         )
         return sorted(engines, key=lambda engine: (engine.role != first, engine.name))
 
     def _named(self, names: Iterable[str]) -> list[Engine]:
-        known = {engine.name: engine for engine in self._state.pool.engines}
+        known = {engine.name: engine for engine in self._engines()}
         if unknown := [name for name in names if name not in known]:
             there = ", ".join(known) or "none yet"
             raise RequestError(
@@ -236,20 +373,114 @@ class Admin:
             )
         return [known[name] for name in dict.fromkeys(names)]
 
-    async def _see_awake(self, names: set[str]) -> None:
-        """Wait until the registry says so too: requests that follow must find these engines.
-        Raises OverloadedError.
-        """
-        until_at = self._state.now() + AWAKE_TIMEOUT_S
-        while any(
-            engine.name in names and engine.state == "sleeping"
-            for engine in self._state.pool.engines
-        ):
-            left_s = until_at - self._state.now()
-            if left_s <= 0:
-                raise OverloadedError(
-                    "the engines are awake, but not yet in the registry",
-                    status=503,
-                    code="not_listed_yet",
-                )
+    async def _until_listed(self, is_listed: Callable[[], bool], message: str) -> None:
+        """Return once the registry says so too. Raises OverloadedError."""
+        if not await self._wait(is_listed, LISTED_TIMEOUT_S):
+            raise _unavailable(message, "not_listed_yet")
+
+    async def _wait(self, find: Callable[[], T], timeout_s: float) -> T:
+        """Return what ``find`` finds in the registry, looked for again whenever it changes."""
+        until_at = self._state.now() + timeout_s
+        while not (found := find()) and (left_s := until_at - self._state.now()) > 0:
             await self._state.registry_change(left_s)
+        return found
+
+
+def _without_engine(http: web.Request) -> Query:
+    return [(name, value) for name, value in http.query.items() if name != "engine"]
+
+
+def _engines_named(http: web.Request) -> list[str]:
+    """Return the engines that the query names, each once. Raises RequestError without any."""
+    if not (names := http.query.getall("engine", [])):
+        raise RequestError("name the engine: engine=NAME", param="engine", code="missing_engine")
+    return list(dict.fromkeys(names))
+
+
+def _read_seconds(text: str, param: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise RequestError(
+            f"{param}: {text[:100]!r} is no number of seconds", param=param, code="invalid_timeout"
+        )
+    return seconds
+
+
+def _read(raw: bytes, kind: type[T], code: str) -> T:
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestError(str(error), code=code) from None
+
+
+def _invalid(field: str, message: str) -> RequestError:
+    return RequestError(f"{field}: {message}", param=field, code="invalid_engine")
+
+
+def _refusal(message: str, code: RefusalCode) -> RequestError:
+    """Return the error for a command that the supervisor refuses."""
+    return RequestError(message, param="engine", status=_STATUS[code], code=code)
+
+
+def _unavailable(message: str, code: str) -> OverloadedError:
+    return OverloadedError(message, status=503, code=code)
+
+
+def _failed(engine: str, error: RequestError) -> Outcome:
+    return Outcome(engine, error.status, error_body(error))
+
+
+async def _outcome(engine: Engine, work: Awaitable[dict[str, Any]]) -> Outcome:
+    try:
+        return Outcome(engine.name, 200, await work)
+    except EngineFailure as error:
+        return _failed(engine.name, _unavailable(str(error), "engine_failed"))
+    except RequestError as error:
+        return _failed(engine.name, error)
+
+
+def _together(outcomes: Sequence[Outcome], **fields: Any) -> web.Response:
+    """Return one answer of all engines, with the status and the error of the first that failed."""
+    failed = next((outcome for outcome in outcomes if outcome.status != 200), None)
+    body = fields | {"engines": [{"engine": each.engine, **each.answer} for each in outcomes]}
+    if failed is None:
+        return json_response(body)
+    return json_response(body | {"error": failed.answer.get("error")}, status=failed.status)
+
+
+async def listen_at_admin_socket(
+    app: web.Application, path: Path, *, shutdown_timeout_s: float = 0.0
+) -> web.AppRunner:
+    """Listen at a Unix socket of mode 0600; the caller cleans the runner up. Raises OSError.
+
+    It has a runner of its own: clients that take all connections of the public address lock nobody
+    out here.
+    """
+    runner = web.AppRunner(
+        app,
+        handler_cancellation=True,
+        access_log=None,
+        shutdown_timeout=shutdown_timeout_s,
+        auto_decompress=False,
+    )
+    await runner.setup()
+    # Under its own name only once it listens: commands wait at the socket that an earlier router
+    # has left there, and would not where there is none.
+    new = path.with_name(f"{path.name}.new")
+    new.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    # Linux gives the file the mode of the socket, less the umask.
+    os.fchmod(listener.fileno(), 0o600)
+    listener.bind(str(new))
+    await web.SockSite(runner, listener, backlog=SOCKET_BACKLOG).start()
+    new.replace(path)
+    return runner
+
+
+def came_through_admin_socket(http: web.Request) -> bool:
+    """Tell whether the request's connection is one of the admin socket."""
+    connection = None if http.transport is None else http.transport.get_extra_info("socket")
+    return connection is not None and connection.family == socket.AF_UNIX

@@ -26,7 +26,7 @@ from pdlaunch.protocol.changes import Answered, ChangeEngines, SetDrained
 from pdlaunch.protocol.control import Restart, Restarting
 from pdlaunch.protocol.process.bootstrap import RouterSpec
 from pdlaunch.protocol.process.run_dirs import ADMIN_SOCKET, LaunchCard
-from pdlaunch.router.admin_socket import listen_at_admin_socket
+from pdlaunch.router.admin import listen_at_admin_socket
 from pdlaunch.router.app import RouterApp
 from pdlaunch.router.engine_client import EngineClient, EngineTimeouts
 from pdlaunch.router.membership_sources import DnsSource, FileSource

@@ -25,9 +25,7 @@ from pdlaunch.http.limits import Admission
 from pdlaunch.observe.metrics import METRICS_CONTENT_TYPE
 from pdlaunch.protocol.openai.responses import ModelCard
 from pdlaunch.protocol.process.bootstrap import RouterSpec
-from pdlaunch.router.admin import Admin
-from pdlaunch.router.admin_engines import EngineCommands
-from pdlaunch.router.admin_socket import came_through_admin_socket
+from pdlaunch.router.admin import Admin, came_through_admin_socket
 from pdlaunch.router.deployment_view import DeploymentView
 from pdlaunch.router.membership_watch import WatchedMembership
 from pdlaunch.router.metrics import scrape
@@ -88,10 +86,7 @@ class RouterApp:
                 *(page_routes() if spec.page else []),
                 *(
                     route._replace(check_key=check_admin_key)
-                    for route in (
-                        *EngineCommands(membership, spec.drain_timeout_s).routes(),
-                        *Admin(state, supervisor).routes(),
-                    )
+                    for route in Admin(state, supervisor, membership, spec.drain_timeout_s).routes()
                 ),
             ],
             guard=Guard(

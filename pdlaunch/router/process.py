@@ -32,7 +32,7 @@ from pdlaunch.protocol.control import (
 )
 from pdlaunch.protocol.process.bootstrap import LISTEN_BACKLOG, RouterSpec
 from pdlaunch.protocol.process.run_dirs import ADMIN_SOCKET, LaunchCard
-from pdlaunch.router.admin_socket import listen_at_admin_socket
+from pdlaunch.router.admin import listen_at_admin_socket
 from pdlaunch.router.app import RouterApp
 from pdlaunch.router.cost_policy import LeastCost
 from pdlaunch.router.engine_client import EngineClient, EngineTimeouts, keys_of_launch

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
 import msgspec
 
@@ -32,62 +31,55 @@ class SupervisorLink:
         self._asked: dict[int, asyncio.Queue[Answer]] = {}
 
     async def restart(self, name: str) -> Restarting:
-        """Have an engine started anew; returns when that has begun, or was refused. Raises
-        OverloadedError.
-        """
-        async with self._asking(Restart(question=next(self._numbers), name=name)) as answers:
-            answer = await _next(answers)
+        """Return when an engine's restart has begun, or was refused. Raises OverloadedError."""
+        (answer,) = await self._ask(Restart(question=next(self._numbers), name=name))
         assert isinstance(answer, Restarting)
         return answer
 
     async def set_drained(self, name: str, *, is_drained: bool) -> Answered:
         """Have an engine given no new work, or work again. Raises OverloadedError."""
         question = SetDrained(question=next(self._numbers), name=name, is_drained=is_drained)
-        async with self._asking(question) as answers:
-            answer = await _next(answers)
+        (answer,) = await self._ask(question)
         assert isinstance(answer, Answered)
         return answer
 
     async def change(self, wanted: ChangeEngines) -> Answered:
-        """Have the engines of the launch changed; returns when that is done, or was refused, with
-        what was planned. ``wanted.question`` is set here. Raises OverloadedError.
+        """Return when the engines of the launch have been changed, or that was refused, with what
+        was planned. ``wanted.question`` is set here. Raises OverloadedError.
         """
         question = msgspec.structs.replace(wanted, question=next(self._numbers))
-        async with self._asking(question) as answers:
-            begun = await _next(answers)
-            assert isinstance(begun, Answered)
-            if begun.is_done:
-                return begun
-            try:
-                async with asyncio.timeout(CHANGE_TIMEOUT_S):
-                    ended = await answers.get()
-            except TimeoutError:
-                message = f"it is not done after {CHANGE_TIMEOUT_S:g} s, and goes on"
-                raise OverloadedError(message, status=503, code="not_ready") from None
-        return msgspec.structs.replace(begun, error=ended.error, is_done=True)
+        begun, *ended = await self._ask(question)
+        assert isinstance(begun, Answered)
+        return (
+            msgspec.structs.replace(begun, error=ended[0].error, is_done=True) if ended else begun
+        )
 
     def answered(self, message: Answer) -> None:
         """Hand an answer to the call that waits for it, if one still does."""
         if (answers := self._asked.get(message.question)) is not None:
             answers.put_nowait(message)
 
-    @contextlib.asynccontextmanager
-    async def _asking(self, question: Question) -> AsyncIterator[asyncio.Queue[Answer]]:
-        """Send a question; its answers come while the block runs."""
+    async def _ask(self, question: Question) -> list[Answer]:
+        """Return the answer, and a second one where the first says that it follows."""
         answers: asyncio.Queue[Answer] = asyncio.Queue()
         self._asked[question.question] = answers
         try:
             self._send(question)
-            yield answers
+            message = f"the supervisor has not answered within {ANSWER_TIMEOUT_S:g} s"
+            first = await _next(answers, ANSWER_TIMEOUT_S, message, "no_answer")
+            if not isinstance(first, Answered) or first.is_done:
+                return [first]
+            message = f"it is not done after {CHANGE_TIMEOUT_S:g} s, and goes on"
+            return [first, await _next(answers, CHANGE_TIMEOUT_S, message, "not_ready")]
         finally:
             del self._asked[question.question]
 
 
-async def _next(answers: asyncio.Queue[Answer]) -> Answer:
-    """Return the first answer, which does not take long. Raises OverloadedError."""
+async def _next(
+    answers: asyncio.Queue[Answer], timeout_s: float, message: str, code: str
+) -> Answer:
     try:
-        async with asyncio.timeout(ANSWER_TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             return await answers.get()
     except TimeoutError:
-        message = f"the supervisor has not answered within {ANSWER_TIMEOUT_S:g} s"
-        raise OverloadedError(message, status=503, code="no_answer") from None
+        raise OverloadedError(message, status=503, code=code) from None

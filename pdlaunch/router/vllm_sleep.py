@@ -29,8 +29,7 @@ async def fall_asleep(
 ) -> dict[str, Any]:
     """Put an engine to sleep; return the answer of a native engine.
 
-    ``query``: ``level`` 1 or 2, ``mode`` wait or refuse. Raises RequestError, OverloadedError,
-    EngineFailure.
+    ``query``: ``level`` 1 or 2, ``mode`` wait or refuse. Raises RequestError, EngineFailure.
     """
     level, mode = query.get("level", "1"), query.get("mode", "wait")
     if level not in ("1", "2") or mode not in ("wait", "refuse"):
@@ -47,14 +46,12 @@ async def fall_asleep(
             state.pool.hold(engine, "sleeping")
         else:
             state.pool.release(engine)
-    return _answer(is_sleeping=is_asleep)
+    # vLLM does not tell how much memory it has given back.
+    return {"is_sleeping": is_asleep, "num_bytes": 0}
 
 
 async def wake_up(state: RouterState, engine: Engine, tags: Sequence[str]) -> dict[str, Any]:
-    """Wake an engine up; return the answer of a native engine.
-
-    Raises OverloadedError, EngineFailure.
-    """
+    """Wake an engine up; return the answer of a native engine. Raises RequestError, EngineFailure."""
     answer = await _call(state, engine, "/wake_up", [("tags", tag) for tag in tags])
     is_awake = answer.get("status") == "awake"
     if is_awake:
@@ -62,23 +59,19 @@ async def wake_up(state: RouterState, engine: Engine, tags: Sequence[str]) -> di
         # Its memory may lie elsewhere now.
         for pair in state.pool.pairs:
             if engine.name in (pair.local, pair.peer):
-                error = f"{engine.name} has slept"
                 state.doubt(
                     PairSuspect(
                         local=pair.local,
                         peer=pair.peer,
                         peer_incarnation=pair.peer_incarnation,
-                        error=error,
+                        error=f"{engine.name} has slept",
                     )
                 )
-    return _answer(is_sleeping=not is_awake)
+    return {"is_sleeping": not is_awake, "num_bytes": 0}
 
 
 async def _await_idle(state: RouterState, engine: Engine, timeout_s: float) -> None:
-    """Return once it has nothing to do and lends nothing.
-
-    Raises RequestError after a while, OverloadedError where the engine does not tell.
-    """
+    """Return once it has nothing to do and lends nothing. Raises RequestError after a while."""
     until_at = state.now() + timeout_s
     while True:
         status, page, _ = await state.client.call(engine, "GET", "/metrics")
@@ -120,8 +113,3 @@ def _failed(path: str, status: int, body: bytes) -> OverloadedError:
     return OverloadedError(
         f"{path} answered {status}: {body[:200]!r}", status=503, code="engine_failed"
     )
-
-
-def _answer(*, is_sleeping: bool) -> dict[str, Any]:
-    # vLLM does not tell how much memory it has given back.
-    return {"is_sleeping": is_sleeping, "num_bytes": 0}

@@ -15,7 +15,7 @@ from aiohttp import web
 
 from pdlaunch.config.roles import Role
 from pdlaunch.launch.engines.plan import capabilities_over_http
-from pdlaunch.router.admin_socket import listen_at_admin_socket
+from pdlaunch.router.admin import listen_at_admin_socket
 from pdlaunch.router.app import RouterApp
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import EngineClient, EngineTimeouts

@@ -20,7 +20,7 @@ from aiohttp import web
 from yarl import URL
 
 from pdlaunch.router import admin
-from pdlaunch.router.admin_socket import listen_at_admin_socket
+from pdlaunch.router.admin import listen_at_admin_socket
 from tests.router.conftest import SPEC, Stand, pairs
 from tests.router.fake_engine import FakeEngine, until
 from tests.router.test_life_of_a_request import completion
@@ -128,7 +128,7 @@ async def test_only_the_admin_key_opens_commands_over_tcp(
 
 
 async def test_no_row_of_the_table_opens_with_another_key(admin_stand: AdminStand) -> None:
-    rows = admin.Admin(admin_stand.stand.state, admin_stand.stand.link).routes()
+    rows = admin.Admin(admin_stand.stand.state, admin_stand.stand.link, None, 1.0).routes()
     assert {path.partition("?")[0] for _, path in COMMANDS[:4]} <= {row.path for row in rows}
     for row in rows:
         path = row.path.replace("{engine}", "decode-0").replace("{path:.*}", "metrics")
@@ -211,7 +211,7 @@ async def test_a_wake_up_ends_when_the_router_would_use_the_engines(
 async def test_a_registry_that_never_says_so_is_told(
     admin_stand: AdminStand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(admin, "AWAKE_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(admin, "LISTED_TIMEOUT_S", 0.0)
     await admin_stand.call("POST", "/sleep?engine=decode-0")
     admin_stand.stand.publish()
     status, answer = await admin_stand.call("POST", "/wake_up?engine=decode-0")

@@ -19,7 +19,7 @@ from pdlaunch.protocol.control import Address, Entry, Registry, SleepState
 from pdlaunch.protocol.engine import Sleep, SleepReply, WakeUp
 from pdlaunch.protocol.process import run_dirs
 from pdlaunch.protocol.process.run_dirs import ADMIN_SOCKET, LaunchCard, new_run_dir
-from pdlaunch.router.admin_socket import listen_at_admin_socket
+from pdlaunch.router.admin import listen_at_admin_socket
 from pdlaunch.router.app import RouterApp
 from pdlaunch.router.engine_client import EngineClient, EngineTimeouts
 from pdlaunch.router.metrics import RouterMetrics
