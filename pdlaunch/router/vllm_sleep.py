@@ -51,7 +51,7 @@ async def fall_asleep(
 
 
 async def wake_up(state: RouterState, engine: Engine, tags: Sequence[str]) -> dict[str, Any]:
-    """Wake an engine up; return the answer of a native engine. Raises RequestError, EngineFailure."""
+    """Wake an engine up; return a native engine's answer. Raises RequestError, EngineFailure."""
     answer = await _call(state, engine, "/wake_up", [("tags", tag) for tag in tags])
     is_awake = answer.get("status") == "awake"
     if is_awake:
