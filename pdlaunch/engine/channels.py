@@ -12,10 +12,18 @@ from pdlaunch.engine.step import FromRankZero, StepDone, from_rank_zero, step_do
 from pdlaunch.errors import ProtocolError
 from pdlaunch.machine.network import tcp_endpoint
 from pdlaunch.protocol.engine import FromRank, Hello, ToRank, from_rank, to_rank
+from pdlaunch.protocol.ids import LeaseId, PullId
 from pdlaunch.protocol.sockets import SecureContext
+from pdlaunch.protocol.transfer import (
+    LeaseEnded,
+    PullDrained,
+    PullFinished,
+    TransferEvent,
+    join_paths,
+)
 
 LOOPBACK = "127.0.0.1"
-"""A server runs on the host of its rank 0, and most TP groups on one host."""
+"""A server and all ranks of an engine run on one host."""
 
 logger = logging.getLogger(__name__)
 
@@ -62,15 +70,8 @@ class LeaderChannel:
     Rank 0 sends every plan to the other ranks, which report the ends of transfers and copies back.
     """
 
-    def __init__(
-        self,
-        context: SecureContext,
-        tp_size: int,
-        bind_address: str = LOOPBACK,
-        advertise_address: str = LOOPBACK,
-    ) -> None:
-        self.socket, bound = context.listen(zmq.ROUTER, tcp_endpoint(bind_address, 0))
-        self.endpoint = tcp_endpoint(advertise_address, int(bound.rpartition(":")[2]))
+    def __init__(self, context: SecureContext, tp_size: int) -> None:
+        self.socket, self.endpoint = context.listen(zmq.ROUTER, tcp_endpoint(LOOPBACK, 0))
         self._num_followers = tp_size - 1
         self._followers: dict[int, bytes] = {}
 
@@ -108,6 +109,83 @@ class FollowerChannel:
     def receive(self) -> list[FromRankZero]:
         """Return rank 0's messages in the order in which they were sent; never blocks."""
         return [from_rank_zero.decode(frames[-1]) for frames in _drain(self.socket)]
+
+
+class EventMerger:
+    """Merges the transfer events of all ranks into one each: a block is moved only when every rank
+    has moved its heads. ``add`` returns events that are now true of the whole engine.
+    """
+
+    def __init__(self, tp_size: int) -> None:
+        self._tp_size = tp_size
+        self._leases: dict[LeaseId, list[LeaseEnded]] = {}
+        self._finished: dict[PullId, list[PullFinished]] = {}
+        self._num_drained: dict[PullId, int] = {}
+
+    def add(self, event: TransferEvent) -> list[TransferEvent]:
+        match event:
+            case LeaseEnded():
+                events = self._add_lease(event)
+            case PullFinished():
+                self._finished.setdefault(event.pull_id, []).append(event)
+                events = self._pull_events(event.pull_id, newly_finished=True)
+            case PullDrained():
+                self._num_drained[event.pull_id] = self._num_drained.get(event.pull_id, 0) + 1
+                events = self._pull_events(event.pull_id, newly_finished=False)
+        return events
+
+    def _add_lease(self, event: LeaseEnded) -> list[TransferEvent]:
+        reports = self._leases.setdefault(event.lease_id, [])
+        reports.append(event)
+        if len(reports) < self._tp_size:
+            return []
+        del self._leases[event.lease_id]
+        # One rank whose lease expired makes the whole lease an expired one.
+        reasons = {report.reason for report in reports}
+        reason = next(name for name in ("expired", "released", "pulled") if name in reasons)
+        return [LeaseEnded(lease_id=event.lease_id, reason=reason)]
+
+    def _pull_events(self, pull_id: PullId, *, newly_finished: bool) -> list[TransferEvent]:
+        reports = self._finished.get(pull_id, [])
+        if len(reports) < self._tp_size:
+            return []
+        # Each rank that reports a READ in flight sends a PullDrained, too, perhaps before the last
+        # rank reports.
+        num_in_flight = sum(report.in_flight for report in reports)
+        num_drained = self._num_drained.get(pull_id, 0)
+        all_drained = num_drained >= num_in_flight
+        events: list[TransferEvent] = []
+        if newly_finished:
+            # The last rank reports after others have drained: then nothing is in flight any more.
+            events.append(_merge(reports, in_flight=not all_drained))
+        elif all_drained:
+            events.append(PullDrained(pull_id=pull_id))
+        if all_drained:
+            del self._finished[pull_id]
+            self._num_drained.pop(pull_id, None)
+        return events
+
+
+def _merge(reports: list[PullFinished], *, in_flight: bool) -> PullFinished:
+    """Return all ranks' reports as one, which is right only if all are."""
+    # One rank that has failed makes the engine compute the prompt again: the others' shares of the
+    # lease are used up, so that nobody can pull it a second time.
+    failed = [report for report in reports if not report.ok]
+    return PullFinished(
+        pull_id=reports[0].pull_id,
+        ok=not failed,
+        error="; ".join(sorted({report.error for report in failed})),
+        in_flight=in_flight,
+        num_bytes=sum(report.num_bytes for report in reports),
+        seconds=max(report.seconds for report in reports),
+        read_s=max(report.read_s for report in reports),
+        prefill=next((report.prefill for report in reports if report.prefill), ""),
+        path=join_paths(report.path for report in reports),
+        verification_failed=any(report.verification_failed for report in reports),
+        late=any(report.late for report in reports),
+        num_retries=sum(report.num_retries for report in reports),
+        reports={rank: told for report in reports for rank, told in report.reports.items()},
+    )
 
 
 class Wakeup:

@@ -1,4 +1,6 @@
-"""Runs the step loop of rank 0: schedule, run with all ranks, postprocess, answer the server."""
+"""Runs the step loops: ``Leader`` schedules, runs, postprocesses and answers the server in rank 0;
+``Follower`` does in the other ranks of a TP group what rank 0 says.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,18 @@ import msgspec
 import zmq
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.engine.channels import LeaderChannel, ServerLink
+from pdlaunch.engine.channels import (
+    EventMerger,
+    FollowerChannel,
+    LeaderChannel,
+    ServerLink,
+)
 from pdlaunch.engine.offload.jobs import JobMerger
 from pdlaunch.engine.offload.worker import OffloadWorker
 from pdlaunch.engine.runner import LaunchedStep, ModelRunner
 from pdlaunch.engine.scheduler import Scheduler
-from pdlaunch.engine.sleep import RankSleeper, SleepCoordinator
-from pdlaunch.engine.step import SleepRank, StepPlan, StopRank, WakeRank
-from pdlaunch.engine.tp_events import EventAggregator
+from pdlaunch.engine.sleep import POLL_S, RankSleeper, SleepCoordinator
+from pdlaunch.engine.step import SleepRank, StepDone, StepPlan, StopRank, WakeRank
 from pdlaunch.protocol.control import SleepState
 from pdlaunch.protocol.engine import (
     AbortRequest,
@@ -75,9 +81,7 @@ class Leader:
         record: Callable[[Sequence[int]], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Begin with no step in flight.
-
-        ``announce`` tells the supervisor whether peers may read this rank's memory; ``record``
+        """``announce`` tells the supervisor whether peers may read this rank's memory; ``record``
         notes for whom steps run.
         """
         self._welcome = Welcome(
@@ -94,21 +98,16 @@ class Leader:
         self._followers = followers
         self._offload = offload
         self._jobs = JobMerger(spec.tensor_parallel_size)
-        self._events = EventAggregator(spec.tensor_parallel_size)
+        self._events = EventMerger(spec.tensor_parallel_size)
         self._clock = clock
         self._runs_ahead = spec.async_scheduling
         self._in_flight: deque[tuple[StepPlan, LaunchedStep]] = deque()
         """Launched and not collected, the oldest first: between turns at most one."""
         self._record = record
         self._stats_due_at = 0.0
+        peers_timeout_s = spec.kv_transfer.handshake_timeout_s
         self._sleep = SleepCoordinator(
-            RankSleeper(
-                runner,
-                transfer,
-                announce,
-                peers_timeout_s=spec.kv_transfer.handshake_timeout_s,
-                clock=clock,
-            ),
+            RankSleeper(runner, transfer, announce, peers_timeout_s=peers_timeout_s, clock=clock),
             enabled=spec.enable_sleep_mode,
             num_ranks=spec.tensor_parallel_size,
             tell_ranks=self._tell_followers,
@@ -200,9 +199,7 @@ class Leader:
     def _on_request(self, message: ToRank) -> None:
         match message:
             case Hello():
-                # The server that says Hello is a new process, which knows none of the requests
-                # here.
-                # Leases stay: their readers are at other engines.
+                # A new process, which knows none of the requests here.
                 self._requests.abort_all()
                 self._requests.take_outputs()
                 self._sleep.forget_caller()
@@ -232,16 +229,13 @@ class Leader:
                 self._server.send(self._integrity(message.call_id))
 
     def _integrity(self, call_id: int) -> IntegrityReport:
+        error = None
         try:
             self._requests.check_integrity()
-        except AssertionError as error:
+        except AssertionError as found:
             logger.exception("the owners of the KV blocks are inconsistent")
-            return IntegrityReport(
-                call_id=call_id,
-                error=str(error) or repr(error),
-                stats=self._requests.stats(),
-            )
-        return IntegrityReport(call_id=call_id, error=None, stats=self._requests.stats())
+            error = str(found) or repr(found)
+        return IntegrityReport(call_id=call_id, error=error, stats=self._requests.stats())
 
     def _receive_events(self) -> None:
         events = self._transfer.take_events()
@@ -290,3 +284,78 @@ class Leader:
         self._stats_due_at = now_at + STATS_INTERVAL_S
         histograms = self._requests.histograms.shown()
         self._server.send(msgspec.structs.replace(self._requests.stats(), histograms=histograms))
+
+
+class Follower:
+    """Turns the step loop of one rank other than 0; ``turn`` is one round of it."""
+
+    ready = True
+    """Rank 0 waits for all others before it is ready, and so does the engine."""
+
+    def __init__(
+        self,
+        *,
+        spec: EngineSpec,
+        tp_rank: int,
+        runner: ModelRunner,
+        transfer: TransferThread,
+        leader: FollowerChannel,
+        offload: OffloadWorker | None,
+        announce: Callable[[SleepState], None],
+    ) -> None:
+        """``announce`` tells the supervisor whether peers may read this rank's memory."""
+        self._tp_rank = tp_rank
+        self._runner = runner
+        self._transfer = transfer
+        self._leader = leader
+        self._offload = offload
+        self._sleeper = RankSleeper(
+            runner,
+            transfer,
+            announce,
+            peers_timeout_s=spec.kv_transfer.handshake_timeout_s,
+            clock=time.monotonic,
+        )
+        self.stopped = False
+
+    @property
+    def sockets(self) -> list[zmq.Socket[bytes]]:
+        return [self._leader.socket]
+
+    def wait_s(self) -> float:
+        """Return how long the loop may sleep when no socket wakes it."""
+        return POLL_S if self._sleeper.waits_for_peers else STATS_INTERVAL_S
+
+    def turn(self) -> None:
+        """Receive, run the steps that rank 0 has planned, report what has ended here."""
+        report = self._sleeper.advance()
+        for message in self._leader.receive():
+            match message:
+                case StepPlan():
+                    self._run(message)
+                case SleepRank(level=level):
+                    report = self._sleeper.sleep(level)
+                case WakeRank(tags=tags):
+                    report = self._sleeper.wake_up(tags)
+                case StopRank():
+                    self.stopped = True
+                    return
+        # Ends are reported by themselves, whether or not a step runs: rank 0 counts the ranks.
+        events = self._transfer.take_events()
+        jobs = [] if self._offload is None else self._offload.take_finished()
+        if report is not None or events or jobs:
+            self._leader.report(
+                StepDone(tp_rank=self._tp_rank, sleep=report, events=events, jobs=jobs)
+            )
+
+    def close(self) -> None:
+        """Do nothing: only rank 0 has somebody to stop."""
+
+    def _run(self, plan: StepPlan) -> None:
+        # As on rank 0 commands come before the step: a lease is granted on what earlier steps
+        # computed.
+        self._transfer.submit(plan.commands)
+        if self._offload is not None:
+            self._offload.submit(plan.jobs)
+        # Nobody collects the step here: rank 0 learns of its own end, which needs ours.
+        self._runner.launch(plan)

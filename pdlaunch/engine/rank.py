@@ -17,12 +17,14 @@ from collections.abc import Callable
 
 import zmq
 
+from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engine.channels import FollowerChannel, LeaderChannel, ServerLink, Wakeup
-from pdlaunch.engine.follower import Follower
-from pdlaunch.engine.host_tier import new_offload_planner, new_offload_worker
-from pdlaunch.engine.leader import Leader
+from pdlaunch.engine.leader import Follower, Leader
 from pdlaunch.engine.lifecycle import RequestLifecycle
 from pdlaunch.engine.models.tensor_parallel import TPGroup, init_tp_group
+from pdlaunch.engine.offload.host_memory import AllocationProgress
+from pdlaunch.engine.offload.planner import OffloadPlanner
+from pdlaunch.engine.offload.tier import HeadSlice, HostTier
 from pdlaunch.engine.offload.worker import OffloadWorker
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.engine.scheduler import Scheduler
@@ -55,6 +57,7 @@ from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.transfer.channel.handshake import RankIdentity, draw_engine_id
 from pdlaunch.transfer.connectors.no_connector import NoConnector
 from pdlaunch.transfer.connectors.opening import new_connector, rank_part
+from pdlaunch.transfer.integrity.checksum import KVHasher
 from pdlaunch.transfer.sides import RankMemory, TransferSetup
 from pdlaunch.transfer.thread import TransferThread
 
@@ -75,10 +78,7 @@ class RankProcess:
     def __init__(
         self, bootstrap: Bootstrap, draw_engine_id: Callable[[], EngineId] = draw_engine_id
     ) -> None:
-        """Connect to the supervisor.
-
-        ``draw_engine_id`` draws an id for the engine; all ranks use the one that rank 0 has drawn.
-        """
+        """``draw_engine_id``: all ranks use the id that rank 0 has drawn with it."""
         self._bootstrap = bootstrap
         self._draw_engine_id = draw_engine_id
         self._spec = bootstrap.engine()
@@ -101,7 +101,10 @@ class RankProcess:
         """Start, then loop until Stop. Errors of the start and of a step are raised."""
         self._register(engine_id=EngineId(""), address=Address())
         tp = self._join_group()
-        engine_id = self._agree_on_engine_id(tp)
+        engine_id = self._draw_engine_id()
+        if tp is not None:
+            # That of rank 0; what the others have drawn is dropped.
+            engine_id = EngineId(tp.broadcast_bytes(bytes.fromhex(engine_id)).hex())
         runner = ModelRunner(self._spec, tp=tp, progress=self._progress)
         self._progress("warming up", None)
         runner.warm_up()
@@ -120,7 +123,18 @@ class RankProcess:
                 info={"num_blocks": str(runner.num_blocks), "dtype": self._spec.dtype},
             )
         else:
-            self._turn(self._new_follower(runner, transfer, offload, engine_id))
+            self._register(engine_id, Address(side_channel=self._side_channel(transfer)))
+            tp_rank = self._bootstrap.tp_rank
+            follower = Follower(
+                spec=self._spec,
+                tp_rank=tp_rank,
+                runner=runner,
+                transfer=transfer,
+                leader=FollowerChannel(self._context, self._await_leader(), tp_rank),
+                offload=offload,
+                announce=self._control.send,
+            )
+            self._turn(follower)
         transfer.close(timeout_s=2.0)
         if offload is not None:
             offload.close(timeout_s=2.0)
@@ -137,11 +151,9 @@ class RankProcess:
         engine_id: EngineId,
     ) -> Leader:
         spec = self._spec
-        followers = (
-            LeaderChannel(self._context, spec.tensor_parallel_size)
-            if spec.tensor_parallel_size > 1
-            else None
-        )
+        followers = None
+        if spec.tensor_parallel_size > 1:
+            followers = LeaderChannel(self._context, spec.tensor_parallel_size)
         server = ServerLink(self._context)
         address = Address(
             requests=server.endpoint,
@@ -181,25 +193,6 @@ class RankProcess:
         self._register(engine_id, address)
         return leader
 
-    def _new_follower(
-        self,
-        runner: ModelRunner,
-        transfer: TransferThread,
-        offload: OffloadWorker | None,
-        engine_id: EngineId,
-    ) -> Follower:
-        self._register(engine_id, Address(side_channel=self._side_channel(transfer)))
-        tp_rank = self._bootstrap.tp_rank
-        return Follower(
-            spec=self._spec,
-            tp_rank=tp_rank,
-            runner=runner,
-            transfer=transfer,
-            leader=FollowerChannel(self._context, self._await_leader(), tp_rank),
-            offload=offload,
-            announce=self._control.send,
-        )
-
     def _turn(self, loop: Leader | Follower, info: dict[str, str] | None = None) -> None:
         """Turn the step loop until the supervisor or rank 0 stops it; say Ready once it is.
 
@@ -226,13 +219,6 @@ class RankProcess:
         return init_tp_group(
             self._bootstrap.rendezvous, tp_rank, self._spec.tensor_parallel_size, device
         )
-
-    def _agree_on_engine_id(self, tp: TPGroup | None) -> EngineId:
-        """Return the id that rank 0 has drawn. The other ranks draw one, too, and drop it."""
-        drawn = self._draw_engine_id()
-        if tp is None:
-            return drawn
-        return EngineId(tp.broadcast_bytes(bytes.fromhex(drawn)).hex())
 
     def _new_transfer(self, runner: ModelRunner, engine_id: EngineId) -> TransferThread:
         spec, bootstrap = self._spec, self._bootstrap
@@ -338,3 +324,40 @@ class RankProcess:
                 address=address,
             )
         )
+
+
+def new_offload_worker(
+    spec: EngineSpec, runner: ModelRunner, *, progress: AllocationProgress, wake: Callable[[], None]
+) -> OffloadWorker | None:
+    """Take the rank's host memory; None without ``kv_offload``.
+
+    Raises ConfigError when there is too little.
+    """
+    if not spec.kv_offload.host_memory:
+        return None
+    make_worker = rank_part(OffloadWorker, spec.kv_transfer)
+    first = runner.first_kv_head
+    # With a hasher of its own: that of the transfer thread is for that thread alone.
+    return make_worker(
+        kv_cache=runner.kv_cache,
+        layout=runner.layout,
+        heads=HeadSlice(first, first + runner.layout.num_kv_heads),
+        host_memory_bytes=spec.kv_offload.host_memory,
+        blocks_per_chunk=spec.blocks_per_chunk,
+        device_hasher=KVHasher(runner.kv_cache, runner.layout) if runner.kv_cache.is_cuda else None,
+        progress=progress,
+        wake=wake,
+    )
+
+
+def new_offload_planner(
+    spec: EngineSpec, runner: ModelRunner, worker: OffloadWorker | None
+) -> OffloadPlanner | None:
+    """Return the planner of an engine whose ranks have such workers; its tier is empty."""
+    if worker is None:
+        return None
+    # All heads, where a rank's worker names its own: the tier speaks for the whole engine.
+    tier = HostTier(worker.num_chunks, HeadSlice(0, runner.shape.num_kv_heads))
+    return OffloadPlanner(
+        runner.layout.groups, spec.block_size, tier, blocks_per_chunk=spec.blocks_per_chunk
+    )

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from pdlaunch.engine.host_tier import new_offload_planner, new_offload_worker
 from pdlaunch.engine.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.engine.kvcache.manager import BlockTables
 from pdlaunch.engine.offload.worker import OffloadWorker
+from pdlaunch.engine.rank import new_offload_planner, new_offload_worker
 from pdlaunch.errors import ConfigError
 from tests.engine.hand_scheduler import ignore_progress, make_spec
 

@@ -6,8 +6,8 @@ import logging
 
 import pytest
 
+from pdlaunch.engine.channels import EventMerger
 from pdlaunch.engine.request_spans import RequestSpans
-from pdlaunch.engine.tp_events import EventAggregator
 from pdlaunch.observe.spans import Span, SpanReport
 from pdlaunch.protocol.transfer import PullFinished
 from tests.engine.fake_engine import PROMPT, FakeEngine, remote_kv
@@ -109,7 +109,7 @@ def test_the_reports_of_all_ranks_come_together() -> None:
     now = [100.0]
     spans = RequestSpans(True, clock=lambda: now[0])
     spans.enter("pulling")
-    aggregator = EventAggregator(2)
+    aggregator = EventMerger(2)
     for rank in range(2):
         report = SpanReport(elapsed_s=1.0, spans=[Span("read", 0.25, 0.75)])
         merged = aggregator.add(

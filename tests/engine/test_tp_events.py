@@ -4,12 +4,12 @@ import itertools
 
 import pytest
 
-from pdlaunch.engine.tp_events import EventAggregator
+from pdlaunch.engine.channels import EventMerger
 from pdlaunch.protocol.transfer import LeaseEnded, PullDrained, PullFinished, TransferEvent
 
 
 def run(tp_size: int, events: list[TransferEvent]) -> list[TransferEvent]:
-    aggregator = EventAggregator(tp_size)
+    aggregator = EventMerger(tp_size)
     return [merged for event in events for merged in aggregator.add(event)]
 
 
