@@ -37,11 +37,8 @@ class SamplingParams(Message, tag=False):
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end the request; the model's own end tokens are among them unless ignore_eos."""
     eos_token_ids: tuple[int, ...] = ()
-    """The model's end tokens; masked out while fewer than min_tokens are there, as are
-    stop_token_ids.
-    """
+    """The model's end tokens; masked, as stop_token_ids are, before min_tokens."""
     seed: int = 0
-    """64 bits; the server or router draws one when the client gave none."""
     choice: int = 0
     num_top_logprobs: int | None = None
     """None: no logprobs; 0: only of the token itself."""
@@ -71,9 +68,7 @@ class AddRequest(Message):
     prompt_token_ids: list[int]
     sampling: SamplingParams
     output: list[TokenOutput] = []
-    """Tokens that this choice has already (from prefill, or before a migration); they count as
-    output and are not sent again.
-    """
+    """Tokens that this choice has already, from prefill or before a migration."""
     do_remote_decode: bool = False
     """Keep the KV blocks under a lease after the last token and answer with kv_transfer_params."""
     num_readers: int = 1
@@ -82,22 +77,15 @@ class AddRequest(Message):
     """Pull the prompt's KV blocks from there."""
     cache_salt: str = ""
     origin: PromptOrigin = NO_ORIGIN
-    """The router's number of the prompt, the same for all choices and attempts; below 2^63, 0: it
-    has none.
-    """
+    """The router's number of the prompt, the same for all choices and attempts; below 2^63."""
     is_suspect: bool = False
-    """A rank that died by itself computed it: no other suspect is to be in a step with it, until it
-    has survived one.
-    """
+    """A rank that died computed it: no step has two suspects until they have survived one."""
     traceparent: str | None = None
     records_spans: bool = False
-    """Somebody wants to see what becomes of it."""
 
 
 class AbortRequest(Message):
-    """Drop the request; it ends with reason ``abort``. Unknown ids are ignored. Also ends the lease
-    of a finished request.
-    """
+    """Drop the request, or end the lease of a finished one. Unknown ids are ignored."""
 
     request_id: RequestId
 
@@ -122,8 +110,7 @@ class Hello(Message):
 class SetReaders(Message):
     """Lowers the number of readers: fewer choices go on after their first token.
 
-    The lease ends when this many have pulled. It is sent before the prefill engine's answer.
-    Unknown ids are ignored.
+    The lease ends when this many have pulled. Unknown ids are ignored.
     """
 
     request_id: RequestId
@@ -131,9 +118,7 @@ class SetReaders(Message):
 
 
 class CheckIntegrity(Message):
-    """Asks to prove that every KV block has the owner that the engine believes; answered with one
-    IntegrityReport.
-    """
+    """Asks to prove the owner of every KV block; answered with one IntegrityReport."""
 
     call_id: int
 
@@ -143,10 +128,10 @@ class ReadStats(Message):
 
 
 class Sleep(Message):
-    """Give the memory of weights and KV cache back; no new request comes after it. Answered with
-    one SleepReply.
+    """Give the memory of weights and KV cache back; answered with one SleepReply.
 
-    The engine falls asleep when no request, lease or transfer holds a block any more.
+    No new request comes after it. The engine falls asleep when no request, lease or transfer holds
+    a block any more.
     """
 
     call_id: int
@@ -157,9 +142,7 @@ class Sleep(Message):
 
 
 class WakeUp(Message):
-    """Take the memory back; answered with one SleepReply when the engine can serve again, or still
-    lacks other tags.
-    """
+    """Take the memory back; answered with one SleepReply."""
 
     call_id: int
     tags: list[str] = []
@@ -185,7 +168,7 @@ class Tokens(Message):
     request_id: RequestId
     tokens: list[TokenOutput]
     spans: SpanReport | None = None
-    """Spans of the request so far; they come with the first tokens, where they were asked for."""
+    """Spans of the request so far, with its first tokens, where they were asked for."""
 
 
 class RequestFinished(Message):
@@ -202,9 +185,7 @@ class RequestFinished(Message):
     num_cached_tokens: int = 0
     """Prompt tokens that were not computed here: prefix cache and pulled blocks."""
     remote_kv: RemoteKV | None = None
-    """Set with do_remote_decode: says where the leased blocks can be pulled from; None when nothing
-    is left to decode.
-    """
+    """Where the leased blocks can be pulled from; None when nothing is left to decode."""
     spans: SpanReport | None = None
     """Spans of the request since its first tokens."""
 
@@ -253,11 +234,10 @@ class EngineHistograms(Message, tag=False):
 
 
 class EngineStats(Message):
-    """Counts what the engine does; sent about once a second, unless a step takes longer,
-    and when the server asks (ReadStats).
+    """Counts what the engine does; sent about once a second, and when the server asks (ReadStats).
 
-    It is sent without news too: silence means that the rank hangs. Values are totals since the rank
-    started unless named ``num_``.
+    Silence means that the rank hangs. Values are totals since the rank started unless named
+    ``num_``.
     """
 
     num_running: int = 0
@@ -272,7 +252,6 @@ class EngineStats(Message):
     """Room of the host tier, in blocks of any group."""
     num_used_host_blocks: int = 0
     num_offload_jobs: int = 0
-    """Copies between device and host in flight."""
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     """The sum of the three that follow."""
@@ -312,7 +291,6 @@ class IntegrityReport(Message):
     error: str | None
     """Says what does not hold; None: everything does."""
     stats: EngineStats
-    """Counts at the time of the check."""
 
 
 class SleepReply(Message):

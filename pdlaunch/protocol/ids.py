@@ -10,16 +10,12 @@
                     engine (or another caller)
     RequestId       engine's server, for each       RequestFinished          request_id
                     choice: HOP-RANDOM/INDEX
-    LeaseId         prefill engine (its RequestId)  last reader's PullEnd,   remote_request_id,
-                                                    or expiry                side: request_id
+    LeaseId         prefill engine (its RequestId)  last reader's PullEnd,   remote_request_id
+                                                    or expiry
     PullId          rank 0 of a decode engine       PullFinished, Drained    pull_id
     ReaderId        decode rank, for each pull:     PullEnd                  reader
                     ENGINE/RANK/DIGEST
     EngineId        rank 0, at each start           the engine's ranks       engine_id
-
-The first request of a remote prefill lends its RequestId to its lease. They stay two types, because
-a request ends with its last token and a lease when its blocks are pulled: ``lease_of`` is the only
-bridge.
 
 The router keeps an HttpRequestId apart from its HopIds because the ids of clients may come twice,
 and because an engine may still hold blocks for the attempt before.
@@ -44,5 +40,8 @@ NO_ORIGIN = PromptOrigin(0)
 
 
 def lease_of(request_id: RequestId) -> LeaseId:
-    """Return the id of the lease on the blocks that this request has computed."""
+    """Return the id of the lease on the blocks that this request has computed.
+
+    They stay two types: a request ends with its last token, a lease when its blocks are pulled.
+    """
     return LeaseId(request_id)

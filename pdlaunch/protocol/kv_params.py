@@ -20,14 +20,23 @@ T = TypeVar("T")
 # Bounded, as larger ones cannot be sent on.
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 _IS_ID = msgspec.Meta(min_length=1, max_length=256)
+_WIRE_NAMES = {
+    "engine_id": "remote_engine_id",
+    "lease_id": "remote_request_id",
+    "host": "remote_host",
+    "port": "remote_port",
+    "block_ids": "remote_block_ids",
+    "num_tokens": "remote_num_tokens",
+    "lease_s": "remote_lease_s",
+}
 
 
-class RemoteKV(msgspec.Struct, frozen=True, kw_only=True):
+class RemoteKV(msgspec.Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
     """Locates blocks under lease at a prefill engine."""
 
     engine_id: Annotated[EngineId, _IS_ID]
     lease_id: Annotated[LeaseId, _IS_ID]
-    host: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+    host: Annotated[str, _IS_ID]
     port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
     block_ids: list[list[_Count]]
     """One list for each KV cache group. Informative: decode uses what ``pull_begin`` says."""
@@ -54,9 +63,6 @@ class PdlaunchParams(msgspec.Struct, frozen=True, kw_only=True):
     first_token_sent: bool = False
     """Set by a router that has streamed to the client what the prefill engine's answer holds."""
     awaits_lease: bool = False
-    """Tells decode that prefill still computes the prompt. Its lease brings the first token, which
-    the client is told by others.
-    """
 
 
 def to_wire(remote: RemoteKV, pdlaunch: PdlaunchParams | None) -> dict[str, Any]:
@@ -64,22 +70,13 @@ def to_wire(remote: RemoteKV, pdlaunch: PdlaunchParams | None) -> dict[str, Any]
     params: dict[str, Any] = {
         "do_remote_prefill": True,
         "do_remote_decode": False,
-        "remote_engine_id": remote.engine_id,
-        "remote_request_id": remote.lease_id,
-        "remote_host": remote.host,
-        "remote_port": remote.port,
-        "remote_block_ids": remote.block_ids,
-        "remote_num_tokens": remote.num_tokens,
-        "tp_size": remote.tp_size,
+        **msgspec.to_builtins(remote),
         "dcp_size": 1,
         "pp_size": 1,
         "transfer_mode": "pull",
         "remote_blocks_expiry_time": None,
-        "remote_lease_s": remote.lease_s,
     }
-    if pdlaunch is not None:
-        params["pdlaunch"] = msgspec.to_builtins(pdlaunch)
-    return params
+    return params if pdlaunch is None else params | {"pdlaunch": msgspec.to_builtins(pdlaunch)}
 
 
 class KVTransferParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,51 +95,32 @@ def from_wire(params: object) -> KVTransferParams:
     """
     if not isinstance(params, dict):
         raise RequestError("kv_transfer_params must be an object", param="kv_transfer_params")
-    pdlaunch = params.get("pdlaunch")
-    flags: dict[str, bool] = {}
+    known = {key: value for key, value in params.items() if value is not None}
     for key in ("do_remote_decode", "do_remote_prefill"):
-        value = params.get(key)
-        if value is not None and not isinstance(value, bool):
-            raise RequestError(
-                f"{key} must be true, false or null", param=f"kv_transfer_params.{key}"
-            )
-        flags[key] = bool(value)
-    if flags["do_remote_decode"] and flags["do_remote_prefill"]:
+        if not isinstance(known.get(key, False), bool):
+            message = f"{key} must be true, false or null"
+            raise RequestError(message, param=f"kv_transfer_params.{key}")
+    decode, prefill = known.get("do_remote_decode", False), known.get("do_remote_prefill", False)
+    if decode and prefill:
         raise RequestError(
             "do_remote_decode and do_remote_prefill exclude each other",
             param="kv_transfer_params.do_remote_decode",
         )
-    remote = _read_remote(params) if flags["do_remote_prefill"] else None
+    pdlaunch = known.get("pdlaunch")
     return KVTransferParams(
-        do_remote_decode=flags["do_remote_decode"],
-        remote_kv=remote,
+        do_remote_decode=decode,
+        remote_kv=_read_remote(known) if prefill else None,
         pdlaunch=None
         if pdlaunch is None
         else _convert(pdlaunch, PdlaunchParams, "kv_transfer_params.pdlaunch"),
     )
 
 
-_REMOTE_KEYS = {
-    "remote_engine_id": "engine_id",
-    "remote_request_id": "lease_id",
-    "remote_host": "host",
-    "remote_port": "port",
-    "remote_block_ids": "block_ids",
-    "remote_num_tokens": "num_tokens",
-    "tp_size": "tp_size",
-    "remote_lease_s": "lease_s",
-}
-_OPTIONAL_KEYS = {"tp_size", "remote_lease_s"}
-
-
 def _read_remote(params: dict[str, Any]) -> RemoteKV:
-    found: dict[str, Any] = {}
-    for key, name in _REMOTE_KEYS.items():
-        if params.get(key) is not None:
-            found[name] = params[key]
-        elif key not in _OPTIONAL_KEYS:
+    for name, key in _WIRE_NAMES.items():
+        if key not in params and name != "lease_s":
             raise RequestError(f"{key} is missing", param=f"kv_transfer_params.{key}")
-    remote = _convert(found, RemoteKV, "kv_transfer_params")
+    remote = _convert(params, RemoteKV, "kv_transfer_params")
     if sum(map(len, remote.block_ids)) > MAX_LISTED_BLOCKS:
         raise RequestError(
             f"more than {MAX_LISTED_BLOCKS} block ids", param="kv_transfer_params.remote_block_ids"

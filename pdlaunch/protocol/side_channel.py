@@ -14,7 +14,7 @@ import msgspec
 from pdlaunch.protocol.ids import EngineId, LeaseId, ReaderId
 from pdlaunch.protocol.wire import Codec, Message
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 _IS_ID = msgspec.Meta(min_length=1, max_length=256)
 NonNegative = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
@@ -30,9 +30,7 @@ class Compatibility(Message, tag=False):
     protocol_version: int
     pdlaunch_version: str
     model_digest: str
-    """SHA-256 over the model's content (config, tensor names and shapes, samples of the
-    weights).
-    """
+    """SHA-256 over the model's config, tensor names and shapes, and samples of the weights."""
     dtype: str
     kv_dtype: str
     block_size: int
@@ -64,7 +62,6 @@ class Geometry(Message, tag=False):
     scratch_bytes: Bytes = 0
     """Memory with a pattern that follows from the agent's name; peers read it to prove the path."""
     memory_kind: Literal["DRAM", "VRAM"] = "DRAM"
-    """The memory that all of this is: the host's, or a GPU's."""
 
 
 class Handshake(Message):
@@ -96,18 +93,21 @@ class HandshakeReply(Message):
     agent_metadata: bytes
 
 
-class PullBegin(Message):
-    """Ask for the blocks of a lease, which extends it. A reader whose READ failed asks again under
-    the same lease.
-    """
+class LeaseQuestion(Message):
+    """Asks something about a lease."""
 
     call_id: int
     engine_id: Annotated[EngineId, _IS_ID]
     """The engine_id of the rank asked; another id is answered with Refused."""
-    lease_id: Annotated[LeaseId, _IS_ID] = msgspec.field(name="request_id")
+    lease_id: Annotated[LeaseId, _IS_ID]
     reader: Annotated[ReaderId, _IS_ID]
-    """Names this pull: unique over engines, ranks and choices."""
-    num_decode_ranks: int = msgspec.field(name="num_pullers")
+    """Names the pull: unique over engines, ranks and choices."""
+
+
+class PullBegin(LeaseQuestion):
+    """Ask for the blocks of a lease, which extends it; again after a READ that failed."""
+
+    num_decode_ranks: int
     """Ranks of the decode engine's TP group that pull from this rank."""
 
 
@@ -115,9 +115,7 @@ class GroupBlocks(Message, tag=False):
     """Names the blocks of one KV cache group."""
 
     first_block_index: int
-    """Logical index within the request of the first block below; earlier ones have left the
-    window.
-    """
+    """Logical index of the first block below; earlier ones have left the window."""
     block_ids: list[int]
     checksums: bytes | None
     """Checksums of each block and KV head of this rank, 8 bytes each, little-endian. None when
@@ -137,32 +135,19 @@ class PullReply(Message):
     lease_s: Seconds
 
 
-class StateChecksums(Message):
-    """Ask for the checksums of all blocks of a lease whose pull has begun. The answer waits until
-    they are computed.
-    """
-
-    call_id: int
-    engine_id: Annotated[EngineId, _IS_ID]
-    lease_id: Annotated[LeaseId, _IS_ID] = msgspec.field(name="request_id")
-    reader: Annotated[ReaderId, _IS_ID]
+class StateChecksums(LeaseQuestion):
+    """Ask for the checksums of all blocks of a lease; the answer waits until they are computed."""
 
 
 class ChecksumsReply(Message):
-    """State the checksums of all blocks of a lease."""
+    """State the checksums of all blocks of a lease, as ``GroupBlocks.checksums``."""
 
     call_id: int
     groups: list[bytes | None]
-    """Checksums in the form of those in GroupBlocks."""
 
 
-class PullHeartbeat(Message, tag="Heartbeat"):
+class PullHeartbeat(LeaseQuestion):
     """Extend the lease of a pull that is pending."""
-
-    call_id: int
-    engine_id: Annotated[EngineId, _IS_ID]
-    lease_id: Annotated[LeaseId, _IS_ID] = msgspec.field(name="request_id")
-    reader: Annotated[ReaderId, _IS_ID]
 
 
 class HeartbeatReply(Message):
@@ -172,13 +157,8 @@ class HeartbeatReply(Message):
     lease_s: Seconds
 
 
-class PullEnd(Message):
+class PullEnd(LeaseQuestion):
     """Give the lease up: the reader has all bytes, or does not want them any more."""
-
-    call_id: int
-    engine_id: Annotated[EngineId, _IS_ID]
-    lease_id: Annotated[LeaseId, _IS_ID] = msgspec.field(name="request_id")
-    reader: Annotated[ReaderId, _IS_ID]
 
 
 class PullEndReply(Message):
@@ -189,16 +169,13 @@ class PullEndReply(Message):
     """The lease held from pull_begin until now."""
 
 
-class Push(Message):
+class Push(LeaseQuestion):
     """Ask a rank whose connector pushes to write blocks of a lease, or its scratch if there are no
     block ids.
     """
 
-    call_id: int
-    engine_id: Annotated[EngineId, _IS_ID]
-    lease_id: Annotated[LeaseId, msgspec.Meta(max_length=256)] = msgspec.field(name="request_id")
+    lease_id: Annotated[LeaseId, msgspec.Meta(max_length=256)]
     reader: Annotated[ReaderId, msgspec.Meta(max_length=256)]
-    """The id that stood in the PullBegin."""
     block_ids: list[int]
     """Blocks of the rank asked."""
     first_head: int

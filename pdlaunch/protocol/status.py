@@ -16,7 +16,7 @@ EventKind = Literal["engine", "launch", "pair", "pull"]
 
 
 class CacheHits(msgspec.Struct, frozen=True, kw_only=True):
-    """Tells which share of the prompt tokens of the last minute came from which tier."""
+    """Tells the shares of the last minute's prompt tokens that each tier had."""
 
     device: float
     host: float

@@ -42,9 +42,7 @@ class SetLeaseReaders(Message):
 
 
 class StartPull(Message):
-    """Decode: pull a prompt's blocks. ``block_ids`` belong to the transfer until ``PullFinished``
-    or ``PullDrained``.
-    """
+    """Decode: pull a prompt's blocks."""
 
     pull_id: PullId
     request_id: RequestId
@@ -52,11 +50,9 @@ class StartPull(Message):
     block_ids: list[list[int]]
     """Destinations in each group of the blocks from first_block_index on."""
     first_block_index: list[int]
-    """Logical index of the first block to pull; earlier ones are in the prefix cache or out of the
-    window.
-    """
+    """Logical index of the first block to pull; earlier ones are cached or out of the window."""
     block_hashes: list[bytes]
-    """Hashes of all blocks of the prompt as computed here; compared with the prefill engine's."""
+    """Hashes of all blocks of the prompt; compared with the prefill engine's."""
     num_tokens: int
     timeout_s: float
     num_attempts: int = 1
@@ -76,8 +72,8 @@ TransferCommand = PrefillCommand | DecodeCommand
 
 
 class LeaseEnded(Message):
-    """Prefill: tell that the lease has ended on this rank. Rank 0 frees the blocks when all ranks
-    have said so.
+    """Prefill: tell that the lease has ended on this rank; rank 0 frees the blocks when it has on
+    all.
     """
 
     lease_id: LeaseId
@@ -97,17 +93,16 @@ class PullFinished(Message):
     num_bytes: int = 0
     seconds: float = 0.0
     read_s: float = 0.0
-    """Duration of the slowest READ, when the blocks are proven."""
+    """Duration of the slowest READ; as prefill and path, set when the blocks are proven."""
     prefill: str = ""
-    """Name of the engine that the blocks came from, when they are proven."""
+    """Name of the engine that the blocks came from."""
     path: str = ""
-    """The path that they came over, when they are proven; several where ranks differ."""
+    """The path that they came over; several where ranks differ."""
     verification_failed: bool = False
     """Hashes or checksums differed, though perhaps not in the last attempt."""
     late: bool = False
     """The lease had ended before the READ was over: the bytes may be another request's."""
     num_retries: int = 0
-    """READs that were repeated."""
     reports: dict[int, SpanReport] = {}
     """Spans of each rank, by tp_rank, where its StartPull asked for that."""
 
