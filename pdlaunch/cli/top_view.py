@@ -236,7 +236,7 @@ def _engine(engine: EngineStatus, columns: int, host: int, *, ascii_only: bool) 
 
 def _pair(pair: PairStatus) -> Text:
     name = escape_controls(f"{pair.prefill} -> {pair.decode}")[:26]
-    speed = pair.pull_gigabytes_per_s or pair.gigabytes_per_s
+    speed = pair.shown_gigabytes_per_s
     line = Text(
         f"  {name:<26} {escape_controls(pair.path)[:20]:<20} {amount(speed, ' GB/s'):>10} "
         f"{amount(pair.bytes_per_s, 'B/s'):>9} {amount(pair.num_bytes, 'B'):>9}"

@@ -133,6 +133,11 @@ class PairStatus(msgspec.Struct, frozen=True, kw_only=True):
     health: str = "closed"
     """``open``: pulls have failed, and none is begun for a while. ``half_open``: one is tried."""
 
+    @property
+    def shown_gigabytes_per_s(self) -> float | None:
+        """Return the speed that every view shows: of pulls while they run, else of the proof."""
+        return self.pull_gigabytes_per_s or self.gigabytes_per_s
+
 
 class Doubt(msgspec.Struct, frozen=True, kw_only=True):
     """Names a pair that is not used until it has been proven again."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import heapq
 import time
 from collections import Counter
@@ -31,9 +30,8 @@ from pdlaunch.protocol.status import (
     EngineStatus,
     PairStatus,
 )
-from pdlaunch.router.breaker import BreakerState
 from pdlaunch.router.engine import Engine
-from pdlaunch.router.engine_readings import EngineReadings, Pulls
+from pdlaunch.router.engine_readings import EngineReadings
 from pdlaunch.router.health import Health, state_of
 from pdlaunch.router.rate_history import STEP_S, RateHistory
 from pdlaunch.router.state import RouterState
@@ -42,8 +40,6 @@ READ_WAIT_S = 0.5
 """Seconds for which an answer waits for engines; what comes later is in the next one."""
 MAX_PAIRS = 1000
 MAX_WATCHERS = 16
-MAX_HOSTS = 2048
-"""URLs whose hosts are remembered."""
 NEWEST = 5
 """Points of the history in each line of a stream but the first."""
 ENGINES_A_SECOND = 250
@@ -54,10 +50,7 @@ PairNames = tuple[str, str]
 
 
 class DeploymentView:
-    """Answers what the deployment is doing; lives in the router's event loop.
-
-    ``run`` has to run meanwhile. ``served_model_name``: in the API.
-    """
+    """Answers what the deployment is doing; ``run`` has to run meanwhile."""
 
     def __init__(
         self,
@@ -138,8 +131,8 @@ class DeploymentView:
             state=self.state(),
             uptime_s=round(self._clock() - self._start_at, 1),
             in_flight=self._admission.in_flight,
-            requests=int(totals.requests),
-            errors=int(totals.errors),
+            requests=totals.requests,
+            errors=totals.errors,
             engines=[self._engine(engine, health) for engine in engines],
             gone=self._state.events.gone(),
             pairs=pairs,
@@ -176,36 +169,30 @@ class DeploymentView:
         if proven is not self._proven:
             self._proven, self._links = proven, _links(proven)
         num_peers = Counter(decode for _, decode in self._links)
-        pulls = [
-            (self._readings.pulls(*names, is_only=num_peers[names[1]] == 1), names)
+        pulls = {
+            names: self._readings.pulls(*names, is_only=num_peers[names[1]] == 1)
             for names in self._links
-        ]
+        }
         states = self._state.pool.pair_states()
         busiest = heapq.nsmallest(
-            MAX_PAIRS, pulls, key=lambda each: (-each[0].bytes_per_s, each[1])
+            MAX_PAIRS, pulls, key=lambda names: (-pulls[names].bytes_per_s, names)
         )
         return [
-            self._pair(names, found, self._links[names], states.get(names, "closed"))
-            for found, names in busiest
+            PairStatus(
+                prefill=names[0],
+                decode=names[1],
+                path=self._links[names].path,
+                gigabytes_per_s=self._links[names].gigabytes_per_s,
+                other_paths=self._links[names].other_paths,
+                pulls=pulls[names].number,
+                num_bytes=pulls[names].num_bytes,
+                bytes_per_s=pulls[names].bytes_per_s,
+                pull_gigabytes_per_s=pulls[names].gigabytes_per_s,
+                last_failure=self._state.pair_failures.get(names, ""),
+                health=states.get(names, "closed"),
+            )
+            for names in busiest
         ]
-
-    def _pair(
-        self, names: PairNames, pulls: Pulls, proven: PairReady, health: BreakerState
-    ) -> PairStatus:
-        prefill, decode = names
-        return PairStatus(
-            prefill=prefill,
-            decode=decode,
-            path=proven.path,
-            gigabytes_per_s=proven.gigabytes_per_s,
-            other_paths=proven.other_paths,
-            pulls=pulls.number,
-            num_bytes=pulls.num_bytes,
-            bytes_per_s=pulls.bytes_per_s,
-            pull_gigabytes_per_s=pulls.gigabytes_per_s,
-            last_failure=self._state.pair_failures.get(names, ""),
-            health=health,
-        )
 
     async def _answer_status(self, _: web.Request) -> web.Response:
         await self._readings.refresh(self._state.pool.engines, READ_WAIT_S)
@@ -266,20 +253,10 @@ class DeploymentView:
 
 
 def _links(proven: Sequence[PairReady]) -> dict[PairNames, PairReady]:
-    """Return the slowest pair of ranks of each two engines."""
+    """Return the slowest pair of ranks of each two engines; a rank's name begins with that of its
+    engine.
+    """
     links: dict[PairNames, PairReady] = {}
-    for pair in proven:
-        names = (_engine_of(pair.peer), _engine_of(pair.local))
-        known = links.get(names)
-        if known is None or _speed(pair) < _speed(known):
-            links[names] = pair
+    for pair in sorted(proven, key=lambda pair: -(pair.gigabytes_per_s or 0.0)):
+        links[pair.peer.partition("/")[0], pair.local.partition("/")[0]] = pair
     return links
-
-
-@functools.lru_cache(MAX_HOSTS)
-def _engine_of(process: str) -> str:
-    return process.partition("/")[0]
-
-
-def _speed(pair: PairReady) -> float:
-    return pair.gigabytes_per_s or 0.0

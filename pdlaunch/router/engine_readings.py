@@ -13,8 +13,6 @@ from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
-import msgspec
-
 from pdlaunch.protocol.status import CacheHits, EngineReading, PullTotals
 from pdlaunch.router.engine import Engine, Processes
 from pdlaunch.router.engine_client import EngineClient
@@ -71,21 +69,36 @@ PULL_NAMES: Mapping[str, str] = {
     "pdlaunch_kv_pull_seconds_sum": "pull_seconds",
 }
 """Counted for each prefill engine that blocks come from."""
-_PREFILL = re.compile(r'[{,]prefill="([^"\\]*)"')
+_GAUGES = frozenset({"running", "waiting", "leased", "kv_usage", "host_blocks", "host_usage"})
+_REFUSALS = {
+    "pull_failures": "pulls have failed",
+    "refused": "pulls were refused: hashes or checksums differed",
+    "recomputed": "prompts were computed again after failed pulls",
+}
 _WITH_SOURCE = frozenset(name.partition("{")[0] for name in NAMES if "{" in name)
 _SOURCE = re.compile(r'[{,](source="[^"\\]*")')
-_GAUGES = frozenset({"running", "waiting", "leased", "kv_usage", "host_blocks", "host_usage"})
+_PREFILL = re.compile(r'[{,]prefill="([^"\\]*)"')
 
 Counts = Mapping[str, float]
 """By the words of ``NAMES``; what a page does not have is missing."""
 
 
 class Page(NamedTuple):
-    """Holds what a metrics page says."""
+    """Holds what a metrics page says; ``pulls`` by prefill engine, with ``PULL_NAMES``."""
 
     counts: Counts
     pulls: Mapping[str, Counts]
-    """By prefill engine, with the words of ``PULL_NAMES``."""
+
+
+class Pulls(NamedTuple):
+    """Tells what an engine has pulled, from all others or from one."""
+
+    number: int = 0
+    num_bytes: int = 0
+    bytes_per_s: float = 0.0
+    """Mean of the last ten seconds, whether pulls ran or not."""
+    gigabytes_per_s: float | None = None
+    """Speed of the last minute's pulls while they ran."""
 
 
 def scan(page: str) -> Page:
@@ -99,90 +112,62 @@ def scan(page: str) -> Page:
             word = NAMES.get(f"{name}{{{source[1]}}}")
         if word is None and (word := PULL_NAMES.get(name)) and (prefill := _PREFILL.search(line)):
             sums = pulls.setdefault(prefill[1], {})
-        value = _number(line.rpartition(" ")[2]) if word else None
-        if word is None or value is None:
+        if word is None:
             continue
-        if word.endswith("usage"):
-            sums[word] = max(value, sums.get(word, 0.0))
-        else:
-            sums[word] = sums.get(word, 0.0) + value
+        try:
+            value = float(line.rpartition(" ")[2])
+        except ValueError:
+            continue
+        if 0 <= value < float("inf"):
+            before = sums.get(word, 0.0)
+            sums[word] = max(value, before) if word.endswith("usage") else before + value
     return Page(counts, pulls)
 
 
-def _number(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if 0 <= value < float("inf") else None
-
-
-class _Past(NamedTuple):
-    at: float
-    page: Page
-
-
-class Pulls(NamedTuple):
-    """Tells what one engine has pulled from another."""
-
-    number: int = 0
-    num_bytes: int = 0
-    bytes_per_s: float = 0.0
-    gigabytes_per_s: float | None = None
-
-
-class _Book:
-    """Keeps the readings of one engine over the last minute."""
+class EngineHistory:
+    """Keeps the pages of one engine over the last minute."""
 
     def __init__(self, processes: Processes) -> None:
         self.processes = processes
-        self._past: deque[_Past] = deque()
-        self._latest: _Past | None = None
-        self._shown: EngineReading | None = None
-        """The reading of the latest page; made once, as many may ask."""
-        self._pulls: dict[str, Pulls] = {}
-        """The same of each prefill engine."""
         self.asked_at = float("-inf")
+        self._past: deque[tuple[float, Page]] = deque()
+        self._latest: tuple[float, Page] | None = None
 
     def add(self, now_at: float, page: Page) -> Counts:
-        """Keep a reading; return by how much its totals have grown since the one before."""
-        counts, before = page.counts, (self._latest or _Past(now_at, page)).page.counts
+        """Keep a page; return by how much its totals have grown since the one before."""
+        counts, before = page.counts, (self._latest[1] if self._latest else page).counts
         grown = {word: counts[word] - before.get(word, 0.0) for word in counts.keys() - _GAUGES}
         if min(grown.values(), default=0.0) < 0:
             # It counts from zero again: its ranks were restarted.
             self._past.clear()
             grown = {}
-        self._latest = latest = _Past(now_at, page)
-        self._shown, self._pulls = None, {}
-        if not self._past or now_at - self._past[-1].at >= STEP_S:
-            self._past.append(latest)
-        while now_at - self._past[0].at > WINDOW_S and len(self._past) > 1:
+        self._latest = (now_at, page)
+        if not self._past or now_at - self._past[-1][0] >= STEP_S:
+            self._past.append(self._latest)
+        while now_at - self._past[0][0] > WINDOW_S and len(self._past) > 1:
             self._past.popleft()
         return grown
 
-    def show(self, now_at: float) -> EngineReading | None:
+    def reading(self, now_at: float) -> EngineReading | None:
+        """Return what the latest page says; None: there is none."""
         if self._latest is None:
             return None
-        if self._shown is None:
-            self._shown = self._make(*self._latest)
-        return msgspec.structs.replace(self._shown, age_s=round(now_at - self._latest.at, 1))
-
-    def _make(self, at: float, page: Page) -> EngineReading:
-        now = page.counts
-        first, (recent_at, (recent, _)) = self._past[0].page.counts, self._recent(at)
-
-        def grown(word: str) -> float:
-            return now.get(word, 0.0) - first.get(word, 0.0)
-
-        def rate(word: str) -> float:
-            return _rate(now.get(word, 0.0) - recent.get(word, 0.0), at - recent_at)
+        (at, page), pulls = self._latest, self.pulls()
+        now, first, (recent_at, recent) = page.counts, self._past[0][1].counts, self._recent()
 
         def total(word: str) -> int:
             return int(now.get(word, 0.0))
 
-        prompt, seconds = grown("prompt_tokens"), grown("pull_seconds")
+        def rate(word: str) -> float:
+            return _rate(now.get(word, 0.0) - recent.counts.get(word, 0.0), at - recent_at)
+
+        num_tokens = _grown("prompt_tokens", now, first)
+
+        def share(word: str) -> float:
+            return min(1.0, _grown(word, now, first) / num_tokens)
+
         return EngineReading(
-            age_s=0.0,
+            age_s=round(now_at - at, 1),
             running=total("running"),
             waiting=total("waiting"),
             leased_requests=total("leased"),
@@ -190,18 +175,16 @@ class _Book:
             host_usage=now.get("host_usage", 0.0) if now.get("host_blocks") else None,
             prompt_tokens_per_s=rate("prompt_tokens"),
             output_tokens_per_s=rate("output_tokens"),
-            pulled_bytes_per_s=rate("pulled_bytes"),
-            pull_gigabytes_per_s=grown("pulled_bytes") / seconds / 1e9 if seconds > 0 else None,
+            pulled_bytes_per_s=pulls.bytes_per_s,
+            pull_gigabytes_per_s=pulls.gigabytes_per_s,
             cache=CacheHits(
-                device=min(1.0, grown("device_hits") / prompt),
-                host=min(1.0, grown("host_hits") / prompt),
-                remote=min(1.0, grown("remote_hits") / prompt),
+                device=share("device_hits"), host=share("host_hits"), remote=share("remote_hits")
             )
-            if prompt > 0
+            if num_tokens > 0
             else None,
             pulls=PullTotals(
-                done=total("pulls"),
-                num_bytes=total("pulled_bytes"),
+                done=pulls.number,
+                num_bytes=pulls.num_bytes,
                 failed=total("pull_failures"),
                 refused=total("refused"),
                 recomputed=total("recomputed"),
@@ -209,41 +192,41 @@ class _Book:
             preemptions=total("preemptions"),
         )
 
-    def pulls(self, prefill: str, *, is_only: bool) -> Pulls | None:
-        """Return what came from ``prefill``; with ``is_only`` that is all, where an engine does
-        not tell its pulls apart.
-        """
+    def pulls(self, prefill: str | None = None) -> Pulls:
+        """Return what was pulled from ``prefill``, or from all: the only place that computes it."""
         if self._latest is None:
-            return None
-        if prefill not in self._pulls:
-            self._pulls[prefill] = self._make_pulls(*self._latest, prefill, is_only=is_only)
-        return self._pulls[prefill]
-
-    def _make_pulls(self, at: float, now: Page, prefill: str, *, is_only: bool) -> Pulls:
-        recent = self._recent(at)
-        first = self._past[0].page
-        if not now.pulls and is_only:
-            after, before, lately = now.counts, first.counts, recent.page.counts
-        else:
-            after, before, lately = (
-                page.pulls.get(prefill, {}) for page in (now, first, recent.page)
-            )
-        num_bytes = after.get("pulled_bytes", 0.0)
-        seconds = after.get("pull_seconds", 0.0) - before.get("pull_seconds", 0.0)
-        grown = num_bytes - before.get("pulled_bytes", 0.0)
+            return Pulls()
+        (at, page), (recent_at, recent), first = self._latest, self._recent(), self._past[0][1]
+        now, before, lately = (
+            each.counts if prefill is None else each.pulls.get(prefill, {})
+            for each in (page, first, recent)
+        )
+        seconds = _grown("pull_seconds", now, before)
         return Pulls(
-            number=int(after.get("pulls", 0)),
-            num_bytes=int(num_bytes),
-            bytes_per_s=_rate(num_bytes - lately.get("pulled_bytes", 0.0), at - recent.at),
-            gigabytes_per_s=grown / seconds / 1e9 if seconds > 0 else None,
+            number=int(now.get("pulls", 0)),
+            num_bytes=int(now.get("pulled_bytes", 0.0)),
+            bytes_per_s=_rate(_grown("pulled_bytes", now, lately), at - recent_at),
+            gigabytes_per_s=_grown("pulled_bytes", now, before) / seconds / 1e9
+            if seconds > 0
+            else None,
         )
 
-    def _recent(self, at: float) -> _Past:
-        """Return the reading from which rates count: the oldest of the last seconds, else the one
+    @property
+    def tells_peers(self) -> bool:
+        """Tell whether the engine counts its pulls by prefill engine."""
+        return self._latest is not None and bool(self._latest[1].pulls)
+
+    def _recent(self) -> tuple[float, Page]:
+        """Return the page from which rates count: the oldest of the last seconds, else the one
         before the latest.
         """
+        assert self._latest is not None
         before = [past for past in self._past if past is not self._latest] or [self._past[0]]
-        return next((past for past in before if at - past.at <= RATE_S), before[-1])
+        return next((past for past in before if self._latest[0] - past[0] <= RATE_S), before[-1])
+
+
+def _grown(word: str, now: Counts, before: Counts) -> float:
+    return now.get(word, 0.0) - before.get(word, 0.0)
 
 
 def _rate(number: float, span_s: float) -> float:
@@ -257,20 +240,24 @@ class EngineReadings:
         self._client = client
         self._events = events
         self._clock = clock
-        self._books: dict[str, _Book] = {}
+        self._histories: dict[str, EngineHistory] = {}
         self._turn: asyncio.Task[None] | None = None
 
     def of(self, engine: Engine) -> EngineReading | None:
         """Return the last reading of these very processes."""
-        book = self._books.get(engine.name)
-        if book is None or book.processes != engine.processes:
+        history = self._histories.get(engine.name)
+        if history is None or history.processes != engine.processes:
             return None
-        return book.show(self._clock())
+        return history.reading(self._clock())
 
     def pulls(self, prefill: str, decode: str, *, is_only: bool) -> Pulls:
-        """Return what ``decode`` has pulled from ``prefill``, its only peer or not."""
-        book = self._books.get(decode)
-        return (book and book.pulls(prefill, is_only=is_only)) or Pulls()
+        """Return what ``decode`` has pulled from ``prefill``. With ``is_only`` that is all, where
+        an engine does not tell its pulls apart.
+        """
+        history = self._histories.get(decode)
+        if history is None:
+            return Pulls()
+        return history.pulls(None if is_only and not history.tells_peers else prefill)
 
     async def refresh(self, engines: Collection[Engine], wait_s: float) -> None:
         """Read engines that were not read lately; one that does not answer in ``wait_s`` is read
@@ -287,36 +274,33 @@ class EngineReadings:
             await asyncio.gather(self._turn, return_exceptions=True)
 
     def _due(self, engines: Collection[Engine]) -> Sequence[Engine]:
-        names = {engine.name for engine in engines}
-        self._books = {name: book for name, book in self._books.items() if name in names}
-        before = self._clock() - FRESH_S
-        due = []
+        before, known = self._clock() - FRESH_S, self._histories
+        self._histories = {}
         for engine in engines:
-            book = self._books.get(engine.name)
-            if book is None or book.processes != engine.processes:
-                book = self._books[engine.name] = _Book(engine.processes)
-            if engine.url and book.asked_at <= before:
-                due.append((book.asked_at, engine.name, engine))
-        return [engine for _, _, engine in sorted(due, key=lambda item: item[:2])[:MAX_READS]]
+            history = known.get(engine.name)
+            if history is None or history.processes != engine.processes:
+                history = EngineHistory(engine.processes)
+            self._histories[engine.name] = history
+
+        def asked_at(engine: Engine) -> float:
+            return self._histories[engine.name].asked_at
+
+        due = [engine for engine in engines if engine.url and asked_at(engine) <= before]
+        return sorted(due, key=lambda engine: (asked_at(engine), engine.name))[:MAX_READS]
 
     async def _read(self, engines: Sequence[Engine]) -> None:
         at_once = asyncio.Semaphore(AT_ONCE)
 
         async def read(engine: Engine) -> None:
             async with at_once:
-                book = self._books[engine.name]
-                book.asked_at = self._clock()
+                history = self._histories[engine.name]
+                history.asked_at = self._clock()
                 page = await self._client.read_metrics(engine)
-                if page is not None and self._books.get(engine.name) is book:
-                    self._note_refusals(engine, book.add(self._clock(), scan(page)))
+                if page is None or self._histories.get(engine.name) is not history:
+                    return
+                grown = history.add(self._clock(), scan(page))
+                for word, text in _REFUSALS.items():
+                    if number := int(grown.get(word, 0)):
+                        self._events.add("pull", engine.name, f"{number} {text}", is_bad=True)
 
         await asyncio.gather(*(read(engine) for engine in engines), return_exceptions=True)
-
-    def _note_refusals(self, engine: Engine, grown: Counts) -> None:
-        for word, text in (
-            ("pull_failures", "pulls have failed"),
-            ("refused", "pulls were refused: hashes or checksums differed"),
-            ("recomputed", "prompts were computed again after failed pulls"),
-        ):
-            if number := int(grown.get(word, 0)):
-                self._events.add("pull", engine.name, f"{number} {text}", is_bad=True)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 
-import msgspec
-
 from pdlaunch.protocol.control import Registry
 from pdlaunch.protocol.status import EventKind, GoneEngine, StatusEvent
 from pdlaunch.router.engine import Engine
@@ -18,20 +16,14 @@ GONE_S = 600.0
 MAX_GONE = 100
 
 
-class SeenState(msgspec.Struct, frozen=True):
-    """Remembers of an engine what tells its next state apart."""
-
-    role: str | None
-    state: str
-
-
 class EventLog:
     """Holds what has happened, and the engines that are gone. ``wall_clock`` tells Unix time."""
 
     def __init__(self, wall_clock: Callable[[], float]) -> None:
         self._wall_clock = wall_clock
         self._events: deque[StatusEvent] = deque(maxlen=MAX_EVENTS)
-        self._seen: dict[str, SeenState] = {}
+        self._seen: dict[str, tuple[str | None, str]] = {}
+        """Roles and states of engines."""
         self._gone: dict[str, tuple[str | None, float]] = {}
         self._served: set[str] = set()
         """Engines that were ready, and were not seen to sleep or drain since."""
@@ -76,7 +68,7 @@ class EventLog:
         """
         before, self._seen = (
             self._seen,
-            {engine.name: SeenState(engine.role, engine.state) for engine in engines},
+            {engine.name: (engine.role, engine.state) for engine in engines},
         )
         for engine in engines:
             name = engine.name
@@ -86,22 +78,22 @@ class EventLog:
                 self._served.discard(name)
             self._gone.pop(name, None)
             known = before.get(name)
-            if known is not None and known.state == engine.state:
+            if known is not None and known[1] == engine.state:
                 continue
             if known is None and (not before or not registry.serving):
                 continue
             reason = f": {engine.reason}" if engine.reason else ""
-            text = "is here" if known is None else f"was {known.state}"
+            text = "is here" if known is None else f"was {known[1]}"
             self.add(
                 "engine",
                 name,
                 f"{engine.state} ({text}){reason}",
                 is_bad=self.is_down(engine),
             )
-        for name, seen in before.items():
+        for name, (role, state) in before.items():
             if name not in self._seen:
-                self.add("engine", name, f"gone (was {seen.state})", is_bad=seen.state == "ready")
-                self._gone[name] = (seen.role, self._wall_clock())
+                self.add("engine", name, f"gone (was {state})", is_bad=state == "ready")
+                self._gone[name] = (role, self._wall_clock())
         while len(self._gone) > MAX_GONE:
             del self._gone[next(iter(self._gone))]
         self._served &= self._seen.keys() | self._gone.keys()

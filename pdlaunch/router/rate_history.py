@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from pdlaunch.http.errors import CLIENT_CLOSED_REQUEST
@@ -33,12 +33,16 @@ class Totals(NamedTuple):
 
     at: float
     now_at: float
-    requests: float
-    errors: float
-    prompt_tokens: float
-    output_tokens: float
-    first_token: Buckets
-    inter_token: Buckets
+    sums: Mapping[str, float]
+    buckets: Mapping[str, Buckets]
+
+    @property
+    def requests(self) -> int:
+        return int(self.sums[_REQUESTS])
+
+    @property
+    def errors(self) -> int:
+        return int(self.sums[_ERRORS])
 
 
 class RateHistory:
@@ -80,54 +84,43 @@ class RateHistory:
             # A client that has left is no error of the deployment.
             elif sample.labels.get("status") != str(CLIENT_CLOSED_REQUEST):
                 sums[sample.name] += sample.value
-        return Totals(
-            at=self._wall_clock(),
-            now_at=self._clock(),
-            requests=sums[_REQUESTS],
-            errors=sums[_ERRORS],
-            prompt_tokens=sums[_PROMPT_TOKENS],
-            output_tokens=sums[_OUTPUT_TOKENS],
-            first_token=buckets[_FIRST_TOKEN],
-            inter_token=buckets[_INTER_TOKEN],
-        )
+        return Totals(self._wall_clock(), self._clock(), sums, buckets)
 
 
 def _between(before: Totals, after: Totals) -> Rates:
     span_s = after.now_at - before.now_at
 
-    def rate(now: float, then: float) -> float:
-        return (now - then) / span_s if span_s > 0 else 0.0
+    def rate(name: str) -> float:
+        return (after.sums[name] - before.sums[name]) / span_s if span_s > 0 else 0.0
 
     return Rates(
         at=after.at,
         span_s=span_s,
-        requests_per_s=rate(after.requests, before.requests),
-        errors_per_s=rate(after.errors, before.errors),
-        prompt_tokens_per_s=rate(after.prompt_tokens, before.prompt_tokens),
-        output_tokens_per_s=rate(after.output_tokens, before.output_tokens),
-        first_token_ms=percentiles(before.first_token, after.first_token),
-        inter_token_ms=percentiles(before.inter_token, after.inter_token),
+        requests_per_s=rate(_REQUESTS),
+        errors_per_s=rate(_ERRORS),
+        prompt_tokens_per_s=rate(_PROMPT_TOKENS),
+        output_tokens_per_s=rate(_OUTPUT_TOKENS),
+        first_token_ms=percentiles(before.buckets[_FIRST_TOKEN], after.buckets[_FIRST_TOKEN]),
+        inter_token_ms=percentiles(before.buckets[_INTER_TOKEN], after.buckets[_INTER_TOKEN]),
     )
 
 
 def percentiles(before: Buckets, after: Buckets) -> Percentiles | None:
     """Estimate from what came into each bucket, as if it lay evenly in it; None without any."""
-    bounds = sorted(after)
-    upto = [after[bound] - before.get(bound, 0.0) for bound in bounds]
-    if not bounds or upto[-1] <= 0:
+    upto = {bound: after[bound] - before.get(bound, 0.0) for bound in sorted(after)}
+    most = max(upto.values(), default=0.0)
+    if most <= 0:
         return None
-    return Percentiles(
-        p50=_percentile(0.5, bounds, upto) * 1e3, p95=_percentile(0.95, bounds, upto) * 1e3
-    )
 
-
-def _percentile(share: float, bounds: Sequence[float], upto: Sequence[float]) -> float:
-    wanted = share * upto[-1]
-    low, below = 0.0, 0.0
-    for bound, number in zip(bounds, upto, strict=True):
-        # The last bucket has no end: its beginning is the best that is known.
-        if number >= wanted and number > below and bound < float("inf"):
-            return low + (wanted - below) / (number - below) * (bound - low)
-        if bound < float("inf"):
+    def time_ms(wanted: float) -> float:
+        low, below = 0.0, 0.0
+        for bound, number in upto.items():
+            # The last bucket has no end: its beginning is the best that is known.
+            if bound == float("inf"):
+                break
+            if number >= wanted and number > below:
+                return (low + (wanted - below) / (number - below) * (bound - low)) * 1e3
             low, below = bound, number
-    return low
+        return low * 1e3
+
+    return Percentiles(p50=time_ms(0.5 * most), p95=time_ms(0.95 * most))

@@ -4,7 +4,7 @@ from prometheus_client import CollectorRegistry
 
 from pdlaunch.engine.server.metrics import ServerMetrics
 from pdlaunch.observe.metrics import render_metrics
-from pdlaunch.router.engine_readings import NAMES, Page, _Book, scan
+from pdlaunch.router.engine_readings import NAMES, EngineHistory, Page, scan
 
 
 def page(**counts: float) -> Page:
@@ -42,14 +42,14 @@ def test_labels_are_summed_and_the_fullest_cache_counts() -> None:
 
 
 def test_rates_are_of_the_last_seconds_and_shares_of_the_last_minute() -> None:
-    book = _Book((1,))
+    book = EngineHistory((1,))
     book.add(0.0, page(prompt_tokens=100, device_hits=100, output_tokens=0, pulled_bytes=0))
     book.add(50.0, page(prompt_tokens=300, device_hits=150, output_tokens=0, pulled_bytes=0))
     later = page(
         prompt_tokens=300, device_hits=150, output_tokens=50, pulled_bytes=8e9, pull_seconds=2
     )
     book.add(55.0, later)
-    shown = book.show(56.0)
+    shown = book.reading(56.0)
     assert shown is not None
     assert shown.age_s == 1.0
     assert (shown.output_tokens_per_s, shown.pulled_bytes_per_s) == (10.0, 1.6e9)
@@ -58,29 +58,27 @@ def test_rates_are_of_the_last_seconds_and_shares_of_the_last_minute() -> None:
     assert (shown.cache.device, shown.cache.remote) == (0.25, 0.0)
     # A minute later there were no prompts.
     book.add(120.0, later)
-    shown = book.show(120.0)
+    shown = book.reading(120.0)
     assert shown is not None
     assert shown.cache is None
     assert shown.output_tokens_per_s == 0.0
 
 
 def test_counts_that_begin_again_are_no_negative_rates() -> None:
-    book = _Book((1,))
+    book = EngineHistory((1,))
     book.add(0.0, page(output_tokens=1000, pull_failures=5))
     assert book.add(3.0, page(output_tokens=10, pull_failures=1)) == {}
-    shown = book.show(3.0)
+    shown = book.reading(3.0)
     assert shown is not None
     assert shown.output_tokens_per_s == 0.0
     assert book.add(5.0, page(output_tokens=20, pull_failures=2))["pull_failures"] == 1
 
 
 def test_pulls_of_a_pair_are_told_apart_where_an_engine_does() -> None:
-    book = _Book((1,))
+    book = EngineHistory((1,))
     book.add(0.0, Page({"pulled_bytes": 9}, {"p-0": {"pulled_bytes": 4, "pulls": 1}}))
     book.add(4.0, Page({"pulled_bytes": 29}, {"p-0": {"pulled_bytes": 12, "pulls": 3}}))
-    pulls = book.pulls("p-0", is_only=True)
-    assert pulls is not None
+    pulls = book.pulls("p-0")
     assert (pulls.number, pulls.num_bytes, pulls.bytes_per_s) == (3, 12, 2.0)
-    other = book.pulls("p-1", is_only=False)
-    assert other is not None
+    other = book.pulls("p-1")
     assert other.num_bytes == 0

@@ -113,7 +113,7 @@ async def test_refused_pulls_deaths_and_returns_are_events(stand: Stand) -> None
     await stand.start(engines)
     assert (await get(stand))["events"] == []
     engines[1].metrics_page = PULLS % (0, 0, 0, 3)
-    stand.router.view._readings._books["decode-0"].asked_at = float("-inf")
+    stand.router.view._readings._histories["decode-0"].asked_at = float("-inf")
     (refused,) = (await get(stand))["events"]
     assert (refused["kind"], refused["name"], refused["is_bad"]) == ("pull", "decode-0", True)
     assert refused["text"] == "2 pulls were refused: hashes or checksums differed"
