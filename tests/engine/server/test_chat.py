@@ -71,11 +71,6 @@ async def test_a_model_without_a_template_has_no_chat(engine: Engine, make_engin
     assert (status, error["param"]) == (400, "messages")
 
 
-async def test_max_completion_tokens(engine: Engine, rank: FakeRank):
-    await engine.chat(max_completion_tokens=5)
-    assert rank.added()[0].sampling.max_tokens == 5
-
-
 async def test_tokenize_and_detokenize_are_inverse(engine: Engine, rank: FakeRank):
     _, tokenized, _ = await engine.post(
         "/tokenize", {"prompt": "hello ☃", "return_token_strs": True}
@@ -85,13 +80,6 @@ async def test_tokenize_and_detokenize_are_inverse(engine: Engine, rank: FakeRan
     assert tokenized["max_model_len"] == 100
     _, text, _ = await engine.post("/detokenize", {"tokens": tokenized["tokens"]})
     assert text == {"prompt": "hello ☃"}
-
-
-async def test_tokenize_renders_messages(engine: Engine, rank: FakeRank):
-    _, tokenized, _ = await engine.post("/tokenize", {"messages": HELLO})
-    assert tokenized["tokens"] == rank.ids(PROMPT)
-    _, bare, _ = await engine.post("/tokenize", {"messages": HELLO, "add_generation_prompt": False})
-    assert bare["count"] < tokenized["count"]
 
 
 async def test_detokenize_refuses_ids_that_are_not_there(engine: Engine):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pdlaunch.engine.server.chat_template import ChatTemplate, load_chat_template
-from pdlaunch.errors import ConfigError, RequestError
+from pdlaunch.errors import RequestError
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -56,23 +56,12 @@ def test_the_sandbox_holds(attack):
         assert render(attack) == ""
 
 
-def test_own_names_cannot_be_overridden():
-    with pytest.raises(RequestError) as caught:
-        render("x", variables={"messages": []})
-    assert caught.value.param == "chat_template_kwargs.messages"
-
-
 def test_the_last_message_can_go_on():
     source = "{% for m in messages %}[{{ m.content | trim }}]{% endfor %}"
     messages = [*HELLO, {"role": "assistant", "content": "The answer is "}]
     options = {"add_generation_prompt": False, "continue_final_message": True}
     assert render(source, messages, **options) == "[hello][The answer is"
     assert render(source.replace(" | trim", ""), messages, **options) == "[hello][The answer is "
-
-
-def test_a_broken_template_is_a_finding_about_the_model():
-    with pytest.raises(ConfigError):
-        ChatTemplate("{% if %}", {})
 
 
 def test_where_a_template_is_found(tmp_path: Path):

@@ -95,15 +95,6 @@ async def test_defaults_are_neutral_and_the_seed_is_drawn(engine: Engine, rank: 
     assert second.sampling.stop_token_ids == ()
 
 
-async def test_every_form_of_prompt_gives_its_choices_in_order(engine: Engine, rank: FakeRank):
-    answer = await engine.complete(prompt=["hello", [7, 8]], n=2, max_tokens=1)
-    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
-    prompts = [request.prompt_token_ids for request in rank.added()]
-    assert prompts == [rank.ids("hello")] * 2 + [[7, 8]] * 2
-    assert answer["usage"]["prompt_tokens"] == len(rank.ids("hello")) + 2
-    assert answer["usage"]["completion_tokens"] == 4
-
-
 async def test_a_stream_says_the_same_as_the_answer(engine: Engine, rank: FakeRank):
     answer = await engine.complete(max_tokens=8)
     chunks = await engine.stream(max_tokens=8, stream_options={"include_usage": True})
@@ -125,16 +116,6 @@ async def test_continuous_usage_counts_up(engine: Engine):
     counts = [chunk["usage"]["completion_tokens"] for chunk in chunks[:-1]]
     assert counts == sorted(counts)
     assert counts[-1] == 3
-
-
-async def test_streams_of_choices_are_told_apart(engine: Engine):
-    chunks = await engine.stream(n=2, max_tokens=8)
-    answer = await engine.complete(max_tokens=8)
-    for index in range(2):
-        mine = [
-            chunk["choices"][0] for chunk in chunks[:-1] if chunk["choices"][0]["index"] == index
-        ]
-        assert "".join(choice["text"] for choice in mine) == answer["choices"][0]["text"]
 
 
 @pytest.mark.parametrize("step", [1, 3, 100])
@@ -210,12 +191,6 @@ async def test_logprobs_name_tokens_offsets_and_alternatives(engine: Engine, ran
         assert [value for part in streamed if part for value in part[key]] == values
 
 
-async def test_logprobs_zero_gives_only_the_tokens_own(engine: Engine):
-    (choice,) = (await engine.complete(max_tokens=2, logprobs=0))["choices"]
-    assert choice["logprobs"]["top_logprobs"] == [None, None]
-    assert choice["logprobs"]["token_logprobs"] == [-0.5, -0.5]
-
-
 async def test_trace_and_request_id_are_passed_on(
     engine: Engine, rank: FakeRank, caplog: pytest.LogCaptureFixture
 ):
@@ -260,25 +235,6 @@ async def test_a_request_that_fails_is_a_500(engine: Engine, rank: FakeRank):
     assert (status, error["message"], error["code"]) == (500, "no KV blocks", "engine_error")
 
 
-async def test_an_error_that_the_request_is_to_blame_for_names_its_member(
-    engine: Engine, rank: FakeRank
-):
-    rank.script = lambda request: [
-        RequestFinished(
-            request_id=request.request_id,
-            reason="error",
-            error="no such lease",
-            error_param="kv_transfer_params",
-        )
-    ]
-    status, error = await engine.refusal()
-    assert (status, error["message"], error["param"]) == (
-        400,
-        "no such lease",
-        "kv_transfer_params",
-    )
-
-
 async def test_a_stream_that_fails_ends_with_an_error_event(engine: Engine, rank: FakeRank):
     async with running_stream(engine, rank) as (request, response):
         await rank.say(
@@ -287,23 +243,6 @@ async def test_a_stream_that_fails_ends_with_an_error_event(engine: Engine, rank
         rest = await response.text()
     assert json.loads(rest.removeprefix("data: "))["error"]["message"] == "no KV blocks"
     assert "[DONE]" not in rest
-
-
-async def test_a_stream_that_takes_too_long_ends_with_an_error_event(make_engine, rank: FakeRank):
-    engine = await make_engine(limits=LimitSettings(request_timeout_s=100.0))
-    async with running_stream(engine, rank) as (request, response):
-        pass_time(100.0)
-        rest = await response.text()
-    assert json.loads(rest.removeprefix("data: "))["error"]["code"] == "request_timeout"
-    assert [abort.request_id for abort in await rank.wait_for(AbortRequest)] == [request.request_id]
-
-
-async def test_a_client_that_leaves_a_stream_aborts_its_request(engine: Engine, rank: FakeRank):
-    async with running_stream(engine, rank) as (request, response):
-        response.close()
-        assert [abort.request_id for abort in await rank.wait_for(AbortRequest)] == [
-            request.request_id
-        ]
 
 
 async def test_an_answer_that_takes_too_long_is_a_503(make_engine, rank: FakeRank):

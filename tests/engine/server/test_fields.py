@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import io
 import json
-import re
 
 import aiohttp
 import pytest
 
-from pdlaunch.engine.server.chat_template import ChatTemplate
 from pdlaunch.http.headers import IGNORED_FIELDS_HEADER
-from tests.engine.server.conftest import TOKEN, Engine
+from tests.engine.server.conftest import Engine
 from tests.engine.server.fake_rank import FakeRank
 
 JSON = {"Content-Type": "application/json"}
@@ -80,52 +78,4 @@ async def test_a_hostile_name_cannot_add_a_header_or_a_log_line(
     assert all(line.isprintable() and len(line) < 400 for line in lines)
 
 
-async def test_as_many_unknown_fields_as_a_body_may_have(engine: Engine, rank: FakeRank) -> None:
-    many = {f"k{number}": 1 for number in range(90_000)}
-    response = await sent(engine, "/v1/completions", {"prompt": "x"} | many)
-    assert response.status == 200
-    assert len(response.headers[IGNORED_FIELDS_HEADER].split(", ")) == 20
-    more = {f"k{number}": 1 for number in range(110_000)}
-    refused = await sent(engine, "/v1/completions", {"prompt": "x"} | more)
-    assert (refused.status, (await refused.json())["error"]["code"]) == (400, "too_many_values")
-
-
 # As templates of Qwen and SmolLM3 show tools and calls.
-TOOL_TEMPLATE = (
-    "{% if tools %}{{ tools[0].function | tojson }}{% endif %}"
-    "{% for m in messages %}{{ m.role }}:{{ m.content }}"
-    "{% if m.tool_calls %}{% for call in m.tool_calls %}"
-    "{{ call.function.name }}({{ call.function.arguments.city }}){% endfor %}{% endif %}"
-    "{% if m.role == 'tool' %}={{ m.tool_call_id }}{% endif %};{% endfor %}"
-)
-
-
-async def test_a_history_with_tool_calls_is_rendered(engine: Engine, rank: FakeRank) -> None:
-    loaded = engine.service.loaded
-    assert loaded is not None
-    object.__setattr__(loaded, "chat_template", ChatTemplate(TOOL_TEMPLATE, {}))
-    tool = {"type": "function", "function": {"name": "sun"}}
-    call = {"id": "c", "type": "function", "function": {"name": "sun", "arguments": '{"city":"B"}'}}
-    messages = [
-        {"role": "user", "content": "hi"},
-        {"role": "assistant", "content": None, "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": "c", "content": "yes"},
-    ]
-    for path in ("/v1/chat/completions", "/tokenize"):
-        response = await sent(engine, path, {"messages": messages, "tools": [tool]})
-        assert response.status == 200
-        assert IGNORED_FIELDS_HEADER not in response.headers
-    prompt = rank.ids(json.dumps(tool["function"]) + "user:hi;assistant:sun(B);tool:yes=c;")
-    assert rank.added()[0].prompt_token_ids == prompt
-    _, tokenized, _ = await engine.post("/tokenize", {"messages": messages, "tools": [tool]})
-    assert tokenized["tokens"] == prompt
-
-
-async def test_an_image_gets_an_error_that_says_so(engine: Engine) -> None:
-    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
-    status, error = await engine.refusal(
-        "/v1/chat/completions", messages=[{"role": "user", "content": [image]}]
-    )
-    assert (status, error["param"]) == (400, "messages[0].content[0].type")
-    assert re.search("image_url.*reads text alone", error["message"])
-    assert TOKEN not in error["message"]

@@ -52,10 +52,6 @@ async def test_prefill_answers_with_the_lease_and_the_first_token(engine: Engine
     assert rank.aborted() == []
 
 
-async def test_ordinary_answers_have_no_kv_transfer_params(engine: Engine):
-    assert "kv_transfer_params" not in await engine.complete()
-
-
 async def test_prefill_holds_back_half_characters_and_begun_stop_strings(
     engine: Engine, rank: FakeRank
 ):
@@ -186,21 +182,6 @@ async def test_a_router_that_leaves_ends_the_lease(engine: Engine, rank: FakeRan
     await asyncio.gather(post, return_exceptions=True)
     aborts = await rank.wait_for(AbortRequest)
     assert aborts[0].request_id == request.request_id
-
-
-async def test_a_failed_choice_ends_the_lease_of_the_first(engine: Engine, rank: FakeRank):
-    def script(request: AddRequest):
-        if request.sampling.choice == 0:
-            return rank.says("hello")(request)
-        return [
-            RequestFinished(request_id=request.request_id, reason="error", error="out of blocks")
-        ]
-
-    rank.script = script
-    status, _ = await engine.refusal(n=2, max_tokens=1, kv_transfer_params=REMOTE_DECODE)
-    assert status == 500
-    await rank.wait_for(AbortRequest)
-    assert rank.aborted() == [rank.added()[0].request_id], "what has failed is no longer ours"
 
 
 @pytest.mark.parametrize("by", ["request id", "remote id"])

@@ -5,7 +5,6 @@ is left of them.
 from __future__ import annotations
 
 import asyncio
-import gzip
 import io
 import threading
 from collections.abc import Callable
@@ -40,23 +39,6 @@ async def test_bodies_of_very_many_values_are_refused_before_they_are_parsed(
         assert (status, answer["error"]["code"]) == (400, "too_many_values")
     assert engine.service.bodies.held_bytes == engine.service.admission.in_flight == 0
     assert rank.added() == []
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
-async def test_broken_compression_is_a_400(engine: Engine, path: str, encoding: str):
-    status, answer = await post(engine, path, b"{}", **{"Content-Encoding": encoding})
-    assert (status, answer["error"]["code"]) == (400, "invalid_body")
-
-
-async def test_a_compressed_request_is_served(engine: Engine):
-    status, _ = await post(
-        engine,
-        "/v1/completions",
-        gzip.compress(b'{"prompt": "hello"}'),
-        **{"Content-Encoding": "gzip"},
-    )
-    assert status == 200
 
 
 async def test_tokenize_and_detokenize_are_bounded(engine: Engine, monkeypatch: pytest.MonkeyPatch):
@@ -125,28 +107,6 @@ async def test_small_requests_are_served_while_large_ones_are_worked_at(
         assert (status, error["code"]) == (400, "context_length_exceeded")
 
 
-@pytest.mark.parametrize(
-    ("path", "body"),
-    [
-        ("/v1/completions", {"prompt": "hello " * 1000}),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hello " * 1000}]}),
-        ("/tokenize", {"prompt": "hello " * 1000}),
-        ("/detokenize", {"tokens": [5] * 3000}),
-    ],
-)
-async def test_texts_of_middle_size_are_tokenized_in_threads(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
-):
-    """Such bodies are parsed on the event loop."""
-    threads = HeldThreads(engine.service, monkeypatch)
-    asked = asyncio.create_task(engine.post(path, body))
-    await threads.wait_for(1)
-    await engine.complete()
-    assert not asked.done()
-    threads.go.set()
-    await asked
-
-
 async def test_bodies_hold_room_until_they_are_token_ids(
     make_engine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ):
@@ -175,9 +135,3 @@ async def test_places_are_taken_before_prompts_are_tokenized(
     status, error = await engine.refusal(prompt=["hello"] * 9)
     assert (status, error["param"]) == (400, "prompt")
     assert "9 choices" in error["message"]
-
-
-async def test_the_name_of_a_model_that_is_not_there_is_cut(engine: Engine):
-    status, error = await engine.refusal(model="m" * 50_000)
-    assert status == 404
-    assert len(error["message"]) < 300

@@ -8,7 +8,7 @@ import io
 import pytest
 
 from pdlaunch.config.shared_settings import LimitSettings
-from pdlaunch.protocol.engine import AbortRequest, AddRequest, RequestFinished
+from pdlaunch.protocol.engine import AddRequest, RequestFinished
 from tests.engine.server.conftest import Engine
 from tests.engine.server.fake_rank import FakeRank, silent
 
@@ -40,32 +40,9 @@ async def test_requests_that_are_refused(
     assert engine.service.admission.in_flight == 0
 
 
-async def test_a_long_prompt_is_refused_with_both_numbers(engine: Engine):
-    _, error = await engine.refusal(prompt=[5] * 123)
-    assert "123" in error["message"]
-    assert "100" in error["message"]
-
-
 async def test_the_longest_prompt_leaves_room_for_one_token(engine: Engine, rank: FakeRank):
     await engine.complete(prompt=[5] * 99)
     assert rank.added()[0].sampling.max_tokens == 1
-
-
-@pytest.mark.parametrize(
-    "path",
-    ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/pdlaunch/release"],
-)
-async def test_bodies_that_are_no_request(engine: Engine, path: str):
-    for data, kind, status in [
-        (b"{", "application/json", 400),
-        (b"[]", "application/json", 400),
-        (b"{}", "text/plain", 415),
-    ]:
-        async with engine.session.post(
-            engine.url + path, data=data, headers={"Content-Type": kind}
-        ) as response:
-            assert response.status == status
-            assert "message" in (await response.json())["error"]
 
 
 async def test_a_large_body_is_a_413(make_engine):
@@ -78,25 +55,6 @@ async def test_a_large_body_is_a_413(make_engine):
             413,
             "body_too_large",
         )
-
-
-async def test_unknown_paths_and_methods_have_the_same_form(engine: Engine):
-    for method, path, status in [("GET", "/nothing", 404), ("GET", "/v1/completions", 405)]:
-        async with engine.session.request(method, engine.url + path) as response:
-            assert response.status == status
-            assert (await response.json())["error"]["message"]
-
-
-async def test_a_bad_request_id_is_refused(engine: Engine):
-    status, answer, _ = await engine.post(
-        "/v1/completions", {"prompt": "x"}, **{"X-Request-Id": "a b"}
-    )
-    assert (status, answer["error"]["param"]) == (400, "X-Request-Id")
-
-
-async def test_errors_echo_the_request_id(engine: Engine):
-    status, _, response = await engine.post("/v1/completions", {}, **{"X-Request-Id": "abc"})
-    assert (status, response.headers["X-Request-Id"]) == (400, "abc")
 
 
 async def test_a_full_engine_is_a_429(make_engine, rank: FakeRank):
@@ -131,14 +89,3 @@ async def test_draining_refuses_new_and_finishes_running_requests(engine: Engine
     await rank.say(RequestFinished(request_id=request.request_id, reason="length"))
     await running
     await draining
-
-
-async def test_draining_ends_at_its_timeout(engine: Engine, rank: FakeRank):
-    rank.script = silent
-    running = asyncio.create_task(engine.complete(max_tokens=1))
-    await rank.wait_for(AddRequest)
-    await engine.service.admission.drain(timeout_s=0)
-    assert engine.service.admission.in_flight == 1
-    running.cancel()
-    await rank.wait_for(AbortRequest)
-    await asyncio.gather(running, return_exceptions=True)

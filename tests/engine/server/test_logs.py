@@ -4,7 +4,6 @@ is not.
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator
 
 import pytest
@@ -14,22 +13,6 @@ from pdlaunch.observe.metrics import RequestClock
 from tests.engine.server.conftest import Engine
 from tests.engine.server.fake_rank import FakeRank
 from tests.engine.server.test_completions import running_stream
-
-
-async def test_a_stream_that_ends_with_its_rank_is_one_line(
-    engine: Engine, rank: FakeRank, caplog: pytest.LogCaptureFixture
-) -> None:
-    async with running_stream(engine, rank) as (_, response):
-        await engine.service.use_link(None)
-        rest = await response.text()
-    assert json.loads(rest.removeprefix("data: "))["error"]["code"] == "engine_restarting"
-    (record,) = [
-        record for record in caplog.records if record.getMessage().startswith("stream failed")
-    ]
-    assert (record.getMessage(), record.exc_info) == (
-        "stream failed: the engine is restarting",
-        None,
-    )
 
 
 async def test_an_error_that_nobody_expected_shows_its_traceback(

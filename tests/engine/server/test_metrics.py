@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -83,43 +81,6 @@ async def test_a_rank_that_does_not_answer_keeps_no_scrape_waiting(
     assert (await scrape(engine))["pdlaunch_kv_transfers_total"] == 3
     await engine.service.use_link(None)
     assert (await scrape(engine))["pdlaunch_kv_transfers_total"] == 3
-
-
-async def test_what_went_wrong_with_transfers_is_shown(engine: Engine, rank: FakeRank):
-    """Under the names that docs/reliability.md lists."""
-    counts = {
-        "transfer_failures": "kv_transfer_failures",
-        "pull_retries": "kv_pull_retries",
-        "recomputed_requests": "kv_recomputed_requests",
-        "verification_failures": "kv_verification_failures",
-        "late_reads": "kv_late_reads",
-        "leases_expired": "kv_leases_expired",
-    }
-    await rank.stats(
-        **{field: number for number, field in enumerate(counts, 1)}, num_quarantined_blocks=8
-    )
-    await engine.complete(max_tokens=1)
-    found = await scrape(engine)
-    assert [found[f"pdlaunch_{name}_total"] for name in counts.values()] == [1, 2, 3, 4, 5, 6]
-    assert found["pdlaunch_kv_blocks_quarantined"] == 8
-    documented = (Path(__file__).parents[3] / "docs" / "reliability.md").read_text()
-    assert all(f"`pdlaunch_{name}_total`" in documented for name in counts.values())
-
-
-async def test_the_host_tier_is_shown(engine: Engine, rank: FakeRank):
-    await rank.stats(
-        num_host_blocks=200,
-        num_used_host_blocks=50,
-        host_hit_tokens=32,
-        offload_loaded_bytes=9,
-        offload_bad_blocks=1,
-    )
-    await engine.complete(max_tokens=1)
-    found = await scrape(engine)
-    assert found["pdlaunch_kv_offload_usage_perc"] == 0.25
-    assert found["pdlaunch_prompt_tokens_cached_by_source_total/host"] == 32
-    assert found["pdlaunch_kv_offload_loaded_bytes_total"] == 9
-    assert found["pdlaunch_kv_offload_bad_blocks_total"] == 1
 
 
 async def test_reasons_and_parameters_of_requests_are_counted(

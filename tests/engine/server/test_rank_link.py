@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 
-from pdlaunch.engine.server.rank_link import RankEvent, RankLink, RankLost
+from pdlaunch.engine.server.rank_link import RankEvent, RankLink
 from pdlaunch.protocol.engine import (
     AbortRequest,
     AddRequest,
@@ -68,15 +68,6 @@ async def test_an_aborted_request_hears_no_more(secure: SecureContext, rank: Fak
     await last.get()
     assert heard == []
     await link.close()
-
-
-async def test_closing_ends_what_is_under_way(secure: SecureContext, rank: FakeRank):
-    rank.script = silent
-    link = new_link(secure, rank)
-    heard: list[RankEvent] = []
-    link.submit(request("a"), heard.append)
-    await link.close()
-    assert heard == [RankLost("a")]
 
 
 async def test_a_malformed_frame_is_dropped(secure: SecureContext, rank: FakeRank, engine: Engine):

@@ -64,14 +64,6 @@ async def test_what_a_request_says_counts_and_null_says_nothing(
     assert (params.temperature, params.repetition_penalty) == (1.0, 1.0)
 
 
-async def test_completions_keep_their_limit(
-    make_engine, rank: FakeRank, sampling_dir: Path
-) -> None:
-    body = {"prompt": "hello"}
-    params = await sampled(make_engine, rank, sampling_dir, "/v1/completions", body)
-    assert (params.max_tokens, params.temperature) == (16, 0.6)
-
-
 async def test_the_setting_vllm_is_neutral(make_engine, rank: FakeRank, sampling_dir: Path) -> None:
     params = await sampled(
         make_engine, rank, sampling_dir, CHAT, {"messages": HELLO}, generation_config="vllm"
@@ -79,10 +71,6 @@ async def test_the_setting_vllm_is_neutral(make_engine, rank: FakeRank, sampling
     assert (params.temperature, params.top_k, params.top_p) == (1.0, 0, 1.0)
     assert (params.min_p, params.repetition_penalty) == (0.0, 1.0)
     assert params.max_tokens > 7
-
-
-def test_without_a_file_the_defaults_are_neutral(tmp_path: Path) -> None:
-    assert read_sampling_defaults(tmp_path).model_dump(exclude_defaults=True) == {}
 
 
 @pytest.mark.parametrize(

@@ -121,29 +121,6 @@ async def test_mode_refuse_refuses_and_mode_wait_waits_for_running_requests(
     assert (await task)[0] == 200
 
 
-async def test_a_refusal_of_the_rank_opens_the_door_again(sleeper: Engine, rank: FakeRank) -> None:
-    task = asyncio.create_task(call(sleeper, "/sleep?mode=refuse"))
-    (message,) = await rank.wait_for(Sleep)
-    assert message.timeout_s == 0
-    await rank.send(
-        SleepReply(call_id=message.call_id, sleeping_tags=[], error="1 requests leased")
-    )
-    status, answer = await task
-    assert (status, answer["error"]["message"]) == (409, "1 requests leased")
-    assert sleeper.states == ["draining", "awake"]
-    await sleeper.complete()
-
-
-async def test_a_caller_that_leaves_changes_nothing(sleeper: Engine, rank: FakeRank) -> None:
-    task = asyncio.create_task(call(sleeper, "/sleep"))
-    (message,) = await rank.wait_for(Sleep)
-    task.cancel()
-    await rank.send(SleepReply(call_id=message.call_id, sleeping_tags=ALL))
-    while await sleeper.announced.get() != "sleeping":
-        pass
-    assert (await call(sleeper, "/is_sleeping", "GET"))[1]["is_sleeping"]
-
-
 async def test_a_lost_rank_ends_the_call_and_a_new_one_is_awake(
     sleeper: Engine, rank: FakeRank
 ) -> None:

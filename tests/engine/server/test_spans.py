@@ -8,14 +8,11 @@ import msgspec
 import pytest
 
 from pdlaunch.engine.server import engine_service
-from pdlaunch.engine.server.engine_service import UnsentSpans
 from pdlaunch.http.headers import SPANS_HEADER
-from pdlaunch.observe.spans import Span, SpanLog, SpanReport
+from pdlaunch.observe.spans import Span, SpanReport
 from pdlaunch.protocol.engine import AbortRequest, AddRequest, RequestFinished, Tokens
-from pdlaunch.protocol.ids import HopId
 from tests.engine.server.conftest import Engine
 from tests.engine.server.fake_rank import FakeRank, silent
-from tests.engine.server.test_handover import REMOTE_DECODE
 
 ASKED = {SPANS_HEADER: "1"}
 
@@ -63,14 +60,6 @@ async def test_an_answer_tells_of_server_and_rank(
     assert all(request.records_spans for request in rank.added())
 
 
-async def test_a_prefill_answer_tells_them_beside_its_lease(engine: Engine, rank: FakeRank) -> None:
-    says_spans(rank)
-    body = {"prompt": "hello", "max_tokens": 1, "kv_transfer_params": REMOTE_DECODE}
-    _, answer, _ = await engine.post("/v1/completions", body, **ASKED)
-    assert answer["kv_transfer_params"]["remote_request_id"]
-    assert by_process(answer["pdlaunch"])["rank-0"] == ["pull", "end"]
-
-
 async def test_a_stream_tells_them_before_its_end(engine: Engine, rank: FakeRank) -> None:
     says_spans(rank)
     engine.session.headers.update(ASKED)
@@ -78,14 +67,6 @@ async def test_a_stream_tells_them_before_its_end(engine: Engine, rank: FakeRank
     assert done == {"done": True}
     assert told["choices"] == []
     assert by_process(told["pdlaunch"])["rank-0"] == ["pull", "end"]
-
-
-async def test_a_stop_string_ends_it_with_what_came_before(engine: Engine, rank: FakeRank) -> None:
-    """The rank's own end comes too late: its pull does not."""
-    says_spans(rank)
-    engine.session.headers.update(ASKED)
-    *_, told, _ = await engine.stream(max_tokens=9, stop=["quick"])
-    assert "pull" in by_process(told["pdlaunch"])["rank-0"]
 
 
 async def test_several_choices_are_told_apart(engine: Engine, rank: FakeRank) -> None:
@@ -130,12 +111,3 @@ async def test_the_spans_of_an_aborted_request_can_be_asked_for_once(
     monkeypatch.setattr(engine_service, "WAIT_FOR_SPANS_S", 0.0)
     async with engine.session.get(path) as response:
         assert response.status == 404
-
-
-async def test_few_spans_are_kept() -> None:
-    kept, ended = UnsentSpans(), asyncio.Event()
-    ended.set()
-    for number in range(engine_service.MAX_KEPT_SPANS + 1):
-        kept.keep(HopId(str(number)), SpanLog(), ended)
-    assert len(kept._kept) == engine_service.MAX_KEPT_SPANS
-    assert await kept.take(HopId("1")) is not None

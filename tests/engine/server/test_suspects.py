@@ -6,9 +6,7 @@ from __future__ import annotations
 
 import pytest
 
-from pdlaunch.engine.lifecycle import NAN_LOGITS
 from pdlaunch.http.headers import ORIGIN_HEADER
-from pdlaunch.protocol.engine import RequestFinished
 from tests.engine.server.conftest import Engine
 from tests.engine.server.fake_rank import FakeRank
 
@@ -29,12 +27,3 @@ async def test_all_choices_have_the_origin_of_their_prompt(
     status, _, _ = await engine.post("/v1/completions", BODY, **headers)
     assert status == 200
     assert [(request.origin, request.is_suspect) for request in rank.added()] == [expected] * 2
-
-
-async def test_logits_that_are_nan_are_a_clear_error(engine: Engine, rank: FakeRank):
-    rank.script = lambda request: [
-        RequestFinished(request_id=request.request_id, reason="error", error=NAN_LOGITS)
-    ]
-    status, error = await engine.refusal(prompt="hello", max_tokens=1)
-    assert (status, error["code"]) == (500, "engine_error")
-    assert "NaN" in error["message"]

@@ -85,11 +85,6 @@ def test_a_prompt_of_whole_characters_changes_nothing(prompt, token_ids):
     assert "".join(run(stream(prompt=prompt), token_ids)) == alone
 
 
-def test_a_character_begun_by_the_prompt_is_finished():
-    snowman = byte_ids("☃")
-    assert "".join(run(stream(prompt=snowman[:1]), snowman[1:])) == "☃"
-
-
 def test_bytes_that_are_no_text_end_as_replacement_characters():
     assert "".join(run(stream(), byte_ids(b"a\xff\xfe"))) == "a��"
     assert "".join(run(stream(), byte_ids(b"\xe2\x98"))) == "�"
@@ -143,21 +138,6 @@ def test_nothing_is_held_back_without_need(text, stops):
         assert not held or any(stop.startswith(held) for stop in stops)
 
 
-@given(
-    small, st.lists(st.text(alphabet="ab", min_size=1, max_size=3), max_size=2), st.integers(0, 12)
-)
-def test_another_engine_goes_on_where_the_first_stopped(text, stops, count):
-    token_ids = byte_ids(text)
-    whole = run(stream(stop=stops), token_ids)
-    replayed = stream(stop=stops)
-    for token_id in token_ids[:count]:
-        if replayed.stop_string is not None:
-            return
-        replayed.push(token_id)
-    if replayed.stop_string is None:
-        assert run(replayed, token_ids[count:]) == whole[min(count, len(token_ids)) :]
-
-
 @pytest.mark.parametrize(("include_stop", "text"), [(False, "a"), (True, "a--")])
 def test_a_stop_string_is_shown_on_request(include_stop, text):
     text_stream = stream(stop=["--"], include_stop=include_stop)
@@ -168,10 +148,3 @@ def test_a_stop_string_is_shown_on_request(include_stop, text):
 def test_text_before_min_tokens_is_not_searched():
     text_stream = stream(stop=["a"], min_tokens=3)
     assert run(text_stream, byte_ids("aaab")) == ["a", "a", ""]
-
-
-def test_special_tokens_show_only_on_request():
-    tokens = [*byte_ids("a"), 1, *byte_ids("b")]
-    assert "".join(run(stream(), tokens)) == "ab"
-    shown = TextStream(BYTE_LEVEL, skip_special_tokens=False)
-    assert "".join(run(shown, tokens)) == "a<|im_start|>b"

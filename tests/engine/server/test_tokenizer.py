@@ -25,15 +25,6 @@ def test_bytes_of_other_vocabularies():
     assert BYTE_LEVEL.token_bytes(1) == b"<|im_start|>"
 
 
-def test_ids_beyond_the_tokenizer_give_no_text():
-    assert (
-        BYTE_LEVEL.decode(
-            [500, *BYTE_LEVEL.encode("a", add_special_tokens=False)], skip_special_tokens=True
-        )
-        == "a"
-    )
-
-
 def test_partial_characters_have_a_name():
     assert METASPACE.token_name(1) == " hello"
     assert METASPACE.token_name(5 + 0xE2) == "bytes:\\xe2"
