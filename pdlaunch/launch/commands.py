@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import msgspec
 
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.actions import Action, Note, SendAnswer
-from pdlaunch.launch.changes import EngineChange, PresentEngine
-from pdlaunch.launch.state import Desired, LaunchedEngine, Observed, RunningChange
+from pdlaunch.launch.state import Desired, EngineChange, LaunchedEngine, Observed, RunningChange
 from pdlaunch.launch.status import LaunchPhase
 from pdlaunch.protocol.changes import Answered, ChangeEngines, SetDrained
 from pdlaunch.protocol.control import Restart, Restarting
 
-PlanChange = Callable[[ChangeEngines, Sequence[PresentEngine]], EngineChange]
-"""Plans a change of the engines that there are. Raises ConfigError with the reason why not."""
+PlanChange = Callable[[ChangeEngines, Collection[str], Collection[str]], EngineChange]
+"""Is ``EnginePlaces.plan``."""
 Command = Restart | SetDrained | ChangeEngines
 
 
@@ -135,7 +134,9 @@ def _judge(
             return None
         command = msgspec.structs.replace(command, turn=engine.name)
     try:
-        change = plan(command, present_engines(wanted, seen))
+        serving = {engine.name for engine in seen.serving(wanted)}
+        drained = {name for name, goal in wanted.engines.items() if goal.withheld == "draining"}
+        change = plan(command, serving, drained)
     except PdlaunchError as error:
         fix = getattr(error, "fix", None)
         answer.error = f"{error}{f'; fix: {fix}' if fix else ''}"
@@ -164,18 +165,3 @@ def _somebody_serves(change: EngineChange, serving: Sequence[LaunchedEngine]) ->
     """Return whether requests can be served while the change is made."""
     stays = {engine.name for engine in serving}.difference(change.stops)
     return bool(stays) or bool(change.starts and not change.stops_first)
-
-
-def present_engines(wanted: Desired, seen: Observed) -> list[PresentEngine]:
-    """Return what the plan of a change needs to know of the engines that there are."""
-    serving = {engine.name for engine in seen.serving(wanted)}
-    return [
-        PresentEngine(
-            (engine.role, int(engine.name.rpartition("-")[2])),
-            engine.server.spec.host,
-            tuple(device for process in engine.processes for device in process.spec.devices),
-            serves=engine.name in serving,
-            is_drained=wanted.engines[engine.name].withheld == "draining",
-        )
-        for engine in seen.engines.values()
-    ]

@@ -28,7 +28,7 @@ from pdlaunch.launch.hosts.group import HostGroup
 from pdlaunch.launch.hosts.host import Host
 from pdlaunch.launch.hosts.joined import joined_host
 from pdlaunch.launch.hosts.local import LocalHost
-from pdlaunch.launch.places import Places
+from pdlaunch.launch.places import EnginePlaces
 from pdlaunch.launch.state import Timing
 from pdlaunch.launch.status import Observer
 from pdlaunch.launch.supervisor import Supervisor, drive
@@ -123,7 +123,7 @@ def launch(
         )
 
         here = resolved.hosts[0].name
-        places = Places(resolved, kind, bootstraps, {here, *joined})
+        places = EnginePlaces(resolved, kind, bootstraps, {here, *joined})
         hear = partial(_hear, config, places, observer)
         return supervise(
             plan_processes(resolved),
@@ -142,7 +142,9 @@ def launch(
         )
 
 
-def _hear(config: LaunchConfig, places: Places, observer: Observer, news: Joined | Lost) -> None:
+def _hear(
+    config: LaunchConfig, places: EnginePlaces, observer: Observer, news: Joined | Lost
+) -> None:
     """Take in that a host has joined again, or is lost, and tell people."""
     match news:
         case Joined(join=join):
@@ -161,7 +163,7 @@ def supervise(
     kind: EngineKind,
     control: zmq.Socket[bytes],
     bootstraps: Bootstraps,
-    places: Places,
+    places: EnginePlaces,
     observer: Observer,
     timing: Timing,
     log_dir: Path,

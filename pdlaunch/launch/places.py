@@ -1,37 +1,50 @@
-"""Keeps where the engines of a launch run, and finds room for those whose host is lost: on that
-host once it is back, else on another one.
+"""Knows where the engines of a launch run: plans changes of them, and moves them off lost hosts.
 
-Nothing is moved while its host is there, and engines whose ranks are on several hosts wait for
-theirs.
+A change is resolved and judged as a launch is at its start. Engines that stay are left as they run.
+An engine of a lost host is started there once the host is back, else on another one with room.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import msgspec
 
 from pdlaunch.checks.probed import Probes
+from pdlaunch.checks.rule import Finding
 from pdlaunch.checks.run import run_checks
+from pdlaunch.config.roles import PAIR, Role
+from pdlaunch.errors import ConfigError
 from pdlaunch.launch.bootstraps import Bootstraps
-from pdlaunch.launch.changes import ChangePlanner, EngineChange, PresentEngine
 from pdlaunch.launch.engines.kind import EngineKind
-from pdlaunch.launch.state import Instance, Unit
-from pdlaunch.planning.hosts import EnginePlace, ResolvedHost
+from pdlaunch.launch.engines.plan import kind_of
+from pdlaunch.launch.state import EngineChange, Unit
+from pdlaunch.planning.hosts import EnginePlace, Places, ResolvedHost
+from pdlaunch.planning.models import Model, read_models
 from pdlaunch.planning.plan import ProcessSpec
-from pdlaunch.planning.resolve import ResolvedLaunch
+from pdlaunch.planning.resolve import ResolvedLaunch, with_replicas
 from pdlaunch.planning.role_engines import RoleEngines
 from pdlaunch.planning.roles import PlacedEngine
 from pdlaunch.protocol.changes import ChangeEngines
 
+MAX_REPLICAS = 1024
+
+Key = tuple[Role, int]
+"""Role and index of an engine."""
+Busy = Mapping[tuple[str, int], str]
+"""The engine that has a GPU, by host and the GPU's number on that machine."""
 _OF_MEMORY = frozenset(("PD207", "PD210", "PD212"))
 """Rules on memory, of all engines that might be moved together; each is judged by its devices."""
+_MAY_DIFFER = frozenset(
+    ("environment", "devices", "num_threads", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+)
+"""What may be planned anew for an engine that runs: it keeps its devices and threads."""
 
 
-class Places:
-    """Knows the hosts that are there, and where each engine is placed.
+class EnginePlaces:
+    """Keeps the hosts that are there, and the launch as its engines are placed now.
 
     ``present``: names of hosts that are there, the supervisor's own among them.
     """
@@ -56,6 +69,8 @@ class Places:
         self._readdressed: set[str] = set()
         """Hosts that are back at another address than their processes were planned for."""
 
+    # Hosts that come and go
+
     def joined(self, host: ResolvedHost) -> None:
         """Note that a host is back, perhaps at another address."""
         self._present.add(host.name)
@@ -74,19 +89,77 @@ class Places:
             # Another machine of the name may be cut off, too.
             self._ended_by[name] = max(ended_by, self._ended_by.get(name, 0.0))
 
-    def plan(self, wanted: ChangeEngines, engines: Sequence[PresentEngine]) -> EngineChange:
-        """Plan a change of the engines. Raises ConfigError with the reason why it cannot be."""
-        now = self._clock()
-        taken = {name for name, until in self._names_taken_until.items() if now < until}
-        planner = ChangePlanner(self._resolved, self._kind, self._present, engines, taken)
-        return planner.plan(wanted)
+    def find(self, unit: Unit, units: Sequence[Unit]) -> bool:
+        """Return whether a unit, whose processes have ended, can be started; perhaps elsewhere."""
+        host = unit.processes[0].spec.host
+        # An agent may be alive, and cut off: no engine runs twice.
+        if self._clock() < self._ended_by.get(host, 0.0):
+            return False
+        own = [p for other in units if other.engine == unit.engine for p in other.processes]
+        if host in self._present:
+            if unit.engine and host in self._readdressed:
+                specs = self._specs(self._placed(unit.engine))
+                for process in unit.processes:
+                    environment = specs[process.name].environment
+                    process.spec = msgspec.structs.replace(process.spec, environment=environment)
+            return True
+        # The server and the ranks of an engine are units of their own, and move together.
+        if not unit.engine or any(p.alive or p.spec.host != host for p in own):
+            return False
+        moved = self._move(unit.engine, host)
+        if moved is None:
+            return False
+        specs = self._specs(moved)
+        for process in own:
+            process.spec = specs[process.name]
+        return True
+
+    def _placed(self, name: str) -> PlacedEngine:
+        return next(engine for engine in self._resolved.engines if engine.name == name)
+
+    def _specs(self, engine: PlacedEngine) -> dict[str, ProcessSpec]:
+        return {spec.name: spec for spec in self._kind.processes(engine)}
+
+    def _move(self, name: str, lost: str) -> PlacedEngine | None:
+        """Place an engine on a host with room; hosts of the same domain come first."""
+        key, domain = _key(self._placed(name)), self._resolved.host(lost).domain
+        busy = self._busy({key})
+        for host in sorted(self._candidates(key[0]), key=lambda host: host.domain != domain):
+            moved = self._with(key, EnginePlace(host.name))
+            engines = moved.placed.by_host[host.name][key[0]]
+            devices = _free_devices(engines, host.name, busy)
+            others = (e for e in moved.engines if e.host.name == host.name and e.name != name)
+            num_ranks = sum(e.engines.tp_size for e in others if e.engines.device == "cpu")
+            is_full = num_ranks + engines.tp_size > len(host.machine.cpus)
+            if devices is None or (engines.device == "cpu" and is_full):
+                continue
+            if self._may_move(lost, host):
+                self._resolved = self._with(key, EnginePlace(host.name, devices or None))
+                self._bootstraps.adopt(self._resolved, self._placed(name))
+                return self._placed(name)
+        return None
+
+    def _with(self, key: Key, place: EnginePlace) -> ResolvedLaunch:
+        return self._resolved.with_places({**self._resolved.places, key: place})
+
+    def _may_move(self, lost: str, host: ResolvedHost) -> bool:
+        """Return whether rules find nothing new where all engines of a lost host are on this one.
+
+        Those that find no room there are judged when they are moved themselves.
+        """
+        there = [_key(engine) for engine in self._resolved.engines if engine.host.name == lost]
+        places = {**self._resolved.places, **dict.fromkeys(there, EnginePlace(host.name))}
+        new = self._new_findings(self._resolved.with_places(places))
+        return not any(each.severity == "error" and each.rule not in _OF_MEMORY for each in new)
+
+    # Changes
 
     def begin(self, change: EngineChange) -> list[ProcessSpec]:
         """Add the new engines of a change; return their processes. Those that stop are there until
         ``forget``.
         """
-        new = {(one.engines.role, one.index) for one in change.starts}
-        places = {key: shares for key, shares in change.resolved.places.items() if key in new}
+        new = {_key(engine) for engine in change.starts}
+        places = {key: place for key, place in change.resolved.places.items() if key in new}
         self._resolved = self._resolved.with_engines({**self._resolved.places, **places})
         for engine in change.starts:
             self._bootstraps.adopt(self._resolved, engine)
@@ -99,100 +172,249 @@ class Places:
         gone = self._placed(engine)
         self._names_taken_until[engine] = self._ended_by.get(gone.host.name, 0.0)
         left = dict(self._resolved.places)
-        del left[gone.engines.role, gone.index]
+        del left[_key(gone)]
         self._resolved = self._resolved.with_engines(left)
         self._bootstraps.forget(engine)
         self._bootstraps.adopt(self._resolved)
 
-    def find(self, unit: Unit, units: Sequence[Unit]) -> bool:
-        """Return whether a unit, whose processes have ended, can be started; perhaps elsewhere."""
-        hosts = {process.spec.host for process in unit.processes}
-        # An agent may be alive, and cut off: no engine runs twice.
-        if any(self._clock() < self._ended_by.get(name, 0.0) for name in hosts):
-            return False
-        if hosts <= self._present:
-            if unit.engine and hosts & self._readdressed:
-                self._readdress(unit)
-            return True
-        own = [p for other in units if other.engine == unit.engine for p in other.processes]
-        # The server and the ranks of an engine are units of their own.
-        is_whole = unit.engine and {process.spec.host for process in own} == hosts
-        if not is_whole or len(hosts) > 1 or any(process.alive for process in own):
-            return False
-        others = [p for other in units if other.engine != unit.engine for p in other.processes]
-        moved = self._move(unit.engine, hosts.pop(), _taken(others))
-        if moved is None:
-            return False
-        specs = {spec.name: spec for spec in self._kind.processes(moved)}
-        for process in own:
-            process.spec = specs[process.name]
-        return True
+    def plan(
+        self, wanted: ChangeEngines, serving: Collection[str], drained: Collection[str]
+    ) -> EngineChange:
+        """Plan a change, without engines to start or stop where there is nothing to do.
 
-    def _placed(self, name: str) -> PlacedEngine:
-        return next(engine for engine in self._resolved.engines if engine.name == name)
-
-    def _readdress(self, unit: Unit) -> None:
-        """Have the processes of an engine started with the addresses of today."""
-        specs = {spec.name: spec for spec in self._kind.processes(self._placed(unit.engine))}
-        for process in unit.processes:
-            environment = specs[process.name].environment
-            process.spec = msgspec.structs.replace(process.spec, environment=environment)
-
-    def _move(self, name: str, lost: str, taken: Mapping[str, Counter[str]]) -> PlacedEngine | None:
-        """Place an engine on a host with room; hosts of the same domain come first."""
-        engine, domain = self._placed(name), self._resolved.host(lost).domain
-        key = (engine.engines.role, engine.index)
-        candidates = [
-            host
-            for host in self._resolved.hosts
-            if key[0] in host.roles and host.name in self._present
-        ]
-        for host in sorted(candidates, key=lambda host: host.domain != domain):
-            places = {**self._resolved.places, key: EnginePlace(host.name)}
-            moved = self._resolved.with_places(places)
-            placed = next(one for one in moved.engines if one.name == name)
-            devices = _free_devices(placed.engines, taken[host.name])
-            if devices is None or not self._may_move(lost, host):
-                continue
-            place = EnginePlace(host.name, devices or None)
-            self._resolved = moved.with_places({**moved.places, key: place})
-            self._bootstraps.adopt(self._resolved, self._placed(name))
-            return self._placed(name)
-        return None
-
-    def _may_move(self, lost: str, host: ResolvedHost) -> bool:
-        """Return whether rules find nothing new where all engines of a lost host are on this one.
-
-        Those that find no room there are judged when they are moved themselves.
+        ``serving``, ``drained``: names of engines. Raises ConfigError with the reason why it cannot
+        be.
         """
-        places = {
-            (engine.engines.role, engine.index): EnginePlace(host.name)
+        starts: list[Key] = []
+        stops: list[PlacedEngine] = []
+        if wanted.turn:
+            # The engine is planned anew under another role, on the devices that it has.
+            engine = self._placed(wanted.turn)
+            if wanted.role is not None and wanted.role != engine.engines.role:
+                starts, stops = list(self._new_keys(wanted.role, 1)), [engine]
+        for role, number in wanted.replicas.items():
+            if not 0 <= number <= MAX_REPLICAS:
+                raise ConfigError(
+                    f"{role}={number} is no number of engines",
+                    field=f"{role}.replicas",
+                    value=number,
+                    fix=f"write a number from 0 to {MAX_REPLICAS}",
+                )
+            engines = [e for e in self._resolved.engines if e.engines.role == role]
+            starts += self._new_keys(role, number - len(engines))
+            # Those that do not serve go first, then drained ones, then the highest numbers.
+            engines.sort(key=lambda e: (e.name in serving, e.name in drained, -e.index))
+            stops += engines[: max(0, len(engines) - number)]
+        if not starts and not stops:
+            return EngineChange(self._resolved, (), (), stops_first=False)
+        return self._change(starts, stops, stops_first=bool(wanted.turn))
+
+    def _new_keys(self, role: Role, number: int) -> Iterator[Key]:
+        """Yield the lowest free numbers of the role."""
+        now, index = self._clock(), 0
+        while number > 0:
+            is_taken = now < self._names_taken_until.get(f"{role}-{index}", 0.0)
+            if (role, index) not in self._resolved.places and not is_taken:
+                yield role, index
+                number -= 1
+            index += 1
+
+    def _change(
+        self, starts: Sequence[Key], stops: Sequence[PlacedEngine], *, stops_first: bool
+    ) -> EngineChange:
+        gone = {_key(engine) for engine in stops}
+        places = self._resolved.places
+        kept = {key: place for key, place in places.items() if key not in gone}
+        models = self._models({role for role, _ in starts})
+        busy, free_then = self._busy(()), self._busy(gone)
+        placed = None if stops_first else self._place(starts, kept, models, busy)
+        if placed is not None and stops:
+            # Old and new engines share the machine for a while.
+            together = self._resolved.with_engines({**places, **placed}, models)
+            stops_first = any(each.severity == "error" for each in self._new_findings(together))
+        if placed is None or stops_first:
+            stops_first = bool(stops)
+            homes = {engine.host.name for engine in stops}
+            own = busy.keys() - free_then.keys()
+            placed = self._place(starts, kept, models, free_then, own, homes)
+        if placed is None:
+            raise self._no_room(starts, free_then)
+        resolved = self._resolved.with_engines({**kept, **placed}, models)
+        warnings = self._judge(resolved)
+        self._require_as_they_run(resolved, kept)
+        return EngineChange(
+            resolved,
+            tuple(engine for engine in resolved.engines if _key(engine) in placed),
+            tuple(engine.name for engine in stops),
+            stops_first=stops_first,
+            notes=tuple(f"{each.rule} {each.where}: {each.message}" for each in warnings),
+        )
+
+    def _models(self, new: Collection[Role]) -> dict[Role, Model]:
+        """Return the models of all roles; those of running engines are not read again."""
+        known = {role: engines.model for role, engines in self._resolved.roles.items()}
+        if known.keys() >= set(new):
+            return known
+        return read_models(with_replicas(self._resolved.config, dict.fromkeys(new, 1))) | known
+
+    def _busy(self, gone: Collection[Key]) -> dict[tuple[str, int], str]:
+        """Return who has the GPUs once some engines are gone."""
+        return {
+            (engine.host.name, engine.engines.gpus[device].index): engine.name
             for engine in self._resolved.engines
-            if engine.host.name == lost
+            if _key(engine) not in gone
+            for device in engine.device_indices
+            # A host that is back may have fewer than it had.
+            if device < len(engine.engines.gpus)
         }
-        moved = self._resolved.with_places({**self._resolved.places, **places})
-        return self._errors(moved) <= self._errors(self._resolved)
 
-    def _errors(self, launch: ResolvedLaunch) -> set[str]:
-        rules = [rule for rule in self._kind.rules() if rule.code not in _OF_MEMORY]
-        return {error.rule for error in run_checks(launch, {}, Probes(), rules=rules).errors}
+    def _place(
+        self,
+        starts: Sequence[Key],
+        kept: Places,
+        models: Mapping[Role, Model],
+        busy: Busy,
+        preferred: Collection[tuple[str, int]] = (),
+        homes: Collection[str] = (),
+    ) -> dict[Key, EnginePlace] | None:
+        """Return hosts and devices for new engines; None: there is no room for one of them.
+
+        ``preferred``, ``homes``: GPUs and hosts that come first.
+        """
+        placed: dict[Key, EnginePlace] = {}
+        taken = dict(busy)
+        for key in starts:
+            for host in self._hosts(key[0], {**kept, **placed}, homes):
+                place = EnginePlace(host.name)
+                tried = self._resolved.with_engines({**kept, **placed, key: place}, models)
+                engines = tried.placed.by_host[host.name][key[0]]
+                devices = _free_devices(engines, host.name, taken, preferred)
+                if devices is None:
+                    continue
+                placed[key] = EnginePlace(host.name, devices or None)
+                for device in devices:
+                    taken[host.name, engines.gpus[device].index] = f"{key[0]}-{key[1]}"
+                break
+            else:
+                return None
+        return placed
+
+    def _candidates(self, role: Role) -> list[ResolvedHost]:
+        hosts = self._resolved.hosts
+        return [host for host in hosts if role in host.roles and host.name in self._present]
+
+    def _hosts(self, role: Role, places: Places, homes: Collection[str] = ()) -> list[ResolvedHost]:
+        """Return the hosts that may take an engine, the best first: its ``homes``, then the least
+        crowded of those near its peers.
+        """
+        peers = [
+            self._resolved.host(place.host)
+            for (other, _), place in places.items()
+            if role in PAIR and other in PAIR and other != role
+        ]
+        near, domains = {host.name for host in peers}, {host.domain for host in peers}
+        num_engines = Counter(place.host for place in places.values())
+        return sorted(
+            self._candidates(role),
+            key=lambda host: (
+                host.name not in homes,
+                bool(host.machine.cpus) and num_engines[host.name] >= len(host.machine.cpus),
+                host.domain not in domains,
+                host.name not in near,
+            ),
+        )
+
+    def _no_room(self, starts: Sequence[Key], busy: Busy) -> ConfigError:
+        role = starts[0][0]
+        size = self._resolved.config.engine_settings(role).tensor_parallel_size
+        words = []
+        for host in self._hosts(role, self._resolved.places):
+            gpus = [(gpu.index, busy.get((host.name, gpu.index))) for gpu in host.machine.gpus]
+            owners = "".join(f", GPU {index} of {owner}" for index, owner in gpus if owner)
+            words.append(f"{host.name} has {len(gpus)}{owners}")
+        names = ", ".join(f"{each}-{index}" for each, index in starts)
+        return ConfigError(
+            f"there is no room for {names}: an engine needs {size} free "
+            f"{'GPU' if size == 1 else 'GPUs'} of one host, and "
+            f"{'; '.join(words) or f'no host takes {role} engines'}",
+            field=f"{role}.replicas",
+            fix="stop an engine of another role in the same command, or free GPUs",
+        )
+
+    def _judge(self, resolved: ResolvedLaunch) -> list[Finding]:
+        """Return the new warnings; raise ConfigError for what keeps the launch from being so."""
+        if not resolved.engines:
+            raise ConfigError(
+                "no engine would be left",
+                field="prefill.replicas",
+                value=0,
+                fix="keep prefill and decode engines, or engines of both roles; Ctrl-C at "
+                "`pdlaunch serve` ends the launch",
+            )
+        resolved.require_startable()
+        if kind_of(resolved).name != self._kind.name:
+            raise ConfigError("the new engines are of another kind", field="engine")
+        for engine in resolved.engines:
+            if engine.engines.model.pending:
+                raise ConfigError(
+                    f"the model of {engine.name} is not ready: {engine.engines.model.pending}",
+                    field=f"{engine.engines.role}.model",
+                    value=engine.engines.model.name,
+                    fix="convert or download it with `pdlaunch serve` first",
+                )
+        found = self._new_findings(resolved)
+        errors = [finding for finding in found if finding.severity == "error"]
+        if errors:
+            first = errors[0]
+            others = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+            raise ConfigError(
+                f"{first.rule} {first.where}: {first.message}{others}",
+                fix=f"{first.fix} `pdlaunch explain {first.rule}` says more.",
+            )
+        return [finding for finding in found if finding.severity == "warning"]
+
+    def _new_findings(self, resolved: ResolvedLaunch) -> list[Finding]:
+        """Return what rules find in a launch that they do not find in the present one."""
+        before, after = (
+            run_checks(launch, {}, Probes(), rules=self._kind.rules()).findings
+            for launch in (self._resolved, resolved)
+        )
+        known = {finding.rule for finding in before}
+        return [finding for finding in after if finding.rule not in known]
+
+    def _require_as_they_run(self, resolved: ResolvedLaunch, kept: Places) -> None:
+        """Raise ConfigError where an engine that stays would have to be started anew."""
+        before = {_key(engine): engine for engine in self._resolved.engines}
+        for engine in (engine for engine in resolved.engines if _key(engine) in kept):
+            old, new = (self._as_started(each) for each in (before[_key(engine)], engine))
+            if old != new:
+                names = ", ".join(sorted(name for name in new if new[name] != old.get(name)))
+                raise ConfigError(
+                    f"{engine.name} would have to run with other values of {names}, and it is not "
+                    "started anew",
+                    field=f"{engine.engines.role}.replicas",
+                    fix="start the launch with these engines",
+                )
+
+    def _as_started(self, engine: PlacedEngine) -> dict[str, object]:
+        return {
+            f"{process.name}: {name}": value
+            for process in self._kind.processes(engine)
+            for name, value in (msgspec.structs.asdict(process) | process.environment).items()
+            if name not in _MAY_DIFFER
+        }
 
 
-def _taken(processes: Iterable[Instance]) -> Mapping[str, Counter[str]]:
-    """Count the ranks on each device of each host."""
-    taken: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    for process in processes:
-        spec = process.spec
-        # The server of an engine of another kind has the devices of all its ranks.
-        num_ranks = spec.tp_size if spec.devices == ("cpu",) and spec.kind == "server" else 1
-        taken[spec.host].update(spec.devices * num_ranks)
-    return taken
+def _key(engine: PlacedEngine) -> Key:
+    return engine.engines.role, engine.index
 
 
-def _free_devices(engines: RoleEngines, taken: Counter[str]) -> tuple[int, ...] | None:
+def _free_devices(
+    engines: RoleEngines, host: str, busy: Busy, preferred: Collection[tuple[str, int]] = ()
+) -> tuple[int, ...] | None:
     """Return devices for the ranks of one engine; None: there is no room. Empty on a CPU."""
     if engines.device == "cpu":
-        there = len(engines.machine.cpus)
-        return () if taken["cpu"] + engines.tp_size <= there else None
-    free = [index for index in range(len(engines.gpus)) if not taken[f"cuda:{index}"]]
+        return ()
+    free = [place for place, gpu in enumerate(engines.gpus) if (host, gpu.index) not in busy]
+    free.sort(key=lambda place: (host, engines.gpus[place].index) not in preferred)
     return tuple(free[: engines.tp_size]) if len(free) >= engines.tp_size else None

@@ -5,19 +5,21 @@ Commands change the first, events the second, and ``reconcile`` compares the two
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from pdlaunch.config.hosts import on_host
-from pdlaunch.config.roles import Role
+from pdlaunch.config.roles import ROLES, Role
 from pdlaunch.launch.bootstraps import HEARTBEATS
-from pdlaunch.launch.changes import EngineChange
 from pdlaunch.launch.failure import Failure
 from pdlaunch.launch.pairs import Pairs
 from pdlaunch.launch.status import LaunchPhase, LaunchStatus, ProcessState, ProcessStatus
 from pdlaunch.planning.plan import Plan, ProcessSpec
-from pdlaunch.protocol.changes import Withheld
+from pdlaunch.planning.resolve import ResolvedLaunch
+from pdlaunch.planning.roles import PlacedEngine
+from pdlaunch.protocol.changes import PlannedChange, PlannedEngine, Withheld
 from pdlaunch.protocol.control import EndReason, Progress, Register
 
 ALIVE = (
@@ -237,6 +239,40 @@ class Goal:
     """Its processes are to be replaced."""
     drain_s: float = 0.0
     """Time that running requests get before it stops."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineChange:
+    """Holds a change of the engines that has been judged and can be begun."""
+
+    resolved: ResolvedLaunch
+    """The launch once it is done."""
+    starts: tuple[PlacedEngine, ...]
+    stops: tuple[str, ...]
+    stops_first: bool
+    """The new engines need what the old ones have."""
+    notes: tuple[str, ...] = ()
+    """Warnings of ``check-config`` that the launch did not have before."""
+
+    def planned(self, drain_s: float) -> PlannedChange:
+        """Return what people are told of it."""
+        replicas = Counter(engine.engines.role for engine in self.resolved.engines)
+        return PlannedChange(
+            replicas={role: replicas[role] for role in ROLES},
+            starts=[
+                PlannedEngine(
+                    name=engine.name,
+                    role=engine.engines.role,
+                    host=engine.host.name,
+                    devices=[f"cuda:{each}" for each in engine.device_indices] or ["cpu"],
+                    num_threads=engine.engines.num_threads,
+                )
+                for engine in self.starts
+            ],
+            stops=list(self.stops),
+            stops_first=self.stops_first,
+            drain_s=drain_s,
+        )
 
 
 @dataclass(slots=True)

@@ -38,7 +38,7 @@ from pdlaunch.launch.failure import Failure
 from pdlaunch.launch.hosts.host import Host, MessageReceived
 from pdlaunch.launch.observe import fail, observe
 from pdlaunch.launch.pairs import Pairs
-from pdlaunch.launch.places import Places
+from pdlaunch.launch.places import EnginePlaces
 from pdlaunch.launch.reconcile import reconcile
 from pdlaunch.launch.registry import Views, next_registry
 from pdlaunch.launch.state import Desired, Goal, Observed, Timing, make_units
@@ -71,7 +71,7 @@ class Supervisor:
         kind: EngineKind,
         host: Host,
         bootstraps: Bootstraps,
-        places: Places,
+        places: EnginePlaces,
         observer: Observer,
         timing: Timing,
         clock: Callable[[], float],

@@ -12,7 +12,7 @@ from pdlaunch.config.roles import ROLES, Role
 from pdlaunch.launch.bootstraps import Bootstraps
 from pdlaunch.launch.engines.native import NativeEngine
 from pdlaunch.launch.engines.plan import plan_processes
-from pdlaunch.launch.places import Places
+from pdlaunch.launch.places import EnginePlaces
 from pdlaunch.launch.state import Timing
 from pdlaunch.machine.facts import Gpu, Machine
 from pdlaunch.planning.resolve import ResolvedLaunch, resolve
@@ -57,7 +57,7 @@ class Changing(World):
         super().__init__(
             plan_processes(resolved),
             Timing(startup_timeout_s=60, drain_s=30, stop_s=5),
-            Places(resolved, NativeEngine(), self.adopted, {"local"}),
+            EnginePlaces(resolved, NativeEngine(), self.adopted, {"local"}),
         )
         self.start().all_ready()
         self.answers: list[Answered] = []

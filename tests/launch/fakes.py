@@ -15,7 +15,7 @@ from pdlaunch.launch.engines.native import NativeEngine
 from pdlaunch.launch.events import Event, StopRequested
 from pdlaunch.launch.failure import Failure
 from pdlaunch.launch.hosts.host import MessageReceived, ProcessExited
-from pdlaunch.launch.places import Places
+from pdlaunch.launch.places import EnginePlaces
 from pdlaunch.launch.state import Timing, Unit
 from pdlaunch.launch.status import LaunchPhase, LaunchStatus
 from pdlaunch.launch.supervisor import Supervisor
@@ -153,7 +153,7 @@ class FakeBootstraps(Bootstraps):
         )
 
 
-class FakePlaces(Places):
+class FakePlaces(EnginePlaces):
     """Hosts on which there is room, or none; their engines cannot change."""
 
     def __init__(self) -> None:
@@ -183,7 +183,7 @@ class World:
     """Holds a supervisor and all that it sees; methods are what children and users do."""
 
     def __init__(
-        self, plan: Plan, timing: Timing | None = None, places: Places | None = None
+        self, plan: Plan, timing: Timing | None = None, places: EnginePlaces | None = None
     ) -> None:
         self.plan = plan
         self.clock = FakeClock()

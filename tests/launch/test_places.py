@@ -12,13 +12,11 @@ import pytest
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch import bootstraps
-from pdlaunch.launch.changes import PresentEngine
-from pdlaunch.launch.commands import present_engines
 from pdlaunch.launch.engines.native import NativeEngine
 from pdlaunch.launch.engines.plan import kind_of, plan_processes
 from pdlaunch.launch.pairs import Pairs
-from pdlaunch.launch.places import Places
-from pdlaunch.launch.state import Desired, Goal, Observed, Timing, Unit
+from pdlaunch.launch.places import EnginePlaces
+from pdlaunch.launch.state import Observed, Unit
 from pdlaunch.launch.status import ProcessState
 from pdlaunch.machine.facts import Gpu, Machine
 from pdlaunch.planning.hosts import ResolvedHost
@@ -66,10 +64,6 @@ def running(launch: ResolvedLaunch) -> Observed:
     return seen
 
 
-def present(seen: Observed) -> list[PresentEngine]:
-    return present_engines(Desired(Timing(), {name: Goal() for name in seen.engines}), seen)
-
-
 class Deployment:
     """A launch over hosts a, b and c whose processes all run."""
 
@@ -96,7 +90,7 @@ class Deployment:
         self.bootstraps = Bootstraps()
         self.now = 100.0
         names = {host.name for host in hosts}
-        self.places = Places(
+        self.places = EnginePlaces(
             self.launch, NativeEngine(), self.bootstraps, names, clock=lambda: self.now
         )
 
@@ -110,6 +104,10 @@ class Deployment:
     @property
     def units(self) -> list[Unit]:
         return self.seen.units
+
+    @property
+    def serving(self) -> set[str]:
+        return {name for name, engine in self.seen.engines.items() if engine.ready}
 
     def unit(self, name: str) -> Unit:
         return next(unit for unit in self.units if unit.name == name)
@@ -257,7 +255,7 @@ def test_nothing_moves_while_a_process_of_the_engine_lives() -> None:
 def plan(deployment: Deployment, **replicas: int) -> dict[str, str]:
     """Return the hosts of the engines that a change would start."""
     wanted = ChangeEngines(question=1, replicas=replicas)
-    change = deployment.places.plan(wanted, present(deployment.seen))
+    change = deployment.places.plan(wanted, deployment.serving, ())
     return {engine.name: engine.host.name for engine in change.starts}
 
 
@@ -287,7 +285,7 @@ def test_a_new_engine_gets_no_name_that_may_run_on_a_host_that_is_cut_off(tiny: 
     lost = deployment.unit("decode-0").processes[0].spec.host
     deployment.lose(lost, ended_by=deployment.now + 30)
     wanted = ChangeEngines(question=1, replicas={"decode": 1})
-    assert deployment.places.plan(wanted, present(deployment.seen)).stops == ("decode-0",)
+    assert deployment.places.plan(wanted, deployment.serving, ()).stops == ("decode-0",)
     deployment.places.forget("decode-0")
     deployment.seen.remove("decode-0")
     started = plan(deployment, decode=2)
@@ -302,7 +300,7 @@ def test_a_turned_engine_stays_on_its_host(machine: Machine, tiny: str) -> None:
     for engine in ("prefill-0", "prefill-1"):
         (before,) = (one for one in deployment.launch.engines if one.name == engine)
         wanted = ChangeEngines(question=1, turn=engine, role="decode")
-        change = deployment.places.plan(wanted, present(deployment.seen))
+        change = deployment.places.plan(wanted, deployment.serving, ())
         (turned,) = change.starts
         assert (turned.name, turned.host.name) == ("decode-1", before.host.name)
         assert turned.device_indices == before.device_indices
@@ -312,9 +310,9 @@ def test_engines_of_vllm_come_the_same_way(tiny: str) -> None:
     config = LaunchConfig.model_validate({"model": tiny, "engine": "vllm"})
     machine = replace(TWO_GPUS, gpus=tuple(Gpu(index) for index in range(3)))
     launch = resolve(config, {"local": machine}, {})
-    places = Places(launch, kind_of(launch), Bootstraps(), {"local"})
+    places = EnginePlaces(launch, kind_of(launch), Bootstraps(), {"local"})
     change = places.plan(
-        ChangeEngines(question=1, replicas={"decode": 2}), present(running(launch))
+        ChangeEngines(question=1, replicas={"decode": 2}), ("prefill-0", "decode-0"), ()
     )
     (sidecar,) = places.begin(change)
     assert (sidecar.name, sidecar.devices) == ("decode-1", ("cuda:2",))
