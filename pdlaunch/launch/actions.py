@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum, auto
 
 from pdlaunch.protocol.changes import Answered
 from pdlaunch.protocol.control import FromSupervisor, Restarting
@@ -17,19 +18,23 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class SendSignal:
+    """Signal a process and all that it has started."""
+
     process: str
     number: int
 
 
 @dataclass(frozen=True, slots=True)
 class SendMessage:
+    """Tell a process something now."""
+
     process: str
     message: FromSupervisor
 
 
 @dataclass(frozen=True, slots=True)
 class SendAnswer:
-    """Send an answer once all processes know what has changed."""
+    """Answer a command once all processes know what has changed."""
 
     process: str
     message: Answered | Restarting
@@ -67,22 +72,20 @@ class TellSuspects:
 
 
 @dataclass(frozen=True, slots=True)
-class Prepare:
-    """Work out what servers and ranks are given, now that all models are converted."""
-
-
-@dataclass(frozen=True, slots=True)
-class AddEngines:
-    """Begin the change that is wanted: take in the processes of its new engines."""
-
-
-@dataclass(frozen=True, slots=True)
 class ForgetEngine:
+    """Drop what is kept of an engine that is gone for good."""
+
     engine: str
 
 
-@dataclass(frozen=True, slots=True)
-class CloseListeners:
+class Chore(Enum):
+    """Is an action that says all by its name."""
+
+    PREPARE = auto()
+    """Work out what servers and ranks are given, now that all models are converted."""
+    ADD_ENGINES = auto()
+    """Take in the processes of the engines that the running change starts."""
+    CLOSE_LISTENERS = auto()
     """Refuse connections: no router will accept any more."""
 
 
@@ -95,8 +98,6 @@ Action = (
     | Show
     | Greet
     | TellSuspects
-    | Prepare
-    | AddEngines
     | ForgetEngine
-    | CloseListeners
+    | Chore
 )

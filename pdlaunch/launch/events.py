@@ -20,8 +20,6 @@ import zmq
 
 from pdlaunch.launch.hosts.host import Host, MessageReceived, ProcessExited
 
-STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
-
 
 @dataclass(frozen=True, slots=True)
 class StopRequested:
@@ -74,9 +72,9 @@ def causes_first(
 ) -> list[Event]:
     """Order what happened at once so that a cause comes before what it may have caused.
 
-    The first failure is reported as the root cause: a process that was killed comes before those
-    that died of it (a rank aborts when a peer of its group is gone), and both before those that
-    report an error or leave with an exit code.
+    The first failure is reported as the root cause. A process that was killed comes before those
+    that died of it, as a rank does when a peer of its group is gone, and both come before those
+    that report an error or leave with an exit code.
     """
     # Exit codes below 0 are signals. Of the killed, those that somebody else killed come first.
     killed = [gone for gone in exits if gone.returncode < 0]
@@ -139,10 +137,7 @@ class SignalInbox:
 
 
 def _wanted() -> list[int]:
-    """Return the stop signals by number, without a hangup that is ignored: ``nohup`` means it."""
-    numbers = [int(getattr(signal, name)) for name in STOP_SIGNALS]
-    return [
-        number
-        for number in numbers
-        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
-    ]
+    """Return the stop signals, without a hangup that is ignored: ``nohup`` means it."""
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        return [signal.SIGINT, signal.SIGTERM]
+    return [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]

@@ -192,7 +192,7 @@ def supervise(
             time.monotonic,
             close_listeners=lambda: _close(listeners),
         )
-        drive(supervisor, EventQueue(host, signals, lifeline), time.monotonic)
+        drive(supervisor, EventQueue(host, signals, lifeline).wait, time.monotonic)
         failure = supervisor.seen.failure
         log = (
             host.log_path(failure.process)
@@ -207,7 +207,7 @@ def supervise(
             report,
             supervisor.seen.was_ready,
             supervisor.wanted.stop_signal,
-            tuple(supervisor.survivors()),
+            tuple(process.name for process in supervisor.seen.processes() if process.alive),
         )
 
 

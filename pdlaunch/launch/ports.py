@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import psutil
@@ -36,10 +36,7 @@ def listening(host: str, port: int) -> Iterator[list[socket.socket]]:
 
 
 def check_engine_ports(resolved: ResolvedLaunch) -> None:
-    """Raise StartupError naming the setting when an engine's port on this host is not free.
-
-    Its server listens there later.
-    """
+    """Raise StartupError naming the setting when an engine's port on this host is not free."""
     here = resolved.hosts[0].name
     for address in (each for each in resolved.engine_addresses if each.on == here):
         port = address.port
@@ -58,14 +55,14 @@ def _listen(host: str, port: int) -> list[socket.socket]:
             found = socket.getaddrinfo(
                 host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
             )
-            return _listen_at({(family, address): None for family, _, _, _, address in found})
+            return _listen_at(dict.fromkeys((family, address) for family, *_, address in found))
         except (OSError, UnicodeError, ValueError) as error:
             if port or attempt == _ATTEMPTS:
                 raise StartupError(_explain(host, port, error)) from error
     raise AssertionError
 
 
-def _listen_at(addresses: dict[tuple[int, Any], None]) -> list[socket.socket]:
+def _listen_at(addresses: Iterable[tuple[int, Any]]) -> list[socket.socket]:
     """Listen as servers do.
 
     A port whose last connections are fading away is free, and IPv6 does not take IPv4's port.
@@ -77,7 +74,9 @@ def _listen_at(addresses: dict[tuple[int, Any], None]) -> list[socket.socket]:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
                 listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            listener.bind((address, port or _port_of(sockets), *rest))
+            # All addresses get the free port that the first one was given.
+            same = sockets[0].getsockname()[1] if sockets else 0
+            listener.bind((address, port or same, *rest))
             listener.setblocking(False)
             listener.listen(LISTEN_BACKLOG)
             sockets.append(listener)
@@ -85,15 +84,8 @@ def _listen_at(addresses: dict[tuple[int, Any], None]) -> list[socket.socket]:
         return sockets
 
 
-def _port_of(sockets: list[socket.socket]) -> int:
-    """Return the port that the first address was given; 0 while there is none."""
-    return int(sockets[0].getsockname()[1]) if sockets else 0
-
-
 def _explain(host: str, port: int, error: OSError | UnicodeError | ValueError) -> str:
-    """Say what is wrong with an address, who holds a busy port where that can be seen, and what to
-    do.
-    """
+    """Say what is wrong with an address, and what to do."""
     match why_not_listening(error).problem:
         case "busy":
             return (
@@ -113,22 +105,10 @@ def _explain(host: str, port: int, error: OSError | UnicodeError | ValueError) -
 
 
 def _holder(port: int) -> str:
-    """Return who holds a busy port; empty when the system does not say, as of other users'
-    processes.
-    """
-    try:
-        connections = psutil.net_connections(kind="tcp")
-    except (psutil.Error, OSError):
-        return ""
-    for connection in connections:
-        listens = (
-            connection.status == psutil.CONN_LISTEN
-            and connection.laddr
-            and connection.laddr.port == port
-        )
-        if listens and connection.pid:
-            try:
-                return f" (held by {psutil.Process(connection.pid).name()}, pid {connection.pid})"
-            except psutil.Error:
-                return f" (held by pid {connection.pid})"
+    """Return who holds a busy port, where the system says so."""
+    with contextlib.suppress(psutil.Error, OSError):
+        for each in psutil.net_connections(kind="tcp"):
+            listens = each.status == psutil.CONN_LISTEN and each.laddr and each.laddr.port == port
+            if listens and each.pid:
+                return f" (held by {psutil.Process(each.pid).name()}, pid {each.pid})"
     return ""

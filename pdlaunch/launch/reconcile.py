@@ -20,11 +20,9 @@ from collections.abc import Collection, Iterator, Sequence
 from pdlaunch.config.roles import ROLES, Role
 from pdlaunch.launch.actions import (
     Action,
-    AddEngines,
-    CloseListeners,
+    Chore,
     ForgetEngine,
     Note,
-    Prepare,
     SendAnswer,
     SendMessage,
     SendSignal,
@@ -92,7 +90,7 @@ def _start(wanted: Desired, seen: Observed, moment: Moment) -> Iterator[Action]:
     )
     if seen.phase is LaunchPhase.PREPARING and is_converted:
         seen.phase = LaunchPhase.STARTING
-        yield Prepare()
+        yield Chore.PREPARE
         return
     units = seen.units if seen.phase is LaunchPhase.STARTING else seen.conversions
     for unit in units:
@@ -385,7 +383,7 @@ def _advance(
         change.deadline_at = moment.now + wanted.timing.startup_timeout_s
         for name in starts:
             wanted.engines[name] = Goal(withheld="joining")
-        yield AddEngines()
+        yield Chore.ADD_ENGINES
 
 
 def _join(
@@ -446,7 +444,7 @@ def _end(wanted: Desired, seen: Observed, moment: Moment) -> Iterator[Action]:
     if seen.listens and not waits:
         # No other router follows: who connects now is refused instead of left waiting.
         seen.listens = False
-        yield CloseListeners()
+        yield Chore.CLOSE_LISTENERS
 
 
 def _is_over(seen: Observed, moment: Moment) -> bool:

@@ -9,19 +9,16 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import msgspec
 
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.actions import (
     Action,
-    AddEngines,
-    CloseListeners,
+    Chore,
     ForgetEngine,
     Greet,
     Note,
-    Prepare,
     SendAnswer,
     SendMessage,
     SendSignal,
@@ -42,7 +39,7 @@ from pdlaunch.launch.places import EnginePlaces
 from pdlaunch.launch.reconcile import reconcile
 from pdlaunch.launch.registry import Views, next_registry
 from pdlaunch.launch.state import Desired, Goal, Observed, Timing, make_units
-from pdlaunch.launch.status import LaunchPhase, LaunchStatus, Observer, ProcessState
+from pdlaunch.launch.status import LaunchPhase, Observer, ProcessState
 from pdlaunch.planning.plan import Plan
 from pdlaunch.protocol.changes import AwaitIdle
 from pdlaunch.protocol.control import Alive, Happened, Registry, Suspects
@@ -101,13 +98,6 @@ class Supervisor:
     @property
     def done(self) -> bool:
         return self.seen.phase is LaunchPhase.STOPPED
-
-    def survivors(self) -> list[str]:
-        """Return the processes that outlived SIGKILL; there are none unless the kernel is stuck."""
-        return [process.name for process in self.seen.processes() if process.alive]
-
-    def status(self) -> LaunchStatus:
-        return self.seen.status()
 
     def next_tick_at(self) -> float:
         """Return the instant at which ``tick`` is due without another event."""
@@ -209,9 +199,9 @@ class Supervisor:
                     )
                     for router in self.seen.routers():
                         self._host.send(router.name, suspects)
-            case Prepare():
+            case Chore.PREPARE:
                 self._prepare()
-            case AddEngines():
+            case Chore.ADD_ENGINES:
                 assert self.wanted.change is not None
                 self.seen.add(self._places.begin(self.wanted.change.plan))
                 self._choose_peers()
@@ -219,7 +209,7 @@ class Supervisor:
                 self._places.forget(engine)
                 self._host.forget(engine)
                 self._choose_peers()
-            case CloseListeners():
+            case Chore.CLOSE_LISTENERS:
                 self._close_listeners()
 
     def _prepare(self) -> None:
@@ -276,20 +266,20 @@ class Supervisor:
                 self._host.send(router.name, happened)
 
 
-class EventSource(Protocol):
-    """Waits for events of a launch."""
+def drive(
+    supervisor: Supervisor,
+    wait: Callable[[float], Sequence[Event]],
+    clock: Callable[[], float],
+) -> None:
+    """Drive a launch to its end: wait for events, take them in, do what is due.
 
-    def wait(self, timeout_s: float) -> Sequence[Event]:
-        """Return what has happened, at the latest after ``timeout_s``; perhaps nothing."""
-
-
-def drive(supervisor: Supervisor, events: EventSource, clock: Callable[[], float]) -> None:
-    """Drive a launch to its end: wait for events, take them in, do what is due."""
+    ``wait`` returns what has happened, at the latest after so many seconds; perhaps nothing.
+    """
     supervisor.tick()
     while not supervisor.done:
         # A minute at most: nothing is due for longer only where nothing is watched.
         timeout_s = min(60.0, max(0.0, supervisor.next_tick_at() - clock()))
-        for event in events.wait(timeout_s):
+        for event in wait(timeout_s):
             supervisor.handle(event)
         if clock() >= supervisor.next_tick_at():
             supervisor.tick()

@@ -287,7 +287,7 @@ def measure(num_engines: int, rest_s: float) -> tuple[dict[str, Cost], int]:
             time.monotonic,
             close_listeners=listener.close,
         )
-        drive(supervisor, script, time.monotonic)
+        drive(supervisor, script.wait, time.monotonic)
         if (failure := supervisor.seen.failure) is not None:
             raise RuntimeError("\n".join(failure.report(run_dir / "router.log")))
         num_pairs = 0 if script.status is None else len(script.status.pairs)

@@ -102,5 +102,5 @@ class Changing(World):
     @property
     def engines(self) -> set[str]:
         """The engines of which the status shows a process."""
-        processes = self.supervisor.status().processes
+        processes = self.supervisor.seen.status().processes
         return {p.name.partition("/")[0] for p in processes} - {"router"}

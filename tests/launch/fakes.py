@@ -306,7 +306,7 @@ class World:
         return {name for name, message in self.host.sent if isinstance(message, Drain)}
 
     def state(self, name: str) -> str:
-        return next(p.state for p in self.supervisor.status().processes if p.name == name)
+        return next(p.state for p in self.supervisor.seen.status().processes if p.name == name)
 
 
 def pair_ready(local: str, peer: str, peer_incarnation: int) -> PairReady:

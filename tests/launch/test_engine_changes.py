@@ -77,8 +77,8 @@ def test_an_engine_that_goes_finishes_and_leaves_nothing(tmp_path: Path) -> None
         "decode-0",
     }
     assert world.adopted.gone == world.host.forgotten == ["prefill-1"]
-    assert world.supervisor.status().num_missing_pairs == 0
-    assert len(world.supervisor.status().pairs) == 1
+    assert world.supervisor.seen.status().num_missing_pairs == 0
+    assert len(world.supervisor.seen.status().pairs) == 1
 
 
 def test_what_still_runs_after_the_limit_is_not_waited_for(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_pairs_make_room_for_engines_of_both_roles_and_come_back(tmp_path: Path)
         world.leave(engine)
     assert world.given_work() == {"both-0", "both-1"}
     assert world.answered() == Answered(question=7)
-    assert world.supervisor.status().num_missing_pairs == 0
+    assert world.supervisor.seen.status().num_missing_pairs == 0
     world.change(prefill=1, decode=1, both=0)
     for engine in ("prefill-0", "decode-0"):
         world.become_whole(engine)

@@ -83,7 +83,7 @@ def test_no_pair_of_it_is_missed() -> None:
     for name in ("decode-0", "prefill-0"):
         crash_loop(world, name)
         world.exit(f"{name}/rank-0", -9)
-    assert world.supervisor.status().num_missing_pairs == 0
+    assert world.supervisor.seen.status().num_missing_pairs == 0
 
 
 def test_the_launch_ends_with_the_last_engine_of_a_role_and_tells_of_the_others() -> None:
@@ -124,7 +124,7 @@ def test_it_is_tried_again_and_serves_as_if_nothing_had_been() -> None:
     become_ready(world, "decode-0")
     assert world.listed("decode-0") == "ready"
     world.connect("decode-0/rank-0", "prefill-0/rank-0")
-    assert world.supervisor.status().num_missing_pairs == 0
+    assert world.supervisor.seen.status().num_missing_pairs == 0
     world.pass_time_alive(61)
     world.exit("decode-0", 1)
     world.pass_time(0.5)

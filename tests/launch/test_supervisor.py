@@ -55,7 +55,7 @@ def test_conversions_run_before_anything_else() -> None:
     world = World(make_plan(conversions=2)).start()
     assert set(world.host.running) == {"convert-0", "convert-1"}
     world.say("convert-0", Progress(text="reading weights", fraction=0.4))
-    assert world.supervisor.status().processes[0].fraction == 0.4
+    assert world.supervisor.seen.status().processes[0].fraction == 0.4
     world.exit("convert-0")
     assert set(world.host.running) == {"convert-1"}
     world.exit("convert-1")
@@ -119,18 +119,18 @@ def test_incompatible_engines_fail_the_start_and_unreachable_ones_do_not() -> No
 
 def test_a_pair_in_doubt_is_not_listed_until_it_is_proven_again() -> None:
     world = World(make_plan()).start().all_ready()
-    (pair,) = world.supervisor.status().pairs
+    (pair,) = world.supervisor.seen.status().pairs
     doubt = PairSuspect(
         local=pair.local, peer=pair.peer, peer_incarnation=pair.peer_incarnation + 1, error="old"
     )
     world.say("router", doubt)
-    assert world.supervisor.status().pairs == (pair,)
+    assert world.supervisor.seen.status().pairs == (pair,)
     doubt.peer_incarnation -= 1
     world.say("router", doubt)
-    assert world.supervisor.status().pairs == ()
+    assert world.supervisor.seen.status().pairs == ()
     assert world.phase is LaunchPhase.READY
     world.say(pair.local, pair)
-    assert world.supervisor.status().pairs == (pair,)
+    assert world.supervisor.seen.status().pairs == (pair,)
 
 
 def test_the_startup_timeout_names_what_is_not_ready() -> None:
@@ -190,7 +190,7 @@ def test_a_stranger_an_old_incarnation_and_an_unregistered_process_are_not_belie
     world.say("prefill-0", Ready())
     world.say("prefill-0", Register(name="prefill-0", incarnation=7, pid=1))
     world.say("prefill-0", Register(name="decode-0", incarnation=1, pid=1))
-    assert world.supervisor.status().processes[1].state == "starting"
+    assert world.supervisor.seen.status().processes[1].state == "starting"
     assert not world.host.sent
 
 
@@ -233,13 +233,13 @@ def test_the_ranks_of_an_engine_die_and_return_together() -> None:
 def test_pairs_of_a_dead_process_are_forgotten_and_old_incarnations_do_not_count() -> None:
     world = World(make_plan()).start().all_ready()
     world.exit("prefill-0/rank-0", -9)
-    assert world.supervisor.status().num_missing_pairs == 1
+    assert world.supervisor.seen.status().num_missing_pairs == 1
     world.pass_time(1)
     world.become_ready("prefill-0/rank-0")
     world.say("decode-0/rank-0", pair_ready("decode-0/rank-0", "prefill-0/rank-0", 1))
-    assert world.supervisor.status().num_missing_pairs == 1
+    assert world.supervisor.seen.status().num_missing_pairs == 1
     world.say("decode-0/rank-0", pair_ready("decode-0/rank-0", "prefill-0/rank-0", 2))
-    assert world.supervisor.status().num_missing_pairs == 0
+    assert world.supervisor.seen.status().num_missing_pairs == 0
 
 
 def test_back_off_grows_and_ends_in_a_failed_launch() -> None:
@@ -439,7 +439,7 @@ def test_what_does_not_stop_is_terminated_and_then_killed_and_then_left() -> Non
     assert not world.supervisor.done
     world.pass_time(4)
     assert world.supervisor.done
-    assert world.supervisor.survivors() == ["decode-0"]
+    assert [p.name for p in world.supervisor.seen.processes() if p.alive] == ["decode-0"]
 
 
 def test_deaths_during_the_drain_restart_nothing() -> None:
