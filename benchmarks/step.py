@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.config.model_files.aliases import resolve_model
+from pdlaunch.config.model_files.find import resolve_model
 from pdlaunch.config.model_files.shape import DTYPE_BYTES, ModelShape, read_model_shape
 from pdlaunch.engine.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.engine.runner import LaunchedStep, ModelRunner

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from pdlaunch.config.connectors import connector_names
-from pdlaunch.config.model_files.aliases import ALIASES
+from pdlaunch.config.model_files.find import ALIASES
 from pdlaunch.config.settings import Setting
 
 CONFIG_ENDINGS = (".yaml", ".yml", ".json")

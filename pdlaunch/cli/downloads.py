@@ -7,8 +7,7 @@ import time
 from rich.console import Console
 from rich.text import Text
 
-from pdlaunch.config.model_files.fetch import fetch_part
-from pdlaunch.config.model_files.hub import Part
+from pdlaunch.config.model_files.find import Part, fetch_part
 from pdlaunch.config.sizes import format_size
 
 _LINE_EVERY_S = 5.0

@@ -14,7 +14,7 @@ from pdlaunch.config.field_types import (
     OptionalSize,
     may_override,
 )
-from pdlaunch.config.model_files.hub import Revision
+from pdlaunch.config.model_files.find import Revision
 from pdlaunch.config.roles import EngineName
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]

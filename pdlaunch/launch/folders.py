@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
-from pdlaunch.config.model_files.aliases import cache_root
+from pdlaunch.config.model_files.find import cache_root
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.errors import ConfigError
 from pdlaunch.protocol.process.run_dirs import is_locked, take_lock

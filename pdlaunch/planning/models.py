@@ -6,12 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pdlaunch.config.model_files.aliases import is_on_hub, resolve_model
-from pdlaunch.config.model_files.fetch import Fetch
-from pdlaunch.config.model_files.gguf import check_gguf
-from pdlaunch.config.model_files.hub import NotDownloadedError
+from pdlaunch.config.model_files.find import Fetch, NotDownloadedError, is_on_hub, resolve_model
 from pdlaunch.config.model_files.shape import ModelShape, read_model_shape, unproven_layers
-from pdlaunch.config.model_files.weights import weight_files
+from pdlaunch.config.model_files.weights import check_gguf, weight_files
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import ROLES, EngineName, Role
 from pdlaunch.errors import ConfigError, UnsupportedModelError

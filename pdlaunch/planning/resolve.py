@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.hosts import LOCAL
-from pdlaunch.config.model_files.hub import not_cached
+from pdlaunch.config.model_files.find import not_cached
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import PAIR, ROLES, Role
 from pdlaunch.errors import ConfigError

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pdlaunch.config.model_files.aliases import ALIASES
 from pdlaunch.config.model_files.families import supported_families
+from pdlaunch.config.model_files.find import ALIASES
 from pdlaunch.config.sources import load_config
 from tools.install import DEMO_MODEL
 
@@ -100,7 +100,7 @@ def test_what_is_installed_exists(name: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras, pinned = installed_in(text)
     assert "gguf" in extras <= set(project["optional-dependencies"])
-    assert pinned == {ALIASES["smollm2"].requirement} == {DEMO_MODEL}
+    assert pinned == {ALIASES["smollm2"][1]} == {DEMO_MODEL}
     assert "--constraint constraints.txt" in text
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from typer.testing import Result
 
 from pdlaunch.cli import downloads, own_deployment
-from pdlaunch.config.model_files.fetch import ReportBytes
+from pdlaunch.config.model_files.find import ReportBytes
 from pdlaunch.errors import StartupError
 from tests import command_line
 from tests.cli.test_serve import MODEL

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from pdlaunch.config.model_files.aliases import cache_root
+from pdlaunch.config.model_files.find import cache_root
 from tests.launch.render.manifests import EXAMPLES, ROOT, lets_in, named, render
 from tests.netns.hosts import Host, Network, new_network
 

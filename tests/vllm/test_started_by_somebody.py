@@ -26,7 +26,7 @@ import zmq
 from typer.testing import CliRunner
 
 from pdlaunch.cli.app import build_app
-from pdlaunch.config.model_files.aliases import resolve_model
+from pdlaunch.config.model_files.find import resolve_model
 from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import held_port

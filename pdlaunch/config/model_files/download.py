@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pdlaunch.config.model_files.hub import Part
+from pdlaunch.config.model_files.find import Part
 from pdlaunch.config.model_files.weights import INDEX, names_in
 from pdlaunch.errors import ConfigError
 

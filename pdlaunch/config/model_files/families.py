@@ -1,9 +1,7 @@
-"""Lists the model families that pdlaunch serves, with the defaults that their config.json leaves
-out.
+"""Lists the model families that pdlaunch serves, with the defaults that config.json leaves out.
 
-transformers writes only what differs from a family's defaults, so a file means nothing without
-them. Source: the configuration classes of transformers 5;
-``tests/config/model_files/test_shape.py`` compares.
+transformers writes only what differs from a family's defaults. Source: the configuration classes of
+transformers 5; ``tests/config/model_files/test_shape.py`` compares.
 """
 
 from __future__ import annotations
@@ -48,35 +46,26 @@ def _no_windows(config: Config) -> Windows:
 
 def _windows_of_types(config: Config, layer_types: list[str], window: int | None) -> Windows:
     for unknown in set(layer_types) - {"full_attention", "sliding_attention"}:
-        raise UnsupportedModelError(
-            (
-                f"layers of type {unknown!r} cannot be served: only full and sliding-window "
-                "attention keep a paged KV cache here"
-            ),
-            field="model",
+        raise _unsupported(
+            f"layers of type {unknown!r} cannot be served: only full and sliding-window attention "
+            "keep a paged KV cache here",
             value=unknown,
         )
-    if len(layer_types) != config["num_hidden_layers"]:
-        raise UnsupportedModelError(
-            (
-                f"layer_types names {len(layer_types)} layers, num_hidden_layers is "
-                f"{config['num_hidden_layers']}"
-            ),
-            field="model",
-            fix="Correct config.json of the model.",
-        )
+    num_layers = config["num_hidden_layers"]
+    if len(layer_types) != num_layers:
+        message = f"layer_types names {len(layer_types)} layers, num_hidden_layers is {num_layers}"
+        raise _unsupported(message, fix="Correct config.json of the model.")
     if "sliding_attention" in layer_types and window is None:
-        raise UnsupportedModelError(
+        raise _unsupported(
             "layer_types has sliding_attention, but config.json switches the sliding window off",
-            field="model",
-            fix=(
-                "Correct config.json: set sliding_window (and use_sliding_window where the family "
-                "has it)."
-            ),
+            fix="Correct config.json: set sliding_window (and use_sliding_window where the family "
+            "has it).",
         )
-    return tuple(
-        window if layer_type == "sliding_attention" else None for layer_type in layer_types
-    )
+    return tuple(window if each == "sliding_attention" else None for each in layer_types)
+
+
+def _unsupported(message: str, **details: Any) -> UnsupportedModelError:
+    return UnsupportedModelError(message, field="model", **details)
 
 
 def _qwen_windows(config: Config) -> Windows:
@@ -92,17 +81,11 @@ def _mistral_windows(config: Config) -> Windows:
     """Return one window for all layers, as the model does not look at layer_types."""
     windows: Windows = (config["sliding_window"],) * config["num_hidden_layers"]
     layer_types = config.get("layer_types")
-    if (
-        # transformers ignores layer_types here: what they say must not differ from what it runs.
-        layer_types is not None
-        and _windows_of_types(config, layer_types, config["sliding_window"]) != windows
-    ):
-        raise UnsupportedModelError(
-            (
-                "mistral with layer_types of more than one kind: the mistral model gives all "
-                "layers one window"
-            ),
-            field="model",
+    # transformers ignores layer_types here: what they say must not differ from what it runs.
+    if layer_types and _windows_of_types(config, layer_types, config["sliding_window"]) != windows:
+        raise _unsupported(
+            "mistral with layer_types of more than one kind: the mistral model gives all layers "
+            "one window",
             fix="Use a model whose config.json has another model_type, or no layer_types.",
         )
     return windows

@@ -18,6 +18,12 @@ DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 MAX_CONFIG_BYTES = 16 * 1024**2
 HYBRID = "the model is a hybrid, for which vLLM drops reports of failed loads"
 _FULL = "full_attention"
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
+_RECURRENT = (
+    *("ssm_cfg", "ssm_state_size", "state_size", "mamba_d_state", "mamba_d_conv"),
+    *("linear_num_key_heads", "attn_layer_period"),
+)
+_RECURRENT_LAYERS = {"linear_attention", "mamba", "recurrent", "conv"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +77,11 @@ def read_model_shape(model_dir: str | Path) -> ModelShape:
     model_type = str(config.get("model_type"))
     families = supported_families()
     if model_type not in families:
-        raise _unsupported(
+        raise UnsupportedModelError(
             f"model_type {config.get('model_type')!r} is not supported",
-            fix=f"Supported are {', '.join(sorted([*families, 'gemma3']))}.",
+            field="model",
             value=config.get("model_type"),
+            fix=f"Supported are {', '.join(sorted([*families, 'gemma3']))}.",
         )
     return _shape(outer, config, families[model_type], read_generation_config(directory))
 
@@ -112,29 +119,19 @@ def _shape(
     outer: dict[str, Any], config: dict[str, Any], family: Family, generation: dict[str, Any]
 ) -> ModelShape:
     config = dict(family.defaults) | config
-    hidden_size, num_heads = (
-        _positive(config, "hidden_size"),
-        _positive(config, "num_attention_heads"),
-    )
-    num_kv_heads = (
-        num_heads
-        if config.get("num_key_value_heads") is None
-        else _positive(config, "num_key_value_heads")
-    )
+    hidden_size = _positive(config, "hidden_size")
+    num_heads = _positive(config, "num_attention_heads")
+    num_kv_heads = _positive(config, "num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
-        raise ConfigError(
-            f"num_attention_heads {num_heads} is no multiple of num_key_value_heads {num_kv_heads}",
-            field="model",
-            fix="Correct config.json of the model.",
+        raise _wrong(
+            f"num_attention_heads {num_heads} is no multiple of num_key_value_heads {num_kv_heads}"
         )
     architectures = outer.get("architectures") or config.get("architectures") or [""]
     sizes = {
         "num_layers": _positive(config, "num_hidden_layers"),
         "num_attention_heads": num_heads,
         "num_kv_heads": num_kv_heads,
-        "head_dim": hidden_size // num_heads
-        if config.get("head_dim") is None
-        else _positive(config, "head_dim"),
+        "head_dim": _positive(config, "head_dim", hidden_size // num_heads),
         "hidden_size": hidden_size,
         "intermediate_size": _positive(config, "intermediate_size"),
         "vocab_size": _positive(config, "vocab_size"),
@@ -160,11 +157,7 @@ def _windows(config: dict[str, Any], family: Family) -> tuple[int | None, ...]:
     try:
         windows = family.layer_windows(config)
     except (TypeError, IndexError, KeyError, ZeroDivisionError) as error:
-        raise ConfigError(
-            f"config.json: layer_types or sliding_window cannot be read ({error})",
-            field="model",
-            fix="Correct config.json of the model.",
-        ) from None
+        raise _wrong(f"layer_types or sliding_window cannot be read ({error})") from None
     # A window includes the current token, so it is at least 1.
     for window in windows:
         if window is not None:
@@ -209,20 +202,12 @@ def _count_parameters(
 def _count_idle_parameters(
     config: dict[str, Any], *, num_layers: int, hidden_size: int, intermediate_size: int, **_: int
 ) -> int:
-    num_experts, num_used = (
-        _positive(config, "num_local_experts"),
-        _positive(config, "num_experts_per_tok"),
-    )
+    num_experts = _positive(config, "num_local_experts")
+    num_used = _positive(config, "num_experts_per_tok")
     if num_used > num_experts:
-        raise ConfigError(
-            f"config.json: num_experts_per_tok {num_used} is over num_local_experts {num_experts}",
-            field="model",
-            value=num_used,
-            fix="Correct config.json of the model.",
-        )
-    return (
-        num_layers * (num_experts - num_used) * _expert_parameters(hidden_size, intermediate_size)
-    )
+        raise _wrong(f"num_experts_per_tok {num_used} is over num_local_experts {num_experts}")
+    idle = num_layers * (num_experts - num_used)
+    return idle * _expert_parameters(hidden_size, intermediate_size)
 
 
 def _expert_parameters(hidden_size: int, intermediate_size: int) -> int:
@@ -243,78 +228,42 @@ def _language_model(outer: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_unsupported(config: dict[str, Any]) -> None:
-    for reason in _reasons_against(config):
-        raise _unsupported(
-            f"model_type {config.get('model_type')!r} cannot be served: {reason}",
-            value=config.get("model_type"),
-        )
-
-
-def _reasons_against(config: dict[str, Any]) -> list[str]:
-    is_gpt_oss = config.get("model_type") == "gpt_oss"
-    reasons = [
-        (
-            config.get("is_encoder_decoder"),
-            "encoder-decoder models have a cross-attention cache",
+    reasons = {
+        "encoder-decoder models have a cross-attention cache": config.get("is_encoder_decoder"),
+        "multi-head latent attention (MLA, kv_lora_rank) has no KV heads to page": config.get(
+            "kv_lora_rank"
         ),
-        (
-            config.get("kv_lora_rank"),
-            "multi-head latent attention (MLA, kv_lora_rank) has no KV heads to page",
+        "Mamba and other state-space or linear-attention layers keep a state, not KV blocks": (
+            _has_recurrent_layers(config)
         ),
-        (
-            _has_recurrent_layers(config),
-            "Mamba and other state-space or linear-attention layers keep a state, not KV blocks",
+        "mixture of experts (MoE) is only supported in gpt_oss": (
+            config.get("model_type") != "gpt_oss" and any(map(config.get, _EXPERTS))
         ),
-        (
-            _has_experts(config) and not is_gpt_oss,
-            "mixture of experts (MoE) is only supported in gpt_oss",
+        "quantized checkpoints (quantization_config) are not supported; a .gguf file is "
+        "dequantized": config.get("quantization_config"),
+        "attention logit soft-capping (attn_logit_softcapping) is not supported": config.get(
+            "attn_logit_softcapping"
         ),
-        (
-            config.get("quantization_config"),
-            "quantized checkpoints (quantization_config) are not supported; a .gguf file is "
-            "dequantized",
+        "bidirectional attention (use_bidirectional_attention) cannot be cached": config.get(
+            "use_bidirectional_attention"
         ),
-        (
-            config.get("attn_logit_softcapping"),
-            "attention logit soft-capping (attn_logit_softcapping) is not supported",
-        ),
-        (
-            config.get("use_bidirectional_attention"),
-            "bidirectional attention (use_bidirectional_attention) cannot be cached",
-        ),
-        (
-            _has_moving_rope(config),
-            "rotary embedding whose frequencies depend on the length of the batch (rope_type "
-            "dynamic, longrope)",
-        ),
-    ]
-    return [reason for found, reason in reasons if found]
+        "rotary embedding whose frequencies depend on the length of the batch (rope_type dynamic, "
+        "longrope)": _has_moving_rope(config),
+    }
+    for reason, found in reasons.items():
+        if found:
+            model_type = config.get("model_type")
+            message = f"model_type {model_type!r} cannot be served: {reason}"
+            raise UnsupportedModelError(message, field="model", value=model_type)
 
 
 def _has_recurrent_layers(config: dict[str, Any]) -> bool:
-    keys = (
-        "ssm_cfg",
-        "ssm_state_size",
-        "state_size",
-        "mamba_d_state",
-        "mamba_d_conv",
-        "linear_num_key_heads",
-        "attn_layer_period",
-    )
-    kinds = {"linear_attention", "mamba", "recurrent", "conv"}
     layer_types = config.get("layer_types")
     types = {str(kind) for kind in layer_types} if isinstance(layer_types, list) else set()
     return (
         "mamba" in str(config.get("model_type"))
-        or any(config.get(key) for key in keys)
-        or bool(kinds & types)
-    )
-
-
-def _has_experts(config: dict[str, Any]) -> bool:
-    return any(
-        config.get(key)
-        for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
+        or any(map(config.get, _RECURRENT))
+        or bool(_RECURRENT_LAYERS & types)
     )
 
 
@@ -330,17 +279,19 @@ def _has_moving_rope(config: dict[str, Any]) -> bool:
     )
 
 
-def _positive(config: Mapping[str, Any], key: str) -> int:
+def _positive(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
     value = config.get(key)
+    if value is None and default is not None:
+        return default
     # True is an int to Python, and JSON may hold one by mistake.
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise ConfigError(
-            f"config.json: {key} must be a positive integer, found {value!r}",
-            field="model",
-            value=value,
-            fix="Correct config.json of the model.",
-        )
+        raise _wrong(f"{key} must be a positive integer, found {value!r}")
     return value
+
+
+def _wrong(message: str) -> ConfigError:
+    fix = "Correct config.json of the model."
+    return ConfigError(f"config.json: {message}", field="model", fix=fix)
 
 
 def _dtype(config: dict[str, Any]) -> str | None:
@@ -368,26 +319,17 @@ def _end_tokens(*configs: dict[str, Any]) -> tuple[int, ...]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    where = str(path.parent)
+    fix = f"Correct {path.name} of the model."
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ValueError(f"larger than {MAX_CONFIG_BYTES} bytes")
         content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        fix = (
-            "Name a directory in Hugging Face layout: config.json, tokenizer.json, *.safetensors."
-            if isinstance(error, OSError)
-            else f"Correct {path.name} of the model."
-        )
+        if not isinstance(content, dict):
+            raise TypeError("it holds no JSON object")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        if isinstance(error, OSError):
+            fix = "Name a directory in Hugging Face layout: config.json, tokenizer.json, "
+            fix += "*.safetensors."
         message = f"{path} cannot be read: {error}"
-        raise ConfigError(message, field="model", value=where, fix=fix) from None
-    if not isinstance(content, dict):
-        message, fix = f"{path} holds no JSON object", f"Correct {path.name} of the model."
-        raise ConfigError(message, field="model", value=where, fix=fix)
+        raise ConfigError(message, field="model", value=str(path.parent), fix=fix) from None
     return content
-
-
-def _unsupported(
-    message: str, *, fix: str | None = None, value: object = None
-) -> UnsupportedModelError:
-    return UnsupportedModelError(message, field="model", value=value, fix=fix)

@@ -21,10 +21,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pdlaunch.config.model_files.aliases import ResolvedModel, resolve_model
-from pdlaunch.config.model_files.damage import DOWNLOAD_AGAIN, damaged
-from pdlaunch.config.model_files.gguf import check_gguf
+from pdlaunch.config.model_files.find import ResolvedModel, resolve_model
 from pdlaunch.config.model_files.shape import read_model_shape
+from pdlaunch.config.model_files.weights import DOWNLOAD_AGAIN, check_gguf, damaged
 from pdlaunch.engine.models.progress import ReportProgress
 from pdlaunch.errors import ConfigError
 

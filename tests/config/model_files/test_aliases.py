@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.config.model_files.aliases import cache_root, resolve_model
+from pdlaunch.config.model_files.find import cache_root, resolve_model
 from pdlaunch.errors import ConfigError
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.config.model_files import fetch
-from pdlaunch.config.model_files.hub import cached_snapshot
+from pdlaunch.config.model_files import find
+from pdlaunch.config.model_files.find import cached_snapshot
 from pdlaunch.config.model_files.weights import weight_files
 from pdlaunch.errors import ConfigError
 from tests.config.model_files.fake_hub import COMMIT, TOKEN, FakeHub, fake_hub
@@ -68,7 +68,7 @@ def download(revision: str | None = None) -> list[tuple[int, int]]:
     """Download the whole model; returns the progress."""
     said: list[tuple[int, int]] = []
     for part in ("description", "weights"):
-        fetch.fetch_part(NAME, revision, part, lambda done, total: said.append((done, total)))
+        find.fetch_part(NAME, revision, part, lambda done, total: said.append((done, total)))
     return said
 
 
@@ -77,7 +77,7 @@ def files_in_cache() -> set[str]:
 
 
 def test_the_files_that_are_read_are_downloaded_and_no_others(hub: FakeHub) -> None:
-    fetch.fetch_part(NAME, None, "description")
+    find.fetch_part(NAME, None, "description")
     assert files_in_cache() == DESCRIPTION | {INDEX}
     said = download()
     assert files_in_cache() == DESCRIPTION | {INDEX} | SHARDS
@@ -138,7 +138,7 @@ def test_a_token_opens_a_private_model(hub: FakeHub, monkeypatch: pytest.MonkeyP
         download()
     assert "HF_TOKEN" in str(caught.value.fix)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    fetch.fetch_part(NAME, None, "description")
+    find.fetch_part(NAME, None, "description")
     assert files_in_cache() == DESCRIPTION | {INDEX}
 
 
@@ -147,7 +147,7 @@ def test_a_commit_is_served_though_main_has_moved_on(hub: FakeHub) -> None:
     with pytest.raises(ConfigError, match="has no revision main") as caught:
         download()
     assert (caught.value.field, caught.value.value) == ("revision", "main")
-    fetch.fetch_part(NAME, "v1", "description")
+    find.fetch_part(NAME, "v1", "description")
     assert cached_snapshot(NAME, "v1").name == COMMIT
 
 
@@ -204,7 +204,7 @@ def test_a_folder_that_cannot_be_written_is_named(
     (tmp_path / "file").touch()
     monkeypatch.setenv("HF_HOME", str(tmp_path / "file"))
     with pytest.raises(ConfigError) as caught:
-        fetch.fetch_part(NAME, None, "description")
+        find.fetch_part(NAME, None, "description")
     assert str(tmp_path / "file") in str(caught.value)
 
 
@@ -213,7 +213,7 @@ def test_a_process_that_dies_is_an_error(hub: FakeHub, monkeypatch: pytest.Monke
     (hub.folder / "huggingface_hub").mkdir()
     (hub.folder / "huggingface_hub" / "__init__.py").write_text("raise SystemExit('broken')")
     with pytest.raises(ConfigError, match="broken"):
-        fetch.fetch_part(NAME, None, "description")
+        find.fetch_part(NAME, None, "description")
 
 
 def test_the_command_line_imports_no_library_that_downloads() -> None:

@@ -9,8 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from pdlaunch.config.model_files.aliases import resolve_model
-from pdlaunch.config.model_files.hub import NotDownloadedError, Revision, is_hub_name
+from pdlaunch.config.model_files.find import (
+    NotDownloadedError,
+    Revision,
+    is_hub_name,
+    resolve_model,
+)
 from pdlaunch.errors import ConfigError
 
 COMMIT = "a" * 40

@@ -15,10 +15,9 @@ import gguf
 import pytest
 from tokenizers import Tokenizer
 
-from pdlaunch.config.model_files.aliases import resolve_model
-from pdlaunch.config.model_files.damage import DOWNLOAD_AGAIN
+from pdlaunch.config.model_files.find import resolve_model
 from pdlaunch.config.model_files.shape import read_model_shape
-from pdlaunch.config.model_files.weights import weight_files
+from pdlaunch.config.model_files.weights import DOWNLOAD_AGAIN, weight_files
 from pdlaunch.engine.models.convert import ensure_converted, main
 from pdlaunch.engine.models.progress import ReportProgress
 from pdlaunch.errors import ConfigError

