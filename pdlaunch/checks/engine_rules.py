@@ -27,7 +27,6 @@ from pdlaunch.config.vllm_arguments import (
     KV_EVENTS,
     OURS,
     REFUSED,
-    is_name,
     long_name,
     values_like_flags,
     vllm_flag_name,
@@ -144,9 +143,7 @@ def _ambiguous(context: Context) -> Iterator[Found]:
     for each in vllm_engines(context):
         given = list(_arguments(context, each))
         for it in given:
-            if not is_name(it.key):
-                yield Found(f"{shown_name(it.key)} is not the name of a flag", it.where)
-            elif any(values_like_flags(it.value)):
+            if any(values_like_flags(it.value)):
                 yield Found(f"vLLM would take the value of {it.key} for flags", it.where)
         for name, count in Counter(vllm_flag_name(it.key) for it in given).items():
             if count > 1:

@@ -9,9 +9,11 @@ from pydantic import Field, JsonValue
 from pdlaunch.config.field_types import (
     ByteSize,
     Flag,
+    FlagName,
     FrozenModel,
     NativeAlone,
     OptionalSize,
+    VariableName,
     may_override,
 )
 from pdlaunch.config.model_files.find import Revision
@@ -111,14 +113,14 @@ class EngineSettings(FrozenModel):
         min_length=1,
         description="Executable of engines that are not native: a name on PATH, or a path.",
     )
-    engine_args: dict[str, JsonValue] = Field(
+    engine_args: dict[FlagName, JsonValue] = Field(
         default_factory=dict,
         description=(
             "Further flags of engines that are not native, such as `max-logprobs: 5`; "
             "true for a flag without a value."
         ),
     )
-    env: dict[str, str] = Field(
+    env: dict[VariableName, str] = Field(
         default_factory=dict, description="Extra environment of the engine's ranks."
     )
 

@@ -6,6 +6,7 @@ annotation puts it on the command line. ``config.settings`` derives everything e
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
@@ -80,6 +81,21 @@ def read_list(value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return value
 
+
+def _check_variable(name: str) -> str:
+    if not name or "=" in name or "\0" in name:
+        raise ValueError("this is not the name of an environment variable")
+    return name
+
+
+def _check_flag(name: str) -> str:
+    if not re.fullmatch(r"-{0,2}[A-Za-z][A-Za-z0-9_-]*(\.[A-Za-z0-9_.-]+\+?)?", name):
+        raise ValueError("this is not the name of a flag; write it as in vLLM's help")
+    return name
+
+
+VariableName = Annotated[str, AfterValidator(_check_variable)]
+FlagName = Annotated[str, AfterValidator(_check_flag)]
 
 MIN_PORTS = 16
 """Libraries draw ports at random, and give up after a few that are taken."""

@@ -24,16 +24,6 @@ from pdlaunch.config.connectors import (
 )
 from pdlaunch.config.field_types import Flag, FrozenModel, NativeAlone, PortRange, Switch
 
-RENAMED: Mapping[str, str] = {
-    "kv_transfer.path": "kv_transfer.nixl.path",
-    "kv_transfer.mooncake_protocol": "kv_transfer.mooncake.protocol",
-    "kv_transfer.mooncake_devices": "kv_transfer.mooncake.devices",
-    "kv_transfer.num_sender_threads": "kv_transfer.mooncake.num_sender_threads",
-    "kv_transfer.file_directory": "kv_transfer.file.directory",
-    "kv_transfer.file_size_limit": "kv_transfer.file.size_limit",
-}
-"""Names that settings had before each connector had a section; for the error that says so."""
-
 
 def _with_other_sections(schema: dict[str, JsonValue]) -> None:
     properties = schema["properties"]

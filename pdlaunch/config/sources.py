@@ -13,7 +13,6 @@ from typing import Any, Literal
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from pdlaunch.config.kv_transfer import RENAMED
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.problems import (
     InvalidConfigError,
@@ -29,7 +28,6 @@ from pdlaunch.config.settings import (
     flag_name,
     is_secret,
     split_path,
-    variable_name,
     variable_paths,
 )
 from pdlaunch.config.vllm_arguments import value_of_text
@@ -156,9 +154,6 @@ def _mapping_entry(name: str, known: Mapping[str, str]) -> str | None:
 
 
 def _unknown_variable(name: str, known: Mapping[str, str]) -> Problem:
-    if name in (renamed := {variable_name(old): new for old, new in RENAMED.items()}):
-        fix = f"it is {variable_name(renamed[name])} now"
-        return Problem("unknown variable", fix=fix, where=name)
     match = nearest(name, [*known, *OTHER_VARIABLES])
     fix = f"did you mean {match}?" if match else "`pdlaunch config show` lists the settings"
     return Problem("unknown variable", fix=fix, where=shown_name(name))
@@ -176,7 +171,7 @@ def _from_flags(flags: Mapping[str, object]) -> tuple[dict[str, _Given], list[Pr
             )
             given[path] = _Given(str(value) if isinstance(value, Argument) else value, origin)
         else:
-            match = RENAMED.get(path) or nearest(path, all_settings())
+            match = nearest(path, all_settings())
             problems.append(
                 Problem(
                     "unknown field",
@@ -230,6 +225,8 @@ def _from_pydantic(detail: ErrorDetails, given: Mapping[str, _Given]) -> Problem
     # Nobody gave it: then its default is what does not fit.
     path = path or whole
     message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "extra_forbidden":
+        message = f"has no field {shown_name(str(detail['loc'][-1]))}"
     message = message[:1].lower() + message[1:]
     if detail["type"].endswith("too_short") and detail["ctx"]["min_length"] == 1:
         message = "must not be empty"

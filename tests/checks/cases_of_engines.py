@@ -145,7 +145,6 @@ CASES: dict[str, Case] = {
         [
             args(seed="--grpc"),
             args(lora_modules=["a=b", "-x"]),
-            vllm(engine_args={"seed=1 --grpc": True}),
             vllm(engine_args={"enable_lora": True, "enable-lora": True}),
         ],
         [args(seed="-1"), args(a="b--c")],
