@@ -65,42 +65,30 @@ class Setting:
         return tuple in self.kinds
 
     @property
-    def item_fields(self) -> Mapping[str, bool]:
-        """Return the fields of an entry of a list whose entries are mappings, none for texts; True:
-        the field is a list of texts itself.
-        """
+    def has_sections(self) -> bool:
+        """Return whether it is a list whose entries are mappings."""
         item = next(iter(get_args(self.info.annotation)), None)
         model = get_args(item)[0] if get_origin(item) is Annotated else item
-        if isinstance(model, type) and issubclass(model, FrozenModel):
-            return {
-                name: tuple in _kinds(info.annotation, info.metadata)
-                for name, info in model.model_fields.items()
-            }
-        return {}
+        return isinstance(model, type) and issubclass(model, FrozenModel)
 
     @property
     def is_switch(self) -> bool:
-        """Return whether it is on or off."""
         return bool in self.kinds
 
     @property
     def is_size(self) -> bool:
-        """Return whether it is a number of bytes."""
         return parse_size in self.kinds
 
     @property
     def is_secret(self) -> bool:
-        """Return whether its value must be hidden."""
         return SecretStr in self.kinds
 
     @property
     def is_native_alone(self) -> bool:
-        """Return whether only native engines read it."""
         return any(isinstance(item, NativeAlone) for item in self.info.metadata)
 
     @property
     def description(self) -> str:
-        """Return a sentence or two that explain it."""
         return self.info.description or ""
 
     @property

@@ -61,7 +61,7 @@ def _values(loaded: LoadedConfig) -> Iterator[tuple[str, Any, Origin]]:
         )
         for entry_path, entry in entries.items():
             origin = loaded.origins.get(entry_path, Origin("default"))
-            if field.item_fields:
+            if field.has_sections:
                 entry = [item.model_dump(exclude_none=True) for item in entry]
             if is_secret(entry_path) and entry is not None:
                 entry = SECRET

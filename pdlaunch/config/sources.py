@@ -5,7 +5,7 @@ beats the defaults.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -72,6 +72,8 @@ class _Given:
     origin: Origin
     line: int | None = None
     column: int | None = None
+    inner: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Lines and columns of entries within the value."""
 
 
 def load_config(
@@ -100,16 +102,13 @@ def load_config(
 def _from_file(path: Path | None) -> tuple[dict[str, _Given], list[Problem]]:
     if path is None:
         return {}, []
-    values, problems = read_yaml(path)
-    given = {
-        name: _Given(
-            found.value,
-            Origin("file", f"{shown_path(path)}:{found.line}:{found.column}"),
-            found.line,
-            found.column,
-        )
-        for name, found in values.items()
-    }
+    values, places, problems = read_yaml(path)
+    given = {}
+    for name, value in values.items():
+        line, column = places[name]
+        origin = Origin("file", f"{shown_path(path)}:{line}:{column}")
+        inner = {at: place for at, place in places.items() if at.startswith(f"{name}.")}
+        given[name] = _Given(value, origin, line, column, inner)
     return given, problems
 
 
@@ -192,14 +191,11 @@ def _validate(given: Mapping[str, _Given], problems: list[Problem]) -> LaunchCon
             node = node.setdefault(parent, {})
         # pydantic would take `port: yes` as port 1.
         if isinstance(item.value, bool) and not _takes_bool(path):
-            problems.append(
-                _refused(
-                    path,
-                    item,
-                    "is a switch here, but needs a value",
-                    "write it in quotes if it is a text",
-                )
+            message, fix = (
+                "is a switch here, but needs a value",
+                "write it in quotes if it is a text",
             )
+            problems.append(_refused(path, item, message, fix))
         else:
             node[name] = item.value
     try:
@@ -236,7 +232,12 @@ def _from_pydantic(detail: ErrorDetails, given: Mapping[str, _Given]) -> Problem
         other = _OTHER_VALUES.get(detail["input"])
         match = other if other in values else nearest(detail["input"].lower(), values)
         fix = f"did you mean {match}?" if match else None
-    return _refused(path, given.get(path), message, fix)
+    item = given.get(path)
+    if item is not None and whole in item.inner:
+        line, column = item.inner[whole]
+        file = item.origin.detail.removesuffix(f":{item.line}:{item.column}")
+        item = _Given(item.value, Origin("file", f"{file}:{line}:{column}"), line, column)
+    return _refused(path, item, message, fix)
 
 
 def _refused(path: str, item: _Given | None, message: str, fix: str | None) -> Problem:
@@ -244,7 +245,7 @@ def _refused(path: str, item: _Given | None, message: str, fix: str | None) -> P
         return Problem(message, path, fix=fix)
     setting = all_settings().get(path)
     # Somebody may have written a key into a mapping's text, such as a URL.
-    is_hidden = is_secret(path) or (setting is not None and bool(setting.item_fields))
+    is_hidden = is_secret(path) or (setting is not None and setting.has_sections)
     value = None if is_hidden else shown(item.value)
     text = (
         f"{value} is wrong: {message}"

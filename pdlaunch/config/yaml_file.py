@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -25,17 +24,12 @@ _TOO_DEEP = ("nested too deeply", "a configuration has two levels")
 _QUOTED = re.compile(r"'[^'<>]{2,}'")
 
 
-@dataclass(frozen=True, slots=True)
-class FileValue:
-    """Holds the value of a setting, and where it stands in the file."""
-
-    value: object
-    line: int
-    column: int
+Places = dict[str, tuple[int, int]]
+"""Lines and columns by dotted path, those of entries in lists included: ``hosts.0.roles``."""
 
 
-def read_yaml(path: Path) -> tuple[dict[str, FileValue], list[Problem]]:
-    """Return the settings of a file by dotted path, and the problems of single fields.
+def read_yaml(path: Path) -> tuple[dict[str, object], Places, list[Problem]]:
+    """Return the settings of a file by dotted path, their places, and problems of single fields.
 
     Raises InvalidConfigError when the file as a whole cannot be read.
     """
@@ -46,7 +40,7 @@ def read_yaml(path: Path) -> tuple[dict[str, FileValue], list[Problem]]:
             reader.read_section(root, "")
     except RecursionError:  # An alias holds itself.
         raise _unreadable(path, *_TOO_DEEP) from None
-    return reader.values, reader.problems
+    return reader.values, reader.places, reader.problems
 
 
 class _Reader:
@@ -55,7 +49,8 @@ class _Reader:
     def __init__(self, file: str) -> None:
         self._file = file
         self._num_seen = 0
-        self.values: dict[str, FileValue] = {}
+        self.values: dict[str, object] = {}
+        self.places: Places = {}
         self.problems: list[Problem] = []
 
     def read_section(self, node: yaml.Node, section: str) -> None:
@@ -84,22 +79,24 @@ class _Reader:
     def _keep(self, path: str, node: yaml.Node, *, is_text: bool) -> None:
         value = self._plain(node, path, is_text=is_text)
         if not isinstance(value, yaml.Node):
-            mark = node.start_mark
-            self.values[path] = FileValue(value, mark.line + 1, mark.column + 1)
+            self.values[path] = value
 
     def _plain(self, node: yaml.Node, path: str, *, is_text: bool) -> object:
         """Return what a node holds, or the node itself after noting a problem with it.
 
         ``is_text``: numbers and switches are the text that was written.
         """
+        self._count(node)
+        self.places[path] = (node.start_mark.line + 1, node.start_mark.column + 1)
         match node:
             case yaml.SequenceNode():
-                for item in node.value:
-                    self._count(item)
-                return [self._plain(item, path, is_text=is_text) for item in node.value]
+                return [
+                    self._plain(item, f"{path}.{index}", is_text=is_text)
+                    for index, item in enumerate(node.value)
+                ]
             case yaml.MappingNode():
                 entries = self._entries(node, path)
-                return {name: self._plain(it, path, is_text=is_text) for name, _, _, it in entries}
+                return {name: self._plain(it, at, is_text=is_text) for name, at, _, it in entries}
             case _:
                 return self._scalar(node, path, is_text=is_text)
 

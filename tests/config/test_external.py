@@ -150,11 +150,10 @@ def test_engines_are_named_by_role_and_number_where_they_have_no_name(tmp_path: 
     [
         ("{role: prefill}", "field required"),
         ("{role: other, url: 'http://a:1'}", "'prefill', 'decode' or 'both'"),
-        ("{role: prefill, url: 'http://a:1', colour: red}", "unknown field"),
+        ("{role: prefill, url: 'http://a:1', colour: red}", "has no field colour"),
         ("{role: prefill, url: 'http://a:1', name: 'a b'}", "should match pattern"),
         ("{role: prefill, url: 'http://a:1/x'}", "is no URL of an engine"),
         ("http://a:1", "prefill=URL, decode=URL or both=URL"),
-        ("[a]", "must be a list of texts"),
     ],
 )
 def test_a_wrong_engine_is_named_with_its_line(tmp_path: Path, item: str, message: str) -> None:

@@ -341,17 +341,16 @@ class TestSwitches:
 class TestHostTier:
     def test_off_by_default(self):
         assert load().config.engine_settings("prefill").kv_offload == KVOffloadSettings(
-            host_memory=0, policy="arc"
+            host_memory=0
         )
 
     def test_a_role_overrides_single_settings_of_the_section(self, file):
         loaded = load(
             file("kv_offload: {host_memory: 8GiB}\nprefill:\n  kv_offload:\n    host_memory: 0\n"),
-            environ={"PDLAUNCH_DECODE__KV_OFFLOAD__POLICY": "lru"},
         )
         assert loaded.config.engine_settings("prefill").kv_offload.host_memory == 0
         assert loaded.config.engine_settings("decode").kv_offload == KVOffloadSettings(
-            host_memory=8 * 1024**3, policy="lru"
+            host_memory=8 * 1024**3
         )
         assert loaded.origins["prefill.kv_offload.host_memory"].detail.endswith(":4:18")
 
