@@ -14,7 +14,8 @@ from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
-from pdlaunch.launch.client.smoke import Check, engines_of
+from pdlaunch.launch.client.integrity import engines_of
+from pdlaunch.launch.client.smoke import Check
 
 NUM_REQUESTS = 60
 RATE = 0.2

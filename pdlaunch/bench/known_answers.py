@@ -23,8 +23,7 @@ import msgspec
 
 from pdlaunch.errors import PdlaunchError, ProtocolError
 from pdlaunch.launch.client.admin import admin_api
-from pdlaunch.launch.client.integrity import await_idle, engine_totals
-from pdlaunch.launch.client.smoke import engines_of
+from pdlaunch.launch.client.integrity import await_idle, engine_totals, engines_of
 from pdlaunch.protocol.costs import ROUTE_HEADER, WANTS_PAIR
 
 LOGPROB_TOLERANCE = 1e-3

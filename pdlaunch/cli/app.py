@@ -101,10 +101,10 @@ COMMANDS = (
     Command(
         "restart", "pdlaunch.cli.engines:restart", "Have engines of a deployment started anew."
     ),
-    Command("scale", "pdlaunch.cli.scale:scale", "Add or remove engines of a deployment."),
-    Command("role", "pdlaunch.cli.scale:role", "Give an engine of a deployment another role."),
-    Command("drain", "pdlaunch.cli.drains:drain", "Give engines of a deployment no new work."),
-    Command("undrain", "pdlaunch.cli.drains:undrain", "Give drained engines work again."),
+    Command("scale", "pdlaunch.cli.engines:scale", "Add or remove engines of a deployment."),
+    Command("role", "pdlaunch.cli.engines:role", "Give an engine of a deployment another role."),
+    Command("drain", "pdlaunch.cli.engines:drain", "Give engines of a deployment no new work."),
+    Command("undrain", "pdlaunch.cli.engines:undrain", "Give drained engines work again."),
     Command(
         "trace",
         "pdlaunch.cli.trace:trace",

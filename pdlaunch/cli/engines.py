@@ -1,10 +1,12 @@
-"""``pdlaunch sleep``, ``wake`` and ``restart`` command the engines of a running deployment."""
+"""Commands for the engines of a running deployment: ``sleep``, ``wake``, ``restart``, ``drain``,
+``undrain``, ``scale`` and ``role``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar, get_args
 
 import typer
 from rich.console import Console
@@ -12,16 +14,14 @@ from rich.table import Table
 from rich.text import Text
 
 from pdlaunch.cli.output import print_errors, safe
+from pdlaunch.config.roles import ROLES, Role
 from pdlaunch.errors import PdlaunchError
+from pdlaunch.launch.client import commands
 from pdlaunch.launch.client.admin import admin_api
-from pdlaunch.launch.client.commands import (
-    SleepOutcome,
-    restart_engine,
-    sleep_engines,
-    wake_engines,
-)
+from pdlaunch.launch.client.commands import Change, ChangeOutcome, EngineOutcome
 
 GIB = 1024**3
+Outcome = TypeVar("Outcome")
 
 
 class Tag(StrEnum):
@@ -50,6 +50,26 @@ EngineOption = Annotated[
     list[str] | None,
     typer.Option("--engine", help="Only this engine; may be repeated.", metavar="NAME"),
 ]
+NamesArgument = Annotated[
+    list[str],
+    typer.Argument(
+        help="An engine, or one of its processes: decode-0, decode-0/rank-1.", metavar="NAME"
+    ),
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would be started and stopped; do nothing.")
+]
+DrainOption = Annotated[
+    float | None,
+    typer.Option(
+        "--drain-timeout",
+        min=0,
+        max=800,
+        help="How long requests at an engine that stops may go on before they continue at another "
+        "one; drain_timeout_s of the launch without it.",
+        metavar="SECONDS",
+    ),
+]
 
 
 def sleep(
@@ -72,85 +92,196 @@ def sleep(
     """Have engines give their device memory back; they serve nothing until `pdlaunch wake`. Needs
     enable_sleep_mode.
     """
-    _show(
-        "given back",
-        lambda: sleep_engines(
-            admin_api(url, admin_api_key), level=level, mode=mode, names=engine or ()
-        ),
-    )
+    admin = _ask(lambda: admin_api(url, admin_api_key))
+    names = engine or ()
+    outcomes = _ask(lambda: commands.sleep_engines(admin, level=level, mode=mode, names=names))
+    _show_memory("given back", outcomes)
 
 
 def wake(
     url: UrlOption = None,
     tag: Annotated[
-        list[Tag] | None,
-        typer.Option("--tag", help="Only this pool; may be repeated."),
+        list[Tag] | None, typer.Option("--tag", help="Only this pool; may be repeated.")
     ] = None,
     engine: EngineOption = None,
     admin_api_key: KeyOption = None,
 ) -> None:
     """Have engines that sleep take their device memory again and serve."""
-    _show(
-        "taken",
-        lambda: wake_engines(
-            admin_api(url, admin_api_key),
-            tags=[str(name) for name in tag or ()],
-            names=engine or (),
-        ),
-    )
+    admin = _ask(lambda: admin_api(url, admin_api_key))
+    tags = [str(name) for name in tag or ()]
+    outcomes = _ask(lambda: commands.wake_engines(admin, tags=tags, names=engine or ()))
+    _show_memory("taken", outcomes)
 
 
-def restart(
-    name: Annotated[
-        list[str],
-        typer.Argument(help="An engine, or one of its processes: decode-0, decode-0/rank-1."),
-    ],
-    url: UrlOption = None,
-    admin_api_key: KeyOption = None,
-) -> None:
+def restart(name: NamesArgument, url: UrlOption = None, admin_api_key: KeyOption = None) -> None:
     """Have engines finish what runs, stop and start anew, one after the other; one that was given
     up starts at once.
     """
-    console = Console()
+    admin = _ask(lambda: admin_api(url, admin_api_key))
     failed = False
-    try:
-        admin = admin_api(url, admin_api_key)
-        # One after the other, so that the others of a role serve meanwhile.
-        for each in dict.fromkeys(name):
-            outcome = restart_engine(admin, each)
-            if outcome.error is None:
-                console.print(Text(f"{outcome.engine} serves again"), soft_wrap=True)
-            else:
-                failed = True
-                console.print(
-                    Text(safe(f"{outcome.engine}: {outcome.error}"), style="red"), soft_wrap=True
-                )
-    except PdlaunchError as error:
-        print_errors([error])
-        raise typer.Exit(1) from None
-    if failed:
-        raise typer.Exit(1)
+    # One after the other, so that the others of a role serve meanwhile.
+    for each in dict.fromkeys(name):
+        outcome = _ask(lambda each=each: commands.restart_engine(admin, each))  # type: ignore[misc]
+        _show_line(outcome, "serves again")
+        failed |= outcome.error is not None
+    raise typer.Exit(int(failed))
 
 
-def _show(what: str, call: Callable[[], list[SleepOutcome]]) -> None:
-    """Print one row for each engine. The exit code is 1 when one of them has refused."""
-    try:
-        outcomes = call()
-    except PdlaunchError as error:
-        print_errors([error])
-        raise typer.Exit(1) from None
-    table = Table("engine", "state", what)
+def drain(
+    name: NamesArgument,
+    url: UrlOption = None,
+    timeout: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=850,
+            help="How long to wait for requests that run; they go on in any case. 0 does not wait.",
+            metavar="SECONDS",
+        ),
+    ] = 600.0,
+    admin_api_key: KeyOption = None,
+) -> None:
+    """Give engines no new work, and wait until nothing runs there; nothing is moved by force. It
+    holds until `pdlaunch undrain`, also while the engine is restarted.
+    """
+    admin = _ask(lambda: admin_api(url, admin_api_key))
+    names = " ".join(name)
+    outcomes = _ask(
+        lambda: commands.drain_engines(admin, name, timeout_s=timeout),
+        on_interrupt=f"{names}: no new work; `pdlaunch undrain {names}` ends that",
+    )
+    for each in outcomes:
+        left = f"{each.running} still at work after {timeout:g} s" if each.running else ""
+        _show_line(each, f"is given no new work; {left or 'nothing runs there'}")
+    raise typer.Exit(int(any(each.error or (timeout and each.running) for each in outcomes)))
+
+
+def undrain(name: NamesArgument, url: UrlOption = None, admin_api_key: KeyOption = None) -> None:
+    """Give engines work again that `pdlaunch drain` has kept it from."""
+    admin = _ask(lambda: admin_api(url, admin_api_key))
+    outcomes = _ask(lambda: commands.undrain_engines(admin, name))
     for outcome in outcomes:
-        state = (
-            Text(safe(outcome.error), style="red")
-            if outcome.error
-            else Text("sleeping" if outcome.is_sleeping else "awake")
-        )
-        table.add_row(
-            Text(outcome.engine),
-            state,
-            "" if outcome.error else f"{outcome.num_bytes / GIB:.2f} GiB",
-        )
+        _show_line(outcome, "is given work")
+    raise typer.Exit(int(any(outcome.error for outcome in outcomes)))
+
+
+def scale(
+    wanted: Annotated[
+        list[str],
+        typer.Argument(
+            help="Engines of a role: prefill=2 decode=1; roles that are not named keep theirs.",
+            metavar="ROLE=NUMBER",
+        ),
+    ],
+    url: UrlOption = None,
+    dry_run: DryRunOption = False,
+    drain_timeout: DrainOption = None,
+    admin_api_key: KeyOption = None,
+) -> None:
+    """Add and remove engines of a running launch. New ones get requests once their pairs are
+    proven; those that go get none any more and finish what runs.
+    """
+    replicas: dict[Role, int] = {}
+    for text in wanted:
+        name, _, number = text.partition("=")
+        known = next((role for role in get_args(Role) if role == name), None)
+        if known is None or not number.isdecimal() or known in replicas:
+            raise typer.BadParameter(
+                f"{text[:80]!a}: write ROLE=NUMBER, each role of {', '.join(ROLES)} at most once",
+                param_hint="ROLE=NUMBER",
+            )
+        replicas[known] = int(number)
+    admin = _ask(lambda: admin_api(url, admin_api_key))
+    _change(
+        lambda: commands.scale_engines(
+            admin, replicas, dry_run=dry_run, drain_timeout_s=drain_timeout
+        ),
+        dry_run=dry_run,
+    )
+
+
+def role(
+    name: Annotated[str, typer.Argument(help="The engine: decode-1.", metavar="NAME")],
+    role: Annotated[Role, typer.Argument(help="The role that it is to have.", metavar="ROLE")],
+    url: UrlOption = None,
+    dry_run: DryRunOption = False,
+    drain_timeout: DrainOption = None,
+    admin_api_key: KeyOption = None,
+) -> None:
+    """Give an engine of a running launch another role: it finishes what runs, stops, and a new one
+    of that role starts on its devices, under a name of that role.
+    """
+    admin = _ask(lambda: admin_api(url, admin_api_key))
+    _change(
+        lambda: commands.turn_engine(
+            admin, name, role, dry_run=dry_run, drain_timeout_s=drain_timeout
+        ),
+        dry_run=dry_run,
+    )
+
+
+def _ask(call: Callable[[], Outcome], *, on_interrupt: str = "") -> Outcome:
+    """Return what ``call`` returns; an error of the deployment ends the command."""
+    try:
+        return call()
+    except KeyboardInterrupt:
+        if on_interrupt:
+            Console(stderr=True).print(Text(on_interrupt), soft_wrap=True)
+        raise
+    except PdlaunchError as error:
+        print_errors([error])
+        raise typer.Exit(1) from None
+
+
+def _show_line(outcome: EngineOutcome, done: str) -> None:
+    line = f"{outcome.engine}: {outcome.error}" if outcome.error else f"{outcome.engine} {done}"
+    console = Console()
+    console.print(Text(safe(line), style="red" if outcome.error else ""), soft_wrap=True)
+    for note in outcome.notes:
+        console.print(Text(f"  {safe(note)}", style="yellow"), soft_wrap=True)
+
+
+def _show_memory(what: str, outcomes: Sequence[EngineOutcome]) -> None:
+    """Print a row for each engine. The exit code is 1 when one of them has refused."""
+    table = Table("engine", "state", what)
+    for each in outcomes:
+        state = Text("sleeping" if each.is_sleeping else "awake")
+        error = Text(safe(each.error or ""), style="red")
+        num_bytes = "" if each.error else f"{each.num_bytes / GIB:.2f} GiB"
+        table.add_row(Text(each.engine), error if each.error else state, num_bytes)
     Console().print(table)
-    if any(outcome.error for outcome in outcomes):
+    raise typer.Exit(int(any(each.error for each in outcomes)))
+
+
+def _change(call: Callable[[], ChangeOutcome], *, dry_run: bool) -> None:
+    goes_on = "" if dry_run else "what has begun goes on; `pdlaunch status` shows the engines"
+    outcome = _ask(call, on_interrupt=goes_on)
+    console = Console()
+    if outcome.change is not None:
+        _show_change(console, outcome.change, "would be" if dry_run or outcome.error else "is")
+    for note in outcome.notes:
+        console.print(Text(note, style="yellow"), soft_wrap=True)
+    if outcome.error:
+        console.print(Text(outcome.error, style="red"), soft_wrap=True)
         raise typer.Exit(1)
+
+
+def _show_change(console: Console, change: Change, verb: str) -> None:
+    """Print a row for each engine that starts or stops, and what there is afterwards."""
+    table = Table("engine", "", "host", "devices", "threads", "running")
+    for engine in change.starts:
+        cells = (engine.name, "starts", engine.host, " ".join(engine.devices))
+        table.add_row(*map(Text, cells), str(engine.num_threads), "")
+    for name, number in change.stops.items():
+        table.add_row(Text(name), "stops", "", "", "", str(number))
+    if change.starts or change.stops:
+        console.print(table)
+    if change.stops:
+        first = "before others start" if change.stops_first else "last"
+        console.print(
+            f"What stops does so {first}; what runs there gets up to {change.drain_s:g} s, then it "
+            "goes on elsewhere.",
+            soft_wrap=True,
+        )
+    counts = ", ".join(f"{change.replicas[role]} {role}" for role in ROLES if change.replicas[role])
+    console.print(f"The launch {verb} {counts}.", soft_wrap=True)

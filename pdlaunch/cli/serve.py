@@ -22,7 +22,7 @@ from pdlaunch.cli.assume import AssumeOption, Judged, judged_machine
 from pdlaunch.cli.downloads import ShownDownloads
 from pdlaunch.cli.flags import with_serve_flags
 from pdlaunch.cli.joining import Agents, joined_agents, require_hosts
-from pdlaunch.cli.live import make_view, ready_rows
+from pdlaunch.cli.live import StartView, ready_rows
 from pdlaunch.cli.output import Format, safe
 from pdlaunch.cli.placing import is_agent_task, refuse_resume, serve_task, with_placed_hosts
 from pdlaunch.cli.preflight import judge_pairs, refuse_errors, refuse_running_engines
@@ -201,7 +201,7 @@ def _serve(
         findings = judge_pairs(resolved, loaded.origins, status)
         return rows + [(f.severity, f"{f.rule} {f.where}: {f.message}") for f in findings]
 
-    view = make_view(Console(), summary)
+    view = StartView(Console(), summary)
     try:
         with StatusLine(view, reader_of(launch_id)) as observer:
             outcome = launch(

@@ -10,10 +10,7 @@ import select
 import sys
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, TextIO
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
+from typing import Any, TextIO
 
 MAX_WRITES = 10_000
 """How many calls of ``print`` wait for a reader; more are lost."""
@@ -48,11 +45,12 @@ class _Writer(io.RawIOBase):
     """Has a thread write to ``stream``, until an OSError says that it takes nothing any more."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+        self.isatty = stream.isatty  # type: ignore[method-assign]
+        self.fileno = stream.fileno  # type: ignore[method-assign]
         # A buffer has a lock, at which the interpreter would find a stuck thread when it exits.
         self._raw: Any = getattr(stream.buffer, "raw", stream.buffer)
-        # The other kind of queue has a lock, at which a thread would wait for itself whose put is
-        # interrupted by what prints, too: a finalizer, at any collection of garbage.
+        # ``queue.Queue`` has a lock, at which a print would wait for itself that interrupts a
+        # print: a finalizer, at any collection of garbage.
         self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="steady-output", daemon=True)
         self._thread.start()
@@ -66,13 +64,7 @@ class _Writer(io.RawIOBase):
     def writable(self) -> bool:
         return True
 
-    def isatty(self) -> bool:
-        return self._stream.isatty()
-
-    def fileno(self) -> int:
-        return self._stream.fileno()
-
-    def write(self, data: ReadableBuffer, /) -> int:
+    def write(self, data: Any, /) -> int:
         written = bytes(data)
         if self._thread.is_alive() and self._queue.qsize() < MAX_WRITES:
             self._queue.put(written)

@@ -19,18 +19,8 @@ from pdlaunch.observe.spans import Attribute
 from pdlaunch.protocol.requests import RequestTrace, SpanView
 from pdlaunch.router.request_lines import format_request
 
-MIN_BAR = 10
-"""Columns of a bar where a terminal is narrow; names give way first."""
-_NAME_SHARE = 0.42
 _TIME_COLUMNS = 13
-_STYLES = {
-    "queue": "yellow",
-    "lease": "yellow",
-    "read": "cyan",
-    "pull": "cyan",
-    "checksums": "blue",
-}
-_UNKNOWN = "unknown: this engine tells nothing of itself"
+_STYLES = {"queue": "yellow", "lease": "yellow", "read": "cyan", "pull": "cyan"}
 
 
 def print_trace(console: Console, trace: RequestTrace) -> None:
@@ -47,55 +37,45 @@ def request_line(trace: RequestTrace) -> Text:
 
 def span_rows(trace: RequestTrace, columns: int, *, is_ascii: bool) -> Iterator[Text]:
     """Yield the name of each process and a line for each of its spans, in ``columns``."""
-    width = max(columns, 40)
-    for process, spans in _by_process(trace):
+    by_process: dict[str, list[SpanView]] = {}
+    for span in trace.spans:
+        by_process.setdefault(span.process, []).append(span)
+    told = {process.partition("/")[0] for process in by_process}
+    for engine in (trace.prefill, trace.decode):
+        if engine is not None and engine not in told:
+            by_process[engine] = []
+    for process, spans in by_process.items():
         yield Text(escape_controls(process), style="bold cyan", overflow="ellipsis")
         if not spans:
-            yield Text(f"  {_UNKNOWN}", style="dim")
+            yield Text("  unknown: this engine tells nothing of itself", style="dim")
         for span in spans:
-            yield _row(span, trace.total_ms or 0.0, width, is_ascii=is_ascii)
+            yield _row(span, trace.total_ms or 0.0, max(columns, 40), is_ascii=is_ascii)
     if trace.dropped_spans:
         yield Text(f"{trace.dropped_spans} more are not remembered", style="dim")
 
 
-def _by_process(trace: RequestTrace) -> Iterator[tuple[str, list[SpanView]]]:
-    """Yield processes in the order in which they began, engines that say nothing too."""
-    found: dict[str, list[SpanView]] = {}
-    for span in trace.spans:
-        found.setdefault(span.process, []).append(span)
-    yield from found.items()
-    told = {process.partition("/")[0] for process in found}
-    for engine in (trace.prefill, trace.decode):
-        if engine is not None and engine not in told:
-            yield engine, []
-
-
 def _row(span: SpanView, total_ms: float, width: int, *, is_ascii: bool) -> Text:
-    """Return one line of ``width`` columns: name, place in time, duration."""
-    name_columns = max(12, min(int(width * _NAME_SHARE), width - MIN_BAR - _TIME_COLUMNS))
+    """Return one line of ``width`` columns: name, place in the request's time, duration."""
+    name_columns = max(12, min(int(width * 0.42), width - 10 - _TIME_COLUMNS))
     bar_columns = width - name_columns - _TIME_COLUMNS
-    name = escape_controls(f"  {span.name}{_details(span.attributes)}")
+    label = Text(escape_controls(f"  {span.name}{_details(span.attributes)}"))
+    label.truncate(name_columns - 1, overflow="crop" if is_ascii else "ellipsis", pad=True)
+    full, mark = ("#", "|") if is_ascii else ("█", "▏")
+    scale = (bar_columns - 1) / total_ms if total_ms > 0 else 0.0
+    start = min(bar_columns - 1, max(0, int(span.start_ms * scale)))
+    end = min(bar_columns, max(start, round(span.end_ms * scale)))
+    # An instant is a mark.
+    bar = (" " * start + (full * (end - start) or mark)).ljust(bar_columns)
     failed = "error" in span.attributes or span.attributes.get("ok") is False
-    style = "red" if failed else _STYLES.get(span.name, "green")
-    row = Text(no_wrap=True)
-    label = Text(name)
-    label.truncate(name_columns - 1, overflow="ellipsis" if not is_ascii else "crop", pad=True)
-    row.append_text(label)
-    row.append(" ")
-    row.append(_bar(span, total_ms, bar_columns, is_ascii=is_ascii), style=style)
     duration_ms = span.end_ms - span.start_ms
     time = f"{duration_ms:.1f} ms" if duration_ms else f"@{span.start_ms:.1f} ms"
-    row.append(f"{time:>{_TIME_COLUMNS - 1}}", style="" if duration_ms else "dim")
-    return row
-
-
-def _bar(span: SpanView, total_ms: float, columns: int, *, is_ascii: bool) -> str:
-    """Return where the span lies in the request's time; an instant is a mark."""
-    full, mark = ("#", "|") if is_ascii else ("█", "▏")
-    scale = (columns - 1) / total_ms if total_ms > 0 else 0.0
-    start = min(columns - 1, max(0, int(span.start_ms * scale)))
-    end = min(columns, max(start, round(span.end_ms * scale)))
-    return (" " * start + (full * (end - start) or mark)).ljust(columns)
+    return Text.assemble(
+        label,
+        " ",
+        (bar, "red" if failed else _STYLES.get(span.name, "green")),
+        (f"{time:>{_TIME_COLUMNS - 1}}", "" if duration_ms else "dim"),
+        no_wrap=True,
+    )
 
 
 def _details(attributes: dict[str, Attribute]) -> str:
@@ -105,7 +85,7 @@ def _details(attributes: dict[str, Attribute]) -> str:
         parts.append("verified" if attributes["verified"] else "unverified")
     for key, value in attributes.items():
         if key == "bytes" and isinstance(value, int | float):
-            parts.append(f"{value / 1e6:.1f} MB" if value >= 1e5 else f"{value / 1e3:.1f} kB")
+            parts.append(f"{value / 1e6:.1f} MB")
         elif key == "gb_s" and isinstance(value, int | float):
             parts.append(f"{value:.1f} GB/s")
         elif key in ("tokens", "blocks", "prompts"):

@@ -8,14 +8,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from pdlaunch.cli.live import (
-    LiveView,
-    PlainView,
-    make_view,
-    ready_rows,
-    render_ready,
-    render_status,
-)
+from pdlaunch.cli.live import StartView, ready_rows, render_ready, render_status
 from pdlaunch.launch.status import LaunchPhase, LaunchStatus, ProcessState, ProcessStatus
 from pdlaunch.protocol.control import PairReady
 
@@ -120,7 +113,7 @@ def test_hosts_are_named_where_there_are_several(columns: int) -> None:
 def test_lines_and_panel_name_hosts_too() -> None:
     target = console()
     status = replace(over_hosts(), phase=LaunchPhase.STARTING)
-    PlainView(target, lambda status: [], lambda: 0.0).changed(status)
+    StartView(target, lambda status: [], lambda: 0.0).changed(status)
     assert "decode-0/rank-0 on gpu-2: ready" in printed(target)
     assert "prefill-0/rank-0: ready" in printed(target)
     rows = ready_rows(status, model="m", connector="nixl", log_dir="/logs", needs_key=False)
@@ -139,7 +132,7 @@ def test_progress_is_shown_with_state_and_percentage() -> None:
 
 def test_plain_lines_tell_each_change_once() -> None:
     target = console()
-    view = PlainView(target, lambda status: list(ROWS), lambda: 0.0)
+    view = StartView(target, lambda status: list(ROWS), lambda: 0.0)
     view.changed(starting())
     view.changed(starting())
     view.note("a very long note " * 20)
@@ -157,7 +150,7 @@ def test_plain_lines_tell_each_change_once() -> None:
 def test_plain_percentages_come_every_few_seconds() -> None:
     target = console()
     now_s = 0.0
-    view = PlainView(target, lambda status: [], lambda: now_s)
+    view = StartView(target, lambda status: [], lambda: now_s)
     for percent in range(0, 100, 10):
         view.changed(
             LaunchStatus(
@@ -171,16 +164,19 @@ def test_plain_percentages_come_every_few_seconds() -> None:
 def test_notes_break_between_words_on_a_terminal_and_not_at_all_in_a_file() -> None:
     note = "running requests get up to 30 s, a second Ctrl-C skips that"
     narrow, file = console(40, terminal=True), console(40)
-    PlainView(narrow, lambda status: [], lambda: 0.0).note(note)
-    PlainView(file, lambda status: [], lambda: 0.0).note(note)
-    assert printed(narrow).split()[1:] == note.split()
-    assert max(len(line) for line in printed(narrow).splitlines()) <= 40
+    view = StartView(narrow, lambda status: [], lambda: 0.0)
+    view.close()
+    view.note(note)
+    StartView(file, lambda status: [], lambda: 0.0).note(note)
+    (shown,) = re.findall(r"\[\d\d:.*", printed(narrow), re.DOTALL)
+    assert shown.split()[1:] == note.split()
+    assert max(len(line) for line in shown.splitlines()) <= 40
     assert re.fullmatch(rf"\[\d\d:\d\d:\d\d\] {note}\n", printed(file))
 
 
 def test_the_live_table_leaves_no_trace_but_the_panel() -> None:
     target = console(terminal=True)
-    view = LiveView(target, lambda status: list(ROWS), lambda: 0.0)
+    view = StartView(target, lambda status: list(ROWS), lambda: 0.0)
     view.changed(starting())
     view.ready(serving())
     view.close()
@@ -190,11 +186,11 @@ def test_the_live_table_leaves_no_trace_but_the_panel() -> None:
 
 
 def test_a_terminal_gets_the_table_and_everything_else_lines() -> None:
-    live = make_view(console(terminal=True), lambda status: [], lambda: 0.0)
+    live = StartView(console(terminal=True), lambda status: [], lambda: 0.0)
     live.close()
-    assert isinstance(live, LiveView)
-    assert isinstance(make_view(console(), lambda status: []), PlainView)
-    assert isinstance(make_view(console(rows=3, terminal=True), lambda status: []), PlainView)
+    assert live.is_live
+    for target in (console(), console(rows=3, terminal=True)):
+        assert not StartView(target, lambda status: []).is_live
 
 
 def test_the_panel_says_where_and_what_and_how_fast() -> None:

@@ -9,8 +9,9 @@ from datetime import datetime
 
 import pytest
 
-from pdlaunch.cli.live import PlainView
-from pdlaunch.cli.status_line import StatusLine, status_line
+from pdlaunch.cli.figures import status_line
+from pdlaunch.cli.live import StartView
+from pdlaunch.cli.status_line import StatusLine
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.status import LaunchPhase, LaunchStatus
 from pdlaunch.protocol.status import DeploymentStatus
@@ -140,8 +141,8 @@ def test_a_launch_that_fails_leaves_no_thread() -> None:
 def test_events_carry_the_time_of_day_and_pipes_get_plain_lines() -> None:
     target = console()
     at = datetime(2026, 1, 31, 12, 3, 4)
-    PlainView(target, lambda status: [], lambda: 0.0, lambda: at).note("decode-0 \x1b[31mdied")
+    StartView(target, lambda status: [], lambda: 0.0, lambda: at).note("decode-0 \x1b[31mdied")
     assert printed(target) == "[12:03:04] decode-0 \\x1b[31mdied\n"
     live = console()
-    PlainView(live, lambda status: [], lambda: 0.0).note("x")
+    StartView(live, lambda status: [], lambda: 0.0).note("x")
     assert re.fullmatch(r"\[\d\d:\d\d:\d\d\] x\n", printed(live))

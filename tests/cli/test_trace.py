@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from typer.testing import Result
 
-from pdlaunch.cli.perfetto import trace_events
+from pdlaunch.cli.trace import trace_events
 from pdlaunch.cli.waterfall import print_trace
 from pdlaunch.protocol.process import run_dirs
 from pdlaunch.protocol.requests import RequestList, RequestSummary, RequestTrace, SpanView

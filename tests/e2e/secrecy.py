@@ -8,9 +8,9 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterable
 
+from pdlaunch.launch.client.admin import read_requests, reading_api
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
-from pdlaunch.launch.client.requests import find_ids, reading_api
 from tests.router.otlp_collector import Collector
 
 SHORTEST = 12
@@ -25,7 +25,7 @@ def told_by(deployment: Deployment, collector: Collector) -> dict[str, str]:
     told["terminal"] = deployment.output()
     told["traces"] = "".join(
         Api(url).get(f"/pdlaunch/requests/{urllib.parse.quote(request_id, safe='')}")[1]
-        for request_id in find_ids(reading_api(url, None), "last", 500)
+        for request_id in [one.id for one in read_requests(reading_api(url, None), "last", 500)]
     )
     for path in ("/pdlaunch/requests?last=500", "/pdlaunch/status", "/metrics"):
         told[path] = Api(url).get(path)[1]

@@ -15,9 +15,9 @@ import pytest
 from typer.testing import CliRunner
 
 from pdlaunch.cli.app import build_app
+from pdlaunch.launch.client.admin import read_trace, reading_api
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
-from pdlaunch.launch.client.requests import read_trace, reading_api
 from pdlaunch.protocol.costs import ROUTE_HEADER, WANTS_PAIR
 from pdlaunch.protocol.requests import RequestTrace
 from tests.e2e.secrecy import places_of, places_of_ids, told_by

@@ -18,7 +18,7 @@ import pytest
 from pdlaunch.errors import StartupError
 from pdlaunch.launch.client.admin import admin_api, own_launches
 from pdlaunch.launch.client.api import Api
-from pdlaunch.launch.client.changes import scale_engines, turn_engine
+from pdlaunch.launch.client.commands import scale_engines, turn_engine
 from pdlaunch.launch.client.deployment import Deployment, running_deployment
 from tests.e2e.api import complete
 from tests.e2e.conftest import clean_environ

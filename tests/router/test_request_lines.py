@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdlaunch.cli.live import PlainView
+from pdlaunch.cli.live import StartView
 from pdlaunch.observe.logs import setup_logging
 from pdlaunch.protocol.requests import RequestSummary
 from pdlaunch.router.request_lines import RequestLines, format_request
@@ -220,7 +220,7 @@ def test_the_terminal_gets_the_id_and_tells_the_time_once() -> None:
     (line,) = shown
     assert line.startswith("[r7] 200 /v1/completions")
     target = console()
-    PlainView(target, lambda status: [], lambda: 0.0).note(line)
+    StartView(target, lambda status: [], lambda: 0.0).note(line)
     assert re.fullmatch(r"\[\d\d:\d\d:\d\d\] \[r7\] 200 /v1/completions .*\n", printed(target))
 
 

@@ -1,25 +1,35 @@
-"""Finds where to send commands: to the admin socket of a launch of this user, or to a router whose
-admin key is known.
+"""Finds where a deployment is asked, or commanded: at the admin socket of a launch of this user, or
+at a router by its URL and key; and reads its status and requests.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Literal, TypeVar
+from urllib.parse import quote, urlsplit
+
+import msgspec
 
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.api import Api, check_url
+from pdlaunch.protocol.ids import HttpRequestId
 from pdlaunch.protocol.process.run_dirs import RunningLaunch, running_launches
+from pdlaunch.protocol.requests import RequestList, RequestSummary, RequestTrace
+from pdlaunch.protocol.status import DeploymentStatus
 
 CALL_TIMEOUT_S = 900.0
 """Timeout of a command; longer than engines wait for what runs before they sleep."""
+READ_TIMEOUT_S = 30.0
+Choice = Literal["last", "slowest", "failed"]
+T = TypeVar("T")
 
 
 def admin_api(
     url: str | None = None, admin_api_key: str | None = None, *, base: Path | None = None
 ) -> Api:
-    """Return the API of the launch that answers at ``url``, or of the only one that runs.
+    """Return the API that commands the launch at ``url``, or the only one of this user.
 
     ``admin_api_key`` is only used where no launch of this user listens at ``url``. ``base``: the
     folder in which launches are looked for. Raises PdlaunchError when no launch, or more than one,
@@ -29,51 +39,99 @@ def admin_api(
         check_url(url)
     running, found = running_launches(base), own_launches(url, base)
     if len(found) == 1:
-        return Api("http://launch", timeout_s=CALL_TIMEOUT_S, socket_path=found[0].admin_socket)
+        return launch_api(found[0], CALL_TIMEOUT_S)
     if url is not None and admin_api_key is not None:
         return Api(url, admin_api_key, CALL_TIMEOUT_S)
-    raise PdlaunchError(_why_not(url, found, running))
+    urls = _urls_of(running)
+    if len(found) > 1:
+        why = f"several launches of yours run here; choose one with --url: {urls}"
+    elif url is None:
+        why = (
+            "no launch of yours runs here; name another's router with --url and its key with "
+            "--admin-api-key"
+        )
+    else:
+        why = (
+            f"no launch of yours listens at {url}, and to command another's its --admin-api-key "
+            f"is needed{f'; these do: {urls}' if running else ''}"
+        )
+    raise PdlaunchError(why)
+
+
+def reading_api(url: str | None, api_key: str | None, timeout_s: float = READ_TIMEOUT_S) -> Api:
+    """Return the API that reads the launch of this user at ``url``, or the only one; else of
+    whoever answers at ``url``, with the clients' key.
+
+    Raises PdlaunchError when no launch, or more than one, fits.
+    """
+    if url is not None:
+        check_url(url)
+    found = own_launches(url)
+    if len(found) == 1:
+        return launch_api(found[0], timeout_s)
+    if url is not None:
+        return Api(url, api_key, timeout_s)
+    if not found:
+        raise PdlaunchError("no launch of yours runs here; name another's router by its URL")
+    raise PdlaunchError(
+        f"several launches of yours run here; name one by its URL: {_urls_of(found)}"
+    )
+
+
+def launch_api(launch: RunningLaunch, timeout_s: float) -> Api:
+    """Return the API at the admin socket of a launch."""
+    return Api("http://launch", timeout_s=timeout_s, socket_path=launch.admin_socket)
 
 
 def own_launches(url: str | None, base: Path | None = None) -> list[RunningLaunch]:
     """Return the launches of this user that listen at ``url``; all of them without one."""
-    return [
-        launch
-        for launch in running_launches(base)
-        if url is None or _is_same_address(launch.card.url, url)
-    ]
+    launches = running_launches(base)
+    return [each for each in launches if url is None or _address(each.card.url) == _address(url)]
 
 
-def _why_not(url: str | None, found: list[RunningLaunch], running: list[RunningLaunch]) -> str:
-    urls = ", ".join(sorted(launch.card.url for launch in running))
-    if len(found) > 1:
-        return f"several launches of yours run here; choose one with --url: {urls}"
-    if url is None:
-        return (
-            "no launch of yours runs here; name another's router with --url and its key with "
-            "--admin-api-key"
-        )
-    others = f"; these do: {urls}" if running else ""
-    return (
-        f"no launch of yours listens at {url}, and to command another's its --admin-api-key is "
-        f"needed{others}"
-    )
+def _urls_of(launches: list[RunningLaunch]) -> str:
+    return ", ".join(sorted(launch.card.url for launch in launches))
 
 
-def _is_same_address(known: str, given: str) -> bool:
-    """Compare the addresses of two URLs.
-
-    Loopback has many names; other ones must be equal: a launch here is not the one at the same port
-    elsewhere.
-    """
-    ours, theirs = urlsplit(known), urlsplit(given)
-    return ours.port == (theirs.port or 80) and _plain_host(ours.hostname) == _plain_host(
-        theirs.hostname
-    )
+def _address(url: str) -> tuple[str, int]:
+    """Return host and port of a URL; all names of loopback are one."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    with contextlib.suppress(ValueError):
+        host = "localhost" if ipaddress.ip_address(host).is_loopback else host
+    return host, parts.port or 80
 
 
-def _plain_host(host: str | None) -> str:
-    try:
-        return "localhost" if ipaddress.ip_address(host or "").is_loopback else str(host)
-    except ValueError:
-        return host or ""
+def read_status(api: Api) -> DeploymentStatus:
+    """Return what the deployment does. Raises PdlaunchError."""
+    return _read(api, "/pdlaunch/status", DeploymentStatus)
+
+
+def read_trace(api: Api, request_id: HttpRequestId) -> RequestTrace:
+    """Return all that is known of a request. Raises PdlaunchError."""
+    return _read(api, f"/pdlaunch/requests/{quote(request_id, safe='')}", RequestTrace)
+
+
+def read_requests(api: Api, choice: Choice, limit: int) -> list[RequestSummary]:
+    """Return requests, the one that fits best first. Raises PdlaunchError."""
+    return _read(api, f"/pdlaunch/requests?{choice}={limit}", RequestList).requests
+
+
+def _read(api: Api, path: str, kind: type[T]) -> T:
+    status, answer = api.get_object(path)
+    if status == 200:
+        try:
+            return msgspec.convert(answer, kind)
+        except msgspec.ValidationError as misfit:
+            raise PdlaunchError(
+                f"the router answers as no pdlaunch of this version: {misfit}"
+            ) from misfit
+    fix = "; give the clients' key with --api-key" if status == 401 else ""
+    message = error_message(answer) or "it does not say why"
+    raise PdlaunchError(f"the router answers {status}: {message}{fix}")
+
+
+def error_message(answer: dict[str, object]) -> str:
+    """Return the message of an error in OpenAI's form; empty when there is none."""
+    error = answer.get("error")
+    return str(error.get("message") or "") if isinstance(error, dict) else ""

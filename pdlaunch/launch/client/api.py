@@ -1,9 +1,14 @@
-"""Calls a router or an engine synchronously, for commands and tests."""
+"""Calls a router or an engine synchronously, for commands and tests.
+
+The server need not be one of pdlaunch: each answer is bounded in bytes and, unlike a timeout of
+``http.client``, which counts for each read alone, in time.
+"""
 
 from __future__ import annotations
 
 import functools
 import http.client
+import io
 import json
 import re
 import socket
@@ -16,14 +21,9 @@ from typing import Any
 
 from pdlaunch.config.http_names import is_loopback
 from pdlaunch.errors import PdlaunchError
-from pdlaunch.launch.client.answers import (
-    AnyStatus,
-    BadAnswerError,
-    BoundedAnswers,
-    StreamRequest,
-    read_answer,
-)
 
+MAX_ANSWER_BYTES = 64 << 20
+"""Limit of one answer, its headers included."""
 ROUTER_RETURN_S = 20.0
 """Time within which a launch starts a router again that has died, unless it dies again and again.
 """
@@ -35,9 +35,8 @@ _NO_KEY = re.compile(r"[^\x20-\x7e\xa0-\xff]")
 class Api:
     """Calls one HTTP server of a deployment.
 
-    ``socket_path``: the Unix socket on which it listens, in place of TCP; ``url`` is then only what
-    paths are added to. Methods raise PdlaunchError when it cannot be reached, or its answer is not
-    there, whole, ``timeout_s`` after the request was sent, or is not of the form that is asked for.
+    Methods raise PdlaunchError when the server cannot be reached, or its answer is not there,
+    whole, ``timeout_s`` after the request was sent, or has another form than was asked for.
     """
 
     def __init__(
@@ -49,7 +48,7 @@ class Api:
         socket_path: Path | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        """``headers`` go with each request."""
+        """``socket_path``: the Unix socket of the server, in place of TCP."""
         self.url = url.rstrip("/")
         self._api_key = api_key
         self._timeout_s = timeout_s
@@ -59,30 +58,26 @@ class Api:
         self._opener = _opener(socket_path, is_here=socket_path is not None or is_loopback(host))
 
     def engine(self, name: str) -> Api:
-        """Return the API of one engine behind this router, which passes everything on to it.
-
-        Only for those who may command the launch.
-        """
+        """Return the API of one engine behind this router, for those who may command the launch."""
         url = f"{self.url}/pdlaunch/engines/{urllib.parse.quote(name, safe='')}"
         return Api(url, self._api_key, self._timeout_s, socket_path=self._socket_path)
 
     def post(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """Return status and JSON body, also of an error."""
-        return self._read_object(path, *self._call(path, json.dumps(body).encode()))
+        return self._object(path, *self._call(path, json.dumps(body).encode()))
 
     def post_text(self, path: str, body: dict[str, Any]) -> str:
-        """Return the whole body as text, for streams of events, which may take longer."""
-        status, content = self._call(path, json.dumps(body).encode(), StreamRequest)
-        return self._read_text(path, status, content)
+        """Return a whole stream of events."""
+        return self._text(path, *self._call(path, json.dumps(body).encode()))
 
     def get(self, path: str) -> tuple[int, str]:
         """Return status and text."""
-        status, content = self._call(path, None)
-        return status, self._read_text(path, status, content)
+        status, content = self._call(path)
+        return status, self._text(path, status, content)
 
     def get_object(self, path: str) -> tuple[int, dict[str, Any]]:
         """Return status and JSON body, also of an error."""
-        return self._read_object(path, *self._call(path, None))
+        return self._object(path, *self._call(path))
 
     def metrics(self) -> dict[str, float]:
         """Return the samples of ``/metrics``, summed over their labels."""
@@ -98,13 +93,13 @@ class Api:
                     raise self._stranger("/metrics", status, "a line is no sample") from None
         return totals
 
-    def _read_text(self, path: str, status: int, content: bytes) -> str:
+    def _text(self, path: str, status: int, content: bytes) -> str:
         try:
             return content.decode()
         except UnicodeDecodeError:
             raise self._stranger(path, status, "it is not in UTF-8") from None
 
-    def _read_object(self, path: str, status: int, content: bytes) -> tuple[int, dict[str, Any]]:
+    def _object(self, path: str, status: int, content: bytes) -> tuple[int, dict[str, Any]]:
         try:
             answer = json.loads(content)
         except RecursionError:
@@ -115,21 +110,16 @@ class Api:
             raise self._stranger(path, status, "it is no JSON object")
         return status, answer
 
-    def _stranger(self, path: str, status: int, what_is_wrong: str) -> PdlaunchError:
+    def _stranger(self, path: str, status: int, problem: str) -> PdlaunchError:
         return PdlaunchError(
             f"{self._shown(path)} answers HTTP {status}, but not as a deployment of pdlaunch does: "
-            f"{what_is_wrong}"
+            f"{problem}"
         )
 
-    def _call(
-        self,
-        path: str,
-        body: bytes | None,
-        kind: type[urllib.request.Request] = urllib.request.Request,
-    ) -> tuple[int, bytes]:
+    def _call(self, path: str, body: bytes | None = None) -> tuple[int, bytes]:
         headers = dict(self._headers)
         if self._api_key:
-            # Not in an error of http.client, which shows the value.
+            # http.client would show the value in its error.
             if _NO_KEY.search(self._api_key):
                 raise PdlaunchError(
                     f"the key for {self.url} holds a character that no key may have: a line end, "
@@ -138,23 +128,92 @@ class Api:
             headers["Authorization"] = f"Bearer {self._api_key}"
         if body is not None:
             headers["Content-Type"] = "application/json"
-        request = kind(self.url + path, data=body, headers=headers)
+        request = urllib.request.Request(self.url + path, data=body, headers=headers)
         try:
             with self._opener.open(request, timeout=self._timeout_s) as response:
-                return response.status, read_answer(response)
-        except BadAnswerError as error:
+                return response.status, _read(response)
+        except _BadAnswerError as error:
             raise PdlaunchError(f"{self._shown(path)} {error}") from error
         # ValueError: Python's own word for names that DNS cannot have, and of bad proxies.
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise PdlaunchError(
-                f"{self._shown(path)} cannot be reached: {_reason(error)}"
-            ) from error
+            cause = getattr(error, "reason", error)
+            reason = getattr(cause, "strerror", None) or str(cause)
+            raise PdlaunchError(f"{self._shown(path)} cannot be reached: {reason}") from error
 
     def _shown(self, path: str) -> str:
-        shown = path.partition("?")[0]
-        return (
-            f"{self.url}{shown}" if self._socket_path is None else f"{shown} at {self._socket_path}"
+        path = path.partition("?")[0]
+        return f"{path} at {self._socket_path}" if self._socket_path else f"{self.url}{path}"
+
+
+def check_url(url: str) -> None:
+    """Raise PdlaunchError unless ``url`` is ``http://host:port`` or the like."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        is_usable = (
+            parts.scheme in ("http", "https")
+            and bool(parts.hostname)
+            and parts.port != 0
+            and parts.path in ("", "/")
         )
+    except ValueError:
+        is_usable = False
+    if not is_usable:
+        raise PdlaunchError(f"{url} is no URL of a deployment; write http://host:port")
+
+
+@functools.cache
+def _opener(socket_path: Path | None, *, is_here: bool) -> urllib.request.OpenerDirector:
+    """Make an opener; what listens on this machine is asked past the environment's proxies."""
+    handlers: list[urllib.request.BaseHandler] = [_AnyStatus(), _Http(socket_path), _Https()]
+    if is_here:
+        handlers.append(urllib.request.ProxyHandler({}))
+    return urllib.request.build_opener(*handlers)
+
+
+class _BadAnswerError(http.client.HTTPException):
+    """An answer cannot be read; the message goes on where the server's URL was named."""
+
+
+class _AnyStatus(urllib.request.HTTPErrorProcessor):
+    """Takes errors for answers, and redirects, too: urllib would send the key on to whatever host
+    they name.
+    """
+
+    def http_response(self, request: Any, response: Any) -> Any:
+        return response
+
+    https_response = http_response
+
+
+class _Bounded(urllib.request.AbstractHTTPHandler):
+    """Bounds every answer; goes before a handler of urllib."""
+
+    def do_open(
+        self, http_class: Any, req: urllib.request.Request, **options: Any
+    ) -> http.client.HTTPResponse:
+        def connection_to(host: str, **given: Any) -> http.client.HTTPConnection:
+            connection: http.client.HTTPConnection = http_class(host, **given)
+            connection.response_class = _Response
+            return connection
+
+        return super().do_open(connection_to, req, **options)
+
+
+class _Https(_Bounded, urllib.request.HTTPSHandler):
+    """Calls over TLS."""
+
+
+class _Http(_Bounded, urllib.request.HTTPHandler):
+    """Calls over TCP, or the Unix socket at ``path``."""
+
+    def __init__(self, path: Path | None) -> None:
+        super().__init__()
+        self._path = path
+
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        if self._path is None:
+            return super().http_open(request)
+        return self.do_open(functools.partial(_UnixConnection, self._path), request)
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -178,52 +237,53 @@ class _UnixConnection(http.client.HTTPConnection):
                 time.sleep(_POLL_S)
 
 
-class _HttpHandler(BoundedAnswers, urllib.request.HTTPHandler):
-    """Calls over TCP."""
+class _Response(http.client.HTTPResponse):
+    def __init__(self, sock: socket.socket, *arguments: Any, **options: Any) -> None:
+        super().__init__(sock, *arguments, **options)
+        # Below the buffer, everything counts: headers, sizes of chunks, trailers.
+        self.fp = io.BufferedReader(_Reader(self.fp.detach(), sock))
 
 
-class _HttpsHandler(BoundedAnswers, urllib.request.HTTPSHandler):
-    """Calls over TLS."""
+class _Reader(io.RawIOBase):
+    """Reads from ``raw``, which reads from ``sock``, whose timeout is that of the whole answer."""
+
+    def __init__(self, raw: io.RawIOBase, sock: socket.socket) -> None:
+        self._raw = raw
+        self._sock = sock
+        self._timeout_s = sock.gettimeout() or 0.0
+        self._deadline_at = time.monotonic() + self._timeout_s
+        self._left_bytes = MAX_ANSWER_BYTES
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left_s = self._deadline_at - time.monotonic()
+        try:
+            if left_s <= 0.0:
+                raise TimeoutError
+            self._sock.settimeout(left_s)
+            num_bytes = self._raw.readinto(buffer) or 0
+        except TimeoutError:
+            raise _BadAnswerError(
+                f"has not answered in full within {self._timeout_s:g} s"
+            ) from None
+        self._left_bytes -= num_bytes
+        if self._left_bytes < 0:
+            raise _BadAnswerError(f"answers with more than {MAX_ANSWER_BYTES >> 20} MiB")
+        return num_bytes
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
 
 
-class _UnixHandler(BoundedAnswers, urllib.request.HTTPHandler):
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self._path = path
-
-    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(functools.partial(_UnixConnection, self._path), request)
-
-
-@functools.cache
-def _opener(socket_path: Path | None, *, is_here: bool) -> urllib.request.OpenerDirector:
-    """Make an opener; what listens on this machine alone is reached through no proxy, whatever the
-    environment says.
-    """
-    over_http = _HttpHandler() if socket_path is None else _UnixHandler(socket_path)
-    handlers: list[urllib.request.BaseHandler] = [AnyStatus(), over_http, _HttpsHandler()]
-    if is_here:
-        handlers.append(urllib.request.ProxyHandler({}))
-    return urllib.request.build_opener(*handlers)
-
-
-def check_url(url: str) -> None:
-    """Raise PdlaunchError unless ``url`` is ``http://host:port`` or the like."""
+def _read(response: http.client.HTTPResponse) -> bytes:
     try:
-        parts = urllib.parse.urlsplit(url)
-        is_usable = (
-            parts.scheme in ("http", "https")
-            and bool(parts.hostname)
-            and parts.port != 0
-            and parts.path in ("", "/")
-        )
-    except ValueError:
-        is_usable = False
-    if not is_usable:
-        raise PdlaunchError(f"{url} is no URL of a deployment; write http://host:port")
-
-
-def _reason(error: OSError | http.client.HTTPException | ValueError) -> str:
-    """Return the cause in words, without the layers that it came through."""
-    cause = getattr(error, "reason", error)
-    return getattr(cause, "strerror", None) or str(cause)
+        # With a limit: what the headers promise is allocated at once.
+        content = response.read(MAX_ANSWER_BYTES)
+    except (http.client.IncompleteRead, ValueError):
+        raise _BadAnswerError("breaks off its answer") from None
+    if response.length:
+        raise _BadAnswerError("breaks off its answer")
+    return content

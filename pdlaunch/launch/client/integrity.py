@@ -1,6 +1,4 @@
-"""Asks a deployment's engines for their integrity check: who owns each KV block, and what was
-counted.
-"""
+"""Asks a deployment's engines who owns each KV block, and what was counted."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ MUST_BE_ZERO = (
     "num_leased_blocks",
     "num_quarantined_blocks",
 )
-VLLM_MUST_BE_ZERO = (
+_VLLM_MUST_BE_ZERO = (
     "vllm:num_requests_running",
     "vllm:num_requests_waiting",
     "vllm:kv_cache_usage_perc",
@@ -29,23 +27,29 @@ VLLM_MUST_BE_ZERO = (
 _POLL_S = 0.2
 
 
-def await_idle(admin: Api, *, timeout_s: float) -> list[str]:
-    """Wait until every engine holds nothing any more.
+def engines_of(router: Api) -> list[dict[str, Any]]:
+    """Return name, role, kind and state of each engine behind a router that was not given up."""
+    status, answer = router.get_object("/pdlaunch/status")
+    if status != 200:
+        raise PdlaunchError(f"{router.url} does not tell its engines: HTTP {status}: {answer}")
+    return [engine for engine in answer["engines"] if engine["state"] != "failed"]
 
-    Returns what is left, or wrong, after ``timeout_s``; empty when all is well.
-    """
+
+def await_idle(admin: Api, *, timeout_s: float) -> list[str]:
+    """Wait until no engine holds anything; return what is left, or wrong, after ``timeout_s``."""
     deadline_at = time.monotonic() + timeout_s
     while True:
-        left = _left(admin)
+        try:
+            left = _left(admin)
+        except PdlaunchError as error:
+            left = [str(error)]
         if not left or time.monotonic() > deadline_at:
             return left
         time.sleep(_POLL_S)
 
 
 def engine_totals(admin: Api) -> dict[str, float]:
-    """Return the counters of ``EngineStats``, summed over the engines that live now, and those of
-    the router.
-    """
+    """Return the counters of the engines that live, summed, and those of the router."""
     totals: dict[str, float] = {}
     for report in _reports(admin):
         for name, value in report.get("stats", {}).items():
@@ -54,26 +58,20 @@ def engine_totals(admin: Api) -> dict[str, float]:
                 totals[name] = round(totals.get(name, 0) + value, 3)
     for family in text_string_to_metric_families(admin.get("/metrics")[1]):
         if family.name.startswith("pdlaunch_router_") and family.type == "counter":
-            name = family.name.removeprefix("pdlaunch_")
-            totals[name] = sum(
-                sample.value for sample in family.samples if sample.name.endswith("_total")
-            )
+            values = (each.value for each in family.samples if each.name.endswith("_total"))
+            totals[family.name.removeprefix("pdlaunch_")] = sum(values)
     return totals
 
 
 def _left(admin: Api) -> list[str]:
-    try:
-        reports = _reports(admin)
-        of_vllm = _of_vllm(admin)
-        left = [
-            f"{name}: {metric} is {value:g}"
-            for name in of_vllm
-            for metric in VLLM_MUST_BE_ZERO
-            if (value := admin.engine(name).metrics()[metric])
-        ]
-    except PdlaunchError as error:
-        return [str(error)]
-    for report in reports:
+    of_vllm = {engine["name"] for engine in engines_of(admin) if engine.get("kind") == "vllm"}
+    left = [
+        f"{name}: {metric} is {value:g}"
+        for name in of_vllm
+        for metric in _VLLM_MUST_BE_ZERO
+        if (value := admin.engine(name).metrics()[metric])
+    ]
+    for report in _reports(admin):
         engine = report["engine"]
         if engine in of_vllm:
             continue
@@ -82,25 +80,14 @@ def _left(admin: Api) -> list[str]:
             continue
         stats = report["stats"]
         left += [f"{engine}: {name} is {stats[name]}" for name in MUST_BE_ZERO if stats[name]]
-        if stats["num_free_blocks"] != stats["num_blocks"]:
-            left.append(
-                f"{engine}: {stats['num_free_blocks']} of {stats['num_blocks']} blocks are free"
-            )
+        free, total = stats["num_free_blocks"], stats["num_blocks"]
+        if free != total:
+            left.append(f"{engine}: {free} of {total} blocks are free")
     return left
 
 
-def _of_vllm(admin: Api) -> list[str]:
-    """Return the names of the engines of vLLM that live. Raises PdlaunchError."""
-    _, status = admin.get_object("/pdlaunch/status")
-    return [
-        engine["name"]
-        for engine in status.get("engines", ())
-        if engine.get("kind") == "vllm" and engine["state"] != "failed"
-    ]
-
-
 def _reports(admin: Api) -> list[dict[str, Any]]:
-    """Ask for the integrity check of each engine that was not given up. Raises PdlaunchError."""
+    """Return the integrity check of each engine that was not given up. Raises PdlaunchError."""
     status, answer = admin.get_object("/pdlaunch/integrity")
     if "engines" not in answer:
         raise PdlaunchError(f"the router does not tell its engines: HTTP {status}: {answer}")

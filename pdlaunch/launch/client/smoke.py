@@ -1,23 +1,20 @@
 """Checks that a deployment does what it promises (``pdlaunch smoke``).
 
-Every check has a name and, when it fails, a reason. The same prompts go through the public router
-(prefill and decode), through each engine of both roles, and through one engine alone. In float32
-the tokens must be equal; in other dtypes the log-probabilities of the common prefix, and of the
-first token that differs, must lie within ``SMOKE_LOGPROB_TOLERANCE``.
+The same prompts go through the public router (prefill and decode), through each engine of both
+roles, and through one engine alone. In float32 the tokens must be equal; in other dtypes the
+log-probabilities of the common prefix, and of the first token that differs, must lie within
+``SMOKE_LOGPROB_TOLERANCE``.
 
-Reports are kept and passed on, so that reasons hold no tokens and no text: neither what was asked
-nor what was answered, and of errors no message, in which engines may quote prompts.
+Reports are kept and passed on, so reasons hold no tokens, no text and no message of an error, in
+which engines may quote prompts.
 """
 
 from __future__ import annotations
 
 import json
 import time
-import xml.etree.ElementTree as ET
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
-from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -25,28 +22,23 @@ import msgspec
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.api import Api
-from pdlaunch.launch.client.integrity import await_idle
+from pdlaunch.launch.client.integrity import await_idle, engines_of
 from pdlaunch.protocol.costs import ROUTE_HEADER, WANTS_PAIR
 
 SMOKE_LOGPROB_TOLERANCE = 0.25
 """Tolerance in nats. bfloat16 keeps 8 bits: sums in another order move a log-probability by a few
 hundredths, rarely by a tenth.
 """
-
 NUM_TOKENS = 12
 _IDLE_TIMEOUT_S = 20.0
 _PROMPTS = (
     "Hello",
     "The capital of France is",
     "Water boils at one hundred degrees, and freezes at",
-    (
-        "In the beginning there was a small machine that wanted to learn how to count. It began "
-        "with one, then two, then"
-    ),
-    (
-        "List of prime numbers: 2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, "
-        "61, 67, 71, 73, 79, 83, 89,"
-    ),
+    "In the beginning there was a small machine that wanted to learn how to count. It began with "
+    "one, then two, then",
+    "List of prime numbers: 2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, "
+    "67, 71, 73, 79, 83, 89,",
 )
 _LONG_PROMPT = " ".join(f"{number} and {number + 1} make {2 * number + 1}." for number in range(40))
 """vLLM leaves a prompt of less than 64 tokens to decode, and computes the last block there."""
@@ -69,14 +61,12 @@ class _Failure(Exception):
 
 
 def smoke(url: str, *, api_key: str | None = None, exact: bool) -> list[Check]:
-    """Run all checks against a running launch of this user. ``exact``: it computes in float32, so
-    tokens must be equal.
-    """
+    """Run all checks against a running launch of this user. ``exact``: it computes in float32."""
     # Pairs are what is to be proven, however little a prompt alone would cost.
     router, admin = Api(url, api_key, headers={ROUTE_HEADER: WANTS_PAIR}), admin_api(url)
     engines = engines_of(admin)
     decode, prefill, both = (
-        {name: admin.engine(name) for name in _names(engines, role)}
+        {each["name"]: admin.engine(each["name"]) for each in engines if each["role"] == role}
         for role in ("decode", "prefill", "both")
     )
     if not (decode or prefill or both):
@@ -99,12 +89,8 @@ def smoke(url: str, *, api_key: str | None = None, exact: bool) -> list[Check]:
     ]
     checks.append(_check("streamed text equals the whole answer", partial(_compare_stream, router)))
     if prefill and decode:
-        checks.append(
-            _check(
-                "KV bytes moved from prefill to decode",
-                partial(_moved, decode.values(), kind, pulled_before),
-            )
-        )
+        moved = partial(_moved, decode.values(), kind, pulled_before)
+        checks.append(_check("KV bytes moved from prefill to decode", moved))
     checks.append(_check("nothing is left running, leased or quarantined", partial(_idle, admin)))
     return checks
 
@@ -119,21 +105,6 @@ def _check(name: str, run: Callable[[], None]) -> Check:
     return Check(name, round(time.monotonic() - start_at, 3), failure)
 
 
-def engines_of(router: Api) -> list[dict[str, Any]]:
-    """Return name, role, url and state of each engine behind a router, without those that were
-    given up.
-    """
-    status, text = router.get("/pdlaunch/status")
-    if status != 200:
-        raise PdlaunchError(f"{router.url} does not tell its engines: HTTP {status}: {text[:200]}")
-    engines: list[dict[str, Any]] = json.loads(text)["engines"]
-    return [engine for engine in engines if engine["state"] != "failed"]
-
-
-def _names(engines: Sequence[Mapping[str, Any]], role: str) -> list[str]:
-    return [engine["name"] for engine in engines if engine["role"] == role]
-
-
 def _compare(asked: Api, engine: Api, prompt: str, *, exact: bool) -> None:
     """Send ``prompt`` twice to what is judged (the second time from prefix caches) and once to an
     engine alone.
@@ -145,14 +116,9 @@ def _compare(asked: Api, engine: Api, prompt: str, *, exact: bool) -> None:
 
 def _complete(api: Api, prompt: str, **fields: Any) -> list[tuple[int, float]]:
     """Return the (token id, logprob) pairs of a greedy completion."""
-    body = {
-        "prompt": prompt,
-        "max_tokens": NUM_TOKENS,
-        "temperature": 0,
-        "logprobs": 1,
-        "return_token_ids": True,
-    }
-    status, answer = api.post("/v1/completions", body | fields)
+    body = {"prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0}
+    body |= {"logprobs": 1, "return_token_ids": True, **fields}
+    status, answer = api.post("/v1/completions", body)
     if status != 200:
         raise _Failure(f"HTTP {status}{_kind_of_error(answer)}")
     choice = answer["choices"][0]
@@ -162,18 +128,15 @@ def _complete(api: Api, prompt: str, **fields: Any) -> list[tuple[int, float]]:
 def _kind_of_error(answer: Mapping[str, Any]) -> str:
     """Return what an error answer calls itself, without its message."""
     error = answer.get("error")
-    named = (
-        [error.get(name) for name in ("type", "code", "param")] if isinstance(error, dict) else []
-    )
-    words = ", ".join(str(name) for name in named if name)
+    fields = error if isinstance(error, dict) else {}
+    words = ", ".join(str(fields[name]) for name in ("type", "code", "param") if fields.get(name))
     return f" ({words})" if words else ""
 
 
 def _equal(judged: list[tuple[int, float]], alone: list[tuple[int, float]], *, exact: bool) -> None:
     lengths = f"{len(judged)} tokens, and {len(alone)} from the engine alone"
-    for number, ((token, logprob), (other, other_logprob)) in enumerate(
-        zip(judged, alone, strict=False), 1
-    ):
+    pairs = zip(judged, alone, strict=False)
+    for number, ((token, logprob), (other, other_logprob)) in enumerate(pairs, 1):
         apart = abs(logprob - other_logprob)
         if exact and token != other:
             raise _Failure(f"tokens differ from number {number} on: {lengths}")
@@ -190,24 +153,15 @@ def _equal(judged: list[tuple[int, float]], alone: list[tuple[int, float]], *, e
 
 def _compare_stream(router: Api) -> None:
     body = {"prompt": _PROMPTS[1], "max_tokens": NUM_TOKENS, "temperature": 0}
-    _, whole = router.post("/v1/completions", body)
-    streamed = "".join(_stream_text(router, body | {"stream": True}))
-    text = whole["choices"][0]["text"]
-    if streamed != text:
-        pairs = zip(streamed, text, strict=False)
-        num_equal = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    whole = router.post("/v1/completions", body)[1]["choices"][0]["text"]
+    lines = router.post_text("/v1/completions", body | {"stream": True}).splitlines()
+    events = [json.loads(line[5:]) for line in lines if line.startswith("data: {")]
+    streamed = "".join(choice["text"] for event in events for choice in event.get("choices", []))
+    if streamed != whole:
         raise _Failure(
-            f"the stream has {len(streamed)} characters, the whole answer {len(text)}; the first "
-            f"{num_equal} are equal"
+            f"the stream has {len(streamed)} characters, the whole answer {len(whole)}, and they "
+            "differ"
         )
-
-
-def _stream_text(router: Api, body: dict[str, Any]) -> list[str]:
-    texts = []
-    for line in router.post_text("/v1/completions", body).splitlines():
-        if line.startswith("data:") and line != "data: [DONE]":
-            texts += [choice["text"] for choice in json.loads(line[5:]).get("choices", [])]
-    return texts
 
 
 def _pulled_bytes(engines: Iterable[Api], kind: str) -> float:
@@ -228,26 +182,3 @@ def _idle(admin: Api) -> None:
     left = await_idle(admin, timeout_s=_IDLE_TIMEOUT_S)
     if left:
         raise _Failure(f"still there after {_IDLE_TIMEOUT_S:.0f} s: {'; '.join(left)}")
-
-
-def write_junit(checks: Sequence[Check], path: Path) -> None:
-    """Write JUnit XML, as CI systems read it: one test case for each check."""
-    suite = ET.Element(
-        "testsuite",
-        name="pdlaunch smoke",
-        tests=str(len(checks)),
-        failures=str(sum(check.failure is not None for check in checks)),
-        time=f"{sum(check.seconds for check in checks):.3f}",
-    )
-    for check in checks:
-        case = ET.SubElement(
-            suite,
-            "testcase",
-            classname="pdlaunch.smoke",
-            name=check.name,
-            time=f"{check.seconds:.3f}",
-        )
-        if check.failure is not None:
-            ET.SubElement(case, "failure", message=check.failure)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    ET.ElementTree(suite).write(path, encoding="utf-8", xml_declaration=True)

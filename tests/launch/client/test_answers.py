@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import socket
 import time
-from types import SimpleNamespace
 
 import pytest
 
 from pdlaunch.errors import PdlaunchError
-from pdlaunch.launch.client import answers
+from pdlaunch.launch.client import api as api_module
 from pdlaunch.launch.client.api import Api
 from tests.launch.client.conftest import answering
 
@@ -55,7 +53,7 @@ def with_length(body: bytes) -> bytes:
 def test_an_answer_without_end_is_read_up_to_the_limit(
     status: bytes, head: bytes, repeated: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answers, "MAX_ANSWER_BYTES", 2 << 20)
+    monkeypatch.setattr(api_module, "MAX_ANSWER_BYTES", 2 << 20)
     assert why_not(status + head, repeated=repeated) == "answers with more than 2 MiB"
 
 
@@ -73,17 +71,6 @@ def test_an_answer_that_stalls_has_the_same_deadline(begun: bytes) -> None:
 
     with answering(stall) as url, pytest.raises(PdlaunchError, match=r"in full within 0\.1 s"):
         Api(url, timeout_s=0.1).get("/health")
-
-
-def test_a_stream_may_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    hours = itertools.count(step=3600)
-    monkeypatch.setattr(answers, "time", SimpleNamespace(monotonic=lambda: next(hours)))
-    body = b"data: 1\n\ndata: [DONE]\n\n"
-    with answering(lambda connection: connection.sendall(OK + with_length(body))) as url:
-        api = Api(url, timeout_s=PATIENCE_S)
-        assert api.post_text("/v1/completions", {"stream": True}) == body.decode()
-        with pytest.raises(PdlaunchError, match="has not answered in full within 30 s"):
-            api.post("/v1/completions", {})
 
 
 @pytest.mark.parametrize("status", [OK, MISSING])
