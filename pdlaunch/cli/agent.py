@@ -11,7 +11,7 @@ from rich.text import Text
 
 from pdlaunch.cli import EXIT_FAILED
 from pdlaunch.cli.agent_sessions import introduction, serve_sessions
-from pdlaunch.cli.refusal import refuse
+from pdlaunch.cli.output import refuse
 from pdlaunch.cli.serve import standard_input
 from pdlaunch.cli.steady_output import steady_output
 from pdlaunch.errors import ConfigError, StartupError
@@ -84,7 +84,7 @@ def agent(
                 stops = [signals.fileno(), *stdin]
                 reason = serve_sessions(ticket, first, executables, stops, wait_s, errors)
         except ConfigError as error:
-            refuse(errors, error)
+            refuse(error)
         except (StartupError, AgentRefusedError, AgentTimeoutError) as error:
             errors.print(Text(f"error: {error}", style="red"))
             raise typer.Exit(EXIT_FAILED) from None

@@ -1,21 +1,16 @@
-"""``pdlaunch bench``: measure a deployment, or one part of it beside what the machine allows."""
+"""``pdlaunch bench``: measure a deployment, or pulls of KV blocks alone."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from typing import Annotated, Literal, get_args
 
 import typer
 
-from pdlaunch.cli.bench_serve import serve
-from pdlaunch.cli.bench_values import (
-    read_name,
-    read_names,
-    read_numbers,
-    read_pairs,
-)
+from pdlaunch.cli.bench_serve import read_numbers, serve
 from pdlaunch.cli.output import FormatOption, print_json, print_table
 from pdlaunch.cli.serve_command import ServeCommand
 from pdlaunch.config.connectors import KVPath, MooncakeProtocol
@@ -28,20 +23,14 @@ _PATHS: tuple[str, ...] = get_args(KVPath)
 _AUTO: KVPath = "auto"
 Device = Literal["cpu", "cuda"]
 Precision = Literal["float32", "bfloat16", "float16"]
-_MOONCAKE_PROTOCOLS: tuple[str, ...] = get_args(MooncakeProtocol)
-_TRANSFER_HEADINGS = {
+_HEADINGS = {
     "connector": "connector",
     "path": "path",
     "tp_pair": "TP",
     "num_blocks": "blocks",
     "megabytes": "MB",
     "read_gb_per_s": "READ\nGB/s",
-    "bare_gb_per_s": "bare, by\nturns",
-    "read_ratio": "READ\n/bare",
-    "bare_loop_gb_per_s": "bare\nloop",
-    "read_loop_ratio": "READ\n/loop",
     "unverified_gb_per_s": "unverified\npull GB/s",
-    "pull_ratio": "pull\n/bare",
     "overhead_us": "beyond\nREAD us",
     "pull_gb_per_s": "verified\npull GB/s",
     "checksum_percent": "checksums\n%",
@@ -81,28 +70,26 @@ def transfer(
         bool, typer.Option(help="Allocate KV caches on a GPU from CuMem pools.")
     ] = False,
     mooncake_protocol: Annotated[
-        str, typer.Option(help=f"{', '.join(_MOONCAKE_PROTOCOLS)}.")
+        MooncakeProtocol, typer.Option(help="How Mooncake moves bytes.")
     ] = "tcp",
     output: FormatOption = "table",
 ) -> None:
-    """Measure gigabytes a second from prefill to decode ranks, beside the connector's library by
-    itself.
+    """Measure gigabytes a second from prefill to decode ranks: of the READs alone, and of whole
+    pulls without and with checksums.
     """
-    names = read_names(connectors, _CONNECTORS, "--connectors")
+    names = _read_names(connectors, _CONNECTORS, "--connectors")
     if path != _AUTO and "nixl" not in names:
-        raise typer.BadParameter(
-            f"{path!r} is for connector nixl, which is not measured", param_hint="'--path'"
-        )
+        raise _refused("--path", f"{path!r} is for connector nixl, which is not measured")
     if enable_cumem_allocator and device != "cuda":
-        raise typer.BadParameter(
+        raise _refused(
+            "--enable-cumem-allocator",
             f"cumem allocator is not supported on the current platform: --device is {device}; take "
             "--device cuda, or leave the flag out",
-            param_hint="'--enable-cumem-allocator'",
         )
     arguments = {
         "connectors": names,
-        "paths": read_names(path, _PATHS, "--path"),
-        "tp_pairs": read_pairs(tp_pairs, "--tp-pairs"),
+        "paths": _read_names(path, _PATHS, "--path"),
+        "tp_pairs": _read_pairs(tp_pairs),
         "num_blocks": read_numbers(num_blocks, "--num-blocks"),
         "num_repeats": num_repeats,
         "num_layers": num_layers,
@@ -112,15 +99,13 @@ def transfer(
         "dtype": dtype,
         "device": device,
         "enable_cumem_allocator": enable_cumem_allocator,
-        "mooncake_protocol": read_name(
-            mooncake_protocol, _MOONCAKE_PROTOCOLS, "--mooncake-protocol"
-        ),
+        "mooncake_protocol": mooncake_protocol,
     }
     rows = json.loads(run_module("pdlaunch.bench", json.dumps(arguments)))
     if output == "json":
         print_json(rows)
     else:
-        print_table(rows, _TRANSFER_HEADINGS)
+        print_table(rows, _HEADINGS)
 
 
 def run_module(module: str, *arguments: str, stdout: int = subprocess.PIPE) -> bytes:
@@ -139,3 +124,23 @@ def run_module(module: str, *arguments: str, stdout: int = subprocess.PIPE) -> b
         if process.wait() != 0:
             raise typer.Exit(1)
     return found
+
+
+def _read_names(text: str, known: tuple[str, ...], option: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in known:
+            raise _refused(option, f"{name!r} is none of {', '.join(known)}")
+    return names
+
+
+def _read_pairs(text: str) -> list[list[int]]:
+    pairs = [re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", part) for part in text.split(",")]
+    found = [[int(pair[1]), int(pair[2])] for pair in pairs if pair is not None]
+    if len(found) < len(pairs):
+        raise _refused("--tp-pairs", f"{text!r} is not a list of pairs such as 1x1,1x3")
+    return found
+
+
+def _refused(option: str, message: str) -> typer.BadParameter:
+    return typer.BadParameter(message, param_hint=f"'{option}'")

@@ -3,53 +3,37 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
 from pdlaunch.checks.probed import Probes
 from pdlaunch.checks.probes import ask_nixl, probe_engine_flags, probe_files, probe_ports
-from pdlaunch.checks.run import Report, run_checks
-from pdlaunch.cli import EXIT_FAILED, EXIT_UNUSABLE
+from pdlaunch.checks.run import run_checks
 from pdlaunch.cli.assume import AssumeOption, judged_machine
 from pdlaunch.cli.downloads import ShownDownloads
-from pdlaunch.cli.findings import (
-    github_problem,
-    github_report,
-    print_findings,
-    problems_json,
-    report_console,
-    report_json,
-)
+from pdlaunch.cli.findings import OutputOption, StrictOption, print_report, refuse_input
 from pdlaunch.cli.flags import with_serve_flags
-from pdlaunch.cli.junit import problems_junit, report_junit
-from pdlaunch.cli.output import safe
 from pdlaunch.cli.placing import with_placed_hosts
 from pdlaunch.cli.preflight import probe_transport, refuse_running_engines
-from pdlaunch.cli.sarif import problems_sarif, report_sarif
-from pdlaunch.config.problems import InvalidConfigError, Problem
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch.engines.plan import kind_of
-from pdlaunch.machine.machine_file import AssumedMachine
-from pdlaunch.planning.hosts import planned_hosts
 from pdlaunch.planning.models import read_models, read_models_elsewhere
+from pdlaunch.planning.hosts import planned_hosts
 from pdlaunch.planning.resolve import resolve_on
 
-Format = Literal["table", "json", "github", "sarif", "junit"]
 Platform = Literal["cuda", "cpu"]
 
 
 @with_serve_flags
 def check_config(
     config: Path | None = None,
-    output: Annotated[Format, typer.Option("--format", help="How findings are printed.")] = "table",
-    strict: Annotated[bool, typer.Option("--strict", help="Warnings count as errors.")] = False,
+    output: OutputOption = "table",
+    strict: StrictOption = False,
     probe: Annotated[
         bool,
         typer.Option(
@@ -110,32 +94,6 @@ def check_config(
     print_report(report, output, strict=strict, assumed=judged.assumed, path=config)
 
 
-def print_report(
-    report: Report,
-    output: Format,
-    *,
-    strict: bool,
-    assumed: AssumedMachine | None = None,
-    path: Path | None = None,
-) -> NoReturn:
-    """Print a report in the form of ``output``, and exit with 0, or 1 with what fails the check."""
-    ok = report.is_ok(strict=strict)
-    exit_code = 0 if ok else EXIT_FAILED
-    match output:
-        case "table":
-            print_findings(report_console(), report, ok=ok, assumed=assumed)
-        case "json":
-            typer.echo(report_json(report, ok=ok, assumed=assumed))
-        case "github":
-            for line in github_report(report):
-                typer.echo(line)
-        case "sarif":
-            typer.echo(report_sarif(report, exit_code, path))
-        case "junit":
-            typer.echo(report_junit(report, strict=strict))
-    raise typer.Exit(exit_code)
-
-
 def _assumed_name(assume: str | None, platform: Platform | None, *, probe: bool) -> str | None:
     """Return the machine to assume; None: this one. Raises ConfigError."""
     if assume is not None and platform is not None:
@@ -150,28 +108,3 @@ def _assumed_name(assume: str | None, platform: Platform | None, *, probe: bool)
             fix="leave out --probe or --assume",
         )
     return name
-
-
-def refuse_input(error: ConfigError, output: Format, path: Path | None) -> NoReturn:
-    """Print why the input is unusable: on stderr, and on stdout in the form of ``output``."""
-    found = (
-        error.problems
-        if isinstance(error, InvalidConfigError)
-        else (Problem(str(error), error.field, fix=error.fix),)
-    )
-    match output:
-        case "table":
-            pass
-        case "json":
-            typer.echo(problems_json(found))
-        case "github":
-            for problem in found:
-                typer.echo(github_problem(problem, None if path is None else str(path)))
-        case "sarif":
-            typer.echo(problems_sarif(found, EXIT_UNUSABLE, path))
-        case "junit":
-            typer.echo(problems_junit(found))
-    errors = Console(file=sys.stderr, soft_wrap=True)
-    for problem in found:
-        errors.print(Text(f"error: {safe(str(problem))}", style="red"))
-    raise typer.Exit(EXIT_UNUSABLE)

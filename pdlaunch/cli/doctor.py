@@ -13,8 +13,8 @@ import typer
 
 from pdlaunch.checks.probed import Probes, SeenDeployment, SeenEngine, SeenPair
 from pdlaunch.checks.run import Report, all_rules, run_checks
-from pdlaunch.cli.check_config import Format, print_report, refuse_input
 from pdlaunch.cli.doctor_links import Links, is_here
+from pdlaunch.cli.findings import OutputOption, StrictOption, print_report, refuse_input
 from pdlaunch.config.external import UNIX, read_engine_url
 from pdlaunch.config.http_names import WILDCARDS, is_loopback
 from pdlaunch.config.models import LaunchConfig
@@ -100,8 +100,8 @@ def doctor(
             help="After the canary, ask the side channel of prefill too, for ranks it has named.",
         ),
     ] = False,
-    output: Annotated[Format, typer.Option("--format", help="How findings are printed.")] = "table",
-    strict: Annotated[bool, typer.Option("--strict", help="Warnings count as errors.")] = False,
+    output: OutputOption = "table",
+    strict: StrictOption = False,
 ) -> None:
     """Find what is wrong with engines that run already, of vLLM or native, and harm nothing.
 

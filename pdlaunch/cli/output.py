@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import msgspec
 import typer
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pdlaunch.cli import EXIT_UNUSABLE
 from pdlaunch.errors import ConfigError, PdlaunchError
 from pdlaunch.observe.logs import escape_controls
 
@@ -24,7 +25,7 @@ FormatOption = Annotated[Format, typer.Option("--format", help="How to print wha
 
 
 def safe(text: str) -> str:
-    """Escape lone surrogates and control characters, which a terminal would obey or not take.
+    """Escape lone surrogates and control characters but line ends, which a terminal would obey.
 
     Names of clients, and what other servers answer, may hold anything.
     """
@@ -58,43 +59,35 @@ def print_table(
         console.print(table)
         return
     for row in rows:
-        figures = (
+        cells = (
             f"{' '.join(heading.split())} {_short(row[field])}"
             for field, heading in headings.items()
         )
-        console.print(", ".join(figures), markup=False, highlight=False)
+        console.print(", ".join(cells), markup=False, highlight=False)
 
 
 def print_errors(errors: Sequence[str | PdlaunchError]) -> None:
-    """Print errors to stderr, each with its fix where it knows one."""
-    console = Console(stderr=True)
+    """Print errors to stderr, each with its fix where it knows one that its message lacks."""
+    console = Console(stderr=True, soft_wrap=True)
     for error in errors:
-        console.print(
-            safe(f"error: {error}{_fix(error)}"),
-            style="red",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        fix = error.fix if isinstance(error, ConfigError) else None
+        end = f"\nfix: {fix}" if fix and fix not in str(error) else ""
+        console.print(Text(safe(f"error: {error}{end}"), style="red"))
 
 
-def _fix(error: str | PdlaunchError) -> str:
-    """Return the line with the fix, unless the message holds it already."""
-    return (
-        f"\nfix: {error.fix}"
-        if isinstance(error, ConfigError) and error.fix and error.fix not in str(error)
-        else ""
-    )
+def refuse(error: ConfigError) -> NoReturn:
+    """Print field, value and fix of a setting that cannot be used, and exit with code 2."""
+    errors = Console(stderr=True, soft_wrap=True)
+    errors.print(Text(safe(f"error: {error}"), style="red"))
+    if not getattr(error, "problems", ()):
+        for name in ("field", "value", "fix"):
+            if getattr(error, name) is not None:
+                errors.print(Text(safe(f"  {name}: {getattr(error, name)}")))
+    raise typer.Exit(EXIT_UNUSABLE) from None
 
 
 def _short(value: object) -> str:
     """Write numbers with three digits or more: 0.95, -53.1, 4330."""
     if not isinstance(value, float):
         return "-" if value is None else escape_controls(str(value))
-    return (
-        f"{value:.0f}"
-        if abs(value) >= 1000
-        else f"{value:.1f}"
-        if abs(value) >= 10
-        else f"{value:.2f}"
-    )
+    return f"{value:.{0 if abs(value) >= 1000 else 1 if abs(value) >= 10 else 2}f}"

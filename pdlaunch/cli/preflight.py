@@ -20,8 +20,7 @@ from pdlaunch.checks.probes import ask_nixl, probe_files, sets_ucx
 from pdlaunch.checks.rule import Finding
 from pdlaunch.checks.run import run_checks
 from pdlaunch.cli import EXIT_FAILED
-from pdlaunch.cli.findings import STYLES, place
-from pdlaunch.cli.output import safe
+from pdlaunch.cli.findings import print_finding
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import ROLES
 from pdlaunch.config.sources import Origin
@@ -67,13 +66,6 @@ def refuse_errors(
             )
         )
         raise typer.Exit(EXIT_FAILED)
-
-
-def print_finding(console: Console, finding: Finding) -> None:
-    """Print two lines: what is wrong and where, and how to fix it."""
-    text = f"{finding.severity} {finding.rule} {place(finding)}: {finding.message}"
-    console.print(Text(safe(text), style=STYLES[finding.severity]))
-    console.print(Text(f"  fix: {safe(finding.fix)}"))
 
 
 def judge_pairs(

@@ -21,9 +21,10 @@ from pdlaunch.checks.run import run_checks
 from pdlaunch.cli import EXIT_FAILED
 from pdlaunch.cli.assume import AssumeOption, judged_machine
 from pdlaunch.cli.downloads import ShownDownloads
+from pdlaunch.cli.findings import print_finding
 from pdlaunch.cli.flags import with_serve_flags
-from pdlaunch.cli.preflight import print_finding, refuse_running_engines
-from pdlaunch.cli.refusal import refuse
+from pdlaunch.cli.output import refuse
+from pdlaunch.cli.preflight import refuse_running_engines
 from pdlaunch.cli.serve_command import ServeCommand
 from pdlaunch.config.sources import LoadedConfig, load_config
 from pdlaunch.errors import ConfigError
@@ -283,7 +284,6 @@ def _write(
     render: Callable[[], Sequence[Any]], output: str | None, file_name: Callable[[Any], str]
 ) -> None:
     """Print what is rendered, or write it to a file, or a file for each object to a folder."""
-    errors = Console(stderr=True, soft_wrap=True)
     try:
         documents = render()
         if output is None:
@@ -296,7 +296,6 @@ def _write(
             Path(output).write_text(_to_yaml(documents))
     except OSError as error:
         refuse(
-            errors,
             ConfigError(
                 f"{error.filename} cannot be written: {error.strerror}",
                 field="--output",
@@ -305,7 +304,7 @@ def _write(
             ),
         )
     except ConfigError as error:
-        refuse(errors, error)
+        refuse(error)
 
 
 def _write_secrets(folder: Path, texts: Mapping[str, str]) -> None:

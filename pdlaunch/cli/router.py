@@ -16,7 +16,7 @@ from rich.text import Text
 
 from pdlaunch.cli import EXIT_FAILED
 from pdlaunch.cli.flags import with_router_flags
-from pdlaunch.cli.refusal import refuse
+from pdlaunch.cli.output import refuse
 from pdlaunch.cli.serve import standard_input
 from pdlaunch.cli.steady_output import steady_output
 from pdlaunch.config.external import DNS
@@ -111,7 +111,7 @@ def router(
                 spec = _spec(loaded.config, model, members, listeners, folder)
                 asyncio.run(_serve(spec, lifeline))
         except ConfigError as error:
-            refuse(errors, error)
+            refuse(error)
         except StartupError as error:
             errors.print(Text(f"error: {error}", style="red"))
             raise typer.Exit(EXIT_FAILED) from None

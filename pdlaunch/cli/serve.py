@@ -23,10 +23,9 @@ from pdlaunch.cli.downloads import ShownDownloads
 from pdlaunch.cli.flags import with_serve_flags
 from pdlaunch.cli.joining import Agents, joined_agents, require_hosts
 from pdlaunch.cli.live import StartView, ready_rows
-from pdlaunch.cli.output import Format, safe
+from pdlaunch.cli.output import Format, refuse, safe
 from pdlaunch.cli.placing import is_agent_task, refuse_resume, serve_task, with_placed_hosts
 from pdlaunch.cli.preflight import judge_pairs, refuse_errors, refuse_running_engines
-from pdlaunch.cli.refusal import refuse
 from pdlaunch.cli.status_line import StatusLine, reader_of
 from pdlaunch.cli.steady_output import steady_output
 from pdlaunch.config.roles import Role
@@ -121,7 +120,7 @@ def serve(
             check_platform()
             outcome = _launch(loaded, judged, lifeline, errors, resume=resume)
         except ConfigError as error:
-            refuse(errors, error)
+            refuse(error)
         except StartupError as error:
             errors.print(Text(f"error: {error}", style="red"))
             raise typer.Exit(EXIT_FAILED) from None

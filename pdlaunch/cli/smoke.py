@@ -6,6 +6,7 @@ import os
 import time
 from pathlib import Path
 from typing import Annotated
+from xml.etree import ElementTree
 
 import psutil
 import typer
@@ -14,18 +15,17 @@ from rich.text import Text
 
 from pdlaunch.bench.chaos import chaos_environment, smoke_under_chaos
 from pdlaunch.cli import EXIT_INTERRUPTED, EXIT_UNUSABLE
+from pdlaunch.cli.findings import junit_case, junit_document
 from pdlaunch.cli.flags import with_serve_flags
+from pdlaunch.cli.html_report import smoke_page, write_report
 from pdlaunch.cli.output import print_errors, safe
 from pdlaunch.cli.own_deployment import own_deployment, refuse_address
-from pdlaunch.cli.report.page import write_report
-from pdlaunch.cli.report.smoke import smoke_page
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError, PdlaunchError
 from pdlaunch.launch.client.deployment import Deployment
-from pdlaunch.launch.client.smoke import Check, smoke, write_junit
+from pdlaunch.launch.client.smoke import Check, smoke
 from pdlaunch.machine.probe import probe_machine
 from pdlaunch.planning.resolve import THIS_HOST, resolve
-from pdlaunch.planning.role_engines import RoleEngines
 
 
 @with_serve_flags
@@ -57,7 +57,7 @@ def smoke_command(
     try:
         launch_config = load_config(config, os.environ, flags).config
     except ConfigError as error:
-        Console(stderr=True, soft_wrap=True).print(Text(safe(f"error: {error}"), style="red"))
+        print_errors([error])
         raise typer.Exit(EXIT_UNUSABLE) from None
     key = launch_config.api_key.get_secret_value() if launch_config.api_key else None
     checks: list[Check] = []
@@ -72,68 +72,62 @@ def smoke_command(
             # Known before the stop, to see afterwards whether one of them is left.
             children = psutil.Process(deployment.process.pid).children(recursive=True)
             # Only now: a model that had to be converted can be read.
-            resolved = resolve(launch_config, {THIS_HOST: probe_machine()}, os.environ)
-            exact = {engines.dtype for engines in resolved.roles.values()} == {"float32"}
-            checked |= {
-                "Engines": ", ".join(_described(engines) for engines in resolved.roles.values()),
-                "Connector": launch_config.kv_transfer.connector,
-                "Faults": "none" if chaos is None else f"drawn from seed {chaos}",
-            }
+            machines = {THIS_HOST: probe_machine()}
+            roles = resolve(launch_config, machines, os.environ).roles.values()
+            exact = {engines.dtype for engines in roles} == {"float32"}
+            checked["Engines"] = ", ".join(
+                f"{each.replicas} {each.role} ({each.dtype}, {each.device}, TP {each.tp_size})"
+                for each in roles
+            )
+            checked["Connector"] = launch_config.kv_transfer.connector
+            checked["Faults"] = "none" if chaos is None else f"drawn from seed {chaos}"
             if chaos is None:
                 checks += smoke(deployment.url, api_key=key, exact=exact)
             else:
                 checks += smoke_under_chaos(deployment, chaos, api_key=key, exact=exact)
             checks.append(_stop(deployment, children))
     except PdlaunchError as error:
-        checks.append(
-            Check(
-                "the deployment can be checked" if checks else "the deployment gets ready",
-                0.0,
-                str(error),
-            )
-        )
+        done = "can be checked" if checks else "gets ready"
+        checks.append(Check(f"the deployment {done}", 0.0, str(error)))
     except KeyboardInterrupt:
         print_errors(["interrupted"])
         raise typer.Exit(EXIT_INTERRUPTED) from None
-    num_failed = _print_checks(checks)
-    is_written = junit is None or _write(checks, junit)
+    failed = [check for check in checks if check.failure is not None]
+    _print_checks(checks)
+    code = int(bool(failed))
+    if junit is not None:
+        code = max(code, _write_junit(checks, junit))
     if report is not None:
-        is_written &= not write_report(report, "--report", smoke_page(checks, checked))
-    failed, passed = f"{num_failed} of {len(checks)} checks failed", f"{len(checks)} checks passed"
-    Console().print(Text(f"smoke: {failed if num_failed else passed}"))
-    raise typer.Exit(0 if is_written and not num_failed else 1)
+        code = max(code, write_report(report, smoke_page(checks, checked)))
+    verdict = f"{len(failed)} of {len(checks)} checks failed"
+    Console().print(Text(f"smoke: {verdict if failed else f'{len(checks)} checks passed'}"))
+    raise typer.Exit(code)
 
 
-def _print_checks(checks: list[Check]) -> int:
-    """Print a line for each check, and why it failed; return how many did."""
+def _print_checks(checks: list[Check]) -> None:
+    """Print a line for each check, and why it failed."""
     console = Console()
-    num_failed = 0
     for check in checks:
         mark, style = ("ok", "green") if check.failure is None else ("FAILED", "bold red")
-        console.print(
-            Text.assemble((f"{mark:>6}", style), f"  {check.name} ({check.seconds:.1f} s)"),
-            soft_wrap=True,
-        )
+        line = Text.assemble((f"{mark:>6}", style), f"  {check.name} ({check.seconds:.1f} s)")
+        console.print(line, soft_wrap=True)
         if check.failure is not None:
-            num_failed += 1
             console.print(Text(safe(f"        {check.failure}")), soft_wrap=True)
-    return num_failed
 
 
-def _described(engines: RoleEngines) -> str:
-    """Return what the engines of a role are: ``1 prefill (float32, cpu, TP 1)``."""
-    kind = f"{engines.dtype}, {engines.device}, TP {engines.tp_size}"
-    return f"{engines.replicas} {engines.role} ({kind})"
-
-
-def _write(checks: list[Check], path: Path) -> bool:
+def _write_junit(checks: list[Check], path: Path) -> int:
+    """Write JUnit XML, one test case for each check; return the exit code, 1 when that failed."""
+    cases = [junit_case("pdlaunch.smoke", check.name, check.seconds) for check in checks]
+    for case, check in zip(cases, checks, strict=True):
+        if check.failure is not None:
+            ElementTree.SubElement(case, "failure", message=safe(check.failure))
     try:
-        write_junit(checks, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(junit_document("pdlaunch smoke", cases), encoding="utf-8")
     except OSError as error:
-        message = f"error: --junit {path} cannot be written: {error.strerror or error}"
-        Console(stderr=True, soft_wrap=True).print(Text(message, style="red"))
-        return False
-    return True
+        print_errors([f"--junit {path} cannot be written: {error.strerror or error}"])
+        return 1
+    return 0
 
 
 def _stop(deployment: Deployment, children: list[psutil.Process]) -> Check:
@@ -149,6 +143,5 @@ def _stop(deployment: Deployment, children: list[psutil.Process]) -> Check:
         failure = f"exit code {code}" if code else f"still running: {left}" if left else None
     except PdlaunchError as error:
         failure = str(error)
-    return Check(
-        "the deployment stops and leaves no process", round(time.monotonic() - start_at, 3), failure
-    )
+    seconds = round(time.monotonic() - start_at, 3)
+    return Check("the deployment stops and leaves no process", seconds, failure)

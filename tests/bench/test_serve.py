@@ -11,7 +11,7 @@ import pytest
 
 from pdlaunch.bench.serve.loads import BenchOptions
 from pdlaunch.bench.serve.multi_turn import MultiTurnOptions, MultiTurnReport, bench_multi_turn
-from pdlaunch.bench.serve.row import BenchRow
+from pdlaunch.bench.serve.rows import BenchRow
 from pdlaunch.bench.serve.sweep import bench_serve
 from pdlaunch.errors import PdlaunchError
 from tests.bench.fake_openai import FakeOpenAI
@@ -156,7 +156,7 @@ async def test_every_turn_sends_all_that_was_said() -> None:
         assert len(begun) == 3
     assert report.working_set_tokens == 3 * 33
     assert [
-        (row.turn, row.prompt_tokens, row.num_requests, row.num_errors) for row in report.turns
+        (row.turn, row.input_tokens, row.num_requests, row.num_errors) for row in report.turns
     ] == [
         (1, 10, 3, 0),
         (2, 19, 3, 0),

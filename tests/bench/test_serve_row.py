@@ -6,8 +6,8 @@ import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
-from pdlaunch.bench.serve.engine_counters import EngineCounters, TierRow, parse_counters, tier_rows
-from pdlaunch.bench.serve.row import BenchRow, quantile_ms, summarise
+from pdlaunch.bench.serve.rows import BenchRow, TierRow, quantile_ms, summarise, tier_rows
+from pdlaunch.bench.serve.target import Counters, parse_counters, since, total
 from pdlaunch.bench.serve.timed_completion import TimedCompletion
 from pdlaunch.engine.server.metrics import ServerMetrics
 from pdlaunch.observe.metrics import render_metrics
@@ -37,9 +37,9 @@ def failed(error: str) -> TimedCompletion:
     return TimedCompletion(start_at=0.0, tokens_at=[99.0], error=error)
 
 
-def row(*done: TimedCompletion, counted: EngineCounters | None = None, **limits: float) -> BenchRow:
+def row(*done: TimedCompletion, counted: Counters | None = None, **limits: float) -> BenchRow:
     known: dict[str, float | None] = {"bare_gb_per_s": None, "step_ms": None}
-    return summarise(8, 2, done, 4.0, counted or EngineCounters(), **(known | limits))
+    return summarise(8, 2, done, 4.0, counted or {}, **(known | limits))
 
 
 def test_gap_and_inter_token_time_are_apart() -> None:
@@ -60,9 +60,11 @@ def test_gap_and_inter_token_time_are_apart() -> None:
 
 
 def test_limits_from_other_benchmarks() -> None:
-    counted = EngineCounters(
-        {"decode": {"kv_transfers": 4, "kv_transfer_bytes": 80e6, "kv_transfer_seconds": 0.2}}
-    )
+    counted = {
+        ("decode", "kv_transfers"): 4,
+        ("decode", "kv_transfer_bytes"): 80e6,
+        ("decode", "kv_transfer_seconds"): 0.2,
+    }
     found = row(answered(1.0, 2.0, 2.1, 2.2), counted=counted, bare_gb_per_s=0.5, step_ms=50.0)
     assert (found.kv_megabytes_mean, found.pull_ms_mean) == (20.0, 50.0)
     # 20 MB at 0.5 GB/s take 40 ms.
@@ -74,7 +76,7 @@ def test_of_nothing_nothing_is_said() -> None:
     found = row(
         failed("no"),
         answered(1.0),
-        counted=EngineCounters({"decode": {"kv_transfers": 0, "kv_transfer_bytes": 0}}),
+        counted={("decode", "kv_transfers"): 0, ("decode", "kv_transfer_bytes"): 0},
     )
     assert found.ttft_ms_median == 1000
     unknown = (
@@ -100,28 +102,25 @@ def test_quantiles() -> None:
 
 def test_counters_are_summed_by_role() -> None:
     counters = parse_counters(PAGE)
-    assert counters.values == {"decode": {"kv_transfers": 4.0}, "prefill": {"kv_transfers": 0.0}}
-    assert (counters.total("kv_transfers"), counters.total("other")) == (4.0, None)
-    assert (
-        counters.of_role("decode", "kv_transfers"),
-        counters.of_role("none", "kv_transfers"),
-    ) == (4.0, None)
+    assert counters == {("decode", "kv_transfers"): 4.0, ("prefill", "kv_transfers"): 0.0}
+    assert (total(counters, "kv_transfers"), total(counters, "other")) == (4.0, None)
 
 
 def test_what_began_again_is_not_counted() -> None:
-    before = EngineCounters({"decode": {"a": 2.0, "b": 5.0}})
-    after = EngineCounters({"decode": {"a": 6.0, "b": 1.0, "c": 1.0}, "prefill": {"a": 1.0}})
-    assert after.since(before).values == {"decode": {"a": 4.0}, "prefill": {}}
+    before = {("decode", "a"): 2.0, ("decode", "b"): 5.0}
+    after = {("decode", "a"): 6.0, ("decode", "b"): 1.0, ("prefill", "a"): 1.0}
+    assert since(after, before) == {("decode", "a"): 4.0}
 
 
 def test_hit_rates_of_the_tiers_that_are_told() -> None:
-    decode = {"prefix_cache_queries": 0.0, "prompt_tokens_cached_by_source/device": 0.0}
-    prefill = {
-        "prefix_cache_queries": 300.0,
-        "prompt_tokens_cached_by_source/device": 30.0,
-        "prompt_tokens_cached_by_source/host": 200.0,
+    counters = {
+        ("decode", "prefix_cache_queries"): 0.0,
+        ("decode", "prompt_tokens_cached_by_source/device"): 0.0,
+        ("prefill", "prefix_cache_queries"): 300.0,
+        ("prefill", "prompt_tokens_cached_by_source/device"): 30.0,
+        ("prefill", "prompt_tokens_cached_by_source/host"): 200.0,
     }
-    assert tier_rows(EngineCounters({"decode": decode, "prefill": prefill})) == [
+    assert tier_rows(counters) == [
         TierRow(role="prefill", tier="device", hit_share=0.1),
         TierRow(role="prefill", tier="host", hit_share=0.667),
     ]
@@ -145,5 +144,5 @@ def test_the_tiers_are_named_as_the_engines_name_them() -> None:
         "host": 0.2,
         "remote": 0.3,
     }
-    assert (counters.total("kv_transfers"), counters.total("kv_transfer_bytes")) == (1, 7)
-    assert counters.total("kv_transfer_seconds") == 0
+    assert (total(counters, "kv_transfers"), total(counters, "kv_transfer_bytes")) == (1, 7)
+    assert total(counters, "kv_transfer_seconds") == 0

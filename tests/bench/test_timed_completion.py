@@ -41,7 +41,7 @@ async def test_the_first_gap_is_none_of_the_inter_token_times() -> None:
         (17.0, event(choices=[], usage=USAGE) + DONE),
     )
     assert found.error is None
-    assert (found.ttft_s, found.first_gap_s, found.inter_token_s) == (1.0, 4.0, [0.5, 0.75])
+    assert (found.ttft_s, found.all_gaps_s[0], found.inter_token_s) == (1.0, 4.0, [0.5, 0.75])
     assert (found.token_ids, found.num_tokens, found.num_cached_tokens) == ([4, 5, 6, 7], 3, 7)
 
 

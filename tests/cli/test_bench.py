@@ -121,7 +121,7 @@ def test_chats(server: FakeOpenAI) -> None:
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
     assert (report["seed"], report["working_set_tokens"]) == (3, 2 * (128 + 4 + 32 + 4))
-    assert [turn["prompt_tokens"] for turn in report["turns"]] == [128, 164]
+    assert [turn["input_tokens"] for turn in report["turns"]] == [128, 164]
     assert "--seed 3" in bench(server.url, *CHATS, "--seed", "3").stdout
 
 
@@ -149,7 +149,7 @@ def test_goodput_of_each_turn_of_chats(server: FakeOpenAI, tmp_path: Path) -> No
         assert [turn["good_share"] for turn in turns] == [share, share]
         assert all((turn["goodput_per_s"] > 0) == (share > 0) for turn in turns)
         assert "Goodput over turn" in page.read_text()
-    assert "good share" in bench(server.url, *CHATS, "--slo", "e2e=60s").stdout
+    assert "good" in bench(server.url, *CHATS, "--slo", "e2e=60s").stdout
     assert "good" not in bench(server.url, *CHATS).stdout
 
 

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from pdlaunch.cli import check_config as module
+from pdlaunch.cli import findings as module
 from pdlaunch.launch.engines.native import NativeEngine
 
 

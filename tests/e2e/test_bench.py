@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pdlaunch.bench.serve.goals import Goals
 from pdlaunch.bench.serve.loads import BenchOptions
 from pdlaunch.bench.serve.multi_turn import MultiTurnOptions, bench_multi_turn
 from pdlaunch.bench.serve.sweep import bench_serve
+from pdlaunch.bench.serve.timed_completion import Goals
 from pdlaunch.bench.serve.traces import read_trace_file
-from pdlaunch.cli.report.bench import bench_page
+from pdlaunch.cli.html_report import bench_page
 from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.secrecy import places_of, told_by
 from tests.router.otlp_collector import Collector
@@ -68,7 +68,7 @@ async def test_chats_find_what_they_said_before(demo: Deployment) -> None:
         concurrency=2,
     )
     report = await bench_multi_turn(options, lambda _: None)
-    assert [(row.prompt_tokens, row.num_requests, row.errors) for row in report.turns] == [
+    assert [(row.input_tokens, row.num_requests, row.errors) for row in report.turns] == [
         (40, 2, []),
         (48, 2, []),
     ]

@@ -10,15 +10,9 @@ from itertools import accumulate
 
 import msgspec
 
-from pdlaunch.bench.serve.goals import Goals
 from pdlaunch.bench.serve.target import BenchTarget
-from pdlaunch.bench.serve.traces import (
-    TraceRequest,
-    num_prompt_tokens,
-    prompt_tokens,
-    tokenize,
-    wanted_tokens,
-)
+from pdlaunch.bench.serve.timed_completion import Goals
+from pdlaunch.bench.serve.traces import TraceRequest, prompt_tokens, tokenize
 from pdlaunch.errors import PdlaunchError
 
 FIRST_TOKEN_ID = 100
@@ -40,9 +34,9 @@ class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
     seed: int | None = None
     request_timeout_s: float = 600.0
     bare_gb_per_s: Mapping[int, float] = {}
-    """Figures of ``bench transfer`` by prompt length, for the goal of the first gap."""
+    """Speed of a bare transfer by prompt length, for the goal of the first gap."""
     step_ms: Mapping[int, float] = {}
-    """Figures of ``benchmarks.step`` by concurrency, for the share of what it allows."""
+    """Decode step by concurrency, for the share of what it allows."""
     request_rates: Sequence[float] = ()
     """Requests sent a second, instead of ``concurrencies``."""
     burstiness: float = 1.0
@@ -54,13 +48,8 @@ class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
     trace_speed: float = 1.0
 
 
-class Planned(msgspec.Struct, frozen=True):
-    """Holds one request to send, whose prompt is made when it is sent, as those of a trace are
-    large.
-    """
-
-    make_prompt: Callable[[], Sequence[int]]
-    output_tokens: int
+Planned = tuple[Callable[[], Sequence[int]], int]
+"""Makes the prompt when it is sent, as those of a trace are large; and the output tokens."""
 
 
 class BenchLoad(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,7 +77,7 @@ async def plan_loads(
 ) -> list[BenchLoad]:
     """Return what each row sends. Raises PdlaunchError when it cannot fit into the context."""
     if options.trace:
-        return _trace_loads(options, await _fitting(target, options.trace), rng)
+        return _trace_loads(options, target, await tokenize(target, options.trace), rng)
     for input_tokens in options.input_tokens:
         target.check_length(input_tokens, options.output_tokens)
     return list(_random_loads(options, rng))
@@ -99,69 +88,52 @@ def random_prompt(rng: random.Random, max_token_id: int, num_tokens: int) -> lis
     return rng.choices(range(FIRST_TOKEN_ID, max_token_id), k=num_tokens)
 
 
-async def _fitting(target: BenchTarget, trace: Sequence[TraceRequest]) -> Sequence[TraceRequest]:
-    """Return the requests for which the model's context is long enough.
+def _trace_loads(
+    options: BenchOptions, target: BenchTarget, trace: Sequence[TraceRequest], rng: random.Random
+) -> list[BenchLoad]:
+    """Return one load for each concurrency or rate, or a single one at the trace's own times.
 
-    Raises PdlaunchError when there is none.
+    Raises PdlaunchError when the model's context is too short for every request.
     """
-    found = await tokenize(target, trace)
-    limit = target.max_model_len
-    fitting = [
-        item
-        for item in found
-        if limit is None or num_prompt_tokens(item) + wanted_tokens(item) <= limit
-    ]
+    limit = target.max_model_len or math.inf
+    fitting = [each for each in trace if each.num_prompt_tokens + each.output_tokens <= limit]
     if not fitting:
         raise PdlaunchError(
             f"every request of the trace is longer than max_model_len {limit}: serve the model "
             "with a larger --max-model-len if it allows it"
         )
-    return fitting
-
-
-def _trace_loads(
-    options: BenchOptions, trace: Sequence[TraceRequest], rng: random.Random
-) -> list[BenchLoad]:
-    """Return one load for each concurrency or rate, or a single one at the trace's own times."""
-    seed = rng.randrange(2**32)
-    tokens = range(FIRST_TOKEN_ID, options.max_token_id)
-    planned = [
-        Planned(partial(prompt_tokens, item, tokens, seed), wanted_tokens(item)) for item in trace
-    ]
-    mean = round(sum(map(num_prompt_tokens, trace)) / len(trace))
+    seed, tokens = rng.randrange(2**32), range(FIRST_TOKEN_ID, options.max_token_id)
     base = BenchLoad(
-        input_tokens=mean, requests=planned, num_left_out=len(options.trace) - len(planned)
+        input_tokens=round(sum(each.num_prompt_tokens for each in fitting) / len(fitting)),
+        requests=[
+            (partial(prompt_tokens, each, tokens, seed), each.output_tokens) for each in fitting
+        ],
+        num_left_out=len(trace) - len(fitting),
     )
-    replace = msgspec.structs.replace
     if options.request_rates:
         return [_at_rate(base, rate, options, rng) for rate in options.request_rates]
-    times_s = [item.at_s / options.trace_speed for item in trace if item.at_s is not None]
+    times_s = [each.at_s / options.trace_speed for each in fitting if each.at_s is not None]
     if times_s and not options.concurrencies:
-        return [replace(base, times_s=times_s)]
+        return [msgspec.structs.replace(base, times_s=times_s)]
     # A trace without times of its own.
     numbers = options.concurrencies or (1,)
-    return [replace(base, concurrency=number) for number in numbers]
+    return [msgspec.structs.replace(base, concurrency=number) for number in numbers]
 
 
 def _random_loads(options: BenchOptions, rng: random.Random) -> Iterator[BenchLoad]:
+    def load(input_tokens: int, num_requests: int) -> BenchLoad:
+        prompts = [
+            random_prompt(rng, options.max_token_id, input_tokens) for _ in range(num_requests)
+        ]
+        planned = [(partial(list[int], prompt), options.output_tokens) for prompt in prompts]
+        return BenchLoad(input_tokens=input_tokens, requests=planned)
+
     for input_tokens in options.input_tokens:
         for rate in options.request_rates:
-            load = _random_load(options, rng, input_tokens, options.num_requests or 32)
-            yield _at_rate(load, rate, options, rng)
+            yield _at_rate(load(input_tokens, options.num_requests or 32), rate, options, rng)
         for concurrency in options.concurrencies:
             number = options.num_requests or max(8, 4 * concurrency)
-            load = _random_load(options, rng, input_tokens, number)
-            yield msgspec.structs.replace(load, concurrency=concurrency)
-
-
-def _random_load(
-    options: BenchOptions, rng: random.Random, input_tokens: int, num_requests: int
-) -> BenchLoad:
-    def plan() -> Planned:
-        prompt = random_prompt(rng, options.max_token_id, input_tokens)
-        return Planned(lambda: prompt, options.output_tokens)
-
-    return BenchLoad(input_tokens=input_tokens, requests=[plan() for _ in range(num_requests)])
+            yield msgspec.structs.replace(load(input_tokens, number), concurrency=concurrency)
 
 
 def _at_rate(load: BenchLoad, rate: float, options: BenchOptions, rng: random.Random) -> BenchLoad:

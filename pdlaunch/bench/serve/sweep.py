@@ -10,16 +10,44 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Sequence
 
-from pdlaunch.bench.serve.engine_counters import EngineCounters, counters_when, read_counters
 from pdlaunch.bench.serve.loads import BenchLoad, BenchOptions, Planned, plan_loads, random_prompt
-from pdlaunch.bench.serve.progress import BenchProgress, ProgressText
-from pdlaunch.bench.serve.row import BenchRun, summarise
-from pdlaunch.bench.serve.target import BenchTarget, open_target
+from pdlaunch.bench.serve.rows import BenchRun, summarise
+from pdlaunch.bench.serve.target import BenchTarget, Counters, open_target, total
 from pdlaunch.bench.serve.timed_completion import TimedCompletion, complete
 from pdlaunch.errors import PdlaunchError
+
+ProgressText = Callable[[str], None]
+
+
+class BenchProgress:
+    """Counts requests; says after each how many there are and how long the rest will take."""
+
+    def __init__(
+        self, total: int, show: ProgressText, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._total = total
+        self._show = show
+        self._clock = clock
+        self._start_at = clock()
+        self._num_done = 0
+        self._label = ""
+
+    def begin(self, label: str) -> None:
+        """Name what is measured from now on."""
+        if not self._num_done:
+            self._start_at = self._clock()
+        self._label = label
+        self._show(label)
+
+    def one_done(self) -> None:
+        """Count a request that has ended, well or not."""
+        self._num_done += 1
+        took_s = self._clock() - self._start_at
+        left_s = took_s / self._num_done * (self._total - self._num_done)
+        done = f"{self._num_done} of {self._total} requests"
+        self._show(f"{self._label}; {done}, about {left_s:.0f} s left")
 
 
 async def bench_serve(options: BenchOptions, progress: ProgressText) -> AsyncIterator[BenchRun]:
@@ -42,10 +70,7 @@ async def bench_serve(options: BenchOptions, progress: ProgressText) -> AsyncIte
 
 
 async def warm_up(target: BenchTarget, prompt: Sequence[int], output_tokens: int) -> None:
-    """Send one request.
-
-    Raises PdlaunchError with what the deployment has against it.
-    """
+    """Send one request. Raises PdlaunchError with what the deployment has against it."""
     error = (await complete(target.session, target.model, prompt, output_tokens)).error
     if error is not None:
         raise PdlaunchError(
@@ -59,68 +84,43 @@ async def _run(
     done: list[TimedCompletion] = []
 
     async def send(planned: Planned) -> None:
-        prompt = planned.make_prompt()
-        done.append(await complete(target.session, target.model, prompt, planned.output_tokens))
+        make_prompt, output_tokens = planned
+        done.append(await complete(target.session, target.model, make_prompt(), output_tokens))
         steps.one_done()
 
-    before = await read_counters(target.session)
+    async def work() -> None:
+        for planned in waiting:
+            await send(planned)
+
+    before, waiting = await target.counters(), iter(load.requests)
     start_at = time.perf_counter()
-    if load.concurrency is not None:
-        await _send_by_turns(load.requests, load.concurrency, send)
-    else:
-        await _send_at(load.times_s, load.requests, send)
+    async with asyncio.TaskGroup() as group:
+        if load.concurrency is not None:
+            # Each that ends makes room for the next.
+            for _ in range(load.concurrency):
+                group.create_task(work())
+        else:
+            for at_s, planned in zip(load.times_s, load.requests, strict=True):
+                await asyncio.sleep(max(0.0, start_at + at_s - time.perf_counter()))
+                group.create_task(send(planned))
     seconds = time.perf_counter() - start_at
+    num_pulls = sum(each.error is None and each.num_tokens > 1 for each in done)
+
+    def is_complete(counted: Counters) -> bool:
+        pulls = total(counted, "kv_transfers")
+        return pulls is None or pulls >= num_pulls
+
     row = summarise(
         load.input_tokens,
         load.concurrency,
         done,
         seconds,
-        await _counted(target, before, done),
+        await target.counted_since(before, is_complete),
         bare_gb_per_s=options.bare_gb_per_s.get(load.input_tokens),
-        step_ms=None if load.concurrency is None else options.step_ms.get(load.concurrency),
+        step_ms=options.step_ms.get(load.concurrency or 0),
         goals=options.goals,
         request_rate=load.request_rate,
         burstiness=None if load.request_rate is None else options.burstiness,
         num_left_out=load.num_left_out,
     )
-    return BenchRun(row=row, done=done, start_at=start_at, model=target.model)
-
-
-async def _send_by_turns(
-    requests: Sequence[Planned], concurrency: int, send: Callable[[Planned], Awaitable[None]]
-) -> None:
-    """Send so many at a time; each that ends makes room for the next."""
-    waiting = iter(requests)
-
-    async def worker() -> None:
-        for planned in waiting:
-            await send(planned)
-
-    await asyncio.gather(*(worker() for _ in range(concurrency)))
-
-
-async def _send_at(
-    times_s: Sequence[float],
-    requests: Sequence[Planned],
-    send: Callable[[Planned], Coroutine[Any, Any, None]],
-) -> None:
-    """Send each at its time, however many are open."""
-    loop = asyncio.get_running_loop()
-    start_at = loop.time()
-    async with asyncio.TaskGroup() as group:
-        for at_s, planned in zip(times_s, requests, strict=True):
-            await asyncio.sleep(max(0.0, start_at + at_s - loop.time()))
-            group.create_task(send(planned))
-
-
-async def _counted(
-    target: BenchTarget, before: EngineCounters, done: Sequence[TimedCompletion]
-) -> EngineCounters:
-    """Return what engines counted since ``before``; a request of several tokens needs one pull."""
-    num_pulls = sum(completion.error is None and completion.num_tokens > 1 for completion in done)
-
-    def is_complete(counters: EngineCounters) -> bool:
-        pulls = counters.since(before).total("kv_transfers")
-        return pulls is None or pulls >= num_pulls
-
-    return (await counters_when(target.session, is_complete)).since(before)
+    return BenchRun(row=row, done=done, model=target.model)

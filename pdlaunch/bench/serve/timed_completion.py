@@ -1,9 +1,10 @@
-"""Sends one streamed completion of token ids and records when each of its tokens reached this
-client.
+"""Sends one streamed completion of token ids, records when each of its tokens reached this client,
+and tells whether that was in time.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import AsyncIterable, Callable, Sequence
@@ -14,6 +15,8 @@ import aiohttp
 import msgspec
 
 _MAX_REASON_LENGTH = 300
+_ITL_SHARE = 0.99
+_UNITS = {"ms": 1.0, "s": 1000.0, "": 1.0}
 
 
 class TimedCompletion(msgspec.Struct):
@@ -22,9 +25,7 @@ class TimedCompletion(msgspec.Struct):
     start_at: float
     """Instant just before the request is written."""
     tokens_at: list[float] = []
-    """Instant at which the bytes that tell of an output token were read; tokens that came in one
-    read have the same.
-    """
+    """Instants at which the bytes of each output token were read; tokens of one read have one."""
     token_ids: list[int] = []
     """Output tokens; empty where the deployment does not tell them."""
     num_tokens: int = 0
@@ -40,26 +41,76 @@ class TimedCompletion(msgspec.Struct):
         return self.tokens_at[0] - self.start_at
 
     @property
-    def first_gap_s(self) -> float:
-        """Return the time from the first token to the second; KV blocks move in it, with prefill
-        and decode apart.
-        """
-        return self.tokens_at[1] - self.tokens_at[0]
-
-    @property
     def e2e_s(self) -> float:
         """Return the time from the request to the last token."""
         return self.tokens_at[-1] - self.start_at
 
     @property
     def all_gaps_s(self) -> list[float]:
-        """Return the times between all tokens."""
+        """Return the times between tokens; KV blocks move from prefill to decode in the first."""
         return [late - early for early, late in pairwise(self.tokens_at)]
 
     @property
     def inter_token_s(self) -> list[float]:
-        """Return the times between tokens from the second on, so without the first gap."""
-        return [late - early for early, late in pairwise(self.tokens_at[1:])]
+        """Return the times between tokens without the first gap."""
+        return self.all_gaps_s[1:]
+
+
+class Goals(msgspec.Struct, frozen=True, kw_only=True):
+    """Holds upper limits in milliseconds; None: any time will do."""
+
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    """Mean time between the tokens of a request."""
+    itl_ms: float | None = None
+    """99 of 100 times between tokens of a request, the first gap included."""
+    e2e_ms: float | None = None
+    """Time from the request to its last token."""
+
+    def __bool__(self) -> bool:
+        return self != Goals()
+
+    def __str__(self) -> str:
+        limits = msgspec.structs.asdict(self).items()
+        given = [(name, limit) for name, limit in limits if limit is not None]
+        return ", ".join(f"{name.removesuffix('_ms')} {limit:g} ms" for name, limit in given)
+
+    def met_by(self, completion: TimedCompletion) -> bool:
+        """Tell whether a request was answered without an error and within all limits."""
+        if completion.error is not None:
+            return False
+        gaps_s = sorted(completion.all_gaps_s)
+        within = gaps_s[: math.ceil(_ITL_SHARE * len(gaps_s))]
+        took_s = {
+            "ttft_ms": completion.ttft_s,
+            "tpot_ms": sum(gaps_s) / len(gaps_s) if gaps_s else 0.0,
+            "itl_ms": within[-1] if within else 0.0,
+            "e2e_ms": completion.e2e_s,
+        }
+        limits = msgspec.structs.asdict(self)
+        return all(limits[name] is None or s * 1000 <= limits[name] for name, s in took_s.items())
+
+
+def read_goals(text: str) -> Goals:
+    """Read ``ttft=200,itl=0.05s``; numbers without a unit are milliseconds.
+
+    Raises ValueError that says what is wrong.
+    """
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, value = part.strip().partition("=")
+        known = [field.removesuffix("_ms") for field in Goals.__struct_fields__]
+        if name not in known:
+            raise ValueError(f"{name!r} is none of {', '.join(known)}")
+        number = value.removesuffix("s").removesuffix("m")
+        try:
+            limit = float(number) * _UNITS[value.removeprefix(number)]
+        except (ValueError, KeyError):
+            limit = math.nan
+        if not 0 < limit < math.inf:
+            raise ValueError(f"{value!r} is no time such as 200, 200ms or 0.2s")
+        found[f"{name}_ms"] = limit
+    return Goals(**found)
 
 
 class _Choice(msgspec.Struct):
@@ -90,24 +141,14 @@ async def complete(
     session: aiohttp.ClientSession, model: str, prompt: Sequence[int], output_tokens: int
 ) -> TimedCompletion:
     """Ask for exactly ``output_tokens`` greedy tokens; whatever goes wrong stands in ``error``."""
-    body = msgspec.json.encode(
-        {
-            "model": model,
-            "prompt": prompt,
-            "max_tokens": output_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            # Text of a token may be held back with half a character; its id is not.
-            "return_token_ids": True,
-        }
-    )
+    body = {"model": model, "prompt": prompt, "max_tokens": output_tokens, "temperature": 0}
+    body |= {"ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
+    # Text of a token may be held back with half a character; its id is not.
+    data = msgspec.json.encode(body | {"return_token_ids": True})
+    headers = {"Content-Type": "application/json"}
     completion = TimedCompletion(start_at=time.perf_counter(), num_prompt_tokens=len(prompt))
     try:
-        async with session.post(
-            "/v1/completions", data=body, headers={"Content-Type": "application/json"}
-        ) as response:
+        async with session.post("/v1/completions", data=data, headers=headers) as response:
             if response.status != 200:
                 completion.error = await read_refusal(response)
             else:
@@ -116,8 +157,10 @@ async def complete(
         completion.error = describe_failure(error)
     except msgspec.MsgspecError as error:
         completion.error = f"an event that is not of the OpenAI form: {error}"
-    if completion.error is None:
-        completion.error = _what_is_missing(completion, output_tokens)
+    if completion.error is None and completion.num_tokens != output_tokens:
+        completion.error = f"{completion.num_tokens} tokens instead of {output_tokens}"
+    if completion.error is None and not completion.tokens_at:
+        completion.error = "no chunk with a token"
     return completion
 
 
@@ -126,19 +169,18 @@ async def read_stream(
     completion: TimedCompletion,
     clock: Callable[[], float] = time.perf_counter,
 ) -> None:
-    """Read server-sent events, in the pieces in which they came.
+    """Read server-sent events, in the pieces in which they came. Raises msgspec.MsgspecError.
 
     All events of one piece get its time, and not that of our own work on the events before them.
-    Raises msgspec.MsgspecError.
     """
     rest = b""
     async for piece in pieces:
         now = clock()
         *lines, rest = (rest + piece).split(b"\n")
         for line in lines:
+            if line.strip() == b"data: [DONE]":
+                return
             if line.startswith(b"data:"):
-                if line.strip() == b"data: [DONE]":
-                    return
                 _take(_event_decoder.decode(line[5:]), now, completion)
     completion.error = completion.error or "the stream ended without [DONE]"
 
@@ -155,14 +197,6 @@ def _take(event: _Event, now: float, completion: TimedCompletion) -> None:
         completion.num_tokens = event.usage.completion_tokens
         details = event.usage.prompt_tokens_details
         completion.num_cached_tokens = None if details is None else details.cached_tokens
-
-
-def _what_is_missing(completion: TimedCompletion, output_tokens: int) -> str | None:
-    if completion.num_tokens != output_tokens:
-        return f"{completion.num_tokens} tokens instead of {output_tokens}"
-    if not completion.tokens_at:
-        return "no chunk with a token"
-    return None
 
 
 async def read_refusal(response: aiohttp.ClientResponse) -> str:
@@ -182,9 +216,7 @@ def _message(error: Any) -> str:
 
 
 def describe_failure(error: aiohttp.ClientError | TimeoutError) -> str:
-    """Describe a failure for people: ``Connection refused`` and not what the client library keeps
-    of the attempt.
-    """
+    """Describe a failure for people: ``Connection refused``."""
     if isinstance(error, TimeoutError):
         return "no answer in time"
     if isinstance(error, OSError) and error.errno:

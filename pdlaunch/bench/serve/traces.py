@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,25 +29,32 @@ HASHED_TOKENS = 512
 """Tokens that one of ``hash_ids`` stands for."""
 _AT_ONCE = 8
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}
-
-
-class HashedPrompt(msgspec.Struct, frozen=True):
-    """Describes a prompt by its length and by what it has in common with others."""
-
-    num_tokens: int
-    hash_ids: Sequence[int]
+_FORMS = ("input_length", "conversations", "messages")
 
 
 class TraceRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Holds one request of a trace; a conversation is not tokenized yet."""
 
-    prompt: HashedPrompt | list[dict[str, str]] | list[int]
+    prompt: list[dict[str, str]] | list[int] = []
+    """The messages or token ids; empty: the tokens are made of ``hash_ids``."""
     output: int | str
     """Number of tokens, or the recorded answer."""
+    num_tokens: int = 0
+    """Length of a prompt that has no messages."""
+    hash_ids: Sequence[int] = ()
     at_s: float | None = None
     """Seconds since the first request."""
     number: int = 0
     """Place in the trace."""
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Return the length of a prompt, which is known of a conversation once it is tokenized."""
+        return self.num_tokens or len(self.prompt)
+
+    @property
+    def output_tokens(self) -> int:
+        return self.output if isinstance(self.output, int) else len(self.output)
 
 
 class _Mooncake(msgspec.Struct):
@@ -59,23 +65,8 @@ class _Mooncake(msgspec.Struct):
 
 
 class _Message(msgspec.Struct):
-    role: str = msgspec.field(name="from")
-    content: str = msgspec.field(name="value")
-
-
-class _OpenAIMessage(msgspec.Struct):
     role: str
     content: str
-
-
-class _ShareGPT(msgspec.Struct):
-    conversations: list[_Message]
-    timestamp: float | None = None
-
-
-class _OpenAI(msgspec.Struct):
-    messages: list[_OpenAIMessage]
-    timestamp: float | None = None
 
 
 def read_trace_file(path: Path) -> list[TraceRequest]:
@@ -84,9 +75,22 @@ def read_trace_file(path: Path) -> list[TraceRequest]:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--trace {path} cannot be read: {error}") from None
-    requests = list(
-        chain.from_iterable(_read(path, *numbered) for numbered in _records(text, path))
-    )
+    requests: list[TraceRequest] = []
+    place = ""
+    try:
+        if text.lstrip().startswith("["):
+            for number, record in enumerate(msgspec.json.decode(text), 1):
+                place = f" entry {number}:"
+                requests += _read(record)
+        else:
+            for number, line in enumerate(text.splitlines(), 1):
+                place = f" line {number}:"
+                if line.strip():
+                    requests += _read(msgspec.json.decode(line))
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"--trace {path}:{place} {error}") from None
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"--trace {path}:{place} no JSON: {error}") from None
     if not requests:
         raise ConfigError(f"--trace {path} has no request")
     timed = all(request.at_s is not None for request in requests)
@@ -101,55 +105,34 @@ def read_trace_file(path: Path) -> list[TraceRequest]:
     ]
 
 
-def _records(text: str, path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the objects of a file, each with its place in words."""
-    if text.lstrip().startswith("["):
-        try:
-            records = msgspec.json.decode(text)
-        except msgspec.DecodeError as error:
-            raise ConfigError(f"--trace {path}: no JSON: {error}") from None
-        yield from ((f"entry {number}", record) for number, record in enumerate(records, 1))
-        return
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                yield f"line {number}", msgspec.json.decode(line)
-            except msgspec.DecodeError as error:
-                raise ConfigError(f"--trace {path}: line {number}: no JSON: {error}") from None
-
-
-def _read(path: Path, place: str, record: Any) -> Iterator[TraceRequest]:
-    kinds: dict[str, type[_Mooncake | _ShareGPT | _OpenAI]] = {
-        "input_length": _Mooncake,
-        "conversations": _ShareGPT,
-        "messages": _OpenAI,
-    }
-    name = next((name for name in kinds if isinstance(record, dict) and name in record), None)
-    if name is None:
-        raise ConfigError(
-            f"--trace {path}: {place} has none of {', '.join(kinds)}",
-            fix="give a trace of Mooncake's form, or conversations of ShareGPT's or OpenAI's",
-        )
-    try:
-        found = msgspec.convert(record, kinds[name])
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"--trace {path}: {place}: {error}") from None
-    at_s = None if found.timestamp is None else found.timestamp / 1000
-    if isinstance(found, _Mooncake):
+def _read(record: Any) -> Iterator[TraceRequest]:
+    """Yield the requests of one record. Raises msgspec.ValidationError."""
+    form = next((name for name in _FORMS if isinstance(record, dict) and name in record), None)
+    if form is None:
+        raise msgspec.ValidationError(f"it has none of {', '.join(_FORMS)}")
+    at_ms = msgspec.convert(record.get("timestamp"), float | None)
+    at_s = None if at_ms is None else at_ms / 1000
+    if form == "input_length":
+        found = msgspec.convert(record, _Mooncake)
         if found.input_length < 1 or found.output_length < 1:
-            raise ConfigError(
-                f"--trace {path}: {place}: input_length and output_length must be 1 or more"
-            )
-        prompt = HashedPrompt(found.input_length, found.hash_ids)
-        yield TraceRequest(prompt=prompt, output=found.output_length, at_s=at_s)
+            raise msgspec.ValidationError("input_length and output_length must be 1 or more")
+        yield TraceRequest(
+            output=found.output_length,
+            num_tokens=found.input_length,
+            hash_ids=found.hash_ids,
+            at_s=at_s,
+        )
         return
-    said = found.conversations if isinstance(found, _ShareGPT) else found.messages
     messages: list[dict[str, str]] = []
-    for message in said:
-        role = _ROLES.get(message.role, message.role)
-        if role == "assistant" and messages and message.content:
-            yield TraceRequest(prompt=messages.copy(), output=message.content, at_s=at_s)
-        messages.append({"role": role, "content": message.content})
+    names = ("from", "value") if form == "conversations" else ("role", "content")
+    for each in msgspec.convert(record[form], list[dict[str, Any]]):
+        said = msgspec.convert(
+            {"role": each.get(names[0]), "content": each.get(names[1])}, _Message
+        )
+        role = _ROLES.get(said.role, said.role)
+        if role == "assistant" and messages and said.content:
+            yield TraceRequest(prompt=messages.copy(), output=said.content, at_s=at_s)
+        messages.append({"role": role, "content": said.content})
 
 
 async def tokenize(target: BenchTarget, requests: Sequence[TraceRequest]) -> list[TraceRequest]:
@@ -160,7 +143,7 @@ async def tokenize(target: BenchTarget, requests: Sequence[TraceRequest]) -> lis
     places = asyncio.Semaphore(_AT_ONCE)
 
     async def one(request: TraceRequest) -> TraceRequest:
-        if not isinstance(request.prompt, list) or not isinstance(request.output, str):
+        if not isinstance(request.output, str):
             return request
         async with places:
             prompt = await _ask(target, {"messages": request.prompt, "add_generation_prompt": True})
@@ -171,10 +154,9 @@ async def tokenize(target: BenchTarget, requests: Sequence[TraceRequest]) -> lis
 
 
 async def _ask(target: BenchTarget, question: dict[str, Any]) -> list[int]:
+    body = {"model": target.model} | question
     try:
-        async with target.session.post(
-            "/tokenize", json={"model": target.model} | question
-        ) as response:
+        async with target.session.post("/tokenize", json=body) as response:
             if response.status != 200:
                 raise PdlaunchError(
                     f"a conversation of the trace cannot be tokenized: /tokenize answers "
@@ -187,24 +169,12 @@ async def _ask(target: BenchTarget, question: dict[str, Any]) -> list[int]:
         raise PdlaunchError("/tokenize answers, but without tokens") from error
 
 
-def num_prompt_tokens(request: TraceRequest) -> int:
-    """Return the length of a prompt, which is known of a conversation once it is tokenized."""
-    if isinstance(request.prompt, HashedPrompt):
-        return request.prompt.num_tokens
-    return len(request.prompt)
-
-
-def wanted_tokens(request: TraceRequest) -> int:
-    """Return how many tokens to ask for; known of a conversation once it is tokenized."""
-    return request.output if isinstance(request.output, int) else len(request.output)
-
-
 def prompt_tokens(request: TraceRequest, token_ids: range, seed: int) -> list[int]:
     """Return the prompt's token ids; those that stand for a hash are made of it and the seed."""
-    if not isinstance(request.prompt, HashedPrompt):
+    if not request.num_tokens:
         return [token for token in request.prompt if isinstance(token, int)]
-    num_tokens, tokens = request.prompt.num_tokens, list[int]()
-    for hash_id in request.prompt.hash_ids[: -(-num_tokens // HASHED_TOKENS)]:
+    num_tokens, tokens = request.num_tokens, list[int]()
+    for hash_id in request.hash_ids[: -(-num_tokens // HASHED_TOKENS)]:
         tokens += random.Random(f"{seed}/{hash_id}").choices(token_ids, k=HASHED_TOKENS)
     rest = random.Random(f"{seed}/of {request.number}")
     return (tokens + rest.choices(token_ids, k=max(0, num_tokens - len(tokens))))[:num_tokens]

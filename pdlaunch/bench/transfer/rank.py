@@ -7,23 +7,23 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
-import statistics
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
-from pdlaunch.bench.transfer.bare import BareKind, Part
-from pdlaunch.bench.transfer.shape import BenchShape
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.config.roles import Role
+from pdlaunch.engine.kvcache.groups import KVCacheLayout, make_groups, num_kv_heads_of_rank
 from pdlaunch.engine.memory.device_kv_memory import open_kv_memory
+from pdlaunch.engine.memory.kv_memory import KVMemory
 from pdlaunch.engine.memory.pools import open_memory_pools
 from pdlaunch.errors import TransferError
+from pdlaunch.planning.role_engines import DTypeName
 from pdlaunch.protocol.control import Address, Entry, PairFailed, PairReady, ToSupervisor
 from pdlaunch.protocol.ids import EngineId
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext
@@ -51,6 +51,34 @@ class PullTimes:
     """Time from StartPull to PullFinished."""
     read_s: float
     """Time of its READ alone, from the post to the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class BenchShape:
+    """Describes the KV cache of one rank with all heads."""
+
+    num_blocks: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: DTypeName
+
+    def layout(self, tp_size: int = 1) -> KVCacheLayout:
+        """Return the layout of one rank of ``tp_size``."""
+        return KVCacheLayout(
+            groups=make_groups([None] * self.num_layers),
+            num_kv_heads=num_kv_heads_of_rank(self.num_kv_heads, tp_size),
+            head_dim=self.head_dim,
+            block_size=self.block_size,
+            dtype_bytes=getattr(torch, self.dtype).itemsize,
+        )
+
+    def new_cache(self, memory: KVMemory, tp_size: int = 1) -> torch.Tensor:
+        """Return random [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim]."""
+        layout = self.layout(tp_size)
+        pages = memory.zeros(self.num_blocks * layout.block_bytes).view(getattr(torch, self.dtype))
+        return pages.view(self.num_blocks, *layout.block_shape()).normal_()
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,29 +250,6 @@ class Rank:
             self._woken.wait(PULL_TIMEOUT_S)
             self._woken.clear()
             events = self._transfer.take_events()
-
-    def open_bare(self, kind: BareKind) -> Any:
-        """Let a connector's library move blocks of the same KV cache by itself; return what the
-        other side needs.
-        """
-        if self._kv_cache.is_cuda:
-            torch.cuda.set_device(
-                self._kv_cache.device
-            )  # of this thread: libraries take the context that is current
-        self._bare = kind(f"{self._options.name}/bare", self._kv_cache)
-        return self._bare.address()
-
-    def connect_bare(self, addresses: Sequence[Any]) -> None:
-        """Connect the library to all ranks of the other side."""
-        self._bare.connect(addresses)
-
-    def move_bare(self, parts: Sequence[Part]) -> float:
-        """Return the seconds of one transfer."""
-        return self._bare.move(parts)
-
-    def loop_bare(self, parts: Sequence[Part], num_repeats: int) -> float:
-        """Return the median seconds of the same transfer, begun again as soon as it has ended."""
-        return statistics.median(self._bare.move(parts) for _ in range(num_repeats))
 
 
 def run_rank(pipe: Connection, options: RankOptions) -> None:

@@ -1,1 +1,0 @@
-"""Reports as single HTML files, for browsers without a network."""
