@@ -22,8 +22,8 @@ from pdlaunch.cli.preflight import probe_transport, refuse_running_engines
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch.engines.plan import kind_of
-from pdlaunch.planning.models import read_models, read_models_elsewhere
 from pdlaunch.planning.hosts import planned_hosts
+from pdlaunch.planning.models import read_models, read_models_elsewhere
 from pdlaunch.planning.resolve import resolve_on
 
 Platform = Literal["cuda", "cpu"]

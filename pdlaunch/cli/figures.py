@@ -102,7 +102,7 @@ def pair_cells(pair: PairStatus) -> Mapping[str, Any]:
         "pair": f"{pair.prefill} -> {pair.decode}",
         "path": pair.path,
         "measured": amount(pair.gigabytes_per_s, " GB/s"),
-        "now": amount(pair.pull_gigabytes_per_s, " GB/s"),
+        "speed": amount(pair.shown_gigabytes_per_s, " GB/s"),
         "rate": amount(pair.bytes_per_s, "B/s"),
         "moved": amount(pair.num_bytes, "B"),
         "pulls": pair.pulls,

@@ -44,7 +44,7 @@ NUM_EVENTS = 10
 _ENGINES = {name: name for name in ("engine", "role", "host", "state", "load", "running")}
 _ENGINES |= {"waiting": "waiting", "kv": "KV", "host_kv": "host\nKV", "device": "device\nhits"}
 _ENGINES |= {"host_hits": "host\nhits", "remote": "pulled", "rate": "pulls/s"}
-_PAIRS = {"pair": "pair", "path": "path", "measured": "measured", "now": "last\npulls"}
+_PAIRS = {"pair": "pair", "path": "path", "measured": "measured", "speed": "speed"}
 _PAIRS |= {"rate": "now", "moved": "moved", "pulls": "pulls"}
 
 

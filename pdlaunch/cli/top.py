@@ -60,8 +60,7 @@ _ALIASES = {"k": "up", "j": "down", "\r": "enter", "\n": "enter", "t": "enter", 
 
 _ENGINES = {"engine": "engine", "state": "state", "load": "load", "running": "run"}
 _ENGINES |= {"waiting": "wait", "kv": "KV", "hits": "dev/host/pull", "rate": "pulls"}
-_PAIRS = {"pair": "pair", "path": "path", "measured": "measured", "now": "last", "rate": "now"}
-_PAIRS |= {"moved": "moved"}
+_PAIRS = {"pair": "pair", "path": "path", "speed": "speed", "rate": "now", "moved": "moved"}
 _REQUESTS = {"engines": "engines", "prompt": "prompt", "first": "first", "total": "total"}
 _REQUESTS |= {"status": ""}
 
