@@ -41,9 +41,13 @@ class HostLoads:
     ``planner`` is None where there is no host tier: then nothing is found or stored.
     """
 
-    def __init__(self, kv: KVCacheManager, planner: OffloadPlanner | None) -> None:
+    def __init__(
+        self, kv: KVCacheManager, planner: OffloadPlanner | None, counts: EngineStats
+    ) -> None:
+        """``counts``: the engine's totals, to which it adds."""
         self._kv = kv
         self._planner = planner
+        self._counts = counts
         self._loads: dict[int, HostLoad] = {}
         self._jobs: list[OffloadJob] = []
 
@@ -111,22 +115,42 @@ class HostLoads:
         job = None if self._planner is None else self._planner.finish(report)
         if job is None:
             return None
+        counts = self._counts
         if job.direction == "store":
+            counts.offload_stores += 1
+            counts.offload_stored_bytes += report.num_bytes
+            counts.offload_stored_seconds += report.seconds
+            counts.offload_store_failures += not report.ok
             # Reversed, so that the tail of a prompt is reused before its head.
             self._kv.pool.release(reversed(job.block_ids))
             return None
+        counts.offload_loads += 1
+        counts.offload_loaded_bytes += report.num_bytes
+        counts.offload_loaded_seconds += report.seconds
+        counts.offload_load_failures += not report.ok
+        counts.offload_bad_blocks += len(report.failed_chunk_ids)
         load = self._loads.pop(job.job_id)
-        if load.request is not None:
-            load.request.load_id = None
+        request, device = load.request, load.hit.device
+        if request is not None:
+            request.load_id = None
             # Whatever came of it: looking again would find the same blocks, or fail in the same
             # way.
-            load.request.may_load = False
-        if load.request is None or not report.ok:
-            self._drop(load)
-        elif load.request.wants_pull:
-            self._cache(load, load.request)
-        else:
-            self._kv.adopt_pulled(load.request.tables, load.hit.device, load.block_ids)
+            request.may_load = False
+        if request is not None and report.ok and not request.wants_pull:
+            self._kv.adopt_pulled(request.tables, device, load.block_ids)
+            return load
+        for group, block_ids in enumerate(load.block_ids):
+            if request is None or not report.ok:
+                self._kv.pool.drop_pull(block_ids)
+                continue
+            # They go to the prefix cache, where the pull of the others finds them. A block can be
+            # registered only while it has an owner.
+            self._kv.pool.finish_pull(block_ids)
+            for index, block_id in enumerate(block_ids, device.end(group)):
+                self._kv.pool.register(block_id, group, request.hasher.block_hashes[index])
+            self._kv.pool.release(reversed(block_ids))
+        if request is not None:
+            self._kv.release_hit(device)
         return load
 
     @property
@@ -165,47 +189,20 @@ class HostLoads:
         return iter(()) if self._planner is None else self._planner.block_ids_in_flight("store")
 
     def add_to(self, stats: EngineStats) -> EngineStats:
-        """Return ``stats`` with the numbers of the tier."""
+        """Return ``stats`` with what is in the tier now."""
         if self._planner is None:
             return stats
-        totals = self._planner.stats()
+        tier = self._planner.tier
         return msgspec.structs.replace(
             stats,
-            num_host_blocks=totals.num_chunks,
-            num_used_host_blocks=totals.num_used_chunks,
+            num_host_blocks=tier.num_chunks,
+            num_used_host_blocks=tier.num_used_chunks,
             num_offload_jobs=self._planner.num_jobs,
-            offload_stores=totals.stores,
-            offload_stored_bytes=totals.stored_bytes,
-            offload_stored_seconds=totals.stored_seconds,
-            offload_store_failures=totals.failed_stores,
-            offload_loads=totals.loads,
-            offload_loaded_bytes=totals.loaded_bytes,
-            offload_loaded_seconds=totals.loaded_seconds,
-            offload_load_failures=totals.failed_loads,
-            offload_bad_blocks=totals.bad_chunks,
-            offload_evicted_blocks=totals.evicted_chunks,
-            offload_refused_blocks=totals.refused_chunks,
+            offload_evicted_blocks=tier.num_evicted_chunks,
+            offload_refused_blocks=tier.num_refused_chunks,
         )
 
     def check_integrity(self) -> None:
         """Prove that the tier's entries are those of the jobs. Raises AssertionError."""
         if self._planner is not None:
             self._planner.check_integrity()
-
-    def _drop(self, load: HostLoad) -> None:
-        for block_ids in load.block_ids:
-            self._kv.pool.drop_pull(block_ids)
-        if load.request is not None:
-            self._kv.release_hit(load.hit.device)
-
-    def _cache(self, load: HostLoad, request: Request) -> None:
-        """Put the loaded blocks into the prefix cache, where the pull of the others finds them."""
-        hashes = request.hasher.block_hashes
-        # A block can be registered only while it has an owner. It is released at once, and then
-        # cached.
-        for group, block_ids in enumerate(load.block_ids):
-            self._kv.pool.finish_pull(block_ids)
-            for index, block_id in enumerate(block_ids, load.hit.device.end(group)):
-                self._kv.pool.register(block_id, group, hashes[index])
-            self._kv.pool.release(reversed(block_ids))
-        self._kv.release_hit(load.hit.device)

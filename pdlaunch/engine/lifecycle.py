@@ -79,12 +79,12 @@ class RequestLifecycle:
         self.kv = KVCacheManager(groups, num_blocks, block_size)
         self.leases = BlockLeases(self.kv, kv_transfer, local)
         self.pulls = BlockPulls(self.kv, kv_transfer)
-        self.host = HostLoads(self.kv, offload)
         self.queues = RequestQueues()
         self.batch = Batch(max_num_seqs, tp_size=local[3])
         self.histograms = Histograms()
         self.counts = EngineStats(num_blocks=num_blocks)
         """Totals since the start; ``stats`` adds what is there now."""
+        self.host = HostLoads(self.kv, offload, self.counts)
         self.caches = enable_prefix_caching
         self.commands: list[TransferCommand] = []
         """Commands for the connectors that no plan carries yet."""
@@ -163,9 +163,14 @@ class RequestLifecycle:
     def withdraw(self, request_ids: Sequence[RequestId]) -> None:
         """End these requests if nothing was computed, pulled or loaded for any of them."""
         requests = [self.queues.by_id.get(request_id) for request_id in request_ids]
-        if all(request is not None and not request.has_begun for request in requests):
-            for request_id in request_ids:
-                self._finish(self.queues.by_id[request_id], "abort", error=WITHDRAWN)
+        fresh = [
+            request
+            for request in requests
+            if request and request.phase is Phase.WAITING and request.num_cached_tokens is None
+        ]
+        if len(fresh) == len(requests):
+            for request in fresh:
+                self._finish(request, "abort", error=WITHDRAWN)
 
     def abort_all(self) -> None:
         """End every request, because the server has restarted. Leases stay for their readers."""

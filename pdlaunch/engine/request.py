@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from bisect import bisect_left, insort
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -45,19 +46,17 @@ class Phase(enum.Enum):
     FINISHED = "finished"
 
 
+@dataclass(slots=True)
 class RequestTimes:
     """Holds the instants of one request; ``Histograms`` sets and reads them."""
 
-    __slots__ = ("arrived_at", "first_at", "last_at", "num_drawn", "num_preemptions", "started_at")
-
-    def __init__(self) -> None:
-        self.arrived_at = 0.0
-        self.started_at: float | None = None
-        self.first_at: float | None = None
-        """Instant of the first token drawn here."""
-        self.last_at: float | None = None
-        self.num_drawn = 0
-        self.num_preemptions = 0
+    arrived_at: float = 0.0
+    started_at: float | None = None
+    first_at: float | None = None
+    """Instant of the first token drawn here."""
+    last_at: float | None = None
+    num_drawn: int = 0
+    num_preemptions: int = 0
 
 
 class CachedTokens(NamedTuple):
@@ -76,14 +75,6 @@ class Request:
         0 ............ num_computed ........ num_scheduled ........ len(token_ids) + num_unknown
           in the KV cache    │    in flight        │    to schedule   │
     """
-
-    __slots__ = (
-        "arrival", "hasher", "is_suspect", "load_id", "mark", "may_load", "message",
-        "num_cached_tokens", "num_computed", "num_host_tokens", "num_in_flight",
-        "num_prompt_tokens", "num_registered_blocks", "num_remote_tokens", "num_sent_blocks",
-        "num_unknown", "output_limit", "phase", "pull_id", "row", "spans", "tables", "times",
-        "token_ids", "wants_pull",
-    )  # fmt: skip
 
     def __init__(
         self,
@@ -149,11 +140,6 @@ class Request:
         return CachedTokens(num_cached - num_remote - num_host, num_host, num_remote)
 
     @property
-    def has_begun(self) -> bool:
-        """Return whether it has ever owned blocks, or waits for some."""
-        return self.phase is not Phase.WAITING or self.num_cached_tokens is not None
-
-    @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
 
@@ -199,15 +185,14 @@ class Request:
         return self.hasher.prompt_hashes(self.token_ids, self.num_prompt_tokens)
 
     def end_of(self, token_id: int) -> FinishReason | None:
-        """Return why the request ends with ``token_id``, or None when it goes on."""
+        """Return why the request ends with this token, or None when it goes on."""
         sampling = self.message.sampling
         if token_id in sampling.stop_token_ids and self.num_output_tokens >= sampling.min_tokens:
             return "stop"
         return "length" if self.num_output_tokens >= self.output_limit else None
 
 
-# The one order of an engine: who is seated first, whom a lack of blocks holds back, and who gives
-# its blocks up (the last). No two requests have equal keys.
+# The order in which requests are seated; the last one gives its blocks up first. Keys are unique.
 _by_arrival = attrgetter("arrival")
 
 
@@ -227,7 +212,6 @@ class RequestQueues:
         return len(self.by_id) - len(self.waiting) - len(self.running)
 
     def add(self, request: Request) -> None:
-        """Take a request that has arrived."""
         self.by_id[request.request_id] = request
         self.wait(request)
 
@@ -258,7 +242,6 @@ class RequestQueues:
         self.wait(request)
 
     def end(self, request: Request) -> None:
-        """Remove a request that has ended."""
         del self.by_id[request.request_id]
         self._remove(request)
         request.phase = Phase.FINISHED

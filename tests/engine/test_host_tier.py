@@ -47,7 +47,7 @@ def test_the_tier_is_as_large_as_the_memory() -> None:
     assert worker is not None
     planner = new_offload_planner(spec, make_runner(), worker)
     assert planner is not None
-    assert planner.stats().num_chunks == 10
+    assert planner.tier.num_chunks == 10
     worker.close()
 
 

@@ -19,12 +19,12 @@ and found.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import takewhile
 
 from pdlaunch.engine.kvcache.groups import KVCacheGroup
 from pdlaunch.engine.kvcache.manager import BlockTables, PrefixHit
-from pdlaunch.engine.offload.jobs import JobFinished, OffloadJob, OffloadStats
+from pdlaunch.engine.offload.jobs import JobFinished, OffloadJob
 from pdlaunch.engine.offload.spec import Direction
 from pdlaunch.engine.offload.tier import HostTier
 
@@ -72,11 +72,10 @@ class OffloadPlanner:
         """``block_size`` in tokens; ``blocks_per_chunk`` as in every rank's worker."""
         self._windows = [group.sliding_window for group in groups]
         self._block_size = block_size
-        self._tier = tier
+        self.tier = tier
         self._blocks_per_chunk = blocks_per_chunk
         self._jobs: dict[int, OffloadJob] = {}
         self._num_jobs = 0
-        self._totals = OffloadStats()
 
     @property
     def num_jobs(self) -> int:
@@ -156,7 +155,7 @@ class OffloadPlanner:
             chunk_hashes=hashes,
         )
         for chunk_ids in hit.chunk_ids:
-            self._tier.begin_load(chunk_ids)
+            self.tier.begin_load(chunk_ids)
         return job
 
     # Stores
@@ -191,11 +190,10 @@ class OffloadPlanner:
         if job is None:
             return None
         if job.direction == "load":
-            self._tier.finish_load(job.chunk_ids, report.failed_chunk_ids)
+            self.tier.finish_load(job.chunk_ids, report.failed_chunk_ids)
         else:
             for chunk_id in job.chunk_ids:
-                self._tier.finish_store(chunk_id, ok=report.ok)
-        self._totals = self._totals.with_job(job.direction, report)
+                self.tier.finish_store(chunk_id, ok=report.ok)
         return job
 
     def block_ids_in_flight(self, direction: Direction) -> Iterator[int]:
@@ -206,20 +204,10 @@ class OffloadPlanner:
             if job.direction == direction:
                 yield from job.block_ids
 
-    def stats(self) -> OffloadStats:
-        """Return totals since the start, and what is there now."""
-        return replace(
-            self._totals,
-            num_chunks=self._tier.num_chunks,
-            num_used_chunks=self._tier.num_used_chunks,
-            evicted_chunks=self._tier.num_evicted_chunks,
-            refused_chunks=self._tier.num_refused_chunks,
-        )
-
     def check_integrity(self) -> None:
         """Prove that the tier's chunks in flight are those of the jobs. Raises AssertionError."""
         jobs = list(self._jobs.values())
-        self._tier.check_integrity(
+        self.tier.check_integrity(
             storing=[
                 chunk_id for job in jobs if job.direction == "store" for chunk_id in job.chunk_ids
             ],
@@ -302,7 +290,7 @@ class OffloadPlanner:
         chunk, slot = divmod(index, self._blocks_per_chunk)
         if (chunk + 1) * self._blocks_per_chunk > len(block_hashes):
             return None
-        return self._tier.find(group, self._chunk_hash(block_hashes, chunk), slot)
+        return self.tier.find(group, self._chunk_hash(block_hashes, chunk), slot)
 
     def _chunks_between(
         self, group: int, block_hashes: Sequence[bytes], start: int, end: int
@@ -334,7 +322,7 @@ class OffloadPlanner:
             first, last = max(tables.first[group], chunk * size), (chunk + 1) * size
             chunk_hash = self._chunk_hash(block_hashes, chunk)
             chunk_id = (
-                self._tier.begin_store(group, chunk_hash, first % size) if first < last else None
+                self.tier.begin_store(group, chunk_hash, first % size) if first < last else None
             )
             # A chunk that is not stored ends the run: the blocks of a run are neighbours.
             if chunk_id is None:
