@@ -11,7 +11,7 @@ import torch
 
 from pdlaunch.engine.models.packed import IntArray, PackedBatch
 from pdlaunch.engine.sampler import SampleRow, TokenBias, token_bias
-from pdlaunch.engine.step import NewBlocks, NewRow, RowTokens, ScheduledRow, StepPlan
+from pdlaunch.engine.step import ScheduledRow, StepPlan
 from pdlaunch.protocol.engine import SamplingParams
 
 
@@ -85,11 +85,17 @@ class RowTable:
         for row in plan.freed_rows:
             del self._rows[row]
         for new in plan.new_rows:
-            self._add(new)
+            assert new.row not in self._rows, f"row {new.row} is taken"
+            token_ids, bias = self._token_ids[new.row], token_bias(new.sampling)
+            added = Row(token_ids, 0, new.num_prompt_tokens, new.sampling, bias)
+            added.append(0, new.token_ids)
+            self._rows[new.row] = added
         for tokens in plan.new_tokens:
-            self._append(tokens)
+            self._rows[tokens.row].append(tokens.position, tokens.token_ids)
         for blocks in plan.new_blocks:
-            self._set_blocks(blocks)
+            stop = blocks.first_block_index + len(blocks.block_ids)
+            table = self._block_tables[blocks.group]
+            table[blocks.row, blocks.first_block_index : stop] = blocks.block_ids
 
     def pack(self, scheduled: list[ScheduledRow]) -> PackedBatch:
         """Return the batch of one step; rows in the order given, with decode rows first."""
@@ -114,45 +120,21 @@ class RowTable:
             num_decode_rows=int((counts == 1).sum()),
         )
 
-    def unclean_blocks(self, scheduled: list[ScheduledRow]) -> list[tuple[int, list[int]]]:
-        """Return blocks that become the last ones of rows in this step, before any slot is written.
+    def clean(self, scheduled: list[ScheduledRow], kv_cache: torch.Tensor) -> None:
+        """Make the slots past the last token zero in blocks that become the last ones of rows,
+        before this step writes any.
 
-        Each comes as the first slot past the row's end, and the block's id in every group. A block
-        may hold anything past the row's end: another request's values, or the rest of a broken
-        transfer. Attention masks these slots, but a NaN would show through, so they have to be made
-        zero once.
+        A block may hold anything there: another request's values, or the rest of a broken transfer.
+        Attention masks these slots, but a NaN would show through.
         """
-        found = []
         for item in scheduled:
             row, last = self._rows[item.row], item.num_computed_tokens + item.num_tokens - 1
             block, offset = divmod(last, self._block_size)
             if row.clean_block != block:
                 row.clean_block = block
-                found.append(
-                    (offset + 1, [int(table[item.row, block]) for table in self._block_tables])
-                )
-        return found
-
-    def _add(self, new: NewRow) -> None:
-        assert new.row not in self._rows, f"row {new.row} is taken"
-        row = Row(
-            self._token_ids[new.row],
-            0,
-            new.num_prompt_tokens,
-            new.sampling,
-            token_bias(new.sampling),
-        )
-        row.append(0, new.token_ids)
-        self._rows[new.row] = row
-
-    def _append(self, tokens: RowTokens) -> None:
-        self._rows[tokens.row].append(tokens.position, tokens.token_ids)
-
-    def _set_blocks(self, blocks: NewBlocks) -> None:
-        stop = blocks.first_block_index + len(blocks.block_ids)
-        self._block_tables[blocks.group][blocks.row, blocks.first_block_index : stop] = (
-            blocks.block_ids
-        )
+                block_ids = [int(table[item.row, block]) for table in self._block_tables]
+                if offset + 1 < self._block_size:
+                    kv_cache[block_ids, ..., offset + 1 :, :] = 0
 
 
 class LatestTokens:

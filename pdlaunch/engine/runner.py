@@ -50,10 +50,10 @@ class LaunchedStep:
     step_id: int
     drawn: DrawnTokens | None = None
     """None if it draws nothing here."""
-    ended: Download | None = None
-    """Marks the end of a step that draws nothing here; its blocks are in use until then."""
     places: list[tuple[Row, int]] = field(default_factory=list)
     """Rows with the position of each drawn token; rows stay until the step has been collected."""
+    ended: Download | None = None
+    """Marks the end of a step that draws nothing here; its blocks are in use until then."""
 
 
 class ModelRunner:
@@ -129,11 +129,7 @@ class ModelRunner:
         self._rows = self._new_rows()
 
     def execute(self, plan: StepPlan) -> StepOutput:
-        """Compute one step and wait for it.
-
-        Tokens come from tp rank 0 only, which also appends them to its rows. ``commands`` are not
-        for the runner.
-        """
+        """Compute one step and wait for it; tokens come from rank 0 only."""
         return self.collect(self.launch(plan))
 
     @torch.inference_mode()
@@ -147,32 +143,60 @@ class ModelRunner:
         if not plan.scheduled:
             return LaunchedStep(plan.step_id)
         if not self._attention.reads_only_context:
-            self._clean(plan.scheduled)
+            self._rows.clean(plan.scheduled, self.kv_cache)
         # Decode rows first, as backends want them; the sort keeps the order within both kinds.
         packed = sorted(plan.scheduled, key=lambda item: item.num_tokens != 1)
         batch = self._rows.pack(packed)
-        place = {item.row: index for index, item in enumerate(packed)}
-        sampled = [item for item in plan.scheduled if item.sample]
+        ends = dict(zip([item.row for item in packed], batch.row_starts[1:].tolist(), strict=True))
+        sampled = [item.row for item in plan.scheduled if item.sample]
+        rows = [self._rows[row] for row in sampled]
         # Every rank has the whole output layer; rank 0 draws for all.
-        drawn_here = sampled if self._tp_rank == 0 else []
-        # Logits of the last token of each row that draws, in the order of ``plan.scheduled``, which
-        # is not that of the batch.
-        logits, likeliest = self._forward(
-            batch, [int(batch.row_starts[place[item.row] + 1]) - 1 for item in drawn_here]
+        draws = bool(sampled) and self._tp_rank == 0
+        # The last token of each row that draws, in the order of the plan, not of the batch.
+        kept = [ends[row] - 1 for row in sampled] if draws else []
+        logits, likeliest = self._forward(batch, kept)
+        drawn = None
+        if draws:
+            drawn = draw_tokens(logits, [row.sample_row() for row in rows], likeliest)
+        if self._latest is not None and sampled:
+            if drawn is None:
+                token_ids = torch.empty(len(sampled), dtype=torch.int64, device=self._device)
+            else:
+                token_ids = drawn.token_ids
+            self._latest.keep(token_ids if self._tp is None else self._tp.broadcast(token_ids))
+        places = []
+        if drawn is not None or self._latest is not None:
+            # Until a token is known, the number of its place in ``LatestTokens`` stands for it.
+            first = self.shape.vocab_size
+            places = [(row, row.expect(number)) for number, row in enumerate(rows, first)]
+        ended = Download([], self._device) if drawn is None else None
+        return LaunchedStep(plan.step_id, drawn, places, ended)
+
+    def _forward(
+        self, batch: PackedBatch, kept: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return logits [num_kept, vocab_size] of the tokens at these places in the batch, and
+        their argmax where it is known.
+        """
+        replayed = None if self._graphs is None else self._graphs.run(batch, kept)
+        if replayed is not None:
+            return replayed
+        token_ids, positions, places = (
+            upload_array(array, self._device)
+            for array in (batch.token_ids, batch.positions, np.array(kept, dtype=np.int64))
         )
-        if not sampled:
-            return LaunchedStep(plan.step_id, ended=Download([], self._device))
-        return (
-            self._draw(plan.step_id, logits, likeliest, sampled)
-            if drawn_here
-            else self._expect(plan.step_id, sampled)
-        )
+        if self._latest is not None:
+            token_ids = self._latest.look_up(token_ids)
+        step = self._attention.prepare(batch)
+        return self._decoder.logits(token_ids, positions, places, step), None
 
     def collect(self, step: LaunchedStep) -> StepOutput:
         """Wait for the end of a launched step, in the order of launches; return its tokens."""
         if step.ended is not None:
             step.ended.wait()
-        tokens = [] if step.drawn is None else step.drawn.collect()
+        if step.drawn is None:
+            return StepOutput(step_id=step.step_id)
+        tokens = step.drawn.collect()
         for (row, position), token in zip(step.places, tokens, strict=True):
             if token is not None:
                 row.set(position, token.token_id)
@@ -199,9 +223,7 @@ class ModelRunner:
     @property
     def weight_bytes(self) -> int:
         """Return the bytes of all parameters, tied ones counted once."""
-        return sum(
-            parameter.numel() * parameter.element_size() for parameter in self._model.parameters()
-        )
+        return sum(one.numel() * one.element_size() for one in self._model.parameters())
 
     @property
     def sleeping_tags(self) -> frozenset[str]:
@@ -242,67 +264,6 @@ class ModelRunner:
             )
             self._weights_lost = False
         return num_bytes
-
-    def _forward(
-        self, batch: PackedBatch, sampled_tokens: list[int]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return logits [num_sampled, vocab_size] of the tokens at these places in the batch.
-
-        Their argmax comes with them where it is known.
-        """
-        replayed = None if self._graphs is None else self._graphs.run(batch, sampled_tokens)
-        if replayed is not None:
-            return replayed
-        token_ids, positions, kept = (
-            upload_array(array, self._device)
-            for array in (
-                batch.token_ids,
-                batch.positions,
-                np.array(sampled_tokens, dtype=np.int64),
-            )
-        )
-        if self._latest is not None:
-            token_ids = self._latest.look_up(token_ids)
-        return self._decoder.logits(
-            token_ids, positions, kept, self._attention.prepare(batch)
-        ), None
-
-    def _draw(
-        self,
-        step_id: int,
-        logits: torch.Tensor,
-        likeliest: torch.Tensor | None,
-        sampled: list[ScheduledRow],
-    ) -> LaunchedStep:
-        rows = [self._rows[item.row] for item in sampled]
-        drawn = draw_tokens(logits, [row.sample_row() for row in rows], likeliest)
-        if self._latest is not None:
-            self._latest.keep(
-                drawn.token_ids if self._tp is None else self._tp.broadcast(drawn.token_ids)
-            )
-        # Until the token is known, the number of its place in ``LatestTokens`` stands for it.
-        places = [
-            (row, row.expect(self.shape.vocab_size + index)) for index, row in enumerate(rows)
-        ]
-        return LaunchedStep(step_id, drawn, places=places)
-
-    def _expect(self, step_id: int, sampled: list[ScheduledRow]) -> LaunchedStep:
-        """Make room, on ranks other than 0, for the tokens that rank 0 draws.
-
-        The next step may read them before a plan names them.
-        """
-        if self._latest is not None:
-            assert self._tp is not None
-            token_ids = torch.empty(len(sampled), dtype=torch.int64, device=self._device)
-            self._latest.keep(self._tp.broadcast(token_ids))
-            for index, item in enumerate(sampled):
-                self._rows[item.row].expect(self.shape.vocab_size + index)
-        return LaunchedStep(step_id, ended=Download([], self._device))
-
-    def _clean(self, scheduled: list[ScheduledRow]) -> None:
-        for first_slot, block_ids in self._rows.unclean_blocks(scheduled):
-            if first_slot < self.layout.block_size:
-                self.kv_cache[block_ids, ..., first_slot:, :] = 0
 
     def _new_rows(self) -> RowTable:
         return RowTable(
