@@ -13,12 +13,7 @@ import msgspec
 import zmq
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.engine.channels import (
-    EventMerger,
-    FollowerChannel,
-    LeaderChannel,
-    ServerLink,
-)
+from pdlaunch.engine.channels import EventMerger, FollowerChannel, LeaderChannel, ServerLink
 from pdlaunch.engine.offload.jobs import JobMerger
 from pdlaunch.engine.offload.worker import OffloadWorker
 from pdlaunch.engine.runner import LaunchedStep, ModelRunner
@@ -165,22 +160,12 @@ class Leader:
         # Commands leave first: an answer must not reach a decode engine before the lease of which
         # it speaks is granted.
         self._submit(plan)
-        # An idle GPU is given its decode step before the answers are sent. All other launches take
-        # longer than that (prompts, any step on a CPU) or do not hurry (a step is in flight).
-        launches_first = (
-            self._runs_ahead
-            and not self._in_flight
-            and all(item.num_tokens == 1 for item in plan.scheduled)
-        )
-        if not launches_first:
-            self._send_outputs()
+        self._send_outputs()
         # Also when it computes nothing: the runner has to forget rows before others get them.
         if not plan.is_empty:
             launched = self._runner.launch(plan)
             if plan.scheduled:
                 self._in_flight.append((plan, launched))
-        if launches_first:
-            self._send_outputs()
 
     def _postprocess(self) -> None:
         """Wait for the oldest step in flight, account for its tokens and send them."""

@@ -1,5 +1,5 @@
-"""Jobs that the scheduler gives to the offload worker of every rank, and their reports: plain values
-that a message can carry.
+"""Jobs that the scheduler gives to the offload worker of every rank, and their reports.
+Both are plain values that a message can carry.
 
 Ownership: the blocks and chunks of a job belong to it from the moment it is made until all ranks
 have reported it.
