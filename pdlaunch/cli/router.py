@@ -32,7 +32,7 @@ from pdlaunch.launch.ports import listening
 from pdlaunch.observe.logs import setup_logging
 from pdlaunch.protocol.process.bootstrap import raise_open_files
 from pdlaunch.protocol.process.run_dirs import new_run_dir
-from pdlaunch.router.alone import AloneSpec, LoneRouter
+from pdlaunch.router.main import AloneSpec, LoneRouter
 from pdlaunch.router.membership_sources import read_engines_file, to_member
 from pdlaunch.router.watched_engine import Member, WatchSettings
 

@@ -31,7 +31,7 @@ from pdlaunch.http.openapi import Operation
 from pdlaunch.protocol.changes import ChangeEngines, RefusalCode
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_errors import EngineFailure
-from pdlaunch.router.membership_watch import WatchedMembership
+from pdlaunch.router.membership import WatchedMembership
 from pdlaunch.router.state import RouterState
 from pdlaunch.router.supervisor_link import SupervisorLink
 from pdlaunch.router.vllm_sleep import fall_asleep, wake_up

@@ -27,7 +27,7 @@ from pdlaunch.protocol.openai.responses import ModelCard
 from pdlaunch.protocol.process.bootstrap import RouterSpec
 from pdlaunch.router.admin import Admin, came_through_admin_socket
 from pdlaunch.router.deployment_view import DeploymentView
-from pdlaunch.router.membership_watch import WatchedMembership
+from pdlaunch.router.membership import WatchedMembership
 from pdlaunch.router.metrics import scrape
 from pdlaunch.router.otlp import OtlpExporter
 from pdlaunch.router.page import PAGE_PATHS, page_routes

@@ -1,26 +1,39 @@
 """Tells a router which engines it may use, as a stream of registries.
 
-The supervisor of a launch is one source; ``membership_watch`` makes registries of engines that
-somebody else started. The router follows each Membership in the same way.
+The supervisor of a launch is one source (``AnnouncedMembership``). ``WatchedMembership`` makes
+registries of engines that somebody else started::
+
+    added ──> /health, /v1/models ──> canaries with the other role ──> ready ──> draining ──> gone
+                    ▲                             │                      │
+                    └── it does not answer, or was restarted ◀───────────┘
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from typing import Protocol
+import contextlib
+import logging
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from typing import Literal
 
-from pdlaunch.protocol.control import Registry
+from pdlaunch.config.external import is_allowed
+from pdlaunch.config.roles import EngineName, Role
+from pdlaunch.errors import RequestError
+from pdlaunch.http.watch.canary import Canaries, CanaryDied, Proof, send_canary
+from pdlaunch.http.watch.engine_api import EngineApi
+from pdlaunch.protocol.control import PairReady, PairSuspect, Registry
+from pdlaunch.protocol.due_pairs import Pair, due_pairs
+from pdlaunch.router.engine import Engine
+from pdlaunch.router.watched_engine import Member, WatchedEngine, WatchSettings
 
+LOOK_S = 0.25e-3
+"""Time for each engine between two looks at all of them, which take about a tenth of that."""
+DRAIN_POLL_S = 0.05
+CanaryOutcome = Literal["proven", "failed"]
+Results = Mapping[Pair, Proof | CanaryDied]
 
-class Membership(Protocol):
-    """Tells a router of its engines."""
-
-    def versions(self) -> AsyncIterator[Registry]:
-        """Yield the registry as it is, then each later version; each replaces the one before.
-
-        A reader that is slow may miss versions, never the latest.
-        """
+_logger = logging.getLogger(__name__)
 
 
 class AnnouncedMembership:
@@ -36,9 +49,349 @@ class AnnouncedMembership:
         self._has_news.set()
 
     async def versions(self) -> AsyncIterator[Registry]:
+        """Yield the registry as it is, then each later version; each replaces the one before.
+
+        A reader that is slow may miss versions, never the latest.
+        """
         while True:
             await self._has_news.wait()
             # Cleared before the yield: what comes while the reader works is news again.
             self._has_news.clear()
             assert self._latest is not None
             yield self._latest
+
+
+def judge(
+    prefill: Sequence[str], decode: Sequence[str], results: Results, ready_before: Collection[str]
+) -> tuple[set[str], dict[str, str]]:
+    """Judge healthy engines by the canaries of their due pairs.
+
+    Return those that may be used, and why each of the others may not. Of a pair that failed, the
+    engine with more failures goes, so that one wrong engine does not drag its peers along. A new
+    engine waits for the canaries with those that are ready, which do not wait for it.
+    """
+    due_of: dict[str, list[Pair]] = defaultdict(list)
+    for pair in due_pairs(prefill, decode):
+        for name in pair:
+            due_of[name].append(pair)
+    failed = {
+        pair
+        for pairs in due_of.values()
+        for pair in pairs
+        if isinstance(results.get(pair), CanaryDied)
+    }
+
+    def blame(name: str) -> tuple[int, int]:
+        num_proofs = sum(isinstance(results.get(pair), Proof) for pair in due_of[name])
+        return sum(pair in failed for pair in due_of[name]), -num_proofs
+
+    reasons: dict[str, str] = {}
+    order = [*prefill, *decode]
+    while failed:
+        # The last of equals: of a lone pair the prefill engine stays, which can serve alone.
+        worst = max(reversed(order), key=blame)
+        pair = min(each for each in failed if worst in each)
+        reasons[worst] = f"{pair[0]} -> {pair[1]}: {results[pair]}"
+        failed = {pair for pair in failed if worst not in pair}
+    left = [name for name in order if name not in reasons]
+    ready = {name for name in left if name in ready_before}
+    for name in left:
+        unproven = {other for pair in due_of[name] if pair not in results for other in pair}
+        missing = (unproven & ready) - {name}
+        if name in ready or not missing:
+            ready.add(name)
+        else:
+            reasons[name] = f"its canary with {min(missing)} is due"
+    return ready, reasons
+
+
+class WatchedMembership:
+    """Is the membership of engines that run already; belongs to the event loop.
+
+    ``engines``: the router's own view of them, with its counts. ``report``: is told each canary's
+    outcome.
+    """
+
+    def __init__(
+        self,
+        settings: WatchSettings,
+        engines: Callable[[], Iterable[Engine]],
+        report: Callable[[CanaryOutcome], None] = lambda _: None,
+    ) -> None:
+        self._settings = settings
+        self._engines = engines
+        self._report = report
+        self._announced = AnnouncedMembership()
+        self._watched: dict[str, WatchedEngine] = {}
+        self._canaries: Canaries[Pair] = Canaries(self._send_canary, self._tell_canary)
+        self._ready: set[str] = set()
+        self._serving = False
+        self._registry = Registry(version=0, entries=[], serving=False)
+        self._publishes: asyncio.TimerHandle | None = None
+        self._published_at = 0.0
+
+    @property
+    def kind(self) -> EngineName:
+        """The kind of all its engines."""
+        return self._settings.kind
+
+    def begin(self) -> None:
+        """Announce the first registry, which may have no engine yet."""
+        self._announced.announce(self._registry)
+
+    def versions(self) -> AsyncIterator[Registry]:
+        """Yield registries, as ``AnnouncedMembership`` does."""
+        return self._announced.versions()
+
+    def key_of(self, engine: Engine) -> str | None:
+        """Return the key that was given with the engine, None without one.
+
+        By its URL too: a request to an engine that was replaced must not show the new one's key.
+        """
+        watched = self._watched.get(engine.name)
+        return watched.member.key if watched and watched.member.url == engine.url else None
+
+    def members(self, source: str) -> dict[str, Member]:
+        """Return the engines that came from ``source`` and stay, by name."""
+        return {
+            name: watched.member
+            for name, watched in self._watched.items()
+            if watched.source == source and not watched.is_leaving
+        }
+
+    def holder(self, member: Member) -> str | None:
+        """Return which engine has this one's name or URL, as one that leaves still does."""
+        for name, other in self._watched.items():
+            if name == member.name or other.member.url == member.url:
+                return name
+        return None
+
+    def add(self, member: Member, source: str, *, is_trusted: bool = False) -> None:
+        """Watch an engine from now on. ``is_trusted``: the configuration itself names its URL.
+
+        Raises RequestError for one that may not be added.
+        """
+        try:
+            is_allowed_here = is_trusted or is_allowed(member.url, self._settings.engine_urls)
+        except ValueError as error:  # A name may stand for an address of one link: fe80::1%eth0.
+            raise RequestError(str(error), param="url", code="invalid_engine") from None
+        if not is_allowed_here:
+            raise RequestError(
+                f"engine_urls does not allow {member.url}; whoever started the router can add it "
+                "there",
+                param="url",
+                status=403,
+                code="url_not_allowed",
+            )
+        if member.kind != self._settings.kind:
+            raise RequestError(
+                f"{member.name} is {member.kind}, the others are {self._settings.kind}: they do "
+                "not share KV blocks; give each kind a router of its own",
+                param="kind",
+                code="kinds_differ",
+            )
+        if (name := self.holder(member)) is not None:
+            what = f"the name {name}" if name == member.name else f"the URL {member.url}"
+            raise RequestError(
+                f"engine {name} has {what} already; remove it first",
+                param="name" if name == member.name else "url",
+                status=409,
+                code="engine_exists",
+            )
+        api = EngineApi(member.url, member.key)
+        watched = self._watched[member.name] = WatchedEngine(member, source, self._settings, api)
+        watched.task = asyncio.create_task(self._watch(watched))
+        _logger.info("added %s (%s) at %s", member.name, member.role, member.url)
+        self._publish_soon()
+
+    def set_drained(self, name: str, *, is_drained: bool) -> None:
+        """Give an engine no new work, or work again. Raises RequestError when it cannot be."""
+        watched = self._find(name)
+        others = [engine for engine in self._engines() if engine.ready and engine.name != name]
+        if is_drained and not watched.is_drained and not others:
+            message = f"{name} is not drained: no other engine serves"
+            raise RequestError(message, code="refused")
+        watched.is_drained = is_drained
+        self._publish()
+
+    async def remove(self, name: str, drain_timeout_s: float) -> int:
+        """Give an engine no more work, wait for what it does, and forget it.
+
+        Returns how much it still did at the end. Raises RequestError when there is none.
+        """
+        watched = self._find(name)
+        watched.is_leaving = True
+        self._publish()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(drain_timeout_s):
+                while self._num_works(name):  # noqa: ASYNC110 - counts tell nobody
+                    await asyncio.sleep(DRAIN_POLL_S)
+        num_works = self._num_works(name)
+        # Two may ask for the same: the second finds it gone, or another of its name.
+        if self._watched.get(name) is watched:
+            del self._watched[name]
+            if watched.task is not None:
+                watched.task.cancel()
+            self._canaries.forget(self._pairs_of(name))
+            self._publish()
+            await watched.api.close()
+            _logger.info("removed %s, with %d pieces of work running", name, num_works)
+        return num_works
+
+    def suspect(self, pair: PairSuspect) -> None:
+        """Have a pair proven again that has served by decoding alone."""
+        if self._canaries.doubt([(pair.peer, pair.local)]):
+            self._publish()
+
+    async def close(self) -> None:
+        """End all watching."""
+        if self._publishes is not None:
+            self._publishes.cancel()
+        tasks = [each.task for each in self._watched.values() if each.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._canaries.close()
+        for watched in self._watched.values():
+            await watched.api.close()
+
+    def _find(self, name: str) -> WatchedEngine:
+        if (watched := self._watched.get(name)) is None:
+            there = ", ".join(sorted(self._watched)) or "none"
+            raise RequestError(
+                f"there is no engine {name[:100]}; there are: {there}",
+                param="engine",
+                status=404,
+                code="engine_not_found",
+            )
+        return watched
+
+    def _engine(self, name: str) -> Engine | None:
+        return next((engine for engine in self._engines() if engine.name == name), None)
+
+    def _num_works(self, name: str) -> int:
+        engine = self._engine(name)
+        return 0 if engine is None else engine.num_outstanding
+
+    def _pairs_of(self, name: str) -> list[Pair]:
+        return [pair for pair in self._canaries.pairs() if name in pair]
+
+    async def _watch(self, watched: WatchedEngine) -> None:
+        while True:
+            was_healthy, name = watched.is_healthy, watched.member.name
+            await watched.look()
+            if not watched.may_pair:
+                self._canaries.forget(self._pairs_of(name))
+            elif was_healthy and self._is_doubtful(watched):
+                # Its pairs are used meanwhile: most failures are a request's own.
+                self._canaries.doubt(self._pairs_of(name))
+            self._publish_soon()
+            await asyncio.sleep(self._settings.poll_s)
+
+    def _is_doubtful(self, watched: WatchedEngine) -> bool:
+        """Tell whether an engine has failed requests or READs since the last look."""
+        engine = self._engine(watched.member.name)
+        before, watched.num_failures = (
+            watched.num_failures,
+            0 if engine is None else engine.breaker.num_failures,
+        )
+        name, counts = watched.member.name, watched.counts
+        if watched.member.role == "decode" and counts and watched.failed_reads.look(counts):
+            _logger.warning("%s: READs of KV blocks fail, and none comes through", name)
+            return True
+        return watched.num_failures > before
+
+    async def _send_canary(self, pair: Pair) -> Proof:
+        prefill, decode = (self._watched[name] for name in pair)
+        settings = self._settings
+        async with decode.one_at_a_time:
+            return await send_canary(
+                prefill.api,
+                decode.api,
+                settings.served_model_name,
+                is_exact=settings.is_exact,
+                kind=settings.kind,
+            )
+
+    def _tell_canary(self, pair: Pair, result: Proof | CanaryDied) -> None:
+        if isinstance(result, CanaryDied):
+            _logger.warning("%s -> %s: %s", *pair, result)
+            self._report("failed")
+        else:
+            self._report("proven")
+            decode = self._watched[pair[1]]
+            if decode.tells_recomputes and not result.is_told:
+                _logger.warning(
+                    "%s does not tell how much of a prompt it computes: where it computes what it "
+                    "was handed, nobody sees it; start it with --enable-prompt-tokens-details",
+                    pair[1],
+                )
+            decode.tells_recomputes = result.is_told
+        self._publish_soon()
+
+    def _proven(self) -> list[PairReady]:
+        return [
+            PairReady(
+                local=decode,
+                peer=prefill,
+                peer_incarnation=self._watched[prefill].incarnation,
+                seconds=proof.seconds,
+                path=f"canary/{self.kind}"
+                if self._watched[decode].tells_recomputes
+                else "canary, unchecked",
+                gigabytes_per_s=proof.gigabytes_per_s,
+            )
+            for (prefill, decode), proof in self._canaries.results.items()
+            if isinstance(proof, Proof)
+        ]
+
+    def _healthy(self, role: Role) -> list[str]:
+        return [
+            name
+            for name, watched in self._watched.items()
+            if watched.may_pair and not watched.is_leaving and watched.member.role == role
+        ]
+
+    def _publish_soon(self) -> None:
+        """Publish once for many changes: a look at all engines for each would be one too many."""
+        if self._publishes is None:
+            loop = asyncio.get_running_loop()
+            at = max(loop.time(), self._published_at + LOOK_S * len(self._watched))
+            self._publishes = loop.call_at(at, self._publish)
+
+    def _publish(self) -> None:
+        """Send the canaries that are due, and announce what has changed."""
+        if self._publishes is not None:
+            self._publishes.cancel()
+        self._publishes = None
+        self._published_at = asyncio.get_running_loop().time()
+        prefill, decode = self._healthy("prefill"), self._healthy("decode")
+        due = due_pairs(prefill, decode)
+        self._canaries.prove(due)
+        ready, reasons = judge(prefill, decode, self._canaries.results, self._ready)
+        # Engines of both roles have no pair to prove.
+        self._ready = ready.union(self._healthy("both"))
+        self._serving = self._serving or self._can_serve(prefill, decode)
+        peers: dict[str, list[str]] = defaultdict(list)
+        for first, second in sorted(due):
+            peers[first].append(second)
+            peers[second].append(first)
+        entries = [
+            watched.entry(
+                reasons.get(name, watched.reason), peers[name], is_ready=name in self._ready
+            )
+            for name, watched in self._watched.items()
+        ]
+        pairs, now = self._proven(), self._registry
+        if (entries, pairs, self._serving) != (now.entries, now.pairs, now.serving):
+            self._registry = Registry(
+                version=now.version + 1, entries=entries, serving=self._serving, pairs=pairs
+            )
+            self._announced.announce(self._registry)
+
+    def _can_serve(self, prefill: list[str], decode: list[str]) -> bool:
+        """Tell whether requests can be taken: where there are to be pairs, one must be proven."""
+        roles = {watched.member.role for watched in self._watched.values()}
+        if roles == {"prefill", "decode"}:
+            return not self._ready.isdisjoint(prefill) and not self._ready.isdisjoint(decode)
+        return bool(self._ready)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import re
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -15,7 +15,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from pdlaunch.config.external import (
     DNS,
-    EngineAddress,
     RunningEngine,
     RunningEngines,
     named,
@@ -25,7 +24,7 @@ from pdlaunch.config.roles import EngineName
 from pdlaunch.config.yaml_file import MAX_FILE_BYTES
 from pdlaunch.errors import ConfigError, RequestError
 from pdlaunch.http.engine_calls import look_up
-from pdlaunch.router.membership_watch import WatchedMembership
+from pdlaunch.router.membership import WatchedMembership
 from pdlaunch.router.watched_engine import Member
 
 _logger = logging.getLogger(__name__)
@@ -65,27 +64,23 @@ async def set_members(
     added is logged and left out. Returns when those that go are gone.
     """
     wanted = {member.name: member for member in members}
-    there = membership.names(source)
-    gone = [name for name in there if membership.member(name) != wanted.get(name)]
+    there = membership.members(source)
+    gone = [name for name in there if there[name] != wanted.get(name)]
     new = [wanted[name] for name in wanted if name not in there or name in gone]
     waiting = [member for member in new if membership.holder(member) is not None]
-    _add(membership, source, [member for member in new if member not in waiting])
-    await asyncio.gather(*(_remove(membership, name, drain_timeout_s) for name in gone))
-    _add(membership, source, waiting)
 
+    def add(added: Iterable[Member]) -> None:
+        for member in added:
+            try:
+                membership.add(member, source)
+            except RequestError as error:
+                _logger.error("%s: %s is left out: %s", source, member.name, error)
 
-async def _remove(membership: WatchedMembership, name: str, drain_timeout_s: float) -> None:
-    # A command may have been faster.
-    with contextlib.suppress(RequestError):
-        await membership.remove(name, drain_timeout_s)
-
-
-def _add(membership: WatchedMembership, source: str, members: Iterable[Member]) -> None:
-    for member in members:
-        try:
-            membership.add(member, source)
-        except RequestError as error:
-            _logger.error("%s: %s is left out: %s", source, member.name, error)
+    add(member for member in new if member not in waiting)
+    # A command may have removed one of them first.
+    removing = (membership.remove(name, drain_timeout_s) for name in gone)
+    await asyncio.gather(*removing, return_exceptions=True)
+    add(waiting)
 
 
 def read_engines_file(path: Path) -> list[RunningEngine]:
@@ -125,46 +120,34 @@ def _unusable(path: Path, reason: str) -> ConfigError:
     )
 
 
-class FileSource:
-    """Follows a file; while it cannot be used, the engines stay as they are."""
+async def follow_file(
+    path: Path,
+    membership: WatchedMembership,
+    drain_timeout_s: float,
+    *,
+    poll_s: float = FILE_POLL_S,
+) -> None:
+    """Follow a file until cancelled; while it cannot be used, the engines stay as they are.
 
-    def __init__(
-        self,
-        path: Path,
-        membership: WatchedMembership,
-        kind: EngineName,
-        drain_timeout_s: float,
-        *,
-        poll_s: float = FILE_POLL_S,
-    ) -> None:
-        self._path = path
-        self._membership = membership
-        self._kind = kind
-        self._drain_timeout_s = drain_timeout_s
-        self._poll_s = poll_s
-        self._latest: list[Member] | None = None
-        self._complaint = ""
-
-    async def run(self) -> None:
-        """Follow the file until cancelled; looks at its content, as its time may stay the same."""
-        while True:
-            try:
-                await self._follow()
-                self._complaint = ""
-            except ConfigError as error:
-                if str(error) != self._complaint:
-                    _logger.error("%s; the engines stay as they are", error)
-                self._complaint = str(error)
-            await asyncio.sleep(self._poll_s)
-
-    async def _follow(self) -> None:
-        engines = await asyncio.to_thread(read_engines_file, self._path)
-        if names := [engine.name for engine in engines if engine.url.startswith(DNS)]:
-            raise _unusable(self._path, f"{names[0]}: a name in DNS stands in the configuration")
-        members = [to_member(engine, self._kind, os.environ) for engine in engines]
-        if members != self._latest:
-            self._latest = members
-            await set_members(self._membership, "file", members, self._drain_timeout_s)
+    Its content is looked at, as its time may stay the same.
+    """
+    latest: list[Member] | None = None
+    complaint = ""
+    while True:
+        try:
+            engines = await asyncio.to_thread(read_engines_file, path)
+            if names := [engine.name for engine in engines if engine.url.startswith(DNS)]:
+                raise _unusable(path, f"{names[0]}: a name in DNS stands in the configuration")
+            members = [to_member(engine, membership.kind, os.environ) for engine in engines]
+            if members != latest:
+                latest = members
+                await set_members(membership, "file", members, drain_timeout_s)
+            complaint = ""
+        except ConfigError as error:
+            if str(error) != complaint:
+                _logger.error("%s; the engines stay as they are", error)
+            complaint = str(error)
+        await asyncio.sleep(poll_s)
 
 
 async def resolve_name(host: str, port: int) -> set[str]:
@@ -172,52 +155,33 @@ async def resolve_name(host: str, port: int) -> set[str]:
     return {str(address[0]) for _, _, address in await look_up(host, port)}
 
 
-class DnsSource:
-    """Follows the addresses of a name: one engine at each; while it has none, those stay."""
-
-    def __init__(
-        self,
-        engine: Member,
-        membership: WatchedMembership,
-        drain_timeout_s: float,
-        *,
-        poll_s: float = DNS_POLL_S,
-        resolve: Resolve = resolve_name,
-    ) -> None:
-        self._engine = engine
-        self._membership = membership
-        self._drain_timeout_s = drain_timeout_s
-        self._poll_s = poll_s
-        self._resolve = resolve
-        self._latest: set[str] = set()
-
-    async def run(self) -> None:
-        """Follow the name until cancelled."""
-        address = read_engine_url(self._engine.url)
-        while True:
-            try:
-                found = await self._resolve(address.host, address.port)
-                if found != self._latest:
-                    self._latest = found
-                    await set_members(
-                        self._membership,
-                        f"dns:{self._engine.name}",
-                        self._members(address, sorted(found)),
-                        self._drain_timeout_s,
+async def follow_name(
+    engine: Member,
+    membership: WatchedMembership,
+    drain_timeout_s: float,
+    *,
+    poll_s: float = DNS_POLL_S,
+    resolve: Resolve = resolve_name,
+) -> None:
+    """Follow the addresses of a name until cancelled: one engine at each; while it has none, those
+    stay.
+    """
+    address = read_engine_url(engine.url)
+    latest: set[str] = set()
+    while True:
+        try:
+            found = await resolve(address.host, address.port)
+            if found != latest:
+                latest = found
+                members = [
+                    replace(
+                        engine,
+                        name=f"{engine.name}-{ip.replace(':', '-')}",
+                        url=str(address._replace(host=ip)),
                     )
-            except OSError as error:
-                _logger.warning("%s has no address: %s", address.host, error)
-            await asyncio.sleep(self._poll_s)
-
-    def _members(self, address: EngineAddress, found: Sequence[str]) -> list[Member]:
-        engine = self._engine
-        return [
-            Member(
-                f"{engine.name}-{ip.replace(':', '-')}",
-                engine.role,
-                str(address._replace(host=ip)),
-                engine.kind,
-                engine.key,
-            )
-            for ip in found
-        ]
+                    for ip in sorted(found)
+                ]
+                await set_members(membership, f"dns:{engine.name}", members, drain_timeout_s)
+        except OSError as error:
+            _logger.warning("%s has no address: %s", address.host, error)
+        await asyncio.sleep(poll_s)

@@ -22,8 +22,8 @@ from pdlaunch.router.cost_model import RouteKind
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import EngineClient
 from pdlaunch.router.health import HealthState
+from pdlaunch.router.membership import CanaryOutcome
 from pdlaunch.router.metrics_page import MetricFamilies
-from pdlaunch.router.pair_canaries import CanaryOutcome
 from pdlaunch.router.policy import Hop
 
 _ERROR_BUCKETS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0)

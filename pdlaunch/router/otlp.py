@@ -24,7 +24,7 @@ from typing import Any
 from pdlaunch import __version__
 from pdlaunch.errors import ConfigError
 from pdlaunch.http.headers import TRACEPARENT_HEADER, TRACESTATE_HEADER
-from pdlaunch.protocol.requests import RequestTrace, SpanView
+from pdlaunch.protocol.requests import RequestTrace
 from pdlaunch.router.request_record import ROUTER, RequestRecord
 
 _FLUSH_S = 2.0
@@ -42,6 +42,7 @@ class OtlpExporter:
 
     def __init__(self, endpoint: str, sample: float) -> None:
         try:
+            from opentelemetry import trace
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
             from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
@@ -55,34 +56,29 @@ class OtlpExporter:
             ) from None
         _, _, path = endpoint.partition("://")[2].partition("/")
         url = endpoint if path else f"{endpoint.rstrip('/')}/v1/traces"
+        self._otel: Any = trace
         self._processor: Any = BatchSpanProcessor(OTLPSpanExporter(url, timeout=_SEND_TIMEOUT_S))
         self._sampler = ParentBased(TraceIdRatioBased(sample))
         self._propagator = TraceContextTextMapPropagator()
         self._tracers: dict[str, Any] = {}
-        """A provider for each process: it is what says whose the spans are."""
+        """One for each process: its provider says whose the spans are."""
 
     def begin(self, record: RequestRecord, headers: Mapping[str, str]) -> None:
         """Begin the span of a request that has come with ``headers``.
 
         Engines get it as their parent, in ``record.trace_headers``.
         """
-        from opentelemetry.trace import SpanKind, set_span_in_context
-
-        known = {
-            name: headers[name]
-            for name in (TRACEPARENT_HEADER, TRACESTATE_HEADER)
-            if name in headers
-        }
-        operation = _OPERATIONS.get(record.path)
+        names = (TRACEPARENT_HEADER, TRACESTATE_HEADER)
+        known = {name: headers[name] for name in names if name in headers}
         span = self._tracer(ROUTER).start_span(
-            operation or f"POST {record.path}",
+            _OPERATIONS.get(record.path, f"POST {record.path}"),
             context=self._propagator.extract(known),
-            kind=SpanKind.SERVER,
+            kind=self._otel.SpanKind.SERVER,
             attributes={"http.request.method": "POST", "url.path": record.path},
             start_time=_ns(record.received_at),
         )
         carrier: dict[str, str] = {}
-        self._propagator.inject(carrier, set_span_in_context(span))
+        self._propagator.inject(carrier, self._otel.set_span_in_context(span))
         record.trace_headers, record.otel_span = carrier, span
 
     def end(self, record: RequestRecord) -> None:
@@ -90,15 +86,13 @@ class OtlpExporter:
         root, record.otel_span = record.otel_span, None
         if root is None or not root.is_recording():
             return
-        from opentelemetry.trace import StatusCode
-
         trace = record.trace()
         operation = _OPERATIONS.get(trace.path)
         if operation is not None:
             root.update_name(f"{operation} {trace.model}" if trace.model else operation)
         root.set_attributes(_root_attributes(trace, operation))
         if trace.error is not None and (trace.status or 0) >= 500:
-            root.set_status(StatusCode.ERROR, trace.error)
+            root.set_status(self._otel.StatusCode.ERROR, trace.error)
         self._add_children(root, trace)
         root.end(_ns(trace.received_at, trace.total_ms or 0.0))
 
@@ -117,8 +111,7 @@ class OtlpExporter:
         self._processor.shutdown()
 
     def _add_children(self, root: Any, trace: RequestTrace) -> None:
-        from opentelemetry.trace import SpanKind, set_span_in_context
-
+        kinds = self._otel.SpanKind
         made: dict[int, Any] = {}
         ended: list[tuple[Any, int]] = []
         numbered = enumerate(trace.spans[1:], 1)
@@ -128,21 +121,21 @@ class OtlpExporter:
             if start == end:
                 parent.add_event(span.name, span.attributes, start)
                 continue
+            is_call = span.process == ROUTER and span.name.startswith(("prefill at ", "decode at "))
             child = made[index] = self._tracer(span.process).start_span(
                 span.name,
-                context=set_span_in_context(parent),
-                kind=SpanKind.CLIENT if _is_call(span) else SpanKind.INTERNAL,
+                context=self._otel.set_span_in_context(parent),
+                kind=kinds.CLIENT if is_call else kinds.INTERNAL,
                 attributes=span.attributes,
                 start_time=start,
             )
             ended.append((child, end))
-        # Only now: what is inside a leg adds events to it.
+        # Only now: what is inside a call adds events to it.
         for child, end in ended:
             child.end(end)
 
     def _tracer(self, process: str) -> Any:
-        tracer = self._tracers.get(process)
-        if tracer is None:
+        if process not in self._tracers:
             from opentelemetry.sdk.resources import Resource
             from opentelemetry.sdk.trace import TracerProvider
 
@@ -157,13 +150,8 @@ class OtlpExporter:
                 sampler=self._sampler, resource=resource, shutdown_on_exit=False
             )
             provider.add_span_processor(self._processor)
-            tracer = self._tracers[process] = provider.get_tracer("pdlaunch", __version__)
-        return tracer
-
-
-def _is_call(span: SpanView) -> bool:
-    """Tell whether the router asked an engine in this span."""
-    return span.process == ROUTER and span.name.startswith(("prefill at ", "decode at "))
+            self._tracers[process] = provider.get_tracer("pdlaunch", __version__)
+        return self._tracers[process]
 
 
 def _root_attributes(trace: RequestTrace, operation: str | None) -> dict[str, Any]:

@@ -1,8 +1,4 @@
-"""Looks at one engine that somebody else started: whether it can be used, and what it can do.
-
-Nothing of it is started, restarted or stopped. Like an engine of a launch, one that was restarted
-is listed as the next incarnation.
-"""
+"""Looks at one engine that somebody else started: whether it can be used, and what it can do."""
 
 from __future__ import annotations
 
@@ -18,13 +14,11 @@ from pdlaunch.http.watch.engine_api import Counts, EngineApi, FailedReads, with_
 from pdlaunch.protocol.changes import Withheld, why_withheld
 from pdlaunch.protocol.control import Address, Capabilities, Entry, ListedState
 from pdlaunch.protocol.due_pairs import MAX_PEERS
-from pdlaunch.router.handed_prompts import tells_sources
-
-_logger = logging.getLogger(__name__)
 
 POLL_S = 2.0
 ASK_TIMEOUT_S = 10.0
-_STARTED_AT = "process_start_time_seconds"
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +50,21 @@ class WatchSettings:
 
 @dataclass(eq=False, slots=True)
 class WatchedEngine:
-    """Holds what is known of one engine, as of the last ``look``."""
+    """Holds what is known of one engine, as of the last ``look``.
+
+    Nothing of it is started, restarted or stopped. Like an engine of a launch, one that was
+    restarted is listed as the next incarnation.
+    """
 
     member: Member
     source: str
-    """The source that added it: ``config``, ``file``, a name in DNS, or a command."""
+    """``config``, ``file``, a name in DNS, or ``command``."""
     settings: WatchSettings
     api: EngineApi
     incarnation: int = 1
     is_healthy: bool = False
     has_been_healthy: bool = False
-    is_draining: bool = False
+    is_leaving: bool = False
     """It is about to be removed."""
     is_drained: bool = False
     """It is given no new work until somebody says otherwise."""
@@ -76,14 +74,11 @@ class WatchedEngine:
     started_at: float = 0.0
     capabilities: Capabilities = field(default_factory=Capabilities)
     num_failures: int = 0
-    """Failures that the router had counted when it was looked at last."""
+    """Failures that the router had counted at the last look."""
     counts: Counts | None = None
-    """Those of the last look that has read any."""
     failed_reads: FailedReads = field(default_factory=FailedReads)
     tells_recomputes: bool = True
     """Its answers say how much of a prompt it has computed, as far as its canaries have shown."""
-    tells_sources: bool = False
-    """Its counts say so of all prompts together."""
     task: asyncio.Task[None] | None = None
     one_at_a_time: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held by the canary that reads its counts: the bytes of another one are no proof."""
@@ -93,15 +88,12 @@ class WatchedEngine:
         """Tell whether it could exchange KV blocks now."""
         return self.is_healthy and not self.is_sleeping
 
-    @property
-    def is_checked(self) -> bool:
-        """Tell whether it is found when it computes prompts whose KV blocks it was handed."""
-        return self.tells_recomputes or self.tells_sources
-
     async def look(self) -> None:
         """Ask the engine how it is."""
         try:
             trouble = await self._find_trouble()
+        except ProtocolError as error:
+            trouble = str(error)
         except Exception as error:
             # Whatever an engine answers must not end its watch.
             _logger.exception("%s cannot be watched", self.member.name)
@@ -120,10 +112,8 @@ class WatchedEngine:
     def entry(self, reason: str, peers: Sequence[str], *, is_ready: bool) -> Entry:
         """Return its entry in a registry; ``reason`` says why it is not ready."""
         state: ListedState = "starting"
-        if self.is_draining:
-            state, reason = "draining", ""
-        elif self.is_sleeping:
-            state, reason = "sleeping", ""
+        if self.is_leaving or self.is_sleeping:
+            state, reason = ("draining" if self.is_leaving else "sleeping"), ""
         elif is_ready:
             state, reason = "ready", ""
         elif not self.is_healthy and self.has_been_healthy:
@@ -145,38 +135,26 @@ class WatchedEngine:
         )
 
     async def _find_trouble(self) -> str:
-        """Return what keeps the engine from being used; empty: nothing."""
+        """Return what keeps the engine from being used; empty: nothing. Raises ProtocolError."""
         api, name = self.api, self.settings.served_model_name
         is_healthy = await api.is_healthy(ASK_TIMEOUT_S)
         if not is_healthy:
             return f"/health does not {'answer' if is_healthy is None else 'say 200'}"
-        try:
-            self.counts = await api.counts(ASK_TIMEOUT_S)
-            self.tells_sources = tells_sources(self.counts)
-            started_at = self.counts.total(_STARTED_AT)
-            if self.is_healthy and started_at != self.started_at:
-                self.started_at = started_at
-                return "it was restarted"
-            self.started_at = started_at
-            if not self.is_healthy:
-                models = await api.models(ASK_TIMEOUT_S)
-                if name not in models:
-                    return f"it serves {', '.join(models) or 'no model'}, not {name}"
-                self.capabilities = await self._find_capabilities()
-                # Each look would be a line more in the log of an engine that knows no sleep.
-                self.tells_sleep = await api.is_sleeping(ASK_TIMEOUT_S) is not None
-            if self.tells_sleep:
-                self.is_sleeping = bool(await api.is_sleeping(ASK_TIMEOUT_S))
-        except ProtocolError as error:
-            return str(error)
+        self.counts = await api.counts(ASK_TIMEOUT_S)
+        before, self.started_at = self.started_at, self.counts.total("process_start_time_seconds")
+        if self.is_healthy and before != self.started_at:
+            return "it was restarted"
+        if not self.is_healthy:
+            models = await api.models(ASK_TIMEOUT_S)
+            if name not in models:
+                return f"it serves {', '.join(models) or 'no model'}, not {name}"
+            version = await api.version(ASK_TIMEOUT_S)
+            # Of a native engine of another version nothing is known.
+            is_other = self.settings.kind == "native" and version != __version__
+            known = Capabilities() if is_other else self.settings.capabilities
+            self.capabilities = with_version(known, version)
+            # Each look would be a line more in the log of an engine that knows no sleep.
+            self.tells_sleep = await api.is_sleeping(ASK_TIMEOUT_S) is not None
+        if self.tells_sleep:
+            self.is_sleeping = bool(await api.is_sleeping(ASK_TIMEOUT_S))
         return ""
-
-    async def _find_capabilities(self) -> Capabilities:
-        """Return what the engine can do; of a native engine of another version, nothing is known.
-
-        It does not tell a router that is not its launch's where its leases are (``awaits_lease``).
-        """
-        version = await self.api.version(ASK_TIMEOUT_S)
-        if self.settings.kind == "native" and version != __version__:
-            return Capabilities(version=version)
-        return with_version(self.settings.capabilities, version)

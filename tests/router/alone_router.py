@@ -19,10 +19,10 @@ from pdlaunch.router.admin import listen_at_admin_socket
 from pdlaunch.router.app import RouterApp
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import EngineClient, EngineTimeouts
-from pdlaunch.router.membership_watch import WatchedMembership
+from pdlaunch.router.main import follow
+from pdlaunch.router.membership import WatchedMembership
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
-from pdlaunch.router.process import follow
 from pdlaunch.router.state import RecoverySettings, RouterState
 from pdlaunch.router.supervisor_link import SupervisorLink
 from pdlaunch.router.watched_engine import Member, WatchSettings
@@ -67,10 +67,7 @@ class Alone:
             poll_s=0.01,
         )
         self.watch = WatchedMembership(
-            settings,
-            lambda: self.pool.engines,
-            self.metrics.sent_canary,
-            lambda *found: self.state.recomputed(*found),
+            settings, lambda: self.pool.engines, self.metrics.sent_canary
         )
         client = EngineClient(self.watch.key_of, EngineTimeouts())
         self.state = RouterState(
@@ -85,7 +82,7 @@ class Alone:
         self.app = router.app
 
     async def open(self) -> None:
-        self.following = asyncio.ensure_future(follow(self.watch, self.state))
+        self.following = asyncio.ensure_future(follow(self.watch.versions(), self.state))
         path = self.folder / "admin.sock"
         self.admin = await listen_at_admin_socket(self.app, path)
         self.session = aiohttp.ClientSession(

@@ -15,9 +15,9 @@ from pdlaunch.protocol.control import PairReady, PairSuspect, Registry
 from pdlaunch.protocol.process.bootstrap import RouterSpec
 from pdlaunch.router.app import RouterApp
 from pdlaunch.router.engine_client import EngineClient, EngineTimeouts, keys_of_launch
+from pdlaunch.router.main import listen
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
-from pdlaunch.router.process import listen
 from pdlaunch.router.state import RecoverySettings, RouterState
 from pdlaunch.router.supervisor_link import Question, SupervisorLink
 from tests.router.fake_engine import FakeEngine

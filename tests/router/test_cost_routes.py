@@ -12,7 +12,7 @@ from pdlaunch.observe.online_fit import OnlineFit
 from pdlaunch.protocol.costs import ROUTE_HEADER, WANTS_PAIR
 from pdlaunch.router.cost_policy import LeastCost
 from pdlaunch.router.engine import EXPERIENCE_DOUBT
-from pdlaunch.router.process import new_policy
+from pdlaunch.router.main import new_policy
 from tests.router.conftest import SPEC, Stand, pair
 from tests.router.fake_engine import FakeEngine
 from tests.router.fake_generation import expected_tokens

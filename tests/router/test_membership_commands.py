@@ -55,15 +55,15 @@ async def test_commands_add_and_remove_engines_while_requests_run(alone: Alone) 
 
 async def test_a_drained_engine_gets_no_request_and_keeps_its_proofs(alone: Alone) -> None:
     await alone.pair()
-    assert alone.watch.set_drained("decode-7", is_drained=True) == (
-        "there is no engine decode-7; there are: decode-0, prefill-0"
-    )
-    assert alone.watch.set_drained("decode-0", is_drained=True) == ""
+    with pytest.raises(RequestError, match="no engine decode-7; there are: decode-0, prefill-0"):
+        alone.watch.set_drained("decode-7", is_drained=True)
+    alone.watch.set_drained("decode-0", is_drained=True)
     await alone.until(lambda: alone.engine("decode-0").state == "draining")
     assert (await alone.complete())[0] == 200
-    assert "no other engine serves" in alone.watch.set_drained("prefill-0", is_drained=True)
+    with pytest.raises(RequestError, match="no other engine serves"):
+        alone.watch.set_drained("prefill-0", is_drained=True)
     num_canaries = alone.outcomes("proven")
-    assert alone.watch.set_drained("decode-0", is_drained=False) == ""
+    alone.watch.set_drained("decode-0", is_drained=False)
     await alone.until(lambda: "decode-0" in alone.ready)
     assert alone.outcomes("proven") == num_canaries
 

@@ -11,8 +11,8 @@ import pytest
 from pdlaunch.config.external import read_engine_url
 from pdlaunch.errors import ConfigError
 from pdlaunch.router.membership_sources import (
-    DnsSource,
-    FileSource,
+    follow_file,
+    follow_name,
     read_engines_file,
     set_members,
 )
@@ -44,7 +44,7 @@ async def test_the_file_s_engines_come_and_go_and_bad_content_changes_nothing(
         await alone.start(name)
     file = tmp_path / "engines.yaml"
     file.write_text(listing(alone, "prefill-0", "decode-0"))
-    following = asyncio.ensure_future(FileSource(file, alone.watch, "vllm", 5.0, poll_s=0.01).run())
+    following = asyncio.ensure_future(follow_file(file, alone.watch, 5.0, poll_s=0.01))
     try:
         await alone.until(lambda: alone.ready == {"prefill-0", "decode-0"})
         file.write_text("engines: [{role: prefill}]")
@@ -75,21 +75,19 @@ async def test_a_new_engine_waits_for_another_s_work_only_where_it_needs_its_nam
         await alone.start(name)
     file = tmp_path / "engines.yaml"
     file.write_text(listing(alone, "prefill-0", "decode-0"))
-    following = asyncio.ensure_future(
-        FileSource(file, alone.watch, "vllm", 3600.0, poll_s=0.01).run()
-    )
+    following = asyncio.ensure_future(follow_file(file, alone.watch, 3600.0, poll_s=0.01))
     try:
         await alone.until(lambda: alone.ready == {"prefill-0", "decode-0"})
         with alone.engine("decode-0").working(num_streams=1):
             file.write_text(listing(alone, "prefill-0", "decode-1"))
             await alone.until(lambda: alone.ready == {"prefill-0", "decode-1"})
             assert alone.engine("decode-0").state == "draining"
-        await alone.until(lambda: alone.watch.member("decode-0") is None)
+        await alone.until(lambda: "decode-0" not in alone.watch._watched)
         with alone.engine("decode-1").working(num_streams=1):
             renamed = listing(alone, "prefill-0", "decode-1").replace("name: decode-1", "name: d")
             file.write_text(renamed + listing(alone, "decode-0").removeprefix("engines:\n"))
             await alone.until(lambda: alone.ready == {"prefill-0", "decode-0"})
-            assert alone.watch.member("d") is None
+            assert "d" not in alone.watch._watched
         await alone.until(lambda: alone.ready == {"prefill-0", "decode-0", "d"})
     finally:
         following.cancel()
@@ -105,7 +103,7 @@ async def test_an_engine_that_a_command_removes_at_the_same_time_ends_no_followi
     await asyncio.gather(
         set_members(alone.watch, "file", [new], 5.0), alone.watch.remove("prefill-0", 5.0)
     )
-    assert alone.watch.names("file") == {"decode-1"}
+    assert set(alone.watch.members("file")) == {"decode-1"}
 
 
 async def test_an_engine_whose_key_changes_is_taken_anew(
@@ -117,7 +115,7 @@ async def test_an_engine_whose_key_changes_is_taken_anew(
     file = tmp_path / "engines.yaml"
     text = listing(alone, "prefill-0")
     file.write_text(text.replace("}", ", api_key_env: FIRST_KEY}"))
-    following = asyncio.ensure_future(FileSource(file, alone.watch, "vllm", 5.0, poll_s=0.01).run())
+    following = asyncio.ensure_future(follow_file(file, alone.watch, 5.0, poll_s=0.01))
     try:
         await alone.until(lambda: alone.ready == {"prefill-0"})
         assert alone.keys["prefill-0"].seen == {"Bearer first"}
@@ -171,8 +169,8 @@ async def test_a_name_stands_for_an_engine_at_each_of_its_addresses(
         return found
 
     member = Member("prefill", "prefill", "dns+http://prefill.svc:7", "vllm", "key")
-    source = DnsSource(member, alone.watch, 5.0, poll_s=0.01, resolve=resolve)
-    following = asyncio.ensure_future(source.run())
+    source = follow_name(member, alone.watch, 5.0, poll_s=0.01, resolve=resolve)
+    following = asyncio.ensure_future(source)
 
     def urls() -> set[str]:
         return {engine.url for engine in alone.pool.engines}
@@ -200,9 +198,9 @@ async def test_an_address_of_one_link_is_left_out(
         return {"127.0.0.1", "fe80::1%eth0"}
 
     member = Member("prefill", "prefill", "dns+http://own-host:7", "vllm")
-    source = DnsSource(member, alone.watch, 5.0, poll_s=0.01, resolve=resolve)
-    following = asyncio.ensure_future(source.run())
-    await alone.until(lambda: alone.watch.names("dns:prefill") == {"prefill-127.0.0.1"})
+    source = follow_name(member, alone.watch, 5.0, poll_s=0.01, resolve=resolve)
+    following = asyncio.ensure_future(source)
+    await alone.until(lambda: set(alone.watch.members("dns:prefill")) == {"prefill-127.0.0.1"})
     await alone.until(lambda: "fe80::1%eth0]:7' is no URL of an engine" in caplog.text)
     assert not following.done()
     following.cancel()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from pdlaunch.router import pair_canaries
+from pdlaunch.http.watch import canary
 from pdlaunch.router.watched_engine import Member
 from tests.launch.sidecar.fake_vllm import FakeVllm, answer_of, listen
 from tests.router.alone_router import PROMPT, Alone, alone
@@ -18,7 +18,7 @@ __all__ = ["alone"]
 
 @pytest.fixture(autouse=True)
 def _canaries_follow_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pair_canaries, "CANARY_RETRY_S", (0.02, 30.0))
+    monkeypatch.setattr(canary, "FIRST_RETRY_S", 0.02)
 
 
 async def test_a_pair_serves_when_its_canary_has_come_through(alone: Alone) -> None:
@@ -97,15 +97,10 @@ async def test_a_pair_that_has_failed_requests_is_proven_again(alone: Alone) -> 
     await alone.until(lambda: "decode-0" in alone.ready)
 
 
-LONG_PROMPT = list(range(300, 400))
-
-
-async def untold_pair(alone: Alone, sources: bool = True) -> tuple[FakeVllm, FakeVllm]:
-    """Start a pair of which decode does not tell in its answers what it has computed."""
-    by_source = ("local_compute", "local_cache_hit", "external_kv_transfer")
+async def untold_pair(alone: Alone) -> tuple[FakeVllm, FakeVllm]:
+    """Start a pair of which decode does not tell what it has computed."""
     for name in ("prefill-0", "decode-0"):
-        counts = dict.fromkeys(by_source, 0) if sources else {}
-        await alone.start(name, tells_cached=False, tokens_by_source=counts)
+        await alone.start(name, tells_cached=False, tokens_by_source={})
         alone.add(name)
     await alone.until(lambda: alone.ready == {"prefill-0", "decode-0"})
     engines = alone.engines["prefill-0"], alone.engines["decode-0"]
@@ -114,37 +109,11 @@ async def untold_pair(alone: Alone, sources: bool = True) -> tuple[FakeVllm, Fak
     return engines
 
 
-def num_recomputes(alone: Alone) -> float:
-    name = "pdlaunch_router_silent_recomputes_total"
-    return alone.metric(f'{name}{{decode="decode-0",prefill="prefill-0"}}')
-
-
-async def test_what_answers_do_not_tell_is_seen_in_the_counts(alone: Alone) -> None:
-    """Of a decode engine that reads nothing any more, among requests of others."""
-    _, decode = await untold_pair(alone)
-    for _ in range(3):
-        assert (await alone.complete(prompt=LONG_PROMPT))[0] == 200
-    looks = decode.num_looks
-    await alone.until(lambda: decode.num_looks > looks + 2)
-    assert num_recomputes(alone) == 0
-    assert alone.state.pool.pairs[0].path == "canary/vllm"
-
-    decode.moves_bytes = False
-    # Another router's: computed there, and nothing of it was handed over.
-    decode.tokens_by_source["local_compute"] += 5_000
-    assert (await alone.complete(prompt=LONG_PROMPT))[0] == 200
-    await alone.until(lambda: num_recomputes(alone) == 1)
-    await alone.until(lambda: "itself" in alone.reason("decode-0"))
-    decode.moves_bytes = True
-    await alone.until(lambda: alone.ready == {"prefill-0", "decode-0"})
-    assert num_recomputes(alone) == 1
-
-
 async def test_a_pair_that_nobody_can_check_is_shown(
     alone: Alone, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A vLLM that neither tells nor counts it."""
-    _, decode = await untold_pair(alone, sources=False)
+    _, decode = await untold_pair(alone)
     assert [pair.path for pair in alone.state.pool.pairs] == ["canary, unchecked"]
     said = [each for each in caplog.messages if "--enable-prompt-tokens-details" in each]
     assert len(said) == 1

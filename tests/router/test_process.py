@@ -315,7 +315,6 @@ def test_it_does_not_outlive_its_supervisor(supervisor: Supervisor) -> None:
 def test_it_needs_no_torch() -> None:
     heavy = ("torch", "transformers", "tokenizers")
     code = (
-        "import sys, pdlaunch.router.process; sys.exit(any(name in sys.modules for name in "
-        f"{heavy}))"
+        f"import sys, pdlaunch.router.main; sys.exit(any(name in sys.modules for name in {heavy}))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

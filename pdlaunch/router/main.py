@@ -1,0 +1,346 @@
+"""Runs a router: under the supervisor of a launch, or alone in front of engines that run already.
+
+::
+
+    listen at the admin socket and for clients ── follow the membership ── drain ── close
+
+A supervisor sends registries, Drain and Stop. Alone, the router watches its engines itself, drains
+at the first signal and stops at the second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+from aiohttp import web
+
+from pdlaunch.config.external import DNS
+from pdlaunch.config.http_names import local_url
+from pdlaunch.errors import PdlaunchError, RequestError
+from pdlaunch.http.connections import HttpRunner, fit_connections, fit_requests
+from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S, Supervised
+from pdlaunch.protocol.certificates import client_context
+from pdlaunch.protocol.changes import (
+    Answered,
+    AwaitIdle,
+    ChangeEngines,
+    EngineIdle,
+    RefusalCode,
+    SetDrained,
+)
+from pdlaunch.protocol.control import (
+    Drain,
+    Drained,
+    Happened,
+    Ready,
+    Registry,
+    Restart,
+    Restarting,
+    ServedRequest,
+    Stop,
+    Suspects,
+)
+from pdlaunch.protocol.process.bootstrap import LISTEN_BACKLOG, RouterSpec
+from pdlaunch.protocol.process.run_dirs import ADMIN_SOCKET, LaunchCard
+from pdlaunch.router.admin import listen_at_admin_socket
+from pdlaunch.router.app import RouterApp
+from pdlaunch.router.cost_policy import LeastCost
+from pdlaunch.router.engine_client import EngineClient, EngineTimeouts, keys_of_launch
+from pdlaunch.router.membership import AnnouncedMembership, WatchedMembership
+from pdlaunch.router.membership_sources import follow_file, follow_name
+from pdlaunch.router.metrics import RouterMetrics
+from pdlaunch.router.policy import Policy
+from pdlaunch.router.pool import EnginePool
+from pdlaunch.router.state import RecoverySettings, RouterState
+from pdlaunch.router.supervisor_link import Question, SupervisorLink
+from pdlaunch.router.watched_engine import Member, WatchSettings
+
+_logger = logging.getLogger(__name__)
+
+CLIENT_READ_TIMEOUT_S = 20.0
+"""A client may take no byte of its answer for so long."""
+TELL_LEFT_EVERY_S = 2.0
+_NEW_OBJECTS = 10_000
+"""Objects that are made, and not freed, before garbage is searched for among them."""
+
+
+@dataclass(frozen=True, slots=True)
+class AloneSpec:
+    """Holds what a router alone needs."""
+
+    router: RouterSpec
+    watch: WatchSettings
+    engines: Sequence[Member]
+    engines_file: Path | None
+    run_dir: Path
+    launch_id: str
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    router: RouterApp, spec: RouterSpec, run_dir: Path, launch_id: str
+) -> AsyncIterator[None]:
+    """Serve clients and commands while the block runs. Commands find the router by its card."""
+    runners: list[web.AppRunner] = []
+    try:
+        runner = HttpRunner(
+            router.app,
+            max_connections=spec.max_connections,
+            shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
+        )
+        runners.append(runner)
+        await runner.setup()
+        admin = await listen_at_admin_socket(
+            router.app, run_dir / ADMIN_SOCKET, shutdown_timeout_s=SHUTDOWN_TIMEOUT_S
+        )
+        runners.append(admin)
+        LaunchCard(launch_id=launch_id, url=local_url(spec.host, spec.port)).write(run_dir)
+        await listen(runner, spec.listeners)
+        runner.drop_stalled_readers(CLIENT_READ_TIMEOUT_S)
+        # Requests make no garbage of what is there once the router is ready, and hardly any at all:
+        # a full search of it would hold up all streams.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(_NEW_OBJECTS)
+        yield
+    finally:
+        await asyncio.gather(*(each.cleanup() for each in runners))
+
+
+async def run_in_launch(supervised: Supervised) -> None:
+    """Serve until Stop or a signal."""
+    bootstrap = supervised.bootstrap
+    assert bootstrap.router is not None
+    spec, certificate = fit(bootstrap.router), bootstrap.keys.certificate
+    membership, link = AnnouncedMembership(), SupervisorLink(supervised.send)
+    state = RouterState(
+        EnginePool(time.monotonic, new_policy(spec)),
+        EngineClient(
+            keys_of_launch(bootstrap.keys.http_token, bootstrap.engine_api_key),
+            EngineTimeouts(),
+            None if certificate is None else client_context(certificate),
+        ),
+        RouterMetrics(spec.served_model_name),
+        RecoverySettings(),
+        doubt=supervised.send,
+    )
+    show = (lambda line: supervised.send(ServedRequest(line=line))) if spec.log_requests else None
+    router = RouterApp(spec, state, link, show_request=show)
+    url = local_url(spec.host, spec.port)
+    supervised.register(url)
+    supervised.spawn(follow(membership.versions(), state))
+    supervised.spawn(router.view.run())
+    obeying = asyncio.ensure_future(_obey(supervised, router, state, membership, link))
+    knowing = asyncio.ensure_future(state.knows_engines())
+    try:
+        # Clients who waited for this router are not to hear that the deployment starts.
+        await asyncio.wait([obeying, knowing], return_when=asyncio.FIRST_COMPLETED)
+        if obeying.done():
+            await obeying
+            return
+        async with serving(router, spec, Path(bootstrap.run_dir), bootstrap.launch_id):
+            supervised.send(Ready(info={"url": url}))
+            await obeying
+    finally:
+        obeying.cancel()
+        knowing.cancel()
+        await state.close()
+
+
+async def _obey(
+    supervised: Supervised,
+    router: RouterApp,
+    state: RouterState,
+    membership: AnnouncedMembership,
+    link: SupervisorLink,
+) -> None:
+    """Do what the supervisor says until Stop; draining does not hold up the rest."""
+    draining: asyncio.Task[None] | None = None
+
+    async def tell_idle(engine: str) -> None:
+        await state.pool.until_idle(engine)
+        supervised.send(EngineIdle(engine=engine))
+
+    async def drain(timeout_s: float) -> None:
+        if not await router.admission.drain(timeout_s):
+            _logger.warning(
+                "%d requests still run after %g s of draining",
+                router.admission.in_flight,
+                timeout_s,
+            )
+            await router.close()
+        supervised.send(Drained())
+
+    while True:
+        match await supervised.inbox.get():
+            case Registry() as registry:
+                membership.announce(registry)
+            case Happened() as told if told.prefill:
+                state.pair_failed(told.prefill, told.decode, told.text, told.ago_s)
+            case Happened(text=text, ago_s=ago_s):
+                state.events.add("launch", "", text, is_bad=False, ago_s=ago_s)
+            case Restarting() | Answered() as answer:
+                link.answered(answer)
+            case AwaitIdle(engine=engine):
+                supervised.spawn(tell_idle(engine))
+            case Suspects() as suspects:
+                state.suspects.take(suspects)
+            case Drain(timeout_s=timeout_s):
+                draining = supervised.spawn(drain(timeout_s))
+            case Stop():
+                if draining is not None:
+                    draining.cancel()
+                await router.close()
+                return
+            case PdlaunchError() as error:
+                raise error
+
+
+class LoneRouter:
+    """Owns everything of a router alone; made inside a running event loop, ``run`` once."""
+
+    def __init__(self, spec: AloneSpec) -> None:
+        self._spec = spec
+        self._router_spec = router = fit(spec.router)
+        pool = EnginePool(time.monotonic, new_policy(router))
+        metrics = RouterMetrics(router.served_model_name)
+        self._membership = WatchedMembership(spec.watch, lambda: pool.engines, metrics.sent_canary)
+        self._state = RouterState(
+            pool,
+            EngineClient(self._membership.key_of, EngineTimeouts()),
+            metrics,
+            RecoverySettings(),
+            doubt=self._membership.suspect,
+        )
+        self._link = SupervisorLink(
+            lambda asked: self._link.answered(answer_alone(self._membership, asked))
+        )
+        self._router = RouterApp(router, self._state, self._link, self._membership)
+        self._signals: asyncio.Queue[None] = asyncio.Queue()
+
+    async def run(self) -> None:
+        """Serve until a signal, drain until the time is up or the next signal."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.add_signal_handler(number, self.stop)
+        spec, run_dir = self._router_spec, self._spec.run_dir
+        tasks = self._follow_engines()
+        try:
+            await self._state.knows_engines()
+            async with serving(self._router, spec, run_dir, self._spec.launch_id):
+                url = local_url(spec.host, spec.port)
+                _logger.info("listening at %s, for commands at %s", url, run_dir / ADMIN_SOCKET)
+                await self._signals.get()
+                await self._drain()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._membership.close()
+            await self._state.close()
+
+    def stop(self) -> None:
+        """Do what a signal does."""
+        self._signals.put_nowait(None)
+
+    def _follow_engines(self) -> list[asyncio.Task[None]]:
+        spec, drain_s = self._spec, self._router_spec.drain_timeout_s
+        works = [follow(self._membership.versions(), self._state), self._router.view.run()]
+        for member in spec.engines:
+            if member.url.startswith(DNS):
+                works.append(follow_name(member, self._membership, drain_s))
+            else:
+                self._membership.add(member, "config", is_trusted=True)
+        if spec.engines_file is not None:
+            works.append(follow_file(spec.engines_file, self._membership, drain_s))
+        self._membership.begin()
+        return [asyncio.ensure_future(work) for work in works]
+
+    async def _drain(self) -> None:
+        timeout_s, admission = self._router_spec.drain_timeout_s, self._router.admission
+
+        async def tell_left() -> None:
+            told = admission.in_flight
+            _logger.info("draining for %g s at most: %d requests left", timeout_s, told)
+            while admission.in_flight:
+                await asyncio.sleep(TELL_LEFT_EVERY_S)
+                if admission.in_flight != told:
+                    told = admission.in_flight
+                    _logger.info("draining: %d requests left", told)
+
+        works = (admission.drain(timeout_s), self._signals.get())
+        drained, again = (asyncio.ensure_future(work) for work in works)
+        telling = asyncio.ensure_future(tell_left())
+        await asyncio.wait([drained, again], return_when=asyncio.FIRST_COMPLETED)
+        for task in (drained, again, telling):
+            task.cancel()
+        await asyncio.gather(drained, again, telling, return_exceptions=True)
+        await self._router.close()
+
+
+def answer_alone(membership: WatchedMembership, asked: Question) -> Restarting | Answered:
+    """Answer what a launch's router would ask its supervisor."""
+    number = asked.question
+    match asked:
+        case Restart(name=name):
+            error = f"{name} runs already: whoever started it restarts it"
+            return Restarting(question=number, engine=name, error=error)
+        case ChangeEngines():
+            error = (
+                "these engines run already: whoever started them starts and stops them; POST "
+                "and DELETE /pdlaunch/engines tell this router of it"
+            )
+            return Answered(question=number, error=error)
+        case SetDrained(name=name, is_drained=is_drained):
+            try:
+                membership.set_drained(name, is_drained=is_drained)
+            except RequestError as error:
+                code: RefusalCode = "engine_not_found" if error.status == 404 else "refused"
+                return Answered(question=number, engine=name, error=str(error), code=code)
+            return Answered(question=number, engine=name)
+
+
+def new_policy(spec: RouterSpec) -> Policy:
+    """Return the policy that keeps to the settings of a router."""
+    return LeastCost(
+        prefers_pairs=not spec.by_cost,
+        max_ttft_s=None if spec.max_ttft_ms is None else spec.max_ttft_ms / 1000,
+        max_itl_s=None if spec.max_itl_ms is None else spec.max_itl_ms / 1000,
+    )
+
+
+async def listen(runner: web.AppRunner, listeners: Sequence[int]) -> None:
+    """Accept at sockets of the supervisor: what connected while no router ran has waited there."""
+    for descriptor in listeners:
+        listener = socket.socket(fileno=descriptor)
+        listener.set_inheritable(False)
+        await web.SockSite(runner, listener, backlog=LISTEN_BACKLOG).start()
+
+
+def fit(spec: RouterSpec) -> RouterSpec:
+    """Return the limits that the descriptors of this process allow."""
+    requests = fit_requests(spec.max_queued_requests)
+    connections = fit_connections(spec.max_connections, num_forwarded=requests)
+    if (requests, connections) != (spec.max_queued_requests, spec.max_connections):
+        _logger.warning(
+            "few descriptors (ulimit -n): at most %d requests and %d connections at a time",
+            requests,
+            connections,
+        )
+    return msgspec.structs.replace(spec, max_queued_requests=requests, max_connections=connections)
+
+
+async def follow(versions: AsyncIterator[Registry], state: RouterState) -> None:
+    """Show the state each version of the registry, until cancelled."""
+    async for registry in versions:
+        state.update(registry)
