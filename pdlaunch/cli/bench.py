@@ -6,11 +6,13 @@ import json
 import re
 import subprocess
 import sys
-from typing import Annotated, Literal, get_args
+from dataclasses import asdict, dataclass
+from typing import Literal, get_args
 
 import typer
 
 from pdlaunch.cli.bench_serve import read_numbers, serve
+from pdlaunch.cli.flags import option, with_arguments
 from pdlaunch.cli.output import FormatOption, print_json, print_table
 from pdlaunch.cli.serve_command import ServeCommand
 from pdlaunch.config.connectors import KVPath, MooncakeProtocol
@@ -37,71 +39,49 @@ _HEADINGS = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class TransferArguments:
+    """Holds the options of ``bench transfer`` as they were given."""
+
+    connectors: str = option("nixl", f"{', '.join(_CONNECTORS)}: one or several.")
+    path: str = option(_AUTO, f"{', '.join(_PATHS)}: one or several, of connector nixl.")
+    tp_pairs: str = option("1x1", "TP sizes of prefill and decode, one or several: 1x1,1x3,3x1.")
+    num_blocks: str = option("16,128", "Blocks of one pull, one or several.")
+    num_repeats: int = option(10, "Pulls measured; the median is shown.", min=1)
+    num_layers: int = option(30, "Layers of the model; smollm2's by default.", min=1)
+    num_kv_heads: int = option(3, "KV heads of the model; smollm2's by default.", min=1)
+    head_dim: int = option(64, "Size of a head of the model; smollm2's by default.", min=1)
+    block_size: int = option(16, "Tokens in a KV block.", min=1)
+    dtype: Precision = option("float32", "Precision of weights and KV cache.")
+    device: Device = option("cpu", "Where to measure.")
+    enable_cumem_allocator: bool = option(False, "Allocate KV caches on a GPU from CuMem pools.")
+    mooncake_protocol: MooncakeProtocol = option("tcp", "How Mooncake moves bytes.")
+
+
 @app.command("transfer")
-def transfer(
-    connectors: Annotated[
-        str, typer.Option(help=f"{', '.join(_CONNECTORS)}: one or several.")
-    ] = "nixl",
-    path: Annotated[
-        str, typer.Option(help=f"{', '.join(_PATHS)}: one or several, of connector nixl.")
-    ] = _AUTO,
-    tp_pairs: Annotated[
-        str, typer.Option(help="TP sizes of prefill and decode, one or several: 1x1,1x3,3x1.")
-    ] = "1x1",
-    num_blocks: Annotated[str, typer.Option(help="Blocks of one pull, one or several.")] = "16,128",
-    num_repeats: Annotated[
-        int, typer.Option(min=1, help="Pulls measured; the median is shown.")
-    ] = 10,
-    num_layers: Annotated[
-        int, typer.Option(min=1, help="Layers of the model; smollm2's by default.")
-    ] = 30,
-    num_kv_heads: Annotated[
-        int, typer.Option(min=1, help="KV heads of the model; smollm2's by default.")
-    ] = 3,
-    head_dim: Annotated[
-        int, typer.Option(min=1, help="Size of a head of the model; smollm2's by default.")
-    ] = 64,
-    block_size: Annotated[int, typer.Option(min=1, help="Tokens in a KV block.")] = 16,
-    dtype: Annotated[
-        Precision, typer.Option(help="Precision of weights and KV cache.")
-    ] = "float32",
-    device: Annotated[Device, typer.Option(help="Where to measure.")] = "cpu",
-    enable_cumem_allocator: Annotated[
-        bool, typer.Option(help="Allocate KV caches on a GPU from CuMem pools.")
-    ] = False,
-    mooncake_protocol: Annotated[
-        MooncakeProtocol, typer.Option(help="How Mooncake moves bytes.")
-    ] = "tcp",
-    output: FormatOption = "table",
-) -> None:
+@with_arguments(TransferArguments)
+def transfer(output: FormatOption = "table", *, arguments: TransferArguments) -> None:
     """Measure gigabytes a second from prefill to decode ranks: of the READs alone, and of whole
     pulls without and with checksums.
     """
-    names = _read_names(connectors, _CONNECTORS, "--connectors")
+    given = asdict(arguments)
+    path, device = given.pop("path"), arguments.device
+    names = _read_names(arguments.connectors, _CONNECTORS, "--connectors")
     if path != _AUTO and "nixl" not in names:
         raise _refused("--path", f"{path!r} is for connector nixl, which is not measured")
-    if enable_cumem_allocator and device != "cuda":
+    if arguments.enable_cumem_allocator and device != "cuda":
         raise _refused(
             "--enable-cumem-allocator",
             f"cumem allocator is not supported on the current platform: --device is {device}; take "
             "--device cuda, or leave the flag out",
         )
-    arguments = {
+    given |= {
         "connectors": names,
         "paths": _read_names(path, _PATHS, "--path"),
-        "tp_pairs": _read_pairs(tp_pairs),
-        "num_blocks": read_numbers(num_blocks, "--num-blocks"),
-        "num_repeats": num_repeats,
-        "num_layers": num_layers,
-        "num_kv_heads": num_kv_heads,
-        "head_dim": head_dim,
-        "block_size": block_size,
-        "dtype": dtype,
-        "device": device,
-        "enable_cumem_allocator": enable_cumem_allocator,
-        "mooncake_protocol": mooncake_protocol,
+        "tp_pairs": _read_pairs(arguments.tp_pairs),
+        "num_blocks": read_numbers(arguments.num_blocks, "--num-blocks"),
     }
-    rows = json.loads(run_module("pdlaunch.bench", json.dumps(arguments)))
+    rows = json.loads(run_module("pdlaunch.bench", json.dumps(given)))
     if output == "json":
         print_json(rows)
     else:

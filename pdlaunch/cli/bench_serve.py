@@ -9,7 +9,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import msgspec
 import typer
@@ -23,7 +23,7 @@ from pdlaunch.bench.serve.timed_completion import Goals, read_goals
 from pdlaunch.bench.serve.traces import read_trace_file
 from pdlaunch.cli import EXIT_INTERRUPTED, EXIT_UNUSABLE
 from pdlaunch.cli.figures import duration
-from pdlaunch.cli.flags import with_arguments, with_serve_flags
+from pdlaunch.cli.flags import option, with_arguments, with_serve_flags
 from pdlaunch.cli.html_report import bench_page, write_report
 from pdlaunch.cli.output import print_errors, print_json, print_table
 from pdlaunch.cli.own_deployment import own_deployment, refuse_address
@@ -62,110 +62,62 @@ _HEADINGS = {
 _TIER_HEADINGS = {"role": "engines", "tier": "cache tier", "hit_share": "hits"}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class ServeArguments:
     """Holds the options of the command as they were given."""
 
-    url: Annotated[
-        str | None, typer.Option(help="URL of a running deployment; without it one is started.")
-    ] = None
-    input_tokens: Annotated[
-        str | None, typer.Option(help="Prompt length, one or several: 128,2000,8000 (128).")
-    ] = None
-    output_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Output length (32).", show_default=False)
-    ] = None
-    concurrency: Annotated[
-        str | None,
-        typer.Option(help="Requests at a time, one or several (1,4,16; 4 with --multi-turn)."),
-    ] = None
-    num_requests: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Requests for each length and concurrency (four rounds, at least 8)."
-        ),
-    ] = None
-    max_token_id: Annotated[
-        int,
-        typer.Option(
-            min=FIRST_TOKEN_ID + 1, help="Prompts are random token ids from 100 up to this."
-        ),
-    ] = 30_000
-    seed: Annotated[
-        int | None,
-        typer.Option(help="Seed of the prompts; the same one twice meets warm prefix caches."),
-    ] = None
-    bare_gb_per_s: Annotated[
-        str | None,
-        typer.Option(help="Speed of a bare transfer for these prompts; shows the goal of the gap."),
-    ] = None
-    step_ms: Annotated[
-        str | None,
-        typer.Option(
-            help="Decode step in ms at these concurrencies; shows the share of what it allows."
-        ),
-    ] = None
-    multi_turn: Annotated[
-        bool,
-        typer.Option(
-            "--multi-turn", help="Measure chats whose messages repeat all that was said before."
-        ),
-    ] = False
-    conversations: Annotated[
-        int | None, typer.Option(min=1, help="Number of chats (16).", show_default=False)
-    ] = None
-    turns: Annotated[
-        int | None, typer.Option(min=1, help="Messages of each chat (4).", show_default=False)
-    ] = None
-    turn_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Length of a message after the first, which has --input-tokens (32)."
-        ),
-    ] = None
-    request_rate: Annotated[
-        str | None,
-        typer.Option(
-            help="Requests sent a second, one or several (0.5,2,8), instead of --concurrency."
-        ),
-    ] = None
-    burstiness: Annotated[
-        float | None,
-        typer.Option(
-            help="Shape of the pauses at --request-rate: 1 is Poisson, less comes in bursts (1).",
-            show_default=False,
-        ),
-    ] = None
-    slo: Annotated[
-        str | None,
-        typer.Option(
-            help="Goals of a request, for goodput: ttft=200,itl=50 (ms); also tpot, e2e.",
-            metavar="GOALS",
-        ),
-    ] = None
-    trace: Annotated[
-        Path | None,
-        typer.Option(
-            help="Send the requests of this file: Mooncake's JSONL, or conversations.",
-            metavar="FILE",
-            exists=True,
-            dir_okay=False,
-        ),
-    ] = None
-    trace_speed: Annotated[
-        float | None,
-        typer.Option(help="Times by which the trace is sent faster (1).", show_default=False),
-    ] = None
-    report: Annotated[
-        Path | None,
-        typer.Option(
-            help="Write plots and figures as one HTML file.", metavar="FILE", dir_okay=False
-        ),
-    ] = None
-    output: Annotated[
-        ServeFormat,
-        typer.Option("--format", help="How to print what was found; vllm: as its `bench serve`."),
-    ] = "table"
+    url: str | None = option(None, "URL of a running deployment; without it one is started.")
+    input_tokens: str | None = option(None, "Prompt length, one or several: 128,2000,8000 (128).")
+    output_tokens: int | None = option(None, "Output length (32).", min=1)
+    concurrency: str | None = option(
+        None, "Requests at a time, one or several (1,4,16; 4 with --multi-turn)."
+    )
+    num_requests: int | None = option(
+        None, "Requests for each length and concurrency (four rounds, at least 8).", min=1
+    )
+    max_token_id: int = option(
+        30_000, "Prompts are random token ids from 100 up to this.", min=FIRST_TOKEN_ID + 1
+    )
+    seed: int | None = option(
+        None, "Seed of the prompts; the same one twice meets warm prefix caches."
+    )
+    bare_gb_per_s: str | None = option(
+        None, "Speed of a bare transfer for these prompts; shows the goal of the gap."
+    )
+    step_ms: str | None = option(
+        None, "Decode step in ms at these concurrencies; shows the share of what it allows."
+    )
+    multi_turn: bool = option(False, "Measure chats whose messages repeat what was said.")
+    conversations: int | None = option(None, "Number of chats (16).", min=1)
+    turns: int | None = option(None, "Messages of each chat (4).", min=1)
+    turn_tokens: int | None = option(
+        None, "Length of a message after the first, which has --input-tokens (32).", min=1
+    )
+    request_rate: str | None = option(
+        None, "Requests sent a second, one or several (0.5,2,8), instead of --concurrency."
+    )
+    burstiness: float | None = option(
+        None, "Shape of the pauses at --request-rate: 1 is Poisson, less comes in bursts (1)."
+    )
+    slo: str | None = option(
+        None,
+        "Goals of a request, for goodput: ttft=200,itl=50 (ms); also tpot, e2e.",
+        metavar="GOALS",
+    )
+    trace: Path | None = option(
+        None,
+        "Send the requests of this file: Mooncake's JSONL, or conversations.",
+        metavar="FILE",
+        exists=True,
+        dir_okay=False,
+    )
+    trace_speed: float | None = option(None, "Times by which the trace is sent faster (1).")
+    report: Path | None = option(
+        None, "Write plots and figures as one HTML file.", metavar="FILE", dir_okay=False
+    )
+    format: ServeFormat = option(
+        "table", "How to print what was found; vllm: as its `bench serve`."
+    )
 
 
 @with_serve_flags
@@ -222,7 +174,7 @@ def _measure(
     except KeyboardInterrupt:
         print_errors(["interrupted"])
         code = EXIT_INTERRUPTED
-    if start_s is not None and arguments.output == "table":
+    if start_s is not None and arguments.format == "table":
         typer.echo(f"command to healthy: {start_s:.1f} s")
     if not runs:
         return code
@@ -230,7 +182,7 @@ def _measure(
         tiers = chats.tiers if chats is not None else []
         page = bench_page(runs, options.goals, tiers)
         code = max(code, write_report(arguments.report, page))
-    _show(runs, chats, arguments.output)
+    _show(runs, chats, arguments.format)
     print_errors([error for run in runs for error in run.row.errors])
     return max(code, int(any(run.row.num_errors for run in runs)))
 

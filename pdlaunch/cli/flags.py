@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import field, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar, cast, get_type_hints
 
 import typer
 
@@ -16,6 +17,7 @@ from pdlaunch.config.models import ROUTER
 from pdlaunch.config.settings import Setting, all_flags, all_settings, flag_name
 from pdlaunch.config.sources import Argument
 
+T = TypeVar("T")
 _TARGET = Annotated[
     str | None,
     typer.Argument(
@@ -28,64 +30,62 @@ _TARGET = Annotated[
 
 def with_serve_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Give a typer command the flags of ``serve``, as ``_with_flags`` says."""
-    return _with_flags(
-        command, {path: flag for path, flag in all_flags().items() if flag.panel != ROUTER}
-    )
+    return _with_flags(command, lambda flag: flag.panel != ROUTER)
 
 
 def with_router_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Give a typer command the flags of a router alone, as ``_with_flags`` says."""
-    return _with_flags(
-        command,
-        {
-            path: flag
-            for path, flag in all_flags().items()
-            if flag.panel == ROUTER or flag.for_router
-        },
-    )
+    return _with_flags(command, lambda flag: flag.panel == ROUTER or flag.for_router)
 
 
-def with_flags(*paths: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return what gives a typer command the flags of these settings, as ``_with_flags`` says."""
-    declared = {path: all_flags()[path] for path in paths}
-    return lambda command: _with_flags(command, declared)
+def option(default: T, help: str, **more: Any) -> T:
+    """Declare a field of a dataclass as an option of a command, for ``with_arguments``."""
+    shown = {"show_default": default is not None} | more
+    declared: Any = field(default=default, metadata={"option": typer.Option(help=help, **shown)})
+    return cast(T, declared)
 
 
 def with_arguments(kind: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return what gives a typer command an option for each field of a dataclass.
-
-    ``command`` takes the dataclass as the keyword ``arguments``. Its other parameters stay as they
-    are.
+    """Return what gives a typer command an option for each field of a dataclass, which it takes as
+    the keyword ``arguments``.
     """
-    fields = inspect.signature(kind, eval_str=True).parameters
+    hints, annotated = get_type_hints(kind), cast(Any, Annotated)
+    options = [
+        inspect.Parameter(
+            each.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=each.default,
+            annotation=annotated[hints[each.name], each.metadata["option"]],
+        )
+        for each in fields(kind)
+    ]
 
     def give(command: Callable[..., None]) -> Callable[..., None]:
-        own = inspect.signature(command, eval_str=True).parameters
+        own = inspect.signature(command, eval_str=True).parameters.values()
 
         def call(**values: Any) -> None:
-            arguments = kind(**{name: values.pop(name) for name in fields})
+            arguments = kind(**{each.name: values.pop(each.name) for each in options})
             command(**values, arguments=arguments)
 
-        vars(call)["__signature__"] = inspect.Signature(
-            [*(p for p in own.values() if p.name != "arguments"), *fields.values()]
-        )
-        call.__name__ = command.__name__
-        call.__doc__ = command.__doc__
+        parameters = [*(each for each in own if each.name != "arguments"), *options]
+        vars(call)["__signature__"] = inspect.Signature(parameters)
+        call.__name__, call.__doc__ = command.__name__, command.__doc__
         return call
 
     return give
 
 
 def _with_flags(
-    command: Callable[..., None], declared_flags: Mapping[str, Flag]
+    command: Callable[..., None], is_wanted: Callable[[Flag], bool]
 ) -> Callable[..., None]:
-    """Give a typer command these flags, by dotted config path.
+    """Give a typer command the flags that are wanted.
 
     ``command`` takes a keyword ``flags: dict[str, object]``: the flags that were given, by dotted
     config path, ready for ``config.sources.load_config``. It may take ``config: Path | None``: the
     file of the argument, which may name a model instead. Its other parameters stay as they are.
     ``command_class`` of what is returned is the class that typer is to make of it.
     """
+    declared_flags = {path: flag for path, flag in all_flags().items() if is_wanted(flag)}
     own = [
         p.replace(
             kind=inspect.Parameter.KEYWORD_ONLY,
@@ -106,8 +106,7 @@ def _with_flags(
     # typer reads the signature, so flags are declared without a function that lists them.
     vars(call)["__signature__"] = inspect.Signature([*own, *(p for ps in declared for p in ps)])
     vars(call)["command_class"] = ServeCommand
-    call.__name__ = command.__name__
-    call.__doc__ = command.__doc__
+    call.__name__, call.__doc__ = command.__name__, command.__doc__
     return call
 
 
