@@ -48,7 +48,6 @@ ROOMS = (
     "launch",
     "router",
     "api",
-    "testing",
     "bench",
     "cli",
 )
@@ -60,7 +59,6 @@ MAY_IMPORT_TORCH = {
     "engine/offload",
     "transfer",
     "engine",
-    "testing",
     "bench",
 }
 

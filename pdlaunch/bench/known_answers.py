@@ -22,9 +22,9 @@ import aiohttp
 import msgspec
 
 from pdlaunch.errors import PdlaunchError, ProtocolError
+from pdlaunch.http.headers import ROUTE_HEADER, WANTS_PAIR
 from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.integrity import await_idle, engine_totals, engines_of
-from pdlaunch.protocol.costs import ROUTE_HEADER, WANTS_PAIR
 
 LOGPROB_TOLERANCE = 1e-3
 """Tolerance in nats, in float32: batches of other shapes add in another order."""

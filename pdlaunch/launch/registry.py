@@ -70,6 +70,7 @@ def _entry(process: Instance, engine: LaunchedEngine | None, withheld: Withheld)
         incarnation=process.incarnation,
         engine=spec.engine,
         role=spec.role,
+        devices=spec.devices,
         tp_rank=spec.tp_rank,
         tp_size=spec.tp_size,
         engine_id=said.engine_id,

@@ -92,6 +92,8 @@ class Entry(Message, tag=False):
     """Name of its host; empty: the supervisor's own, or not known."""
     engine: str = ""
     role: Role | None = None
+    devices: tuple[str, ...] = ()
+    """Those of its ranks, as ``cuda:0`` on its host, or ``cpu``; empty: not known."""
     tp_rank: int = 0
     tp_size: int = 1
     engine_id: EngineId = EngineId("")

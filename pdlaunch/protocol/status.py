@@ -58,7 +58,7 @@ class EngineReading(msgspec.Struct, frozen=True, kw_only=True):
     """Finished prefills whose blocks wait for a decode engine."""
 
 
-_HEALTH = {"open": "left out", "half_open": "on trial", "slow": "slow"}
+_HEALTH = {"open": "left out", "half_open": "on trial"}
 
 
 class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,21 +79,15 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     """The reason why it has ``failed`` or is given no work, and what comes next."""
     health: str = "closed"
     """``closed``: it gets requests. ``open``: it has failed some and gets none for a while.
-    ``half_open``: it gets one as a try. ``slow``: it gets one now and then.
+    ``half_open``: it gets one as a try.
     """
     left_out: str = ""
     """The reason why it gets nothing new now; empty when it does."""
-    times_slower: float = 1.0
-    """Factor by which it is slower, for what it has to do, than the usual one of its role."""
     streams: int
     load: int
     """Pieces of work that it has been given and not ended."""
     prompt_tokens: int
     """Estimated tokens of the prompts that it works on."""
-    costs: dict[str, float | None] | None = None
-    """The limits of its scheduler, and what its steps cost in seconds, by ``EngineCosts`` and
-    ``StepCosts``; null: it does not tell.
-    """
     reading: EngineReading | None = None
     """Null until its metrics have been read."""
 

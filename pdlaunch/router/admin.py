@@ -30,7 +30,7 @@ from pdlaunch.http.headers import REQUEST_ID_HEADER
 from pdlaunch.http.openapi import Operation
 from pdlaunch.protocol.changes import ChangeEngines, RefusalCode
 from pdlaunch.router.engine import Engine
-from pdlaunch.router.engine_errors import EngineFailure
+from pdlaunch.router.engine_client import EngineFailure
 from pdlaunch.router.membership import WatchedMembership
 from pdlaunch.router.state import RouterState
 from pdlaunch.router.supervisor_link import SupervisorLink

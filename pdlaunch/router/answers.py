@@ -10,14 +10,12 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from pdlaunch.http.headers import IgnoredFields
+from pdlaunch.http.headers import ROUTE_HEADER, IgnoredFields
 from pdlaunch.http.sse import DONE, EventStream, encode_event
 from pdlaunch.observe.metrics import RequestClock, RequestMetrics
-from pdlaunch.protocol.costs import ROUTE_HEADER
 from pdlaunch.protocol.openai.responses import PromptTokensDetails, Usage
 from pdlaunch.router.client_request import ClientRequest, PromptRequest
-from pdlaunch.router.cost_model import Estimate
-from pdlaunch.router.engine_stream import Chunk
+from pdlaunch.router.engine_client import Chunk
 from pdlaunch.router.policy import Route
 from pdlaunch.router.request_record import RequestRecord
 from pdlaunch.router.transcript import Transcript
@@ -250,28 +248,13 @@ class WholeAnswer(ClientAnswer):
 
 
 def _tell_route(route: Route) -> str:
-    """Return a route, its estimate and the alternatives, short."""
+    """Return a route, and which engines were left out, short."""
     told = f"{route.name}; kind={route.kind}"
-    if (estimate := route.estimate) is not None:
-        told += f"; {_tell_estimate(estimate, '; ')}"
-    if route.alternatives:
-        others = [f"{one.route} {_tell_estimate(one, ' ')}" for one in route.alternatives]
-        told += f'; else="{", ".join(others)}"'
     if route.left_out:
         names = sorted(route.left_out)[:MAX_TOLD_LEFT_OUT]
         reasons = ", ".join(f"{name}: {route.left_out[name]}" for name in names)
         told += f'; left_out="{reasons}"'
     return told
-
-
-def _tell_estimate(estimate: Estimate, between: str) -> str:
-    values = {
-        "ttft_ms": estimate.first_token_s,
-        "itl_ms": estimate.itl_s,
-        "total_ms": estimate.total_s,
-        "delay_ms": estimate.delay_s,
-    }
-    return between.join(f"{name}={seconds * 1000:.1f}" for name, seconds in values.items())
 
 
 def total_usage(transcripts: Iterable[Transcript]) -> Usage:

@@ -15,7 +15,7 @@ import msgspec
 from pdlaunch.errors import RequestError
 from pdlaunch.http.errors import model_not_found
 from pdlaunch.http.headers import ORIGIN_HEADER, format_origin
-from pdlaunch.protocol.ids import HopId, HttpRequestId, LeaseId, PromptOrigin
+from pdlaunch.protocol.ids import HopId, HttpRequestId, PromptOrigin
 from pdlaunch.protocol.openai.body import (
     MAX_IGNORED_NAMES,
     TOKEN_IDS,
@@ -124,26 +124,20 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
     wants_pair: bool = False
     """The client has asked for a pair of engines."""
 
-    def prefill_body(self, *, knows_whole_request: bool, lease_id: LeaseId | None = None) -> bytes:
+    def prefill_body(self, *, knows_whole_request: bool) -> bytes:
         """Ask for the first token of each choice and a lease on the blocks.
-
-        With a ``lease_id`` that is what it is called, and the answer is a stream: the lease may
-        come after the token.
 
         ``knows_whole_request``: the engine takes fields that contradict ``max_tokens=1`` for those
         of the whole request, and needs them to tell where the first token's text may end; others
         refuse them.
         """
         body = self.body | {
-            "stream": bool(lease_id),
+            "stream": False,
             "max_tokens": 1,
             "return_token_ids": self.asks_token_ids,
-            "kv_transfer_params": REMOTE_DECODE
-            | ({"pdlaunch": {"lease_id": lease_id}} if lease_id else {}),
+            "kv_transfer_params": REMOTE_DECODE,
         }
         body.pop("stream_options", None)
-        if lease_id:
-            body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
         if body.get("max_completion_tokens") is not None:
             # Engines let it go over ``max_tokens``: prefill would draw the whole answer.
             body["max_completion_tokens"] = 1
@@ -206,17 +200,6 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
         return hash_prefix(
             None if text is None else bytes(text), salt if isinstance(salt, str) else ""
         )
-
-    @property
-    def wanted_token_ids(self) -> msgspec.Raw | None:
-        """Return the prompt's token ids if they are known here and the client wants them back."""
-        prompt = self.body.get("prompt")
-        is_known = (
-            isinstance(prompt, msgspec.Raw)
-            and TOKEN_IDS.match(prompt)
-            and self.body.get("return_token_ids")
-        )
-        return prompt if is_known else None
 
     def decode_body(self, extra: dict[str, Any]) -> bytes:
         """Return the body that asks for the whole answer as a stream.

@@ -22,7 +22,7 @@ from pdlaunch.http.errors import RETRY_AFTER_S
 from pdlaunch.protocol.control import Capabilities
 from pdlaunch.protocol.openai.requests import DEFAULT_MAX_TOKENS
 from pdlaunch.router.client_request import PromptRequest
-from pdlaunch.router.engine_stream import Chunk
+from pdlaunch.router.engine_client import Chunk
 from pdlaunch.router.transcript import Transcript
 
 Detokenize = Callable[[list[int]], Awaitable[str]]

@@ -32,7 +32,6 @@ from pdlaunch.protocol.status import (
 )
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_readings import EngineReadings
-from pdlaunch.router.health import Health, state_of
 from pdlaunch.router.rate_history import STEP_S, RateHistory
 from pdlaunch.router.state import RouterState
 
@@ -122,7 +121,7 @@ class DeploymentView:
     def status(self, num_points: int | None = None) -> DeploymentStatus:
         """Describe the deployment as it is known now, with the last points of the history."""
         pool, totals = self._state.pool, self._history.totals()
-        engines, health = pool.engines, pool.health()
+        engines, now_at = pool.engines, pool.clock()
         pairs = self._pairs(pool.pairs)
         return DeploymentStatus(
             at=self._wall_clock(),
@@ -133,7 +132,7 @@ class DeploymentView:
             in_flight=self._admission.in_flight,
             requests=totals.requests,
             errors=totals.errors,
-            engines=[self._engine(engine, health) for engine in engines],
+            engines=[self._engine(engine, now_at) for engine in engines],
             gone=self._state.events.gone(),
             pairs=pairs,
             num_pairs=len(self._links),
@@ -143,7 +142,7 @@ class DeploymentView:
             events=self._state.events.events,
         )
 
-    def _engine(self, engine: Engine, health: Health) -> EngineStatus:
+    def _engine(self, engine: Engine, now_at: float) -> EngineStatus:
         return EngineStatus(
             name=engine.name,
             role=engine.role,
@@ -154,13 +153,11 @@ class DeploymentView:
             state=engine.state,
             is_down=self._state.events.is_down(engine),
             reason=engine.reason,
-            health=state_of(engine, health, self._state.pool.clock()),
-            left_out=health.left_out.get(engine.name, ""),
-            times_slower=round(health.slowness.get(engine.name, 1.0), 2),
+            health=engine.health.state(now_at),
+            left_out=engine.health.why(now_at) if engine.ready else "",
             streams=engine.num_streams,
             load=engine.num_works,
             prompt_tokens=engine.num_prompt_tokens,
-            costs=None if engine.costs is None else engine.costs.named(),
             reading=self._readings.of(engine),
         )
 

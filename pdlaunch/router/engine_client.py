@@ -9,33 +9,302 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import ssl
-import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
+from types import TracebackType
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
 import msgspec
 
+from pdlaunch.errors import OverloadedError, PdlaunchError, ProtocolError
 from pdlaunch.http.engine_calls import (
     CONNECT_S,
     MAX_BODY_BYTES,
     MAX_PAGE_BYTES,
     Answer,
+    CallError,
     EngineCalls,
     Silence,
 )
+from pdlaunch.http.errors import RANK_LOST, RETRY_AFTER_S, RelayedError
 from pdlaunch.http.headers import IGNORED_FIELDS_HEADER, read_ignored_fields
+from pdlaunch.http.sse import DONE_DATA, EventDecoder
 from pdlaunch.observe.spans import SpanReport
-from pdlaunch.protocol.costs import EngineReport
 from pdlaunch.protocol.ids import HopId, LeaseId
-from pdlaunch.protocol.openai.responses import ModelCard, ModelList
+from pdlaunch.protocol.openai.responses import REPORT_KEY, WORK_KEY, ModelCard, ModelList
 from pdlaunch.router.engine import Engine
-from pdlaunch.router.engine_errors import EngineFailure, broken_is_failure, refuse_error
-from pdlaunch.router.engine_stream import EngineStream
 
 logger = logging.getLogger(__name__)
+
+MAX_QUOTE_BYTES = 200
+_NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
+_MALFORMED = (LookupError, TypeError, AttributeError, ValueError, RecursionError)
+
+
+class EngineFailure(OverloadedError):
+    """Tells that an engine did not do its work; another one may.
+
+    ``may_return``: it, or its successor, may be there again soon. ``turned_away``: it did not even
+    begin. ``engine_code``: the code of its own error. ``is_told``: it has told of its failure, so
+    that it lives. ``quote``: how its own words begin, which may be those of a prompt and stand in
+    no message. If no other engine makes up for it, the client is told 503, or 502 when the engine
+    may not return.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        reason: str,
+        *,
+        may_return: bool = True,
+        turned_away: bool = False,
+        engine_code: object = None,
+        quote: str = "",
+        is_told: bool = False,
+    ) -> None:
+        self.engine = engine
+        super().__init__(
+            f"engine {engine.name}: {reason}",
+            status=503 if may_return else 502,
+            retry_after_s=RETRY_AFTER_S,
+            code="engine_failed",
+        )
+        self.may_return = may_return
+        self.turned_away = turned_away
+        self.engine_code = engine_code
+        self.quote = quote
+        self.is_told = is_told and not turned_away and engine_code != RANK_LOST
+
+
+class EngineRefusal(RelayedError):
+    """Carries an engine's answer that is no 200, for the client as it is."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        status: int,
+        body: bytes,
+        content_type: str = "application/json",
+        retry_after: str | None = None,
+    ) -> None:
+        self.engine = engine
+        super().__init__(
+            f"engine {engine.name} answered {status}",
+            status=status,
+            body=body,
+            content_type=content_type,
+            headers={} if retry_after is None else {"Retry-After": retry_after},
+        )
+
+    @property
+    def is_busy(self) -> bool:
+        """Tell whether another engine, or this one later, may have room."""
+        return self.status == 429
+
+
+def error_names(error: dict[str, Any]) -> str:
+    """Return type and code of an engine's error, in parentheses, as far as these are names."""
+    values = [str(error[key]) for key in ("type", "code") if error.get(key) is not None]
+    names = [value for value in values if _NAME.fullmatch(value)]
+    return f" ({', '.join(names)})" if names else ""
+
+
+def _error_of(body: bytes) -> dict[str, Any]:
+    try:
+        error = msgspec.json.decode(body)["error"]
+    except (ValueError, RecursionError, LookupError, TypeError):
+        return {}
+    return error if isinstance(error, dict) else {}
+
+
+def refuse_error(engine: Engine, answer: Answer, body: bytes) -> None:
+    """Raise EngineFailure or EngineRefusal for an answer that is no 200."""
+    if answer.status == 200:
+        return
+    if answer.status >= 500 or 300 <= answer.status < 400:
+        error_fields = _error_of(body)
+        may_return = answer.status in (502, 503, 504)
+        raise EngineFailure(
+            engine,
+            f"answered {answer.status}{error_names(error_fields)}",
+            may_return=may_return,
+            turned_away=answer.status == 503,
+            engine_code=error_fields.get("code"),
+            quote=body[:MAX_QUOTE_BYTES].decode(errors="replace"),
+            is_told=True,
+        )
+    raise EngineRefusal(
+        engine,
+        status=answer.status,
+        body=body,
+        content_type=answer.headers.get("content-type", "application/json").partition(";")[0],
+        retry_after=answer.headers.get("retry-after"),
+    )
+
+
+# Those below are used as functions; generators cost three times as much.
+class _Asking:
+    """Is entered for what one engine is asked."""
+
+    __slots__ = ("_engine",)
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __enter__(self) -> None:
+        return
+
+
+class broken_is_failure(_Asking):  # noqa: N801
+    """Turn an answer that did not come, or not to its end, into an EngineFailure."""
+
+    __slots__ = ()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if isinstance(error, CallError):
+            raise EngineFailure(self._engine, str(error), turned_away=error.unheard) from error
+
+
+class malformed_is_failure(_Asking):  # noqa: N801
+    """Turn what reading an answer of another form raises into an EngineFailure."""
+
+    __slots__ = ()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if isinstance(error, _MALFORMED) and not isinstance(error, PdlaunchError):
+            # The error's own words may be the answer's.
+            reason = f"malformed answer ({type(error).__name__})"
+            raise EngineFailure(self._engine, reason, may_return=False, quote=str(error)) from error
+
+
+Chunk = dict[str, Any]
+"""A chunk of an engine's stream; members that the router does not know are passed on."""
+
+REPORT_BEGINNING = b'{"choices":[],"%s":' % REPORT_KEY.encode()
+"""Begins the event in which an engine of ours tells its spans."""
+
+
+class _ReportEvent(msgspec.Struct, rename={"report": REPORT_KEY}):
+    report: SpanReport
+
+
+# Read into its types at once, at half the price of doing it in two steps.
+_report_event = msgspec.json.Decoder(_ReportEvent)
+
+
+def read_report(event: bytes) -> SpanReport:
+    """Return what an event that begins like one tells. Raises ValueError, RecursionError."""
+    return _report_event.decode(event).report
+
+
+_CLIENT_ERROR_TYPES = frozenset({"invalid_request_error", "BadRequestError", "NotFoundError"})
+
+
+class EngineStream:
+    """Reads the chunks of one answer, up to ``[DONE]`` or the end of the connection.
+
+    ``read_some`` returns the next bytes, none at the end, and raises CallError.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        ignored_fields: Sequence[str],
+        *,
+        read_some: Callable[[], Awaitable[bytes]],
+    ) -> None:
+        self._engine = engine
+        self._read_some = read_some
+        self._events = EventDecoder()
+        self._pending: deque[bytes] = deque()
+        self.ignored_fields = ignored_fields
+        """Names of the fields that the engine has ignored."""
+        self.is_done = False
+        """It has said ``[DONE]``."""
+        self.report: object = None
+        """The engine's spans, once it has sent them, before its end."""
+
+    @property
+    def has_more(self) -> bool:
+        """Tell whether the next chunk is here, and no error."""
+        return (
+            bool(self._pending)
+            and self._pending[0].startswith(b"{")
+            and not (self._pending[0].startswith(b'{"error"'))
+        )
+
+    async def next_chunk(self) -> Chunk | None:
+        """Return the next chunk, None at the end.
+
+        Raises EngineFailure, or EngineRefusal for an error event about the request.
+        """
+        while (data := await self._next_event()) is not None and data != DONE_DATA:
+            if data.startswith(REPORT_BEGINNING):
+                with contextlib.suppress(ValueError, RecursionError):
+                    self.report = read_report(data)
+                    continue
+            chunk = self._decode(data)
+            if REPORT_KEY not in chunk:
+                return chunk
+            self.report = chunk[REPORT_KEY]
+        self.is_done = data is not None
+        return None
+
+    async def _next_event(self) -> bytes | None:
+        while not self._pending:
+            try:
+                received = await self._read_some()
+            except CallError as error:
+                raise EngineFailure(self._engine, f"stream broke: {error}") from error
+            if not received:
+                return None
+            try:
+                self._pending.extend(self._events.feed(received))
+            except ProtocolError as error:
+                raise EngineFailure(self._engine, str(error), may_return=False) from error
+        return self._pending.popleft()
+
+    def _decode(self, data: bytes) -> Chunk:
+        try:
+            chunk = msgspec.json.decode(data)
+        except (ValueError, RecursionError) as error:
+            raise EngineFailure(
+                self._engine, f"malformed event: {error}", may_return=False
+            ) from error
+        if not isinstance(chunk, dict):
+            raise EngineFailure(self._engine, "an event that is no object", may_return=False)
+        chunk.pop(WORK_KEY, None)
+        if "error" in chunk:
+            self._raise_error(data, chunk["error"])
+        return chunk
+
+    def _raise_error(self, data: bytes, error: object) -> None:
+        fields = error if isinstance(error, dict) else {}
+        if fields.get("type") in _CLIENT_ERROR_TYPES:
+            raise EngineRefusal(self._engine, status=400, body=data)
+        raise EngineFailure(
+            self._engine,
+            f"error in its stream{error_names(fields)}",
+            may_return=fields.get("type") != "server_error",
+            engine_code=fields.get("code"),
+            quote=str(fields.get("message", error))[:MAX_QUOTE_BYTES],
+            is_told=True,
+        )
 
 
 class EngineTimeouts(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,11 +350,9 @@ class EngineClient:
         keys: str | Callable[[Engine], str | None],
         timeouts: EngineTimeouts,
         tls: ssl.SSLContext | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._timeouts = timeouts
         self._calls = EngineCalls(timeouts.connect_s, tls)
-        self._clock = clock
         self._keys = keys
         self._living: dict[str, asyncio.Task[bool]] = {}
         """Questions that are under way, by the name of the engine."""
@@ -136,9 +403,7 @@ class EngineClient:
             if answer.status != 200:
                 with broken_is_failure(engine):
                     refuse_error(engine, answer, await answer.read())
-            stream = EngineStream(
-                engine, _ignored_fields(answer), read_some=answer.read_some, hear=self.hear
-            )
+            stream = EngineStream(engine, _ignored_fields(answer), read_some=answer.read_some)
             yield stream
         except BaseException:
             answer.close()
@@ -180,15 +445,6 @@ class EngineClient:
         content_type = answer.headers.get("content-type", "application/octet-stream")
         return answer.status, whole, content_type
 
-    def hear(self, engine: Engine, work: object) -> None:
-        """Take what a native engine tells of its work beside an answer."""
-        try:
-            report = msgspec.convert(work, EngineReport)
-        except msgspec.ValidationError as error:
-            logger.debug("%s tells its work in a form that is not known: %s", engine.name, error)
-        else:
-            engine.hear(report, self._clock())
-
     async def release(self, engine: Engine, name: HopId | LeaseId) -> None:
         """End the lease of a hop that nobody will pull; errors are logged, the lease ends by
         itself.
@@ -198,17 +454,6 @@ class EngineClient:
             await self._call_briefly(engine, "POST", "/pdlaunch/release", body)
         except EngineFailure as failure:
             logger.warning("lease of %s not released: %s", name, failure)
-
-    async def withdraw(self, engine: Engine, name: HopId) -> None:
-        """Ask for a prompt back that has not begun; the engine's answer to it says what came of it.
-
-        Errors are logged: then it goes on.
-        """
-        body = msgspec.json.encode({"request_id": name})
-        try:
-            await self._call_briefly(engine, "POST", "/pdlaunch/withdraw", body)
-        except EngineFailure as failure:
-            logger.info("prompt %s not withdrawn: %s", name, failure)
 
     async def read_spans(self, engine: Engine, name: HopId) -> SpanReport | None:
         """Return what an engine of ours has recorded of a hop whose answer was not waited for."""

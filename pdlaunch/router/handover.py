@@ -1,17 +1,21 @@
-"""Reads a prefill engine's answer, and makes of it what decode is given."""
+"""Reads a prefill engine's answer, and holds the lease of its KV blocks: who may pull them, and who
+releases them if nobody does.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection
 from typing import Any
 
 import msgspec
 
-from pdlaunch.http.watch.canary import CACHED_AT_PREFILL
+from pdlaunch.http.watch.canary import CACHED_AT_PREFILL, num_recomputed
 from pdlaunch.protocol.ids import LeaseId
 from pdlaunch.protocol.openai.responses import REPORT_KEY, WORK_KEY
-from pdlaunch.router.engine import Engine
-from pdlaunch.router.engine_stream import Chunk
+from pdlaunch.router.engine import Engine, EngineKey
+from pdlaunch.router.engine_client import Chunk, malformed_is_failure
+from pdlaunch.router.state import RouterState
 
 
 class Handover(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,8 +29,6 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
     open_choices: frozenset[int]
     """Choices that go on after their first token."""
     num_prompt_tokens: int
-    work: object = None
-    """The engine's report of its work beside the answer."""
     usage: dict[str, Any] = {}
     report: Any = None
     """The engine's spans, as they came."""
@@ -61,49 +63,77 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
         return self.params | {"pdlaunch": ours}
 
 
-class HandoverStream:
-    """Reads the answer of a prefill engine, of one choice, chunk by chunk.
+class HeldLease:
+    """Holds the KV blocks of one prompt until a decode engine has pulled them."""
 
-    Its methods raise LookupError, TypeError or AttributeError when the chunks are not of the OpenAI
-    form.
-    """
+    def __init__(self, state: RouterState, handover: Handover) -> None:
+        self.handover = handover
+        self.is_taken = False
+        self._state = state
+        self._handed_over_at = state.now()
+        self._lent = contextlib.ExitStack()
+        """Keeps the prefill engine from being forgotten while its blocks may be read."""
+        if handover.params is not None:
+            self._lent.enter_context(handover.engine.lending())
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._params: dict[str, Any] | None = None
-        self._has_ended = False
-        self.is_final = False
-        """The choice has ended with its first token."""
-        self.num_prompt_tokens = 0
+    @property
+    def prefill(self) -> Engine:
+        return self.handover.engine
 
-    def take(self, chunk: Chunk) -> None:
-        """Note what ``chunk`` says, and leave in it what is for the client, whose answer goes on
-        after ``length``.
+    def pulled(self) -> None:
+        """Note that a decode engine has pulled the blocks."""
+        self.is_taken = True
+        self._lent.close()
+
+    def decode_params(self, engine: Engine, *, first_token_sent: bool) -> dict[str, Any] | None:
+        """Return ``engine``'s ``kv_transfer_params``; None when it is to compute the prompt."""
+        if engine.capabilities.needs_proof:
+            if not self._may_hand_over(engine):
+                return None
+            # Whatever comes of it: another one could read blocks that prefill has given away.
+            self.is_taken = True
+        # Of an engine that verifies the lease counts as taken only once decode has answered: until
+        # then another one may be handed the same blocks.
+        return self.handover.decode_params(engine, first_token_sent=first_token_sent)
+
+    def check_pulled(self, engine: Engine, chunk: Chunk) -> None:
+        """Report a pair whose decode engine has computed what it was handed blocks of."""
+        if engine.capabilities.needs_proof:
+            with malformed_is_failure(engine):
+                num_tokens = num_recomputed(chunk)
+            if num_tokens:
+                self._state.recomputed(self.prefill, engine, num_tokens)
+
+    def end(self, tried: Collection[EngineKey] = ()) -> None:
+        """Release the blocks if nobody has pulled them.
+
+        A prefill engine that listens to nobody else is told by a decode engine that was not
+        ``tried``; without one the lease ends by itself.
         """
-        self.num_prompt_tokens = chunk["usage"]["prompt_tokens"]
-        if "kv_transfer_params" in chunk:
-            self._params = chunk.pop("kv_transfer_params")
-            self._has_ended = True
-        else:
-            # What the prefix cache held is known at the end alone.
-            chunk["usage"] = {"prompt_tokens": self.num_prompt_tokens}
-        for choice in chunk["choices"]:
-            if choice["finish_reason"] == "length":
-                choice["finish_reason"] = None
-            self.is_final |= choice["finish_reason"] is not None
+        self._lent.close()
+        lease_id = self.handover.lease_id
+        if lease_id is None or self.is_taken:
+            return
+        if not self.prefill.capabilities.needs_proof:
+            self._state.release(self.prefill, lease_id)
+            return
+        # An engine that the blocks may not be handed to could not speak of them either.
+        decode = self._state.pool.pick_any(tried, can=self._may_hand_over)
+        if decode is None:
+            return
+        params = self.handover.decode_params(decode, first_token_sent=False)
+        if params is not None:
+            self._state.metrics.released()
+            self._state.spawn(self._state.client.refuse_lease(decode, params))
 
-    def handover(self) -> Handover:
-        """Return what all of the chunks say."""
-        if not self._has_ended:
-            raise LookupError("the answer ended without kv_transfer_params")
-        ours = (self._params or {}).get("pdlaunch") or {}
-        return Handover(
-            engine=self._engine,
-            params=self._params,
-            has_first_tokens=bool(ours.get("first_tokens")),
-            open_choices=frozenset() if self.is_final else frozenset([0]),
-            num_prompt_tokens=self.num_prompt_tokens,
-            chunks=[],
+    def _may_hand_over(self, decode: Engine) -> bool:
+        """Return whether blocks of an engine that does not verify are safe to be read."""
+        age_s = self._state.now() - self._handed_over_at
+        lease_s = self.prefill.capabilities.lease_s
+        return (
+            not self.is_taken
+            and (not lease_s or age_s < lease_s / 2)
+            and self._state.pool.may_hand_over(self.prefill, decode)
         )
 
 
@@ -115,7 +145,7 @@ def read_handover(engine: Engine, raw: bytes, *, is_chat: bool) -> Handover:
     """
     answer: dict[str, Any] = msgspec.json.decode(raw)
     report = answer.pop(REPORT_KEY, None)
-    work = answer.pop(WORK_KEY, None)
+    answer.pop(WORK_KEY, None)
     params = answer.get("kv_transfer_params") or None
     ours = None if params is None else params.get("pdlaunch")
     first_tokens = (ours or {}).get("first_tokens") or []
@@ -134,7 +164,6 @@ def read_handover(engine: Engine, raw: bytes, *, is_chat: bool) -> Handover:
         has_first_tokens=bool(first_tokens),
         open_choices=open_choices,
         num_prompt_tokens=answer["usage"]["prompt_tokens"],
-        work=work,
         usage=answer["usage"],
         report=report,
         chunks=chunks_of_answer(answer, is_chat=is_chat, open_choices=open_choices),

@@ -1,79 +1,123 @@
-"""Says which engines get requests now, and why others are left out.
+"""Decides whether an engine gets requests, by how the last ones went.
 
-An engine is left out while it fails requests (``breaker.py``), and while it is slow (``pace.py``).
-Both are sent a request now and then: they **want a try**. All functions are pure.
+::
+
+    closed ── a request failed ──▶ open ── its time is over ──▶ half-open
+      ▲                             ▲                               │ one try at a time
+      └───────── success ◀──────────┴── failure: twice as long ◀────┘
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Literal
 
 import msgspec
 
-from pdlaunch.router.engine import Engine
-from pdlaunch.router.pace import SLOW_AT, slowness
+HealthState = Literal["closed", "open", "half_open"]
 
-HealthState = Literal["closed", "open", "half_open", "slow"]
+OPEN_S = 1.0
+MAX_OPEN_S = 30.0
+_MAX_DOUBLINGS = 10
+TRY_LASTS_S = 5.0
+"""A try that has said nothing for this long does not keep off the next one."""
+NUM_GOOD = 8
+"""Failures are forgotten after this many successes in a row, so that an engine that fails one
+request in eight stays open longer and longer.
+"""
 
 
-class Health(msgspec.Struct, frozen=True, kw_only=True):
-    """Judges the engines that are ready, by name."""
+class Breaker(msgspec.Struct, kw_only=True):
+    """Counts outcomes of an engine, or of the pulls of a pair. Instants are on the pool's clock."""
 
-    usable: dict[str, Engine]
-    """Those that a request may be sent to; of others some may have to serve all the same."""
-    wants_try: frozenset[str]
-    """Those of the usable that were left out until now: one request is to show whether they have
-    recovered.
+    num_failures: int = 0
+    """Failures since the last ``NUM_GOOD`` successes in a row; those that came at once count as
+    one.
     """
-    left_out: dict[str, str]
-    """The reason why an engine gets nothing new."""
-    slowness: dict[str, float]
-    """The time that each takes, in multiples of that of the usual one of its role."""
+    num_successes: int = 0
+    """Successes in a row."""
+    is_tripped: bool = False
+    """Not closed."""
+    open_until_at: float = 0.0
+    tried_until_at: float = 0.0
+
+    def state(self, now_at: float) -> HealthState:
+        if not self.is_tripped:
+            return "closed"
+        return "open" if now_at < self.open_until_at else "half_open"
+
+    def takes(self, now_at: float) -> bool:
+        """Return whether a request may be sent: it is closed, or a try is due."""
+        return not self.is_tripped or self.wants_try(now_at)
+
+    def wants_try(self, now_at: float) -> bool:
+        """Return whether the next request shows if all is well again."""
+        return self.is_tripped and now_at >= max(self.open_until_at, self.tried_until_at)
+
+    def asked(self, now_at: float) -> None:
+        """Note that a request is sent."""
+        if self.wants_try(now_at):
+            self.tried_until_at = now_at + TRY_LASTS_S
+
+    def failed(self, now_at: float) -> None:
+        """Open, each time for twice as long. What fails while it is open was sent before."""
+        self.num_successes = 0
+        if self.state(now_at) == "open":
+            return
+        open_s = min(MAX_OPEN_S, OPEN_S * 2 ** min(self.num_failures, _MAX_DOUBLINGS))
+        self.num_failures += 1
+        self.is_tripped, self.open_until_at, self.tried_until_at = True, now_at + open_s, 0.0
+
+    def answers(self, now_at: float) -> None:
+        """Note that a first token has come, which is all that a try waits for.
+
+        A token that comes while it is open belongs to a request that was sent before. It closes
+        only after a single failure, which was probably the request's own.
+        """
+        if self.num_failures <= 1 or now_at >= self.open_until_at:
+            self.is_tripped = False
+
+    def succeeded(self, now_at: float) -> None:
+        """Note that a request was answered to its end."""
+        self.answers(now_at)
+        self.num_successes += 1
+        if self.num_successes >= NUM_GOOD:
+            self.num_failures = 0
+
+    def why(self, now_at: float) -> str:
+        """Say for people why nothing is sent; empty when something is."""
+        if self.takes(now_at):
+            return ""
+        if now_at >= self.open_until_at:
+            return "half-open, being tried"
+        left_s = self.open_until_at - now_at
+        return f"open after {self.num_failures} failures, tried again in {left_s:.1f} s"
 
 
-def survey(engines: Sequence[Engine], now_at: float) -> Health:
-    """Judge all engines that are ready."""
-    usable: dict[str, Engine] = {}
-    left_out: dict[str, str] = {}
-    wants_try: set[str] = set()
-    by_role: dict[str | None, list[Engine]] = defaultdict(list)
-    for engine in engines:
-        if not engine.ready:
-            continue
-        if engine.breaker.takes(now_at):
-            usable[engine.name] = engine
-        else:
-            left_out[engine.name] = engine.breaker.why(now_at)
-        if engine.breaker.is_tripped:
-            wants_try |= {engine.name} & usable.keys()
-        else:
-            by_role[engine.role].append(engine)
-    times_slower: dict[str, float] = {}
-    for peers in by_role.values():
-        for engine, times in zip(peers, slowness([one.pace for one in peers]), strict=True):
-            times_slower[engine.name] = times
-            if times <= SLOW_AT:
-                continue
-            if now_at >= engine.pace.next_try_at:
-                wants_try.add(engine.name)
-            else:
-                del usable[engine.name]
-                left_out[engine.name] = f"{times:.1f} times slower than its peers"
-    return Health(
-        usable=usable, wants_try=frozenset(wants_try), left_out=left_out, slowness=times_slower
-    )
+class EngineHealth(Breaker, kw_only=True):
+    """Counts the requests of an engine, and its pulls from each prefill engine."""
+
+    pulls: dict[object, Breaker] = {}
+    """By the key of the prefill engine; one of which no pull has failed is not here."""
+
+    def pull(self, prefill: object) -> Breaker:
+        """Return the breaker of pulls from a prefill engine, by its key."""
+        return self.pulls.get(prefill) or _WELL
+
+    def pulled(self, prefill: object, now_at: float, *, ok: bool) -> None:
+        """Note how a pull from a prefill engine has ended."""
+        if not ok:
+            self.pulls.setdefault(prefill, Breaker()).failed(now_at)
+        elif (breaker := self.pulls.get(prefill)) is not None:
+            breaker.succeeded(now_at)
+            if not breaker.num_failures:
+                del self.pulls[prefill]
+
+    def keep(self, prefills: Iterable[object]) -> None:
+        """Forget all other prefill engines."""
+        if self.pulls:
+            self.pulls = {key: self.pulls[key] for key in prefills if key in self.pulls}
 
 
-def state_of(engine: Engine, health: Health, now_at: float) -> HealthState:
-    """Return the state of an engine's breaker; ``slow``: it works, but it gets tries alone."""
-    state = engine.breaker.state(now_at)
-    is_slow = health.slowness.get(engine.name, 1.0) > SLOW_AT
-    return "slow" if state == "closed" and is_slow else state
-
-
-def may_pull(decode: Engine, prefill: Engine, now_at: float) -> bool:
-    """Tell whether ``decode`` may be handed KV blocks of ``prefill``, and pulls work."""
-    breaker = decode.pulls.get(prefill.key)
-    return decode.may_pull_from(prefill) and (breaker is None or breaker.takes(now_at))
+_WELL = Breaker()
+"""Is asked, and never told anything that would change it."""

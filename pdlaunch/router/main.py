@@ -54,12 +54,11 @@ from pdlaunch.protocol.process.bootstrap import LISTEN_BACKLOG, RouterSpec
 from pdlaunch.protocol.process.run_dirs import ADMIN_SOCKET, LaunchCard
 from pdlaunch.router.admin import listen_at_admin_socket
 from pdlaunch.router.app import RouterApp
-from pdlaunch.router.cost_policy import LeastCost
 from pdlaunch.router.engine_client import EngineClient, EngineTimeouts, keys_of_launch
 from pdlaunch.router.membership import AnnouncedMembership, WatchedMembership
 from pdlaunch.router.membership_sources import follow_file, follow_name
 from pdlaunch.router.metrics import RouterMetrics
-from pdlaunch.router.policy import Policy
+from pdlaunch.router.policy import RoutingLimits
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.state import RecoverySettings, RouterState
 from pdlaunch.router.supervisor_link import Question, SupervisorLink
@@ -124,7 +123,7 @@ async def run_in_launch(supervised: Supervised) -> None:
     spec, certificate = fit(bootstrap.router), bootstrap.keys.certificate
     membership, link = AnnouncedMembership(), SupervisorLink(supervised.send)
     state = RouterState(
-        EnginePool(time.monotonic, new_policy(spec)),
+        EnginePool(time.monotonic, routing_limits(spec)),
         EngineClient(
             keys_of_launch(bootstrap.keys.http_token, bootstrap.engine_api_key),
             EngineTimeouts(),
@@ -212,7 +211,7 @@ class LoneRouter:
     def __init__(self, spec: AloneSpec) -> None:
         self._spec = spec
         self._router_spec = router = fit(spec.router)
-        pool = EnginePool(time.monotonic, new_policy(router))
+        pool = EnginePool(time.monotonic, routing_limits(router))
         metrics = RouterMetrics(router.served_model_name)
         self._membership = WatchedMembership(spec.watch, lambda: pool.engines, metrics.sent_canary)
         self._state = RouterState(
@@ -310,10 +309,10 @@ def answer_alone(membership: WatchedMembership, asked: Question) -> Restarting |
             return Answered(question=number, engine=name)
 
 
-def new_policy(spec: RouterSpec) -> Policy:
-    """Return the policy that keeps to the settings of a router."""
-    return LeastCost(
-        prefers_pairs=not spec.by_cost,
+def routing_limits(spec: RouterSpec) -> RoutingLimits:
+    """Return the settings of ``routing`` as the policy reads them."""
+    return RoutingLimits(
+        pairs_only=not spec.by_cost,
         max_ttft_s=None if spec.max_ttft_ms is None else spec.max_ttft_ms / 1000,
         max_itl_s=None if spec.max_itl_ms is None else spec.max_itl_ms / 1000,
     )

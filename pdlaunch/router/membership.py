@@ -293,7 +293,7 @@ class WatchedMembership:
         engine = self._engine(watched.member.name)
         before, watched.num_failures = (
             watched.num_failures,
-            0 if engine is None else engine.breaker.num_failures,
+            0 if engine is None else engine.health.num_failures,
         )
         name, counts = watched.member.name, watched.counts
         if watched.member.role == "decode" and counts and watched.failed_reads.look(counts):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Literal, get_args
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import CounterMetricFamily, Metric
@@ -16,9 +16,7 @@ from pdlaunch.observe.histograms import INTER_TOKEN_BUCKETS_S
 from pdlaunch.observe.metrics import RequestMetrics, render_metrics
 from pdlaunch.protocol.control import EndReason, ListedState, PairReady
 from pdlaunch.protocol.transfer import join_paths
-from pdlaunch.router.breaker import BreakerState
 from pdlaunch.router.continuation import LOST_REASONS
-from pdlaunch.router.cost_model import RouteKind
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import EngineClient
 from pdlaunch.router.health import HealthState
@@ -26,10 +24,7 @@ from pdlaunch.router.membership import CanaryOutcome
 from pdlaunch.router.metrics_page import MetricFamilies
 from pdlaunch.router.policy import Hop
 
-_ERROR_BUCKETS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0)
 logger = logging.getLogger(__name__)
-
-EarlyOutcome = Literal["used", "dropped"]
 
 
 class RouterMetrics:
@@ -86,7 +81,7 @@ class RouterMetrics:
             "pdlaunch_router_engine_health",
             (
                 "1 for the state of each engine's breaker: closed, open (it has failed requests "
-                "and gets none), half_open (one is tried), slow (one now and then)."
+                "and gets none), half_open (one is tried)."
             ),
             ("engine", "state"),
             registry=registry,
@@ -97,24 +92,9 @@ class RouterMetrics:
             ("prefill", "decode", "state"),
             registry=registry,
         )
-        self._tries = Counter(
-            "pdlaunch_router_tries",
-            "Requests sent to engines that were left out, to see whether they work again.",
-            ("engine",),
-            registry=registry,
-        )
         self._too_late = Counter(
             "pdlaunch_router_deadlines_refused",
-            "Requests refused at once because no route was estimated to meet their deadline.",
-            registry=registry,
-        )
-        self._early_decodes = Counter(
-            "pdlaunch_router_early_decodes",
-            (
-                "Decode engines told of a prompt while prefill computed it, by whether their "
-                "answer was used."
-            ),
-            ("outcome",),
+            "Requests refused at once because prompts before them take longer than their deadline.",
             registry=registry,
         )
         self._releases = Counter(
@@ -143,26 +123,10 @@ class RouterMetrics:
         self._routes = Counter(
             "pdlaunch_router_routes",
             (
-                "Prompts by the route that was chosen: a pair of engines, one engine of a role "
-                "alone, or least_work where costs are not known or an engine has failed."
+                "Prompts by the route that was chosen: a pair of engines, or one engine of a role "
+                "alone."
             ),
             ("kind",),
-            registry=registry,
-        )
-        self._takeovers = Counter(
-            "pdlaunch_router_takeovers",
-            (
-                "Prompts that waited at a prefill engine and were asked back for another engine, "
-                "and those that it had not begun and gave back (taken)."
-            ),
-            ("outcome",),
-            registry=registry,
-        )
-        self._estimate_errors = Histogram(
-            "pdlaunch_router_estimate_relative_error",
-            "Error of the estimated time to the first token, as a share of the time it took.",
-            ("kind",),
-            buckets=_ERROR_BUCKETS,
             registry=registry,
         )
         self._pairs = Gauge(
@@ -187,23 +151,11 @@ class RouterMetrics:
             self._lost_streams.labels(reason)
         for hop in get_args(Hop):
             self._retries.labels(hop)
-        for early in get_args(EarlyOutcome):
-            self._early_decodes.labels(early)
         for canary in get_args(CanaryOutcome):
             self._canaries.labels(canary)
 
-    def routed(self, kind: RouteKind) -> None:
+    def routed(self, kind: str) -> None:
         self._routes.labels(kind).inc()
-
-    def asked_to_withdraw(self) -> None:
-        self._takeovers.labels("asked").inc()
-
-    def took_over(self) -> None:
-        self._takeovers.labels("taken").inc()
-
-    def estimated(self, kind: RouteKind, relative_error: float) -> None:
-        """Count an estimate of the time to a first token that has come."""
-        self._estimate_errors.labels(kind).observe(relative_error)
 
     def show_engines(self, engines: Mapping[str, str]) -> None:
         """Show the present states of engines, which are by name."""
@@ -218,7 +170,7 @@ class RouterMetrics:
     def show_health(
         self,
         engines: Mapping[str, HealthState],
-        pairs: Mapping[tuple[str, str], BreakerState],
+        pairs: Mapping[tuple[str, str], HealthState],
     ) -> None:
         """Show the states of the breakers of engines, by name, and of pairs."""
         self._health.clear()
@@ -227,11 +179,8 @@ class RouterMetrics:
             for each in get_args(HealthState):
                 self._health.labels(engine, each).set(each == state)
         for (prefill, decode), pair_state in pairs.items():
-            for each_state in get_args(BreakerState):
+            for each_state in get_args(HealthState):
                 self._pair_health.labels(prefill, decode, each_state).set(each_state == pair_state)
-
-    def tried(self, engine: str) -> None:
-        self._tries.labels(engine).inc()
 
     def refused_deadline(self) -> None:
         self._too_late.inc()
@@ -277,9 +226,6 @@ class RouterMetrics:
 
     def migrated(self) -> None:
         self._migrations.inc()
-
-    def told_early(self, outcome: EarlyOutcome) -> None:
-        self._early_decodes.labels(outcome).inc()
 
     def sent_canary(self, outcome: CanaryOutcome) -> None:
         self._canaries.labels(outcome).inc()

@@ -1,342 +1,362 @@
-"""Routing policies decide which engines serve a prompt.
+"""Chooses the engines of a prompt by what waits at each of them.
 
-Everything that a policy may look at is an argument, the clock too, and it changes none of it; what
-it may keep is a memory of its own choices. So it can be tested by properties, and a simulator can
-replay it on a clock of its own.
+::
+
+    pair    wait at prefill │ compute │ hand over │ tokens at decode
+    local   wait at decode  │ compute │ tokens at the same engine
+
+A pair is what a deployment is for, so it comes first. A prompt is computed at the decode engine
+when little of it has to be computed there, or when that is done before the prefill engine begins.
+Load is counted in tokens: those of prompts that wait, and those that streams hold in the KV cache.
+Everything that the choice depends on is an argument.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Literal, Protocol
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import msgspec
 
 from pdlaunch.config.roles import Role
-from pdlaunch.protocol.control import Capabilities, PairReady
-from pdlaunch.router.cost_model import Estimate, RouteKind
+from pdlaunch.protocol.control import Capabilities
 from pdlaunch.router.engine import Engine, EngineKey
-from pdlaunch.router.health import Health, may_pull, survey
-from pdlaunch.router.prefix_index import PrefixHashes
+from pdlaunch.router.prefix_index import PrefixHashes, ServedPrefixes
 
 Hop = Literal["prefill", "decode"]
+Need = Literal["goes_on", "gives_first_token"]
+"""A capability that an engine must have."""
 
-Need = Literal["goes_on", "gives_first_token", "awaits_lease"]
-"""Names a capability that an engine must have."""
-NO_NEEDS: frozenset[Need] = frozenset()
-WAITS: frozenset[Need] = frozenset({"awaits_lease"})
-MAX_QUEUED = 8
-"""Decode is told early only of prompts behind at most so many at the prefill engine.
-
-A prompt further behind would keep decode waiting, and that time counts as decode's work.
+SHORT_TOKENS = 64
+"""A decode engine computes up to this many uncached tokens itself: a hand-over would take longer.
+On one H200 a step with 64 tokens of a prompt takes 1.3 ms longer, a hand-over 12 ms.
+"""
+LEAST_SPEED = 0.25
+"""An engine is taken to be at least this fast, as a share of the fastest one, so that one measured
+while it warmed up is asked again.
+"""
+MARGIN = 0.5
+"""A prompt is computed where it is decoded only if its first token comes sooner there by this share
+of its computation, which keeps the streams of that engine waiting.
+"""
+KV_WEIGHT = 1 / 32
+"""Uncached prompt tokens to which a token in the KV cache amounts: a stream makes every later step
+a little longer. Simulated (docs/measurements/routing.md): with 1/8, TTFT p99 of bursts is 20 %
+worse; with 1/64, ITL p99 doubles at 50 requests a second.
 """
 
 
-class RoutingRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """Describes a prompt, and how far it has come, to a policy."""
+class RoutingLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """Holds the settings of ``routing``."""
 
-    hop: Hop
-    """``prefill``: nobody has computed anything. ``decode``: one engine is to do all that is left,
-    with or without blocks of a prefill engine.
-    """
+    pairs_only: bool = False
+    max_ttft_s: float | None = None
+    max_itl_s: float | None = None
+
+
+class RoutingRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Describes to the policy what is left to do of a prompt."""
+
     num_prompt_tokens: int = 0
-    """Estimated length of the prompt."""
+    """Estimated."""
     max_tokens: int | None = None
-    num_choices: int = 1
-    expected_tokens: float | None = None
-    """Output tokens as they are to be expected; None: ``max_tokens``."""
-    least_tokens: float | None = None
-    """Output tokens of a short answer; None: it may have a single one."""
     prefix: PrefixHashes = ()
-    """Stands for the prompt or messages as the client wrote them."""
     wants_pair: bool = False
-    """The client asks for a pair of engines, whatever that costs."""
+    """The client asks for a pair of engines."""
     is_suspect: bool = False
     """A rank may have died of it."""
+    is_begun: bool = False
+    """One engine has to do all that is left: the prompt is computed, or attempts at pairs are used
+    up.
+    """
+    holder: Engine | None = None
+    """The prefill engine whose blocks of this prompt can still be pulled."""
     tried: frozenset[EngineKey] = frozenset()
-    """Engines that failed this prompt and are not to be asked again now."""
-    needs: frozenset[Need] = NO_NEEDS
-    """The next engine must be able to do this."""
-    prefill: str = ""
-    """The engine that has computed the prompt and holds its KV blocks; empty: none does."""
-    left_s: float | None = None
-    """Time until the deadline that its client has stated; None: it has not."""
+    """Engines that failed this prompt and are not to be asked now."""
+    needs: frozenset[Need] = frozenset()
+    """What the engine that goes on must be able to do."""
     alone: str = ""
     """The reason why engines that need proof cannot share the request; empty: they can."""
 
 
 class Route(msgspec.Struct, frozen=True, kw_only=True):
-    """Names the engines that a policy has chosen, and why."""
+    """Names the engines that the policy has chosen, and why."""
 
     reason: str
-    """Says for people and logs why these engines were chosen."""
     prefill: Engine | None = None
     """Computes the prompt and hands it over; None: the decode engine does all."""
     decode: Engine | None = None
-    """With a prefill engine: the one that is told of the prompt while that computes, None: decode
-    is chosen afterwards. Alone: the one that is asked now, None: nobody can be asked.
-    """
-    planned: Engine | None = None
-    """The decode engine that is meant to go on, whether it is told early or not; None: any."""
-    estimate: Estimate | None = None
-    """The estimated costs of the route; None: it was chosen without."""
-    alternatives: tuple[Estimate, ...] = ()
-    """The best route of each other kind."""
-    too_late: Estimate | None = None
-    """The first to end of all routes, where even that misses the deadline: no engine is named."""
-    tries: frozenset[str] = frozenset()
-    """Names of engines that were left out until now: the request shows whether they work again."""
+    """None: no engine can be asked."""
+    is_fallback: bool = False
+    """A pair was wanted, but none can take the prompt."""
+    wait_s: float = 0.0
+    """How long other prompts keep the first engine busy; 0 where its speed is not known."""
     left_out: Mapping[str, str] = {}
     """Engines that get nothing new, and why."""
 
     @property
-    def kind(self) -> RouteKind:
-        return "least_work" if self.estimate is None else self.estimate.kind
+    def engines(self) -> tuple[Engine, ...]:
+        return tuple(engine for engine in (self.prefill, self.decode) if engine is not None)
+
+    @property
+    def kind(self) -> str:
+        """Return ``pair``, or the role of the one engine."""
+        if self.prefill is not None:
+            return "pair"
+        return "none" if self.decode is None else self.decode.role or "both"
 
     @property
     def name(self) -> str:
-        """Return the names of the engines in their order."""
-        if self.estimate is not None:
-            return self.estimate.route
-        engines = (self.prefill, self.decode)
-        return "->".join(engine.name for engine in engines if engine is not None)
-
-    @property
-    def explained(self) -> str:
-        """Return reason, estimates and alternatives in one line."""
-        if self.estimate is None:
-            return self.reason
-        told = [_tell(estimate) for estimate in (self.estimate, *self.alternatives)]
-        return f"{self.reason}: {', else '.join(told)}"
+        return "->".join(engine.name for engine in self.engines)
 
     def __str__(self) -> str:
-        engines = (self.prefill, self.decode)
-        names = [engine.name for engine in engines if engine is not None]
-        return f"{' -> '.join(names) or 'no engine'}: {self.reason}"
+        return f"{self.name or 'no engine'}: {self.reason}"
 
 
-class PrefixIndex(Protocol):
-    """Knows approximately what the engines' prefix caches hold."""
+class _Offer(NamedTuple):
+    """When an engine would have computed the prompt."""
 
-    def num_cached_tokens(self, engine: Engine, prefix: PrefixHashes) -> int:
-        """Return how many tokens of the prefix this engine need not compute."""
+    engine: Engine
+    num_tokens: int
+    """Uncached tokens of the prompt."""
+    wait_s: float
+    compute_s: float
 
+    @property
+    def first_token_s(self) -> float:
+        return self.wait_s + self.compute_s
 
-class NoIndex:
-    """Knows nothing, as a PrefixIndex."""
-
-    def num_cached_tokens(self, engine: Engine, prefix: PrefixHashes) -> int:
-        return 0
-
-
-class Policy(Protocol):
-    """Chooses the engines of a prompt, again for each hop and after each failure."""
-
-    def choose(
-        self,
-        request: RoutingRequest,
-        engines: Sequence[Engine],
-        pairs: Sequence[PairReady],
-        index: PrefixIndex,
-        now_at: float,
-    ) -> Route:
-        """Return the route. ``pairs``: proven paths between ranks; ``now_at``: the pool's clock."""
-
-    def take_over(
-        self,
-        request: RoutingRequest,
-        prefill: Engine,
-        engines: Sequence[Engine],
-        pairs: Sequence[PairReady],
-        index: PrefixIndex,
-        now_at: float,
-    ) -> Route | None:
-        """Return the route of one engine for a prompt that waits last at ``prefill``; None: it
-        stays there.
-        """
+    @property
+    def cost_s(self) -> float:
+        """Return the time to the first token, and what the streams there make of it later."""
+        per_token_s = self.compute_s / self.num_tokens
+        return self.first_token_s + KV_WEIGHT * self.engine.kv_tokens * per_token_s
 
 
-class LeastWork:
-    """Gives each hop to the ready engine of its role with the least outstanding work.
+def choose(
+    request: RoutingRequest,
+    engines: Sequence[Engine],
+    index: ServedPrefixes,
+    now_at: float,
+    limits: RoutingLimits,
+) -> Route:
+    """Return the route for what is left of a request."""
+    left_out = {
+        engine.name: engine.health.why(now_at)
+        for engine in engines
+        if engine.ready and not engine.health.takes(now_at)
+    }
+    route = _choose(request, engines, index, now_at, limits)
+    return msgspec.structs.replace(route, left_out=left_out) if left_out else route
 
-    Work is prompt tokens for prefill and active streams for decode. Pairs come first; where none
-    can take a prompt, an engine of both roles does all of it. A role is a preference: where nobody
-    else is left, any engine serves. Engines that fail or are slow (``health.py``) are the last
-    choice, those that fail least first, until a try is due.
-    """
 
-    def choose(
-        self,
-        request: RoutingRequest,
-        engines: Sequence[Engine],
-        pairs: Sequence[PairReady],
-        index: PrefixIndex,
-        now_at: float,
-    ) -> Route:
-        health = survey(engines, now_at)
-        route = self._choose(request, engines, health, now_at)
-        named = {one.name for one in (route.prefill, route.decode) if one is not None}
-        return msgspec.structs.replace(
-            route, left_out=health.left_out, tries=health.wants_try & named
+def _choose(
+    request: RoutingRequest,
+    engines: Sequence[Engine],
+    index: ServedPrefixes,
+    now_at: float,
+    limits: RoutingLimits,
+) -> Route:
+    speeds = [engine.tokens_per_s for engine in engines if engine.tokens_per_s]
+    fastest = max(speeds, default=1.0)
+
+    def offer(engine: Engine) -> _Offer:
+        speed = max(engine.tokens_per_s or fastest, LEAST_SPEED * fastest)
+        num_cached = index.num_cached_tokens(engine, request.prefix)
+        num_tokens = max(1, request.num_prompt_tokens - num_cached)
+        return _Offer(
+            engine, num_tokens, engine.waiting_tokens(now_at, speed) / speed, num_tokens / speed
         )
 
-    def _choose(
-        self, request: RoutingRequest, engines: Sequence[Engine], health: Health, now_at: float
-    ) -> Route:
-        if request.hop == "decode":
-            return _serve_alone(request, engines, health, now_at)
-        if request.max_tokens == 1:
-            return Route(reason="one token needs no decode engine")
-        if not any(engine.ready and engine.role == "decode" for engine in engines):
-            return Route(reason="no decode engine is ready")
-        if request.alone and any(engine.capabilities.needs_proof for engine in engines):
-            return Route(reason=request.alone)
-        able = list(_with_pullers(engines, now_at))
-        prefill = least_work(able, "prefill", health, strict=True, tried=request.tried)
-        if prefill is None:
-            is_left = any(engine.ready and engine.role == "prefill" for engine in engines)
-            return Route(reason=f"no {'pair is proven' if is_left else 'prefill engine is ready'}")
-        return Route(
-            reason="least work",
-            prefill=prefill,
-            decode=_told_early(request, prefill, engines, health, now_at),
-        )
-
-    def take_over(
-        self,
-        request: RoutingRequest,
-        prefill: Engine,
-        engines: Sequence[Engine],
-        pairs: Sequence[PairReady],
-        index: PrefixIndex,
-        now_at: float,
-    ) -> Route | None:
-        return None  # nobody knows what it would gain
-
-
-def _tell(estimate: Estimate) -> str:
-    return (
-        f"{estimate.route} first token {estimate.first_token_s * 1000:.1f} ms, "
-        f"all {estimate.total_s * 1000:.0f} ms, others +{estimate.delay_s * 1000:.1f} ms"
+    why_no_pair = _why_no_pair(request, engines)
+    if not why_no_pair:
+        pair = _best_pair(request, engines, offer, now_at)
+        if pair is not None:
+            first, decode = pair
+            local = _best_local(request, engines, offer, now_at, limits)
+            if local is not None and (reason := _why_local(local, first, limits, bool(speeds))):
+                return Route(
+                    decode=local.engine, reason=reason, wait_s=local.wait_s if speeds else 0.0
+                )
+            return Route(
+                prefill=first.engine,
+                decode=decode,
+                reason="the pair that waits least",
+                wait_s=first.wait_s if speeds else 0.0,
+            )
+        is_there = any(engine.ready and engine.role == "prefill" for engine in engines)
+        why_no_pair = "no pair is proven" if is_there else "no prefill engine is ready"
+    alone = _alone(request, engines, offer, now_at)
+    if alone is None:
+        return Route(reason="no engine is ready")
+    return Route(
+        decode=alone,
+        reason=why_no_pair,
+        is_fallback=not request.is_begun and request.max_tokens != 1,
+        wait_s=0.0 if request.is_begun or not speeds else offer(alone).wait_s,
     )
 
 
-def least_work(
-    engines: Sequence[Engine],
-    role: Role,
-    health: Health,
-    *,
-    strict: bool = False,
-    tried: Collection[EngineKey] = (),
-    needs: Collection[Need] = NO_NEEDS,
-) -> Engine | None:
-    """Return the engine with the least work for ``role``, None when none can take it.
+def _why_no_pair(request: RoutingRequest, engines: Iterable[Engine]) -> str:
+    if request.is_begun:
+        name = None if request.holder is None else request.holder.name
+        return f"takes over what {name} has computed" if name else "goes on with what is left"
+    if request.max_tokens == 1:
+        return "one token needs no decode engine"
+    if not any(engine.ready and engine.role == "decode" for engine in engines):
+        return "no decode engine is ready"
+    if request.alone and any(engine.capabilities.needs_proof for engine in engines):
+        return request.alone
+    return ""
 
-    ``strict``: only engines of this role, and none that is left out.
+
+def _best_pair(
+    request: RoutingRequest,
+    engines: Sequence[Engine],
+    offer: Callable[[Engine], _Offer],
+    now_at: float,
+) -> tuple[_Offer, Engine] | None:
+    """Return the prefill engine that has the first token soonest, and the emptiest decode engine of
+    those that may pull from it.
+    """
+    usable = [engine for engine in engines if _takes(request, engine, now_at)]
+    decodes = [engine for engine in usable if engine.role == "decode"]
+    pullers = {
+        engine.name: able
+        for engine in usable
+        if engine.role == "prefill"
+        and engine.key not in request.tried
+        and (able := [decode for decode in decodes if may_pull(decode, engine, now_at)])
+    }
+    if not pullers:
+        return None
+    first = min(
+        (offer(engine) for engine in usable if engine.name in pullers),
+        key=lambda one: (
+            not one.engine.health.wants_try(now_at),
+            one.first_token_s,
+            one.engine.num_picks,
+        ),
+    )
+    decode = min(
+        pullers[first.engine.name],
+        key=lambda one: (
+            not one.health.wants_try(now_at),
+            one.kv_tokens,
+            one.num_streams,
+            one.num_picks,
+        ),
+    )
+    return first, decode
+
+
+def _best_local(
+    request: RoutingRequest,
+    engines: Sequence[Engine],
+    offer: Callable[[Engine], _Offer],
+    now_at: float,
+    limits: RoutingLimits,
+) -> _Offer | None:
+    """Return the engine that would compute the prompt soonest where it decodes it."""
+    if limits.pairs_only or request.wants_pair or request.is_suspect or request.tried:
+        return None
+    prefills = [engine for engine in engines if engine.ready and engine.role == "prefill"]
+    gpus = {device for engine in prefills for device in engine.devices} - {"cpu"}
+    places = {engine.place for engine in prefills}
+    unknown = {engine.place for engine in prefills if not engine.devices}
+
+    def has_own_gpu(engine: Engine) -> bool:
+        """Return whether no prefill engine is on its GPU; on one host any may be, if unknown."""
+        if not engine.devices:
+            return engine.place not in places
+        return gpus.isdisjoint(engine.devices) and not (unknown and engine.place in unknown)
+
+    offers = [
+        offer(engine)
+        for engine in engines
+        if engine.role != "prefill"
+        and _takes(request, engine, now_at)
+        and has_own_gpu(engine)
+        and covers(engine.capabilities, request.needs)
+    ]
+    return min(
+        offers,
+        key=lambda one: (one.cost_s, one.engine.num_picks),
+        default=None,
+    )
+
+
+def _why_local(local: _Offer, first: _Offer, limits: RoutingLimits, is_measured: bool) -> str:
+    """Return why the prompt is computed where it is decoded; empty: it is not."""
+    has_streams = local.engine.num_streams > 0
+    longest_s = limits.max_itl_s
+    if is_measured and has_streams and longest_s is not None and local.compute_s > longest_s:
+        return ""
+    if local.num_tokens <= SHORT_TOKENS and local.wait_s <= first.first_token_s:
+        return "little is left to compute"
+    if local.cost_s + MARGIN * local.compute_s <= first.first_token_s:
+        return "the prefill queue is longer"
+    most_s = limits.max_ttft_s
+    if is_measured and most_s is not None and local.first_token_s <= most_s < first.first_token_s:
+        return "keeps max_ttft_ms"
+    return ""
+
+
+def _alone(
+    request: RoutingRequest,
+    engines: Sequence[Engine],
+    offer: Callable[[Engine], _Offer],
+    now_at: float,
+) -> Engine | None:
+    """Return the engine that does all that is left; in need any engine serves, whatever its role
+    and its last failures.
     """
     candidates = [
         engine
         for engine in engines
         if engine.ready
-        and engine.key not in tried
-        and covers(engine.capabilities, needs)
-        and not (strict and (engine.role != role or engine.name not in health.usable))
+        and engine.key not in request.tried
+        and covers(engine.capabilities, request.needs)
     ]
-    return min(candidates, key=lambda engine: _rank(engine, role, health), default=None)
+    holder = request.holder
+    if holder is not None and (holder.capabilities.needs_proof or holder.peers is not None):
+        pullers = [
+            engine
+            for engine in candidates
+            if engine.role == "decode"
+            and _takes(request, engine, now_at)
+            and may_pull(engine, holder, now_at)
+        ]
+        candidates = pullers or candidates
+    role: Role = "decode"
+    if request.max_tokens == 1:
+        role = "prefill"
+    elif holder is None and any(engine.role == "both" for engine in candidates):
+        role = "both"
+
+    def rank(engine: Engine) -> tuple[float, ...]:
+        takes = _takes(request, engine, now_at)
+        trouble = 0 if takes else 1 + engine.health.num_failures
+        # What is wrong with an engine outweighs a wrong role: any can do the work of the other.
+        distance = 0 if engine.role == role else 1 if engine.role == "both" else 2
+        is_try = takes and engine.health.is_tripped
+        cost = engine.kv_tokens if holder is not None else offer(engine).cost_s
+        return trouble, distance, not is_try, cost, engine.num_streams, engine.num_picks
+
+    return min(candidates, key=rank, default=None)
+
+
+def _takes(request: RoutingRequest, engine: Engine, now_at: float) -> bool:
+    """Return whether an engine gets requests; one that has failed some gets a new one as a try."""
+    health = engine.health
+    return engine.ready and (health.takes(now_at) if not request.tried else not health.is_tripped)
 
 
 def covers(has: Capabilities, needs: Collection[Need]) -> bool:
-    """Tell whether an engine can do everything that is needed."""
+    """Return whether an engine can do everything that is needed."""
     return all(getattr(has, need) for need in needs)
 
 
-def _with_pullers(engines: Sequence[Engine], now_at: float) -> Iterator[Engine]:
-    """Yield the engines whose KV blocks a ready decode engine may be handed."""
-    pullers = {
-        engine.name: engine for engine in engines if engine.ready and engine.role == "decode"
-    }
-    for engine in engines:
-        names = pullers if engine.peers is None else engine.peers & pullers.keys()
-        if any(may_pull(pullers[name], engine, now_at) for name in names):
-            yield engine
-
-
-def _serve_alone(
-    request: RoutingRequest,
-    engines: Sequence[Engine],
-    health: Health,
-    now_at: float,
-) -> Route:
-    role = _role_alone(request, engines)
-    prefill = next((engine for engine in engines if engine.name == request.prefill), None)
-    if prefill is not None and (prefill.capabilities.needs_proof or prefill.peers is not None):
-        able = [engine for engine in engines if may_pull(engine, prefill, now_at)]
-        puller = least_work(
-            able, "decode", health, strict=True, tried=request.tried, needs=request.needs
-        )
-        if puller is not None:
-            return Route(decode=puller, reason=f"least work of those proven with {prefill.name}")
-    engine = least_work(engines, role, health, tried=request.tried, needs=request.needs)
-    if engine is None:
-        return Route(reason="no engine is ready")
-    reason = "least work" if engine.role == role else f"no {role} engine is ready"
-    return Route(decode=engine, reason=reason)
-
-
-def _role_alone(request: RoutingRequest, engines: Sequence[Engine]) -> Role:
-    """Return the role of engines that are best for all that is left of a request."""
-    if request.max_tokens == 1:
-        return "prefill"
-    if request.prefill:
-        return "decode"
-    has_both = any(
-        engine.role == "both"
-        and engine.ready
-        and engine.key not in request.tried
-        and covers(engine.capabilities, request.needs)
-        for engine in engines
-    )
-    return "both" if has_both else "decode"
-
-
-def _told_early(
-    request: RoutingRequest,
-    prefill: Engine,
-    engines: Sequence[Engine],
-    health: Health,
-    now_at: float,
-) -> Engine | None:
-    if not may_tell_early(request, prefill):
-        return None
-    pullers = [engine for engine in engines if may_pull(engine, prefill, now_at)]
-    return least_work(pullers, "decode", health, strict=True, needs=WAITS)
-
-
-def may_tell_early(request: RoutingRequest, prefill: Engine) -> bool:
-    """Tell whether decode may be told of the prompt while this engine computes it."""
-    return not (
-        request.is_suspect
-        or request.num_choices > 1
-        or prefill.num_works > MAX_QUEUED
-        or prefill.lender is None
-        or not covers(prefill.capabilities, WAITS)
-    )
-
-
-def _rank(engine: Engine, role: Role, health: Health) -> tuple[int, int, bool, int, int, int]:
-    """Return a key whose smallest value is best; engines of equal work take turns."""
-    work = (
-        (engine.num_prompt_tokens, engine.num_streams)
-        if role == "prefill"
-        else (engine.num_streams, engine.num_prompt_tokens)
-    )
-    # What is wrong with an engine outweighs a wrong role: any can do the work of the other role.
-    is_usable = engine.name in health.usable
-    trouble = 0 if is_usable else 1 + engine.breaker.is_tripped * engine.breaker.num_failures
-    is_tried = engine.name in health.wants_try
-    return (trouble, _distance(engine, role), not is_tried, *work, engine.num_picks)
-
-
-def _distance(engine: Engine, role: Role) -> int:
-    """Return 0 for an engine of the role; of others, those of both roles are next."""
-    return 0 if engine.role == role else 1 if engine.role == "both" else 2
+def may_pull(decode: Engine, prefill: Engine, now_at: float) -> bool:
+    """Return whether ``decode`` may be handed KV blocks of ``prefill``, and pulls work."""
+    return decode.may_pull_from(prefill) and decode.health.pull(prefill.key).takes(now_at)

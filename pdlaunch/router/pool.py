@@ -9,25 +9,11 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 
-import msgspec
-
 from pdlaunch.config.roles import PAIR, Role
 from pdlaunch.protocol.control import Entry, ListedState, PairReady, PairSuspect, Registry
-from pdlaunch.router.answer_lengths import AnswerLengths
-from pdlaunch.router.breaker import Breaker, BreakerState
-from pdlaunch.router.cost_policy import LeastCost
-from pdlaunch.router.engine import Engine, EngineKey, Lender, Processes
-from pdlaunch.router.health import Health, HealthState, state_of, survey
-from pdlaunch.router.pace import SLOW_TRY_S
-from pdlaunch.router.policy import (
-    NO_NEEDS,
-    Need,
-    Policy,
-    Route,
-    RoutingRequest,
-    covers,
-    least_work,
-)
+from pdlaunch.router.engine import Engine, EngineKey, Processes
+from pdlaunch.router.health import HealthState
+from pdlaunch.router.policy import Need, Route, RoutingLimits, RoutingRequest, choose, covers
 from pdlaunch.router.prefix_index import ServedPrefixes
 
 IDLE_POLL_S = 0.05
@@ -39,13 +25,12 @@ class EnginePool:
     def __init__(
         self,
         clock: Callable[[], float],
-        policy: Policy | None = None,
+        limits: RoutingLimits | None = None,
         index: ServedPrefixes | None = None,
     ) -> None:
         self.clock = clock
-        self._policy = policy or LeastCost()
+        self._limits = limits or RoutingLimits()
         self._index = index or ServedPrefixes()
-        self.answer_lengths = AnswerLengths()
         self._engines: dict[str, Engine] = {}
         self.pairs: Sequence[PairReady] = ()
         """The paths that are proven now."""
@@ -139,58 +124,43 @@ class EnginePool:
         self._index.keep(
             name for name, engine in self._engines.items() if engine.state != "sleeping"
         )
-        keys = {engine.key for engine in self._engines.values()}
+        keys = [engine.key for engine in self._engines.values()]
         for engine in self._engines.values():
-            engine.pulls = {key: engine.pulls[key] for key in engine.pulls if key in keys}
+            engine.health.keep(keys)
         self._roles_seen.update(engine.role for engine in self._engines.values())
         self.pairs = registry.pairs
         self.serving = registry.serving
 
     def route(self, request: RoutingRequest) -> Route:
-        """Have the policy choose, and count what it chose."""
+        """Have the policy choose, and count the choice."""
         now_at = self.clock()
-        route = self._policy.choose(
-            request, list(self._engines.values()), self.pairs, self._index, now_at
-        )
-        for engine in (route.prefill, route.decode):
-            if engine is not None:
-                engine.num_picks += 1
-        for engine in (route.prefill, route.decode, route.planned):
-            if engine is not None:
-                engine.breaker.asked(now_at)
-                if engine.name in route.tries:
-                    engine.pace.next_try_at = now_at + SLOW_TRY_S
-        if route.prefill is not None and route.planned is not None:
-            pulls = route.planned.pulls.get(route.prefill.key)
-            if pulls is not None:
-                pulls.asked(now_at)
+        route = choose(request, list(self._engines.values()), self._index, now_at, self._limits)
+        for engine in route.engines:
+            engine.num_picks += 1
+            engine.health.asked(now_at)
+        if route.prefill is not None and route.decode is not None:
+            route.decode.health.pull(route.prefill.key).asked(now_at)
         return route
 
     def pick_any(
         self, tried: Collection[EngineKey], can: Callable[[Engine], bool] = lambda _: True
     ) -> Engine | None:
-        """Return an engine that ``can`` take a call that computes nothing; None: there is no other
-        than those that were ``tried``.
-
-        Its answer would not show whether an engine that was left out works again: such an engine
-        is the last choice, and its try is left to a prompt.
+        """Return an engine for a call that computes nothing; None: there is no other than those
+        that were ``tried``. Engines that are left out come last.
         """
-        health = self.health()
-        usable = {name: health.usable[name] for name in health.usable.keys() - health.wants_try}
-        health = msgspec.structs.replace(health, usable=usable, wants_try=frozenset())
-        able = [engine for engine in self._engines.values() if can(engine)]
-        engine = least_work(able, "decode", health, tried=tried)
+        able = [
+            engine
+            for engine in self._engines.values()
+            if engine.ready and engine.key not in tried and can(engine)
+        ]
+        engine = min(
+            able,
+            key=lambda engine: (engine.health.is_tripped, engine.num_works, engine.num_picks),
+            default=None,
+        )
         if engine is not None:
             engine.num_picks += 1
         return engine
-
-    def take_over(self, request: RoutingRequest, prefill: Engine) -> Route | None:
-        """Return the route of an engine that would do a prompt sooner than the prefill engine at
-        which it waits last.
-        """
-        return self._policy.take_over(
-            request, prefill, list(self._engines.values()), self.pairs, self._index, self.clock()
-        )
 
     def num_new_tokens(self, engine: Engine, request: RoutingRequest) -> int:
         """Return how many tokens of a prompt an engine will probably compute."""
@@ -199,15 +169,14 @@ class EnginePool:
 
     def served(self, engine: Engine, request: RoutingRequest, num_output_tokens: int) -> None:
         """Note that an engine has the blocks of a prompt, and of so many tokens after it."""
-        if engine.costs is not None:
-            self._index.served(engine, request.prefix, request.num_prompt_tokens, num_output_tokens)
+        self._index.served(engine, request.prefix, request.num_prompt_tokens, num_output_tokens)
 
     @property
     def has_pairs(self) -> bool:
         """Tell whether there are prefill and decode engines, or were: the dead are not listed."""
         return self._roles_seen.issuperset(PAIR)
 
-    def has_ready(self, role: Role, needs: Collection[Need] = NO_NEEDS) -> bool:
+    def has_ready(self, role: Role, needs: Collection[Need] = ()) -> bool:
         """Tell whether some engine of this role can be given work."""
         return any(
             engine.ready and engine.role == role and covers(engine.capabilities, needs)
@@ -227,43 +196,35 @@ class EnginePool:
 
     def failed(self, engine: Engine) -> None:
         """Note that an engine has failed a request."""
-        engine.breaker.failed(self.clock())
+        engine.health.failed(self.clock())
 
     def answers(self, engine: Engine) -> None:
         """Note that a first token has come from an engine."""
-        engine.breaker.answers(self.clock())
+        engine.health.answers(self.clock())
 
     def succeeded(self, engine: Engine) -> None:
         """Note that the engine has answered."""
-        engine.breaker.succeeded(self.clock())
+        engine.health.succeeded(self.clock())
 
     def pulled(self, prefill: Engine, decode: Engine, *, ok: bool) -> None:
         """Note how a pull of ``decode`` from ``prefill`` has ended."""
-        if not ok:
-            decode.pulls.setdefault(prefill.key, Breaker()).failed(self.clock())
-        elif (breaker := decode.pulls.get(prefill.key)) is not None:
-            breaker.succeeded(self.clock())
-            if not breaker.num_failures:
-                del decode.pulls[prefill.key]
+        decode.health.pulled(prefill.key, self.clock(), ok=ok)
 
-    def pair_states(self) -> dict[tuple[str, str], BreakerState]:
+    def pair_states(self) -> dict[tuple[str, str], HealthState]:
         """Return the states of the pairs of which a pull has failed lately, prefill first."""
         names, now_at = {engine.key: engine.name for engine in self.engines}, self.clock()
         return {
-            (names[key], engine.name): breaker.state(now_at)
+            (name, engine.name): engine.health.pull(key).state(now_at)
             for engine in self.engines
-            for key, breaker in engine.pulls.items()
-            if key in names
+            if engine.health.pulls
+            for key, name in names.items()
+            if key in engine.health.pulls
         }
 
     def health_states(self) -> dict[str, HealthState]:
         """Return the states of all engines, by name."""
-        health, now_at = self.health(), self.clock()
-        return {engine.name: state_of(engine, health, now_at) for engine in self.engines}
-
-    def health(self) -> Health:
-        """Judge the engines as they are now."""
-        return survey(list(self._engines.values()), self.clock())
+        now_at = self.clock()
+        return {engine.name: engine.health.state(now_at) for engine in self.engines}
 
     def _renew(self, server: Entry, ranks: list[Entry], proofs: dict[str, int]) -> Engine:
         ready = self._is_ready(server, ranks)
@@ -291,7 +252,11 @@ class EnginePool:
         engine.times_ready += ready and not engine.ready
         engine.ready = ready
         engine.role = server.role
-        engine.lender = _find_lender(by_rank)
+        engine.devices = frozenset(
+            device if device == "cpu" else f"{entry.host}/{device}"
+            for entry in (server, *ranks)
+            for device in entry.devices
+        )
         engine.capabilities = server.capabilities
         engine.reason = server.reason
         engine.is_drained = server.withheld == "draining"
@@ -317,25 +282,6 @@ class EnginePool:
             and len(ranks) == ranks[0].tp_size
             and all(entry.state == "ready" for entry in ranks)
         )
-
-
-def _find_lender(by_rank: list[Entry]) -> Lender | None:
-    if not by_rank or not by_rank[0].engine_id:
-        return None
-    leader = by_rank[0]
-    host, _, port = leader.address.side_channel.removeprefix("tcp://").rpartition(":")
-    if not port.isdecimal():
-        return None
-    return (
-        Lender(
-            engine_id=leader.engine_id,
-            host=host.strip("[]"),
-            port=int(port),
-            tp_size=leader.tp_size,
-        )
-        if host
-        else None
-    )
 
 
 def _why_not_ready(server: Entry, ranks: list[Entry]) -> ListedState:

@@ -22,10 +22,12 @@ from pdlaunch.http.app import (
 from pdlaunch.http.errors import LEAVING_RETRY_AFTER_S, RETRY_AFTER_S, error_status, json_response
 from pdlaunch.http.headers import (
     REQUEST_ID_HEADER,
+    ROUTE_HEADER,
     SPANS_HEADER,
     TIMEOUT_HEADER,
     TRACEPARENT_HEADER,
     TRACESTATE_HEADER,
+    WANTS_PAIR,
     IgnoredFields,
     read_timeout_s,
     read_traceparent,
@@ -36,15 +38,13 @@ from pdlaunch.http.limits import (
     BodyBudget,
     Deadline,
     Deadlines,
-    Hold,
     LargeInputs,
     read_body,
 )
-from pdlaunch.http.sse import ClientStream, EventStream
-from pdlaunch.protocol.costs import ROUTE_HEADER, WANTS_PAIR
+from pdlaunch.http.sse import ClientStream
 from pdlaunch.protocol.ids import HopId, HttpRequestId
 from pdlaunch.protocol.process.bootstrap import RouterSpec
-from pdlaunch.router.answers import StreamedAnswer, WholeAnswer
+from pdlaunch.router.answers import ClientAnswer, StreamedAnswer, WholeAnswer
 from pdlaunch.router.client_request import (
     CHAT,
     COMPLETIONS,
@@ -53,11 +53,8 @@ from pdlaunch.router.client_request import (
     read_client_request,
 )
 from pdlaunch.router.engine import EngineKey
-from pdlaunch.router.engine_errors import EngineFailure
-from pdlaunch.router.generation import generate
-from pdlaunch.router.idempotency import Repeats, Work, read_idempotency_key
-from pdlaunch.router.prompt_progress import ChunkSink
-from pdlaunch.router.recovery import no_engine_ready
+from pdlaunch.router.engine_client import EngineFailure
+from pdlaunch.router.relay import answer_prompt, no_engine_ready
 from pdlaunch.router.request_book import record_of
 from pdlaunch.router.request_record import RequestRecord
 from pdlaunch.router.state import RouterState
@@ -79,22 +76,16 @@ class PromptEndpoints:
         self._deadlines = Deadlines(
             spec.request_timeout_s, shutting_down, retry_after_s=RETRY_AFTER_S
         )
-        self._repeats = Repeats()
         self._bodies = BodyBudget(spec.body_budget_bytes)
         self._inputs = LargeInputs()
         self._ignored_fields = IgnoredFields()
 
     def routes(self) -> list[AppRoute]:
         """Return the routes, which open with the clients' key."""
+        completions, chat = (partial(self._generate, one) for one in (COMPLETIONS, CHAT))
         return [
-            AppRoute(
-                "POST",
-                COMPLETIONS.path,
-                partial(self._generate, COMPLETIONS),
-                None,
-                COMPLETIONS_OPERATION,
-            ),
-            AppRoute("POST", CHAT.path, partial(self._generate, CHAT), None, CHAT_OPERATION),
+            AppRoute("POST", COMPLETIONS.path, completions, None, COMPLETIONS_OPERATION),
+            AppRoute("POST", CHAT.path, chat, None, CHAT_OPERATION),
             AppRoute("POST", "/tokenize", self._pass_on, None, TOKENIZE_OPERATION),
             AppRoute("POST", "/detokenize", self._pass_on, None, DETOKENIZE_OPERATION),
         ]
@@ -113,37 +104,25 @@ class PromptEndpoints:
             )
         with self._bodies.hold() as hold:
             body = await read_body(request, hold, max_bytes=self._spec.max_body_bytes)
-            return await self._answered(endpoint, request, body, hold)
+            client_request = await self._read(endpoint, request, body)
+            deadline = self._deadlines.start(read_timeout_s(request.headers.get(TIMEOUT_HEADER)))
+            record = record_of(request)
+            record.understood(client_request.fields.model, len(client_request.prompts))
+            if self._spec.log_content:
+                record.keep_content(bytes(client_request.prompts[0].text or b""))
+            with (
+                self._admission.admit(len(client_request.prompts)),
+                self._state.metrics.requests.in_flight.track_inprogress(),
+            ):
+                if client_request.stream:
+                    stream = ClientStream(request, {REQUEST_ID_HEADER: request_id_of(request)})
+                    await self._stream(client_request, stream, record, deadline)
+                    return stream.response
+                return await self._whole(client_request, record, deadline)
 
-    async def _answered(
-        self,
-        endpoint: Endpoint,
-        request: web.Request,
-        body: bytes,
-        hold: Hold,
-    ) -> web.StreamResponse:
-        """Answer a request whose body is here, or repeat the answer to its idempotency key."""
-        headers: dict[str, str] = {REQUEST_ID_HEADER: request_id_of(request)}
-        answer = partial(self._answer, endpoint, request, body)
-        key = read_idempotency_key(request.headers)
-        if key is not None:
-            # The run may outlive this client, and its body with it.
-            return await self._repeats.answer(
-                key, request, body, headers, partial(_keep_and, hold, len(body), answer)
-            )
-        stream = ClientStream(request, headers)
-        return await answer(stream) or stream.response
-
-    async def _answer(
-        self,
-        endpoint: Endpoint,
-        request: web.Request,
-        body: bytes,
-        stream: EventStream,
-    ) -> web.Response | None:
-        """Return the whole answer, or None when ``stream`` was told all of it."""
-        request_id, record = request_id_of(request), record_of(request)
-        client_request = await self._inputs.run(
+    async def _read(self, endpoint: Endpoint, request: web.Request, body: bytes) -> ClientRequest:
+        request_id = request_id_of(request)
+        return await self._inputs.run(
             len(body) >= LARGE_BODY_BYTES,
             partial(
                 read_client_request,
@@ -158,23 +137,11 @@ class PromptEndpoints:
                 has_own_fields=self._state.pool.has_own_fields,
             ),
         )
-        deadline = self._deadlines.start(read_timeout_s(request.headers.get(TIMEOUT_HEADER)))
-        record.understood(client_request.fields.model, len(client_request.prompts))
-        if self._spec.log_content:
-            record.keep_content(bytes(client_request.prompts[0].text or b""))
-        with (
-            self._admission.admit(len(client_request.prompts)),
-            self._state.metrics.requests.in_flight.track_inprogress(),
-        ):
-            if client_request.stream:
-                await self._stream(client_request, stream, record, deadline)
-                return None
-            return await self._whole(client_request, stream, record, deadline)
 
     async def _stream(
         self,
         client_request: ClientRequest,
-        stream: EventStream,
+        stream: ClientStream,
         record: RequestRecord,
         deadline: Deadline,
     ) -> None:
@@ -201,11 +168,7 @@ class PromptEndpoints:
             await answer.fail(error)
 
     async def _whole(
-        self,
-        client_request: ClientRequest,
-        stream: EventStream,
-        record: RequestRecord,
-        deadline: Deadline,
+        self, client_request: ClientRequest, record: RequestRecord, deadline: Deadline
     ) -> web.Response:
         answer = WholeAnswer(
             client_request,
@@ -216,20 +179,19 @@ class PromptEndpoints:
         async with deadline.guard():
             transcripts = await self._run(client_request, answer, record, deadline.wanted_at)
         headers = self._ignored_fields.headers(answer.ignored_fields) | answer.headers()
-        stream.add_headers(headers)  # a recording repeats them
         return json_response(answer.finish(transcripts), headers=headers)
 
     async def _run(
         self,
         client_request: ClientRequest,
-        sink: ChunkSink,
+        answer: ClientAnswer,
         record: RequestRecord,
         wanted_at: float | None,
     ) -> list[Transcript]:
         """Answer all prompts at once; the first error ends the others and is raised."""
         return await _together(
             [
-                generate(prompt, self._state, sink, record, wanted_at)
+                answer_prompt(prompt, self._state, answer, record, wanted_at)
                 for prompt in client_request.prompts
             ]
         )
@@ -260,17 +222,6 @@ class PromptEndpoints:
                 pool.failed(engine)
                 tried |= {engine.key}
         raise no_engine_ready("no engine is ready")
-
-
-async def _keep_and(
-    hold: Hold, num_bytes: int, answer: Work, stream: EventStream
-) -> web.Response | None:
-    """Answer with the room of the body kept; a client that left at once has given it back
-    already.
-    """
-    with hold.shared():
-        hold.grow_to(num_bytes)
-        return await answer(stream)
 
 
 def _hop_id(request_id: HttpRequestId, *, is_own: bool) -> HopId:

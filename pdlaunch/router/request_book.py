@@ -16,9 +16,8 @@ from pdlaunch.http.errors import json_response
 from pdlaunch.http.openapi import Operation
 from pdlaunch.protocol.ids import HttpRequestId
 from pdlaunch.protocol.requests import RequestList, RequestTrace
-from pdlaunch.router.leg import Leg
 from pdlaunch.router.otlp import OtlpExporter
-from pdlaunch.router.request_record import RequestRecord
+from pdlaunch.router.request_record import Leg, RequestRecord
 
 logger = logging.getLogger(__name__)
 

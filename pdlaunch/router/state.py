@@ -16,14 +16,13 @@ import msgspec
 from pdlaunch.errors import KillsEngineError
 from pdlaunch.http.headers import ORIGIN_HEADER, format_origin
 from pdlaunch.protocol.control import PairSuspect, Registry, Suspects
-from pdlaunch.protocol.ids import PromptOrigin
+from pdlaunch.protocol.ids import HopId, LeaseId, PromptOrigin
 from pdlaunch.protocol.status import Doubt
 from pdlaunch.router.engine import Engine, EngineKey
 from pdlaunch.router.engine_client import EngineClient
 from pdlaunch.router.event_log import EventLog
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
-from pdlaunch.router.takeover import WaitingPrompts
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +116,6 @@ class RouterState:
         self.metrics = metrics
         self.recovery = recovery
         self.suspects = SuspectBook()
-        self.waiting = WaitingPrompts(pool, client, metrics, self.spawn)
         self.events = EventLog(time.time)
         self.pair_failures: dict[tuple[str, str], str] = {}
         """The reason why a prefill and a decode engine could not work together the last time."""
@@ -186,6 +184,12 @@ class RouterState:
             Doubt(prefill=prefill, decode=decode, error=error)
             for (prefill, decode), error in self._doubts.items()
         ]
+
+    def release(self, engine: Engine, name: HopId | LeaseId) -> None:
+        """Tell a prefill engine that nobody will pull, if it is one that listens."""
+        if engine.capabilities.gives_first_token:
+            self.metrics.released()
+            self.spawn(self.client.release(engine, name))
 
     async def knows_engines(self) -> None:
         """Return once there has been a registry."""

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from pdlaunch.protocol.openai.responses import PromptTokensDetails, Usage
-from pdlaunch.router.engine_stream import Chunk
+from pdlaunch.router.engine_client import Chunk
 
 
 class ChoiceTranscript(msgspec.Struct):

@@ -65,13 +65,13 @@ def test_names_of_others_reach_no_terminal_as_commands(router: DeploymentServer)
 
 def test_engines_and_pairs_that_get_nothing_new_are_told(router: DeploymentServer) -> None:
     why = "3 requests in a row have failed"
-    out, slow = engine("decode-0", "decode", health="open", left_out=why), {"health": "slow"}
-    router.status = deployment(out, engine("decode-1", "decode", **slow))
+    out, trial = engine("decode-0", "decode", health="open", left_out=why), {"health": "half_open"}
+    router.status = deployment(out, engine("decode-1", "decode", **trial))
     pairs = [msgspec.structs.replace(pair, health="open") for pair in router.status.pairs]
     router.status = msgspec.structs.replace(router.status, pairs=pairs)
     output = run(router.url, columns=200).output
     (row,) = [line for line in output.splitlines() if "decode-1 " in line]
-    assert " slow " in row
+    assert " on trial " in row
     assert "decode-0 gets nothing new: 3 requests in a row have failed" in output
     assert "left out" in output
     assert "no pull is begun for a while" in output

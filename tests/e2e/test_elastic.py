@@ -8,8 +8,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from pdlaunch.http.headers import ROUTE_HEADER
 from pdlaunch.launch.client.deployment import running_deployment
-from pdlaunch.protocol.costs import ROUTE_HEADER
 from tests.e2e.api import complete_all
 from tests.e2e.conftest import default_environ
 from tests.e2e.tiny_models import VOCAB_SIZE, greedy, make_tiny_model

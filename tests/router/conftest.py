@@ -14,6 +14,7 @@ from pdlaunch.observe.metrics import render_metrics
 from pdlaunch.protocol.control import PairReady, PairSuspect, Registry
 from pdlaunch.protocol.process.bootstrap import RouterSpec
 from pdlaunch.router.app import RouterApp
+from pdlaunch.router.engine import Engine, Work
 from pdlaunch.router.engine_client import EngineClient, EngineTimeouts, keys_of_launch
 from pdlaunch.router.main import listen
 from pdlaunch.router.metrics import RouterMetrics
@@ -173,6 +174,11 @@ async def stand() -> AsyncIterator[Stand]:
     stand = Stand()
     yield stand
     await stand.close()
+
+
+def working(engine: Engine) -> Work:
+    """Count one stream at an engine for as long as the block runs."""
+    return Work(engine, time.monotonic, num_prompt_tokens=1, num_streams=1)
 
 
 def pair(*, ours: bool = True) -> list[FakeEngine]:

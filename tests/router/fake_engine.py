@@ -17,10 +17,7 @@ from pdlaunch.http.headers import IGNORED_FIELDS_HEADER, SPANS_HEADER
 from pdlaunch.observe.metrics import render_metrics
 from pdlaunch.protocol.changes import Withheld
 from pdlaunch.protocol.control import Address, Capabilities, Entry, ListedState
-from pdlaunch.protocol.costs import EngineCosts, EngineReport
 from tests.router.fake_generation import Job, Seen
-
-WITHDRAWN = {"message": "made up", "type": "server_error", "param": None, "code": "withdrawn"}
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -65,10 +62,6 @@ class FakeEngine:
         self.error_after: int | None = None
         self.hold_after: int | None = None
         self.hold_prefill = False
-        self.hold_lease = False
-        self.gives_back = True
-        """A prompt that ``hold_prefill`` holds is given back to a router that asks for it."""
-        self.asked_back: list[str] = []
         self.holding = asyncio.Event()
         self.go = asyncio.Event()
         self.ends: dict[int, int] = {}
@@ -78,12 +71,9 @@ class FakeEngine:
         self.healthy = True
         self.probed = asyncio.Event()
         self.hands_over = True
-        self.lenders: list[FakeEngine] = []
-        """It can be told of a prompt that one of these computes."""
-        self.wait_status: int | None = None
-        self.asked_to_wait = asyncio.Event()
         self.metrics = ServerMetrics(CollectorRegistry(), engine=name, role=role, model_name="tiny")
         self.host = ""
+        self.devices: tuple[str, ...] = ()
         self.metrics_page: str | None = None
         self.tells_metrics = asyncio.Event()
         self.tells_metrics.set()
@@ -91,9 +81,6 @@ class FakeEngine:
         """What it tells a router of its spans that asks for them."""
         self.unsent: dict[str, Any] = {}
         """Reports by id of requests that were aborted."""
-        self.waiting_tokens = 0
-        self.costs: EngineCosts | None = None
-        """What it has registered, and reports with each answer."""
         self.url = ""
         self._runner: web.AppRunner | None = None
 
@@ -107,7 +94,6 @@ class FakeEngine:
                 web.get("/health", self._health),
                 web.get("/metrics", self._metrics),
                 web.post("/pdlaunch/release", self._release),
-                web.post("/pdlaunch/withdraw", self._withdraw),
                 web.get("/pdlaunch/spans", self._unsent_spans),
                 web.post("/tokenize", self._tokenize),
                 web.post("/detokenize", self._detokenize),
@@ -147,13 +133,12 @@ class FakeEngine:
             incarnation=self.incarnation,
             engine=self.name,
             role=self.role,
+            devices=self.devices,
             address=Address(http=self.url),
             capabilities=Capabilities(
                 verifies=self.ours,
                 resumes=self.ours,
                 gives_first_token=self.ours,
-                awaits_lease=bool(self.lenders),
-                costs=self.costs,
             ),
             state=state,
             withheld=self.withheld,
@@ -227,22 +212,11 @@ class FakeEngine:
             }
             return web.json_response({"error": error}, status=400)
         job = Job(self, seen)
-        if job.awaits:
-            self.asked_to_wait.set()
-            if self.wait_status is not None:
-                return web.Response(
-                    status=self.wait_status, body=self.error_body, content_type="application/json"
-                )
-            await until(lambda: any(job.awaits in lender.leases for lender in self.lenders))
         if seen.body.get("stream") and not job.is_prefill:
             return await self._stream(request, job, self._reported(seen))
         if self.hold_prefill:
             self.holding.set()
             await self.go.wait()
-            if self.gives_back and seen.headers["X-Request-Id"] in self.asked_back:
-                return web.json_response({"error": WITHDRAWN}, status=503)
-        if seen.body.get("stream"):
-            return await self._stream_prefill(request, job, self._reported(seen))
         if self.die_after == 0:
             assert request.transport is not None
             request.transport.abort()
@@ -257,12 +231,6 @@ class FakeEngine:
         asked = seen.headers.get(SPANS_HEADER) == "1"
         return {"pdlaunch": self.report} if asked and self.report is not None else {}
 
-    def work(self) -> dict[str, Any]:
-        """Tell of work that another router has given it."""
-        if self.costs is None:
-            return {}
-        return {"pdlaunch_work": EngineReport(self.waiting_tokens, 0, 0, 999, self.costs)}
-
     def _told(self) -> dict[str, str]:
         told = self.ignored_fields
         return {} if told is None else {IGNORED_FIELDS_HEADER: told}
@@ -271,8 +239,8 @@ class FakeEngine:
         if body.get("temperature", 0) < 0:
             return "temperature must not be negative"
         params = body.get("kv_transfer_params") or {}
-        prefill, names_lease = params.get("do_remote_decode"), "pdlaunch" in params
-        if prefill and (body.get("max_tokens") != 1 or bool(body.get("stream")) != names_lease):
+        prefill = params.get("do_remote_decode")
+        if prefill and (body.get("max_tokens") != 1 or body.get("stream")):
             return "max_tokens must be 1 and stream false"
         if self.ours and prefill:
             return None
@@ -323,35 +291,6 @@ class FakeEngine:
         await response.write_eof()
         return response
 
-    async def _stream_prefill(
-        self, request: web.Request, job: Job, reported: dict[str, Any]
-    ) -> web.StreamResponse:
-        response = await self._open_stream(request)
-
-        async def send(payload: dict[str, Any]) -> None:
-            await response.write(
-                b"data: " + msgspec.json.encode(payload | {"usage": job.usage()}) + b"\n\n"
-            )
-
-        for chunk in job.opening():
-            await send(chunk)
-        (chunk,) = job.chunks()
-        (choice,) = chunk["choices"]
-        reason, choice["finish_reason"] = choice["finish_reason"], None
-        await send(chunk)
-        if self.hold_lease:
-            self.holding.set()
-            await self.go.wait()
-        if self.die_after == 1:
-            await until(self.may_die)
-            _break(request)
-        await send(job.head() | {"choices": [job._choice(0, [], reason=reason)]})
-        await send(job.head() | {"choices": [], "kv_transfer_params": job.handed_over()})
-        if reported:
-            await send({"choices": []} | reported)
-        await response.write_eof(b"data: [DONE]\n\n")
-        return response
-
     async def _models(self, request: web.Request) -> web.Response:
         return web.json_response(
             {"object": "list", "data": [{"id": "tiny", "max_model_len": self.max_model_len}]}
@@ -366,11 +305,6 @@ class FakeEngine:
         return web.Response(
             text=self.metrics_page or render_metrics(self.metrics.registry).decode()
         )
-
-    async def _withdraw(self, request: web.Request) -> web.Response:
-        self.asked_back.append((await request.json())["request_id"])
-        self.go.set()
-        return web.json_response({"found": True})
 
     async def _release(self, request: web.Request) -> web.Response:
         request_id = (await request.json())["request_id"]

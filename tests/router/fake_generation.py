@@ -51,10 +51,6 @@ class Job:
         self.max_tokens = body.get("max_completion_tokens") or body.get("max_tokens") or 16
         self.seed = body["seed"]
         self.is_prefill = seen.is_prefill
-        params = body.get("kv_transfer_params") or {}
-        ours = params.get("pdlaunch") or {}
-        self.awaits: str = params["remote_request_id"] if ours.get("awaits_lease") else ""
-        self.lease_id: str = ours.get("lease_id", "")
         self.request_id = seen.headers["X-Request-Id"]
         self.told, self.over = self._known()
         self.is_continued = any(self.told)
@@ -72,8 +68,6 @@ class Job:
                 if ours.get("first_token_sent")
                 else []
             )
-            if self.awaits:
-                choices = [[{"token_id": self.token(0, 0)}]]
             if not self.engine.ours or not choices:
                 choices = [[] for _ in range(self.n)]
         over = {
@@ -93,7 +87,6 @@ class Job:
         if self.chat and self.body.get("stream"):
             kind += ".chunk"
         head = {"id": f"engine-{self.engine.name}", "object": kind, "created": 1, "model": "tiny"}
-        head |= self.engine.work()
         return head | {"padding": self.engine.padding} if self.engine.padding else head
 
     def opening(self) -> list[dict[str, Any]]:
@@ -155,7 +148,7 @@ class Job:
         return self._lease([token_ids[0] for token_ids in self.told])
 
     def _lease(self, first_tokens: list[int]) -> dict[str, Any]:
-        lease = self.lease_id or f"{self.request_id}/0"
+        lease = f"{self.request_id}/0"
         self.engine.leases[lease] = self.prompt
         params: dict[str, Any] = {
             "do_remote_prefill": True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdlaunch.router.breaker import MAX_OPEN_S, NUM_GOOD, OPEN_S, TRY_LASTS_S, Breaker
+from pdlaunch.router.health import MAX_OPEN_S, NUM_GOOD, OPEN_S, TRY_LASTS_S, Breaker
 
 
 def test_a_failure_opens_it_and_one_try_at_a_time_closes_it() -> None:

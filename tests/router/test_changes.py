@@ -10,6 +10,7 @@ import pytest
 from pdlaunch.protocol.changes import Answered, ChangeEngines, PlannedChange, PlannedEngine
 from pdlaunch.protocol.control import PairSuspect
 from pdlaunch.router import supervisor_link
+from tests.router.conftest import working
 from tests.router.fake_engine import until
 from tests.router.test_admin import AdminStand, admin_stand
 
@@ -85,7 +86,7 @@ async def test_a_dry_run_says_what_runs_at_engines_that_would_stop(
 ) -> None:
     stand = admin_stand.stand
     (decode,) = [engine for engine in stand.pool.engines if engine.name == "decode-1"]
-    with decode.working(num_streams=1):
+    with working(decode):
         answer = call(admin_stand, "scale", decode=1, dry_run=True)
         wanted = await asked(admin_stand)
         assert wanted.dry_run

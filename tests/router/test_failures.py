@@ -12,8 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from pdlaunch.router import generation
-from pdlaunch.router.prompt_progress import PromptProgress
+from pdlaunch.router import relay
 from tests.http.loop_clock import pass_time
 from tests.router.conftest import SPEC, Stand, pair, pairs
 from tests.router.fake_engine import FakeEngine, until
@@ -339,11 +338,11 @@ async def test_a_silent_engine_that_is_not_healthy_is_left(stand: Stand) -> None
     await stand.start(engines, stall_s=0.05)
     stand.engines["prefill-0"].hold_prefill = True
     stand.engines["prefill-0"].healthy = False
-    stand.engines["decode-0"].hold_after = 2
-    stand.engines["decode-0"].healthy = False
+    stand.engines["decode-1"].hold_after = 2
+    stand.engines["decode-1"].healthy = False
     answer = await stand.post(completion(stream=True))
     assert answer.texts() == {0: expected_text("hello", 6)}
-    await stand.engines["decode-0"].aborted.wait()
+    await stand.engines["decode-1"].aborted.wait()
     await stand.engines["prefill-0"].aborted.wait()
 
 
@@ -401,14 +400,14 @@ async def test_a_failed_request_leaves_no_reference_cycle(
     prefill, decode = pair()
     decode.status = prefill.status = 500
     await stand.start([prefill, decode], recovery_wait_s=0.05)
-    made: list[weakref.ref[PromptProgress]] = []
+    made: list[weakref.ref[relay.Relay]] = []
 
-    class Watched(PromptProgress):
+    class Watched(relay.Relay):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             made.append(weakref.ref(self))
 
-    monkeypatch.setattr(generation, "PromptProgress", Watched)
+    monkeypatch.setattr(relay, "Relay", Watched)
     gc.collect()
     gc.disable()
     try:

@@ -30,20 +30,6 @@ async def test_what_engines_ignore_is_named_in_the_answer(
     assert len(logged) == 2
 
 
-@pytest.mark.parametrize("stream", [False, True])
-async def test_a_repeated_answer_names_them_too(stand: Stand, stream: bool) -> None:
-    engines = pair()
-    await stand.start(engines)
-    for engine in engines:
-        engine.ignored_fields = "x"
-    for replayed in (None, "true"):
-        answer = await stand.post(
-            completion(stream=stream, x=1), headers={"Idempotency-Key": "one"}
-        )
-        assert answer.headers.get("Idempotent-Replayed") == replayed
-        assert answer.headers[IGNORED_FIELDS_HEADER] == "x"
-
-
 async def test_the_router_names_those_of_stream_options(stand: Stand) -> None:
     await stand.start(pair())
     options = {"include_usage": True, "include_obfuscation": False, "other": 1}

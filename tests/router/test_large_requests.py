@@ -124,43 +124,17 @@ async def test_unfinished_bodies_leave_room_for_small_requests(stand: Stand) -> 
 
 
 async def test_a_body_is_held_until_its_answer(stand: Stand) -> None:
-    """Another engine may be asked meanwhile. A run with a key goes on when its client leaves, and
-    holds it on, once.
-    """
+    """Another engine may be asked meanwhile."""
     await stand.start(large_pair(), spec=LARGE)
     decode = stand.engines["decode-0"]
     decode.hold_after = 1
     body = completion(prompt="x" * SMALL_BODY_BYTES)
-    asked = asyncio.create_task(
-        stand.session.post("/v1/completions", json=body, headers={"Idempotency-Key": "k"})
-    )
+    asked = asyncio.create_task(stand.session.post("/v1/completions", json=body))
     await decode.holding.wait()
     held_bytes = stand.router._prompts._bodies.held_bytes
     assert SMALL_BODY_BYTES < held_bytes < 2 * SMALL_BODY_BYTES
     asked.cancel()
-    await until(
-        lambda: (
-            stand.metric('pdlaunch_router_request_errors_total{model_name="tiny",status="499"}')
-            == 1
-        )
-    )
-    assert stand.router._prompts._bodies.held_bytes == held_bytes
-    decode.go.set()
     await until(lambda: stand.router._prompts._bodies.held_bytes == 0)
-
-
-async def test_the_longest_body_is_served_with_a_key_too(stand: Stand) -> None:
-    """With the least budget that the settings accept."""
-    longest = 2 * SMALL_BODY_BYTES
-    await stand.start(
-        large_pair(),
-        spec=msgspec.structs.replace(LARGE, max_body_bytes=longest, body_budget_bytes=2 * longest),
-    )
-    body = msgspec.json.encode(completion())
-    body += b" " * (longest - len(body))
-    for headers in ({}, {"Idempotency-Key": "k"}):
-        assert (await post(stand, "/v1/completions", body, **headers))[0] == 200
-    assert stand.router._prompts._bodies.held_bytes == 0
 
 
 async def test_small_requests_are_served_while_large_ones_are_read(
@@ -212,9 +186,7 @@ def test_engines_take_what_the_router_makes_of_the_longest_body(text: str) -> No
     (prompt,) = request.prompts
     resume = {"choices": [[{"token_id": 2**31 - 1}] * max_model_len] * MAX_CHOICES, "sent": True}
     limit = max_engine_body_bytes(len(raw), max_model_len)
-    assert (
-        len(raw) < len(prompt.prefill_body(knows_whole_request=True, lease_id="l" * 200)) <= limit
-    )
+    assert len(raw) < len(prompt.prefill_body(knows_whole_request=True)) <= limit
     assert len(raw) < len(prompt.decode_body({"resume": resume})) <= limit
 
 

@@ -15,6 +15,7 @@ from pdlaunch.errors import RequestError
 from pdlaunch.router.watched_engine import Member
 from tests.launch.sidecar.fake_vllm import answer_of
 from tests.router.alone_router import PROMPT, Alone, alone
+from tests.router.conftest import working
 
 __all__ = ["alone"]
 
@@ -42,7 +43,7 @@ async def test_commands_add_and_remove_engines_while_requests_run(alone: Alone) 
     assert alone.keys["decode-1"].seen == {"Bearer its"}
 
     old = alone.engine("decode-0")
-    with old.working(num_streams=1):
+    with working(old):
         removal = asyncio.ensure_future(alone.command("DELETE", "/pdlaunch/engines/decode-0"))
         await alone.until(lambda: old.state == "draining")
         assert (await alone.complete())[0] == 200
@@ -97,7 +98,7 @@ async def test_a_prefill_engine_stays_until_its_blocks_are_read(alone: Alone, he
 
 async def test_an_engine_that_does_not_finish_in_time_goes_all_the_same(alone: Alone) -> None:
     await alone.pair()
-    with alone.engine("decode-0").working(num_streams=1):
+    with working(alone.engine("decode-0")):
         path = "/pdlaunch/engines/decode-0?drain_timeout_s=0"
         assert await alone.command("DELETE", path) == (
             200,

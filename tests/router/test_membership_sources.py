@@ -18,6 +18,7 @@ from pdlaunch.router.membership_sources import (
 )
 from pdlaunch.router.watched_engine import Member
 from tests.router.alone_router import Alone
+from tests.router.conftest import working
 
 
 @pytest.fixture
@@ -78,12 +79,12 @@ async def test_a_new_engine_waits_for_another_s_work_only_where_it_needs_its_nam
     following = asyncio.ensure_future(follow_file(file, alone.watch, 3600.0, poll_s=0.01))
     try:
         await alone.until(lambda: alone.ready == {"prefill-0", "decode-0"})
-        with alone.engine("decode-0").working(num_streams=1):
+        with working(alone.engine("decode-0")):
             file.write_text(listing(alone, "prefill-0", "decode-1"))
             await alone.until(lambda: alone.ready == {"prefill-0", "decode-1"})
             assert alone.engine("decode-0").state == "draining"
         await alone.until(lambda: "decode-0" not in alone.watch._watched)
-        with alone.engine("decode-1").working(num_streams=1):
+        with working(alone.engine("decode-1")):
             renamed = listing(alone, "prefill-0", "decode-1").replace("name: decode-1", "name: d")
             file.write_text(renamed + listing(alone, "decode-0").removeprefix("engines:\n"))
             await alone.until(lambda: alone.ready == {"prefill-0", "decode-0"})

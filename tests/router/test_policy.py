@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pdlaunch.protocol.control import Capabilities
-from pdlaunch.router.breaker import Breaker
-from pdlaunch.router.engine import Engine, Lender
-from pdlaunch.router.policy import (
-    MAX_QUEUED,
-    LeastWork,
-    NoIndex,
-    Route,
-    RoutingRequest,
-    covers,
-)
+from pdlaunch.router import policy
+from pdlaunch.router.engine import Engine
+from pdlaunch.router.health import EngineHealth
+from pdlaunch.router.policy import SHORT_TOKENS, Route, RoutingLimits, RoutingRequest, covers
+from pdlaunch.router.prefix_index import ServedPrefixes, hash_prefix
 
-LENDER = Lender(engine_id="e", host="127.0.0.1", port=1, tp_size=1)
+CPU = frozenset({"cpu"})
 
 
 def engine(name: str, **fields: object) -> Engine:
@@ -27,162 +23,254 @@ def engine(name: str, **fields: object) -> Engine:
         "processes": (1,),
         "url": f"http://{name}",
         "role": name.partition("-")[0],
-        "capabilities": Capabilities(awaits_lease=True, resumes=True, gives_first_token=True),
+        "capabilities": Capabilities(resumes=True, gives_first_token=True),
         "ready": True,
         "state": "ready",
-        "lender": LENDER,
+        "devices": CPU,
     }
     return Engine(**(default | fields))
 
 
-def choose(request: RoutingRequest, engines: list[Engine], now_at: float = 0.0) -> Route:
-    return LeastWork().choose(request, engines, [], NoIndex(), now_at)
+def choose(
+    request: RoutingRequest,
+    engines: list[Engine],
+    now_at: float = 0.0,
+    *,
+    index: ServedPrefixes | None = None,
+    **limits: object,
+) -> Route:
+    return policy.choose(
+        request, engines, index or ServedPrefixes(), now_at, RoutingLimits(**limits)
+    )
 
 
 def prompt(**fields: object) -> RoutingRequest:
-    return RoutingRequest(**({"hop": "prefill", "num_prompt_tokens": 100} | fields))
+    return RoutingRequest(**({"num_prompt_tokens": 512} | fields))
 
 
-def test_decode_is_told_while_prefill_computes() -> None:
+def speed(tokens_per_s: float) -> dict[str, float]:
+    return {"computed_tokens": tokens_per_s, "computing_s": 1.0}
+
+
+def test_a_pair_serves_a_prompt_where_nothing_waits() -> None:
     prefill, decode = engine("prefill-0"), engine("decode-0")
     route = choose(prompt(), [prefill, decode])
-    assert (route.prefill, route.decode) == (prefill, decode)
-    assert str(route) == "prefill-0 -> decode-0: least work"
-
-
-def test_decode_is_not_told_of_prompts_that_would_keep_it_waiting() -> None:
-    decode = engine("decode-0")
-    for request, fields in [
-        (prompt(is_suspect=True), {}),
-        (prompt(num_choices=2), {}),
-        (prompt(), {"num_works": MAX_QUEUED + 1}),
-        (prompt(), {"lender": None}),
-        (prompt(), {"capabilities": Capabilities()}),
-    ]:
-        prefill = engine("prefill-0", **fields)
-        route = choose(request, [prefill, decode])
-        assert (route.prefill, route.decode) == (prefill, None)
+    assert (route.prefill, route.decode, route.kind) == (prefill, decode, "pair")
+    assert route.name == "prefill-0->decode-0"
 
 
 def test_without_a_pair_the_reason_says_what_is_missing() -> None:
     prefill, decode = engine("prefill-0"), engine("decode-0")
-    assert choose(prompt(), [prefill]).reason == "no decode engine is ready"
-    assert choose(prompt(), [decode]).reason == "no prefill engine is ready"
-    assert choose(prompt(max_tokens=1), [prefill, decode]).prefill is None
-    alone = choose(prompt(hop="decode"), [prefill])
-    assert (alone.decode, alone.reason) == (prefill, "no decode engine is ready")
-    assert str(choose(prompt(hop="decode"), [])) == "no engine: no engine is ready"
+    for engines, reason in (
+        ([prefill], "no decode engine is ready"),
+        ([decode], "no prefill engine is ready"),
+        ([engine("prefill-0", peers=frozenset({"decode-1"})), proofless("decode-0")],
+         "no pair is proven"),
+        ([], "no engine is ready"),
+    ):  # fmt: skip
+        route = choose(prompt(), engines)
+        assert (route.prefill, route.reason) == (None, reason)
+        assert route.is_fallback == bool(engines)
+    one = choose(prompt(max_tokens=1), [prefill, decode])
+    assert (one.prefill, one.decode, one.is_fallback) == (None, prefill, False)
+    alone = choose(prompt(alone="no lease"), [engine("prefill-0"), proofless("decode-0")])
+    assert (alone.prefill, alone.reason) == (None, "no lease")
+
+
+def proofless(name: str, **fields: object) -> Engine:
+    return engine(name, capabilities=Capabilities(needs_proof=True), **fields)
 
 
 def test_pairs_come_first_then_engines_of_both_roles() -> None:
     prefill, decode, both = engine("prefill-0"), engine("decode-0"), engine("both-0")
     route = choose(prompt(), [both, prefill, decode])
     assert (route.prefill, route.decode) == (prefill, decode)
-    whole = prompt(hop="decode")
-    alone = choose(whole, [prefill, decode, both])
-    assert (alone.decode, alone.reason) == (both, "least work")
+    whole = prompt(is_begun=True)
+    assert choose(whole, [prefill, decode, both]).decode is both
     # One that is not there, or has failed this prompt, leaves it to the others.
     assert choose(whole, [prefill, decode]).decode is decode
-    tried = prompt(hop="decode", tried=frozenset({both.key}))
+    tried = prompt(is_begun=True, tried=frozenset({both.key}))
     assert choose(tried, [prefill, decode, both]).decode is decode
 
 
 def test_what_prefill_has_computed_goes_to_decode_before_engines_of_both_roles() -> None:
     prefill, decode, both = engine("prefill-0"), engine("decode-0"), engine("both-0")
-    computed = prompt(hop="decode", prefill="prefill-0")
+    computed = prompt(is_begun=True, holder=prefill)
     assert choose(computed, [both, prefill, decode]).decode is decode
     assert choose(computed, [both, prefill]).decode is both
-    first_token = prompt(hop="decode", max_tokens=1)
+    first_token = prompt(max_tokens=1)
     assert choose(first_token, [both, decode, prefill]).decode is prefill
     assert choose(first_token, [decode, both]).decode is both
-
-
-def test_engines_of_both_roles_share_the_requests_by_their_work() -> None:
-    busy, free = engine("both-0", num_streams=2), engine("both-1", num_streams=1)
-    assert choose(prompt(), [busy, free]).prefill is None
-    assert choose(prompt(hop="decode"), [busy, free]).decode is free
-
-
-ENGINES = st.lists(
-    st.builds(
-        engine,
-        st.sampled_from(["prefill-0", "prefill-1", "decode-0", "decode-1", "both-0"]),
-        ready=st.booleans(),
-        num_prompt_tokens=st.integers(0, 3),
-        num_streams=st.integers(0, 3),
-        num_works=st.integers(0, MAX_QUEUED + 1),
-        num_picks=st.integers(0, 3),
-        breaker=st.builds(
-            Breaker,
-            is_tripped=st.booleans(),
-            num_failures=st.integers(0, 3),
-            open_until_at=st.floats(0, 2),
-        ),
-        capabilities=st.builds(Capabilities, resumes=st.booleans(), awaits_lease=st.booleans()),
-    ),
-    max_size=4,
-    unique_by=lambda one: one.name,
-)
-REQUESTS = st.builds(
-    prompt,
-    hop=st.sampled_from(["prefill", "decode"]),
-    max_tokens=st.sampled_from([None, 1, 5]),
-    num_choices=st.integers(1, 2),
-    is_suspect=st.booleans(),
-    needs=st.frozensets(st.sampled_from(["goes_on", "awaits_lease"])),
-)
-
-
-@given(REQUESTS, ENGINES, st.floats(0, 2), st.data())
-def test_what_is_chosen_can_serve_and_nothing_is_changed(
-    request: RoutingRequest, engines: list[Engine], now_at: float, data: st.DataObject
-) -> None:
-    tried = data.draw(st.frozensets(st.sampled_from(engines))) if engines else frozenset()
-    request = msgspec.structs.replace(request, tried=frozenset(one.key for one in tried))
-    before = [msgspec.structs.asdict(one) for one in engines]
-    route = choose(request, engines, now_at)
-    assert choose(request, engines, now_at) == route
-    assert [msgspec.structs.asdict(one) for one in engines] == before
-    if request.hop == "decode":
-        able = [
-            one
-            for one in engines
-            if one.ready and one not in tried and covers(one.capabilities, request.needs)
-        ]
-        assert route.prefill is None
-        assert (route.decode in able) if able else route.decode is None
-        return
-    if route.prefill is None:
-        assert route.decode is None
-        return
-    assert route.prefill.role == "prefill"
-    assert route.prefill not in tried
-    others = [
-        one
-        for one in engines
-        if one.ready and one.role == "prefill" and one not in tried and one.breaker.takes(now_at)
-    ]
-    tries = [one for one in others if one.breaker.wants_try(now_at)]
-    least = min(one.num_prompt_tokens for one in tries or others)
-    assert route.prefill.num_prompt_tokens == least
-    assert route.decode is None or (route.decode.role == "decode" and route.decode.ready)
 
 
 def test_kv_blocks_go_to_peers_alone() -> None:
     """In large launches an engine shakes hands with some of the others."""
     prefill = engine("prefill-0", peers=frozenset({"decode-1"}))
     stranger = engine("decode-0", peers=frozenset({"prefill-1"}))
-    peer = engine("decode-1", peers=frozenset({"prefill-0"}), num_streams=5)
+    peer = engine("decode-1", peers=frozenset({"prefill-0"}), kv_tokens=5000)
     assert choose(prompt(), [prefill, stranger]).prefill is None
-    assert choose(prompt(), [prefill, stranger, peer]).prefill is prefill
-    computed = prompt(hop="decode", prefill="prefill-0")
+    assert choose(prompt(), [prefill, stranger, peer]).decode is peer
+    computed = prompt(is_begun=True, holder=prefill)
     assert choose(computed, [prefill, stranger, peer]).decode is peer
     # Without a peer the prompt is computed again.
     assert choose(computed, [prefill, stranger]).decode is stranger
 
 
-def test_decode_is_told_early_by_its_peers_alone() -> None:
-    prefill = engine("prefill-0", peers=frozenset({"decode-1"}))
-    stranger = engine("decode-0", peers=frozenset({"prefill-1"}))
-    peer = engine("decode-1", peers=frozenset({"prefill-0"}), num_streams=5)
-    assert choose(prompt(), [prefill, stranger, peer]).decode is peer
+def test_blocks_that_nobody_verifies_go_over_proven_pairs_alone() -> None:
+    prefill = proofless("prefill-0")
+    unproven, proven = proofless("decode-0"), proofless("decode-1", proofs={"prefill-0": 1})
+    assert choose(prompt(), [prefill, unproven]).prefill is None
+    assert choose(prompt(), [prefill, unproven, proven]).decode is proven
+    restarted = proofless("prefill-0", processes=(2,))
+    assert choose(prompt(), [restarted, proven]).prefill is None
+
+
+def test_the_least_loaded_engines_are_chosen() -> None:
+    busy = engine("prefill-0", unanswered_tokens=1000)
+    free, full, empty = engine("prefill-1"), engine("decode-0", kv_tokens=900), engine("decode-1")
+    route = choose(prompt(), [busy, free, full, empty])
+    assert (route.prefill, route.decode) == (free, empty)
+    # Time has passed in which it has computed what waited.
+    fast = engine("prefill-0", unanswered_tokens=1000, **speed(2000))
+    slow = engine("prefill-1", unanswered_tokens=600, **speed(1000))
+    assert choose(prompt(), [fast, slow, empty], 0.4).prefill is fast
+
+
+def test_a_prompt_goes_where_its_prefix_is_cached() -> None:
+    index, prefix = ServedPrefixes(), hash_prefix(b"x" * 2048, "")
+    first, second, decode = engine("prefill-0"), engine("prefill-1"), engine("decode-0")
+    index.served(second, prefix, 512, 0)
+    request = prompt(prefix=prefix)
+    assert choose(request, [first, second, decode], index=index).prefill is second
+    # With the answers of earlier turns decode has nearly all of it.
+    index.served(decode, prefix, 510, 0)
+    route = choose(request, [first, decode], index=index)
+    assert (route.prefill, route.decode) == (None, decode)
+    assert route.reason == "little is left to compute"
+
+
+def test_short_prompts_and_long_queues_are_computed_where_they_are_decoded() -> None:
+    prefill, decode = engine("prefill-0"), engine("decode-0")
+    assert choose(prompt(num_prompt_tokens=SHORT_TOKENS), [prefill, decode]).kind == "decode"
+    assert choose(prompt(num_prompt_tokens=SHORT_TOKENS + 1), [prefill, decode]).kind == "pair"
+    waits = engine("prefill-0", unanswered_tokens=1024)
+    assert choose(prompt(), [waits, decode]).reason == "the prefill queue is longer"
+    # Not if as much waits at decode, nor with many streams there.
+    assert choose(prompt(), [waits, engine("decode-0", unanswered_tokens=900)]).kind == "pair"
+    assert choose(prompt(), [waits, engine("decode-0", kv_tokens=30_000)]).kind == "pair"
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        prompt(wants_pair=True),
+        prompt(is_suspect=True),
+        prompt(tried=frozenset({("decode-7", (1,), 0)})),
+    ],
+)
+def test_some_prompts_always_get_a_pair(request_: RoutingRequest) -> None:
+    engines = [engine("prefill-0", unanswered_tokens=99_999), engine("decode-0")]
+    assert choose(prompt(), engines).kind == "decode"
+    assert choose(request_, engines).kind == "pair"
+    assert choose(prompt(), engines, pairs_only=True).kind == "pair"
+
+
+def test_engines_that_share_a_gpu_never_take_each_others_prompts() -> None:
+    def kind(prefill: list[str], decode: list[str], host: str = "b") -> str:
+        waits = engine("prefill-0", unanswered_tokens=99_999, devices=frozenset(prefill), host="a")
+        return choose(
+            prompt(), [waits, engine("decode-0", devices=frozenset(decode), host=host)]
+        ).kind
+
+    assert kind(["a/cuda:0"], ["a/cuda:0"], "a") == "pair"
+    assert kind(["a/cuda:0", "a/cuda:1"], ["a/cuda:1"], "a") == "pair"
+    assert kind(["a/cuda:0"], ["a/cuda:1"], "a") == "decode"
+    assert kind(["a/cuda:0"], ["b/cuda:0"]) == "decode"
+    assert kind(["cpu"], ["cpu"], "a") == "decode"
+    # Where nobody has told the devices, those on one host may share.
+    assert kind([], [], "a") == "pair"
+    assert kind([], ["a/cuda:1"], "a") == "pair"
+    assert kind([], []) == "decode"
+
+
+def test_limits_bound_what_is_computed_beside_streams() -> None:
+    waits = engine("prefill-0", unanswered_tokens=3000, **speed(1000))
+    decode = engine("decode-0", num_streams=1, **speed(1000))
+    assert choose(prompt(), [waits, decode]).kind == "decode"
+    assert choose(prompt(), [waits, decode], max_itl_s=0.5).kind == "pair"
+    assert choose(prompt(), [waits, decode], max_itl_s=0.6).kind == "decode"
+    decode.num_streams = 0
+    assert choose(prompt(), [waits, decode], max_itl_s=0.5).kind == "decode"
+    short = engine("prefill-0", unanswered_tokens=200, **speed(1000))
+    assert choose(prompt(), [short, decode]).kind == "pair"
+    route = choose(prompt(), [short, decode], max_ttft_s=0.6)
+    assert (route.kind, route.reason) == ("decode", "keeps max_ttft_ms")
+
+
+def test_a_route_tells_how_long_others_keep_it_waiting() -> None:
+    waits = engine("prefill-0", unanswered_tokens=3000, **speed(1000))
+    decode = engine("decode-0", unanswered_tokens=4000)
+    assert choose(prompt(), [waits, decode], 1.0).wait_s == pytest.approx(2.0)
+    unknown = engine("prefill-0", unanswered_tokens=3000)
+    assert choose(prompt(), [unknown, decode]).wait_s == 0.0
+
+
+HEALTH = st.builds(
+    EngineHealth,
+    is_tripped=st.booleans(),
+    num_failures=st.integers(0, 9),
+    open_until_at=st.floats(90, 110),
+    tried_until_at=st.floats(90, 110),
+)
+ENGINES = st.lists(
+    st.builds(
+        engine,
+        st.sampled_from(["prefill-0", "prefill-1", "decode-0", "decode-1", "both-0"]),
+        ready=st.booleans(),
+        unanswered_tokens=st.integers(0, 3000),
+        kv_tokens=st.integers(0, 3000),
+        num_streams=st.integers(0, 3),
+        num_picks=st.integers(0, 3),
+        computed_tokens=st.floats(0, 100),
+        computing_s=st.sampled_from([0.0, 1.0]),
+        health=HEALTH,
+        capabilities=st.builds(Capabilities, resumes=st.booleans(), needs_proof=st.booleans()),
+    ),
+    max_size=5,
+    unique_by=lambda one: one.name,
+)
+REQUESTS = st.builds(
+    prompt,
+    num_prompt_tokens=st.sampled_from([1, 512]),
+    max_tokens=st.sampled_from([None, 1, 5]),
+    is_begun=st.booleans(),
+    is_suspect=st.booleans(),
+    needs=st.frozensets(st.sampled_from(["goes_on"])),
+)
+
+
+@given(REQUESTS, ENGINES, st.data())
+def test_what_is_chosen_can_serve_and_nothing_is_changed(
+    request: RoutingRequest, engines: list[Engine], data: st.DataObject
+) -> None:
+    tried = data.draw(st.frozensets(st.sampled_from(engines))) if engines else frozenset()
+    request = msgspec.structs.replace(request, tried=frozenset(one.key for one in tried))
+    before = [msgspec.structs.asdict(one) for one in engines]
+    route = choose(request, engines, 100.0)
+    assert choose(request, engines, 100.0) == route
+    assert [msgspec.structs.asdict(one) for one in engines] == before
+    able = [one for one in engines if one.ready and one not in tried]
+    if route.prefill is not None:
+        assert not request.is_begun
+        assert route.prefill.role == "prefill"
+        assert route.prefill in able
+        assert route.decode is not None
+        assert route.decode.role == "decode"
+        assert policy.may_pull(route.decode, route.prefill, 100.0)
+        assert route.left_out.keys().isdisjoint(one.name for one in route.engines)
+        return
+    able = [one for one in able if covers(one.capabilities, request.needs)]
+    assert (route.decode in able) if able else route.decode is None
+    if route.decode is not None and route.decode.name in route.left_out:
+        # The least bad one, when there is no other.
+        assert all(one.health.is_tripped for one in able)

@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 
 from pdlaunch.config.roles import Role
 from pdlaunch.protocol.control import Address, Capabilities, Entry, Registry
-from pdlaunch.router.breaker import OPEN_S
-from pdlaunch.router.engine import Engine, EngineKey
-from pdlaunch.router.health import survey
-from pdlaunch.router.policy import NO_NEEDS, Need, least_work
+from pdlaunch.router.engine import Engine, EngineKey, Work
+from pdlaunch.router.health import OPEN_S
+from pdlaunch.router.policy import Need, RoutingRequest
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.prefix_index import ServedPrefixes, hash_prefix
 
@@ -70,16 +69,31 @@ def pick(
     pool: EnginePool,
     role: Role,
     *,
-    strict: bool = False,
     tried: Collection[EngineKey] = (),
-    needs: Collection[Need] = NO_NEEDS,
+    needs: Collection[Need] = (),
 ) -> Engine | None:
-    """Choose as the pool's policy does for one hop, and count it as the pool does."""
-    health = survey(pool.engines, pool.clock())
-    engine = least_work(pool.engines, role, health, strict=strict, tried=tried, needs=needs)
-    if engine is not None:
-        engine.num_picks += 1
-    return engine
+    """Have the pool choose one engine for all of a request, preferably of this role."""
+    request = RoutingRequest(
+        max_tokens=1 if role == "prefill" else None,
+        is_begun=True,
+        tried=frozenset(tried),
+        needs=frozenset(needs),
+    )
+    return pool.route(request).decode
+
+
+def work(engine: Engine, *, num_streams: int = 0, num_prompt_tokens: int = 0) -> Work:
+    """Work of which the first token has come."""
+    made = Work(
+        engine,
+        lambda: 100.0,
+        num_prompt_tokens=num_prompt_tokens,
+        num_streams=num_streams,
+        num_uncached=0 if num_streams else num_prompt_tokens,
+    )
+    if num_streams:
+        made.begin()
+    return made
 
 
 def named(engine: Engine | None) -> str:
@@ -119,22 +133,46 @@ def test_the_role_is_preferred_but_not_demanded(pool: EnginePool) -> None:
     assert named(pick(pool, "prefill")) == "prefill-0"
     update(pool, server("decode-0"))
     assert named(pick(pool, "prefill")) == "decode-0"
-    assert pick(pool, "prefill", strict=True) is None
 
 
 def test_least_outstanding_work_wins(pool: EnginePool) -> None:
     update(pool, *(server(f"{role}-{index}") for role in ("prefill", "decode") for index in (0, 1)))
     engines = {engine.name: engine for engine in pool.engines}
     with (
-        engines["prefill-0"].working(num_prompt_tokens=100),
-        engines["prefill-1"].working(num_prompt_tokens=99, num_streams=5),
+        work(engines["prefill-0"], num_prompt_tokens=100),
+        work(engines["prefill-1"], num_prompt_tokens=99),
     ):
         assert named(pick(pool, "prefill")) == "prefill-1"
     with (
-        engines["decode-0"].working(num_streams=2),
-        engines["decode-1"].working(num_streams=1, num_prompt_tokens=1000),
+        work(engines["decode-0"], num_streams=2, num_prompt_tokens=10),
+        work(engines["decode-1"], num_streams=1, num_prompt_tokens=10),
     ):
         assert named(pick(pool, "decode")) == "decode-1"
+
+
+def test_the_speed_of_an_engine_is_that_of_its_prompts(clock: Clock, pool: EnginePool) -> None:
+    update(pool, server("prefill-0"))
+    (engine,) = pool.engines
+    assert engine.tokens_per_s == 0.0
+
+    def prompt() -> Work:
+        return Work(engine, clock, num_prompt_tokens=500, num_uncached=400)
+
+    with prompt() as first, prompt() as second:
+        assert engine.waiting_tokens(clock(), 100.0) == 800
+        clock.now_s += 2.0
+        assert engine.waiting_tokens(clock(), 100.0) == 600
+        first.begin()
+        assert engine.waiting_tokens(clock(), 100.0) == 400
+        clock.now_s += 2.0
+        second.begin()
+    assert engine.tokens_per_s == pytest.approx(200.0)
+    # One that ends without a token says nothing, and idle time does not count.
+    clock.now_s += 60.0
+    with prompt():
+        clock.now_s += 60.0
+    assert engine.tokens_per_s == pytest.approx(200.0)
+    assert (engine.num_works, engine.unanswered_tokens, engine.kv_tokens) == (0, 0, 0)
 
 
 def test_equal_engines_take_turns(pool: EnginePool) -> None:
@@ -156,9 +194,8 @@ def test_an_engine_that_failed_is_the_last_choice_for_a_while(
     assert named(pick(pool, "prefill")) == "prefill-1"
     assert named(pick(pool, "prefill", tried={other.key})) == "decode-0"
     assert named(pick(pool, "prefill", tried={other.key, decode.key})) == "prefill-0"
-    assert pick(pool, "prefill", strict=True, tried={other.key}) is None
     clock.now_s += OPEN_S
-    assert named(pick(pool, "prefill", tried={other.key})) == "prefill-0"
+    assert named(pick(pool, "prefill")) == "prefill-0"
 
 
 @pytest.mark.parametrize(
@@ -191,7 +228,7 @@ def test_work_is_kept_over_updates_but_not_over_restarts(pool: EnginePool) -> No
     update(pool, server("decode-0"), rank("decode-0"))
     (first,) = pool.engines
     first.max_model_len = 10
-    with first.working(num_streams=1):
+    with work(first, num_streams=1, num_prompt_tokens=7):
         update(pool, server("decode-0"), rank("decode-0"), server("decode-1"))
         assert named(pick(pool, "decode")) == "decode-1"
         update(pool, server("decode-0"), rank("decode-0", incarnation=2))
@@ -214,23 +251,19 @@ def test_no_engine_is_starved_or_overloaded(actions: list[Action]) -> None:
     clock = Clock()
     pool = EnginePool(clock)
     update(pool, *(server(f"decode-{index}") for index in range(3)))
-    running: list[tuple[Engine, object]] = []
+    running: list[Work] = []
     for action, number in actions:
         if action == "start":
+            usable = [one for one in pool.engines if one.health.takes(clock())]
+            tries = [one for one in usable if one.health.is_tripped]
             engine = pick(pool, "decode")
             assert engine is not None
-            health = survey(pool.engines, clock.now_s)
-            fair = list(health.usable.values())
-            assert engine in fair or not fair
-            tries = [other for other in fair if other.name in health.wants_try]
-            among = tries or fair
-            assert not among or engine.num_streams == min(other.num_streams for other in among)
-            work = engine.working(num_streams=1)
-            work.__enter__()
-            running.append((engine, work))
+            assert engine in (tries or usable) or not usable
+            among = tries or usable
+            assert not among or engine.num_streams == min(one.num_streams for one in among)
+            running.append(work(engine, num_streams=1, num_prompt_tokens=1).__enter__())
         elif action == "end" and running:
-            _, work = running.pop(number % len(running))
-            work.__exit__(None, None, None)  # type: ignore[attr-defined]
+            running.pop(number % len(running)).__exit__(None, None, None)
         elif action == "fail":
             pool.failed(pool.engines[number % 3])
         else:

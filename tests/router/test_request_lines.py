@@ -229,7 +229,7 @@ async def test_debug_logs_routes(stand: Stand, caplog: pytest.LogCaptureFixture)
     await stand.start(pair())
     await stand.post(completion())
     routes = [r.getMessage() for r in caplog.records if r.getMessage().startswith("route of ")]
-    assert [route.split(":")[0] for route in routes] == ["route of prefill", "route of decode"]
+    assert [route.split(":")[0] for route in routes] == ["route of prefill"]
     assert "prefill-0" in routes[0]
 
 

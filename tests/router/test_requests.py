@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from pdlaunch.protocol.requests import RequestList, RequestSummary, RequestTrace
-from pdlaunch.router.leg import MAX_HEARD_SPANS
+from pdlaunch.router.request_record import MAX_HEARD_SPANS
 from tests.router.conftest import SPEC, Stand, pair, pairs
 from tests.router.fake_engine import FakeEngine, until
 from tests.router.test_life_of_a_request import completion

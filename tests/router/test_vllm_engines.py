@@ -11,14 +11,13 @@ from typing import Any
 import msgspec
 import pytest
 
+from pdlaunch.http.headers import ROUTE_HEADER
 from pdlaunch.http.watch.engine_api import with_version
-from pdlaunch.protocol.costs import ROUTE_HEADER
 from pdlaunch.protocol.ids import HopId, HttpRequestId
-from pdlaunch.router.breaker import OPEN_S
 from pdlaunch.router.client_request import CHAT, read_client_request
 from pdlaunch.router.continuation import LOST_REASONS
-from pdlaunch.router.handover import Handover
-from pdlaunch.router.prompt_lease import PromptLease
+from pdlaunch.router.handover import Handover, HeldLease
+from pdlaunch.router.health import OPEN_S
 from tests.router.conftest import Stand
 from tests.router.fake_engine import until
 from tests.router.fake_vllm_engine import (
@@ -65,7 +64,7 @@ async def test_kv_goes_over_proven_pairs_alone(stand: Stand) -> None:
     for stream in (True, False) * 2:
         answer = await stand.post(completion(stream=stream))
         assert answer.texts() == {0: SCRIPT}
-        assert answer.headers[ROUTE_HEADER] == "prefill-0->decode-1; kind=least_work"
+        assert answer.headers[ROUTE_HEADER] == "prefill-0->decode-1; kind=pair"
     assert [len(engine.seen) for engine in engines] == [4, 0, 0, 4]
     assert all(body["kv_transfer_params"]["do_remote_prefill"] for body in asked(decodes[1]))
 
@@ -331,7 +330,7 @@ async def test_embeddings_are_prompts_of_their_own(
     await start_pair(stand)
     answer = await stand.post(completion(**fields))
     assert answer.texts() == dict.fromkeys(range(num_choices), SCRIPT)
-    assert stand.pool.health().left_out == {}
+    assert not any(engine.health.is_tripped for engine in stand.pool.engines)
 
 
 CUTS = [1, 3, 4, 9, 10, 11, 12, 17, 24, 26, 28, 30]
@@ -469,10 +468,10 @@ async def test_the_end_of_a_lease_takes_no_engines_one_try(stand: Stand) -> None
     for failed in ([broken], [decode, broken]):
         stand.publish()
         for one in failed:
-            by_name[one.name].breaker.failed(stand.state.now() - OPEN_S)
+            by_name[one.name].health.failed(stand.state.now() - OPEN_S)
         prefill.leases["lease"] = []
-        lease = PromptLease(stand.state)
-        lease.hand_over(
+        lease = HeldLease(
+            stand.state,
             Handover(
                 engine=by_name[prefill.name],
                 params={"remote_request_id": "lease"},
@@ -480,11 +479,11 @@ async def test_the_end_of_a_lease_takes_no_engines_one_try(stand: Stand) -> None
                 open_choices=frozenset({0}),
                 num_prompt_tokens=1,
                 chunks=[],
-            )
+            ),
         )
         lease.end()
         await until(lambda: not prefill.leases)
-        assert stand.pool.health().wants_try == {one.name for one in failed}
+        assert all(by_name[one.name].health.wants_try(stand.pool.clock()) for one in failed)
     assert decode.seen
 
 

@@ -20,10 +20,10 @@ from typing import Any
 import msgspec
 
 from pdlaunch.errors import PdlaunchError
+from pdlaunch.http.headers import ROUTE_HEADER, WANTS_PAIR
 from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.integrity import await_idle, engines_of
-from pdlaunch.protocol.costs import ROUTE_HEADER, WANTS_PAIR
 
 SMOKE_LOGPROB_TOLERANCE = 0.25
 """Tolerance in nats. bfloat16 keeps 8 bits: sums in another order move a log-probability by a few

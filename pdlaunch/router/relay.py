@@ -1,0 +1,593 @@
+"""Takes one prompt through the engines: choose, prefill, hand over, decode; again where one fails.
+
+::
+
+    prefill(max_tokens=1) ── first tokens ──> client
+         └ kv_transfer_params ──> decode ── chunks ──> client
+                                     └ died: another engine resumes after the tokens so far
+
+All that the client is sent goes through the transcript, so nothing is told twice whichever engine
+says it. Migration is the loop in ``run``.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, Protocol
+
+import msgspec
+
+from pdlaunch.errors import OverloadedError, RequestError
+from pdlaunch.http.errors import RANK_LOST, RETRY_AFTER_S
+from pdlaunch.http.headers import REQUEST_ID_HEADER
+from pdlaunch.observe.spans import PULL
+from pdlaunch.protocol.ids import HopId
+from pdlaunch.router.client_request import COMPLETIONS, PromptRequest
+from pdlaunch.router.continuation import StreamLostError, begin_continuation, obstacle
+from pdlaunch.router.engine import Engine, EngineKey, Work
+from pdlaunch.router.engine_client import (
+    Chunk,
+    EngineFailure,
+    EngineRefusal,
+    EngineStream,
+    malformed_is_failure,
+)
+from pdlaunch.router.handover import Handover, HeldLease, read_handover, whole_chunk
+from pdlaunch.router.policy import Hop, Need, Route, RoutingRequest
+from pdlaunch.router.request_record import AskSpans, Leg, RequestRecord
+from pdlaunch.router.state import RouterState
+from pdlaunch.router.transcript import Transcript
+
+logger = logging.getLogger(__name__)
+
+_BROKEN = frozenset({"error", "abort"})
+"""Reasons with which an engine gives a request up that nobody has cancelled."""
+MAX_RETRY_AFTER_S = 60
+"""Clients that are refused are asked to try again by then: long estimates may well be wrong."""
+_NO_NEEDS: frozenset[Need] = frozenset()
+_RESUMES: frozenset[Need] = frozenset({"goes_on"})
+_TAKES_FIRST_TOKEN: frozenset[Need] = frozenset({"gives_first_token"})
+
+
+class ChunkSink(Protocol):
+    """Takes the chunks of all prompts of a request."""
+
+    @property
+    def takes_tokens(self) -> bool:
+        """Return whether ``tokens`` may be called."""
+
+    def ignores(self, names: Iterable[str]) -> None:
+        """Take the names of fields that an engine has ignored; it comes before any chunk."""
+
+    def routed(self, prompt: PromptRequest, route: Route) -> None:
+        """Take the route of a prompt, again when another one is taken."""
+
+    async def chunk(
+        self, prompt: PromptRequest, transcript: Transcript, chunk: Chunk, *, more_follows: bool
+    ) -> None:
+        """Take one chunk that is new to the client.
+
+        ``more_follows``: the next one is here already, so that both may be sent together; else
+        ``flush`` comes when nothing of it is new.
+        """
+
+    async def flush(self) -> None:
+        """Send what was held back for the next chunk."""
+
+    async def tokens(self, chunk: Chunk, num_tokens: int, *, more_follows: bool) -> None:
+        """Take tokens and their text for the first choice, and nothing else."""
+
+
+async def answer_prompt(
+    prompt: PromptRequest,
+    state: RouterState,
+    sink: ChunkSink,
+    record: RequestRecord,
+    wanted_at: float | None,
+) -> Transcript:
+    """Answer one prompt. Raises RequestError, EngineRefusal or EngineFailure.
+
+    Cancelling it ends the work of both engines. ``wanted_at``: the deadline that its client has
+    stated, on the loop's clock.
+    """
+    relay = Relay(prompt, state, sink, record, wanted_at)
+    with state.suspects.watch(prompt.origin):
+        try:
+            await relay.run()
+        finally:
+            relay.end()
+    return relay.transcript
+
+
+class Relay:
+    """Answers one prompt; ``run`` once, then ``end``."""
+
+    def __init__(
+        self,
+        prompt: PromptRequest,
+        state: RouterState,
+        sink: ChunkSink,
+        record: RequestRecord,
+        wanted_at: float | None,
+    ) -> None:
+        self.transcript = Transcript(
+            prompt.num_choices, keeps_text=prompt.is_stream and state.pool.has_own_fields
+        )
+        record.counts(self.transcript)
+        self._prompt = prompt
+        self._state = state
+        self._sink = sink
+        self._record = record
+        self._wanted_at = wanted_at
+        self._prefix = prompt.prefix
+        self._lease: HeldLease | None = None
+        """What prefill has handed over; None before that."""
+        self._first_token_sent = False
+        """The client has the first tokens from prefill, so that decode must not say them again."""
+        self._decode_has_answered = False
+        self._goes_on_at: Engine | None = None
+        """The engine of which a token was told that was not the first: more of them need no
+        ceremony.
+        """
+        self._first_told_at: float | None = None
+        """Instant of the client's first token; None once it has the second one."""
+        # What was tried, and failed.
+        self._tried: set[EngineKey] = set()
+        self._turned_away_by: set[EngineKey] = set()
+        self._failure: EngineFailure | EngineRefusal | None = None
+        self._trouble_since_at: float | None = None
+        """Instant at which the first engine failed since something was heard."""
+        self._retry_at = 0.0
+        """Instant from which engines that were tried may be asked again."""
+        self._num_prefill_failures = 0
+        self._num_decode_failures = 0
+        self._num_decode_attempts = 0
+        self._pulls_from: Engine | None = None
+        """The engine from which decode pulls the prompt, until decode has said something."""
+
+    async def run(self) -> None:
+        """Answer the prompt, at one route after another until the answer is whole."""
+        while not self.transcript.is_done:
+            route = await self._choose()
+            hop: Hop = "decode" if route.prefill is None else "prefill"
+            try:
+                if route.prefill is not None and route.decode is not None:
+                    self._begin_answer(await self._prefill(route.prefill, route.decode))
+                    hop = "decode"
+                    await self._tell_first_tokens()
+                    if not self._can_use(route.decode):
+                        continue
+                if route.decode is not None and not self.transcript.is_done:
+                    await self._decode(route.decode)
+            except (EngineFailure, EngineRefusal) as failure:
+                # What breaks behind the end of the answer is nobody's loss.
+                if not self.transcript.is_done:
+                    await self._recover(hop, failure)
+
+    def end(self) -> None:
+        """Give back what the prompt still holds, however it has ended."""
+        if self._lease is not None:
+            self._lease.end(self._tried)
+        # Its traceback leads back here: a cycle would keep the body in memory.
+        self._failure = None
+
+    # Choosing
+
+    @property
+    def _must_resume(self) -> bool:
+        """Return whether the next engine has to go on after tokens that the client has.
+
+        Those that prefill has drawn need no resumption as long as decode has added none: they are
+        handed over with the blocks.
+        """
+        return (self._decode_has_answered or self._lease is None) and self.transcript.has_tokens
+
+    def _routing_request(self) -> RoutingRequest:
+        needs = _TAKES_FIRST_TOKEN if self._first_token_sent else _NO_NEEDS
+        prompt, lease = self._prompt, self._lease
+        return RoutingRequest(
+            num_prompt_tokens=prompt.num_prompt_tokens,
+            max_tokens=prompt.max_tokens,
+            prefix=self._prefix,
+            wants_pair=prompt.wants_pair,
+            is_suspect=self._state.suspects.is_suspect(prompt.origin),
+            is_begun=lease is not None
+            or self.transcript.has_tokens
+            or self._num_decode_attempts > 0
+            or self._num_prefill_failures >= self._state.recovery.max_attempts,
+            holder=None if lease is None or lease.is_taken else lease.prefill,
+            tried=frozenset(self._tried),
+            needs=_RESUMES if self._must_resume else needs,
+            alone=prompt.alone,
+        )
+
+    async def _choose(self) -> Route:
+        """Return the next route; after a failure an engine is waited for.
+
+        Raises the last failure, or OverloadedError.
+        """
+        state = self._state
+        # The time counts from the first failure, so that engines that fail in turn end it too.
+        since_at = state.now() if self._trouble_since_at is None else self._trouble_since_at
+        end_at = since_at + state.recovery.wait_s
+        while True:
+            request = self._routing_request()
+            route = state.pool.route(request)
+            self._record.routed("decode" if request.is_begun else "prefill", route)
+            if route.decode is not None:
+                self._refuse_too_late(route)
+                self._follow(route)
+                return route
+            left_s = end_at - state.now()
+            # Nothing is lost yet: the client can ask another deployment, or again.
+            if self._failure is None and self._lease is None:
+                raise no_engine_ready("no engine is ready")
+            if isinstance(self._failure, EngineRefusal):
+                # All are busy. A client without an answer is told so; a stream waits.
+                if left_s <= 0 or not self.transcript.has_tokens:
+                    raise self._failure
+                await state.registry_change(min(left_s, state.recovery.busy_wait_s))
+                self._tried.clear()
+            elif left_s <= 0 or (self._failure is not None and not self._failure.may_return):
+                raise self._failure or no_engine_ready("no engine can go on with this request")
+            else:
+                # The registry need not know that an engine was away.
+                retry_in_s = max(0.0, self._retry_at - state.now()) if self._tried else left_s
+                await state.registry_change(min(left_s, retry_in_s))
+                if state.now() >= self._retry_at:
+                    self._tried.clear()
+
+    def _refuse_too_late(self, route: Route) -> None:
+        """Raise OverloadedError if the queue alone takes longer than the client's deadline."""
+        left_s = math.inf if self._wanted_at is None else self._wanted_at - self._state.now()
+        if route.wait_s <= left_s:
+            return
+        self._state.metrics.refused_deadline()
+        late_s = math.ceil(min(route.wait_s - left_s, MAX_RETRY_AFTER_S))
+        raise OverloadedError(
+            f"the {left_s:.2f} s that are left cannot be met: prompts before this one take "
+            f"{route.wait_s:.2f} s at {route.engines[0].name}",
+            status=503,
+            retry_after_s=max(RETRY_AFTER_S, late_s),
+            code="deadline_exceeded",
+        )
+
+    def _follow(self, route: Route) -> None:
+        """Count a route that is taken now, and tell the client of it."""
+        metrics, lease = self._state.metrics, self._lease
+        hop: Hop = "decode" if route.prefill is None else "prefill"
+        if self._num_decode_attempts or (hop == "prefill" and self._failure is not None):
+            metrics.retried(hop)
+            self._record.retries += 1
+        if lease is None and not self._num_decode_attempts:
+            metrics.routed(route.kind)
+            is_fallback = route.is_fallback or self._num_prefill_failures > 0
+            if route.prefill is None and is_fallback and self._state.pool.has_pairs:
+                metrics.fell_back()
+        if lease is not None and lease.prefill is not route.decode:
+            route = msgspec.structs.replace(route, prefill=lease.prefill)
+        self._sink.routed(self._prompt, route)
+
+    def _can_use(self, decode: Engine) -> bool:
+        """Return whether the decode engine of a route can go on after prefill."""
+        takes = decode.capabilities.gives_first_token or not self._first_token_sent
+        return takes and self._state.pool.lists(decode)
+
+    # Prefill
+
+    async def _prefill(self, engine: Engine, decode: Engine) -> Handover:
+        """Have the first token of each choice drawn, and a lease on the blocks granted."""
+        prompt, state = self._prompt, self._state
+        body = prompt.prefill_body(knows_whole_request=engine.capabilities.gives_first_token)
+        try:
+            with (
+                decode.holding(prompt.num_choices * prompt.num_prompt_tokens),
+                self._work(engine) as work,
+                self._leg("prefill", engine, self._hop_id(0)) as leg,
+            ):
+                answer = await state.client.ask(
+                    engine, prompt.endpoint.path, body, self._headers(0)
+                )
+                work.begin()
+                self._sink.ignores(answer.ignored_fields)
+                with malformed_is_failure(engine):
+                    handover = read_handover(engine, answer.body, is_chat=prompt.endpoint.is_chat)
+                leg.hear(handover.report)
+                leg.counts(handover.usage)
+                for chunk in handover.chunks:
+                    refuse_broken(engine, chunk)
+        except BaseException as error:
+            if not isinstance(error, EngineFailure | EngineRefusal):
+                # The answer may be on its way, and the lease that it speaks of would wait for its
+                # deadline.
+                state.release(engine, prompt.hop_id)
+            raise
+        state.pool.succeeded(engine)
+        state.pool.served(engine, self._routing_request(), 0)
+        return handover
+
+    def _begin_answer(self, handover: Handover) -> None:
+        """Take prefill's answer. Raises RequestError for a prompt that decode would refuse."""
+        self._lease = HeldLease(self._state, handover)
+        self._tried.clear()
+        self._failure = self._trouble_since_at = None
+        if handover.engine.capabilities.needs_proof:
+            self.transcript.note_prefill(handover.usage)
+        # Before anything is sent: this is the last moment for a status.
+        limit, max_tokens = self._state.pool.max_model_len("decode"), self._prompt.max_tokens
+        num_tokens = handover.num_prompt_tokens
+        if handover.is_final or limit is None or max_tokens is None:
+            return
+        if num_tokens + max_tokens > limit:
+            # Prefill saw ``max_tokens=1``, not the client's own.
+            raise RequestError(
+                f"the prompt's {num_tokens} tokens and max_tokens={max_tokens} exceed this "
+                f"model's maximum context length of {limit} tokens",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+
+    async def _tell_first_tokens(self) -> None:
+        """Tell the client what prefill knows, if decode engines need not tell it again."""
+        assert self._lease is not None
+        handover = self._lease.handover
+        self._first_token_sent = handover.is_final or (
+            handover.has_first_tokens and self._state.pool.has_ready("decode", _TAKES_FIRST_TOKEN)
+        )
+        if self._first_token_sent:
+            for chunk in handover.chunks:
+                await self._tell(handover.engine, chunk)
+
+    # Decode
+
+    async def _decode(self, engine: Engine) -> None:
+        """Stream from one engine, which pulls the prompt, goes on after tokens, or does all."""
+        attempt, prompt = self._num_decode_attempts, self._prompt
+        self._num_decode_attempts += 1
+        if self._must_resume:
+            self._state.metrics.migrated()
+            logger.info("goes on at %s after %d tokens", engine.name, self.transcript.num_tokens)
+            if not engine.capabilities.resumes:
+                await self._continue_at(engine, attempt)
+                return
+        extra = self._extra(engine)
+        params = extra.get("kv_transfer_params", {})
+        lease = self._lease if params.get("do_remote_prefill") else None
+        if lease is not None:
+            self._pulls_from = lease.prefill
+            self._record.kv_path = self._state.pool.path(lease.prefill, engine)
+        is_whole = engine.capabilities.has_own_fields and not prompt.is_stream
+        with (
+            self._work(engine, computes=not extra, num_streams=prompt.num_choices) as work,
+            self._leg("decode", engine, self._hop_id(attempt)) as leg,
+        ):
+            if is_whole:
+                await self._ask_whole(engine, prompt.whole_body(extra), attempt, lease, leg)
+            else:
+                async with self._state.client.stream(
+                    engine, prompt.endpoint.path, prompt.decode_body(extra), self._headers(attempt)
+                ) as stream:
+                    self._sink.ignores(stream.ignored_fields)
+                    await self._relay(engine, stream, lease, leg, work)
+        self._state.pool.succeeded(engine)
+        self._state.pool.served(engine, self._routing_request(), self.transcript.num_tokens)
+
+    def _extra(self, engine: Engine) -> dict[str, Any]:
+        """Return what a decode engine is given besides the client's body."""
+        if self._must_resume:
+            return {"resume": self.transcript.resume_field()}
+        if self._lease is None:
+            return {}
+        params = self._lease.decode_params(engine, first_token_sent=self._first_token_sent)
+        return {} if params is None else {"kv_transfer_params": params}
+
+    async def _relay(
+        self, engine: Engine, stream: EngineStream, lease: HeldLease | None, leg: Leg, work: Work
+    ) -> None:
+        """Tell the client all that the engine says.
+
+        ``lease``: what it pulls. A stream starts only after its pull has ended.
+        """
+        is_first = True
+        while (chunk := await stream.next_chunk()) is not None:
+            if is_first:
+                is_first, self._decode_has_answered, self._pulls_from = False, True, None
+                if lease is not None:
+                    lease.pulled()
+            if usage := chunk.get("usage"):
+                leg.counts(usage)
+                if lease is not None:
+                    lease.check_pulled(engine, chunk)
+            await self._tell(engine, chunk, more_follows=stream.has_more, work=work)
+        leg.hear(stream.report)
+        if lease is not None:
+            has_failed = leg.attributes(PULL).get("error") is not None
+            self._state.pool.pulled(lease.prefill, engine, ok=not has_failed)
+        if not self.transcript.is_done:
+            raise EngineFailure(engine, "its stream ended too early")
+
+    async def _ask_whole(
+        self, engine: Engine, body: bytes, attempt: int, lease: HeldLease | None, leg: Leg
+    ) -> None:
+        """Have the engine make the answer whole: some of it is not told in streams."""
+        answer = await self._state.client.ask(
+            engine, self._prompt.endpoint.path, body, self._headers(attempt)
+        )
+        self._sink.ignores(answer.ignored_fields)
+        with malformed_is_failure(engine):
+            chunk = whole_chunk(msgspec.json.decode(answer.body))
+        leg.counts(chunk.get("usage"))
+        if lease is not None:
+            lease.pulled()
+            lease.check_pulled(engine, chunk)
+        await self._tell(engine, chunk)
+
+    async def _continue_at(self, engine: Engine, attempt: int) -> None:
+        """Have the engine go on behind the tokens so far, which it gets as a prompt."""
+        prompt, client = self._prompt, self._state.client
+
+        async def detokenize(token_ids: list[int]) -> str:
+            body = msgspec.json.encode({"model": prompt.body.get("model"), "tokens": token_ids})
+            answer = await client.ask(engine, "/detokenize", body, prompt.headers)
+            return str(msgspec.json.decode(answer.body)["prompt"])
+
+        try:
+            continuation = await begin_continuation(prompt, self.transcript, detokenize)
+            body = continuation.body(engine.max_model_len)
+        except LookupError as error:
+            raise self._lost(engine, str(error.args[0])) from error
+        with (
+            self._work(engine, computes=False, num_streams=1) as work,
+            self._record.leg("decode", engine.name),
+        ):
+            async with client.stream(
+                engine, COMPLETIONS.path, body, self._headers(attempt)
+            ) as stream:
+                # A stop string across the seam ends it before the engine does.
+                while (
+                    not self.transcript.is_done and (chunk := await stream.next_chunk()) is not None
+                ):
+                    with malformed_is_failure(engine):
+                        refuse_broken(engine, chunk)
+                        continued = continuation.take(chunk)
+                    await self._tell(engine, continued, work=work)
+                if not self.transcript.is_done:
+                    raise EngineFailure(engine, "its stream ended too early")
+        self._state.pool.succeeded(engine)
+
+    # Telling
+
+    async def _tell(
+        self, engine: Engine, chunk: Chunk, *, more_follows: bool = False, work: Work | None = None
+    ) -> None:
+        """Send the client what is new to it. Raises EngineFailure when the engine gives up."""
+        if self._goes_on_at is engine and (num_tokens := self.transcript.extend(chunk)):
+            await self._sink.tokens(chunk, num_tokens, more_follows=more_follows)
+            return
+        with malformed_is_failure(engine):
+            refuse_broken(engine, chunk)
+            has_news = self.transcript.admit(chunk)
+            self._trouble_since_at = None
+        if self.transcript.has_tokens:
+            if engine.health.is_tripped:
+                self._state.pool.answers(engine)
+            if work is not None:
+                work.begin()
+        if has_news:
+            self._time_second_token(engine)
+            await self._sink.chunk(self._prompt, self.transcript, chunk, more_follows=more_follows)
+        elif not more_follows:
+            await self._sink.flush()
+        if self.transcript.num_tokens > 1 and self._prompt.index == 0 and self._sink.takes_tokens:
+            self._goes_on_at = engine
+
+    def _time_second_token(self, engine: Engine) -> None:
+        """Measure what the hand-over takes of a client's time, where there is one choice."""
+        num_tokens, state = self.transcript.num_tokens, self._state
+        if num_tokens == 1 and self._prompt.num_choices == 1:
+            self._first_told_at = self._first_told_at or state.now()
+        elif num_tokens > 1 and self._first_told_at is not None:
+            told_s, self._first_told_at = state.now() - self._first_told_at, None
+            if self._lease is not None and self._lease.prefill is not engine:
+                state.metrics.second_token(self._lease.prefill.name, engine.name, told_s)
+
+    # Failures
+
+    async def _recover(self, hop: Hop, failure: EngineFailure | EngineRefusal) -> None:
+        """Note what went wrong. Raises it when no other attempt can make up for it."""
+        state, engine = self._state, failure.engine
+        pulls_from, self._pulls_from = self._pulls_from, None
+        if isinstance(failure, EngineFailure):
+            self._note_failure(hop, failure, pulls_from)
+        elif failure.is_busy:
+            self._trouble_since_at = None
+        else:
+            raise failure
+        self._tried.add(engine.key)
+        self._failure = failure
+        if isinstance(failure, EngineFailure) and failure.engine_code == RANK_LOST:
+            # Before another engine gets what this one may have died of.
+            await state.news_of_death(engine)
+        state.suspects.check(self._prompt.origin)
+        if hop == "prefill":
+            self._num_prefill_failures += 1
+            return
+        if self._must_resume and engine.capabilities.has_own_fields:
+            reason = obstacle(self._prompt, self.transcript, engine.capabilities)
+            if reason:
+                raise self._lost(engine, reason)
+        can_go_on = self.transcript.can_resume or not self._must_resume
+        if self._num_decode_failures >= state.recovery.max_attempts or not can_go_on:
+            raise failure
+
+    def _note_failure(self, hop: Hop, failure: EngineFailure, pulls_from: Engine | None) -> None:
+        state, engine = self._state, failure.engine
+        logger.warning("%s hop failed: %s", hop, str(failure))
+        if pulls_from is not None and failure.is_told:
+            # It lives to tell its failure: that is the pair's.
+            state.pool.pulled(pulls_from, engine, ok=False)
+        else:
+            state.pool.failed(engine)
+        state.metrics.engine_failed(engine.name, hop)
+        now_at = state.now()
+        self._retry_at = now_at + state.recovery.retry_wait_s
+        if self._trouble_since_at is None:
+            self._trouble_since_at = now_at
+        # An engine that turns the request away again has survived it, and is not counted.
+        is_free = failure.turned_away and engine.key in self._turned_away_by
+        if failure.turned_away:
+            self._turned_away_by.add(engine.key)
+        if hop == "decode":
+            self._num_decode_failures += not is_free
+
+    def _lost(self, engine: Engine, reason: str) -> StreamLostError:
+        self._state.metrics.lost_stream(reason)
+        return StreamLostError(engine.name, reason)
+
+    # Calls
+
+    def _hop_id(self, attempt: int) -> HopId:
+        """Name each attempt differently: an engine may still hold blocks for the one before."""
+        hop_id = self._prompt.hop_id
+        return hop_id if attempt == 0 else HopId(f"{hop_id}-r{attempt}")
+
+    def _headers(self, attempt: int) -> dict[str, str]:
+        return (
+            self._prompt.headers
+            | self._state.suspects.header(self._prompt.origin)
+            | {REQUEST_ID_HEADER: self._hop_id(attempt)}
+        )
+
+    def _work(self, engine: Engine, *, computes: bool = True, num_streams: int = 0) -> Work:
+        num_uncached = (
+            self._state.pool.num_new_tokens(engine, self._routing_request()) if computes else 0
+        )
+        return Work(
+            engine,
+            self._state.pool.clock,
+            num_prompt_tokens=self._prompt.num_prompt_tokens,
+            num_uncached=num_uncached,
+            num_streams=num_streams,
+        )
+
+    def _leg(self, hop: Hop, engine: Engine, hop_id: HopId) -> Leg:
+        """Begin the record of a call; engines of ours can be asked for their spans if it is cut."""
+        ask: AskSpans | None = None
+        if engine.capabilities.gives_first_token:
+            ask = partial(self._state.client.read_spans, engine, hop_id)
+        return self._record.leg(hop, engine.name, ask)
+
+
+def refuse_broken(engine: Engine, chunk: Chunk) -> None:
+    """Raise EngineFailure for a chunk with which the engine gives the request up."""
+    for choice in chunk["choices"]:
+        if choice.get("finish_reason") in _BROKEN:
+            raise EngineFailure(engine, "gave the request up")
+
+
+def no_engine_ready(message: str) -> OverloadedError:
+    """Return the error for a request that no engine can be given now."""
+    return OverloadedError(message, status=503, retry_after_s=RETRY_AFTER_S, code="no_engine_ready")

@@ -1,1 +1,0 @@
-"""Load with known answers, injected faults, kills: chaos and soaks."""
