@@ -10,13 +10,15 @@ error becomes an answer.
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 from aiohttp import web
+from pydantic.json_schema import models_json_schema
 
 from pdlaunch import __version__
 from pdlaunch.errors import RequestError
@@ -28,10 +30,10 @@ from pdlaunch.http.errors import (
 )
 from pdlaunch.http.guard import Guard
 from pdlaunch.http.headers import REQUEST_ID_HEADER, read_request_id
-from pdlaunch.http.openapi import DescribedRoute, Operation, describe
 from pdlaunch.observe.logs import request_logging
 from pdlaunch.observe.metrics import RequestMetrics
 from pdlaunch.protocol.ids import HttpRequestId
+from pdlaunch.protocol.openai.body import INTERNAL_FIELDS, RequestBody
 from pdlaunch.protocol.openai.requests import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -55,6 +57,21 @@ KeyCheck = Callable[[web.Request], None]
 
 
 _REQUEST_ID = web.RequestKey("request_id", str)
+_REFERENCE = "#/components/schemas/"
+_PARAMETER = re.compile(r"\{(\w+)(:[^}]*)?\}")
+
+
+class Operation(NamedTuple):
+    """Describes what a route does, takes and answers."""
+
+    summary: str
+    requests: Sequence[type[RequestBody]] = ()
+    """The body is one of these; without any there is none."""
+    answer: type[msgspec.Struct] | None = None
+    """None: JSON of a form that is not described."""
+    chunk: type[msgspec.Struct] | None = None
+    """The data of each event but the last one, ``[DONE]``, where the route can stream."""
+    content_type: str = "application/json"
 
 
 class AppRoute(NamedTuple):
@@ -123,9 +140,7 @@ class HttpApp:
         self._routes = [
             *routes,
             AppRoute("GET", "/version", _version, None, Operation("Return pdlaunch's version.")),
-            AppRoute(
-                "GET", "/openapi.json", self._openapi, None, Operation("Describe all routes.")
-            ),
+            AppRoute("GET", "/openapi.json", self._openapi, None, Operation("Describe routes.")),
         ]
         self._no_route = AppRoute("*", "", self._unknown)
         self.app = web.Application(
@@ -193,21 +208,8 @@ class HttpApp:
 
     async def _openapi(self, _: web.Request) -> web.StreamResponse:
         if self._document is None:
-            self._document = self._describe()
+            self._document = msgspec.json.encode(_describe(self._description, self._routes))
         return web.Response(body=self._document, content_type="application/json")
-
-    def _describe(self) -> bytes:
-        about = self._description
-        routes = [
-            DescribedRoute(
-                route.method,
-                route.path,
-                route.operation,
-                needs_key=about.has_key and route.path not in about.open_paths,
-            )
-            for route in self._routes
-        ]
-        return msgspec.json.encode(describe(about.title, routes, public=about.public))
 
     async def _unknown(self, http: web.Request) -> web.StreamResponse:
         error = http.match_info.http_exception
@@ -313,3 +315,64 @@ def _read_id(http: web.Request) -> tuple[HttpRequestId, RequestError | None]:
         return read_request_id(http.headers.get(REQUEST_ID_HEADER)), None
     except RequestError as error:
         return read_request_id(None), error
+
+
+def _describe(about: Description, routes: Sequence[AppRoute]) -> dict[str, Any]:
+    """Return the OpenAPI document, with pydantic's and msgspec's schemas."""
+    requests = {kind for route in routes for kind in route.operation.requests}
+    answers = [
+        kind for each in routes for kind in (each.operation.answer, each.operation.chunk) if kind
+    ]
+    paths: dict[str, Any] = {}
+    for route in routes:
+        place = paths.setdefault(_PARAMETER.sub(r"{\1}", route.path), {})
+        for method in ("get", "post") if route.method == "*" else (route.method.lower(),):
+            place[method] = _describe_route(route)
+            if about.has_key and route.path not in about.open_paths:
+                place[method]["security"] = [{"key": []}]
+    ordered = sorted(requests, key=lambda kind: kind.__name__)
+    _, schemas = models_json_schema(
+        [(kind, "validation") for kind in ordered], ref_template=_REFERENCE + "{model}"
+    )
+    components: dict[str, Any] = schemas.get("$defs", {})
+    for schema in components.values():
+        for name in INTERNAL_FIELDS if about.public else ():
+            schema.get("properties", {}).pop(name, None)
+    _, described = msgspec.json.schema_components(answers, ref_template=_REFERENCE + "{name}")
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": about.title, "version": __version__},
+        "paths": paths,
+        "components": {
+            "schemas": components | described,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+def _describe_route(route: AppRoute) -> dict[str, Any]:
+    operation = route.operation
+    is_json = operation.content_type == "application/json"
+
+    def reference(kind: type | None) -> dict[str, str]:
+        if kind is None:
+            return {"type": "object" if is_json else "string"}
+        return {"$ref": _REFERENCE + kind.__name__}
+
+    content: dict[str, Any] = {operation.content_type: {"schema": reference(operation.answer)}}
+    if operation.chunk is not None:
+        content["text/event-stream"] = {"schema": reference(operation.chunk)}
+    described: dict[str, Any] = {
+        "summary": operation.summary,
+        "responses": {"200": {"description": "The answer.", "content": content}},
+    }
+    if names := _PARAMETER.findall(route.path):
+        described["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+            for name, _ in names
+        ]
+    if operation.requests:
+        schema = {"anyOf": [reference(kind) for kind in operation.requests]}
+        body = {"required": True, "content": {"application/json": {"schema": schema}}}
+        described["requestBody"] = body
+    return described

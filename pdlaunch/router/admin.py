@@ -24,10 +24,9 @@ from pydantic import ValidationError
 from pdlaunch.config.external import DNS, RunningEngine
 from pdlaunch.config.roles import EngineName, Role
 from pdlaunch.errors import OverloadedError, RequestError
-from pdlaunch.http.app import AppRoute, request_id_of
+from pdlaunch.http.app import AppRoute, Operation, request_id_of
 from pdlaunch.http.errors import error_body, json_response
 from pdlaunch.http.headers import REQUEST_ID_HEADER
-from pdlaunch.http.openapi import Operation
 from pdlaunch.protocol.changes import ChangeEngines, RefusalCode
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import EngineFailure

@@ -19,10 +19,9 @@ from aiohttp import web
 
 from pdlaunch import __version__
 from pdlaunch.errors import OverloadedError
-from pdlaunch.http.app import AppRoute
+from pdlaunch.http.app import AppRoute, Operation
 from pdlaunch.http.errors import RETRY_AFTER_S, json_response
 from pdlaunch.http.limits import Admission
-from pdlaunch.http.openapi import Operation
 from pdlaunch.protocol.control import PairReady
 from pdlaunch.protocol.status import (
     DeploymentState,

@@ -12,8 +12,7 @@ from importlib import resources
 
 from aiohttp import hdrs, web
 
-from pdlaunch.http.app import AppRoute
-from pdlaunch.http.openapi import Operation
+from pdlaunch.http.app import AppRoute, Operation
 
 _SCRIPTS = ("main.js", "dom.js", "boxes.js", "flow.js", "charts.js", "requests.js", "tables.js")
 _FILES = {

@@ -11,9 +11,8 @@ from typing import Any, Literal
 from aiohttp import web
 
 from pdlaunch.errors import RequestError
-from pdlaunch.http.app import AppRoute
+from pdlaunch.http.app import AppRoute, Operation
 from pdlaunch.http.errors import json_response
-from pdlaunch.http.openapi import Operation
 from pdlaunch.protocol.ids import HttpRequestId
 from pdlaunch.protocol.requests import RequestList, RequestTrace
 from pdlaunch.router.otlp import OtlpExporter

@@ -22,6 +22,7 @@ from pdlaunch.http.app import (
     AppRoute,
     Description,
     HttpApp,
+    Operation,
     bearer_check,
     health_routes,
     model_routes,
@@ -29,7 +30,6 @@ from pdlaunch.http.app import (
 from pdlaunch.http.errors import json_response
 from pdlaunch.http.guard import Guard
 from pdlaunch.http.limits import LARGE_TEXT_BYTES
-from pdlaunch.http.openapi import Operation
 from pdlaunch.observe.metrics import METRICS_CONTENT_TYPE, render_metrics
 from pdlaunch.protocol.ids import HopId
 from pdlaunch.protocol.openai.body import read_json_object

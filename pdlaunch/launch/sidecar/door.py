@@ -24,7 +24,7 @@ from prometheus_client import CollectorRegistry
 
 from pdlaunch.config.http_names import url_of
 from pdlaunch.errors import OverloadedError, RequestError, StartupError
-from pdlaunch.http.app import AppRoute, Description, HttpApp, bearer_check, request_id_of
+from pdlaunch.http.app import AppRoute, Description, HttpApp, Operation, bearer_check, request_id_of
 from pdlaunch.http.connections import HttpRunner, fit_requests
 from pdlaunch.http.engine_calls import CONNECT_S, Answer, CallError, EngineCalls
 from pdlaunch.http.errors import RETRY_AFTER_S
@@ -32,7 +32,6 @@ from pdlaunch.http.guard import Guard
 from pdlaunch.http.headers import REQUEST_ID_HEADER, TRACEPARENT_HEADER, TRACESTATE_HEADER
 from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S
 from pdlaunch.http.limits import BodyBudget, max_engine_body_bytes, read_body
-from pdlaunch.http.openapi import Operation
 from pdlaunch.http.watch.engine_api import EngineApi
 from pdlaunch.launch.sidecar.engine import statements_folder, statements_socket
 from pdlaunch.machine.network import tcp_endpoint
