@@ -15,9 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Run the rank; leaves by ``os._exit``, because a UCX finaliser crashes the interpreter's own
-    exit (NIXL 1.5.1).
-    """
+    """Run the rank; leave by ``os._exit``, as a UCX finaliser of NIXL 1.5.1 crashes at exit."""
     bootstrap = read_bootstrap()
     setup_logging(bootstrap.name, bootstrap.log_level, form=bootstrap.log_format)
     # The libraries make 600,000 objects that stay: to search them for garbage again and again took

@@ -183,10 +183,9 @@ class SleepCoordinator:
 
     def sleep(self, message: Sleep) -> None:
         """Fall asleep as soon as nothing holds a block."""
-        if error := self._refusal(message):
+        error = self._refusal(message)
+        if error or self.phase is SleepPhase.ASLEEP:
             self._reply(message, error=error)
-        elif self.phase is SleepPhase.ASLEEP:
-            self._reply(message)
         else:
             self._call, self.phase = message, SleepPhase.DRAINING
             self._deadline_at = self._clock() + message.timeout_s
@@ -194,15 +193,11 @@ class SleepCoordinator:
     def wake_up(self, message: WakeUp) -> None:
         """Wake the pools named, or all."""
         unknown = set(message.tags) - set(TAGS)
-        error = (
-            f"unknown tags {', '.join(sorted(unknown))}; there are {', '.join(TAGS)}"
-            if unknown
-            else self._refusal(message)
-        )
-        if error:
+        error = self._refusal(message)
+        if unknown:
+            error = f"unknown tags {', '.join(sorted(unknown))}; there are {', '.join(TAGS)}"
+        if error or self.phase is SleepPhase.AWAKE:
             self._reply(message, error=error)
-        elif self.phase is SleepPhase.AWAKE:
-            self._reply(message)
         else:
             self._call = message
             self._wake(message.tags or list(TAGS))
@@ -273,19 +268,15 @@ class SleepCoordinator:
 
     def _finish(self, num_bytes: int = 0, error: str | None = None) -> None:
         call, self._call = self._call, None
-        if error is not None:
-            logger.warning("%s: %s", type(call).__name__, error)
         if call is not None:
+            if error is not None:
+                logger.warning("%s: %s", type(call).__name__, error)
             self._reply(call, num_bytes, error)
 
     def _reply(self, call: Sleep | WakeUp, num_bytes: int = 0, error: str | None = None) -> None:
+        tags = self.sleeping_tags
         self._answer(
-            SleepReply(
-                call_id=call.call_id,
-                sleeping_tags=self.sleeping_tags,
-                num_bytes=num_bytes,
-                error=error,
-            )
+            SleepReply(call_id=call.call_id, sleeping_tags=tags, num_bytes=num_bytes, error=error)
         )
 
 

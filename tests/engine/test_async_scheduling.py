@@ -251,21 +251,6 @@ def test_a_prompt_waits_for_no_step_that_was_not_launched_before_it_came() -> No
     assert [item.request_id for item in finished] == ["b"]
 
 
-def test_a_lease_is_granted_before_its_answer_leaves_while_a_step_runs() -> None:
-    recorder = OrderRecorder([add("a", 9), add("b", 1, do_remote_decode=True)])
-    leader = make_leader(recorder, async_scheduling=True)
-    leader.turn()
-    leader.turn()
-    assert recorder.order == [
-        "launch 0",
-        "launch 1",
-        "collect 0",
-        "GrantLease",
-        "Tokens",
-        "RequestFinished",
-    ]
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_drawing_on_a_gpu_makes_nobody_wait() -> None:

@@ -53,12 +53,3 @@ def test_a_request_that_never_ran_took_no_time() -> None:
     engine.scheduler.requests.abort("b")
     engine.run()
     assert count(shown["request_queue_time_seconds"]) == 1
-
-
-def test_one_token_has_no_time_between_tokens() -> None:
-    engine = FakeEngine()
-    shown = histograms_of(engine).shown().requests
-    engine.add("a", range(6), max_tokens=1)
-    engine.run()
-    assert count(shown["request_time_per_output_token_seconds"]) == 0
-    assert count(shown["request_decode_time_seconds"]) == 1

@@ -128,16 +128,6 @@ def test_decode_tells_the_holder_when_the_host_has_all() -> None:
     assert known + engine.token_ids("second") == output(prompt)
 
 
-def test_prefill_leases_what_it_has_loaded() -> None:
-    engine = engine_after_first()
-    num_computed = engine.runners[0].num_computed_tokens
-    engine.add("second", PROMPT, max_tokens=1, do_remote_decode=True)
-    engine.run_all()
-    assert engine.runners[0].num_computed_tokens == num_computed + 1
-    # ``FakeEngine`` has compared the leased blocks with the prompt.
-    assert engine.leases.keys() == {"second"}
-
-
 def test_choices_of_one_prompt_load_it_once() -> None:
     engine = make_engine(num_blocks=10)
     engine.add("first", PROMPT)
@@ -184,19 +174,6 @@ def test_a_failed_load_is_computed_instead(num_bad: int) -> None:
     stats = engine.scheduler.requests.stats()
     assert (stats.offload_load_failures, stats.offload_bad_blocks) == (1, num_bad)
     assert len(engine.loads) == 1
-
-
-def test_a_failed_load_on_decode_is_pulled_instead() -> None:
-    engine = engine_after_first()
-    engine.add("second", PROMPT, remote_kv=remote_kv("second", len(PROMPT)))
-    engine.step()
-    engine.end_job(next(iter(engine.jobs)), ok=False, num_bad=1)
-    engine.run()
-    (pull,) = engine.pulls.values()
-    assert pull.first_block_index == [0]
-    engine.end_pull(pull.pull_id)
-    engine.run_all()
-    assert engine.token_ids("second") == output(PROMPT)
 
 
 def test_blocks_of_an_aborted_load_are_free_when_it_has_ended() -> None:
@@ -246,13 +223,3 @@ def test_an_engine_does_not_sleep_before_its_copies_have_ended_and_keeps_them_ov
     engine.run_all()
     assert engine.token_ids("second") == output(PROMPT)
     assert engine.scheduler.requests.stats().host_hit_tokens == 12
-
-
-def test_without_room_on_the_host_all_goes_on() -> None:
-    engine = FakeEngine(num_blocks=6, num_chunks=1)
-    for index in range(3):
-        engine.add(f"request-{index}", [index, *PROMPT])
-        engine.run()
-    engine.run_all()
-    assert engine.scheduler.requests.stats().offload_refused_blocks > 0
-    assert engine.token_ids("request-2") == output([2, *PROMPT])

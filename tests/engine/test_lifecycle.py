@@ -6,14 +6,12 @@ import pytest
 
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.protocol.engine import WITHDRAWN, SamplingParams
-from pdlaunch.protocol.transfer import CancelPull, EndLease, GrantLease, PullFinished, StartPull
+from pdlaunch.protocol.transfer import CancelPull, EndLease, GrantLease, StartPull
 from tests.engine.fake_engine import (
-    FULL,
     PROMPT,
     FakeEngine,
     output,
     remote_kv,
-    sliding,
     stop_at_first,
 )
 
@@ -35,14 +33,6 @@ def test_what_can_never_fit_ends_at_once_with_both_numbers(
     assert not engine.step().scheduled
 
 
-def test_max_model_len_caps_max_tokens() -> None:
-    engine = FakeEngine(max_model_len=12)
-    engine.add("a", PROMPT, max_tokens=100)
-    engine.run()
-    assert engine.finished["a"].reason == "length"
-    assert len(engine.outputs["a"]) == 2
-
-
 def test_stop_token_waits_for_min_tokens() -> None:
     stop = tuple(range(7))
     engine = FakeEngine()
@@ -56,14 +46,6 @@ def test_stop_token_waits_for_min_tokens() -> None:
     )
     engine.run()
     assert len(engine.outputs["b"]) >= 4
-
-
-def test_end_tokens_end_only_when_they_are_stop_tokens() -> None:
-    (first,) = output([1, 2], 1)
-    engine = FakeEngine()
-    engine.add("ignore_eos", [1, 2], sampling=SamplingParams(max_tokens=2, eos_token_ids=(first,)))
-    engine.run()
-    assert engine.finished["ignore_eos"].reason == "length"
 
 
 def test_abort_ends_a_request_once_wherever_it_is() -> None:
@@ -182,18 +164,6 @@ def test_lease_for_other_choices_and_its_end_by_the_server() -> None:
     assert engine.scheduler.requests.stats().num_leased_requests == 1
 
 
-def test_min_tokens_beyond_the_first_token_do_not_matter_to_prefill() -> None:
-    engine = FakeEngine()
-    assert (
-        lease_of(
-            engine,
-            sampling=SamplingParams(max_tokens=1, min_tokens=5, stop_token_ids=tuple(range(3))),
-        )
-        is not None
-    )
-    assert engine.finished["a"].reason == "length"
-
-
 def test_a_lease_keeps_its_id_from_another_lease() -> None:
     engine = FakeEngine()
     lease_of(engine)
@@ -201,18 +171,6 @@ def test_a_lease_keeps_its_id_from_another_lease() -> None:
     engine.finished.clear()
     engine.add("a", PROMPT, max_tokens=1, do_remote_decode=True)
     assert "lease" in (engine.finished["a"].error or "")
-
-
-def test_requests_wait_for_leased_blocks_without_turning() -> None:
-    engine = FakeEngine(num_blocks=4)
-    lease_of(engine)
-    engine.add("b", [6, 6, 6, 6, 6], max_tokens=2)
-    engine.run()
-    assert "b" not in engine.finished
-    assert not engine.scheduler.has_work()
-    engine.end_lease("a")
-    engine.run()
-    assert engine.token_ids("b") == output([6, 6, 6, 6, 6], 2)
 
 
 # Pull
@@ -240,33 +198,6 @@ def test_pulled_with_first_token_computes_no_prompt_token() -> None:
     assert engine.token_ids("d") == output(PROMPT, 4)[1:]
     assert engine.finished["d"].num_cached_tokens == 10
     assert engine.runners[0].num_computed_tokens == 3
-
-
-def test_pulled_without_first_token_computes_the_last_prompt_token() -> None:
-    engine = FakeEngine()
-    engine.end_pull(start_pull(engine).pull_id)
-    engine.run()
-    assert engine.token_ids("d") == output(PROMPT, 4)
-    assert engine.finished["d"].num_cached_tokens == 9
-
-
-def test_pulled_blocks_are_found_by_the_next_request_which_pulls_the_rest() -> None:
-    engine = FakeEngine()
-    engine.end_pull(start_pull(engine).pull_id)
-    engine.run()
-    engine.add("e", [*PROMPT, 1, 1, 1], remote_kv=remote_kv("y", 13))
-    (pull,) = engine.step().commands
-    assert isinstance(pull, StartPull)
-    assert (pull.first_block_index, [len(ids) for ids in pull.block_ids]) == ([2], [2])
-
-
-def test_sliding_groups_pull_only_what_is_visible() -> None:
-    engine = FakeEngine(groups=(FULL, sliding(3)))
-    pull = start_pull(engine, output=output(PROMPT, 1))
-    assert (pull.first_block_index, [len(ids) for ids in pull.block_ids]) == ([0, 2], [3, 1])
-    engine.end_pull(pull.pull_id)
-    engine.run()
-    assert engine.token_ids("d") == output(PROMPT, 4)[1:]
 
 
 def test_a_request_with_everything_cached_still_tells_the_holder() -> None:
@@ -301,19 +232,6 @@ def test_choices_share_one_pull_and_bring_only_the_partial_block_themselves() ->
     assert {tuple(engine.token_ids(f"d/{choice}")) for choice in range(3)} == {
         tuple(output(PROMPT, 4))
     }
-
-
-def test_choices_do_not_wait_for_a_pull_that_failed() -> None:
-    engine = FakeEngine()
-    for choice in range(2):
-        engine.add(f"d/{choice}", PROMPT, remote_kv=remote_kv("x", 10))
-    engine.run()
-    engine.end_pull(next(iter(engine.pulls)), ok=False)
-    engine.run()
-    assert engine.finished["d/0"].reason == "length"
-    engine.end_pull(next(iter(engine.pulls)))
-    engine.run()
-    assert set(engine.finished) == {"d/0", "d/1"}
 
 
 def test_a_prompt_whose_pull_failed_is_recomputed() -> None:
@@ -368,23 +286,6 @@ def test_abort_before_the_pull_tells_the_holder() -> None:
     (command,) = engine.step().commands
     assert isinstance(command, StartPull)
     assert command.block_ids == [[]]
-
-
-def test_unknown_transfer_events_are_ignored() -> None:
-    engine = FakeEngine()
-    engine.scheduler.requests.on_transfer_event(PullFinished(pull_id="never", ok=True))
-    engine.scheduler.requests.check_integrity()
-
-
-def test_abort_while_pulling_frees_the_blocks_it_shared() -> None:
-    engine = FakeEngine()
-    engine.add("a", PROMPT, max_tokens=1)
-    engine.run()
-    pull = start_pull(engine)
-    assert pull.first_block_index == [2]
-    engine.scheduler.requests.abort("d")
-    engine.scheduler.requests.check_integrity()
-    assert engine.scheduler.requests.stats().num_free_blocks == 31
 
 
 def test_prompts_that_have_not_begun_are_given_back_all_or_none() -> None:

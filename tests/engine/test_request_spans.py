@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 
 from pdlaunch.engine.channels import EventMerger
@@ -44,13 +42,6 @@ def test_chunks_the_first_decode_step_and_the_rest(runs_ahead: bool) -> None:
     assert starts == sorted(starts)
 
 
-def test_nobody_asks_and_nothing_is_told() -> None:
-    engine = FakeEngine()
-    engine.add("r", PROMPT, 6)
-    engine.run()
-    assert engine.spans == {}
-
-
 def test_a_cached_prompt_says_where_it_was_found() -> None:
     engine = FakeEngine()
     engine.add("first", PROMPT)
@@ -73,36 +64,6 @@ def test_a_pull_says_what_it_brought() -> None:
     assert pull.attributes["verified"] is True
     assert pull.attributes["tokens"] == seated.attributes["remote_tokens"] == len(PROMPT)
     assert not named(engine, "prefill")
-
-
-def test_a_failed_pull_says_why_and_the_prompt_is_computed() -> None:
-    engine = FakeEngine()
-    engine.add("r", PROMPT, remote_kv=remote_kv("lease", 10), output=[1], records_spans=True)
-    engine.step()
-    engine.end_pull(next(iter(engine.pulls)), ok=False)
-    engine.run()
-    (pull,) = named(engine, "pull")
-    assert (pull.attributes["verified"], pull.attributes["error"]) == (False, "broken")
-    # The token that prefill has drawn is computed in the same step.
-    assert [span.attributes["tokens"] for span in named(engine, "prefill")] == [len(PROMPT) + 1]
-
-
-def test_a_lease_is_told() -> None:
-    engine = FakeEngine()
-    engine.add("r", PROMPT, 1, do_remote_decode=True, records_spans=True)
-    engine.run()
-    (lease,) = named(engine, "lease granted")
-    assert lease.attributes["blocks"] == 3
-
-
-def test_a_preempted_request_tells_what_it_computes_again() -> None:
-    engine = FakeEngine(num_blocks=7, max_num_seqs=2)
-    engine.add("a", PROMPT, 12)
-    engine.add("r", PROMPT[::-1], 12, records_spans=True)
-    engine.run()
-    assert named(engine, "preempted")
-    assert len(named(engine, "seated")) == len(named(engine, "preempted")) + 1
-    assert sum(int(span.attributes["tokens"] or 0) for span in named(engine, "prefill")) > 10
 
 
 def test_the_reports_of_all_ranks_come_together() -> None:
@@ -137,13 +98,3 @@ def test_the_reports_of_all_ranks_come_together() -> None:
     ]
     pull = told.spans[2]
     assert (pull.attributes["gb_s"], pull.attributes["verified"]) == (4.0, False)
-
-
-def test_debug_logs_what_each_step_computes(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG, "pdlaunch.engine")
-    engine = FakeEngine(max_num_batched_tokens=8, max_num_seqs=1)
-    engine.add("r1", PROMPT, 2)
-    engine.add("r2", PROMPT[::-1], 2)
-    engine.step()
-    (line,) = [one.getMessage() for one in caplog.records if "computes" in one.getMessage()]
-    assert line.endswith("r1 computes 8; 1 wait")

@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 
 from pdlaunch.protocol.engine import SamplingParams
-from tests.engine.fake_engine import FULL, FakeEngine, remote_kv, sliding
+from tests.engine.fake_engine import FakeEngine, remote_kv, sliding
 from tests.engine.fake_runner import expected_output
 
 PROMPT = [1, 2, 3, 4, 5, 6]
@@ -148,64 +148,3 @@ def test_nobody_gives_blocks_up_while_a_step_runs() -> None:
     engine.run()
     for name, prompt in (("a", [1, 2, 3]), ("b", [3, 2, 1])):
         assert engine.token_ids(name) == expected_output(prompt, SamplingParams(max_tokens=5), 5)
-
-
-def test_pulled_requests_that_lack_blocks_wait_for_those_of_an_aborted_one() -> None:
-    engine = start(num_blocks=5, max_num_seqs=2, caching=False)
-    engine.add("a", [1, 2, 3], max_tokens=9)
-    for name in "bc":
-        first = expected_output([5, 6, 5, 6], SamplingParams(max_tokens=1), 1)
-        engine.add(name, [5, 6, 5, 6], max_tokens=3, output=first, remote_kv=remote_kv(name, 4))
-    for _ in range(7):
-        engine.step()
-    assert engine.scheduler.requests.stats().num_free_blocks == 0
-    for pull_id in list(engine.pulls):
-        engine.end_pull(pull_id)
-    engine.scheduler.requests.abort("a")
-    engine.run()
-    assert engine.scheduler.requests.stats().preemptions == 0
-    for name in "bc":
-        assert engine.finished[name].reason == "length"
-
-
-def test_a_prompt_that_is_being_computed_is_not_computed_twice() -> None:
-    prompt = [1] * 8 + [2] * 7
-    engine = start(max_num_batched_tokens=64)
-    engine.add("a", prompt, max_tokens=2)
-    engine.step()
-    engine.add("b", prompt, max_tokens=2)
-    plan = engine.step()
-    assert [item.num_tokens for item in plan.scheduled] == [1, 3]
-    engine.run()
-    assert engine.finished["b"].num_cached_tokens == 12
-    assert engine.runners[0].num_computed_tokens == 15 + 1 + 3 + 1
-
-
-def test_prompts_of_a_prefill_engine_wait_for_each_other_and_are_leased() -> None:
-    engine = start()
-    for name in "abc":
-        engine.add(name, [*PROMPT, ord(name) % 7], max_tokens=1, do_remote_decode=True)
-        engine.step()
-    engine.run()
-    for name in "abc":
-        assert engine.finished[name].remote_kv is not None
-        engine.end_lease(name)
-    engine.run()
-
-
-def test_full_blocks_go_to_host_memory_while_the_next_step_runs() -> None:
-    engine = start(num_chunks=20)
-    engine.add("a", PROMPT, max_tokens=20)
-    while len(engine.stores) < 3:
-        engine.step()
-    assert engine.in_flight
-    engine.run_all()
-    assert engine.token_ids("a") == expected_output(PROMPT, SamplingParams(max_tokens=20), 20)
-
-
-def test_no_two_plans_before_the_first_is_collected() -> None:
-    engine = start(groups=(FULL, sliding(3)))
-    engine.add("a", PROMPT, max_tokens=9)
-    engine.step()
-    with pytest.raises(AssertionError):
-        engine.scheduler.schedule()

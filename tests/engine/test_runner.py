@@ -75,14 +75,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model("llama", tmp_path_factory.mktemp("llama"))
 
 
-def test_decode_rows_of_very_different_lengths(llama: Path) -> None:
-    prompts = [[5 + length % 90] * length for length in (80, 1, 40, 3, 79, 9, 2)]
-    runner = ModelRunner(make_spec(llama), tp=None, progress=ignore_progress)
-    assert HandScheduler(runner).run(make_requests(prompts, 6, chunk=96)) == greedy(
-        llama, prompts, 6
-    )
-
-
 def test_row_is_taken_up_again_after_preemption(llama: Path) -> None:
     runner = ModelRunner(make_spec(llama), tp=None, progress=ignore_progress)
     prompt, expected = [9, 8, 7, 6, 5], greedy(llama, [[9, 8, 7, 6, 5]], 8)[0]
@@ -165,11 +157,6 @@ def test_warm_up_leaves_rows_and_cache_as_they_were(llama: Path) -> None:
     )
 
 
-def test_plan_without_rows_computes_nothing(llama: Path) -> None:
-    runner = ModelRunner(make_spec(llama), tp=None, progress=ignore_progress)
-    assert runner.execute(StepPlan(step_id=9)).tokens == []
-
-
 def test_cache_too_small_for_one_block_is_refused(llama: Path) -> None:
     with pytest.raises(ConfigError, match="holds no block"):
         ModelRunner(make_spec(llama, kv_cache_memory=100), tp=None, progress=ignore_progress)
@@ -185,38 +172,6 @@ def test_ranks_have_as_many_blocks_as_the_one_with_the_least_memory(llama: Path)
         make_spec(llama), tp=GroupWithASmallerRank(0, 1, "cpu", None), progress=ignore_progress
     )
     assert runner.num_blocks == len(runner.kv_cache) == alone.num_blocks // 3
-
-
-def test_dummy_weights_need_only_the_configuration(llama: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_bytes((llama / "config.json").read_bytes())
-    spec = make_spec(tmp_path, load_format="dummy")
-    runners = [ModelRunner(spec, tp=None, progress=ignore_progress) for _ in range(2)]
-    answers = [
-        HandScheduler(runner).run(make_requests([[3, 4, 5]], 5, chunk=9)) for runner in runners
-    ]
-    assert answers[0] == answers[1]
-    assert runners[0].model_digest == runners[1].model_digest
-
-
-def test_bfloat16_stays_close(llama: Path) -> None:
-    """The paged path in bf16: first token of a prompt, logprob within 0.15 of float32."""
-    found = []
-    for dtype in ("float32", "bfloat16"):
-        runner = ModelRunner(make_spec(llama, dtype=dtype), tp=None, progress=ignore_progress)
-        sampling = SamplingParams(
-            max_tokens=1, temperature=0.0, num_top_logprobs=0, logit_bias={17: 100.0}
-        )
-        new_row = NewRow(
-            row=0, request_id="a", token_ids=[5, 6, 7, 8, 9], num_prompt_tokens=5, sampling=sampling
-        )
-        blocks = NewBlocks(row=0, group=0, first_block_index=0, block_ids=[1, 0])
-        prefill = ScheduledRow(row=0, num_computed_tokens=0, num_tokens=5, sample=True)
-        output = runner.execute(
-            StepPlan(step_id=0, new_rows=[new_row], new_blocks=[blocks], scheduled=[prefill])
-        )
-        assert output.tokens[0].token_id == 17
-        found.append(output.tokens[0].logprob)
-    assert found[0] == pytest.approx(found[1], abs=0.15)
 
 
 @pytest.mark.gpu

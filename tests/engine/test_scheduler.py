@@ -7,20 +7,6 @@ from tests.engine.fake_engine import FULL, PROMPT, FakeEngine, output, remote_kv
 # Batching
 
 
-def test_decodes_go_before_a_long_prompt_that_came_first() -> None:
-    engine = FakeEngine(max_num_batched_tokens=8)
-    engine.add("long", range(40))
-    engine.add("short", [1, 2])
-    engine.step()
-    plans = engine.run()
-    scheduled = [[item.num_tokens for item in plan.scheduled] for plan in plans]
-    assert [8] not in scheduled[-5:]
-    decoding = [counts for counts in scheduled if len(counts) == 2 and 1 in counts]
-    assert decoding
-    assert all(counts[0] == 1 for counts in decoding)
-    assert all(sum(counts) <= 8 for counts in scheduled)
-
-
 def test_decoding_requests_advance_in_every_step_of_a_long_prefill() -> None:
     engine = FakeEngine(max_num_batched_tokens=4, max_model_len=100)
     engine.add("chat", [1, 2], max_tokens=12)
@@ -48,28 +34,6 @@ def test_preempted_is_the_latest_and_its_tokens_stay() -> None:
     assert engine.scheduler.requests.stats().preemptions > 0
     assert list(engine.finished) == ["first", "second"]
     assert engine.token_ids("second") == output([4, 3, 2, 1], 16)
-
-
-def test_a_long_prompt_takes_blocks_from_a_later_request_that_decodes() -> None:
-    engine = FakeEngine(num_blocks=13, max_num_batched_tokens=4, caching=False)
-    engine.add("long", range(40), max_tokens=2, remote_kv=remote_kv("x", 40))
-    engine.add("chat", [1, 2], max_tokens=30)
-    engine.step()
-    engine.end_pull(next(iter(engine.pulls)), ok=False)
-    engine.run()
-    assert list(engine.finished) == ["long", "chat"]
-    assert engine.scheduler.requests.stats().preemptions > 0
-    assert engine.token_ids("chat") == output([1, 2], 30)
-
-
-def test_a_row_is_freed_before_it_is_given_again() -> None:
-    engine = FakeEngine(max_num_seqs=1)
-    engine.add("a", [1, 2], max_tokens=1)
-    engine.add("b", [3, 4], max_tokens=1)
-    engine.step()
-    plan = engine.step()
-    assert plan.freed_rows == [0]
-    assert [new.row for new in plan.new_rows] == [0]
 
 
 def test_other_ranks_hear_of_sampled_tokens_in_the_next_plan() -> None:
@@ -116,14 +80,6 @@ def test_a_second_prompt_computes_only_what_is_new() -> None:
     assert engine.finished["b"].num_cached_tokens == 8
     stats = engine.scheduler.requests.stats()
     assert (stats.prompt_tokens, stats.cached_prompt_tokens) == (22, 8)
-
-
-def test_a_prompt_is_never_entirely_cached() -> None:
-    engine = FakeEngine()
-    for name in "ab":
-        engine.add(name, PROMPT[:8], max_tokens=1)
-        engine.run()
-    assert engine.finished["b"].num_cached_tokens == 4
 
 
 def test_another_salt_shares_nothing() -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
-from pdlaunch.engine.sleep import RankSleeper, SleepCoordinator, SleepPhase, what_holds_blocks
+from pdlaunch.engine.sleep import RankSleeper, SleepCoordinator, SleepPhase
 from pdlaunch.engine.step import SleepRank, SleepReport, WakeRank
 from pdlaunch.errors import MemoryPoolError, TransferError
 from pdlaunch.protocol.control import SleepState
@@ -244,15 +244,6 @@ def test_refused_when_time_is_up_and_nothing_has_changed(engine: Engine) -> None
     assert not any(rank.log for rank in engine.ranks)
 
 
-def test_queued_work_comes_first(engine: Engine) -> None:
-    engine.scheduler.queued = True
-    engine.sleep()
-    assert not engine.replies
-    engine.scheduler.queued = False
-    engine.turn()
-    assert engine.reply().error is None
-
-
 @pytest.mark.parametrize("field_name", ["memory_error", "transfer_error"])
 def test_a_rank_that_cannot_sleep_wakes_the_others(field_name: str, engine: Engine) -> None:
     setattr(engine.ranks[-1], field_name, "no room in host memory")
@@ -321,13 +312,6 @@ def test_calls_that_make_no_sense_are_answered(engine: Engine) -> None:
     assert off.reply().error == "enable_sleep_mode is off"
 
 
-def test_a_second_call_while_one_is_under_way_is_refused(engine: Engine) -> None:
-    engine.scheduler.counts = EngineStats(num_running=1)
-    engine.sleep()
-    engine.sleep()
-    assert engine.reply().error == "the engine is busy with another call: draining"
-
-
 def test_a_restarted_server_forgets_a_call_that_has_not_begun(engine: Engine) -> None:
     engine.scheduler.counts = EngineStats(num_running=1)
     engine.sleep()
@@ -336,13 +320,6 @@ def test_a_restarted_server_forgets_a_call_that_has_not_begun(engine: Engine) ->
     engine.turn()
     assert engine.coordinator.phase is SleepPhase.AWAKE
     assert not engine.replies
-
-
-def test_what_holds_blocks_is_named() -> None:
-    assert what_holds_blocks(EngineStats(num_free_blocks=3)) == ""
-    assert what_holds_blocks(EngineStats(num_quarantined_blocks=2)).startswith(
-        "2 KV blocks that an abandoned transfer"
-    )
 
 
 @settings(max_examples=60, deadline=None)

@@ -11,7 +11,7 @@ import pytest
 from pdlaunch.engine.step import StepPlan
 from pdlaunch.protocol.engine import AddRequest, SamplingParams
 from pdlaunch.protocol.process.step_record import SUSPECT_BIT
-from tests.engine.fake_engine import FakeEngine, output, remote_kv
+from tests.engine.fake_engine import FakeEngine, output
 from tests.engine.test_leader import Recorder, make_leader
 
 PROMPTS = {"a": [1, 2, 3], "b": [2, 3, 4, 5, 6], "c": [3, 4], "innocent": [5, 5, 5]}
@@ -67,27 +67,6 @@ def test_others_do_not_wait_behind_a_suspect_that_waits() -> None:
     assert [len(row.token_ids) for row in plan.new_rows] == [len(PROMPTS["c"])]
 
 
-def test_pulled_suspects_wait_with_their_blocks() -> None:
-    engine = FakeEngine(num_blocks=8)
-    for origin, name in enumerate("ab", 1):
-        engine.add(
-            name,
-            PROMPTS["b"],
-            max_tokens=3,
-            origin=origin,
-            is_suspect=True,
-            remote_kv=remote_kv(name, 5),
-            output=[1],
-        )
-    engine.step()
-    for pull in list(engine.pulls):
-        engine.end_pull(pull)
-    plans = engine.run()
-    assert max(len(plan.scheduled) for plan in plans) <= 2
-    assert len(plans[0].scheduled) == 1
-    assert set(engine.finished) == {"a", "b"}
-
-
 @pytest.mark.parametrize("runs_ahead", [False, True])
 def test_rank_0_notes_each_step_before_anybody_begins_it_and_its_end(runs_ahead: bool) -> None:
     order: list[Any] = []
@@ -108,13 +87,3 @@ def test_rank_0_notes_each_step_before_anybody_begins_it_and_its_end(runs_ahead:
     noted = [sorted(set(order[place - 1])) for place, item in enumerate(order) if item == "launch"]
     assert noted == [[4, 5], [4, 5], []], "the last launch computes nothing and frees the rows"
     assert order[-1] == []
-
-
-@pytest.mark.parametrize("runs_ahead", [False, True])
-def test_choices_of_one_suspect_are_apart_too(runs_ahead: bool) -> None:
-    engine = FakeEngine(runs_ahead=runs_ahead)
-    for choice in range(3):
-        engine.add(f"a/{choice}", PROMPTS["b"], max_tokens=4, origin=1, is_suspect=True)
-    plans = engine.run()
-    assert [len(plan.scheduled) for plan in plans if plan.scheduled][:3] == [1, 2, 3]
-    assert all(engine.token_ids(f"a/{choice}") == output(PROMPTS["b"], 4) for choice in range(3))

@@ -45,18 +45,6 @@ def test_a_pull_that_succeeded_with_its_second_read() -> None:
     ) == (1, 0, 1, 1)
 
 
-def test_a_pull_that_succeeds_counts_its_bytes() -> None:
-    engine = pulling_engine()
-    finish(engine, ok=True, num_bytes=5, seconds=0.5)
-    stats = engine.scheduler.requests.stats()
-    assert (
-        stats.transfers,
-        stats.transfer_bytes,
-        stats.transfer_seconds,
-        stats.transfer_failures,
-    ) == (1, 5, 0.5, 0)
-
-
 def test_leases_count_as_expired_only_when_their_time_was_up() -> None:
     engine = FakeEngine()
     for request_id, reason in (
