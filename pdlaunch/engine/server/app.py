@@ -31,6 +31,7 @@ from pdlaunch.http.errors import json_response
 from pdlaunch.http.guard import Guard
 from pdlaunch.http.limits import LARGE_TEXT_BYTES
 from pdlaunch.observe.metrics import METRICS_CONTENT_TYPE, render_metrics
+from pdlaunch.protocol.engine import CheckIntegrity
 from pdlaunch.protocol.ids import HopId
 from pdlaunch.protocol.openai.body import read_json_object
 from pdlaunch.protocol.openai.requests import ChatCompletionRequest, CompletionRequest
@@ -172,13 +173,10 @@ async def _release(service: EngineService, http: web.Request) -> web.Response:
 
 
 async def _integrity(service: EngineService, _: web.Request) -> web.Response:
-    """Have rank 0 prove who owns each KV block.
-
-    The answer is 200 with ``ok``, what is wrong in ``error``, and the counts of the moment.
-    """
+    """Have rank 0 prove who owns each KV block; the answer is 200 also where that fails."""
     try:
         async with asyncio.timeout(RANK_CHECK_TIMEOUT_S):
-            report = await service.link.check_integrity()
+            report = await service.link.call(lambda call_id: CheckIntegrity(call_id=call_id))
     except TimeoutError:
         raise OverloadedError(
             "rank 0 did not answer in time", status=503, code="engine_stalled"
@@ -194,10 +192,7 @@ async def _sleep(service: EngineService, http: web.Request) -> web.Response:
 
 
 async def _wake_up(service: EngineService, http: web.Request) -> web.Response:
-    """Take ``tags=weights&tags=kv_cache``, without them all pools.
-
-    The answer comes when the engine serves again, or lacks nothing but the other tags.
-    """
+    """Take ``tags=weights&tags=kv_cache``, without them all pools."""
     return json_response(await service.sleep.wake_up(read_tags(http.query)))
 
 

@@ -30,10 +30,7 @@ class ChatTemplate:
     def __init__(
         self, source: str, special_tokens: Mapping[str, str], tool_source: str | None = None
     ) -> None:
-        """Compile the template, and the one for requests with tools where the model has one.
-
-        Raises ConfigError.
-        """
+        """``tool_source``: for requests with tools. Raises ConfigError."""
         self._template = _compile(source)
         self._tool_template = self._template if tool_source is None else _compile(tool_source)
         self._special_tokens = dict(special_tokens)
@@ -139,10 +136,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 class _GenerationTag(Extension):
-    """Renders the content of ``{% generation %}...{% endgeneration %}``.
-
-    The tag marks the assistant's text for training, and means nothing here.
-    """
+    """Renders the content of ``{% generation %}``, which marks text for training."""
 
     tags = {"generation"}
 
@@ -168,17 +162,9 @@ def _compile(source: str) -> Template:
         raise ConfigError(message, field="model") from None
 
 
-def _to_json(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
+def _to_json(value: object, ensure_ascii: bool = False, **options: Any) -> str:
     """Return plain JSON; Jinja's own filter escapes for HTML."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 def _raise(message: str) -> NoReturn:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pdlaunch.engine.server.tokenizer import TextTokenizer
 from pdlaunch.protocol.engine import AddRequest, RequestFinished, TokenOutput, output_of
 from pdlaunch.protocol.kv_params import FirstToken
+from pdlaunch.protocol.openai.requests import GenerationRequest
 
 _REPLACEMENT = "�"
 _NUM_PROMPT_TOKENS = 6
@@ -147,10 +148,10 @@ class Choice:
         self,
         index: int,
         request: AddRequest,
-        text: TextStream,
+        options: GenerationRequest,
+        tokenizer: TextTokenizer,
         *,
-        include_stop: bool = False,
-        goes_on_elsewhere: bool = False,
+        goes_on_elsewhere: bool,
     ) -> None:
         """``goes_on_elsewhere``: another engine continues at ``length``, so text that is held back
         stays held back.
@@ -161,8 +162,15 @@ class Choice:
         self.num_cached_tokens = 0
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
-        self._text = text
-        self._include_stop = include_stop
+        self._include_stop = options.include_stop_str_in_output
+        self._text = TextStream(
+            tokenizer,
+            request.prompt_token_ids,
+            skip_special_tokens=options.skip_special_tokens,
+            stop=options.stop,
+            min_tokens=options.min_tokens,
+            include_stop=self._include_stop,
+        )
         self._goes_on_elsewhere = goes_on_elsewhere
 
     def is_over(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry
@@ -44,13 +44,7 @@ RANK_SILENCE_S = 30.0
 class EngineService:
     """Holds what the HTTP handlers of one engine share; belongs to the event loop."""
 
-    def __init__(
-        self,
-        spec: EngineSpec,
-        registry: CollectorRegistry,
-        *,
-        rank_silence_s: float = RANK_SILENCE_S,
-    ) -> None:
+    def __init__(self, spec: EngineSpec, registry: CollectorRegistry) -> None:
         self.spec = spec
         self.admission = Admission(spec.limits.max_queued_requests, _shutting_down)
         self.deadlines = Deadlines(spec.limits.request_timeout_s, _shutting_down)
@@ -77,7 +71,6 @@ class EngineService:
         self.loaded: ServedModel | None = None
         self.welcomed = asyncio.Event()
         self._link: RankLink | None = None
-        self._rank_silence_s = rank_silence_s
 
     @property
     def model(self) -> ServedModel:
@@ -88,10 +81,7 @@ class EngineService:
 
     @property
     def link(self) -> RankLink:
-        """Return the link to a rank that has said Welcome.
-
-        Raises OverloadedError (503) while there is none.
-        """
+        """Return the link to a rank that has said Welcome. Raises OverloadedError (503)."""
         if self._link is None or not self.welcomed.is_set():
             raise _starting()
         return self._link
@@ -99,7 +89,7 @@ class EngineService:
     def live_link(self) -> RankLink:
         """Return the link to a rank that can be given work. Raises OverloadedError (503)."""
         link = self.link
-        if link.silence_s >= self._rank_silence_s:
+        if link.silence_s >= RANK_SILENCE_S:
             raise OverloadedError(
                 f"rank 0 has been silent for {link.silence_s:.0f} s",
                 status=503,
@@ -115,13 +105,11 @@ class EngineService:
             raise _starting()
         self.live_link()
 
-    @contextlib.contextmanager
-    def admit(self) -> Iterator[Ticket]:
+    def admit(self) -> contextlib.AbstractContextManager[Ticket]:
         """Hold a place for a request that rank 0 computes. Raises OverloadedError (429, 503)."""
         self.admission.check_open()
         self.sleep.check_awake()
-        with self.admission.admit() as ticket:
-            yield ticket
+        return self.admission.admit()
 
     @contextlib.asynccontextmanager
     async def read(self, http: web.Request) -> AsyncIterator[bytes]:
@@ -130,12 +118,9 @@ class EngineService:
             yield await read_body(http, hold, max_bytes=self.max_body_bytes)
 
     async def use_link(self, link: RankLink | None) -> None:
-        """Replace the link; requests of the old one get RankLost. Ready again with the new rank's
-        Welcome.
-        """
+        """Replace the link; requests of the old one get RankLost."""
         old, self._link = self._link, link
-        # Before the old link's requests hear of it: who asks again at once is told that the engine
-        # starts, and is not given to a link that leads nowhere.
+        # Before the old link's requests hear of it, as they may ask again at once.
         self.welcomed.clear()
         if old is not None:
             await old.close()

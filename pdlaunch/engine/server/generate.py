@@ -95,11 +95,7 @@ async def _run(
     generation: Generation,
     deadline: Deadline,
 ) -> web.StreamResponse:
-    """Answer the request.
-
-    On the way out, whatever is not finished is aborted, and so is a lease whose answer could not be
-    written.
-    """
+    """Answer; then abort whatever is not finished, or a lease whose answer was not written."""
     metrics, request, choices = service.metrics, generation.request, generation.choices
     clock = RequestClock(metrics.requests)
     if call.traceparent is not None:
@@ -111,11 +107,8 @@ async def _run(
     writer = AnswerWriter(
         generation, service.model, call.hop_id, clock, call.spans if call.wants_spans else None
     )
-    # Until the last byte is written nobody knows of the lease, and nobody else would end it.
     answered = False
-    # How choices without a reason of their own end: their client has gone away, unless something
-    # else is known.
-    otherwise = "abort"
+    otherwise = "abort"  # the reason of choices without one: their client has gone away
     try:
         generation.start()
         if request.stream:

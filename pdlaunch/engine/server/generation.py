@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from pdlaunch.engine.server.choice import Choice, Delta, TextStream
+from pdlaunch.engine.server.choice import Choice, Delta
 from pdlaunch.engine.server.rank_link import RankEvent, RankLink, RankLost
 from pdlaunch.engine.server.served_model import ServedModel
 from pdlaunch.errors import OverloadedError, RequestError
@@ -129,19 +129,11 @@ class Generation:
                     traceparent=call.traceparent,
                     records_spans=call.wants_spans,
                 )
-                text = TextStream(
-                    model.tokenizer,
-                    prompt,
-                    skip_special_tokens=request.skip_special_tokens,
-                    stop=request.stop,
-                    min_tokens=request.min_tokens,
-                    include_stop=request.include_stop_str_in_output,
-                )
                 choice = Choice(
                     index,
                     add,
-                    text,
-                    include_stop=request.include_stop_str_in_output,
+                    request,
+                    model.tokenizer,
                     goes_on_elsewhere=transfer.do_remote_decode,
                 )
                 self.choices.append(choice)

@@ -19,7 +19,6 @@ from pdlaunch.errors import OverloadedError, ProtocolError
 from pdlaunch.protocol.engine import (
     AbortRequest,
     AddRequest,
-    CheckIntegrity,
     EngineStats,
     FromRank,
     Hello,
@@ -27,11 +26,9 @@ from pdlaunch.protocol.engine import (
     Outputs,
     ReadStats,
     RequestFinished,
-    Sleep,
     SleepReply,
     Tokens,
     ToRank,
-    WakeUp,
     Welcome,
     from_rank,
     to_rank,
@@ -118,45 +115,27 @@ class RankLink:
         if not self._socket.closed:
             self._socket.send(to_rank.encode(message))
 
-    async def check_integrity(self) -> IntegrityReport:
-        """Have the rank prove who owns each KV block. Raises OverloadedError when it is lost."""
-        call_id, reply = self._new_call()
-        self.send(CheckIntegrity(call_id=call_id))
-        report: IntegrityReport = await reply
-        return report
+    async def call(self, build: Callable[[int], ToRank]) -> Any:
+        """Send the message that ``build`` makes of a call's number, and return its reply.
+
+        Raises OverloadedError when the rank is lost.
+        """
+        call_id = next(self._call_ids)
+        self._calls[call_id] = asyncio.get_running_loop().create_future()
+        self.send(build(call_id))
+        return await self._calls[call_id]
 
     async def read_stats(self) -> None:
         """Have the rank send its totals, and wait until ``on_stats`` has them.
 
         What the rank has said before is counted in them. Raises OverloadedError when it is lost.
         """
-        call_id, reply = self._new_call()
-        self._stats_readers.add(call_id)
-        self.send(ReadStats())
-        await reply
 
-    async def sleep(self, level: int, timeout_s: float) -> SleepReply:
-        """Have the engine fall asleep within ``timeout_s``. Raises OverloadedError when the rank is
-        lost.
-        """
-        call_id, reply = self._new_call()
-        self.send(Sleep(call_id=call_id, level=level, timeout_s=timeout_s))
-        answer: SleepReply = await reply
-        return answer
+        def build(call_id: int) -> ReadStats:
+            self._stats_readers.add(call_id)
+            return ReadStats()
 
-    async def wake_up(self, tags: list[str]) -> SleepReply:
-        """Have the engine wake these pools up, or all. Raises OverloadedError when the rank is
-        lost.
-        """
-        call_id, reply = self._new_call()
-        self.send(WakeUp(call_id=call_id, tags=tags))
-        answer: SleepReply = await reply
-        return answer
-
-    def _new_call(self) -> tuple[int, asyncio.Future[Any]]:
-        call_id = next(self._call_ids)
-        self._calls[call_id] = asyncio.get_running_loop().create_future()
-        return call_id, self._calls[call_id]
+        await self.call(build)
 
     def _reply(self, call_id: int, message: object) -> bool:
         """Return False when nobody has made this call, or has gone away since."""

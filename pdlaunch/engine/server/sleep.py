@@ -22,7 +22,7 @@ from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.errors import LEAVING_RETRY_AFTER_S
 from pdlaunch.http.limits import Admission
 from pdlaunch.protocol.control import SleepState
-from pdlaunch.protocol.engine import SleepReply
+from pdlaunch.protocol.engine import Sleep, SleepReply, WakeUp
 
 SLEEP_TAGS = ("weights", "kv_cache")
 
@@ -53,26 +53,19 @@ def read_sleep_query(query: Mapping[str, str]) -> tuple[int, bool]:
 
 
 def read_tags(query: Any) -> list[str]:
-    """Return the ``tags`` of POST /wake_up, repeated or with commas, each once.
-
-    Raises RequestError.
-    """
+    """Return the ``tags`` of POST /wake_up, repeated or with commas. Raises RequestError."""
     _check_names(query, ("tags",))
     tags = [tag for value in query.getall("tags", []) for tag in value.split(",")]
     if unknown := [tag for tag in tags if tag not in SLEEP_TAGS]:
-        raise RequestError(
-            f"there is no pool {unknown[0]!r:.50}; tags are {' and '.join(SLEEP_TAGS)}",
-            param="tags",
-        )
+        message = f"there is no pool {unknown[0]!r:.50}; tags are {' and '.join(SLEEP_TAGS)}"
+        raise RequestError(message, param="tags")
     return list(dict.fromkeys(tags))
 
 
 def _check_names(query: Mapping[str, str], known: tuple[str, ...]) -> None:
     if unknown := [name for name in query if name not in known]:
-        raise RequestError(
-            f"unknown query parameter {unknown[0]!r:.50}; there are {', '.join(known)}",
-            param="query",
-        )
+        message = f"unknown query parameter {unknown[0]!r:.50}; there are {', '.join(known)}"
+        raise RequestError(message, param="query")
 
 
 class SleepDesk:
@@ -108,10 +101,7 @@ class SleepDesk:
         return SleepStatus(bool(self._tags), self._tags, num_bytes)
 
     def settle(self, tags: list[str], *, draining: bool = False) -> None:
-        """Take over which pools sleep, and tell the supervisor when it is news.
-
-        Rank 0 may have slept through a restart of this server, or have been restarted itself.
-        """
+        """Take over which pools sleep, also of a rank 0 that is not the one known so far."""
         self._tags = tags
         state = SleepState(state="draining" if draining else "sleeping" if tags else "awake")
         if state != self._state:
@@ -127,56 +117,55 @@ class SleepDesk:
         return await self._to_the_end(self._fall_asleep(level, waits))
 
     async def wake_up(self, tags: list[str]) -> SleepStatus:
-        """Wake these pools up.
-
-        Raises RequestError: 400 without sleep mode, 409 when the engine cannot wake up now.
-        """
+        """Wake these pools up. Raises RequestError: 400 without sleep mode, 409 when it fails."""
         return await self._to_the_end(self._wake_up(tags))
 
     async def _fall_asleep(self, level: int, waits: bool) -> SleepStatus:
-        async with self._turn:
-            self._check_enabled()
-            if self._tags:
-                return self.status()
-            link = self._link()
-            if not waits and self._admission.in_flight:
-                raise _conflict(
-                    f"{self._admission.in_flight} requests are in flight; mode=wait waits for them"
-                )
-            reply = None
-            try:
-                # The registry first keeps routers away; then what is here can come to its end.
-                self.settle(self._tags, draining=True)
-                if not await self._admission.wait_idle(self._timeout_s):
-                    raise _conflict(f"requests were still in flight after {self._timeout_s:g} s")
-                reply = await link.sleep(level, self._timeout_s if waits else 0.0)
-            finally:
-                self.settle(self._tags if reply is None else reply.sleeping_tags)
-            return self._answer(reply)
+        if self._tags:
+            return self.status()
+        link = self._link()
+        if not waits and self._admission.in_flight:
+            raise _conflict(
+                f"{self._admission.in_flight} requests are in flight; mode=wait waits for them"
+            )
+        timeout_s = self._timeout_s if waits else 0.0
+        reply: SleepReply | None = None
+        try:
+            # The registry first keeps routers away; then what is here can come to its end.
+            self.settle(self._tags, draining=True)
+            if not await self._admission.wait_idle(self._timeout_s):
+                raise _conflict(f"requests were still in flight after {self._timeout_s:g} s")
+            reply = await link.call(
+                lambda call_id: Sleep(call_id=call_id, level=level, timeout_s=timeout_s)
+            )
+        finally:
+            self.settle(self._tags if reply is None else reply.sleeping_tags)
+        return self._answer(reply)
 
     async def _wake_up(self, tags: list[str]) -> SleepStatus:
-        async with self._turn:
-            self._check_enabled()
-            if not self._tags:
-                return self.status()
-            reply = await self._link().wake_up(tags)
-            self.settle(reply.sleeping_tags)
-            return self._answer(reply)
+        if not self._tags:
+            return self.status()
+        reply = await self._link().call(lambda call_id: WakeUp(call_id=call_id, tags=tags))
+        self.settle(reply.sleeping_tags)
+        return self._answer(reply)
 
     def _answer(self, reply: SleepReply) -> SleepStatus:
         if reply.error is not None:
             raise _conflict(reply.error)
         return self.status(reply.num_bytes)
 
-    def _check_enabled(self) -> None:
+    async def _to_the_end(self, work: Coroutine[Any, Any, SleepStatus]) -> SleepStatus:
+        async def in_turn() -> SleepStatus:
+            async with self._turn:
+                return await work
+
         if not self._enabled:
+            work.close()
             raise RequestError(
                 "this engine cannot sleep: enable_sleep_mode is off", code="sleep_mode_off"
             )
-
-    async def _to_the_end(self, work: Coroutine[Any, Any, SleepStatus]) -> SleepStatus:
         # Shielded: half a sleep, with the door shut and memory held, would help nobody.
-        task = asyncio.create_task(work)
+        task = asyncio.create_task(in_turn())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return await asyncio.shield(task)
