@@ -29,6 +29,7 @@ ENTRY_POINT_GROUP = "pdlaunch.connectors"
 KVPath = Literal["auto", "nixl", "p2p"]
 MooncakeProtocol = Literal["tcp", "rdma", "nvlink"]
 RankDevice = Literal["cpu", "cuda"]
+Environ = Mapping[str, str]
 
 S = TypeVar("S", bound=FrozenModel)
 """The settings of one connector."""
@@ -58,17 +59,13 @@ class ConnectorSpec(Generic[S]):
     incarnation. Returns a ``transfer.connectors.connector.Connector``.
     """
     settings: type[S] = NoSettings  # type: ignore[assignment]
-    """The model of the section ``kv_transfer.NAME``."""
+    """The model of the section ``kv_transfer.NAME``, which each method below is given."""
     stand_ins: Mapping[str, str] = MappingProxyType({})
     """Tests put ``module:class`` here, by the name of the class of a rank that it stands for. It is
     called as that one is, after the section of this connector. See ``opening.rank_part``.
     """
-    needs_cuda: bool = False
-    """The connector moves device memory only."""
 
-    def environment(
-        self, section: S, environ: Mapping[str, str], device: RankDevice
-    ) -> dict[str, str]:
+    def environment(self, section: S, environ: Environ, device: RankDevice) -> dict[str, str]:
         """Return variables that a rank must have before the connector's libraries are imported.
 
         ``environ`` is the user's, whose values take precedence, except over what keeps doors shut
@@ -77,24 +74,21 @@ class ConnectorSpec(Generic[S]):
         return {}
 
     def network_environment(
-        self, section: S, environ: Mapping[str, str], device: RankDevice, network: KVNetwork
+        self, section: S, environ: Environ, device: RankDevice, network: KVNetwork
     ) -> dict[str, str]:
         """Return variables over those of ``environment`` for a rank with peers on other hosts."""
         return {}
 
     def opens_data_ports(self, section: S) -> bool:
-        """Say whether ranks open ports that ask nobody who he is to peers on other hosts. Such
-        ranks do so with ``kv_transfer.trusted_network`` alone.
+        """Say whether ranks open ports that ask nobody who he is to peers on other hosts.
 
-        A connector that listens by itself has to override this: its ports are not seen from here,
-        and nobody would be asked for that setting.
+        They do so with ``kv_transfer.trusted_network`` alone: a connector that listens by itself
+        has to override this.
         """
         return False
 
     def joins_hosts(self, section: S) -> bool:
-        """Say whether ranks reach peers on other hosts at all; one that says so and does not is
-        found at the handshake alone, when all models are loaded.
-        """
+        """Say whether ranks reach peers on other hosts at all."""
         return True
 
     def maps_memory(self, section: S) -> bool:
@@ -123,10 +117,8 @@ class NixlSettings(FrozenModel):
 
     path: Annotated[KVPath, NativeAlone()] = Field(
         "auto",
-        description=(
-            "What carries KV blocks: NIXL, or copies from mapped memory of ranks of a host (p2p); "
-            "`auto` is what is faster at the handshake, for each pair."
-        ),
+        description="What carries KV blocks: NIXL, or copies from mapped memory of ranks of a "
+        "host (p2p); `auto` is what is faster at the handshake, for each pair.",
     )
 
 
@@ -137,7 +129,7 @@ class NixlSpec(ConnectorSpec[NixlSettings]):
     settings = NixlSettings
 
     def environment(
-        self, section: NixlSettings, environ: Mapping[str, str], device: RankDevice
+        self, section: NixlSettings, environ: Environ, device: RankDevice
     ) -> dict[str, str]:
         defaults = {
             # The InfiniBand module crashes the process in a finaliser at exit (NIXL 1.5.1).
@@ -152,11 +144,7 @@ class NixlSpec(ConnectorSpec[NixlSettings]):
         return _with_defaults(environ, defaults) | {"UCX_TLS": transports}
 
     def network_environment(
-        self,
-        section: NixlSettings,
-        environ: Mapping[str, str],
-        device: RankDevice,
-        network: KVNetwork,
+        self, section: NixlSettings, environ: Environ, device: RankDevice, network: KVNetwork
     ) -> dict[str, str]:
         to_hosts = network_transports(environ, has_rdma=bool(network.rdma_devices))
         transports = ",".join((*to_hosts, *local_transports(environ, device))) or "none"
@@ -173,14 +161,10 @@ class NixlSpec(ConnectorSpec[NixlSettings]):
     def opens_data_ports(self, section: NixlSettings) -> bool:
         return section.path != "p2p"
 
-    def joins_hosts(self, section: NixlSettings) -> bool:
-        return section.path != "p2p"
+    joins_hosts = opens_device_memory = opens_data_ports
 
     def maps_memory(self, section: NixlSettings) -> bool:
         return section.path != "nixl"
-
-    def opens_device_memory(self, section: NixlSettings) -> bool:
-        return section.path != "p2p"
 
 
 class PushSettings(FrozenModel):
@@ -212,7 +196,7 @@ class MooncakeSpec(ConnectorSpec[MooncakeSettings]):
     settings = MooncakeSettings
 
     def environment(
-        self, section: MooncakeSettings, environ: Mapping[str, str], device: RankDevice
+        self, section: MooncakeSettings, environ: Environ, device: RankDevice
     ) -> dict[str, str]:
         # Mooncake picks a transport by what it finds, whatever it was told.
         transports: dict[MooncakeProtocol, dict[str, str]] = {
@@ -230,11 +214,7 @@ class MooncakeSpec(ConnectorSpec[MooncakeSettings]):
         return _with_defaults(environ, defaults) | {MOONCAKE_ADDRESS: "127.0.0.1"}
 
     def network_environment(
-        self,
-        section: MooncakeSettings,
-        environ: Mapping[str, str],
-        device: RankDevice,
-        network: KVNetwork,
+        self, section: MooncakeSettings, environ: Environ, device: RankDevice, network: KVNetwork
     ) -> dict[str, str]:
         first, _, last = network.ports.partition("-")
         # Mooncake reads both spellings.
@@ -311,9 +291,8 @@ def connector_spec(name: str) -> ConnectorSpec[Any]:
 
 def check_connector_name(value: str) -> str:
     """Return ``value`` when such a connector is installed; validates fields of settings."""
-    if value not in connector_names():
-        expected = " or ".join(map(repr, connector_names()))
-        raise PydanticKnownError("literal_error", {"expected": expected})
+    if value not in (names := connector_names()):
+        raise PydanticKnownError("literal_error", {"expected": " or ".join(map(repr, names))})
     return value
 
 

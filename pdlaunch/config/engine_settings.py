@@ -40,10 +40,8 @@ class EngineSettings(FrozenModel):
     model: Annotated[str, Flag()] = Field(
         DEFAULT_MODEL,
         min_length=1,
-        description=(
-            "Alias, directory in Hugging Face layout, .gguf file, or a name on the hub such as "
-            "Qwen/Qwen3-0.6B, which is downloaded."
-        ),
+        description="Alias, directory in Hugging Face layout, .gguf file, or a name on the hub "
+        "such as Qwen/Qwen3-0.6B, which is downloaded.",
     )
     revision: Annotated[Revision | None, Flag()] = Field(
         None, description="Branch, tag or commit of a model on the hub; its main branch when unset."
@@ -66,10 +64,8 @@ class EngineSettings(FrozenModel):
     block_size: Annotated[int, Flag()] = Field(16, gt=0, description="Tokens in a KV block.")
     kv_cache_memory: Annotated[ByteSize | None, Flag()] = Field(
         None,
-        description=(
-            "KV cache of one rank, such as 4GiB. When unset, 1GiB on a CPU and what "
-            "gpu_memory_utilization leaves on a GPU."
-        ),
+        description="KV cache of one rank, such as 4GiB. When unset, 1GiB on a CPU and what "
+        "gpu_memory_utilization leaves on a GPU.",
     )
     gpu_memory_utilization: Annotated[float, Flag()] = Field(
         0.9,
@@ -115,10 +111,8 @@ class EngineSettings(FrozenModel):
     )
     engine_args: dict[FlagName, JsonValue] = Field(
         default_factory=dict,
-        description=(
-            "Further flags of engines that are not native, such as `max-logprobs: 5`; "
-            "true for a flag without a value."
-        ),
+        description="Further flags of engines that are not native, such as `max-logprobs: 5`; "
+        "true for a flag without a value.",
     )
     env: dict[VariableName, str] = Field(
         default_factory=dict, description="Extra environment of the engine's ranks."
@@ -136,10 +130,8 @@ class RoleSettings(FrozenModel):
         0,
         ge=0,
         le=65535,
-        description=(
-            "Port of the first engine, the next ones count up; needs engine_api_key. 0 picks free "
-            "ones."
-        ),
+        description="Port of the first engine, the next ones count up; needs engine_api_key. 0 "
+        "picks free ones.",
     )
 
     def ports(self) -> range:
@@ -154,16 +146,13 @@ class BothSettings(RoleSettings):
         int,
         Flag(
             "both",
-            help=(
-                "Number of engines that do prefill and decode of a request themselves. Alone it "
-                "leaves out prefill and decode engines."
-            ),
+            help="Number of engines that do prefill and decode of a request themselves. Alone it "
+            "leaves out prefill and decode engines.",
         ),
     ] = Field(
         0,
         ge=0,
         le=1024,
-        description=(
-            "Number of engines; without prefill.replicas and decode.replicas these become 0."
-        ),
+        description="Number of engines; without prefill.replicas and decode.replicas these become "
+        "0.",
     )

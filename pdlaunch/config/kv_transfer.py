@@ -44,10 +44,8 @@ class KVTransferSettings(FrozenModel):
     )
     verify: Switch = Field(
         True,
-        description=(
-            "Compare checksums of pulled blocks; `off`, only for measuring, trusts both hosts' "
-            "clocks."
-        ),
+        description="Compare checksums of pulled blocks; `off`, only for measuring, trusts both "
+        "hosts' clocks.",
     )
     on_failure: Literal["recompute", "fail"] = Field(
         "recompute", description="What decode does when a pull fails for good."
@@ -70,10 +68,8 @@ class KVTransferSettings(FrozenModel):
     )
     trusted_network: Switch = Field(
         False,
-        description=(
-            "Let KV blocks go between hosts over ports of NIXL or Mooncake, which ask nobody who "
-            "he is: whoever reaches them can read and write the memory of ranks."
-        ),
+        description="Let KV blocks go between hosts over ports of NIXL or Mooncake, which ask "
+        "nobody who he is: whoever reaches them can read and write the memory of ranks.",
     )
     data_ports: PortRange = Field(
         "21000-21999",
@@ -124,29 +120,31 @@ class KVTransferSettings(FrozenModel):
             name = inner
         return name
 
+    def section(self, name: str) -> FrozenModel:
+        """Return the settings of a connector; its defaults where none were given."""
+        found = getattr(self, name, None)
+        return found if isinstance(found, FrozenModel) else _spec_of(name).settings()
+
+    # What the spec of the carrier says of its section; ``ConnectorSpec`` explains each.
     @property
     def maps_memory(self) -> bool:
-        """Return whether ranks may map the KV cache of their peers."""
         return self._spec.maps_memory(self.section(self.carrier))
 
     @property
     def opens_device_memory(self) -> bool:
-        """Return whether a library may open GPU memory by itself, which is slow where it was
-        allocated otherwise than with cudaMalloc.
-        """
         return self._spec.opens_device_memory(self.section(self.carrier))
 
     @property
     def only_maps_memory(self) -> bool:
-        """Return whether ranks reach the KV cache of their peers by mapping it, and in no other
-        way.
-        """
         return self.maps_memory and not self.opens_device_memory
 
     @property
-    def needs_cuda(self) -> bool:
-        """Return whether the connector moves device memory only."""
-        return self._spec.needs_cuda
+    def opens_data_ports(self) -> bool:
+        return self._spec.opens_data_ports(self.section(self.carrier))
+
+    @property
+    def joins_hosts(self) -> bool:
+        return self._spec.joins_hosts(self.section(self.carrier))
 
     @property
     def folders(self) -> dict[str, str]:
@@ -155,16 +153,8 @@ class KVTransferSettings(FrozenModel):
         return {f"kv_transfer.{self.carrier}.{field}": path for field, path in folders.items()}
 
     def environment(self, environ: Mapping[str, str], device: RankDevice) -> dict[str, str]:
-        """Return what a rank's environment must hold before its connector is opened.
-
-        ``environ`` is the user's, whose values take precedence; ``device`` is the rank's.
-        """
+        """Return what a rank's environment must hold before its connector is opened."""
         return self._spec.environment(self.section(self.carrier), environ, device)
-
-    def section(self, name: str) -> FrozenModel:
-        """Return the settings of a connector; its defaults where none were given."""
-        found = getattr(self, name, None)
-        return found if isinstance(found, FrozenModel) else _spec_of(name).settings()
 
     def network_environment(
         self, environ: Mapping[str, str], device: RankDevice, network: KVNetwork
@@ -172,16 +162,6 @@ class KVTransferSettings(FrozenModel):
         """Return what the environment of a rank with peers on other hosts must hold over that."""
         section = self.section(self.carrier)
         return self._spec.network_environment(section, environ, device, network)
-
-    @property
-    def opens_data_ports(self) -> bool:
-        """Return whether ranks with peers on other hosts open ports that ask nobody who he is."""
-        return self._spec.opens_data_ports(self.section(self.carrier))
-
-    @property
-    def joins_hosts(self) -> bool:
-        """Return whether ranks reach peers on other hosts."""
-        return self._spec.joins_hosts(self.section(self.carrier))
 
     @property
     def _spec(self) -> ConnectorSpec[Any]:

@@ -44,10 +44,8 @@ class TracingSettings(FrozenModel):
         Field(
             None,
             pattern=r"^https?://[^\s/]+(/\S*)?$",
-            description=(
-                "Collector of OpenTelemetry that gets the spans of requests over HTTP, such as "
-                "http://127.0.0.1:4318; needs the extra `otel`."
-            ),
+            description="Collector of OpenTelemetry that gets the spans of requests over HTTP, "
+            "such as http://127.0.0.1:4318; needs the extra `otel`.",
         )
     )
     otlp_sample: Annotated[float, Flag(panel=DEPLOYMENT, for_router=True)] = Field(
@@ -76,32 +74,24 @@ class LaunchConfig(SharedSettings, EngineSettings):
     admin_api_key: Annotated[SecretStr | None, Flag(panel=DEPLOYMENT, for_router=True)] = Field(
         None,
         min_length=1,
-        description=(
-            "Key for sleep, wake and other commands over HTTP; without it they are taken only at a "
-            "local socket."
-        ),
+        description="Key for sleep, wake and other commands over HTTP; without it they are taken "
+        "only at a local socket.",
     )
     engine_api_key: Annotated[SecretStr | None, Flag(panel=DEPLOYMENT)] = Field(
         None,
         min_length=1,
-        description=(
-            "Key with which another router may use the engines; without it only the launch's own "
-            "may."
-        ),
+        description="Key with which another router may use the engines; without it only the "
+        "launch's own may.",
     )
     page: Annotated[bool, Flag(panel=DEPLOYMENT)] = Field(
         True,
-        description=(
-            "Answer at the router's `/` with a page that shows the deployment; it asks for the "
-            "clients' key."
-        ),
+        description="Answer at the router's `/` with a page that shows the deployment; it asks "
+        "for the clients' key.",
     )
     engines: RunningEngines = Field(
         (),
-        description=(
-            "Engines that somebody else started, for `pdlaunch router`: `[{name, role, url, kind, "
-            "api_key_env}]`, or `prefill=URL`."
-        ),
+        description="Engines that somebody else started, for `pdlaunch router`: `[{name, role, "
+        "url, kind, api_key_env}]`, or `prefill=URL`.",
     )
     engines_file: Annotated[str | None, Flag(panel=ROUTER, metavar="FILE")] = Field(
         None,
@@ -110,10 +100,8 @@ class LaunchConfig(SharedSettings, EngineSettings):
     )
     engine_urls: Annotated[EngineUrls, Flag(panel=ROUTER)] = Field(
         (),
-        description=(
-            "URLs at which engines may be that come by command, file or DNS, such as "
-            "`http://10.0.0.0/24:8000-8100`; none when empty."
-        ),
+        description="URLs at which engines may be that come by command, file or DNS, such as "
+        "`http://10.0.0.0/24:8000-8100`; none when empty.",
     )
     placement: Annotated[Placement, Flag(panel=HOSTS)] = Field(
         "local",
@@ -122,10 +110,8 @@ class LaunchConfig(SharedSettings, EngineSettings):
     )
     hosts: Annotated[Hosts, Flag(panel=HOSTS, metavar="NAMES", help=_HOSTS_HELP)] = Field(
         (),
-        description=(
-            "Hosts that engines are placed on: `[{name, bind_address, advertise_address, roles, "
-            "domain, machine}]`, or names; `local` is this one."
-        ),
+        description="Hosts that engines are placed on: `[{name, bind_address, advertise_address, "
+        "roles, domain, machine}]`, or names; `local` is this one.",
     )
     placement_strategy: Annotated[PlacementStrategy, Flag(panel=HOSTS)] = Field(
         "pack",
@@ -134,10 +120,8 @@ class LaunchConfig(SharedSettings, EngineSettings):
     )
     control_address: Annotated[HostAddress | None, Flag(panel=HOSTS)] = Field(
         None,
-        description=(
-            "Address of this host at which the others reach the supervisor; that of the default "
-            "route when unset."
-        ),
+        description="Address of this host at which the others reach the supervisor; that of the "
+        "default route when unset.",
     )
     control_port: Annotated[int, Flag(panel=HOSTS)] = Field(
         0, ge=0, le=MAX_PORT, description="Port at which agents join; 0 picks a free one."
@@ -157,9 +141,8 @@ class LaunchConfig(SharedSettings, EngineSettings):
     )
     log_dir: Annotated[str | None, Flag(panel=DEPLOYMENT, metavar="DIR")] = Field(
         None,
-        description=(
-            "Folder of the log files. When unset, each launch makes one and the latest 20 are kept."
-        ),
+        description="Folder of the log files. When unset, each launch makes one and the latest 20 "
+        "are kept.",
     )
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Flag(panel=DEPLOYMENT, for_router=True)
@@ -187,10 +170,8 @@ class LaunchConfig(SharedSettings, EngineSettings):
     hang_timeout_s: float = Field(
         60.0,
         ge=0,
-        description=(
-            "A process whose main loop stands still for so long is restarted; must be longer than "
-            "any step. 0 for never."
-        ),
+        description="A process whose main loop stands still for so long is restarted; must be "
+        "longer than any step. 0 for never.",
     )
 
     @field_validator("hang_timeout_s")

@@ -28,10 +28,8 @@ class LimitSettings(FrozenModel):
     )
     max_body_bytes_in_flight: ByteSize | None = Field(
         None,
-        description=(
-            "Bytes in the bodies of all requests in flight, above which a request gets 503; eight "
-            "times max_body_bytes when unset."
-        ),
+        description="Bytes in the bodies of all requests in flight, above which a request gets "
+        "503; eight times max_body_bytes when unset.",
     )
     max_queued_requests: int = Field(
         1024, gt=0, description="Requests in flight at the router or an engine; one more gets 429."
@@ -39,9 +37,8 @@ class LimitSettings(FrozenModel):
     max_connections: int = Field(
         4096,
         gt=0,
-        description=(
-            "Open connections at the router or an engine, above which new ones replace idle ones."
-        ),
+        description="Open connections at the router or an engine, above which new ones replace "
+        "idle ones.",
     )
     request_timeout_s: float = Field(600.0, gt=0, description="Time that a request may take.")
 
@@ -69,28 +66,22 @@ class RoutingSettings(FrozenModel):
 
     policy: Annotated[RoutingPolicy, Flag("routing", DEPLOYMENT)] = Field(
         "cost",
-        description=(
-            "Which engines serve a request: those of the least estimated `cost`, or `pairs` of a "
-            "prefill and a decode engine wherever there are."
-        ),
+        description="Which engines serve a request: those of the least estimated `cost`, or "
+        "`pairs` of a prefill and a decode engine wherever there are.",
     )
     max_itl_ms: Annotated[float | None, Flag(panel=DEPLOYMENT)] = Field(
         None,
         gt=0,
-        description=(
-            "Longest time between two tokens of a stream that prompts may cause, but no less than "
-            "a step with a block of a prompt takes. When unset, prompts about double the steps of "
-            "a decode engine, but for a few gaps in a thousand; on a GPU a step with a prompt may "
-            "take longer than that in any case."
-        ),
+        description="Longest time between two tokens of a stream that prompts may cause, but no "
+        "less than a step with a block of a prompt takes. When unset, prompts about double the "
+        "steps of a decode engine, but for a few gaps in a thousand; on a GPU a step with a "
+        "prompt may take longer than that in any case.",
     )
     max_ttft_ms: Annotated[float | None, Flag(panel=DEPLOYMENT)] = Field(
         None,
         gt=0,
-        description=(
-            "Time to the first token: routes that are estimated to keep it come first. When "
-            "unset, the least estimated time of all requests decides."
-        ),
+        description="Time to the first token: routes that are estimated to keep it come first. "
+        "When unset, the least estimated time of all requests decides.",
     )
 
 
@@ -102,19 +93,16 @@ class SharedSettings(FrozenModel):
     routing: RoutingSettings = RoutingSettings()
     allowed_hosts: Annotated[HostNames, Flag(panel=DEPLOYMENT, for_router=True)] = Field(
         (),
-        description=(
-            "Further names of the router or an engine in clients' URLs (Host header); `*` for any."
-        ),
+        description="Further names of the router or an engine in clients' URLs (Host header); `*` "
+        "for any.",
     )
     cors_origins: Annotated[Origins, Flag(panel=DEPLOYMENT, for_router=True)] = Field(
         (), description="Origins whose web pages may use the router or an engine; `*` for any."
     )
     generation_config: Annotated[GenerationConfig, Flag(), NativeAlone()] = Field(
         "auto",
-        description=(
-            "Sampling defaults of requests: `auto` takes those of the model's "
-            "generation_config.json, `vllm` neutral ones."
-        ),
+        description="Sampling defaults of requests: `auto` takes those of the model's "
+        "generation_config.json, `vllm` neutral ones.",
     )
     strict_fields: Annotated[bool, Flag(panel=DEPLOYMENT, for_router=True), NativeAlone()] = Field(
         False,

@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 
 from pdlaunch.checks.context import Context
 from pdlaunch.checks.probed import NixlAnswer, PairTransport
-from pdlaunch.config.kv_transfer import KVTransferSettings
 from tests.checks.contexts import CPU, GPU, SHAPE, SMALL_SHAPE, on
 
 ROUTER = ("127.0.0.1", 8000)
@@ -52,20 +51,6 @@ def nvlink(base, **config):
 
 def p2p(base, **config):
     return on(base, kv_transfer__nixl__path="p2p", **config)
-
-
-class NeedsCuda(KVTransferSettings):
-    """Those of a connector that moves device memory only."""
-
-    @property
-    def needs_cuda(self):
-        return True
-
-
-def needing_cuda(base):
-    context = on(base)
-    config = context.config.model_copy(update={"kv_transfer": NeedsCuda()})
-    return replace(context, launch=replace(context.launch, config=config))
 
 
 def nixl_says(**answer):

@@ -1,4 +1,4 @@
-"""Download a part of a model of the hub into the cache of huggingface_hub, with its rules.
+"""Downloads a part of a model of the hub into the cache of huggingface_hub, with its rules.
 
 ``python -m pdlaunch.config.model_files.download NAME REVISION PART`` prints a line of JSON for each
 step: ``{"done": BYTES, "total": BYTES}``; ``{"error": TEXT, "fix": TEXT, "field": NAME}`` is the
@@ -24,29 +24,23 @@ from pdlaunch.config.model_files.weights import INDEX, names_in
 from pdlaunch.errors import ConfigError
 
 DESCRIPTION = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    INDEX,
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("chat_template.jinja", INDEX),
 )
 """The files that are read, apart from weights."""
 _PLAIN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
-_MAX_REASON = 300
 
 
 def download(name: str, revision: str, part: Part) -> None:
     """Download what the cache does not have yet. Raises ConfigError."""
-    from huggingface_hub import snapshot_download
-
-    def fetch(files: list[str]) -> Path:
-        found = snapshot_download(
-            name, revision=revision, allow_patterns=files, tqdm_class=_progress_class()
-        )
-        return Path(found)
-
     try:
+        from huggingface_hub import snapshot_download
+
+        def fetch(files: list[str]) -> Path:
+            bar = _progress_class()
+            found = snapshot_download(name, revision=revision, allow_patterns=files, tqdm_class=bar)
+            return Path(found)
+
         folder = fetch([*DESCRIPTION])
         if not (folder / "config.json").is_file():
             raise _wrong_files(name, revision, "config.json")
@@ -59,6 +53,8 @@ def download(name: str, revision: str, part: Part) -> None:
                 raise _wrong_files(name, revision, wanted[0])
     except ConfigError:
         raise
+    except ImportError as error:
+        raise ConfigError(f"{error}", fix="pip install huggingface_hub") from error
     except Exception as error:
         raise _explain(error, name, revision) from error
 
@@ -72,24 +68,19 @@ def _wrong_files(name: str, revision: str, missing: str) -> ConfigError:
         files = HfApi().list_repo_files(name, revision=revision)
     others = [file for file in files if file.endswith((".gguf", ".bin", ".pt", ".pth"))]
     has = f"; it has {', '.join(others[:3])}" if others else ""
-    return ConfigError(
-        f"{name} on the hub has no {missing}{has}",
-        field="model",
-        value=name,
-        fix=f"`hf download {name} FILE.gguf --local-dir DIR`, and name DIR/FILE.gguf."
-        if any(file.endswith(".gguf") for file in others)
-        else "Name a model whose weights are published as safetensors.",
-    )
+    fix = "Name a model whose weights are published as safetensors."
+    if any(file.endswith(".gguf") for file in others):
+        fix = f"`hf download {name} FILE.gguf --local-dir DIR`, and name DIR/FILE.gguf."
+    message = f"{name} on the hub has no {missing}{has}"
+    return ConfigError(message, field="model", value=name, fix=fix)
 
 
 def _explain(error: Exception, name: str, revision: str) -> ConfigError:
     """Return what the user can do about an error of the library."""
-    if isinstance(error, ImportError):
-        return ConfigError(f"{error}", fix="pip install huggingface_hub")
     from huggingface_hub import constants, errors
 
-    hub = constants.ENDPOINT
-    reason = " ".join(str(error.__cause__ or error).split())[:_MAX_REASON]
+    hub, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
+    reason = " ".join(str(error.__cause__ or error).split())[:300]
     field, fix = "model", f"Try again, or `hf download {name}` where it works."
     match error:
         case errors.GatedRepoError():
@@ -102,18 +93,14 @@ def _explain(error: Exception, name: str, revision: str) -> ConfigError:
             text, field = f"{name} has no revision {revision}", "revision"
             fix = "Name a branch, a tag or a commit that it has."
         case errors.LocalEntryNotFoundError():
-            text = (
-                f"{name} is not in the cache {constants.HF_HUB_CACHE}, or only in part, and {hub} "
-                f"cannot be reached ({reason})"
-            )
-            fix = (
-                "Check network and proxy, or set HF_ENDPOINT to a mirror. Or `hf download "
-                f"{name} --local-dir DIR` elsewhere, and serve DIR."
-            )
+            text = f"{name} is not in the cache {cache}, or only in part, and {hub} cannot be "
+            text += f"reached ({reason})"
+            fix = "Check network and proxy, or set HF_ENDPOINT to a mirror. Or `hf download "
+            fix += f"{name} --local-dir DIR` elsewhere, and serve DIR."
         case errors.HfHubHTTPError():
             text = f"{hub} answered {error.response.status_code} for {name}"
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
-            text = f"{name} does not fit on the disk of {constants.HF_HUB_CACHE}"
+            text = f"{name} does not fit on the disk of {cache}"
             fix = "Make room, or set HF_HOME to a folder on another disk."
         case PermissionError():
             text = f"{error.filename} cannot be written"

@@ -127,53 +127,30 @@ def _gpt_oss_windows(config: Config) -> Windows:
     return _windows_of_types(config, layer_types, config["sliding_window"])
 
 
-_QWEN_WINDOW_DEFAULTS = {
-    "use_sliding_window": False,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
-    "layer_types": None,
-}
+_COMMON = {"tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None}
+_FIELDS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"),
+)
 
 
 def supported_families() -> dict[str, Family]:
     """Return the families by model_type."""
-    llama = {
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": None,
-        "head_dim": None,
-        "max_position_embeddings": 2048,
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
+
+    def sizes(*values: int | None) -> dict[str, Any]:
+        return dict(zip(_FIELDS, values, strict=True)) | _COMMON
+
+    of_text = {"bos_token_id": 1, "eos_token_id": 2}
     biases = {"attention_bias": False, "mlp_bias": False}
-    qwen2 = llama | {
-        "vocab_size": 151936,
-        "intermediate_size": 22016,
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 32768,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-    mistral = llama | {
-        "intermediate_size": 14336,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
+    llama = sizes(32000, 4096, 11008, 32, 32, None, None, 2048) | of_text
+    mistral = sizes(32000, 4096, 14336, 32, 32, 8, None, 131072) | of_text
+    qwen = sizes(151936, 4096, 22016, 32, 32, 32, None, 32768) | {
+        "use_sliding_window": False,
         "sliding_window": 4096,
+        "max_window_layers": 28,
+        "layer_types": None,
     }
-    gemma3 = {
-        "vocab_size": 262208,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "max_position_embeddings": 131072,
+    gemma3 = sizes(262208, 2304, 9216, 26, 8, 4, 256, 131072) | {
         "tie_word_embeddings": True,
         "bos_token_id": 2,
         "eos_token_id": 1,
@@ -182,54 +159,30 @@ def supported_families() -> dict[str, Family]:
         "sliding_window_pattern": 6,
         "layer_types": None,
     }
-    smollm3 = (
-        llama
-        | biases
-        | {
-            "vocab_size": 128256,
-            "hidden_size": 2048,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 4,
-            "max_position_embeddings": 32768,
-            "tie_word_embeddings": True,
-            "bos_token_id": 128000,
-            "eos_token_id": 128001,
-            "use_sliding_window": False,
-            "sliding_window": None,
-            "no_rope_layers": None,
-            "no_rope_layer_interval": 4,
-            "layer_types": None,
-        }
-    )
-    gpt_oss = {
-        "vocab_size": 201088,
-        "hidden_size": 2880,
-        "intermediate_size": 2880,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "max_position_embeddings": 131072,
-        "tie_word_embeddings": False,
-        "bos_token_id": None,
-        "eos_token_id": None,
+    smollm3 = sizes(128256, 2048, 11008, 36, 16, 4, None, 32768) | {
+        "tie_word_embeddings": True,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "no_rope_layers": None,
+        "no_rope_layer_interval": 4,
+        "layer_types": None,
+    }
+    gpt_oss = sizes(201088, 2880, 2880, 36, 64, 8, 64, 131072) | {
         "attention_bias": True,
         "sliding_window": 128,
         "layer_types": None,
         "num_local_experts": 128,
         "num_experts_per_tok": 4,
     }
+    qwen3 = qwen | {"head_dim": 128, "attention_bias": False}
     return {
         "llama": Family(llama | biases, _no_windows),
-        "qwen2": Family(qwen2 | _QWEN_WINDOW_DEFAULTS, _qwen_windows, qkv_bias=True),
-        "qwen3": Family(
-            qwen2 | _QWEN_WINDOW_DEFAULTS | {"head_dim": 128, "attention_bias": False},
-            _qwen_windows,
-            qk_norm=True,
-        ),
-        "mistral": Family(mistral, _mistral_windows),
+        "qwen2": Family(qwen, _qwen_windows, qkv_bias=True),
+        "qwen3": Family(qwen3, _qwen_windows, qk_norm=True),
+        "mistral": Family(mistral | {"sliding_window": 4096}, _mistral_windows),
         "gemma3_text": Family(gemma3, _gemma3_windows, qk_norm=True, norms_per_layer=4),
-        "smollm3": Family(smollm3, _smollm3_windows),
+        "smollm3": Family(smollm3 | biases, _smollm3_windows),
         "gpt_oss": Family(gpt_oss, _gpt_oss_windows, has_sinks=True, has_experts=True),
     }
