@@ -54,14 +54,11 @@ class Setting:
 
     @property
     def holds_flags(self) -> bool:
-        """Return whether it is a mapping whose entries are flags of another program: switches,
-        texts, or JSON.
-        """
+        """Return whether its entries are flags of another program: switches, texts, or JSON."""
         return JsonValue in self.kinds
 
     @property
     def is_list(self) -> bool:
-        """Return whether it is one value of several texts."""
         return tuple in self.kinds
 
     @property
@@ -106,7 +103,6 @@ class Setting:
 
     @property
     def choices(self) -> list[str]:
-        """Return the words that it may be, none where it is no choice of words."""
         return [kind for kind in self.kinds if isinstance(kind, str)]
 
     @property
@@ -148,11 +144,8 @@ def all_settings() -> Mapping[str, Setting]:
     for name, model in other_sections().items():
         path = f"{_CONNECTORS}.{name}"
         # A section whose model cannot be imported takes any entries: a rule reports the failure.
-        found += (
-            [*_walk(model, f"{path}.")]
-            if model
-            else [Setting(path, FieldInfo(description="Unknown."), (dict,))]
-        )
+        unknown = Setting(path, FieldInfo(description="Unknown."), (dict,))
+        found += [*_walk(model, f"{path}.")] if model else [unknown]
     return {setting.path: setting for setting in found}
 
 

@@ -89,12 +89,6 @@ def test_what_is_no_url_of_an_engine(url: str) -> None:
         read_engine_url(url)
 
 
-def test_a_password_in_a_url_is_not_repeated() -> None:
-    with pytest.raises(ValueError, match="api_key_env") as caught:
-        read_engine_url("http://user:secret@10.0.0.7:8000")
-    assert "secret" not in str(caught.value)
-
-
 @given(st.text(max_size=30))
 def test_any_text_is_a_url_or_is_refused(text: str) -> None:
     for url in (text, f"http://{text}", f"unix:/{text}"):

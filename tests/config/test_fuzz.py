@@ -1,6 +1,5 @@
 """Whatever comes in, the loader answers with a configuration or with problems that say where."""
 
-import contextlib
 import string
 
 import pytest
@@ -9,7 +8,6 @@ from hypothesis import strategies as st
 
 from pdlaunch.config.problems import InvalidConfigError, Problem
 from pdlaunch.config.settings import all_settings, variable_paths
-from pdlaunch.config.sizes import parse_size
 from pdlaunch.config.sources import load_config
 
 PATHS = sorted(all_settings())
@@ -109,20 +107,6 @@ def test_any_bytes(path, data):
 
 
 @fuzz
-@given(text=st.text(st.characters(codec="utf-8"), max_size=300))
-def test_any_text(path, text):
-    path.write_text(text)
-    assert_answer(path)
-
-
-@fuzz
-@given(text=st.text(st.sampled_from("ab:-[]{},&*!|>'\"%@` \n\t#?0."), max_size=60))
-def test_any_punctuation(path, text):
-    path.write_text(text)
-    assert_answer(path)
-
-
-@fuzz
 @given(text=yaml_texts())
 def test_nearly_a_configuration(path, text):
     path.write_bytes(text.encode("utf-8", "replace"))
@@ -145,20 +129,6 @@ def test_any_variables(environ):
 )
 def test_any_flags(flags):
     assert_answer(None, {}, flags)
-
-
-@given(
-    st.one_of(
-        st.text(),
-        st.floats(),
-        st.integers(),
-        st.none(),
-        st.from_regex(r"\d{1,400}(\.\d{1,400})? ?[KMGTkmgt]?i?[Bb]?"),
-    )
-)
-def test_sizes_are_numbers_or_value_errors(value):
-    with contextlib.suppress(ValueError):
-        assert isinstance(parse_size(value), int)
 
 
 def test_a_deep_document_ends(path):

@@ -37,10 +37,6 @@ def test_names_and_groups(value, transports):
     assert ucx_transports({"UCX_TLS": value}) == transports
 
 
-def test_unset_is_all():
-    assert ucx_transports({}) == ALL
-
-
 @pytest.mark.parametrize(
     ("value", "cpu", "cuda"),
     [

@@ -44,14 +44,6 @@ def test_other_content_has_another_place(content: bytes, tmp_path: Path, cache: 
     assert resolve_model(str(first)).cache_dir != resolve_model(str(second)).cache_dir
 
 
-def test_same_content_elsewhere_has_the_same_place(tmp_path: Path, cache: Path) -> None:
-    first, second = tmp_path / "a.gguf", tmp_path / "b" / "a.gguf"
-    second.parent.mkdir()
-    for file in (first, second):
-        file.write_bytes(b"x" * 9000)
-    assert resolve_model(str(first)).cache_dir == resolve_model(str(second)).cache_dir
-
-
 def test_alias_finds_the_file_without_importing_the_package(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,15 +94,6 @@ def test_the_files_that_are_read_are_downloaded_and_no_others(hub: FakeHub) -> N
     assert asked == [f"/api/models/{NAME}/revision/main"]
 
 
-def test_without_an_index_there_is_one_file_of_weights(hub: FakeHub) -> None:
-    (hub.folder / INDEX).unlink()
-    for name in SHARDS:
-        (hub.folder / name).unlink()
-    write_safetensors(hub.folder / "model.safetensors", num_bytes=1000)
-    download()
-    assert files_in_cache() == DESCRIPTION | {"model.safetensors"}
-
-
 def test_offline_asks_nobody(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     download()
@@ -151,13 +142,6 @@ def test_a_commit_is_served_though_main_has_moved_on(hub: FakeHub) -> None:
     assert cached_snapshot(NAME, "v1").name == COMMIT
 
 
-def test_a_gated_model_says_where_its_terms_are_accepted(hub: FakeHub) -> None:
-    hub.is_gated = True
-    with pytest.raises(ConfigError, match="is gated") as caught:
-        download()
-    assert f"{hub.url}/{NAME}" in str(caught.value.fix)
-
-
 @pytest.mark.parametrize(
     ("has", "gone", "expected"),
     [
@@ -196,16 +180,6 @@ def test_a_hub_that_is_gone_is_named_and_what_is_in_the_cache_is_served(
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     download()
     assert files_in_cache() == DESCRIPTION | {INDEX} | SHARDS
-
-
-def test_a_folder_that_cannot_be_written_is_named(
-    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "file"))
-    with pytest.raises(ConfigError) as caught:
-        find.fetch_part(NAME, None, "description")
-    assert str(tmp_path / "file") in str(caught.value)
 
 
 def test_a_process_that_dies_is_an_error(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
