@@ -15,8 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-import ssl
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from aiohttp import hdrs, web
@@ -32,13 +31,11 @@ from pdlaunch.http.guard import Guard
 from pdlaunch.http.headers import REQUEST_ID_HEADER, TRACEPARENT_HEADER, TRACESTATE_HEADER
 from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S
 from pdlaunch.http.limits import BodyBudget, max_engine_body_bytes, read_body
-from pdlaunch.http.watch.engine_api import EngineApi
-from pdlaunch.launch.sidecar.engine import statements_folder, statements_socket
 from pdlaunch.machine.network import tcp_endpoint
 from pdlaunch.observe.metrics import RequestMetrics
 from pdlaunch.protocol.certificates import client_context, server_context
 from pdlaunch.protocol.control import Registry
-from pdlaunch.protocol.process.bootstrap import LISTEN_BACKLOG, Bootstrap, DoorSpec
+from pdlaunch.protocol.process.bootstrap import LISTEN_BACKLOG, DoorSpec
 from pdlaunch.protocol.sockets import LaunchKeys
 
 _logger = logging.getLogger(__name__)
@@ -58,55 +55,6 @@ STATEMENT_TIMEOUT_S = 8.0
 MAX_STATEMENT_BYTES = 64 * 1024**2
 """A prompt of a million tokens has a few megabytes: block ids, and checksums by block and head."""
 _STATEMENT = re.compile(r"[0-9a-f]{40}")
-
-
-class Opening:
-    """Is the engine's part of what joins hosts; made and used inside a running event loop."""
-
-    def __init__(
-        self, bootstrap: Bootstrap, spec: DoorSpec, engine_url: str, *, is_verified: bool
-    ) -> None:
-        """``is_verified``: the engine has pdlaunch's connector."""
-        keys, run_dir = bootstrap.keys, Path(bootstrap.run_dir)
-        assert keys.certificate is not None, "launches on several hosts have one"
-        self._token = keys.http_token
-        self._tls = client_context(keys.certificate)
-        self._doors: dict[str, str] = {}
-        """Doors of engines by their side channels."""
-        self._desk: StatementDesk | None = None
-        further: list[AppRoute] = []
-        if is_verified:
-            further = [statement_route(statements_folder(run_dir))]
-            self._desk = StatementDesk(
-                statements_socket(run_dir, bootstrap.name),
-                self._token,
-                self._tls,
-                lambda: self._doors,
-            )
-        self._door = Door(bootstrap.name, spec, keys, engine_url, bootstrap.engine_api_key, further)
-
-    async def open(self) -> str:
-        """Listen; return the URL that other hosts are told. Raises StartupError."""
-        if self._desk is not None:
-            await self._desk.open()
-        return await self._door.open()
-
-    async def close(self) -> None:
-        await self._door.close()
-        if self._desk is not None:
-            await self._desk.close()
-
-    def learn(self, registry: Registry) -> None:
-        """Note where the engines of the launch are."""
-        self._doors = {
-            entry.address.side_channel: entry.address.http
-            for entry in registry.entries
-            if entry.kind == "server" and entry.address.http
-        }
-
-    def api_of(self, url: str) -> EngineApi:
-        """Return what asks the engine behind another door."""
-        return EngineApi(url, self._token, self._tls)
 
 
 class Door:
@@ -129,16 +77,14 @@ class Door:
         self._spec = spec
         self._keys = keys
         self._engine_url = engine_url
-        self._key: dict[str, str] = (
-            {} if engine_key is None else {hdrs.AUTHORIZATION: f"Bearer {engine_key}"}
-        )
+        self._engine_key = engine_key
         length = spec.max_model_len or MOST_TOKENS
         self._max_body_bytes = max_engine_body_bytes(spec.max_body_bytes, length)
         # Room for what a router lets in, and for one of the longest that it makes of it.
         self._bodies = BodyBudget(spec.body_budget_bytes + 2 * self._max_body_bytes)
         self._calls = EngineCalls(CONNECT_S)
         self._runner = HttpRunner(
-            self._app(further, [key for key in (keys.http_token, engine_key) if key is not None]),
+            self._app(further),
             max_connections=fit_requests(spec.max_connections),
             shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
         )
@@ -166,12 +112,12 @@ class Door:
         return url_of("https", spec.advertise_address, self._runner.addresses[0][1])
 
     async def close(self) -> None:
-        """End all requests, and listen no more."""
         await self._runner.cleanup()
         await self._calls.close()
 
-    def _app(self, further: Sequence[AppRoute], keys: Sequence[str]) -> web.Application:
+    def _app(self, further: Sequence[AppRoute]) -> web.Application:
         spec = self._spec
+        keys = [key for key in (self._keys.http_token, self._engine_key) if key is not None]
         passed = Operation("Pass the request on to the engine.")
         return HttpApp(
             [
@@ -187,10 +133,7 @@ class Door:
                 code="invalid_api_key",
             ),
             description=Description(
-                f"pdlaunch door of {self._name}",
-                public=False,
-                has_key=True,
-                open_paths=(),
+                f"pdlaunch door of {self._name}", public=False, has_key=True, open_paths=()
             ),
             metrics=RequestMetrics(CollectorRegistry(), {"engine": self._name}),
             max_body_bytes=self._max_body_bytes,
@@ -224,10 +167,9 @@ class Door:
     async def _ask(self, http: web.Request) -> Answer:
         with self._bodies.hold() as hold:
             body = await read_body(http, hold, max_bytes=self._max_body_bytes)
-            headers: dict[str, str] = {
-                name: http.headers[name] for name in _TO_ENGINE if name in http.headers
-            }
-            headers |= self._key
+            headers = {name: http.headers[name] for name in _TO_ENGINE if name in http.headers}
+            if self._engine_key is not None:
+                headers[hdrs.AUTHORIZATION] = f"Bearer {self._engine_key}"
             headers[REQUEST_ID_HEADER] = request_id_of(http)
             return await self._calls.call(
                 self._engine_url, http.method, http.rel_url.raw_path_qs, headers, body
@@ -274,21 +216,26 @@ def statement_route(folder: Path) -> AppRoute:
 
 
 class StatementDesk:
-    """Asks other sidecars for the statements that this one's engine wants; belongs to the loop.
+    """Asks other sidecars for the statements that this one's engine wants; belongs to the loop."""
 
-    ``urls``: returns the doors of prefill engines by their side channels, which engines are told.
-    """
-
-    def __init__(
-        self, path: Path, token: str, tls: ssl.SSLContext, urls: Callable[[], Mapping[str, str]]
-    ) -> None:
+    def __init__(self, path: Path, keys: LaunchKeys) -> None:
+        assert keys.certificate is not None, "launches on several hosts have one"
+        self.doors: dict[str, str] = {}
+        """Doors of engines by their side channels, which engines are told."""
         self._path = path
-        self._urls = urls
-        self._calls = EngineCalls(CONNECT_S, tls)
-        self._headers = {"Authorization": f"Bearer {token}"}
+        self._calls = EngineCalls(CONNECT_S, client_context(keys.certificate))
+        self._headers = {"Authorization": f"Bearer {keys.http_token}"}
         app = web.Application()
         app.router.add_get("/", self._answer)
         self._runner = web.AppRunner(app, access_log=None)
+
+    def learn(self, registry: Registry) -> None:
+        """Note where the engines of the launch are."""
+        self.doors = {
+            entry.address.side_channel: entry.address.http
+            for entry in registry.entries
+            if entry.kind == "server" and entry.address.http
+        }
 
     async def open(self) -> None:
         """Listen on the socket, in a folder that this user alone can open."""
@@ -305,7 +252,7 @@ class StatementDesk:
         name, host, port = (http.query.get(key, "") for key in ("name", "host", "port"))
         if not _STATEMENT.fullmatch(name) or not port.isdecimal():
             return web.Response(status=400, text="no statement has this name")
-        url = self._urls().get(tcp_endpoint(host, int(port)))
+        url = self.doors.get(tcp_endpoint(host, int(port)))
         if url is None:
             return web.Response(status=502, text="no engine of the launch is there")
         try:

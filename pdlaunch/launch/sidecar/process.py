@@ -35,7 +35,7 @@ from pdlaunch.http.watch.engine_api import (
     is_vllm_busy,
     with_version,
 )
-from pdlaunch.launch.sidecar.door import Opening
+from pdlaunch.launch.sidecar.door import Door, StatementDesk, statement_route
 from pdlaunch.launch.sidecar.engine import (
     Failures,
     connector_environment,
@@ -43,10 +43,13 @@ from pdlaunch.launch.sidecar.engine import (
     hold_side_channel,
     side_channel_host,
     start_engine,
+    statements_folder,
+    statements_socket,
     stop_engine,
     with_events_at,
 )
 from pdlaunch.machine.network import foreign_listener, tcp_endpoint
+from pdlaunch.protocol.certificates import client_context
 from pdlaunch.protocol.changes import Answered, AwaitIdle
 from pdlaunch.protocol.control import (
     Drain,
@@ -118,15 +121,20 @@ class SidecarProcess:
             f"http://{options.value('--host')}:{port}" if port else f"{UNIX}{self._socket_path}"
         )
         self._api = EngineApi(self._url, self._key)
-        self._opening = (
-            None
-            if spec is None
-            else Opening(bootstrap, spec, self._url, is_verified=not options.unverified)
-        )
+        self._door: Door | None = None
+        self._desk: StatementDesk | None = None
+        if spec is not None:
+            further = []
+            if not options.unverified:
+                further = [statement_route(statements_folder(self._run_dir))]
+                asks = statements_socket(self._run_dir, self._name)
+                self._desk = StatementDesk(asks, bootstrap.keys)
+            keys = bootstrap.keys
+            self._door = Door(self._name, spec, keys, self._url, self._key, further)
         self._registered_url = self._url
         """Others are told this one: that of the door, where there is one."""
         self._capabilities = msgspec.structs.replace(
-            bootstrap.capabilities, takes_launch_token=self._opening is not None
+            bootstrap.capabilities, takes_launch_token=self._door is not None
         )
         self._side_channel = hold_side_channel(
             side_channel_host(), "" if spec is None else spec.data_ports
@@ -157,9 +165,11 @@ class SidecarProcess:
         _logger.info("started %s as process %d", self._options.command[0], child.pid)
         watches: list[asyncio.Task[None]] = []
         try:
-            if self._opening is not None:
-                self._registered_url = await self._opening.open()
-            self._register(listens=self._opening is not None)
+            if self._desk is not None:
+                await self._desk.open()
+            if self._door is not None:
+                self._registered_url = await self._door.open()
+            self._register(listens=self._door is not None)
             watches = [
                 self._supervised.spawn(self._fail_with(child)),
                 self._supervised.spawn(self._watch()),
@@ -170,8 +180,9 @@ class SidecarProcess:
                 task.cancel()
             await asyncio.gather(*watches, return_exceptions=True)
             await self._canaries.close()
-            if self._opening is not None:
-                await self._opening.close()
+            for opened in (self._door, self._desk):
+                if opened is not None:
+                    await opened.close()
             await self._api.close()
             await stop_engine(child)
             self._side_channel.close()
@@ -185,7 +196,7 @@ class SidecarProcess:
         own = engine_environment(self._run_dir, self._key, self._side_channel)
         if self._options.unverified:
             return own
-        paths, is_far = os.environ.get("PYTHONPATH", ""), self._opening is not None
+        paths, is_far = os.environ.get("PYTHONPATH", ""), self._door is not None
         return own | connector_environment(self._run_dir, self._name, paths, is_far=is_far)
 
     def _register(self, *, listens: bool = True) -> None:
@@ -202,8 +213,8 @@ class SidecarProcess:
         while True:
             match await self._supervised.inbox.get():
                 case Registry() as registry:
-                    if self._opening is not None:
-                        self._opening.learn(registry)
+                    if self._desk is not None:
+                        self._desk.learn(registry)
                     self._prove_pairs(registry)
                 case Drain(timeout_s=timeout_s):
                     self._supervised.spawn(self._drain(timeout_s))
@@ -360,8 +371,12 @@ class SidecarProcess:
     async def _send_canary(self, peer: Peer) -> Proof:
         await self._is_ready.wait()
         url, options = self._peers[peer].address.http, self._options
+        api = EngineApi(url, self._key)
+        certificate = self._supervised.bootstrap.keys.certificate
         # All engines of a launch have doors, or none has.
-        api = EngineApi(url, self._key) if self._opening is None else self._opening.api_of(url)
+        if self._door is not None and certificate is not None:
+            token = self._supervised.bootstrap.keys.http_token
+            api = EngineApi(url, token, client_context(certificate))
         try:
             async with self._one_at_a_time:
                 return await send_canary(api, self._api, options.model, is_exact=options.is_exact)

@@ -41,11 +41,10 @@ class Scene:
             each.mkdir()
         self.prefill = StatementBoard(self.there)
         self.decode = FarStatements(StatementBoard(self.here), str(folder / "asks"))
-        self.urls: dict[str, str] = {}
         self.door = Door(
             "prefill-0", SPEC, KEYS, "unix:/nobody", None, [statement_route(self.there)]
         )
-        self.desk = StatementDesk(folder / "asks", KEYS.http_token, tls(), lambda: self.urls)
+        self.desk = StatementDesk(folder / "asks", KEYS)
 
     async def ask(self, request_id: str, ranks: tuple[int, ...] = (0,)) -> Answer:
         asked = self.decode.ask("prefill", ranks, request_id, HOST, PORT)
@@ -55,7 +54,7 @@ class Scene:
 @pytest_asyncio.fixture
 async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
     scene = Scene(tmp_path)
-    scene.urls[f"tcp://{HOST}:{PORT}"] = await scene.door.open()
+    scene.desk.doors[f"tcp://{HOST}:{PORT}"] = await scene.door.open()
     await scene.desk.open()
     yield scene
     scene.decode.close()
@@ -77,14 +76,14 @@ async def test_what_is_stated_there_is_found_until_it_is_withdrawn(scene: Scene)
 
 
 async def test_what_is_stated_on_this_host_is_read_here(scene: Scene) -> None:
-    scene.urls.clear()
+    scene.desk.doors.clear()
     StatementBoard(scene.here).state("prefill", 0, "r", STATEMENT)
     assert read(await scene.ask("r")) == {0: STATEMENT.encode()}
 
 
 async def test_nothing_is_asked_of_those_who_are_no_engine_of_the_launch(scene: Scene) -> None:
     """Addresses come with requests."""
-    scene.urls.clear()
+    scene.desk.doors.clear()
     answer = await scene.ask("r")
     assert answer == (
         f"{HOST}:{PORT} cannot be asked what it states of them: no engine of the launch is there"
@@ -106,7 +105,7 @@ async def test_sidecars_that_are_gone_or_say_nonsense_prove_nothing(scene: Scene
 async def test_no_other_file_can_be_read(scene: Scene, name: str) -> None:
     (scene.there.parent / "join.json").write_text("secret")
     (scene.there / "join.json").write_text("secret")
-    url = scene.urls[f"tcp://{HOST}:{PORT}"]
+    url = scene.desk.doors[f"tcp://{HOST}:{PORT}"]
     headers = {"Authorization": f"Bearer {KEYS.http_token}"}
     async with aiohttp.ClientSession() as client:
         for sent, status in ((headers, 404), ({}, 401)):
