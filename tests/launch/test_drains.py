@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pdlaunch.protocol.changes import Answered, SetDrained
-from pdlaunch.protocol.control import Drain, Registry, Restart
+from pdlaunch.protocol.control import Drain, Restart
 from tests.launch.fakes import World, make_plan
 
 
@@ -42,23 +42,6 @@ def test_a_drained_engine_goes_on_without_new_work(world: World, name: str) -> N
         "decode-0 is drained, as was asked",
         "decode-0 is undrained, as was asked",
     ]
-
-
-def test_who_is_answered_has_been_told_of_the_engines_before(world: World) -> None:
-    ask(world, "decode-0")
-    told = [
-        m for name, m in world.host.sent if name == "router" and isinstance(m, Answered | Registry)
-    ]
-    assert [type(message) for message in told[-2:]] == [Registry, Answered]
-    assert withheld(world) == {"decode-0"}
-
-
-def test_asked_twice_nothing_changes(world: World) -> None:
-    ask(world, "decode-0")
-    assert ask(world, "decode-0").error == ""
-    assert len(world.observer.notes) == 1
-    assert ask(world, "decode-1", is_drained=False).error == ""
-    assert withheld(world) == {"decode-0"}
 
 
 def test_it_stays_drained_over_a_restart_and_a_death(world: World) -> None:

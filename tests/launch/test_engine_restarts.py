@@ -95,17 +95,6 @@ def test_what_still_runs_after_the_drain_is_not_waited_for(world: World) -> None
     assert world.stopped() == DECODE
 
 
-def test_what_does_not_leave_is_killed(world: World) -> None:
-    ask(world, "decode-0")
-    world.drained("decode-0")
-    world.exit("decode-0")
-    world.pass_time(5)
-    assert world.signalled(signal.SIGKILL) == {"decode-0/rank-0", "decode-0/rank-1"}
-    for rank in (0, 1):
-        world.exit(f"decode-0/rank-{rank}", -9)
-    assert spawned_again(world) == DECODE
-
-
 def test_a_death_in_the_drain_hurries_it(world: World) -> None:
     ask(world, "decode-0")
     world.exit("decode-0/rank-0", -11)
@@ -139,17 +128,6 @@ def test_one_that_backs_off_starts_at_once() -> None:
     assert world.host.running["decode-0/rank-0"] == world.host.running["decode-0"] == 2
 
 
-def test_one_that_still_starts_is_stopped_and_started_anew() -> None:
-    world = World(make_plan()).start().all_ready()
-    world.exit("decode-0/rank-0", 1)
-    world.pass_time(1)
-    ask(world, "decode-0")
-    assert world.signalled(signal.SIGTERM) == {"decode-0/rank-0"}
-    world.exit("decode-0")
-    world.exit("decode-0/rank-0", -15)
-    assert world.host.running["decode-0/rank-0"] == 3
-
-
 def test_asked_twice_it_is_restarted_once(world: World) -> None:
     ask(world, "decode-0")
     assert ask(world, "decode-0").error == ""
@@ -171,19 +149,12 @@ def test_a_launch_that_stops_restarts_nothing(world: World) -> None:
     assert world.draining() == {"router"}
 
 
-def test_a_launch_that_still_starts_restarts_nothing() -> None:
-    world = World(make_plan()).start()
-    world.register("router")
-    assert "the launch is starting" in ask(world, "decode-0").error
-
-
-def test_a_launch_that_is_stopped_meanwhile_ends_like_any_other(world: World) -> None:
+def test_what_does_not_leave_is_killed(world: World) -> None:
     ask(world, "decode-0")
     world.drained("decode-0")
     world.exit("decode-0")
-    world.interrupt()
-    world.interrupt()
-    world.exit_all()
-    assert world.supervisor.done
-    assert world.failure is None
-    assert not spawned_again(world)
+    world.pass_time(5)
+    assert world.signalled(signal.SIGKILL) == {"decode-0/rank-0", "decode-0/rank-1"}
+    for rank in (0, 1):
+        world.exit(f"decode-0/rank-{rank}", -9)
+    assert spawned_again(world) == DECODE

@@ -40,14 +40,6 @@ def test_an_error_in_words_comes_instead_of_its_traceback(tmp_path: Path) -> Non
     assert report == ["it died", "  error: x.gguf is damaged", "  fix: get another", f"log: {log}"]
 
 
-def test_without_a_log_there_is_no_line_for_it(tmp_path: Path) -> None:
-    assert Failure("it died").report(None) == ["it died"]
-    assert Failure("it died").report(tmp_path / "none.log") == [
-        "it died",
-        f"log: {tmp_path / 'none.log'}",
-    ]
-
-
 @given(said=st.text(), details=st.lists(st.text(), max_size=50))
 def test_it_never_has_more_than_twenty_lines(said: str, details: list[str]) -> None:
     report = Failure("it died", said=said, details=details).report(Path("/no/such/log"))

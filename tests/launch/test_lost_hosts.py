@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pdlaunch.launch.status import LaunchPhase
-from pdlaunch.protocol.control import Restart
 from tests.launch.fakes import World, make_plan
 
 ENGINE = ("decode-0", "decode-0/rank-0")
@@ -22,23 +21,6 @@ def test_processes_of_a_lost_host_start_again_once_there_is_room() -> None:
     world.pass_time_alive(2)
     assert {world.host.running[name] for name in ENGINE} == {2}
     assert any("was lost with its host node-1 (silent)" in note for note in world.observer.notes)
-
-
-def test_a_restart_that_is_asked_for_waits_for_room_too() -> None:
-    """Its processes may still run there, cut off, and none runs twice."""
-    world = World(make_plan(num_decode=2)).start().all_ready()
-    world.room.has_room = False
-    for name in ENGINE:
-        world.lose(name)
-    world.say("router", Restart(question=7, name="decode-0"))
-    world.pass_time_alive(5)
-    assert not world.host.running.keys() & set(ENGINE)
-    world.room.has_room = True
-    world.pass_time_alive(2)
-    assert {world.host.running[name] for name in ENGINE} == {2}
-    for name in ENGINE:
-        world.become_ready(name)
-    assert world.listed("decode-0") == "ready"
 
 
 def test_hosts_that_are_lost_often_do_not_give_engines_up() -> None:

@@ -23,7 +23,7 @@ import pytest
 from pdlaunch.launch.ports import listening
 from pdlaunch.launch.state import Timing
 from pdlaunch.launch.status import LaunchStatus, ProcessState
-from pdlaunch.planning.plan import Plan, ProcessSpec
+from pdlaunch.planning.plan import Plan
 from tests.e2e.waiting import await_true
 from tests.launch.fakes import FakeObserver
 from tests.launch.real import real_plan, run_plan
@@ -282,13 +282,6 @@ def test_the_router_hears_of_the_last_step_of_a_rank_that_crashed(tmp_path: Path
     )
     assert outcome.exit_code == 0
     assert (tmp_path / "router.log").read_text().count("suspects [5, 7] repeated [5]\n") == 1
-
-
-def test_a_command_that_does_not_exist_is_a_failure_like_any_other(tmp_path: Path) -> None:
-    router = ProcessSpec(name="router", kind="router", unit="router", command=("/no/such",))
-    outcome = run_plan(Plan(processes=(router,)), FakeObserver(), tmp_path, Timing())
-    assert outcome.exit_code == 1
-    assert "No such file" in outcome.report[1]
 
 
 @pytest.fixture

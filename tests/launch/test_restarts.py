@@ -78,14 +78,6 @@ def test_the_registry_lists_its_server_as_failed_and_nothing_else_of_it() -> Non
     )
 
 
-def test_no_pair_of_it_is_missed() -> None:
-    world = World(make_plan(num_prefill=2, num_decode=2)).start().all_ready()
-    for name in ("decode-0", "prefill-0"):
-        crash_loop(world, name)
-        world.exit(f"{name}/rank-0", -9)
-    assert world.supervisor.seen.status().num_missing_pairs == 0
-
-
 def test_the_launch_ends_with_the_last_engine_of_a_role_and_tells_of_the_others() -> None:
     world = World(make_plan(num_decode=2)).start().all_ready()
     crash_loop(world, "decode-0")
@@ -152,28 +144,6 @@ def test_each_time_it_is_left_alone_for_twice_as_long_up_to_a_limit() -> None:
     assert world.failure is None
 
 
-def test_the_waits_begin_anew_after_long_service() -> None:
-    world = World(make_plan(num_decode=2)).start().all_ready()
-    for _ in range(3):
-        give_up(world)
-        world.pass_time_alive(60)
-        become_ready(world, "decode-0")
-        world.pass_time_alive(61)
-        world.exit("decode-0", 1)
-        world.pass_time(1)
-        world.become_ready("decode-0")
-        world.pass_time_alive(61)
-
-
-def test_one_that_serves_and_soon_dies_is_given_up_for_longer() -> None:
-    world = World(make_plan(num_decode=2)).start().all_ready()
-    give_up(world)
-    world.pass_time(60)
-    become_ready(world, "decode-0")
-    world.exit("decode-0/rank-0", 1)
-    assert any("tried again in 120 s" in note for note in world.observer.notes)
-
-
 def test_it_is_not_tried_again_before_all_of_it_is_dead() -> None:
     world = World(make_plan(num_decode=2)).start().all_ready()
     crash_loop(world, "decode-0")
@@ -183,21 +153,6 @@ def test_it_is_not_tried_again_before_all_of_it_is_dead() -> None:
     world.exit("decode-0/rank-0", -9)
     world.pass_time(1)
     assert world.host.running.keys() >= {"decode-0", "decode-0/rank-0"}
-
-
-def test_the_supervisor_wakes_up_for_it() -> None:
-    world = World(make_plan(num_decode=2)).start().all_ready()
-    give_up(world)
-    world.pass_time(30)
-    assert world.supervisor.next_tick_at() == world.clock.now + 30
-
-
-def test_an_engine_on_trial_does_not_hold_a_launch_that_has_lost_the_others() -> None:
-    world = World(make_plan(num_decode=2)).start().all_ready()
-    give_up(world)
-    world.pass_time(60)
-    crash_loop(world, "decode-1")
-    assert world.failure is not None
 
 
 def test_sigkill_counts_as_the_kernel_sends_it_for_lack_of_memory() -> None:
@@ -214,13 +169,22 @@ def test_a_router_that_always_dies_ends_the_launch() -> None:
     assert world.failure.process == "router"
 
 
-def test_a_launch_with_an_engine_given_up_stops_like_any_other() -> None:
+def test_the_waits_begin_anew_after_long_service() -> None:
     world = World(make_plan(num_decode=2)).start().all_ready()
-    crash_loop(world, "decode-0")
-    world.exit("decode-0/rank-0", -9)
-    world.interrupt()
-    world.interrupt()
-    world.exit_all()
-    assert world.supervisor.done
-    assert world.failure is None
-    assert world.state("decode-0") == "given-up"
+    for _ in range(3):
+        give_up(world)
+        world.pass_time_alive(60)
+        become_ready(world, "decode-0")
+        world.pass_time_alive(61)
+        world.exit("decode-0", 1)
+        world.pass_time(1)
+        world.become_ready("decode-0")
+        world.pass_time_alive(61)
+
+
+def test_an_engine_on_trial_does_not_hold_a_launch_that_has_lost_the_others() -> None:
+    world = World(make_plan(num_decode=2)).start().all_ready()
+    give_up(world)
+    world.pass_time(60)
+    crash_loop(world, "decode-1")
+    assert world.failure is not None

@@ -28,14 +28,3 @@ def test_everyone_hears_of_sleep_and_the_launch_goes_on() -> None:
     world.say("prefill-0", SleepState(state="awake"))
     assert set(states(world).values()) == {"ready"}
     assert world.host.registry("router").version == version + 5
-
-
-def test_a_sleeper_that_dies_comes_back_awake() -> None:
-    world = World(make_plan()).start()
-    world.all_ready()
-    world.say("decode-0/rank-0", SleepState(state="sleeping"))
-    world.exit("decode-0/rank-0", 1)
-    world.clock.now += 60
-    world.supervisor.tick()
-    world.become_ready("decode-0/rank-0")
-    assert states(world)["decode-0/rank-0"] == "ready"

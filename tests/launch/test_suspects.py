@@ -6,7 +6,6 @@ import signal
 
 import pytest
 
-from pdlaunch.launch.state import Timing
 from pdlaunch.protocol.control import Registry, Restart, Suspects
 from pdlaunch.protocol.process.step_record import LastStep
 from tests.launch.fakes import World, make_plan
@@ -48,15 +47,6 @@ def test_death_from_outside_makes_no_suspects(number: int) -> None:
     assert told(world) == []
 
 
-def test_hang_makes_no_suspects() -> None:
-    world = World(make_plan(), Timing(hang_timeout_s=60.0)).start().all_ready()
-    world.host.last_steps = {"decode-0": STEP}
-    world.pass_time_alive(70, silent={"decode-0/rank-0"})
-    assert ("decode-0/rank-0", signal.SIGKILL) in world.host.signals
-    world.exit("decode-0/rank-0", -signal.SIGKILL)
-    assert told(world) == []
-
-
 def test_server_and_router_make_no_suspects() -> None:
     world = ready_world()
     world.exit("decode-0", 1)
@@ -70,13 +60,6 @@ def test_other_ranks_die_with_the_first_and_make_no_suspects_again() -> None:
     world.exit("decode-0/rank-0", 1)
     world.exit("decode-0/rank-2", -signal.SIGKILL)
     assert len(told(world)) == 1
-
-
-def test_rank_that_dies_of_the_kill_of_another_makes_no_suspects() -> None:
-    world = ready_world(tp_size=3)
-    world.exit("decode-0/rank-1", -signal.SIGKILL)
-    world.exit("decode-0/rank-0", 1)
-    assert told(world) == []
 
 
 def test_rank_that_dies_while_it_starts_again_has_computed_nothing() -> None:
@@ -101,10 +84,4 @@ def test_rank_that_was_told_to_end_makes_no_suspects() -> None:
     world.say("router", Restart(question=1, name="decode-0"))
     world.pass_time(60)
     world.exit("decode-0/rank-0", 1)
-    assert told(world) == []
-
-
-def test_idle_rank_makes_no_suspects() -> None:
-    world = ready_world()
-    world.exit("prefill-0/rank-0", 1)
     assert told(world) == []

@@ -43,13 +43,6 @@ def connect_due_pairs(world: World) -> None:
     world.pass_time(0.0)
 
 
-def test_few_engines_are_told_of_all() -> None:
-    world = make_world(MAX_PEERS, 2).all_ready()
-    everyone = set(world.plan.engines("prefill") + world.plan.engines("decode"))
-    assert peers_of(world, "decode-0") == everyone - {"decode-0"}
-    assert is_ready(world)
-
-
 def test_many_engines_are_told_of_their_peers_and_ready_with_the_pairs_among_them() -> None:
     world = make_world(MANY, MANY)
     become_ready(world)
@@ -75,18 +68,6 @@ def test_a_change_is_told_to_the_peers_and_the_router_alone() -> None:
     assert {name.partition("/")[0] for name in told} == peers | {"prefill-3", "router"}
     seen = world.host.registry(f"{min(peers)}/rank-0").entries
     assert "prefill-3/rank-0" not in {entry.name for entry in seen}
-
-
-def test_a_process_that_registers_is_told_at_once_what_concerns_it() -> None:
-    world = make_world(MANY, MANY)
-    world.register("prefill-0/rank-0")
-    world.host.sent.clear()
-    name = world.plan.processes[0].name
-    again = Register(name=name, incarnation=world.host.running[name], pid=2)
-    world.say(name, again)
-    views = [message for to, message in world.host.sent if to == name]
-    assert views
-    assert all(isinstance(view, Registry) for view in views)
 
 
 def test_a_proof_is_told_to_its_prover_and_the_router() -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-
 from pdlaunch.checks.run import all_rules
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.launch.engines.native import NativeEngine
@@ -36,16 +34,6 @@ def test_the_decode_ranks_prove_the_pairs(tmp_path: Path) -> None:
     kind = kind_of(launch)
     proving = [p.name for p in plan_processes(launch).processes if kind.proves_pairs(p)]
     assert proving == ["decode-0/rank-0", "decode-0/rank-1"]
-
-
-@pytest.mark.parametrize("verify", [True, False])
-def test_an_engine_verifies_as_the_settings_say(tmp_path: Path, verify: bool) -> None:
-    launch = resolved(tmp_path, kv_transfer={"verify": verify})
-    (server,) = (p for p in plan_processes(launch).processes if p.name == "prefill-0")
-    capabilities = NativeEngine().capabilities(server, launch.engine_specs()["prefill-0"])
-    assert capabilities.verifies is verify
-    assert capabilities.resumes
-    assert capabilities.gives_first_token
 
 
 def test_rules_on_other_engines_say_nothing_of_native_ones() -> None:

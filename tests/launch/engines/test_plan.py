@@ -59,11 +59,6 @@ def test_ranks_of_an_engine_are_one_unit_and_servers_are_their_own() -> None:
     assert units["prefill-0/rank-0"] == units["prefill-0/rank-1"] != units["prefill-0"]
 
 
-def test_engines_keep_their_order_past_nine() -> None:
-    planned = plan(config(prefill={"replicas": 11}), CPU)
-    assert planned.engines("prefill")[-2:] == ["prefill-9", "prefill-10"]
-
-
 def test_gpus_are_dealt_round_robin_over_all_ranks() -> None:
     settings = config(
         prefill={"replicas": 1, "tensor_parallel_size": 2},
@@ -73,13 +68,6 @@ def test_gpus_are_dealt_round_robin_over_all_ranks() -> None:
     devices = [device for p in planned.processes if p.kind == "rank" for device in p.devices]
     assert devices == ["cuda:0", "cuda:1", "cuda:2", "cuda:3", "cuda:0", "cuda:1"]
     assert resolved(settings, FOUR_GPUS).engines[-1].device_indices == (0, 1)
-
-
-def test_a_role_on_the_cpu_takes_no_gpu() -> None:
-    settings = config(prefill={"device": "cpu"})
-    prefill, decode = resolved(settings, FOUR_GPUS).engines
-    assert prefill.device_indices == ()
-    assert decode.device_indices == (0,)
 
 
 @pytest.mark.parametrize(("num_cpus", "expected"), [(8, 2), (3, 1), (1, 1)])

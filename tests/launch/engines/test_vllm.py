@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from pdlaunch.checks.run import all_rules
-from pdlaunch.errors import ConfigError
 from pdlaunch.launch.engines.kind import OF_RUNNING_ENGINES
 from pdlaunch.launch.engines.plan import kind_of, plan_processes
 from pdlaunch.planning.effective import effective_engines, effective_settings
@@ -150,12 +149,6 @@ def test_rules_on_engines_that_run_already_are_not_for_launches() -> None:
     assert {code for code in all_rules() if code.startswith("PD6")} - codes == OF_RUNNING_ENGINES
     assert not codes & {"PD110", "PD304", "PD402", "PD504"}
     assert codes >= {"PD103", "PD212", "PD303", "PD410", "PD420", "PD501"}
-
-
-def test_kinds_are_not_mixed() -> None:
-    with pytest.raises(ConfigError, match="one kind") as caught:
-        resolved(config(decode={"engine": "vllm"}), CPU).require_startable()
-    assert caught.value.field == "engine"
 
 
 def test_engines_of_both_roles_have_no_connector() -> None:

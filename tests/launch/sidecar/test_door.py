@@ -13,14 +13,11 @@ import pytest_asyncio
 from aiohttp import web
 from msgspec.structs import replace
 
-from pdlaunch.errors import ProtocolError, StartupError
-from pdlaunch.http.watch.canary import send_canary
-from pdlaunch.http.watch.engine_api import EngineApi
+from pdlaunch.errors import StartupError
 from pdlaunch.launch.sidecar.door import Door
 from pdlaunch.protocol.certificates import client_context, new_certificate
 from pdlaunch.protocol.process.bootstrap import DoorSpec
 from pdlaunch.protocol.sockets import new_launch_keys
-from tests.launch.sidecar.fake_vllm import FakeVllm, listen
 
 KEYS = new_launch_keys(with_certificate=True)
 SPEC = DoorSpec(
@@ -231,25 +228,3 @@ async def test_a_port_that_is_busy_is_told(scene: Scene) -> None:
     with pytest.raises(StartupError, match=f"decode-0 cannot listen on 127.0.0.1:{busy.port}"):
         await other.open()
     await other.close()
-
-
-async def test_a_canary_goes_through_it(tmp_path: Path) -> None:
-    """What the sidecar of a decode engine on another host asks of a prefill engine."""
-    shares: dict[str, list[int]] = {}
-    engines = [FakeVllm(name, shares) for name in ("prefill-0", "decode-0")]
-    runners = [await listen(each, tmp_path / f"{each.name}.sock") for each in engines]
-    door = Door("prefill-0", SPEC, KEYS, f"unix:{tmp_path / 'prefill-0.sock'}", None)
-    assert KEYS.certificate is not None
-    tls = client_context(KEYS.certificate)
-    url = await door.open()
-    prefill = EngineApi(url, KEYS.http_token, tls)
-    decode = EngineApi(f"unix:{tmp_path / 'decode-0.sock'}")
-    stranger = EngineApi(url, "another", tls)
-    assert (await send_canary(prefill, decode, "m", is_exact=True)).num_bytes > 0
-    with pytest.raises(ProtocolError, match="401"):
-        await send_canary(stranger, decode, "m", is_exact=True)
-    for api in (prefill, decode, stranger):
-        await api.close()
-    await door.close()
-    for runner in runners:
-        await runner.cleanup()

@@ -51,11 +51,3 @@ def test_an_idle_engine_is_probed_once_in_a_while_and_a_probe_is_work() -> None:
     for _ in range(3):
         assert TIMEOUT_S < looks.until("idle") <= TIMEOUT_S + 2
     assert TIMEOUT_S < looks.until("hangs", is_probed=True) <= TIMEOUT_S + 2
-
-
-def test_without_a_time_limit_nothing_is_found() -> None:
-    looks = Looks(0)
-    for is_probed in (False, True):
-        for _ in range(1000):
-            assert looks.until("works", is_probed=is_probed) == 0
-            looks.now_at += 60.0

@@ -75,12 +75,6 @@ async def test_what_is_stated_there_is_found_until_it_is_withdrawn(scene: Scene)
     assert read(await scene.ask("r")) == {0: None}
 
 
-async def test_what_is_stated_on_this_host_is_read_here(scene: Scene) -> None:
-    scene.desk.doors.clear()
-    StatementBoard(scene.here).state("prefill", 0, "r", STATEMENT)
-    assert read(await scene.ask("r")) == {0: STATEMENT.encode()}
-
-
 async def test_nothing_is_asked_of_those_who_are_no_engine_of_the_launch(scene: Scene) -> None:
     """Addresses come with requests."""
     scene.desk.doors.clear()
