@@ -37,26 +37,22 @@ class Timing:
 
     startup_timeout_s: float = 600.0
     drain_s: float = 30.0
-    """Time to finish running requests: of an engine that stops, or of router and engines together.
-    """
+    """Time to finish running requests."""
     router_stop_s: float = 1.5
     """Time for the router to end the requests that still run, before their engines are gone."""
     stop_s: float = 5.0
     terminate_s: float = 3.0
     kill_s: float = 5.0
-    """A process that the kernel has not removed by then is left to it."""
     hang_timeout_s: float = 0.0
     """The longest silence of a ready process; 0: nobody is watched."""
     first_delay_s: float = 0.5
     """The wait before the first restart; each quick death doubles it, up to ``max_delay_s``."""
     max_delay_s: float = 30.0
     quick_s: float = 60.0
-    """A death within this time of being ready, or before it, is quick; a later one starts the count
-    anew.
-    """
+    """A death within this time of being ready, or before it, is quick."""
     max_quick_deaths: int = 5
     first_retry_s: float = 60.0
-    """How long an engine that was given up is left alone; doubled each time, up to ``max_retry_s``.
+    """The time an engine that was given up is left alone; each time doubles it, to ``max_retry_s``.
     """
     max_retry_s: float = 900.0
 
@@ -103,7 +99,7 @@ class Instance:
 
     @property
     def label(self) -> str:
-        """Return its name for people, with the host where that is another one."""
+        """Return its name for people."""
         return on_host(self.name, self.spec.host)
 
     @property
@@ -167,7 +163,7 @@ class Unit:
 
     @property
     def engine(self) -> str:
-        """Return the engine's name; empty for the router and conversions."""
+        """Return the engine's name; empty: there is none."""
         return self.processes[0].spec.engine
 
     @property
@@ -353,17 +349,13 @@ class Observed:
 
     def add(self, specs: Sequence[ProcessSpec]) -> None:
         """Take in processes that are yet to be started."""
-        units: list[Unit] = []
         for unit in make_units(specs):
             unit.incarnation = self.last_incarnations.pop(unit.name, 0)
-            units.append(unit)
+            self.units.append(unit)
             self._processes.update({each.name: (unit, each) for each in unit.processes})
-        self.units += units
-        for name in dict.fromkeys(unit.engine for unit in units if unit.engine):
-            of_it = [unit for unit in units if unit.engine == name]
-            role = of_it[0].processes[0].spec.role
-            assert role is not None
-            self.engines[name] = LaunchedEngine(name, role, of_it)
+            if role := unit.processes[0].spec.role:
+                engine = LaunchedEngine(unit.engine, role, [])
+                self.engines.setdefault(unit.engine, engine).units.append(unit)
 
     def remove(self, name: str) -> None:
         """Forget an engine whose processes have ended."""
