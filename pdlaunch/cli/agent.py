@@ -2,30 +2,90 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from pdlaunch.cli import EXIT_FAILED
-from pdlaunch.cli.agent_sessions import introduction, serve_sessions
 from pdlaunch.cli.output import refuse
-from pdlaunch.cli.serve import standard_input
-from pdlaunch.cli.steady_output import steady_output
+from pdlaunch.cli.steady_output import standard_input, steady_output
 from pdlaunch.errors import ConfigError, StartupError
 from pdlaunch.launch.events import SignalInbox
 from pdlaunch.launch.hosts.agent import (
     AgentRefusedError,
+    AgentSession,
     AgentTimeoutError,
+    SessionLostError,
 )
-from pdlaunch.launch.hosts.join import read_ticket
+from pdlaunch.launch.hosts.agent_messages import Join
+from pdlaunch.launch.hosts.join import JoinTicket, read_ticket
 from pdlaunch.launch.hosts.permitted import allowed_executables
 from pdlaunch.launch.hosts.sole_agent import sole_agent
 from pdlaunch.launch.launch import check_platform
+from pdlaunch.machine.engine_commands import find_engine_command
+from pdlaunch.machine.machine_file import encode_machine
+from pdlaunch.machine.network import address_towards
+from pdlaunch.machine.probe import probe_machine
 from pdlaunch.observe.logs import setup_logging
 from pdlaunch.protocol.process.bootstrap import raise_open_files
+
+_REJOIN_DELAY_S = 0.2
+
+
+def introduction(
+    ticket: JoinTicket, name: str, executables: Mapping[str, str], num_cpus: int | None = None
+) -> Join:
+    """Return how this host introduces itself. Raises StartupError without a route.
+
+    ``executables``: paths of those that it allows, by name.
+    """
+    supervisor = urlsplit(ticket.endpoint).hostname or ""
+    address = address_towards(supervisor)
+    if address is None:
+        raise StartupError(f"there is no route to the supervisor at {supervisor}")
+    machine = probe_machine()
+    if num_cpus is not None:
+        machine = replace(machine, cpus=machine.cpus[:num_cpus])
+    return Join(
+        name=name,
+        address=address,
+        machine=encode_machine(machine, os.environ),
+        python=sys.executable,
+        executables={
+            name: find_engine_command(path, os.environ) for name, path in executables.items()
+        },
+    )
+
+
+def serve_sessions(
+    ticket: JoinTicket,
+    join: Join,
+    executables: dict[str, str],
+    stops: list[int],
+    wait_s: float,
+    errors: Console,
+) -> str:
+    """Serve one session after the other, until one ends for good; return why."""
+
+    def note(text: str) -> None:
+        errors.print(Text(text))
+
+    while True:
+        session = AgentSession(ticket, join, executables, stops, first_wait_s=wait_s, note=note)
+        try:
+            return session.run()
+        except SessionLostError as error:
+            note(f"the session is over, its processes have ended; joining again: {error}")
+            time.sleep(_REJOIN_DELAY_S)
 
 
 def agent(

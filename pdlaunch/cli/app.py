@@ -7,121 +7,84 @@ import inspect
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import typer
 
 _UNUSABLE = "2 the input is unusable"
+_DONE = f"0 done, 1 failed, {_UNUSABLE}, 130 interrupted"
+_SERVED = f"0 served and stopped, 1 failed, {_UNUSABLE}"
+_CHECKED = (
+    "0 no errors (with --strict: nor warnings), 1 findings that fail the check, "
+    f"{_UNUSABLE}, 130 interrupted"
+)
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
-    """Names a command and where it lives: ``module:attribute``, which is a function, or a
-    ``typer.Typer`` where ``is_group``.
+class Command(NamedTuple):
+    """Names a command and where it lives in ``pdlaunch.cli``: ``module:attribute``, which is a
+    function, or a ``typer.Typer`` called ``app``.
     """
 
     name: str
     target: str
     summary: str
-    is_group: bool = False
-    exit_codes: str = f"0 done, 1 failed, {_UNUSABLE}, 130 interrupted"
+    exit_codes: str = _DONE
+
+    @property
+    def is_group(self) -> bool:
+        return self.target.endswith(":app")
 
     def load(self) -> Any:
         module, attribute = self.target.split(":")
-        return getattr(importlib.import_module(module), attribute)
+        return getattr(importlib.import_module(f"pdlaunch.cli.{module}"), attribute)
 
 
 COMMANDS = (
     Command(
         "serve",
-        "pdlaunch.cli.serve:serve",
+        "serve:serve",
         "Start prefill and decode engines behind one router.",
-        exit_codes=f"0 served and stopped, 1 failed, {_UNUSABLE}, 130 interrupted before it served",
+        f"{_SERVED}, 130 interrupted before it served",
     ),
     Command(
         "agent",
-        "pdlaunch.cli.agent:agent",
+        "agent:agent",
         "Run engines on this host for a `pdlaunch serve` on another one.",
-        exit_codes=f"0 told to leave, 1 refused or without a supervisor, {_UNUSABLE}",
+        f"0 told to leave, 1 refused or without a supervisor, {_UNUSABLE}",
     ),
-    Command(
-        "router",
-        "pdlaunch.cli.router:router",
-        "Route requests to engines that run already.",
-        exit_codes=f"0 served and stopped, 1 failed, {_UNUSABLE}",
-    ),
+    Command("router", "router:router", "Route requests to engines that run already.", _SERVED),
     Command(
         "check-config",
-        "pdlaunch.cli.check_config:check_config",
+        "check_config:check_config",
         "Find what is wrong with a set-up before it runs.",
-        exit_codes=(
-            "0 no errors (with --strict: nor warnings), 1 findings that fail the check, "
-            f"{_UNUSABLE}, 130 interrupted"
-        ),
+        _CHECKED,
     ),
     Command(
         "doctor",
-        "pdlaunch.cli.doctor:doctor",
+        "doctor:doctor",
         "Find what is wrong with engines of vLLM that run already.",
-        exit_codes=(
-            "0 no errors (with --strict: nor warnings), 1 findings that fail the check, "
-            f"{_UNUSABLE}, 130 interrupted"
-        ),
+        _CHECKED,
     ),
-    Command(
-        "probe",
-        "pdlaunch.cli.probe:probe",
-        "Describe this machine in JSON, for checks on another one.",
-    ),
-    Command(
-        "explain",
-        "pdlaunch.cli.explain:explain",
-        "Show why a rule of check-config exists and how to fix its findings.",
-    ),
-    Command(
-        "render",
-        "pdlaunch.cli.render:app",
-        "Write a deployment for Kubernetes or docker compose.",
-        is_group=True,
-    ),
+    Command("probe", "machines:probe", "Describe this machine in JSON, for checks elsewhere."),
+    Command("explain", "explain:explain", "Show why a rule exists and how to fix its findings."),
+    Command("render", "render:app", "Write a deployment for Kubernetes or docker compose."),
     Command(
         "smoke",
-        "pdlaunch.cli.smoke:smoke_command",
+        "smoke:smoke_command",
         "Start a deployment, check what it promises, stop it; for CI.",
     ),
-    Command("status", "pdlaunch.cli.status:status", "Show what a deployment is doing."),
-    Command("top", "pdlaunch.cli.top:top", "Watch a deployment in the terminal, as it changes."),
-    Command(
-        "sleep",
-        "pdlaunch.cli.engines:sleep",
-        "Have a deployment's engines give their device memory back.",
-    ),
-    Command("wake", "pdlaunch.cli.engines:wake", "Wake the engines of a deployment up."),
-    Command(
-        "restart", "pdlaunch.cli.engines:restart", "Have engines of a deployment started anew."
-    ),
-    Command("scale", "pdlaunch.cli.engines:scale", "Add or remove engines of a deployment."),
-    Command("role", "pdlaunch.cli.engines:role", "Give an engine of a deployment another role."),
-    Command("drain", "pdlaunch.cli.engines:drain", "Give engines of a deployment no new work."),
-    Command("undrain", "pdlaunch.cli.engines:undrain", "Give drained engines work again."),
-    Command(
-        "trace",
-        "pdlaunch.cli.trace:trace",
-        "Show what became of a request, over all processes.",
-    ),
-    Command(
-        "bench",
-        "pdlaunch.cli.bench:app",
-        "Measure a deployment, or one part of it beside what the machine allows.",
-        is_group=True,
-    ),
-    Command(
-        "config",
-        "pdlaunch.cli.config_cmd:app",
-        "Show the resolved configuration or its JSON schema.",
-        is_group=True,
-    ),
+    Command("status", "status:status", "Show what a deployment is doing."),
+    Command("top", "top:top", "Watch a deployment in the terminal, as it changes."),
+    Command("sleep", "engines:sleep", "Have engines give their device memory back."),
+    Command("wake", "engines:wake", "Wake the engines of a deployment up."),
+    Command("restart", "engines:restart", "Have engines of a deployment started anew."),
+    Command("scale", "engines:scale", "Add or remove engines of a deployment."),
+    Command("role", "engines:role", "Give an engine of a deployment another role."),
+    Command("drain", "engines:drain", "Give engines of a deployment no new work."),
+    Command("undrain", "engines:undrain", "Give drained engines work again."),
+    Command("trace", "trace:trace", "Show what became of a request, over all processes."),
+    Command("bench", "bench:app", "Measure a deployment, or pulls of KV blocks alone."),
+    Command("config", "config_cmd:app", "Show the resolved configuration or its JSON schema."),
 )
 
 _NAME = "pdlaunch"

@@ -13,10 +13,10 @@ from rich.console import Console
 from pdlaunch.checks.probed import Probes
 from pdlaunch.checks.probes import ask_nixl, probe_engine_flags, probe_files, probe_ports
 from pdlaunch.checks.run import run_checks
-from pdlaunch.cli.assume import AssumeOption, judged_machine
-from pdlaunch.cli.downloads import ShownDownloads
 from pdlaunch.cli.findings import OutputOption, StrictOption, print_report, refuse_input
 from pdlaunch.cli.flags import with_serve_flags
+from pdlaunch.cli.machines import AssumeOption, judged_machine
+from pdlaunch.cli.own_deployment import ShownDownloads
 from pdlaunch.cli.placing import with_placed_hosts
 from pdlaunch.cli.preflight import probe_transport, refuse_running_engines
 from pdlaunch.config.sources import load_config

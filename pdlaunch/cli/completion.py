@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator
+import glob
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from pdlaunch.config.connectors import connector_names
@@ -57,17 +57,12 @@ def _one_of(values: Iterable[str]) -> Callable[[str], list[str]]:
     return complete
 
 
-def _files(incomplete: str, endings: tuple[str, ...]) -> Iterator[str]:
-    """Yield folders, with a slash behind, and files with one of ``endings``."""
-    written, _, name = incomplete.rpartition("/")
-    folder = f"{written}/" if "/" in incomplete else ""
-    try:
-        found = sorted(os.scandir(Path(folder or ".").expanduser()), key=lambda item: item.name)
-    except OSError:
-        return
-    for item in found:
-        if item.name.startswith(name) and (name or not item.name.startswith(".")):
-            if item.is_dir():
-                yield f"{folder}{item.name}/"
-            elif item.name.endswith(endings):
-                yield f"{folder}{item.name}"
+def _files(incomplete: str, endings: tuple[str, ...]) -> list[str]:
+    """Return folders, with a slash behind, and files with one of ``endings``."""
+    names = sorted(glob.glob(f"{glob.escape(incomplete)}*"))  # noqa: PTH207 - a prefix, no folder
+    found = [Path(name) for name in names]
+    return [
+        f"{path}/" if path.is_dir() else str(path)
+        for path in found
+        if path.is_dir() or path.name.endswith(endings)
+    ]

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from pdlaunch.cli.agent_sessions import introduction, serve_sessions
+from pdlaunch.cli.agent import introduction, serve_sessions
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.sources import LoadedConfig
 from pdlaunch.errors import ConfigError, StartupError

@@ -1,7 +1,4 @@
-"""Probes what rules judge beside the settings: files, folders, and the paths of pairs of ranks.
-
-``serve`` has them judged before anything starts, and again once the pairs have shaken hands.
-"""
+"""Judges a launch before anything starts, and its pairs once they have shaken hands."""
 
 from __future__ import annotations
 

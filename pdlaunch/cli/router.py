@@ -17,8 +17,7 @@ from rich.text import Text
 from pdlaunch.cli import EXIT_FAILED
 from pdlaunch.cli.flags import with_router_flags
 from pdlaunch.cli.output import refuse
-from pdlaunch.cli.serve import standard_input
-from pdlaunch.cli.steady_output import steady_output
+from pdlaunch.cli.steady_output import standard_input, steady_output
 from pdlaunch.config.external import DNS
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.problems import InvalidConfigError, Problem

@@ -18,16 +18,15 @@ from rich.table import Table
 from rich.text import Text
 
 from pdlaunch.cli import EXIT_FAILED
-from pdlaunch.cli.assume import AssumeOption, Judged, judged_machine
-from pdlaunch.cli.downloads import ShownDownloads
 from pdlaunch.cli.flags import with_serve_flags
 from pdlaunch.cli.joining import Agents, joined_agents, require_hosts
-from pdlaunch.cli.live import StartView, ready_rows
+from pdlaunch.cli.live import StartView, StatusLine, reader_of, ready_rows
+from pdlaunch.cli.machines import AssumeOption, Judged, judged_machine
 from pdlaunch.cli.output import Format, refuse, safe
+from pdlaunch.cli.own_deployment import ShownDownloads
 from pdlaunch.cli.placing import is_agent_task, refuse_resume, serve_task, with_placed_hosts
 from pdlaunch.cli.preflight import judge_pairs, refuse_errors, refuse_running_engines
-from pdlaunch.cli.status_line import StatusLine, reader_of
-from pdlaunch.cli.steady_output import steady_output
+from pdlaunch.cli.steady_output import standard_input, steady_output
 from pdlaunch.config.roles import Role
 from pdlaunch.config.sources import LoadedConfig, load_config
 from pdlaunch.errors import ConfigError, StartupError
@@ -40,9 +39,6 @@ from pdlaunch.planning.effective import effective_engines, effective_hosts
 from pdlaunch.planning.hosts import planned_hosts
 from pdlaunch.planning.models import Model, fetch_weights, read_models
 from pdlaunch.planning.resolve import ResolvedLaunch, resolve_on
-
-STDIN = 0
-"""File descriptor."""
 
 
 @with_serve_flags
@@ -129,13 +125,6 @@ def serve(
         if outcome.survivors:
             errors.print(Text(f"could not be killed: {', '.join(outcome.survivors)}", style="red"))
         raise typer.Exit(outcome.exit_code)
-
-
-def standard_input() -> int:
-    """Return the descriptor of standard input. Raises ConfigError when there is none."""
-    if sys.stdin is None:
-        raise ConfigError("--stop-on-stdin-eof: standard input is closed already; give it a pipe")
-    return STDIN
 
 
 def _resolve(

@@ -12,10 +12,19 @@ import threading
 from collections.abc import Iterator
 from typing import Any, TextIO
 
+from pdlaunch.errors import ConfigError
+
 MAX_WRITES = 10_000
 """How many calls of ``print`` wait for a reader; more are lost."""
 FINISH_S = 2.0
 """How long the end of a command waits for a reader that stands still."""
+
+
+def standard_input() -> int:
+    """Return the descriptor of standard input. Raises ConfigError when there is none."""
+    if sys.stdin is None:
+        raise ConfigError("--stop-on-stdin-eof: standard input is closed already; give it a pipe")
+    return 0
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ from pdlaunch.cli.figures import (
 )
 from pdlaunch.cli.output import print_errors
 from pdlaunch.cli.status import ApiKeyOption, UrlArgument
-from pdlaunch.cli.waterfall import request_line, span_rows
+from pdlaunch.cli.trace import request_line, span_rows
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.admin import read_requests, read_status, read_trace, reading_api
 from pdlaunch.launch.client.api import Api

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from pdlaunch.checks import probes
-from pdlaunch.cli import assume as assume_module
+from pdlaunch.cli import machines as assume_module
 from pdlaunch.machine.facts import PortState
 from tests.checks.contexts import CPU, TINY
 from tests.command_line import invoke

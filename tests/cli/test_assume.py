@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from pdlaunch.checks import probes as checks_probes
-from pdlaunch.cli import assume as assume_module
-from pdlaunch.cli import probe as probe_module
+from pdlaunch.cli import machines as assume_module
+from pdlaunch.cli import machines as probe_module
 from pdlaunch.machine.facts import PortState
 from pdlaunch.machine.machine_file import decode_machine
 from pdlaunch.machine.profiles import PROFILES

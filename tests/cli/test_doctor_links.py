@@ -5,8 +5,8 @@ from __future__ import annotations
 import psutil
 import pytest
 
-from pdlaunch.cli import doctor_links
-from pdlaunch.cli.doctor_links import Links, is_here
+from pdlaunch.cli import doctor as doctor_links
+from pdlaunch.cli.doctor import Links, is_here
 from pdlaunch.machine.facts import Machine
 from pdlaunch.machine.link_speed import ExpectedSpeed
 from tests.checks.contexts import GPU

@@ -15,9 +15,9 @@ import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import pdlaunch.cli.assume as assume_module
 import pdlaunch.cli.bench as bench_module
 import pdlaunch.cli.bench_serve as bench_serve_module
+import pdlaunch.cli.machines as assume_module
 import pdlaunch.cli.own_deployment as own_deployment_module
 import pdlaunch.cli.serve as serve_module
 import pdlaunch.cli.smoke as smoke_module

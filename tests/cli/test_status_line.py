@@ -10,8 +10,7 @@ from datetime import datetime
 import pytest
 
 from pdlaunch.cli.figures import status_line
-from pdlaunch.cli.live import StartView
-from pdlaunch.cli.status_line import StatusLine
+from pdlaunch.cli.live import StartView, StatusLine
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.status import LaunchPhase, LaunchStatus
 from pdlaunch.protocol.status import DeploymentStatus

@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from typer.testing import Result
 
-from pdlaunch.cli.trace import trace_events
-from pdlaunch.cli.waterfall import print_trace
+from pdlaunch.cli.trace import print_trace, trace_events
 from pdlaunch.protocol.process import run_dirs
 from pdlaunch.protocol.requests import RequestList, RequestSummary, RequestTrace, SpanView
 from tests.command_line import invoke

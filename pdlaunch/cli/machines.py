@@ -1,8 +1,11 @@
-"""The flag ``--assume`` has commands judge a configuration for another machine than this one."""
+"""The machines that commands judge: the flag ``--assume``, and ``pdlaunch probe``, which describes
+this machine in JSON.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +13,13 @@ from typing import Annotated
 
 import typer
 
+from pdlaunch import __version__
+from pdlaunch.cli import EXIT_UNUSABLE
+from pdlaunch.cli.output import print_errors
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.errors import ConfigError
 from pdlaunch.machine.facts import Machine
-from pdlaunch.machine.machine_file import AssumedMachine, read_machine_file
+from pdlaunch.machine.machine_file import AssumedMachine, encode_machine, read_machine_file
 from pdlaunch.machine.probe import probe_machine
 from pdlaunch.machine.profiles import PROFILES, find_profile
 from pdlaunch.planning.hosts import count_ranks
@@ -64,3 +70,23 @@ def assumed(name: str, config: LaunchConfig) -> Judged:
             )
         found = read_machine_file(path)
     return Judged(found.machine, {**found.environ, **os.environ}, found)
+
+
+def probe(assume: AssumeOption = None) -> None:
+    """Print what this machine is: `pdlaunch probe > machine.json`, then `pdlaunch check-config
+    --assume machine.json` anywhere. With --assume, print that machine, to change a fact by hand.
+
+    It holds no secret and no name of the host; of the environment only variables that rules read
+    (UCX_*, CUDA_VISIBLE_DEVICES, torch's allocator).
+    """
+    if assume is None:
+        text = encode_machine(probe_machine(), os.environ, f"probed by pdlaunch {__version__}")
+    else:
+        try:
+            judged = assumed(assume, LaunchConfig()).assumed
+        except ConfigError as error:
+            print_errors([error])
+            raise typer.Exit(EXIT_UNUSABLE) from None
+        assert judged is not None
+        text = encode_machine(judged.machine, judged.environ, judged.about)
+    sys.stdout.write(text)
