@@ -35,7 +35,6 @@ from pdlaunch.protocol.engine import (
     ToRank,
     WakeUp,
     Welcome,
-    WithdrawRequest,
 )
 from pdlaunch.protocol.ids import EngineId, lease_of
 from pdlaunch.transfer.thread import TransferThread
@@ -204,8 +203,6 @@ class Leader:
                 self._sleep.wake_up(message)
             case AbortRequest():
                 self._requests.abort(message.request_id)
-            case WithdrawRequest():
-                self._requests.withdraw(message.request_ids)
             case SetReaders():
                 self._requests.set_readers(lease_of(message.request_id), message.num_readers)
             case ReadStats():
@@ -259,7 +256,7 @@ class Leader:
         if outputs := self._requests.take_outputs():
             # With every answer, so that a router that works with this engine hears of its load
             # several times a second, without a message more.
-            self._server.send(Outputs(items=outputs, report=self._requests.report()))
+            self._server.send(Outputs(items=outputs))
 
     def _send_stats(self) -> None:
         """Send statistics every second, as the server takes silence for a rank that hangs."""

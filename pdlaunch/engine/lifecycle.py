@@ -22,9 +22,7 @@ from pdlaunch.engine.kvcache.manager import KVCacheManager
 from pdlaunch.engine.offload.jobs import JobFinished
 from pdlaunch.engine.offload.planner import OffloadPlanner
 from pdlaunch.engine.request import Phase, Request, RequestQueues
-from pdlaunch.protocol.costs import EngineReport
 from pdlaunch.protocol.engine import (
-    WITHDRAWN,
     AddRequest,
     EngineStats,
     FinishReason,
@@ -159,18 +157,6 @@ class RequestLifecycle:
             self._finish(self.queues.by_id[request_id], "abort")
         elif (lease_id := lease_of(request_id)) in self.leases:
             self.commands.append(EndLease(lease_id=lease_id))
-
-    def withdraw(self, request_ids: Sequence[RequestId]) -> None:
-        """End these requests if nothing was computed, pulled or loaded for any of them."""
-        requests = [self.queues.by_id.get(request_id) for request_id in request_ids]
-        fresh = [
-            request
-            for request in requests
-            if request and request.phase is Phase.WAITING and request.num_cached_tokens is None
-        ]
-        if len(fresh) == len(requests):
-            for request in fresh:
-                self._finish(request, "abort", error=WITHDRAWN)
 
     def abort_all(self) -> None:
         """End every request, because the server has restarted. Leases stay for their readers."""
@@ -401,22 +387,6 @@ class RequestLifecycle:
             num_free_blocks=pool.num_free_blocks,
             num_leased_blocks=len({*self.leases.all_ids()}),
             num_quarantined_blocks=pool.num_quarantined_blocks,
-        )
-
-    def report(self) -> EngineReport:
-        """Return what there is to do now, which routers weigh their routes by."""
-        running = self.queues.running
-        streams = [request for request in running if request.num_to_schedule <= 1]
-        prompts = [request for request in running if request.num_to_schedule > 1]
-        waiting = [request for request in self.queues.waiting if not request.wants_pull]
-        waiting_tokens = sum(request.num_to_schedule for request in prompts) + sum(
-            request.num_remaining for request in waiting if request.num_remaining > 1
-        )
-        return EngineReport(
-            waiting_tokens,
-            len(streams),
-            sum(request.num_computed for request in streams),
-            self.kv.pool.num_free_blocks // self.kv.num_groups * self._block_size,
         )
 
     def check_integrity(self) -> None:

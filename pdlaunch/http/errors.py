@@ -11,8 +11,6 @@ from aiohttp import web
 
 from pdlaunch.errors import KillsEngineError, OverloadedError, PdlaunchError, RequestError
 
-WITHDRAWN_CODE = "withdrawn"
-"""Code of the error of a prompt that its router has taken back."""
 RANK_LOST = "engine_restarting"
 """The code of an engine whose rank died while it computed the request."""
 CLIENT_CLOSED_REQUEST = 499

@@ -19,7 +19,6 @@ from pdlaunch.protocol.changes import (
     SetDrained,
     Withheld,
 )
-from pdlaunch.protocol.costs import EngineCosts
 from pdlaunch.protocol.ids import EngineId, PromptOrigin
 from pdlaunch.protocol.wire import Codec, Message
 
@@ -51,10 +50,6 @@ class Capabilities(Message, tag=False):
     """Accepts output tokens so far with a prompt."""
     gives_first_token: bool = False
     """Answers do_remote_decode with the first token under the ``pdlaunch`` key."""
-    awaits_lease: bool = False
-    """As a decode engine, takes a prompt whose blocks a prefill engine still computes; as a prefill
-    engine, gives a lease the name that it is told.
-    """
     kind: str = "native"
     version: str = ""
     """Version of the engine's software; empty until it is known."""
@@ -70,8 +65,6 @@ class Capabilities(Message, tag=False):
     """Its answers to chats have the reasoning apart from the content."""
     has_own_fields: bool = False
     """Knows fields and models that the router does not: bodies and answers pass unchanged."""
-    costs: EngineCosts | None = None
-    """The costs of its steps, fitted at its warm-up; None: not known."""
     takes_launch_token: bool = True
     """Asks routers for the launch's token; else for ``engine_api_key``, where that is set."""
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Literal
 
 from pdlaunch.observe.spans import SpanReport
-from pdlaunch.protocol.costs import EngineCosts, EngineReport
 from pdlaunch.protocol.ids import NO_ORIGIN, EngineId, PromptOrigin, RequestId
 from pdlaunch.protocol.kv_params import FirstToken, RemoteKV
 from pdlaunch.protocol.wire import Codec, Message
@@ -90,19 +89,6 @@ class AbortRequest(Message):
     request_id: RequestId
 
 
-WITHDRAWN = "withdrawn before anything was computed"
-"""The error of a request that a WithdrawRequest has ended."""
-
-
-class WithdrawRequest(Message):
-    """Ends the requests of one prompt, all or none: if anything was computed for one, they go on.
-
-    Those that end have the reason ``abort`` and the error ``WITHDRAWN``.
-    """
-
-    request_ids: list[RequestId]
-
-
 class Hello(Message):
     """Opens the connection of a server; requests of the server before it are aborted."""
 
@@ -150,15 +136,7 @@ class WakeUp(Message):
 
 
 ToRank = (
-    AddRequest
-    | AbortRequest
-    | WithdrawRequest
-    | Hello
-    | SetReaders
-    | CheckIntegrity
-    | ReadStats
-    | Sleep
-    | WakeUp
+    AddRequest | AbortRequest | Hello | SetReaders | CheckIntegrity | ReadStats | Sleep | WakeUp
 )
 
 
@@ -199,16 +177,12 @@ class Welcome(Message):
     block_size: int
     sleeping_tags: list[str] = []
     """Pools that sleep: the engine serves nothing before all are awake."""
-    costs: EngineCosts | None = None
-    """Measured at the warm-up."""
 
 
 class Outputs(Message):
     """Holds all messages of one step in one frame."""
 
     items: list[Tokens | RequestFinished]
-    report: EngineReport | None = None
-    """The work that is left after it."""
 
 
 class HistogramCounts(Message, tag=False):

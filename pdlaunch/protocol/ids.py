@@ -4,7 +4,6 @@
 
     type            made by                         ends with                on the wire
     HttpRequestId   client, else router             the router's answer      X-Request-Id, cmpl-ID
-    IdempotencyKey  client                          answer is forgotten      Idempotency-Key
     PromptOrigin    router, for each prompt         the prompt's answer      X-Pdlaunch-Origin
     HopId           router, for each call of an     the engine's answer      X-Request-Id
                     engine (or another caller)
@@ -26,7 +25,6 @@ from __future__ import annotations
 from typing import NewType
 
 HttpRequestId = NewType("HttpRequestId", str)
-IdempotencyKey = NewType("IdempotencyKey", str)
 PromptOrigin = NewType("PromptOrigin", int)
 HopId = NewType("HopId", str)
 RequestId = NewType("RequestId", str)

@@ -62,7 +62,6 @@ class PdlaunchParams(msgspec.Struct, frozen=True, kw_only=True):
     """One for each choice; filled by prefill."""
     first_token_sent: bool = False
     """Set by a router that has streamed to the client what the prefill engine's answer holds."""
-    awaits_lease: bool = False
 
 
 def to_wire(remote: RemoteKV, pdlaunch: PdlaunchParams | None) -> dict[str, Any]:

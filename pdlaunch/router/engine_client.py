@@ -35,7 +35,7 @@ from pdlaunch.http.headers import IGNORED_FIELDS_HEADER, read_ignored_fields
 from pdlaunch.http.sse import DONE_DATA, EventDecoder
 from pdlaunch.observe.spans import SpanReport
 from pdlaunch.protocol.ids import HopId, LeaseId
-from pdlaunch.protocol.openai.responses import REPORT_KEY, WORK_KEY, ModelCard, ModelList
+from pdlaunch.protocol.openai.responses import REPORT_KEY, ModelCard, ModelList
 from pdlaunch.router.engine import Engine
 
 logger = logging.getLogger(__name__)
@@ -288,7 +288,6 @@ class EngineStream:
             ) from error
         if not isinstance(chunk, dict):
             raise EngineFailure(self._engine, "an event that is no object", may_return=False)
-        chunk.pop(WORK_KEY, None)
         if "error" in chunk:
             self._raise_error(data, chunk["error"])
         return chunk

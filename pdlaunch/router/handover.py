@@ -12,7 +12,7 @@ import msgspec
 
 from pdlaunch.http.watch.canary import CACHED_AT_PREFILL, num_recomputed
 from pdlaunch.protocol.ids import LeaseId
-from pdlaunch.protocol.openai.responses import REPORT_KEY, WORK_KEY
+from pdlaunch.protocol.openai.responses import REPORT_KEY
 from pdlaunch.router.engine import Engine, EngineKey
 from pdlaunch.router.engine_client import Chunk, malformed_is_failure
 from pdlaunch.router.state import RouterState
@@ -145,7 +145,6 @@ def read_handover(engine: Engine, raw: bytes, *, is_chat: bool) -> Handover:
     """
     answer: dict[str, Any] = msgspec.json.decode(raw)
     report = answer.pop(REPORT_KEY, None)
-    answer.pop(WORK_KEY, None)
     params = answer.get("kv_transfer_params") or None
     ours = None if params is None else params.get("pdlaunch")
     first_tokens = (ours or {}).get("first_tokens") or []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pdlaunch.config.kv_transfer import KVTransferSettings
-from pdlaunch.protocol.engine import WITHDRAWN, SamplingParams
+from pdlaunch.protocol.engine import SamplingParams
 from pdlaunch.protocol.transfer import CancelPull, EndLease, GrantLease, StartPull
 from tests.engine.fake_engine import (
     PROMPT,
@@ -286,24 +286,3 @@ def test_abort_before_the_pull_tells_the_holder() -> None:
     (command,) = engine.step().commands
     assert isinstance(command, StartPull)
     assert command.block_ids == [[]]
-
-
-def test_prompts_that_have_not_begun_are_given_back_all_or_none() -> None:
-    engine = FakeEngine(max_num_seqs=1)
-    engine.add("runs", [1, 2, 3], max_tokens=6)
-    engine.step()
-    for name in ("a", "b", "c"):
-        engine.add(name, [3, 2, 1], max_tokens=3)
-    requests = engine.scheduler.requests
-    requests.withdraw(["runs", "a"])  # type: ignore[list-item]
-    requests.withdraw(["a", "unknown"])  # type: ignore[list-item]
-    engine.take_outputs()
-    assert not engine.finished
-    requests.withdraw(["a", "b"])  # type: ignore[list-item]
-    engine.take_outputs()
-    assert {name: engine.finished[name].error for name in ("a", "b")} == dict.fromkeys(
-        ("a", "b"), WITHDRAWN
-    )
-    engine.run()
-    assert engine.token_ids("runs") == output([1, 2, 3], 6)
-    assert engine.token_ids("c") == output([3, 2, 1], 3)

@@ -1,4 +1,4 @@
-"""Any history of requests, aborts, withdrawals, steps, transfers and copies: no stale block is
+"""Any history of requests, aborts, steps, transfers and copies: no stale block is
 read, none lost, each request ends once.
 """
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pdlaunch.config.kv_transfer import KVTransferSettings
-from pdlaunch.protocol.engine import WITHDRAWN, SamplingParams
+from pdlaunch.protocol.engine import SamplingParams
 from tests.engine.fake_engine import FULL, FakeEngine, remote_kv, sliding
 from tests.engine.fake_runner import VOCAB_SIZE, expected_output
 
@@ -49,7 +49,6 @@ class SchedulerMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.aborted: set[str] = set()
-        self.withdrawn: set[str] = set()
 
     @initialize(
         groups=GROUPS,
@@ -153,18 +152,6 @@ class SchedulerMachine(RuleBasedStateMachine):
             request_id = choice.choice(candidates)
             self.aborted |= {request_id} & set(living)
             self.engine.scheduler.requests.abort(request_id)
-            self.engine.take_outputs()
-
-    @rule(choice=st.randoms(use_true_random=False))
-    def withdraw(self, choice):
-        """A router asks for prompts back: one that has not begun is given back, with nothing told
-        of it, and one that has begun goes on.
-        """
-        living = [name for name in self.engine.added if name not in self.engine.finished]
-        if living:
-            name = choice.choice(living)
-            self.withdrawn.add(name)
-            self.engine.scheduler.requests.withdraw([name])
             self.engine.take_outputs()
 
     @rule(ahead=st.booleans())
@@ -272,10 +259,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         limit = min(sampling.max_tokens, MAX_MODEL_LEN - len(prompt))
         if finished.reason == "error":
             assert finished.error
-            return
-        if finished.error == WITHDRAWN:
-            assert request_id in self.withdrawn
-            assert not self.engine.token_ids(request_id)
             return
         if message.output and limit < len(message.output):
             assert (finished.reason, finished.tokens) == ("length", []) or finished.reason == "stop"

@@ -36,10 +36,7 @@ def kind_of(launch: ResolvedLaunch) -> EngineKind:
 
 
 def capabilities_over_http(kind: EngineName) -> Capabilities:
-    """Return what a router may expect of engines that it knows by their URLs alone.
-
-    Native ones tell only their launch's router where their leases are (``awaits_lease``).
-    """
+    """Return what a router may expect of engines that it knows by their URLs alone."""
     if kind == "vllm":
         return VLLM_CAPABILITIES
     # Only of an engine that verifies what it pulls: ``needs_proof`` would be missing otherwise.

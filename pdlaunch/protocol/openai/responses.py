@@ -7,14 +7,10 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from pdlaunch.protocol.costs import EngineReport
-
 REPORT_KEY = "pdlaunch"
 """Holds the ``SpanReport`` in an answer, or in an event before the end of a stream, for a router
 that has asked for it.
 """
-WORK_KEY = "pdlaunch_work"
-"""Holds the ``EngineReport`` in an answer or a chunk, for a router of ours."""
 
 
 class PromptTokensDetails(msgspec.Struct):
@@ -126,7 +122,6 @@ class AnyAnswer(msgspec.Struct, kw_only=True):
     model: str = ""
     usage: Usage | UnsetType | None = UNSET
     kv_transfer_params: dict[str, Any] | UnsetType | None = UNSET
-    pdlaunch_work: EngineReport | UnsetType = UNSET
 
 
 class Completion(AnyAnswer, kw_only=True):
