@@ -146,10 +146,8 @@ class RouterApp:
     async def _metrics(self, _: web.Request) -> web.Response:
         """Answer with the router's metrics and those of all engines."""
         pool, metrics = self._state.pool, self._state.metrics
-        metrics.in_flight.set(self.admission.in_flight)
-        metrics.show_engines({engine.name: engine.state for engine in pool.engines})
-        metrics.show_hosts(pool.engines)
-        metrics.show_health(pool.health_states(), pool.pair_states())
+        health, pairs = pool.health_states(), pool.pair_states()
+        metrics.show(pool.engines, health, pairs, self.admission.in_flight)
         page = await scrape(metrics.text(), self._state.client, pool.engines)
         return web.Response(body=page, headers={"Content-Type": METRICS_CONTENT_TYPE})
 

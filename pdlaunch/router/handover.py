@@ -123,7 +123,7 @@ class HeldLease:
             return
         params = self.handover.decode_params(decode, first_token_sent=False)
         if params is not None:
-            self._state.metrics.released()
+            self._state.metrics.count("releases")
             self._state.spawn(self._state.client.refuse_lease(decode, params))
 
     def _may_hand_over(self, decode: Engine) -> bool:

@@ -213,7 +213,7 @@ class LoneRouter:
         self._router_spec = router = fit(spec.router)
         pool = EnginePool(time.monotonic, routing_limits(router))
         metrics = RouterMetrics(router.served_model_name)
-        self._membership = WatchedMembership(spec.watch, lambda: pool.engines, metrics.sent_canary)
+        self._membership = WatchedMembership(spec.watch, lambda: pool.engines, metrics)
         self._state = RouterState(
             pool,
             EngineClient(self._membership.key_of, EngineTimeouts()),

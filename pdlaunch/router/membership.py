@@ -15,7 +15,6 @@ import contextlib
 import logging
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
-from typing import Literal
 
 from pdlaunch.config.external import is_allowed
 from pdlaunch.config.roles import EngineName, Role
@@ -25,12 +24,12 @@ from pdlaunch.http.watch.engine_api import EngineApi
 from pdlaunch.protocol.control import PairReady, PairSuspect, Registry
 from pdlaunch.protocol.due_pairs import Pair, due_pairs
 from pdlaunch.router.engine import Engine
+from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.watched_engine import Member, WatchedEngine, WatchSettings
 
 LOOK_S = 0.25e-3
 """Time for each engine between two looks at all of them, which take about a tenth of that."""
 DRAIN_POLL_S = 0.05
-CanaryOutcome = Literal["proven", "failed"]
 Results = Mapping[Pair, Proof | CanaryDied]
 
 _logger = logging.getLogger(__name__)
@@ -108,19 +107,18 @@ def judge(
 class WatchedMembership:
     """Is the membership of engines that run already; belongs to the event loop.
 
-    ``engines``: the router's own view of them, with its counts. ``report``: is told each canary's
-    outcome.
+    ``engines``: the router's own view of them, with its counts.
     """
 
     def __init__(
         self,
         settings: WatchSettings,
         engines: Callable[[], Iterable[Engine]],
-        report: Callable[[CanaryOutcome], None] = lambda _: None,
+        metrics: RouterMetrics,
     ) -> None:
         self._settings = settings
         self._engines = engines
-        self._report = report
+        self._metrics = metrics
         self._announced = AnnouncedMembership()
         self._watched: dict[str, WatchedEngine] = {}
         self._canaries: Canaries[Pair] = Canaries(self._send_canary, self._tell_canary)
@@ -316,9 +314,9 @@ class WatchedMembership:
     def _tell_canary(self, pair: Pair, result: Proof | CanaryDied) -> None:
         if isinstance(result, CanaryDied):
             _logger.warning("%s -> %s: %s", *pair, result)
-            self._report("failed")
+            self._metrics.count("canaries", "failed")
         else:
-            self._report("proven")
+            self._metrics.count("canaries", "proven")
             decode = self._watched[pair[1]]
             if decode.tells_recomputes and not result.is_told:
                 _logger.warning(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import get_args
+from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import CounterMetricFamily, Metric
@@ -14,17 +15,90 @@ from prometheus_client.samples import Sample
 
 from pdlaunch.observe.histograms import INTER_TOKEN_BUCKETS_S
 from pdlaunch.observe.metrics import RequestMetrics, render_metrics
-from pdlaunch.protocol.control import EndReason, ListedState, PairReady
+from pdlaunch.protocol.control import EndReason, ListedState, PairReady, Registry
 from pdlaunch.protocol.transfer import join_paths
 from pdlaunch.router.continuation import LOST_REASONS
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import EngineClient
 from pdlaunch.router.health import HealthState
-from pdlaunch.router.membership import CanaryOutcome
-from pdlaunch.router.metrics_page import MetricFamilies
 from pdlaunch.router.policy import Hop
 
 logger = logging.getLogger(__name__)
+
+Pair = tuple[str, str]
+"""Names of a prefill and a decode engine."""
+Counted = Literal[
+    "engine_failures",
+    "retries",
+    "fallbacks",
+    "migrations",
+    "deadlines_refused",
+    "releases",
+    "canaries",
+    "silent_recomputes",
+    "lost_streams",
+    "routes",
+]
+_PREFIX = "pdlaunch_router_"
+_COUNTERS: Mapping[Counted, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    # What it counts, its labels, and values of the only label that are there with 0.
+    "engine_failures": ("Requests that an engine failed.", ("engine", "hop"), ()),
+    "retries": (
+        "Requests sent again, to another engine or to one that is back.",
+        ("hop",),
+        get_args(Hop),
+    ),
+    "fallbacks": ("Requests that one engine did alone, though two were wanted.", (), ()),
+    "migrations": ("Answers continued by another engine from the tokens so far.", (), ()),
+    "deadlines_refused": (
+        "Requests refused at once because prompts before them take longer than their deadline.",
+        (),
+        (),
+    ),
+    "releases": ("Leases ended early because nobody will pull them.", (), ()),
+    "canaries": (
+        "Canaries that a router alone has sent through pairs of engines: proven, or failed.",
+        ("outcome",),
+        ("proven", "failed"),
+    ),
+    "silent_recomputes": (
+        "Prompts that decode computed though it was handed their KV blocks.",
+        ("prefill", "decode"),
+        (),
+    ),
+    "lost_streams": (
+        "Streams that ended with an error because no other engine can go on with them.",
+        ("reason",),
+        LOST_REASONS,
+    ),
+    "routes": (
+        "Prompts by the route that was chosen: a pair of engines, or one engine of a role alone.",
+        ("kind",),
+        (),
+    ),
+}
+_GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    f"{_PREFIX}engines_ready": ("Engines that can be given work.", ()),
+    f"{_PREFIX}engines": ("Engines by state; failed ones are left alone for a while.", ("state",)),
+    f"{_PREFIX}engine_info": (
+        "Always 1; where an engine runs, in labels.",
+        ("engine", "role", "host"),
+    ),
+    f"{_PREFIX}requests_in_flight": ("Prompts that are being answered.", ()),
+    f"{_PREFIX}engine_health": (
+        "1 for the state of each engine's breaker: closed, open (it has failed requests and gets "
+        "none), half_open (one is tried).",
+        ("engine", "state"),
+    ),
+    f"{_PREFIX}pair_health": (
+        "1 for the state of the breaker of each pair of which a pull has failed lately.",
+        ("prefill", "decode", "state"),
+    ),
+    "pdlaunch_pair_bytes_per_second": (
+        "Speed that the handshake has measured between two ranks, over the path in use.",
+        ("prefill", "decode", "holder", "puller", "path"),
+    ),
+}
 
 
 class RouterMetrics:
@@ -32,109 +106,17 @@ class RouterMetrics:
 
     def __init__(self, served_model_name: str) -> None:
         self._registry = registry = CollectorRegistry()
-        self.requests = RequestMetrics(
-            registry, {"model_name": served_model_name}, prefix="pdlaunch_router_"
-        )
-        self._engines_ready = Gauge(
-            "pdlaunch_router_engines_ready", "Engines that can be given work.", registry=registry
-        )
-        self._engines = Gauge(
-            "pdlaunch_router_engines",
-            "Engines by state; failed ones are left alone for a while.",
-            ("state",),
-            registry=registry,
-        )
-        self._engine_hosts = Gauge(
-            "pdlaunch_router_engine_info",
-            "Always 1; where an engine runs, in labels.",
-            ("engine", "role", "host"),
-            registry=registry,
-        )
-        self.in_flight = Gauge(
-            "pdlaunch_router_requests_in_flight",
-            "Prompts that are being answered.",
-            registry=registry,
-        )
-        self._engine_failures = Counter(
-            "pdlaunch_router_engine_failures",
-            "Requests that an engine failed.",
-            ("engine", "hop"),
-            registry=registry,
-        )
-        self._retries = Counter(
-            "pdlaunch_router_retries",
-            "Requests sent again, to another engine or to one that is back.",
-            ("hop",),
-            registry=registry,
-        )
-        self._fallbacks = Counter(
-            "pdlaunch_router_fallbacks",
-            "Requests that one engine did alone, though two were wanted.",
-            registry=registry,
-        )
-        self._migrations = Counter(
-            "pdlaunch_router_migrations",
-            "Answers continued by another engine from the tokens so far.",
-            registry=registry,
-        )
-        self._health = Gauge(
-            "pdlaunch_router_engine_health",
-            (
-                "1 for the state of each engine's breaker: closed, open (it has failed requests "
-                "and gets none), half_open (one is tried)."
-            ),
-            ("engine", "state"),
-            registry=registry,
-        )
-        self._pair_health = Gauge(
-            "pdlaunch_router_pair_health",
-            "1 for the state of the breaker of each pair of which a pull has failed lately.",
-            ("prefill", "decode", "state"),
-            registry=registry,
-        )
-        self._too_late = Counter(
-            "pdlaunch_router_deadlines_refused",
-            "Requests refused at once because prompts before them take longer than their deadline.",
-            registry=registry,
-        )
-        self._releases = Counter(
-            "pdlaunch_router_releases",
-            "Leases ended early because nobody will pull them.",
-            registry=registry,
-        )
-        self._canaries = Counter(
-            "pdlaunch_router_canaries",
-            "Canaries that a router alone has sent through pairs of engines: proven, or failed.",
-            ("outcome",),
-            registry=registry,
-        )
-        self._recomputes = Counter(
-            "pdlaunch_router_silent_recomputes",
-            "Prompts that decode computed though it was handed their KV blocks.",
-            ("prefill", "decode"),
-            registry=registry,
-        )
-        self._lost_streams = Counter(
-            "pdlaunch_router_lost_streams",
-            "Streams that ended with an error because no other engine can go on with them.",
-            ("reason",),
-            registry=registry,
-        )
-        self._routes = Counter(
-            "pdlaunch_router_routes",
-            (
-                "Prompts by the route that was chosen: a pair of engines, or one engine of a role "
-                "alone."
-            ),
-            ("kind",),
-            registry=registry,
-        )
-        self._pairs = Gauge(
-            "pdlaunch_pair_bytes_per_second",
-            "Speed that the handshake has measured between two ranks, over the path in use.",
-            ("prefill", "decode", "holder", "puller", "path"),
-            registry=registry,
-        )
+        self.requests = RequestMetrics(registry, {"model_name": served_model_name}, prefix=_PREFIX)
+        self._gauges = {
+            name: Gauge(name, text, labels, registry=registry)
+            for name, (text, labels) in _GAUGES.items()
+        }
+        self._counters: dict[Counted, Counter] = {}
+        for name, (text, labels, zeros) in _COUNTERS.items():
+            counter = Counter(f"{_PREFIX}{name}", text, labels, registry=registry)
+            self._counters[name] = counter
+            for value in zeros:
+                counter.labels(value)
         self._second_token = Histogram(
             "pdlaunch_pair_second_token_seconds",
             "First to second token that a client was sent, where a pair of engines did the prompt.",
@@ -142,102 +124,64 @@ class RouterMetrics:
             registry=registry,
             buckets=INTER_TOKEN_BUCKETS_S,
         )
-        self._paths: dict[tuple[str, str], str] = {}
-        """The path of each pair of engines."""
+        self._paths: dict[Pair, str] = {}
         self._ends = _Ends()
         registry.register(self._ends)
-        # What has not happened yet is there with 0.
-        for reason in LOST_REASONS:
-            self._lost_streams.labels(reason)
-        for hop in get_args(Hop):
-            self._retries.labels(hop)
-        for canary in get_args(CanaryOutcome):
-            self._canaries.labels(canary)
 
-    def routed(self, kind: str) -> None:
-        self._routes.labels(kind).inc()
-
-    def show_engines(self, engines: Mapping[str, str]) -> None:
-        """Show the present states of engines, which are by name."""
-        states = list(engines.values())
-        for engine in engines:
-            for hop in get_args(Hop):
-                self._engine_failures.labels(engine, hop)
-        self._engines_ready.set(states.count("ready"))
-        for state in get_args(ListedState):
-            self._engines.labels(state).set(states.count(state))
-
-    def show_health(
-        self,
-        engines: Mapping[str, HealthState],
-        pairs: Mapping[tuple[str, str], HealthState],
-    ) -> None:
-        """Show the states of the breakers of engines, by name, and of pairs."""
-        self._health.clear()
-        self._pair_health.clear()
-        for engine, state in engines.items():
-            for each in get_args(HealthState):
-                self._health.labels(engine, each).set(each == state)
-        for (prefill, decode), pair_state in pairs.items():
-            for each_state in get_args(HealthState):
-                self._pair_health.labels(prefill, decode, each_state).set(each_state == pair_state)
-
-    def refused_deadline(self) -> None:
-        self._too_late.inc()
-
-    def show_hosts(self, engines: Sequence[Engine]) -> None:
-        """Show where engines run now."""
-        self._engine_hosts.clear()
-        for engine in engines:
-            self._engine_hosts.labels(engine.name, engine.role or "", engine.place).set(1)
-
-    def show_pairs(self, pairs: Sequence[PairReady]) -> None:
-        """Show the speed of the pairs that are proven now."""
-        self._pairs.clear()
-        paths: dict[tuple[str, str], list[str]] = {}
-        for pair in pairs:
-            # Names of ranks begin with that of their engine.
-            prefill, decode = (name.partition("/")[0] for name in (pair.peer, pair.local))
-            paths.setdefault((prefill, decode), []).append(pair.path)
-            self._recomputes.labels(prefill, decode)
-            if pair.gigabytes_per_s is not None:
-                self._pairs.labels(prefill, decode, pair.peer, pair.local, pair.path).set(
-                    pair.gigabytes_per_s * 1e9
-                )
-        self._paths = {pair: join_paths(found) for pair, found in paths.items()}
-
-    def show_ends(self, ends: Mapping[str, Mapping[EndReason, int]]) -> None:
-        """Show how often processes of this launch have ended, by name and reason."""
-        self._ends.counts = ends
+    def count(self, name: Counted, *labels: str) -> None:
+        """Count one more."""
+        counter = self._counters[name]
+        (counter.labels(*labels) if labels else counter).inc()
 
     def second_token(self, prefill: str, decode: str, seconds: float) -> None:
         """Count the time between the first two tokens that a client was sent."""
         path = self._paths.get((prefill, decode), "unknown")
         self._second_token.labels(prefill, decode, path).observe(seconds)
 
-    def engine_failed(self, engine: str, hop: Hop) -> None:
-        self._engine_failures.labels(engine, hop).inc()
+    def show_registry(self, registry: Registry) -> None:
+        """Show how often processes have ended, and the speed of the pairs that are proven now."""
+        self._ends.counts = registry.ends
+        paths: dict[Pair, list[str]] = {}
+        speeds: dict[tuple[str, ...], float] = {}
+        for pair in registry.pairs:
+            names = engines_of(pair)
+            paths.setdefault(names, []).append(pair.path)
+            self._counters["silent_recomputes"].labels(*names)
+            if pair.gigabytes_per_s is not None:
+                speeds[*names, pair.peer, pair.local, pair.path] = pair.gigabytes_per_s * 1e9
+        self._paths = {names: join_paths(found) for names, found in paths.items()}
+        self._set("pdlaunch_pair_bytes_per_second", speeds)
 
-    def retried(self, hop: Hop) -> None:
-        self._retries.labels(hop).inc()
-
-    def fell_back(self) -> None:
-        self._fallbacks.inc()
-
-    def migrated(self) -> None:
-        self._migrations.inc()
-
-    def sent_canary(self, outcome: CanaryOutcome) -> None:
-        self._canaries.labels(outcome).inc()
-
-    def released(self) -> None:
-        self._releases.inc()
-
-    def recomputed(self, prefill: str, decode: str) -> None:
-        self._recomputes.labels(prefill, decode).inc()
-
-    def lost_stream(self, reason: str) -> None:
-        self._lost_streams.labels(reason).inc()
+    def show(
+        self,
+        engines: Sequence[Engine],
+        health: Mapping[str, HealthState],
+        pairs: Mapping[Pair, HealthState],
+        in_flight: int,
+    ) -> None:
+        """Show the present states of engines, of their breakers, and of those of pairs."""
+        states = [engine.state for engine in engines]
+        for engine in engines:
+            for hop in get_args(Hop):
+                self._counters["engine_failures"].labels(engine.name, hop)
+        kinds = get_args(HealthState)
+        self._set(f"{_PREFIX}engines_ready", {(): states.count("ready")})
+        self._set(
+            f"{_PREFIX}engines", {(each,): states.count(each) for each in get_args(ListedState)}
+        )
+        self._set(
+            f"{_PREFIX}engine_info",
+            {(engine.name, engine.role or "", engine.place): 1 for engine in engines},
+        )
+        self._set(f"{_PREFIX}requests_in_flight", {(): in_flight})
+        self._set(
+            f"{_PREFIX}engine_health",
+            {(name, kind): kind == state for name, state in health.items() for kind in kinds},
+        )
+        self._set(
+            f"{_PREFIX}pair_health",
+            {(*names, kind): kind == state for names, state in pairs.items() for kind in kinds},
+        )
 
     def samples(self, names: Collection[str]) -> Iterator[Sample]:
         """Yield the samples of these names as they are now."""
@@ -247,6 +191,14 @@ class RouterMetrics:
     def text(self) -> bytes:
         """Return the metrics in Prometheus's text format."""
         return render_metrics(self._registry)
+
+    def _set(self, name: str, values: Mapping[tuple[str, ...], float]) -> None:
+        """Show these values, by labels, in place of those before."""
+        gauge = self._gauges[name]
+        if () not in values:
+            gauge.clear()
+        for labels, value in values.items():
+            (gauge.labels(*labels) if labels else gauge).set(value)
 
 
 class _Ends(Collector):
@@ -267,6 +219,11 @@ class _Ends(Collector):
         yield family
 
 
+def engines_of(pair: PairReady) -> Pair:
+    """Return the engines of a pair of ranks, whose names begin with those of their engines."""
+    return pair.peer.partition("/")[0], pair.local.partition("/")[0]
+
+
 async def scrape(own_page: bytes, client: EngineClient, engines: Collection[Engine]) -> bytes:
     """Return ``own_page`` merged with the pages of all engines.
 
@@ -283,3 +240,83 @@ async def scrape(own_page: bytes, client: EngineClient, engines: Collection[Engi
         # Reading a page takes a millisecond or two, in which no answer is streamed.
         await asyncio.sleep(0)
     return families.page().encode()
+
+
+_NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
+_LABEL = r'[a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\]|\\.)*"'
+_SAMPLE = re.compile(rf"({_NAME})(?:\{{((?:{_LABEL},?)*)\}})?[ \t]+(\S+(?:[ \t]+-?\d+)?)[ \t]*")
+_HEADER = re.compile(rf"# (HELP|TYPE) ({_NAME})(?: (.*))?")
+_SUFFIXES = ("", "_total", "_bucket", "_sum", "_count", "_info")
+"""Endings of the samples of one family."""
+_ENGINE = re.compile(r'(^|,)engine="(?:[^"\\]|\\.)*"')
+
+
+class MetricFamilies:
+    """Merges pages of metrics, as text: what several pages say of one family becomes one family.
+
+    prometheus_client's parser takes 20 times as long, in which no answer is streamed.
+    """
+
+    def __init__(self) -> None:
+        self._families: dict[str, tuple[str, str, list[str]]] = {}
+        """Type, help and samples by name."""
+
+    def add(self, page: str, *, engine: str | None = None) -> None:
+        """Add a page in Prometheus's text format, its samples labelled with ``engine``.
+
+        Without an engine of its own no sample can be mistaken for another page's. Series that tell
+        when others were created are left out. Raises ValueError for a malformed page, of which
+        nothing is added.
+        """
+        for name, (kind, text, samples) in _read(page, engine).items():
+            known = self._families.setdefault(name, (kind, text, []))
+            # A family has one type on a page; samples of another type are left out.
+            if known[0] == kind:
+                known[2].extend(samples)
+
+    def page(self) -> str:
+        """Return all families as one page."""
+        lines = []
+        for name, (kind, text, samples) in self._families.items():
+            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}", *samples]
+        return "\n".join(lines) + "\n"
+
+
+def _read(page: str, engine: str | None) -> dict[str, tuple[str, str, list[str]]]:
+    """Return type, help and samples of the families of a page by name."""
+    texts: dict[str, str] = {}
+    families: dict[str, tuple[str, str, list[str]]] = {}
+    current = ""
+    for line in page.splitlines():
+        if line.startswith("#"):
+            if header := _HEADER.fullmatch(line):
+                word, current, rest = header.group(1), header.group(2), header.group(3) or ""
+                if word == "HELP":
+                    texts[current] = rest
+                elif not current.endswith("_created"):
+                    families.setdefault(current, (rest, texts.get(current, ""), []))
+            continue
+        if not line.strip():
+            continue
+        sample = _SAMPLE.fullmatch(line)
+        if sample is None:
+            raise ValueError(f"not a sample: {line!r:.100}")
+        name, labels, value = sample.group(1), sample.group(2) or "", sample.group(3)
+        float(value.split()[0])
+        if name.endswith("_created"):
+            continue
+        belongs = name.startswith(current) and name[len(current) :] in _SUFFIXES
+        family_name = current if belongs else name
+        new: tuple[str, str, list[str]] = ("untyped", texts.get(family_name, ""), [])
+        shown = labels if engine is None else _labelled(labels, engine)
+        _, _, samples = families.setdefault(family_name, new)
+        samples.append(f"{name}{{{shown}}} {value}" if shown else f"{name} {value}")
+    return families
+
+
+def _labelled(labels: str, engine: str) -> str:
+    """Return labels with that of the engine, in place of one that is there."""
+    escaped = engine.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    label = f'engine="{escaped}"'
+    shown, num_found = _ENGINE.subn(lambda found: found.group(1) + label, labels)
+    return shown if num_found else f"{label},{labels}".rstrip(",")

@@ -245,7 +245,7 @@ class Relay:
         left_s = math.inf if self._wanted_at is None else self._wanted_at - self._state.now()
         if route.wait_s <= left_s:
             return
-        self._state.metrics.refused_deadline()
+        self._state.metrics.count("deadlines_refused")
         late_s = math.ceil(min(route.wait_s - left_s, MAX_RETRY_AFTER_S))
         raise OverloadedError(
             f"the {left_s:.2f} s that are left cannot be met: prompts before this one take "
@@ -260,13 +260,13 @@ class Relay:
         metrics, lease = self._state.metrics, self._lease
         hop: Hop = "decode" if route.prefill is None else "prefill"
         if self._num_decode_attempts or (hop == "prefill" and self._failure is not None):
-            metrics.retried(hop)
+            metrics.count("retries", hop)
             self._record.retries += 1
         if lease is None and not self._num_decode_attempts:
-            metrics.routed(route.kind)
+            metrics.count("routes", route.kind)
             is_fallback = route.is_fallback or self._num_prefill_failures > 0
             if route.prefill is None and is_fallback and self._state.pool.has_pairs:
-                metrics.fell_back()
+                metrics.count("fallbacks")
         if lease is not None and lease.prefill is not route.decode:
             route = msgspec.structs.replace(route, prefill=lease.prefill)
         self._sink.routed(self._prompt, route)
@@ -348,7 +348,7 @@ class Relay:
         attempt, prompt = self._num_decode_attempts, self._prompt
         self._num_decode_attempts += 1
         if self._must_resume:
-            self._state.metrics.migrated()
+            self._state.metrics.count("migrations")
             logger.info("goes on at %s after %d tokens", engine.name, self.transcript.num_tokens)
             if not engine.capabilities.resumes:
                 await self._continue_at(engine, attempt)
@@ -531,7 +531,7 @@ class Relay:
             state.pool.pulled(pulls_from, engine, ok=False)
         else:
             state.pool.failed(engine)
-        state.metrics.engine_failed(engine.name, hop)
+        state.metrics.count("engine_failures", engine.name, hop)
         now_at = state.now()
         self._retry_at = now_at + state.recovery.retry_wait_s
         if self._trouble_since_at is None:
@@ -544,7 +544,7 @@ class Relay:
             self._num_decode_failures += not is_free
 
     def _lost(self, engine: Engine, reason: str) -> StreamLostError:
-        self._state.metrics.lost_stream(reason)
+        self._state.metrics.count("lost_streams", reason)
         return StreamLostError(engine.name, reason)
 
     # Calls

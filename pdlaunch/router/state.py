@@ -135,8 +135,7 @@ class RouterState:
             del self._doubts[names]
         for pair in registry.pairs:
             self._doubts.pop((pair.peer, pair.local), None)
-        self.metrics.show_pairs(registry.pairs)
-        self.metrics.show_ends(registry.ends)
+        self.metrics.show_registry(registry)
         self._has_registry.set()
         # A new event for each change: those that wait from now on wait for the next one.
         self._changed.set()
@@ -153,7 +152,7 @@ class RouterState:
         """
         error = f"decode computed {num_tokens} tokens whose KV blocks it was handed"
         logger.warning("%s -> %s: %s", prefill.name, decode.name, error)
-        self.metrics.recomputed(prefill.name, decode.name)
+        self.metrics.count("silent_recomputes", prefill.name, decode.name)
         self.pair_failed(prefill.name, decode.name, error)
         self.doubt(
             PairSuspect(
@@ -188,7 +187,7 @@ class RouterState:
     def release(self, engine: Engine, name: HopId | LeaseId) -> None:
         """Tell a prefill engine that nobody will pull, if it is one that listens."""
         if engine.capabilities.gives_first_token:
-            self.metrics.released()
+            self.metrics.count("releases")
             self.spawn(self.client.release(engine, name))
 
     async def knows_engines(self) -> None:

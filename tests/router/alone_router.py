@@ -66,9 +66,7 @@ class Alone:
             engine_urls=(f"unix:{folder}",) if urls is None else urls,
             poll_s=0.01,
         )
-        self.watch = WatchedMembership(
-            settings, lambda: self.pool.engines, self.metrics.sent_canary
-        )
+        self.watch = WatchedMembership(settings, lambda: self.pool.engines, self.metrics)
         client = EngineClient(self.watch.key_of, EngineTimeouts())
         self.state = RouterState(
             self.pool,

@@ -3,8 +3,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from pdlaunch.protocol.control import PairReady
+from pdlaunch.protocol.control import EndReason, PairReady, Registry
 from pdlaunch.router.metrics import RouterMetrics
+from tests.router.conftest import Stand
+from tests.router.conftest import pair as pair_of_engines
 
 NAME = "pdlaunch_pair_bytes_per_second"
 
@@ -45,41 +47,42 @@ def test_every_metric_of_the_router_stands_in_the_docs() -> None:
         assert re.search(rf"`(pdlaunch_router_)?{short}(_total)?[`{{]", page), name
 
 
-def test_failures_that_have_not_happened_are_there_with_0() -> None:
-    metrics = RouterMetrics("m")
-    metrics.show_engines({"prefill-0": "ready", "decode-0": "ready"})
-    metrics.show_pairs([pair("decode-0/rank-0", "p2p/memfd", 9.5)])
-    metrics.show_ends({"router": {"died": 0, "hung": 0}})
+def show(metrics: RouterMetrics, *pairs: PairReady, **ends: dict[EndReason, int]) -> list[str]:
+    """Show a registry; return the lines of the pairs' speeds."""
+    metrics.show_registry(Registry(version=1, entries=[], pairs=list(pairs), ends=ends))
+    return [line for line in metrics.text().decode().splitlines() if line.startswith(NAME)]
+
+
+async def test_failures_that_have_not_happened_are_there_with_0(stand: Stand) -> None:
+    await stand.start(pair_of_engines())
+    metrics = stand.metrics
+    show(metrics, pair("decode-0/rank-0", "p2p/memfd", 9.5), router={"died": 0, "hung": 0})
+    metrics.show(stand.pool.engines, stand.pool.health_states(), {}, 0)
     for sample in (
-        'pdlaunch_router_request_errors_total{model_name="m",status="503"}',
-        'pdlaunch_router_request_success_total{finished_reason="error",model_name="m"}',
+        'pdlaunch_router_request_errors_total{model_name="tiny",status="503"}',
+        'pdlaunch_router_request_success_total{finished_reason="error",model_name="tiny"}',
         'pdlaunch_router_engine_failures_total{engine="decode-0",hop="prefill"}',
         'pdlaunch_router_retries_total{hop="decode"}',
+        'pdlaunch_router_canaries_total{outcome="failed"}',
         'pdlaunch_router_silent_recomputes_total{decode="decode-0",prefill="prefill-0"}',
         'pdlaunch_process_ends_total{process="router",reason="hung"}',
     ):
         assert value(metrics, sample) == 0, sample
-
-
-def test_ends_of_processes_are_shown_as_the_supervisor_counts_them() -> None:
-    metrics = RouterMetrics("m")
-    metrics.show_ends({"decode-0/rank-0": {"died": 3, "hung": 1}})
-    assert (
-        value(metrics, 'pdlaunch_process_ends_total{process="decode-0/rank-0",reason="died"}') == 3
-    )
-    assert (
-        value(metrics, 'pdlaunch_process_ends_total{process="decode-0/rank-0",reason="hung"}') == 1
-    )
+    for sample in (
+        'pdlaunch_router_engines{state="ready"}',
+        "pdlaunch_router_engines_ready",
+    ):
+        assert value(metrics, sample) == 2
+    assert value(metrics, 'pdlaunch_router_engine_health{engine="decode-0",state="closed"}') == 1
 
 
 def test_second_tokens_are_counted_by_pair_and_by_the_paths_of_its_ranks() -> None:
     metrics = RouterMetrics("m")
-    metrics.show_pairs(
-        [
-            pair("decode-0/rank-0", "p2p/memfd", 9.5),
-            pair("decode-0/rank-1", "nixl/UCX", 9.5),
-            pair("decode-0/rank-2", "nixl/UCX", 9.5),
-        ]
+    show(
+        metrics,
+        pair("decode-0/rank-0", "p2p/memfd", 9.5),
+        pair("decode-0/rank-1", "nixl/UCX", 9.5),
+        pair("decode-0/rank-2", "nixl/UCX", 9.5),
     )
     metrics.second_token("prefill-0", "decode-0", 0.02)
     metrics.second_token("prefill-1", "decode-0", 0.02)
@@ -91,29 +94,12 @@ def test_second_tokens_are_counted_by_pair_and_by_the_paths_of_its_ranks() -> No
 
 def test_pairs_are_shown_with_the_path_in_use_and_go_with_their_ranks() -> None:
     metrics = RouterMetrics("m")
-    metrics.show_pairs(
-        [pair("decode-0/rank-0", "p2p/memfd", 9.5), pair("decode-1/rank-0", "nixl/UCX", 2.5)]
-    )
-    lines = [line for line in metrics.text().decode().splitlines() if line.startswith(NAME)]
-    assert lines == [
+    first = pair("decode-0/rank-0", "p2p/memfd", 9.5)
+    assert show(metrics, first, pair("decode-1/rank-0", "nixl/UCX", 2.5)) == [
         line("decode-0", 0, "p2p/memfd", "9.5e+09"),
         line("decode-1", 0, "nixl/UCX", "2.5e+09"),
     ]
-    metrics.show_pairs([pair("decode-1/rank-0", "p2p/memfd", 8.0)])
-    lines = [line for line in metrics.text().decode().splitlines() if line.startswith(NAME)]
-    assert lines == [line("decode-1", 0, "p2p/memfd", "8e+09")]
-
-
-def test_pairs_of_gpus_are_shown_by_the_copies_in_use() -> None:
-    metrics = RouterMetrics("m")
-    metrics.show_pairs(
-        [
-            pair("decode-0/rank-0", "p2p/posix_fd/batch1", 391.7),
-            pair("decode-0/rank-1", "nixl/UCX", 0.583),
-        ]
-    )
-    lines = [line for line in metrics.text().decode().splitlines() if line.startswith(NAME)]
-    assert lines == [
-        line("decode-0", 0, "p2p/posix_fd/batch1", "3.917e+11"),
-        line("decode-0", 1, "nixl/UCX", "5.83e+08"),
+    assert show(metrics, pair("decode-1/rank-0", "p2p/memfd", 8.0)) == [
+        line("decode-1", 0, "p2p/memfd", "8e+09")
     ]
+    assert show(metrics) == []

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pdlaunch.http.engine_calls import MAX_PAGE_BYTES
 from pdlaunch.protocol.engine import EngineStats
-from pdlaunch.router.metrics_page import MetricFamilies
+from pdlaunch.router.metrics import MetricFamilies
 from tests.router.conftest import Stand, pair, pairs
 from tests.router.test_life_of_a_request import completion
 
