@@ -36,7 +36,6 @@ class Driver:
 
     cuda_version: tuple[int, int]
     gpus: tuple[Gpu, ...]
-    num_imex_channels: int = 0
 
 
 def load_library(name: str = LIBRARY) -> ctypes.CDLL:
@@ -55,9 +54,9 @@ def read_driver(
     calls("cuInit", 0)
     version = calls.read_int("cuDriverGetVersion")
     num_gpus = calls.read_int("cuDeviceGetCount")
-    num_channels = len(list(imex_channels.iterdir())) if imex_channels.is_dir() else 0
-    gpus = tuple(_read_gpu(calls, index, num_channels > 0) for index in range(num_gpus))
-    return Driver((version // 1000, version % 1000 // 10), gpus, num_channels)
+    has_channel = imex_channels.is_dir() and any(imex_channels.iterdir())
+    gpus = tuple(_read_gpu(calls, index, has_channel) for index in range(num_gpus))
+    return Driver((version // 1000, version % 1000 // 10), gpus)
 
 
 class _Calls:
@@ -131,7 +130,6 @@ def _read_gpu(calls: _Calls, index: int, has_imex_channel: bool) -> Gpu:
         has_virtual_memory=None if virtual_memory is None else bool(virtual_memory),
         has_fabric_handles=has_imex_channel and supports_fabric,
         pci_bus_id=calls.pci_bus_id(device),
-        supports_fabric=supports_fabric,
     )
     return replace(gpu, uuid=uuid and f"{'MIG' if gpu.is_slice else 'GPU'}-{uuid}")
 

@@ -16,7 +16,6 @@ HELP_TIMEOUT_S = 180.0
 """vLLM imports torch and itself for its help: 11 s on an idle core, a minute on a busy one."""
 _FLAGS = re.compile(r"(?<![\w-])--?[A-Za-z][\w.-]*")
 _FLAG_LINE = re.compile(r"  (-[^ ].*)")
-_VARIABLE = re.compile(r"\bVLLM_[A-Z0-9_]+\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +26,6 @@ class EngineCommand:
     """The reason why it cannot be run; empty: it can."""
     version: str | None = None
     """Version of the vLLM that is installed where its interpreter is; None: not known."""
-    variables: frozenset[str] | None = None
-    """Names of the variables that this vLLM knows; None: not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +47,7 @@ def find_engine_command(command: str, environ: Mapping[str, str]) -> EngineComma
     if site is None:
         return EngineCommand()
     version = next((each.version for each in distributions(name="vllm", path=[str(site)])), None)
-    return EngineCommand(version=version, variables=_variables(site))
+    return EngineCommand(version=version)
 
 
 def ask_engine_flags(command: str, environ: Mapping[str, str]) -> EngineFlags:
@@ -90,10 +87,3 @@ def _site_packages(script: Path) -> Path | None:
     # Not resolved: the python of a virtual environment is a link out of it.
     root = Path(interpreter).parent.parent
     return next((path for path in sorted(root.glob("lib/python3*/site-packages"))), None)
-
-
-def _variables(site: Path) -> frozenset[str] | None:
-    try:
-        return frozenset(_VARIABLE.findall((site / "vllm" / "envs.py").read_text()))
-    except (OSError, UnicodeDecodeError):
-        return None

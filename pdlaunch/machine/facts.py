@@ -57,8 +57,6 @@ class Gpu:
     """``GPU-696b7a86-ce15-a598-b879-e0a7533c23ed``; it begins with ``MIG-`` for a MIG device."""
     free_memory_bytes: int | None = None
     """Memory that no process holds; not known of a MIG device."""
-    supports_fabric: bool | None = None
-    """The device and its driver know fabric handles, whether or not there is an IMEX channel."""
     numa_node: int | None = None
 
     @property
@@ -72,11 +70,6 @@ class Gpu:
     def is_slice(self) -> bool:
         """Return True for a MIG device: part of a GPU, with no way to the memory of other GPUs."""
         return "MIG" in self.name.split()
-
-    @property
-    def is_grace(self) -> bool:
-        """Return True for a GB or GH device, which may sit in a multi-node NVLink domain."""
-        return any(word.upper().startswith(("GB2", "GB3", "GH2")) for word in self.name.split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +92,6 @@ class NixlInstall:
     """None: the ``nixl`` package is not installed."""
     backends: Mapping[str, str] = field(default_factory=dict)
     """Installed builds and their versions: ``{"cu12": "1.5.1"}``; also ``rocm``."""
-    backends_with_ucx: frozenset[str] = frozenset()
-    """Builds whose UCX plugin file is there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,15 +105,8 @@ class Libraries:
     transformers: str | None = None
     nixl: NixlInstall = field(default_factory=NixlInstall)
     mooncake: bool = False
-    mooncake_version: str | None = None
-    """None: not installed, or without metadata."""
     missing_for_mooncake: tuple[str, ...] = ()
     """Shared libraries that Mooncake needs and the loader does not find."""
-
-    @property
-    def torch_is_for_rocm(self) -> bool:
-        """Return True for a build of torch for AMD GPUs (HIP): ``2.13.0+rocm6.4``."""
-        return self.torch is not None and "rocm" in self.torch.partition("+")[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +115,6 @@ class Limits:
 
     memlock_bytes: int
     num_open_files: int
-    can_bind_to_device: bool = True
-    """Sockets can be bound to a network device (SO_BINDTODEVICE)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +123,6 @@ class SharedMemory:
 
     total_bytes: int
     free_bytes: int
-    stale_files: tuple[str, ...] = ()
-    """Files of communication libraries whose processes are gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,8 +158,6 @@ class Machine:
     """The driver's own version: ``580.82.07``. None: there is no driver, or NVML does not tell; no
     ``Fact`` says so, and a rule about it has to look for None itself.
     """
-    num_imex_channels: int | None = None
-    """IMEX channels that this process can see; fabric handles need one."""
     numa_nodes: tuple[tuple[int, ...], ...] | None = None
     """The cores of each NUMA node."""
     cumem: Availability = Availability(False, "not probed")

@@ -5,7 +5,6 @@ Nothing is imported to look for it.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import importlib.util
 import itertools
@@ -15,13 +14,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from pdlaunch.machine.facts import UNLIMITED, Libraries, Limits, NixlInstall, SharedMemory
-from pdlaunch.machine.network import can_bind_to_loopback
 
 RDMA_FOLDER = Path("/sys/class/infiniband")
 SHM_FOLDER = Path("/dev/shm")
 NUMA_FOLDER = Path("/sys/devices/system/node")
 
-_STALE_NAMES = re.compile(r"(ucx_shm_posix_|ucx|nccl-|psm_|torch_|sem\.mp-|pdlaunch)")
 _CGROUP_LIMITS = (
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
@@ -30,7 +27,6 @@ _BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 MOST_CORES = 1 << 16
 _RANGE = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?", re.ASCII)
 _NIXL_BACKENDS = ("cu12", "cu13", "rocm")
-_UCX_PLUGIN = "libplugin_UCX.so"
 _MOONCAKE_LIBRARIES = ("libibverbs.so.1",)
 _ASSIGNMENT = r"^{name}\s*(?::[^=\n]*)?=\s*['\"]([^'\"\n]*)['\"]"
 
@@ -122,72 +118,26 @@ def read_limits() -> Limits:
         num_open_files=known(
             resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         ),  # to which processes raise the soft one
-        can_bind_to_device=can_bind_to_loopback(),
     )
 
 
 def read_shared_memory(folder: Path = SHM_FOLDER) -> SharedMemory:
-    """Read the size of /dev/shm and what dead processes left there.
-
-    Raises OSError where there is none.
-    """
+    """Read the size of /dev/shm. Raises OSError where there is none."""
     stats = os.statvfs(folder)
-    candidates = [path for path in folder.iterdir() if _STALE_NAMES.match(path.name)]
-    used = _mapped_files(folder) if candidates else frozenset[str]()
-    stale = tuple(
-        sorted(path.name for path in candidates if str(path) not in used and _is_ours(path))
-    )
-    return SharedMemory(stats.f_frsize * stats.f_blocks, stats.f_frsize * stats.f_bavail, stale)
+    return SharedMemory(stats.f_frsize * stats.f_blocks, stats.f_frsize * stats.f_bavail)
 
 
-def _is_ours(path: Path) -> bool:
-    """Return whether the file is this user's, who can see its use and may remove it."""
-    try:
-        return path.stat().st_uid == os.geteuid()
-    except OSError:
-        return False
-
-
-def _mapped_files(folder: Path) -> frozenset[str]:
-    """Return the files of the folder that some visible process has mapped or open."""
-    used = (
-        path
-        for process in Path("/proc").glob("[0-9]*")
-        for path in (*_mapped(process), *_open(process))
-    )
-    return frozenset(path for path in used if path.startswith(str(folder)))
-
-
-def _mapped(process: Path) -> list[str]:
-    with contextlib.suppress(OSError):
-        lines = (process / "maps").read_text(errors="replace").splitlines()
-        # address, permissions, offset, device, inode, path
-        return [fields[5] for line in lines if len(fields := line.split(maxsplit=5)) == 6]
-    return []
-
-
-def _open(process: Path) -> list[str]:
-    found = []
-    with contextlib.suppress(OSError):
-        for entry in (process / "fd").iterdir():
-            # Descriptors come and go while they are listed.
-            with contextlib.suppress(OSError):
-                found.append(os.readlink(entry))  # noqa: PTH115 - the text, not a Path
-    return found
-
-
-def find_libraries(environ: Mapping[str, str] = os.environ) -> Libraries:
+def find_libraries() -> Libraries:
     """Return what this Python has."""
     torch = _folder("torch")
     version_file = _read(torch / "version.py") if torch else ""
     mooncake = _folder("mooncake")
     return Libraries(
-        torch=_torch_version(version_file) if torch else None,
+        torch=(_assigned(version_file, "__version__") or "unknown") if torch else None,
         torch_cuda=_assigned(version_file, "cuda"),
         transformers=_version("transformers"),
-        nixl=_find_nixl(environ),
+        nixl=_find_nixl(),
         mooncake=mooncake is not None,
-        mooncake_version=_mooncake_version(mooncake) if mooncake else None,
         missing_for_mooncake=tuple(
             name for name in _MOONCAKE_LIBRARIES if mooncake and not _loads(name)
         ),
@@ -211,39 +161,13 @@ def _is_found(module: str) -> bool:
         return False
 
 
-def _torch_version(version_file: str) -> str:
-    version, hip = (_assigned(version_file, name) for name in ("__version__", "hip"))
-    # Wheels say so in their version, builds from source do not.
-    if version and hip and "rocm" not in version:
-        version = f"{version}{'.' if '+' in version else '+'}rocm{hip}"
-    return version or "unknown"
-
-
-def _find_nixl(environ: Mapping[str, str]) -> NixlInstall:
+def _find_nixl() -> NixlInstall:
     backends = {
         name: version
         for name in _NIXL_BACKENDS
         if (version := _version(f"nixl_{name}")) is not None
     }
-    with_ucx = frozenset(name for name in backends if _has_ucx(f"nixl_{name}", environ))
-    return NixlInstall(_version("nixl"), backends, with_ucx)
-
-
-def _has_ucx(module: str, environ: Mapping[str, str]) -> bool:
-    """Return whether the UCX plugin lies beside the package.
-
-    Editable builds and wheels use different folders.
-    """
-    package = _folder(module)
-    if package is None:
-        return False
-    folders = [
-        package.parent / f".{module}.mesonpy.libs" / "plugins",
-        package.parent / f"{module}.libs" / "nixl",
-    ]
-    if own := environ.get("NIXL_PLUGIN_DIR"):
-        folders = [Path(own)]
-    return any((folder / _UCX_PLUGIN).is_file() for folder in folders)
+    return NixlInstall(_version("nixl"), backends)
 
 
 def _version(module: str) -> str | None:
@@ -253,15 +177,6 @@ def _version(module: str) -> str | None:
         return None
     found = sorted(folder.parent.glob(f"{module}-*.dist-info"))
     return found[-1].name.removesuffix(".dist-info").partition("-")[2] if found else "unknown"
-
-
-def _mooncake_version(package: Path) -> str | None:
-    """Return the version of whichever build is there.
-
-    ``mooncake_transfer_engine`` may have ``_non_cuda`` or a CUDA version behind its name.
-    """
-    found = sorted(package.parent.glob("mooncake_transfer_engine*-*.dist-info"))
-    return found[-1].name.removesuffix(".dist-info").partition("-")[2] if found else None
 
 
 def _folder(module: str) -> Path | None:

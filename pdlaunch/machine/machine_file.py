@@ -88,7 +88,6 @@ class MachineFile(msgspec.Struct, kw_only=True):
     gpu_links: tuple[LinkedGpus, ...] = ()
     driver_cuda: tuple[int, int] | None = None
     driver_version: str | None = None
-    num_imex_channels: int | None = None
     cumem: Availability | None = None
     """Derived from the GPUs where it is left out."""
     rdma_devices: tuple[str, ...] | None = None
@@ -115,7 +114,6 @@ def encode_machine(machine: Machine, environ: Mapping[str, str], about: str = ""
         gpu_links=machine.gpu_links,
         driver_cuda=machine.driver_cuda,
         driver_version=machine.driver_version,
-        num_imex_channels=machine.num_imex_channels,
         cumem=machine.cumem,
         rdma_devices=machine.rdma_devices,
         limits=machine.limits,
@@ -213,7 +211,6 @@ def _machine(file: MachineFile, name: str) -> Machine:
         gpu_links=file.gpu_links,
         driver_cuda=file.driver_cuda,
         driver_version=file.driver_version,
-        num_imex_channels=file.num_imex_channels,
         numa_nodes=None
         if file.numa_nodes is None
         else tuple(

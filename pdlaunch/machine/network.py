@@ -163,16 +163,6 @@ def is_connected(port: int, address: str) -> bool:
     )
 
 
-def can_bind_to_loopback() -> bool:
-    """Return whether the kernel lets this process bind sockets to a device; never raises."""
-    try:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, LOOPBACK_DEVICE.encode())
-    except (OSError, AttributeError):
-        return False
-    return True
-
-
 def has_bytes_under_way(port: int, tables: tuple[Path, ...] = _TABLES) -> bool:
     """Return whether a connection to ``port`` on this host holds bytes that nobody has read yet.
 

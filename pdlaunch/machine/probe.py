@@ -60,7 +60,6 @@ def probe_machine() -> Machine:
         has_hidden_gpus=not of_gpus.gpus and _has_pci_gpus(),
         gpu_links=of_gpus.links,
         driver_version=of_gpus.driver_version,
-        num_imex_channels=driver.num_imex_channels if driver else None,
         numa_nodes=numa_nodes(),
         driver_cuda=driver.cuda_version if driver else None,
         cumem=judge_cumem(driver) if driver else probe_cumem(),

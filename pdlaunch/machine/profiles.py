@@ -43,8 +43,7 @@ class _Server:
     link: LinkKind
     link_gigabytes_per_s: float
     text: str
-    supports_fabric: bool = False
-    num_imex_channels: int = 0
+    has_imex_channel: bool = False
     architecture: str = "x86_64"
     num_cores: int | None = None
     has_native_bf16: bool | None = None
@@ -74,7 +73,6 @@ _SERVERS: Mapping[str, _Server] = {
         link="NVLink",
         link_gigabytes_per_s=450,
         text="H100 SXM5 80 GB in a DGX H100",
-        supports_fabric=True,
         num_cores=112,
         has_native_bf16=True,
         memory_bytes=2 * TB,
@@ -88,7 +86,6 @@ _SERVERS: Mapping[str, _Server] = {
         link="NVLink",
         link_gigabytes_per_s=450,
         text="H200 SXM5 141 GB in a DGX H200",
-        supports_fabric=True,
         num_cores=112,
         has_native_bf16=True,
         memory_bytes=2 * TB,
@@ -102,8 +99,7 @@ _SERVERS: Mapping[str, _Server] = {
         link="NVLink",
         link_gigabytes_per_s=900,
         text="GB200 in a compute tray of a GB200 NVL72",
-        supports_fabric=True,
-        num_imex_channels=1,
+        has_imex_channel=True,
         architecture="aarch64",
         num_cores=144,
         has_native_bf16=True,
@@ -144,7 +140,7 @@ def find_profile(name: str, num_ranks: int) -> AssumedMachine | None:
 
 
 def _server(name: str, server: _Server, num_gpus: int) -> AssumedMachine:
-    fabric = server.num_imex_channels > 0
+    fabric = server.has_imex_channel
     reason = _reason(name)
     unknown: dict[Fact, str] = dict.fromkeys(_OF_NO_NAME, reason)
     of_servers: dict[Fact, object] = {
@@ -167,7 +163,6 @@ def _server(name: str, server: _Server, num_gpus: int) -> AssumedMachine:
                 server.compute_capability,
                 has_virtual_memory=True,
                 has_fabric_handles=fabric,
-                supports_fabric=server.supports_fabric,
             )
             for index in range(num_gpus)
         ),
@@ -179,7 +174,6 @@ def _server(name: str, server: _Server, num_gpus: int) -> AssumedMachine:
         if num_gpus <= server.num_gpus
         else (),
         driver_cuda=(13, 0),
-        num_imex_channels=server.num_imex_channels,
         cumem=Availability(True, f"taken for granted: {_DRIVER}"),
         rdma_devices=tuple(f"mlx5_{index}" for index in range(server.num_rdma_devices or 0)),
         unknown=unknown,

@@ -60,8 +60,8 @@ CASES: dict[str, Case] = {
         ],
     ),
     "PD405": Case(
-        [on(libraries(GPU, nixl=NixlInstall("1", {"cu12": "1"}, frozenset({"cu12"}))))],
-        [on(libraries(nixl=NixlInstall("1", {"cu12": "1"}, frozenset({"cu12"})))), on(GPU)],
+        [on(libraries(GPU, nixl=NixlInstall("1", {"cu12": "1"})))],
+        [on(libraries(nixl=NixlInstall("1", {"cu12": "1"}))), on(GPU)],
     ),
     "PD406": Case([on(libraries(GPU, torch="2.13.0+cpu", torch_cuda=None))], [on(CPU), on(GPU)]),
     "PD407": Case(

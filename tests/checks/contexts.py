@@ -80,7 +80,7 @@ CPU = Machine(
     libraries=Libraries(
         torch="2.13.0+cpu",
         transformers="5.23.0",
-        nixl=NixlInstall("1.5.1", {"cu12": "1.5.1", "cu13": "1.5.1"}, frozenset({"cu12", "cu13"})),
+        nixl=NixlInstall("1.5.1", {"cu12": "1.5.1", "cu13": "1.5.1"}),
     ),
     limits=Limits(memlock_bytes=-1, num_open_files=65536),
     shm=SharedMemory(16 * GIB, 15 * GIB),

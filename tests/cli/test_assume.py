@@ -30,7 +30,7 @@ POOR = replace(
     has_native_bf16=False,
     memory_bytes=GIB,
     limits=replace(CPU.limits, memlock_bytes=65536, num_open_files=100),
-    shm=replace(CPU.shm, free_bytes=1 << 20, stale_files=("nccl-abc",)),
+    shm=replace(CPU.shm, free_bytes=1 << 20),
     libraries=replace(CPU.libraries, nixl=replace(CPU.libraries.nixl, version=None)),
 )
 MACHINES = {"cpu": CPU, "poor": POOR, "gpu": GPU, "gb200": GB200}

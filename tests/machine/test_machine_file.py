@@ -27,7 +27,6 @@ GPUS = st.builds(
     has_fabric_handles=st.booleans(),
     pci_bus_id=st.none() | st.just("0000:19:00.0"),
     free_memory_bytes=st.none() | st.integers(0, 1 << 40),
-    supports_fabric=st.none() | st.booleans(),
     numa_node=st.none() | st.integers(0, 7),
 )
 

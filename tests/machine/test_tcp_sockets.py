@@ -94,7 +94,3 @@ def test_listening_sockets_and_other_ports_do_not_count(tmp_path: Path) -> None:
     assert not under_way(7000, 9, "01", 5, 0)
     assert not under_way(9, 7000, "01", 0, 5)
     assert not under_way(9, 7001, "01", 5, 5)
-
-
-def test_whether_sockets_can_be_bound_is_never_an_error() -> None:
-    assert isinstance(network.can_bind_to_loopback(), bool)
