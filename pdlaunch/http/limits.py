@@ -216,9 +216,11 @@ class BodyBudget:
     def hold(self, num_bytes: int = 0) -> Iterator[Hold]:
         """Hold room for a body while the block runs. Raises OverloadedError (503)."""
         hold = Hold(self)
-        with hold.shared():
+        try:
             hold.grow_to(num_bytes)
             yield hold
+        finally:
+            self.held_bytes -= hold.num_bytes
 
 
 class Hold:
@@ -226,20 +228,7 @@ class Hold:
 
     def __init__(self, budget: BodyBudget) -> None:
         self._budget = budget
-        self._num_users = 0
         self.num_bytes = 0
-
-    @contextlib.contextmanager
-    def shared(self) -> Iterator[None]:
-        """Keep the room while the block runs; of several blocks the last one gives it back."""
-        self._num_users += 1
-        try:
-            yield
-        finally:
-            self._num_users -= 1
-            if not self._num_users:
-                self._budget.held_bytes -= self.num_bytes
-                self.num_bytes = 0
 
     def grow_to(self, num_bytes: int) -> None:
         """Hold room for ``num_bytes`` in all; it never shrinks. Raises OverloadedError (503)."""

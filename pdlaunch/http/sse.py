@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from typing import Protocol
 
 import msgspec
 from aiohttp import web
@@ -37,29 +36,6 @@ def encode_error(error: BaseException) -> bytes:
     return encode_event(error_payload(error))
 
 
-class EventStream(Protocol):
-    """Takes the events of one streamed answer."""
-
-    @property
-    def has_begun(self) -> bool:
-        """Tell whether the client has been sent a status, so that an error must be an event."""
-
-    def add_headers(self, headers: Mapping[str, str]) -> None:
-        """Add headers to those of the answer, which has not begun."""
-
-    async def write(self, event: bytes) -> None:
-        """Send one event, and wait while the reader is behind.
-
-        Raises ConnectionError when nobody reads.
-        """
-
-    async def end(self, last: bytes = b"") -> None:
-        """Send ``last``, and end the answer."""
-
-    async def fail(self, error: BaseException) -> None:
-        """End a stream that has begun with an error event."""
-
-
 class _StreamResponse(web.StreamResponse):
     """Keeps its headers back until the first piece of the body, and sends both in one piece.
 
@@ -70,7 +46,7 @@ class _StreamResponse(web.StreamResponse):
 
 
 class ClientStream:
-    """Sends events to a client's connection, its headers with the first event."""
+    """Sends the events of one streamed answer, the headers with the first event."""
 
     def __init__(self, http: web.BaseRequest, headers: Mapping[str, str]) -> None:
         self._http = http
@@ -79,17 +55,21 @@ class ClientStream:
 
     @property
     def has_begun(self) -> bool:
+        """Tell whether the client has been sent a status, so that an error must be an event."""
         return self.response.prepared
 
     def add_headers(self, headers: Mapping[str, str]) -> None:
+        """Add headers to those of the answer, which has not begun."""
         self.response.headers.update(headers)
 
     async def write(self, event: bytes) -> None:
+        """Send one event, and wait while the reader is behind. Raises ConnectionError."""
         if not self.response.prepared:
             await self._begin()
         await self.response.write(event)
 
     async def end(self, last: bytes = b"") -> None:
+        """Send ``last``, and end the answer."""
         await self._begin()
         # In one piece: whoever reads the last event has the end too, and can use the connection
         # again at once.

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from pdlaunch.http.headers import ROUTE_HEADER, IgnoredFields
-from pdlaunch.http.sse import DONE, EventStream, encode_event
+from pdlaunch.http.sse import DONE, ClientStream, encode_event
 from pdlaunch.observe.metrics import RequestClock, RequestMetrics
 from pdlaunch.protocol.openai.responses import PromptTokensDetails, Usage
 from pdlaunch.router.client_request import ClientRequest, PromptRequest
@@ -127,7 +127,7 @@ class StreamedAnswer(ClientAnswer):
     def __init__(
         self,
         request: ClientRequest,
-        stream: EventStream,
+        stream: ClientStream,
         *,
         model: str,
         metrics: RequestMetrics,

@@ -33,7 +33,6 @@ from pdlaunch.router.otlp import OtlpExporter
 from pdlaunch.router.page import PAGE_PATHS, page_routes
 from pdlaunch.router.prompt_endpoints import PromptEndpoints, shutting_down
 from pdlaunch.router.request_book import RequestBook
-from pdlaunch.router.request_lines import RequestLines
 from pdlaunch.router.state import RouterState
 from pdlaunch.router.supervisor_link import SupervisorLink
 
@@ -71,9 +70,7 @@ class RouterApp:
             if spec.otlp_endpoint is None
             else OtlpExporter(spec.otlp_endpoint, spec.otlp_sample)
         )
-        self.book = RequestBook(
-            spec.kept_requests, RequestLines(show_request).write, exporter, state.spawn
-        )
+        self.book = RequestBook(spec.kept_requests, show_request, exporter, state.spawn)
         check_admin_key = _admin_key_check(spec.admin_api_key)
         self.app = HttpApp(
             [

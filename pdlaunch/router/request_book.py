@@ -8,13 +8,15 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Literal
 
+import msgspec
 from aiohttp import web
 
 from pdlaunch.errors import RequestError
 from pdlaunch.http.app import AppRoute, Operation
 from pdlaunch.http.errors import json_response
+from pdlaunch.observe.logs import FIELDS, escape_controls
 from pdlaunch.protocol.ids import HttpRequestId
-from pdlaunch.protocol.requests import RequestList, RequestTrace
+from pdlaunch.protocol.requests import RequestList, RequestSummary, RequestTrace
 from pdlaunch.router.otlp import OtlpExporter
 from pdlaunch.router.request_record import Leg, RequestRecord
 
@@ -33,23 +35,24 @@ def record_of(http: web.Request) -> RequestRecord:
 
 
 class RequestBook:
-    """Holds every record; watches the door of the router.
+    """Holds every record, and logs each request that has ended; watches the door of the router.
 
-    ``keep``: how many of those that have ended. ``on_end`` takes each record when it has ended;
-    ``exporter`` sends it away. ``spawn`` runs what outlives a request, while engines can be asked.
+    ``keep``: how many of those that have ended. ``show`` gets each line with the id, for a terminal
+    that tells the time. ``exporter`` sends records away. ``spawn`` runs what outlives a request,
+    while engines can be asked.
     """
 
     def __init__(
         self,
         keep: int,
-        on_end: Callable[[RequestRecord], None] = lambda _: None,
+        show: Callable[[str], None] | None = None,
         exporter: OtlpExporter | None = None,
         spawn: Spawn = asyncio.ensure_future,
     ) -> None:
         self._exporter = exporter
         self._running: dict[int, RequestRecord] = {}
         self._done: deque[RequestRecord] = deque(maxlen=keep)
-        self._on_end = on_end
+        self._show = show
         self._spawn = spawn
         self._late: set[asyncio.Task[None]] = set()
 
@@ -72,7 +75,7 @@ class RequestBook:
         record.end(status)
         self._done.append(record)
         try:
-            self._on_end(record)
+            log_request(record, self._show)
             if legs := record.cut_legs:
                 task = self._spawn(self._hear_late(record, legs))
                 self._late.add(task)
@@ -107,32 +110,13 @@ class RequestBook:
             latest = [record for record in latest if record.has_failed]
         return latest[:limit]
 
-    def find(self, request_id: HttpRequestId) -> RequestRecord | None:
-        """Return the latest request of this id."""
-        return next(
-            (record for record in self.chosen("last", len(self)) if record.id == request_id), None
-        )
-
-    def __len__(self) -> int:
-        return len(self._running) + len(self._done)
-
     def routes(self) -> list[AppRoute]:
         """Return the routes that tell of requests."""
+        listed = Operation("List requests: last=N, slowest=N or failed=N.", answer=RequestList)
+        told = Operation("Tell all that is known of a request.", answer=RequestTrace)
         return [
-            AppRoute(
-                "GET",
-                "/pdlaunch/requests",
-                self._list,
-                None,
-                Operation("List requests: last=N, slowest=N or failed=N.", answer=RequestList),
-            ),
-            AppRoute(
-                "GET",
-                "/pdlaunch/requests/{id:.+}",
-                self._trace,
-                None,
-                Operation("Tell all that is known of a request.", answer=RequestTrace),
-            ),
+            AppRoute("GET", "/pdlaunch/requests", self._list, None, listed),
+            AppRoute("GET", "/pdlaunch/requests/{id:.+}", self._trace, None, told),
         ]
 
     async def _list(self, http: web.Request) -> web.Response:
@@ -141,8 +125,9 @@ class RequestBook:
         return json_response(RequestList(requests=[record.summary() for record in records]))
 
     async def _trace(self, http: web.Request) -> web.Response:
-        record = self.find(HttpRequestId(http.match_info["id"]))
-        if record is None:
+        name, all_ = http.match_info["id"], len(self._running) + len(self._done)
+        found = (each for each in self.chosen("last", all_) if each.id == name)
+        if (record := next(found, None)) is None:
             raise RequestError(
                 f"no request of this id is remembered; the last {self._done.maxlen} are",
                 param="id",
@@ -165,3 +150,68 @@ def _read_query(query: Mapping[str, str]) -> tuple[Choice, int]:
     if not (text.isascii() and text.isdecimal() and len(text) <= 9):
         raise RequestError(f"{choice} must be a whole number, 0 or more", param=choice)
     return choice, int(text)
+
+
+def log_request(record: RequestRecord, show: Callable[[str], None] | None = None) -> None:
+    """Write the line of a request that has ended."""
+    if show is None and not logger.isEnabledFor(logging.INFO):
+        return
+    summary = record.summary()
+    text, content = format_request(summary), record.content or {}
+    text += "".join(f' {name}="{value}"' for name, value in content.items())
+    fields = lambda: {"request": msgspec.to_builtins(summary) | content}  # noqa: E731
+    logger.info("%s", text, extra={FIELDS: fields})
+    if show is not None:
+        show(escape_controls(f"[{summary.id}] {text}"))
+
+
+def format_request(summary: RequestSummary) -> str:
+    """Return what is known of a request in one line, without its id and time."""
+    words = [
+        f"{summary.status} {summary.path}",
+        *_known(summary.model, "model={}"),
+        *_known(summary.route and summary.route.replace("->", " -> "), "{}"),
+        *_known(summary.kv_path, "over {}"),
+        *_known(summary.prompt_tokens, "prompt={}"),
+        *_cached(summary),
+        *_known(summary.queue_ms, "queue={:.1f}ms"),
+        *_known(summary.prefill_ms, "prefill={:.1f}ms"),
+        *_pull(summary),
+        *_known(summary.first_token_ms, "first={:.1f}ms"),
+        *_known(summary.output_tokens, "tokens={}"),
+        *_known(summary.ms_per_token, "{:.2f}ms/token"),
+        *_known(summary.total_ms, "total={:.1f}ms"),
+        *([f"retries={summary.retries}"] if summary.retries else []),
+        *_known(summary.finish_reason, "finish={}"),
+        *_known(summary.explanation, "why: {}"),
+        *_known(summary.error, "error: {}"),
+    ]
+    return escape_controls(" ".join(words))
+
+
+def _known(value: object, form: str) -> list[str]:
+    return [] if value is None else [form.format(value)]
+
+
+def _cached(summary: RequestSummary) -> list[str]:
+    counts = {
+        "device": summary.cached_device_tokens,
+        "host": summary.cached_host_tokens,
+        "remote": summary.remote_tokens,
+    }
+    known = " ".join(f"{name} {count}" for name, count in counts.items() if count is not None)
+    known = known or " ".join(_known(summary.cached_tokens, "{}"))
+    return [f"(cached {known})"] if known else []
+
+
+def _pull(summary: RequestSummary) -> list[str]:
+    if summary.pull_ms is None:
+        return []
+    parts = [
+        f"pull={summary.pull_ms:.1f}ms",
+        *_known(summary.pull_mb, "{:.2f}MB"),
+        *_known(summary.pull_gb_s, "{:.2f}GB/s"),
+    ]
+    if summary.verified is not None:
+        parts.append("verified" if summary.verified else "unverified")
+    return parts

@@ -10,7 +10,9 @@ from typing import Any
 
 import msgspec
 
-from pdlaunch.http.errors import CLIENT_CLOSED_REQUEST, error_status
+from pdlaunch.errors import RequestError
+from pdlaunch.http.errors import CLIENT_CLOSED_REQUEST, RelayedError, error_status
+from pdlaunch.observe.logs import escape_controls
 from pdlaunch.observe.metrics import RequestClock
 from pdlaunch.observe.spans import (
     MAX_SPANS,
@@ -28,18 +30,16 @@ from pdlaunch.protocol.openai.responses import Usage
 from pdlaunch.protocol.requests import RequestSummary, RequestTrace, SpanView
 from pdlaunch.router.engine_client import EngineFailure
 from pdlaunch.router.policy import Hop, Route
-from pdlaunch.router.request_words import (
-    CLIENT_LEFT,
-    MAX_CONTENT_LENGTH,
-    cut_content,
-    describe_error,
-)
 from pdlaunch.router.transcript import Transcript
 
 logger = logging.getLogger(__name__)
 
 ROUTER = "router"
 MAX_MODEL_LENGTH = 200
+CLIENT_LEFT = "the client went away"
+MAX_ERROR_LENGTH = 300
+MAX_CONTENT_LENGTH = 200
+"""Characters of a prompt and of an output that are logged with ``log_content``."""
 NO_ID = HttpRequestId("")
 """Stands for the id of a request whose record nobody keeps."""
 
@@ -445,3 +445,33 @@ def _number(value: Attribute) -> float | None:
 
 def _count(value: Attribute) -> int | None:
     return value if isinstance(value, int) else None
+
+
+def cut_content(text: str) -> str:
+    """Return the beginning of a prompt or an output, as a log may show it."""
+    return escape_controls(text)[:MAX_CONTENT_LENGTH]
+
+
+def describe_error(error: BaseException) -> str:
+    """Say what went wrong.
+
+    An engine's refusal may quote the prompt: what it says beside its status is left out.
+    """
+    if isinstance(error, ConnectionError) or not isinstance(error, Exception):
+        return CLIENT_LEFT
+    if isinstance(error, RelayedError):
+        return _relayed(error)
+    if not isinstance(error, RequestError):
+        return type(error).__name__
+    text = f"{error.code}: {error}" if error.code else str(error)
+    return text[:MAX_ERROR_LENGTH]
+
+
+def _relayed(error: RelayedError) -> str:
+    """Name what an engine's answer names: its code and the parameter, not its message."""
+    try:
+        body = msgspec.json.decode(error.body)["error"]
+        named = [str(body[key]) for key in ("code", "param") if body.get(key)]
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        named = []
+    return ": ".join([str(error), *named])[:MAX_ERROR_LENGTH]

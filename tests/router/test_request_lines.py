@@ -17,15 +17,14 @@ from hypothesis import strategies as st
 from pdlaunch.cli.live import StartView
 from pdlaunch.observe.logs import setup_logging
 from pdlaunch.protocol.requests import RequestSummary
-from pdlaunch.router.request_lines import RequestLines, format_request
-from pdlaunch.router.request_record import RequestRecord
-from pdlaunch.router.request_words import MAX_CONTENT_LENGTH
+from pdlaunch.router.request_book import format_request, log_request
+from pdlaunch.router.request_record import MAX_CONTENT_LENGTH, RequestRecord
 from tests.cli.test_serve_view import console, printed
 from tests.router.conftest import SPEC, Stand, pair, pairs
 from tests.router.test_life_of_a_request import completion
 from tests.router.test_requests import told_pair
 
-LOGGER = "pdlaunch.router.request_lines"
+LOGGER = "pdlaunch.router.request_book"
 SECRET = "secret words of a prompt"
 
 
@@ -193,7 +192,7 @@ async def test_names_of_clients_are_escaped(stand: Stand, caplog: pytest.LogCapt
     caplog.set_level(logging.DEBUG, "pdlaunch")
     await stand.start(pair())
     shown: list[str] = []
-    stand.router.book._on_end = RequestLines(shown.append).write
+    stand.router.book._show = shown.append
     headers = {"X-Request-Id": "[red]%s{}\\x1b", "User-Agent": "[blink]"}
     await stand.post(completion(model=HOSTILE), headers=headers)
     (line,) = lines(caplog)
@@ -216,7 +215,7 @@ def test_the_terminal_gets_the_id_and_tells_the_time_once() -> None:
     shown: list[str] = []
     record = RequestRecord("r7", "/v1/completions")
     record.end(200)
-    RequestLines(shown.append).write(record)
+    log_request(record, shown.append)
     (line,) = shown
     assert line.startswith("[r7] 200 /v1/completions")
     target = console()
@@ -240,7 +239,7 @@ def test_json_lines_hold_the_values_of_the_line() -> None:
         setup_logging("router", "info", form="json", stream=stream)
         record = RequestRecord("r7", "/v1/completions")
         record.end(200)
-        RequestLines().write(record)
+        log_request(record)
     finally:
         root.handlers[:] = handlers
         root.setLevel(levels[0])
