@@ -158,8 +158,6 @@ class RequestFinished(Message):
     stop_token_id: int | None = None
     """The token that ended it (it is the last of the tokens)."""
     error: str | None = None
-    error_param: str | None = None
-    """Member of the request's body that is to blame for the error."""
     num_cached_tokens: int = 0
     """Prompt tokens that were not computed here: prefix cache and pulled blocks."""
     remote_kv: RemoteKV | None = None

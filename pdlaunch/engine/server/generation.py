@@ -261,8 +261,6 @@ class Generation:
 
 
 def _failure(event: RequestFinished) -> RequestError:
-    if event.error is not None and event.error_param is not None:
-        return RequestError(event.error, param=event.error_param)
     message = event.error or "the engine aborted the request"
     return RequestError(message, status=500, code="engine_error")
 
