@@ -28,22 +28,21 @@ def obey(
     command: Command, asker: str, wanted: Desired, seen: Observed, plan: PlanChange
 ) -> list[Action]:
     """Change what is wanted, and answer."""
-    answer: Answered | Restarting = Answered(question=command.question)
+    answer, restarting = Answered(question=command.question), Restarting(question=command.question)
     note = ""
     try:
         match command:
             case Restart():
-                answer = Restarting(question=command.question)
-                note = _restart(command, answer, wanted, seen)
+                note = _restart(command, restarting, wanted, seen)
             case SetDrained():
                 note = _set_drained(command, answer, wanted, seen)
             case ChangeEngines():
                 note = _change(command, answer, asker, wanted, seen, plan)
     except _Refused as refusal:
-        answer.error = str(refusal)
-        if isinstance(answer, Answered):
-            answer.code = refusal.code
-    return [*([Note(note)] if note else []), SendAnswer(asker, answer)]
+        answer.error = restarting.error = str(refusal)
+        answer.code = refusal.code
+    told = restarting if isinstance(command, Restart) else answer
+    return [*([Note(note)] if note else []), SendAnswer(asker, told)]
 
 
 def _find(seen: Observed, name: str) -> LaunchedEngine:

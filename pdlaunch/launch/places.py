@@ -95,7 +95,6 @@ class EnginePlaces:
         # An agent may be alive, and cut off: no engine runs twice.
         if self._clock() < self._ended_by.get(host, 0.0):
             return False
-        own = [p for other in units if other.engine == unit.engine for p in other.processes]
         if host in self._present:
             if unit.engine and host in self._readdressed:
                 specs = self._specs(self._placed(unit.engine))
@@ -103,6 +102,7 @@ class EnginePlaces:
                     environment = specs[process.name].environment
                     process.spec = msgspec.structs.replace(process.spec, environment=environment)
             return True
+        own = [p for other in units if other.engine == unit.engine for p in other.processes]
         # The server and the ranks of an engine are units of their own, and move together.
         if not unit.engine or any(p.alive or p.spec.host != host for p in own):
             return False

@@ -303,7 +303,7 @@ def _retire(
             engine.is_idle = True
         elif engine.server.is_drained and not engine.awaits_readers:
             engine.awaits_readers = True
-            for router in seen.routers():
+            for router in seen.routers:
                 yield SendMessage(router.name, AwaitIdle(engine=engine.name))
         if engine.is_idle or moment.due(engine.stop_at):
             yield from _stop(engine, wanted, moment)

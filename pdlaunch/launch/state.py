@@ -315,6 +315,7 @@ class Observed:
     units: list[Unit] = field(default_factory=list)
     """Router, servers and ranks; conversions are not among them."""
     engines: dict[str, LaunchedEngine] = field(default_factory=dict)
+    routers: list[Instance] = field(default_factory=list)
     phase: LaunchPhase = LaunchPhase.PREPARING
     phase_ends_at: float = 0.0
     drain_ends_at: float = 0.0
@@ -344,15 +345,13 @@ class Observed:
     def find(self, name: str) -> tuple[Unit, Instance] | None:
         return self._processes.get(name)
 
-    def routers(self) -> list[Instance]:
-        return [p for unit in self.units for p in unit.processes if p.spec.kind == "router"]
-
     def add(self, specs: Sequence[ProcessSpec]) -> None:
         """Take in processes that are yet to be started."""
         for unit in make_units(specs):
             unit.incarnation = self.last_incarnations.pop(unit.name, 0)
             self.units.append(unit)
             self._processes.update({each.name: (unit, each) for each in unit.processes})
+            self.routers += [each for each in unit.processes if each.spec.kind == "router"]
             if role := unit.processes[0].spec.role:
                 engine = LaunchedEngine(unit.engine, role, [])
                 self.engines.setdefault(unit.engine, engine).units.append(unit)
@@ -390,7 +389,7 @@ class Observed:
         )
 
     def status(self) -> LaunchStatus:
-        urls = [p.registration.address.http for p in self.routers() if p.registration is not None]
+        urls = [p.registration.address.http for p in self.routers if p.registration is not None]
         return LaunchStatus(
             phase=self.phase,
             processes=tuple(process.status() for process in self.processes()),

@@ -197,7 +197,7 @@ class Supervisor:
                     suspects = Suspects(
                         origins=sorted(step.origins), repeated=sorted(step.suspects)
                     )
-                    for router in self.seen.routers():
+                    for router in self.seen.routers:
                         self._host.send(router.name, suspects)
             case Chore.PREPARE:
                 self._prepare()
@@ -223,8 +223,8 @@ class Supervisor:
     def _start(self, name: str) -> None:
         """Start a unit where there is room for it, or look again a little later."""
         now = self._clock()
-        units = {unit.name: unit for unit in (*self.seen.conversions, *self.seen.units)}
-        unit = units[name]
+        units = (*self.seen.conversions, *self.seen.units)
+        unit = next(unit for unit in units if unit.name == name)
         if not self._places.find(unit, self.seen.units):
             unit.start_at = now + LOOK_FOR_ROOM_S
             if not unit.waits_for_room:
@@ -247,7 +247,7 @@ class Supervisor:
         A router is also told what has happened before, and asked for engines that are waited for.
         """
         self._host.send(name, self._views.of(name, self._registry))
-        if name not in (router.name for router in self.seen.routers()):
+        if not any(router.name == name for router in self.seen.routers):
             return
         for at, happened in self._notes:
             ago_s = self._clock() - at
@@ -261,7 +261,7 @@ class Supervisor:
         self._observer.note(note.text)
         happened = Happened(text=note.text, prefill=note.prefill, decode=note.decode)
         self._notes.append((self._clock(), happened))
-        for router in self.seen.routers():
+        for router in self.seen.routers:
             if router.registration is not None:
                 self._host.send(router.name, happened)
 
