@@ -13,7 +13,7 @@ from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.config.sizes import parse_size
 
 GenerationConfig = Literal["auto", "vllm"]
-RoutingPolicy = Literal["cost", "pairs"]
+RoutingPolicy = Literal["load", "pairs"]
 
 
 DEPLOYMENT = "Deployment"
@@ -65,23 +65,28 @@ class RoutingSettings(FrozenModel):
     """Says what matters when a router chooses the engines of a request."""
 
     policy: Annotated[RoutingPolicy, Flag("routing", DEPLOYMENT)] = Field(
-        "cost",
-        description="Which engines serve a request: those of the least estimated `cost`, or "
-        "`pairs` of a prefill and a decode engine wherever there are.",
+        "load",
+        description=(
+            "Which engines serve a request: those with the least `load`, which may compute a "
+            "prompt where it is decoded, or `pairs` of a prefill and a decode engine wherever "
+            "there are."
+        ),
     )
     max_itl_ms: Annotated[float | None, Flag(panel=DEPLOYMENT)] = Field(
         None,
         gt=0,
-        description="Longest time between two tokens of a stream that prompts may cause, but no "
-        "less than a step with a block of a prompt takes. When unset, prompts about double the "
-        "steps of a decode engine, but for a few gaps in a thousand; on a GPU a step with a "
-        "prompt may take longer than that in any case.",
+        description=(
+            "Longest time for which a prompt may be computed at a decode engine that has streams; "
+            "longer ones go to a prefill engine. When unset, load alone decides."
+        ),
     )
     max_ttft_ms: Annotated[float | None, Flag(panel=DEPLOYMENT)] = Field(
         None,
         gt=0,
-        description="Time to the first token: routes that are estimated to keep it come first. "
-        "When unset, the least estimated time of all requests decides.",
+        description=(
+            "Time to the first token: where the prefill queue takes longer, a prompt is computed "
+            "at a decode engine that keeps it. When unset, load alone decides."
+        ),
     )
 
 

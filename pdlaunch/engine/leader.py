@@ -254,8 +254,6 @@ class Leader:
 
     def _send_outputs(self) -> None:
         if outputs := self._requests.take_outputs():
-            # With every answer, so that a router that works with this engine hears of its load
-            # several times a second, without a message more.
             self._server.send(Outputs(items=outputs))
 
     def _send_stats(self) -> None:

@@ -15,7 +15,7 @@ from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.planning.roles import PlacedEngine
 from pdlaunch.protocol.control import Capabilities
-from pdlaunch.protocol.process.bootstrap import Bootstrap, DoorSpec, RouterSpec
+from pdlaunch.protocol.process.bootstrap import Bootstrap, DoorSpec, RouterSpec, RoutingLimits
 from pdlaunch.protocol.sockets import LaunchKeys
 
 HEARTBEATS = 6
@@ -143,10 +143,11 @@ def router_spec(
         cors_origins=config.cors_origins,
         strict_fields=config.strict_fields,
         page=config.page,
-        # Any other word than this one means pairs: a third policy takes more than another word.
-        by_cost=config.routing.policy == "cost",
-        max_itl_ms=config.routing.max_itl_ms,
-        max_ttft_ms=config.routing.max_ttft_ms,
+        routing=RoutingLimits(
+            policy=config.routing.policy,
+            max_ttft_s=_seconds(config.routing.max_ttft_ms),
+            max_itl_s=_seconds(config.routing.max_itl_ms),
+        ),
         max_body_bytes=config.limits.max_body_bytes,
         body_budget_bytes=config.limits.body_budget_bytes,
         max_queued_requests=config.limits.max_queued_requests,
@@ -163,3 +164,7 @@ def router_spec(
 
 def _plain(secret: SecretStr | None) -> str | None:
     return None if secret is None else secret.get_secret_value()
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1000

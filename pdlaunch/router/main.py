@@ -58,7 +58,6 @@ from pdlaunch.router.engine_client import EngineClient, EngineTimeouts, keys_of_
 from pdlaunch.router.membership import AnnouncedMembership, WatchedMembership
 from pdlaunch.router.membership_sources import follow_file, follow_name
 from pdlaunch.router.metrics import RouterMetrics
-from pdlaunch.router.policy import RoutingLimits
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.state import RecoverySettings, RouterState
 from pdlaunch.router.supervisor_link import Question, SupervisorLink
@@ -123,7 +122,7 @@ async def run_in_launch(supervised: Supervised) -> None:
     spec, certificate = fit(bootstrap.router), bootstrap.keys.certificate
     membership, link = AnnouncedMembership(), SupervisorLink(supervised.send)
     state = RouterState(
-        EnginePool(time.monotonic, routing_limits(spec)),
+        EnginePool(time.monotonic, spec.routing),
         EngineClient(
             keys_of_launch(bootstrap.keys.http_token, bootstrap.engine_api_key),
             EngineTimeouts(),
@@ -211,7 +210,7 @@ class LoneRouter:
     def __init__(self, spec: AloneSpec) -> None:
         self._spec = spec
         self._router_spec = router = fit(spec.router)
-        pool = EnginePool(time.monotonic, routing_limits(router))
+        pool = EnginePool(time.monotonic, router.routing)
         metrics = RouterMetrics(router.served_model_name)
         self._membership = WatchedMembership(spec.watch, lambda: pool.engines, metrics)
         self._state = RouterState(
@@ -307,15 +306,6 @@ def answer_alone(membership: WatchedMembership, asked: Question) -> Restarting |
                 code: RefusalCode = "engine_not_found" if error.status == 404 else "refused"
                 return Answered(question=number, engine=name, error=str(error), code=code)
             return Answered(question=number, engine=name)
-
-
-def routing_limits(spec: RouterSpec) -> RoutingLimits:
-    """Return the settings of ``routing`` as the policy reads them."""
-    return RoutingLimits(
-        pairs_only=not spec.by_cost,
-        max_ttft_s=None if spec.max_ttft_ms is None else spec.max_ttft_ms / 1000,
-        max_itl_s=None if spec.max_itl_ms is None else spec.max_itl_ms / 1000,
-    )
 
 
 async def listen(runner: web.AppRunner, listeners: Sequence[int]) -> None:

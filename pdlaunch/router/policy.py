@@ -20,6 +20,7 @@ import msgspec
 
 from pdlaunch.config.roles import Role
 from pdlaunch.protocol.control import Capabilities
+from pdlaunch.protocol.process.bootstrap import RoutingLimits
 from pdlaunch.router.engine import Engine, EngineKey
 from pdlaunch.router.prefix_index import PrefixHashes, ServedPrefixes
 
@@ -44,14 +45,6 @@ KV_WEIGHT = 1 / 32
 a little longer. Simulated (docs/measurements/routing.md): with 1/8, TTFT p99 of bursts is 20 %
 worse; with 1/64, ITL p99 doubles at 50 requests a second.
 """
-
-
-class RoutingLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """Holds the settings of ``routing``."""
-
-    pairs_only: bool = False
-    max_ttft_s: float | None = None
-    max_itl_s: float | None = None
 
 
 class RoutingRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -258,7 +251,7 @@ def _best_local(
     limits: RoutingLimits,
 ) -> _Offer | None:
     """Return the engine that would compute the prompt soonest where it decodes it."""
-    if limits.pairs_only or request.wants_pair or request.is_suspect or request.tried:
+    if limits.policy == "pairs" or request.wants_pair or request.is_suspect or request.tried:
         return None
     prefills = [engine for engine in engines if engine.ready and engine.role == "prefill"]
     gpus = {device for engine in prefills for device in engine.devices} - {"cpu"}

@@ -11,9 +11,10 @@ from collections.abc import Callable, Collection, Sequence
 
 from pdlaunch.config.roles import PAIR, Role
 from pdlaunch.protocol.control import Entry, ListedState, PairReady, PairSuspect, Registry
+from pdlaunch.protocol.process.bootstrap import RoutingLimits
 from pdlaunch.router.engine import Engine, EngineKey, Processes
 from pdlaunch.router.health import HealthState
-from pdlaunch.router.policy import Need, Route, RoutingLimits, RoutingRequest, choose, covers
+from pdlaunch.router.policy import Need, Route, RoutingRequest, choose, covers
 from pdlaunch.router.prefix_index import ServedPrefixes
 
 IDLE_POLL_S = 0.05

@@ -91,7 +91,7 @@ def main() -> int:
     parser.add_argument("--family", choices=FAMILIES)
     parser.add_argument(
         "--routing",
-        choices=("cost", "pairs"),
+        choices=("load", "pairs"),
         help="pairs, the default of a soak, has more READs that meet a fault; the others take cost",
     )
     parser.add_argument("--path", default="auto", help="kv_transfer.nixl.path of the soak")
@@ -132,7 +132,7 @@ def run_soak(model: Path, asked: argparse.Namespace) -> int:
             num_requests=num_requests,
             concurrency=12,
             num_cases=64,
-            wants_pairs=asked.routing != "cost",
+            wants_pairs=asked.routing != "load",
         )
         pause_s = 25, 60
         names = ["prefill-0/rank-0", "decode-0/rank-0"] * 100
@@ -147,7 +147,7 @@ def run_kills(model: Path, asked: argparse.Namespace) -> int:
     """Default options; one deployment for each scenario. Prints the rows of the table of
     docs/performance.md.
     """
-    seed, routing = asked.seed, {ROUTING: asked.routing or "cost"}
+    seed, routing = asked.seed, {ROUTING: asked.routing or "load"}
     code, num_requests, num_migrations = 0, 0, 0.0
     chosen = [each for each in SCENARIOS if asked.only == each.title] or [
         each for each in SCENARIOS if asked.only in each.title
@@ -199,7 +199,7 @@ def run_cancels(model: Path, asked: argparse.Namespace) -> int:
     answer before do not count.
     """
     num_cancels = asked.requests or 1000
-    with faulty_deployment(model, None, environ={ROUTING: asked.routing or "cost"}) as deployment:
+    with faulty_deployment(model, None, environ={ROUTING: asked.routing or "load"}) as deployment:
         options = SoakOptions(
             url=deployment.url,
             seed=asked.seed,

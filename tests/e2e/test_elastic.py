@@ -1,4 +1,4 @@
-"""Routes by cost, with real engines: whoever computes a prompt, the tokens are the model's own."""
+"""Routes by load, with real engines: whoever computes a prompt, the tokens are the model's own."""
 
 from __future__ import annotations
 
@@ -40,17 +40,11 @@ def test_every_route_gives_the_tokens_of_the_model(tmp_path: Path) -> None:
         url = deployment.url
         assert complete_all(url, prompts, 24, concurrency=12) == expected
         route, tokens = ask(url, prompts[0])
-        assert "ttft_ms=" in route
+        assert "; kind=" in route
         assert tokens == expected[0][:8]
         route, tokens = ask(url, prompts[1], **{ROUTE_HEADER: "pair"})
         assert route.startswith("prefill-0")
         assert tokens == expected[1][:8]
-        with urllib.request.urlopen(f"{url}/pdlaunch/status", timeout=60) as response:
-            engines = json.load(response)["engines"]
-        for engine in engines:
-            # How large they are is the machine's affair; a tiny model's may be lost in noise.
-            assert all(cost is None or cost >= 0 for cost in engine["costs"].values())
-            assert engine["costs"].keys() >= {"prompt_s", "step_s", "stream_s"}
         with urllib.request.urlopen(f"{url}/metrics", timeout=60) as response:
             page = response.read().decode()
         routed = [

@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdlaunch.protocol.control import Capabilities
+from pdlaunch.protocol.process.bootstrap import RoutingLimits
 from pdlaunch.router import policy
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.health import EngineHealth
-from pdlaunch.router.policy import SHORT_TOKENS, Route, RoutingLimits, RoutingRequest, covers
+from pdlaunch.router.policy import SHORT_TOKENS, Route, RoutingRequest, covers
 from pdlaunch.router.prefix_index import ServedPrefixes, hash_prefix
 
 CPU = frozenset({"cpu"})
@@ -172,7 +173,7 @@ def test_some_prompts_always_get_a_pair(request_: RoutingRequest) -> None:
     engines = [engine("prefill-0", unanswered_tokens=99_999), engine("decode-0")]
     assert choose(prompt(), engines).kind == "decode"
     assert choose(request_, engines).kind == "pair"
-    assert choose(prompt(), engines, pairs_only=True).kind == "pair"
+    assert choose(prompt(), engines, policy="pairs").kind == "pair"
 
 
 def test_engines_that_share_a_gpu_never_take_each_others_prompts() -> None:

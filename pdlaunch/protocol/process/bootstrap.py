@@ -22,6 +22,7 @@ import msgspec
 import zmq
 
 from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.config.shared_settings import RoutingPolicy
 from pdlaunch.observe.logs import LogFormat
 from pdlaunch.protocol.control import (
     Alive,
@@ -37,6 +38,14 @@ LISTEN_BACKLOG = 1024
 MAX_OPEN_FILES = 65_536
 """Some systems allow a billion, which slows down programs that walk over all."""
 _PR_SET_PDEATHSIG = 1
+
+
+class RoutingLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """Holds the settings of ``routing``."""
+
+    policy: RoutingPolicy = "load"
+    max_ttft_s: float | None = None
+    max_itl_s: float | None = None
 
 
 class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,11 +72,7 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     kept_requests: int = 500
     """Ended requests that ``pdlaunch trace`` can show."""
     page: bool = True
-    by_cost: bool = True
-    """Routes are chosen by cost; else pairs of engines come first."""
-    max_itl_ms: float | None = None
-    """Routes that keep these come first."""
-    max_ttft_ms: float | None = None
+    routing: RoutingLimits = RoutingLimits()
     log_requests: bool = False
     log_content: bool = False
     otlp_endpoint: str | None = None
