@@ -92,7 +92,7 @@ def main() -> int:
     parser.add_argument(
         "--routing",
         choices=("load", "pairs"),
-        help="pairs, the default of a soak, has more READs that meet a fault; the others take cost",
+        help="pairs, the default of a soak, has more READs that meet a fault; the others take load",
     )
     parser.add_argument("--path", default="auto", help="kv_transfer.nixl.path of the soak")
     parser.add_argument(
