@@ -180,12 +180,6 @@ async def test_what_came_before_the_connection_broke_is_read_first(call: Call) -
     answer.close()
 
 
-async def test_an_answer_that_nobody_has_asked_for_reaches_no_later_call(call: Call) -> None:
-    once = OK + b"Content-Length: 2\r\n\r\n"
-    assert await call.answered(once + b"ok" + once) == b"ok"
-    assert await call.answered(once + b"my") == b"my"
-
-
 async def test_who_gives_up_an_answer_closes_its_connection(call: Call) -> None:
     calling = call.begin()
     await call.server.asked()
@@ -467,12 +461,3 @@ async def test_names_that_nobody_answers_delay_no_other_one(call: Call, names: N
     names.answers.set()
     for error in await asyncio.gather(*dead, return_exceptions=True):
         assert "nobody has answered" in str(error)
-
-
-async def test_a_lookup_without_a_thread_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(threading.Thread, "start", fail)
-    with pytest.raises(OSError, match="a name cannot be looked up: can't start new thread"):
-        await look_up("a name", 80)

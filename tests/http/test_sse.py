@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdlaunch.errors import OverloadedError, ProtocolError, RequestError
+from pdlaunch.errors import ProtocolError, RequestError
 from pdlaunch.http.errors import error_body, error_response, error_status
 from pdlaunch.http.sse import (
     DONE,
@@ -55,26 +55,12 @@ def test_a_chunk_writes_what_is_set():
     }
 
 
-def test_vllm_chunks_are_read():
-    read = msgspec.json.decode(
-        b'{"id":"x","object":"text_completion","choices":[{"text":"a","new":1}],"new":2}',
-        type=Completion,
-    )
-    assert read.choices[0].text == "a"
-
-
 def test_errors_have_openais_form():
     error = RequestError("bad", param="n", code="c")
     assert error_body(error) == {
         "error": {"message": "bad", "type": "invalid_request_error", "param": "n", "code": "c"}
     }
     assert error_status(error) == 400
-
-
-def test_an_overloaded_server_says_when_to_come_back():
-    error = OverloadedError("full", retry_after_s=3)
-    response = error_response(error)
-    assert (response.status, response.headers["Retry-After"]) == (429, "3")
 
 
 def test_unexpected_exceptions_show_nothing():

@@ -286,12 +286,6 @@ async def test_one_engine_alone_answers_as_it_does(admin_stand: AdminStand) -> N
             assert response.status == expected
 
 
-async def test_whoever_opens_the_socket_needs_no_key_at_all(admin_stand: AdminStand) -> None:
-    headers = {"Host": "anything.example", "Origin": "http://anything.example"}
-    assert (await admin_stand.call("GET", "/pdlaunch/status", headers=headers))[0] == 200
-    assert (await admin_stand.call("POST", "/v1/completions", json=completion()))[0] == 200
-
-
 async def test_a_web_page_commands_nothing(stand: Stand) -> None:
     """``fetch(url, {method: 'POST', mode: 'no-cors'})`` asks nobody first; it sends an Origin, and
     no content type of JSON.

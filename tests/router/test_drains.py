@@ -97,18 +97,6 @@ async def test_prompts_whose_blocks_are_yet_to_be_read_are_waited_for(
     assert (await waits)[1]["engines"][0]["running"] == 0
 
 
-async def test_prompts_that_this_router_has_handed_over_are_waited_for(
-    admin_stand: AdminStand,
-) -> None:
-    """Engines of vLLM tell no leases."""
-    engines = {engine.name: engine for engine in admin_stand.stand.state.pool.engines}
-    with engines["prefill-0"].lending():
-        _, answer = await command(admin_stand, "drain", "prefill-0", timeout_s=0)
-        assert answer["engines"][0]["running"] == 1
-    _, answer = await command(admin_stand, "drain", "prefill-0")
-    assert answer["engines"][0]["running"] == 0
-
-
 async def test_a_refusal_of_the_supervisor_is_passed_on(admin_stand: AdminStand) -> None:
     stand: Stand = admin_stand.stand
     call = asyncio.create_task(admin_stand.call("POST", "/pdlaunch/drain?engine=decode-7"))

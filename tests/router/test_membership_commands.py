@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp import web
 
 from pdlaunch.errors import RequestError
 from pdlaunch.router.watched_engine import Member
@@ -96,16 +95,6 @@ async def test_a_prefill_engine_stays_until_its_blocks_are_read(alone: Alone, he
     assert await removal == (200, {"engine": "prefill-0", "drained": True})
 
 
-async def test_an_engine_that_does_not_finish_in_time_goes_all_the_same(alone: Alone) -> None:
-    await alone.pair()
-    with working(alone.engine("decode-0")):
-        path = "/pdlaunch/engines/decode-0?drain_timeout_s=0"
-        assert await alone.command("DELETE", path) == (
-            200,
-            {"engine": "decode-0", "drained": False},
-        )
-
-
 @pytest.mark.parametrize(
     ("change", "status", "code"),
     [
@@ -147,33 +136,6 @@ async def test_without_an_allow_list_nothing_can_be_added(tmp_path: Path) -> Non
     finally:
         await alone.watch.close()
         await alone.state.close()
-
-
-async def test_redirects_are_not_followed(alone: Alone, tmp_path: Path) -> None:
-    """An engine that answers so would make the router ask, with a body, whom it likes."""
-    reached: list[str] = []
-
-    async def redirect(request: web.Request) -> web.Response:
-        if request.path.startswith("/else"):
-            reached.append(request.path)
-            return web.json_response({})
-        raise web.HTTPTemporaryRedirect(f"/else{request.path}")
-
-    app = web.Application()
-    app.router.add_route("*", "/{path:.*}", redirect)
-    runner = alone.sockets["decode-9"] = web.AppRunner(app)
-    await runner.setup()
-    await web.UnixSite(runner, str(tmp_path / "decode-9.sock")).start()
-    alone.add("decode-9")
-    await alone.until(lambda: alone.reason("decode-9") == "/health does not say 200")
-    engine = alone.engine("decode-9")
-    client = alone.state.client
-    with pytest.raises(Exception, match="answered 307"):
-        await client.ask(engine, "/v1/completions", b"{}", {})
-    assert (await client.call(engine, "GET", "/x"))[0] == 307
-    assert await client.read_metrics(engine) is None
-    assert not await client.is_alive(engine)
-    assert reached == []
 
 
 @pytest.mark.parametrize("page", [b"", b'{"error": {"code": "engine_not_there"}}'])

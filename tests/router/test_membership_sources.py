@@ -8,13 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.config.external import read_engine_url
 from pdlaunch.errors import ConfigError
 from pdlaunch.router.membership_sources import (
     follow_file,
     follow_name,
     read_engines_file,
-    set_members,
 )
 from pdlaunch.router.watched_engine import Member
 from tests.router.alone_router import Alone
@@ -95,18 +93,6 @@ async def test_a_new_engine_waits_for_another_s_work_only_where_it_needs_its_nam
         await asyncio.gather(following, return_exceptions=True)
 
 
-async def test_an_engine_that_a_command_removes_at_the_same_time_ends_no_following(
-    alone: Alone,
-) -> None:
-    for name in ("prefill-0", "decode-0"):
-        alone.watch.add(Member(name, "decode", alone.url(name), "vllm"), "file")
-    new = Member("decode-1", "decode", alone.url("prefill-0"), "vllm")
-    await asyncio.gather(
-        set_members(alone.watch, "file", [new], 5.0), alone.watch.remove("prefill-0", 5.0)
-    )
-    assert set(alone.watch.members("file")) == {"decode-1"}
-
-
 async def test_an_engine_whose_key_changes_is_taken_anew(
     alone: Alone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,11 +137,6 @@ def test_what_is_wrong_with_a_file_is_named(tmp_path: Path, content: str, messag
     assert message in str(caught.value)
     assert "secret" not in str(caught.value)
     assert caught.value.field == "engines_file"
-
-
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="No such file"):
-        read_engines_file(tmp_path / "none.yaml")
 
 
 async def test_a_name_stands_for_an_engine_at_each_of_its_addresses(
@@ -206,8 +187,3 @@ async def test_an_address_of_one_link_is_left_out(
     assert not following.done()
     following.cancel()
     await asyncio.gather(following, return_exceptions=True)
-
-
-def test_a_name_keeps_its_scheme_and_port() -> None:
-    address = read_engine_url("dns+https://Prefill.SVC.:8443")
-    assert str(address._replace(host="fd00::1")) == "https://[fd00::1]:8443"

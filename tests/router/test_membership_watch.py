@@ -9,7 +9,6 @@ import pytest
 from aiohttp import web
 
 from pdlaunch.http.watch import canary
-from pdlaunch.router.watched_engine import Member
 from tests.launch.sidecar.fake_vllm import FakeVllm, answer_of, listen
 from tests.router.alone_router import PROMPT, Alone, alone
 
@@ -36,14 +35,6 @@ async def test_a_pair_serves_when_its_canary_has_come_through(alone: Alone) -> N
     num_bytes = alone.engines["decode-0"].num_bytes
     assert (await alone.complete())[0] == 200
     assert alone.engines["decode-0"].num_bytes > num_bytes
-
-
-async def test_an_engine_of_another_model_is_not_used(alone: Alone) -> None:
-    await alone.pair()
-    await alone.start("decode-1", model="other")
-    alone.add("decode-1")
-    await alone.until(lambda: alone.reason("decode-1") == "it serves other, not m")
-    assert "decode-1" not in alone.ready
 
 
 async def test_one_wrong_engine_does_not_keep_the_others_from_serving(alone: Alone) -> None:
@@ -216,12 +207,3 @@ async def test_an_engine_that_answers_nonsense_is_tried_again(tmp_path: Path) ->
         await alone.until(lambda: "decode-0" in alone.ready)
     finally:
         await alone.close()
-
-
-async def test_engines_that_come_together_are_one_change(alone: Alone) -> None:
-    """Each change is a look at all engines: a look for each of them would grow with the square."""
-    for index in range(40):
-        name = f"decode-{index}"
-        alone.watch.add(Member(name=name, role="decode", url=alone.url(name), kind="vllm"), "test")
-    registry = await anext(alone.watch.versions())
-    assert (registry.version, len(registry.entries)) == (1, 40)

@@ -68,20 +68,6 @@ async def test_a_request_is_one_trace_over_all_processes(
         assert seen.headers["tracestate"] == "x=y"
 
 
-async def test_each_call_of_an_engine_has_its_own_parts(stand: Stand, collector: Collector) -> None:
-    """A request of several prompts asks the same engines several times, at once."""
-    await start(stand, collector)
-    assert (await stand.post(completion(prompt=["one", "another"]))).status == 200
-    await stand.router.book.close()
-    for name, parts in {"prefill": {"queue", "prefill"}, "decode": {"queue", "pull"}}.items():
-        calls = [span for span in collector.spans if span.name == f"{name} at {name}-0"]
-        assert len(calls) == 2
-        for call in calls:
-            children = [span for span in collector.spans if span.parent == call.id]
-            assert {span.name for span in children} == parts
-            assert "seated" in call.events
-
-
 async def test_attributes_are_those_of_the_conventions(stand: Stand, collector: Collector) -> None:
     await start(stand, collector)
     await stand.post(completion(), headers={"X-Request-Id": "r1"})
@@ -147,18 +133,6 @@ async def test_a_collector_that_is_away_costs_no_answer(
         if thread.name.lower().startswith("otel") or thread.name == "otlp-end":
             await asyncio.to_thread(thread.join, 30)
             assert not thread.is_alive(), thread.name
-
-
-def test_an_endpoint_with_a_path_is_taken_as_it_is(collector: Collector) -> None:
-    from pdlaunch.router.request_record import RequestRecord
-
-    exporter = OtlpExporter(f"{collector.url}/otel/spans", 1.0)
-    record = RequestRecord("r", "/v1/completions")
-    exporter.begin(record, {})
-    record.end(200)
-    exporter.end(record)
-    exporter.close()
-    assert collector.paths == {"/otel/spans"}
 
 
 def test_a_missing_library_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

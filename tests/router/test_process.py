@@ -256,29 +256,6 @@ async def test_what_still_runs_at_its_end_is_told_so(
         assert await asyncio.to_thread(child.wait, 120) == 0
 
 
-def test_a_drain_that_takes_too_long_is_over_all_the_same(supervisor: Supervisor) -> None:
-    child = supervisor.start()
-    supervisor.receive_register()
-    assert isinstance(supervisor.receive(), Ready)
-    supervisor.send(Drain(timeout_s=0.0))
-    assert supervisor.receive() == Drained()
-    supervisor.send(Stop())
-    assert child.wait(120) == 0
-
-
-async def test_a_client_waits_until_it_knows_the_engines(supervisor: Supervisor) -> None:
-    child = supervisor.start()
-    registered = await asyncio.to_thread(supervisor.receive)
-    assert isinstance(registered, Register)
-    waiting = asyncio.ensure_future(asyncio.to_thread(fetch, f"{registered.address.http}/health"))
-    engine = FakeEngine("decode-0", "decode")
-    async with serving(supervisor, engine):
-        supervisor.send(Registry(version=1, entries=engine.entries()))
-        assert (await waiting)[0] == 200
-        supervisor.send(Stop())
-        assert await asyncio.to_thread(child.wait, 120) == 0
-
-
 def test_it_can_be_stopped_before_it_knows_the_engines(supervisor: Supervisor) -> None:
     child = supervisor.start()
     assert isinstance(supervisor.receive(), Register)
@@ -310,11 +287,3 @@ def test_it_does_not_outlive_its_supervisor(supervisor: Supervisor) -> None:
     assert child.stdin is not None
     child.stdin.close()
     assert child.wait(120) != 0
-
-
-def test_it_needs_no_torch() -> None:
-    heavy = ("torch", "transformers", "tokenizers")
-    code = (
-        f"import sys, pdlaunch.router.main; sys.exit(any(name in sys.modules for name in {heavy}))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -20,7 +20,7 @@ from pdlaunch.protocol.requests import RequestSummary
 from pdlaunch.router.request_book import format_request, log_request
 from pdlaunch.router.request_record import MAX_CONTENT_LENGTH, RequestRecord
 from tests.cli.test_serve_view import console, printed
-from tests.router.conftest import SPEC, Stand, pair, pairs
+from tests.router.conftest import SPEC, Stand, pair
 from tests.router.test_life_of_a_request import completion
 from tests.router.test_requests import told_pair
 
@@ -81,26 +81,6 @@ async def test_refusals_have_a_line(
     (line,) = lines(caplog)
     assert line.startswith(f"{status} /v1/completions ")
     assert "error: " in line
-
-
-async def test_retries_are_counted(stand: Stand, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "pdlaunch")
-    await stand.start(pairs(2))
-    stand.die_after(stand.engines["decode-0"], 2, num_told=2)
-    await stand.post(completion(stream=True))
-    (line,) = lines(caplog)
-    assert " prefill-0 -> decode-1 " in line
-    assert " retries=1 " in line
-
-
-async def test_a_draining_router_has_lines_of_those_it_refuses(
-    stand: Stand, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO, "pdlaunch")
-    await stand.start(pair())
-    await stand.router.admission.drain(0.0)
-    assert (await stand.post(completion())).status == 503
-    assert lines(caplog)[0].startswith("503 ")
 
 
 async def test_text_is_logged_only_where_it_is_wanted(
@@ -221,15 +201,6 @@ def test_the_terminal_gets_the_id_and_tells_the_time_once() -> None:
     target = console()
     StartView(target, lambda status: [], lambda: 0.0).note(line)
     assert re.fullmatch(r"\[\d\d:\d\d:\d\d\] \[r7\] 200 /v1/completions .*\n", printed(target))
-
-
-async def test_debug_logs_routes(stand: Stand, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG, "pdlaunch")
-    await stand.start(pair())
-    await stand.post(completion())
-    routes = [r.getMessage() for r in caplog.records if r.getMessage().startswith("route of ")]
-    assert [route.split(":")[0] for route in routes] == ["route of prefill"]
-    assert "prefill-0" in routes[0]
 
 
 def test_json_lines_hold_the_values_of_the_line() -> None:

@@ -100,18 +100,6 @@ async def test_a_request_through_a_pair_is_told_whole(stand: Stand, stream: bool
     assert whole.spans[0].end_ms == whole.total_ms
 
 
-async def test_what_engines_do_not_tell_is_null(stand: Stand) -> None:
-    """Of engines that are not ours their answers tell when they began and ended."""
-    await stand.start(pair(ours=False))
-    await stand.post(completion())
-    (summary,) = await listed(stand)
-    assert summary.route == "prefill-0->decode-0"
-    assert summary.prefill_ms is not None
-    assert summary.output_tokens == 6
-    assert (summary.queue_ms, summary.pull_ms, summary.verified) == (None, None, None)
-    assert (summary.cached_device_tokens, summary.remote_tokens) == (None, None)
-
-
 @pytest.mark.parametrize("told", ["?", {"spans": 3}, [], {"elapsed_s": "x", "spans": []}])
 async def test_a_report_that_makes_no_sense_costs_no_answer(stand: Stand, told: Any) -> None:
     engines = pair()
@@ -229,13 +217,6 @@ async def test_a_wrong_question_is_refused(stand: Stand, query: str, param: str)
         assert (await response.json())["error"]["param"] == param
 
 
-async def test_the_clients_key_opens_it(stand: Stand) -> None:
-    await stand.start(pair(), spec=msgspec.structs.replace(SPEC, api_key="right"))
-    for path in ("/pdlaunch/requests", "/pdlaunch/requests/x"):
-        async with stand.session.get(path) as response:
-            assert response.status == 401
-
-
 async def test_health_checks_and_commands_are_no_requests(stand: Stand) -> None:
     await stand.start(pair())
     async with stand.session.post("/ping", json={}) as response:
@@ -243,21 +224,6 @@ async def test_health_checks_and_commands_are_no_requests(stand: Stand) -> None:
     async with stand.session.post("/sleep", json={}) as response:
         assert response.status == 403
     assert await listed(stand) == []
-
-
-@pytest.mark.parametrize("told", ["nonsense", {"elapsed_s": 0.5, "spans": "none"}, {"spans": [1]}])
-@pytest.mark.parametrize("stream", [False, True])
-async def test_a_report_that_cannot_be_read_is_left_out(
-    stand: Stand, told: Any, stream: bool
-) -> None:
-    engines = pair()
-    for engine in engines:
-        engine.report = told
-    await stand.start(engines)
-    answer = await stand.post(completion(stream=stream), headers={"X-Request-Id": "r1"})
-    assert answer.status == 200
-    assert b"pdlaunch" not in answer.raw
-    assert {span.process for span in (await trace(stand, "r1")).spans} == {"router"}
 
 
 async def test_an_engine_cannot_fill_the_memory_with_spans(stand: Stand) -> None:

@@ -59,18 +59,6 @@ async def test_one_that_is_drained_is_back_when_it_stands_by(admin_stand: AdminS
     assert not stand.pool.lists(stand.pool.engines[0])
 
 
-async def test_several_are_restarted_one_after_the_other(admin_stand: AdminStand) -> None:
-    stand = admin_stand.stand
-    answer = restart(admin_stand, "decode-0", "prefill-1")
-    for number, name in enumerate(("decode-0", "prefill-1"), start=1):
-        question = await asked(stand, number)
-        assert [message.name for message in stand.asked][-1] == name
-        stand.link.answered(Restarting(question=question, engine=name, incarnation=1))
-        stand.engines[name].incarnation = 2
-        stand.publish()
-    assert (await answer)[0] == 200
-
-
 async def test_one_that_is_given_up_again_is_an_error(admin_stand: AdminStand) -> None:
     stand = admin_stand.stand
     answer = restart(admin_stand, "decode-0")
@@ -126,13 +114,3 @@ async def test_an_engine_that_does_not_come_back_is_503(
         Restarting(question=await asked(admin_stand.stand), engine="decode-0", incarnation=1)
     )
     assert (await answer)[1]["error"]["code"] == "not_ready"
-
-
-async def test_the_clients_key_does_not_open_it(admin_stand: AdminStand) -> None:
-    for key in ("of-the-clients", "wrong"):
-        headers = {"Authorization": f"Bearer {key}"}
-        async with admin_stand.stand.session.post(
-            "/pdlaunch/restart?engine=decode-0", headers=headers
-        ) as response:
-            assert response.status == 401
-    assert not admin_stand.stand.asked

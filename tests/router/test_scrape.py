@@ -149,28 +149,6 @@ async def test_an_engine_that_is_silent_is_missing(stand: Stand) -> None:
     )
 
 
-async def test_an_engine_without_an_address_is_missing(stand: Stand) -> None:
-    prefill, decode = pair()
-    await stand.start([prefill, decode])
-    await decode.stop()
-    decode.url = ""
-    stand.publish(starting=["decode-0"])
-    assert set(values(families_of(await scraped(stand))["pdlaunch_kv_blocks"])) == {"prefill-0"}
-
-
-async def test_engines_with_equal_labels_stay_apart(stand: Stand) -> None:
-    engines = pair(ours=False)
-    for engine in engines:
-        engine.metrics_page = (
-            '# TYPE vllm:running gauge\nvllm:running{engine="0",model_name="tiny"} 1\n'
-        )
-    await stand.start(engines)
-    assert values(families_of(await scraped(stand))["vllm:running"]) == {
-        "prefill-0": 1,
-        "decode-0": 1,
-    }
-
-
 async def test_no_series_tells_when_another_was_created(stand: Stand) -> None:
     """Not even of engines whose pages have them."""
     (engine, _) = engines = pair(ours=False)
@@ -182,27 +160,6 @@ async def test_no_series_tells_when_another_was_created(stand: Stand) -> None:
     text = await scraped(stand)
     assert "vllm:a_total{" in text
     assert "_created" not in text
-
-
-async def test_the_second_token_is_timed_by_pair(stand: Stand) -> None:
-    await stand.start(pair())
-    await stand.post(completion(stream=True, max_tokens=4))
-    families = families_of(await scraped(stand))
-    (count,) = [
-        sample
-        for sample in families["pdlaunch_pair_second_token_seconds"].samples
-        if sample.name.endswith("_count")
-    ]
-    assert count.value == 1
-    assert (count.labels["prefill"], count.labels["decode"]) == ("prefill-0", "decode-0")
-
-
-async def test_a_merged_page_is_merged_unchanged(stand: Stand) -> None:
-    await stand.start(pair())
-    text = await scraped(stand)
-    families = MetricFamilies()
-    families.add(text)
-    assert families.page() == text
 
 
 @pytest.mark.parametrize("line", ["x{", "x", 'x{a="b} 1', "x{} one", 'x{a="b"c="d"}e 1', "1x 2"])
