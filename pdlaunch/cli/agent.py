@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from pdlaunch.cli import EXIT_FAILED
+from pdlaunch.cli.options import StopOption
 from pdlaunch.cli.output import refuse
 from pdlaunch.cli.steady_output import standard_input, steady_output
 from pdlaunch.errors import ConfigError, StartupError
@@ -120,13 +121,7 @@ def agent(
         float,
         typer.Option("--wait", metavar="SECONDS", min=1, help="How long to wait for an answer."),
     ] = 60.0,
-    stop_on_stdin_eof: Annotated[
-        bool,
-        typer.Option(
-            "--stop-on-stdin-eof",
-            help="Stop when standard input ends, for programs that must not leave it behind.",
-        ),
-    ] = False,
+    stop_on_stdin_eof: StopOption = False,
 ) -> None:
     """Start and watch engines on this host for a `pdlaunch serve` on another one."""
     errors = Console(stderr=True, soft_wrap=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -26,8 +26,6 @@ from pdlaunch.planning.hosts import planned_hosts
 from pdlaunch.planning.models import read_models, read_models_elsewhere
 from pdlaunch.planning.resolve import resolve_on
 
-Platform = Literal["cuda", "cpu"]
-
 
 @with_serve_flags
 def check_config(
@@ -45,9 +43,6 @@ def check_config(
         ),
     ] = False,
     assume: AssumeOption = None,
-    assume_platform: Annotated[
-        Platform | None, typer.Option("--assume-platform", help="Older name.", hidden=True)
-    ] = None,
     *,
     flags: dict[str, object],
 ) -> None:
@@ -59,8 +54,12 @@ def check_config(
     try:
         loaded = with_placed_hosts(load_config(config, os.environ, flags), os.environ)
         refuse_running_engines(loaded.config)
-        name = _assumed_name(assume, assume_platform, probe=probe)
-        judged = judged_machine(name, loaded.config)
+        if assume is not None and probe:
+            raise ConfigError(
+                f"--probe starts processes on this machine, which is not {assume}",
+                fix="leave out --probe or --assume",
+            )
+        judged = judged_machine(assume, loaded.config)
         hosts = planned_hosts(loaded.config, judged.machine, judged.environ)
     except ConfigError as error:
         refuse_input(error, output, config)
@@ -73,38 +72,14 @@ def check_config(
         read(loaded.config, ShownDownloads(Console(stderr=True))),
     )
     probes = Probes()
-    if probe:
-        probes = Probes(nixl=ask_nixl(resolved), engine_flags=probe_engine_flags(resolved))
     if is_this:
-        files = probe_files(resolved)
-        probes = replace(
-            probes,
-            ports=probe_ports(resolved),
-            connector_errors=files.connector_errors,
-            missing_extras=files.missing_extras,
-            folder_problems=files.folder_problems,
-            weight_errors=files.weight_errors,
-            engine_commands=files.engine_commands,
-        )
+        probes = replace(probe_files(resolved), ports=probe_ports(resolved))
+    if probe:
+        flags_of_engines = probe_engine_flags(resolved)
+        probes = replace(probes, nixl=ask_nixl(resolved), engine_flags=flags_of_engines)
     report = run_checks(resolved, loaded.origins, probes, rules=kind_of(resolved).rules())
     if probe and report.is_ok():
         # Only a set-up without errors can start.
         probes = replace(probes, transport=probe_transport(resolved))
         report = run_checks(resolved, loaded.origins, probes, rules=kind_of(resolved).rules())
     print_report(report, output, strict=strict, assumed=judged.assumed, path=config)
-
-
-def _assumed_name(assume: str | None, platform: Platform | None, *, probe: bool) -> str | None:
-    """Return the machine to assume; None: this one. Raises ConfigError."""
-    if assume is not None and platform is not None:
-        raise ConfigError(
-            f"--assume {assume} and --assume-platform {platform} name two machines",
-            fix="leave --assume-platform out",
-        )
-    name = assume if assume is not None else platform
-    if name is not None and probe:
-        raise ConfigError(
-            f"--probe starts processes on this machine, which is not {name}",
-            fix="leave out --probe or --assume",
-        )
-    return name

@@ -16,6 +16,7 @@ import typer
 from pdlaunch.checks.probed import Probes, SeenDeployment, SeenEngine, SeenPair
 from pdlaunch.checks.run import Report, all_rules, run_checks
 from pdlaunch.cli.findings import OutputOption, StrictOption, print_report, refuse_input
+from pdlaunch.cli.options import BothOption, DecodeOption, KeyEnvOption, PrefillOption
 from pdlaunch.config.external import UNIX, read_engine_url
 from pdlaunch.config.http_names import WILDCARDS, is_loopback
 from pdlaunch.config.models import LaunchConfig
@@ -133,26 +134,10 @@ def doctor(
         list[str] | None,
         typer.Argument(metavar="[URL]...", help="A router of pdlaunch, which names its engines."),
     ] = None,
-    prefill: Annotated[
-        list[str] | None,
-        typer.Option("--prefill", metavar="URL", help="A prefill engine. Repeats."),
-    ] = None,
-    decode: Annotated[
-        list[str] | None,
-        typer.Option("--decode", metavar="URL", help="A decode engine. Repeats."),
-    ] = None,
-    both: Annotated[
-        list[str] | None,
-        typer.Option("--both", metavar="URL", help="An engine of both roles. Repeats."),
-    ] = None,
-    engine_key_env: Annotated[
-        str | None,
-        typer.Option(
-            "--engine-key-env",
-            metavar="NAME",
-            help="Variable with the key of the engines that --prefill, --decode and --both name.",
-        ),
-    ] = None,
+    prefill: PrefillOption = None,
+    decode: DecodeOption = None,
+    both: BothOption = None,
+    engine_key_env: KeyEnvOption = None,
     exact: Annotated[
         bool,
         typer.Option("--exact", help="A canary's tokens must be equal, as they are in float32."),
@@ -162,10 +147,7 @@ def doctor(
     ] = True,
     handshake: Annotated[
         bool,
-        typer.Option(
-            "--handshake",
-            help="After the canary, ask the side channel of prefill too, for ranks it has named.",
-        ),
+        typer.Option("--handshake", help="Ask the side channels that canaries have named, too."),
     ] = False,
     output: OutputOption = "table",
     strict: StrictOption = False,

@@ -8,7 +8,6 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -16,6 +15,7 @@ from rich.text import Text
 
 from pdlaunch.cli import EXIT_FAILED
 from pdlaunch.cli.flags import with_router_flags
+from pdlaunch.cli.options import BothOption, DecodeOption, KeyEnvOption, PrefillOption, StopOption
 from pdlaunch.cli.output import refuse
 from pdlaunch.cli.steady_output import standard_input, steady_output
 from pdlaunch.config.external import DNS
@@ -41,37 +41,11 @@ ASK_TIMEOUT_S = 5.0
 @with_router_flags
 def router(
     config: Path | None = None,
-    prefill: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--prefill",
-            metavar="URL",
-            help="A prefill engine: http://HOST:PORT, unix:/PATH, dns+http://NAME:PORT. Repeats.",
-        ),
-    ] = None,
-    decode: Annotated[
-        list[str] | None,
-        typer.Option("--decode", metavar="URL", help="A decode engine, in the same forms."),
-    ] = None,
-    both: Annotated[
-        list[str] | None,
-        typer.Option("--both", metavar="URL", help="An engine of both roles, in the same forms."),
-    ] = None,
-    engine_key_env: Annotated[
-        str | None,
-        typer.Option(
-            "--engine-key-env",
-            metavar="NAME",
-            help="Variable with the key of the engines that --prefill, --decode and --both name.",
-        ),
-    ] = None,
-    stop_on_stdin_eof: Annotated[
-        bool,
-        typer.Option(
-            "--stop-on-stdin-eof",
-            help="Stop when standard input ends, for programs that must not leave it behind.",
-        ),
-    ] = False,
+    prefill: PrefillOption = None,
+    decode: DecodeOption = None,
+    both: BothOption = None,
+    engine_key_env: KeyEnvOption = None,
+    stop_on_stdin_eof: StopOption = False,
     *,
     flags: dict[str, object],
 ) -> None:

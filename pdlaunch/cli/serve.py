@@ -22,6 +22,7 @@ from pdlaunch.cli.flags import with_serve_flags
 from pdlaunch.cli.joining import Agents, joined_agents, require_hosts
 from pdlaunch.cli.live import StartView, StatusLine, reader_of, ready_rows
 from pdlaunch.cli.machines import AssumeOption, Judged, judged_machine
+from pdlaunch.cli.options import StopOption
 from pdlaunch.cli.output import Format, refuse, safe
 from pdlaunch.cli.own_deployment import ShownDownloads
 from pdlaunch.cli.placing import is_agent_task, refuse_resume, serve_task, with_placed_hosts
@@ -57,13 +58,7 @@ def serve(
     output: Annotated[
         Format, typer.Option("--format", help="How --dry-run prints the plan.")
     ] = "table",
-    stop_on_stdin_eof: Annotated[
-        bool,
-        typer.Option(
-            "--stop-on-stdin-eof",
-            help="Stop when standard input ends, for programs that must not leave it behind.",
-        ),
-    ] = False,
+    stop_on_stdin_eof: StopOption = False,
     resume: Annotated[
         bool,
         typer.Option(

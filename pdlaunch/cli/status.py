@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
 from rich.console import Console
 from rich.text import Text
@@ -16,29 +14,13 @@ from pdlaunch.cli.figures import (
     time_of_day,
     troubles,
 )
+from pdlaunch.cli.options import ApiKeyOption, UrlArgument
 from pdlaunch.cli.output import FormatOption, print_errors, print_json, print_table
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.admin import read_status, reading_api
 from pdlaunch.observe.logs import escape_controls
 from pdlaunch.protocol.status import DeploymentStatus
 
-UrlArgument = Annotated[
-    str | None,
-    typer.Argument(
-        help="The deployment's router; needed where several of yours run, or another's.",
-        envvar="PDLAUNCH_URL",
-        metavar="[URL]",
-    ),
-]
-ApiKeyOption = Annotated[
-    str | None,
-    typer.Option(
-        "--api-key",
-        help="The clients' key; not needed for your own launch on this machine.",
-        envvar="PDLAUNCH_API_KEY",
-        metavar="KEY",
-    ),
-]
 NUM_EVENTS = 10
 
 _ENGINES = {name: name for name in ("engine", "role", "host", "state", "load", "running")}

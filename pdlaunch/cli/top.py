@@ -32,8 +32,8 @@ from pdlaunch.cli.figures import (
     times,
     troubles,
 )
+from pdlaunch.cli.options import ApiKeyOption, UrlArgument
 from pdlaunch.cli.output import print_errors
-from pdlaunch.cli.status import ApiKeyOption, UrlArgument
 from pdlaunch.cli.trace import request_line, span_rows
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.admin import read_requests, read_status, read_trace, reading_api

@@ -21,9 +21,8 @@ from rich.console import Console
 from rich.text import Text
 
 from pdlaunch.cli import EXIT_FAILED
-from pdlaunch.cli.engines import UrlOption
+from pdlaunch.cli.options import ApiKeyOption, UrlOption
 from pdlaunch.cli.output import print_errors
-from pdlaunch.cli.status import ApiKeyOption
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.admin import Choice, read_requests, read_trace, reading_api
 from pdlaunch.observe.logs import escape_controls

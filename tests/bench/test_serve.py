@@ -166,16 +166,6 @@ async def test_every_turn_sends_all_that_was_said() -> None:
     assert report.tiers == []
 
 
-async def test_a_seed_says_what_is_asked() -> None:
-    prompts = []
-    for seed, concurrency in ((7, 1), (7, 3), (8, 1)):
-        server = FakeOpenAI()
-        report = await chat(server, seed=seed, concurrency=concurrency)
-        assert report.seed == seed
-        prompts.append(sorted(server.prompts))
-    assert prompts[0] == prompts[1] != prompts[2]
-
-
 async def test_a_conversation_ends_with_its_first_error() -> None:
     server = FakeOpenAI()
     async with serving(server) as url:

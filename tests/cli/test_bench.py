@@ -58,13 +58,6 @@ def test_json_has_every_figure(server: FakeOpenAI) -> None:
     } <= set(rows[0])
 
 
-def test_a_table_has_no_escape_codes_in_a_pipe(server: FakeOpenAI) -> None:
-    result = bench(server.url, *SMALL, "--step-ms", "2.5,5")
-    assert result.exit_code == 0, result.stderr
-    assert "\x1b" not in result.stdout + result.stderr
-    assert all(word in result.stdout for word in ("gap", "TTFT", "allows"))
-
-
 def test_a_table_says_medians_totals_and_duration(server: FakeOpenAI) -> None:
     result = bench(server.url, "--input-tokens", "5", *SMALL, "--slo", "e2e=60s")
     assert result.exit_code == 0, result.stderr
@@ -85,13 +78,6 @@ def test_a_rate_instead_of_concurrency(server: FakeOpenAI) -> None:
         (200.0, None, 0.5),
         (400.0, None, 0.5),
     ]
-
-
-def test_lines_as_vllm_writes_them(server: FakeOpenAI) -> None:
-    result = bench(server.url, "--input-tokens", "5", *SMALL, "--format", "vllm")
-    assert result.exit_code == 0, result.stderr
-    found = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [(one["max_concurrency"], one["completed"]) for one in found] == [(1, 3), (2, 3)]
 
 
 def test_a_trace_and_a_report(server: FakeOpenAI, tmp_path: Path) -> None:
@@ -178,15 +164,6 @@ def test_files_have_the_kinds_of_errors_and_not_their_words(
     assert "the prompt" not in result.stdout + page.read_text()
 
 
-@pytest.mark.parametrize("options", [SMALL, CHATS])
-def test_errors_are_shown_and_counted(server: FakeOpenAI, options: tuple[str, ...]) -> None:
-    server.refuses_after = 2
-    result = bench(server.url, *options)
-    assert result.exit_code == 1
-    assert "x HTTP 429: full" in result.stderr
-    assert "reqs" in result.stdout
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -229,12 +206,6 @@ def test_an_address_for_a_deployment_of_its_own_is_refused() -> None:
     result = run("serve", "--port", "9000")
     assert result.exit_code == 2
     assert "--port: what is started here listens on a free port of 127.0.0.1" in result.stderr
-
-
-def test_a_fix_is_told_once() -> None:
-    result = run("serve", "--dtype", "float33")
-    assert result.exit_code == 2
-    assert result.stderr.count("did you mean float32?") == 1
 
 
 @pytest.mark.parametrize("ignored", [False, True], ids=["", "in a shell's background"])
@@ -288,13 +259,6 @@ def test_rows_are_told_in_words_where_a_table_does_not_fit() -> None:
     assert "," not in shown[80]
 
 
-def test_a_pipe_gets_the_whole_table() -> None:
-    console = Console(file=io.StringIO(), width=12)
-    print_table([{"a": 1.234, "b": 5}], {"a": "a long heading", "b": "another one"}, console)
-    assert isinstance(console.file, io.StringIO)
-    assert "a long heading another one" in console.file.getvalue()
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -329,16 +293,3 @@ def test_what_is_no_url_is_refused(url: str) -> None:
     result = bench(url)
     assert result.exit_code == 1
     assert result.stderr == f"error: {url} is no URL of a deployment; write http://host:port\n"
-
-
-def test_the_allocator_is_not_left_out_on_a_cpu() -> None:
-    result = run("transfer", "--device", "cpu", "--enable-cumem-allocator")
-    assert result.exit_code == 2
-    assert "cumem allocator is not supported on the current platform" in result.stderr
-
-
-def test_words_of_a_table_are_no_markup_and_no_commands() -> None:
-    console = Console(file=io.StringIO(), width=80)
-    print_table([{"tier": "[red]x[/red]\x1b[2J"}], {"tier": "tier"}, console)
-    assert isinstance(console.file, io.StringIO)
-    assert r"[red]x[/red]\x1b[2J" in console.file.getvalue()

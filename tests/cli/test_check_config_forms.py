@@ -5,10 +5,7 @@ import re
 from xml.etree import ElementTree
 
 import pytest
-from rich.console import Console
-from rich.text import Text
 
-from pdlaunch.cli import findings as module
 from pdlaunch.launch.engines.native import NativeEngine
 
 
@@ -26,21 +23,12 @@ class TestJson:
         assert finding["where"].endswith("deploy.yaml:2:18)")
         assert report["resolved"]["engines"]["prefill"]["max_model_len"] == 512
 
-    def test_ok_follows_strict(self, check, file):
-        path = file("kv_transfer: {verify: off}\n")
-        assert json.loads(check(path, "--format", "json").stdout)["ok"] is True
-        assert json.loads(check(path, "--format", "json", "--strict").stdout)["ok"] is False
-
     def test_unusable_input_too(self, check, file):
         result = check(file("prefil: {}\n"), "--format", "json")
         report = json.loads(result.stdout)
         assert (result.exit_code, report["ok"], report["resolved"]) == (2, False, {})
         assert report["findings"][0]["message"] == "prefil: unknown field"
         assert report["findings"][0]["fix"] == "did you mean prefill?"
-
-    def test_what_was_not_checked_is_there(self, check):
-        report = json.loads(check("--format", "json").stdout)
-        assert {"PD404", "PD501"} <= {item["rule"] for item in report["resolved"]["not_checked"]}
 
 
 class TestGithub:
@@ -50,10 +38,6 @@ class TestGithub:
         assert line.startswith(
             f"::error file={path},line=2,col=18,title=PD106::decode.max_model_len: "
         )
-
-    def test_findings_without_a_file(self, check):
-        (line, *_) = check("--max-model-len", 1000, "--format", "github").stdout.splitlines()
-        assert line.startswith("::error title=PD106::")
 
     def test_unusable_input(self, check, file):
         path = file("port: [\n")
@@ -69,10 +53,6 @@ class TestGithub:
         assert unchecked.startswith("::notice title=not checked::PD404, ")
         assert unchecked.endswith("to PD506: only with --probe")
 
-    def test_what_needs_a_fact_names_it(self, check):
-        lines = check("--assume", "h100x8", "--format", "github").stdout.splitlines()
-        assert "::notice title=not checked::PD416 needs shm: profile h100x8 does not say" in lines
-
 
 class TestTable:
     @pytest.mark.parametrize("columns", ["40", "80", "200"])
@@ -87,14 +67,6 @@ class TestTable:
         assert headings == ["error", "warning", "info"]
         assert "not ok: 1 error, 1 warning, 1 info" in " ".join(output.split())
         assert max(len(line) for line in output.splitlines()) <= int(columns)
-
-    @pytest.mark.parametrize("columns", range(80, 200, 20))
-    def test_a_finding_that_needs_several_lines_is_indented(self, check, columns):
-        lines = check("--kv-offload-memory", "4TiB", columns=str(columns)).stdout.splitlines()
-        start = next(number for number, line in enumerate(lines) if "PD221" in line)
-        end = next(number for number, line in enumerate(lines) if line.startswith("not ok"))
-        assert all(line.startswith(" " * 8) for line in lines[start + 1 : end])
-        assert all(line == line.rstrip() for line in lines)
 
     def test_a_clean_run_is_one_line(self, check):
         (line,) = check().stdout.splitlines()
@@ -118,21 +90,6 @@ class TestTable:
         assert len(line) > 80
         assert line.endswith("64 GiB")
         assert "\x1b" not in output
-
-    def test_a_terminal_without_colour_gets_none(self, check, monkeypatch):
-        monkeypatch.setattr(
-            module, "report_console", lambda: Console(force_terminal=True, width=80)
-        )
-        output = check("--kv-offload-memory", "4TiB").stdout
-        assert not re.search(r"\x1b\[[0-9;]*3[0-7]", output), "NO_COLOR is set"
-        text = Text.from_ansi(output).plain
-        assert max(map(len, text.splitlines())) <= 80
-        assert "error\n  PD221" in text
-
-    def test_a_variable_of_the_file_is_shown_there(self, check, file):
-        path = file("env: {UCX_TLS: tcp}\n")
-        assert f"PD433 env.UCX_TLS ({path}:1:16)" in check(path, columns="300").stdout
-        assert "PD433 environment UCX_TLS" in check(columns="300", UCX_TLS="tcp").stdout
 
     def test_the_fix_and_the_way_to_more(self, check):
         output = check("--max-model-len", 1000, columns="200").stdout
@@ -187,15 +144,6 @@ class TestSarif:
         place = result["locations"][0]["physicalLocation"]
         assert place["artifactLocation"] == {"uri": "my%20deploy%25.yaml"}
         assert result["level"] == "note"
-
-    def test_findings_of_flags_are_at_the_file(self, check, file):
-        path = file("")
-        (result, *_) = self.log(check, path, "--max-model-len", 1000)["results"]
-        assert result["locations"][0]["physicalLocation"] == {
-            "artifactLocation": {"uri": path.as_uri()}
-        }
-        (result, *_) = self.log(check, "--max-model-len", 1000)["results"]
-        assert "physicalLocation" not in result["locations"][0]
 
     def test_rules_that_were_not_checked_are_notes(self, check):
         run = self.log(check, "--assume", "h100x8")

@@ -56,12 +56,6 @@ def test_show_names_every_origin(run, tmp_path):
     assert "prefill.model" not in values
 
 
-def test_show_as_a_table(run):
-    result = run("show", "--block-size", "32")
-    line = next(line for line in result.stdout.splitlines() if line.startswith("block_size"))
-    assert line.split() == ["block_size", "32", "flag", "(--block-size)"]
-
-
 def test_changed_shows_what_differs_from_the_defaults_and_where_it_came_from(run, tmp_path):
     path = tmp_path / "deploy.yaml"
     path.write_text("block_size: 32\nmax_num_seqs: 64\ndecode:\n  tensor_parallel_size: 2\n")
@@ -77,11 +71,6 @@ def test_changed_shows_what_differs_from_the_defaults_and_where_it_came_from(run
     }
     table = run(*arguments, **environ).stdout
     assert [line.split()[0] for line in table.splitlines()] == ["setting", *values]
-
-
-def test_changed_of_nothing_says_so(run):
-    assert run("show", "--changed").stdout == "every setting has its default\n"
-    assert json.loads(run("show", "--changed", "--format", "json").stdout) == {}
 
 
 @pytest.mark.parametrize("output", ["table", "json"])

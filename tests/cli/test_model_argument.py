@@ -83,14 +83,6 @@ def test_a_model_is_named_by_the_argument(
     assert (decode["served_model_name"], decode["model_dir"]) == (name, str(folder))
 
 
-def test_a_commit_is_chosen_and_another_is_missed(run: Run, snapshot: Path) -> None:
-    # Port 8000 may be busy here.
-    assert run("check-config", NAME, "--revision", COMMIT, "--port", "0").exit_code == 0
-    result = run("check-config", NAME, "--revision", "v2")
-    assert result.exit_code == 1
-    assert "at revision v2 is not in the cache" in " ".join(result.stdout.split())
-
-
 @pytest.mark.parametrize("file", ["deploy.yaml", "deploy.yml", "DEPLOY.YAML", "deploy.json"])
 def test_a_file_of_settings_is_told_by_its_ending(
     run: Run, snapshot: Path, tmp_path: Path, file: str
@@ -141,13 +133,6 @@ def test_what_cannot_be_meant_is_explained(
     # A narrow terminal may break a line after any character.
     text = re.sub(r"[\s│╭╮╰╯─]", "", result.output)
     assert re.sub(r"\s", "", expected) in text
-
-
-def test_values_are_shown_before_a_model_is_downloaded(run: Run) -> None:
-    result = run("config", "show", "org/other", "--format", "json")
-    assert result.exit_code == 0
-    assert json.loads(result.stdout)["decode.dtype"]["value"] in (None, "float32")
-    assert "org/other is downloaded at the first start" in result.stdout
 
 
 @pytest.mark.parametrize("command", [("smoke",), ("bench", "serve")])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.bench.serve.rows import BenchRun, TierRow, summarise
+from pdlaunch.bench.serve.rows import BenchRun, summarise
 from pdlaunch.bench.serve.timed_completion import Goals, TimedCompletion
 from pdlaunch.cli.html_report import bench_page, plot, shares, smoke_page, write_report
 from pdlaunch.launch.client.smoke import Check
@@ -113,13 +113,6 @@ def test_names_are_escaped_and_what_was_said_is_left_out() -> None:
     assert "secret" not in content
     assert "4711" not in content
     assert "1 requests failed: HTTP 400." in content
-
-
-def test_a_page_of_chats_says_what_caches_held() -> None:
-    tiers = [TierRow(role="prefill", tier=EVIL, hit_share=0.4215)]
-    page = check_offline(bench_page([run(concurrency=1)], Goals(), tiers))
-    assert "Prefix caches" in page.text["h2"]
-    assert "42.1%" in page.text["td"] or "42.2%" in page.text["td"]
 
 
 def test_one_row_and_no_answer_make_a_page_too() -> None:

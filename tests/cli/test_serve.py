@@ -79,13 +79,6 @@ def test_a_dry_run_refuses_what_serve_refuses(
     assert result.stdout == ""
 
 
-@pytest.mark.parametrize("dry_run", [("--dry-run",), ()])
-def test_unusable_input_has_code_2_with_and_without_dry_run(
-    model: str, dry_run: tuple[str, ...]
-) -> None:
-    assert serve("--model", f"{model}/none", *dry_run).exit_code == 2
-
-
 def test_a_dry_run_for_another_machine_is_judged_for_it(model: str) -> None:
     given = ("--model", model, "--dry-run", "--enable-cumem-allocator", "--assume")
     assert serve(*given, "h100x8").exit_code == 0
@@ -132,26 +125,6 @@ def test_flags_beat_environment_beats_file(
         *(f"prefill-{n}" for n in range(3)),
         *(f"decode-{n}" for n in range(2)),
     ]
-
-
-def test_ranks_of_both_roles_are_set_at_once_and_a_role_differs(model: str) -> None:
-    plan = ("--model", model, "--dry-run", "--format", "json")
-    both = json.loads(serve(*plan, "--tensor-parallel-size", "2").stdout)["engines"]
-    assert [both[role]["tensor_parallel_size"] for role in ("prefill", "decode")] == [2, 2]
-    differs = ("--tensor-parallel-size", "2", "--decode-tp", "4")
-    engines = json.loads(serve(*plan, *differs).stdout)["engines"]
-    assert [engines[role]["tensor_parallel_size"] for role in ("prefill", "decode")] == [2, 4]
-
-
-def test_names_and_limits_of_engines_are_flags(model: str) -> None:
-    result = serve("--model", model, "--served-model-name", "mine", "--max-num-seqs", "3",
-                   "--gpu-memory-utilization", "0.5", "--max-num-batched-tokens", "99",
-                   "--dry-run", "--format", "json")  # fmt: skip
-    decode = json.loads(result.stdout)["engines"]["decode"]
-    assert (decode["served_model_name"], decode["max_num_batched_tokens"]) == ("mine", 99)
-    refused = serve("--model", model, "--gpu-memory-utilization", "1.5", "--dry-run")
-    assert refused.exit_code == 2
-    assert "--gpu-memory-utilization" in refused.output
 
 
 def test_secrets_are_never_printed(model: str) -> None:
@@ -244,21 +217,6 @@ def test_dry_run_shows_which_rank_goes_to_which_host_and_device(model: str, tmp_
     table = serve(str(config), "--dry-run", "--assume", "h100x2", columns=200).stdout
     row = next(line for line in table.splitlines() if "decode-0/rank-1" in line)
     assert [cell.strip() for cell in row.split("│")[1:4]] == ["decode-0/rank-1", "node-2", "cuda:1"]
-
-
-def test_a_host_that_cannot_hold_an_engine_is_named(model: str, tmp_path: Path) -> None:
-    config = tmp_path / "deploy.yaml"
-    config.write_text(
-        f"model: {model}\nplacement: hosts\ncontrol_address: 10.0.0.1\nport: 0\n"
-        "kv_transfer: {trusted_network: true}\ndevice: cuda\n"
-        "decode: {tensor_parallel_size: 4}\n"
-        "hosts: [{name: node-1, machine: h100x2}, {name: node-2, machine: h100x2}]\n"
-    )
-    command = ["check-config", str(config), "--assume", "h100x2", "--format", "json"]
-    result = invoke(command)
-    found = [item for item in json.loads(result.stdout)["findings"] if item["rule"] == "PD411"]
-    assert found
-    assert "node-" in found[0]["message"]
 
 
 def test_agents_are_waited_for_at_the_port_that_is_set(model: str, tmp_path: Path) -> None:

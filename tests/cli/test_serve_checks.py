@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -168,39 +167,6 @@ def test_pairs_of_gpus_are_judged_by_what_joins_them(
 ) -> None:
     findings = judge(load_config(None, {}, flags), GPUS, measured(speed), joined_by(link))
     assert [finding.rule for finding in findings] == expected
-
-
-@pytest.mark.parametrize(
-    "gpus",
-    [
-        (Gpu(0, pci_bus_id=FIRST),),
-        (Gpu(0), Gpu(1)),
-        (
-            Gpu(0, "NVIDIA H200 MIG 1g.18gb", pci_bus_id=FIRST),
-            Gpu(1, "NVIDIA H200 MIG 1g.18gb", pci_bus_id=SECOND),
-        ),
-    ],
-    ids=["one GPU for both", "no addresses", "MIG"],
-)
-def test_nothing_is_said_of_gpus_that_nothing_joins(gpus: tuple[Gpu, ...]) -> None:
-    machine = replace(GPUS, gpus=gpus)
-    assert judge(load_config(None, {}, {}), machine, measured(0.6), joined_by(NVLINK)) == ()
-
-
-def test_a_slow_pair_of_gpus_is_told_with_its_link_and_why() -> None:
-    loaded = load_config(None, {}, {"kv_transfer.nixl.path": "nixl"})
-    (finding,) = judge(loaded, GPUS, measured(60.0), joined_by(NVLINK))
-    assert (
-        "nixl/UCX moves 60 GB/s where 358 GB/s are expected of 18 NVLinks with 478 GB/s (cuda "
-        "memory)" in finding.message
-    )
-    assert "kv_transfer.nixl.path is nixl: P2P was not tried" in finding.message
-    refused = {"p2p": "cuMemImportFromShareableHandle failed"}
-    (finding,) = judge(
-        load_config(None, {}, {}), GPUS, measured(60.0, other_paths=refused), joined_by(NVLINK)
-    )
-    assert finding.message.endswith("; p2p: cuMemImportFromShareableHandle failed")
-    assert "kv_transfer.nixl.path be auto" in finding.fix
 
 
 def test_the_cliff_is_told_with_the_setting_that_leads_to_it() -> None:

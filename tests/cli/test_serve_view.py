@@ -110,26 +110,6 @@ def test_hosts_are_named_where_there_are_several(columns: int) -> None:
     assert "local" not in printed(one_host)
 
 
-def test_lines_and_panel_name_hosts_too() -> None:
-    target = console()
-    status = replace(over_hosts(), phase=LaunchPhase.STARTING)
-    StartView(target, lambda status: [], lambda: 0.0).changed(status)
-    assert "decode-0/rank-0 on gpu-2: ready" in printed(target)
-    assert "prefill-0/rank-0: ready" in printed(target)
-    rows = ready_rows(status, model="m", connector="nixl", log_dir="/logs", needs_key=False)
-    hosts = [text for label, text in rows if label == "host"]
-    assert hosts == ["local: prefill-0, router", "gpu-2: decode-0"]
-    rows = ready_rows(serving(), model="m", connector="nixl", log_dir="/logs", needs_key=False)
-    assert "host" not in dict(rows)
-
-
-def test_progress_is_shown_with_state_and_percentage() -> None:
-    target = console()
-    target.print(render_status(starting(), 3.0, 80, 24))
-    assert "loading weights 40%" in printed(target)
-    assert "starting · 3 s · 1 of 2 ready" in printed(target)
-
-
 def test_plain_lines_tell_each_change_once() -> None:
     target = console()
     view = StartView(target, lambda status: list(ROWS), lambda: 0.0)
@@ -201,59 +181,6 @@ def test_the_panel_says_where_and_what_and_how_fast() -> None:
     assert rows["topology"] == "1 prefill + 1 decode (tp 2)"
     assert rows["pair"] == "prefill-0/rank-0 → decode-0/rank-0: nixl/UCX, 3.4 GB/s; p2p: not here"
     assert "Authorization: Bearer YOUR_KEY" in rows["try"]
-
-
-def test_the_panel_shows_what_was_measured_between_gpus_the_slowest_first() -> None:
-    pairs = tuple(
-        PairReady(
-            local=f"decode-{n}/rank-0",
-            peer="prefill-0/rank-0",
-            peer_incarnation=1,
-            seconds=0.1,
-            path=path,
-            gigabytes_per_s=speed,
-            other_paths=others,
-        )
-        for n, path, speed, others in (
-            (
-                0,
-                "p2p/posix_fd/batch1",
-                391.7,
-                {"p2p/posix_fd/kernel32": "342 GB/s", "nixl/UCX": "0.583 GB/s"},
-            ),
-            (1, "nixl/UCX", 61.4, {"p2p": "cannot be mapped"}),
-        )
-    )
-    rows = ready_rows(
-        replace(serving(), pairs=pairs),
-        model="m",
-        connector="nixl",
-        log_dir="/logs",
-        needs_key=False,
-    )
-    assert [value for name, value in rows if "→" in value] == [
-        "prefill-0/rank-0 → decode-1/rank-0: nixl/UCX, 61.4 GB/s; p2p: cannot be mapped",
-        "prefill-0/rank-0 → decode-0/rank-0: p2p/posix_fd/batch1, 391.7 GB/s; "
-        "p2p/posix_fd/kernel32: 342 GB/s; "
-        "nixl/UCX: 0.583 GB/s",
-    ]
-
-
-def test_the_panel_of_engines_of_both_roles_names_no_connector() -> None:
-    shown = tuple(
-        replace(process, name=process.name.replace("decode", "both"))
-        for process in serving().processes
-        if not process.name.startswith("prefill")
-    )
-    rows = ready_rows(
-        replace(serving(), processes=shown, pairs=()),
-        model="m",
-        connector=None,
-        log_dir="/logs",
-        needs_key=False,
-    )
-    assert dict(rows)["topology"] == "1 both (tp 2)"
-    assert "connector" not in dict(rows)
 
 
 @pytest.mark.parametrize("columns", [40, 60, 80])

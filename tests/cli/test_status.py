@@ -77,13 +77,6 @@ def test_engines_and_pairs_that_get_nothing_new_are_told(router: DeploymentServe
     assert "no pull is begun for a while" in output
 
 
-@pytest.mark.parametrize("columns", [40, 80, 150])
-def test_every_engine_is_told_on_any_width(router: DeploymentServer, columns: int) -> None:
-    router.status = deployment(*(engine(f"decode-{n}", "decode") for n in range(30)))
-    output = run(router.url, columns=columns).output
-    assert all(f"decode-{n}" in output for n in range(30))
-
-
 def test_json_is_what_the_router_says(router: DeploymentServer) -> None:
     told = json.loads(run(router.url, "--format", "json").output)
     assert told["engines"][0]["reading"]["kv_usage"] == 0.5

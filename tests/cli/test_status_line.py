@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable
-from datetime import datetime
 
 import pytest
 
 from pdlaunch.cli.figures import status_line
-from pdlaunch.cli.live import StartView, StatusLine
+from pdlaunch.cli.live import StatusLine
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.status import LaunchPhase, LaunchStatus
 from pdlaunch.protocol.status import DeploymentStatus
 from tests.cli.deployment_server import deployment, engine, rates
-from tests.cli.test_serve_view import console, printed
 from tests.launch.fakes import FakeObserver
 
 LAUNCH = LaunchStatus(LaunchPhase.READY, ())
@@ -129,19 +126,3 @@ def test_a_launch_that_stops_before_is_never_ready() -> None:
         line.changed(STOPPING)
     line._thread.join(20)
     assert view.ready_count == 0
-
-
-def test_a_launch_that_fails_leaves_no_thread() -> None:
-    with StatusLine(FakeObserver(), Router(idle())) as line:
-        line.changed(LAUNCH)
-    assert line._thread is None
-
-
-def test_events_carry_the_time_of_day_and_pipes_get_plain_lines() -> None:
-    target = console()
-    at = datetime(2026, 1, 31, 12, 3, 4)
-    StartView(target, lambda status: [], lambda: 0.0, lambda: at).note("decode-0 \x1b[31mdied")
-    assert printed(target) == "[12:03:04] decode-0 \\x1b[31mdied\n"
-    live = console()
-    StartView(live, lambda status: [], lambda: 0.0).note("x")
-    assert re.fullmatch(r"\[\d\d:\d\d:\d\d\] x\n", printed(live))

@@ -39,15 +39,6 @@ def shown_on(stream: TextIO, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", stream)
 
 
-def test_a_reader_that_stands_still_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    with full_pipe() as (_, writer), os.fdopen(os.dup(writer), "w") as stream:
-        shown_on(stream, monkeypatch)
-        with steady_output(finish_s=0.01):
-            for n in range(MAX_WRITES + 10):
-                sys.stdout.write(f"{n}\n")
-        assert sys.stdout is stream
-
-
 def test_a_reader_that_goes_on_is_told_what_it_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     with full_pipe() as (reader, writer), os.fdopen(os.dup(writer), "w") as stream:
         shown_on(stream, monkeypatch)
@@ -115,17 +106,6 @@ def test_a_terminal_stays_one_and_gets_everything(monkeypatch: pytest.MonkeyPatc
         assert text == b"error\r\nprefill \\u2192 decode\r\n"
 
 
-def test_a_reader_that_lets_no_write_wait_gets_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    with full_pipe() as (reader, writer), os.fdopen(os.dup(writer), "w") as stream:
-        os.set_blocking(writer, False)
-        shown_on(stream, monkeypatch)
-        with steady_output(FINE_S):
-            sys.stdout.write("line\n")
-            text = b""
-            while not text.endswith(b"line\n"):
-                text = os.read(reader, 4096)
-
-
 def test_without_standard_output_nothing_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", None)
     with steady_output():
@@ -141,19 +121,6 @@ with steady_output(float(sys.argv[1])):
         Console(stderr=n % 3 == 0).print(n)
     raise SystemExit(3)
 """
-
-
-@pytest.mark.processes
-def test_a_process_ends_when_all_is_written_in_order() -> None:
-    ended = subprocess.run(
-        [sys.executable, "-P", "-c", PROGRAM, str(FINE_S)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        text=True,
-    )
-    assert ended.returncode == 3
-    assert ended.stdout.split() == [str(n) for n in range(2000)]
 
 
 INTERRUPTED = """

@@ -9,9 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import NoReturn
 
-import msgspec
 import pytest
 from rich.console import Console
 
@@ -26,7 +24,7 @@ from tests.cli.deployment_server import (
     running_server,
     trace,
 )
-from tests.cli.terminal import LEAVE_SCREEN, ROOT, Terminal
+from tests.cli.terminal import ROOT, Terminal
 
 
 @pytest.fixture(scope="module")
@@ -89,32 +87,6 @@ def test_the_terminal_is_given_back(terminal: Terminal, end: str) -> None:
     assert b"Traceback" not in terminal.written
 
 
-FAILS_AT_A_KEY = """
-import sys
-from pdlaunch.cli import main, top
-
-def fail(*_):
-    raise RuntimeError("made up")
-
-top.Screen.press = fail
-sys.argv[0] = "pdlaunch"
-main()
-"""
-
-
-@pytest.mark.processes
-def test_an_error_is_told_on_the_terminal_as_it_was(router: DeploymentServer) -> None:
-    terminal = Terminal(router.url, program=("-c", FAILS_AT_A_KEY))
-    try:
-        terminal.until(lambda text: "decode-0" in text)
-        terminal.press("s")
-        assert terminal.end() == 1
-        assert terminal.is_restored()
-        assert terminal.written.rfind(b"made up") > terminal.written.rfind(LEAVE_SCREEN)
-    finally:
-        terminal.close()
-
-
 @pytest.mark.processes
 def test_it_needs_a_terminal(router: DeploymentServer) -> None:
     result = subprocess.run(
@@ -140,19 +112,6 @@ def test_the_poller_outlives_every_answer(router: DeploymentServer, page: bytes)
         until(lambda: poller.snapshot.error)
         router.answer = answer  # type: ignore[method-assign]
         until(lambda: poller.snapshot.status is not None and not poller.snapshot.error)
-    finally:
-        poller.stop()
-
-
-def test_the_poller_outlives_an_error_that_nobody_has_foreseen() -> None:
-    class Broken(Api):
-        def get_object(self, path: str) -> NoReturn:
-            raise RuntimeError("made up")
-
-    poller = Poller(Broken("http://127.0.0.1:9"), 0.01)
-    poller.start()
-    try:
-        until(lambda: poller.snapshot.error == "made up")
     finally:
         poller.stop()
 
@@ -194,14 +153,6 @@ def test_it_fits_any_screen_and_says_what_it_leaves_out(
         assert ("more" in text) == (number == 1000)
 
 
-@pytest.mark.parametrize("rows", [8, 12, 24])
-def test_a_long_line_of_a_request_leaves_room_for_its_spans_and_keys(rows: int) -> None:
-    opened = msgspec.structs.replace(trace("r"), error="e" * 300, explanation="x" * 2000)
-    lines = shown(Snapshot(deployment()), Screen(trace=opened), 80, rows)
-    assert lines[-1].startswith("q back")
-    assert any("request" in line for line in lines[rows // 2 :])
-
-
 def test_it_works_without_unicode() -> None:
     text = "\n".join(shown(Snapshot(deployment(), [request("r")]), ascii_only=True))
     assert text.isascii()
@@ -214,18 +165,6 @@ def test_names_of_others_are_no_commands_and_no_markup() -> None:
     text = "\n".join(shown(Snapshot(status, [request(HOSTILE)]), columns=200))
     assert "\x1b" not in text
     assert r"[red]x[/red]\x1b[31m" in text
-
-
-def test_what_cannot_be_read_is_said_and_the_last_stays() -> None:
-    text = "\n".join(shown(Snapshot(deployment(), error="it cannot be reached")))
-    assert "decode-0" in text
-    assert "it cannot be reached" in text
-
-
-def test_an_engine_that_is_left_out_says_so() -> None:
-    lines = shown(Snapshot(deployment(engine("decode-0", "decode", health="open"))))
-    (row,) = [line for line in lines if line.startswith("decode-0 ")]
-    assert "left out" in row
 
 
 @pytest.mark.parametrize("columns", [80, 100, 200])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import threading
 from collections.abc import Iterator
@@ -16,10 +15,9 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 from typer.testing import Result
 
-from pdlaunch.cli.trace import print_trace, trace_events
+from pdlaunch.cli.trace import trace_events
 from pdlaunch.protocol.process import run_dirs
 from pdlaunch.protocol.requests import RequestList, RequestSummary, RequestTrace, SpanView
 from tests.command_line import invoke
@@ -152,11 +150,6 @@ def test_the_one_that_is_asked_for(router: Router) -> None:
     assert router.queries == ["last=1", "last=1", "failed=1", "slowest=2"]
 
 
-def test_the_clients_key_is_sent(router: Router) -> None:
-    run(router, "r1", "--api-key", "k")
-    assert router.keys == ["Bearer k"]
-
-
 def test_what_cannot_be_shown_is_told(router: Router) -> None:
     result = run(router, "r9")
     assert (result.exit_code, result.output) == (
@@ -184,14 +177,6 @@ def test_hostile_names_tell_a_terminal_nothing(router: Router) -> None:
     assert r"x\x1b[2J\n[red]{}%s" in result.output
     document = trace_events([router.traces["r1"]])
     assert HOSTILE not in {event["name"] for event in document["traceEvents"]}
-
-
-def test_a_terminal_without_unicode_gets_ascii() -> None:
-    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    print_trace(Console(file=file, width=80, highlight=False), trace())
-    file.flush()
-    file.buffer.seek(0)  # type: ignore[attr-defined]
-    assert b"####" in file.buffer.read()
 
 
 def test_perfetto_gets_a_file(router: Router, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 Supervisor, control channel and router are the real ones. One other process simulates all engines
 (``simulated_engines``): it registers them, beats their hearts, claims to have proven their pairs
-and answers HTTP. What agents cost is measured apart (``agent_costs``).
+and answers HTTP.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ from pdlaunch.protocol.control import FromSupervisor, Stop, from_supervisor
 from pdlaunch.protocol.process.bootstrap import Bootstrap, raise_open_files
 from pdlaunch.protocol.process.engine_ports import EnginePorts
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
-from tests.labs import agent_costs
 from tests.launch.fakes import FakePlaces
 
 HANG_TIMEOUT_S = 60.0
@@ -296,7 +295,7 @@ def measure(num_engines: int, rest_s: float) -> tuple[dict[str, Cost], int]:
 
 
 def main() -> None:
-    """Print tables of Markdown, a row for each number of engines, or of agents."""
+    """Print tables of Markdown, a row for each number of engines."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--engines", default="10,100,1000", help="numbers of engines")
     parser.add_argument("--seconds", type=float, default=20.0, help="time at rest")
@@ -345,8 +344,6 @@ def main() -> None:
             f"{1000 * restart.router_s:.0f}",
         )
         print(f"| {' | '.join(map(str, cells))} |", flush=True)  # noqa: T201
-    numbers = [int(text) for text in options.engines.split(",")]
-    print(f"\n{agent_costs.table(numbers, options.seconds)}")  # noqa: T201
 
 
 if __name__ == "__main__":

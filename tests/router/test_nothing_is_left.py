@@ -1,6 +1,6 @@
 """The router holds no more after mixed work than before: no connection, no task.
 
-``pdlaunch/testing/router_soak.py`` does it for minutes, with real processes.
+``make soak`` does it for minutes, with real processes.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,14 +16,12 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import psutil
 
 from pdlaunch.config.http_names import local_url
 from pdlaunch.errors import PdlaunchError, StartupError
 from pdlaunch.launch.client.api import Api
-from pdlaunch.protocol.process.run_dirs import is_locked, own_run_dirs, take_lock
 
 PREFIX = "pdlaunch-deployment-"
 OUTPUT = "output.log"
@@ -107,7 +104,9 @@ def running_deployment(
     ``log_dir``: the folder of its log files, which are otherwise gone when the block ends. Raises
     StartupError, with what it printed, when it ends or does not get healthy in time.
     """
-    with _new_folder() as (folder, sink), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=PREFIX)))
+        sink = stack.enter_context((folder / OUTPUT).open("wb"))
         logs = log_dir or f"{folder}/logs"
         port = port or stack.enter_context(held_port())
         own = ["--host", host, "--port", str(port), "--log-dir", logs, "--stop-on-stdin-eof"]
@@ -129,27 +128,6 @@ def running_deployment(
             yield deployment
         finally:
             deployment.stop()
-
-
-@contextlib.contextmanager
-def _new_folder() -> Iterator[tuple[Path, BinaryIO]]:
-    """Yield a fresh folder, which is removed at the end, and the file in it for what is printed.
-
-    That file is locked until this process and the deployment, which inherits it, have both ended.
-    Folders that killed owners left, whose lock is there and nobody's, are removed first.
-    """
-    for left in own_run_dirs(Path(tempfile.gettempdir()), PREFIX):
-        with contextlib.suppress(FileNotFoundError):
-            if not is_locked(left / OUTPUT):
-                shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=PREFIX) as name:
-        folder = Path(name)
-        new = folder / f"{OUTPUT}.new"
-        with new.open("wb") as sink:
-            # Under its own name it is never without its lock.
-            take_lock(sink.fileno())
-            new.rename(folder / OUTPUT)
-            yield folder, sink
 
 
 @contextlib.contextmanager

@@ -1,27 +1,19 @@
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
-import tempfile
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
-from urllib.parse import urlsplit
+from typing import Any
 
 import pytest
 
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.deployment import (
-    OUTPUT,
-    PREFIX,
     Deployment,
     held_port,
-    running_deployment,
 )
-from pdlaunch.protocol.process.run_dirs import is_locked, take_lock
-from tests.launch.client.conftest import serving
 
 
 class FakeProcess:
@@ -91,51 +83,6 @@ def test_what_does_not_stop_is_killed() -> None:
     with pytest.raises(PdlaunchError, match="did not stop within 7 s and was killed"):
         make(process).stop(timeout_s=7)
     assert process.returncode == -9
-
-
-def test_its_health_is_asked_past_proxies(
-    proxied: list[str | None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: FakeProcess(ends_at=1))
-    with (
-        serving() as (url, _),
-        running_deployment(port=urlsplit(url).port, timeout_s=20.0) as found,
-    ):
-        assert found.url == url
-    assert proxied == []
-
-
-def test_what_killed_owners_left_is_removed_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    left, used, unknown, elsewhere = (
-        tmp_path / name
-        for name in (f"{PREFIX}left", f"{PREFIX}used", f"{PREFIX}unknown", "elsewhere")
-    )
-    for folder in (left / "logs", used, unknown, elsewhere):
-        folder.mkdir(parents=True)
-    for folder in (left, used, elsewhere):
-        (folder / OUTPUT).touch()
-    link = tmp_path / f"{PREFIX}link"
-    link.symlink_to(elsewhere)
-    sinks: list[int] = []
-
-    def popen(*_: object, stdout: BinaryIO, **__: object) -> FakeProcess:
-        sinks.append(os.dup(stdout.fileno()))  # as a child does
-        return FakeProcess(ends_at=1)
-
-    monkeypatch.setattr(subprocess, "Popen", popen)
-    with (used / OUTPUT).open() as held, serving() as (url, _):
-        take_lock(held.fileno())
-        with running_deployment(port=urlsplit(url).port, timeout_s=20.0) as found:
-            mine = found.log_dir.parent
-            assert {*tmp_path.iterdir()} == {mine, used, unknown, elsewhere, link}
-            assert is_locked(mine / OUTPUT)
-            # The lock is the child's, too: a folder is used for as long as either of both lives.
-            take_lock(sinks[0])
-            os.close(sinks[0])
-    assert not mine.exists()
 
 
 def test_a_held_port_is_for_the_server_that_is_told_it() -> None:
