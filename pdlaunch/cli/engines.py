@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pdlaunch.cli.options import AdminKeyOption, UrlOption
+from pdlaunch.cli.options import KeyOption, UrlOption
 from pdlaunch.cli.output import print_errors, safe
 from pdlaunch.config.roles import ROLES, Role
 from pdlaunch.errors import PdlaunchError
@@ -73,7 +73,7 @@ def sleep(
         typer.Option(help="While requests run or KV blocks are leased: wait for them, or refuse."),
     ] = "wait",
     engine: EngineOption = None,
-    admin_api_key: AdminKeyOption = None,
+    admin_api_key: KeyOption = None,
 ) -> None:
     """Have engines give their device memory back; they serve nothing until `pdlaunch wake`. Needs
     enable_sleep_mode.
@@ -90,7 +90,7 @@ def wake(
         list[Tag] | None, typer.Option("--tag", help="Only this pool; may be repeated.")
     ] = None,
     engine: EngineOption = None,
-    admin_api_key: AdminKeyOption = None,
+    admin_api_key: KeyOption = None,
 ) -> None:
     """Have engines that sleep take their device memory again and serve."""
     admin = _ask(lambda: admin_api(url, admin_api_key))
@@ -99,9 +99,7 @@ def wake(
     _show_memory("taken", outcomes)
 
 
-def restart(
-    name: NamesArgument, url: UrlOption = None, admin_api_key: AdminKeyOption = None
-) -> None:
+def restart(name: NamesArgument, url: UrlOption = None, admin_api_key: KeyOption = None) -> None:
     """Have engines finish what runs, stop and start anew, one after the other; one that was given
     up starts at once.
     """
@@ -127,7 +125,7 @@ def drain(
             metavar="SECONDS",
         ),
     ] = 600.0,
-    admin_api_key: AdminKeyOption = None,
+    admin_api_key: KeyOption = None,
 ) -> None:
     """Give engines no new work, and wait until nothing runs there; nothing is moved by force. It
     holds until `pdlaunch undrain`, also while the engine is restarted.
@@ -144,9 +142,7 @@ def drain(
     raise typer.Exit(int(any(each.error or (timeout and each.running) for each in outcomes)))
 
 
-def undrain(
-    name: NamesArgument, url: UrlOption = None, admin_api_key: AdminKeyOption = None
-) -> None:
+def undrain(name: NamesArgument, url: UrlOption = None, admin_api_key: KeyOption = None) -> None:
     """Give engines work again that `pdlaunch drain` has kept it from."""
     admin = _ask(lambda: admin_api(url, admin_api_key))
     outcomes = _ask(lambda: commands.undrain_engines(admin, name))
@@ -166,7 +162,7 @@ def scale(
     url: UrlOption = None,
     dry_run: DryRunOption = False,
     drain_timeout: DrainOption = None,
-    admin_api_key: AdminKeyOption = None,
+    admin_api_key: KeyOption = None,
 ) -> None:
     """Add and remove engines of a running launch. New ones get requests once their pairs are
     proven; those that go get none any more and finish what runs.
@@ -196,7 +192,7 @@ def role(
     url: UrlOption = None,
     dry_run: DryRunOption = False,
     drain_timeout: DrainOption = None,
-    admin_api_key: AdminKeyOption = None,
+    admin_api_key: KeyOption = None,
 ) -> None:
     """Give an engine of a running launch another role: it finishes what runs, stops, and a new one
     of that role starts on its devices, under a name of that role.

@@ -30,7 +30,7 @@ ApiKeyOption = Annotated[
         metavar="KEY",
     ),
 ]
-AdminKeyOption = Annotated[
+KeyOption = Annotated[
     str | None,
     typer.Option(
         "--admin-api-key",
@@ -41,9 +41,7 @@ AdminKeyOption = Annotated[
 ]
 PrefillOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--prefill", metavar="URL", help="A prefill engine: http://.. or unix:/.. Repeats."
-    ),
+    typer.Option("--prefill", metavar="URL", help="A prefill engine. Repeats."),
 ]
 DecodeOption = Annotated[
     list[str] | None, typer.Option("--decode", metavar="URL", help="A decode engine. Repeats.")
