@@ -14,8 +14,7 @@ import msgspec
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.engine.batch import Batch
 from pdlaunch.engine.histograms import Histograms
-from pdlaunch.engine.host_loads import HostLoads
-from pdlaunch.engine.kv_requests import BlockLeases, BlockPulls
+from pdlaunch.engine.kv_requests import BlockLeases, BlockPulls, HostLoads
 from pdlaunch.engine.kvcache.groups import KVCacheGroup
 from pdlaunch.engine.kvcache.hashing import TokenHasher, root_hash
 from pdlaunch.engine.kvcache.manager import KVCacheManager
@@ -188,7 +187,7 @@ class RequestLifecycle:
             case PullFinished():
                 self._on_pull_finished(event)
             case PullDrained():
-                self.pulls.drained(event.pull_id)
+                self.pulls.blocks.drained(event.pull_id)
 
     def _on_pull_finished(self, event: PullFinished) -> None:
         pull = self.pulls.finish(event)
@@ -239,7 +238,7 @@ class RequestLifecycle:
         if load is None or load.request is None:
             return
         request = load.request
-        num_tokens = load.hit.num_blocks_to_load(0) * self._block_size
+        num_tokens = len(load.block_ids[0]) * self._block_size
         request.spans.loaded(ok=report.ok, num_tokens=num_tokens)
         # It waits again after a failed load, and before a pull: what was loaded is in the prefix
         # cache then, and the pull brings the rest.
@@ -252,7 +251,7 @@ class RequestLifecycle:
                 "load of request %s from host memory failed: %s", request.request_id, report.error
             )
         if is_ready:
-            self.skip_to(request, load.hit.ends[0] * self._block_size)
+            self.skip_to(request, request.tables.end * self._block_size)
 
     # Tokens and blocks
 
@@ -399,12 +398,12 @@ class RequestLifecycle:
             owned=[
                 *(block_id for request in requests for block_id in request.tables.all_ids()),
                 *self.leases.all_ids(),
-                *self.pulls.shared_ids(),
-                *self.host.shared_ids(),
+                *self.pulls.blocks.shared_ids(),
+                *self.host.blocks.shared_ids(),
                 *self.host.held_ids(),
             ],
-            pulling=[*self.pulls.pulling_ids(), *self.host.loading_ids()],
-            quarantined=self.pulls.quarantined_ids(),
+            pulling=[*self.pulls.blocks.written_ids(), *self.host.blocks.written_ids()],
+            quarantined=self.pulls.blocks.quarantined_ids(),
         )
         self.host.check_integrity()
         self.queues.check_integrity()
