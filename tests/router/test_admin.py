@@ -208,16 +208,6 @@ async def test_a_wake_up_ends_when_the_router_would_use_the_engines(
     assert (await waking)[0] == 200
 
 
-async def test_a_registry_that_never_says_so_is_told(
-    admin_stand: AdminStand, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(admin, "LISTED_TIMEOUT_S", 0.0)
-    await admin_stand.call("POST", "/sleep?engine=decode-0")
-    admin_stand.stand.publish()
-    status, answer = await admin_stand.call("POST", "/wake_up?engine=decode-0")
-    assert (status, answer["error"]["code"]) == (503, "not_listed_yet")
-
-
 async def test_one_refusal_is_the_answer_and_the_others_are_told_too(
     admin_stand: AdminStand,
 ) -> None:

@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 
 from pdlaunch.protocol.changes import Answered, ChangeEngines, PlannedChange, PlannedEngine
-from pdlaunch.protocol.control import PairSuspect
-from pdlaunch.router import supervisor_link
 from tests.router.conftest import working
 from tests.router.fake_engine import until
 from tests.router.test_admin import AdminStand, admin_stand
@@ -105,17 +103,6 @@ async def test_a_refusal_is_passed_on(admin_stand: AdminStand) -> None:
     assert (status, body["error"]["code"], "change" in body) == (409, "refused", False)
 
 
-async def test_a_supervisor_that_takes_too_long_is_503(
-    admin_stand: AdminStand, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(supervisor_link, "CHANGE_TIMEOUT_S", 0.01)
-    answer = call(admin_stand, "scale", decode=1)
-    wanted = await asked(admin_stand)
-    admin_stand.stand.link.answered(Answered(question=wanted.question, change=PLAN, is_done=False))
-    status, body = await answer
-    assert (status, body["error"]["code"]) == (503, "not_ready")
-
-
 @pytest.mark.parametrize(
     ("command", "body"),
     [
@@ -134,13 +121,3 @@ async def test_a_wrong_call_is_refused(
     status, answer = await call(admin_stand, command, **body)
     assert (status, answer["error"]["code"]) == (400, "invalid_change")
     assert not admin_stand.stand.asked
-
-
-async def test_of_an_engine_that_left_nothing_is_to_be_proven(admin_stand: AdminStand) -> None:
-    stand = admin_stand.stand
-    for name in ("decode-0", "decode-1"):
-        stand.state.doubt(
-            PairSuspect(local=name, peer="prefill-0", peer_incarnation=1, error="why")
-        )
-    stand.publish(without=["decode-1"])
-    assert [doubt.decode for doubt in stand.state.doubts()] == ["decode-0"]

@@ -121,13 +121,6 @@ async def test_what_cannot_be_added_is_refused_by_name(
     assert (answered, answer["error"]["code"]) == (status, code), answer
 
 
-@pytest.mark.parametrize("path", ["/pdlaunch/engines", "/pdlaunch/scale"])
-@pytest.mark.parametrize("body", [b'{"name": "\xff", "engine": "\xff"}', b'{"a":' * 9_999])
-async def test_what_is_no_json_is_refused(alone: Alone, path: str, body: bytes) -> None:
-    async with alone.session.post(path, data=body) as response:
-        assert response.status == 400
-
-
 async def test_without_an_allow_list_nothing_can_be_added(tmp_path: Path) -> None:
     alone = Alone(tmp_path, urls=())
     try:
@@ -136,20 +129,3 @@ async def test_without_an_allow_list_nothing_can_be_added(tmp_path: Path) -> Non
     finally:
         await alone.watch.close()
         await alone.state.close()
-
-
-@pytest.mark.parametrize("page", [b"", b'{"error": {"code": "engine_not_there"}}'])
-async def test_an_engine_that_does_not_tell_its_work_is_not_put_to_sleep(
-    alone: Alone, page: bytes
-) -> None:
-    await alone.pair()
-    sleepy, silent = alone.engines["prefill-0"], alone.engines["decode-0"]
-    sleepy.is_sleeping = silent.is_sleeping = False
-    # It may run requests of others than this router.
-    silent.num_running, silent.metrics_error = 1, page
-    status, answer = await alone.command("POST", "/sleep?mode=refuse")
-    assert (status, answer["error"]["code"]) == (503, "engine_failed")
-    assert answer["error"]["message"].startswith("/metrics answered 503")
-    # What became of the other one is told, too.
-    assert [each.get("is_sleeping") for each in answer["engines"]] == [True, None]
-    assert (sleepy.is_sleeping, silent.is_sleeping) == (True, False)

@@ -93,26 +93,6 @@ async def test_a_new_engine_waits_for_another_s_work_only_where_it_needs_its_nam
         await asyncio.gather(following, return_exceptions=True)
 
 
-async def test_an_engine_whose_key_changes_is_taken_anew(
-    alone: Alone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    await alone.start("prefill-0")
-    monkeypatch.setenv("FIRST_KEY", "first")
-    monkeypatch.setenv("SECOND_KEY", "second")
-    file = tmp_path / "engines.yaml"
-    text = listing(alone, "prefill-0")
-    file.write_text(text.replace("}", ", api_key_env: FIRST_KEY}"))
-    following = asyncio.ensure_future(follow_file(file, alone.watch, 5.0, poll_s=0.01))
-    try:
-        await alone.until(lambda: alone.ready == {"prefill-0"})
-        assert alone.keys["prefill-0"].seen == {"Bearer first"}
-        file.write_text(text.replace("}", ", api_key_env: SECOND_KEY}"))
-        await alone.until(lambda: "Bearer second" in alone.keys["prefill-0"].seen)
-    finally:
-        following.cancel()
-        await asyncio.gather(following, return_exceptions=True)
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -169,21 +149,3 @@ async def test_a_name_stands_for_an_engine_at_each_of_its_addresses(
     finally:
         following.cancel()
         await asyncio.gather(following, return_exceptions=True)
-
-
-async def test_an_address_of_one_link_is_left_out(
-    alone: Alone, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The C library tells of some with the device, which no URL of an engine has."""
-
-    async def resolve(*_: object) -> set[str]:
-        return {"127.0.0.1", "fe80::1%eth0"}
-
-    member = Member("prefill", "prefill", "dns+http://own-host:7", "vllm")
-    source = follow_name(member, alone.watch, 5.0, poll_s=0.01, resolve=resolve)
-    following = asyncio.ensure_future(source)
-    await alone.until(lambda: set(alone.watch.members("dns:prefill")) == {"prefill-127.0.0.1"})
-    await alone.until(lambda: "fe80::1%eth0]:7' is no URL of an engine" in caplog.text)
-    assert not following.done()
-    following.cancel()
-    await asyncio.gather(following, return_exceptions=True)

@@ -37,18 +37,6 @@ async def test_a_pair_serves_when_its_canary_has_come_through(alone: Alone) -> N
     assert alone.engines["decode-0"].num_bytes > num_bytes
 
 
-async def test_one_wrong_engine_does_not_keep_the_others_from_serving(alone: Alone) -> None:
-    await alone.start("prefill-1", has_connector=False)
-    alone.add("prefill-1")
-    await alone.start("decode-1")
-    alone.add("decode-1")
-    for name in ("prefill-0", "decode-0"):
-        await alone.start(name)
-        alone.add(name)
-    await alone.until(lambda: alone.ready == {"prefill-0", "decode-0", "decode-1"})
-    assert "no KV connector" in alone.reason("prefill-1")
-
-
 async def test_an_engine_of_both_roles_serves_without_a_canary(alone: Alone) -> None:
     for name in ("prefill-0", "both-0"):
         await alone.start(name)

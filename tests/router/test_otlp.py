@@ -14,8 +14,7 @@ import pytest
 from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
 
 from pdlaunch.errors import ConfigError
-from pdlaunch.protocol.requests import RequestTrace
-from pdlaunch.router.otlp import OtlpExporter, _root_attributes
+from pdlaunch.router.otlp import OtlpExporter
 from tests.router.conftest import SPEC, Stand, pair
 from tests.router.otlp_collector import Collector, running_collector
 from tests.router.test_life_of_a_request import chat, completion
@@ -85,14 +84,6 @@ async def test_attributes_are_those_of_the_conventions(stand: Stand, collector: 
     assert {name for name in attributes if name.startswith("gen_ai.")} <= known
     told = str([(span.attributes, span.events) for span in collector.spans])
     assert "hello" not in told, "the prompt has left"
-
-
-def test_what_engines_of_vllm_had_cached_is_an_attribute_too() -> None:
-    """They do not tell their tiers apart."""
-    trace = RequestTrace(id="r", received_at=0.0, path="/v1/completions", cached_tokens=48)
-    assert _root_attributes(trace, None)["gen_ai.usage.cache_read.input_tokens"] == 48
-    told = msgspec.structs.replace(trace, cached_device_tokens=32, cached_host_tokens=0)
-    assert _root_attributes(told, None)["gen_ai.usage.cache_read.input_tokens"] == 32
 
 
 async def test_a_refused_request_is_sent_too(stand: Stand, collector: Collector) -> None:

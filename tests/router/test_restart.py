@@ -88,12 +88,6 @@ async def test_a_refusal_of_the_supervisor_is_passed_on(
     assert (await answer)[1]["error"]["message"] == "no, because"
 
 
-async def test_without_a_name_nothing_is_restarted(admin_stand: AdminStand) -> None:
-    status, body = await restart(admin_stand)
-    assert (status, body["error"]["param"]) == (400, "engine")
-    assert not admin_stand.stand.asked
-
-
 async def test_a_supervisor_that_does_not_answer_is_503(
     admin_stand: AdminStand, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,12 +27,6 @@ def test_work_goes_elsewhere_and_comes_back(state: str) -> None:
     assert named(pick(pool, "prefill")) == "prefill-0"
 
 
-def test_a_sleeping_rank_is_enough() -> None:
-    pool = EnginePool(Clock())
-    update(pool, server("prefill-0"), rank("prefill-0", state="sleeping"))
-    assert pick(pool, "prefill") is None
-
-
 def test_an_engine_that_is_held_is_given_work_when_released_or_replaced() -> None:
     pool = EnginePool(Clock())
     update(pool, server("prefill-0"), server("decode-0"))
