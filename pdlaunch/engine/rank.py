@@ -30,9 +30,10 @@ from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.errors import StartupError
 from pdlaunch.machine.network import tcp_endpoint
-from pdlaunch.protocol.changes import Answered, AwaitIdle
 from pdlaunch.protocol.control import (
     Address,
+    Answered,
+    AwaitIdle,
     Drain,
     Drained,
     FromSupervisor,
@@ -41,7 +42,6 @@ from pdlaunch.protocol.control import (
     Ready,
     Register,
     Registry,
-    Restarting,
     Stop,
     Suspects,
 )
@@ -303,7 +303,7 @@ class RankProcess:
                 self._control.send(Drained())
             case Stop():
                 self._stopped = True
-            case Suspects() | Restarting() | Answered() | AwaitIdle() | Happened():
+            case Suspects() | Answered() | AwaitIdle() | Happened():
                 pass  # said to routers alone
 
     def _on_control(self, message: FromSupervisor) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from pdlaunch.protocol.changes import Answered
-from pdlaunch.protocol.control import FromSupervisor, Restarting
+from pdlaunch.protocol.control import Answered, FromSupervisor
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +36,7 @@ class SendAnswer:
     """Answer a command once all processes know what has changed."""
 
     process: str
-    message: Answered | Restarting
+    message: Answered
 
 
 @dataclass(frozen=True, slots=True)

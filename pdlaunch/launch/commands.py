@@ -10,8 +10,7 @@ from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.actions import Action, Note, SendAnswer
 from pdlaunch.launch.state import Desired, EngineChange, LaunchedEngine, Observed, RunningChange
 from pdlaunch.launch.status import LaunchPhase
-from pdlaunch.protocol.changes import Answered, ChangeEngines, RefusalCode, SetDrained
-from pdlaunch.protocol.control import Restart, Restarting
+from pdlaunch.protocol.control import Answered, ChangeEngines, RefusalCode, Restart, SetDrained
 
 PlanChange = Callable[[ChangeEngines, Collection[str], Collection[str]], EngineChange]
 """Is ``EnginePlaces.plan``."""
@@ -28,21 +27,19 @@ def obey(
     command: Command, asker: str, wanted: Desired, seen: Observed, plan: PlanChange
 ) -> list[Action]:
     """Change what is wanted, and answer."""
-    answer, restarting = Answered(question=command.question), Restarting(question=command.question)
+    answer = Answered(question=command.question)
     note = ""
     try:
         match command:
             case Restart():
-                note = _restart(command, restarting, wanted, seen)
+                note = _restart(command, answer, wanted, seen)
             case SetDrained():
                 note = _set_drained(command, answer, wanted, seen)
             case ChangeEngines():
                 note = _change(command, answer, asker, wanted, seen, plan)
     except _Refused as refusal:
-        answer.error = restarting.error = str(refusal)
-        answer.code = refusal.code
-    told = restarting if isinstance(command, Restart) else answer
-    return [*([Note(note)] if note else []), SendAnswer(asker, told)]
+        answer.error, answer.code = str(refusal), refusal.code
+    return [*([Note(note)] if note else []), SendAnswer(asker, answer)]
 
 
 def _find(seen: Observed, name: str) -> LaunchedEngine:
@@ -63,7 +60,7 @@ def _require_ready(what: str, seen: Observed, withheld: str = "") -> None:
         raise _Refused(f"{what}: {reason}", code="not_now")
 
 
-def _restart(command: Restart, answer: Restarting, wanted: Desired, seen: Observed) -> str:
+def _restart(command: Restart, answer: Answered, wanted: Desired, seen: Observed) -> str:
     """Asking again while a restart is under way changes nothing."""
     engine = _find(seen, command.name)
     answer.engine, goal = engine.name, wanted.engines[engine.name]

@@ -13,10 +13,11 @@ from pdlaunch.launch.hosts.host import MessageReceived, ProcessExited
 from pdlaunch.launch.pairs import engine_of
 from pdlaunch.launch.state import Desired, Instance, Observed, Unit
 from pdlaunch.launch.status import LaunchPhase, ProcessState
-from pdlaunch.protocol.changes import ChangeEngines, EngineIdle, SetDrained
 from pdlaunch.protocol.control import (
     Alive,
+    ChangeEngines,
     Drained,
+    EngineIdle,
     Failed,
     PairFailed,
     PairReady,
@@ -26,6 +27,7 @@ from pdlaunch.protocol.control import (
     Register,
     Restart,
     ServedRequest,
+    SetDrained,
     SleepState,
     ToSupervisor,
 )

@@ -27,7 +27,7 @@ from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.planning.resolve import ResolvedLaunch, with_replicas
 from pdlaunch.planning.role_engines import RoleEngines
 from pdlaunch.planning.roles import PlacedEngine
-from pdlaunch.protocol.changes import ChangeEngines
+from pdlaunch.protocol.control import ChangeEngines
 
 MAX_REPLICAS = 1024
 

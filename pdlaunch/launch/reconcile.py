@@ -40,8 +40,7 @@ from pdlaunch.launch.state import (
     Unit,
 )
 from pdlaunch.launch.status import LaunchPhase, ProcessState
-from pdlaunch.protocol.changes import Answered, AwaitIdle
-from pdlaunch.protocol.control import Drain, Stop
+from pdlaunch.protocol.control import Answered, AwaitIdle, Drain, Stop
 
 _WORKING = (ProcessState.READY, ProcessState.DRAINING)
 _DRAINED_KIND = {LaunchPhase.DRAINING_ROUTER: "router", LaunchPhase.DRAINING_ENGINES: "server"}

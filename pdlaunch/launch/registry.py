@@ -12,8 +12,15 @@ from collections.abc import Iterator, Mapping
 from pdlaunch.launch.state import Desired, Instance, LaunchedEngine, Observed
 from pdlaunch.launch.status import ProcessState
 from pdlaunch.planning.plan import Plan
-from pdlaunch.protocol.changes import Withheld, why_withheld
-from pdlaunch.protocol.control import Entry, ListedState, PairReady, Register, Registry
+from pdlaunch.protocol.control import (
+    Entry,
+    ListedState,
+    PairReady,
+    Register,
+    Registry,
+    Withheld,
+    why_withheld,
+)
 
 _LISTED: Mapping[ProcessState, ListedState] = {
     ProcessState.STARTING: "starting",

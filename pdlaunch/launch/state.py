@@ -19,8 +19,14 @@ from pdlaunch.launch.status import LaunchPhase, LaunchStatus, ProcessState, Proc
 from pdlaunch.planning.plan import Plan, ProcessSpec
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.planning.roles import PlacedEngine
-from pdlaunch.protocol.changes import PlannedChange, PlannedEngine, Withheld
-from pdlaunch.protocol.control import EndReason, Progress, Register
+from pdlaunch.protocol.control import (
+    EndReason,
+    PlannedChange,
+    PlannedEngine,
+    Progress,
+    Register,
+    Withheld,
+)
 
 ALIVE = (
     ProcessState.CONVERTING,

@@ -41,8 +41,7 @@ from pdlaunch.launch.registry import Views, next_registry
 from pdlaunch.launch.state import Desired, Goal, Observed, Timing, make_units
 from pdlaunch.launch.status import LaunchPhase, Observer, ProcessState
 from pdlaunch.planning.plan import Plan
-from pdlaunch.protocol.changes import AwaitIdle
-from pdlaunch.protocol.control import Alive, Happened, Registry, Suspects
+from pdlaunch.protocol.control import Alive, AwaitIdle, Happened, Registry, Suspects
 
 logger = logging.getLogger(__name__)
 

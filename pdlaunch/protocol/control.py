@@ -11,14 +11,6 @@ from typing import Literal
 import msgspec
 
 from pdlaunch.config.roles import Role
-from pdlaunch.protocol.changes import (
-    Answered,
-    AwaitIdle,
-    ChangeEngines,
-    EngineIdle,
-    SetDrained,
-    Withheld,
-)
 from pdlaunch.protocol.ids import EngineId, PromptOrigin
 from pdlaunch.protocol.wire import Codec, Message
 
@@ -26,6 +18,24 @@ ProcessKind = Literal["router", "server", "rank"]
 ListedState = Literal["starting", "ready", "draining", "sleeping", "stalled", "failed"]
 """``stalled``: ready, but silent for long; ``failed``: a server whose engine died too often."""
 EndReason = Literal["died", "hung"]
+
+
+Withheld = Literal["", "joining", "draining", "leaving"]
+"""Why an engine that is ready is given no new work: its pairs are yet to be proven, somebody drains
+it, or it is about to be removed.
+"""
+RefusalCode = Literal["engine_not_found", "not_now", "refused"]
+
+
+def why_withheld(withheld: Withheld, engine: str) -> str:
+    """Return the reason in words; empty without one."""
+    words: dict[Withheld, str] = {
+        "": "",
+        "joining": "it joins once its pairs are proven",
+        "draining": f"no new work until `pdlaunch undrain {engine}`",
+        "leaving": "it finishes what runs, and is removed",
+    }
+    return words[withheld]
 
 
 class Address(Message, tag=False):
@@ -44,8 +54,6 @@ class Address(Message, tag=False):
 class Capabilities(Message, tag=False):
     """Tells what an engine can do; the router reads it instead of assuming it."""
 
-    verifies: bool = False
-    """Pulled KV blocks are proven before use."""
     resumes: bool = False
     """Accepts output tokens so far with a prompt."""
     gives_first_token: bool = False
@@ -192,13 +200,90 @@ class SleepState(Message):
     state: Literal["awake", "draining", "sleeping"]
 
 
-class Restart(Message):
-    """Asks, from the router, to start an engine anew; answered with Restarting."""
+class CommandToEngine(Message):
+    """Asks, from the router, to do something to an engine; answered with Answered."""
 
     question: int
     """Comes back with the answer."""
     name: str
     """Names the engine, or one of its processes."""
+
+
+class Restart(CommandToEngine):
+    """Asks to start an engine anew."""
+
+
+class SetDrained(CommandToEngine):
+    """Asks to give an engine no new work, or to give it work again."""
+
+    is_drained: bool
+
+
+class ChangeEngines(Message):
+    """Asks for another number of engines of some roles, or for an engine under another role."""
+
+    question: int
+    replicas: dict[Role, int] = msgspec.field(default_factory=dict)
+    """Numbers of engines; other roles keep theirs."""
+    turn: str = ""
+    """The engine, or one of its processes, that takes ``role``."""
+    role: Role | None = None
+    dry_run: bool = False
+    """Say what would be done, and do nothing."""
+    drain_s: float | None = None
+    """Seconds that running requests get at an engine that stops; None: ``drain_timeout_s``."""
+
+
+class PlannedEngine(Message, tag=False):
+    """Describes an engine that is to start, on ``cpu`` or the ``cuda:N`` of each rank."""
+
+    name: str
+    role: Role
+    host: str
+    devices: list[str]
+    num_threads: int
+
+
+class PlannedChange(Message, tag=False):
+    """Describes a change of the engines of a launch."""
+
+    replicas: dict[Role, int]
+    """Engines of each role once it is done."""
+    starts: list[PlannedEngine]
+    stops: list[str]
+    stops_first: bool
+    drain_s: float
+    """Seconds that running requests get at an engine that stops, before they go on elsewhere."""
+
+
+class Answered(Message):
+    """Answers one of these commands: it is done or has begun, or ``error`` says why not."""
+
+    question: int
+    engine: str = ""
+    incarnation: int = 0
+    """The incarnation of the server that a restart replaces."""
+    error: str = ""
+    code: RefusalCode = "refused"
+    notes: list[str] = msgspec.field(default_factory=list)
+    change: PlannedChange | None = None
+    """The change that is made, or would be with ``dry_run``."""
+    is_done: bool = True
+    """Another answer follows when it is."""
+
+
+class AwaitIdle(Message):
+    """Asks a router to tell when an engine that is given no new work has none left, and nobody has
+    yet to read KV blocks that it has computed.
+    """
+
+    engine: str
+
+
+class EngineIdle(Message):
+    """Answers AwaitIdle."""
+
+    engine: str
 
 
 class ServedRequest(Message):
@@ -261,16 +346,6 @@ class Stop(Message):
     """Tells a child to exit now and cleanly."""
 
 
-class Restarting(Message):
-    """Answers Restart: it has begun, or ``error`` says why not."""
-
-    question: int
-    engine: str = ""
-    incarnation: int = 0
-    """The incarnation of the server that is replaced."""
-    error: str = ""
-
-
 class Happened(Message):
     """Tells the router what the supervisor has told people: a death, a restart, a drain."""
 
@@ -281,7 +356,7 @@ class Happened(Message):
     """The engines of a pair that has failed."""
 
 
-FromSupervisor = Registry | Suspects | Drain | Stop | Restarting | Answered | AwaitIdle | Happened
+FromSupervisor = Registry | Suspects | Drain | Stop | Answered | AwaitIdle | Happened
 
 to_supervisor: Codec[ToSupervisor] = Codec(ToSupervisor)
 from_supervisor: Codec[FromSupervisor] = Codec(FromSupervisor)

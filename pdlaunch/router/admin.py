@@ -27,7 +27,7 @@ from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.app import AppRoute, Operation, request_id_of
 from pdlaunch.http.errors import error_body, json_response
 from pdlaunch.http.headers import REQUEST_ID_HEADER
-from pdlaunch.protocol.changes import ChangeEngines, RefusalCode
+from pdlaunch.protocol.control import ChangeEngines, RefusalCode
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import EngineFailure
 from pdlaunch.router.membership import WatchedMembership

@@ -30,23 +30,20 @@ from pdlaunch.errors import PdlaunchError, RequestError
 from pdlaunch.http.connections import HttpRunner, fit_connections, fit_requests
 from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S, Supervised
 from pdlaunch.protocol.certificates import client_context
-from pdlaunch.protocol.changes import (
+from pdlaunch.protocol.control import (
     Answered,
     AwaitIdle,
     ChangeEngines,
-    EngineIdle,
-    RefusalCode,
-    SetDrained,
-)
-from pdlaunch.protocol.control import (
     Drain,
     Drained,
+    EngineIdle,
     Happened,
     Ready,
+    RefusalCode,
     Registry,
     Restart,
-    Restarting,
     ServedRequest,
+    SetDrained,
     Stop,
     Suspects,
 )
@@ -187,7 +184,7 @@ async def _obey(
                 state.pair_failed(told.prefill, told.decode, told.text, told.ago_s)
             case Happened(text=text, ago_s=ago_s):
                 state.events.add("launch", "", text, is_bad=False, ago_s=ago_s)
-            case Restarting() | Answered() as answer:
+            case Answered() as answer:
                 link.answered(answer)
             case AwaitIdle(engine=engine):
                 supervised.spawn(tell_idle(engine))
@@ -286,13 +283,13 @@ class LoneRouter:
         await self._router.close()
 
 
-def answer_alone(membership: WatchedMembership, asked: Question) -> Restarting | Answered:
+def answer_alone(membership: WatchedMembership, asked: Question) -> Answered:
     """Answer what a launch's router would ask its supervisor."""
     number = asked.question
     match asked:
         case Restart(name=name):
             error = f"{name} runs already: whoever started it restarts it"
-            return Restarting(question=number, engine=name, error=error)
+            return Answered(question=number, engine=name, error=error)
         case ChangeEngines():
             error = (
                 "these engines run already: whoever started them starts and stops them; POST "

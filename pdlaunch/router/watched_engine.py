@@ -11,8 +11,14 @@ from pdlaunch import __version__
 from pdlaunch.config.roles import EngineName, Role
 from pdlaunch.errors import ProtocolError
 from pdlaunch.http.watch.engine_api import Counts, EngineApi, FailedReads, with_version
-from pdlaunch.protocol.changes import Withheld, why_withheld
-from pdlaunch.protocol.control import Address, Capabilities, Entry, ListedState
+from pdlaunch.protocol.control import (
+    Address,
+    Capabilities,
+    Entry,
+    ListedState,
+    Withheld,
+    why_withheld,
+)
 from pdlaunch.protocol.due_pairs import MAX_PEERS
 
 POLL_S = 2.0

@@ -17,7 +17,7 @@ from pdlaunch.launch.state import Timing
 from pdlaunch.machine.facts import Gpu, Machine
 from pdlaunch.planning.resolve import ResolvedLaunch, resolve
 from pdlaunch.planning.roles import PlacedEngine
-from pdlaunch.protocol.changes import Answered, ChangeEngines, EngineIdle
+from pdlaunch.protocol.control import Answered, ChangeEngines, EngineIdle
 from tests.checks.contexts import CPU, TINY
 from tests.config.model_files.files import EMPTY_SAFETENSORS
 from tests.launch.fakes import World

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.protocol.changes import Answered
-from pdlaunch.protocol.control import PairFailed
+from pdlaunch.protocol.control import Answered, PairFailed
 from tests.launch.changing import Changing
 
 

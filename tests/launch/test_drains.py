@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pdlaunch.protocol.changes import Answered, SetDrained
-from pdlaunch.protocol.control import Drain, Restart
+from pdlaunch.protocol.control import Answered, Drain, Restart, SetDrained
 from tests.launch.fakes import World, make_plan
 
 

@@ -9,8 +9,16 @@ from typing import Any
 
 import pytest
 
-from pdlaunch.protocol.changes import Answered, AwaitIdle, ChangeEngines, EngineIdle, SetDrained
-from pdlaunch.protocol.control import Drain, Restart, Restarting, SleepState
+from pdlaunch.protocol.control import (
+    Answered,
+    AwaitIdle,
+    ChangeEngines,
+    Drain,
+    EngineIdle,
+    Restart,
+    SetDrained,
+    SleepState,
+)
 from tests.launch.changing import CORES, GPUS, Changing
 from tests.launch.test_restarts import give_up
 
@@ -247,8 +255,8 @@ def test_one_change_at_a_time(tmp_path: Path) -> None:
     )
     assert world.change(decode=3, dry_run=True).error == ""
     world.say("router", Restart(question=9, name="prefill-1"))
-    refusal = world.host.sent_to("router", Restarting)[-1]
-    assert isinstance(refusal, Restarting)
+    refusal = world.host.sent_to("router", Answered)[-1]
+    assert isinstance(refusal, Answered)
     assert refusal.error == "prefill-1 cannot be restarted: it is being added"
 
 

@@ -7,8 +7,7 @@ import signal
 import pytest
 
 from pdlaunch.launch.state import Timing
-from pdlaunch.protocol.changes import AwaitIdle, EngineIdle
-from pdlaunch.protocol.control import Drain, Restart, Restarting
+from pdlaunch.protocol.control import Answered, AwaitIdle, Drain, EngineIdle, Restart
 from tests.launch.fakes import World, make_plan
 from tests.launch.test_restarts import give_up
 
@@ -22,11 +21,11 @@ def world() -> World:
     )
 
 
-def ask(world: World, name: str) -> Restarting:
+def ask(world: World, name: str) -> Answered:
     """Return what the router is answered."""
     world.say("router", Restart(question=7, name=name))
-    answer = world.host.sent_to("router", Restarting)[-1]
-    assert isinstance(answer, Restarting)
+    answer = world.host.sent_to("router", Answered)[-1]
+    assert isinstance(answer, Answered)
     assert answer.question == 7
     return answer
 
@@ -39,7 +38,7 @@ def spawned_again(world: World) -> set[str]:
 def test_an_engine_that_serves_finishes_what_runs_before_it_is_stopped(
     world: World, name: str
 ) -> None:
-    assert ask(world, name) == Restarting(question=7, engine="decode-0", incarnation=1)
+    assert ask(world, name) == Answered(question=7, engine="decode-0", incarnation=1)
     assert world.host.sent_to("decode-0", Drain) == [Drain(timeout_s=30)]
     assert world.draining() == {"decode-0"}
     assert world.listed("decode-0") == "draining"

@@ -22,7 +22,7 @@ from pdlaunch.machine.facts import Gpu, Machine
 from pdlaunch.planning.hosts import ResolvedHost
 from pdlaunch.planning.resolve import ResolvedLaunch, resolve, resolve_on
 from pdlaunch.planning.roles import PlacedEngine
-from pdlaunch.protocol.changes import ChangeEngines
+from pdlaunch.protocol.control import ChangeEngines
 from tests.checks.contexts import TINY
 from tests.config.model_files.files import EMPTY_SAFETENSORS
 

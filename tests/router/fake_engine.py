@@ -15,8 +15,7 @@ from pdlaunch.config.roles import Role
 from pdlaunch.engine.server.metrics import ServerMetrics
 from pdlaunch.http.headers import IGNORED_FIELDS_HEADER, SPANS_HEADER
 from pdlaunch.observe.metrics import render_metrics
-from pdlaunch.protocol.changes import Withheld
-from pdlaunch.protocol.control import Address, Capabilities, Entry, ListedState
+from pdlaunch.protocol.control import Address, Capabilities, Entry, ListedState, Withheld
 from tests.router.fake_generation import Job, Seen
 
 
@@ -136,7 +135,6 @@ class FakeEngine:
             devices=self.devices,
             address=Address(http=self.url),
             capabilities=Capabilities(
-                verifies=self.ours,
                 resumes=self.ours,
                 gives_first_token=self.ours,
             ),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pdlaunch.protocol.changes import Answered, ChangeEngines, PlannedChange, PlannedEngine
+from pdlaunch.protocol.control import Answered, ChangeEngines, PlannedChange, PlannedEngine
 from tests.router.conftest import working
 from tests.router.fake_engine import until
 from tests.router.test_admin import AdminStand, admin_stand

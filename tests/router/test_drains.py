@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pdlaunch.protocol.changes import Answered, SetDrained
+from pdlaunch.protocol.control import Answered, SetDrained
 from tests.router.conftest import Stand
 from tests.router.fake_engine import until
 from tests.router.test_admin import AdminStand, admin_stand

@@ -21,10 +21,11 @@ import psutil
 import pytest
 import zmq
 
-from pdlaunch.protocol.changes import AwaitIdle, EngineIdle
 from pdlaunch.protocol.control import (
+    AwaitIdle,
     Drain,
     Drained,
+    EngineIdle,
     FromSupervisor,
     Ready,
     Register,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pdlaunch.protocol.control import Registry, Restarting
+from pdlaunch.protocol.control import Answered, Registry
 from pdlaunch.router import admin, supervisor_link
 from tests.router.conftest import Stand
 from tests.router.fake_engine import until
@@ -32,7 +32,7 @@ async def test_it_is_answered_when_the_new_engine_serves(admin_stand: AdminStand
     answer = restart(admin_stand, "decode-0/rank-0")
     question = await asked(stand)
     assert stand.asked[0].name == "decode-0/rank-0"
-    stand.link.answered(Restarting(question=question, engine="decode-0", incarnation=1))
+    stand.link.answered(Answered(question=question, engine="decode-0", incarnation=1))
     stand.publish()
     stand.publish(without=["decode-0"])
     decode.incarnation = 2
@@ -49,7 +49,7 @@ async def test_one_that_is_drained_is_back_when_it_stands_by(admin_stand: AdminS
     stand.publish()
     answer = restart(admin_stand, "decode-0")
     question = await asked(stand)
-    stand.link.answered(Restarting(question=question, engine="decode-0", incarnation=1))
+    stand.link.answered(Answered(question=question, engine="decode-0", incarnation=1))
     decode.incarnation = 2
     stand.publish(starting=["decode-0"])
     await asyncio.sleep(0)
@@ -62,7 +62,7 @@ async def test_one_that_is_drained_is_back_when_it_stands_by(admin_stand: AdminS
 async def test_one_that_is_given_up_again_is_an_error(admin_stand: AdminStand) -> None:
     stand = admin_stand.stand
     answer = restart(admin_stand, "decode-0")
-    stand.link.answered(Restarting(question=await asked(stand), engine="decode-0", incarnation=1))
+    stand.link.answered(Answered(question=await asked(stand), engine="decode-0", incarnation=1))
     (server, _) = stand.engines["decode-0"].entries()
     server.incarnation, server.state, server.reason = 6, "failed", "died 5 times: disk full"
     stand.state.update(Registry(version=99, entries=[server]))
@@ -81,9 +81,7 @@ async def test_a_refusal_of_the_supervisor_is_passed_on(
 ) -> None:
     answer = restart(admin_stand, "decode-7")
     question = await asked(admin_stand.stand)
-    admin_stand.stand.link.answered(
-        Restarting(question=question, engine=engine, error="no, because")
-    )
+    admin_stand.stand.link.answered(Answered(question=question, engine=engine, error="no, because"))
     assert (await answer)[0] == status
     assert (await answer)[1]["error"]["message"] == "no, because"
 
@@ -95,7 +93,7 @@ async def test_a_supervisor_that_does_not_answer_is_503(
     status, body = await restart(admin_stand, "decode-0")
     assert (status, body["error"]["code"]) == (503, "no_answer")
     admin_stand.stand.link.answered(
-        Restarting(question=admin_stand.stand.asked[0].question, engine="decode-0")
+        Answered(question=admin_stand.stand.asked[0].question, engine="decode-0")
     )
 
 
@@ -105,6 +103,6 @@ async def test_an_engine_that_does_not_come_back_is_503(
     monkeypatch.setattr(admin, "RESTART_TIMEOUT_S", 0.01)
     answer = restart(admin_stand, "decode-0")
     admin_stand.stand.link.answered(
-        Restarting(question=await asked(admin_stand.stand), engine="decode-0", incarnation=1)
+        Answered(question=await asked(admin_stand.stand), engine="decode-0", incarnation=1)
     )
     assert (await answer)[1]["error"]["code"] == "not_ready"

@@ -25,15 +25,15 @@ from pdlaunch.errors import PdlaunchError, StartupError
 from pdlaunch.http.connections import HttpRunner, fit_connections
 from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S, Supervised
 from pdlaunch.protocol.certificates import server_context
-from pdlaunch.protocol.changes import Answered, AwaitIdle
 from pdlaunch.protocol.control import (
+    Answered,
+    AwaitIdle,
     Drain,
     Drained,
     Happened,
     Progress,
     Ready,
     Registry,
-    Restarting,
     Stop,
     Suspects,
 )
@@ -133,7 +133,7 @@ class ServerProcess:
                     return
                 case PdlaunchError() as error:
                     raise error
-                case Suspects() | Restarting() | Answered() | AwaitIdle() | Happened():
+                case Suspects() | Answered() | AwaitIdle() | Happened():
                     pass  # said to routers alone
 
     async def _find_rank(self, registry: Registry) -> None:

@@ -11,7 +11,7 @@ from pdlaunch.config.roles import Role
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.admin import error_message
 from pdlaunch.launch.client.api import Api
-from pdlaunch.protocol.changes import PlannedEngine
+from pdlaunch.protocol.control import PlannedEngine
 
 
 class EngineOutcome(msgspec.Struct, frozen=True, kw_only=True):

@@ -66,7 +66,6 @@ class NativeEngine:
         assert spec is not None
         return Capabilities(
             version=__version__,
-            verifies=spec.kv_transfer.verify,
             resumes=True,
             gives_first_token=True,
         )

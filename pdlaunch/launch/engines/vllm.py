@@ -114,7 +114,6 @@ class VllmEngine:
         engine_args = self._config.engine_settings(process.role).engine_args
         return msgspec.structs.replace(
             CAPABILITIES,
-            verifies=not self._unverified,
             # vLLM counts its leases in whole seconds.
             lease_s=float(int(self._config.kv_transfer.lease_s)),
             splits_reasoning=any(

@@ -50,8 +50,9 @@ from pdlaunch.launch.sidecar.engine import (
 )
 from pdlaunch.machine.network import foreign_listener, tcp_endpoint
 from pdlaunch.protocol.certificates import client_context
-from pdlaunch.protocol.changes import Answered, AwaitIdle
 from pdlaunch.protocol.control import (
+    Answered,
+    AwaitIdle,
     Drain,
     Drained,
     Entry,
@@ -62,7 +63,6 @@ from pdlaunch.protocol.control import (
     Progress,
     Ready,
     Registry,
-    Restarting,
     SleepState,
     Stop,
     Suspects,
@@ -222,7 +222,7 @@ class SidecarProcess:
                     return
                 case PdlaunchError() as error:
                     raise error
-                case Suspects() | Restarting() | Answered() | AwaitIdle() | Happened():
+                case Suspects() | Answered() | AwaitIdle() | Happened():
                     pass  # said to routers alone
 
     def _fail(self, reason: str) -> None:
