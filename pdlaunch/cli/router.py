@@ -31,7 +31,7 @@ from pdlaunch.launch.ports import listening
 from pdlaunch.observe.logs import setup_logging
 from pdlaunch.protocol.process.bootstrap import raise_open_files
 from pdlaunch.protocol.process.run_dirs import new_run_dir
-from pdlaunch.router.main import AloneSpec, LoneRouter
+from pdlaunch.router.main import AloneSpec, run_alone
 from pdlaunch.router.membership_sources import read_engines_file, to_member
 from pdlaunch.router.watched_engine import Member, WatchSettings
 
@@ -169,15 +169,14 @@ def _spec(
 
 
 async def _serve(spec: AloneSpec, lifeline: int | None) -> None:
-    router = LoneRouter(spec)
-    loop = asyncio.get_running_loop()
+    loop, signals = asyncio.get_running_loop(), asyncio.Queue[None]()
     if lifeline is not None:
 
         def read() -> None:
             if not os.read(lifeline, 4096):
                 loop.remove_reader(lifeline)
-                router.stop()
+                signals.put_nowait(None)
 
         loop.add_reader(lifeline, read)
-    await router.run()
+    await run_alone(spec, signals)
     sys.stderr.flush()

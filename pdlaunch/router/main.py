@@ -17,9 +17,10 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from aiohttp import web
@@ -29,6 +30,7 @@ from pdlaunch.config.http_names import local_url
 from pdlaunch.errors import PdlaunchError, RequestError
 from pdlaunch.http.connections import HttpRunner, fit_connections, fit_requests
 from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S, Supervised
+from pdlaunch.http.limits import Admission
 from pdlaunch.protocol.certificates import client_context
 from pdlaunch.protocol.control import (
     Answered,
@@ -201,86 +203,63 @@ async def _obey(
                 raise error
 
 
-class LoneRouter:
-    """Owns everything of a router alone; made inside a running event loop, ``run`` once."""
-
-    def __init__(self, spec: AloneSpec) -> None:
-        self._spec = spec
-        self._router_spec = router = fit(spec.router)
-        pool = EnginePool(time.monotonic, router.routing)
-        metrics = RouterMetrics(router.served_model_name)
-        self._membership = WatchedMembership(spec.watch, lambda: pool.engines, metrics)
-        self._state = RouterState(
-            pool,
-            EngineClient(self._membership.key_of, EngineTimeouts()),
-            metrics,
-            RecoverySettings(),
-            doubt=self._membership.suspect,
-        )
-        self._link = SupervisorLink(
-            lambda asked: self._link.answered(answer_alone(self._membership, asked))
-        )
-        self._router = RouterApp(router, self._state, self._link, self._membership)
-        self._signals: asyncio.Queue[None] = asyncio.Queue()
-
-    async def run(self) -> None:
-        """Serve until a signal, drain until the time is up or the next signal."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            loop.add_signal_handler(number, self.stop)
-        spec, run_dir = self._router_spec, self._spec.run_dir
-        tasks = self._follow_engines()
-        try:
-            await self._state.knows_engines()
-            async with serving(self._router, spec, run_dir, self._spec.launch_id):
-                url = local_url(spec.host, spec.port)
-                _logger.info("listening at %s, for commands at %s", url, run_dir / ADMIN_SOCKET)
-                await self._signals.get()
-                await self._drain()
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await self._membership.close()
-            await self._state.close()
-
-    def stop(self) -> None:
-        """Do what a signal does."""
-        self._signals.put_nowait(None)
-
-    def _follow_engines(self) -> list[asyncio.Task[None]]:
-        spec, drain_s = self._spec, self._router_spec.drain_timeout_s
-        works = [follow(self._membership.versions(), self._state), self._router.view.run()]
-        for member in spec.engines:
-            if member.url.startswith(DNS):
-                works.append(follow_name(member, self._membership, drain_s))
-            else:
-                self._membership.add(member, "config", is_trusted=True)
-        if spec.engines_file is not None:
-            works.append(follow_file(spec.engines_file, self._membership, drain_s))
-        self._membership.begin()
-        return [asyncio.ensure_future(work) for work in works]
-
-    async def _drain(self) -> None:
-        timeout_s, admission = self._router_spec.drain_timeout_s, self._router.admission
-
-        async def tell_left() -> None:
-            told = admission.in_flight
-            _logger.info("draining for %g s at most: %d requests left", timeout_s, told)
-            while admission.in_flight:
-                await asyncio.sleep(TELL_LEFT_EVERY_S)
-                if admission.in_flight != told:
-                    told = admission.in_flight
-                    _logger.info("draining: %d requests left", told)
-
-        works = (admission.drain(timeout_s), self._signals.get())
-        drained, again = (asyncio.ensure_future(work) for work in works)
-        telling = asyncio.ensure_future(tell_left())
-        await asyncio.wait([drained, again], return_when=asyncio.FIRST_COMPLETED)
-        for task in (drained, again, telling):
+async def run_alone(alone: AloneSpec, signals: asyncio.Queue[None]) -> None:
+    """Serve until the first of ``signals``, then drain until the time is up or the next one."""
+    spec = fit(alone.router)
+    pool, metrics = EnginePool(time.monotonic, spec.routing), RouterMetrics(spec.served_model_name)
+    membership = WatchedMembership(alone.watch, lambda: pool.engines, metrics)
+    client = EngineClient(membership.key_of, EngineTimeouts())
+    state = RouterState(pool, client, metrics, RecoverySettings(), doubt=membership.suspect)
+    link = SupervisorLink(lambda asked: link.answered(answer_alone(membership, asked)))
+    router = RouterApp(spec, state, link, membership)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        loop.add_signal_handler(number, signals.put_nowait, None)
+    works: list[Coroutine[Any, Any, object]] = [
+        follow(membership.versions(), state),
+        router.view.run(),
+    ]
+    for member in alone.engines:
+        if member.url.startswith(DNS):
+            works.append(follow_name(member, membership, spec.drain_timeout_s))
+        else:
+            membership.add(member, "config", is_trusted=True)
+    if alone.engines_file is not None:
+        works.append(follow_file(alone.engines_file, membership, spec.drain_timeout_s))
+    membership.begin()
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        await state.knows_engines()
+        async with serving(router, spec, alone.run_dir, alone.launch_id):
+            url, admin = local_url(spec.host, spec.port), alone.run_dir / ADMIN_SOCKET
+            _logger.info("listening at %s, for commands at %s", url, admin)
+            await signals.get()
+            ends: list[Coroutine[Any, Any, object]] = [
+                router.admission.drain(spec.drain_timeout_s),
+                signals.get(),
+                _tell_left(router.admission, spec.drain_timeout_s),
+            ]
+            ending = [asyncio.ensure_future(end) for end in ends]
+            tasks += ending
+            await asyncio.wait(ending, return_when=asyncio.FIRST_COMPLETED)
+            await router.close()
+    finally:
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(drained, again, telling, return_exceptions=True)
-        await self._router.close()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await membership.close()
+        await state.close()
+
+
+async def _tell_left(admission: Admission, timeout_s: float) -> None:
+    """Log how many requests a drain waits for, when it begins and whenever fewer are left."""
+    told = admission.in_flight
+    _logger.info("draining for %g s at most: %d requests left", timeout_s, told)
+    while admission.in_flight:
+        await asyncio.sleep(TELL_LEFT_EVERY_S)
+        if admission.in_flight != told:
+            told = admission.in_flight
+            _logger.info("draining: %d requests left", told)
 
 
 def answer_alone(membership: WatchedMembership, asked: Question) -> Answered:
