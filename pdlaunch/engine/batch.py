@@ -19,10 +19,7 @@ from pdlaunch.protocol.transfer import TransferCommand
 
 
 class Batch:
-    """Owns the rows 0 <= row < ``max_num_seqs``.
-
-    Sampled tokens are sent only when there are ranks (``tp_size`` > 1) that did not sample them.
-    """
+    """Owns the rows 0 <= row < ``max_num_seqs``. Other ranks are sent sampled tokens."""
 
     def __init__(self, max_num_seqs: int, tp_size: int) -> None:
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
@@ -51,10 +48,7 @@ class Batch:
         request.row = self._free_rows.pop()
 
     def unseat(self, request: Request) -> None:
-        """Take the request's row back.
-
-        The ranks hear of it in the next plan, before they hear of the row's next request.
-        """
+        """Take the request's row back; the ranks hear of it in the next plan, before new rows."""
         assert request.row is not None
         self._free_rows.append(request.row)
         # Ranks that have never heard of the row have nothing to free.
@@ -73,10 +67,7 @@ class Batch:
         commands: list[TransferCommand],
         jobs: list[OffloadJob],
     ) -> StepPlan:
-        """Return the plan in which each request computes its number of tokens.
-
-        It is in flight until it is collected, if it computes anything.
-        """
+        """Return the plan of a step, which is in flight until collected if it computes anything."""
         sampled, self._sampled = self._sampled, []
         freed, self._freed_rows = self._freed_rows, []
         plan = StepPlan(
@@ -103,10 +94,7 @@ class Batch:
         return plan
 
     def collect(self, plan: StepPlan) -> Iterator[tuple[ScheduledRow, Request]]:
-        """Take the oldest step out: yield what it computed and for which request.
-
-        Each request's counts are already without this step.
-        """
+        """Take the oldest step out of all counts: yield what it computed and for which request."""
         if not plan.scheduled:
             return
         oldest, requests = self._steps.popleft()
@@ -130,9 +118,7 @@ class Batch:
         }
 
     def check_integrity(self, living: set[Request]) -> None:
-        """Prove that rows are used once and that the counts of all requests are those of the steps
-        in flight. Raises AssertionError.
-        """
+        """Prove that rows are used once and counts are those of the steps in flight."""
         in_flight: Counter[Request] = Counter()
         unknown: Counter[Request] = Counter()
         for plan, requests in self._steps:

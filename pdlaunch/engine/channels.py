@@ -29,10 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class ServerLink:
-    """Holds rank 0's end of the channel to its engine's server.
-
-    The server that said Hello last is the engine's; messages of any other are dropped.
-    """
+    """Holds rank 0's end of the channel to its server: the one that said Hello last."""
 
     def __init__(self, context: SecureContext) -> None:
         self.socket, self.endpoint = context.listen(zmq.ROUTER, tcp_endpoint(LOOPBACK, 0))
@@ -65,10 +62,7 @@ class ServerLink:
 
 
 class LeaderChannel:
-    """Holds rank 0's end of the step channel of a TP group.
-
-    Rank 0 sends every plan to the other ranks, which report the ends of transfers and copies back.
-    """
+    """Sends rank 0's plans to the other ranks, which report ends of transfers and copies."""
 
     def __init__(self, context: SecureContext, tp_size: int) -> None:
         self.socket, self.endpoint = context.listen(zmq.ROUTER, tcp_endpoint(LOOPBACK, 0))
@@ -189,10 +183,7 @@ def _merge(reports: list[PullFinished], *, in_flight: bool) -> PullFinished:
 
 
 class Wakeup:
-    """Wakes a thread that polls sockets, from any other thread.
-
-    ``fd`` is the end of a pipe, for the poller; ``set`` never blocks.
-    """
+    """Wakes a thread that polls ``fd`` and sockets, from any other thread; never blocks."""
 
     def __init__(self) -> None:
         self.fd, self._write_fd = os.pipe()

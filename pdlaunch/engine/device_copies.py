@@ -10,10 +10,7 @@ from pdlaunch.engine.models.packed import FloatArray, IntArray
 
 
 class Download:
-    """Copies small tensors of ``device`` to the host, behind the work that is queued there.
-
-    On a CPU there is nothing to copy.
-    """
+    """Copies small tensors of ``device`` to the host, behind the work that is queued there."""
 
     def __init__(self, tensors: Sequence[torch.Tensor], device: torch.device) -> None:
         self._done: torch.cuda.Event | None = None
@@ -23,10 +20,7 @@ class Download:
             self._done.record()
 
     def wait(self) -> list[torch.Tensor]:
-        """Return the tensors on the host, as they were when the copy began.
-
-        All work that was queued before it is done then.
-        """
+        """Return the tensors on the host once all work queued before the copy is done."""
         if self._done is not None:
             self._done.synchronize()
         return self._tensors
@@ -43,17 +37,12 @@ class Download:
 def upload(
     values: Sequence[float] | Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """Return [len(values)] on ``device``; unlike ``torch.tensor``, the host does not wait for the
-    copy.
-    """
+    """Return [len(values)] on ``device``; the host does not wait for the copy."""
     return _send(torch.tensor(values, dtype=dtype), device)
 
 
 def upload_array(array: IntArray | FloatArray, device: torch.device) -> torch.Tensor:
-    """Return the array on ``device``; the host does not wait for the copy.
-
-    On a CPU the tensor shares the array's memory.
-    """
+    """Return the array on ``device`` without waiting; on a CPU it shares the array's memory."""
     return _send(torch.from_numpy(array), device)
 
 

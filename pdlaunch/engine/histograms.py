@@ -15,10 +15,7 @@ _Counts = dict[str, HistogramCounts]
 
 
 class Histograms:
-    """Holds the histograms of an engine; requests carry their instants (``Request.times``).
-
-    It decides nothing: the scheduler goes by tokens and blocks, not by time.
-    """
+    """Holds the histograms of an engine; requests carry their instants (``Request.times``)."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -74,10 +71,7 @@ class Histograms:
             self._observe("iteration_tokens_total", num_tokens)
 
     def pulled(self, event: PullFinished) -> None:
-        """Count a pull that has ended well.
-
-        Engines and paths are those of the registry: no request adds a label.
-        """
+        """Count a pull that has ended well, by engine and path as in the registry."""
         key = (event.prefill, event.path)
         counts = self._pulls.setdefault(key, _new_counts(PULL_HISTOGRAMS))
         _add(counts, PULL_HISTOGRAMS, "kv_pull_seconds", event.seconds)

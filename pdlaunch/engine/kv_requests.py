@@ -142,9 +142,7 @@ class IncomingBlocks:
         self._kv.release_hit(incoming.hit)
 
     def end(self, key: Hashable, *, ok: bool, writes: bool = False) -> Incoming | None:
-        """Give the blocks to the request, or free them unless something still ``writes`` to them;
-        None when the id is unknown.
-        """
+        """Give the blocks to the request, or free them unless something ``writes`` to them."""
         incoming = self.in_flight.pop(key, None)
         if incoming is None:
             return None
@@ -201,10 +199,7 @@ class BlockPulls:
         )
 
     def start(self, request: Request, hit: PrefixHit) -> StartPull | None:
-        """Share ``hit`` and pull the prompt's other blocks.
-
-        None, and nothing has changed, when no block is lacking.
-        """
+        """Share ``hit`` and pull the prompt's other blocks; None when no block is lacking."""
         num_logical = self._kv.num_logical_blocks(request.num_prompt_tokens)
         ends = [hit.end(group) for group in range(self._kv.num_groups)]
         if min(ends) == num_logical:
@@ -297,9 +292,7 @@ class HostLoads:
         return self._planner.find(hashes, max_blocks, find_on_device)
 
     def is_waited_for(self, hit: HostHit) -> bool:
-        """Return whether another request waits for a part of ``hit``, which it will leave in the
-        prefix cache.
-        """
+        """Return whether another request loads a part of ``hit``, which will be cached then."""
         wanted = {chunk_id for chunk_ids in hit.chunk_ids for chunk_id in chunk_ids}
         return any(
             self.blocks.in_flight[job_id].request is not None and not wanted.isdisjoint(chunk_ids)
@@ -322,9 +315,7 @@ class HostLoads:
         self.blocks.leave(request.load_id)
 
     def store(self, request: Request, blocks: range) -> None:
-        """Copy these logical blocks out, as far as host memory lacks them; all their tokens are
-        computed.
-        """
+        """Copy these logical blocks, which are full, to host memory as far as it lacks them."""
         if self._planner is None or not blocks:
             return
         hashes = request.hasher.block_hashes
@@ -333,9 +324,7 @@ class HostLoads:
             self._jobs.append(job)
 
     def finish(self, report: JobFinished) -> Incoming | None:
-        """Move a job's blocks to where they belong now; returns the load, if it was one. Unknown
-        ids are ignored.
-        """
+        """Move a job's blocks to where they belong now; return the load, if it was one."""
         job = None if self._planner is None else self._planner.finish(report)
         if job is None:
             return None
@@ -387,10 +376,7 @@ class HostLoads:
         return jobs
 
     def frees_blocks_soon(self) -> bool:
-        """Return whether blocks become free when copies end, without anybody giving them up.
-
-        Waiting for these is better than preempting a request.
-        """
+        """Return whether blocks become free when copies end, so that nobody need be preempted."""
         return any(
             self._kv.pool.num_owners(block_id) == num_copies
             for block_id, num_copies in Counter(self.held_ids()).items()

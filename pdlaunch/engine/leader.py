@@ -75,9 +75,7 @@ class Leader:
         record: Callable[[Sequence[int]], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``announce`` tells the supervisor whether peers may read this rank's memory; ``record``
-        notes for whom steps run.
-        """
+        """``announce`` tells the supervisor of sleep; ``record`` notes for whom steps run."""
         self._welcome = Welcome(
             engine_id=engine_id,
             max_model_len=spec.max_model_len,
@@ -283,7 +281,7 @@ class Follower:
         offload: OffloadWorker | None,
         announce: Callable[[SleepState], None],
     ) -> None:
-        """``announce`` tells the supervisor whether peers may read this rank's memory."""
+        """``announce`` tells the supervisor of sleep."""
         self._tp_rank = tp_rank
         self._runner = runner
         self._transfer = transfer

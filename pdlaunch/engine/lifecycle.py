@@ -50,10 +50,7 @@ NAN_LOGITS = (
 
 
 class RequestLifecycle:
-    """Owns the requests of an engine with their rows, KV blocks, leases, pulls and loads.
-
-    Lives in rank 0. Not safe for more than one thread.
-    """
+    """Owns the requests of an engine with their rows, blocks, leases, pulls and loads."""
 
     def __init__(
         self,
@@ -69,9 +66,7 @@ class RequestLifecycle:
         local: tuple[EngineId, str, int, int],
         offload: OffloadPlanner | None = None,
     ) -> None:
-        """``local``: engine_id, host and port of the side channel, and tp_size of this engine, for
-        the leases that it grants.
-        """
+        """``local``: engine_id, side channel's host and port, tp_size; for leases granted here."""
         assert offload is None or enable_prefix_caching
         self.kv = KVCacheManager(groups, num_blocks, block_size)
         self.leases = BlockLeases(self.kv, kv_transfer, local)
@@ -97,10 +92,7 @@ class RequestLifecycle:
     # Messages of the server
 
     def add(self, message: AddRequest) -> None:
-        """Take a request; one that can never be served ends at once.
-
-        A second request under the id of a living one is dropped.
-        """
+        """Take a request; end it at once if it can never be served."""
         if message.request_id in self.queues.by_id:
             logger.error(
                 "request %s is here already; the second one is dropped", message.request_id
@@ -163,10 +155,7 @@ class RequestLifecycle:
             self._finish(request, "abort")
 
     def set_readers(self, lease_id: LeaseId, num_readers: int) -> None:
-        """Lower the number of readers after which the lease of a finished request ends.
-
-        Unknown ids are ignored.
-        """
+        """Lower the number of readers after which the lease of a finished request ends."""
         if lease_id in self.leases:
             self.commands.append(SetLeaseReaders(lease_id=lease_id, num_readers=num_readers))
 
@@ -273,9 +262,7 @@ class RequestLifecycle:
             self._outputs.append(Tokens(request_id=request.request_id, tokens=[token], spans=spans))
 
     def register(self, request: Request) -> None:
-        """Let others find the blocks that the request has filled, in the prefix cache and in host
-        memory.
-        """
+        """Let others find the blocks that the request has filled, on device and host."""
         # Most tokens fill no block, and this is asked for each request of each step.
         start, stop = request.num_registered_blocks, request.num_computed // self._block_size
         if not self.caches or start >= stop:
@@ -368,9 +355,7 @@ class RequestLifecycle:
     # What there is
 
     def take_outputs(self) -> list[Tokens | RequestFinished]:
-        """Return what the server has to be told, in order; a request ends in one
-        RequestFinished.
-        """
+        """Return what the server has to be told, in order."""
         outputs, self._outputs = self._outputs, []
         return outputs
 
@@ -389,9 +374,7 @@ class RequestLifecycle:
         )
 
     def check_integrity(self) -> None:
-        """Prove that each request is in its place and each block has the owners that requests,
-        leases, pulls and loads say. Raises AssertionError.
-        """
+        """Prove that requests are in their places and blocks have the owners that these say."""
         living = {*self.queues.by_id.values()}
         requests = living | self.batch.ended()
         self.kv.pool.check_integrity(

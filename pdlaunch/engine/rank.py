@@ -194,10 +194,7 @@ class RankProcess:
         return leader
 
     def _turn(self, loop: Leader | Follower, info: dict[str, str] | None = None) -> None:
-        """Turn the step loop until the supervisor or rank 0 stops it; say Ready once it is.
-
-        ``info`` is for the supervisor's status.
-        """
+        """Turn the step loop until the supervisor or rank 0 stops it; ``info`` is for status."""
         poller = self._poller(*loop.sockets)
         said_ready = False
         while not (self._stopped or loop.stopped):
@@ -329,10 +326,7 @@ class RankProcess:
 def new_offload_worker(
     spec: EngineSpec, runner: ModelRunner, *, progress: AllocationProgress, wake: Callable[[], None]
 ) -> OffloadWorker | None:
-    """Take the rank's host memory; None without ``kv_offload``.
-
-    Raises ConfigError when there is too little.
-    """
+    """Take the rank's host memory, if ``kv_offload`` is set. Raises ConfigError for too little."""
     if not spec.kv_offload.host_memory:
         return None
     make_worker = rank_part(OffloadWorker, spec.kv_transfer)

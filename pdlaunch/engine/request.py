@@ -32,13 +32,9 @@ class Phase(enum.Enum):
     WAITING = "waiting"
     """It is queued and owns no block."""
     LOADING = "loading"
-    """It waits for blocks from host memory. It owns the cached blocks it shares; the others belong
-    to the load.
-    """
+    """It waits for blocks from host memory, and owns the cached blocks that it shares."""
     PULLING = "pulling"
-    """It waits for blocks of another engine. It owns the cached blocks it shares; the others belong
-    to the pull.
-    """
+    """It waits for blocks of another engine, and owns the cached blocks that it shares."""
     READY = "ready"
     """It is queued and owns the blocks of its computed tokens."""
     RUNNING = "running"
@@ -94,15 +90,11 @@ class Request:
         self.phase = Phase.WAITING
         self.num_computed = 0
         self.num_in_flight = 0
-        """Tokens after the computed ones that launched steps compute. Row and blocks stay with
-        these steps until they are collected.
-        """
+        """Tokens after the computed ones that launched steps compute."""
         self.num_unknown = 0
         """Output tokens that launched steps draw and the host does not know yet."""
         self.num_cached_tokens: int | None = None
-        """Prompt tokens that were found or brought, and not computed, before its first step here;
-        None until that is known.
-        """
+        """Prompt tokens not computed before its first step here; None until that is known."""
         self.num_host_tokens = 0
         """Prompt tokens that came from host memory."""
         self.num_remote_tokens = 0

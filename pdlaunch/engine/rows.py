@@ -44,10 +44,7 @@ class Row:
         self.num_tokens = max(self.num_tokens, stop)
 
     def expect(self, number: int) -> int:
-        """Make room for a token that ``set`` writes later, and return its position.
-
-        Until then ``number`` stands for it.
-        """
+        """Let ``number`` stand for a token that ``set`` writes later, and return its position."""
         position = self.num_tokens
         self.append(position, [number])
         return position
@@ -58,10 +55,7 @@ class Row:
 
 
 class RowTable:
-    """Holds all rows of a rank.
-
-    Block tables are one [max_num_seqs, max_blocks] array a KV cache group.
-    """
+    """Holds all rows of a rank, with a [max_num_seqs, max_blocks] block table a KV cache group."""
 
     def __init__(
         self, *, max_num_seqs: int, max_model_len: int, block_size: int, num_groups: int
@@ -155,9 +149,7 @@ class LatestTokens:
         self._table[vocab_size:] = 0
 
     def keep(self, token_ids: torch.Tensor) -> None:
-        """Write the tokens that a step draws, [num_rows], in order, behind the device's queued
-        work.
-        """
+        """Write the tokens that a step draws, [num_rows], in order."""
         self._table[self._vocab_size : self._vocab_size + len(token_ids)].copy_(token_ids)
 
     def look_up(self, numbers: torch.Tensor) -> torch.Tensor:

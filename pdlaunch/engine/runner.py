@@ -134,11 +134,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> LaunchedStep:
-        """Begin a step, behind the one before; on a CPU it is done when this returns.
-
-        With ``async_scheduling`` it may read tokens of the step before that nobody has collected
-        yet.
-        """
+        """Begin a step, behind the one before; on a CPU it is done when this returns."""
         self._rows.apply(plan)
         if not plan.scheduled:
             return LaunchedStep(plan.step_id)
@@ -175,9 +171,7 @@ class ModelRunner:
     def _forward(
         self, batch: PackedBatch, kept: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return logits [num_kept, vocab_size] of the tokens at these places in the batch, and
-        their argmax where it is known.
-        """
+        """Return logits [num_kept, vocab_size] of tokens, and their argmax where it is known."""
         replayed = None if self._graphs is None else self._graphs.run(batch, kept)
         if replayed is not None:
             return replayed
@@ -203,11 +197,7 @@ class ModelRunner:
         return StepOutput(step_id=step.step_id, tokens=tokens)
 
     def warm_up(self) -> None:
-        """Run a prompt and decode steps, so that the first request pays for no lazy initialisation;
-        capture graphs.
-
-        Leaves rows and blocks as they were at the start: only to be called before the first step.
-        """
+        """Run some steps, so that requests pay for no lazy initialisation; capture graphs."""
         assert len(self._rows) == 0
         self._attention.warm_up(self.num_heads, self._spec.max_num_batched_tokens, self._progress)
         used = 0

@@ -47,9 +47,7 @@ _FLOAT32 = torch.finfo(torch.float32)
 
 @dataclass(frozen=True, slots=True)
 class TokenBias:
-    """Holds a request's ``logit_bias`` as arrays, made once, as it may have an entry for each
-    token.
-    """
+    """Holds a request's ``logit_bias`` as arrays, made once for each request."""
 
     token_ids: IntArray
     values: FloatArray
@@ -106,9 +104,7 @@ class SampleRow:
 
 
 class DrawnTokens:
-    """Holds one token a row, and the log-probabilities that rows ask for, on the device and on
-    their way to the host.
-    """
+    """Holds a token a row, with log-probabilities where asked for, on the way to the host."""
 
     def __init__(
         self,
@@ -116,10 +112,7 @@ class DrawnTokens:
         rows: list[SampleRow],
         logits: torch.Tensor,
     ) -> None:
-        """Begin the copy to the host.
-
-        ``drawn``: [num_rows]; ``logits``: [num_rows, vocab_size], as they were.
-        """
+        """``drawn``: [num_rows]; ``logits``: [num_rows, vocab_size], as they were."""
         self._vocab_size = logits.shape[-1]
         self.token_ids = drawn.clamp(0, self._vocab_size - 1)
         """[num_rows] input of the next step, which may be queued already and must look nothing up
@@ -134,10 +127,7 @@ class DrawnTokens:
         self._copy = Download([drawn, *told], drawn.device)
 
     def collect(self) -> list[TokenOutput | None]:
-        """Wait for the tokens and return them in the order of the rows.
-
-        None stands for a row of which no token could be drawn.
-        """
+        """Return the tokens in the order of the rows; None where none could be drawn."""
         token_ids, *told = (tensor.tolist() for tensor in self._copy.wait())
         outputs = [TokenOutput(token_id=token_id) for token_id in token_ids]
         for (index, num_top), logprob, values, best in zip(
@@ -209,9 +199,7 @@ def _logprobs(
 
 
 def _change_logits(raw: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
-    """Return ``raw``, [num_rows, vocab_size] float32, with the rows' changes; the same tensor when
-    no row changes any.
-    """
+    """Return ``raw``, [num_rows, vocab_size] float32, with the rows' changes, if there are any."""
     if not any(row.changes_logits for row in rows):
         return raw
     changed = raw.clone(memory_format=torch.contiguous_format)
@@ -302,9 +290,7 @@ def _keep_top_k(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
 
 
 def _keep_top_p(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
-    """Keep the likeliest tokens that together have probability top_p; all that tie with the last of
-    them stay.
-    """
+    """Keep the likeliest tokens of probability top_p together, and all that tie with the last."""
     limited = {
         index: row.sampling.top_p for index, row in enumerate(rows) if row.sampling.top_p < 1.0
     }
@@ -322,10 +308,7 @@ def _keep_top_p(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
 
 
 def nucleus_edges(probabilities: torch.Tensor, wanted: list[float]) -> torch.Tensor:
-    """Return [num_rows, 1], the smallest probability in each nucleus, of [num_rows, vocab_size].
-
-    It sorts everything, but the host waits for nothing.
-    """
+    """Return [num_rows, 1], the smallest probability in each nucleus, by sorting everything."""
     best = probabilities.sort(dim=-1, descending=True).values
     cumulated = best.cumsum(dim=-1, dtype=torch.float64)
     last = (cumulated < _column(wanted, cumulated)).sum(dim=-1, keepdim=True)
@@ -335,10 +318,7 @@ def nucleus_edges(probabilities: torch.Tensor, wanted: list[float]) -> torch.Ten
 def nucleus_edge(
     probabilities: torch.Tensor, wanted: float, num_tokens: int = NUCLEUS_GUESS_TOKENS
 ) -> torch.Tensor:
-    """Return the smallest probability in the nucleus of ``probabilities``, [vocab_size].
-
-    ``num_tokens`` are sorted at first, more if they are too few.
-    """
+    """Return the smallest probability in the nucleus of [vocab_size], sorting few at first."""
     best = probabilities.topk(min(num_tokens, len(probabilities))).values
     cumulated = best.cumsum(dim=-1, dtype=torch.float64)
     if num_tokens < len(probabilities) and float(cumulated[-1]) < wanted:
@@ -383,18 +363,13 @@ logarithms, minus infinity and 0, are no use as noise.
 
 
 def draw_key(seed: int, choice: int, index: int) -> int:
-    """Return the key that decides output token ``index`` of a choice: BLAKE2b-64 of three
-    little-endian u64, as a signed number.
-    """
+    """Return the key of output token ``index`` of a choice: BLAKE2b-64 of little-endian u64s."""
     message = struct.pack("<QQQ", seed & (2**64 - 1), choice, index)
     return int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "little", signed=True)
 
 
 def uniform_noise(keys: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """Return float64 [num_rows, n] in (0, 1).
-
-    ``keys``: [num_rows] int64; ``numbers``: [n] or [num_rows, n] int64.
-    """
+    """Return float64 in (0, 1) of keys [num_rows] and numbers [n] or [num_rows, n], all int64."""
     mixed = keys[:, None] + numbers * _INCREMENT
     mixed = (mixed ^ _shift_right(mixed, 30)) * _FIRST_FACTOR
     mixed = (mixed ^ _shift_right(mixed, 27)) * _SECOND_FACTOR

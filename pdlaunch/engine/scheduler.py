@@ -71,10 +71,7 @@ class Scheduler:
         """Nothing can be computed before copies to host memory let go of their blocks."""
 
     def schedule(self) -> StepPlan:
-        """Choose what the next step computes, and take the commands for the connectors along.
-
-        No step is in flight.
-        """
+        """Choose what the next step computes, while no step is in flight."""
         assert not self._batch.num_steps_in_flight
         return self._schedule()
 
@@ -105,17 +102,11 @@ class Scheduler:
         return self._schedule() if has_room else None
 
     def hand_over(self) -> StepPlan:
-        """Return a plan that computes nothing, with the commands and jobs that have come up.
-
-        Connectors and host tier must hear of them before the server gets the outputs.
-        """
+        """Return the commands and jobs that connectors must hear of before the server is told."""
         return StepPlan(step_id=-1, commands=self._take_commands(), jobs=self._host.take_jobs())
 
     def has_work(self) -> bool:
-        """Return whether ``schedule`` has something to do now.
-
-        False while every request waits for a lease, a pull or a copy to end.
-        """
+        """Return whether ``schedule`` has something to do, and does not just wait for others."""
         computes = self._queues.running and not self._stalls
         tells = self.requests.commands or self._host.has_jobs or self._batch.has_freed_rows
         return bool(
@@ -179,10 +170,7 @@ class Scheduler:
             self._schedule_chunk(request, step)
 
     def _schedule_chunk(self, request: Request, step: _Draft) -> None:
-        """Add as many next tokens of a running request as budget and blocks allow.
-
-        Later arrivals give up their blocks so that at least one token fits.
-        """
+        """Add next tokens of a running request; later arrivals give up blocks for at least one."""
         num_tokens = step.room(request.num_to_schedule)
         # It may have been preempted in this very step, by a request that came before it.
         if request.phase is not Phase.RUNNING or num_tokens == 0:
@@ -199,10 +187,7 @@ class Scheduler:
         step.add(request, num_tokens)
 
     def _schedule_waiting(self, step: _Draft) -> None:
-        """Start requests in order of arrival.
-
-        One that lacks blocks holds back the later ones that would take some.
-        """
+        """Start requests in order; one that lacks blocks holds back later ones that want some."""
         lacks_blocks = False
         for request in self._queues.waiting.copy():
             # One that is READY goes on: it has the blocks of its prompt already.
@@ -303,11 +288,7 @@ class Scheduler:
         return self._kv.max_tokens(request.tables) - request.num_scheduled
 
     def _has_room_for(self, request: Request, hit: PrefixHit) -> bool:
-        """Return whether all known tokens of a new request fit.
-
-        One more block for each running request has to fit too, or the new one would be preempted at
-        once.
-        """
+        """Return whether a new request fits with one more block for each running one."""
         num_running = len(self._queues.running)
         return self._kv.has_room_for(hit, len(request.token_ids), num_reserved=num_running)
 
@@ -329,9 +310,7 @@ class Scheduler:
         )
 
     def _preempt_latest(self, step: _Draft) -> Request:
-        """Take all blocks from the latest arrival that owns some and waits for no connector; it
-        starts anew. No step is in flight.
-        """
+        """Take all blocks from the latest arrival that owns some; it starts anew."""
         assert not self._batch.num_steps_in_flight
         victim = self._queues.latest_owner()
         if victim.phase is Phase.RUNNING:

@@ -47,9 +47,7 @@ class RankSleeper:
         peers_timeout_s: float,
         clock: Callable[[], float],
     ) -> None:
-        """``announce`` tells the supervisor, whose registry tells the peers. ``peers_timeout_s``:
-        for their handshakes.
-        """
+        """``announce`` tells the supervisor, and so the peers, which have time to come back."""
         self._memory = memory
         self._transfer = transfer
         self._announce = announce
@@ -89,9 +87,7 @@ class RankSleeper:
             return self._report(error=error)
 
     def wake_up(self, tags: Collection[str]) -> SleepReport | None:
-        """Take memory back and, when all is there, let peers come; ``advance`` reports after a
-        None.
-        """
+        """Take memory back and let peers come; ``advance`` reports after a None."""
         was_asleep = bool(self._memory.sleeping_tags)
         try:
             num_bytes = self._memory.wake_up(tags)

@@ -14,10 +14,7 @@ from pdlaunch.protocol.wire import Codec, Message
 
 
 class NewRow(Message, tag=False):
-    """Says that a request enters the batch, also again after preemption.
-
-    The block tables of the row start empty.
-    """
+    """Says that a request enters the batch, also again after preemption; it has no blocks yet."""
 
     row: int
     """0 <= row < max_num_seqs; free until now."""
@@ -58,10 +55,7 @@ class ScheduledRow(Message, tag=False):
 
 
 class StepPlan(Message):
-    """Says everything that a rank has to do for one step.
-
-    Rows are applied in the order of the fields.
-    """
+    """Says everything that a rank has to do for one step, in the order of the fields."""
 
     step_id: int
     freed_rows: list[int] = []
@@ -72,9 +66,7 @@ class StepPlan(Message):
     """Empty: nothing to compute, only commands or jobs."""
     commands: list[TransferCommand] = []
     jobs: list[OffloadJob] = []
-    """Copies between device and host that begin before this step computes: stores of what earlier
-    steps have computed.
-    """
+    """Copies between device and host that begin before this step computes."""
 
     @property
     def is_empty(self) -> bool:
@@ -93,19 +85,13 @@ class StepOutput(Message):
 
 
 class SleepRank(Message):
-    """Rank 0 tells the other ranks to let peers go and give the memory back; nothing runs.
-
-    It is answered with a SleepReport.
-    """
+    """Tells a rank to let peers go and give the memory back; answered with a SleepReport."""
 
     level: int
 
 
 class WakeRank(Message):
-    """Rank 0 tells the other ranks to take the memory of these tags back.
-
-    It is answered with a SleepReport.
-    """
+    """Tells a rank to take the memory of these tags; answered with a SleepReport."""
 
     tags: list[str]
 

@@ -53,9 +53,7 @@ class Recorded:
 
 
 class StepGraphs:
-    """Captures the graphs of decode steps when it is made, the largest first, so that smaller ones
-    find room in its memory.
-    """
+    """Captures graphs of decode steps, the largest first: the others use its memory."""
 
     def __init__(
         self,
@@ -67,9 +65,7 @@ class StepGraphs:
         latest: LatestTokens | None,
         progress: ReportProgress,
     ) -> None:
-        """``max_blocks``: length of one row's block table. ``latest``: where input tokens are
-        looked up; None: they are token ids.
-        """
+        """``max_blocks``: of one row. ``latest``: where input tokens are looked up, if at all."""
         self._decoder = decoder
         self._attention = attention
         self._latest = latest

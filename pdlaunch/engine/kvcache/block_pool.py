@@ -105,10 +105,7 @@ class BlockPool:
             self._free.append(block_id)
 
     def register(self, block_id: int, group: int, block_hash: bytes) -> None:
-        """Let an owned block be found by its content.
-
-        Where the cache has the content already, the block stays unregistered.
-        """
+        """Let an owned block be found by its content, unless another one is found by it already."""
         assert self._num_owners[block_id] > 0
         # Two requests may have computed the same content at once: one copy is enough to be found.
         by_hash = self._by_hash[group]

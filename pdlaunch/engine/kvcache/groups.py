@@ -16,9 +16,7 @@ class KVCacheGroup:
     """Names the layers that share block tables."""
 
     layers: tuple[int, ...]
-    """Model layers in the order of their slot in the block; at most
-    ``KVCacheLayout.num_layers_per_block``.
-    """
+    """Model layers in the order of their slot in the block."""
     sliding_window: int | None
     """Tokens that attention sees, the current one included; None sees all."""
 
@@ -57,10 +55,7 @@ class KVCacheLayout:
 
 
 def num_kv_heads_of_rank(num_kv_heads: int, tp_size: int) -> int:
-    """Return how many of a model's KV heads a rank holds: one of its own or a shared one at least.
-
-    Sizes that do not divide are rounded down.
-    """
+    """Return how many KV heads a rank holds, its own or a shared one; rounded down."""
     return max(1, num_kv_heads // tp_size)
 
 

@@ -46,10 +46,7 @@ class TokenHasher:
             self.block_hashes.extend(_chain(self._last(), token_ids[start:end], self._block_size))
 
     def prompt_hashes(self, token_ids: Sequence[int], num_prompt_tokens: int) -> list[bytes]:
-        """Return the hashes of all blocks of the prompt, which both ends of a hand-over compare.
-
-        The last block may be partial.
-        """
+        """Return the hashes of all blocks of the prompt; the last block may be partial."""
         self.extend(token_ids)
         num_full_blocks = num_prompt_tokens // self._block_size
         hashes = self.block_hashes[:num_full_blocks]

@@ -86,10 +86,7 @@ class PrefixHit:
 
 
 class KVCacheManager:
-    """Finds, gives and takes back the blocks of requests.
-
-    Sizes in blocks count all groups unless said otherwise.
-    """
+    """Finds, gives and takes back blocks of requests; sizes count the blocks of all groups."""
 
     def __init__(self, groups: Sequence[KVCacheGroup], num_blocks: int, block_size: int) -> None:
         self._windows = [group.sliding_window for group in groups]
@@ -203,10 +200,7 @@ class KVCacheManager:
         return (tables.end + self.pool.num_free_blocks // self.num_groups) * self.block_size
 
     def extend(self, tables: BlockTables, num_tokens: int) -> bool:
-        """Make room for ``num_tokens`` tokens in all groups.
-
-        False, and nothing has changed, when blocks are short.
-        """
+        """Make room for ``num_tokens`` tokens in all groups; False when blocks are short."""
         count = self.num_logical_blocks(num_tokens) - tables.end
         if count <= 0:
             return True
