@@ -81,9 +81,16 @@ class AppRoute(NamedTuple):
     """``*`` stands for all methods."""
     path: str
     handler: Handler
+    operation: Operation | str = ""
+    """What it does; a summary is enough where it takes and answers nothing that is described."""
     check_key: KeyCheck | None = None
     """None: the application's own check."""
-    operation: Operation = Operation("")
+
+    @property
+    def described(self) -> Operation:
+        return (
+            self.operation if isinstance(self.operation, Operation) else Operation(self.operation)
+        )
 
 
 class Description(NamedTuple):
@@ -139,8 +146,8 @@ class HttpApp:
         self._document: bytes | None = None
         self._routes = [
             *routes,
-            AppRoute("GET", "/version", _version, None, Operation("Return pdlaunch's version.")),
-            AppRoute("GET", "/openapi.json", self._openapi, None, Operation("Describe routes.")),
+            AppRoute("GET", "/version", _version, "Return pdlaunch's version."),
+            AppRoute("GET", "/openapi.json", self._openapi, "Describe all routes."),
         ]
         self._no_route = AppRoute("*", "", self._unknown)
         self.app = web.Application(
@@ -267,12 +274,11 @@ def model_routes(cards: Callable[[], list[ModelCard]]) -> list[AppRoute]:
         raise model_not_found(name, served[0].id)
 
     return [
-        AppRoute("GET", "/v1/models", models, None, Operation("List the model.", answer=ModelList)),
+        AppRoute("GET", "/v1/models", models, Operation("List the model.", answer=ModelList)),
         AppRoute(
             "GET",
             "/v1/models/{name:.+}",
             model,
-            None,
             Operation("Describe the model of this name.", answer=ModelCard),
         ),
     ]
@@ -297,9 +303,8 @@ METRICS_OPERATION = Operation("Return metrics in Prometheus's form.", content_ty
 
 def health_routes(health: Handler) -> list[AppRoute]:
     """Return the routes by which load balancers, and SageMaker with /ping, ask for the health."""
-    operation = Operation("Answer 200 while requests are taken.")
     return [
-        AppRoute(method, path, health, None, operation)
+        AppRoute(method, path, health, "Answer 200 while requests are taken.")
         for method, path in (("GET", "/health"), ("GET", "/ping"), ("POST", "/ping"))
     ]
 
@@ -319,9 +324,9 @@ def _read_id(http: web.Request) -> tuple[HttpRequestId, RequestError | None]:
 
 def _describe(about: Description, routes: Sequence[AppRoute]) -> dict[str, Any]:
     """Return the OpenAPI document, with pydantic's and msgspec's schemas."""
-    requests = {kind for route in routes for kind in route.operation.requests}
+    requests = {kind for route in routes for kind in route.described.requests}
     answers = [
-        kind for each in routes for kind in (each.operation.answer, each.operation.chunk) if kind
+        kind for each in routes for kind in (each.described.answer, each.described.chunk) if kind
     ]
     paths: dict[str, Any] = {}
     for route in routes:
@@ -351,7 +356,7 @@ def _describe(about: Description, routes: Sequence[AppRoute]) -> dict[str, Any]:
 
 
 def _describe_route(route: AppRoute) -> dict[str, Any]:
-    operation = route.operation
+    operation = route.described
     is_json = operation.content_type == "application/json"
 
     def reference(kind: type | None) -> dict[str, str]:

@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from pdlaunch.config.external import DNS, RunningEngine
 from pdlaunch.config.roles import EngineName, Role
 from pdlaunch.errors import OverloadedError, RequestError
-from pdlaunch.http.app import AppRoute, Operation, request_id_of
+from pdlaunch.http.app import AppRoute, request_id_of
 from pdlaunch.http.errors import error_body, json_response
 from pdlaunch.http.headers import REQUEST_ID_HEADER
 from pdlaunch.protocol.control import ChangeEngines, RefusalCode
@@ -112,7 +112,7 @@ class Admin:
         """Return all of them; whoever adds a command adds a row."""
         one_engine = "/pdlaunch/engines/{engine}"
         return [
-            AppRoute(method, path, handler, None, Operation(f"{summary} Takes the admin key."))
+            AppRoute(method, path, handler, f"{summary} Takes the admin key.")
             for method, path, handler, summary in (
                 ("POST", "/pdlaunch/engines", self._add, "Add an engine that runs already."),
                 ("DELETE", one_engine, self._remove, "Drain and remove an engine."),

@@ -77,7 +77,7 @@ class RouterApp:
                 *self._prompts.routes(),
                 *model_routes(self._model_cards),
                 *health_routes(self._health),
-                AppRoute("GET", "/metrics", self._metrics, None, METRICS_OPERATION),
+                AppRoute("GET", "/metrics", self._metrics, METRICS_OPERATION),
                 *self.view.routes(),
                 *self.book.routes(),
                 *(page_routes() if spec.page else []),

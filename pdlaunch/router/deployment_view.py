@@ -76,24 +76,12 @@ class DeploymentView:
 
     def routes(self) -> list[AppRoute]:
         """Return the routes, which open with the clients' key."""
+        status = Operation("Describe the deployment.", answer=DeploymentStatus)
+        text = "Describe the deployment again and again, a line of JSON each time."
+        stream = Operation(text, content_type="application/x-ndjson")
         return [
-            AppRoute(
-                "GET",
-                "/pdlaunch/status",
-                self._answer_status,
-                None,
-                Operation("Describe the deployment.", answer=DeploymentStatus),
-            ),
-            AppRoute(
-                "GET",
-                "/pdlaunch/stream",
-                self._answer_stream,
-                None,
-                Operation(
-                    "Describe the deployment again and again, a line of JSON each time.",
-                    content_type="application/x-ndjson",
-                ),
-            ),
+            AppRoute("GET", "/pdlaunch/status", self._answer_status, status),
+            AppRoute("GET", "/pdlaunch/stream", self._answer_stream, stream),
         ]
 
     async def run(self) -> None:

@@ -38,13 +38,12 @@ def page_routes() -> list[AppRoute]:
     """Return the routes of the page and of what it loads."""
     folder = resources.files("pdlaunch.router") / "static"
     return [
-        AppRoute("GET", "/", _redirect, None, Operation("Lead to the page.")),
+        AppRoute("GET", "/", _redirect, "Lead to the page."),
         *(
             AppRoute(
                 "GET",
                 path,
                 partial(_answer, (folder / name).read_bytes(), kind),
-                None,
                 Operation("Return a part of the page.", content_type=kind),
             )
             for path, (name, kind) in _FILES.items()

@@ -84,10 +84,10 @@ class PromptEndpoints:
         """Return the routes, which open with the clients' key."""
         completions, chat = (partial(self._generate, one) for one in (COMPLETIONS, CHAT))
         return [
-            AppRoute("POST", COMPLETIONS.path, completions, None, COMPLETIONS_OPERATION),
-            AppRoute("POST", CHAT.path, chat, None, CHAT_OPERATION),
-            AppRoute("POST", "/tokenize", self._pass_on, None, TOKENIZE_OPERATION),
-            AppRoute("POST", "/detokenize", self._pass_on, None, DETOKENIZE_OPERATION),
+            AppRoute("POST", COMPLETIONS.path, completions, COMPLETIONS_OPERATION),
+            AppRoute("POST", CHAT.path, chat, CHAT_OPERATION),
+            AppRoute("POST", "/tokenize", self._pass_on, TOKENIZE_OPERATION),
+            AppRoute("POST", "/detokenize", self._pass_on, DETOKENIZE_OPERATION),
         ]
 
     def close(self) -> None:

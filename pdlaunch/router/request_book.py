@@ -115,8 +115,8 @@ class RequestBook:
         listed = Operation("List requests: last=N, slowest=N or failed=N.", answer=RequestList)
         told = Operation("Tell all that is known of a request.", answer=RequestTrace)
         return [
-            AppRoute("GET", "/pdlaunch/requests", self._list, None, listed),
-            AppRoute("GET", "/pdlaunch/requests/{id:.+}", self._trace, None, told),
+            AppRoute("GET", "/pdlaunch/requests", self._list, listed),
+            AppRoute("GET", "/pdlaunch/requests/{id:.+}", self._trace, told),
         ]
 
     async def _list(self, http: web.Request) -> web.Response:

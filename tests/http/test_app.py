@@ -68,7 +68,7 @@ async def ask(registry: CollectorRegistry) -> AsyncIterator[Ask]:
         [
             AppRoute("GET", "/open", echo),
             AppRoute("POST", "/closed", echo),
-            AppRoute("GET", "/other", echo, other),
+            AppRoute("GET", "/other", echo, check_key=other),
             *(AppRoute("GET", path, raising(error)) for path, error in ERRORS.items()),
             *model_routes(lambda: [ModelCard(id="org/tiny")]),
         ],

@@ -49,8 +49,7 @@ def make_app(service: EngineService, *, keys: Collection[str]) -> web.Applicatio
     spec = service.spec
 
     def route(method: str, path: str, endpoint: Endpoint, about: Operation | str) -> AppRoute:
-        operation = Operation(about) if isinstance(about, str) else about
-        return AppRoute(method, path, partial(endpoint, service), None, operation)
+        return AppRoute(method, path, partial(endpoint, service), about)
 
     def card() -> ModelCard:
         return ModelCard(

@@ -23,7 +23,7 @@ from prometheus_client import CollectorRegistry
 
 from pdlaunch.config.http_names import url_of
 from pdlaunch.errors import OverloadedError, RequestError, StartupError
-from pdlaunch.http.app import AppRoute, Description, HttpApp, Operation, bearer_check, request_id_of
+from pdlaunch.http.app import AppRoute, Description, HttpApp, bearer_check, request_id_of
 from pdlaunch.http.connections import HttpRunner, fit_requests
 from pdlaunch.http.engine_calls import CONNECT_S, Answer, CallError, EngineCalls
 from pdlaunch.http.errors import RETRY_AFTER_S
@@ -118,11 +118,11 @@ class Door:
     def _app(self, further: Sequence[AppRoute]) -> web.Application:
         spec = self._spec
         keys = [key for key in (self._keys.http_token, self._engine_key) if key is not None]
-        passed = Operation("Pass the request on to the engine.")
+        passed = "Pass the request on to the engine."
         return HttpApp(
             [
-                *(AppRoute("GET", path, self._pass_on, None, passed) for path in _ASKED),
-                *(AppRoute("POST", path, self._pass_on, None, passed) for path in _TOLD),
+                *(AppRoute("GET", path, self._pass_on, passed) for path in _ASKED),
+                *(AppRoute("POST", path, self._pass_on, passed) for path in _TOLD),
                 *further,
             ],
             guard=Guard(spec.bind_address, allowed_hosts=(spec.advertise_address,)),
@@ -211,8 +211,8 @@ def statement_route(folder: Path) -> AppRoute:
             pass
         raise RequestError("there is no such statement (any more)", status=404, code="not_found")
 
-    operation = Operation("Return what a prefill engine states about the KV blocks of a request.")
-    return AppRoute("GET", STATEMENTS_PATH + "/{name}", read, None, operation)
+    operation = "Return what a prefill engine states about the KV blocks of a request."
+    return AppRoute("GET", STATEMENTS_PATH + "/{name}", read, operation)
 
 
 class StatementDesk:
