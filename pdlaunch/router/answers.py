@@ -28,7 +28,7 @@ _HEAD = ("id", "object", "created", "model", "choices")
 
 
 class ClientAnswer:
-    """Numbers and counts the chunks of one request; a ``ChunkSink`` for its generations."""
+    """Numbers and counts the chunks of one request."""
 
     def __init__(
         self,
@@ -75,7 +75,11 @@ class ClientAnswer:
         *,
         more_follows: bool,
     ) -> None:
-        """Take one chunk that is new to the client."""
+        """Take one chunk that is new to the client.
+
+        ``more_follows``: the next one is here already, so that both may be sent together; else
+        ``flush`` comes when nothing of it is new.
+        """
         self._number_choices(prompt, chunk)
         self._observe(chunk)
         await self._take(transcript, chunk, more_follows=more_follows)

@@ -41,59 +41,18 @@ MAX_PARTS = 8
 _HALF_CHARACTER = "\ufffd"
 
 _PASSED = (
-    "model",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "stop",
-    "stop_token_ids",
-    "include_stop_str_in_output",
-    "ignore_eos",
-    "skip_special_tokens",
-    "spaces_between_special_tokens",
-    "logit_bias",
-    "allowed_token_ids",
-    "cache_salt",
-    "priority",
-    "user",
+    "model temperature top_p top_k min_p repetition_penalty stop stop_token_ids "
+    "include_stop_str_in_output ignore_eos skip_special_tokens spaces_between_special_tokens "
+    "logit_bias allowed_token_ids cache_salt priority user"
 )
 """Fields that mean the same behind a longer prompt."""
-_DONE = frozenset(
-    {
-        "add_generation_prompt",
-        "add_special_tokens",
-        "chat_template",
-        "chat_template_kwargs",
-        "continue_final_message",
-        "documents",
-        "include_reasoning",
-        "logprobs",
-        "max_completion_tokens",
-        "max_tokens",
-        "messages",
-        "metadata",
-        "min_tokens",
-        "n",
-        "parallel_tool_calls",
-        "prompt",
-        "prompt_cache_key",
-        "reasoning_effort",
-        "request_id",
-        "return_token_ids",
-        "safety_identifier",
-        "service_tier",
-        "session_id",
-        "store",
-        "stream",
-        "stream_interval",
-        "stream_options",
-        "tool_choice",
-        "top_logprobs",
-        "truncate_prompt_tokens",
-        "truncation_side",
-    }
+_DONE = (
+    "add_generation_prompt add_special_tokens chat_template chat_template_kwargs "
+    "continue_final_message documents include_reasoning logprobs max_completion_tokens max_tokens "
+    "messages metadata min_tokens n parallel_tool_calls prompt prompt_cache_key reasoning_effort "
+    "request_id response_format return_token_ids safety_identifier service_tier session_id store "
+    "stream stream_interval stream_options tool_choice top_logprobs truncate_prompt_tokens "
+    "truncation_side"
 )
 """Fields that are labels, have shaped the prompt already, or are made anew here."""
 _STRUCTURED = ("structured_outputs", "guided_json", "guided_regex", "guided_choice")
@@ -131,7 +90,7 @@ def obstacle(prompt: PromptRequest, transcript: Transcript, capabilities: Capabi
         return "reasoning"
     if prompt.endpoint.is_chat and _has_media(prompt.text):
         return "images"
-    known = {*_PASSED, *_DONE, "response_format"}
+    known = {*_PASSED.split(), *_DONE.split()}
     if any(value and name not in known for name, value in body.items()):
         return "fields"
     if not transcript.can_resume or not transcript.prompt_token_ids:
@@ -193,7 +152,7 @@ class Continuation:
         if self._prompt.endpoint.is_chat:
             logprobs = (body.get("top_logprobs") or 0) if logprobs else None
         return msgspec.json.encode(
-            {name: body[name] for name in _PASSED if body.get(name) is not None}
+            {name: body[name] for name in _PASSED.split() if body.get(name) is not None}
             | {
                 "prompt": self._prompt_token_ids + self._output_token_ids,
                 "max_tokens": max_tokens,
@@ -240,30 +199,17 @@ def _chat_logprobs(logprobs: dict[str, Any] | None, num_top: int) -> dict[str, A
     """Return the log probabilities of a completion in the form of a chat's."""
     if not logprobs:
         return None
-    return {
-        "content": [
-            _token_logprob(token, logprob)
-            | {
-                "top_logprobs": [
-                    _token_logprob(other, value) for other, value in list(top.items())[:num_top]
-                ]
-            }
-            for token, logprob, top in zip(
-                logprobs["tokens"],
-                logprobs["token_logprobs"],
-                logprobs["top_logprobs"],
-                strict=True,
-            )
-        ]
-    }
+    content = []
+    values = (logprobs[name] for name in ("tokens", "token_logprobs", "top_logprobs"))
+    for token, logprob, top in zip(*values, strict=True):
+        others = [_token_logprob(*other) for other in list(top.items())[:num_top]]
+        content.append(_token_logprob(token, logprob) | {"top_logprobs": others})
+    return {"content": content}
 
 
 def _token_logprob(token: str, logprob: float) -> dict[str, Any]:
-    return {
-        "token": token,
-        "logprob": logprob,
-        "bytes": list(token.encode("utf-8", errors="replace")),
-    }
+    in_bytes = list(token.encode("utf-8", errors="replace"))
+    return {"token": token, "logprob": logprob, "bytes": in_bytes}
 
 
 class Splice:

@@ -12,10 +12,10 @@ import logging
 import re
 import ssl
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlencode
 
 import msgspec
@@ -103,11 +103,11 @@ class EngineRefusal(RelayedError):
 
     @property
     def is_busy(self) -> bool:
-        """Tell whether another engine, or this one later, may have room."""
+        """Return whether another engine, or this one later, may have room."""
         return self.status == 429
 
 
-def error_names(error: dict[str, Any]) -> str:
+def _error_names(error: dict[str, Any]) -> str:
     """Return type and code of an engine's error, in parentheses, as far as these are names."""
     values = [str(error[key]) for key in ("type", "code") if error.get(key) is not None]
     names = [value for value in values if _NAME.fullmatch(value)]
@@ -131,7 +131,7 @@ def refuse_error(engine: Engine, answer: Answer, body: bytes) -> None:
         may_return = answer.status in (502, 503, 504)
         raise EngineFailure(
             engine,
-            f"answered {answer.status}{error_names(error_fields)}",
+            f"answered {answer.status}{_error_names(error_fields)}",
             may_return=may_return,
             turned_away=answer.status == 503,
             engine_code=error_fields.get("code"),
@@ -147,9 +147,11 @@ def refuse_error(engine: Engine, answer: Answer, body: bytes) -> None:
     )
 
 
-# Those below are used as functions; generators cost three times as much.
-class _Asking:
-    """Is entered for what one engine is asked."""
+class blames:  # noqa: N801
+    """Turn an answer of an engine that is broken or malformed into an EngineFailure.
+
+    Is used as a function; a generator costs three times as much.
+    """
 
     __slots__ = ("_engine",)
 
@@ -159,12 +161,6 @@ class _Asking:
     def __enter__(self) -> None:
         return
 
-
-class broken_is_failure(_Asking):  # noqa: N801
-    """Turn an answer that did not come, or not to its end, into an EngineFailure."""
-
-    __slots__ = ()
-
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -173,19 +169,6 @@ class broken_is_failure(_Asking):  # noqa: N801
     ) -> None:
         if isinstance(error, CallError):
             raise EngineFailure(self._engine, str(error), turned_away=error.unheard) from error
-
-
-class malformed_is_failure(_Asking):  # noqa: N801
-    """Turn what reading an answer of another form raises into an EngineFailure."""
-
-    __slots__ = ()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
         if isinstance(error, _MALFORMED) and not isinstance(error, PdlaunchError):
             # The error's own words may be the answer's.
             reason = f"malformed answer ({type(error).__name__})"
@@ -197,6 +180,7 @@ Chunk = dict[str, Any]
 
 REPORT_BEGINNING = b'{"choices":[],"%s":' % REPORT_KEY.encode()
 """Begins the event in which an engine of ours tells its spans."""
+_CLIENT_ERROR_TYPES = frozenset({"invalid_request_error", "BadRequestError", "NotFoundError"})
 
 
 class _ReportEvent(msgspec.Struct, rename={"report": REPORT_KEY}):
@@ -212,41 +196,27 @@ def read_report(event: bytes) -> SpanReport:
     return _report_event.decode(event).report
 
 
-_CLIENT_ERROR_TYPES = frozenset({"invalid_request_error", "BadRequestError", "NotFoundError"})
-
-
 class EngineStream:
-    """Reads the chunks of one answer, up to ``[DONE]`` or the end of the connection.
+    """Reads the chunks of one answer, up to ``[DONE]`` or the end of the connection."""
 
-    ``read_some`` returns the next bytes, none at the end, and raises CallError.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        ignored_fields: Sequence[str],
-        *,
-        read_some: Callable[[], Awaitable[bytes]],
-    ) -> None:
-        self._engine = engine
-        self._read_some = read_some
-        self._events = EventDecoder()
-        self._pending: deque[bytes] = deque()
-        self.ignored_fields = ignored_fields
-        """Names of the fields that the engine has ignored."""
+    def __init__(self, engine: Engine, answer: Answer) -> None:
+        self.ignored_fields = _ignored_fields(answer)
         self.is_done = False
         """It has said ``[DONE]``."""
         self.report: object = None
         """The engine's spans, once it has sent them, before its end."""
+        self._engine = engine
+        self._answer = answer
+        self._events = EventDecoder()
+        self._pending: deque[bytes] = deque()
 
     @property
     def has_more(self) -> bool:
-        """Tell whether the next chunk is here, and no error."""
-        return (
-            bool(self._pending)
-            and self._pending[0].startswith(b"{")
-            and not (self._pending[0].startswith(b'{"error"'))
-        )
+        """Return whether the next chunk is here, and no error."""
+        if not self._pending:
+            return False
+        event = self._pending[0]
+        return event.startswith(b"{") and not event.startswith(b'{"error"')
 
     async def next_chunk(self) -> Chunk | None:
         """Return the next chunk, None at the end.
@@ -268,13 +238,12 @@ class EngineStream:
     async def _next_event(self) -> bytes | None:
         while not self._pending:
             try:
-                received = await self._read_some()
+                received = await self._answer.read_some()
+                if not received:
+                    return None
+                self._pending.extend(self._events.feed(received))
             except CallError as error:
                 raise EngineFailure(self._engine, f"stream broke: {error}") from error
-            if not received:
-                return None
-            try:
-                self._pending.extend(self._events.feed(received))
             except ProtocolError as error:
                 raise EngineFailure(self._engine, str(error), may_return=False) from error
         return self._pending.popleft()
@@ -283,25 +252,22 @@ class EngineStream:
         try:
             chunk = msgspec.json.decode(data)
         except (ValueError, RecursionError) as error:
-            raise EngineFailure(
-                self._engine, f"malformed event: {error}", may_return=False
-            ) from error
+            reason = f"malformed event: {error}"
+            raise EngineFailure(self._engine, reason, may_return=False) from error
         if not isinstance(chunk, dict):
             raise EngineFailure(self._engine, "an event that is no object", may_return=False)
-        if "error" in chunk:
-            self._raise_error(data, chunk["error"])
-        return chunk
-
-    def _raise_error(self, data: bytes, error: object) -> None:
-        fields = error if isinstance(error, dict) else {}
+        if "error" not in chunk:
+            return chunk
+        told = chunk["error"]
+        fields = told if isinstance(told, dict) else {}
         if fields.get("type") in _CLIENT_ERROR_TYPES:
             raise EngineRefusal(self._engine, status=400, body=data)
         raise EngineFailure(
             self._engine,
-            f"error in its stream{error_names(fields)}",
+            f"error in its stream{_error_names(fields)}",
             may_return=fields.get("type") != "server_error",
             engine_code=fields.get("code"),
-            quote=str(fields.get("message", error))[:MAX_QUOTE_BYTES],
+            quote=str(fields.get("message", told))[:MAX_QUOTE_BYTES],
             is_told=True,
         )
 
@@ -315,14 +281,6 @@ class EngineTimeouts(msgspec.Struct, frozen=True, kw_only=True):
     probe_s: float = 5.0
     """Limits the answer to that question, and the release of a lease."""
     metrics_s: float = 2.0
-
-
-class EngineAnswer(NamedTuple):
-    """Holds an engine's whole answer."""
-
-    body: bytes
-    ignored_fields: Sequence[str]
-    """Names of the fields that the engine has ignored."""
 
 
 def keys_of_launch(http_token: str, engine_api_key: str | None) -> Callable[[Engine], str | None]:
@@ -373,21 +331,24 @@ class EngineClient:
         own = {"Content-Type": "application/json", **headers}
         if key is not None:
             own["Authorization"] = f"Bearer {key}"
-        with broken_is_failure(engine):
+        with blames(engine):
             return await self._calls.call(engine.url, method, target, own, body, silence)
 
     async def ask(
         self, engine: Engine, path: str, body: bytes, headers: dict[str, str]
-    ) -> EngineAnswer:
-        """Return the whole answer to a POST. Raises EngineFailure, EngineRefusal."""
+    ) -> tuple[bytes, list[str]]:
+        """Return the whole answer to a POST, and the names of the fields that were ignored.
+
+        Raises EngineFailure, EngineRefusal.
+        """
         answer = await self._call(engine, "POST", path, body, headers, self._silence(engine))
         try:
-            with broken_is_failure(engine):
+            with blames(engine):
                 whole = await answer.read()
         finally:
             answer.close()
         refuse_error(engine, answer, whole)
-        return EngineAnswer(whole, _ignored_fields(answer))
+        return whole, _ignored_fields(answer)
 
     @contextlib.asynccontextmanager
     async def stream(
@@ -400,10 +361,9 @@ class EngineClient:
         answer = await self._call(engine, "POST", path, body, headers, self._silence(engine))
         try:
             if answer.status != 200:
-                with broken_is_failure(engine):
+                with blames(engine):
                     refuse_error(engine, answer, await answer.read())
-            stream = EngineStream(engine, _ignored_fields(answer), read_some=answer.read_some)
-            yield stream
+            yield (stream := EngineStream(engine, answer))
         except BaseException:
             answer.close()
             raise
@@ -435,7 +395,7 @@ class EngineClient:
             async with asyncio.timeout(timeout_s):
                 answer = await self._call(engine, method, target, body, headers or {})
                 try:
-                    with broken_is_failure(engine):
+                    with blames(engine):
                         whole = await answer.read(max_bytes)
                 finally:
                     answer.close()
@@ -445,9 +405,7 @@ class EngineClient:
         return answer.status, whole, content_type
 
     async def release(self, engine: Engine, name: HopId | LeaseId) -> None:
-        """End the lease of a hop that nobody will pull; errors are logged, the lease ends by
-        itself.
-        """
+        """End a lease that nobody will pull; after an error it ends by itself."""
         body = msgspec.json.encode({"request_id": name})
         try:
             await self._call_briefly(engine, "POST", "/pdlaunch/release", body)
@@ -456,13 +414,10 @@ class EngineClient:
 
     async def read_spans(self, engine: Engine, name: HopId) -> SpanReport | None:
         """Return what an engine of ours has recorded of a hop whose answer was not waited for."""
+        probe_s, query = self._timeouts.probe_s, [("request_id", name)]
         try:
             status, body, _ = await self.call(
-                engine,
-                "GET",
-                "/pdlaunch/spans",
-                [("request_id", name)],
-                timeout_s=self._timeouts.probe_s,
+                engine, "GET", "/pdlaunch/spans", query, timeout_s=probe_s
             )
             return msgspec.json.decode(body, type=SpanReport) if status == 200 else None
         except (EngineFailure, ValueError, RecursionError) as error:
@@ -488,7 +443,7 @@ class EngineClient:
             logger.warning("a lease is not released: %s", failure)
 
     async def is_alive(self, engine: Engine) -> bool:
-        """Tell whether the engine's server answers.
+        """Return whether the engine's server answers.
 
         An engine that hangs is asked once for all of its streams, which fall silent together.
         """
@@ -522,12 +477,9 @@ class EngineClient:
         if not engine.url:
             return None
         try:
+            timeout_s = self._timeouts.metrics_s
             status, body, _ = await self.call(
-                engine,
-                "GET",
-                "/metrics",
-                timeout_s=self._timeouts.metrics_s,
-                max_bytes=MAX_PAGE_BYTES,
+                engine, "GET", "/metrics", timeout_s=timeout_s, max_bytes=MAX_PAGE_BYTES
             )
         except EngineFailure as failure:
             logger.info("no metrics: %s", failure)
@@ -538,13 +490,9 @@ class EngineClient:
         self, engine: Engine, method: str, path: str, body: bytes = b""
     ) -> tuple[int, bytes, str]:
         """Make a call that asks for no work, so that a living engine answers within ``probe_s``."""
+        timeout_s = self._timeouts.probe_s
         return await self.call(
-            engine,
-            method,
-            path,
-            body=body,
-            timeout_s=self._timeouts.probe_s,
-            max_bytes=MAX_PAGE_BYTES,
+            engine, method, path, body=body, timeout_s=timeout_s, max_bytes=MAX_PAGE_BYTES
         )
 
     def _silence(self, engine: Engine) -> Silence:

@@ -14,7 +14,7 @@ from pdlaunch.http.watch.canary import CACHED_AT_PREFILL, num_recomputed
 from pdlaunch.protocol.ids import LeaseId
 from pdlaunch.protocol.openai.responses import REPORT_KEY
 from pdlaunch.router.engine import Engine, EngineKey
-from pdlaunch.router.engine_client import Chunk, malformed_is_failure
+from pdlaunch.router.engine_client import Chunk, blames
 from pdlaunch.router.state import RouterState
 
 
@@ -99,7 +99,7 @@ class HeldLease:
     def check_pulled(self, engine: Engine, chunk: Chunk) -> None:
         """Report a pair whose decode engine has computed what it was handed blocks of."""
         if engine.capabilities.needs_proof:
-            with malformed_is_failure(engine):
+            with blames(engine):
                 num_tokens = num_recomputed(chunk)
             if num_tokens:
                 self._state.recomputed(self.prefill, engine, num_tokens)

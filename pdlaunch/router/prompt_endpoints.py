@@ -212,11 +212,13 @@ class PromptEndpoints:
                     REQUEST_ID_HEADER: _hop_id(request_id_of(request), is_own=False)
                 }
                 async with self._deadlines.start().guard():
-                    answer = await self._state.client.ask(engine, request.path, body, headers)
+                    answer, ignored = await self._state.client.ask(
+                        engine, request.path, body, headers
+                    )
                 return web.Response(
-                    body=answer.body,
+                    body=answer,
                     content_type="application/json",
-                    headers=self._ignored_fields.headers(answer.ignored_fields),
+                    headers=self._ignored_fields.headers(ignored),
                 )
             except EngineFailure:
                 pool.failed(engine)

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
@@ -25,6 +24,7 @@ from pdlaunch.http.errors import RANK_LOST, RETRY_AFTER_S
 from pdlaunch.http.headers import REQUEST_ID_HEADER
 from pdlaunch.observe.spans import PULL
 from pdlaunch.protocol.ids import HopId
+from pdlaunch.router.answers import ClientAnswer
 from pdlaunch.router.client_request import COMPLETIONS, PromptRequest
 from pdlaunch.router.continuation import StreamLostError, begin_continuation, obstacle
 from pdlaunch.router.engine import Engine, EngineKey, Work
@@ -33,11 +33,11 @@ from pdlaunch.router.engine_client import (
     EngineFailure,
     EngineRefusal,
     EngineStream,
-    malformed_is_failure,
+    blames,
 )
 from pdlaunch.router.handover import Handover, HeldLease, read_handover, whole_chunk
 from pdlaunch.router.policy import Hop, Need, Route, RoutingRequest
-from pdlaunch.router.request_record import AskSpans, Leg, RequestRecord
+from pdlaunch.router.request_record import AskSpans, EngineCall, RequestRecord
 from pdlaunch.router.state import RouterState
 from pdlaunch.router.transcript import Transcript
 
@@ -52,39 +52,10 @@ _RESUMES: frozenset[Need] = frozenset({"goes_on"})
 _TAKES_FIRST_TOKEN: frozenset[Need] = frozenset({"gives_first_token"})
 
 
-class ChunkSink(Protocol):
-    """Takes the chunks of all prompts of a request."""
-
-    @property
-    def takes_tokens(self) -> bool:
-        """Return whether ``tokens`` may be called."""
-
-    def ignores(self, names: Iterable[str]) -> None:
-        """Take the names of fields that an engine has ignored; it comes before any chunk."""
-
-    def routed(self, prompt: PromptRequest, route: Route) -> None:
-        """Take the route of a prompt, again when another one is taken."""
-
-    async def chunk(
-        self, prompt: PromptRequest, transcript: Transcript, chunk: Chunk, *, more_follows: bool
-    ) -> None:
-        """Take one chunk that is new to the client.
-
-        ``more_follows``: the next one is here already, so that both may be sent together; else
-        ``flush`` comes when nothing of it is new.
-        """
-
-    async def flush(self) -> None:
-        """Send what was held back for the next chunk."""
-
-    async def tokens(self, chunk: Chunk, num_tokens: int, *, more_follows: bool) -> None:
-        """Take tokens and their text for the first choice, and nothing else."""
-
-
 async def answer_prompt(
     prompt: PromptRequest,
     state: RouterState,
-    sink: ChunkSink,
+    answer: ClientAnswer,
     record: RequestRecord,
     wanted_at: float | None,
 ) -> Transcript:
@@ -93,7 +64,7 @@ async def answer_prompt(
     Cancelling it ends the work of both engines. ``wanted_at``: the deadline that its client has
     stated, on the loop's clock.
     """
-    relay = Relay(prompt, state, sink, record, wanted_at)
+    relay = Relay(prompt, state, answer, record, wanted_at)
     with state.suspects.watch(prompt.origin):
         try:
             await relay.run()
@@ -109,7 +80,7 @@ class Relay:
         self,
         prompt: PromptRequest,
         state: RouterState,
-        sink: ChunkSink,
+        answer: ClientAnswer,
         record: RequestRecord,
         wanted_at: float | None,
     ) -> None:
@@ -119,7 +90,7 @@ class Relay:
         record.counts(self.transcript)
         self._prompt = prompt
         self._state = state
-        self._sink = sink
+        self._answer = answer
         self._record = record
         self._wanted_at = wanted_at
         self._prefix = prompt.prefix
@@ -134,14 +105,13 @@ class Relay:
         """
         self._first_told_at: float | None = None
         """Instant of the client's first token; None once it has the second one."""
-        # What was tried, and failed.
         self._tried: set[EngineKey] = set()
         self._turned_away_by: set[EngineKey] = set()
         self._failure: EngineFailure | EngineRefusal | None = None
         self._trouble_since_at: float | None = None
-        """Instant at which the first engine failed since something was heard."""
+        """When the first engine failed since something was heard."""
         self._retry_at = 0.0
-        """Instant from which engines that were tried may be asked again."""
+        """From then on engines that were tried may be asked again."""
         self._num_prefill_failures = 0
         self._num_decode_failures = 0
         self._num_decode_attempts = 0
@@ -234,7 +204,7 @@ class Relay:
             elif left_s <= 0 or (self._failure is not None and not self._failure.may_return):
                 raise self._failure or no_engine_ready("no engine can go on with this request")
             else:
-                # The registry need not know that an engine was away.
+                # Not every engine that was away leaves the registry.
                 retry_in_s = max(0.0, self._retry_at - state.now()) if self._tried else left_s
                 await state.registry_change(min(left_s, retry_in_s))
                 if state.now() >= self._retry_at:
@@ -269,7 +239,7 @@ class Relay:
                 metrics.count("fallbacks")
         if lease is not None and lease.prefill is not route.decode:
             route = msgspec.structs.replace(route, prefill=lease.prefill)
-        self._sink.routed(self._prompt, route)
+        self._answer.routed(self._prompt, route)
 
     def _can_use(self, decode: Engine) -> bool:
         """Return whether the decode engine of a route can go on after prefill."""
@@ -286,17 +256,17 @@ class Relay:
             with (
                 decode.holding(prompt.num_choices * prompt.num_prompt_tokens),
                 self._work(engine) as work,
-                self._leg("prefill", engine, self._hop_id(0)) as leg,
+                self._call("prefill", engine, self._hop_id(0)) as call,
             ):
-                answer = await state.client.ask(
+                answer, ignored = await state.client.ask(
                     engine, prompt.endpoint.path, body, self._headers(0)
                 )
                 work.begin()
-                self._sink.ignores(answer.ignored_fields)
-                with malformed_is_failure(engine):
-                    handover = read_handover(engine, answer.body, is_chat=prompt.endpoint.is_chat)
-                leg.hear(handover.report)
-                leg.counts(handover.usage)
+                self._answer.ignores(ignored)
+                with blames(engine):
+                    handover = read_handover(engine, answer, is_chat=prompt.endpoint.is_chat)
+                call.hear(handover.report)
+                call.counts(handover.usage)
                 for chunk in handover.chunks:
                     refuse_broken(engine, chunk)
         except BaseException as error:
@@ -362,16 +332,16 @@ class Relay:
         is_whole = engine.capabilities.has_own_fields and not prompt.is_stream
         with (
             self._work(engine, computes=not extra, num_streams=prompt.num_choices) as work,
-            self._leg("decode", engine, self._hop_id(attempt)) as leg,
+            self._call("decode", engine, self._hop_id(attempt)) as call,
         ):
             if is_whole:
-                await self._ask_whole(engine, prompt.whole_body(extra), attempt, lease, leg)
+                await self._ask_whole(engine, prompt.whole_body(extra), attempt, lease, call)
             else:
                 async with self._state.client.stream(
                     engine, prompt.endpoint.path, prompt.decode_body(extra), self._headers(attempt)
                 ) as stream:
-                    self._sink.ignores(stream.ignored_fields)
-                    await self._relay(engine, stream, lease, leg, work)
+                    self._answer.ignores(stream.ignored_fields)
+                    await self._relay(engine, stream, lease, call, work)
         self._state.pool.succeeded(engine)
         self._state.pool.served(engine, self._routing_request(), self.transcript.num_tokens)
 
@@ -385,7 +355,12 @@ class Relay:
         return {} if params is None else {"kv_transfer_params": params}
 
     async def _relay(
-        self, engine: Engine, stream: EngineStream, lease: HeldLease | None, leg: Leg, work: Work
+        self,
+        engine: Engine,
+        stream: EngineStream,
+        lease: HeldLease | None,
+        call: EngineCall,
+        work: Work,
     ) -> None:
         """Tell the client all that the engine says.
 
@@ -398,28 +373,28 @@ class Relay:
                 if lease is not None:
                     lease.pulled()
             if usage := chunk.get("usage"):
-                leg.counts(usage)
+                call.counts(usage)
                 if lease is not None:
                     lease.check_pulled(engine, chunk)
             await self._tell(engine, chunk, more_follows=stream.has_more, work=work)
-        leg.hear(stream.report)
+        call.hear(stream.report)
         if lease is not None:
-            has_failed = leg.attributes(PULL).get("error") is not None
+            has_failed = call.attributes(PULL).get("error") is not None
             self._state.pool.pulled(lease.prefill, engine, ok=not has_failed)
         if not self.transcript.is_done:
             raise EngineFailure(engine, "its stream ended too early")
 
     async def _ask_whole(
-        self, engine: Engine, body: bytes, attempt: int, lease: HeldLease | None, leg: Leg
+        self, engine: Engine, body: bytes, attempt: int, lease: HeldLease | None, call: EngineCall
     ) -> None:
         """Have the engine make the answer whole: some of it is not told in streams."""
-        answer = await self._state.client.ask(
+        answer, ignored = await self._state.client.ask(
             engine, self._prompt.endpoint.path, body, self._headers(attempt)
         )
-        self._sink.ignores(answer.ignored_fields)
-        with malformed_is_failure(engine):
-            chunk = whole_chunk(msgspec.json.decode(answer.body))
-        leg.counts(chunk.get("usage"))
+        self._answer.ignores(ignored)
+        with blames(engine):
+            chunk = whole_chunk(msgspec.json.decode(answer))
+        call.counts(chunk.get("usage"))
         if lease is not None:
             lease.pulled()
             lease.check_pulled(engine, chunk)
@@ -431,8 +406,8 @@ class Relay:
 
         async def detokenize(token_ids: list[int]) -> str:
             body = msgspec.json.encode({"model": prompt.body.get("model"), "tokens": token_ids})
-            answer = await client.ask(engine, "/detokenize", body, prompt.headers)
-            return str(msgspec.json.decode(answer.body)["prompt"])
+            answer, _ = await client.ask(engine, "/detokenize", body, prompt.headers)
+            return str(msgspec.json.decode(answer)["prompt"])
 
         try:
             continuation = await begin_continuation(prompt, self.transcript, detokenize)
@@ -441,7 +416,7 @@ class Relay:
             raise self._lost(engine, str(error.args[0])) from error
         with (
             self._work(engine, computes=False, num_streams=1) as work,
-            self._record.leg("decode", engine.name),
+            self._record.call("decode", engine.name),
         ):
             async with client.stream(
                 engine, COMPLETIONS.path, body, self._headers(attempt)
@@ -450,7 +425,7 @@ class Relay:
                 while (
                     not self.transcript.is_done and (chunk := await stream.next_chunk()) is not None
                 ):
-                    with malformed_is_failure(engine):
+                    with blames(engine):
                         refuse_broken(engine, chunk)
                         continued = continuation.take(chunk)
                     await self._tell(engine, continued, work=work)
@@ -465,9 +440,9 @@ class Relay:
     ) -> None:
         """Send the client what is new to it. Raises EngineFailure when the engine gives up."""
         if self._goes_on_at is engine and (num_tokens := self.transcript.extend(chunk)):
-            await self._sink.tokens(chunk, num_tokens, more_follows=more_follows)
+            await self._answer.tokens(chunk, num_tokens, more_follows=more_follows)
             return
-        with malformed_is_failure(engine):
+        with blames(engine):
             refuse_broken(engine, chunk)
             has_news = self.transcript.admit(chunk)
             self._trouble_since_at = None
@@ -478,10 +453,12 @@ class Relay:
                 work.begin()
         if has_news:
             self._time_second_token(engine)
-            await self._sink.chunk(self._prompt, self.transcript, chunk, more_follows=more_follows)
+            await self._answer.chunk(
+                self._prompt, self.transcript, chunk, more_follows=more_follows
+            )
         elif not more_follows:
-            await self._sink.flush()
-        if self.transcript.num_tokens > 1 and self._prompt.index == 0 and self._sink.takes_tokens:
+            await self._answer.flush()
+        if self.transcript.num_tokens > 1 and self._prompt.index == 0 and self._answer.takes_tokens:
             self._goes_on_at = engine
 
     def _time_second_token(self, engine: Engine) -> None:
@@ -573,12 +550,12 @@ class Relay:
             num_streams=num_streams,
         )
 
-    def _leg(self, hop: Hop, engine: Engine, hop_id: HopId) -> Leg:
+    def _call(self, hop: Hop, engine: Engine, hop_id: HopId) -> EngineCall:
         """Begin the record of a call; engines of ours can be asked for their spans if it is cut."""
         ask: AskSpans | None = None
         if engine.capabilities.gives_first_token:
             ask = partial(self._state.client.read_spans, engine, hop_id)
-        return self._record.leg(hop, engine.name, ask)
+        return self._record.call(hop, engine.name, ask)
 
 
 def refuse_broken(engine: Engine, chunk: Chunk) -> None:

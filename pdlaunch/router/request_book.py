@@ -18,7 +18,7 @@ from pdlaunch.observe.logs import FIELDS, escape_controls
 from pdlaunch.protocol.ids import HttpRequestId
 from pdlaunch.protocol.requests import RequestList, RequestSummary, RequestTrace
 from pdlaunch.router.otlp import OtlpExporter
-from pdlaunch.router.request_record import Leg, RequestRecord
+from pdlaunch.router.request_record import EngineCall, RequestRecord
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +76,8 @@ class RequestBook:
         self._done.append(record)
         try:
             log_request(record, self._show)
-            if legs := record.cut_legs:
-                task = self._spawn(self._hear_late(record, legs))
+            if calls := record.cut_calls:
+                task = self._spawn(self._hear_late(record, calls))
                 self._late.add(task)
                 task.add_done_callback(self._late.discard)
             elif self._exporter is not None:
@@ -85,9 +85,9 @@ class RequestBook:
         except Exception:  # A record must never cost an answer.
             logger.exception("a request could not be logged")
 
-    async def _hear_late(self, record: RequestRecord, legs: Sequence[Leg]) -> None:
+    async def _hear_late(self, record: RequestRecord, calls: Sequence[EngineCall]) -> None:
         """Ask engines for their parts of a request whose client went away."""
-        await asyncio.gather(*(leg.ask() for leg in legs))
+        await asyncio.gather(*(call.ask() for call in calls))
         if self._exporter is not None:
             self._exporter.end(record)
 

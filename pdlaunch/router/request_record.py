@@ -50,7 +50,7 @@ MAX_HEARD_SPANS = 4 * MAX_SPANS
 AskSpans = Callable[[], Awaitable[SpanReport | None]]
 
 
-class Leg:
+class EngineCall:
     """Records one call of an engine, as a block; ``hear`` adds what the engine tells of it."""
 
     def __init__(
@@ -80,7 +80,7 @@ class Leg:
         self._sent_at = log.clock()
         self._ended = False
 
-    def __enter__(self) -> Leg:
+    def __enter__(self) -> EngineCall:
         return self
 
     def __exit__(
@@ -220,7 +220,7 @@ class RequestRecord:
         self.otel_span: Any = None
         self.content: dict[str, str] | None = None
         """Beginnings of prompt and output, for the log alone and only where the user wants them."""
-        self._legs: list[Leg] = []
+        self._calls: list[EngineCall] = []
         self._explanation: str | None = None
         self._usage: Usage | None = None
         self._times: RequestClock | None = None
@@ -262,18 +262,18 @@ class RequestRecord:
             explanation=route.reason,
         )
 
-    def leg(
+    def call(
         self, hop: Hop, engine: str, ask: AskSpans | None = None, **attributes: Attribute
-    ) -> Leg:
+    ) -> EngineCall:
         """Begin a call of an engine; ``ask`` has it tell of a call that was cut."""
-        leg = Leg(self.log, hop, engine, attributes, self.content, ask)
-        self._legs.append(leg)
-        return leg
+        call = EngineCall(self.log, hop, engine, attributes, self.content, ask)
+        self._calls.append(call)
+        return call
 
     @property
-    def cut_legs(self) -> list[Leg]:
+    def cut_calls(self) -> list[EngineCall]:
         """Return the calls of a request without an answer, of which engines can still tell."""
-        return [leg for leg in self._legs if leg.is_cut] if self.has_failed else []
+        return [call for call in self._calls if call.is_cut] if self.has_failed else []
 
     def keep_content(self, prompt: bytes) -> None:
         """Keep how the prompt begins, as the client wrote it, and the output."""
@@ -314,8 +314,8 @@ class RequestRecord:
             self.status = status
         if status == CLIENT_CLOSED_REQUEST and self.error is None:
             self.status, self.error = status, CLIENT_LEFT
-        for leg in self._legs:
-            leg.end()
+        for call in self._calls:
+            call.end()
         self._num_tokens, self._transcripts = self._count_tokens(), []
         times, first_at = self._times, self._first_token_at
         if times is not None and first_at is not None:
@@ -326,14 +326,14 @@ class RequestRecord:
 
     def summary(self) -> RequestSummary:
         """Return what is known of the request in one line."""
-        used = [leg for leg in self._legs if leg.error is None]
-        last = {leg.hop: leg for leg in used}
+        used = [call for call in self._calls if call.error is None]
+        last = {call.hop: call for call in used}
         prefill, decode = last.get("prefill"), last.get("decode")
         computing = prefill or decode
         pull: dict[str, Attribute] = {} if decode is None else decode.attributes(PULL)
         at_first: dict[str, Attribute] = {} if computing is None else computing.attributes(SEATED)
         at_decode: dict[str, Attribute] = {} if decode is None else decode.attributes(SEATED)
-        names = [leg.engine for leg in (prefill, decode) if leg is not None]
+        names = [call.engine for call in (prefill, decode) if call is not None]
         num_bytes, usage, first_at = _number(pull.get("bytes")), self._usage, self._first_token_at
         details = None if usage is None else usage.prompt_tokens_details
         return RequestSummary(
@@ -353,7 +353,7 @@ class RequestRecord:
             cached_device_tokens=_count(at_first.get("device_tokens")),
             cached_host_tokens=_count(at_first.get("host_tokens")),
             remote_tokens=_count(at_decode.get("remote_tokens")),
-            queue_ms=_ms(_sum([leg.total_s(QUEUE) for leg in used])),
+            queue_ms=_ms(_sum([call.total_s(QUEUE) for call in used])),
             prefill_ms=_ms(_prefill_s(prefill, decode)),
             pull_ms=None if decode is None else _ms(decode.longest_s(PULL)),
             pull_mb=None if num_bytes is None else round(num_bytes / 1e6, 3),
@@ -374,7 +374,7 @@ class RequestRecord:
         whole = Span("request", start_at, start_at + self.duration_s, {"path": self.path})
         # Several calls may have gone to one engine: a prompt each, or the same one again.
         told: list[tuple[Span, Span | None]] = [(span, None) for span in self.log.spans]
-        told += [(span, leg.span) for leg in self._legs for span in leg.placed()]
+        told += [(span, call.span) for call in self._calls for span in call.placed()]
         told.sort(key=lambda pair: pair[0].start_at)
         indices = {id(span): index for index, (span, _) in enumerate(told, 1)}
         spans = [
@@ -391,14 +391,14 @@ class RequestRecord:
         return RequestTrace(
             **msgspec.structs.asdict(self.summary()),
             spans=spans,
-            dropped_spans=self.log.num_dropped + sum(leg.num_dropped for leg in self._legs),
+            dropped_spans=self.log.num_dropped + sum(call.num_dropped for call in self._calls),
         )
 
     def _num_output_tokens(self) -> int | None:
         """Return the tokens so far; None for a request that no engine was asked for."""
         if self._usage is not None:
             return self._usage.completion_tokens
-        return self._count_tokens() if self._legs else None
+        return self._count_tokens() if self._calls else None
 
     @property
     def _first_token_at(self) -> float | None:
@@ -419,7 +419,7 @@ class RequestRecord:
         return _ms((times.last_token_at - first_at) * times.num_choices / num_steps)
 
 
-def _prefill_s(prefill: Leg | None, decode: Leg | None) -> float | None:
+def _prefill_s(prefill: EngineCall | None, decode: EngineCall | None) -> float | None:
     """Return how long the prompt was computed; of an engine that does not tell, its whole answer.
 
     Where decode does all, what it takes before its first token is known by its own word alone.

@@ -169,10 +169,10 @@ async def test_what_engines_had_cached_is_told_of_a_request(
     told = await trace(stand, "r1")
     assert told.cached_tokens == CACHED_AT_PREFILL
     assert (told.cached_device_tokens, told.remote_tokens) == (None, None)
-    legs = {
+    calls = {
         span.name: span.attributes["cached_tokens"] for span in told.spans if " at " in span.name
     }
-    assert legs == {"prefill at prefill-0": CACHED_AT_PREFILL, "decode at decode-0": len(PROMPT)}
+    assert calls == {"prefill at prefill-0": CACHED_AT_PREFILL, "decode at decode-0": len(PROMPT)}
     (line,) = lines(caplog)
     assert f" prompt={len(PROMPT)} (cached {CACHED_AT_PREFILL}) " in line
     # An answer that came whole says nothing of the time between its tokens.
@@ -428,7 +428,7 @@ async def test_a_whole_answer_is_asked_for_again(stand: Stand) -> None:
     assert answer.texts() == {0: SCRIPT}
 
 
-async def test_a_client_that_leaves_ends_both_legs(stand: Stand) -> None:
+async def test_a_client_that_leaves_ends_both_calls(stand: Stand) -> None:
     prefill, decode = await start_pair(stand)
     prefill.hold_prefill = True
     request = asyncio.ensure_future(stand.post(completion(stream=True)))
