@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pdlaunch.engine.server.tokenizer import TextTokenizer
+from pdlaunch.engine.server.text import TextTokenizer
 from pdlaunch.protocol.engine import AddRequest, RequestFinished, TokenOutput, output_of
 from pdlaunch.protocol.kv_params import FirstToken
 from pdlaunch.protocol.openai.requests import GenerationRequest

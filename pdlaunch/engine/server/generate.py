@@ -10,14 +10,20 @@ A client that goes away cancels the handler, and leaving the handler aborts what
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import msgspec
 from aiohttp import web
+from msgspec import UNSET, UnsetType
 
-from pdlaunch.engine.server.answers import AnswerWriter
+from pdlaunch.engine.server.choice import Delta
 from pdlaunch.engine.server.engine_service import EngineService
 from pdlaunch.engine.server.generation import Call, Generation
+from pdlaunch.engine.server.served_model import ServedModel
+from pdlaunch.engine.server.text import TextTokenizer
 from pdlaunch.errors import PdlaunchError, RequestError
 from pdlaunch.http.app import request_id_of
 from pdlaunch.http.headers import (
@@ -29,11 +35,28 @@ from pdlaunch.http.headers import (
     read_traceparent,
 )
 from pdlaunch.http.limits import LARGE_BODY_BYTES, LARGE_TEXT_BYTES, Deadline, Ticket
-from pdlaunch.http.sse import ClientStream
+from pdlaunch.http.sse import DONE, ClientStream, encode_event
 from pdlaunch.observe.metrics import RequestClock
 from pdlaunch.observe.spans import SpanLog
+from pdlaunch.protocol.engine import TokenOutput
 from pdlaunch.protocol.ids import HopId
 from pdlaunch.protocol.openai.requests import ChatCompletionRequest, CompletionRequest
+from pdlaunch.protocol.openai.responses import (
+    REPORT_KEY,
+    AssistantMessage,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatDelta,
+    ChatLogprobs,
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -177,3 +200,208 @@ async def _stream(
         await stream.fail(error)
         return stream.response, False
     return stream.response, True
+
+
+_LOWEST = -9999.0
+"""JSON has no minus infinity; the value that OpenAI uses."""
+
+
+class AnswerWriter:
+    """Forms one request's answer, or its stream, while ``generation`` runs."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        model: ServedModel,
+        hop_id: HopId,
+        clock: RequestClock,
+        spans: SpanLog | None,
+    ) -> None:
+        """``spans``: what the caller is told, behind the answer; None: nothing."""
+        self._generation = generation
+        self._request = generation.request
+        self._tokenizer = model.tokenizer
+        self._clock = clock
+        self._spans = spans
+        self._is_chat = isinstance(generation.request, ChatCompletionRequest)
+        self._common: dict[str, Any] = {
+            "id": f"{'chatcmpl-' if self._is_chat else 'cmpl-'}{hop_id}",
+            "created": int(time.time()),
+            "model": model.name,
+        }
+
+    async def whole(self) -> bytes:
+        """Return the answer as one JSON body. Raises RequestError."""
+        generation, request = self._generation, self._request
+        whole = [Delta(choice.index) for choice in generation.choices]
+        async for deltas in generation.deltas(self._clock):
+            for delta in deltas:
+                whole[delta.index].add(delta)
+        for choice, delta in zip(generation.choices, whole, strict=True):
+            delta.finish_reason, delta.stop_reason = choice.finish_reason, choice.stop_reason
+        answer: ChatCompletion | Completion
+        if self._is_chat:
+            answer = ChatCompletion(**self._common, choices=[*map(self._chat_choice, whole)])
+            if request.return_token_ids:
+                (answer.prompt_token_ids,) = generation.prompts
+        else:
+            choices = [*map(self._completion_choice, whole)]
+            if request.return_token_ids:
+                for part in choices:
+                    part.prompt_token_ids = generation.prompts[part.index // request.n]
+            answer = Completion(**self._common, choices=choices)
+        answer.usage = generation.usage()
+        if generation.is_remote_prefill:
+            answer.kv_transfer_params = generation.hand_over(whole)
+        body = msgspec.json.encode(answer)
+        if self._spans is None:
+            return body
+        # Into the object that is written already: no other caller's answer has the member.
+        report = msgspec.json.encode(self._spans.report())
+        return b'%s,"%s":%s}' % (body[:-1], REPORT_KEY.encode(), report)
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """Yield the stream but for its end, in pieces; each piece is what has come at once."""
+        chunks = [] if self._generation.continues else self._opening()
+        async for deltas in self._generation.deltas(self._clock):
+            chunks += [self._chunk(delta) for delta in deltas if self._is_shown(delta)]
+            if chunks:
+                yield b"".join(map(encode_event, chunks))
+            chunks = []
+
+    def last_events(self) -> bytes:
+        """Return the end of the stream."""
+        end = b""
+        if self._request.include_usage:
+            end += encode_event(self._new_chunk([], self._generation.usage()))
+        if self._spans is not None:
+            end += encode_event({"choices": [], REPORT_KEY: self._spans.report()})
+        return end + DONE
+
+    def _is_shown(self, delta: Delta) -> bool:
+        """Return whether a delta makes a chunk.
+
+        Tokens whose text is held back do so only where the client asked for more than text.
+        """
+        if delta.text or delta.finish_reason is not None:
+            return True
+        request = self._request
+        return bool(delta.tokens) and (
+            request.return_token_ids or request.num_top_logprobs is not None
+        )
+
+    def _new_chunk(self, choices: list[Any], usage: Usage | UnsetType) -> ChatChunk | Completion:
+        kind = ChatChunk if self._is_chat else Completion
+        return kind(**self._common, choices=choices, usage=usage)
+
+    def _usage_so_far(self) -> Usage | UnsetType:
+        return self._generation.usage() if self._request.continuous_usage else UNSET
+
+    def _opening(self) -> list[ChatChunk | Completion]:
+        """Return the chunks before any text."""
+        generation, request = self._generation, self._request
+        if self._is_chat:
+            delta = ChatDelta(role="assistant", content="")
+            choices = [ChatChunkChoice(index=index, delta=delta) for index in range(request.n)]
+            chunk = self._new_chunk(choices, self._usage_so_far())
+            if request.return_token_ids and isinstance(chunk, ChatChunk):
+                (chunk.prompt_token_ids,) = generation.prompts
+            return [chunk]
+        if not request.return_token_ids:
+            return []
+        parts = []
+        for index, prompt in enumerate(generation.prompts):
+            parts.append(self._completion_choice(Delta(index * request.n)))
+            parts[-1].prompt_token_ids = prompt
+        return [self._new_chunk(parts, self._usage_so_far())]
+
+    def _chunk(self, delta: Delta) -> ChatChunk | Completion:
+        choice = self._chat_chunk_choice(delta) if self._is_chat else self._completion_choice(delta)
+        return self._new_chunk([choice], self._usage_so_far())
+
+    def _completion_choice(self, delta: Delta) -> CompletionChoice:
+        num_top = self._num_top(delta)
+        return CompletionChoice(
+            text=delta.text,
+            logprobs=None
+            if num_top is None
+            else completion_logprobs(delta, self._tokenizer, num_top),
+            **self._members(delta),
+        )
+
+    def _chat_choice(self, delta: Delta) -> ChatChoice:
+        return ChatChoice(
+            message=AssistantMessage(content=delta.text),
+            logprobs=self._chat_logprobs(delta),
+            **self._members(delta),
+        )
+
+    def _chat_chunk_choice(self, delta: Delta) -> ChatChunkChoice:
+        has_text = delta.text or not delta.finish_reason
+        return ChatChunkChoice(
+            delta=ChatDelta(content=delta.text) if has_text else ChatDelta(),
+            logprobs=self._chat_logprobs(delta),
+            **self._members(delta),
+        )
+
+    def _members(self, delta: Delta) -> dict[str, Any]:
+        """Return the members that all kinds of choices have."""
+        token_ids = [token.token_id for token in delta.tokens]
+        return {
+            "index": delta.index,
+            "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
+            "token_ids": token_ids if self._request.return_token_ids else UNSET,
+        }
+
+    def _num_top(self, delta: Delta) -> int | None:
+        return self._request.num_top_logprobs if delta.tokens else None
+
+    def _chat_logprobs(self, delta: Delta) -> ChatLogprobs | None:
+        num_top = self._num_top(delta)
+        if num_top is None:
+            return None
+        tokens = [_token_logprob(token, self._tokenizer, num_top) for token in delta.tokens]
+        return ChatLogprobs(content=tokens)
+
+
+def completion_logprobs(delta: Delta, tokenizer: TextTokenizer, num_top: int) -> CompletionLogprobs:
+    """Return the log probabilities of a delta's tokens.
+
+    The drawn token is always among the top ones, so there may be ``num_top + 1``.
+    """
+
+    def top(token: TokenOutput) -> dict[str, float] | None:
+        if not num_top:
+            return None
+        logprobs = dict(token.top_logprobs[:num_top])
+        if token.logprob is not None:
+            logprobs.setdefault(token.token_id, token.logprob)
+        return {
+            tokenizer.token_name(token_id): max(logprob, _LOWEST)
+            for token_id, logprob in logprobs.items()
+        }
+
+    return CompletionLogprobs(
+        tokens=[tokenizer.token_name(token.token_id) for token in delta.tokens],
+        token_logprobs=[
+            None if token.logprob is None else max(token.logprob, _LOWEST) for token in delta.tokens
+        ],
+        top_logprobs=list(map(top, delta.tokens)),
+        text_offset=list(delta.text_offsets),
+    )
+
+
+def _token_logprob(token: TokenOutput, tokenizer: TextTokenizer, num_top: int) -> TokenLogprob:
+    def members(token_id: int, logprob: float | None) -> dict[str, Any]:
+        return {
+            "token": tokenizer.token_name(token_id),
+            "logprob": _LOWEST if logprob is None else max(logprob, _LOWEST),
+            "bytes": list(tokenizer.token_bytes(token_id)),
+        }
+
+    tops: Sequence[tuple[int, float]] = token.top_logprobs[:num_top]
+    return TokenLogprob(
+        **members(token.token_id, token.logprob),
+        top_logprobs=[TopLogprob(**members(*top)) for top in tops],
+    )

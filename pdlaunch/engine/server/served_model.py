@@ -13,8 +13,7 @@ from typing import TypeVar
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.model_files.shape import read_generation_config, read_model_shape
-from pdlaunch.engine.server.chat_template import ChatTemplate, load_chat_template
-from pdlaunch.engine.server.tokenizer import TextTokenizer
+from pdlaunch.engine.server.text import ChatTemplate, TextTokenizer, load_chat_template
 from pdlaunch.errors import ConfigError, RequestError
 from pdlaunch.http.errors import model_not_found
 from pdlaunch.protocol.openai.body import num_token_ids, parse_request, read_json_object

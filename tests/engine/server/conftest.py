@@ -22,7 +22,7 @@ from pdlaunch.engine.server.app import make_app
 from pdlaunch.engine.server.engine_service import EngineService
 from pdlaunch.engine.server.rank_link import RankLink
 from pdlaunch.engine.server.served_model import load_served_model
-from pdlaunch.engine.server.tokenizer import TextTokenizer
+from pdlaunch.engine.server.text import TextTokenizer
 from pdlaunch.http.connections import HttpRunner
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 from tests.engine.server.fake_rank import FakeRank

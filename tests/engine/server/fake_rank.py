@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import zmq
 import zmq.asyncio
 
-from pdlaunch.engine.server.tokenizer import TextTokenizer
+from pdlaunch.engine.server.text import TextTokenizer
 from pdlaunch.protocol.engine import (
     AbortRequest,
     AddRequest,

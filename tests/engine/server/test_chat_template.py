@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.engine.server.chat_template import ChatTemplate, load_chat_template
+from pdlaunch.engine.server.text import ChatTemplate, load_chat_template
 from pdlaunch.errors import RequestError
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -90,6 +90,6 @@ def test_rendering_ends_at_its_longest_text():
 
 
 def test_rendering_ends_at_its_longest_time(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("pdlaunch.engine.server.chat_template.RENDER_TIMEOUT_S", -1.0)
+    monkeypatch.setattr("pdlaunch.engine.server.text.RENDER_TIMEOUT_S", -1.0)
     with pytest.raises(RequestError, match="takes more than"):
         render("{% for message in messages %}x{% endfor %}")

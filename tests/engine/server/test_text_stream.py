@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
 from pdlaunch.engine.server.choice import TextStream
-from pdlaunch.engine.server.tokenizer import TextTokenizer
+from pdlaunch.engine.server.text import TextTokenizer
 from tests.engine.server.conftest import byte_level_tokenizer
 
 BYTE_LEVEL = TextTokenizer(byte_level_tokenizer())

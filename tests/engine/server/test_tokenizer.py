@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdlaunch.engine.server.tokenizer import TextTokenizer
+from pdlaunch.engine.server.text import TextTokenizer
 from pdlaunch.errors import ConfigError
 from tests.engine.server.test_text_stream import BYTE_LEVEL, METASPACE
 
