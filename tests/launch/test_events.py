@@ -6,9 +6,6 @@ import os
 import signal
 import socket
 
-from hypothesis import given
-from hypothesis import strategies as st
-
 from pdlaunch.launch.events import EventQueue, SignalInbox, StopRequested, causes_first
 from pdlaunch.launch.hosts.host import MessageReceived, ProcessExited
 from pdlaunch.protocol.control import Failed
@@ -23,20 +20,6 @@ def test_a_killed_rank_comes_before_its_peers_that_abort_and_those_that_complain
     stop = StopRequested(signal.SIGINT)
     events = causes_first([stop], [left, aborted, killed], [complained])
     assert events == [stop, killed, aborted, complained, left]
-
-
-@given(st.lists(st.integers(-20, 3), max_size=8), st.integers(0, 3))
-def test_no_event_is_lost_and_equal_ones_keep_their_order(
-    returncodes: list[int], num_messages: int
-) -> None:
-    exits = [ProcessExited(f"p{index}", 1, code) for index, code in enumerate(returncodes)]
-    messages = [MessageReceived(f"m{index}", Failed(error="")) for index in range(num_messages)]
-    events = causes_first([], exits, messages)
-    assert len(events) == len(exits) + len(messages)
-    assert [event for event in events if event in messages] == messages
-    for returncode in returncodes:
-        same = [gone for gone in exits if gone.returncode == returncode]
-        assert [event for event in events if event in same] == same
 
 
 def test_what_a_host_reports_and_the_end_of_the_starter_are_events() -> None:

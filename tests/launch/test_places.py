@@ -207,20 +207,6 @@ def test_a_host_of_the_same_domain_comes_first() -> None:
     assert deployment.find("decode-0") == "c"
 
 
-def test_without_room_it_waits_until_its_host_is_back() -> None:
-    deployment = Deployment(replace(FOUR_CORES, cpus=(0,)), **SPREAD, prefill={"replicas": 2})
-    deployment.lose("b")
-    assert deployment.find("decode-0") is None
-    again = replace(
-        deployment.launch.host("b"), bind_address="10.0.0.9", advertise_address="fd00::9"
-    )
-    deployment.places.joined(again)
-    assert deployment.find("decode-0") == "b"
-    adopted = deployment.bootstraps.resolved
-    assert adopted is not None
-    assert adopted.host("b").advertise_address == "fd00::9"
-
-
 def test_both_sides_of_a_lost_pair_move_together_where_no_network_is_trusted() -> None:
     deployment = Deployment(kv_transfer={"trusted_network": False})
     assert deployment.find("prefill-0") == deployment.find("decode-0") == "a"

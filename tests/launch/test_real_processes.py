@@ -77,28 +77,6 @@ class KillOnce(FakeObserver):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-class InterruptWhenGivenUp(FakeObserver):
-    """Presses Ctrl-C once an engine is given up, with all of its processes, for the second time."""
-
-    def __init__(self, engine: str) -> None:
-        super().__init__()
-        self.engine = engine
-        self.serving: set[str] = set()
-        self._given_up: set[int] = set()
-        """Incarnations of its server."""
-
-    def changed(self, status: LaunchStatus) -> None:
-        states = {process.name: process.state for process in status.processes}
-        engine = {state for name, state in states.items() if name.partition("/")[0] == self.engine}
-        if engine == {ProcessState.GIVEN_UP}:
-            self._given_up |= {
-                process.incarnation for process in status.processes if process.name == self.engine
-            }
-        if len(self._given_up) == 2 and not self.serving:
-            self.serving = {name for name, state in states.items() if state is ProcessState.READY}
-            os.kill(os.getpid(), signal.SIGINT)
-
-
 def assert_gone(*pids: int | None) -> None:
     await_true(lambda: not any(lives(pid) for pid in pids if pid is not None), "all are gone")
 
@@ -138,16 +116,6 @@ def test_a_crash_at_start_is_reported_with_its_log_and_all_are_stopped(tmp_path:
     )
 
 
-def test_what_a_process_says_before_it_fails_is_the_report(tmp_path: Path) -> None:
-    outcome = run_plan(real_plan({"decode-0": "fail"}), FakeObserver(), tmp_path, Timing())
-    assert outcome.exit_code == 1
-    assert outcome.report == (
-        "decode-0 failed to start",
-        "  cannot open model.safetensors",
-        f"log: {tmp_path}/decode-0.log",
-    )
-
-
 def test_a_child_that_ignores_stop_and_term_is_killed(tmp_path: Path) -> None:
     observer = InterruptWhenReady()
     outcome = run_plan(
@@ -155,16 +123,6 @@ def test_a_child_that_ignores_stop_and_term_is_killed(tmp_path: Path) -> None:
     )
     assert outcome.exit_code == 0
     assert_gone(*observer.pids.values())
-
-
-def test_a_killed_prefill_rank_returns_and_decode_finds_it(tmp_path: Path) -> None:
-    observer = KillOnce("prefill-0/rank-0")
-    outcome = run_plan(real_plan(), observer, tmp_path, Timing())
-    assert outcome.exit_code == 0
-    changed = [name for name in observer.before if observer.before[name] != observer.after[name]]
-    assert changed == ["prefill-0/rank-0"]
-    assert observer.notes[0].startswith("prefill-0/rank-0 was killed by SIGKILL")
-    assert "--- incarnation 2" in (tmp_path / "prefill-0.rank-0.log").read_text()
 
 
 class KillRouter(FakeObserver):
@@ -260,20 +218,6 @@ def visit(port: int, over: threading.Event) -> int:
     return num_connected
 
 
-def test_an_engine_that_always_dies_is_given_up_and_tried_again_while_the_others_serve(
-    tmp_path: Path,
-) -> None:
-    observer = InterruptWhenGivenUp("decode-0")
-    timing = Timing(first_delay_s=0.01, max_quick_deaths=3, first_retry_s=0.01)
-    outcome = run_plan(
-        real_plan({"decode-0": "die"}, num_decode=2, num_prefill=0), observer, tmp_path, timing
-    )
-    assert outcome.exit_code == 0
-    assert observer.serving == {"decode-1", "decode-1/rank-0", "router"}
-    # Three deaths, then one on trial; it may be on trial again before Ctrl-C is noticed.
-    assert (tmp_path / "decode-0.log").read_text().count("--- incarnation") in (3, 4)
-
-
 def test_the_router_hears_of_the_last_step_of_a_rank_that_crashed(tmp_path: Path) -> None:
     observer = KillOnce("decode-0/rank-0", kills=False)
     timing = Timing(first_delay_s=0.01)
@@ -315,16 +259,6 @@ def test_two_launches_at_once_and_no_child_outlives_a_killed_supervisor(launches
     second.send_signal(signal.SIGTERM)
     assert second.wait(timeout=180) == 0
     assert_gone(*second_pids)
-
-
-def test_a_launch_ends_with_the_pipe_that_its_starter_holds(launches) -> None:
-    launch, pids = launches("launch")
-    assert launch.stdin is not None
-    launch.stdin.write("what is written means nothing\n")
-    launch.stdin.close()
-    launch.stdin = None
-    assert launch.wait(timeout=180) == 0
-    assert_gone(*pids)
 
 
 def test_a_guarded_module_ends_with_the_pipe_that_the_supervisor_holds() -> None:

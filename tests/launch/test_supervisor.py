@@ -259,14 +259,6 @@ def test_connections_are_refused_once_the_drain_is_over() -> None:
     assert not world.listens
 
 
-def test_connections_are_refused_when_the_router_dies_in_a_drain() -> None:
-    world = World(make_plan(), Timing(drain_s=30)).start().all_ready()
-    world.interrupt()
-    world.exit("router", -9)
-    assert world.phase is LaunchPhase.DRAINING_ENGINES
-    assert not world.listens
-
-
 def test_the_end_of_an_old_incarnation_is_not_taken_for_the_new_one() -> None:
     world = World(make_plan()).start().all_ready()
     world.exit("decode-0", 1)
@@ -333,15 +325,6 @@ def test_engines_outlive_the_router_but_do_not_wait_for_it_for_long() -> None:
         world.exit(name)
     world.pass_time(5)
     assert world.signalled(signal.SIGTERM) == {"router"}
-
-
-def test_a_drain_that_takes_too_long_ends_at_its_deadline() -> None:
-    world = World(make_plan(), Timing(drain_s=30)).start().all_ready()
-    world.interrupt()
-    world.pass_time(30)
-    assert world.stopped() == {"router"}
-    world.drained("router")
-    assert world.stopped() == EVERYONE
 
 
 def test_what_does_not_stop_is_terminated_and_then_killed_and_then_left() -> None:

@@ -41,21 +41,6 @@ def test_rules_on_other_engines_say_nothing_of_native_ones() -> None:
     assert {rule.code for rule in NativeEngine().rules()} == all_rules().keys() - others
 
 
-def test_engines_of_both_roles_prove_no_pair(tmp_path: Path) -> None:
-    launch = resolved(tmp_path, both={"replicas": 2}, kv_transfer={"connector": "nixl"})
-    kind, planned = kind_of(launch), plan_processes(launch)
-    assert [p.name for p in planned.processes] == [
-        "both-0/rank-0",
-        "both-1/rank-0",
-        "both-0",
-        "both-1",
-        "router",
-    ]
-    assert not any(kind.proves_pairs(p) for p in planned.processes)
-    capabilities = kind.capabilities(planned.processes[3], launch.engine_specs()["both-1"])
-    assert capabilities.resumes
-
-
 def test_a_rank_without_peers_has_no_variables_of_a_connector(tmp_path: Path) -> None:
     launch = resolved(tmp_path, both={"replicas": 1}, prefill={"replicas": 1})
     with_ucx = {

@@ -142,21 +142,3 @@ def test_what_cannot_be_placed_is_a_config_error(
         resolved(config(**values), machine).require_startable()
     assert raised.value.field == field
     assert raised.value.fix
-
-
-def test_engines_of_both_roles_get_gpus_after_those_of_pairs() -> None:
-    one_each = {"prefill": {"replicas": 1}, "both": {"replicas": 2}}
-    planned = plan(config(**one_each), FOUR_GPUS)
-    assert {p.name: p.devices for p in planned.processes if p.kind == "rank"} == {
-        "prefill-0/rank-0": ("cuda:0",),
-        "decode-0/rank-0": ("cuda:1",),
-        "both-0/rank-0": ("cuda:2",),
-        "both-1/rank-0": ("cuda:3",),
-    }
-    alone = plan(config(both={"replicas": 2, "tensor_parallel_size": 2}), FOUR_GPUS)
-    assert [p.devices for p in alone.processes if p.kind == "rank"] == [
-        ("cuda:0",),
-        ("cuda:1",),
-        ("cuda:2",),
-        ("cuda:3",),
-    ]

@@ -159,16 +159,6 @@ async def test_on_several_hosts_it_opens_a_door_and_says_where_its_side_channel_
         await runner.cleanup()
 
 
-async def test_the_version_is_told_before_ready(supervisor: FakeSupervisor) -> None:
-    await supervisor.next(Ready)
-    assert [(c.version, c.continues) for c in supervisor.capabilities] == [
-        ("", False),
-        ("0.32.0+cpu", True),
-    ]
-    # A supervisor that took the port before vLLM listens would keep it from vLLM itself.
-    assert supervisor.listens == [False, True]
-
-
 STRANGER = """
 import os, socket
 os.setgid(65534); os.setuid(65534)
