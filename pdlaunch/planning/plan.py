@@ -14,7 +14,7 @@ _SECRET_WORDS = frozenset({"KEY", "APIKEY", "TOKEN", "SECRET", "PASSWORD"})
 
 
 class ProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Describes one process as planned; what runs is an ``instance.Instance`` of it."""
+    """Describes one process as planned; what runs is an ``state.Instance`` of it."""
 
     name: str
     """``router``, ``prefill-0`` (its server), ``prefill-0/rank-0``, ``convert-0``: unique, stable

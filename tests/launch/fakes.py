@@ -309,6 +309,11 @@ class World:
         return next(p.state for p in self.supervisor.seen.status().processes if p.name == name)
 
 
+def serving(timing: Timing | None = None, **shape: int) -> World:
+    """A launch that is ready; ``shape``: as in ``make_plan``."""
+    return World(make_plan(**shape), timing).start().all_ready()
+
+
 def pair_ready(local: str, peer: str, peer_incarnation: int) -> PairReady:
     return PairReady(
         local=local,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from pdlaunch.protocol.control import Answered, Drain, Restart, SetDrained
-from tests.launch.fakes import World, make_plan
+from tests.launch.fakes import World, serving
 
 
 @pytest.fixture
 def world() -> World:
-    return World(make_plan(num_decode=2)).start().all_ready()
+    return serving(num_decode=2)
 
 
 def ask(world: World, name: str, *, is_drained: bool = True) -> Answered:

@@ -8,7 +8,7 @@ import pytest
 
 from pdlaunch.launch.state import Timing
 from pdlaunch.protocol.control import Answered, AwaitIdle, Drain, EngineIdle, Restart
-from tests.launch.fakes import World, make_plan
+from tests.launch.fakes import World, serving
 from tests.launch.test_restarts import give_up
 
 DECODE = {"decode-0", "decode-0/rank-0", "decode-0/rank-1"}
@@ -16,9 +16,7 @@ DECODE = {"decode-0", "decode-0/rank-0", "decode-0/rank-1"}
 
 @pytest.fixture
 def world() -> World:
-    return (
-        World(make_plan(num_decode=2, tp_size=2), Timing(drain_s=30, stop_s=5)).start().all_ready()
-    )
+    return serving(Timing(drain_s=30, stop_s=5), num_decode=2, tp_size=2)
 
 
 def ask(world: World, name: str) -> Answered:
@@ -104,7 +102,7 @@ def test_a_death_in_the_drain_hurries_it(world: World) -> None:
 
 
 def test_an_engine_that_is_given_up_starts_at_once() -> None:
-    world = World(make_plan(num_decode=2)).start().all_ready()
+    world = serving(num_decode=2)
     give_up(world)
     assert ask(world, "decode-0").error == ""
     assert (world.state("decode-0"), world.state("decode-0/rank-0")) == ("starting", "starting")
@@ -119,7 +117,7 @@ def test_an_engine_that_is_given_up_starts_at_once() -> None:
 
 
 def test_one_that_backs_off_starts_at_once() -> None:
-    world = World(make_plan()).start().all_ready()
+    world = serving()
     world.exit("decode-0/rank-0", 1)
     ask(world, "decode-0")
     assert world.stopped() == {"decode-0"}

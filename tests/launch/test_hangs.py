@@ -8,13 +8,13 @@ import pytest
 
 from pdlaunch.launch.state import Timing
 from pdlaunch.protocol.control import Alive, PairFailed, Progress, SleepState, ToSupervisor
-from tests.launch.fakes import World, make_plan, pair_ready
+from tests.launch.fakes import World, pair_ready, serving
 
 DECODE = "decode-0/rank-0"
 
 
 def make_world(timeout_s: float = 60.0, **shape: int) -> World:
-    return World(make_plan(**shape), Timing(hang_timeout_s=timeout_s)).start().all_ready()
+    return serving(Timing(hang_timeout_s=timeout_s), **shape)
 
 
 @pytest.mark.parametrize("name", [DECODE, "decode-0", "router"])
@@ -100,21 +100,14 @@ def test_nobody_is_watched_when_that_is_off_or_the_launch_ends() -> None:
     off = make_world(0.0)
     off.pass_time_alive(3600, silent=[DECODE], step_s=60)
     assert not off.signalled(signal.SIGKILL)
-    leaving = World(make_plan(), Timing(hang_timeout_s=5.0)).start().all_ready()
+    leaving = serving(Timing(hang_timeout_s=5.0))
     leaving.interrupt()
     leaving.pass_time_alive(20, silent=[DECODE])
     assert not leaving.signalled(signal.SIGKILL)
 
 
 def test_an_engine_that_hangs_soon_after_each_start_is_not_started_for_ever() -> None:
-    world = (
-        World(
-            make_plan(),
-            Timing(hang_timeout_s=60.0, quick_s=60, max_quick_deaths=3),
-        )
-        .start()
-        .all_ready()
-    )
+    world = serving(Timing(hang_timeout_s=60.0, quick_s=60, max_quick_deaths=3))
     for _ in range(3):
         world.pass_time_alive(80, silent=[DECODE])
         world.exit(DECODE, -9)

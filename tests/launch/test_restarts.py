@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from pdlaunch.launch.status import LaunchPhase
-from tests.launch.fakes import World, make_plan
+from tests.launch.fakes import World, serving
 
 
 def crash_loop(world: World, name: str, *, times: int = 5, returncode: int = 1) -> None:
@@ -35,7 +35,7 @@ def become_ready(world: World, engine: str) -> None:
 
 @pytest.mark.parametrize("name", ["decode-0", "decode-0/rank-0"])
 def test_it_is_given_up_with_all_of_its_processes_and_the_others_serve_on(name: str) -> None:
-    world = World(make_plan(num_decode=2)).start().all_ready()
+    world = serving(num_decode=2)
     other = "decode-0/rank-0" if name == "decode-0" else "decode-0"
     crash_loop(world, name)
     assert world.signalled(signal.SIGKILL) == {other}
@@ -52,7 +52,7 @@ def test_it_is_given_up_with_all_of_its_processes_and_the_others_serve_on(name: 
 
 
 def test_the_registry_lists_its_server_as_failed_and_nothing_else_of_it() -> None:
-    world = World(make_plan(num_decode=2, tp_size=2)).start().all_ready()
+    world = serving(num_decode=2, tp_size=2)
     for number in range(5):
         world.exit("decode-0/rank-1", 1)
         world.exit("decode-0/rank-0", -9)
@@ -79,7 +79,7 @@ def test_the_registry_lists_its_server_as_failed_and_nothing_else_of_it() -> Non
 
 
 def test_the_launch_ends_with_the_last_engine_of_a_role_and_tells_of_the_others() -> None:
-    world = World(make_plan(num_decode=2)).start().all_ready()
+    world = serving(num_decode=2)
     crash_loop(world, "decode-0")
     world.exit("decode-0/rank-0", -9)
     crash_loop(world, "decode-1")
@@ -94,7 +94,7 @@ def test_the_launch_ends_with_the_last_engine_of_a_role_and_tells_of_the_others(
 
 def test_engines_of_both_roles_serve_on_without_a_pair_and_the_pair_without_them() -> None:
     for lost, left in (("decode-0", "both-0"), ("both-0", "prefill-0, decode-0")):
-        world = World(make_plan(num_both=1)).start().all_ready()
+        world = serving(num_both=1)
         crash_loop(world, lost)
         world.exit(f"{lost}/rank-0", -9)
         assert world.failure is None
@@ -108,7 +108,7 @@ def test_engines_of_both_roles_serve_on_without_a_pair_and_the_pair_without_them
 
 
 def test_it_is_tried_again_and_serves_as_if_nothing_had_been() -> None:
-    world = World(make_plan(num_decode=2)).start().all_ready()
+    world = serving(num_decode=2)
     give_up(world)
     world.pass_time(60)
     assert (world.state("decode-0"), world.state("decode-0/rank-0")) == ("starting", "starting")
@@ -132,7 +132,7 @@ def test_it_is_tried_again_and_serves_as_if_nothing_had_been() -> None:
 
 
 def test_each_time_it_is_left_alone_for_twice_as_long_up_to_a_limit() -> None:
-    world = World(make_plan(num_decode=2)).start().all_ready()
+    world = serving(num_decode=2)
     give_up(world)
     for wait_s in (60, 120, 240, 480, 900, 900):
         world.pass_time_alive(wait_s - 1)
@@ -145,7 +145,7 @@ def test_each_time_it_is_left_alone_for_twice_as_long_up_to_a_limit() -> None:
 
 
 def test_it_is_not_tried_again_before_all_of_it_is_dead() -> None:
-    world = World(make_plan(num_decode=2)).start().all_ready()
+    world = serving(num_decode=2)
     crash_loop(world, "decode-0")
     world.pass_time(100)
     assert "decode-0" not in world.host.running
@@ -156,21 +156,21 @@ def test_it_is_not_tried_again_before_all_of_it_is_dead() -> None:
 
 
 def test_sigkill_counts_as_the_kernel_sends_it_for_lack_of_memory() -> None:
-    world = World(make_plan(num_decode=2)).start().all_ready()
+    world = serving(num_decode=2)
     crash_loop(world, "decode-0/rank-0", returncode=-9)
     assert world.failure is None
     assert any("decode-0 is given up" in note for note in world.observer.notes)
 
 
 def test_a_router_that_always_dies_ends_the_launch() -> None:
-    world = World(make_plan(num_decode=2)).start().all_ready()
+    world = serving(num_decode=2)
     crash_loop(world, "router")
     assert world.failure is not None
     assert world.failure.process == "router"
 
 
 def test_the_waits_begin_anew_after_long_service() -> None:
-    world = World(make_plan(num_decode=2)).start().all_ready()
+    world = serving(num_decode=2)
     for _ in range(3):
         give_up(world)
         world.pass_time_alive(60)
@@ -183,7 +183,7 @@ def test_the_waits_begin_anew_after_long_service() -> None:
 
 
 def test_an_engine_on_trial_does_not_hold_a_launch_that_has_lost_the_others() -> None:
-    world = World(make_plan(num_decode=2)).start().all_ready()
+    world = serving(num_decode=2)
     give_up(world)
     world.pass_time(60)
     crash_loop(world, "decode-1")

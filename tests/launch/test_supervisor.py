@@ -17,7 +17,7 @@ from pdlaunch.protocol.control import (
     Register,
     Stop,
 )
-from tests.launch.fakes import World, make_plan, pair_ready
+from tests.launch.fakes import World, make_plan, pair_ready, serving
 
 EVERYONE = {"prefill-0/rank-0", "prefill-0", "decode-0/rank-0", "decode-0", "router"}
 
@@ -100,7 +100,7 @@ def test_incompatible_engines_fail_the_start_and_unreachable_ones_do_not() -> No
 
 
 def test_a_pair_in_doubt_is_not_listed_until_it_is_proven_again() -> None:
-    world = World(make_plan()).start().all_ready()
+    world = serving()
     (pair,) = world.supervisor.seen.status().pairs
     doubt = PairSuspect(
         local=pair.local, peer=pair.peer, peer_incarnation=pair.peer_incarnation + 1, error="old"
@@ -168,7 +168,7 @@ def test_a_stranger_an_old_incarnation_and_an_unregistered_process_are_not_belie
 
 
 def test_a_dead_server_alone_is_restarted_under_a_new_incarnation() -> None:
-    world = World(make_plan()).start().all_ready()
+    world = serving()
     world.exit("decode-0", -9)
     assert "decode-0" not in [entry.name for entry in world.host.registry("router").entries]
     assert world.state("decode-0") == "backing-off"
@@ -184,7 +184,7 @@ def test_a_dead_server_alone_is_restarted_under_a_new_incarnation() -> None:
 
 
 def test_the_ranks_of_an_engine_die_and_return_together() -> None:
-    world = World(make_plan(tp_size=3)).start().all_ready()
+    world = serving(tp_size=3)
     world.exit("decode-0/rank-1", 1)
     assert world.signalled(signal.SIGKILL) == {"decode-0/rank-0", "decode-0/rank-2"}
     assert not [
@@ -204,7 +204,7 @@ def test_the_ranks_of_an_engine_die_and_return_together() -> None:
 
 
 def test_pairs_of_a_dead_process_are_forgotten_and_old_incarnations_do_not_count() -> None:
-    world = World(make_plan()).start().all_ready()
+    world = serving()
     world.exit("prefill-0/rank-0", -9)
     assert world.supervisor.seen.status().num_missing_pairs == 1
     world.pass_time(1)
@@ -216,7 +216,7 @@ def test_pairs_of_a_dead_process_are_forgotten_and_old_incarnations_do_not_count
 
 
 def test_back_off_grows_and_ends_in_a_failed_launch() -> None:
-    world = World(make_plan()).start().all_ready()
+    world = serving()
     waits = []
     for _ in range(4):
         world.exit("decode-0", 1)
@@ -233,7 +233,7 @@ def test_back_off_grows_and_ends_in_a_failed_launch() -> None:
 
 
 def test_a_restarted_process_that_never_gets_ready_is_killed() -> None:
-    world = World(make_plan(), Timing(startup_timeout_s=60)).start().all_ready()
+    world = serving(Timing(startup_timeout_s=60))
     world.exit("decode-0", 1)
     world.pass_time(1)
     world.pass_time(60)
@@ -241,14 +241,14 @@ def test_a_restarted_process_that_never_gets_ready_is_killed() -> None:
 
 
 def test_a_process_that_says_failed_but_stays_is_killed() -> None:
-    world = World(make_plan()).start().all_ready()
+    world = serving()
     world.fail("decode-0/rank-0", "CUDA error")
     world.pass_time(5)
     assert world.signalled(signal.SIGKILL) == {"decode-0/rank-0"}
 
 
 def test_connections_are_refused_once_the_drain_is_over() -> None:
-    world = World(make_plan(), Timing(drain_s=30)).start().all_ready()
+    world = serving(Timing(drain_s=30))
     world.interrupt()
     assert world.listens
     world.drained("router")
@@ -260,7 +260,7 @@ def test_connections_are_refused_once_the_drain_is_over() -> None:
 
 
 def test_the_end_of_an_old_incarnation_is_not_taken_for_the_new_one() -> None:
-    world = World(make_plan()).start().all_ready()
+    world = serving()
     world.exit("decode-0", 1)
     world.pass_time(1)
     world.supervisor.handle(ProcessExited("decode-0", 1, 1))
@@ -269,7 +269,7 @@ def test_the_end_of_an_old_incarnation_is_not_taken_for_the_new_one() -> None:
 
 
 def test_stop_drains_router_then_engines_then_stops_all() -> None:
-    world = World(make_plan(), Timing(drain_s=30)).start().all_ready()
+    world = serving(Timing(drain_s=30))
     world.interrupt(signal.SIGTERM)
     assert world.draining() == {"router"}
     assert (
@@ -291,7 +291,7 @@ def test_stop_drains_router_then_engines_then_stops_all() -> None:
 
 def test_sigterm_again_skips_nothing_and_ctrl_c_then_does() -> None:
     """At a time limit Slurm sends it twice."""
-    world = World(make_plan(), Timing(drain_s=30)).start().all_ready()
+    world = serving(Timing(drain_s=30))
     world.interrupt(signal.SIGTERM)
     world.interrupt(signal.SIGTERM)
     assert world.draining() == {"router"}
@@ -301,7 +301,7 @@ def test_sigterm_again_skips_nothing_and_ctrl_c_then_does() -> None:
 
 
 def test_a_second_interrupt_skips_the_drain_and_a_third_kills() -> None:
-    world = World(make_plan()).start().all_ready()
+    world = serving()
     world.interrupt()
     world.interrupt()
     assert world.stopped() == {"router"}
@@ -313,7 +313,7 @@ def test_a_second_interrupt_skips_the_drain_and_a_third_kills() -> None:
 
 
 def test_engines_outlive_the_router_but_do_not_wait_for_it_for_long() -> None:
-    world = World(make_plan(), Timing(drain_s=0, router_stop_s=1.5, stop_s=5)).start().all_ready()
+    world = serving(Timing(drain_s=0, router_stop_s=1.5, stop_s=5))
     world.interrupt()
     assert world.phase is LaunchPhase.STOPPING_ROUTER
     world.pass_time(1.4)
@@ -328,9 +328,7 @@ def test_engines_outlive_the_router_but_do_not_wait_for_it_for_long() -> None:
 
 
 def test_what_does_not_stop_is_terminated_and_then_killed_and_then_left() -> None:
-    world = (
-        World(make_plan(), Timing(drain_s=0, stop_s=5, terminate_s=3, kill_s=4)).start().all_ready()
-    )
+    world = serving(Timing(drain_s=0, stop_s=5, terminate_s=3, kill_s=4))
     world.interrupt()
     for name in EVERYONE - {"decode-0"}:
         world.exit(name)
@@ -345,7 +343,7 @@ def test_what_does_not_stop_is_terminated_and_then_killed_and_then_left() -> Non
 
 
 def test_deaths_during_the_drain_restart_nothing() -> None:
-    world = World(make_plan()).start().all_ready()
+    world = serving()
     world.exit("decode-0", 1)
     world.interrupt()
     world.exit("router", -9)
@@ -373,7 +371,7 @@ def test_an_interrupt_while_converting_starts_nothing_afterwards() -> None:
 
 
 def test_a_long_life_starts_the_count_of_deaths_anew() -> None:
-    world = World(make_plan()).start().all_ready()
+    world = serving()
     for _ in range(20):
         world.pass_time(61)
         world.exit("decode-0", 1)

@@ -8,13 +8,13 @@ import pytest
 
 from pdlaunch.protocol.control import Registry, Restart, Suspects
 from pdlaunch.protocol.process.step_record import LastStep
-from tests.launch.fakes import World, make_plan
+from tests.launch.fakes import World, serving
 
 STEP = LastStep(frozenset({7, 5}), frozenset({5}))
 
 
 def ready_world(tp_size: int = 1) -> World:
-    world = World(make_plan(tp_size=tp_size)).start().all_ready()
+    world = serving(tp_size=tp_size)
     world.host.last_steps = {"decode-0": STEP}
     world.host.sent.clear()
     return world

@@ -6,7 +6,7 @@ import signal
 
 from pdlaunch.launch.status import LaunchPhase
 from pdlaunch.protocol.control import Happened, PairFailed, SleepState
-from tests.launch.fakes import World, make_plan
+from tests.launch.fakes import World, make_plan, serving
 
 
 def told(world: World) -> list[Happened]:
@@ -14,7 +14,7 @@ def told(world: World) -> list[Happened]:
 
 
 def test_the_router_hears_of_a_death_and_the_restart() -> None:
-    world = World(make_plan()).start().all_ready()
+    world = serving()
     world.exit("decode-0/rank-0", -signal.SIGKILL)
     assert [each.text for each in told(world)] == world.observer.notes
     assert "decode-0/rank-0" in told(world)[0].text
@@ -25,7 +25,7 @@ def test_the_router_hears_of_a_death_and_the_restart() -> None:
 
 
 def test_a_failed_pair_names_its_engines() -> None:
-    world = World(make_plan()).start().all_ready()
+    world = serving()
     failed = PairFailed(
         local="decode-0/rank-0", peer="prefill-0/rank-0", error="no route", fatal=False
     )
@@ -36,7 +36,7 @@ def test_a_failed_pair_names_its_engines() -> None:
 
 
 def test_the_next_router_hears_what_happened_before_it_and_how_long_ago() -> None:
-    world = World(make_plan()).start().all_ready()
+    world = serving()
     world.exit("router", -signal.SIGKILL)
     world.host.sent.clear()
     world.pass_time_alive(30)
@@ -74,7 +74,7 @@ ENGINE = ("decode-0", "decode-0/rank-0")
 
 
 def test_processes_of_a_lost_host_start_again_once_there_is_room() -> None:
-    world = World(make_plan()).start().all_ready()
+    world = serving()
     world.room.has_room = False
     for name in ENGINE:
         world.lose(name)
@@ -89,7 +89,7 @@ def test_processes_of_a_lost_host_start_again_once_there_is_room() -> None:
 
 
 def test_hosts_that_are_lost_often_do_not_give_engines_up() -> None:
-    world = World(make_plan()).start().all_ready()
+    world = serving()
     for _ in range(8):
         for name in ENGINE:
             world.lose(name)
