@@ -202,7 +202,7 @@ def _exited(wanted: Desired, seen: Observed, event: ProcessExited, now: float) -
     unit, process = found
     engine = seen.engines.get(unit.engine)
     said = f": {process.error}" if process.error else ""
-    if seen.is_ending:
+    if _ends(wanted, seen):
         process.state = ProcessState.EXITED
         return
     seen.pairs.forget(process.name)

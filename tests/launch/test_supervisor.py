@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 
 from pdlaunch.errors import ConfigError
+from pdlaunch.launch.events import StopRequested
 from pdlaunch.launch.hosts.host import ProcessExited
 from pdlaunch.launch.state import Timing
 from pdlaunch.launch.status import LaunchPhase
@@ -378,3 +379,13 @@ def test_a_long_life_starts_the_count_of_deaths_anew() -> None:
         world.pass_time(0.5)
         world.become_ready("decode-0")
     assert world.failure is None
+
+
+def test_what_ends_with_the_supervisor_at_once_is_no_death() -> None:
+    """A batch system sends its signal to all processes."""
+    world = serving()
+    world.supervisor.handle(StopRequested(signal.SIGTERM))
+    for name in list(world.host.running):
+        world.exit(name, -signal.SIGTERM)
+    assert world.supervisor.done
+    assert len(world.observer.notes) == 1
