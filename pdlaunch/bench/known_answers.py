@@ -33,31 +33,26 @@ _MIN_TOKEN_ID, _MAX_TOKEN_ID = 3, 256
 _MAX_DETAILS = 20
 
 
-class AnsweredChoice(msgspec.Struct):
-    """Holds one choice of an answer, as far as it has come."""
-
-    token_ids: list[int] = []
-    text: str = ""
-    logprobs: list[float] = []
-    finish_reason: str | None = None
-
-
 class ReceivedAnswer(msgspec.Struct):
-    """Holds the choices of an answer by index, and when the events of a stream came."""
+    """Holds the choices of an answer as far as they have come, and when events of a stream came."""
 
-    choices: dict[int, AnsweredChoice] = {}
+    token_ids: dict[int, list[int]] = {}
+    text: dict[int, str] = {}
+    logprobs: dict[int, list[float]] = {}
+    finish_reasons: dict[int, str] = {}
     events_at: list[float] = []
 
     def add(self, pieces: Sequence[dict[str, Any]]) -> None:
         for piece in pieces:
-            choice = self.choices.setdefault(piece["index"], AnsweredChoice())
-            if choice.finish_reason is not None:
-                raise ProtocolError(f"choice {piece['index']} goes on after its end")
-            choice.token_ids = choice.token_ids + (piece.get("token_ids") or [])
-            choice.text += piece.get("text") or ""
-            if piece.get("logprobs"):
-                choice.logprobs = choice.logprobs + piece["logprobs"]["token_logprobs"]
-            choice.finish_reason = piece.get("finish_reason")
+            index = piece["index"]
+            if index in self.finish_reasons:
+                raise ProtocolError(f"choice {index} goes on after its end")
+            self.token_ids.setdefault(index, []).extend(piece.get("token_ids") or [])
+            self.text[index] = self.text.get(index, "") + (piece.get("text") or "")
+            logprobs = (piece.get("logprobs") or {}).get("token_logprobs", [])
+            self.logprobs.setdefault(index, []).extend(logprobs)
+            if piece.get("finish_reason"):
+                self.finish_reasons[index] = piece["finish_reason"]
 
 
 class SoakOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,13 +90,12 @@ class Case(msgspec.Struct, frozen=True):
 
 
 class SentRequest(msgspec.Struct, frozen=True):
-    """Records the times of one request, in seconds of the monotonic clock."""
+    """Records one request; ``longest_gap_s``: between two pieces of its answer, or before them."""
 
     outcome: str
     start_at: float
     end_at: float
     longest_gap_s: float
-    """Longest time between two pieces of its answer, or before the first."""
 
 
 class SoakReport(msgspec.Struct, kw_only=True):
@@ -197,28 +191,24 @@ def difference(found: ReceivedAnswer, expected: ReceivedAnswer, *, is_whole: boo
 
     ``is_whole``: False compares only what has come.
     """
-    if is_whole and found.choices.keys() != expected.choices.keys():
-        return f"choices {sorted(found.choices)} instead of {sorted(expected.choices)}"
-    for index, choice in found.choices.items():
-        wanted = expected.choices[index]
-        if not is_whole:
-            wanted = AnsweredChoice(
-                wanted.token_ids[: len(choice.token_ids)],
-                wanted.text[: len(choice.text)],
-                wanted.logprobs[: len(choice.logprobs)],
-                wanted.finish_reason if choice.finish_reason else None,
-            )
+    if is_whole and found.finish_reasons != expected.finish_reasons:
+        return f"{found.finish_reasons} instead of {expected.finish_reasons}"
+    for index, ids in found.token_ids.items():
+        wanted, text, end = expected.token_ids[index], found.text[index], len(found.text[index])
+        logprobs, their_logprobs = found.logprobs[index], expected.logprobs[index]
+        is_ended = index in found.finish_reasons
         is_equal = (
-            (choice.token_ids, choice.text) == (wanted.token_ids, wanted.text)
-            and choice.finish_reason == wanted.finish_reason
-            and len(choice.logprobs) == len(wanted.logprobs)
+            ids == (wanted if is_ended else wanted[: len(ids)])
+            and text == (expected.text[index] if is_ended else expected.text[index][:end])
+            and found.finish_reasons.get(index) in (None, expected.finish_reasons[index])
+            and (len(logprobs) == len(their_logprobs) or not is_ended)
             and all(
                 abs(ours - theirs) <= LOGPROB_TOLERANCE
-                for ours, theirs in zip(choice.logprobs, wanted.logprobs, strict=True)
+                for ours, theirs in zip(logprobs, their_logprobs, strict=False)
             )
         )
         if not is_equal:
-            return f"choice {index}: {choice} instead of {wanted}"
+            return f"choice {index}: {ids} {text!r} {logprobs} instead of {wanted}"
     return ""
 
 
