@@ -88,11 +88,7 @@ def _print_list(console: Console, rules: dict[str, Rule]) -> None:
 def _print_rule(console: Console, rule: Rule) -> None:
     console.print(Text(f"{rule.code} ({rule.severity}, {family(rule).lower()})", style="bold"))
     console.print(Text(rule.title))
-    sections = (
-        ("Why", rule.why),
-        ("Fix", rule.fix),
-        ("Source", rule.source),
-    )
+    sections = (("Why", rule.why), ("Fix", rule.fix), ("Source", rule.source))
     for heading, text in sections:
         if text:
             console.print(Text(f"\n{heading}", style="bold"))

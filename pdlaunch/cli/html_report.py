@@ -223,10 +223,7 @@ def plot(
         return round(_BOTTOM - value / y_high * (_BOTTOM - _TOP), 1)
 
     lines = [
-        {
-            "name": name,
-            "points": [(place_x(x), place_y(y), f"{x:g}, {y:g}") for x, y in line],
-        }
+        {"name": name, "points": [(place_x(x), place_y(y), f"{x:g}, {y:g}") for x, y in line]}
         for name, line in series.items()
         if line
     ]

@@ -40,8 +40,7 @@ KeyOption = Annotated[
     ),
 ]
 PrefillOption = Annotated[
-    list[str] | None,
-    typer.Option("--prefill", metavar="URL", help="A prefill engine. Repeats."),
+    list[str] | None, typer.Option("--prefill", metavar="URL", help="A prefill engine. Repeats.")
 ]
 DecodeOption = Annotated[
     list[str] | None, typer.Option("--decode", metavar="URL", help="A decode engine. Repeats.")

@@ -48,8 +48,7 @@ _PLACEHOLDER_ADDRESS = "192.0.2.1"
 """Stands for the addresses of pods, which nobody knows yet (RFC 5737)."""
 
 NameOption = Annotated[
-    str,
-    typer.Option("--name", help="Name of the objects: small letters, digits and dashes."),
+    str, typer.Option("--name", help="Name of the objects: small letters, digits and dashes.")
 ]
 ImageOption = Annotated[str | None, typer.Option("--image", help="Image of all containers.")]
 OutputOption = Annotated[
@@ -301,7 +300,7 @@ def _write(
                 field="--output",
                 value=output,
                 fix="name a file or folder that you may write to",
-            ),
+            )
         )
     except ConfigError as error:
         refuse(error)

@@ -31,9 +31,7 @@ _PAIRS |= {"rate": "now", "moved": "moved", "pulls": "pulls"}
 
 
 def status(
-    url: UrlArgument = None,
-    api_key: ApiKeyOption = None,
-    output: FormatOption = "table",
+    url: UrlArgument = None, api_key: ApiKeyOption = None, output: FormatOption = "table"
 ) -> None:
     """Show engines with their load and caches, pairs with their speed, rates and events."""
     try:

@@ -157,11 +157,7 @@ async def test_every_turn_sends_all_that_was_said() -> None:
     assert report.working_set_tokens == 3 * 33
     assert [
         (row.turn, row.input_tokens, row.num_requests, row.num_errors) for row in report.turns
-    ] == [
-        (1, 10, 3, 0),
-        (2, 19, 3, 0),
-        (3, 28, 3, 0),
-    ]
+    ] == [(1, 10, 3, 0), (2, 19, 3, 0), (3, 28, 3, 0)]
     assert [row.cached_share for row in report.turns] == [0.5, 0.474, 0.5]
     assert report.tiers == []
 

@@ -75,10 +75,7 @@ def engine(name: str, role: str, *, kv_usage: float = 0.25, **fields: object) ->
 
 
 def deployment(*engines: EngineStatus, **fields: object) -> DeploymentStatus:
-    found = engines or (
-        engine("decode-0", "decode", kv_usage=0.5),
-        engine("prefill-0", "prefill"),
-    )
+    found = engines or (engine("decode-0", "decode", kv_usage=0.5), engine("prefill-0", "prefill"))
     pair = PairStatus(
         prefill="prefill-0",
         decode="decode-0",

@@ -172,10 +172,7 @@ class SideChannel:
 
 
 def test_a_handshake_asks_the_ranks_that_prefill_names(tmp_path: Path) -> None:
-    with (
-        serving(tmp_path) as (prefill, _, flags),
-        SideChannel("prefill", num_ranks=2) as channel,
-    ):
+    with serving(tmp_path) as (prefill, _, flags), SideChannel("prefill", num_ranks=2) as channel:
         prefill.side_channel = ("127.0.0.1", channel.port)
         assert run(*flags).exit_code == 0
         assert not channel.asked, "without --handshake nobody asks"
@@ -199,10 +196,7 @@ def test_a_side_channel_that_does_not_answer_for_prefill(
     words: str,
 ) -> None:
     monkeypatch.setattr("pdlaunch.cli.doctor.HANDSHAKE_TIMEOUT_S", limit_s)
-    with (
-        serving(tmp_path) as (prefill, _, flags),
-        SideChannel(engine_id, num_ranks) as channel,
-    ):
+    with serving(tmp_path) as (prefill, _, flags), SideChannel(engine_id, num_ranks) as channel:
         prefill.side_channel = ("127.0.0.1", channel.port)
         result = run(*flags, "--handshake", "--format", "json")
     assert result.exit_code == 1

@@ -18,10 +18,7 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "mamba": ({"model_type": "mamba", "state_size": 16}, HYBRID),
     "deepseek": ({"model_type": "deepseek_v3", "kv_lora_rank": 512}, LATENT),
     "windows": ({"model_type": "gemma2", "sliding_window": 4096}, HYBRID),
-    "chunks": (
-        {"model_type": "llama4", "text_config": {"attention_chunk_size": 8192}},
-        HYBRID,
-    ),
+    "chunks": ({"model_type": "llama4", "text_config": {"attention_chunk_size": 8192}}, HYBRID),
     "linear": (
         {"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]},
         HYBRID,

@@ -64,13 +64,7 @@ def run(
     ]
     done.append(TimedCompletion(start_at=12.0, error="HTTP 400: the secret prompt is too long"))
     row = summarise(
-        input_tokens,
-        concurrency,
-        done,
-        4.0,
-        {},
-        goals=Goals(ttft_ms=300),
-        request_rate=rate,
+        input_tokens, concurrency, done, 4.0, {}, goals=Goals(ttft_ms=300), request_rate=rate
     )
     return BenchRun(row=row, done=done, model=EVIL)
 

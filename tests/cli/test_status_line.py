@@ -96,7 +96,7 @@ def test_it_speaks_from_ready_to_the_end_and_counts_a_drain_down() -> None:
         line.changed(STOPPING)
         until(lambda: not line._thread.is_alive())
     assert [note.partition(" ")[0] for note in view.notes] == [
-        *("4", "a", "draining:", "draining:"),
+        *("4", "a", "draining:", "draining:")
     ]
     assert view.statuses == [LAUNCH, DRAINING, STOPPING]
 

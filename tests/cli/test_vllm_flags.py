@@ -15,10 +15,7 @@ OWN = {f"--{flag.name}" for flag in all_flags().values() if flag.panel != ROUTER
 
 
 def run(*arguments: str, columns: int = 200) -> tuple[int, str]:
-    result = invoke(
-        arguments,
-        env={"COLUMNS": str(columns), "NO_COLOR": "1", "TERM": "dumb"},
-    )
+    result = invoke(arguments, env={"COLUMNS": str(columns), "NO_COLOR": "1", "TERM": "dumb"})
     assert "Traceback" not in result.output
     return result.exit_code, " ".join(re.sub("[│╭╮╰╯─]", " ", result.stderr).split())
 

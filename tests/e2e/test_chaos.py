@@ -14,7 +14,6 @@ from typing import Any
 import psutil
 import pytest
 
-from pdlaunch.bench.known_answers import SoakOptions, soak
 from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete, engine_apis, streamed
 from tests.e2e.faults import (
@@ -27,6 +26,7 @@ from tests.e2e.faults import (
 from tests.e2e.listening import await_unlocked_ports
 from tests.e2e.tiny_models import greedy, make_tiny_model
 from tests.labs.kills import load_with_kills
+from tests.labs.known_answers import SoakOptions, soak
 
 FAULTS = {"seed": 3, "rate": 0.2, "slow_s": 0.1, "lost_s": 2, "lease_rate": 0.1}
 PROMPT = list(range(40, 100))

@@ -14,9 +14,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from pdlaunch.bench.chaos import kill_and_wait
-from pdlaunch.bench.known_answers import SoakOptions, SoakReport, make_cases, soak
 from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.deployment import Deployment
+from tests.labs.known_answers import SoakOptions, SoakReport, make_cases, soak
 
 
 @dataclass
@@ -60,7 +60,7 @@ async def load_with_kills(
                     engine = name.partition("/")[0]
                     counted_before.update(await asyncio.to_thread(counters, deployment, engine))
             killed_at = time.monotonic()
-            await kill_and_wait(deployment, names, signal_number)
+            await asyncio.to_thread(kill_and_wait, deployment, names, signal_number)
             kills.append(Kill(killed_at, time.monotonic() - killed_at))
         await asyncio.sleep(pause_s[0])
 

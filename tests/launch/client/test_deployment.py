@@ -10,10 +10,7 @@ from typing import Any
 import pytest
 
 from pdlaunch.errors import PdlaunchError
-from pdlaunch.launch.client.deployment import (
-    Deployment,
-    held_port,
-)
+from pdlaunch.launch.client.deployment import Deployment, held_port
 
 
 class FakeProcess:

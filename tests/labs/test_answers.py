@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from pdlaunch.bench.known_answers import (
+from pdlaunch.errors import ProtocolError
+from tests.labs.known_answers import (
     LOGPROB_TOLERANCE,
     ReceivedAnswer,
     collect_stream,
     difference,
 )
-from pdlaunch.errors import ProtocolError
 
 WHOLE = {
     "index": 0,
@@ -41,11 +41,7 @@ async def lines(*events: object, done: bool = True) -> AsyncIterator[bytes]:
 
 def pieces() -> list[dict[str, Any]]:
     first = {"index": 0, "token_ids": [4], "text": "a", "logprobs": {"token_logprobs": [-1.0]}}
-    rest = WHOLE | {
-        "token_ids": [5, 6],
-        "text": "bc",
-        "logprobs": {"token_logprobs": [-2.0, -3.0]},
-    }
+    rest = WHOLE | {"token_ids": [5, 6], "text": "bc", "logprobs": {"token_logprobs": [-2.0, -3.0]}}
     return [{"choices": [first]}, {"choices": [rest]}]
 
 
