@@ -15,12 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from pdlaunch.errors import PdlaunchError
+from pdlaunch.http.headers import ROUTE_HEADER, WANTS_PAIR
 from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
 from pdlaunch.launch.client.integrity import await_idle, engine_totals, engines_of
 from pdlaunch.launch.client.smoke import Check
-from pdlaunch.protocol.costs import ROUTE_HEADER, WANTS_PAIR
 
 NUM_REQUESTS = 60
 """Requests at least; more are sent until the rank that was killed is back."""
