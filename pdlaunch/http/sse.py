@@ -15,7 +15,7 @@ DONE = b"data: [DONE]\n\n"
 DONE_DATA = b"[DONE]"
 MAX_EVENT_BYTES = 16 * 1024**2
 LAST_WORD_S = 1.0
-"""Seconds by which a client that does not read may delay the event that tells it of an error."""
+"""How long the event of an error waits for a client that does not read."""
 
 _HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",

@@ -119,8 +119,7 @@ class Canaries(Generic[Pair]):
 
     def prove(self, due: Collection[Pair]) -> None:
         """Prove those of these pairs that have no result; stop the canaries of others."""
-        for pair in self._tasks.keys() - set(due):
-            self._tasks.pop(pair).cancel()
+        self.forget(self._tasks.keys() - set(due))
         for pair in set(due) - self._tasks.keys() - self.results.keys():
             self._tasks[pair] = asyncio.create_task(self._prove(pair))
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -7,9 +8,18 @@ from pathlib import Path
 import pytest
 
 from pdlaunch.errors import ProtocolError
-from pdlaunch.http.watch.canary import CACHED_AT_PREFILL, NUM_TOKENS, CanaryDied, Proof, send_canary
+from pdlaunch.http.watch import canary
+from pdlaunch.http.watch.canary import (
+    CACHED_AT_PREFILL,
+    NUM_TOKENS,
+    Canaries,
+    CanaryDied,
+    Proof,
+    send_canary,
+)
 from pdlaunch.http.watch.engine_api import EngineApi
 from tests.launch.sidecar.fake_vllm import BLOCK_SIZE, BYTES_OF_TOKEN, FakeVllm, listen
+from tests.router.fake_engine import until
 
 
 @contextlib.asynccontextmanager
@@ -118,3 +128,55 @@ async def test_an_engine_that_does_not_answer_is_no_verdict_on_the_pair(tmp_path
         assert await gone.is_healthy(1.0) is None
     finally:
         await gone.close()
+
+
+class Pairs:
+    """Answers canaries as the test says, and remembers what was told of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(canary, "FIRST_RETRY_S", 0.001)
+        self.works = False
+        self.told: list[bool] = []
+        self.canaries: Canaries[str] = Canaries(self._send, self._tell)
+
+    async def _send(self, pair: str) -> Proof:
+        if self.works:
+            return Proof(seconds=0.1, num_bytes=1, transfer_s=0.0)
+        raise ValueError("nonsense")
+
+    def _tell(self, pair: str, result: Proof | CanaryDied) -> None:
+        self.told.append(isinstance(result, Proof))
+
+
+async def test_canaries_are_sent_until_one_comes_through_and_again_after_a_doubt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pairs = Pairs(monkeypatch)
+    pairs.canaries.prove(["a"])
+    await until(lambda: len(pairs.told) > 2)
+    assert "nonsense" in str(pairs.canaries.results["a"])
+    pairs.works = True
+    await until(lambda: pairs.told[-1])
+    num_told = len(pairs.told)
+    pairs.canaries.prove(["a"])
+    await asyncio.sleep(0.01)
+    assert len(pairs.told) == num_told
+    assert pairs.canaries.doubt(["a"])
+    assert not pairs.canaries.doubt(["a"])
+    pairs.canaries.prove(["a"])
+    await until(lambda: len(pairs.told) > num_told)
+    await pairs.canaries.close()
+
+
+async def test_a_pair_that_failed_and_left_is_proven_when_it_is_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pairs = Pairs(monkeypatch)
+    pairs.canaries.prove(["a"])
+    await until(lambda: pairs.told)
+    pairs.canaries.prove([])
+    assert not pairs.canaries.pairs()
+    pairs.works = True
+    pairs.canaries.prove(["a"])
+    await until(lambda: pairs.told[-1])
+    await pairs.canaries.close()
