@@ -26,11 +26,10 @@ from pdlaunch.launch.hosts.agent import (
     AgentSession,
     AgentTimeoutError,
     SessionLostError,
+    allowed_executables,
 )
 from pdlaunch.launch.hosts.agent_messages import Join
-from pdlaunch.launch.hosts.join import JoinTicket, read_ticket
-from pdlaunch.launch.hosts.permitted import allowed_executables
-from pdlaunch.launch.hosts.sole_agent import sole_agent
+from pdlaunch.launch.hosts.join import JoinTicket, read_ticket, sole_agent
 from pdlaunch.launch.launch import check_platform
 from pdlaunch.machine.engine_commands import find_engine_command
 from pdlaunch.machine.machine_file import encode_machine

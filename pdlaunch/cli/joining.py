@@ -22,11 +22,11 @@ from pdlaunch.launch.hosts.agent_messages import Look, Seen
 from pdlaunch.launch.hosts.join import (
     JoinKeys,
     held_join_file,
+    joined_host,
     new_join_keys,
     read_resume_file,
     write_join_files,
 )
-from pdlaunch.launch.hosts.joined import joined_host
 from pdlaunch.launch.hosts.placement.ray_cluster import (
     RayAgents,
     has_gpus,

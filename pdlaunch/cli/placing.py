@@ -14,8 +14,8 @@ from pdlaunch.cli.agent import introduction, serve_sessions
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.sources import LoadedConfig
 from pdlaunch.errors import ConfigError, StartupError
+from pdlaunch.launch.hosts.agent import allowed_executables
 from pdlaunch.launch.hosts.join import read_ticket
-from pdlaunch.launch.hosts.permitted import allowed_executables
 from pdlaunch.launch.hosts.placement import slurm
 from pdlaunch.launch.hosts.placement.ray_cluster import ray_bundles, ray_hosts
 from pdlaunch.observe.logs import setup_logging

@@ -31,14 +31,13 @@ from pdlaunch.errors import ConfigError
 from pdlaunch.launch.engines.plan import kind_of
 from pdlaunch.launch.hosts.join import new_join_keys
 from pdlaunch.launch.render.compose import compose_endpoint, compose_file
-from pdlaunch.launch.render.engines import engine_groups
 from pdlaunch.launch.render.kubernetes import (
     control_endpoint,
     kubernetes_objects,
     kubernetes_secret,
 )
 from pdlaunch.launch.render.pods import JOIN_KEY, SUPERVISOR_KEY, PodLaunch, PodOptions
-from pdlaunch.launch.render.settings import machine_names, place
+from pdlaunch.launch.render.settings import engine_groups, machine_names, place
 from pdlaunch.planning.hosts import ResolvedHost, planned_hosts
 from pdlaunch.planning.models import read_models, read_models_elsewhere
 from pdlaunch.planning.resolve import ResolvedLaunch, resolve_on

@@ -14,7 +14,7 @@ from rich.console import Console
 from pdlaunch.cli.joining import joined_agents
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.errors import StartupError
-from pdlaunch.launch.hosts import lease
+from pdlaunch.launch.hosts import agent_channel
 from pdlaunch.launch.hosts.agent import AgentSession, SessionLostError
 from pdlaunch.launch.hosts.agent_messages import Join
 from pdlaunch.launch.hosts.join import (
@@ -79,7 +79,7 @@ def test_keys_stay_where_nobody_joins(path: Path, keys: JoinKeys) -> None:
 def test_an_agent_waits_for_the_next_try(
     path: Path, keys: JoinKeys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease, "MAX_BEAT_S", 0.02)
+    monkeypatch.setattr(agent_channel, "MAX_BEAT_S", 0.02)
     stop, stopper = os.pipe()
     ends: list[str] = []
 

@@ -15,13 +15,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import secrets
+import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import msgspec
 import zmq
 
-from pdlaunch.errors import PdlaunchError, ProtocolError
+from pdlaunch.errors import ConfigError, PdlaunchError, ProtocolError
+from pdlaunch.launch.hosts.agent_channel import AgentLease, boot_clock
 from pdlaunch.launch.hosts.agent_messages import (
     AgentRefused,
     AgentWelcome,
@@ -44,17 +47,77 @@ from pdlaunch.launch.hosts.agent_messages import (
     from_agent,
     to_agent,
 )
-from pdlaunch.launch.hosts.children import Children
 from pdlaunch.launch.hosts.join import JoinTicket
-from pdlaunch.launch.hosts.lease import AgentLease, boot_clock
-from pdlaunch.launch.hosts.local import LocalHost
-from pdlaunch.launch.hosts.permitted import NotPermittedError, permitted
+from pdlaunch.launch.hosts.local import Children, LocalHost
 from pdlaunch.machine.availability import probe_port
+from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.protocol.control import from_supervisor, to_supervisor
 from pdlaunch.protocol.process.bootstrap import Bootstrap
 from pdlaunch.protocol.process.engine_ports import EnginePorts
 from pdlaunch.protocol.process.run_dirs import new_run_dir
 from pdlaunch.protocol.sockets import SecureContext
+
+ROOMS = frozenset(("pdlaunch.engine", "pdlaunch.engine.server", "pdlaunch.launch.sidecar"))
+_KINDS = frozenset(("rank", "server"))
+_HARMLESS = frozenset(("PYTHONUNBUFFERED", "PYTHONHASHSEED", "PYTHONFAULTHANDLER"))
+_CHOOSE_CODE = (
+    *("LD_", "PYTHON", "GCONV_PATH", "BASH_ENV", "ENV", "PATH", "NODE_OPTIONS"),
+    # Libraries that CUDA, NIXL, UCX, NCCL, OpenMP and OpenSSL load by such a name.
+    *("CUDA_INJECTION", "NIXL_PLUGIN_DIR", "UCX_MODULE_DIR", "OMP_TOOL_LIBRARIES", "OPENSSL_"),
+    *("NCCL_NET_PLUGIN", "NCCL_TUNER_PLUGIN", "NCCL_PROFILER_PLUGIN"),
+)
+"""Variables by which other programs or libraries than the agent's own would run, and beginnings of
+such names.
+"""
+
+
+class NotPermittedError(ConfigError):
+    """Is raised for a process that the agent does not start."""
+
+
+def allowed_executables(names: Sequence[str]) -> dict[str, str]:
+    """Return the path of each executable by its name. Raises ConfigError."""
+    found = {}
+    for name in names:
+        path = shutil.which(name)
+        if path is None:
+            raise ConfigError(
+                f"there is no executable {name[:200]}",
+                field="--allow-executable",
+                value=name,
+                fix="name one that is on PATH, or its whole path",
+            )
+        found[PurePath(name).name] = str(Path(path).absolute())
+    return found
+
+
+def permitted(spec: ProcessSpec, executables: Mapping[str, str]) -> ProcessSpec:
+    """Return a process as this host starts it. Raises NotPermittedError.
+
+    Python is the agent's own, and so are the paths of executables. ``executables``: by name.
+    """
+    for name in spec.environment:
+        if name.startswith(_CHOOSE_CODE) and name not in _HARMLESS:
+            raise NotPermittedError(
+                f"the variable {name} decides which code runs, and an agent decides that for its "
+                "host: set it where the agent is started, and leave it out of env"
+            )
+    command = list(spec.command)
+    room = command[3] if command[1:3] == ["-P", "-m"] and len(command) > 3 else ""
+    if spec.kind not in _KINDS or room not in ROOMS:
+        raise NotPermittedError(f"an agent starts no {spec.kind} with {' '.join(command[:4])}")
+    command[0] = sys.executable
+    if room == "pdlaunch.launch.sidecar":
+        place = command.index("--") + 1 if "--" in command else len(command)
+        name = PurePath(command[place]).name if place < len(command) else ""
+        if name not in executables:
+            raise NotPermittedError(
+                f"this host does not allow the executable {name or 'of an engine'}: start its "
+                f"agent with --allow-executable {name}"
+            )
+        command[place] = executables[name]
+    return msgspec.structs.replace(spec, command=tuple(command))
+
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
+import socket
+import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +25,10 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from pdlaunch.errors import ConfigError
+from pdlaunch.errors import ConfigError, StartupError
+from pdlaunch.launch.hosts.agent_messages import Join
+from pdlaunch.machine.machine_file import decode_machine
+from pdlaunch.planning.hosts import ResolvedHost
 from pdlaunch.protocol.process.run_dirs import take_lock
 from pdlaunch.protocol.sockets import LaunchKeys
 
@@ -198,3 +204,59 @@ def _read_private(path: Path) -> bytes:
                 fix=f"chmod 600 {path}, and start the launch anew if somebody may have read it",
             )
         return file.read(_MOST_BYTES)
+
+
+def joined_host(join: Join) -> ResolvedHost:
+    """Return the host of an agent. Raises ConfigError for a machine that cannot be read."""
+    found = decode_machine(join.machine, join.name)
+    return ResolvedHost(
+        join.name,
+        found.machine,
+        found.environ,
+        join.address,
+        join.address,
+        executables=join.executables,
+    )
+
+
+_BACKLOG = 128
+"""So many refused agents can learn who was there before them."""
+_CREDENTIALS = struct.Struct("3i")
+
+
+@contextlib.contextmanager
+def sole_agent(ticket: JoinTicket, name: str) -> Iterator[None]:
+    """Hold the name of a host in a launch. Raises StartupError while another process holds it.
+
+    What is held is an abstract Unix socket. The kernel frees it when the agent ends, however it
+    ends; and it knows no users, but network namespaces, as the addresses of hosts do.
+    """
+    launch = hashlib.sha256(f"{ticket.server_public} {name}".encode()).hexdigest()
+    address = f"\0pdlaunch-agent-{launch}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as holder:
+        try:
+            holder.bind(address)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise StartupError(f"{name} cannot be held here: {error.strerror}") from None
+            raise StartupError(
+                f"{_who_listens(address)} serves {name} of this launch on this machine already; "
+                "with two, engines would run twice: end it, or choose another --name"
+            ) from None
+        holder.listen(_BACKLOG)
+        yield
+
+
+def _who_listens(address: str) -> str:
+    with (
+        contextlib.suppress(OSError),
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking,
+    ):
+        asking.setblocking(False)
+        asking.connect(address)
+        found = asking.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        process, _, _ = _CREDENTIALS.unpack(found)
+        # 0: it is in a PID namespace that this process does not see.
+        if process:
+            return f"the agent with process id {process}"
+    return "another agent"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from pdlaunch.launch.render.engines import EngineGroup, grace_s
 from pdlaunch.launch.render.pods import (
     CONFIG_FILE,
     HEALTH,
@@ -16,7 +15,7 @@ from pdlaunch.launch.render.pods import (
     agent_command,
     with_own_secret,
 )
-from pdlaunch.launch.render.settings import JOIN_FILE
+from pdlaunch.launch.render.settings import JOIN_FILE, EngineGroup, grace_s
 
 Service = dict[str, Any]
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from pdlaunch import __version__
 from pdlaunch.config.roles import ROLES
-from pdlaunch.launch.render.engines import EngineGroup
 from pdlaunch.launch.render.pods import (
     CONFIG_FILE,
     EPHEMERAL_PORTS,
@@ -18,6 +17,7 @@ from pdlaunch.launch.render.pods import (
     router_pod,
     secret_key,
 )
+from pdlaunch.launch.render.settings import EngineGroup
 
 
 def kubernetes_objects(launch: PodLaunch, namespace: str | None) -> list[Object]:

@@ -10,8 +10,7 @@ from typing import Any
 
 from pdlaunch import __version__
 from pdlaunch.config.roles import Role
-from pdlaunch.launch.render.engines import EngineGroup, grace_s
-from pdlaunch.launch.render.settings import JOIN_FILE, PlacedSettings
+from pdlaunch.launch.render.settings import JOIN_FILE, EngineGroup, PlacedSettings, grace_s
 from pdlaunch.planning.resolve import ResolvedLaunch
 
 Object = dict[str, Any]

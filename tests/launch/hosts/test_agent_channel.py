@@ -16,7 +16,7 @@ import pytest
 import zmq
 
 from pdlaunch.errors import PdlaunchError, ProtocolError, StartupError
-from pdlaunch.launch.hosts import agent_messages, lease
+from pdlaunch.launch.hosts import agent_channel, agent_messages
 from pdlaunch.launch.hosts.agent import (
     AgentRefusedError,
     AgentSession,
@@ -64,7 +64,7 @@ class Clock:
 @pytest.fixture
 def frequent_beats(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loops wait for the next Beat: they see soon what a clock shows, or who is there anew."""
-    monkeypatch.setattr(lease, "MAX_BEAT_S", 0.02)
+    monkeypatch.setattr(agent_channel, "MAX_BEAT_S", 0.02)
 
 
 @pytest.fixture

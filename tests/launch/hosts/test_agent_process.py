@@ -15,11 +15,10 @@ import pytest
 import zmq
 
 from pdlaunch.launch.hosts.agent_channel import AgentChannel, Joined, Lost
-from pdlaunch.launch.hosts.children import Children
 from pdlaunch.launch.hosts.group import HostGroup
 from pdlaunch.launch.hosts.host import MessageReceived, ProcessExited
 from pdlaunch.launch.hosts.join import new_join_keys, write_join_files
-from pdlaunch.launch.hosts.local import LocalHost
+from pdlaunch.launch.hosts.local import Children, LocalHost
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.protocol.control import Failed, Register, Stop
 from pdlaunch.protocol.process.bootstrap import Bootstrap

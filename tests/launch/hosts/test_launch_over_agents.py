@@ -17,8 +17,7 @@ from pdlaunch.launch.engines import native, plan
 from pdlaunch.launch.hosts import agent as agent_module
 from pdlaunch.launch.hosts.agent_channel import AgentChannel, Joined
 from pdlaunch.launch.hosts.agent_messages import Join
-from pdlaunch.launch.hosts.join import new_join_keys
-from pdlaunch.launch.hosts.joined import joined_host
+from pdlaunch.launch.hosts.join import joined_host, new_join_keys
 from pdlaunch.launch.launch import LaunchOutcome, launch
 from pdlaunch.launch.ports import listening
 from pdlaunch.launch.status import LaunchStatus, ProcessState

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdlaunch.launch.hosts.lease import AgentLease, beat_s, ended_by
+from pdlaunch.launch.hosts.agent_channel import AgentLease, beat_s, ended_by
 
 NUM_BEATS = 120
 

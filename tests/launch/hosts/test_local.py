@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 import zmq
 
-from pdlaunch.launch.hosts.children import Children
 from pdlaunch.launch.hosts.host import MessageReceived, ProcessExited
-from pdlaunch.launch.hosts.local import LocalHost
+from pdlaunch.launch.hosts.local import Children, LocalHost
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.protocol.control import Address, Progress, Register, to_supervisor
 from pdlaunch.protocol.process.engine_ports import EnginePorts, bind_to_share

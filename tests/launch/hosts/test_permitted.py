@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from pdlaunch.errors import ConfigError
-from pdlaunch.launch.hosts.permitted import NotPermittedError, allowed_executables, permitted
+from pdlaunch.launch.hosts.agent import NotPermittedError, allowed_executables, permitted
 from pdlaunch.planning.plan import ProcessSpec
 
 PYTHON = "/of/the/supervisor/python"

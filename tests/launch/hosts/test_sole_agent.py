@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from pdlaunch.errors import StartupError
-from pdlaunch.launch.hosts.join import JoinKeys, new_join_keys, write_join_files
-from pdlaunch.launch.hosts.sole_agent import sole_agent
+from pdlaunch.launch.hosts.join import JoinKeys, new_join_keys, sole_agent, write_join_files
 from tests.command_line import invoke
 from tests.launch.hosts.test_agent_channel import listening
 

@@ -28,7 +28,7 @@ from pdlaunch.config.hosts import HostSettings
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import ROLES, Role
 from pdlaunch.errors import ConfigError, StartupError
-from pdlaunch.launch.hosts.children import HIDDEN_VARIABLES
+from pdlaunch.launch.hosts.local import HIDDEN_VARIABLES
 from pdlaunch.launch.hosts.placement.ray_actor import AgentActor, AgentState
 from pdlaunch.protocol.process.run_dirs import new_run_dir
 
