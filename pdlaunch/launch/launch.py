@@ -25,15 +25,9 @@ from pdlaunch.launch.folders import SUPERVISOR_LOG, keep_logs
 from pdlaunch.launch.hosts.agent_channel import AgentChannel, Joined, Lost
 from pdlaunch.launch.hosts.group import HostGroup
 from pdlaunch.launch.hosts.host import Host
-<<<<<<< HEAD
-from pdlaunch.launch.hosts.joined import joined_host
-from pdlaunch.launch.hosts.local import LocalHost
-from pdlaunch.launch.places import EnginePlaces
-=======
 from pdlaunch.launch.hosts.join import joined_host
 from pdlaunch.launch.hosts.local import Children, LocalHost
-from pdlaunch.launch.places import Places
->>>>>>> 1dcb0dc1 (hosts: seven modules)
+from pdlaunch.launch.places import EnginePlaces
 from pdlaunch.launch.state import Timing
 from pdlaunch.launch.status import Observer
 from pdlaunch.launch.supervisor import Supervisor, drive

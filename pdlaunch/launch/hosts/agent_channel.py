@@ -7,7 +7,7 @@ A thread owns the socket, so that agents hear of the supervisor whatever its loo
     Join ──▶ joined ── Beat, Exited, .. ──▶ silent for 1.5 x timeout_s, or disconnected ──▶ lost
        └──▶ refused
 
-``hosts.lease`` says by when the processes of a lost agent have ended.
+``ended_by`` says by when the processes of a lost agent have ended.
 """
 
 from __future__ import annotations
