@@ -181,19 +181,21 @@ def _after_death(wanted: Desired, seen: Observed, unit: Unit, moment: Moment) ->
         return  # It was to join, and the change is taken back.
     unit.kill_at = None
     if unit.lost_with:
-        # It died of its host and not of itself, so this counts for nothing.
-        delay_s = 0.0
-    else:
-        ready_for_s = None if unit.ready_at is None else unit.died_at - unit.ready_at
-        is_quick = ready_for_s is None or ready_for_s < timing.quick_s
-        unit.num_quick_deaths = unit.num_quick_deaths + 1 if is_quick else 1
-        if not is_quick and unit.engine in seen.engines:
-            seen.engines[unit.engine].num_times = 0
-        if unit.num_quick_deaths >= timing.max_quick_deaths:
-            yield from _give_up(wanted, seen, unit, cause, moment)
-            return
-        delay_s = timing.delay_s(unit.num_quick_deaths)
-        yield Note(f"{unit.name} starts again in {delay_s:g} s")
+        # It died of its host and not of itself: this counts for nothing.
+        for process in unit.processes:
+            process.state = ProcessState.BACKING_OFF
+        yield Start(unit.name)
+        return
+    ready_for_s = None if unit.ready_at is None else unit.died_at - unit.ready_at
+    is_quick = ready_for_s is None or ready_for_s < timing.quick_s
+    unit.num_quick_deaths = unit.num_quick_deaths + 1 if is_quick else 1
+    if not is_quick and unit.engine in seen.engines:
+        seen.engines[unit.engine].num_times = 0
+    if unit.num_quick_deaths >= timing.max_quick_deaths:
+        yield from _give_up(wanted, seen, unit, cause, moment)
+        return
+    delay_s = timing.delay_s(unit.num_quick_deaths)
+    yield Note(f"{unit.name} starts again in {delay_s:g} s")
     for process in unit.processes:
         process.state = ProcessState.BACKING_OFF
     unit.start_at = moment.now + delay_s
