@@ -47,8 +47,7 @@ TOKEN_BUCKETS = tuple(_scaled((1, 2, 5), 1, 200_000))
 STEP_TOKEN_BUCKETS = (1, *(2**power for power in range(3, 15)))
 CHOICE_BUCKETS = (1, 2, 5, 10, 20)
 PREEMPTION_BUCKETS = (1, 2, 3, 4, 5, 10, 20)
-PULL_BUCKETS_BYTES = tuple(4**power for power in range(6, 19))
-"""4 KiB to 64 GiB."""
+PULL_BUCKETS_BYTES = tuple(4**power for power in range(6, 19))  # 4 KiB to 64 GiB
 PULL_BUCKETS_BYTES_PER_S = tuple(_scaled((1, 2, 5), 10_000_000, 1_000_000_000_000))
 """10 MB/s to 1 TB/s."""
 

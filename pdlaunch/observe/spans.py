@@ -20,15 +20,11 @@ import msgspec
 
 Attribute = str | int | float | bool | None
 
-MAX_SPANS = 128
-"""Spans of its own that one process keeps for one request; further ones are counted."""
+MAX_SPANS = 128  # spans of its own that one process keeps for one request; further ones are counted
 
-QUEUE = "queue"
-"""Names the wait for a place in the batch."""
-PREFILL = "prefill"
-"""Names what one step computes of a prompt; ``tokens`` says how many."""
-PULL = "pull"
-"""Names a pull, from when its lease was known: ``bytes``, ``gb_s``, ``verified``."""
+QUEUE = "queue"  # names the wait for a place in the batch
+PREFILL = "prefill"  # names what one step computes of a prompt; ``tokens`` says how many
+PULL = "pull"  # names a pull, from when its lease was known: ``bytes``, ``gb_s``, ``verified``
 SEATED = "seated"
 """Names the instant at which a request gets into the batch: ``device_tokens``, ``host_tokens`` and
 ``remote_tokens`` of its prompt are not computed here.
@@ -39,8 +35,7 @@ class Span(msgspec.Struct):
     """Says what a process did from one instant to another; at an instant alone they are equal."""
 
     name: str
-    start_at: float
-    """Seconds on the clock of whoever holds it."""
+    start_at: float  # seconds on the clock of whoever holds it
     end_at: float
     attributes: dict[str, Attribute] = {}
     process: str = ""
@@ -64,12 +59,9 @@ class Span(msgspec.Struct):
 class SpanReport(msgspec.Struct, kw_only=True):
     """Tells what a process, and those that it asked, did for a request."""
 
-    elapsed_s: float
-    """Time from when the process got the request until it reported."""
-    spans: list[Span]
-    """Seconds since the process got the request."""
-    num_dropped: int = 0
-    """Spans beyond ``MAX_SPANS``."""
+    elapsed_s: float  # time from when the process got the request until it reported
+    spans: list[Span]  # seconds since the process got the request
+    num_dropped: int = 0  # spans beyond ``MAX_SPANS``
 
     def placed(self, sent_at: float, received_at: float, process: str) -> list[Span]:
         """Return the spans on the clock of the asker, who sent and received at these instants."""

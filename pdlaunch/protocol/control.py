@@ -41,26 +41,20 @@ def why_withheld(withheld: Withheld, engine: str) -> str:
 class Address(Message, tag=False):
     """Tells where a process listens; empty strings where it has no such socket."""
 
-    http: str = ""
-    """``http://127.0.0.1:8101``"""
-    requests: str = ""
-    """ZMQ endpoint of rank 0 for its engine's server."""
-    steps: str = ""
-    """ZMQ endpoint of rank 0 for the other ranks of the TP group."""
-    side_channel: str = ""
-    """``tcp://127.0.0.1:43210``; of a rank, or of an engine of vLLM."""
+    http: str = ""  # ``http://127.0.0.1:8101``
+    requests: str = ""  # ZMQ endpoint of rank 0 for its engine's server
+    steps: str = ""  # ZMQ endpoint of rank 0 for the other ranks of the TP group
+    side_channel: str = ""  # ``tcp://127.0.0.1:43210``; of a rank, or of an engine of vLLM
 
 
 class Capabilities(Message, tag=False):
     """Tells what an engine can do; the router reads it instead of assuming it."""
 
-    resumes: bool = False
-    """Accepts output tokens so far with a prompt."""
+    resumes: bool = False  # accepts output tokens so far with a prompt
     gives_first_token: bool = False
     """Answers do_remote_decode with the first token under the ``pdlaunch`` key."""
     kind: str = "native"
-    version: str = ""
-    """Version of the engine's software; empty until it is known."""
+    version: str = ""  # version of the engine's software; empty until it is known
     needs_proof: bool = False
     """Does not verify what it pulls, so it pulls only over pairs that a canary has proven. A lease
     is read once.
@@ -69,8 +63,7 @@ class Capabilities(Message, tag=False):
     """Seconds for which a prefill engine that needs proof keeps blocks; 0: not known."""
     continues: bool = False
     """Goes on after output tokens that stand behind the token ids of their prompt."""
-    splits_reasoning: bool = False
-    """Its answers to chats have the reasoning apart from the content."""
+    splits_reasoning: bool = False  # its answers to chats have the reasoning apart from the content
     has_own_fields: bool = False
     """Knows fields and models that the router does not: bodies and answers pass unchanged."""
     takes_launch_token: bool = True
@@ -85,29 +78,24 @@ class Capabilities(Message, tag=False):
 class Entry(Message, tag=False):
     """Lists one living process, or the server of an engine that was given up, without address."""
 
-    name: str
-    """``router``, ``prefill-0``, ``prefill-0/rank-0``: unique, stable over restarts."""
+    name: str  # ``router``, ``prefill-0``, ``prefill-0/rank-0``: unique, stable over restarts
     kind: ProcessKind
     incarnation: int
-    host: str = ""
-    """Name of its host; empty: the supervisor's own, or not known."""
+    host: str = ""  # name of its host; empty: the supervisor's own, or not known
     engine: str = ""
     role: Role | None = None
     devices: tuple[str, ...] = ()
     """Those of its ranks, as ``cuda:0`` on its host, or ``cpu``; empty: not known."""
     tp_rank: int = 0
     tp_size: int = 1
-    engine_id: EngineId = EngineId("")
-    """The id of a rank's TP group in this incarnation."""
+    engine_id: EngineId = EngineId("")  # the id of a rank's TP group in this incarnation
     address: Address = msgspec.field(default_factory=Address)
     capabilities: Capabilities = msgspec.field(default_factory=Capabilities)
     state: ListedState = "starting"
-    reason: str = ""
-    """Why it is ``failed`` or ``withheld``, and what comes next; for people."""
+    reason: str = ""  # why it is ``failed`` or ``withheld``, and what comes next; for people
     peers: tuple[str, ...] | None = None
     """The engines that a server's engine exchanges KV blocks with; None: all."""
-    withheld: Withheld = ""
-    """Why routers give a server's engine no new work though it is ready."""
+    withheld: Withheld = ""  # why routers give a server's engine no new work though it is ready
 
 
 class Register(Message):
@@ -119,8 +107,7 @@ class Register(Message):
     engine_id: EngineId = EngineId("")
     address: Address = msgspec.field(default_factory=Address)
     capabilities: Capabilities = msgspec.field(default_factory=Capabilities)
-    listens: bool = True
-    """Somebody listens at ``address.http`` already."""
+    listens: bool = True  # somebody listens at ``address.http`` already
 
 
 class Progress(Message):
@@ -149,13 +136,10 @@ class PairReady(Message):
     peer: str
     peer_incarnation: int
     seconds: float
-    path: str
-    """``nixl/UCX`` and such: the fastest of those that can be used."""
+    path: str  # ``nixl/UCX`` and such: the fastest of those that can be used
     gigabytes_per_s: float | None = None
-    other_paths: dict[str, str] = {}
-    """The speeds of the other paths, or why they cannot be used."""
-    num_peers: int = 1
-    """Ranks of the peer's engine that this one pulls from."""
+    other_paths: dict[str, str] = {}  # the speeds of the other paths, or why they cannot be used
+    num_peers: int = 1  # ranks of the peer's engine that this one pulls from
 
 
 class PairFailed(Message):
@@ -203,10 +187,8 @@ class SleepState(Message):
 class CommandToEngine(Message):
     """Asks, from the router, to do something to an engine; answered with Answered."""
 
-    question: int
-    """Comes back with the answer."""
-    name: str
-    """Names the engine, or one of its processes."""
+    question: int  # comes back with the answer
+    name: str  # names the engine, or one of its processes
 
 
 class Restart(CommandToEngine):
@@ -225,11 +207,9 @@ class ChangeEngines(Message):
     question: int
     replicas: dict[Role, int] = msgspec.field(default_factory=dict)
     """Numbers of engines; other roles keep theirs."""
-    turn: str = ""
-    """The engine, or one of its processes, that takes ``role``."""
+    turn: str = ""  # the engine, or one of its processes, that takes ``role``
     role: Role | None = None
-    dry_run: bool = False
-    """Say what would be done, and do nothing."""
+    dry_run: bool = False  # say what would be done, and do nothing
     drain_s: float | None = None
     """Seconds that running requests get at an engine that stops; None: ``drain_timeout_s``."""
 
@@ -247,8 +227,7 @@ class PlannedEngine(Message, tag=False):
 class PlannedChange(Message, tag=False):
     """Describes a change of the engines of a launch."""
 
-    replicas: dict[Role, int]
-    """Engines of each role once it is done."""
+    replicas: dict[Role, int]  # engines of each role once it is done
     starts: list[PlannedEngine]
     stops: list[str]
     stops_first: bool
@@ -261,15 +240,12 @@ class Answered(Message):
 
     question: int
     engine: str = ""
-    incarnation: int = 0
-    """The incarnation of the server that a restart replaces."""
+    incarnation: int = 0  # the incarnation of the server that a restart replaces
     error: str = ""
     code: RefusalCode = "refused"
     notes: list[str] = msgspec.field(default_factory=list)
-    change: PlannedChange | None = None
-    """The change that is made, or would be with ``dry_run``."""
-    is_done: bool = True
-    """Another answer follows when it is."""
+    change: PlannedChange | None = None  # the change that is made, or would be with ``dry_run``
+    is_done: bool = True  # another answer follows when it is
 
 
 class AwaitIdle(Message):
@@ -318,8 +294,7 @@ class Registry(Message):
     entries: list[Entry]
     serving: bool = True
     """Every process and pair has been ready; before that the router takes no request."""
-    pairs: list[PairReady] = []
-    """The paths between ranks that are proven now."""
+    pairs: list[PairReady] = []  # the paths between ranks that are proven now
     ends: dict[str, dict[EndReason, int]] = {}
     """Counts the ends of processes while the launch served, by name."""
 
@@ -330,8 +305,7 @@ class Suspects(Message):
     It is sent before the registry without that rank.
     """
 
-    origins: list[PromptOrigin]
-    """``AddRequest.origin`` of the requests in the last step."""
+    origins: list[PromptOrigin]  # ``AddRequest.origin`` of the requests in the last step
     repeated: list[PromptOrigin]
     """Requests among ``origins`` that were suspects already: one at most."""
 
@@ -352,8 +326,7 @@ class Happened(Message):
     text: str
     ago_s: float = 0.0
     prefill: str = ""
-    decode: str = ""
-    """The engines of a pair that has failed."""
+    decode: str = ""  # the engines of a pair that has failed
 
 
 FromSupervisor = Registry | Suspects | Drain | Stop | Answered | AwaitIdle | Happened

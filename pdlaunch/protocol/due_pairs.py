@@ -9,11 +9,9 @@ import bisect
 import hashlib
 from collections.abc import Collection, Iterator
 
-MAX_PEERS = 8
-"""Engines of the other role that an engine chooses; more may have chosen it."""
+MAX_PEERS = 8  # engines of the other role that an engine chooses; more may have chosen it
 
-Pair = tuple[str, str]
-"""Names of a prefill and a decode engine."""
+Pair = tuple[str, str]  # names of a prefill and a decode engine
 
 
 def due_pairs(prefill: Collection[str], decode: Collection[str]) -> set[Pair]:

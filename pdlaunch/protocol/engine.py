@@ -26,8 +26,7 @@ class SamplingParams(Message, tag=False):
     min_tokens: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
-    top_k: int = 0
-    """0: off."""
+    top_k: int = 0  # 0: off
     min_p: float = 0.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -39,8 +38,7 @@ class SamplingParams(Message, tag=False):
     """The model's end tokens; masked, as stop_token_ids are, before min_tokens."""
     seed: int = 0
     choice: int = 0
-    num_top_logprobs: int | None = None
-    """None: no logprobs; 0: only of the token itself."""
+    num_top_logprobs: int | None = None  # none: no logprobs; 0: only of the token itself
 
 
 class TokenOutput(Message, tag=False):
@@ -49,8 +47,7 @@ class TokenOutput(Message, tag=False):
     token_id: int
     logprob: float | None = None
     """Natural log of the probability before temperature and truncation (vLLM's `raw_logprobs`)."""
-    top_logprobs: tuple[tuple[int, float], ...] = ()
-    """(token id, logprob), best first."""
+    top_logprobs: tuple[tuple[int, float], ...] = ()  # (token id, logprob), best first
 
 
 def output_of(first_token: FirstToken) -> TokenOutput:
@@ -70,10 +67,8 @@ class AddRequest(Message):
     """Tokens that this choice has already, from prefill or before a migration."""
     do_remote_decode: bool = False
     """Keep the KV blocks under a lease after the last token and answer with kv_transfer_params."""
-    num_readers: int = 1
-    """Choices that will pull the leased blocks."""
-    remote_kv: RemoteKV | None = None
-    """Pull the prompt's KV blocks from there."""
+    num_readers: int = 1  # choices that will pull the leased blocks
+    remote_kv: RemoteKV | None = None  # pull the prompt's KV blocks from there
     cache_salt: str = ""
     origin: PromptOrigin = NO_ORIGIN
     """The router's number of the prompt, the same for all choices and attempts; below 2^63."""
@@ -121,18 +116,15 @@ class Sleep(Message):
     """
 
     call_id: int
-    level: int
-    """1 keeps the weights in host memory, 2 reads them again on waking."""
-    timeout_s: float
-    """Seconds to wait for what still runs; 0: refuse at once."""
+    level: int  # 1 keeps the weights in host memory, 2 reads them again on waking
+    timeout_s: float  # seconds to wait for what still runs; 0: refuse at once
 
 
 class WakeUp(Message):
     """Take the memory back; answered with one SleepReply."""
 
     call_id: int
-    tags: list[str] = []
-    """Pools to wake up; none: all."""
+    tags: list[str] = []  # pools to wake up; none: all
 
 
 ToRank = (
@@ -155,15 +147,13 @@ class RequestFinished(Message):
     request_id: RequestId
     reason: FinishReason
     tokens: list[TokenOutput] = []
-    stop_token_id: int | None = None
-    """The token that ended it (it is the last of the tokens)."""
+    stop_token_id: int | None = None  # the token that ended it (it is the last of the tokens)
     error: str | None = None
     num_cached_tokens: int = 0
     """Prompt tokens that were not computed here: prefix cache and pulled blocks."""
     remote_kv: RemoteKV | None = None
     """Where the leased blocks can be pulled from; None when nothing is left to decode."""
-    spans: SpanReport | None = None
-    """Spans of the request since its first tokens."""
+    spans: SpanReport | None = None  # spans of the request since its first tokens
 
 
 class Welcome(Message):
@@ -220,13 +210,11 @@ class EngineStats(Message):
     num_free_blocks: int = 0
     num_leased_blocks: int = 0
     num_quarantined_blocks: int = 0
-    num_host_blocks: int = 0
-    """Room of the host tier, in blocks of any group."""
+    num_host_blocks: int = 0  # room of the host tier, in blocks of any group
     num_used_host_blocks: int = 0
     num_offload_jobs: int = 0
     prompt_tokens: int = 0
-    cached_prompt_tokens: int = 0
-    """The sum of the three that follow."""
+    cached_prompt_tokens: int = 0  # the sum of the three that follow
     device_hit_tokens: int = 0
     host_hit_tokens: int = 0
     remote_hit_tokens: int = 0
@@ -260,8 +248,7 @@ class IntegrityReport(Message):
     """Answers CheckIntegrity."""
 
     call_id: int
-    error: str | None
-    """Says what does not hold; None: everything does."""
+    error: str | None  # says what does not hold; None: everything does
     stats: EngineStats
 
 
@@ -269,10 +256,8 @@ class SleepReply(Message):
     """Answers Sleep and WakeUp."""
 
     call_id: int
-    sleeping_tags: list[str]
-    """Pools that sleep now; also after an error."""
-    num_bytes: int = 0
-    """Device memory given back or taken, over all ranks."""
+    sleeping_tags: list[str]  # pools that sleep now; also after an error
+    num_bytes: int = 0  # device memory given back or taken, over all ranks
     error: str | None = None
 
 

@@ -33,8 +33,7 @@ PullId = NewType("PullId", str)
 ReaderId = NewType("ReaderId", str)
 EngineId = NewType("EngineId", str)
 
-NO_ORIGIN = PromptOrigin(0)
-"""Stands for the origin of a request whose router gives none."""
+NO_ORIGIN = PromptOrigin(0)  # stands for the origin of a request whose router gives none
 
 
 def lease_of(request_id: RequestId) -> LeaseId:

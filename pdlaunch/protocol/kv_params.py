@@ -58,8 +58,7 @@ class FirstToken(msgspec.Struct, frozen=True, kw_only=True):
 class PdlaunchParams(msgspec.Struct, frozen=True, kw_only=True):
     """Holds our key ``pdlaunch`` inside kv_transfer_params."""
 
-    first_tokens: list[FirstToken] = []
-    """One for each choice; filled by prefill."""
+    first_tokens: list[FirstToken] = []  # one for each choice; filled by prefill
     first_token_sent: bool = False
     """Set by a router that has streamed to the client what the prefill engine's answer holds."""
 

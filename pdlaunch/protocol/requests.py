@@ -18,15 +18,12 @@ class RequestSummary(msgspec.Struct, kw_only=True):
     """Says in one line how a request went."""
 
     id: HttpRequestId
-    received_at: float
-    """Unix time in seconds, on the router's clock."""
-    status: int | None = None
-    """None while it runs; 499: the client went away."""
+    received_at: float  # Unix time in seconds, on the router's clock
+    status: int | None = None  # none while it runs; 499: the client went away
     state: Literal["running", "done"] = "running"
     path: str
     model: str | None = None
-    prefill: str | None = None
-    """Engine that computed the prompt for another one."""
+    prefill: str | None = None  # engine that computed the prompt for another one
     decode: str | None = None
     """Engine that computed the tokens, after the first one where ``prefill`` is set."""
     route: str | None = None
@@ -37,12 +34,10 @@ class RequestSummary(msgspec.Struct, kw_only=True):
     """Prompt tokens that were not computed for it, as the client was told (``usage``)."""
     cached_device_tokens: int | None = None
     cached_host_tokens: int | None = None
-    remote_tokens: int | None = None
-    """Prompt tokens whose blocks decode has pulled."""
+    remote_tokens: int | None = None  # prompt tokens whose blocks decode has pulled
     queue_ms: float | None = None
     prefill_ms: float | None = None
-    pull_ms: float | None = None
-    """From lease to proof."""
+    pull_ms: float | None = None  # from lease to proof
     pull_mb: float | None = None
     pull_gb_s: float | None = None
     verified: bool | None = None
@@ -63,8 +58,7 @@ class SpanView(msgspec.Struct, kw_only=True):
     start_ms: float
     end_ms: float
     attributes: dict[str, Attribute] = {}
-    parent: int = 0
-    """Index of the span that it is a part of; 0: the request."""
+    parent: int = 0  # index of the span that it is a part of; 0: the request
 
 
 class RequestTrace(RequestSummary, kw_only=True):

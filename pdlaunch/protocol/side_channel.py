@@ -20,8 +20,7 @@ _IS_ID = msgspec.Meta(min_length=1, max_length=256)
 NonNegative = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
 Bytes = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 """Counts bytes, or is the address of the first one."""
-Seconds = Annotated[float, msgspec.Meta(ge=0)]
-"""Excludes NaN, too: deadlines are computed from it."""
+Seconds = Annotated[float, msgspec.Meta(ge=0)]  # excludes NaN, too: deadlines are computed from it
 
 
 class Compatibility(Message, tag=False):
@@ -34,15 +33,12 @@ class Compatibility(Message, tag=False):
     dtype: str
     kv_dtype: str
     block_size: int
-    groups: str
-    """Layers and window of each KV cache group, in one line."""
-    num_kv_heads: int
-    """KV heads of the whole model."""
+    groups: str  # layers and window of each KV cache group, in one line
+    num_kv_heads: int  # KV heads of the whole model
     head_dim: int
     layout: str
     connector: str
-    checksum: str
-    """Algorithm name, or ``off``."""
+    checksum: str  # algorithm name, or ``off``
 
 
 class Geometry(Message, tag=False):
@@ -52,12 +48,9 @@ class Geometry(Message, tag=False):
     num_blocks: NonNegative
     block_bytes: Bytes
     head_bytes: Bytes
-    num_kv_heads: NonNegative
-    """KV heads of this rank."""
-    first_kv_head: NonNegative
-    """Global index of its first one."""
-    device_index: NonNegative
-    """0 on a CPU."""
+    num_kv_heads: NonNegative  # KV heads of this rank
+    first_kv_head: NonNegative  # global index of its first one
+    device_index: NonNegative  # 0 on a CPU
     scratch_address: Bytes = 0
     scratch_bytes: Bytes = 0
     """Memory with a pattern that follows from the agent's name; peers read it to prove the path."""
@@ -100,15 +93,13 @@ class LeaseQuestion(Message):
     engine_id: Annotated[EngineId, _IS_ID]
     """The engine_id of the rank asked; another id is answered with Refused."""
     lease_id: Annotated[LeaseId, _IS_ID]
-    reader: Annotated[ReaderId, _IS_ID]
-    """Names the pull: unique over engines, ranks and choices."""
+    reader: Annotated[ReaderId, _IS_ID]  # names the pull: unique over engines, ranks and choices
 
 
 class PullBegin(LeaseQuestion):
     """Ask for the blocks of a lease, which extends it; again after a READ that failed."""
 
-    num_decode_ranks: int
-    """Ranks of the decode engine's TP group that pull from this rank."""
+    num_decode_ranks: int  # ranks of the decode engine's TP group that pull from this rank
 
 
 class GroupBlocks(Message, tag=False):
@@ -127,8 +118,7 @@ class PullReply(Message):
     """Name the blocks of a lease."""
 
     call_id: int
-    num_tokens: int
-    """Tokens of the prompt."""
+    num_tokens: int  # tokens of the prompt
     block_hashes: list[bytes]
     """Chained token hashes of the prompt's blocks, the last one possibly partial; 32 bytes each."""
     groups: list[GroupBlocks]
@@ -165,8 +155,7 @@ class PullEndReply(Message):
     """Confirm the end. Nobody waits for it: a reader proves by itself that its lease has held."""
 
     call_id: int
-    held: bool
-    """The lease held from pull_begin until now."""
+    held: bool  # the lease held from pull_begin until now
 
 
 class Push(LeaseQuestion):
@@ -176,13 +165,10 @@ class Push(LeaseQuestion):
 
     lease_id: Annotated[LeaseId, msgspec.Meta(max_length=256)]
     reader: Annotated[ReaderId, msgspec.Meta(max_length=256)]
-    block_ids: list[int]
-    """Blocks of the rank asked."""
-    first_head: int
-    """Index within the rank asked."""
+    block_ids: list[int]  # blocks of the rank asked
+    first_head: int  # index within the rank asked
     num_heads: int
-    target: bytes
-    """Says where to write, in the connector's own encoding."""
+    target: bytes  # says where to write, in the connector's own encoding
 
 
 class PushEnded(Message):

@@ -29,33 +29,27 @@ class PullTotals(msgspec.Struct, frozen=True, kw_only=True):
     done: int
     num_bytes: int
     failed: int
-    refused: int
-    """Pulls whose hashes or checksums differed; nothing of them was used."""
-    recomputed: int
-    """Prompts that were computed again after failed pulls."""
+    refused: int  # pulls whose hashes or checksums differed; nothing of them was used
+    recomputed: int  # prompts that were computed again after failed pulls
 
 
 class EngineReading(msgspec.Struct, frozen=True, kw_only=True):
     """Tells what an engine's own metrics said when they were last read."""
 
-    age_s: float
-    """Seconds since they were read."""
+    age_s: float  # seconds since they were read
     running: int
     waiting: int
     kv_usage: float
-    host_usage: float | None
-    """Use of the host tier; null without one."""
+    host_usage: float | None  # use of the host tier; null without one
     prompt_tokens_per_s: float
     output_tokens_per_s: float
     pulled_bytes_per_s: float
     pull_gigabytes_per_s: float | None
     """Speed of the last minute's pulls while they ran; null without any."""
-    cache: CacheHits | None
-    """Null while no prompt has come for a minute."""
+    cache: CacheHits | None  # null while no prompt has come for a minute
     pulls: PullTotals
     preemptions: int
-    leased_requests: int
-    """Finished prefills whose blocks wait for a decode engine."""
+    leased_requests: int  # finished prefills whose blocks wait for a decode engine
 
 
 _HEALTH = {"open": "left out", "half_open": "on trial"}
@@ -69,27 +63,19 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     kind: str
     version: str
     url: str
-    host: str
-    """The name of its host, else the host of its URL."""
-    state: str
-    """``ready``, or why it is given no work."""
-    is_down: bool
-    """It has died, hangs or failed: it would work if it could."""
-    reason: str
-    """The reason why it has ``failed`` or is given no work, and what comes next."""
+    host: str  # the name of its host, else the host of its URL
+    state: str  # ``ready``, or why it is given no work
+    is_down: bool  # it has died, hangs or failed: it would work if it could
+    reason: str  # the reason why it has ``failed`` or is given no work, and what comes next
     health: str = "closed"
     """``closed``: it gets requests. ``open``: it has failed some and gets none for a while.
     ``half_open``: it gets one as a try.
     """
-    left_out: str = ""
-    """The reason why it gets nothing new now; empty when it does."""
+    left_out: str = ""  # the reason why it gets nothing new now; empty when it does
     streams: int
-    load: int
-    """Pieces of work that it has been given and not ended."""
-    prompt_tokens: int
-    """Estimated tokens of the prompts that it works on."""
-    reading: EngineReading | None = None
-    """Null until its metrics have been read."""
+    load: int  # pieces of work that it has been given and not ended
+    prompt_tokens: int  # estimated tokens of the prompts that it works on
+    reading: EngineReading | None = None  # null until its metrics have been read
 
     @property
     def shown_state(self) -> str:
@@ -113,17 +99,13 @@ class PairStatus(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     gigabytes_per_s: float | None
     """The speed that was measured when the path was proven: that of the slowest ranks."""
-    other_paths: dict[str, str]
-    """Speeds of the other paths, or why they cannot be used."""
-    pulls: int
-    """Pulls since the start of the decode engine that ended well."""
+    other_paths: dict[str, str]  # speeds of the other paths, or why they cannot be used
+    pulls: int  # pulls since the start of the decode engine that ended well
     num_bytes: int
-    bytes_per_s: float
-    """Mean of the last ten seconds."""
+    bytes_per_s: float  # mean of the last ten seconds
     pull_gigabytes_per_s: float | None
     """Speed of the last minute's pulls while they ran; null without any."""
-    last_failure: str
-    """Empty without one."""
+    last_failure: str  # empty without one
     health: str = "closed"
     """``open``: pulls have failed, and none is begun for a while. ``half_open``: one is tried."""
 
@@ -144,11 +126,9 @@ class Doubt(msgspec.Struct, frozen=True, kw_only=True):
 class StatusEvent(msgspec.Struct, frozen=True, kw_only=True):
     """Tells what has happened: a death, a restart, a refused pull."""
 
-    at: float
-    """Unix time in seconds."""
+    at: float  # Unix time in seconds
     kind: EventKind
-    name: str
-    """The engine or pair; empty for the launch."""
+    name: str  # the engine or pair; empty for the launch
     text: str
     is_bad: bool
 
@@ -163,44 +143,35 @@ class Percentiles(msgspec.Struct, frozen=True, kw_only=True):
 class Rates(msgspec.Struct, frozen=True, kw_only=True):
     """Tells what clients saw in a span of time that ended ``at``."""
 
-    at: float
-    """Unix time in seconds."""
+    at: float  # Unix time in seconds
     span_s: float
     requests_per_s: float
-    errors_per_s: float
-    """Refused and failed requests, without those whose client left."""
+    errors_per_s: float  # refused and failed requests, without those whose client left
     prompt_tokens_per_s: float
     output_tokens_per_s: float
-    first_token_ms: Percentiles | None
-    """Null where no answer has begun."""
+    first_token_ms: Percentiles | None  # null where no answer has begun
     inter_token_ms: Percentiles | None
 
 
 class DeploymentStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Describes the whole deployment."""
 
-    at: float
-    """Unix time in seconds."""
+    at: float  # Unix time in seconds
     version: str
     model: str
     state: DeploymentState
     uptime_s: float
-    in_flight: int
-    """Prompts that are being answered."""
-    requests: int
-    """Answers that were finished since the router started."""
+    in_flight: int  # prompts that are being answered
+    requests: int  # answers that were finished since the router started
     errors: int
     engines: Sequence[EngineStatus]
     gone: Sequence[GoneEngine]
     pairs: Sequence[PairStatus]
-    num_pairs: int
-    """Proven pairs; those beyond the first 1,000 are left out of ``pairs``."""
+    num_pairs: int  # proven pairs; those beyond the first 1,000 are left out of ``pairs``
     doubts: Sequence[Doubt]
-    rates: Rates
-    """The last ten seconds."""
+    rates: Rates  # the last ten seconds
     history: Sequence[Rates]
     """The last five minutes, oldest first; a line of the stream has the newest alone, but for its
     first.
     """
-    events: Sequence[StatusEvent]
-    """The last 100, oldest first."""
+    events: Sequence[StatusEvent]  # the last 100, oldest first

@@ -19,8 +19,7 @@ class GrantLease(Message):
     """Prefill: let the blocks of a finished request be pulled."""
 
     lease_id: LeaseId
-    block_ids: list[list[int]]
-    """Blocks of each group from first_block_index on."""
+    block_ids: list[list[int]]  # blocks of each group from first_block_index on
     first_block_index: list[int]
     block_hashes: list[bytes]
     num_tokens: int
@@ -47,8 +46,7 @@ class StartPull(Message):
     pull_id: PullId
     request_id: RequestId
     remote: RemoteKV
-    block_ids: list[list[int]]
-    """Destinations in each group of the blocks from first_block_index on."""
+    block_ids: list[list[int]]  # destinations in each group of the blocks from first_block_index on
     first_block_index: list[int]
     """Logical index of the first block to pull; earlier ones are cached or out of the window."""
     block_hashes: list[bytes]
@@ -77,16 +75,14 @@ class LeaseEnded(Message):
     """
 
     lease_id: LeaseId
-    reason: str
-    """``pulled``, ``released`` or ``expired``."""
+    reason: str  # ``pulled``, ``released`` or ``expired``
 
 
 class PullFinished(Message):
     """Decode: tell that this rank's pull has ended."""
 
     pull_id: PullId
-    ok: bool
-    """The blocks are proven: READ done, lease held throughout, hashes and checksums equal."""
+    ok: bool  # the blocks are proven: READ done, lease held throughout, hashes and checksums equal
     error: str = ""
     in_flight: bool = False
     """A READ may still write to the blocks: quarantine them until PullDrained."""
@@ -94,10 +90,8 @@ class PullFinished(Message):
     seconds: float = 0.0
     read_s: float = 0.0
     """Duration of the slowest READ; as prefill and path, set when the blocks are proven."""
-    prefill: str = ""
-    """Name of the engine that the blocks came from."""
-    path: str = ""
-    """The path that they came over; several where ranks differ."""
+    prefill: str = ""  # name of the engine that the blocks came from
+    path: str = ""  # the path that they came over; several where ranks differ
     verification_failed: bool = False
     """Hashes or checksums differed, though perhaps not in the last attempt."""
     late: bool = False

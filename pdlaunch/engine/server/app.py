@@ -38,8 +38,7 @@ from pdlaunch.protocol.openai.requests import ChatCompletionRequest, CompletionR
 from pdlaunch.protocol.openai.responses import ModelCard
 
 RANK_CHECK_TIMEOUT_S = 30.0
-OPEN_PATHS = ("/health", "/ping")
-"""Need no key."""
+OPEN_PATHS = ("/health", "/ping")  # need no key
 
 Endpoint = Callable[[EngineService, web.Request], Awaitable[web.StreamResponse]]
 

@@ -16,8 +16,7 @@ from pdlaunch.protocol.kv_params import FirstToken
 from pdlaunch.protocol.openai.requests import GenerationRequest
 
 _REPLACEMENT = "�"
-_NUM_PROMPT_TOKENS = 6
-"""Context that decides on a leading space; more is never needed."""
+_NUM_PROMPT_TOKENS = 6  # context that decides on a leading space; more is never needed
 _MAX_HELD_TOKENS = 24
 """A run of tokens that are no text is emitted from here on; real characters end far earlier."""
 

@@ -202,8 +202,7 @@ async def _stream(
     return stream.response, True
 
 
-_LOWEST = -9999.0
-"""JSON has no minus infinity; the value that OpenAI uses."""
+_LOWEST = -9999.0  # JSON has no minus infinity; the value that OpenAI uses
 
 
 class AnswerWriter:

@@ -57,15 +57,12 @@ _SEED_BITS = 63
 class Call:
     """Identifies one HTTP request on its way."""
 
-    hop_id: HopId
-    """Names the request for its caller, who may use an id twice at once."""
+    hop_id: HopId  # names the request for its caller, who may use an id twice at once
     traceparent: str | None = None
     origin: PromptOrigin = NO_ORIGIN
-    is_suspect: bool = False
-    """A rank may have died of it."""
+    is_suspect: bool = False  # a rank may have died of it
     spans: SpanLog = field(default_factory=SpanLog)
-    wants_spans: bool = False
-    """The caller is to be told them."""
+    wants_spans: bool = False  # the caller is to be told them
 
 
 class Generation:

@@ -46,8 +46,7 @@ class ServedModel:
 
     name: str
     max_model_len: int
-    vocab_size: int
-    """Token ids are below it; the tokenizer may know fewer."""
+    vocab_size: int  # token ids are below it; the tokenizer may know fewer
     eos_token_ids: tuple[int, ...]
     tokenizer: TextTokenizer
     chat_template: ChatTemplate | None

@@ -32,8 +32,7 @@ class SleepStatus(msgspec.Struct, frozen=True):
 
     is_sleeping: bool
     sleeping_tags: list[str]
-    num_bytes: int = 0
-    """Device memory that the call gave back or took, over all ranks."""
+    num_bytes: int = 0  # device memory that the call gave back or took, over all ranks
 
 
 def read_sleep_query(query: Mapping[str, str]) -> tuple[int, bool]:

@@ -26,8 +26,7 @@ MAX_JSON_VALUES = 100_000
 MAX_IGNORED_NAMES = 64
 INTERNAL_FIELDS = frozenset({"kv_transfer_params", "resume"})
 """Accepted by engines; refused by the public router."""
-TOKEN_IDS = re.compile(rb"\s*\[\s*\d")
-"""The beginning of a list of token ids."""
+TOKEN_IDS = re.compile(rb"\s*\[\s*\d")  # the beginning of a list of token ids
 
 R = TypeVar("R", bound="RequestBody")
 Values = dict[str, tuple[object, ...]]
@@ -44,8 +43,7 @@ class RequestBody(BaseModel):
     """
     HINTS: ClassVar[frozenset[str]] = frozenset()
     """Fields of the API that may be ignored, whatever their value."""
-    PLACE: ClassVar[str] = ""
-    """Path of such objects in a body, without indices: ``messages.``."""
+    PLACE: ClassVar[str] = ""  # path of such objects in a body, without indices: ``messages.``
 
     _ignored: tuple[str, ...] = PrivateAttr(())
 

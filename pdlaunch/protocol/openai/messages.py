@@ -12,8 +12,7 @@ from pdlaunch.errors import RequestError
 from pdlaunch.protocol.openai.body import MAX_JSON_VALUES, RequestBody, num_values
 
 MAX_MESSAGES = 4096
-MAX_PARTS = 4096
-"""Bounds the parts of all messages together."""
+MAX_PARTS = 4096  # bounds the parts of all messages together
 MAX_TOOLS = 1024
 
 _TEXT_MEMBERS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
@@ -131,8 +130,7 @@ class ChatMessage(RequestBody):
     tool_calls: list[ToolCall] = []
     tool_call_id: str | None = None
     reasoning: str | None = None
-    reasoning_content: str | None = None
-    """The name of ``reasoning`` in other APIs."""
+    reasoning_content: str | None = None  # the name of ``reasoning`` in other APIs
 
     def text(self) -> str:
         """Return the content; parts are joined by line ends, as vLLM does."""

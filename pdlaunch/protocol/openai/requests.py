@@ -23,10 +23,8 @@ MAX_LOGPROBS = 20
 MAX_LABEL_LENGTH = 1024
 MAX_STOP_STRINGS = 32
 MAX_STOP_LENGTH = 1000
-MAX_LOGIT_BIAS = 1024
-"""OpenAI takes 300, vLLM any number."""
-DEFAULT_MAX_TOKENS = 16
-"""The limit of a completion that names none."""
+MAX_LOGIT_BIAS = 1024  # openAI takes 300, vLLM any number
+DEFAULT_MAX_TOKENS = 16  # the limit of a completion that names none
 
 
 class Resume(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

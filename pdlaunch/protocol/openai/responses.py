@@ -155,8 +155,7 @@ class ModelCard(msgspec.Struct, kw_only=True):
     created: int = 0
     owned_by: str = "pdlaunch"
     root: str | None = None
-    parent: str | UnsetType | None = UNSET
-    """The model that an adapter changes."""
+    parent: str | UnsetType | None = UNSET  # the model that an adapter changes
     max_model_len: int | None = None
 
 

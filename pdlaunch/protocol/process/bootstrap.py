@@ -53,13 +53,11 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     host: str
     port: int
-    listeners: tuple[int, ...] = ()
-    """Inherited descriptors of the supervisor's listening sockets."""
+    listeners: tuple[int, ...] = ()  # inherited descriptors of the supervisor's listening sockets
     served_model_name: str
     api_key: str | None
     max_body_bytes: int
-    body_budget_bytes: int
-    """Bounds all bodies in flight."""
+    body_budget_bytes: int  # bounds all bodies in flight
     max_queued_requests: int
     max_connections: int
     request_timeout_s: float
@@ -69,8 +67,7 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     strict_fields: bool = False
-    kept_requests: int = 500
-    """Ended requests that ``pdlaunch trace`` can show."""
+    kept_requests: int = 500  # ended requests that ``pdlaunch trace`` can show
     page: bool = True
     routing: RoutingLimits = RoutingLimits()
     log_requests: bool = False
@@ -84,12 +81,9 @@ class DoorSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     bind_address: str
     advertise_address: str
-    port: int
-    """0: a free one."""
-    data_ports: str
-    """``kv_transfer.data_ports``, one of which is the side channel's."""
-    max_model_len: int | None
-    """None: the engine's own affair."""
+    port: int  # 0: a free one
+    data_ports: str  # ``kv_transfer.data_ports``, one of which is the side channel's
+    max_model_len: int | None  # none: the engine's own affair
     max_body_bytes: int
     body_budget_bytes: int
     max_connections: int
@@ -98,33 +92,25 @@ class DoorSpec(msgspec.Struct, frozen=True, kw_only=True):
 class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
     """Holds identity, settings and keys of one child process."""
 
-    name: str
-    """``router``, ``prefill-0``, ``prefill-0/rank-0``."""
+    name: str  # ``router``, ``prefill-0``, ``prefill-0/rank-0``
     incarnation: int
-    control: str
-    """ZMQ endpoint of the supervisor."""
+    control: str  # ZMQ endpoint of the supervisor
     keys: LaunchKeys
-    run_dir: str
-    """Folder of this launch for sockets and rendezvous files; mode 0700."""
+    run_dir: str  # folder of this launch for sockets and rendezvous files; mode 0700
     log_level: str
     log_format: LogFormat = "text"
-    engine_json: str | None = None
-    """``EngineSpec`` of servers and ranks."""
+    engine_json: str | None = None  # ``EngineSpec`` of servers and ranks
     engine_api_key: str | None = None
     """Other routers send it to servers; the launch's own sends it to engines without the token."""
     capabilities: Capabilities = msgspec.field(default_factory=Capabilities)
     router: RouterSpec | None = None
     door: DoorSpec | None = None
     tp_rank: int = 0
-    rendezvous: str = ""
-    """``file://`` URL of this incarnation's TP group."""
+    rendezvous: str = ""  # ``file://`` URL of this incarnation's TP group
     launch_id: str = ""
-    step_record: int = -1
-    """Rank 0's inherited descriptor of its ``StepRecord``."""
-    port_is_kept: bool = False
-    """The port of the server that ran before this one is kept for it."""
-    heartbeat_s: float = 0.0
-    """Seconds between two Alive messages; 0: none."""
+    step_record: int = -1  # rank 0's inherited descriptor of its ``StepRecord``
+    port_is_kept: bool = False  # the port of the server that ran before this one is kept for it
+    heartbeat_s: float = 0.0  # seconds between two Alive messages; 0: none
 
     def engine(self) -> EngineSpec:
         assert self.engine_json is not None

@@ -26,11 +26,9 @@ from pdlaunch.errors import StartupError
 PREFIX = "pdlaunch-run-"
 LOCK = "lock"
 ADMIN_SOCKET = "admin.sock"
-MAX_PATH_BYTES = 107
-"""The longest path of a Unix socket on Linux."""
+MAX_PATH_BYTES = 107  # the longest path of a Unix socket on Linux
 _CARD = "launch.json"
-_SOCKET_NAME_BYTES = 60
-"""Room for the names of sockets inside."""
+_SOCKET_NAME_BYTES = 60  # room for the names of sockets inside
 _NEW_FOR_S = 60.0
 """A folder without a lock file is left alone at first: its launch may just be making it."""
 
@@ -39,8 +37,7 @@ class LaunchCard(msgspec.Struct, frozen=True, kw_only=True):
     """Tells the launches of a user apart."""
 
     launch_id: str
-    url: str
-    """The router's URL, as processes on this host reach it."""
+    url: str  # the router's URL, as processes on this host reach it
 
     def write(self, run_dir: Path) -> None:
         """Leave the card in the launch's folder, whole or not at all."""
