@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pdlaunch.engine.offload.jobs import OffloadJob
 from pdlaunch.engine.request import Phase, Request
 from pdlaunch.engine.step import NewBlocks, NewRow, RowTokens, ScheduledRow, StepPlan
+from pdlaunch.protocol.process.step_record import SUSPECT_BIT
 from pdlaunch.protocol.transfer import TransferCommand
 
 
@@ -105,8 +106,12 @@ class Batch:
             yield item, request
 
     def marks(self) -> list[int]:
-        """Return the marks of all requests in flight, for the record that outlives the rank."""
-        return [request.mark for _, requests in self._steps for request in requests]
+        """Return the origins of all requests in flight, for the record that outlives the rank."""
+        return [
+            request.message.origin | (SUSPECT_BIT if request.is_suspect else 0)
+            for _, requests in self._steps
+            for request in requests
+        ]
 
     def ended(self) -> set[Request]:
         """Return the requests that have ended and still own a row and blocks."""

@@ -251,9 +251,7 @@ class RequestLifecycle:
             self._finish(request, "error", error=NAN_LOGITS)
             return
         request.token_ids.append(token.token_id)
-        if request.is_suspect:
-            # No rank died of this step.
-            request.is_suspect, request.mark = False, request.message.origin
+        request.is_suspect = False  # No rank died of this step.
         self.counts.generation_tokens += 1
         self.histograms.drew_token(request)
         if not self._finish_if_complete(request, token.token_id, token):

@@ -14,7 +14,6 @@ from pdlaunch.engine.request_spans import RequestSpans
 from pdlaunch.observe.spans import QUEUE
 from pdlaunch.protocol.engine import AddRequest, FinishReason
 from pdlaunch.protocol.ids import PullId, RequestId
-from pdlaunch.protocol.process.step_record import SUSPECT_BIT
 
 
 class Phase(enum.Enum):
@@ -114,8 +113,6 @@ class Request:
         self.load_id: int | None = None
         self.is_suspect = message.is_suspect
         """A rank may have died of it; False once a step has drawn a token for it here."""
-        self.mark = message.origin | (SUSPECT_BIT if message.is_suspect else 0)
-        """The number that stands for the request in the record of steps."""
         self.spans = RequestSpans(message.records_spans)
         self.times = RequestTimes()
 

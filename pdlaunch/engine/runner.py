@@ -312,17 +312,34 @@ def count_kv_blocks(
 ) -> int:
     """Return how many blocks fit into the memory for the KV cache; the same on all ranks of ``tp``.
 
-    Call it once the weights are allocated: without ``kv_cache_memory`` the cache gets what they
-    have left. Raises ConfigError when not one block fits.
+    Without ``kv_cache_memory`` the cache gets what the weights, which are allocated, have left.
+    Raises ConfigError when not one block fits.
     """
-    cache_bytes = _cache_bytes(spec, device)
+    field, fix = "kv_cache_memory", "Raise it, or choose a smaller block_size."
+    cache_bytes = spec.kv_cache_memory
+    if cache_bytes is None:
+        field = "gpu_memory_utilization"
+        fix = "Raise it, lower max_num_batched_tokens, or stop what else holds the GPU's memory."
+        # The only size that is not planned: nobody knows before what a device has left.
+        free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+        cache_bytes = left_for_cache(
+            free_bytes=free_bytes,
+            total_bytes=total_bytes,
+            own_bytes=torch.cuda.memory_reserved(device),
+            utilization=spec.gpu_memory_utilization,
+            activation_bytes=spec.activation_bytes,
+        )
     if tp is not None:
         # Ranks of a TP group share block ids: all have as many as the one with the least memory.
         cache_bytes = tp.least(cache_bytes)
-    num_blocks = cache_bytes // layout.block_bytes
-    if num_blocks < 1:
-        raise _no_block(spec, cache_bytes, layout.block_bytes)
-    return num_blocks
+    if cache_bytes < layout.block_bytes:
+        raise ConfigError(
+            f"a KV cache of {cache_bytes} bytes holds no block of {layout.block_bytes} bytes",
+            field=field,
+            value=getattr(spec, field),
+            fix=fix,
+        )
+    return cache_bytes // layout.block_bytes
 
 
 def left_for_cache(
@@ -338,36 +355,6 @@ def left_for_cache(
     budget = total_bytes * utilization - own_bytes
     available = free_bytes - total_bytes * min(_MOST_SPARED, 1 - utilization)
     return max(0, int(min(budget, available) - activation_bytes))
-
-
-def _cache_bytes(spec: EngineSpec, device: torch.device) -> int:
-    if spec.kv_cache_memory is not None:
-        return spec.kv_cache_memory
-    # The only size that is not planned: nobody knows before what a device has left.
-    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-    return left_for_cache(
-        free_bytes=free_bytes,
-        total_bytes=total_bytes,
-        own_bytes=torch.cuda.memory_reserved(device),
-        utilization=spec.gpu_memory_utilization,
-        activation_bytes=spec.activation_bytes,
-    )
-
-
-def _no_block(spec: EngineSpec, cache_bytes: int, block_bytes: int) -> ConfigError:
-    if spec.kv_cache_memory is None:
-        return ConfigError(
-            f"the GPU has {cache_bytes} bytes left for the KV cache, a block takes {block_bytes}",
-            field="gpu_memory_utilization",
-            value=spec.gpu_memory_utilization,
-            fix="Raise it, lower max_num_batched_tokens, or stop what else holds the GPU's memory.",
-        )
-    return ConfigError(
-        f"kv_cache_memory {cache_bytes} bytes holds no block of {block_bytes} bytes",
-        field="kv_cache_memory",
-        value=cache_bytes,
-        fix=f"Give it at least {block_bytes} bytes, or choose a smaller block_size.",
-    )
 
 
 def warm_up_steps(spec: EngineSpec, num_blocks: int, num_groups: int) -> Iterator[StepPlan]:

@@ -145,12 +145,8 @@ class Scheduler:
         self._stalls = bool(self._queues.running) and not step.scheduled
         plan = self._batch.launch(step.scheduled, self._take_commands(), self._host.take_jobs())
         if plan.scheduled and logger.isEnabledFor(logging.DEBUG):
-            computes = ", ".join(
-                f"{request.request_id} computes {num_tokens}"
-                for request, num_tokens in step.scheduled.items()
-            )
-            num_waiting = len(self._queues.waiting) + self._queues.num_waiting_for_kv
-            logger.debug("step %d: %s; %d wait", plan.step_id, computes, num_waiting)
+            tokens = {request.request_id: number for request, number in step.scheduled.items()}
+            logger.debug("step %d computes %s", plan.step_id, tokens)
         return plan
 
     def _take_commands(self) -> list[TransferCommand]:
