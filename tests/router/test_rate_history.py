@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from pdlaunch.observe.metrics import RequestClock
+from pdlaunch.router.deployment_view import RateHistory, percentiles
 from pdlaunch.router.metrics import RouterMetrics
-from pdlaunch.router.rate_history import RateHistory, percentiles
 
 INF = float("inf")
 
