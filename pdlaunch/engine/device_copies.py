@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pdlaunch.engine.models.packed import FloatArray, IntArray
+from pdlaunch.engine.models.attention import FloatArray, IntArray
 
 
 class Download:

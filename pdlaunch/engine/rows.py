@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pdlaunch.engine.models.packed import IntArray, PackedBatch
+from pdlaunch.engine.models.attention import IntArray, PackedBatch
 from pdlaunch.engine.sampler import SampleRow, TokenBias, token_bias
 from pdlaunch.engine.step import ScheduledRow, StepPlan
 from pdlaunch.protocol.engine import SamplingParams

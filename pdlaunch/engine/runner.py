@@ -20,14 +20,11 @@ from pdlaunch.engine.device_copies import Download, upload_array
 from pdlaunch.engine.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.engine.memory.device_kv_memory import open_kv_memory
 from pdlaunch.engine.memory.pools import KV_CACHE, TAGS, WEIGHTS, MemoryPools, open_memory_pools
-from pdlaunch.engine.models.attention import AttentionBackend
+from pdlaunch.engine.models.attention import AttentionBackend, PackedBatch, ReportProgress
 from pdlaunch.engine.models.decoder import Decoder, TransformersDecoder
-from pdlaunch.engine.models.loader import load_model, reload_model
-from pdlaunch.engine.models.packed import PackedBatch
-from pdlaunch.engine.models.progress import ReportProgress
+from pdlaunch.engine.models.loader import digest_model, load_model, reload_model
 from pdlaunch.engine.models.tensor_parallel import Shard, TPGroup
 from pdlaunch.engine.models.torch_attention import TorchAttention
-from pdlaunch.engine.models.weights import digest_model
 from pdlaunch.engine.rows import LatestTokens, Row, RowTable
 from pdlaunch.engine.sampler import DrawnTokens, draw_tokens
 from pdlaunch.engine.step import NewBlocks, NewRow, ScheduledRow, StepOutput, StepPlan

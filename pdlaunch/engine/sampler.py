@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from pdlaunch.engine.device_copies import Download, upload, upload_array
-from pdlaunch.engine.models.packed import FloatArray, IntArray
+from pdlaunch.engine.models.attention import FloatArray, IntArray
 from pdlaunch.protocol.engine import SamplingParams, TokenOutput
 
 LEAST_TEMPERATURE = 0.01

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 
 from pdlaunch.engine.device_copies import upload_array
+from pdlaunch.engine.models.attention import PackedBatch, ReportProgress
 from pdlaunch.engine.models.decoder import Decoder
-from pdlaunch.engine.models.packed import PackedBatch
-from pdlaunch.engine.models.progress import ReportProgress
 from pdlaunch.engine.models.step_inputs import GraphInputs, Staging
 from pdlaunch.engine.rows import LatestTokens
 from pdlaunch.engine.sampler import likeliest_tokens

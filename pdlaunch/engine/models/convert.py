@@ -24,7 +24,7 @@ from typing import Any
 from pdlaunch.config.model_files.find import ResolvedModel, resolve_model
 from pdlaunch.config.model_files.shape import read_model_shape
 from pdlaunch.config.model_files.weights import DOWNLOAD_AGAIN, check_gguf, damaged
-from pdlaunch.engine.models.progress import ReportProgress
+from pdlaunch.engine.models.attention import ReportProgress
 from pdlaunch.errors import ConfigError
 
 Converter = Callable[[Path, Path, ReportProgress], None]

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from pdlaunch.engine.kvcache.groups import KVCacheLayout
-from pdlaunch.engine.models.packed import IntArray, PackedBatch
+from pdlaunch.engine.models.attention import IntArray, PackedBatch
 
 Int32Array = npt.NDArray[np.int32]
 

@@ -24,8 +24,7 @@ import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from pdlaunch.engine.kvcache.groups import KVCacheGroup, KVCacheLayout
-from pdlaunch.engine.models.attention import AttentionBackend, AttentionStep
-from pdlaunch.engine.models.packed import IntArray, PackedBatch
+from pdlaunch.engine.models.attention import AttentionBackend, AttentionStep, IntArray, PackedBatch
 
 MAX_BUCKET_BYTES = 64 * 1024**2
 """Gathered keys and values of one bucket; a longer context makes buckets of fewer rows."""

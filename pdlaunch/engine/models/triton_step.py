@@ -14,16 +14,20 @@ import triton
 from pdlaunch.engine.models.attention import AttentionStep
 from pdlaunch.engine.models.attention_kernels import (
     LOG2_E,
+    attend_chunks,
     attend_decode,
     gather_kv,
     reduce_splits,
     write_kv,
 )
-from pdlaunch.engine.models.chunk_kernels import attend_chunks
-from pdlaunch.engine.models.kernel_setup import MIN_DOT, KernelSetup, SplitPlan
 from pdlaunch.engine.models.layer_kernels import rotate_and_write
-from pdlaunch.engine.models.prompt_attention import attend_whole_prompts
 from pdlaunch.engine.models.step_inputs import Chunks, LibraryChunks, Prefix, StepTensors
+from pdlaunch.engine.models.triton_attention import (
+    MIN_DOT,
+    KernelSetup,
+    SplitPlan,
+    attend_whole_prompts,
+)
 
 COPY_TOKENS = 16
 """Tokens that one program writes or gathers, from more than ``FEW_TOKENS`` on."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from pdlaunch.engine.kvcache.groups import KVCacheGroup, KVCacheLayout
-from pdlaunch.engine.models.packed import PackedBatch
+from pdlaunch.engine.models.attention import PackedBatch
 
 
 @dataclass(frozen=True)

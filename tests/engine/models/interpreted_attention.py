@@ -20,10 +20,10 @@ import torch
 from pdlaunch.config.model_files.shape import ModelShape, read_model_shape
 from pdlaunch.engine import step_graphs
 from pdlaunch.engine.kvcache.groups import KVCacheLayout, make_groups
+from pdlaunch.engine.models.attention import PackedBatch
 from pdlaunch.engine.models.decoder import TransformersDecoder
 from pdlaunch.engine.models.fused_decoder import FusedDecoder, can_fuse
 from pdlaunch.engine.models.loader import load_model
-from pdlaunch.engine.models.packed import PackedBatch
 from pdlaunch.engine.models.step_inputs import GraphInputs, Staging
 from pdlaunch.engine.models.torch_attention import TorchAttention
 from pdlaunch.engine.models.triton_attention import TritonAttention

@@ -18,8 +18,8 @@ from tokenizers import Tokenizer
 from pdlaunch.config.model_files.find import resolve_model
 from pdlaunch.config.model_files.shape import read_model_shape
 from pdlaunch.config.model_files.weights import DOWNLOAD_AGAIN, weight_files
+from pdlaunch.engine.models.attention import ReportProgress
 from pdlaunch.engine.models.convert import ensure_converted, main
-from pdlaunch.engine.models.progress import ReportProgress
 from pdlaunch.errors import ConfigError
 from tests.config.model_files.files import tiny_gguf
 

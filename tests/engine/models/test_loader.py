@@ -14,10 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma3ForConditionalG
 
 from pdlaunch.config.model_files.shape import read_model_shape
 from pdlaunch.config.model_files.weights import weight_files
-from pdlaunch.engine.models.loader import load_model, reload_model
-from pdlaunch.engine.models.stacked_weights import join
+from pdlaunch.engine.models.fused_decoder import join
+from pdlaunch.engine.models.loader import digest_model, load_model, read_tensors, reload_model
 from pdlaunch.engine.models.tensor_parallel import Shard, plan_cuts
-from pdlaunch.engine.models.weights import digest_model, read_tensors
 from pdlaunch.errors import ConfigError
 from tests.engine.models.tiny import COMMON, CONFIGS, save_tiny_model
 
