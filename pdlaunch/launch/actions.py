@@ -25,7 +25,7 @@ class SendSignal:
 
 @dataclass(frozen=True, slots=True)
 class SendMessage:
-    """Tell a process something now."""
+    """Send a message at once."""
 
     process: str
     message: FromSupervisor
@@ -33,7 +33,7 @@ class SendMessage:
 
 @dataclass(frozen=True, slots=True)
 class SendAnswer:
-    """Answer a command once all processes know what has changed."""
+    """Answer a command, after the registry that it has changed was sent."""
 
     process: str
     message: Answered
@@ -58,7 +58,7 @@ class Show:
 
 @dataclass(frozen=True, slots=True)
 class Greet:
-    """Tell a process that has just registered what the others know."""
+    """Send the registry to a process that has just registered."""
 
     process: str
 
@@ -72,16 +72,16 @@ class TellSuspects:
 
 @dataclass(frozen=True, slots=True)
 class ForgetEngine:
-    """Drop what is kept of an engine that is gone for good."""
+    """Drop all records of an engine that is gone for good."""
 
     engine: str
 
 
 class Chore(Enum):
-    """Is an action that says all by its name."""
+    """Actions without arguments."""
 
     PREPARE = auto()
-    """Work out what servers and ranks are given, now that all models are converted."""
+    """Derive the settings of servers and ranks, now that all models are converted."""
     ADD_ENGINES = auto()
     """Take in the processes of the engines that the running change starts."""
     CLOSE_LISTENERS = auto()

@@ -1,4 +1,4 @@
-"""Works out what each child of a launch is given."""
+"""Makes the bootstrap of each process: the settings and keys that it reads at its start."""
 
 from __future__ import annotations
 
@@ -50,12 +50,13 @@ class Bootstraps:
         self._engines: dict[str, EngineSpec] = {}
 
     def prepare(self) -> None:
-        """Derive what could not be known before models were converted. Raises ConfigError."""
+        """Derive the settings of engines, which need converted models. Raises ConfigError."""
         self._engines = self._resolved.after_conversion().engine_specs()
 
     def adopt(self, resolved: ResolvedLaunch, engine: PlacedEngine | None = None) -> None:
-        """Start processes from now on as this launch says, and one engine, which is new or at
-        another place.
+        """Use this launch for processes that start from now on.
+
+        ``engine``: an engine that is new, or has moved.
         """
         self._resolved = resolved
         if engine is not None and engine.engines.is_native:
@@ -104,7 +105,7 @@ class Bootstraps:
         )
 
     def _door(self, spec: ProcessSpec) -> DoorSpec | None:
-        """Return where the sidecar of an engine opens it; None in a launch on one host."""
+        """Return where a sidecar listens for other hosts; None in a launch on one host."""
         if not self._resolved.spans_hosts:
             return None
         host, limits = self._resolved.host(spec.host), self._config.limits
@@ -124,14 +125,14 @@ class Bootstraps:
         """Return where the ranks of an engine meet."""
         if spec.kind != "rank":
             return ""
-        # Another file for each incarnation: the dead one's ranks still stand in theirs.
+        # A file for each incarnation: the file of a dead one still lists its ranks.
         return f"file://{self._run_dir / f'{spec.engine}.tp.{incarnation}'}"
 
 
 def router_spec(
     config: LaunchConfig, served_model_name: str, listeners: Sequence[socket.socket]
 ) -> RouterSpec:
-    """Return what a router is given that accepts at ``listeners``, which are all of one port."""
+    """Return the settings of a router that accepts at ``listeners``, all of one port."""
     return RouterSpec(
         host=config.host,
         port=int(listeners[0].getsockname()[1]),

@@ -36,7 +36,7 @@ Event = MessageReceived | ProcessExited | StopRequested
 class EventQueue:
     """Waits for the events of a launch.
 
-    ``lifeline``: a descriptor whose end asks for a stop, because its writer is gone then.
+    ``lifeline``: a pipe whose end asks for a stop, because the process that held it is gone.
     """
 
     def __init__(self, host: Host, signals: SignalInbox, lifeline: int | None = None) -> None:
@@ -56,11 +56,11 @@ class EventQueue:
         stops = [StopRequested(number) for number in self._signals.take()]
         lifeline = self._lifeline
         if lifeline is not None and lifeline in readable and not os.read(lifeline, 4096):
-            # It would stay readable, and the loop would turn without a rest.
+            # An ended pipe stays readable: the loop would spin.
             self._poller.unregister(lifeline)
             self._lifeline = None
             stops.append(StopRequested(signal.SIGHUP, "whoever started this is gone"))
-        # In this order: what a process said before its end is there once its end is known.
+        # Exits first: the last messages of a dead process have arrived once its end is known.
         exits = self._host.exits()
         return causes_first(stops, exits, self._host.messages())
 

@@ -1,4 +1,4 @@
-"""Takes events into the state of a launch. No I/O: what is to be done at once is returned."""
+"""Takes events into the state of a launch. It does no I/O: it returns the actions that cannot wait."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FAILED_GRACE_S = 5.0
 
 
 def observe(wanted: Desired, seen: Observed, event: Event, now: float) -> list[Action]:
-    """Take in one event, and return what follows at once."""
+    """Take in one event, and return the actions that follow at once."""
     match event:
         case ProcessExited():
             return list(_exited(wanted, seen, event, now))
@@ -91,7 +91,7 @@ def _received(
 ) -> Iterator[Action]:
     name = process.name
     if not isinstance(message, PairReady | PairFailed):
-        # Those come from another thread than the loop's.
+        # Another thread than the main loop sends these two.
         process.heard_at, process.is_stalled = now, False
     match message:
         case Register():
@@ -104,7 +104,7 @@ def _received(
             yield Greet(name)
         case Failed(error=error):
             process.error = error
-            # Its own words may arrive after its end, which was reported first.
+            # These words may arrive after the end of the process, which was reported first.
             if seen.failure is not None and seen.failure.process == name:
                 seen.failure.said = error
             if not process.alive:
@@ -209,7 +209,7 @@ def _exited(wanted: Desired, seen: Observed, event: ProcessExited, now: float) -
     if engine is not None and engine.retires:
         process.state, process.registration = ProcessState.EXITED, None
         if engine.stop_at is not None and not engine.is_idle:
-            # It still computes, and nobody has told it to end.
+            # It was still computing: nobody had told it to end.
             engine.is_idle = True
             yield from _tell(unit, process, event)
     elif process.spec.kind == "convert" and event.returncode == 0:
@@ -233,9 +233,9 @@ def _exited(wanted: Desired, seen: Observed, event: ProcessExited, now: float) -
 
 
 def _tell(unit: Unit, process: Instance, event: ProcessExited) -> Iterator[Action]:
-    """Tell people of the first death of a unit, and the router of what a rank may have died of."""
+    """Tell people of the first death in a unit, and the router which requests may be to blame."""
     said = f": {process.error}" if process.error else ""
     yield Note(f"{process.label} {event.how()}{said}")
-    # A rank that never served, or that somebody killed, has died of no request.
+    # No request is to blame if the rank never served, or somebody killed it.
     if process.spec.kind == "rank" and unit.ready_at is not None and event.by_itself:
         yield TellSuspects(unit.engine)

@@ -29,7 +29,7 @@ class Pairs:
         self.use(plan)
 
     def use(self, plan: Plan) -> None:
-        """Take the processes that there are from now on."""
+        """Derive the pairs that are due from the processes of a plan."""
         self._due = [
             (process.name, engine)
             for process in plan.processes
@@ -46,7 +46,7 @@ class Pairs:
         self._errors[local, peer] = error
 
     def suspect(self, pair: PairSuspect) -> bool:
-        """Drop the proof that is in doubt; False when it is gone or renewed already."""
+        """Drop a proof; return False if it is gone or renewed already."""
         proof = self.proven.get((pair.local, pair.peer))
         if proof is None or proof.peer_incarnation != pair.peer_incarnation:
             return False
@@ -55,7 +55,7 @@ class Pairs:
         return True
 
     def forget(self, name: str) -> None:
-        """Drop what a dead process has proven, and what was proven about it."""
+        """Drop all proofs of a dead process, as prover or as peer."""
         self.proven = {ends: pair for ends, pair in self.proven.items() if name not in ends}
 
     def missing(self, among: Iterable[str], of: Collection[str] | None = None) -> list[str]:

@@ -40,11 +40,11 @@ _OF_MEMORY = frozenset(("PD207", "PD210", "PD212"))
 _MAY_DIFFER = frozenset(
     ("environment", "devices", "num_threads", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 )
-"""What may be planned anew for an engine that runs: it keeps its devices and threads."""
+"""Settings that a new plan may change: a running engine keeps its own devices and threads."""
 
 
 class EnginePlaces:
-    """Keeps the hosts that are there, and the launch as its engines are placed now.
+    """Keeps which hosts are present, and where each engine of the launch is placed.
 
     ``present``: names of hosts that are there, the supervisor's own among them.
     """

@@ -196,9 +196,9 @@ class LaunchedEngine:
     retires: bool = False
     """It drains or stops, because it is to be replaced or removed."""
     stop_at: float | None = None
-    """The instant at which the drain ends whatever runs; None: it does not drain (any more)."""
+    """The instant at which its drain ends, even if requests run; None: it does not drain."""
     awaits_readers: bool = False
-    """Its server is done; a router is asked whether somebody has yet to read KV blocks."""
+    """Its server has drained; a router was asked whether KV blocks are still to be read."""
     is_idle: bool = False
     failed_for: str = ""
     """The reason why it was given up; empty once it serves again."""
@@ -334,7 +334,7 @@ class Observed:
     ends: dict[str, dict[EndReason, int]] = field(default_factory=dict)
     """How often each process was the first of its unit to end while the launch served."""
     last_incarnations: dict[str, int] = field(default_factory=dict)
-    """Those of removed units: a new one of the name must not be taken for the old."""
+    """Incarnations of removed units: a new unit of the same name continues the count."""
     _processes: dict[str, tuple[Unit, Instance]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -389,7 +389,7 @@ class Observed:
         ]
 
     def missing_pairs(self) -> list[str]:
-        """Return the pairs that are due, in words; none of engines that were given up."""
+        """Return the unproven pairs of all engines that were not given up, in words."""
         return self.pairs.missing(
             name for name, engine in self.engines.items() if engine.retry_at is None
         )

@@ -1,6 +1,6 @@
 """Runs one launch: waits for events, takes them into the state, and does what ``reconcile`` says.
 
-It never waits but for events. ``drive`` is the loop.
+It waits for events alone. ``drive`` is the loop.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Supervisor:
         self._answers: list[SendAnswer] = []
         self._notes: deque[tuple[float, Happened]] = deque(maxlen=MAX_NOTES)
         self.has_news = True
-        """``tick`` is due soon, for what events have changed."""
+        """Events have changed something, so that ``tick`` is due soon."""
         self._ticked_at = clock()
         self._next_at = -math.inf
         self._use_plan(plan)
@@ -109,7 +109,7 @@ class Supervisor:
         if isinstance(event, MessageReceived) and found is not None:
             process, message = found[1], event.message
             if isinstance(message, Alive) and not process.is_stalled:
-                # Changes nothing that others need to know now, and comes often.
+                # Frequent, and of no interest to others: no tick is due.
                 process.heard_at = self._clock()
                 return
             if isinstance(message, Command) and process.registration is not None:
@@ -145,10 +145,11 @@ class Supervisor:
             self._observer.ready(status)
 
     def _tell(self) -> None:
-        """Tell each process what has changed for it, then answer: who is told that something is
-        done finds it so.
+        """Send the registry where it has changed, then the answers.
+
+        In this order: a client that is told "done" must find the change in the registry.
         """
-        # Who is told of other engines than before is told again, whatever has changed of them.
+        # After a change of peers every process gets its view again.
         before = Registry(version=0, entries=[]) if self._views_are_new else self._registry
         registry = next_registry(self._registry, self.wanted, self.seen)
         if registry is not self._registry:
@@ -160,7 +161,7 @@ class Supervisor:
             self._host.send(answer.process, answer.message)
 
     def _use_plan(self, plan: Plan) -> None:
-        """Take in that engines have come or gone: who proves what, and who is told of whom."""
+        """Derive the due pairs and the views anew, because engines have come or gone."""
         self.seen.pairs.use(plan)
         self._views, self._views_are_new = Views(plan), True
         self._settle_s = SETTLE_S * len(plan.processes)
@@ -230,7 +231,7 @@ class Supervisor:
                 unit.waits_for_room = True
                 self._note(Note(f"{name} waits until its host is back, or another one has room"))
             return
-        # Before the launch is ready its own deadline comes first; later this one counts.
+        # Before the launch is ready, the deadline of its start comes first.
         unit.begin(kill_at=now + self.wanted.timing.startup_timeout_s)
         for process in unit.processes:
             # A conversion knows nothing of the supervisor.
@@ -241,9 +242,9 @@ class Supervisor:
             self._host.spawn(process.spec, unit.incarnation, bootstrap)
 
     def _greet(self, name: str) -> None:
-        """Tell a process what the others know: it needs that now, and not with the next change.
+        """Send the registry to a new process, which cannot wait for the next change.
 
-        A router is also told what has happened before, and asked for engines that are waited for.
+        A router also gets the latest notes, and the questions whether draining engines are idle.
         """
         self._host.send(name, self._views.of(name, self._registry))
         if not any(router.name == name for router in self.seen.routers):
@@ -276,7 +277,7 @@ def drive(
     """
     supervisor.tick()
     while not supervisor.done:
-        # A minute at most: nothing is due for longer only where nothing is watched.
+        # With nothing due, once a minute.
         timeout_s = min(60.0, max(0.0, supervisor.next_tick_at() - clock()))
         for event in wait(timeout_s):
             supervisor.handle(event)

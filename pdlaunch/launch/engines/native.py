@@ -71,7 +71,7 @@ class NativeEngine:
         )
 
     def rules(self) -> Sequence[Rule]:
-        """Rules on other engines say nothing here, but that kinds are mixed or settings idle."""
+        """Return all rules but those on other engines; two of these hold for all kinds."""
         rules = all_rules().values()
         return tuple(rule for rule in rules if rule.code[:3] != "PD6" or rule.code in _OF_ALL_KINDS)
 

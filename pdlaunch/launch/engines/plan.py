@@ -62,7 +62,7 @@ def plan_processes(launch: ResolvedLaunch) -> Plan:
 
 
 def with_peers(processes: Sequence[ProcessSpec]) -> list[ProcessSpec]:
-    """Return the processes of all engines, told their peers where there are too many for all."""
+    """Return the processes with their peers, where there are too many engines for all pairs."""
     names = {
         role: {process.engine for process in processes if process.role == role}
         for role in ("prefill", "decode")

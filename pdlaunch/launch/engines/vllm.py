@@ -26,8 +26,8 @@ from pdlaunch.protocol.control import Capabilities
 CAPABILITIES = Capabilities(
     kind="vllm", needs_proof=True, lease_s=30.0, has_own_fields=True, takes_launch_token=False
 )
-"""Describes every version of vLLM, with its default lease; who watches an engine adds what its
-version can do.
+"""Holds for every version of vLLM, with its default lease. The version adds to this once it is
+known.
 """
 STOCK_CONNECTOR: Mapping[str, JsonValue] = MappingProxyType({"kv_connector": "NixlConnector"})
 VERIFIED_CONNECTOR: Mapping[str, JsonValue] = MappingProxyType(
@@ -122,7 +122,7 @@ class VllmEngine:
         )
 
     def rules(self) -> Sequence[Rule]:
-        """Return the rules that hold for vLLM, too, and those on engines that are not native."""
+        """Return the rules that also hold for vLLM, and those on engines that are not native."""
         rules = all_rules().values()
         return tuple(
             rule
@@ -131,7 +131,7 @@ class VllmEngine:
         )
 
     def _flags(self, engines: RoleEngines) -> Iterator[tuple[str, JsonValue]]:
-        """Yield vLLM's flags from the settings; what is not set is left to vLLM."""
+        """Yield vLLM's flags from the settings; unset options keep vLLM's default."""
         settings, transfer = engines.settings, self._config.kv_transfer
         yield "served-model-name", self._served_model_name
         yield "tensor-parallel-size", engines.tp_size

@@ -1,4 +1,4 @@
-"""Starts the process of an engine of vLLM, with all that it needs from its launch and its host."""
+"""Starts the process of an engine of vLLM, with its command, environment and ports."""
 
 from __future__ import annotations
 
@@ -169,17 +169,17 @@ def hold_side_channel(host: str, ports: str) -> socket.socket:
 
 
 def statements_folder(run_dir: Path) -> Path:
-    """Return where the engines of this host leave what they state about their blocks."""
+    """Return the folder with the statements of this host's engines about their KV blocks."""
     return run_dir / "kv-statements"
 
 
 def statements_socket(run_dir: Path, name: str) -> Path:
-    """Return where an engine asks its sidecar for what those of other hosts state."""
+    """Return the socket at which an engine asks for statements from other hosts."""
     return run_dir / f"{name}.statements"
 
 
 def failures_file(run_dir: Path, name: str) -> Path:
-    """Return where an engine's connector writes down from which engines it could not read."""
+    """Return the file in which an engine's connector lists failed READs by peer."""
     return run_dir / f"{name}.failures"
 
 
@@ -209,7 +209,7 @@ def connector_environment(
 
 
 class Failures:
-    """Reads from which engines an engine could not read KV blocks, as its connector tells."""
+    """Reads the file in which an engine's connector lists failed READs by peer."""
 
     def __init__(self, run_dir: Path, name: str) -> None:
         """Begin a new file."""

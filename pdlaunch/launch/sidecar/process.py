@@ -132,7 +132,7 @@ class SidecarProcess:
             keys = bootstrap.keys
             self._door = Door(self._name, spec, keys, self._url, self._key, further)
         self._registered_url = self._url
-        """Others are told this one: that of the door, where there is one."""
+        """The URL that others are told: that of the door, where there is one."""
         self._capabilities = msgspec.structs.replace(
             bootstrap.capabilities, takes_launch_token=self._door is not None
         )
@@ -150,7 +150,7 @@ class SidecarProcess:
         self._proven: dict[str, Peer] = {}
         """Prefill engines and their incarnations, by the id that vLLM has given them."""
         self._listed: set[Peer] = set()
-        """Those of them that the registry has shown as proven."""
+        """The prefill engines that the registry lists as proven."""
 
     async def run(self) -> None:
         """Run until Stop or a signal. Raises StartupError when the engine ends by itself."""
@@ -312,7 +312,7 @@ class SidecarProcess:
         """Have the engine compute one token, so that it can be seen whether it still does."""
         body = {"prompt": [FIRST_TOKEN_ID], "max_tokens": 1, "temperature": 0}
         try:
-            # Longer than a look takes to find that nothing comes of it.
+            # Longer than the hang watch takes to find that the probe makes no progress.
             timeout_s = self._options.hang_timeout_s + 2 * HEALTH_TIMEOUT_S
             await self._api.complete({"model": self._options.model, **body}, timeout_s)
         except ProtocolError as error:
@@ -360,7 +360,7 @@ class SidecarProcess:
             for pair in registry.pairs
             if pair.local == self._name
         }
-        # What was listed and is no more is in doubt, and has to be proven anew.
+        # The supervisor has dropped these proofs: the pairs have to be proven anew.
         self._canaries.forget(self._canaries.pairs() - peers.keys() | self._listed - listed)
         self._listed, self._peers = listed, peers
         for entry in registry.entries:
