@@ -1,4 +1,4 @@
-"""Takes events into the state of a launch. It does no I/O: it returns the actions that cannot wait."""
+"""Takes events into the state of a launch; returns the actions that cannot wait. It does no I/O."""
 
 from __future__ import annotations
 
