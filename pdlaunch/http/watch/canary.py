@@ -46,7 +46,7 @@ NUM_TOKEN_IDS = 150
 """Ids that prompts are drawn from; a vocabulary of bytes has them too."""
 NUM_AT_ONCE = 4
 FIRST_RETRY_S = 0.5
-LONGEST_RETRY_S = 30.0
+LONGEST_RETRY_S = 10.0
 CACHED_AT_PREFILL = "remote_prefill_cached_tokens"
 """A parameter of prefill's answer. With it vLLM's decode engine repeats what prefill had cached,
 and does not tell what it has read itself."""

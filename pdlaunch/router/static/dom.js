@@ -58,7 +58,7 @@ export const percent = (share) =>
   share === null || share === undefined ? "–" : `${Math.round(share * 100)} %`;
 export const clockTime = (at) => new Date(at * 1000).toLocaleTimeString([], { hour12: false });
 
-const HEALTH = { open: "left out", half_open: "on trial", slow: "slow" };
+const HEALTH = { open: "left out", half_open: "on trial" };
 
 // One that is ready may still be left out, because it has failed or is slow.
 export const shownState = (engine) =>
