@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import re
@@ -76,10 +77,12 @@ async def set_members(
             except RequestError as error:
                 _logger.error("%s: %s is left out: %s", source, member.name, error)
 
+    async def remove(name: str) -> None:
+        with contextlib.suppress(RequestError):  # a command was faster
+            await membership.remove(name, drain_timeout_s)
+
     add(member for member in new if member not in waiting)
-    # A command may have removed one of them first.
-    removing = (membership.remove(name, drain_timeout_s) for name in gone)
-    await asyncio.gather(*removing, return_exceptions=True)
+    await asyncio.gather(*map(remove, gone))
     add(waiting)
 
 
