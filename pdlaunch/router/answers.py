@@ -51,19 +51,15 @@ class ClientAnswer:
 
     @property
     def ignored_fields(self) -> Iterable[str]:
-        """Return the names of the request's fields that were ignored, each once."""
         return self._ignored_fields
 
     def ignores(self, names: Iterable[str]) -> None:
-        """Take the names of fields that an engine has ignored."""
         self._ignored_fields |= dict.fromkeys(names)
 
     def routed(self, prompt: PromptRequest, route: Route) -> None:
-        """Take the route of a prompt, the last one before the answer begins."""
         self._routes[prompt.index] = route
 
     def headers(self) -> dict[str, str]:
-        """Return the header that says which routes were taken."""
         told = [_tell_route(self._routes[index]) for index in sorted(self._routes)]
         return {ROUTE_HEADER: ", ".join(told[:MAX_TOLD_ROUTES])} if told else {}
 
@@ -89,7 +85,7 @@ class ClientAnswer:
 
     @property
     def takes_tokens(self) -> bool:
-        """Tell whether ``tokens`` may be called."""
+        """Return whether ``tokens`` may be called."""
         return False
 
     async def tokens(self, chunk: Chunk, num_tokens: int, *, more_follows: bool) -> None:
@@ -171,7 +167,7 @@ class StreamedAnswer(ClientAnswer):
 
     @property
     def takes_tokens(self) -> bool:
-        """Tell whether ``tokens`` may be called."""
+        """Return whether ``tokens`` may be called."""
         return not self._request.continuous_usage and self._record.content is None
 
     async def tokens(self, chunk: Chunk, num_tokens: int, *, more_follows: bool) -> None:
@@ -189,7 +185,6 @@ class StreamedAnswer(ClientAnswer):
             await self._stream.write(self._with_held(event) if self._held else event)
 
     async def finish(self, transcripts: Iterable[Transcript]) -> None:
-        """Send the usage, if it was asked for, and the end."""
         usage = total_usage(transcripts)
         last = b""
         if self._request.include_usage:
@@ -198,7 +193,6 @@ class StreamedAnswer(ClientAnswer):
         self._observe_end(usage)
 
     async def fail(self, error: BaseException) -> None:
-        """End a stream that has begun with an error event."""
         await self.flush()
         await self._stream.fail(error)
 
@@ -208,7 +202,6 @@ class StreamedAnswer(ClientAnswer):
             await self._stream.write(self._with_held(b""))
 
     def _with_held(self, event: bytes) -> bytes:
-        """Return what was held back, and the event behind it."""
         if not self._held:
             return event
         held, self._held = self._held, []
@@ -238,7 +231,6 @@ class WholeAnswer(ClientAnswer):
             merge(self._choices.setdefault(choice["index"], {}), choice)
 
     def finish(self, transcripts: Iterable[Transcript]) -> dict[str, Any]:
-        """Return the body of the answer."""
         usage = total_usage(transcripts)
         self._observe_end(usage)
         choices = [self._choices[index] for index in sorted(self._choices)]
@@ -252,7 +244,6 @@ class WholeAnswer(ClientAnswer):
 
 
 def _tell_route(route: Route) -> str:
-    """Return a route, and which engines were left out, short."""
     told = f"{route.name}; kind={route.kind}"
     if route.left_out:
         names = sorted(route.left_out)[:MAX_TOLD_LEFT_OUT]

@@ -141,7 +141,6 @@ class RouterApp:
         return json_response(body, status=200 if status == "ok" else 503)
 
     async def _metrics(self, _: web.Request) -> web.Response:
-        """Answer with the router's metrics and those of all engines."""
         pool, metrics = self._state.pool, self._state.metrics
         health, pairs = pool.health_states(), pool.pair_states()
         metrics.show(pool.engines, health, pairs, self.admission.in_flight)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
 from pdlaunch.errors import RequestError
 from pdlaunch.http.errors import model_not_found
 from pdlaunch.http.headers import ORIGIN_HEADER, format_origin
+from pdlaunch.http.watch.canary import REMOTE_DECODE
 from pdlaunch.protocol.ids import HopId, HttpRequestId, PromptOrigin
 from pdlaunch.protocol.openai.body import (
     MAX_IGNORED_NAMES,
@@ -29,16 +30,6 @@ from pdlaunch.router.prefix_index import PrefixHashes, hash_prefix
 
 CHARACTERS_PER_TOKEN = 4
 """Rough; only compares the work of engines."""
-
-REMOTE_DECODE: dict[str, Any] = {
-    "do_remote_decode": True,
-    "do_remote_prefill": False,
-    "remote_engine_id": None,
-    "remote_block_ids": None,
-    "remote_host": None,
-    "remote_port": None,
-}
-"""vLLM's routers send this to a prefill engine."""
 
 _Positive = Annotated[int, msgspec.Meta(ge=1)]
 _NotNegative = Annotated[int, msgspec.Meta(ge=0)]
@@ -60,7 +51,7 @@ at what is in them.
 _members_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
-class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
+class Endpoint(NamedTuple):
     """Names what differs between the two completion APIs."""
 
     path: str
@@ -70,19 +61,9 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     is_chat: bool
 
 
-COMPLETIONS = Endpoint(
-    path="/v1/completions",
-    id_prefix="cmpl-",
-    chunk_object="text_completion",
-    answer_object="text_completion",
-    is_chat=False,
-)
+COMPLETIONS = Endpoint("/v1/completions", "cmpl-", "text_completion", "text_completion", False)
 CHAT = Endpoint(
-    path="/v1/chat/completions",
-    id_prefix="chatcmpl-",
-    chunk_object="chat.completion.chunk",
-    answer_object="chat.completion",
-    is_chat=True,
+    "/v1/chat/completions", "chatcmpl-", "chat.completion.chunk", "chat.completion", True
 )
 
 
@@ -147,12 +128,11 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_stream(self) -> bool:
-        """Tell whether the client wants a stream."""
         return bool(self.body.get("stream"))
 
     @property
     def tells_tokens(self) -> bool:
-        """Tell whether the client sees single tokens."""
+        """Return whether the client sees single tokens."""
         return bool(self.body.get("return_token_ids")) or bool(self.body.get("logprobs"))
 
     @property
@@ -175,7 +155,7 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def asks_token_ids(self) -> bool:
-        """Tell whether engines are asked for the ids of tokens.
+        """Return whether engines are asked for the ids of tokens.
 
         With them vLLM leaves out the text of a prompt that is to be echoed.
         """
@@ -183,7 +163,6 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
         return self.endpoint.is_chat or not body.get("echo") or bool(body.get("return_token_ids"))
 
     def whole_body(self, extra: dict[str, Any]) -> bytes:
-        """Return the body that asks for the whole answer at once."""
         return msgspec.json.encode(self.body | {"return_token_ids": self.asks_token_ids} | extra)
 
     @property
@@ -194,7 +173,6 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def prefix(self) -> PrefixHashes:
-        """Return what stands for the prompt in an index of prefixes."""
         salt = self.body.get("cache_salt")
         text = self.text
         return hash_prefix(
@@ -245,7 +223,6 @@ class ClientRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def num_choices(self) -> int:
-        """Return the number of choices of each prompt."""
         return self.fields.n or 1
 
 

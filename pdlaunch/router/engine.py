@@ -167,7 +167,6 @@ class Work:
         return self
 
     def begin(self) -> None:
-        """Note that the first token has come."""
         if not self.has_begun:
             self.has_begun = True
             self._engine.num_streams += self._num_streams

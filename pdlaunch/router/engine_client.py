@@ -326,7 +326,6 @@ class EngineClient:
         headers: Mapping[str, str],
         silence: Silence | None = None,
     ) -> Answer:
-        """Return the answer once its head is here. Raises EngineFailure."""
         key = self._keys if isinstance(self._keys, str) else self._keys(engine)
         own = {"Content-Type": "application/json", **headers}
         if key is not None:
@@ -461,7 +460,6 @@ class EngineClient:
         return status == 200
 
     async def read_models(self, engine: Engine) -> list[ModelCard]:
-        """Return what the engine's /v1/models says; nothing when it says nothing."""
         try:
             _, body, _ = await self._call_briefly(engine, "GET", "/v1/models")
             return msgspec.json.decode(body, type=ModelList).data

@@ -37,7 +37,7 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_final(self) -> bool:
-        """Tell whether every choice ended with its first token, so that the answer is whole."""
+        """Return whether every choice ended with its first token, so that the answer is whole."""
         return not self.open_choices
 
     @property
@@ -81,7 +81,6 @@ class HeldLease:
         return self.handover.engine
 
     def pulled(self) -> None:
-        """Note that a decode engine has pulled the blocks."""
         self.is_taken = True
         self._lent.close()
 

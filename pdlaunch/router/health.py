@@ -55,7 +55,6 @@ class Breaker(msgspec.Struct, kw_only=True):
         return self.is_tripped and now_at >= max(self.open_until_at, self.tried_until_at)
 
     def asked(self, now_at: float) -> None:
-        """Note that a request is sent."""
         if self.wants_try(now_at):
             self.tried_until_at = now_at + TRY_LASTS_S
 
@@ -78,7 +77,6 @@ class Breaker(msgspec.Struct, kw_only=True):
             self.is_tripped = False
 
     def succeeded(self, now_at: float) -> None:
-        """Note that a request was answered to its end."""
         self.answers(now_at)
         self.num_successes += 1
         if self.num_successes >= NUM_GOOD:
@@ -101,11 +99,9 @@ class EngineHealth(Breaker, kw_only=True):
     """By the key of the prefill engine; one of which no pull has failed is not here."""
 
     def pull(self, prefill: object) -> Breaker:
-        """Return the breaker of pulls from a prefill engine, by its key."""
         return self.pulls.get(prefill) or _WELL
 
     def pulled(self, prefill: object, now_at: float, *, ok: bool) -> None:
-        """Note how a pull from a prefill engine has ended."""
         if not ok:
             self.pulls.setdefault(prefill, Breaker()).failed(now_at)
         elif (breaker := self.pulls.get(prefill)) is not None:
@@ -114,7 +110,6 @@ class EngineHealth(Breaker, kw_only=True):
                 del self.pulls[prefill]
 
     def keep(self, prefills: Iterable[object]) -> None:
-        """Forget all other prefill engines."""
         if self.pulls:
             self.pulls = {key: self.pulls[key] for key in prefills if key in self.pulls}
 

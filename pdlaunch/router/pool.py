@@ -45,30 +45,27 @@ class EnginePool:
 
     @property
     def engines(self) -> list[Engine]:
-        """Return all engines, by name."""
         return [self._engines[name] for name in sorted(self._engines)]
 
     def num_outstanding(self, name: str) -> int:
-        """Return what an engine has left to do, and to be read from it; 0 when it is not there."""
         engine = self._engines.get(name)
         return 0 if engine is None else engine.num_outstanding
 
     async def until_idle(self, name: str) -> None:
-        """Return when an engine has nothing left to do, nor to be read from it."""
         while self.num_outstanding(name):  # noqa: ASYNC110 - counts tell nobody
             await asyncio.sleep(IDLE_POLL_S)
 
     def lists(self, engine: Engine) -> bool:
-        """Tell whether the registry still shows these very processes, ready."""
+        """Return whether the registry still shows these very processes, ready."""
         return self._engines.get(engine.name) is engine and engine.ready
 
     @property
     def has_own_fields(self) -> bool:
-        """Tell whether the engines know fields that the router does not; they are of one kind."""
+        """Return whether the engines know fields that the router does not; they are of one kind."""
         return any(engine.capabilities.has_own_fields for engine in self._engines.values())
 
     def may_hand_over(self, prefill: Engine, decode: Engine) -> bool:
-        """Tell whether ``decode`` may be given KV blocks of ``prefill`` as it is now."""
+        """Return whether ``decode`` may be given KV blocks of ``prefill`` as it is now."""
         is_there = (
             self.lists(prefill)
             or not decode.capabilities.needs_proof
@@ -133,7 +130,6 @@ class EnginePool:
         self.serving = registry.serving
 
     def route(self, request: RoutingRequest) -> Route:
-        """Have the policy choose, and count the choice."""
         now_at = self.clock()
         route = choose(request, list(self._engines.values()), self._index, now_at, self._limits)
         for engine in route.engines:
@@ -174,18 +170,17 @@ class EnginePool:
 
     @property
     def has_pairs(self) -> bool:
-        """Tell whether there are prefill and decode engines, or were: the dead are not listed."""
+        """Return whether there are prefill and decode engines, or were: the dead are not listed."""
         return self._roles_seen.issuperset(PAIR)
 
     def has_ready(self, role: Role, needs: Collection[Need] = ()) -> bool:
-        """Tell whether some engine of this role can be given work."""
+        """Return whether some engine of this role can be given work."""
         return any(
             engine.ready and engine.role == role and covers(engine.capabilities, needs)
             for engine in self._engines.values()
         )
 
     def max_model_len(self, role: Role) -> int | None:
-        """Return the shortest limit of the role's engines, as far as they have told it."""
         return min(
             (
                 engine.max_model_len
@@ -196,19 +191,15 @@ class EnginePool:
         )
 
     def failed(self, engine: Engine) -> None:
-        """Note that an engine has failed a request."""
         engine.health.failed(self.clock())
 
     def answers(self, engine: Engine) -> None:
-        """Note that a first token has come from an engine."""
         engine.health.answers(self.clock())
 
     def succeeded(self, engine: Engine) -> None:
-        """Note that the engine has answered."""
         engine.health.succeeded(self.clock())
 
     def pulled(self, prefill: Engine, decode: Engine, *, ok: bool) -> None:
-        """Note how a pull of ``decode`` from ``prefill`` has ended."""
         decode.health.pulled(prefill.key, self.clock(), ok=ok)
 
     def pair_states(self) -> dict[tuple[str, str], HealthState]:
@@ -223,7 +214,6 @@ class EnginePool:
         }
 
     def health_states(self) -> dict[str, HealthState]:
-        """Return the states of all engines, by name."""
         now_at = self.clock()
         return {engine.name: engine.health.state(now_at) for engine in self.engines}
 
@@ -267,7 +257,7 @@ class EnginePool:
         return engine
 
     def _is_ready(self, server: Entry, ranks: list[Entry]) -> bool:
-        """Tell whether the engine can be given work.
+        """Return whether the engine can be given work.
 
         An engine kind without ranks of ours is as ready as its server; an engine that has shown
         ranks needs all of them.

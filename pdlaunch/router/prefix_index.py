@@ -122,5 +122,4 @@ class ServedPrefixes:
             pieces.popitem(last=False)
 
     def keep(self, names: Iterable[str]) -> None:
-        """Forget all other engines."""
         self._engines = {name: self._engines[name] for name in names if name in self._engines}

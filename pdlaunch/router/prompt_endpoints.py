@@ -81,7 +81,6 @@ class PromptEndpoints:
         self._ignored_fields = IgnoredFields()
 
     def routes(self) -> list[AppRoute]:
-        """Return the routes, which open with the clients' key."""
         completions, chat = (partial(self._generate, one) for one in (COMPLETIONS, CHAT))
         return [
             AppRoute("POST", COMPLETIONS.path, completions, COMPLETIONS_OPERATION),
@@ -91,7 +90,6 @@ class PromptEndpoints:
         ]
 
     def close(self) -> None:
-        """End every running request with an error."""
         self._deadlines.close()
 
     async def _generate(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
@@ -197,7 +195,6 @@ class PromptEndpoints:
         )
 
     async def _pass_on(self, request: web.Request) -> web.Response:
-        """Pass a request on to any engine that answers it."""
         with self._bodies.hold() as hold:
             body = await read_body(request, hold, max_bytes=self._spec.max_body_bytes)
             with self._admission.admit(1):

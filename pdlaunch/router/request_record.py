@@ -98,11 +98,10 @@ class EngineCall:
 
     @property
     def is_cut(self) -> bool:
-        """Tell whether it ended before the engine told of it, which can be asked."""
+        """Return whether it ended before the engine told of it, which can be asked."""
         return self._ended and self._ask is not None and not self.spans
 
     async def ask(self) -> None:
-        """Have the engine tell of a call that was cut."""
         ask, self._ask = self._ask, None
         if ask is not None:
             self.hear(await ask())
@@ -141,7 +140,6 @@ class EngineCall:
             self._note("cached_tokens", cached)
 
     def placed(self) -> list[Span]:
-        """Return the engine's spans on the router's clock."""
         return [span.moved(self._first_at, self.engine) for span in self.spans]
 
     def end(self, error: str | None = None) -> None:
@@ -165,7 +163,6 @@ class EngineCall:
             self._span.attributes[name] = value
 
     def longest_s(self, name: str) -> float | None:
-        """Return the longest of the engine's spans of this name; None: it has told none."""
         return max([span.duration_s for span in self.spans if span.name == name], default=None)
 
     def total_s(self, name: str) -> float | None:
@@ -236,22 +233,19 @@ class RequestRecord:
 
     @property
     def has_failed(self) -> bool:
-        """Tell whether the request was refused, dropped, or ended with an error."""
+        """Return whether the request was refused, dropped, or ended with an error."""
         return self.is_done and (self.error is not None or (self.status or 0) >= 400)
 
     @property
     def duration_s(self) -> float:
-        """Return the time that it has taken so far, or took."""
         end_at = self.log.clock() if self._end_at is None else self._end_at
         return end_at - self.log.start_at
 
     def understood(self, model: str | None, num_prompts: int) -> None:
-        """Note that the body is here and read."""
         self.model = None if model is None else model[:MAX_MODEL_LENGTH]
         self.log.add("receive", self.log.start_at, prompts=num_prompts)
 
     def routed(self, hop: Hop, route: Route) -> None:
-        """Note what the policy has decided."""
         logger.debug("route of %s: %s", hop, route)
         self._explanation = route.reason
         self.log.mark(
@@ -281,12 +275,10 @@ class RequestRecord:
         self.content = {"prompt_text": cut_content(shown), "output_text": ""}
 
     def says(self, text: str) -> None:
-        """Take output; all but its beginning is dropped."""
         if self.content is not None and len(self.content["output_text"]) < MAX_CONTENT_LENGTH:
             self.content["output_text"] = cut_content(self.content["output_text"] + text)
 
     def times(self, clock: RequestClock) -> None:
-        """Take when tokens leave from the clock of the metrics, so that no token costs anything."""
         self._times = clock
 
     def counts(self, transcript: Transcript) -> None:
@@ -294,11 +286,9 @@ class RequestRecord:
         self._transcripts.append(transcript)
 
     def finished(self, reason: str) -> None:
-        """Note that a choice has ended."""
         self._reasons[reason] = None
 
     def count(self, usage: Usage) -> None:
-        """Note the tokens of the whole answer."""
         self._usage = usage
 
     def fail(self, error: BaseException) -> None:
@@ -325,7 +315,6 @@ class RequestRecord:
         self.log.add("end", self._end_at, self._end_at, status=self.status, error=self.error)
 
     def summary(self) -> RequestSummary:
-        """Return what is known of the request in one line."""
         used = [call for call in self._calls if call.error is None]
         last = {call.hop: call for call in used}
         prefill, decode = last.get("prefill"), last.get("decode")

@@ -63,7 +63,6 @@ class SuspectBook:
 
     @contextmanager
     def watch(self, origin: PromptOrigin) -> Iterator[None]:
-        """Watch a prompt for as long as the block runs."""
         self._num_deaths[origin] = 0
         try:
             yield
@@ -71,7 +70,6 @@ class SuspectBook:
             del self._num_deaths[origin]
 
     def take(self, news: Suspects) -> None:
-        """Note that a rank has died."""
         for origin in news.origins:
             if origin in self._num_deaths:
                 self._num_deaths[origin] = (
@@ -82,7 +80,6 @@ class SuspectBook:
         return self._num_deaths[origin] > 0
 
     def header(self, origin: PromptOrigin) -> dict[str, str]:
-        """Return the header that tells an engine of a suspect; empty for others."""
         if not self.is_suspect(origin):
             return {}
         return {ORIGIN_HEADER: format_origin(origin, is_suspect=True)}
@@ -178,7 +175,6 @@ class RouterState:
         self._doubt(pair)
 
     def doubts(self) -> list[Doubt]:
-        """Return the pairs that have to be proven again, and why."""
         return [
             Doubt(prefill=prefill, decode=decode, error=error)
             for (prefill, decode), error in self._doubts.items()
@@ -191,7 +187,6 @@ class RouterState:
             self.spawn(self.client.release(engine, name))
 
     async def knows_engines(self) -> None:
-        """Return once there has been a registry."""
         await self._has_registry.wait()
 
     async def news_of_death(self, engine: Engine) -> None:
@@ -213,7 +208,6 @@ class RouterState:
             return
 
     def now(self) -> float:
-        """Return the instant on the event loop's clock, in seconds."""
         return asyncio.get_running_loop().time()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -224,12 +218,10 @@ class RouterState:
         return task
 
     async def settled(self, timeout_s: float = SETTLE_TIMEOUT_S) -> None:
-        """Wait until what was spawned is done."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=timeout_s)
 
     async def close(self) -> None:
-        """Finish what was spawned, then close the client side."""
         await self.settled()
         await self.client.close()
 

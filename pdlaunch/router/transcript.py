@@ -43,32 +43,28 @@ class Transcript:
 
     @property
     def is_done(self) -> bool:
-        """Tell whether every choice has its finish_reason."""
         return all(choice.finish_reason is not None for choice in self._choices)
 
     @property
     def num_tokens(self) -> int:
-        """Count the output tokens of all choices whose ids are known."""
         return self._num_tokens
 
     @property
     def has_tokens(self) -> bool:
-        """Tell whether the client may have been sent output."""
+        """Return whether the client may have been sent output."""
         return self._has_untold_tokens or self._num_tokens > 0
 
     @property
     def can_resume(self) -> bool:
-        """Tell whether the ids of all tokens that were sent are known."""
+        """Return whether the ids of all tokens that were sent are known."""
         return not self._has_untold_tokens
 
     @property
     def output_token_ids(self) -> list[int]:
-        """Return the tokens of the first choice."""
         return self._choices[0].token_ids
 
     @property
     def text(self) -> str:
-        """Return what was told of the first choice, where text is kept."""
         return "".join(self._choices[0].texts)
 
     @property
@@ -139,7 +135,6 @@ class Transcript:
         return num_tokens
 
     def resume_field(self) -> dict[str, Any]:
-        """Return the field ``resume`` with which another engine goes on."""
         return {"choices": [_resumed(choice) for choice in self._choices], "sent": True}
 
     def usage(self) -> Usage:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pdlaunch.http.headers import ROUTE_HEADER, WANTS_PAIR
 from pdlaunch.router.client_request import REMOTE_DECODE
 from tests.router.conftest import Answer, Stand, pair, pairs
 from tests.router.fake_generation import EOS, expected_tokens, text_of
@@ -334,6 +335,28 @@ async def test_work_goes_to_the_engine_that_has_least(stand: Stand) -> None:
     assert {(await request).status for request in requests} == {200}
     assert [len(stand.engines[f"decode-{index}"].seen) for index in (0, 1)] == [2, 2]
     assert [len(stand.engines[f"prefill-{index}"].seen) for index in (0, 1)] == [2, 2]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_short_prompt_is_computed_where_it_is_decoded(stand: Stand, stream: bool) -> None:
+    """On devices of their own; a client may ask for a pair."""
+    engines = pair()
+    for engine in engines:
+        engine.devices = ("cpu",)
+    await stand.start(engines)
+    prefill, decode = engines
+    answer = await stand.post(completion(stream=stream))
+    assert answer.texts() == {0: expected_text("hello", 6)}
+    assert answer.headers[ROUTE_HEADER] == "decode-0; kind=decode"
+    assert (len(prefill.seen), len(decode.seen)) == (0, 1)
+    answer = await stand.post(completion(stream=stream), headers={ROUTE_HEADER: WANTS_PAIR})
+    assert answer.texts() == {0: expected_text("hello", 6)}
+    assert answer.headers[ROUTE_HEADER] == "prefill-0->decode-0; kind=pair"
+    assert stand.metric('pdlaunch_router_routes_total{kind="pair"}') == 1
+    for one in stand.pool.engines:
+        assert (one.num_outstanding, one.num_streams, one.kv_tokens) == (0, 0, 0)
+        assert one.unanswered_tokens == 0
+        assert one.tokens_per_s > 0
 
 
 async def test_too_long_requests_are_refused_before_anything_is_streamed(stand: Stand) -> None:
