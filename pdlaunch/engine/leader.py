@@ -36,7 +36,7 @@ from pdlaunch.protocol.engine import (
     WakeUp,
     Welcome,
 )
-from pdlaunch.protocol.ids import EngineId, lease_of
+from pdlaunch.protocol.ids import lease_of
 from pdlaunch.transfer.thread import TransferThread
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,6 @@ class Leader:
         self,
         *,
         spec: EngineSpec,
-        engine_id: EngineId,
         runner: ModelRunner,
         transfer: TransferThread,
         scheduler: Scheduler,
@@ -76,12 +75,7 @@ class Leader:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``announce`` tells the supervisor of sleep; ``record`` notes for whom steps run."""
-        self._welcome = Welcome(
-            engine_id=engine_id,
-            max_model_len=spec.max_model_len,
-            num_blocks=runner.num_blocks,
-            block_size=spec.block_size,
-        )
+        self._num_blocks = runner.num_blocks
         self._runner = runner
         self._transfer = transfer
         self._scheduler = scheduler
@@ -186,7 +180,7 @@ class Leader:
                 self._requests.take_outputs()
                 self._sleep.forget_caller()
                 self._server.send(
-                    msgspec.structs.replace(self._welcome, sleeping_tags=self._sleep.sleeping_tags)
+                    Welcome(num_blocks=self._num_blocks, sleeping_tags=self._sleep.sleeping_tags)
                 )
             case AddRequest() if not self._sleep.computes:
                 refusal = RequestFinished(

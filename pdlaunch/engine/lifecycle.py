@@ -279,7 +279,6 @@ class RequestLifecycle:
             request.num_cached_tokens = min(num_computed, request.num_prompt_tokens)
             cached, counts = request.cached_tokens, self.counts
             counts.prompt_tokens += request.num_prompt_tokens
-            counts.cached_prompt_tokens += sum(cached)
             counts.remote_hit_tokens += cached.remote
             counts.host_hit_tokens += cached.host
             counts.device_hit_tokens += cached.device

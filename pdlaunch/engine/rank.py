@@ -179,7 +179,6 @@ class RankProcess:
         )
         leader = Leader(
             spec=spec,
-            engine_id=engine_id,
             runner=runner,
             transfer=transfer,
             scheduler=scheduler,

@@ -77,25 +77,6 @@ def _time(record: logging.LogRecord) -> str:
     return f"{second}.{int(record.msecs):03d}Z"
 
 
-class _LogFile(logging.FileHandler):
-    """Loses the lines that a full disk does not take, and says so once on standard error."""
-
-    def __init__(self, file: Path) -> None:
-        super().__init__(file, encoding="utf-8")
-        self._has_complained = False
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name that logging calls
-        error = sys.exception()
-        if not isinstance(error, OSError):
-            super().handleError(record)
-        elif not self._has_complained:
-            self._has_complained = True
-            sys.stderr.write(
-                f"log lines are lost: {self.baseFilename} cannot be written: "
-                f"{error.strerror or error}\n"
-            )
-
-
 def setup_logging(
     process: str,
     level: str,
@@ -108,7 +89,11 @@ def setup_logging(
 
     ``level``: of pdlaunch's own loggers; libraries speak from warning on.
     """
-    handler = logging.StreamHandler(stream or sys.stderr) if file is None else _LogFile(file)
+    handler = (
+        logging.StreamHandler(stream or sys.stderr)
+        if file is None
+        else logging.FileHandler(file, encoding="utf-8")
+    )
     handler.setFormatter(_JsonFormatter(process) if form == "json" else _LineFormatter(process))
     root = logging.getLogger()
     for old in root.handlers[:]:
@@ -117,6 +102,8 @@ def setup_logging(
     root.setLevel(logging.WARNING)
     logging.getLogger("pdlaunch").setLevel(level.upper())
     logging.captureWarnings(True)
+    # A full disk loses lines, and must not fill the terminal instead.
+    logging.raiseExceptions = False
     # Nothing shows place in the source, thread or process id; a line takes a third less without.
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False

@@ -269,22 +269,9 @@ class ServedRequest(Message):
 
 
 ToSupervisor = (
-    Register
-    | Progress
-    | Ready
-    | Alive
-    | PairReady
-    | PairFailed
-    | PairSuspect
-    | Failed
-    | Drained
-    | SleepState
-    | Restart
-    | SetDrained
-    | ChangeEngines
-    | EngineIdle
-    | ServedRequest
-)
+    Register | Progress | Ready | Alive | PairReady | PairFailed | PairSuspect | Failed | Drained
+    | SleepState | Restart | SetDrained | ChangeEngines | EngineIdle | ServedRequest
+)  # fmt: skip
 
 
 class Registry(Message):

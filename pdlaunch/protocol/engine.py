@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 from pdlaunch.observe.spans import SpanReport
-from pdlaunch.protocol.ids import NO_ORIGIN, EngineId, PromptOrigin, RequestId
+from pdlaunch.protocol.ids import NO_ORIGIN, PromptOrigin, RequestId
 from pdlaunch.protocol.kv_params import FirstToken, RemoteKV
 from pdlaunch.protocol.wire import Codec, Message
 
@@ -74,7 +74,6 @@ class AddRequest(Message):
     """The router's number of the prompt, the same for all choices and attempts; below 2^63."""
     is_suspect: bool = False
     """A rank that died computed it: no step has two suspects until they have survived one."""
-    traceparent: str | None = None
     records_spans: bool = False
 
 
@@ -159,10 +158,7 @@ class RequestFinished(Message):
 class Welcome(Message):
     """Answers Hello: what the server must know of the engine."""
 
-    engine_id: EngineId
-    max_model_len: int
     num_blocks: int
-    block_size: int
     sleeping_tags: list[str] = []
     """Pools that sleep: the engine serves nothing before all are awake."""
 
@@ -214,7 +210,6 @@ class EngineStats(Message):
     num_used_host_blocks: int = 0
     num_offload_jobs: int = 0
     prompt_tokens: int = 0
-    cached_prompt_tokens: int = 0  # the sum of the three that follow
     device_hit_tokens: int = 0
     host_hit_tokens: int = 0
     remote_hit_tokens: int = 0

@@ -188,14 +188,9 @@ class Refused(Message):
 
 ToPrefillSide = Handshake | PullBegin | StateChecksums | PullHeartbeat | PullEnd | Push
 ToDecodeSide = (
-    HandshakeReply
-    | PullReply
-    | ChecksumsReply
-    | HeartbeatReply
-    | PullEndReply
-    | PushEnded
+    HandshakeReply | PullReply | ChecksumsReply | HeartbeatReply | PullEndReply | PushEnded
     | Refused
-)
+)  # fmt: skip
 
 to_prefill_side: Codec[ToPrefillSide] = Codec(ToPrefillSide)
 to_decode_side: Codec[ToDecodeSide] = Codec(ToDecodeSide)

@@ -82,7 +82,6 @@ class Engine:
         server: Any = self.server
         self.leader = Leader(
             spec=spec,
-            engine_id="engine",
             runner=self.runner,
             transfer=transfer,
             scheduler=self.scheduler,

@@ -91,7 +91,6 @@ def make_leader(
     scheduler = make_scheduler()
     return Leader(
         spec=make_spec("unused", **changes),
-        engine_id="engine",
         runner=recorder,
         transfer=recorder,
         scheduler=scheduler,

@@ -60,7 +60,6 @@ def make_leader(recorder: Any, offload: Any, follower: Any) -> tuple[Leader, Sch
     scheduler = make_scheduler(tp_size=2, offload=planner)
     leader = Leader(
         spec=make_spec("unused", tensor_parallel_size=2),
-        engine_id="engine",
         runner=recorder,
         transfer=recorder,
         scheduler=scheduler,

@@ -79,7 +79,7 @@ def test_a_second_prompt_computes_only_what_is_new() -> None:
     assert (item.num_computed_tokens, item.num_tokens) == (8, 4)
     assert engine.finished["b"].num_cached_tokens == 8
     stats = engine.scheduler.requests.stats()
-    assert (stats.prompt_tokens, stats.cached_prompt_tokens) == (22, 8)
+    assert (stats.prompt_tokens, stats.device_hit_tokens) == (22, 8)
 
 
 def test_another_salt_shares_nothing() -> None:

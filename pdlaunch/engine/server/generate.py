@@ -68,7 +68,6 @@ async def generate(service: EngineService, kind: type[R], http: web.Request) -> 
     origin, is_suspect = read_origin(http.headers.get(ORIGIN_HEADER))
     call = Call(
         hop_id=HopId(request_id_of(http)),
-        traceparent=read_traceparent(http.headers.get(TRACEPARENT_HEADER)),
         origin=origin,
         is_suspect=is_suspect,
         wants_spans=http.headers.get(SPANS_HEADER) == "1",
@@ -121,8 +120,8 @@ async def _run(
     """Answer; then abort whatever is not finished, or a lease whose answer was not written."""
     metrics, request, choices = service.metrics, generation.request, generation.choices
     clock = RequestClock(metrics.requests)
-    if call.traceparent is not None:
-        _log.debug("traceparent %s", call.traceparent)
+    if traceparent := read_traceparent(http.headers.get(TRACEPARENT_HEADER)):
+        _log.debug("traceparent %s", traceparent)
     metrics.asked(request.n, generation.num_prompt_tokens, choices)
     headers = {REQUEST_ID_HEADER: call.hop_id} | service.ignored_fields.headers(
         request.ignored_fields

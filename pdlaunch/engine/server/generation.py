@@ -58,7 +58,6 @@ class Call:
     """Identifies one HTTP request on its way."""
 
     hop_id: HopId  # names the request for its caller, who may use an id twice at once
-    traceparent: str | None = None
     origin: PromptOrigin = NO_ORIGIN
     is_suspect: bool = False  # a rank may have died of it
     spans: SpanLog = field(default_factory=SpanLog)
@@ -123,7 +122,6 @@ class Generation:
                     cache_salt=request.cache_salt,
                     origin=call.origin,
                     is_suspect=call.is_suspect,
-                    traceparent=call.traceparent,
                     records_spans=call.wants_spans,
                 )
                 choice = Choice(

@@ -36,7 +36,6 @@ gauge   num_used_host_blocks   kv_offload_blocks_used   KV blocks in the host ti
 gauge   num_offload_jobs       kv_offload_jobs          Copies between device and host in flight.
 counter prompt_tokens          prefix_cache_queries     Prompt tokens looked up in the cache.
 counter device_hit_tokens      prefix_cache_hits        Prompt tokens found in the device's cache.
-counter cached_prompt_tokens   prompt_tokens_cached     Prompt tokens that were not computed here.
 counter generation_tokens      sampled_tokens           Output tokens drawn by the rank.
 counter preemptions            num_preemptions          Requests that lost their blocks.
 counter transfers              kv_transfers             Pulls that ended well.
@@ -63,6 +62,7 @@ gauge   - kv_cache_usage_perc            Share of KV blocks in use, 0 to 1.
 gauge   - kv_offload_usage_perc          Share of the host tier in use, 0 to 1.
 gauge   - num_requests_waiting           Requests that wait for a place in the batch or KV blocks.
 gauge   - num_requests_waiting_by_reason The same: for a place (capacity), for KV blocks (deferred).
+counter - prompt_tokens_cached           Prompt tokens that were not computed here.
 counter - external_prefix_cache_queries  Prompt tokens that the KV cache of the device lacked.
 counter - external_prefix_cache_hits     Of these, tokens of the host tier or of another engine.
 counter - prompt_tokens_by_source        Prompt tokens by where their KV came from.
@@ -96,10 +96,11 @@ def _value(stats: EngineStats, field: str, name: str) -> float | Mapping[str, fl
             "capacity": stats.num_waiting,
             "deferred": stats.num_waiting_for_kv,
         },
+        "prompt_tokens_cached": device + host + remote,
         "external_prefix_cache_queries": stats.prompt_tokens - device,
         "external_prefix_cache_hits": host + remote,
         "prompt_tokens_by_source": {
-            "local_compute": stats.prompt_tokens - stats.cached_prompt_tokens,
+            "local_compute": stats.prompt_tokens - device - host - remote,
             "local_cache_hit": device,
             "external_kv_transfer": host + remote,
         },

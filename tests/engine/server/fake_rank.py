@@ -149,12 +149,7 @@ class FakeRank:
                 self.received.append(message)
                 self._arrived.notify_all()
             if isinstance(message, Hello):
-                welcome = Welcome(
-                    engine_id="e1",
-                    max_model_len=100,
-                    num_blocks=64,
-                    block_size=16,
-                )
+                welcome = Welcome(num_blocks=64)
                 await self.send(welcome)
             elif isinstance(message, ReadStats) and self.answers_stats:
                 await self.send(self.totals)

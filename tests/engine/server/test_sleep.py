@@ -130,9 +130,7 @@ async def test_a_lost_rank_ends_the_call_and_a_new_one_is_awake(
     await sleeper.service.use_link(None)
     assert (await task)[0] == 503
     assert sleeper.service.sleep.status().is_sleeping
-    sleeper.service.on_welcome(
-        Welcome(engine_id="e2", max_model_len=100, num_blocks=64, block_size=16)
-    )
+    sleeper.service.on_welcome(Welcome(num_blocks=64))
     assert not sleeper.service.sleep.status().is_sleeping
     assert sleeper.states == ["draining", "sleeping", "awake"]
 
@@ -140,10 +138,7 @@ async def test_a_lost_rank_ends_the_call_and_a_new_one_is_awake(
 async def test_a_new_server_learns_that_its_engine_sleeps(sleeper: Engine, rank: FakeRank) -> None:
     sleeper.service.on_welcome(
         Welcome(
-            engine_id="e1",
-            max_model_len=100,
             num_blocks=64,
-            block_size=16,
             sleeping_tags=["kv_cache"],
         )
     )
