@@ -97,56 +97,24 @@ async def test_engines_are_beside_the_router(stand: Stand) -> None:
     assert f"pdlaunch_kv_transfer_bytes_total{{{labels}}} 1.0" in text.splitlines()
 
 
-async def test_no_sum_over_a_name_adds_up_router_and_engines(stand: Stand) -> None:
-    engines = pair()
-    await stand.start(engines)
-    await stand.post(completion())
-    own = set(families_of(stand.metrics.text().decode()))
-    of_engines = {family.name for engine in engines for family in engine.metrics.registry.collect()}
-    assert len(of_engines) > 10
-    assert not own & of_engines
-    assert {name for name in own if not name.startswith("pdlaunch_router_")} == {
-        "pdlaunch_pair_bytes_per_second",
-        "pdlaunch_pair_second_token_seconds",
-        "pdlaunch_process_ends",
-    }
-
-
 async def test_engines_that_cannot_be_read_are_missing(stand: Stand) -> None:
-    dead, broken, strange, well = pairs(2)
-    await stand.start([dead, broken, strange, well])
+    """They are dead, silent, say too much or what is no page; labels of others are replaced."""
+    dead, silent, broken, long, strange, well = engines = pairs(3)
+    await stand.start(engines, metrics_s=0.5)
     await dead.stop()
-    broken.metrics_page = "# TYPE x gauge\nx{"
-    strange.metrics_page = (
-        "# TYPE pdlaunch_router_engines_ready histogram\npdlaunch_router_engines_ready_sum 1\n# "
-        "TYPE own gauge\nown 7\n"
-    )
-    families = families_of(await scraped(stand))
-    assert values(families["pdlaunch_router_engines_ready"]) == {None: 4}
-    assert values(families["own"]) == {strange.name: 7}
-    assert "x" not in families
-    assert set(values(families["pdlaunch_num_requests_waiting"])) == {well.name}
-
-
-async def test_an_engine_whose_page_is_too_long_is_missing(stand: Stand) -> None:
-    (long, _) = engines = pair()
-    await stand.start(engines, metrics_s=60.0)
-    long.metrics_page = "own 7\n#".ljust(MAX_PAGE_BYTES, "-")
-    assert values(families_of(await scraped(stand))["own"]) == {long.name: 7}
-    long.metrics_page += "-"
-    assert "own" not in families_of(await scraped(stand))
-
-
-async def test_an_engine_that_is_silent_is_missing(stand: Stand) -> None:
-    (silent, _) = engines = pair()
-    await stand.start(engines, metrics_s=0.1)
     silent.tells_metrics.clear()
+    broken.metrics_page = "# TYPE x gauge\nx{"
+    long.metrics_page = "long 7\n#".ljust(MAX_PAGE_BYTES + 1, "-")
+    strange.metrics_page = (
+        "# TYPE pdlaunch_router_engines_ready histogram\npdlaunch_router_engines_ready_sum 1\n"
+        '# TYPE own gauge\nown{engine="0"} 7\n'
+    )
     families = families_of(await scraped(stand))
     silent.tells_metrics.set()
-    assert values(families["pdlaunch_router_engines_ready"]) == {None: 2}
-    assert silent.name not in values(
-        families.get("pdlaunch_num_requests_waiting", Metric("none", "", "gauge"))
-    )
+    assert values(families["pdlaunch_router_engines_ready"]) == {None: 6}
+    assert values(families["own"]) == {strange.name: 7}
+    assert not {"x", "long"} & families.keys()
+    assert set(values(families["pdlaunch_num_requests_waiting"])) == {well.name}
 
 
 async def test_no_series_tells_when_another_was_created(stand: Stand) -> None:
