@@ -12,7 +12,7 @@ import contextlib
 import math
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 from urllib.parse import quote
@@ -27,7 +27,7 @@ from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.app import AppRoute, request_id_of
 from pdlaunch.http.errors import error_body, json_response
 from pdlaunch.http.headers import REQUEST_ID_HEADER
-from pdlaunch.protocol.control import ChangeEngines, RefusalCode
+from pdlaunch.protocol.control import ChangeEngines, RefusalCode, Restart, SetDrained
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import EngineFailure
 from pdlaunch.router.membership import WatchedMembership
@@ -133,26 +133,18 @@ class Admin:
         """Prefill engines first: decode engines fetch what those hold while awake."""
         return _together(
             [
-                await self._put_to_sleep(engine, http)
+                await self._command(engine, http, fall_asleep(self._state, engine, http.query))
                 for engine in self._chosen(http, first="prefill")
             ]
         )
 
-    async def _put_to_sleep(self, engine: Engine, http: web.Request) -> Outcome:
-        if engine.capabilities.kind != "vllm":
-            return await self._ask(engine, "POST", http.path, _without_engine(http))
-        return await _outcome(engine, fall_asleep(self._state, engine, http.query))
-
     async def _wake_up(self, http: web.Request) -> web.Response:
         """Decode engines first: they shake hands with prefill engines as these come back."""
-        outcomes = []
-        for engine in self._chosen(http, first="decode"):
-            if engine.capabilities.kind == "vllm":
-                tags = http.query.getall("tags", [])
-                outcome = await _outcome(engine, wake_up(self._state, engine, tags))
-            else:
-                outcome = await self._ask(engine, "POST", http.path, _without_engine(http))
-            outcomes.append(outcome)
+        tags = http.query.getall("tags", [])
+        outcomes = [
+            await self._command(engine, http, wake_up(self._state, engine, tags))
+            for engine in self._chosen(http, first="decode")
+        ]
         awake = {each.engine for each in outcomes if each.answer.get("is_sleeping") is False}
         # Requests that follow must find these engines.
         await self._until_listed(
@@ -160,6 +152,21 @@ class Admin:
             "the engines are awake, but not yet in the registry",
         )
         return _together(outcomes)
+
+    async def _command(
+        self, engine: Engine, http: web.Request, for_vllm: Coroutine[Any, Any, dict[str, Any]]
+    ) -> Outcome:
+        """Send a command on; ``for_vllm`` does it for an engine of vLLM."""
+        if engine.capabilities.kind != "vllm":
+            for_vllm.close()
+            query = [(name, value) for name, value in http.query.items() if name != "engine"]
+            return await self._ask(engine, "POST", http.path, query)
+        try:
+            return Outcome(engine.name, 200, await for_vllm)
+        except EngineFailure as error:
+            return _failed(engine.name, _unavailable(str(error), "engine_failed"))
+        except RequestError as error:
+            return _failed(engine.name, error)
 
     async def _is_sleeping(self, http: web.Request) -> web.Response:
         outcomes = [await self._ask(engine, "GET", "/is_sleeping") for engine in self._chosen(http)]
@@ -173,7 +180,7 @@ class Admin:
         return _together([await self._restart_one(name) for name in _engines_named(http)])
 
     async def _restart_one(self, name: str) -> Outcome:
-        begun = await self._supervisor.restart(name)
+        begun = await self._supervisor.ask(Restart(question=0, name=name))
         if begun.error:
             code: RefusalCode = "not_now" if begun.engine else "engine_not_found"
             return _failed(name, _refusal(begun.error, code))
@@ -235,7 +242,9 @@ class Admin:
         return _together([await self._set_drained(name, is_drained=False) for name in names])
 
     async def _set_drained(self, name: str, *, is_drained: bool) -> Outcome:
-        answer = await self._supervisor.set_drained(name, is_drained=is_drained)
+        answer = await self._supervisor.ask(
+            SetDrained(question=0, name=name, is_drained=is_drained)
+        )
         if answer.error:
             return _failed(answer.engine or name, _refusal(answer.error, answer.code))
         # Requests that follow must find it so.
@@ -283,7 +292,7 @@ class Admin:
     async def _change(self, wanted: ChangeEngines) -> web.Response:
         """Have it done. The answer says what runs at the engines that stop, as of the start."""
         running = {engine.name: engine.num_outstanding for engine in self._engines()}
-        answer = await self._supervisor.change(wanted)
+        answer = await self._supervisor.ask(wanted)
         body: dict[str, object] = {"dry_run": wanted.dry_run, "notes": answer.notes}
         if answer.change is not None:
             stops = {name: running.get(name, 0) for name in answer.change.stops}
@@ -385,10 +394,6 @@ class Admin:
         return found
 
 
-def _without_engine(http: web.Request) -> Query:
-    return [(name, value) for name, value in http.query.items() if name != "engine"]
-
-
 def _engines_named(http: web.Request) -> list[str]:
     """Return the engines that the query names, each once. Raises RequestError without any."""
     if not (names := http.query.getall("engine", [])):
@@ -430,15 +435,6 @@ def _unavailable(message: str, code: str) -> OverloadedError:
 
 def _failed(engine: str, error: RequestError) -> Outcome:
     return Outcome(engine, error.status, error_body(error))
-
-
-async def _outcome(engine: Engine, work: Awaitable[dict[str, Any]]) -> Outcome:
-    try:
-        return Outcome(engine.name, 200, await work)
-    except EngineFailure as error:
-        return _failed(engine.name, _unavailable(str(error), "engine_failed"))
-    except RequestError as error:
-        return _failed(engine.name, error)
 
 
 def _together(outcomes: Sequence[Outcome], **fields: Any) -> web.Response:

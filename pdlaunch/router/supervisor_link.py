@@ -28,53 +28,31 @@ class SupervisorLink:
         self._numbers = itertools.count(secrets.randbits(40))
         self._asked: dict[int, asyncio.Queue[Answered]] = {}
 
-    async def restart(self, name: str) -> Answered:
-        """Return when an engine's restart has begun, or was refused. Raises OverloadedError."""
-        (answer,) = await self._ask(Restart(question=next(self._numbers), name=name))
-        return answer
-
-    async def set_drained(self, name: str, *, is_drained: bool) -> Answered:
-        """Have an engine given no new work, or work again. Raises OverloadedError."""
-        question = SetDrained(question=next(self._numbers), name=name, is_drained=is_drained)
-        (answer,) = await self._ask(question)
-        return answer
-
-    async def change(self, wanted: ChangeEngines) -> Answered:
-        """Return when the engines of the launch have been changed, or that was refused, with what
-        was planned. ``wanted.question`` is set here. Raises OverloadedError.
+    async def ask(self, question: Question) -> Answered:
+        """Return the answer, once the change is done if it is one; ``question.question`` is set
+        here. Raises OverloadedError.
         """
-        question = msgspec.structs.replace(wanted, question=next(self._numbers))
-        begun, *ended = await self._ask(question)
-        return (
-            msgspec.structs.replace(begun, error=ended[0].error, is_done=True) if ended else begun
-        )
+        question = msgspec.structs.replace(question, question=next(self._numbers))
+        answers = self._asked[question.question] = asyncio.Queue()
+        timeout_s, code = ANSWER_TIMEOUT_S, "no_answer"
+        message = f"the supervisor has not answered within {ANSWER_TIMEOUT_S:g} s"
+        try:
+            self._send(question)
+            async with asyncio.timeout(timeout_s):
+                begun = await answers.get()
+            if begun.is_done:
+                return begun
+            timeout_s, code = CHANGE_TIMEOUT_S, "not_ready"
+            message = f"it is not done after {CHANGE_TIMEOUT_S:g} s, and goes on"
+            async with asyncio.timeout(timeout_s):
+                ended = await answers.get()
+            return msgspec.structs.replace(begun, error=ended.error, is_done=True)
+        except TimeoutError:
+            raise OverloadedError(message, status=503, code=code) from None
+        finally:
+            del self._asked[question.question]
 
     def answered(self, message: Answered) -> None:
         """Hand an answer to the call that waits for it, if one still does."""
         if (answers := self._asked.get(message.question)) is not None:
             answers.put_nowait(message)
-
-    async def _ask(self, question: Question) -> list[Answered]:
-        """Return the answer, and a second one where the first says that it follows."""
-        answers: asyncio.Queue[Answered] = asyncio.Queue()
-        self._asked[question.question] = answers
-        try:
-            self._send(question)
-            message = f"the supervisor has not answered within {ANSWER_TIMEOUT_S:g} s"
-            first = await _next(answers, ANSWER_TIMEOUT_S, message, "no_answer")
-            if first.is_done:
-                return [first]
-            message = f"it is not done after {CHANGE_TIMEOUT_S:g} s, and goes on"
-            return [first, await _next(answers, CHANGE_TIMEOUT_S, message, "not_ready")]
-        finally:
-            del self._asked[question.question]
-
-
-async def _next(
-    answers: asyncio.Queue[Answered], timeout_s: float, message: str, code: str
-) -> Answered:
-    try:
-        async with asyncio.timeout(timeout_s):
-            return await answers.get()
-    except TimeoutError:
-        raise OverloadedError(message, status=503, code=code) from None
