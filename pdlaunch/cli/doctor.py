@@ -25,7 +25,7 @@ from pdlaunch.errors import ConfigError, PdlaunchError, ProtocolError
 from pdlaunch.http.watch.canary import BYTES_READ, SECONDS_READ, CanaryDied, send_canary
 from pdlaunch.http.watch.engine_api import Counts, EngineApi
 from pdlaunch.http.watch.handshake import SideChannel, shake_hands, side_channel_of
-from pdlaunch.launch.engines.kind import OF_RUNNING_ENGINES
+from pdlaunch.launch.engines.vllm import OF_RUNNING_ENGINES
 from pdlaunch.machine.facts import Machine
 from pdlaunch.machine.link_speed import (
     ExpectedSpeed,

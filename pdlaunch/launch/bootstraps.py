@@ -10,7 +10,7 @@ from pydantic import SecretStr
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.models import LaunchConfig
-from pdlaunch.launch.engines.kind import EngineKind
+from pdlaunch.launch.engines.plan import EngineKind
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.planning.roles import PlacedEngine

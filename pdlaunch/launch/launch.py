@@ -17,8 +17,7 @@ import zmq
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch.bootstraps import Bootstraps
-from pdlaunch.launch.engines.kind import EngineKind
-from pdlaunch.launch.engines.plan import kind_of, plan_processes
+from pdlaunch.launch.engines.plan import EngineKind, kind_of, plan_processes
 from pdlaunch.launch.events import EventQueue, SignalInbox
 from pdlaunch.launch.failure import Failure
 from pdlaunch.launch.folders import SUPERVISOR_LOG, keep_logs

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-from pdlaunch.launch.engines.kind import EngineKind
+from pdlaunch.launch.engines.plan import EngineKind
 from pdlaunch.machine.nvml import BusPair, GpuLink
 from pdlaunch.planning.plan import Plan
 from pdlaunch.planning.resolve import ResolvedLaunch

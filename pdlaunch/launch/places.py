@@ -18,8 +18,7 @@ from pdlaunch.checks.run import run_checks
 from pdlaunch.config.roles import PAIR, Role
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch.bootstraps import Bootstraps
-from pdlaunch.launch.engines.kind import EngineKind
-from pdlaunch.launch.engines.plan import kind_of
+from pdlaunch.launch.engines.plan import EngineKind, kind_of
 from pdlaunch.launch.state import EngineChange, Unit
 from pdlaunch.planning.hosts import EnginePlace, Places, ResolvedHost
 from pdlaunch.planning.models import Model, read_models

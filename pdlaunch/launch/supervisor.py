@@ -28,8 +28,7 @@ from pdlaunch.launch.actions import (
 )
 from pdlaunch.launch.bootstraps import Bootstraps
 from pdlaunch.launch.commands import Command, obey
-from pdlaunch.launch.engines.kind import EngineKind
-from pdlaunch.launch.engines.plan import with_peers
+from pdlaunch.launch.engines.plan import EngineKind, with_peers
 from pdlaunch.launch.events import Event
 from pdlaunch.launch.failure import Failure
 from pdlaunch.launch.hosts.host import Host, MessageReceived

@@ -16,7 +16,7 @@ from aiohttp import web
 from msgspec.msgpack import decode, encode
 from typer.testing import Result
 
-from pdlaunch.launch.engines.kind import OF_RUNNING_ENGINES
+from pdlaunch.launch.engines.vllm import OF_RUNNING_ENGINES
 from tests.command_line import invoke
 from tests.launch.sidecar.fake_vllm import BLOCK_SIZE, BYTES_OF_TOKEN, FakeVllm, listen
 

@@ -10,19 +10,21 @@ from types import MappingProxyType
 import msgspec
 from pydantic import JsonValue
 
+from pdlaunch.checks import running_rules
 from pdlaunch.checks.rule import Rule
 from pdlaunch.checks.run import all_rules
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import PAIR
 from pdlaunch.config.vllm_arguments import vllm_flag_name
-from pdlaunch.launch.engines.kind import OF_RUNNING_ENGINES
 from pdlaunch.launch.engines.native import light_environment, python_command
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.planning.role_engines import RoleEngines
 from pdlaunch.planning.roles import PlacedEngine
 from pdlaunch.protocol.control import Capabilities
 
+OF_RUNNING_ENGINES = frozenset(rule.code for rule in running_rules.RULES)
+"""Rules on engines that run already, which `pdlaunch doctor` alone can judge."""
 CAPABILITIES = Capabilities(
     kind="vllm", needs_proof=True, lease_s=30.0, has_own_fields=True, takes_launch_token=False
 )

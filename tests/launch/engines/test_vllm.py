@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from pdlaunch.checks.run import all_rules
-from pdlaunch.launch.engines.kind import OF_RUNNING_ENGINES
 from pdlaunch.launch.engines.plan import kind_of, plan_processes
+from pdlaunch.launch.engines.vllm import OF_RUNNING_ENGINES
 from pdlaunch.planning.effective import effective_engines, effective_settings
 from tests.launch.engines.test_plan import CPU, FOUR_GPUS, config, resolved
 
