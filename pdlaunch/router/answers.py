@@ -31,12 +31,7 @@ class ClientAnswer:
     """Numbers and counts the chunks of one request."""
 
     def __init__(
-        self,
-        request: ClientRequest,
-        *,
-        model: str,
-        metrics: RequestMetrics,
-        record: RequestRecord,
+        self, request: ClientRequest, model: str, metrics: RequestMetrics, record: RequestRecord
     ) -> None:
         self._request = request
         self._metrics = metrics
@@ -64,19 +59,16 @@ class ClientAnswer:
         return {ROUTE_HEADER: ", ".join(told[:MAX_TOLD_ROUTES])} if told else {}
 
     async def chunk(
-        self,
-        prompt: PromptRequest,
-        transcript: Transcript,
-        chunk: Chunk,
-        *,
-        more_follows: bool,
+        self, prompt: PromptRequest, transcript: Transcript, chunk: Chunk, *, more_follows: bool
     ) -> None:
         """Take one chunk that is new to the client.
 
         ``more_follows``: the next one is here already, so that both may be sent together; else
         ``flush`` comes when nothing of it is new.
         """
-        self._number_choices(prompt, chunk)
+        if prompt.index:
+            for choice in chunk["choices"]:
+                choice["index"] += prompt.index * prompt.num_choices
         self._observe(chunk)
         await self._take(transcript, chunk, more_follows=more_follows)
 
@@ -97,11 +89,6 @@ class ClientAnswer:
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
-
-    def _number_choices(self, prompt: PromptRequest, chunk: Chunk) -> None:
-        if prompt.index:
-            for choice in chunk["choices"]:
-                choice["index"] += prompt.index * prompt.num_choices
 
     def _observe(self, chunk: Chunk) -> None:
         for choice in chunk["choices"]:
@@ -127,14 +114,13 @@ class StreamedAnswer(ClientAnswer):
     def __init__(
         self,
         request: ClientRequest,
-        stream: ClientStream,
-        *,
         model: str,
         metrics: RequestMetrics,
         record: RequestRecord,
+        stream: ClientStream,
         ignored: IgnoredFields,
     ) -> None:
-        super().__init__(request, model=model, metrics=metrics, record=record)
+        super().__init__(request, model, metrics, record)
         self._stream = stream
         self._ignored = ignored
         self._chunk_head = self._head(request.endpoint.chunk_object)
@@ -212,14 +198,9 @@ class WholeAnswer(ClientAnswer):
     """Puts one JSON object together from the chunks."""
 
     def __init__(
-        self,
-        request: ClientRequest,
-        *,
-        model: str,
-        metrics: RequestMetrics,
-        record: RequestRecord,
+        self, request: ClientRequest, model: str, metrics: RequestMetrics, record: RequestRecord
     ) -> None:
-        super().__init__(request, model=model, metrics=metrics, record=record)
+        super().__init__(request, model, metrics, record)
         self._choices: dict[int, dict[str, Any]] = {}
         self._extra: dict[str, Any] = {}
 

@@ -145,11 +145,11 @@ class PromptEndpoints:
     ) -> None:
         answer = StreamedAnswer(
             client_request,
+            client_request.fields.model or self._spec.served_model_name,
+            self._state.metrics.requests,
+            record,
             stream,
-            model=client_request.fields.model or self._spec.served_model_name,
-            metrics=self._state.metrics.requests,
-            record=record,
-            ignored=self._ignored_fields,
+            self._ignored_fields,
         )
         try:
             async with deadline.guard():
@@ -168,12 +168,8 @@ class PromptEndpoints:
     async def _whole(
         self, client_request: ClientRequest, record: RequestRecord, deadline: Deadline
     ) -> web.Response:
-        answer = WholeAnswer(
-            client_request,
-            model=client_request.fields.model or self._spec.served_model_name,
-            metrics=self._state.metrics.requests,
-            record=record,
-        )
+        model = client_request.fields.model or self._spec.served_model_name
+        answer = WholeAnswer(client_request, model, self._state.metrics.requests, record)
         async with deadline.guard():
             transcripts = await self._run(client_request, answer, record, deadline.wanted_at)
         headers = self._ignored_fields.headers(answer.ignored_fields) | answer.headers()
