@@ -102,11 +102,6 @@ class Context:
         return uses_ucx(self.launch)
 
     @property
-    def moves_over_ucx(self) -> bool:
-        """Return whether UCX may move KV blocks, in pdlaunch's own ranks or in engines of vLLM."""
-        return self.uses_ucx or any(not each.is_native for each in self.pair or ())
-
-    @property
     def moves_cumem_slowly(self) -> bool:
         """Return whether a library opens GPU memory by itself where CuMem pools export no fabric
         handles: it then copies them through the host.

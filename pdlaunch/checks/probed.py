@@ -41,11 +41,9 @@ class PairTransport:
     gigabytes_per_s: float | None = None
     """None: too few bytes moved to tell, or nothing could be moved."""
     expected_gigabytes_per_s: float | None = None
-    """Speed of a good path over the link between the two; None: not known."""
     hosts: tuple[str, str] | None = None
     """Names of the two hosts, prefill's first; None: both ranks are on one."""
     link: str = ""
-    """``18 NVLinks with 478 GB/s``"""
     error: str | None = None
     """The reason why nothing could be moved."""
     other_paths: Mapping[str, str] = field(default_factory=dict)
@@ -79,9 +77,9 @@ class SeenEngine:
     gigabytes_per_s: float | None = None
     """Mean speed of its READs; None: too few bytes to tell."""
     expected_gigabytes_per_s: float | None = None
-    """The speed that the slowest of its links to prefill engines should give; None: not known."""
+    """The speed that the slowest of its links to prefill engines should give."""
     link: str = ""
-    """That link in words, or the reason why its speed is not known; empty: there is no link."""
+    """That link in words, or the reason why its speed is not known."""
     # The following are told in dev mode alone.
     has_dev_mode: bool = False
     kv_role: str | None = None
@@ -111,11 +109,11 @@ class SeenPair:
     side_channel: str = ""
     """``HOST:PORT`` at which decode is told to shake hands; empty: of an engine without one."""
     wrong_address: str = ""
-    """The reason why decode cannot find the side channel there; empty: none is known."""
+    """The reason why decode cannot find the side channel there."""
     handshake: str | None = None
-    """The metadata that a handshake returned; None: nobody asked."""
+    """The metadata that a handshake with it returned; None: nobody asked."""
     silence: str = ""
-    """The reason why the side channel did not answer; empty: it did, or nobody asked."""
+    """The reason why it did not answer."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,7 @@ from pdlaunch.config.sources import Origin
 from pdlaunch.planning.effective import effective_values
 from pdlaunch.planning.resolve import ResolvedLaunch
 
-# A rule takes a number of its family that no rule has had: reports name rules by it, in CI and
-# elsewhere.
+# A rule takes a number of its family that no rule has had: reports name rules by it.
 FAMILIES = {
     "PD1": "Configuration",
     "PD2": "Memory",
@@ -61,9 +60,8 @@ class NotChecked:
     rule: str
     title: str
     needs: tuple[Need, ...]
-    """The facts that are missing."""
     reason: str
-    """The reason why the first of them is missing."""
+    """The reason why the first of these facts is missing."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,7 +82,8 @@ def _tls(each: RoleEngines) -> str:
 
 
 def _no_way_between_hosts(context: Context) -> Iterator[Found]:
-    if not context.moves_over_ucx or not context.kv_transfer.trusted_network:
+    is_vllm = any(not each.is_native for each in context.pair or ())
+    if not (context.uses_ucx or is_vllm) or not context.kv_transfer.trusted_network:
         return
     far = {engine.host.name: engine.engines for engine in far_engines(context)}
     for each in far.values():
