@@ -22,8 +22,7 @@ from pdlaunch.config.engine_settings import EngineSettings
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import ROLES
 from pdlaunch.config.settings import Setting, all_settings
-from pdlaunch.config.shown import ShownValue, changed_values, shown_values
-from pdlaunch.config.sources import load_config
+from pdlaunch.config.sources import ShownValue, changed_values, load_config, shown_values
 from pdlaunch.errors import ConfigError
 from pdlaunch.planning.effective import effective_settings
 from pdlaunch.planning.hosts import planned_hosts

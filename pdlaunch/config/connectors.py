@@ -19,7 +19,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 from pydantic import Field
 from pydantic_core import PydanticKnownError
 
-from pdlaunch.config.field_types import ByteSize, Flag, FrozenModel, NativeAlone
+from pdlaunch.config.field_types import NATIVE_ALONE, ByteSize, Flag, FrozenModel
 from pdlaunch.config.sizes import parse_size
 from pdlaunch.config.ucx import local_transports, network_transports
 from pdlaunch.errors import ConfigError
@@ -46,10 +46,6 @@ class KVNetwork:
     rdma_devices: tuple[str, ...] = ()
 
 
-class NoSettings(FrozenModel):
-    """Settings of a connector that has none."""
-
-
 class ConnectorSpec(Generic[S]):
     """Describes a connector. Override what differs from these defaults."""
 
@@ -58,7 +54,7 @@ class ConnectorSpec(Generic[S]):
     with the whole ``KVTransferSettings``, the rank's name (``prefill-0/rank-0``) and its
     incarnation. Returns a ``transfer.connectors.connector.Connector``.
     """
-    settings: type[S] = NoSettings  # type: ignore[assignment]
+    settings: type[S] = FrozenModel  # type: ignore[assignment]
     """The model of the section ``kv_transfer.NAME``, which each method below is given."""
     stand_ins: Mapping[str, str] = MappingProxyType({})
     """Tests put ``module:class`` here, by the name of the class of a rank that it stands for. It is
@@ -115,7 +111,7 @@ class ConnectorSpec(Generic[S]):
 class NixlSettings(FrozenModel):
     """Settings of the connector nixl."""
 
-    path: Annotated[KVPath, NativeAlone()] = Field(
+    path: Annotated[KVPath, NATIVE_ALONE] = Field(
         "auto",
         description="What carries KV blocks: NIXL, or copies from mapped memory of ranks of a "
         "host (p2p); `auto` is what is faster at the handshake, for each pair.",
@@ -266,7 +262,7 @@ class ConnectorImportError(ConfigError):
     """A connector's package cannot be imported, or holds something else."""
 
 
-NO_SPEC: ConnectorSpec[NoSettings] = ConnectorSpec()
+NO_SPEC: ConnectorSpec[FrozenModel] = ConnectorSpec()
 """Stands for a connector that cannot be imported."""
 
 

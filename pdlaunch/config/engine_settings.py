@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 from pydantic import Field, JsonValue
 
 from pdlaunch.config.field_types import (
+    NATIVE_ALONE,
     ByteSize,
     Flag,
     FlagName,
     FrozenModel,
-    NativeAlone,
     OptionalSize,
     VariableName,
     may_override,
@@ -29,7 +29,7 @@ DEFAULT_MODEL = "smollm2"
 class KVOffloadSettings(FrozenModel):
     """Settings of the host tier, which keeps KV blocks in host memory."""
 
-    host_memory: Annotated[OptionalSize, Flag("kv-offload-memory"), NativeAlone()] = Field(
+    host_memory: Annotated[OptionalSize, Flag("kv-offload-memory"), NATIVE_ALONE] = Field(
         0, description="Host memory of one rank for KV blocks, such as 32GiB; 0 for none."
     )
 

@@ -106,29 +106,18 @@ def _covers(entry: str, address: EngineAddress) -> bool:
     if address.scheme != found["scheme"] or not first <= address.port <= last:
         return False
     host = found["host"].strip("[]").lower()
-    network = _network(host + (found["prefix"] or ""))
-    if network is not None:
-        ip = _ip(address.host)
-        return ip is not None and ip.version == network.version and ip in network
-    if host.startswith("*."):
-        return address.host.endswith(host[1:])
-    return address.host == host
-
-
-def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:
     try:
-        return ipaddress.ip_network(text, strict=False)
+        network = ipaddress.ip_network(host + (found["prefix"] or ""), strict=False)
     except ValueError:
-        return None
-
-
-def _ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+        is_below = host.startswith("*.") and address.host.endswith(host[1:])
+        return is_below or address.host == host
     try:
-        ip = ipaddress.ip_address(text)
+        ip = ipaddress.ip_address(address.host)
     except ValueError:
-        return None
+        return False
     # The same host in another form must not pass by, nor be kept out.
-    return ip.ipv4_mapped or ip if isinstance(ip, ipaddress.IPv6Address) else ip
+    ip = (ip.version == 6 and ip.ipv4_mapped) or ip
+    return ip.version == network.version and ip in network
 
 
 def _check_allowed(entry: str) -> str:
@@ -138,8 +127,12 @@ def _check_allowed(entry: str) -> str:
     found = _ALLOWED.fullmatch(entry)
     if found is None:
         raise ValueError(f"{entry[:100]!r} allows no URL; {_HOW}")
-    if found["prefix"] and _network(found["host"].strip("[]") + found["prefix"]) is None:
-        raise ValueError(f"{entry[:100]!r}: {found['host']}{found['prefix']} is no network; {_HOW}")
+    if found["prefix"]:
+        network = found["host"].strip("[]") + found["prefix"]
+        try:
+            ipaddress.ip_network(network, strict=False)
+        except ValueError:
+            raise ValueError(f"{entry[:100]!r}: {network} is no network; {_HOW}") from None
     first, last = int(found["first"] or 0), int(found["last"] or found["first"] or 0)
     if not 0 <= first <= last <= 65535:
         raise ValueError(f"{entry[:100]!r}: ports go up to 65535, the lower one first")

@@ -47,9 +47,8 @@ class Flag:
     """``pdlaunch router`` has the flag, too: it says something to a router alone."""
 
 
-@dataclass(frozen=True, slots=True)
-class NativeAlone:
-    """Marks a setting that only native engines read."""
+NATIVE_ALONE = "native alone"
+"""Marks, in an annotation, a setting that only native engines read."""
 
 
 ByteSize = Annotated[
@@ -171,7 +170,7 @@ def _optional_fields(model: type[FrozenModel]) -> dict[str, Any]:
         # The constraints hold for the value alone, not for None.
         kind: Any = info.annotation
         for item in info.metadata:
-            if not isinstance(item, Flag | NativeAlone):
+            if not (isinstance(item, Flag) or item == NATIVE_ALONE):
                 kind = Annotated[kind, item]
         kind = kind | None
         for item in info.metadata:

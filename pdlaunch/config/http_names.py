@@ -45,15 +45,15 @@ def is_loopback(address: str) -> bool:
 
 
 def _check_host(name: str) -> str:
-    if (
-        name != ANY
-        and not _is_address(name.removeprefix("[").removesuffix("]"))
-        and not _HOST_NAME.fullmatch(name)
-    ):
+    if name == ANY or _HOST_NAME.fullmatch(name):
+        return name
+    try:
+        ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
+    except ValueError:
         raise ValueError(
             f"{name[:100]!r} is no host name or address; write it without scheme and port, or "
             f"{ANY!r} for any"
-        )
+        ) from None
     return name
 
 
@@ -76,14 +76,6 @@ def _check_origin(origin: str) -> str:
             "for any"
         )
     return origin
-
-
-def _is_address(text: str) -> bool:
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True
 
 
 HostNames = Annotated[

@@ -22,7 +22,7 @@ from pdlaunch.config.connectors import (
     connector_spec,
     other_sections,
 )
-from pdlaunch.config.field_types import Flag, FrozenModel, NativeAlone, PortRange, Switch
+from pdlaunch.config.field_types import NATIVE_ALONE, Flag, FrozenModel, PortRange, Switch
 
 
 def _with_other_sections(schema: dict[str, JsonValue]) -> None:
@@ -55,15 +55,15 @@ class KVTransferSettings(FrozenModel):
         gt=0,
         description="Seconds prefill keeps blocks for a decode engine that says nothing.",
     )
-    pull_timeout_s: Annotated[float, NativeAlone()] = Field(
+    pull_timeout_s: Annotated[float, NATIVE_ALONE] = Field(
         20.0, gt=0, description="Seconds a decode engine waits for one pull."
     )
-    pull_attempts: Annotated[int, NativeAlone()] = Field(
+    pull_attempts: Annotated[int, NATIVE_ALONE] = Field(
         2,
         ge=1,
         description="READs of a rank's blocks that may fail before the prompt is recomputed.",
     )
-    handshake_timeout_s: Annotated[float, NativeAlone()] = Field(
+    handshake_timeout_s: Annotated[float, NATIVE_ALONE] = Field(
         20.0, gt=0, description="Seconds for the handshake of one pair."
     )
     trusted_network: Switch = Field(

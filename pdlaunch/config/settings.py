@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from pdlaunch.config.connectors import other_sections
-from pdlaunch.config.field_types import Flag, FrozenModel, NativeAlone, section_of
+from pdlaunch.config.field_types import NATIVE_ALONE, Flag, FrozenModel, section_of
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.sizes import format_size, parse_size
 
@@ -82,7 +82,7 @@ class Setting:
 
     @property
     def is_native_alone(self) -> bool:
-        return any(isinstance(item, NativeAlone) for item in self.info.metadata)
+        return NATIVE_ALONE in self.info.metadata
 
     @property
     def description(self) -> str:

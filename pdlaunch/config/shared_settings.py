@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from pdlaunch.config.field_types import ByteSize, Flag, FrozenModel, NativeAlone
+from pdlaunch.config.field_types import NATIVE_ALONE, ByteSize, Flag, FrozenModel
 from pdlaunch.config.http_names import HostNames, Origins
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.config.sizes import parse_size
@@ -104,12 +104,12 @@ class SharedSettings(FrozenModel):
     cors_origins: Annotated[Origins, Flag(panel=DEPLOYMENT, for_router=True)] = Field(
         (), description="Origins whose web pages may use the router or an engine; `*` for any."
     )
-    generation_config: Annotated[GenerationConfig, Flag(), NativeAlone()] = Field(
+    generation_config: Annotated[GenerationConfig, Flag(), NATIVE_ALONE] = Field(
         "auto",
         description="Sampling defaults of requests: `auto` takes those of the model's "
         "generation_config.json, `vllm` neutral ones.",
     )
-    strict_fields: Annotated[bool, Flag(panel=DEPLOYMENT, for_router=True), NativeAlone()] = Field(
+    strict_fields: Annotated[bool, Flag(panel=DEPLOYMENT, for_router=True), NATIVE_ALONE] = Field(
         False,
         description="Refuse requests with unknown fields; they are ignored and named otherwise.",
     )

@@ -4,7 +4,7 @@ beats the defaults.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -22,7 +22,9 @@ from pdlaunch.config.problems import (
     shown_name,
     shown_path,
 )
+from pdlaunch.config.roles import ROLES
 from pdlaunch.config.settings import (
+    SECRET,
     VARIABLE_PREFIX,
     all_settings,
     flag_name,
@@ -253,3 +255,59 @@ def _refused(path: str, item: _Given | None, message: str, fix: str | None) -> P
         else message
     )
     return Problem(text, shown_name(path), value, fix, item.origin.detail, item.line, item.column)
+
+
+@dataclass(frozen=True, slots=True)
+class ShownValue:
+    """Holds a setting with its value and origin, as people see them."""
+
+    path: str
+    value: Any
+    """A plain JSON value."""
+    origin: Origin
+
+
+def shown_values(loaded: LoadedConfig) -> list[ShownValue]:
+    """Return every setting in the order of the models; a role's overrides only where given."""
+    return [
+        ShownValue(path, value, origin)
+        for path, value, origin in _values(loaded)
+        if value is not None or origin.kind != "default" or path.partition(".")[0] not in ROLES
+    ]
+
+
+def changed_values(loaded: LoadedConfig) -> list[ShownValue]:
+    """Return the settings that were given another value than their default."""
+    defaults = {path: value for path, value, _ in _values(LoadedConfig(LaunchConfig(), {}))}
+    return [item for item in shown_values(loaded) if item.value != defaults.get(item.path)]
+
+
+def shown_config(loaded: LoadedConfig) -> dict[str, Any]:
+    """Return the whole configuration, nested as in a file."""
+    nested: dict[str, Any] = {}
+    for path, value, _ in _values(loaded):
+        *parents, name = split_path(path)
+        node = nested
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    return nested
+
+
+def _values(loaded: LoadedConfig) -> Iterator[tuple[str, Any, Origin]]:
+    for path, setting in all_settings().items():
+        value: Any = loaded.config
+        for name in path.split("."):
+            value = getattr(value, name, None)
+        entries = (
+            {f"{path}.{name}": entry for name, entry in value.items()}
+            if setting.is_mapping and value
+            else {path: value}
+        )
+        for entry_path, entry in entries.items():
+            origin = loaded.origins.get(entry_path, Origin("default"))
+            if setting.has_sections:
+                entry = [item.model_dump(exclude_none=True) for item in entry]
+            if is_secret(entry_path) and entry is not None:
+                entry = SECRET
+            yield entry_path, entry, origin

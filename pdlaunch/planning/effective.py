@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from pdlaunch.config.shown import ShownValue, shown_config
-from pdlaunch.config.sources import LoadedConfig, Origin
+from pdlaunch.config.sources import LoadedConfig, Origin, ShownValue, shown_config
 from pdlaunch.planning.plan import mask_environment
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.planning.role_engines import CHOSEN_BY_ENGINE, RoleEngines
