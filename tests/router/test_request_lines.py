@@ -7,7 +7,6 @@ import io
 import json
 import logging
 import re
-from typing import Any
 
 import msgspec
 import pytest
@@ -50,37 +49,6 @@ async def test_the_line_of_a_pair(stand: Stand, caplog: pytest.LogCaptureFixture
     ):
         assert part in line
     assert "secret" not in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("fields", "headers", "status"),
-    [
-        ({"max_tokens": 0}, {}, 400),
-        ({}, {"Authorization": "Bearer wrong"}, 401),
-        ({"n": 100}, {}, 429),
-    ],
-)
-async def test_refusals_have_a_line(
-    stand: Stand,
-    caplog: pytest.LogCaptureFixture,
-    fields: dict[str, Any],
-    headers: dict[str, str],
-    status: int,
-) -> None:
-    caplog.set_level(logging.INFO, "pdlaunch")
-    spec = msgspec.structs.replace(SPEC, api_key="right", max_queued_requests=2)
-    await stand.start(pair(), spec=spec)
-    if status == 429:
-        stand.router.admission.in_flight = 2
-        fields = {}
-    answer = await stand.post(
-        completion(**fields), headers={"Authorization": "Bearer right"} | headers
-    )
-    stand.router.admission.in_flight = 0
-    assert answer.status == status
-    (line,) = lines(caplog)
-    assert line.startswith(f"{status} /v1/completions ")
-    assert "error: " in line
 
 
 async def test_text_is_logged_only_where_it_is_wanted(

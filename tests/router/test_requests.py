@@ -147,21 +147,6 @@ async def test_refusals_are_told(
     assert said in (summary.error or "")
 
 
-async def test_an_engine_that_quotes_the_prompt_does_not_bring_it_here(stand: Stand) -> None:
-    engines = pair()
-    for engine in engines:
-        engine.status = 400
-        engine.error_body = (
-            b'{"error": {"message": "cannot read: my secret", "type": "invalid_request_error", '
-            b'"param": "prompt", "code": "bad"}}'
-        )
-    await stand.start(engines)
-    answer = await stand.post(completion(prompt="my secret"))
-    assert b"my secret" in answer.raw
-    (summary,) = await listed(stand)
-    assert summary.error == "engine prefill-0 answered 400: bad: prompt"
-
-
 async def test_a_client_that_goes_away_is_told(stand: Stand) -> None:
     engines = told_pair()
     engines[1].hold_after = 2
