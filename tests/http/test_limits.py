@@ -16,7 +16,6 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from pdlaunch.config.shared_settings import LimitSettings
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http import connections, limits
 from pdlaunch.http.connections import HttpRunner
@@ -27,11 +26,8 @@ from pdlaunch.http.limits import (
     BodyBudget,
     Deadlines,
     LargeInputs,
-    max_engine_body_bytes,
     read_body,
 )
-from pdlaunch.protocol.control import Alive
-from pdlaunch.protocol.process.bootstrap import Heartbeat
 
 MAX_BYTES = 2 * SMALL_BODY_BYTES
 
@@ -91,12 +87,6 @@ async def serving(budget_bytes: int = 8 * MAX_BYTES) -> AsyncIterator[Server]:
         yield server
     finally:
         await runner.cleanup()
-
-
-async def test_a_body_is_read_and_its_room_is_free_again() -> None:
-    async with serving() as server:
-        assert await server.post(b"x" * MAX_BYTES) == (200, {"length": MAX_BYTES})
-        assert server.budget.held_bytes == 0
 
 
 async def test_unfinished_bodies_count_with_their_stated_length() -> None:
@@ -196,35 +186,6 @@ async def test_a_body_that_falls_silent_is_a_408(monkeypatch: pytest.MonkeyPatch
         assert server.budget.held_bytes == 0
 
 
-def test_an_engine_takes_what_a_router_makes_of_the_longest_body() -> None:
-    """A request of many choices goes on elsewhere near its end: all of its tokens are sent with
-    it.
-    """
-    num_choices, max_model_len = 128, 500
-    tokens = [{"token_id": 2**31 - 1}] * max_model_len
-    tokens_of_all = {"choices": [tokens] * num_choices, "sent": True}
-    parameters = {
-        "remote_block_ids": list(range(max_model_len)),
-        "first_tokens": [[0.123456789] * 20] * num_choices,
-    }
-    added = len(
-        json.dumps(
-            {"resume": tokens_of_all, "kv_transfer_params": parameters}, separators=(",", ":")
-        )
-    )
-    assert 1000 + added <= max_engine_body_bytes(1000, max_model_len)
-
-
-def test_the_budget_is_eight_of_the_longest_bodies_unless_set() -> None:
-    assert LimitSettings().body_budget_bytes == 128 * 1024**2
-    assert LimitSettings(max_body_bytes=1000).body_budget_bytes == 8000
-    assert (
-        LimitSettings(max_body_bytes=1000, max_body_bytes_in_flight=2000).body_budget_bytes == 2000
-    )
-    with pytest.raises(ValueError, match="at least twice max_body_bytes, which is 1000"):
-        LimitSettings(max_body_bytes=1000, max_body_bytes_in_flight=1999)
-
-
 def leaving() -> OverloadedError:
     return OverloadedError("leaving", status=503, code="leaving")
 
@@ -292,19 +253,3 @@ async def test_closing_ends_what_runs_and_what_comes() -> None:
 async def test_small_inputs_are_worked_at_in_place() -> None:
     assert await LargeInputs().run(False, threading.get_ident) == threading.get_ident()
     assert await LargeInputs().run(True, threading.get_ident) != threading.get_ident()
-
-
-async def test_heartbeats_go_out_while_large_inputs_are_worked_at() -> None:
-    """Work in Python alone, which never lets go of the interpreter by itself, until three beats
-    have been sent.
-    """
-    beats: list[Alive] = []
-
-    def work() -> int:
-        while len(beats) < 3:
-            sum(range(1000))
-        return len(beats)
-
-    heartbeat = asyncio.create_task(Heartbeat(beats.append, 0.01).run())
-    assert await LargeInputs().run(True, work) >= 3
-    heartbeat.cancel()

@@ -67,18 +67,6 @@ async def test_it_is_answered_when_the_change_is_done(admin_stand: AdminStand) -
     assert await answer == (200, {"dry_run": False, "notes": ["PD412"], "change": SHOWN})
 
 
-async def test_one_that_fails_on_the_way_is_an_error_with_its_plan(admin_stand: AdminStand) -> None:
-    answer = call(admin_stand, "role", engine="decode-1", role="prefill")
-    wanted = await asked(admin_stand)
-    assert (wanted.turn, wanted.role, wanted.replicas) == ("decode-1", "prefill", {})
-    link = admin_stand.stand.link
-    link.answered(Answered(question=wanted.question, change=PLAN, is_done=False))
-    link.answered(Answered(question=wanted.question, error="prefill-1 cannot be added: why"))
-    status, body = await answer
-    assert (status, body["error"]["message"]) == (409, "prefill-1 cannot be added: why")
-    assert body["change"] == SHOWN
-
-
 async def test_a_dry_run_says_what_runs_at_engines_that_would_stop(
     admin_stand: AdminStand,
 ) -> None:

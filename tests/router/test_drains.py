@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from pdlaunch.protocol.control import Answered, SetDrained
-from tests.router.conftest import Stand
 from tests.router.fake_engine import until
 from tests.router.test_admin import AdminStand, admin_stand
 from tests.router.test_life_of_a_request import completion, expected_text
@@ -95,19 +94,6 @@ async def test_prompts_whose_blocks_are_yet_to_be_read_are_waited_for(
     await until(lambda: len(admin_stand.stand.asked) == 2)
     prefill.num_leases = 0
     assert (await waits)[1]["engines"][0]["running"] == 0
-
-
-async def test_a_refusal_of_the_supervisor_is_passed_on(admin_stand: AdminStand) -> None:
-    stand: Stand = admin_stand.stand
-    call = asyncio.create_task(admin_stand.call("POST", "/pdlaunch/drain?engine=decode-7"))
-    await until(lambda: stand.asked)
-    stand.link.answered(
-        Answered(
-            question=stand.asked[0].question, code="engine_not_found", error="there is none such"
-        )
-    )
-    status, body = await call
-    assert (status, body["error"]["message"]) == (404, "there is none such")
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,11 @@ its own.
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pdlaunch.errors import RequestError
-from pdlaunch.router.watched_engine import Member
 from tests.launch.sidecar.fake_vllm import answer_of
 from tests.router.alone_router import PROMPT, Alone, alone
 from tests.router.conftest import working
@@ -119,13 +117,3 @@ async def test_what_cannot_be_added_is_refused_by_name(
     new = {"name": "decode-9", "role": "decode", "url": alone.url("decode-9")} | change
     answered, answer = await alone.command("POST", "/pdlaunch/engines", new)
     assert (answered, answer["error"]["code"]) == (status, code), answer
-
-
-async def test_without_an_allow_list_nothing_can_be_added(tmp_path: Path) -> None:
-    alone = Alone(tmp_path, urls=())
-    try:
-        with pytest.raises(RequestError, match="engine_urls does not allow unix:/x"):
-            alone.watch.add(Member("x", "decode", "unix:/x", "vllm"), "command")
-    finally:
-        await alone.watch.close()
-        await alone.state.close()

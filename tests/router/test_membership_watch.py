@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 
 import pytest
-from aiohttp import web
 
 from pdlaunch.http.watch import canary
-from tests.launch.sidecar.fake_vllm import FakeVllm, answer_of, listen
+from tests.launch.sidecar.fake_vllm import FakeVllm, answer_of
 from tests.router.alone_router import PROMPT, Alone, alone
 
 __all__ = ["alone"]
@@ -146,19 +144,6 @@ async def test_an_engine_sleeps_when_nothing_runs_or_is_leased_and_is_proven_aga
     assert decode.num_bytes > num_bytes
 
 
-async def test_an_engine_that_others_put_to_sleep_gets_no_work(alone: Alone) -> None:
-    for name in ("prefill-0", "decode-0"):
-        await alone.start(name, is_sleeping=False)
-        alone.add(name)
-    await alone.until(lambda: alone.ready == {"prefill-0", "decode-0"})
-    alone.engines["prefill-0"].is_sleeping = True
-    await alone.until(lambda: alone.engine("prefill-0").state == "sleeping")
-    assert (await alone.complete())[0] == 200
-    alone.engines["prefill-0"].is_sleeping = False
-    await alone.until(lambda: alone.ready == {"prefill-0", "decode-0"})
-    assert alone.outcomes("proven") == 2
-
-
 async def test_an_engine_without_dev_mode_cannot_sleep(alone: Alone) -> None:
     await alone.pair()
     status, answer = await alone.command("POST", "/sleep?engine=decode-0")
@@ -166,32 +151,3 @@ async def test_an_engine_without_dev_mode_cannot_sleep(alone: Alone) -> None:
     status, answer = await alone.command("POST", "/sleep?engine=decode-0&level=3")
     assert (status, "level is 1 or 2" in answer["error"]["message"]) == (400, True)
     assert alone.ready == {"prefill-0", "decode-0"}
-
-
-class Nonsense(FakeVllm):
-    """Answers without tokens, while ``is_odd``."""
-
-    is_odd = True
-
-    async def _complete(self, request: web.Request) -> web.StreamResponse:
-        if not self.is_odd:
-            return await super()._complete(request)
-        choice = {"index": 0, "token_ids": [], "logprobs": {"token_logprobs": []}}
-        return web.json_response({"choices": [choice]})
-
-
-async def test_an_engine_that_answers_nonsense_is_tried_again(tmp_path: Path) -> None:
-    """No answer ends the watch of an engine or the canaries of a pair."""
-    alone = Alone(tmp_path, is_exact=False)
-    await alone.open()
-    try:
-        await alone.start("prefill-0")
-        alone.add("prefill-0")
-        odd = Nonsense("decode-0", alone.shares)
-        alone.sockets["decode-0"] = await listen(odd, tmp_path / "decode-0.sock")
-        alone.add("decode-0")
-        await alone.until(lambda: "ValueError" in alone.reason("decode-0"))
-        odd.is_odd = False
-        await alone.until(lambda: "decode-0" in alone.ready)
-    finally:
-        await alone.close()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pdlaunch.protocol.control import Answered, Registry
-from pdlaunch.router import admin, supervisor_link
+from pdlaunch.router import admin
 from tests.router.conftest import Stand
 from tests.router.fake_engine import until
 from tests.router.test_admin import AdminStand, admin_stand
@@ -84,17 +84,6 @@ async def test_a_refusal_of_the_supervisor_is_passed_on(
     admin_stand.stand.link.answered(Answered(question=question, engine=engine, error="no, because"))
     assert (await answer)[0] == status
     assert (await answer)[1]["error"]["message"] == "no, because"
-
-
-async def test_a_supervisor_that_does_not_answer_is_503(
-    admin_stand: AdminStand, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(supervisor_link, "ANSWER_TIMEOUT_S", 0.01)
-    status, body = await restart(admin_stand, "decode-0")
-    assert (status, body["error"]["code"]) == (503, "no_answer")
-    admin_stand.stand.link.answered(
-        Answered(question=admin_stand.stand.asked[0].question, engine="decode-0")
-    )
 
 
 async def test_an_engine_that_does_not_come_back_is_503(

@@ -117,19 +117,6 @@ async def test_engines_that_cannot_be_read_are_missing(stand: Stand) -> None:
     assert set(values(families["pdlaunch_num_requests_waiting"])) == {well.name}
 
 
-async def test_no_series_tells_when_another_was_created(stand: Stand) -> None:
-    """Not even of engines whose pages have them."""
-    (engine, _) = engines = pair(ours=False)
-    engine.metrics_page = (
-        "# TYPE vllm:a counter\nvllm:a_total 1\n# TYPE vllm:a_created gauge\nvllm:a_created 1e9\n"
-    )
-    await stand.start(engines)
-    await stand.post(completion())
-    text = await scraped(stand)
-    assert "vllm:a_total{" in text
-    assert "_created" not in text
-
-
 @pytest.mark.parametrize("line", ["x{", "x", 'x{a="b} 1', "x{} one", 'x{a="b"c="d"}e 1', "1x 2"])
 def test_what_is_no_sample_spoils_its_page(line: str) -> None:
     families = MetricFamilies()

@@ -88,23 +88,6 @@ async def test_it_says_everything_of_engines_and_pairs_and_keeps_to_its_schema(
     assert misfits(raw | {"requests": "many"}, schema, document) != []
 
 
-async def test_an_engine_that_does_not_tell_holds_up_nothing(
-    stand: Stand, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(deployment_view, "READ_WAIT_S", 0.1)
-    engines = pair()
-    engines[0].tells_metrics.clear()
-    await stand.start(engines)
-
-    async def readings() -> dict[str, object]:
-        return {engine["name"]: engine["reading"] for engine in (await get(stand))["engines"]}
-
-    while (await readings())["decode-0"] is None:
-        pass
-    assert (await readings())["prefill-0"] is None
-    engines[0].tells_metrics.set()
-
-
 async def test_refused_pulls_deaths_and_returns_are_events(stand: Stand) -> None:
     engines = pair()
     engines[1].metrics_page = PULLS % (0, 0, 0, 1)
