@@ -356,7 +356,9 @@ class Observed:
         for unit in make_units(specs):
             unit.incarnation = self.last_incarnations.pop(unit.name, 0)
             self.units.append(unit)
-            self._processes.update({each.name: (unit, each) for each in unit.processes})
+            for process in unit.processes:
+                self._processes[process.name] = (unit, process)
+                self.ends.setdefault(process.name, {"died": 0, "hung": 0})
             self.routers += [each for each in unit.processes if each.spec.kind == "router"]
             if role := unit.processes[0].spec.role:
                 engine = LaunchedEngine(unit.engine, role, [])

@@ -164,8 +164,6 @@ class Supervisor:
         self.seen.pairs.use(plan)
         self._views, self._views_are_new = Views(plan), True
         self._settle_s = SETTLE_S * len(plan.processes)
-        for process in plan.processes:
-            self.seen.ends.setdefault(process.name, {"died": 0, "hung": 0})
 
     def _choose_peers(self) -> None:
         members = [p for engine in self.seen.engines.values() for p in engine.processes]

@@ -14,7 +14,6 @@ from pdlaunch.protocol.control import (
     Address,
     Drain,
     Drained,
-    Failed,
     FromSupervisor,
     PairReady,
     Ready,
@@ -38,10 +37,6 @@ def main(words: set[str]) -> int:
     control = ControlClient(
         SecureContext(bootstrap.keys), bootstrap.control, bootstrap.name, inbox.put
     )
-    if "fail" in words:
-        control.send(Failed(error="cannot open model.safetensors"))
-        control.close()
-        return 1
     info = (
         {"grandchild": str(subprocess.Popen(["sleep", "600"]).pid)} if "grandchild" in words else {}
     )
@@ -53,13 +48,10 @@ def main(words: set[str]) -> int:
             address=Address(http="http://fake"),
         )
     )
-    if "hang" not in words:
-        control.send(Ready(info=info))
+    control.send(Ready(info=info))
     connected: set[tuple[str, int]] = set()
     while True:
         match inbox.get():
-            case Registry(serving=True) if "die" in words:
-                return 1
             case Registry(serving=True) if (
                 "crash-in-a-step" in words and bootstrap.incarnation == 1
             ):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
 from collections.abc import AsyncIterator, Coroutine
@@ -89,30 +90,39 @@ class FakeSupervisor:
         return said
 
 
+@contextlib.asynccontextmanager
+async def watched(
+    folder: Path, *flags: str, hang_timeout_s: float = 0.0, decode: FakeVllm | None = None
+) -> AsyncIterator[tuple[FakeSupervisor, asyncio.Task[None]]]:
+    """Run a sidecar of a decode engine beside a prefill engine, both of them fakes."""
+    shares: dict[str, list[int]] = {}
+    supervisor = FakeSupervisor(folder)
+    options = SidecarOptions(
+        (*COMMAND, *flags), is_exact=True, hang_timeout_s=hang_timeout_s, unverified="by a test"
+    )
+    running = asyncio.create_task(SidecarProcess(cast(Supervised, supervisor), options).run())
+    await asyncio.sleep(0)  # it removes what a predecessor has left at the socket's path
+    supervisor.prefill = FakeVllm("prefill-0", shares)
+    supervisor.decode = decode or FakeVllm("decode-0", shares)
+    runners = [
+        await listen(engine, folder / f"{engine.name}.sock")
+        for engine in (supervisor.prefill, supervisor.decode)
+    ]
+    yield supervisor, running
+    supervisor.inbox.put_nowait(Stop())
+    with contextlib.suppress(StartupError):
+        await running
+    for runner in runners:
+        await runner.cleanup()
+
+
 @pytest_asyncio.fixture
 async def supervisor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[FakeSupervisor]:
-    """A sidecar of a decode engine beside a prefill engine, both of them fakes."""
     monkeypatch.setattr("pdlaunch.launch.sidecar.process.WATCH_POLL_S", 0.05)
-    shares: dict[str, list[int]] = {}
-    supervisor = FakeSupervisor(tmp_path)
-    sidecar = SidecarProcess(
-        cast(Supervised, supervisor),
-        SidecarOptions(COMMAND, is_exact=True, hang_timeout_s=0.0, unverified="by a test"),
-    )
-    running = asyncio.create_task(sidecar.run())
-    supervisor.prefill = FakeVllm("prefill-0", shares)
-    supervisor.decode = FakeVllm("decode-0", shares)
-    runners = [
-        await listen(engine, tmp_path / f"{engine.name}.sock")
-        for engine in (supervisor.prefill, supervisor.decode)
-    ]
-    yield supervisor
-    supervisor.inbox.put_nowait(Stop())
-    await running
-    for runner in runners:
-        await runner.cleanup()
+    async with watched(tmp_path) as (supervisor, _):
+        yield supervisor
 
 
 def registry(run_dir: str, *pairs: PairReady) -> Registry:
@@ -264,20 +274,16 @@ async def test_an_idle_engine_whose_core_stands_still_is_found(
 ) -> None:
     """Nobody asks it for anything, and it says that it is healthy and has nothing to do."""
     monkeypatch.setattr("pdlaunch.launch.sidecar.process.WATCH_POLL_S", 0.02)
-    supervisor = FakeSupervisor(tmp_path)
-    options = SidecarOptions(COMMAND, is_exact=True, hang_timeout_s=0.5, unverified="a test")
-    running = asyncio.create_task(SidecarProcess(cast(Supervised, supervisor), options).run())
-    await asyncio.sleep(0)  # it removes what a predecessor has left at the socket's path
-    engine = FakeVllm("decode-0", {})
-    runner = await listen(engine, tmp_path / "decode-0.sock")
-    await until(lambda: len(engine.bodies) == 2)
-    assert [(len(body["prompt"]), body["max_tokens"]) for body in engine.bodies] == [(1, 1)] * 2
-    assert not running.done()
-    engine.moves.clear()
-    with pytest.raises(StartupError, match="has computed nothing for"):
-        await running
-    engine.moves.set()
-    await runner.cleanup()
+    async with watched(tmp_path, hang_timeout_s=0.5) as (supervisor, running):
+        engine = supervisor.decode
+        await until(lambda: len(engine.bodies) == 2)
+        asked = [(len(body["prompt"]), body["max_tokens"]) for body in engine.bodies]
+        assert asked == [(1, 1)] * 2
+        assert not running.done()
+        engine.moves.clear()
+        with pytest.raises(StartupError, match="has computed nothing for"):
+            await running
+        engine.moves.set()
 
 
 async def test_a_peer_that_sleeps_has_to_prove_its_pair_again(supervisor: FakeSupervisor) -> None:
@@ -297,22 +303,13 @@ async def test_an_engine_that_sleeps_is_told_until_it_is_awake(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pdlaunch.launch.sidecar.process.WATCH_POLL_S", 0.02)
-    supervisor = FakeSupervisor(tmp_path)
-    options = SidecarOptions(
-        (*COMMAND, "--enable-sleep-mode"), is_exact=True, hang_timeout_s=0.0, unverified="a test"
-    )
-    running = asyncio.create_task(SidecarProcess(cast(Supervised, supervisor), options).run())
-    await asyncio.sleep(0)  # it removes what a predecessor has left at the socket's path
     engine = FakeVllm("decode-0", {}, is_sleeping=False)
-    runner = await listen(engine, tmp_path / "decode-0.sock")
-    await supervisor.next(Ready)
-    for is_sleeping, state in ((True, "sleeping"), (False, "awake")):
-        engine.is_sleeping = is_sleeping
-        assert (await supervisor.next(SleepState)).state == state
-    engine.is_sleeping = None  # it does not answer; nothing is known
-    looks = engine.num_looks
-    await until(lambda: engine.num_looks >= looks + 3)
-    assert supervisor.said.empty()
-    supervisor.inbox.put_nowait(Stop())
-    await running
-    await runner.cleanup()
+    async with watched(tmp_path, "--enable-sleep-mode", decode=engine) as (supervisor, _):
+        await supervisor.next(Ready)
+        for is_sleeping, state in ((True, "sleeping"), (False, "awake")):
+            engine.is_sleeping = is_sleeping
+            assert (await supervisor.next(SleepState)).state == state
+        engine.is_sleeping = None  # it does not answer; nothing is known
+        looks = engine.num_looks
+        await until(lambda: engine.num_looks >= looks + 3)
+        assert supervisor.said.empty()
