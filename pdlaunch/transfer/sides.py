@@ -79,12 +79,8 @@ class TransferSides:
     alone uses it.
     """
 
-    def __init__(
-        self, setup: TransferSetup, socket: PrefillSocket, alert: Callable[[int], None]
-    ) -> None:
-        """Open the connector. ``alert`` is called with the number of bytes when a pull begins to
-        read under its lease. Raises TransferError.
-        """
+    def __init__(self, setup: TransferSetup, socket: PrefillSocket) -> None:
+        """Open the connector. Raises TransferError."""
         spec, identity, memory = setup.spec, setup.identity, setup.memory
         connector, clock = setup.connector, setup.clock
         self._setup = setup
@@ -127,7 +123,6 @@ class TransferSides:
             hasher=hasher,
             clock=clock,
             emit=self._events.append,
-            alert=alert,
         )
         # Decode ranks connect as soon as the registry shows a prefill rank: a pair is proven before
         # it gets traffic.

@@ -41,8 +41,6 @@ logger = logging.getLogger(__name__)
 
 CONFIRMATION_S = 5.0
 """Seconds for the transfer thread to answer once its deadline has passed."""
-AWAKE_S = 0.005
-"""The step loop stays awake so long after a pull has begun to read."""
 LONGEST_SLEEP_S = 60.0
 SHORTEST_SLEEP_S = 0.0001
 """Shorter sleeps are left out. It is ``SLEEP_SHARE`` of 3 ms: READs of up to so long are waited for
@@ -109,10 +107,6 @@ class TransferThread:
         """The reason why the thread has died. Its exception is not kept: the traceback would keep
         the KV cache alive.
         """
-        self.awake_until_at = 0.0
-        """Until this instant a pull may end at any moment; ``wake`` is called when it moves."""
-        self.awaited_bytes = 0
-        """Bytes that this pull reads."""
         self._wake_lock = threading.Lock()
         self._wake, self._woken = setup.context.pair(
             f"transfer-wake/{self._name}#{setup.identity.incarnation}"
@@ -223,7 +217,7 @@ class TransferThread:
     def _run(self, setup: TransferSetup) -> None:
         sleep_precisely()
         try:
-            self._sides = TransferSides(setup, self._socket, self._alert)
+            self._sides = TransferSides(setup, self._socket)
             self._started.set()
             try:
                 # Commands first: a question that waits for a grant is answered in the turn that
@@ -324,7 +318,7 @@ class TransferThread:
     def _resume(self, done: Future[str], setup: TransferSetup) -> None:
         if self._sides is None:
             try:
-                self._sides = TransferSides(setup, self._socket, self._alert)
+                self._sides = TransferSides(setup, self._socket)
             except TransferError as error:
                 done.set_result(str(error))
                 return
@@ -339,12 +333,6 @@ class TransferThread:
             # A READ that cannot be taken back may still write to the KV cache: keep that alive.
             if not self._sides.has_pending_reads:
                 self._sides = None
-
-    def _alert(self, num_bytes: int) -> None:
-        """Keep the step loop awake: asleep it would notice the end of a short pull late."""
-        # The bytes first: the step loop looks at the instant, and then at the bytes of that pull.
-        self.awaited_bytes, self.awake_until_at = num_bytes, self._clock() + AWAKE_S
-        self._wake_engine()
 
     def _publish(self, events: list[TransferEvent]) -> None:
         if not events:

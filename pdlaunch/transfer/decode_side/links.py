@@ -120,10 +120,6 @@ class PullSetup:
     """None when ``kv_transfer.verify`` is off."""
     clock: Callable[[], float]
     emit: Callable[[PullFinished | PullDrained], None]
-    alert: Callable[[int], None]
-    """Called with a number of bytes when a pull begins to read these under its lease: its end is
-    near.
-    """
 
     def reader(self, pull_id: PullId) -> ReaderId:
         """Return the reader's name, unique over engines, ranks and choices. Its length is bounded,

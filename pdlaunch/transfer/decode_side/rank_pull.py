@@ -327,12 +327,11 @@ class RankPull:
         self.stage, self._next_begin_at, self._had_lease = Stage.READING, None, True
         logger.debug("%s: lease at %s for %g s", self._command.request_id, self.name, reply.lease_s)
         self._hold.begin(asked_at, reply.lease_s)
-        # The READ takes longest: it begins before other questions, and before the step loop wakes.
+        # The READ takes longest: it begins before other questions.
         self._reads.begin(reply)
         if self._reads.lacks_checksums:
             self._next_checksums_at = self._setup.clock()
         self._ask()
-        self._setup.alert(self._reads.num_bytes)
         self._read()
 
     def _read(self) -> None:
