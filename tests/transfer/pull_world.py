@@ -185,7 +185,6 @@ class World:
             hasher,
             self.clock,
             self.events.append,
-            lambda _: None,
         )
         self.pulls = PullTable(puller, self.peers)
 
