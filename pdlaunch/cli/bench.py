@@ -12,9 +12,8 @@ from typing import Literal, get_args
 import typer
 
 from pdlaunch.cli.bench_serve import read_numbers, serve
-from pdlaunch.cli.flags import option, with_arguments
+from pdlaunch.cli.flags import ServeCommand, option, with_arguments
 from pdlaunch.cli.output import FormatOption, print_json, print_table
-from pdlaunch.cli.serve_command import ServeCommand
 from pdlaunch.config.connectors import KVPath, MooncakeProtocol
 
 app = typer.Typer(no_args_is_help=True)

@@ -15,18 +15,22 @@ import msgspec
 import typer
 from rich.console import Console
 
-from pdlaunch.bench.serve.loads import FIRST_TOKEN_ID, BenchOptions
-from pdlaunch.bench.serve.multi_turn import MultiTurnOptions, MultiTurnReport, bench_multi_turn
+from pdlaunch.bench.serve.loads import FIRST_TOKEN_ID, BenchOptions, read_trace_file
 from pdlaunch.bench.serve.rows import BenchRun, vllm_result, without_words
-from pdlaunch.bench.serve.sweep import ProgressText, bench_serve
+from pdlaunch.bench.serve.sweep import (
+    MultiTurnOptions,
+    MultiTurnReport,
+    ProgressText,
+    bench_multi_turn,
+    bench_serve,
+)
 from pdlaunch.bench.serve.timed_completion import Goals, read_goals
-from pdlaunch.bench.serve.traces import read_trace_file
 from pdlaunch.cli import EXIT_INTERRUPTED, EXIT_UNUSABLE
-from pdlaunch.cli.figures import duration
 from pdlaunch.cli.flags import option, with_arguments, with_serve_flags
 from pdlaunch.cli.html_report import bench_page, write_report
 from pdlaunch.cli.output import print_errors, print_json, print_table
 from pdlaunch.cli.own_deployment import own_deployment, refuse_address
+from pdlaunch.cli.status import duration
 from pdlaunch.config.settings import flag_name
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError, PdlaunchError

@@ -15,9 +15,9 @@ from pdlaunch.checks.probes import ask_nixl, probe_engine_flags, probe_files, pr
 from pdlaunch.checks.run import run_checks
 from pdlaunch.cli.findings import OutputOption, StrictOption, print_report, refuse_input
 from pdlaunch.cli.flags import with_serve_flags
+from pdlaunch.cli.joining import with_placed_hosts
 from pdlaunch.cli.machines import AssumeOption, judged_machine
 from pdlaunch.cli.own_deployment import ShownDownloads
-from pdlaunch.cli.placing import with_placed_hosts
 from pdlaunch.cli.preflight import probe_transport, refuse_running_engines
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError

@@ -14,10 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from pdlaunch.cli import EXIT_UNUSABLE
-from pdlaunch.cli.flags import with_serve_flags
+from pdlaunch.cli.flags import ServeCommand, with_serve_flags
 from pdlaunch.cli.machines import AssumeOption, judged_machine
 from pdlaunch.cli.output import FormatOption, safe
-from pdlaunch.cli.serve_command import ServeCommand
 from pdlaunch.config.engine_settings import EngineSettings
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import ROLES

@@ -4,9 +4,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
-from typing import Annotated, Literal, TypeVar, get_args
+from typing import Annotated, Literal, get_args
 
 import typer
 from rich.console import Console
@@ -22,7 +23,7 @@ from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.commands import Change, ChangeOutcome, EngineOutcome
 
 GIB = 1024**3
-Outcome = TypeVar("Outcome")
+_GOES_ON = "what has begun goes on; `pdlaunch status` shows the engines"
 
 
 class Tag(StrEnum):
@@ -78,9 +79,9 @@ def sleep(
     """Have engines give their device memory back; they serve nothing until `pdlaunch wake`. Needs
     enable_sleep_mode.
     """
-    admin = _ask(lambda: admin_api(url, admin_api_key))
-    names = engine or ()
-    outcomes = _ask(lambda: commands.sleep_engines(admin, level=level, mode=mode, names=names))
+    with _errors_told():
+        admin = admin_api(url, admin_api_key)
+        outcomes = commands.sleep_engines(admin, level=level, mode=mode, names=engine or ())
     _show_memory("given back", outcomes)
 
 
@@ -93,9 +94,10 @@ def wake(
     admin_api_key: KeyOption = None,
 ) -> None:
     """Have engines that sleep take their device memory again and serve."""
-    admin = _ask(lambda: admin_api(url, admin_api_key))
     tags = [str(name) for name in tag or ()]
-    outcomes = _ask(lambda: commands.wake_engines(admin, tags=tags, names=engine or ()))
+    with _errors_told():
+        admin = admin_api(url, admin_api_key)
+        outcomes = commands.wake_engines(admin, tags=tags, names=engine or ())
     _show_memory("taken", outcomes)
 
 
@@ -103,13 +105,14 @@ def restart(name: NamesArgument, url: UrlOption = None, admin_api_key: KeyOption
     """Have engines finish what runs, stop and start anew, one after the other; one that was given
     up starts at once.
     """
-    admin = _ask(lambda: admin_api(url, admin_api_key))
     failed = False
-    # One after the other, so that the others of a role serve meanwhile.
-    for each in dict.fromkeys(name):
-        outcome = _ask(lambda each=each: commands.restart_engine(admin, each))  # type: ignore[misc]
-        _show_line(outcome, "serves again")
-        failed |= outcome.error is not None
+    with _errors_told():
+        admin = admin_api(url, admin_api_key)
+        # One after the other, so that the others of a role serve meanwhile.
+        for each in dict.fromkeys(name):
+            outcome = commands.restart_engine(admin, each)
+            _show_line(outcome, "serves again")
+            failed |= outcome.error is not None
     raise typer.Exit(int(failed))
 
 
@@ -130,12 +133,10 @@ def drain(
     """Give engines no new work, and wait until nothing runs there; nothing is moved by force. It
     holds until `pdlaunch undrain`, also while the engine is restarted.
     """
-    admin = _ask(lambda: admin_api(url, admin_api_key))
     names = " ".join(name)
-    outcomes = _ask(
-        lambda: commands.drain_engines(admin, name, timeout_s=timeout),
-        on_interrupt=f"{names}: no new work; `pdlaunch undrain {names}` ends that",
-    )
+    with _errors_told(f"{names}: no new work; `pdlaunch undrain {names}` ends that"):
+        admin = admin_api(url, admin_api_key)
+        outcomes = commands.drain_engines(admin, name, timeout_s=timeout)
     for each in outcomes:
         left = f"{each.running} still at work after {timeout:g} s" if each.running else ""
         _show_line(each, f"is given no new work; {left or 'nothing runs there'}")
@@ -144,8 +145,8 @@ def drain(
 
 def undrain(name: NamesArgument, url: UrlOption = None, admin_api_key: KeyOption = None) -> None:
     """Give engines work again that `pdlaunch drain` has kept it from."""
-    admin = _ask(lambda: admin_api(url, admin_api_key))
-    outcomes = _ask(lambda: commands.undrain_engines(admin, name))
+    with _errors_told():
+        outcomes = commands.undrain_engines(admin_api(url, admin_api_key), name)
     for outcome in outcomes:
         _show_line(outcome, "is given work")
     raise typer.Exit(int(any(outcome.error for outcome in outcomes)))
@@ -177,13 +178,12 @@ def scale(
                 param_hint="ROLE=NUMBER",
             )
         replicas[known] = int(number)
-    admin = _ask(lambda: admin_api(url, admin_api_key))
-    _change(
-        lambda: commands.scale_engines(
+    with _errors_told("" if dry_run else _GOES_ON):
+        admin = admin_api(url, admin_api_key)
+        outcome = commands.scale_engines(
             admin, replicas, dry_run=dry_run, drain_timeout_s=drain_timeout
-        ),
-        dry_run=dry_run,
-    )
+        )
+    _show_outcome(outcome, dry_run=dry_run)
 
 
 def role(
@@ -197,19 +197,19 @@ def role(
     """Give an engine of a running launch another role: it finishes what runs, stops, and a new one
     of that role starts on its devices, under a name of that role.
     """
-    admin = _ask(lambda: admin_api(url, admin_api_key))
-    _change(
-        lambda: commands.turn_engine(
+    with _errors_told("" if dry_run else _GOES_ON):
+        admin = admin_api(url, admin_api_key)
+        outcome = commands.turn_engine(
             admin, name, role, dry_run=dry_run, drain_timeout_s=drain_timeout
-        ),
-        dry_run=dry_run,
-    )
+        )
+    _show_outcome(outcome, dry_run=dry_run)
 
 
-def _ask(call: Callable[[], Outcome], *, on_interrupt: str = "") -> Outcome:
-    """Return what ``call`` returns; an error of the deployment ends the command."""
+@contextmanager
+def _errors_told(on_interrupt: str = "") -> Iterator[None]:
+    """End the command at an error of the deployment; Ctrl-C says what stays."""
     try:
-        return call()
+        yield
     except KeyboardInterrupt:
         if on_interrupt:
             Console(stderr=True).print(Text(on_interrupt), soft_wrap=True)
@@ -239,9 +239,7 @@ def _show_memory(what: str, outcomes: Sequence[EngineOutcome]) -> None:
     raise typer.Exit(int(any(each.error for each in outcomes)))
 
 
-def _change(call: Callable[[], ChangeOutcome], *, dry_run: bool) -> None:
-    goes_on = "" if dry_run else "what has begun goes on; `pdlaunch status` shows the engines"
-    outcome = _ask(call, on_interrupt=goes_on)
+def _show_outcome(outcome: ChangeOutcome, *, dry_run: bool) -> None:
     console = Console()
     if outcome.change is not None:
         _show_change(console, outcome.change, "would be" if dry_run or outcome.error else "is")

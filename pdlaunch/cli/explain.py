@@ -14,7 +14,7 @@ from rich.text import Text
 from pdlaunch.checks.rule import Rule
 from pdlaunch.checks.run import all_rules, family
 from pdlaunch.cli import EXIT_UNUSABLE
-from pdlaunch.cli.completion import complete_rule
+from pdlaunch.cli.flags import complete_rule
 from pdlaunch.cli.output import safe
 from pdlaunch.config.problems import nearest, shown_name
 

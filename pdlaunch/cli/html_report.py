@@ -20,8 +20,8 @@ from typing import Any
 from pdlaunch import __version__
 from pdlaunch.bench.serve.rows import BenchRow, BenchRun, TierRow, without_words
 from pdlaunch.bench.serve.timed_completion import Goals
-from pdlaunch.cli.figures import duration
 from pdlaunch.cli.output import print_errors
+from pdlaunch.cli.status import duration
 from pdlaunch.launch.client.smoke import Check
 
 NUM_COLOURS = 8

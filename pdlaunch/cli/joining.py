@@ -1,4 +1,6 @@
-"""Waits until the agents of all hosts have joined, and asks them what only their hosts know."""
+"""Finds the hosts of a launch: those that a scheduler gives it, and those whose agents join; asks
+them what only they know.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +8,20 @@ import contextlib
 import select
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from rich.console import Console
 from rich.text import Text
 
+from pdlaunch.cli.agent import introduction, serve_sessions
 from pdlaunch.config.hosts import LOCAL
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import Role
+from pdlaunch.config.sources import LoadedConfig
 from pdlaunch.errors import ConfigError, StartupError
+from pdlaunch.launch.hosts.agent import allowed_executables
 from pdlaunch.launch.hosts.agent_channel import AgentChannel, Joined, Lost, News, Told
 from pdlaunch.launch.hosts.agent_messages import Look, Seen
 from pdlaunch.launch.hosts.join import (
@@ -25,8 +30,10 @@ from pdlaunch.launch.hosts.join import (
     joined_host,
     new_join_keys,
     read_resume_file,
+    read_ticket,
     write_join_files,
 )
+from pdlaunch.launch.hosts.placement import slurm
 from pdlaunch.launch.hosts.placement.ray_cluster import (
     RayAgents,
     has_gpus,
@@ -34,13 +41,81 @@ from pdlaunch.launch.hosts.placement.ray_cluster import (
     placed_actors,
     ray_bundles,
     ray_cluster,
+    ray_hosts,
     stop_agents,
 )
 from pdlaunch.launch.hosts.placement.slurm import slurm_join_file
 from pdlaunch.machine.network import default_address
+from pdlaunch.observe.logs import setup_logging
 from pdlaunch.planning.hosts import ResolvedHost
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.planning.role_engines import RoleEngines
+from pdlaunch.protocol.process.bootstrap import leave_ends_to_supervisor, raise_open_files
+
+_LOOK_S = 0.5
+
+
+def with_placed_hosts(loaded: LoadedConfig, environ: Mapping[str, str]) -> LoadedConfig:
+    """Return a configuration that names the hosts of its launch. Raises ConfigError."""
+    config = loaded.config
+    match config.placement:
+        case "ray":
+            hosts = ray_hosts(ray_bundles(config))
+        case "slurm":
+            hosts = slurm.slurm_hosts(environ)
+        case "local" | "hosts":
+            return loaded
+    # Ray has decided which engine goes where: each has a host of its own.
+    strategy = "spread" if config.placement == "ray" else config.placement_strategy
+    placed = {"hosts": hosts, "placement_strategy": strategy}
+    return replace(loaded, config=config.model_copy(update=placed))
+
+
+def is_agent_task(config: LaunchConfig, environ: Mapping[str, str]) -> bool:
+    """Tell whether this is a task of Slurm that runs an agent. Raises ConfigError."""
+    return config.placement == "slurm" and not slurm.is_supervisor(environ)
+
+
+def serve_task(config: LaunchConfig, environ: Mapping[str, str], errors: Console) -> None:
+    """Run the agent of this task until the supervisor's task is over.
+
+    ``scancel`` and the end of the allocation signal every task: the supervisor drains and tells
+    its agents to leave. Raises ConfigError and StartupError.
+    """
+    setup_logging("agent", "info")
+    raise_open_files()
+    path = slurm.slurm_join_file(config, environ)
+    _await_file(path, config.join_timeout_s)
+    leave_ends_to_supervisor()
+    ticket = read_ticket(str(path))
+    # Its own configuration names them: whoever has started this task starts them.
+    executables = allowed_executables(config.engine_executables)
+    join = introduction(ticket, slurm.node_name(environ), executables)
+    reason = serve_sessions(ticket, join, executables, [], config.join_timeout_s, errors)
+    errors.print(Text(f"left: {reason}"))
+
+
+def _await_file(path: Path, timeout_s: float) -> None:
+    ends_at = time.monotonic() + timeout_s
+    while not path.exists():
+        if time.monotonic() > ends_at:
+            raise StartupError(
+                f"{path} has not come within {timeout_s:g} s (join_timeout_s): task 0 writes it; "
+                "start the step in a folder that all nodes share, or name one with --join-file"
+            )
+        time.sleep(_LOOK_S)
+
+
+def refuse_resume(config: LaunchConfig) -> None:
+    """Raise ConfigError where agents do not outlive their supervisor."""
+    if config.placement in ("ray", "slurm"):
+        raise ConfigError(
+            f"--resume finds agents that wait, and those of {config.placement} end with the launch",
+            field="placement",
+            value=config.placement,
+            fix="leave --resume out",
+        )
+
 
 JOIN_FILE = "join.json"
 _ANSWER_TIMEOUT_S = 30.0

@@ -17,8 +17,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from pdlaunch.cli.figures import status_line
 from pdlaunch.cli.output import safe
+from pdlaunch.cli.status import status_line
 from pdlaunch.config.hosts import on_host
 from pdlaunch.config.roles import ROLES
 from pdlaunch.errors import PdlaunchError

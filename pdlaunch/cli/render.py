@@ -20,12 +20,11 @@ from pdlaunch.checks.probed import Probes
 from pdlaunch.checks.run import run_checks
 from pdlaunch.cli import EXIT_FAILED
 from pdlaunch.cli.findings import print_finding
-from pdlaunch.cli.flags import with_serve_flags
+from pdlaunch.cli.flags import ServeCommand, with_serve_flags
 from pdlaunch.cli.machines import AssumeOption, judged_machine
 from pdlaunch.cli.output import refuse
 from pdlaunch.cli.own_deployment import ShownDownloads
 from pdlaunch.cli.preflight import refuse_running_engines
-from pdlaunch.cli.serve_command import ServeCommand
 from pdlaunch.config.sources import LoadedConfig, load_config
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch.engines.plan import kind_of

@@ -19,13 +19,20 @@ from rich.text import Text
 
 from pdlaunch.cli import EXIT_FAILED
 from pdlaunch.cli.flags import with_serve_flags
-from pdlaunch.cli.joining import Agents, joined_agents, require_hosts
+from pdlaunch.cli.joining import (
+    Agents,
+    is_agent_task,
+    joined_agents,
+    refuse_resume,
+    require_hosts,
+    serve_task,
+    with_placed_hosts,
+)
 from pdlaunch.cli.live import StartView, StatusLine, reader_of, ready_rows
 from pdlaunch.cli.machines import AssumeOption, Judged, judged_machine
 from pdlaunch.cli.options import StopOption
 from pdlaunch.cli.output import Format, refuse, safe
 from pdlaunch.cli.own_deployment import ShownDownloads
-from pdlaunch.cli.placing import is_agent_task, refuse_resume, serve_task, with_placed_hosts
 from pdlaunch.cli.preflight import judge_pairs, refuse_errors, refuse_running_engines
 from pdlaunch.cli.steady_output import standard_input, steady_output
 from pdlaunch.config.roles import Role

@@ -21,7 +21,9 @@ from rich.table import Table
 from rich.text import Text
 
 from pdlaunch.cli import EXIT_UNUSABLE
-from pdlaunch.cli.figures import (
+from pdlaunch.cli.options import ApiKeyOption, UrlArgument
+from pdlaunch.cli.output import print_errors
+from pdlaunch.cli.status import (
     amount,
     down,
     engine_cells,
@@ -32,8 +34,6 @@ from pdlaunch.cli.figures import (
     times,
     troubles,
 )
-from pdlaunch.cli.options import ApiKeyOption, UrlArgument
-from pdlaunch.cli.output import print_errors
 from pdlaunch.cli.trace import request_line, span_rows
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.admin import read_requests, read_status, read_trace, reading_api

@@ -11,11 +11,17 @@ from typing import Any
 
 import pytest
 
-from pdlaunch.bench.serve.loads import BenchOptions, arrival_times
+from pdlaunch.bench.serve.loads import (
+    HASHED_TOKENS,
+    BenchOptions,
+    TraceRequest,
+    arrival_times,
+    prompt_tokens,
+    read_trace_file,
+)
 from pdlaunch.bench.serve.rows import BenchRun, summarise, vllm_result
 from pdlaunch.bench.serve.sweep import BenchProgress, bench_serve
 from pdlaunch.bench.serve.timed_completion import Goals, TimedCompletion, read_goals
-from pdlaunch.bench.serve.traces import HASHED_TOKENS, TraceRequest, prompt_tokens, read_trace_file
 from pdlaunch.errors import ConfigError, PdlaunchError
 from tests.bench.fake_openai import FakeOpenAI
 from tests.bench.test_serve import serving

@@ -10,9 +10,13 @@ from typing import Any
 import pytest
 
 from pdlaunch.bench.serve.loads import BenchOptions
-from pdlaunch.bench.serve.multi_turn import MultiTurnOptions, MultiTurnReport, bench_multi_turn
 from pdlaunch.bench.serve.rows import BenchRow
-from pdlaunch.bench.serve.sweep import bench_serve
+from pdlaunch.bench.serve.sweep import (
+    MultiTurnOptions,
+    MultiTurnReport,
+    bench_multi_turn,
+    bench_serve,
+)
 from pdlaunch.errors import PdlaunchError
 from tests.bench.fake_openai import FakeOpenAI
 

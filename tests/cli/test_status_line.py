@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from pdlaunch.cli.figures import status_line
 from pdlaunch.cli.live import StatusLine
+from pdlaunch.cli.status import status_line
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.status import LaunchPhase, LaunchStatus
 from pdlaunch.protocol.status import DeploymentStatus

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pdlaunch.cli.app import build_app
-from pdlaunch.cli.serve_command import INSTEAD
+from pdlaunch.cli.flags import INSTEAD
 from pdlaunch.config.models import ROUTER
 from pdlaunch.config.settings import all_flags, all_settings
 from tests.command_line import invoke

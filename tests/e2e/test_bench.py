@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pdlaunch.bench.serve.loads import BenchOptions
-from pdlaunch.bench.serve.multi_turn import MultiTurnOptions, bench_multi_turn
-from pdlaunch.bench.serve.sweep import bench_serve
+from pdlaunch.bench.serve.loads import BenchOptions, read_trace_file
+from pdlaunch.bench.serve.sweep import MultiTurnOptions, bench_multi_turn, bench_serve
 from pdlaunch.bench.serve.timed_completion import Goals
-from pdlaunch.bench.serve.traces import read_trace_file
 from pdlaunch.cli.html_report import bench_page
 from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.secrecy import places_of, told_by

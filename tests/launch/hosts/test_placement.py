@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from pdlaunch.cli import placing
-from pdlaunch.cli.placing import is_agent_task, with_placed_hosts
+from pdlaunch.cli import joining as placing
+from pdlaunch.cli.joining import is_agent_task, with_placed_hosts
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch.hosts.placement.ray_actor import AgentActor
