@@ -1,5 +1,5 @@
-"""``pdlaunch status`` shows once what a deployment is doing. ``top`` and the status line of ``serve``
-show the same cells, lines and figures.
+"""``pdlaunch status`` shows once what a deployment is doing. ``top`` and the status line of
+``serve`` show the same cells, lines and figures.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 from typer.testing import Result
 
-from pdlaunch.cli import downloads, own_deployment
+from pdlaunch.cli import own_deployment
 from pdlaunch.config.model_files.find import ReportBytes
 from pdlaunch.errors import StartupError
 from tests import command_line
@@ -155,14 +155,14 @@ def test_progress_on_a_terminal_and_in_a_log(monkeypatch: pytest.MonkeyPatch) ->
         for done in (0, 512, 1024):
             report(done, 1024)
 
-    monkeypatch.setattr(downloads, "fetch_part", fetch)
+    monkeypatch.setattr(own_deployment, "fetch_part", fetch)
     log = io.StringIO()
-    downloads.ShownDownloads(Console(file=log))(NAME, None, "weights")
+    own_deployment.ShownDownloads(Console(file=log))(NAME, None, "weights")
     # The next line comes seconds later.
     assert log.getvalue().splitlines() == [f"downloading {NAME}: 0 B of 1 KiB"]
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=60)
-    downloads.ShownDownloads(console)(NAME, None, "weights")
+    own_deployment.ShownDownloads(console)(NAME, None, "weights")
     assert f"downloading {NAME}: 1 KiB of 1 KiB" in screen.getvalue()
 
 
