@@ -14,11 +14,11 @@ import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from pdlaunch.bench.transfer.rank import BenchShape, Process, PullTimes, RankOptions, run_rank
+from pdlaunch.bench.transfer.rank import BenchShape, PullTimes, RankOptions, RankProcess
 from pdlaunch.config.connectors import (
     FileSettings,
     KVPath,
@@ -214,7 +214,7 @@ class RankPair:
         keys = new_launch_keys()
         self._engine_id, self._tp_size, self._num_pulls = draw_engine_id(), pair[0], 0
 
-        def start(role: Role, tp_size: int, engine_id: EngineId, first: int) -> list[Process]:
+        def start(role: Role, tp_size: int, engine_id: EngineId, first: int) -> list[RankProcess]:
             processes = []
             for rank in range(tp_size):
                 place = device
@@ -223,19 +223,17 @@ class RankPair:
                 options = RankOptions(
                     role, rank, tp_size, place, shape, settings, engine_id, keys, with_cumem
                 )
-                processes.append(Process(run_rank, options))
+                processes.append(RankProcess(options))
                 stack.callback(processes[-1].stop)
             return processes
 
         self._prefill_ranks = start("prefill", pair[0], self._engine_id, 0)
         self._decode_ranks = start("decode", pair[1], draw_engine_id(), pair[0])
         processes = (*self._prefill_ranks, *self._decode_ranks)
-        for process in processes:
-            process.send("entry")
-        entries = [process.wait() for process in processes]
-        for rank in self._decode_ranks:
-            rank.send("connect", entries, pair[0])
-        self.paths: set[str] = set().union(*(rank.wait() for rank in self._decode_ranks))
+        entries = _call_all(processes, "entry")
+        self.paths: set[str] = set().union(
+            *_call_all(self._decode_ranks, "connect", entries, pair[0])
+        )
 
     def pull(self, local: list[int], remote: list[int]) -> PullTimes:
         """Grant a lease and pull it on all ranks; the slowest counts."""
@@ -251,8 +249,7 @@ class RankPair:
             num_readers=1,
             lease_s=LEASE_S,
         )
-        for rank in self._prefill_ranks:
-            rank.call("grant", grant)
+        _call_all(self._prefill_ranks, "grant", grant)
         remote_kv = RemoteKV(
             engine_id=self._engine_id,
             lease_id=LeaseId(name),
@@ -272,9 +269,11 @@ class RankPair:
             num_tokens=len(local),
             timeout_s=LEASE_S,
         )
-        for rank in self._decode_ranks:
-            rank.send("pull", command)
-        times: list[PullTimes] = [rank.wait() for rank in self._decode_ranks]
-        for rank in self._prefill_ranks:
-            rank.call("ended")
+        times: list[PullTimes] = _call_all(self._decode_ranks, "pull", command)
+        _call_all(self._prefill_ranks, "ended")
         return PullTimes(max(time.pull_s for time in times), max(time.read_s for time in times))
+
+
+def _call_all(ranks: Sequence[RankProcess], method: str, *arguments: object) -> list[Any]:
+    """Call a method of all ranks at the same time; return their answers."""
+    return [call.result() for call in [rank.send(method, *arguments) for rank in ranks]]

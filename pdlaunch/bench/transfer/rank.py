@@ -4,13 +4,14 @@ numbers, driven through a pipe.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import queue
 import threading
-from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -106,47 +107,48 @@ class RankOptions:
         return f"{self.engine}/rank-{self.tp_rank}"
 
 
-class Process:
-    """Has a child process answer calls, one at a time."""
+class RankProcess:
+    """Runs a ``Rank`` in a child process that answers calls of its methods, one at a time."""
 
-    def __init__(self, run: Callable[..., None], *arguments: object) -> None:
+    def __init__(self, options: RankOptions) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])  # torch is imported once, not by every process
-        self._pipe, child_end = context.Pipe()
-        self._process = context.Process(target=run, args=(child_end, *arguments), daemon=True)
-        self._process.start()
-        child_end.close()
+        self._pool = ProcessPoolExecutor(1, context)
+        self._started = self._pool.submit(_start, options)
 
-    def send(self, *call: object) -> None:
-        """Begin a call."""
-        self._pipe.send(call)
-
-    def wait(self) -> Any:
-        """Return the answer of a call.
-
-        Raises TransferError when the process has failed.
-        """
+    def send(self, method: str, *arguments: object) -> Future[Any]:
+        """Begin a call. Raises TransferError when the process has failed."""
         try:
-            found = self._pipe.recv()
-        except (EOFError, ConnectionResetError):
-            self._process.join()
-            raise TransferError(
-                f"a process of the benchmark ended with code {self._process.exitcode}"
-            ) from None
-        if isinstance(found, Exception):
-            raise found
-        return found
-
-    def call(self, *call: object) -> Any:
-        """Call a method: ``send``, then ``wait``."""
-        self.send(*call)
-        return self.wait()
+            self._started.result()
+            return self._pool.submit(_call, method, *arguments)
+        except BrokenProcessPool as error:
+            raise TransferError(f"a process of the benchmark ended: {error}") from error
 
     def stop(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.join()
-        self._pipe.close()
+        """End the process, whatever its threads do."""
+        with contextlib.suppress(BrokenProcessPool):
+            self._pool.submit(os._exit, 0)
+        self._pool.shutdown(wait=False)
+
+
+_ranks: list[Rank] = []
+"""The one rank of a child process."""
+
+
+def _start(options: RankOptions) -> None:
+    torch.set_num_threads(1)
+    settings = options.kv_transfer
+    os.environ.update(
+        settings.environment(os.environ, "cpu" if options.device == "cpu" else "cuda")
+    )
+    try:
+        _ranks.append(Rank(options))
+    except Exception as error:  # Whatever it is, the parent raises it.
+        raise TransferError(f"{options.name}: {error}") from None
+
+
+def _call(method: str, *arguments: object) -> Any:
+    return getattr(_ranks[0], method)(*arguments)
 
 
 class Rank:
@@ -250,27 +252,6 @@ class Rank:
             self._woken.wait(PULL_TIMEOUT_S)
             self._woken.clear()
             events = self._transfer.take_events()
-
-
-def run_rank(pipe: Connection, options: RankOptions) -> None:
-    """Run as the main function of the process: answer calls of ``Rank``'s methods until it is
-    killed.
-    """
-    torch.set_num_threads(1)
-    device = torch.device(options.device).type
-    os.environ.update(
-        options.kv_transfer.environment(os.environ, "cuda" if device == "cuda" else "cpu")
-    )
-    try:
-        rank = Rank(options)
-        while True:
-            method, *arguments = pipe.recv()
-            pipe.send(getattr(rank, method)(*arguments))
-    except EOFError:
-        os._exit(0)
-    except Exception as error:  # Whatever it is, the parent raises it.
-        pipe.send(TransferError(f"{options.name}: {error}"))
-        os._exit(1)
 
 
 def _times(event: PullFinished) -> PullTimes:
