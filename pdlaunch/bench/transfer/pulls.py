@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 
-from pdlaunch.bench.transfer.rank import BenchShape, PullTimes, RankOptions, RankProcess
+from pdlaunch.bench.transfer.rank import BenchRank, BenchShape, PullTimes, RankOptions
 from pdlaunch.config.connectors import (
     FileSettings,
     KVPath,
@@ -214,7 +214,7 @@ class RankPair:
         keys = new_launch_keys()
         self._engine_id, self._tp_size, self._num_pulls = draw_engine_id(), pair[0], 0
 
-        def start(role: Role, tp_size: int, engine_id: EngineId, first: int) -> list[RankProcess]:
+        def start(role: Role, tp_size: int, engine_id: EngineId, first: int) -> list[BenchRank]:
             processes = []
             for rank in range(tp_size):
                 place = device
@@ -223,7 +223,7 @@ class RankPair:
                 options = RankOptions(
                     role, rank, tp_size, place, shape, settings, engine_id, keys, with_cumem
                 )
-                processes.append(RankProcess(options))
+                processes.append(BenchRank(options))
                 stack.callback(processes[-1].stop)
             return processes
 
@@ -274,6 +274,6 @@ class RankPair:
         return PullTimes(max(time.pull_s for time in times), max(time.read_s for time in times))
 
 
-def _call_all(ranks: Sequence[RankProcess], method: str, *arguments: object) -> list[Any]:
+def _call_all(ranks: Sequence[BenchRank], method: str, *arguments: object) -> list[Any]:
     """Call a method of all ranks at the same time; return their answers."""
     return [call.result() for call in [rank.send(method, *arguments) for rank in ranks]]

@@ -107,7 +107,7 @@ class RankOptions:
         return f"{self.engine}/rank-{self.tp_rank}"
 
 
-class RankProcess:
+class BenchRank:
     """Runs a ``Rank`` in a child process that answers calls of its methods, one at a time."""
 
     def __init__(self, options: RankOptions) -> None:
