@@ -12,7 +12,7 @@ import contextlib
 import math
 import os
 import socket
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 from urllib.parse import quote
@@ -131,20 +131,13 @@ class Admin:
 
     async def _sleep(self, http: web.Request) -> web.Response:
         """Prefill engines first: decode engines fetch what those hold while awake."""
-        return _together(
-            [
-                await self._command(engine, http, fall_asleep(self._state, engine, http.query))
-                for engine in self._chosen(http, first="prefill")
-            ]
-        )
+        engines = self._chosen(http, first="prefill")
+        return _together([await self._one_command(http, engine) for engine in engines])
 
     async def _wake_up(self, http: web.Request) -> web.Response:
         """Decode engines first: they shake hands with prefill engines as these come back."""
-        tags = http.query.getall("tags", [])
-        outcomes = [
-            await self._command(engine, http, wake_up(self._state, engine, tags))
-            for engine in self._chosen(http, first="decode")
-        ]
+        engines = self._chosen(http, first="decode")
+        outcomes = [await self._one_command(http, engine) for engine in engines]
         awake = {each.engine for each in outcomes if each.answer.get("is_sleeping") is False}
         # Requests that follow must find these engines.
         await self._until_listed(
@@ -153,20 +146,15 @@ class Admin:
         )
         return _together(outcomes)
 
-    async def _command(
-        self, engine: Engine, http: web.Request, for_vllm: Coroutine[Any, Any, dict[str, Any]]
-    ) -> Outcome:
-        """Send a command on; ``for_vllm`` does it for an engine of vLLM."""
+    async def _one_command(self, http: web.Request, engine: Engine) -> Outcome:
+        """Put an engine to sleep, or wake it up."""
         if engine.capabilities.kind != "vllm":
-            for_vllm.close()
             query = [(name, value) for name, value in http.query.items() if name != "engine"]
             return await self._ask(engine, "POST", http.path, query)
-        try:
-            return Outcome(engine.name, 200, await for_vllm)
-        except EngineFailure as error:
-            return _failed(engine.name, _unavailable(str(error), "engine_failed"))
-        except RequestError as error:
-            return _failed(engine.name, error)
+        if http.path == "/sleep":
+            return await _outcome(engine.name, fall_asleep(self._state, engine, http.query))
+        tags = http.query.getall("tags", [])
+        return await _outcome(engine.name, wake_up(self._state, engine, tags))
 
     async def _is_sleeping(self, http: web.Request) -> web.Response:
         outcomes = [await self._ask(engine, "GET", "/is_sleeping") for engine in self._chosen(http)]
@@ -177,13 +165,13 @@ class Admin:
         """Restart engines one after the other, so that others serve meanwhile; answer when they
         serve again. An engine may be named by one of its processes.
         """
-        return _together([await self._restart_one(name) for name in _engines_named(http)])
+        names = _engines_named(http)
+        return _together([await _outcome(name, self._restart_one(name)) for name in names])
 
-    async def _restart_one(self, name: str) -> Outcome:
+    async def _restart_one(self, name: str) -> dict[str, Any]:
         begun = await self._supervisor.ask(Restart(question=0, name=name))
         if begun.error:
-            code: RefusalCode = "not_now" if begun.engine else "engine_not_found"
-            return _failed(name, _refusal(begun.error, code))
+            raise _refusal(begun.error, "not_now" if begun.engine else "engine_not_found")
 
         def successor() -> Engine | None:
             """Return the engine once it serves again, stands by drained, or is given up again."""
@@ -196,11 +184,11 @@ class Admin:
         found = await self._wait(successor, RESTART_TIMEOUT_S)
         if found is None:
             reason = f"does not serve {RESTART_TIMEOUT_S:g} s after it was restarted; see its log"
-            return _failed(begun.engine, _unavailable(f"{begun.engine} {reason}", "not_ready"))
+            raise _unavailable(f"{begun.engine} {reason}", "not_ready")
         if found.state == "failed":
             text = f"{begun.engine} is given up again: {found.reason}"
-            return _failed(begun.engine, _unavailable(text, "engine_failed"))
-        return Outcome(begun.engine, 200, {"incarnation": found.processes[0]})
+            raise _unavailable(text, "engine_failed")
+        return {"engine": begun.engine, "incarnation": found.processes[0]}
 
     async def _integrity(self, http: web.Request) -> web.Response:
         """Tell who owns each KV block of each engine; an engine that cannot be asked is not ok."""
@@ -227,70 +215,52 @@ class Admin:
         names = _engines_named(http)
         until_at = self._state.now() + _read_seconds(http.query.get("timeout_s", "0"), "timeout_s")
         # All of them before the first is waited for.
-        outcomes = [await self._set_drained(name, is_drained=True) for name in names]
-        for number, outcome in enumerate(outcomes):
+        outcomes = [await _outcome(name, self._set_drained(name, True)) for name in names]
+        for outcome in outcomes:
             if outcome.status == 200:
+                name = outcome.answer["engine"]
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout_at(until_at):
-                        await self._state.pool.until_idle(outcome.engine)
-                running = self._state.pool.num_outstanding(outcome.engine)
-                outcomes[number] = outcome._replace(answer=outcome.answer | {"running": running})
+                        await self._state.pool.until_idle(name)
+                outcome.answer["running"] = self._state.pool.num_outstanding(name)
         return _together(outcomes)
 
     async def _undrain(self, http: web.Request) -> web.Response:
         names = _engines_named(http)
-        return _together([await self._set_drained(name, is_drained=False) for name in names])
+        return _together([await _outcome(name, self._set_drained(name, False)) for name in names])
 
-    async def _set_drained(self, name: str, *, is_drained: bool) -> Outcome:
-        answer = await self._supervisor.ask(
-            SetDrained(question=0, name=name, is_drained=is_drained)
-        )
+    async def _set_drained(self, name: str, is_drained: bool) -> dict[str, Any]:
+        question = SetDrained(question=0, name=name, is_drained=is_drained)
+        answer = await self._supervisor.ask(question)
         if answer.error:
-            return _failed(answer.engine or name, _refusal(answer.error, answer.code))
+            raise _refusal(answer.error, answer.code)
+        name = answer.engine
         # Requests that follow must find it so.
         await self._until_listed(
-            lambda: all(
-                e.is_drained == is_drained for e in self._engines() if e.name == answer.engine
-            ),
-            f"the registry does not show it of {answer.engine} yet",
+            lambda: all(e.is_drained == is_drained for e in self._engines() if e.name == name),
+            f"the registry does not show it of {name} yet",
         )
-        return Outcome(answer.engine, 200, {"is_drained": is_drained, "notes": answer.notes})
+        return {"engine": name, "is_drained": is_drained, "notes": answer.notes}
 
     async def _scale(self, http: web.Request) -> web.Response:
         """Answer when the engines are as they are wanted, or at once with ``dry_run``."""
         body = _read(await http.read(), ScaleBody, "invalid_change")
-        numbers: dict[Role, int | None] = {
-            "prefill": body.prefill,
-            "decode": body.decode,
-            "both": body.both,
-        }
-        replicas = {role: number for role, number in numbers.items() if number is not None}
+        roles: tuple[Role, ...] = ("prefill", "decode", "both")
+        replicas = {role: n for role in roles if (n := getattr(body, role)) is not None}
         if not replicas:
             message = "say how many engines there are to be: prefill, decode or both"
             raise RequestError(message, code="invalid_change")
-        return await self._change(
-            ChangeEngines(
-                question=0,
-                replicas=replicas,
-                dry_run=body.dry_run,
-                drain_s=body.drain_timeout_s,
-            )
-        )
+        return await self._change(body, replicas=replicas)
 
     async def _role(self, http: web.Request) -> web.Response:
         body = _read(await http.read(), RoleBody, "invalid_change")
-        return await self._change(
-            ChangeEngines(
-                question=0,
-                turn=body.engine,
-                role=body.role,
-                dry_run=body.dry_run,
-                drain_s=body.drain_timeout_s,
-            )
-        )
+        return await self._change(body, turn=body.engine, role=body.role)
 
-    async def _change(self, wanted: ChangeEngines) -> web.Response:
+    async def _change(self, asked: ScaleBody | RoleBody, **change: Any) -> web.Response:
         """Have it done. The answer says what runs at the engines that stop, as of the start."""
+        wanted = ChangeEngines(
+            question=0, dry_run=asked.dry_run, drain_s=asked.drain_timeout_s, **change
+        )
         running = {engine.name: engine.num_outstanding for engine in self._engines()}
         answer = await self._supervisor.ask(wanted)
         body: dict[str, object] = {"dry_run": wanted.dry_run, "notes": answer.notes}
@@ -355,7 +325,8 @@ class Admin:
             )
             answer = msgspec.json.decode(body, type=dict[str, Any])
         except (EngineFailure, ValueError, RecursionError) as error:
-            return _failed(engine.name, _unavailable(str(error), "engine_failed"))
+            failure = _unavailable(str(error), "engine_failed")
+            return Outcome(engine.name, failure.status, error_body(failure))
         return Outcome(engine.name, status, answer)
 
     def _engines(self) -> Sequence[Engine]:
@@ -433,8 +404,11 @@ def _unavailable(message: str, code: str) -> OverloadedError:
     return OverloadedError(message, status=503, code=code)
 
 
-def _failed(engine: str, error: RequestError) -> Outcome:
-    return Outcome(engine, error.status, error_body(error))
+async def _outcome(name: str, work: Awaitable[dict[str, Any]]) -> Outcome:
+    try:
+        return Outcome(name, 200, await work)
+    except RequestError as error:
+        return Outcome(name, error.status, error_body(error))
 
 
 def _together(outcomes: Sequence[Outcome], **fields: Any) -> web.Response:
