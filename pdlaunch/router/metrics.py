@@ -6,7 +6,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Literal, get_args
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import CounterMetricFamily, Metric
@@ -27,76 +27,44 @@ logger = logging.getLogger(__name__)
 
 Pair = tuple[str, str]
 """Names of a prefill and a decode engine."""
-Counted = Literal[
-    "engine_failures",
-    "retries",
-    "fallbacks",
-    "migrations",
-    "deadlines_refused",
-    "releases",
-    "canaries",
-    "silent_recomputes",
-    "lost_streams",
-    "routes",
-]
 _PREFIX = "pdlaunch_router_"
-_COUNTERS: Mapping[Counted, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
-    # What it counts, its labels, and values of the only label that are there with 0.
-    "engine_failures": ("Requests that an engine failed.", ("engine", "hop"), ()),
-    "retries": (
-        "Requests sent again, to another engine or to one that is back.",
-        ("hop",),
-        get_args(Hop),
-    ),
-    "fallbacks": ("Requests that one engine did alone, though two were wanted.", (), ()),
-    "migrations": ("Answers continued by another engine from the tokens so far.", (), ()),
-    "deadlines_refused": (
-        "Requests refused at once because prompts before them take longer than their deadline.",
-        (),
-        (),
-    ),
-    "releases": ("Leases ended early because nobody will pull them.", (), ()),
-    "canaries": (
-        "Canaries that a router alone has sent through pairs of engines: proven, or failed.",
-        ("outcome",),
-        ("proven", "failed"),
-    ),
+_COUNTERS = {  # labels and help by name
+    "engine_failures": ("engine hop", "Requests that an engine failed."),
+    "retries": ("hop", "Requests sent again, to another engine or to one that is back."),
+    "fallbacks": ("", "Requests that one engine did alone, though two were wanted."),
+    "migrations": ("", "Answers continued by another engine from the tokens so far."),
+    "deadlines_refused": ("", "Requests refused at once: those before them take too long."),
+    "releases": ("", "Leases ended early because nobody will pull them."),
+    "canaries": ("outcome", "Canaries that a router alone has sent through pairs of engines."),
     "silent_recomputes": (
+        "prefill decode",
         "Prompts that decode computed though it was handed their KV blocks.",
-        ("prefill", "decode"),
-        (),
     ),
-    "lost_streams": (
-        "Streams that ended with an error because no other engine can go on with them.",
-        ("reason",),
-        LOST_REASONS,
-    ),
-    "routes": (
-        "Prompts by the route that was chosen: a pair of engines, or one engine of a role alone.",
-        ("kind",),
-        (),
-    ),
+    "lost_streams": ("reason", "Streams ended with an error: no other engine can go on with them."),
+    "routes": ("kind", "Prompts by the route: a pair of engines, or one engine of a role alone."),
 }
-_GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    f"{_PREFIX}engines_ready": ("Engines that can be given work.", ()),
-    f"{_PREFIX}engines": ("Engines by state; failed ones are left alone for a while.", ("state",)),
-    f"{_PREFIX}engine_info": (
-        "Always 1; where an engine runs, in labels.",
-        ("engine", "role", "host"),
-    ),
-    f"{_PREFIX}requests_in_flight": ("Prompts that are being answered.", ()),
+_THERE_WITH_0: Mapping[str, Collection[str]] = {
+    "retries": get_args(Hop),
+    "canaries": ("proven", "failed"),
+    "lost_streams": LOST_REASONS,
+}
+_GAUGES = {
+    f"{_PREFIX}engines_ready": ("", "Engines that can be given work."),
+    f"{_PREFIX}engines": ("state", "Engines by state; failed ones are left alone for a while."),
+    f"{_PREFIX}engine_info": ("engine role host", "Always 1; where an engine runs, in labels."),
+    f"{_PREFIX}requests_in_flight": ("", "Prompts that are being answered."),
     f"{_PREFIX}engine_health": (
+        "engine state",
         "1 for the state of each engine's breaker: closed, open (it has failed requests and gets "
         "none), half_open (one is tried).",
-        ("engine", "state"),
     ),
     f"{_PREFIX}pair_health": (
+        "prefill decode state",
         "1 for the state of the breaker of each pair of which a pull has failed lately.",
-        ("prefill", "decode", "state"),
     ),
     "pdlaunch_pair_bytes_per_second": (
+        "prefill decode holder puller path",
         "Speed that the handshake has measured between two ranks, over the path in use.",
-        ("prefill", "decode", "holder", "puller", "path"),
     ),
 }
 
@@ -108,15 +76,16 @@ class RouterMetrics:
         self._registry = registry = CollectorRegistry()
         self.requests = RequestMetrics(registry, {"model_name": served_model_name}, prefix=_PREFIX)
         self._gauges = {
-            name: Gauge(name, text, labels, registry=registry)
-            for name, (text, labels) in _GAUGES.items()
+            name: Gauge(name, text, labels.split(), registry=registry)
+            for name, (labels, text) in _GAUGES.items()
         }
-        self._counters: dict[Counted, Counter] = {}
-        for name, (text, labels, zeros) in _COUNTERS.items():
-            counter = Counter(f"{_PREFIX}{name}", text, labels, registry=registry)
-            self._counters[name] = counter
-            for value in zeros:
-                counter.labels(value)
+        self._counters = {
+            name: Counter(f"{_PREFIX}{name}", text, labels.split(), registry=registry)
+            for name, (labels, text) in _COUNTERS.items()
+        }
+        for name, values in _THERE_WITH_0.items():
+            for value in values:
+                self._counters[name].labels(value)
         self._second_token = Histogram(
             "pdlaunch_pair_second_token_seconds",
             "First to second token that a client was sent, where a pair of engines did the prompt.",
@@ -128,8 +97,8 @@ class RouterMetrics:
         self._ends = _Ends()
         registry.register(self._ends)
 
-    def count(self, name: Counted, *labels: str) -> None:
-        """Count one more."""
+    def count(self, name: str, *labels: str) -> None:
+        """Count one more in the counter of this name of the table."""
         counter = self._counters[name]
         (counter.labels(*labels) if labels else counter).inc()
 
