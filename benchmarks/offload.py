@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from pdlaunch.config.sizes import parse_size
-from pdlaunch.engine.kvcache.host_chunks import choose_blocks_per_chunk
+from pdlaunch.engine.kvcache.groups import choose_blocks_per_chunk
 from pdlaunch.engine.offload.copies import OffloadHandler, chunk_layout
 from pdlaunch.engine.offload.host_memory import HostMemory
 from pdlaunch.engine.offload.spec import DIRECTIONS, Direction, TransferSpec

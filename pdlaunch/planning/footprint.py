@@ -11,11 +11,12 @@ from pdlaunch.config.model_files.shape import DTYPE_BYTES, ModelShape
 from pdlaunch.config.sizes import format_size
 from pdlaunch.engine.kvcache.groups import (
     KVCacheLayout,
+    aligned_chunk_bytes,
+    choose_blocks_per_chunk,
     make_groups,
     min_blocks,
     num_kv_heads_of_rank,
 )
-from pdlaunch.engine.kvcache.host_chunks import aligned_chunk_bytes, choose_blocks_per_chunk
 
 CUDA_ACTIVATION_BYTES_PER_TOKEN = 64
 """A rank that sizes its KV cache itself sets aside this times hidden plus inner size."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pdlaunch.engine.channels import EventMerger
-from pdlaunch.engine.request_spans import RequestSpans
+from pdlaunch.engine.request import RequestSpans
 from pdlaunch.observe.spans import Span, SpanReport
 from pdlaunch.protocol.transfer import PullFinished
 from tests.engine.fake_engine import PROMPT, FakeEngine, remote_kv

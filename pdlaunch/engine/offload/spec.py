@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from pdlaunch.engine.kvcache.host_chunks import aligned_chunk_bytes
+from pdlaunch.engine.kvcache.groups import aligned_chunk_bytes
 from pdlaunch.errors import TransferSpecError
 
 Direction = Literal["store", "load"]

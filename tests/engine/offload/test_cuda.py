@@ -10,8 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pdlaunch.engine.kvcache.groups import KVCacheLayout, make_groups
-from pdlaunch.engine.kvcache.host_chunks import choose_blocks_per_chunk
+from pdlaunch.engine.kvcache.groups import KVCacheLayout, choose_blocks_per_chunk, make_groups
 from pdlaunch.engine.offload.copies import (
     Copy,
     OffloadHandler,

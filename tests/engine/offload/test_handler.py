@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdlaunch.engine.kvcache.host_chunks import CHUNK_ALIGNMENT_BYTES, choose_blocks_per_chunk
+from pdlaunch.engine.kvcache.groups import CHUNK_ALIGNMENT_BYTES, choose_blocks_per_chunk
 from pdlaunch.engine.offload.copies import (
     Copy,
     OffloadHandler,
