@@ -13,7 +13,7 @@ Everything that the choice depends on is an argument.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -139,210 +139,193 @@ def choose(
         for engine in engines
         if engine.ready and not engine.health.takes(now_at)
     }
-    route = _choose(request, engines, index, now_at, limits)
+    route = _Choice(request, engines, index, now_at, limits).route()
     return msgspec.structs.replace(route, left_out=left_out) if left_out else route
 
 
-def _choose(
-    request: RoutingRequest,
-    engines: Sequence[Engine],
-    index: ServedPrefixes,
-    now_at: float,
-    limits: RoutingLimits,
-) -> Route:
-    speeds = [engine.tokens_per_s for engine in engines if engine.tokens_per_s]
-    fastest = max(speeds, default=1.0)
+class _Choice:
+    """Holds what one choice depends on; changes none of it."""
 
-    def offer(engine: Engine) -> _Offer:
-        speed = max(engine.tokens_per_s or fastest, LEAST_SPEED * fastest)
-        num_cached = index.num_cached_tokens(engine, request.prefix)
-        num_tokens = max(1, request.num_prompt_tokens - num_cached)
-        return _Offer(
-            engine, num_tokens, engine.waiting_tokens(now_at, speed) / speed, num_tokens / speed
+    def __init__(
+        self,
+        request: RoutingRequest,
+        engines: Sequence[Engine],
+        index: ServedPrefixes,
+        now_at: float,
+        limits: RoutingLimits,
+    ) -> None:
+        self._request = request
+        self._engines = engines
+        self._index = index
+        self._now_at = now_at
+        self._limits = limits
+        speeds = [engine.tokens_per_s for engine in engines if engine.tokens_per_s]
+        self._fastest = max(speeds, default=1.0)
+        self._is_measured = bool(speeds)
+
+    def route(self) -> Route:
+        request = self._request
+        reason = self._why_no_pair()
+        if not reason and (pair := self._best_pair()) is not None:
+            first, decode = pair
+            wait_s = first.wait_s if self._is_measured else 0.0
+            local = self._best_local()
+            if local is None or not (reason := self._why_local(local, first)):
+                reason = "the pair that waits least"
+                return Route(prefill=first.engine, decode=decode, reason=reason, wait_s=wait_s)
+            wait_s = local.wait_s if self._is_measured else 0.0
+            return Route(decode=local.engine, reason=reason, wait_s=wait_s)
+        is_there = any(one.ready and one.role == "prefill" for one in self._engines)
+        reason = reason or ("no pair is proven" if is_there else "no prefill engine is ready")
+        if (alone := self._alone()) is None:
+            return Route(reason="no engine is ready")
+        return Route(
+            decode=alone,
+            reason=reason,
+            is_fallback=not request.is_begun and request.max_tokens != 1,
+            wait_s=self._offer(alone).wait_s if self._is_measured and not request.is_begun else 0.0,
         )
 
-    why_no_pair = _why_no_pair(request, engines)
-    if not why_no_pair:
-        pair = _best_pair(request, engines, offer, now_at)
-        if pair is not None:
-            first, decode = pair
-            local = _best_local(request, engines, offer, now_at, limits)
-            if local is not None and (reason := _why_local(local, first, limits, bool(speeds))):
-                return Route(
-                    decode=local.engine, reason=reason, wait_s=local.wait_s if speeds else 0.0
-                )
-            return Route(
-                prefill=first.engine,
-                decode=decode,
-                reason="the pair that waits least",
-                wait_s=first.wait_s if speeds else 0.0,
-            )
-        is_there = any(engine.ready and engine.role == "prefill" for engine in engines)
-        why_no_pair = "no pair is proven" if is_there else "no prefill engine is ready"
-    alone = _alone(request, engines, offer, now_at)
-    if alone is None:
-        return Route(reason="no engine is ready")
-    return Route(
-        decode=alone,
-        reason=why_no_pair,
-        is_fallback=not request.is_begun and request.max_tokens != 1,
-        wait_s=0.0 if request.is_begun or not speeds else offer(alone).wait_s,
-    )
+    def _offer(self, engine: Engine) -> _Offer:
+        speed = max(engine.tokens_per_s or self._fastest, LEAST_SPEED * self._fastest)
+        num_cached = self._index.num_cached_tokens(engine, self._request.prefix)
+        num_tokens = max(1, self._request.num_prompt_tokens - num_cached)
+        wait_s = engine.waiting_tokens(self._now_at, speed) / speed
+        return _Offer(engine, num_tokens, wait_s, num_tokens / speed)
+
+    def _takes(self, engine: Engine) -> bool:
+        """Return whether an engine gets requests: after failures only new ones, as a try."""
+        health = engine.health
+        if not engine.ready or engine.key in self._request.tried:
+            return False
+        return not health.is_tripped if self._request.tried else health.takes(self._now_at)
+
+    def _why_no_pair(self) -> str:
+        request, engines = self._request, self._engines
+        if request.is_begun:
+            name = None if request.holder is None else request.holder.name
+            return f"takes over what {name} has computed" if name else "goes on with what is left"
+        if request.max_tokens == 1:
+            return "one token needs no decode engine"
+        if not any(engine.ready and engine.role == "decode" for engine in engines):
+            return "no decode engine is ready"
+        if request.alone and any(engine.capabilities.needs_proof for engine in engines):
+            return request.alone
+        return ""
+
+    def _best_pair(self) -> tuple[_Offer, Engine] | None:
+        """Return the prefill engine that has the first token soonest, and the emptiest decode
+        engine of those that may pull from it.
+        """
+        usable = [engine for engine in self._engines if self._takes(engine)]
+        decodes = {engine.name: engine for engine in usable if engine.role == "decode"}
+
+        def rank(one: _Offer) -> tuple[float, ...]:
+            is_try = one.engine.health.is_tripped
+            return not is_try, one.first_token_s, one.engine.num_picks
+
+        def load(one: Engine) -> tuple[float, ...]:
+            is_try = one.health.is_tripped or one.health.pull(first.engine.key).is_tripped
+            return not is_try, one.kv_tokens, one.num_streams, one.num_picks
+
+        offers = (self._offer(engine) for engine in usable if engine.role == "prefill")
+        for first in sorted(offers, key=rank):
+            peers = first.engine.peers
+            names = decodes if peers is None else peers & decodes.keys()
+            pullers = [
+                decodes[name]
+                for name in names
+                if may_pull(decodes[name], first.engine, self._now_at)
+            ]
+            if pullers:
+                return first, min(pullers, key=load)
+        return None
+
+    def _best_local(self) -> _Offer | None:
+        """Return the engine that would compute the prompt soonest where it decodes it."""
+        request = self._request
+        if self._limits.policy == "pairs" or request.wants_pair or request.is_suspect:
+            return None
+        offers = [
+            self._offer(engine)
+            for engine in self._engines
+            if engine.role != "prefill"
+            and self._takes(engine)
+            and covers(engine.capabilities, request.needs)
+        ]
+        offers = [] if request.tried else _on_own_gpus(offers, self._engines)
+        return min(offers, key=lambda one: (one.cost_s, one.engine.num_picks), default=None)
+
+    def _why_local(self, local: _Offer, first: _Offer) -> str:
+        """Return why the prompt is computed where it is decoded; empty: it is not."""
+        limits = self._limits if self._is_measured else RoutingLimits()
+        itl_s, ttft_s = limits.max_itl_s, limits.max_ttft_s
+        if itl_s is not None and local.engine.num_streams and local.compute_s > itl_s:
+            return ""
+        if local.num_tokens <= SHORT_TOKENS and local.wait_s <= first.first_token_s:
+            return "little is left to compute"
+        if local.cost_s + MARGIN * local.compute_s <= first.first_token_s:
+            return "the prefill queue is longer"
+        if ttft_s is not None and local.first_token_s <= ttft_s < first.first_token_s:
+            return "keeps max_ttft_ms"
+        return ""
+
+    def _alone(self) -> Engine | None:
+        """Return the engine that does all that is left; in need any engine serves, whatever its
+        role and its last failures.
+        """
+        request, holder = self._request, self._request.holder
+        candidates = [
+            engine
+            for engine in self._engines
+            if engine.ready
+            and engine.key not in request.tried
+            and covers(engine.capabilities, request.needs)
+        ]
+        if holder is not None and (holder.capabilities.needs_proof or holder.peers is not None):
+            pullers = [
+                engine
+                for engine in candidates
+                if engine.role == "decode"
+                and self._takes(engine)
+                and may_pull(engine, holder, self._now_at)
+            ]
+            candidates = pullers or candidates
+        role: Role = "decode"
+        if request.max_tokens == 1:
+            role = "prefill"
+        elif holder is None and any(engine.role == "both" for engine in candidates):
+            role = "both"
+
+        def rank(engine: Engine) -> tuple[float, ...]:
+            takes = self._takes(engine)
+            trouble = 0 if takes else 1 + engine.health.num_failures
+            # What is wrong with an engine outweighs a wrong role: any can do the work of the other.
+            distance = 0 if engine.role == role else 1 if engine.role == "both" else 2
+            is_try = takes and engine.health.is_tripped
+            cost = engine.kv_tokens if holder is not None else self._offer(engine).cost_s
+            return trouble, distance, not is_try, cost, engine.num_streams, engine.num_picks
+
+        return min(candidates, key=rank, default=None)
 
 
-def _why_no_pair(request: RoutingRequest, engines: Iterable[Engine]) -> str:
-    if request.is_begun:
-        name = None if request.holder is None else request.holder.name
-        return f"takes over what {name} has computed" if name else "goes on with what is left"
-    if request.max_tokens == 1:
-        return "one token needs no decode engine"
-    if not any(engine.ready and engine.role == "decode" for engine in engines):
-        return "no decode engine is ready"
-    if request.alone and any(engine.capabilities.needs_proof for engine in engines):
-        return request.alone
-    return ""
+def _on_own_gpus(offers: Sequence[_Offer], engines: Sequence[Engine]) -> list[_Offer]:
+    """Return the offers of engines that share no GPU with a prefill engine.
 
-
-def _best_pair(
-    request: RoutingRequest,
-    engines: Sequence[Engine],
-    offer: Callable[[Engine], _Offer],
-    now_at: float,
-) -> tuple[_Offer, Engine] | None:
-    """Return the prefill engine that has the first token soonest, and the emptiest decode engine of
-    those that may pull from it.
+    Where devices are not known, engines on one host are taken to share.
     """
-    usable = [engine for engine in engines if _takes(request, engine, now_at)]
-    decodes = [engine for engine in usable if engine.role == "decode"]
-    pullers = {
-        engine.name: able
-        for engine in usable
-        if engine.role == "prefill"
-        and engine.key not in request.tried
-        and (able := [decode for decode in decodes if may_pull(decode, engine, now_at)])
-    }
-    if not pullers:
-        return None
-    first = min(
-        (offer(engine) for engine in usable if engine.name in pullers),
-        key=lambda one: (
-            not one.engine.health.wants_try(now_at),
-            one.first_token_s,
-            one.engine.num_picks,
-        ),
-    )
-    decode = min(
-        pullers[first.engine.name],
-        key=lambda one: (
-            not one.health.wants_try(now_at),
-            one.kv_tokens,
-            one.num_streams,
-            one.num_picks,
-        ),
-    )
-    return first, decode
-
-
-def _best_local(
-    request: RoutingRequest,
-    engines: Sequence[Engine],
-    offer: Callable[[Engine], _Offer],
-    now_at: float,
-    limits: RoutingLimits,
-) -> _Offer | None:
-    """Return the engine that would compute the prompt soonest where it decodes it."""
-    if limits.policy == "pairs" or request.wants_pair or request.is_suspect or request.tried:
-        return None
     prefills = [engine for engine in engines if engine.ready and engine.role == "prefill"]
     gpus = {device for engine in prefills for device in engine.devices} - {"cpu"}
-    places = {engine.place for engine in prefills}
-    unknown = {engine.place for engine in prefills if not engine.devices}
-
-    def has_own_gpu(engine: Engine) -> bool:
-        """Return whether no prefill engine is on its GPU; on one host any may be, if unknown."""
-        if not engine.devices:
-            return engine.place not in places
-        return gpus.isdisjoint(engine.devices) and not (unknown and engine.place in unknown)
-
-    offers = [
-        offer(engine)
-        for engine in engines
-        if engine.role != "prefill"
-        and _takes(request, engine, now_at)
-        and has_own_gpu(engine)
-        and covers(engine.capabilities, request.needs)
+    untold = [engine for engine in prefills if not engine.devices]
+    own = [one for one in offers if gpus.isdisjoint(one.engine.devices)]
+    if not untold and all(one.engine.devices for one in own):
+        return own
+    places, untold_places = ({engine.place for engine in some} for some in (prefills, untold))
+    return [
+        one
+        for one in own
+        if one.engine.place not in (untold_places if one.engine.devices else places)
     ]
-    return min(
-        offers,
-        key=lambda one: (one.cost_s, one.engine.num_picks),
-        default=None,
-    )
-
-
-def _why_local(local: _Offer, first: _Offer, limits: RoutingLimits, is_measured: bool) -> str:
-    """Return why the prompt is computed where it is decoded; empty: it is not."""
-    has_streams = local.engine.num_streams > 0
-    longest_s = limits.max_itl_s
-    if is_measured and has_streams and longest_s is not None and local.compute_s > longest_s:
-        return ""
-    if local.num_tokens <= SHORT_TOKENS and local.wait_s <= first.first_token_s:
-        return "little is left to compute"
-    if local.cost_s + MARGIN * local.compute_s <= first.first_token_s:
-        return "the prefill queue is longer"
-    most_s = limits.max_ttft_s
-    if is_measured and most_s is not None and local.first_token_s <= most_s < first.first_token_s:
-        return "keeps max_ttft_ms"
-    return ""
-
-
-def _alone(
-    request: RoutingRequest,
-    engines: Sequence[Engine],
-    offer: Callable[[Engine], _Offer],
-    now_at: float,
-) -> Engine | None:
-    """Return the engine that does all that is left; in need any engine serves, whatever its role
-    and its last failures.
-    """
-    candidates = [
-        engine
-        for engine in engines
-        if engine.ready
-        and engine.key not in request.tried
-        and covers(engine.capabilities, request.needs)
-    ]
-    holder = request.holder
-    if holder is not None and (holder.capabilities.needs_proof or holder.peers is not None):
-        pullers = [
-            engine
-            for engine in candidates
-            if engine.role == "decode"
-            and _takes(request, engine, now_at)
-            and may_pull(engine, holder, now_at)
-        ]
-        candidates = pullers or candidates
-    role: Role = "decode"
-    if request.max_tokens == 1:
-        role = "prefill"
-    elif holder is None and any(engine.role == "both" for engine in candidates):
-        role = "both"
-
-    def rank(engine: Engine) -> tuple[float, ...]:
-        takes = _takes(request, engine, now_at)
-        trouble = 0 if takes else 1 + engine.health.num_failures
-        # What is wrong with an engine outweighs a wrong role: any can do the work of the other.
-        distance = 0 if engine.role == role else 1 if engine.role == "both" else 2
-        is_try = takes and engine.health.is_tripped
-        cost = engine.kv_tokens if holder is not None else offer(engine).cost_s
-        return trouble, distance, not is_try, cost, engine.num_streams, engine.num_picks
-
-    return min(candidates, key=rank, default=None)
-
-
-def _takes(request: RoutingRequest, engine: Engine, now_at: float) -> bool:
-    """Return whether an engine gets requests; one that has failed some gets a new one as a try."""
-    health = engine.health
-    return engine.ready and (health.takes(now_at) if not request.tried else not health.is_tripped)
 
 
 def covers(has: Capabilities, needs: Collection[Need]) -> bool:
