@@ -20,7 +20,7 @@ from torch import nn
 from pdlaunch.config.model_files.shape import ModelShape
 from pdlaunch.config.model_files.weights import weight_files
 from pdlaunch.engine.models.attention import ATTENTION_NAME, ReportProgress, register_attention
-from pdlaunch.engine.models.fused_decoder import StackedPlaces
+from pdlaunch.engine.models.stacked_weights import StackedPlaces
 from pdlaunch.engine.models.tensor_parallel import Shard, TPGroup, add_up_rowwise, plan_cuts
 from pdlaunch.errors import ConfigError
 

@@ -9,18 +9,8 @@ module only where triton is there.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
-
 import numpy as np
 import torch
-import triton
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.varlen import varlen_attn
-from torch.nn.functional import scaled_dot_product_attention
 
 from pdlaunch.engine.kvcache.groups import KVCacheGroup, KVCacheLayout
 from pdlaunch.engine.models.attention import AttentionBackend, IntArray, PackedBatch, ReportProgress
@@ -34,122 +24,17 @@ from pdlaunch.engine.models.step_inputs import (
     tiles_of,
     upload_int32,
 )
-from pdlaunch.engine.models.triton_step import TritonStep
-
-TARGET_PROGRAMS = 1024
-"""Programs that fill the device: eight for each of an H200's multiprocessors."""
-MAX_SPLITS = 32
-MIN_DOT = 16
-"""Smallest side of a matrix product in Triton."""
-
-
-@dataclass(frozen=True, slots=True)
-class SplitPlan:
-    """Says how kernels cut contexts; fixed at launch, whatever the lengths are."""
-
-    num_splits: int
-    """Most splits of a row; a power of two."""
-    min_tokens: int
-
-    @staticmethod
-    def of(num_rows: int, num_kv_heads: int) -> SplitPlan:
-        """Cut few rows into many splits; cut rows that fill the device only where they are long."""
-        wanted = -(-TARGET_PROGRAMS // (num_rows * num_kv_heads))
-        min_tokens = 1024 if wanted == 1 else 256 if wanted <= 4 else 32
-        return SplitPlan(min(MAX_SPLITS, max(8, triton.next_power_of_2(wanted))), min_tokens)
-
-
-@dataclass(slots=True)
-class KernelSetup:
-    """Holds what all steps of a backend share: the KV cache, and the sizes of kernels' tiles."""
-
-    layout: KVCacheLayout
-    kv_cache: torch.Tensor
-    """Laid out as ``layout`` says, contiguous; its dtype is that of the model."""
-    flash: Callable[..., torch.Tensor] | None
-    """torch's varlen attention; None where it does not fit."""
-    place: dict[int, tuple[int, int]] = field(init=False)
-    """The group of each layer, and the layer's slot in the group's blocks."""
-    padded_dim: int = field(init=False)
-    tile: int = 32
-    """Positions that a program of decode reads at a time."""
-    chunk_tokens: int = field(init=False)
-    chunk_tile: int = field(init=False)
-    """The same of chunks."""
-
-    def __post_init__(self) -> None:
-        self.place = {
-            layer: (index, slot)
-            for index, group in enumerate(self.layout.groups)
-            for slot, layer in enumerate(group.layers)
-        }
-        self.padded_dim = max(MIN_DOT, triton.next_power_of_2(self.layout.head_dim))
-        is_large = self.padded_dim * self.layout.dtype_bytes > 256
-        self.chunk_tokens, self.chunk_tile = (16, 32) if is_large else (64, 64)
-
-
-FLASH_MAX_HEAD_DIM = 256
-CUDNN_MAX_HEAD_DIM = 128
-CUDNN_CAPABILITY = 9
-"""cuDNN's attention is twice as fast as torch's flash attention from Hopper on (measured)."""
-CUDNN_PLANNED_TOKENS = 8192
-"""Prompts up to this length have their plans from the start on. Of longer ones, the first of each
-length waits for its plan.
-"""
-CUDNN_STEP_TOKENS = 512
-"""Prompts are padded to multiples of this: cuDNN takes 45 ms to plan for a length that it has not
-met.
-"""
-
-
-def attend_whole_prompts(
-    lengths: tuple[int, ...], stacked: torch.Tensor, num_heads: int, scaling: float
-) -> torch.Tensor:
-    """Attend over prompts of these lengths, one after another in ``stacked``.
-
-    Padding comes after all that a token sees.
-    """
-    results, start = [], 0
-    for length in lengths:
-        heads = stacked[start : start + length]
-        if padding := -length % CUDNN_STEP_TOKENS:
-            heads = stacked.new_empty((length + padding, *stacked.shape[1:]))
-            heads[:length] = stacked[start : start + length]
-            heads[length:] = 0
-        # Attention is causal: no token sees the padding behind it, whose own results are cut off.
-        results.append(attend_with_cudnn(heads, num_heads, scaling)[:length])
-        start += length
-    return results[0] if len(results) == 1 else torch.cat(results)
-
-
-def attend_with_cudnn(heads: torch.Tensor, num_heads: int, scaling: float) -> torch.Tensor:
-    """Return the causal attention of one prompt: [num_tokens, num_heads, D].
-
-    ``heads``: [num_tokens, num_heads + 2 * H, D]; queries, keys, values. They are always laid out
-    like this, as cuDNN plans by strides too.
-    """
-    num_kv_heads = (heads.shape[1] - num_heads) // 2
-    query, key, value = torch.split(
-        heads.transpose(0, 1)[None], [num_heads, num_kv_heads, num_kv_heads], dim=1
-    )
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        attended = scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
-        )
-    return attended[0].transpose(0, 1)
-
-
-def has_fast_cudnn(device: torch.device) -> bool:
-    """Return whether cuDNN's attention is the faster one on ``device``."""
-    has_cudnn: bool = torch.backends.cudnn.is_available()  # type: ignore[no-untyped-call]
-    return has_cudnn and torch.cuda.get_device_capability(device)[0] >= CUDNN_CAPABILITY
-
-
-def varlen_flash() -> Callable[..., torch.Tensor]:
-    """Return torch's varlen attention, which from 2.12 on is told that query heads share keys."""
-    knows_groups = "enable_gqa" in inspect.signature(varlen_attn).parameters
-    attend: Any = varlen_attn  # returns a tuple only where more is asked for
-    return partial(attend, enable_gqa=True) if knows_groups else attend
+from pdlaunch.engine.models.triton_step import (
+    CUDNN_MAX_HEAD_DIM,
+    CUDNN_PLANNED_TOKENS,
+    CUDNN_STEP_TOKENS,
+    FLASH_MAX_HEAD_DIM,
+    KernelSetup,
+    TritonStep,
+    attend_with_cudnn,
+    has_fast_cudnn,
+    varlen_flash,
+)
 
 
 class TritonAttention(AttentionBackend):
