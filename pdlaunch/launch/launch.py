@@ -19,7 +19,6 @@ from pdlaunch.errors import ConfigError
 from pdlaunch.launch.bootstraps import Bootstraps
 from pdlaunch.launch.engines.plan import EngineKind, kind_of, plan_processes
 from pdlaunch.launch.events import EventQueue, SignalInbox
-from pdlaunch.launch.failure import Failure
 from pdlaunch.launch.folders import SUPERVISOR_LOG, keep_logs
 from pdlaunch.launch.hosts.agent_channel import AgentChannel, Joined, Lost
 from pdlaunch.launch.hosts.group import HostGroup
@@ -28,7 +27,7 @@ from pdlaunch.launch.hosts.join import joined_host
 from pdlaunch.launch.hosts.local import Children, LocalHost
 from pdlaunch.launch.places import EnginePlaces
 from pdlaunch.launch.state import Timing
-from pdlaunch.launch.status import Observer
+from pdlaunch.launch.status import Failure, Observer
 from pdlaunch.launch.supervisor import Supervisor, drive
 from pdlaunch.observe.logs import setup_logging
 from pdlaunch.planning.hosts import settled

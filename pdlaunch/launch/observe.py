@@ -8,11 +8,10 @@ from collections.abc import Iterator
 
 from pdlaunch.launch.actions import Action, Greet, Note, Show, TellSuspects
 from pdlaunch.launch.events import Event, StopRequested
-from pdlaunch.launch.failure import Failure
 from pdlaunch.launch.hosts.host import MessageReceived, ProcessExited
 from pdlaunch.launch.pairs import engine_of
 from pdlaunch.launch.state import Desired, Instance, Observed, Unit
-from pdlaunch.launch.status import LaunchPhase, ProcessState
+from pdlaunch.launch.status import Failure, LaunchPhase, ProcessState
 from pdlaunch.protocol.control import (
     Alive,
     ChangeEngines,

@@ -28,7 +28,6 @@ from pdlaunch.launch.actions import (
     SendSignal,
     Start,
 )
-from pdlaunch.launch.failure import Failure, startup_timeout
 from pdlaunch.launch.observe import fail
 from pdlaunch.launch.state import (
     Desired,
@@ -39,7 +38,7 @@ from pdlaunch.launch.state import (
     RunningChange,
     Unit,
 )
-from pdlaunch.launch.status import LaunchPhase, ProcessState
+from pdlaunch.launch.status import Failure, LaunchPhase, ProcessState, startup_timeout
 from pdlaunch.protocol.control import Answered, AwaitIdle, Drain, Stop
 
 _WORKING = (ProcessState.READY, ProcessState.DRAINING)

@@ -13,9 +13,8 @@ from typing import Literal
 from pdlaunch.config.hosts import on_host
 from pdlaunch.config.roles import ROLES, Role
 from pdlaunch.launch.bootstraps import HEARTBEATS
-from pdlaunch.launch.failure import Failure
 from pdlaunch.launch.pairs import Pairs
-from pdlaunch.launch.status import LaunchPhase, LaunchStatus, ProcessState, ProcessStatus
+from pdlaunch.launch.status import Failure, LaunchPhase, LaunchStatus, ProcessState, ProcessStatus
 from pdlaunch.planning.plan import Plan, ProcessSpec
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.planning.roles import PlacedEngine

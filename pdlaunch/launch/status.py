@@ -1,12 +1,22 @@
-"""Names the states of processes and launches, and shows them to views in immutable snapshots."""
+"""Says what people are shown of a launch: its state, in immutable snapshots, and its failure."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Protocol
 
+from pdlaunch.errors import PdlaunchError
 from pdlaunch.protocol.control import PairReady
+
+MAX_LINES = 20
+MAX_WIDTH = 300
+_MAX_OWN_LINES = 12
+"""The most lines of the supervisor's own; the rest is left to the process's own words."""
+_TAIL_BYTES = 32 * 1024
 
 
 class ProcessState(StrEnum):
@@ -89,3 +99,74 @@ class Observer(Protocol):
 
     def note(self, text: str) -> None:
         """Show something that a user should read once: a death, a restart, a drain."""
+
+
+@dataclass(slots=True)
+class Failure:
+    """Keeps the earliest failure of a launch; later ones are taken for its consequences."""
+
+    summary: str
+    process: str | None = None
+    said: str = ""
+    """Words of the process itself (``Failed``), which may arrive after its end."""
+    details: Sequence[str] = ()
+    cause: PdlaunchError | None = None
+
+    def report(self, log: Path | None) -> list[str]:
+        """Return at most ``MAX_LINES`` lines: what failed, why, and where to read on.
+
+        ``log``: the log file of the process.
+        """
+        lines = _cut("\n".join([self.summary, *self.details]).splitlines(), _MAX_OWN_LINES)
+        if log is not None:
+            reason = self.said.strip().splitlines() or _relevant(_tail(log))
+            lines += [
+                *(f"  {line}" for line in _cut(reason, MAX_LINES - 1 - len(lines))),
+                f"log: {log}",
+            ]
+        return [line[:MAX_WIDTH] for line in lines]
+
+
+def _tail(log: Path) -> list[str]:
+    try:
+        with log.open("rb") as file:
+            file.seek(-min(_TAIL_BYTES, os.fstat(file.fileno()).st_size), os.SEEK_END)
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return []
+    return [line.rstrip() for line in text.splitlines() if line.strip()]
+
+
+def _relevant(lines: Sequence[str]) -> list[str]:
+    """Return the last error or traceback, shortened to where it was raised, else the last lines."""
+    starts = [
+        index for index, line in enumerate(lines) if line.startswith(("Traceback", "error: "))
+    ]
+    relevant = list(lines[starts[-1] :] if starts else lines[-10:])
+    return relevant if len(relevant) <= 12 else ["…", *relevant[-11:]]
+
+
+def _cut(lines: Sequence[str], num_lines: int) -> list[str]:
+    if len(lines) <= num_lines:
+        return list(lines)
+    return [*lines[: num_lines - 1], f"… and {len(lines) - num_lines + 1} more lines"]
+
+
+def startup_timeout(
+    status: LaunchStatus, timeout_s: float, missing_pairs: Sequence[str]
+) -> Failure:
+    """Describe a launch that did not get ready in time by what it still waits for.
+
+    ``missing_pairs``: in words; they matter once all processes are ready.
+    """
+    done = (ProcessState.READY, ProcessState.EXITED)
+    slow = [process for process in status.processes if process.state not in done]
+    waiting = [
+        f"  {each.name} is {each.state}" + (f": {each.doing}" if each.doing else "")
+        for each in slow
+    ]
+    return Failure(
+        f"not ready after {timeout_s:g} s (startup_timeout_s):",
+        process=next((each.name for each in slow), None),
+        details=waiting or [f"  {missing}" for missing in missing_pairs],
+    )

@@ -30,7 +30,6 @@ from pdlaunch.launch.bootstraps import Bootstraps
 from pdlaunch.launch.commands import Command, obey
 from pdlaunch.launch.engines.plan import EngineKind, with_peers
 from pdlaunch.launch.events import Event
-from pdlaunch.launch.failure import Failure
 from pdlaunch.launch.hosts.host import Host, MessageReceived
 from pdlaunch.launch.observe import fail, observe
 from pdlaunch.launch.pairs import Pairs
@@ -38,7 +37,7 @@ from pdlaunch.launch.places import EnginePlaces
 from pdlaunch.launch.reconcile import reconcile
 from pdlaunch.launch.registry import Views, next_registry
 from pdlaunch.launch.state import Desired, Goal, Observed, Timing, make_units
-from pdlaunch.launch.status import LaunchPhase, Observer, ProcessState
+from pdlaunch.launch.status import Failure, LaunchPhase, Observer, ProcessState
 from pdlaunch.planning.plan import Plan
 from pdlaunch.protocol.control import Alive, AwaitIdle, Happened, Registry, Suspects
 

@@ -13,11 +13,10 @@ from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.bootstraps import Bootstraps
 from pdlaunch.launch.engines.native import NativeEngine
 from pdlaunch.launch.events import Event, StopRequested
-from pdlaunch.launch.failure import Failure
 from pdlaunch.launch.hosts.host import MessageReceived, ProcessExited
 from pdlaunch.launch.places import EnginePlaces
 from pdlaunch.launch.state import Timing, Unit
-from pdlaunch.launch.status import LaunchPhase, LaunchStatus
+from pdlaunch.launch.status import Failure, LaunchPhase, LaunchStatus
 from pdlaunch.launch.supervisor import Supervisor
 from pdlaunch.planning.plan import Plan, ProcessSpec
 from pdlaunch.protocol.control import (

@@ -5,8 +5,8 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdlaunch.launch.failure import MAX_LINES, MAX_WIDTH, Failure
 from pdlaunch.launch.hosts.host import ProcessExited
+from pdlaunch.launch.status import MAX_LINES, MAX_WIDTH, Failure
 
 TRACEBACK = [
     "Traceback (most recent call last):",
