@@ -37,7 +37,7 @@ class ClientAnswer:
         self._metrics = metrics
         self._record = record
         self._clock = RequestClock(metrics)
-        record.times(self._clock)
+        record.clock = self._clock
         self._id = request.endpoint.id_prefix + request.request_id
         self._model = model
         self._created = int(time.time())
@@ -96,14 +96,14 @@ class ClientAnswer:
                 self._clock.tokens(choice["index"], num_tokens)
             if choice.get("finish_reason") is not None:
                 self._metrics.finished(choice["finish_reason"])
-                self._record.finished(choice["finish_reason"])
+                self._record.finish_reasons[choice["finish_reason"]] = None
             if self._record.content is not None:
                 delta = choice.get("delta") or {}
                 self._record.says(choice.get("text") or delta.get("content") or "")
 
     def _observe_end(self, usage: Usage) -> None:
         self._clock.end(usage.completion_tokens)
-        self._record.count(usage)
+        self._record.usage = usage
         self._metrics.prompt_tokens.inc(usage.prompt_tokens)
         self._metrics.prompt_length.observe(usage.prompt_tokens)
 

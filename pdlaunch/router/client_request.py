@@ -221,10 +221,6 @@ class ClientRequest(msgspec.Struct, frozen=True, kw_only=True):
     def return_token_ids(self) -> bool:
         return bool(self.fields.return_token_ids)
 
-    @property
-    def num_choices(self) -> int:
-        return self.fields.n or 1
-
 
 def read_client_request(
     endpoint: Endpoint,

@@ -87,7 +87,7 @@ class Relay:
         self.transcript = Transcript(
             prompt.num_choices, keeps_text=prompt.is_stream and state.pool.has_own_fields
         )
-        record.counts(self.transcript)
+        record.transcripts.append(self.transcript)
         self._prompt = prompt
         self._state = state
         self._answer = answer

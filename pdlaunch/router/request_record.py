@@ -219,12 +219,14 @@ class RequestRecord:
         """Beginnings of prompt and output, for the log alone and only where the user wants them."""
         self._calls: list[EngineCall] = []
         self._explanation: str | None = None
-        self._usage: Usage | None = None
-        self._times: RequestClock | None = None
-        self._transcripts: list[Transcript] = []
+        self.usage: Usage | None = None
+        self.clock: RequestClock | None = None
+        """Knows when tokens have left for the client."""
+        self.transcripts: list[Transcript] = []
+        """Of the prompts that run."""
         self._num_tokens = 0
         """Belongs to a request that has ended."""
-        self._reasons: dict[str, None] = {}
+        self.finish_reasons: dict[str, None] = {}
         self._end_at: float | None = None
 
     @property
@@ -278,19 +280,6 @@ class RequestRecord:
         if self.content is not None and len(self.content["output_text"]) < MAX_CONTENT_LENGTH:
             self.content["output_text"] = cut_content(self.content["output_text"] + text)
 
-    def times(self, clock: RequestClock) -> None:
-        self._times = clock
-
-    def counts(self, transcript: Transcript) -> None:
-        """Take the number of tokens from what the client of a prompt was told."""
-        self._transcripts.append(transcript)
-
-    def finished(self, reason: str) -> None:
-        self._reasons[reason] = None
-
-    def count(self, usage: Usage) -> None:
-        self._usage = usage
-
     def fail(self, error: BaseException) -> None:
         """Note an error that the client is told of, the first one alone."""
         if self.error is None:
@@ -306,8 +295,8 @@ class RequestRecord:
             self.status, self.error = status, CLIENT_LEFT
         for call in self._calls:
             call.end()
-        self._num_tokens, self._transcripts = self._count_tokens(), []
-        times, first_at = self._times, self._first_token_at
+        self._num_tokens, self.transcripts = self._count_tokens(), []
+        times, first_at = self.clock, self._first_token_at
         if times is not None and first_at is not None:
             self.log.add("first token", first_at, first_at)
             self.log.add("tokens", first_at, times.last_token_at, tokens=self._num_tokens)
@@ -323,7 +312,7 @@ class RequestRecord:
         at_first: dict[str, Attribute] = {} if computing is None else computing.attributes(SEATED)
         at_decode: dict[str, Attribute] = {} if decode is None else decode.attributes(SEATED)
         names = [call.engine for call in (prefill, decode) if call is not None]
-        num_bytes, usage, first_at = _number(pull.get("bytes")), self._usage, self._first_token_at
+        num_bytes, usage, first_at = _number(pull.get("bytes")), self.usage, self._first_token_at
         details = None if usage is None else usage.prompt_tokens_details
         return RequestSummary(
             id=self.id,
@@ -353,7 +342,7 @@ class RequestRecord:
             ms_per_token=self._ms_per_token(),
             total_ms=_ms(self.duration_s),
             retries=self.retries,
-            finish_reason=",".join(self._reasons) or None,
+            finish_reason=",".join(self.finish_reasons) or None,
             error=self.error,
         )
 
@@ -385,21 +374,21 @@ class RequestRecord:
 
     def _num_output_tokens(self) -> int | None:
         """Return the tokens so far; None for a request that no engine was asked for."""
-        if self._usage is not None:
-            return self._usage.completion_tokens
+        if self.usage is not None:
+            return self.usage.completion_tokens
         return self._count_tokens() if self._calls else None
 
     @property
     def _first_token_at(self) -> float | None:
-        return None if self._times is None else self._times.first_token_at
+        return None if self.clock is None else self.clock.first_token_at
 
     def _count_tokens(self) -> int:
         """Return the tokens whose ids are known, so far."""
-        return self._num_tokens + sum(transcript.num_tokens for transcript in self._transcripts)
+        return self._num_tokens + sum(transcript.num_tokens for transcript in self.transcripts)
 
     def _ms_per_token(self) -> float | None:
         """Return the mean time between two tokens of a choice."""
-        times, first_at = self._times, self._first_token_at
+        times, first_at = self.clock, self._first_token_at
         if times is None or first_at is None:
             return None
         num_steps = self._count_tokens() - times.num_choices

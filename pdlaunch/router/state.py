@@ -50,7 +50,7 @@ class RecoverySettings(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds to leave a busy engine alone."""
 
 
-class SuspectBook:
+class SuspectPrompts:
     """Remembers what is known against the requests that run, and nothing of others.
 
     A rank that dies by itself makes the requests of its last step suspects. An engine never has two
@@ -112,7 +112,7 @@ class RouterState:
         self.client = client
         self.metrics = metrics
         self.recovery = recovery
-        self.suspects = SuspectBook()
+        self.suspects = SuspectPrompts()
         self.events = EventLog(time.time)
         self.pair_failures: dict[tuple[str, str], str] = {}
         """The reason why a prefill and a decode engine could not work together the last time."""
