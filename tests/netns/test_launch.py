@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
-from pdlaunch.checks.transport_rules import FAR_GIGABYTES_PER_S
 
+from pdlaunch.checks.transfer_rules import FAR_GIGABYTES_PER_S
 from tests.netns.hosts import Host, Network, new_network
 from tests.netns.launch import FarLaunch, far_launch, wait_for
 from tests.netns.stranger import Seen
