@@ -6,12 +6,10 @@ import asyncio
 import contextlib
 import logging
 import os
-import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from pdlaunch.config.external import (
@@ -21,15 +19,15 @@ from pdlaunch.config.external import (
     named,
     read_engine_url,
 )
+from pdlaunch.config.problems import InvalidConfigError
 from pdlaunch.config.roles import EngineName
-from pdlaunch.config.yaml_file import MAX_FILE_BYTES
+from pdlaunch.config.yaml_file import read_yaml
 from pdlaunch.errors import ConfigError, RequestError
 from pdlaunch.http.engine_calls import look_up
 from pdlaunch.router.membership import WatchedMembership
 from pdlaunch.router.watched_engine import Member
 
 _logger = logging.getLogger(__name__)
-_QUOTED = re.compile(r"""(['"]).*\1""")
 
 FILE_POLL_S = 2.0
 DNS_POLL_S = 5.0
@@ -87,30 +85,22 @@ async def set_members(
 
 
 def read_engines_file(path: Path) -> list[RunningEngine]:
-    """Return the engines that a file lists under ``engines``. Raises ConfigError."""
+    """Return the engines that a file lists under ``engines``. Raises ConfigError.
+
+    No message shows a value: one may be a secret in the wrong place.
+    """
+    values, _, problems = read_yaml(path)
+    if problems:
+        raise InvalidConfigError(problems)
+    if set(values) != {"engines"} or not isinstance(engines := values["engines"], list):
+        raise _unusable(path, "it must hold `engines: [{role, url, ...}]` and nothing else")
     try:
-        with path.open("rb") as file:
-            text = file.read(MAX_FILE_BYTES + 1)
-        if len(text) > MAX_FILE_BYTES:
-            raise ValueError(f"it is larger than {MAX_FILE_BYTES // 1024} KiB")
-        content = yaml.safe_load(text)
-        if not isinstance(content, dict) or set(content) != {"engines"}:
-            raise ValueError("it must hold `engines: [{role, url, ...}]` and nothing else")
-        return named(_engines.validate_python(tuple(content["engines"] or ())))
+        return named(_engines.validate_python(tuple(engines)))
     except ValidationError as error:
-        # Not the values: one may be a secret in the wrong place.
-        problems = error.errors(include_url=False, include_input=False, include_context=False)
-        where = "; ".join(
-            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in problems
-        )
+        details = error.errors(include_url=False, include_input=False, include_context=False)
+        where = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in details)
         raise _unusable(path, where) from None
-    except yaml.MarkedYAMLError as error:
-        # Neither do its own words show values: they quote the line.
-        mark = error.problem_mark or error.context_mark
-        where = f" in line {mark.line + 1}" if mark else ""
-        said = _QUOTED.sub("'...'", error.problem or error.context or "")
-        raise _unusable(path, f"bad YAML{where}: {said}") from None
-    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+    except ValueError as error:
         raise _unusable(path, str(error)) from None
 
 
