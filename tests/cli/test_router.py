@@ -35,7 +35,7 @@ def run(*arguments: str, **environ: str) -> Any:
             "the addresses of http://decode.svc:8000 must be allowed",
         ),
         (("--engine-urls", "10.0.0.0/24"), "--engine-urls", "allows no URL"),
-        (("--engines-file", "/nowhere.yaml"), "engines_file", "No such file"),
+        (("--engines-file", "/nowhere.yaml"), "/nowhere.yaml", "no such file"),
         (("--prefill", "unix:/nowhere/x.sock"), "served_model_name", "no engine tells which model"),
         ((), "served_model_name", "no engine is named by its URL"),
         (("llama",), "llama", "is no file of a deployment"),

@@ -104,7 +104,7 @@ async def test_a_new_engine_waits_for_another_s_work_only_where_it_needs_its_nam
         ("engines: [{role: prefill, url: 'http://h:1', api_key: secret}]", "api_key"),
         ("engines: ['prefill=http://h:1', 'prefill=http://h:1/']", "the url http://h:1"),
         ("engines: [", "expected the node content"),
-        ("engines:\n- role: prefill\n  key: of secret: 1", ":3:17: bad YAML: mapping values are not"),
+        ("engines:\n- role: prefill\n  key: of secret: 1", ":3:17: bad YAML: mapping values"),
         ("engines: [*secret]", ":1:11: bad YAML: found undefined alias"),
         ("a" * 300_000, "larger than"),
     ],
