@@ -42,7 +42,6 @@ from pdlaunch.protocol.kv_params import (
     to_wire,
 )
 from pdlaunch.protocol.openai.requests import (
-    DEFAULT_MAX_TOKENS,
     ChatCompletionRequest,
     CompletionRequest,
     GenerationRequest,
@@ -108,7 +107,7 @@ class Generation:
         param = "messages" if isinstance(request, ChatCompletionRequest) else "prompt"
         for prompt in prompts:
             model.check_token_ids(prompt, param)
-            limit = _limit(request, model, len(prompt), param)
+            limit = model.output_limit(request, len(prompt), param)
             for number in range(request.n):
                 index = len(self.choices)
                 leases = transfer.do_remote_decode and index == 0
@@ -323,22 +322,6 @@ def _check(
         for token in tokens:
             ids = [token.token_id, *dict(token.top_logprobs)]
             model.check_token_ids(ids, first_tokens if request.resume is None else "resume")
-
-
-def _limit(
-    request: GenerationRequest, model: ServedModel, num_prompt_tokens: int, prompt_param: str
-) -> int:
-    """Return the number of output tokens of a choice.
-
-    Without a limit it is what remains, for completions at most 16 as OpenAI has it, for chats at
-    most what the model's own defaults say.
-    """
-    remaining = model.remaining_tokens(num_prompt_tokens, request.token_limit, prompt_param)
-    if request.token_limit is not None:
-        return request.token_limit
-    is_chat = isinstance(request, ChatCompletionRequest)
-    default = model.defaults.max_new_tokens if is_chat else DEFAULT_MAX_TOKENS
-    return remaining if default is None else min(remaining, default)
 
 
 def _sampling(

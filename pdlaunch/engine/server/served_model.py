@@ -9,15 +9,21 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.model_files.shape import read_generation_config, read_model_shape
 from pdlaunch.engine.server.text import ChatTemplate, TextTokenizer, load_chat_template
 from pdlaunch.errors import ConfigError, RequestError
 from pdlaunch.http.errors import model_not_found
-from pdlaunch.protocol.openai.body import num_token_ids, parse_request, read_json_object
+from pdlaunch.protocol.openai.body import (
+    RequestBody,
+    num_token_ids,
+    parse_request,
+    read_json_object,
+)
 from pdlaunch.protocol.openai.requests import (
+    DEFAULT_MAX_TOKENS,
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -38,6 +44,7 @@ MIN_TOKEN_IDS = 2**16
 _log = logging.getLogger(__name__)
 
 G = TypeVar("G", bound=GenerationRequest)
+B = TypeVar("B", bound=RequestBody)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +74,6 @@ class ServedModel:
             code="context_length_exceeded",
         )
 
-    def check_name(self, given: str | None) -> None:
-        """Raise RequestError (404) for another model's name; no name means this model."""
-        if given is not None and given != self.name:
-            raise model_not_found(given, self.name)
-
     def check_token_ids(self, token_ids: list[int], param: str) -> None:
         """Raise RequestError for ids that the model does not have."""
         highest = max(token_ids, default=0)
@@ -79,16 +81,17 @@ class ServedModel:
             message = f"token id {highest} is not below the vocabulary's {self.vocab_size}"
             raise RequestError(message, param=param)
 
-    def remaining_tokens(self, num_prompt_tokens: int, wanted: int | None, param: str) -> int:
-        """Return how many tokens may follow a prompt.
+    def output_limit(self, request: GenerationRequest, num_prompt_tokens: int, param: str) -> int:
+        """Return the number of output tokens of a choice. Raises RequestError when it is too long.
 
-        Raises RequestError when the prompt, or it and ``wanted``, are too long.
+        Without a limit it is what remains, for completions at most 16 as OpenAI has it, for chats
+        at most what the model's own defaults say.
         """
+        wanted, remaining = request.token_limit, self.max_model_len - num_prompt_tokens
         if num_prompt_tokens == 0:
             raise RequestError("the prompt has no tokens", param=param)
-        if num_prompt_tokens >= self.max_model_len:
+        if remaining <= 0:
             raise self.too_long(f"has {num_prompt_tokens} tokens", param)
-        remaining = self.max_model_len - num_prompt_tokens
         if wanted is not None and wanted > remaining:
             raise RequestError(
                 f"the prompt's {num_prompt_tokens} tokens and max_tokens={wanted} exceed this "
@@ -96,18 +99,23 @@ class ServedModel:
                 param="max_tokens",
                 code="context_length_exceeded",
             )
-        return remaining
+        is_chat = isinstance(request, ChatCompletionRequest)
+        default = self.defaults.max_new_tokens if is_chat else DEFAULT_MAX_TOKENS
+        return wanted or min(remaining, default or remaining)
+
+    def _parse(self, kind: type[B], body: dict[str, Any], *, public: bool) -> B:
+        request = parse_request(kind, body, public=public, strict_fields=self.strict_fields)
+        name = getattr(request, "model", None)
+        if name is not None and name != self.name:
+            raise model_not_found(name, self.name)
+        return request
 
     def read(self, kind: type[G], raw: bytes) -> G:
         """Check the body of a request that generates. Raises RequestError."""
         num_tokens = num_token_ids(raw, "prompt") if len(raw) > self.max_model_len else 0
         if num_tokens >= self.max_model_len:
             raise self.too_long(f"has {num_tokens} tokens", "prompt")
-        request = parse_request(
-            kind, read_json_object(raw), public=False, strict_fields=self.strict_fields
-        )
-        self.check_name(request.model)
-        return request
+        return self._parse(kind, read_json_object(raw), public=False)
 
     def prompts(self, request: CompletionRequest | ChatCompletionRequest) -> list[list[int]]:
         """Return the token ids of each prompt; of a chat there is one. Raises RequestError."""
@@ -145,14 +153,10 @@ class ServedModel:
         body = read_json_object(raw)
         request: TokenizeCompletionRequest | TokenizeChatRequest
         if "messages" in body:
-            request = parse_request(
-                TokenizeChatRequest, body, public=True, strict_fields=self.strict_fields
-            )
+            request = self._parse(TokenizeChatRequest, body, public=True)
             text = self.render_chat(request)
         else:
-            request = parse_request(
-                TokenizeCompletionRequest, body, public=True, strict_fields=self.strict_fields
-            )
+            request = self._parse(TokenizeCompletionRequest, body, public=True)
             text = request.prompt
             if len(text) > self.max_text_chars:
                 raise RequestError(
@@ -160,7 +164,6 @@ class ServedModel:
                     "tokenized at a time",
                     param="prompt",
                 )
-        self.check_name(request.model)
         tokens = self.tokenizer.encode(text, add_special_tokens=request.add_special_tokens)
         pieces = list(map(self.tokenizer.token_piece, tokens))
         answer = TokenizeResponse(
@@ -179,10 +182,7 @@ class ServedModel:
                 f"tokens has {num_ids} token ids; at most {max_ids} are detokenized at a time",
                 param="tokens",
             )
-        request = parse_request(
-            DetokenizeRequest, read_json_object(raw), public=True, strict_fields=self.strict_fields
-        )
-        self.check_name(request.model)
+        request = self._parse(DetokenizeRequest, read_json_object(raw), public=True)
         self.check_token_ids(request.tokens, "tokens")
         text = self.tokenizer.decode(request.tokens, skip_special_tokens=False)
         return DetokenizeResponse(prompt=text), request.ignored_fields
