@@ -18,7 +18,6 @@ from rich.text import Text
 from pdlaunch.cli.agent import introduction, serve_sessions
 from pdlaunch.config.hosts import LOCAL
 from pdlaunch.config.models import LaunchConfig
-from pdlaunch.config.roles import Role
 from pdlaunch.config.sources import LoadedConfig
 from pdlaunch.errors import ConfigError, StartupError
 from pdlaunch.launch.hosts.agent import allowed_executables
@@ -44,12 +43,10 @@ from pdlaunch.launch.hosts.placement.ray_cluster import (
     ray_hosts,
     stop_agents,
 )
-from pdlaunch.launch.hosts.placement.slurm import slurm_join_file
 from pdlaunch.machine.network import default_address
 from pdlaunch.observe.logs import setup_logging
 from pdlaunch.planning.hosts import ResolvedHost
 from pdlaunch.planning.resolve import ResolvedLaunch
-from pdlaunch.planning.role_engines import RoleEngines
 from pdlaunch.protocol.process.bootstrap import leave_ends_to_supervisor, raise_open_files
 
 _LOOK_S = 0.5
@@ -85,7 +82,15 @@ def serve_task(config: LaunchConfig, environ: Mapping[str, str], errors: Console
     setup_logging("agent", "info")
     raise_open_files()
     path = slurm.slurm_join_file(config, environ)
-    _await_file(path, config.join_timeout_s)
+    ends_at = time.monotonic() + config.join_timeout_s
+    while not path.exists():
+        if time.monotonic() > ends_at:
+            raise StartupError(
+                f"{path} has not come within {config.join_timeout_s:g} s (join_timeout_s): task 0 "
+                "writes it; start the step in a folder that all nodes share, or name one with "
+                "--join-file"
+            )
+        time.sleep(_LOOK_S)
     leave_ends_to_supervisor()
     ticket = read_ticket(str(path))
     # Its own configuration names them: whoever has started this task starts them.
@@ -93,17 +98,6 @@ def serve_task(config: LaunchConfig, environ: Mapping[str, str], errors: Console
     join = introduction(ticket, slurm.node_name(environ), executables)
     reason = serve_sessions(ticket, join, executables, [], config.join_timeout_s, errors)
     errors.print(Text(f"left: {reason}"))
-
-
-def _await_file(path: Path, timeout_s: float) -> None:
-    ends_at = time.monotonic() + timeout_s
-    while not path.exists():
-        if time.monotonic() > ends_at:
-            raise StartupError(
-                f"{path} has not come within {timeout_s:g} s (join_timeout_s): task 0 writes it; "
-                "start the step in a folder that all nodes share, or name one with --join-file"
-            )
-        time.sleep(_LOOK_S)
 
 
 def refuse_resume(config: LaunchConfig) -> None:
@@ -133,16 +127,6 @@ class Agents:
         """Return the address of this host that they know."""
         return urlsplit(self.channel.endpoint).hostname or ""
 
-    def take_in(self, news: News) -> None:
-        """Note who is there. Raises ConfigError for a machine that cannot be read."""
-        match news:
-            case Joined(join=join):
-                self.joined[join.name] = joined_host(join)
-            case Lost(name=name):
-                self.joined.pop(name, None)
-            case Told():
-                pass
-
 
 @contextlib.contextmanager
 def joined_agents(
@@ -167,7 +151,7 @@ def joined_agents(
         return
     path = Path(config.join_file).expanduser() if config.join_file else log_dir / JOIN_FILE
     if config.placement == "slurm":
-        path = slurm_join_file(config, environ)
+        path = slurm.slurm_join_file(config, environ)
     address = config.control_address or default_address()
     if address is None:
         raise ConfigError(
@@ -248,11 +232,12 @@ def _wait(
     wanted = frozenset(names)
 
     def take_in(news: News) -> bool:
-        agents.take_in(news)
         match news:
             case Joined(join=join):
+                agents.joined[join.name] = joined_host(join)
                 errors.print(Text(f"{join.name} has joined from {join.address}"))
             case Lost(name=name, reason=reason):
+                agents.joined.pop(name, None)
                 errors.print(Text(f"{name} has left: {reason}"))
             case Told():
                 pass
@@ -274,7 +259,16 @@ def require_hosts(agents: Agents, resolved: ResolvedLaunch) -> None:
     ports: dict[str, list[int]] = {}
     for listener in resolved.engine_addresses:
         ports.setdefault(listener.on, []).append(listener.port)
-    wanted = {name: _paths(roles) for name, roles in resolved.placed.by_host.items()}
+    wanted = {
+        host: sorted(
+            {
+                engines.model.path
+                for engines in roles.values()
+                if engines.model.path is not None and engines.settings.load_format != "dummy"
+            }
+        )
+        for host, roles in resolved.placed.by_host.items()
+    }
     asked = wanted.keys() & agents.joined.keys()
     for name in asked:
         address = resolved.host(name).bind_address
@@ -309,17 +303,6 @@ def require_hosts(agents: Agents, resolved: ResolvedLaunch) -> None:
                 f"port {port} of {name} cannot be used: {reason}; free it, or choose other ones "
                 "with the `port` of the role"
             )
-
-
-def _paths(roles: Mapping[Role, RoleEngines]) -> list[str]:
-    """Return the models that a host reads."""
-    return sorted(
-        {
-            engines.model.path
-            for engines in roles.values()
-            if engines.model.path is not None and engines.settings.load_format != "dummy"
-        }
-    )
 
 
 def _until(channel: AgentChannel, take_in: Callable[[News], bool], timeout_s: float) -> bool:

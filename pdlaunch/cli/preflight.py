@@ -41,10 +41,12 @@ def refuse_errors(
     console: Console,
     *,
     elsewhere: bool = False,
+    undone: str = "not started",
 ) -> None:
     """Print warnings and errors of all rules; raise ``typer.Exit`` when there are errors.
 
-    ``elsewhere``: the launch is for another machine, of which nothing can be probed here. NIXL is
+    ``elsewhere``: the launch is for another machine, of which nothing can be probed here;
+    ``undone``: what is refused. NIXL is
     asked only where the user has set variables that it may refuse: that takes 3 to 5 s.
     """
     probes, rules = Probes() if elsewhere else probe_files(resolved), kind_of(resolved).rules()
@@ -56,12 +58,8 @@ def refuse_errors(
         if finding.severity != "info":
             print_finding(console, finding)
     if not report.is_ok():
-        console.print(
-            Text(
-                f"not started: {len(report.errors)} error(s); `pdlaunch explain CODE` says why",
-                style="red",
-            )
-        )
+        text = f"{undone}: {len(report.errors)} error(s); `pdlaunch explain CODE` says why"
+        console.print(Text(text, style="red"))
         raise typer.Exit(EXIT_FAILED)
 
 

@@ -13,21 +13,15 @@ import msgspec
 import typer
 import yaml
 from rich.console import Console
-from rich.text import Text
 
 from pdlaunch import __version__
-from pdlaunch.checks.probed import Probes
-from pdlaunch.checks.run import run_checks
-from pdlaunch.cli import EXIT_FAILED
-from pdlaunch.cli.findings import print_finding
 from pdlaunch.cli.flags import ServeCommand, with_serve_flags
 from pdlaunch.cli.machines import AssumeOption, judged_machine
 from pdlaunch.cli.output import refuse
 from pdlaunch.cli.own_deployment import ShownDownloads
-from pdlaunch.cli.preflight import refuse_running_engines
-from pdlaunch.config.sources import LoadedConfig, load_config
+from pdlaunch.cli.preflight import refuse_errors, refuse_running_engines
+from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError
-from pdlaunch.launch.engines.plan import kind_of
 from pdlaunch.launch.hosts.join import new_join_keys
 from pdlaunch.launch.render.compose import compose_endpoint, compose_file
 from pdlaunch.launch.render.kubernetes import (
@@ -203,22 +197,11 @@ def _placed(
         read(config, ShownDownloads(errors)),
     )
     resolved.require_startable()
-    _refuse_findings(resolved, loaded, errors)
+    refuse_errors(resolved, loaded.origins, errors, elsewhere=True, undone="not rendered")
     _require_mounted(resolved, options)
     return PodLaunch(
         options, placed, resolved, engine_groups(resolved, machines), _to_yaml([placed.settings])
     )
-
-
-def _refuse_findings(resolved: ResolvedLaunch, loaded: LoadedConfig, errors: Console) -> None:
-    report = run_checks(resolved, loaded.origins, Probes(), rules=kind_of(resolved).rules())
-    for finding in report.findings:
-        if finding.severity != "info":
-            print_finding(errors, finding)
-    if not report.is_ok():
-        text = f"not rendered: {len(report.errors)} error(s); `pdlaunch explain CODE` says why"
-        errors.print(Text(text, style="red"))
-        raise typer.Exit(EXIT_FAILED)
 
 
 def _require_mounted(resolved: ResolvedLaunch, options: PodOptions) -> None:
