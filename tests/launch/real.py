@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -17,23 +16,19 @@ from pdlaunch.launch.launch import LaunchOutcome, supervise
 from pdlaunch.launch.state import Timing
 from pdlaunch.launch.status import Observer
 from pdlaunch.planning.plan import Plan, ProcessSpec
-from pdlaunch.protocol.process.bootstrap import Bootstrap, RouterSpec
+from pdlaunch.protocol.process.bootstrap import Bootstrap
 from pdlaunch.protocol.process.run_dirs import new_run_dir
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
 from tests.launch.fakes import FakePlaces, make_plan
-from tests.router.conftest import SPEC
 
 FAKE_CHILD = Path(__file__).with_name("fake_child.py")
 
 
 class FakeBootstraps(Bootstraps):
-    def __init__(
-        self, keys: LaunchKeys, control: str, run_dir: Path, listeners: Sequence[socket.socket]
-    ) -> None:
+    def __init__(self, keys: LaunchKeys, control: str, run_dir: Path) -> None:
         self._keys = keys
         self._control = control
         self._run_dir = run_dir
-        self._listeners = listeners
 
     def prepare(self) -> None:
         pass
@@ -46,13 +41,6 @@ class FakeBootstraps(Bootstraps):
             keys=self._keys,
             run_dir=str(self._run_dir),
             log_level="info",
-            router=self._router() if spec.kind == "router" and self._listeners else None,
-        )
-
-    def _router(self) -> RouterSpec:
-        port = self._listeners[0].getsockname()[1]
-        return msgspec.structs.replace(
-            SPEC, port=port, listeners=tuple(listener.fileno() for listener in self._listeners)
         )
 
 
@@ -75,7 +63,6 @@ def run_plan(
     folder: Path,
     timing: Timing,
     lifeline: int | None = None,
-    listeners: Sequence[socket.socket] = (),
 ) -> LaunchOutcome:
     keys = new_launch_keys()
     with new_run_dir() as run_dir, contextlib.closing(SecureContext(keys)) as context:
@@ -84,11 +71,10 @@ def run_plan(
             plan,
             NativeEngine(),
             control,
-            FakeBootstraps(keys, endpoint, run_dir, listeners),
+            FakeBootstraps(keys, endpoint, run_dir),
             FakePlaces(),
             observer,
             timing,
             folder,
             lifeline,
-            listeners,
         )

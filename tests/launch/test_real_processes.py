@@ -9,21 +9,15 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import msgspec
 import psutil
 import pytest
 
-from pdlaunch.launch.ports import listening
 from pdlaunch.launch.state import Timing
 from pdlaunch.launch.status import LaunchStatus, ProcessState
-from pdlaunch.planning.plan import Plan
 from tests.e2e.waiting import await_true
 from tests.launch.fakes import FakeObserver
 from tests.launch.real import real_plan, run_plan
@@ -123,99 +117,6 @@ def test_a_child_that_ignores_stop_and_term_is_killed(tmp_path: Path) -> None:
     )
     assert outcome.exit_code == 0
     assert_gone(*observer.pids.values())
-
-
-class KillRouter(FakeObserver):
-    """Kills the router twice; a client comes each time while no router runs, others come all the
-    time.
-    """
-
-    def __init__(self, port: int) -> None:
-        super().__init__()
-        self.port = port
-        self.over = threading.Event()
-        self.waiting: list[socket.socket] = []
-        self.answers: list[bytes] = []
-
-    def ready(self, status: LaunchStatus) -> None:
-        self._kill(status)
-
-    def changed(self, status: LaunchStatus) -> None:
-        router = next(process for process in status.processes if process.name == "router")
-        if router.state is ProcessState.BACKING_OFF and len(self.waiting) < router.incarnation:
-            self.waiting.append(ask(self.port))
-        elif (
-            router.state is ProcessState.READY
-            and router.incarnation > 1
-            and len(self.answers) < router.incarnation - 1
-        ):
-            self.answers.append(answer(self.waiting[-1]))
-            if router.incarnation == 2:
-                self._kill(status)
-            else:
-                self.over.set()
-                os.kill(os.getpid(), signal.SIGINT)
-
-    @staticmethod
-    def _kill(status: LaunchStatus) -> None:
-        pid = next(process.pid for process in status.processes if process.name == "router")
-        assert pid is not None
-        os.kill(pid, signal.SIGKILL)
-
-
-def ask(port: int) -> socket.socket:
-    client = socket.create_connection(("127.0.0.1", port), timeout=120)
-    client.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
-    return client
-
-
-def answer(client: socket.socket) -> bytes:
-    with client:
-        return client.recv(12)
-
-
-def test_no_connection_is_refused_while_a_router_is_dead(tmp_path: Path) -> None:
-    with listening("127.0.0.1", 0) as listeners:
-        (listener,) = listeners
-        port = listener.getsockname()[1]
-        observer = KillRouter(port)
-        plan = real_plan(num_prefill=0)
-        command = (sys.executable, "-m", "pdlaunch.router", "--name", "router")
-        processes = [
-            msgspec.structs.replace(p, command=command) if p.kind == "router" else p
-            for p in plan.processes
-        ]
-        with ThreadPoolExecutor(4) as pool:
-            visits = [pool.submit(visit, port, observer.over) for _ in range(4)]
-            outcome = run_plan(
-                Plan(processes=tuple(processes)), observer, tmp_path, Timing(), listeners=listeners
-            )
-            observer.over.set()
-        assert outcome.exit_code == 0
-        assert observer.answers == [b"HTTP/1.1 200"] * 2
-        # Those that a dying router had accepted are lost with it.
-        assert sum(visit.result() for visit in visits) > 4
-        with pytest.raises(ConnectionRefusedError):
-            ask(port)
-
-
-def visit(port: int, over: threading.Event) -> int:
-    """Return the number of connections that were made until the launch was told to stop.
-
-    Raises ConnectionRefusedError.
-    """
-    num_connected = 0
-    while not over.wait(0.01):
-        try:
-            client = ask(port)
-            num_connected += 1
-            answer(client)
-        except ConnectionRefusedError:
-            if not over.is_set():
-                raise
-        except ConnectionError:
-            pass
-    return num_connected
 
 
 def test_the_router_hears_of_the_last_step_of_a_rank_that_crashed(tmp_path: Path) -> None:
