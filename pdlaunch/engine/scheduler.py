@@ -155,10 +155,13 @@ class Scheduler:
 
     def _schedule_running(self, step: _Draft) -> None:
         """Add the next tokens of all running requests, decoding ones before prompts."""
-        going_on = [request for request in self._queues.running if not request.ends_in_flight]
-        prompts = [request for request in going_on if request.num_to_schedule > 1]
-        for request in going_on:
-            if request.num_to_schedule == 1:
+        prompts = []
+        for request in self._queues.running.copy():
+            if request.ends_in_flight:
+                continue
+            if request.num_to_schedule > 1:
+                prompts.append(request)
+            else:
                 self._schedule_chunk(request, step)
         if step.scheduled and self._max_beside_streams is not None:
             step.prompt_budget = self._max_beside_streams
