@@ -81,11 +81,8 @@ def _must_end(wanted: Desired, seen: Observed) -> bool:
 
 
 def _start(wanted: Desired, seen: Observed, moment: Moment) -> Iterator[Action]:
-    is_converted = all(
-        process.state is ProcessState.EXITED
-        for unit in seen.conversions
-        for process in unit.processes
-    )
+    conversions = [process for unit in seen.conversions for process in unit.processes]
+    is_converted = all(each.state is ProcessState.EXITED for each in conversions)
     if seen.phase is LaunchPhase.PREPARING and is_converted:
         seen.phase = LaunchPhase.STARTING
         yield Chore.PREPARE
@@ -126,13 +123,10 @@ def _watch(wanted: Desired, seen: Observed, moment: Moment) -> Iterator[Action]:
     if not wanted.timing.hang_timeout_s:
         return
     moment.due(moment.now + wanted.timing.heartbeat_s)
-    ready = [process for process in seen.processes() if process.state is ProcessState.READY]
-    for process in sorted(ready, key=lambda each: each.heard_at):
+    ready = [(p, u) for u in seen.units for p in u.processes if p.state is ProcessState.READY]
+    for process, unit in sorted(ready, key=lambda each: each[0].heard_at):
         silent_s, limit_s = moment.now - process.heard_at, wanted.timing.silence_s(process)
         process.is_stalled = silent_s >= limit_s / 2
-        found = seen.find(process.name)
-        assert found is not None
-        unit = found[0]
         if silent_s >= limit_s and unit.cause is None and not unit.is_killed:
             unit.cause, unit.died_at = process, process.heard_at
             seen.ends[process.name]["hung"] += 1
@@ -219,10 +213,12 @@ def _give_up(
     others = [each for each in seen.engines.values() if each is not engine]
     left = [] if engine is None else _left_of(engine.role, others)
     if engine is None or not left:
-        failed = [each for each in others if each.failed_for and engine is not None]
-        if engine is not None and not any(each.role == "both" for each in seen.engines.values()):
-            failed = [each for each in failed if each.role == engine.role]
-        details = [f"  before that, {each.failed_for}" for each in failed]
+        failed: list[LaunchedEngine] = []
+        if engine is not None:
+            # Engines of both roles can do all work.
+            all_count = any(each.role == "both" for each in seen.engines.values())
+            failed = [each for each in others if all_count or each.role == engine.role]
+        details = [f"  before that, {each.failed_for}" for each in failed if each.failed_for]
         failure = Failure(summary, process=cause.name, said=cause.error, details=details)
         fail(wanted, seen, failure)
         return
