@@ -205,15 +205,6 @@ async def test_trace_and_request_id_are_passed_on(
     assert request.request_id.endswith("/0")
 
 
-async def test_one_request_id_may_be_used_twice_at_once(engine: Engine, rank: FakeRank):
-    headers = {"X-Request-Id": "same"}
-    answers = await asyncio.gather(
-        *(engine.post("/v1/completions", {"prompt": "x"}, **headers) for _ in range(3))
-    )
-    assert {status for status, _, _ in answers} == {200}
-    assert len({request.request_id for request in rank.added()}) == 3
-
-
 async def test_a_client_that_leaves_aborts_its_request(engine: Engine, rank: FakeRank):
     rank.script = silent
     post = asyncio.create_task(engine.complete())

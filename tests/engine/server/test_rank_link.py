@@ -6,11 +6,9 @@ from pdlaunch.engine.server.rank_link import RankEvent, RankLink
 from pdlaunch.protocol.engine import (
     AbortRequest,
     AddRequest,
-    Hello,
     RequestFinished,
     SamplingParams,
     TokenOutput,
-    Tokens,
 )
 from pdlaunch.protocol.sockets import SecureContext
 from tests.engine.server.conftest import Engine
@@ -31,17 +29,6 @@ def request(name: str, max_tokens: int = 1) -> AddRequest:
     return AddRequest(
         request_id=name, prompt_token_ids=[1], sampling=SamplingParams(max_tokens=max_tokens)
     )
-
-
-async def test_hello_comes_first_and_requests_end_once(secure: SecureContext, rank: FakeRank):
-    link = new_link(secure, rank)
-    events: asyncio.Queue[RankEvent] = asyncio.Queue()
-    link.submit(request("a", max_tokens=3), events.put_nowait)
-    received = [await events.get() for _ in range(3)]
-    assert [type(event) for event in received] == [Tokens, Tokens, RequestFinished]
-    assert isinstance(rank.received[0], Hello)
-    await link.close()
-    assert events.empty()
 
 
 async def test_a_burst_of_messages_loses_none(make_engine, rank: FakeRank):

@@ -123,21 +123,6 @@ def test_stop_strings_cut_wherever_they_are_split(text, stops):
     assert "".join(emitted) == expected(text, stops)
 
 
-@given(small, st.lists(st.text(alphabet="ab☃", min_size=1, max_size=4), max_size=3))
-def test_nothing_is_held_back_without_need(text, stops):
-    """What is held after k tokens begins a stop string or is half a character."""
-    token_ids, text_stream, emitted = byte_ids(text), stream(stop=stops), ""
-    for count, token_id in enumerate(token_ids, start=1):
-        emitted += text_stream.push(token_id)
-        if text_stream.stop_string is not None:
-            return
-        whole = BYTE_LEVEL.decode(token_ids[:count], skip_special_tokens=True).rstrip("�")
-        held = whole.removeprefix(emitted)
-        assert whole == emitted + held
-        assert text_stream.num_chars == len(whole)
-        assert not held or any(stop.startswith(held) for stop in stops)
-
-
 @pytest.mark.parametrize(("include_stop", "text"), [(False, "a"), (True, "a--")])
 def test_a_stop_string_is_shown_on_request(include_stop, text):
     text_stream = stream(stop=["--"], include_stop=include_stop)
