@@ -97,10 +97,6 @@ class FakeScheduler:
         """Their life is faked here, too."""
         return self
 
-    @property
-    def figures(self) -> FakeScheduler:
-        return self
-
     def stats(self) -> EngineStats:
         return self.counts
 
