@@ -53,10 +53,6 @@ def test_requests_come_at_the_rate_and_in_bursts(burstiness: float, spread: floa
     assert deviation / mean == pytest.approx(spread, rel=0.15)
 
 
-def test_without_any_burstiness_requests_come_evenly() -> None:
-    assert pauses(math.inf) == pytest.approx([0.2] * 4000)
-
-
 def test_goals_are_read_with_and_without_units() -> None:
     assert read_goals("ttft=200,itl=0.05s, e2e=3000ms") == Goals(
         ttft_ms=200, itl_ms=50, e2e_ms=3000
@@ -120,13 +116,6 @@ def test_equal_hashes_are_equal_tokens(tmp_path: Path) -> None:
     assert one[:HASHED_TOKENS] == two[:HASHED_TOKENS]
     assert one[HASHED_TOKENS:600] != two[HASHED_TOKENS:]
     assert one == prompt_tokens(first, TOKENS, 1) != prompt_tokens(first, TOKENS, 2)
-
-
-def test_prompts_without_hashes_have_nothing_in_common(tmp_path: Path) -> None:
-    records = [{"input_length": 40, "output_length": 1}] * 2
-    one, two = read_trace_file(write(tmp_path / "t.jsonl", records))
-    assert one.at_s is None
-    assert prompt_tokens(one, TOKENS, 1) != prompt_tokens(two, TOKENS, 1)
 
 
 CHAT = [

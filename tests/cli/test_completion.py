@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -63,32 +60,3 @@ def test_a_folder_and_a_file_are_offered_as_models(
     assert offered("pdlaunch serve --model smo") == ["smollm2", "smol/", "smol.gguf"]
     assert offered(f"pdlaunch serve --model {tmp_path}/smol.") == [f"{tmp_path}/smol.gguf"]
     assert offered("pdlaunch serve --model nowhere/") == []
-
-
-def test_zsh_is_offered_rules_with_their_titles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("_PDLAUNCH_COMPLETE", "complete_zsh")
-    monkeypatch.setenv("_TYPER_COMPLETE_ARGS", "pdlaunch explain PD202")
-    result = CliRunner().invoke(build_app([]), [], prog_name="pdlaunch")
-    assert '"PD202":"The CuMem allocator is not supported' in result.stdout
-
-
-@pytest.mark.processes
-@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
-def test_bash_completes_with_the_script_that_it_is_shown(tmp_path: Path) -> None:
-    program = tmp_path / "pdlaunch"
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m pdlaunch "$@"\n')
-    program.chmod(0o755)
-    script = """
-source <(_PDLAUNCH_COMPLETE=source_bash pdlaunch)
-COMP_WORDS=(pdlaunch serve --dtype bf) COMP_CWORD=3
-_pdlaunch_completion pdlaunch
-echo "${COMPREPLY[@]}"
-"""
-    result = subprocess.run(
-        ["bash", "-c", script],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path)},
-    )
-    assert result.stdout.strip() == "bfloat16", result.stderr

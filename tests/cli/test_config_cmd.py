@@ -83,14 +83,6 @@ def test_show_hides_secrets(run, output):
     assert "PDLAUNCH_API_KEY" in result.stdout
 
 
-def test_show_of_unusable_input(run, tmp_path):
-    path = tmp_path / "deploy.yaml"
-    path.write_text("block_sise: 1\n")
-    result = run("show", path)
-    assert result.exit_code == 2
-    assert "did you mean block_size?" in result.stderr
-
-
 def test_the_docs_are_current(run):
     document = Path(__file__).parents[2] / "docs" / "settings.md"
     assert document.read_text() == run("schema", "--markdown").stdout, "run `make settings`"

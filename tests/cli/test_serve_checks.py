@@ -167,13 +167,3 @@ def test_pairs_of_gpus_are_judged_by_what_joins_them(
 ) -> None:
     findings = judge(load_config(None, {}, flags), GPUS, measured(speed), joined_by(link))
     assert [finding.rule for finding in findings] == expected
-
-
-def test_the_cliff_is_told_with_the_setting_that_leads_to_it() -> None:
-    loaded = load_config(
-        None, {}, {"kv_transfer.nixl.path": "nixl", "enable_cumem_allocator": True}
-    )
-    (finding,) = judge(loaded, GPUS, measured(0.5), joined_by(NVLINK))
-    assert finding.message.endswith(
-        "the 0.6 GB/s cliff; kv_transfer.nixl.path is nixl: P2P was not tried"
-    )

@@ -127,20 +127,6 @@ def test_plain_lines_tell_each_change_once() -> None:
     assert "\x1b" not in printed(target)
 
 
-def test_plain_percentages_come_every_few_seconds() -> None:
-    target = console()
-    now_s = 0.0
-    view = StartView(target, lambda status: [], lambda: now_s)
-    for percent in range(0, 100, 10):
-        view.changed(
-            LaunchStatus(
-                LaunchPhase.STARTING, (process("router", doing="loading", fraction=percent / 100),)
-            )
-        )
-        now_s += 1.0
-    assert [line.rpartition(" ")[2] for line in printed(target).splitlines()] == ["0%", "50%"]
-
-
 def test_notes_break_between_words_on_a_terminal_and_not_at_all_in_a_file() -> None:
     note = "running requests get up to 30 s, a second Ctrl-C skips that"
     narrow, file = console(40, terminal=True), console(40)

@@ -130,14 +130,6 @@ def test_a_waterfall_fits_and_needs_no_colour(router: Router, columns: int) -> N
         assert any("pull verified, 25.0 MB, 4" in row for row in rows)
 
 
-def test_engines_that_tell_nothing_are_shown_as_unknown(router: Router) -> None:
-    only_router = [one for one in trace().spans if one.process == "router"]
-    router.traces["r1"] = trace(spans=only_router)
-    rows = run(router, "r1").output.splitlines()
-    for engine in ("prefill-0", "decode-0"):
-        assert "unknown" in rows[rows.index(engine) + 1]
-
-
 def test_the_one_that_is_asked_for(router: Router) -> None:
     router.traces["a/b?c"] = trace("a/b?c")
     assert run(router, "a/b?c").output.startswith("a/b?c ")
