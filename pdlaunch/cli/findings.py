@@ -350,7 +350,11 @@ def _junit(report: Report, *, strict: bool) -> str:
     for item in report.not_checked:
         needs = f"not checked: needs {', '.join(item.needs)}: {safe(item.reason)}"
         ElementTree.SubElement(cases[item.rule], "skipped", message=needs)
-    return junit_document(suite, list(cases.values()))
+    root = ElementTree.Element("testsuites")
+    root.append(junit_suite(suite, list(cases.values())))
+    ElementTree.indent(root)
+    text = ElementTree.tostring(root, encoding="unicode")
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{text}'
 
 
 def junit_case(group: str, name: str, seconds: float = 0.0) -> ElementTree.Element:
@@ -358,7 +362,7 @@ def junit_case(group: str, name: str, seconds: float = 0.0) -> ElementTree.Eleme
     return ElementTree.Element("testcase", classname=group, name=name, time=f"{seconds:g}")
 
 
-def junit_document(name: str, cases: Sequence[ElementTree.Element]) -> str:
+def junit_suite(name: str, cases: Sequence[ElementTree.Element]) -> ElementTree.Element:
     """Return a test suite as JUnit XML, which CI services show as tests."""
     counts = {
         name: str(sum(case.find(tag) is not None for case in cases))
@@ -368,8 +372,4 @@ def junit_document(name: str, cases: Sequence[ElementTree.Element]) -> str:
     attributes = {"name": name, "tests": str(len(cases)), **counts, "time": f"{seconds:g}"}
     suite = ElementTree.Element("testsuite", attributes)
     suite.extend(cases)
-    root = ElementTree.Element("testsuites")
-    root.append(suite)
-    ElementTree.indent(root)
-    text = ElementTree.tostring(root, encoding="unicode")
-    return f'<?xml version="1.0" encoding="UTF-8"?>\n{text}'
+    return suite

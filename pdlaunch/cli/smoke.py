@@ -15,7 +15,7 @@ from rich.text import Text
 
 from pdlaunch.bench.chaos import chaos_environment, smoke_under_chaos
 from pdlaunch.cli import EXIT_INTERRUPTED, EXIT_UNUSABLE
-from pdlaunch.cli.findings import junit_case, junit_document
+from pdlaunch.cli.findings import junit_case, junit_suite
 from pdlaunch.cli.flags import with_serve_flags
 from pdlaunch.cli.html_report import smoke_page, write_report
 from pdlaunch.cli.output import print_errors, safe
@@ -123,7 +123,8 @@ def _write_junit(checks: list[Check], path: Path) -> int:
             ElementTree.SubElement(case, "failure", message=safe(check.failure))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(junit_document("pdlaunch smoke", cases), encoding="utf-8")
+        suite = ElementTree.ElementTree(junit_suite("pdlaunch smoke", cases))
+        suite.write(path, encoding="utf-8", xml_declaration=True)
     except OSError as error:
         print_errors([f"--junit {path} cannot be written: {error.strerror or error}"])
         return 1
