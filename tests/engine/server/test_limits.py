@@ -23,6 +23,7 @@ JSON = {"Content-Type": "application/json"}
         ({"prompt": [512]}, 400, "prompt", None),
         ({"prompt": [5] * 100}, 400, "prompt", "context_length_exceeded"),
         ({"prompt": [5] * 90, "max_tokens": 11}, 400, "max_tokens", "context_length_exceeded"),
+        ({"prompt": "a" * (2**18 + 1)}, 400, "prompt", "context_length_exceeded"),
         ({"logit_bias": {"512": 1}}, 400, "logit_bias", None),
         ({"stop_token_ids": [512]}, 400, "stop_token_ids", None),
         ({"echo": True}, 400, "echo", "unsupported_parameter"),
