@@ -29,7 +29,7 @@ from pdlaunch.observe.logs import escape_controls
 from pdlaunch.observe.spans import Attribute
 from pdlaunch.protocol.ids import HttpRequestId
 from pdlaunch.protocol.requests import RequestTrace, SpanView
-from pdlaunch.router.request_book import format_request
+from pdlaunch.router.request_history import format_request
 
 Event = dict[str, Any]
 

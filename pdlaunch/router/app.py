@@ -32,7 +32,7 @@ from pdlaunch.router.metrics import scrape
 from pdlaunch.router.otlp import OtlpExporter
 from pdlaunch.router.page import PAGE_PATHS, page_routes
 from pdlaunch.router.prompt_endpoints import PromptEndpoints, shutting_down
-from pdlaunch.router.request_book import RequestBook
+from pdlaunch.router.request_history import RequestHistory
 from pdlaunch.router.state import RouterState
 from pdlaunch.router.supervisor_link import SupervisorLink
 
@@ -70,7 +70,7 @@ class RouterApp:
             if spec.otlp_endpoint is None
             else OtlpExporter(spec.otlp_endpoint, spec.otlp_sample)
         )
-        self.book = RequestBook(spec.kept_requests, show_request, exporter, state.spawn)
+        self.history = RequestHistory(spec.kept_requests, show_request, exporter, state.spawn)
         check_admin_key = _admin_key_check(spec.admin_api_key)
         self.app = HttpApp(
             [
@@ -79,7 +79,7 @@ class RouterApp:
                 *health_routes(self._health),
                 AppRoute("GET", "/metrics", self._metrics, METRICS_OPERATION),
                 *self.view.routes(),
-                *self.book.routes(),
+                *self.history.routes(),
                 *(page_routes() if spec.page else []),
                 *(
                     route._replace(check_key=check_admin_key)
@@ -99,7 +99,7 @@ class RouterApp:
                 open_paths=OPEN_PATHS,
             ),
             is_trusted=came_through_admin_socket,
-            watch=self.book,
+            watch=self.history,
         ).app
 
     async def close(self) -> None:
@@ -113,7 +113,7 @@ class RouterApp:
             logger.warning(
                 "%d requests could not be told that the router leaves", self.admission.in_flight
             )
-        await self.book.close()
+        await self.history.close()
 
     def _model_cards(self) -> list[ModelCard]:
         """Describe the served model, and what else engines with names of their own have told."""

@@ -32,7 +32,7 @@ STEP_S = 2.0
 """Between two readings of an engine that are kept."""
 
 _BY_SOURCE = 'prompt_tokens_cached_by_source_total{{source="{}"}}'
-_WORDS = (  # metrics of native engines and of vLLM, by the word that stands for both here
+_METRICS = (  # metrics of native engines and of vLLM, by their name here
     ("running", "num_requests_running", "num_requests_running"),
     ("waiting", "num_requests_waiting", "num_requests_waiting"),
     ("leased", "num_requests_leased", ""),
@@ -53,8 +53,8 @@ _WORDS = (  # metrics of native engines and of vLLM, by the word that stands for
     ("preemptions", "num_preemptions_total", "num_preemptions_total"),
 )
 NAMES: Mapping[str, str] = {
-    **{f"pdlaunch_{native}": word for word, native, _ in _WORDS},
-    **{f"vllm:{of_vllm}": word for word, _, of_vllm in _WORDS if of_vllm},
+    **{f"pdlaunch_{native}": word for word, native, _ in _METRICS},
+    **{f"vllm:{of_vllm}": word for word, _, of_vllm in _METRICS if of_vllm},
 }
 PULL_NAMES: Mapping[str, str] = {
     "pdlaunch_kv_pull_bytes_sum": "pulled_bytes",
@@ -73,7 +73,7 @@ _SOURCE = re.compile(r'[{,](source="[^"\\]*")')
 _PREFILL = re.compile(r'[{,]prefill="([^"\\]*)"')
 
 Counts = Mapping[str, float]
-"""By the words of ``NAMES``; what a page does not have is missing."""
+"""By the names on the right of ``NAMES``; what a page does not have is missing."""
 
 
 class Page(NamedTuple):

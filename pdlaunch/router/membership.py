@@ -40,12 +40,12 @@ class AnnouncedMembership:
 
     def __init__(self) -> None:
         self._latest: Registry | None = None
-        self._has_news = asyncio.Event()
+        self._has_changed = asyncio.Event()
 
     def announce(self, registry: Registry) -> None:
         """Take over the latest registry."""
         self._latest = registry
-        self._has_news.set()
+        self._has_changed.set()
 
     async def versions(self) -> AsyncIterator[Registry]:
         """Yield the registry as it is, then each later version; each replaces the one before.
@@ -53,9 +53,9 @@ class AnnouncedMembership:
         A reader that is slow may miss versions, never the latest.
         """
         while True:
-            await self._has_news.wait()
-            # Cleared before the yield: what comes while the reader works is news again.
-            self._has_news.clear()
+            await self._has_changed.wait()
+            # Cleared before the yield: what comes while the reader works is seen again.
+            self._has_changed.clear()
             assert self._latest is not None
             yield self._latest
 

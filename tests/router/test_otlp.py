@@ -44,7 +44,7 @@ async def test_a_request_is_one_trace_over_all_processes(
     headers = {"traceparent": PARENT, "tracestate": "x=y", "X-Request-Id": "r1"}
     answer = await stand.post(chat(stream=True), path="/v1/chat/completions", headers=headers)
     assert answer.status == 200
-    await stand.router.book.close()
+    await stand.router.history.close()
     assert collector.paths == {"/v1/traces"}
     root = collector.named("chat tiny")
     assert (root.trace_id, root.parent) == (PARENT.split("-")[1], PARENT.split("-")[2])
@@ -70,7 +70,7 @@ async def test_a_request_is_one_trace_over_all_processes(
 async def test_attributes_are_those_of_the_conventions(stand: Stand, collector: Collector) -> None:
     await start(stand, collector)
     await stand.post(completion(), headers={"X-Request-Id": "r1"})
-    await stand.router.book.close()
+    await stand.router.history.close()
     attributes = collector.named("text_completion tiny").attributes
     assert attributes["gen_ai.operation.name"] == "text_completion"
     assert attributes["gen_ai.request.model"] == "tiny"
@@ -92,7 +92,7 @@ async def test_a_refused_request_is_sent_too(stand: Stand, collector: Collector)
     for engine in stand.engines.values():
         engine.status = 500
     await stand.post(completion(prompt="later"))
-    await stand.router.book.close()
+    await stand.router.history.close()
     roots = [span for span in collector.spans if "http.request.method" in span.attributes]
     assert [span.attributes["error.type"] for span in roots] == ["400", "502"]
     assert [span.failed for span in roots] == [False, True]
@@ -104,7 +104,7 @@ async def test_the_share_that_is_wanted_is_sent(stand: Stand, collector: Collect
     await stand.post(completion())
     await stand.post(completion(), headers={"traceparent": PARENT, "X-Request-Id": "wanted"})
     await stand.post(completion(), headers={"traceparent": UNSAMPLED})
-    await stand.router.book.close()
+    await stand.router.history.close()
     roots = [span for span in collector.spans if "http.request.method" in span.attributes]
     assert [span.attributes["pdlaunch.request_id"] for span in roots] == ["wanted"]
 
@@ -118,7 +118,7 @@ async def test_a_collector_that_is_away_costs_no_answer(
     await stand.start(pair(), spec=spec)
     assert (await stand.post(completion())).status == 200
     async with asyncio.timeout(30):
-        await stand.router.book.close()
+        await stand.router.history.close()
     # Its retries draw random numbers, which the next test may want for itself.
     for thread in threading.enumerate():
         if thread.name.lower().startswith("otel") or thread.name == "otlp-end":

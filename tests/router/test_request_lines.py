@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from pdlaunch.cli.live import StartView
 from pdlaunch.observe.logs import setup_logging
 from pdlaunch.protocol.requests import RequestSummary
-from pdlaunch.router.request_book import format_request, log_request
+from pdlaunch.router.request_history import format_request, log_request
 from pdlaunch.router.request_record import MAX_CONTENT_LENGTH, RequestRecord
 from tests.cli.test_serve_view import console, printed
 from tests.router.conftest import SPEC, Stand, pair
 from tests.router.test_life_of_a_request import completion
 from tests.router.test_requests import told_pair
 
-LOGGER = "pdlaunch.router.request_book"
+LOGGER = "pdlaunch.router.request_history"
 SECRET = "secret words of a prompt"
 
 
@@ -140,7 +140,7 @@ async def test_names_of_clients_are_escaped(stand: Stand, caplog: pytest.LogCapt
     caplog.set_level(logging.DEBUG, "pdlaunch")
     await stand.start(pair())
     shown: list[str] = []
-    stand.router.book._show = shown.append
+    stand.router.history._show = shown.append
     headers = {"X-Request-Id": "[red]%s{}\\x1b", "User-Agent": "[blink]"}
     await stand.post(completion(model=HOSTILE), headers=headers)
     (line,) = lines(caplog)

@@ -160,8 +160,8 @@ async def test_a_client_that_goes_away_is_told(stand: Stand) -> None:
     assert running.output_tokens
     asked.cancel()
     await engines[1].aborted.wait()
-    await until(lambda: stand.router.book.chosen("failed", 1))
-    await stand.router.book.close()
+    await until(lambda: stand.router.history.chosen("failed", 1))
+    await stand.router.history.close()
     (summary,) = await listed(stand)
     assert (summary.status, summary.error) == (499, "the client went away")
     # Decode is asked for its part afterwards; prefill has told its own with its answer.

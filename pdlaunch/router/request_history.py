@@ -34,7 +34,7 @@ def record_of(http: web.Request) -> RequestRecord:
     return http.get(_RECORD) or RequestRecord()
 
 
-class RequestBook:
+class RequestHistory:
     """Holds every record, and logs each request that has ended; watches the door of the router.
 
     ``keep``: how many of those that have ended. ``show`` gets each line with the id, for a terminal
