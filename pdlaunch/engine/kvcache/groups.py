@@ -7,7 +7,7 @@ its own block table for every request.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 CHUNK_ALIGNMENT_BYTES = 4096
@@ -89,6 +89,38 @@ def make_groups(layer_windows: Sequence[int | None]) -> tuple[KVCacheGroup, ...]
         for window, layers in ordered
         for start in range(0, len(layers), size)
     )
+
+
+def first_visible(window: int | None, num_computed: int, block_size: int) -> int:
+    """Return the first logical block that tokens from ``num_computed`` on see."""
+    # The query at num_computed sees tokens [num_computed - window + 1, num_computed].
+    return 0 if window is None else max(0, num_computed - window + 1) // block_size
+
+
+def longest_prefix(
+    windows: Sequence[int | None],
+    block_size: int,
+    max_blocks: int,
+    end_of: Callable[[int, int, int], int],
+) -> int:
+    """Return after how many logical blocks, ``max_blocks`` at most, a request can compute on.
+
+    Every full group has all these blocks, every sliding group those that the next token sees.
+    ``end_of(group, start, limit)``: where the blocks that the group has from ``start`` on end.
+    """
+    length, before = max_blocks, -1
+    # A shorter prefix moves every window towards the beginning, where other blocks have to be
+    # there: repeat until no group shortens it any more.
+    while length != before:
+        before = length
+        for group, window in enumerate(windows):
+            start = first_visible(window, length * block_size, block_size)
+            # A block that lacks is visible from every length between: the next one to try ends
+            # before it.
+            while (end := end_of(group, start, length)) < length:
+                length = end
+                start = first_visible(window, length * block_size, block_size)
+    return length
 
 
 def span_blocks(window: int, block_size: int) -> int:

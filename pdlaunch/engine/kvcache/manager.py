@@ -12,7 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pdlaunch.engine.kvcache.block_pool import BlockPool
-from pdlaunch.engine.kvcache.groups import KVCacheGroup, min_blocks, span_blocks
+from pdlaunch.engine.kvcache.groups import (
+    KVCacheGroup,
+    first_visible,
+    longest_prefix,
+    min_blocks,
+    span_blocks,
+)
 
 
 class BlockTables:
@@ -110,18 +116,15 @@ class KVCacheManager:
     # Prefix cache
 
     def find_prefix(self, block_hashes: Sequence[bytes], max_blocks: int) -> PrefixHit:
-        """Return the longest cached prefix from which a request can compute on.
-
-        It has at most ``max_blocks`` logical blocks. Every full group has all its blocks, every
-        sliding group those that the first token after the prefix sees.
+        """Return the longest cached prefix, of at most ``max_blocks`` logical blocks, from which a
+        request can compute on.
         """
-        length, longest = -1, max_blocks
-        # A shorter prefix moves every window towards the beginning, where other blocks have to be
-        # cached: repeat until no group shortens it any more.
-        while length != longest:
-            length = longest
-            for group, window in enumerate(self._windows):
-                longest = self._longest_prefix(group, window, block_hashes, longest)
+        length = longest_prefix(
+            self._windows,
+            self.block_size,
+            max_blocks,
+            lambda group, start, limit: self._count_cached(group, block_hashes, start, limit),
+        )
         first = self._first_visible(length * self.block_size)
         return self._hit(block_hashes, first, [length] * self.num_groups)
 
@@ -249,11 +252,7 @@ class KVCacheManager:
 
     def _first_visible(self, num_computed: int) -> list[int]:
         """Return by group the first logical block that tokens from ``num_computed`` on see."""
-        # The query at num_computed sees tokens [num_computed - window + 1, num_computed].
-        return [
-            0 if window is None else max(0, num_computed - window + 1) // self.block_size
-            for window in self._windows
-        ]
+        return [first_visible(window, num_computed, self.block_size) for window in self._windows]
 
     def _plan_release(self, tables: BlockTables) -> None:
         """Note when the next block leaves: its group's window then begins after it."""
@@ -274,21 +273,6 @@ class KVCacheManager:
             if self.pool.find(group, block_hashes[index]) is None:
                 return index
         return max(start, end)
-
-    def _longest_prefix(
-        self, group: int, window: int | None, block_hashes: Sequence[bytes], length: int
-    ) -> int:
-        """Return the longest prefix of at most ``length`` blocks whose visible ones are cached."""
-        if window is None:
-            return self._count_cached(group, block_hashes, 0, length)
-        # Walk back from the end. Where a block lacks, a prefix can at most end there, and its
-        # window begins earlier: so the walk goes on from that block.
-        index = length
-        while index > max(0, length * self.block_size - window + 1) // self.block_size:
-            index -= 1
-            if self.pool.find(group, block_hashes[index]) is None:
-                length = index
-        return length
 
     def _hit(
         self, block_hashes: Sequence[bytes], first: list[int], ends: Sequence[int]

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
-from pdlaunch.engine.kvcache.groups import KVCacheGroup
+from pdlaunch.engine.kvcache.groups import KVCacheGroup, first_visible, longest_prefix
 from pdlaunch.engine.kvcache.manager import BlockTables, PrefixHit
 from pdlaunch.engine.offload.jobs import JobFinished, OffloadJob
 from pdlaunch.engine.offload.spec import Direction
@@ -93,19 +93,15 @@ class OffloadPlanner:
         It is never shorter than what the device alone has. Nothing is pinned before ``begin_load``,
         which must follow at once or never.
         """
-        length = min(max_blocks, len(block_hashes))
-        # A shorter prefix moves every window towards the beginning: repeat until no group shortens
-        # it any more.
-        settled = False
-        while not settled:
-            fitting = length
-            for group in range(len(self._windows)):
-                fitting = self._fit(group, block_hashes, fitting, find_on_device)
-            settled, length = fitting == length, fitting
-        first = [
-            self._first_visible(group, length * self._block_size)
-            for group in range(len(self._windows))
-        ]
+        length = longest_prefix(
+            self._windows,
+            self._block_size,
+            min(max_blocks, len(block_hashes)),
+            lambda group, start, limit: self._end(
+                group, block_hashes, start, limit, find_on_device
+            ),
+        )
+        first = self._first_visible(length * self._block_size)
         return self._hit(block_hashes, first, [length] * len(first), find_on_device)
 
     def find_for_pull(
@@ -122,7 +118,7 @@ class OffloadPlanner:
         ``find``.
         """
         limit = min(max_blocks, len(block_hashes))
-        first = [self._first_visible(group, num_computed) for group in range(len(self._windows))]
+        first = self._first_visible(num_computed)
         ends = [
             self._end(group, block_hashes, start, limit, find_on_device)
             for group, start in enumerate(first)
@@ -218,21 +214,6 @@ class OffloadPlanner:
 
     # Finding
 
-    def _fit(
-        self, group: int, block_hashes: Sequence[bytes], length: int, find_on_device: FindOnDevice
-    ) -> int:
-        """Return the longest prefix of at most ``length`` blocks whose visible blocks the group
-        has; others are not looked at.
-        """
-        while True:
-            first = self._first_visible(group, length * self._block_size)
-            index = self._end(group, block_hashes, first, length, find_on_device)
-            # A block that lacks here is visible from every length between: the next one to try ends
-            # before it.
-            if index == length or self._windows[group] is None:
-                return index
-            length = index
-
     def _end(
         self,
         group: int,
@@ -278,10 +259,9 @@ class OffloadPlanner:
         ]
         return HostHit(device, chunk_ids, ends)
 
-    def _first_visible(self, group: int, num_computed: int) -> int:
-        """Return the first block that token ``num_computed`` sees."""
-        window = self._windows[group]
-        return 0 if window is None else max(0, num_computed - window + 1) // self._block_size
+    def _first_visible(self, num_computed: int) -> list[int]:
+        """Return by group the first block that token ``num_computed`` sees."""
+        return [first_visible(window, num_computed, self._block_size) for window in self._windows]
 
     # Chunks
 
