@@ -39,7 +39,7 @@ EXTRAS = {
 
 _NIXL_TIMEOUT_S = 60.0
 """It takes 3 to 5 s on a quiet core."""
-_TRIAL = "pdlaunch.transfer.connectors.nixl_trial"
+_TRIAL = "pdlaunch.transfer.connectors.nixl"
 _ANSWER = re.compile(r"ok$|import: |refused: ")
 _UCX_LINE = re.compile(r"\bUCX\s+(WARN|ERROR|FATAL)\s+(.*\S)")
 _NIXL_LINE = re.compile(r"E\d{4} [\d:.]+ +\d+ \S+\] (.*\S)")

@@ -54,9 +54,8 @@ from pdlaunch.protocol.process.bootstrap import (
 )
 from pdlaunch.protocol.process.step_record import StepRecord
 from pdlaunch.protocol.sockets import SecureContext
-from pdlaunch.transfer.channel.handshake import RankIdentity, draw_engine_id
-from pdlaunch.transfer.connectors.no_connector import NoConnector
-from pdlaunch.transfer.connectors.opening import new_connector, rank_part
+from pdlaunch.transfer.connectors.opening import NoConnector, new_connector, rank_part
+from pdlaunch.transfer.handshake import RankIdentity, draw_engine_id
 from pdlaunch.transfer.integrity.checksum import KVHasher
 from pdlaunch.transfer.sides import RankMemory, TransferSetup
 from pdlaunch.transfer.thread import TransferThread

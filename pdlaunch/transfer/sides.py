@@ -1,5 +1,5 @@
-"""Builds both sides of a rank's transfers over one connector: the prefill side lends blocks, the
-decode side pulls them. Every rank has both, whatever the role of its engine.
+"""Joins what a rank that is awake does over its connector: it lends blocks and pulls them, whatever
+the role of its engine.
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engine.kvcache.groups import KVCacheLayout
 from pdlaunch.engine.memory.kv_memory import KVMemory
 from pdlaunch.protocol.control import Entry, ToSupervisor
+from pdlaunch.protocol.side_channel import HandshakeReply
 from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.protocol.transfer import CancelPull, StartPull, TransferCommand, TransferEvent
-from pdlaunch.transfer.channel.handshake import RankIdentity, compatibility_of, geometry_of
-from pdlaunch.transfer.channel.side_channel import DecodeSocket, PrefillSocket
 from pdlaunch.transfer.connectors.connector import Connector, LocalMemory
 from pdlaunch.transfer.connectors.scratch import scratch_bytes, write_pattern
-from pdlaunch.transfer.decode_side.links import PeerSetup, PullSetup
-from pdlaunch.transfer.decode_side.side import DecodeSide
-from pdlaunch.transfer.instants import earliest, latest
+from pdlaunch.transfer.handshake import RankIdentity, compatibility_of, geometry_of
 from pdlaunch.transfer.integrity.checksum import KVHasher
-from pdlaunch.transfer.prefill_side.answers import RankCard
-from pdlaunch.transfer.prefill_side.side import PrefillSide
+from pdlaunch.transfer.leases import PrefillSide
+from pdlaunch.transfer.peers import DecodeSetup, PeerTable
+from pdlaunch.transfer.pull import PullTable
+from pdlaunch.transfer.side_channel import DecodeSocket, PrefillSocket
 
 SLEEP_SHARE = 1 / 32
 """The thread looks at READs, and at checksums that a device computes, and sleeps between two looks
@@ -82,10 +81,17 @@ class TransferSides:
     def __init__(self, setup: TransferSetup, socket: PrefillSocket) -> None:
         """Open the connector. Raises TransferError."""
         spec, identity, memory = setup.spec, setup.identity, setup.memory
-        connector, clock = setup.connector, setup.clock
+        connector = setup.connector
         self._setup = setup
+        self._socket = socket
         self._events: list[TransferEvent] = []
-        local = _open(connector, memory)
+        self._lets_peers_go = False
+        scratch = memory.source.zeros(scratch_bytes(memory.kv_cache.device))
+        # Peers read the pattern to prove the path. It follows from the agent's name, so that memory
+        # of another rank, or of an earlier incarnation, is not mistaken for it.
+        write_pattern(scratch, connector.agent_name)
+        local = LocalMemory(memory.kv_cache, scratch, memory.layout, memory.source)
+        connector.open(local)
         compatibility = compatibility_of(
             spec,
             memory.layout,
@@ -95,135 +101,136 @@ class TransferSides:
             connector=connector.name,
         )
         hasher = KVHasher(memory.kv_cache, memory.layout) if spec.kv_transfer.verify else None
-        card = RankCard(
-            identity,
-            compatibility,
-            geometry_of(local, memory.first_kv_head),
-            connector.agent_name,
-            connector.agent_metadata(),
+        card = HandshakeReply(
+            call_id=0,
+            engine_id=identity.engine_id,
+            rank_name=identity.name,
+            incarnation=identity.incarnation,
+            tp_rank=identity.tp_rank,
+            tp_size=identity.tp_size,
+            compatibility=compatibility,
+            geometry=geometry_of(local, memory.first_kv_head),
+            agent_name=connector.agent_name,
+            agent_metadata=connector.agent_metadata(),
         )
-        self._prefill = PrefillSide(card, socket, connector, hasher, clock)
-        peer_setup = PeerSetup(
+        self._prefill = PrefillSide(
+            card, hasher, socket.send, setup.clock, connector if connector.pushes else None
+        )
+        decode_setup = DecodeSetup(
             identity=identity,
             compatibility=compatibility,
             head_bytes=memory.layout.head_bytes,
+            first_kv_head=memory.first_kv_head,
             connector=connector,
+            hasher=hasher,
             open_channel=lambda endpoint: DecodeSocket(
-                setup.context, endpoint, watched=connector.pusher is not None
+                setup.context, endpoint, watched=connector.pushes
             ),
             handshake_timeout_s=spec.kv_transfer.handshake_timeout_s,
-            clock=clock,
+            clock=setup.clock,
             report=setup.report,
-        )
-        pull_setup = PullSetup(
-            engine_id=identity.engine_id,
-            tp_rank=identity.tp_rank,
-            first_kv_head=memory.first_kv_head,
-            head_bytes=memory.layout.head_bytes,
-            hasher=hasher,
-            clock=clock,
             emit=self._events.append,
         )
         # Decode ranks connect as soon as the registry shows a prefill rank: a pair is proven before
         # it gets traffic.
-        self._decode = DecodeSide(peer_setup, pull_setup, eager=spec.role == "decode")
+        self._peers = PeerTable(decode_setup, eager=spec.role == "decode")
+        self._pulls = PullTable(decode_setup, self._peers)
 
     def execute(self, command: TransferCommand) -> None:
         """Take a command of the scheduler; what comes of it shows as events."""
         match command:
-            case StartPull() | CancelPull():
-                self._decode.execute(command)
+            case StartPull():
+                self._pulls.start(command)
+            case CancelPull():
+                self._pulls.cancel(command)
             case _:
                 self._prefill.execute(command)
 
     def update_registry(self, entries: Sequence[Entry]) -> None:
         """Take in a new registry: peers come, go and restart."""
-        self._decode.update_registry(entries)
+        if not self._lets_peers_go:
+            self._peers.update(entries)
 
     def turn(self) -> list[TransferEvent]:
         """Receive what has arrived, do what is due, and return what has happened."""
-        # Answers first: others wait for them, while READs of this rank move by themselves.
-        self._events += self._prefill.turn()
-        self._decode.turn()
+        # Answers first: others wait for them, while READs of this rank move by themselves. Peers
+        # before pulls: what a peer receives is what lets its pulls go on.
+        self._events += self._prefill.turn(self._socket.receive())
+        self._peers.advance()
+        self._pulls.advance()
         events = self._events[:]
         # Cleared in place: pulls hold the ``append`` of this very list.
         self._events.clear()
         return events
 
     def register(self, poller: zmq.Poller) -> None:
-        """Add the sockets of the decode side; that of the prefill side is the thread's."""
-        self._decode.register(poller)
+        """Add the sockets of all peers; that of the prefill side is the thread's."""
+        for peer in self._peers.all():
+            if peer.channel is not None:
+                poller.register(peer.channel.socket, zmq.POLLIN)
 
     def sleep_s(self, longest_s: float) -> float:
         """Return how long nothing is due, messages aside; at most ``longest_s``."""
-        now = self._setup.clock()
-        due_at = [self._prefill.next_deadline_at(), self._decode.next_deadline_at()]
-        polled_since_at = latest((self._prefill.polling_since_at, self._decode.polling_since_at))
-        if polled_since_at is not None:
-            # READs and checksums on a device have no socket that could wake the thread.
-            due_at.append(now + min(LONGEST_READ_SLEEP_S, SLEEP_SHARE * (now - polled_since_at)))
-        next_at = earliest(due_at)
-        return longest_s if next_at is None else min(longest_s, max(0.0, next_at - now))
+        now, peers = self._setup.clock(), self._peers.all()
+        due_at = [self._prefill.next_deadline_at(), self._pulls.next_deadline_at()]
+        due_at += [peer.deadline_at for peer in peers]
+        # READs and checksums on a device have no socket that could wake the thread.
+        polled = [self._prefill.polling_since_at, self._pulls.hashing_since_at]
+        polled += [peer.reading_since_at for peer in peers]
+        since_at = max((at for at in polled if at is not None), default=None)
+        if since_at is not None:
+            due_at.append(now + min(LONGEST_READ_SLEEP_S, SLEEP_SHARE * (now - since_at)))
+        return min([longest_s, *(max(0.0, at - now) for at in due_at if at is not None)])
 
     @property
     def is_idle(self) -> bool:
         """Return whether there is no lease, no pull of blocks and no write to a peer."""
-        return self._prefill.is_idle and self._decode.is_idle
+        return self._prefill.is_idle and not self._pulls.hold_blocks
 
     @property
     def is_quiet(self) -> bool:
         """Return whether nothing reads or writes the memory, and nothing can begin to: idle, and no
         peer is left, not even for a READ.
         """
-        return self.is_idle and not self._decode.has_peers
+        return self.is_idle and not self._peers.all()
 
     @property
     def has_pending_reads(self) -> bool:
         """Return whether READs may still write to memory of this rank, also after ``close``."""
-        return self._decode.has_pending_reads
+        return any(peer.reading_since_at is not None for peer in self._peers.all())
 
     def is_connected_to(self, entries: Sequence[Entry]) -> bool:
         """Return whether every rank of the registry that shakes hands at once has done so, in
         either direction, or cannot.
         """
         spec = self._setup.spec
-        if self._decode.is_connecting:
+        if any(peer.is_connecting for peer in self._peers.peers.values()):
             return False
-        if spec.role == "decode":
-            return True
         # Decode ranks begin the handshake; this side knows those that have come.
-        decode_ranks = {
+        return spec.role == "decode" or self._prefill.known_ranks.issuperset(
             (entry.name, entry.incarnation)
             for entry in entries
             if entry.kind == "rank"
             and entry.role == "decode"
             and entry.engine != spec.name
             and entry.state == "ready"
-        }
-        return decode_ranks <= self._prefill.known_ranks
+        )
 
     def let_peers_go(self) -> None:
         """Lose all peers and take no new ones: the memory is about to go."""
-        self._decode.let_peers_go()
+        self._lets_peers_go = True
+        self._peers.lose_all("this engine falls asleep")
 
     def take_peers_back(self, entries: Sequence[Entry]) -> None:
         """Connect again: the memory stays after all."""
-        self._decode.take_peers_back(entries)
+        self._lets_peers_go = False
+        self._peers.update(entries)
 
     def close(self) -> None:
         """Let go of peers and memory. READs that are pending are abandoned: the process is about to
         exit.
         """
         # Peers first: their connections belong to a connector that is open.
-        self._decode.close()
+        for peer in self._peers.all():
+            peer.lose("this rank is closing")
         self._setup.connector.close()
-
-
-def _open(connector: Connector, memory: RankMemory) -> LocalMemory:
-    scratch = memory.source.zeros(scratch_bytes(memory.kv_cache.device))
-    # Peers read the pattern to prove the path. It follows from the agent's name, so that memory of
-    # another rank, or of an earlier incarnation, is not mistaken for it.
-    write_pattern(scratch, connector.agent_name)
-    local = LocalMemory(memory.kv_cache, scratch, memory.layout, memory.source)
-    connector.open(local)
-    return local

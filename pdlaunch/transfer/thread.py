@@ -4,11 +4,11 @@ the KV blocks that are leased or pulled.
 The step loop hands it ``TransferCommand``s and fetches ``TransferEvent``s; it never waits for a
 peer. One turn of the thread::
 
-    inbox ──> commands ──> prefill side ──> peers ──────> pulls ───────> events ──> step loop
-      ▲       registry     answer decode    shake hands,  ask, READ,        │
-      │       suspend      ranks; hash      receive       prove             │
-      │       resume       leased blocks                                    │
-      └──────────── sleep until a socket, the inbox or a deadline <─────────┘
+    inbox ──> commands ──> leases ──────> peers ──────> pulls ───────> events ──> step loop
+      ▲       registry     answer decode  shake hands,  ask, READ,        │
+      │       suspend      ranks; hash    receive       prove             │
+      │       resume       leased blocks                                  │
+      └──────────── sleep until a socket, the inbox or a deadline <───────┘
 
     awake ── suspend, once no lease, pull or READ is left ──> asleep ── resume ──> awake
 """
@@ -34,7 +34,7 @@ from pdlaunch.machine.network import tcp_endpoint
 from pdlaunch.protocol.control import Entry
 from pdlaunch.protocol.side_channel import Refused
 from pdlaunch.protocol.transfer import TransferCommand, TransferEvent
-from pdlaunch.transfer.channel.side_channel import PrefillSocket
+from pdlaunch.transfer.side_channel import PrefillSocket
 from pdlaunch.transfer.sides import TransferSetup, TransferSides
 
 logger = logging.getLogger(__name__)
@@ -72,11 +72,8 @@ class _Resume:
     """Its result is as in ``_Suspend``."""
 
 
-class _Stop:
-    """End the thread."""
-
-
-_Item = Sequence[TransferCommand] | _NewRegistry | _Suspend | _Resume | _Stop
+_Item = Sequence[TransferCommand] | _NewRegistry | _Suspend | _Resume | None
+"""None ends the thread."""
 
 
 class TransferThread:
@@ -183,14 +180,13 @@ class TransferThread:
         """Wait, while suspended, until no peer maps this rank's memory any more. Returns False when
         that takes longer.
         """
-        mapper = self._connector.mapper
-        return mapper is None or mapper.wait_unmapped(timeout_s)
+        return self._connector.wait_unmapped(timeout_s)
 
     def close(self, timeout_s: float) -> None:
         """End the thread and let go of memory and sockets, or give up after ``timeout_s``. The
         process then leaves by ``os._exit``.
         """
-        self._put(_Stop())
+        self._put(None)
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             logger.warning("the transfer thread did not end within %g s", timeout_s)
@@ -245,7 +241,7 @@ class TransferThread:
         with contextlib.suppress(queue.Empty):
             while True:
                 match self._inbox.get_nowait():
-                    case _Stop():
+                    case None:
                         return False
                     case _NewRegistry(entries):
                         self._entries = entries

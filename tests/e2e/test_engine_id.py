@@ -33,7 +33,7 @@ from pdlaunch.protocol.side_channel import (
     to_prefill_side,
 )
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
-from pdlaunch.transfer.channel.handshake import compatibility_of
+from pdlaunch.transfer.handshake import compatibility_of
 from tests.engine.hand_scheduler import make_spec
 from tests.engine.models.tiny import save_tiny_model
 from tests.transfer.fakes import layout_of, spec_of

@@ -12,7 +12,7 @@ from pdlaunch.protocol.side_channel import (
     Push,
     ToPrefillSide,
 )
-from pdlaunch.transfer.channel.handshake import compatibility_of
+from pdlaunch.transfer.handshake import compatibility_of
 from tests.transfer.fakes import layout_of, spec_of
 
 

@@ -1,5 +1,5 @@
-"""One decode rank and its prefill ranks in one process: real LeaseAnswers, Peer and
-Pull over a fake connector and fake channels.
+"""One decode rank and its prefill ranks in one process: real leases, peers and
+pulls over a fake connector and fake channels.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import torch
 from pdlaunch.engine.kvcache.groups import KVCacheLayout
 from pdlaunch.protocol.control import Address, Entry, PairReady
 from pdlaunch.protocol.kv_params import RemoteKV
+from pdlaunch.protocol.side_channel import HandshakeReply, ToDecodeSide, ToPrefillSide
 from pdlaunch.protocol.transfer import (
     GrantLease,
     LeaseEnded,
     PullFinished,
     TransferEvent,
 )
-from pdlaunch.transfer.channel.handshake import RankIdentity, compatibility_of, geometry_of
 from pdlaunch.transfer.connectors.connector import LocalMemory
 from pdlaunch.transfer.connectors.scratch import PATTERN_BYTES, SCRATCH_BYTES, write_pattern
-from pdlaunch.transfer.decode_side.links import PeerSetup, PullSetup
-from pdlaunch.transfer.decode_side.peer_table import PeerTable, new_peer_table
-from pdlaunch.transfer.decode_side.pull import PullTable
+from pdlaunch.transfer.handshake import RankIdentity, compatibility_of, geometry_of
 from pdlaunch.transfer.integrity.checksum import KVHasher
-from pdlaunch.transfer.prefill_side.answers import LeaseAnswers, RankCard
+from pdlaunch.transfer.leases import PrefillSide
+from pdlaunch.transfer.peers import DecodeSetup, PeerTable
+from pdlaunch.transfer.pull import PullTable
 from tests.transfer.fakes import (
     Fabric,
     FakeChannel,
@@ -38,12 +38,31 @@ from tests.transfer.fakes import (
 )
 
 
-class PromptHolder(LeaseAnswers):
-    """Has the checksums at once, as the transfer thread has them by its next turn."""
+class Holder(PrefillSide):
+    """Keeps its answers for whoever asks in this process."""
+
+    def __init__(self, card: HandshakeReply, hasher: KVHasher | None, clock: FakeClock) -> None:
+        answers: list[ToDecodeSide] = []
+        self.answers = answers
+        self.ended: list[LeaseEnded] = []
+        super().__init__(card, hasher, lambda _, answer: answers.append(answer), clock)
+
+    def ask(self, *messages: ToPrefillSide) -> list[ToDecodeSide]:
+        """Take a turn, and return all answers that it brings."""
+        self.ended += self.turn((b"reader", message) for message in messages)
+        answers = self.answers[:]
+        self.answers.clear()
+        return answers
 
     def grant(self, command: GrantLease) -> None:
-        super().grant(command)
+        """Have the checksums at once, as the transfer thread has them by its next turn."""
+        self.execute(command)
         self.advance_checksums()
+
+    def take_ended(self) -> list[LeaseEnded]:
+        self.ask()
+        ended, self.ended = self.ended, []
+        return ended
 
 
 class HolderRank:
@@ -76,15 +95,20 @@ class HolderRank:
             total_kv_heads=3,
             connector="fake",
         )
-        card = RankCard(
-            self.identity,
-            compatibility,
-            geometry_of(memory, tp_rank),
-            connector.agent_name,
-            connector.agent_metadata(),
+        self.card = HandshakeReply(
+            call_id=0,
+            engine_id=self.identity.engine_id,
+            rank_name=name,
+            incarnation=incarnation,
+            tp_rank=tp_rank,
+            tp_size=tp_size,
+            compatibility=compatibility,
+            geometry=geometry_of(memory, tp_rank),
+            agent_name=connector.agent_name,
+            agent_metadata=connector.agent_metadata(),
         )
         hasher = KVHasher(self.kv_cache, self.layout) if spec.get("verify", True) else None
-        self.holder = PromptHolder(card, hasher, clock)
+        self.holder = Holder(self.card, hasher, clock)
         self.channels: list[FakeChannel] = []
 
     @property
@@ -158,7 +182,8 @@ class World:
         weak = weakref.proxy(
             self
         )  # peers that refer to the world would be a cycle, which keeps its tensors
-        setup = PeerSetup(
+        hasher = KVHasher(self.kv_cache, layout) if self.verify else None
+        self.setup = DecodeSetup(
             identity=RankIdentity("decode-0/rank-0", "decode-0", "d" * 32, 1, 0, 1),
             compatibility=compatibility_of(
                 spec_of("decode", verify=self.verify),
@@ -169,24 +194,17 @@ class World:
                 connector="fake",
             ),
             head_bytes=layout.head_bytes,
+            first_kv_head=0,
             connector=self.connector,
+            hasher=hasher,
             open_channel=lambda endpoint: weak.open_channel(endpoint),
             handshake_timeout_s=5.0,
             clock=self.clock,
             report=self.reports.append,
+            emit=self.events.append,
         )
-        self.peers: PeerTable = new_peer_table(setup, eager=self.eager)
-        hasher = KVHasher(self.kv_cache, layout) if self.verify else None
-        puller = PullSetup(
-            "d" * 32,
-            0,
-            0,
-            layout.head_bytes,
-            hasher,
-            self.clock,
-            self.events.append,
-        )
-        self.pulls = PullTable(puller, self.peers)
+        self.peers = PeerTable(self.setup, eager=self.eager)
+        self.pulls = PullTable(self.setup, self.peers)
 
     def close(self) -> None:
         """Let go of what was asked and has no answer."""

@@ -74,9 +74,9 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
     from pdlaunch.engine.memory.device_kv_memory import open_kv_memory
     from pdlaunch.engine.memory.pools import open_memory_pools
     from pdlaunch.protocol.sockets import SecureContext
-    from pdlaunch.transfer.channel.handshake import RankIdentity
     from pdlaunch.transfer.connectors.connector import BlockRead, Connection, PeerAgent, Read
     from pdlaunch.transfer.connectors.opening import new_connector
+    from pdlaunch.transfer.handshake import RankIdentity
     from pdlaunch.transfer.sides import RankMemory, TransferSetup
     from pdlaunch.transfer.thread import TransferThread
 
@@ -233,7 +233,7 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
 
 def held_connector(options: RankOptions, going_on: threading.Event) -> Any:
     """Copies a piece only when ``going_on`` is set, but for the first one."""
-    from pdlaunch.transfer.connectors.device_binding import new_device_binding
+
     from pdlaunch.transfer.connectors.p2p import P2PConnector
     from pdlaunch.transfer.connectors.piece_copies import HostCopier
 
@@ -244,7 +244,6 @@ def held_connector(options: RankOptions, going_on: threading.Event) -> Any:
     return P2PConnector(
         options.name,
         options.incarnation,
-        binding=new_device_binding(),
         new_copiers=lambda memory: [HostCopier(move)],
     )
 

@@ -7,7 +7,7 @@ import pytest
 
 from pdlaunch.errors import HandshakeError
 from pdlaunch.protocol.side_channel import Compatibility
-from pdlaunch.transfer.channel.handshake import compare
+from pdlaunch.transfer.handshake import compare
 
 OURS = Compatibility(
     protocol_version=1,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from functools import partial
 
 import msgspec
@@ -14,7 +13,6 @@ from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.errors import TransferError
 from pdlaunch.protocol.side_channel import Geometry
 from pdlaunch.protocol.transfer import EndLease
-from pdlaunch.transfer.connectors import connector as interfaces
 from pdlaunch.transfer.connectors.connector import (
     BlockRead,
     Connection,
@@ -175,23 +173,6 @@ def test_the_wrapper_forgets_no_method(interface, wrapper):
     own = public_names(wrapper) | set(vars(Pair(FaultPlan(rate=0)).faulty))
     assert public_names(interface)
     assert public_names(interface) - own == set()
-
-
-def test_every_interface_that_a_connector_hands_out_is_wrapped_or_handed_on():
-    kinds = {
-        kind.__name__
-        for kind in vars(interfaces).values()
-        if inspect.isclass(kind) and kind.__module__ == interfaces.__name__
-        if inspect.isabstract(kind) or getattr(kind, "_is_protocol", False)
-    }
-    wrapped, handed_on = (
-        {"Connector", "Connection", "Read", "PushedRead"},
-        {"Pusher", "MemoryMapper"},
-    )
-    assert kinds == wrapped | handed_on | {"Write"}
-    pair = Pair(FaultPlan(rate=0))
-    inner = pair.faulty._inner
-    assert (pair.faulty.pusher, pair.faulty.mapper) == (inner.pusher, inner.mapper)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from pdlaunch.errors import TransferError
 from pdlaunch.protocol.side_channel import Geometry
 from pdlaunch.transfer.connectors.connector import BlockRead, LocalMemory, PeerAgent, PushedRead
-from pdlaunch.transfer.connectors.device_binding import DeviceBinding
 from pdlaunch.transfer.connectors.file import FileConnector, FileStore, file_name
 from tests.transfer.fakes import layout_of
 
@@ -168,7 +167,7 @@ class RecordingStore(FileStore):
 
 class RecordingConnector(FileConnector):
     def _start(self, memory: LocalMemory) -> None:
-        self._store = RecordingStore(self._directory, self._size_limit_bytes)
+        self.store = RecordingStore(self._directory, self._size_limit_bytes)
 
 
 class TensorElsewhere:
@@ -176,20 +175,17 @@ class TensorElsewhere:
 
     device = torch.device("cuda:2")
 
-    def get_device(self) -> int:
-        return 2
-
 
 def test_blocks_are_loaded_to_the_device_of_the_kv_cache_and_to_no_assumed_one(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     connector = RecordingConnector(
         "decode-0/rank-0",
         1,
         directory=str(tmp_path),
         size_limit_bytes=1,
         num_sender_threads=1,
-        binding=DeviceBinding(None),
     )
     connector.open(LocalMemory(cast(torch.Tensor, TensorElsewhere()), torch.zeros(1), layout_of()))
     peer = PeerAgent(
@@ -203,5 +199,5 @@ def test_blocks_are_loaded_to_the_device_of_the_kv_cache_and_to_no_assumed_one(
     assert isinstance(read, PushedRead)
     read.end("")
     assert read.poll() == "failed"
-    assert connector._store.devices == [torch.device("cuda:2")]
+    assert connector.store.devices == [torch.device("cuda:2")]
     connector.close()

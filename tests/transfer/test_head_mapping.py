@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdlaunch.errors import HandshakeError
-from pdlaunch.transfer.channel.head_mapping import SourceRank, heads_of_rank, map_sources
+from pdlaunch.transfer.handshake import SourceRank, heads_of_rank, map_sources
 
 HEADS = st.integers(1, 16)
 

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from pdlaunch.errors import LeaseError
 from pdlaunch.protocol.side_channel import GroupBlocks
 from pdlaunch.protocol.transfer import GrantLease
-from pdlaunch.transfer.prefill_side.leases import MAX_EXTENSIONS, LeaseTable
+from pdlaunch.transfer.leases import MAX_EXTENSIONS, LeaseTable
 from tests.transfer.fakes import FakeClock
 
 
@@ -40,7 +40,7 @@ def leases(clock: FakeClock) -> LeaseTable:
 
 
 def test_pulled_by_one_reader(leases):
-    leases.grant(grant_of("a"), GROUPS)
+    leases.grant(grant_of("a"))
     assert leases.begin("a", "r", 1).groups == GROUPS
     assert leases.end("a", "r")
     assert leases.take_ended() == [("a", "pulled")]
@@ -48,7 +48,7 @@ def test_pulled_by_one_reader(leases):
 
 
 def test_lives_until_every_puller_of_every_reader_has_ended(leases):
-    leases.grant(grant_of("a", num_readers=2), GROUPS)
+    leases.grant(grant_of("a", num_readers=2))
     for reader in ("r0/0", "r0/1", "r0/2", "r1"):
         assert leases.take_ended() == []
         leases.begin("a", reader, 3 if reader.startswith("r0") else 1)
@@ -57,7 +57,7 @@ def test_lives_until_every_puller_of_every_reader_has_ended(leases):
 
 
 def test_a_reader_that_begins_anew_has_one_share(leases):
-    leases.grant(grant_of("a", num_readers=2), GROUPS)
+    leases.grant(grant_of("a", num_readers=2))
     for _ in range(3):
         leases.begin("a", "first", 1)
     assert leases.end("a", "first")
@@ -76,7 +76,7 @@ def test_a_lease_ends_with_the_last_rank_of_the_last_reader(data, num_readers, n
     never without.
     """
     table = LeaseTable(FakeClock())
-    table.grant(grant_of("a", num_readers=num_readers), GROUPS)
+    table.grant(grant_of("a", num_readers=num_readers))
     readers = [
         f"{choice}/{tp_rank}"
         for choice in range(num_readers)
@@ -99,7 +99,7 @@ def test_a_lease_ends_with_the_last_rank_of_the_last_reader(data, num_readers, n
 
 
 def test_expires_at_the_deadline_and_proves_nothing_after(leases, clock):
-    leases.grant(grant_of("a"), GROUPS)
+    leases.grant(grant_of("a"))
     clock.now += 9
     leases.begin("a", "r", 1)
     clock.now += 9
@@ -114,23 +114,23 @@ def test_expires_at_the_deadline_and_proves_nothing_after(leases, clock):
 
 
 def test_a_new_lease_under_the_same_id_proves_nothing_for_an_old_reader(leases, clock):
-    leases.grant(grant_of("a"), GROUPS)
+    leases.grant(grant_of("a"))
     leases.begin("a", "old", 1)
     clock.now += 11
     leases.expire()
-    leases.grant(grant_of("a"), GROUPS)
+    leases.grant(grant_of("a"))
     assert not leases.end("a", "old")
 
 
 def test_cancel_ends_at_once_when_nothing_has_begun(leases):
-    leases.grant(grant_of("a"), GROUPS)
+    leases.grant(grant_of("a"))
     leases.cancel("a")
     leases.cancel("never was")
     assert leases.take_ended() == [("a", "released")]
 
 
 def test_cancel_waits_for_the_open_pull_and_admits_no_other(leases):
-    leases.grant(grant_of("a", num_readers=2), GROUPS)
+    leases.grant(grant_of("a", num_readers=2))
     leases.begin("a", "r", 1)
     leases.cancel("a")
     assert leases.take_ended() == []
@@ -141,7 +141,7 @@ def test_cancel_waits_for_the_open_pull_and_admits_no_other(leases):
 
 
 def test_heartbeats_cannot_keep_a_lease_for_ever(leases, clock):
-    leases.grant(grant_of("a"), GROUPS)
+    leases.grant(grant_of("a"))
     leases.begin("a", "r", 1)
     for _ in range(4 * MAX_EXTENSIONS):
         clock.now += 5
@@ -154,11 +154,11 @@ def test_heartbeats_cannot_keep_a_lease_for_ever(leases, clock):
 
 
 def test_bad_numbers_are_refused(leases):
-    leases.grant(grant_of("a"), GROUPS)
+    leases.grant(grant_of("a"))
     with pytest.raises(LeaseError, match="num_decode_ranks is 0"):
         leases.begin("a", "r", 0)
     with pytest.raises(LeaseError, match="already"):
-        leases.grant(grant_of("a"), GROUPS)
+        leases.grant(grant_of("a"))
 
 
 IDS = st.sampled_from(["a", "b", "c"])
@@ -181,9 +181,9 @@ class LeaseLife(RuleBasedStateMachine):
     def grant(self, lease_id, num_readers):
         if lease_id in self.alive:
             with pytest.raises(LeaseError):
-                self.table.grant(grant_of(lease_id), GROUPS)
+                self.table.grant(grant_of(lease_id))
             return
-        self.table.grant(grant_of(lease_id, num_readers=num_readers), GROUPS)
+        self.table.grant(grant_of(lease_id, num_readers=num_readers))
         self.alive.add(lease_id)
 
     @rule(lease_id=IDS, reader=READERS, num_decode_ranks=st.integers(1, 2))
@@ -235,7 +235,7 @@ TestLeaseLife = LeaseLife.TestCase
 @pytest.mark.parametrize("set_first", [True, False])
 def test_fewer_readers_than_granted(leases, set_first):
     """A choice has ended with its first token: told before or after the others have pulled."""
-    leases.grant(grant_of("r", num_readers=2), GROUPS)
+    leases.grant(grant_of("r", num_readers=2))
     steps = [
         lambda: leases.set_readers("r", 1),
         lambda: (leases.begin("r", "a", 1), leases.end("r", "a")),

@@ -18,7 +18,7 @@ import pytest
 from pdlaunch.protocol.control import Address, PairReady
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 from pdlaunch.protocol.transfer import PullFinished
-from pdlaunch.transfer.decode_side.rank_pull import REPEAT_S
+from pdlaunch.transfer.pull import REPEAT_S
 from tests.transfer.fakes import Fabric, FakeConnector
 from tests.transfer.rank_process import grant, pull
 from tests.transfer.test_thread import Rank, remote

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from pdlaunch.errors import TransferError
-from pdlaunch.transfer.channel.handshake import geometry_of
 from pdlaunch.transfer.connectors.connector import BlockRead, Connection, LocalMemory, PeerAgent
 from pdlaunch.transfer.connectors.nixl import NixlConnector
+from pdlaunch.transfer.handshake import geometry_of
 from tests.transfer.fakes import layout_of, random_cache
 
 NUM_BLOCKS = 16

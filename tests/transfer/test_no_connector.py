@@ -10,7 +10,7 @@ from pdlaunch.errors import TransferError
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 from pdlaunch.protocol.transfer import PullFinished
 from pdlaunch.transfer.connectors.connector import PeerAgent
-from pdlaunch.transfer.connectors.no_connector import NoConnector
+from pdlaunch.transfer.connectors.opening import NoConnector
 from tests.transfer import test_thread
 from tests.transfer.rank_process import pull
 from tests.transfer.test_thread import Rank, remote

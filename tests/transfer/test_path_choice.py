@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,14 +12,17 @@ import torch
 
 from pdlaunch.errors import TransferError
 from pdlaunch.transfer.connectors.connector import Read, ReadState
-from pdlaunch.transfer.connectors.path_choice import NUM_WARM_READS, STEADY_S, PathTrial
 from pdlaunch.transfer.connectors.scratch import (
     DEVICE_SCRATCH_BYTES,
+    NUM_WARM_READS,
     PATTERN_BYTES,
     SCRATCH_BYTES,
+    PathFigure,
+    best_path,
     has_pattern,
     new_landing,
     piece_offsets,
+    try_paths,
     write_pattern,
 )
 from tests.transfer.fakes import FakeClock
@@ -79,48 +83,44 @@ class FakeReads:
         self.abandoned.append(read)
 
 
-def trial_of(reads: FakeReads, clock: FakeClock | None = None) -> PathTrial:
+def trial_of(reads: FakeReads, clock: FakeClock | None = None) -> Generator[None, None, Any]:
     def is_right(landing: torch.Tensor) -> bool:
         return reads.paths[reads.started[-1]].is_right
 
-    return PathTrial(
+    return try_paths(
         reads, list(reads.paths), is_right=is_right, clock=clock or FakeClock(), timeout_s=9.0
     )
 
 
+def ended(trial: Generator[None, None, Any]) -> list[PathFigure]:
+    with pytest.raises(StopIteration) as end:
+        next(trial)
+    return end.value.value
+
+
 def test_the_fastest_warm_read_counts_and_the_fastest_path_wins() -> None:
-    reads = FakeReads(nixl=FakePath([9.0, 0.5, 0.25, 0.5]), p2p=FakePath([5.0, 0.125, 0.2, 0.2]))
-    trial = trial_of(reads)
-    assert trial.advance()
-    assert [(figure.path, figure.gigabytes_per_s) for figure in trial.figures] == [
-        ("nixl", 1.0),
-        ("p2p", 2.0),
+    reads = FakeReads(
+        nixl=FakePath([9.0, 0.01, 0.005, 0.01]), p2p=FakePath([5.0, 0.0025, 0.004, 0.004])
+    )
+    figures = ended(trial_of(reads))
+    assert [(figure.path, figure.gigabytes_per_s) for figure in figures] == [
+        ("nixl", 50.0),
+        ("p2p", 100.0),
     ]
-    assert trial.best().path == "p2p"
-    assert [str(figure) for figure in trial.figures] == ["1 GB/s", "2 GB/s"]
+    assert best_path(figures).path == "p2p"
+    assert [str(figure) for figure in figures] == ["50 GB/s", "100 GB/s"]
     assert not reads.open
     assert len(reads.started) == 2 * (1 + NUM_WARM_READS)
 
 
 def test_of_paths_that_are_nearly_equal_the_first_is_taken() -> None:
-    trial = trial_of(FakeReads(first=FakePath([0.101]), second=FakePath([0.1])))
-    trial.advance()
-    assert trial.best().path == "first"
+    reads = FakeReads(first=FakePath([0.101]), second=FakePath([0.1]))
+    assert best_path(ended(trial_of(reads))).path == "first"
 
 
-def test_a_single_path_that_is_fast_is_timed_as_often_as_others() -> None:
-    reads = FakeReads(only=FakePath([9.0, STEADY_S / 2, STEADY_S / 4, STEADY_S / 2]))
-    trial = trial_of(reads)
-    assert trial.advance()
-    assert trial.best().gigabytes_per_s == 1.0 / STEADY_S
-    assert len(reads.started) == 1 + NUM_WARM_READS
-
-
-def test_a_single_path_that_is_slow_is_timed_once() -> None:
+def test_a_slow_path_is_timed_once() -> None:
     reads = FakeReads(only=FakePath([9.0, 0.25]))
-    trial = trial_of(reads)
-    assert trial.advance()
-    assert trial.best().gigabytes_per_s == 1.0
+    assert best_path(ended(trial_of(reads))).gigabytes_per_s == 1.0
     assert len(reads.started) == 2
 
 
@@ -131,10 +131,9 @@ def test_paths_that_cannot_be_used_say_why() -> None:
         wrong=FakePath(is_right=False),
         good=FakePath(),
     )
-    trial = trial_of(reads)
-    assert trial.advance()
-    assert trial.best().path == "good"
-    assert {figure.path: figure.error for figure in trial.figures} == {
+    figures = ended(trial_of(reads))
+    assert best_path(figures).path == "good"
+    assert {figure.path: figure.error for figure in figures} == {
         "refused": "not on this host",
         "failed": "the first READ failed",
         "wrong": "the first READ brought wrong bytes",
@@ -144,44 +143,34 @@ def test_paths_that_cannot_be_used_say_why() -> None:
 
 
 def test_without_any_path_every_reason_is_told() -> None:
-    trial = trial_of(FakeReads(a=FakePath(refusal="no"), b=FakePath(state="failed")))
-    assert trial.advance()
+    both = ended(trial_of(FakeReads(a=FakePath(refusal="no"), b=FakePath(state="failed"))))
     with pytest.raises(TransferError, match="a: no; b: the first READ failed"):
-        trial.best()
-    alone = trial_of(FakeReads(a=FakePath(refusal="no")))
-    alone.advance()
+        best_path(both)
     with pytest.raises(TransferError, match=r"^no$"):
-        alone.best()
+        best_path(ended(trial_of(FakeReads(a=FakePath(refusal="no")))))
 
 
 def test_a_path_that_hangs_costs_its_share_of_the_time_and_its_read_is_handed_over() -> None:
     clock, reads = FakeClock(), FakeReads(hanging=FakePath(state="pending"), good=FakePath())
     trial = trial_of(reads, clock)
-    assert not trial.advance()
+    next(trial)
     clock.now += 2.9
-    assert not trial.advance()
+    next(trial)
     clock.now += 0.2
-    assert trial.advance()
-    assert trial.best().path == "good"
-    assert trial.figures[0].error == "the first READ did not end within 3 s"
+    figures = ended(trial)
+    assert best_path(figures).path == "good"
+    assert figures[0].error == "the first READ did not end within 3 s"
     assert [handle.path for handle in reads.abandoned] == ["hanging"]
 
 
 def test_a_single_path_has_as_long_as_the_handshake() -> None:
     clock, reads = FakeClock(), FakeReads(only=FakePath(state="pending"))
     trial = trial_of(reads, clock)
+    next(trial)
     clock.now += 1000
-    assert not trial.advance()
-    trial.abandon()
+    next(trial)
+    trial.close()
     assert [handle.path for handle in reads.abandoned] == ["only"]
-
-
-def test_a_read_that_ends_late_is_noticed_by_the_next_turn() -> None:
-    reads = FakeReads(only=FakePath(state="pending"))
-    trial = trial_of(reads)
-    assert not trial.advance()
-    reads.paths["only"].state = "done"
-    assert trial.advance()
 
 
 def test_the_pattern_of_a_scratch_is_that_of_its_agent() -> None:

@@ -14,11 +14,7 @@ from pdlaunch.protocol.side_channel import (
     ToPrefillSide,
 )
 from pdlaunch.protocol.transfer import LeaseEnded
-from pdlaunch.transfer.prefill_side.pending_questions import (
-    GRANT_LAG_S,
-    MAX_WAITING,
-    PendingQuestions,
-)
+from pdlaunch.transfer.leases import GRANT_LAG_S, MAX_WAITING
 from tests.transfer.fakes import Fabric, FakeClock
 from tests.transfer.pull_world import HolderRank
 from tests.transfer.rank_process import grant
@@ -30,12 +26,10 @@ class Desk:
     def __init__(self) -> None:
         self.clock = FakeClock()
         self.rank = HolderRank(self.clock, Fabric())
-        self.pending = PendingQuestions(self.rank.holder.must_wait, self.clock)
 
     def ask(self, *messages: ToPrefillSide) -> list[ToDecodeSide]:
         """Send these; all answers that this brings."""
-        due = self.pending.sift([(b"reader", message) for message in messages])
-        return [self.rank.holder.answer(message) for _, message in due]
+        return self.rank.holder.ask(*messages)
 
     def begin(self, lease_id: str = "r", engine_id: str = "1" * 32) -> PullBegin:
         return PullBegin(
@@ -73,12 +67,12 @@ def test_a_pull_that_was_cancelled_before_the_lease_came_still_ends_it(desk):
 def test_a_lease_that_does_not_come_is_refused(desk):
     asked_s = desk.clock.now
     desk.ask(desk.begin())
-    assert desk.pending.next_deadline_at() == asked_s + GRANT_LAG_S
+    assert desk.rank.holder.next_deadline_at() == asked_s + GRANT_LAG_S
     desk.clock.now += GRANT_LAG_S
     (answer,) = desk.ask()
     assert isinstance(answer, Refused)
     assert "request r has no lease here" in answer.reason
-    assert desk.pending.next_deadline_at() is None
+    assert desk.rank.holder.next_deadline_at() is None
 
 
 def test_a_lease_that_has_ended_is_refused_at_once(desk):

@@ -122,7 +122,7 @@ class History:
 
     def end_lease(self) -> None:
         if self.leased:
-            self.holder.holder.end(EndLease(lease_id=self.random.choice(list(self.leased))))
+            self.holder.holder.execute(EndLease(lease_id=self.random.choice(list(self.leased))))
 
     def corrupt(self) -> None:
         if self.leased:
@@ -201,7 +201,7 @@ class History:
         assert self.pulls == {}
         assert self.quarantined == {}
         assert len(self.world.pulls) == 0
-        assert self.holder.holder.num_leases == 0
+        assert self.holder.holder.is_idle
         assert all(read.released for read in self.world.fabric.reads)
         assert len(self.world.connector.peers) <= 1
         self.world.close()

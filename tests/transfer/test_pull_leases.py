@@ -207,7 +207,7 @@ def test_the_seconds_of_a_lease_count_from_the_question_that_they_answer(world, 
 
 def test_end_of_a_lease_without_a_pull(world, holder):
     holder.holder.grant(grant("r", [4]))
-    holder.holder.end(EndLease(lease_id="r"))
+    holder.holder.execute(EndLease(lease_id="r"))
     assert holder.ended() == [LeaseEnded(lease_id="r", reason="released")]
     world.pulls.start(pull("p", holder.remote("r"), [1]))
     world.turn()
@@ -233,5 +233,5 @@ def test_questions_that_make_no_sense_are_refused_and_change_nothing(holder):
         assert answer.call_id == 7
     held = holder.holder.answer(PullEnd(**asked, engine_id=engine_id))
     assert held.held is False
-    assert holder.holder.num_leases == 1
+    assert len(holder.holder.leases) == 1
     assert holder.ended() == []

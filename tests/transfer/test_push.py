@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
 from pdlaunch.protocol.side_channel import PullBegin, Push, PushEnded, Refused, ToPrefillSide
 from pdlaunch.protocol.transfer import PullDrained
-from pdlaunch.transfer.connectors.connector import PushedRead, Pusher, PushJob, Write
-from pdlaunch.transfer.connectors.path_choice import NUM_WARM_READS
-from pdlaunch.transfer.prefill_side.answers import LeaseAnswers
+from pdlaunch.transfer.connectors.connector import PushedRead, PushJob
+from pdlaunch.transfer.connectors.scratch import NUM_WARM_READS
+from pdlaunch.transfer.leases import PrefillSide
 from tests.transfer import pull_world
 from tests.transfer.fakes import FakeChannel, FakeConnector, FakeRead
 from tests.transfer.pull_world import HolderRank, World
@@ -32,18 +34,12 @@ class WrittenRead(FakeRead, PushedRead):
 
 
 class WritingConnector(FakeConnector):
+    pushes = True
     read_class = WrittenRead
-
-    @property
-    def pusher(self) -> Pusher:
-        return self
-
-    def push(self, job: PushJob) -> Write:
-        raise NotImplementedError
 
 
 class PushChannel(FakeChannel):
-    def __init__(self, holder: LeaseAnswers, asked: list[tuple[FakeChannel, Push]]) -> None:
+    def __init__(self, holder: PrefillSide, asked: list[tuple[FakeChannel, Push]]) -> None:
         super().__init__(holder.answer)
         self._asked = asked
 
@@ -226,11 +222,19 @@ def test_a_reader_gets_only_what_it_has_leased(
         reader="reader",
         num_decode_ranks=1,
     )
-    holder.holder.answer(begin)
-    job = holder.holder.job_of(question(holder))
-    assert (list(job.blocks), job.heads) == ([5, 4], range(1, 3))
-    with pytest.raises(Exception, match=reason):
-        holder.holder.job_of(question(holder, **changes))
+    jobs: list[PushJob] = []
+
+    def push(job: PushJob) -> Future[None]:
+        jobs.append(job)
+        return Future()
+
+    holder.holder._pusher = cast(Any, SimpleNamespace(push=push))
+    holder.holder.ask(begin, question(holder))
+    assert [(list(job.blocks), job.heads) for job in jobs] == [([5, 4], range(1, 3))]
+    (refused,) = holder.holder.ask(question(holder, **changes))
+    assert isinstance(refused, Refused)
+    assert reason in refused.reason
+    assert len(jobs) == 1
 
 
 def test_a_holder_that_does_not_write_refuses(world: PushWorld) -> None:

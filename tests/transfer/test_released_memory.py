@@ -20,7 +20,6 @@ from pdlaunch.errors import TransferError
 from pdlaunch.protocol.control import PairReady
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 from pdlaunch.transfer.connectors.connector import Connector, LocalMemory
-from pdlaunch.transfer.connectors.device_binding import DeviceBinding
 from pdlaunch.transfer.connectors.faults import FaultPlan
 from pdlaunch.transfer.connectors.faulty import FaultyConnector
 from pdlaunch.transfer.connectors.file import FileConnector
@@ -131,20 +130,16 @@ class Anything:
 
 
 def connectors_of(folder: Path) -> dict[str, Connector]:
-    binding = DeviceBinding(None)
     file = FileConnector(
         "a",
         1,
         directory=str(folder),
         size_limit_bytes=1 << 30,
         num_sender_threads=1,
-        binding=binding,
     )
     nixl = NixlConnector("a", 1, load=lambda: (Anything(), Anything()))
-    p2p = P2PConnector("a", 1, binding=binding, host="here")
-    paths = PathsConnector(
-        [FakeConnector("a#1", Fabric()), P2PConnector("a", 1, binding=binding, host="here")]
-    )
+    p2p = P2PConnector("a", 1, host="here")
+    paths = PathsConnector([FakeConnector("a#1", Fabric()), P2PConnector("a", 1, host="here")])
     return {
         "file": file,
         "nixl": nixl,
@@ -163,12 +158,12 @@ def test_a_connector_that_is_closed(name: str, tmp_path: Path) -> None:
     assert not are_gone(tensors), "it keeps what it has registered"
     connector.close()
     assert are_gone(tensors)
-    assert connector.mapper is None or connector.mapper.wait_unmapped(60)
+    assert connector.wait_unmapped(60)
 
 
 def test_memory_that_cannot_be_shared_is_not_kept() -> None:
     connector, memory = (
-        P2PConnector("a", 1, binding=DeviceBinding(None), host="here"),
+        P2PConnector("a", 1, host="here"),
         memory_of("a"),
     )
     cache = storage_of(memory.kv_cache)

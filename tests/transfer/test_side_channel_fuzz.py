@@ -27,7 +27,7 @@ from pdlaunch.protocol.side_channel import (
     to_decode_side,
     to_prefill_side,
 )
-from pdlaunch.transfer.channel.handshake import compatibility_of
+from pdlaunch.transfer.handshake import compatibility_of
 from tests.transfer.fakes import layout_of, spec_of
 from tests.transfer.pull_world import HolderRank, World
 from tests.transfer.rank_process import grant, pull
@@ -108,7 +108,7 @@ def test_every_question_has_an_answer_and_nobody_else_is_harmed(
         assert answer.call_id == question.call_id
         if isinstance(received, Push):
             with contextlib.suppress(LeaseError):
-                job = holder.holder.job_of(received)
+                job = holder.holder._job_of(received)
                 assert set(job.blocks) <= {4, 5}, (
                     "nothing is written that was not leased to this reader"
                 )
@@ -120,7 +120,7 @@ def test_every_question_has_an_answer_and_nobody_else_is_harmed(
     assert holder.kv_cache.equal(before)
     world.clock.now += 10_000
     assert sorted(event.lease_id for event in holder.ended()) == ["other", "r"]
-    assert holder.holder.num_leases == 0
+    assert holder.holder.is_idle
 
 
 @pytest.mark.parametrize("lease_s", [float("nan"), -1.0, -float("inf")])

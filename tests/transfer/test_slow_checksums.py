@@ -23,12 +23,11 @@ from pdlaunch.protocol.side_channel import (
     ToPrefillSide,
 )
 from pdlaunch.protocol.transfer import EndLease, LeaseEnded
-from pdlaunch.transfer.decode_side.pull import PullTable
-from pdlaunch.transfer.prefill_side.answers import LeaseAnswers
-from pdlaunch.transfer.prefill_side.pending_questions import GRANT_LAG_S, PendingQuestions
+from pdlaunch.transfer.leases import GRANT_LAG_S
+from pdlaunch.transfer.pull import PullTable
 from tests.transfer.fakes import Fabric, FakeClock, layout_of
 from tests.transfer.hand_hasher import HandHasher, stated_checksums
-from tests.transfer.pull_world import HolderRank, PromptHolder, World
+from tests.transfer.pull_world import Holder, HolderRank, World
 from tests.transfer.rank_process import grant, pull
 
 
@@ -41,14 +40,11 @@ class SlowHolder:
         self.clock = FakeClock()
         self.rank = HolderRank(self.clock, Fabric())
         self.hasher = HandHasher(self.rank.kv_cache, self.rank.layout)
-        self.holder = PromptHolder(self.rank.holder._card, self.hasher, self.clock)
-        self.pending = PendingQuestions(self.holder.must_wait, self.clock)
+        self.holder = Holder(self.rank.card, self.hasher, self.clock)
 
     def turn(self, *messages: ToPrefillSide) -> list[ToDecodeSide]:
         """Return all answers."""
-        self.holder.advance_checksums()
-        due = self.pending.sift([(b"reader", message) for message in messages])
-        return [self.holder.answer(message) for _, message in due]
+        return self.holder.ask(*messages)
 
     def begin(self, lease_id: str = "r") -> PullBegin:
         return PullBegin(
@@ -72,7 +68,7 @@ def slow() -> SlowHolder:
 
 def test_readers_begin_at_once_and_wait_for_the_checksums_of_a_lease(slow):
     slow.holder.grant(grant("r", [4, 5]))
-    assert slow.holder.hashing_since_at == slow.clock.now
+    assert slow.holder.polling_since_at == slow.clock.now
     (begun,) = slow.turn(slow.begin(), slow.state())
     assert isinstance(begun, PullReply)
     assert begun.groups[0].checksums is None
@@ -81,20 +77,16 @@ def test_readers_begin_at_once_and_wait_for_the_checksums_of_a_lease(slow):
     assert isinstance(answer, ChecksumsReply)
     assert answer.groups == [slow.expected([4, 5])]
     assert slow.turn() == []
-    assert slow.holder.hashing_since_at is None
+    assert slow.holder.polling_since_at is None
 
 
 def test_readers_are_answered_before_checksums_are_asked_for(slow):
     """They read meanwhile."""
-    holder = LeaseAnswers(slow.rank.holder._card, slow.hasher, slow.clock)
-    holder.grant(grant("r", [4, 5]))
-    assert isinstance(holder.answer(slow.begin()), PullReply)
-    assert slow.hasher.started == []
-    assert not holder.advance_checksums()
-    assert len(slow.hasher.started) == 1
-    slow.hasher.finish()
-    assert holder.advance_checksums()
-    assert not holder.advance_checksums()
+    num_started = []
+    slow.holder._send = lambda *_: num_started.append(len(slow.hasher.started))
+    slow.holder.execute(grant("r", [4, 5]))
+    slow.turn(slow.begin())
+    assert (num_started, len(slow.hasher.started)) == ([0], 1)
 
 
 def test_checksums_are_those_of_the_moment_of_the_grant(slow):
@@ -102,8 +94,9 @@ def test_checksums_are_those_of_the_moment_of_the_grant(slow):
     slow.holder.grant(grant("r", [4]))
     slow.rank.kv_cache[4] += 1
     slow.hasher.finish()
-    (answer,) = slow.turn(slow.begin())
-    assert answer.groups[0].checksums == expected
+    slow.turn(slow.begin())
+    (answer,) = slow.turn(slow.state())
+    assert answer.groups == [expected]
 
 
 def test_leases_do_not_wait_for_each_other(slow):
@@ -129,12 +122,12 @@ def test_a_reader_that_gives_up_meanwhile_ends_the_lease(slow):
 
 def test_checksums_of_a_lease_that_ends_meanwhile_are_dropped(slow):
     slow.holder.grant(grant("r", [4]))
-    slow.holder.end(EndLease(lease_id="r"))
+    slow.holder.execute(EndLease(lease_id="r"))
     assert slow.holder.take_ended() == [LeaseEnded(lease_id="r", reason="released")]
     slow.hasher.finish()
     (answer,) = slow.turn(slow.begin())
     assert isinstance(answer, Refused)
-    assert slow.holder.hashing_since_at is None
+    assert slow.holder.polling_since_at is None
 
 
 def test_checksums_that_do_not_come_are_an_error(slow):
@@ -148,10 +141,9 @@ def test_checksums_that_do_not_come_are_an_error(slow):
 
 
 def test_without_verification_nothing_is_computed(slow):
-    holder = LeaseAnswers(slow.rank.holder._card, None, slow.clock)
+    holder = Holder(slow.rank.card, None, slow.clock)
     holder.grant(grant("r", [4]))
-    assert holder.hashing_since_at is None
-    assert not holder.advance_checksums()
+    assert holder.polling_since_at is None
 
 
 class SlowPuller(World):
@@ -160,7 +152,7 @@ class SlowPuller(World):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.hasher = HandHasher(self.kv_cache, layout_of())
-        self.pulls = PullTable(replace(self.pulls._setup, hasher=self.hasher), self.peers)
+        self.pulls = PullTable(replace(self.setup, hasher=self.hasher), self.peers)
 
     def arrive(self, **options: Any) -> HolderRank:
         """A pull whose bytes are here, and nothing is known of them."""

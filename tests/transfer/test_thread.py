@@ -29,8 +29,8 @@ from pdlaunch.protocol.side_channel import (
 )
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 from pdlaunch.protocol.transfer import LeaseEnded, PullFinished
-from pdlaunch.transfer.channel.handshake import RankIdentity
 from pdlaunch.transfer.connectors.connector import Connector, LocalMemory
+from pdlaunch.transfer.handshake import RankIdentity
 from pdlaunch.transfer.sides import RankMemory, TransferSetup
 from pdlaunch.transfer.thread import TransferThread
 from tests.transfer.fakes import Fabric, FakeConnector, layout_of, random_cache, spec_of
@@ -238,7 +238,7 @@ def test_handshake_for_another_engine_is_refused(start, context):
     holder = start("prefill")
     socket = context.connect(zmq.DEALER, holder.transfer.endpoint)
     socket.rcvtimeo = 60_000
-    from pdlaunch.transfer.channel.handshake import compatibility_of
+    from pdlaunch.transfer.handshake import compatibility_of
 
     compatibility = compatibility_of(
         spec_of("decode"),

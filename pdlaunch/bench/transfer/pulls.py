@@ -36,8 +36,7 @@ from pdlaunch.protocol.ids import EngineId, LeaseId, PullId, RequestId
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.sockets import new_launch_keys
 from pdlaunch.protocol.transfer import GrantLease, StartPull
-from pdlaunch.transfer.channel.handshake import draw_engine_id
-from pdlaunch.transfer.channel.head_mapping import map_sources
+from pdlaunch.transfer.handshake import draw_engine_id, map_sources
 
 LEASE_S = 600.0
 NUM_WARM_UP_TURNS = 2

@@ -35,8 +35,8 @@ from pdlaunch.protocol.transfer import (
     StartPull,
     TransferEvent,
 )
-from pdlaunch.transfer.channel.handshake import RankIdentity
 from pdlaunch.transfer.connectors.opening import new_connector
+from pdlaunch.transfer.handshake import RankIdentity
 from pdlaunch.transfer.sides import RankMemory, TransferSetup
 from pdlaunch.transfer.thread import TransferThread
 

@@ -8,15 +8,16 @@
 
 One thread uses a connector, its connections and READs: that of the ``TransferThread``. They read
 whole blocks, or heads of blocks, of a peer into local blocks, and know nothing of requests, leases
-or proofs. What only some connectors do is a protocol of its own: ``Pusher`` and ``MemoryMapper``.
+or proofs.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 
@@ -61,21 +62,31 @@ class PeerAgent:
 @dataclass(frozen=True, slots=True)
 class BlockRead:
     """Says which bytes go where: heads ``remote_heads`` of ``remote_blocks[i]`` to heads
-    ``local_heads`` of ``local_blocks[i]``.
+    ``local_heads`` of ``local_blocks[i]``. Heads are indices within their rank.
     """
 
     local_blocks: Sequence[int]
     remote_blocks: Sequence[int]
-    """The blocks to read, as many as local ones."""
     local_heads: range
-    """Index within the rank."""
     remote_heads: range
-    """Index within the peer's rank; as many as local heads."""
     lease_id: LeaseId = field(default=LeaseId(""))
     reader: ReaderId = field(default=ReaderId(""))
     """The owner of the lease, as in the PullBegin: a prefill side that writes checks both."""
     digest: str = ""
     """Hexadecimal; names the prompt by its content."""
+
+
+@dataclass(frozen=True, slots=True)
+class PushJob:
+    """Names what the prefill side writes for a peer's READ: ``heads`` of ``blocks``, or its scratch
+    when there are no blocks.
+    """
+
+    target: bytes
+    """The target, as in ``PushedRead``."""
+    blocks: Sequence[int]
+    heads: range
+    """Index within this rank."""
 
 
 class Read(ABC):
@@ -95,8 +106,7 @@ class Read(ABC):
     def seconds(self) -> float:
         """Return how long a READ that is done took from its post to its end."""
 
-    @abstractmethod
-    def release(self) -> None:
+    def release(self) -> None:  # noqa: B027 - most READs hold nothing
         """Free a READ that is done or failed. Never raises."""
 
 
@@ -122,9 +132,8 @@ class Connection(ABC):
         the scratch.
         """
 
-    def use_path(self, path: str) -> None:
-        """Send every ``read`` from now on this way; the other paths may be let go."""
-        return
+    def use_path(self, path: str) -> None:  # noqa: B027 - most have a single one
+        """Send every ``read`` from now on this way."""
 
     @abstractmethod
     def read(self, blocks: BlockRead) -> Read:
@@ -133,7 +142,7 @@ class Connection(ABC):
         that wait for each other would both stand still. Raises TransferError.
 
         Until ``poll`` says done or failed the READ may write to the local blocks, whatever else
-        happens. The READ of a connector with a ``pusher`` is a ``PushedRead``.
+        happens. The READ of a connector that ``pushes`` is a ``PushedRead``.
         """
 
     @abstractmethod
@@ -144,45 +153,8 @@ class Connection(ABC):
         Where each piece has a cost of its own, it is read in pieces of about the size of a block.
         """
 
-    @abstractmethod
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - some keep nothing
         """Forget the peer; the READs have ended and are released. Never raises."""
-
-
-@dataclass(frozen=True, slots=True)
-class PushJob:
-    """Names what the prefill side writes for a peer's READ: ``heads`` of ``blocks``, or its scratch
-    when there are no blocks.
-    """
-
-    target: bytes
-    """The target, as in ``PushedRead``."""
-    blocks: Sequence[int]
-    heads: range
-    """Index within this rank."""
-
-
-class Write(Protocol):
-    """Stands for a write to a peer that has begun; it cannot be taken back."""
-
-    def poll(self) -> str | None:
-        """Return None while it is pending, "" when all bytes have landed, else why it failed."""
-
-
-class Pusher(Protocol):
-    """A connector whose prefill side writes has one of these."""
-
-    def push(self, job: PushJob) -> Write:
-        """Begin to write to a peer; never waits."""
-
-
-class MemoryMapper(Protocol):
-    """A connector whose peers map this rank's memory has one of these."""
-
-    def wait_unmapped(self, timeout_s: float) -> bool:
-        """Call this after ``Connector.close``: wait until no peer maps the memory; False when that
-        takes longer. Any thread may call.
-        """
 
 
 class Connector(ABC):
@@ -196,16 +168,8 @@ class Connector(ABC):
     """Unique over ranks and incarnations: the pattern of the scratch follows from it, by which
     peers tell this memory from that of a predecessor.
     """
-
-    @property
-    def pusher(self) -> Pusher | None:
-        """Return what writes to peers; None where they read by themselves."""
-        return None
-
-    @property
-    def mapper(self) -> MemoryMapper | None:
-        """Return what knows who maps this rank's memory; None where nobody does."""
-        return None
+    pushes: bool = False
+    """The prefill side writes to its readers, by ``push``."""
 
     @abstractmethod
     def open(self, memory: LocalMemory) -> None:
@@ -219,13 +183,33 @@ class Connector(ABC):
     def connect(self, peer: PeerAgent) -> Connection:
         """Get ready to read from a peer. Raises TransferError."""
 
+    def push(self, job: PushJob) -> Future[None]:
+        """Begin to write to a peer, which cannot be taken back; never waits. The future ends when
+        all bytes have landed, or with the reason why not.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def close(self) -> None:
         """Deregister and let go of everything. READs that are pending are abandoned, and only when
         the process is about to exit: a rank that falls asleep has waited for all of them.
         """
 
+    def wait_unmapped(self, timeout_s: float) -> bool:
+        """Wait, after ``close``, until no peer maps this rank's memory; False when that takes
+        longer. Any thread may call.
+        """
+        return True
+
 
 def memory_kind(tensor: torch.Tensor) -> tuple[Literal["DRAM", "VRAM"], int]:
     """Return the kind of a tensor's memory and the index of its device, 0 on a CPU."""
     return ("DRAM", 0) if tensor.device.type == "cpu" else ("VRAM", tensor.get_device())
+
+
+def bind_device(device: torch.device) -> None:
+    """Make the KV cache's CUDA device that of the calling thread: the current device is
+    thread-local, and libraries change it.
+    """
+    if device.type != "cpu":
+        torch.cuda.set_device(device)

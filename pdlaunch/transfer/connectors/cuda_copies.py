@@ -142,9 +142,6 @@ class CudaCopy(Read):
     def seconds(self) -> float:
         return float(self._begin.elapsed_time(self._end)) / 1000
 
-    def release(self) -> None:
-        """Keep nothing: a copy holds no resource."""
-
 
 def relative_units(pieces: Pieces, anchor: int, *, pin: bool) -> torch.Tensor:
     """Return sources and destinations in units of 16 bytes from ``anchor``, before it or behind it:

@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -21,10 +22,9 @@ from pdlaunch.transfer.connectors.connector import (
     Connection,
     Connector,
     LocalMemory,
-    MemoryMapper,
     PeerAgent,
     PushedRead,
-    Pusher,
+    PushJob,
     Read,
     ReadPart,
     ReadState,
@@ -43,8 +43,7 @@ class FaultyConnector(Connector):
     """Injects faults around a connector and never breaks the contract: after the end of a READ
     nothing is written.
 
-    What peers write to (``pusher``) and who maps the memory (``mapper``) are the inner connector's
-    own: no fault touches them.
+    No fault touches what is pushed to peers, and who maps the memory.
     """
 
     def __init__(
@@ -53,19 +52,18 @@ class FaultyConnector(Connector):
         self.name = inner.name
         self.path = inner.path
         self.agent_name = inner.agent_name
+        self.pushes = inner.pushes
         self.faults = faults
         self.clock = clock
         self._inner = inner
         self._num_reads = 0
         self._num_probes = 0
 
-    @property
-    def pusher(self) -> Pusher | None:
-        return self._inner.pusher
+    def push(self, job: PushJob) -> Future[None]:
+        return self._inner.push(job)
 
-    @property
-    def mapper(self) -> MemoryMapper | None:
-        return self._inner.mapper
+    def wait_unmapped(self, timeout_s: float) -> bool:
+        return self._inner.wait_unmapped(timeout_s)
 
     def open(self, memory: LocalMemory) -> None:
         self._inner.open(memory)
@@ -107,7 +105,7 @@ class FaultyConnector(Connector):
         memory: Sequence[torch.Tensor],
         start: Callable[[], Read],
     ) -> Read:
-        kind = FaultyRead if self.pusher is None else FaultyPushedRead
+        kind = FaultyPushedRead if self.pushes else FaultyRead
         return kind(fault, source, memory, start, self.faults, self.clock)
 
 

@@ -17,10 +17,11 @@ import contextlib
 import logging
 import os
 import secrets
-import selectors
+import select
 import socket
 import struct
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,16 +33,17 @@ TOKEN_BYTES = 32
 MAX_FDS = 64
 TIMEOUT_S = 5.0
 """Time for an owner to hand over its descriptors, which takes well under a millisecond unless it
-was stopped.
+was stopped, and for a reader to show its token.
 """
 
+_LONG_S = 3600.0
 _OK = b"ok"
 _CREDENTIALS = struct.Struct("iII")
 _FD = struct.Struct("i")
 
 
 class FdServer:
-    """Hands descriptors to peers; a thread of its own answers. Any thread may call the methods."""
+    """Hands descriptors to peers from threads of its own. Any thread may call the methods."""
 
     def __init__(self, fds: Sequence[int]) -> None:
         """The caller keeps ``fds`` open until ``close`` has returned. Raises OSError."""
@@ -50,108 +52,68 @@ class FdServer:
         self.token = secrets.token_bytes(TOKEN_BYTES)
         self._fds: Sequence[int] | None = fds
         self._lock = threading.Lock()
-        self._unused = threading.Event()
-        self._unused.set()
-        self._readers: set[socket.socket] = set()
-        self._selector = selectors.DefaultSelector()
-        self._wake, self._woken = socket.socketpair()
+        """Guards the descriptors and the readers."""
+        self._readers: dict[int, socket.socket] = {}
+        """Connections of those that use the descriptors, by their own descriptor."""
         self._listener = _new_socket()
         self._listener.bind(f"\0{self.address}")
         self._listener.listen()
-        self._listening = True
-        for opened in (self._listener, self._woken):
-            opened.setblocking(False)
-            self._selector.register(opened, selectors.EVENT_READ)
-        self._thread = threading.Thread(target=self._run, name="fd-server", daemon=True)
+        self._thread = threading.Thread(target=self._accept, name="fd-server", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """Stop to hand descriptors over; from now on ``wait_unused`` can come true for good."""
         with self._lock:
             self._fds = None
-        with contextlib.suppress(OSError):
-            self._wake.send(b"x")
+        with contextlib.suppress(OSError), _new_socket() as wake:
+            wake.connect(f"\0{self.address}")
 
     def wait_unused(self, timeout_s: float) -> bool:
         """Wait until nobody uses the descriptors; False when that takes longer."""
-        return self._unused.wait(timeout_s)
-
-    def _run(self) -> None:
-        while self._fds is not None or self._readers:
-            for key, _ in self._selector.select():
-                opened = key.fileobj
-                assert isinstance(opened, socket.socket)
-                if opened is self._listener:
-                    self._accept()
-                elif opened is self._woken:
-                    self._stop_listening()
-                else:
-                    self._receive(opened)
-        self._stop_listening()
-        for key in list(self._selector.get_map().values()):
-            assert isinstance(key.fileobj, socket.socket)
-            key.fileobj.close()
-        self._selector.close()
-        self._wake.close()
+        deadline_at = time.monotonic() + timeout_s
+        while True:
+            poll = select.poll()
+            with self._lock:
+                for fd in self._readers:
+                    poll.register(fd, select.POLLIN)
+                if not self._readers:
+                    return True
+            ended = poll.poll(max(0.0, deadline_at - time.monotonic()) * 1000)
+            with self._lock:
+                # After its token nothing but the end of a connection is expected.
+                for fd, _ in ended:
+                    if (reader := self._readers.pop(fd, None)) is not None:
+                        reader.close()
+            if not ended:
+                return False
 
     def _accept(self) -> None:
-        try:
-            connection, _ = self._listener.accept()
-        except OSError:
-            return
-        if _uid_of(connection) != os.geteuid():
-            logger.warning(
-                "a process of uid %d was refused at the socket of KV memory", _uid_of(connection)
-            )
-            connection.close()
-            return
-        connection.setblocking(False)
-        self._selector.register(connection, selectors.EVENT_READ)
+        with self._listener:
+            while True:
+                connection, _ = self._listener.accept()
+                if self._fds is None:
+                    connection.close()
+                    break
+                self.wait_unused(0)  # those that have gone
+                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+        while not self.wait_unused(_LONG_S):
+            continue
 
-    def _receive(self, connection: socket.socket) -> None:
-        """Take the token once; after it only the end of the connection is expected."""
+    def _serve(self, connection: socket.socket) -> None:
         try:
-            message = connection.recv(TOKEN_BYTES + 1)
-        except BlockingIOError:
-            return
-        except OSError:
-            message = b""
-        if connection in self._readers or not self._admit(connection, message):
-            self._drop(connection)
-
-    def _admit(self, connection: socket.socket, message: bytes) -> bool:
-        if not secrets.compare_digest(message, self.token):
-            if message:
-                logger.warning("a process without the token was refused at the socket of KV memory")
-            return False
-        with self._lock:
-            if self._fds is None:
-                return False
-            self._readers.add(connection)
-            self._unused.clear()
-            try:
+            connection.settimeout(TIMEOUT_S)
+            if (uid := _uid_of(connection)) != os.geteuid():
+                raise TransferError(f"uid {uid}")
+            if not secrets.compare_digest(connection.recv(TOKEN_BYTES + 1), self.token):
+                raise TransferError("without the token")
+            with self._lock:
+                if self._fds is None:
+                    raise TransferError("too late")
                 _send(connection, self._fds)
-            except OSError as error:
-                logger.warning("descriptors of KV memory were not handed over: %s", error)
-                return False
-        return True
-
-    def _drop(self, connection: socket.socket) -> None:
-        self._selector.unregister(connection)
-        connection.close()
-        self._readers.discard(connection)
-        if not self._readers:
-            self._unused.set()
-
-    def _stop_listening(self) -> None:
-        """Close the listener. Connections that have not shown the token get no answer and stay
-        until the last reader has gone.
-        """
-        if self._listening:
-            self._listening = False
-            for opened in (self._listener, self._woken):
-                self._selector.unregister(opened)
-                opened.close()
+                self._readers[connection.fileno()] = connection
+        except (OSError, TransferError) as error:
+            logger.warning("a process was refused at the socket of KV memory: %s", error)
+            connection.close()
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,10 +34,8 @@ from pdlaunch.transfer.connectors.connector import (
     LocalMemory,
     PeerAgent,
     PushJob,
-    Read,
     ReadState,
 )
-from pdlaunch.transfer.connectors.device_binding import DeviceBinding, new_device_binding
 from pdlaunch.transfer.connectors.pushing import PendingRead, PushingConnector, parse_agent_metadata
 
 logger = logging.getLogger(__name__)
@@ -61,10 +59,9 @@ class FileConnector(PushingConnector):
         directory: str,
         size_limit_bytes: int,
         num_sender_threads: int,
-        binding: DeviceBinding,
     ) -> None:
         """``directory`` is shared by all engines, and theirs alone."""
-        super().__init__(name, incarnation, num_sender_threads=num_sender_threads, binding=binding)
+        super().__init__(name, incarnation, num_sender_threads=num_sender_threads)
         self._directory = directory
         self._size_limit_bytes = size_limit_bytes
 
@@ -75,20 +72,8 @@ class FileConnector(PushingConnector):
         parse_agent_metadata(peer)
         return _FileConnection(self, peer)
 
-    def read(self, peer: PeerAgent, blocks: BlockRead) -> PendingRead:
-        """Wait for the file that the prefill side is asked to write."""
-        name = file_name(blocks.digest, f"{peer.name} {blocks.reader}")
-        return PendingRead(name.encode(), self._settle, blocks)
-
-    def read_scratch(self, peer: PeerAgent) -> tuple[PendingRead, torch.Tensor]:
-        """Wait for the peer's scratch in a file that ``release`` removes."""
-        landing = self._new_landing(peer.geometry.scratch_bytes)
-        name = file_name(secrets.token_hex(16), self.agent_name)
-        let_go = partial(self._store.remove, name)
-        return PendingRead(name.encode(), self._settle, None, landing, let_go), landing
-
     def _start(self, memory: LocalMemory) -> None:
-        self._store = FileStore(self._directory, self._size_limit_bytes)
+        self.store = FileStore(self._directory, self._size_limit_bytes)
 
     def _stop(self) -> None:
         """Leave the files: they are there to be looked at."""
@@ -100,9 +85,9 @@ class FileConnector(PushingConnector):
             data = kv_cache[:, job.heads.start : job.heads.stop].index_select(0, blocks).cpu()
         else:
             data = memory.scratch.cpu()
-        self._store.write(job.target.decode("ascii", "replace"), data)
+        self.store.write(job.target.decode("ascii", "replace"), data)
 
-    def _settle(self, read: PendingRead) -> ReadState:
+    def settle(self, read: PendingRead) -> ReadState:
         """Load what the prefill side has written. What cannot be loaded, or does not fit, is a
         failed READ.
         """
@@ -117,7 +102,7 @@ class FileConnector(PushingConnector):
 
     def _load(self, read: PendingRead) -> None:
         name, kv_cache = read.target.decode(), self._memory.kv_cache
-        found = self._store.read(name, kv_cache.device)
+        found = self.store.read(name, kv_cache.device)
         if read.blocks is None:
             assert read.landing is not None
             _check_fits(name, found, read.landing)
@@ -140,14 +125,18 @@ class _FileConnection(Connection):
     def paths(self) -> Sequence[str]:
         return (FileConnector.path,)
 
-    def read(self, blocks: BlockRead) -> Read:
-        return self.connector.read(self.peer, blocks)
+    def read(self, blocks: BlockRead) -> PendingRead:
+        """Wait for the file that the prefill side is asked to write."""
+        name = file_name(blocks.digest, f"{self.peer.name} {blocks.reader}")
+        return PendingRead(name.encode(), self.connector.settle, blocks)
 
-    def read_scratch(self, path: str) -> tuple[Read, torch.Tensor]:
-        return self.connector.read_scratch(self.peer)
-
-    def close(self) -> None:
-        """Keep nothing: a peer is only a name here."""
+    def read_scratch(self, path: str) -> tuple[PendingRead, torch.Tensor]:
+        """Wait for the peer's scratch in a file that ``release`` removes."""
+        landing = self.connector.new_landing(self.peer.geometry.scratch_bytes)
+        name = file_name(secrets.token_hex(16), self.connector.agent_name)
+        remove = partial(self.connector.store.remove, name)
+        settle = self.connector.settle
+        return PendingRead(name.encode(), settle, None, landing, remove), landing
 
 
 def _await_device(memory: torch.Tensor) -> None:
@@ -290,5 +279,4 @@ def new_connector(settings: KVTransferSettings, name: str, incarnation: int) -> 
         directory=section.directory,
         size_limit_bytes=section.size_limit,
         num_sender_threads=section.num_sender_threads,
-        binding=new_device_binding(),
     )

@@ -28,10 +28,8 @@ from pdlaunch.transfer.connectors.connector import (
     LocalMemory,
     PeerAgent,
     PushJob,
-    Read,
     ReadState,
 )
-from pdlaunch.transfer.connectors.device_binding import DeviceBinding, new_device_binding
 from pdlaunch.transfer.connectors.pushing import PendingRead, PushingConnector, parse_agent_metadata
 
 logger = logging.getLogger(__name__)
@@ -71,10 +69,9 @@ class MooncakeConnector(PushingConnector):
         protocol: MooncakeProtocol,
         devices: str,
         num_sender_threads: int,
-        binding: DeviceBinding,
     ) -> None:
         """``devices`` are RDMA devices with commas between them; empty for all."""
-        super().__init__(name, incarnation, num_sender_threads=num_sender_threads, binding=binding)
+        super().__init__(name, incarnation, num_sender_threads=num_sender_threads)
         self.path = f"mooncake/{protocol}"
         self._protocol = protocol
         self._devices = devices
@@ -96,7 +93,7 @@ class MooncakeConnector(PushingConnector):
     def read_scratch(self, peer: PeerAgent) -> tuple[PendingRead, torch.Tensor]:
         """Wait for a scratch in memory that is registered until ``release``."""
         num_bytes = peer.geometry.scratch_bytes
-        landing = self._new_landing(num_bytes)
+        landing = self.new_landing(num_bytes)
         self._register(landing)
         target = self._target([landing.data_ptr()], num_bytes)
         let_go = partial(self._engine.unregister_memory, landing.data_ptr())
@@ -178,29 +175,25 @@ class MooncakeConnector(PushingConnector):
         return engine
 
     def _close_to_strangers(self, listener: network.Listener) -> None:
-        if self._host != _LOOPBACK:
-            try:
-                network.admit_one_address(listener, self._host)
-            except OSError as error:
-                raise TransferError(
-                    f"Mooncake listens on {listener.address}:{listener.port}, which cannot be "
-                    f"closed to packets that are not for {self._host}: {error}"
-                ) from error
-            logger.info(
-                "takes KV blocks at %s:%d: whoever reaches it can read and write them "
-                "(kv_transfer.trusted_network)",
-                self._host,
-                listener.port,
-            )
-            return
+        where = f"Mooncake listens on {listener.address}:{listener.port}, which cannot be"
         try:
-            network.bind_to_loopback(listener)
+            if self._host == _LOOPBACK:
+                network.bind_to_loopback(listener)
+                return
+            network.admit_one_address(listener, self._host)
         except OSError as error:
             raise TransferError(
-                f"Mooncake listens on {listener.address}:{listener.port}, which cannot be bound to "
-                f"the loopback device: {error}; "
-                f"that needs Linux 5.7 or CAP_NET_RAW"
+                f"{where} bound to the loopback device: {error}; that needs Linux 5.7 or "
+                "CAP_NET_RAW"
+                if self._host == _LOOPBACK
+                else f"{where} closed to packets that are not for {self._host}: {error}"
             ) from error
+        logger.info(
+            "takes KV blocks at %s:%d: whoever reaches it can read and write them "
+            "(kv_transfer.trusted_network)",
+            self._host,
+            listener.port,
+        )
 
     def _register(self, tensor: torch.Tensor) -> None:
         num_bytes = tensor.numel() * tensor.element_size()
@@ -222,14 +215,11 @@ class _MooncakeConnection(Connection):
     def paths(self) -> Sequence[str]:
         return (self.connector.path,)
 
-    def read(self, blocks: BlockRead) -> Read:
+    def read(self, blocks: BlockRead) -> PendingRead:
         return self.connector.read(self.peer, blocks)
 
-    def read_scratch(self, path: str) -> tuple[Read, torch.Tensor]:
+    def read_scratch(self, path: str) -> tuple[PendingRead, torch.Tensor]:
         return self.connector.read_scratch(self.peer)
-
-    def close(self) -> None:
-        """Keep nothing: a peer that writes needs no state here."""
 
 
 def _host_of(peer: PeerAgent) -> str:
@@ -283,5 +273,4 @@ def new_connector(settings: KVTransferSettings, name: str, incarnation: int) -> 
         protocol=section.protocol,
         devices=section.devices,
         num_sender_threads=section.num_sender_threads,
-        binding=new_device_binding(),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -366,3 +367,36 @@ def _indices(blocks: Sequence[int]) -> npt.NDArray[np.int32]:
 
 def _head_indices(blocks: Sequence[int], num_heads: int, heads: range) -> npt.NDArray[np.int32]:
     return _indices([block * num_heads + head for block in blocks for head in heads])
+
+
+def _try(device: str | None) -> str:
+    """Try NIXL as a rank uses it: import, backend, registration of memory. Without a device only
+    the import is tried.
+
+    ``python -P -m pdlaunch.transfer.connectors.nixl [cpu|cuda:N]`` prints ``imported`` and, after
+    what UCX has to say, what this returns: ``ok``, ``import: WHY`` or ``refused: WHY``.
+    """
+    try:
+        api, bindings = load_nixl()
+    except Exception as error:
+        return f"import: {type(error).__name__}: {error}"
+    _say("imported")
+    if device is not None:
+        try:
+            memory = torch.zeros(1 << 20, dtype=torch.uint8, device=device)
+            agent = new_agent(api, bindings, "pdlaunch-trial", memory_kind(memory)[0])
+            agent.register_memory(memory)
+        except Exception as error:
+            return f"refused: {type(error).__name__}: {error}"
+    return "ok"
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(" ".join(text.split()) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    _say(_try(sys.argv[1] if len(sys.argv) > 1 else None))
+    # UCX's own end of a process may crash it.
+    os._exit(0)

@@ -8,8 +8,8 @@ from typing import TypeVar
 
 from pdlaunch.config.connectors import connector_spec, load_named
 from pdlaunch.config.kv_transfer import KVTransferSettings
-from pdlaunch.errors import ConfigError
-from pdlaunch.transfer.connectors.connector import Connector
+from pdlaunch.errors import ConfigError, TransferError
+from pdlaunch.transfer.connectors.connector import Connection, Connector, LocalMemory, PeerAgent
 
 T = TypeVar("T")
 
@@ -32,3 +32,26 @@ def new_connector(settings: KVTransferSettings, name: str, incarnation: int) -> 
     if not isinstance(connector, Connector):
         raise ConfigError(f"{what}: {type(connector).__name__} is no Connector")
     return connector
+
+
+class NoConnector(Connector):
+    """Stands for the connector of ranks that neither lend KV blocks nor pull any; ``name`` is the
+    rank's.
+    """
+
+    name = path = "none"
+
+    def __init__(self, name: str) -> None:
+        self.agent_name = name
+
+    def open(self, memory: LocalMemory) -> None:
+        """Do nothing: nobody reads this memory."""
+
+    def agent_metadata(self) -> bytes:
+        return b""
+
+    def connect(self, peer: PeerAgent) -> Connection:
+        raise TransferError(f"{self.agent_name} has no connector: it pulls no KV blocks")
+
+    def close(self) -> None:
+        """Do nothing: nothing was opened."""

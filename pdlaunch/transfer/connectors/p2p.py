@@ -24,11 +24,10 @@ from pdlaunch.transfer.connectors.connector import (
     Connection,
     Connector,
     LocalMemory,
-    MemoryMapper,
     PeerAgent,
     Read,
+    bind_device,
 )
-from pdlaunch.transfer.connectors.device_binding import DeviceBinding
 from pdlaunch.transfer.connectors.fd_channel import FdConnection, FdServer, fetch_fds
 from pdlaunch.transfer.connectors.piece_copies import HostCopier, PieceCopier, Pieces
 from pdlaunch.transfer.connectors.scratch import new_landing, piece_offsets
@@ -63,7 +62,6 @@ class P2PConnector(Connector):
         name: str,
         incarnation: int,
         *,
-        binding: DeviceBinding,
         host: str | None = None,
         new_copiers: Callable[[LocalMemory], Sequence[PieceCopier]] | None = None,
     ) -> None:
@@ -71,7 +69,6 @@ class P2PConnector(Connector):
         makes those of its device.
         """
         self.agent_name = f"{name}#{incarnation}"
-        self._binding = binding
         self._host = host_identity() if host is None else host
         self._new_copiers = new_copiers or _copiers_of
         self._server: FdServer | None = None
@@ -80,8 +77,7 @@ class P2PConnector(Connector):
 
     def open(self, memory: LocalMemory) -> None:
         self._memory = memory
-        self._binding.capture(memory.kv_cache)
-        self._binding.bind()
+        bind_device(memory.kv_cache.device)
         try:
             self._exports = _export_all(memory)
             fds = [export.fd for export in self._exports if export.fd is not None]
@@ -93,10 +89,6 @@ class P2PConnector(Connector):
         kv_cache, scratch = (export.range for export in self._exports)
         card = _Card(self._host, self._server.address, self._server.token, kv_cache, scratch)
         self._metadata = msgspec.msgpack.encode(card)
-
-    @property
-    def mapper(self) -> MemoryMapper:
-        return self
 
     def agent_metadata(self) -> bytes:
         return self._metadata

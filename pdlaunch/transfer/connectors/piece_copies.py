@@ -125,6 +125,3 @@ class _ThreadCopy(Read):
 
     def seconds(self) -> float:
         return self._future.result()
-
-    def release(self) -> None:
-        """Keep nothing: a copy holds no resource."""

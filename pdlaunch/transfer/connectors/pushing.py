@@ -5,7 +5,7 @@ wait to hear of the end.
 
     decode side:    read ── Push over the side channel ──▶ pending ── end ──▶ done, or failed
                                                                               (nothing can land now)
-    prefill side:   push ── a thread of the pool writes ──▶ poll: "" or why it failed
+    prefill side:   push ── a thread of the pool writes ──▶ its future ends
 """
 
 from __future__ import annotations
@@ -25,12 +25,10 @@ from pdlaunch.transfer.connectors.connector import (
     LocalMemory,
     PeerAgent,
     PushedRead,
-    Pusher,
     PushJob,
     ReadState,
-    Write,
+    bind_device,
 )
-from pdlaunch.transfer.connectors.device_binding import DeviceBinding
 
 
 @dataclass(slots=True, eq=False)
@@ -44,8 +42,7 @@ class PendingRead(PushedRead):
     """None for a READ of the peer's scratch."""
     landing: torch.Tensor | None = None
     """Memory of a scratch READ."""
-    let_go: Callable[[], None] = lambda: None
-    """Frees what a scratch READ has taken."""
+    release: Callable[[], None] = lambda: None
     state: ReadState = "pending"
     error: str | None = None
     """The outcome of the prefill side's write; None until that is known."""
@@ -61,23 +58,8 @@ class PendingRead(PushedRead):
     def seconds(self) -> float:
         return self.ended_at - self.began_at
 
-    def release(self) -> None:
-        self.let_go()
-
     def end(self, error: str) -> None:
         self.error = error
-
-
-@dataclass(frozen=True, slots=True)
-class _Write:
-    agent_name: str
-    future: Future[None]
-
-    def poll(self) -> str | None:
-        if not self.future.done():
-            return None
-        error = self.future.exception()
-        return "" if error is None else f"{self.agent_name}: {error}"
 
 
 class PushingConnector(Connector):
@@ -85,32 +67,26 @@ class PushingConnector(Connector):
     the pool once, to the KV cache's device.
     """
 
-    def __init__(
-        self, name: str, incarnation: int, *, num_sender_threads: int, binding: DeviceBinding
-    ) -> None:
+    pushes = True
+
+    def __init__(self, name: str, incarnation: int, *, num_sender_threads: int) -> None:
         """``name`` is the rank's, ``prefill-0/rank-0``."""
         self.agent_name = f"{name}#{incarnation}"
         self._num_sender_threads = num_sender_threads
-        self._binding = binding
-
-    @property
-    def pusher(self) -> Pusher:
-        return self
 
     def open(self, memory: LocalMemory) -> None:
         self._memory = memory
-        self._binding.capture(memory.kv_cache)
-        self._binding.bind()
+        bind_device(memory.kv_cache.device)
         self._start(memory)
         # Once more: what was just built may have changed this thread's device (Mooncake does), and
         # NVLink transfers of ranks other than 0 would fail.
-        self._binding.bind()
+        bind_device(memory.kv_cache.device)
         self._senders = ThreadPoolExecutor(
-            self._num_sender_threads, "kv-sender", initializer=self._binding.bind
+            self._num_sender_threads, "kv-sender", bind_device, (memory.kv_cache.device,)
         )
 
-    def push(self, job: PushJob) -> Write:
-        return _Write(self.agent_name, self._senders.submit(self._write, self._memory, job))
+    def push(self, job: PushJob) -> Future[None]:
+        return self._senders.submit(self._write, self._memory, job)
 
     def close(self) -> None:
         # Without waiting: a rank falls asleep only when no write is under way, and one that ends
@@ -135,7 +111,7 @@ class PushingConnector(Connector):
         landed. Raises TransferError.
         """
 
-    def _new_landing(self, num_bytes: int) -> torch.Tensor:
+    def new_landing(self, num_bytes: int) -> torch.Tensor:
         return torch.zeros(num_bytes, dtype=torch.uint8, device=self._memory.kv_cache.device)
 
 

@@ -1,12 +1,22 @@
-"""Fills and checks the scratch of a rank: memory with a known pattern that peers read in pieces to
-prove a path and to time it.
+"""Proves and times the paths to a peer by READs of its scratch, memory with a known pattern.
+
+::
+
+    for each path:   cold READ ── right bytes ──▶ warm READ x NUM_WARM_READS ──▶ GB/s of the fastest
+                       └── refused, failed, late, wrong bytes ──▶ why it cannot be used
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+
+from pdlaunch.errors import TransferError
+from pdlaunch.transfer.connectors.connector import Read
 
 PATTERN_BYTES = 1024**2
 SCRATCH_BYTES = 16 * PATTERN_BYTES
@@ -21,6 +31,16 @@ all of its time anyway.
 COVERING_PIECE_BYTES = 16 * 1024
 """Pieces from this size on cover the scratch. There are no more of smaller ones than of these: more
 would only take longer.
+"""
+NUM_WARM_READS = 3
+"""READs that are timed; the best one counts, because a READ of half a millisecond is easily
+disturbed.
+"""
+STEADY_S = 0.02
+"""A READ that takes this long is not repeated: disturbances are short beside it."""
+NEARLY = 0.95
+"""Share of the best speed that counts as equal; it is more than the spread of a measurement. Among
+equals the connector's preference counts.
 """
 
 
@@ -72,3 +92,92 @@ def _row(agent_name: str) -> torch.Tensor:
     """Return [PATTERN_BYTES] uint8, which a scratch repeats."""
     row = hashlib.shake_256(agent_name.encode()).digest(PATTERN_BYTES)
     return torch.frombuffer(bytearray(row), dtype=torch.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class PathFigure:
+    """Holds the result of trying one path."""
+
+    path: str
+    gigabytes_per_s: float = 0.0
+    error: str = ""
+    """The reason why the path cannot be used; empty when it can."""
+
+    def __str__(self) -> str:
+        return self.error or f"{self.gigabytes_per_s:.3g} GB/s"
+
+
+class ScratchReads(Protocol):
+    """Reads one peer's scratch."""
+
+    def read_scratch(self, path: str) -> tuple[Read, torch.Tensor]:
+        """Start a READ. Raises TransferError."""
+
+    def release(self, read: Read) -> None:
+        """Free a READ that has ended."""
+
+    def abandon(self, read: Read, landing: torch.Tensor) -> None:
+        """Take over a READ that is pending: keep its memory, and release it when it has ended."""
+
+
+def try_paths(
+    reads: ScratchReads,
+    paths: Sequence[str],
+    *,
+    is_right: Callable[[torch.Tensor], bool],
+    clock: Callable[[], float],
+    timeout_s: float,
+) -> Generator[None, None, list[PathFigure]]:
+    """Try all paths to one peer, and yield while a READ is pending.
+
+    ``is_right`` says whether these are the bytes of the peer's scratch. ``timeout_s`` is for all
+    paths together. Close the generator to give a pending READ up.
+    """
+    figures: list[PathFigure] = []
+    # One of several paths that hangs must not cost the others; a single one has until the
+    # handshake's own time-out.
+    path_timeout_s = timeout_s / (len(paths) + 1) if len(paths) > 1 else float("inf")
+    for path in paths:
+        deadline_at = clock() + path_timeout_s
+        times_s: list[float] = []
+        try:
+            for number in range(1 + NUM_WARM_READS):
+                read, landing = reads.read_scratch(path)
+                try:
+                    while (state := read.poll()) == "pending":
+                        if clock() >= deadline_at:
+                            raise TransferError(
+                                f"the first READ did not end within {path_timeout_s:.3g} s"
+                            )
+                        yield
+                    read_s = read.seconds() if state == "done" else 0.0
+                except (TransferError, GeneratorExit):
+                    reads.abandon(read, landing)
+                    raise
+                reads.release(read)
+                if state == "failed":
+                    raise TransferError("the first READ failed")
+                if number == 0 and not is_right(landing):
+                    raise TransferError("the first READ brought wrong bytes")
+                if number > 0:
+                    times_s.append(read_s)
+                    if read_s >= STEADY_S:
+                        break
+        except TransferError as error:
+            figures.append(PathFigure(path, error=str(error)))
+        else:
+            speed = landing.numel() / 1e9 / max(min(times_s), 1e-9)
+            figures.append(PathFigure(path, speed))
+    return figures
+
+
+def best_path(figures: Sequence[PathFigure]) -> PathFigure:
+    """Return the first of the paths that are nearly as fast as the fastest. Raises TransferError
+    when there is none.
+    """
+    usable = [figure for figure in figures if not figure.error]
+    if not usable:
+        errors = [f"{figure.path}: {figure.error}" for figure in figures]
+        raise TransferError(figures[0].error if len(figures) == 1 else "; ".join(errors))
+    fastest = max(figure.gigabytes_per_s for figure in usable)
+    return next(figure for figure in usable if figure.gigabytes_per_s >= NEARLY * fastest)

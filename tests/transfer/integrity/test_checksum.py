@@ -6,7 +6,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdlaunch.transfer.channel.handshake import describe_groups, draw_engine_id
+from pdlaunch.transfer.handshake import describe_groups, draw_engine_id
 from pdlaunch.transfer.integrity.checksum import KVHasher
 from tests.transfer.fakes import layout_of, random_cache
 

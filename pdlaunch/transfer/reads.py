@@ -21,8 +21,8 @@ from pdlaunch.protocol.ids import ReaderId
 from pdlaunch.protocol.side_channel import Geometry, GroupBlocks, PullReply
 from pdlaunch.protocol.transfer import StartPull
 from pdlaunch.transfer.connectors.connector import BlockRead, Read, ReadPart
-from pdlaunch.transfer.decode_side.links import PrefillLink, PullSetup
 from pdlaunch.transfer.integrity.checksum import ChecksumArray, Checksums, HashBatch
+from pdlaunch.transfer.peers import DecodeSetup, Peer
 
 
 class PullFailed(TransferError):
@@ -91,10 +91,10 @@ class ShareRead:
     def __init__(
         self,
         command: StartPull,
-        link: PrefillLink,
-        setup: PullSetup,
+        peer: Peer,
+        setup: DecodeSetup,
         share: Share,
-        log: SpanLog | None = None,
+        log: SpanLog,
     ) -> None:
         self.read_s = 0.0
         """Duration of the READ, as exactly as the connector knows."""
@@ -104,7 +104,7 @@ class ShareRead:
         """All blocks of the lease have been read."""
         self._log = log
         self._command = command
-        self._link = link
+        self._peer = peer
         self._setup = setup
         self._share = share
         self._lease: PullReply | None = None
@@ -142,7 +142,7 @@ class ShareRead:
         """
         assert self._reading is None
         check_hashes(self._command, lease, self._share.prefill_rank)
-        plan = plan_read(self._command, lease, self._link.geometry, self._share)
+        plan = plan_read(self._command, lease, self._peer.geometry, self._share)
         read, hasher = plan.read, self._setup.hasher
         self._lease, self._plan = lease, plan
         self._batch, self._found, self._num_hashed = None, [], 0
@@ -150,9 +150,9 @@ class ShareRead:
         if plan.is_empty:
             return
         try:
-            self._reading = self._link.read(read)
+            self._reading = self._peer.read(read)
         except TransferError as error:
-            self._link.reconnect()
+            self._peer.reconnect()
             raise ReadFailed(f"{self._share.prefill_rank}: {error}") from error
         self._started_at = self._setup.clock()
         if hasher is not None:
@@ -180,13 +180,23 @@ class ShareRead:
             return
         self.ended_at = self._setup.clock()
         self.read_s = self._reading.seconds() if state == "done" else 0.0
-        self._note_read(state)
         self._release()
-        if state == "failed":
-            self._link.reconnect()
-            raise ReadFailed(f"READ from {self._share.prefill_rank} failed")
         assert self._plan is not None
-        self._hash_until(len(self._plan.read.local_blocks))
+        num_blocks = len(self._plan.read.local_blocks)
+        self._log.add(
+            "read",
+            self._started_at,
+            self.ended_at,
+            source=self._share.prefill_rank,
+            bytes=self.num_bytes,
+            gb_s=round(self.num_bytes / self.read_s / 1e9, 3) if self.read_s else None,
+            blocks=num_blocks,
+            state=state,
+        )
+        if state == "failed":
+            self._peer.reconnect()
+            raise ReadFailed(f"READ from {self._share.prefill_rank} failed")
+        self._hash_until(num_blocks)
         self.is_complete = True
 
     def settle(self) -> None:
@@ -208,7 +218,7 @@ class ShareRead:
         assert self._lease is not None
         assert self._plan is not None
         read = self._plan.read
-        expected = stated_checksums(self._lease.groups, self._link.geometry, self._plan)
+        expected = stated_checksums(self._lease.groups, self._peer.geometry, self._plan)
         if len(expected) != len(read.local_blocks):
             raise VerificationError("the prefill rank stated no checksums")
         found = np.concatenate([checksums.result() for checksums in self._found])
@@ -229,23 +239,9 @@ class ShareRead:
             self._found.append(self._batch.start(slice(self._num_hashed, num_blocks), after))
             self._num_hashed = num_blocks
 
-    def _note_read(self, state: str) -> None:
-        if self._log is not None:
-            assert self._plan is not None
-            self._log.add(
-                "read",
-                self._started_at,
-                self.ended_at,
-                source=self._share.prefill_rank,
-                bytes=self.num_bytes,
-                gb_s=round(self.num_bytes / self.read_s / 1e9, 3) if self.read_s else None,
-                blocks=len(self._plan.read.local_blocks),
-                state=state,
-            )
-
     def _release(self) -> None:
         assert self._reading is not None
-        self._link.release(self._reading)
+        self._peer.release(self._reading)
         self._reading = None
 
 

@@ -1,5 +1,14 @@
-"""Compares what must be equal at two ranks before one reads the other's blocks, and names every
-field that differs.
+"""Compares what must be equal at two ranks before one reads the other's blocks, and maps the ranks
+of a decode engine to the prefill ranks that hold their KV heads.
+
+::
+
+    6 heads, prefill TP 2:  | 0 1 2 | 3 4 5 |
+              decode TP 3:  | 0 1 | 2 3 | 4 5 |     rank 1 pulls head 2 from rank 0, head 3 from 1
+
+Where the TP size exceeds the number of KV heads, ``tp_size / num_kv_heads`` neighbouring ranks hold
+replicas of each head, and the decode ranks that want this head are spread over them. One decode
+rank still visits a replica that nobody needs, without reading, so that the lease there ends.
 """
 
 from __future__ import annotations
@@ -7,6 +16,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import msgspec
 import torch
@@ -17,7 +27,6 @@ from pdlaunch.engine.kvcache.groups import KVCacheGroup, KVCacheLayout
 from pdlaunch.errors import HandshakeError
 from pdlaunch.protocol.ids import EngineId
 from pdlaunch.protocol.side_channel import PROTOCOL_VERSION, Compatibility, Geometry, HandshakeReply
-from pdlaunch.transfer.channel.head_mapping import heads_of_rank
 from pdlaunch.transfer.connectors.connector import LocalMemory, memory_kind
 from pdlaunch.transfer.connectors.scratch import DEVICE_SCRATCH_BYTES, SCRATCH_BYTES
 from pdlaunch.transfer.integrity.checksum import ALGORITHM
@@ -143,3 +152,70 @@ def check_geometry(reply: HandshakeReply, *, head_bytes: int, total_kv_heads: in
             f"scratch_bytes: {reply.rank_name} states {geometry.scratch_bytes}, expected is one of "
             f"{sizes}"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRank:
+    """Names a prefill rank that a decode rank turns to, and what it reads there."""
+
+    tp_rank: int
+    """TP rank within the prefill engine."""
+    heads: range
+    """Global indices of the KV heads to pull. Empty: only begin and end the pull, so that the lease
+    there ends.
+    """
+    num_decode_ranks: int
+    """Decode ranks of one reader that turn to this prefill rank."""
+
+
+def heads_of_rank(num_kv_heads: int, tp_size: int, tp_rank: int) -> range:
+    """Return the global indices of the KV heads that a rank holds.
+
+    Raises HandshakeError when the heads cannot be shared out evenly.
+    """
+    if tp_size <= num_kv_heads and num_kv_heads % tp_size == 0:
+        share = num_kv_heads // tp_size
+        return range(tp_rank * share, (tp_rank + 1) * share)
+    if tp_size > num_kv_heads > 0 and tp_size % num_kv_heads == 0:
+        head = tp_rank // (tp_size // num_kv_heads)
+        return range(head, head + 1)
+    raise HandshakeError(
+        f"tensor_parallel_size {tp_size} does not fit {num_kv_heads} KV heads: one must divide the "
+        "other"
+    )
+
+
+@cache
+def map_sources(
+    *, num_kv_heads: int, prefill_tp_size: int, decode_tp_size: int, decode_tp_rank: int
+) -> tuple[SourceRank, ...]:
+    """Return the prefill ranks that one decode rank turns to, in ascending order.
+
+    Their heads are disjoint and cover those of the decode rank. Raises HandshakeError when a TP
+    size does not fit the number of heads.
+    """
+    prefill_replicas = max(1, prefill_tp_size // num_kv_heads)
+    decode_replicas = max(1, decode_tp_size // num_kv_heads)
+
+    def shared_heads(prefill_rank: int, decode_rank: int) -> range:
+        held = heads_of_rank(num_kv_heads, prefill_tp_size, prefill_rank)
+        wanted = heads_of_rank(num_kv_heads, decode_tp_size, decode_rank)
+        start = max(held.start, wanted.start)
+        return range(start, max(start, min(held.stop, wanted.stop)))
+
+    sources = []
+    for prefill_rank in range(prefill_tp_size):
+        replica = prefill_rank % prefill_replicas
+        sharing = [rank for rank in range(decode_tp_size) if shared_heads(prefill_rank, rank)]
+        # Replica r of R of a head serves the decode replicas d of D with d * R // D == r.
+        readers = [
+            rank
+            for rank in sharing
+            if rank % decode_replicas * prefill_replicas // decode_replicas == replica
+        ]
+        visiting = replica * decode_replicas // prefill_replicas
+        visitors = readers or [next(rank for rank in sharing if rank % decode_replicas == visiting)]
+        if decode_tp_rank in visitors:
+            heads = shared_heads(prefill_rank, decode_tp_rank) if readers else range(0)
+            sources.append(SourceRank(prefill_rank, heads, len(visitors)))
+    return tuple(sources)

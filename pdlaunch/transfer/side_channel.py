@@ -1,7 +1,5 @@
-"""Gives both ends of the side channel a typed socket. The transfer thread owns them.
-
-The codec checks every frame against its schema. A malformed one is dropped and logged, and hurts
-nobody else.
+"""Gives both ends of the side channel a typed socket. A frame that does not fit the schema is
+dropped and logged, and hurts nobody else.
 """
 
 from __future__ import annotations
@@ -93,7 +91,6 @@ class DecodeSocket:
             logger.warning("a message on the side channel was lost: the peer does not read")
 
     def close(self) -> None:
-        """Close; what is still queued gets half a second to leave."""
         if self._monitor is not None:
             self.socket.disable_monitor()
         self.socket.close()
@@ -105,5 +102,5 @@ def _receive_ready(socket: zmq.Socket[bytes]) -> list[list[bytes]]:
         while len(found) < MAX_MESSAGES_A_TURN:
             found.append(socket.recv_multipart(zmq.NOBLOCK))
     except zmq.Again:
-        return found
+        pass
     return found

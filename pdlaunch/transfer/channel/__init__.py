@@ -1,1 +1,0 @@
-"""Connects two ranks: sockets of the side channel, the handshake, and the mapping of KV heads."""

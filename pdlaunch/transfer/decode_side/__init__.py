@@ -1,1 +1,0 @@
-"""Pulls blocks from prefill ranks, and proves them."""

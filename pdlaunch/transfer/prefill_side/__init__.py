@@ -1,1 +1,0 @@
-"""Keeps leases on blocks, and answers the decode ranks that read them."""
