@@ -93,17 +93,6 @@ class AppRoute(NamedTuple):
         )
 
 
-class Description(NamedTuple):
-    """Says how /openapi.json describes an application."""
-
-    title: str
-    public: bool
-    """Its callers are clients, not routers."""
-    has_key: bool
-    open_paths: Collection[str]
-    """Need no key."""
-
-
 class DoorWatch(Protocol):
     """Sees clients' requests come and leave."""
 
@@ -120,8 +109,10 @@ class DoorWatch(Protocol):
 class HttpApp:
     """Builds the ``web.Application`` of a process from its table of routes.
 
-    A request that ``is_trusted`` needs no key, and cannot come from a web page that the guard would
-    have to look at. ``watch`` sees each POST of a client, but no health checks and no commands.
+    ``check_key``: None where clients need no key; nobody needs one for ``open_paths``. A request
+    that ``is_trusted`` needs no key, and comes from no web page. ``watch`` sees each POST of a
+    client, but no health checks and no commands. ``is_public``: /openapi.json, under ``title``, is
+    for clients and leaves out what routers alone may send.
     """
 
     def __init__(
@@ -129,10 +120,12 @@ class HttpApp:
         routes: Sequence[AppRoute],
         *,
         guard: Guard,
-        check_key: KeyCheck,
+        check_key: KeyCheck | None,
+        open_paths: Collection[str] = (),
         metrics: RequestMetrics,
         max_body_bytes: int,
-        description: Description,
+        title: str,
+        is_public: bool = False,
         is_trusted: Callable[[web.Request], bool] = lambda _: False,
         watch: DoorWatch | None = None,
     ) -> None:
@@ -141,7 +134,9 @@ class HttpApp:
         self._check_key = check_key
         self._metrics = metrics
         self._is_trusted = is_trusted
-        self._description = description
+        self._open_paths = open_paths
+        self._title = title
+        self._is_public = is_public
         # Made when it is first asked for, once: it takes up to 0.1 s.
         self._document: bytes | None = None
         self._routes = [
@@ -209,14 +204,48 @@ class HttpApp:
         if self._is_trusted(http):
             return None
         answer = self._guard.admit(http)
-        if answer is None:
-            (route.check_key or self._check_key)(http)
+        if answer is None and (check_key := self._key_check(route, http.path)) is not None:
+            check_key(http)
         return answer
+
+    def _key_check(self, route: AppRoute, path: str) -> KeyCheck | None:
+        return route.check_key or (None if path in self._open_paths else self._check_key)
 
     async def _openapi(self, _: web.Request) -> web.StreamResponse:
         if self._document is None:
-            self._document = msgspec.json.encode(_describe(self._description, self._routes))
+            self._document = msgspec.json.encode(self._describe())
         return web.Response(body=self._document, content_type="application/json")
+
+    def _describe(self) -> dict[str, Any]:
+        """Return the OpenAPI document, with pydantic's and msgspec's schemas."""
+        operations = [route.described for route in self._routes]
+        requests = {kind for each in operations for kind in each.requests}
+        answers = [kind for each in operations for kind in (each.answer, each.chunk) if kind]
+        paths: dict[str, Any] = {}
+        for route in self._routes:
+            place = paths.setdefault(_PARAMETER.sub(r"{\1}", route.path), {})
+            for method in ("get", "post") if route.method == "*" else (route.method.lower(),):
+                place[method] = _describe_route(route)
+                if self._check_key is not None and route.path not in self._open_paths:
+                    place[method]["security"] = [{"key": []}]
+        ordered = sorted(requests, key=lambda kind: kind.__name__)
+        _, schemas = models_json_schema(
+            [(kind, "validation") for kind in ordered], ref_template=_REFERENCE + "{model}"
+        )
+        components: dict[str, Any] = schemas.get("$defs", {})
+        for schema in components.values():
+            for name in INTERNAL_FIELDS if self._is_public else ():
+                schema.get("properties", {}).pop(name, None)
+        _, described = msgspec.json.schema_components(answers, ref_template=_REFERENCE + "{name}")
+        return {
+            "openapi": "3.1.0",
+            "info": {"title": self._title, "version": __version__},
+            "paths": paths,
+            "components": {
+                "schemas": components | described,
+                "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+            },
+        }
 
     async def _unknown(self, http: web.Request) -> web.StreamResponse:
         error = http.match_info.http_exception
@@ -239,13 +268,11 @@ def request_id_of(http: web.Request) -> HttpRequestId:
     return HttpRequestId(http[_REQUEST_ID])
 
 
-def bearer_check(
-    keys: Collection[str], *, message: str, code: str, open_paths: Collection[str] = ()
-) -> KeyCheck:
-    """Return a check that one of ``keys`` was sent as bearer token, except to ``open_paths``."""
+def bearer_check(keys: Collection[str], *, message: str, code: str) -> KeyCheck:
+    """Return a check that one of ``keys`` was sent as bearer token."""
 
     def check(http: web.Request) -> None:
-        if http.path not in open_paths and not has_bearer(http, keys):
+        if not has_bearer(http, keys):
             raise RequestError(message, status=401, code=code)
 
     return check
@@ -320,39 +347,6 @@ def _read_id(http: web.Request) -> tuple[HttpRequestId, RequestError | None]:
         return read_request_id(http.headers.get(REQUEST_ID_HEADER)), None
     except RequestError as error:
         return read_request_id(None), error
-
-
-def _describe(about: Description, routes: Sequence[AppRoute]) -> dict[str, Any]:
-    """Return the OpenAPI document, with pydantic's and msgspec's schemas."""
-    requests = {kind for route in routes for kind in route.described.requests}
-    answers = [
-        kind for each in routes for kind in (each.described.answer, each.described.chunk) if kind
-    ]
-    paths: dict[str, Any] = {}
-    for route in routes:
-        place = paths.setdefault(_PARAMETER.sub(r"{\1}", route.path), {})
-        for method in ("get", "post") if route.method == "*" else (route.method.lower(),):
-            place[method] = _describe_route(route)
-            if about.has_key and route.path not in about.open_paths:
-                place[method]["security"] = [{"key": []}]
-    ordered = sorted(requests, key=lambda kind: kind.__name__)
-    _, schemas = models_json_schema(
-        [(kind, "validation") for kind in ordered], ref_template=_REFERENCE + "{model}"
-    )
-    components: dict[str, Any] = schemas.get("$defs", {})
-    for schema in components.values():
-        for name in INTERNAL_FIELDS if about.public else ():
-            schema.get("properties", {}).pop(name, None)
-    _, described = msgspec.json.schema_components(answers, ref_template=_REFERENCE + "{name}")
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": about.title, "version": __version__},
-        "paths": paths,
-        "components": {
-            "schemas": components | described,
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
-        },
-    }
 
 
 def _describe_route(route: AppRoute) -> dict[str, Any]:

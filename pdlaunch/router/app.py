@@ -12,7 +12,6 @@ from pdlaunch.errors import RequestError
 from pdlaunch.http.app import (
     METRICS_OPERATION,
     AppRoute,
-    Description,
     HttpApp,
     KeyCheck,
     bearer_check,
@@ -89,15 +88,18 @@ class RouterApp:
             guard=Guard(
                 spec.host, allowed_hosts=spec.allowed_hosts, cors_origins=spec.cors_origins
             ),
-            check_key=_client_key_check(spec.api_key),
+            check_key=None
+            if spec.api_key is None
+            else bearer_check(
+                [spec.api_key],
+                message="the API key is missing or wrong",
+                code="invalid_api_key",
+            ),
             metrics=state.metrics.requests,
             max_body_bytes=spec.max_body_bytes,
-            description=Description(
-                "pdlaunch",
-                public=True,
-                has_key=spec.api_key is not None,
-                open_paths=OPEN_PATHS,
-            ),
+            open_paths=OPEN_PATHS,
+            title="pdlaunch",
+            is_public=True,
             is_trusted=came_through_admin_socket,
             watch=self.history,
         ).app
@@ -146,17 +148,6 @@ class RouterApp:
         metrics.show(pool.engines, health, pairs, self.admission.in_flight)
         page = await scrape(metrics.text(), self._state.client, pool.engines)
         return web.Response(body=page, headers={"Content-Type": METRICS_CONTENT_TYPE})
-
-
-def _client_key_check(key: str | None) -> KeyCheck:
-    if key is None:
-        return lambda _: None
-    return bearer_check(
-        [key],
-        message="the API key is missing or wrong",
-        code="invalid_api_key",
-        open_paths=OPEN_PATHS,
-    )
 
 
 def _admin_key_check(key: str | None) -> KeyCheck:

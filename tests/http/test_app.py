@@ -14,7 +14,6 @@ from prometheus_client import CollectorRegistry
 from pdlaunch.errors import KillsEngineError, OverloadedError
 from pdlaunch.http.app import (
     AppRoute,
-    Description,
     HttpApp,
     bearer_check,
     model_routes,
@@ -62,7 +61,7 @@ def registry() -> CollectorRegistry:
 
 @pytest.fixture
 async def ask(registry: CollectorRegistry) -> AsyncIterator[Ask]:
-    check = bearer_check(["key"], message="wrong key", code="no_key", open_paths=("/open",))
+    check = bearer_check(["key"], message="wrong key", code="no_key")
     other = bearer_check(["other"], message="wrong other key", code="no_other_key")
     app = HttpApp(
         [
@@ -76,7 +75,8 @@ async def ask(registry: CollectorRegistry) -> AsyncIterator[Ask]:
         check_key=check,
         metrics=RequestMetrics(registry, {"model_name": "tiny"}),
         max_body_bytes=1000,
-        description=Description("test", public=True, has_key=True, open_paths=("/open",)),
+        open_paths=("/open",),
+        title="test",
     ).app
     runner = HttpRunner(app, max_connections=10, shutdown_timeout_s=0.1)
     await runner.setup()

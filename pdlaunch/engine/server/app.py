@@ -20,7 +20,6 @@ from pdlaunch.http.app import (
     METRICS_OPERATION,
     TOKENIZE_OPERATION,
     AppRoute,
-    Description,
     HttpApp,
     Operation,
     bearer_check,
@@ -82,14 +81,9 @@ def make_app(service: EngineService, *, keys: Collection[str]) -> web.Applicatio
             message="engines take requests from the launch's router; others send engine_api_key as "
             "bearer, where it is set",
             code="invalid_api_key",
-            open_paths=OPEN_PATHS,
         ),
-        description=Description(
-            f"pdlaunch engine {spec.name}",
-            public=False,
-            has_key=True,
-            open_paths=OPEN_PATHS,
-        ),
+        open_paths=OPEN_PATHS,
+        title=f"pdlaunch engine {spec.name}",
         metrics=service.metrics.requests,
         max_body_bytes=service.max_body_bytes,
     ).app

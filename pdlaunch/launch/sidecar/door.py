@@ -23,7 +23,7 @@ from prometheus_client import CollectorRegistry
 
 from pdlaunch.config.http_names import url_of
 from pdlaunch.errors import OverloadedError, RequestError, StartupError
-from pdlaunch.http.app import AppRoute, Description, HttpApp, bearer_check, request_id_of
+from pdlaunch.http.app import AppRoute, HttpApp, bearer_check, request_id_of
 from pdlaunch.http.connections import HttpRunner, fit_requests
 from pdlaunch.http.engine_calls import CONNECT_S, Answer, CallError, EngineCalls
 from pdlaunch.http.errors import RETRY_AFTER_S
@@ -132,9 +132,7 @@ class Door:
                 "engine_api_key as bearer, where it is set",
                 code="invalid_api_key",
             ),
-            description=Description(
-                f"pdlaunch door of {self._name}", public=False, has_key=True, open_paths=()
-            ),
+            title=f"pdlaunch door of {self._name}",
             metrics=RequestMetrics(CollectorRegistry(), {"engine": self._name}),
             max_body_bytes=self._max_body_bytes,
         ).app
