@@ -346,104 +346,80 @@ def _variables(context: Context) -> Iterator[tuple[RoleEngines, str]]:
 
 # fmt: off
 RULES = (
-    error(
-        "PD601", "engine_args gives a flag that pdlaunch sets itself.",
+    error("PD601", "engine_args gives a flag that pdlaunch sets itself.",
         "vLLM would take the last of the two, and pdlaunch would check, watch and route to "
         "something else than what runs. All spellings of a flag count: dashes or underscores, "
         "short names, no-..., one key of a JSON value, and beginnings of a name that vLLM "
         "completes.",
         over=_all_arguments, when=_ours,
         fix="Remove it from engine_args, and use the setting that the finding names.",
-        source=_PARSER,
-    ),
-    error(
-        "PD602", "engine_args gives a flag with which pdlaunch cannot run an engine.",
+        source=_PARSER),
+    error("PD602", "engine_args gives a flag with which pdlaunch cannot run an engine.",
         "Data and pipeline parallelism need devices and ports that pdlaunch does not plan; TLS, "
         "gRPC and engines without HTTP cannot be asked by the router.",
         over=_all_arguments, when=_in_table(REFUSED, ":"),
-        fix=_REMOVE, source=_PARSER,
-    ),
-    warning(
-        "PD603", "engine_args lets an engine run code of others.",
+        fix=_REMOVE, source=_PARSER),
+    warning("PD603", "engine_args lets an engine run code of others.",
         "That code sees prompts, answers, keys and the KV cache, with the rights of the launch's "
         "user.",
         over=_all_arguments, when=_in_table(FOREIGN_CODE),
-        fix="Remove it from engine_args unless you trust whoever wrote that code.", source=_PARSER,
-    ),
-    warning(
-        "PD604", "engine_args opens an engine to more than the router needs.",
+        fix="Remove it from engine_args unless you trust whoever wrote that code.", source=_PARSER),
+    warning("PD604", "engine_args opens an engine to more than the router needs.",
         "Clients reach such options through the router, and other programs of this machine at an "
         "engine with a fixed port.",
         over=_all_arguments, when=_in_table(DOORS),
         fix=_REMOVE,
-        source="The routes and parser of vLLM 0.32: only /v1, /v2 and /inference ask for its key.",
-    ),
-    error(
-        "PD605", "KV events are published for everybody.",
+        source="The routes and parser of vLLM 0.32: only /v1, /v2 and /inference ask for its key."),
+    error("PD605", "KV events are published for everybody.",
         "They hold the token ids of all prompts. Without an endpoint pdlaunch has them published "
         "at a Unix socket in the launch's folder.",
         over=_all_arguments, when=_open_endpoints,
         fix="Leave endpoint and replay_endpoint out; the events are then at a socket of the "
         "launch.",
-        source="vLLM's KVEventsConfig: it publishes at tcp://*:5557 by default, without a key.",
-    ),
-    error(
-        "PD606", "engine_args cannot be written as flags.",
+        source="vLLM's KVEventsConfig: it publishes at tcp://*:5557 by default, without a key."),
+    error("PD606", "engine_args cannot be written as flags.",
         "A name with other characters, or a value that looks like a flag, would smuggle a flag "
         "past these checks; of a flag in two spellings one is lost.",
         when=_ambiguous,
         fix="Give each flag once, by its name in vLLM's help, and values that begin with no dash.",
-        source=_PARSER,
-    ),
-    error(
-        "PD607", "The installed vLLM has no such flag.",
+        source=_PARSER),
+    error("PD607", "The installed vLLM has no such flag.",
         "It would end before it loads anything.",
         when=_unknown_flags,
         fix="Correct the name; vllm serve --help=all lists them.",
-        source="The installed vLLM, which --probe asks.", needs=("engine_flags",),
-    ),
-    error(
-        "PD610", "Prefill and decode engines are of different kinds.",
+        source="The installed vLLM, which --probe asks.", needs=("engine_flags",)),
+    error("PD610", "Prefill and decode engines are of different kinds.",
         "A native engine cannot read the KV blocks of vLLM, nor the other way round.",
         over=pair, when=lambda it: it[0].settings.engine != it[1].settings.engine, at="engine",
         message="prefill engines are {0.settings.engine}, decode engines {1.settings.engine}",
         fix="Set engine once, at the top level.", source="KV layouts and handshakes of both kinds.",
     ),
-    error(
-        "PD611", "The executable of an engine cannot be run.",
+    error("PD611", "The executable of an engine cannot be run.",
         "On another host its agent has to allow it. vLLM may have an environment of its own: "
         "pdlaunch starts it, and imports nothing of it.",
         when=_no_command,
         fix="Install vLLM, or set engine_command to its executable: a name on PATH, or a path. "
         "Start agents of other hosts with --allow-executable.",
-        source="execve(2); vllm serve --help=all, which --probe runs.", needs=("engine_commands",),
-    ),
-    error(
-        "PD612", "Prefill and decode are different versions of vLLM.",
+        source="execve(2); vllm serve --help=all, which --probe runs.", needs=("engine_commands",)),
+    error("PD612", "Prefill and decode are different versions of vLLM.",
         "Both become healthy; the handshake of the first request fails, and decode computes every "
         "prompt itself.",
         when=_versions_differ,
         fix="Use the same vLLM on both sides: set engine_command once, at the top level.",
         source="vLLM's NIXL handshake refuses another version (compute_nixl_compatibility_hash).",
-        needs=("engine_commands",),
-    ),
-    error(
-        "PD614", "Engines of vLLM are to move KV blocks by another connector than NIXL.",
+        needs=("engine_commands",)),
+    error("PD614", "Engines of vLLM are to move KV blocks by another connector than NIXL.",
         "pdlaunch starts, proves and measures pairs of vLLM with its NixlConnector alone.",
         over=lambda context: [context.kv_transfer for _ in vllm_pair(context)],
         when=lambda transfer: transfer.connector != "nixl", at="kv_transfer.connector",
         message="connector {0.connector} with engines of vLLM",
         fix="Set kv_transfer.connector to nixl.",
-        source="The kv-transfer configuration that pdlaunch gives vLLM.",
-    ),
-    warning(
-        "PD615", "A setting has no effect on engines of this kind.",
+        source="The kv-transfer configuration that pdlaunch gives vLLM."),
+    warning("PD615", "A setting has no effect on engines of this kind.",
         "A setting that is ignored gives a wrong idea of what runs.",
         when=_ignored_settings,
-        fix="Remove it.", source="The command and environment that pdlaunch gives vLLM.",
-    ),
-    warning(
-        "PD616", "vLLM's stock NixlConnector listens without authentication.",
+        fix="Remove it.", source="The command and environment that pdlaunch gives vLLM."),
+    warning("PD616", "vLLM's stock NixlConnector listens without authentication.",
         "UCX listens on TCP, on addresses that other hosts can reach, and takes READs and WRITEs "
         "of KV blocks from whoever can connect; it cannot be told otherwise. What engines open to "
         "peers on other hosts is PD428's subject.",
@@ -452,27 +428,21 @@ RULES = (
         fix="Use a vLLM whose KV pdlaunch verifies (PD629), with kv_transfer.verify: on: its "
         "connector has UCX listen nowhere. Or use engine: native. In a network namespace of its "
         "own a deployment is safe, though the warning stays.",
-        source="Listening sockets of vLLM 0.32 with NIXL 1.5.1 (ss -ltnp).",
-    ),
-    warning(
-        "PD617", "A failed transfer ends the request.",
+        source="Listening sockets of vLLM 0.32 with NIXL 1.5.1 (ss -ltnp)."),
+    warning("PD617", "A failed transfer ends the request.",
         "vLLM answers with an error where decode could have computed the prompt itself.",
         over=lambda context: [context.kv_transfer for _ in vllm_pair(context)],
         when=lambda transfer: transfer.on_failure == "fail", at="kv_transfer.on_failure",
         message="decode engines of vLLM give up when a pull fails",
-        fix="Set kv_transfer.on_failure to recompute.", source="kv_load_failure_policy of vLLM.",
-    ),
-    warning(
-        "PD618", "Routes that run methods in an engine are open at its port.",
+        fix="Set kv_transfer.on_failure to recompute.", source="kv_load_failure_policy of vLLM."),
+    warning("PD618", "Routes that run methods in an engine are open at its port.",
         "Sleep mode needs vLLM's dev mode, which also adds /collective_rpc, without any key. At a "
         "socket of the launch its user alone can open them.",
         when=_dev_ports,
         fix="Set prefill.port and decode.port to 0, or switch enable_sleep_mode off.",
         source="register_vllm_dev_api_routers of vLLM 0.32; its key guards /v1, /v2 and "
-        "/inference.",
-    ),
-    error(
-        "PD619", "A lease ends while its request waits in the queue of decode.",
+        "/inference."),
+    error("PD619", "A lease ends while its request waits in the queue of decode.",
         "vLLM's prefill then gives the blocks to others, the late read succeeds, and decode "
         "answers with the text of another prompt (HTTP 200). Decode renews the lease between two "
         "steps: the time between two renewals and a step must fit into what one adds.",
@@ -480,54 +450,41 @@ RULES = (
         fix="Make kv_transfer.lease_s longer (30 is vLLM's own), or lower max_num_batched_tokens.",
         source="vLLM 0.32 (_heartbeat_interval, _lease_extension): from when a request is in its "
         "queue, decode renews the lease every lease // 6 s, each time for lease * 2 // 3 s, "
-        "between two steps.",
-    ),
-    error(
-        "PD620", "Prefill and decode of vLLM load their model under different names.",
+        "between two steps."),
+    error("PD620", "Prefill and decode of vLLM load their model under different names.",
         "Its handshake compares the path or name of the model, even where the files are the same.",
         over=vllm_pair, when=_models_of, at="model",
-        fix="Set model once, at the top level.", source=_HANDSHAKE,
-    ),
-    error(
-        "PD622", "The block sizes of prefill and decode do not fit.",
+        fix="Set model once, at the top level.", source=_HANDSHAKE),
+    error("PD622", "The block sizes of prefill and decode do not fit.",
         "Decode on a GPU reads blocks that are a part of its own; on a CPU they must be equal. A "
         "side without block_size takes what vLLM chooses.",
         over=vllm_pair, when=_block_sizes, at="block_size",
-        fix="Set block_size once, at the top level.", source=_HANDSHAKE,
-    ),
-    error(
-        "PD625", "A flag that shapes KV blocks differs between prefill and decode.",
+        fix="Set block_size once, at the top level.", source=_HANDSHAKE),
+    error("PD625", "A flag that shapes KV blocks differs between prefill and decode.",
         "Layout, dtype and meaning of the bytes follow from backend, quantization and cache "
         "settings. A drafting model has KV blocks of its own; an engine without the adapter that "
         "a request names answers 404.",
         when=_differing_flags,
-        fix="Give both sides the same value, in engine_args at the top level.", source=_HANDSHAKE,
-    ),
-    error(
-        "PD626", "The tensor-parallel sizes of prefill and decode do not fit.",
+        fix="Give both sides the same value, in engine_args at the top level.", source=_HANDSHAKE),
+    error("PD626", "The tensor-parallel sizes of prefill and decode do not fit.",
         "The handshake of vLLM ends with an assertion.",
         over=vllm_pair, when=_tp_sizes, at="tensor_parallel_size",
         fix="Choose tensor-parallel sizes of which one divides the other, and no larger one for "
-        "prefill than there are KV heads.", source=f"{_HANDSHAKE} TransferTopology.tp_ratio.",
-    ),
-    warning(
-        "PD627", "vLLM's KV cache lies in CuMem pools, which NIXL moves at 0.44 GB/s here.",
+        "prefill than there are KV heads.", source=f"{_HANDSHAKE} TransferTopology.tp_ratio."),
+    warning("PD627", "vLLM's KV cache lies in CuMem pools, which NIXL moves at 0.44 GB/s here.",
         "Without fabric handles a peer cannot map such memory, and UCX copies it through the "
         "host, without an error.",
         when=_slow_cumem,
         fix="Switch enable_sleep_mode and enable_cumem_allocator off.",
         source="vLLM 0.24 between two H200s: 0.44 GB/s from CuMem pools (measured).",
-        needs=("gpus", "fabric"),
-    ),
-    error(
-        "PD628", "vLLM's KV cache lies in expandable segments, which NIXL moves at 0.6 GB/s.",
+        needs=("gpus", "fabric")),
+    error("PD628", "vLLM's KV cache lies in expandable segments, which NIXL moves at 0.6 GB/s.",
         "vLLM refuses to start with the one spelling that it looks for; with others it starts and "
         "is slow. Its CuMem allocator switches the segments off for the KV cache.",
         over=lambda context: itertools.chain(*vllm_pair(context)), when=_segments,
         fix="Remove expandable_segments from the variable.",
         source="Measured on two H200s with NIXL 1.5.1; vLLM 0.32 looks for "
-        "expandable_segments:True in PYTORCH_CUDA_ALLOC_CONF alone.",
-    ),
+        "expandable_segments:True in PYTORCH_CUDA_ALLOC_CONF alone."),
     warning(
         "PD629", "Engines of vLLM use pulled KV blocks unproven, though kv_transfer.verify is on.",
         "pdlaunch's connector proves them, for the versions of vLLM and the models that it knows. "
@@ -536,17 +493,14 @@ RULES = (
         when=_not_proven, at="kv_transfer.verify",
         fix=f"Have engine_command name a vLLM {', '.join(SUPPORTED_VERSIONS)}; take the argument "
         "out of engine_args; or serve the model with engine: native.",
-        source="vLLM 0.32: an expired lease's blocks are reused, and read without an error.",
-    ),
-    error(
-        "PD630",
+        source="vLLM 0.32: an expired lease's blocks are reused, and read without an error."),
+    error("PD630",
         "The side channel of vLLM binds every address, or tells peers one that is not its own.",
         "Decode would dial 0.0.0.0, which is itself: each handshake finds another engine or none. "
         "Empty, the variable leaves vLLM without the address that pdlaunch gave it.",
         when=_wrong_side_channel,
         fix=f"Unset {_HOST}: pdlaunch gives engines the address to bind and to tell.",
-        source="volcano-sh/kthena#1781; vLLM binds and advertises the same variable.",
-    ),
+        source="volcano-sh/kthena#1781; vLLM binds and advertises the same variable."),
     warning(
         "PD631", "Other hosts can reach the side channel, and no engine on another host needs it.",
         "It tells everybody where KV blocks are, and a query for a rank that does not exist ends "
@@ -555,10 +509,8 @@ RULES = (
         when=lambda it: not it[0].has_far_peers and it[1] not in _EVERYWHERE
         and not is_loopback(it[1]), at=f"${_HOST}", message=f"{_HOST} of {{0.role}} is {{1}}",
         fix=f"Unset {_HOST}: engines of one host talk over its loopback device.",
-        source="vLLM's side channel has no authentication, and one wrong query ends it.",
-    ),
-    error(
-        "PD634", "Dev mode is on, though no engine is to sleep.",
+        source="vLLM's side channel has no authentication, and one wrong query ends it."),
+    error("PD634", "Dev mode is on, though no engine is to sleep.",
         "It adds /collective_rpc, by which whoever can connect runs any method in the engine. "
         "pdlaunch switches it on for sleep mode alone.",
         over=vllm_engines,
@@ -567,16 +519,13 @@ RULES = (
         and f"VLLM_SERVER_DEV_MODE of {each.role} is {shown_name(value)}",
         at="$VLLM_SERVER_DEV_MODE",
         fix="Unset VLLM_SERVER_DEV_MODE; enable_sleep_mode switches it on.",
-        source="register_vllm_dev_api_routers of vLLM 0.32.",
-    ),
-    warning(
-        "PD635", "A variable of vLLM opens an engine, or runs other people's code in it.",
+        source="register_vllm_dev_api_routers of vLLM 0.32."),
+    warning("PD635", "A variable of vLLM opens an engine, or runs other people's code in it.",
         "That code has the rights of the launch's user, and sees prompts, answers and keys.",
         over=_variables,
         when=lambda it: it[1] in _OPEN
         and it[0].given_environ[it[1]] not in ("", "0", "false", "False")
         and Found(f"{it[1]} {_OPEN[it[1]]}", f"${it[1]}"),
-        fix="Unset it.", source=_ENVS,
-    ),
+        fix="Unset it.", source=_ENVS),
 )
 # fmt: on

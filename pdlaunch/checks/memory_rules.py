@@ -241,17 +241,14 @@ def _tiers(context: Context) -> Iterator[Found]:
 
 # fmt: off
 RULES = (
-    error(
-        "PD201", "Sleep mode is on, and the CuMem allocator that it needs is off.",
+    error("PD201", "Sleep mode is on, and the CuMem allocator that it needs is off.",
         "Sleep frees the physical memory behind weights and KV cache and keeps the addresses; "
         "only CuMem pools can.",
         over=engines, when=lambda each: each.cumem_allocator is None, at="enable_cumem_allocator",
         message="enable_sleep_mode is on, but enable_cumem_allocator is false",
         fix="Remove enable_cumem_allocator (sleep mode turns it on), or switch enable_sleep_mode "
-        "off.", source="The CUDA driver's virtual memory management.", on_vllm=True,
-    ),
-    error(
-        "PD202", "The CuMem allocator is not supported on the current platform.",
+        "off.", source="The CUDA driver's virtual memory management.", on_vllm=True),
+    error("PD202", "The CuMem allocator is not supported on the current platform.",
         "The engines run on a CPU, and CuMem pools are memory of CUDA devices. The allocator is "
         "never silently left out.",
         when=lambda context: _on_cpu(
@@ -260,10 +257,8 @@ RULES = (
             "cumem allocator is not supported on the current platform",
         ),
         fix="Remove enable_cumem_allocator, or run on a CUDA device.",
-        source="CuMem pools: memory of a CUDA device.", on_vllm=True,
-    ),
-    error(
-        "PD203", "Sleep mode is not supported on the current platform.",
+        source="CuMem pools: memory of a CUDA device.", on_vllm=True),
+    error("PD203", "Sleep mode is not supported on the current platform.",
         "Sleep mode needs the CuMem allocator, and the engines run on a CPU.",
         when=lambda context: _on_cpu(
             context,
@@ -271,10 +266,8 @@ RULES = (
             "sleep mode is not supported on the current platform: cumem allocator is not supported",
         ),
         fix="Switch enable_sleep_mode off, or run on a CUDA device.",
-        source="CuMem pools: memory of a CUDA device.", on_vllm=True,
-    ),
-    error(
-        "PD204", "A KV connector is used together with torch's expandable_segments.",
+        source="CuMem pools: memory of a CUDA device.", on_vllm=True),
+    error("PD204", "A KV connector is used together with torch's expandable_segments.",
         "Expandable segments have no handle that a peer can open: NIXL/UCX moves such memory at "
         "0.6 GB/s instead of 392 GB/s between two NVLink GPUs, without an error. CuMem pools "
         "switch expandable segments off for their own allocations. torch reads the first of "
@@ -283,10 +276,8 @@ RULES = (
         when=_segments,
         fix="Remove expandable_segments from the environment, or allocate the KV cache elsewhere: "
         "--enable-cumem-allocator, --enable-sleep-mode, or kv_transfer.nixl.path: p2p.",
-        source="Measured on two H200s with NIXL 1.5.1 and torch 2.11.0.",
-    ),
-    error(
-        "PD207", "Weights, activations and KV cache do not fit into the memory of a GPU.",
+        source="Measured on two H200s with NIXL 1.5.1 and torch 2.11.0."),
+    error("PD207", "Weights, activations and KV cache do not fit into the memory of a GPU.",
         "The engine would end with an out-of-memory error, at start or under load. Memory that "
         "other processes hold now does not count as there, where the driver tells how much that "
         "is.",
@@ -295,10 +286,8 @@ RULES = (
         "max_model_len or kv_cache_memory (KV cache), or a larger gpu_memory_utilization; or stop "
         "the processes that hold the GPU's memory (nvidia-smi shows them).",
         source="The model's config.json, the driver, and NVML for the memory that is free.",
-        needs=("model", "gpus", "gpu_memory"), on_vllm=True,
-    ),
-    error(
-        "PD208",
+        needs=("model", "gpus", "gpu_memory"), on_vllm=True),
+    error("PD208",
         "The KV cache cannot hold one request of max_model_len; where that is unset, none of 256 "
         "tokens.",
         "A request that needs more blocks than there are can never run: it is refused although it "
@@ -306,43 +295,33 @@ RULES = (
         over=engines, when=lambda each: _too_small(each, _wanted_tokens(each)),
         at="kv_cache_memory",
         fix="Raise kv_cache_memory, or lower max_model_len.",
-        source="Number of KV blocks against the longest request.", needs=("model",), on_vllm=True,
-    ),
-    warning(
-        "PD209", "The KV cache cannot hold a request as long as the model allows.",
+        source="Number of KV blocks against the longest request.", needs=("model",), on_vllm=True),
+    warning("PD209", "The KV cache cannot hold a request as long as the model allows.",
         "With max_model_len left to the model, longer requests than the KV cache holds are "
         "refused one by one.",
         over=engines, when=_below_model, at="kv_cache_memory",
         fix="Set max_model_len to what fits, or raise kv_cache_memory.",
-        source="Number of KV blocks against the longest request.", needs=("model",), on_vllm=True,
-    ),
-    error(
-        "PD210", "Ranks on one GPU together want more memory than it has.",
+        source="Number of KV blocks against the longest request.", needs=("model",), on_vllm=True),
+    error("PD210", "Ranks on one GPU together want more memory than it has.",
         "Each rank takes its share of the whole device, so that the last one to start finds too "
         "little.",
         when=_gpu_shares,
         fix="Lower gpu_memory_utilization of the engines that share a device, set "
         "kv_cache_memory, use fewer engines, or stop other processes that hold the GPU's memory.",
-        source=_PLACEMENT, needs=("gpus", "model", "gpu_memory"), on_vllm=True,
-    ),
-    warning(
-        "PD211", "Ranks of different engines share a GPU.",
+        source=_PLACEMENT, needs=("gpus", "model", "gpu_memory"), on_vllm=True),
+    warning("PD211", "Ranks of different engines share a GPU.",
         "Prefill and decode then slow each other down, which is what disaggregation is meant to "
         "avoid.",
         when=_shared_gpus, at="device",
         fix="Use as many GPUs as there are ranks, or fewer engines.", source=_PLACEMENT,
-        needs=("gpus",), on_vllm=True,
-    ),
-    error(
-        "PD212", "The engines on the CPU need more memory than the machine has.",
+        needs=("gpus",), on_vllm=True),
+    error("PD212", "The engines on the CPU need more memory than the machine has.",
         "The kernel would end a process in the middle of loading, or under load.",
         when=_host_memory,
         fix="Lower kv_cache_memory or the number of engines, or use a smaller model.",
         source="The model's config.json and the machine (its control group included).",
-        needs=("model", "memory"), on_vllm=True,
-    ),
-    warning(
-        "PD213",
+        needs=("model", "memory"), on_vllm=True),
+    warning("PD213",
         "The KV cache lies in CuMem memory that the connector cannot map: this host has no fabric "
         "handles.",
         "Without an IMEX channel the driver does not export CuMem allocations as fabric handles, "
@@ -353,10 +332,8 @@ RULES = (
         fix="Let kv_transfer.nixl.path be auto or p2p, switch the CuMem allocator off, or give "
         "the host an IMEX channel.",
         source="Measured on two H200s with NIXL 1.5.1; vLLM 0.24 with --enable-cumem-allocator: "
-        "0.44 GB/s, HTTP 200.", needs=("gpus", "fabric"),
-    ),
-    error(
-        "PD215", "The CUDA driver or a GPU does not support the CuMem allocator.",
+        "0.44 GB/s, HTTP 200.", needs=("gpus", "fabric")),
+    error("PD215", "The CUDA driver or a GPU does not support the CuMem allocator.",
         "The allocator, and with it sleep mode, needs virtual memory management of the driver on "
         "every device.",
         over=lambda context: [
@@ -371,25 +348,20 @@ RULES = (
         ), message="cumem allocator is not supported: {1.reason}",
         fix="Switch enable_cumem_allocator and enable_sleep_mode off, or update the CUDA driver.",
         source="cuDeviceGetAttribute(VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED).",
-        needs=("gpus", "cumem"), on_vllm=True,
-    ),
-    error(
-        "PD220", "The host tier is of no use without the prefix cache.",
+        needs=("gpus", "cumem"), on_vllm=True),
+    error("PD220", "The host tier is of no use without the prefix cache.",
         "Blocks are kept and found under the hashes that prefix caching computes.",
         over=_with_tier,
         when=lambda each: not each.settings.enable_prefix_caching
         and f"{_TIER} is {_size(each)}, but enable_prefix_caching is false",
         at="enable_prefix_caching",
         fix="Switch enable_prefix_caching on, or remove kv_offload.",
-        source="The host tier is content-addressed by the hashes of the prefix cache.",
-    ),
-    error(
-        "PD221", "The host tiers need more memory than the machine has.",
+        source="The host tier is content-addressed by the hashes of the prefix cache."),
+    error("PD221", "The host tiers need more memory than the machine has.",
         "Every rank takes kv_offload.host_memory at its start; engines on the CPU need their own "
         "memory too.",
         when=_tiers,
         fix="Lower kv_offload.host_memory; it is the share of one rank.",
-        source="The machine's memory (its control group included).", needs=("memory",),
-    ),
+        source="The machine's memory (its control group included).", needs=("memory",)),
 )
 # fmt: on

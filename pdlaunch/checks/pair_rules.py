@@ -72,43 +72,34 @@ def _one_sided_cumem(sides: _Pair) -> Found | None:
 
 # fmt: off
 RULES = (
-    error(
-        "PD301", "Prefill and decode serve models of different shapes.",
+    error("PD301", "Prefill and decode serve models of different shapes.",
         "The numbers in KV blocks have a meaning to one model only, and each head's share of a "
         "block is one region. A block holds the layers of one group: with other windows it has no "
         "counterpart.",
         over=pair, when=_different_shapes, at="model",
-        fix="Set model once, at the top level.", source=KV_LAYOUT, needs=("model",), on_vllm=True,
-    ),
-    warning(
-        "PD302", "Prefill and decode load their model from different folders.",
+        fix="Set model once, at the top level.", source=KV_LAYOUT, needs=("model",), on_vllm=True),
+    warning("PD302", "Prefill and decode load their model from different folders.",
         "The shapes are equal, but another revision has other weights: the handshake compares the "
         "weights and refuses the pair, after both engines have loaded them.",
         over=pair,
         when=lambda it: it[0].shape == it[1].shape
         and not _same_folder(it[0].model.path, it[1].model.path), at="model",
         message="prefill serves {0.model.path}, decode {1.model.path}",
-        fix="Set model once, at the top level.", source=KV_LAYOUT, needs=("model",),
-    ),
-    error(
-        "PD303", "Prefill and decode use different dtypes.",
+        fix="Set model once, at the top level.", source=KV_LAYOUT, needs=("model",)),
+    error("PD303", "Prefill and decode use different dtypes.",
         "KV blocks are handed over as bytes: in another dtype they are other numbers.",
         over=pair,
         when=lambda it: it[0].dtype and it[1].dtype and it[0].dtype != it[1].dtype and Found(),
         at="dtype", message="prefill computes in {0.dtype}, decode in {1.dtype}",
-        fix="Set dtype once, at the top level.", source=KV_LAYOUT, on_vllm=True,
-    ),
-    error(
-        "PD304", "Prefill and decode use different block sizes.",
+        fix="Set dtype once, at the top level.", source=KV_LAYOUT, on_vllm=True),
+    error("PD304", "Prefill and decode use different block sizes.",
         "Blocks are handed over whole, and their hashes chain over block_size tokens each.",
         over=pair, when=lambda it: it[0].settings.block_size != it[1].settings.block_size,
         at="block_size",
         message="prefill has blocks of {0.settings.block_size} tokens, decode of "
         "{1.settings.block_size}",
-        fix="Set block_size once, at the top level.", source=KV_LAYOUT,
-    ),
-    warning(
-        "PD307", "The tensor-parallel sizes of prefill and decode do not divide each other.",
+        fix="Set block_size once, at the top level.", source=KV_LAYOUT),
+    warning("PD307", "The tensor-parallel sizes of prefill and decode do not divide each other.",
         "Every decode rank then reads pieces of several prefill ranks, with a transfer and a "
         "lease for each: more and smaller reads.",
         over=pair,
@@ -118,10 +109,8 @@ RULES = (
         "reads from several prefill ranks",
         fix="Choose sizes of which one divides the other.",
         source="NIXL 1.5.1 between two H200s: 64 KiB pieces move at 10.4 GB/s where 8 MiB pieces "
-        "move at 296 GB/s (measured).",
-    ),
-    warning(
-        "PD308", "Prefill has more ranks an engine than decode.",
+        "move at 296 GB/s (measured)."),
+    warning("PD308", "Prefill has more ranks an engine than decode.",
         "Every decode rank pulls from several prefill ranks, and decode, which is bound by memory "
         "bandwidth, is the narrow side.",
         over=pair,
@@ -130,10 +119,8 @@ RULES = (
         and Found(at=it[0].where("tensor_parallel_size")),
         message="prefill has {0.tp_size} ranks an engine, decode {1.tp_size}",
         fix="Give decode at least as many ranks an engine as prefill.",
-        source="Direction of tensor parallelism in P/D set-ups of vLLM and Dynamo.", on_vllm=True,
-    ),
-    error(
-        "PD309", "Prefill accepts longer requests than decode.",
+        source="Direction of tensor parallelism in P/D set-ups of vLLM and Dynamo.", on_vllm=True),
+    error("PD309", "Prefill accepts longer requests than decode.",
         "Prefill computes a prompt that decode then refuses: the work is lost and the client gets "
         "an error late.",
         over=pair,
@@ -141,19 +128,15 @@ RULES = (
         at="max_model_len",
         message="prefill takes {0.max_model_len} tokens, decode {1.max_model_len}",
         fix="Set max_model_len once, at the top level.", source="The life of a request.",
-        needs=("model",), on_vllm=True,
-    ),
-    error(
-        "PD310", "Only one side of the pair has real weights.",
+        needs=("model",), on_vllm=True),
+    error("PD310", "Only one side of the pair has real weights.",
         "KV blocks of random weights mean nothing to the model, and the other way round.",
         over=pair, when=lambda it: it[0].settings.load_format != it[1].settings.load_format,
         at="load_format",
         message="load_format of prefill is {0.settings.load_format}, of decode "
         "{1.settings.load_format}",
-        fix="Set load_format once, at the top level.", source="load_format.", on_vllm=True,
-    ),
-    error(
-        "PD313",
+        fix="Set load_format once, at the top level.", source="load_format.", on_vllm=True),
+    error("PD313",
         "Only one side of the pair allocates its KV cache from CuMem pools, which the path cannot "
         "map.",
         "Without fabric handles NIXL's path and Mooncake move such memory through the host, and a "
@@ -164,10 +147,8 @@ RULES = (
         fix="Set enable_cumem_allocator and enable_sleep_mode once, at the top level, or let "
         "kv_transfer.nixl.path be auto.",
         source="Measured on two H200s: READ from CuMem memory 0.6 GB/s, from cudaMalloc memory "
-        "392 GB/s.", needs=("gpus", "fabric"),
-    ),
-    error(
-        "PD314", "The connector nixl is to join a GPU and a CPU.",
+        "392 GB/s.", needs=("gpus", "fabric")),
+    error("PD314", "The connector nixl is to join a GPU and a CPU.",
         "A rank reads the memory of a peer on the same kind of device alone, by every path: no "
         "pair would shake hands, and the launch would never be ready.",
         over=lambda context: pair(context) if context.uses("nixl") else (),
@@ -175,16 +156,13 @@ RULES = (
         message="prefill runs on {0.device} and decode on {1.device}, which the connector nixl "
         "does not join",
         fix="Set device once, at the top level, or set kv_transfer.connector to file.",
-        source="The connector nixl: both of its paths join memory of one kind.", needs=("gpus",),
-    ),
-    error(
-        "PD316", "Engines of both roles serve another model than the pair beside them.",
+        source="The connector nixl: both of its paths join memory of one kind.", needs=("gpus",)),
+    error("PD316", "Engines of both roles serve another model than the pair beside them.",
         "The router takes one for the other: an answer would come from either model, and one that "
         "goes on elsewhere from two.",
         over=_beside_both, when=_both_differ, at="model",
         fix="Set model and load_format once, at the top level.",
         source="The router: requests go to either, and a stream whose engine dies to the other.",
-        needs=("model",), on_vllm=True,
-    ),
+        needs=("model",), on_vllm=True),
 )
 # fmt: on

@@ -2,13 +2,11 @@
 
 ::
 
-    warning(
-        "PD110", "The token budget of a step is smaller than the largest batch.",
+    warning("PD110", "The token budget of a step is smaller than the largest batch.",
         "Requests beyond the budget wait, whatever max_num_seqs says.",
         over=engines, when=lambda each: each.max_num_batched_tokens < each.settings.max_num_seqs,
         at="max_num_batched_tokens", message="it is less than {0.settings.max_num_seqs}",
-        fix="Raise max_num_batched_tokens, or lower max_num_seqs.", source="Continuous batching.",
-    )
+        fix="Raise max_num_batched_tokens, or lower max_num_seqs.", source="Continuous batching."),
 
 ``when`` sees one item of ``over`` at a time, or the whole context. It returns True for the row's
 ``message``, in which ``{0}`` is the item (``{0}`` and ``{1}``: the two of a pair); a message of its

@@ -122,60 +122,47 @@ def _whole_answers(each: SeenEngine) -> Found | None:
 
 # fmt: off
 RULES = (
-    error(
-        "PD650", "An engine does not answer.",
+    error("PD650", "An engine does not answer.",
         "Nothing else is said of it.",
         over=_engines, when=lambda each: each.problem and Found(each.problem, each.name),
         fix="Start it, or correct its URL; give its key with --engine-key-env, which is sent to "
         "those engines alone that --prefill, --decode or --both name.",
-        source="GET /health, /version, /v1/models and /metrics.", needs=("deployment",),
-    ),
-    error(
-        "PD651", "Engines are of different kinds or versions.",
+        source="GET /health, /version, /v1/models and /metrics.", needs=("deployment",)),
+    error("PD651", "Engines are of different kinds or versions.",
         "All are healthy; the handshake of each such pair fails, and decode computes every prompt "
         "itself.",
         when=_versions,
         fix="Run the same engine in the same version everywhere.",
         source="vLLM's NIXL handshake refuses another version (compute_nixl_compatibility_hash).",
-        needs=("deployment",),
-    ),
-    error(
-        "PD652", "Engines do not serve the same model.",
+        needs=("deployment",)),
+    error("PD652", "Engines do not serve the same model.",
         "A request names its model to all that work on it, and any engine of both roles may get "
         "it.",
         when=_models,
         fix="Serve the same model by the same name, and no longer requests on prefill than decode.",
-        source="GET /v1/models.", needs=("deployment",),
-    ),
-    error(
-        "PD653", "KV blocks of the engines have different sizes or dtypes.",
+        source="GET /v1/models.", needs=("deployment",)),
+    error("PD653", "KV blocks of the engines have different sizes or dtypes.",
         "Blocks are handed over as bytes: in another dtype they are other numbers.",
         when=_caches,
         fix="Start all engines with the same --block-size, --dtype and --kv-cache-dtype.",
-        source="vllm:cache_config_info in /metrics.", needs=("deployment",),
-    ),
-    error(
-        "PD654",
+        source="vllm:cache_config_info in /metrics.", needs=("deployment",)),
+    error("PD654",
         "A pair does not hand KV blocks over, or decode answers other tokens than it should.",
         "Health says nothing of it: decode computes such prompts itself, or with other blocks.",
         over=_pairs,
         when=lambda pair: pair.problem and Found(pair.problem, f"{pair.prefill} -> {pair.decode}"),
         fix="Read the error and the logs of both engines; restart the one that is wrong.",
         source="A canary: a new prompt through prefill and decode, compared with prefill alone.",
-        needs=("canary",),
-    ),
-    warning(
-        "PD655", "A decode engine has computed prompts, and has never read a KV block.",
+        needs=("canary",)),
+    warning("PD655", "A decode engine has computed prompts, and has never read a KV block.",
         "Prefill engines stand idle, and requests are none the faster for them.",
         over=_of("decode"),
         when=lambda each: each.prompt_tokens and not each.bytes_read
         and Found(f"{each.prompt_tokens} tokens of prompts, 0 KV bytes read", each.name),
         fix="Have the router send prompts to prefill first, and its kv_transfer_params to decode.",
         source="vllm:nixl_bytes_transferred and vllm:prompt_tokens, or pdlaunch_kv_transfer_bytes "
-        "and pdlaunch_prefix_cache_queries; modelplaneai/modelplane#175.", needs=("deployment",),
-    ),
-    warning(
-        "PD656", "Leases have ended before decode had read their blocks.",
+        "and pdlaunch_prefix_cache_queries; modelplaneai/modelplane#175.", needs=("deployment",)),
+    warning("PD656", "Leases have ended before decode had read their blocks.",
         "vLLM's prefill gives such blocks to other requests; a late read succeeds, and decode "
         "answers with the text of another prompt (HTTP 200). Native engines compute such prompts "
         "again.",
@@ -184,10 +171,8 @@ RULES = (
         and Found(f"{each.num_expired} leases have expired since its start", each.name),
         fix="Raise kv_lease_duration of the prefill engine, or give decode more room.",
         source="vllm:nixl_num_kv_expired_reqs or pdlaunch_kv_leases_expired in /metrics.",
-        needs=("deployment",),
-    ),
-    warning(
-        "PD657", "Transfers of KV blocks have failed.",
+        needs=("deployment",)),
+    warning("PD657", "Transfers of KV blocks have failed.",
         "By its load-failure policy an engine has computed such prompts again, or ended their "
         "requests.",
         over=_engines,
@@ -195,30 +180,24 @@ RULES = (
         and Found(f"{each.num_failed} transfers have failed since its start", each.name),
         fix="Look for NIXL's errors in the logs of this engine and its peers.",
         source="vllm:nixl_num_failed_transfers and _notifications, or "
-        "pdlaunch_kv_transfer_failures, in /metrics.", needs=("deployment",),
-    ),
-    warning(
-        "PD658", "An engine runs in dev mode.",
+        "pdlaunch_kv_transfer_failures, in /metrics.", needs=("deployment",)),
+    warning("PD658", "An engine runs in dev mode.",
         "Whoever can connect runs any method in it, without a key.",
         over=_engines,
         when=lambda each: each.has_dev_mode
         and Found("dev mode is on: /server_info answers", each.name),
         fix="Unset VLLM_SERVER_DEV_MODE, unless engines are to sleep and nobody else can connect.",
         source="GET /server_info, which dev mode adds together with /collective_rpc.",
-        needs=("deployment",),
-    ),
-    warning(
-        "PD659", "An engine's settings of KV transfers do not suit its role.",
+        needs=("deployment",)),
+    warning("PD659", "An engine's settings of KV transfers do not suit its role.",
         "A consumer hands nothing over and a producer reads nothing; policy `fail` ends requests "
         "that decode could compute itself; a lease under vLLM's own 30 s may end in the queue of "
         "decode.",
         over=_engines, when=_transfer_settings,
         fix="Give --kv-transfer-config kv_role kv_both (or the role's own), policy recompute, 30 "
         "s.", source="kv_transfer_config in /server_info, where dev mode tells it.",
-        needs=("deployment",),
-    ),
-    info(
-        "PD660", "An engine or a pair was observed at work.",
+        needs=("deployment",)),
+    info("PD660", "An engine or a pair was observed at work.",
         "The speed is the mean of all READs since the start, given once 64 MiB were read, beside "
         "what the slowest link to a prefill engine should give. READs at the same time share a "
         "link; PD663 judges what that cannot explain.",
@@ -226,10 +205,8 @@ RULES = (
         fix="Nothing to fix.",
         source="/version and /metrics of each engine, and a canary through each pair. Links: "
         "NVML, /sys/class/net and /sys/class/infiniband of this host, a plain copy of its memory.",
-        needs=("deployment",),
-    ),
-    error(
-        "PD661", "Prefill tells decode to shake hands with it at an address that is not its own.",
+        needs=("deployment",)),
+    error("PD661", "Prefill tells decode to shake hands with it at an address that is not its own.",
         "vLLM binds and advertises the same variable. At 0.0.0.0, and at localhost from another "
         "host, decode dials itself, and computes the prompt itself.",
         over=_pairs,
@@ -237,10 +214,8 @@ RULES = (
         and Found(pair.wrong_address, f"prefill {pair.prefill}"),
         fix="Start prefill with VLLM_NIXL_SIDE_CHANNEL_HOST set to its own address, seen from "
         "decode.", source="remote_host in prefill's kv_transfer_params; volcano-sh/kthena#1781.",
-        needs=("canary",),
-    ),
-    error(
-        "PD662", "The side channel of a prefill engine does not answer.",
+        needs=("canary",)),
+    error("PD662", "The side channel of a prefill engine does not answer.",
         "Decode engines that are new, or are restarted, compute every prompt themselves. vLLM's "
         "listener ends at a question for a rank that does not exist, and the engine stays healthy.",
         over=_pairs,
@@ -253,10 +228,8 @@ RULES = (
         fix="Restart this prefill engine; let nobody but its decode engines reach the side "
         "channel.",
         source="A question to the side channel for each rank that prefill names (--handshake).",
-        needs=("handshake",),
-    ),
-    warning(
-        "PD663", "KV blocks come far slower than over the link that is there.",
+        needs=("handshake",)),
+    warning("PD663", "KV blocks come far slower than over the link that is there.",
         "That is less than a tenth of what the link should give. READs that share it explain a "
         "part of such a gap, a path that does not use it explains all.",
         over=_engines, when=lambda each: _is_slow(each) and Found(_reads(each), each.name),
@@ -264,10 +237,8 @@ RULES = (
         "the host; for UCX_TLS and UCX_NET_DEVICES that leave the fast device out; and for what "
         "else uses the link.",
         source="Time and bytes of READs in /metrics; between two H200s 0.44 GB/s from CuMem "
-        "pools, 340 to 394 GB/s else.", needs=("deployment",),
-    ),
-    warning(
-        "PD664", "A prefill engine makes whole answers.",
+        "pools, 340 to 394 GB/s else.", needs=("deployment",)),
+    warning("PD664", "A prefill engine makes whole answers.",
         "It is to draw one token of each. vLLM takes max_completion_tokens over max_tokens: "
         "behind a router that sets the latter alone, prefill makes the answer of each such chat, "
         "and decode makes it once more.",
@@ -275,7 +246,6 @@ RULES = (
         fix="Have the router set max_completion_tokens to 1 beside max_tokens: 1 when it asks "
         "prefill, and send whole requests to other engines.",
         source="vllm:request_generation_tokens in /metrics; vllm-project/vllm-ascend#11882.",
-        needs=("deployment",),
-    ),
+        needs=("deployment",)),
 )
 # fmt: on

@@ -76,40 +76,31 @@ def _few_admitted(context: Context) -> Iterator[Found]:
 
 # fmt: off
 RULES = (
-    error(
-        "PD101", "There is no engine at all.",
+    error("PD101", "There is no engine at all.",
         "Nothing can answer a request.",
         when=lambda context: not context.engines, at="prefill.replicas",
         message="prefill.replicas, decode.replicas and both.replicas are all 0",
         fix="Set prefill.replicas and decode.replicas, or both.replicas, to 1 or more.",
-        source="The plan of a launch.", on_vllm=True,
-    ),
-    error(
-        "PD102", "There are prefill engines without decode engines, or the other way round.",
+        source="The plan of a launch.", on_vllm=True),
+    error("PD102", "There are prefill engines without decode engines, or the other way round.",
         "Nothing is handed over, and one role does the work of both.",
         when=_lone_role,
         fix="Give both roles at least one engine, or neither, and `both` some.",
-        source="The plan of a launch.", on_vllm=True,
-    ),
-    error(
-        "PD103", "The model cannot be found or cannot be served.",
+        source="The plan of a launch.", on_vllm=True),
+    error("PD103", "The model cannot be found or cannot be served.",
         "Every engine would end while it loads the model.",
         over=engines,
         when=lambda each: (wrong := each.model.error) is not None
         and Found(str(wrong), fix=wrong.fix), at="model",
         fix="Name an alias, a directory in Hugging Face layout, or a .gguf file of a supported "
-        "family.", source="The model's own config.json.", needs=("model_files",), on_vllm=True,
-    ),
-    error(
-        "PD104", "tensor_parallel_size does not divide the attention heads of the model.",
+        "family.", source="The model's own config.json.", needs=("model_files",), on_vllm=True),
+    error("PD104", "tensor_parallel_size does not divide the attention heads of the model.",
         "Tensor parallelism gives every rank the same number of attention heads, and an equal "
         "part of the inner size.",
         when=_uneven_heads,
         fix="Choose a tensor_parallel_size that divides both numbers.",
-        source="Megatron-style tensor parallelism.", needs=("model",), on_vllm=True,
-    ),
-    error(
-        "PD105", "tensor_parallel_size does not fit the KV heads of the model.",
+        source="Megatron-style tensor parallelism.", needs=("model",), on_vllm=True),
+    error("PD105", "tensor_parallel_size does not fit the KV heads of the model.",
         "A rank holds whole KV heads. They are shared out evenly, or each is replicated on "
         "equally many ranks.",
         over=shapes,
@@ -119,10 +110,8 @@ RULES = (
         "heads",
         fix="Choose a tensor_parallel_size that divides the number of KV heads, or a multiple of "
         "it.", source="pdlaunch's KV layout: heads first, one region a head.", needs=("model",),
-        on_vllm=True,
-    ),
-    error(
-        "PD106", "max_model_len is longer than the model was made for.",
+        on_vllm=True),
+    error("PD106", "max_model_len is longer than the model was made for.",
         "Positions beyond max_position_embeddings have no meaning to the model.",
         over=shapes,
         when=lambda it: (it[0].settings.max_model_len or 0) > it[1].max_position_embeddings
@@ -132,10 +121,8 @@ RULES = (
         "{1.max_position_embeddings} positions",
         fix="Lower max_model_len, or leave it out.",
         source="max_position_embeddings of the model's config.json.", needs=("model",),
-        on_vllm=True,
-    ),
-    error(
-        "PD107", "The lease on prefill's blocks is shorter than the longest transfer.",
+        on_vllm=True),
+    error("PD107", "The lease on prefill's blocks is shorter than the longest transfer.",
         "When a lease ends, prefill gives the blocks to other requests. A pull that is still "
         "allowed to go on reads their bytes, and the prompt is computed again.",
         over=lambda context: [context.kv_transfer] if context.pair else [],
@@ -145,10 +132,8 @@ RULES = (
         message="blocks are leased for {0.lease_s:g} s, but a pull may take {0.pull_timeout_s:g} s",
         fix="Make kv_transfer.lease_s longer than kv_transfer.pull_timeout_s.",
         source="vLLM: after its lease the late read succeeds, and decode answers wrong text with "
-        "HTTP 200 (measured).",
-    ),
-    error(
-        "PD108", "block_size is not allowed by the attention backend of the device.",
+        "HTTP 200 (measured)."),
+    error("PD108", "block_size is not allowed by the attention backend of the device.",
         "Paged attention kernels on CUDA read the KV cache in tiles of 16 tokens.",
         over=on_cuda,
         when=lambda each: each.settings.block_size % CUDA_BLOCK_STEP_TOKENS
@@ -156,65 +141,52 @@ RULES = (
         at="block_size",
         message="block_size {0.settings.block_size} is no multiple of 16, which CUDA needs",
         fix="Use a multiple of 16; 64 or 128 move faster.",
-        source="The paged variants of FlashAttention.", needs=("gpus",), on_vllm=True,
-    ),
-    warning(
-        "PD110", "The token budget of a step is smaller than the largest batch.",
+        source="The paged variants of FlashAttention.", needs=("gpus",), on_vllm=True),
+    warning("PD110", "The token budget of a step is smaller than the largest batch.",
         "A decode step computes one token for every running request: requests beyond the budget "
         "wait, whatever max_num_seqs says.",
         over=engines, when=lambda each: each.max_num_batched_tokens < each.settings.max_num_seqs,
         at="max_num_batched_tokens",
         message="max_num_batched_tokens {0.max_num_batched_tokens} is less than max_num_seqs "
         "{0.settings.max_num_seqs}",
-        fix="Raise max_num_batched_tokens, or lower max_num_seqs.", source="Continuous batching.",
-    ),
-    warning(
-        "PD111", "Pulled KV blocks are not verified.",
+        fix="Raise max_num_batched_tokens, or lower max_num_seqs.", source="Continuous batching."),
+    warning("PD111", "Pulled KV blocks are not verified.",
         "Without checksums a block that was overwritten while it was read is used, and the answer "
         "is wrong with HTTP 200.",
         when=lambda context: context.pair and not context.kv_transfer.verify,
         at="kv_transfer.verify",
         message="kv_transfer.verify is off: wrong KV blocks would be used unnoticed",
         fix="Remove kv_transfer.verify: off; it is meant for measuring.",
-        source="NIXL 1.5.1: a READ of deregistered memory ends as DONE (measured).", on_vllm=True,
-    ),
-    warning(
-        "PD112", "The API listens beyond this machine without a key.",
+        source="NIXL 1.5.1: a READ of deregistered memory ends as DONE (measured).", on_vllm=True),
+    warning("PD112", "The API listens beyond this machine without a key.",
         "Whoever reaches the port can use the engines, and read what the prefix cache tells by "
         "its timing.",
         over=lambda context: [context.config],
         when=lambda config: config.api_key is None and not is_loopback(config.host), at="host",
         message="the API listens on {0.host} and asks for no key",
         fix="Set PDLAUNCH_API_KEY, or --host 127.0.0.1 behind a proxy that authenticates.",
-        source="An open port answers whoever reaches it.", on_vllm=True,
-    ),
-    warning(
-        "PD114", "A setting has no effect on this set-up.",
+        source="An open port answers whoever reaches it.", on_vllm=True),
+    warning("PD114", "A setting has no effect on this set-up.",
         "A setting that is ignored gives a wrong idea of what runs.",
         over=engines,
         when=lambda each: "gpu_memory_utilization" in each.given
         and (each.device == "cpu" or each.settings.kv_cache_memory is not None),
         at="gpu_memory_utilization",
         message="gpu_memory_utilization does nothing here; kv_cache_memory sizes the KV cache",
-        fix="Remove it.", source="How the KV cache is sized.", on_vllm=True,
-    ),
-    info(
-        "PD117", "The weights are random.",
+        fix="Remove it.", source="How the KV cache is sized.", on_vllm=True),
+    info("PD117", "The weights are random.",
         "load_format: dummy is for benchmarks.",
         over=engines, when=lambda each: each.settings.load_format == "dummy", at="load_format",
         message="load_format is dummy: the answers have no meaning",
-        fix="Remove load_format.", source="load_format.", on_vllm=True,
-    ),
-    error(
-        "PD118", "tensor_parallel_size is over 1 for a model with experts.",
+        fix="Remove load_format.", source="load_format.", on_vllm=True),
+    error("PD118", "tensor_parallel_size is over 1 for a model with experts.",
         "Experts (MoE) are not cut: all of them belong to one rank.",
         over=shapes, when=lambda it: it[1].num_experts and it[0].tp_size > 1,
         at="tensor_parallel_size",
         message="tensor_parallel_size {0.tp_size} for {1.model_type}, which has {1.num_experts} "
         "experts a layer",
         fix="Set tensor_parallel_size to 1.", source="pdlaunch's tensor parallelism.",
-        needs=("model",),
-    ),
+        needs=("model",)),
     error(
         "PD119", "The weights of the model are missing, damaged, or in a format that is not read.",
         "Engines read *.safetensors. A file that is cut off or missing would end every rank after "
@@ -227,10 +199,8 @@ RULES = (
         ], when=lambda it: Found(str(it[1]), fix=it[1].fix), at="model",
         fix="Complete the download, or convert the weights to safetensors.",
         source="The format of safetensors; pickle's own documentation warns of untrusted files.",
-        needs=("weights",), on_vllm=True,
-    ),
-    warning(
-        "PD120", "A step of the token budget takes longer than hang_timeout_s.",
+        needs=("weights",), on_vllm=True),
+    warning("PD120", "A step of the token budget takes longer than hang_timeout_s.",
         "A rank says that it is alive between two steps. One whose step takes longer is taken for "
         "hung and restarted. The time that is told is the least that such a step can take.",
         when=_slow_step, at="hang_timeout_s",
@@ -238,14 +208,11 @@ RULES = (
         source="Two operations for each weight and token, at a speed that no device of its kind "
         "reaches: 100 GFLOP/s a CPU thread (measured with AVX2: 43), 1 TFLOP/s where it "
         "multiplies bfloat16; on a GPU 80 TFLOP/s in float32, 2.5 PFLOP/s in 16 bits.",
-        needs=("model",),
-    ),
-    warning(
-        "PD123", "The router admits fewer requests than the engines can run at once.",
+        needs=("model",)),
+    warning("PD123", "The router admits fewer requests than the engines can run at once.",
         "Clients get 429 while engines have free seats.",
         when=_few_admitted, at="limits.max_queued_requests",
         fix="Raise limits.max_queued_requests, or lower max_num_seqs.",
-        source="The router's admission.",
-    ),
+        source="The router's admission."),
 )
 # fmt: on

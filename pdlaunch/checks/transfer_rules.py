@@ -192,16 +192,13 @@ def _slow_network(item: tuple[PairTransport, str]) -> Found | None:
 
 # fmt: off
 RULES = (
-    error(
-        "PD423",
+    error("PD423",
         "The path of KV blocks ends at the host, and engines of a pair are on different ones.",
         "Path p2p maps the memory of a peer, which only processes of the same host can.",
         when=_p2p_between_hosts, at="kv_transfer.nixl.path",
         fix="Set kv_transfer.nixl.path to auto, or place prefill and decode engines on one host.",
-        source="Memory is mapped through file descriptors and handles of one kernel.",
-    ),
-    error(
-        "PD428", "KV blocks would go between hosts over ports that ask nobody who he is.",
+        source="Memory is mapped through file descriptors and handles of one kernel."),
+    error("PD428", "KV blocks would go between hosts over ports that ask nobody who he is.",
         "NIXL's UCX and Mooncake cannot authenticate their peers, nor encrypt. Whoever reaches "
         "the data port of a rank can read and write the memory of its process. The side channel "
         "of an engine of vLLM tells everybody where that memory is, and ends at a query for a "
@@ -209,19 +206,15 @@ RULES = (
         when=_untrusted_network, at=_TRUSTED,
         fix=f"Set {_TRUSTED}: true where nobody else reaches that network (docs/hosts.md has the "
         "rules for a firewall), use connector file, or place prefill and decode engines on one "
-        "host.", source=_PORTS, on_vllm=True,
-    ),
-    info(
-        "PD429", "Ranks take KV blocks at ports that ask nobody who he is.",
+        "host.", source=_PORTS, on_vllm=True),
+    info("PD429", "Ranks take KV blocks at ports that ask nobody who he is.",
         "The network was said to be trusted. UCX listens at one port of each rank, on the device "
         "of the host's address alone; of vLLM at one for each thread of NIXL, and its side "
         "channel at another.",
         when=_open_ports, at=_TRUSTED,
         fix="Nothing to fix where a firewall lets the hosts alone through to these ports; "
-        "docs/hosts.md has its rules.", source=_PORTS, on_vllm=True,
-    ),
-    warning(
-        "PD432", "UCX_TLS leaves out CMA between processes of one host.",
+        "docs/hosts.md has its rules.", source=_PORTS, on_vllm=True),
+    warning("PD432", "UCX_TLS leaves out CMA between processes of one host.",
         "The prefill rank then copies its blocks into shared memory, piece by piece, and the "
         "decode rank out of it again.",
         over=ucx_peers,
@@ -230,10 +223,8 @@ RULES = (
         and "cma" not in each.ucx_transports and f"{_tls(each)} has no cma", at="$UCX_TLS",
         fix="Add cma to UCX_TLS, or unset it.",
         source="NIXL 1.5.1, measured: without CMA a READ needs the prefill rank's process, and "
-        "never ends when that dies meanwhile.",
-    ),
-    error(
-        "PD433", "UCX_TLS leaves no transport between processes of one host.",
+        "never ends when that dies meanwhile."),
+    error("PD433", "UCX_TLS leaves no transport between processes of one host.",
         "pdlaunch leaves out whatever would listen on the network without authentication (tcp, "
         "RDMA) or open memory to other users (sysv, knem). posix has to be there: UCX finds its "
         "peers through it.",
@@ -243,44 +234,34 @@ RULES = (
             and f"{_tls(each)} leaves nothing that connects two processes of this host; posix is "
             "missing"
         ), at="$UCX_TLS",
-        fix="Unset UCX_TLS, or add posix.", source=_UCX,
-    ),
-    error(
-        "PD439", "UCX_TLS leaves no transport between hosts.",
+        fix="Unset UCX_TLS, or add posix.", source=_UCX),
+    error("PD439", "UCX_TLS leaves no transport between hosts.",
         "Engines of a pair are on different hosts, and what is left joins processes of one host "
         "alone: the handshake of such a pair fails.",
         when=_no_way_between_hosts,
-        fix="Add tcp (or rc) to UCX_TLS, or unset it.", source=_UCX, on_vllm=True,
-    ),
-    error(
-        "PD440", "UCX refuses the settings of a rank.",
+        fix="Add tcp (or rc) to UCX_TLS, or unset it.", source=_UCX, on_vllm=True),
+    error("PD440", "UCX refuses the settings of a rank.",
         "NIXL says NIXL_ERR_BACKEND then, and the launch ends once its ranks have started. UCX "
         "knows hundreds of variables and reads each by rules of its own, so it is asked itself.",
         over=_answers, when=_refused,
         fix="Correct the variable that the finding names, or unset it.",
         source="A NIXL backend, made in a process of its own with the ranks' environment.",
-        needs=("nixl",),
-    ),
-    warning(
-        "PD442", "A variable of UCX is misspelt.",
+        needs=("nixl",)),
+    warning("PD442", "A variable of UCX is misspelt.",
         "UCX does not look at it, and says so only on a terminal. UCX judges those of the "
         "transports in use.",
         over=_answers, when=_misspelt,
         fix="Correct the name, or unset the variable.",
         source="What UCX writes when a NIXL backend is made with the ranks' environment.",
-        needs=("nixl",),
-    ),
-    warning(
-        "PD444", "UCX does not find a transport or device that a rank is to use.",
+        needs=("nixl",)),
+    warning("PD444", "UCX does not find a transport or device that a rank is to use.",
         "It goes on without: blocks take a slower way, or none.",
         over=_answers, when=_unavailable,
         fix="Correct UCX_TLS, UCX_MODULES and the UCX_..._DEVICES, or unset them; give the "
         "container what the transport needs (cma: ptrace, cuda_ipc: the CUDA driver).",
         source="What UCX writes when a NIXL backend is made with the ranks' environment.",
-        needs=("nixl",),
-    ),
-    error(
-        "PD501", "Nothing can be moved between a pair of ranks.",
+        needs=("nixl",)),
+    error("PD501", "Nothing can be moved between a pair of ranks.",
         "Every hand-over of this pair would fail, and decode would compute each prompt again. A "
         "path whose first READ brings other bytes than were sent is not used.",
         over=_measured,
@@ -289,10 +270,8 @@ RULES = (
         fix="Read the error and the logs of both ranks; `pdlaunch check-config` lists what "
         "commonly closes a path. Where a path brings wrong bytes, leave it out "
         "(kv_transfer.nixl.path, UCX_TLS) and report it.",
-        source="The READ at the end of the handshake.", needs=("transport",), on_vllm=True,
-    ),
-    warning(
-        "PD503", "KV blocks lie in memory that a peer cannot map: the 0.6 GB/s cliff.",
+        source="The READ at the end of the handshake.", needs=("transport",), on_vllm=True),
+    warning("PD503", "KV blocks lie in memory that a peer cannot map: the 0.6 GB/s cliff.",
         "CuMem pools and expandable segments without fabric handles cannot be opened by a peer "
         "through CUDA IPC. NIXL/UCX then copies through the host in small pieces, with no error: "
         "0.6 GB/s instead of 392 GB/s. The path p2p maps CuMem memory by its own handles, at full "
@@ -301,10 +280,8 @@ RULES = (
         fix="Let kv_transfer.nixl.path be auto or p2p; switch expandable_segments off; or give "
         "the host an IMEX channel (fabric handles).",
         source="Measured on two H200s with NIXL 1.5.1; vLLM 0.24 with --enable-cumem-allocator: "
-        "0.44 GB/s.", needs=("transport",),
-    ),
-    warning(
-        "PD504", "A pair of ranks is far slower than its link.",
+        "0.44 GB/s.", needs=("transport",)),
+    warning("PD504", "A pair of ranks is far slower than its link.",
         "Far slower is less than half of what a good path over the link gives. Only the path in "
         "use is judged: with kv_transfer.nixl.path auto it is the fastest of those that can be "
         "used, and the finding says what the others gave. Two GPUs of a host are judged with the "
@@ -316,10 +293,8 @@ RULES = (
         source="The READ at the end of the handshake against what the link should give. Between "
         "GPUs: 75 % of what the wires of their NVLinks carry, 80 % with PCIe, as NVML tells them "
         "(P2P between two H200s: 340 to 394 of 478 GB/s). On a CPU: a share of a plain copy.",
-        needs=("transport",),
-    ),
-    info(
-        "PD505", "KV blocks move between a pair of ranks at the speed that is shown.",
+        needs=("transport",)),
+    info("PD505", "KV blocks move between a pair of ranks at the speed that is shown.",
         "The time that a prompt's KV cache takes from prefill to decode is its size divided by "
         "this figure.",
         over=_measured,
@@ -333,8 +308,7 @@ RULES = (
         ),
         fix="Nothing to fix; compare it with what the link should give.",
         source="The READs at the end of the handshake: up to 16 MiB of a CPU's memory, 128 MiB of "
-        "a GPU's, in block-sized pieces.", needs=("transport",), on_vllm=True,
-    ),
+        "a GPU's, in block-sized pieces.", needs=("transport",), on_vllm=True),
     warning(
         "PD506", "KV blocks go from host to host at less than half the speed of 10 Gbit Ethernet.",
         "Every prompt's first tokens wait for them: with some networks decode would compute a "
@@ -343,7 +317,6 @@ RULES = (
         fix="Place both sides of a pair on one host (placement_strategy pack), or on hosts with "
         "RDMA or a faster network; look at what else uses the network.",
         source="The READ at the end of the handshake; 10 Gbit Ethernet carries 1.2 GB/s.",
-        needs=("transport",),
-    ),
+        needs=("transport",)),
 )
 # fmt: on

@@ -163,17 +163,16 @@ class NixlSpec(ConnectorSpec[NixlSettings]):
         return section.path != "nixl"
 
 
-class PushSettings(FrozenModel):
-    """Settings of connectors whose prefill side writes."""
-
-    num_sender_threads: int = Field(
-        2, ge=1, le=64, description="Threads of a prefill rank that write to its readers."
-    )
+SENDER_THREADS: Any = Field(
+    2, ge=1, le=64, description="Threads of a prefill rank that write to its readers."
+)
+"""Of connectors whose prefill side writes."""
 
 
-class MooncakeSettings(PushSettings):
+class MooncakeSettings(FrozenModel):
     """Settings of the connector mooncake."""
 
+    num_sender_threads: int = SENDER_THREADS
     protocol: MooncakeProtocol = Field("tcp", description="What Mooncake moves KV blocks over.")
     devices: str = Field(
         "",
@@ -224,9 +223,10 @@ class MooncakeSpec(ConnectorSpec[MooncakeSettings]):
         return True
 
 
-class FileSettings(PushSettings):
+class FileSettings(FrozenModel):
     """Settings of the connector file."""
 
+    num_sender_threads: int = SENDER_THREADS
     directory: Annotated[str | None, Flag("kv-file-directory", metavar="DIR")] = Field(
         None, min_length=1, description="Shared folder of the file connector, which needs one."
     )

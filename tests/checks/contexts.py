@@ -41,7 +41,6 @@ SHAPE = ModelShape(
     layer_windows=(None,) * 32,
     dtype="bfloat16",
     tie_word_embeddings=False,
-    bos_token_id=1,
     eos_token_ids=(2,),
     num_parameters=8_030_261_248,
 )

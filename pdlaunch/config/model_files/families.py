@@ -127,7 +127,7 @@ def _gpt_oss_windows(config: Config) -> Windows:
     return _windows_of_types(config, layer_types, config["sliding_window"])
 
 
-_COMMON = {"tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None}
+_COMMON = {"tie_word_embeddings": False, "eos_token_id": None}
 _FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"),
@@ -140,7 +140,7 @@ def supported_families() -> dict[str, Family]:
     def sizes(*values: int | None) -> dict[str, Any]:
         return dict(zip(_FIELDS, values, strict=True)) | _COMMON
 
-    of_text = {"bos_token_id": 1, "eos_token_id": 2}
+    of_text = {"eos_token_id": 2}
     biases = {"attention_bias": False, "mlp_bias": False}
     llama = sizes(32000, 4096, 11008, 32, 32, None, None, 2048) | of_text
     mistral = sizes(32000, 4096, 14336, 32, 32, 8, None, 131072) | of_text
@@ -152,7 +152,6 @@ def supported_families() -> dict[str, Family]:
     }
     gemma3 = sizes(262208, 2304, 9216, 26, 8, 4, 256, 131072) | {
         "tie_word_embeddings": True,
-        "bos_token_id": 2,
         "eos_token_id": 1,
         "attention_bias": False,
         "sliding_window": 4096,
@@ -161,7 +160,6 @@ def supported_families() -> dict[str, Family]:
     }
     smollm3 = sizes(128256, 2048, 11008, 36, 16, 4, None, 32768) | {
         "tie_word_embeddings": True,
-        "bos_token_id": 128000,
         "eos_token_id": 128001,
         "use_sliding_window": False,
         "sliding_window": None,

@@ -47,7 +47,6 @@ class ModelShape:
     dtype: str | None
     """The checkpoint's, such as ``bfloat16``; None when the file does not say."""
     tie_word_embeddings: bool
-    bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     """The ids in generation_config.json, then those in config.json."""
     num_parameters: int
@@ -56,10 +55,6 @@ class ModelShape:
     """Experts of each layer; 0 for none."""
     num_idle_parameters: int = 0
     """Parameters of the experts that a token does not go through."""
-
-    def parameter_bytes(self, dtype: str) -> int:
-        """Return the bytes of all weights in ``dtype``."""
-        return self.num_parameters * DTYPE_BYTES[dtype]
 
 
 def read_model_shape(model_dir: str | Path) -> ModelShape:
@@ -144,12 +139,11 @@ def _shape(
         layer_windows=_windows(config, family),
         dtype=_dtype(outer) or _dtype(config),
         tie_word_embeddings=bool(config["tie_word_embeddings"]),
-        bos_token_id=_first_id(generation, outer, config, key="bos_token_id"),
         # The inner ids may be the family's defaults; what the outer file states is the model's.
         eos_token_ids=_end_tokens(generation, outer if "eos_token_id" in outer else config),
-        num_parameters=_count_parameters(config, family, **sizes),
+        num_parameters=_count_parameters(config, family, sizes),
         num_experts=_positive(config, "num_local_experts") if family.has_experts else 0,
-        num_idle_parameters=_count_idle_parameters(config, **sizes) if family.has_experts else 0,
+        num_idle_parameters=_count_idle_parameters(config, sizes) if family.has_experts else 0,
     )
 
 
@@ -165,19 +159,13 @@ def _windows(config: dict[str, Any], family: Family) -> tuple[int | None, ...]:
     return windows
 
 
-def _count_parameters(
-    config: dict[str, Any],
-    family: Family,
-    *,
-    num_layers: int,
-    num_attention_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    hidden_size: int,
-    intermediate_size: int,
-    vocab_size: int,
-) -> int:
-    query_size, kv_size = num_attention_heads * head_dim, num_kv_heads * head_dim
+def _count_parameters(config: dict[str, Any], family: Family, sizes: Mapping[str, int]) -> int:
+    hidden_size, inner, head_dim = (
+        sizes[name] for name in ("hidden_size", "intermediate_size", "head_dim")
+    )
+    query_size, kv_size = (
+        sizes[name] * head_dim for name in ("num_attention_heads", "num_kv_heads")
+    )
     # Queries and output, keys and values; then norms, biases and the inner layer.
     layer = 2 * hidden_size * query_size + 2 * hidden_size * kv_size
     layer += family.norms_per_layer * hidden_size + (2 * head_dim if family.qk_norm else 0)
@@ -186,33 +174,30 @@ def _count_parameters(
     if _reads(config, family, "attention_bias"):
         layer += hidden_size
     if _reads(config, family, "mlp_bias"):
-        layer += 2 * intermediate_size + hidden_size
-    layer += num_attention_heads if family.has_sinks else 0
+        layer += 2 * inner + hidden_size
+    layer += sizes["num_attention_heads"] if family.has_sinks else 0
     if family.has_experts:
-        layer += _positive(config, "num_local_experts") * (
-            _expert_parameters(hidden_size, intermediate_size) + hidden_size + 1
-        )
+        router = hidden_size + 1
+        layer += _positive(config, "num_local_experts") * (_expert_parameters(sizes) + router)
     else:
-        layer += 3 * hidden_size * intermediate_size
+        layer += 3 * hidden_size * inner
     # A tied output layer is the embedding itself.
-    embeddings = vocab_size * hidden_size * (1 if config["tie_word_embeddings"] else 2)
-    return num_layers * layer + embeddings + hidden_size
+    embeddings = sizes["vocab_size"] * hidden_size * (1 if config["tie_word_embeddings"] else 2)
+    return sizes["num_layers"] * layer + embeddings + hidden_size
 
 
-def _count_idle_parameters(
-    config: dict[str, Any], *, num_layers: int, hidden_size: int, intermediate_size: int, **_: int
-) -> int:
+def _count_idle_parameters(config: dict[str, Any], sizes: Mapping[str, int]) -> int:
     num_experts = _positive(config, "num_local_experts")
     num_used = _positive(config, "num_experts_per_tok")
     if num_used > num_experts:
         raise _wrong(f"num_experts_per_tok {num_used} is over num_local_experts {num_experts}")
-    idle = num_layers * (num_experts - num_used)
-    return idle * _expert_parameters(hidden_size, intermediate_size)
+    return sizes["num_layers"] * (num_experts - num_used) * _expert_parameters(sizes)
 
 
-def _expert_parameters(hidden_size: int, intermediate_size: int) -> int:
+def _expert_parameters(sizes: Mapping[str, int]) -> int:
     """Return the parameters of one expert, without its router."""
-    return 3 * hidden_size * intermediate_size + 2 * intermediate_size + hidden_size
+    hidden_size, inner = sizes["hidden_size"], sizes["intermediate_size"]
+    return 3 * hidden_size * inner + 2 * inner + hidden_size
 
 
 def _reads(config: dict[str, Any], family: Family, key: str) -> bool:
@@ -297,14 +282,6 @@ def _wrong(message: str) -> ConfigError:
 def _dtype(config: dict[str, Any]) -> str | None:
     value = config.get("dtype") or config.get("torch_dtype")
     return value.removeprefix("torch.") if isinstance(value, str) else None
-
-
-def _first_id(*configs: dict[str, Any], key: str) -> int | None:
-    for config in configs:
-        value = config.get(key)
-        if isinstance(value, int):
-            return value
-    return None
 
 
 def _end_tokens(*configs: dict[str, Any]) -> tuple[int, ...]:

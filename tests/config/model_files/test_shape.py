@@ -103,7 +103,6 @@ def as_transformers_reads(directory: Path) -> dict[str, Any]:
         "layer_windows": tuple(windows),
         "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
         "tie_word_embeddings": config.tie_word_embeddings,
-        "bos_token_id": config.bos_token_id,
         "num_parameters": model.num_parameters(),
     }
 
@@ -130,7 +129,6 @@ def test_silent_file_means_the_family_defaults(family: str, tmp_path: Path) -> N
         "vocab_size",
         "max_position_embeddings",
         "tie_word_embeddings",
-        "bos_token_id",
     )
     assert [getattr(shape, name) for name in names] == [getattr(config, name) for name in names]
     assert (shape.num_layers, shape.num_attention_heads) == (
@@ -146,10 +144,9 @@ def test_silent_file_means_the_family_defaults(family: str, tmp_path: Path) -> N
 
 def test_end_tokens_of_both_files(tmp_path: Path) -> None:
     write(tmp_path, model_type="llama", eos_token_id=[7, 8])
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9, 7], "bos_token_id": 5}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9, 7]}')
     shape = read_model_shape(tmp_path)
     assert shape.eos_token_ids == (9, 7, 8)
-    assert shape.bos_token_id == 5
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,6 @@ def make_shape(**changes: int) -> ModelShape:
         layer_windows=(None,),
         dtype=None,
         tie_word_embeddings=True,
-        bos_token_id=None,
         eos_token_ids=(),
     )
 
