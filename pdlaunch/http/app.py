@@ -42,7 +42,6 @@ from pdlaunch.protocol.openai.requests import (
     TokenizeCompletionRequest,
 )
 from pdlaunch.protocol.openai.responses import (
-    ChatChunk,
     ChatCompletion,
     Completion,
     DetokenizeResponse,
@@ -315,7 +314,7 @@ COMPLETIONS_OPERATION = Operation(
     "Complete prompts, whole or as a stream.", [CompletionRequest], Completion, Completion
 )
 CHAT_OPERATION = Operation(
-    "Answer a chat, whole or as a stream.", [ChatCompletionRequest], ChatCompletion, ChatChunk
+    "Answer a chat, whole or as a stream.", [ChatCompletionRequest], ChatCompletion, ChatCompletion
 )
 TOKENIZE_OPERATION = Operation(
     "Return the token ids of a text or of a chat.",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any, TypeVar
 
@@ -43,26 +43,20 @@ from pdlaunch.protocol.ids import HopId
 from pdlaunch.protocol.openai.requests import ChatCompletionRequest, CompletionRequest
 from pdlaunch.protocol.openai.responses import (
     REPORT_KEY,
-    AnyChoice,
-    AssistantMessage,
     ChatChoice,
-    ChatChunk,
-    ChatChunkChoice,
     ChatCompletion,
-    ChatDelta,
     ChatLogprobs,
+    ChatText,
     Completion,
     CompletionChoice,
     CompletionLogprobs,
     TokenLogprob,
-    TopLogprob,
     Usage,
 )
 
 _log = logging.getLogger(__name__)
 
 R = TypeVar("R", CompletionRequest, ChatCompletionRequest)
-C = TypeVar("C", bound=AnyChoice)
 
 
 async def generate(service: EngineService, kind: type[R], http: web.Request) -> web.StreamResponse:
@@ -231,25 +225,15 @@ class AnswerWriter:
 
     async def whole(self) -> bytes:
         """Return the answer as one JSON body. Raises RequestError."""
-        generation, request = self._generation, self._request
+        generation = self._generation
         whole = [Delta(choice.index) for choice in generation.choices]
         async for deltas in generation.deltas(self._clock):
             for delta in deltas:
                 whole[delta.index].add(delta)
         for choice, delta in zip(generation.choices, whole, strict=True):
             delta.finish_reason, delta.stop_reason = choice.finish_reason, choice.stop_reason
-        answer: ChatCompletion | Completion
-        if self._is_chat:
-            answer = ChatCompletion(id=self._id, choices=[*map(self._chat_choice, whole)])
-            if request.return_token_ids:
-                (answer.prompt_token_ids,) = generation.prompts
-        else:
-            choices = [*map(self._completion_choice, whole)]
-            if request.return_token_ids:
-                for part in choices:
-                    part.prompt_token_ids = generation.prompts[part.index // request.n]
-            answer = Completion(id=self._id, choices=choices)
-        answer.created, answer.model = self._created, self._model
+        answer = self._new([self._choice(delta, is_whole=True) for delta in whole], is_whole=True)
+        self._add_prompts(answer)
         answer.usage = generation.usage()
         if generation.is_remote_prefill:
             answer.kv_transfer_params = generation.hand_over(whole)
@@ -273,7 +257,9 @@ class AnswerWriter:
         """Return the end of the stream."""
         end = b""
         if self._request.include_usage:
-            end += encode_event(self._new_chunk([], self._generation.usage()))
+            last = self._new([])
+            last.usage = self._generation.usage()
+            end += encode_event(last)
         if self._spans is not None:
             end += encode_event({"choices": [], REPORT_KEY: self._spans.report()})
         return end + DONE
@@ -290,71 +276,74 @@ class AnswerWriter:
             request.return_token_ids or request.num_top_logprobs is not None
         )
 
-    def _new_chunk(self, choices: list[Any], usage: Usage | UnsetType) -> ChatChunk | Completion:
-        kind = ChatChunk if self._is_chat else Completion
-        return kind(
-            id=self._id, created=self._created, model=self._model, choices=choices, usage=usage
-        )
+    def _opening(self) -> list[ChatCompletion | Completion]:
+        """Return the chunks before any text."""
+        num_choices = self._request.n
+        if self._is_chat:
+            said = ChatText(role="assistant", content="")
+            chunk = self._new([ChatChoice(index=i, delta=said) for i in range(num_choices)])
+        elif self._request.return_token_ids:
+            firsts = range(0, num_choices * len(self._generation.prompts), num_choices)
+            chunk = self._new([self._choice(Delta(index)) for index in firsts])
+        else:
+            return []
+        chunk.usage = self._usage_so_far()
+        self._add_prompts(chunk)
+        return [chunk]
+
+    def _chunk(self, delta: Delta) -> ChatCompletion | Completion:
+        chunk = self._new([self._choice(delta)])
+        chunk.usage = self._usage_so_far()
+        return chunk
 
     def _usage_so_far(self) -> Usage | UnsetType:
         return self._generation.usage() if self._wants_usage else UNSET
 
-    def _opening(self) -> list[ChatChunk | Completion]:
-        """Return the chunks before any text."""
-        generation, request = self._generation, self._request
+    def _new(self, choices: list[Any], *, is_whole: bool = False) -> ChatCompletion | Completion:
+        """Return an answer, or a chunk of a stream."""
+        answer: ChatCompletion | Completion
         if self._is_chat:
-            delta = ChatDelta(role="assistant", content="")
-            choices = [ChatChunkChoice(index=index, delta=delta) for index in range(request.n)]
-            chunk = self._new_chunk(choices, self._usage_so_far())
-            if request.return_token_ids and isinstance(chunk, ChatChunk):
-                (chunk.prompt_token_ids,) = generation.prompts
-            return [chunk]
-        if not request.return_token_ids:
-            return []
-        parts = []
-        for index, prompt in enumerate(generation.prompts):
-            parts.append(self._completion_choice(Delta(index * request.n)))
-            parts[-1].prompt_token_ids = prompt
-        return [self._new_chunk(parts, self._usage_so_far())]
+            answer = ChatCompletion(id=self._id, choices=choices)
+            if not is_whole:
+                answer.object = "chat.completion.chunk"
+        else:
+            answer = Completion(id=self._id, choices=choices)
+        answer.created, answer.model = self._created, self._model
+        return answer
 
-    def _chunk(self, delta: Delta) -> ChatChunk | Completion:
-        choice = self._chat_chunk_choice(delta) if self._is_chat else self._completion_choice(delta)
-        return self._new_chunk([choice], self._usage_so_far())
+    def _add_prompts(self, answer: ChatCompletion | Completion) -> None:
+        """Add the prompts' token ids, where they are wanted."""
+        prompts = self._generation.prompts
+        if not self._request.return_token_ids:
+            return
+        if isinstance(answer, ChatCompletion):
+            (answer.prompt_token_ids,) = prompts
+        else:
+            for choice in answer.choices:
+                choice.prompt_token_ids = prompts[choice.index // self._request.n]
 
-    def _completion_choice(self, delta: Delta) -> CompletionChoice:
-        choice = CompletionChoice(text=delta.text)
-        if (num_top := self._num_top(delta)) is not None:
-            choice.logprobs = completion_logprobs(delta, self._tokenizer, num_top)
-        return self._completed(choice, delta)
-
-    def _chat_choice(self, delta: Delta) -> ChatChoice:
-        message = AssistantMessage(content=delta.text)
-        choice = ChatChoice(message=message, logprobs=self._chat_logprobs(delta))
-        return self._completed(choice, delta)
-
-    def _chat_chunk_choice(self, delta: Delta) -> ChatChunkChoice:
-        has_text = delta.text or not delta.finish_reason
-        said = ChatDelta(content=delta.text) if has_text else ChatDelta()
-        choice = ChatChunkChoice(delta=said, logprobs=self._chat_logprobs(delta))
-        return self._completed(choice, delta)
-
-    def _completed(self, choice: C, delta: Delta) -> C:
-        """Fill in what all kinds of choices have; not as keywords, which take twice as long."""
+    def _choice(self, delta: Delta, *, is_whole: bool = False) -> ChatChoice | CompletionChoice:
+        """Return a choice of an answer, or of a chunk."""
+        num_top = self._request.num_top_logprobs if delta.tokens else None
+        choice: ChatChoice | CompletionChoice
+        if self._is_chat:
+            choice = ChatChoice()
+            if num_top is not None:
+                choice.logprobs = chat_logprobs(delta, self._tokenizer, num_top)
+            if is_whole:
+                choice.message = ChatText(role="assistant", content=delta.text, refusal=None)
+            else:
+                has_text = delta.text or not delta.finish_reason
+                choice.delta = ChatText(content=delta.text) if has_text else ChatText()
+        else:
+            choice = CompletionChoice(text=delta.text)
+            if num_top is not None:
+                choice.logprobs = completion_logprobs(delta, self._tokenizer, num_top)
         choice.index, choice.finish_reason = delta.index, delta.finish_reason
         choice.stop_reason = delta.stop_reason
         if self._request.return_token_ids:
             choice.token_ids = [token.token_id for token in delta.tokens]
         return choice
-
-    def _num_top(self, delta: Delta) -> int | None:
-        return self._request.num_top_logprobs if delta.tokens else None
-
-    def _chat_logprobs(self, delta: Delta) -> ChatLogprobs | None:
-        num_top = self._num_top(delta)
-        if num_top is None:
-            return None
-        tokens = [_token_logprob(token, self._tokenizer, num_top) for token in delta.tokens]
-        return ChatLogprobs(content=tokens)
 
 
 def completion_logprobs(delta: Delta, tokenizer: TextTokenizer, num_top: int) -> CompletionLogprobs:
@@ -384,16 +373,18 @@ def completion_logprobs(delta: Delta, tokenizer: TextTokenizer, num_top: int) ->
     )
 
 
-def _token_logprob(token: TokenOutput, tokenizer: TextTokenizer, num_top: int) -> TokenLogprob:
-    def members(token_id: int, logprob: float | None) -> dict[str, Any]:
-        return {
-            "token": tokenizer.token_name(token_id),
-            "logprob": _LOWEST if logprob is None else max(logprob, _LOWEST),
-            "bytes": list(tokenizer.token_bytes(token_id)),
-        }
+def chat_logprobs(delta: Delta, tokenizer: TextTokenizer, num_top: int) -> ChatLogprobs:
+    """Return the log probabilities of a delta's tokens, with their bytes."""
 
-    tops: Sequence[tuple[int, float]] = token.top_logprobs[:num_top]
-    return TokenLogprob(
-        **members(token.token_id, token.logprob),
-        top_logprobs=[TopLogprob(**members(*top)) for top in tops],
-    )
+    def named(token_id: int, logprob: float | None) -> TokenLogprob:
+        return TokenLogprob(
+            token=tokenizer.token_name(token_id),
+            logprob=_LOWEST if logprob is None else max(logprob, _LOWEST),
+            bytes=list(tokenizer.token_bytes(token_id)),
+        )
+
+    content = []
+    for token in delta.tokens:
+        content.append(named(token.token_id, token.logprob))
+        content[-1].top_logprobs = [named(*top) for top in token.top_logprobs[:num_top]]
+    return ChatLogprobs(content=content)

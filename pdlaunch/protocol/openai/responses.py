@@ -44,18 +44,13 @@ class CompletionLogprobs(msgspec.Struct, kw_only=True):
     text_offset: list[int]
 
 
-class TopLogprob(msgspec.Struct, kw_only=True):
-    """Holds one alternative at a position."""
+class TokenLogprob(msgspec.Struct, kw_only=True):
+    """Holds the token that was drawn, with the most probable ones, or one of these."""
 
     token: str
     logprob: float
     bytes: list[int] | None = None
-
-
-class TokenLogprob(TopLogprob, kw_only=True):
-    """Holds the token that was drawn, and the most probable ones."""
-
-    top_logprobs: list[TopLogprob] = []
+    top_logprobs: list[TokenLogprob] | UnsetType = UNSET
 
 
 class ChatLogprobs(msgspec.Struct, kw_only=True):
@@ -85,32 +80,19 @@ class CompletionChoice(AnyChoice, kw_only=True):
     prompt_token_ids: list[int] | UnsetType | None = UNSET
 
 
-class AssistantMessage(msgspec.Struct, kw_only=True):
-    """Holds the answer's message."""
-
-    role: str = "assistant"
-    content: str | None = None
-    refusal: None = None
-
-
-class ChatChoice(AnyChoice, kw_only=True):
-    """Holds one choice of a chat's answer."""
-
-    message: AssistantMessage
-    logprobs: ChatLogprobs | None = None
-
-
-class ChatDelta(msgspec.Struct, kw_only=True):
-    """Says what a chunk adds to the message."""
+class ChatText(msgspec.Struct, kw_only=True):
+    """Holds the answer's message, or what a chunk adds to it."""
 
     role: str | UnsetType = UNSET
     content: str | UnsetType | None = UNSET
+    refusal: UnsetType | None = UNSET
 
 
-class ChatChunkChoice(AnyChoice, kw_only=True):
-    """Holds one choice of a chunk."""
+class ChatChoice(AnyChoice, kw_only=True):
+    """Holds one choice of a chat's answer, or of a chunk."""
 
-    delta: ChatDelta
+    message: ChatText | UnsetType = UNSET  # of an answer
+    delta: ChatText | UnsetType = UNSET  # of a chunk
     logprobs: ChatLogprobs | None = None
 
 
@@ -132,18 +114,10 @@ class Completion(AnyAnswer, kw_only=True):
 
 
 class ChatCompletion(AnyAnswer, kw_only=True):
-    """Answers /v1/chat/completions."""
+    """Answers /v1/chat/completions, whole or as a chunk."""
 
-    object: Literal["chat.completion"] = "chat.completion"
+    object: Literal["chat.completion", "chat.completion.chunk"] = "chat.completion"
     choices: list[ChatChoice] = []
-    prompt_token_ids: list[int] | UnsetType | None = UNSET
-
-
-class ChatChunk(AnyAnswer, kw_only=True):
-    """Holds a chunk of a chat stream."""
-
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    choices: list[ChatChunkChoice] = []
     prompt_token_ids: list[int] | UnsetType | None = UNSET
 
 
