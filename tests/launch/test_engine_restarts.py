@@ -9,7 +9,7 @@ import pytest
 from pdlaunch.launch.state import Timing
 from pdlaunch.protocol.control import Answered, AwaitIdle, Drain, EngineIdle, Restart
 from tests.launch.fakes import World, serving
-from tests.launch.test_restarts import give_up
+from tests.launch.test_deaths import give_up
 
 DECODE = {"decode-0", "decode-0/rank-0", "decode-0/rank-1"}
 
