@@ -37,86 +37,63 @@ class KVOffloadSettings(FrozenModel):
 class EngineSettings(FrozenModel):
     """Describes an engine. The top level of the file holds these, and a role may override each."""
 
+    # fmt: off
     model: Annotated[str, Flag()] = Field(
-        DEFAULT_MODEL,
-        min_length=1,
+        DEFAULT_MODEL, min_length=1,
         description="Alias, directory in Hugging Face layout, .gguf file, or a name on the hub "
-        "such as Qwen/Qwen3-0.6B, which is downloaded.",
-    )
+        "such as Qwen/Qwen3-0.6B, which is downloaded.")
     revision: Annotated[Revision | None, Flag()] = Field(
-        None, description="Branch, tag or commit of a model on the hub; its main branch when unset."
-    )
+        None,
+        description="Branch, tag or commit of a model on the hub; its main branch when unset.")
     tensor_parallel_size: Annotated[
         int, Flag(of_role=Flag("{role}-tp", help="Ranks of a {role} engine."))
     ] = Field(1, gt=0, le=1024, description="Ranks of an engine.")
     load_format: Annotated[LoadFormat, Flag()] = Field(
-        "auto", description="`dummy` makes random weights up, for benchmarks."
-    )
+        "auto", description="`dummy` makes random weights up, for benchmarks.")
     dtype: Annotated[DType, Flag(for_router=True)] = Field(
-        "auto",
-        description="`auto` takes the checkpoint's; float32 on a CPU without native bf16.",
-    )
+        "auto", description="`auto` takes the checkpoint's; float32 on a CPU without native bf16.")
     max_model_len: Annotated[int | None, Flag()] = Field(
-        None,
-        gt=0,
-        description="Longest prompt plus output in tokens; the model's limit when unset.",
-    )
+        None, gt=0,
+        description="Longest prompt plus output in tokens; the model's limit when unset.")
     block_size: Annotated[int, Flag()] = Field(16, gt=0, description="Tokens in a KV block.")
     kv_cache_memory: Annotated[ByteSize | None, Flag()] = Field(
         None,
         description="KV cache of one rank, such as 4GiB. When unset, 1GiB on a CPU and what "
-        "gpu_memory_utilization leaves on a GPU.",
-    )
+        "gpu_memory_utilization leaves on a GPU.")
     gpu_memory_utilization: Annotated[float, Flag()] = Field(
-        0.9,
-        gt=0,
-        le=1,
-        description="Share of a GPU's memory that a rank may use, whatever others hold.",
-    )
+        0.9, gt=0, le=1,
+        description="Share of a GPU's memory that a rank may use, whatever others hold.")
     enable_prefix_caching: Annotated[bool, Flag()] = Field(
-        True, description="Keep KV blocks for later requests whose prompts begin alike."
-    )
+        True, description="Keep KV blocks for later requests whose prompts begin alike.")
     kv_offload: KVOffloadSettings = KVOffloadSettings()
     enable_cumem_allocator: Annotated[bool | None, Flag()] = Field(
-        None, description="Allocate weights and KV cache from CuMem pools."
-    )
+        None, description="Allocate weights and KV cache from CuMem pools.")
     enable_sleep_mode: Annotated[bool, Flag()] = Field(
-        False, description="Let engines sleep and wake up; turns the CuMem allocator on."
-    )
+        False, description="Let engines sleep and wake up; turns the CuMem allocator on.")
     enforce_eager: Annotated[bool, Flag()] = Field(
-        False, description="Run all steps on a GPU without CUDA graphs."
-    )
+        False, description="Run all steps on a GPU without CUDA graphs.")
     async_scheduling: Annotated[bool, Flag()] = Field(
-        True, description="Prepare a GPU's next step on the CPU while one runs."
-    )
+        True, description="Prepare a GPU's next step on the CPU while one runs.")
     max_num_seqs: Annotated[int, Flag()] = Field(
-        64, gt=0, description="Largest number of requests in one batch."
-    )
+        64, gt=0, description="Largest number of requests in one batch.")
     max_num_batched_tokens: Annotated[int | None, Flag()] = Field(
-        None, gt=0, description="Tokens in one step; when unset, 512 on a CPU and 8192 on a GPU."
-    )
+        None, gt=0, description="Tokens in one step; when unset, 512 on a CPU and 8192 on a GPU.")
     device: Annotated[Device, Flag()] = Field(
-        "auto", description="`auto` takes GPUs where there are any, else the CPU."
-    )
+        "auto", description="`auto` takes GPUs where there are any, else the CPU.")
     num_threads: int | None = Field(
-        None, gt=0, description="CPU threads of a rank; an even share of the cores when unset."
-    )
+        None, gt=0, description="CPU threads of a rank; an even share of the cores when unset.")
     engine: Annotated[EngineName, Flag(for_router=True)] = Field(
-        "native", description="What computes: `native`, this project's own engine, or `vllm`."
-    )
+        "native", description="What computes: `native`, this project's own engine, or `vllm`.")
     engine_command: Annotated[str, Flag()] = Field(
-        "vllm",
-        min_length=1,
-        description="Executable of engines that are not native: a name on PATH, or a path.",
-    )
+        "vllm", min_length=1,
+        description="Executable of engines that are not native: a name on PATH, or a path.")
     engine_args: dict[FlagName, JsonValue] = Field(
         default_factory=dict,
         description="Further flags of engines that are not native, such as `max-logprobs: 5`; "
-        "true for a flag without a value.",
-    )
+        "true for a flag without a value.")
     env: dict[VariableName, str] = Field(
-        default_factory=dict, description="Extra environment of the engine's ranks."
-    )
+        default_factory=dict, description="Extra environment of the engine's ranks.")
+    # fmt: on
 
 
 @may_override(EngineSettings)

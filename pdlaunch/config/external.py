@@ -157,24 +157,21 @@ def _read_engine(value: object) -> object:
 class RunningEngine(FrozenModel):
     """Names an engine that runs already."""
 
+    # fmt: off
     name: str | None = Field(
-        None,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$",
-        description="Name in metrics and logs; ROLE-N when unset.",
-    )
+        None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$",
+        description="Name in metrics and logs; ROLE-N when unset.")
     role: Role = Field(description="What the router uses it for.")
     url: Annotated[str, AfterValidator(_check_url)] = Field(
-        description="http://HOST:PORT, https://HOST:PORT, unix:/PATH, or dns+http://NAME:PORT for "
-        "one engine at each address of a name.",
-    )
+        description="http://HOST:PORT, https://HOST:PORT, unix:/PATH, or dns+http://NAME:PORT "
+        "for one engine at each address of a name.")
     kind: EngineName | None = Field(
-        None, description="Which program it is; the `engine` setting when unset."
-    )
+        None, description="Which program it is; the `engine` setting when unset.")
     api_key_env: str | None = Field(
-        None,
-        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
-        description="Environment variable with the key that it asks for; it is sent none if unset.",
-    )
+        None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        description="Environment variable with the key that it asks for; it is sent none if "
+        "unset.")
+    # fmt: on
 
 
 RunningEngines = Annotated[

@@ -41,31 +41,28 @@ HostAddress = Annotated[str, AfterValidator(_check_address)]
 class HostSettings(FrozenModel):
     """Names a host that engines may run on."""
 
+    # fmt: off
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$",
-        description="The `--name` of its agent; `local` is the supervisor's own host, without one.",
-    )
+        description="The `--name` of its agent; `local` is the supervisor's own host, without "
+        "one.")
     bind_address: HostAddress | None = Field(
         None,
         description="Its processes listen here; its address on the route to the supervisor if "
-        "unset.",
-    )
+        "unset.")
     advertise_address: HostAddress | None = Field(
-        None, description="Other hosts connect here; `bind_address` when unset."
-    )
+        None, description="Other hosts connect here; `bind_address` when unset.")
     roles: Annotated[tuple[Role, ...], BeforeValidator(read_list)] | None = Field(
         None,
         description="It takes engines of these roles alone, such as `prefill,both`; of all if "
-        "unset.",
-    )
+        "unset.")
     domain: str = Field(
-        "", description="Hosts with the same word share NVLink or RDMA; empty: not known."
-    )
+        "", description="Hosts with the same word share NVLink or RDMA; empty: not known.")
     machine: str | None = Field(
         None,
         description="File of `pdlaunch probe`, or a profile, for `check-config` before its agent "
-        "has joined.",
-    )
+        "has joined.")
+    # fmt: on
 
 
 def _read_host(value: object) -> object:

@@ -38,46 +38,37 @@ class KVTransferSettings(FrozenModel):
 
     model_config = ConfigDict(extra="allow", json_schema_extra=_with_other_sections)
 
+    # fmt: off
     connector: Annotated[str, Flag("kv-connector", metavar="nixl|mooncake|file|...")] = Field(
         "nixl",
-        description="What moves KV blocks: nixl, mooncake, file, or another installed connector.",
-    )
+        description="What moves KV blocks: nixl, mooncake, file, or another installed connector.")
     verify: Switch = Field(
         True,
         description="Compare checksums of pulled blocks; `off`, only for measuring, trusts both "
-        "hosts' clocks.",
-    )
+        "hosts' clocks.")
     on_failure: Literal["recompute", "fail"] = Field(
-        "recompute", description="What decode does when a pull fails for good."
-    )
+        "recompute", description="What decode does when a pull fails for good.")
     lease_s: float = Field(
-        30.0,
-        gt=0,
-        description="Seconds prefill keeps blocks for a decode engine that says nothing.",
-    )
+        30.0, gt=0,
+        description="Seconds prefill keeps blocks for a decode engine that says nothing.")
     pull_timeout_s: Annotated[float, NATIVE_ALONE] = Field(
-        20.0, gt=0, description="Seconds a decode engine waits for one pull."
-    )
+        20.0, gt=0, description="Seconds a decode engine waits for one pull.")
     pull_attempts: Annotated[int, NATIVE_ALONE] = Field(
-        2,
-        ge=1,
-        description="READs of a rank's blocks that may fail before the prompt is recomputed.",
-    )
+        2, ge=1,
+        description="READs of a rank's blocks that may fail before the prompt is recomputed.")
     handshake_timeout_s: Annotated[float, NATIVE_ALONE] = Field(
-        20.0, gt=0, description="Seconds for the handshake of one pair."
-    )
+        20.0, gt=0, description="Seconds for the handshake of one pair.")
     trusted_network: Switch = Field(
         False,
         description="Let KV blocks go between hosts over ports of NIXL or Mooncake, which ask "
-        "nobody who he is: whoever reaches them can read and write the memory of ranks.",
-    )
+        "nobody who he is: whoever reaches them can read and write the memory of ranks.")
     data_ports: PortRange = Field(
         "21000-21999",
-        description="Ports of that network at which ranks take KV blocks, for a firewall's rules.",
-    )
+        description="Ports of that network at which ranks take KV blocks, for a firewall's rules.")
     nixl: NixlSettings = NixlSettings()
     mooncake: MooncakeSettings = MooncakeSettings()
     file: FileSettings = FileSettings()
+    # fmt: on
 
     @field_validator("connector")
     @classmethod

@@ -37,9 +37,9 @@ class TracingSettings(FrozenModel):
     """Says what the router remembers of requests, and whom it tells."""
 
     # 10,000 take 130 MB of the router, and 3 ms of its event loop to find the slowest among them.
+    # fmt: off
     kept_requests: int = Field(
-        500, ge=0, le=10_000, description="Requests that `pdlaunch trace` can show, the last ones."
-    )
+        500, ge=0, le=10_000, description="Requests that `pdlaunch trace` can show, the last ones.")
     otlp_endpoint: Annotated[str | None, Flag(panel=DEPLOYMENT, metavar="URL", for_router=True)] = (
         Field(
             None,
@@ -49,130 +49,101 @@ class TracingSettings(FrozenModel):
         )
     )
     otlp_sample: Annotated[float, Flag(panel=DEPLOYMENT, for_router=True)] = Field(
-        1.0, ge=0, le=1, description="Share of requests whose spans are sent there."
-    )
+        1.0, ge=0, le=1, description="Share of requests whose spans are sent there.")
+    # fmt: on
 
 
 class LaunchConfig(SharedSettings, EngineSettings):
     """Describes one deployment of engines behind one router."""
 
+    # fmt: off
     prefill: RoleSettings = RoleSettings()
     decode: RoleSettings = RoleSettings()
     both: BothSettings = BothSettings()
     served_model_name: Annotated[str | None, Flag(panel=DEPLOYMENT, for_router=True)] = Field(
-        None, min_length=1, description="Name in the API; the model's own name when unset."
-    )
+        None, min_length=1, description="Name in the API; the model's own name when unset.")
     host: Annotated[str, Flag(panel=DEPLOYMENT, for_router=True)] = Field(
-        "127.0.0.1", min_length=1, description="Address of the router."
-    )
+        "127.0.0.1", min_length=1, description="Address of the router.")
     port: Annotated[int, Flag(panel=DEPLOYMENT, for_router=True)] = Field(
-        8000, ge=0, le=65535, description="Port of the router; 0 picks a free one."
-    )
+        8000, ge=0, le=65535, description="Port of the router; 0 picks a free one.")
     api_key: Annotated[SecretStr | None, Flag(panel=DEPLOYMENT, for_router=True)] = Field(
-        None, min_length=1, description="Key that clients must send as a bearer token."
-    )
+        None, min_length=1, description="Key that clients must send as a bearer token.")
     admin_api_key: Annotated[SecretStr | None, Flag(panel=DEPLOYMENT, for_router=True)] = Field(
-        None,
-        min_length=1,
+        None, min_length=1,
         description="Key for sleep, wake and other commands over HTTP; without it they are taken "
-        "only at a local socket.",
-    )
+        "only at a local socket.")
     engine_api_key: Annotated[SecretStr | None, Flag(panel=DEPLOYMENT)] = Field(
-        None,
-        min_length=1,
+        None, min_length=1,
         description="Key with which another router may use the engines; without it only the "
-        "launch's own may.",
-    )
+        "launch's own may.")
     page: Annotated[bool, Flag(panel=DEPLOYMENT)] = Field(
         True,
         description="Answer at the router's `/` with a page that shows the deployment; it asks "
-        "for the clients' key.",
-    )
+        "for the clients' key.")
     engines: RunningEngines = Field(
         (),
         description="Engines that somebody else started, for `pdlaunch router`: `[{name, role, "
-        "url, kind, api_key_env}]`, or `prefill=URL`.",
-    )
+        "url, kind, api_key_env}]`, or `prefill=URL`.")
     engines_file: Annotated[str | None, Flag(panel=ROUTER, metavar="FILE")] = Field(
-        None,
-        min_length=1,
-        description="YAML file with further `engines`, which `pdlaunch router` watches.",
-    )
+        None, min_length=1,
+        description="YAML file with further `engines`, which `pdlaunch router` watches.")
     engine_urls: Annotated[EngineUrls, Flag(panel=ROUTER)] = Field(
         (),
         description="URLs at which engines may be that come by command, file or DNS, such as "
-        "`http://10.0.0.0/24:8000-8100`; none when empty.",
-    )
+        "`http://10.0.0.0/24:8000-8100`; none when empty.")
     placement: Annotated[Placement, Flag(panel=HOSTS)] = Field(
         "local",
         description="`local` starts all on this host, `hosts` on those of `hosts`, whose agents "
-        "join; `ray` and `slurm` ask these for room.",
-    )
+        "join; `ray` and `slurm` ask these for room.")
     hosts: Annotated[Hosts, Flag(panel=HOSTS, metavar="NAMES", help=_HOSTS_HELP)] = Field(
         (),
         description="Hosts that engines are placed on: `[{name, bind_address, advertise_address, "
-        "roles, domain, machine}]`, or names; `local` is this one.",
-    )
+        "roles, domain, machine}]`, or names; `local` is this one.")
     placement_strategy: Annotated[PlacementStrategy, Flag(panel=HOSTS)] = Field(
         "pack",
         description="`pack` fills hosts in turn, so that pairs share one; `spread` takes the "
-        "emptiest.",
-    )
+        "emptiest.")
     control_address: Annotated[HostAddress | None, Flag(panel=HOSTS)] = Field(
         None,
         description="Address of this host at which the others reach the supervisor; that of the "
-        "default route when unset.",
-    )
+        "default route when unset.")
     control_port: Annotated[int, Flag(panel=HOSTS)] = Field(
-        0, ge=0, le=MAX_PORT, description="Port at which agents join; 0 picks a free one."
-    )
+        0, ge=0, le=MAX_PORT, description="Port at which agents join; 0 picks a free one.")
     join_file: Annotated[str | None, Flag(panel=HOSTS, metavar="FILE")] = Field(
-        None,
-        min_length=1,
-        description="File that `pdlaunch agent --join` reads; in the folder of the logs if unset.",
-    )
+        None, min_length=1,
+        description="File that `pdlaunch agent --join` reads; in the folder of the logs if unset.")
     join_timeout_s: Annotated[float, Flag("join-timeout", HOSTS)] = Field(
-        300.0, gt=0, description="Time for the agents of all hosts to join."
-    )
+        300.0, gt=0, description="Time for the agents of all hosts to join.")
     agent_timeout_s: Annotated[float, Flag("agent-timeout", HOSTS)] = Field(
-        20.0,
-        ge=MIN_AGENT_TIMEOUT_S,
-        description="An agent that hears nothing of its supervisor for so long ends its processes.",
-    )
+        20.0, ge=MIN_AGENT_TIMEOUT_S,
+        description="An agent that hears nothing of its supervisor for so long ends its "
+        "processes.")
     log_dir: Annotated[str | None, Flag(panel=DEPLOYMENT, metavar="DIR")] = Field(
         None,
-        description="Folder of the log files. When unset, each launch makes one and the latest 20 "
-        "are kept.",
-    )
+        description="Folder of the log files. When unset, each launch makes one and the latest "
+        "20 are kept.")
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Flag(panel=DEPLOYMENT, for_router=True)
     ] = Field("info", description="Least severe level that is logged.")
     log_format: Annotated[Literal["text", "json"], Flag(panel=DEPLOYMENT, for_router=True)] = Field(
-        "text", description="Form of the lines in log files."
-    )
+        "text", description="Form of the lines in log files.")
     log_requests: Annotated[bool, Flag(panel=DEPLOYMENT)] = Field(
-        False,
-        description="Show each request on the terminal, as router.log has it.",
-    )
+        False, description="Show each request on the terminal, as router.log has it.")
     log_content: Annotated[bool, Flag(panel=DEPLOYMENT, for_router=True)] = Field(
-        False, description="Log how prompts and outputs begin; no text of them is logged otherwise."
-    )
+        False,
+        description="Log how prompts and outputs begin; no text of them is logged otherwise.")
     tracing: TracingSettings = TracingSettings()
     startup_timeout_s: Annotated[float, Flag("startup-timeout", DEPLOYMENT)] = Field(
-        600.0,
-        gt=0,
-        description="Time from the start of the first process, behind joining and downloads, until "
-        "the deployment is ready.",
-    )
+        600.0, gt=0,
+        description="Time from the start of the first process, behind joining and downloads, "
+        "until the deployment is ready.")
     drain_timeout_s: Annotated[float, Flag("drain-timeout", DEPLOYMENT, for_router=True)] = Field(
-        30.0, ge=0, description="Time that running requests get after SIGTERM or Ctrl-C."
-    )
+        30.0, ge=0, description="Time that running requests get after SIGTERM or Ctrl-C.")
     hang_timeout_s: float = Field(
-        60.0,
-        ge=0,
+        60.0, ge=0,
         description="A process whose main loop stands still for so long is restarted; must be "
-        "longer than any step. 0 for never.",
-    )
+        "longer than any step. 0 for never.")
+    # fmt: on
 
     @field_validator("hang_timeout_s")
     @classmethod

@@ -23,24 +23,21 @@ DEPLOYMENT = "Deployment"
 class LimitSettings(FrozenModel):
     """Limits beyond which a router or an engine refuses requests."""
 
+    # fmt: off
     max_body_bytes: ByteSize = Field(
-        parse_size("16MiB"), description="Longest body of an HTTP request."
-    )
+        parse_size("16MiB"), description="Longest body of an HTTP request.")
     max_body_bytes_in_flight: ByteSize | None = Field(
         None,
         description="Bytes in the bodies of all requests in flight, above which a request gets "
-        "503; eight times max_body_bytes when unset.",
-    )
+        "503; eight times max_body_bytes when unset.")
     max_queued_requests: int = Field(
-        1024, gt=0, description="Requests in flight at the router or an engine; one more gets 429."
-    )
+        1024, gt=0, description="Requests in flight at the router or an engine; one more gets 429.")
     max_connections: int = Field(
-        4096,
-        gt=0,
+        4096, gt=0,
         description="Open connections at the router or an engine, above which new ones replace "
-        "idle ones.",
-    )
+        "idle ones.")
     request_timeout_s: float = Field(600.0, gt=0, description="Time that a request may take.")
+    # fmt: on
 
     @model_validator(mode="after")
     def _longest_body_fits(self) -> Self:
@@ -64,52 +61,41 @@ class LimitSettings(FrozenModel):
 class RoutingSettings(FrozenModel):
     """Says what matters when a router chooses the engines of a request."""
 
+    # fmt: off
     policy: Annotated[RoutingPolicy, Flag("routing", DEPLOYMENT)] = Field(
         "load",
-        description=(
-            "Which engines serve a request: those with the least `load`, which may compute a "
-            "prompt where it is decoded, or `pairs` of a prefill and a decode engine wherever "
-            "there are."
-        ),
-    )
+        description="Which engines serve a request: those with the least `load`, which may "
+        "compute a prompt where it is decoded, or `pairs` of a prefill and a decode engine "
+        "wherever there are.")
     max_itl_ms: Annotated[float | None, Flag(panel=DEPLOYMENT)] = Field(
-        None,
-        gt=0,
-        description=(
-            "Longest time for which a prompt may be computed at a decode engine that has streams; "
-            "longer ones go to a prefill engine. When unset, load alone decides."
-        ),
-    )
+        None, gt=0,
+        description="Longest time for which a prompt may be computed at a decode engine that has "
+        "streams; longer ones go to a prefill engine. When unset, load alone decides.")
     max_ttft_ms: Annotated[float | None, Flag(panel=DEPLOYMENT)] = Field(
-        None,
-        gt=0,
-        description=(
-            "Time to the first token: where the prefill queue takes longer, a prompt is computed "
-            "at a decode engine that keeps it. When unset, load alone decides."
-        ),
-    )
+        None, gt=0,
+        description="Time to the first token: where the prefill queue takes longer, a prompt is "
+        "computed at a decode engine that keeps it. When unset, load alone decides.")
+    # fmt: on
 
 
 class SharedSettings(FrozenModel):
     """Holds what all engines share and no role may override."""
 
+    # fmt: off
     kv_transfer: KVTransferSettings = KVTransferSettings()
     limits: LimitSettings = LimitSettings()
     routing: RoutingSettings = RoutingSettings()
     allowed_hosts: Annotated[HostNames, Flag(panel=DEPLOYMENT, for_router=True)] = Field(
         (),
-        description="Further names of the router or an engine in clients' URLs (Host header); `*` "
-        "for any.",
-    )
+        description="Further names of the router or an engine in clients' URLs (Host header); "
+        "`*` for any.")
     cors_origins: Annotated[Origins, Flag(panel=DEPLOYMENT, for_router=True)] = Field(
-        (), description="Origins whose web pages may use the router or an engine; `*` for any."
-    )
+        (), description="Origins whose web pages may use the router or an engine; `*` for any.")
     generation_config: Annotated[GenerationConfig, Flag(), NATIVE_ALONE] = Field(
         "auto",
         description="Sampling defaults of requests: `auto` takes those of the model's "
-        "generation_config.json, `vllm` neutral ones.",
-    )
+        "generation_config.json, `vllm` neutral ones.")
     strict_fields: Annotated[bool, Flag(panel=DEPLOYMENT, for_router=True), NATIVE_ALONE] = Field(
         False,
-        description="Refuse requests with unknown fields; they are ignored and named otherwise.",
-    )
+        description="Refuse requests with unknown fields; they are ignored and named otherwise.")
+    # fmt: on
