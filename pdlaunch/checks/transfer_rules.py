@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from pdlaunch.checks.context import Context, ucx_peers
 from pdlaunch.checks.probed import NixlAnswer, PairTransport
 from pdlaunch.checks.rule import Found, error, info, warning
+from pdlaunch.config.connectors import CUDA, RDMA, TCP, opens_network
 from pdlaunch.config.problems import nearest
-from pdlaunch.config.ucx import CUDA, RDMA, TCP, opens_network
 from pdlaunch.planning.role_engines import RoleEngines
 from pdlaunch.planning.roles import PlacedEngine
 

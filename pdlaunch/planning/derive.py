@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from pathlib import PurePath
 
-from pdlaunch.config.connectors import KVNetwork
+from pdlaunch.config.connectors import KVNetwork, local_transports
 from pdlaunch.config.engine_settings import EngineSettings
 from pdlaunch.config.engine_spec import ENGINE_HOST
 from pdlaunch.config.field_types import set_paths
@@ -13,7 +13,6 @@ from pdlaunch.config.model_files.shape import HYBRID, ModelShape
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import PAIR, Role
 from pdlaunch.config.sizes import parse_size
-from pdlaunch.config.ucx import local_transports
 from pdlaunch.config.vllm_arguments import long_name
 from pdlaunch.machine.allocator_conf import expandable_segments_variable
 from pdlaunch.machine.engine_commands import EngineCommand, find_engine_command

@@ -3,18 +3,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pdlaunch.config.connectors import KVNetwork
-from pdlaunch.config.kv_transfer import KVTransferSettings
-from pdlaunch.config.ucx import (
+from pdlaunch.config.connectors import (
     ALL,
     CUDA,
     RDMA,
     SHARED_MEMORY,
+    KVNetwork,
     local_transports,
     network_transports,
     opens_network,
     ucx_transports,
 )
+from pdlaunch.config.kv_transfer import KVTransferSettings
 
 
 @pytest.mark.parametrize(

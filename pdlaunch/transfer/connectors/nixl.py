@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pdlaunch.config.ucx import opens_network
+from pdlaunch.config.connectors import opens_network
 from pdlaunch.errors import TransferError
 from pdlaunch.machine import network
 from pdlaunch.machine.network import with_device_names
