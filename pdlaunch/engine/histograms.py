@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from pdlaunch.engine.request import Request
-from pdlaunch.observe.histograms import PULL_HISTOGRAMS, REQUEST_HISTOGRAMS, HistogramFamily
-from pdlaunch.protocol.engine import EngineHistograms, HistogramCounts, PullHistograms
+from pdlaunch.observe.histograms import HISTOGRAMS
+from pdlaunch.protocol.engine import HistogramSeries
 from pdlaunch.protocol.transfer import PullFinished
-
-_Counts = dict[str, HistogramCounts]
 
 
 class Histograms:
@@ -19,16 +17,11 @@ class Histograms:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._requests = _new_counts(REQUEST_HISTOGRAMS)
-        self._pulls: dict[tuple[str, str], _Counts] = {}
+        self._series: dict[tuple[str, tuple[str, ...]], HistogramSeries] = {}
 
-    def shown(self) -> EngineHistograms:
+    def shown(self) -> list[HistogramSeries]:
         """Return the counts as they are now; they change with later observations."""
-        pulls = [
-            PullHistograms(prefill=prefill, path=path, by_name=counts)
-            for (prefill, path), counts in self._pulls.items()
-        ]
-        return EngineHistograms(requests=self._requests, pulls=pulls)
+        return list(self._series.values())
 
     def arrived(self, request: Request) -> None:
         request.times.arrived_at = self._clock()
@@ -72,25 +65,17 @@ class Histograms:
 
     def pulled(self, event: PullFinished) -> None:
         """Count a pull that has ended well, by engine and path as in the registry."""
-        key = (event.prefill, event.path)
-        counts = self._pulls.setdefault(key, _new_counts(PULL_HISTOGRAMS))
-        _add(counts, PULL_HISTOGRAMS, "kv_pull_seconds", event.seconds)
-        _add(counts, PULL_HISTOGRAMS, "kv_pull_bytes", event.num_bytes)
+        labels = (event.prefill, event.path)
+        self._observe("kv_pull_seconds", event.seconds, labels)
+        self._observe("kv_pull_bytes", event.num_bytes, labels)
         if read_s := event.read_s or event.seconds:
-            speed = event.num_bytes / read_s
-            _add(counts, PULL_HISTOGRAMS, "kv_pull_bytes_per_second", speed)
+            self._observe("kv_pull_bytes_per_second", event.num_bytes / read_s, labels)
 
-    def _observe(self, name: str, value: float) -> None:
-        _add(self._requests, REQUEST_HISTOGRAMS, name, value)
-
-
-def _new_counts(families: Mapping[str, HistogramFamily]) -> _Counts:
-    return {
-        name: HistogramCounts(counts=[0] * (len(family.bounds) + 1))
-        for name, family in families.items()
-    }
-
-
-def _add(counts: _Counts, families: Mapping[str, HistogramFamily], name: str, value: float) -> None:
-    counts[name].counts[bisect_left(families[name].bounds, value)] += 1
-    counts[name].sum += value
+    def _observe(self, name: str, value: float, labels: tuple[str, ...] = ()) -> None:
+        bounds = HISTOGRAMS[name].bounds
+        series = self._series.get((name, labels))
+        if series is None:
+            series = HistogramSeries(name=name, labels=labels, counts=[0] * (len(bounds) + 1))
+            self._series[name, labels] = series
+        series.counts[bisect_left(bounds, value)] += 1
+        series.sum += value

@@ -15,6 +15,7 @@ class HistogramFamily(NamedTuple):
 
     bounds: tuple[float, ...]
     text: str
+    labels: tuple[str, ...] = ()  # besides those of the engine
 
 
 def _scaled(mantissas: tuple[float, ...], first: float, last: float) -> Iterator[float]:
@@ -51,19 +52,15 @@ PULL_BUCKETS_BYTES = tuple(4**power for power in range(6, 19))  # 4 KiB to 64 Gi
 PULL_BUCKETS_BYTES_PER_S = tuple(_scaled((1, 2, 5), 10_000_000, 1_000_000_000_000))
 """10 MB/s to 1 TB/s."""
 
-REQUEST_HISTOGRAMS: Mapping[str, HistogramFamily] = {
-    "request_queue_time_seconds": HistogramFamily(
-        REQUEST_BUCKETS_S, "Arrival to the first step, the pull of its KV blocks included."
-    ),
-    "request_prefill_time_seconds": HistogramFamily(
-        REQUEST_BUCKETS_S, "First step to the first token drawn here."
-    ),
-    "request_decode_time_seconds": HistogramFamily(
-        REQUEST_BUCKETS_S, "First to last token drawn here; 0 where there is one."
-    ),
-    "request_inference_time_seconds": HistogramFamily(
-        REQUEST_BUCKETS_S, "First step to the last token drawn here."
-    ),
+_PULL = ("prefill", "path")
+_MANY = {
+    "request_queue_time_seconds": "Arrival to the first step, the pull of its KV blocks included.",
+    "request_prefill_time_seconds": "First step to the first token drawn here.",
+    "request_decode_time_seconds": "First to last token drawn here; 0 where there is one.",
+    "request_inference_time_seconds": "First step to the last token drawn here.",
+}
+HISTOGRAMS: Mapping[str, HistogramFamily] = {
+    **{name: HistogramFamily(REQUEST_BUCKETS_S, text) for name, text in _MANY.items()},
     "request_time_per_output_token_seconds": HistogramFamily(
         INTER_TOKEN_BUCKETS_S, "Mean time between the tokens drawn here, of two or more."
     ),
@@ -75,15 +72,14 @@ REQUEST_HISTOGRAMS: Mapping[str, HistogramFamily] = {
     ),
     # A name of vLLM's: elsewhere names of counters alone end like this.
     "iteration_tokens_total": HistogramFamily(STEP_TOKEN_BUCKETS, "Tokens that a step computes."),
-}
-"""Histograms of an engine by name without prefix, of requests that end, and at last of steps."""
-PULL_HISTOGRAMS: Mapping[str, HistogramFamily] = {
     "kv_pull_seconds": HistogramFamily(
-        PULL_BUCKETS_S, "Pulls that ended well: from lease to proof."
+        PULL_BUCKETS_S, "Pulls that ended well: from lease to proof.", _PULL
     ),
-    "kv_pull_bytes": HistogramFamily(PULL_BUCKETS_BYTES, "Bytes of KV blocks of a pull."),
+    "kv_pull_bytes": HistogramFamily(PULL_BUCKETS_BYTES, "Bytes of KV blocks of a pull.", _PULL),
     "kv_pull_bytes_per_second": HistogramFamily(
-        PULL_BUCKETS_BYTES_PER_S, "Speed of the READs of a pull, without questions and proof."
+        PULL_BUCKETS_BYTES_PER_S,
+        "Speed of the READs of a pull, without questions and proof.",
+        _PULL,
     ),
 }
-"""Histograms of an engine by the prefill engine it pulls from, and by path."""
+"""Histograms that an engine's rank 0 counts, by name without prefix."""

@@ -169,26 +169,13 @@ class Outputs(Message):
     items: list[Tokens | RequestFinished]
 
 
-class HistogramCounts(Message, tag=False):
+class HistogramSeries(Message, tag=False):
     """Counts values by bucket; the last bucket has those above all bounds."""
 
+    name: str  # in ``observe.histograms.HISTOGRAMS``
+    labels: tuple[str, ...]  # values of the labels that it has there
     counts: list[int]
     sum: float = 0.0
-
-
-class PullHistograms(Message, tag=False):
-    """Holds the histograms of the pulls from one prefill engine over one path."""
-
-    prefill: str
-    path: str
-    by_name: dict[str, HistogramCounts]
-
-
-class EngineHistograms(Message, tag=False):
-    """Holds the histograms of ``observe/histograms.py``, as they are since the rank started."""
-
-    requests: dict[str, HistogramCounts] = {}
-    pulls: list[PullHistograms] = []
 
 
 class EngineStats(Message):
@@ -235,8 +222,7 @@ class EngineStats(Message):
     offload_bad_blocks: int = 0
     offload_evicted_blocks: int = 0
     offload_refused_blocks: int = 0
-    histograms: EngineHistograms | None = None
-    """Sent with the rest, but for the answer to CheckIntegrity."""
+    histograms: list[HistogramSeries] = []  # not in the answer to CheckIntegrity
 
 
 class IntegrityReport(Message):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pdlaunch.engine.histograms import Histograms
-from pdlaunch.protocol.engine import HistogramCounts
+from pdlaunch.protocol.engine import HistogramSeries
 from tests.engine.fake_engine import FakeEngine
 
 
@@ -23,15 +23,20 @@ def histograms_of(engine: FakeEngine) -> Histograms:
     return histograms
 
 
-def count(found: HistogramCounts) -> int:
+def shown_by(histograms: Histograms) -> dict[str, HistogramSeries]:
+    return {series.name: series for series in histograms.shown()}
+
+
+def count(found: HistogramSeries) -> int:
     return sum(found.counts)
 
 
 def test_the_phases_of_a_request_add_up() -> None:
     engine = FakeEngine()
-    shown = histograms_of(engine).shown().requests
+    histograms = histograms_of(engine)
     engine.add("a", range(6), max_tokens=3)
     engine.run()
+    shown = shown_by(histograms)
     # The clock was looked at on arrival, in the batch, and for each of three tokens.
     sums = {name: found.sum for name, found in shown.items()}
     assert sums["request_queue_time_seconds"] == 1
@@ -47,9 +52,10 @@ def test_the_phases_of_a_request_add_up() -> None:
 
 def test_a_request_that_never_ran_took_no_time() -> None:
     engine = FakeEngine(max_num_seqs=1)
-    shown = histograms_of(engine).shown().requests
+    histograms = histograms_of(engine)
     engine.add("a", range(6), max_tokens=3)
     engine.add("b", range(6), max_tokens=3)
     engine.scheduler.requests.abort("b")
     engine.run()
+    shown = shown_by(histograms)
     assert count(shown["request_queue_time_seconds"]) == 1

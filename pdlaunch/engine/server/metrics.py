@@ -16,13 +16,11 @@ from prometheus_client.registry import Collector
 from pdlaunch.engine.server.choice import Choice
 from pdlaunch.observe.histograms import (
     CHOICE_BUCKETS,
-    PULL_HISTOGRAMS,
-    REQUEST_HISTOGRAMS,
+    HISTOGRAMS,
     TOKEN_BUCKETS,
-    HistogramFamily,
 )
 from pdlaunch.observe.metrics import RequestMetrics, buckets_of
-from pdlaunch.protocol.engine import EngineHistograms, EngineStats, HistogramCounts
+from pdlaunch.protocol.engine import EngineStats, HistogramSeries
 
 _STATS = """
 gauge   num_running            num_requests_running     Requests in the batch.
@@ -192,26 +190,15 @@ class EngineStatsCollector(Collector):
         )
         info.add_metric([*self._values, *config.values()], 1)
         yield info
-        histograms = self.stats.histograms or EngineHistograms()
-        for name, known in REQUEST_HISTOGRAMS.items():
-            shown = HistogramMetricFamily(f"pdlaunch_{name}", known.text, labels=self._names)
-            _add(shown, self._values, known, histograms.requests.get(name))
-            yield shown
-        for name, known in PULL_HISTOGRAMS.items():
-            names = [*self._names, "prefill", "decode", "path"]
+        for name, known in HISTOGRAMS.items():
+            # Of a pull this engine is the decode side.
+            names = [*self._names, *known.labels, *(["decode"] if known.labels else [])]
             shown = HistogramMetricFamily(f"pdlaunch_{name}", known.text, labels=names)
-            for pulls in histograms.pulls:
-                pair = (pulls.prefill, self._engine, pulls.path)
-                _add(shown, [*self._values, *pair], known, pulls.by_name.get(name))
+            found = [series for series in self.stats.histograms if series.name == name]
+            if not found and not known.labels:
+                empty = [0] * (len(known.bounds) + 1)
+                found = [HistogramSeries(name=name, labels=(), counts=empty)]
+            for series in found:
+                own = [*self._values, *series.labels, *([self._engine] if known.labels else [])]
+                shown.add_metric(own, buckets_of(known.bounds, series.counts), series.sum)
             yield shown
-
-
-def _add(
-    shown: HistogramMetricFamily,
-    labels: list[str],
-    known: HistogramFamily,
-    found: HistogramCounts | None,
-) -> None:
-    """Add a histogram; one that no rank has reported is empty."""
-    counts = found or HistogramCounts(counts=[0] * (len(known.bounds) + 1))
-    shown.add_metric(labels, buckets_of(known.bounds, counts.counts), counts.sum)
