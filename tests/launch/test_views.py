@@ -134,3 +134,23 @@ def test_a_proof_is_told_to_its_prover_and_the_router() -> None:
     told = [name for name, message in world.host.sent if isinstance(message, Registry)]
     assert sorted(told) == sorted([decode.name, "router"])
     assert world.host.registry(decode.name).pairs == [pair_ready(decode.name, peer, 1)]
+
+
+def test_it_tells_routers_which_engines_share_a_gpu() -> None:
+    seen, wanted = Observed([], Pairs(make_plan(), NativeEngine()), 0.0), Desired(Timing())
+    plan = make_plan(num_prefill=1, num_decode=2)
+    gpus = {"prefill-0": "cuda:0", "decode-0": "cuda:0", "decode-1": "cuda:1"}
+    seen.add(
+        [
+            msgspec.structs.replace(spec, devices=(gpus[spec.engine],))
+            for spec in plan.processes
+            if spec.kind == "rank"
+        ]
+    )
+    for process in seen.processes():
+        process.begin(1)
+        process.registration = Register(name=process.name, incarnation=1, pid=1)
+    registry = next_registry(Registry(version=0, entries=[]), wanted, seen)
+    assert {entry.engine: entry.devices for entry in registry.entries} == {
+        name: (gpu,) for name, gpu in gpus.items()
+    }

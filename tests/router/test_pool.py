@@ -238,6 +238,17 @@ def test_work_is_kept_over_updates_but_not_over_restarts(pool: EnginePool) -> No
     assert first.num_streams == 0
 
 
+def test_an_engine_has_the_devices_of_its_ranks(pool: EnginePool) -> None:
+    update(
+        pool,
+        server("decode-0", host="a"),
+        rank("decode-0", 0, 2, host="a", devices=("cuda:0",)),
+        rank("decode-0", 1, 2, host="b", devices=("cuda:0",)),
+        server("decode-1", host="a", devices=("cpu",)),
+    )
+    assert [engine.devices for engine in pool.engines] == [{"a/cuda:0", "b/cuda:0"}, {"cpu"}]
+
+
 def test_needs_filter(pool: EnginePool) -> None:
     update(pool, server("decode-0"), server("decode-1", capabilities=Capabilities(resumes=True)))
     assert {named(pick(pool, "decode", needs={"goes_on"})) for _ in range(3)} == {"decode-1"}
