@@ -1,7 +1,7 @@
-"""Turns the chunks of all prompts into what the client is sent: a stream, or one answer.
+"""Turns the chunks of all prompts into a stream or one answer for the client.
 
-Ids, model and creation time are the router's own, so that they do not change with the engine. The
-choices of prompt ``p`` are numbered ``p * n`` to ``p * n + n - 1``.
+Ids, model and creation time are the router's own. The choices of prompt ``p`` are numbered
+``p * n`` to ``p * n + n - 1``.
 """
 
 from __future__ import annotations
@@ -252,10 +252,8 @@ def total_usage(transcripts: Iterable[Transcript]) -> Usage:
 
 
 def merge(target: dict[str, Any], news: dict[str, Any]) -> None:
-    """Add a chunk's choice, or a part of it, to what is there: texts and lists grow, objects merge,
-    the rest is replaced.
-
-    List members that carry an ``index`` (tool calls) merge with the one of the same index.
+    """Add a chunk's choice, or a part of it: texts and lists grow, objects merge, the rest is
+    replaced. Members of a list with an ``index`` (tool calls) merge by it.
     """
     for name, value in news.items():
         there = target.get(name)

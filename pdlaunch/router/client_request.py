@@ -37,17 +37,13 @@ _NotNegative = Annotated[int, msgspec.Meta(ge=0)]
 _PROMPTS = re.compile(rb'\s*\[\s*["\[]')
 """Several prompts begin like this."""
 _NO_TEXT = (b"null", b'""', b"[]")
-"""Beside embeddings these are no prompt: the OpenAI client sends an empty text, as it cannot leave
-it out.
-"""
+"""No prompt beside embeddings: OpenAI's client cannot leave it out."""
 _DATA_URL = re.compile(rb'"data:[^"]{256,}"')
 """An image or another file; the tokens that an engine makes of it do not grow with its text."""
 DATA_URL_TOKENS = 1024
 """Rough, as ``CHARACTERS_PER_TOKEN``."""
 _TEXTS = ("messages", "prompt")
-"""Members that can be very long: they go to the engines as they are written, and the engines look
-at what is in them.
-"""
+"""Long members, which go to the engines as they are written and are checked there."""
 _members_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
@@ -235,8 +231,7 @@ def read_client_request(
     has_own_fields: bool = False,
     draw_seed: Callable[[], int] = lambda: secrets.randbits(63),
 ) -> ClientRequest:
-    """Check and split a client's body. ``headers`` go to the engines with it. Raises
-    RequestError.
+    """Check and split a client's body. Raises RequestError. ``headers`` go to the engines with it.
 
     ``has_own_fields``: the engines know models by names that the router does not, and get no seed
     that the client has not given.

@@ -33,9 +33,7 @@ LOST_REASONS = (
 )  # fmt: skip
 """The reason why a stream cannot go on at another engine."""
 NUM_CONTEXT_TOKENS = 64
-"""Tokens of the prompt that are detokenized with the output: the first one's text depends on what
-stands before it.
-"""
+"""Prompt tokens that are detokenized with the output, whose text depends on them."""
 MAX_PARTS = 8
 """Tokens at the end that may be parts of one character."""
 _HALF_CHARACTER = "\ufffd"

@@ -46,13 +46,12 @@ _MALFORMED = (LookupError, TypeError, AttributeError, ValueError, RecursionError
 
 
 class EngineFailure(OverloadedError):
-    """Tells that an engine did not do its work; another one may.
+    """An engine did not do its work; another one may.
 
-    ``may_return``: it, or its successor, may be there again soon. ``turned_away``: it did not even
-    begin. ``engine_code``: the code of its own error. ``is_told``: it has told of its failure, so
-    that it lives. ``quote``: how its own words begin, which may be those of a prompt and stand in
-    no message. If no other engine makes up for it, the client is told 503, or 502 when the engine
-    may not return.
+    ``may_return``: it, or its successor, may be there again soon; the client gets 503, else 502.
+    ``turned_away``: it did not begin. ``engine_code``: the code of its own error. ``is_told``: it
+    has reported the failure, so it is alive. ``quote``: the beginning of its own words, which may
+    quote a prompt and stand in no message.
     """
 
     def __init__(
@@ -81,7 +80,7 @@ class EngineFailure(OverloadedError):
 
 
 class EngineRefusal(RelayedError):
-    """Carries an engine's answer that is no 200, for the client as it is."""
+    """An engine's answer other than 200, which the client gets as it is."""
 
     def __init__(
         self,
@@ -284,9 +283,7 @@ class EngineTimeouts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def keys_of_launch(http_token: str, engine_api_key: str | None) -> Callable[[Engine], str | None]:
-    """Return what says the key of a launch's engine: its token leaves for none that does not ask
-    for it.
-    """
+    """Return a function that picks the key of an engine; only native ones get the token."""
 
     def key_of(engine: Engine) -> str | None:
         return http_token if engine.capabilities.takes_launch_token else engine_api_key
@@ -444,7 +441,7 @@ class EngineClient:
     async def is_alive(self, engine: Engine) -> bool:
         """Return whether the engine's server answers.
 
-        An engine that hangs is asked once for all of its streams, which fall silent together.
+        One question serves all of its streams, which fall silent together.
         """
         asking = self._living.get(engine.name)
         if asking is None:

@@ -61,7 +61,7 @@ class EnginePool:
 
     @property
     def has_own_fields(self) -> bool:
-        """Return whether the engines know fields that the router does not; they are of one kind."""
+        """Return whether engines know fields that the router does not. All are of one kind."""
         return any(engine.capabilities.has_own_fields for engine in self._engines.values())
 
     def may_hand_over(self, prefill: Engine, decode: Engine) -> bool:
@@ -75,7 +75,7 @@ class EnginePool:
         return is_there and decode.may_pull_from(prefill)
 
     def path(self, prefill: Engine, decode: Engine) -> str | None:
-        """Return the path on which they exchange KV blocks; None: it is not known here."""
+        """Return the path on which they exchange KV blocks; None: not known."""
         return next(
             (
                 pair.path
@@ -94,7 +94,7 @@ class EnginePool:
             decode.proofs.pop(suspect.peer, None)
 
     def hold(self, engine: Engine, state: ListedState) -> None:
-        """Give an engine no work, whatever the registry says, until ``release`` or its restart."""
+        """Withhold work from an engine until ``release`` or its restart."""
         self._held[engine.name] = (engine.processes, state)
         engine.ready, engine.state = False, state
 
@@ -142,8 +142,9 @@ class EnginePool:
     def pick_any(
         self, tried: Collection[EngineKey], can: Callable[[Engine], bool] = lambda _: True
     ) -> Engine | None:
-        """Return an engine for a call that computes nothing; None: there is no other than those
-        that were ``tried``. Engines that are left out come last.
+        """Return an engine that was not ``tried``, for a call that computes nothing.
+
+        Engines that fail requests come last.
         """
         able = [
             engine
@@ -165,12 +166,12 @@ class EnginePool:
         return max(1, request.num_prompt_tokens - num_cached)
 
     def served(self, engine: Engine, request: RoutingRequest, num_output_tokens: int) -> None:
-        """Note that an engine has the blocks of a prompt, and of so many tokens after it."""
+        """Note that an engine has the blocks of a prompt and of the output after it."""
         self._index.served(engine, request.prefix, request.num_prompt_tokens, num_output_tokens)
 
     @property
     def has_pairs(self) -> bool:
-        """Return whether there are prefill and decode engines, or were: the dead are not listed."""
+        """Return whether there are prefill and decode engines, or were."""
         return self._roles_seen.issuperset(PAIR)
 
     def has_ready(self, role: Role, needs: Collection[Need] = ()) -> bool:

@@ -2,12 +2,11 @@
 
 ::
 
-    first turn    [piece][piece][message's end]   a client's text is cut into pieces and where
-    next turn     [piece][piece][message's end][piece][rest]  messages end; each piece has the hash
-                                                              of all up to its end
+    first turn    [piece][piece][end of a message]
+    next turn     [piece][piece][end of a message][piece][rest]
 
-It knows texts and not blocks, nothing of evictions, and only what went through this router: an
-answer is right whatever it says, at worst an engine computes more than was thought.
+Each piece has the hash of the text up to its end. The index knows texts, not blocks, and only those
+of this router. A wrong entry costs time, never a token.
 """
 
 from __future__ import annotations
@@ -23,19 +22,15 @@ from pdlaunch.router.engine import Engine, Processes
 
 PIECE_BYTES = 128
 PIECE_SHARE = 256
-"""A piece is as long as a 256th of what lies before it, where that is more: as many as are looked
-at hold a prompt of a million tokens.
-"""
+"""A piece has at least a 256th of the bytes before it: ``MAX_PIECES`` cover a million tokens."""
 MESSAGE_END = b'"}'
-"""A message ends like this in most clients' JSON. Without these ends a chat with a short question
-would be known by what it shares with others, as the system's prompt, or not at all.
+"""A message ends like this in most clients' JSON. Pieces end there too, so that a chat with a short
+question is told apart from others with the same system prompt.
 """
 LEAST_MESSAGE_BYTES = 24
-"""An end that comes sooner is that of an object in a message: such pieces would be many, of two
-bytes each at worst, and leave most of a text unseen. Of longer pieces it is as large a part.
-"""
+"""Shorter pieces, ends of objects in a message, are not made. Grows with the size of pieces."""
 MAX_PIECES = 2048
-"""Pieces of one prompt that are looked at: what lies behind them makes little difference."""
+"""Pieces of one prompt that are looked at."""
 MAX_REMEMBERED_PIECES = 32_768
 """Pieces for each engine, about 200 bytes each; the ones not used for longest are forgotten."""
 
@@ -53,10 +48,7 @@ PrefixHashes = tuple[Piece, ...]
 
 
 def hash_prefix(text: bytes | None, cache_salt: str) -> PrefixHashes:
-    """Return the pieces of a prompt or messages; an end that fills none is left out.
-
-    Prompts of different salts share nothing, as in the engines' caches.
-    """
+    """Return the whole pieces of a prompt; prompts of different salts share none."""
     if text is None:
         return ()
     running = xxhash.xxh3_64(cache_salt.encode("utf-8", "surrogatepass") + b"\0")
@@ -69,7 +61,7 @@ def hash_prefix(text: bytes | None, cache_salt: str) -> PrefixHashes:
 
 
 def _cuts(text: bytes) -> Iterator[int]:
-    """Yield where pieces end: texts that begin alike are cut alike."""
+    """Yield where pieces end; texts that begin alike are cut alike."""
     end = 0
     while True:
         size = max(PIECE_BYTES, end // PIECE_SHARE)
@@ -87,9 +79,7 @@ class ServedPrefixes:
     def __init__(self, max_pieces: int = MAX_REMEMBERED_PIECES) -> None:
         self._max_pieces = max_pieces
         self._engines: dict[str, tuple[Processes, OrderedDict[int, int]]] = {}
-        """Tokens up to the end of a piece, by engine and hash; the piece that was used
-        last comes last.
-        """
+        """Tokens up to the end of a piece, by engine and hash; the least recently used first."""
 
     def num_cached_tokens(self, engine: Engine, prefix: PrefixHashes) -> int:
         """Return how many tokens of the prefix this engine need not compute."""
@@ -101,10 +91,9 @@ class ServedPrefixes:
     def served(
         self, engine: Engine, prefix: PrefixHashes, num_prompt_tokens: int, num_output_tokens: int
     ) -> None:
-        """Note that an engine has the blocks of a prompt, and of the tokens that it drew after it.
+        """Note that an engine has the blocks of a prompt and of the output after it.
 
-        The next turn begins with them: they count as known behind the prompt's last piece, if it
-        was looked at up to there.
+        The next turn begins with the output, so that counts as known behind the last piece.
         """
         if not prefix:
             return

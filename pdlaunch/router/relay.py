@@ -100,9 +100,7 @@ class Relay:
         """The client has the first tokens from prefill, so that decode must not say them again."""
         self._decode_has_answered = False
         self._goes_on_at: Engine | None = None
-        """The engine of which a token was told that was not the first: more of them need no
-        ceremony.
-        """
+        """The engine that has sent a second token: plain chunks of it take the short way."""
         self._first_told_at: float | None = None
         """Instant of the client's first token; None once it has the second one."""
         self._tried: set[EngineKey] = set()
@@ -150,8 +148,7 @@ class Relay:
     def _must_resume(self) -> bool:
         """Return whether the next engine has to go on after tokens that the client has.
 
-        Those that prefill has drawn need no resumption as long as decode has added none: they are
-        handed over with the blocks.
+        The first token is handed over with the blocks, until decode has added more.
         """
         return (self._decode_has_answered or self._lease is None) and self.transcript.has_tokens
 
@@ -175,12 +172,12 @@ class Relay:
         )
 
     async def _choose(self) -> Route:
-        """Return the next route; after a failure an engine is waited for.
+        """Return the next route; after a failure wait for an engine.
 
         Raises the last failure, or OverloadedError.
         """
         state = self._state
-        # The time counts from the first failure, so that engines that fail in turn end it too.
+        # From the first failure on, so that engines that fail in turn end the wait too.
         since_at = state.now() if self._trouble_since_at is None else self._trouble_since_at
         end_at = since_at + state.recovery.wait_s
         while True:

@@ -66,9 +66,7 @@ class EngineCall:
         self.engine = engine
         self.error: str | None = None
         self.spans: list[Span] = []
-        """Those that the engine has told, on a clock of its own; ``placed`` returns them on the
-        router's.
-        """
+        """The engine's, on its own clock; ``placed`` returns them on the router's."""
         self.num_dropped = 0
         """Spans that the engine, or this process, has not kept."""
         self._first_at = 0.0
@@ -116,7 +114,7 @@ class EngineCall:
         return self._end_at - self._sent_at if self._ended else 0.0
 
     def hear(self, told: object) -> None:
-        """Take the report with which an engine has ended its answer; None: it tells nothing."""
+        """Take the spans with which an engine has ended its answer, if any."""
         if told is None:
             return
         try:
@@ -131,9 +129,7 @@ class EngineCall:
         self._note("clock_error_ms", round(error_s * 1000, 3))
 
     def counts(self, usage: object) -> None:
-        """Note how much of the prompt the engine did not compute, by the ``usage`` of its answer:
-        what it had cached, and what it has pulled.
-        """
+        """Note by ``usage`` how much of the prompt was cached or pulled."""
         details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
         cached = details.get("cached_tokens") if isinstance(details, dict) else None
         if isinstance(cached, int):
@@ -398,10 +394,7 @@ class RequestRecord:
 
 
 def _prefill_s(prefill: EngineCall | None, decode: EngineCall | None) -> float | None:
-    """Return how long the prompt was computed; of an engine that does not tell, its whole answer.
-
-    Where decode does all, what it takes before its first token is known by its own word alone.
-    """
+    """Return how long the prompt was computed, by spans, else by the whole prefill call."""
     if prefill is None:
         return None if decode is None else decode.covered_s(PREFILL)
     computed_s = prefill.covered_s(PREFILL)

@@ -1,6 +1,4 @@
-"""Holds what all requests of the router share: pool, client, metrics, suspects, news of the
-registry.
-"""
+"""Holds what all requests of the router share: pool, client, metrics, suspects, the registry."""
 
 from __future__ import annotations
 
@@ -29,32 +27,29 @@ logger = logging.getLogger(__name__)
 SETTLE_TIMEOUT_S = 2.0
 MAX_PAIR_FAILURES = 1000
 DEATH_NEWS_S = 5.0
-"""Seconds that the supervisor may take to tell of a death that an engine's server has spoken of.
-
-On a busy machine it takes long: who does not wait may hand a request that kills to a third engine.
+"""How long to wait until the registry shows a death that an engine's server has reported. Without
+the wait a request that kills engines may reach a third one.
 """
 
 
 class RecoverySettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Says how hard the router tries to save a request that an engine has dropped."""
+    """Limits the recovery of a request that engines have failed."""
 
     max_attempts: int = 4
-    """Engines asked for one hop: a request that kills engines must not kill them all."""
+    """Failures of prefill, and of decode, before it gives up: a request may kill engines."""
     wait_s: float = 60.0
-    """Seconds to wait after a failure for an engine to come, or to come back."""
+    """Seconds to wait after a failure for an engine to come back."""
     retry_wait_s: float = 1.0
-    """Seconds to leave an engine alone that failed and that the registry still calls ready, where
-    there is no other.
-    """
+    """Seconds before an engine that failed is asked again, where there is no other."""
     busy_wait_s: float = 1.0
     """Seconds to leave a busy engine alone."""
 
 
 class SuspectPrompts:
-    """Remembers what is known against the requests that run, and nothing of others.
+    """Counts the ranks that may have died of each running prompt.
 
-    A rank that dies by itself makes the requests of its last step suspects. An engine never has two
-    suspects in a step, so that one whose step ends with a death again is the cause.
+    A rank that dies makes the prompts of its last step suspects. A step never has two suspects, so
+    one whose step ends with a death again is the cause.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
-"""Remembers what a client has been told, and finds what is new to it in an engine's chunk.
+"""Remembers what a client has received, and finds what is new in an engine's chunk.
 
-Engines change in the middle of an answer (prefill to decode, decode to its successor): roles that
-were sent, choices that are over and the prompt's tokens are not told twice.
+The engine may change in the middle of an answer. Roles, finished choices and the prompt's tokens
+are not sent twice.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pdlaunch.router.engine_client import Chunk
 
 
 class ChoiceTranscript(msgspec.Struct):
-    """Remembers what was told of one choice."""
+    """Remembers what the client has of one choice."""
 
     token_ids: list[int] = []
     finish_reason: str | None = None
@@ -26,14 +26,14 @@ class ChoiceTranscript(msgspec.Struct):
 
 
 class Transcript:
-    """Remembers what was told of one prompt's answer; every chunk passes through ``admit``."""
+    """Remembers what the client has of one answer; every chunk passes through ``admit``."""
 
     def __init__(self, num_choices: int, *, keeps_text: bool = False) -> None:
         self._keeps_text = keeps_text
         self.prompt_token_ids: list[int] = []
-        """Known only where text is kept, and once an engine has told them."""
+        """Kept only where text is kept."""
         self.has_other_output = False
-        """Something was told that is not the content of a message: reasoning, tool calls."""
+        """The client has output that is no content of a message: reasoning, tool calls."""
         self._choices = [ChoiceTranscript() for _ in range(num_choices)]
         self._num_tokens = 0
         self._usage = Usage()
