@@ -122,6 +122,19 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
             body["min_tokens"] = min(1, body["min_tokens"])
         return msgspec.json.encode(body)
 
+    def check_length(self, num_prompt_tokens: int, limit: int | None) -> None:
+        """Raise RequestError if prompt and output exceed a decode engine's limit.
+
+        Prefill has seen ``max_tokens=1``, not the client's own.
+        """
+        if limit and self.max_tokens and num_prompt_tokens + self.max_tokens > limit:
+            raise RequestError(
+                f"the prompt's {num_prompt_tokens} tokens and max_tokens={self.max_tokens} exceed "
+                f"this model's maximum context length of {limit} tokens",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+
     @property
     def is_stream(self) -> bool:
         return bool(self.body.get("stream"))

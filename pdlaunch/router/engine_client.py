@@ -179,6 +179,8 @@ Chunk = dict[str, Any]
 
 REPORT_BEGINNING = b'{"choices":[],"%s":' % REPORT_KEY.encode()
 """Begins the event in which an engine of ours tells its spans."""
+_BROKEN = frozenset({"error", "abort"})
+"""Reasons with which an engine gives a request up that nobody has cancelled."""
 _CLIENT_ERROR_TYPES = frozenset({"invalid_request_error", "BadRequestError", "NotFoundError"})
 
 
@@ -269,6 +271,13 @@ class EngineStream:
             quote=str(fields.get("message", told))[:MAX_QUOTE_BYTES],
             is_told=True,
         )
+
+
+def refuse_broken(engine: Engine, chunk: Chunk) -> None:
+    """Raise EngineFailure for a chunk with which the engine gives the request up."""
+    for choice in chunk["choices"]:
+        if choice.get("finish_reason") in _BROKEN:
+            raise EngineFailure(engine, "gave the request up")
 
 
 class EngineTimeouts(msgspec.Struct, frozen=True, kw_only=True):
@@ -437,6 +446,13 @@ class EngineClient:
             await self._call_briefly(decode, "POST", "/v1/completions", msgspec.json.encode(body))
         except EngineFailure as failure:
             logger.warning("a lease is not released: %s", failure)
+
+    async def detokenize(
+        self, engine: Engine, model: object, token_ids: list[int], headers: dict[str, str]
+    ) -> str:
+        body = msgspec.json.encode({"model": model, "tokens": token_ids})
+        answer, _ = await self.ask(engine, "/detokenize", body, headers)
+        return str(msgspec.json.decode(answer)["prompt"])
 
     async def is_alive(self, engine: Engine) -> bool:
         """Return whether the engine's server answers.

@@ -13,12 +13,15 @@ Everything that the choice depends on is an argument.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import msgspec
 
 from pdlaunch.config.roles import Role
+from pdlaunch.errors import OverloadedError
+from pdlaunch.http.errors import RETRY_AFTER_S
 from pdlaunch.protocol.control import Capabilities
 from pdlaunch.protocol.process.bootstrap import RoutingLimits
 from pdlaunch.router.engine import Engine, EngineKey
@@ -45,6 +48,10 @@ KV_WEIGHT = 1 / 32
 a little longer. Simulated (docs/measurements/routing.md): with 1/8, TTFT p99 of bursts is 20 %
 worse; with 1/64, ITL p99 doubles at 50 requests a second.
 """
+
+
+MAX_RETRY_AFTER_S = 60
+"""Clients that are refused are asked to try again by then: long estimates may well be wrong."""
 
 
 class RoutingRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -336,3 +343,20 @@ def covers(has: Capabilities, needs: Collection[Need]) -> bool:
 def may_pull(decode: Engine, prefill: Engine, now_at: float) -> bool:
     """Return whether ``decode`` may be handed KV blocks of ``prefill``, and pulls work."""
     return decode.may_pull_from(prefill) and decode.health.pull(prefill.key).takes(now_at)
+
+
+def too_late(route: Route, left_s: float) -> OverloadedError:
+    """Return the error for a request whose client wants the answer before the queue is done."""
+    late_s = math.ceil(min(route.wait_s - left_s, MAX_RETRY_AFTER_S))
+    return OverloadedError(
+        f"the {left_s:.2f} s that are left cannot be met: prompts before this one take "
+        f"{route.wait_s:.2f} s at {route.engines[0].name}",
+        status=503,
+        retry_after_s=max(RETRY_AFTER_S, late_s),
+        code="deadline_exceeded",
+    )
+
+
+def no_engine_ready(message: str) -> OverloadedError:
+    """Return the error for a request that no engine can be given now."""
+    return OverloadedError(message, status=503, retry_after_s=RETRY_AFTER_S, code="no_engine_ready")

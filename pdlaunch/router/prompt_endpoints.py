@@ -54,7 +54,8 @@ from pdlaunch.router.client_request import (
 )
 from pdlaunch.router.engine import EngineKey
 from pdlaunch.router.engine_client import EngineFailure
-from pdlaunch.router.relay import answer_prompt, no_engine_ready
+from pdlaunch.router.policy import no_engine_ready
+from pdlaunch.router.relay import answer_prompt
 from pdlaunch.router.request_history import record_of
 from pdlaunch.router.request_record import RequestRecord
 from pdlaunch.router.state import RouterState

@@ -13,14 +13,12 @@ says it. Migration is the loop in ``run``.
 from __future__ import annotations
 
 import logging
-import math
 from functools import partial
 from typing import Any
 
 import msgspec
 
-from pdlaunch.errors import OverloadedError, RequestError
-from pdlaunch.http.errors import RANK_LOST, RETRY_AFTER_S
+from pdlaunch.http.errors import RANK_LOST
 from pdlaunch.http.headers import REQUEST_ID_HEADER
 from pdlaunch.observe.spans import PULL
 from pdlaunch.protocol.ids import HopId
@@ -34,19 +32,23 @@ from pdlaunch.router.engine_client import (
     EngineRefusal,
     EngineStream,
     blames,
+    refuse_broken,
 )
 from pdlaunch.router.handover import Handover, HeldLease, read_handover, whole_chunk
-from pdlaunch.router.policy import Hop, Need, Route, RoutingRequest
+from pdlaunch.router.policy import (
+    Hop,
+    Need,
+    Route,
+    RoutingRequest,
+    no_engine_ready,
+    too_late,
+)
 from pdlaunch.router.request_record import AskSpans, EngineCall, RequestRecord
 from pdlaunch.router.state import RouterState
 from pdlaunch.router.transcript import Transcript
 
 logger = logging.getLogger(__name__)
 
-_BROKEN = frozenset({"error", "abort"})
-"""Reasons with which an engine gives a request up that nobody has cancelled."""
-MAX_RETRY_AFTER_S = 60
-"""Clients that are refused are asked to try again by then: long estimates may well be wrong."""
 _NO_NEEDS: frozenset[Need] = frozenset()
 _RESUMES: frozenset[Need] = frozenset({"goes_on"})
 _TAKES_FIRST_TOKEN: frozenset[Need] = frozenset({"gives_first_token"})
@@ -123,9 +125,8 @@ class Relay:
             hop: Hop = "decode" if route.prefill is None else "prefill"
             try:
                 if route.prefill is not None and route.decode is not None:
-                    self._begin_answer(await self._prefill(route.prefill, route.decode))
+                    await self._take(await self._prefill(route.prefill, route.decode))
                     hop = "decode"
-                    await self._tell_first_tokens()
                     if not self._can_use(route.decode):
                         continue
                 if route.decode is not None and not self.transcript.is_done:
@@ -185,7 +186,10 @@ class Relay:
             route = state.pool.route(request)
             self._record.routed("decode" if request.is_begun else "prefill", route)
             if route.decode is not None:
-                self._refuse_too_late(route)
+                left_s = None if self._wanted_at is None else self._wanted_at - state.now()
+                if left_s is not None and route.wait_s > left_s:
+                    state.metrics.count("deadlines_refused")
+                    raise too_late(route, left_s)
                 self._follow(route)
                 return route
             left_s = end_at - state.now()
@@ -206,21 +210,6 @@ class Relay:
                 await state.registry_change(min(left_s, retry_in_s))
                 if state.now() >= self._retry_at:
                     self._tried.clear()
-
-    def _refuse_too_late(self, route: Route) -> None:
-        """Raise OverloadedError if the queue alone takes longer than the client's deadline."""
-        left_s = math.inf if self._wanted_at is None else self._wanted_at - self._state.now()
-        if route.wait_s <= left_s:
-            return
-        self._state.metrics.count("deadlines_refused")
-        late_s = math.ceil(min(route.wait_s - left_s, MAX_RETRY_AFTER_S))
-        raise OverloadedError(
-            f"the {left_s:.2f} s that are left cannot be met: prompts before this one take "
-            f"{route.wait_s:.2f} s at {route.engines[0].name}",
-            status=503,
-            retry_after_s=max(RETRY_AFTER_S, late_s),
-            code="deadline_exceeded",
-        )
 
     def _follow(self, route: Route) -> None:
         """Count a route that is taken now, and tell the client of it."""
@@ -276,33 +265,22 @@ class Relay:
         state.pool.served(engine, self._routing_request(), 0)
         return handover
 
-    def _begin_answer(self, handover: Handover) -> None:
-        """Take prefill's answer. Raises RequestError for a prompt that decode would refuse."""
+    async def _take(self, handover: Handover) -> None:
+        """Tell the client what prefill knows, unless decode engines have to tell it.
+
+        Raises RequestError for a prompt that decode would refuse.
+        """
+        pool = self._state.pool
         self._lease = HeldLease(self._state, handover)
         self._tried.clear()
         self._failure = self._trouble_since_at = None
         if handover.engine.capabilities.needs_proof:
             self.transcript.note_prefill(handover.usage)
-        # Before anything is sent: this is the last moment for a status.
-        limit, max_tokens = self._state.pool.max_model_len("decode"), self._prompt.max_tokens
-        num_tokens = handover.num_prompt_tokens
-        if handover.is_final or limit is None or max_tokens is None:
-            return
-        if num_tokens + max_tokens > limit:
-            # Prefill saw ``max_tokens=1``, not the client's own.
-            raise RequestError(
-                f"the prompt's {num_tokens} tokens and max_tokens={max_tokens} exceed this "
-                f"model's maximum context length of {limit} tokens",
-                param="max_tokens",
-                code="context_length_exceeded",
-            )
-
-    async def _tell_first_tokens(self) -> None:
-        """Tell the client what prefill knows, if decode engines need not tell it again."""
-        assert self._lease is not None
-        handover = self._lease.handover
+        if not handover.is_final:
+            # Before anything is sent: this is the last moment for a status.
+            self._prompt.check_length(handover.num_prompt_tokens, pool.max_model_len("decode"))
         self._first_token_sent = handover.is_final or (
-            handover.has_first_tokens and self._state.pool.has_ready("decode", _TAKES_FIRST_TOKEN)
+            handover.has_first_tokens and pool.has_ready("decode", _TAKES_FIRST_TOKEN)
         )
         if self._first_token_sent:
             for chunk in handover.chunks:
@@ -326,12 +304,11 @@ class Relay:
         if lease is not None:
             self._pulls_from = lease.prefill
             self._record.kv_path = self._state.pool.path(lease.prefill, engine)
-        is_whole = engine.capabilities.has_own_fields and not prompt.is_stream
         with (
             self._work(engine, computes=not extra, num_streams=prompt.num_choices) as work,
             self._call("decode", engine, self._hop_id(attempt)) as call,
         ):
-            if is_whole:
+            if engine.capabilities.has_own_fields and not prompt.is_stream:
                 await self._ask_whole(engine, prompt.whole_body(extra), attempt, lease, call)
             else:
                 async with self._state.client.stream(
@@ -400,12 +377,9 @@ class Relay:
     async def _continue_at(self, engine: Engine, attempt: int) -> None:
         """Have the engine go on behind the tokens so far, which it gets as a prompt."""
         prompt, client = self._prompt, self._state.client
-
-        async def detokenize(token_ids: list[int]) -> str:
-            body = msgspec.json.encode({"model": prompt.body.get("model"), "tokens": token_ids})
-            answer, _ = await client.ask(engine, "/detokenize", body, prompt.headers)
-            return str(msgspec.json.decode(answer)["prompt"])
-
+        detokenize = partial(
+            client.detokenize, engine, prompt.body.get("model"), headers=prompt.headers
+        )
         try:
             continuation = await begin_continuation(prompt, self.transcript, detokenize)
             body = continuation.body(engine.max_model_len)
@@ -415,19 +389,16 @@ class Relay:
             self._work(engine, computes=False, num_streams=1) as work,
             self._record.call("decode", engine.name),
         ):
-            async with client.stream(
-                engine, COMPLETIONS.path, body, self._headers(attempt)
-            ) as stream:
+            headers = self._headers(attempt)
+            async with client.stream(engine, COMPLETIONS.path, body, headers) as stream:
                 # A stop string across the seam ends it before the engine does.
-                while (
-                    not self.transcript.is_done and (chunk := await stream.next_chunk()) is not None
-                ):
+                while not self.transcript.is_done:
+                    if (chunk := await stream.next_chunk()) is None:
+                        raise EngineFailure(engine, "its stream ended too early")
                     with blames(engine):
                         refuse_broken(engine, chunk)
                         continued = continuation.take(chunk)
                     await self._tell(engine, continued, work=work)
-                if not self.transcript.is_done:
-                    raise EngineFailure(engine, "its stream ended too early")
         self._state.pool.succeeded(engine)
 
     # Telling
@@ -474,8 +445,22 @@ class Relay:
         """Note what went wrong. Raises it when no other attempt can make up for it."""
         state, engine = self._state, failure.engine
         pulls_from, self._pulls_from = self._pulls_from, None
+        self._num_prefill_failures += hop == "prefill"
         if isinstance(failure, EngineFailure):
-            self._note_failure(hop, failure, pulls_from)
+            logger.warning("%s hop failed: %s", hop, str(failure))
+            if pulls_from is not None and failure.is_told:
+                # It lives to tell its failure: that is the pair's.
+                state.pool.pulled(pulls_from, engine, ok=False)
+            else:
+                state.pool.failed(engine)
+            state.metrics.count("engine_failures", engine.name, hop)
+            self._retry_at = state.now() + state.recovery.retry_wait_s
+            self._trouble_since_at = self._trouble_since_at or state.now()
+            # An engine that turns the request away again has survived it, and is not counted.
+            is_free = failure.turned_away and engine.key in self._turned_away_by
+            self._num_decode_failures += hop == "decode" and not is_free
+            if failure.turned_away:
+                self._turned_away_by.add(engine.key)
         elif failure.is_busy:
             self._trouble_since_at = None
         else:
@@ -487,7 +472,6 @@ class Relay:
             await state.news_of_death(engine)
         state.suspects.check(self._prompt.origin)
         if hop == "prefill":
-            self._num_prefill_failures += 1
             return
         if self._must_resume and engine.capabilities.has_own_fields:
             reason = obstacle(self._prompt, self.transcript, engine.capabilities)
@@ -497,26 +481,6 @@ class Relay:
         if self._num_decode_failures >= state.recovery.max_attempts or not can_go_on:
             raise failure
 
-    def _note_failure(self, hop: Hop, failure: EngineFailure, pulls_from: Engine | None) -> None:
-        state, engine = self._state, failure.engine
-        logger.warning("%s hop failed: %s", hop, str(failure))
-        if pulls_from is not None and failure.is_told:
-            # It lives to tell its failure: that is the pair's.
-            state.pool.pulled(pulls_from, engine, ok=False)
-        else:
-            state.pool.failed(engine)
-        state.metrics.count("engine_failures", engine.name, hop)
-        now_at = state.now()
-        self._retry_at = now_at + state.recovery.retry_wait_s
-        if self._trouble_since_at is None:
-            self._trouble_since_at = now_at
-        # An engine that turns the request away again has survived it, and is not counted.
-        is_free = failure.turned_away and engine.key in self._turned_away_by
-        if failure.turned_away:
-            self._turned_away_by.add(engine.key)
-        if hop == "decode":
-            self._num_decode_failures += not is_free
-
     def _lost(self, engine: Engine, reason: str) -> StreamLostError:
         self._state.metrics.count("lost_streams", reason)
         return StreamLostError(engine.name, reason)
@@ -525,8 +489,7 @@ class Relay:
 
     def _hop_id(self, attempt: int) -> HopId:
         """Name each attempt differently: an engine may still hold blocks for the one before."""
-        hop_id = self._prompt.hop_id
-        return hop_id if attempt == 0 else HopId(f"{hop_id}-r{attempt}")
+        return HopId(f"{self._prompt.hop_id}-r{attempt}") if attempt else self._prompt.hop_id
 
     def _headers(self, attempt: int) -> dict[str, str]:
         return (
@@ -536,14 +499,12 @@ class Relay:
         )
 
     def _work(self, engine: Engine, *, computes: bool = True, num_streams: int = 0) -> Work:
-        num_uncached = (
-            self._state.pool.num_new_tokens(engine, self._routing_request()) if computes else 0
-        )
+        pool = self._state.pool
         return Work(
             engine,
-            self._state.pool.clock,
+            pool.clock,
             num_prompt_tokens=self._prompt.num_prompt_tokens,
-            num_uncached=num_uncached,
+            num_uncached=pool.num_new_tokens(engine, self._routing_request()) if computes else 0,
             num_streams=num_streams,
         )
 
@@ -553,15 +514,3 @@ class Relay:
         if engine.capabilities.gives_first_token:
             ask = partial(self._state.client.read_spans, engine, hop_id)
         return self._record.call(hop, engine.name, ask)
-
-
-def refuse_broken(engine: Engine, chunk: Chunk) -> None:
-    """Raise EngineFailure for a chunk with which the engine gives the request up."""
-    for choice in chunk["choices"]:
-        if choice.get("finish_reason") in _BROKEN:
-            raise EngineFailure(engine, "gave the request up")
-
-
-def no_engine_ready(message: str) -> OverloadedError:
-    """Return the error for a request that no engine can be given now."""
-    return OverloadedError(message, status=503, retry_after_s=RETRY_AFTER_S, code="no_engine_ready")

@@ -12,7 +12,7 @@ from pdlaunch.http.headers import ROUTE_HEADER
 from pdlaunch.observe.spans import PULL, Span, SpanReport
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.health import OPEN_S
-from pdlaunch.router.relay import MAX_RETRY_AFTER_S
+from pdlaunch.router.policy import MAX_RETRY_AFTER_S
 from tests.http.loop_clock import pass_time
 from tests.router.conftest import Stand, pairs
 from tests.router.fake_engine import FakeEngine
