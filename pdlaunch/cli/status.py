@@ -84,8 +84,8 @@ def sparkline(points: Sequence[float], width: int, *, ascii_only: bool = False) 
 def engine_cells(engine: EngineStatus) -> Mapping[str, Any]:
     """Return the figures of an engine, by column."""
     reading = engine.reading
-    cache = reading.cache if reading else None
-    hits = (cache.device, cache.host, cache.remote) if cache else (None, None, None)
+    cache = (reading.cache if reading else None) or {}
+    hits = [cache.get(tier) for tier in ("device", "host", "remote")]
     return {
         "engine": engine.name,
         "role": engine.role,

@@ -15,14 +15,6 @@ DeploymentState = Literal["starting", "ok", "unavailable", "draining"]
 EventKind = Literal["engine", "launch", "pair", "pull"]
 
 
-class CacheHits(msgspec.Struct, frozen=True, kw_only=True):
-    """Tells the shares of the last minute's prompt tokens that each tier had."""
-
-    device: float
-    host: float
-    remote: float
-
-
 class PullTotals(msgspec.Struct, frozen=True, kw_only=True):
     """Counts the pulls of an engine since its start."""
 
@@ -46,7 +38,7 @@ class EngineReading(msgspec.Struct, frozen=True, kw_only=True):
     pulled_bytes_per_s: float
     pull_gigabytes_per_s: float | None
     """Speed of the last minute's pulls while they ran; null without any."""
-    cache: CacheHits | None  # null while no prompt has come for a minute
+    cache: dict[str, float] | None  # shares of prompt tokens by tier; null without prompts
     pulls: PullTotals
     preemptions: int
     leased_requests: int  # finished prefills whose blocks wait for a decode engine

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from pdlaunch.protocol.status import CacheHits, EngineReading, PullTotals
+from pdlaunch.protocol.status import EngineReading, PullTotals
 from pdlaunch.router.engine import Engine, Processes
 from pdlaunch.router.engine_client import EngineClient
 from pdlaunch.router.event_log import EventLog
@@ -170,9 +170,7 @@ class EngineHistory:
             output_tokens_per_s=rate("output_tokens"),
             pulled_bytes_per_s=pulls.bytes_per_s,
             pull_gigabytes_per_s=pulls.gigabytes_per_s,
-            cache=CacheHits(
-                device=share("device_hits"), host=share("host_hits"), remote=share("remote_hits")
-            )
+            cache={tier: share(f"{tier}_hits") for tier in ("device", "host", "remote")}
             if num_tokens > 0
             else None,
             pulls=PullTotals(

@@ -11,7 +11,6 @@ import msgspec
 
 from pdlaunch.protocol.requests import RequestList, RequestSummary, RequestTrace, SpanView
 from pdlaunch.protocol.status import (
-    CacheHits,
     DeploymentStatus,
     EngineReading,
     EngineStatus,
@@ -51,7 +50,7 @@ def engine(name: str, role: str, *, kv_usage: float = 0.25, **fields: object) ->
         output_tokens_per_s=10.0,
         pulled_bytes_per_s=1.5e9 if role == "decode" else 0.0,
         pull_gigabytes_per_s=390.0,
-        cache=CacheHits(device=0.3, host=0.1, remote=0.2),
+        cache={"device": 0.3, "host": 0.1, "remote": 0.2},
         pulls=PullTotals(done=7, num_bytes=10**9, failed=0, refused=0, recomputed=0),
         preemptions=0,
         leased_requests=0,

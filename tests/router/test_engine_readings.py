@@ -55,7 +55,7 @@ def test_rates_are_of_the_last_seconds_and_shares_of_the_last_minute() -> None:
     assert (shown.output_tokens_per_s, shown.pulled_bytes_per_s) == (10.0, 1.6e9)
     assert shown.pull_gigabytes_per_s == 4.0
     assert shown.cache is not None
-    assert (shown.cache.device, shown.cache.remote) == (0.25, 0.0)
+    assert (shown.cache["device"], shown.cache["remote"]) == (0.25, 0.0)
     # A minute later there were no prompts.
     book.add(120.0, later)
     shown = book.reading(120.0)
