@@ -14,7 +14,7 @@ import re
 import secrets
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import msgspec
 from aiohttp import web
@@ -53,6 +53,11 @@ from pdlaunch.protocol.openai.responses import (
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 KeyCheck = Callable[[web.Request], None]
 """Raises RequestError for a request without the key."""
+End = Callable[[int, BaseException | None], None]
+Watch = Callable[[web.Request, HttpRequestId], End]
+"""Is called before anything is checked; what it returns, with the status of the answer, 499 if the
+client went away, and the error that the client is told of.
+"""
 
 
 _REQUEST_ID = web.RequestKey("request_id", str)
@@ -92,19 +97,6 @@ class AppRoute(NamedTuple):
         )
 
 
-class DoorWatch(Protocol):
-    """Sees clients' requests come and leave."""
-
-    def came(self, http: web.Request, request_id: HttpRequestId) -> None:
-        """Take a request before anything is checked."""
-
-    def failed(self, http: web.Request, error: BaseException) -> None:
-        """Take the error that the client is told of; ``left`` follows."""
-
-    def left(self, http: web.Request, status: int) -> None:
-        """Take the end of the answer; 499: the client went away."""
-
-
 class HttpApp:
     """Builds the ``web.Application`` of a process from its table of routes.
 
@@ -126,7 +118,7 @@ class HttpApp:
         title: str,
         is_public: bool = False,
         is_trusted: Callable[[web.Request], bool] = lambda _: False,
-        watch: DoorWatch | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self._guard = guard
         self._watch = watch
@@ -165,11 +157,12 @@ class HttpApp:
     async def _at_the_door(self, route: AppRoute, http: web.Request) -> web.StreamResponse:
         request_id, id_error = _read_id(http)
         http[_REQUEST_ID] = request_id
-        watch = self._watch if _is_watched(route, http) else None
+        end: End | None = None
+        if self._watch is not None and _is_watched(route, http):
+            end = self._watch(http, request_id)
         status = CLIENT_CLOSED_REQUEST
+        told: Exception | None = None
         with request_logging(request_id):
-            if watch is not None:
-                watch.came(http, request_id)
             try:
                 if id_error is not None:
                     raise id_error
@@ -184,15 +177,13 @@ class HttpApp:
                 return web.Response(status=CLIENT_CLOSED_REQUEST)
             except Exception as error:
                 response = error_response(error)
-                status = response.status
+                status, told = response.status, error
                 # To look at a deployment, or to command it, is no request of a client.
                 if not http.path.startswith("/pdlaunch/"):
                     self._metrics.failed(status)
-                if watch is not None:
-                    watch.failed(http, error)
             finally:
-                if watch is not None:
-                    watch.left(http, status)
+                if end is not None:
+                    end(status, told)
         # A stream has sent its headers already, with the id among them.
         if not response.prepared:
             response.headers[REQUEST_ID_HEADER] = request_id

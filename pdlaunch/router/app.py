@@ -101,7 +101,7 @@ class RouterApp:
             title="pdlaunch",
             is_public=True,
             is_trusted=came_through_admin_socket,
-            watch=self.history,
+            watch=self.history.begin,
         ).app
 
     async def close(self) -> None:

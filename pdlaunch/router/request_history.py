@@ -6,13 +6,14 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import msgspec
 from aiohttp import web
 
 from pdlaunch.errors import RequestError
-from pdlaunch.http.app import AppRoute, Operation
+from pdlaunch.http.app import AppRoute, End, Operation
 from pdlaunch.http.errors import json_response
 from pdlaunch.observe.logs import FIELDS, escape_controls
 from pdlaunch.protocol.ids import HttpRequestId
@@ -56,22 +57,18 @@ class RequestHistory:
         self._spawn = spawn
         self._late: set[asyncio.Task[None]] = set()
 
-    def came(self, http: web.Request, request_id: HttpRequestId) -> None:
-        """Begin the record of a client's request, as ``DoorWatch``."""
+    def begin(self, http: web.Request, request_id: HttpRequestId) -> End:
+        """Begin the record of a client's request, as ``Watch``; return what ends it."""
         record = http[_RECORD] = RequestRecord(request_id, http.path[:200])
         self._running[id(record)] = record
         if self._exporter is not None:
             self._exporter.begin(record, http.headers)
+        return partial(self._end, record)
 
-    def failed(self, http: web.Request, error: BaseException) -> None:
-        """Note what the client is told instead of an answer, as ``DoorWatch``."""
-        record_of(http).fail(error)
-
-    def left(self, http: web.Request, status: int) -> None:
-        """End the record, as ``DoorWatch``."""
-        record = http.get(_RECORD)
-        if record is None or self._running.pop(id(record), None) is None:
-            return
+    def _end(self, record: RequestRecord, status: int, error: BaseException | None) -> None:
+        del self._running[id(record)]
+        if error is not None:
+            record.fail(error)
         record.end(status)
         self._done.append(record)
         try:
