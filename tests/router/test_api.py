@@ -9,12 +9,10 @@ import json
 from typing import Any
 
 import msgspec
-import openai
 import pytest
 
 from tests.router.conftest import SPEC, Stand, pair
 from tests.router.fake_engine import until
-from tests.router.fake_generation import expected_tokens, text_of
 from tests.router.test_life_of_a_request import CHAT, MESSAGES, completion, expected_text
 
 JSON = {"Content-Type": "application/json"}
@@ -242,78 +240,6 @@ async def test_metrics_count_requests_and_times(stand: Stand) -> None:
     assert 'pdlaunch_router_engines{state="ready"} 2.0' in text
     assert 'pdlaunch_router_engines{state="failed"} 0.0' in text
     assert "pdlaunch_router_requests_in_flight 0.0" in text
-
-
-@pytest.fixture
-async def client(stand: Stand) -> Any:
-    await stand.start(pair(), spec=msgspec.structs.replace(SPEC, api_key="secret"))
-    async with openai.AsyncOpenAI(
-        base_url=f"{stand.url}/v1", api_key="secret", max_retries=0
-    ) as client:
-        yield client
-
-
-async def test_the_official_client_completes(client: openai.AsyncOpenAI) -> None:
-    answer = await client.completions.create(
-        model="tiny", prompt=["a", "b"], n=2, max_tokens=4, seed=1, logprobs=1
-    )
-    texts = [
-        text_of(expected_tokens(prompt, 1, choice, 4)) for prompt in ("a", "b") for choice in (0, 1)
-    ]
-    assert [choice.text for choice in answer.choices] == texts
-    assert answer.choices[0].logprobs is not None
-    assert answer.usage is not None
-    assert answer.usage.completion_tokens == 16
-    stream = await client.completions.create(
-        model="tiny", prompt="a", max_tokens=4, seed=1, stream=True
-    )
-    assert "".join([chunk.choices[0].text async for chunk in stream]) == texts[0]
-
-
-async def test_the_official_client_chats(client: openai.AsyncOpenAI) -> None:
-    messages: Any = MESSAGES
-    expected = text_of(expected_tokens(MESSAGES, 1, 0, 4))
-    answer = await client.chat.completions.create(
-        model="tiny", messages=messages, max_completion_tokens=4, seed=1, logprobs=True
-    )
-    assert answer.object == "chat.completion"
-    assert answer.choices[0].message.content == expected
-    assert answer.choices[0].message.role == "assistant"
-    assert answer.choices[0].finish_reason == "length"
-    assert answer.choices[0].logprobs is not None
-    assert len(answer.choices[0].logprobs.content or []) == 4
-    stream = await client.chat.completions.create(
-        model="tiny",
-        messages=messages,
-        max_tokens=4,
-        seed=1,
-        stream=True,
-        stream_options={"include_usage": True},
-    )
-    chunks = [chunk async for chunk in stream]
-    assert (
-        "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
-        == expected
-    )
-    assert chunks[0].choices[0].delta.role == "assistant"
-    assert chunks[-1].usage is not None
-    assert chunks[-1].usage.completion_tokens == 4
-
-
-async def test_the_official_client_sees_errors(stand: Stand, client: openai.AsyncOpenAI) -> None:
-    with pytest.raises(openai.NotFoundError):
-        await client.completions.create(model="other", prompt="a")
-    with pytest.raises(openai.BadRequestError) as refused:
-        await client.completions.create(model="tiny", prompt="a", temperature=-1)
-    assert refused.value.param == "temperature"
-    stand.engines["decode-0"].status = 400
-    with pytest.raises(openai.APIError, match="made up"):
-        async for _ in await client.completions.create(model="tiny", prompt="a", stream=True):
-            pass
-    with pytest.raises(openai.AuthenticationError):
-        await client.with_options(api_key="x").chat.completions.create(
-            model="tiny", messages=MESSAGES
-        )  # type: ignore[arg-type]
 
 
 async def test_chat_goes_to_chat(stand: Stand) -> None:

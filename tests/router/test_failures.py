@@ -114,14 +114,6 @@ async def test_without_a_pair_an_engine_of_both_roles_does_all(stand: Stand, why
     assert stand.metric("pdlaunch_router_fallbacks_total") == 1
 
 
-async def test_a_pair_that_serves_leaves_engines_of_both_roles_alone(stand: Stand) -> None:
-    both = FakeEngine("both-0", "both")
-    await stand.start([*pair(), both])
-    for _ in range(3):
-        assert (await stand.post(completion())).texts() == {0: expected_text("hello", 6)}
-    assert not both.seen
-
-
 async def test_a_busy_decode_engine_leaves_the_rest_to_one_of_both_roles(stand: Stand) -> None:
     prefill, decode = pair()
     both = FakeEngine("both-0", "both")

@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdlaunch.config.roles import Role
-from pdlaunch.protocol.control import Address, Capabilities, Entry, Registry
+from pdlaunch.protocol.control import Address, Entry, Registry
 from pdlaunch.router.engine import Engine, EngineKey, Work
-from pdlaunch.router.health import OPEN_S
 from pdlaunch.router.policy import Need, RoutingRequest
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.prefix_index import ServedPrefixes, hash_prefix
@@ -122,19 +121,6 @@ def test_who_is_drained_knows_its_chats_and_who_slept_or_left_does_not(clock: Cl
     assert known(None) == 0
 
 
-def test_an_empty_pool_has_nobody(pool: EnginePool) -> None:
-    assert pick(pool, "prefill") is None
-    assert not pool.has_ready("decode")
-    assert pool.max_model_len("decode") is None
-
-
-def test_the_role_is_preferred_but_not_demanded(pool: EnginePool) -> None:
-    update(pool, server("prefill-0"), server("decode-0"))
-    assert named(pick(pool, "prefill")) == "prefill-0"
-    update(pool, server("decode-0"))
-    assert named(pick(pool, "prefill")) == "decode-0"
-
-
 def test_least_outstanding_work_wins(pool: EnginePool) -> None:
     update(pool, *(server(f"{role}-{index}") for role in ("prefill", "decode") for index in (0, 1)))
     engines = {engine.name: engine for engine in pool.engines}
@@ -180,22 +166,6 @@ def test_equal_engines_take_turns(pool: EnginePool) -> None:
     assert sorted(named(pick(pool, "decode")) for _ in range(6)) == [
         f"decode-{index}" for index in (0, 0, 1, 1, 2, 2)
     ]
-
-
-def test_an_engine_that_failed_is_the_last_choice_for_a_while(
-    pool: EnginePool, clock: Clock
-) -> None:
-    update(pool, server("prefill-0"), server("prefill-1"), server("decode-0"))
-    failed, other, decode = (
-        next(engine for engine in pool.engines if engine.name == name)
-        for name in ("prefill-0", "prefill-1", "decode-0")
-    )
-    pool.failed(failed)
-    assert named(pick(pool, "prefill")) == "prefill-1"
-    assert named(pick(pool, "prefill", tried={other.key})) == "decode-0"
-    assert named(pick(pool, "prefill", tried={other.key, decode.key})) == "prefill-0"
-    clock.now_s += OPEN_S
-    assert named(pick(pool, "prefill")) == "prefill-0"
 
 
 @pytest.mark.parametrize(
@@ -247,11 +217,6 @@ def test_an_engine_has_the_devices_of_its_ranks(pool: EnginePool) -> None:
         server("decode-1", host="a", devices=("cpu",)),
     )
     assert [engine.devices for engine in pool.engines] == [{"a/cuda:0", "b/cuda:0"}, {"cpu"}]
-
-
-def test_needs_filter(pool: EnginePool) -> None:
-    update(pool, server("decode-0"), server("decode-1", capabilities=Capabilities(resumes=True)))
-    assert {named(pick(pool, "decode", needs={"goes_on"})) for _ in range(3)} == {"decode-1"}
 
 
 Action = tuple[Literal["start", "end", "fail", "tick"], int]
