@@ -167,8 +167,10 @@ def _is_cliff(pair: PairTransport) -> bool:
 
 def _cliff(item: tuple[PairTransport, str]) -> Found | None:
     pair, reasons = item
+    if not _is_cliff(pair):
+        return None
     moves = f"{pair.path} moves {pair.gigabytes_per_s:.2f} GB/s out of {pair.allocator} memory"
-    return Found(f"{moves}: the 0.6 GB/s cliff{reasons}", _name(pair)) if _is_cliff(pair) else None
+    return Found(f"{moves}: the 0.6 GB/s cliff{reasons}", _name(pair))
 
 
 def _slow(item: tuple[PairTransport, str]) -> Found | None:

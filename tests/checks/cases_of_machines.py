@@ -221,6 +221,7 @@ CASES: dict[str, Case] = {
         [
             on(GPU, pairs=(replace(PAIR, allocator="cumem", path="p2p"),)),
             on(GPU, pairs=(replace(PAIR, gigabytes_per_s=0.6),)),
+            on(GPU, pairs=(replace(PAIR, gigabytes_per_s=None, error="gone"),)),
         ],
     ),
     "PD504": Case(
