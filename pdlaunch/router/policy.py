@@ -45,7 +45,7 @@ of its computation, which keeps the streams of that engine waiting.
 """
 KV_WEIGHT = 1 / 32
 """Uncached prompt tokens to which a token in the KV cache amounts: a stream makes every later step
-a little longer. Simulated (docs/measurements/routing.md): with 1/8, TTFT p99 of bursts is 20 %
+a little longer. Simulated (docs/performance.md): with 1/8, TTFT p99 of bursts is 20 %
 worse; with 1/64, ITL p99 doubles at 50 requests a second.
 """
 
