@@ -64,7 +64,7 @@ class HttpRunner(web.AppRunner):
             "access_log": None,
             "keepalive_timeout": idle_timeout_s,
             "lingering_time": LINGERING_S,
-            "auto_decompress": False,  # ``limits.read_body`` does
+            "auto_decompress": False,  # ``limits`` does
         }
         # Weak: a connection that could not be set up is never told that it is lost.
         self._open = weakref.WeakSet[_Connection]()

@@ -38,33 +38,8 @@ DECODED_PIECE_BYTES = 256 * 1024
 _CM_DEFLATE = 8
 
 T = TypeVar("T")
-
-
-class Ticket:
-    """Holds the places that one request takes, one for each of its choices."""
-
-    def __init__(self, admission: Admission) -> None:
-        self._admission = admission
-        self.size = 0
-
-    def grow(self, size: int, param: str) -> None:
-        """Take ``size`` places in all; ``param`` names the field that asks for so many.
-
-        Raises OverloadedError (429), or RequestError when the request alone exceeds the limit.
-        """
-        limit, in_flight = self._admission.limit, self._admission.in_flight
-        if size > limit:
-            raise RequestError(
-                f"{param}: {size} choices in one request, but at most {limit} are served at a time",
-                param=param,
-            )
-        if in_flight + size - self.size > limit:
-            raise OverloadedError(
-                f"{in_flight} requests are in flight; at most {limit} are served at a time",
-                code="too_many_requests",
-            )
-        self._admission.in_flight += size - self.size
-        self.size = size
+Grow = Callable[[int, str], None]
+"""Takes so many places in all; the text names the field that asks for them."""
 
 
 class Admission:
@@ -82,19 +57,38 @@ class Admission:
         self._idle.set()
 
     @contextlib.contextmanager
-    def admit(self, size: int = 1, param: str = "prompt") -> Iterator[Ticket]:
-        """Hold ``size`` places while the block runs.
+    def admit(self, size: int = 1, param: str = "prompt") -> Iterator[Grow]:
+        """Hold ``size`` places while the block runs, one for each choice; yield what takes more.
 
-        Raises OverloadedError (503 while draining, 429 when full) and what ``Ticket.grow`` raises.
+        Raises OverloadedError (503 while draining, 429 when full), or RequestError when the request
+        alone exceeds the limit.
         """
+        held = 0
+
+        def grow(size: int, param: str) -> None:
+            nonlocal held
+            if size > self.limit:
+                raise RequestError(
+                    f"{param}: {size} choices in one request, but at most {self.limit} are served "
+                    "at a time",
+                    param=param,
+                )
+            if self.in_flight + size - held > self.limit:
+                raise OverloadedError(
+                    f"{self.in_flight} requests are in flight; at most {self.limit} are served at "
+                    "a time",
+                    code="too_many_requests",
+                )
+            self.in_flight += size - held
+            held = size
+
         self.check_open()
-        ticket = Ticket(self)
-        ticket.grow(size, param)
+        grow(size, param)
         self._idle.clear()
         try:
-            yield ticket
+            yield grow
         finally:
-            self.in_flight -= ticket.size
+            self.in_flight -= held
             if self.in_flight == 0:
                 self._idle.set()
 
@@ -192,51 +186,54 @@ class BodyBudget:
     bodies that wait would hold connections, and the client knows better whether to try again.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, max_body_bytes: int) -> None:
         self.max_bytes = max_bytes
+        self.max_body_bytes = max_body_bytes
         self.held_bytes = 0
 
     @contextlib.contextmanager
-    def hold(self, num_bytes: int = 0) -> Iterator[Hold]:
-        """Hold room for a body while the block runs. Raises OverloadedError (503)."""
-        hold = Hold(self)
+    def hold(self) -> Iterator[Callable[[int], None]]:
+        """Hold room for a body while the block runs; yield what grows it to a number of bytes.
+
+        That raises OverloadedError (503).
+        """
+        held = 0
+
+        def grow_to(num_bytes: int) -> None:
+            nonlocal held
+            more = max(0, num_bytes - held)
+            share = 1.0 if num_bytes <= SMALL_BODY_BYTES else LARGE_SHARE
+            if more and self.held_bytes + more > self.max_bytes * share:
+                raise OverloadedError(
+                    f"requests in flight hold {self.held_bytes} bytes; there is no room for "
+                    f"another body of {num_bytes} bytes "
+                    f"(limits.max_body_bytes_in_flight is {self.max_bytes})",
+                    status=503,
+                    code="too_many_bytes_in_flight",
+                )
+            self.held_bytes += more
+            held += more
+
         try:
-            hold.grow_to(num_bytes)
-            yield hold
+            yield grow_to
         finally:
-            self.held_bytes -= hold.num_bytes
+            self.held_bytes -= held
+
+    @contextlib.asynccontextmanager
+    async def read(self, http: web.Request) -> AsyncIterator[bytes]:
+        """Read a body, decompressed, and hold its room while the block runs.
+
+        Raises RequestError (400, 408, 413, 415), OverloadedError (503).
+        """
+        with self.hold() as grow_to:
+            yield await _read(http, self.max_body_bytes, grow_to)
 
 
-class Hold:
-    """Holds the room of one body."""
-
-    def __init__(self, budget: BodyBudget) -> None:
-        self._budget = budget
-        self.num_bytes = 0
-
-    def grow_to(self, num_bytes: int) -> None:
-        """Hold room for ``num_bytes`` in all; it never shrinks. Raises OverloadedError (503)."""
-        more = max(0, num_bytes - self.num_bytes)
-        budget = self._budget
-        share = 1.0 if num_bytes <= SMALL_BODY_BYTES else LARGE_SHARE
-        if more and budget.held_bytes + more > budget.max_bytes * share:
-            raise OverloadedError(
-                f"requests in flight hold {budget.held_bytes} bytes; there is no room for another "
-                f"body of {num_bytes} bytes "
-                f"(limits.max_body_bytes_in_flight is {budget.max_bytes})",
-                status=503,
-                code="too_many_bytes_in_flight",
-            )
-        budget.held_bytes += more
-        self.num_bytes += more
-
-
-async def read_body(http: web.Request, hold: Hold, *, max_bytes: int) -> bytes:
-    """Read the body, decompressed. Raises RequestError (400, 408, 413, 415), OverloadedError."""
+async def _read(http: web.Request, max_bytes: int, grow_to: Callable[[int], None]) -> bytes:
     # Before a byte is read: whoever states much must find room for it first.
     num_bytes = http.content_length or 0
     _check_length(num_bytes, max_bytes)
-    hold.grow_to(num_bytes)
+    grow_to(num_bytes)
     pieces: list[bytes] = []
     num_bytes = 0
     now = asyncio.get_running_loop().time
@@ -247,7 +244,7 @@ async def read_body(http: web.Request, hold: Hold, *, max_bytes: int) -> bytes:
                 timeout.reschedule(min(end_at, now() + BODY_SILENCE_S))
                 num_bytes += len(piece)
                 _check_length(num_bytes, max_bytes)
-                hold.grow_to(num_bytes)
+                grow_to(num_bytes)
                 pieces.append(piece)
         return b"".join(pieces)
     except TimeoutError:

@@ -39,7 +39,6 @@ from pdlaunch.http.limits import (
     Deadline,
     Deadlines,
     LargeInputs,
-    read_body,
 )
 from pdlaunch.http.sse import ClientStream
 from pdlaunch.protocol.ids import HopId, HttpRequestId
@@ -77,7 +76,7 @@ class PromptEndpoints:
         self._deadlines = Deadlines(
             spec.request_timeout_s, shutting_down, retry_after_s=RETRY_AFTER_S
         )
-        self._bodies = BodyBudget(spec.body_budget_bytes)
+        self._bodies = BodyBudget(spec.body_budget_bytes, spec.max_body_bytes)
         self._inputs = LargeInputs()
         self._ignored_fields = IgnoredFields()
 
@@ -101,8 +100,7 @@ class PromptEndpoints:
                 retry_after_s=RETRY_AFTER_S,
                 code="starting",
             )
-        with self._bodies.hold() as hold:
-            body = await read_body(request, hold, max_bytes=self._spec.max_body_bytes)
+        async with self._bodies.read(request) as body:
             client_request = await self._read(endpoint, request, body)
             deadline = self._deadlines.start(read_timeout_s(request.headers.get(TIMEOUT_HEADER)))
             record = record_of(request)
@@ -192,8 +190,7 @@ class PromptEndpoints:
         )
 
     async def _pass_on(self, request: web.Request) -> web.Response:
-        with self._bodies.hold() as hold:
-            body = await read_body(request, hold, max_bytes=self._spec.max_body_bytes)
+        async with self._bodies.read(request) as body:
             with self._admission.admit(1):
                 return await self._ask_any(request, body)
 

@@ -26,7 +26,6 @@ from pdlaunch.http.limits import (
     BodyBudget,
     Deadlines,
     LargeInputs,
-    read_body,
 )
 
 MAX_BYTES = 2 * SMALL_BODY_BYTES
@@ -36,15 +35,14 @@ class Server:
     """Answers the length of each body, once ``go`` is set."""
 
     def __init__(self, budget_bytes: int) -> None:
-        self.budget = BodyBudget(budget_bytes)
+        self.budget = BodyBudget(budget_bytes, MAX_BYTES)
         self.go = asyncio.Event()
         self.go.set()
         self.port = 0
 
     async def answer(self, http: web.Request) -> web.Response:
         try:
-            with self.budget.hold() as hold:
-                body = await read_body(http, hold, max_bytes=MAX_BYTES)
+            async with self.budget.read(http) as body:
                 await self.go.wait()
                 return web.json_response({"length": len(body)})
         except RequestError as error:
@@ -132,7 +130,8 @@ async def test_a_compressed_body_counts_with_its_decompressed_length() -> None:
         status, answer = await server.post(gzip.compress(bomb), **{"Content-Encoding": "gzip"})
         assert (status, answer["error"]["code"]) == (413, "body_too_large")
         assert str(MAX_BYTES) in answer["error"]["message"]
-        with server.budget.hold(MAX_BYTES):  # now there is no room for what it comes to
+        with server.budget.hold() as grow_to:  # now there is no room for what it comes to
+            grow_to(MAX_BYTES)
             status, answer = await server.post(gzip.compress(fits), **{"Content-Encoding": "gzip"})
         assert (status, answer["error"]["code"]) == (503, "too_many_bytes_in_flight")
 
@@ -192,8 +191,8 @@ def leaving() -> OverloadedError:
 
 async def test_a_request_grows_up_to_the_limit_and_gives_all_of_it_back() -> None:
     admission = Admission(3, leaving)
-    with admission.admit() as ticket:
-        ticket.grow(3, "n")
+    with admission.admit() as grow:
+        grow(3, "n")
         with pytest.raises(OverloadedError, match="3 requests are in flight; at most 3") as full:
             admission.admit().__enter__()
         assert (full.value.status, full.value.code) == (429, "too_many_requests")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import OrderedDict
-from collections.abc import AsyncIterator
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry
@@ -22,10 +21,9 @@ from pdlaunch.http.limits import (
     Admission,
     BodyBudget,
     Deadlines,
+    Grow,
     LargeInputs,
-    Ticket,
     max_engine_body_bytes,
-    read_body,
 )
 from pdlaunch.observe.spans import SpanLog, SpanReport
 from pdlaunch.protocol.engine import EngineStats, Welcome
@@ -50,7 +48,9 @@ class EngineService:
         self.deadlines = Deadlines(spec.limits.request_timeout_s, _shutting_down)
         self.max_body_bytes = max_engine_body_bytes(spec.limits.max_body_bytes, spec.max_model_len)
         # Room for what a router lets in, and for one of the longest that it makes of it.
-        self.bodies = BodyBudget(spec.limits.body_budget_bytes + 2 * self.max_body_bytes)
+        self.bodies = BodyBudget(
+            spec.limits.body_budget_bytes + 2 * self.max_body_bytes, self.max_body_bytes
+        )
         self.inputs = LargeInputs()
         self.ignored_fields = IgnoredFields()
         self.metrics = ServerMetrics(
@@ -105,17 +105,15 @@ class EngineService:
             raise _starting()
         self.live_link()
 
-    def admit(self) -> contextlib.AbstractContextManager[Ticket]:
+    def admit(self) -> contextlib.AbstractContextManager[Grow]:
         """Hold a place for a request that rank 0 computes. Raises OverloadedError (429, 503)."""
         self.admission.check_open()
         self.sleep.check_awake()
         return self.admission.admit()
 
-    @contextlib.asynccontextmanager
-    async def read(self, http: web.Request) -> AsyncIterator[bytes]:
+    def read(self, http: web.Request) -> contextlib.AbstractAsyncContextManager[bytes]:
         """Read a request's body and hold its room while the block runs. Raises RequestError."""
-        with self.bodies.hold() as hold:
-            yield await read_body(http, hold, max_bytes=self.max_body_bytes)
+        return self.bodies.read(http)
 
     async def use_link(self, link: RankLink | None) -> None:
         """Replace the link; requests of the old one get RankLost."""

@@ -34,7 +34,7 @@ from pdlaunch.http.headers import (
     read_origin,
     read_traceparent,
 )
-from pdlaunch.http.limits import LARGE_BODY_BYTES, LARGE_TEXT_BYTES, Deadline, Ticket
+from pdlaunch.http.limits import LARGE_BODY_BYTES, LARGE_TEXT_BYTES, Deadline, Grow
 from pdlaunch.http.sse import DONE, ClientStream, encode_event
 from pdlaunch.observe.metrics import RequestClock
 from pdlaunch.observe.spans import SpanLog
@@ -68,10 +68,10 @@ async def generate(service: EngineService, kind: type[R], http: web.Request) -> 
         is_suspect=is_suspect,
         wants_spans=http.headers.get(SPANS_HEADER) == "1",
     )
-    with service.admit() as ticket:
+    with service.admit() as grow:
         deadline = service.deadlines.start()
         async with deadline.guard():
-            request, prompts = await _read(service, kind, http, ticket, call.spans)
+            request, prompts = await _read(service, kind, http, grow, call.spans)
         generation = Generation(
             service.live_link(),
             call,
@@ -84,9 +84,9 @@ async def generate(service: EngineService, kind: type[R], http: web.Request) -> 
 
 
 async def _read(
-    service: EngineService, kind: type[R], http: web.Request, ticket: Ticket, spans: SpanLog
+    service: EngineService, kind: type[R], http: web.Request, grow: Grow, spans: SpanLog
 ) -> tuple[R, list[list[int]]]:
-    """Return the request and the token ids of its prompts; the ticket has all its places then.
+    """Return the request and the token ids of its prompts; all its places are taken then.
 
     Raises RequestError.
     """
@@ -96,7 +96,7 @@ async def _read(
             len(raw) >= LARGE_BODY_BYTES, partial(model.read, kind, raw)
         )
         num_prompts = len(request.prompts) if isinstance(request, CompletionRequest) else 1
-        ticket.grow(num_prompts * request.n, "n" if num_prompts == 1 else "prompt")
+        grow(num_prompts * request.n, "n" if num_prompts == 1 else "prompt")
         spans.add("receive", spans.start_at, bytes=len(raw))
         with spans.measure("tokenize") as attributes:
             prompts = await service.inputs.run(

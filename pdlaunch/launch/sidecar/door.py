@@ -30,7 +30,7 @@ from pdlaunch.http.errors import RETRY_AFTER_S
 from pdlaunch.http.guard import Guard
 from pdlaunch.http.headers import REQUEST_ID_HEADER, TRACEPARENT_HEADER, TRACESTATE_HEADER
 from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S
-from pdlaunch.http.limits import BodyBudget, max_engine_body_bytes, read_body
+from pdlaunch.http.limits import BodyBudget, max_engine_body_bytes
 from pdlaunch.machine.network import tcp_endpoint
 from pdlaunch.observe.metrics import RequestMetrics
 from pdlaunch.protocol.certificates import client_context, server_context
@@ -81,7 +81,9 @@ class Door:
         length = spec.max_model_len or MOST_TOKENS
         self._max_body_bytes = max_engine_body_bytes(spec.max_body_bytes, length)
         # Room for what a router lets in, and for one of the longest that it makes of it.
-        self._bodies = BodyBudget(spec.body_budget_bytes + 2 * self._max_body_bytes)
+        self._bodies = BodyBudget(
+            spec.body_budget_bytes + 2 * self._max_body_bytes, self._max_body_bytes
+        )
         self._calls = EngineCalls(CONNECT_S)
         self._runner = HttpRunner(
             self._app(further),
@@ -163,8 +165,7 @@ class Door:
             answer.close()
 
     async def _ask(self, http: web.Request) -> Answer:
-        with self._bodies.hold() as hold:
-            body = await read_body(http, hold, max_bytes=self._max_body_bytes)
+        async with self._bodies.read(http) as body:
             headers = {name: http.headers[name] for name in _TO_ENGINE if name in http.headers}
             if self._engine_key is not None:
                 headers[hdrs.AUTHORIZATION] = f"Bearer {self._engine_key}"
