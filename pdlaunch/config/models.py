@@ -163,13 +163,12 @@ class LaunchConfig(SharedSettings, EngineSettings):
     @model_validator(mode="after")
     def _has_hosts_to_place_on(self) -> Self:
         if self.placement == "hosts" and not self.hosts:
-            message = (
-                "placement is hosts, and there is none: name them, as in --hosts node-1,node-2"
+            raise _refused(
+                "hosts", "placement is hosts, and there is none: name them, as in --hosts a,b"
             )
-            raise PydanticCustomError("hosts", message, {"field": "hosts"})
         if self.placement != "hosts" and self.hosts:
             message = f"hosts are named, and placement is {self.placement}: set placement to hosts"
-            raise PydanticCustomError("hosts", message, {"field": "hosts"})
+            raise _refused("hosts", message)
         return self
 
     @model_validator(mode="before")
@@ -194,9 +193,7 @@ class LaunchConfig(SharedSettings, EngineSettings):
             if key is None:
                 continue
             if (other := seen.setdefault(key.get_secret_value(), name)) != name:
-                raise PydanticCustomError(
-                    "key", f"must differ from {other}, which other people hold", {"field": name}
-                )
+                raise _refused(name, f"must differ from {other}, which other people hold")
         return self
 
     @model_validator(mode="after")
@@ -204,28 +201,19 @@ class LaunchConfig(SharedSettings, EngineSettings):
         # Found here, and not only when a process tries to listen.
         taken = {self.port: "port"} if self.port else {}
         for role in ROLES:
-            field = {"field": f"{role}.port"}
-            ports = self.role(role).ports()
+            ports, field = self.role(role).ports(), f"{role}.port"
             if ports and self.engine_api_key is None:
-                message = (
-                    "nobody could use it: set engine_api_key, the bearer token that another router "
-                    "sends to the engines"
-                )
-                raise PydanticCustomError("port", message, field)
+                message = "nobody could use it: set engine_api_key, the bearer token that another "
+                raise _refused(field, f"{message}router sends to the engines")
             if ports and ports[-1] > MAX_PORT:
-                raise PydanticCustomError(
-                    "port",
-                    f"its engines would need ports up to {ports[-1]}; choose a lower one",
-                    field,
-                )
+                message = f"its engines would need ports up to {ports[-1]}; choose a lower one"
+                raise _refused(field, message)
             for port in ports:
                 if port in taken:
-                    message = (
-                        f"port {port} would be that of {taken[port]} too; choose ports "
-                        f"{len(ports)} or more apart"
-                    )
-                    raise PydanticCustomError("port", message, field)
-                taken[port] = f"{role}.port"
+                    apart = f"choose ports {len(ports)} or more apart"
+                    message = f"port {port} would be that of {taken[port]} too; {apart}"
+                    raise _refused(field, message)
+                taken[port] = field
         return self
 
     def role(self, role: Role) -> RoleSettings:
@@ -245,3 +233,7 @@ class LaunchConfig(SharedSettings, EngineSettings):
         """Return the engine settings of ``role``, its overrides applied."""
         shared = {name: getattr(self, name) for name in EngineSettings.model_fields}
         return override(EngineSettings.model_validate(shared), self.role(role))
+
+
+def _refused(field: str, message: str) -> PydanticCustomError:
+    return PydanticCustomError("settings", message, {"field": field})

@@ -70,3 +70,10 @@ def test_rules_say_nothing_without_their_facts(firing_rule):
     for need in rule.needs:
         for context in CASES[rule.code].fires:
             assert rule.apply(replace(context, missing={need: "not probed"})) == []
+
+
+def test_no_rule_raises_whatever_is_wrong_elsewhere():
+    for case in CASES.values():
+        for context in (*case.fires, *case.quiet):
+            for each in RULES.values():
+                each.apply(context)
