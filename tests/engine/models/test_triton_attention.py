@@ -23,7 +23,7 @@ BEHIND = ((1200, 1), (2500, 70), (700, 9), (1300, 130))
 @pytest.mark.parametrize(
     "parts",
     [
-        ("kernels", "llama-bias", "qwen3", "qwen2-window", "smollm3-window", "gemma3"),
+        ("kernels", "llama-bias", "qwen3", "gemma3"),
         ("graphs",),
     ],
     ids=["kernels", "graphs"],
