@@ -21,7 +21,7 @@ from pdlaunch.protocol.ids import ReaderId
 from pdlaunch.protocol.side_channel import Geometry, GroupBlocks, PullReply
 from pdlaunch.protocol.transfer import StartPull
 from pdlaunch.transfer.connectors.connector import BlockRead, Read, ReadPart
-from pdlaunch.transfer.integrity.checksum import ChecksumArray, Checksums, HashBatch
+from pdlaunch.transfer.integrity.checksum import ChecksumArray, Checksums
 from pdlaunch.transfer.peers import DecodeSetup, Peer
 
 
@@ -111,8 +111,6 @@ class ShareRead:
         self._plan: ReadPlan | None = None
         self._reading: Read | None = None
         self._started_at = 0.0
-        self._batch: HashBatch | None = None
-        """None when ``kv_transfer.verify`` is off, and where nothing is read."""
         self._found: list[Checksums] = []
         self._num_hashed = 0
         """Blocks whose checksums were asked for."""
@@ -143,21 +141,17 @@ class ShareRead:
         assert self._reading is None
         check_hashes(self._command, lease, self._share.prefill_rank)
         plan = plan_read(self._command, lease, self._peer.geometry, self._share)
-        read, hasher = plan.read, self._setup.hasher
         self._lease, self._plan = lease, plan
-        self._batch, self._found, self._num_hashed = None, [], 0
+        self._found, self._num_hashed = [], 0
         self.is_complete = plan.is_empty
         if plan.is_empty:
             return
         try:
-            self._reading = self._peer.read(read)
+            self._reading = self._peer.read(plan.read)
         except TransferError as error:
             self._peer.reconnect()
             raise ReadFailed(f"{self._share.prefill_rank}: {error}") from error
         self._started_at = self._setup.clock()
-        if hasher is not None:
-            heads = slice(read.local_heads.start, read.local_heads.stop)
-            self._batch = hasher.prepare(read.local_blocks, heads)
 
     def state(self, checksums: Sequence[bytes | None]) -> None:
         """Take in the checksums of the leased blocks, by group. Raises PullFailed."""
@@ -211,7 +205,7 @@ class ShareRead:
         # A READ may end first: the prefill rank begins its checksums once it has answered.
         if not self.is_complete or self.lacks_checksums:
             return False
-        if self._batch is None:
+        if self._setup.hasher is None or not self._num_hashed:
             return True
         if not all(checksums.ready() for checksums in self._found):
             return False
@@ -235,9 +229,15 @@ class ShareRead:
         """Hash the blocks before ``num_blocks``, which are final now, or once ``after`` has
         fired.
         """
-        if self._batch is not None and num_blocks > self._num_hashed:
-            self._found.append(self._batch.start(slice(self._num_hashed, num_blocks), after))
-            self._num_hashed = num_blocks
+        hasher = self._setup.hasher
+        if hasher is None or num_blocks <= self._num_hashed:
+            return
+        assert self._plan is not None
+        read = self._plan.read
+        blocks = read.local_blocks[self._num_hashed : num_blocks]
+        heads = slice(read.local_heads.start, read.local_heads.stop)
+        self._found.append(hasher.start(blocks, heads, after))
+        self._num_hashed = num_blocks
 
     def _release(self) -> None:
         assert self._reading is not None

@@ -10,10 +10,12 @@ from functools import cached_property
 import torch
 
 from pdlaunch.engine.kvcache.groups import KVCacheLayout
-from pdlaunch.transfer.integrity.checksum import ChecksumArray, Checksums, HashBatch, KVHasher
+from pdlaunch.transfer.integrity.checksum import ChecksumArray, Checksums, KVHasher
 
 
-class HandChecksums:
+class HandChecksums(Checksums):
+    """Those ``after`` something are of what is there when they are asked for."""
+
     def __init__(
         self, compute: Callable[[], ChecksumArray], after: torch.cuda.Event | None
     ) -> None:
@@ -35,24 +37,17 @@ class HandChecksums:
         return self.values
 
 
-class HandBatch:
-    def __init__(self, batch: HashBatch, started: list[HandChecksums]) -> None:
-        self._batch = batch
-        self._started = started
-
-    def start(self, blocks: slice, after: torch.cuda.Event | None = None) -> Checksums:
-        """Those ``after`` something are of what is there when they are asked for."""
-        self._started.append(HandChecksums(lambda: self._batch.start(blocks).result(), after))
-        return self._started[-1]
-
-
 class HandHasher(KVHasher):
     def __init__(self, kv_cache: torch.Tensor, layout: KVCacheLayout) -> None:
         super().__init__(kv_cache, layout)
         self.started: list[HandChecksums] = []
 
-    def prepare(self, block_ids: Sequence[int], heads: slice) -> HashBatch:
-        return HandBatch(super().prepare(block_ids, heads), self.started)
+    def start(
+        self, block_ids: Sequence[int], heads: slice, after: torch.cuda.Event | None = None
+    ) -> Checksums:
+        start = super().start
+        self.started.append(HandChecksums(lambda: start(block_ids, heads).result(), after))
+        return self.started[-1]
 
     def finish(self) -> None:
         for checksums in self.started:

@@ -9,7 +9,6 @@ same. Source: XXH3 of the xxHash library.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,69 +17,35 @@ import xxhash
 
 from pdlaunch.engine.kvcache.groups import KVCacheLayout
 
-if TYPE_CHECKING:
-    from pdlaunch.transfer.integrity.checksum_device import DeviceHasher
-
 ALGORITHM = "xxh3_64"
 
 ChecksumArray = npt.NDArray[np.uint64]
 """[num_blocks, num_heads]"""
 
 
-class Checksums(Protocol):
-    """Stands for checksums that are being computed; may be dropped at any time."""
+class Checksums:
+    """Stands for checksums that are computed, or being computed on a device."""
+
+    def __init__(
+        self,
+        values: ChecksumArray,
+        ended: torch.cuda.Event | None = None,
+        block_ids: torch.Tensor | None = None,
+    ) -> None:
+        """``values`` are final after ``ended``. The kernel reads ``block_ids`` meanwhile."""
+        self._values = values
+        self._ended = ended
+        self._block_ids = block_ids
 
     def ready(self) -> bool:
         """Return whether ``result`` would return at once."""
+        return self._ended is None or bool(self._ended.query())  # type: ignore[no-untyped-call]
 
     def result(self) -> ChecksumArray:
         """Wait for the checksums and return them, by block and head."""
-
-
-class KnownChecksums:
-    """Holds checksums that are already computed."""
-
-    def __init__(self, values: ChecksumArray) -> None:
-        self._values = values
-
-    def ready(self) -> bool:
-        return True
-
-    def result(self) -> ChecksumArray:
+        if self._ended is not None:
+            self._ended.synchronize()
         return self._values
-
-
-class HashBatch(Protocol):
-    """Stands for blocks whose checksums are wanted, perhaps not all at once."""
-
-    def start(self, blocks: slice, after: torch.cuda.Event | None = None) -> Checksums:
-        """Begin to compute those of ``blocks``, a slice of the batch. On the CPU that computes them
-        at once; on CUDA it waits for nothing.
-
-        Whatever wrote the blocks must have ended, on the device too, or by the event ``after``:
-        nothing else orders this behind the work of another stream.
-        """
-
-
-class HostBatch:
-    """Computes checksums in the calling thread."""
-
-    def __init__(self, memory: torch.Tensor, block_ids: Sequence[int], heads: slice) -> None:
-        """``memory``: [num_blocks, num_kv_heads, head_bytes] uint8."""
-        self._memory = memory
-        self._block_ids = block_ids
-        self._heads = heads
-
-    def start(self, blocks: slice, after: torch.cuda.Event | None = None) -> KnownChecksums:
-        if after is not None:
-            after.synchronize()
-        block_ids, memory = self._block_ids[blocks], self._memory
-        if memory.device.type == "cpu":
-            return KnownChecksums(_digests(memory, block_ids, self._heads))
-        chosen = torch.tensor(block_ids, dtype=torch.int64, device=memory.device)
-        # A toy model on CUDA: its regions are too small for the kernel, so the host hashes a copy.
-        on_host = memory[:, self._heads].index_select(0, chosen).cpu()
-        return KnownChecksums(_digests(on_host, range(len(block_ids)), slice(None)))
 
 
 class KVHasher:
@@ -93,32 +58,65 @@ class KVHasher:
         self._bytes = kv_cache.view(torch.uint8).view(
             kv_cache.shape[0], layout.num_kv_heads, layout.head_bytes
         )
-        self._device_hasher = _new_device_hasher(self._bytes)
+        self._launched: list[Checksums] = []
+        """Kept until they end: a kernel uses its memory whether or not anybody wants the result."""
+        self._uses_kernel = False
+        if self._bytes.is_cuda:
+            from pdlaunch.transfer.integrity.checksum_kernel import constants, supports
 
-    def prepare(self, block_ids: Sequence[int], heads: slice) -> HashBatch:
-        """Prepare the checksums of ``block_ids`` and these heads of this rank."""
-        if self._device_hasher is not None:
-            return self._device_hasher.prepare(block_ids, heads)
-        return HostBatch(self._bytes, block_ids, heads)
+            # The regions of toy models are too small for it.
+            self._uses_kernel = supports(self._bytes)
+            self._constants = constants(self._bytes.device)
+            self._stream = torch.cuda.Stream(self._bytes.device)  # type: ignore[no-untyped-call]
+            self.start([0], slice(0, 1)).result()
 
-    def start(self, block_ids: Sequence[int], heads: slice) -> Checksums:
-        """Begin to compute those of all of ``block_ids``; see ``HashBatch.start``."""
-        return self.prepare(block_ids, heads).start(slice(None))
+    def start(
+        self, block_ids: Sequence[int], heads: slice, after: torch.cuda.Event | None = None
+    ) -> Checksums:
+        """Begin to compute the checksums of these blocks and heads. On the CPU that computes them
+        at once; on CUDA it waits for nothing.
+
+        Whatever wrote the blocks must have ended, on the device too, or by the event ``after``:
+        nothing else orders this behind the work of another stream.
+        """
+        if self._uses_kernel:
+            return self._launch(block_ids, heads, after)
+        if after is not None:
+            after.synchronize()
+        if not self._bytes.is_cuda:
+            return Checksums(_digests(self._bytes, block_ids, heads))
+        chosen = torch.tensor(block_ids, dtype=torch.int64, device=self._bytes.device)
+        on_host = self._bytes[:, heads].index_select(0, chosen).cpu()
+        return Checksums(_digests(on_host, range(len(block_ids)), slice(None)))
 
     def checksums(self, block_ids: Sequence[int], heads: slice) -> list[list[int]]:
         """Compute checksums and wait for them; by block and head."""
         checksums: list[list[int]] = self.start(block_ids, heads).result().tolist()
         return checksums
 
+    def _launch(
+        self, block_ids: Sequence[int], heads: slice, after: torch.cuda.Event | None
+    ) -> Checksums:
+        """Launch the kernel on a stream of its own. It reads block ids from page-locked host memory
+        and writes checksums there, so that nothing is copied.
+        """
+        from pdlaunch.transfer.integrity.checksum_kernel import hash_regions
 
-def _new_device_hasher(memory: torch.Tensor) -> DeviceHasher | None:
-    """Return None on the CPU, and for the regions of toy models, which the kernel does not take."""
-    if memory.device.type != "cuda":
-        return None
-    from pdlaunch.transfer.integrity.checksum_device import DeviceHasher
-    from pdlaunch.transfer.integrity.checksum_kernel import supports
-
-    return DeviceHasher(memory) if supports(memory) else None
+        first_head, end_head, _ = heads.indices(self._bytes.shape[1])
+        ids = torch.empty(len(block_ids), dtype=torch.int64, pin_memory=True)
+        ids.numpy()[:] = block_ids
+        results = torch.empty((len(ids), end_head - first_head), dtype=torch.int64, pin_memory=True)
+        with torch.cuda.device(self._bytes.device), torch.cuda.stream(self._stream):
+            ended = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            if after is not None:
+                self._stream.wait_event(after)
+            words = self._bytes.view(torch.int64)
+            hash_regions(words, ids, first_head, results, self._constants)
+            ended.record(self._stream)
+        launched = Checksums(results.numpy().view(np.uint64), ended, ids)
+        self._launched = [other for other in self._launched if not other.ready()]
+        self._launched.append(launched)
+        return launched
 
 
 def _digests(memory: torch.Tensor, block_ids: Sequence[int], heads: slice) -> ChecksumArray:
