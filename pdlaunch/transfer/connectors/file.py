@@ -10,6 +10,7 @@ oldest prompts are deleted.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -216,11 +217,9 @@ class FileStore:
     def remove(self, name: str) -> None:
         """Delete a file, and its folder when that is empty then. Never raises."""
         path = self._path(name)
-        try:
+        with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
             path.parent.rmdir()
-        except OSError:
-            return
 
     def _path(self, name: str) -> Path:
         if _NAME.fullmatch(name) is None:
@@ -233,40 +232,18 @@ class FileStore:
             raise TransferError(f"{folder} leads out of {self._folder}")
 
     def _prune(self, keep: Path) -> None:
-        sizes = {}
+        found = []
         for folder in self._folder.iterdir():
-            if not folder.is_symlink() and folder.is_dir():
-                sizes[folder] = (_written_s(folder), _folder_bytes(folder))
-        excess = sum(size for _, size in sizes.values()) - self._size_limit_bytes
-        for folder, (_, size) in sorted(sizes.items(), key=lambda item: item[1][0]):
-            if excess <= 0:
-                return
-            if folder != keep:
+            # Another process may delete it, or a file in it, meanwhile.
+            with contextlib.suppress(OSError):
+                if not folder.is_symlink() and folder.is_dir():
+                    num_bytes = sum(path.stat().st_size for path in folder.iterdir())
+                    found.append((folder.stat().st_mtime, num_bytes, folder))
+        excess = sum(num_bytes for _, num_bytes, _ in found) - self._size_limit_bytes
+        for _, num_bytes, folder in sorted(found):
+            if excess > 0 and folder != keep:
                 shutil.rmtree(folder, ignore_errors=True)
-                excess -= size
-
-
-def _folder_bytes(folder: Path) -> int:
-    """Return the bytes of a prompt's folder; 0 when another process has deleted it meanwhile."""
-    try:
-        return sum(_size_bytes(path) for path in folder.iterdir())
-    except OSError:
-        return 0
-
-
-def _size_bytes(path: Path) -> int:
-    """Return a file's bytes; 0 when another process has deleted it meanwhile."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
-
-
-def _written_s(folder: Path) -> float:
-    try:
-        return folder.stat().st_mtime
-    except OSError:
-        return 0.0
+                excess -= num_bytes
 
 
 def new_connector(settings: KVTransferSettings, name: str, incarnation: int) -> FileConnector:

@@ -7,6 +7,7 @@ neighbours.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -32,6 +33,7 @@ from pdlaunch.transfer.connectors.connector import (
     PeerAgent,
     Read,
     ReadState,
+    bind_device,
     memory_kind,
 )
 from pdlaunch.transfer.connectors.scratch import new_landing, piece_offsets
@@ -113,41 +115,35 @@ class NixlConnector(Connector):
     ) -> None:
         """``name`` is the rank's, ``prefill-0/rank-0``."""
         self.agent_name = f"{name}#{incarnation}"
-        self._load = load
-        self._backend_errors: tuple[type[Exception], ...] = _PYTHON_ERRORS
-        self._agent: Any = None
+        self.backend_errors: tuple[type[Exception], ...] = _PYTHON_ERRORS
+        self.agent: Any = None
         """Outlives ``close``, because READs may be pending when the process exits; ``open`` lets go
         of it.
         """
+        self._load = load
 
     def open(self, memory: LocalMemory) -> None:
-        self._kind, self._device_index = memory_kind(memory.kv_cache)
-        self._num_heads = memory.layout.num_kv_heads
-        self._memory = memory  # registered memory must not be freed
-        if self._kind == "VRAM":
-            torch.cuda.set_device(
-                self._device_index
-            )  # of this thread: UCX takes the context that is current
+        self.kind, self.device_index = memory_kind(memory.kv_cache)
+        self.memory = memory  # registered memory must not be freed
+        bind_device(memory.kv_cache.device)  # UCX takes the context that is current
         choose_devices(os.environ)
         before = network.listeners()
         try:
             # NIXL never closes the endpoint of an agent that is removed, which is a socket on both
             # sides; a new agent has none.
-            self._agent = None
-            self._agent = self._make_agent()
+            self.agent = None
+            api, bindings = self._load()
+            self.backend_errors = _PYTHON_ERRORS + _binding_errors(bindings)
+            self.agent = new_agent(api, bindings, self.agent_name, self.kind)
             self._registrations = [
-                self._agent.register_memory(tensor) for tensor in (memory.kv_cache, memory.scratch)
+                self.agent.register_memory(tensor) for tensor in (memory.kv_cache, memory.scratch)
             ]
-            self._metadata: bytes = self._agent.get_agent_metadata()
+            self._metadata: bytes = self.agent.get_agent_metadata()
             base, num_blocks = memory.kv_cache.data_ptr(), memory.kv_cache.shape[0]
-            layout = memory.layout
-            self._local_blocks = self._prepare(
-                "", base, layout.block_bytes, num_blocks, self._device_index
+            self.pieces = self.describe_blocks(
+                "", base, num_blocks, memory.layout.num_kv_heads, memory.layout.head_bytes
             )
-            self._local_heads = self._prepare(
-                "", base, layout.head_bytes, num_blocks * layout.num_kv_heads, self._device_index
-            )
-        except self._backend_errors as error:
+        except self.backend_errors as error:
             raise TransferError(
                 f"the NIXL agent {self.agent_name} cannot start: {error}"
             ) from error
@@ -165,174 +161,157 @@ class NixlConnector(Connector):
         return self._metadata
 
     def connect(self, peer: PeerAgent) -> Connection:
-        if peer.geometry.memory_kind != self._kind:
+        geometry = peer.geometry
+        if geometry.memory_kind != self.kind:
             raise TransferError(
-                f"the KV cache of {peer.name} is in {_MEMORY_NAMES[peer.geometry.memory_kind]}, "
-                f"that of {self.agent_name} in {_MEMORY_NAMES[self._kind]}; NIXL is used between "
+                f"the KV cache of {peer.name} is in {_MEMORY_NAMES[geometry.memory_kind]}, "
+                f"that of {self.agent_name} in {_MEMORY_NAMES[self.kind]}; NIXL is used between "
                 "equal ones only (device)"
             )
         try:
-            name = self._agent.add_remote_agent(peer.metadata)
-        except self._backend_errors as error:
+            name = self.agent.add_remote_agent(peer.metadata)
+        except self.backend_errors as error:
             raise TransferError(f"agent {peer.name} cannot be added: {error}") from error
         found = name.decode() if isinstance(name, bytes) else str(name)
-        if found != peer.name:
-            self._forget(found)
-            raise TransferError(f"the metadata of agent {peer.name} is that of {found}")
+        errors: tuple[type[Exception], ...] = (TransferError, *self.backend_errors)
         try:
-            return self._describe_peer(peer)
-        except self._backend_errors as error:
-            self._forget(found)
+            if found != peer.name:
+                raise TransferError(f"the metadata of agent {peer.name} is that of {found}")
+            pieces = self.describe_blocks(
+                peer.name,
+                geometry.base_address,
+                geometry.num_blocks,
+                geometry.num_kv_heads,
+                geometry.head_bytes,
+                geometry.device_index,
+            )
+        except errors as error:
+            self.quietly(lambda: self.agent.remove_remote_agent(found))
             raise TransferError(f"agent {peer.name} cannot be read: {error}") from error
-
-    def disconnect(self, connection: _NixlConnection) -> None:
-        """Forget a peer. Never raises."""
-        for prepared in (connection.blocks, connection.heads):
-            self._quietly(prepared.release)
-        # NIXL takes no second agent of a name: the peer could not be connected again.
-        self._forget(connection.peer.name)
-
-    def read(self, connection: _NixlConnection, blocks: BlockRead) -> Read:
-        """Start the READ of a connection; see ``Connection.read``."""
-        remote_num_heads = connection.peer.geometry.num_kv_heads
-        whole_blocks = len(blocks.local_heads) == self._num_heads == remote_num_heads
-        if whole_blocks:
-            local, remote = _indices(blocks.local_blocks), _indices(blocks.remote_blocks)
-            sides = self._local_blocks, connection.blocks
-        else:
-            local = _head_indices(blocks.local_blocks, self._num_heads, blocks.local_heads)
-            remote = _head_indices(blocks.remote_blocks, remote_num_heads, blocks.remote_heads)
-            sides = self._local_heads, connection.heads
-        try:
-            handle = self._agent.make_prepped_xfer("READ", sides[0], local, sides[1], remote)
-        except self._backend_errors as error:
-            raise TransferError(f"READ from {connection.peer.name} was refused: {error}") from error
-        return self._post(connection.peer.name, _NixlRead(self, handle))
-
-    def read_scratch(self, peer: PeerAgent) -> tuple[Read, torch.Tensor]:
-        """Start to read a peer's scratch; see ``Connection.read_scratch``."""
-        geometry = peer.geometry
-        offsets, size = piece_offsets(
-            geometry.scratch_bytes, self._memory.layout.block_bytes, geometry.block_bytes
-        )
-        landing = new_landing(len(offsets) * size, self._memory.kv_cache.device)
-        registration = self._agent.register_memory(landing)
-        try:
-            local = self._describe(landing.data_ptr(), offsets, size, self._device_index)
-            remote = self._describe(geometry.scratch_address, offsets, size, geometry.device_index)
-            handle = self._agent.initialize_xfer("READ", local, remote, peer.name)
-        except self._backend_errors as error:
-            self._quietly(lambda: self._agent.deregister_memory(registration))
-            raise TransferError(f"READ from {peer.name} was refused: {error}") from error
-        read = self._post(peer.name, _NixlRead(self, handle, registration))
-        while (
-            self._kind == "VRAM"
-            and read.poll() == "pending"
-            and time.perf_counter() < read.posted_at + _TIMED_SPIN_S
-        ):
-            continue
-        return read, landing
-
-    def state_of(self, handle: Any) -> str:
-        """Return the state of a READ in NIXL's words: ``PROC``, ``DONE`` or ``ERR``."""
-        try:
-            # DONE is no proof: NIXL 1.5.1 says it of READs of deregistered memory and, between
-            # GPUs, of those whose peer was killed. Leases and checksums decide what counts.
-            return str(self._agent.check_xfer_state(handle))
-        except self._backend_errors:
-            return "ERR"
-
-    def release(self, handle: Any, registration: Any) -> None:
-        """Let go of a READ, and of the memory of a scratch READ. Never raises."""
-        self._quietly(handle.release)
-        if registration is not None:
-            self._quietly(lambda: self._agent.deregister_memory(registration))
+        return _NixlConnection(self, peer, pieces)
 
     def close(self) -> None:
-        for prepared in (self._local_blocks, self._local_heads):
-            self._quietly(prepared.release)
+        for prepared in self.pieces:
+            self.quietly(prepared.release)
         for registration in self._registrations:
-            self._quietly(partial(self._agent.deregister_memory, registration))
-        del self._memory
+            self.quietly(partial(self.agent.deregister_memory, registration))
+        del self.memory
 
-    def _make_agent(self) -> Any:
-        api, bindings = self._load()
-        self._backend_errors = _PYTHON_ERRORS + _binding_errors(bindings)
-        return new_agent(api, bindings, self.agent_name, self._kind)
+    def describe_blocks(
+        self,
+        agent_name: str,
+        base: int,
+        num_blocks: int,
+        num_heads: int,
+        head_bytes: int,
+        device_index: int | None = None,
+    ) -> tuple[Any, Any]:
+        """Return prepared descriptors: one for each block, and one for each (block, head)."""
+        device = self.device_index if device_index is None else device_index
+        found = []
+        for size, count in (
+            (num_heads * head_bytes, num_blocks),
+            (head_bytes, num_blocks * num_heads),
+        ):
+            # One row stands for all pieces: address, length and device of the first, distance to
+            # the next, and their number.
+            row = np.array([[base, size, device, size, count]], dtype=np.uint64)
+            found.append(self.agent.prep_xfer_dlist(agent_name, row, self.kind))
+        return found[0], found[1]
 
-    def _describe_peer(self, peer: PeerAgent) -> _NixlConnection:
-        geometry = peer.geometry
-        base, num_blocks, device = geometry.base_address, geometry.num_blocks, geometry.device_index
-        blocks = self._prepare(peer.name, base, geometry.block_bytes, num_blocks, device)
-        heads = self._prepare(
-            peer.name, base, geometry.head_bytes, num_blocks * geometry.num_kv_heads, device
-        )
-        return _NixlConnection(self, peer, blocks, heads)
-
-    def _prepare(
-        self, agent_name: str, base: int, piece_bytes: int, count: int, device_index: int
-    ) -> Any:
-        # One row stands for all pieces: address, length and device of the first, distance to the
-        # next, and their number.
-        pieces = np.array([[base, piece_bytes, device_index, piece_bytes, count]], dtype=np.uint64)
-        return self._agent.prep_xfer_dlist(agent_name, pieces, self._kind)
-
-    def _describe(
-        self, base: int, offsets: Sequence[int], num_bytes: int, device_index: int
-    ) -> Any:
-        pieces = np.array(
-            [(base + offset, num_bytes, device_index) for offset in offsets], dtype=np.uint64
-        )
-        return self._agent.get_xfer_descs(pieces, self._kind)
-
-    def _post(self, peer_name: str, read: _NixlRead) -> _NixlRead:
-        read.posted_at = time.perf_counter()
-        try:
-            read.state = self._agent.transfer(read.handle)
-            read.ended_at = time.perf_counter()
-        except self._backend_errors as error:
-            read.release()
-            raise TransferError(f"READ from {peer_name} failed at once: {error}") from error
-        return read
-
-    def _forget(self, agent_name: str) -> None:
-        self._quietly(lambda: self._agent.remove_remote_agent(agent_name))
-
-    def _quietly(self, act: Callable[[], object]) -> None:
+    def quietly(self, act: Callable[[], object]) -> None:
         """Call ``act`` and ignore a refusal: backends refuse to release what has failed already."""
-        try:
+        with contextlib.suppress(*self.backend_errors):
             act()
-        except self._backend_errors:
-            return
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _NixlConnection(Connection):
     connector: NixlConnector
     peer: PeerAgent
-    blocks: Any
-    """Prepared descriptors, one for each block."""
-    heads: Any
-    """Prepared descriptors, one for each (block, head)."""
+    pieces: tuple[Any, Any]
+    """Prepared descriptors of the peer's blocks and heads."""
 
     def paths(self) -> Sequence[str]:
         return (NixlConnector.path,)
 
     def read(self, blocks: BlockRead) -> Read:
-        return self.connector.read(self, blocks)
+        ours, theirs = self.connector.pieces, self.pieces
+        local_num_heads = self.connector.memory.layout.num_kv_heads
+        remote_num_heads = self.peer.geometry.num_kv_heads
+        if len(blocks.local_heads) == local_num_heads == remote_num_heads:
+            arguments = (
+                ours[0],
+                _indices(blocks.local_blocks),
+                theirs[0],
+                _indices(blocks.remote_blocks),
+            )
+        else:
+            arguments = (
+                ours[1],
+                _head_indices(blocks.local_blocks, local_num_heads, blocks.local_heads),
+                theirs[1],
+                _head_indices(blocks.remote_blocks, remote_num_heads, blocks.remote_heads),
+            )
+        agent = self.connector.agent
+        return self._post(lambda: agent.make_prepped_xfer("READ", *arguments))
 
     def read_scratch(self, path: str) -> tuple[Read, torch.Tensor]:
-        return self.connector.read_scratch(self.peer)
+        connector, geometry, memory = self.connector, self.peer.geometry, self.connector.memory
+        offsets, size = piece_offsets(
+            geometry.scratch_bytes, memory.layout.block_bytes, geometry.block_bytes
+        )
+        landing = new_landing(len(offsets) * size, memory.kv_cache.device)
+        agent = connector.agent
+        registration = agent.register_memory(landing)
+
+        def describe(base: int, device: int) -> Any:
+            rows = [(base + offset, size, device) for offset in offsets]
+            return agent.get_xfer_descs(np.array(rows, dtype=np.uint64), connector.kind)
+
+        read = self._post(
+            lambda: agent.initialize_xfer(
+                "READ",
+                describe(landing.data_ptr(), connector.device_index),
+                describe(geometry.scratch_address, geometry.device_index),
+                self.peer.name,
+            ),
+            registration,
+        )
+        spins_until_at = read.posted_at + _TIMED_SPIN_S
+        while (
+            connector.kind == "VRAM"
+            and read.poll() == "pending"
+            and time.perf_counter() < spins_until_at
+        ):
+            continue
+        return read, landing
 
     def close(self) -> None:
-        self.connector.disconnect(self)
+        for prepared in self.pieces:
+            self.connector.quietly(prepared.release)
+        # NIXL takes no second agent of a name: the peer could not be connected again.
+        self.connector.quietly(lambda: self.connector.agent.remove_remote_agent(self.peer.name))
+
+    def _post(self, make: Callable[[], Any], registration: Any = None) -> _NixlRead:
+        """Make a READ and start it; ``registration`` is that of memory which it alone uses."""
+        connector, read = self.connector, _NixlRead(self.connector, None, registration)
+        try:
+            read.handle = make()
+            read.posted_at = time.perf_counter()
+            read.state = connector.agent.transfer(read.handle)
+            read.ended_at = time.perf_counter()
+        except connector.backend_errors as error:
+            read.release()
+            raise TransferError(f"READ from {self.peer.name} was refused: {error}") from error
+        return read
 
 
 @dataclass(slots=True, eq=False)
 class _NixlRead(Read):
     connector: NixlConnector
     handle: Any
-    registration: Any = None
+    registration: Any
     """Memory of a scratch READ."""
     state: str = "PROC"
     posted_at: float = 0.0
@@ -340,7 +319,12 @@ class _NixlRead(Read):
 
     def poll(self) -> ReadState:
         if self.state == "PROC":
-            self.state = self.connector.state_of(self.handle)
+            try:
+                # DONE is no proof: NIXL 1.5.1 says it of READs of deregistered memory and, between
+                # GPUs, of those whose peer was killed. Leases and checksums decide what counts.
+                self.state = str(self.connector.agent.check_xfer_state(self.handle))
+            except self.connector.backend_errors:
+                self.state = "ERR"
             self.ended_at = time.perf_counter()
         if self.state == "PROC":
             return "pending"
@@ -350,7 +334,11 @@ class _NixlRead(Read):
         return self.ended_at - self.posted_at
 
     def release(self) -> None:
-        self.connector.release(self.handle, self.registration)
+        if self.handle is not None:
+            self.connector.quietly(self.handle.release)
+        if self.registration is not None:
+            agent = self.connector.agent
+            self.connector.quietly(lambda: agent.deregister_memory(self.registration))
 
 
 def _binding_errors(bindings: Any) -> tuple[type[Exception], ...]:
