@@ -21,9 +21,9 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import zmq
@@ -50,32 +50,6 @@ SUSPENSION_SLEEP_S = 0.01
 """Seconds between two looks at whether READs that nobody waits for have ended."""
 
 
-@dataclass(frozen=True, slots=True)
-class _NewRegistry:
-    entries: Sequence[Entry]
-
-
-@dataclass(frozen=True, slots=True)
-class _Suspend:
-    """Let go of the memory, or give that up at ``deadline_at``."""
-
-    deadline_at: float
-    done: Future[str]
-    """Its result says why it failed; empty when it did not."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Resume:
-    """Open the connector again."""
-
-    done: Future[str]
-    """Its result is as in ``_Suspend``."""
-
-
-_Item = Sequence[TransferCommand] | _NewRegistry | _Suspend | _Resume | None
-"""None ends the thread."""
-
-
 class TransferThread:
     """Executes the transfer commands of one rank.
 
@@ -92,12 +66,16 @@ class TransferThread:
         self._clock = setup.clock
         self._connector = setup.connector
         self._wake_engine = setup.wake
-        self._inbox: queue.SimpleQueue[_Item] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        """What the thread is to do; None ends it."""
         self._events: queue.SimpleQueue[TransferEvent] = queue.SimpleQueue()
         self._entries: Sequence[Entry] = ()
         self._sides: TransferSides | None = None
         """None while the rank sleeps. Refers to the KV cache."""
-        self._suspension: _Suspend | None = None
+        self._suspension: tuple[float, Future[str]] | None = None
+        """Until when the memory may be let go, and whose result says why it could not be: empty
+        when it was.
+        """
         self._connected = True
         self._started = threading.Event()
         self._error: str | None = None
@@ -109,10 +87,8 @@ class TransferThread:
             f"transfer-wake/{self._name}#{setup.identity.incarnation}"
         )
         self._socket = PrefillSocket(setup.context, tcp_endpoint(setup.host, 0))
-        # The thread alone keeps the setup: with its end the KV cache can be freed.
-        self._thread = threading.Thread(
-            target=self._run, args=(setup,), name="transfer", daemon=True
-        )
+        self._setup = setup
+        self._thread = threading.Thread(target=self._run, name="transfer", daemon=True)
         self._thread.start()
 
     @property
@@ -130,11 +106,11 @@ class TransferThread:
     def submit(self, commands: Sequence[TransferCommand]) -> None:
         """Queue commands; they are executed in their order."""
         if commands:
-            self._put(commands)
+            self._put(partial(self._execute, commands))
 
     def update_registry(self, entries: Sequence[Entry]) -> None:
         """Tell of a new registry: peers come, go and restart."""
-        self._put(_NewRegistry(entries))
+        self._put(partial(self._take_registry, entries))
 
     def take_events(self) -> list[TransferEvent]:
         """Return what has happened since the last call.
@@ -165,7 +141,7 @@ class TransferThread:
         Raises TransferError when that takes longer than ``timeout_s``; then all is as before.
         """
         done: Future[str] = Future()
-        self._put(_Suspend(self._clock() + timeout_s, done))
+        self._put(partial(self._begin_suspension, self._clock() + timeout_s, done))
         self._await(done, timeout_s + CONFIRMATION_S)
 
     def resume(self, timeout_s: float) -> None:
@@ -173,7 +149,7 @@ class TransferThread:
         ``connected``. Raises TransferError when the connector does not open.
         """
         done: Future[str] = Future()
-        self._put(_Resume(done))
+        self._put(partial(self._resume, done))
         self._await(done, timeout_s)
 
     def wait_unmapped(self, timeout_s: float) -> bool:
@@ -201,7 +177,7 @@ class TransferThread:
         if error:
             raise TransferError(error)
 
-    def _put(self, item: _Item) -> None:
+    def _put(self, item: Callable[[], None] | None) -> None:
         self._inbox.put(item)
         # Any thread may come here, and sockets belong to one at a time. A full pipe is as good as
         # sent: a wake is waiting already. After the end of the thread there is nobody to wake.
@@ -210,15 +186,15 @@ class TransferThread:
 
     # From here on: the thread.
 
-    def _run(self, setup: TransferSetup) -> None:
+    def _run(self) -> None:
         sleep_precisely()
         try:
-            self._sides = TransferSides(setup, self._socket)
+            self._sides = TransferSides(self._setup, self._socket)
             self._started.set()
             try:
                 # Commands first: a question that waits for a grant is answered in the turn that
                 # brings it.
-                while self._execute_inbox(setup):
+                while self._execute_inbox():
                     self._turn()
                     self._sleep()
             finally:
@@ -230,34 +206,35 @@ class TransferThread:
             self._error = str(error)
             self._wake_engine()
         finally:
+            del self._setup  # so that the KV cache can be freed
             self._started.set()  # Whoever waits for the start sees the error.
             self._socket.close()
             with self._wake_lock:
                 self._woken.close()
                 self._wake.close()
 
-    def _execute_inbox(self, setup: TransferSetup) -> bool:
+    def _execute_inbox(self) -> bool:
         """Return False when told to stop."""
         with contextlib.suppress(queue.Empty):
-            while True:
-                match self._inbox.get_nowait():
-                    case None:
-                        return False
-                    case _NewRegistry(entries):
-                        self._entries = entries
-                        if self._sides is not None:
-                            self._sides.update_registry(entries)
-                    case _Suspend() as suspension:
-                        self._suspension = suspension
-                    case _Resume(done):
-                        self._resume(done, setup)
-                    case commands:
-                        # Rank 0 has ranks fall asleep only when no request, lease or pull holds a
-                        # block, and schedules nothing before all are awake.
-                        assert self._sides is not None, f"{self._name} sleeps and got {commands}"
-                        for command in commands:
-                            self._sides.execute(command)
+            while (item := self._inbox.get_nowait()) is not None:
+                item()
+            return False
         return True
+
+    def _execute(self, commands: Sequence[TransferCommand]) -> None:
+        # Rank 0 has ranks fall asleep only when no request, lease or pull holds a block, and
+        # schedules nothing before all are awake.
+        assert self._sides is not None, f"{self._name} sleeps and got {commands}"
+        for command in commands:
+            self._sides.execute(command)
+
+    def _take_registry(self, entries: Sequence[Entry]) -> None:
+        self._entries = entries
+        if self._sides is not None:
+            self._sides.update_registry(entries)
+
+    def _begin_suspension(self, deadline_at: float, done: Future[str]) -> None:
+        self._suspension = deadline_at, done
 
     def _turn(self) -> None:
         if self._sides is None:
@@ -265,7 +242,7 @@ class TransferThread:
         else:
             self._publish(self._sides.turn())
         if self._suspension is not None:
-            self._advance_suspension(self._suspension)
+            self._advance_suspension(*self._suspension)
         if not self._connected and self._sides is not None:
             self._connected = self._sides.is_connected_to(self._entries)
             if self._connected:
@@ -296,7 +273,7 @@ class TransferThread:
             refused = Refused(call_id=message.call_id, reason=f"{self._name} is asleep")
             self._socket.send(identity, refused)
 
-    def _advance_suspension(self, suspension: _Suspend) -> None:
+    def _advance_suspension(self, deadline_at: float, done: Future[str]) -> None:
         """Let the memory go once nothing uses it; at the deadline stay as before."""
         # Not earlier: pulls from a peer that is lost fail.
         if self._sides is not None and self._sides.is_idle:
@@ -305,16 +282,16 @@ class TransferThread:
             # Before the caller hears of it, who gives the memory back at once.
             self._close_sides()
             self._suspension = None
-            suspension.done.set_result("")
-        elif self._clock() >= suspension.deadline_at:
+            done.set_result("")
+        elif self._clock() >= deadline_at:
             self._sides.take_peers_back(self._entries)
             self._suspension = None
-            suspension.done.set_result("a transfer of KV blocks of this rank has not ended")
+            done.set_result("a transfer of KV blocks of this rank has not ended")
 
-    def _resume(self, done: Future[str], setup: TransferSetup) -> None:
+    def _resume(self, done: Future[str]) -> None:
         if self._sides is None:
             try:
-                self._sides = TransferSides(setup, self._socket)
+                self._sides = TransferSides(self._setup, self._socket)
             except TransferError as error:
                 done.set_result(str(error))
                 return
