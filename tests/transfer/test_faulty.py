@@ -88,10 +88,6 @@ def test_a_refused_read_writes_nothing():
     assert torch.equal(pair.here, before)
 
 
-def test_a_failed_read_says_so():
-    assert pair_with("FAIL").pull() == ["failed"]
-
-
 def test_delayed_and_lost_reads_end_late_with_the_right_bytes():
     for fault in ("DELAY", "LOSE"):
         pair = pair_with(fault)
@@ -113,14 +109,6 @@ def test_a_truncated_read_lacks_the_second_half_of_its_last_block():
     heads, half = (3, LAYOUT.head_bytes // 4), LAYOUT.head_bytes // 8
     assert torch.equal(pair.here[2].view(heads)[:, half:], before[2].view(heads)[:, half:])
     assert torch.equal(pair.here[2].view(heads)[:, :half], pair.there[6].view(heads)[:, :half])
-
-
-def test_a_duplicated_read_writes_twice():
-    pair = pair_with("DUPLICATE")
-    assert pair.pull() == ["done"]
-    assert len(pair.fabric.reads) == 2
-    assert all(read.released for read in pair.fabric.reads)
-    assert pair.num_wrong_bytes() == 0
 
 
 def test_the_same_seed_injects_the_same_faults():

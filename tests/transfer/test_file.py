@@ -84,17 +84,6 @@ def test_what_exceeds_the_limit_alone_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_removed_file_takes_its_empty_folder_along(store: FileStore, tmp_path: Path) -> None:
-    names = [file_name(DIGESTS[0], reader) for reader in ("a", "b")]
-    for name in names:
-        store.write(name, BLOCKS)
-    store.remove(names[0])
-    assert torch.equal(store.read(names[1], CPU), BLOCKS)
-    store.remove(names[1])
-    assert list((tmp_path / "kv").iterdir()) == []
-    store.remove(names[1])
-
-
 def test_missing_and_broken_files_are_told(store: FileStore, tmp_path: Path) -> None:
     name = file_name(DIGESTS[0], "reader")
     with pytest.raises(TransferError, match="cannot be read"):
@@ -104,12 +93,6 @@ def test_missing_and_broken_files_are_told(store: FileStore, tmp_path: Path) -> 
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(TransferError, match="cannot be read"):
         store.read(name, CPU)
-
-
-def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(TransferError, match=r"kv_transfer.file.directory .* cannot be written to"):
-        FileStore(str(tmp_path / "file" / "kv"), 1)
 
 
 def test_files_are_whole_whenever_they_are_there(store: FileStore) -> None:
@@ -134,23 +117,6 @@ def test_a_write_that_fails_leaves_nothing_behind(store: FileStore, tmp_path: Pa
     with pytest.raises(TransferError, match="cannot be written"):
         store.write(name, BLOCKS)
     assert list(in_its_place.parent.iterdir()) == [in_its_place]
-
-
-def test_folders_may_go_while_others_are_written(tmp_path: Path) -> None:
-    """Every handshake makes a folder and deletes it, while others add up the sizes of all
-    folders.
-    """
-
-    def come_and_go(first: int) -> None:
-        store = FileStore(str(tmp_path), 1_000_000)
-        for number in range(first, first + 200):
-            name = file_name(f"{number:064x}", "scratch")
-            store.write(name, BLOCKS)
-            store.remove(name)
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(come_and_go, range(0, 800, 200)))
-    assert list(tmp_path.iterdir()) == []
 
 
 class RecordingStore(FileStore):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdlaunch.errors import HandshakeError
-from pdlaunch.transfer.handshake import SourceRank, heads_of_rank, map_sources
+from pdlaunch.transfer.handshake import heads_of_rank, map_sources
 
 HEADS = st.integers(1, 16)
 
@@ -53,23 +53,6 @@ def test_every_holder_is_visited_by_as_many_pullers_as_it_is_told(sizes):
             told.setdefault(source.tp_rank, set()).add(source.num_decode_ranks)
     assert set(visits) == set(range(prefill_tp_size))
     assert told == {holder: {count} for holder, count in visits.items()}
-
-
-def test_equal_sizes_pair_rank_by_rank():
-    assert map_sources(num_kv_heads=3, prefill_tp_size=3, decode_tp_size=3, decode_tp_rank=1) == (
-        SourceRank(1, range(1, 2), 1),
-    )
-
-
-def test_one_to_three_and_three_to_one():
-    assert map_sources(num_kv_heads=3, prefill_tp_size=1, decode_tp_size=3, decode_tp_rank=2) == (
-        SourceRank(0, range(2, 3), 3),
-    )
-    assert map_sources(num_kv_heads=3, prefill_tp_size=3, decode_tp_size=1, decode_tp_rank=0) == (
-        SourceRank(0, range(1), 1),
-        SourceRank(1, range(1, 2), 1),
-        SourceRank(2, range(2, 3), 1),
-    )
 
 
 def test_unneeded_replica_is_visited_without_heads():

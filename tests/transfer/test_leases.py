@@ -39,23 +39,6 @@ def leases(clock: FakeClock) -> LeaseTable:
     return LeaseTable(clock)
 
 
-def test_pulled_by_one_reader(leases):
-    leases.grant(grant_of("a"))
-    assert leases.begin("a", "r", 1).groups == GROUPS
-    assert leases.end("a", "r")
-    assert leases.take_ended() == [("a", "pulled")]
-    assert leases.take_ended() == []
-
-
-def test_lives_until_every_puller_of_every_reader_has_ended(leases):
-    leases.grant(grant_of("a", num_readers=2))
-    for reader in ("r0/0", "r0/1", "r0/2", "r1"):
-        assert leases.take_ended() == []
-        leases.begin("a", reader, 3 if reader.startswith("r0") else 1)
-        assert leases.end("a", reader)
-    assert leases.take_ended() == [("a", "pulled")]
-
-
 def test_a_reader_that_begins_anew_has_one_share(leases):
     leases.grant(grant_of("a", num_readers=2))
     for _ in range(3):
@@ -120,13 +103,6 @@ def test_a_new_lease_under_the_same_id_proves_nothing_for_an_old_reader(leases, 
     leases.expire()
     leases.grant(grant_of("a"))
     assert not leases.end("a", "old")
-
-
-def test_cancel_ends_at_once_when_nothing_has_begun(leases):
-    leases.grant(grant_of("a"))
-    leases.cancel("a")
-    leases.cancel("never was")
-    assert leases.take_ended() == [("a", "released")]
 
 
 def test_cancel_waits_for_the_open_pull_and_admits_no_other(leases):
@@ -244,8 +220,3 @@ def test_fewer_readers_than_granted(leases, set_first):
         assert leases.take_ended() == []
         step()
     assert leases.take_ended() == [("r", "pulled")]
-
-
-def test_readers_of_an_unknown_lease_are_ignored(leases):
-    leases.set_readers("nobody", 1)
-    assert leases.take_ended() == []

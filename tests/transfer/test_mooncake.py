@@ -35,10 +35,6 @@ def test_merged_pieces_move_the_same_bytes(sources: list[int], targets: list[int
     ] == wanted
 
 
-def test_neighbours_become_one_piece() -> None:
-    assert list(_merge([0, 8, 16, 40], [80, 88, 96, 104], 8)) == [(0, 80, 24), (40, 104, 8)]
-
-
 def test_a_build_without_nvlink_is_told() -> None:
     assert _engine_protocol("tcp", {}) == "tcp"
     assert _engine_protocol("nvlink", {"SUPPORT_MNNVL": True}) == "nvlink"

@@ -29,7 +29,7 @@ from pdlaunch.transfer.connectors.connector import (
 from pdlaunch.transfer.connectors.p2p import P2PConnector
 from pdlaunch.transfer.connectors.paths import PathsConnector
 from pdlaunch.transfer.connectors.piece_copies import HostCopier
-from pdlaunch.transfer.connectors.scratch import has_pattern, write_pattern
+from pdlaunch.transfer.connectors.scratch import write_pattern
 from pdlaunch.transfer.handshake import geometry_of
 from tests.engine.memory.open_files import num_open_fds
 from tests.transfer.fakes import Fabric, FakeConnector, layout_of, random_cache
@@ -142,20 +142,6 @@ def test_blocks_and_heads_arrive_where_they_belong(ranks: Callable[..., Rank]) -
     assert torch.equal(two.memory.kv_cache[0, 0], one.memory.kv_cache[7, 2])
     peer.close()
     back.close()
-
-
-def test_the_scratch_is_read_over_the_path_that_is_offered(ranks: Callable[..., Rank]) -> None:
-    puller, holder = ranks("a"), ranks("b")
-    peer = puller.add(holder)
-    assert peer.paths() == ["p2p/memfd"]
-    begun, landing = peer.read_scratch("p2p/memfd")
-    while begun.poll() == "pending":
-        time.sleep(0.001)
-    assert has_pattern(landing, "b#1")
-    assert begun.seconds() > 0
-    begun.release()
-    peer.use_path("p2p/memfd")
-    peer.close()
 
 
 def test_memory_is_unmapped_with_its_peer_and_mapped_anew_after_a_sleep(
@@ -294,15 +280,6 @@ def test_the_path_that_is_used_carries_the_reads(
     peer.close()
 
 
-def test_the_other_path_is_used_just_as_well(both: Callable[..., Both]) -> None:
-    puller, holder = both("a"), both("b")
-    peer = puller.rank.add(holder.rank)
-    peer.use_path("fake/memory")
-    assert read(peer, [1], [2]) == "done"
-    peer.close()
-    assert puller.fake.peers == []
-
-
 @pytest.mark.parametrize("side", ["puller", "holder"])
 def test_a_path_that_one_side_lacks_is_tried_and_says_why(
     both: Callable[..., Both], side: str
@@ -318,15 +295,6 @@ def test_a_path_that_one_side_lacks_is_tried_and_says_why(
         peer.read_scratch("p2p")
     peer.use_path("fake/memory")
     assert read(peer, [1], [2]) == "done"
-    peer.close()
-
-
-def test_a_peer_out_of_reach_of_one_path_is_read_over_the_other(both: Callable[..., Both]) -> None:
-    puller, holder = both("a"), both("b", host="elsewhere")
-    peer = puller.rank.add(holder.rank)
-    with pytest.raises(TransferError, match="not on this host"):
-        peer.read_scratch("p2p")
-    peer.use_path("fake/memory")
     peer.close()
 
 

@@ -203,7 +203,3 @@ def test_pieces_are_about_as_large_as_a_block_and_begin_the_scratch(
     assert piece_bytes == size
     assert offsets == list(reversed(range(0, int(scratch_bytes * share), size)))
     assert len(offsets) * size % PATTERN_BYTES == 0
-
-
-def test_a_block_larger_than_the_scratch_is_read_as_one_piece() -> None:
-    assert piece_offsets(SCRATCH_BYTES, 1 << 30, 1 << 30) == ([0], SCRATCH_BYTES)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import ctypes
-import threading
 from typing import Any
 from unittest.mock import patch
 
@@ -49,25 +48,6 @@ def test_merged_pieces_move_the_same_bytes_in_the_fewest_copies(
     np.testing.assert_array_equal(found, expected)
     steps = zip(to[:count], to[1:count], of[:count], of[1:count], strict=False)
     assert len(columns[0]) == 1 + sum((b - a, d - c) != (1, 1) for a, b, c, d in steps)
-
-
-def test_a_copy_on_the_host_never_keeps_its_thread_waiting() -> None:
-    going_on = threading.Event()
-
-    def move(destination: int, source: int, num_bytes: int) -> None:
-        assert going_on.wait(60)
-        ctypes.memmove(destination, source, num_bytes)
-
-    copier = HostCopier(move)
-    source, destination = np.arange(64, dtype=np.uint8), np.zeros(64, dtype=np.uint8)
-    copy = copier.start(pieces_of(destination, source, [0, 3], [5, 9]))
-    assert copy.poll() == "pending"
-    going_on.set()
-    assert wait(copy) == "done"
-    assert copy.seconds() >= 0
-    np.testing.assert_array_equal(destination[:4], source[20:24])
-    np.testing.assert_array_equal(destination[12:16], source[36:40])
-    copier.close()
 
 
 def test_a_copy_that_breaks_has_failed() -> None:

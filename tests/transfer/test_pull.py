@@ -55,22 +55,6 @@ def test_a_read_past_its_deadline_keeps_its_blocks_until_it_has_landed(world, ho
     assert len(world.pulls) == 0
 
 
-def test_nothing_is_due_while_a_read_that_was_given_up_goes_on(world, holder):
-    """Else the transfer thread would turn without a pause, for as long as the READ is stalled."""
-    holder.holder.grant(grant("r", [4], lease_s=2.0))
-    world.fabric.stalled = True
-    world.pulls.start(pull("p", holder.remote("r"), [1], timeout_s=60))
-    world.turn()
-    world.pulls.cancel(CancelPull(pull_id="p"))
-    assert world.finished().in_flight
-    world.clock.now += 1.0
-    world.turn()
-    assert world.pulls.next_deadline_at() is None
-    world.fabric.land()
-    world.turn()
-    assert world.events == [PullDrained(pull_id="p")]
-
-
 def test_cancel_before_the_answer_frees_the_share(world, holder):
     holder.holder.grant(grant("r", [4]))
     holder.channel.mute = True
@@ -100,16 +84,6 @@ def test_an_answer_that_comes_after_the_end_starts_no_read(world, holder):
     assert len(world.pulls) == 0
 
 
-def test_cancel_before_the_begin_frees_the_share_too(world, holder):
-    holder.holder.grant(grant("r", [4]))
-    world.pulls.start(pull("p", holder.remote("r"), [1]))
-    world.pulls.cancel(CancelPull(pull_id="p"))
-    assert world.finished().error == "cancelled"
-    assert holder.ended() == [LeaseEnded(lease_id="r", reason="pulled")]
-    world.turn()
-    assert not torch.equal(world.kv_cache[1], holder.kv_cache[4])
-
-
 def test_wrong_bytes_are_pulled_again_under_the_same_lease(world, holder):
     holder.holder.grant(grant("r", [4]))
     right = holder.kv_cache[4].clone()
@@ -124,17 +98,6 @@ def test_wrong_bytes_are_pulled_again_under_the_same_lease(world, holder):
     assert (finished.ok, finished.num_retries, finished.verification_failed) == (True, 1, True)
     assert finished.num_bytes == holder.layout.block_bytes
     assert torch.equal(world.kv_cache[1], right)
-    assert holder.ended() == [LeaseEnded(lease_id="r", reason="pulled")]
-
-
-def test_wrong_bytes_are_named_after_the_last_attempt(world, holder):
-    holder.holder.grant(grant("r", [4]))
-    holder.kv_cache[4, 1, 0, 0, 0, 0] += 1
-    world.pulls.start(pull("p", holder.remote("r"), [1], num_attempts=3))
-    world.turn(8)
-    finished = world.finished()
-    assert (finished.ok, finished.verification_failed, finished.num_retries) == (False, True, 2)
-    assert "KV head 1 differs: block 4 there, block 1 here" in finished.error
     assert holder.ended() == [LeaseEnded(lease_id="r", reason="pulled")]
 
 

@@ -12,7 +12,6 @@ from pdlaunch.protocol.side_channel import (
 )
 from pdlaunch.protocol.transfer import (
     CancelPull,
-    EndLease,
     LeaseEnded,
 )
 from tests.transfer.rank_process import grant, pull
@@ -95,15 +94,6 @@ def test_a_begin_that_was_lost_is_sent_again_before_the_end(world, holder):
     assert len(world.pulls) == 0
 
 
-def test_the_last_attempt_leaves_no_lease_behind(world, holder):
-    holder.holder.grant(grant("r", [4]))
-    holder.kv_cache[4] += 1
-    world.pulls.start(pull("p", holder.remote("r"), [1]))
-    world.turn()
-    assert world.finished().verification_failed
-    assert holder.ended() == [LeaseEnded(lease_id="r", reason="pulled")]
-
-
 def test_a_lease_that_ends_during_the_read_is_no_proof(world, holder):
     holder.holder.grant(grant("r", [4], lease_s=2.0))
     world.fabric.stalled = True
@@ -115,43 +105,6 @@ def test_a_lease_that_ends_during_the_read_is_no_proof(world, holder):
     world.turn()
     finished = world.finished()
     assert not finished.ok
-
-
-def test_a_pull_ends_without_a_question(world, holder):
-    """The READ is over before the lease can be: the holder is told, and need not answer."""
-    holder.holder.grant(grant("r", [4]))
-    answer = holder.channel.answer
-    holder.channel.answer = lambda message: (
-        None if isinstance(message, PullEnd) else answer(message)
-    )
-    world.pulls.start(pull("p", holder.remote("r"), [1], timeout_s=60))
-    world.turn()
-    assert world.finished().ok
-    assert len(world.pulls) == 0
-    assert isinstance(holder.channel.sent[-1], PullEnd)
-
-
-def test_the_holder_of_a_finished_pull_hears_of_it_over_the_next_connection(world):
-    """Another pull's READ has failed when this one ends."""
-    holders = world.connect_group(3)
-    for holder in holders:
-        holder.holder.grant(grant("r", [4]))
-    world.fabric.stalled = True
-    world.pulls.start(pull("p", holders[0].remote("r"), [1], timeout_s=60))
-    world.turn()
-    world.peers.peers[holders[2].identity.name].reconnect()
-    world.fabric.stalled = False
-    world.fabric.land()
-    world.turn(2)
-    assert world.finished().ok
-    assert len(world.pulls) == 1
-    assert not world.pulls.hold_blocks
-    world.clock.now += 1.0
-    world.turn(6)
-    assert [holder.ended() for holder in holders] == [
-        [LeaseEnded(lease_id="r", reason="pulled")]
-    ] * 3
-    assert len(world.pulls) == 0
 
 
 def test_end_of_the_lease_before_that_of_the_read(world, holder):
@@ -203,17 +156,6 @@ def test_the_seconds_of_a_lease_count_from_the_question_that_they_answer(world, 
     world.fabric.land()
     world.turn()
     assert world.finished().late
-
-
-def test_end_of_a_lease_without_a_pull(world, holder):
-    holder.holder.grant(grant("r", [4]))
-    holder.holder.execute(EndLease(lease_id="r"))
-    assert holder.ended() == [LeaseEnded(lease_id="r", reason="released")]
-    world.pulls.start(pull("p", holder.remote("r"), [1]))
-    world.turn()
-    finished = world.finished()
-    assert not finished.ok
-    assert "refused" in finished.error
 
 
 def test_questions_that_make_no_sense_are_refused_and_change_nothing(holder):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-
 import msgspec
-import pytest
 
 from tests.transfer.pull_world import HolderRank, World
 from tests.transfer.rank_process import grant, pull
@@ -43,29 +40,3 @@ def test_wrong_bytes_are_told_and_the_second_read_too(world: World, holder: Hold
     (report,) = finished.reports.values()
     assert [span.name for span in report.spans] == ["read", "checksums", "read", "checksums"]
     assert [span.attributes["ok"] for span in report.spans[1::2]] == [False, True]
-
-
-def test_nothing_is_told_that_nobody_asked_for(world: World, holder: HolderRank) -> None:
-    holder.holder.grant(grant("r", [4]))
-    world.pulls.start(pull("p", holder.remote("r"), [1]))
-    world.turn()
-    assert world.finished().reports == {}
-
-
-def test_debug_logs_leases_and_pulls_under_the_id_of_their_request(
-    world: World, holder: HolderRank, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.DEBUG, "pdlaunch.transfer")
-    holder.holder.grant(grant("lease-1", [4]))
-    command = pull("p", holder.remote("lease-1"), [1])
-    world.pulls.start(msgspec.structs.replace(command, request_id="r1"))
-    world.turn()
-    assert world.finished().ok
-    for said in (
-        "lease of lease-1 begins, for",
-        "pull of r1 begins: 1 blocks",
-        "r1: lease at prefill-0/rank-0 for",
-        "pull of r1 has ended: the blocks are proven",
-        "lease of lease-1 has ended: pulled",
-    ):
-        assert said in caplog.text

@@ -107,17 +107,6 @@ def test_a_pull_ends_with_the_answer_of_the_holder(world: PushWorld) -> None:
     assert torch.equal(world.kv_cache[[1, 2]], holder.kv_cache[[4, 5]])
 
 
-def test_a_write_that_failed_fails_the_pull(world: PushWorld) -> None:
-    start_pull(world)
-    world.end_push(ok=False)
-    finished = world.finished()
-    assert not finished.ok
-    assert not finished.in_flight
-    world.clock.now += 1.0
-    world.turn()
-    assert len(world.pulls) == 0
-
-
 def test_a_write_that_failed_is_asked_for_again(world: PushWorld) -> None:
     holder = start_pull(world, num_attempts=2)
     world.end_push(ok=False)

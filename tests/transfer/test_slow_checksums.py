@@ -22,7 +22,7 @@ from pdlaunch.protocol.side_channel import (
     ToDecodeSide,
     ToPrefillSide,
 )
-from pdlaunch.protocol.transfer import EndLease, LeaseEnded
+from pdlaunch.protocol.transfer import LeaseEnded
 from pdlaunch.transfer.leases import GRANT_LAG_S
 from pdlaunch.transfer.pull import PullTable
 from tests.transfer.fakes import Fabric, FakeClock, layout_of
@@ -99,15 +99,6 @@ def test_checksums_are_those_of_the_moment_of_the_grant(slow):
     assert answer.groups == [expected]
 
 
-def test_leases_do_not_wait_for_each_other(slow):
-    slow.holder.grant(grant("a", [4]))
-    slow.holder.grant(grant("b", [5]))
-    slow.turn(slow.begin("a"), slow.begin("b"))
-    slow.hasher.started[1].is_ready = True
-    (answer,) = slow.turn(slow.state("a"), slow.state("b"))
-    assert answer.groups == [slow.expected([5])]
-
-
 def test_a_reader_that_gives_up_meanwhile_ends_the_lease(slow):
     slow.holder.grant(grant("r", [4]))
     begun, ended = slow.turn(slow.begin(), slow.state(), slow.end())
@@ -120,16 +111,6 @@ def test_a_reader_that_gives_up_meanwhile_ends_the_lease(slow):
     assert isinstance(answer, Refused)
 
 
-def test_checksums_of_a_lease_that_ends_meanwhile_are_dropped(slow):
-    slow.holder.grant(grant("r", [4]))
-    slow.holder.execute(EndLease(lease_id="r"))
-    assert slow.holder.take_ended() == [LeaseEnded(lease_id="r", reason="released")]
-    slow.hasher.finish()
-    (answer,) = slow.turn(slow.begin())
-    assert isinstance(answer, Refused)
-    assert slow.holder.polling_since_at is None
-
-
 def test_checksums_that_do_not_come_are_an_error(slow):
     slow.holder.grant(grant("r", [4]))
     (begun,) = slow.turn(slow.begin(), slow.state())
@@ -138,12 +119,6 @@ def test_checksums_that_do_not_come_are_an_error(slow):
     (answer,) = slow.turn()
     assert isinstance(answer, Refused)
     assert "the checksums of request r are not there yet" in answer.reason
-
-
-def test_without_verification_nothing_is_computed(slow):
-    holder = Holder(slow.rank.card, None, slow.clock)
-    holder.grant(grant("r", [4]))
-    assert holder.polling_since_at is None
 
 
 class SlowPuller(World):
@@ -205,22 +180,6 @@ def test_what_lands_is_hashed_while_the_rest_is_under_way(world):
     assert torch.equal(world.kv_cache[[1, 2, 3, 8]], holder.kv_cache[[4, 5, 6, 7]])
 
 
-def test_of_many_parts_only_some_are_hashed_by_themselves(world):
-    """A launch has its cost, and the last one is to be short."""
-    holder = world.connect()
-    holder.holder.grant(grant("r", list(range(1, 13))))
-    world.fabric.stalled = True
-    events = parts_of(world, *range(1, 13))
-    world.pulls.start(pull("p", holder.remote("r"), list(range(1, 13))))
-    world.turn()
-    world.fabric.land()
-    world.turn()
-    assert [started.after for started in world.hasher.started] == [
-        events[index] for index in (2, 6, 10, 11)
-    ]
-    assert [len(started.values) for started in world.hasher.started] == [3, 4, 4, 1]
-
-
 def test_wrong_bytes_in_any_part_are_found_and_all_parts_are_read_again(world):
     holder = world.connect()
     holder.holder.grant(grant("r", [4, 5, 6]))
@@ -252,31 +211,6 @@ def test_the_lease_is_kept_meanwhile(world):
     assert world.finished().ok
 
 
-def test_other_pulls_overlap(world):
-    holder = world.arrive()
-    holder.holder.grant(grant("s", [6]))
-    world.pulls.start(pull("q", holder.remote("s"), [3]))
-    world.turn()
-    world.hasher.started[1].is_ready = True
-    world.turn()
-    assert world.finished().pull_id == "q"
-    assert len(world.pulls) == 1
-
-
-def test_wrong_bytes_are_read_again(world):
-    world.arrive(num_attempts=2)
-    world.hasher.started[0].values[1][2] ^= 1
-    world.hasher.finish()
-    world.turn()
-    assert world.events == []
-    world.hasher.finish()
-    world.turn()
-    finished = world.finished()
-    assert finished.ok
-    assert finished.verification_failed
-    assert finished.num_retries == 1
-
-
 def test_checksums_that_never_come_fail_the_pull(world):
     holder = world.arrive(timeout_s=3.0)
     for _ in range(6):
@@ -289,13 +223,3 @@ def test_checksums_that_never_come_fail_the_pull(world):
     assert world.pulls.hashing_since_at is None
     assert len(world.pulls) == 0
     assert holder.ended() == [LeaseEnded(lease_id="r", reason="pulled")]
-
-
-def test_a_new_connection_does_not_matter(world):
-    world.arrive()
-    world.peers.peers["prefill-0/rank-0"].reconnect()
-    world.turn(1)
-    world.hasher.finish()
-    world.clock.now += 1.0
-    world.turn(6)
-    assert world.finished().ok

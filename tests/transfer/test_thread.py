@@ -20,7 +20,6 @@ from pdlaunch.errors import ProtocolError, TransferError
 from pdlaunch.protocol.control import Address, Entry, PairReady
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.side_channel import (
-    Handshake,
     PullBegin,
     PullReply,
     Refused,
@@ -28,7 +27,7 @@ from pdlaunch.protocol.side_channel import (
     to_prefill_side,
 )
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
-from pdlaunch.protocol.transfer import LeaseEnded, PullFinished
+from pdlaunch.protocol.transfer import LeaseEnded
 from pdlaunch.transfer.connectors.connector import Connector, LocalMemory
 from pdlaunch.transfer.handshake import RankIdentity
 from pdlaunch.transfer.sides import RankMemory, TransferSetup
@@ -232,44 +231,3 @@ def test_a_connector_that_cannot_start_is_told(context):
         rank.events()
     rank.transfer.close(timeout_s=60)
     rank.transfer.submit([grant("r", [1])])
-
-
-def test_handshake_for_another_engine_is_refused(start, context):
-    holder = start("prefill")
-    socket = context.connect(zmq.DEALER, holder.transfer.endpoint)
-    socket.rcvtimeo = 60_000
-    from pdlaunch.transfer.handshake import compatibility_of
-
-    compatibility = compatibility_of(
-        spec_of("decode"),
-        layout_of(),
-        torch.float32,
-        model_digest="m",
-        total_kv_heads=3,
-        connector="fake",
-    )
-    socket.send(
-        to_prefill_side.encode(
-            Handshake(
-                call_id=5,
-                engine_id="b" * 32,
-                rank_name="decode-0/rank-0",
-                incarnation=1,
-                expected_engine_id="c" * 32,
-                compatibility=compatibility,
-                agent_metadata=b"",
-            )
-        )
-    )
-    answer = to_decode_side.decode(socket.recv())
-    assert isinstance(answer, Refused)
-    assert "prefill-0/rank-0 belongs to engine_id aaaa" in answer.reason
-    socket.close()
-
-
-def test_finished_of_an_unknown_engine(start):
-    puller = start("decode")
-    puller.transfer.submit([pull("p", remote("r"), [1])])
-    (finished,) = puller.events()
-    assert isinstance(finished, PullFinished)
-    assert not finished.ok

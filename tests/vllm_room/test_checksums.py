@@ -30,22 +30,10 @@ def test_each_bit_of_each_layer_counts_for_its_block_and_head_alone(dtype: torch
     assert (hasher.checksums([4, 1]) == before).all()
 
 
-def test_equal_blocks_have_equal_checksums_wherever_they_are() -> None:
-    ours, theirs = caches(), caches()
-    for layer, other in zip(ours, theirs, strict=True):
-        other[5] = layer[2]
-    found = new_hasher(ours).checksums([2]), new_hasher(theirs).checksums([5])
-    assert (found[0] == found[1]).all()
-
-
 def test_layers_are_not_taken_for_each_other() -> None:
     layers = caches()
     swapped = [layers[1], layers[0], layers[2]]
     assert (new_hasher(layers).checksums([0]) != new_hasher(swapped).checksums([0])).all()
-
-
-def test_no_block_has_no_checksums() -> None:
-    assert new_hasher(caches()).checksums([]).shape == (0, 2)
 
 
 @pytest.mark.parametrize(

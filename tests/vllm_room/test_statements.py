@@ -59,18 +59,6 @@ def test_statements_outlive_their_lease_for_a_while(tmp_path: Path) -> None:
         assert (board.find("engine", 0, "request") is not None) == is_there
 
 
-def test_a_request_that_is_stated_again_is_kept_again(tmp_path: Path) -> None:
-    clock = Clock()
-    board = StatementBoard(tmp_path, clock)
-    board.state("engine", 0, "request", STATEMENT)
-    board.sweep(())
-    clock.now_at += KEPT_S - 1
-    board.state("engine", 0, "request", STATEMENT)
-    clock.now_at += 2
-    board.sweep(())
-    assert board.find("engine", 0, "request") is not None
-
-
 def test_the_end_of_the_writer_removes_its_own(tmp_path: Path) -> None:
     board, other = StatementBoard(tmp_path), StatementBoard(tmp_path)
     board.state("engine", 0, "request", STATEMENT)

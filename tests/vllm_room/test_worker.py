@@ -290,17 +290,6 @@ def test_a_request_that_leaves_before_it_is_known(tmp_path: Path) -> None:
     assert worker._pop_done_transfers({}) == (set(), set())
 
 
-def test_prompts_that_left_are_forgotten(tmp_path: Path) -> None:
-    (worker,) = Pair(tmp_path).decode
-    orders = Orders(to_prove={"r": PROMPT})
-    worker.start_load_kv(SimpleNamespace(reqs_to_recv={"r": object()}, pdlaunch=orders))
-    worker.state_prompts(SimpleNamespace())
-    assert worker._to_prove == {"r": PROMPT}
-    worker._recving_metadata.clear()
-    worker.state_prompts(SimpleNamespace())
-    assert worker._to_prove == {}
-
-
 class PlainScheduler:
     """Does what of NixlPullConnectorScheduler (0.32.0) the connector builds on."""
 
