@@ -1,12 +1,19 @@
-"""Answers the public HTTP API of a deployment."""
+"""Answers the public HTTP API of a deployment, and serves the page that shows it.
+
+The page consists of files that hold no data. It asks for the clients' key and sends it as a header,
+so that it stands in no URL.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
+from importlib import resources
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from pdlaunch.errors import RequestError
 from pdlaunch.http.app import (
@@ -14,6 +21,7 @@ from pdlaunch.http.app import (
     AppRoute,
     HttpApp,
     KeyCheck,
+    Operation,
     bearer_check,
     health_routes,
     model_routes,
@@ -29,13 +37,31 @@ from pdlaunch.router.deployment_view import DeploymentView
 from pdlaunch.router.membership import WatchedMembership
 from pdlaunch.router.metrics import scrape
 from pdlaunch.router.otlp import OtlpExporter
-from pdlaunch.router.page import PAGE_PATHS, page_routes
 from pdlaunch.router.prompt_endpoints import PromptEndpoints, shutting_down
 from pdlaunch.router.request_history import RequestHistory
 from pdlaunch.router.state import RouterState
 from pdlaunch.router.supervisor_link import SupervisorLink
 
 logger = logging.getLogger(__name__)
+
+_SCRIPTS = ("main.js", "dom.js", "boxes.js", "flow.js", "charts.js", "requests.js", "tables.js")
+_PAGE_FILES = {
+    "/pdlaunch/": ("page.html", "text/html"),
+    "/pdlaunch/page.css": ("page.css", "text/css"),
+    **{f"/pdlaunch/{name}": (name, "text/javascript") for name in _SCRIPTS},
+}
+PAGE_PATHS = ("/", *_PAGE_FILES)
+
+_PAGE_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+        "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    # Another version of pdlaunch has another page.
+    hdrs.CACHE_CONTROL: "no-cache",
+}
 
 OPEN_PATHS = ("/health", "/ping", "/metrics", *PAGE_PATHS)
 """Need no key; the page holds no data."""
@@ -165,3 +191,34 @@ def _admin_key_check(key: str | None) -> KeyCheck:
         )
 
     return refuse
+
+
+def page_routes() -> list[AppRoute]:
+    """Return the routes of the page and of what it loads."""
+    folder = resources.files("pdlaunch.router") / "static"
+    return [
+        AppRoute("GET", "/", _redirect, "Lead to the page."),
+        *(
+            AppRoute(
+                "GET",
+                path,
+                partial(_answer, (folder / name).read_bytes(), kind),
+                Operation("Return a part of the page.", content_type=kind),
+            )
+            for path, (name, kind) in _PAGE_FILES.items()
+        ),
+    ]
+
+
+async def _redirect(_: web.Request) -> web.Response:
+    """Lead to the page by a relative URL, as a proxy may have put a prefix before it."""
+    return web.Response(status=307, headers={hdrs.LOCATION: "pdlaunch/"} | _PAGE_HEADERS)
+
+
+async def _answer(body: bytes, kind: str, http: web.Request) -> web.Response:
+    tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
+    if http.headers.get(hdrs.IF_NONE_MATCH) == tag:
+        return web.Response(status=304, headers=_PAGE_HEADERS | {hdrs.ETAG: tag})
+    return web.Response(
+        body=body, content_type=kind, charset="utf-8", headers=_PAGE_HEADERS | {hdrs.ETAG: tag}
+    )

@@ -8,7 +8,7 @@ from importlib import resources
 import msgspec
 import pytest
 
-from pdlaunch.router.page import PAGE_PATHS
+from pdlaunch.router.app import PAGE_PATHS
 from tests.router.conftest import SPEC, Stand, pair
 
 FILES = resources.files("pdlaunch.router") / "static"
