@@ -11,7 +11,8 @@ from aiohttp import web
 
 from pdlaunch.errors import ProtocolError
 from pdlaunch.http.engine_calls import MAX_PAGE_BYTES
-from pdlaunch.http.watch.engine_api import EngineApi
+from pdlaunch.http.watch.engine_api import EngineApi, with_version
+from pdlaunch.launch.engines.plan import capabilities_over_http
 
 LENGTH = 100_000
 
@@ -91,3 +92,25 @@ async def test_an_engine_cannot_hold_up_who_asks_it_by_a_long_answer(engine: Eng
     engine.body = b'{"is_sleeping": true}'.ljust(MAX_PAGE_BYTES + 1)
     assert await api.server_info(60.0) is None
     assert await api.is_sleeping(60.0) is None
+
+
+@pytest.mark.parametrize(
+    ("version", "continues"),
+    [
+        ("0.10.2", False),
+        ("0.11.0", True),
+        ("0.11.0rc1+cpu", True),
+        ("0.32.0+cpu", True),
+        ("1.0", True),
+        ("dev", False),
+        ("", False),
+    ],
+)
+def test_streams_of_vllm_go_on_where_token_ids_are_told(version: str, continues: bool) -> None:
+    known = with_version(capabilities_over_http("vllm"), version)
+    assert (known.version, known.continues, known.goes_on) == (version, continues, continues)
+
+
+def test_native_engines_resume_in_every_version() -> None:
+    known = with_version(capabilities_over_http("native"), "0.10.2")
+    assert (known.continues, known.goes_on) == (False, True)
