@@ -75,20 +75,6 @@ def test_transports_between_hosts(value, tcp_alone, with_rdma):
     assert network_transports(environ, has_rdma=True) == with_rdma
 
 
-@pytest.mark.parametrize(
-    ("environ", "opens"),
-    [
-        ({}, False),
-        ({"UCX_TLS": "posix,cma,self"}, False),
-        ({"UCX_TLS": "none"}, False),
-        ({"UCX_TLS": "tcp,posix"}, True),
-        ({"UCX_TLS": "rc_mlx5,self"}, True),
-    ],
-)
-def test_a_network_is_used_where_it_is_named(environ, opens):
-    assert opens_network(environ) is opens
-
-
 def of_rank(environ, *rdma_devices):
     settings, network = KVTransferSettings(), KVNetwork("10.0.0.7", "21000-21999", rdma_devices)
     own = settings.environment(environ, "cpu")

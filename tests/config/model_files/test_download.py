@@ -182,14 +182,6 @@ def test_a_hub_that_is_gone_is_named_and_what_is_in_the_cache_is_served(
     assert files_in_cache() == DESCRIPTION | {INDEX} | SHARDS
 
 
-def test_a_process_that_dies_is_an_error(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", ":".join([str(hub.folder), *sys.path]))
-    (hub.folder / "huggingface_hub").mkdir()
-    (hub.folder / "huggingface_hub" / "__init__.py").write_text("raise SystemExit('broken')")
-    with pytest.raises(ConfigError, match="broken"):
-        find.fetch_part(NAME, None, "description")
-
-
 def test_the_command_line_imports_no_library_that_downloads() -> None:
     code = (
         "import sys, pdlaunch.cli.serve, pdlaunch.launch.supervisor;"

@@ -121,11 +121,3 @@ def test_an_alias_comes_before_a_directory_which_is_written_as_a_path(
     (tmp_path / "smollm2" / "config.json").write_text("{}")
     assert resolve_model("smollm2").source.suffix == ".gguf"
     assert resolve_model("./smollm2").cache_dir == tmp_path / "smollm2"
-
-
-@pytest.mark.parametrize("model", ["smollm2", "{tmp}"])
-def test_a_revision_of_what_has_none_is_refused(cache: Path, tmp_path: Path, model: str) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="is for models of a hub") as caught:
-        resolve_model(model.format(tmp=tmp_path), "main")
-    assert caught.value.field == "revision"
