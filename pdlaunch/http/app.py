@@ -184,6 +184,7 @@ class HttpApp:
             finally:
                 if end is not None:
                     end(status, told)
+                told = None  # Its traceback holds this frame: a cycle would keep the body.
         # A stream has sent its headers already, with the id among them.
         if not response.prepared:
             response.headers[REQUEST_ID_HEADER] = request_id
