@@ -53,7 +53,7 @@ from pdlaunch.protocol.transfer import (
 )
 from pdlaunch.transfer.handshake import SourceRank
 from pdlaunch.transfer.peers import DecodeSetup, Peer, PeerTable
-from pdlaunch.transfer.reads import PullFailed, ReadFailed, Share, ShareRead
+from pdlaunch.transfer.reads import PullFailed, ReadFailed, ShareRead
 
 logger = logging.getLogger(__name__)
 
@@ -98,8 +98,7 @@ class SharePull:
         digest = hashlib.sha256(command.pull_id.encode()).hexdigest()
         identity = setup.identity
         self._reader = ReaderId(f"{identity.engine_id}/{identity.tp_rank}/{digest}")
-        share = Share(peer.name, self._reader, source.heads, setup.first_kv_head)
-        self.read = ShareRead(command, peer, setup, share, log)
+        self.read = ShareRead(command, peer, setup, self._reader, source.heads, log)
         self._begin_calls: list[int] = []
         """Calls of PullBegin without an answer."""
         self._next_begin_at: float | None = None

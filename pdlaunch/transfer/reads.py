@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import msgspec
 import numpy as np
@@ -18,7 +17,7 @@ import torch
 from pdlaunch.errors import TransferError, VerificationError
 from pdlaunch.observe.spans import SpanLog
 from pdlaunch.protocol.ids import ReaderId
-from pdlaunch.protocol.side_channel import Geometry, GroupBlocks, PullReply
+from pdlaunch.protocol.side_channel import PullReply
 from pdlaunch.protocol.transfer import StartPull
 from pdlaunch.transfer.connectors.connector import BlockRead, Read, ReadPart
 from pdlaunch.transfer.integrity.checksum import ChecksumArray, Checksums
@@ -40,75 +39,41 @@ class PullFailed(TransferError):
         return PullFailed(str(self), verification=self.verification, late=self.late)
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
-    """Names the KV heads of a model that come from one prefill rank."""
-
-    prefill_rank: str
-    """Name of the prefill rank."""
-    reader: ReaderId
-    """Name of the reader, as in the PullBegin."""
-    heads: range
-    """Global indices."""
-    first_local_head: int
-    """Global index of this rank's first one."""
-
-    @property
-    def local_heads(self) -> range:
-        """Return the indices within this rank."""
-        return range(
-            self.heads.start - self.first_local_head, self.heads.stop - self.first_local_head
-        )
-
-    def remote_heads(self, geometry: Geometry) -> range:
-        """Return the indices within the prefill rank."""
-        return range(
-            self.heads.start - geometry.first_kv_head, self.heads.stop - geometry.first_kv_head
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class ReadPlan:
-    """Holds the plan of one READ."""
-
-    read: BlockRead
-    spans: tuple[tuple[int, range], ...]
-    """The blocks, one after another: group, and logical indices within the request."""
-
-    @property
-    def is_empty(self) -> bool:
-        """Return whether nothing is needed of this prefill rank."""
-        return not self.read.local_blocks or not self.read.local_heads
-
-
 class ReadFailed(PullFailed):
     """Says that a READ has failed or brought wrong bytes; it is over, and may be repeated."""
 
 
 class ShareRead:
-    """Reads a share in one READ, and proves it. One READ at a time goes into these blocks."""
+    """Reads the KV heads of a model that come from one prefill rank in one READ, and proves it.
+    One READ at a time goes into these blocks.
+    """
 
     def __init__(
         self,
         command: StartPull,
         peer: Peer,
         setup: DecodeSetup,
-        share: Share,
+        reader: ReaderId,
+        heads: range,
         log: SpanLog,
     ) -> None:
+        """``heads`` are global indices."""
         self.read_s = 0.0
         """Duration of the READ, as exactly as the connector knows."""
         self.ended_at = 0.0
         """Instant at which it was over."""
         self.is_complete = False
         """All blocks of the lease have been read."""
-        self._log = log
         self._command = command
         self._peer = peer
         self._setup = setup
-        self._share = share
+        self._reader = reader
+        self._heads = heads
+        self._log = log
         self._lease: PullReply | None = None
-        self._plan: ReadPlan | None = None
+        self._read: BlockRead | None = None
+        self._spans: list[tuple[int, range]] = []
+        """Its blocks, one after another: group, and logical indices within the request."""
         self._reading: Read | None = None
         self._started_at = 0.0
         self._found: list[Checksums] = []
@@ -123,10 +88,9 @@ class ShareRead:
     @property
     def num_bytes(self) -> int:
         """Return the size of the READ under the latest lease."""
-        if self._plan is None:
+        if self._read is None:
             return 0
-        read = self._plan.read
-        return len(read.local_blocks) * len(read.local_heads) * self._setup.head_bytes
+        return len(self._read.local_blocks) * len(self._heads) * self._setup.head_bytes
 
     @property
     def lacks_checksums(self) -> bool:
@@ -139,25 +103,25 @@ class ShareRead:
         ReadFailed when the READ is refused.
         """
         assert self._reading is None
-        check_hashes(self._command, lease, self._share.prefill_rank)
-        plan = plan_read(self._command, lease, self._peer.geometry, self._share)
-        self._lease, self._plan = lease, plan
+        self._check_hashes(lease)
+        read = self._plan(lease)
+        self._lease, self._read = lease, read
         self._found, self._num_hashed = [], 0
-        self.is_complete = plan.is_empty
-        if plan.is_empty:
+        self.is_complete = not read.local_blocks or not self._heads
+        if self.is_complete:
             return
         try:
-            self._reading = self._peer.read(plan.read)
+            self._reading = self._peer.read(read)
         except TransferError as error:
             self._peer.reconnect()
-            raise ReadFailed(f"{self._share.prefill_rank}: {error}") from error
+            raise ReadFailed(f"{self._peer.name}: {error}") from error
         self._started_at = self._setup.clock()
 
     def state(self, checksums: Sequence[bytes | None]) -> None:
         """Take in the checksums of the leased blocks, by group. Raises PullFailed."""
         lease = self._lease
         if lease is None or len(checksums) != len(lease.groups) or None in checksums:
-            raise PullFailed(f"{self._share.prefill_rank} stated no checksums", verification=True)
+            raise PullFailed(f"{self._peer.name} stated no checksums", verification=True)
         pairs = zip(lease.groups, checksums, strict=True)
         groups = [msgspec.structs.replace(group, checksums=stated) for group, stated in pairs]
         self._lease = msgspec.structs.replace(lease, groups=groups)
@@ -175,13 +139,13 @@ class ShareRead:
         self.ended_at = self._setup.clock()
         self.read_s = self._reading.seconds() if state == "done" else 0.0
         self._release()
-        assert self._plan is not None
-        num_blocks = len(self._plan.read.local_blocks)
+        assert self._read is not None
+        num_blocks = len(self._read.local_blocks)
         self._log.add(
             "read",
             self._started_at,
             self.ended_at,
-            source=self._share.prefill_rank,
+            source=self._peer.name,
             bytes=self.num_bytes,
             gb_s=round(self.num_bytes / self.read_s / 1e9, 3) if self.read_s else None,
             blocks=num_blocks,
@@ -189,7 +153,7 @@ class ShareRead:
         )
         if state == "failed":
             self._peer.reconnect()
-            raise ReadFailed(f"READ from {self._share.prefill_rank} failed")
+            raise ReadFailed(f"READ from {self._peer.name} failed")
         self._hash_until(num_blocks)
         self.is_complete = True
 
@@ -209,31 +173,95 @@ class ShareRead:
             return True
         if not all(checksums.ready() for checksums in self._found):
             return False
-        assert self._lease is not None
-        assert self._plan is not None
-        read = self._plan.read
-        expected = stated_checksums(self._lease.groups, self._peer.geometry, self._plan)
-        if len(expected) != len(read.local_blocks):
+        assert self._read is not None
+        expected = self._stated_checksums(self._read.remote_heads)
+        if len(expected) != len(self._read.local_blocks):
             raise VerificationError("the prefill rank stated no checksums")
         found = np.concatenate([checksums.result() for checksums in self._found])
         wrong = np.argwhere(found != expected)
         if len(wrong):
             row, head = wrong[0].tolist()
             raise VerificationError(
-                f"checksum of KV head {read.local_heads[head]} differs: block "
-                f"{read.remote_blocks[row]} there, block {read.local_blocks[row]} here"
+                f"checksum of KV head {self._read.local_heads[head]} differs: block "
+                f"{self._read.remote_blocks[row]} there, block {self._read.local_blocks[row]} here"
             )
         return True
+
+    def _check_hashes(self, lease: PullReply) -> None:
+        """Check that the blocks were computed for this very prompt. Raises PullFailed."""
+        command, theirs = self._command, lease.block_hashes
+        ours = command.block_hashes
+        if lease.num_tokens < command.num_tokens or theirs[: len(ours)] != ours:
+            pairs = enumerate(zip(ours, theirs, strict=False))
+            first = next((index for index, (one, other) in pairs if one != other), len(theirs))
+            raise PullFailed(
+                f"{self._peer.name}: token hashes of request {command.remote.lease_id} differ from "
+                f"block {first} on "
+                f"({command.num_tokens} tokens here, {lease.num_tokens} there)",
+                verification=True,
+            )
+
+    def _plan(self, lease: PullReply) -> BlockRead:
+        """Plan to read what the pull wants. Raises PullFailed."""
+        command, name, geometry = self._command, self._peer.name, self._peer.geometry
+        num_groups = len(command.block_ids)
+        if len(lease.groups) != num_groups:
+            raise PullFailed(f"{name} has {len(lease.groups)} KV cache groups, {num_groups} here")
+        local: list[int] = []
+        remote: list[int] = []
+        self._spans = []
+        wanted = zip(command.block_ids, command.first_block_index, lease.groups, strict=True)
+        for index, (block_ids, first, group) in enumerate(wanted):
+            # logical index          first .................. first + len(block_ids)
+            # at the prefill rank    group.first_block_index ........ + len(group.block_ids)
+            span, start = range(first, first + len(block_ids)), first - group.first_block_index
+            found = group.block_ids[start : start + len(span)] if start >= 0 else []
+            if not span:
+                continue
+            if len(found) != len(span) or span.stop > len(command.block_hashes):
+                raise PullFailed(
+                    f"{name} does not hold all blocks of group {index} from {first} on"
+                )
+            local += block_ids
+            remote += found
+            self._spans.append((index, span))
+        # What a peer says is not trusted: a block out of range would be somebody else's memory.
+        if remote and not 0 <= min(remote) <= max(remote) < geometry.num_blocks:
+            raise PullFailed(f"{name} named a block outside of its {geometry.num_blocks}")
+        ours, theirs = self._setup.first_kv_head, geometry.first_kv_head
+        return BlockRead(
+            local_blocks=local,
+            remote_blocks=remote,
+            local_heads=range(self._heads.start - ours, self._heads.stop - ours),
+            remote_heads=range(self._heads.start - theirs, self._heads.stop - theirs),
+            lease_id=command.remote.lease_id,
+            reader=self._reader,
+            digest=command.block_hashes[-1].hex(),
+        )
+
+    def _stated_checksums(self, heads: range) -> ChecksumArray:
+        """Return the checksums that the prefill rank states of the READ's blocks, [num_blocks,
+        num_heads], or fewer rows where it does not state all. ``heads`` are its own indices.
+        """
+        assert self._lease is not None
+        num_heads = self._peer.geometry.num_kv_heads
+        found = [np.empty((0, len(heads)), np.uint64)]
+        for index, span in self._spans:
+            group = self._lease.groups[index]
+            stated, start = group.checksums or b"", span.start - group.first_block_index
+            if len(stated) == len(group.block_ids) * num_heads * 8:
+                # 8 bytes for each block and head of the prefill rank, block by block.
+                by_block = np.frombuffer(stated, "<u8").reshape(-1, num_heads)
+                found.append(by_block[start : start + len(span), heads.start : heads.stop])
+        return np.concatenate(found)
 
     def _hash_until(self, num_blocks: int, after: torch.cuda.Event | None = None) -> None:
         """Hash the blocks before ``num_blocks``, which are final now, or once ``after`` has
         fired.
         """
-        hasher = self._setup.hasher
-        if hasher is None or num_blocks <= self._num_hashed:
+        hasher, read = self._setup.hasher, self._read
+        if hasher is None or read is None or num_blocks <= self._num_hashed:
             return
-        assert self._plan is not None
-        read = self._plan.read
         blocks = read.local_blocks[self._num_hashed : num_blocks]
         heads = slice(read.local_heads.start, read.local_heads.stop)
         self._found.append(hasher.start(blocks, heads, after))
@@ -251,81 +279,3 @@ def _worth_hashing(parts: Sequence[ReadPart]) -> list[ReadPart]:
     """
     last = len(parts) - 1
     return [part for index, part in enumerate(parts) if index == last or (last - index) % 4 == 1]
-
-
-def check_hashes(command: StartPull, reply: PullReply, prefill_rank: str) -> None:
-    """Check that the blocks were computed for this very prompt. Raises PullFailed."""
-    ours = command.block_hashes
-    if reply.num_tokens < command.num_tokens or reply.block_hashes[: len(ours)] != ours:
-        pairs = zip(ours, reply.block_hashes, strict=False)
-        first = next(
-            (index for index, pair in enumerate(pairs) if pair[0] != pair[1]),
-            len(reply.block_hashes),
-        )
-        raise PullFailed(
-            f"{prefill_rank}: token hashes of request {command.remote.lease_id} differ from block "
-            f"{first} on "
-            f"({command.num_tokens} tokens here, {reply.num_tokens} there)",
-            verification=True,
-        )
-
-
-def plan_read(command: StartPull, reply: PullReply, geometry: Geometry, share: Share) -> ReadPlan:
-    """Plan to read what the pull wants. ``geometry`` is that of the prefill rank. Raises
-    PullFailed.
-    """
-    if len(reply.groups) != len(command.block_ids):
-        raise PullFailed(
-            f"{share.prefill_rank} has {len(reply.groups)} KV cache groups, "
-            f"{len(command.block_ids)} here"
-        )
-    local: list[int] = []
-    remote: list[int] = []
-    spans = []
-    for index, (block_ids, first) in enumerate(
-        zip(command.block_ids, command.first_block_index, strict=True)
-    ):
-        # logical index          first .................. first + len(block_ids)
-        # at the prefill rank    group.first_block_index ........ + len(group.block_ids)
-        group, span = reply.groups[index], range(first, first + len(block_ids))
-        start = first - group.first_block_index
-        found = group.block_ids[start : start + len(span)] if start >= 0 else []
-        if span and (len(found) != len(span) or span.stop > len(command.block_hashes)):
-            raise PullFailed(
-                f"{share.prefill_rank} does not hold all blocks of group {index} from {first} on"
-            )
-        if span:
-            local += block_ids
-            remote += found
-            spans.append((index, span))
-    # What a peer says is not trusted: a block out of range would be somebody else's memory.
-    if remote and not 0 <= min(remote) <= max(remote) < geometry.num_blocks:
-        raise PullFailed(f"{share.prefill_rank} named a block outside of its {geometry.num_blocks}")
-    read = BlockRead(
-        local_blocks=local,
-        remote_blocks=remote,
-        local_heads=share.local_heads,
-        remote_heads=share.remote_heads(geometry),
-        lease_id=command.remote.lease_id,
-        reader=share.reader,
-        digest=command.block_hashes[-1].hex(),
-    )
-    return ReadPlan(read, tuple(spans))
-
-
-def stated_checksums(
-    groups: Sequence[GroupBlocks], geometry: Geometry, plan: ReadPlan
-) -> ChecksumArray:
-    """Return the checksums that the prefill rank states of a READ's blocks: [num_blocks,
-    num_heads], or fewer rows where it does not state all.
-    """
-    heads = plan.read.remote_heads
-    found = [np.empty((0, len(heads)), np.uint64)]
-    for index, span in plan.spans:
-        group, num_heads = groups[index], geometry.num_kv_heads
-        stated, start = group.checksums or b"", span.start - group.first_block_index
-        if len(stated) == len(group.block_ids) * num_heads * 8 and start >= 0:
-            # 8 bytes for each block and head of the prefill rank, block by block.
-            by_block = np.frombuffer(stated, "<u8").reshape(-1, num_heads)
-            found.append(by_block[start : start + len(span), heads.start : heads.stop])
-    return np.concatenate(found)
