@@ -85,14 +85,3 @@ def test_json_lines_hold_the_same_and_more():
         "request": {"status": 200},
     }
     assert "KeyError: 'x'" in second["exception"]
-
-
-@pytest.mark.parametrize(
-    ("created", "expected"),
-    [(1e9 + 0.0426, "2001-09-09T01:46:40.042Z"), (1e9 + 59.5, "2001-09-09T01:47:39.500Z")],
-)
-def test_times_are_utc_with_milliseconds(created: float, expected: str) -> None:
-    record = logging.LogRecord("pdlaunch", logging.INFO, "", 0, "hello", None, None)
-    record.created, record.msecs = created, created % 1 * 1000
-    line = setup_logging("router", "info", stream=io.StringIO()).format(record)
-    assert line == f"{expected} INFO router pdlaunch hello"

