@@ -114,11 +114,10 @@ def _error_names(error: dict[str, Any]) -> str:
 
 
 def _error_of(body: bytes) -> dict[str, Any]:
-    try:
+    with contextlib.suppress(ValueError, RecursionError, LookupError, TypeError):
         error = msgspec.json.decode(body)["error"]
-    except (ValueError, RecursionError, LookupError, TypeError):
-        return {}
-    return error if isinstance(error, dict) else {}
+        return error if isinstance(error, dict) else {}
+    return {}
 
 
 def refuse_error(engine: Engine, answer: Answer, body: bytes) -> None:
@@ -214,9 +213,7 @@ class EngineStream:
     @property
     def has_more(self) -> bool:
         """Return whether the next chunk is here, and no error."""
-        if not self._pending:
-            return False
-        event = self._pending[0]
+        event = self._pending[0] if self._pending else b""
         return event.startswith(b"{") and not event.startswith(b'{"error"')
 
     async def next_chunk(self) -> Chunk | None:
@@ -293,24 +290,19 @@ class EngineTimeouts(msgspec.Struct, frozen=True, kw_only=True):
 
 def keys_of_launch(http_token: str, engine_api_key: str | None) -> Callable[[Engine], str | None]:
     """Return a function that picks the key of an engine; only native ones get the token."""
-
-    def key_of(engine: Engine) -> str | None:
-        return http_token if engine.capabilities.takes_launch_token else engine_api_key
-
-    return key_of
+    return lambda engine: http_token if engine.capabilities.takes_launch_token else engine_api_key
 
 
 class EngineClient:
     """Sends the router's requests to engines; one object for the process.
 
-    ``keys``: the launch's own token, which its engines ask for; or returns the key of each engine,
-    None for one that is sent none. ``tls``: what engines on other hosts are called with. Redirects
-    are not followed: an engine must not choose where prompts and keys go.
+    ``keys`` returns the key of an engine, None for one that is sent none. ``tls``: for engines on
+    other hosts. Redirects are not followed: an engine must not choose where prompts and keys go.
     """
 
     def __init__(
         self,
-        keys: str | Callable[[Engine], str | None],
+        keys: Callable[[Engine], str | None],
         timeouts: EngineTimeouts,
         tls: ssl.SSLContext | None = None,
     ) -> None:
@@ -332,9 +324,8 @@ class EngineClient:
         headers: Mapping[str, str],
         silence: Silence | None = None,
     ) -> Answer:
-        key = self._keys if isinstance(self._keys, str) else self._keys(engine)
         own = {"Content-Type": "application/json", **headers}
-        if key is not None:
+        if (key := self._keys(engine)) is not None:
             own["Authorization"] = f"Bearer {key}"
         with blames(engine):
             return await self._calls.call(engine.url, method, target, own, body, silence)
@@ -361,7 +352,7 @@ class EngineClient:
     ) -> AsyncIterator[EngineStream]:
         """Open a stream (status 200); leaving the block early aborts it at the engine.
 
-        Raises EngineFailure and EngineRefusal, from the block too.
+        Raises EngineFailure and EngineRefusal.
         """
         answer = await self._call(engine, "POST", path, body, headers, self._silence(engine))
         try:
@@ -432,16 +423,11 @@ class EngineClient:
     async def refuse_lease(self, decode: Engine, params: Mapping[str, Any]) -> None:
         """Have a decode engine of vLLM end a lease that nobody will pull; errors are logged.
 
-        vLLM tells prefill to free the blocks of a request that it refuses, and it refuses a beam
-        search that is streamed before it computes anything.
+        vLLM has prefill free the blocks of a request that it refuses, as it does a beam search that
+        is streamed, before it computes anything.
         """
-        body = {
-            "prompt": [0],
-            "max_tokens": 1,
-            "stream": True,
-            "use_beam_search": True,
-            "kv_transfer_params": params,
-        }
+        body = {"prompt": [0], "max_tokens": 1, "stream": True, "use_beam_search": True}
+        body["kv_transfer_params"] = params
         try:
             await self._call_briefly(decode, "POST", "/v1/completions", msgspec.json.encode(body))
         except EngineFailure as failure:
@@ -481,16 +467,13 @@ class EngineClient:
             return []
 
     async def read_metrics(self, engine: Engine) -> str | None:
-        """Return the engine's /metrics.
-
-        None when it has no address yet, does not answer within ``metrics_s`` or says too much.
-        """
+        """Return the engine's /metrics; None: no address yet, no answer in time, or too long."""
         if not engine.url:
             return None
+        timeout_s, size = self._timeouts.metrics_s, MAX_PAGE_BYTES
         try:
-            timeout_s = self._timeouts.metrics_s
             status, body, _ = await self.call(
-                engine, "GET", "/metrics", timeout_s=timeout_s, max_bytes=MAX_PAGE_BYTES
+                engine, "GET", "/metrics", timeout_s=timeout_s, max_bytes=size
             )
         except EngineFailure as failure:
             logger.info("no metrics: %s", failure)

@@ -143,8 +143,6 @@ class Relay:
         # Its traceback leads back here: a cycle would keep the body in memory.
         self._failure = None
 
-    # Choosing
-
     @property
     def _must_resume(self) -> bool:
         """Return whether the next engine has to go on after tokens that the client has.
@@ -179,8 +177,7 @@ class Relay:
         """
         state = self._state
         # From the first failure on, so that engines that fail in turn end the wait too.
-        since_at = state.now() if self._trouble_since_at is None else self._trouble_since_at
-        end_at = since_at + state.recovery.wait_s
+        end_at = (self._trouble_since_at or state.now()) + state.recovery.wait_s
         while True:
             request = self._routing_request()
             route = state.pool.route(request)
@@ -231,8 +228,6 @@ class Relay:
         """Return whether the decode engine of a route can go on after prefill."""
         takes = decode.capabilities.gives_first_token or not self._first_token_sent
         return takes and self._state.pool.lists(decode)
-
-    # Prefill
 
     async def _prefill(self, engine: Engine, decode: Engine) -> Handover:
         """Have the first token of each choice drawn, and a lease on the blocks granted."""
@@ -285,8 +280,6 @@ class Relay:
         if self._first_token_sent:
             for chunk in handover.chunks:
                 await self._tell(handover.engine, chunk)
-
-    # Decode
 
     async def _decode(self, engine: Engine) -> None:
         """Stream from one engine, which pulls the prompt, goes on after tokens, or does all."""
@@ -401,8 +394,6 @@ class Relay:
                     await self._tell(engine, continued, work=work)
         self._state.pool.succeeded(engine)
 
-    # Telling
-
     async def _tell(
         self, engine: Engine, chunk: Chunk, *, more_follows: bool = False, work: Work | None = None
     ) -> None:
@@ -438,8 +429,6 @@ class Relay:
             told_s, self._first_told_at = state.now() - self._first_told_at, None
             if self._lease is not None and self._lease.prefill is not engine:
                 state.metrics.second_token(self._lease.prefill.name, engine.name, told_s)
-
-    # Failures
 
     async def _recover(self, hop: Hop, failure: EngineFailure | EngineRefusal) -> None:
         """Note what went wrong. Raises it when no other attempt can make up for it."""
@@ -484,8 +473,6 @@ class Relay:
     def _lost(self, engine: Engine, reason: str) -> StreamLostError:
         self._state.metrics.count("lost_streams", reason)
         return StreamLostError(engine.name, reason)
-
-    # Calls
 
     def _hop_id(self, attempt: int) -> HopId:
         """Name each attempt differently: an engine may still hold blocks for the one before."""
