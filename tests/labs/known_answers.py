@@ -3,8 +3,8 @@ clear error.
 
 One engine alone moves no KV blocks, so it gives the reference, before the load begins. The load
 mixes streams and whole answers, greedy and seeded ones, choices, log-probabilities, shared prefixes
-and clients that go away. ``make soak`` runs it against deployments
-whose transfers are faulty and whose processes die.
+and clients that go away. ``make soak`` runs it against deployments whose transfers are faulty and
+whose processes die.
 """
 
 from __future__ import annotations
