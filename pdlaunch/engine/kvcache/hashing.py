@@ -1,9 +1,9 @@
 """Chains hashes of a request's token blocks: keys of the prefix cache, proof of a hand-over.
 
-    h[-1] = H(model content, adapter, cache_salt)
+    h[-1] = H(model content, cache_salt)
     h[i]  = H(h[i-1], tokens of block i as int32 little endian, number of tokens)
 
-Equal hashes so mean equal model, adapter, salt and tokens from the first one on. H is SHA-256.
+Equal hashes so mean equal model, salt and tokens from the first one on. H is SHA-256.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from array import array
 from collections.abc import Sequence
 from hashlib import sha256
 
-_FORMAT = b"pdlaunch kv block hash 1"
+_FORMAT = b"pdlaunch kv block hash 2"
 
 
-def root_hash(model_digest: str, *, adapter: str = "", cache_salt: str = "") -> bytes:
-    """Return h[-1]; each part carries its length, so that no two triples share a hash."""
+def root_hash(model_digest: str, *, cache_salt: str = "") -> bytes:
+    """Return h[-1]; each part carries its length, so that no two pairs share a hash."""
     digest = sha256(_FORMAT)
-    for part in (model_digest, adapter, cache_salt):
+    for part in (model_digest, cache_salt):
         # A text with lone surrogates must not fail here: any text may be a salt.
         data = part.encode("utf-8", "surrogatepass")
         digest.update(len(data).to_bytes(8, "little"))

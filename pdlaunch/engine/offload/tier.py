@@ -33,9 +33,7 @@ class ChunkKey(NamedTuple):
 
     group: int
     block_hash: bytes
-    """The hash of the chunk's last block; it covers all tokens up to there, and model, adapter and
-    salt.
-    """
+    """The hash of the chunk's last block, which covers model, salt and all tokens so far."""
     heads: HeadSlice
 
 

@@ -54,12 +54,11 @@ def test_an_earlier_token_changes_every_later_hash() -> None:
     assert not set(first.block_hashes) & set(second.block_hashes)
 
 
-def test_root_tells_model_adapter_and_salt_apart() -> None:
+def test_root_tells_model_and_salt_apart() -> None:
     roots = [
         root_hash("ab"),
-        root_hash("a", adapter="b"),
         root_hash("a", cache_salt="b"),
-        root_hash("", adapter="ab"),
+        root_hash("", cache_salt="ab"),
         root_hash("a\0b"),
         root_hash("ab", cache_salt="\ud800"),
     ]
