@@ -15,6 +15,7 @@ import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from pdlaunch.machine.cuda_driver import NO_DEVICE
 from pdlaunch.machine.facts import Availability, Fact, Gpu, LinkedGpus, LinkKind, Machine
@@ -38,11 +39,11 @@ class _Server:
     gpu: str
     memory_mib: int
     compute_capability: tuple[int, int]
-    num_gpus: int
-    """GPUs of the whole server, which its name without a number stands for."""
-    link: LinkKind
-    link_gigabytes_per_s: float
     text: str
+    link_gigabytes_per_s: float
+    link: LinkKind = "NVLink"
+    num_gpus: int = 8
+    """GPUs of the whole server, which its name without a number stands for."""
     has_imex_channel: bool = False
     architecture: str = "x86_64"
     num_cores: int | None = None
@@ -51,72 +52,27 @@ class _Server:
     num_rdma_devices: int | None = None
 
 
+_DGX: dict[str, Any] = {"memory_bytes": 2 * TB, "num_rdma_devices": 8}
+# fmt: off
 _SERVERS: Mapping[str, _Server] = {
     "a100": _Server(
-        gpu="NVIDIA A100-SXM4-80GB",
-        memory_mib=81920,
-        compute_capability=(8, 0),
-        num_gpus=8,
-        link="NVLink",
-        link_gigabytes_per_s=300,
-        text="A100 SXM4 80 GB in a DGX A100",
-        num_cores=128,
-        has_native_bf16=False,
-        memory_bytes=2 * TB,
-        num_rdma_devices=8,
-    ),
+        "NVIDIA A100-SXM4-80GB", 81920, (8, 0), "A100 SXM4 80 GB in a DGX A100", 300,
+        num_cores=128, has_native_bf16=False, **_DGX),
     "h100": _Server(
-        gpu="NVIDIA H100 80GB HBM3",
-        memory_mib=81559,
-        compute_capability=(9, 0),
-        num_gpus=8,
-        link="NVLink",
-        link_gigabytes_per_s=450,
-        text="H100 SXM5 80 GB in a DGX H100",
-        num_cores=112,
-        has_native_bf16=True,
-        memory_bytes=2 * TB,
-        num_rdma_devices=8,
-    ),
+        "NVIDIA H100 80GB HBM3", 81559, (9, 0), "H100 SXM5 80 GB in a DGX H100", 450,
+        num_cores=112, has_native_bf16=True, **_DGX),
     "h200": _Server(
-        gpu="NVIDIA H200",
-        memory_mib=143156,
-        compute_capability=(9, 0),
-        num_gpus=8,
-        link="NVLink",
-        link_gigabytes_per_s=450,
-        text="H200 SXM5 141 GB in a DGX H200",
-        num_cores=112,
-        has_native_bf16=True,
-        memory_bytes=2 * TB,
-        num_rdma_devices=8,
-    ),
+        "NVIDIA H200", 143156, (9, 0), "H200 SXM5 141 GB in a DGX H200", 450,
+        num_cores=112, has_native_bf16=True, **_DGX),
     "gb200": _Server(
-        gpu="NVIDIA GB200",
-        memory_mib=189471,
-        compute_capability=(10, 0),
-        num_gpus=4,
-        link="NVLink",
-        link_gigabytes_per_s=900,
-        text="GB200 in a compute tray of a GB200 NVL72",
-        has_imex_channel=True,
-        architecture="aarch64",
-        num_cores=144,
-        has_native_bf16=True,
-        memory_bytes=960 * 10**9,
-        num_rdma_devices=4,
-    ),
+        "NVIDIA GB200", 189471, (10, 0), "GB200 in a compute tray of a GB200 NVL72", 900,
+        num_gpus=4, has_imex_channel=True, architecture="aarch64", num_cores=144,
+        has_native_bf16=True, memory_bytes=960 * 10**9, num_rdma_devices=4),
     # Servers with this card differ in all but the card.
     "l40s": _Server(
-        gpu="NVIDIA L40S",
-        memory_mib=46068,
-        compute_capability=(8, 9),
-        num_gpus=8,
-        link="PCIe",
-        link_gigabytes_per_s=31.5,
-        text="L40S 48 GB at PCIe 4.0 x16",
-    ),
+        "NVIDIA L40S", 46068, (8, 9), "L40S 48 GB at PCIe 4.0 x16", 31.5, link="PCIe"),
 }
+# fmt: on
 
 PROFILES = ("h100x8", "h200x8", "gb200", "a100x8", "l40s", ANY_CUDA, "cpu")
 """Names to show; ``h100x2`` and the like are known too."""
