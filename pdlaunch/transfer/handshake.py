@@ -99,19 +99,17 @@ def geometry_of(memory: LocalMemory, first_kv_head: int) -> Geometry:
 
 def describe_groups(groups: Sequence[KVCacheGroup]) -> str:
     """Return window and layers of each group in one line: ``full: 0-5; 512: 6-11``."""
-    return "; ".join(
-        f"{group.sliding_window or 'full'}: {_ranges(group.layers)}" for group in groups
-    )
-
-
-def _ranges(layers: Sequence[int]) -> str:
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1][1:] = [layer]
-        else:
-            runs.append([layer])
-    return ",".join("-".join(map(str, run)) for run in runs)
+    described = []
+    for group in groups:
+        runs: list[list[int]] = []
+        for layer in group.layers:
+            if runs and layer == runs[-1][-1] + 1:
+                runs[-1][1:] = [layer]
+            else:
+                runs.append([layer])
+        layers = ",".join("-".join(map(str, run)) for run in runs)
+        described.append(f"{group.sliding_window or 'full'}: {layers}")
+    return "; ".join(described)
 
 
 def compare(ours: Compatibility, theirs: Compatibility, *, local: str, peer: str) -> None:

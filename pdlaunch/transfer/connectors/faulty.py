@@ -56,8 +56,8 @@ class FaultyConnector(Connector):
         self.faults = faults
         self.clock = clock
         self._inner = inner
-        self._num_reads = 0
-        self._num_probes = 0
+        self.num_reads = 0
+        self.num_probes = 0
 
     def push(self, job: PushJob) -> Future[None]:
         return self._inner.push(job)
@@ -69,7 +69,7 @@ class FaultyConnector(Connector):
         self._inner.open(memory)
         layout = memory.layout
         shape = memory.kv_cache.shape[0], layout.num_kv_heads, layout.head_bytes
-        self._bytes = memory.kv_cache.view(torch.uint8).view(shape)
+        self.memory = memory.kv_cache.view(torch.uint8).view(shape)
 
     def agent_metadata(self) -> bytes:
         return self._inner.agent_metadata()
@@ -79,32 +79,16 @@ class FaultyConnector(Connector):
 
     def close(self) -> None:
         self._inner.close()
-        del self._bytes
+        del self.memory
 
-    def read(self, connection: Connection, blocks: BlockRead) -> Read:
-        """Start the next READ, with its fault."""
-        self._num_reads += 1
-        fault, source = self.faults.of_read(self.agent_name, self._num_reads)
-        heads = slice(blocks.local_heads.start, blocks.local_heads.stop)
-        memory = [self._bytes[block_id, heads] for block_id in blocks.local_blocks]
-        return self._begin(fault, source, memory, lambda: connection.read(blocks))
-
-    def read_scratch(self, connection: Connection, path: str) -> tuple[Read, torch.Tensor]:
-        """Start the next READ of a handshake, with its fault."""
-        self._num_probes += 1
-        fault, source = self.faults.of_probe(self.agent_name, self._num_probes)
-        if fault is Fault.REFUSE:
-            raise TransferError("injected: the READ was refused")
-        read, landing = connection.read_scratch(path)
-        return self._begin(fault, source, [landing.view(1, -1)], lambda: read), landing
-
-    def _begin(
+    def begin(
         self,
         fault: Fault | None,
         source: random.Random,
         memory: Sequence[torch.Tensor],
         start: Callable[[], Read],
     ) -> Read:
+        """Start a READ with its fault; see ``FaultyRead``."""
         kind = FaultyPushedRead if self.pushes else FaultyRead
         return kind(fault, source, memory, start, self.faults, self.clock)
 
@@ -122,14 +106,25 @@ class FaultyConnection(Connection):
     def use_path(self, path: str) -> None:
         self._inner.use_path(path)
 
-    def read(self, blocks: BlockRead) -> Read:
-        return self._connector.read(self._inner, blocks)
-
-    def read_scratch(self, path: str) -> tuple[Read, torch.Tensor]:
-        return self._connector.read_scratch(self._inner, path)
-
     def close(self) -> None:
         self._inner.close()
+
+    def read(self, blocks: BlockRead) -> Read:
+        owner = self._connector
+        owner.num_reads += 1
+        fault, source = owner.faults.of_read(owner.agent_name, owner.num_reads)
+        heads = slice(blocks.local_heads.start, blocks.local_heads.stop)
+        memory = [owner.memory[block_id, heads] for block_id in blocks.local_blocks]
+        return owner.begin(fault, source, memory, lambda: self._inner.read(blocks))
+
+    def read_scratch(self, path: str) -> tuple[Read, torch.Tensor]:
+        owner = self._connector
+        owner.num_probes += 1
+        fault, source = owner.faults.of_probe(owner.agent_name, owner.num_probes)
+        if fault is Fault.REFUSE:
+            raise TransferError("injected: the READ was refused")
+        read, landing = self._inner.read_scratch(path)
+        return owner.begin(fault, source, [landing.view(1, -1)], lambda: read), landing
 
 
 class FaultyRead(Read):
