@@ -346,14 +346,7 @@ class Peer:
         self.path, self.state, self.error = best.path, "ready", ""
         self.deadline_at, self._num_failures = None, 0
         seconds = setup.clock() - self._asked_at
-        logger.info(
-            "%s is ready to be read over %s, %s, after %.3f s; other paths: %s",
-            self.name,
-            best.path,
-            best,
-            seconds,
-            others,
-        )
+        logger.info("%s is read over %s, %s; others: %s", self.name, best.path, best, others)
         setup.report(
             PairReady(
                 local=setup.identity.name,

@@ -102,7 +102,7 @@ class FileConnector(PushingConnector):
         return "done"
 
     def _load(self, read: PendingRead) -> None:
-        name, kv_cache = read.target.decode(), self._memory.kv_cache
+        name, kv_cache = read.target.decode(), self.memory.kv_cache
         found = self.store.read(name, kv_cache.device)
         if read.blocks is None:
             assert read.landing is not None

@@ -84,30 +84,14 @@ class MooncakeConnector(PushingConnector):
         parse_agent_metadata(peer)
         return _MooncakeConnection(self, peer)
 
-    def read(self, peer: PeerAgent, blocks: BlockRead) -> PendingRead:
-        """Wait for the write that the prefill side is asked for."""
-        addresses, piece_bytes = _pieces(self._memory, blocks.local_blocks, blocks.local_heads)
-        settle = partial(self._settle, _host_of(peer))
-        return PendingRead(self._target(addresses, piece_bytes), settle, blocks)
-
-    def read_scratch(self, peer: PeerAgent) -> tuple[PendingRead, torch.Tensor]:
-        """Wait for a scratch in memory that is registered until ``release``."""
-        num_bytes = peer.geometry.scratch_bytes
-        landing = self.new_landing(num_bytes)
-        self._register(landing)
-        target = self._target([landing.data_ptr()], num_bytes)
-        let_go = partial(self._engine.unregister_memory, landing.data_ptr())
-        settle = partial(self._settle, _host_of(peer))
-        return PendingRead(target, settle, None, landing, let_go), landing
-
     def _start(self, memory: LocalMemory) -> None:
-        self._engine = self._new_engine()
-        self._register(memory.kv_cache)
-        self._register(memory.scratch)
+        self.engine = self._new_engine()
+        self.register(memory.kv_cache)
+        self.register(memory.scratch)
 
     def _stop(self) -> None:
-        for tensor in (self._memory.kv_cache, self._memory.scratch):
-            self._engine.unregister_memory(tensor.data_ptr())
+        for tensor in (self.memory.kv_cache, self.memory.scratch):
+            self.engine.unregister_memory(tensor.data_ptr())
 
     def _write(self, memory: LocalMemory, job: PushJob) -> None:
         try:
@@ -124,7 +108,7 @@ class MooncakeConnector(PushingConnector):
                 f"{len(target.addresses)} x {target.piece_bytes}"
             )
         local, remote, lengths = zip(*_merge(sources, target.addresses, piece_bytes), strict=True)
-        code = self._engine.batch_transfer_sync_write(
+        code = self.engine.batch_transfer_sync_write(
             target.segment, list(local), list(remote), list(lengths)
         )
         if code != 0:
@@ -132,7 +116,7 @@ class MooncakeConnector(PushingConnector):
                 f"Mooncake could not write to {target.segment} over {self._protocol}: code {code}"
             )
 
-    def _settle(self, writer: str, read: PendingRead) -> ReadState:
+    def settle(self, writer: str, read: PendingRead) -> ReadState:
         """Return the state of the READ. After a failed write bytes may still wait in the kernel,
         and this process's engine will write them to the target: until they are gone the READ is
         pending. ``writer``: the address of the host that wrote; of another one's kernel nothing is
@@ -195,15 +179,15 @@ class MooncakeConnector(PushingConnector):
             listener.port,
         )
 
-    def _register(self, tensor: torch.Tensor) -> None:
+    def register(self, tensor: torch.Tensor) -> None:
         num_bytes = tensor.numel() * tensor.element_size()
-        code = self._engine.register_memory(tensor.data_ptr(), num_bytes)
+        code = self.engine.register_memory(tensor.data_ptr(), num_bytes)
         if code != 0:
             raise TransferError(
                 f"Mooncake cannot register {num_bytes} bytes on {tensor.device}: code {code}"
             )
 
-    def _target(self, addresses: list[int], piece_bytes: int) -> bytes:
+    def target(self, addresses: list[int], piece_bytes: int) -> bytes:
         return msgspec.msgpack.encode(_Target(self._segment, addresses, piece_bytes))
 
 
@@ -216,10 +200,21 @@ class _MooncakeConnection(Connection):
         return (self.connector.path,)
 
     def read(self, blocks: BlockRead) -> PendingRead:
-        return self.connector.read(self.peer, blocks)
+        """Wait for the write that the prefill side is asked for."""
+        connector = self.connector
+        addresses, piece_bytes = _pieces(connector.memory, blocks.local_blocks, blocks.local_heads)
+        target = connector.target(addresses, piece_bytes)
+        return PendingRead(target, partial(connector.settle, _host_of(self.peer)), blocks)
 
     def read_scratch(self, path: str) -> tuple[PendingRead, torch.Tensor]:
-        return self.connector.read_scratch(self.peer)
+        """Wait for a scratch in memory that is registered until ``release``."""
+        connector, num_bytes = self.connector, self.peer.geometry.scratch_bytes
+        landing = connector.new_landing(num_bytes)
+        connector.register(landing)
+        target = connector.target([landing.data_ptr()], num_bytes)
+        release = partial(connector.engine.unregister_memory, landing.data_ptr())
+        settle = partial(connector.settle, _host_of(self.peer))
+        return PendingRead(target, settle, None, landing, release), landing
 
 
 def _host_of(peer: PeerAgent) -> str:

@@ -75,7 +75,7 @@ class PushingConnector(Connector):
         self._num_sender_threads = num_sender_threads
 
     def open(self, memory: LocalMemory) -> None:
-        self._memory = memory
+        self.memory = memory
         bind_device(memory.kv_cache.device)
         self._start(memory)
         # Once more: what was just built may have changed this thread's device (Mooncake does), and
@@ -86,14 +86,14 @@ class PushingConnector(Connector):
         )
 
     def push(self, job: PushJob) -> Future[None]:
-        return self._senders.submit(self._write, self._memory, job)
+        return self._senders.submit(self._write, self.memory, job)
 
     def close(self) -> None:
         # Without waiting: a rank falls asleep only when no write is under way, and one that ends
         # leaves the process.
         self._senders.shutdown(wait=False, cancel_futures=True)
         self._stop()
-        del self._memory
+        del self.memory
 
     @abstractmethod
     def _start(self, memory: LocalMemory) -> None:
@@ -112,7 +112,7 @@ class PushingConnector(Connector):
         """
 
     def new_landing(self, num_bytes: int) -> torch.Tensor:
-        return torch.zeros(num_bytes, dtype=torch.uint8, device=self._memory.kv_cache.device)
+        return torch.zeros(num_bytes, dtype=torch.uint8, device=self.memory.kv_cache.device)
 
 
 def parse_agent_metadata(peer: PeerAgent) -> str:
