@@ -14,6 +14,7 @@ from pdlaunch.protocol.control import (
     Address,
     Drain,
     Drained,
+    Failed,
     FromSupervisor,
     PairReady,
     Ready,
@@ -37,6 +38,10 @@ def main(words: set[str]) -> int:
     control = ControlClient(
         SecureContext(bootstrap.keys), bootstrap.control, bootstrap.name, inbox.put
     )
+    if "fail" in words:
+        control.send(Failed(error="cannot open model.safetensors"))
+        control.close()
+        return 1
     info = (
         {"grandchild": str(subprocess.Popen(["sleep", "600"]).pid)} if "grandchild" in words else {}
     )
