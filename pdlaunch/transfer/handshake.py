@@ -14,7 +14,7 @@ rank still visits a replica that nobody needs, without reading, so that the leas
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -25,11 +25,14 @@ from pdlaunch import __version__
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engine.kvcache.groups import KVCacheGroup, KVCacheLayout
 from pdlaunch.errors import HandshakeError
+from pdlaunch.protocol.control import ToSupervisor
 from pdlaunch.protocol.ids import EngineId
 from pdlaunch.protocol.side_channel import PROTOCOL_VERSION, Compatibility, Geometry, HandshakeReply
-from pdlaunch.transfer.connectors.connector import LocalMemory, memory_kind
+from pdlaunch.protocol.transfer import PullDrained, PullFinished
+from pdlaunch.transfer.connectors.connector import Connector, LocalMemory, memory_kind
 from pdlaunch.transfer.connectors.scratch import DEVICE_SCRATCH_BYTES, SCRATCH_BYTES
-from pdlaunch.transfer.integrity.checksum import ALGORITHM
+from pdlaunch.transfer.integrity.checksum import ALGORITHM, KVHasher
+from pdlaunch.transfer.side_channel import DecodeSocket
 
 LAYOUT = "block, head, layer, kv, token, dim"
 
@@ -217,3 +220,34 @@ def map_sources(
             heads = shared_heads(prefill_rank, decode_tp_rank) if readers else range(0)
             sources.append(SourceRank(prefill_rank, heads, len(visitors)))
     return tuple(sources)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeSetup:
+    """Holds what all peers and pulls of this rank share."""
+
+    identity: RankIdentity
+    """This rank."""
+    compatibility: Compatibility
+    head_bytes: int
+    first_kv_head: int
+    connector: Connector
+    hasher: KVHasher | None
+    """None when ``kv_transfer.verify`` is off."""
+    open_channel: Callable[[str], DecodeSocket]
+    """Opens a channel to an endpoint."""
+    handshake_timeout_s: float
+    clock: Callable[[], float]
+    report: Callable[[ToSupervisor], None]
+    emit: Callable[[PullFinished | PullDrained], None]
+
+    def sources(self, prefill_tp_size: int) -> tuple[SourceRank, ...]:
+        """Return the ranks of an engine that this rank pulls from. Raises HandshakeError when the
+        TP sizes do not fit.
+        """
+        return map_sources(
+            num_kv_heads=self.compatibility.num_kv_heads,
+            prefill_tp_size=prefill_tp_size,
+            decode_tp_size=self.identity.tp_size,
+            decode_tp_rank=self.identity.tp_rank,
+        )

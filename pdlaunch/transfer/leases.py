@@ -306,7 +306,6 @@ class PrefillSide:
         self._writes: list[_AskedWrite] = []
 
     def execute(self, command: PrefillCommand) -> None:
-        """Take a command of the scheduler."""
         match command:
             case GrantLease():
                 # The scheduler refuses a request whose id still has a lease. Nothing writes to the
@@ -371,7 +370,6 @@ class PrefillSide:
         return has_news
 
     def answer(self, message: ToPrefillSide) -> ToDecodeSide:
-        """Return the answer to a decode rank's question."""
         asked = message.expected_engine_id if isinstance(message, Handshake) else message.engine_id
         name, engine_id = self._card.rank_name, self._card.engine_id
         # Another engine may have had this port before, or be a restart of the one that is meant.

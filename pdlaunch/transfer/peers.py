@@ -17,16 +17,14 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from pdlaunch.errors import HandshakeError, TransferError
-from pdlaunch.protocol.control import Entry, PairFailed, PairReady, ToSupervisor
+from pdlaunch.protocol.control import Entry, PairFailed, PairReady
 from pdlaunch.protocol.ids import EngineId
 from pdlaunch.protocol.side_channel import (
-    Compatibility,
     Geometry,
     Handshake,
     HandshakeReply,
@@ -36,24 +34,21 @@ from pdlaunch.protocol.side_channel import (
     ToDecodeSide,
     ToPrefillSide,
 )
-from pdlaunch.protocol.transfer import PullDrained, PullFinished
 from pdlaunch.transfer.connectors.connector import (
     BlockRead,
     Connection,
-    Connector,
     PeerAgent,
     PushedRead,
     Read,
 )
 from pdlaunch.transfer.connectors.scratch import PathFigure, best_path, has_pattern, try_paths
 from pdlaunch.transfer.handshake import (
+    DecodeSetup,
     RankIdentity,
     SourceRank,
     check_geometry,
     compare,
-    map_sources,
 )
-from pdlaunch.transfer.integrity.checksum import KVHasher
 from pdlaunch.transfer.side_channel import DecodeSocket
 
 logger = logging.getLogger(__name__)
@@ -66,37 +61,6 @@ away.
 """
 
 State = Literal["idle", "asking", "probing", "ready", "waiting", "incompatible", "lost"]
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeSetup:
-    """Holds what all peers and pulls of this rank share."""
-
-    identity: RankIdentity
-    """This rank."""
-    compatibility: Compatibility
-    head_bytes: int
-    first_kv_head: int
-    connector: Connector
-    hasher: KVHasher | None
-    """None when ``kv_transfer.verify`` is off."""
-    open_channel: Callable[[str], DecodeSocket]
-    """Opens a channel to an endpoint."""
-    handshake_timeout_s: float
-    clock: Callable[[], float]
-    report: Callable[[ToSupervisor], None]
-    emit: Callable[[PullFinished | PullDrained], None]
-
-    def sources(self, prefill_tp_size: int) -> tuple[SourceRank, ...]:
-        """Return the ranks of an engine that this rank pulls from. Raises HandshakeError when the
-        TP sizes do not fit.
-        """
-        return map_sources(
-            num_kv_heads=self.compatibility.num_kv_heads,
-            prefill_tp_size=prefill_tp_size,
-            decode_tp_size=self.identity.tp_size,
-            decode_tp_rank=self.identity.tp_rank,
-        )
 
 
 class Peer:
@@ -141,7 +105,6 @@ class Peer:
 
     @property
     def is_gone(self) -> bool:
-        """Return whether it never becomes ready."""
         return self.state in ("lost", "incompatible")
 
     @property
@@ -205,17 +168,16 @@ class Peer:
         return call_id
 
     def forget(self, call_id: int) -> None:
-        """Drop the answer to this call: nobody waits for it any more."""
         self._calls.pop(call_id, None)
 
     def read(self, blocks: BlockRead) -> Read:
-        """Start to read. Raises TransferError."""
+        """Raise TransferError."""
         assert self._connection is not None
         self._check_channel()
         return self._started(self._connection.read(blocks), blocks)
 
     def read_scratch(self, path: str) -> tuple[Read, torch.Tensor]:
-        """Start to read the scratch. Raises TransferError."""
+        """Raise TransferError."""
         assert self._connection is not None
         self._check_channel()
         read, landing = self._connection.read_scratch(path)
@@ -223,7 +185,6 @@ class Peer:
         return self._started(read, BlockRead([], [], range(0), range(0))), landing
 
     def release(self, read: Read) -> None:
-        """Free a READ that has ended."""
         read.release()
         del self._reads[read]
         self._close_old_connections()
@@ -260,7 +221,6 @@ class Peer:
         return read
 
     def _on_message(self, message: ToDecodeSide) -> None:
-        """Pass an answer on, or drop it when nobody waits for it any more."""
         pushed = self._pushed.pop(message.call_id, None)
         if pushed is not None:
             match message:
@@ -361,7 +321,6 @@ class Peer:
         )
 
     def _guard(self, step: Callable[[], None]) -> None:
-        """Run a step of the handshake; what it raises decides how the handshake goes on."""
         try:
             step()
         # It is a TransferError, too, but no other try would help: the engines do not fit.
@@ -446,7 +405,6 @@ class PeerTable:
         """Lost, with READs that are pending."""
 
     def update(self, entries: Iterable[Entry]) -> None:
-        """Take in a new registry."""
         setup = self._setup
         ranks = [
             entry
@@ -502,7 +460,6 @@ class PeerTable:
         return [*self.peers.values(), *self._gone]
 
     def advance(self) -> None:
-        """Let every peer do what is due."""
         for peer in self.all():
             peer.advance()
         self._gone = [peer for peer in self._gone if peer.reading_since_at is not None]

@@ -51,8 +51,8 @@ from pdlaunch.protocol.transfer import (
     StartPull,
     join_paths,
 )
-from pdlaunch.transfer.handshake import SourceRank
-from pdlaunch.transfer.peers import DecodeSetup, Peer, PeerTable
+from pdlaunch.transfer.handshake import DecodeSetup, SourceRank
+from pdlaunch.transfer.peers import Peer, PeerTable
 from pdlaunch.transfer.reads import PullFailed, ReadFailed, ShareRead
 
 logger = logging.getLogger(__name__)
@@ -74,9 +74,7 @@ class Stage(Enum):
 
 
 class SharePull:
-    """Pulls one prefill rank's share of a prompt. That rank learns of the end, however the pull
-    ends.
-    """
+    """Pulls one prefill rank's share of a prompt; that rank learns of the end in any case."""
 
     def __init__(
         self, command: StartPull, source: SourceRank, peer: Peer, setup: DecodeSetup, log: SpanLog
@@ -150,11 +148,6 @@ class SharePull:
         else:
             self._on_disconnected()
 
-    def end(self) -> None:
-        """End a pull whose shares are all proven; see ``give_up``."""
-        self.stage = Stage.ENDED
-        self.give_up()
-
     def give_up(self) -> None:
         """End the pull: the prefill rank need not wait for this reader any more. Then call
         ``settle`` until nothing is left.
@@ -227,7 +220,6 @@ class SharePull:
         kind: type[StateChecksums | PullHeartbeat | PullEnd],
         on_reply: Callable[[ToDecodeSide], None] | None,
     ) -> None:
-        """Send a message about a pull that has begun."""
         engine_id, lease_id = self._command.remote.engine_id, self._command.remote.lease_id
         reader = self._reader
         self.peer.ask(
@@ -247,7 +239,6 @@ class SharePull:
         )
 
     def _on_reply(self, asked_at: float, reply: ToDecodeSide) -> None:
-        """Handle an answer to a question that was sent at ``asked_at``."""
         if self._given_up or self._failure is not None:
             return
         try:
@@ -396,7 +387,6 @@ class Pull:
         return min((at for at in due_at if at is not None), default=None)
 
     def cancel(self) -> None:
-        """Give up: nobody wants the blocks any more."""
         if not self._finished:
             self._fail(PullFailed("cancelled"))
 
@@ -423,7 +413,8 @@ class Pull:
             raise PullFailed(f"no end within {timeout_s:g} s; {where}")
         if all(share.is_proven for share in shares):
             for share in shares:
-                share.end()
+                share.stage = Stage.ENDED
+                share.give_up()
             self._finish()
 
     def _fail(self, failure: PullFailed) -> None:
@@ -496,8 +487,6 @@ class PullTable:
         except TransferError as error:
             self._setup.emit(PullFinished(pull_id=command.pull_id, ok=False, error=str(error)))
             return
-        num_blocks = sum(map(len, command.block_ids))
-        logger.debug("pull of %s begins: %d blocks", command.request_id, num_blocks)
         self._pulls[command.pull_id] = Pull(command, sources, self._setup)
 
     def cancel(self, command: CancelPull) -> None:
@@ -506,7 +495,6 @@ class PullTable:
             pull.cancel()
 
     def advance(self) -> None:
-        """Let every pull do what can be done now."""
         for pull in list(self._pulls.values()):
             pull.advance()
             if pull.closed:

@@ -20,8 +20,9 @@ from pdlaunch.protocol.ids import ReaderId
 from pdlaunch.protocol.side_channel import PullReply
 from pdlaunch.protocol.transfer import StartPull
 from pdlaunch.transfer.connectors.connector import BlockRead, Read, ReadPart
+from pdlaunch.transfer.handshake import DecodeSetup
 from pdlaunch.transfer.integrity.checksum import ChecksumArray, Checksums
-from pdlaunch.transfer.peers import DecodeSetup, Peer
+from pdlaunch.transfer.peers import Peer
 
 
 class PullFailed(TransferError):

@@ -20,10 +20,10 @@ from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.protocol.transfer import CancelPull, StartPull, TransferCommand, TransferEvent
 from pdlaunch.transfer.connectors.connector import Connector, LocalMemory
 from pdlaunch.transfer.connectors.scratch import scratch_bytes, write_pattern
-from pdlaunch.transfer.handshake import RankIdentity, compatibility_of, geometry_of
+from pdlaunch.transfer.handshake import DecodeSetup, RankIdentity, compatibility_of, geometry_of
 from pdlaunch.transfer.integrity.checksum import KVHasher
 from pdlaunch.transfer.leases import PrefillSide
-from pdlaunch.transfer.peers import DecodeSetup, PeerTable
+from pdlaunch.transfer.peers import PeerTable
 from pdlaunch.transfer.pull import PullTable
 from pdlaunch.transfer.side_channel import DecodeSocket, PrefillSocket
 

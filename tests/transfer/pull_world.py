@@ -22,10 +22,10 @@ from pdlaunch.protocol.transfer import (
 )
 from pdlaunch.transfer.connectors.connector import LocalMemory
 from pdlaunch.transfer.connectors.scratch import PATTERN_BYTES, SCRATCH_BYTES, write_pattern
-from pdlaunch.transfer.handshake import RankIdentity, compatibility_of, geometry_of
+from pdlaunch.transfer.handshake import DecodeSetup, RankIdentity, compatibility_of, geometry_of
 from pdlaunch.transfer.integrity.checksum import KVHasher
 from pdlaunch.transfer.leases import PrefillSide
-from pdlaunch.transfer.peers import DecodeSetup, PeerTable
+from pdlaunch.transfer.peers import PeerTable
 from pdlaunch.transfer.pull import PullTable
 from tests.transfer.fakes import (
     Fabric,
