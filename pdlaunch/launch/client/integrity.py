@@ -54,7 +54,7 @@ def engine_totals(admin: Api) -> dict[str, float]:
     for report in _reports(admin):
         for name, value in report.get("stats", {}).items():
             # Those are counts of an instant, which do not add up over time.
-            if not name.startswith("num_") and value is not None:
+            if not name.startswith("num_") and isinstance(value, int | float):
                 totals[name] = round(totals.get(name, 0) + value, 3)
     for family in text_string_to_metric_families(admin.get("/metrics")[1]):
         if family.name.startswith("pdlaunch_router_") and family.type == "counter":
