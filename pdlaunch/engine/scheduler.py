@@ -145,8 +145,8 @@ class Scheduler:
         self._stalls = bool(self._queues.running) and not step.scheduled
         plan = self._batch.launch(step.scheduled, self._take_commands(), self._host.take_jobs())
         if plan.scheduled and logger.isEnabledFor(logging.DEBUG):
-            tokens = {request.request_id: number for request, number in step.scheduled.items()}
-            logger.debug("step %d computes %s", plan.step_id, tokens)
+            work = [f"{each.request_id} computes {n};" for each, n in step.scheduled.items()]
+            logger.debug("step %d: %s", plan.step_id, " ".join(work))
         return plan
 
     def _take_commands(self) -> list[TransferCommand]:
