@@ -22,14 +22,11 @@ from pdlaunch.launch.client.deployment import Deployment
 from pdlaunch.launch.client.integrity import await_idle, engine_totals, engines_of
 from pdlaunch.launch.client.smoke import Check
 
-NUM_REQUESTS = 60
-"""Requests at least; more are sent until the rank that was killed is back."""
+NUM_REQUESTS = 60  # requests at least; more are sent until the rank that was killed is back
 NUM_CASES = 16
 CONCURRENCY = 4
-RATE = 0.2
-"""Share of the READs that meet a fault."""
-MAX_TOLD = 20
-"""Requests that went wrong, of which a report says when."""
+RATE = 0.2  # share of the READs that meet a fault
+MAX_TOLD = 20  # requests that went wrong, of which a report says when
 
 
 class SentRequest(NamedTuple):

@@ -52,8 +52,7 @@ class Context:
     launch: ResolvedLaunch
     origins: Mapping[str, Origin]
     probes: Probes
-    missing: Mapping[Need, str]
-    """Facts that are not known, and why."""
+    missing: Mapping[Need, str]  # facts that are not known, and why
 
     @property
     def config(self) -> LaunchConfig:

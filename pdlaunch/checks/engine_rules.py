@@ -63,11 +63,9 @@ _Pair = tuple[RoleEngines, RoleEngines]
 class EngineArgument:
     """Holds one entry of ``engine_args``."""
 
-    key: str
-    """The name as it was written."""
+    key: str  # the name as it was written
     value: JsonValue
-    where: str
-    """The setting that gives it."""
+    where: str  # the setting that gives it
 
     @property
     def name(self) -> str:

@@ -17,8 +17,7 @@ from pdlaunch.machine.visible_gpus import VISIBLE_DEVICES
 MIN_SHM_BYTES = parse_size("256MiB")
 _FILES_OF_A_PROCESS = 64
 _FILES_OF_A_PAIR = 4
-_OF_HOST = frozenset(("num_threads",))
-"""Derived values that may differ between engines of one role."""
+_OF_HOST = frozenset(("num_threads",))  # derived values that may differ between engines of one role
 
 
 def _cuda_generation(context: Context) -> str:

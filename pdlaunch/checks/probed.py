@@ -19,8 +19,7 @@ class NixlAnswer:
     """Holds what NIXL said to one role's settings."""
 
     import_error: str | None = None
-    refusal: str | None = None
-    """The reason why UCX cannot make a rank's backend."""
+    refusal: str | None = None  # the reason why UCX cannot make a rank's backend
     unavailable: tuple[str, ...] = ()
     """UCX's warnings of transports and devices that it does not find."""
     unused: Mapping[str, str | None] = field(default_factory=dict)
@@ -31,21 +30,17 @@ class NixlAnswer:
 class PairTransport:
     """Says how fast one decode rank reads from one prefill rank."""
 
-    decode_rank: str
-    """``decode-0/rank-0``"""
+    decode_rank: str  # ``decode-0/rank-0``
     prefill_rank: str
-    path: str
-    """The path in use: ``nixl/UCX``, ``p2p/memfd`` and such."""
-    allocator: Allocator
-    """Allocator of the prefill rank's KV cache."""
+    path: str  # the path in use: ``nixl/UCX``, ``p2p/memfd`` and such
+    allocator: Allocator  # allocator of the prefill rank's KV cache
     gigabytes_per_s: float | None = None
     """None: too few bytes moved to tell, or nothing could be moved."""
     expected_gigabytes_per_s: float | None = None
     hosts: tuple[str, str] | None = None
     """Names of the two hosts, prefill's first; None: both ranks are on one."""
     link: str = ""
-    error: str | None = None
-    """The reason why nothing could be moved."""
+    error: str | None = None  # the reason why nothing could be moved
     other_paths: Mapping[str, str] = field(default_factory=dict)
     """Speed of the paths that are not in use, or why they cannot be."""
 
@@ -57,8 +52,7 @@ class SeenEngine:
     role: Role
     url: str
     kind: str = "vllm"
-    problem: str = ""
-    """The reason why it cannot be asked; nothing else is known then."""
+    problem: str = ""  # the reason why it cannot be asked; nothing else is known then
     version: str | None = None
     models: tuple[str, ...] = ()
     max_model_len: int | None = None
@@ -67,19 +61,14 @@ class SeenEngine:
     # Counts since its start.
     prompt_tokens: int = 0
     bytes_read: int = 0
-    num_expired: int = 0
-    """Leases that ended before their blocks were read."""
-    num_failed: int = 0
-    """Transfers and notifications that failed."""
-    num_answers: int = 0
-    """Of vLLM alone, as are their tokens."""
+    num_expired: int = 0  # leases that ended before their blocks were read
+    num_failed: int = 0  # transfers and notifications that failed
+    num_answers: int = 0  # of vLLM alone, as are their tokens
     answer_tokens: int = 0
-    gigabytes_per_s: float | None = None
-    """Mean speed of its READs; None: too few bytes to tell."""
+    gigabytes_per_s: float | None = None  # mean speed of its READs; None: too few bytes to tell
     expected_gigabytes_per_s: float | None = None
     """The speed that the slowest of its links to prefill engines should give."""
-    link: str = ""
-    """That link in words, or the reason why its speed is not known."""
+    link: str = ""  # that link in words, or the reason why its speed is not known
     # The following are told in dev mode alone.
     has_dev_mode: bool = False
     kv_role: str | None = None
@@ -96,10 +85,8 @@ class SeenPair:
     """Says what became of a canary through a pair of engines that run already."""
 
     prefill: str
-    decode: str
-    """URLs."""
-    problem: str = ""
-    """The reason why the canary failed; empty: it came through."""
+    decode: str  # URLs
+    problem: str = ""  # the reason why the canary failed; empty: it came through
     num_bytes: int = 0
     is_told: bool = True
     """Decode has told that it did not compute the canary; else these bytes are all that is known,
@@ -108,12 +95,10 @@ class SeenPair:
     seconds: float = 0.0
     side_channel: str = ""
     """``HOST:PORT`` at which decode is told to shake hands; empty: of an engine without one."""
-    wrong_address: str = ""
-    """The reason why decode cannot find the side channel there."""
+    wrong_address: str = ""  # the reason why decode cannot find the side channel there
     handshake: str | None = None
     """The metadata that a handshake with it returned; None: nobody asked."""
-    silence: str = ""
-    """The reason why it did not answer."""
+    silence: str = ""  # the reason why it did not answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +106,7 @@ class SeenDeployment:
     """Holds the engines and pairs of a deployment that runs already."""
 
     engines: tuple[SeenEngine, ...]
-    pairs: tuple[SeenPair, ...] | None
-    """None: no canary was sent."""
+    pairs: tuple[SeenPair, ...] | None  # none: no canary was sent
     has_asked_side_channels: bool = False
 
     def of(self, role: Role) -> tuple[SeenEngine, ...]:

@@ -37,8 +37,7 @@ EXTRAS = {
 }
 """Modules of the extras that settings or a model can ask for."""
 
-_NIXL_TIMEOUT_S = 60.0
-"""It takes 3 to 5 s on a quiet core."""
+_NIXL_TIMEOUT_S = 60.0  # it takes 3 to 5 s on a quiet core
 _TRIAL = "pdlaunch.transfer.connectors.nixl"
 _ANSWER = re.compile(r"ok$|import: |refused: ")
 _UCX_LINE = re.compile(r"\bUCX\s+(WARN|ERROR|FATAL)\s+(.*\S)")

@@ -70,12 +70,10 @@ class Rule:
 
     code: str
     severity: Severity
-    title: str
-    """One sentence that states what is wrong."""
+    title: str  # one sentence that states what is wrong
     why: str
     fix: str
-    source: str
-    """The source of the knowledge."""
+    source: str  # the source of the knowledge
     when: Callable[[Any], Outcome]
     over: Callable[[Context], Iterable[Any]] = lambda context: (context,)
     at: str = ""

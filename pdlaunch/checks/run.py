@@ -60,21 +60,17 @@ class NotChecked:
     rule: str
     title: str
     needs: tuple[Need, ...]
-    reason: str
-    """The reason why the first of these facts is missing."""
+    reason: str  # the reason why the first of these facts is missing
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
     """Holds the outcome of a check."""
 
-    findings: tuple[Finding, ...]
-    """Errors first, then warnings and infos; by code."""
+    findings: tuple[Finding, ...]  # errors first, then warnings and infos; by code
     not_checked: tuple[NotChecked, ...]
-    rules: tuple[Rule, ...]
-    """The rules that were applied, those not checked included."""
-    resolved: Mapping[str, object]
-    """The values that were judged; plain JSON without secrets."""
+    rules: tuple[Rule, ...]  # the rules that were applied, those not checked included
+    resolved: Mapping[str, object]  # the values that were judged; plain JSON without secrets
 
     @property
     def errors(self) -> tuple[Finding, ...]:

@@ -11,15 +11,13 @@ from pdlaunch.config.roles import PAIR, ROLES, Role
 from pdlaunch.config.sizes import format_size
 
 VLLM_LEASE_S = 30
-SLOW_SHARE = 0.1
-"""READs below this share of what their link should give go another way."""
+SLOW_SHARE = 0.1  # READs below this share of what their link should give go another way
 _BYTES_ALONE = (
     "; READs of other requests may be among them, as decode does not tell what it had to compute: "
     "start it with --enable-prompt-tokens-details"
 )
 _ENOUGH_ANSWERS = 10
-_CANARY_TOKENS = 4
-"""No canary has prefill make more tokens."""
+_CANARY_TOKENS = 4  # no canary has prefill make more tokens
 
 
 def _deployment(context: Context) -> SeenDeployment:

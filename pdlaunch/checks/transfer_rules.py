@@ -18,10 +18,8 @@ from pdlaunch.planning.roles import PlacedEngine
 
 CLIFF_GIGABYTES_PER_S = 1.5
 """Below this, memory that no peer can map is the likely cause: 0.4 to 0.6 GB/s were measured."""
-FAR_GIGABYTES_PER_S = 0.6
-"""Below this, a pair of ranks on two hosts is slow."""
-SLOW_SHARE = 0.5
-"""A pair below this share of what its link should give is slow."""
+FAR_GIGABYTES_PER_S = 0.6  # below this, a pair of ranks on two hosts is slow
+SLOW_SHARE = 0.5  # a pair below this share of what its link should give is slow
 
 _UNMAPPABLE = ("cumem", "expandable_segments")
 _TRUSTED = "kv_transfer.trusted_network"

@@ -6,10 +6,8 @@ import signal
 import sys
 from types import FrameType
 
-EXIT_FAILED = 1
-"""A deployment failed, or a check has findings."""
-EXIT_UNUSABLE = 2
-"""The command's input cannot be used."""
+EXIT_FAILED = 1  # a deployment failed, or a check has findings
+EXIT_UNUSABLE = 2  # the command's input cannot be used
 EXIT_INTERRUPTED = 130
 _EXIT_BY_SIGNAL = 128
 

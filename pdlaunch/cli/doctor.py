@@ -39,8 +39,7 @@ from pdlaunch.machine.probe import probe_machine
 from pdlaunch.planning.models import Model
 from pdlaunch.planning.resolve import THIS_HOST, resolve
 
-_CPU_BUILD = "+cpu"
-"""Ends the version of a vLLM that computes on CPUs."""
+_CPU_BUILD = "+cpu"  # ends the version of a vLLM that computes on CPUs
 
 
 class Links:
@@ -99,8 +98,7 @@ def is_here(url: str) -> bool:
 ASK_TIMEOUT_S = 10.0
 INFO_TIMEOUT_S = 60.0
 """vLLM gathers what it tells there, which took more than 10 s on a machine with other work."""
-MEASURABLE_BYTES = 64 * 1024**2
-"""With fewer bytes the time is that of starting their READs."""
+MEASURABLE_BYTES = 64 * 1024**2  # with fewer bytes the time is that of starting their READs
 HANDSHAKE_TIMEOUT_S = 5.0
 
 

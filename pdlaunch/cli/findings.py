@@ -34,8 +34,7 @@ CheckFormat = Literal["table", "json", "github", "sarif", "junit"]
 OutputOption = Annotated[CheckFormat, typer.Option("--format", help="How findings are printed.")]
 StrictOption = Annotated[bool, typer.Option("--strict", help="Warnings count as errors.")]
 STYLES = {"error": "red", "warning": "yellow", "info": "cyan"}
-UNUSABLE = "input"
-"""Stands for a rule in what is reported of a configuration that cannot be used."""
+UNUSABLE = "input"  # stands for a rule in what is reported of a configuration that cannot be used
 _SARIF_SCHEMA = (
     "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 )

@@ -28,8 +28,7 @@ from pdlaunch.config.sources import Argument
 CONFIG_ENDINGS = (".yaml", ".yml", ".json")
 """Endings of a file with settings, as opposed to a model."""
 
-Complete = Callable[[str], Iterable[str]]
-"""Returns what the beginning of a value may become."""
+Complete = Callable[[str], Iterable[str]]  # returns what the beginning of a value may become
 
 
 def value_completion(setting: Setting) -> Complete | None:

@@ -42,8 +42,7 @@ _STYLES = {
     ProcessState.GIVEN_UP: "bold red",
 }
 _STARTS = (LaunchPhase.PREPARING, LaunchPhase.STARTING)
-CONTINUATION = " \\\n  "
-"""Joins the lines of a shell command."""
+CONTINUATION = " \\\n  "  # joins the lines of a shell command
 _PERCENT_EVERY_S = 5.0
 
 

@@ -44,8 +44,7 @@ class Judged:
 
     machine: Machine
     environ: Mapping[str, str]
-    assumed: AssumedMachine | None = None
-    """None: it is this machine."""
+    assumed: AssumedMachine | None = None  # none: it is this machine
 
 
 def judged_machine(name: str | None, config: LaunchConfig) -> Judged:

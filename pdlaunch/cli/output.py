@@ -17,8 +17,7 @@ from pdlaunch.cli import EXIT_UNUSABLE
 from pdlaunch.errors import ConfigError, PdlaunchError
 from pdlaunch.observe.logs import escape_controls
 
-_ENOUGH = 10_000
-"""A width in characters that fits any table."""
+_ENOUGH = 10_000  # a width in characters that fits any table
 
 Format = Literal["table", "json"]
 FormatOption = Annotated[Format, typer.Option("--format", help="How to print what was found.")]

@@ -14,10 +14,8 @@ from typing import Any, TextIO
 
 from pdlaunch.errors import ConfigError
 
-MAX_WRITES = 10_000
-"""How many calls of ``print`` wait for a reader; more are lost."""
-FINISH_S = 2.0
-"""How long the end of a command waits for a reader that stands still."""
+MAX_WRITES = 10_000  # how many calls of ``print`` wait for a reader; more are lost
+FINISH_S = 2.0  # how long the end of a command waits for a reader that stands still
 
 
 def standard_input() -> int:

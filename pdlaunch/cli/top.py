@@ -88,8 +88,7 @@ class Screen:
     chosen: int = 0
     trace: RequestTrace | None = None
     scroll: int = 0
-    wants_trace: bool = False
-    """The trace of the chosen request is to be read."""
+    wants_trace: bool = False  # the trace of the chosen request is to be read
     is_over: bool = False
 
     def press(self, key: str, num_requests: int) -> Screen:

@@ -22,8 +22,7 @@ from pdlaunch.protocol.transfer import (
     join_paths,
 )
 
-LOOPBACK = "127.0.0.1"
-"""A server and all ranks of an engine run on one host."""
+LOOPBACK = "127.0.0.1"  # a server and all ranks of an engine run on one host
 
 logger = logging.getLogger(__name__)
 

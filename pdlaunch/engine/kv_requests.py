@@ -116,10 +116,8 @@ class Incoming:
 
     request: Request | None
     """The request that waits for them; None once it has ended, or if nobody ever did."""
-    hit: PrefixHit
-    """Cached blocks that ``request`` shares meanwhile."""
-    block_ids: list[list[int]]
-    """Blocks to write to, by group; they follow those of ``hit``."""
+    hit: PrefixHit  # cached blocks that ``request`` shares meanwhile
+    block_ids: list[list[int]]  # blocks to write to, by group; they follow those of ``hit``
 
 
 class IncomingBlocks:

@@ -261,8 +261,7 @@ class Leader:
 class Follower:
     """Turns the step loop of one rank other than 0; ``turn`` is one round of it."""
 
-    ready = True
-    """Rank 0 waits for all others before it is ready, and so does the engine."""
+    ready = True  # rank 0 waits for all others before it is ready, and so does the engine
 
     def __init__(
         self,

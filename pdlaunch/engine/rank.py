@@ -62,8 +62,7 @@ from pdlaunch.transfer.thread import TransferThread
 
 logger = logging.getLogger(__name__)
 
-GROUP_TIMEOUT_S = 300.0
-"""Longest difference between the ranks of a TP group at start."""
+GROUP_TIMEOUT_S = 300.0  # longest difference between the ranks of a TP group at start
 CONNECTOR_TIMEOUT_S = 60.0
 CPU_TOKENS_BESIDE_STREAMS = 64
 """Most prompt tokens in a step with streams on a CPU. A core computes 128 tokens of the demo model

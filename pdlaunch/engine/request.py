@@ -18,8 +18,7 @@ from pdlaunch.protocol.engine import AddRequest, FinishReason
 from pdlaunch.protocol.ids import PullId, RequestId
 from pdlaunch.protocol.transfer import PullFinished
 
-RANK = "rank-{}"
-"""Names the process of a rank within its engine."""
+RANK = "rank-{}"  # names the process of a rank within its engine
 
 
 class Phase(enum.Enum):
@@ -34,16 +33,13 @@ class Phase(enum.Enum):
     PULLING ─▶ READY┘     so does a load that some blocks are left to be pulled after
     """
 
-    WAITING = "waiting"
-    """It is queued and owns no block."""
+    WAITING = "waiting"  # it is queued and owns no block
     LOADING = "loading"
     """It waits for blocks from host memory, and owns the cached blocks that it shares."""
     PULLING = "pulling"
     """It waits for blocks of another engine, and owns the cached blocks that it shares."""
-    READY = "ready"
-    """It is queued and owns the blocks of its computed tokens."""
-    RUNNING = "running"
-    """It is in the batch and owns a row and blocks."""
+    READY = "ready"  # it is queued and owns the blocks of its computed tokens
+    RUNNING = "running"  # it is in the batch and owns a row and blocks
     FINISHED = "finished"
 
 
@@ -53,8 +49,7 @@ class RequestTimes:
 
     arrived_at: float = 0.0
     started_at: float | None = None
-    first_at: float | None = None
-    """Instant of the first token drawn here."""
+    first_at: float | None = None  # instant of the first token drawn here
     last_at: float | None = None
     num_drawn: int = 0
     num_preemptions: int = 0

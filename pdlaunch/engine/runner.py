@@ -45,8 +45,7 @@ class LaunchedStep:
     """Holds what has to be done when the step's tokens are known."""
 
     step_id: int
-    drawn: DrawnTokens | None = None
-    """None if it draws nothing here."""
+    drawn: DrawnTokens | None = None  # none if it draws nothing here
     places: list[tuple[Row, int]] = field(default_factory=list)
     """Rows with the position of each drawn token; rows stay until the step has been collected."""
     ended: Download | None = None

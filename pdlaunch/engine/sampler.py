@@ -24,8 +24,7 @@ from pdlaunch.engine.device_copies import Download, upload, upload_array
 from pdlaunch.engine.models.attention import FloatArray, IntArray
 from pdlaunch.protocol.engine import SamplingParams, TokenOutput
 
-LEAST_TEMPERATURE = 0.01
-"""Temperatures between 0 and this one are raised to it. Source: vLLM."""
+LEAST_TEMPERATURE = 0.01  # temperatures between 0 and this one are raised to it. Source: vLLM.
 NUCLEUS_GUESS_TOKENS = 256
 """Number of tokens that top_p sorts first (then 16 times as many, and so on). Sorting the whole
 vocabulary costs 25 times as much.
@@ -38,10 +37,8 @@ token of the vocabulary costs 13 times as much.
 
 Engines of different versions must draw the same: a change breaks running deployments.
 """
-LOWEST_LOGPROB = -9999.0
-"""JSON has no minus infinity; the value that OpenAI uses."""
-NO_TOKEN = -1
-"""Stands for the token of a row with a NaN."""
+LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity; the value that OpenAI uses
+NO_TOKEN = -1  # stands for the token of a row with a NaN
 _FLOAT32 = torch.finfo(torch.float32)
 
 
@@ -69,11 +66,9 @@ class SampleRow:
     """Holds what the next token of one row depends on, beside its logits."""
 
     sampling: SamplingParams
-    token_ids: IntArray
-    """Prompt and output so far."""
+    token_ids: IntArray  # prompt and output so far
     num_prompt_tokens: int
-    bias: TokenBias | None
-    """``token_bias`` of the parameters."""
+    bias: TokenBias | None  # ``token_bias`` of the parameters
 
     @property
     def output(self) -> IntArray:

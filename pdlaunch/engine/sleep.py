@@ -31,8 +31,7 @@ TRANSFER_TIMEOUT_S = 20.0
 """Longest time that the transfer thread may take to let go of its memory, or to take it again."""
 UNMAP_TIMEOUT_S = 5.0
 """Longest time that peers get to unmap this rank's memory, which the device gets back then."""
-POLL_S = 0.05
-"""Time between two looks at whether the engine is idle, or peers are back."""
+POLL_S = 0.05  # time between two looks at whether the engine is idle, or peers are back
 
 
 class RankSleeper:

@@ -16,11 +16,9 @@ from pdlaunch.protocol.wire import Codec, Message
 class NewRow(Message, tag=False):
     """Says that a request enters the batch, also again after preemption; it has no blocks yet."""
 
-    row: int
-    """0 <= row < max_num_seqs; free until now."""
+    row: int  # 0 <= row < max_num_seqs; free until now
     request_id: RequestId
-    token_ids: list[int]
-    """Prompt and output so far."""
+    token_ids: list[int]  # prompt and output so far
     num_prompt_tokens: int
     sampling: SamplingParams
 
@@ -30,8 +28,7 @@ class NewBlocks(Message, tag=False):
 
     row: int
     group: int
-    first_block_index: int
-    """Logical index within the request of the first id."""
+    first_block_index: int  # logical index within the request of the first id
     block_ids: list[int]
 
 
@@ -39,8 +36,7 @@ class RowTokens(Message, tag=False):
     """Gives tokens of a row that this rank has not sampled itself in its last step."""
 
     row: int
-    position: int
-    """Index of the first of them in the request."""
+    position: int  # index of the first of them in the request
     token_ids: list[int]
 
 
@@ -50,8 +46,7 @@ class ScheduledRow(Message, tag=False):
     row: int
     num_computed_tokens: int
     num_tokens: int
-    sample: bool
-    """Draw the next token, because the last of these is the last known one."""
+    sample: bool  # draw the next token, because the last of these is the last known one
 
 
 class StepPlan(Message):
@@ -62,8 +57,7 @@ class StepPlan(Message):
     new_rows: list[NewRow] = []
     new_tokens: list[RowTokens] = []
     new_blocks: list[NewBlocks] = []
-    scheduled: list[ScheduledRow] = []
-    """Empty: nothing to compute, only commands or jobs."""
+    scheduled: list[ScheduledRow] = []  # empty: nothing to compute, only commands or jobs
     commands: list[TransferCommand] = []
     jobs: list[OffloadJob] = []
     """Copies between device and host that begin before this step computes."""
@@ -80,8 +74,7 @@ class StepOutput(Message):
     """Holds rank 0's tokens: one entry for each scheduled row with ``sample``, in their order."""
 
     step_id: int
-    tokens: list[TokenOutput | None] = []
-    """None: its logits were NaN."""
+    tokens: list[TokenOutput | None] = []  # none: its logits were NaN
 
 
 class SleepRank(Message):

@@ -51,8 +51,7 @@ from pdlaunch.protocol.openai.responses import (
 )
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-KeyCheck = Callable[[web.Request], None]
-"""Raises RequestError for a request without the key."""
+KeyCheck = Callable[[web.Request], None]  # raises RequestError for a request without the key
 End = Callable[[int, BaseException | None], None]
 Watch = Callable[[web.Request, HttpRequestId], End]
 """Is called before anything is checked; what it returns, with the status of the answer, 499 if the
@@ -71,8 +70,7 @@ class Operation(NamedTuple):
     summary: str
     requests: Sequence[type[RequestBody]] = ()
     """The body is one of these; without any there is none."""
-    answer: type[msgspec.Struct] | None = None
-    """None: JSON of a form that is not described."""
+    answer: type[msgspec.Struct] | None = None  # none: JSON of a form that is not described
     chunk: type[msgspec.Struct] | None = None
     """The data of each event but the last one, ``[DONE]``, where the route can stream."""
     content_type: str = "application/json"
@@ -81,14 +79,12 @@ class Operation(NamedTuple):
 class AppRoute(NamedTuple):
     """Describes one route of an application."""
 
-    method: str
-    """``*`` stands for all methods."""
+    method: str  # ``*`` stands for all methods
     path: str
     handler: Handler
     operation: Operation | str = ""
     """What it does; a summary is enough where it takes and answers nothing that is described."""
-    check_key: KeyCheck | None = None
-    """None: the application's own check."""
+    check_key: KeyCheck | None = None  # none: the application's own check
 
     @property
     def described(self) -> Operation:

@@ -30,15 +30,12 @@ from pdlaunch.http.errors import error_response
 
 IDLE_TIMEOUT_S = 20.0
 """The next whole header must have come, counted from the accept or the last answer."""
-LINGERING_S = 2.0
-"""A client may go on sending a body that was answered unread."""
-REFUSAL_S = 1.0
-"""A client has this long to read that there is no room for its connection."""
+LINGERING_S = 2.0  # a client may go on sending a body that was answered unread
+REFUSAL_S = 1.0  # a client has this long to read that there is no room for its connection
 ACCEPT_LOG_INTERVAL_S = 60.0
 RESERVED_DESCRIPTORS = 64
 """Descriptors that are no clients' connections: logs, control channel, event loop, refusals."""
-UPSTREAM_CONNECTIONS = 2
-"""One request may have prefill and decode at once."""
+UPSTREAM_CONNECTIONS = 2  # one request may have prefill and decode at once
 _GIVING_WAY = 16
 """At the cap this part of the connections, those that idle the longest, is closed at once."""
 

@@ -22,8 +22,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.http_exceptions import ContentLengthError, HttpProcessingError
 from yarl import URL
 
-UNIX = "unix:"
-"""Begins the URL of an engine that listens on a Unix socket; the rest is its path."""
+UNIX = "unix:"  # begins the URL of an engine that listens on a Unix socket; the rest is its path
 CONNECT_S = 5.0
 MAX_PAGE_BYTES = 4 * 1024**2
 """Limits what an engine tells of itself. vLLM's /metrics has up to 300 kB; a page of this size
@@ -39,8 +38,7 @@ _MAX_LINE_BYTES = 64 * 1024
 _RAW_BODY_BYTES = 1024**2
 _FORBIDDEN = re.compile(r"[\x00-\x20\x7f]")
 
-Probe = Callable[[], Awaitable[None]]
-"""Raises when the engine has died."""
+Probe = Callable[[], Awaitable[None]]  # raises when the engine has died
 
 
 class CallError(Exception):

@@ -13,10 +13,8 @@ from pdlaunch.errors import KillsEngineError, OverloadedError, PdlaunchError, Re
 
 RANK_LOST = "engine_restarting"
 """The code of an engine whose rank died while it computed the request."""
-CLIENT_CLOSED_REQUEST = 499
-"""The status, in metrics alone, of a request whose client went away."""
-RETRY_AFTER_S = 2
-"""Seconds that a client should wait for an engine that starts or returns."""
+CLIENT_CLOSED_REQUEST = 499  # the status, in metrics alone, of a request whose client went away
+RETRY_AFTER_S = 2  # seconds that a client should wait for an engine that starts or returns
 LEAVING_RETRY_AFTER_S = 5
 """Seconds that a client should wait for the successor of a process that leaves."""
 

@@ -29,8 +29,7 @@ from pdlaunch.protocol.control import (
 from pdlaunch.protocol.process.bootstrap import Bootstrap, ControlClient, Heartbeat, read_bootstrap
 from pdlaunch.protocol.sockets import SecureContext
 
-SHUTDOWN_TIMEOUT_S = 1.0
-"""Seconds that handlers may still run after Stop; draining came before."""
+SHUTDOWN_TIMEOUT_S = 1.0  # seconds that handlers may still run after Stop; draining came before
 
 _END_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

@@ -17,8 +17,7 @@ from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.protocol.openai.requests import MAX_CHOICES
 
 BODY_TIMEOUT_S = 60.0
-BODY_SILENCE_S = 15.0
-"""Time within which the next piece of a body must come."""
+BODY_SILENCE_S = 15.0  # time within which the next piece of a body must come
 SMALL_BODY_BYTES = 256 * 1024
 LARGE_SHARE = 3 / 4
 """The part of the budget that is open to bodies that are not small: a few large ones lock nobody
@@ -32,8 +31,7 @@ RESUMED_TOKEN_BYTES = len('{"token_id":2147483647},')
 LARGE_BODY_BYTES = 64 * 1024
 LARGE_TEXT_BYTES = 4 * 1024
 """From here on parsing, or tokenizing, takes about a millisecond; a thread costs 0.1 ms."""
-NUM_INPUT_THREADS = 2
-"""Bounds the memory of large work, which each thread needs once."""
+NUM_INPUT_THREADS = 2  # bounds the memory of large work, which each thread needs once
 DECODED_PIECE_BYTES = 256 * 1024
 _CM_DEFLATE = 8
 

@@ -14,8 +14,7 @@ from pdlaunch.http.errors import error_payload
 DONE = b"data: [DONE]\n\n"
 DONE_DATA = b"[DONE]"
 MAX_EVENT_BYTES = 16 * 1024**2
-LAST_WORD_S = 1.0
-"""How long the event of an error waits for a client that does not read."""
+LAST_WORD_S = 1.0  # how long the event of an error waits for a client that does not read
 
 _HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",

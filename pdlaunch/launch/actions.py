@@ -45,8 +45,7 @@ class Note:
 
     text: str
     prefill: str = ""
-    decode: str = ""
-    """The engines of a pair that has failed."""
+    decode: str = ""  # the engines of a pair that has failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +79,9 @@ class ForgetEngine:
 class Chore(Enum):
     """Actions without arguments."""
 
-    PREPARE = auto()
-    """Derive the settings of servers and ranks, now that all models are converted."""
-    ADD_ENGINES = auto()
-    """Take in the processes of the engines that the running change starts."""
-    CLOSE_LISTENERS = auto()
-    """Refuse connections: no router will accept any more."""
+    PREPARE = auto()  # derive the settings of servers and ranks, now that all models are converted
+    ADD_ENGINES = auto()  # take in the processes of the engines that the running change starts
+    CLOSE_LISTENERS = auto()  # refuse connections: no router will accept any more
 
 
 Action = (

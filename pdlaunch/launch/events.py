@@ -26,8 +26,7 @@ class StopRequested:
     """The user or the system wants the launch to end."""
 
     signal_number: int
-    reason: str = ""
-    """Words for people; empty: the signal itself."""
+    reason: str = ""  # words for people; empty: the signal itself
 
 
 Event = MessageReceived | ProcessExited | StopRequested

@@ -46,12 +46,10 @@ class LaunchOutcome:
     """Tells how a launch ended."""
 
     failure: Failure | None
-    report: tuple[str, ...]
-    """The root cause in at most 20 lines; empty without a failure."""
+    report: tuple[str, ...]  # the root cause in at most 20 lines; empty without a failure
     was_ready: bool
     stop_signal: int | None
-    survivors: tuple[str, ...] = ()
-    """Processes that even SIGKILL did not end in time."""
+    survivors: tuple[str, ...] = ()  # processes that even SIGKILL did not end in time
 
     @property
     def exit_code(self) -> int:

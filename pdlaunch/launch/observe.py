@@ -33,8 +33,7 @@ from pdlaunch.protocol.control import (
 
 logger = logging.getLogger(__name__)
 
-FAILED_GRACE_S = 5.0
-"""Time that a process that has said Failed gets to leave by itself."""
+FAILED_GRACE_S = 5.0  # time that a process that has said Failed gets to leave by itself
 
 
 def observe(wanted: Desired, seen: Observed, event: Event, now: float) -> list[Action]:

@@ -30,8 +30,7 @@ from pdlaunch.protocol.control import ChangeEngines
 
 MAX_REPLICAS = 1024
 
-Key = tuple[Role, int]
-"""Role and index of an engine."""
+Key = tuple[Role, int]  # role and index of an engine
 Busy = Mapping[tuple[str, int], str]
 """The engine that has a GPU, by host and the GPU's number on that machine."""
 _OF_MEMORY = frozenset(("PD207", "PD210", "PD212"))

@@ -16,8 +16,7 @@ from pdlaunch.machine.availability import probe_port, why_not_listening
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.protocol.process.bootstrap import LISTEN_BACKLOG
 
-_ATTEMPTS = 16
-"""Number of tries to find a port that is free at every address of a host."""
+_ATTEMPTS = 16  # number of tries to find a port that is free at every address of a host
 
 
 @contextlib.contextmanager

@@ -41,20 +41,17 @@ class Timing:
     """Sets every time that the supervisor keeps, in seconds."""
 
     startup_timeout_s: float = 600.0
-    drain_s: float = 30.0
-    """Time to finish running requests."""
+    drain_s: float = 30.0  # time to finish running requests
     router_stop_s: float = 1.5
     """Time for the router to end the requests that still run, before their engines are gone."""
     stop_s: float = 5.0
     terminate_s: float = 3.0
     kill_s: float = 5.0
-    hang_timeout_s: float = 0.0
-    """The longest silence of a ready process; 0: nobody is watched."""
+    hang_timeout_s: float = 0.0  # the longest silence of a ready process; 0: nobody is watched
     first_delay_s: float = 0.5
     """The wait before the first restart; each quick death doubles it, up to ``max_delay_s``."""
     max_delay_s: float = 30.0
-    quick_s: float = 60.0
-    """A death within this time of being ready, or before it, is quick."""
+    quick_s: float = 60.0  # a death within this time of being ready, or before it, is quick
     max_quick_deaths: int = 5
     first_retry_s: float = 60.0
     """The time an engine that was given up is left alone; each time doubles it, to ``max_retry_s``.
@@ -84,19 +81,16 @@ class Instance:
     """Holds what is known of one process of the plan."""
 
     spec: ProcessSpec
-    incarnation: int = 0
-    """Counts the starts; 0: never started."""
+    incarnation: int = 0  # counts the starts; 0: never started
     state: ProcessState = ProcessState.PLANNED
     registration: Register | None = None
     progress: Progress | None = None
     info: dict[str, str] = field(default_factory=dict)
-    error: str = ""
-    """Words of the process before it died, else how it died."""
+    error: str = ""  # words of the process before it died, else how it died
     sleep_state: Literal["awake", "draining", "sleeping"] = "awake"
     is_drained: bool = False
     heard_at: float = 0.0
-    is_stalled: bool = False
-    """It is ready and has been silent for so long that it gets no new work."""
+    is_stalled: bool = False  # it is ready and has been silent for so long that it gets no new work
 
     @property
     def name(self) -> str:
@@ -145,21 +139,17 @@ class Unit:
     name: str
     processes: list[Instance]
     incarnation: int = 0
-    num_quick_deaths: int = 0
-    """Deaths in a row that came before the unit was ready, or soon after."""
+    num_quick_deaths: int = 0  # deaths in a row that came before the unit was ready, or soon after
     cause: Instance | None = None
     """The first process to die in this incarnation; the others are killed for it."""
-    died_at: float = 0.0
-    """The instant of that death; of a process that hung, its last sign of life."""
-    lost_with: str = ""
-    """The lost host that ``cause`` died of; empty: of something else."""
+    died_at: float = 0.0  # the instant of that death; of a process that hung, its last sign of life
+    lost_with: str = ""  # the lost host that ``cause`` died of; empty: of something else
     ready_at: float | None = None
     kill_at: float | None = None
     """The instant at which its processes are killed: they should have been ready, or gone, by then.
     """
     is_killed: bool = False
-    start_at: float | None = None
-    """The instant at which it is started, where there is room for it."""
+    start_at: float | None = None  # the instant at which it is started, where there is room for it
     waits_for_room: bool = False
 
     @property
@@ -192,17 +182,14 @@ class LaunchedEngine:
     name: str
     role: Role
     units: list[Unit]
-    retires: bool = False
-    """It drains or stops, because it is to be replaced or removed."""
+    retires: bool = False  # it drains or stops, because it is to be replaced or removed
     stop_at: float | None = None
     """The instant at which its drain ends, even if requests run; None: it does not drain."""
     awaits_readers: bool = False
     """Its server has drained; a router was asked whether KV blocks are still to be read."""
     is_idle: bool = False
-    failed_for: str = ""
-    """The reason why it was given up; empty once it serves again."""
-    num_times: int = 0
-    """How often in a row it was given up."""
+    failed_for: str = ""  # the reason why it was given up; empty once it serves again
+    num_times: int = 0  # how often in a row it was given up
     retry_s: float = 0.0
     retry_at: float | None = None
     """The instant at which it is tried again; None: it is not given up, or on trial."""
@@ -236,24 +223,19 @@ class Goal:
     """The reason why it is given no new work. ``joining``: until its pairs are proven. ``leaving``:
     it is to be removed.
     """
-    restart: bool = False
-    """Its processes are to be replaced."""
-    drain_s: float = 0.0
-    """Time that running requests get before it stops."""
+    restart: bool = False  # its processes are to be replaced
+    drain_s: float = 0.0  # time that running requests get before it stops
 
 
 @dataclass(frozen=True, slots=True)
 class EngineChange:
     """Holds a change of the engines that has been judged and can be begun."""
 
-    resolved: ResolvedLaunch
-    """The launch once it is done."""
+    resolved: ResolvedLaunch  # the launch once it is done
     starts: tuple[PlacedEngine, ...]
     stops: tuple[str, ...]
-    stops_first: bool
-    """The new engines need what the old ones have."""
-    notes: tuple[str, ...] = ()
-    """Warnings of ``check-config`` that the launch did not have before."""
+    stops_first: bool  # the new engines need what the old ones have
+    notes: tuple[str, ...] = ()  # warnings of ``check-config`` that the launch did not have before
 
     def planned(self, drain_s: float) -> PlannedChange:
         """Return what people are told of it."""
@@ -284,12 +266,9 @@ class RunningChange:
     question: int
     asker: str
     drain_s: float
-    deadline_at: float = 0.0
-    """The instant by which new engines must have joined."""
-    failure: str = ""
-    """The reason why new engines cannot join."""
-    error: str = ""
-    """What is answered once new engines are taken back."""
+    deadline_at: float = 0.0  # the instant by which new engines must have joined
+    failure: str = ""  # the reason why new engines cannot join
+    error: str = ""  # what is answered once new engines are taken back
 
     @property
     def what(self) -> str:
@@ -304,10 +283,8 @@ class Desired:
     timing: Timing
     engines: dict[str, Goal] = field(default_factory=dict)
     change: RunningChange | None = None
-    stop_signal: int | None = None
-    """The signal that asked for the end of the launch."""
-    is_hurried: bool = False
-    """The user has asked for the end again."""
+    stop_signal: int | None = None  # the signal that asked for the end of the launch
+    is_hurried: bool = False  # the user has asked for the end again
 
 
 @dataclass(slots=True)
@@ -328,8 +305,7 @@ class Observed:
     failure: Failure | None = None
     """The earliest failure; later ones are taken for its consequences."""
     was_ready: bool = False
-    listens: bool = True
-    """The public sockets are open."""
+    listens: bool = True  # the public sockets are open
     ends: dict[str, dict[EndReason, int]] = field(default_factory=dict)
     """How often each process was the first of its unit to end while the launch served."""
     last_incarnations: dict[str, int] = field(default_factory=dict)

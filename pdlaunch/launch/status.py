@@ -26,35 +26,26 @@ class ProcessState(StrEnum):
     CONVERTING = "converting"
     STARTING = "starting"
     READY = "ready"
-    DRAINING = "draining"
-    """It takes no new work and finishes what runs."""
-    EXITED = "exited"
-    """It ended because it was asked to, or is a conversion that is done."""
-    FAILED = "failed"
-    """It ended by itself, or was killed by somebody else."""
-    BACKING_OFF = "backing-off"
-    """It waits to be started under the next incarnation."""
-    GIVEN_UP = "given-up"
-    """Its engine died too often and is left alone for a while."""
+    DRAINING = "draining"  # it takes no new work and finishes what runs
+    EXITED = "exited"  # it ended because it was asked to, or is a conversion that is done
+    FAILED = "failed"  # it ended by itself, or was killed by somebody else
+    BACKING_OFF = "backing-off"  # it waits to be started under the next incarnation
+    GIVEN_UP = "given-up"  # its engine died too often and is left alone for a while
 
 
 class LaunchPhase(StrEnum):
     """Says where the launch is; it only moves down this list, and may skip."""
 
-    PREPARING = "preparing"
-    """Models are converted."""
+    PREPARING = "preparing"  # models are converted
     STARTING = "starting"
     READY = "ready"
     DRAINING_ROUTER = "draining the router"
     DRAINING_ENGINES = "draining the engines"
     STOPPING_ROUTER = "stopping the router"
     """The router ends the requests that still run, while their engines are still there."""
-    STOPPING = "stopping"
-    """Ready processes get Stop, the others SIGTERM."""
-    TERMINATING = "terminating"
-    """Processes that are left get SIGTERM."""
-    KILLING = "killing"
-    """Processes that are left get SIGKILL."""
+    STOPPING = "stopping"  # ready processes get Stop, the others SIGTERM
+    TERMINATING = "terminating"  # processes that are left get SIGTERM
+    KILLING = "killing"  # processes that are left get SIGKILL
     STOPPED = "stopped"
 
 
@@ -67,12 +58,9 @@ class ProcessStatus:
     host: str
     state: ProcessState
     incarnation: int
-    pid: int | None = None
-    """Process id; None until it has registered."""
-    doing: str = ""
-    """Words of the process about what it is doing, or why it died."""
-    fraction: float | None = None
-    """Share of what it is doing that is done."""
+    pid: int | None = None  # process id; None until it has registered
+    doing: str = ""  # words of the process about what it is doing, or why it died
+    fraction: float | None = None  # share of what it is doing that is done
     info: dict[str, str] = field(default_factory=dict)
 
 
@@ -84,8 +72,7 @@ class LaunchStatus:
     processes: tuple[ProcessStatus, ...]
     pairs: tuple[PairReady, ...] = ()
     num_missing_pairs: int = 0
-    url: str = ""
-    """URL of the router; empty until it has registered."""
+    url: str = ""  # URL of the router; empty until it has registered
 
 
 class Observer(Protocol):
@@ -107,8 +94,7 @@ class Failure:
 
     summary: str
     process: str | None = None
-    said: str = ""
-    """Words of the process itself (``Failed``), which may arrive after its end."""
+    said: str = ""  # words of the process itself (``Failed``), which may arrive after its end
     details: Sequence[str] = ()
     cause: PdlaunchError | None = None
 

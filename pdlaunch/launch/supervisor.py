@@ -49,8 +49,7 @@ SETTLE_S = 0.25e-3
 One look costs a few microseconds a process, and the registry that follows about as much: with a
 thousand engines a message each would keep the supervisor from its work."""
 LOOK_FOR_ROOM_S = 1.0
-MAX_NOTES = 100
-"""Notes that are kept for the next router."""
+MAX_NOTES = 100  # notes that are kept for the next router
 
 
 class Supervisor:

@@ -139,8 +139,7 @@ def _try_to_write(folder: str | Path) -> None:
 class ProcessOutcome:
     """Holds what a short-lived process has left."""
 
-    returncode: int | None
-    """None: it could not be started, or was killed at its deadline."""
+    returncode: int | None  # none: it could not be started, or was killed at its deadline
     output: tuple[str, ...] = ()
     errors: tuple[str, ...] = ()
     """Lines of stdout and stderr, or why it could not be started, or how long it was waited for."""

@@ -22,8 +22,7 @@ _FLAG_LINE = re.compile(r"  (-[^ ].*)")
 class EngineCommand:
     """Says what can be known of an executable without running it."""
 
-    problem: str = ""
-    """The reason why it cannot be run; empty: it can."""
+    problem: str = ""  # the reason why it cannot be run; empty: it can
     version: str | None = None
     """Version of the vLLM that is installed where its interpreter is; None: not known."""
 
@@ -32,10 +31,8 @@ class EngineCommand:
 class EngineFlags:
     """Holds what an executable says to ``serve --help=all``."""
 
-    names: frozenset[str] = frozenset()
-    """Long and short names with their dashes."""
-    problem: str = ""
-    """The reason why there are none."""
+    names: frozenset[str] = frozenset()  # long and short names with their dashes
+    problem: str = ""  # the reason why there are none
 
 
 def find_engine_command(command: str, environ: Mapping[str, str]) -> EngineCommand:

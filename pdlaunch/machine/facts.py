@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-UNLIMITED = -1
-"""Stands for a limit that is not set."""
+UNLIMITED = -1  # stands for a limit that is not set
 
 Fact = Literal[
     "system",
@@ -55,8 +54,7 @@ class Gpu:
     """Address on the PCI bus, by which NVML finds the device: ``0000:19:00.0``."""
     uuid: str | None = None
     """``GPU-696b7a86-ce15-a598-b879-e0a7533c23ed``; it begins with ``MIG-`` for a MIG device."""
-    free_memory_bytes: int | None = None
-    """Memory that no process holds; not known of a MIG device."""
+    free_memory_bytes: int | None = None  # memory that no process holds; not known of a MIG device
     numa_node: int | None = None
 
     @property
@@ -77,19 +75,16 @@ class LinkedGpus:
     """Says what joins two GPUs of a machine."""
 
     first: int
-    second: int
-    """Indices, the lower one first."""
+    second: int  # indices, the lower one first
     kind: LinkKind
-    gigabytes_per_s: float
-    """Speed on the wires, one way."""
+    gigabytes_per_s: float  # speed on the wires, one way
 
 
 @dataclass(frozen=True, slots=True)
 class NixlInstall:
     """Describes the NIXL packages of this Python."""
 
-    version: str | None = None
-    """None: the ``nixl`` package is not installed."""
+    version: str | None = None  # none: the ``nixl`` package is not installed
     backends: Mapping[str, str] = field(default_factory=dict)
     """Installed builds and their versions: ``{"cu12": "1.5.1"}``; also ``rocm``."""
 
@@ -98,10 +93,8 @@ class NixlInstall:
 class Libraries:
     """Describes packages of this Python, found on disk without importing them."""
 
-    torch: str | None = None
-    """Version with its build (``2.13.0+cpu``); None: not installed."""
-    torch_cuda: str | None = None
-    """CUDA version that torch was built for; None: built without CUDA."""
+    torch: str | None = None  # version with its build (``2.13.0+cpu``); None: not installed
+    torch_cuda: str | None = None  # CUDA version that torch was built for; None: built without CUDA
     transformers: str | None = None
     nixl: NixlInstall = field(default_factory=NixlInstall)
     mooncake: bool = False
@@ -139,27 +132,23 @@ class Machine:
 
     system: str = "Linux"
     architecture: str = "x86_64"
-    cpus: tuple[int, ...] = (0,)
-    """Cores that this process may use."""
+    cpus: tuple[int, ...] = (0,)  # cores that this process may use
     has_native_bf16: bool = False
     """The CPU multiplies bfloat16 by itself; emulated it is several times slower."""
-    memory_bytes: int = 0
-    """Memory of the machine or of its control group, whichever is less."""
+    memory_bytes: int = 0  # memory of the machine or of its control group, whichever is less
     gpus: tuple[Gpu, ...] = ()
     has_hidden_gpus: bool = False
     """NVIDIA GPUs are on the PCI bus, of which this process sees none: CUDA_VISIBLE_DEVICES hides
     them, or a container was not given them. Files of machines do not tell.
     """
-    gpu_links: tuple[LinkedGpus, ...] = ()
-    """The pairs of GPUs of which NVML knows the link."""
+    gpu_links: tuple[LinkedGpus, ...] = ()  # the pairs of GPUs of which NVML knows the link
     driver_cuda: tuple[int, int] | None = None
     """Newest CUDA version that the driver runs; None: no driver."""
     driver_version: str | None = None
     """The driver's own version: ``580.82.07``. None: there is no driver, or NVML does not tell; no
     ``Fact`` says so, and a rule about it has to look for None itself.
     """
-    numa_nodes: tuple[tuple[int, ...], ...] | None = None
-    """The cores of each NUMA node."""
+    numa_nodes: tuple[tuple[int, ...], ...] | None = None  # the cores of each NUMA node
     cumem: Availability = Availability(False, "not probed")
     libraries: Libraries = field(default_factory=Libraries)
     limits: Limits = Limits(UNLIMITED, UNLIMITED)

@@ -35,10 +35,8 @@ _RATE = re.compile(r"([\d.]+) Gb/sec")
 class ExpectedSpeed:
     """Says what a link should give, one way."""
 
-    gigabytes_per_s: float | None
-    """None: it is not known."""
-    text: str
-    """The link, in words; the reason where its speed is not known."""
+    gigabytes_per_s: float | None  # none: it is not known
+    text: str  # the link, in words; the reason where its speed is not known
 
 
 def within_cpus(copy_gigabytes_per_s: float) -> ExpectedSpeed:

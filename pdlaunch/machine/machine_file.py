@@ -62,8 +62,7 @@ machine.
 class AssumedMachine:
     """Holds a machine that is not this one, and the variables that were set on it."""
 
-    name: str
-    """The profile, or the file."""
+    name: str  # the profile, or the file
     machine: Machine
     environ: Mapping[str, str]
     about: str = ""
@@ -73,23 +72,18 @@ class MachineFile(msgspec.Struct, kw_only=True):
     """Defines the form of the file; null stands for what is not known."""
 
     version: int = VERSION
-    about: str = ""
-    """A description of the machine and of what is taken for granted, for people."""
+    about: str = ""  # a description of the machine and of what is taken for granted, for people
     system: str | None = None
     architecture: str | None = None
-    cpus: str | None = None
-    """Cores that a process may use, as Linux lists them: ``0-15,32-47``."""
+    cpus: str | None = None  # cores that a process may use, as Linux lists them: ``0-15,32-47``
     has_native_bf16: bool | None = None
     memory_bytes: int | None = None
-    numa_nodes: tuple[str, ...] | None = None
-    """The cores of each NUMA node."""
-    gpus: tuple[Gpu, ...] | None = None
-    """Empty on a machine without GPUs."""
+    numa_nodes: tuple[str, ...] | None = None  # the cores of each NUMA node
+    gpus: tuple[Gpu, ...] | None = None  # empty on a machine without GPUs
     gpu_links: tuple[LinkedGpus, ...] = ()
     driver_cuda: tuple[int, int] | None = None
     driver_version: str | None = None
-    cumem: Availability | None = None
-    """Derived from the GPUs where it is left out."""
+    cumem: Availability | None = None  # derived from the GPUs where it is left out
     rdma_devices: tuple[str, ...] | None = None
     limits: Limits | None = None
     shm: SharedMemory | None = None

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import psutil
 
-_ELSEWHERE = ("192.0.2.1", "2001:db8::1")
-"""Addresses of nobody, whose route is the default one."""
+_ELSEWHERE = ("192.0.2.1", "2001:db8::1")  # addresses of nobody, whose route is the default one
 _ANY_PORT = 9
 
 
@@ -84,8 +83,7 @@ def tcp_endpoint(address: str, port: int) -> str:
 
 LOOPBACK_DEVICE = "lo"
 _SO_ATTACH_FILTER = 26
-_NETWORK_HEADER = 0xFFF00000
-"""SKF_NET_OFF: offsets from here count from the IP header."""
+_NETWORK_HEADER = 0xFFF00000  # SKF_NET_OFF: offsets from here count from the IP header
 _LOAD_WORD, _LOAD_BYTE, _SHIFT_RIGHT, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x30, 0x74, 0x15, 0x06
 _WHOLE_PACKET = 0xFFFFFFFF
 _LISTENING = "0A"

@@ -15,13 +15,11 @@ from typing import Any
 from pdlaunch.machine.facts import LinkKind
 
 _P2P_READ, _P2P_NVLINK = 0, 2
-_SAME_CPU = 40
-"""Common ancestor in the PCIe tree: anything up to a NUMA node; 50 is another socket."""
+_SAME_CPU = 40  # common ancestor in the PCIe tree: anything up to a NUMA node; 50 is another socket
 _LANE_GIGABYTES_PER_S = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.969, 5: 3.938, 6: 7.563}
 """Speed of a lane by PCIe generation, one way, after its line code."""
 
-BusPair = tuple[str, str]
-"""PCI addresses of two GPUs, as CUDA writes them: ``0000:19:00.0``."""
+BusPair = tuple[str, str]  # PCI addresses of two GPUs, as CUDA writes them: ``0000:19:00.0``
 
 
 class NvmlError(Exception):
@@ -31,10 +29,8 @@ class NvmlError(Exception):
 @dataclass(frozen=True, slots=True)
 class GpuLink:
     kind: LinkKind
-    gigabytes_per_s: float
-    """Speed on the wires, one way; copies reach less."""
-    text: str
-    """``18 NVLinks with 478 GB/s``"""
+    gigabytes_per_s: float  # speed on the wires, one way; copies reach less
+    text: str  # ``18 NVLinks with 478 GB/s``
 
 
 def read_gpu_links(

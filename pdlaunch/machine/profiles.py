@@ -23,8 +23,7 @@ from pdlaunch.machine.machine_file import MOST_GPUS, AssumedMachine, unknown_of_
 
 MIB = 1024**2
 TB = 10**12
-ANY_CUDA = "cuda"
-"""GPUs of which nothing but their number is known."""
+ANY_CUDA = "cuda"  # GPUs of which nothing but their number is known
 
 _COUNTED = re.compile(r"([a-z0-9]+?)x(\d{1,4})", re.ASCII)
 _DRIVER = "driver 580 with CUDA 13.0"
@@ -42,8 +41,7 @@ class _Server:
     text: str
     link_gigabytes_per_s: float
     link: LinkKind = "NVLink"
-    num_gpus: int = 8
-    """GPUs of the whole server, which its name without a number stands for."""
+    num_gpus: int = 8  # GPUs of the whole server, which its name without a number stands for
     has_imex_channel: bool = False
     architecture: str = "x86_64"
     num_cores: int | None = None

@@ -27,8 +27,7 @@ class VisibleGpus:
 
     gpus: tuple[Gpu, ...]
     """A GPU that only such a process sees has index -1, and nothing is known of it."""
-    problem: str = ""
-    """The fault of the variable; empty when it has none."""
+    problem: str = ""  # the fault of the variable; empty when it has none
 
 
 def visible_gpus(gpus: Sequence[Gpu], outer: str | None, own: str | None) -> VisibleGpus:

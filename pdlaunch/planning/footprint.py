@@ -34,8 +34,7 @@ class Footprint:
     float32 logits of every running request.
     """
     layout: KVCacheLayout
-    blocks_per_chunk: int
-    """KV blocks that share a chunk of the host tier."""
+    blocks_per_chunk: int  # KV blocks that share a chunk of the host tier
     max_model_len: int
     kv_cache_bytes: int | None
     """Size of the KV cache; None: what the device has left, known only at start."""

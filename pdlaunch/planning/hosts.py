@@ -31,16 +31,12 @@ class ResolvedHost:
 
     name: str
     machine: Machine
-    environ: Mapping[str, str]
-    """The environment that processes inherit there."""
-    bind_address: str = ENGINE_HOST
-    """Its processes listen here."""
-    advertise_address: str = ENGINE_HOST
-    """Processes on other hosts are told to connect here."""
+    environ: Mapping[str, str]  # the environment that processes inherit there
+    bind_address: str = ENGINE_HOST  # its processes listen here
+    advertise_address: str = ENGINE_HOST  # processes on other hosts are told to connect here
     roles: frozenset[Role] = frozenset(ROLES)
     """It takes engines of these roles; empty: only the router runs here."""
-    domain: str = ""
-    """Hosts of one name share NVLink or RDMA; empty: not known."""
+    domain: str = ""  # hosts of one name share NVLink or RDMA; empty: not known
     executables: Mapping[str, EngineCommand] | None = None
     """Those that its agent allows, by name; None: no agent has told, as on the first host."""
 
@@ -74,12 +70,10 @@ class EnginePlace:
     """The host of an engine, and the CUDA devices of its ranks as they number them."""
 
     host: str
-    devices: tuple[int, ...] | None = None
-    """None: they are dealt in turn."""
+    devices: tuple[int, ...] | None = None  # none: they are dealt in turn
 
 
-Places = Mapping[tuple[Role, int], EnginePlace]
-"""The place of each engine, by role and index."""
+Places = Mapping[tuple[Role, int], EnginePlace]  # the place of each engine, by role and index
 
 
 def demands_of(replicas: Mapping[Role, int], tp_sizes: Mapping[Role, int]) -> Iterator[Demand]:

@@ -18,21 +18,17 @@ from pdlaunch.errors import ConfigError, UnsupportedModelError
 class Model:
     """Holds what is known of a model before anything runs: a shape, or why there is none."""
 
-    name: str = ""
-    """The model as the user wrote it."""
-    path: str | None = None
-    """The directory that is served."""
+    name: str = ""  # the model as the user wrote it
+    path: str | None = None  # the directory that is served
     shape: ModelShape | None = None
-    error: ConfigError | None = None
-    """The reason why the model cannot be served."""
+    error: ConfigError | None = None  # the reason why the model cannot be served
     pending: str = ""
     """The reason why the shape is not known yet: the model is converted or downloaded first."""
     foreign: str = ""
     """The reason why its shape is not known here, though another engine may serve it."""
     unproven: str = ""
     """The reason why KV blocks of such a model cannot be proven; empty: none is known."""
-    on_hub: bool = False
-    """Its files come from a hub, the weights after everything has been judged."""
+    on_hub: bool = False  # its files come from a hub, the weights after everything has been judged
     elsewhere: bool = False
     """It is not on this machine, which judges for another one: nobody knows whether it serves."""
 

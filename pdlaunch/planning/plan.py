@@ -21,20 +21,16 @@ class ProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
     over restarts.
     """
     kind: Literal["convert", "router", "server", "rank"]
-    unit: str
-    """Processes of one unit start, die and are restarted together, under one incarnation."""
+    unit: str  # processes of one unit start, die and are restarted together, under one incarnation
     engine: str = ""
     role: Role | None = None
     tp_rank: int = 0
     tp_size: int = 1
     host: str = LOCAL
     command: tuple[str, ...] = ()
-    environment: dict[str, str] = {}
-    """Variables that are set over the supervisor's."""
-    ports: dict[str, int] = {}
-    """0: a free one, chosen and registered by the process."""
-    devices: tuple[str, ...] = ()
-    """``cpu`` or ``cuda:N``."""
+    environment: dict[str, str] = {}  # variables that are set over the supervisor's
+    ports: dict[str, int] = {}  # 0: a free one, chosen and registered by the process
+    devices: tuple[str, ...] = ()  # ``cpu`` or ``cuda:N``
     num_threads: int = 1
     cpus: tuple[int, ...] = ()
     """Cores that it may run on. All of them: a rank that is pinned would queue behind servers and
@@ -47,8 +43,7 @@ class ProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Lists every process that a launch starts."""
 
-    conversions: tuple[ProcessSpec, ...] = ()
-    """Run first, to their end."""
+    conversions: tuple[ProcessSpec, ...] = ()  # run first, to their end
     processes: tuple[ProcessSpec, ...]
 
     def shown(self) -> Plan:

@@ -33,10 +33,8 @@ class ListenAddress:
     name: str
     host: str
     port: int
-    where: str
-    """Dotted path of the setting that gives the port."""
-    on: str = LOCAL
-    """Name of the machine that listens."""
+    where: str  # dotted path of the setting that gives the port
+    on: str = LOCAL  # name of the machine that listens
 
 
 @dataclass(frozen=True)
@@ -46,8 +44,7 @@ class ResolvedLaunch:
     config: LaunchConfig
     hosts: tuple[ResolvedHost, ...]
     """The hosts of the launch, the supervisor's own first: the router runs there."""
-    environ: Mapping[str, str]
-    """The supervisor's environment."""
+    environ: Mapping[str, str]  # the supervisor's environment
     placed: PlacedRoles
     whole: ResolvedLaunch | None = None
     """The launch that this is the part of on one host; None: it is a whole one."""

@@ -15,8 +15,7 @@ from pdlaunch.planning.hosts import DeviceKind
 from pdlaunch.planning.models import Model
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
-Allocator = Literal["host", "cuda", "cumem", "expandable_segments"]
-"""Allocators of KV caches."""
+Allocator = Literal["host", "cuda", "cumem", "expandable_segments"]  # allocators of KV caches
 
 CHOSEN_BY_ENGINE = frozenset(("max_num_batched_tokens", "async_scheduling"))
 """Derived settings that engines which are not native choose by themselves where they are unset."""
@@ -36,23 +35,16 @@ class RoleEngines:
     role: Role
     replicas: int
     tp_size: int
-    num_ranks: int
-    """Ranks of all these engines; on a host, those that run there."""
-    settings: EngineSettings
-    """The settings as written, the role's own section over the top level."""
-    overrides: frozenset[str]
-    """Settings that the role's own section gives."""
-    given: frozenset[str]
-    """Settings that its section or the top level gives."""
-    ports: range
-    """Fixed HTTP ports of the engines; empty when they take free ones."""
+    num_ranks: int  # ranks of all these engines; on a host, those that run there
+    settings: EngineSettings  # the settings as written, the role's own section over the top level
+    overrides: frozenset[str]  # settings that the role's own section gives
+    given: frozenset[str]  # settings that its section or the top level gives
+    ports: range  # fixed HTTP ports of the engines; empty when they take free ones
 
     host: str
     machine: Machine
-    bind_address: str
-    """Servers and side channels listen here."""
-    advertise_address: str
-    """Peers are told to connect here."""
+    bind_address: str  # servers and side channels listen here
+    advertise_address: str  # peers are told to connect here
 
     model: Model
     device: DeviceKind
@@ -60,8 +52,7 @@ class RoleEngines:
     """GPUs that its ranks see, which number them from 0: all of the machine, or those that their
     own CUDA_VISIBLE_DEVICES names.
     """
-    gpus_problem: str
-    """The fault of that variable; empty when it has none."""
+    gpus_problem: str  # the fault of that variable; empty when it has none
     first_gpu_rank: int
     """Number of ranks that are placed on the same GPUs of the host before those of this role."""
     dtype: DTypeName | None
@@ -69,14 +60,11 @@ class RoleEngines:
     max_num_batched_tokens: int
     kv_cache_bytes: int | None
     """KV cache of one rank; None: what the device has left, known only at start."""
-    num_threads: int
-    """CPU threads of one rank."""
+    num_threads: int  # CPU threads of one rank
     async_scheduling: bool
     cumem_allocator: bool | None
-    allocator: Allocator
-    """Allocator of the KV cache."""
-    footprint: Footprint | None
-    """Memory of one rank."""
+    allocator: Allocator  # allocator of the KV cache
+    footprint: Footprint | None  # memory of one rank
     unverified: str
     """The reason why pulled KV blocks are used unproven; empty: they are proven before use. It is
     the same for both roles.
@@ -85,8 +73,7 @@ class RoleEngines:
     """The user's environment of a rank: the supervisor's, and ``env`` over it."""
     environment: Mapping[str, str]
     """Variables that are set for a rank over the supervisor's environment."""
-    has_far_peers: bool = False
-    """Its ranks exchange KV blocks with ranks on other hosts."""
+    has_far_peers: bool = False  # its ranks exchange KV blocks with ranks on other hosts
 
     @property
     def shape(self) -> ModelShape | None:

@@ -29,10 +29,8 @@ class PlacedEngine:
 
     index: int
     host: ResolvedHost
-    engines: RoleEngines
-    """The role on this host."""
-    device_indices: tuple[int, ...]
-    """The CUDA device of each rank on its host; empty on a CPU."""
+    engines: RoleEngines  # the role on this host
+    device_indices: tuple[int, ...]  # the CUDA device of each rank on its host; empty on a CPU
 
     @property
     def name(self) -> str:
@@ -51,10 +49,8 @@ class PlacedRoles:
     """Holds the engines of a launch by role, by host, and one by one."""
 
     roles: Mapping[Role, RoleEngines]
-    by_host: Mapping[str, Mapping[Role, RoleEngines]]
-    """The roles of each host that has engines."""
-    engines: tuple[PlacedEngine, ...]
-    """They are in the order of ``ROLES``, then of the index."""
+    by_host: Mapping[str, Mapping[Role, RoleEngines]]  # the roles of each host that has engines
+    engines: tuple[PlacedEngine, ...]  # they are in the order of ``ROLES``, then of the index
 
 
 def resolve_roles(

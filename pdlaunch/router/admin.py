@@ -40,8 +40,7 @@ LISTED_TIMEOUT_S = 10.0
 """The registry may take this long to say what an engine, or the supervisor, has just said."""
 RESTART_TIMEOUT_S = 850.0
 """An engine must serve again by then; `pdlaunch restart` waits a little longer."""
-ENGINE_CHECK_TIMEOUT_S = 40.0
-"""Longer than an engine waits for its rank."""
+ENGINE_CHECK_TIMEOUT_S = 40.0  # longer than an engine waits for its rank
 SOCKET_BACKLOG = 32
 _STATUS: dict[RefusalCode, int] = {"engine_not_found": 404, "not_now": 409, "refused": 409}
 
@@ -78,8 +77,7 @@ class NewEngine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     role: Role
     url: str
     kind: EngineName | None = None
-    api_key: str | None = None
-    """Sent to this engine alone; without it the engine is sent none."""
+    api_key: str | None = None  # sent to this engine alone; without it the engine is sent none
 
 
 class Outcome(NamedTuple):

@@ -20,10 +20,8 @@ from pdlaunch.router.policy import Route
 from pdlaunch.router.request_record import RequestRecord
 from pdlaunch.router.transcript import Transcript
 
-MAX_TOLD_ROUTES = 4
-"""Prompts of a request whose routes stand in the header."""
-MAX_TOLD_LEFT_OUT = 4
-"""Engines that were left out, of each of these."""
+MAX_TOLD_ROUTES = 4  # prompts of a request whose routes stand in the header
+MAX_TOLD_LEFT_OUT = 4  # engines that were left out, of each of these
 _HEAD = ("id", "object", "created", "model", "choices")
 
 

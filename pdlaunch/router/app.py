@@ -63,10 +63,8 @@ _PAGE_HEADERS = {
     hdrs.CACHE_CONTROL: "no-cache",
 }
 
-OPEN_PATHS = ("/health", "/ping", "/metrics", *PAGE_PATHS)
-"""Need no key; the page holds no data."""
-CLOSE_TIMEOUT_S = 1.0
-"""Seconds that clients may take to read that the router leaves."""
+OPEN_PATHS = ("/health", "/ping", "/metrics", *PAGE_PATHS)  # need no key; the page holds no data
+CLOSE_TIMEOUT_S = 1.0  # seconds that clients may take to read that the router leaves
 
 
 class RouterApp:

@@ -28,20 +28,17 @@ from pdlaunch.protocol.openai.body import (
 from pdlaunch.protocol.openai.requests import MAX_CHOICES, MAX_PROMPTS, StreamOptions
 from pdlaunch.router.prefix_index import PrefixHashes, hash_prefix
 
-CHARACTERS_PER_TOKEN = 4
-"""Rough; only compares the work of engines."""
+CHARACTERS_PER_TOKEN = 4  # rough; only compares the work of engines
 
 _Positive = Annotated[int, msgspec.Meta(ge=1)]
 _NotNegative = Annotated[int, msgspec.Meta(ge=0)]
 
-_PROMPTS = re.compile(rb'\s*\[\s*["\[]')
-"""Several prompts begin like this."""
+_PROMPTS = re.compile(rb'\s*\[\s*["\[]')  # several prompts begin like this
 _NO_TEXT = (b"null", b'""', b"[]")
 """No prompt beside embeddings: OpenAI's client cannot leave it out."""
 _DATA_URL = re.compile(rb'"data:[^"]{256,}"')
 """An image or another file; the tokens that an engine makes of it do not grow with its text."""
-DATA_URL_TOKENS = 1024
-"""Rough, as ``CHARACTERS_PER_TOKEN``."""
+DATA_URL_TOKENS = 1024  # rough, as ``CHARACTERS_PER_TOKEN``
 _TEXTS = ("messages", "prompt")
 """Long members, which go to the engines as they are written and are checked there."""
 _members_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -88,18 +85,15 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Holds one prompt of a client's request, from which the requests to engines are made."""
 
     endpoint: Endpoint
-    body: dict[str, Any]
-    """The client's, with one prompt and a seed."""
+    body: dict[str, Any]  # the client's, with one prompt and a seed
     index: int
     num_choices: int
     max_tokens: int | None
-    num_prompt_tokens: int
-    """Estimate."""
+    num_prompt_tokens: int  # estimate
     hop_id: HopId
     headers: dict[str, str]
     origin: PromptOrigin
-    wants_pair: bool = False
-    """The client has asked for a pair of engines."""
+    wants_pair: bool = False  # the client has asked for a pair of engines
 
     def prefill_body(self, *, knows_whole_request: bool) -> bytes:
         """Ask for the first token of each choice and a lease on the blocks.

@@ -34,8 +34,7 @@ LOST_REASONS = (
 """The reason why a stream cannot go on at another engine."""
 NUM_CONTEXT_TOKENS = 64
 """Prompt tokens that are detokenized with the output, whose text depends on them."""
-MAX_PARTS = 8
-"""Tokens at the end that may be parts of one character."""
+MAX_PARTS = 8  # tokens at the end that may be parts of one character
 _HALF_CHARACTER = "\ufffd"
 
 _PASSED = (

@@ -42,15 +42,12 @@ READ_WAIT_S = 0.5
 """Seconds for which an answer waits for engines; what comes later is in the next one."""
 MAX_PAIRS = 1000
 MAX_WATCHERS = 16
-NEWEST = 5
-"""Points of the history in each line of a stream but the first."""
-ENGINES_A_SECOND = 250
-"""With more engines the lines of a stream come less often than once a second."""
+NEWEST = 5  # points of the history in each line of a stream but the first
+ENGINES_A_SECOND = 250  # with more engines the lines of a stream come less often than once a second
 
 STEP_S = 2.0
 LENGTH_S = 300.0
-NOW_S = 10.0
-"""The span of ``now``."""
+NOW_S = 10.0  # the span of ``now``
 
 _FIRST_TOKEN = "pdlaunch_router_time_to_first_token_seconds_bucket"
 _INTER_TOKEN = "pdlaunch_router_inter_token_latency_seconds_bucket"
@@ -60,10 +57,8 @@ _PROMPT_TOKENS = "pdlaunch_router_prompt_tokens_total"
 _OUTPUT_TOKENS = "pdlaunch_router_generation_tokens_total"
 _NAMES = (_FIRST_TOKEN, _INTER_TOKEN, _REQUESTS, _ERRORS, _PROMPT_TOKENS, _OUTPUT_TOKENS)
 
-Buckets = Mapping[float, float]
-"""The number that took at most so many seconds."""
-PairNames = tuple[str, str]
-"""A prefill and a decode engine."""
+Buckets = Mapping[float, float]  # the number that took at most so many seconds
+PairNames = tuple[str, str]  # a prefill and a decode engine
 
 
 class DeploymentView:

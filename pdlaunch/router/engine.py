@@ -15,11 +15,9 @@ from pdlaunch.protocol.control import Capabilities
 from pdlaunch.protocol.openai.responses import ModelCard
 from pdlaunch.router.health import EngineHealth
 
-SPEED_MEMORY_S = 2.0
-"""Time constant of an engine's speed, in seconds in which it computes prompts."""
+SPEED_MEMORY_S = 2.0  # time constant of an engine's speed, in seconds in which it computes prompts
 
-Processes = tuple[int, ...]
-"""Incarnations of an engine's server and ranks."""
+Processes = tuple[int, ...]  # incarnations of an engine's server and ranks
 EngineKey = tuple[str, Processes, int]
 """Name, processes, and how often these got ready: after a restart, sleep or stall it is another
 engine.
@@ -32,42 +30,31 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     name: str
     processes: Processes
     url: str
-    host: str = ""
-    """Name of its host; empty: not known."""
+    host: str = ""  # name of its host; empty: not known
     role: Role | None
     capabilities: Capabilities
     ready: bool
-    state: str
-    """``ready``, or the ``ListedState`` that says why not; for people."""
-    reason: str = ""
-    """The reason why it has ``failed`` or is given no work, and what comes next."""
+    state: str  # ``ready``, or the ``ListedState`` that says why not; for people
+    reason: str = ""  # the reason why it has ``failed`` or is given no work, and what comes next
     times_ready: int = 0
     devices: frozenset[str] = frozenset()
     """Those of its ranks, as ``host/cuda:0``, or ``cpu``; empty: not known."""
     max_model_len: int | None = None
     """Prompt plus output in tokens; None until the engine has been asked."""
-    models: list[ModelCard] = []
-    """The models that it lists: the served one, and adapters."""
-    is_drained: bool = False
-    """Somebody drains it: it is given no new work."""
-    peers: frozenset[str] | None = None
-    """The engines that it exchanges KV blocks with; None: all."""
+    models: list[ModelCard] = []  # the models that it lists: the served one, and adapters
+    is_drained: bool = False  # somebody drains it: it is given no new work
+    peers: frozenset[str] | None = None  # the engines that it exchanges KV blocks with; None: all
     proofs: dict[str, int] = {}
     """Incarnations of the processes with which it has proven a path, by name."""
     health: EngineHealth = msgspec.field(default_factory=EngineHealth)
     num_picks: int = 0
-    num_works: int = 0
-    """Pieces of work that are outstanding."""
-    num_leases: int = 0
-    """Prompts that it has computed and whose KV blocks nobody has pulled yet."""
-    num_streams: int = 0
-    """Choices that have begun."""
-    num_prompt_tokens: int = 0
-    """Estimated tokens of the prompts it is working on."""
+    num_works: int = 0  # pieces of work that are outstanding
+    num_leases: int = 0  # prompts that it has computed and whose KV blocks nobody has pulled yet
+    num_streams: int = 0  # choices that have begun
+    num_prompt_tokens: int = 0  # estimated tokens of the prompts it is working on
     kv_tokens: int = 0
     """Estimated tokens that its streams hold in the KV cache, with those that are to begin."""
-    unanswered_tokens: int = 0
-    """Uncached tokens of prompts of which no token has come yet."""
+    unanswered_tokens: int = 0  # uncached tokens of prompts of which no token has come yet
     progressed_at: float = 0.0
     """Instant since which the first of these are computed, on the pool's clock."""
     computed_tokens: float = 0.0

@@ -281,10 +281,8 @@ class EngineTimeouts(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds until the router looks closer or gives up."""
 
     connect_s: float = CONNECT_S
-    stall_s: float = 15.0
-    """Silence after which a working engine is asked whether it lives."""
-    probe_s: float = 5.0
-    """Limits the answer to that question, and the release of a lease."""
+    stall_s: float = 15.0  # silence after which a working engine is asked whether it lives
+    probe_s: float = 5.0  # limits the answer to that question, and the release of a lease
     metrics_s: float = 2.0
 
 

@@ -24,12 +24,9 @@ MAX_READS = 64
 five seconds, so that each is read every 80 s.
 """
 AT_ONCE = 16
-RATE_S = 10.0
-"""The span of rates."""
-WINDOW_S = 60.0
-"""The span of cache hits and of the speed of pulls."""
-STEP_S = 2.0
-"""Between two readings of an engine that are kept."""
+RATE_S = 10.0  # the span of rates
+WINDOW_S = 60.0  # the span of cache hits and of the speed of pulls
+STEP_S = 2.0  # between two readings of an engine that are kept
 
 _BY_SOURCE = 'prompt_tokens_cached_by_source_total{{source="{}"}}'
 _METRICS = (  # metrics of native engines and of vLLM, by their name here
@@ -88,10 +85,8 @@ class Pulls(NamedTuple):
 
     number: int = 0
     num_bytes: int = 0
-    bytes_per_s: float = 0.0
-    """Mean of the last ten seconds, whether pulls ran or not."""
-    gigabytes_per_s: float | None = None
-    """Speed of the last minute's pulls while they ran."""
+    bytes_per_s: float = 0.0  # mean of the last ten seconds, whether pulls ran or not
+    gigabytes_per_s: float | None = None  # speed of the last minute's pulls while they ran
 
 
 def scan(page: str) -> Page:

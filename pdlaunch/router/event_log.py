@@ -10,8 +10,7 @@ from pdlaunch.protocol.status import EventKind, GoneEngine, StatusEvent
 from pdlaunch.router.engine import Engine
 
 MAX_EVENTS = 100
-MAX_TEXT = 500
-"""Characters; what a dead process said may be longer."""
+MAX_TEXT = 500  # characters; what a dead process said may be longer
 GONE_S = 600.0
 MAX_GONE = 100
 

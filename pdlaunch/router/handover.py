@@ -26,14 +26,11 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
     """``kv_transfer_params`` for the decode engine; None: there are no blocks to pull."""
     has_first_tokens: bool
     """The params hold the first tokens, so that they need not come from decode."""
-    open_choices: frozenset[int]
-    """Choices that go on after their first token."""
+    open_choices: frozenset[int]  # choices that go on after their first token
     num_prompt_tokens: int
     usage: dict[str, Any] = {}
-    report: Any = None
-    """The engine's spans, as they came."""
-    chunks: list[Chunk]
-    """The answer as the chunks of a stream."""
+    report: Any = None  # the engine's spans, as they came
+    chunks: list[Chunk]  # the answer as the chunks of a stream
 
     @property
     def is_final(self) -> bool:

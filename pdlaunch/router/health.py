@@ -19,8 +19,7 @@ HealthState = Literal["closed", "open", "half_open"]
 OPEN_S = 1.0
 MAX_OPEN_S = 30.0
 _MAX_DOUBLINGS = 10
-TRY_LASTS_S = 5.0
-"""A try that has said nothing for this long does not keep off the next one."""
+TRY_LASTS_S = 5.0  # a try that has said nothing for this long does not keep off the next one
 NUM_GOOD = 8
 """Failures are forgotten after this many successes in a row, so that an engine that fails one
 request in eight stays open longer and longer.
@@ -34,10 +33,8 @@ class Breaker(msgspec.Struct, kw_only=True):
     """Failures since the last ``NUM_GOOD`` successes in a row; those that came at once count as
     one.
     """
-    num_successes: int = 0
-    """Successes in a row."""
-    is_tripped: bool = False
-    """Not closed."""
+    num_successes: int = 0  # successes in a row
+    is_tripped: bool = False  # not closed
     open_until_at: float = 0.0
     tried_until_at: float = 0.0
 
@@ -114,5 +111,4 @@ class EngineHealth(Breaker, kw_only=True):
             self.pulls = {key: self.pulls[key] for key in prefills if key in self.pulls}
 
 
-_WELL = Breaker()
-"""Is asked, and never told anything that would change it."""
+_WELL = Breaker()  # is asked, and never told anything that would change it

@@ -64,8 +64,7 @@ from pdlaunch.router.watched_engine import Member, WatchSettings
 
 _logger = logging.getLogger(__name__)
 
-CLIENT_READ_TIMEOUT_S = 20.0
-"""A client may take no byte of its answer for so long."""
+CLIENT_READ_TIMEOUT_S = 20.0  # a client may take no byte of its answer for so long
 TELL_LEFT_EVERY_S = 2.0
 _NEW_OBJECTS = 10_000
 """Objects that are made, and not freed, before garbage is searched for among them."""

@@ -25,8 +25,7 @@ from pdlaunch.router.policy import Hop
 
 logger = logging.getLogger(__name__)
 
-Pair = tuple[str, str]
-"""Names of a prefill and a decode engine."""
+Pair = tuple[str, str]  # names of a prefill and a decode engine
 _PREFIX = "pdlaunch_router_"
 _COUNTERS = {  # labels and help by name
     "engine_failures": ("engine hop", "Requests that an engine failed."),

@@ -27,8 +27,7 @@ from pdlaunch.http.headers import TRACEPARENT_HEADER, TRACESTATE_HEADER
 from pdlaunch.protocol.requests import RequestTrace
 from pdlaunch.router.request_record import ROUTER, RequestRecord
 
-_FLUSH_S = 2.0
-"""Seconds that the last spans get when the router leaves."""
+_FLUSH_S = 2.0  # seconds that the last spans get when the router leaves
 _SEND_TIMEOUT_S = 5.0
 _OPERATIONS = {"/v1/chat/completions": "chat", "/v1/completions": "text_completion"}
 

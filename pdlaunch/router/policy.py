@@ -28,8 +28,7 @@ from pdlaunch.router.engine import Engine, EngineKey
 from pdlaunch.router.prefix_index import PrefixHashes, ServedPrefixes
 
 Hop = Literal["prefill", "decode"]
-Need = Literal["goes_on", "gives_first_token"]
-"""A capability that an engine must have."""
+Need = Literal["goes_on", "gives_first_token"]  # a capability that an engine must have
 
 SHORT_TOKENS = 64
 """A decode engine computes up to this many uncached tokens itself: a hand-over would take longer.
@@ -57,14 +56,11 @@ MAX_RETRY_AFTER_S = 60
 class RoutingRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Describes to the policy what is left to do of a prompt."""
 
-    num_prompt_tokens: int = 0
-    """Estimated."""
+    num_prompt_tokens: int = 0  # estimated
     max_tokens: int | None = None
     prefix: PrefixHashes = ()
-    wants_pair: bool = False
-    """The client asks for a pair of engines."""
-    is_suspect: bool = False
-    """A rank may have died of it."""
+    wants_pair: bool = False  # the client asks for a pair of engines
+    is_suspect: bool = False  # a rank may have died of it
     is_begun: bool = False
     """One engine has to do all that is left: the prompt is computed, or attempts at pairs are used
     up.
@@ -73,8 +69,7 @@ class RoutingRequest(msgspec.Struct, frozen=True, kw_only=True):
     """The prefill engine whose blocks of this prompt can still be pulled."""
     tried: frozenset[EngineKey] = frozenset()
     """Engines that failed this prompt and are not to be asked now."""
-    needs: frozenset[Need] = frozenset()
-    """What the engine that goes on must be able to do."""
+    needs: frozenset[Need] = frozenset()  # what the engine that goes on must be able to do
     alone: str = ""
     """The reason why engines that need proof cannot share the request; empty: they can."""
 
@@ -85,14 +80,11 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
     prefill: Engine | None = None
     """Computes the prompt and hands it over; None: the decode engine does all."""
-    decode: Engine | None = None
-    """None: no engine can be asked."""
-    is_fallback: bool = False
-    """A pair was wanted, but none can take the prompt."""
+    decode: Engine | None = None  # none: no engine can be asked
+    is_fallback: bool = False  # a pair was wanted, but none can take the prompt
     wait_s: float = 0.0
     """How long other prompts keep the first engine busy; 0 where its speed is not known."""
-    left_out: Mapping[str, str] = {}
-    """Engines that get nothing new, and why."""
+    left_out: Mapping[str, str] = {}  # engines that get nothing new, and why
 
     @property
     def engines(self) -> tuple[Engine, ...]:
@@ -117,8 +109,7 @@ class _Offer(NamedTuple):
     """When an engine would have computed the prompt."""
 
     engine: Engine
-    num_tokens: int
-    """Uncached tokens of the prompt."""
+    num_tokens: int  # uncached tokens of the prompt
     wait_s: float
     compute_s: float
 

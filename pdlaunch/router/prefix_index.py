@@ -29,8 +29,7 @@ question is told apart from others with the same system prompt.
 """
 LEAST_MESSAGE_BYTES = 24
 """Shorter pieces, ends of objects in a message, are not made. Grows with the size of pieces."""
-MAX_PIECES = 2048
-"""Pieces of one prompt that are looked at."""
+MAX_PIECES = 2048  # pieces of one prompt that are looked at
 MAX_REMEMBERED_PIECES = 32_768
 """Pieces for each engine, about 200 bytes each; the ones not used for longest are forgotten."""
 
@@ -39,12 +38,10 @@ class Piece(NamedTuple):
     """Stands for a prompt's text up to the end of one of its pieces."""
 
     hash: int
-    share: float
-    """Share of the whole text."""
+    share: float  # share of the whole text
 
 
-PrefixHashes = tuple[Piece, ...]
-"""The pieces of a prompt, in their order."""
+PrefixHashes = tuple[Piece, ...]  # the pieces of a prompt, in their order
 
 
 def hash_prefix(text: bytes | None, cache_salt: str) -> PrefixHashes:

@@ -40,8 +40,7 @@ CLIENT_LEFT = "the client went away"
 MAX_ERROR_LENGTH = 300
 MAX_CONTENT_LENGTH = 200
 """Characters of a prompt and of an output that are logged with ``log_content``."""
-NO_ID = HttpRequestId("")
-"""Stands for the id of a request whose record nobody keeps."""
+NO_ID = HttpRequestId("")  # stands for the id of a request whose record nobody keeps
 
 
 MAX_HEARD_SPANS = 4 * MAX_SPANS

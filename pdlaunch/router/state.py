@@ -37,12 +37,10 @@ class RecoverySettings(msgspec.Struct, frozen=True, kw_only=True):
 
     max_attempts: int = 4
     """Failures of prefill, and of decode, before it gives up: a request may kill engines."""
-    wait_s: float = 60.0
-    """Seconds to wait after a failure for an engine to come back."""
+    wait_s: float = 60.0  # seconds to wait after a failure for an engine to come back
     retry_wait_s: float = 1.0
     """Seconds before an engine that failed is asked again, where there is no other."""
-    busy_wait_s: float = 1.0
-    """Seconds to leave a busy engine alone."""
+    busy_wait_s: float = 1.0  # seconds to leave a busy engine alone
 
 
 class SuspectPrompts:

@@ -35,8 +35,7 @@ class Member:
     role: Role
     url: str
     kind: EngineName
-    key: str | None = field(default=None, repr=False)
-    """Sent to this engine; None: it is sent none."""
+    key: str | None = field(default=None, repr=False)  # sent to this engine; None: it is sent none
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +44,8 @@ class WatchSettings:
 
     served_model_name: str
     kind: EngineName
-    capabilities: Capabilities
-    """Capabilities of engines of this kind and this version."""
-    is_exact: bool = False
-    """A canary's tokens must be equal, as they are in float32."""
+    capabilities: Capabilities  # capabilities of engines of this kind and this version
+    is_exact: bool = False  # a canary's tokens must be equal, as they are in float32
     engine_urls: tuple[str, ...] = ()
     """URLs at which engines may be that the configuration does not name."""
     poll_s: float = POLL_S
@@ -63,24 +60,20 @@ class WatchedEngine:
     """
 
     member: Member
-    source: str
-    """``config``, ``file``, a name in DNS, or ``command``."""
+    source: str  # ``config``, ``file``, a name in DNS, or ``command``
     settings: WatchSettings
     api: EngineApi
     incarnation: int = 1
     is_healthy: bool = False
     has_been_healthy: bool = False
-    is_leaving: bool = False
-    """It is about to be removed."""
-    is_drained: bool = False
-    """It is given no new work until somebody says otherwise."""
+    is_leaving: bool = False  # it is about to be removed
+    is_drained: bool = False  # it is given no new work until somebody says otherwise
     tells_sleep: bool = False
     is_sleeping: bool = False
     reason: str = "it has not been asked yet"
     started_at: float = 0.0
     capabilities: Capabilities = field(default_factory=Capabilities)
-    num_failures: int = 0
-    """Failures that the router had counted at the last look."""
+    num_failures: int = 0  # failures that the router had counted at the last look
     counts: Counts | None = None
     failed_reads: FailedReads = field(default_factory=FailedReads)
     tells_recomputes: bool = True

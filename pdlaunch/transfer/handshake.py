@@ -41,8 +41,7 @@ LAYOUT = "block, head, layer, kv, token, dim"
 class RankIdentity:
     """Names one incarnation of a rank."""
 
-    name: str
-    """``decode-0/rank-0``"""
+    name: str  # ``decode-0/rank-0``
     engine: str
     engine_id: EngineId
     incarnation: int
@@ -159,14 +158,12 @@ def check_geometry(reply: HandshakeReply, *, head_bytes: int, total_kv_heads: in
 class SourceRank:
     """Names a prefill rank that a decode rank turns to, and what it reads there."""
 
-    tp_rank: int
-    """TP rank within the prefill engine."""
+    tp_rank: int  # TP rank within the prefill engine
     heads: range
     """Global indices of the KV heads to pull. Empty: only begin and end the pull, so that the lease
     there ends.
     """
-    num_decode_ranks: int
-    """Decode ranks of one reader that turn to this prefill rank."""
+    num_decode_ranks: int  # decode ranks of one reader that turn to this prefill rank
 
 
 def heads_of_rank(num_kv_heads: int, tp_size: int, tp_rank: int) -> range:
@@ -226,16 +223,13 @@ def map_sources(
 class DecodeSetup:
     """Holds what all peers and pulls of this rank share."""
 
-    identity: RankIdentity
-    """This rank."""
+    identity: RankIdentity  # this rank
     compatibility: Compatibility
     head_bytes: int
     first_kv_head: int
     connector: Connector
-    hasher: KVHasher | None
-    """None when ``kv_transfer.verify`` is off."""
-    open_channel: Callable[[str], DecodeSocket]
-    """Opens a channel to an endpoint."""
+    hasher: KVHasher | None  # none when ``kv_transfer.verify`` is off
+    open_channel: Callable[[str], DecodeSocket]  # opens a channel to an endpoint
     handshake_timeout_s: float
     clock: Callable[[], float]
     report: Callable[[ToSupervisor], None]

@@ -65,16 +65,13 @@ MAX_EXTENSIONS = 20
 """A lease lives at most this many times ``lease_s``, however often it is extended: heartbeats of a
 reader that never ends must not hold blocks for good.
 """
-MAX_OPEN_READERS = 4096
-"""Pulls of one lease that may be open at once."""
-MAX_PAST_LEASES = 4096
-"""Ended leases whose ids are still known."""
+MAX_OPEN_READERS = 4096  # pulls of one lease that may be open at once
+MAX_PAST_LEASES = 4096  # ended leases whose ids are still known
 GRANT_LAG_S = 2.0
 """A rank hears of a lease at most this long after its readers do. Questions that come later, or
 about a lease that never was, are refused.
 """
-MAX_WAITING = 4096
-"""Questions that may wait; further ones are answered at once."""
+MAX_WAITING = 4096  # questions that may wait; further ones are answered at once
 
 
 @dataclass(slots=True)
@@ -91,8 +88,7 @@ class Lease:
     """Checksums of the blocks of all groups, one group after another, while they are computed."""
     open_readers: dict[ReaderId, int] = field(default_factory=dict)
     """Pulls that have begun and not ended, with their number of decode ranks."""
-    served_readers: set[ReaderId] = field(default_factory=set)
-    """Pulls that have ended."""
+    served_readers: set[ReaderId] = field(default_factory=set)  # pulls that have ended
     served: Fraction = Fraction(0)
     """Readers that have ended; one of the k decode ranks of a reader counts 1/k."""
     cancelled: bool = False
@@ -266,8 +262,7 @@ class LeaseTable:
 
 @dataclass(frozen=True, slots=True)
 class _AskedWrite:
-    identity: bytes
-    """Names the socket of the decode rank that asked."""
+    identity: bytes  # names the socket of the decode rank that asked
     call_id: int
     write: Future[None]
     started_at: float

@@ -44,8 +44,7 @@ class RankMemory:
     last READ of the process.
     """
     layout: KVCacheLayout
-    source: KVMemory
-    """Allocator of the KV cache; the scratch comes from it, too."""
+    source: KVMemory  # allocator of the KV cache; the scratch comes from it, too
     model_digest: str
     total_kv_heads: int
     first_kv_head: int
@@ -69,8 +68,7 @@ class TransferSetup:
     report: Callable[[ToSupervisor], None]
     """Tells the supervisor what it must know of this rank's pairs."""
     clock: Callable[[], float] = time.monotonic
-    host: str = "127.0.0.1"
-    """Address that the side channel listens on."""
+    host: str = "127.0.0.1"  # address that the side channel listens on
 
 
 class TransferSides:

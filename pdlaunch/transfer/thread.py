@@ -39,8 +39,7 @@ from pdlaunch.transfer.sides import TransferSetup, TransferSides
 
 logger = logging.getLogger(__name__)
 
-CONFIRMATION_S = 5.0
-"""Seconds for the transfer thread to answer once its deadline has passed."""
+CONFIRMATION_S = 5.0  # seconds for the transfer thread to answer once its deadline has passed
 LONGEST_SLEEP_S = 60.0
 SHORTEST_SLEEP_S = 0.0001
 """Shorter sleeps are left out. It is ``SLEEP_SHARE`` of 3 ms: READs of up to so long are waited for

@@ -25,8 +25,7 @@ class ReadBlocks:
     """All blocks of the prompt at the prefill engine; the last ones were read."""
     first_head: int
     algorithm: str
-    checksums: ChecksumArray
-    """Checksums of the blocks that were read."""
+    checksums: ChecksumArray  # checksums of the blocks that were read
 
 
 def judge(read: ReadBlocks, statements: Mapping[int, Statement | None]) -> str:

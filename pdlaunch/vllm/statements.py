@@ -23,12 +23,10 @@ import numpy as np
 import numpy.typing as npt
 
 VERSION = 1
-KEPT_S = 60.0
-"""Time by which a statement outlives the READ of its blocks, which ends their lease."""
+KEPT_S = 60.0  # time by which a statement outlives the READ of its blocks, which ends their lease
 _SWEEP_S = 1.0
 
-ChecksumArray = npt.NDArray[np.uint64]
-"""[num_blocks, num_heads]"""
+ChecksumArray = npt.NDArray[np.uint64]  # [num_blocks, num_heads]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +35,7 @@ class Statement:
 
     token_hash: str
     block_ids: tuple[int, ...]
-    first_head: int
-    """Index, among all KV heads of the model, of the rank's first one."""
+    first_head: int  # index, among all KV heads of the model, of the rank's first one
     algorithm: str
     checksums: ChecksumArray
 

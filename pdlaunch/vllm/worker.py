@@ -57,8 +57,7 @@ class Orders:
     """Tells workers what to do beside vLLM's own orders; travels in its metadata."""
 
     to_state: Mapping[str, Prompt] = field(default_factory=dict)
-    to_prove: Mapping[str, str] = field(default_factory=dict)
-    """Hash of the prompt by request."""
+    to_prove: Mapping[str, str] = field(default_factory=dict)  # hash of the prompt by request
 
 
 class StatingScheduler(SchedulerBase):  # type: ignore[misc]

@@ -29,8 +29,7 @@ from pdlaunch.bench.serve.target import BenchTarget
 from pdlaunch.bench.serve.timed_completion import Goals, describe_failure, read_refusal
 from pdlaunch.errors import ConfigError, PdlaunchError
 
-HASHED_TOKENS = 512
-"""Tokens that one of ``hash_ids`` stands for."""
+HASHED_TOKENS = 512  # tokens that one of ``hash_ids`` stands for
 _AT_ONCE = 8
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}
 _FORMS = ("input_length", "conversations", "messages")
@@ -41,15 +40,11 @@ class TraceRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     prompt: list[dict[str, str]] | list[int] = []
     """The messages or token ids; empty: the tokens are made of ``hash_ids``."""
-    output: int | str
-    """Number of tokens, or the recorded answer."""
-    num_tokens: int = 0
-    """Length of a prompt that has no messages."""
+    output: int | str  # number of tokens, or the recorded answer
+    num_tokens: int = 0  # length of a prompt that has no messages
     hash_ids: Sequence[int] = ()
-    at_s: float | None = None
-    """Seconds since the first request."""
-    number: int = 0
-    """Place in the trace."""
+    at_s: float | None = None  # seconds since the first request
+    number: int = 0  # place in the trace
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -184,8 +179,7 @@ def prompt_tokens(request: TraceRequest, token_ids: range, seed: int) -> list[in
     return (tokens + rest.choices(token_ids, k=max(0, num_tokens - len(tokens))))[:num_tokens]
 
 
-FIRST_TOKEN_ID = 100
-"""Lowest token id of a prompt: prompts keep away from special tokens."""
+FIRST_TOKEN_ID = 100  # lowest token id of a prompt: prompts keep away from special tokens
 
 
 class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -198,16 +192,13 @@ class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
     concurrencies: Sequence[int] = (1, 4, 16)
     num_requests: int | None = None
     """Requests for each length and concurrency; None: four rounds, at least eight."""
-    max_token_id: int = 30_000
-    """Prompts are drawn from [FIRST_TOKEN_ID, max_token_id)."""
+    max_token_id: int = 30_000  # prompts are drawn from [FIRST_TOKEN_ID, max_token_id)
     seed: int | None = None
     request_timeout_s: float = 600.0
     bare_gb_per_s: Mapping[int, float] = {}
     """Speed of a bare transfer by prompt length, for the goal of the first gap."""
-    step_ms: Mapping[int, float] = {}
-    """Decode step by concurrency, for the share of what it allows."""
-    request_rates: Sequence[float] = ()
-    """Requests sent a second, instead of ``concurrencies``."""
+    step_ms: Mapping[int, float] = {}  # decode step by concurrency, for the share of what it allows
+    request_rates: Sequence[float] = ()  # requests sent a second, instead of ``concurrencies``
     burstiness: float = 1.0
     goals: Goals = Goals()
     trace: Sequence[TraceRequest] = ()

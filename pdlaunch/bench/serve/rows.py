@@ -23,29 +23,22 @@ _TIERS = {"device": "device", "host": "host", "remote": "p2p"}
 class BenchRow(msgspec.Struct, frozen=True, kw_only=True):
     """Holds the figures of one load; None where nothing was measured."""
 
-    input_tokens: int
-    """Length of the prompts; of a trace, their mean."""
+    input_tokens: int  # length of the prompts; of a trace, their mean
     concurrency: int | None
     """Requests at a time; None: they were sent at a rate, or when a trace says."""
-    request_rate: float | None = None
-    """Requests sent a second."""
+    request_rate: float | None = None  # requests sent a second
     burstiness: float | None = None
     turn: int | None = None
     """Turn of chats: all have their first message, then all have their second one."""
     num_requests: int
     num_errors: int
-    num_left_out: int = 0
-    """Requests of the trace that the model's context is too short for."""
+    num_left_out: int = 0  # requests of the trace that the model's context is too short for
     seconds: float
-    requests_per_s: float
-    """Answered without an error."""
+    requests_per_s: float  # answered without an error
     total_prompt_tokens: int
-    total_output_tokens: int
-    """Both of the requests without an error."""
-    goodput_per_s: float | None = None
-    """Requests a second that met the goals; None without goals."""
-    good_share: float | None = None
-    """Share of all requests that met them."""
+    total_output_tokens: int  # both of the requests without an error
+    goodput_per_s: float | None = None  # requests a second that met the goals; None without goals
+    good_share: float | None = None  # share of all requests that met them
     cached_share: float | None = None
     """Share of the prompt tokens that were not computed, where the answers say so."""
     ttft_ms_median: float | None
@@ -53,11 +46,9 @@ class BenchRow(msgspec.Struct, frozen=True, kw_only=True):
     first_gap_ms_median: float | None
     """Time from the first token to the second, in which KV blocks move from prefill to decode."""
     first_gap_ms_p99: float | None
-    itl_ms_median: float | None
-    """Time between tokens, from the second on."""
+    itl_ms_median: float | None  # time between tokens, from the second on
     itl_ms_p99: float | None
-    e2e_ms_median: float | None
-    """Request to last token."""
+    e2e_ms_median: float | None  # request to last token
     tpot_ms_median: float | None
     """Time per output token of a request: (last token - first token) / (tokens - 1)."""
     together_share: float | None
@@ -66,16 +57,13 @@ class BenchRow(msgspec.Struct, frozen=True, kw_only=True):
     Where it is not small, look at TPOT instead of ITL.
     """
     output_tokens_per_s: float
-    pull_ms_mean: float | None
-    """Time of the engines' own pulls of KV blocks, as they count them."""
-    kv_megabytes_mean: float | None
-    """Size of one pull (10**6 bytes)."""
+    pull_ms_mean: float | None  # time of the engines' own pulls of KV blocks, as they count them
+    kv_megabytes_mean: float | None  # size of one pull (10**6 bytes)
     first_gap_goal_ms: float | None
     """Goal: 1.5 x the median ITL, and what the bare transfer of that many bytes takes."""
     step_output_tokens_per_s: float | None
     """Rate that the bare decode step allows: concurrency / step time."""
-    of_step_share: float | None
-    """``output_tokens_per_s`` as a share of that rate."""
+    of_step_share: float | None  # ``output_tokens_per_s`` as a share of that rate
     errors: list[str] = []
     """The most frequent errors, as the deployment worded them, with their counts."""
 
@@ -102,8 +90,7 @@ class TierRow(msgspec.Struct, frozen=True, kw_only=True):
 
     role: str
     tier: str
-    hit_share: float
-    """Share of the prompt tokens that the tier held."""
+    hit_share: float  # share of the prompt tokens that the tier held
 
 
 def summarise(

@@ -148,10 +148,8 @@ class MultiTurnOptions(msgspec.Struct, frozen=True, kw_only=True):
     api_key: str | None = None
     num_conversations: int = 16
     num_turns: int = 4
-    first_tokens: int = 128
-    """Length of the first message."""
-    turn_tokens: int = 32
-    """Length of every further message."""
+    first_tokens: int = 128  # length of the first message
+    turn_tokens: int = 32  # length of every further message
     output_tokens: int = 32
     concurrency: int = 4
     max_token_id: int = 30_000

@@ -16,8 +16,7 @@ from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.api import check_url
 
 _POLL_S = 0.2
-_PATIENCE_S = 3.0
-"""Time to wait for counters: engines report about once a second."""
+_PATIENCE_S = 3.0  # time to wait for counters: engines report about once a second
 
 Counters = Mapping[tuple[str, str], float]
 """Totals over all engines of a role since they started, by role and name: without ``pdlaunch_`` and
@@ -30,8 +29,7 @@ class BenchTarget(msgspec.Struct, frozen=True):
 
     session: aiohttp.ClientSession
     model: str
-    max_model_len: int | None
-    """Longest context in tokens; None: the deployment does not say."""
+    max_model_len: int | None  # longest context in tokens; None: the deployment does not say
 
     def check_length(self, input_tokens: int, output_tokens: int) -> None:
         """Raise PdlaunchError when such a request cannot fit."""

@@ -22,14 +22,11 @@ _UNITS = {"ms": 1.0, "s": 1000.0, "": 1.0}
 class TimedCompletion(msgspec.Struct):
     """Records one completion; times are instants of ``time.perf_counter``."""
 
-    start_at: float
-    """Instant just before the request is written."""
+    start_at: float  # instant just before the request is written
     tokens_at: list[float] = []
     """Instants at which the bytes of each output token were read; tokens of one read have one."""
-    token_ids: list[int] = []
-    """Output tokens; empty where the deployment does not tell them."""
-    num_tokens: int = 0
-    """Output tokens as the deployment counts them."""
+    token_ids: list[int] = []  # output tokens; empty where the deployment does not tell them
+    num_tokens: int = 0  # output tokens as the deployment counts them
     num_prompt_tokens: int = 0
     num_cached_tokens: int | None = None
     """Prompt tokens that were not computed, where the deployment says so."""
@@ -60,12 +57,10 @@ class Goals(msgspec.Struct, frozen=True, kw_only=True):
     """Holds upper limits in milliseconds; None: any time will do."""
 
     ttft_ms: float | None = None
-    tpot_ms: float | None = None
-    """Mean time between the tokens of a request."""
+    tpot_ms: float | None = None  # mean time between the tokens of a request
     itl_ms: float | None = None
     """99 of 100 times between tokens of a request, the first gap included."""
-    e2e_ms: float | None = None
-    """Time from the request to its last token."""
+    e2e_ms: float | None = None  # time from the request to its last token
 
     def __bool__(self) -> bool:
         return self != Goals()

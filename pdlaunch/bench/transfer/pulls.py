@@ -43,8 +43,7 @@ NUM_WARM_UP_TURNS = 2
 NUM_CACHES = 4
 """Whole KV caches that exist at a time: one for each side, with checksums and without."""
 
-TPPair = tuple[int, int]
-"""TP sizes of the prefill side and of the decode side."""
+TPPair = tuple[int, int]  # TP sizes of the prefill side and of the decode side
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +51,15 @@ class TransferTiming:
     """Holds the speeds of one kind of pull, in gigabytes a second."""
 
     connector: str
-    path: str
-    """Path that the handshake has chosen."""
+    path: str  # path that the handshake has chosen
     tp_pair: str
     num_blocks: int
     megabytes: float
     read_gb_per_s: float
     unverified_gb_per_s: float
     pull_gb_per_s: float
-    overhead_us: int
-    """Time that the pull without checksums takes beyond its READ."""
-    checksum_percent: float
-    """Time that checksums add to the pull without them."""
+    overhead_us: int  # time that the pull without checksums takes beyond its READ
+    checksum_percent: float  # time that checksums add to the pull without them
 
 
 def bench_transfer(

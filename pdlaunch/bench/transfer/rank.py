@@ -48,10 +48,8 @@ PULL_TIMEOUT_S = 120.0
 class PullTimes:
     """Holds the times of one pull by one rank."""
 
-    pull_s: float
-    """Time from StartPull to PullFinished."""
-    read_s: float
-    """Time of its READ alone, from the post to the end."""
+    pull_s: float  # time from StartPull to PullFinished
+    read_s: float  # time of its READ alone, from the post to the end
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +87,12 @@ class RankOptions:
     role: Role
     tp_rank: int
     tp_size: int
-    device: str
-    """``cpu`` or ``cuda:1``."""
+    device: str  # ``cpu`` or ``cuda:1``
     shape: BenchShape
     kv_transfer: KVTransferSettings
     engine_id: EngineId
     keys: LaunchKeys
-    with_cumem: bool
-    """The KV cache lies in a CuMem pool; only on a GPU."""
+    with_cumem: bool  # the KV cache lies in a CuMem pool; only on a GPU
 
     @property
     def engine(self) -> str:
@@ -131,8 +127,7 @@ class BenchRank:
         self._pool.shutdown(wait=False)
 
 
-_ranks: list[Rank] = []
-"""The one rank of a child process."""
+_ranks: list[Rank] = []  # the one rank of a child process
 
 
 def _start(options: RankOptions) -> None:

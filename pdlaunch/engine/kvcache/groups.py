@@ -27,8 +27,7 @@ win nothing from longer ones.
 class KVCacheGroup:
     """Names the layers that share block tables."""
 
-    layers: tuple[int, ...]
-    """Model layers in the order of their slot in the block."""
+    layers: tuple[int, ...]  # model layers in the order of their slot in the block
     sliding_window: int | None
     """Tokens that attention sees, the current one included; None sees all."""
 
@@ -43,8 +42,7 @@ class KVCacheLayout:
     """
 
     groups: tuple[KVCacheGroup, ...]
-    num_kv_heads: int
-    """KV heads of this rank."""
+    num_kv_heads: int  # KV heads of this rank
     head_dim: int
     block_size: int
     dtype_bytes: int

@@ -81,10 +81,8 @@ class BlockTables:
 class PrefixHit:
     """Names cached blocks that a request can share."""
 
-    first: list[int]
-    """Logical index of the first block, by group."""
-    block_ids: list[list[int]]
-    """The blocks from there on, by group."""
+    first: list[int]  # logical index of the first block, by group
+    block_ids: list[list[int]]  # the blocks from there on, by group
 
     def end(self, group: int) -> int:
         """Return the logical index after the group's last block."""

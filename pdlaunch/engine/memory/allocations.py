@@ -28,12 +28,9 @@ class Allocation:
 
     tag: str
     address: int
-    num_bytes: int
-    """A multiple of the driver's page."""
-    handle: Handle | None
-    """Physical memory; None: asleep."""
-    backup: Any = None
-    """Host memory with the bytes; only while asleep."""
+    num_bytes: int  # a multiple of the driver's page
+    handle: Handle | None  # physical memory; None: asleep
+    backup: Any = None  # host memory with the bytes; only while asleep
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +38,7 @@ class ExportedHandle:
     """Describes an allocation to a peer that imports it."""
 
     tag: str
-    address: int
-    """Address in this process."""
+    address: int  # address in this process
     num_bytes: int
     kind: HandleKind
     handle: int | bytes

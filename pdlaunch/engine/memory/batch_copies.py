@@ -26,8 +26,7 @@ ENTRIES_A_CALL = 256
 another engine.
 """
 
-_SRC_ACCESS_ORDER_STREAM = 1
-"""The source is read in the order of the stream, as any copy reads it."""
+_SRC_ACCESS_ORDER_STREAM = 1  # the source is read in the order of the stream, as any copy reads it
 
 
 class _Location(ctypes.Structure):

@@ -16,8 +16,7 @@ from typing import Any, Literal, NewType
 from pdlaunch.engine.memory.host_pages import address_of, map_pages, touch_pages
 from pdlaunch.errors import ConfigError
 
-Handle = NewType("Handle", object)
-"""Physical memory, as the driver knows it."""
+Handle = NewType("Handle", object)  # physical memory, as the driver knows it
 
 HandleKind = Literal["fabric", "posix_fd"]
 
@@ -30,8 +29,7 @@ class OutOfDeviceMemory(DriverRefused):
     """The device has no room for the physical memory asked for."""
 
 
-_FOR_THIS_CONTEXT = 0
-"""No flag of cuMemHostRegister."""
+_FOR_THIS_CONTEXT = 0  # no flag of cuMemHostRegister
 
 
 class CudaMemoryDriver:

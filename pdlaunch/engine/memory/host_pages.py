@@ -14,8 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 NUM_THREADS = 8
-THREAD_BYTES = 8 * 1024**2
-"""Bytes below which another thread does not pay."""
+THREAD_BYTES = 8 * 1024**2  # bytes below which another thread does not pay
 
 _SMALL_PAGE_BYTES = 4096
 

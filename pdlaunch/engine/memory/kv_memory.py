@@ -43,8 +43,7 @@ class SharedRange:
 
     kind: RangeKind
     allocation_bytes: int
-    offset_bytes: int
-    """Offset of the range in its allocation."""
+    offset_bytes: int  # offset of the range in its allocation
     num_bytes: int
     handle: bytes = b""
     """64 bytes of a fabric or CUDA IPC handle; empty where a descriptor is handed over."""
@@ -82,8 +81,7 @@ class Export:
 class PeerMapping(ABC):
     """Holds a peer's range in the addresses of this process."""
 
-    address: int
-    """Address of its first byte."""
+    address: int  # address of its first byte
     num_bytes: int
 
     @abstractmethod
@@ -136,8 +134,7 @@ _F_SEAL_FUTURE_WRITE = 0x0010
 _SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
-_MADV_POPULATE_WRITE = 23
-"""Linux 5.14, not in Python's ``mmap``."""
+_MADV_POPULATE_WRITE = 23  # linux 5.14, not in Python's ``mmap``
 _PIECE_BYTES = 256 * 1024**2
 """Bytes that are populated by one call; other threads get a turn in between."""
 

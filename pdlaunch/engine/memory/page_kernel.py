@@ -11,11 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-UNIT_BYTES = 16
-"""Pages and their places are multiples of the widest load of a thread."""
+UNIT_BYTES = 16  # pages and their places are multiples of the widest load of a thread
 
-KernelShape = tuple[int, int, int]
-"""Programs, words of a tile, warps of a program."""
+KernelShape = tuple[int, int, int]  # programs, words of a tile, warps of a program
 
 
 # Triton reads annotations: only its own may stand here. It must not compile anew for another number

@@ -30,8 +30,7 @@ from pdlaunch.errors import ConfigError
 Converter = Callable[[Path, Path, ReportProgress], None]
 """Called with source file, target directory and progress."""
 
-MAX_REASON = 300
-"""Characters that are shown of a library's message."""
+MAX_REASON = 300  # characters that are shown of a library's message
 
 LARGE_FILE_BYTES = 1024**3
 """GGUF files from this size on are written as bfloat16, smaller ones as float32."""

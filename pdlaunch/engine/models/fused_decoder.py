@@ -35,19 +35,16 @@ ACTIVATIONS = {
 up(x))``.
 """
 GATE_COLUMNS = 1024
-Rotary = tuple[torch.Tensor, torch.Tensor]
-"""Cosines and sines, [num_tokens, D] each."""
+Rotary = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, [num_tokens, D] each
 
 
 @dataclass(frozen=True, slots=True)
 class Norm:
     """Holds an RMS norm."""
 
-    weight: torch.Tensor
-    """[size]"""
+    weight: torch.Tensor  # [size]
     epsilon: float
-    offset: int
-    """Added to all weights."""
+    offset: int  # added to all weights
 
     @staticmethod
     def of(module: Any) -> Norm:
@@ -60,8 +57,7 @@ class Norm:
 class Stacked:
     """Holds linear layers of the same input, one below the other."""
 
-    weight: torch.Tensor
-    """[sum of out_features, in_features]"""
+    weight: torch.Tensor  # [sum of out_features, in_features]
     bias: torch.Tensor | None
 
     @staticmethod
@@ -87,13 +83,11 @@ class Layer:
     rotary: tuple[str, ...] | None
     """Arguments for the model's rotary embedding to give this layer's; None: no rotation."""
     output: nn.Module
-    output_norm: Norm | None
-    """Norm of what is added to the residual."""
+    output_norm: Norm | None  # norm of what is added to the residual
     middle_norm: Norm
     gate_and_up: Stacked
     down: nn.Module
-    down_norm: Norm | None
-    """Norm of what is added to the residual."""
+    down_norm: Norm | None  # norm of what is added to the residual
 
     @staticmethod
     def of(layer: Any) -> Layer:

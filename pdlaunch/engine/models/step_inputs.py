@@ -24,10 +24,8 @@ not.
 class Prefix:
     """Says which keys and values of one group a gather puts together for flash attention."""
 
-    slots: torch.Tensor
-    """[num_gathered_tokens] int32"""
-    starts: torch.Tensor
-    """[num_chunks + 1] int32"""
+    slots: torch.Tensor  # [num_gathered_tokens] int32
+    starts: torch.Tensor  # [num_chunks + 1] int32
     longest: int
 
 
@@ -38,8 +36,7 @@ class LibraryChunks:
     longest: int
     starts: torch.Tensor
     """[num_chunks + 1] int32; first token of each chunk, counted from the first chunk's"""
-    prefixes: tuple[Prefix, ...] | None
-    """One for each group; None: no chunk has anything before it."""
+    prefixes: tuple[Prefix, ...] | None  # one for each group; None: no chunk has anything before it
     lengths: tuple[int, ...]
     """Tokens of each chunk, if cuDNN can do them: long ones without anything before them. Else
     empty.
@@ -50,30 +47,21 @@ class LibraryChunks:
 class Chunks:
     """Describes the rows after the decode rows: chunks of prompts."""
 
-    row_starts: torch.Tensor
-    """[num_rows + 1] int32"""
-    tile_rows: torch.Tensor
-    """[num_tiles] int32"""
-    tile_tokens: torch.Tensor
-    """[num_tiles] int32"""
-    library: LibraryChunks | None
-    """None: they go through the Triton kernel."""
+    row_starts: torch.Tensor  # [num_rows + 1] int32
+    tile_rows: torch.Tensor  # [num_tiles] int32
+    tile_tokens: torch.Tensor  # [num_tiles] int32
+    library: LibraryChunks | None  # none: they go through the Triton kernel
 
 
 @dataclass(frozen=True, slots=True)
 class StepTensors:
     """Holds a step's integers on the device."""
 
-    slots: tuple[torch.Tensor, ...]
-    """[num_tokens] int32 by group; -1 writes nothing"""
-    lengths: torch.Tensor
-    """[num_rows] int32; 0 for a row that has no token here"""
-    num_decode_rows: int
-    """These come first; the rest are chunks."""
-    tables: torch.Tensor
-    """[num_groups * num_rows * table_stride] int32"""
-    table_stride_at: torch.Tensor
-    """[1] int32"""
+    slots: tuple[torch.Tensor, ...]  # [num_tokens] int32 by group; -1 writes nothing
+    lengths: torch.Tensor  # [num_rows] int32; 0 for a row that has no token here
+    num_decode_rows: int  # these come first; the rest are chunks
+    tables: torch.Tensor  # [num_groups * num_rows * table_stride] int32
+    table_stride_at: torch.Tensor  # [1] int32
     chunks: Chunks | None
 
 

@@ -34,14 +34,11 @@ MAX_BUCKET_BYTES = 64 * 1024**2
 class _Bucket:
     """Holds decode rows that are attended together."""
 
-    rows: torch.Tensor
-    """[num_rows] int64; which of the packed tokens"""
-    is_all: bool
-    """These are all rows of the step, in their order."""
+    rows: torch.Tensor  # [num_rows] int64; which of the packed tokens
+    is_all: bool  # these are all rows of the step, in their order
     gather: torch.Tensor
     """[2 * num_rows * H * num_blocks] int64; rows of B * D: all keys, then all values"""
-    mask: torch.Tensor
-    """[num_rows, 1, 1, num_blocks * B]; 0 or -inf"""
+    mask: torch.Tensor  # [num_rows, 1, 1, num_blocks * B]; 0 or -inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +59,7 @@ class _Chunk:
 class _GroupStep:
     """Holds what the layers of one KV cache group share in a step."""
 
-    write: torch.Tensor
-    """[num_tokens * H] int64; rows of D, token-major"""
+    write: torch.Tensor  # [num_tokens * H] int64; rows of D, token-major
     buckets: tuple[_Bucket, ...]
     chunks: tuple[_Chunk, ...]
 

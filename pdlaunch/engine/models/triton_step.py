@@ -31,19 +31,16 @@ from pdlaunch.engine.models.attention_kernels import (
 from pdlaunch.engine.models.layer_kernels import rotate_and_write
 from pdlaunch.engine.models.step_inputs import Chunks, LibraryChunks, Prefix, StepTensors
 
-TARGET_PROGRAMS = 1024
-"""Programs that fill the device: eight for each of an H200's multiprocessors."""
+TARGET_PROGRAMS = 1024  # programs that fill the device: eight for each of an H200's multiprocessors
 MAX_SPLITS = 32
-MIN_DOT = 16
-"""Smallest side of a matrix product in Triton."""
+MIN_DOT = 16  # smallest side of a matrix product in Triton
 
 
 @dataclass(frozen=True, slots=True)
 class SplitPlan:
     """Says how kernels cut contexts; fixed at launch, whatever the lengths are."""
 
-    num_splits: int
-    """Most splits of a row; a power of two."""
+    num_splits: int  # most splits of a row; a power of two
     min_tokens: int
 
     @staticmethod
@@ -66,11 +63,9 @@ class KernelSetup:
     place: dict[int, tuple[int, int]] = field(init=False)
     """The group of each layer, and the layer's slot in the group's blocks."""
     padded_dim: int = field(init=False)
-    tile: int = 32
-    """Positions that a program of decode reads at a time."""
+    tile: int = 32  # positions that a program of decode reads at a time
     chunk_tokens: int = field(init=False)
-    chunk_tile: int = field(init=False)
-    """The same of chunks."""
+    chunk_tile: int = field(init=False)  # the same of chunks
 
     def __post_init__(self) -> None:
         self.place = {
@@ -147,8 +142,7 @@ def varlen_flash() -> Callable[..., torch.Tensor]:
     return partial(attend, enable_gqa=True) if knows_groups else attend
 
 
-COPY_TOKENS = 16
-"""Tokens that one program writes or gathers, from more than ``FEW_TOKENS`` on."""
+COPY_TOKENS = 16  # tokens that one program writes or gathers, from more than ``FEW_TOKENS`` on
 FEW_TOKENS = 32
 
 
@@ -156,13 +150,10 @@ FEW_TOKENS = 32
 class HeadNorms:
     """Holds the RMS norms of a layer's queries and keys."""
 
-    query: torch.Tensor
-    """[D]"""
-    key: torch.Tensor
-    """[D]"""
+    query: torch.Tensor  # [D]
+    key: torch.Tensor  # [D]
     epsilon: float
-    offset: int = 0
-    """Added to all weights."""
+    offset: int = 0  # added to all weights
 
 
 class TritonStep(AttentionStep):

@@ -40,8 +40,7 @@ from pdlaunch.machine.cuda_driver import DriverError
 
 logger = logging.getLogger(__name__)
 
-Pages = torch.Tensor
-"""[num_blocks, page_bytes] uint8: one tensor of a group, a row a block."""
+Pages = torch.Tensor  # [num_blocks, page_bytes] uint8: one tensor of a group, a row a block
 
 NUM_BATCH_STREAMS = 3
 """One stream and three on an H200: blocks of 64 KiB 39 and 46 GB/s, of 256 KiB 49 and 52 GB/s."""
@@ -52,12 +51,10 @@ class PageCopies:
     """Pages of one tensor and their places in host memory. All arrays are [num_pages]."""
 
     device: Pages
-    block_ids: IntArray
-    """Rows of ``device``, no row twice."""
+    block_ids: IntArray  # rows of ``device``, no row twice
     host: HostMemory
     chunk_ids: IntArray
-    chunk_offsets: IntArray
-    """The first byte of each page in its chunk."""
+    chunk_offsets: IntArray  # the first byte of each page in its chunk
 
     @property
     def num_bytes(self) -> int:
@@ -68,11 +65,9 @@ class PageCopies:
 class Runs:
     """Copies of maximal length: pages that are neighbours on both sides are one. All [num_runs]."""
 
-    device_offsets: IntArray
-    """Bytes from the start of the tensor."""
+    device_offsets: IntArray  # bytes from the start of the tensor
     host_pieces: IntArray
-    host_offsets: IntArray
-    """Bytes from the start of the piece."""
+    host_offsets: IntArray  # bytes from the start of the piece
     sizes: IntArray
 
 
@@ -193,8 +188,7 @@ class TransferResult:
     direction: Direction
     ok: bool
     num_bytes: int
-    seconds: float
-    """Duration of the copy alone, without waiting for others."""
+    seconds: float  # duration of the copy alone, without waiting for others
     error: str = ""
 
 

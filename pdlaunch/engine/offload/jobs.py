@@ -45,8 +45,7 @@ class JobFinished:
     failed_chunk_ids: list[int] = field(default_factory=list)
     """Chunks whose content was not what this load expected."""
     num_bytes: int = 0
-    seconds: float = 0.0
-    """Duration of the copy alone."""
+    seconds: float = 0.0  # duration of the copy alone
 
 
 class JobMerger:

@@ -36,10 +36,8 @@ FindOnDevice = Callable[[int, bytes], int | None]
 class HostHit:
     """Describes a prefix that is partly on the host."""
 
-    device: PrefixHit
-    """Cached blocks of each group to share; what follows them comes from the host."""
-    chunk_ids: list[list[int]]
-    """Chunks of each group, with blocks [device.end(group), ends[group])."""
+    device: PrefixHit  # cached blocks of each group to share; what follows them comes from the host
+    chunk_ids: list[list[int]]  # chunks of each group, with blocks [device.end(group), ends[group])
     ends: list[int]
     """Logical index, for each group, after its last block; all equal, except before a pull."""
 

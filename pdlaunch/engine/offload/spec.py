@@ -23,8 +23,7 @@ import numpy.typing as npt
 from pdlaunch.engine.kvcache.groups import aligned_chunk_bytes
 from pdlaunch.errors import TransferSpecError
 
-Direction = Literal["store", "load"]
-"""``store``: device to host; ``load``: host to device."""
+Direction = Literal["store", "load"]  # ``store``: device to host; ``load``: host to device
 
 DIRECTIONS: tuple[Direction, Direction] = ("store", "load")
 
@@ -36,10 +35,8 @@ class TransferSpec:
     """Blocks to copy; the sequences are flat and ordered by group. A group may be empty."""
 
     direction: Direction
-    block_ids: Sequence[int] | IntArray
-    """Device blocks."""
-    group_sizes: Sequence[int]
-    """Number of blocks of each group."""
+    block_ids: Sequence[int] | IntArray  # device blocks
+    group_sizes: Sequence[int]  # number of blocks of each group
     block_indices: Sequence[int]
     """For each group the logical index of its first block within the request; it means nothing
     where the group is empty.
@@ -53,8 +50,7 @@ class GroupShape:
     """Describes one KV cache group on the device."""
 
     num_blocks: int
-    page_bytes: tuple[int, ...]
-    """Bytes of one block in each tensor of the group."""
+    page_bytes: tuple[int, ...]  # bytes of one block in each tensor of the group
 
     @property
     def block_bytes(self) -> int:
@@ -66,8 +62,7 @@ class GroupSpan:
     """Counts the blocks of one group in a transfer, in logical order."""
 
     group: int
-    skip: int
-    """Slots of the first chunk before the first block."""
+    skip: int  # slots of the first chunk before the first block
     block_ids: IntArray
     chunk_ids: IntArray
 

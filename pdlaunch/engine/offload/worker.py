@@ -35,8 +35,7 @@ logger = logging.getLogger(__name__)
 MOST_HASH_THREADS = 8
 """Of half of the cores. 512 MiB take 44 ms on 2 threads and 18 ms on 6; the copy takes 10 ms."""
 
-Digests = list[tuple[int, ...]]
-"""By block, one checksum for each KV head of the rank."""
+Digests = list[tuple[int, ...]]  # by block, one checksum for each KV head of the rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +53,8 @@ class _Content:
     """What one chunk holds."""
 
     key: ChunkKey
-    first_slot: int
-    """Slots before it hold nothing."""
-    digests: Digests | None
-    """Of the slots from ``first_slot`` on; None when nothing is verified."""
+    first_slot: int  # slots before it hold nothing
+    digests: Digests | None  # of the slots from ``first_slot`` on; None when nothing is verified
 
 
 @dataclass(slots=True)

@@ -40,10 +40,8 @@ SECONDS_READ: dict[Kind, str] = {
     "vllm": "vllm:nixl_xfer_time_seconds_sum",
     "native": "pdlaunch_kv_transfer_seconds_total",
 }
-FIRST_TOKEN_ID = 100
-"""Ids below are often special tokens."""
-NUM_TOKEN_IDS = 150
-"""Ids that prompts are drawn from; a vocabulary of bytes has them too."""
+FIRST_TOKEN_ID = 100  # ids below are often special tokens
+NUM_TOKEN_IDS = 150  # ids that prompts are drawn from; a vocabulary of bytes has them too
 NUM_AT_ONCE = 4
 FIRST_RETRY_S = 0.5
 LONGEST_RETRY_S = 10.0
@@ -87,8 +85,7 @@ class Proof:
 
     seconds: float
     num_bytes: int
-    transfer_s: float
-    """Time that the engine counted for the READs; 0 when it counts none."""
+    transfer_s: float  # time that the engine counted for the READs; 0 when it counts none
     is_told: bool = True
     """Decode has told that it computed none of these tokens; else its count of bytes is the proof,
     which READs of other requests add to."""

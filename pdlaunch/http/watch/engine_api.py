@@ -18,10 +18,8 @@ Kind = Literal["native", "vllm"]
 """The program that an engine is; names of metrics follow from it. It is ``config.roles.EngineName``
 again, as this room may not import settings.
 """
-MAX_WORD_BYTES = 64 * 1024
-"""Limits answers that hold a word or none."""
-MOST_QUOTED = 200
-"""Characters of an error that are passed on: some quote the whole answer."""
+MAX_WORD_BYTES = 64 * 1024  # limits answers that hold a word or none
+MOST_QUOTED = 200  # characters of an error that are passed on: some quote the whole answer
 VLLM_RUNNING = ("vllm:num_requests_running", "vllm:num_requests_waiting")
 VLLM_LENT = "vllm:kv_cache_usage_perc"
 """The share of the KV cache that requests or leases hold; the prefix cache alone does not count."""

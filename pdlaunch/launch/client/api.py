@@ -22,14 +22,12 @@ from typing import Any
 from pdlaunch.config.http_names import is_loopback
 from pdlaunch.errors import PdlaunchError
 
-MAX_ANSWER_BYTES = 64 << 20
-"""Limit of one answer, its headers included."""
+MAX_ANSWER_BYTES = 64 << 20  # limit of one answer, its headers included
 ROUTER_RETURN_S = 20.0
 """Time within which a launch starts a router again that has died, unless it dies again and again.
 """
 _POLL_S = 0.05
-_NO_KEY = re.compile(r"[^\x20-\x7e\xa0-\xff]")
-"""Finds what cannot stand in a header."""
+_NO_KEY = re.compile(r"[^\x20-\x7e\xa0-\xff]")  # finds what cannot stand in a header
 
 
 class Api:

@@ -18,11 +18,9 @@ class EngineOutcome(msgspec.Struct, frozen=True, kw_only=True):
     """Tells what became of a command at one engine."""
 
     engine: str
-    error: str | None = None
-    """None: it is done."""
+    error: str | None = None  # none: it is done
     is_sleeping: bool = False
-    num_bytes: int = 0
-    """Device memory that was given back or taken."""
+    num_bytes: int = 0  # device memory that was given back or taken
     running: int = 0
     """After a drain: requests that still run, and prompts whose KV blocks are still to be read."""
     notes: Sequence[str] = ()
@@ -31,11 +29,9 @@ class EngineOutcome(msgspec.Struct, frozen=True, kw_only=True):
 class Change(msgspec.Struct, frozen=True, kw_only=True):
     """Tells what is changed, or would be."""
 
-    replicas: dict[Role, int]
-    """Engines of each role afterwards."""
+    replicas: dict[Role, int]  # engines of each role afterwards
     starts: list[PlannedEngine]
-    stops: dict[str, int]
-    """Engines that stop, with the pieces of work that they had."""
+    stops: dict[str, int]  # engines that stop, with the pieces of work that they had
     stops_first: bool
     drain_s: float
 
@@ -43,11 +39,9 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
 class ChangeOutcome(msgspec.Struct, frozen=True, kw_only=True):
     """Tells what became of a change."""
 
-    change: Change | None = None
-    """None: it was refused before it was planned."""
+    change: Change | None = None  # none: it was refused before it was planned
     notes: Sequence[str] = ()
-    error: str = ""
-    """Empty: it is done, or could be."""
+    error: str = ""  # empty: it is done, or could be
 
 
 def sleep_engines(

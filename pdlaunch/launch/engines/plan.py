@@ -28,8 +28,7 @@ from pdlaunch.protocol.due_pairs import MAX_PEERS, due_pairs
 class EngineKind(Protocol):
     """Knows one kind of engine; all engines of a launch are of one kind."""
 
-    name: str
-    """The word for the kind in settings."""
+    name: str  # the word for the kind in settings
 
     def processes(self, engine: PlacedEngine) -> Sequence[ProcessSpec]:
         """Plan the processes of one engine on the host that it was placed on.

@@ -121,12 +121,9 @@ def permitted(spec: ProcessSpec, executables: Mapping[str, str]) -> ProcessSpec:
 
 logger = logging.getLogger(__name__)
 
-LOOK_S = 0.25
-"""Seconds between two looks at the logs."""
-_PART_BYTES = 64 * 1024
-"""Size of the parts in which logs are read."""
-_MOST_PARTS = 16
-"""Parts of one log at one look: what prints more must not keep heartbeats waiting."""
+LOOK_S = 0.25  # seconds between two looks at the logs
+_PART_BYTES = 64 * 1024  # size of the parts in which logs are read
+_MOST_PARTS = 16  # parts of one log at one look: what prints more must not keep heartbeats waiting
 
 
 class AgentRefusedError(PdlaunchError):

@@ -129,10 +129,8 @@ class _Agent:
     session: Session = field(default_factory=Session)
     unsent: deque[bytes] = field(default_factory=deque)
     """Messages that wait for the connection to come back."""
-    gone_at: float | None = None
-    """Since then its connection is gone."""
-    stamp: float = 0.0
-    """That of its last Beat."""
+    gone_at: float | None = None  # since then its connection is gone
+    stamp: float = 0.0  # that of its last Beat
 
 
 class AgentChannel:

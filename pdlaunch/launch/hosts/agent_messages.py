@@ -24,16 +24,11 @@ _NUMBER = struct.Struct("<Q")
 class Join(Message):
     """Asks to join, as the first message of a session."""
 
-    name: str
-    """Name of the host."""
-    address: str
-    """Its address on the route to the supervisor."""
-    machine: str
-    """The machine, as ``encode_machine`` writes it."""
-    python: str
-    """The Python that it starts processes with, for people."""
-    executables: dict[str, EngineCommand] = {}
-    """The programs of engines that it allows, by name."""
+    name: str  # name of the host
+    address: str  # its address on the route to the supervisor
+    machine: str  # the machine, as ``encode_machine`` writes it
+    python: str  # the Python that it starts processes with, for people
+    executables: dict[str, EngineCommand] = {}  # the programs of engines that it allows, by name
 
 
 class Beat(Message):
@@ -71,8 +66,7 @@ class AgentRefused(Message):
     """Tells that the agent does not start a process, or answers Join: it is not let in."""
 
     reason: str
-    name: str = ""
-    """Names the process; empty: the agent itself is refused."""
+    name: str = ""  # names the process; empty: the agent itself is refused
     incarnation: int = 0
 
 
@@ -86,8 +80,7 @@ class Seen(Message):
     """Answers Look."""
 
     missing_paths: list[str]
-    busy_ports: dict[int, str] = {}
-    """The reason why a port cannot be listened on."""
+    busy_ports: dict[int, str] = {}  # the reason why a port cannot be listened on
 
 
 class LastStepOf(Message):
@@ -103,10 +96,8 @@ FromAgent = Join | Beat | Exited | Said | Printed | AgentRefused | Leave | Seen 
 class AgentWelcome(Message):
     """Lets an agent join."""
 
-    timeout_s: float
-    """It ends its processes when no Beat of its own was answered for so long."""
-    beat_s: float
-    """It says Beat so often."""
+    timeout_s: float  # it ends its processes when no Beat of its own was answered for so long
+    beat_s: float  # it says Beat so often
 
 
 class Look(Message):

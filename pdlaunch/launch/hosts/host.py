@@ -46,10 +46,8 @@ class ProcessExited:
 
     name: str
     incarnation: int
-    returncode: int
-    """Exit code; negative: the signal that killed the process."""
-    lost_with: str = ""
-    """The host that is lost, and why; empty: the process itself was seen to end."""
+    returncode: int  # exit code; negative: the signal that killed the process
+    lost_with: str = ""  # the host that is lost, and why; empty: the process itself was seen to end
 
     @property
     def by_itself(self) -> bool:

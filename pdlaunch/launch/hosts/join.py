@@ -41,8 +41,7 @@ _PART_SUFFIX = ".part"
 class JoinTicket(msgspec.Struct, frozen=True, kw_only=True):
     """Is what the join file holds."""
 
-    endpoint: str
-    """``tcp://10.0.0.1:5555``"""
+    endpoint: str  # ``tcp://10.0.0.1:5555``
     server_public: str
     public: str
     secret: str
@@ -60,8 +59,7 @@ class JoinKeys(msgspec.Struct, frozen=True, kw_only=True):
 
     server: LaunchKeys
     agents: LaunchKeys
-    port: int = 0
-    """The port of the supervisor that drew them, or shall be; 0: any."""
+    port: int = 0  # the port of the supervisor that drew them, or shall be; 0: any
 
     def ticket(self, endpoint: str) -> JoinTicket:
         return JoinTicket(
@@ -219,8 +217,7 @@ def joined_host(join: Join) -> ResolvedHost:
     )
 
 
-_BACKLOG = 128
-"""So many refused agents can learn who was there before them."""
+_BACKLOG = 128  # so many refused agents can learn who was there before them
 _CREDENTIALS = struct.Struct("3i")
 
 

@@ -16,18 +16,14 @@ from pdlaunch.planning.resolve import ResolvedLaunch
 Object = dict[str, Any]
 
 CONFIG_FILE = "/etc/pdlaunch/deployment.yaml"
-JOIN_KEY = "join"
-"""Key of the Secret that holds what agents join with."""
-SUPERVISOR_KEY = "supervisor"
-"""Key of the Secret that holds the supervisor's side of it."""
+JOIN_KEY = "join"  # key of the Secret that holds what agents join with
+SUPERVISOR_KEY = "supervisor"  # key of the Secret that holds the supervisor's side of it
 SECRETS = "/run/secrets"
 SUPERVISOR_FILE = f"{JOIN_FILE}.supervisor"
-HEALTH = "/health"
-"""Route of the router: 200 once every process and every pair of engines is ready."""
+HEALTH = "/health"  # route of the router: 200 once every process and every pair of engines is ready
 EPHEMERAL_PORTS = (32768, 60999)
 """Ports that processes choose from by themselves; pods are told them, so policies can name them."""
-USER = 1000
-"""User of the image."""
+USER = 1000  # user of the image
 PROBE_S = 5
 _ROLE_LABELS: Mapping[Role, str] = {
     "prefill": "prefill",
@@ -43,12 +39,10 @@ class PodOptions:
     name: str
     image: str
     gpu_resource: str = "nvidia.com/gpu"
-    rdma_resource: str | None = None
-    """Extended resource of which each engine pod gets one."""
+    rdma_resource: str | None = None  # extended resource of which each engine pod gets one
     claims: Mapping[str, str] | None = None
     """PersistentVolumeClaims by the folder at which all pods mount them."""
-    cache_claim: str | None = None
-    """A claim for ``/cache`` that exists; None: one is rendered."""
+    cache_claim: str | None = None  # a claim for ``/cache`` that exists; None: one is rendered
     cache_size: str = "20Gi"
 
 

@@ -40,10 +40,8 @@ class Machines:
 class PlacedSettings:
     """Holds what the supervisor's file says, and what it must not say."""
 
-    settings: Mapping[str, Any]
-    """The content of the file."""
-    keys: Mapping[str, str]
-    """API keys by the variable that gives them to the supervisor."""
+    settings: Mapping[str, Any]  # the content of the file
+    keys: Mapping[str, str]  # API keys by the variable that gives them to the supervisor
     engine_secrets: Mapping[Role, Mapping[str, str]] = field(default_factory=dict)
     """Secret-looking variables of engines, by role and name."""
 
@@ -129,8 +127,7 @@ class EngineGroup:
     """Describes the machines of one role."""
 
     machines: Machines
-    num_ranks: int
-    """Ranks on one machine."""
+    num_ranks: int  # ranks on one machine
     num_gpus: int
     num_cpus: int
     memory_bytes: int | None

@@ -42,16 +42,14 @@ _logger = logging.getLogger(__name__)
 
 READ_TIMEOUT_S = 60.0
 """Seconds for which a connection may take no byte of its answer, as with native engines."""
-MOST_TOKENS = 131_072
-"""Stands for the longest request of an engine whose length is not known here."""
+MOST_TOKENS = 131_072  # stands for the longest request of an engine whose length is not known here
 _ASKED = ("/health", "/version", "/metrics", "/v1/models", "/is_sleeping")
 _COMPLETIONS = ("/v1/completions", "/v1/chat/completions")
 _TOLD = (*_COMPLETIONS, "/tokenize", "/detokenize", "/sleep", "/wake_up")
 _TO_ENGINE = (hdrs.CONTENT_TYPE, hdrs.ACCEPT, TRACEPARENT_HEADER, TRACESTATE_HEADER)
 _TO_CLIENT = (hdrs.CONTENT_TYPE, hdrs.CACHE_CONTROL, hdrs.RETRY_AFTER, "X-Accel-Buffering")
 STATEMENTS_PATH = "/pdlaunch/kv-statements"
-STATEMENT_TIMEOUT_S = 8.0
-"""Shorter than an engine waits, so that it is told why."""
+STATEMENT_TIMEOUT_S = 8.0  # shorter than an engine waits, so that it is told why
 MAX_STATEMENT_BYTES = 64 * 1024**2
 """A prompt of a million tokens has a few megabytes: block ids, and checksums by block and head."""
 _STATEMENT = re.compile(r"[0-9a-f]{40}")

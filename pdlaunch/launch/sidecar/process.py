@@ -77,8 +77,7 @@ HEALTH_TIMEOUT_S = 30.0
 SLEEP_FLAG = "--enable-sleep-mode"
 _PROGRESS = ("vllm:generation_tokens_total", "vllm:iteration_tokens_total_sum")
 Found = Literal["works", "idle", "hangs"]
-Peer = tuple[str, int]
-"""Name and incarnation of a prefill engine."""
+Peer = tuple[str, int]  # name and incarnation of a prefill engine
 
 
 @dataclass(frozen=True, slots=True)

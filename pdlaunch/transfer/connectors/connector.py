@@ -54,8 +54,7 @@ class PeerAgent:
     """Describes a peer's connector, as its handshake tells of it."""
 
     name: str
-    metadata: bytes
-    """The peer's address, out of its ``agent_metadata``."""
+    metadata: bytes  # the peer's address, out of its ``agent_metadata``
     geometry: Geometry
 
 
@@ -72,8 +71,7 @@ class BlockRead:
     lease_id: LeaseId = field(default=LeaseId(""))
     reader: ReaderId = field(default=ReaderId(""))
     """The owner of the lease, as in the PullBegin: a prefill side that writes checks both."""
-    digest: str = ""
-    """Hexadecimal; names the prompt by its content."""
+    digest: str = ""  # hexadecimal; names the prompt by its content
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +80,9 @@ class PushJob:
     when there are no blocks.
     """
 
-    target: bytes
-    """The target, as in ``PushedRead``."""
+    target: bytes  # the target, as in ``PushedRead``
     blocks: Sequence[int]
-    heads: range
-    """Index within this rank."""
+    heads: range  # index within this rank
 
 
 class Read(ABC):
@@ -113,8 +109,7 @@ class Read(ABC):
 class PushedRead(Read):
     """Stands for a READ whose bytes the prefill side writes, once it is asked to."""
 
-    target: bytes
-    """Tells the peer's connector where to write."""
+    target: bytes  # tells the peer's connector where to write
 
     @abstractmethod
     def end(self, error: str) -> None:
@@ -160,16 +155,14 @@ class Connection(ABC):
 class Connector(ABC):
     """Moves KV blocks. It may be opened again after ``close``."""
 
-    name: str
-    """The name in the settings; ranks whose names differ do not connect."""
+    name: str  # the name in the settings; ranks whose names differ do not connect
     path: str
     """The name of what carries the bytes, for people: ``nixl/UCX``; see ``Connection.paths``."""
     agent_name: str
     """Unique over ranks and incarnations: the pattern of the scratch follows from it, by which
     peers tell this memory from that of a predecessor.
     """
-    pushes: bool = False
-    """The prefill side writes to its readers, by ``push``."""
+    pushes: bool = False  # the prefill side writes to its readers, by ``push``
 
     @abstractmethod
     def open(self, memory: LocalMemory) -> None:

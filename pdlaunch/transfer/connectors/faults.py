@@ -23,18 +23,12 @@ from pdlaunch.protocol.transfer import GrantLease, TransferCommand
 class Fault(Enum):
     """Names what can happen to one READ."""
 
-    REFUSE = auto()
-    """It is refused at its start."""
-    FAIL = auto()
-    """It writes, and then says that it has failed."""
-    DELAY = auto()
-    """It starts late."""
-    TRUNCATE = auto()
-    """It says done, and half of its last block was not written."""
-    CORRUPT = auto()
-    """It says done, and one byte is wrong."""
-    DUPLICATE = auto()
-    """It writes twice before it says done."""
+    REFUSE = auto()  # it is refused at its start
+    FAIL = auto()  # it writes, and then says that it has failed
+    DELAY = auto()  # it starts late
+    TRUNCATE = auto()  # it says done, and half of its last block was not written
+    CORRUPT = auto()  # it says done, and one byte is wrong
+    DUPLICATE = auto()  # it writes twice before it says done
     LOSE = auto()
     """Its completion comes late, maybe after the end of its lease or the pull's deadline."""
 

@@ -33,10 +33,8 @@ from pdlaunch.transfer.connectors.faults import Fault, FaultPlan
 from pdlaunch.transfer.sides import TransferSetup
 from pdlaunch.transfer.thread import TransferThread
 
-_TIMER_SLACK_S = 0.001
-"""Added to a timer: a wake before the report is due would be in vain."""
-_WAIT_S = 0.02
-"""Time between two looks at whether ends may be seen again."""
+_TIMER_SLACK_S = 0.001  # added to a timer: a wake before the report is due would be in vain
+_WAIT_S = 0.02  # time between two looks at whether ends may be seen again
 
 
 class FaultyConnector(Connector):

@@ -43,12 +43,9 @@ _FIX = (
 
 
 class _Target(msgspec.Struct, frozen=True):
-    segment: str
-    """Address of the reader's engine: ``127.0.0.1:12345``."""
-    addresses: list[int]
-    """Return the addresses at which the heads of each block shall begin."""
-    piece_bytes: int
-    """Bytes to write to each address."""
+    segment: str  # address of the reader's engine: ``127.0.0.1:12345``
+    addresses: list[int]  # return the addresses at which the heads of each block shall begin
+    piece_bytes: int  # bytes to write to each address
 
 
 _decoder = msgspec.msgpack.Decoder(_Target)

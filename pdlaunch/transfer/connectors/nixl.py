@@ -229,8 +229,7 @@ class NixlConnector(Connector):
 class _NixlConnection(Connection):
     connector: NixlConnector
     peer: PeerAgent
-    pieces: tuple[Any, Any]
-    """Prepared descriptors of the peer's blocks and heads."""
+    pieces: tuple[Any, Any]  # prepared descriptors of the peer's blocks and heads
 
     def paths(self) -> Sequence[str]:
         return (NixlConnector.path,)
@@ -311,8 +310,7 @@ class _NixlConnection(Connection):
 class _NixlRead(Read):
     connector: NixlConnector
     handle: Any
-    registration: Any
-    """Memory of a scratch READ."""
+    registration: Any  # memory of a scratch READ
     state: str = "PROC"
     posted_at: float = 0.0
     ended_at: float = 0.0

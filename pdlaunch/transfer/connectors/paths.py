@@ -32,8 +32,7 @@ class _Offer(msgspec.Struct, frozen=True):
     """Describes one connector of a rank to its peers."""
 
     metadata: bytes = b""
-    error: str = ""
-    """The reason why it did not open; empty when it did."""
+    error: str = ""  # the reason why it did not open; empty when it did
 
 
 _decoder = msgspec.msgpack.Decoder(dict[str, _Offer])

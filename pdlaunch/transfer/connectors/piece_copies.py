@@ -22,8 +22,7 @@ from pdlaunch.transfer.connectors.connector import Read, ReadState
 logger = logging.getLogger(__name__)
 
 
-PART_BYTES = 128 * 1024**2
-"""Bytes of one part: a third of a millisecond at 400 GB/s."""
+PART_BYTES = 128 * 1024**2  # bytes of one part: a third of a millisecond at 400 GB/s
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,7 @@ class Pieces:
     """
 
     destinations: Addresses
-    sources: Addresses
-    """Addresses in the peer's mapped memory, as many as ``destinations``."""
+    sources: Addresses  # addresses in the peer's mapped memory, as many as ``destinations``
     piece_bytes: int
 
     @cached_property
@@ -66,8 +64,7 @@ class Pieces:
 class PieceCopier(ABC):
     """Copies pieces in one way. One thread calls its methods, none of which waits for a copy."""
 
-    name: str
-    """``batch3`` and such; empty where there is only one."""
+    name: str  # ``batch3`` and such; empty where there is only one
 
     def supports(self, pieces: Pieces) -> bool:
         """Return whether it can copy pieces of this size and alignment."""

@@ -38,14 +38,11 @@ class PendingRead(PushedRead):
     target: bytes
     settle: Callable[[PendingRead], ReadState]
     """Returns the state of the READ once ``error`` is known; never raises."""
-    blocks: BlockRead | None
-    """None for a READ of the peer's scratch."""
-    landing: torch.Tensor | None = None
-    """Memory of a scratch READ."""
+    blocks: BlockRead | None  # none for a READ of the peer's scratch
+    landing: torch.Tensor | None = None  # memory of a scratch READ
     release: Callable[[], None] = lambda: None
     state: ReadState = "pending"
-    error: str | None = None
-    """The outcome of the prefill side's write; None until that is known."""
+    error: str | None = None  # the outcome of the prefill side's write; None until that is known
     began_at: float = field(default_factory=time.perf_counter)
     ended_at: float = 0.0
 

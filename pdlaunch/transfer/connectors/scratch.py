@@ -19,8 +19,7 @@ from pdlaunch.errors import TransferError
 from pdlaunch.transfer.connectors.connector import Read
 
 PATTERN_BYTES = 1024**2
-SCRATCH_BYTES = 16 * PATTERN_BYTES
-"""Scratch on a CPU: enough to time a path of several GB/s."""
+SCRATCH_BYTES = 16 * PATTERN_BYTES  # scratch on a CPU: enough to time a path of several GB/s
 DEVICE_SCRATCH_BYTES = 128 * PATTERN_BYTES
 """Scratch on a GPU: a third of a millisecond at 400 GB/s, long against the cost of starting a READ.
 """
@@ -36,8 +35,7 @@ NUM_WARM_READS = 3
 """READs that are timed; the best one counts, because a READ of half a millisecond is easily
 disturbed.
 """
-STEADY_S = 0.02
-"""A READ that takes this long is not repeated: disturbances are short beside it."""
+STEADY_S = 0.02  # a READ that takes this long is not repeated: disturbances are short beside it
 NEARLY = 0.95
 """Share of the best speed that counts as equal; it is more than the spread of a measurement. Among
 equals the connector's preference counts.
@@ -100,8 +98,7 @@ class PathFigure:
 
     path: str
     gigabytes_per_s: float = 0.0
-    error: str = ""
-    """The reason why the path cannot be used; empty when it can."""
+    error: str = ""  # the reason why the path cannot be used; empty when it can
 
     def __str__(self) -> str:
         return self.error or f"{self.gigabytes_per_s:.3g} GB/s"

@@ -19,8 +19,7 @@ from pdlaunch.engine.kvcache.groups import KVCacheLayout
 
 ALGORITHM = "xxh3_64"
 
-ChecksumArray = npt.NDArray[np.uint64]
-"""[num_blocks, num_heads]"""
+ChecksumArray = npt.NDArray[np.uint64]  # [num_blocks, num_heads]
 
 
 class Checksums:

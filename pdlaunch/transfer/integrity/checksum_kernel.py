@@ -22,10 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
-SMALLEST_BYTES = 241
-"""XXH3 hashes smaller inputs in other ways."""
-LOAD_BYTES = 16
-"""Regions are multiples of the widest load of a thread."""
+SMALLEST_BYTES = 241  # XXH3 hashes smaller inputs in other ways
+LOAD_BYTES = 16  # regions are multiples of the widest load of a thread
 TILE_BLOCKS = 8
 """Blocks that a program loads at once: 8 KiB, enough to fill the memory's pipeline with four
 programs on each multiprocessor.

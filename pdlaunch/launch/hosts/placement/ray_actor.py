@@ -21,8 +21,7 @@ class AgentState(TypedDict):
 
     public: str
     """Public key that its agent joins with; another one after Ray has started the actor anew."""
-    returncode: int | None
-    """Exit code of an agent that has ended."""
+    returncode: int | None  # exit code of an agent that has ended
     is_started: bool
 
 

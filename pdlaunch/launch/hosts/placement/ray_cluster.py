@@ -46,13 +46,11 @@ _ALLOCATING = {"pack": "PACK", "spread": "SPREAD"}
 class Bundle:
     """Asks Ray for the room of one engine."""
 
-    name: str
-    """The host's name in the launch: ``ray-prefill-0``."""
+    name: str  # the host's name in the launch: ``ray-prefill-0``
     role: Role
     num_cpus: int
     num_gpus: int
-    executables: tuple[str, ...] = ()
-    """Programs of engines that its agent allows."""
+    executables: tuple[str, ...] = ()  # programs of engines that its agent allows
 
     @property
     def resources(self) -> dict[str, float]:
