@@ -1,4 +1,4 @@
-"""Answers commands that change what is wanted of a running launch."""
+"""Answers commands that change the desired state of a running launch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pdlaunch.launch.status import LaunchPhase
 from pdlaunch.protocol.control import Answered, ChangeEngines, RefusalCode, Restart, SetDrained
 
 PlanChange = Callable[[ChangeEngines, Collection[str], Collection[str]], EngineChange]
-"""Is ``EnginePlaces.plan``."""
+"""The type of ``EnginePlaces.plan``."""
 Command = Restart | SetDrained | ChangeEngines
 
 
@@ -26,7 +26,7 @@ class _Refused(Exception):
 def obey(
     command: Command, asker: str, wanted: Desired, seen: Observed, plan: PlanChange
 ) -> list[Action]:
-    """Change what is wanted, and answer."""
+    """Change the desired state, and answer."""
     answer = Answered(question=command.question)
     note = ""
     try:
@@ -61,7 +61,7 @@ def _require_ready(what: str, seen: Observed, withheld: str = "") -> None:
 
 
 def _restart(command: Restart, answer: Answered, wanted: Desired, seen: Observed) -> str:
-    """Asking again while a restart is under way changes nothing."""
+    """Restart an engine; another request during the restart changes nothing."""
     engine = _find(seen, command.name)
     answer.engine, goal = engine.name, wanted.engines[engine.name]
     _require_ready(f"{engine.name} cannot be restarted", seen, goal.withheld)
@@ -73,9 +73,9 @@ def _restart(command: Restart, answer: Answered, wanted: Desired, seen: Observed
 
 
 def _set_drained(command: SetDrained, answer: Answered, wanted: Desired, seen: Observed) -> str:
-    """Withhold new work from an engine, or give it work again; what runs there goes on.
+    """Withhold new work from an engine, or give it work again; running requests go on.
 
-    The last engine that serves is not drained. Asking again changes nothing.
+    The last serving engine is not drained. A repeated command changes nothing.
     """
     engine = _find(seen, command.name)
     answer.engine, goal = engine.name, wanted.engines[engine.name]
@@ -104,7 +104,7 @@ def _change(
     seen: Observed,
     plan: PlanChange,
 ) -> str:
-    """Judge a change of the engines, and begin it unless it is a dry run."""
+    """Check a change of the engines, and begin it unless it is a dry run."""
     _require_ready("engines cannot change", seen)
     if wanted.change is not None and not command.dry_run:
         raise _Refused(

@@ -1,4 +1,4 @@
-"""Takes events into the state of a launch; returns the actions that cannot wait. It does no I/O."""
+"""Updates the state of a launch with events; returns the actions that cannot wait. No I/O."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from pdlaunch.protocol.control import (
 
 logger = logging.getLogger(__name__)
 
-FAILED_GRACE_S = 5.0  # time that a process that has said Failed gets to leave by itself
+FAILED_GRACE_S = 5.0  # time for a process to exit by itself after it has sent Failed
 
 
 def observe(wanted: Desired, seen: Observed, event: Event, now: float) -> list[Action]:
-    """Take in one event, and return the actions that follow at once."""
+    """Update the state with one event, and return the actions that follow at once."""
     match event:
         case ProcessExited():
             return list(_exited(wanted, seen, event, now))
@@ -52,7 +52,7 @@ def observe(wanted: Desired, seen: Observed, event: Event, now: float) -> list[A
 
 
 def fail(wanted: Desired, seen: Observed, failure: Failure) -> None:
-    """Keep the earliest failure, for which the launch ends; it may end already."""
+    """Keep the earliest failure, which ends the launch unless it ends already."""
     if seen.failure is None and wanted.stop_signal is None:
         seen.failure = failure
 
@@ -64,7 +64,7 @@ def _ends(wanted: Desired, seen: Observed) -> bool:
 def _stop(wanted: Desired, seen: Observed, event: StopRequested) -> Iterator[Action]:
     reason = event.reason or signal.Signals(event.signal_number).name
     if _ends(wanted, seen):
-        # Slurm sends SIGTERM twice at a time limit; who wants to hurry says Ctrl-C.
+        # Slurm sends SIGTERM twice at a time limit; only Ctrl-C asks to hurry.
         if reason != "SIGTERM":
             wanted.is_hurried = True
             yield Note(f"{reason}, while stopping: not waiting any longer")
@@ -102,13 +102,13 @@ def _received(
             yield Greet(name)
         case Failed(error=error):
             process.error = error
-            # These words may arrive after the end of the process, which was reported first.
+            # This message may arrive after the process's exit, which was reported first.
             if seen.failure is not None and seen.failure.process == name:
                 seen.failure.said = error
             if not process.alive:
                 return
             if seen.phase is LaunchPhase.READY:
-                # It is about to leave by itself, and its end restarts the unit.
+                # It is about to exit by itself, and its exit restarts the unit.
                 unit.kill_at = now + FAILED_GRACE_S
             else:
                 summary = f"{process.label} failed to start"
@@ -123,7 +123,7 @@ def _received(
         case Ready():
             yield from _ready(seen, unit, process, message, now)
         case PairReady():
-            # A proof of a peer's earlier incarnation is worth nothing.
+            # Ignore a proof of a peer's earlier incarnation.
             peer = seen.find(message.peer)
             is_current = peer is not None and peer[1].incarnation == message.peer_incarnation
             if is_current and message.local == name:
@@ -194,7 +194,7 @@ def _fail_change(wanted: Desired, reason: str) -> None:
 
 def _exited(wanted: Desired, seen: Observed, event: ProcessExited, now: float) -> Iterator[Action]:
     found = seen.find(event.name)
-    # An end counts once, and only that of the incarnation that runs.
+    # An exit counts once, and only for the running incarnation.
     if found is None or event.incarnation != found[1].incarnation or not found[1].alive:
         return
     unit, process = found
@@ -217,7 +217,7 @@ def _exited(wanted: Desired, seen: Observed, event: ProcessExited, now: float) -
         _fail_change(wanted, f"{process.label} {event.how()}{said}")
     elif seen.phase is LaunchPhase.READY:
         process.state = ProcessState.FAILED
-        # The first to die is the cause; the others die of it, or are killed for it.
+        # The first to die is the cause; the others die or are killed because of it.
         if unit.cause is None:
             unit.cause, unit.died_at, unit.lost_with = process, now, event.lost_with
             seen.ends[process.name]["died"] += 1
@@ -231,7 +231,7 @@ def _exited(wanted: Desired, seen: Observed, event: ProcessExited, now: float) -
 
 
 def _tell(unit: Unit, process: Instance, event: ProcessExited) -> Iterator[Action]:
-    """Tell people of the first death in a unit, and the router which requests may be to blame."""
+    """Report the first death in a unit, and tell the router which requests may be to blame."""
     said = f": {process.error}" if process.error else ""
     yield Note(f"{process.label} {event.how()}{said}")
     # No request is to blame if the rank never served, or somebody killed it.

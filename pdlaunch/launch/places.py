@@ -1,7 +1,7 @@
 """Knows where the engines of a launch run: plans changes of them, and moves them off lost hosts.
 
-A change is resolved and judged as a launch is at its start. Engines that stay are left as they run.
-An engine of a lost host is started there once the host is back, else on another one with room.
+A change is resolved and checked like a launch at its start. Remaining engines are left as they run.
+An engine of a lost host starts again once the host is back, or on another host with room.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MAX_REPLICAS = 1024
 
 Key = tuple[Role, int]  # role and index of an engine
 Busy = Mapping[tuple[str, int], str]
-"""The engine that has a GPU, by host and the GPU's number on that machine."""
+"""The engine that uses a GPU, by host and the GPU's number on that machine."""
 _OF_MEMORY = frozenset(("PD207", "PD210", "PD212"))
 """Rules on memory, of all engines that might be moved together; each is judged by its devices."""
 _MAY_DIFFER = frozenset(
@@ -42,9 +42,9 @@ _MAY_DIFFER = frozenset(
 
 
 class EnginePlaces:
-    """Keeps which hosts are present, and where each engine of the launch is placed.
+    """Tracks which hosts are present, and where each engine of the launch is placed.
 
-    ``present``: names of hosts that are there, the supervisor's own among them.
+    ``present``: names of the present hosts, including the supervisor's own.
     """
 
     def __init__(
@@ -63,9 +63,9 @@ class EnginePlaces:
         self._ended_by: dict[str, float] = {}
         """Instants by which lost hosts have ended their processes."""
         self._names_taken_until: dict[str, float] = {}
-        """Instants by which the processes of engines have ended that are gone with a lost host."""
+        """By engine gone with a lost host: the instant by which its processes have ended."""
         self._readdressed: set[str] = set()
-        """Hosts that are back at another address than their processes were planned for."""
+        """Hosts that are back at a new address, for which their processes were not planned."""
 
     # Hosts that come and go
 
@@ -81,16 +81,16 @@ class EnginePlaces:
         self._bootstraps.adopt(self._resolved)
 
     def lost(self, name: str, ended_by: float | None) -> None:
-        """Note that a host is lost; until ``ended_by`` its processes may run, None: they do not."""
+        """Note that a host is lost. Its processes may run until ``ended_by``; None: no more."""
         self._present.discard(name)
         if ended_by is not None:
-            # Another machine of the name may be cut off, too.
+            # Another machine of this name may be cut off, too.
             self._ended_by[name] = max(ended_by, self._ended_by.get(name, 0.0))
 
     def find(self, unit: Unit, units: Sequence[Unit]) -> bool:
         """Return whether a unit, whose processes have ended, can be started; perhaps elsewhere."""
         host = unit.processes[0].spec.host
-        # An agent may be alive, and cut off: no engine runs twice.
+        # The agent may be alive but cut off, and no engine may run twice.
         if self._clock() < self._ended_by.get(host, 0.0):
             return False
         if host in self._present:
@@ -141,9 +141,9 @@ class EnginePlaces:
         return self._resolved.with_places({**self._resolved.places, key: place})
 
     def _may_move(self, lost: str, host: ResolvedHost) -> bool:
-        """Return whether rules find nothing new where all engines of a lost host are on this one.
+        """Return whether rules find nothing new with all engines of a lost host on this one.
 
-        Those that find no room there are judged when they are moved themselves.
+        Engines that find no room there are checked when they are moved themselves.
         """
         there = [_key(engine) for engine in self._resolved.engines if engine.host.name == lost]
         places = {**self._resolved.places, **dict.fromkeys(there, EnginePlace(host.name))}
@@ -153,7 +153,7 @@ class EnginePlaces:
     # Changes
 
     def begin(self, change: EngineChange) -> list[ProcessSpec]:
-        """Add the new engines of a change; return their processes. Those that stop are there until
+        """Add the new engines of a change; return their processes. Stopping engines stay until
         ``forget``.
         """
         new = {_key(engine) for engine in change.starts}
@@ -178,15 +178,15 @@ class EnginePlaces:
     def plan(
         self, wanted: ChangeEngines, serving: Collection[str], drained: Collection[str]
     ) -> EngineChange:
-        """Plan a change, without engines to start or stop where there is nothing to do.
+        """Plan a change, which starts and stops no engine if there is nothing to do.
 
-        ``serving``, ``drained``: names of engines. Raises ConfigError with the reason why it cannot
-        be.
+        ``serving``, ``drained``: names of engines. Raises ConfigError with the reason if the change
+        is impossible.
         """
         starts: list[Key] = []
         stops: list[PlacedEngine] = []
         if wanted.turn:
-            # The engine is planned anew under another role, on the devices that it has.
+            # The engine is planned again in another role, on its present devices.
             engine = self._placed(wanted.turn)
             if wanted.role is not None and wanted.role != engine.engines.role:
                 starts, stops = list(self._new_keys(wanted.role, 1)), [engine]
@@ -200,7 +200,7 @@ class EnginePlaces:
                 )
             engines = [e for e in self._resolved.engines if e.engines.role == role]
             starts += self._new_keys(role, number - len(engines))
-            # Those that do not serve go first, then drained ones, then the highest numbers.
+            # Engines that do not serve go first, then drained ones, then the highest numbers.
             engines.sort(key=lambda e: (e.name in serving, e.name in drained, -e.index))
             stops += engines[: max(0, len(engines) - number)]
         if not starts and not stops:
@@ -256,7 +256,7 @@ class EnginePlaces:
         return read_models(with_replicas(self._resolved.config, dict.fromkeys(new, 1))) | known
 
     def _busy(self, gone: Collection[Key]) -> dict[tuple[str, int], str]:
-        """Return who has the GPUs once some engines are gone."""
+        """Return which engine has each GPU once some engines are gone."""
         return {
             (engine.host.name, engine.engines.gpus[device].index): engine.name
             for engine in self._resolved.engines
@@ -275,9 +275,9 @@ class EnginePlaces:
         preferred: Collection[tuple[str, int]] = (),
         homes: Collection[str] = (),
     ) -> dict[Key, EnginePlace] | None:
-        """Return hosts and devices for new engines; None: there is no room for one of them.
+        """Return hosts and devices for new engines, or None if one of them has no room.
 
-        ``preferred``, ``homes``: GPUs and hosts that come first.
+        ``preferred``, ``homes``: GPUs and hosts to try first.
         """
         placed: dict[Key, EnginePlace] = {}
         taken = dict(busy)
@@ -340,7 +340,7 @@ class EnginePlaces:
         )
 
     def _judge(self, resolved: ResolvedLaunch) -> list[Finding]:
-        """Return the new warnings; raise ConfigError for what keeps the launch from being so."""
+        """Return the new warnings; raise ConfigError if the launch would not start."""
         if not resolved.engines:
             raise ConfigError(
                 "no engine would be left",
@@ -372,7 +372,7 @@ class EnginePlaces:
         return [finding for finding in found if finding.severity == "warning"]
 
     def _new_findings(self, resolved: ResolvedLaunch) -> list[Finding]:
-        """Return what rules find in a launch that they do not find in the present one."""
+        """Return the findings of a launch whose rules find nothing in the present one."""
         before, after = (
             run_checks(launch, {}, Probes(), rules=self._kind.rules()).findings
             for launch in (self._resolved, resolved)
@@ -381,7 +381,7 @@ class EnginePlaces:
         return [finding for finding in after if finding.rule not in known]
 
     def _require_as_they_run(self, resolved: ResolvedLaunch, kept: Places) -> None:
-        """Raise ConfigError where an engine that stays would have to be started anew."""
+        """Raise ConfigError if an engine that stays would have to be restarted."""
         before = {_key(engine): engine for engine in self._resolved.engines}
         for engine in (engine for engine in resolved.engines if _key(engine) in kept):
             old, new = (self._as_started(each) for each in (before[_key(engine)], engine))
@@ -410,7 +410,7 @@ def _key(engine: PlacedEngine) -> Key:
 def _free_devices(
     engines: RoleEngines, host: str, busy: Busy, preferred: Collection[tuple[str, int]] = ()
 ) -> tuple[int, ...] | None:
-    """Return devices for the ranks of one engine; None: there is no room. Empty on a CPU."""
+    """Return devices for the ranks of one engine, or None without room. Empty on a CPU."""
     if engines.device == "cpu":
         return ()
     free = [place for place, gpu in enumerate(engines.gpus) if (host, gpu.index) not in busy]

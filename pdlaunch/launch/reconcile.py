@@ -1,4 +1,4 @@
-"""Compares what is wanted of a launch with what is known of it, and says what to do next.
+"""Compares the desired with the observed state of a launch, and returns the next actions.
 
 ::
 
@@ -7,8 +7,8 @@
     changes    starting ── ready and proven ──▶ joined; old engines leave     late, dead ──▶ leaving
     the end    drain router, engines ──▶ stop router, engines ──▶ SIGTERM ──▶ SIGKILL
 
-Here is no clock, no process and no socket: the same state and time give the same actions. What an
-action begins is noted in the state at once, so that a second call returns nothing more.
+This module uses no clock, process or socket: the same state and time give the same actions. The
+state records an action at once, so that a second call does not return it again.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ _PHASES = tuple(LaunchPhase)
 
 
 class Moment:
-    """The instant of one comparison; it collects the instant at which the next one is due."""
+    """The instant of one comparison; collects the instant at which the next one is due."""
 
     def __init__(self, now: float) -> None:
         self.now = now
         self.next_at = math.inf
 
     def due(self, at: float | None) -> bool:
-        """Return True if an instant has come; one that is yet to come is remembered."""
+        """Return True if an instant has come; remember it if it is in the future."""
         if at is not None and at > self.now:
             self.next_at = min(self.next_at, at)
         return at is not None and at <= self.now
@@ -119,7 +119,7 @@ def _serve(wanted: Desired, seen: Observed, moment: Moment) -> Iterator[Action]:
 
 
 def _watch(wanted: Desired, seen: Observed, moment: Moment) -> Iterator[Action]:
-    """Kill what hangs, the longest silent first: others may hang because of it."""
+    """Kill hung processes, the longest silent first: others may hang because of it."""
     if not wanted.timing.hang_timeout_s:
         return
     moment.due(moment.now + wanted.timing.heartbeat_s)
@@ -136,7 +136,7 @@ def _watch(wanted: Desired, seen: Observed, moment: Moment) -> Iterator[Action]:
 
 
 def _keep(wanted: Desired, seen: Observed, unit: Unit, moment: Moment) -> Iterator[Action]:
-    """Have a unit run: kill what is left of it after a death, then start it again."""
+    """Keep a unit running: after a death kill its other processes, then start it again."""
     if unit.alive:
         if unit.cause is not None:
             yield from _kill(unit)
@@ -150,13 +150,13 @@ def _keep(wanted: Desired, seen: Observed, unit: Unit, moment: Moment) -> Iterat
 
 
 def _kill(unit: Unit) -> Iterator[Action]:
-    """Kill what lives of a unit; it leaves the registry at once."""
+    """Kill the living processes of a unit; they leave the registry at once."""
     if unit.is_killed:
         return
     unit.is_killed = True
     for process in unit.processes:
         if process.alive:
-            # Now, and not when it has ended: until they hear of it, peers go on asking it.
+            # Now, not when it has ended: peers ask it for as long as the registry lists it.
             process.registration = None
             yield SendSignal(process.name, signal.SIGKILL)
 
@@ -171,10 +171,10 @@ def _after_death(wanted: Desired, seen: Observed, unit: Unit, moment: Moment) ->
     """Wait before a dead unit is started again, or give its engine up."""
     cause, timing = unit.cause, wanted.timing
     if cause is None:
-        return  # It was to join, and the change is taken back.
+        return  # It was about to join, and the change is taken back.
     unit.kill_at = None
     if unit.lost_with:
-        # It died of its host and not of itself: this counts for nothing.
+        # Its host was lost: this does not count as a quick death.
         for process in unit.processes:
             process.state = ProcessState.BACKING_OFF
         yield Start(unit.name)
@@ -201,7 +201,7 @@ def _after_death(wanted: Desired, seen: Observed, unit: Unit, moment: Moment) ->
 def _give_up(
     wanted: Desired, seen: Observed, unit: Unit, cause: Instance, moment: Moment
 ) -> Iterator[Action]:
-    """Leave the work of an engine that always dies to others; without any the launch is over.
+    """Give up an engine that always dies; the launch ends if no other can do its work.
 
     Deaths by SIGKILL count as well: the kernel sends it to a process that takes too much memory.
     """
@@ -250,9 +250,9 @@ def _left_of(role: Role, engines: Collection[LaunchedEngine]) -> list[LaunchedEn
 def _leave_alone(
     engine: LaunchedEngine, retry_at: float, wanted: Desired, moment: Moment
 ) -> Iterator[Action]:
-    """End what lives of an engine that was given up, and try it again when it is time.
+    """Kill the rest of an engine that was given up, and try it again when it is time.
 
-    One quick death of a unit is enough to give it up again, for longer.
+    One quick death of a unit is enough to give the engine up again, for longer.
     """
     for unit in engine.units:
         if unit.alive:
@@ -276,11 +276,11 @@ def _leave_alone(
 def _retire(
     wanted: Desired, seen: Observed, engine: LaunchedEngine, goal: Goal, moment: Moment
 ) -> Iterator[Action]:
-    """Drain and stop an engine; once all of it has ended, start it anew or forget it.
+    """Drain and stop an engine; once its processes have ended, restart or forget it.
 
-    A draining server is listed as such: routers give it no new work. A prefill engine is idle once
-    decode engines have read what it has computed. What still runs when it is stopped goes on at
-    another engine.
+    The registry lists its server as draining, so routers give it no new work. A prefill engine is
+    idle once decode engines have read its leased blocks. Requests that still run when it is
+    stopped continue at another engine.
     """
     if not engine.retires:
         engine.retires, engine.retry_at, engine.num_times = True, None, 0
@@ -327,7 +327,7 @@ def _retire(
 def _stop(engine: LaunchedEngine, wanted: Desired, moment: Moment) -> Iterator[Action]:
     """Tell ready processes to stop, by message.
 
-    Those that still start may be busy loading, so they get SIGTERM. Stragglers are killed.
+    Starting processes may be busy loading, so they get SIGTERM. Stragglers are killed.
     """
     engine.stop_at = None
     for unit in engine.units:
@@ -351,10 +351,10 @@ def _ask_to_end(process: Instance) -> Action:
 def _advance(
     wanted: Desired, seen: Observed, change: RunningChange, moment: Moment
 ) -> Iterator[Action]:
-    """Take the next step of a change: which engines are there tells how far it is.
+    """Take the next step of a change; the present engines show how far it is.
 
-    A new engine is listed from its start, so that pairs can be proven, and given work once they
-    are.
+    A new engine is listed from its start, so that its pairs can be proven. It is given work once
+    they are proven.
     """
     withheld = {name: goal.withheld for name, goal in wanted.engines.items()}
     joining = sorted(name for name, why in withheld.items() if why == "joining")
@@ -371,7 +371,7 @@ def _advance(
         yield Note(change.error or f"engines have changed: {change.what}")
         yield SendAnswer(change.asker, Answered(question=change.question, error=change.error))
     elif stops and (change.plan.stops_first or not starts):
-        # All are told before the first can be gone.
+        # Tell all of them before the first can be gone.
         for name in stops:
             wanted.engines[name].withheld = "leaving"
             wanted.engines[name].drain_s = change.drain_s
@@ -389,7 +389,7 @@ def _join(
     engines = [seen.engines[name] for name in joining]
     units = [unit for engine in engines for unit in engine.units if not unit.ready]
     unready = [f"{process.name} is {process.state}" for u in units for process in u.processes]
-    # Engines that sleep, or start anew, prove their pairs when they are back.
+    # Sleeping and restarting engines prove their pairs when they are back.
     there = [each.name for each in seen.engines.values() if each.ready and each.is_awake]
     missing = unready or seen.pairs.missing(there, of=joining)
     if not change.failure and not missing:
@@ -402,7 +402,7 @@ def _join(
         change.failure = f"{late}: {'; '.join(missing)}"
     if not change.failure:
         return
-    # Those that were there serve on.
+    # The old engines go on serving.
     gone = [name for name in change.plan.stops if name not in seen.engines]
     change.error = f"{', '.join(joining)} cannot be added: {change.failure}" + (
         f"; {', '.join(gone)} is gone already" if gone else ""
@@ -438,7 +438,7 @@ def _end(wanted: Desired, seen: Observed, moment: Moment) -> Iterator[Action]:
         yield from _enter(LaunchPhase.STOPPED if stopped else following, wanted, seen, moment)
     waits = seen.phase in _DRAINED_KIND and any(p.spec.kind == "router" for p in _alive(seen))
     if seen.listens and not waits:
-        # No other router follows: who connects now is refused instead of left waiting.
+        # No other router follows: refuse new connections instead of leaving them waiting.
         seen.listens = False
         yield Chore.CLOSE_LISTENERS
 
@@ -459,7 +459,7 @@ def _enter(phase: LaunchPhase, wanted: Desired, seen: Observed, moment: Moment) 
     match phase:
         case LaunchPhase.DRAINING_ROUTER | LaunchPhase.DRAINING_ENGINES:
             time_s = max(0.0, seen.drain_ends_at - moment.now)
-            # A drained server has no request at its ranks: they are not asked.
+            # A drained server has no requests at its ranks, so they need not be asked.
             for process in _undrained(seen, _DRAINED_KIND[phase]):
                 process.state = ProcessState.DRAINING
                 yield SendMessage(process.name, Drain(timeout_s=time_s))
@@ -485,7 +485,7 @@ def _enter(phase: LaunchPhase, wanted: Desired, seen: Observed, moment: Moment) 
 
 
 def _undrained(seen: Observed, kind: str) -> list[Instance]:
-    """Return those that have yet to drain; one that still starts has no work to finish."""
+    """Return the processes that have yet to drain; starting ones have no work to finish."""
     return [
         process
         for process in seen.processes()

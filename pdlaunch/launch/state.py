@@ -1,6 +1,6 @@
-"""Holds what is wanted of a launch (``Desired``) and what is known of it (``Observed``).
+"""Holds the desired and the observed state of a launch.
 
-Commands change the first, events the second, and ``reconcile`` compares the two.
+Commands change ``Desired``, events change ``Observed``, and ``reconcile`` compares the two.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ALIVE = (
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Sets every time that the supervisor keeps, in seconds."""
+    """Holds the supervisor's time limits, in seconds."""
 
     startup_timeout_s: float = 600.0
     drain_s: float = 30.0  # time to finish running requests
@@ -47,15 +47,15 @@ class Timing:
     stop_s: float = 5.0
     terminate_s: float = 3.0
     kill_s: float = 5.0
-    hang_timeout_s: float = 0.0  # the longest silence of a ready process; 0: nobody is watched
+    hang_timeout_s: float = 0.0  # the longest silence of a ready process; 0: no limit
     first_delay_s: float = 0.5
     """The wait before the first restart; each quick death doubles it, up to ``max_delay_s``."""
     max_delay_s: float = 30.0
     quick_s: float = 60.0  # a death within this time of being ready, or before it, is quick
     max_quick_deaths: int = 5
     first_retry_s: float = 60.0
-    """The time an engine that was given up is left alone; each time doubles it, to ``max_retry_s``.
-    """
+    """The wait before an engine that was given up is tried again; each time doubles it, up to
+    ``max_retry_s``."""
     max_retry_s: float = 900.0
 
     @property
@@ -63,7 +63,7 @@ class Timing:
         return self.hang_timeout_s / HEARTBEATS
 
     def silence_s(self, process: Instance) -> float:
-        """Return the longest silence of a process: one that sleeps may be loading its weights."""
+        """Return the longest allowed silence; a sleeping process may be loading its weights."""
         if process.sleep_state == "awake":
             return self.hang_timeout_s
         return max(self.hang_timeout_s, self.startup_timeout_s)
@@ -78,7 +78,7 @@ class Timing:
 
 @dataclass(slots=True)
 class Instance:
-    """Holds what is known of one process of the plan."""
+    """Holds the state of one process of the plan."""
 
     spec: ProcessSpec
     incarnation: int = 0  # counts the starts; 0: never started
@@ -86,11 +86,11 @@ class Instance:
     registration: Register | None = None
     progress: Progress | None = None
     info: dict[str, str] = field(default_factory=dict)
-    error: str = ""  # words of the process before it died, else how it died
+    error: str = ""  # the process's last message, else how it died
     sleep_state: Literal["awake", "draining", "sleeping"] = "awake"
     is_drained: bool = False
     heard_at: float = 0.0
-    is_stalled: bool = False  # it is ready and has been silent for so long that it gets no new work
+    is_stalled: bool = False  # it is ready, but silent for too long to get new work
 
     @property
     def name(self) -> str:
@@ -106,7 +106,7 @@ class Instance:
         return self.state in ALIVE
 
     def begin(self, incarnation: int) -> None:
-        """Enter the first state of a new incarnation; nothing of the one before is kept."""
+        """Reset to the first state of a new incarnation."""
         is_conversion = self.spec.kind == "convert"
         self.state = ProcessState.CONVERTING if is_conversion else ProcessState.STARTING
         self.incarnation = incarnation
@@ -142,14 +142,14 @@ class Unit:
     num_quick_deaths: int = 0  # deaths in a row that came before the unit was ready, or soon after
     cause: Instance | None = None
     """The first process to die in this incarnation; the others are killed for it."""
-    died_at: float = 0.0  # the instant of that death; of a process that hung, its last sign of life
-    lost_with: str = ""  # the lost host that ``cause`` died of; empty: of something else
+    died_at: float = 0.0  # the instant of that death, or the last sign of life of a hung process
+    lost_with: str = ""  # the lost host that ended ``cause``; empty: another reason
     ready_at: float | None = None
     kill_at: float | None = None
     """The instant at which its processes are killed: they should have been ready, or gone, by then.
     """
     is_killed: bool = False
-    start_at: float | None = None  # the instant at which it is started, where there is room for it
+    start_at: float | None = None  # the instant at which it is started, if there is room for it
     waits_for_room: bool = False
 
     @property
@@ -182,7 +182,7 @@ class LaunchedEngine:
     name: str
     role: Role
     units: list[Unit]
-    retires: bool = False  # it drains or stops, because it is to be replaced or removed
+    retires: bool = False  # it drains or stops, to be replaced or removed
     stop_at: float | None = None
     """The instant at which its drain ends, even if requests run; None: it does not drain."""
     awaits_readers: bool = False
@@ -217,28 +217,28 @@ class LaunchedEngine:
 
 @dataclass(slots=True)
 class Goal:
-    """Says what is wanted of one engine."""
+    """Holds the desired state of one engine."""
 
     withheld: Withheld = ""
-    """The reason why it is given no new work. ``joining``: until its pairs are proven. ``leaving``:
-    it is to be removed.
+    """Why it is given no new work. ``joining``: until its pairs are proven. ``leaving``: it will be
+    removed.
     """
-    restart: bool = False  # its processes are to be replaced
+    restart: bool = False  # its processes will be replaced
     drain_s: float = 0.0  # time that running requests get before it stops
 
 
 @dataclass(frozen=True, slots=True)
 class EngineChange:
-    """Holds a change of the engines that has been judged and can be begun."""
+    """Holds a change of the engines that has been checked and can begin."""
 
-    resolved: ResolvedLaunch  # the launch once it is done
+    resolved: ResolvedLaunch  # the launch after the change
     starts: tuple[PlacedEngine, ...]
     stops: tuple[str, ...]
     stops_first: bool  # the new engines need what the old ones have
     notes: tuple[str, ...] = ()  # warnings of ``check-config`` that the launch did not have before
 
     def planned(self, drain_s: float) -> PlannedChange:
-        """Return what people are told of it."""
+        """Return the change in the form that people see."""
         replicas = Counter(engine.engines.role for engine in self.resolved.engines)
         return PlannedChange(
             replicas={role: replicas[role] for role in ROLES},
@@ -268,7 +268,7 @@ class RunningChange:
     drain_s: float
     deadline_at: float = 0.0  # the instant by which new engines must have joined
     failure: str = ""  # the reason why new engines cannot join
-    error: str = ""  # what is answered once new engines are taken back
+    error: str = ""  # the error to answer once new engines are taken back
 
     @property
     def what(self) -> str:
@@ -278,7 +278,7 @@ class RunningChange:
 
 @dataclass(slots=True)
 class Desired:
-    """Holds what is wanted of a launch."""
+    """Holds the desired state of a launch."""
 
     timing: Timing
     engines: dict[str, Goal] = field(default_factory=dict)
@@ -289,7 +289,7 @@ class Desired:
 
 @dataclass(slots=True)
 class Observed:
-    """Holds what is known of a launch."""
+    """Holds the observed state of a launch."""
 
     conversions: list[Unit]
     pairs: Pairs
@@ -303,7 +303,7 @@ class Observed:
     drain_ends_at: float = 0.0
     """Router and engines share one deadline for the drain at the end of the launch."""
     failure: Failure | None = None
-    """The earliest failure; later ones are taken for its consequences."""
+    """The earliest failure; later ones count as its consequences."""
     was_ready: bool = False
     listens: bool = True  # the public sockets are open
     ends: dict[str, dict[EndReason, int]] = field(default_factory=dict)
@@ -327,7 +327,7 @@ class Observed:
         return self._processes.get(name)
 
     def add(self, specs: Sequence[ProcessSpec]) -> None:
-        """Take in processes that are yet to be started."""
+        """Add processes that have yet to be started."""
         for unit in make_units(specs):
             unit.incarnation = self.last_incarnations.pop(unit.name, 0)
             self.units.append(unit)
@@ -351,12 +351,12 @@ class Observed:
         return Plan(processes=tuple(p.spec for unit in self.units for p in unit.processes))
 
     def find_engine(self, name: str) -> LaunchedEngine | None:
-        """Return the engine of that name, or that one of its processes has."""
+        """Return the engine by its own name or by the name of one of its processes."""
         found = self.find(name)
         return None if found is None else self.engines.get(found[1].spec.engine)
 
     def serving(self, wanted: Desired) -> list[LaunchedEngine]:
-        """Return the engines that are given work."""
+        """Return the engines that get new work."""
         return [
             engine
             for name, engine in self.engines.items()

@@ -1,6 +1,6 @@
-"""Runs one launch: waits for events, takes them into the state, and does what ``reconcile`` says.
+"""Runs one launch: waits for events, updates the state, and does what ``reconcile`` says.
 
-It waits for events alone. ``drive`` is the loop.
+Only events block it. ``drive`` is the loop.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ logger = logging.getLogger(__name__)
 SETTLE_S = 0.25e-3
 """Time for each process of the plan between two looks at all of them.
 
-One look costs a few microseconds a process, and the registry that follows about as much: with a
-thousand engines a message each would keep the supervisor from its work."""
+One look costs a few microseconds a process, and the registry after it about as much: with a
+thousand engines, a look after each message would keep the supervisor from its work."""
 LOOK_FOR_ROOM_S = 1.0
 MAX_NOTES = 100  # notes that are kept for the next router
 
@@ -86,7 +86,7 @@ class Supervisor:
         self._answers: list[SendAnswer] = []
         self._notes: deque[tuple[float, Happened]] = deque(maxlen=MAX_NOTES)
         self.has_news = True
-        """Events have changed something, so that ``tick`` is due soon."""
+        """Events have changed something, so ``tick`` is due soon."""
         self._ticked_at = clock()
         self._next_at = -math.inf
         self._use_plan(plan)
@@ -101,12 +101,12 @@ class Supervisor:
         return min(self._next_at, settles_at)
 
     def handle(self, event: Event) -> None:
-        """Take in one event; ``tick`` does what follows."""
+        """Update the state with one event; ``tick`` does what follows."""
         found = self.seen.find(event.name) if isinstance(event, MessageReceived) else None
         if isinstance(event, MessageReceived) and found is not None:
             process, message = found[1], event.message
             if isinstance(message, Alive) and not process.is_stalled:
-                # Frequent, and of no interest to others: no tick is due.
+                # Frequent, and nobody else needs it: no tick is due.
                 process.heard_at = self._clock()
                 return
             if isinstance(message, Command) and process.registration is not None:
@@ -118,10 +118,10 @@ class Supervisor:
         self.has_news = True
 
     def tick(self) -> None:
-        """Do what is due, and tell children and views of what has changed."""
+        """Do what is due, and send changes to children and views."""
         now = self._clock()
         if now - self._ticked_at > self.wanted.timing.hang_timeout_s / 2 > 0:
-            # This process was stopped itself (Ctrl-Z, a frozen container): nobody was heard.
+            # The supervisor itself was stopped (Ctrl-Z, a frozen container) and heard nobody.
             for process in self.seen.processes():
                 process.heard_at = now
         self._ticked_at, self.has_news = now, False
@@ -142,9 +142,9 @@ class Supervisor:
             self._observer.ready(status)
 
     def _tell(self) -> None:
-        """Send the registry where it has changed, then the answers.
+        """Send the changed parts of the registry, then the answers.
 
-        In this order: a client that is told "done" must find the change in the registry.
+        In this order, because a client that reads "done" must find the change in the registry.
         """
         # After a change of peers every process gets its view again.
         before = Registry(version=0, entries=[]) if self._views_are_new else self._registry
@@ -158,7 +158,7 @@ class Supervisor:
             self._host.send(answer.process, answer.message)
 
     def _use_plan(self, plan: Plan) -> None:
-        """Derive the due pairs and the views anew, because engines have come or gone."""
+        """Derive the due pairs and the views again after engines have come or gone."""
         self.seen.pairs.use(plan)
         self._views, self._views_are_new = Views(plan), True
         self._settle_s = SETTLE_S * len(plan.processes)
@@ -216,7 +216,7 @@ class Supervisor:
             fail(self.wanted, self.seen, Failure(str(error), details=details, cause=error))
 
     def _start(self, name: str) -> None:
-        """Start a unit where there is room for it, or look again a little later."""
+        """Start a unit if there is room for it, or look again a little later."""
         now = self._clock()
         units = (*self.seen.conversions, *self.seen.units)
         unit = next(unit for unit in units if unit.name == name)
@@ -239,7 +239,7 @@ class Supervisor:
     def _greet(self, name: str) -> None:
         """Send the registry to a new process, which cannot wait for the next change.
 
-        A router also gets the latest notes, and the questions whether draining engines are idle.
+        A router also gets the latest notes, and is asked whether draining engines are idle.
         """
         self._host.send(name, self._views.of(name, self._registry))
         if not any(router.name == name for router in self.seen.routers):
@@ -266,13 +266,13 @@ def drive(
     wait: Callable[[float], Sequence[Event]],
     clock: Callable[[], float],
 ) -> None:
-    """Drive a launch to its end: wait for events, take them in, do what is due.
+    """Drive a launch to its end: wait for events, update the state, do what is due.
 
-    ``wait`` returns what has happened, at the latest after so many seconds; perhaps nothing.
+    ``wait`` takes a time-out in seconds, and returns the events so far, perhaps none.
     """
     supervisor.tick()
     while not supervisor.done:
-        # With nothing due, once a minute.
+        # At least once a minute, even if nothing is due.
         timeout_s = min(60.0, max(0.0, supervisor.next_tick_at() - clock()))
         for event in wait(timeout_s):
             supervisor.handle(event)
