@@ -19,7 +19,7 @@ from pdlaunch.router.state import RouterState
 
 
 class Handover(msgspec.Struct, frozen=True, kw_only=True):
-    """Says what prefill has done for one prompt."""
+    """Holds the result of prefill for one prompt."""
 
     engine: Engine
     params: dict[str, Any] | None
@@ -29,7 +29,7 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
     open_choices: frozenset[int]  # choices that go on after their first token
     num_prompt_tokens: int
     usage: dict[str, Any] = {}
-    report: Any = None  # the engine's spans, as they came
+    report: Any = None  # the engine's spans, unparsed
     chunks: list[Chunk]  # the answer as the chunks of a stream
 
     @property
@@ -52,7 +52,7 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
         if self.params is None or (engine.role != "decode" and not first_token_sent):
             return None
         if not first_token_sent:
-            # With it decode would tell how much prefill had cached, and not whether it pulled.
+            # With this field decode would report prefill's cached tokens, not its own pull.
             return {name: value for name, value in self.params.items() if name != CACHED_AT_PREFILL}
         ours = self.params["pdlaunch"] | {"first_token_sent": True}
         if engine.role != "decode":
@@ -86,14 +86,14 @@ class HeldLease:
         if engine.capabilities.needs_proof:
             if not self._may_hand_over(engine):
                 return None
-            # Whatever comes of it: another one could read blocks that prefill has given away.
+            # Even if the pull fails: another engine could read blocks that prefill has reused.
             self.is_taken = True
-        # Of an engine that verifies the lease counts as taken only once decode has answered: until
-        # then another one may be handed the same blocks.
+        # With an engine that verifies, the lease counts as taken only once decode has answered:
+        # until then another engine may be handed the same blocks.
         return self.handover.decode_params(engine, first_token_sent=first_token_sent)
 
     def check_pulled(self, engine: Engine, chunk: Chunk) -> None:
-        """Report a pair whose decode engine has computed what it was handed blocks of."""
+        """Report a pair whose decode engine has computed a prompt although it got blocks."""
         if engine.capabilities.needs_proof:
             with blames(engine):
                 num_tokens = num_recomputed(chunk)
@@ -103,8 +103,8 @@ class HeldLease:
     def end(self, tried: Collection[EngineKey] = ()) -> None:
         """Release the blocks if nobody has pulled them.
 
-        A prefill engine that listens to nobody else is told by a decode engine that was not
-        ``tried``; without one the lease ends by itself.
+        Some prefill engines listen only to decode engines: then one that was not ``tried`` tells
+        them; without one the lease ends by itself.
         """
         self._lent.close()
         lease_id = self.handover.lease_id
@@ -113,7 +113,7 @@ class HeldLease:
         if not self.prefill.capabilities.needs_proof:
             self._state.release(self.prefill, lease_id)
             return
-        # An engine that the blocks may not be handed to could not speak of them either.
+        # An engine that may not pull the blocks cannot release them either.
         decode = self._state.pool.pick_any(tried, can=self._may_hand_over)
         if decode is None:
             return
@@ -147,7 +147,7 @@ def read_handover(engine: Engine, raw: bytes, *, is_chat: bool) -> Handover:
     open_choices = frozenset(
         choice["index"]
         for choice in answer["choices"]
-        # An engine that gives no first token has drawn one that nobody gets: decode draws all.
+        # An engine without first tokens has drawn one that nobody gets: decode draws all.
         if (ours is None and params is not None)
         or (
             choice["finish_reason"] in (None, "length") and not _ends(first_tokens, choice["index"])
@@ -172,7 +172,7 @@ def _ends(first_tokens: list[dict[str, Any]], choice: int) -> bool:
 def chunks_of_answer(
     answer: dict[str, Any], *, is_chat: bool, open_choices: Collection[int]
 ) -> list[Chunk]:
-    """Return the chunks that say what a whole answer says.
+    """Return a whole answer as chunks of a stream.
 
     Choices in ``open_choices`` go on, so their finish_reason is left out.
     """
@@ -202,7 +202,7 @@ def chunks_of_answer(
 
 
 def whole_chunk(answer: dict[str, Any]) -> Chunk:
-    """Return a whole answer as one chunk, with all that stands in it."""
+    """Return a whole answer as one chunk, with all of its fields."""
     answer.pop("kv_transfer_params", None)
     for choice in answer["choices"]:
         if "message" in choice:

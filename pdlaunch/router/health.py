@@ -1,4 +1,4 @@
-"""Decides whether an engine gets requests, by how the last ones went.
+"""Decides whether an engine gets requests, by the outcomes of the last ones.
 
 ::
 
@@ -19,7 +19,7 @@ HealthState = Literal["closed", "open", "half_open"]
 OPEN_S = 1.0
 MAX_OPEN_S = 30.0
 _MAX_DOUBLINGS = 10
-TRY_LASTS_S = 5.0  # a try that has said nothing for this long does not keep off the next one
+TRY_LASTS_S = 5.0  # a try without an answer for this long does not block the next one
 NUM_GOOD = 8
 """Failures are forgotten after this many successes in a row, so that an engine that fails one
 request in eight stays open longer and longer.
@@ -48,7 +48,7 @@ class Breaker(msgspec.Struct, kw_only=True):
         return not self.is_tripped or self.wants_try(now_at)
 
     def wants_try(self, now_at: float) -> bool:
-        """Return whether the next request shows if all is well again."""
+        """Return whether the next request is a try."""
         return self.is_tripped and now_at >= max(self.open_until_at, self.tried_until_at)
 
     def asked(self, now_at: float) -> None:
@@ -56,7 +56,7 @@ class Breaker(msgspec.Struct, kw_only=True):
             self.tried_until_at = now_at + TRY_LASTS_S
 
     def failed(self, now_at: float) -> None:
-        """Open, each time for twice as long. What fails while it is open was sent before."""
+        """Open, each time for twice as long. Failures while open are of earlier requests."""
         self.num_successes = 0
         if self.state(now_at) == "open":
             return
@@ -65,7 +65,7 @@ class Breaker(msgspec.Struct, kw_only=True):
         self.is_tripped, self.open_until_at, self.tried_until_at = True, now_at + open_s, 0.0
 
     def answers(self, now_at: float) -> None:
-        """Note that a first token has come, which is all that a try waits for.
+        """Note that a first token has come, which ends a try.
 
         A token that comes while it is open belongs to a request that was sent before. It closes
         only after a single failure, which was probably the request's own.
@@ -80,7 +80,7 @@ class Breaker(msgspec.Struct, kw_only=True):
             self.num_failures = 0
 
     def why(self, now_at: float) -> str:
-        """Say for people why nothing is sent; empty when something is."""
+        """Return, for people, why nothing is sent; empty if requests are sent."""
         if self.takes(now_at):
             return ""
         if now_at >= self.open_until_at:
@@ -93,7 +93,7 @@ class EngineHealth(Breaker, kw_only=True):
     """Counts the requests of an engine, and its pulls from each prefill engine."""
 
     pulls: dict[object, Breaker] = {}
-    """By the key of the prefill engine; one of which no pull has failed is not here."""
+    """By the key of the prefill engine; only engines with a failed pull are here."""
 
     def pull(self, prefill: object) -> Breaker:
         return self.pulls.get(prefill) or _WELL
@@ -111,4 +111,4 @@ class EngineHealth(Breaker, kw_only=True):
             self.pulls = {key: self.pulls[key] for key in prefills if key in self.pulls}
 
 
-_WELL = Breaker()  # is asked, and never told anything that would change it
+_WELL = Breaker()  # shared default; only read, never changed

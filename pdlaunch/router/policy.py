@@ -1,14 +1,14 @@
-"""Chooses the engines of a prompt by what waits at each of them.
+"""Chooses the engines of a prompt by the load of each engine.
 
 ::
 
     pair    wait at prefill │ compute │ hand over │ tokens at decode
     local   wait at decode  │ compute │ tokens at the same engine
 
-A pair is what a deployment is for, so it comes first. A prompt is computed at the decode engine
-when little of it has to be computed there, or when that is done before the prefill engine begins.
-Load is counted in tokens: those of prompts that wait, and those that streams hold in the KV cache.
-Everything that the choice depends on is an argument.
+Pairs come first. A prompt is computed at the decode engine if few of its tokens are uncached there,
+or if the decode engine would be done before the prefill engine begins. Load is counted in tokens:
+the tokens of waiting prompts, and the tokens that streams hold in the KV cache. The choice depends
+only on its arguments.
 """
 
 from __future__ import annotations
@@ -43,33 +43,33 @@ MARGIN = 0.5
 of its computation, which keeps the streams of that engine waiting.
 """
 KV_WEIGHT = 1 / 32
-"""Uncached prompt tokens to which a token in the KV cache amounts: a stream makes every later step
+"""Weight of a token in the KV cache, in uncached prompt tokens: a stream makes every later step
 a little longer. Simulated (docs/performance.md): with 1/8, TTFT p99 of bursts is 20 %
 worse; with 1/64, ITL p99 doubles at 50 requests a second.
 """
 
 
 MAX_RETRY_AFTER_S = 60
-"""Clients that are refused are asked to try again by then: long estimates may well be wrong."""
+"""The longest Retry-After for refused clients: long estimates may well be wrong."""
 
 
 class RoutingRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """Describes to the policy what is left to do of a prompt."""
+    """Describes the remaining work of a prompt to the policy."""
 
     num_prompt_tokens: int = 0  # estimated
     max_tokens: int | None = None
     prefix: PrefixHashes = ()
     wants_pair: bool = False  # the client asks for a pair of engines
-    is_suspect: bool = False  # a rank may have died of it
+    is_suspect: bool = False  # it may have killed a rank
     is_begun: bool = False
-    """One engine has to do all that is left: the prompt is computed, or attempts at pairs are used
-    up.
+    """One engine has to do all remaining work: the prompt is computed, or the attempts at pairs are
+    used up.
     """
     holder: Engine | None = None
     """The prefill engine whose blocks of this prompt can still be pulled."""
     tried: frozenset[EngineKey] = frozenset()
-    """Engines that failed this prompt and are not to be asked now."""
-    needs: frozenset[Need] = frozenset()  # what the engine that goes on must be able to do
+    """Engines that failed this prompt and must not be asked now."""
+    needs: frozenset[Need] = frozenset()  # what the next engine must be able to do
     alone: str = ""
     """The reason why engines that need proof cannot share the request; empty: they can."""
 
@@ -84,7 +84,7 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     is_fallback: bool = False  # a pair was wanted, but none can take the prompt
     wait_s: float = 0.0
     """How long other prompts keep the first engine busy; 0 where its speed is not known."""
-    left_out: Mapping[str, str] = {}  # engines that get nothing new, and why
+    left_out: Mapping[str, str] = {}  # engines that get no new requests, and why
 
     @property
     def engines(self) -> tuple[Engine, ...]:
@@ -119,7 +119,7 @@ class _Offer(NamedTuple):
 
     @property
     def cost_s(self) -> float:
-        """Return the time to the first token, and what the streams there make of it later."""
+        """Return the time to the first token, plus the slowdown by streams later."""
         per_token_s = self.compute_s / self.num_tokens
         return self.first_token_s + KV_WEIGHT * self.engine.kv_tokens * per_token_s
 
@@ -131,7 +131,7 @@ def choose(
     now_at: float,
     limits: RoutingLimits,
 ) -> Route:
-    """Return the route for what is left of a request."""
+    """Return the route for the rest of a request."""
     left_out = {
         engine.name: engine.health.why(now_at)
         for engine in engines
@@ -142,7 +142,7 @@ def choose(
 
 
 class _Choice:
-    """Holds what one choice depends on; changes none of it."""
+    """Holds the inputs of one choice; changes none of them."""
 
     def __init__(
         self,
@@ -269,8 +269,8 @@ class _Choice:
         return ""
 
     def _alone(self) -> Engine | None:
-        """Return the engine that does all that is left; in need any engine serves, whatever its
-        role and its last failures.
+        """Return the engine that does all remaining work; in need any engine, whatever its role
+        and its last failures.
         """
         request, holder = self._request, self._request.holder
         candidates = [
@@ -298,7 +298,7 @@ class _Choice:
         def rank(engine: Engine) -> tuple[float, ...]:
             takes = self._takes(engine)
             trouble = 0 if takes else 1 + engine.health.num_failures
-            # What is wrong with an engine outweighs a wrong role: any can do the work of the other.
+            # Failures outweigh a wrong role: every engine can do the work of the other role.
             distance = 0 if engine.role == role else 1 if engine.role == "both" else 2
             is_try = takes and engine.health.is_tripped
             cost = engine.kv_tokens if holder is not None else self._offer(engine).cost_s
@@ -310,7 +310,7 @@ class _Choice:
 def _on_own_gpus(offers: Sequence[_Offer], engines: Sequence[Engine]) -> list[_Offer]:
     """Return the offers of engines that share no GPU with a prefill engine.
 
-    Where devices are not known, engines on one host are taken to share.
+    If devices are unknown, engines on one host count as sharing.
     """
     prefills = [engine for engine in engines if engine.ready and engine.role == "prefill"]
     gpus = {device for engine in prefills for device in engine.devices} - {"cpu"}

@@ -1,6 +1,6 @@
 """Holds the engines of the deployment, as the registry and the outcomes of requests show them.
 
-The pool asks nobody. A role is a preference: every engine can prefill and decode.
+The pool does no I/O. A role is a preference: every engine can prefill and decode.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class EnginePool:
         """The supervisor has seen every process and every pair ready."""
         self._registry = Registry(version=0, entries=[])
         self._held: dict[str, tuple[Processes, ListedState]] = {}
-        """Engines that are given no work, as these processes, with the state that is shown."""
+        """Engines without new work: their processes at the time, and the state to show."""
         self._with_ranks: set[str] = set()
         self._roles_seen: set[Role | None] = set()
 
@@ -99,7 +99,7 @@ class EnginePool:
         engine.ready, engine.state = False, state
 
     def release(self, engine: Engine) -> None:
-        """Go by the registry again."""
+        """Let the registry decide again whether an engine gets work."""
         if self._held.pop(engine.name, None) is not None:
             self.update(self._registry)
 
@@ -118,7 +118,7 @@ class EnginePool:
             for server in registry.entries
             if server.kind == "server"
         }
-        # Who falls asleep forgets all blocks; who is drained or stalls does not.
+        # A sleeping engine forgets all blocks; a drained or stalled one does not.
         self._index.keep(
             name for name, engine in self._engines.items() if engine.state != "sleeping"
         )
@@ -166,12 +166,12 @@ class EnginePool:
         return max(1, request.num_prompt_tokens - num_cached)
 
     def served(self, engine: Engine, request: RoutingRequest, num_output_tokens: int) -> None:
-        """Note that an engine has the blocks of a prompt and of the output after it."""
+        """Note that an engine has the blocks of a prompt and its output."""
         self._index.served(engine, request.prefix, request.num_prompt_tokens, num_output_tokens)
 
     @property
     def has_pairs(self) -> bool:
-        """Return whether there are prefill and decode engines, or were."""
+        """Return whether the launch has, or had, prefill and decode engines."""
         return self._roles_seen.issuperset(PAIR)
 
     def has_ready(self, role: Role, needs: Collection[Need] = ()) -> bool:
@@ -240,7 +240,7 @@ class EnginePool:
         else:
             held_state = None
             self._held.pop(server.name, None)
-        # Ready again, it counts as another engine: requests that it failed may ask it once more.
+        # Once ready again it counts as a new engine: requests that it failed may ask again.
         engine.times_ready += ready and not engine.ready
         engine.ready = ready
         engine.role = server.role
@@ -260,8 +260,8 @@ class EnginePool:
     def _is_ready(self, server: Entry, ranks: list[Entry]) -> bool:
         """Return whether the engine can be given work.
 
-        An engine kind without ranks of ours is as ready as its server; an engine that has shown
-        ranks needs all of them.
+        Without native ranks an engine is as ready as its server; an engine that has shown ranks
+        needs all of them.
         """
         if ranks:
             self._with_ranks.add(server.name)

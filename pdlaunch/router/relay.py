@@ -6,8 +6,8 @@
          └ kv_transfer_params ──> decode ── chunks ──> client
                                      └ died: another engine resumes after the tokens so far
 
-All that the client is sent goes through the transcript, so nothing is told twice whichever engine
-says it. Migration is the loop in ``run``.
+Everything that the client gets goes through the transcript, so it gets nothing twice, whichever
+engine sends it. Migration is the loop in ``run``.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ async def answer_prompt(
 ) -> Transcript:
     """Answer one prompt. Raises RequestError, EngineRefusal or EngineFailure.
 
-    Cancelling it ends the work of both engines. ``wanted_at``: the deadline that its client has
-    stated, on the loop's clock.
+    Cancelling it ends the work of both engines. ``wanted_at``: the client's deadline, on the loop's
+    clock.
     """
     relay = Relay(prompt, state, answer, record, wanted_at)
     with state.suspects.watch(prompt.origin):
@@ -97,9 +97,9 @@ class Relay:
         self._wanted_at = wanted_at
         self._prefix = prompt.prefix
         self._lease: HeldLease | None = None
-        """What prefill has handed over; None before that."""
+        """The lease that prefill has handed over; None before that."""
         self._first_token_sent = False
-        """The client has the first tokens from prefill, so that decode must not say them again."""
+        """The client has the first tokens from prefill, so decode must not send them again."""
         self._decode_has_answered = False
         self._goes_on_at: Engine | None = None
         """The engine that has sent a second token: plain chunks of it take the short way."""
@@ -111,12 +111,12 @@ class Relay:
         self._trouble_since_at: float | None = None
         """When the first engine failed since something was heard."""
         self._retry_at = 0.0
-        """From then on engines that were tried may be asked again."""
+        """Instant from which engines that were tried may be asked again."""
         self._num_prefill_failures = 0
         self._num_decode_failures = 0
         self._num_decode_attempts = 0
         self._pulls_from: Engine | None = None
-        """The engine from which decode pulls the prompt, until decode has said something."""
+        """The engine from which decode pulls the prompt, until decode has answered."""
 
     async def run(self) -> None:
         """Answer the prompt, at one route after another until the answer is whole."""
@@ -132,7 +132,7 @@ class Relay:
                 if route.decode is not None and not self.transcript.is_done:
                     await self._decode(route.decode)
             except (EngineFailure, EngineRefusal) as failure:
-                # What breaks behind the end of the answer is nobody's loss.
+                # A failure after the end of the answer does not matter.
                 if not self.transcript.is_done:
                     await self._recover(hop, failure)
 
@@ -145,7 +145,7 @@ class Relay:
 
     @property
     def _must_resume(self) -> bool:
-        """Return whether the next engine has to go on after tokens that the client has.
+        """Return whether the next engine has to continue from the client's tokens.
 
         The first token is handed over with the blocks, until decode has added more.
         """
@@ -176,7 +176,7 @@ class Relay:
         Raises the last failure, or OverloadedError.
         """
         state = self._state
-        # From the first failure on, so that engines that fail in turn end the wait too.
+        # Counted from the first failure, so that the wait ends even if engines fail in turn.
         end_at = (self._trouble_since_at or state.now()) + state.recovery.wait_s
         while True:
             request = self._routing_request()
@@ -194,7 +194,7 @@ class Relay:
             if self._failure is None and self._lease is None:
                 raise no_engine_ready("no engine is ready")
             if isinstance(self._failure, EngineRefusal):
-                # All are busy. A client without an answer is told so; a stream waits.
+                # All are busy: refuse a client without an answer, and let a stream wait.
                 if left_s <= 0 or not self.transcript.has_tokens:
                     raise self._failure
                 await state.registry_change(min(left_s, state.recovery.busy_wait_s))
@@ -202,14 +202,14 @@ class Relay:
             elif left_s <= 0 or (self._failure is not None and not self._failure.may_return):
                 raise self._failure or no_engine_ready("no engine can go on with this request")
             else:
-                # Not every engine that was away leaves the registry.
+                # An engine that failed may still be in the registry.
                 retry_in_s = max(0.0, self._retry_at - state.now()) if self._tried else left_s
                 await state.registry_change(min(left_s, retry_in_s))
                 if state.now() >= self._retry_at:
                     self._tried.clear()
 
     def _follow(self, route: Route) -> None:
-        """Count a route that is taken now, and tell the client of it."""
+        """Count the route, and tell the client about it."""
         metrics, lease = self._state.metrics, self._lease
         hop: Hop = "decode" if route.prefill is None else "prefill"
         if self._num_decode_attempts or (hop == "prefill" and self._failure is not None):
@@ -252,7 +252,7 @@ class Relay:
                     refuse_broken(engine, chunk)
         except BaseException as error:
             if not isinstance(error, EngineFailure | EngineRefusal):
-                # The answer may be on its way, and the lease that it speaks of would wait for its
+                # The answer may be on its way, and the lease that it names would last until its
                 # deadline.
                 state.release(engine, prompt.hop_id)
             raise
@@ -261,7 +261,7 @@ class Relay:
         return handover
 
     async def _take(self, handover: Handover) -> None:
-        """Tell the client what prefill knows, unless decode engines have to tell it.
+        """Send the client prefill's tokens, unless decode engines have to send them.
 
         Raises RequestError for a prompt that decode would refuse.
         """
@@ -272,7 +272,7 @@ class Relay:
         if handover.engine.capabilities.needs_proof:
             self.transcript.note_prefill(handover.usage)
         if not handover.is_final:
-            # Before anything is sent: this is the last moment for a status.
+            # Before anything is sent: afterwards no status can be set.
             self._prompt.check_length(handover.num_prompt_tokens, pool.max_model_len("decode"))
         self._first_token_sent = handover.is_final or (
             handover.has_first_tokens and pool.has_ready("decode", _TAKES_FIRST_TOKEN)
@@ -329,9 +329,9 @@ class Relay:
         call: EngineCall,
         work: Work,
     ) -> None:
-        """Tell the client all that the engine says.
+        """Send the client everything that the engine sends.
 
-        ``lease``: what it pulls. A stream starts only after its pull has ended.
+        ``lease``: the blocks to pull. A stream starts only after its pull has ended.
         """
         is_first = True
         while (chunk := await stream.next_chunk()) is not None:
@@ -354,7 +354,7 @@ class Relay:
     async def _ask_whole(
         self, engine: Engine, body: bytes, attempt: int, lease: HeldLease | None, call: EngineCall
     ) -> None:
-        """Have the engine make the answer whole: some of it is not told in streams."""
+        """Get the answer whole from the engine: streams lack some of its fields."""
         answer, ignored = await self._state.client.ask(
             engine, self._prompt.endpoint.path, body, self._headers(attempt)
         )
@@ -368,7 +368,7 @@ class Relay:
         await self._tell(engine, chunk)
 
     async def _continue_at(self, engine: Engine, attempt: int) -> None:
-        """Have the engine go on behind the tokens so far, which it gets as a prompt."""
+        """Have the engine continue after the tokens so far, which it gets as a prompt."""
         prompt, client = self._prompt, self._state.client
         detokenize = partial(
             client.detokenize, engine, prompt.body.get("model"), headers=prompt.headers
@@ -397,7 +397,7 @@ class Relay:
     async def _tell(
         self, engine: Engine, chunk: Chunk, *, more_follows: bool = False, work: Work | None = None
     ) -> None:
-        """Send the client what is new to it. Raises EngineFailure when the engine gives up."""
+        """Send the client its new tokens. Raises EngineFailure when the engine gives up."""
         if self._goes_on_at is engine and (num_tokens := self.transcript.extend(chunk)):
             await self._answer.tokens(chunk, num_tokens, more_follows=more_follows)
             return
@@ -431,21 +431,21 @@ class Relay:
                 state.metrics.second_token(self._lease.prefill.name, engine.name, told_s)
 
     async def _recover(self, hop: Hop, failure: EngineFailure | EngineRefusal) -> None:
-        """Note what went wrong. Raises it when no other attempt can make up for it."""
+        """Record a failure; raise it if no other attempt can help."""
         state, engine = self._state, failure.engine
         pulls_from, self._pulls_from = self._pulls_from, None
         self._num_prefill_failures += hop == "prefill"
         if isinstance(failure, EngineFailure):
             logger.warning("%s hop failed: %s", hop, str(failure))
             if pulls_from is not None and failure.is_told:
-                # It lives to tell its failure: that is the pair's.
+                # The decode engine could still report the failure, so the pair is at fault.
                 state.pool.pulled(pulls_from, engine, ok=False)
             else:
                 state.pool.failed(engine)
             state.metrics.count("engine_failures", engine.name, hop)
             self._retry_at = state.now() + state.recovery.retry_wait_s
             self._trouble_since_at = self._trouble_since_at or state.now()
-            # An engine that turns the request away again has survived it, and is not counted.
+            # An engine that turns the request away again has survived it: do not count that.
             is_free = failure.turned_away and engine.key in self._turned_away_by
             self._num_decode_failures += hop == "decode" and not is_free
             if failure.turned_away:
@@ -457,7 +457,7 @@ class Relay:
         self._tried.add(engine.key)
         self._failure = failure
         if isinstance(failure, EngineFailure) and failure.engine_code == RANK_LOST:
-            # Before another engine gets what this one may have died of.
+            # Before another engine gets the request that may have killed this one.
             await state.news_of_death(engine)
         state.suspects.check(self._prompt.origin)
         if hop == "prefill":
@@ -496,7 +496,7 @@ class Relay:
         )
 
     def _call(self, hop: Hop, engine: Engine, hop_id: HopId) -> EngineCall:
-        """Begin the record of a call; engines of ours can be asked for their spans if it is cut."""
+        """Begin the record of a call; native engines can report its spans if it is cut."""
         ask: AskSpans | None = None
         if engine.capabilities.gives_first_token:
             ask = partial(self._state.client.read_spans, engine, hop_id)
