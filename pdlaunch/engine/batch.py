@@ -3,7 +3,7 @@
     step N     launch ──────────── collect, postprocess
     step N+1                launch ──────────────────── collect, postprocess
 
-Plans tell ranks only what they do not know yet. A request that ends while a step computes it keeps
+Plans hold only what ranks do not know yet. A request that ends while a step computes it keeps
 its row and its blocks until the last such step has been collected: the step still writes to them.
 """
 
@@ -74,7 +74,7 @@ class Batch:
         plan = StepPlan(
             step_id=self._step_id,
             freed_rows=freed,
-            # Without those of rows that have ended since.
+            # Leave out rows that have ended since.
             new_tokens=[
                 RowTokens(
                     row=request.row,
@@ -95,7 +95,7 @@ class Batch:
         return plan
 
     def collect(self, plan: StepPlan) -> Iterator[tuple[ScheduledRow, Request]]:
-        """Take the oldest step out of all counts: yield what it computed and for which request."""
+        """Remove the oldest step from all counts; yield its rows and their requests."""
         if not plan.scheduled:
             return
         oldest, requests = self._steps.popleft()
@@ -163,8 +163,8 @@ class Batch:
                         )
                     )
             request.num_sent_blocks = tables.end
-        # The last known token: what follows it is drawn. Tokens in flight count as known, as the
-        # device looks them up.
+        # After the last known token the step draws one. Tokens in flight count as known, because
+        # the device looks them up.
         samples = num_tokens == request.num_to_schedule
         plan.scheduled.append(
             ScheduledRow(row=row, num_computed_tokens=start, num_tokens=num_tokens, sample=samples)

@@ -129,12 +129,12 @@ class IncomingBlocks:
         self._quarantined: dict[Hashable, list[list[int]]] = {}
 
     def take(self, hit: PrefixHit, counts: list[int]) -> list[list[int]]:
-        """Share ``hit`` and take so many blocks by group, which ``in_flight`` names from now on."""
+        """Share ``hit``, take ``counts`` blocks by group and list them in ``in_flight``."""
         self._kv.share_hit(hit)
         return [self._kv.pool.allocate_for_pull(count) for count in counts]
 
     def leave(self, key: Hashable) -> None:
-        """Free what a request that has ended shares; the other blocks wait for ``end``."""
+        """Free the shared blocks of a request that has ended; the others wait for ``end``."""
         incoming = self.in_flight[key]
         incoming.request = None
         self._kv.release_hit(incoming.hit)
@@ -197,7 +197,7 @@ class BlockPulls:
         )
 
     def start(self, request: Request, hit: PrefixHit) -> StartPull | None:
-        """Share ``hit`` and pull the prompt's other blocks; None when no block is lacking."""
+        """Share ``hit`` and pull the prompt's other blocks; None if no block is missing."""
         num_logical = self._kv.num_logical_blocks(request.num_prompt_tokens)
         ends = [hit.end(group) for group in range(self._kv.num_groups)]
         if min(ends) == num_logical:
@@ -208,7 +208,7 @@ class BlockPulls:
         return command
 
     def tell_prefill_side(self, request: Request) -> StartPull:
-        """Pull nothing: the prefill side hears that this reader needs the lease no more."""
+        """Pull nothing, which tells the prefill side that this reader no longer needs the lease."""
         num_groups = self._kv.num_groups
         # No group wants a block: each begins where the prompt ends.
         end = self._kv.num_logical_blocks(request.num_prompt_tokens)
@@ -344,7 +344,7 @@ class HostLoads:
         request = self.blocks.in_flight[job.job_id].request
         if request is not None:
             request.load_id = None
-            # Whatever came of it: looking again would find the same blocks, or fail in the same
+            # Even after a failure: another look would find the same blocks, or fail in the same
             # way.
             request.may_load = False
             if report.ok and request.wants_pull:
@@ -365,7 +365,7 @@ class HostLoads:
 
     @property
     def has_jobs(self) -> bool:
-        """Return whether ``take_jobs`` has something."""
+        """Return whether ``take_jobs`` has a job."""
         return bool(self._jobs)
 
     def take_jobs(self) -> list[OffloadJob]:
@@ -374,7 +374,7 @@ class HostLoads:
         return jobs
 
     def frees_blocks_soon(self) -> bool:
-        """Return whether blocks become free when copies end, so that nobody need be preempted."""
+        """Return whether copies will free blocks at their end, so no preemption is needed."""
         return any(
             self._kv.pool.num_owners(block_id) == num_copies
             for block_id, num_copies in Counter(self.held_ids()).items()
@@ -385,7 +385,7 @@ class HostLoads:
         return iter(()) if self._planner is None else self._planner.block_ids_in_flight("store")
 
     def add_to(self, stats: EngineStats) -> EngineStats:
-        """Return ``stats`` with what is in the tier now."""
+        """Return ``stats`` with the tier's present contents."""
         if self._planner is None:
             return stats
         tier = self._planner.tier

@@ -1,7 +1,7 @@
-"""Leads the requests of an engine through their life, from arrival to the last word to the server.
+"""Keeps the requests of an engine from their arrival to their last message to the server.
 
-``scheduler.py`` chooses which of them are loaded, pulled, computed and preempted; here is what
-messages, connectors, host tier and drawn tokens do to them, and what they give back at their end.
+``scheduler.py`` chooses which of them are loaded, pulled, computed and preempted. This module
+handles messages, events of connectors and host tier, drawn tokens, and the end of requests.
 """
 
 from __future__ import annotations
@@ -75,13 +75,13 @@ class RequestLifecycle:
         self.batch = Batch(max_num_seqs, tp_size=local[3])
         self.histograms = Histograms()
         self.counts = EngineStats(num_blocks=num_blocks)
-        """Totals since the start; ``stats`` adds what is there now."""
+        """Totals since the start; ``stats`` adds the present state."""
         self.host = HostLoads(self.kv, offload, self.counts)
         self.caches = enable_prefix_caching
         self.commands: list[TransferCommand] = []
         """Commands for the connectors that no plan carries yet."""
         self.may_progress = False
-        """Something has happened that may let a waiting request start; the scheduler clears it."""
+        """A waiting request may be able to start now; the scheduler clears this."""
         self._outputs: list[Tokens | RequestFinished] = []
         self._block_size = block_size
         self._max_model_len = max_model_len
@@ -89,7 +89,7 @@ class RequestLifecycle:
         self._settings = kv_transfer
         self._num_arrived = 0
 
-    # Messages of the server
+    # Messages from the server
 
     def add(self, message: AddRequest) -> None:
         """Take a request; end it at once if it can never be served."""
@@ -121,7 +121,7 @@ class RequestLifecycle:
             self._finish_if_complete(request, message.output[-1].token_id)
 
     def _refusal(self, request: Request) -> str | None:
-        """Return why this engine can not serve the request; None when it can."""
+        """Return why this engine cannot serve the request, or None if it can."""
         if request.num_prompt_tokens == 0:
             return "the prompt has no tokens"
         if request.num_prompt_tokens >= self._max_model_len:
@@ -229,8 +229,8 @@ class RequestLifecycle:
         request = load.request
         num_tokens = len(load.block_ids[0]) * self._block_size
         request.spans.loaded(ok=report.ok, num_tokens=num_tokens)
-        # It waits again after a failed load, and before a pull: what was loaded is in the prefix
-        # cache then, and the pull brings the rest.
+        # It waits again after a failed load, and before a pull: then the loaded blocks are in the
+        # prefix cache, and the pull brings the rest.
         is_ready = report.ok and not request.wants_pull
         self.queues.wait(request, Phase.READY if is_ready else Phase.WAITING)
         if report.ok:
@@ -268,8 +268,8 @@ class RequestLifecycle:
         request.hasher.extend(request.token_ids)
         self.kv.register(request.tables, request.hasher.block_hashes, start, stop)
         request.num_registered_blocks = stop
-        # When they are full, not when they are evicted: then somebody else needs the block at once,
-        # and would wait for the copy.
+        # When they are full, not when they are evicted: an evicted block is needed at once, and its
+        # new owner would wait for the copy.
         self.host.store(request, range(start, stop))
 
     def skip_to(self, request: Request, num_computed: int) -> None:
@@ -294,7 +294,7 @@ class RequestLifecycle:
         if reason is None:
             return False
         remote_kv = None
-        # Before ``_finish``, which frees what is left in the request's tables: a lease takes its
+        # Before ``_finish``, which frees the rest of the request's tables: a lease first takes its
         # blocks out of them.
         if token is not None and (granted := self.leases.grant(request, reason)):
             command, remote_kv = granted
@@ -349,15 +349,15 @@ class RequestLifecycle:
         self.kv.free(request.tables)
         self.may_progress = True
 
-    # What there is
+    # State
 
     def take_outputs(self) -> list[Tokens | RequestFinished]:
-        """Return what the server has to be told, in order."""
+        """Return the messages for the server, in order."""
         outputs, self._outputs = self._outputs, []
         return outputs
 
     def stats(self) -> EngineStats:
-        """Return the totals since the start, and how many requests and blocks are where now."""
+        """Return the totals since the start, and the present numbers of requests and blocks."""
         pool = self.kv.pool
         return msgspec.structs.replace(
             self.host.add_to(self.counts),
@@ -371,7 +371,7 @@ class RequestLifecycle:
         )
 
     def check_integrity(self) -> None:
-        """Prove that requests are in their places and blocks have the owners that these say."""
+        """Prove that requests and blocks are where the counts and owners say."""
         living = {*self.queues.by_id.values()}
         requests = living | self.batch.ended()
         self.kv.pool.check_integrity(

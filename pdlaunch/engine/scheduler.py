@@ -4,7 +4,7 @@ Continuous batching under a token budget, on paged KV. A step holds first the ne
 request that decodes, then chunks of prompts in order of arrival. When blocks run out, the latest
 arrival gives its own back and computes its tokens again later. Requests wait without row and budget
 while their blocks are pulled from another engine or loaded from host memory. A prefix is looked for
-on the device, then on the host, then at the prefill engine; what is left is computed.
+on the device, then on the host, then at the prefill engine; the rest is computed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Draft:
-    """Collects what the next step computes: by request its number of tokens."""
+    """Collects the next step: the number of tokens of each request."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
@@ -32,7 +32,7 @@ class _Draft:
         self.preempted = False
 
     def room(self, num_wanted: int) -> int:
-        """Return how many of the next tokens of a request may be added; more than one: a prompt."""
+        """Return how many next tokens of a request may be added; more than one: a prompt."""
         budget = min(self.budget, self.prompt_budget) if num_wanted > 1 else self.budget
         return min(num_wanted, budget)
 
@@ -58,7 +58,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_beside_streams: int | None = None,
     ) -> None:
-        """``max_beside_streams``: most prompt tokens in a step with streams; None: all that fit."""
+        """``max_beside_streams``: most prompt tokens in a step with streams; None: no limit."""
         self.requests = requests
         self._kv = requests.kv
         self._queues = requests.queues
@@ -68,7 +68,7 @@ class Scheduler:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_beside_streams = max_beside_streams
         self._stalls = False
-        """Nothing can be computed before copies to host memory let go of their blocks."""
+        """Nothing can be computed before copies to host memory release their blocks."""
 
     def schedule(self) -> StepPlan:
         """Choose what the next step computes, while no step is in flight."""
@@ -86,7 +86,7 @@ class Scheduler:
         assert self._batch.num_steps_in_flight == 1
         arrived = self._queues.waiting if self._batch.has_free_row else []
         if any(request.is_suspect for request in (*self._queues.running, *arrived)):
-            # With two steps in flight a death could not be blamed on one of them.
+            # With two steps in flight nobody could tell which one killed the rank.
             return None
         going_on = [request for request in self._queues.running if not request.ends_in_flight]
         if any(
@@ -120,7 +120,7 @@ class Scheduler:
         for item, request in self._batch.collect(plan):
             drawn = next(tokens) if item.sample else None
             if request.phase is Phase.FINISHED:
-                # It ended while the step ran: what the step drew for it is dropped.
+                # It ended while the step ran: drop its token.
                 if not request.num_in_flight:
                     self.requests.let_go(request)
                 continue
@@ -128,8 +128,8 @@ class Scheduler:
                 of_prompt = request.num_computed < request.num_prompt_tokens
                 request.spans.computed(item.num_tokens, of_prompt=of_prompt, step_id=plan.step_id)
             request.num_computed += item.num_tokens
-            # Before the token, which may end the request: freed unregistered, its blocks could not
-            # be found again.
+            # Before the token, which may end the request: blocks freed before they are registered
+            # could not be found again.
             self.requests.register(request)
             if item.sample:
                 self.requests.take_token(request, drawn)
@@ -202,7 +202,7 @@ class Scheduler:
                 lacks_blocks |= not self._admit(request, step)
         nothing_runs = not self._queues.running and not self._batch.num_steps_in_flight
         if lacks_blocks and nothing_runs and len(self._queues.ready()) > 1:
-            # They hold each other's blocks.
+            # Waiting requests hold blocks that the others need.
             self._preempt_latest(step)
 
     def _has_to_be_apart(self, request: Request) -> bool:
@@ -215,7 +215,7 @@ class Scheduler:
         True also if it had better wait for another request, another step or host memory.
         """
         if not step.room(request.num_remaining):
-            # Nobody who came later goes before it.
+            # Later arrivals must not go first.
             step.prompt_budget = 0
             return True
         if request.phase is Phase.WAITING:
@@ -246,7 +246,7 @@ class Scheduler:
         return True
 
     def _start_load(self, request: Request, max_blocks: int) -> bool:
-        """Load what host memory has and the device lacks. False: there is nothing of that kind."""
+        """Load blocks that host memory has and the device lacks. False: there are none."""
         hit = self._host.find(request, max_blocks)
         if hit is None or not self._has_room_for(request, hit.device):
             return False
@@ -271,7 +271,7 @@ class Scheduler:
             self.requests.commands.append(command)
             self._queues.await_kv(request, Phase.PULLING)
             return True
-        # All blocks are cached here, so that the lease is not needed.
+        # All blocks are cached here, so the lease is not needed.
         self.requests.commands.append(self.requests.pulls.tell_prefill_side(request))
         self._kv.share(request.tables, hit)
         request.phase = Phase.READY  # which is in the same queue
@@ -315,7 +315,7 @@ class Scheduler:
         if victim.phase is Phase.RUNNING:
             self._batch.unseat(victim)
         self._queues.preempt(victim)
-        # While the blocks are still its own: it will find them in host memory.
+        # While it still owns the blocks: it will find them in host memory.
         self._host.store(victim, range(victim.num_registered_blocks))
         self._kv.free(victim.tables)
         victim.num_computed = victim.num_registered_blocks = 0

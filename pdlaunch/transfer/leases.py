@@ -8,8 +8,8 @@ deadline, and answers what decode ranks ask about them.
                  ├── cancel: ended: released  ├── cancel, then end: ended: released
                  └── deadline: ended: expired └── deadline: ended: expired
 
-While a pull is open nothing but the deadline ends a lease: readers rely on the seconds that they
-were told. Deadlines never leave this process.
+While a pull is open only the deadline ends its lease: readers rely on the seconds that they were
+told. Deadlines never leave this process.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 EndReason = Literal["pulled", "released", "expired"]
 
-# What goes by ``lease_s`` elsewhere: heartbeats, four in that time (``pull``); PD107, as pulls must
+# Other users of ``lease_s``: heartbeats, four in that time (``pull``); PD107, because pulls must
 # end sooner; engines of vLLM, in whole seconds; routers, which hand blocks of such engines over
 # within half of it. Sleep waits for the last.
 MAX_EXTENSIONS = 20
@@ -118,7 +118,7 @@ class LeaseTable:
         return len(self._leases)
 
     def grant(self, grant: GrantLease) -> Lease:
-        """Take over the blocks of a finished request. Raises LeaseError when its id has a living
+        """Take over the blocks of a finished request. Raises LeaseError if its id still has a
         lease.
         """
         if grant.lease_id in self._leases:
@@ -135,7 +135,7 @@ class LeaseTable:
         return lease
 
     def knows(self, lease_id: LeaseId) -> bool:
-        """Return whether there is such a lease, or was one not long ago."""
+        """Return whether the lease exists, or ended recently."""
         return lease_id in self._leases or lease_id in self._past
 
     def living(self, lease_id: LeaseId) -> Lease:
@@ -149,16 +149,16 @@ class LeaseTable:
         return lease
 
     def set_readers(self, lease_id: LeaseId, num_readers: int) -> None:
-        """Expect that many readers and no more: the lease ends when all have been here. Unknown
-        ids are ignored.
+        """Set the number of readers: the lease ends after all of them. Unknown ids are
+        ignored.
         """
         if (lease := self._leases.get(lease_id)) is not None:
             lease.num_readers = num_readers
             self._end_if_done(lease)
 
     def begin(self, lease_id: LeaseId, reader: ReaderId, num_decode_ranks: int) -> Lease:
-        """Begin a pull, or begin it anew, which extends the lease. Raises LeaseError, also once the
-        pull has ended.
+        """Begin a pull, or repeat its beginning, which extends the lease. Raises LeaseError, also
+        once the pull has ended.
         """
         lease = self.living(lease_id)
         if num_decode_ranks < 1:
@@ -191,20 +191,20 @@ class LeaseTable:
 
     def end(self, lease_id: LeaseId, reader: ReaderId) -> bool:
         """End a pull, and return whether the lease has held since its begin."""
-        # First: a lease whose deadline has passed unnoticed has not held.
+        # First: a lease past its deadline has not held.
         self.expire()
         lease = self._leases.get(lease_id)
         num_decode_ranks = lease.open_readers.pop(reader, None) if lease is not None else None
         if lease is None or num_decode_ranks is None:
             return False
         lease.served_readers.add(reader)
-        # Fractions, as thirds must add up to one exactly.
+        # Fractions, because thirds must add up to exactly one.
         lease.served += Fraction(1, num_decode_ranks)
         self._end_if_done(lease)
         return True
 
     def cancel(self, lease_id: LeaseId) -> None:
-        """End a lease that nobody wants any more, now or with its last open pull. Unknown ids are
+        """End a lease that nobody needs any more, now or with its last open pull. Unknown ids are
         ignored.
         """
         if (lease := self._leases.get(lease_id)) is not None:
@@ -271,7 +271,7 @@ class _AskedWrite:
 class PrefillSide:
     """Serves the leases of one rank to decode ranks. The transfer thread owns it.
 
-    Every question gets one answer; one that makes no sense is refused and changes nothing.
+    Every question gets one answer; invalid questions are refused and change nothing.
     """
 
     def __init__(
@@ -378,7 +378,7 @@ class PrefillSide:
 
     def _answer_all(self, received: Iterable[tuple[bytes, ToPrefillSide]]) -> None:
         now = self._clock()
-        # In their order: the end of a pull must not overtake its beginning.
+        # In order: the end of a pull must not overtake its beginning.
         questions = self._waiting
         questions += [(identity, message, now + GRANT_LAG_S) for identity, message in received]
         self._waiting = []
@@ -451,8 +451,8 @@ class PrefillSide:
                 raise LeaseError("the connector here does not write to its readers")
 
     def _write(self, identity: bytes, message: Push) -> None:
-        """Begin to write to a reader, or refuse. A write cannot be taken back: whoever asked owns
-        the destination until the answer is there.
+        """Begin to write to a reader, or refuse. A write cannot be taken back: the reader owns the
+        destination until it has the answer.
         """
         try:
             if self._pusher is None:
@@ -465,8 +465,8 @@ class PrefillSide:
         self._writes.append(_AskedWrite(identity, message.call_id, write, self._clock()))
 
     def _job_of(self, message: Push) -> PushJob:
-        """Return the write that a reader asks for. Raises LeaseError when it may not have what it
-        names.
+        """Return the write that a reader asks for. Raises LeaseError if it may not have these
+        blocks.
         """
         heads = range(message.first_head, message.first_head + message.num_heads)
         # Whoever writes to a peer's memory decides what the peer may see. The scratch, which is

@@ -8,8 +8,8 @@ connection to it, and the READs over that.
       any of them ── the engines do not fit ──> incompatible        (final)
       any of them ── gone from the registry ──> lost                (final, once READs have ended)
 
-The destination of a READ belongs to it until it has ended. One that the prefill rank was asked to
-write, as its connector pushes, ends with that rank's answer, or with the end of its process.
+The destination of a READ belongs to it until it has ended. If the connector pushes, the
+prefill rank writes: the READ ends with that rank's answer, or with the end of its process.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Peer:
         self.endpoint = endpoint
         self.name = identity.name
         self.path = ""
-        """The path that it is read over; empty before the first handshake."""
+        """The path of its READs; empty before the first handshake."""
         self.error = "no handshake yet"
         """The reason why it is not ready."""
         self.state: State = "idle"
@@ -94,7 +94,7 @@ class Peer:
         """Channel of a connection that was given up; still brings answers about ``_pushed``."""
         self._trial: Generator[None, None, list[PathFigure]] | None = None
         self._old_probes: list[tuple[Read, torch.Tensor]] = []
-        """READs of its scratch that nobody waits for, each with the memory that it may write to."""
+        """Abandoned READs of its scratch, each with the memory that it may still write to."""
         self._asked_at = 0.0
         self._num_failures = 0
 
@@ -119,12 +119,12 @@ class Peer:
         return max(self._reads.values(), default=None)
 
     def want(self) -> None:
-        """Shake hands, unless that is done or under way: somebody needs this peer."""
+        """Shake hands, unless that is done or under way."""
         if self.state == "idle":
             self._start_handshake()
 
     def lose(self, reason: str) -> None:
-        """Give the peer up for good. READs that are pending still end."""
+        """Give the peer up for good. Pending READs still run to their end."""
         self._disconnect("lost", reason)
 
     def reconnect(self) -> None:
@@ -156,7 +156,7 @@ class Peer:
     def ask(
         self, build: Callable[[int], ToPrefillSide], on_reply: Callable[[ToDecodeSide], None] | None
     ) -> int:
-        """Send the question that ``build`` makes of a fresh call_id, and return that. ``on_reply``
+        """Send the question that ``build`` makes from a new call_id; return the id. ``on_reply``
         gets the answer, if one comes.
         """
         call_id = next(self._call_ids)
@@ -281,7 +281,7 @@ class Peer:
             self._connection.paths(),
             is_right=lambda landing: has_pattern(landing, reply.agent_name),
             clock=setup.clock,
-            # What question and answer have left of the time for the handshake.
+            # The rest of the handshake's time after question and answer.
             timeout_s=self._asked_at + setup.handshake_timeout_s - setup.clock(),
         )
         self._try_paths()
@@ -323,7 +323,7 @@ class Peer:
     def _guard(self, step: Callable[[], None]) -> None:
         try:
             step()
-        # It is a TransferError, too, but no other try would help: the engines do not fit.
+        # Also a TransferError, but another try would not help: the engines do not fit.
         except HandshakeError as error:
             logger.error("handshake with %s: %s", self.name, error)
             self._disconnect("incompatible", str(error))
@@ -398,11 +398,11 @@ class PeerTable:
         the first pull.
         """
         self.peers: dict[str, Peer] = {}
-        """The ranks as the registry shows them."""
+        """The ranks in the registry, by name."""
         self._setup = setup
         self._eager = eager
         self._gone: list[Peer] = []
-        """Lost, with READs that are pending."""
+        """Lost peers with pending READs."""
 
     def update(self, entries: Iterable[Entry]) -> None:
         setup = self._setup
@@ -436,7 +436,7 @@ class PeerTable:
             if self._eager and entry.role == "prefill":
                 wanted.add(entry.name)
         for name, peer in list(self.peers.items()):
-            # Gone, or there in another incarnation.
+            # Gone, or present in another incarnation.
             if shown.get(name) != (peer.identity, peer.endpoint):
                 reason = f"incarnation {peer.identity.incarnation} of {name} is gone"
                 logger.info("%s", reason)
@@ -488,8 +488,8 @@ class PeerTable:
         return [(source, ranks[source.tp_rank]) for source in sources]
 
     def _report_disagreement(self, entry: Entry, leader: Entry) -> None:
-        """Report that ranks of one TP group carry different engine_ids, which is a fault except for
-        a moment while an engine restarts.
+        """Report that ranks of one TP group carry different engine_ids, which is a fault except
+        briefly while an engine restarts.
         """
         error = HandshakeError(
             f"engine_id: {leader.name} at {leader.address.side_channel} has {leader.engine_id}, "

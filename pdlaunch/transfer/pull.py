@@ -1,6 +1,6 @@
 """Pulls the blocks of prompts, each from one or more prefill ranks into blocks of this rank.
 
-What one prefill rank's share goes through::
+The stages of one prefill rank's share::
 
     connecting ─ begin ─> beginning ─ lease ─> reading ─ all read ─> verifying ─ equal ─> proven
        ▲  ▲                   │                  │                       │                  │
@@ -10,9 +10,9 @@ What one prefill rank's share goes through::
 
 The lease has held throughout the READ if the READ ends before the lease can. The prefill rank says
 how many seconds are left when it answers, which is after it was asked, and ends no lease earlier
-while its pull is open. So it need not be asked afterwards.
+while its pull is open. So the decode rank need not ask afterwards.
 
-Checksums prove the bytes, whatever has become of the prefill rank. Without them a READ counts only
+Checksums prove the bytes even if the prefill rank has died. Without them a READ counts only
 when the prefill rank has answered a heartbeat that was sent after its end, because libraries may
 call a READ from a dead process done.
 
@@ -74,7 +74,7 @@ class Stage(Enum):
 
 
 class SharePull:
-    """Pulls one prefill rank's share of a prompt; that rank learns of the end in any case."""
+    """Pulls one prefill rank's share of a prompt; always tells that rank of the end."""
 
     def __init__(
         self, command: StartPull, source: SourceRank, peer: Peer, setup: DecodeSetup, log: SpanLog
@@ -85,7 +85,7 @@ class SharePull:
         self.num_retries = 0
         self.verification_failed = False
         self.gives_up_telling_at: float | None = None
-        """Until then the prefill rank is to be told of the end; None before the end, and once
+        """Deadline for telling the prefill rank of the end; None before the end, and once it is
         told.
         """
         self._command = command
@@ -110,12 +110,12 @@ class SharePull:
         self._heartbeat_sent_at = self._heartbeat_answered_at = 0.0
         """Instants at which the last heartbeat, and the last one that was answered, were sent."""
         self._failure: PullFailed | None = None
-        """Failure that an answer brought; only ``advance`` raises."""
+        """The failure in an answer; only ``advance`` raises it."""
         self._given_up = False
 
     @property
     def is_proven(self) -> bool:
-        """Return whether the blocks are here and right."""
+        """Return whether the blocks have arrived and are proven."""
         return self.stage in (Stage.PROVEN, Stage.ENDED)
 
     def next_deadline_at(self) -> float | None:
@@ -129,15 +129,15 @@ class SharePull:
 
     def advance(self) -> None:
         """Do what can be done now; never waits. Raises PullFailed."""
-        # Answers come while peers are advanced; a failure that they bring is raised here.
+        # Answers come while peers are advanced; their failures are raised here.
         if self._failure is not None:
             raise self._failure.without_traceback()
         if self.stage is Stage.ENDED:
             return
         if self.peer.is_gone:
             raise PullFailed(f"{self.name}: {self.peer.error}")
-        # Before anything is asked: when a READ has failed, its connection is given up, and the next
-        # question is another one.
+        # Before asking: after a failed READ its connection is given up, which changes the next
+        # question.
         try:
             self._read_and_prove()
         except ReadFailed as failure:
@@ -152,7 +152,7 @@ class SharePull:
         """End the pull: the prefill rank need not wait for this reader any more. Then call
         ``settle`` until nothing is left.
 
-        The blocks may belong to somebody else from now on, unless a READ is in flight; no other
+        The blocks may belong to others from now on, unless a READ is in flight; no other READ
         begins.
         """
         self._given_up = True
@@ -181,7 +181,7 @@ class SharePull:
         self.read.settle()
 
     def _on_disconnected(self) -> None:
-        """Stop waiting for answers, which do not come any more."""
+        """Stop waiting for answers: none will come."""
         now = self._setup.clock()
         if self.stage is Stage.BEGINNING:
             self.stage, self._next_begin_at = Stage.CONNECTING, None
@@ -192,7 +192,7 @@ class SharePull:
             self._next_checksums_at = now
 
     def _ask(self) -> None:
-        """Ask what is to be asked now."""
+        """Send the next question, if one is due."""
         now = self._setup.clock()
 
         def is_due(at: float | None) -> bool:
@@ -266,8 +266,8 @@ class SharePull:
                     self._held_until_at = asked_at + reply.lease_s
                     self._next_heartbeat_at = self._setup.clock() + self._heartbeat_s
             case Refused():
-                # Once there was a lease a refusal says that it has ended: what was read since may
-                # be another request's, which is counted as late.
+                # A refusal after the lease was granted means that it has ended: later READs may
+                # have brought another request's blocks, and count as late.
                 raise PullFailed(
                     f"{self.name} refused: {reply.reason}", late=self._held_until_at is not None
                 )
@@ -275,10 +275,10 @@ class SharePull:
                 raise PullFailed(f"{self.name}: unexpected {type(reply).__name__}")
 
     def _take_lease(self, asked_at: float, reply: PullReply) -> None:
-        """Begin to read under the lease before anything else: that takes longest.
+        """Begin to read under the lease before anything else: the READ takes longest.
 
-        The seconds that the answer states count from the question: nobody here knows when the
-        answer left.
+        The seconds in the answer count from the question: this rank does not know when the answer
+        was sent.
         """
         self._forget_begin_calls()
         self.stage, self._next_begin_at = Stage.READING, None
@@ -294,7 +294,7 @@ class SharePull:
         self._read_and_prove()
 
     def _read_and_prove(self) -> None:
-        """Take in how far the READ is, and prove what it brought. Raises ReadFailed, PullFailed."""
+        """Poll the READ, and prove the blocks that have arrived. Raises ReadFailed, PullFailed."""
         self.read.advance()
         if self.stage is Stage.READING and self.read.is_complete:
             self.stage = Stage.VERIFYING
@@ -329,7 +329,7 @@ class SharePull:
             self._log.add("checksums", self.read.ended_at, None, source=self.name, ok=ok)
 
     def _try_again(self, failure: ReadFailed) -> bool:
-        """Begin anew, as the READ is over and writes no more. Returns False when no attempt is
+        """Begin again: the READ is over and writes no more. Returns False when no attempt is
         left.
         """
         if self.num_retries + 1 >= self._command.num_attempts:
@@ -418,7 +418,7 @@ class Pull:
             self._finish()
 
     def _fail(self, failure: PullFailed) -> None:
-        # First: no READ may begin once the engine knows of the end and gives the blocks to others.
+        # First: no READ may begin after the engine hears of the end and reuses the blocks.
         for share in self._shares:
             share.give_up()
         self._draining = any(share.read.in_flight for share in self._shares)

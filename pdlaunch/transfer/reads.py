@@ -1,4 +1,4 @@
-"""Reads one prefill rank's share of a prompt, and proves what has come.
+"""Reads one prefill rank's share of a prompt, and proves the bytes that arrived.
 
 ::
 
@@ -34,8 +34,8 @@ class PullFailed(TransferError):
         self.late = late
 
     def without_traceback(self) -> PullFailed:
-        """Return a copy without traceback, whose frames would keep alive all that their functions
-        saw.
+        """Return a copy without traceback: its frames would keep their functions' local variables
+        alive.
         """
         return PullFailed(str(self), verification=self.verification, late=self.late)
 
@@ -100,7 +100,7 @@ class ShareRead:
         return self._setup.hasher is not None and any(group.checksums is None for group in groups)
 
     def begin(self, lease: PullReply) -> None:
-        """Start to read the blocks of a lease. Raises PullFailed when it is not about this prompt,
+        """Start to read the blocks of a lease. Raises PullFailed for a lease of another prompt,
         ReadFailed when the READ is refused.
         """
         assert self._reading is None
@@ -119,7 +119,7 @@ class ShareRead:
         self._started_at = self._setup.clock()
 
     def state(self, checksums: Sequence[bytes | None]) -> None:
-        """Take in the checksums of the leased blocks, by group. Raises PullFailed."""
+        """Keep the stated checksums of the leased blocks, by group. Raises PullFailed."""
         lease = self._lease
         if lease is None or len(checksums) != len(lease.groups) or None in checksums:
             raise PullFailed(f"{self._peer.name} stated no checksums", verification=True)
@@ -128,12 +128,12 @@ class ShareRead:
         self._lease = msgspec.structs.replace(lease, groups=groups)
 
     def advance(self) -> None:
-        """Take in how far the READ is; never waits. Raises ReadFailed."""
+        """Poll the READ; never waits. Raises ReadFailed."""
         if self._reading is None:
             return
         state = self._reading.poll()
         if state == "pending":
-            # Checksums of what has landed are computed while the rest moves.
+            # Checksums of landed blocks are computed while the rest moves.
             for num_blocks, landed in _worth_hashing(self._reading.parts()):
                 self._hash_until(num_blocks, landed)
             return
@@ -203,7 +203,7 @@ class ShareRead:
             )
 
     def _plan(self, lease: PullReply) -> BlockRead:
-        """Plan to read what the pull wants. Raises PullFailed."""
+        """Plan the READ of the blocks that the pull wants. Raises PullFailed."""
         command, name, geometry = self._command, self._peer.name, self._peer.geometry
         num_groups = len(command.block_ids)
         if len(lease.groups) != num_groups:
@@ -226,7 +226,7 @@ class ShareRead:
             local += block_ids
             remote += found
             self._spans.append((index, span))
-        # What a peer says is not trusted: a block out of range would be somebody else's memory.
+        # Peers are not trusted: a block out of range would be other memory.
         if remote and not 0 <= min(remote) <= max(remote) < geometry.num_blocks:
             raise PullFailed(f"{name} named a block outside of its {geometry.num_blocks}")
         ours, theirs = self._setup.first_kv_head, geometry.first_kv_head
