@@ -461,6 +461,9 @@ class Relay:
             await state.news_of_death(engine)
         state.suspects.check(self._prompt.origin)
         if hop == "prefill":
+            # Decode would go on behind first tokens that the client may not have.
+            if self._lease is not None:
+                raise failure
             return
         if self._must_resume and engine.capabilities.has_own_fields:
             reason = obstacle(self._prompt, self.transcript, engine.capabilities)

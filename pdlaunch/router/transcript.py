@@ -25,6 +25,19 @@ class ChoiceTranscript(msgspec.Struct):
     text_offset: int = 0
 
 
+def _require_form(choice: dict[str, Any], num_choices: int) -> None:
+    """Raise IndexError, TypeError or KeyError for a choice that ``admit`` could not take whole."""
+    if not 0 <= choice["index"] < num_choices:
+        raise IndexError("a choice that nobody asked for")
+    if not isinstance(choice.get("token_ids") or [], list):
+        raise TypeError("token ids that are no list")
+    if choice.get("delta") is None:
+        if not isinstance(choice["text"], str | None):
+            raise TypeError("a text that is no string")
+    elif not isinstance(choice["delta"], dict):
+        raise TypeError("a delta that is no object")
+
+
 class Transcript:
     """Remembers what the client has of one answer; every chunk passes through ``admit``."""
 
@@ -89,6 +102,9 @@ class Transcript:
         Raises IndexError, TypeError, KeyError or AttributeError when the chunk is not of the OpenAI
         form.
         """
+        # All choices first: of a chunk that is refused no token may count as told.
+        for choice in chunk["choices"]:
+            _require_form(choice, len(self._choices))
         self._note_usage(chunk.pop("usage", None))
         if self._keeps_text:
             self._keep(chunk)

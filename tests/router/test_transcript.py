@@ -92,6 +92,15 @@ def test_what_has_another_form_is_an_error(chunk: dict[str, Any]) -> None:
         Transcript(1).admit(chunk)
 
 
+def test_no_token_of_a_refused_chunk_counts_as_told() -> None:
+    transcript = Transcript(2)
+    good = {"index": 0, "text": "a", "token_ids": [1]}
+    for bad in ({"index": 1, "text": "b", "token_ids": 7}, {"index": 1, "text": 7}, {"index": 2}):
+        with pytest.raises((LookupError, TypeError)):
+            transcript.admit({"choices": [good, bad]})
+    assert transcript.usage().completion_tokens == 0
+
+
 def test_a_whole_answer_as_chunks_leaves_open_choices_open() -> None:
     answer = {
         "id": "x",
