@@ -36,7 +36,7 @@ class SentRequest(NamedTuple):
     seconds: float
 
 
-class _RefusedError(PdlaunchError):
+class _AnsweredError(PdlaunchError):
     """A request was answered with an error that has a reason."""
 
 
@@ -71,7 +71,7 @@ def smoke_under_chaos(
                 token_ids = _ask(router, bodies[case], f"{seed}/{number // NUM_CASES}")
                 outcome = "equal" if token_ids == expected[case] else "wrong"
             except (PdlaunchError, LookupError) as error:
-                outcome = "error" if isinstance(error, _RefusedError) else "broken"
+                outcome = "error" if isinstance(error, _AnsweredError) else "broken"
             sent.append(SentRequest(outcome, time.monotonic() - began_at))
 
     with ThreadPoolExecutor(CONCURRENCY) as pool:
@@ -122,7 +122,7 @@ def _ask(api: Api, body: Mapping[str, Any], salt: str) -> list[int]:
         token_ids: list[int] = answer["choices"][0]["token_ids"]
         return token_ids
     # 500 is a bug of ours, which tells the client nothing.
-    kind = PdlaunchError if status == 500 else _RefusedError
+    kind = PdlaunchError if status == 500 else _AnsweredError
     raise kind(f"{api.url} answers HTTP {status}")
 
 

@@ -1,4 +1,4 @@
-"""Rules PD65x and PD66x judge a deployment that runs already, as ``pdlaunch doctor`` sees it."""
+"""Rules PD65x and PD66x check a running deployment; ``pdlaunch doctor`` uses them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Finds the hosts of a launch: those that a scheduler gives it, and those whose agents join; asks
-them what only they know.
+"""Finds the hosts of a launch, from a scheduler or from agents that join, and asks each for its
+facts.
 """
 
 from __future__ import annotations

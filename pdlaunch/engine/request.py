@@ -313,9 +313,9 @@ class RequestQueues:
     def __init__(self) -> None:
         self.by_id: dict[RequestId, Request] = {}
         self.waiting: list[Request] = []
-        """Phases WAITING and READY, in order of arrival."""
+        """Requests in the phases WAITING and READY, oldest first."""
         self.running: list[Request] = []
-        """In order of arrival."""
+        """Requests that have a place in the batch, oldest first."""
 
     @property
     def num_waiting_for_kv(self) -> int:

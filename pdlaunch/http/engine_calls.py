@@ -44,12 +44,12 @@ Probe = Callable[[], Awaitable[None]]  # raises when the engine has died
 class CallError(Exception):
     """A call that has no whole answer; the reason quotes nothing that was sent or received.
 
-    ``unheard``: the engine cannot have seen the request.
+    ``not_received``: the engine cannot have seen the request.
     """
 
-    def __init__(self, reason: str, *, unheard: bool = False) -> None:
+    def __init__(self, reason: str, *, not_received: bool = False) -> None:
         super().__init__(reason)
-        self.unheard = unheard
+        self.not_received = not_received
 
 
 class Silence(NamedTuple):
@@ -208,7 +208,7 @@ class EngineCalls:
         self, url: str, method: str, target: str, headers: Mapping[str, str], body: bytes
     ) -> aiohttp.ClientResponse:
         if _FORBIDDEN.search(target):  # aiohttp would send it
-            raise CallError("its path holds a space or a control character", unheard=True)
+            raise CallError("its path holds a space or a control character", not_received=True)
         base = "http://localhost" if url.startswith(UNIX) else url.rstrip("/")
         # aiohttp warns of a long body in one piece, which would be copied in each try to write it.
         data: Any = body if len(body) <= _RAW_BODY_BYTES else io.BytesIO(body)
@@ -223,10 +223,10 @@ class EngineCalls:
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             if isinstance(error, TimeoutError):
                 reason = f"no connection within {self._connect_s:g} s"
-                raise CallError(reason, unheard=True) from None
-            raise CallError(f"cannot connect: {error}", unheard=True) from None
+                raise CallError(reason, not_received=True) from None
+            raise CallError(f"cannot connect: {error}", not_received=True) from None
         except (ValueError, aiohttp.InvalidURL) as error:
-            raise CallError(f"the request cannot be sent: {error}", unheard=True) from None
+            raise CallError(f"the request cannot be sent: {error}", not_received=True) from None
         except (aiohttp.ClientError, OSError) as error:
             raise _broken(error, "without an answer") from None
 

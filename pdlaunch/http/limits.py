@@ -37,7 +37,7 @@ _CM_DEFLATE = 8
 
 T = TypeVar("T")
 Grow = Callable[[int, str], None]
-"""Takes so many places in all; the text names the field that asks for them."""
+"""Reserves this many places in all; the text is the field to name in an error."""
 
 
 class Admission:

@@ -185,7 +185,7 @@ class SleepState(Message):
 
 
 class CommandToEngine(Message):
-    """Asks, from the router, to do something to an engine; answered with Answered."""
+    """The router asks to do something to an engine; the answer is an ``Answered``."""
 
     question: int  # comes back with the answer
     name: str  # names the engine, or one of its processes

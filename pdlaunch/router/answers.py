@@ -59,7 +59,7 @@ class ClientAnswer:
     async def chunk(
         self, prompt: PromptRequest, transcript: Transcript, chunk: Chunk, *, more_follows: bool
     ) -> None:
-        """Take one chunk that is new to the client.
+        """Pass on one chunk that the client has not had yet.
 
         ``more_follows``: the next one is here already, so that both may be sent together; else
         ``flush`` comes when nothing of it is new.

@@ -166,7 +166,7 @@ class blames:  # noqa: N801
         traceback: TracebackType | None,
     ) -> None:
         if isinstance(error, CallError):
-            raise EngineFailure(self._engine, str(error), turned_away=error.unheard) from error
+            raise EngineFailure(self._engine, str(error), turned_away=error.not_received) from error
         if isinstance(error, _MALFORMED) and not isinstance(error, PdlaunchError):
             # The error's own words may be the answer's.
             reason = f"malformed answer ({type(error).__name__})"

@@ -111,7 +111,8 @@ def test_another_version_s_router_is_no_traceback(router: DeploymentServer) -> N
 
 @pytest.mark.parametrize("head", ["HTTP/1.1 404 Not Found", "HTTP/1.1 200 OK"])
 @pytest.mark.parametrize(
-    ("body", "said"), [("{}", "breaks off its answer"), ("[" * 200_000, "nested too deeply")]
+    ("body", "said"),
+    [("{}", "stopped in the middle of its answer"), ("[" * 200_000, "nested too deeply")],
 )
 def test_what_is_no_router_is_no_traceback(head: str, body: str, said: str) -> None:
     answer = f"{head}\r\nContent-Length: {max(1000, len(body))}\r\n\r\n{body}".encode()

@@ -164,7 +164,7 @@ async def test_what_is_no_whole_answer_is_an_error_that_quotes_nothing(
 ) -> None:
     with pytest.raises(CallError, match=reason) as raised:
         await call.answered(answer, closes=True)
-    assert not raised.value.unheard
+    assert not raised.value.not_received
     assert "secret" not in str(raised.value)
 
 
@@ -233,7 +233,7 @@ async def test_what_cannot_stand_in_a_request_is_not_sent(
 ) -> None:
     with pytest.raises(CallError) as raised:
         await call.calls.call(call.url, "GET", target, {"X-Id": value}, b"")
-    assert raised.value.unheard
+    assert raised.value.not_received
     assert not call.server.requests
 
 
@@ -242,7 +242,7 @@ async def test_an_engine_that_is_not_there_cannot_have_seen_the_request(tmp_path
     for url in ("http://127.0.0.1:1", f"unix:{tmp_path}/none.sock"):
         with pytest.raises(CallError, match="cannot connect") as raised:
             await calls.call(url, "GET", "/", {}, b"")
-        assert raised.value.unheard
+        assert raised.value.not_received
     await calls.close()
 
 
@@ -310,7 +310,7 @@ async def test_tls_checks_who_answers() -> None:
             else:
                 with pytest.raises(CallError, match="cannot connect") as raised:
                     await call.begin()
-                assert raised.value.unheard
+                assert raised.value.not_received
             await call.calls.close()
 
 
@@ -328,7 +328,7 @@ async def test_a_connection_that_closes_under_a_request(
         return
     with pytest.raises(CallError, match="without an answer") as raised:
         await calling
-    assert not raised.value.unheard
+    assert not raised.value.not_received
 
 
 @pytest.mark.parametrize("answer", [b"", WHOLE])
@@ -417,7 +417,7 @@ async def test_a_connection_that_is_not_there_in_time() -> None:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         with pytest.raises(CallError, match=r"no connection within 0\.05 s") as raised:
             await calls.call(url, "GET", "/", {}, b"")
-        assert raised.value.unheard
+        assert raised.value.not_received
         await calls.close()
 
 

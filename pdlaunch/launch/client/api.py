@@ -281,7 +281,7 @@ def _read(response: http.client.HTTPResponse) -> bytes:
         # With a limit: what the headers promise is allocated at once.
         content = response.read(MAX_ANSWER_BYTES)
     except (http.client.IncompleteRead, ValueError):
-        raise _BadAnswerError("breaks off its answer") from None
+        raise _BadAnswerError("stopped in the middle of its answer") from None
     if response.length:
-        raise _BadAnswerError("breaks off its answer")
+        raise _BadAnswerError("stopped in the middle of its answer")
     return content

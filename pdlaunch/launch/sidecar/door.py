@@ -146,7 +146,7 @@ class Door:
         try:
             answer = await self._ask(http)
         except CallError as error:
-            if not error.unheard:
+            if not error.not_received:
                 raise self._broken_off(http, error) from None
             raise OverloadedError(
                 f"{self._name} is not there: {error}",

@@ -1,4 +1,4 @@
-"""Defines answers and stream chunks. ``UNSET`` members are not written."""
+"""Defines answers and stream chunks. Fields that are ``UNSET`` are left out of the JSON."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def test_an_answer_that_stalls_has_the_same_deadline(begun: bytes) -> None:
     ],
 )
 def test_an_answer_that_breaks_off_is_none(status: bytes, rest: bytes) -> None:
-    assert why_not(status + rest) == "breaks off its answer"
+    assert why_not(status + rest) == "stopped in the middle of its answer"
 
 
 @pytest.mark.parametrize("status", [OK, MISSING])
