@@ -97,7 +97,7 @@ test-prometheus: install $(DEV)  ## Run the tests with a real Prometheus
 
 # ARGS="--engines 10,100": without the largest one.
 scale: install  ## Measure the control plane with 1,000 engines
-	$(BIN)/python -m tests.labs.control_plane $(ARGS)
+	$(BIN)/python -m benchmarks.control_plane $(ARGS)
 
 # ARGS="--requests 500": a shorter one.
 soak: install $(DEV)  ## Send 6,000 requests while faults happen

@@ -15,7 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # on the same cores take twice the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-pytest_plugins = ["tests.garbage", "tests.memory_guard", "tests.process_guard"]
+pytest_plugins = ["tests.garbage", "tests.process_guard"]
 
 # How long examples take says more about the machine than about the code. Each run tries the same
 # ones, so that a change is judged by what it changes; `--hypothesis-profile search` tries others.

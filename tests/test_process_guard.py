@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,15 +12,8 @@ import pytest
 
 pytestmark = pytest.mark.processes
 
-ROOT = Path(__file__).parents[1]
-
 TESTS = """
-import multiprocessing
-import os
-import subprocess
-import sys
-import threading
-
+import multiprocessing, os, subprocess, sys, threading
 import pytest
 
 def start():
@@ -29,62 +23,49 @@ def start():
 def child():
     start()
 
-def test_that_runs_python():
-    start()
-
-def test_that_does_in_a_thread():
+def test_bad_in_a_thread():
     thread = threading.Thread(target=start)
     thread.start()
     thread.join()
 
-def test_with_a_fixture(child):
+def test_bad_fixture(child):
     pass
 
-def test_that_forks():
+def test_bad_fork():
     if (pid := os.fork()) == 0:
         os._exit(0)
     os.waitpid(pid, 0)
 
-def test_that_asks_a_fork_server():
+def test_bad_fork_server():
     process = multiprocessing.get_context("forkserver").Process(target=int)
     process.start()
     process.join()
 
 @pytest.mark.processes
-def test_that_says_so():
+def test_marked():
     start()
 
-def test_that_asks_the_system():
+def test_small_program():
     subprocess.run(["uname"])
-
-def test_after_them():
-    pass
 """
-"""Five tests that are not allowed before three that are."""
 
 
 def test_who_starts_a_process_says_so(tmp_path: Path) -> None:
     (tmp_path / "test_example.py").write_text(TESTS)
-    options = ["-p", "tests.process_guard", "-rE", "--rootdir", "."]
+    options = ("-p", "tests.process_guard", "-o", "markers=processes", "-rE", "--rootdir", ".")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, "-o", "markers=processes", "test_example.py"],
+        [sys.executable, "-m", "pytest", *options, "test_example.py"],
         cwd=tmp_path,
         env=os.environ
-        | {"PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""},
+        | {
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+            "PYTEST_ADDOPTS": "",
+        },
         capture_output=True,
         text=True,
         timeout=500,
     )
-    failed = [
-        line.partition("::")[2].split()[0]
-        for line in done.stdout.splitlines()
-        if line.startswith("ERROR test_example")
-    ]
-    assert failed == [
-        "test_that_runs_python",
-        "test_that_does_in_a_thread",
-        "test_with_a_fixture",
-        "test_that_forks",
-        "test_that_asks_a_fork_server",
-    ], done.stdout
-    assert "8 passed, 5 errors" in done.stdout
+    failed = re.findall(r"^ERROR test_example.py::(\w+)", done.stdout, re.MULTILINE)
+    assert failed == re.findall(r"def (test_bad_\w+)", TESTS), done.stdout
+    assert "6 passed, 4 errors" in done.stdout

@@ -6,7 +6,7 @@
     POST, stream           ──▶ one chunk for every stream, each ``interval_s``   as a decode step
                                  └ stamped with the instant at which it was sent
 
-``python -m tests.labs.plain_engine PORT PORT INTERVAL_S`` plays a prefill and a decode
+``python -m benchmarks.plain_engine PORT PORT INTERVAL_S`` plays a prefill and a decode
 engine at 127.0.0.1. Tokens are those of a counter, so that a canary finds both engines equal.
 """
 

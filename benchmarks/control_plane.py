@@ -1,4 +1,4 @@
-"""Measures the control plane with simulated engines: ``python -m tests.labs.control_plane``.
+"""Measures the control plane with simulated engines: ``python -m benchmarks.control_plane``.
 
 Supervisor, control channel and router are the real ones. One other process simulates all engines
 (``simulated_engines``): it registers them, beats their hearts, claims to have proven their pairs
@@ -265,7 +265,7 @@ def measure(num_engines: int, rest_s: float) -> tuple[dict[str, Cost], int]:
             "heartbeat_s": HANG_TIMEOUT_S / HEARTBEATS,
         }
         simulator = stack.enter_context(
-            subprocess.Popen(python_command("tests.labs.simulated_engines"), stdin=subprocess.PIPE)
+            subprocess.Popen(python_command("benchmarks.simulated_engines"), stdin=subprocess.PIPE)
         )
         assert simulator.stdin is not None
         simulator.stdin.write(json.dumps(first).encode() + b"\n")

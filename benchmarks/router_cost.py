@@ -6,7 +6,7 @@
     client ──▶ router ──▶ prefill, decode    time, processor time and memory of the router
     client ─────────────▶ prefill, decode    the same answers without it
 
-``python -m tests.labs.router_cost`` prints a row of JSON for each load. With ``--router
+``python -m benchmarks.router_cost`` prints a row of JSON for each load. With ``--router
 vllm-router`` it measures vLLM's own router instead, at the same engines.
 """
 
@@ -30,8 +30,8 @@ from typing import Any
 
 import psutil
 
+from benchmarks.plain_engine import MODEL, STAMP
 from pdlaunch.launch.client.deployment import held_port
-from tests.labs.plain_engine import MODEL, STAMP
 
 START_TIMEOUT_S = 120.0
 PROMPT = "word " * 64
@@ -209,7 +209,7 @@ def measure_load(router: str, load: StreamLoad) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         prefill, decode, port, other = stack.enter_context(held_ports(4))
         urls = [f"http://127.0.0.1:{number}" for number in (prefill, decode, port)]
-        engine = [sys.executable, "-m", "tests.labs.plain_engine"]
+        engine = [sys.executable, "-m", "benchmarks.plain_engine"]
         engine += [str(prefill), str(decode), str(load.interval_s)]
         stack.enter_context(running(engine, urls[1], Path(folder) / "engines"))
         if router == "none":

@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from benchmarks.plain_engine import MODEL, VERSION, serve
+from benchmarks.router_cost import StreamLoad, held_ports, router_command, send_load
 from pdlaunch.http.watch.canary import send_canary
 from pdlaunch.http.watch.engine_api import EngineApi
-from tests.labs.plain_engine import MODEL, VERSION, serve
-from tests.labs.router_cost import StreamLoad, held_ports, router_command, send_load
 
 
 @pytest.fixture
