@@ -10,15 +10,12 @@ error becomes an answer.
 from __future__ import annotations
 
 import asyncio
-import re
 import secrets
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import msgspec
 from aiohttp import web
-from pydantic.json_schema import models_json_schema
 
 from pdlaunch import __version__
 from pdlaunch.errors import RequestError
@@ -33,21 +30,9 @@ from pdlaunch.http.headers import REQUEST_ID_HEADER, read_request_id
 from pdlaunch.observe.logs import request_logging
 from pdlaunch.observe.metrics import RequestMetrics
 from pdlaunch.protocol.ids import HttpRequestId
-from pdlaunch.protocol.openai.body import INTERNAL_FIELDS, RequestBody
-from pdlaunch.protocol.openai.requests import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeChatRequest,
-    TokenizeCompletionRequest,
-)
 from pdlaunch.protocol.openai.responses import (
-    ChatCompletion,
-    Completion,
-    DetokenizeResponse,
     ModelCard,
     ModelList,
-    TokenizeResponse,
 )
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -60,20 +45,6 @@ client went away, and the error that the client is told of.
 
 
 _REQUEST_ID = web.RequestKey("request_id", str)
-_REFERENCE = "#/components/schemas/"
-_PARAMETER = re.compile(r"\{(\w+)(:[^}]*)?\}")
-
-
-class Operation(NamedTuple):
-    """Describes what a route does, takes and answers."""
-
-    summary: str
-    requests: Sequence[type[RequestBody]] = ()
-    """The body is one of these; without any there is none."""
-    answer: type[msgspec.Struct] | None = None  # none: JSON of a form that is not described
-    chunk: type[msgspec.Struct] | None = None
-    """The data of each event but the last one, ``[DONE]``, where the route can stream."""
-    content_type: str = "application/json"
 
 
 class AppRoute(NamedTuple):
@@ -82,15 +53,7 @@ class AppRoute(NamedTuple):
     method: str  # ``*`` stands for all methods
     path: str
     handler: Handler
-    operation: Operation | str = ""
-    """What it does; a summary is enough where it takes and answers nothing that is described."""
     check_key: KeyCheck | None = None  # none: the application's own check
-
-    @property
-    def described(self) -> Operation:
-        return (
-            self.operation if isinstance(self.operation, Operation) else Operation(self.operation)
-        )
 
 
 class HttpApp:
@@ -98,8 +61,7 @@ class HttpApp:
 
     ``check_key``: None where clients need no key; nobody needs one for ``open_paths``. A request
     that ``is_trusted`` needs no key, and comes from no web page. ``watch`` sees each POST of a
-    client, but no health checks and no commands. ``is_public``: /openapi.json, under ``title``, is
-    for clients and leaves out what routers alone may send.
+    client, but no health checks and no commands.
     """
 
     def __init__(
@@ -111,8 +73,6 @@ class HttpApp:
         open_paths: Collection[str] = (),
         metrics: RequestMetrics,
         max_body_bytes: int,
-        title: str,
-        is_public: bool = False,
         is_trusted: Callable[[web.Request], bool] = lambda _: False,
         watch: Watch | None = None,
     ) -> None:
@@ -122,21 +82,12 @@ class HttpApp:
         self._metrics = metrics
         self._is_trusted = is_trusted
         self._open_paths = open_paths
-        self._title = title
-        self._is_public = is_public
-        # Made when it is first asked for, once: it takes up to 0.1 s.
-        self._document: bytes | None = None
-        self._routes = [
-            *routes,
-            AppRoute("GET", "/version", _version, "Return pdlaunch's version."),
-            AppRoute("GET", "/openapi.json", self._openapi, "Describe all routes."),
-        ]
         self._no_route = AppRoute("*", "", self._unknown)
         self.app = web.Application(
             client_max_size=max_body_bytes, middlewares=[self._catch_unknown]
         )
         self.app.on_response_prepare.append(guard.add_cors_headers)
-        for route in self._routes:
+        for route in [*routes, AppRoute("GET", "/version", _version)]:
             handler = partial(self._at_the_door, route)
             if route.method == "GET":
                 self.app.router.add_get(route.path, handler)  # answers HEAD too
@@ -198,42 +149,6 @@ class HttpApp:
     def _key_check(self, route: AppRoute, path: str) -> KeyCheck | None:
         return route.check_key or (None if path in self._open_paths else self._check_key)
 
-    async def _openapi(self, _: web.Request) -> web.StreamResponse:
-        if self._document is None:
-            self._document = msgspec.json.encode(self._describe())
-        return web.Response(body=self._document, content_type="application/json")
-
-    def _describe(self) -> dict[str, Any]:
-        """Return the OpenAPI document, with pydantic's and msgspec's schemas."""
-        operations = [route.described for route in self._routes]
-        requests = {kind for each in operations for kind in each.requests}
-        answers = [kind for each in operations for kind in (each.answer, each.chunk) if kind]
-        paths: dict[str, Any] = {}
-        for route in self._routes:
-            place = paths.setdefault(_PARAMETER.sub(r"{\1}", route.path), {})
-            for method in ("get", "post") if route.method == "*" else (route.method.lower(),):
-                place[method] = _describe_route(route)
-                if self._check_key is not None and route.path not in self._open_paths:
-                    place[method]["security"] = [{"key": []}]
-        ordered = sorted(requests, key=lambda kind: kind.__name__)
-        _, schemas = models_json_schema(
-            [(kind, "validation") for kind in ordered], ref_template=_REFERENCE + "{model}"
-        )
-        components: dict[str, Any] = schemas.get("$defs", {})
-        for schema in components.values():
-            for name in INTERNAL_FIELDS if self._is_public else ():
-                schema.get("properties", {}).pop(name, None)
-        _, described = msgspec.json.schema_components(answers, ref_template=_REFERENCE + "{name}")
-        return {
-            "openapi": "3.1.0",
-            "info": {"title": self._title, "version": __version__},
-            "paths": paths,
-            "components": {
-                "schemas": components | described,
-                "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
-            },
-        }
-
     async def _unknown(self, http: web.Request) -> web.StreamResponse:
         error = http.match_info.http_exception
         if not isinstance(error, web.HTTPMethodNotAllowed):
@@ -288,37 +203,15 @@ def model_routes(cards: Callable[[], list[ModelCard]]) -> list[AppRoute]:
         raise model_not_found(name, served[0].id)
 
     return [
-        AppRoute("GET", "/v1/models", models, Operation("List the model.", answer=ModelList)),
-        AppRoute(
-            "GET",
-            "/v1/models/{name:.+}",
-            model,
-            Operation("Describe the model of this name.", answer=ModelCard),
-        ),
+        AppRoute("GET", "/v1/models", models),
+        AppRoute("GET", "/v1/models/{name:.+}", model),
     ]
-
-
-COMPLETIONS_OPERATION = Operation(
-    "Complete prompts, whole or as a stream.", [CompletionRequest], Completion, Completion
-)
-CHAT_OPERATION = Operation(
-    "Answer a chat, whole or as a stream.", [ChatCompletionRequest], ChatCompletion, ChatCompletion
-)
-TOKENIZE_OPERATION = Operation(
-    "Return the token ids of a text or of a chat.",
-    [TokenizeCompletionRequest, TokenizeChatRequest],
-    TokenizeResponse,
-)
-DETOKENIZE_OPERATION = Operation(
-    "Return the text of token ids.", [DetokenizeRequest], DetokenizeResponse
-)
-METRICS_OPERATION = Operation("Return metrics in Prometheus's form.", content_type="text/plain")
 
 
 def health_routes(health: Handler) -> list[AppRoute]:
     """Return the routes by which load balancers, and SageMaker with /ping, ask for the health."""
     return [
-        AppRoute(method, path, health, "Answer 200 while requests are taken.")
+        AppRoute(method, path, health)
         for method, path in (("GET", "/health"), ("GET", "/ping"), ("POST", "/ping"))
     ]
 
@@ -334,31 +227,3 @@ def _read_id(http: web.Request) -> tuple[HttpRequestId, RequestError | None]:
         return read_request_id(http.headers.get(REQUEST_ID_HEADER)), None
     except RequestError as error:
         return read_request_id(None), error
-
-
-def _describe_route(route: AppRoute) -> dict[str, Any]:
-    operation = route.described
-    is_json = operation.content_type == "application/json"
-
-    def reference(kind: type | None) -> dict[str, str]:
-        if kind is None:
-            return {"type": "object" if is_json else "string"}
-        return {"$ref": _REFERENCE + kind.__name__}
-
-    content: dict[str, Any] = {operation.content_type: {"schema": reference(operation.answer)}}
-    if operation.chunk is not None:
-        content["text/event-stream"] = {"schema": reference(operation.chunk)}
-    described: dict[str, Any] = {
-        "summary": operation.summary,
-        "responses": {"200": {"description": "The answer.", "content": content}},
-    }
-    if names := _PARAMETER.findall(route.path):
-        described["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-            for name, _ in names
-        ]
-    if operation.requests:
-        schema = {"anyOf": [reference(kind) for kind in operation.requests]}
-        body = {"required": True, "content": {"application/json": {"schema": schema}}}
-        described["requestBody"] = body
-    return described

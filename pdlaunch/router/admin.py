@@ -110,21 +110,18 @@ class Admin:
         """Return all of them; whoever adds a command adds a row."""
         one_engine = "/pdlaunch/engines/{engine}"
         return [
-            AppRoute(method, path, handler, f"{summary} Takes the admin key.")
-            for method, path, handler, summary in (
-                ("POST", "/pdlaunch/engines", self._add, "Add an engine that runs already."),
-                ("DELETE", one_engine, self._remove, "Drain and remove an engine."),
-                ("POST", "/sleep", self._sleep, "Put engines to sleep."),
-                ("POST", "/wake_up", self._wake_up, "Wake engines up."),
-                ("GET", "/is_sleeping", self._is_sleeping, "Say which engines sleep."),
-                ("POST", "/pdlaunch/restart", self._restart, "Restart engines."),
-                ("GET", "/pdlaunch/integrity", self._integrity, "Prove who owns each block."),
-                ("*", one_engine + "/{path:.*}", self._one_engine, "Pass a call to one engine."),
-                ("POST", "/pdlaunch/drain", self._drain, "Give engines no new work."),
-                ("POST", "/pdlaunch/undrain", self._undrain, "Give drained engines work again."),
-                ("POST", "/pdlaunch/scale", self._scale, "Add or remove engines of a launch."),
-                ("POST", "/pdlaunch/role", self._role, "Give an engine another role."),
-            )
+            AppRoute("POST", "/pdlaunch/engines", self._add),
+            AppRoute("DELETE", one_engine, self._remove),
+            AppRoute("POST", "/sleep", self._sleep),
+            AppRoute("POST", "/wake_up", self._wake_up),
+            AppRoute("GET", "/is_sleeping", self._is_sleeping),
+            AppRoute("POST", "/pdlaunch/restart", self._restart),
+            AppRoute("GET", "/pdlaunch/integrity", self._integrity),
+            AppRoute("*", one_engine + "/{path:.*}", self._one_engine),
+            AppRoute("POST", "/pdlaunch/drain", self._drain),
+            AppRoute("POST", "/pdlaunch/undrain", self._undrain),
+            AppRoute("POST", "/pdlaunch/scale", self._scale),
+            AppRoute("POST", "/pdlaunch/role", self._role),
         ]
 
     async def _sleep(self, http: web.Request) -> web.Response:

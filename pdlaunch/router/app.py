@@ -17,11 +17,9 @@ from aiohttp import hdrs, web
 
 from pdlaunch.errors import RequestError
 from pdlaunch.http.app import (
-    METRICS_OPERATION,
     AppRoute,
     HttpApp,
     KeyCheck,
-    Operation,
     bearer_check,
     health_routes,
     model_routes,
@@ -100,7 +98,7 @@ class RouterApp:
                 *self._prompts.routes(),
                 *model_routes(self._model_cards),
                 *health_routes(self._health),
-                AppRoute("GET", "/metrics", self._metrics, METRICS_OPERATION),
+                AppRoute("GET", "/metrics", self._metrics),
                 *self.view.routes(),
                 *self.history.routes(),
                 *(page_routes() if spec.page else []),
@@ -122,8 +120,6 @@ class RouterApp:
             metrics=state.metrics.requests,
             max_body_bytes=spec.max_body_bytes,
             open_paths=OPEN_PATHS,
-            title="pdlaunch",
-            is_public=True,
             is_trusted=came_through_admin_socket,
             watch=self.history.begin,
         ).app
@@ -195,13 +191,12 @@ def page_routes() -> list[AppRoute]:
     """Return the routes of the page and of what it loads."""
     folder = resources.files("pdlaunch.router") / "static"
     return [
-        AppRoute("GET", "/", _redirect, "Lead to the page."),
+        AppRoute("GET", "/", _redirect),
         *(
             AppRoute(
                 "GET",
                 path,
                 partial(_answer, (folder / name).read_bytes(), kind),
-                Operation("Return a part of the page.", content_type=kind),
             )
             for path, (name, kind) in _PAGE_FILES.items()
         ),

@@ -21,7 +21,7 @@ from aiohttp import web
 
 from pdlaunch import __version__
 from pdlaunch.errors import OverloadedError
-from pdlaunch.http.app import AppRoute, Operation
+from pdlaunch.http.app import AppRoute
 from pdlaunch.http.errors import CLIENT_CLOSED_REQUEST, RETRY_AFTER_S, json_response
 from pdlaunch.http.limits import Admission
 from pdlaunch.protocol.control import PairReady
@@ -87,12 +87,9 @@ class DeploymentView:
 
     def routes(self) -> list[AppRoute]:
         """Return the routes, which open with the clients' key."""
-        status = Operation("Describe the deployment.", answer=DeploymentStatus)
-        text = "Describe the deployment again and again, a line of JSON each time."
-        stream = Operation(text, content_type="application/x-ndjson")
         return [
-            AppRoute("GET", "/pdlaunch/status", self._answer_status, status),
-            AppRoute("GET", "/pdlaunch/stream", self._answer_stream, stream),
+            AppRoute("GET", "/pdlaunch/status", self._answer_status),
+            AppRoute("GET", "/pdlaunch/stream", self._answer_stream),
         ]
 
     async def run(self) -> None:

@@ -12,10 +12,6 @@ from aiohttp import web
 
 from pdlaunch.errors import OverloadedError
 from pdlaunch.http.app import (
-    CHAT_OPERATION,
-    COMPLETIONS_OPERATION,
-    DETOKENIZE_OPERATION,
-    TOKENIZE_OPERATION,
     AppRoute,
     request_id_of,
 )
@@ -83,10 +79,10 @@ class PromptEndpoints:
     def routes(self) -> list[AppRoute]:
         completions, chat = (partial(self._generate, one) for one in (COMPLETIONS, CHAT))
         return [
-            AppRoute("POST", COMPLETIONS.path, completions, COMPLETIONS_OPERATION),
-            AppRoute("POST", CHAT.path, chat, CHAT_OPERATION),
-            AppRoute("POST", "/tokenize", self._pass_on, TOKENIZE_OPERATION),
-            AppRoute("POST", "/detokenize", self._pass_on, DETOKENIZE_OPERATION),
+            AppRoute("POST", COMPLETIONS.path, completions),
+            AppRoute("POST", CHAT.path, chat),
+            AppRoute("POST", "/tokenize", self._pass_on),
+            AppRoute("POST", "/detokenize", self._pass_on),
         ]
 
     def close(self) -> None:

@@ -13,11 +13,11 @@ import msgspec
 from aiohttp import web
 
 from pdlaunch.errors import RequestError
-from pdlaunch.http.app import AppRoute, End, Operation
+from pdlaunch.http.app import AppRoute, End
 from pdlaunch.http.errors import json_response
 from pdlaunch.observe.logs import FIELDS, escape_controls
 from pdlaunch.protocol.ids import HttpRequestId
-from pdlaunch.protocol.requests import RequestList, RequestSummary, RequestTrace
+from pdlaunch.protocol.requests import RequestList, RequestSummary
 from pdlaunch.router.otlp import OtlpExporter
 from pdlaunch.router.request_record import EngineCall, RequestRecord
 
@@ -109,11 +109,9 @@ class RequestHistory:
 
     def routes(self) -> list[AppRoute]:
         """Return the routes that tell of requests."""
-        listed = Operation("List requests: last=N, slowest=N or failed=N.", answer=RequestList)
-        told = Operation("Tell all that is known of a request.", answer=RequestTrace)
         return [
-            AppRoute("GET", "/pdlaunch/requests", self._list, listed),
-            AppRoute("GET", "/pdlaunch/requests/{id:.+}", self._trace, told),
+            AppRoute("GET", "/pdlaunch/requests", self._list),
+            AppRoute("GET", "/pdlaunch/requests/{id:.+}", self._trace),
         ]
 
     async def _list(self, http: web.Request) -> web.Response:

@@ -76,7 +76,6 @@ async def ask(registry: CollectorRegistry) -> AsyncIterator[Ask]:
         metrics=RequestMetrics(registry, {"model_name": "tiny"}),
         max_body_bytes=1000,
         open_paths=("/open",),
-        title="test",
     ).app
     runner = HttpRunner(app, max_connections=10, shutdown_timeout_s=0.1)
     await runner.setup()

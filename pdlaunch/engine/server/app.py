@@ -14,14 +14,8 @@ from pdlaunch.engine.server.generate import generate
 from pdlaunch.engine.server.sleep import read_sleep_query, read_tags
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.app import (
-    CHAT_OPERATION,
-    COMPLETIONS_OPERATION,
-    DETOKENIZE_OPERATION,
-    METRICS_OPERATION,
-    TOKENIZE_OPERATION,
     AppRoute,
     HttpApp,
-    Operation,
     bearer_check,
     health_routes,
     model_routes,
@@ -46,8 +40,8 @@ def make_app(service: EngineService, *, keys: Collection[str]) -> web.Applicatio
     """Return the application; one of ``keys`` must be sent as bearer, except to ``OPEN_PATHS``."""
     spec = service.spec
 
-    def route(method: str, path: str, endpoint: Endpoint, about: Operation | str) -> AppRoute:
-        return AppRoute(method, path, partial(endpoint, service), about)
+    def route(method: str, path: str, endpoint: Endpoint) -> AppRoute:
+        return AppRoute(method, path, partial(endpoint, service))
 
     def card() -> ModelCard:
         return ModelCard(
@@ -55,19 +49,19 @@ def make_app(service: EngineService, *, keys: Collection[str]) -> web.Applicatio
         )
 
     routes = [
-        route("POST", "/v1/completions", _completions, COMPLETIONS_OPERATION),
-        route("POST", "/v1/chat/completions", _chat, CHAT_OPERATION),
+        route("POST", "/v1/completions", _completions),
+        route("POST", "/v1/chat/completions", _chat),
         *model_routes(lambda: [card()]),
-        route("POST", "/tokenize", _tokenize, TOKENIZE_OPERATION),
-        route("POST", "/detokenize", _detokenize, DETOKENIZE_OPERATION),
+        route("POST", "/tokenize", _tokenize),
+        route("POST", "/detokenize", _detokenize),
         *health_routes(partial(_health, service)),
-        route("GET", "/metrics", _metrics, METRICS_OPERATION),
-        route("POST", "/pdlaunch/release", _release, "End the lease of a request."),
-        route("GET", "/pdlaunch/spans", _spans, "Return the spans of an aborted request."),
-        route("GET", "/pdlaunch/integrity", _integrity, "Prove who owns each block."),
-        route("POST", "/sleep", _sleep, "Put the engine to sleep."),
-        route("POST", "/wake_up", _wake_up, "Wake the engine up."),
-        route("GET", "/is_sleeping", _is_sleeping, "Say whether the engine sleeps."),
+        route("GET", "/metrics", _metrics),
+        route("POST", "/pdlaunch/release", _release),
+        route("GET", "/pdlaunch/spans", _spans),
+        route("GET", "/pdlaunch/integrity", _integrity),
+        route("POST", "/sleep", _sleep),
+        route("POST", "/wake_up", _wake_up),
+        route("GET", "/is_sleeping", _is_sleeping),
     ]
     return HttpApp(
         [_counted(each, service) for each in routes],
@@ -83,7 +77,6 @@ def make_app(service: EngineService, *, keys: Collection[str]) -> web.Applicatio
             code="invalid_api_key",
         ),
         open_paths=OPEN_PATHS,
-        title=f"pdlaunch engine {spec.name}",
         metrics=service.metrics.requests,
         max_body_bytes=service.max_body_bytes,
     ).app

@@ -118,11 +118,10 @@ class Door:
     def _app(self, further: Sequence[AppRoute]) -> web.Application:
         spec = self._spec
         keys = [key for key in (self._keys.http_token, self._engine_key) if key is not None]
-        passed = "Pass the request on to the engine."
         return HttpApp(
             [
-                *(AppRoute("GET", path, self._pass_on, passed) for path in _ASKED),
-                *(AppRoute("POST", path, self._pass_on, passed) for path in _TOLD),
+                *(AppRoute("GET", path, self._pass_on) for path in _ASKED),
+                *(AppRoute("POST", path, self._pass_on) for path in _TOLD),
                 *further,
             ],
             guard=Guard(spec.bind_address, allowed_hosts=(spec.advertise_address,)),
@@ -132,7 +131,6 @@ class Door:
                 "engine_api_key as bearer, where it is set",
                 code="invalid_api_key",
             ),
-            title=f"pdlaunch door of {self._name}",
             metrics=RequestMetrics(CollectorRegistry(), {"engine": self._name}),
             max_body_bytes=self._max_body_bytes,
         ).app
@@ -208,8 +206,7 @@ def statement_route(folder: Path) -> AppRoute:
             pass
         raise RequestError("there is no such statement (any more)", status=404, code="not_found")
 
-    operation = "Return what a prefill engine states about the KV blocks of a request."
-    return AppRoute("GET", STATEMENTS_PATH + "/{name}", read, operation)
+    return AppRoute("GET", STATEMENTS_PATH + "/{name}", read)
 
 
 class StatementDesk:
