@@ -30,10 +30,7 @@ from pdlaunch.http.headers import REQUEST_ID_HEADER, read_request_id
 from pdlaunch.observe.logs import request_logging
 from pdlaunch.observe.metrics import RequestMetrics
 from pdlaunch.protocol.ids import HttpRequestId
-from pdlaunch.protocol.openai.responses import (
-    ModelCard,
-    ModelList,
-)
+from pdlaunch.protocol.openai.responses import ModelCard, ModelList
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 KeyCheck = Callable[[web.Request], None]  # raises RequestError for a request without the key
@@ -43,13 +40,10 @@ Watch = Callable[[web.Request, HttpRequestId], End]
 client went away, and the error that the client is told of.
 """
 
-
 _REQUEST_ID = web.RequestKey("request_id", str)
 
 
 class AppRoute(NamedTuple):
-    """Describes one route of an application."""
-
     method: str  # ``*`` stands for all methods
     path: str
     handler: Handler
@@ -87,7 +81,7 @@ class HttpApp:
             client_max_size=max_body_bytes, middlewares=[self._catch_unknown]
         )
         self.app.on_response_prepare.append(guard.add_cors_headers)
-        for route in [*routes, AppRoute("GET", "/version", _version)]:
+        for route in (*routes, AppRoute("GET", "/version", _version)):
             handler = partial(self._at_the_door, route)
             if route.method == "GET":
                 self.app.router.add_get(route.path, handler)  # answers HEAD too

@@ -193,11 +193,7 @@ def page_routes() -> list[AppRoute]:
     return [
         AppRoute("GET", "/", _redirect),
         *(
-            AppRoute(
-                "GET",
-                path,
-                partial(_answer, (folder / name).read_bytes(), kind),
-            )
+            AppRoute("GET", path, partial(_answer, (folder / name).read_bytes(), kind))
             for path, (name, kind) in _PAGE_FILES.items()
         ),
     ]

@@ -11,10 +11,7 @@ from typing import Any, TypeVar
 from aiohttp import web
 
 from pdlaunch.errors import OverloadedError
-from pdlaunch.http.app import (
-    AppRoute,
-    request_id_of,
-)
+from pdlaunch.http.app import AppRoute, request_id_of
 from pdlaunch.http.errors import LEAVING_RETRY_AFTER_S, RETRY_AFTER_S, error_status, json_response
 from pdlaunch.http.headers import (
     REQUEST_ID_HEADER,

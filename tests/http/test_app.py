@@ -11,6 +11,7 @@ import pytest
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 
+from pdlaunch import __version__
 from pdlaunch.errors import KillsEngineError, OverloadedError
 from pdlaunch.http.app import (
     AppRoute,
@@ -114,7 +115,9 @@ async def test_each_route_asks_for_its_key(ask: Ask) -> None:
     assert (await ask("POST", "/closed", **KEY))[0] == 200
     assert (await ask("GET", "/other", **KEY))[1]["error"]["code"] == "no_other_key"
     assert (await ask("GET", "/other", Authorization="Bearer other"))[0] == 200
-    assert (await ask("GET", "/nothing"))[1]["error"]["code"] == "no_key"
+    for path in ("/nothing", "/version"):
+        assert (await ask("GET", path))[1]["error"]["code"] == "no_key"
+    assert (await ask("GET", "/version", **KEY))[1] == {"version": __version__}
 
 
 async def test_unknown_paths_and_methods_are_errors_like_others(ask: Ask) -> None:

@@ -54,9 +54,7 @@ def proven(rank: int, speed: float) -> PairReady:
     )
 
 
-async def test_it_says_everything_of_engines_and_pairs_and_keeps_to_its_schema(
-    stand: Stand,
-) -> None:
+async def test_it_says_everything_of_engines_and_pairs(stand: Stand) -> None:
     engines = pair()
     engines[1].metrics_page = PULLS % (4_000_000_000, 2, 0.5, 0)
     stand.pairs = [proven(0, 9.0), proven(1, 8.5)]

@@ -123,7 +123,7 @@ class ChatMessage(RequestBody):
     role: str = Field(min_length=1, max_length=64)
     content: Annotated[
         list[TextPart],
-        BeforeValidator(_as_parts, json_schema_input_type=list[TextPart] | str),
+        BeforeValidator(_as_parts),
         Field(max_length=MAX_PARTS),
     ] = []
     name: str | None = None

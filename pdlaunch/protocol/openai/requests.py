@@ -53,7 +53,7 @@ def _int_keys(value: object) -> object:
 
 StopStrings = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]],
-    BeforeValidator(_as_list, json_schema_input_type=list[str] | str),
+    BeforeValidator(_as_list),
     Field(max_length=MAX_STOP_STRINGS),
 ]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -246,7 +246,7 @@ class CompletionRequest(GenerationRequest):
 
     prompt: Annotated[
         str | list[int] | list[str | list[int]],
-        PlainValidator(_check_prompt, json_schema_input_type=Prompt | list[Prompt]),
+        PlainValidator(_check_prompt),
     ]
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     add_special_tokens: bool = True
