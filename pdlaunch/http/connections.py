@@ -61,7 +61,7 @@ class HttpRunner(web.AppRunner):
             "access_log": None,
             "keepalive_timeout": idle_timeout_s,
             "lingering_time": LINGERING_S,
-            "auto_decompress": False,  # ``limits`` does
+            "auto_decompress": False,  # the guard refuses compressed bodies
         }
         # Weak: a connection that could not be set up is never told that it is lost.
         self._open = weakref.WeakSet[_Connection]()

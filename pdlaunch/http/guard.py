@@ -73,6 +73,14 @@ class Guard:
             raise RequestError(
                 "Content-Type must be application/json", status=415, code="unsupported_media_type"
             )
+        encoding = http.headers.get(hdrs.CONTENT_ENCODING, "identity")
+        if encoding.lower() != "identity":
+            # Limits count the bytes that come: inflated, they could be a thousand times more.
+            raise RequestError(
+                f"Content-Encoding {encoding[:100]!r} is not supported; send the body as it is",
+                status=415,
+                code="unsupported_encoding",
+            )
         return None
 
     async def add_cors_headers(self, http: web.Request, response: web.StreamResponse) -> None:

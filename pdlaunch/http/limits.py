@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TypeVar
 
-from aiohttp import hdrs, web
+from aiohttp import web
 
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.protocol.openai.requests import MAX_CHOICES
@@ -19,34 +19,25 @@ from pdlaunch.protocol.openai.requests import MAX_CHOICES
 BODY_TIMEOUT_S = 60.0
 BODY_SILENCE_S = 15.0  # time within which the next piece of a body must come
 SMALL_BODY_BYTES = 256 * 1024
-LARGE_SHARE = 3 / 4
-"""The part of the budget that is open to bodies that are not small: a few large ones lock nobody
-out.
-"""
-ROUTER_ADDS_BYTES = 1024**2
-"""A router adds at most this to a body that it sends on: kv_transfer_params with block ids and
-first tokens, a seed.
-"""
+LARGE_SHARE = 3 / 4  # of the budget, for bodies that are not small: a few lock nobody out
+ROUTER_ADDS_BYTES = 1024**2  # kv_transfer_params with block ids and first tokens, a seed
 RESUMED_TOKEN_BYTES = len('{"token_id":2147483647},')
 LARGE_BODY_BYTES = 64 * 1024
 LARGE_TEXT_BYTES = 4 * 1024
 """From here on parsing, or tokenizing, takes about a millisecond; a thread costs 0.1 ms."""
 NUM_INPUT_THREADS = 2  # bounds the memory of large work, which each thread needs once
-DECODED_PIECE_BYTES = 256 * 1024
-_CM_DEFLATE = 8
 
 T = TypeVar("T")
 Grow = Callable[[int, str], None]
 """Reserves this many places in all; the text is the field to name in an error."""
+ShuttingDown = Callable[[], OverloadedError]
+"""Makes the error for requests that come, or still run, while the process leaves."""
 
 
 class Admission:
-    """Admits requests up to a limit of those in flight, and none while the process drains.
+    """Admits requests up to a limit of those in flight, and none while the process drains."""
 
-    ``shutting_down`` makes the error for those who come while the process drains.
-    """
-
-    def __init__(self, limit: int, shutting_down: Callable[[], OverloadedError]) -> None:
+    def __init__(self, limit: int, shutting_down: ShuttingDown) -> None:
         self.limit = limit
         self.in_flight = 0
         self.is_draining = False
@@ -55,7 +46,7 @@ class Admission:
         self._idle.set()
 
     @contextlib.contextmanager
-    def admit(self, size: int = 1, param: str = "prompt") -> Iterator[Grow]:
+    def admit(self, size: int = 1) -> Iterator[Grow]:
         """Hold ``size`` places while the block runs, one for each choice; yield what takes more.
 
         Raises OverloadedError (503 while draining, 429 when full), or RequestError when the request
@@ -81,7 +72,7 @@ class Admission:
             held = size
 
         self.check_open()
-        grow(size, param)
+        grow(size, "prompt")
         self._idle.clear()
         try:
             yield grow
@@ -109,17 +100,10 @@ class Admission:
 
 
 class Deadlines:
-    """Starts the deadlines of a process's requests; ``close`` ends all of them.
-
-    ``shutting_down`` makes the error for those that ``close`` ends.
-    """
+    """Starts the deadlines of a process's requests; ``close`` ends all of them."""
 
     def __init__(
-        self,
-        limit_s: float,
-        shutting_down: Callable[[], OverloadedError],
-        *,
-        retry_after_s: int = 1,
+        self, limit_s: float, shutting_down: ShuttingDown, *, retry_after_s: int = 1
     ) -> None:
         self.limit_s = limit_s
         self.retry_after_s = retry_after_s
@@ -137,27 +121,29 @@ class Deadlines:
 
     def start(self, wanted_s: float | None = None) -> Deadline:
         """Start the deadline of one request now. ``wanted_s``: the time that its client gives."""
-        return Deadline(self, self.limit_s, wanted_s)
+        now_at = asyncio.get_running_loop().time()
+        if wanted_s is None:
+            return Deadline(self, self.limit_s, now_at + self.limit_s)
+        limit_s = min(wanted_s, self.limit_s)
+        return Deadline(self, limit_s, now_at + limit_s, now_at + wanted_s)
 
 
+@dataclass(frozen=True, slots=True)
 class Deadline:
     """Limits the life of one request, whose parts run under ``guard`` one after another."""
 
-    def __init__(self, owner: Deadlines, limit_s: float, wanted_s: float | None) -> None:
-        now_at = asyncio.get_running_loop().time()
-        self._owner = owner
-        self._limit_s = limit_s if wanted_s is None else min(wanted_s, limit_s)
-        self._end_at = now_at + self._limit_s
-        self.wanted_at = None if wanted_s is None else now_at + wanted_s
-        """Instant on the event loop's clock by which the client wants the whole answer."""
+    owner: Deadlines
+    limit_s: float
+    end_at: float  # on the event loop's clock
+    wanted_at: float | None = None  # when the client wants the whole answer, on the same clock
 
     @contextlib.asynccontextmanager
     async def guard(self) -> AsyncIterator[None]:
         """Run the block until the deadline. Raises OverloadedError (503) when it ends there."""
-        owner = self._owner
+        owner = self.owner
         if owner.is_closed:
             raise owner.shutting_down()
-        timeout = asyncio.timeout_at(self._end_at)
+        timeout = asyncio.timeout_at(self.end_at)
         try:
             async with timeout:
                 owner.running.add(timeout)
@@ -169,7 +155,7 @@ class Deadline:
             if owner.is_closed:
                 raise owner.shutting_down() from None
             raise OverloadedError(
-                f"the request was not answered within {self._limit_s:g} s",
+                f"the request was not answered within {self.limit_s:g} s",
                 status=503,
                 retry_after_s=owner.retry_after_s,
                 code="request_timeout",
@@ -179,9 +165,9 @@ class Deadline:
 class BodyBudget:
     """Counts the bytes of the bodies that a process holds.
 
-    A body counts from its first byte: with the length that its header states, or with its
-    decompressed length so far, whichever is more. One that finds no room is answered 503 at once:
-    bodies that wait would hold connections, and the client knows better whether to try again.
+    A body counts from its first byte: with the length that its header states, or with what has
+    come, whichever is more. One that finds no room is answered 503 at once: bodies that wait would
+    hold connections, and the client knows better whether to try again.
     """
 
     def __init__(self, max_bytes: int, max_body_bytes: int) -> None:
@@ -189,60 +175,56 @@ class BodyBudget:
         self.max_body_bytes = max_body_bytes
         self.held_bytes = 0
 
-    @contextlib.contextmanager
-    def hold(self) -> Iterator[Callable[[int], None]]:
-        """Hold room for a body while the block runs; yield what grows it to a number of bytes.
+    @contextlib.asynccontextmanager
+    async def read(self, http: web.Request) -> AsyncIterator[bytes]:
+        """Read a body and hold its room while the block runs.
 
-        That raises OverloadedError (503).
+        Raises RequestError (400, 408, 413), OverloadedError (503).
         """
         held = 0
 
-        def grow_to(num_bytes: int) -> None:
+        def hold(num_bytes: int) -> None:
             nonlocal held
-            more = max(0, num_bytes - held)
-            share = 1.0 if num_bytes <= SMALL_BODY_BYTES else LARGE_SHARE
-            if more and self.held_bytes + more > self.max_bytes * share:
-                raise OverloadedError(
-                    f"requests in flight hold {self.held_bytes} bytes; there is no room for "
-                    f"another body of {num_bytes} bytes "
-                    f"(limits.max_body_bytes_in_flight is {self.max_bytes})",
-                    status=503,
-                    code="too_many_bytes_in_flight",
-                )
-            self.held_bytes += more
-            held += more
+            self._check_room(num_bytes, held)
+            self.held_bytes += max(0, num_bytes - held)
+            held = max(held, num_bytes)
 
         try:
-            yield grow_to
+            # Before a byte is read: whoever states much must find room for it first.
+            hold(http.content_length or 0)
+            yield await _read(http, hold)
         finally:
             self.held_bytes -= held
 
-    @contextlib.asynccontextmanager
-    async def read(self, http: web.Request) -> AsyncIterator[bytes]:
-        """Read a body, decompressed, and hold its room while the block runs.
+    def _check_room(self, num_bytes: int, held: int) -> None:
+        if num_bytes > self.max_body_bytes:
+            raise RequestError(
+                f"the body is longer than {self.max_body_bytes} bytes",
+                status=413,
+                code="body_too_large",
+            )
+        share = 1.0 if num_bytes <= SMALL_BODY_BYTES else LARGE_SHARE
+        if num_bytes > held and self.held_bytes + num_bytes - held > self.max_bytes * share:
+            raise OverloadedError(
+                f"requests in flight hold {self.held_bytes} bytes; there is no room for "
+                f"another body of {num_bytes} bytes "
+                f"(limits.max_body_bytes_in_flight is {self.max_bytes})",
+                status=503,
+                code="too_many_bytes_in_flight",
+            )
 
-        Raises RequestError (400, 408, 413, 415), OverloadedError (503).
-        """
-        with self.hold() as grow_to:
-            yield await _read(http, self.max_body_bytes, grow_to)
 
-
-async def _read(http: web.Request, max_bytes: int, grow_to: Callable[[int], None]) -> bytes:
-    # Before a byte is read: whoever states much must find room for it first.
-    num_bytes = http.content_length or 0
-    _check_length(num_bytes, max_bytes)
-    grow_to(num_bytes)
+async def _read(http: web.Request, hold: Callable[[int], None]) -> bytes:
     pieces: list[bytes] = []
     num_bytes = 0
     now = asyncio.get_running_loop().time
     end_at = now() + BODY_TIMEOUT_S
     try:
         async with asyncio.timeout_at(now() + BODY_SILENCE_S) as timeout:
-            async for piece in _decoded(http):
+            while piece := await http.content.readany():
                 timeout.reschedule(min(end_at, now() + BODY_SILENCE_S))
                 num_bytes += len(piece)
-                _check_length(num_bytes, max_bytes)
-                grow_to(num_bytes)
+                hold(num_bytes)
                 pieces.append(piece)
         return b"".join(pieces)
     except TimeoutError:
@@ -256,51 +238,6 @@ async def _read(http: web.Request, max_bytes: int, grow_to: Callable[[int], None
         raise RequestError(f"the body cannot be read: {error}", code="invalid_body") from None
 
 
-async def _decoded(http: web.Request) -> AsyncIterator[bytes]:
-    """Yield the body in pieces of bounded size.
-
-    aiohttp would decompress too, but takes a stream that ends in its middle for whole, and logs a
-    traceback of one that goes on after its end.
-    """
-    encoding = http.headers.get(hdrs.CONTENT_ENCODING, "").strip().lower().removeprefix("x-")
-    if encoding in ("", "identity"):
-        while piece := await http.content.readany():
-            yield piece
-        return
-    if encoding not in ("gzip", "deflate"):
-        raise RequestError(
-            f"Content-Encoding {encoding[:100]!r} is not supported; send gzip, deflate or no "
-            "encoding",
-            status=415,
-            code="unsupported_encoding",
-        )
-
-    def broken(reason: str) -> RequestError:
-        return RequestError(f"the body is no valid {encoding}: {reason}", code="invalid_body")
-
-    stream = None
-    while sent := await http.content.readany():
-        if stream is None:
-            # Some clients send deflate without zlib's header.
-            is_raw = encoding == "deflate" and sent[0] & 0x0F != _CM_DEFLATE
-            gzip_bits = 16 if encoding == "gzip" else 0
-            stream = zlib.decompressobj(-zlib.MAX_WBITS if is_raw else zlib.MAX_WBITS | gzip_bits)
-        has_more = True
-        while has_more:
-            if stream.eof:
-                raise broken("it goes on after its end")
-            try:
-                piece = stream.decompress(sent, DECODED_PIECE_BYTES)
-            except zlib.error as error:
-                raise broken(str(error)) from None
-            yield piece
-            sent = stream.unused_data or stream.unconsumed_tail
-            # A full piece may leave some of its output inside the stream.
-            has_more = bool(sent) or (len(piece) == DECODED_PIECE_BYTES and not stream.eof)
-    if stream is None or not stream.eof:
-        raise broken("it ends in its middle")
-
-
 def max_engine_body_bytes(max_body_bytes: int, max_model_len: int) -> int:
     """Return the longest body that a router may send to an engine.
 
@@ -308,13 +245,6 @@ def max_engine_body_bytes(max_body_bytes: int, max_model_len: int) -> int:
     so far, for each choice.
     """
     return max_body_bytes + ROUTER_ADDS_BYTES + RESUMED_TOKEN_BYTES * MAX_CHOICES * max_model_len
-
-
-def _check_length(num_bytes: int, max_bytes: int) -> None:
-    if num_bytes > max_bytes:
-        raise RequestError(
-            f"the body is longer than {max_bytes} bytes", status=413, code="body_too_large"
-        )
 
 
 class LargeInputs:

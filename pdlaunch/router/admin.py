@@ -18,7 +18,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
 import msgspec
-from aiohttp import hdrs, web
+from aiohttp import web
 from pydantic import ValidationError
 
 from pdlaunch.config.external import DNS, RunningEngine
@@ -197,9 +197,7 @@ class Admin:
         """Pass any call on to one engine, and its answer back once it is whole."""
         (engine,) = self._named([http.match_info["engine"]])
         path = f"/{quote(http.match_info['path'])}"
-        headers: dict[str, str] = {REQUEST_ID_HEADER: request_id_of(http)}
-        if encoding := http.headers.get(hdrs.CONTENT_ENCODING):
-            headers[hdrs.CONTENT_ENCODING] = encoding
+        headers = {REQUEST_ID_HEADER: str(request_id_of(http))}
         status, body, content_type = await self._state.client.call(
             engine, http.method, path, list(http.query.items()), await http.read(), headers=headers
         )
