@@ -118,6 +118,7 @@ class RankProcess:
         if self._bootstrap.tp_rank == 0:
             self._turn(
                 self._new_leader(runner, transfer, offload, engine_id),
+                runner.model_files,
                 info={"num_blocks": str(runner.num_blocks), "dtype": self._spec.dtype},
             )
         else:
@@ -132,7 +133,7 @@ class RankProcess:
                 offload=offload,
                 announce=self._control.send,
             )
-            self._turn(follower)
+            self._turn(follower, runner.model_files)
         transfer.close(timeout_s=2.0)
         if offload is not None:
             offload.close(timeout_s=2.0)
@@ -190,7 +191,12 @@ class RankProcess:
         self._register(engine_id, address)
         return leader
 
-    def _turn(self, loop: Leader | Follower, info: dict[str, str] | None = None) -> None:
+    def _turn(
+        self,
+        loop: Leader | Follower,
+        model_files: dict[str, str],
+        info: dict[str, str] | None = None,
+    ) -> None:
         """Turn the step loop until the supervisor or rank 0 stops it; ``info`` is for status."""
         poller = self._poller(*loop.sockets)
         said_ready = False
@@ -199,7 +205,7 @@ class RankProcess:
             if loop.ready and not said_ready:
                 said_ready = True
                 leave_ends_to_supervisor()
-                self._control.send(Ready(info=info or {}))
+                self._control.send(Ready(info=info or {}, model=model_files))
             self._wait(poller, loop.wait_s())
             loop.turn()
         loop.close()

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.config.model_files.identity import changes, model_digest, weight_digests
 from pdlaunch.config.model_files.shape import DTYPE_BYTES, read_model_shape
 from pdlaunch.engine.device_copies import Download, upload_array
 from pdlaunch.engine.kvcache.groups import KVCacheLayout, make_groups
@@ -22,7 +23,7 @@ from pdlaunch.engine.memory.device_kv_memory import open_kv_memory
 from pdlaunch.engine.memory.pools import KV_CACHE, TAGS, WEIGHTS, MemoryPools, open_memory_pools
 from pdlaunch.engine.models.attention import AttentionBackend, PackedBatch, ReportProgress
 from pdlaunch.engine.models.decoder import Decoder, TransformersDecoder
-from pdlaunch.engine.models.loader import digest_model, load_model, reload_model
+from pdlaunch.engine.models.loader import load_model, reload_model
 from pdlaunch.engine.models.tensor_parallel import Shard, TPGroup
 from pdlaunch.engine.models.torch_attention import TorchAttention
 from pdlaunch.engine.rows import LatestTokens, Row, RowTable
@@ -87,7 +88,6 @@ class ModelRunner:
             dtype_bytes=DTYPE_BYTES[spec.dtype],
         )
         is_dummy = spec.load_format == "dummy"
-        self.model_digest = digest_model(model_dir, dummy=is_dummy)
         dtype = getattr(torch, spec.dtype)
         self._pools = pools or open_memory_pools(
             enabled=spec.enable_cumem_allocator, device=self._device
@@ -104,6 +104,9 @@ class ModelRunner:
                 stacked=self._device.type == "cuda",
             )
             self._decoder = self._new_decoder()
+        # Behind the last read: a file that others change meanwhile shows up here.
+        self.model_files = weight_digests(model_dir, dummy=is_dummy)
+        self.model_digest = model_digest(self.model_files)
         self._weights_lost = False
         progress("allocating the KV cache", None)
         self.num_blocks = count_kv_blocks(spec, self.layout, self._device, tp)
@@ -248,6 +251,16 @@ class ModelRunner:
                 tp=self._tp,
                 progress=self._progress,
             )
+            found = weight_digests(
+                Path(self._spec.model_dir), dummy=self._spec.load_format == "dummy"
+            )
+            if changed := changes(self.model_files, found):
+                raise ConfigError(
+                    f"the model has changed while the engine slept: {changed}",
+                    field="model",
+                    value=self._spec.model_dir,
+                    fix="Put the files back, or start a new launch.",
+                )
             self._weights_lost = False
         return num_bytes
 

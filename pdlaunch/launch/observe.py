@@ -6,7 +6,8 @@ import logging
 import signal
 from collections.abc import Iterator
 
-from pdlaunch.launch.actions import Action, Greet, Note, Show, TellSuspects
+from pdlaunch.config.model_files.identity import changes
+from pdlaunch.launch.actions import Action, Greet, Note, SendSignal, Show, TellSuspects
 from pdlaunch.launch.events import Event, StopRequested
 from pdlaunch.launch.hosts.host import MessageReceived, ProcessExited
 from pdlaunch.launch.pairs import engine_of
@@ -152,6 +153,14 @@ def _ready(
 ) -> Iterator[Action]:
     process.info = message.info
     if process.state is not ProcessState.STARTING:
+        return
+    if changed := changes(seen.model.setdefault(process.spec.kind, message.model), message.model):
+        # It would give other tokens than its peers, so its exit counts as a failed start.
+        process.error = (
+            f"the model has changed since this launch began: {changed}. Put the files back, or "
+            "start a new launch"
+        )
+        yield SendSignal(process.name, signal.SIGKILL)
         return
     process.state = ProcessState.READY
     if not unit.ready:

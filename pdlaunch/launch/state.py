@@ -306,6 +306,8 @@ class Observed:
     """The earliest failure; later ones count as its consequences."""
     was_ready: bool = False
     listens: bool = True  # the public sockets are open
+    model: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Digests of the model's files, by name, as the first process of each kind has read them."""
     ends: dict[str, dict[EndReason, int]] = field(default_factory=dict)
     """How often each process was the first of its unit to end while the launch served."""
     last_incarnations: dict[str, int] = field(default_factory=dict)

@@ -121,6 +121,7 @@ class Ready(Message):
     """Tells that the process does its job. ``info`` is shown in the ready panel."""
 
     info: dict[str, str] = {}
+    model: dict[str, str] = {}  # digests of the model's files that the process has read, by name
 
 
 class Alive(Message):

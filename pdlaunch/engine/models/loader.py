@@ -6,8 +6,6 @@ place.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,9 +38,6 @@ _IGNORED_PREFIXES = (
     "multi_modal_projector.",
 )
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"
-_IGNORED_CONFIG_KEYS = ("transformers_version", "_name_or_path", "_model_name_or_path")
-_PIECE_BYTES = 1024
-_PIECES_PER_TENSOR = 3
 
 
 def read_tensors(files: list[Path], cuts: dict[str, Cut]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -74,48 +69,6 @@ def dummy_tensor(
         0.0, DUMMY_STD, generator=generator
     )
     return whole if cut is None else _part(whole, cut).clone()
-
-
-def digest_model(model_dir: Path, *, dummy: bool) -> str:
-    """Return the SHA-256 (hex) of config.json and the weights.
-
-    Of each file of weights, size, header and pieces of every tensor are hashed.
-    """
-    config = json.loads((model_dir / "config.json").read_text("utf-8"))
-    kept = {key: value for key, value in config.items() if key not in _IGNORED_CONFIG_KEYS}
-    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
-    if dummy:
-        digest.update(b"dummy")
-        return digest.hexdigest()
-    for file in weight_files(model_dir):
-        for piece in _pieces(file):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def _pieces(path: Path) -> Iterator[bytes]:
-    """Yield size and header, then the start, middle and end of every tensor.
-
-    Source: the safetensors format (length, JSON, tensors).
-    """
-    yield path.stat().st_size.to_bytes(8, "little")
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = file.read(length)
-        yield header
-        tensors = {
-            name: entry for name, entry in json.loads(header).items() if name != "__metadata__"
-        }
-        for entry in tensors.values():
-            start, stop = entry["data_offsets"]
-            for piece in range(_PIECES_PER_TENSOR):
-                file.seek(
-                    8
-                    + length
-                    + start
-                    + piece * max(stop - start - _PIECE_BYTES, 0) // (_PIECES_PER_TENSOR - 1)
-                )
-                yield file.read(min(_PIECE_BYTES, stop - start))
 
 
 def _name_in_model(key: str) -> str | None:
@@ -176,7 +129,10 @@ def load_model(
         _assign(
             model,
             name,
-            tensor.to(device=device, dtype=dtype) if place is None else place.copy_(tensor),
+            # A copy: the tensor is mapped from a file that others may change.
+            tensor.to(device=device, dtype=dtype, copy=True)
+            if place is None
+            else place.copy_(tensor),
         )
 
     _fill(model, weights, cuts, assign, progress)

@@ -107,7 +107,7 @@ class ServerProcess:
         """Load the text side, wait for rank 0, say Ready."""
         send = self._supervised.send
         try:
-            self._service.loaded = await asyncio.to_thread(
+            loaded = self._service.loaded = await asyncio.to_thread(
                 load_served_model, self._spec, lambda text: send(Progress(text=text))
             )
         except PdlaunchError as error:
@@ -119,7 +119,7 @@ class ServerProcess:
             return
         send(Progress(text="waiting for rank 0"))
         await self._service.welcomed.wait()
-        send(Ready())
+        send(Ready(model=loaded.files))
 
     async def _obey(self) -> None:
         """Do what the supervisor says until Stop. Raises the error of a failed start."""

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.config.model_files.identity import text_digests
 from pdlaunch.config.model_files.shape import read_generation_config, read_model_shape
 from pdlaunch.engine.server.text import ChatTemplate, TextTokenizer, load_chat_template
 from pdlaunch.errors import ConfigError, RequestError
@@ -60,6 +61,7 @@ class ServedModel:
     strict_fields: bool = False
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     """Defaults of the sampling fields that requests leave open."""
+    files: dict[str, str] = field(default_factory=dict)  # digests of what was read, by name
 
     @property
     def max_text_chars(self) -> int:
@@ -199,7 +201,7 @@ def load_served_model(spec: EngineSpec, progress: Callable[[str], None]) -> Serv
     )
     if changed := defaults.model_dump(exclude_defaults=True):
         _log.info("requests that say nothing else get generation_config.json's %s", changed)
-    return ServedModel(
+    model = ServedModel(
         name=spec.served_model_name,
         max_model_len=spec.max_model_len,
         vocab_size=shape.vocab_size,
@@ -209,6 +211,8 @@ def load_served_model(spec: EngineSpec, progress: Callable[[str], None]) -> Serv
         strict_fields=spec.strict_fields,
         defaults=defaults,
     )
+    # Behind the last read: a file that others change meanwhile shows up here.
+    return replace(model, files=text_digests(Path(spec.model_dir)))
 
 
 def read_sampling_defaults(model_dir: str | Path) -> SamplingDefaults:

@@ -23,7 +23,8 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from pdlaunch.errors import PdlaunchError, ProtocolError, StartupError
+from pdlaunch.config.model_files.identity import changes, text_digests, weight_digests
+from pdlaunch.errors import ConfigError, PdlaunchError, ProtocolError, StartupError
 from pdlaunch.http.engine_calls import UNIX
 from pdlaunch.http.lifecycle import Supervised
 from pdlaunch.http.watch.canary import FIRST_TOKEN_ID, Canaries, CanaryDied, Proof, send_canary
@@ -96,6 +97,17 @@ class SidecarOptions:
     @property
     def model(self) -> str:
         return self.value("--served-model-name")
+
+    def model_files(self) -> dict[str, str]:
+        """Return digests of the model's files, by name; of a model of a hub, none."""
+        folder = Path(self.command[2])  # vllm serve MODEL
+        if not folder.is_dir():
+            return {}
+        try:
+            weights = weight_digests(folder, dummy=self.value("--load-format") == "dummy")
+        except (ConfigError, OSError, ValueError):
+            weights = {}  # vLLM takes formats that cannot be sampled
+        return weights | text_digests(folder)
 
     def value(self, flag: str) -> str:
         """Return what the command has behind a flag; empty: the flag is not there."""
@@ -253,6 +265,7 @@ class SidecarProcess:
     async def _watch(self) -> None:
         """Say Ready once the engine is healthy; fail when it is not any more, or stands still."""
         self._supervised.send(Progress(text="vLLM is starting"))
+        model_files = await asyncio.to_thread(self._options.model_files)
         while not await self._is_there():  # noqa: ASYNC110 - it tells nobody
             await asyncio.sleep(START_POLL_S)
         # Before Ready: what routers may ask of the engine from then on follows from its version.
@@ -262,7 +275,11 @@ class SidecarProcess:
             self._register()
         except ProtocolError as error:
             _logger.warning("%s", error)
-        self._supervised.send(Ready())
+        # vLLM has read the files between the two looks at them.
+        if changed := changes(model_files, await asyncio.to_thread(self._options.model_files)):
+            self._fail(f"the model has changed while vLLM was starting: {changed}")
+            return
+        self._supervised.send(Ready(model=model_files))
         self._is_ready.set()
         hangs = EngineHangWatch(self._options.hang_timeout_s)
         can_sleep, is_asleep = SLEEP_FLAG in self._options.command, False

@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3ForConditionalGeneration
 
+from pdlaunch.config.model_files.identity import changes, model_digest, weight_digests
 from pdlaunch.config.model_files.shape import read_model_shape
 from pdlaunch.config.model_files.weights import weight_files
 from pdlaunch.engine.models.fused_decoder import join
-from pdlaunch.engine.models.loader import digest_model, load_model, read_tensors, reload_model
+from pdlaunch.engine.models.loader import load_model, read_tensors, reload_model
 from pdlaunch.engine.models.tensor_parallel import Shard, plan_cuts
 from pdlaunch.errors import ConfigError
 from tests.engine.models.tiny import COMMON, CONFIGS, save_tiny_model
@@ -244,8 +245,9 @@ def test_digest_tells_weights_and_configurations_apart(
     )
     scaled = change_checkpoint(directory, tmp_path / "scaled", lambda tensors: None)
     (scaled / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
-    digests = [
-        digest_model(path, dummy=False) for path in (directory, same, renamed, other, scaled)
-    ]
+    digests = [weight_digests(path) for path in (directory, same, renamed, other, scaled)]
     assert digests[0] == digests[1] == digests[2]
-    assert len({*digests, digest_model(directory, dummy=True)}) == 4
+    assert changes(digests[0], digests[3]).startswith("model.safetensors (SHA-256 ")
+    assert changes(digests[0], digests[4]).startswith("config.json (SHA-256 ")
+    all_digests = [*digests, weight_digests(directory, dummy=True)]
+    assert len({model_digest(each) for each in all_digests}) == 4

@@ -1,0 +1,88 @@
+"""Tells one model from another by its files: digests that a launch pins at its first start.
+
+Weights are sampled, so that a start does not read them twice: the size and header of each file, and
+the start, middle and end of every tensor. An edit of a few bytes elsewhere goes unnoticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from pdlaunch.config.model_files.weights import weight_files
+
+_CONFIG = "config.json"
+_TEXT_SUFFIXES = frozenset({".json", ".jinja", ".model", ".txt"})
+"""Of the other files that decide what is answered: tokenizer, chat template, generation config."""
+# Their values depend on who saved the model, not on what it computes.
+_IGNORED_CONFIG_KEYS = ("transformers_version", "_name_or_path", "_model_name_or_path")
+_PIECE_BYTES = 1024
+_PIECES_PER_TENSOR = 3
+_SHOWN_DIGITS = 12
+
+
+def weight_digests(model_dir: Path, *, dummy: bool = False) -> dict[str, str]:
+    """Return a SHA-256 (hex) of config.json and of each file of weights, by name.
+
+    ``dummy``: the weights are made up, only config.json counts. Raises ConfigError when files are
+    missing or damaged.
+    """
+    config = json.loads((model_dir / _CONFIG).read_text("utf-8"))
+    kept = {key: value for key, value in config.items() if key not in _IGNORED_CONFIG_KEYS}
+    digests = {_CONFIG: hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()}
+    if dummy:
+        return digests | {"dummy weights": ""}
+    for file in weight_files(model_dir):
+        digest = hashlib.sha256()
+        for piece in _pieces(file):
+            digest.update(piece)
+        digests[file.name] = digest.hexdigest()
+    return digests
+
+
+def text_digests(model_dir: Path) -> dict[str, str]:
+    """Return a SHA-256 (hex) of each file beside the weights and config.json, by name."""
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(model_dir.iterdir())
+        if file.suffix in _TEXT_SUFFIXES and file.name != _CONFIG and file.is_file()
+    }
+
+
+def model_digest(digests: Mapping[str, str]) -> str:
+    """Return one SHA-256 (hex) of ``weight_digests``: KV blocks of equal models are equal."""
+    return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
+
+
+def changes(pinned: Mapping[str, str], found: Mapping[str, str]) -> str:
+    """Name the files of ``found`` that differ from the pinned ones; empty when none does."""
+    return ", ".join(
+        f"{name} ({_shown(pinned.get(name))} then, {_shown(found.get(name))} now)"
+        for name in sorted(pinned.keys() | found.keys())
+        if pinned.get(name) != found.get(name)
+    )
+
+
+def _shown(digest: str | None) -> str:
+    return "missing" if digest is None else f"SHA-256 {digest[:_SHOWN_DIGITS]}"
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    """Yield size and header, then the start, middle and end of every tensor.
+
+    Source: the safetensors format (length, JSON, tensors).
+    """
+    yield path.stat().st_size.to_bytes(8, "little")
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length)
+        yield header
+        tensors = {name: at for name, at in json.loads(header).items() if name != "__metadata__"}
+        for entry in tensors.values():
+            start, stop = entry["data_offsets"]
+            for piece in range(_PIECES_PER_TENSOR):
+                skipped = piece * max(stop - start - _PIECE_BYTES, 0) // (_PIECES_PER_TENSOR - 1)
+                file.seek(8 + length + start + skipped)
+                yield file.read(min(_PIECE_BYTES, stop - start))
