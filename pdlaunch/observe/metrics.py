@@ -12,8 +12,15 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -30,25 +37,13 @@ FINISH_REASONS = ("stop", "length", "abort", "error")
 ERROR_STATUSES = (400, 401, 404, 408, 413, 429, 499, 500, 502, 503)
 """The same; 499: the client went away; 502: engines failed it."""
 
-
-class _WithoutCreated(Collector):
-    """Leaves out when each series began: Prometheus takes these for series of their own."""
-
-    def __init__(self, source: Collector) -> None:
-        self._source = source
-
-    def collect(self) -> Iterator[Metric]:
-        for family in self._source.collect():
-            family.samples = [
-                sample for sample in family.samples if not sample.name.endswith("_created")
-            ]
-            if family.samples or not family.name.endswith("_created"):
-                yield family
+# When each series began: Prometheus takes these for series of their own.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
-def render_metrics(registry: Collector) -> bytes:
+def render_metrics(registry: CollectorRegistry) -> bytes:
     """Return a registry in Prometheus's text format."""
-    return generate_latest(_WithoutCreated(registry))
+    return generate_latest(registry)
 
 
 def buckets_of(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, float]]:
@@ -57,70 +52,10 @@ def buckets_of(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str
     return list(zip(names, map(float, accumulate(counts)), strict=True))
 
 
-class LightHistogram(Collector):
-    """Shows one series as a histogram; belongs to one thread.
-
-    For what happens with each token: a histogram and a counter of ``prometheus_client`` took a
-    router an eighth of its time for a token.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        text: str,
-        labels: Mapping[str, str],
-        bounds: Sequence[float],
-        registry: CollectorRegistry,
-    ) -> None:
-        """``bounds``: the upper ends of the buckets but for the last."""
-        self._name, self._text, self._labels = name, text, labels
-        self._bounds = list(bounds)
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
-        registry.register(self)
-
-    def observe(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
-
-    def describe(self) -> Iterator[Metric]:
-        """Yield the name, under which a registry finds it."""
-        yield HistogramMetricFamily(self._name, self._text, labels=list(self._labels))
-
-    def collect(self) -> Iterator[Metric]:
-        family = HistogramMetricFamily(self._name, self._text, labels=list(self._labels))
-        buckets = buckets_of(self._bounds, self._counts)
-        family.add_metric(list(self._labels.values()), buckets, self._sum)
-        yield family
-
-
-class LightCounter(Collector):
-    """Shows one series as a counter; belongs to one thread."""
-
-    def __init__(
-        self, name: str, text: str, labels: Mapping[str, str], registry: CollectorRegistry
-    ) -> None:
-        self._name, self._text, self._labels = name, text, labels
-        self._value = 0.0
-        registry.register(self)
-
-    def inc(self, number: float) -> None:
-        self._value += number
-
-    def describe(self) -> Iterator[Metric]:
-        """Yield the name, under which a registry finds it."""
-        yield CounterMetricFamily(self._name, self._text, labels=list(self._labels))
-
-    def collect(self) -> Iterator[Metric]:
-        family = CounterMetricFamily(self._name, self._text, labels=list(self._labels))
-        family.add_metric(list(self._labels.values()), self._value)
-        yield family
-
-
-class RequestMetrics:
+class RequestMetrics(Collector):
     """Counts what the client of an HTTP process sees: requests, tokens, times.
 
-    ``prefix``: of the names, by the kind of process.
+    ``prefix``: of the names, by the kind of process. Belongs to one thread.
     """
 
     def __init__(
@@ -136,7 +71,8 @@ class RequestMetrics:
         def counter(name: str, text: str, *more: str) -> Counter:
             return Counter(f"{prefix}{name}", text, (*names, *more), registry=registry)
 
-        self._values = values
+        self._prefix = prefix
+        self._names, self._values = names, values
         self._finished = counter(
             "request_success", "Finished requests by reason.", "finished_reason"
         )
@@ -146,13 +82,6 @@ class RequestMetrics:
         ).labels(*values)
         self.time_to_first_token = histogram(
             "time_to_first_token_seconds", "Request to first token.", TTFT_BUCKETS_S
-        )
-        self.inter_token = LightHistogram(
-            f"{prefix}inter_token_latency_seconds",
-            "Between output tokens.",
-            labels,
-            INTER_TOKEN_BUCKETS_S,
-            registry,
         )
         self.request_time = histogram(
             "e2e_request_latency_seconds", "Request to last token.", REQUEST_BUCKETS_S
@@ -166,13 +95,16 @@ class RequestMetrics:
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of accepted requests.").labels(
             *values
         )
-        self.generation_tokens = LightCounter(
-            f"{prefix}generation_tokens", "Output tokens sent to clients.", labels, registry
-        )
+        # Counted with each token: a histogram and a counter of prometheus_client took a router an
+        # eighth of its time for a token.
+        self._gap_counts = [0] * (len(INTER_TOKEN_BUCKETS_S) + 1)
+        self._gaps_s = 0.0
+        self._num_tokens = 0
         for reason in FINISH_REASONS:
             self._finished.labels(*values, reason)
         for status in ERROR_STATUSES:
             self._failed.labels(*values, str(status))
+        registry.register(self)
 
     def finished(self, reason: str) -> None:
         """Count a choice that ended with ``reason``."""
@@ -181,6 +113,35 @@ class RequestMetrics:
     def failed(self, status: int) -> None:
         """Count a request that was answered with an error; 499: the client went away."""
         self._failed.labels(*self._values, str(status)).inc()
+
+    def sent(self, num_tokens: int, gap_s: float | None = None) -> None:
+        """Count output tokens on their way to the client, ``gap_s`` after the ones before."""
+        self._num_tokens += num_tokens
+        if gap_s is not None:
+            # Tokens that come together took the time since the last ones in equal parts.
+            mean_s = gap_s / num_tokens
+            self._gap_counts[bisect_left(INTER_TOKEN_BUCKETS_S, mean_s)] += 1
+            self._gaps_s += mean_s
+
+    def collect(self) -> Iterator[Metric]:
+        gaps = HistogramMetricFamily(
+            f"{self._prefix}inter_token_latency_seconds",
+            "Between output tokens.",
+            labels=self._names,
+        )
+        gaps.add_metric(
+            self._values, buckets_of(INTER_TOKEN_BUCKETS_S, self._gap_counts), self._gaps_s
+        )
+        yield gaps
+        tokens = CounterMetricFamily(
+            f"{self._prefix}generation_tokens", "Output tokens sent to clients.", labels=self._names
+        )
+        tokens.add_metric(self._values, self._num_tokens)
+        yield tokens
+
+    def describe(self) -> Iterator[Metric]:
+        """Yield the names, under which a registry finds them."""
+        return self.collect()
 
 
 class RequestClock:
@@ -212,14 +173,11 @@ class RequestClock:
             return
         now_at = self._clock()
         last_at = self._last_at.get(choice)
-        if last_at is not None:
-            # Tokens that come together took the time since the last chunk in equal parts.
-            self._metrics.inter_token.observe((now_at - last_at) / num_tokens)
-        elif not self._last_at:
+        if not self._last_at:
             self.first_token_at = now_at
             self._metrics.time_to_first_token.observe(now_at - self._start_at)
+        self._metrics.sent(num_tokens, None if last_at is None else now_at - last_at)
         self._last_at[choice] = now_at
-        self._metrics.generation_tokens.inc(num_tokens)
 
     def end(self, num_output_tokens: int) -> None:
         """Count an answer that is out."""

@@ -1,44 +1,76 @@
 from __future__ import annotations
 
 import pytest
-from prometheus_client import CollectorRegistry
-from prometheus_client.parser import text_string_to_metric_families
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from pdlaunch.observe.metrics import RequestMetrics, render_metrics
+from pdlaunch.observe.histograms import INTER_TOKEN_BUCKETS_S
+from pdlaunch.observe.metrics import (
+    ERROR_STATUSES,
+    RequestClock,
+    RequestMetrics,
+    render_metrics,
+)
 
-
-def samples(registry: CollectorRegistry) -> dict[str, float]:
-    text = render_metrics(registry).decode()
-
-    def label(labels: dict[str, str]) -> str:
-        return labels.get("finished_reason") or labels.get("status") or ""
-
-    return {
-        f"{sample.name}/{label(sample.labels)}": sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-        if "le" not in sample.labels
-    }
+LABELS = {"model": 'a"b'}
 
 
-def test_requests_are_counted_by_reason_and_status():
+def value(registry: CollectorRegistry, name: str, **labels: str) -> float | None:
+    return registry.get_sample_value(f"pdlaunch_{name}", LABELS | labels)
+
+
+def test_requests_are_counted_by_reason_and_status() -> None:
     registry = CollectorRegistry()
-    metrics = RequestMetrics(
-        registry, {"engine": "prefill-0", "role": "prefill", "model_name": "m"}
-    )
-    metrics.finished("stop")
-    metrics.finished("stop")
+    metrics = RequestMetrics(registry, LABELS)
+    # ``increase`` of a series that begins with 1 is 0: those of errors are there from the start.
+    for status in ERROR_STATUSES:
+        assert value(registry, "request_errors_total", status=str(status)) == 0
+    for reason in ("stop", "stop", "length"):
+        metrics.finished(reason)
     metrics.failed(429)
-    metrics.time_to_first_token.observe(0.3)
-    found = samples(registry)
-    assert found["pdlaunch_request_success_total/stop"] == 2
-    assert found["pdlaunch_request_errors_total/429"] == 1
-    assert found["pdlaunch_time_to_first_token_seconds_count/"] == 1
+    assert value(registry, "request_success_total", finished_reason="stop") == 2
+    assert value(registry, "request_errors_total", status="429") == 1
+    assert b"_created" not in render_metrics(registry)
 
 
-@pytest.mark.parametrize("status", [400, 408, 413, 499, 502, 503])
-def test_errors_are_there_before_the_first_one(status: int) -> None:
-    """``increase`` of a series that begins with 1 is 0."""
+gaps = st.floats(0, 5) | st.sampled_from(INTER_TOKEN_BUCKETS_S)
+
+
+@given(st.lists(gaps, max_size=30))
+def test_tokens_are_counted_as_the_library_would(gaps_s: list[float]) -> None:
+    registry, usual = CollectorRegistry(), CollectorRegistry()
+    metrics = RequestMetrics(registry, LABELS)
+    gap = Histogram(
+        "pdlaunch_inter_token_latency_seconds",
+        "Between output tokens.",
+        ["model"],
+        buckets=INTER_TOKEN_BUCKETS_S,
+        registry=usual,
+    ).labels('a"b')
+    tokens = Counter(
+        "pdlaunch_generation_tokens", "Output tokens sent to clients.", ["model"], registry=usual
+    ).labels('a"b')
+    for gap_s in gaps_s:
+        metrics.sent(1, gap_s)
+        gap.observe(gap_s)
+        tokens.inc()
+    assert render_metrics(usual) in render_metrics(registry)
+    (found,) = registry.restricted_registry(["pdlaunch_generation_tokens_total"]).collect()
+    assert [sample.value for sample in found.samples] == [len(gaps_s)]
+
+
+def test_a_clock_measures_to_the_first_token_and_between_those_of_each_choice() -> None:
     registry = CollectorRegistry()
-    RequestMetrics(registry, {"model_name": "m"})
-    assert samples(registry)[f"pdlaunch_request_errors_total/{status}"] == 0
+    now_at = 0.0
+    clock = RequestClock(RequestMetrics(registry, LABELS), lambda: now_at)
+    for at, choice, num_tokens in ((2.0, 0, 1), (3.0, 1, 1), (4.0, 0, 2), (5.0, 1, 0)):
+        now_at = at
+        clock.tokens(choice, num_tokens)
+    clock.end(4)
+    assert value(registry, "time_to_first_token_seconds_sum") == 2.0
+    # Two tokens that came together, two seconds after the one before them.
+    assert value(registry, "inter_token_latency_seconds_sum") == pytest.approx(1.0)
+    assert value(registry, "inter_token_latency_seconds_count") == 1
+    assert value(registry, "generation_tokens_total") == 4
+    assert value(registry, "e2e_request_latency_seconds_sum") == 5.0

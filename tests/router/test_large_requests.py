@@ -91,20 +91,11 @@ async def test_messages_and_prompts_reach_engines_as_they_were_written(stand: St
         ) == sorted(map(str, several))
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])
-@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
-async def test_broken_compression_is_a_400(stand: Stand, path: str, encoding: str) -> None:
-    await stand.start(pair())
-    status, answer, _ = await post(stand, path, b"{}", **{"Content-Encoding": encoding})
-    assert (status, answer["error"]["code"]) == (400, "invalid_body")
-
-
-async def test_a_bomb_counts_by_what_it_comes_to(stand: Stand) -> None:
+async def test_compressed_bodies_are_refused(stand: Stand) -> None:
     await stand.start(pair())
     bomb = gzip.compress(json.dumps(completion(prompt="x" * SPEC.max_body_bytes)).encode())
-    assert len(bomb) < 2000
     status, answer, _ = await post(stand, "/v1/completions", bomb, **{"Content-Encoding": "gzip"})
-    assert (status, answer["error"]["code"]) == (413, "body_too_large")
+    assert (status, answer["error"]["code"]) == (415, "unsupported_encoding")
 
 
 async def test_unfinished_bodies_leave_room_for_small_requests(stand: Stand) -> None:
