@@ -1,1 +1,1 @@
-"""Measurements behind `pdlaunch bench`."""
+"""Measures deployments and transfers, and damages them on purpose."""

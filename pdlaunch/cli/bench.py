@@ -1,33 +1,64 @@
-"""``pdlaunch bench``: measure a deployment, or pulls of KV blocks alone."""
+"""``pdlaunch bench``: measure a deployment as its clients see it, or pulls of KV blocks alone."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
-import re
+import math
+import os
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
-from typing import Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
+import msgspec
 import typer
+from rich.console import Console
 
-from pdlaunch.cli.bench_serve import read_numbers, serve
-from pdlaunch.cli.flags import ServeCommand, option, with_arguments
-from pdlaunch.cli.output import FormatOption, print_json, print_table
+from pdlaunch.bench.loads import FIRST_TOKEN_ID, BenchOptions, read_trace_file
+from pdlaunch.bench.rows import BenchRun, without_words
+from pdlaunch.bench.serve import ShowProgress, bench_serve
+from pdlaunch.bench.timed_completion import Goals, read_goals
+from pdlaunch.cli import EXIT_INTERRUPTED, EXIT_UNUSABLE
+from pdlaunch.cli.flags import ServeCommand, with_serve_flags
+from pdlaunch.cli.html_report import bench_page, write_report
+from pdlaunch.cli.output import FormatOption, print_errors, print_json, print_table
+from pdlaunch.cli.own_deployment import own_deployment, refuse_address
+from pdlaunch.cli.status import duration
 from pdlaunch.config.connectors import KVPath, MooncakeProtocol
+from pdlaunch.config.settings import flag_name
+from pdlaunch.config.sources import load_config
+from pdlaunch.errors import ConfigError, PdlaunchError
 
 app = typer.Typer(no_args_is_help=True)
-app.command("serve", cls=ServeCommand)(serve)
 
-_CONNECTORS: tuple[str, ...] = ("nixl", "mooncake", "file")
-_PATHS: tuple[str, ...] = get_args(KVPath)
-_AUTO: KVPath = "auto"
-Device = Literal["cpu", "cuda"]
-Precision = Literal["float32", "bfloat16", "float16"]
-_HEADINGS = {
+_SERVE_HEADINGS = {
+    "input_tokens": "in",
+    "concurrency": "at\nonce",
+    "request_rate": "rate\n/s",
+    "num_requests": "reqs",
+    "num_errors": "errs",
+    "ttft_ms_median": "TTFT\nmedian",
+    "ttft_ms_p99": "TTFT\np99",
+    "first_gap_ms_median": "gap\nmedian",
+    "first_gap_ms_p99": "gap\np99",
+    "itl_ms_median": "ITL\nmedian",
+    "itl_ms_p99": "ITL\np99",
+    "tpot_ms_median": "TPOT\nmedian",
+    "cached_share": "cached",
+    "pull_ms_mean": "pull\nmean",
+    "kv_megabytes_mean": "KV\nMB",
+    "seconds": "took\ns",
+    "requests_per_s": "reqs\n/s",
+    "output_tokens_per_s": "tokens\n/s",
+    "goodput_per_s": "good\n/s",
+    "good_share": "good\nshare",
+}
+_TRANSFER_HEADINGS = {
     "connector": "connector",
     "path": "path",
-    "tp_pair": "TP",
     "num_blocks": "blocks",
     "megabytes": "MB",
     "read_gb_per_s": "READ\nGB/s",
@@ -36,55 +67,300 @@ _HEADINGS = {
     "pull_gb_per_s": "verified\npull GB/s",
     "checksum_percent": "checksums\n%",
 }
+T = TypeVar("T")
 
 
-@dataclass(frozen=True, kw_only=True)
-class TransferArguments:
-    """Holds the options of ``bench transfer`` as they were given."""
+def _read_list(kind: Callable[[str], T], text: str) -> list[T]:
+    """Read ``1,4,16``. Raises typer's BadParameter."""
+    try:
+        numbers = [kind(part) for part in text.split(",")]
+        if all(0 < float(str(number)) < math.inf for number in numbers):
+            return numbers
+    except ValueError:
+        pass
+    example = "1,4,16" if kind is int else "0.5,2,8"
+    raise typer.BadParameter(f"{text!r} is not a list of positive numbers such as {example}")
 
-    connectors: str = option("nixl", f"{', '.join(_CONNECTORS)}: one or several.")
-    path: str = option(_AUTO, f"{', '.join(_PATHS)}: one or several, of connector nixl.")
-    tp_pairs: str = option("1x1", "TP sizes of prefill and decode, one or several: 1x1,1x3,3x1.")
-    num_blocks: str = option("16,128", "Blocks of one pull, one or several.")
-    num_repeats: int = option(10, "Pulls measured; the median is shown.", min=1)
-    num_layers: int = option(30, "Layers of the model; smollm2's by default.", min=1)
-    num_kv_heads: int = option(3, "KV heads of the model; smollm2's by default.", min=1)
-    head_dim: int = option(64, "Size of a head of the model; smollm2's by default.", min=1)
-    block_size: int = option(16, "Tokens in a KV block.", min=1)
-    dtype: Precision = option("float32", "Precision of weights and KV cache.")
-    device: Device = option("cpu", "Where to measure.")
-    enable_cumem_allocator: bool = option(False, "Allocate KV caches on a GPU from CuMem pools.")
-    mooncake_protocol: MooncakeProtocol = option("tcp", "How Mooncake moves bytes.")
+
+def _integers(text: str) -> list[int]:
+    return _read_list(int, text)
+
+
+def _numbers(text: str) -> list[float]:
+    return _read_list(float, text)
+
+
+def _goals(text: str) -> Goals:
+    try:
+        return read_goals(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _above_zero(number: float | None) -> float | None:
+    if number is not None and not number > 0:
+        raise typer.BadParameter(f"{number:g} is not above 0")
+    return number
+
+
+# Options with a parser are annotated ``Any``: typer would take a list for a repeated option.
+@app.command("serve", cls=ServeCommand)
+@with_serve_flags
+def serve(
+    config: Path | None = None,
+    url: Annotated[
+        str | None, typer.Option(help="URL of a running deployment; without it one is started.")
+    ] = None,
+    input_tokens: Annotated[
+        Any, typer.Option(parser=_integers, metavar="N,N", help="Prompt lengths (128).")
+    ] = None,
+    output_tokens: Annotated[int | None, typer.Option(min=1, help="Output length (32).")] = None,
+    concurrency: Annotated[
+        Any, typer.Option(parser=_integers, metavar="N,N", help="Requests at a time (1,4,16).")
+    ] = None,
+    request_rate: Annotated[
+        Any,
+        typer.Option(
+            parser=_numbers,
+            metavar="R,R",
+            help="Requests sent a second, such as 0.5,2,8, instead of --concurrency.",
+        ),
+    ] = None,
+    burstiness: Annotated[
+        float | None,
+        typer.Option(
+            callback=_above_zero,
+            help="Shape of the pauses at --request-rate: 1 is Poisson, less comes in bursts (1).",
+        ),
+    ] = None,
+    num_requests: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Requests for each length and concurrency (four rounds, at least 8)."
+        ),
+    ] = None,
+    max_token_id: Annotated[
+        int,
+        typer.Option(
+            min=FIRST_TOKEN_ID + 1, help="Prompts are random token ids from 100 up to this."
+        ),
+    ] = 30_000,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Seed of the prompts; the same one twice meets warm prefix caches."),
+    ] = None,
+    slo: Annotated[
+        Any,
+        typer.Option(
+            parser=_goals,
+            metavar="GOALS",
+            help="Goals of a request, for goodput: ttft=200,itl=50 (ms); also tpot, e2e.",
+        ),
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="Send the requests of this file, a trace in Mooncake's format (JSON lines).",
+        ),
+    ] = None,
+    trace_speed: Annotated[
+        float | None,
+        typer.Option(callback=_above_zero, help="Times by which the trace is sent faster (1)."),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", dir_okay=False, help="Write plots and figures as one HTML file."
+        ),
+    ] = None,
+    output: FormatOption = "table",
+    *,
+    flags: dict[str, object],
+) -> None:
+    """Measure time to first token, gap to the second, inter-token latency and throughput of a
+    deployment, as its clients see them.
+    """
+    # An option without an effect would make people trust a figure that it did not shape.
+    if request_rate is not None:
+        _refuse_given({"--concurrency": concurrency}, "not with --request-rate")
+    else:
+        _refuse_given({"--burstiness": burstiness}, "only with --request-rate")
+    if trace is None:
+        _refuse_given({"--trace-speed": trace_speed}, "only with --trace")
+    else:
+        of_trace = {"--input-tokens": input_tokens, "--output-tokens": output_tokens}
+        _refuse_given(of_trace, "not with --trace, which has them")
+    if url is None:
+        refuse_address(flags)
+    else:
+        given = {flag_name(path): value for path, value in flags.items() if path != "api_key"}
+        why = "for a deployment that is started here, not for one at --url"
+        _refuse_given({"CONFIG": config} | given, why)
+    runs: list[BenchRun] = []
+    goals = slo or Goals()
+    with _told_errors() as failures:
+        launch_config = load_config(config, os.environ, flags).config
+        key = launch_config.api_key
+        options = BenchOptions(
+            api_key=None if key is None else key.get_secret_value(),
+            input_tokens=input_tokens or (128,),
+            output_tokens=output_tokens or 32,
+            concurrencies=concurrency or (() if trace or request_rate else (1, 4, 16)),
+            request_rates=request_rate or (),
+            burstiness=burstiness or 1.0,
+            num_requests=num_requests,
+            max_token_id=max_token_id,
+            seed=seed,
+            goals=goals,
+            trace=[] if trace is None else read_trace_file(trace)[:num_requests],
+            trace_speed=trace_speed or 1.0,
+        )
+        with contextlib.ExitStack() as stack:
+            progress = stack.enter_context(
+                Console(stderr=True).status("starting the deployment")
+            ).update
+            if url is None:
+                deployment = stack.enter_context(own_deployment(config, flags, launch_config))
+                url = deployment.url
+                if output == "table":
+                    typer.echo(f"command to healthy: {deployment.start_s:.1f} s")
+            asyncio.run(_collect(msgspec.structs.replace(options, url=url), progress, runs))
+            progress("stopping the deployment")
+    if runs:
+        if report is not None:
+            failures.append(write_report(report, bench_page(runs, goals)))
+        _show(runs, output)
+        print_errors([error for run in runs for error in run.row.errors])
+        failures.append(int(any(run.row.num_errors for run in runs)))
+    raise typer.Exit(max(failures, default=0))
+
+
+@contextlib.contextmanager
+def _told_errors() -> Any:
+    """Print an error, or that Ctrl-C came, and go on behind the block; yields the exit codes.
+
+    What was measured before is shown.
+    """
+    codes: list[int] = []
+    try:
+        yield codes
+    except PdlaunchError as error:
+        print_errors([error])
+        codes.append(EXIT_UNUSABLE if isinstance(error, ConfigError) else 1)
+    except KeyboardInterrupt:
+        print_errors(["interrupted"])
+        codes.append(EXIT_INTERRUPTED)
+
+
+async def _collect(options: BenchOptions, progress: ShowProgress, runs: list[BenchRun]) -> None:
+    async for run in bench_serve(options, progress):
+        runs.append(run)  # noqa: PERF401 - those before an error or Ctrl-C are shown
+
+
+def _show(runs: Sequence[BenchRun], output: str) -> None:
+    rows = [run.row for run in runs]
+    found: list[dict[str, Any]] = [msgspec.to_builtins(row) for row in rows]
+    if output == "json":
+        print_json([row | {"errors": without_words(row["errors"])} for row in found])
+        return
+    shown = [name for name in _SERVE_HEADINGS if any(row[name] is not None for row in found)]
+    print_table(found, {name: _SERVE_HEADINGS[name] for name in shown})
+    seconds, num_requests = sum(row.seconds for row in rows), sum(row.num_requests for row in rows)
+    left_out = sum(row.num_left_out for row in rows)
+    note = f"; {left_out} of the trace are too long for the model and left out" if left_out else ""
+    typer.echo(
+        f"in all: {num_requests} requests, {sum(row.num_errors for row in rows)} errors, "
+        f"{sum(row.total_prompt_tokens for row in rows)} prompt and "
+        f"{sum(row.total_output_tokens for row in rows)} output tokens in {duration(seconds)}; "
+        f"{num_requests / seconds:.2f} requests/s; times in ms{note}"
+    )
+
+
+def _refuse_given(options: Mapping[str, object], why: str) -> None:
+    """Raise typer's BadParameter where one of these options, by name, was given."""
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise typer.BadParameter(f"{', '.join(given)}: {why}")
+
+
+def _connectors(text: str) -> list[str]:
+    return _read_names(text, ("nixl", "mooncake", "file"))
+
+
+def _paths(text: str) -> list[str]:
+    return _read_names(text, get_args(KVPath))
+
+
+def _read_names(text: str, known: Sequence[str]) -> list[str]:
+    for name in text.split(","):
+        if name not in known:
+            raise typer.BadParameter(f"{name!r} is none of {', '.join(known)}")
+    return text.split(",")
 
 
 @app.command("transfer")
-@with_arguments(TransferArguments)
-def transfer(output: FormatOption = "table", *, arguments: TransferArguments) -> None:
-    """Measure gigabytes a second from prefill to decode ranks: of the READs alone, and of whole
-    pulls without and with checksums.
+def transfer(
+    connectors: Annotated[
+        Any, typer.Option(parser=_connectors, metavar="NAMES", help="Of nixl,mooncake,file.")
+    ] = "nixl",
+    path: Annotated[
+        Any,
+        typer.Option(parser=_paths, metavar="PATHS", help="Of auto,nixl,p2p, of connector nixl."),
+    ] = "auto",
+    num_blocks: Annotated[
+        Any, typer.Option(parser=_integers, metavar="N,N", help="Blocks of one pull.")
+    ] = "16,128",
+    num_repeats: Annotated[
+        int, typer.Option(min=1, help="Pulls measured; the median is shown.")
+    ] = 10,
+    num_layers: Annotated[int, typer.Option(min=1, help="Layers of the model.")] = 30,
+    num_kv_heads: Annotated[int, typer.Option(min=1, help="KV heads of the model.")] = 3,
+    head_dim: Annotated[int, typer.Option(min=1, help="Size of a head of the model.")] = 64,
+    block_size: Annotated[int, typer.Option(min=1, help="Tokens in a KV block.")] = 16,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Precision of the KV cache.")
+    ] = "float32",
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to measure.")] = "cpu",
+    enable_cumem_allocator: Annotated[
+        bool,
+        typer.Option(
+            "--enable-cumem-allocator", help="Allocate KV caches on a GPU from CuMem pools."
+        ),
+    ] = False,
+    mooncake_protocol: Annotated[
+        MooncakeProtocol, typer.Option(help="How Mooncake moves bytes.")
+    ] = "tcp",
+    output: FormatOption = "table",
+) -> None:
+    """Measure gigabytes a second from a prefill to a decode rank: of the READs alone, and of whole
+    pulls without and with checksums. The shape is that of the demo model by default.
     """
-    given = asdict(arguments)
-    path, device = given.pop("path"), arguments.device
-    names = _read_names(arguments.connectors, _CONNECTORS, "--connectors")
-    if path != _AUTO and "nixl" not in names:
-        raise _refused("--path", f"{path!r} is for connector nixl, which is not measured")
-    if arguments.enable_cumem_allocator and device != "cuda":
-        raise _refused(
-            "--enable-cumem-allocator",
-            f"cumem allocator is not supported on the current platform: --device is {device}; take "
-            "--device cuda, or leave the flag out",
-        )
-    given |= {
-        "connectors": names,
-        "paths": _read_names(path, _PATHS, "--path"),
-        "tp_pairs": _read_pairs(arguments.tp_pairs),
-        "num_blocks": read_numbers(arguments.num_blocks, "--num-blocks"),
+    if path != ["auto"] and "nixl" not in connectors:
+        raise typer.BadParameter(f"--path {path[0]} is for connector nixl, which is not measured")
+    if enable_cumem_allocator and device != "cuda":
+        raise typer.BadParameter("--enable-cumem-allocator is for --device cuda")
+    options = {
+        "connectors": connectors,
+        "paths": path,
+        "num_blocks": num_blocks,
+        "num_repeats": num_repeats,
+        "num_layers": num_layers,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "block_size": block_size,
+        "dtype": dtype,
+        "device": device,
+        "enable_cumem_allocator": enable_cumem_allocator,
+        "mooncake_protocol": mooncake_protocol,
     }
-    rows = json.loads(run_module("pdlaunch.bench", json.dumps(given)))
+    rows = json.loads(run_module("pdlaunch.bench.transfer", json.dumps(options)))
     if output == "json":
         print_json(rows)
     else:
-        print_table(rows, _HEADINGS)
+        print_table(rows, _TRANSFER_HEADINGS)
 
 
 def run_module(module: str, *arguments: str, stdout: int = subprocess.PIPE) -> bytes:
@@ -103,23 +379,3 @@ def run_module(module: str, *arguments: str, stdout: int = subprocess.PIPE) -> b
         if process.wait() != 0:
             raise typer.Exit(1)
     return found
-
-
-def _read_names(text: str, known: tuple[str, ...], option: str) -> list[str]:
-    names = text.split(",")
-    for name in names:
-        if name not in known:
-            raise _refused(option, f"{name!r} is none of {', '.join(known)}")
-    return names
-
-
-def _read_pairs(text: str) -> list[list[int]]:
-    pairs = [re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", part) for part in text.split(",")]
-    found = [[int(pair[1]), int(pair[2])] for pair in pairs if pair is not None]
-    if len(found) < len(pairs):
-        raise _refused("--tp-pairs", f"{text!r} is not a list of pairs such as 1x1,1x3")
-    return found
-
-
-def _refused(option: str, message: str) -> typer.BadParameter:
-    return typer.BadParameter(message, param_hint=f"'{option}'")

@@ -18,17 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from pdlaunch import __version__
-from pdlaunch.bench.serve.rows import BenchRow, BenchRun, TierRow, without_words
-from pdlaunch.bench.serve.timed_completion import Goals
+from pdlaunch.bench.rows import BenchRow, BenchRun, without_words
+from pdlaunch.bench.timed_completion import Goals
 from pdlaunch.cli.output import print_errors
 from pdlaunch.cli.status import duration
 from pdlaunch.launch.client.smoke import Check
 
 NUM_COLOURS = 8
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 520, 280, 54, 508, 10, 240
 _MAX_POINTS = 200
 _LIBRARIES = ("torch", "transformers", "nixl", "vllm")
 _COLUMNS = {
+    "input_tokens": "prompt",
+    "load": "load",
     "num_requests": "requests",
     "num_errors": "errors",
     "ttft_ms_median": "TTFT median",
@@ -44,39 +45,19 @@ _COLUMNS = {
     "goodput_per_s": "good/s",
     "good_share": "good share",
 }
-_AXES = {
-    "concurrency": "requests at a time",
-    "request_rate": "requests sent a second",
-    "turn": "turn",
-}
+_AXES = {"concurrency": "requests at a time", "request_rate": "requests sent a second"}
 Point = tuple[float, float]
 
 
-def bench_page(runs: Sequence[BenchRun], goals: Goals, tiers: Sequence[TierRow] = ()) -> str:
-    """Return the page of a benchmark; ``tiers``: what caches held of the prompts of chats."""
+def bench_page(runs: Sequence[BenchRun], goals: Goals) -> str:
+    """Return the page of a benchmark."""
     rows = [run.row for run in runs]
     best = max(rows, key=lambda row: row.output_tokens_per_s)
-    of_goals = f" · goals: {goals}" if goals else ""
     columns = [name for name in _COLUMNS if any(getattr(row, name) is not None for row in rows)]
-    tables = [
-        {
-            "title": "All figures",
-            "headings": ["prompt", "load", *(_COLUMNS[name] for name in columns)],
-            "words": 2,
-            "rows": [
-                [row.input_tokens, row.load, *(_number(getattr(row, name)) for name in columns)]
-                for row in rows
-            ],
-            "note": " ".join(_notes(rows)),
-        }
-    ]
-    if tiers:
-        cells = [[tier.role, tier.tier, f"{tier.hit_share:.1%}"] for tier in tiers]
-        headings = ["engines", "cache tier", "hits"]
-        tables.append({"title": "Prefix caches", "headings": headings, "words": 2, "rows": cells})
     return _render(
         title="pdlaunch bench serve",
-        lead=f"{runs[0].model} · what the clients of a deployment see{of_goals}",
+        lead=f"{runs[0].model} · what the clients of a deployment see"
+        + (f" · goals: {goals}" if goals else ""),
         cards={
             "requests": f"{sum(row.num_requests for row in rows):,}",
             "errors": f"{sum(row.num_errors for row in rows):,}",
@@ -86,7 +67,11 @@ def bench_page(runs: Sequence[BenchRun], goals: Goals, tiers: Sequence[TierRow] 
             f"output tokens/s, {best.load}": f"{best.output_tokens_per_s:,.1f}",
         },
         plots=list(_plots(runs, goals)),
-        tables=tables,
+        table_title="All figures",
+        headings=[_COLUMNS[name] for name in columns],
+        num_word_columns=2,
+        rows=[[_cell(getattr(row, name)) for name in columns] for row in rows],
+        notes=list(_notes(rows)),
         facts_title="Where it was measured",
         facts={"Model": runs[0].model},
     )
@@ -106,21 +91,12 @@ def smoke_page(checks: Sequence[Check], deployment: Mapping[str, object]) -> str
             "in all": duration(sum(check.seconds for check in checks)),
             "until it was ready": duration(checks[0].seconds) if checks else "-",
         },
-        tables=[
-            {
-                "title": "Checks",
-                "headings": ["", "check", "why it failed", "took, s"],
-                "words": 3,
-                "rows": [
-                    [
-                        marks[check.failure is None],
-                        check.name,
-                        check.failure or "",
-                        f"{check.seconds:.3f}",
-                    ]
-                    for check in checks
-                ],
-            }
+        table_title="Checks",
+        headings=["", "check", "why it failed", "took, s"],
+        num_word_columns=3,
+        rows=[
+            [marks[each.failure is None], each.name, each.failure or "", f"{each.seconds:.3f}"]
+            for each in checks
         ],
         facts_title="What was checked",
         facts=dict(deployment),
@@ -168,35 +144,26 @@ def _plots(runs: Sequence[BenchRun], goals: Goals) -> Iterator[dict[str, Any]]:
     yield plot("Time to first token", caption, first, "ms", "share of them")
     caption = f"From the second token on: without the gap in which KV blocks move.{note}"
     yield plot("Time between tokens", caption, gaps, "ms", "share of them")
-    rows = [run.row for run in runs]
-    of_chats = any(row.turn is not None for row in rows)
+    figures = {"output_tokens_per_s": ("Throughput", "Output tokens of all requests a second.")}
+    if goals:
+        said = f"Requests a second that met the goals ({goals})."
+        figures["goodput_per_s"] = ("Goodput", said)
     for attribute, x_label in _AXES.items():
-        measured = [row for row in rows if getattr(row, attribute) is not None]
-        if not measured or of_chats is not (attribute == "turn"):
-            continue
-        over = attribute.removeprefix("request_")
-        figures = [("Throughput", "Output tokens of all requests a second.", "output_tokens_per_s")]
-        if goals:
-            said = f"Requests a second that met the goals ({goals})."
-            figures.append(("Goodput", said, "goodput_per_s"))
-        figures.append(
-            ("Requests", "Requests a second, answered without an error.", "requests_per_s")
-        )
-        for title, caption, name in figures:
-            series = _over(measured, attribute, name)
-            yield plot(f"{title} over {over}", caption, series, x_label, name.replace("_per_", "/"))
+        rows = [run.row for run in runs if getattr(run.row, attribute) is not None]
+        if rows:
+            over = attribute.removeprefix("request_")
+            for figure, (title, caption) in figures.items():
+                series = _by_length(rows, attribute, figure)
+                y_label = figure.replace("_per_", "/")
+                yield plot(f"{title} over {over}", caption, series, x_label, y_label)
 
 
-def _over(rows: Sequence[BenchRow], attribute: str, figure: str) -> dict[str, list[Point]]:
-    """Return a line for each prompt length; of chats, whose prompts grow, one for all."""
-
-    def name(row: BenchRow) -> str:
-        return "all chats" if attribute == "turn" else f"{row.input_tokens} in"
-
-    ordered = sorted(rows, key=lambda row: (row.input_tokens, getattr(row, attribute)))
+def _by_length(rows: Sequence[BenchRow], x: str, y: str) -> dict[str, list[Point]]:
+    """Return a line for each prompt length."""
+    ordered = sorted(rows, key=lambda row: (row.input_tokens, getattr(row, x)))
     return {
-        label: [(getattr(row, attribute), getattr(row, figure) or 0.0) for row in group]
-        for label, group in groupby(ordered, key=name)
+        f"{length} in": [(getattr(row, x), getattr(row, y) or 0.0) for row in group]
+        for length, group in groupby(ordered, key=lambda row: row.input_tokens)
     }
 
 
@@ -211,28 +178,19 @@ def shares(values: Sequence[float]) -> list[Point]:
 def plot(
     title: str, caption: str, series: Mapping[str, Sequence[Point]], x_label: str, y_label: str
 ) -> dict[str, Any]:
-    """Return a plot with the places of its lines and ticks; both axes begin at 0."""
+    """Return a plot; ``report.html`` places its lines and ticks. Both axes begin at 0."""
     points = [point for line in series.values() for point in line]
     x_high = max((x for x, _ in points), default=0.0) * 1.04 or 1.0
     y_high = max((y for _, y in points), default=0.0) * 1.08 or 1.0
-
-    def place_x(value: float) -> float:
-        return round(_LEFT + value / x_high * (_RIGHT - _LEFT), 1)
-
-    def place_y(value: float) -> float:
-        return round(_BOTTOM - value / y_high * (_BOTTOM - _TOP), 1)
-
-    lines = [
-        {"name": name, "points": [(place_x(x), place_y(y), f"{x:g}, {y:g}") for x, y in line]}
-        for name, line in series.items()
-        if line
-    ]
     return {
         **{"title": title, "caption": caption, "x_label": x_label, "y_label": y_label},
-        **{"width": _WIDTH, "height": _HEIGHT, "left": _LEFT, "right": _RIGHT},
-        **{"top": _TOP, "bottom": _BOTTOM, "lines": lines},
-        "x_ticks": [(f"{value:g}", place_x(value)) for value in _ticks(x_high)],
-        "y_ticks": [(f"{value:g}", place_y(value)) for value in _ticks(y_high)],
+        **{
+            "x_high": x_high,
+            "x_ticks": _ticks(x_high),
+            "y_high": y_high,
+            "y_ticks": _ticks(y_high),
+        },
+        "lines": {name: points for name, points in series.items() if points},
     }
 
 
@@ -246,17 +204,15 @@ def _ticks(high: float) -> list[float]:
 def _notes(rows: Sequence[BenchRow]) -> Iterator[str]:
     """Yield what the figures mean, and how often what went wrong."""
     yield "Times are milliseconds as clients see them; gap: first to second token."
-    kinds: dict[str, int] = {}
     for row in rows:
         for error in without_words(row.errors):
             count, _, kind = error.partition(" x ")
-            kinds[kind] = kinds.get(kind, 0) + int(count)
-    yield from (f"{count} requests failed: {kind}." for kind, count in kinds.items())
+            yield f"{row.input_tokens} in, {row.load}: {count} requests failed: {kind}."
     if left_out := sum(row.num_left_out for row in rows):
         yield f"{left_out} requests of the trace were too long for the model and left out."
 
 
-def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.{0 if value >= 1000 else 2}f}"
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.{0 if value >= 1000 else 2}f}"
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)

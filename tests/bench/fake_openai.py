@@ -20,9 +20,9 @@ def event(**content: Any) -> bytes:
 
 class FakeOpenAI:
     """Knobs: ``refusals`` answers the next requests with (status, body); ``refuses_after`` so many
-    requests it is full; ``tells_token_ids``, ``tokenizes``, ``max_model_len``; ``pages`` are what
-    metrics say, one after the other, the last for good; ``broken`` replaces the events of a stream;
-    ``hold`` keeps answers back, ``asked`` is set when one was asked for.
+    requests it is full; ``max_model_len``; ``pages`` are what metrics say, one after the other, the
+    last for good; ``broken`` replaces the events of a stream; ``hold`` keeps answers back,
+    ``asked`` is set when one was asked for.
     """
 
     def __init__(self) -> None:
@@ -31,8 +31,6 @@ class FakeOpenAI:
         self.refusals: list[tuple[int, bytes]] = []
         self.refuses_after: int | None = None
         self.refusal = "full"
-        self.tells_token_ids = True
-        self.tokenizes = True
         self.broken: bytes | None = None
         self.pages: list[str] = []
         self.models: Any = None
@@ -46,7 +44,6 @@ class FakeOpenAI:
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/completions", self._complete)
         app.router.add_get("/metrics", self._metrics)
-        app.router.add_post("/tokenize", self._tokenize)
         runner = web.AppRunner(
             app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1
         )
@@ -82,15 +79,6 @@ class FakeOpenAI:
             return web.Response(status=404)
         return web.Response(text=self.pages.pop(0) if len(self.pages) > 1 else self.pages[0])
 
-    async def _tokenize(self, request: web.Request) -> web.Response:
-        """A word is a token, whose id is how many there are."""
-        if not self.tokenizes:
-            return web.Response(status=404)
-        body = await request.json()
-        said = [message["content"] for message in body.get("messages", ())]
-        words = " ".join([*said, body.get("prompt", "")]).split()
-        return web.json_response({"tokens": [len(words)] * len(words)})
-
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.prompts.append(body["prompt"])
@@ -117,7 +105,7 @@ class FakeOpenAI:
             return response
         for token_id in self.answer_to(body["prompt"], body["max_tokens"]):
             choice: Body = {"index": 0, "text": "x"}
-            if self.tells_token_ids and body.get("return_token_ids"):
+            if body.get("return_token_ids"):
                 choice["token_ids"] = [token_id]
             await response.write(event(choices=[choice], usage=None))
             await asyncio.sleep(0)

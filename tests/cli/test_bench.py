@@ -35,7 +35,6 @@ def bench(url: str, *arguments: str) -> Result:
 
 
 SMALL = ("--output-tokens", "4", "--concurrency", "1,2", "--num-requests", "3")
-CHATS = ("--multi-turn", "--conversations", "2", "--turns", "2", "--output-tokens", "4")
 
 
 def test_json_has_every_figure(server: FakeOpenAI) -> None:
@@ -59,7 +58,7 @@ def test_json_has_every_figure(server: FakeOpenAI) -> None:
 
 
 def test_a_table_says_medians_totals_and_duration(server: FakeOpenAI) -> None:
-    result = bench(server.url, "--input-tokens", "5", *SMALL, "--slo", "e2e=60s")
+    result = bench(server.url, "--input-tokens", "5", *SMALL, "--slo", "e2e=60000")
     assert result.exit_code == 0, result.stderr
     for word in ("median", "p99", "took", "reqs", "good", "share"):
         assert word in result.stdout
@@ -102,61 +101,20 @@ def test_a_broken_trace_is_refused_before_anything_starts(tmp_path: Path) -> Non
     assert "output_length" in result.stderr
 
 
-def test_chats(server: FakeOpenAI) -> None:
-    result = bench(server.url, *CHATS, "--seed", "3", "--format", "json")
-    assert result.exit_code == 0, result.stderr
-    report = json.loads(result.stdout)
-    assert (report["seed"], report["working_set_tokens"]) == (3, 2 * (128 + 4 + 32 + 4))
-    assert [turn["input_tokens"] for turn in report["turns"]] == [128, 164]
-    assert "--seed 3" in bench(server.url, *CHATS, "--seed", "3").stdout
-
-
-def test_chats_have_a_page_and_vllm_s_lines_too(server: FakeOpenAI, tmp_path: Path) -> None:
-    page = tmp_path / "chats.html"
-    result = bench(server.url, *CHATS, "--report", str(page), "--format", "vllm")
-    assert result.exit_code == 0, result.stderr
-    turns = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [turn["completed"] for turn in turns] == [2, 2]
-    # Each of 2 chats: the first message of 128 tokens; that, an answer of 4 and another of 32.
-    assert [turn["total_input_tokens"] for turn in turns] == [2 * 128, 2 * 164]
-    written = page.read_text()
-    for told in ("Throughput over turn", "128 in, turn 1, 4 at once", "164 in, turn 2, 4 at once"):
-        assert told in written
-    assert "over concurrency" not in written
-
-
-def test_goodput_of_each_turn_of_chats(server: FakeOpenAI, tmp_path: Path) -> None:
-    page = tmp_path / "chats.html"
-    for goals, share in (("ttft=60s,e2e=60s", 1.0), ("ttft=0.000001", 0.0)):
-        slo = ("--slo", goals, "--report", str(page))
-        result = bench(server.url, *CHATS, *slo, "--format", "json")
-        assert result.exit_code == 0, result.stderr
-        turns = json.loads(result.stdout)["turns"]
-        assert [turn["good_share"] for turn in turns] == [share, share]
-        assert all((turn["goodput_per_s"] > 0) == (share > 0) for turn in turns)
-        assert "Goodput over turn" in page.read_text()
-    assert "good" in bench(server.url, *CHATS, "--slo", "e2e=60s").stdout
-    assert "good" not in bench(server.url, *CHATS).stdout
-
-
-@pytest.mark.parametrize("options", [SMALL, CHATS])
-def test_what_a_deployment_answers_tells_a_terminal_nothing(
-    server: FakeOpenAI, options: tuple[str, ...]
-) -> None:
+def test_what_a_deployment_answers_tells_a_terminal_nothing(server: FakeOpenAI) -> None:
     server.refuses_after, server.refusal = 2, "[red]full[/red]\x1b[2J\x9b31m\u202e"
-    result = bench(server.url, *options)
+    result = bench(server.url, *SMALL)
     assert r"429: [red]full[/red]\x1b[2J\x9b31m\u202e" in result.stderr
     assert not {"\x1b", "\x9b", "\u202e"} & set(result.output)
 
 
-@pytest.mark.parametrize("options", [SMALL, CHATS])
 def test_files_have_the_kinds_of_errors_and_not_their_words(
-    server: FakeOpenAI, tmp_path: Path, options: tuple[str, ...]
+    server: FakeOpenAI, tmp_path: Path
 ) -> None:
     """A deployment may quote prompts; whoever measures reads them on the terminal."""
     server.refuses_after, server.refusal = 2, "cannot read: the prompt"
     page = tmp_path / "page.html"
-    result = bench(server.url, *options, "--format", "json", "--report", str(page))
+    result = bench(server.url, *SMALL, "--format", "json", "--report", str(page))
     assert result.exit_code == 1
     assert "HTTP 429: cannot read: the prompt" in result.stderr
     assert "HTTP 429" in result.stdout
@@ -167,31 +125,20 @@ def test_files_have_the_kinds_of_errors_and_not_their_words(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--turns", "3"), "--turns: only for --multi-turn"),
-        (("--multi-turn", "--num-requests", "3"), "--num-requests: not for --multi-turn"),
-        (
-            ("--multi-turn", "--concurrency", "1,2"),
-            "takes one --input-tokens and one --concurrency",
-        ),
         (("--prefill", "2"), "--prefill: for a deployment that is started here"),
         (("--port", "1", "--host", "::1"), "--host, --port: for a deployment that is started here"),
-        (
-            ("--step-ms", "1,2"),
-            "'1,2' is neither a positive number nor a list of one for each of 1,4,16",
-        ),
-        (("--step-ms", "1,nan,2"), "'1,nan,2' is neither"),
-        (("--step-ms", "inf"), "'inf' is neither"),
         (
             ("--input-tokens", "0"),
             "Invalid value for '--input-tokens': '0' is not a list of positive numbers",
         ),
         (("--concurrency", "a"), "'a' is not a list of positive numbers"),
-        (("--bare-gb-per-s", "0"), "'0' is neither"),
+        (("--request-rate", "1,nan"), "'1,nan' is not a list of positive numbers"),
+        (("--request-rate", "inf"), "'inf' is not a list of positive numbers"),
         (("--request-rate", "0"), "'0' is not a list of positive numbers such as 0.5,2,8"),
         (("--request-rate", "2", "--concurrency", "3"), "--concurrency: not with --request-rate"),
         (("--burstiness", "2"), "--burstiness: only with --request-rate"),
         (("--request-rate", "2", "--burstiness", "0"), "0 is not above 0"),
-        (("--slo", "ttfb=3"), "'ttfb' is none of ttft, tpot, itl, e2e"),
+        (("--slo", "ttfb=3"), "`ttfb`"),
         (("--trace-speed", "2"), "--trace-speed: only with --trace"),
         (("--trace", __file__, "--input-tokens", "3"), "--input-tokens: not with --trace"),
     ],
@@ -265,9 +212,7 @@ def test_rows_are_told_in_words_where_a_table_does_not_fit() -> None:
         ("transfer", "--connectors", "file", "--path", "p2p"),
         ("transfer", "--mooncake-protocol", "tcp,rdma"),
         ("transfer", "--connectors", "pigeon"),
-        ("transfer", "--tp-pairs", "1x1,2"),
         ("transfer", "--device", "tpu"),
-        ("transfer", "--mooncake-protocol", "post"),
     ],
 )
 def test_wrong_values_start_nothing(options: tuple[str, ...]) -> None:

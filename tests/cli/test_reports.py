@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.bench.serve.rows import BenchRun, summarise
-from pdlaunch.bench.serve.timed_completion import Goals, TimedCompletion
+from pdlaunch.bench.loads import BenchLoad
+from pdlaunch.bench.rows import BenchRun, summarise
+from pdlaunch.bench.timed_completion import Goals, TimedCompletion
 from pdlaunch.cli.html_report import bench_page, plot, shares, smoke_page, write_report
 from pdlaunch.launch.client.smoke import Check
 
@@ -56,16 +57,16 @@ def run(
         TimedCompletion(
             start_at=10.0 + n,
             tokens_at=[10.25 + n, 10.3 + n, 10.5 + n],
-            token_ids=[4711] * 3,
             num_tokens=3,
             num_prompt_tokens=input_tokens,
         )
         for n in range(4)
     ]
     done.append(TimedCompletion(start_at=12.0, error="HTTP 400: the secret prompt is too long"))
-    row = summarise(
-        input_tokens, concurrency, done, 4.0, {}, goals=Goals(ttft_ms=300), request_rate=rate
+    load = BenchLoad(
+        input_tokens=input_tokens, requests=(), concurrency=concurrency, request_rate=rate
     )
+    row = summarise(load, done, 4.0, goals=Goals(ttft_ms=300))
     return BenchRun(row=row, done=done, model=EVIL)
 
 
@@ -105,13 +106,12 @@ def test_names_are_escaped_and_what_was_said_is_left_out() -> None:
     assert EVIL not in content
     assert "&lt;script&gt;alert" in content
     assert "secret" not in content
-    assert "4711" not in content
-    assert "1 requests failed: HTTP 400." in content
+    assert "1 at once: 1 requests failed: HTTP 400." in content
 
 
 def test_one_row_and_no_answer_make_a_page_too() -> None:
     failed = [TimedCompletion(start_at=1.0, error="no answer in time")]
-    row = summarise(5, 1, failed, 1.0, {})
+    row = summarise(BenchLoad(input_tokens=5, requests=(), concurrency=1), failed, 1.0)
     check_offline(bench_page([BenchRun(row=row, done=failed, model="m")], Goals()))
 
 
@@ -128,12 +128,14 @@ def test_a_smoke_run_s_page_has_each_check() -> None:
 
 
 def test_lines_lie_where_their_values_are() -> None:
-    drawn = plot("t", "c", {"a": [(1, 10), (2, 20)]}, "x", "y")
-    ((left, low, _), (right, high, _)) = drawn["lines"][0]["points"]
-    # Both axes begin at 0, and larger values are further up.
+    content = bench_page([run(concurrency=1), run(concurrency=2)], Goals())
+    throughput = content[content.index("Throughput over concurrency") :]
+    circles = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', throughput)
+    (left, low), (right, high) = [(float(x), float(y)) for x, y in circles]
+    # Both axes begin at 0: twice as many requests at once are twice as far to the right.
     assert (right - 54) / (left - 54) == pytest.approx(2, abs=0.02)
-    assert (240 - high) / (240 - low) == pytest.approx(2, abs=0.02)
-    assert [value for value, _ in drawn["x_ticks"]] == ["0", "0.5", "1", "1.5", "2"]
+    assert low == high
+    assert plot("t", "c", {"a": [(2, 20)]}, "x", "y")["x_ticks"] == [0, 0.5, 1, 1.5, 2]
 
 
 def test_shares_end_at_one_and_are_few() -> None:

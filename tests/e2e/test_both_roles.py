@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.bench.serve.loads import BenchOptions
-from pdlaunch.bench.serve.sweep import bench_serve
+from pdlaunch.bench.loads import BenchOptions
+from pdlaunch.bench.serve import bench_serve
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment, running_deployment
 from pdlaunch.launch.client.integrity import engines_of

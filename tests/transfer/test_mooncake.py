@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdlaunch.bench.transfer.pulls import bench_transfer
+from pdlaunch.bench.transfer import TransferOptions, bench_transfer
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.errors import TransferError
 from pdlaunch.transfer.connectors.connector import LocalMemory
@@ -61,17 +61,12 @@ def test_what_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.multi_gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_ranks_beyond_the_first_transfer_between_gpus() -> None:
+def test_two_gpus_transfer() -> None:
     """Every pull is verified by its checksums, and one that fails raises."""
     mooncake = pytest.importorskip("mooncake.engine")
     if not mooncake.SUPPORT_CUDA:
         pytest.skip("this build of Mooncake has no CUDA")
-    rows = bench_transfer(
-        connectors=["mooncake"],
-        tp_pairs=[(2, 2)],
-        num_blocks=[16],
-        num_repeats=2,
-        num_kv_heads=2,
-        device="cuda",
+    options = TransferOptions(
+        connectors=["mooncake"], num_blocks=[16], num_repeats=2, num_kv_heads=2, device="cuda"
     )
-    assert rows[0].pull_gb_per_s > 0
+    assert bench_transfer(options)[0].pull_gb_per_s > 0

@@ -9,23 +9,21 @@ import os
 import time
 from collections.abc import AsyncIterable, Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any
 
 import aiohttp
 import msgspec
 
 _MAX_REASON_LENGTH = 300
 _ITL_SHARE = 0.99
-_UNITS = {"ms": 1.0, "s": 1000.0, "": 1.0}
 
 
 class TimedCompletion(msgspec.Struct):
-    """Records one completion; times are instants of ``time.perf_counter``."""
+    """One completion; times are instants of ``time.perf_counter``."""
 
     start_at: float  # instant just before the request is written
     tokens_at: list[float] = []
     """Instants at which the bytes of each output token were read; tokens of one read have one."""
-    token_ids: list[int] = []  # output tokens; empty where the deployment does not tell them
     num_tokens: int = 0  # output tokens as the deployment counts them
     num_prompt_tokens: int = 0
     num_cached_tokens: int | None = None
@@ -34,12 +32,10 @@ class TimedCompletion(msgspec.Struct):
 
     @property
     def ttft_s(self) -> float:
-        """Return the time from the request to the first token."""
         return self.tokens_at[0] - self.start_at
 
     @property
     def e2e_s(self) -> float:
-        """Return the time from the request to the last token."""
         return self.tokens_at[-1] - self.start_at
 
     @property
@@ -49,18 +45,26 @@ class TimedCompletion(msgspec.Struct):
 
     @property
     def inter_token_s(self) -> list[float]:
-        """Return the times between tokens without the first gap."""
         return self.all_gaps_s[1:]
 
 
-class Goals(msgspec.Struct, frozen=True, kw_only=True):
-    """Holds upper limits in milliseconds; None: any time will do."""
+_Limit = Annotated[float, msgspec.Meta(gt=0)] | None
 
-    ttft_ms: float | None = None
-    tpot_ms: float | None = None  # mean time between the tokens of a request
-    itl_ms: float | None = None
+
+class Goals(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    rename=lambda name: name.removesuffix("_ms"),
+):
+    """Upper limits in milliseconds; None: any time will do."""
+
+    ttft_ms: _Limit = None
+    tpot_ms: _Limit = None  # mean time between the tokens of a request
+    itl_ms: _Limit = None
     """99 of 100 times between tokens of a request, the first gap included."""
-    e2e_ms: float | None = None  # time from the request to its last token
+    e2e_ms: _Limit = None  # time from the request to its last token
 
     def __bool__(self) -> bool:
         return self != Goals()
@@ -87,25 +91,12 @@ class Goals(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_goals(text: str) -> Goals:
-    """Read ``ttft=200,itl=0.05s``; numbers without a unit are milliseconds.
-
-    Raises ValueError that says what is wrong.
-    """
-    found: dict[str, float] = {}
-    for part in text.split(","):
-        name, _, value = part.strip().partition("=")
-        known = [field.removesuffix("_ms") for field in Goals.__struct_fields__]
-        if name not in known:
-            raise ValueError(f"{name!r} is none of {', '.join(known)}")
-        number = value.removesuffix("s").removesuffix("m")
-        try:
-            limit = float(number) * _UNITS[value.removeprefix(number)]
-        except (ValueError, KeyError):
-            limit = math.nan
-        if not 0 < limit < math.inf:
-            raise ValueError(f"{value!r} is no time such as 200, 200ms or 0.2s")
-        found[f"{name}_ms"] = limit
-    return Goals(**found)
+    """Read ``ttft=200,itl=50``, in milliseconds. Raises ValueError."""
+    pairs = (part.strip().partition("=") for part in text.split(","))
+    try:
+        return msgspec.convert({name: value for name, _, value in pairs}, Goals, strict=False)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{error}; write ttft=200,tpot=30,itl=50,e2e=3000, each in ms") from None
 
 
 class _Choice(msgspec.Struct):
@@ -187,7 +178,6 @@ def _take(event: _Event, now: float, completion: TimedCompletion) -> None:
         # Who does not know token ids sends one token a chunk.
         num_tokens = 1 if choice.token_ids is None else len(choice.token_ids)
         completion.tokens_at += [now] * num_tokens
-        completion.token_ids += choice.token_ids or ()
     if event.usage is not None:
         completion.num_tokens = event.usage.completion_tokens
         details = event.usage.prompt_tokens_details

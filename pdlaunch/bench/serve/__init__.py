@@ -1,1 +1,0 @@
-"""`pdlaunch bench serve` puts load on a running deployment, through its public API."""

@@ -1,0 +1,417 @@
+"""Times pulls of KV blocks from a prefill rank to a decode rank (``pdlaunch bench transfer``).
+
+Every figure is moved bytes over the median time for scattered blocks: of the READs of pulls, of
+whole pulls (side channel, lease, READ) without checksums, and of whole pulls as they are by
+default. Ranks are processes of their own; pulls with and without checksums take turns, so that
+other work of the machine slows both alike.
+
+``python -m pdlaunch.bench.transfer JSON`` prints rows of JSON: torch and its thread pools stay out
+of the command's process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import queue
+import random
+import statistics
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+import torch
+
+from pdlaunch.config.connectors import (
+    FileSettings,
+    KVPath,
+    MooncakeProtocol,
+    MooncakeSettings,
+    NixlSettings,
+)
+from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.config.kv_transfer import KVTransferSettings
+from pdlaunch.config.roles import Role
+from pdlaunch.config.sizes import format_size
+from pdlaunch.engine.kvcache.groups import KVCacheLayout, make_groups
+from pdlaunch.engine.memory.device_kv_memory import open_kv_memory
+from pdlaunch.engine.memory.pools import open_memory_pools
+from pdlaunch.errors import ConfigError, PdlaunchError, TransferError
+from pdlaunch.machine.host import memory_bytes
+from pdlaunch.planning.role_engines import DTypeName
+from pdlaunch.protocol.control import Address, Entry, PairFailed, PairReady, ToSupervisor
+from pdlaunch.protocol.ids import EngineId, LeaseId, PullId, RequestId
+from pdlaunch.protocol.kv_params import RemoteKV
+from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
+from pdlaunch.protocol.transfer import GrantLease, LeaseEnded, PullFinished, StartPull
+from pdlaunch.transfer.connectors.opening import new_connector
+from pdlaunch.transfer.handshake import RankIdentity, draw_engine_id
+from pdlaunch.transfer.sides import RankMemory, TransferSetup
+from pdlaunch.transfer.thread import TransferThread
+
+LEASE_S = 600.0
+NUM_WARM_UP_TURNS = 2
+NUM_CACHES = 4  # KV caches that exist at a time: one for each side, with checksums and without
+_TIMEOUT_S = 120.0
+
+
+class TransferOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is measured; the shape is that of the demo model by default."""
+
+    connectors: Sequence[str] = ("nixl",)
+    paths: Sequence[KVPath] = ("auto",)  # of connector nixl
+    num_blocks: Sequence[int] = (16, 128)
+    num_repeats: int = 10
+    num_layers: int = 30
+    num_kv_heads: int = 3
+    head_dim: int = 64
+    block_size: int = 16
+    dtype: DTypeName = "float32"
+    device: Literal["cpu", "cuda"] = "cpu"
+    enable_cumem_allocator: bool = False
+    mooncake_protocol: MooncakeProtocol = "tcp"
+
+    def layout(self) -> KVCacheLayout:
+        return KVCacheLayout(
+            groups=make_groups([None] * self.num_layers),
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            block_size=self.block_size,
+            dtype_bytes=getattr(torch, self.dtype).itemsize,
+        )
+
+
+class TransferTiming(msgspec.Struct, frozen=True, kw_only=True):
+    """The speeds of one kind of pull, in gigabytes a second."""
+
+    connector: str
+    path: str  # path that the handshake has chosen
+    num_blocks: int
+    megabytes: float
+    read_gb_per_s: float
+    unverified_gb_per_s: float
+    pull_gb_per_s: float
+    overhead_us: int  # time that the pull without checksums takes beyond its READ
+    checksum_percent: float  # time that checksums add to the pull without them
+
+
+class PullTimes(NamedTuple):
+    """Times of one pull, or their medians."""
+
+    pull_s: float  # time from StartPull to PullFinished
+    read_s: float  # time of its READ alone, from the post to the end
+
+
+def bench_transfer(options: TransferOptions) -> list[TransferTiming]:
+    """Time pulls of every connector, path and number of blocks.
+
+    Raises TransferError, and ConfigError without the device or the memory.
+    """
+    _check(options)
+    rows = []
+    for connector in options.connectors:
+        paths: Sequence[KVPath] = options.paths if connector == "nixl" else ("auto",)
+        for path in paths:
+            with (
+                tempfile.TemporaryDirectory(prefix="pdlaunch-bench-") as folder,
+                contextlib.ExitStack() as stack,
+            ):
+                settings = KVTransferSettings(
+                    connector=connector,
+                    nixl=NixlSettings(path=path),
+                    mooncake=MooncakeSettings(protocol=options.mooncake_protocol),
+                    file=FileSettings(directory=folder),
+                    lease_s=LEASE_S,
+                )
+                unchecked = settings.model_copy(update={"verify": False})
+                pairs = [RankPair(stack, each, options) for each in (unchecked, settings)]
+                rows += [_measure(connector, pairs, options, count) for count in options.num_blocks]
+    return rows
+
+
+def _check(options: TransferOptions) -> None:
+    """Raise ConfigError without the device, or without memory for all KV caches."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "device: torch finds no CUDA device here", field="device", fix="Take --device cpu."
+        )
+    most = max(options.num_blocks)
+    needed_bytes = NUM_CACHES * most * options.layout().block_bytes
+    if options.device == "cpu" and needed_bytes > memory_bytes():
+        raise ConfigError(
+            f"num_blocks: {most} need {format_size(needed_bytes)}, this machine has "
+            f"{format_size(memory_bytes())}",
+            field="num_blocks",
+            value=most,
+            fix="Take smaller --num-blocks.",
+        )
+
+
+def _measure(
+    connector: str, pairs: Sequence[RankPair], options: TransferOptions, count: int
+) -> TransferTiming:
+    """Pull ``count`` blocks without and with checksums, in turns; each turn moves the same ones."""
+    source = random.Random(count)
+    local, remote = (source.sample(range(max(options.num_blocks)), count) for _ in range(2))
+    turns = [
+        [pair.pull(local, remote) for pair in pairs]
+        for _ in range(NUM_WARM_UP_TURNS + options.num_repeats)
+    ]
+    unverified, verified = (
+        PullTimes(*(statistics.median(values) for values in zip(*times, strict=True)))
+        for times in zip(*turns[NUM_WARM_UP_TURNS:], strict=True)
+    )
+    gigabytes = count * options.layout().block_bytes / 1e9
+    return TransferTiming(
+        connector=connector,
+        path=", ".join(sorted({pair.path for pair in pairs})),
+        num_blocks=count,
+        megabytes=round(gigabytes * 1e3, 2),
+        read_gb_per_s=round(gigabytes / unverified.read_s, 3),
+        unverified_gb_per_s=round(gigabytes / unverified.pull_s, 3),
+        pull_gb_per_s=round(gigabytes / verified.pull_s, 3),
+        overhead_us=round((unverified.pull_s - unverified.read_s) * 1e6),
+        checksum_percent=round((verified.pull_s / unverified.pull_s - 1) * 100, 1),
+    )
+
+
+class RankPair:
+    """A prefill and a decode rank that have shaken hands, each in a process of its own."""
+
+    def __init__(
+        self, stack: contextlib.ExitStack, settings: KVTransferSettings, options: TransferOptions
+    ) -> None:
+        """Start the ranks; ``stack`` stops them."""
+        keys, self._engine_id, self._num_pulls = new_launch_keys(), draw_engine_id(), 0
+        self._prefill = RankChild("prefill", self._engine_id, settings, options, keys)
+        stack.callback(self._prefill.stop)
+        self._decode = RankChild("decode", draw_engine_id(), settings, options, keys)
+        stack.callback(self._decode.stop)
+        entries = [rank.call("entry") for rank in (self._prefill, self._decode)]
+        self.path: str = self._decode.call("connect", entries)
+
+    def pull(self, local: list[int], remote: list[int]) -> PullTimes:
+        """Grant a lease and pull its blocks."""
+        self._num_pulls += 1
+        name = f"pull-{self._num_pulls}"
+        hashes = [index.to_bytes(32) for index in range(len(local))]
+        grant = GrantLease(
+            lease_id=LeaseId(name),
+            block_ids=[remote],
+            first_block_index=[0],
+            block_hashes=hashes,
+            num_tokens=len(local),
+            num_readers=1,
+            lease_s=LEASE_S,
+        )
+        # It returns before the checksums are there: a pull that is faster waits for them.
+        self._prefill.call("grant", grant)
+        command = StartPull(
+            pull_id=PullId(name),
+            request_id=RequestId(name),
+            remote=RemoteKV(
+                engine_id=self._engine_id,
+                lease_id=LeaseId(name),
+                host="",
+                port=0,
+                block_ids=[],
+                num_tokens=len(local),
+                tp_size=1,
+            ),
+            block_ids=[local],
+            first_block_index=[0],
+            block_hashes=hashes,
+            num_tokens=len(local),
+            timeout_s=LEASE_S,
+        )
+        times: PullTimes = self._decode.call("pull", command)
+        self._prefill.call("await_lease_end")
+        return times
+
+
+class RankChild:
+    """Runs a ``Rank`` in a child process that answers calls of its methods."""
+
+    def __init__(self, *arguments: object) -> None:
+        context = multiprocessing.get_context("forkserver")
+        # torch is imported once, not by every process. As __main__ this module has another name.
+        context.set_forkserver_preload(["pdlaunch.bench.transfer"])
+        self._pool = ProcessPoolExecutor(1, context)
+        self._run(_start, *arguments)
+
+    def call(self, method: str, *arguments: object) -> Any:
+        return self._run(_call, method, *arguments)
+
+    def _run(self, function: Any, *arguments: object) -> Any:
+        """Raises TransferError when the process has failed."""
+        try:
+            return self._pool.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            raise TransferError(f"a process of the benchmark ended: {error}") from error
+
+    def stop(self) -> None:
+        """End the process, whatever its threads do."""
+        with contextlib.suppress(BrokenProcessPool):
+            self._pool.submit(os._exit, 0)
+        self._pool.shutdown(wait=False)
+
+
+_ranks: list[Rank] = []  # the one rank of a child process
+
+
+def _start(role: Role, engine_id: EngineId, settings: KVTransferSettings, *more: Any) -> None:
+    try:
+        _ranks.append(Rank(role, engine_id, settings, *more))
+    except Exception as error:  # Not every exception can be sent to the parent.
+        raise TransferError(f"{role}: {error}") from None
+
+
+def _call(method: str, *arguments: object) -> Any:
+    return getattr(_ranks[0], method)(*arguments)
+
+
+class Rank:
+    """Grants leases, pulls and moves blocks of a KV cache of random numbers."""
+
+    def __init__(
+        self,
+        role: Role,
+        engine_id: EngineId,
+        settings: KVTransferSettings,
+        options: TransferOptions,
+        keys: LaunchKeys,
+    ) -> None:
+        torch.set_num_threads(1)
+        on_cpu = options.device == "cpu"
+        # Prefill and decode lie on two GPUs where there are two.
+        index = 0 if on_cpu or role == "prefill" else 1 % torch.cuda.device_count()
+        device = torch.device("cpu") if on_cpu else torch.device("cuda", index)
+        os.environ.update(settings.environment(os.environ, options.device))
+        num_blocks, layout = max(options.num_blocks), options.layout()
+        memory = open_kv_memory(
+            open_memory_pools(enabled=options.enable_cumem_allocator, device=device),
+            device,
+            shared=settings.maps_memory,
+            mapped_alone=settings.only_maps_memory,
+        )
+        pages = memory.zeros(num_blocks * layout.block_bytes).view(getattr(torch, options.dtype))
+        name = f"{role}-0/rank-0"
+        self._reports: queue.SimpleQueue[ToSupervisor] = queue.SimpleQueue()
+        self._woken = threading.Event()
+        spec = EngineSpec(
+            name=f"{role}-0",
+            role=role,
+            model_dir=".",
+            served_model_name="bench",
+            load_format="dummy",
+            dtype=options.dtype,
+            max_model_len=num_blocks * options.block_size,
+            block_size=options.block_size,
+            enable_prefix_caching=False,
+            enable_cumem_allocator=False,
+            max_num_seqs=1,
+            max_num_batched_tokens=options.block_size,
+            device=options.device,
+            device_indices=() if on_cpu else (index,),
+            tensor_parallel_size=1,
+            num_threads=1,
+            kv_transfer=settings,
+        )
+        self._transfer = TransferThread(
+            TransferSetup(
+                spec=spec,
+                identity=RankIdentity(
+                    name=name,
+                    engine=spec.name,
+                    engine_id=engine_id,
+                    incarnation=1,
+                    tp_rank=0,
+                    tp_size=1,
+                ),
+                memory=RankMemory(
+                    kv_cache=pages.view(num_blocks, *layout.block_shape()).normal_(),
+                    layout=layout,
+                    source=memory,
+                    model_digest="bench",
+                    total_kv_heads=options.num_kv_heads,
+                    first_kv_head=0,
+                ),
+                connector=new_connector(settings, name, 1),
+                context=SecureContext(keys),
+                wake=self._woken.set,
+                report=self._reports.put,
+            )
+        )
+        self._transfer.wait_started(_TIMEOUT_S)
+        self._entry = Entry(
+            name=name,
+            kind="rank",
+            incarnation=1,
+            engine=spec.name,
+            role=role,
+            tp_rank=0,
+            tp_size=1,
+            engine_id=engine_id,
+            address=Address(side_channel=self._transfer.endpoint),
+        )
+
+    def entry(self) -> Entry:
+        """Return this rank's line of the registry."""
+        return self._entry
+
+    def connect(self, entries: list[Entry]) -> str:
+        """Return when the peer is ready to be read, over which path."""
+        self._transfer.update_registry(entries)
+        while True:
+            match self._reports.get(timeout=_TIMEOUT_S):
+                case PairReady(path=path):
+                    return path
+                case PairFailed(fatal=True) as failed:
+                    raise TransferError(failed.error)
+                case _:
+                    continue
+
+    def grant(self, command: GrantLease) -> None:
+        self._transfer.submit([command])
+
+    def pull(self, command: StartPull) -> PullTimes:
+        self._transfer.submit([command])
+        event: PullFinished = self._await(PullFinished)
+        if not event.ok:
+            raise TransferError(event.error)
+        return PullTimes(event.seconds, event.read_s)
+
+    def await_lease_end(self) -> None:
+        self._await(LeaseEnded)
+
+    def _await(self, kind: type) -> Any:
+        while self._woken.wait(_TIMEOUT_S):
+            # Cleared before the look: an event that comes meanwhile wakes the next turn.
+            self._woken.clear()
+            for event in self._transfer.take_events():
+                if isinstance(event, kind):
+                    return event
+        raise TransferError(f"no {kind.__name__} came within {_TIMEOUT_S:g} s")
+
+
+def main() -> None:
+    """Take the fields of ``TransferOptions`` as a JSON object."""
+    try:
+        rows = bench_transfer(msgspec.json.decode(sys.argv[1], type=TransferOptions))
+    except PdlaunchError as error:
+        fix = f"\nfix: {error.fix}" if isinstance(error, ConfigError) and error.fix else ""
+        sys.exit(f"error: {error}{fix}")
+    sys.stdout.write(msgspec.json.encode(rows).decode() + "\n")
+
+
+if __name__ == "__main__":
+    # By its name: ranks unpickle the same classes.
+    from pdlaunch.bench import transfer
+
+    transfer.main()

@@ -1,1 +1,0 @@
-"""`pdlaunch bench transfer` times pulls of KV blocks between real ranks."""
