@@ -22,9 +22,7 @@ from pdlaunch.cli.steady_output import standard_input, steady_output
 from pdlaunch.errors import ConfigError, StartupError
 from pdlaunch.launch.events import SignalInbox
 from pdlaunch.launch.hosts.agent import (
-    AgentRefusedError,
     AgentSession,
-    AgentTimeoutError,
     SessionLostError,
     allowed_executables,
 )
@@ -139,7 +137,7 @@ def agent(
                 reason = serve_sessions(ticket, first, executables, stops, wait_s, errors)
         except ConfigError as error:
             refuse(error)
-        except (StartupError, AgentRefusedError, AgentTimeoutError) as error:
+        except StartupError as error:
             errors.print(Text(f"error: {error}", style="red"))
             raise typer.Exit(EXIT_FAILED) from None
         errors.print(Text(f"left: {reason}"))

@@ -21,7 +21,7 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.sources import LoadedConfig
 from pdlaunch.errors import ConfigError, StartupError
 from pdlaunch.launch.hosts.agent import allowed_executables
-from pdlaunch.launch.hosts.agent_channel import AgentChannel, Joined, Lost, News, Told
+from pdlaunch.launch.hosts.agent_channel import AgentChannel, AgentEvent, Joined, Lost, Told
 from pdlaunch.launch.hosts.agent_messages import Look, Seen
 from pdlaunch.launch.hosts.join import (
     JoinKeys,
@@ -231,8 +231,8 @@ def _wait(
 ) -> None:
     wanted = frozenset(names)
 
-    def take_in(news: News) -> bool:
-        match news:
+    def take_in(event: AgentEvent) -> bool:
+        match event:
             case Joined(join=join):
                 agents.joined[join.name] = joined_host(join)
                 errors.print(Text(f"{join.name} has joined from {join.address}"))
@@ -275,14 +275,14 @@ def require_hosts(agents: Agents, resolved: ResolvedLaunch) -> None:
         look = Look(paths=wanted[name], address=address, ports=ports.get(name, []))
         agents.channel.send(name, look)
     seen: dict[str, Seen] = {}
-    others: list[News] = []
+    others: list[AgentEvent] = []
 
-    def take_in(news: News) -> bool:
-        match news:
+    def take_in(event: AgentEvent) -> bool:
+        match event:
             case Told(name=name, message=Seen() as answer):
                 seen[name] = answer
             case _:
-                others.append(news)
+                others.append(event)
         return seen.keys() >= asked
 
     is_complete = not asked or _until(agents.channel, take_in, _ANSWER_TIMEOUT_S)
@@ -305,12 +305,12 @@ def require_hosts(agents: Agents, resolved: ResolvedLaunch) -> None:
             )
 
 
-def _until(channel: AgentChannel, take_in: Callable[[News], bool], timeout_s: float) -> bool:
-    """Take news in until ``take_in`` says that this is all; False: it was not in time."""
+def _until(channel: AgentChannel, take_in: Callable[[AgentEvent], bool], timeout_s: float) -> bool:
+    """Take events in until ``take_in`` says that this is all; False: it was not in time."""
     ends_at = time.monotonic() + timeout_s
     while True:
         # All that is there, so that nothing is lost with the last one.
-        done = [take_in(news) for news in channel.take()]
+        done = [take_in(event) for event in channel.take()]
         if any(done):
             return True
         left_s = ends_at - time.monotonic()

@@ -132,7 +132,7 @@ def launch(
             lifeline,
             listeners,
             lambda local: (
-                local if agents is None else HostGroup(local, here, agents, joined, on_news=hear)
+                local if agents is None else HostGroup(local, here, agents, joined, on_change=hear)
             ),
         )
 

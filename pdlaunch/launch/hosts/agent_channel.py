@@ -38,15 +38,18 @@ from pdlaunch.launch.hosts.agent_messages import (
     Session,
     ToAgent,
     from_agent,
-    read_frames,
     to_agent,
 )
 from pdlaunch.launch.hosts.join import JoinKeys
 from pdlaunch.machine.network import tcp_endpoint
 from pdlaunch.protocol.sockets import SecureContext
 
+logger = logging.getLogger(__name__)
+
 MAX_BEAT_S = 1.0
 _SHARE = 1.5
+# An agent whose connection is gone may come back for this share of the time-out.
+_RECONNECT_SHARE = 0.25
 
 
 def beat_s(timeout_s: float) -> float:
@@ -55,9 +58,7 @@ def beat_s(timeout_s: float) -> float:
 
 
 def boot_clock() -> float:
-    """Return the seconds since the machine was started, also those in which it was suspended, which
-    ``time.monotonic`` leaves out.
-    """
+    """Return the seconds since the machine was started, with those in which it was suspended."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
@@ -86,12 +87,6 @@ class AgentLease:
         return silent_s if silent_s > self._timeout_s else None
 
 
-logger = logging.getLogger(__name__)
-
-_RECONNECT_SHARE = 0.25
-"""An agent whose connection is gone may come back for this share of the time-out."""
-
-
 @dataclass(frozen=True, slots=True)
 class Joined:
     """An agent has joined."""
@@ -105,8 +100,9 @@ class Lost:
 
     name: str
     reason: str
+    # By this instant its processes have ended, should the agent be alive and cut off; None: they
+    # have ended already.
     ended_by: float | None = field(default=None, compare=False)
-    """By this instant they have ended there, be the agent alive and cut off; None: they have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +113,7 @@ class Told:
     message: FromAgent
 
 
-News = Joined | Lost | Told
+AgentEvent = Joined | Lost | Told
 
 
 @dataclass(slots=True)
@@ -126,15 +122,14 @@ class _Agent:
     address: str
     identity: bytes
     heard_at: float
-    session: Session = field(default_factory=Session)
-    unsent: deque[bytes] = field(default_factory=deque)
-    """Messages that wait for the connection to come back."""
+    session: Session
+    unsent: deque[bytes] = field(default_factory=deque)  # for when its connection comes back
     gone_at: float | None = None  # since then its connection is gone
     stamp: float = 0.0  # that of its last Beat
 
 
 class AgentChannel:
-    """Listens for the agents of ``names``; ``take`` returns what they tell, ``fileno`` wakes.
+    """Listens for the agents of ``names``; ``take`` returns events, ``fileno`` wakes.
 
     Methods may be called from any thread.
     """
@@ -150,20 +145,18 @@ class AgentChannel:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``print_to``: returns the log file of a process. Raises StartupError."""
-        self._names = frozenset(names)
+        self._names = sorted(names)
         self._timeout_s = timeout_s
         self._beat_s = beat_s(timeout_s)
         self._print_to = print_to
         self._clock = clock
-        self._agents: dict[bytes, _Agent] = {}
-        self._by_name: dict[str, _Agent] = {}
-        """The same agents: one serves a host."""
-        self._news: deque[News] = deque()
+        self._agents: dict[bytes, _Agent] = {}  # by the identity of their sockets
+        self._events: deque[AgentEvent] = deque()
         self._outbox: deque[tuple[str, ToAgent]] = deque()
         self._closing = False
         self._is_over = True
-        self._news_event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._wake_event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._readable = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._context = SecureContext(keys.server, peer=keys.agents.public)
         endpoint = tcp_endpoint(address, keys.port)
         try:
@@ -182,45 +175,43 @@ class AgentChannel:
 
     def fileno(self) -> int:
         """Return a descriptor that is readable while ``take`` has something."""
-        return self._news_event
+        return self._readable
 
-    def take(self) -> list[News]:
-        """Return the news since the last call, oldest first."""
+    def take(self) -> list[AgentEvent]:
+        """Return the events since the last call, oldest first."""
         with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._news_event)
-        news = []
-        while self._news:
-            news.append(self._news.popleft())
-        return news
+            os.eventfd_read(self._readable)
+        return [self._events.popleft() for _ in range(len(self._events))]
 
-    def put_back(self, news: Sequence[News]) -> None:
+    def put_back(self, events: Sequence[AgentEvent]) -> None:
         """Have ``take`` return these again, before all others."""
-        if news:
-            self._news.extendleft(reversed(news))
-            os.eventfd_write(self._news_event, 1)
+        if events:
+            self._events.extendleft(reversed(events))
+            os.eventfd_write(self._readable, 1)
 
     def send(self, name: str, message: ToAgent) -> None:
         """Queue a message for a host; it is dropped when that has no agent."""
         self._outbox.append((name, message))
-        os.eventfd_write(self._wake_event, 1)
+        os.eventfd_write(self._wake, 1)
 
     def admit(self, public: str) -> None:
         """Let an agent join that has drawn this key pair itself."""
         self._context.admit(public)
 
     def close(self, *, is_over: bool = True) -> None:
-        """Stop, and tell all agents that the launch is over; else they wait for another supervisor
-        as if this one had been killed.
+        """Stop, and tell all agents that the launch is over.
+
+        Unless it ``is_over``, they wait for another supervisor as if this one had been killed.
         """
         if self._closing:
             return
         self._is_over = is_over
         self._closing = True
-        os.eventfd_write(self._wake_event, 1)
+        os.eventfd_write(self._wake, 1)
         self._thread.join()
         self._context.close()
-        os.close(self._news_event)
-        os.close(self._wake_event)
+        os.close(self._readable)
+        os.close(self._wake)
 
     def _run(self) -> None:
         try:
@@ -234,53 +225,52 @@ class AgentChannel:
     def _serve(self) -> None:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
-        poller.register(self._wake_event, zmq.POLLIN)
+        poller.register(self._wake, zmq.POLLIN)
         beat_at = looked_at = self._clock()
         while not self._closing:
             poller.poll(max(1, int((beat_at - self._clock()) * 1000)))
             with contextlib.suppress(BlockingIOError):
-                os.eventfd_read(self._wake_event)
+                os.eventfd_read(self._wake)
             now = self._clock()
             self._receive(now)
             while self._outbox:
-                self._send_to_host(*self._outbox.popleft())
+                name, message = self._outbox.popleft()
+                if (agent := self._named(name)) is not None:
+                    self._send(agent, message)
             if now >= beat_at:
-                beat_at = now + self._beat_s
                 # This process was stopped itself: nobody could be heard, or come back, meanwhile.
                 late_s = now - looked_at - self._beat_s
                 overslept = late_s > _RECONNECT_SHARE * self._timeout_s
-                looked_at = now
+                beat_at, looked_at = now + self._beat_s, now
                 for agent in list(self._agents.values()):
-                    if overslept:
-                        agent.heard_at = now
-                        agent.gone_at = agent.gone_at and now
-                    self._send(agent, Beat(stamp=agent.stamp))
-                    self._look(agent, now)
+                    self._beat(agent, now, overslept=overslept)
         if self._is_over:
             for agent in self._agents.values():
                 self._send(agent, Leave(reason="the launch is over"))
         self._socket.close()
 
-    def _look(self, agent: _Agent, now: float) -> None:
+    def _beat(self, agent: _Agent, now: float, *, overslept: bool) -> None:
+        if overslept:
+            agent.heard_at = now
+            agent.gone_at = agent.gone_at and now
+        self._send(agent, Beat(stamp=agent.stamp))
         if now > ended_by(agent.heard_at, self._timeout_s):
             self._lose(agent, f"silent for {now - agent.heard_at:.0f} s")
         elif agent.gone_at and now - agent.gone_at > _RECONNECT_SHARE * self._timeout_s:
             self._lose(agent, "its connection is gone")
 
+    def _named(self, name: str) -> _Agent | None:
+        return next((agent for agent in self._agents.values() if agent.name == name), None)
+
     def _lose(self, agent: _Agent, reason: str, *, has_ended: bool = False) -> None:
         """Forget an agent. ``has_ended``: it has ended its processes itself."""
         if self._agents.pop(agent.identity, None) is not None:
-            del self._by_name[agent.name]
             until = None if has_ended else ended_by(agent.heard_at, self._timeout_s)
             self._tell(Lost(agent.name, reason, until))
 
-    def _tell(self, news: News) -> None:
-        self._news.append(news)
-        os.eventfd_write(self._news_event, 1)
-
-    def _send_to_host(self, name: str, message: ToAgent) -> None:
-        if (agent := self._by_name.get(name)) is not None:
-            self._send(agent, message)
+    def _tell(self, event: AgentEvent) -> None:
+        self._events.append(event)
+        os.eventfd_write(self._readable, 1)
 
     def _send(self, agent: _Agent, message: ToAgent) -> None:
         agent.unsent.append(to_agent.encode(message))
@@ -296,11 +286,6 @@ class AgentChannel:
             agent.session.take_back()
             agent.gone_at = agent.gone_at or self._clock()
 
-    def _answer(self, identity: bytes, message: ToAgent) -> None:
-        """Send to somebody who has no session."""
-        with contextlib.suppress(zmq.ZMQError):
-            self._socket.send_multipart([identity, *Session().frames(to_agent.encode(message))])
-
     def _receive(self, now: float) -> None:
         while True:
             try:
@@ -308,56 +293,51 @@ class AgentChannel:
             except zmq.Again:
                 return
             agent = self._agents.get(identity)
+            session = Session() if agent is None else agent.session
             try:
+                message = from_agent.decode(session.payload(frames))
                 if agent is None:
-                    _, payload = read_frames(frames)
-                    self._greet(identity, from_agent.decode(payload), now)
+                    self._greet(identity, message, session, now)
                 else:
                     agent.heard_at = now
-                    self._hear(agent, from_agent.decode(agent.session.payload(frames)))
-            except OtherVersionError as error:
-                reason = (
-                    f"the agent is pdlaunch {error}, the supervisor is {VERSION.decode()}: install "
-                    "the same version on both hosts"
-                )
-                logger.warning("refused an agent: %s", reason)
-                self._answer(identity, AgentRefused(reason=reason))
+                    self._hear(agent, message)
             except ProtocolError as error:
-                logger.warning("agent %s: %s", agent.name if agent else identity, error)
-                self._answer(identity, AgentRefused(reason=str(error)))
+                reason = str(error)
+                if isinstance(error, OtherVersionError):
+                    reason = (
+                        f"the agent is pdlaunch {error}, the supervisor is {VERSION.decode()}: "
+                        "install the same version on both hosts"
+                    )
+                logger.warning("refused agent %s: %s", agent.name if agent else identity, reason)
+                # Outside of the session: the agent takes a refusal with any number.
+                with contextlib.suppress(zmq.ZMQError):
+                    refusal = Session().frames(to_agent.encode(AgentRefused(reason=reason)))
+                    self._socket.send_multipart([identity, *refusal])
                 if agent is not None:
-                    self._lose(agent, str(error))
+                    self._lose(agent, reason)
 
-    def _greet(self, identity: bytes, message: FromAgent, now: float) -> None:
-        """Let an agent join, or say why not."""
+    def _greet(self, identity: bytes, message: FromAgent, session: Session, now: float) -> None:
+        """Let an agent join. Raises ProtocolError that says why not."""
         if not isinstance(message, Join):
-            reason = "the supervisor does not know this session"
-            self._answer(identity, AgentRefused(reason=reason))
-            return
+            raise ProtocolError("the supervisor does not know this session")
         name = message.name
-        if (other := self._by_name.get(name)) is not None:
+        if name not in self._names:
+            listed = ", ".join(self._names)
+            raise ProtocolError(
+                f"{name} is none of the hosts {listed}: name one of them with --name"
+            )
+        if (other := self._named(name)) is not None:
             # One that was killed has no connection any more, and its successor need not wait.
             self._send(other, Beat(stamp=other.stamp))
-            if other.gone_at is not None:
-                self._lose(other, "another agent has come in its place")
-        if name not in self._names:
-            listed = ", ".join(sorted(self._names))
-            reason = f"{name} is none of the hosts {listed}: name one of them with --name"
-        elif name in self._by_name:
-            reason = (
-                f"another agent has joined as {name}, from {self._by_name[name].address}: one "
-                "serves a host, choose another --name"
-            )
-        else:
-            agent = _Agent(name, message.address, identity, now)
-            # Join was its first message.
-            agent.session.begin(received=1)
-            self._agents[identity] = self._by_name[name] = agent
-            self._send(agent, AgentWelcome(timeout_s=self._timeout_s, beat_s=self._beat_s))
-            self._tell(Joined(message))
-            return
-        logger.warning("refused an agent: %s", reason)
-        self._answer(identity, AgentRefused(reason=reason))
+            if other.gone_at is None:
+                raise ProtocolError(
+                    f"another agent has joined as {name}, from {other.address}: one serves a host, "
+                    "choose another --name"
+                )
+            self._lose(other, "another agent has come in its place")
+        agent = self._agents[identity] = _Agent(name, message.address, identity, now, session)
+        self._send(agent, AgentWelcome(timeout_s=self._timeout_s, beat_s=self._beat_s))
+        self._tell(Joined(message))
 
     def _hear(self, agent: _Agent, message: FromAgent) -> None:
         match message:

@@ -34,8 +34,8 @@ class Join(Message):
 class Beat(Message):
     """Tells, in both directions, that the sender lives."""
 
+    # Instant of the agent's clock; the supervisor sends the last one back, 0 before the first.
     stamp: float = 0.0
-    """Instant of the agent's clock; the supervisor sends the last one back, 0 before the first."""
 
 
 class Exited(Message):
@@ -44,8 +44,7 @@ class Exited(Message):
     name: str
     incarnation: int
     returncode: int
-    last_step: LastStep = LastStep()
-    """The last step of the ranks; empty where rank 0 runs elsewhere, and for all but ranks."""
+    last_step: LastStep = LastStep()  # what the ranks of its engine computed; empty for a server
 
 
 class Said(Message):
@@ -83,14 +82,7 @@ class Seen(Message):
     busy_ports: dict[int, str] = {}  # the reason why a port cannot be listened on
 
 
-class LastStepOf(Message):
-    """Answers AskLastStep."""
-
-    engine: str
-    last_step: LastStep
-
-
-FromAgent = Join | Beat | Exited | Said | Printed | AgentRefused | Leave | Seen | LastStepOf
+FromAgent = Join | Beat | Exited | Said | Printed | AgentRefused | Leave | Seen
 
 
 class AgentWelcome(Message):
@@ -106,12 +98,6 @@ class Look(Message):
     paths: list[str]
     address: str = ""
     ports: list[int] = []
-
-
-class AskLastStep(Message):
-    """Asks what the ranks of an engine compute, whose rank 0 runs there."""
-
-    engine: str
 
 
 class Spawn(Message):
@@ -136,7 +122,7 @@ class Send(Message):
     frame: bytes
 
 
-ToAgent = AgentWelcome | Beat | AgentRefused | Leave | Look | AskLastStep | Spawn | Signal | Send
+ToAgent = AgentWelcome | Beat | AgentRefused | Leave | Look | Spawn | Signal | Send
 
 from_agent: Codec[FromAgent] = Codec(FromAgent)
 to_agent: Codec[ToAgent] = Codec(ToAgent)
@@ -150,35 +136,25 @@ class Session:
     """Numbers the messages of one side and checks those of the other."""
 
     def __init__(self) -> None:
-        self._sent = 0
-        self._received = 0
+        self._num_sent = self._num_received = 0
 
     def frames(self, payload: bytes) -> list[bytes]:
         """Return the frames of the next message."""
-        self._sent += 1
-        return [VERSION, _NUMBER.pack(self._sent), payload]
+        self._num_sent += 1
+        return [VERSION, _NUMBER.pack(self._num_sent), payload]
 
     def take_back(self) -> None:
         """Forget the last message, which could not be sent."""
-        self._sent -= 1
-
-    def begin(self, *, received: int) -> None:
-        """Count the messages that came before this object was made."""
-        self._received = received
+        self._num_sent -= 1
 
     def payload(self, frames: list[bytes]) -> bytes:
         """Return what stands in the frames of the next message. Raises ProtocolError."""
-        number, payload = read_frames(frames)
-        if number != self._received + 1:
-            raise ProtocolError(f"message {number} came after {self._received}: some were lost")
-        self._received = number
-        return payload
-
-
-def read_frames(frames: list[bytes]) -> tuple[int, bytes]:
-    """Return the number of a message and what stands in it. Raises ProtocolError."""
-    if len(frames) != 3 or len(frames[1]) != _NUMBER.size:
-        raise ProtocolError(f"a message of {len(frames)} frames")
-    if frames[0] != VERSION:
-        raise OtherVersionError(frames[0][:40].decode(errors="replace"))
-    return int(_NUMBER.unpack(frames[1])[0]), frames[2]
+        if len(frames) != 3 or len(frames[1]) != _NUMBER.size:
+            raise ProtocolError(f"a message of {len(frames)} frames")
+        if frames[0] != VERSION:
+            raise OtherVersionError(frames[0][:40].decode(errors="replace"))
+        (number,) = _NUMBER.unpack(frames[1])
+        if number != self._num_received + 1:
+            raise ProtocolError(f"message {number} came after {self._num_received}: some were lost")
+        self._num_received = number
+        return frames[2]

@@ -1,7 +1,6 @@
 """Defines what the supervisor asks of a machine on which processes run, and what it hears from it.
 
-``LocalHost`` is this machine. ``group.HostGroup`` adds machines elsewhere: their agents spawn,
-signal and bury processes there, and send exits, messages and logs over a channel of their own.
+``LocalHost`` is this machine. ``HostGroup`` adds machines elsewhere, each with an agent.
 """
 
 from __future__ import annotations
@@ -19,16 +18,9 @@ from pdlaunch.protocol.control import FromSupervisor, ToSupervisor
 from pdlaunch.protocol.process.bootstrap import Bootstrap
 from pdlaunch.protocol.process.step_record import LastStep
 
+# Signals that a process gets for its own fault; the others are sent by somebody.
 _OWN_SIGNALS = frozenset(
-    {
-        signal.SIGSEGV,
-        signal.SIGABRT,
-        signal.SIGBUS,
-        signal.SIGFPE,
-        signal.SIGILL,
-        signal.SIGTRAP,
-        signal.SIGSYS,
-    }
+    getattr(signal, f"SIG{name}") for name in ("SEGV", "ABRT", "BUS", "FPE", "ILL", "TRAP", "SYS")
 )
 
 
@@ -67,16 +59,12 @@ class ProcessExited:
 
 
 class Host(Protocol):
-    """Runs processes of a launch on one machine. No method blocks.
-
-    The addresses that its processes bind and advertise are in the resolved launch
-    (``RoleEngines.bind_address``, ``advertise_address``), where checks can judge them.
-    """
+    """Runs processes of a launch on one machine. No method blocks."""
 
     def spawn(self, spec: ProcessSpec, incarnation: int, bootstrap: Bootstrap | None) -> None:
-        """Start a process and give it ``bootstrap`` on its standard input.
+        """Start a process with ``bootstrap`` on its standard input.
 
-        Its end arrives in ``exits``, also that of a process that could not be started.
+        Its end arrives in ``exits``, also when the process could not be started.
         """
 
     def signal(self, name: str, signal_number: int) -> None:
@@ -105,10 +93,7 @@ class Host(Protocol):
 
     @property
     def sources(self) -> Sequence[zmq.Socket[bytes] | int]:
-        """Return the sockets and descriptors that become readable with an exit or a message.
-
-        They stay the same for as long as the host is used.
-        """
+        """Return what becomes readable with an exit or a message; always the same."""
 
     @property
     def poll_s(self) -> float:

@@ -17,7 +17,6 @@ import errno
 import hashlib
 import os
 import socket
-import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,8 +33,6 @@ from pdlaunch.protocol.sockets import LaunchKeys
 
 STDIN = "-"
 _MOST_BYTES = 64 * 1024
-_RESUME_SUFFIX = ".supervisor"
-_PART_SUFFIX = ".part"
 
 
 class JoinTicket(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,7 +52,7 @@ class JoinTicket(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class JoinKeys(msgspec.Struct, frozen=True, kw_only=True):
-    """Holds the keys of both sides; ``port`` is that of the supervisor that drew them."""
+    """Holds the keys of both sides."""
 
     server: LaunchKeys
     agents: LaunchKeys
@@ -72,25 +69,26 @@ class JoinKeys(msgspec.Struct, frozen=True, kw_only=True):
 
 def new_join_keys(port: int = 0) -> JoinKeys:
     """Draw the keys of one launch, whose supervisor listens at this port; 0: at any."""
-    return JoinKeys(server=_new_pair(), agents=_new_pair(), port=port)
-
-
-def _new_pair() -> LaunchKeys:
-    public, secret = zmq.curve_keypair()
-    return LaunchKeys(public.decode(), secret.decode(), "")
+    server, agents = (zmq.curve_keypair() for _ in range(2))
+    return JoinKeys(
+        server=LaunchKeys(server[0].decode(), server[1].decode(), ""),
+        agents=LaunchKeys(agents[0].decode(), agents[1].decode(), ""),
+        port=port,
+    )
 
 
 @contextlib.contextmanager
 def held_join_file(path: Path, *, resumes: bool = False) -> Iterator[None]:
     """Hold the join file as one supervisor does. Raises ConfigError while another one does.
 
-    The lock is on the supervisor's file: the join file appears only once it is whole. ``resumes``:
-    where the block fails, which Ctrl-C does not, the keys that were there stay for the next try.
+    ``resumes``: where the block fails, which Ctrl-C does not, the keys that were there stay for the
+    next try.
     """
-    descriptor = _open_private(_resume_path(path))
-    try:
+    # The lock is on the supervisor's file: the join file appears only once it is whole.
+    resume_path = _resume_path(path)
+    with os.fdopen(_open_private(resume_path), "r+b") as held:
         try:
-            take_lock(descriptor)
+            take_lock(held.fileno())
         except OSError:
             raise ConfigError(
                 f"another supervisor is using {path}: agents obey one",
@@ -100,7 +98,8 @@ def held_join_file(path: Path, *, resumes: bool = False) -> Iterator[None]:
             ) from None
         # One that a killed supervisor has left would send agents to nobody.
         path.unlink(missing_ok=True)
-        had_keys, has_failed = os.fstat(descriptor).st_size > 0, False
+        keeps_keys = resumes and os.fstat(held.fileno()).st_size > 0
+        has_failed = False
         try:
             yield
         except Exception:
@@ -109,10 +108,8 @@ def held_join_file(path: Path, *, resumes: bool = False) -> Iterator[None]:
         finally:
             # Only a supervisor that was killed, or failed to resume, leaves something to resume.
             path.unlink(missing_ok=True)
-            if not (resumes and had_keys and has_failed):
-                _resume_path(path).unlink(missing_ok=True)
-    finally:
-        os.close(descriptor)
+            if not (keeps_keys and has_failed):
+                resume_path.unlink(missing_ok=True)
 
 
 def write_join_files(path: Path, keys: JoinKeys, endpoint: str) -> None:
@@ -120,7 +117,7 @@ def write_join_files(path: Path, keys: JoinKeys, endpoint: str) -> None:
     port = int(endpoint.rpartition(":")[2])
     # In place: whoever holds its lock keeps it.
     _write_private(_resume_path(path), msgspec.structs.replace(keys, port=port))
-    part = path.with_name(path.name + _PART_SUFFIX)
+    part = path.with_name(f"{path.name}.part")
     _write_private(part, keys.ticket(endpoint))
     part.replace(path)
 
@@ -144,15 +141,13 @@ def read_resume_file(path: Path) -> JoinKeys:
 
 def read_ticket(name: str) -> JoinTicket:
     """Read the join file, or its one line from standard input (``-``). Raises ConfigError."""
+    is_stdin = name == STDIN
     try:
-        text = (
-            sys.stdin.buffer.readline(_MOST_BYTES) if name == STDIN else _read_private(Path(name))
-        )
+        text = sys.stdin.buffer.readline(_MOST_BYTES) if is_stdin else _read_private(Path(name))
         return msgspec.json.decode(text, type=JoinTicket)
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
-            f"{'standard input' if name == STDIN else name} cannot be joined with: "
-            f"{_reason(error)}",
+            f"{'standard input' if is_stdin else name} cannot be joined with: {_reason(error)}",
             field="--join",
             value=name,
             fix="copy the join file that `pdlaunch serve --placement hosts` names, as it is",
@@ -164,7 +159,7 @@ def _reason(error: Exception) -> str:
 
 
 def _resume_path(path: Path) -> Path:
-    return path.with_name(path.name + _RESUME_SUFFIX)
+    return path.with_name(f"{path.name}.supervisor")
 
 
 def _open_private(path: Path) -> int:
@@ -182,12 +177,9 @@ def _open_private(path: Path) -> int:
 
 
 def _write_private(path: Path, content: JoinTicket | JoinKeys) -> None:
-    descriptor = _open_private(path)
-    try:
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, msgspec.json.encode(content) + b"\n")
-    finally:
-        os.close(descriptor)
+    with os.fdopen(_open_private(path), "r+b") as file:
+        file.truncate()
+        file.write(msgspec.json.encode(content) + b"\n")
 
 
 def _read_private(path: Path) -> bytes:
@@ -217,43 +209,20 @@ def joined_host(join: Join) -> ResolvedHost:
     )
 
 
-_BACKLOG = 128  # so many refused agents can learn who was there before them
-_CREDENTIALS = struct.Struct("3i")
-
-
 @contextlib.contextmanager
 def sole_agent(ticket: JoinTicket, name: str) -> Iterator[None]:
-    """Hold the name of a host in a launch. Raises StartupError while another process holds it.
-
-    What is held is an abstract Unix socket. The kernel frees it when the agent ends, however it
-    ends; and it knows no users, but network namespaces, as the addresses of hosts do.
-    """
+    """Hold the name of a host in a launch. Raises StartupError while another process holds it."""
     launch = hashlib.sha256(f"{ticket.server_public} {name}".encode()).hexdigest()
-    address = f"\0pdlaunch-agent-{launch}"
+    # An abstract Unix socket: the kernel frees it however the agent ends; and it knows no users,
+    # but network namespaces, as the addresses of hosts do.
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as holder:
         try:
-            holder.bind(address)
+            holder.bind(f"\0pdlaunch-agent-{launch}")
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise StartupError(f"{name} cannot be held here: {error.strerror}") from None
             raise StartupError(
-                f"{_who_listens(address)} serves {name} of this launch on this machine already; "
-                "with two, engines would run twice: end it, or choose another --name"
+                f"another agent serves {name} of this launch on this machine already; with two, "
+                "engines would run twice: end it, or choose another --name"
             ) from None
-        holder.listen(_BACKLOG)
         yield
-
-
-def _who_listens(address: str) -> str:
-    with (
-        contextlib.suppress(OSError),
-        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking,
-    ):
-        asking.setblocking(False)
-        asking.connect(address)
-        found = asking.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        process, _, _ = _CREDENTIALS.unpack(found)
-        # 0: it is in a PID namespace that this process does not see.
-        if process:
-            return f"the agent with process id {process}"
-    return "another agent"

@@ -34,13 +34,12 @@ from pdlaunch.protocol.process.step_record import LastStep, new_step_record, rea
 
 logger = logging.getLogger(__name__)
 
+CONVERSION_POLL_S = 0.25  # the progress of a conversion is read from its log
 _CANNOT_EXECUTE = 127
+# Not handed on: children get keys on standard input, as others can read their environment.
 HIDDEN_VARIABLES = frozenset(
     {"PDLAUNCH_API_KEY", "PDLAUNCH_ADMIN_API_KEY", "PDLAUNCH_ENGINE_API_KEY"}
 )
-"""These are not handed on: children get keys on standard input, as their environment can be read by
-others.
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +63,13 @@ class Children:
     def __init__(self, log_dir: Path) -> None:
         self._log_dir = log_dir
         self._children: dict[str, _Child] = {}
-        self._ended = select.epoll()
-        """Watches the pidfds of all children."""
+        self._ended = select.epoll()  # watches the pidfds of all children
 
     def fileno(self) -> int:
         """Return a descriptor that is readable while there is an ended child to reap."""
         return self._ended.fileno()
 
     def log_path(self, name: str) -> Path:
-        """Return the file that gets standard output and error of all incarnations of a process."""
         return self._log_dir / f"{name.replace('/', '.')}.log"
 
     def spawn(
@@ -85,7 +82,20 @@ class Children:
         """
         with self._open_log(spec.name) as log:
             try:
-                process = self._popen(spec, incarnation, log, inherited)
+                if incarnation > 1:
+                    with contextlib.suppress(OSError):
+                        log.write(f"--- incarnation {incarnation}\n".encode())
+                shown = {name: os.environ[name] for name in os.environ.keys() - HIDDEN_VARIABLES}
+                process = subprocess.Popen(
+                    spec.command,
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=shown | spec.environment,
+                    start_new_session=True,
+                    bufsize=0,
+                    pass_fds=inherited,
+                )
             except OSError as error:
                 logger.error("%s cannot be started: %s", spec.name, error)
                 with contextlib.suppress(OSError):
@@ -103,36 +113,14 @@ class Children:
         return None
 
     def _open_log(self, name: str) -> IO[bytes]:
-        """Open the log to append to it.
-
-        A folder that somebody has removed is made again; a launch whose disk is full goes on
-        without logs.
-        """
+        """Open the log to append to it; a launch whose disk is full goes on without logs."""
         try:
+            # Somebody may have removed the folder.
             self._log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             return self.log_path(name).open("ab", buffering=0)
         except OSError as error:
             logger.error("no log for %s: %s", name, error)
             return Path(os.devnull).open("ab", buffering=0)
-
-    @staticmethod
-    def _popen(
-        spec: ProcessSpec, incarnation: int, log: IO[bytes], inherited: Sequence[int]
-    ) -> subprocess.Popen[bytes]:
-        if incarnation > 1:
-            with contextlib.suppress(OSError):
-                log.write(f"--- incarnation {incarnation}\n".encode())
-        return subprocess.Popen(
-            spec.command,
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={name: value for name, value in os.environ.items() if name not in HIDDEN_VARIABLES}
-            | spec.environment,
-            start_new_session=True,
-            bufsize=0,
-            pass_fds=inherited,
-        )
 
     def reap(self) -> list[ProcessExited]:
         """Bury every child that has ended, and kill what it has left behind in its group."""
@@ -141,10 +129,9 @@ class Children:
         return [self._bury(name) for name in names]
 
     def _bury(self, name: str) -> ProcessExited:
-        child = self._children.pop(name)
         # Before the wait: until then nobody else can be given the number of the group.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.process.pid, signal.SIGKILL)
+        self.signal(name, signal.SIGKILL)
+        child = self._children.pop(name)
         returncode = child.process.wait()
         self._ended.unregister(child.pidfd)
         os.close(child.pidfd)
@@ -174,12 +161,6 @@ class Children:
         self._ended.close()
 
 
-logger = logging.getLogger(__name__)
-
-CONVERSION_POLL_S = 0.25
-"""Seconds between two looks: the progress of a conversion is read from its log."""
-
-
 class LocalHost:
     """This machine as a ``Host``. ``control``: the bound ROUTER socket of the control channel."""
 
@@ -190,10 +171,10 @@ class LocalHost:
         self._children = children
         self._engine_ports = engine_ports
         self._stillborn: list[ProcessExited] = []
+        # The last line of progress of each conversion that runs.
         self._conversions: dict[str, str] = {}
-        """The last line of progress by conversion that runs."""
+        # What rank 0 of each engine computes; the memory outlives the rank.
         self._step_records: dict[str, mmap.mmap] = {}
-        """The record of rank 0 by engine; it outlives the rank that wrote to it."""
 
     @property
     def sources(self) -> Sequence[zmq.Socket[bytes] | int]:
@@ -206,36 +187,26 @@ class LocalHost:
         return CONVERSION_POLL_S if self._conversions else math.inf
 
     def spawn(self, spec: ProcessSpec, incarnation: int, bootstrap: Bootstrap | None) -> None:
+        inherited: list[int] = []
+        first_line, step_record = b"", None
         if spec.kind == "convert":
             self._conversions[spec.name] = ""
-        inherited: list[int] = []
-        if bootstrap is not None and bootstrap.router is not None:
-            inherited += bootstrap.router.listeners
-        with self._new_step_record(spec) as step_record:
-            if bootstrap is not None and step_record is not None:
-                inherited.append(step_record)
+        if bootstrap is not None:
+            if bootstrap.router is not None:
+                inherited += bootstrap.router.listeners
+            if spec.kind == "rank" and spec.tp_rank == 0:
                 # A descriptor has the same number in the child that inherits it.
+                step_record, self._step_records[spec.engine] = new_step_record()
+                inherited.append(step_record)
                 bootstrap = msgspec.structs.replace(bootstrap, step_record=step_record)
-            if bootstrap is not None and spec.name in self._engine_ports:
+            if spec.name in self._engine_ports:
                 bootstrap = msgspec.structs.replace(bootstrap, port_is_kept=True)
-            first_line = b"" if bootstrap is None else msgspec.json.encode(bootstrap) + b"\n"
-            stillborn = self._children.spawn(spec, incarnation, first_line, inherited)
+            first_line = msgspec.json.encode(bootstrap) + b"\n"
+        stillborn = self._children.spawn(spec, incarnation, first_line, inherited)
+        if step_record is not None:
+            os.close(step_record)
         if stillborn is not None:
             self._stillborn.append(stillborn)
-
-    @contextlib.contextmanager
-    def _new_step_record(self, spec: ProcessSpec) -> Iterator[int | None]:
-        """Yield the descriptor that a rank 0 is to inherit; it takes the place of its predecessor's
-        record.
-        """
-        if spec.kind != "rank" or spec.tp_rank > 0:
-            yield None
-            return
-        descriptor, self._step_records[spec.engine] = new_step_record()
-        try:
-            yield descriptor
-        finally:
-            os.close(descriptor)
 
     def signal(self, name: str, signal_number: int) -> None:
         self._children.signal(name, signal_number)
@@ -260,13 +231,9 @@ class LocalHost:
         record = self._step_records.get(engine)
         return LastStep() if record is None else read_step_record(record)
 
-    def forget_last_step(self, engine: str) -> None:
-        """Drop what its ranks computed before they died."""
+    def forget(self, engine: str) -> None:
         if (record := self._step_records.pop(engine, None)) is not None:
             record.close()
-
-    def forget(self, engine: str) -> None:
-        self.forget_last_step(engine)
         self._engine_ports.release(engine)
 
     def _receive(self) -> Iterator[MessageReceived]:
@@ -288,30 +255,22 @@ class LocalHost:
             yield received
 
     def _conversion_progress(self) -> Iterator[MessageReceived]:
-        """Yield what conversions print about their progress.
+        """Yield the progress of conversions, which print lines such as ``[ 40%] reading weights``.
 
-        They print lines such as ``[ 40%] reading weights``; the last one counts.
+        The last such line counts; other lines come from libraries, or are errors.
         """
         for name, before in self._conversions.items():
-            line = _last_stage(self.log_path(name))
-            if line != before:
-                self._conversions[name] = line
-                yield MessageReceived(name, _read_progress(line))
-
-
-def _last_stage(log: Path) -> str:
-    """Return the last line such as ``[ 40%] reading weights``; other lines come from libraries, or
-    are errors.
-    """
-    try:
-        lines = log.read_text(errors="replace").splitlines()
-    except OSError:
-        return ""
-    return next((line.strip() for line in reversed(lines) if line.startswith("[")), "")
-
-
-def _read_progress(line: str) -> Progress:
-    percent, bracket, text = line.removeprefix("[").partition("%]")
-    if bracket and percent.strip().isdigit():
-        return Progress(text=text.strip(), fraction=int(percent) / 100)
-    return Progress(text=line[:80])
+            try:
+                lines = self.log_path(name).read_text(errors="replace").splitlines()
+            except OSError:
+                continue
+            line = next((each for each in reversed(lines) if each.startswith("[")), "")
+            if line == before:
+                continue
+            self._conversions[name] = line
+            percent, bracket, text = line.removeprefix("[").partition("%]")
+            if bracket and percent.strip().isdigit():
+                progress = Progress(text=text.strip(), fraction=int(percent) / 100)
+            else:
+                progress = Progress(text=line[:80])
+            yield MessageReceived(name, progress)

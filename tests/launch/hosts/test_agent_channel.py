@@ -8,23 +8,20 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import zmq
+from msgspec.structs import replace
 
 from pdlaunch.errors import PdlaunchError, ProtocolError, StartupError
 from pdlaunch.launch.hosts import agent_channel, agent_messages
-from pdlaunch.launch.hosts.agent import (
-    AgentRefusedError,
-    AgentSession,
-    AgentTimeoutError,
-    SessionLostError,
-)
-from pdlaunch.launch.hosts.agent_channel import AgentChannel, Joined, Lost, News, Told
+from pdlaunch.launch.hosts.agent import AgentSession, SessionLostError
+from pdlaunch.launch.hosts.agent_channel import AgentChannel, AgentEvent, Joined, Lost, Told
 from pdlaunch.launch.hosts.agent_messages import (
+    AgentRefused,
     AgentWelcome,
     Beat,
     Join,
@@ -38,14 +35,13 @@ from pdlaunch.launch.hosts.agent_messages import (
 from pdlaunch.launch.hosts.join import JoinKeys, JoinTicket, new_join_keys
 from pdlaunch.machine.availability import probe_port
 from pdlaunch.machine.facts import PortState
-from pdlaunch.protocol.sockets import LaunchKeys, SecureContext
+from pdlaunch.protocol.sockets import SecureContext
 from tests.e2e.waiting import await_true
 
 TIMEOUT_S = 60.0
 HELLO = Join(name="a", address="127.0.0.1", machine="{}", python="python")
-HELLO_OF_B = Join(name="b", address="127.0.0.1", machine="{}", python="python")
-STRANGER_WAIT_S = 0.2
-"""Several times as long as it takes an agent to join."""
+HELLO_OF_B = replace(HELLO, name="b")
+STRANGER_WAIT_S = 0.2  # several times as long as it takes an agent to join
 
 
 class Clock:
@@ -82,12 +78,9 @@ def keys() -> JoinKeys:
 def listening(
     keys: JoinKeys, folder: Path, address: str = "127.0.0.1", **options: Any
 ) -> Iterator[AgentChannel]:
+    options = {"timeout_s": TIMEOUT_S, **options}
     channel = AgentChannel(
-        keys,
-        address,
-        ["a", "b"],
-        print_to=lambda name: folder / name,
-        **{"timeout_s": 60.0, **options},
+        keys, address, ["a", "b"], print_to=lambda name: folder / name, **options
     )
     with contextlib.closing(channel):
         yield channel
@@ -99,8 +92,7 @@ def channel(keys: JoinKeys, tmp_path: Path) -> Iterator[AgentChannel]:
         yield channel
 
 
-def news_of(channel: AgentChannel) -> News:
-    """The next thing that is told."""
+def next_event(channel: AgentChannel) -> AgentEvent:
     readable, _, _ = select.select([channel.fileno()], [], [], TIMEOUT_S)
     assert readable, "nothing was told"
     first, *rest = channel.take()
@@ -108,15 +100,26 @@ def news_of(channel: AgentChannel) -> News:
     return first
 
 
+def port_of(channel: AgentChannel) -> int:
+    return int(channel.endpoint.rpartition(":")[2])
+
+
+def die(channel: AgentChannel) -> None:
+    """End the thread as SIGKILL would: nobody is told, and nobody listens."""
+    channel._agents.clear()
+    channel._closing = True
+    os.eventfd_write(channel._wake, 1)
+    channel._thread.join(TIMEOUT_S)
+    # ZMQ closes the socket in a thread of its own.
+    free = PortState()
+    await_true(lambda: probe_port("127.0.0.1", port_of(channel)) == free, "the port is free")
+
+
 class Agent:
     """An agent in a thread; ``stop`` is what a signal is to a process."""
 
     def __init__(
-        self,
-        ticket: JoinTicket,
-        join: Join = HELLO,
-        wait_s: float = TIMEOUT_S,
-        **options: Any,
+        self, ticket: JoinTicket, join: Join = HELLO, wait_s: float = TIMEOUT_S, **options: Any
     ) -> None:
         self._stop, self._stopper = os.pipe()
         self.notes: list[str] = []
@@ -144,6 +147,12 @@ class Agent:
         os.close(self._stopper)
         return self.outcome
 
+    def assert_refused(self, *parts: str) -> None:
+        """It ends with an error for its user."""
+        outcome = self.end()
+        assert isinstance(outcome, StartupError)
+        assert all(part in str(outcome) for part in parts), outcome
+
     def await_joined(self) -> None:
         """Until it has heard that it has joined; the channel tells of it before."""
         await_true(lambda: self.notes, "it has joined")
@@ -153,21 +162,37 @@ class Agent:
         return self.end()
 
 
+@pytest.fixture
+def joined(channel: AgentChannel, keys: JoinKeys) -> Callable[..., Agent]:
+    def join(**options: Any) -> Agent:
+        agent = Agent(keys.ticket(channel.endpoint), **options)
+        assert isinstance(next_event(channel), Joined)
+        agent.await_joined()
+        return agent
+
+    return join
+
+
 class RawAgent:
     """Says what a test wants on the channel."""
 
     def __init__(self, channel: AgentChannel, keys: JoinKeys) -> None:
         self._context = SecureContext(keys.agents, peer=keys.server.public)
-        self._socket = self._context.connect(zmq.DEALER, channel.endpoint, identity=b"raw")
-        self._socket.rcvtimeo = int(TIMEOUT_S * 1000)
-        self.session, self._theirs = Session(), Session()
+        self.socket = self._context.connect(zmq.DEALER, channel.endpoint, identity=b"raw")
+        self.socket.rcvtimeo = int(TIMEOUT_S * 1000)
+        self.session = Session()
+        self._channel = channel
 
     def say(self, message: agent_messages.FromAgent) -> None:
-        self._socket.send_multipart(self.session.frames(from_agent.encode(message)))
+        self.socket.send_multipart(self.session.frames(from_agent.encode(message)))
+
+    def join(self) -> None:
+        self.say(HELLO)
+        assert isinstance(next_event(self._channel), Joined)
 
     def hear(self, kind: type) -> Any:
         while True:
-            message = to_agent.decode(self._socket.recv_multipart()[-1])
+            message = to_agent.decode(self.socket.recv_multipart()[-1])
             if isinstance(message, kind):
                 return message
 
@@ -181,17 +206,18 @@ def raw(channel: AgentChannel, keys: JoinKeys) -> Iterator[RawAgent]:
         yield raw
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
 def test_an_agent_joins_and_answers_and_leaves_with_the_launch(
-    keys: JoinKeys, tmp_path: Path
+    keys: JoinKeys, tmp_path: Path, address: str
 ) -> None:
-    with listening(keys, tmp_path) as channel:
+    with listening(keys, tmp_path, address) as channel:
         agent = Agent(keys.ticket(channel.endpoint))
-        assert news_of(channel) == Joined(HELLO)
+        assert next_event(channel) == Joined(HELLO)
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
             paths = [str(tmp_path), "/no/such/folder"]
             channel.send("a", Look(paths=paths, address="127.0.0.1", ports=[port, 0]))
-            told = news_of(channel)
+            told = next_event(channel)
         assert isinstance(told, Told)
         assert isinstance(told.message, Seen)
         assert told.message.missing_paths == ["/no/such/folder"]
@@ -200,19 +226,11 @@ def test_an_agent_joins_and_answers_and_leaves_with_the_launch(
     assert agent.notes == ["joined as a"]
 
 
-def test_agents_join_over_ipv6_too(keys: JoinKeys, tmp_path: Path) -> None:
-    with listening(keys, tmp_path, "::1") as channel:
-        assert channel.endpoint.startswith("tcp://[::1]:")
-        agent = Agent(keys.ticket(channel.endpoint))
-        assert news_of(channel) == Joined(HELLO)
-    agent.end()
-
-
-def test_an_agent_that_is_told_to_end_says_so(channel: AgentChannel, keys: JoinKeys) -> None:
-    agent = Agent(keys.ticket(channel.endpoint))
-    assert isinstance(news_of(channel), Joined)
-    assert agent.stop() == "told to end"
-    lost = news_of(channel)
+def test_an_agent_that_is_told_to_end_says_so(
+    channel: AgentChannel, joined: Callable[..., Agent]
+) -> None:
+    assert joined().stop() == "told to end"
+    lost = next_event(channel)
     assert lost == Lost("a", "its agent was told to end")
     assert lost.ended_by is None, "its processes have ended before it says so"
 
@@ -221,6 +239,7 @@ def test_an_agent_that_is_told_to_end_says_so(channel: AgentChannel, keys: JoinK
 def test_without_the_secret_of_either_side_nobody_joins(
     channel: AgentChannel, keys: JoinKeys, side: str, no_linger: None
 ) -> None:
+    """A child of a launch has other keys: who serves engines must not start any."""
     other = new_join_keys()
     mixed = (
         JoinKeys(server=keys.server, agents=other.agents)
@@ -229,156 +248,113 @@ def test_without_the_secret_of_either_side_nobody_joins(
     )
     agent = Agent(mixed.ticket(channel.endpoint), wait_s=STRANGER_WAIT_S)
     admitted = Agent(keys.ticket(channel.endpoint), HELLO_OF_B)
-    assert news_of(channel) == Joined(HELLO_OF_B)
-    outcome = agent.end()
-    assert isinstance(outcome, AgentTimeoutError)
-    assert "answered within" in str(outcome)
+    assert next_event(channel) == Joined(HELLO_OF_B)
+    agent.assert_refused("answered within")
     assert channel.take() == []
     admitted.stop()
 
 
-def test_keys_of_a_launch_open_no_way_to_the_agents_channel(
-    channel: AgentChannel, keys: JoinKeys, no_linger: None
-) -> None:
-    """A child of a launch has these; who serves engines must not start any."""
-    public, secret = zmq.curve_keypair()
-    ticket = keys.ticket(channel.endpoint)
-    launch = LaunchKeys(public.decode(), secret.decode(), "")
-    stranger = JoinTicket(
-        endpoint=ticket.endpoint,
-        server_public=ticket.server_public,
-        public=launch.public,
-        secret=launch.secret,
-    )
-    assert isinstance(Agent(stranger, wait_s=STRANGER_WAIT_S).end(), AgentTimeoutError)
-    assert channel.take() == []
-
-
 def test_another_version_is_refused_and_both_are_named(
-    channel: AgentChannel, keys: JoinKeys, raw: RawAgent, monkeypatch: pytest.MonkeyPatch
+    raw: RawAgent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(agent_messages, "VERSION", b"99.9")
     frames = raw.session.frames(from_agent.encode(HELLO))
     monkeypatch.undo()
-    raw._socket.send_multipart(frames)
-    reason = raw.hear(agent_messages.AgentRefused).reason
-    assert (
-        f"the agent is pdlaunch 99.9, the supervisor is {agent_messages.VERSION.decode()}" in reason
+    raw.socket.send_multipart(frames)
+    own = agent_messages.VERSION.decode()
+    assert raw.hear(AgentRefused).reason == (
+        f"the agent is pdlaunch 99.9, the supervisor is {own}: install the same version on both "
+        "hosts"
     )
-    assert "install the same version" in reason
 
 
-def test_a_host_that_is_not_listed_is_refused(channel: AgentChannel, keys: JoinKeys) -> None:
-    join = Join(name="c", address="127.0.0.1", machine="{}", python="python")
-    outcome = Agent(keys.ticket(channel.endpoint), join).end()
-    assert isinstance(outcome, AgentRefusedError)
-    assert "c is none of the hosts a, b" in str(outcome)
-
-
-def test_one_agent_serves_a_host(channel: AgentChannel, keys: JoinKeys) -> None:
-    first = Agent(keys.ticket(channel.endpoint))
-    assert isinstance(news_of(channel), Joined)
-    second = Agent(keys.ticket(channel.endpoint)).end()
-    assert isinstance(second, AgentRefusedError)
-    assert "another agent has joined as a" in str(second)
+def test_a_host_that_is_not_listed_or_is_there_already_is_refused(
+    channel: AgentChannel, keys: JoinKeys, joined: Callable[..., Agent]
+) -> None:
+    ticket = keys.ticket(channel.endpoint)
+    Agent(ticket, replace(HELLO, name="c")).assert_refused("c is none of the hosts a, b")
+    first = joined()
+    Agent(ticket).assert_refused("another agent has joined as a, from 127.0.0.1")
     assert first.stop() == "told to end"
 
 
 def test_the_successor_of_a_dead_agent_need_not_wait(
     channel: AgentChannel, keys: JoinKeys, raw: RawAgent
 ) -> None:
-    raw.say(HELLO)
-    assert isinstance(news_of(channel), Joined)
+    raw.join()
     raw.close()
     agent = Agent(keys.ticket(channel.endpoint))
-    assert isinstance(news_of(channel), Lost)
-    assert isinstance(news_of(channel), Joined)
+    assert isinstance(next_event(channel), Lost)
+    assert isinstance(next_event(channel), Joined)
     agent.stop()
 
 
-def test_a_lost_message_ends_the_session(
-    channel: AgentChannel, keys: JoinKeys, raw: RawAgent
-) -> None:
-    raw.say(HELLO)
-    assert isinstance(news_of(channel), Joined)
+def test_a_lost_message_ends_the_session(channel: AgentChannel, raw: RawAgent) -> None:
+    raw.join()
     raw.session.frames(b"")  # numbered, and never sent
     raw.say(Beat())
-    lost = news_of(channel)
+    lost = next_event(channel)
     assert isinstance(lost, Lost)
-    assert "some were lost" in lost.reason
+    assert "message 3 came after 1: some were lost" in lost.reason
     assert lost.ended_by is not None
     assert lost.ended_by > time.monotonic(), "it may not have heard of it yet"
-    assert "some were lost" in raw.hear(agent_messages.AgentRefused).reason
+    assert "some were lost" in raw.hear(AgentRefused).reason
 
 
+@pytest.mark.parametrize("num_before", [0, 5])
 def test_a_session_that_the_supervisor_does_not_know_is_over(
-    channel: AgentChannel, keys: JoinKeys, raw: RawAgent
+    raw: RawAgent, num_before: int
 ) -> None:
     """As after the restart of a supervisor: agents join it anew."""
+    for _ in range(num_before):
+        raw.session.frames(b"")
     raw.say(Beat())
-    assert "does not know this session" in raw.hear(agent_messages.AgentRefused).reason
+    assert raw.hear(AgentRefused)
 
 
 def test_a_resumed_supervisor_finds_its_agents_again(
-    keys: JoinKeys, tmp_path: Path, frequent_beats: None
+    keys: JoinKeys, channel: AgentChannel, joined: Callable[..., Agent], tmp_path: Path
 ) -> None:
-    with listening(keys, tmp_path) as dead:
-        agent = Agent(keys.ticket(dead.endpoint))
-        assert isinstance(news_of(dead), Joined)
-        agent.await_joined()
-        die(dead)
-        port = int(dead.endpoint.rpartition(":")[2])
-        resumed = JoinKeys(server=keys.server, agents=keys.agents, port=port)
-        with listening(resumed, tmp_path) as channel:
-            assert isinstance(agent.end(), SessionLostError)
-            again = Agent(keys.ticket(channel.endpoint))
-            assert isinstance(news_of(channel), Joined)
-            again.stop()
-
-
-def test_an_agent_ends_when_its_supervisor_is_silent(
-    frequent_beats: None, no_linger: None, channel: AgentChannel, keys: JoinKeys
-) -> None:
-    clock = Clock()
-    agent = Agent(keys.ticket(channel.endpoint), clock=clock)
-    assert isinstance(news_of(channel), Joined)
-    agent.await_joined()
+    agent = joined()
     die(channel)
-    clock.pass_time(TIMEOUT_S)
-    outcome = agent.end()
-    assert isinstance(outcome, AgentTimeoutError)
-    assert "silent for" in str(outcome)
+    resumed = JoinKeys(server=keys.server, agents=keys.agents, port=port_of(channel))
+    with listening(resumed, tmp_path) as again:
+        assert isinstance(agent.end(), SessionLostError)
+        agent = Agent(keys.ticket(again.endpoint))
+        assert isinstance(next_event(again), Joined)
+        agent.stop()
 
 
-def test_an_agent_ends_when_another_program_listens_in_its_supervisors_place(
-    frequent_beats: None, no_linger: None, channel: AgentChannel, keys: JoinKeys
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_an_agent_ends_when_its_supervisor_is_gone_and_another_program_may_be_in_its_place(
+    frequent_beats: None,
+    no_linger: None,
+    channel: AgentChannel,
+    joined: Callable[..., Agent],
+    is_replaced: bool,
 ) -> None:
     """ZMQ gives up a connection whose other end speaks no ZMQ: nothing can be sent any more."""
     clock = Clock()
-    agent = Agent(keys.ticket(channel.endpoint), clock=clock)
-    assert isinstance(news_of(channel), Joined)
-    agent.await_joined()
+    agent = joined(clock=clock)
     die(channel)
-    port = int(channel.endpoint.rpartition(":")[2])
-    with socket.create_server(("127.0.0.1", port)) as server:
-        server.settimeout(TIMEOUT_S)
-        connection, _ = server.accept()
-        with connection:
-            connection.settimeout(TIMEOUT_S)
-            connection.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
-            with contextlib.suppress(ConnectionResetError):
-                while connection.recv(4096):
-                    pass
-        # Some beats, which nobody takes.
-        time.sleep(0.1)
-        clock.pass_time(TIMEOUT_S)
-        outcome = agent.end()
-    assert isinstance(outcome, AgentTimeoutError)
-    assert "silent for" in str(outcome)
+    if is_replaced:
+        with socket.create_server(("127.0.0.1", port_of(channel))) as server:
+            server.settimeout(TIMEOUT_S)
+            connection, _ = server.accept()
+            with connection:
+                connection.settimeout(TIMEOUT_S)
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+                with contextlib.suppress(ConnectionResetError):
+                    while connection.recv(4096):
+                        pass
+            # Some beats, which nobody takes.
+            time.sleep(0.1)
+    clock.pass_time(TIMEOUT_S)
+    agent.assert_refused("silent for")
 
 
 def test_an_agent_ends_after_a_suspension_of_its_machine(
-    frequent_beats: None, channel: AgentChannel, keys: JoinKeys, monkeypatch: pytest.MonkeyPatch
+    frequent_beats: None, joined: Callable[..., Agent], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its engines may have been started elsewhere, whoever answers it now."""
     read, suspended_s = time.clock_gettime, 0.0
@@ -387,17 +363,14 @@ def test_an_agent_ends_after_a_suspension_of_its_machine(
         return read(clock) + (suspended_s if clock == time.CLOCK_BOOTTIME else 0.0)
 
     monkeypatch.setattr(time, "clock_gettime", clock_gettime)
-    agent = Agent(keys.ticket(channel.endpoint))
-    assert isinstance(news_of(channel), Joined)
-    agent.await_joined()
+    agent = joined()
     suspended_s = TIMEOUT_S
-    assert isinstance(agent.end(), AgentTimeoutError)
+    agent.assert_refused("silent for")
 
 
 def test_an_agent_ends_when_its_own_words_are_not_answered(keys: JoinKeys, no_linger: None) -> None:
     """The link is cut in one direction: it hears its supervisor, which does not hear it."""
-    context = SecureContext(keys.server, peer=keys.agents.public)
-    with contextlib.closing(context):
+    with contextlib.closing(SecureContext(keys.server, peer=keys.agents.public)) as context:
         router, endpoint = context.listen(zmq.ROUTER, "tcp://127.0.0.1:0")
         clock = Clock()
         agent = Agent(keys.ticket(endpoint), clock=clock)
@@ -413,26 +386,23 @@ def test_an_agent_ends_when_its_own_words_are_not_answered(keys: JoinKeys, no_li
         while agent.is_alive():
             say(Beat(stamp=0.0))
             time.sleep(0.01)
-        outcome = agent.end()
-    assert isinstance(outcome, AgentTimeoutError)
-    assert "silent for" in str(outcome)
+        agent.assert_refused("silent for")
 
 
 def test_a_silent_agent_is_lost(keys: JoinKeys, tmp_path: Path) -> None:
     """It is stopped, or its link is cut: its connection is still there."""
     clock = Clock()
     with (
-        listening(keys, tmp_path, timeout_s=TIMEOUT_S, clock=clock) as channel,
+        listening(keys, tmp_path, clock=clock) as channel,
         contextlib.closing(RawAgent(channel, keys)) as raw,
     ):
-        raw.say(HELLO)
-        assert isinstance(news_of(channel), Joined)
+        raw.join()
         # In steps: at a leap the channel takes itself for stopped.
-        while not (news := channel.take()):
+        while not (events := channel.take()):
             clock.pass_time(TIMEOUT_S / 6)
             channel.send("b", Beat())  # wakes it; nobody gets this
             time.sleep(0.01)
-        (lost,) = news
+        (lost,) = events
     assert isinstance(lost, Lost)
     assert "silent" in lost.reason
 
@@ -442,59 +412,44 @@ def test_an_agent_comes_back_after_the_supervisor_was_stopped(
 ) -> None:
     """Its connection was gone when the supervisor was stopped, which then nobody could reach."""
     clock = Clock()
-    with listening(keys, tmp_path, timeout_s=TIMEOUT_S, clock=clock) as channel:
+    with listening(keys, tmp_path, clock=clock) as channel:
         with contextlib.closing(RawAgent(channel, keys)) as raw:
-            raw.say(HELLO)
-            assert isinstance(news_of(channel), Joined)
+            raw.join()
             raw.hear(AgentWelcome)
             (agent,) = channel._agents.values()
         await_true(lambda: agent.gone_at is not None, "its connection is gone")
         gone_at = agent.gone_at
         clock.pass_time(TIMEOUT_S / 2)
-        await_true(lambda: agent.gone_at != gone_at or channel._news, "the channel has looked")
+        await_true(lambda: agent.gone_at != gone_at or channel._events, "the channel has looked")
         with contextlib.closing(RawAgent(channel, keys)) as again:
             again.session = raw.session
             again.say(Seen(missing_paths=[]))
-            assert isinstance(news_of(channel), Told)
+            assert isinstance(next_event(channel), Told)
 
 
 def test_what_processes_print_comes_to_the_folder_of_the_logs(
-    channel: AgentChannel, keys: JoinKeys, raw: RawAgent, tmp_path: Path
+    channel: AgentChannel, raw: RawAgent, tmp_path: Path
 ) -> None:
-    raw.say(HELLO)
-    raw.say(Printed(name="prefill-0", data=b"one\n"))
-    raw.say(Printed(name="prefill-0", data=b"two\n"))
+    raw.join()
+    for data in (b"one\n", b"two\n"):
+        raw.say(Printed(name="prefill-0", data=data))
     raw.say(Seen(missing_paths=[]))
-    while not isinstance(news_of(channel), Told):
-        pass
+    assert isinstance(next_event(channel), Told)
     assert (tmp_path / "prefill-0").read_bytes() == b"one\ntwo\n"
 
 
-def test_a_port_that_another_supervisor_has_is_named(keys: JoinKeys, tmp_path: Path) -> None:
-    with listening(keys, tmp_path) as channel:
-        port = int(channel.endpoint.rpartition(":")[2])
-        second = JoinKeys(server=keys.server, agents=keys.agents, port=port)
-        with (
-            pytest.raises(StartupError, match="stop the supervisor that listens there"),
-            listening(second, tmp_path),
-        ):
-            pass
+def test_a_port_that_another_supervisor_has_is_named(
+    channel: AgentChannel, keys: JoinKeys, tmp_path: Path
+) -> None:
+    second = JoinKeys(server=keys.server, agents=keys.agents, port=port_of(channel))
+    with (
+        pytest.raises(StartupError, match="stop the supervisor that listens there"),
+        listening(second, tmp_path),
+    ):
+        pass
 
 
-def test_numbers_of_a_session_must_follow_each_other() -> None:
-    ours, theirs = Session(), Session()
-    assert theirs.payload(ours.frames(b"1")) == b"1"
-    ours.frames(b"lost")
-    with pytest.raises(ProtocolError, match="message 3 came after 1"):
-        theirs.payload(ours.frames(b"3"))
-
-
-def die(channel: AgentChannel) -> None:
-    """End the thread as SIGKILL would: nobody is told, and nobody listens."""
-    channel._agents.clear()
-    channel._closing = True
-    os.eventfd_write(channel._wake_event, 1)
-    channel._thread.join(TIMEOUT_S)
-    port = int(channel.endpoint.rpartition(":")[2])
-    # ZMQ closes the socket in a thread of its own.
-    await_true(lambda: probe_port("127.0.0.1", port) == PortState(), "the port is free")
+@pytest.mark.parametrize("frames", [[], [b"x"], [agent_messages.VERSION, b"short", b""]])
+def test_frames_of_something_else_are_no_message(frames: list[bytes]) -> None:
+    with pytest.raises(ProtocolError):
+        Session().payload(frames)

@@ -58,8 +58,8 @@ class Launch:
         write_join_files(self.join, keys, self.channel.endpoint)
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         local = LocalHost(self.context.socket(zmq.ROUTER), Children(self.logs), EnginePorts())
-        self.news: list[Joined | Lost] = []
-        self.host = HostGroup(local, "local", self.channel, [], on_news=self.news.append)
+        self.events: list[Joined | Lost] = []
+        self.host = HostGroup(local, "local", self.channel, [], on_change=self.events.append)
         self.later: list[MessageReceived | ProcessExited | Joined | Lost] = []
         self.agent = self.start_agent()
 
@@ -97,8 +97,8 @@ class Launch:
             assert self.host.poll_s == 0 or poller.poll(TIMEOUT_MS), f"only {heard}"
             exits = self.host.exits()
             # In the order of the supervisor: a process says nothing after its end.
-            heard += [*self.news, *self.host.messages(), *exits]
-            self.news.clear()
+            heard += [*self.events, *self.host.messages(), *exits]
+            self.events.clear()
 
     def processes(self) -> list[psutil.Process]:
         return psutil.Process(self.agent.pid).children(recursive=True)

@@ -1,22 +1,25 @@
-"""The join file is for one user and one supervisor."""
+"""The join file is for one user and one supervisor; one agent of a machine serves a host."""
 
 from __future__ import annotations
 
 import io
 import stat
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from pdlaunch.errors import ConfigError
+from pdlaunch.errors import ConfigError, StartupError
 from pdlaunch.launch.hosts.join import (
     held_join_file,
     new_join_keys,
     read_resume_file,
     read_ticket,
+    sole_agent,
     write_join_files,
 )
+from tests.command_line import invoke
+from tests.launch.hosts.test_agent_channel import listening
 
 ENDPOINT = "tcp://10.0.0.1:5555"
 
@@ -29,6 +32,9 @@ def path(tmp_path: Path) -> Path:
 def test_an_agent_gets_the_servers_public_key_and_a_pair_of_its_own(path: Path) -> None:
     keys = new_join_keys()
     with held_join_file(path):
+        # Closed before secrets are in it.
+        path.write_text("")
+        path.chmod(0o644)
         write_join_files(path, keys, ENDPOINT)
         ticket = read_ticket(str(path))
         assert (ticket.endpoint, ticket.server_public) == (ENDPOINT, keys.server.public)
@@ -42,11 +48,7 @@ def test_an_agent_gets_the_servers_public_key_and_a_pair_of_its_own(path: Path) 
 
 def test_it_can_come_over_standard_input(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_join_files(path, new_join_keys(), ENDPOINT)
-
-    class Input:
-        buffer = io.BytesIO(path.read_bytes())
-
-    monkeypatch.setattr(sys, "stdin", Input())
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(path.read_bytes())))
     assert read_ticket("-") == read_ticket(str(path))
 
 
@@ -55,13 +57,6 @@ def test_a_file_that_others_can_read_is_refused(path: Path) -> None:
     path.chmod(0o640)
     with pytest.raises(ConfigError, match=r"others can read .* its mode is 640"):
         read_ticket(str(path))
-
-
-def test_a_file_that_others_could_read_is_closed_before_secrets_are_in_it(path: Path) -> None:
-    path.write_text("")
-    path.chmod(0o644)
-    write_join_files(path, new_join_keys(), ENDPOINT)
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize(
@@ -102,3 +97,28 @@ def test_without_a_dead_supervisor_there_is_nothing_to_resume(path: Path) -> Non
         pytest.raises(ConfigError, match=r"nothing to resume .*: no supervisor was killed there"),
     ):
         read_resume_file(path)
+
+
+def test_a_second_agent_is_refused_before_it_asks_anybody(path: Path, tmp_path: Path) -> None:
+    """It might be let in: the supervisor takes the first one for lost when that is stopped."""
+    words, keys = ["agent", "--join", str(path), "--name", "c"], new_join_keys()
+    with listening(keys, tmp_path) as channel:
+        write_join_files(path, keys, channel.endpoint)
+        with sole_agent(keys.ticket(channel.endpoint), "c"):
+            result = invoke(words)
+        # It is gone now: this one asks the supervisor.
+        asked = invoke(words)
+    assert result.exit_code == 1
+    assert "another agent serves c of this launch on this machine already" in result.output
+    assert "end it, or choose another --name" in result.output
+    assert "c is none of the hosts a, b" in asked.output
+
+
+def test_other_hosts_and_other_launches_are_free() -> None:
+    keys = new_join_keys()
+    ticket, other = keys.ticket(ENDPOINT), new_join_keys().ticket(ENDPOINT)
+    with sole_agent(ticket, "a"), sole_agent(ticket, "b"), sole_agent(other, "a"):
+        # Who resumes a launch has the keys of the first one, be it at another port.
+        for same in (ticket, keys.ticket("tcp://127.0.0.1:10")):
+            with pytest.raises(StartupError, match="serves a of this"), sole_agent(same, "a"):
+                pass

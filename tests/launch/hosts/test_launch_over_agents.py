@@ -26,7 +26,7 @@ from pdlaunch.machine.machine_file import encode_machine
 from pdlaunch.planning.hosts import ResolvedHost, planned_hosts
 from pdlaunch.planning.resolve import resolve_on
 from tests.launch.fakes import FakeObserver
-from tests.launch.hosts.test_agent_channel import Agent, news_of
+from tests.launch.hosts.test_agent_channel import Agent, next_event
 from tests.launch.real import FAKE_CHILD
 from tests.planning.test_resolve import write_model
 
@@ -101,9 +101,9 @@ class Stage:
     def launch(self, observer: Watcher) -> LaunchOutcome:
         joined: dict[str, ResolvedHost] = {}
         while joined.keys() != {"a", "b"}:
-            news = news_of(self.channel)
-            assert isinstance(news, Joined)
-            joined[news.join.name] = joined_host(news.join)
+            event = next_event(self.channel)
+            assert isinstance(event, Joined)
+            joined[event.join.name] = joined_host(event.join)
         hosts = planned_hosts(self.config, Machine(), {}, joined)
         resolved = resolve_on(self.config, hosts, {})
         with listening("127.0.0.1", 0) as listeners:

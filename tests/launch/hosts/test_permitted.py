@@ -1,11 +1,10 @@
-"""An agent starts rooms of pdlaunch with its own Python, and executables that its side allows."""
+"""An agent starts modules of pdlaunch with its own Python, and executables that its side allows."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from pdlaunch.errors import ConfigError
@@ -16,19 +15,18 @@ PYTHON = "/of/the/supervisor/python"
 
 
 def process(*command: str, kind: str = "server", **environment: str) -> ProcessSpec:
-    spec = ProcessSpec(
-        name="prefill-0", kind="server", unit="u", command=command, environment=environment
+    return ProcessSpec(
+        name="prefill-0", kind=kind, unit="u", command=command, environment=environment
     )
-    return msgspec.structs.replace(spec, kind=kind)
 
 
-def room(name: str, *words: str, kind: str = "rank", **environment: str) -> ProcessSpec:
+def module(name: str, *words: str, kind: str = "rank", **environment: str) -> ProcessSpec:
     return process(PYTHON, "-P", "-m", name, *words, kind=kind, **environment)
 
 
 @pytest.mark.parametrize("name", ["engine", "engine.server"])
-def test_rooms_run_with_the_agents_own_python(name: str) -> None:
-    started = permitted(room(f"pdlaunch.{name}", "--name", "x", UCX_TLS="tcp"), {})
+def test_modules_run_with_the_agents_own_python(name: str) -> None:
+    started = permitted(module(f"pdlaunch.{name}", "--name", "x", UCX_TLS="tcp"), {})
     assert started.command == (sys.executable, "-P", "-m", f"pdlaunch.{name}", "--name", "x")
 
 
@@ -39,12 +37,12 @@ def test_rooms_run_with_the_agents_own_python(name: str) -> None:
         process(PYTHON, "-c", "print()"),
         process(PYTHON, "-P", "-m"),
         process(),
-        room("pdlaunch.protocol.process.guarded", "antigravity"),
-        room("pdlaunch.router"),
-        room("pdlaunch.engine.rank"),
-        room("pdlaunch.engine", kind="convert"),
-        room("pdlaunch.launch.sidecar", kind="server"),
-        room("pdlaunch.launch.sidecar", "--", kind="server"),
+        module("pdlaunch.protocol.process.guarded", "antigravity"),
+        module("pdlaunch.router"),
+        module("pdlaunch.engine.rank"),
+        module("pdlaunch.engine", kind="convert"),
+        module("pdlaunch.launch.sidecar", kind="server"),
+        module("pdlaunch.launch.sidecar", "--", kind="server"),
     ],
     ids=lambda spec: " ".join(spec.command) or "nothing",
 )
@@ -62,8 +60,8 @@ def test_nothing_else_is_started(spec: ProcessSpec) -> None:
 )
 def test_variables_that_choose_the_code_are_refused(name: str) -> None:
     with pytest.raises(NotPermittedError, match=name):
-        permitted(room("pdlaunch.engine", **{name: "/tmp/x"}), {})
-    assert permitted(room("pdlaunch.engine", PYTHONUNBUFFERED="1"), {})
+        permitted(module("pdlaunch.engine", **{name: "/tmp/x"}), {})
+    assert permitted(module("pdlaunch.engine", PYTHONUNBUFFERED="1"), {})
 
 
 def test_an_executable_is_started_where_the_agent_has_it(tmp_path: Path) -> None:
@@ -71,7 +69,7 @@ def test_an_executable_is_started_where_the_agent_has_it(tmp_path: Path) -> None
     own.write_text("")
     own.chmod(0o755)
     allowed = allowed_executables([str(own)])
-    sidecar = room(
+    sidecar = module(
         "pdlaunch.launch.sidecar", "--name", "p", "--", "/elsewhere/vllm", "serve", kind="server"
     )
     assert permitted(sidecar, allowed).command[-2:] == (str(own), "serve")

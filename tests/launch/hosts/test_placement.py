@@ -42,10 +42,6 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.processes
 def test_the_nodes_of_a_step_are_hosts_the_supervisors_own_first(scontrol: None) -> None:
     assert [host.name for host in slurm_hosts(TASK)] == ["local", "n2", "n3"]
-
-
-@pytest.mark.processes
-def test_several_tasks_on_a_node_are_refused(scontrol: None) -> None:
     with pytest.raises(ConfigError, match="6 tasks on 3 nodes"):
         slurm_hosts(TASK | {"SLURM_STEP_NUM_TASKS": "6"})
 

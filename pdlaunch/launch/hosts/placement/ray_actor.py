@@ -6,7 +6,6 @@ import contextlib
 import subprocess
 import sys
 from collections.abc import Sequence
-from typing import TypedDict
 
 import msgspec
 import zmq
@@ -14,15 +13,6 @@ import zmq
 from pdlaunch.launch.hosts.join import JoinTicket
 
 _STOP_TIMEOUT_S = 20.0
-
-
-class AgentState(TypedDict):
-    """Tells the supervisor what an actor does."""
-
-    public: str
-    """Public key that its agent joins with; another one after Ray has started the actor anew."""
-    returncode: int | None  # exit code of an agent that has ended
-    is_started: bool
 
 
 class AgentActor:
@@ -41,13 +31,12 @@ class AgentActor:
         self._allowed = [word for each in executables for word in ("--allow-executable", each)]
         self._agent: subprocess.Popen[bytes] | None = None
 
-    def state(self) -> AgentState:
-        """Return what the agent does now."""
-        return {
-            "public": self._public,
-            "returncode": None if self._agent is None else self._agent.poll(),
-            "is_started": self._agent is not None,
-        }
+    def state(self) -> tuple[str, bool]:
+        """Return the public key that its agent joins with, and whether the agent runs.
+
+        The key is another one after Ray has started the actor anew.
+        """
+        return self._public, self._agent is not None and self._agent.poll() is None
 
     def start(self, endpoint: str, server_public: str) -> None:
         """Start the agent; its standard input, which this actor holds, ends with it."""

@@ -14,14 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import ipaddress
 import logging
 import os
-import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pdlaunch.config.hosts import HostSettings
@@ -29,16 +26,12 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import ROLES, Role
 from pdlaunch.errors import ConfigError, StartupError
 from pdlaunch.launch.hosts.local import HIDDEN_VARIABLES
-from pdlaunch.launch.hosts.placement.ray_actor import AgentActor, AgentState
-from pdlaunch.protocol.process.run_dirs import new_run_dir
+from pdlaunch.launch.hosts.placement.ray_actor import AgentActor
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 1.0
 _ANSWER_TIMEOUT_S = 10.0
-_MAKES_CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-_AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
-"""Ray itself sets the first of these, too."""
 _ALLOCATING = {"pack": "PACK", "spread": "SPREAD"}
 
 
@@ -51,6 +44,10 @@ class Bundle:
     num_cpus: int
     num_gpus: int
     executables: tuple[str, ...] = ()  # programs of engines that its agent allows
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{kind} {number:g}" for kind, number in self.resources.items())
+        return f"{self.name} ({parts})"
 
     @property
     def resources(self) -> dict[str, float]:
@@ -120,16 +117,14 @@ class RayAgents:
 
     def _look_after(self, name: str, actor: Any) -> None:
         try:
-            state: AgentState = self._ray.get(actor.state.remote(), timeout=_ANSWER_TIMEOUT_S)
+            public, is_running = self._ray.get(actor.state.remote(), timeout=_ANSWER_TIMEOUT_S)
             self._seen.add(name)
-            if state["public"] not in self._admitted:
-                self._admitted.add(state["public"])
-                self._admit(state["public"])
-            if not state["is_started"] or state["returncode"] is not None:
-                self._ray.get(
-                    actor.start.remote(self._endpoint, self._server_public),
-                    timeout=_ANSWER_TIMEOUT_S,
-                )
+            if public not in self._admitted:
+                self._admitted.add(public)
+                self._admit(public)
+            if not is_running:
+                start = actor.start.remote(self._endpoint, self._server_public)
+                self._ray.get(start, timeout=_ANSWER_TIMEOUT_S)
             if name in self._waiting:
                 self._waiting.discard(name)
                 logger.warning("Ray has found room for %s again", name)
@@ -142,9 +137,9 @@ class RayAgents:
 
 @contextlib.contextmanager
 def ray_cluster() -> Iterator[Any]:
-    """Yield Ray, connected to RAY_ADDRESS, else to this host's cluster, else to one of its own.
+    """Yield Ray, connected to the cluster at RAY_ADDRESS, else to the one on this host.
 
-    Raises ConfigError where Ray is not installed or does not answer, and StartupError.
+    Raises ConfigError where Ray is not installed or no cluster answers.
     """
     try:
         ray = importlib.import_module("ray")
@@ -155,63 +150,30 @@ def ray_cluster() -> Iterator[Any]:
             value="ray",
             fix="pip install 'pdlaunch[ray]'",
         ) from None
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "pdlaunch"}
+    address = os.environ.get("RAY_ADDRESS") or "auto"
     # Ray's child processes need no key, and it shows its environment.
     hidden = {name: os.environ.pop(name) for name in HIDDEN_VARIABLES if name in os.environ}
-    own = contextlib.ExitStack()
     try:
         try:
-            ray.init(address=os.environ.get("RAY_ADDRESS") or "auto", **quiet)
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                namespace="pdlaunch",
+            )
         except ConnectionError as error:
-            if os.environ.get("RAY_ADDRESS"):
-                raise ConfigError(
-                    f"no Ray cluster answers: {_first_line(error)}",
-                    field="RAY_ADDRESS",
-                    value=os.environ["RAY_ADDRESS"],
-                    fix="name the head's address, as host:port, or unset it to use this host "
-                    "alone; where the cluster asks for a token, set RAY_AUTH_MODE=token",
-                ) from None
-            # A cluster that is made for this launch is for this host alone, and leaves no files.
-            folder = own.enter_context(new_run_dir())
-            own.enter_context(_for_this_host_alone(folder))
-            ray.init(address="local", include_dashboard=False, _temp_dir=str(folder), **quiet)
-            if not ipaddress.ip_address(own_address(ray)).is_loopback:
-                raise StartupError(
-                    f"Ray {ray.__version__} listens at {own_address(ray)} for all of the network: "
-                    "start a cluster with `ray start --head`, and set RAY_ADDRESS"
-                ) from None
+            raise ConfigError(
+                f"no Ray cluster answers: {_first_line(error)}",
+                field="RAY_ADDRESS",
+                value=address,
+                fix="start one with `ray start --head`, or name the head of another one, as "
+                "host:port; where the cluster asks for a token, set RAY_AUTH_MODE=token",
+            ) from None
         yield ray
     finally:
         with contextlib.suppress(Exception):
             ray.shutdown()
-        own.close()
         os.environ.update(hidden)
-
-
-@contextlib.contextmanager
-def _for_this_host_alone(folder: Path) -> Iterator[None]:
-    """Have Ray, and what it starts, take the loopback device for this host's address, and a token
-    of its own.
-
-    The address would be that of the default route, whatever ``ray.init`` is told; only where Ray
-    makes no clusters, as on macOS, does it keep to this host. The token would stay in the user's
-    home, and be asked for by all clusters from then on.
-    """
-    constants: Any = importlib.import_module("ray._private.ray_constants")
-    makes_clusters, before = constants.ENABLE_RAY_CLUSTER, dict(os.environ)
-    constants.ENABLE_RAY_CLUSTER = False
-    os.environ[_MAKES_CLUSTERS] = "0"
-    token = folder / "ray-token"
-    token.touch(0o600)
-    token.write_text(secrets.token_hex())
-    os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(token))
-    try:
-        yield
-    finally:
-        constants.ENABLE_RAY_CLUSTER = makes_clusters
-        for name in (_MAKES_CLUSTERS, *_AUTHENTICATION):
-            os.environ.pop(name, None)
-            os.environ.update({name: before[name]} if name in before else {})
 
 
 def has_gpus(ray: Any) -> bool:
@@ -238,9 +200,10 @@ def placed_actors(
     )
     try:
         if not group.wait(timeout_seconds=timeout_s):
+            needed = ", ".join(str(bundle) for bundle in bundles)
             raise StartupError(
                 f"Ray has not placed the launch within {timeout_s:g} s (join_timeout_s): it needs "
-                f"{_shown(bundles)}; {_offers(ray)}. Add nodes, or start fewer engines"
+                f"{needed}; {_offers(ray)}. Add nodes, or start fewer engines"
             )
         remote = ray.remote(AgentActor)
         yield {
@@ -266,19 +229,10 @@ def stop_agents(ray: Any, actors: Mapping[str, Any]) -> None:
         ray.wait(ending, num_returns=len(ending), timeout=_ANSWER_TIMEOUT_S)
 
 
-def _shown(bundles: Sequence[Bundle]) -> str:
-    return ", ".join(f"{bundle.name} {_resources(bundle.resources)}" for bundle in bundles)
-
-
 def _offers(ray: Any) -> str:
-    free = ray.available_resources()
-    total = ray.cluster_resources()
+    free, total = ray.available_resources(), ray.cluster_resources()
     parts = [f"{free.get(kind, 0):g} of {total.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU")]
     return f"free are {' and '.join(parts)} on {sum(n['Alive'] for n in ray.nodes())} nodes"
-
-
-def _resources(resources: Mapping[str, float]) -> str:
-    return "(" + ", ".join(f"{kind} {num:g}" for kind, num in resources.items()) + ")"
 
 
 def _first_line(error: Exception) -> str:
