@@ -1,5 +1,5 @@
 """Times copies of scattered KV blocks between device and host memory through the host tier's
-handler, beside one copy of everything: ``python -m benchmarks.offload``. Prints a line of JSON for
+queues, beside one copy of everything: ``python -m benchmarks.offload``. Prints a line of JSON for
 each block size: GB/s (10**9 bytes a second) of loads, stores and both at once.
 """
 
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import queue
 import sys
-import threading
 import time
 from collections.abc import Sequence
 
@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from pdlaunch.config.sizes import parse_size
-from pdlaunch.engine.kvcache.groups import choose_blocks_per_chunk
-from pdlaunch.engine.offload.copies import OffloadHandler, chunk_layout
+from pdlaunch.engine.kvcache.groups import aligned_chunk_bytes, choose_blocks_per_chunk
+from pdlaunch.engine.offload.copies import BlockPlaces, CopyQueue
 from pdlaunch.engine.offload.host_memory import HostMemory
-from pdlaunch.engine.offload.spec import DIRECTIONS, Direction, TransferSpec
+from pdlaunch.engine.offload.jobs import DIRECTIONS, Direction, JobFinished
 
 JOB_BYTES = 64 * 1024**2
 WAYS: dict[str, tuple[Direction, ...]] = {
@@ -33,8 +33,11 @@ class Traffic:
     """Stores one half of the blocks and loads the other, in random order, in jobs."""
 
     def __init__(self, pages: torch.Tensor, host: HostMemory, per_chunk: int) -> None:
-        self._finished = threading.Semaphore(0)
-        self._handler = OffloadHandler([[pages]], host, per_chunk, wake=self._finished.release)
+        self._finished: queue.SimpleQueue[JobFinished] = queue.SimpleQueue()
+        self._queues = {
+            direction: CopyQueue(direction, pages, host, self._finished.put)
+            for direction in DIRECTIONS
+        }
         half = len(pages) // 2
         num_chunks = half // per_chunk
         num_jobs = min(max(1, half * pages.shape[1] // JOB_BYTES), num_chunks)
@@ -45,31 +48,31 @@ class Traffic:
             blocks = index * half + random.permutation(half).reshape(num_chunks, per_chunk)
             own = chunks[index * num_chunks : (index + 1) * num_chunks]
             self._jobs[direction] = [
-                TransferSpec(direction, some.ravel(), [some.size], [0], ids)
+                BlockPlaces(
+                    some.ravel(),
+                    np.repeat(ids, per_chunk),
+                    np.tile(np.arange(per_chunk), len(ids)),
+                )
                 for some, ids in zip(
                     np.array_split(blocks, num_jobs), np.array_split(own, num_jobs), strict=True
                 )
             ]
-        self._num_submitted = 0
 
     def seconds(self, directions: Sequence[Direction]) -> float:
         """Return the time of one round of all jobs."""
         start_at = time.perf_counter()
         num_pending = 0
-        for specs in zip(*(self._jobs[direction] for direction in directions), strict=True):
-            for spec in specs:
-                self._handler.transfer_async(self._num_submitted, spec)
-                self._num_submitted += 1
+        for jobs in zip(*(self._jobs[direction] for direction in directions), strict=True):
+            for direction, places in zip(directions, jobs, strict=True):
+                self._queues[direction].submit(num_pending, places)
                 num_pending += 1
-        while num_pending:
-            self._finished.acquire()
-            results = self._handler.get_finished()
-            assert all(result.ok for result in results)
-            num_pending -= len(results)
+        for _ in range(num_pending):
+            assert self._finished.get().ok
         return time.perf_counter() - start_at
 
     def close(self) -> None:
-        self._handler.close(60.0)
+        for each in self._queues.values():
+            each.close(60.0)
 
 
 def measure(block_bytes: int, device: torch.device, num_bytes: int) -> dict[str, object]:
@@ -79,7 +82,7 @@ def measure(block_bytes: int, device: torch.device, num_bytes: int) -> dict[str,
     pages = torch.zeros(2 * num_chunks * per_chunk, block_bytes, dtype=torch.uint8, device=device)
     host = HostMemory(
         2 * num_chunks,
-        chunk_layout([[pages]], per_chunk).chunk_bytes,
+        aligned_chunk_bytes(per_chunk * block_bytes),
         pin=device.type == "cuda",
         progress=lambda *_: None,
     )

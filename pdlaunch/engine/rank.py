@@ -21,10 +21,10 @@ from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engine.channels import FollowerChannel, LeaderChannel, ServerLink, Wakeup
 from pdlaunch.engine.leader import Follower, Leader
 from pdlaunch.engine.lifecycle import RequestLifecycle
+from pdlaunch.engine.models.attention import ReportProgress
 from pdlaunch.engine.models.tensor_parallel import TPGroup, init_tp_group
-from pdlaunch.engine.offload.host_memory import AllocationProgress
 from pdlaunch.engine.offload.planner import OffloadPlanner
-from pdlaunch.engine.offload.tier import HeadSlice, HostTier
+from pdlaunch.engine.offload.tier import HostTier
 from pdlaunch.engine.offload.worker import OffloadWorker
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.engine.scheduler import Scheduler
@@ -327,18 +327,16 @@ class RankProcess:
 
 
 def new_offload_worker(
-    spec: EngineSpec, runner: ModelRunner, *, progress: AllocationProgress, wake: Callable[[], None]
+    spec: EngineSpec, runner: ModelRunner, *, progress: ReportProgress, wake: Callable[[], None]
 ) -> OffloadWorker | None:
     """Take the rank's host memory, if ``kv_offload`` is set. Raises ConfigError for too little."""
     if not spec.kv_offload.host_memory:
         return None
     make_worker = rank_part(OffloadWorker, spec.kv_transfer)
-    first = runner.first_kv_head
     # With a hasher of its own: that of the transfer thread is for that thread alone.
     return make_worker(
         kv_cache=runner.kv_cache,
         layout=runner.layout,
-        heads=HeadSlice(first, first + runner.layout.num_kv_heads),
         host_memory_bytes=spec.kv_offload.host_memory,
         blocks_per_chunk=spec.blocks_per_chunk,
         device_hasher=KVHasher(runner.kv_cache, runner.layout) if runner.kv_cache.is_cuda else None,
@@ -353,8 +351,7 @@ def new_offload_planner(
     """Return the planner of an engine whose ranks have such workers; its tier is empty."""
     if worker is None:
         return None
-    # All heads, where a rank's worker names its own: the tier speaks for the whole engine.
-    tier = HostTier(worker.num_chunks, HeadSlice(0, runner.shape.num_kv_heads))
+    tier = HostTier(worker.num_chunks)
     return OffloadPlanner(
         runner.layout.groups, spec.block_size, tier, blocks_per_chunk=spec.blocks_per_chunk
     )

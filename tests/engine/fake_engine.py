@@ -13,7 +13,7 @@ from pdlaunch.engine.kvcache.hashing import TokenHasher, root_hash
 from pdlaunch.engine.lifecycle import RequestLifecycle
 from pdlaunch.engine.offload.jobs import JobFinished, JobMerger, OffloadJob
 from pdlaunch.engine.offload.planner import OffloadPlanner
-from pdlaunch.engine.offload.tier import HeadSlice, HostTier
+from pdlaunch.engine.offload.tier import HostTier
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.step import StepPlan
 from pdlaunch.observe.spans import Span
@@ -99,7 +99,7 @@ class FakeEngine:
         self.groups = groups
         self.num_blocks = num_blocks
         self.block_size = block_size
-        tier = HostTier(num_chunks, HeadSlice(0, 1)) if num_chunks else None
+        tier = HostTier(num_chunks) if num_chunks else None
         self.scheduler = Scheduler(
             RequestLifecycle(
                 groups=groups,

@@ -10,7 +10,7 @@ from pdlaunch.engine.kvcache.groups import make_groups
 from pdlaunch.engine.leader import Leader
 from pdlaunch.engine.offload.jobs import JobFinished, OffloadJob
 from pdlaunch.engine.offload.planner import OffloadPlanner
-from pdlaunch.engine.offload.tier import HeadSlice, HostTier
+from pdlaunch.engine.offload.tier import HostTier
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.step import StepDone, StepPlan
 from pdlaunch.protocol.engine import AddRequest, SamplingParams
@@ -56,7 +56,7 @@ class FakeFollower:
 
 
 def make_leader(recorder: Any, offload: Any, follower: Any) -> tuple[Leader, Scheduler]:
-    planner = OffloadPlanner(make_groups([None]), 4, HostTier(8, HeadSlice(0, 2)))
+    planner = OffloadPlanner(make_groups([None]), 4, HostTier(8))
     scheduler = make_scheduler(tp_size=2, offload=planner)
     leader = Leader(
         spec=make_spec("unused", tensor_parallel_size=2),

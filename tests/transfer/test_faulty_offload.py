@@ -10,7 +10,6 @@ import threading
 import torch
 
 from pdlaunch.engine.offload.jobs import JobFinished, OffloadJob
-from pdlaunch.engine.offload.tier import HeadSlice
 from pdlaunch.transfer.connectors.faults import FaultPlan
 from pdlaunch.transfer.connectors.faulty import FaultyOffloadWorker
 from tests.engine.offload.test_worker import make_layout
@@ -25,7 +24,6 @@ def new_worker(faults: FaultPlan, wakes: threading.Semaphore) -> FaultyOffloadWo
         faults,
         kv_cache=torch.ones((16, *layout.block_shape()), dtype=torch.bfloat16),
         layout=layout,
-        heads=HeadSlice(0, 2),
         host_memory_bytes=12 * 4096,
         progress=lambda *_: None,
         wake=wakes.release,

@@ -18,14 +18,13 @@ and found.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import takewhile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
 
 from pdlaunch.engine.kvcache.groups import KVCacheGroup, first_visible, longest_prefix
 from pdlaunch.engine.kvcache.manager import BlockTables, PrefixHit
-from pdlaunch.engine.offload.jobs import JobFinished, OffloadJob
-from pdlaunch.engine.offload.spec import Direction
+from pdlaunch.engine.offload.jobs import Direction, JobFinished, OffloadJob
 from pdlaunch.engine.offload.tier import HostTier
 
 FindOnDevice = Callable[[int, bytes], int | None]
@@ -47,13 +46,13 @@ class HostHit:
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
-    """Names neighbouring blocks of one group that are stored together."""
+class _Span:
+    """Holds neighbouring blocks of one group that one job moves, and their chunks."""
 
-    first: int
-    block_ids: list[int]
-    chunk_ids: list[int]
-    hashes: list[bytes]
+    first: int = 0  # logical index of the first block
+    block_ids: list[int] = field(default_factory=list)
+    chunk_ids: list[int] = field(default_factory=list)
+    chunk_hashes: list[bytes] = field(default_factory=list)
 
 
 class OffloadPlanner:
@@ -73,14 +72,12 @@ class OffloadPlanner:
         self.tier = tier
         self._blocks_per_chunk = blocks_per_chunk
         self._jobs: dict[int, OffloadJob] = {}
-        self._num_jobs = 0
+        self._next_job_id = 0
 
     @property
     def num_jobs(self) -> int:
         """Return the number of jobs in flight."""
         return len(self._jobs)
-
-    # Loads
 
     def find(
         self, block_hashes: Sequence[bytes], max_blocks: int, find_on_device: FindOnDevice
@@ -91,16 +88,15 @@ class OffloadPlanner:
         It is never shorter than what the device alone has. Nothing is pinned before ``begin_load``,
         which must follow at once or never.
         """
-        length = longest_prefix(
-            self._windows,
-            self._block_size,
-            min(max_blocks, len(block_hashes)),
-            lambda group, start, limit: self._end(
-                group, block_hashes, start, limit, find_on_device
-            ),
-        )
-        first = self._first_visible(length * self._block_size)
-        return self._hit(block_hashes, first, [length] * len(first), find_on_device)
+
+        def end_of(group: int, start: int, limit: int) -> int:
+            device, chunk_ids = self._run(group, block_hashes, start, limit, find_on_device)
+            return start + len(device) + len(chunk_ids)
+
+        limit = min(max_blocks, len(block_hashes))
+        length = longest_prefix(self._windows, self._block_size, limit, end_of)
+        num_computed = length * self._block_size
+        return self.find_for_pull(block_hashes, length, num_computed, find_on_device)
 
     def find_for_pull(
         self,
@@ -116,12 +112,22 @@ class OffloadPlanner:
         ``find``.
         """
         limit = min(max_blocks, len(block_hashes))
-        first = self._first_visible(num_computed)
-        ends = [
-            self._end(group, block_hashes, start, limit, find_on_device)
+        first = [first_visible(window, num_computed, self._block_size) for window in self._windows]
+        runs = [
+            self._run(group, block_hashes, start, limit, find_on_device)
             for group, start in enumerate(first)
         ]
-        return self._hit(block_hashes, first, ends, find_on_device)
+        if not any(chunk_ids for _, chunk_ids in runs):
+            return None
+        return HostHit(
+            device=PrefixHit(first, [device for device, _ in runs]),
+            # Neighbouring blocks may share a chunk, which is loaded once.
+            chunk_ids=[list(dict.fromkeys(chunk_ids)) for _, chunk_ids in runs],
+            ends=[
+                start + len(device) + len(chunk_ids)
+                for start, (device, chunk_ids) in zip(first, runs, strict=True)
+            ],
+        )
 
     def begin_load(
         self, hit: HostHit, block_ids: Sequence[Sequence[int]], block_hashes: Sequence[bytes]
@@ -132,27 +138,15 @@ class OffloadPlanner:
         The blocks belong to the job until ``finish``; the caller shares those of ``hit.device``
         itself.
         """
-        groups = range(len(self._windows))
-        assert all(len(block_ids[group]) == hit.num_blocks_to_load(group) for group in groups)
-        starts = [hit.device.end(group) for group in groups]
-        hashes = [
-            self._chunk_hash(block_hashes, chunk)
-            for start, end in zip(starts, hit.ends, strict=True)
-            for chunk in self._chunk_range(start, end)
-        ]
-        job = self._add(
-            "load",
-            block_ids=[block_id for ids in block_ids for block_id in ids],
-            group_sizes=[len(ids) for ids in block_ids],
-            block_indices=starts,
-            chunk_ids=[chunk_id for ids in hit.chunk_ids for chunk_id in ids],
-            chunk_hashes=hashes,
-        )
-        for chunk_ids in hit.chunk_ids:
+        spans = []
+        for group, (ids, chunk_ids) in enumerate(zip(block_ids, hit.chunk_ids, strict=True)):
+            assert len(ids) == hit.num_blocks_to_load(group)
+            start = hit.device.end(group)
+            chunk = start // self._blocks_per_chunk
+            hashes = [self._chunk_hash(block_hashes, chunk + i) for i in range(len(chunk_ids))]
+            spans.append(_Span(start, [*ids], chunk_ids, hashes))
             self.tier.begin_load(chunk_ids)
-        return job
-
-    # Stores
+        return self._add("load", spans)
 
     def begin_stores(
         self, tables: BlockTables, block_hashes: Sequence[bytes], start: int, end: int
@@ -163,18 +157,15 @@ class OffloadPlanner:
         All tokens of these blocks are computed. The blocks of each job must keep content and owner
         until ``finish``: the caller takes one more share of ``job.block_ids``.
         """
-        runs = [
-            list(self._new_runs(group, tables, block_hashes, start, end))
+        spans = [
+            self._new_spans(group, tables, block_hashes, start, end)
             for group in range(len(self._windows))
         ]
-        num_jobs = max(map(len, runs), default=0)
+        # A job takes one span of each group: job i takes span i of each group that has so many.
         return [
-            # Job i takes run i of each group that has so many.
-            self._store_job([of_group[place : place + 1] for of_group in runs])
-            for place in range(num_jobs)
+            self._add("store", [span or _Span() for span in of_job])
+            for of_job in zip_longest(*spans)
         ]
-
-    # Both
 
     def finish(self, report: JobFinished) -> OffloadJob | None:
         """Account for a job that all ranks have ended; its blocks are the caller's again. Return
@@ -200,100 +191,46 @@ class OffloadPlanner:
 
     def check_integrity(self) -> None:
         """Prove that the tier's chunks in flight are those of the jobs. Raises AssertionError."""
-        jobs = list(self._jobs.values())
-        self.tier.check_integrity(
-            storing=[
-                chunk_id for job in jobs if job.direction == "store" for chunk_id in job.chunk_ids
-            ],
-            loading=[
-                chunk_id for job in jobs if job.direction == "load" for chunk_id in job.chunk_ids
-            ],
-        )
+        in_flight: dict[Direction, list[int]] = {"store": [], "load": []}
+        for job in self._jobs.values():
+            in_flight[job.direction] += job.chunk_ids
+        self.tier.check_integrity(storing=in_flight["store"], loading=in_flight["load"])
 
-    # Finding
-
-    def _end(
+    def _run(
         self,
         group: int,
         block_hashes: Sequence[bytes],
         start: int,
         limit: int,
         find_on_device: FindOnDevice,
-    ) -> int:
-        """Return where the group's run of blocks on the device, and then on the host, ends; at most
-        ``limit``.
+    ) -> tuple[list[int], list[int]]:
+        """Return the group's run of blocks on the device from ``start`` on, and then on the host
+        the chunk of each block; both together end at ``limit`` at most.
         """
-        index = start
-        while index < limit and find_on_device(group, block_hashes[index]) is not None:
-            index += 1
-        while index < limit and self._find_chunk(group, block_hashes, index) is not None:
-            index += 1
-        return index
+        device: list[int] = []
+        for index in range(start, limit):
+            block_id = find_on_device(group, block_hashes[index])
+            if block_id is None:
+                break
+            device.append(block_id)
+        chunk_ids: list[int] = []
+        for index in range(start + len(device), limit):
+            chunk, slot = divmod(index, self._blocks_per_chunk)
+            if (chunk + 1) * self._blocks_per_chunk > len(block_hashes):
+                break  # the request does not fill it
+            chunk_id = self.tier.find(group, self._chunk_hash(block_hashes, chunk), slot)
+            if chunk_id is None:
+                break
+            chunk_ids.append(chunk_id)
+        return device, chunk_ids
 
-    def _hit(
-        self,
-        block_hashes: Sequence[bytes],
-        first: list[int],
-        ends: list[int],
-        find_on_device: FindOnDevice,
-    ) -> HostHit | None:
-        """Return the blocks [first, ends) of each group, which are all there; None when all are on
-        the device.
-        """
-        device = PrefixHit(
-            first,
-            [
-                _until_none(
-                    find_on_device(group, block_hash) for block_hash in block_hashes[start:end]
-                )
-                for group, (start, end) in enumerate(zip(first, ends, strict=True))
-            ],
-        )
-        if all(device.end(group) >= end for group, end in enumerate(ends)):
-            return None
-        chunk_ids = [
-            self._chunks_between(group, block_hashes, device.end(group), end)
-            for group, end in enumerate(ends)
-        ]
-        return HostHit(device, chunk_ids, ends)
-
-    def _first_visible(self, num_computed: int) -> list[int]:
-        """Return by group the first block that token ``num_computed`` sees."""
-        return [first_visible(window, num_computed, self._block_size) for window in self._windows]
-
-    # Chunks
-
-    def _find_chunk(self, group: int, block_hashes: Sequence[bytes], index: int) -> int | None:
-        """Return the chunk that holds logical block ``index``, or None."""
-        chunk, slot = divmod(index, self._blocks_per_chunk)
-        if (chunk + 1) * self._blocks_per_chunk > len(block_hashes):
-            return None
-        return self.tier.find(group, self._chunk_hash(block_hashes, chunk), slot)
-
-    def _chunks_between(
-        self, group: int, block_hashes: Sequence[bytes], start: int, end: int
-    ) -> list[int]:
-        found = [
-            self._find_chunk(group, block_hashes, max(start, chunk * self._blocks_per_chunk))
-            for chunk in self._chunk_range(start, end)
-        ]
-        assert None not in found
-        return [chunk_id for chunk_id in found if chunk_id is not None]
-
-    def _chunk_range(self, start: int, end: int) -> range:
-        """Return the chunks with a block of [start, end)."""
-        if start >= end:
-            return range(0)
-        return range(start // self._blocks_per_chunk, (end - 1) // self._blocks_per_chunk + 1)
-
-    def _chunk_hash(self, block_hashes: Sequence[bytes], chunk: int) -> bytes:
-        return block_hashes[(chunk + 1) * self._blocks_per_chunk - 1]
-
-    def _new_runs(
+    def _new_spans(
         self, group: int, tables: BlockTables, block_hashes: Sequence[bytes], start: int, end: int
-    ) -> Iterator[_Run]:
+    ) -> list[_Span]:
+        """Take chunks of the tier for full chunks that it lacks."""
         size = self._blocks_per_chunk
-        run: _Run | None = None
+        spans: list[_Span] = []
+        is_neighbour = False
         for chunk in range(start // size, end // size):
             # chunk of 4 slots  [ .  .  b  b ]    blocks before tables.first have left the window:
             #                    first % 4 = 2    the slots before it hold nothing
@@ -302,59 +239,30 @@ class OffloadPlanner:
             chunk_id = (
                 self.tier.begin_store(group, chunk_hash, first % size) if first < last else None
             )
-            # A chunk that is not stored ends the run: the blocks of a run are neighbours.
-            if chunk_id is None:
-                if run is not None:
-                    yield run
-                run = None
-                continue
-            if run is None:
-                run = _Run(first, [], [], [])
-            run.block_ids.extend(tables.between(group, first, last))
-            run.chunk_ids.append(chunk_id)
-            run.hashes.append(chunk_hash)
-        if run is not None:
-            yield run
+            if chunk_id is not None:
+                # A chunk that is not stored ends a span: the blocks of a span are neighbours.
+                if not is_neighbour:
+                    spans.append(_Span(first))
+                spans[-1].block_ids.extend(tables.between(group, first, last))
+                spans[-1].chunk_ids.append(chunk_id)
+                spans[-1].chunk_hashes.append(chunk_hash)
+            is_neighbour = chunk_id is not None
+        return spans
 
-    def _store_job(self, runs: Sequence[Sequence[_Run]]) -> OffloadJob:
-        """Make one job of ``runs``, which has one run or none for each group."""
-        flat = [run for of_group in runs for run in of_group]
-        return self._add(
-            "store",
-            block_ids=[block_id for run in flat for block_id in run.block_ids],
-            group_sizes=[sum(len(run.block_ids) for run in of_group) for of_group in runs],
-            block_indices=[of_group[0].first if of_group else 0 for of_group in runs],
-            chunk_ids=[chunk_id for run in flat for chunk_id in run.chunk_ids],
-            chunk_hashes=[chunk_hash for run in flat for chunk_hash in run.hashes],
-        )
+    def _chunk_hash(self, block_hashes: Sequence[bytes], chunk: int) -> bytes:
+        return block_hashes[(chunk + 1) * self._blocks_per_chunk - 1]
 
-    def _add(
-        self,
-        direction: Direction,
-        *,
-        block_ids: list[int],
-        group_sizes: list[int],
-        block_indices: list[int],
-        chunk_ids: list[int],
-        chunk_hashes: list[bytes],
-    ) -> OffloadJob:
+    def _add(self, direction: Direction, spans: Sequence[_Span]) -> OffloadJob:
+        """Make a job of one span for each group."""
         job = OffloadJob(
-            self._num_jobs,
+            self._next_job_id,
             direction,
-            block_ids,
-            group_sizes,
-            block_indices,
-            chunk_ids,
-            chunk_hashes,
+            block_ids=[block_id for span in spans for block_id in span.block_ids],
+            group_sizes=[len(span.block_ids) for span in spans],
+            block_indices=[span.first for span in spans],
+            chunk_ids=[chunk_id for span in spans for chunk_id in span.chunk_ids],
+            chunk_hashes=[chunk_hash for span in spans for chunk_hash in span.chunk_hashes],
         )
-        self._num_jobs += 1
+        self._next_job_id += 1
         self._jobs[job.job_id] = job
         return job
-
-
-def _until_none(block_ids: Iterable[int | None]) -> list[int]:
-    return [
-        block_id
-        for block_id in takewhile(lambda block_id: block_id is not None, block_ids)
-        if block_id is not None
-    ]

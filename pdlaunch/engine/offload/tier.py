@@ -15,26 +15,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
+from pdlaunch.engine.offload.jobs import ChunkKey
+
+# Above the first share of all chunks a store makes room down to the second, so that bursts find
+# free chunks while others are in flight.
 HIGH_WATER = 0.98
 LOW_WATER = 0.95
-
-
-class HeadSlice(NamedTuple):
-    """Names the KV heads of the model that chunks hold: [first, stop)."""
-
-    first: int
-    stop: int
-
-
-class ChunkKey(NamedTuple):
-    """Names the content of a chunk."""
-
-    group: int
-    block_hash: bytes
-    """The hash of the chunk's last block, which covers model, salt and all tokens so far."""
-    heads: HeadSlice
 
 
 @dataclass(slots=True)
@@ -46,34 +33,25 @@ class _Chunk:
     pins: int = 0
     is_failed: bool = False
 
+    @property
+    def is_idle(self) -> bool:
+        """Return whether no copy reads or writes it."""
+        return self.is_resident and not self.pins
+
 
 class HostTier:
-    """Decides over ``num_chunks`` chunks of host memory; ids are 0 <= id < num_chunks.
-
-    ``heads``: what its chunks hold of each block. Above ``high_water`` (a share of all chunks) a
-    store makes room down to ``low_water``, so that bursts find free chunks while others are in
-    flight. The least recently used chunk leaves first.
+    """Decides over ``num_chunks`` chunks of host memory; ids are 0 <= id < num_chunks. The least
+    recently used chunk leaves first.
     """
 
-    def __init__(
-        self,
-        num_chunks: int,
-        heads: HeadSlice,
-        *,
-        high_water: float = HIGH_WATER,
-        low_water: float = LOW_WATER,
-    ) -> None:
+    def __init__(self, num_chunks: int) -> None:
         assert num_chunks > 0
-        assert 0 < low_water <= high_water <= 1
         self.num_chunks = num_chunks
-        self._heads = heads
-        self._least_used_first: OrderedDict[ChunkKey, None] = OrderedDict()
-        self._high_chunks = max(1, int(num_chunks * high_water))
-        self._low_chunks = int(num_chunks * low_water)
         # A stack, low ids on top: little memory is touched while the tier is young.
         self._free = list(range(num_chunks - 1, -1, -1))
         self._chunks: dict[int, _Chunk] = {}
-        self._by_key: dict[ChunkKey, int] = {}
+        self._by_key: OrderedDict[ChunkKey, int] = OrderedDict()
+        """Storing and resident chunks but for failed ones, the least recently used first."""
         self.num_evicted_chunks = 0
         self.num_refused_chunks = 0
         """Stores for which there was no room: everything was in flight."""
@@ -87,7 +65,7 @@ class HostTier:
         """Return the resident chunk with this last block if it holds ``slot``; nothing pins it
         before ``begin_load``.
         """
-        chunk_id = self._by_key.get(ChunkKey(group, block_hash, self._heads))
+        chunk_id = self._by_key.get(ChunkKey(group, block_hash))
         if chunk_id is None:
             return None
         chunk = self._chunks[chunk_id]
@@ -99,17 +77,19 @@ class HostTier:
 
         A resident chunk that lacks slots which this one has is replaced once nobody loads it.
         """
-        key = ChunkKey(group, block_hash, self._heads)
-        if not self._may_store(key, first_slot):
-            return None
-        if not self._free or len(self._chunks) >= self._high_chunks:
+        key = ChunkKey(group, block_hash)
+        if key in self._by_key:
+            present = self._chunks[self._by_key[key]]
+            if first_slot >= present.first_slot or not present.is_idle:
+                return None
+            self._give_up(key)
+        if not self._free or len(self._chunks) >= max(1, int(self.num_chunks * HIGH_WATER)):
             self._make_room()
         if not self._free:
             self.num_refused_chunks += 1
             return None
-        chunk_id = self._free.pop()
+        chunk_id = self._by_key[key] = self._free.pop()
         self._chunks[chunk_id] = _Chunk(key, first_slot)
-        self._by_key[key] = chunk_id
         return chunk_id
 
     def finish_store(self, chunk_id: int, *, ok: bool) -> None:
@@ -118,10 +98,9 @@ class HostTier:
         assert not chunk.is_resident
         if ok:
             chunk.is_resident = True
-            self._least_used_first[chunk.key] = None
+            self._by_key.move_to_end(chunk.key)
         else:
-            del self._by_key[chunk.key]
-            self._release(chunk_id)
+            self._give_up(chunk.key)
 
     def begin_load(self, chunk_ids: Sequence[int]) -> None:
         """Pin resident chunks of one prefix, in its order, and count them as used."""
@@ -131,7 +110,7 @@ class HostTier:
             assert chunk.is_resident
             assert not chunk.is_failed
             chunk.pins += 1
-            self._least_used_first.move_to_end(chunk.key)
+            self._by_key.move_to_end(chunk.key)
 
     def finish_load(self, chunk_ids: Iterable[int], failed_chunk_ids: Iterable[int] = ()) -> None:
         """Unpin what ``begin_load`` pinned; failed chunks hold wrong bytes and are given up."""
@@ -141,22 +120,11 @@ class HostTier:
             assert chunk.pins > 0
             chunk.pins -= 1
             if chunk_id in failed and not chunk.is_failed:
-                self._forget(chunk)
+                del self._by_key[chunk.key]
                 chunk.is_failed = True
+            # Other loads may still read what has failed: it is free after the last of them.
             if chunk.is_failed and not chunk.pins:
                 self._release(chunk_id)
-
-    def clear(self) -> int:
-        """Give up all chunks that are not in flight, and return how many those are."""
-        chunk_ids = [
-            chunk_id
-            for chunk_id, chunk in self._chunks.items()
-            if chunk.is_resident and not chunk.pins
-        ]
-        for chunk_id in chunk_ids:
-            self._forget(self._chunks[chunk_id])
-            self._release(chunk_id)
-        return len(chunk_ids)
 
     def check_integrity(self, *, storing: Iterable[int] = (), loading: Iterable[int] = ()) -> None:
         """Prove that every chunk is free or used once, pinned as often as ``loading`` says, and
@@ -177,40 +145,20 @@ class HostTier:
             assert chunk.pins == pins[chunk_id], "the pins are not those of the loads"
             assert chunk.is_failed or self._by_key[chunk.key] == chunk_id
             assert not chunk.is_failed or chunk.pins, "a failed chunk that nobody loads is not free"
-        findable = {
-            chunk.key
-            for chunk in self._chunks.values()
-            if chunk.is_resident and not chunk.is_failed
-        }
-        assert len(self._by_key) == len(findable) + len(in_store)
-        assert sorted(self._least_used_first) == sorted(findable)
-
-    def _may_store(self, key: ChunkKey, first_slot: int) -> bool:
-        chunk_id = self._by_key.get(key)
-        if chunk_id is None:
-            return True
-        chunk = self._chunks[chunk_id]
-        # The chunk has all that the new one would have, or a copy writes or reads it.
-        if first_slot >= chunk.first_slot or not chunk.is_resident or chunk.pins:
-            return False
-        self._forget(chunk)
-        self._release(chunk_id)
-        return True
+        assert len(self._by_key) == sum(not chunk.is_failed for chunk in self._chunks.values())
 
     def _make_room(self) -> None:
-        while len(self._chunks) > self._low_chunks or not self._free:
-            chunks = (self._chunks[self._by_key[key]] for key in self._least_used_first)
-            chunk = next((chunk for chunk in chunks if not chunk.pins), None)
-            if chunk is None:
+        low = int(self.num_chunks * LOW_WATER)
+        while len(self._chunks) > low or not self._free:
+            idle = (key for key, chunk_id in self._by_key.items() if self._chunks[chunk_id].is_idle)
+            key = next(idle, None)
+            if key is None:
                 return
-            chunk_id = self._by_key[chunk.key]
-            self._forget(chunk)
-            self._release(chunk_id)
+            self._give_up(key)
             self.num_evicted_chunks += 1
 
-    def _forget(self, chunk: _Chunk) -> None:
-        del self._least_used_first[chunk.key]
-        del self._by_key[chunk.key]
+    def _give_up(self, key: ChunkKey) -> None:
+        self._release(self._by_key.pop(key))
 
     def _release(self, chunk_id: int) -> None:
         del self._chunks[chunk_id]

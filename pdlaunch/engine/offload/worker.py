@@ -13,19 +13,27 @@ reads them; a GPU hashes its own blocks: those that were stored, and those that 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import queue
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 import xxhash
 
-from pdlaunch.engine.kvcache.groups import KVCacheLayout
-from pdlaunch.engine.offload.copies import OffloadHandler, TransferResult, chunk_layout
-from pdlaunch.engine.offload.host_memory import AllocationProgress, HostMemory
-from pdlaunch.engine.offload.jobs import JobFinished, OffloadJob
-from pdlaunch.engine.offload.tier import ChunkKey, HeadSlice
+from pdlaunch.engine.kvcache.groups import KVCacheLayout, aligned_chunk_bytes
+from pdlaunch.engine.models.attention import ReportProgress
+from pdlaunch.engine.offload.copies import BlockPlaces, CopyQueue
+from pdlaunch.engine.offload.host_memory import HostMemory
+from pdlaunch.engine.offload.jobs import (
+    DIRECTIONS,
+    ChunkKey,
+    ChunkPart,
+    JobFinished,
+    JobLimits,
+    OffloadJob,
+)
 from pdlaunch.errors import ConfigError, TransferSpecError
 from pdlaunch.machine.host import usable_cpus
 from pdlaunch.transfer.integrity.checksum import Checksums, KVHasher
@@ -39,22 +47,12 @@ Digests = list[tuple[int, ...]]  # by block, one checksum for each KV head of th
 
 
 @dataclass(frozen=True, slots=True)
-class Slots:
-    """The blocks of one chunk that a transfer touches: slots [start, stop)."""
-
-    key: ChunkKey
-    chunk_id: int
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True, slots=True)
 class _Content:
     """What one chunk holds."""
 
     key: ChunkKey
     first_slot: int  # slots before it hold nothing
-    digests: Digests | None  # of the slots from ``first_slot`` on; None when nothing is verified
+    digests: Digests  # of the slots from ``first_slot`` on
 
 
 @dataclass(slots=True)
@@ -62,18 +60,10 @@ class _Pending:
     """A job under way: ended when the copy has and all checksums are there."""
 
     job: OffloadJob
-    slots: list[Slots]
-    copied: TransferResult | None = None
+    parts: list[ChunkPart]
+    copied: JobFinished | None = None
     hashing: list[Future[list[Digests]]] = field(default_factory=list)
-
-    @property
-    def is_ended(self) -> bool:
-        return self.copied is not None and all(future.done() for future in self.hashing)
-
-    def digests(self) -> list[Digests] | None:
-        """Return the digests by chunk; None when nothing is verified."""
-        found = [digests for future in self.hashing for digests in future.result()]
-        return found if self.hashing else None
+    """Their results, one after another, are the digests of all parts in order."""
 
 
 class OffloadWorker:
@@ -81,10 +71,9 @@ class OffloadWorker:
     methods are for one thread.
 
     ``kv_cache``: [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous,
-    shared by all groups; outlives the worker. ``heads``: the model's KV heads that this rank holds.
-    ``device_hasher`` computes checksums where the cache lies on a GPU. ``wake`` is called from
-    other threads when ``take_finished`` may have something. Raises ConfigError when
-    ``host_memory_bytes`` hold no chunk, or cannot be had.
+    shared by all groups; outlives the worker. ``device_hasher`` computes checksums where the cache
+    lies on a GPU. ``wake`` is called, perhaps from other threads, when ``take_finished`` may have
+    something. Raises ConfigError when ``host_memory_bytes`` hold no chunk, or cannot be had.
     """
 
     def __init__(
@@ -92,42 +81,35 @@ class OffloadWorker:
         *,
         kv_cache: torch.Tensor,
         layout: KVCacheLayout,
-        heads: HeadSlice,
         host_memory_bytes: int,
         blocks_per_chunk: int = 1,
-        verify: bool = True,
-        num_hash_threads: int | None = None,
         device_hasher: KVHasher | None = None,
-        progress: AllocationProgress,
+        progress: ReportProgress,
         wake: Callable[[], None],
     ) -> None:
-        groups = [[kv_cache]] * len(layout.groups)
-        chunk_bytes = chunk_layout(groups, blocks_per_chunk).chunk_bytes
+        # A chunk holds its blocks one after another; all groups share one pool of chunks.
+        chunk_bytes = aligned_chunk_bytes(blocks_per_chunk * layout.block_bytes)
         self.num_chunks = _count_chunks(host_memory_bytes, chunk_bytes)
         """Every rank of an engine has as many; the tier gets the least of all."""
         self.block_bytes = layout.block_bytes
         self._head_bytes = layout.head_bytes
-        self._heads = heads
-        self._blocks_per_chunk = blocks_per_chunk
+        self._limits = JobLimits(
+            len(layout.groups), len(kv_cache), self.num_chunks, blocks_per_chunk
+        )
         self._wake = wake
-        self._host = HostMemory(
-            self.num_chunks, chunk_bytes, pin=kv_cache.device.type == "cuda", progress=progress
-        )
-        self._handler = OffloadHandler(groups, self._host, blocks_per_chunk, wake=wake)
-        self._num_threads = num_hash_threads or max(
-            1, min(MOST_HASH_THREADS, len(usable_cpus()) // 2)
-        )
+        blocks = kv_cache.view(torch.uint8).view(-1, layout.block_bytes)
+        self._host = HostMemory(self.num_chunks, chunk_bytes, pin=blocks.is_cuda, progress=progress)
+        self._copies = {
+            direction: CopyQueue(direction, blocks, self._host, self._report)
+            for direction in DIRECTIONS
+        }
+        self._num_threads = max(1, min(MOST_HASH_THREADS, len(usable_cpus()) // 2))
         self._threads = ThreadPoolExecutor(self._num_threads, thread_name_prefix="offload-hash")
-        self._verify = verify
         self._device_hasher = device_hasher
         self._contents: dict[int, _Content] = {}
         self._pending: dict[int, _Pending] = {}
-        self._refused: list[JobFinished] = []
-
-    @property
-    def num_jobs(self) -> int:
-        """Return the number of jobs whose end ``take_finished`` has not reported yet."""
-        return len(self._pending) + len(self._refused)
+        self._reports: queue.SimpleQueue[JobFinished] = queue.SimpleQueue()
+        """Ends of copies, and jobs that were refused."""
 
     def submit(self, jobs: Sequence[OffloadJob]) -> None:
         """Start jobs behind what the current CUDA stream holds; every one is reported."""
@@ -136,26 +118,25 @@ class OffloadWorker:
                 self._start(job)
             except TransferSpecError as error:
                 logger.exception("%s %d does not fit the KV cache", job.direction, job.job_id)
-                self._refuse(job, str(error), [])
+                self._report(JobFinished(job.job_id, False, str(error)))
 
     def take_finished(self) -> list[JobFinished]:
         """Return the jobs that have ended since the last call, each once."""
-        for result in self._handler.get_finished():
-            pending = self._pending[result.job_id]
-            pending.copied = result
-            hashes_now = pending.job.direction == "store" or self._device_hasher is not None
-            if result.ok and hashes_now:
+        finished: list[JobFinished] = []
+        while not self._reports.empty():
+            report = self._reports.get()
+            pending = self._pending.get(report.job_id)
+            if pending is None:  # it was refused
+                finished.append(report)
+                continue
+            pending.copied = report
+            if report.ok and not pending.hashing:
                 self._hash(pending)
-        ended = [pending for pending in self._pending.values() if pending.is_ended]
-        for pending in ended:
-            del self._pending[pending.job.job_id]
-        refused, self._refused = self._refused, []
-        return refused + [self._finish(pending) for pending in ended]
-
-    def checksums(self, chunk_id: int) -> Digests | None:
-        """Return the checksums of a chunk's filled slots; None where there are none."""
-        content = self._contents.get(chunk_id)
-        return None if content is None else content.digests
+        for pending in list(self._pending.values()):
+            if pending.copied is not None and all(future.done() for future in pending.hashing):
+                del self._pending[pending.job.job_id]
+                finished.append(self._finish(pending, pending.copied))
+        return finished
 
     def chunk(self, chunk_id: int) -> torch.Tensor:
         """Return a chunk's memory: [chunk_bytes] uint8."""
@@ -163,116 +144,103 @@ class OffloadWorker:
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Let what is queued end, then unpin; memory stays pinned when that takes longer."""
-        ended = self._handler.close(timeout_s)
+        ends = [copies.close(timeout_s) for copies in self._copies.values()]
+        ended = all(ends)
         self._threads.shutdown(wait=ended, cancel_futures=True)
         if ended:
             self._host.close()
         else:
             logger.warning("offload copies did not end within %g s", timeout_s)
 
-    def _start(self, job: OffloadJob) -> None:
-        slots = list(self._slots(job))
-        if job.direction == "load":
-            unknown = [item.chunk_id for item in slots if not self._holds(item)]
-            if unknown:
-                self._refuse(job, f"host chunks {unknown} do not hold what was asked for", unknown)
-                return
-        self._handler.transfer_async(job.job_id, job.spec)
-        pending = self._pending[job.job_id] = _Pending(job, slots)
-        if job.direction == "store":
-            for item in slots:
-                # While the copy writes, the chunk holds neither its old content nor the new one.
-                self._contents.pop(item.chunk_id, None)
-        elif self._device_hasher is None:
-            self._hash(pending)
-
-    def _slots(self, job: OffloadJob) -> Iterator[Slots]:
-        """Yield the job's chunks in order. Raises TransferSpecError unless each has a hash."""
-        if len(job.chunk_ids) != len(job.chunk_hashes):
-            raise TransferSpecError(
-                f"the job has {len(job.chunk_ids)} chunk_ids and {len(job.chunk_hashes)} "
-                "chunk_hashes"
-            )
-        chunks = iter(zip(job.chunk_ids, job.chunk_hashes, strict=True))
-        size = self._blocks_per_chunk
-        # Lengths that differ are the handler's to refuse.
-        for group, (num_blocks, first) in enumerate(
-            zip(job.group_sizes, job.block_indices, strict=False)
-        ):
-            end = first + num_blocks
-            for chunk in range(first // size, -(-end // size) if num_blocks else 0):
-                chunk_id, chunk_hash = next(chunks, (-1, b""))
-                start, stop = max(first, chunk * size), min(end, (chunk + 1) * size)
-                key = ChunkKey(group, chunk_hash, self._heads)
-                yield Slots(key, chunk_id, start - chunk * size, stop - chunk * size)
-
-    def _holds(self, slots: Slots) -> bool:
-        content = self._contents.get(slots.chunk_id)
-        return (
-            content is not None and content.key == slots.key and content.first_slot <= slots.start
-        )
-
-    def _refuse(self, job: OffloadJob, error: str, failed_chunk_ids: list[int]) -> None:
-        self._refused.append(JobFinished(job.job_id, False, error, failed_chunk_ids))
+    def _report(self, report: JobFinished) -> None:
+        self._reports.put(report)
         self._wake()
 
+    def _start(self, job: OffloadJob) -> None:
+        parts = self._limits.parts(job)
+        unknown = [
+            part.chunk_id for part in parts if job.direction == "load" and not self._holds(part)
+        ]
+        if unknown:
+            error = f"host chunks {unknown} do not hold what was asked for"
+            self._report(JobFinished(job.job_id, False, error, unknown))
+            return
+        pending = self._pending[job.job_id] = _Pending(job, parts)
+        if job.direction == "store":
+            for part in parts:
+                # While the copy writes, the chunk holds neither its old content nor the new one.
+                self._contents.pop(part.chunk_id, None)
+        self._copies[job.direction].submit(job.job_id, _places(job, parts))
+        if job.direction == "load" and self._device_hasher is None:
+            self._hash(pending)
+
+    def _holds(self, part: ChunkPart) -> bool:
+        content = self._contents.get(part.chunk_id)
+        return content is not None and content.key == part.key and content.first_slot <= part.start
+
     def _hash(self, pending: _Pending) -> None:
-        if not self._verify or not pending.slots:
+        parts = pending.parts
+        if not parts:
             return
         if self._device_hasher is not None:
             checksums = self._device_hasher.start(pending.job.block_ids, slice(None))
-            pending.hashing = [self._threads.submit(_by_chunk, pending.slots, checksums)]
+            pending.hashing = [self._threads.submit(_by_part, parts, checksums)]
         else:
-            # Shared out in order, so that the futures one after another give all chunks in order.
-            num_parts = min(self._num_threads, len(pending.slots))
-            parts = np.array_split(np.arange(len(pending.slots)), num_parts)
+            size = -(-len(parts) // self._num_threads)
             pending.hashing = [
-                self._threads.submit(self._hash_host, [pending.slots[index] for index in part])
-                for part in parts
+                self._threads.submit(self._hash_host, parts[start : start + size])
+                for start in range(0, len(parts), size)
             ]
         for future in pending.hashing:
             future.add_done_callback(lambda _future: self._wake())
 
-    def _hash_host(self, slots: Sequence[Slots]) -> list[Digests]:
+    def _hash_host(self, parts: Sequence[ChunkPart]) -> list[Digests]:
         """Hash blocks in host memory, on another thread."""
-        size = self.block_bytes
         found = []
-        for item in slots:
-            memory = self._host.chunk(item.chunk_id).numpy()
-            blocks = memory[item.start * size : item.stop * size]
+        for part in parts:
+            blocks = self._host.chunk(part.chunk_id).numpy()
+            blocks = blocks[part.start * self.block_bytes : part.stop * self.block_bytes]
             # A block's bytes of each head follow each other.
-            heads = blocks.reshape(item.stop - item.start, -1, self._head_bytes)
+            heads = blocks.reshape(part.stop - part.start, -1, self._head_bytes)
             found.append(
                 [tuple(xxhash.xxh3_64_intdigest(head) for head in block) for block in heads]
             )
         return found
 
-    def _finish(self, pending: _Pending) -> JobFinished:
-        job, copied, digests = pending.job, pending.copied, pending.digests()
-        assert copied is not None
+    def _finish(self, pending: _Pending, copied: JobFinished) -> JobFinished:
         if not copied.ok:
-            return JobFinished(job.job_id, False, copied.error)
+            return copied
+        digests = [each for future in pending.hashing for each in future.result()]
         wrong: list[int] = []
-        for index, item in enumerate(pending.slots):
-            own = None if digests is None else digests[index]
-            if job.direction == "store":
-                self._contents[item.chunk_id] = _Content(item.key, item.start, own)
-            elif own is not None:
-                content = self._contents[item.chunk_id]
-                first = content.first_slot
-                stored = content.digests and content.digests[item.start - first : item.stop - first]
-                if stored != own:
-                    wrong.append(item.chunk_id)
+        for part, found in zip(pending.parts, digests, strict=True):
+            if pending.job.direction == "store":
+                self._contents[part.chunk_id] = _Content(part.key, part.start, found)
+                continue
+            content = self._contents[part.chunk_id]
+            first = content.first_slot
+            if content.digests[part.start - first : part.stop - first] != found:
+                wrong.append(part.chunk_id)
+        if not wrong:
+            return copied
         error = f"host chunks {wrong} have other checksums than when they were stored"
-        return JobFinished(
-            job.job_id, not wrong, error if wrong else "", wrong, copied.num_bytes, copied.seconds
-        )
+        return replace(copied, ok=False, error=error, failed_chunk_ids=wrong)
 
 
-def _by_chunk(slots: Sequence[Slots], checksums: Checksums) -> list[Digests]:
-    """Wait for the device, and return its checksums by chunk."""
+def _places(job: OffloadJob, parts: Sequence[ChunkPart]) -> BlockPlaces:
+    """Return where each block of the job lies in the parts, which hold them in order."""
+    columns = np.array([(part.chunk_id, part.start, part.stop) for part in parts], dtype=np.int64)
+    chunk_ids, starts, stops = columns.reshape(-1, 3).T
+    counts = stops - starts
+    # Slots of parts 2..4, 0..4, 0..1:   2 3 | 0 1 2 3 | 0  =  0 1 2 .. minus what lies before.
+    slots = np.arange(counts.sum()) + np.repeat(starts - (np.cumsum(counts) - counts), counts)
+    block_ids = np.array(job.block_ids, dtype=np.int64)
+    return BlockPlaces(block_ids, np.repeat(chunk_ids, counts), slots)
+
+
+def _by_part(parts: Sequence[ChunkPart], checksums: Checksums) -> list[Digests]:
+    """Wait for the device, and return its checksums by part."""
     rows = iter(checksums.result().tolist())
-    return [[tuple(next(rows)) for _ in range(item.start, item.stop)] for item in slots]
+    return [[tuple(next(rows)) for _ in range(part.start, part.stop)] for part in parts]
 
 
 def _count_chunks(host_memory_bytes: int, chunk_bytes: int) -> int:

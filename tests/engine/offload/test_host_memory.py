@@ -11,7 +11,6 @@ from pdlaunch.engine.offload.host_memory import HostMemory
 from pdlaunch.errors import ConfigError
 
 CHUNK_BYTES = 4096
-NUM_CHUNKS, CHUNKS_A_PIECE = 7, 3
 
 
 class Pages:
@@ -30,21 +29,16 @@ class Pages:
         self.calls.append(("pinned", num_bytes))
         return 0
 
-    def unregister(self, address: int) -> None:
-        del self.pinned[address]
-
-    def progress(self, stage: str, share: float | None) -> None:
-        self.calls.append((stage, share))
-
     def host_memory(self, *, pin: bool = True) -> HostMemory:
+        """Seven chunks in pieces of three."""
         return HostMemory(
-            NUM_CHUNKS,
+            7,
             CHUNK_BYTES,
             pin=pin,
-            progress=self.progress,
-            piece_bytes=CHUNKS_A_PIECE * CHUNK_BYTES + 100,
+            progress=lambda *report: self.calls.append(report),
+            piece_bytes=3 * CHUNK_BYTES + 100,
             register=self.register,
-            unregister=self.unregister,
+            unregister=self.pinned.__delitem__,
         )
 
 
@@ -60,9 +54,8 @@ def test_each_piece_is_pinned_once_and_told_of() -> None:
         ("pinning host memory", 1.0),
     ]
     assert list(pages.pinned) == memory.piece_addresses.tolist()
-    every = np.arange(NUM_CHUNKS)
-    addresses = memory.piece_addresses[memory.piece_of(every)] + memory.offsets(every)
-    for chunk_id, address in enumerate(addresses.tolist()):
+    pieces, offsets = memory.places(np.arange(7))
+    for chunk_id, address in enumerate((memory.piece_addresses[pieces] + offsets).tolist()):
         assert any(
             first <= address <= address + CHUNK_BYTES <= first + size
             for first, size in pages.pinned.items()
@@ -77,7 +70,6 @@ def test_a_piece_that_cannot_be_pinned_ends_the_start() -> None:
     with pytest.raises(ConfigError, match="pinning 4096 bytes failed with CUDA error 2") as error:
         pages.host_memory()
     assert error.value.field == "kv_offload.host_memory"
-    assert pages.calls[-1] == ("pinning host memory", 6 / 7)
 
 
 def test_without_a_gpu_nothing_is_pinned_and_nothing_is_told() -> None:

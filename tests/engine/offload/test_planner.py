@@ -9,10 +9,9 @@ from pdlaunch.engine.kvcache.groups import KVCacheGroup
 from pdlaunch.engine.kvcache.manager import BlockTables
 from pdlaunch.engine.offload.jobs import JobFinished, JobMerger, OffloadJob
 from pdlaunch.engine.offload.planner import OffloadPlanner
-from pdlaunch.engine.offload.tier import HeadSlice, HostTier
+from pdlaunch.engine.offload.tier import HostTier
 
 BLOCK_SIZE = 4
-HEADS = HeadSlice(0, 1)
 
 
 def hashes(count: int) -> list[bytes]:
@@ -22,7 +21,7 @@ def hashes(count: int) -> list[bytes]:
 def make_planner(
     windows: list[int | None], num_chunks: int = 200, blocks_per_chunk: int = 1
 ) -> tuple[OffloadPlanner, HostTier]:
-    tier = HostTier(num_chunks, HEADS)
+    tier = HostTier(num_chunks)
     groups = [KVCacheGroup((index,), window) for index, window in enumerate(windows)]
     return OffloadPlanner(groups, BLOCK_SIZE, tier, blocks_per_chunk=blocks_per_chunk), tier
 

@@ -7,9 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from pdlaunch.engine.offload.tier import HeadSlice, HostTier
-
-HEADS = HeadSlice(0, 4)
+from pdlaunch.engine.offload.tier import HostTier
 
 
 def name(number: int) -> bytes:
@@ -24,7 +22,7 @@ def stored(tier: HostTier, number: int, group: int = 0, first_slot: int = 0) -> 
 
 
 def test_finds_only_what_is_stored_in_its_group() -> None:
-    tier = HostTier(4, HEADS)
+    tier = HostTier(4)
     chunk_id = tier.begin_store(0, name(1))
     assert chunk_id is not None
     assert tier.find(0, name(1)) is None
@@ -36,18 +34,8 @@ def test_finds_only_what_is_stored_in_its_group() -> None:
     assert tier.begin_store(1, name(1)) is not None
 
 
-def test_a_failed_store_leaves_nothing() -> None:
-    tier = HostTier(1, HEADS)
-    chunk_id = tier.begin_store(0, name(1))
-    assert chunk_id is not None
-    tier.finish_store(chunk_id, ok=False)
-    assert tier.find(0, name(1)) is None
-    assert tier.num_used_chunks == 0
-    tier.check_integrity()
-
-
 def test_slots_that_had_left_the_window_are_not_found_and_a_fuller_chunk_replaces_it() -> None:
-    tier = HostTier(4, HEADS)
+    tier = HostTier(4)
     first = stored(tier, 1, first_slot=2)
     assert tier.find(0, name(1), slot=1) is None
     assert tier.find(0, name(1), slot=2) == first
@@ -60,20 +48,23 @@ def test_slots_that_had_left_the_window_are_not_found_and_a_fuller_chunk_replace
     assert tier.num_used_chunks == 1
 
 
-def test_makes_room_down_to_the_low_water_mark() -> None:
-    tier = HostTier(10, HEADS, high_water=0.8, low_water=0.5)
-    for number in range(8):
+def test_the_least_recently_used_make_room_down_to_the_low_water_mark() -> None:
+    tier = HostTier(100)
+    for number in range(98):
         stored(tier, number)
     assert tier.num_evicted_chunks == 0
-    stored(tier, 8)
+    used = tier.find(0, name(0))
+    assert used is not None
+    tier.begin_load([used])
+    tier.finish_load([used])
+    stored(tier, 98)
     assert tier.num_evicted_chunks == 3
-    assert [tier.find(0, name(number)) is not None for number in range(9)] == [False] * 3 + [
-        True
-    ] * 6
+    lost = [number for number in range(99) if tier.find(0, name(number)) is None]
+    assert lost == [1, 2, 3]
 
 
 def test_what_is_in_flight_never_leaves() -> None:
-    tier = HostTier(2, HEADS)
+    tier = HostTier(2)
     loaded = stored(tier, 1)
     tier.begin_load([loaded])
     storing = tier.begin_store(0, name(2))
@@ -86,7 +77,7 @@ def test_what_is_in_flight_never_leaves() -> None:
 
 
 def test_a_chunk_that_failed_is_a_miss_at_once_and_free_after_its_last_load() -> None:
-    tier = HostTier(2, HEADS)
+    tier = HostTier(3)
     chunk_id = stored(tier, 1)
     tier.begin_load([chunk_id])
     tier.begin_load([chunk_id])
@@ -100,26 +91,14 @@ def test_a_chunk_that_failed_is_a_miss_at_once_and_free_after_its_last_load() ->
     tier.check_integrity()
 
 
-def test_clear_keeps_what_is_in_flight() -> None:
-    tier = HostTier(4, HEADS)
-    pinned, idle = stored(tier, 1), stored(tier, 2)
-    tier.begin_load([pinned])
-    assert tier.clear() == 1
-    assert (tier.find(0, name(1)), tier.find(0, name(2))) == (pinned, None)
-    assert idle != pinned
-
-
 class TierMachine(RuleBasedStateMachine):
     """Stores and loads in flight, in any order, ending well or not; the model is what may at most
     be found.
     """
 
-    @initialize(
-        num_chunks=st.integers(1, 8),
-        marks=st.sampled_from([(1.0, 1.0), (0.9, 0.5), (0.6, 0.3)]),
-    )
-    def start(self, num_chunks: int, marks: tuple[float, float]) -> None:
-        self.tier = HostTier(num_chunks, HEADS, high_water=marks[0], low_water=marks[1])
+    @initialize(num_chunks=st.integers(1, 8))
+    def start(self, num_chunks: int) -> None:
+        self.tier = HostTier(num_chunks)
         self.storing: dict[int, tuple[int, int]] = {}
         self.loads: list[list[int]] = []
         self.content: dict[int, tuple[int, int]] = {}
@@ -141,7 +120,7 @@ class TierMachine(RuleBasedStateMachine):
         self.tier.finish_store(chunk_id, ok=ok)
         if ok:
             self.content[chunk_id] = content
-            assert self.tier.find(*self._named(content), slot=2) == chunk_id
+        assert (self.tier.find(content[0], name(content[1]), slot=2) == chunk_id) == ok
 
     @rule(group=st.integers(0, 1), numbers=st.lists(st.integers(0, 9), unique=True, max_size=4))
     def begin_load(self, group: int, numbers: list[int]) -> None:
@@ -161,22 +140,15 @@ class TierMachine(RuleBasedStateMachine):
         failed = data.draw(st.sets(st.sampled_from(load))) if load else set()
         self.tier.finish_load(load, failed)
         for chunk_id in failed:
-            assert self.tier.find(*self._named(self.content[chunk_id]), slot=2) != chunk_id
-
-    @rule()
-    def clear(self) -> None:
-        self.tier.clear()
+            group, number = self.content[chunk_id]
+            assert self.tier.find(group, name(number), slot=2) != chunk_id
 
     @invariant()
     def is_sound(self) -> None:
         if hasattr(self, "tier"):
-            self.tier.check_integrity(
-                storing=self.storing, loading=[chunk_id for load in self.loads for chunk_id in load]
-            )
+            loading = [chunk_id for load in self.loads for chunk_id in load]
+            self.tier.check_integrity(storing=self.storing, loading=loading)
             assert self.tier.num_used_chunks <= self.tier.num_chunks
-
-    def _named(self, content: tuple[int, int]) -> tuple[int, bytes]:
-        return content[0], name(content[1])
 
 
 TestTierMachine = TierMachine.TestCase
@@ -184,7 +156,7 @@ TestTierMachine.settings = settings(max_examples=60, stateful_step_count=40, dea
 
 
 def test_the_check_sees_a_lost_pin() -> None:
-    tier = HostTier(2, HEADS)
+    tier = HostTier(2)
     tier.begin_load([stored(tier, 1)])
     with pytest.raises(AssertionError, match="pins"):
         tier.check_integrity()
