@@ -7,7 +7,7 @@ import signal
 from collections.abc import Iterator
 
 from pdlaunch.config.model_files.identity import changes
-from pdlaunch.launch.actions import Action, Greet, Note, SendSignal, Show, TellSuspects
+from pdlaunch.launch.actions import Action, Greet, Note, SendMessage, Show, TellSuspects
 from pdlaunch.launch.events import Event, StopRequested
 from pdlaunch.launch.hosts.host import MessageReceived, ProcessExited
 from pdlaunch.launch.pairs import engine_of
@@ -29,6 +29,7 @@ from pdlaunch.protocol.control import (
     ServedRequest,
     SetDrained,
     SleepState,
+    Stop,
     ToSupervisor,
 )
 
@@ -160,7 +161,8 @@ def _ready(
             f"the model has changed since this launch began: {changed}. Put the files back, or "
             "start a new launch"
         )
-        yield SendSignal(process.name, signal.SIGKILL)
+        process.registration, unit.kill_at = None, now + FAILED_GRACE_S
+        yield SendMessage(process.name, Stop())
         return
     process.state = ProcessState.READY
     if not unit.ready:
