@@ -27,18 +27,18 @@ def _cuda_generation(context: Context) -> str:
 
 
 def _nixl_missing(context: Context) -> Found | None:
-    nixl = context.machine.libraries.nixl
-    if not context.uses_ucx or nixl.backends:
+    libraries = context.machine.libraries
+    if not context.uses_ucx or libraries.nixl_backends:
         return None
-    if nixl.version is None:
+    if libraries.nixl is None:
         return Found("nixl is not installed for this Python")
-    message = f"nixl {nixl.version} has no build beside it"
+    message = f"nixl {libraries.nixl} has no build beside it"
     return Found(message, fix="pip install nixl-cu12, or nixl-cu13")
 
 
 def _mixed_generations(context: Context) -> Found | None:
     libraries, wanted = context.machine.libraries, _cuda_generation(context)
-    there = libraries.nixl.backends
+    there = libraries.nixl_backends
     if not context.uses_ucx or not wanted or not there or wanted in there:
         return None
     message = (
@@ -93,13 +93,13 @@ def _no_gpu(context: Context) -> Iterator[Found]:
             continue  # PD450 speaks of a variable that is wrong.
         variable = each.given_environ.get(VISIBLE_DEVICES)
         hidden = "" if variable is None else f" ({VISIBLE_DEVICES} is {shown(variable)})"
-        reason = "" if context.machine.gpus else f": {context.machine.cumem.reason}"
+        reason = "" if context.machine.gpus else f": {context.machine.driver_error}"
         message = f"device is cuda, but no CUDA device is visible{hidden}{reason}"
         yield Found(message, each.where("device"))
 
 
 def _low_open_files(context: Context) -> str:
-    limit = context.machine.limits.num_open_files
+    limit = context.machine.num_open_files
     needed = (
         _FILES_OF_A_PROCESS
         + 4 * context.config.limits.max_queued_requests
@@ -111,9 +111,9 @@ def _low_open_files(context: Context) -> str:
 
 
 def _small_shm(context: Context) -> str:
-    shm, num_ranks = context.machine.shm, sum(each.num_ranks for each in engines(context))
-    is_small = shm.free_bytes < MIN_SHM_BYTES and num_ranks > 1
-    text = f"{format_size(shm.free_bytes)} of {format_size(shm.total_bytes)} are free"
+    machine, num_ranks = context.machine, sum(each.num_ranks for each in engines(context))
+    is_small = machine.shm_free_bytes < MIN_SHM_BYTES and num_ranks > 1
+    text = f"{format_size(machine.shm_free_bytes)} of {format_size(machine.shm_bytes)} are free"
     return text if is_small else ""
 
 
@@ -259,7 +259,7 @@ RULES = (
         "Ranks then take turns on a core: prefill and decode do not overlap.",
         when=lambda context: (
             (ranks := sum(each.num_ranks for each in on_cpu(context)))
-            > (cores := len(context.machine.cpus))
+            > (cores := context.machine.num_cpus)
             and f"{ranks} ranks compute on {cores} cores"
         ), at="prefill.replicas",
         fix="Use fewer engines, or more cores.", source="Measured on 2 cores.", needs=("cpus",),

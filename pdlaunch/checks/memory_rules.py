@@ -32,8 +32,8 @@ def segments_variable(each: RoleEngines) -> str | None:
 
 
 def _on_cpu(context: Context, setting: str, prefix: str) -> Iterator[Found]:
-    cumem = context.machine.cumem
-    detail = "" if cumem.available or "cumem" in context.missing else f" ({cumem.reason})"
+    problem = "" if "cumem" in context.missing else context.machine.cumem_problem
+    detail = problem and f" ({problem})"
     for each in on_cpu(context):
         if getattr(each.settings, setting):
             yield Found(f"{prefix}: the engines run on a CPU{detail}", each.where(setting))
@@ -337,15 +337,15 @@ RULES = (
         "The allocator, and with it sleep mode, needs virtual memory management of the driver on "
         "every device.",
         over=lambda context: [
-            (each, context.machine.cumem)
+            (each, context.machine)
             for each in on_cuda(context)
-            if not context.machine.cumem.available
+            if context.machine.gpus and context.machine.cumem_problem
         ],
         when=lambda it: (
             Found(at=name)
             for name in ("enable_cumem_allocator", "enable_sleep_mode")
             if getattr(it[0].settings, name)
-        ), message="cumem allocator is not supported: {1.reason}",
+        ), message="cumem allocator is not supported: {1.cumem_problem}",
         fix="Switch enable_cumem_allocator and enable_sleep_mode off, or update the CUDA driver.",
         source="cuDeviceGetAttribute(VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED).",
         needs=("gpus", "cumem"), on_vllm=True),

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from pdlaunch.config.roles import Role
 from pdlaunch.errors import ConfigError
+from pdlaunch.machine.availability import PortState
 from pdlaunch.machine.engine_commands import EngineCommand, EngineFlags
-from pdlaunch.machine.facts import PortState
 from pdlaunch.planning.role_engines import Allocator
 
 

@@ -15,6 +15,7 @@ from pdlaunch.config.hosts import LOCAL
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import PAIR, Role
 from pdlaunch.machine.availability import (
+    PortState,
     ProcessOutcome,
     probe_port,
     run_briefly,
@@ -22,7 +23,6 @@ from pdlaunch.machine.availability import (
     why_not_writable,
 )
 from pdlaunch.machine.engine_commands import EngineCommand, EngineFlags, ask_engine_flags
-from pdlaunch.machine.facts import PortState
 from pdlaunch.machine.host import missing_modules
 from pdlaunch.machine.network import is_address
 from pdlaunch.planning.derive import engine_command_on
@@ -86,19 +86,14 @@ def probe_engine_flags(resolved: ResolvedLaunch) -> dict[Role, EngineFlags]:
     return flags
 
 
-def probe_ports(resolved: ResolvedLaunch) -> dict[tuple[str, int], PortState] | None:
-    """Look whether the ports of the launch on this host are free.
-
-    Returns None when a host's name could not be resolved in time.
-    """
+def probe_ports(resolved: ResolvedLaunch) -> dict[tuple[str, int], PortState]:
+    """Look whether the ports of the launch on this host are free."""
     here = resolved.hosts[0].name
-    states = {
+    return {
         (item.host, item.port): probe_port(item.host, item.port)
         for item in resolved.listeners
         if item.on in (here, LOCAL)
     }
-    known = {address: state for address, state in states.items() if state is not None}
-    return known if len(known) == len(states) else None
 
 
 def _engine_commands(resolved: ResolvedLaunch) -> dict[Role, dict[str, EngineCommand]]:

@@ -52,7 +52,7 @@ def introduction(
         raise StartupError(f"there is no route to the supervisor at {supervisor}")
     machine = probe_machine()
     if num_cpus is not None:
-        machine = replace(machine, cpus=machine.cpus[:num_cpus])
+        machine = replace(machine, num_cpus=min(num_cpus, machine.num_cpus))
     return Join(
         name=name,
         address=address,

@@ -25,11 +25,10 @@ from pdlaunch.errors import ConfigError
 from pdlaunch.launch.engines.plan import kind_of, plan_processes
 from pdlaunch.launch.folders import new_launch_id
 from pdlaunch.launch.launch import check_platform, launch
-from pdlaunch.launch.pairs import ReadLinks, gpu_links
+from pdlaunch.launch.pairs import gpu_links
 from pdlaunch.launch.ports import listening
 from pdlaunch.launch.status import LaunchStatus
 from pdlaunch.machine.link_speed import HOST_SHARE, LINK_SHARES, measure_copy_gigabytes_per_s
-from pdlaunch.machine.nvml import read_gpu_links
 from pdlaunch.planning.resolve import ResolvedLaunch, resolve_on
 from pdlaunch.planning.role_engines import Allocator
 from pdlaunch.protocol.control import PairReady
@@ -67,10 +66,9 @@ def judge_pairs(
     resolved: ResolvedLaunch,
     origins: Mapping[str, Origin],
     status: LaunchStatus,
-    read_links: ReadLinks = read_gpu_links,
 ) -> tuple[Finding, ...]:
     """Return what the transport rules find in the pairs that the handshakes have measured."""
-    probes = Probes(transport=measured_pairs(resolved, status, read_links))
+    probes = Probes(transport=measured_pairs(resolved, status))
     findings = run_checks(
         resolved, origins, probes, family="PD5", rules=kind_of(resolved).rules()
     ).findings
@@ -78,9 +76,7 @@ def judge_pairs(
     return tuple(finding for finding in findings if finding.severity != "info")
 
 
-def measured_pairs(
-    resolved: ResolvedLaunch, status: LaunchStatus, read_links: ReadLinks = read_gpu_links
-) -> tuple[PairTransport, ...]:
+def measured_pairs(resolved: ResolvedLaunch, status: LaunchStatus) -> tuple[PairTransport, ...]:
     """Return what the handshakes have measured, and what the link of each pair should give."""
     allocator = _allocator(resolved)
     host_speed = HOST_SHARE * measure_copy_gigabytes_per_s() if allocator == "host" else None
@@ -88,7 +84,7 @@ def measured_pairs(
     planned = plan_processes(resolved)
     host_of = {each.name: each.host for each in planned.processes}
     far = [_two_hosts(host_of, pair) for pair in pairs]
-    links = gpu_links(resolved, planned, pairs, read_links)
+    links = gpu_links(resolved, planned, pairs)
     return tuple(
         PairTransport(
             decode_rank=pair.local,

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from pdlaunch.launch.engines.plan import EngineKind
-from pdlaunch.machine.nvml import BusPair, GpuLink
+from pdlaunch.machine.facts import GpuLink
 from pdlaunch.planning.plan import Plan
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.protocol.control import PairReady, PairSuspect
-
-ReadLinks = Callable[[Iterable[BusPair]], Mapping[BusPair, GpuLink]]
-"""Reads links as ``machine.nvml.read_gpu_links`` does."""
 
 
 class Pairs:
@@ -95,7 +92,7 @@ def _describe(local: str, engine: str, pairs: Sequence[PairReady], error: str) -
 
 
 def gpu_links(
-    resolved: ResolvedLaunch, planned: Plan, pairs: Sequence[PairReady], read: ReadLinks
+    resolved: ResolvedLaunch, planned: Plan, pairs: Sequence[PairReady]
 ) -> list[GpuLink | None]:
     """Return the link of each pair. ``planned``: the processes of the launch.
 
@@ -104,15 +101,14 @@ def gpu_links(
     """
     if resolved.config.kv_transfer.connector != "nixl":
         return [None] * len(pairs)
-    bus_ids = _bus_ids(resolved, planned)
-    places = [(bus_ids.get(pair.local), bus_ids.get(pair.peer)) for pair in pairs]
-    known = [(one, other) if one and other else None for one, other in places]
-    links = read(place for place in known if place is not None)
-    return [None if place is None else links.get(place) for place in known]
+    gpus = _gpus_of_ranks(resolved, planned)
+    links = {(link.first, link.second): link for link in resolved.machine.gpu_links}
+    ends = [sorted((gpus.get(pair.local, -1), gpus.get(pair.peer, -1))) for pair in pairs]
+    return [links.get((first, second)) for first, second in ends]
 
 
-def _bus_ids(resolved: ResolvedLaunch, planned: Plan) -> dict[str, str]:
-    """Return the PCI address of each rank's GPU on this host, where it is a whole GPU."""
+def _gpus_of_ranks(resolved: ResolvedLaunch, planned: Plan) -> dict[str, int]:
+    """Return the index of each rank's GPU on this host."""
     here = resolved.hosts[0].name
     found = {}
     for role, engines in resolved.placed.by_host.get(here, {}).items():
@@ -121,8 +117,6 @@ def _bus_ids(resolved: ResolvedLaunch, planned: Plan) -> dict[str, str]:
             gpu = gpus.get(rank.devices[0])
             # An engine's own value of that variable numbers the GPUs in another way.
             is_renumbered = "CUDA_DEVICE_ORDER" in rank.environment
-            if rank.host != here or is_renumbered or gpu is None or gpu.is_slice:
-                continue
-            if gpu.pci_bus_id is not None:
-                found[rank.name] = gpu.pci_bus_id
+            if rank.host == here and gpu is not None and not is_renumbered:
+                found[rank.name] = gpu.index
     return found

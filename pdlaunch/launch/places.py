@@ -128,7 +128,7 @@ class EnginePlaces:
             devices = _free_devices(engines, host.name, busy)
             others = (e for e in moved.engines if e.host.name == host.name and e.name != name)
             num_ranks = sum(e.engines.tp_size for e in others if e.engines.device == "cpu")
-            is_full = num_ranks + engines.tp_size > len(host.machine.cpus)
+            is_full = num_ranks + engines.tp_size > host.machine.num_cpus
             if devices is None or (engines.device == "cpu" and is_full):
                 continue
             if self._may_move(lost, host):
@@ -316,7 +316,7 @@ class EnginePlaces:
             self._candidates(role),
             key=lambda host: (
                 host.name not in homes,
-                bool(host.machine.cpus) and num_engines[host.name] >= len(host.machine.cpus),
+                num_engines[host.name] >= host.machine.num_cpus,
                 host.domain not in domains,
                 host.name not in near,
             ),

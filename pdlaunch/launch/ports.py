@@ -40,7 +40,7 @@ def check_engine_ports(resolved: ResolvedLaunch) -> None:
     for address in (each for each in resolved.engine_addresses if each.on == here):
         port = address.port
         state = probe_port(address.host, port)
-        if state is not None and state.problem:
+        if state.problem:
             reason = f"busy{_holder(port)}" if state.problem == "busy" else state.detail
             raise StartupError(
                 f"port {port} of {address.host} cannot be used: {reason}; free it, or choose "

@@ -5,47 +5,43 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import queue
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from pdlaunch.machine.facts import PortState
+PortProblem = Literal["busy", "privileged", "not here", "unknown host", "other"]
 
-RESOLVE_TIMEOUT_S = 0.3
-
-_PROBLEMS = {errno.EADDRINUSE: "busy", errno.EACCES: "privileged", errno.EADDRNOTAVAIL: "not here"}
+_PROBLEMS: Mapping[int, PortProblem] = {
+    errno.EADDRINUSE: "busy",
+    errno.EACCES: "privileged",
+    errno.EADDRNOTAVAIL: "not here",
+}
 IMPORT_TIMEOUT_S = 60.0
 
 
-def probe_port(host: str, port: int) -> PortState | None:
-    """Return whether an address can be listened on; port 0 (a free one) only asks for the host.
+@dataclass(frozen=True, slots=True)
+class PortState:
+    """Says whether an address can be listened on."""
 
-    None: the name of the host was not resolved in time.
-    """
-    found = _resolve(host, port)
-    if found is None or isinstance(found, PortState):
-        return found
-    for family, kind, protocol, _, address in found:
-        state = _try_to_bind(family, kind, protocol, address)
-        if state.problem:
-            return state
-    return PortState()
+    problem: PortProblem | None = None
+    detail: str = ""
 
 
-def _try_to_bind(family: int, kind: int, protocol: int, address: Any) -> PortState:
+def probe_port(host: str, port: int) -> PortState:
+    """Return whether an address can be listened on; port 0 (a free one) only asks for the host."""
     try:
-        with socket.socket(family, kind, protocol) as probe:
-            # As servers do: a port whose last connections are still fading away is free.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, protocol, _, address in found:
+            with socket.socket(family, kind, protocol) as probe:
+                # As servers do: a port whose last connections are still fading away is free.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+    except (OSError, UnicodeError, ValueError) as error:
         return why_not_listening(error)
     return PortState()
 
@@ -55,42 +51,7 @@ def why_not_listening(error: OSError | UnicodeError | ValueError) -> PortState:
     detail = getattr(error, "strerror", None) or str(error)
     if not isinstance(error, OSError) or isinstance(error, socket.gaierror):
         return PortState("unknown host", detail)
-    match _PROBLEMS.get(error.errno or 0):
-        case "busy":
-            return PortState("busy", detail)
-        case "privileged":
-            return PortState("privileged", detail)
-        case "not here":
-            return PortState("not here", detail)
-        case _:
-            return PortState("other", detail)
-
-
-def _resolve(host: str, port: int) -> list[tuple[Any, ...]] | PortState | None:
-    """Resolve in a thread: a name server that does not answer must not hold up the check.
-
-    Numbers need no name server, and no time that a busy machine may take for a thread.
-    """
-    flags = socket.AI_PASSIVE
-    with contextlib.suppress(OSError, UnicodeError, ValueError):
-        return list(
-            socket.getaddrinfo(
-                host, port, type=socket.SOCK_STREAM, flags=flags | socket.AI_NUMERICHOST
-            )
-        )
-    answers: queue.SimpleQueue[list[tuple[Any, ...]] | PortState] = queue.SimpleQueue()
-
-    def ask() -> None:
-        try:
-            answers.put(list(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)))
-        except (OSError, UnicodeError, ValueError) as error:
-            answers.put(why_not_listening(error))
-
-    threading.Thread(target=ask, name="resolve", daemon=True).start()
-    try:
-        return answers.get(timeout=RESOLVE_TIMEOUT_S)
-    except queue.Empty:
-        return None
+    return PortState(_PROBLEMS.get(error.errno or 0, "other"), detail)
 
 
 def why_not_writable(folder: str) -> str | None:
@@ -103,12 +64,8 @@ def why_not_writable(folder: str) -> str | None:
         path = Path(folder).absolute()
         nearest = next(known for known in (path, *path.parents) if os.path.lexists(known))
         if not nearest.is_dir():
-            what = (
-                "a link to nothing"
-                if nearest.is_symlink() and not nearest.exists()
-                else "no folder"
-            )
-            return f"{nearest} is {what}"
+            is_dangling = nearest.is_symlink() and not nearest.exists()
+            return f"{nearest} is {'a link to nothing' if is_dangling else 'no folder'}"
         with contextlib.suppress(FileNotFoundError, PermissionError):
             path.lstat()  # A name may be too long for its file system.
     except (OSError, ValueError) as error:
@@ -116,23 +73,21 @@ def why_not_writable(folder: str) -> str | None:
     # Asked by trying: root may do anything by its modes, and still nothing can be made in /proc, on
     # a file system that is read-only, or on a full one.
     try:
-        if nearest == path:
-            _try_to_write(path)
-        else:
-            with tempfile.TemporaryDirectory(prefix=".pdlaunch-", dir=nearest) as made:
-                _try_to_write(made)
+        with contextlib.ExitStack() as undo:
+            made: str | Path = nearest
+            if nearest != path:
+                made = undo.enter_context(
+                    tempfile.TemporaryDirectory(prefix=".pdlaunch-", dir=nearest)
+                )
+            file = undo.enter_context(tempfile.TemporaryFile(dir=made))
+            file.write(b"pdlaunch")
+            file.flush()
     except PermissionError:
         return f"this user may not write to {nearest}"
     except OSError as error:
         missing = "" if nearest == path else f"{path} cannot be made: "
         return f"{missing}{nearest} takes nothing new: {error.strerror or error}"
     return None
-
-
-def _try_to_write(folder: str | Path) -> None:
-    with tempfile.TemporaryFile(dir=folder) as file:
-        file.write(b"pdlaunch")
-        file.flush()
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,12 +117,15 @@ def run_briefly(
             env=environ,
             timeout=timeout_s,
             check=False,
+            text=True,
+            errors="backslashreplace",
         )
     except subprocess.TimeoutExpired:
         return ProcessOutcome(None, errors=(f"not done after {timeout_s:g} s",))
     except (OSError, ValueError) as error:
         return ProcessOutcome(None, errors=(f"cannot be tried: {error}",))
-    return ProcessOutcome(result.returncode, _lines(result.stdout), _lines(result.stderr))
+    lines = (tuple(text.splitlines()) for text in (result.stdout, result.stderr))
+    return ProcessOutcome(result.returncode, *lines)
 
 
 def why_not_importable(path: str, environ: Mapping[str, str]) -> str | None:
@@ -178,7 +136,3 @@ def why_not_importable(path: str, environ: Mapping[str, str]) -> str | None:
     program = f"import importlib; getattr(importlib.import_module({module!r}), {name!r})"
     outcome = run_briefly([sys.executable, "-P", "-c", program], environ, IMPORT_TIMEOUT_S)
     return None if outcome.returncode == 0 else outcome.problem()
-
-
-def _lines(text: bytes) -> tuple[str, ...]:
-    return tuple(text.decode(errors="backslashreplace").splitlines())

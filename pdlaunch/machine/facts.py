@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+# Imported by name: the probe does without pydantic, which reads these in files of machines.
+from annotated_types import Ge
 
 UNLIMITED = -1  # stands for a limit that is not set
 
@@ -26,26 +29,18 @@ Fact = Literal[
 """Groups of facts that can be unknown."""
 
 LinkKind = Literal["NVLink", "PCIe"]
-
-
-@dataclass(frozen=True, slots=True)
-class Availability:
-    """Says whether something can be used here, and which probe said so."""
-
-    available: bool
-    reason: str
+NumBytes = Annotated[int, Ge(0)]
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
     """Describes one CUDA device, in the order of CUDA_VISIBLE_DEVICES. None: not known."""
 
-    index: int
+    index: int = 0
     name: str = "GPU"
-    memory_bytes: int | None = None
-    compute_capability: tuple[int, int] | None = None
+    memory_bytes: NumBytes | None = None
     has_virtual_memory: bool | None = None
-    """The driver can reserve, create and map memory (``cuMem*``) on it."""
+    """The driver can reserve, create and map memory (``cuMem*``) on it: CuMem pools work."""
     has_fabric_handles: bool | None = None
     """Allocations can be exported as fabric handles: the device says so and an IMEX channel is
     there.
@@ -54,8 +49,8 @@ class Gpu:
     """Address on the PCI bus, by which NVML finds the device: ``0000:19:00.0``."""
     uuid: str | None = None
     """``GPU-696b7a86-ce15-a598-b879-e0a7533c23ed``; it begins with ``MIG-`` for a MIG device."""
-    free_memory_bytes: int | None = None  # memory that no process holds; not known of a MIG device
-    numa_node: int | None = None
+    free_memory_bytes: NumBytes | None = None
+    """Memory that no process holds; not known of a MIG device."""
 
     @property
     def held_bytes(self) -> int:
@@ -71,22 +66,14 @@ class Gpu:
 
 
 @dataclass(frozen=True, slots=True)
-class LinkedGpus:
+class GpuLink:
     """Says what joins two GPUs of a machine."""
 
     first: int
     second: int  # indices, the lower one first
     kind: LinkKind
-    gigabytes_per_s: float  # speed on the wires, one way
-
-
-@dataclass(frozen=True, slots=True)
-class NixlInstall:
-    """Describes the NIXL packages of this Python."""
-
-    version: str | None = None  # none: the ``nixl`` package is not installed
-    backends: Mapping[str, str] = field(default_factory=dict)
-    """Installed builds and their versions: ``{"cu12": "1.5.1"}``; also ``rocm``."""
+    gigabytes_per_s: float  # speed on the wires, one way; copies reach less
+    text: str = ""  # ``18 NVLinks with 478 GB/s``
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,34 +83,12 @@ class Libraries:
     torch: str | None = None  # version with its build (``2.13.0+cpu``); None: not installed
     torch_cuda: str | None = None  # CUDA version that torch was built for; None: built without CUDA
     transformers: str | None = None
-    nixl: NixlInstall = field(default_factory=NixlInstall)
+    nixl: str | None = None
+    nixl_backends: Mapping[str, str] = field(default_factory=dict)
+    """Installed builds of NIXL and their versions: ``{"cu12": "1.5.1"}``; also ``rocm``."""
     mooncake: bool = False
     missing_for_mooncake: tuple[str, ...] = ()
     """Shared libraries that Mooncake needs and the loader does not find."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Holds the resource limits of this process; UNLIMITED where there is none."""
-
-    memlock_bytes: int
-    num_open_files: int
-
-
-@dataclass(frozen=True, slots=True)
-class SharedMemory:
-    """Describes ``/dev/shm``."""
-
-    total_bytes: int
-    free_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class PortState:
-    """Says whether an address can be listened on."""
-
-    problem: Literal["busy", "privileged", "not here", "unknown host", "other"] | None = None
-    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,28 +96,44 @@ class Machine:
     """Describes this machine, or one that is assumed."""
 
     system: str = "Linux"
-    architecture: str = "x86_64"
-    cpus: tuple[int, ...] = (0,)  # cores that this process may use
+    num_cpus: Annotated[int, Ge(1)] = 1  # cores that a process may use
     has_native_bf16: bool = False
     """The CPU multiplies bfloat16 by itself; emulated it is several times slower."""
-    memory_bytes: int = 0  # memory of the machine or of its control group, whichever is less
+    memory_bytes: NumBytes = 0  # memory of the machine or of its control group, whichever is less
     gpus: tuple[Gpu, ...] = ()
     has_hidden_gpus: bool = False
     """NVIDIA GPUs are on the PCI bus, of which this process sees none: CUDA_VISIBLE_DEVICES hides
-    them, or a container was not given them. Files of machines do not tell.
+    them, or a container was not given them.
     """
-    gpu_links: tuple[LinkedGpus, ...] = ()  # the pairs of GPUs of which NVML knows the link
+    gpu_links: tuple[GpuLink, ...] = ()  # the pairs of GPUs of which NVML knows the link
     driver_cuda: tuple[int, int] | None = None
     """Newest CUDA version that the driver runs; None: no driver."""
-    driver_version: str | None = None
-    """The driver's own version: ``580.82.07``. None: there is no driver, or NVML does not tell; no
-    ``Fact`` says so, and a rule about it has to look for None itself.
-    """
-    numa_nodes: tuple[tuple[int, ...], ...] | None = None  # the cores of each NUMA node
-    cumem: Availability = Availability(False, "not probed")
+    driver_error: str = "no CUDA device is visible"  # the reason why there are no GPUs
     libraries: Libraries = field(default_factory=Libraries)
-    limits: Limits = Limits(UNLIMITED, UNLIMITED)
-    shm: SharedMemory = SharedMemory(0, 0)
+    num_open_files: int = UNLIMITED  # the hard limit, to which processes raise their soft one
+    shm_bytes: NumBytes = 0  # size of /dev/shm
+    shm_free_bytes: NumBytes = 0
     rdma_devices: tuple[str, ...] = ()
     unknown: Mapping[Fact, str] = field(default_factory=dict)
-    """Facts that could not be probed, and why."""
+    """Facts that are not known, and why."""
+
+    @property
+    def cumem_problem(self) -> str:
+        """Return why CuMem pools do not work here; empty: they do."""
+        if self.system != "Linux":
+            return f"CuMem pools need Linux; this is {self.system}"
+        if not self.gpus:
+            return self.driver_error
+        without = [str(gpu.index) for gpu in self.gpus if not gpu.has_virtual_memory]
+        devices = ", ".join(without)
+        return f"no virtual memory management on device {devices}" if without else ""
+
+
+def unknown_of_gpus(gpus: Iterable[Gpu]) -> set[Fact]:
+    """Return the facts that are not known of all these GPUs."""
+    of_gpus: dict[Fact, list[object]] = {
+        "gpu_memory": [gpu.memory_bytes for gpu in gpus],
+        "fabric": [gpu.has_fabric_handles for gpu in gpus],
+        "cumem": [gpu.has_virtual_memory for gpu in gpus],
+    }
+    return {fact for fact, values in of_gpus.items() if None in values}

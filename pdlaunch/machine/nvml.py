@@ -1,4 +1,4 @@
-"""Asks NVML what joins two GPUs of this host, and how much memory of a GPU is free.
+"""Asks NVML what joins the GPUs of this host, and how much memory of each is free.
 
 No torch, no CUDA context. Sources: nvml.h of CUDA 12 and 13; PCI Express base specification.
 """
@@ -7,106 +7,98 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import itertools
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
-from pdlaunch.machine.facts import LinkKind
+from pdlaunch.machine.facts import Gpu, GpuLink, LinkKind
 
 _P2P_READ, _P2P_NVLINK = 0, 2
 _SAME_CPU = 40  # common ancestor in the PCIe tree: anything up to a NUMA node; 50 is another socket
 _LANE_GIGABYTES_PER_S = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.969, 5: 3.938, 6: 7.563}
 """Speed of a lane by PCIe generation, one way, after its line code."""
 
-BusPair = tuple[str, str]  # PCI addresses of two GPUs, as CUDA writes them: ``0000:19:00.0``
-
 
 class NvmlError(Exception):
     """NVML is not there, or refuses."""
 
 
-@dataclass(frozen=True, slots=True)
-class GpuLink:
-    kind: LinkKind
-    gigabytes_per_s: float  # speed on the wires, one way; copies reach less
-    text: str  # ``18 NVLinks with 478 GB/s``
+def read_nvml_facts(
+    gpus: tuple[Gpu, ...], library: ModuleType | None = None
+) -> tuple[tuple[Gpu, ...], tuple[GpuLink, ...]]:
+    """Return the GPUs with their free memory, and the links of which NVML knows enough.
 
-
-def read_gpu_links(
-    pairs: Iterable[BusPair], library: ModuleType | None = None
-) -> dict[BusPair, GpuLink]:
-    """Return the links of those pairs about which NVML knows enough; never raises."""
-    found: dict[BusPair, GpuLink] = {}
-    wanted = dict.fromkeys(pairs)
-    if not wanted:
-        return found
-    with contextlib.suppress(NvmlError), open_nvml(library) as nvml:
-        for pair in wanted:
-            with contextlib.suppress(NvmlError):
-                if link := nvml.link(*pair):
-                    found[pair] = link
-    return found
-
-
-@contextlib.contextmanager
-def open_nvml(library: ModuleType | None = None) -> Iterator[Nvml]:
-    """Open NVML for as long as the scope lasts. Raises NvmlError.
-
-    ``library``: ``pynvml``, or what stands in for it in tests.
+    Without NVML the GPUs are returned as they are. ``library``: ``pynvml``, or what stands in for
+    it in tests.
     """
+    # NVML numbers GPUs in its own order, so it is asked by address. The address of a MIG device is
+    # that of the whole GPU, whose memory and links are not its own.
+    whole = [gpu for gpu in gpus if gpu.pci_bus_id is not None and not gpu.is_slice]
+    if not whole:
+        return gpus, ()
     # Imported here: it takes a tenth of a second, which few commands need.
-    nvml = Nvml(library or importlib.import_module("pynvml"))
-    nvml.ask("nvmlInit")
+    nvml = _Nvml(library or importlib.import_module("pynvml"))
     try:
-        yield nvml
+        nvml.ask("nvmlInit")
+    except NvmlError:
+        return gpus, ()
+    try:
+        free = {gpu.index: nvml.free_memory_bytes(gpu) for gpu in whole}
+        links = [nvml.link(*pair) for pair in itertools.combinations(whole, 2)]
     finally:
         nvml.ask("nvmlShutdown")
+    known = tuple(replace(gpu, free_memory_bytes=free.get(gpu.index)) for gpu in gpus)
+    return known, tuple(link for link in links if link is not None)
 
 
-class Nvml:
-    """Answers questions about GPUs, named by PCI addresses. Each method raises NvmlError."""
+class _Nvml:
+    """Answers questions about GPUs; None where NVML does not know."""
 
     def __init__(self, library: ModuleType) -> None:
         self._library = library
 
     def ask(self, name: str, *arguments: object) -> Any:
+        """Call a function of NVML. Raises NvmlError."""
         try:
             return getattr(self._library, name)(*arguments)
         except self._library.NVMLError as error:
             raise NvmlError(f"{name}: {error}") from None
 
-    def driver_version(self) -> str:
-        return str(self.ask("nvmlSystemGetDriverVersion"))
-
-    def free_memory_bytes(self, bus_id: str) -> int:
+    def free_memory_bytes(self, gpu: Gpu) -> int | None:
         """Return the memory of a GPU that neither a process nor the driver holds."""
-        return int(self.ask("nvmlDeviceGetMemoryInfo", self._device(bus_id)).free)
+        try:
+            return int(self.ask("nvmlDeviceGetMemoryInfo", self._device(gpu)).free)
+        except NvmlError:
+            return None
 
-    def link(self, first: str, second: str) -> GpuLink | None:
+    def link(self, first: Gpu, second: Gpu) -> GpuLink | None:
         """Return the link between two GPUs.
 
-        None: they are one GPU, cannot read each other, or nobody says what their link carries.
+        None: they cannot read each other, or nobody says what their link carries.
         """
-        ends = (self._device(first), self._device(second))
-        if first == second:
+        try:
+            kind, speed, text = self._link(first, second)
+        except NvmlError:
             return None
+        if not speed:
+            return None
+        return GpuLink(first.index, second.index, kind, speed, f"{text} with {speed:.3g} GB/s")
+
+    def _link(self, first: Gpu, second: Gpu) -> tuple[LinkKind, float, str]:
+        ends = (self._device(first), self._device(second))
         if self._can(_P2P_NVLINK, *ends):
             speeds = min(self._nvlinks(ends[0], second), self._nvlinks(ends[1], first), key=sum)
-            total, count = sum(speeds), len(speeds)
-            text = f"{count} NVLinks with {total:.3g} GB/s"
-            return GpuLink("NVLink", total, text) if total else None
-        # The link between two sockets is not known.
+            return "NVLink", sum(speeds), f"{len(speeds)} NVLinks"
+        # What lies between two sockets is not known.
         near = self.ask("nvmlDeviceGetTopologyCommonAncestor", *ends) <= _SAME_CPU
-        if not near or not self._can(_P2P_READ, *ends):
-            return None
         generation = min(self.ask("nvmlDeviceGetMaxPcieLinkGeneration", end) for end in ends)
         lanes = min(self.ask("nvmlDeviceGetMaxPcieLinkWidth", end) for end in ends)
-        speed = lanes * _LANE_GIGABYTES_PER_S.get(generation, 0.0)
-        text = f"PCIe {generation}.0 x{lanes} with {speed:.3g} GB/s"
-        return GpuLink("PCIe", speed, text) if speed else None
+        is_joined = near and self._can(_P2P_READ, *ends)
+        speed = lanes * _LANE_GIGABYTES_PER_S.get(generation, 0.0) if is_joined else 0.0
+        return "PCIe", speed, f"PCIe {generation}.0 x{lanes}"
 
-    def _nvlinks(self, device: object, peer: str) -> list[float]:
+    def _nvlinks(self, device: object, peer: Gpu) -> list[float]:
         """Return the speeds of the active NVLinks that lead to a GPU or to a switch, in GB/s."""
         library, speeds = self._library, []
         for number in range(library.NVML_NVLINK_MAX_LINKS):
@@ -133,7 +125,7 @@ class Nvml:
         library = self._library
         for field in (
             (library.NVML_FI_DEV_NVLINK_GET_SPEED, number),
-            (library.NVML_FI_DEV_NVLINK_SPEED_MBPS_COMMON, 0),
+            (library.NVML_FI_DEV_NVLINK_SPEED_MBPS_COMMON, 0),  # older drivers: one for all links
         ):
             (value,) = self.ask("nvmlDeviceGetFieldValues", device, [field])
             if value.nvmlReturn == 0 and value.valueType == library.NVML_VALUE_TYPE_UNSIGNED_INT:
@@ -147,11 +139,11 @@ class Nvml:
             return False
         return bool(status == self._library.NVML_P2P_STATUS_OK)
 
-    def _device(self, bus_id: str) -> object:
-        return self.ask("nvmlDeviceGetHandleByPciBusId", bus_id.encode())
+    def _device(self, gpu: Gpu) -> object:
+        return self.ask("nvmlDeviceGetHandleByPciBusId", str(gpu.pci_bus_id).encode())
 
 
-def _address(bus_id: str) -> tuple[int, int, int]:
+def _address(gpu: Gpu) -> tuple[int, int, int]:
     """Return domain, bus and device; CUDA and NVML write domains with more or fewer digits."""
-    domain, bus, rest = bus_id.split(":")
+    domain, bus, rest = str(gpu.pci_bus_id).split(":")
     return int(domain, 16), int(bus, 16), int(rest.partition(".")[0], 16)

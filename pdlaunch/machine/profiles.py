@@ -4,9 +4,9 @@ A name tells the hardware. What is installed there, what its limits are and what
 is not known of a name, and rules that need it are listed as not checked.
 
 Sources: GPU memory of an H200 as its driver says, measured; of the others in MiB as nvidia-smi
-shows it, which is 0.4 % more on an H200; compute capabilities from NVIDIA's table of CUDA GPUs;
-links from the data sheets of the GPUs, of which half goes each way; cores, memory and network
-devices from the user guides of DGX A100, H100 and H200 and the data sheet of GB200 NVL72.
+shows it, which is 0.4 % more on an H200; links from the data sheets of the GPUs, of which half goes
+each way; cores, memory and network devices from the user guides of DGX A100, H100 and H200 and the
+data sheet of GB200 NVL72.
 """
 
 from __future__ import annotations
@@ -14,66 +14,77 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
 
-from pdlaunch.machine.cuda_driver import NO_DEVICE
-from pdlaunch.machine.facts import Availability, Fact, Gpu, LinkedGpus, LinkKind, Machine
-from pdlaunch.machine.machine_file import MOST_GPUS, AssumedMachine, unknown_of_gpus
+from pdlaunch.machine.facts import Fact, Gpu, GpuLink, LinkKind, Machine, unknown_of_gpus
+from pdlaunch.machine.machine_file import MOST_GPUS, AssumedMachine
 
 MIB = 1024**2
 TB = 10**12
 ANY_CUDA = "cuda"  # GPUs of which nothing but their number is known
-
-_COUNTED = re.compile(r"([a-z0-9]+?)x(\d{1,4})", re.ASCII)
-_DRIVER = "driver 580 with CUDA 13.0"
-_NO_IMEX = "no IMEX channel, so no fabric handles"
-_OF_NO_NAME: tuple[Fact, ...] = ("libraries", "limits", "shm")
-
-
-@dataclass(frozen=True, slots=True)
-class _Server:
-    """Describes a server with equal GPUs."""
-
-    gpu: str
-    memory_mib: int
-    compute_capability: tuple[int, int]
-    text: str
-    link_gigabytes_per_s: float
-    link: LinkKind = "NVLink"
-    num_gpus: int = 8  # GPUs of the whole server, which its name without a number stands for
-    has_imex_channel: bool = False
-    architecture: str = "x86_64"
-    num_cores: int | None = None
-    has_native_bf16: bool | None = None
-    memory_bytes: int | None = None
-    num_rdma_devices: int | None = None
-
-
-_DGX: dict[str, Any] = {"memory_bytes": 2 * TB, "num_rdma_devices": 8}
-# fmt: off
-_SERVERS: Mapping[str, _Server] = {
-    "a100": _Server(
-        "NVIDIA A100-SXM4-80GB", 81920, (8, 0), "A100 SXM4 80 GB in a DGX A100", 300,
-        num_cores=128, has_native_bf16=False, **_DGX),
-    "h100": _Server(
-        "NVIDIA H100 80GB HBM3", 81559, (9, 0), "H100 SXM5 80 GB in a DGX H100", 450,
-        num_cores=112, has_native_bf16=True, **_DGX),
-    "h200": _Server(
-        "NVIDIA H200", 143156, (9, 0), "H200 SXM5 141 GB in a DGX H200", 450,
-        num_cores=112, has_native_bf16=True, **_DGX),
-    "gb200": _Server(
-        "NVIDIA GB200", 189471, (10, 0), "GB200 in a compute tray of a GB200 NVL72", 900,
-        num_gpus=4, has_imex_channel=True, architecture="aarch64", num_cores=144,
-        has_native_bf16=True, memory_bytes=960 * 10**9, num_rdma_devices=4),
-    # Servers with this card differ in all but the card.
-    "l40s": _Server(
-        "NVIDIA L40S", 46068, (8, 9), "L40S 48 GB at PCIe 4.0 x16", 31.5, link="PCIe"),
-}
-# fmt: on
-
 PROFILES = ("h100x8", "h200x8", "gb200", "a100x8", "l40s", ANY_CUDA, "cpu")
 """Names to show; ``h100x2`` and the like are known too."""
+
+_COUNTED = re.compile(r"([a-z0-9]+?)x(\d{1,4})", re.ASCII)
+_OF_NO_NAME: tuple[Fact, ...] = ("libraries", "limits", "shm")
+_OF_SERVERS: tuple[Fact, ...] = ("cpus", "native_bf16", "memory", "rdma")
+"""Facts that differ between servers with the same card."""
+
+
+def _server(
+    name: str,
+    gpu: str,
+    memory_mib: int,
+    link_gigabytes_per_s: float,
+    link: LinkKind = "NVLink",
+    num_gpus: int = 8,
+    num_rdma_devices: int = 8,
+    has_imex_channel: bool = False,
+    machine: Machine | None = None,
+) -> AssumedMachine:
+    """Return a server with all its GPUs; None for ``machine``: nothing is known but the card."""
+    card = Gpu(0, gpu, memory_mib * MIB, True, has_imex_channel)
+    base = machine or Machine(unknown=dict.fromkeys(_OF_SERVERS, ""))
+    imex = "an" if has_imex_channel else "no"
+    about = (
+        f"{name}; taken for granted: driver 580 with CUDA 13.0; {imex} IMEX channel, so "
+        f"{'' if has_imex_channel else 'no '}fabric handles; no other process on the GPUs"
+    )
+    known = replace(
+        base,
+        gpus=tuple(replace(card, index=index) for index in range(num_gpus)),
+        gpu_links=tuple(
+            GpuLink(first, second, link, link_gigabytes_per_s)
+            for first, second in itertools.combinations(range(num_gpus), 2)
+        ),
+        driver_cuda=(13, 0),
+        rdma_devices=tuple(f"mlx5_{index}" for index in range(num_rdma_devices if machine else 0)),
+    )
+    return AssumedMachine(name, known, {}, about)
+
+
+def _machine(num_cpus: int, memory_bytes: int, *, has_native_bf16: bool) -> Machine:
+    return Machine(num_cpus=num_cpus, memory_bytes=memory_bytes, has_native_bf16=has_native_bf16)
+
+
+# fmt: off
+_SERVERS: Mapping[str, AssumedMachine] = {
+    "a100": _server(
+        "A100 SXM4 80 GB in a DGX A100", "NVIDIA A100-SXM4-80GB", 81920, 300,
+        machine=_machine(128, 2 * TB, has_native_bf16=False)),
+    "h100": _server(
+        "H100 SXM5 80 GB in a DGX H100", "NVIDIA H100 80GB HBM3", 81559, 450,
+        machine=_machine(112, 2 * TB, has_native_bf16=True)),
+    "h200": _server(
+        "H200 SXM5 141 GB in a DGX H200", "NVIDIA H200", 143156, 450,
+        machine=_machine(112, 2 * TB, has_native_bf16=True)),
+    "gb200": _server(
+        "GB200 in a compute tray of a GB200 NVL72", "NVIDIA GB200", 189471, 900,
+        num_gpus=4, num_rdma_devices=4, has_imex_channel=True,
+        machine=_machine(144, 960 * 10**9, has_native_bf16=True)),
+    "l40s": _server("L40S 48 GB at PCIe 4.0 x16", "NVIDIA L40S", 46068, 31.5, "PCIe"),
+}
+# fmt: on
 
 
 def find_profile(name: str, num_ranks: int) -> AssumedMachine | None:
@@ -86,71 +97,30 @@ def find_profile(name: str, num_ranks: int) -> AssumedMachine | None:
     if number is not None and not 1 <= number <= MOST_GPUS:
         return None
     if kind == "cpu" and number is None:
-        return AssumedMachine(name, _without_gpus(name), {}, "a Linux machine without GPUs")
+        return _named(name, Machine(), (*_OF_NO_NAME, *_OF_SERVERS), "a Linux machine without GPUs")
     if kind == ANY_CUDA:
-        return _any_gpus(name, number or min(max(num_ranks, 1), MOST_GPUS))
+        count = number or min(max(num_ranks, 1), MOST_GPUS)
+        gpus = tuple(Gpu(index) for index in range(count))
+        unknown: tuple[Fact, ...] = (*_OF_NO_NAME, *_OF_SERVERS, "driver", *unknown_of_gpus(gpus))
+        about = f"{count} CUDA GPU{'' if count == 1 else 's'} of an unknown kind"
+        return _named(name, Machine(gpus=gpus), unknown, about)
     server = _SERVERS.get(kind)
-    return None if server is None else _server(name, server, number or server.num_gpus)
-
-
-def _server(name: str, server: _Server, num_gpus: int) -> AssumedMachine:
-    fabric = server.has_imex_channel
-    reason = _reason(name)
-    unknown: dict[Fact, str] = dict.fromkeys(_OF_NO_NAME, reason)
-    of_servers: dict[Fact, object] = {
-        "cpus": server.num_cores,
-        "native_bf16": server.has_native_bf16,
-        "memory": server.memory_bytes,
-        "rdma": server.num_rdma_devices,
-    }
-    unknown |= dict.fromkeys((fact for fact, known in of_servers.items() if known is None), reason)
-    machine = Machine(
-        architecture=server.architecture,
-        cpus=tuple(range(server.num_cores or 1)),
-        has_native_bf16=bool(server.has_native_bf16),
-        memory_bytes=server.memory_bytes or 0,
-        gpus=tuple(
-            Gpu(
-                index,
-                server.gpu,
-                server.memory_mib * MIB,
-                server.compute_capability,
-                has_virtual_memory=True,
-                has_fabric_handles=fabric,
-            )
-            for index in range(num_gpus)
-        ),
-        gpu_links=tuple(
-            LinkedGpus(first, second, server.link, server.link_gigabytes_per_s)
-            for first, second in itertools.combinations(range(num_gpus), 2)
-        )
-        # No server has more at one switch.
-        if num_gpus <= server.num_gpus
+    if server is None:
+        return None
+    whole = server.machine
+    count = number or len(whole.gpus)
+    machine = replace(
+        whole,
+        gpus=tuple(replace(whole.gpus[0], index=index) for index in range(count)),
+        # No server has more GPUs at one switch.
+        gpu_links=tuple(link for link in whole.gpu_links if link.second < count)
+        if count <= len(whole.gpus)
         else (),
-        driver_cuda=(13, 0),
-        cumem=Availability(True, f"taken for granted: {_DRIVER}"),
-        rdma_devices=tuple(f"mlx5_{index}" for index in range(server.num_rdma_devices or 0)),
-        unknown=unknown,
     )
-    imex = "an IMEX channel, so fabric handles" if fabric else _NO_IMEX
-    granted = f"taken for granted: {_DRIVER}; {imex}; no other process on the GPUs"
-    return AssumedMachine(name, machine, {}, f"{num_gpus} x {server.text}; {granted}")
+    unknown = (*_OF_NO_NAME, *whole.unknown)
+    return _named(name, machine, unknown, f"{count} x {server.about}")
 
 
-def _any_gpus(name: str, num_gpus: int) -> AssumedMachine:
-    gpus = tuple(Gpu(index) for index in range(num_gpus))
-    unknown: set[Fact] = {*_without_gpus(name).unknown, *unknown_of_gpus(gpus), "cumem", "driver"}
-    machine = Machine(gpus=gpus, unknown=dict.fromkeys(unknown, _reason(name)))
-    plural = "" if num_gpus == 1 else "s"
-    return AssumedMachine(name, machine, {}, f"{num_gpus} CUDA GPU{plural} of an unknown kind")
-
-
-def _without_gpus(name: str) -> Machine:
-    unknown: tuple[Fact, ...] = (*_OF_NO_NAME, "cpus", "native_bf16", "memory", "rdma")
-    return Machine(
-        cumem=Availability(False, NO_DEVICE), unknown=dict.fromkeys(unknown, _reason(name))
-    )
-
-
-def _reason(name: str) -> str:
-    return f"profile {name} does not say"
+def _named(name: str, machine: Machine, unknown: tuple[Fact, ...], about: str) -> AssumedMachine:
+    told = dict.fromkeys(unknown, f"profile {name} does not say")
+    return AssumedMachine(name, replace(machine, unknown=told), {}, about)

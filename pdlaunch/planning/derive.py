@@ -59,7 +59,7 @@ def derive_engines(
     kv_cache_bytes = settings.kv_cache_memory or (CPU_KV_CACHE_BYTES if on_cpu else None)
     if settings.engine == "vllm" and on_cpu and kv_cache_bytes is not None:
         kv_cache_bytes = whole_gibibytes(kv_cache_bytes)
-    num_threads = settings.num_threads or max(1, len(machine.cpus) // num_ranks)
+    num_threads = settings.num_threads or max(1, machine.num_cpus // num_ranks)
     cumem = _cumem_allocator(settings)
     return RoleEngines(
         role=role,

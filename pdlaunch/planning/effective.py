@@ -22,13 +22,13 @@ def effective_values(launch: ResolvedLaunch, origins: Mapping[str, Origin]) -> d
         ),
         "machine": {
             "system": machine.system,
-            "cpus": len(machine.cpus),
+            "cpus": machine.num_cpus,
             "memory_bytes": machine.memory_bytes,
             "native_bf16": machine.has_native_bf16,
             "gpus": [{"name": gpu.name, "memory_bytes": gpu.memory_bytes} for gpu in machine.gpus],
             "cumem_allocator": {
-                "available": machine.cumem.available,
-                "reason": machine.cumem.reason,
+                "available": not machine.cumem_problem,
+                "reason": machine.cumem_problem,
             },
         },
     }
@@ -66,7 +66,7 @@ def effective_hosts(launch: ResolvedLaunch) -> list[dict[str, object]]:
             "bind_address": host.bind_address or None,
             "advertise_address": host.advertise_address or None,
             "domain": host.domain,
-            "cpus": len(host.machine.cpus),
+            "cpus": host.machine.num_cpus,
             "memory_bytes": host.machine.memory_bytes,
             "num_gpus": len(host.machine.gpus),
             "ranks": {
@@ -110,7 +110,7 @@ def _reasons(engines: RoleEngines) -> dict[str, str]:
         if engines.kv_cache_bytes
         else "known only at start: what weights and activations leave of "
         f"{settings.gpu_memory_utilization:g} of the GPU",
-        "num_threads": f"{len(machine.cpus)} cores shared by all ranks",
+        "num_threads": f"{machine.num_cpus} cores shared by all ranks",
         "async_scheduling": of_device,
         "enable_cumem_allocator": "enable_sleep_mode turns it on"
         if settings.enable_sleep_mode

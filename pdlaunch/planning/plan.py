@@ -32,10 +32,6 @@ class ProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
     ports: dict[str, int] = {}  # 0: a free one, chosen and registered by the process
     devices: tuple[str, ...] = ()  # ``cpu`` or ``cuda:N``
     num_threads: int = 1
-    cpus: tuple[int, ...] = ()
-    """Cores that it may run on. All of them: a rank that is pinned would queue behind servers and
-    router while cores idle.
-    """
     peers: tuple[str, ...] | None = None
     """The engines that its engine exchanges KV blocks with; None: all."""
 

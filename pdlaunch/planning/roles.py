@@ -164,7 +164,7 @@ def _room(host: ResolvedHost, settings: Mapping[Role, EngineSettings]) -> Room:
         if role in host.roles:
             visible = visible_on(host, own)
             kind = device_kind(own, host.machine, visible)
-            num = len(visible.gpus) if kind == "cuda" else len(host.machine.cpus)
+            num = len(visible.gpus) if kind == "cuda" else host.machine.num_cpus
             devices[role] = (kind, num)
     return Room(host.name, devices, host.domain)
 

@@ -37,4 +37,4 @@ def _fastest(engines: RoleEngines, dtype: DTypeName) -> float:
     # A CPU that emulates a type of 16 bits is no faster than in float32.
     is_native = dtype == "bfloat16" and engines.machine.has_native_bf16
     thread = _FASTEST_CPU_THREAD_BF16 if is_native else _FASTEST_CPU_THREAD
-    return thread * min(engines.num_threads, len(engines.machine.cpus))
+    return thread * min(engines.num_threads, engines.machine.num_cpus)

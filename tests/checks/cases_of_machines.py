@@ -2,8 +2,7 @@
 
 from dataclasses import replace
 
-from pdlaunch.checks.context import Context
-from pdlaunch.machine.facts import Limits, NixlInstall, PortState, SharedMemory
+from pdlaunch.machine.availability import PortState
 from tests.checks.case import (
     PAIR,
     ROUTER,
@@ -15,7 +14,6 @@ from tests.checks.case import (
     nixl_says,
     p2p,
 )
-from tests.checks.cases_of_far_pairs import RDMA, far
 from tests.checks.contexts import CPU, GPU, on
 
 HIDDEN_GPUS = replace(CPU, has_hidden_gpus=True)
@@ -23,19 +21,12 @@ NO_CUDA = "transports 'cuda_ipc','cuda_copy' are not available, please use one o
 MNNVL = {"UCX_CUDA_IPC_ENABLE_MNNVL": "y"}
 
 
-def locked(**config) -> Context:
-    """The part on one host of a launch whose pair is on two, where little memory may be locked."""
-    limited = replace(RDMA, limits=Limits(8 << 20, 65536))
-    whole = far(limited, limited, **config)
-    return replace(whole, launch=whole.launch.on_host(whole.launch.host("a")))
-
-
 CASES: dict[str, Case] = {
     "PD400": Case([on(machine(system="Darwin"))], [on(CPU)]),
     "PD401": Case([on(libraries(torch=None)), on(libraries(transformers=None))], [on(CPU)]),
     "PD402": Case(
-        [on(libraries(nixl=NixlInstall())), on(libraries(nixl=NixlInstall("1.5.1")))],
-        [on(CPU), p2p(libraries(nixl=NixlInstall()))],
+        [on(libraries(nixl=None, nixl_backends={})), on(libraries(nixl_backends={}))],
+        [on(CPU), p2p(libraries(nixl=None, nixl_backends={}))],
     ),
     "PD404": Case(
         [on(CPU, probes=nixl_says(import_error="undefined symbol"))],
@@ -60,8 +51,8 @@ CASES: dict[str, Case] = {
         ],
     ),
     "PD405": Case(
-        [on(libraries(GPU, nixl=NixlInstall("1", {"cu12": "1"})))],
-        [on(libraries(nixl=NixlInstall("1", {"cu12": "1"}))), on(GPU)],
+        [on(libraries(GPU, nixl_backends={"cu12": "1"}))],
+        [on(libraries(nixl_backends={"cu12": "1"})), on(GPU)],
     ),
     "PD406": Case([on(libraries(GPU, torch="2.13.0+cpu", torch_cuda=None))], [on(CPU), on(GPU)]),
     "PD407": Case(
@@ -120,15 +111,15 @@ CASES: dict[str, Case] = {
             on(HIDDEN_GPUS, environ={"CUDA_VISIBLE_DEVICES": ""}),
         ],
     ),
-    "PD412": Case([on(machine(cpus=(0,)))], [on(machine(cpus=(0, 1)))]),
+    "PD412": Case([on(machine(num_cpus=1))], [on(machine(num_cpus=2))]),
     "PD413": Case(
         [on(machine(has_native_bf16=False), dtype="bfloat16"), on(CPU, dtype="float16")],
         [on(CPU, dtype="bfloat16"), on(machine(has_native_bf16=False))],
     ),
-    "PD415": Case([on(machine(limits=Limits(-1, 1024)))], [on(machine(limits=Limits(-1, 8192)))]),
+    "PD415": Case([on(machine(num_open_files=1024))], [on(machine(num_open_files=8192))]),
     "PD416": Case(
-        [on(machine(shm=SharedMemory(64 << 20, 64 << 20)))],
-        [on(machine(shm=SharedMemory(1 << 30, 1 << 30)))],
+        [on(machine(shm_free_bytes=64 << 20))],
+        [on(machine(shm_free_bytes=1 << 30))],
     ),
     "PD419": Case(
         [on(CPU, probes={"folder_problems": {"kv_transfer.file.directory": "/kv is no folder"}})],

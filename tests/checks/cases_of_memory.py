@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 
-from pdlaunch.machine.facts import Availability
 from tests.checks.case import EXPANDABLE, SLIDING, TIER, Case, machine, one_gpu
 from tests.checks.contexts import CPU, GB200, GIB, GPU, on
 
 FILES = {"kv_transfer__connector": "file", "kv_transfer__file__directory": "/kv"}
 
+OLD = machine(GPU, gpus=tuple(replace(gpu, has_virtual_memory=False) for gpu in GPU.gpus))
 ASYNC = {"PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"}
 
 CASES: dict[str, Case] = {
@@ -135,13 +135,13 @@ CASES: dict[str, Case] = {
     "PD215": Case(
         [
             on(
-                machine(GPU, cumem=Availability(False, "cuInit failed")),
+                OLD,
                 decode__enable_cumem_allocator=True,
             ),
-            on(machine(GPU, cumem=Availability(False, "old")), enable_sleep_mode=True),
+            on(OLD, enable_sleep_mode=True),
         ],
         [
-            on(machine(GPU, cumem=Availability(False, "old"))),
+            on(OLD),
             on(GPU, enable_sleep_mode=True),
             on(CPU, enable_cumem_allocator=True),
         ],

@@ -8,7 +8,7 @@ from pdlaunch.planning.resolve import resolve_on
 from tests.checks.case import Case
 from tests.checks.contexts import CPU, GPU, on
 
-WIDE = replace(CPU, cpus=tuple(range(4)))
+WIDE = replace(CPU, num_cpus=4)
 
 
 def hosts(*listed, machines=(WIDE, WIDE), local="10.0.0.1", **config) -> Context:
@@ -50,7 +50,7 @@ CASES = {
             hosts(
                 A,
                 B,
-                machines=(WIDE, replace(WIDE, cpus=tuple(range(64)))),
+                machines=(WIDE, replace(WIDE, num_cpus=64)),
                 prefill__replicas=3,
                 **SPREAD,
             ),

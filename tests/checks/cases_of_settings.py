@@ -64,7 +64,7 @@ CASES: dict[str, Case] = {
     "PD120": Case(
         [
             on(CPU, shapes=(SHAPE, SHAPE), dtype="float32", hang_timeout_s=5),
-            on(machine(cpus=(0, 1)), shapes=(SHAPE, SHAPE), dtype="float16"),
+            on(machine(num_cpus=2), shapes=(SHAPE, SHAPE), dtype="float16"),
             on(GPU, dtype="float32", max_num_batched_tokens=1_000_000),
         ],
         [

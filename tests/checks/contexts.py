@@ -13,15 +13,7 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.settings import all_settings
 from pdlaunch.config.sources import Origin
 from pdlaunch.errors import ConfigError
-from pdlaunch.machine.facts import (
-    Availability,
-    Gpu,
-    Libraries,
-    Limits,
-    Machine,
-    NixlInstall,
-    SharedMemory,
-)
+from pdlaunch.machine.facts import Gpu, Libraries, Machine
 from pdlaunch.planning.models import Model
 from pdlaunch.planning.resolve import resolve
 
@@ -72,17 +64,19 @@ TINY: dict[str, Any] = {
 """config.json of a model."""
 
 CPU = Machine(
-    cpus=tuple(range(16)),
+    num_cpus=16,
     has_native_bf16=True,
     memory_bytes=64 * GIB,
-    cumem=Availability(False, "no CUDA driver"),
+    driver_error="no CUDA driver",
     libraries=Libraries(
         torch="2.13.0+cpu",
         transformers="5.23.0",
-        nixl=NixlInstall("1.5.1", {"cu12": "1.5.1", "cu13": "1.5.1"}),
+        nixl="1.5.1",
+        nixl_backends={"cu12": "1.5.1", "cu13": "1.5.1"},
     ),
-    limits=Limits(memlock_bytes=-1, num_open_files=65536),
-    shm=SharedMemory(16 * GIB, 15 * GIB),
+    num_open_files=65536,
+    shm_bytes=16 * GIB,
+    shm_free_bytes=15 * GIB,
 )
 GPU = replace(
     CPU,
@@ -91,14 +85,12 @@ GPU = replace(
             index,
             "NVIDIA H200",
             139 * GIB,
-            (9, 0),
             has_virtual_memory=True,
             has_fabric_handles=False,
         )
         for index in range(8)
     ),
     driver_cuda=(13, 0),
-    cumem=Availability(True, "virtual memory management on every device"),
     libraries=replace(CPU.libraries, torch="2.13.0+cu130", torch_cuda="13.0"),
 )
 GB200 = replace(
@@ -108,7 +100,6 @@ GB200 = replace(
             index,
             "NVIDIA GB200",
             186 * GIB,
-            (10, 0),
             has_virtual_memory=True,
             has_fabric_handles=True,
         )

@@ -7,7 +7,7 @@ import pytest
 
 from pdlaunch.checks import probes
 from pdlaunch.cli import machines as assume_module
-from pdlaunch.machine.facts import PortState
+from pdlaunch.machine.availability import PortState
 from tests.checks.contexts import CPU, TINY
 from tests.command_line import invoke
 from tests.config.model_files.files import EMPTY_SAFETENSORS

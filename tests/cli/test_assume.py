@@ -13,7 +13,7 @@ import pytest
 from pdlaunch.checks import probes as checks_probes
 from pdlaunch.cli import machines as assume_module
 from pdlaunch.cli import machines as probe_module
-from pdlaunch.machine.facts import PortState
+from pdlaunch.machine.availability import PortState
 from pdlaunch.machine.machine_file import decode_machine
 from pdlaunch.machine.profiles import PROFILES
 from tests.checks.contexts import CPU, GB200, GIB, GPU
@@ -26,12 +26,12 @@ LIVE = {"PD119", "PD404", "PD419", "PD420", "PD421", "PD422", "PD437", "PD460"}
 
 POOR = replace(
     CPU,
-    cpus=(0,),
+    num_cpus=1,
     has_native_bf16=False,
     memory_bytes=GIB,
-    limits=replace(CPU.limits, memlock_bytes=65536, num_open_files=100),
-    shm=replace(CPU.shm, free_bytes=1 << 20),
-    libraries=replace(CPU.libraries, nixl=replace(CPU.libraries.nixl, version=None)),
+    num_open_files=100,
+    shm_free_bytes=1 << 20,
+    libraries=replace(CPU.libraries, nixl=None, nixl_backends={}),
 )
 MACHINES = {"cpu": CPU, "poor": POOR, "gpu": GPU, "gb200": GB200}
 
@@ -100,7 +100,7 @@ def test_the_verdicts_are_those_of_the_real_machine(
     on(MACHINES[name], monkeypatch)
     there = run("check-config", "--format", "json", *arguments, **environ)
     (tmp_path / "machine.json").write_text(run("probe", **environ).stdout)
-    on(replace(CPU, system="Darwin", cpus=(0, 1, 2)), monkeypatch)
+    on(replace(CPU, system="Darwin", num_cpus=3), monkeypatch)
     here = run("check-config", "--format", "json", "--assume", "machine.json", *arguments)
     assert findings(here) == findings(there)
     assert here.exit_code == there.exit_code
@@ -135,7 +135,7 @@ def test_a_profile_can_be_changed_by_hand(tmp_path):
 
 def test_memory_that_is_too_little_is_found_for_a_file(tmp_path):
     (tmp_path / "m.json").write_text(
-        json.dumps({"version": 1, "gpus": [{"memory_bytes": 40 * GIB}] * 2})
+        json.dumps({"version": 2, "gpus": [{"memory_bytes": 40 * GIB}] * 2})
     )
     check = ("check-config", "--assume", "m.json", "--kv-cache-memory")
     assert run(*check, "10GiB").exit_code == 0
@@ -175,7 +175,7 @@ def test_a_model_that_is_here_and_cannot_be_served_is_an_error(tmp_path):
     ],
 )
 def test_unusable_machines_are_refused(arguments, says, tmp_path):
-    (tmp_path / "m.json").write_text('{"version": 1}')
+    (tmp_path / "m.json").write_text('{"version": 2}')
     result = run(*arguments)
     assert result.exit_code == 2
     assert says in result.stderr
@@ -183,9 +183,9 @@ def test_unusable_machines_are_refused(arguments, says, tmp_path):
 
 
 def test_what_is_wrong_with_a_file_is_told_with_value_and_fix(tmp_path):
-    (tmp_path / "m.json").write_text('{"version": 1, "gpus": [{"memory_bytes": "80GiB"}]}')
+    (tmp_path / "m.json").write_text('{"version": 2, "gpus": [{"memory_bytes": "80"}]}')
     error = run("check-config", "--assume", "m.json").stderr
-    assert 'm.json: gpus[0].memory_bytes: Expected `int | null`, got `str` (it is "80GiB")' in error
+    assert 'gpus[0].memory_bytes: Input should be a valid integer (it is "80")' in error
     assert "run `pdlaunch probe` on that machine again" in error
 
 

@@ -7,7 +7,7 @@ import pytest
 from pdlaunch.checks import probes
 from pdlaunch.checks.probed import NixlAnswer
 from pdlaunch.cli import check_config as module
-from pdlaunch.machine.facts import PortState
+from pdlaunch.machine.availability import PortState
 from tests.config.model_files.files import EMPTY_SAFETENSORS, tiny_gguf
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pdlaunch.config.model_files.families import supported_families
 from pdlaunch.config.model_files.find import ALIASES
+from pdlaunch.config.model_files.shape import FAMILIES
 from pdlaunch.config.sources import load_config
 from tools.install import DEMO_MODEL
 
@@ -127,5 +127,5 @@ def test_the_readme_begins_with_what_it_runs_on() -> None:
     head = re.sub(r"[\s-]", "", (ROOT / "README.md").read_text().partition("make serve")[0]).lower()
     for word in ("linux", "x86_64", "python3.11", "cpu", "cuda"):
         assert word in head
-    for family in supported_families():
+    for family in FAMILIES:
         assert family.removesuffix("_text").replace("_", "") in head

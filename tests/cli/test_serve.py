@@ -61,9 +61,7 @@ def test_dry_run_prints_the_plan_as_json_and_nothing_else(model: str) -> None:
         "decode-0",
         "router",
     ]
-    assert {"host", "command", "environment", "ports", "devices", "cpus"} <= set(
-        plan["processes"][0]
-    )
+    assert {"host", "command", "environment", "ports", "devices"} <= set(plan["processes"][0])
 
 
 @pytest.mark.parametrize(

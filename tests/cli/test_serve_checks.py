@@ -3,7 +3,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,40 +16,30 @@ from pdlaunch.cli import preflight
 from pdlaunch.cli.preflight import judge_pairs, refuse_errors
 from pdlaunch.config.roles import Role
 from pdlaunch.config.sources import LoadedConfig, load_config
-from pdlaunch.launch.pairs import ReadLinks
 from pdlaunch.launch.status import LaunchPhase, LaunchStatus
-from pdlaunch.machine.facts import Gpu, Machine
-from pdlaunch.machine.nvml import BusPair, GpuLink
+from pdlaunch.machine.facts import Gpu, GpuLink, Machine
 from pdlaunch.planning.resolve import ResolvedLaunch, resolve
 from pdlaunch.protocol.control import PairReady
 from tests.checks.contexts import CPU as HEALTHY
 from tests.checks.contexts import TINY
 from tests.config.model_files.files import tiny_gguf
 
-CPU = Machine(cpus=(0, 1), memory_bytes=64 * 1024**3)
-FIRST, SECOND = "0000:19:00.0", "0000:3b:00.0"
-GPUS = Machine(cpus=(0, 1), gpus=(Gpu(0, pci_bus_id=FIRST), Gpu(1, pci_bus_id=SECOND)))
-NVLINK = GpuLink("NVLink", 478.0, "18 NVLinks with 478 GB/s")
-PCIE = GpuLink("PCIe", 63.0, "PCIe 5.0 x16 with 63 GB/s")
+CPU = Machine(num_cpus=2, memory_bytes=64 * 1024**3)
+GPUS = Machine(num_cpus=2, gpus=(Gpu(0), Gpu(1)))
+NVLINK = GpuLink(0, 1, "NVLink", 478.0, "18 NVLinks with 478 GB/s")
+PCIE = GpuLink(0, 1, "PCIe", 63.0, "PCIe 5.0 x16 with 63 GB/s")
 
 
-def joined_by(link: GpuLink | None) -> ReadLinks:
-    """What NVML says of the two GPUs, in either direction."""
-
-    def read(pairs: Iterable[BusPair]) -> dict[BusPair, GpuLink]:
-        return {pair: link for pair in pairs if link is not None and set(pair) == {FIRST, SECOND}}
-
-    return read
+def joined_by(link: GpuLink | None) -> Machine:
+    return replace(GPUS, gpu_links=() if link is None else (link,))
 
 
 def resolved(loaded: LoadedConfig, machine: Machine) -> ResolvedLaunch:
     return resolve(loaded.config, {"here": machine}, {})
 
 
-def judge(
-    loaded: LoadedConfig, machine: Machine, status: LaunchStatus, read_links: ReadLinks
-) -> tuple[Finding, ...]:
-    return judge_pairs(resolved(loaded, machine), loaded.origins, status, read_links)
+def judge(loaded: LoadedConfig, machine: Machine, status: LaunchStatus) -> tuple[Finding, ...]:
+    return judge_pairs(resolved(loaded, machine), loaded.origins, status)
 
 
 def measured(
@@ -138,7 +128,7 @@ def test_measured_pairs_are_judged_with_the_allocator_of_the_launch(
     machine: Machine, flags: dict[str, object], speed: float, expected: list[str]
 ) -> None:
     loaded = load_config(None, {}, flags)
-    findings = judge(loaded, machine, measured(speed), joined_by(None))
+    findings = judge(loaded, machine, measured(speed))
     assert [finding.rule for finding in findings] == expected
 
 
@@ -165,5 +155,5 @@ def test_measured_pairs_are_judged_with_the_allocator_of_the_launch(
 def test_pairs_of_gpus_are_judged_by_what_joins_them(
     link: GpuLink | None, speed: float, flags: dict[str, object], expected: list[str]
 ) -> None:
-    findings = judge(load_config(None, {}, flags), GPUS, measured(speed), joined_by(link))
+    findings = judge(load_config(None, {}, flags), joined_by(link), measured(speed))
     assert [finding.rule for finding in findings] == expected

@@ -22,11 +22,11 @@ from tests.checks.contexts import CPU, TINY
 from tests.config.model_files.files import EMPTY_SAFETENSORS
 from tests.launch.fakes import World
 
-CORES = replace(CPU, cpus=tuple(range(8)))
+CORES = replace(CPU, num_cpus=8)
 GPUS = replace(
     CPU,
-    cpus=tuple(range(8)),
-    gpus=tuple(Gpu(index, memory_bytes=80 << 30, compute_capability=(9, 0)) for index in range(3)),
+    num_cpus=8,
+    gpus=tuple(Gpu(index, memory_bytes=80 << 30) for index in range(3)),
 )
 
 

@@ -183,7 +183,7 @@ def test_a_sleeping_peer_proves_its_pair_when_it_is_back(tmp_path: Path) -> None
 
 
 def test_a_dry_run_does_nothing(tmp_path: Path) -> None:
-    world = Changing(tmp_path, replace(CORES, cpus=(0, 1)), decode={"replicas": 1})
+    world = Changing(tmp_path, replace(CORES, num_cpus=2), decode={"replicas": 1})
     answer = world.change(prefill=2, dry_run=True)
     assert answer.is_done
     assert answer.change is not None
@@ -279,7 +279,7 @@ def test_ctrl_c_in_the_middle_ends_all(tmp_path: Path, joining: bool) -> None:
 
 
 def test_all_ranks_of_many_engines_are_told_of_their_new_peers(tmp_path: Path) -> None:
-    world = Changing(tmp_path, replace(CORES, cpus=tuple(range(64))), decode={"replicas": 8})
+    world = Changing(tmp_path, replace(CORES, num_cpus=64), decode={"replicas": 8})
     everyone = {entry.engine for entry in world.host.registry("prefill-0/rank-0").entries}
     assert len(everyone) == 10, "all engines, and the router without one"
     world.change(decode=9)

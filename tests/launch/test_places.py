@@ -35,8 +35,8 @@ def tiny(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-TWO_GPUS = Machine(cpus=(0, 1), gpus=(Gpu(0, has_fabric_handles=False), Gpu(1)))
-FOUR_CORES = Machine(cpus=(0, 1, 2, 3), memory_bytes=64 << 30)
+TWO_GPUS = Machine(num_cpus=2, gpus=(Gpu(0, has_fabric_handles=False), Gpu(1)))
+FOUR_CORES = Machine(num_cpus=4, memory_bytes=64 << 30)
 
 
 class Bootstraps(bootstraps.Bootstraps):
@@ -222,7 +222,7 @@ def plan(deployment: Deployment, **replicas: int) -> dict[str, str]:
 
 
 def test_new_engines_go_beside_their_peers_while_there_is_room(tiny: str) -> None:
-    deployment = Deployment(replace(FOUR_CORES, cpus=(0, 1, 2)), model=tiny)
+    deployment = Deployment(replace(FOUR_CORES, num_cpus=3), model=tiny)
     assert {engine.host.name for engine in deployment.launch.engines} == {"a"}
     assert plan(deployment, decode=2) == {"decode-1": "a"}
     with pytest.raises(ConfigError, match=r"would have to run with other values of .*UCX"):

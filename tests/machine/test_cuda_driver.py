@@ -3,17 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.machine.cuda_driver import (
-    Driver,
-    DriverError,
-    judge_cumem,
-    load_library,
-    probe_cumem,
-    read_driver,
-)
-from pdlaunch.machine.facts import Gpu
+from pdlaunch.machine.cuda_driver import DriverError, load_library, read_driver
+from pdlaunch.machine.facts import Gpu, Machine
 
-ATTRIBUTES = {75: 9, 76: 0, 102: 1, 128: 1}
+ATTRIBUTES = {102: 1, 128: 1}
 
 
 class FakeDriver:
@@ -65,25 +58,14 @@ def test_devices_and_version(tmp_path):
     (tmp_path / "channel0").touch()
     driver = read_driver(FakeDriver, tmp_path)
     assert driver.cuda_version == (13, 2)
-    assert driver.gpus[1] == Gpu(
-        1,
-        "NVIDIA H200",
-        140 << 30,
-        (9, 0),
-        has_virtual_memory=True,
-        has_fabric_handles=True,
-        pci_bus_id="0000:1a:00.0",
-    )
+    assert driver.gpus[1] == Gpu(1, "NVIDIA H200", 140 << 30, True, True, "0000:1a:00.0")
 
 
-def test_a_device_without_an_address(tmp_path):
-    driver = read_driver(lambda: FakeDriver(errors={"cuDeviceGetPCIBusId": 1}), tmp_path)
-    assert driver.gpus[0].pci_bus_id is None
-
-
-def test_mig_devices_are_slices():
-    assert Gpu(0, "NVIDIA H200 MIG 1g.18gb").is_slice
-    assert not Gpu(0, "NVIDIA H200").is_slice
+def test_what_older_drivers_do_not_tell(tmp_path):
+    (tmp_path / "channel0").touch()
+    fake = FakeDriver(attributes={}, errors={"cuDeviceGetPCIBusId": 1})
+    gpu = read_driver(lambda: fake, tmp_path).gpus[0]
+    assert gpu == Gpu(0, "NVIDIA H200", 140 << 30, False, False)
 
 
 def test_fabric_handles_need_an_imex_channel(tmp_path):
@@ -91,62 +73,36 @@ def test_fabric_handles_need_an_imex_channel(tmp_path):
     assert read_driver(FakeDriver, tmp_path / "none").gpus[0].has_fabric_handles is False
 
 
-def test_a_failing_call_is_named(tmp_path):
-    with pytest.raises(DriverError, match=r"cuInit failed: CUDA_ERROR_NO_DEVICE \(100\)"):
-        read_driver(lambda: FakeDriver(errors={"cuInit": 100}), tmp_path)
+@pytest.mark.parametrize(
+    ("load", "says"),
+    [
+        (lambda: FakeDriver(errors={"cuInit": 100}), r"cuInit failed: CUDA_ERROR_NO_DEVICE \(100"),
+        (lambda: FakeDriver(num_gpus=0), "cuDeviceGetCount: no CUDA device"),
+        (lambda: ctypes.CDLL(None), "has no cuInit"),
+        (lambda: load_library("libcuda-of-no-machine.so.1"), "no CUDA driver"),
+    ],
+)
+def test_a_failing_call_is_named(tmp_path, load, says):
+    with pytest.raises(DriverError, match=says):
+        read_driver(load, tmp_path)
 
 
-def test_an_old_driver_lacks_entry_points(tmp_path):
-    with pytest.raises(DriverError, match="has no cuInit"):
-        read_driver(lambda: ctypes.CDLL(None), tmp_path)
-
-
-def test_no_library():
-    with pytest.raises(DriverError, match="no CUDA driver"):
-        load_library("libcuda-of-no-machine.so.1")
+GOOD, BAD = Gpu(0, has_virtual_memory=True), Gpu(1, has_virtual_memory=False)
 
 
 @pytest.mark.parametrize(
-    ("driver", "system", "available", "reason"),
+    ("machine", "problem"),
     [
-        (Driver((13, 0), (Gpu(0, has_virtual_memory=True),)), "linux", True, "every device"),
-        (
-            Driver((13, 0), (Gpu(0, has_virtual_memory=True), Gpu(1, has_virtual_memory=False))),
-            "linux",
-            False,
-            "device 1",
-        ),
-        (Driver((13, 0), (Gpu(0),)), "linux", False, "device 0"),
-        (Driver((13, 0), ()), "linux", False, "no CUDA device"),
-        (Driver((13, 0), (Gpu(0, has_virtual_memory=True),)), "win32", False, "need Linux"),
+        (Machine(gpus=(GOOD,)), ""),
+        (Machine(gpus=(GOOD, BAD)), "no virtual memory management on device 1"),
+        (Machine(), "no CUDA device"),
+        (Machine(driver_error="cuInit failed"), "cuInit failed"),
+        (Machine(system="Darwin"), "need Linux"),
     ],
 )
-def test_cumem_needs_virtual_memory_management_everywhere(driver, system, available, reason):
-    found = judge_cumem(driver, system)
-    assert found.available is available
-    assert reason in found.reason
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        DriverError("cuInit failed"),
-        OSError("gone"),
-        RuntimeError("odd"),
-        ctypes.ArgumentError("bad"),
-    ],
-)
-def test_the_probe_never_raises(error):
-    def read():
-        raise error
-
-    found = probe_cumem(read)
-    assert not found.available
-    assert str(error) in found.reason
-
-
-def test_the_question_has_an_answer_here():
-    assert probe_cumem().available in (True, False)
+def test_cumem_needs_virtual_memory_management_everywhere(machine, problem):
+    assert problem in machine.cumem_problem
+    assert bool(problem) == bool(machine.cumem_problem)
 
 
 @pytest.mark.gpu
@@ -154,5 +110,4 @@ def test_the_question_has_an_answer_here():
 def test_a_real_driver():
     driver = read_driver()
     assert driver.gpus
-    assert all(gpu.memory_bytes and gpu.compute_capability for gpu in driver.gpus)
-    assert probe_cumem().available
+    assert all(gpu.memory_bytes and gpu.has_virtual_memory for gpu in driver.gpus)

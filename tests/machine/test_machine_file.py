@@ -6,28 +6,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdlaunch.errors import ConfigError
-from pdlaunch.machine.facts import Gpu, LinkedGpus, Machine
-from pdlaunch.machine.machine_file import (
-    VERSION,
-    decode_machine,
-    encode_machine,
-    read_machine_file,
-    recorded_environ,
-)
+from pdlaunch.machine.facts import Gpu, GpuLink, Machine
+from pdlaunch.machine.machine_file import decode_machine, encode_machine, read_machine_file
 from pdlaunch.machine.probe import probe_machine
+from pdlaunch.machine.profiles import PROFILES, find_profile
 from tests.checks.contexts import CPU, GB200, GPU
 
 GPUS = st.builds(
     Gpu,
-    st.just(0),
-    st.sampled_from(["NVIDIA H200", "NVIDIA GB200"]),
-    st.integers(0, 1 << 40),
-    st.none() | st.tuples(st.integers(0, 20), st.integers(0, 9)),
-    has_virtual_memory=st.none() | st.booleans(),
+    name=st.sampled_from(["NVIDIA H200", "NVIDIA GB200"]),
+    memory_bytes=st.integers(0, 1 << 40),
+    has_virtual_memory=st.booleans(),
     has_fabric_handles=st.booleans(),
     pci_bus_id=st.none() | st.just("0000:19:00.0"),
     free_memory_bytes=st.none() | st.integers(0, 1 << 40),
-    numa_node=st.none() | st.integers(0, 7),
 )
 
 
@@ -35,17 +27,13 @@ GPUS = st.builds(
 def machines(draw):
     found = draw(st.lists(GPUS, max_size=3))
     gpus = tuple(replace(gpu, index=index) for index, gpu in enumerate(found))
-    links = (LinkedGpus(0, 1, "NVLink", 478.1),) if len(gpus) > 1 else ()
-    machine = draw(st.sampled_from([CPU, GPU, GB200]))
     return replace(
-        machine,
+        draw(st.sampled_from([CPU, GPU, GB200])),
         gpus=gpus,
-        gpu_links=links,
-        cpus=tuple(sorted(draw(st.sets(st.integers(0, 300), min_size=1)))),
-        numa_nodes=draw(st.none() | st.just(((0, 1), (2, 3)))),
+        gpu_links=(GpuLink(0, 1, "NVLink", 478.1),) if len(gpus) > 1 else (),
+        num_cpus=draw(st.integers(1, 300)),
         has_native_bf16=draw(st.booleans()),
         driver_cuda=(13, 0) if gpus else None,
-        driver_version=draw(st.none() | st.just("580.82.07")),
         rdma_devices=draw(st.sampled_from([(), ("mlx5_0", "mlx5_1")])),
     )
 
@@ -55,72 +43,57 @@ def test_a_machine_is_read_back_as_it_is(machine):
     assert decode_machine(encode_machine(machine, {}), "m").machine == machine
 
 
-def test_this_machine_too():
-    machine = probe_machine()
-    assert decode_machine(encode_machine(machine, {}), "m").machine == machine
+@pytest.mark.parametrize("name", ["this machine", *PROFILES])
+def test_this_machine_and_profiles_too(name):
+    profile = find_profile(name, 2)
+    machine = probe_machine() if profile is None else profile.machine
+    assert decode_machine(encode_machine(machine, {}), name).machine == machine
 
 
 def test_what_could_not_be_probed_stays_unknown_with_its_reason():
     machine = replace(Machine(), unknown={"limits": "PermissionError: not for you"})
     text = encode_machine(machine, {})
-    assert json.loads(text)["limits"] is None
+    assert json.loads(text)["num_open_files"] is None
     assert decode_machine(text, "m").machine.unknown == machine.unknown
 
 
 def test_facts_that_are_left_out_are_unknown():
-    found = decode_machine('{"version": 1, "gpus": [{"name": "NVIDIA H100 80GB HBM3"}]}', "m.json")
-    assert set(found.machine.unknown) == {
-        "system",
-        "cpus",
-        "native_bf16",
-        "memory",
-        "gpu_memory",
-        "fabric",
-        "driver",
-        "cumem",
-        "libraries",
-        "limits",
-        "shm",
-        "rdma",
+    found = decode_machine('{"version": 2, "gpus": [{"name": "NVIDIA H100 80GB HBM3"}]}', "m.json")
+    left_out = {
+        *("system", "cpus", "native_bf16", "memory", "gpu_memory", "fabric", "driver", "cumem"),
+        *("libraries", "limits", "shm", "rdma"),
     }
-    assert found.machine.unknown["memory"] == "m.json does not say"
+    assert found.machine.unknown == dict.fromkeys(sorted(left_out), "m.json does not say")
     assert found.machine.gpus[0].index == 0
 
 
 def test_a_machine_without_gpus_has_no_cumem_and_lacks_no_driver():
-    machine = decode_machine('{"version": 1, "gpus": []}', "m").machine
-    assert not machine.cumem.available
+    machine = decode_machine('{"version": 2, "gpus": []}', "m").machine
+    assert machine.cumem_problem
     assert not {"gpus", "cumem", "driver", "gpu_memory", "fabric"} & set(machine.unknown)
+
+
+LINK = '{"first": 0, "second": 1, "kind": "PCIe", "gigabytes_per_s": 1}'
 
 
 @pytest.mark.parametrize(
     ("text", "field", "value", "says"),
     [
-        ('{"version": 2, "gpus": [], "new": 1}', "version", 2, "a newer pdlaunch"),
-        ('{"gpus": []}', "version", None, "must be the version"),
-        ('{"version": true}', "version", True, "must be the version"),
-        ('{"version": 1}', "gpus", None, '"gpus": [] says that it has none'),
-        ('{"version": 1, "gpus": null}', "gpus", None, "gpus is missing"),
-        ('{"version": 1, "gpus": [{"memory_byte": 1}]}', "gpus[0].memory_byte", 1, "unknown field"),
+        ('{"version": 3, "gpus": [], "new": 1}', "version", 3, "reads version 2"),
+        ('{"gpus": []}', "version", None, "reads version 2"),
+        ('{"version": true}', "version", True, "reads version 2"),
+        ('{"version": 2, "gpus": null}', "gpus", None, '"gpus": [] says that it has none'),
+        ('{"version": 2, "gpus": [{"memory_byte": 1}]}', "gpus[0].memory_byte", 1, "Unexpected"),
         (
-            '{"version": 1, "gpus": [{}, {"memory_bytes": "80GiB"}]}',
+            '{"version": 2, "gpus": [{}, {"memory_bytes": "80"}]}',
             "gpus[1].memory_bytes",
-            "80GiB",
-            "Expected `int | null`, got `str`",
+            "80",
+            "valid integer",
         ),
-        ('{"version": 1, "gpus": [{"index": 3}]}', "gpus[0].index", 3, "must be 0"),
-        ('{"version": 1, "gpus": [{"memory_bytes": -1}]}', "gpus[0].memory_bytes", -1, "negative"),
-        ('{"version": 1, "gpus": [], "cpus": "7-3"}', "cpus", "7-3", "no list of cores"),
-        ('{"version": 1, "gpus": [], "limits": {}}', "limits", {}, "memlock_bytes"),
-        ('{"version": 1, "gpus": [], "unknown": {"x": "y"}}', "unknown", {"x": "y"}, "'x'"),
-        ('{"version": 1, "gpus": [], "colour": 1}', "colour", 1, "unknown field"),
-        (
-            '{"version": 1, "gpus": [], "gpu_links": '
-            '[{"first": 0, "second": 1, "kind": "PCIe", "gigabytes_per_s": 1}]}',
-            "gpu_links[0]",
-            [0, 1],
-            "must join two",
-        ),
+        ('{"version": 2, "gpus": [{"memory_bytes": -1}]}', "gpus[0].memory_bytes", -1, "equal to"),
+        ('{"version": 2, "gpus": [], "num_cpus": 0}', "num_cpus", 0, "equal to 1"),
+        ('{"version": 2, "gpus": [], "colour": 1}', "colour", 1, "Unexpected"),
+        (f'{{"version": 2, "gpus": [], "gpu_links": [{LINK}]}}', "gpu_links[0]", [0, 1], "join"),
         ("[]", None, [], "must hold an object"),
         ("{", None, None, "is not JSON"),
     ],
@@ -157,17 +130,41 @@ def test_of_the_environment_only_what_rules_read_is_kept():
         "PDLAUNCH_API_KEY": "hunter2",
         "HOSTNAME": "node-7",
     }
-    assert recorded_environ(environ) == {
+    text = encode_machine(GPU, environ)
+    assert "hunter2" not in text
+    assert "node-7" not in text
+    assert decode_machine(text, "m").environ == {
         "CUDA_VISIBLE_DEVICES": "0,1",
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
         "UCX_TLS": "tcp",
         "VLLM_API_KEY": "",
     }
-    text = encode_machine(GPU, environ)
-    assert "hunter2" not in text
-    assert "node-7" not in text
-    assert decode_machine(text, "m").environ == recorded_environ(environ)
 
 
-def test_the_version_is_written():
-    assert json.loads(encode_machine(CPU, {}))["version"] == VERSION
+@pytest.mark.parametrize(
+    ("name", "gpu", "number", "fabric"),
+    [
+        ("h100x8", "NVIDIA H100 80GB HBM3", 8, False),
+        ("H200X2", "NVIDIA H200", 2, False),
+        ("a100", "NVIDIA A100-SXM4-80GB", 8, False),
+        ("gb200", "NVIDIA GB200", 4, True),
+        ("l40s", "NVIDIA L40S", 8, False),
+    ],
+)
+def test_profiles_by_name(name, gpu, number, fabric):
+    machine = find_profile(name, 2).machine
+    assert [item.name for item in machine.gpus] == [gpu] * number
+    assert {item.has_fabric_handles for item in machine.gpus} == {fabric}
+    assert len(machine.gpu_links) == number * (number - 1) // 2
+    assert {"libraries", "limits", "shm"} <= set(machine.unknown)
+
+
+def test_gpus_of_any_kind_are_as_many_as_ranks():
+    machine = find_profile("cuda", 3).machine
+    assert len(machine.gpus) == 3
+    assert {"gpu_memory", "fabric", "cumem", "driver"} <= set(machine.unknown)
+
+
+@pytest.mark.parametrize("name", ["", "h100x", "h100x0", "h100x9999", "cpux2", "x8", "b300", "٣x٣"])
+def test_names_of_no_machine(name):
+    assert find_profile(name, 2) is None

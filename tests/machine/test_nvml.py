@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,9 +13,8 @@ import pynvml
 import pytest
 
 from pdlaunch.machine.cuda_driver import read_driver
-from pdlaunch.machine.facts import Gpu, LinkedGpus
-from pdlaunch.machine.nvml import GpuLink, NvmlError, open_nvml, read_gpu_links
-from pdlaunch.machine.probe import NvmlFacts, read_nvml_facts
+from pdlaunch.machine.facts import Gpu, GpuLink
+from pdlaunch.machine.nvml import read_nvml_facts
 
 NOT_FOUND, NO_MORE_LINKS, NOT_SUPPORTED = 6, 2, 3
 GPU, CPU, SWITCH, UNKNOWN = 0, 1, 2, 255
@@ -62,7 +60,6 @@ class FakeNvml:
         return {
             "nvmlInit": lambda: self.count(1),
             "nvmlShutdown": lambda: self.count(-1),
-            "nvmlSystemGetDriverVersion": lambda: "580.82.07",
             "nvmlDeviceGetHandleByPciBusId": self.handle,
             "nvmlDeviceGetMemoryInfo": lambda card: SimpleNamespace(free=card.free_bytes),
             "nvmlDeviceGetP2PStatus": lambda one, other, way: self.p2p[way],
@@ -103,14 +100,17 @@ class FakeNvml:
         return [SimpleNamespace(nvmlReturn=code, valueType=1, value=value)]
 
 
-def link_of(nvml: Any, pair: tuple[str, str] = (A, B)) -> GpuLink | None:
-    return read_gpu_links([pair], nvml).get(pair)
+def link_of(nvml: Any, peer: str = B) -> GpuLink | None:
+    gpus = (GPUS[0], Gpu(1, "NVIDIA H200", pci_bus_id=peer))
+    _, links = read_nvml_facts(gpus, nvml)
+    return links[0] if links else None
 
 
 def test_h200s_behind_nvlink_switches() -> None:
     """NV18 in ``nvidia-smi topo -m``, 26.562 GB/s in ``nvidia-smi nvlink -s``."""
     nvml = FakeNvml()
-    assert link_of(nvml) == GpuLink("NVLink", pytest.approx(478.116), "18 NVLinks with 478 GB/s")
+    speed = pytest.approx(478.116)
+    assert link_of(nvml) == GpuLink(0, 1, "NVLink", speed, "18 NVLinks with 478 GB/s")
     assert nvml.open_count == 0
 
 
@@ -119,7 +119,7 @@ def test_only_links_that_are_up_and_lead_to_the_peer_count() -> None:
     links = (B, B, C, C, C, CPU)
     nvml = FakeNvml({A: Card(links, 25000), B: Card((A, A), 25000), C: Card((A, A, A), 25000)})
     assert link_of(nvml).text == "2 NVLinks with 50 GB/s"
-    assert link_of(nvml, (A, C)).gigabytes_per_s == 75
+    assert link_of(nvml, C).gigabytes_per_s == 75
 
 
 @pytest.mark.parametrize(
@@ -135,16 +135,9 @@ def test_what_older_drivers_and_virtual_machines_hide(nvml: FakeNvml) -> None:
     assert link_of(nvml).text == "18 NVLinks with 478 GB/s"
 
 
-@pytest.mark.parametrize(
-    ("cards", "text"),
-    [
-        ((Card((), pcie=(5, 16)), Card((), pcie=(5, 16))), "PCIe 5.0 x16 with 63 GB/s"),
-        ((Card((), pcie=(4, 16)), Card((), pcie=(5, 8))), "PCIe 4.0 x8 with 15.8 GB/s"),
-    ],
-)
-def test_pcie_where_there_is_no_nvlink(cards: tuple[Card, Card], text: str) -> None:
-    nvml = FakeNvml(dict(zip((A, B), cards, strict=True)), p2p={0: 0, 2: 5})
-    assert link_of(nvml).text == text
+def test_pcie_where_there_is_no_nvlink() -> None:
+    cards = {A: Card((), pcie=(4, 16)), B: Card((), pcie=(5, 8))}
+    assert link_of(FakeNvml(cards, p2p={0: 0, 2: 5})).text == "PCIe 4.0 x8 with 15.8 GB/s"
 
 
 @pytest.mark.parametrize(
@@ -165,45 +158,21 @@ def test_what_is_not_known_is_left_out(nvml: FakeNvml) -> None:
     assert link_of(nvml) is None
 
 
-def test_one_pair_that_is_not_known_costs_the_others_nothing() -> None:
-    assert list(read_gpu_links([(A, B), (A, C), (B, B)], FakeNvml())) == [(A, B)]
-
-
-def test_a_failing_call_is_named() -> None:
-    with open_nvml(FakeNvml()) as nvml, pytest.raises(NvmlError, match="HandleByPciBusId"):
-        nvml.free_memory_bytes(C)
-
-
-def test_what_the_probe_keeps(tmp_path: Path) -> None:
-    for address, node in ((A, "0\n"), (B, "-1\n")):
-        (tmp_path / address).mkdir()
-        (tmp_path / address / "numa_node").write_text(node)
-    nvml = FakeNvml({A: Card(free_bytes=5 << 30), B: Card()})
-    found = read_nvml_facts(GPUS, nvml, tmp_path)
-    assert [gpu.free_memory_bytes for gpu in found.gpus] == [5 << 30, 130 << 30]
-    assert [gpu.numa_node for gpu in found.gpus] == [0, None]
-    assert found.driver_version == "580.82.07"
-    ((link),) = found.links
-    assert link == LinkedGpus(0, 1, "NVLink", link.gigabytes_per_s)
-
-
-def test_what_the_probe_cannot_know() -> None:
-    a_slice = (Gpu(0, "NVIDIA H200 MIG 1g.18gb", pci_bus_id=A),)
-    assert read_nvml_facts(a_slice, FakeNvml()).gpus[0].free_memory_bytes is None
-    assert read_nvml_facts(GPUS, FakeNvml(missing=("nvmlInit",))) == NvmlFacts(GPUS)
-    missing = ("nvmlDeviceGetMemoryInfo", "nvmlSystemGetDriverVersion")
-    found = read_nvml_facts(GPUS, FakeNvml(missing=missing))
-    assert (found.driver_version, len(found.links)) == (None, 1)
-    assert [gpu.free_memory_bytes for gpu in found.gpus] == [None, None]
-    found = read_nvml_facts(GPUS, FakeNvml({A: Card()}))
-    assert [gpu.free_memory_bytes for gpu in found.gpus] == [130 << 30, None]
+def test_free_memory_is_told_of_each_whole_gpu() -> None:
+    a_slice = Gpu(2, "NVIDIA H200 MIG 1g.18gb", pci_bus_id=A)
+    gpus, links = read_nvml_facts((*GPUS, a_slice), FakeNvml({A: Card(free_bytes=5 << 30)}))
+    assert [gpu.free_memory_bytes for gpu in gpus] == [5 << 30, None, None]
+    assert links == ()
+    assert read_nvml_facts(GPUS, FakeNvml(missing=("nvmlInit",))) == (GPUS, ())
+    gpus, links = read_nvml_facts(GPUS, FakeNvml(missing=("nvmlDeviceGetMemoryInfo",)))
+    assert [gpu.free_memory_bytes for gpu in gpus] == [None, None]
+    assert len(links) == 1
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not Path("/dev/nvidiactl").exists(), reason="no CUDA device")
 def test_the_real_nvml() -> None:
-    gpus = read_driver().gpus
-    assert all(gpu.free_memory_bytes for gpu in read_nvml_facts(gpus).gpus)
-    found = read_gpu_links(itertools.combinations((gpu.pci_bus_id or "" for gpu in gpus), 2))
+    gpus, links = read_nvml_facts(read_driver().gpus)
+    assert all(gpu.free_memory_bytes for gpu in gpus)
     if all(gpu.name == "NVIDIA H200" for gpu in gpus):
-        assert {link.text for link in found.values()} <= {"18 NVLinks with 478 GB/s"}
+        assert {link.text for link in links} <= {"18 NVLinks with 478 GB/s"}

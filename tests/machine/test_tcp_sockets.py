@@ -1,4 +1,4 @@
-"""What the kernel says about this process' TCP sockets."""
+"""Addresses of this machine, and what the kernel says about this process' TCP sockets."""
 
 from __future__ import annotations
 
@@ -11,6 +11,17 @@ from pdlaunch.machine import network
 from tests.machine.bound_device import bound_device
 
 pytestmark = pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Linux")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_the_address_on_a_route_is_the_one_that_packets_would_have(address: str) -> None:
+    assert network.address_towards(address) == address
+
+
+def test_without_a_route_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert network.address_towards("no-such-host.invalid") is None
+    monkeypatch.setattr(network, "_ELSEWHERE", ("127.0.0.1", "::1"))
+    assert network.default_address() is None, "a default route over loopback is none"
 
 
 def test_a_new_listener_is_found_and_bound_to_loopback() -> None:

@@ -12,7 +12,7 @@ from pdlaunch.planning.hosts import Demand, ResolvedHost, Room, demands_of, plac
 from pdlaunch.planning.models import Model
 from pdlaunch.planning.resolve import resolve_on
 
-FOUR = Machine(cpus=(0, 1), gpus=tuple(Gpu(index) for index in range(4)))
+FOUR = Machine(num_cpus=2, gpus=tuple(Gpu(index) for index in range(4)))
 
 
 def room(name, num=4, domain="", roles=("prefill", "decode")):

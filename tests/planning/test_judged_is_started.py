@@ -86,7 +86,7 @@ CONFIGS = some(
 )
 MACHINES = st.builds(
     Machine,
-    cpus=st.integers(1, 64).map(lambda count: tuple(range(count))),
+    num_cpus=st.integers(1, 64),
     has_native_bf16=st.booleans(),
     gpus=st.integers(0, 4).map(
         lambda count: tuple(Gpu(index, memory_bytes=80 * GIB) for index in range(count))

@@ -11,8 +11,8 @@ from pdlaunch.errors import ConfigError
 from pdlaunch.machine.facts import Gpu, Machine
 from pdlaunch.planning.resolve import resolve
 
-CPU = Machine(cpus=(0, 1))
-GPU = Machine(cpus=(0, 1), gpus=(Gpu(0), Gpu(1)))
+CPU = Machine(num_cpus=2)
+GPU = Machine(num_cpus=2, gpus=(Gpu(0), Gpu(1)))
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_dtype_auto_on_a_cpu(
     tmp_path: Path, checkpoint: str | None, has_native_bf16: bool, expected: str
 ) -> None:
     model = write_model(tmp_path / "m", dtype=checkpoint)
-    machine = Machine(cpus=(0,), has_native_bf16=has_native_bf16)
+    machine = Machine(num_cpus=1, has_native_bf16=has_native_bf16)
     assert specs_of(machine, model=str(model))["prefill-0"].dtype == expected
 
 

@@ -1,29 +1,141 @@
 """Reads the shape of a model from its config.json, without torch or transformers.
 
-Models that pdlaunch cannot serve are refused here by name, before a weight is read.
+Models that pdlaunch cannot serve are refused here by name, before a weight is read. transformers
+writes only what differs from a family's defaults, which stand in ``FAMILIES``. Source: the
+configuration classes of transformers 5; ``tests/config/model_files/test_shape.py`` compares.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pdlaunch.config.model_files.families import Family, supported_families
 from pdlaunch.errors import ConfigError, UnsupportedModelError
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 MAX_CONFIG_BYTES = 16 * 1024**2
 HYBRID = "the model is a hybrid, for which vLLM drops reports of failed loads"
-_FULL = "full_attention"
+
+Config = dict[str, Any]
+Windows = tuple[int | None, ...]
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
 _RECURRENT = (
     *("ssm_cfg", "ssm_state_size", "state_size", "mamba_d_state", "mamba_d_conv"),
     *("linear_num_key_heads", "attn_layer_period"),
 )
 _RECURRENT_LAYERS = {"linear_attention", "mamba", "recurrent", "conv"}
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Describes the models of one ``model_type``."""
+
+    sizes: tuple[int | None, ...]
+    """Defaults of ``_SIZES``. None for KV heads: those of the queries; for head_dim: hidden_size //
+    heads.
+    """
+    others: Config = field(default_factory=dict)
+    """Defaults of other fields. A bias is read only where it stands here."""
+    slides: Callable[[Config, int], bool] | None = None
+    """Whether a layer has a sliding window where the file has no layer_types. None: none has."""
+    has_one_window: bool = False
+    """The model gives all layers one window, whatever layer_types says."""
+    qkv_bias: bool = False
+    """Query, key and value projections always have a bias (no ``attention_bias`` field)."""
+    qk_norm: bool = False
+    """Queries and keys are normalised, with one weight for each head dimension."""
+    norms_per_layer: int = 2
+    has_sinks: bool = False
+    """Each query head has an attention sink."""
+    has_experts: bool = False
+    """A layer has num_local_experts experts with biases, of which a token uses
+    num_experts_per_tok, instead of one inner layer.
+    """
+
+    @property
+    def defaults(self) -> Config:
+        sizes = dict(zip(_SIZES, self.sizes, strict=True))
+        return {"tie_word_embeddings": False, "eos_token_id": None, **sizes, **self.others}
+
+
+_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"),
+)
+_BIASES = {"attention_bias": False, "mlp_bias": False}
+_QWEN = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+
+
+def _slides_without_rope(config: Config, layer: int) -> bool:
+    interval = config["no_rope_layer_interval"]
+    has_rope = config["no_rope_layers"]
+    return not (has_rope[layer] if has_rope else (layer + 1) % interval)
+
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family((32000, 4096, 11008, 32, 32, None, None, 2048), {"eos_token_id": 2, **_BIASES}),
+    "qwen2": Family(
+        (151936, 4096, 22016, 32, 32, 32, None, 32768),
+        _QWEN,
+        slides=lambda config, layer: layer >= config["max_window_layers"],
+        qkv_bias=True,
+    ),
+    "qwen3": Family(
+        (151936, 4096, 22016, 32, 32, 32, 128, 32768),
+        {"attention_bias": False, **_QWEN},
+        slides=lambda config, layer: layer >= config["max_window_layers"],
+        qk_norm=True,
+    ),
+    "mistral": Family(
+        (32000, 4096, 14336, 32, 32, 8, None, 131072),
+        {"eos_token_id": 2, "sliding_window": 4096},
+        slides=lambda _config, _layer: True,
+        has_one_window=True,
+    ),
+    "gemma3_text": Family(
+        (262208, 2304, 9216, 26, 8, 4, 256, 131072),
+        {
+            "tie_word_embeddings": True,
+            "eos_token_id": 1,
+            "attention_bias": False,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 6,
+        },
+        slides=lambda config, layer: bool((layer + 1) % config["sliding_window_pattern"]),
+        qk_norm=True,
+        norms_per_layer=4,
+    ),
+    "smollm3": Family(
+        (128256, 2048, 11008, 36, 16, 4, None, 32768),
+        {
+            "tie_word_embeddings": True,
+            "eos_token_id": 128001,
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "no_rope_layers": None,
+            "no_rope_layer_interval": 4,
+            **_BIASES,
+        },
+        slides=_slides_without_rope,
+    ),
+    "gpt_oss": Family(
+        (201088, 2880, 2880, 36, 64, 8, 64, 131072),
+        {
+            "attention_bias": True,
+            "sliding_window": 128,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 4,
+        },
+        slides=lambda _config, layer: layer % 2 == 0,
+        has_sinks=True,
+        has_experts=True,
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +154,7 @@ class ModelShape:
     intermediate_size: int
     vocab_size: int
     max_position_embeddings: int
-    layer_windows: tuple[int | None, ...]
+    layer_windows: Windows
     """Tokens that each layer's attention sees, the current one included; None for all."""
     dtype: str | None
     """The checkpoint's, such as ``bfloat16``; None when the file does not say."""
@@ -64,21 +176,24 @@ def read_model_shape(model_dir: str | Path) -> ModelShape:
     cannot be served.
     """
     directory = Path(model_dir)
-    outer = _read_json(directory / "config.json")
+    outer = read_json(directory / "config.json")
     # A multimodal file says some things outside, others only in its text_config.
-    _refuse_unsupported(outer)
-    config = _language_model(outer)
-    _refuse_unsupported(config)
-    model_type = str(config.get("model_type"))
-    families = supported_families()
-    if model_type not in families:
+    config = outer
+    if outer.get("model_type") == "gemma3" and isinstance(outer.get("text_config"), dict):
+        config = {"model_type": "gemma3_text", **outer["text_config"]}
+    for each in (outer, config):
+        if reason := _unsupported_because(each):
+            message = f"model_type {each.get('model_type')!r} cannot be served: {reason}"
+            raise UnsupportedModelError(message, field="model", value=each.get("model_type"))
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family is None:
         raise UnsupportedModelError(
             f"model_type {config.get('model_type')!r} is not supported",
             field="model",
             value=config.get("model_type"),
-            fix=f"Supported are {', '.join(sorted([*families, 'gemma3']))}.",
+            fix=f"Supported are {', '.join(sorted([*FAMILIES, 'gemma3']))}.",
         )
-    return _shape(outer, config, families[model_type], read_generation_config(directory))
+    return _shape(outer, family.defaults | config, family, read_generation_config(directory))
 
 
 def unproven_layers(model_dir: str | Path) -> str:
@@ -86,34 +201,51 @@ def unproven_layers(model_dir: str | Path) -> str:
 
     Empty: nothing in its config.json speaks against it. Raises ConfigError.
     """
-    outer = _read_json(Path(model_dir) / "config.json")
+    outer = read_json(Path(model_dir) / "config.json")
     inner = outer.get("text_config")
     for config in (outer, inner if isinstance(inner, dict) else {}):
         if config.get("kv_lora_rank"):
             return "the model has multi-head latent attention, whose KV has no heads"
-        layer_types = config.get("layer_types")
-        is_mixed = isinstance(layer_types, list) and set(map(str, layer_types)) != {_FULL}
         slides = config.get("sliding_window") and config.get("use_sliding_window") is not False
-        if is_mixed or slides or config.get("attention_chunk_size"):
-            return HYBRID
-        if _has_recurrent_layers(config):
+        is_mixed = not _layer_types(config) <= {_FULL}
+        if is_mixed or slides or config.get("attention_chunk_size") or _is_recurrent(config):
             return HYBRID
     return ""
 
 
-def read_generation_config(directory: Path) -> dict[str, Any]:
+def read_generation_config(directory: Path) -> Config:
     """Return what ``generation_config.json`` says; nothing where there is none.
 
     Raises ConfigError when the file is broken.
     """
     path = directory / "generation_config.json"
-    return _read_json(path) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
-def _shape(
-    outer: dict[str, Any], config: dict[str, Any], family: Family, generation: dict[str, Any]
-) -> ModelShape:
-    config = dict(family.defaults) | config
+def read_json(path: Path) -> Config:
+    """Read the object in a JSON file of a model. Raises ConfigError."""
+    fix = f"Correct {path.name} of the model."
+    try:
+        # A link may lead to a device that never ends.
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no regular file")
+        with path.open("rb") as file:
+            text = file.read(MAX_CONFIG_BYTES + 1)
+        if len(text) > MAX_CONFIG_BYTES:
+            raise ValueError(f"larger than {MAX_CONFIG_BYTES} bytes")
+        content = json.loads(text.decode())
+        if not isinstance(content, dict):
+            raise TypeError("it holds no JSON object")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        if isinstance(error, OSError):
+            fix = "Name a directory in Hugging Face layout: config.json, tokenizer.json, "
+            fix += "*.safetensors."
+        message = f"{path} cannot be read: {error}"
+        raise ConfigError(message, field="model", value=str(path.parent), fix=fix) from None
+    return content
+
+
+def _shape(outer: Config, config: Config, family: Family, generation: Config) -> ModelShape:
     hidden_size = _positive(config, "hidden_size")
     num_heads = _positive(config, "num_attention_heads")
     num_kv_heads = _positive(config, "num_key_value_heads", num_heads)
@@ -121,105 +253,104 @@ def _shape(
         raise _wrong(
             f"num_attention_heads {num_heads} is no multiple of num_key_value_heads {num_kv_heads}"
         )
+    num_layers, inner = (
+        _positive(config, "num_hidden_layers"),
+        _positive(config, "intermediate_size"),
+    )
+    head_dim = _positive(config, "head_dim", hidden_size // num_heads)
+    vocab_size = _positive(config, "vocab_size")
     architectures = outer.get("architectures") or config.get("architectures") or [""]
-    sizes = {
-        "num_layers": _positive(config, "num_hidden_layers"),
-        "num_attention_heads": num_heads,
-        "num_kv_heads": num_kv_heads,
-        "head_dim": _positive(config, "head_dim", hidden_size // num_heads),
-        "hidden_size": hidden_size,
-        "intermediate_size": _positive(config, "intermediate_size"),
-        "vocab_size": _positive(config, "vocab_size"),
-    }
+
+    num_experts = num_idle_experts = 0
+    inner_layer = 3 * hidden_size * inner
+    expert = inner_layer + 2 * inner + hidden_size
+    if family.has_experts:
+        num_experts = _positive(config, "num_local_experts")
+        num_idle_experts = num_experts - _positive(config, "num_experts_per_tok")
+        if num_idle_experts < 0:
+            raise _wrong(f"num_experts_per_tok is over num_local_experts {num_experts}")
+        inner_layer = num_experts * (expert + hidden_size + 1)  # each with its row of the router
+    query_size, kv_size = num_heads * head_dim, num_kv_heads * head_dim
+    # Queries and output, keys and values; then norms, biases and the inner layer.
+    layer = 2 * hidden_size * query_size + 2 * hidden_size * kv_size + inner_layer
+    layer += family.norms_per_layer * hidden_size + (2 * head_dim if family.qk_norm else 0)
+    has_attention_bias = "attention_bias" in family.others and bool(config["attention_bias"])
+    if family.qkv_bias or has_attention_bias:
+        layer += query_size + 2 * kv_size
+    if has_attention_bias:
+        layer += hidden_size
+    if "mlp_bias" in family.others and config["mlp_bias"]:
+        layer += 2 * inner + hidden_size
+    layer += num_heads if family.has_sinks else 0
+    # A tied output layer is the embedding itself.
+    embeddings = vocab_size * hidden_size * (1 if config["tie_word_embeddings"] else 2)
+
     return ModelShape(
-        **sizes,
         architecture=str(architectures[0]),
         model_type=str(config["model_type"]),
+        num_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        hidden_size=hidden_size,
+        intermediate_size=inner,
+        vocab_size=vocab_size,
         max_position_embeddings=_positive(config, "max_position_embeddings"),
-        layer_windows=_windows(config, family),
+        layer_windows=_windows(config, family, num_layers),
         dtype=_dtype(outer) or _dtype(config),
         tie_word_embeddings=bool(config["tie_word_embeddings"]),
         # The inner ids may be the family's defaults; what the outer file states is the model's.
         eos_token_ids=_end_tokens(generation, outer if "eos_token_id" in outer else config),
-        num_parameters=_count_parameters(config, family, sizes),
-        num_experts=_positive(config, "num_local_experts") if family.has_experts else 0,
-        num_idle_parameters=_count_idle_parameters(config, sizes) if family.has_experts else 0,
+        num_parameters=num_layers * layer + embeddings + hidden_size,
+        num_experts=num_experts,
+        num_idle_parameters=num_layers * num_idle_experts * expert,
     )
 
 
-def _windows(config: dict[str, Any], family: Family) -> tuple[int | None, ...]:
+def _windows(config: Config, family: Family, num_layers: int) -> Windows:
+    """Return the window of each layer, by layer_types or by the rule of the family."""
+    if family.slides is None:
+        return (None,) * num_layers
+    is_on = config.get("use_sliding_window", True)
+    window = _positive(config, "sliding_window") if is_on and config["sliding_window"] else None
+    types = config.get("layer_types")
     try:
-        windows = family.layer_windows(config)
-    except (TypeError, IndexError, KeyError, ZeroDivisionError) as error:
+        if types is None:
+            slides = [
+                window is not None and family.slides(config, layer) for layer in range(num_layers)
+            ]
+            types = [_SLIDING if each else _FULL for each in slides]
+        unknown = set(types) - {_FULL, _SLIDING}
+        is_short = len(types) != num_layers
+    except (TypeError, IndexError, ZeroDivisionError) as error:
         raise _wrong(f"layer_types or sliding_window cannot be read ({error})") from None
-    # A window includes the current token, so it is at least 1.
-    for window in windows:
-        if window is not None:
-            _positive({"sliding_window": window}, "sliding_window")
-    return windows
-
-
-def _count_parameters(config: dict[str, Any], family: Family, sizes: Mapping[str, int]) -> int:
-    hidden_size, inner, head_dim = (
-        sizes[name] for name in ("hidden_size", "intermediate_size", "head_dim")
-    )
-    query_size, kv_size = (
-        sizes[name] * head_dim for name in ("num_attention_heads", "num_kv_heads")
-    )
-    # Queries and output, keys and values; then norms, biases and the inner layer.
-    layer = 2 * hidden_size * query_size + 2 * hidden_size * kv_size
-    layer += family.norms_per_layer * hidden_size + (2 * head_dim if family.qk_norm else 0)
-    if family.qkv_bias or _reads(config, family, "attention_bias"):
-        layer += query_size + 2 * kv_size
-    if _reads(config, family, "attention_bias"):
-        layer += hidden_size
-    if _reads(config, family, "mlp_bias"):
-        layer += 2 * inner + hidden_size
-    layer += sizes["num_attention_heads"] if family.has_sinks else 0
-    if family.has_experts:
-        router = hidden_size + 1
-        layer += _positive(config, "num_local_experts") * (_expert_parameters(sizes) + router)
+    if unknown:
+        reason = (
+            f"layers of type {min(unknown)!r} cannot be served: only full and sliding-window "
+            "attention keep a paged KV cache here"
+        )
+    elif is_short:
+        reason = f"layer_types names {len(types)} layers, num_hidden_layers is {num_layers}"
+    elif window is None and _SLIDING in types:
+        reason = (
+            "layer_types has sliding_attention, but config.json switches the sliding window off"
+        )
+    elif family.has_one_window and len({*types}) > 1:
+        reason = "layer_types has more than one kind: the model gives all layers one window"
     else:
-        layer += 3 * hidden_size * inner
-    # A tied output layer is the embedding itself.
-    embeddings = sizes["vocab_size"] * hidden_size * (1 if config["tie_word_embeddings"] else 2)
-    return sizes["num_layers"] * layer + embeddings + hidden_size
+        return tuple(window if each == _SLIDING else None for each in types)
+    fix = "Correct config.json of the model."
+    raise UnsupportedModelError(reason, field="model", value=config["model_type"], fix=fix)
 
 
-def _count_idle_parameters(config: dict[str, Any], sizes: Mapping[str, int]) -> int:
-    num_experts = _positive(config, "num_local_experts")
-    num_used = _positive(config, "num_experts_per_tok")
-    if num_used > num_experts:
-        raise _wrong(f"num_experts_per_tok {num_used} is over num_local_experts {num_experts}")
-    return sizes["num_layers"] * (num_experts - num_used) * _expert_parameters(sizes)
-
-
-def _expert_parameters(sizes: Mapping[str, int]) -> int:
-    """Return the parameters of one expert, without its router."""
-    hidden_size, inner = sizes["hidden_size"], sizes["intermediate_size"]
-    return 3 * hidden_size * inner + 2 * inner + hidden_size
-
-
-def _reads(config: dict[str, Any], family: Family, key: str) -> bool:
-    return key in family.defaults and bool(config[key])
-
-
-def _language_model(outer: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of the file that describes the language model."""
-    if outer.get("model_type") == "gemma3" and isinstance(outer.get("text_config"), dict):
-        text_config: dict[str, Any] = outer["text_config"]
-        return {"model_type": "gemma3_text"} | text_config
-    return outer
-
-
-def _refuse_unsupported(config: dict[str, Any]) -> None:
+def _unsupported_because(config: Config) -> str:
     reasons = {
         "encoder-decoder models have a cross-attention cache": config.get("is_encoder_decoder"),
         "multi-head latent attention (MLA, kv_lora_rank) has no KV heads to page": config.get(
             "kv_lora_rank"
         ),
         "Mamba and other state-space or linear-attention layers keep a state, not KV blocks": (
-            _has_recurrent_layers(config)
+            _is_recurrent(config)
         ),
         "mixture of experts (MoE) is only supported in gpt_oss": (
             config.get("model_type") != "gpt_oss" and any(map(config.get, _EXPERTS))
@@ -235,26 +366,26 @@ def _refuse_unsupported(config: dict[str, Any]) -> None:
         "rotary embedding whose frequencies depend on the length of the batch (rope_type dynamic, "
         "longrope)": _has_moving_rope(config),
     }
-    for reason, found in reasons.items():
-        if found:
-            model_type = config.get("model_type")
-            message = f"model_type {model_type!r} cannot be served: {reason}"
-            raise UnsupportedModelError(message, field="model", value=model_type)
+    return next((reason for reason, found in reasons.items() if found), "")
 
 
-def _has_recurrent_layers(config: dict[str, Any]) -> bool:
-    layer_types = config.get("layer_types")
-    types = {str(kind) for kind in layer_types} if isinstance(layer_types, list) else set()
+def _layer_types(config: Config) -> set[str]:
+    types = config.get("layer_types")
+    return {str(kind) for kind in types} if isinstance(types, list) else set()
+
+
+def _is_recurrent(config: Config) -> bool:
     return (
         "mamba" in str(config.get("model_type"))
         or any(map(config.get, _RECURRENT))
-        or bool(_RECURRENT_LAYERS & types)
+        or bool(_RECURRENT_LAYERS & _layer_types(config))
     )
 
 
-def _has_moving_rope(config: dict[str, Any]) -> bool:
+def _has_moving_rope(config: Config) -> bool:
     found = [config.get("rope_scaling"), config.get("rope_parameters")]
     settings = [item for item in found if isinstance(item, dict)]
+    # Gemma 3 has settings for each kind of layer.
     settings += [
         nested for item in settings for nested in item.values() if isinstance(nested, dict)
     ]
@@ -264,7 +395,7 @@ def _has_moving_rope(config: dict[str, Any]) -> bool:
     )
 
 
-def _positive(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+def _positive(config: Config, key: str, default: int | None = None) -> int:
     value = config.get(key)
     if value is None and default is not None:
         return default
@@ -279,34 +410,13 @@ def _wrong(message: str) -> ConfigError:
     return ConfigError(f"config.json: {message}", field="model", fix=fix)
 
 
-def _dtype(config: dict[str, Any]) -> str | None:
+def _dtype(config: Config) -> str | None:
     value = config.get("dtype") or config.get("torch_dtype")
     return value.removeprefix("torch.") if isinstance(value, str) else None
 
 
-def _end_tokens(*configs: dict[str, Any]) -> tuple[int, ...]:
+def _end_tokens(*configs: Config) -> tuple[int, ...]:
     """Return the ids of all files in order, each once."""
-    found: dict[int, None] = {}
-    for config in configs:
-        value = config.get("eos_token_id")
-        for token_id in value if isinstance(value, list) else [value]:
-            if isinstance(token_id, int):
-                found[token_id] = None
-    return tuple(found)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    fix = f"Correct {path.name} of the model."
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ValueError(f"larger than {MAX_CONFIG_BYTES} bytes")
-        content = json.loads(path.read_text("utf-8"))
-        if not isinstance(content, dict):
-            raise TypeError("it holds no JSON object")
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        if isinstance(error, OSError):
-            fix = "Name a directory in Hugging Face layout: config.json, tokenizer.json, "
-            fix += "*.safetensors."
-        message = f"{path} cannot be read: {error}"
-        raise ConfigError(message, field="model", value=str(path.parent), fix=fix) from None
-    return content
+    values = [config.get("eos_token_id") for config in configs]
+    listed = [value if isinstance(value, list) else [value] for value in values]
+    return tuple(dict.fromkeys(each for ids in listed for each in ids if isinstance(each, int)))

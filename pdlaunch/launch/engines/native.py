@@ -39,7 +39,6 @@ class NativeEngine:
                 ports={"side_channel": 0},
                 devices=(device,),
                 num_threads=engine.engines.num_threads,
-                cpus=engine.host.machine.cpus,
             )
             for tp_rank, device in enumerate(engine.devices)
         ]
@@ -54,7 +53,6 @@ class NativeEngine:
             command=python_command("pdlaunch.engine.server", "--name", name),
             environment=light_environment(),
             ports={"http": engine.engines.http_port(engine.index)},
-            cpus=engine.host.machine.cpus,
         )
         return (*ranks, server)
 

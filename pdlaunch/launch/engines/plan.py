@@ -120,7 +120,6 @@ def _router(port: int, here: ResolvedHost) -> ProcessSpec:
         environment=light_environment(),
         ports={"http": port},
         host=here.name,
-        cpus=here.machine.cpus,
     )
 
 
@@ -139,5 +138,4 @@ def _conversion(here: ResolvedHost, index: int, source: str) -> ProcessSpec:
         ),
         environment={"PYTHONUNBUFFERED": "1"},
         host=here.name,
-        cpus=here.machine.cpus,
     )

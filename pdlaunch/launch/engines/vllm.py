@@ -89,7 +89,6 @@ class VllmEngine:
                 ports={"http": engines.http_port(index)},
                 devices=tuple(f"cuda:{device}" for device in devices) or ("cpu",),
                 num_threads=engines.num_threads,
-                cpus=engines.machine.cpus,
             ),
         )
 

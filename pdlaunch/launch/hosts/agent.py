@@ -347,8 +347,6 @@ def _look(asked: Look) -> Seen:
     return Seen(
         missing_paths=[each for each in asked.paths if not Path(each).exists()],
         busy_ports={
-            port: state.detail or state.problem
-            for port, state in states.items()
-            if state is not None and state.problem
+            port: state.detail or state.problem for port, state in states.items() if state.problem
         },
     )

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pdlaunch.config.model_files.families import supported_families
-from pdlaunch.config.model_files.shape import ModelShape, read_model_shape
+from pdlaunch.config.model_files.shape import FAMILIES, ModelShape, read_model_shape
 from pdlaunch.errors import ConfigError, UnsupportedModelError
 
 SMALL = {
@@ -119,7 +118,7 @@ def test_equals_transformers(case: str, tmp_path: Path) -> None:
     assert as_we_read(read_model_shape(directory), expected) == expected
 
 
-@pytest.mark.parametrize("family", sorted(supported_families()))
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_silent_file_means_the_family_defaults(family: str, tmp_path: Path) -> None:
     shape = read_model_shape(write(tmp_path, model_type=family))
     config = AutoConfig.from_pretrained(tmp_path)
@@ -208,10 +207,18 @@ def test_impossible_sizes_are_named(settings: dict[str, Any], name: str, tmp_pat
         read_model_shape(write(tmp_path, model_type="llama", **settings))
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b" " * (1 << 24)]
+)
 def test_broken_file_is_named(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ConfigError, match=r"config\.json"):
+        read_model_shape(tmp_path)
+
+
+def test_a_file_without_an_end_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").symlink_to("/dev/zero")
+    with pytest.raises(ConfigError, match="no regular file"):
         read_model_shape(tmp_path)
 
 

@@ -26,7 +26,7 @@ SHAPE = {
 def resolved(folder: Path, **values: object) -> ResolvedLaunch:
     (folder / "config.json").write_text(json.dumps(SHAPE))
     config = LaunchConfig.model_validate({"model": str(folder), **values})
-    return resolve(config, {"local": Machine(cpus=(0, 1))}, {})
+    return resolve(config, {"local": Machine(num_cpus=2)}, {})
 
 
 def test_the_decode_ranks_prove_the_pairs(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from pdlaunch.planning.models import Model
 from pdlaunch.planning.plan import Plan
 from pdlaunch.planning.resolve import ResolvedLaunch, resolve
 
-CPU = Machine(cpus=(0, 1, 2, 3, 4, 5, 6, 7))
-FOUR_GPUS = Machine(cpus=tuple(range(16)), gpus=tuple(Gpu(index) for index in range(4)))
+CPU = Machine(num_cpus=8)
+FOUR_GPUS = Machine(num_cpus=16, gpus=tuple(Gpu(index) for index in range(4)))
 
 
 def config(**values: object) -> LaunchConfig:
@@ -73,7 +73,7 @@ def test_gpus_are_dealt_round_robin_over_all_ranks() -> None:
 @pytest.mark.parametrize(("num_cpus", "expected"), [(8, 2), (3, 1), (1, 1)])
 def test_cores_are_shared_evenly_and_every_rank_gets_one(num_cpus: int, expected: int) -> None:
     settings = config(prefill={"replicas": 2}, decode={"tensor_parallel_size": 2})
-    planned = plan(settings, Machine(cpus=tuple(range(num_cpus))))
+    planned = plan(settings, Machine(num_cpus=num_cpus))
     ranks = [p for p in planned.processes if p.kind == "rank"]
     assert {rank.num_threads for rank in ranks} == {expected}
     assert {rank.environment["OMP_NUM_THREADS"] for rank in ranks} == {str(expected)}

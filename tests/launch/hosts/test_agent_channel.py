@@ -33,8 +33,7 @@ from pdlaunch.launch.hosts.agent_messages import (
     to_agent,
 )
 from pdlaunch.launch.hosts.join import JoinKeys, JoinTicket, new_join_keys
-from pdlaunch.machine.availability import probe_port
-from pdlaunch.machine.facts import PortState
+from pdlaunch.machine.availability import PortState, probe_port
 from pdlaunch.protocol.sockets import SecureContext
 from tests.e2e.waiting import await_true
 

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.processes
 
 
 def join_of(name: str, num_cores: int) -> Join:
-    machine = Machine(cpus=tuple(range(num_cores)), memory_bytes=64 << 30)
+    machine = Machine(num_cpus=num_cores, memory_bytes=64 << 30)
     return Join(
         name=name, address="127.0.0.1", machine=encode_machine(machine, {}), python=sys.executable
     )
