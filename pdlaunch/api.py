@@ -16,7 +16,7 @@ from pydantic import SecretStr
 from pdlaunch.checks.probes import probe_files, probe_ports
 from pdlaunch.checks.run import Report, run_checks
 from pdlaunch.config import sources
-from pdlaunch.config.model_files.find import fetch_part
+from pdlaunch.config.model_files.download import fetch_part
 from pdlaunch.config.settings import VARIABLE_PREFIX, variable_paths
 from pdlaunch.config.sources import OTHER_VARIABLES, LoadedConfig
 from pdlaunch.errors import ConfigError, PdlaunchError, StartupError

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from pdlaunch.checks.probed import Probes
 from pdlaunch.checks.probes import ask_nixl, probe_engine_flags, probe_files, probe_ports
@@ -17,8 +16,8 @@ from pdlaunch.cli.findings import OutputOption, StrictOption, print_report, refu
 from pdlaunch.cli.flags import with_serve_flags
 from pdlaunch.cli.joining import with_placed_hosts
 from pdlaunch.cli.machines import AssumeOption, judged_machine
-from pdlaunch.cli.own_deployment import ShownDownloads
 from pdlaunch.cli.preflight import probe_transport, refuse_running_engines
+from pdlaunch.config.model_files.download import fetch_part
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch.engines.plan import kind_of
@@ -69,7 +68,7 @@ def check_config(
         loaded.config,
         hosts,
         judged.environ,
-        read(loaded.config, ShownDownloads(Console(stderr=True))),
+        read(loaded.config, fetch_part),
     )
     probes = Probes()
     if is_this:

@@ -18,8 +18,8 @@ from pdlaunch import __version__
 from pdlaunch.cli.flags import ServeCommand, with_serve_flags
 from pdlaunch.cli.machines import AssumeOption, judged_machine
 from pdlaunch.cli.output import refuse
-from pdlaunch.cli.own_deployment import ShownDownloads
 from pdlaunch.cli.preflight import refuse_errors, refuse_running_engines
+from pdlaunch.config.model_files.download import fetch_part
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch.hosts.join import new_join_keys
@@ -194,7 +194,7 @@ def _placed(
         config,
         planned_hosts(config, judged.machine, judged.environ, pods),
         judged.environ,
-        read(config, ShownDownloads(errors)),
+        read(config, fetch_part),
     )
     resolved.require_startable()
     refuse_errors(resolved, loaded.origins, errors, elsewhere=True, undone="not rendered")

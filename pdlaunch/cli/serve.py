@@ -32,9 +32,9 @@ from pdlaunch.cli.live import StartView, StatusLine, reader_of, ready_rows
 from pdlaunch.cli.machines import AssumeOption, Judged, judged_machine
 from pdlaunch.cli.options import StopOption
 from pdlaunch.cli.output import Format, refuse, safe
-from pdlaunch.cli.own_deployment import ShownDownloads
 from pdlaunch.cli.preflight import judge_pairs, refuse_errors, refuse_running_engines
 from pdlaunch.cli.steady_output import standard_input, steady_output
+from pdlaunch.config.model_files.download import fetch_part
 from pdlaunch.config.roles import Role
 from pdlaunch.config.sources import LoadedConfig, load_config
 from pdlaunch.errors import ConfigError, StartupError
@@ -109,7 +109,7 @@ def serve(
                 )
             judged = judged_machine(assume, loaded.config)
             if dry_run:
-                resolved = _resolve(loaded, judged, None, ShownDownloads(errors))[0]
+                resolved = _resolve(loaded, judged, None)[0]
                 refuse_errors(
                     resolved, loaded.origins, errors, elsewhere=judged.assumed is not None
                 )
@@ -130,7 +130,7 @@ def serve(
 
 
 def _resolve(
-    loaded: LoadedConfig, judged: Judged, agents: Agents | None, downloads: ShownDownloads
+    loaded: LoadedConfig, judged: Judged, agents: Agents | None
 ) -> tuple[ResolvedLaunch, Mapping[Role, Model]]:
     """Return a launch that can be started, and its models. Raises ConfigError."""
     config, joined = loaded.config, None
@@ -139,7 +139,7 @@ def _resolve(
         config = config.model_copy(update={"control_address": agents.address})
         joined = agents.joined
     hosts = planned_hosts(config, judged.machine, judged.environ, joined)
-    models = read_models(loaded.config, downloads)
+    models = read_models(loaded.config, fetch_part)
     resolved = resolve_on(loaded.config, hosts, judged.environ, models)
     resolved.require_startable()
     return resolved, models
@@ -149,7 +149,7 @@ def _launch(
     loaded: LoadedConfig, judged: Judged, lifeline: int | None, errors: Console, *, resume: bool
 ) -> LaunchOutcome:
     """Wait for agents, judge, start and serve; raises ConfigError and StartupError."""
-    config, launch_id, downloads = loaded.config, new_launch_id(), ShownDownloads(errors)
+    config, launch_id = loaded.config, new_launch_id()
     with contextlib.ExitStack() as stack:
         agents = log_dir = None
         if config.placement != "local":
@@ -157,12 +157,12 @@ def _launch(
             agents = stack.enter_context(
                 joined_agents(config, os.environ, log_dir, errors, resume=resume)
             )
-        resolved, models = _resolve(loaded, judged, agents, downloads)
+        resolved, models = _resolve(loaded, judged, agents)
         refuse_errors(resolved, loaded.origins, errors)
         # Before anything is started, so that a taken port costs no start.
         check_engine_ports(resolved)
         listeners = stack.enter_context(listening(config.host, config.port))
-        fetch_weights(config, models, downloads)
+        fetch_weights(config, models, fetch_part)
         if agents is not None:
             require_hosts(agents, resolved)
         log_dir = log_dir or new_log_dir(config, launch_id)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pdlaunch.config.model_files.find import Fetch, NotDownloadedError, is_on_hub, resolve_model
+from pdlaunch.config.model_files.download import Fetch
+from pdlaunch.config.model_files.find import NotDownloadedError, is_on_hub, resolve_model
 from pdlaunch.config.model_files.shape import ModelShape, read_model_shape, unproven_layers
 from pdlaunch.config.model_files.weights import check_gguf, weight_files
 from pdlaunch.config.models import LaunchConfig

