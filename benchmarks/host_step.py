@@ -19,8 +19,9 @@ from pdlaunch.engine.lifecycle import RequestLifecycle
 from pdlaunch.engine.rows import RowTable
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.step import StepOutput, StepPlan
-from pdlaunch.protocol.engine import AddRequest, Outputs, SamplingParams, TokenOutput, from_rank
+from pdlaunch.protocol.engine import AddRequest, Outputs, SamplingParams, from_rank
 from pdlaunch.protocol.ids import EngineId, RequestId
+from pdlaunch.protocol.kv_params import TokenOutput
 
 BLOCK_SIZE = 16
 Result = TypeVar("Result")

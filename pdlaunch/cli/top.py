@@ -39,8 +39,7 @@ from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.admin import read_requests, read_status, read_trace, reading_api
 from pdlaunch.launch.client.api import Api
 from pdlaunch.observe.logs import escape_controls
-from pdlaunch.protocol.requests import RequestSummary, RequestTrace
-from pdlaunch.protocol.status import DeploymentStatus, EngineStatus
+from pdlaunch.protocol.status import DeploymentStatus, EngineStatus, RequestSummary, RequestTrace
 
 NUM_REQUESTS = 50
 READ_TIMEOUT_S = 5.0

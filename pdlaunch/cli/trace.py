@@ -28,7 +28,7 @@ from pdlaunch.launch.client.admin import Choice, read_requests, read_trace, read
 from pdlaunch.observe.logs import escape_controls
 from pdlaunch.observe.spans import Attribute
 from pdlaunch.protocol.ids import HttpRequestId
-from pdlaunch.protocol.requests import RequestTrace, SpanView
+from pdlaunch.protocol.status import RequestTrace, SpanView
 from pdlaunch.router.request_history import format_request
 
 Event = dict[str, Any]

@@ -21,16 +21,9 @@ from pdlaunch.engine.kvcache.manager import KVCacheManager
 from pdlaunch.engine.offload.jobs import JobFinished
 from pdlaunch.engine.offload.planner import OffloadPlanner
 from pdlaunch.engine.request import Phase, Request, RequestQueues
-from pdlaunch.protocol.engine import (
-    AddRequest,
-    EngineStats,
-    FinishReason,
-    RequestFinished,
-    TokenOutput,
-    Tokens,
-)
+from pdlaunch.protocol.engine import AddRequest, EngineStats, FinishReason, RequestFinished, Tokens
 from pdlaunch.protocol.ids import EngineId, LeaseId, RequestId, lease_of
-from pdlaunch.protocol.kv_params import RemoteKV
+from pdlaunch.protocol.kv_params import RemoteKV, TokenOutput
 from pdlaunch.protocol.transfer import (
     EndLease,
     LeaseEnded,

@@ -33,9 +33,9 @@ from pdlaunch.machine.network import tcp_endpoint
 from pdlaunch.protocol.control import (
     Address,
     Answered,
-    AwaitIdle,
     Drain,
     Drained,
+    EngineIdle,
     FromSupervisor,
     Happened,
     Progress,
@@ -303,7 +303,7 @@ class RankProcess:
                 self._control.send(Drained())
             case Stop():
                 self._stopped = True
-            case Suspects() | Answered() | AwaitIdle() | Happened():
+            case Suspects() | Answered() | EngineIdle() | Happened():
                 pass  # said to routers alone
 
     def _on_control(self, message: FromSupervisor) -> None:

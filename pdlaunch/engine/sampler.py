@@ -22,7 +22,8 @@ import torch
 
 from pdlaunch.engine.device_copies import Download, upload, upload_array
 from pdlaunch.engine.models.attention import FloatArray, IntArray
-from pdlaunch.protocol.engine import SamplingParams, TokenOutput
+from pdlaunch.protocol.engine import SamplingParams
+from pdlaunch.protocol.kv_params import TokenOutput
 
 LEAST_TEMPERATURE = 0.01  # temperatures between 0 and this one are raised to it. Source: vLLM.
 NUCLEUS_GUESS_TOKENS = 256

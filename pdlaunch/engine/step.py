@@ -7,8 +7,9 @@ step carries only what is new. Rank 0 sends the same ``StepPlan`` to all ranks o
 from __future__ import annotations
 
 from pdlaunch.engine.offload.jobs import JobFinished, OffloadJob
-from pdlaunch.protocol.engine import SamplingParams, TokenOutput
+from pdlaunch.protocol.engine import SamplingParams
 from pdlaunch.protocol.ids import RequestId
+from pdlaunch.protocol.kv_params import TokenOutput
 from pdlaunch.protocol.transfer import TransferCommand, TransferEvent
 from pdlaunch.protocol.wire import Codec, Message
 

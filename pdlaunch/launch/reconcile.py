@@ -39,7 +39,7 @@ from pdlaunch.launch.state import (
     Unit,
 )
 from pdlaunch.launch.status import Failure, LaunchPhase, ProcessState, startup_timeout
-from pdlaunch.protocol.control import Answered, AwaitIdle, Drain, Stop
+from pdlaunch.protocol.control import Answered, Drain, EngineIdle, Stop
 
 _WORKING = (ProcessState.READY, ProcessState.DRAINING)
 _DRAINED_KIND = {LaunchPhase.DRAINING_ROUTER: "router", LaunchPhase.DRAINING_ENGINES: "server"}
@@ -300,7 +300,7 @@ def _retire(
         elif engine.server.is_drained and not engine.awaits_readers:
             engine.awaits_readers = True
             for router in seen.routers:
-                yield SendMessage(router.name, AwaitIdle(engine=engine.name))
+                yield SendMessage(router.name, EngineIdle(engine=engine.name))
         if engine.is_idle or moment.due(engine.stop_at):
             yield from _stop(engine, wanted, moment)
     if engine.stop_at is not None:

@@ -39,7 +39,7 @@ from pdlaunch.launch.registry import Views, next_registry
 from pdlaunch.launch.state import Desired, Goal, Observed, Timing, make_units
 from pdlaunch.launch.status import Failure, LaunchPhase, Observer, ProcessState
 from pdlaunch.planning.plan import Plan
-from pdlaunch.protocol.control import Alive, AwaitIdle, Happened, Registry, Suspects
+from pdlaunch.protocol.control import Alive, EngineIdle, Happened, Registry, Suspects
 
 logger = logging.getLogger(__name__)
 
@@ -249,7 +249,7 @@ class Supervisor:
             self._host.send(name, msgspec.structs.replace(happened, ago_s=ago_s))
         for engine in self.seen.engines.values():
             if engine.awaits_readers and engine.stop_at is not None:
-                self._host.send(name, AwaitIdle(engine=engine.name))
+                self._host.send(name, EngineIdle(engine=engine.name))
 
     def _note(self, note: Note) -> None:
         logger.info("%s", note.text)

@@ -18,12 +18,8 @@ ProcessKind = Literal["router", "server", "rank"]
 ListedState = Literal["starting", "ready", "draining", "sleeping", "stalled", "failed"]
 """``stalled``: ready, but silent for long; ``failed``: a server whose engine died too often."""
 EndReason = Literal["died", "hung"]
-
-
 Withheld = Literal["", "joining", "draining", "leaving"]
-"""Why an engine that is ready is given no new work: its pairs are yet to be proven, somebody drains
-it, or it is about to be removed.
-"""
+"""Why an engine that is ready is given no new work."""
 RefusalCode = Literal["engine_not_found", "not_now", "refused"]
 
 
@@ -51,23 +47,22 @@ class Capabilities(Message, tag=False):
     """Tells what an engine can do; the router reads it instead of assuming it."""
 
     resumes: bool = False  # accepts output tokens so far with a prompt
+    # Answers do_remote_decode with the first token under the ``pdlaunch`` key.
     gives_first_token: bool = False
-    """Answers do_remote_decode with the first token under the ``pdlaunch`` key."""
     kind: str = "native"
-    version: str = ""  # version of the engine's software; empty until it is known
+    version: str = ""  # of the engine's software; empty until it is known
+    # Does not verify what it pulls, so it pulls only over pairs that a canary has proven. A lease
+    # is read once.
     needs_proof: bool = False
-    """Does not verify what it pulls, so it pulls only over pairs that a canary has proven. A lease
-    is read once.
-    """
+    # Seconds for which a prefill engine that needs proof keeps blocks; 0: not known.
     lease_s: float = 0.0
-    """Seconds for which a prefill engine that needs proof keeps blocks; 0: not known."""
+    # Goes on after output tokens that stand behind the token ids of their prompt.
     continues: bool = False
-    """Goes on after output tokens that stand behind the token ids of their prompt."""
     splits_reasoning: bool = False  # its answers to chats have the reasoning apart from the content
+    # Knows fields and models that the router does not: bodies and answers pass unchanged.
     has_own_fields: bool = False
-    """Knows fields and models that the router does not: bodies and answers pass unchanged."""
+    # Asks routers for the launch's token; else for ``engine_api_key``, where that is set.
     takes_launch_token: bool = True
-    """Asks routers for the launch's token; else for ``engine_api_key``, where that is set."""
 
     @property
     def goes_on(self) -> bool:
@@ -84,22 +79,22 @@ class Entry(Message, tag=False):
     host: str = ""  # name of its host; empty: the supervisor's own, or not known
     engine: str = ""
     role: Role | None = None
+    # Those of its ranks, as ``cuda:0`` on its host, or ``cpu``; empty: not known.
     devices: tuple[str, ...] = ()
-    """Those of its ranks, as ``cuda:0`` on its host, or ``cpu``; empty: not known."""
     tp_rank: int = 0
     tp_size: int = 1
-    engine_id: EngineId = EngineId("")  # the id of a rank's TP group in this incarnation
+    engine_id: EngineId = EngineId("")  # of a rank's TP group in this incarnation
     address: Address = msgspec.field(default_factory=Address)
     capabilities: Capabilities = msgspec.field(default_factory=Capabilities)
     state: ListedState = "starting"
     reason: str = ""  # why it is ``failed`` or ``withheld``, and what comes next; for people
+    # The engines that a server's engine exchanges KV blocks with; None: all.
     peers: tuple[str, ...] | None = None
-    """The engines that a server's engine exchanges KV blocks with; None: all."""
-    withheld: Withheld = ""  # why routers give a server's engine no new work though it is ready
+    withheld: Withheld = ""
 
 
 class Register(Message):
-    """Registers a process, as its first message and when its addresses change."""
+    """Comes first from a process, and again when its addresses change."""
 
     name: str
     incarnation: int
@@ -186,14 +181,12 @@ class SleepState(Message):
 
 
 class CommandToEngine(Message):
-    """The router asks to do something to an engine; the answer is an ``Answered``."""
-
-    question: int  # comes back with the answer
+    question: int  # comes back with the answer, an ``Answered``
     name: str  # names the engine, or one of its processes
 
 
 class Restart(CommandToEngine):
-    """Asks to start an engine anew."""
+    """Asks, from the router, to start an engine anew."""
 
 
 class SetDrained(CommandToEngine):
@@ -206,13 +199,12 @@ class ChangeEngines(Message):
     """Asks for another number of engines of some roles, or for an engine under another role."""
 
     question: int
-    replicas: dict[Role, int] = msgspec.field(default_factory=dict)
-    """Numbers of engines; other roles keep theirs."""
+    replicas: dict[Role, int] = msgspec.field(default_factory=dict)  # other roles keep theirs
     turn: str = ""  # the engine, or one of its processes, that takes ``role``
     role: Role | None = None
     dry_run: bool = False  # say what would be done, and do nothing
+    # Seconds that running requests get at an engine that stops; None: ``drain_timeout_s``.
     drain_s: float | None = None
-    """Seconds that running requests get at an engine that stops; None: ``drain_timeout_s``."""
 
 
 class PlannedEngine(Message, tag=False):
@@ -226,14 +218,12 @@ class PlannedEngine(Message, tag=False):
 
 
 class PlannedChange(Message, tag=False):
-    """Describes a change of the engines of a launch."""
-
     replicas: dict[Role, int]  # engines of each role once it is done
     starts: list[PlannedEngine]
     stops: list[str]
     stops_first: bool
+    # Seconds that running requests get at an engine that stops, before they go on elsewhere.
     drain_s: float
-    """Seconds that running requests get at an engine that stops, before they go on elsewhere."""
 
 
 class Answered(Message):
@@ -241,7 +231,7 @@ class Answered(Message):
 
     question: int
     engine: str = ""
-    incarnation: int = 0  # the incarnation of the server that a restart replaces
+    incarnation: int = 0  # of the server that a restart replaces
     error: str = ""
     code: RefusalCode = "refused"
     notes: list[str] = msgspec.field(default_factory=list)
@@ -249,16 +239,10 @@ class Answered(Message):
     is_done: bool = True  # another answer follows when it is
 
 
-class AwaitIdle(Message):
-    """Asks a router to tell when an engine that is given no new work has none left, and nobody has
-    yet to read KV blocks that it has computed.
-    """
-
-    engine: str
-
-
 class EngineIdle(Message):
-    """Answers AwaitIdle."""
+    """Asks a router to tell when an engine that is given no new work has none left, and nobody has
+    yet to read KV blocks that it has computed; the router says it back then.
+    """
 
     engine: str
 
@@ -280,11 +264,11 @@ class Registry(Message):
 
     version: int
     entries: list[Entry]
+    # Every process and pair has been ready; before that the router takes no request.
     serving: bool = True
-    """Every process and pair has been ready; before that the router takes no request."""
     pairs: list[PairReady] = []  # the paths between ranks that are proven now
+    # How often processes have ended while the launch served, by name.
     ends: dict[str, dict[EndReason, int]] = {}
-    """Counts the ends of processes while the launch served, by name."""
 
 
 class Suspects(Message):
@@ -294,8 +278,7 @@ class Suspects(Message):
     """
 
     origins: list[PromptOrigin]  # ``AddRequest.origin`` of the requests in the last step
-    repeated: list[PromptOrigin]
-    """Requests among ``origins`` that were suspects already: one at most."""
+    repeated: list[PromptOrigin]  # those that were suspects already: one at most
 
 
 class Drain(Message):
@@ -317,7 +300,7 @@ class Happened(Message):
     decode: str = ""  # the engines of a pair that has failed
 
 
-FromSupervisor = Registry | Suspects | Drain | Stop | Answered | AwaitIdle | Happened
+FromSupervisor = Registry | Suspects | Drain | Stop | Answered | EngineIdle | Happened
 
 to_supervisor: Codec[ToSupervisor] = Codec(ToSupervisor)
 from_supervisor: Codec[FromSupervisor] = Codec(FromSupervisor)

@@ -10,16 +10,15 @@ from typing import Literal
 
 from pdlaunch.observe.spans import SpanReport
 from pdlaunch.protocol.ids import NO_ORIGIN, PromptOrigin, RequestId
-from pdlaunch.protocol.kv_params import FirstToken, RemoteKV
+from pdlaunch.protocol.kv_params import RemoteKV, TokenOutput
 from pdlaunch.protocol.wire import Codec, Message
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class SamplingParams(Message, tag=False):
-    """Says how output tokens are drawn.
-
-    Output token ``i`` is a pure function of the logits and (seed, choice, i).
+    """Says how output tokens are drawn: token ``i`` is a pure function of the logits and (seed,
+    choice, i).
     """
 
     max_tokens: int
@@ -32,48 +31,28 @@ class SamplingParams(Message, tag=False):
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = {}
+    # Tokens that end the request; those of the model are among them unless ignore_eos.
     stop_token_ids: tuple[int, ...] = ()
-    """Tokens that end the request; the model's own end tokens are among them unless ignore_eos."""
+    # The model's end tokens; masked, as stop_token_ids are, before min_tokens.
     eos_token_ids: tuple[int, ...] = ()
-    """The model's end tokens; masked, as stop_token_ids are, before min_tokens."""
     seed: int = 0
     choice: int = 0
     num_top_logprobs: int | None = None  # none: no logprobs; 0: only of the token itself
-
-
-class TokenOutput(Message, tag=False):
-    """Holds one output token."""
-
-    token_id: int
-    logprob: float | None = None
-    """Natural log of the probability before temperature and truncation (vLLM's `raw_logprobs`)."""
-    top_logprobs: tuple[tuple[int, float], ...] = ()  # (token id, logprob), best first
-
-
-def output_of(first_token: FirstToken) -> TokenOutput:
-    """Return the output token that a prefill engine has drawn."""
-    return TokenOutput(
-        token_id=first_token.token_id,
-        logprob=first_token.logprob,
-        top_logprobs=tuple(first_token.top_logprobs),
-    )
 
 
 class AddRequest(Message):
     request_id: RequestId
     prompt_token_ids: list[int]
     sampling: SamplingParams
-    output: list[TokenOutput] = []
-    """Tokens that this choice has already, from prefill or before a migration."""
+    output: list[TokenOutput] = []  # what this choice has, from prefill or before a migration
+    # Keep the KV blocks under a lease after the last token and answer with kv_transfer_params.
     do_remote_decode: bool = False
-    """Keep the KV blocks under a lease after the last token and answer with kv_transfer_params."""
     num_readers: int = 1  # choices that will pull the leased blocks
     remote_kv: RemoteKV | None = None  # pull the prompt's KV blocks from there
     cache_salt: str = ""
-    origin: PromptOrigin = NO_ORIGIN
-    """The router's number of the prompt, the same for all choices and attempts; below 2^63."""
+    origin: PromptOrigin = NO_ORIGIN  # the same for all choices and attempts; below 2^63
+    # A rank that died computed it: no step has two suspects until they have survived one.
     is_suspect: bool = False
-    """A rank that died computed it: no step has two suspects until they have survived one."""
     records_spans: bool = False
 
 
@@ -88,7 +67,7 @@ class Hello(Message):
 
 
 class SetReaders(Message):
-    """Lowers the number of readers: fewer choices go on after their first token.
+    """Lower the number of readers: fewer choices go on after their first token.
 
     The lease ends when this many have pulled. Unknown ids are ignored.
     """
@@ -98,7 +77,7 @@ class SetReaders(Message):
 
 
 class CheckIntegrity(Message):
-    """Asks to prove the owner of every KV block; answered with one IntegrityReport."""
+    """Prove the owner of every KV block; answered with one IntegrityReport."""
 
     call_id: int
 
@@ -136,8 +115,7 @@ class Tokens(Message):
 
     request_id: RequestId
     tokens: list[TokenOutput]
-    spans: SpanReport | None = None
-    """Spans of the request so far, with its first tokens, where they were asked for."""
+    spans: SpanReport | None = None  # so far, with the first tokens, where they were asked for
 
 
 class RequestFinished(Message):
@@ -148,19 +126,18 @@ class RequestFinished(Message):
     tokens: list[TokenOutput] = []
     stop_token_id: int | None = None  # the token that ended it (it is the last of the tokens)
     error: str | None = None
-    num_cached_tokens: int = 0
-    """Prompt tokens that were not computed here: prefix cache and pulled blocks."""
+    num_cached_tokens: int = 0  # prompt tokens from the prefix cache and pulled blocks
+    # Where the leased blocks can be pulled from; None when nothing is left to decode.
     remote_kv: RemoteKV | None = None
-    """Where the leased blocks can be pulled from; None when nothing is left to decode."""
-    spans: SpanReport | None = None  # spans of the request since its first tokens
+    spans: SpanReport | None = None  # since the first tokens
 
 
 class Welcome(Message):
     """Answers Hello: what the server must know of the engine."""
 
     num_blocks: int
+    # Pools that sleep: the engine serves nothing before all are awake.
     sleeping_tags: list[str] = []
-    """Pools that sleep: the engine serves nothing before all are awake."""
 
 
 class Outputs(Message):
@@ -226,8 +203,6 @@ class EngineStats(Message):
 
 
 class IntegrityReport(Message):
-    """Answers CheckIntegrity."""
-
     call_id: int
     error: str | None  # says what does not hold; None: everything does
     stats: EngineStats

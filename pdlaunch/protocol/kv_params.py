@@ -6,6 +6,7 @@ on unread; ours reads and completes the ``pdlaunch`` key. Source: vLLM 0.24 to 0
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -20,47 +21,63 @@ T = TypeVar("T")
 # Bounded, as larger ones cannot be sent on.
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 _IS_ID = msgspec.Meta(min_length=1, max_length=256)
-_WIRE_NAMES = {
-    "engine_id": "remote_engine_id",
-    "lease_id": "remote_request_id",
-    "host": "remote_host",
-    "port": "remote_port",
-    "block_ids": "remote_block_ids",
-    "num_tokens": "remote_num_tokens",
-    "lease_s": "remote_lease_s",
-}
+# What an error of msgspec says of the place.
+_PLACE = re.compile(r" - at `\$(.*)`$")
+_MISSING = re.compile(r"missing required field `(.*?)`")
 
 
-class RemoteKV(msgspec.Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
+class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Holds one output token, for a server, or for an engine that goes on after it."""
+
+    token_id: _Count
+    # Natural log of the probability before temperature and truncation (vLLM's `raw_logprobs`).
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[_Count, float], ...] = ()  # (token id, logprob), best first
+    # Where the choice ended with this token, for another engine: it needs no decode.
+    finish_reason: str | None = None
+
+
+class RemoteKV(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    rename={
+        "engine_id": "remote_engine_id",
+        "lease_id": "remote_request_id",
+        "host": "remote_host",
+        "port": "remote_port",
+        "block_ids": "remote_block_ids",
+        "num_tokens": "remote_num_tokens",
+        "lease_s": "remote_lease_s",
+    },
+):
     """Locates blocks under lease at a prefill engine."""
 
     engine_id: Annotated[EngineId, _IS_ID]
     lease_id: Annotated[LeaseId, _IS_ID]
     host: Annotated[str, _IS_ID]
     port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
+    # One list for each KV cache group. Informative: decode uses what ``pull_begin`` says.
     block_ids: list[list[_Count]]
-    """One list for each KV cache group. Informative: decode uses what ``pull_begin`` says."""
     num_tokens: _Count
     tp_size: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 1
     lease_s: float = 0.0
 
 
-class FirstToken(msgspec.Struct, frozen=True, kw_only=True):
-    """Holds the first output token of one choice, sampled by the prefill engine."""
-
-    token_id: _Count
-    finish_reason: str | None = None
-    """``stop`` when the choice ended with this token; then it needs no decode."""
-    logprob: float | None = None
-    top_logprobs: list[tuple[_Count, float]] = []
-
-
 class PdlaunchParams(msgspec.Struct, frozen=True, kw_only=True):
     """Holds our key ``pdlaunch`` inside kv_transfer_params."""
 
-    first_tokens: list[FirstToken] = []  # one for each choice; filled by prefill
+    first_tokens: list[TokenOutput] = []  # one for each choice; filled by prefill
+    # Set by a router that has streamed to the client what the prefill engine's answer holds.
     first_token_sent: bool = False
-    """Set by a router that has streamed to the client what the prefill engine's answer holds."""
+
+
+class KVTransferParams(msgspec.Struct, frozen=True, kw_only=True):
+    """Says what an engine was asked to do with KV blocks."""
+
+    do_remote_decode: bool = False
+    remote_kv: RemoteKV | None = None
+    pdlaunch: PdlaunchParams = PdlaunchParams()
 
 
 def to_wire(remote: RemoteKV, pdlaunch: PdlaunchParams | None) -> dict[str, Any]:
@@ -77,57 +94,38 @@ def to_wire(remote: RemoteKV, pdlaunch: PdlaunchParams | None) -> dict[str, Any]
     return params if pdlaunch is None else params | {"pdlaunch": msgspec.to_builtins(pdlaunch)}
 
 
-class KVTransferParams(msgspec.Struct, frozen=True, kw_only=True):
-    """Says what an engine was asked to do with KV blocks."""
-
-    do_remote_decode: bool = False
-    remote_kv: RemoteKV | None = None
-    pdlaunch: PdlaunchParams | None = None
-
-
 def from_wire(params: object) -> KVTransferParams:
     """Read the ``kv_transfer_params`` of a request to an engine.
 
     Keys that other versions of vLLM add are ignored; those used here are checked. Raises
     RequestError naming the key.
     """
+    place = "kv_transfer_params"
     if not isinstance(params, dict):
-        raise RequestError("kv_transfer_params must be an object", param="kv_transfer_params")
+        raise RequestError(f"{place} must be an object", param=place)
     known = {key: value for key, value in params.items() if value is not None}
-    for key in ("do_remote_decode", "do_remote_prefill"):
-        if not isinstance(known.get(key, False), bool):
-            message = f"{key} must be true, false or null"
-            raise RequestError(message, param=f"kv_transfer_params.{key}")
-    decode, prefill = known.get("do_remote_decode", False), known.get("do_remote_prefill", False)
+    decode, prefill = (
+        _convert(known.get(key, False), bool, f"{place}.{key}")
+        for key in ("do_remote_decode", "do_remote_prefill")
+    )
     if decode and prefill:
         raise RequestError(
             "do_remote_decode and do_remote_prefill exclude each other",
-            param="kv_transfer_params.do_remote_decode",
+            param=f"{place}.do_remote_decode",
         )
-    pdlaunch = known.get("pdlaunch")
-    return KVTransferParams(
-        do_remote_decode=decode,
-        remote_kv=_read_remote(known) if prefill else None,
-        pdlaunch=None
-        if pdlaunch is None
-        else _convert(pdlaunch, PdlaunchParams, "kv_transfer_params.pdlaunch"),
-    )
-
-
-def _read_remote(params: dict[str, Any]) -> RemoteKV:
-    for name, key in _WIRE_NAMES.items():
-        if key not in params and name != "lease_s":
-            raise RequestError(f"{key} is missing", param=f"kv_transfer_params.{key}")
-    remote = _convert(params, RemoteKV, "kv_transfer_params")
-    if sum(map(len, remote.block_ids)) > MAX_LISTED_BLOCKS:
+    remote = _convert(known, RemoteKV, place) if prefill else None
+    if remote is not None and sum(map(len, remote.block_ids)) > MAX_LISTED_BLOCKS:
         raise RequestError(
-            f"more than {MAX_LISTED_BLOCKS} block ids", param="kv_transfer_params.remote_block_ids"
+            f"more than {MAX_LISTED_BLOCKS} block ids", param=f"{place}.remote_block_ids"
         )
-    return remote
+    pdlaunch = _convert(known.get("pdlaunch", {}), PdlaunchParams, f"{place}.pdlaunch")
+    return KVTransferParams(do_remote_decode=decode, remote_kv=remote, pdlaunch=pdlaunch)
 
 
-def _convert(value: object, kind: type[T], param: str) -> T:
+def _convert(value: object, kind: type[T], place: str) -> T:
     try:
         return msgspec.convert(value, kind)
     except (msgspec.ValidationError, RecursionError) as error:
-        raise RequestError(f"{param}: {error}", param=param) from None
+        path = place + "".join(_PLACE.findall(str(error)))
+        path += "".join(f".{name}" for name in _MISSING.findall(str(error)))
+        raise RequestError(f"{path}: {_PLACE.sub('', str(error))}", param=path) from None

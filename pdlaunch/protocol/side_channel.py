@@ -18,8 +18,7 @@ PROTOCOL_VERSION = 5
 
 _IS_ID = msgspec.Meta(min_length=1, max_length=256)
 NonNegative = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
-Bytes = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
-"""Counts bytes, or is the address of the first one."""
+Bytes = Annotated[int, msgspec.Meta(ge=0, le=2**62)]  # a number of them, or an address
 Seconds = Annotated[float, msgspec.Meta(ge=0)]  # excludes NaN, too: deadlines are computed from it
 
 
@@ -28,13 +27,13 @@ class Compatibility(Message, tag=False):
 
     protocol_version: int
     pdlaunch_version: str
+    # SHA-256 over the model's config, tensor names and shapes, and samples of the weights.
     model_digest: str
-    """SHA-256 over the model's config, tensor names and shapes, and samples of the weights."""
     dtype: str
     kv_dtype: str
     block_size: int
     groups: str  # layers and window of each KV cache group, in one line
-    num_kv_heads: int  # KV heads of the whole model
+    num_kv_heads: int  # of the whole model
     head_dim: int
     layout: str
     connector: str
@@ -51,9 +50,9 @@ class Geometry(Message, tag=False):
     num_kv_heads: NonNegative  # KV heads of this rank
     first_kv_head: NonNegative  # global index of its first one
     device_index: NonNegative  # 0 on a CPU
+    # Memory with a pattern that follows from the agent's name; peers read it to prove the path.
     scratch_address: Bytes = 0
     scratch_bytes: Bytes = 0
-    """Memory with a pattern that follows from the agent's name; peers read it to prove the path."""
     memory_kind: Literal["DRAM", "VRAM"] = "DRAM"
 
 
@@ -61,19 +60,16 @@ class Handshake(Message):
     """Ask a rank for what is needed to read its blocks."""
 
     call_id: int
-    engine_id: Annotated[EngineId, _IS_ID]
-    """The decode engine's; tells apart peers and incarnations."""
+    engine_id: Annotated[EngineId, _IS_ID]  # the decode engine's; tells apart its incarnations
     rank_name: Annotated[str, _IS_ID]
     incarnation: int
+    # The value in the registry; the answer must carry the same.
     expected_engine_id: Annotated[EngineId, _IS_ID]
-    """The value in the registry; the answer must carry the same."""
     compatibility: Compatibility
     agent_metadata: bytes
 
 
 class HandshakeReply(Message):
-    """Give a decode rank what it needs to read blocks of this rank."""
-
     call_id: int
     engine_id: EngineId
     rank_name: str
@@ -87,11 +83,8 @@ class HandshakeReply(Message):
 
 
 class LeaseQuestion(Message):
-    """Asks something about a lease."""
-
     call_id: int
-    engine_id: Annotated[EngineId, _IS_ID]
-    """The engine_id of the rank asked; another id is answered with Refused."""
+    engine_id: Annotated[EngineId, _IS_ID]  # of the rank asked; another one answers Refused
     lease_id: Annotated[LeaseId, _IS_ID]
     reader: Annotated[ReaderId, _IS_ID]  # names the pull: unique over engines, ranks and choices
 
@@ -105,22 +98,19 @@ class PullBegin(LeaseQuestion):
 class GroupBlocks(Message, tag=False):
     """Names the blocks of one KV cache group."""
 
+    # Logical index of the first block below; earlier ones have left the window.
     first_block_index: int
-    """Logical index of the first block below; earlier ones have left the window."""
     block_ids: list[int]
+    # Checksums of each block and KV head of this rank, 8 bytes each, little-endian. None when
+    # ``verify`` is off, or when they follow in a ChecksumsReply.
     checksums: bytes | None
-    """Checksums of each block and KV head of this rank, 8 bytes each, little-endian. None when
-    ``verify`` is off, or when they follow in a ChecksumsReply.
-    """
 
 
 class PullReply(Message):
-    """Name the blocks of a lease."""
-
     call_id: int
-    num_tokens: int  # tokens of the prompt
+    num_tokens: int  # of the prompt
+    # Chained token hashes of the prompt's blocks, the last one possibly partial; 32 bytes each.
     block_hashes: list[bytes]
-    """Chained token hashes of the prompt's blocks, the last one possibly partial; 32 bytes each."""
     groups: list[GroupBlocks]
     lease_s: Seconds
 
@@ -130,10 +120,8 @@ class StateChecksums(LeaseQuestion):
 
 
 class ChecksumsReply(Message):
-    """State the checksums of all blocks of a lease, as ``GroupBlocks.checksums``."""
-
     call_id: int
-    groups: list[bytes | None]
+    groups: list[bytes | None]  # as ``GroupBlocks.checksums``
 
 
 class PullHeartbeat(LeaseQuestion):
@@ -141,10 +129,8 @@ class PullHeartbeat(LeaseQuestion):
 
 
 class HeartbeatReply(Message):
-    """Say how long the lease holds from now on."""
-
     call_id: int
-    lease_s: Seconds
+    lease_s: Seconds  # how long the lease holds from now on
 
 
 class PullEnd(LeaseQuestion):

@@ -1,7 +1,8 @@
-"""Defines what ``GET /pdlaunch/status`` and each line of ``/pdlaunch/stream`` say of a deployment.
+"""Defines what ``GET /pdlaunch/status`` and each line of ``/pdlaunch/stream`` say of a deployment,
+and ``/pdlaunch/requests`` of the requests that it has served.
 
-Shares and usages go from 0 to 1, null stands for what is not known. No text of a prompt or of an
-answer is in it, and no key.
+Shares and usages go from 0 to 1, null stands for what is not known: engines that are not ours tell
+less of themselves. No text of a prompt or of an answer is in it, and no key.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
+
+from pdlaunch.observe.spans import Attribute
+from pdlaunch.protocol.ids import HttpRequestId
 
 DeploymentState = Literal["starting", "ok", "unavailable", "draining"]
 EventKind = Literal["engine", "launch", "pair", "pull"]
@@ -36,8 +40,7 @@ class EngineReading(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens_per_s: float
     output_tokens_per_s: float
     pulled_bytes_per_s: float
-    pull_gigabytes_per_s: float | None
-    """Speed of the last minute's pulls while they ran; null without any."""
+    pull_gigabytes_per_s: float | None  # of the last minute's pulls while they ran
     cache: dict[str, float] | None  # shares of prompt tokens by tier; null without prompts
     pulls: PullTotals
     preemptions: int
@@ -59,10 +62,9 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     state: str  # ``ready``, or why it is given no work
     is_down: bool  # it has died, hangs or failed: it would work if it could
     reason: str  # the reason why it has ``failed`` or is given no work, and what comes next
+    # ``closed``: it gets requests. ``open``: it has failed some and gets none for a while.
+    # ``half_open``: it gets one as a try.
     health: str = "closed"
-    """``closed``: it gets requests. ``open``: it has failed some and gets none for a while.
-    ``half_open``: it gets one as a try.
-    """
     left_out: str = ""  # the reason why it gets nothing new now; empty when it does
     streams: int
     load: int  # pieces of work that it has been given and not ended
@@ -89,17 +91,15 @@ class PairStatus(msgspec.Struct, frozen=True, kw_only=True):
     prefill: str
     decode: str
     path: str
-    gigabytes_per_s: float | None
-    """The speed that was measured when the path was proven: that of the slowest ranks."""
+    gigabytes_per_s: float | None  # measured when the path was proven, of the slowest ranks
     other_paths: dict[str, str]  # speeds of the other paths, or why they cannot be used
     pulls: int  # pulls since the start of the decode engine that ended well
     num_bytes: int
     bytes_per_s: float  # mean of the last ten seconds
-    pull_gigabytes_per_s: float | None
-    """Speed of the last minute's pulls while they ran; null without any."""
+    pull_gigabytes_per_s: float | None  # of the last minute's pulls while they ran
     last_failure: str  # empty without one
+    # ``open``: pulls have failed, and none is begun for a while. ``half_open``: one is tried.
     health: str = "closed"
-    """``open``: pulls have failed, and none is begun for a while. ``half_open``: one is tried."""
 
     @property
     def shown_gigabytes_per_s(self) -> float | None:
@@ -146,8 +146,6 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeploymentStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """Describes the whole deployment."""
-
     at: float  # Unix time in seconds
     version: str
     model: str
@@ -162,8 +160,65 @@ class DeploymentStatus(msgspec.Struct, frozen=True, kw_only=True):
     num_pairs: int  # proven pairs; those beyond the first 1,000 are left out of ``pairs``
     doubts: Sequence[Doubt]
     rates: Rates  # the last ten seconds
+    # The last five minutes, oldest first; a line of the stream has the newest alone, but for its
+    # first.
     history: Sequence[Rates]
-    """The last five minutes, oldest first; a line of the stream has the newest alone, but for its
-    first.
-    """
     events: Sequence[StatusEvent]  # the last 100, oldest first
+
+
+class RequestSummary(msgspec.Struct, kw_only=True):
+    """Says in one line how a request went."""
+
+    id: HttpRequestId
+    received_at: float  # Unix time in seconds, on the router's clock
+    status: int | None = None  # none while it runs; 499: the client went away
+    state: Literal["running", "done"] = "running"
+    path: str
+    model: str | None = None
+    prefill: str | None = None  # engine that computed the prompt for another one
+    decode: str | None = None  # engine of the tokens, after the first where ``prefill`` is set
+    route: str | None = None
+    explanation: str | None = None
+    kv_path: str | None = None
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None  # not computed for it, as the client was told (``usage``)
+    cached_device_tokens: int | None = None
+    cached_host_tokens: int | None = None
+    remote_tokens: int | None = None  # prompt tokens whose blocks decode has pulled
+    queue_ms: float | None = None
+    prefill_ms: float | None = None
+    pull_ms: float | None = None  # from lease to proof
+    pull_mb: float | None = None
+    pull_gb_s: float | None = None
+    verified: bool | None = None
+    first_token_ms: float | None = None
+    output_tokens: int | None = None
+    ms_per_token: float | None = None
+    total_ms: float | None = None
+    retries: int = 0
+    finish_reason: str | None = None
+    error: str | None = None
+
+
+class SpanView(msgspec.Struct, kw_only=True):
+    """Shows a span in milliseconds from when the router received the request."""
+
+    name: str
+    process: str
+    start_ms: float
+    end_ms: float
+    attributes: dict[str, Attribute] = {}
+    parent: int = 0  # index of the span that it is a part of; 0: the request
+
+
+class RequestTrace(RequestSummary, kw_only=True):
+    """Tells all that is known of a request."""
+
+    spans: list[SpanView] = []
+    dropped_spans: int = 0
+
+
+class RequestList(msgspec.Struct, kw_only=True):
+    """Answers /pdlaunch/requests."""
+
+    requests: list[RequestSummary] = []

@@ -47,14 +47,13 @@ class StartPull(Message):
     request_id: RequestId
     remote: RemoteKV
     block_ids: list[list[int]]  # destinations in each group of the blocks from first_block_index on
+    # Logical index of the first block to pull; earlier ones are cached or out of the window.
     first_block_index: list[int]
-    """Logical index of the first block to pull; earlier ones are cached or out of the window."""
-    block_hashes: list[bytes]
-    """Hashes of all blocks of the prompt; compared with the prefill engine's."""
+    block_hashes: list[bytes]  # of all blocks of the prompt; compared with the prefill engine's
     num_tokens: int
     timeout_s: float
+    # READs that the share of one prefill rank may take, when they fail or bring wrong bytes.
     num_attempts: int = 1
-    """READs that the share of one prefill rank may take, when they fail or bring wrong bytes."""
     records_spans: bool = False
 
 
@@ -70,35 +69,32 @@ TransferCommand = PrefillCommand | DecodeCommand
 
 
 class LeaseEnded(Message):
-    """Prefill: tell that the lease has ended on this rank; rank 0 frees the blocks when it has on
-    all.
-    """
+    """Prefill: the lease has ended on this rank; rank 0 frees the blocks when it has on all."""
 
     lease_id: LeaseId
     reason: str  # ``pulled``, ``released`` or ``expired``
 
 
 class PullFinished(Message):
-    """Decode: tell that this rank's pull has ended."""
+    """Decode: this rank's pull has ended."""
 
     pull_id: PullId
     ok: bool  # the blocks are proven: READ done, lease held throughout, hashes and checksums equal
     error: str = ""
+    # A READ may still write to the blocks: quarantine them until PullDrained.
     in_flight: bool = False
-    """A READ may still write to the blocks: quarantine them until PullDrained."""
     num_bytes: int = 0
     seconds: float = 0.0
-    read_s: float = 0.0
-    """Duration of the slowest READ; as prefill and path, set when the blocks are proven."""
+    read_s: float = 0.0  # of the slowest READ; as prefill and path, set when the blocks are proven
     prefill: str = ""  # name of the engine that the blocks came from
     path: str = ""  # the path that they came over; several where ranks differ
+    # Hashes or checksums differed, though perhaps not in the last attempt.
     verification_failed: bool = False
-    """Hashes or checksums differed, though perhaps not in the last attempt."""
+    # The lease had ended before the READ was over: the bytes may be another request's.
     late: bool = False
-    """The lease had ended before the READ was over: the bytes may be another request's."""
     num_retries: int = 0
+    # Spans of each rank, by tp_rank, where its StartPull asked for that.
     reports: dict[int, SpanReport] = {}
-    """Spans of each rank, by tp_rank, where its StartPull asked for that."""
 
 
 def join_paths(paths: Iterable[str]) -> str:
@@ -107,7 +103,7 @@ def join_paths(paths: Iterable[str]) -> str:
 
 
 class PullDrained(Message):
-    """Decode: tell that no READ of this pull can write any more."""
+    """Decode: no READ of this pull can write any more."""
 
     pull_id: PullId
 

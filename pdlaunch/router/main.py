@@ -34,7 +34,6 @@ from pdlaunch.http.limits import Admission
 from pdlaunch.protocol.certificates import client_context
 from pdlaunch.protocol.control import (
     Answered,
-    AwaitIdle,
     ChangeEngines,
     Drain,
     Drained,
@@ -187,7 +186,7 @@ async def _obey(
                 state.events.add("launch", "", text, is_bad=False, ago_s=ago_s)
             case Answered() as answer:
                 link.answered(answer)
-            case AwaitIdle(engine=engine):
+            case EngineIdle(engine=engine):
                 supervised.spawn(tell_idle(engine))
             case Suspects() as suspects:
                 state.suspects.take(suspects)

@@ -24,7 +24,7 @@ from typing import Any
 from pdlaunch import __version__
 from pdlaunch.errors import ConfigError
 from pdlaunch.http.headers import TRACEPARENT_HEADER, TRACESTATE_HEADER
-from pdlaunch.protocol.requests import RequestTrace
+from pdlaunch.protocol.status import RequestTrace
 from pdlaunch.router.request_record import ROUTER, RequestRecord
 
 _FLUSH_S = 2.0  # seconds that the last spans get when the router leaves

@@ -17,7 +17,7 @@ from pdlaunch.http.app import AppRoute, End
 from pdlaunch.http.errors import json_response
 from pdlaunch.observe.logs import FIELDS, escape_controls
 from pdlaunch.protocol.ids import HttpRequestId
-from pdlaunch.protocol.requests import RequestList, RequestSummary
+from pdlaunch.protocol.status import RequestList, RequestSummary
 from pdlaunch.router.otlp import OtlpExporter
 from pdlaunch.router.request_record import EngineCall, RequestRecord
 

@@ -27,7 +27,7 @@ from pdlaunch.observe.spans import (
 )
 from pdlaunch.protocol.ids import HttpRequestId
 from pdlaunch.protocol.openai.responses import Usage
-from pdlaunch.protocol.requests import RequestSummary, RequestTrace, SpanView
+from pdlaunch.protocol.status import RequestSummary, RequestTrace, SpanView
 from pdlaunch.router.engine_client import EngineFailure
 from pdlaunch.router.policy import Hop, Route
 from pdlaunch.router.transcript import Transcript

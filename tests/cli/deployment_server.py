@@ -9,7 +9,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import msgspec
 
-from pdlaunch.protocol.requests import RequestList, RequestSummary, RequestTrace, SpanView
 from pdlaunch.protocol.status import (
     DeploymentStatus,
     EngineReading,
@@ -19,6 +18,10 @@ from pdlaunch.protocol.status import (
     Percentiles,
     PullTotals,
     Rates,
+    RequestList,
+    RequestSummary,
+    RequestTrace,
+    SpanView,
     StatusEvent,
 )
 

@@ -19,7 +19,7 @@ from typer.testing import Result
 
 from pdlaunch.cli.trace import trace_events
 from pdlaunch.protocol.process import run_dirs
-from pdlaunch.protocol.requests import RequestList, RequestSummary, RequestTrace, SpanView
+from pdlaunch.protocol.status import RequestList, RequestSummary, RequestTrace, SpanView
 from tests.command_line import invoke
 
 HOSTILE = "x\x1b[2J\n[red]{}%s"

@@ -19,7 +19,7 @@ from pdlaunch.http.headers import ROUTE_HEADER, WANTS_PAIR
 from pdlaunch.launch.client.admin import read_trace, reading_api
 from pdlaunch.launch.client.api import Api
 from pdlaunch.launch.client.deployment import Deployment
-from pdlaunch.protocol.requests import RequestTrace
+from pdlaunch.protocol.status import RequestTrace
 from tests.e2e.secrecy import places_of, places_of_ids, told_by
 from tests.e2e.waiting import await_true
 from tests.router.otlp_collector import Collector, Received

@@ -17,14 +17,8 @@ from pdlaunch.engine.offload.tier import HostTier
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.step import StepPlan
 from pdlaunch.observe.spans import Span
-from pdlaunch.protocol.engine import (
-    AddRequest,
-    RequestFinished,
-    SamplingParams,
-    TokenOutput,
-    Tokens,
-)
-from pdlaunch.protocol.kv_params import RemoteKV
+from pdlaunch.protocol.engine import AddRequest, RequestFinished, SamplingParams, Tokens
+from pdlaunch.protocol.kv_params import RemoteKV, TokenOutput
 from pdlaunch.protocol.transfer import (
     CancelPull,
     EndLease,

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 
 from pdlaunch.engine.kvcache.groups import KVCacheGroup
 from pdlaunch.engine.step import NewBlocks, NewRow, ScheduledRow, StepOutput, StepPlan
-from pdlaunch.protocol.engine import SamplingParams, TokenOutput
+from pdlaunch.protocol.engine import SamplingParams
+from pdlaunch.protocol.kv_params import TokenOutput
 
 VOCAB_SIZE = 7
 KV = tuple[int, int]

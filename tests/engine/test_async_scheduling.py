@@ -29,9 +29,9 @@ from pdlaunch.protocol.engine import (
     AddRequest,
     RequestFinished,
     SamplingParams,
-    TokenOutput,
     ToRank,
 )
+from pdlaunch.protocol.kv_params import TokenOutput
 from pdlaunch.protocol.transfer import GrantLease
 from tests.engine.hand_scheduler import GRAPHS, ignore_progress, make_spec
 from tests.engine.models.tiny import greedy, save_tiny_model

@@ -20,9 +20,9 @@ from pdlaunch.protocol.engine import (
     Outputs,
     ReadStats,
     SamplingParams,
-    TokenOutput,
     ToRank,
 )
+from pdlaunch.protocol.kv_params import TokenOutput
 from pdlaunch.protocol.transfer import GrantLease, TransferCommand, TransferEvent
 from tests.engine.hand_scheduler import make_spec
 

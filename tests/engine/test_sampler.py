@@ -21,7 +21,8 @@ from pdlaunch.engine.sampler import (
     nucleus_edges,
     token_bias,
 )
-from pdlaunch.protocol.engine import SamplingParams, TokenOutput
+from pdlaunch.protocol.engine import SamplingParams
+from pdlaunch.protocol.kv_params import TokenOutput
 
 VOCAB_SIZE = 50
 

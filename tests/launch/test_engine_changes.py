@@ -11,7 +11,6 @@ import pytest
 
 from pdlaunch.protocol.control import (
     Answered,
-    AwaitIdle,
     ChangeEngines,
     Drain,
     EngineIdle,
@@ -59,7 +58,7 @@ def test_an_engine_that_goes_finishes_and_leaves_nothing(tmp_path: Path) -> None
     assert world.host.sent_to("prefill-1", Drain) == [Drain(timeout_s=30)]
     world.pass_time_alive(10)
     world.drained("prefill-1")
-    assert world.host.sent_to("router", AwaitIdle) == [AwaitIdle(engine="prefill-1")]
+    assert world.host.sent_to("router", EngineIdle) == [EngineIdle(engine="prefill-1")]
     assert not world.stopped(), "its blocks are yet to be read"
     world.say("router", EngineIdle(engine="prefill-1"))
     assert world.stopped() == {"prefill-1", "prefill-1/rank-0"}

@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from pdlaunch.launch.state import Timing
-from pdlaunch.protocol.control import Answered, AwaitIdle, Drain, EngineIdle, Restart
+from pdlaunch.protocol.control import Answered, Drain, EngineIdle, Restart
 from tests.launch.fakes import World, serving
 from tests.launch.test_deaths import give_up
 
@@ -66,8 +66,8 @@ def test_a_prefill_engine_waits_for_those_who_read_from_it(world: World) -> None
     world.exit("router", 1)
     world.pass_time(1)
     world.register("router")
-    asked = world.host.sent_to("router", AwaitIdle)
-    assert asked == [AwaitIdle(engine="prefill-0")] * 2
+    asked = world.host.sent_to("router", EngineIdle)
+    assert asked == [EngineIdle(engine="prefill-0")] * 2
     world.say("router", EngineIdle(engine="decode-0"))
     assert not world.stopped()
     world.say("router", EngineIdle(engine="prefill-0"))

@@ -22,7 +22,6 @@ import pytest
 import zmq
 
 from pdlaunch.protocol.control import (
-    AwaitIdle,
     Drain,
     Drained,
     EngineIdle,
@@ -194,7 +193,7 @@ async def test_its_life_from_register_to_stop(supervisor: Supervisor) -> None:
         await engines[1].holding.wait()
         # Asked first, answered last: decode-0 still works.
         for name in ("decode-0", "nobody"):
-            supervisor.send(AwaitIdle(engine=name))
+            supervisor.send(EngineIdle(engine=name))
         assert await asyncio.to_thread(supervisor.receive) == EngineIdle(engine="nobody")
         supervisor.send(Drain(timeout_s=30.0))
         while (await asyncio.to_thread(fetch, f"{url}/health"))[1]["status"] != "draining":

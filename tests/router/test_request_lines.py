@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pdlaunch.cli.live import StartView
 from pdlaunch.observe.logs import setup_logging
-from pdlaunch.protocol.requests import RequestSummary
+from pdlaunch.protocol.status import RequestSummary
 from pdlaunch.router.request_history import format_request, log_request
 from pdlaunch.router.request_record import MAX_CONTENT_LENGTH, RequestRecord
 from tests.cli.test_serve_view import console, printed

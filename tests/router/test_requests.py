@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from pdlaunch.protocol.requests import RequestList, RequestSummary, RequestTrace
+from pdlaunch.protocol.status import RequestList, RequestSummary, RequestTrace
 from pdlaunch.router.request_record import MAX_HEARD_SPANS
 from tests.router.conftest import SPEC, Stand, pair, pairs
 from tests.router.fake_engine import FakeEngine, until

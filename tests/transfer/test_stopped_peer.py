@@ -22,7 +22,8 @@ from pdlaunch.engine.lifecycle import RequestLifecycle
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.step import StepOutput, StepPlan
 from pdlaunch.protocol.control import PairReady
-from pdlaunch.protocol.engine import AddRequest, SamplingParams, TokenOutput
+from pdlaunch.protocol.engine import AddRequest, SamplingParams
+from pdlaunch.protocol.kv_params import TokenOutput
 from pdlaunch.protocol.sockets import new_launch_keys
 from pdlaunch.protocol.transfer import GrantLease, PullDrained, PullFinished, StartPull
 from tests.transfer.fakes import layout_of, spec_of

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pdlaunch.engine.server.text import TextTokenizer
-from pdlaunch.protocol.engine import AddRequest, RequestFinished, TokenOutput, output_of
-from pdlaunch.protocol.kv_params import FirstToken
+from pdlaunch.protocol.engine import AddRequest, RequestFinished
+from pdlaunch.protocol.kv_params import TokenOutput
 from pdlaunch.protocol.openai.requests import GenerationRequest
 
 _REPLACEMENT = "�"
@@ -194,25 +194,24 @@ class Choice:
         delta.finish_reason, delta.stop_reason = self.finish_reason, self.stop_reason
         return delta
 
-    def resume(self, tokens: Sequence[FirstToken], *, sent: bool) -> Delta | None:
+    def resume(self, tokens: Sequence[TokenOutput], *, sent: bool) -> Delta | None:
         """Feed tokens that another engine has drawn; return what the client has not seen of them.
 
         ``sent``: the client has what a stream emits for the tokens, and for the end of the choice
         if the last token has a ``finish_reason``.
         """
-        outputs = list(map(output_of, tokens))
         sampling, reason = self.request.sampling, tokens[-1].finish_reason
-        self.request.output = outputs
+        self.request.output = list(tokens)
         if reason is not None:
             self.request.remote_kv = None  # the prefill side knows, and waits for no pull
         is_stop = (
-            outputs[-1].token_id in sampling.stop_token_ids and len(outputs) >= sampling.min_tokens
+            tokens[-1].token_id in sampling.stop_token_ids and len(tokens) >= sampling.min_tokens
         )
-        delta = self.take(outputs[:-1] if is_stop else outputs)
+        delta = self.take(tokens[:-1] if is_stop else tokens)
         num_chars = len(delta.text)
         if not self.is_over():
             if is_stop:
-                self._add_stop_token(delta, outputs[-1])
+                self._add_stop_token(delta, tokens[-1])
             elif reason is not None or self.num_tokens >= sampling.max_tokens:
                 self._end(delta, "stop" if reason == "stop" else "length")
         if not sent:

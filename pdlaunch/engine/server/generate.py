@@ -38,8 +38,8 @@ from pdlaunch.http.limits import LARGE_BODY_BYTES, LARGE_TEXT_BYTES, Deadline, G
 from pdlaunch.http.sse import DONE, ClientStream, encode_event
 from pdlaunch.observe.metrics import RequestClock
 from pdlaunch.observe.spans import SpanLog
-from pdlaunch.protocol.engine import TokenOutput
 from pdlaunch.protocol.ids import HopId
+from pdlaunch.protocol.kv_params import TokenOutput
 from pdlaunch.protocol.openai.requests import ChatCompletionRequest, CompletionRequest
 from pdlaunch.protocol.openai.responses import (
     REPORT_KEY,

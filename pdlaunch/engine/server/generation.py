@@ -35,10 +35,10 @@ from pdlaunch.protocol.engine import (
 )
 from pdlaunch.protocol.ids import NO_ORIGIN, HopId, PromptOrigin, RequestId
 from pdlaunch.protocol.kv_params import (
-    FirstToken,
     KVTransferParams,
     PdlaunchParams,
     RemoteKV,
+    TokenOutput,
     to_wire,
 )
 from pdlaunch.protocol.openai.requests import (
@@ -259,19 +259,15 @@ def _failure(event: RequestFinished) -> RequestError:
     return RequestError(message, status=500, code="engine_error")
 
 
-def _first_token(delta: Delta) -> FirstToken:
+def _first_token(delta: Delta) -> TokenOutput:
     (token,) = delta.tokens
-    return FirstToken(
-        token_id=token.token_id,
-        finish_reason="stop" if delta.finish_reason == "stop" else None,
-        logprob=token.logprob,
-        top_logprobs=list(token.top_logprobs),
-    )
+    is_stop = delta.finish_reason == "stop"
+    return msgspec.structs.replace(token, finish_reason="stop" if is_stop else None)
 
 
 def _known(
     request: GenerationRequest, transfer: KVTransferParams
-) -> tuple[list[list[FirstToken]] | None, bool]:
+) -> tuple[list[list[TokenOutput]] | None, bool]:
     """Return the tokens that exist, by choice, and whether the client has been sent them.
 
     ``resume`` beats first tokens, as it has them too.
@@ -279,7 +275,7 @@ def _known(
     resume, pdlaunch = request.resumed(), transfer.pdlaunch
     if resume is not None:
         return resume.choices, resume.sent
-    if pdlaunch is None or not pdlaunch.first_tokens:
+    if not pdlaunch.first_tokens:
         return None, False
     if len(pdlaunch.first_tokens) != request.n:
         raise RequestError(
@@ -292,7 +288,7 @@ def _known(
 def _check(
     request: GenerationRequest,
     transfer: KVTransferParams,
-    known: list[list[FirstToken]] | None,
+    known: list[list[TokenOutput]] | None,
     model: ServedModel,
     num_prompts: int,
     *,

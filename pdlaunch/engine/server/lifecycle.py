@@ -27,9 +27,9 @@ from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S, Supervised
 from pdlaunch.protocol.certificates import server_context
 from pdlaunch.protocol.control import (
     Answered,
-    AwaitIdle,
     Drain,
     Drained,
+    EngineIdle,
     Happened,
     Progress,
     Ready,
@@ -133,7 +133,7 @@ class ServerProcess:
                     return
                 case PdlaunchError() as error:
                     raise error
-                case Suspects() | Answered() | AwaitIdle() | Happened():
+                case Suspects() | Answered() | EngineIdle() | Happened():
                     pass  # said to routers alone
 
     async def _find_rank(self, registry: Registry) -> None:

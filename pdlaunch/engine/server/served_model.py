@@ -33,7 +33,6 @@ from pdlaunch.protocol.openai.requests import (
     TokenizeChatRequest,
     TokenizeCompletionRequest,
 )
-from pdlaunch.protocol.openai.responses import DetokenizeResponse, TokenizeResponse
 
 MIN_TEXT_CHARS = 2**18
 TEXT_CHARS_PER_TOKEN = 16
@@ -150,7 +149,7 @@ class ServedModel:
             raise self.too_long(f"has {len(text)} characters", param)
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
-    def tokenize(self, raw: bytes) -> tuple[TokenizeResponse, tuple[str, ...]]:
+    def tokenize(self, raw: bytes) -> tuple[dict[str, Any], tuple[str, ...]]:
         """Answer /tokenize; also return the ignored fields. Raises RequestError."""
         body = read_json_object(raw)
         request: TokenizeCompletionRequest | TokenizeChatRequest
@@ -168,15 +167,15 @@ class ServedModel:
                 )
         tokens = self.tokenizer.encode(text, add_special_tokens=request.add_special_tokens)
         pieces = list(map(self.tokenizer.token_piece, tokens))
-        answer = TokenizeResponse(
-            count=len(tokens),
-            max_model_len=self.max_model_len,
-            tokens=tokens,
-            token_strs=pieces if request.return_token_strs else None,
-        )
+        answer = {
+            "count": len(tokens),
+            "max_model_len": self.max_model_len,
+            "tokens": tokens,
+            "token_strs": pieces if request.return_token_strs else None,
+        }
         return answer, request.ignored_fields
 
-    def detokenize(self, raw: bytes) -> tuple[DetokenizeResponse, tuple[str, ...]]:
+    def detokenize(self, raw: bytes) -> tuple[dict[str, Any], tuple[str, ...]]:
         """Answer /detokenize; also return the ignored fields. Raises RequestError."""
         num_ids, max_ids = num_token_ids(raw, "tokens"), max(MIN_TOKEN_IDS, self.max_model_len)
         if num_ids > max_ids:
@@ -187,7 +186,7 @@ class ServedModel:
         request = self._parse(DetokenizeRequest, read_json_object(raw), public=True)
         self.check_token_ids(request.tokens, "tokens")
         text = self.tokenizer.decode(request.tokens, skip_special_tokens=False)
-        return DetokenizeResponse(prompt=text), request.ignored_fields
+        return {"prompt": text}, request.ignored_fields
 
 
 def load_served_model(spec: EngineSpec, progress: Callable[[str], None]) -> ServedModel:

@@ -16,8 +16,7 @@ from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.api import Api, check_url
 from pdlaunch.protocol.ids import HttpRequestId
 from pdlaunch.protocol.process.run_dirs import RunningLaunch, running_launches
-from pdlaunch.protocol.requests import RequestList, RequestSummary, RequestTrace
-from pdlaunch.protocol.status import DeploymentStatus
+from pdlaunch.protocol.status import DeploymentStatus, RequestList, RequestSummary, RequestTrace
 
 CALL_TIMEOUT_S = 900.0
 """Timeout of a command; longer than engines wait for what runs before they sleep."""

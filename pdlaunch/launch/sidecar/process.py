@@ -53,9 +53,9 @@ from pdlaunch.machine.network import foreign_listener, tcp_endpoint
 from pdlaunch.protocol.certificates import client_context
 from pdlaunch.protocol.control import (
     Answered,
-    AwaitIdle,
     Drain,
     Drained,
+    EngineIdle,
     Entry,
     Happened,
     PairFailed,
@@ -233,7 +233,7 @@ class SidecarProcess:
                     return
                 case PdlaunchError() as error:
                     raise error
-                case Suspects() | Answered() | AwaitIdle() | Happened():
+                case Suspects() | Answered() | EngineIdle() | Happened():
                     pass  # said to routers alone
 
     def _fail(self, reason: str) -> None:

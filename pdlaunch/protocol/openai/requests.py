@@ -13,7 +13,7 @@ import msgspec
 from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 
 from pdlaunch.errors import RequestError
-from pdlaunch.protocol.kv_params import FirstToken, KVTransferParams, from_wire
+from pdlaunch.protocol.kv_params import KVTransferParams, TokenOutput, from_wire
 from pdlaunch.protocol.openai.body import RequestBody, Values
 from pdlaunch.protocol.openai.messages import Messages, Tools
 
@@ -30,7 +30,7 @@ DEFAULT_MAX_TOKENS = 16  # the limit of a completion that names none
 class Resume(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Holds output tokens that exist already, by choice."""
 
-    choices: list[list[FirstToken]]
+    choices: list[list[TokenOutput]]
     sent: bool = True
     """The client has everything that these tokens give (role, text, logprobs, finish_reason)."""
 

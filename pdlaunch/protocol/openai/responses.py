@@ -14,9 +14,7 @@ that has asked for it.
 
 
 class PromptTokensDetails(msgspec.Struct):
-    """Tells how much of the prompt was not computed for this request."""
-
-    cached_tokens: int | None = None
+    cached_tokens: int | None = None  # not computed for this request
     created_cache_tokens: int | UnsetType | None = UNSET
     multimodal_tokens: dict[str, int] | UnsetType | None = UNSET
 
@@ -28,15 +26,12 @@ class Usage(msgspec.Struct, kw_only=True):
     completion_tokens: int = 0
     total_tokens: int = 0
     prompt_tokens_details: PromptTokensDetails | None = None
+    # Of other engines: reasoning tokens and the like.
     completion_tokens_details: dict[str, Any] | UnsetType = UNSET
-    """Of other engines: reasoning tokens and the like."""
 
 
 class CompletionLogprobs(msgspec.Struct, kw_only=True):
-    """Holds the log probabilities of the completions API.
-
-    A token that is no valid UTF-8 reads ``bytes:`` and its bytes in hexadecimal.
-    """
+    """A token that is no valid UTF-8 reads ``bytes:`` and its bytes in hexadecimal."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -54,8 +49,6 @@ class TokenLogprob(msgspec.Struct, kw_only=True):
 
 
 class ChatLogprobs(msgspec.Struct, kw_only=True):
-    """Holds the log probabilities of the chat API."""
-
     content: list[TokenLogprob] | None = None
     refusal: None = None
 
@@ -73,8 +66,6 @@ class AnyChoice(msgspec.Struct, kw_only=True):
 
 
 class CompletionChoice(AnyChoice, kw_only=True):
-    """Holds a choice of a completion or of a chunk."""
-
     text: str = ""
     logprobs: CompletionLogprobs | None = None
     prompt_token_ids: list[int] | UnsetType | None = UNSET
@@ -89,8 +80,6 @@ class ChatText(msgspec.Struct, kw_only=True):
 
 
 class ChatChoice(AnyChoice, kw_only=True):
-    """Holds one choice of a chat's answer, or of a chunk."""
-
     message: ChatText | UnsetType = UNSET  # of an answer
     delta: ChatText | UnsetType = UNSET  # of a chunk
     logprobs: ChatLogprobs | None = None
@@ -107,23 +96,17 @@ class AnyAnswer(msgspec.Struct, kw_only=True):
 
 
 class Completion(AnyAnswer, kw_only=True):
-    """Answers /v1/completions, whole or as a chunk."""
-
     object: Literal["text_completion"] = "text_completion"
     choices: list[CompletionChoice] = []
 
 
 class ChatCompletion(AnyAnswer, kw_only=True):
-    """Answers /v1/chat/completions, whole or as a chunk."""
-
     object: Literal["chat.completion", "chat.completion.chunk"] = "chat.completion"
     choices: list[ChatChoice] = []
     prompt_token_ids: list[int] | UnsetType | None = UNSET
 
 
 class ModelCard(msgspec.Struct, kw_only=True):
-    """Describes one model of /v1/models."""
-
     id: str
     object: Literal["model"] = "model"
     created: int = 0
@@ -134,22 +117,5 @@ class ModelCard(msgspec.Struct, kw_only=True):
 
 
 class ModelList(msgspec.Struct, kw_only=True):
-    """Answers /v1/models."""
-
     object: Literal["list"] = "list"
     data: list[ModelCard] = []
-
-
-class TokenizeResponse(msgspec.Struct, kw_only=True):
-    """Answers /tokenize."""
-
-    count: int
-    max_model_len: int
-    tokens: list[int]
-    token_strs: list[str] | None = None
-
-
-class DetokenizeResponse(msgspec.Struct, kw_only=True):
-    """Answers /detokenize."""
-
-    prompt: str

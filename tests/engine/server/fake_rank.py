@@ -23,14 +23,13 @@ from pdlaunch.protocol.engine import (
     Outputs,
     ReadStats,
     RequestFinished,
-    TokenOutput,
     Tokens,
     ToRank,
     Welcome,
     from_rank,
     to_rank,
 )
-from pdlaunch.protocol.kv_params import RemoteKV
+from pdlaunch.protocol.kv_params import RemoteKV, TokenOutput
 from pdlaunch.protocol.sockets import SecureContext
 
 M = TypeVar("M", bound=ToRank)

@@ -11,7 +11,8 @@ import aiohttp
 import pytest
 
 from pdlaunch.config.shared_settings import LimitSettings
-from pdlaunch.protocol.engine import AbortRequest, AddRequest, RequestFinished, TokenOutput, Tokens
+from pdlaunch.protocol.engine import AbortRequest, AddRequest, RequestFinished, Tokens
+from pdlaunch.protocol.kv_params import TokenOutput
 from tests.engine.server.conftest import END_TOKEN, Engine
 from tests.engine.server.fake_rank import FakeRank, silent
 from tests.http.loop_clock import pass_time

@@ -5,13 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pdlaunch.engine.server.choice import TextStream
-from pdlaunch.protocol.engine import (
-    AbortRequest,
-    AddRequest,
-    SamplingParams,
-    TokenOutput,
-)
-from pdlaunch.protocol.kv_params import to_wire
+from pdlaunch.protocol.engine import AbortRequest, AddRequest, SamplingParams
+from pdlaunch.protocol.kv_params import TokenOutput, to_wire
 from tests.engine.server.conftest import END_TOKEN, Engine
 from tests.engine.server.fake_rank import FakeRank, remote_kv
 from tests.engine.server.test_handover import (

@@ -6,13 +6,8 @@ import asyncio
 
 import pytest
 
-from pdlaunch.protocol.engine import (
-    AbortRequest,
-    AddRequest,
-    RequestFinished,
-    SetReaders,
-    TokenOutput,
-)
+from pdlaunch.protocol.engine import AbortRequest, AddRequest, RequestFinished, SetReaders
+from pdlaunch.protocol.kv_params import TokenOutput
 from tests.engine.server.conftest import END_TOKEN, Engine
 from tests.engine.server.fake_rank import FakeRank, silent
 
@@ -44,7 +39,6 @@ async def test_prefill_answers_with_the_lease_and_the_first_token(engine: Engine
     (first,) = params["pdlaunch"]["first_tokens"]
     assert first == {
         "token_id": rank.ids("hello")[0],
-        "finish_reason": None,
         "logprob": -0.5,
         "top_logprobs": [[rank.ids("hello")[0], -0.5]],
     }
@@ -90,7 +84,8 @@ async def test_prefill_leases_once_for_all_choices_and_says_how_many_go_on(
         (False, 1),
     ]
     finish_reasons = [
-        token["finish_reason"] for token in answer["kv_transfer_params"]["pdlaunch"]["first_tokens"]
+        token.get("finish_reason")
+        for token in answer["kv_transfer_params"]["pdlaunch"]["first_tokens"]
     ]
     assert finish_reasons == [None, "stop", None]
     (readers,) = await rank.wait_for(SetReaders)
@@ -154,18 +149,21 @@ def first_token(token_id: int, **fields: object) -> dict:
         ),
         (
             {"kv_transfer_params": REMOTE_PREFILL | {"remote_num_tokens": 2**64}},
-            "kv_transfer_params",
+            "kv_transfer_params.remote_num_tokens",
         ),
         (
             {"kv_transfer_params": REMOTE_PREFILL | {"remote_block_ids": [[2**64]]}},
-            "kv_transfer_params",
+            "kv_transfer_params.remote_block_ids[0][0]",
         ),
         ({"kv_transfer_params": first_token(10**9)}, "kv_transfer_params.pdlaunch.first_tokens"),
         (
             {"kv_transfer_params": first_token(5, top_logprobs=[[10**9, -1.0]])},
             "kv_transfer_params.pdlaunch.first_tokens",
         ),
-        ({"kv_transfer_params": first_token(2**64)}, "kv_transfer_params.pdlaunch"),
+        (
+            {"kv_transfer_params": first_token(2**64)},
+            "kv_transfer_params.pdlaunch.first_tokens[0].token_id",
+        ),
     ],
 )
 async def test_hand_overs_that_are_refused(engine: Engine, fields, param):

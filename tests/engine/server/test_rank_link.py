@@ -3,13 +3,8 @@ from __future__ import annotations
 import asyncio
 
 from pdlaunch.engine.server.rank_link import RankEvent, RankLink
-from pdlaunch.protocol.engine import (
-    AbortRequest,
-    AddRequest,
-    RequestFinished,
-    SamplingParams,
-    TokenOutput,
-)
+from pdlaunch.protocol.engine import AbortRequest, AddRequest, RequestFinished, SamplingParams
+from pdlaunch.protocol.kv_params import TokenOutput
 from pdlaunch.protocol.sockets import SecureContext
 from tests.engine.server.conftest import Engine
 from tests.engine.server.fake_rank import FakeRank, silent

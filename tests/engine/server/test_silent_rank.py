@@ -7,7 +7,8 @@ import asyncio
 import pytest
 
 from pdlaunch.engine.server.engine_service import RANK_SILENCE_S
-from pdlaunch.protocol.engine import AddRequest, RequestFinished, TokenOutput
+from pdlaunch.protocol.engine import AddRequest, RequestFinished
+from pdlaunch.protocol.kv_params import TokenOutput
 from tests.engine.server.conftest import Engine
 from tests.engine.server.fake_rank import FakeRank, silent
 
