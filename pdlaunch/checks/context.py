@@ -105,10 +105,11 @@ class Context:
         """Return whether a library opens GPU memory by itself where CuMem pools export no fabric
         handles: it then copies them through the host.
         """
+        carrier = self.kv_transfer.carrier_settings
         return (
             self.pair is not None
-            and self.kv_transfer.opens_device_memory
-            and not self.kv_transfer.maps_memory
+            and carrier.opens_device_memory
+            and not carrier.maps_memory
             and any(gpu.has_fabric_handles is False for gpu in self.machine.gpus)
         )
 

@@ -41,7 +41,7 @@ def _on_cpu(context: Context, setting: str, prefix: str) -> Iterator[Found]:
 
 def _segments(context: Context) -> Iterator[Found]:
     transfer = context.kv_transfer
-    if not transfer.opens_device_memory:
+    if not transfer.carrier_settings.opens_device_memory:
         return
     elsewhere = "--enable-cumem-allocator or --enable-sleep-mode"
     if context.uses("nixl"):

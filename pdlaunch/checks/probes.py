@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from pdlaunch.checks.context import uses_ucx
 from pdlaunch.checks.probed import NixlAnswer, Probes
-from pdlaunch.config.connectors import ConnectorImportError, connector_spec
+from pdlaunch.config.connectors import ConnectorImportError, connector_settings
 from pdlaunch.config.hosts import LOCAL
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import PAIR, Role
@@ -53,8 +53,11 @@ def probe_files(resolved: ResolvedLaunch) -> Probes:
     """Look at the files of weights, at the folders that must be writable, at the connector, and for
     the packages of extras.
     """
-    folders = resolved.config.kv_transfer.folders
-    problems = {name: why_not_writable(folder) for name, folder in folders.items()}
+    transfer = resolved.config.kv_transfer
+    problems = {
+        f"kv_transfer.{transfer.carrier}.{field}": why_not_writable(folder)
+        for field, folder in transfer.carrier_settings.folders.items()
+    }
     weight_errors = {
         role: error
         for role, engines in resolved.roles.items()
@@ -114,7 +117,7 @@ def _connector_errors(config: LaunchConfig) -> dict[str, str]:
     errors: dict[str, str] = {}
     for name in {config.kv_transfer.connector, config.kv_transfer.carrier}:
         try:
-            factory = connector_spec(name).factory
+            factory = connector_settings(name).factory
         except ConnectorImportError as error:
             errors[name] = str(error)
             continue

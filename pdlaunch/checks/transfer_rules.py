@@ -34,7 +34,7 @@ def far_engines(context: Context) -> list[PlacedEngine]:
 
 def _opening_engines(context: Context) -> list[PlacedEngine]:
     """Return those of them that open ports for it; vLLM has NIXL alone, whatever the path."""
-    opens = context.kv_transfer.opens_data_ports
+    opens = context.kv_transfer.carrier_settings.opens_data_ports
     return [each for each in far_engines(context) if opens or not each.engines.is_native]
 
 
@@ -43,7 +43,7 @@ def _names_of_hosts(context: Context) -> str:
 
 
 def _p2p_between_hosts(context: Context) -> str:
-    if not far_engines(context) or context.kv_transfer.joins_hosts:
+    if not far_engines(context) or context.kv_transfer.carrier_settings.joins_hosts:
         return ""
     return f"p2p does not join the hosts {_names_of_hosts(context)}"
 

@@ -1,9 +1,9 @@
 """Processes without torch know this of each connector: settings, environment, where its class is.
 
 A connector is named in ``kv_transfer.connector``. Those of pdlaunch stand in ``BUILT_IN``; another
-package adds one with an entry point of the group ``pdlaunch.connectors``, whose value is a
-``ConnectorSpec``. Only the spec is imported here, so it must be light. docs/connectors.md shows how
-to write one.
+package adds one with an entry point of the group ``pdlaunch.connectors``, whose value is a class of
+``ConnectorSettings``. Only that class is imported here, so its module must be light.
+docs/connectors.md shows how to write one.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from types import MappingProxyType
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from pydantic_core import PydanticKnownError
@@ -29,6 +28,288 @@ KVPath = Literal["auto", "nixl", "p2p"]
 MooncakeProtocol = Literal["tcp", "rdma", "nvlink"]
 RankDevice = Literal["cpu", "cuda"]
 Environ = Mapping[str, str]
+
+MOONCAKE_ADDRESS = "MC_TCP_BIND_ADDRESS"
+"""Ranks tell their peers this address, and take no packet to another one."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVNetwork:
+    """Describes how KV blocks get from and to other hosts, of which the user trusts the network."""
+
+    address: str
+    """Address of this host at which data ports open."""
+    ports: str
+    """First and last port that they may have: ``21000-21999``."""
+    rdma_devices: tuple[str, ...] = ()
+
+
+class ConnectorSettings(FrozenModel):
+    """Is the section ``kv_transfer.NAME`` of a connector. Override what differs for it."""
+
+    factory: ClassVar[str] = ""
+    """``module:callable``; called in the ranks alone as ``callable(settings, name, incarnation)``
+    with the whole ``KVTransferSettings``, the rank's name (``prefill-0/rank-0``) and its
+    incarnation. Returns a ``transfer.connectors.connector.Connector``.
+    """
+    stand_ins: ClassVar[Mapping[str, str]] = {}
+    """Tests put ``module:class`` here, by the name of the class of a rank that it stands for. It is
+    called as that one is, after the section of this connector. See ``opening.rank_part``.
+    """
+
+    def environment(
+        self, environ: Environ, device: RankDevice, network: KVNetwork | None = None
+    ) -> dict[str, str]:
+        """Return variables that a rank must have before the connector's libraries are imported.
+
+        ``environ`` is the user's, whose values take precedence, except over what keeps doors shut
+        (UCX_TLS). ``device``: ``cuda`` also for a rank on the CPU of a host with GPUs. ``network``:
+        of a rank with peers on other hosts, if the user trusts it.
+        """
+        return {}
+
+    @property
+    def opens_data_ports(self) -> bool:
+        """Say whether ranks open ports that ask nobody who he is to peers on other hosts.
+
+        They do so with ``kv_transfer.trusted_network`` alone: a connector that listens by itself
+        has to override this.
+        """
+        return False
+
+    @property
+    def joins_hosts(self) -> bool:
+        """Say whether ranks reach peers on other hosts at all."""
+        return True
+
+    @property
+    def maps_memory(self) -> bool:
+        """Say whether ranks may map the KV cache of their peers: it is then allocated for that."""
+        return False
+
+    @property
+    def opens_device_memory(self) -> bool:
+        """Say whether a library may open GPU memory of ranks by itself; how fast it is then depends
+        on how the memory was allocated.
+        """
+        return True
+
+    @property
+    def only_maps_memory(self) -> bool:
+        return self.maps_memory and not self.opens_device_memory
+
+    @property
+    def folders(self) -> Mapping[str, str]:
+        """Return folders that the ranks write to, by the field that names them."""
+        return {}
+
+    @property
+    def wraps(self) -> str | None:
+        """Return the name of the connector that this one wraps, which moves the bytes."""
+        return None
+
+
+class NixlSettings(ConnectorSettings):
+    """Joins any ranks by NIXL, and ranks of one host by mapped memory."""
+
+    factory = "pdlaunch.transfer.connectors.paths:new_connector"
+
+    path: Annotated[KVPath, NATIVE_ALONE] = Field(
+        "auto",
+        description="What carries KV blocks: NIXL, or copies from mapped memory of ranks of a "
+        "host (p2p); `auto` is what is faster at the handshake, for each pair.",
+    )
+
+    def environment(
+        self, environ: Environ, device: RankDevice, network: KVNetwork | None = None
+    ) -> dict[str, str]:
+        """Return UCX's variables. UCX_TLS is not the user's own value, which may name transports
+        that listen: it is narrowed to those that open no door.
+        """
+        defaults = {
+            # The InfiniBand module crashes the process in a finaliser at exit (NIXL 1.5.1). RDMA
+            # needs it; such ranks leave by os._exit, ahead of its finaliser.
+            "UCX_MODULES": "*" if network and network.rdma_devices else "^ib",
+            "UCX_WARN_UNUSED_ENV_VARS": "n",
+            "NIXL_LOG_LEVEL": "WARN",
+        }
+        transports = local_transports(environ, device)
+        if network is not None:
+            to_hosts = network_transports(environ, has_rdma=bool(network.rdma_devices))
+            transports = (*to_hosts, *transports)
+            # In the rank the name of its device stands in the address's place.
+            devices = (network.address, *(f"{name}:1" for name in network.rdma_devices))
+            defaults["UCX_NET_DEVICES"] = ",".join(devices)
+            defaults["UCX_TCP_PORT_RANGE"] = network.ports
+            if ":" in network.address:
+                defaults["UCX_TCP_AF_PRIO"] = "inet6,inet"
+        # UCX takes an empty UCX_TLS for all transports; a name that it does not know is none.
+        return _with_defaults(environ, defaults) | {"UCX_TLS": ",".join(transports) or "none"}
+
+    @property
+    def opens_data_ports(self) -> bool:
+        return self.path != "p2p"
+
+    @property
+    def joins_hosts(self) -> bool:
+        return self.opens_data_ports
+
+    @property
+    def opens_device_memory(self) -> bool:
+        return self.opens_data_ports
+
+    @property
+    def maps_memory(self) -> bool:
+        return self.path != "nixl"
+
+
+SENDER_THREADS: Any = Field(
+    2, ge=1, le=64, description="Threads of a prefill rank that write to its readers."
+)
+"""Of connectors whose prefill side writes."""
+
+
+class MooncakeSettings(ConnectorSettings):
+    """Moves KV blocks by Mooncake's transfer engine."""
+
+    factory = "pdlaunch.transfer.connectors.mooncake:new_connector"
+
+    num_sender_threads: int = SENDER_THREADS
+    protocol: MooncakeProtocol = Field("tcp", description="What Mooncake moves KV blocks over.")
+    devices: str = Field(
+        "",
+        description="RDMA devices that Mooncake may use, with commas between them; all when empty.",
+    )
+
+    def environment(
+        self, environ: Environ, device: RankDevice, network: KVNetwork | None = None
+    ) -> dict[str, str]:
+        """Return Mooncake's variables: it picks a transport by what it finds, if it is not told."""
+        transports: dict[MooncakeProtocol, dict[str, str]] = {
+            "tcp": {"MC_FORCE_TCP": "1"},
+            "rdma": {},
+            "nvlink": {"MC_INTRA_NVLINK": "1"},
+        }
+        defaults = {
+            # A call that gives up by its own time-out leaves its write under way: only the
+            # transport's time-outs end one.
+            "MC_TRANSFER_TIMEOUT": "3600",
+            "MC_LOG_LEVEL": "WARNING",
+            **transports[self.protocol],
+        }
+        if network is not None:
+            first, _, last = network.ports.partition("-")
+            # Mooncake reads both spellings.
+            defaults |= {f"MC_MIN_{word}_PORT": first for word in ("PRC", "RPC")}
+            defaults |= {f"MC_MAX_{word}_PORT": last for word in ("PRC", "RPC")}
+            if ":" in network.address:
+                defaults["MC_USE_IPV6"] = "1"
+        address = "127.0.0.1" if network is None else network.address
+        return _with_defaults(environ, defaults) | {MOONCAKE_ADDRESS: address}
+
+    @property
+    def opens_data_ports(self) -> bool:
+        return True
+
+
+class FileSettings(ConnectorSettings):
+    """Moves KV blocks by files in a shared folder."""
+
+    factory = "pdlaunch.transfer.connectors.file:new_connector"
+
+    num_sender_threads: int = SENDER_THREADS
+    directory: Annotated[str | None, Flag("kv-file-directory", metavar="DIR")] = Field(
+        None, min_length=1, description="Shared folder of the file connector, which needs one."
+    )
+    size_limit: ByteSize = Field(
+        parse_size("10GiB"),
+        description="Size of that folder; what was written first is deleted first.",
+    )
+
+    @property
+    def opens_device_memory(self) -> bool:
+        return False
+
+    @property
+    def folders(self) -> Mapping[str, str]:
+        return {} if self.directory is None else {"directory": self.directory}
+
+
+BUILT_IN: Mapping[str, type[ConnectorSettings]] = {
+    "nixl": NixlSettings,
+    "mooncake": MooncakeSettings,
+    "file": FileSettings,
+}
+_LAZY: Mapping[str, str] = {"faulty": "pdlaunch.transfer.connectors.faults:FaultPlan"}
+"""Connectors of pdlaunch that come as those of other packages do."""
+
+
+class ConnectorImportError(ConfigError):
+    """A connector's package cannot be imported, or holds something else."""
+
+
+def connector_names() -> list[str]:
+    """Return the names of all connectors that are installed; imports none of them."""
+    return [*BUILT_IN, *(name for name in _others() if name not in BUILT_IN)]
+
+
+def connector_settings(name: str) -> type[ConnectorSettings]:
+    """Import and return the settings of a connector of ``connector_names``.
+
+    Raises ConnectorImportError when that fails, whatever the package raises.
+    """
+    # First: a package that calls its connector nixl must not take the place of ours unseen.
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    found = load_named(_others()[name], f"connector {name}")
+    if not (isinstance(found, type) and issubclass(found, ConnectorSettings)):
+        raise ConnectorImportError(f"connector {name}: {found!r} is no class of ConnectorSettings")
+    return found
+
+
+def check_connector_name(value: str) -> str:
+    """Return ``value`` when such a connector is installed; validates fields of settings."""
+    if value not in (names := connector_names()):
+        raise PydanticKnownError("literal_error", {"expected": " or ".join(map(repr, names))})
+    return value
+
+
+@functools.cache
+def other_sections() -> Mapping[str, type[ConnectorSettings] | None]:
+    """Return the settings of each connector that has no field in ``KVTransferSettings``; None where
+    they cannot be imported.
+    """
+    found: dict[str, type[ConnectorSettings] | None] = {}
+    for name in connector_names():
+        if name not in BUILT_IN:
+            try:
+                found[name] = connector_settings(name)
+            except ConnectorImportError:
+                found[name] = None
+    return found
+
+
+def load_named(path: str, what: str) -> Any:
+    """Import ``module:attribute``. Raises ConnectorImportError, which begins with ``what``."""
+    module, _, attribute = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # The package is somebody else's: it may raise anything.
+        message = f"{what} cannot be imported from {path}: {type(error).__name__}: {error}"
+        raise ConnectorImportError(message) from error
+
+
+@functools.cache
+def _others() -> Mapping[str, str]:
+    """Return ``module:attribute`` of each connector that is imported when it is named."""
+    found = {point.name: point.value for point in entry_points(group=ENTRY_POINT_GROUP)}
+    # In this order, as with ``BUILT_IN``: our names stay ours.
+    return {**found, **_LAZY}
+
+
+def _with_defaults(environ: Environ, defaults: Mapping[str, str]) -> dict[str, str]:
+    return {name: environ.get(name, value) for name, value in defaults.items()}
+
 
 # UCX_TLS as UCX reads it: names, groups of names, and lists of what to leave out. Source: the help
 # text in libucp of UCX 1.19, as NIXL 1.5.1 ships it. Names are told apart by case.
@@ -52,308 +333,9 @@ _GROUPS: Mapping[str, frozenset[str]] = {
     **dict.fromkeys(("dc", "dc_x"), frozenset({"dc_mlx5"})),
     "cuda": CUDA,
 }
-_LOCAL = ("posix", "cma", "self")
-_LOCAL_CUDA = ("cuda_ipc", "cuda_copy")
 
-S = TypeVar("S", bound=FrozenModel)
-"""The settings of one connector."""
 
-
-@dataclass(frozen=True, slots=True)
-class KVNetwork:
-    """Describes how KV blocks get from and to other hosts, of which the user trusts the network."""
-
-    address: str
-    """Address of this host at which data ports open."""
-    ports: str
-    """First and last port that they may have: ``21000-21999``."""
-    rdma_devices: tuple[str, ...] = ()
-
-
-class ConnectorSpec(Generic[S]):
-    """Describes a connector. Override what differs from these defaults."""
-
-    factory: str = ""
-    """``module:callable``; called in the ranks alone as ``callable(settings, name, incarnation)``
-    with the whole ``KVTransferSettings``, the rank's name (``prefill-0/rank-0``) and its
-    incarnation. Returns a ``transfer.connectors.connector.Connector``.
-    """
-    settings: type[S] = FrozenModel  # type: ignore[assignment]
-    """The model of the section ``kv_transfer.NAME``, which each method below is given."""
-    stand_ins: Mapping[str, str] = MappingProxyType({})
-    """Tests put ``module:class`` here, by the name of the class of a rank that it stands for. It is
-    called as that one is, after the section of this connector. See ``opening.rank_part``.
-    """
-
-    def environment(self, section: S, environ: Environ, device: RankDevice) -> dict[str, str]:
-        """Return variables that a rank must have before the connector's libraries are imported.
-
-        ``environ`` is the user's, whose values take precedence, except over what keeps doors shut
-        (UCX_TLS). ``device``: ``cuda`` also for a rank on the CPU of a host with GPUs.
-        """
-        return {}
-
-    def network_environment(
-        self, section: S, environ: Environ, device: RankDevice, network: KVNetwork
-    ) -> dict[str, str]:
-        """Return variables over those of ``environment`` for a rank with peers on other hosts."""
-        return {}
-
-    def opens_data_ports(self, section: S) -> bool:
-        """Say whether ranks open ports that ask nobody who he is to peers on other hosts.
-
-        They do so with ``kv_transfer.trusted_network`` alone: a connector that listens by itself
-        has to override this.
-        """
-        return False
-
-    def joins_hosts(self, section: S) -> bool:
-        """Say whether ranks reach peers on other hosts at all."""
-        return True
-
-    def maps_memory(self, section: S) -> bool:
-        """Say whether ranks may map the KV cache of their peers, which decides how it is
-        allocated.
-        """
-        return False
-
-    def opens_device_memory(self, section: S) -> bool:
-        """Say whether a library may open GPU memory of ranks by itself; how fast it is then depends
-        on how the memory was allocated.
-        """
-        return True
-
-    def folders(self, section: S) -> Mapping[str, str]:
-        """Return folders that the ranks write to, by the field of the section that names them."""
-        return {}
-
-    def inner(self, section: S) -> str | None:
-        """Return the name of the connector that this one wraps, which moves the bytes."""
-        return None
-
-
-class NixlSettings(FrozenModel):
-    """Settings of the connector nixl."""
-
-    path: Annotated[KVPath, NATIVE_ALONE] = Field(
-        "auto",
-        description="What carries KV blocks: NIXL, or copies from mapped memory of ranks of a "
-        "host (p2p); `auto` is what is faster at the handshake, for each pair.",
-    )
-
-
-class NixlSpec(ConnectorSpec[NixlSettings]):
-    """Joins any ranks by NIXL, and ranks of one host by mapped memory."""
-
-    factory = "pdlaunch.transfer.connectors.paths:new_connector"
-    settings = NixlSettings
-
-    def environment(
-        self, section: NixlSettings, environ: Environ, device: RankDevice
-    ) -> dict[str, str]:
-        defaults = {
-            # The InfiniBand module crashes the process in a finaliser at exit (NIXL 1.5.1).
-            "UCX_MODULES": "^ib",
-            "UCX_WARN_UNUSED_ENV_VARS": "n",
-            "NIXL_LOG_LEVEL": "WARN",
-        }
-        # Not the user's own value: it may name transports that listen, so it is narrowed to those
-        # that open no door. UCX takes an empty UCX_TLS for all transports; a name that it does not
-        # know is none.
-        transports = ",".join(local_transports(environ, device)) or "none"
-        return _with_defaults(environ, defaults) | {"UCX_TLS": transports}
-
-    def network_environment(
-        self, section: NixlSettings, environ: Environ, device: RankDevice, network: KVNetwork
-    ) -> dict[str, str]:
-        to_hosts = network_transports(environ, has_rdma=bool(network.rdma_devices))
-        transports = ",".join((*to_hosts, *local_transports(environ, device))) or "none"
-        # In the rank the name of its device stands in the address's place.
-        devices = (network.address, *(f"{name}:1" for name in network.rdma_devices))
-        defaults = {"UCX_NET_DEVICES": ",".join(devices), "UCX_TCP_PORT_RANGE": network.ports}
-        if network.rdma_devices:
-            # RDMA needs that module; ranks leave by os._exit, ahead of its finaliser.
-            defaults["UCX_MODULES"] = "*"
-        if ":" in network.address:
-            defaults["UCX_TCP_AF_PRIO"] = "inet6,inet"
-        return _with_defaults(environ, defaults) | {"UCX_TLS": transports}
-
-    def opens_data_ports(self, section: NixlSettings) -> bool:
-        return section.path != "p2p"
-
-    joins_hosts = opens_device_memory = opens_data_ports
-
-    def maps_memory(self, section: NixlSettings) -> bool:
-        return section.path != "nixl"
-
-
-SENDER_THREADS: Any = Field(
-    2, ge=1, le=64, description="Threads of a prefill rank that write to its readers."
-)
-"""Of connectors whose prefill side writes."""
-
-
-class MooncakeSettings(FrozenModel):
-    """Settings of the connector mooncake."""
-
-    num_sender_threads: int = SENDER_THREADS
-    protocol: MooncakeProtocol = Field("tcp", description="What Mooncake moves KV blocks over.")
-    devices: str = Field(
-        "",
-        description="RDMA devices that Mooncake may use, with commas between them; all when empty.",
-    )
-
-
-MOONCAKE_ADDRESS = "MC_TCP_BIND_ADDRESS"
-"""Ranks tell their peers this address, and take no packet to another one."""
-
-
-class MooncakeSpec(ConnectorSpec[MooncakeSettings]):
-    """Mooncake's transfer engine."""
-
-    factory = "pdlaunch.transfer.connectors.mooncake:new_connector"
-    settings = MooncakeSettings
-
-    def environment(
-        self, section: MooncakeSettings, environ: Environ, device: RankDevice
-    ) -> dict[str, str]:
-        # Mooncake picks a transport by what it finds, whatever it was told.
-        transports: dict[MooncakeProtocol, dict[str, str]] = {
-            "tcp": {"MC_FORCE_TCP": "1"},
-            "rdma": {},
-            "nvlink": {"MC_INTRA_NVLINK": "1"},
-        }
-        defaults = {
-            # A call that gives up by its own time-out leaves its write under way: only the
-            # transport's time-outs end one.
-            "MC_TRANSFER_TIMEOUT": "3600",
-            "MC_LOG_LEVEL": "WARNING",
-            **transports[section.protocol],
-        }
-        return _with_defaults(environ, defaults) | {MOONCAKE_ADDRESS: "127.0.0.1"}
-
-    def network_environment(
-        self, section: MooncakeSettings, environ: Environ, device: RankDevice, network: KVNetwork
-    ) -> dict[str, str]:
-        first, _, last = network.ports.partition("-")
-        # Mooncake reads both spellings.
-        ports = {f"MC_MIN_{word}_PORT": first for word in ("PRC", "RPC")}
-        ports |= {f"MC_MAX_{word}_PORT": last for word in ("PRC", "RPC")}
-        if ":" in network.address:
-            ports["MC_USE_IPV6"] = "1"
-        return _with_defaults(environ, ports) | {MOONCAKE_ADDRESS: network.address}
-
-    def opens_data_ports(self, section: MooncakeSettings) -> bool:
-        return True
-
-
-class FileSettings(FrozenModel):
-    """Settings of the connector file."""
-
-    num_sender_threads: int = SENDER_THREADS
-    directory: Annotated[str | None, Flag("kv-file-directory", metavar="DIR")] = Field(
-        None, min_length=1, description="Shared folder of the file connector, which needs one."
-    )
-    size_limit: ByteSize = Field(
-        parse_size("10GiB"),
-        description="Size of that folder; what was written first is deleted first.",
-    )
-
-
-class FileSpec(ConnectorSpec[FileSettings]):
-    """Files in a shared folder."""
-
-    factory = "pdlaunch.transfer.connectors.file:new_connector"
-    settings = FileSettings
-
-    def opens_device_memory(self, section: FileSettings) -> bool:
-        return False
-
-    def folders(self, section: FileSettings) -> Mapping[str, str]:
-        return {} if section.directory is None else {"directory": section.directory}
-
-
-_LAZY: Mapping[str, str] = MappingProxyType(
-    {"faulty": "pdlaunch.transfer.connectors.faults:FAULTY"}
-)
-"""Connectors of pdlaunch that come as those of other packages do."""
-BUILT_IN: Mapping[str, ConnectorSpec[Any]] = MappingProxyType(
-    {"nixl": NixlSpec(), "mooncake": MooncakeSpec(), "file": FileSpec()}
-)
-
-
-class ConnectorImportError(ConfigError):
-    """A connector's package cannot be imported, or holds something else."""
-
-
-NO_SPEC: ConnectorSpec[FrozenModel] = ConnectorSpec()
-"""Stands for a connector that cannot be imported."""
-
-
-def connector_names() -> list[str]:
-    """Return the names of all connectors that are installed; imports none of them."""
-    return [*BUILT_IN, *(name for name in _others() if name not in BUILT_IN)]
-
-
-def connector_spec(name: str) -> ConnectorSpec[Any]:
-    """Import and return the spec of a connector of ``connector_names``.
-
-    Raises ConnectorImportError when that fails, whatever the package raises.
-    """
-    # First: a package that calls its connector nixl must not take the place of ours unseen.
-    if name in BUILT_IN:
-        return BUILT_IN[name]
-    found = load_named(_others()[name], f"connector {name}")
-    if not isinstance(found, ConnectorSpec):
-        raise ConnectorImportError(f"connector {name}: {found!r} is no ConnectorSpec")
-    return found
-
-
-def check_connector_name(value: str) -> str:
-    """Return ``value`` when such a connector is installed; validates fields of settings."""
-    if value not in (names := connector_names()):
-        raise PydanticKnownError("literal_error", {"expected": " or ".join(map(repr, names))})
-    return value
-
-
-@functools.cache
-def other_sections() -> Mapping[str, type[FrozenModel] | None]:
-    """Return the settings model of each connector that has no field in ``KVTransferSettings``;
-    None where its spec cannot be imported.
-    """
-    found: dict[str, type[FrozenModel] | None] = {}
-    for name in connector_names():
-        if name not in BUILT_IN:
-            try:
-                found[name] = connector_spec(name).settings
-            except ConnectorImportError:
-                found[name] = None
-    return found
-
-
-def load_named(path: str, what: str) -> Any:
-    """Import ``module:attribute``. Raises ConnectorImportError, which begins with ``what``."""
-    module, _, attribute = path.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # The package is somebody else's: it may raise anything.
-        message = f"{what} cannot be imported from {path}: {type(error).__name__}: {error}"
-        raise ConnectorImportError(message) from error
-
-
-@functools.cache
-def _others() -> Mapping[str, str]:
-    """Return ``module:attribute`` of the spec of each connector that is imported when named."""
-    found = {point.name: point.value for point in entry_points(group=ENTRY_POINT_GROUP)}
-    # In this order, as with ``BUILT_IN``: our names stay ours.
-    return {**found, **_LAZY}
-
-
-def _with_defaults(environ: Mapping[str, str], defaults: Mapping[str, str]) -> dict[str, str]:
-    return {name: environ.get(name, value) for name, value in defaults.items()}
-
-
-def local_transports(environ: Mapping[str, str], device: RankDevice) -> tuple[str, ...]:
+def local_transports(environ: Environ, device: RankDevice) -> tuple[str, ...]:
     """Return the transports in UCX_TLS that open no door, for a rank whose peers are on its host.
 
     Network transports listen without authentication; ``sysv`` segments admit the user's whole group
@@ -361,23 +343,23 @@ def local_transports(environ: Mapping[str, str], device: RankDevice) -> tuple[st
     and CUDA IPC ask for the same user.
     """
     allowed = ucx_transports(environ)
-    wanted = (*_LOCAL_CUDA, *_LOCAL) if device == "cuda" else _LOCAL
-    return tuple(name for name in wanted if name in allowed)
+    of_gpus = ("cuda_ipc", "cuda_copy") if device == "cuda" else ()
+    return tuple(name for name in (*of_gpus, "posix", "cma", "self") if name in allowed)
 
 
-def network_transports(environ: Mapping[str, str], *, has_rdma: bool) -> tuple[str, ...]:
+def network_transports(environ: Environ, *, has_rdma: bool) -> tuple[str, ...]:
     """Return the transports in UCX_TLS that join hosts: TCP, and RDMA where there is a device."""
     allowed = ucx_transports(environ)
     wanted = (*sorted(_GROUPS["rc"]), *TCP) if has_rdma else TCP
     return tuple(name for name in wanted if name in allowed)
 
 
-def opens_network(environ: Mapping[str, str]) -> bool:
+def opens_network(environ: Environ) -> bool:
     """Return whether a process with this UCX_TLS is to use a network; unset, it names none."""
     return "UCX_TLS" in environ and bool(ucx_transports(environ) & (TCP | RDMA))
 
 
-def ucx_transports(environ: Mapping[str, str]) -> frozenset[str]:
+def ucx_transports(environ: Environ) -> frozenset[str]:
     """Return the transports that UCX may use: all when UCX_TLS is unset. Unknown names are kept."""
     value = environ.get("UCX_TLS", "all").strip() or "all"
     listed: frozenset[str] = frozenset()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, JsonValue, create_model, field_validator, model_validator
@@ -10,16 +9,13 @@ from pydantic_core import PydanticCustomError
 
 from pdlaunch.config.connectors import (
     BUILT_IN,
-    NO_SPEC,
     ConnectorImportError,
-    ConnectorSpec,
+    ConnectorSettings,
     FileSettings,
-    KVNetwork,
     MooncakeSettings,
     NixlSettings,
-    RankDevice,
     check_connector_name,
-    connector_spec,
+    connector_settings,
     other_sections,
 )
 from pdlaunch.config.field_types import NATIVE_ALONE, Flag, FrozenModel, PortRange, Switch
@@ -107,63 +103,23 @@ class KVTransferSettings(FrozenModel):
         another.
         """
         name = self.connector
-        while (inner := _spec_of(name).inner(self.section(name))) is not None:
+        while (inner := self.section(name).wraps) is not None:
             name = inner
         return name
 
-    def section(self, name: str) -> FrozenModel:
-        """Return the settings of a connector; its defaults where none were given."""
+    @property
+    def carrier_settings(self) -> ConnectorSettings:
+        """Return the settings of the connector that moves the bytes."""
+        return self.section(self.carrier)
+
+    def section(self, name: str) -> ConnectorSettings:
+        """Return the settings of a connector: its defaults where none were given, and those of any
+        where it cannot be imported, which a rule of ``check-config`` reports.
+        """
         found = getattr(self, name, None)
-        return found if isinstance(found, FrozenModel) else _spec_of(name).settings()
-
-    # What the spec of the carrier says of its section; ``ConnectorSpec`` explains each.
-    @property
-    def maps_memory(self) -> bool:
-        return self._spec.maps_memory(self.section(self.carrier))
-
-    @property
-    def opens_device_memory(self) -> bool:
-        return self._spec.opens_device_memory(self.section(self.carrier))
-
-    @property
-    def only_maps_memory(self) -> bool:
-        return self.maps_memory and not self.opens_device_memory
-
-    @property
-    def opens_data_ports(self) -> bool:
-        return self._spec.opens_data_ports(self.section(self.carrier))
-
-    @property
-    def joins_hosts(self) -> bool:
-        return self._spec.joins_hosts(self.section(self.carrier))
-
-    @property
-    def folders(self) -> dict[str, str]:
-        """Return the folders that the ranks write to, by the setting that names them."""
-        folders = self._spec.folders(self.section(self.carrier))
-        return {f"kv_transfer.{self.carrier}.{field}": path for field, path in folders.items()}
-
-    def environment(self, environ: Mapping[str, str], device: RankDevice) -> dict[str, str]:
-        """Return what a rank's environment must hold before its connector is opened."""
-        return self._spec.environment(self.section(self.carrier), environ, device)
-
-    def network_environment(
-        self, environ: Mapping[str, str], device: RankDevice, network: KVNetwork
-    ) -> dict[str, str]:
-        """Return what the environment of a rank with peers on other hosts must hold over that."""
-        section = self.section(self.carrier)
-        return self._spec.network_environment(section, environ, device, network)
-
-    @property
-    def _spec(self) -> ConnectorSpec[Any]:
-        return _spec_of(self.carrier)
-
-
-def _spec_of(name: str) -> ConnectorSpec[Any]:
-    """Return a connector's spec; that of a connector without needs where it cannot be imported,
-    which a rule of ``check-config`` reports.
-    """
-    try:
-        return connector_spec(name)
-    except ConnectorImportError:
-        return NO_SPEC
+        if isinstance(found, ConnectorSettings):
+            return found
+        try:
+            return connector_settings(name)()
+        except ConnectorImportError:
+            return ConnectorSettings()

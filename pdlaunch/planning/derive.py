@@ -154,7 +154,8 @@ def _environment(
             ENGINE_HOST if network is None else network.address,
         )
         if network is not None:
-            to_hosts = config.kv_transfer.network_environment(given_environ, device, network)
+            carrier = config.kv_transfer.carrier_settings
+            to_hosts = carrier.environment(given_environ, device, network)
             return common | own | settings.env | to_hosts
         is_quiet = is_verified and role in PAIR
         quiet = ",".join(local_transports(given_environ, device)) if is_quiet else ""
@@ -166,11 +167,8 @@ def _environment(
     # none.
     of_host: DeviceKind = "cuda" if machine.gpus or machine.has_hidden_gpus else device
     # Last: what the connector needs narrows what the user has set.
-    transfer = config.kv_transfer
-    own = transfer.environment(given_environ, of_host)
-    if network is not None:
-        own |= transfer.network_environment(given_environ, of_host, network)
-    return common | settings.env | own
+    carrier = config.kv_transfer.carrier_settings
+    return common | settings.env | carrier.environment(given_environ, of_host, network)
 
 
 def device_kind(settings: EngineSettings, machine: Machine, visible: VisibleGpus) -> DeviceKind:

@@ -77,9 +77,9 @@ def test_transports_between_hosts(value, tcp_alone, with_rdma):
 
 def of_rank(environ, *rdma_devices):
     settings, network = KVTransferSettings(), KVNetwork("10.0.0.7", "21000-21999", rdma_devices)
-    own = settings.environment(environ, "cpu")
-    assert not opens_network(own)
-    return own | settings.network_environment(environ, "cpu", network)
+    carrier = settings.carrier_settings
+    assert not opens_network(carrier.environment(environ, "cpu"))
+    return carrier.environment(environ, "cpu", network)
 
 
 def test_ranks_with_peers_elsewhere_use_one_device_and_known_ports():

@@ -84,9 +84,8 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
     connectors._others.cache_clear()
     environ = dict(options.environment)
     on = "cpu" if options.device == "cpu" else "cuda"
-    own = options.spec.kv_transfer.environment(environ, on)
-    if options.network is not None:
-        own |= options.spec.kv_transfer.network_environment(environ, on, options.network)
+    carrier = options.spec.kv_transfer.carrier_settings
+    own = carrier.environment(environ, on, options.network)
     os.environ.update(environ | own)
     torch.set_num_threads(1)
     layout = layout_of(
@@ -102,8 +101,8 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
     source = open_kv_memory(
         pools,
         device,
-        shared=options.spec.kv_transfer.maps_memory,
-        mapped_alone=options.spec.kv_transfer.only_maps_memory,
+        shared=options.spec.kv_transfer.carrier_settings.maps_memory,
+        mapped_alone=options.spec.kv_transfer.carrier_settings.only_maps_memory,
     )
     content = source.zeros(options.num_blocks * layout.block_bytes).view(torch.float32)
     kv_cache = content.view(options.num_blocks, *layout.block_shape())

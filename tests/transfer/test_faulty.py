@@ -173,9 +173,9 @@ def test_a_plan_that_makes_no_sense_is_refused(fields):
 
 def test_what_faulty_wraps_decides_what_a_rank_needs():
     settings = KVTransferSettings(connector="faulty", nixl={"path": "nixl"})
-    assert (settings.carrier, settings.maps_memory) == ("nixl", False)
-    assert "UCX_TLS" in settings.environment({}, "cpu")
-    assert KVTransferSettings(connector="faulty").maps_memory
+    assert (settings.carrier, settings.carrier_settings.maps_memory) == ("nixl", False)
+    assert "UCX_TLS" in settings.carrier_settings.environment({}, "cpu")
+    assert KVTransferSettings(connector="faulty").carrier_settings.maps_memory
     with pytest.raises(ValidationError, match="needs kv_transfer"):
         KVTransferSettings(connector="faulty", faulty={"inner": "file"})
     again = KVTransferSettings.model_validate_json(settings.model_dump_json())

@@ -105,7 +105,8 @@ def test_its_settings_come_from_variables_and_are_shown() -> None:
     [
         ("raise OSError('no library')", ""),
         (
-            "from pdlaunch.config.connectors import ConnectorSpec\nSPEC = ConnectorSpec()",
+            "from pdlaunch.config.connectors import ConnectorSettings\n"
+            "class SPEC(ConnectorSettings): pass",
             "gone:new",
         ),
     ],

@@ -158,7 +158,7 @@ def _policies(launch: PodLaunch) -> list[Object]:
         # Side channels and tensor parallelism, which the launch's keys open.
         _policy(launch, "ranks", engines, engines, [chosen]),
     ]
-    if config.kv_transfer.opens_data_ports:
+    if config.kv_transfer.carrier_settings.opens_data_ports:
         # NIXL and Mooncake ask nobody who he is: this rule is all that keeps strangers away.
         data = {"port": int(first), "endPort": int(last)}
         found.append(_policy(launch, "kv", engines, engines, [data]))

@@ -15,8 +15,7 @@ from pathlib import Path
 import msgspec
 from pydantic import Field, field_validator
 
-from pdlaunch.config.connectors import ConnectorSpec, check_connector_name
-from pdlaunch.config.field_types import FrozenModel
+from pdlaunch.config.connectors import ConnectorSettings, check_connector_name
 from pdlaunch.protocol.transfer import GrantLease, TransferCommand
 
 
@@ -36,8 +35,16 @@ class Fault(Enum):
 _PROBE_FAULTS = (Fault.REFUSE, Fault.FAIL, Fault.CORRUPT)
 
 
-class FaultPlan(FrozenModel):
-    """Sets how often faults come and how hard they are."""
+class FaultPlan(ConnectorSettings):
+    """Sets how often faults come and how hard they are: around another connector, in the leases and
+    in the host tier.
+    """
+
+    factory = "pdlaunch.transfer.connectors.faulty:new_connector"
+    stand_ins = {
+        "TransferThread": "pdlaunch.transfer.connectors.faulty:FaultyTransferThread",
+        "OffloadWorker": "pdlaunch.transfer.connectors.faulty:FaultyOffloadWorker",
+    }
 
     inner: str = Field("nixl", description="The connector that moves the bytes.")
     seed: int = Field(0, description="What all faults are drawn from.")
@@ -70,6 +77,10 @@ class FaultPlan(FrozenModel):
         gt=0,
         description="Longest life of a lease that ends early, each extension included.",
     )
+
+    @property
+    def wraps(self) -> str:
+        return self.inner
 
     @field_validator("inner")
     @classmethod
@@ -128,20 +139,3 @@ class FaultPlan(FrozenModel):
     ) -> tuple[Fault | None, random.Random]:
         source = random.Random(f"{self.seed}/{name}")
         return (source.choice(faults) if source.random() < rate else None), source
-
-
-class FaultySpec(ConnectorSpec[FaultPlan]):
-    """Adds faults around another connector, in the leases and in the host tier."""
-
-    factory = "pdlaunch.transfer.connectors.faulty:new_connector"
-    settings = FaultPlan
-    stand_ins = {
-        "TransferThread": "pdlaunch.transfer.connectors.faulty:FaultyTransferThread",
-        "OffloadWorker": "pdlaunch.transfer.connectors.faulty:FaultyOffloadWorker",
-    }
-
-    def inner(self, section: FaultPlan) -> str:
-        return section.inner
-
-
-FAULTY = FaultySpec()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
-from pdlaunch.config.connectors import connector_spec, load_named
+from pdlaunch.config.connectors import connector_settings, load_named
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.errors import ConfigError, TransferError
 from pdlaunch.transfer.connectors.connector import Connection, Connector, LocalMemory, PeerAgent
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 def rank_part(kind: type[T], settings: KVTransferSettings) -> Callable[..., T]:
     """Return ``kind``, or what the connector in use puts in its place; faults do, in tests."""
-    path = connector_spec(settings.connector).stand_ins.get(kind.__name__)
+    path = connector_settings(settings.connector).stand_ins.get(kind.__name__)
     if path is None:
         return kind
     stand_in = load_named(path, f"connector {settings.connector}")
@@ -27,7 +27,7 @@ def rank_part(kind: type[T], settings: KVTransferSettings) -> Callable[..., T]:
 def new_connector(settings: KVTransferSettings, name: str, incarnation: int) -> Connector:
     """Make the connector of a rank (``prefill-0/rank-0``). Raises ConfigError."""
     what = f"connector {settings.connector}"
-    factory = load_named(connector_spec(settings.connector).factory, what)
+    factory = load_named(connector_settings(settings.connector).factory, what)
     connector = factory(settings, name, incarnation)
     if not isinstance(connector, Connector):
         raise ConfigError(f"{what}: {type(connector).__name__} is no Connector")

@@ -68,7 +68,7 @@ def test_what_peers_only_map_lies_outside_expandable_segments() -> None:
     ],
 )
 def test_only_the_path_p2p_needs_that(transfer: dict[str, object], apart: bool) -> None:
-    assert KVTransferSettings.model_validate(transfer).only_maps_memory is apart
+    assert KVTransferSettings.model_validate(transfer).carrier_settings.only_maps_memory is apart
 
 
 def shared(kind: str) -> SharedRange:

@@ -1,24 +1,19 @@
-"""The spec of a connector of another package: all that pdlaunch imports outside of the ranks."""
+"""Settings of a connector of another package: all that pdlaunch imports outside of the ranks."""
 
 from pydantic import Field
 
-from pdlaunch.config.connectors import ConnectorSpec
-from pdlaunch.config.field_types import ByteSize, FrozenModel
+from pdlaunch.config.connectors import ConnectorSettings
+from pdlaunch.config.field_types import ByteSize
 
 
-class ExampleSettings(FrozenModel):
+class ExampleSettings(ConnectorSettings):
     """The section ``kv_transfer.example``."""
+
+    factory = "example_connector.connector:new_connector"
 
     max_read_bytes: ByteSize = Field(1 << 30, description="Longer READs are refused.")
 
-
-class ExampleSpec(ConnectorSpec[ExampleSettings]):
-    factory = "example_connector.connector:new_connector"
-    settings = ExampleSettings
-
-    def joins_hosts(self, section: ExampleSettings) -> bool:
+    @property
+    def joins_hosts(self) -> bool:
         """Processes of other hosts have no memory here."""
         return False
-
-
-SPEC = ExampleSpec()
