@@ -29,7 +29,18 @@ from pdlaunch.protocol.status import DeploymentStatus
 
 Summary = Callable[[LaunchStatus], list[tuple[str, str]]]
 """Returns the lines of the ready panel: label and text, which may have several lines."""
+Read = Callable[[], DeploymentStatus]
+"""Reads the status of the launch from its router. Raises PdlaunchError."""
 
+EVERY_S = 10.0
+DRAIN_EVERY_S = 2.0
+READ_TIMEOUT_S = 5.0
+CONTINUATION = " \\\n  "  # joins the lines of a shell command
+NUM_PAIRS = 4
+_READY_POLL_S = 0.02
+_PERCENT_EVERY_S = 5.0
+_STARTS = (LaunchPhase.PREPARING, LaunchPhase.STARTING)
+_DRAINS = (LaunchPhase.DRAINING_ROUTER, LaunchPhase.DRAINING_ENGINES)
 _STYLES = {
     ProcessState.PLANNED: "dim",
     ProcessState.CONVERTING: "cyan",
@@ -41,9 +52,6 @@ _STYLES = {
     ProcessState.BACKING_OFF: "yellow",
     ProcessState.GIVEN_UP: "bold red",
 }
-_STARTS = (LaunchPhase.PREPARING, LaunchPhase.STARTING)
-CONTINUATION = " \\\n  "  # joins the lines of a shell command
-_PERCENT_EVERY_S = 5.0
 
 
 class StartView:
@@ -54,16 +62,11 @@ class StartView:
     """
 
     def __init__(
-        self,
-        console: Console,
-        summary: Summary,
-        clock: Callable[[], float] = time.monotonic,
-        wall_clock: Callable[[], datetime] = datetime.now,
+        self, console: Console, summary: Summary, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._console = console
         self._summary = summary
         self._clock = clock
-        self._wall_clock = wall_clock
         self._start_at = clock()
         self._status = LaunchStatus(LaunchPhase.PREPARING, ())
         self._said: dict[str, tuple[tuple[ProcessState, str], float]] = {}
@@ -88,7 +91,8 @@ class StartView:
         elif not self.is_live:
             for process in status.processes:
                 if process.state is not ProcessState.PLANNED and self._is_news(process):
-                    self._say(f"{on_host(process.name, process.host)}: {_doing(process)}")
+                    doing = f", {_doing(process)}" if process.doing else ""
+                    self._say(f"{on_host(process.name, process.host)}: {process.state}{doing}")
 
     def ready(self, status: LaunchStatus) -> None:
         rows = self._summary(status)
@@ -102,7 +106,7 @@ class StartView:
             self._console.print(Text(line), soft_wrap=True)
 
     def note(self, text: str) -> None:
-        self._print(f"{self._wall_clock():%H:%M:%S}", text)
+        self._print(f"{datetime.now():%H:%M:%S}", text)
 
     def close(self) -> None:
         """Take the table off the screen and give the cursor back. Safe to call twice."""
@@ -134,34 +138,34 @@ class StartView:
 def render_status(
     status: LaunchStatus, elapsed_s: float, columns: int, rows: int
 ) -> RenderableType:
-    """Render the table, with hosts where there are several. Processes that are not ready come first
-    where ``rows`` are too few.
-    """
-    counts = Counter(process.state for process in status.processes)
-    num_ready = f"{counts[ProcessState.READY]} of {len(status.processes)} ready"
-    head = Text(f"{status.phase} · {elapsed_s:.0f} s · {num_ready}")
+    """Render the table. Processes that are not ready come first where ``rows`` are too few."""
+    processes = list(status.processes)
+    counts = Counter(process.state for process in processes)
+    head = Text(
+        f"{status.phase} · {elapsed_s:.0f} s · {counts[ProcessState.READY]} of "
+        f"{len(processes)} ready"
+    )
     if status.num_missing_pairs and not counts.keys() - {ProcessState.READY, ProcessState.EXITED}:
-        head.append(
-            f" · {status.num_missing_pairs} {'pair' if status.num_missing_pairs == 1 else 'pairs'} "
-            "to connect"
-        )
+        head.append(f" · pairs to connect: {status.num_missing_pairs}")
     head.truncate(columns, overflow="ellipsis")
-    room, processes = max(1, rows - 2), list(status.processes)
     # `rich` would cut the table at the bottom, where a failing process may stand.
+    room = max(1, rows - 2)
     if len(processes) > room:
         processes.sort(key=lambda process: process.state is ProcessState.READY)
         processes = processes[: room - 1]
-    names_hosts = len({process.host for process in status.processes}) > 1
     table = Table.grid(padding=(0, 2, 0, 0), expand=False)
-    for overflow in ("ellipsis", *(("ellipsis",) if names_hosts else ()), "fold", "ellipsis"):
+    for overflow in ("ellipsis", "fold", "ellipsis"):
         table.add_column(no_wrap=True, overflow=overflow)
     for process in processes:
-        host = [Text(safe(process.host))] if names_hosts else []
+        name = safe(on_host(process.name, process.host))
         state = Text(process.state, style=_STYLES[process.state])
-        doing = Text(f"{process.doing}{_percent(process)}")
-        table.add_row(process.name, *host, state, doing)
+        table.add_row(Text(name), state, Text(_doing(process)))
     hidden = len(status.processes) - len(processes)
     return Group(head, table, *([Text(f"… and {hidden} more", style="dim")] if hidden else []))
+
+
+def _doing(process: ProcessStatus) -> str:
+    return process.doing + ("" if process.fraction is None else f" {process.fraction:.0%}")
 
 
 def render_ready(rows: Sequence[tuple[str, str]]) -> RenderableType:
@@ -190,28 +194,29 @@ def ready_rows(
         f"curl {status.url}/v1/completions{key}{CONTINUATION}-H 'Content-Type: "
         f"application/json'{CONTINUATION}-d '{body}'"
     )
+    # The slowest first, which deserve a look.
+    pairs = sorted(status.pairs, key=lambda pair: pair.gigabytes_per_s or 0.0)
+    lines = [
+        f"{pair.peer} → {pair.local}: {pair.path}"
+        + (f", {pair.gigabytes_per_s:.1f} GB/s" if pair.gigabytes_per_s is not None else "")
+        + "".join(f"; {path}: {said}" for path, said in pair.other_paths.items())
+        for pair in pairs[:NUM_PAIRS]
+    ]
+    if len(pairs) > NUM_PAIRS:
+        lines.append(f"… and {len(pairs) - NUM_PAIRS} more pairs")
     return [
         ("URL", status.url),
         ("try", curl),
         ("topology", _topology(status.processes)),
-        *(("host", line) for line in _hosts(status.processes)),
         *([("connector", connector)] if connector else []),
-        *(("pair", line) for line in _pairs(status)),
+        *(("pair", line) for line in lines),
         ("logs", log_dir),
         ("stop", "Ctrl-C waits for running requests; a second one does not"),
     ]
 
 
-def _doing(process: ProcessStatus) -> str:
-    doing = f", {process.doing}{_percent(process)}" if process.doing else ""
-    return f"{process.state}{doing}"
-
-
-def _percent(process: ProcessStatus) -> str:
-    return "" if process.fraction is None else f" {process.fraction:.0%}"
-
-
 def _topology(processes: Sequence[ProcessStatus]) -> str:
+    """Write ``1 prefill + 2 decode (tp 2)``, and on which hosts where there are several."""
     ranks = [process.name.partition("/")[0] for process in processes if process.kind == "rank"]
     parts = []
     for role in ROLES:
@@ -219,51 +224,12 @@ def _topology(processes: Sequence[ProcessStatus]) -> str:
         if num_engines := len(set(of_role)):
             tp_size = len(of_role) // num_engines
             parts.append(f"{num_engines} {role}{f' (tp {tp_size})' if tp_size > 1 else ''}")
-    return " + ".join(parts)
-
-
-def _hosts(processes: Sequence[ProcessStatus]) -> list[str]:
-    """Return a line for each host, with what serves there; none for one host."""
-    found: dict[str, list[str]] = {}
-    for process in processes:
-        served = found.setdefault(process.host, [])
-        if process.kind != "rank":
-            served.append(process.name)
-    lines = [f"{host}: {', '.join(names) or 'ranks'}" for host, names in found.items()]
-    return _first(lines, 8, "hosts") if len(found) > 1 else []
-
-
-def _pairs(status: LaunchStatus) -> list[str]:
-    """Return a line for each pair, the slowest first, which deserve a look."""
-    pairs = sorted(status.pairs, key=lambda pair: pair.gigabytes_per_s or 0.0)
-    lines = [
-        f"{pair.peer} → {pair.local}: {pair.path}"
-        + (f", {pair.gigabytes_per_s:.1f} GB/s" if pair.gigabytes_per_s is not None else "")
-        + "".join(f"; {path}: {said}" for path, said in pair.other_paths.items())
-        for pair in pairs
-    ]
-    return _first(lines, 4, "pairs")
-
-
-def _first(lines: list[str], room: int, kind: str) -> list[str]:
-    more = [f"… and {len(lines) - room} more {kind}"] if len(lines) > room else []
-    return lines[:room] + more
-
-
-EVERY_S = 10.0
-DRAIN_EVERY_S = 2.0
-READ_TIMEOUT_S = 5.0
-_READY_POLL_S = 0.02
-_DRAINS = (LaunchPhase.DRAINING_ROUTER, LaunchPhase.DRAINING_ENGINES)
-
-Read = Callable[[], DeploymentStatus]
+    num_hosts = len({process.host for process in processes})
+    return " + ".join(parts) + (f" on {num_hosts} hosts" if num_hosts > 1 else "")
 
 
 class StatusLine:
-    """Is an observer that passes everything on to ``view``, to which it adds lines of its own.
-
-    ``read`` returns the status, or raises PdlaunchError.
-    """
+    """Is an observer that passes everything on to ``view``, to which it adds lines of its own."""
 
     def __init__(self, view: Observer, read: Read, every_s: float = EVERY_S) -> None:
         self._view = view

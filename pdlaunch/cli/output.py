@@ -37,19 +37,30 @@ def print_json(found: object) -> None:
     sys.stdout.write(msgspec.json.format(msgspec.json.encode(found)).decode() + "\n")
 
 
-def print_table(
-    rows: Sequence[Mapping[str, Any]], headings: Mapping[str, str], console: Console | None = None
-) -> None:
-    """Print a table whose columns are ``headings``, by field.
+def make_table(
+    rows: Sequence[Mapping[str, Any]], headings: Mapping[str, str], room: int | None = None
+) -> Table:
+    """Make a table whose columns are ``headings``, by field; ``style`` of a row is its style.
 
-    Each row becomes a line of words on a terminal that is too narrow for the table.
+    ``room``: in so many lines; the last one says how many rows are left out.
     """
-    console = console or Console()
-    table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
-    for heading in headings.values():
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(Text(_short(row[field])) for field in headings))
+    table = Table(
+        box=None if room else SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False
+    )
+    for name, heading in headings.items():
+        is_text = bool(rows) and isinstance(rows[0][name], str)
+        table.add_column(heading, justify="left" if is_text else "right", no_wrap=True)
+    num_left_out = 0 if room is None or len(rows) < room else len(rows) - max(0, room - 2)
+    for row in rows[: len(rows) - num_left_out]:
+        table.add_row(*(Text(_short(row[name])) for name in headings), style=row.get("style"))
+    if num_left_out:
+        table.add_row(Text(f"... and {num_left_out} more"))
+    return table
+
+
+def print_table(rows: Sequence[Mapping[str, Any]], headings: Mapping[str, str]) -> None:
+    """Print a table; on a terminal that is too narrow for it each row becomes a line of words."""
+    console, table = Console(), make_table(rows, headings)
     width = console.measure(table, options=console.options.update(max_width=_ENOUGH)).maximum
     # A pipe has no width: its reader gets the table whole.
     if not console.is_terminal:
@@ -58,10 +69,7 @@ def print_table(
         console.print(table)
         return
     for row in rows:
-        cells = (
-            f"{' '.join(heading.split())} {_short(row[field])}"
-            for field, heading in headings.items()
-        )
+        cells = (f"{' '.join(text.split())} {_short(row[name])}" for name, text in headings.items())
         console.print(", ".join(cells), markup=False, highlight=False)
 
 

@@ -1,32 +1,52 @@
-"""``pdlaunch status`` shows once what a deployment is doing. ``top`` and the status line of
-``serve`` show the same cells, lines and figures.
+"""``pdlaunch status`` shows once what a deployment is doing. ``top`` shows the same as it changes,
+and ``serve`` the line of ``status_line``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.text import Text
 
 from pdlaunch.cli.options import ApiKeyOption, UrlArgument
-from pdlaunch.cli.output import FormatOption, print_errors, print_json, print_table
+from pdlaunch.cli.output import FormatOption, make_table, print_errors, print_json
 from pdlaunch.config.roles import ROLES
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client.admin import read_status, reading_api
 from pdlaunch.observe.logs import escape_controls
-from pdlaunch.protocol.status import DeploymentStatus, EngineStatus, PairStatus, Percentiles
+from pdlaunch.protocol.status import (
+    DeploymentStatus,
+    EngineStatus,
+    PairStatus,
+    Percentiles,
+    RequestSummary,
+)
 
 UNKNOWN = "-"
-_BARS = "▁▂▃▄▅▆▇█"
-_PLAIN_BARS = "_.-=+*#%"
+NUM_EVENTS = 10
+_SPARK_POINTS = 12
+_WIDE = 1000  # a width in characters for pipes, whose reader gets tables whole
+_BARS, _PLAIN_BARS = "▁▂▃▄▅▆▇█", "_.-=+*#%"
+_ENGINES = {"engine": "engine", "role": "role", "host": "host", "state": "state", "load": "load"}
+_ENGINES |= {"running": "run", "waiting": "wait", "kv": "KV", "host_kv": "host KV"}
+_ENGINES |= {"hits": "dev/host/pull", "rate": "pulls"}
+_PAIRS = {"pair": "pair", "path": "path", "speed": "speed", "rate": "now", "moved": "moved"}
+_REQUESTS = {"id": "slowest of late", "route": "engines", "prompt": "prompt", "first": "first"}
+_REQUESTS |= {"total": "total", "status": ""}
+SORTS: dict[str, Callable[[EngineStatus], Any]] = {
+    "name": lambda engine: engine.name,
+    "load": lambda engine: -engine.load,
+    "KV": lambda engine: -(engine.reading.kv_usage if engine.reading else 0.0),
+    "state": lambda engine: (not engine.is_down, engine.shown_state == "ready"),
+}
 
 
 def amount(value: float | None, unit: str = "") -> str:
-    """Write three digits: 0.95, 12.3, 4.33k, 1.99G."""
+    """Write three digits: 0.95, 12.3, 43.3k, 1.99G."""
     if value is None:
         return UNKNOWN
     for limit, scale, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
@@ -41,8 +61,7 @@ def _digits(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def percent(share: float | None) -> str:
-    """Write a share of 1: 42%."""
+def _percent(share: float | None) -> str:
     return UNKNOWN if share is None else f"{share:.0%}"
 
 
@@ -53,8 +72,7 @@ def milliseconds(value: float | None) -> str:
     return f"{value / 1000:.1f} s" if value >= 10_000 else f"{_digits(value)} ms"
 
 
-def times(found: Percentiles | None) -> str:
-    """Write the median and the 95th percentile."""
+def _times(found: Percentiles | None) -> str:
     return f"{milliseconds(found.p50)} (p95 {milliseconds(found.p95)})" if found else UNKNOWN
 
 
@@ -68,71 +86,147 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes else f"{seconds:.0f} s"
 
 
-def time_of_day(at: float) -> str:
-    """Write a Unix time as the clock on the wall shows it."""
-    return datetime.fromtimestamp(at).strftime("%H:%M:%S")
-
-
-def sparkline(points: Sequence[float], width: int, *, ascii_only: bool = False) -> str:
-    """Draw the last ``width`` points, the highest as a whole block."""
-    bars = _PLAIN_BARS if ascii_only else _BARS
-    shown = points[-width:]
+def sparkline(points: Sequence[float], *, ascii_only: bool) -> str:
+    """Draw the last points, the highest as a whole block."""
+    bars, shown = _PLAIN_BARS if ascii_only else _BARS, points[-_SPARK_POINTS:]
     top = max(shown, default=0.0) or 1.0
     return "".join(bars[min(len(bars) - 1, int(point / top * len(bars)))] for point in shown)
 
 
-def engine_cells(engine: EngineStatus) -> Mapping[str, Any]:
-    """Return the figures of an engine, by column."""
+def status(
+    url: UrlArgument = None, api_key: ApiKeyOption = None, output: FormatOption = "table"
+) -> None:
+    """Show engines with their load and caches, pairs with their speed, rates and events."""
+    try:
+        found = read_status(reading_api(url, api_key))
+    except PdlaunchError as error:
+        print_errors([error])
+        raise typer.Exit(1) from None
+    if output == "json":
+        print_json(found)
+        return
+    console = Console()
+    if not console.is_terminal:
+        console.width = _WIDE
+    for part in deployment_view(found, ascii_only=console.options.ascii_only):
+        console.print(part)
+
+
+def deployment_view(
+    found: DeploymentStatus,
+    requests: Sequence[RequestSummary] | None = None,
+    *,
+    sort: str = "name",
+    room: int | None = None,
+    ascii_only: bool = False,
+) -> Iterator[RenderableType]:
+    """Yield all that a deployment says of itself, for people: three lines, then tables.
+
+    ``requests``: the slowest ones, in place of events. ``room``: the number of lines; tables say
+    what they leave out.
+    """
+
+    def line(text: str, style: str = "") -> Text:
+        return Text(text, style=style, no_wrap=room is not None, overflow="crop")
+
+    rates, history, num_down = found.rates, found.history, len(down(found))
+    sparks = (
+        sparkline([point.requests_per_s for point in history], ascii_only=ascii_only),
+        sparkline([point.output_tokens_per_s for point in history], ascii_only=ascii_only),
+    )
+    yield line(
+        f"{escape_controls(found.model)}  {found.state}  up {duration(found.uptime_s)}  "
+        f"{len(found.engines)} engines{f', {num_down} down' if num_down else ''}  pdlaunch "
+        f"{found.version}  {_time_of_day(found.at)}",
+        "bold red" if num_down else "bold",
+    )
+    yield line(
+        f"{amount(rates.requests_per_s)} requests/s {sparks[0]}  "
+        f"{amount(rates.output_tokens_per_s)} tokens/s {sparks[1]}  {found.in_flight} in flight"
+    )
+    yield line(
+        f"TTFT {_times(rates.first_token_ms)}  ITL {_times(rates.inter_token_ms)}  "
+        f"{found.requests} requests, {found.errors} errors"
+    )
+    # Each of the smaller parts gets a quarter of the lines at most, engines get what is left.
+    quarter = None if room is None else max(2, room // 4)
+    problems = troubles(found)[:quarter]
+    shown = [request for request in requests or () if request.state == "running"] or requests or ()
+    num_others = 3 + len(problems)
+    for rows in (found.pairs, shown):
+        num_others += min(quarter or 0, len(rows) + 1)
+    engines = [_engine_cells(engine) for engine in sorted(found.engines, key=SORTS[sort])]
+    headings = dict(_ENGINES)
+    if len({engine.host for engine in found.engines}) < 2:
+        del headings["host"]
+    if all(row["host_kv"] == UNKNOWN for row in engines):
+        del headings["host_kv"]
+    yield make_table(engines, headings, None if room is None else max(2, room - num_others))
+    yield from (line(text, "red") for text in problems)
+    if found.pairs:
+        yield make_table([_pair_cells(pair) for pair in found.pairs], _PAIRS, quarter)
+    if found.num_pairs > len(found.pairs) and room is None:
+        yield line(f"... and {found.num_pairs - len(found.pairs)} more pairs")
+    if requests is not None:
+        headings = dict(_REQUESTS)
+        if shown and shown[0].state == "running":
+            headings["id"] = "slowest running"
+        yield make_table([_request_cells(request) for request in shown], headings, quarter)
+        return
+    for event in found.events[-NUM_EVENTS:]:
+        text = f"{_time_of_day(event.at)} {event.name or 'launch'}: {event.text}"
+        yield line(escape_controls(text), "red" if event.is_bad else "dim")
+
+
+def _time_of_day(at: float) -> str:
+    return datetime.fromtimestamp(at).strftime("%H:%M:%S")
+
+
+def _engine_cells(engine: EngineStatus) -> dict[str, Any]:
     reading = engine.reading
     cache = (reading.cache if reading else None) or {}
-    hits = [cache.get(tier) for tier in ("device", "host", "remote")]
+    hits = [_percent(cache.get(tier)) for tier in ("device", "host", "remote")]
+    state = "DOWN" if engine.is_down else engine.shown_state
     return {
         "engine": engine.name,
         "role": engine.role,
         "host": engine.host,
-        "state": engine.shown_state + (" (down)" if engine.is_down else ""),
+        "state": state,
         "load": engine.load,
         "running": reading.running if reading else None,
         "waiting": reading.waiting if reading else None,
-        "kv": percent(reading.kv_usage if reading else None),
-        "host_kv": percent(reading.host_usage if reading else None),
-        "device": percent(hits[0]),
-        "host_hits": percent(hits[1]),
-        "remote": percent(hits[2]),
-        "hits": "/".join(map(percent, hits)) if cache else UNKNOWN,
+        "kv": _percent(reading.kv_usage if reading else None),
+        "host_kv": _percent(reading.host_usage if reading else None),
+        "hits": "/".join(hits) if cache else UNKNOWN,
         "rate": amount(reading.pulled_bytes_per_s if reading else None, "B/s"),
+        "style": {"ready": "", "DOWN": "bold red"}.get(state, "yellow"),
     }
 
 
-def pair_cells(pair: PairStatus) -> Mapping[str, Any]:
-    """Return the figures of a pair, by column."""
+def _pair_cells(pair: PairStatus) -> dict[str, Any]:
     return {
         "pair": f"{pair.prefill} -> {pair.decode}",
         "path": pair.path,
-        "measured": amount(pair.gigabytes_per_s, " GB/s"),
         "speed": amount(pair.shown_gigabytes_per_s, " GB/s"),
         "rate": amount(pair.bytes_per_s, "B/s"),
         "moved": amount(pair.num_bytes, "B"),
-        "pulls": pair.pulls,
     }
 
 
-def head_lines(found: DeploymentStatus) -> list[str]:
-    """Return what the deployment as a whole does, in two lines."""
-    rates = found.rates
-    return [
-        f"{escape_controls(found.model)} · {found.state} · up {duration(found.uptime_s)} · "
-        f"pdlaunch {found.version}",
-        f"{amount(rates.requests_per_s)} requests/s · {amount(rates.output_tokens_per_s)} tokens/s "
-        f"· {found.in_flight} in flight · first token {times(rates.first_token_ms)} · "
-        f"between tokens {times(rates.inter_token_ms)} · {found.requests} requests, "
-        f"{found.errors} errors",
-    ]
+def _request_cells(request: RequestSummary) -> dict[str, Any]:
+    return {
+        "id": request.id,
+        "route": request.route,
+        "prompt": amount(request.prompt_tokens),
+        "first": milliseconds(request.first_token_ms),
+        "total": milliseconds(request.total_ms),
+        "status": "" if request.status in (None, 200) else request.status,
+    }
 
 
 def troubles(found: DeploymentStatus) -> list[str]:
-    """Return a line for each engine and pair that is not used, or failed."""
-    lines = []
+    """Return a line for each engine and pair that is gone, not used, or failed."""
+    lines = [f"{gone.name} has been gone for {duration(gone.gone_s)}" for gone in found.gone]
     for engine in found.engines:
         if engine.reason:
             lines.append(f"{engine.name}: {engine.reason}")
@@ -156,18 +250,13 @@ def down(found: DeploymentStatus) -> list[str]:
 
 def status_line(found: DeploymentStatus, num_errors: int) -> str:
     """Say in one line what the deployment does; ``num_errors``: those that were told before."""
-    rates = found.rates
     read = [(engine.role, engine.reading) for engine in found.engines if engine.reading is not None]
-    usages = {
-        role: [reading.kv_usage for of, reading in read if of == role]
-        for role in ROLES
-        if any(of == role for of, _ in read)
-    }
-    kv = [f"{role} {percent(sum(shares) / len(shares))}" for role, shares in usages.items()]
+    usages = {role: [reading.kv_usage for of, reading in read if of == role] for role in ROLES}
+    kv = [f"{role} {_percent(sum(of) / len(of))}" for role, of in usages.items() if of]
     new_errors = max(0, found.errors - num_errors)
     parts = [
-        f"{amount(rates.requests_per_s)} requests/s",
-        f"{amount(rates.output_tokens_per_s)} tokens/s",
+        f"{amount(found.rates.requests_per_s)} requests/s",
+        f"{amount(found.rates.output_tokens_per_s)} tokens/s",
         f"{sum(reading.running for _, reading in read)} running",
         f"{sum(reading.waiting for _, reading in read)} waiting",
         f"KV {' '.join(kv) or UNKNOWN}",
@@ -178,49 +267,3 @@ def status_line(found: DeploymentStatus, num_errors: int) -> str:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         parts.append(f"down: {', '.join(names[:3])}{more}")
     return ", ".join(parts)
-
-
-NUM_EVENTS = 10
-
-_ENGINES = {name: name for name in ("engine", "role", "host", "state", "load", "running")}
-_ENGINES |= {"waiting": "waiting", "kv": "KV", "host_kv": "host\nKV", "device": "device\nhits"}
-_ENGINES |= {"host_hits": "host\nhits", "remote": "pulled", "rate": "pulls/s"}
-_PAIRS = {"pair": "pair", "path": "path", "measured": "measured", "speed": "speed"}
-_PAIRS |= {"rate": "now", "moved": "moved", "pulls": "pulls"}
-
-
-def status(
-    url: UrlArgument = None, api_key: ApiKeyOption = None, output: FormatOption = "table"
-) -> None:
-    """Show engines with their load and caches, pairs with their speed, rates and events."""
-    try:
-        found = read_status(reading_api(url, api_key))
-    except PdlaunchError as error:
-        print_errors([error])
-        raise typer.Exit(1) from None
-    if output == "json":
-        print_json(found)
-    else:
-        print_status(found, Console())
-
-
-def print_status(found: DeploymentStatus, console: Console) -> None:
-    """Print all that a deployment says of itself, for people."""
-
-    def line(text: str, style: str = "") -> None:
-        console.print(Text(text, style=style), soft_wrap=True)
-
-    for text in head_lines(found):
-        line(text)
-    print_table([engine_cells(engine) for engine in found.engines], _ENGINES, console)
-    for gone in found.gone:
-        line(f"{escape_controls(gone.name)} has been gone for {duration(gone.gone_s)}", "red")
-    if found.pairs:
-        print_table([pair_cells(pair) for pair in found.pairs], _PAIRS, console)
-    if found.num_pairs > len(found.pairs):
-        line(f"… and {found.num_pairs - len(found.pairs)} more pairs")
-    for text in troubles(found):
-        line(text, "red")
-    for event in found.events[-NUM_EVENTS:]:
-        text = f"{time_of_day(event.at)} {event.name or 'launch'}: {event.text}"
-        line(escape_controls(text), "red" if event.is_bad else "dim")

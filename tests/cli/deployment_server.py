@@ -1,4 +1,4 @@
-"""An HTTP server that answers as a router does: status, requests, the trace of one."""
+"""An HTTP server that answers as a router does: status and requests."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ from pdlaunch.protocol.status import (
     Rates,
     RequestList,
     RequestSummary,
-    RequestTrace,
-    SpanView,
     StatusEvent,
 )
 
@@ -127,17 +125,6 @@ def request(request_id: str, **fields: object) -> RequestSummary:
     return msgspec.convert(values | fields, RequestSummary)
 
 
-def trace(request_id: str) -> RequestTrace:
-    spans = [
-        SpanView(name="request", process="router", start_ms=0.0, end_ms=100.0),
-        SpanView(name="prefill", process="prefill-0", start_ms=5.0, end_ms=45.0),
-        SpanView(name="pull", process="decode-0", start_ms=50.0, end_ms=60.0),
-        SpanView(name="first token", process="router", start_ms=46.0, end_ms=46.0),
-    ]
-    values = msgspec.to_builtins(request(request_id)) | {"total_ms": 100.0, "spans": spans}
-    return msgspec.convert(values, RequestTrace, from_attributes=True)
-
-
 class DeploymentServer:
     """``status`` and ``requests`` may be replaced while it runs; ``key`` is asked for if set."""
 
@@ -154,8 +141,6 @@ class DeploymentServer:
             return 200, msgspec.json.encode(self.status)
         if path.startswith("/pdlaunch/requests?"):
             return 200, msgspec.json.encode(RequestList(requests=self.requests))
-        if path.startswith("/pdlaunch/requests/"):
-            return 200, msgspec.json.encode(trace(path.rpartition("/")[2]))
         return 404, b'{"error": {"message": "there is no such thing"}}'
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import json
 import signal
 import socket
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from rich.console import Console
 from typer.testing import Result
 
 from pdlaunch.cli.output import print_table
@@ -190,17 +188,20 @@ def test_a_measuring_process_ends_with_the_command() -> None:
     assert not psutil.wait_procs(measuring, timeout=180)[1]
 
 
-def test_rows_are_told_in_words_where_a_table_does_not_fit() -> None:
+def test_rows_are_told_in_words_where_a_table_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     row, headings = (
         {"a": 1.234, "b": None, "c": "x"},
         {"a": "first\nms", "b": "second", "c": "the\nlast"},
     )
     shown = {}
     for width in (12, 80):
-        console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
-        print_table([row], headings, console)
-        assert isinstance(console.file, io.StringIO)
-        shown[width] = console.file.getvalue()
+        with monkeypatch.context() as patch:
+            for name, value in {"COLUMNS": str(width), "FORCE_COLOR": "1", "TERM": "xterm"}.items():
+                patch.setenv(name, value)
+            print_table([row], headings)
+        shown[width] = capsys.readouterr().out
     assert " ".join(shown[12].split()) == "first ms 1.23, second -, the last x"
     assert "first" in shown[80]
     assert "," not in shown[80]

@@ -1,3 +1,5 @@
+"""What ``serve`` shows while it starts, and once it is ready."""
+
 from __future__ import annotations
 
 import io
@@ -15,41 +17,28 @@ from pdlaunch.protocol.control import PairReady
 ROWS = (("URL", "http://127.0.0.1:8000"), ("try", "curl x \\\n  -d y"))
 
 
-def process(
-    name: str,
-    state: ProcessState = ProcessState.STARTING,
-    doing: str = "",
-    fraction: float | None = None,
-) -> ProcessStatus:
-    return ProcessStatus(
-        name, "rank" if "/" in name else "server", "local", state, 1, doing=doing, fraction=fraction
-    )
+def process(name: str, state: ProcessState = ProcessState.READY, **fields) -> ProcessStatus:
+    kind = "rank" if "/" in name else "server"
+    return ProcessStatus(name, kind, fields.pop("host", "local"), state, 1, **fields)
 
 
 def starting(num_engines: int = 1) -> LaunchStatus:
+    loading = {"doing": "loading weights", "fraction": 0.4}
     processes = [
-        p
+        each
         for n in range(num_engines)
-        for p in (
-            process(f"prefill-{n}/rank-0", doing="loading weights", fraction=0.4),
-            process(f"prefill-{n}", ProcessState.READY),
+        for each in (
+            process(f"prefill-{n}/rank-0", ProcessState.STARTING, **loading),
+            process(f"prefill-{n}"),
         )
     ]
     return LaunchStatus(LaunchPhase.STARTING, tuple(processes), num_missing_pairs=1)
 
 
-def serving() -> LaunchStatus:
-    processes = tuple(
-        process(name, ProcessState.READY)
-        for name in (
-            "prefill-0/rank-0",
-            "decode-0/rank-0",
-            "decode-0/rank-1",
-            "prefill-0",
-            "decode-0",
-            "router",
-        )
-    )
+def serving(decode_host: str = "local") -> LaunchStatus:
+    here, there = "prefill-0/rank-0 prefill-0 router", "decode-0/rank-0 decode-0/rank-1 decode-0"
+    processes = [process(name) for name in here.split()]
+    processes += [process(name, host=decode_host) for name in there.split()]
     pair = PairReady(
         local="decode-0/rank-0",
         peer="prefill-0/rank-0",
@@ -59,7 +48,9 @@ def serving() -> LaunchStatus:
         gigabytes_per_s=3.4,
         other_paths={"p2p": "not here"},
     )
-    return LaunchStatus(LaunchPhase.READY, processes, pairs=(pair,), url="http://127.0.0.1:8000")
+    return LaunchStatus(
+        LaunchPhase.READY, tuple(processes), pairs=(pair,), url="http://127.0.0.1:8000"
+    )
 
 
 def console(columns: int = 80, rows: int = 24, *, terminal: bool = False) -> Console:
@@ -73,41 +64,31 @@ def printed(target: Console) -> str:
     return target.file.getvalue()
 
 
+def table(status: LaunchStatus, columns: int = 80, rows: int = 24) -> list[str]:
+    target = console(columns, rows)
+    target.print(render_status(status, 12.0, columns, rows))
+    return printed(target).splitlines()
+
+
 @pytest.mark.parametrize("columns", [20, 40, 69, 70, 200])
 @pytest.mark.parametrize("rows", [4, 10, 50])
 @pytest.mark.parametrize("num_engines", [1, 40])
 def test_the_table_fits_any_terminal(columns: int, rows: int, num_engines: int) -> None:
-    target = console(columns, rows)
-    target.print(render_status(starting(num_engines), 12.0, columns, rows))
-    lines = printed(target).splitlines()
+    lines = table(starting(num_engines), columns, rows)
     assert len(lines) <= rows - 1
     assert all(len(line) <= columns for line in lines)
 
 
 def test_what_is_not_ready_is_shown_when_there_is_no_room_for_all() -> None:
-    target = console(80, 10)
-    target.print(render_status(starting(5), 1.0, 80, 10))
-    text = printed(target)
+    text = "\n".join(table(starting(5), rows=10))
     assert all(f"prefill-{n}/rank-0" in text for n in range(5))
     assert "… and 3 more" in text
 
 
-def over_hosts() -> LaunchStatus:
-    far = [replace(each, host="gpu-2") for each in serving().processes if "decode" in each.name]
-    here = [each for each in serving().processes if "decode" not in each.name]
-    return replace(serving(), processes=(*here, *far))
-
-
-@pytest.mark.parametrize("columns", [40, 80, 200])
-def test_hosts_are_named_where_there_are_several(columns: int) -> None:
-    target = console(columns)
-    target.print(render_status(over_hosts(), 1.0, columns, 24))
-    rows = [line.split() for line in printed(target).splitlines()]
-    assert ["decode-0/rank-1", "gpu-2", "ready"] in rows
-    assert ["prefill-0", "local", "ready"] in rows
-    one_host = console(columns)
-    one_host.print(render_status(serving(), 1.0, columns, 24))
-    assert "local" not in printed(one_host)
+def test_other_hosts_are_named() -> None:
+    rows = [line.split() for line in table(serving("gpu-2"))]
+    assert ["decode-0/rank-1", "on", "gpu-2", "ready"] in rows
+    assert ["prefill-0", "ready"] in rows
 
 
 def test_plain_lines_tell_each_change_once() -> None:
@@ -130,10 +111,10 @@ def test_plain_lines_tell_each_change_once() -> None:
 def test_notes_break_between_words_on_a_terminal_and_not_at_all_in_a_file() -> None:
     note = "running requests get up to 30 s, a second Ctrl-C skips that"
     narrow, file = console(40, terminal=True), console(40)
-    view = StartView(narrow, lambda status: [], lambda: 0.0)
-    view.close()
-    view.note(note)
-    StartView(file, lambda status: [], lambda: 0.0).note(note)
+    for target in (narrow, file):
+        view = StartView(target, lambda status: [], lambda: 0.0)
+        view.close()
+        view.note(note)
     (shown,) = re.findall(r"\[\d\d:.*", printed(narrow), re.DOTALL)
     assert shown.split()[1:] == note.split()
     assert max(len(line) for line in shown.splitlines()) <= 40
@@ -149,36 +130,25 @@ def test_the_live_table_leaves_no_trace_but_the_panel() -> None:
     last_screen = printed(target).rpartition("\x1b[2K")[2]
     assert "pdlaunch is ready" in last_screen
     assert "loading weights" not in last_screen
-
-
-def test_a_terminal_gets_the_table_and_everything_else_lines() -> None:
-    live = StartView(console(terminal=True), lambda status: [], lambda: 0.0)
-    live.close()
-    assert live.is_live
-    for target in (console(), console(rows=3, terminal=True)):
-        assert not StartView(target, lambda status: []).is_live
+    assert not StartView(console(rows=3, terminal=True), lambda status: []).is_live
 
 
 def test_the_panel_says_where_and_what_and_how_fast() -> None:
-    rows = dict(
-        ready_rows(serving(), model="smollm2", connector="nixl", log_dir="/logs", needs_key=True)
-    )
+    found = {"model": "smollm2", "connector": "nixl", "log_dir": "/logs", "needs_key": True}
+    rows = dict(ready_rows(serving("gpu-2"), **found))
     assert rows["URL"] == "http://127.0.0.1:8000"
-    assert rows["topology"] == "1 prefill + 1 decode (tp 2)"
+    assert rows["topology"] == "1 prefill + 1 decode (tp 2) on 2 hosts"
     assert rows["pair"] == "prefill-0/rank-0 → decode-0/rank-0: nixl/UCX, 3.4 GB/s; p2p: not here"
     assert "Authorization: Bearer YOUR_KEY" in rows["try"]
+    many = replace(serving(), pairs=serving().pairs * 9)
+    assert ("pair", "… and 5 more pairs") in ready_rows(many, **found)
 
 
 @pytest.mark.parametrize("columns", [40, 60, 80])
 def test_the_curl_line_of_the_panel_can_be_copied(columns: int) -> None:
     target = console(columns)
-    target.print(
-        render_ready(
-            ready_rows(
-                serving(), model="smollm2", connector="nixl", log_dir="/logs", needs_key=False
-            )
-        )
-    )
+    found = {"model": "smollm2", "connector": "nixl", "log_dir": "/logs", "needs_key": False}
+    target.print(render_ready(ready_rows(serving(), **found)))
     text = printed(target)
     assert "│" not in text
     body = text.partition("-d '")[2].partition("'")[0]
