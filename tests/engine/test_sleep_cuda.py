@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from pdlaunch.engine.memory.pools import KV_CACHE, TAGS, WEIGHTS, CuMemPools, open_memory_pools
+from pdlaunch.engine.memory.pools import KV_CACHE, TAGS, WEIGHTS, CuMemPools
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.protocol.engine import SamplingParams
 from tests.engine.hand_scheduler import HandScheduler, Request, ignore_progress, make_spec
@@ -23,14 +21,6 @@ pytestmark = [
 ]
 
 KV_BYTES = 1024**3
-
-
-@pytest.fixture
-def pools() -> Iterator[CuMemPools]:
-    pools = open_memory_pools(enabled=True, device=torch.device("cuda", 0))
-    assert isinstance(pools, CuMemPools)
-    yield pools
-    pools.close()
 
 
 def answers(runner: ModelRunner) -> list[list[int]]:
@@ -68,7 +58,7 @@ def test_tokens_are_the_same_after_each_of_ten_cycles(
     runner = ModelRunner(spec, tp=None, progress=ignore_progress, pools=pools)
     runner.warm_up()
     before, address = answers(runner), runner.kv_cache.data_ptr()
-    pool_bytes = pools.table.num_bytes()
+    pool_bytes = pools.num_bytes()
     free_asleep, free_awake = [], []
     for level in (1, 2) * 5:
         torch.cuda.synchronize()
@@ -89,5 +79,3 @@ def test_tokens_are_the_same_after_each_of_ten_cycles(
     # The first cycles bring kernels that are loaded when they are first used.
     assert len(set(free_asleep[4:])) == 1
     assert len(set(free_awake[4:])) == 1
-    del runner
-    gc.collect()  # the pools close only without their tensors

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -52,17 +53,16 @@ class BatchCopies:
         Raises DriverError where the driver is missing or too old.
         """
         library = load()
-        self._with_fail_index = not hasattr(library, "cuMemcpyBatchAsync_v2")
-        try:
-            self._call = (
-                library.cuMemcpyBatchAsync
-                if self._with_fail_index
-                else library.cuMemcpyBatchAsync_v2
-            )
-        except AttributeError:
+        # CUDA 13 took away an argument, the index of the copy that failed.
+        self._call = getattr(library, "cuMemcpyBatchAsync_v2", None)
+        self._fail_index: tuple[Any, ...] = ()
+        if self._call is None:
+            self._call = getattr(library, "cuMemcpyBatchAsync", None)
+            self._fail_index = (ctypes.byref(ctypes.c_size_t()),)
+        if self._call is None:
             raise DriverError(
                 "the CUDA driver has no cuMemcpyBatchAsync: it is older than CUDA 12.8"
-            ) from None
+            )
         self._num_streams = num_streams
         self._attributes = _Attributes(src_access_order=_SRC_ACCESS_ORDER_STREAM)
         self._attribute_starts = (ctypes.c_size_t * 1)(0)
@@ -101,22 +101,18 @@ class BatchCopies:
         sizes: Addresses,
         stream: torch.cuda.Stream,
     ) -> None:
+        assert self._call is not None
         # The driver has read the three arrays when the call returns.
         code = self._call(
-            ctypes.c_void_p(destinations.ctypes.data),
-            ctypes.c_void_p(sources.ctypes.data),
-            ctypes.c_void_p(sizes.ctypes.data),
+            *(ctypes.c_void_p(array.ctypes.data) for array in (destinations, sources, sizes)),
             ctypes.c_size_t(len(sizes)),
             ctypes.byref(self._attributes),
             self._attribute_starts,
             ctypes.c_size_t(1),
-            *self._fail_index(),
+            *self._fail_index,
             ctypes.c_void_p(stream.cuda_stream),
         )
         if code:
             raise TransferError(
                 f"cuMemcpyBatchAsync of {len(sizes)} copies failed with CUDA error {code}"
             )
-
-    def _fail_index(self) -> tuple[object, ...]:
-        return (ctypes.byref(ctypes.c_size_t()),) if self._with_fail_index else ()

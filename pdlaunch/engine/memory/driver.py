@@ -25,11 +25,8 @@ class DriverRefused(Exception):
     """The driver has refused a call; the text names the call and the driver's error."""
 
 
-class OutOfDeviceMemory(DriverRefused):
-    """The device has no room for the physical memory asked for."""
-
-
 _FOR_THIS_CONTEXT = 0  # no flag of cuMemHostRegister
+_LAZY_ENABLE_PEER_ACCESS = 1  # the only flag that cuIpcOpenMemHandle takes
 
 
 class CudaMemoryDriver:
@@ -50,12 +47,13 @@ class CudaMemoryDriver:
         self._location = self._driver.CUmemLocation()
         self._location.type = self._driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
         self._location.id = device_index
-        self.page_bytes, self.handle_kind, self._properties = 0, "posix_fd", None
-        self._choose_handle_kind()
-
-    page_bytes: int
-    handle_kind: HandleKind
-    _properties: Any
+        self._use("posix_fd")
+        if self._attribute("CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED"):
+            self._use("fabric")
+            # That the device knows fabric handles is not enough: a page of memory tells whether
+            # this process may make them.
+            if not self._can_export_a_page():
+                self._use("posix_fd")
 
     def reserve(self, num_bytes: int) -> int:
         """Reserve an address range that nothing is mapped to, until ``free_address``."""
@@ -66,7 +64,7 @@ class CudaMemoryDriver:
 
     def create(self, num_bytes: int) -> Handle:
         """Create physical memory, which lives until it is released, unmapped, and closed by all
-        peers that import it. Raises OutOfDeviceMemory.
+        peers that import it.
         """
         return Handle(self._call("cuMemCreate", num_bytes, self._properties, 0))
 
@@ -114,11 +112,10 @@ class CudaMemoryDriver:
         buffer.close()
 
     def copy_to_host(self, buffer: mmap.mmap, address: int, num_bytes: int) -> None:
-        """Queue a copy."""
+        """Queue a copy, as ``copy_to_device`` does."""
         self._call("cuMemcpyDtoHAsync", address_of(buffer), address, num_bytes, 0)
 
     def copy_to_device(self, address: int, buffer: mmap.mmap, num_bytes: int) -> None:
-        """Queue a copy."""
         self._call("cuMemcpyHtoDAsync", address, address_of(buffer), num_bytes, 0)
 
     def import_handle(self, kind: HandleKind, handle: int | bytes) -> Handle:
@@ -152,25 +149,19 @@ class CudaMemoryDriver:
     def close_ipc(self, address: int) -> None:
         self._call("cuIpcCloseMemHandle", address)
 
-    def _choose_handle_kind(self) -> None:
-        """Choose by a page of memory, which tells whether fabric handles are permitted: that the
-        device knows them is not enough.
-        """
-        if self._attribute("CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED"):
-            self._use("fabric")
+    def _can_export_a_page(self) -> bool:
+        try:
+            handle = self.create(self.page_bytes)
             try:
-                handle = self.create(self.page_bytes)
-                try:
-                    self.export(handle)
-                finally:
-                    self.release(handle)
-            except DriverRefused:
-                pass
-            else:
-                return
-        self._use("posix_fd")
+                self.export(handle)
+            finally:
+                self.release(handle)
+        except DriverRefused:
+            return False
+        return True
 
     def _use(self, kind: HandleKind) -> None:
+        """Make all memory from now on for handles of this kind."""
         properties = self._driver.CUmemAllocationProp()
         properties.type = self._driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
         properties.location = self._location
@@ -178,7 +169,8 @@ class CudaMemoryDriver:
         if self._attribute("CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED"):
             properties.allocFlags.gpuDirectRDMACapable = 1
         flag = self._driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
-        self.handle_kind, self._properties = kind, properties
+        self.handle_kind: HandleKind = kind
+        self._properties: Any = properties
         self.page_bytes = int(self._call("cuMemGetAllocationGranularity", properties, flag))
 
     def _handle_type(self, kind: HandleKind) -> Any:
@@ -193,14 +185,9 @@ class CudaMemoryDriver:
         """Return whether the device has this attribute; False also where the driver is too old to
         know it.
         """
+        attribute = getattr(self._driver.CUdevice_attribute, name)
         try:
-            return bool(
-                self._call(
-                    "cuDeviceGetAttribute",
-                    getattr(self._driver.CUdevice_attribute, name),
-                    self._device,
-                )
-            )
+            return bool(self._call("cuDeviceGetAttribute", attribute, self._device))
         except DriverRefused:
             return False
 
@@ -210,12 +197,7 @@ class CudaMemoryDriver:
         """
         code, *results = getattr(self._driver, name)(*arguments)
         if code != self._driver.CUresult.CUDA_SUCCESS:
-            kind = (
-                OutOfDeviceMemory
-                if code == self._driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
-                else DriverRefused
-            )
-            raise kind(f"{name}: {code.name}")
+            raise DriverRefused(f"{name}: {code.name}")
         if len(results) > 1:
             return tuple(results)
         return results[0] if results else None
@@ -232,7 +214,3 @@ def _import_bindings() -> Any:
             fix="pip install 'pdlaunch[cuda]', or switch the CuMem allocator and sleep mode off",
         ) from None
     return driver
-
-
-_LAZY_ENABLE_PEER_ACCESS = 1
-"""CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS: the only flag that cuIpcOpenMemHandle takes."""

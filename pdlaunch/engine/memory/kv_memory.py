@@ -21,6 +21,7 @@ import mmap
 import os
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -78,15 +79,14 @@ class Export:
             os.close(self.fd)
 
 
-class PeerMapping(ABC):
+@dataclass(frozen=True, slots=True)
+class PeerMapping:
     """Holds a peer's range in the addresses of this process."""
 
     address: int  # address of its first byte
     num_bytes: int
-
-    @abstractmethod
-    def close(self) -> None:
-        """Unmap; nothing reads it any more."""
+    close: Callable[[], None]
+    """Unmaps the range; nothing reads it any more."""
 
 
 class KVMemory(ABC):
@@ -127,12 +127,9 @@ class PrivateKVMemory(KVMemory):
         raise NotShareable("a rank with private memory maps none of its peers")
 
 
+# Mappings that exist stay writable, new ones are for reading; Linux 5.1, not in Python's ``fcntl``.
 _F_SEAL_FUTURE_WRITE = 0x0010
-"""Mappings that exist stay writable, new ones are for reading; Linux 5.1, not in Python's
-``fcntl``.
-"""
 _SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
-
 
 _MADV_POPULATE_WRITE = 23  # linux 5.14, not in Python's ``mmap``
 _PIECE_BYTES = 256 * 1024**2
@@ -167,7 +164,7 @@ class HostKVMemory(KVMemory):
         address = tensor.data_ptr()
         self._regions[address] = fd, num_bytes
         # Of the pages, not of this tensor: views of it, which ``export`` takes, outlive it.
-        weakref.finalize(pages, self._forget, address)
+        weakref.finalize(pages, lambda: os.close(self._regions.pop(address)[0]))
         return tensor
 
     def export(self, tensor: torch.Tensor) -> Export:
@@ -175,18 +172,27 @@ class HostKVMemory(KVMemory):
         start, num_bytes = tensor.data_ptr(), tensor.numel() * tensor.element_size()
         for address, (fd, allocation_bytes) in self._regions.items():
             if address <= start and start + num_bytes <= address + allocation_bytes:
-                return Export(
-                    SharedRange("memfd", allocation_bytes, start - address, num_bytes), os.dup(fd)
-                )
+                shared = SharedRange("memfd", allocation_bytes, start - address, num_bytes)
+                return Export(shared, os.dup(fd))
         raise NotShareable("the KV cache lies in memory that was not made for sharing")
 
     def map(self, shared: SharedRange, fd: int | None) -> PeerMapping:
         if shared.kind != "memfd" or fd is None:
             raise NotShareable(f"a rank on a CPU cannot map memory of kind {shared.kind}")
-        return HostMapping(shared, fd)
-
-    def _forget(self, address: int) -> None:
-        os.close(self._regions.pop(address)[0])
+        shared.check()
+        size = shared.allocation_bytes
+        try:
+            # Of a file that shrinks while it is mapped, the lost pages kill who reads them
+            # (SIGBUS).
+            if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+                raise NotShareable("the peer's memory is not sealed against shrinking")
+            if (found := os.fstat(fd).st_size) != size:
+                raise NotShareable(f"the peer's memory has {found} bytes, stated are {size}")
+            pages = mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+        except OSError as error:
+            raise NotShareable(f"the peer's memory cannot be mapped: {error}") from error
+        start = int(np.frombuffer(pages, dtype=np.uint8).ctypes.data)
+        return PeerMapping(start + shared.offset_bytes, shared.num_bytes, pages.close)
 
 
 def _take_pages(region: mmap.mmap) -> None:
@@ -198,31 +204,3 @@ def _take_pages(region: mmap.mmap) -> None:
             if error.errno == errno.EINVAL:  # An older kernel takes pages when they are written.
                 return
             raise
-
-
-class HostMapping(PeerMapping):
-    """Maps a peer's memfd, for reading."""
-
-    def __init__(self, shared: SharedRange, fd: int) -> None:
-        """Raises NotShareable."""
-        shared.check()
-        try:
-            # Of a file that shrinks while it is mapped, the lost pages kill who reads them
-            # (SIGBUS).
-            if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
-                raise NotShareable("the peer's memory is not sealed against shrinking")
-            if os.fstat(fd).st_size != shared.allocation_bytes:
-                raise NotShareable(
-                    f"the peer's memory has {os.fstat(fd).st_size} bytes, stated are "
-                    f"{shared.allocation_bytes}"
-                )
-            self._pages = mmap.mmap(
-                fd, shared.allocation_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ
-            )
-        except OSError as error:
-            raise NotShareable(f"the peer's memory cannot be mapped: {error}") from error
-        self.address = np.frombuffer(self._pages, dtype=np.uint8).ctypes.data + shared.offset_bytes
-        self.num_bytes = shared.num_bytes
-
-    def close(self) -> None:
-        self._pages.close()

@@ -7,6 +7,9 @@ Import this module only where triton is there.
 
 from __future__ import annotations
 
+# Triton reads annotations of kernels: only its own may stand there. Its constants are in capitals.
+# ruff: noqa: ANN001, ANN202, N803
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 import torch
 import triton
 import triton.language as tl
@@ -16,18 +19,17 @@ UNIT_BYTES = 16  # pages and their places are multiples of the widest load of a 
 KernelShape = tuple[int, int, int]  # programs, words of a tile, warps of a program
 
 
-# Triton reads annotations: only its own may stand here. It must not compile anew for another number
-# of pages.
-@triton.jit(do_not_specialize=["num_pages"])  # type: ignore[untyped-decorator]
-def _copy_pages(  # type: ignore[no-untyped-def]  # noqa: ANN202
-    source,  # noqa: ANN001
-    destination,  # noqa: ANN001
-    source_units,  # noqa: ANN001
-    destination_units,  # noqa: ANN001
-    num_pages,  # noqa: ANN001
-    page_units,  # noqa: ANN001
-    ROWS: tl.constexpr,  # noqa: N803 - Triton's constants are in capitals
-    COLUMNS: tl.constexpr,  # noqa: N803
+# It must not compile anew for another number of pages.
+@triton.jit(do_not_specialize=["num_pages"])
+def _copy_pages(
+    source,
+    destination,
+    source_units,
+    destination_units,
+    num_pages,
+    page_units,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """Copy page i from ``source_units[i]`` to ``destination_units[i]``, counted in 16 bytes.
 

@@ -6,24 +6,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pdlaunch.engine.memory.driver import DriverRefused, Handle, HandleKind, OutOfDeviceMemory
+from pdlaunch.engine.memory.driver import DriverRefused, Handle, HandleKind
 
 
 @dataclass(eq=False)
-class Physical:
-    content: bytearray
-    exported: int = 0
+class Memory:
+    """Physical memory of the device, or pages of the host."""
 
-
-@dataclass(eq=False)
-class Host:
     content: bytearray
 
 
 @dataclass
 class Range:
     num_bytes: int
-    physical: Physical | None = None
+    physical: Memory | None = None
     accessible: bool = False
 
 
@@ -36,21 +32,30 @@ class FakeDriver:
     """Method that is refused from its call number ``fails_at`` on."""
     fails_at: int = 0
     ranges: dict[int, Range] = field(default_factory=dict)
-    physical: list[Physical] = field(default_factory=list)
-    hosts: list[Host] = field(default_factory=list)
+    handles: list[Memory] = field(default_factory=list)
+    hosts: list[Memory] = field(default_factory=list)
+    calls: list[str] = field(default_factory=list)
     next_address: int = 4096
-    num_calls: int = 0
+    num_failing_calls: int = 0
     queued: int = 0
+    peer_bytes: int = 4096
+    """Of what is imported."""
+    plain: dict[int, int] = field(default_factory=dict)
+    """Bytes of allocations that cudaMalloc has made, by address."""
+    opened: set[int] = field(default_factory=set)
 
     def fail(self, method: str, at: int = 0) -> None:
-        self.failing, self.fails_at, self.num_calls = method, at, 0
+        self.failing, self.fails_at, self.num_failing_calls = method, at, 0
 
     def work(self) -> None:
         self.failing = ""
 
     @property
     def used_bytes(self) -> int:
-        return sum(len(physical.content) for physical in self.physical)
+        """Memory lives as long as a handle or a mapping of it."""
+        mapped = (found.physical for found in self.ranges.values() if found.physical is not None)
+        living = {id(memory): memory for memory in (*self.handles, *mapped)}
+        return sum(len(memory.content) for memory in living.values())
 
     def reserve(self, num_bytes: int) -> int:
         self._call("reserve")
@@ -61,6 +66,7 @@ class FakeDriver:
         return address
 
     def free_address(self, address: int, num_bytes: int) -> None:
+        self._call("free_address")
         found = self.ranges.pop(address)
         assert found.num_bytes == num_bytes
         assert found.physical is None, "freed addresses that are mapped"
@@ -68,30 +74,35 @@ class FakeDriver:
     def create(self, num_bytes: int) -> Handle:
         self._call("create")
         if self.used_bytes + num_bytes > self.device_bytes:
-            raise OutOfDeviceMemory("cuMemCreate: CUDA_ERROR_OUT_OF_MEMORY")
-        physical = Physical(bytearray(b"\xee" * num_bytes))
-        self.physical.append(physical)
-        return Handle(physical)
+            raise DriverRefused("cuMemCreate: CUDA_ERROR_OUT_OF_MEMORY")
+        return self._new_handle(num_bytes)
+
+    def import_handle(self, kind: HandleKind, handle: int | bytes) -> Handle:
+        self._call("import_handle")
+        assert isinstance(handle, int) == (kind == "posix_fd")
+        return self._new_handle(self.peer_bytes)
 
     def release(self, handle: Handle) -> None:
-        assert not any(found.physical is handle for found in self.ranges.values()), (
-            "released while mapped"
-        )
-        self.physical.remove(handle)  # type: ignore[arg-type]
+        self._call("release")
+        self.handles.remove(handle)  # type: ignore[arg-type]
 
     def map(self, address: int, num_bytes: int, handle: Handle) -> None:
         self._call("map")
         found = self.ranges[address]
+        assert handle in self.handles
         assert found.physical is None
         assert found.num_bytes == num_bytes == len(handle.content)  # type: ignore[attr-defined]
         found.physical = handle  # type: ignore[assignment]
 
     def set_access(self, address: int, num_bytes: int) -> None:
         self._call("set_access")
-        assert self.ranges[address].num_bytes == num_bytes
-        self.ranges[address].accessible = True
+        found = self.ranges[address]
+        assert found.physical is not None
+        assert found.num_bytes == num_bytes
+        found.accessible = True
 
     def unmap(self, address: int, num_bytes: int) -> None:
+        self._call("unmap")
         assert not self.queued, "unmapped under a copy that is queued"
         found = self.ranges[address]
         assert found.physical is not None
@@ -100,32 +111,51 @@ class FakeDriver:
 
     def export(self, handle: Handle) -> int | bytes:
         self._call("export")
-        number = self.physical.index(handle)  # type: ignore[arg-type]
+        number = self.handles.index(handle)  # type: ignore[arg-type]
         return number if self.handle_kind == "posix_fd" else number.to_bytes(64, "little")
 
     def synchronize(self) -> None:
         self.queued = 0  # also when it reports an error: the work has ended with it
         self._call("synchronize")
 
-    def allocate_host(self, num_bytes: int) -> Host:
+    def allocate_host(self, num_bytes: int) -> Memory:
         self._call("allocate_host")
-        host = Host(bytearray(num_bytes))
+        host = Memory(bytearray(num_bytes))
         self.hosts.append(host)
         return host
 
-    def free_host(self, buffer: Host) -> None:
+    def free_host(self, buffer: Memory) -> None:
         assert not self.queued, "freed under a copy that is queued"
         self.hosts.remove(buffer)
 
-    def copy_to_host(self, buffer: Host, address: int, num_bytes: int) -> None:
+    def copy_to_host(self, buffer: Memory, address: int, num_bytes: int) -> None:
         self._call("copy_to_host")
         buffer.content[:] = self.memory(address)[:num_bytes]
         self.queued += 1
 
-    def copy_to_device(self, address: int, buffer: Host, num_bytes: int) -> None:
+    def copy_to_device(self, address: int, buffer: Memory, num_bytes: int) -> None:
         self._call("copy_to_device")
         self.memory(address)[:num_bytes] = buffer.content
         self.queued += 1
+
+    def allocation_of(self, address: int) -> tuple[int, int]:
+        return next(
+            (start, size) for start, size in self.plain.items() if start <= address < start + size
+        )
+
+    def ipc_handle(self, address: int) -> bytes:
+        self._call("ipc_handle")
+        assert address in self.plain, "handles are those of whole allocations"
+        return address.to_bytes(64, "little")
+
+    def open_ipc(self, handle: bytes) -> int:
+        self._call("open_ipc")
+        self.opened.add(0x20000)
+        return 0x20000
+
+    def close_ipc(self, address: int) -> None:
+        self._call("close_ipc")
+        self.opened.remove(address)
 
     def memory(self, address: int) -> bytearray:
         found = self.ranges[address]
@@ -133,8 +163,14 @@ class FakeDriver:
         assert found.physical is not None, "a fault: nothing is mapped"
         return found.physical.content
 
+    def _new_handle(self, num_bytes: int) -> Handle:
+        memory = Memory(bytearray(b"\xee" * num_bytes))
+        self.handles.append(memory)
+        return Handle(memory)
+
     def _call(self, method: str) -> None:
+        self.calls.append(method)
         if method == self.failing:
-            self.num_calls += 1
-            if self.num_calls > self.fails_at:
+            self.num_failing_calls += 1
+            if self.num_failing_calls > self.fails_at:
                 raise DriverRefused(f"{method}: CUDA_ERROR_UNKNOWN")

@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
 
-from pdlaunch.engine.memory.pools import KV_CACHE, TAGS, WEIGHTS, CuMemPools, open_memory_pools
-from pdlaunch.errors import MemoryPoolError
+from pdlaunch.engine.memory.pools import KV_CACHE, TAGS, WEIGHTS, CuMemPools
 
 pytest.importorskip("cuda.bindings")
 pytestmark = [
@@ -20,14 +18,6 @@ pytestmark = [
 ]
 
 MIB = 1024**2
-
-
-@pytest.fixture
-def pools() -> Iterator[CuMemPools]:
-    pools = open_memory_pools(enabled=True, device=torch.device("cuda", 0))
-    assert isinstance(pools, CuMemPools)
-    yield pools
-    pools.close()
 
 
 def used_bytes() -> int:
@@ -48,46 +38,36 @@ def test_kept_bytes_come_back_at_their_addresses_and_ten_cycles_leak_nothing(
     with pools.memory_pool(KV_CACHE):
         cache = random_bytes(512 * MIB)
     elsewhere = random_bytes(64 * MIB)
-    expected, addresses = (
-        [tensor.cpu() for tensor in weights],
-        [tensor.data_ptr() for tensor in weights],
-    )
-    assert pools.table.num_bytes() >= 715 * MIB
+    before = [(tensor.data_ptr(), tensor.cpu()) for tensor in weights]
+    assert pools.num_bytes() >= 715 * MIB
     awake_bytes, counts = used_bytes(), []
     for _ in range(10):
         given_back = pools.sleep(TAGS, keep=[WEIGHTS])
-        assert given_back == pools.table.num_bytes()
+        assert given_back == pools.num_bytes()
         counts.append(used_bytes())
         assert awake_bytes - counts[-1] >= 0.95 * given_back
         assert pools.wake_up([WEIGHTS]) + pools.wake_up([KV_CACHE]) == given_back
         assert used_bytes() <= awake_bytes
-        pools.table.check_integrity()
     assert len(set(counts)) == 1
-    assert [tensor.data_ptr() for tensor in weights] == addresses
-    assert all(
-        torch.equal(tensor.cpu(), was) for tensor, was in zip(weights, expected, strict=True)
-    )
+    for tensor, (address, content) in zip(weights, before, strict=True):
+        assert tensor.data_ptr() == address
+        assert torch.equal(tensor.cpu(), content)
     cache.fill_(7)
     assert int(cache.sum(dtype=torch.int64)) == 7 * cache.numel()
     del elsewhere
 
 
-def test_freed_memory_comes_back_when_the_pools_close() -> None:
-    torch.cuda.init()
+def test_freed_memory_comes_back_also_from_a_sleeping_pool(pools: CuMemPools) -> None:
     torch.zeros(1, device="cuda")
     torch.cuda.empty_cache()
     before = used_bytes()
-    pools = open_memory_pools(enabled=True, device=torch.device("cuda", 0))
-    assert isinstance(pools, CuMemPools)
     with pools.memory_pool(KV_CACHE):
         cache = random_bytes(256 * MIB)
     pools.sleep([KV_CACHE])
-    with pytest.raises(MemoryPoolError, match="still in use by tensors"):
-        pools.close()
     del cache
-    pools.close()
+    torch.cuda.empty_cache()
     assert used_bytes() <= before + 32 * MIB
-    assert pools.table.num_bytes() == 0
+    assert pools.num_bytes() == 0
 
 
 def test_what_temporaries_used_is_given_back_at_once(pools: CuMemPools) -> None:
@@ -96,7 +76,7 @@ def test_what_temporaries_used_is_given_back_at_once(pools: CuMemPools) -> None:
         whole = torch.cat(parts)
         expected = whole.cpu()
         del parts
-    assert pools.table.num_bytes(WEIGHTS) == 256 * MIB
+    assert pools.num_bytes(WEIGHTS) == 256 * MIB
     with pools.memory_pool(WEIGHTS):
         more = random_bytes(32 * MIB)
     pools.sleep([WEIGHTS], keep=[WEIGHTS])
@@ -104,20 +84,17 @@ def test_what_temporaries_used_is_given_back_at_once(pools: CuMemPools) -> None:
     assert torch.equal(whole.cpu(), expected)
     del more
     torch.cuda.empty_cache()
-    assert pools.table.num_bytes(WEIGHTS) == 256 * MIB
+    assert pools.num_bytes(WEIGHTS) == 256 * MIB
 
 
-def test_handles_can_be_shared(pools: CuMemPools) -> None:
+def test_ranges_can_be_shared(pools: CuMemPools) -> None:
     with pools.memory_pool(KV_CACHE):
         cache = random_bytes(64 * MIB)
-    found = pools.exported_handle(cache.data_ptr())
+    found = pools.export(cache.data_ptr(), 64 * MIB)
     assert found is not None
-    assert found.address <= cache.data_ptr() < found.address + found.num_bytes
-    if found.kind == "posix_fd":
-        assert isinstance(found.handle, int)
-        os.close(found.handle)
-    else:
-        assert isinstance(found.handle, bytes)
+    found.range.check()
+    assert (found.fd is not None) == (found.range.kind == "posix_fd")
+    found.close()
 
 
 def test_too_large_is_torchs_out_of_memory(pools: CuMemPools) -> None:
@@ -125,12 +102,22 @@ def test_too_large_is_torchs_out_of_memory(pools: CuMemPools) -> None:
         torch.empty(2**42, dtype=torch.uint8, device="cuda")
 
 
+def run_with(conf: str, code: str) -> str:
+    """Return what the code prints in a process with these settings of the allocator."""
+    environ = os.environ | ({"PYTORCH_ALLOC_CONF": conf} if conf else {})
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    return result.stdout
+
+
 @pytest.mark.parametrize("conf", ["", "expandable_segments:True,max_split_size_mb:512"])
 @pytest.mark.processes
 def test_the_interpreter_exits_cleanly_with_pools_tensors_and_a_sleeping_tag(conf: str) -> None:
     code = """
 import torch
-from pdlaunch.engine.memory.pools import TorchAllocatorSettings
+from pdlaunch.engine.memory.allocator_settings import read_allocator_settings
 from pdlaunch.engine.memory.pools import open_memory_pools
 pools = open_memory_pools(enabled=True, device=torch.device("cuda", 0))
 with pools.memory_pool("weights"):
@@ -140,26 +127,18 @@ with pools.memory_pool("kv_cache"):
     cache = torch.ones(2**26, device="cuda")
 del freed
 pools.sleep(["kv_cache"])
-assert pools.table.num_bytes() >= 2**29
+assert pools.num_bytes() >= 2**29
 elsewhere = torch.ones(2**26, device="cuda")
 segments = [
     segment
     for segment in torch.cuda.memory_snapshot()
     if segment["address"] <= elsewhere.data_ptr() < segment["address"] + segment["total_size"]
 ]
-print(
-    [segment["is_expandable"] for segment in segments],
-    TorchAllocatorSettings().read(),
-    int(weights.sum()),
-)
+print([segment["is_expandable"] for segment in segments], read_allocator_settings())
+print(int(weights.sum()))
 """
-    environ = os.environ | ({"PYTORCH_ALLOC_CONF": conf} if conf else {})
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False
-    )
-    assert (result.returncode, result.stderr) == (0, "")
     is_expandable = "expandable_segments:True" in conf  # the setting is the user's again
-    assert result.stdout == f"{[is_expandable]} {conf} {2**26}\n"
+    assert run_with(conf, code) == f"{[is_expandable]} {conf}\n{2**26}\n"
 
 
 @pytest.mark.processes
@@ -168,20 +147,16 @@ def test_what_peers_only_map_has_a_handle_beside_expandable_segments() -> None:
 import torch
 from pdlaunch.engine.memory.device_kv_memory import open_kv_memory
 from pdlaunch.engine.memory.kv_memory import NotShareable
-from pdlaunch.engine.memory.pools import NoMemoryPools
+from pdlaunch.engine.memory.pools import MemoryPools
 device = torch.device("cuda", 0)
 # A free expandable segment is there, which torch must not take.
 torch.ones(2**28, device=device)
 for mapped_alone in (True, False):
-    memory = open_kv_memory(NoMemoryPools(), device, shared=True, mapped_alone=mapped_alone)
+    memory = open_kv_memory(MemoryPools(), device, shared=True, mapped_alone=mapped_alone)
     tensor = memory.zeros(2**26)
     try:
         print(memory.export(tensor).range.kind)
     except NotShareable:
         print("none")
 """
-    environ = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False
-    )
-    assert (result.returncode, result.stdout.split()) == (0, ["cuda_ipc", "none"]), result.stderr
+    assert run_with("expandable_segments:True", code).split() == ["cuda_ipc", "none"]

@@ -5,12 +5,14 @@ import fcntl
 import gc
 import mmap
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 
 from pdlaunch.engine.memory.kv_memory import (
+    Export,
     HostKVMemory,
     NotShareable,
     PrivateKVMemory,
@@ -20,6 +22,17 @@ from pdlaunch.errors import MemoryPoolError
 from tests.engine.memory.open_files import num_open_fds
 
 PAGE = mmap.PAGESIZE
+
+
+@pytest.fixture
+def export() -> Iterator[Export]:
+    """Sixteen pages, exported."""
+    memory = HostKVMemory()
+    tensor = memory.zeros(16 * PAGE)
+    found = memory.export(tensor)
+    yield found
+    found.close()
+    del tensor
 
 
 def test_a_peer_reads_what_the_owner_writes_and_nothing_stays_open() -> None:
@@ -33,29 +46,23 @@ def test_a_peer_reads_what_the_owner_writes_and_nothing_stays_open() -> None:
     assert mapping.num_bytes == PAGE
     tensor[PAGE + 1] = 7
     assert ctypes.string_at(mapping.address, 4) == bytes([1, 7, 3, 0])
-    address = mapping.address
     del tensor
     gc.collect()
-    assert ctypes.string_at(address, 3) == bytes([1, 7, 3]), (
+    assert ctypes.string_at(mapping.address, 3) == bytes([1, 7, 3]), (
         "the pages live as long as they are mapped"
     )
     mapping.close()
     assert num_open_fds() == before
 
 
-def test_all_pages_are_there_before_the_first_pull() -> None:
+def test_all_pages_are_there_before_the_first_pull(export: Export) -> None:
     with mmap.mmap(-1, PAGE) as region:
         try:
             region.madvise(23)
         except OSError:
             pytest.skip("a kernel before 5.14 cannot be asked for pages")
-    memory = HostKVMemory()
-    export = memory.export(memory.zeros(16 * PAGE))
     assert export.fd is not None
-    try:
-        assert os.fstat(export.fd).st_blocks * 512 == 16 * PAGE
-    finally:
-        export.close()
+    assert os.fstat(export.fd).st_blocks * 512 == 16 * PAGE
 
 
 def test_memory_that_is_not_there_is_named() -> None:
@@ -72,40 +79,32 @@ def test_views_of_other_types_are_found_by_their_addresses() -> None:
         export.close()
 
 
-def test_readers_can_neither_write_nor_shrink() -> None:
-    memory = HostKVMemory()
-    tensor = memory.zeros(PAGE)
-    export = memory.export(tensor)
+def test_readers_can_neither_write_nor_shrink(export: Export) -> None:
     assert export.fd is not None
     with pytest.raises(PermissionError):
         os.ftruncate(export.fd, 0)
     with pytest.raises(PermissionError):
         mmap.mmap(export.fd, PAGE)
-    export.close()
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"num_bytes": PAGE + 1}, "not within"),
+        ({"num_bytes": 16 * PAGE + 1}, "not within"),
         ({"offset_bytes": -1}, "not within"),
-        ({"offset_bytes": PAGE}, "not within"),
+        ({"offset_bytes": 16 * PAGE}, "not within"),
         ({"num_bytes": 0}, "not within"),
-        ({"allocation_bytes": 2 * PAGE}, f"has {PAGE} bytes, stated are {2 * PAGE}"),
+        ({"allocation_bytes": 17 * PAGE}, f"has {16 * PAGE} bytes, stated are {17 * PAGE}"),
         ({"kind": "posix_fd"}, "cannot map memory of kind posix_fd"),
     ],
 )
 def test_what_a_peer_describes_wrongly_is_not_mapped(
-    change: dict[str, object], reason: str
+    change: dict[str, object], reason: str, export: Export
 ) -> None:
-    memory = HostKVMemory()
-    tensor = memory.zeros(PAGE)
-    export = memory.export(tensor)
     before = num_open_fds()
     with pytest.raises(NotShareable, match=reason):
-        memory.map(replace(export.range, **change), export.fd)  # type: ignore[arg-type]
+        HostKVMemory().map(replace(export.range, **change), export.fd)  # type: ignore[arg-type]
     assert num_open_fds() == before
-    export.close()
 
 
 def test_memory_that_may_shrink_under_its_reader_is_not_mapped() -> None:

@@ -28,24 +28,20 @@ class FabricHandle:
         return id(self)
 
 
+class Names:
+    """An enumeration: each of its names stands for itself."""
+
+    def __getattr__(self, name: str) -> str:
+        return name
+
+
 class Bindings:
     """The few names of ``cuda.bindings.driver`` that are used; every function returns a code and
     its results.
     """
 
-    CUresult = SimpleNamespace(
-        CUDA_SUCCESS=SimpleNamespace(name="CUDA_SUCCESS"), CUDA_ERROR_OUT_OF_MEMORY=object()
-    )
-    CUmemLocationType = SimpleNamespace(CU_MEM_LOCATION_TYPE_DEVICE="device")
-    CUmemAllocationType = SimpleNamespace(CU_MEM_ALLOCATION_TYPE_PINNED="pinned")
-    CUmemAllocationHandleType = SimpleNamespace(
-        CU_MEM_HANDLE_TYPE_FABRIC="fabric", CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR="fd"
-    )
-    CUmemAllocationGranularity_flags = SimpleNamespace(CU_MEM_ALLOC_GRANULARITY_MINIMUM=0)
-    CUdevice_attribute = SimpleNamespace(
-        CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED="fabric",
-        CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED="rdma",
-    )
+    CUresult = CUmemLocationType = CUmemAllocationType = CUmemAllocationHandleType = Names()
+    CUmemAllocationGranularity_flags = CUdevice_attribute = Names()
     CUmemLocation = CUipcMemHandle = SimpleNamespace
     CUmemFabricHandle = FabricHandle
 
@@ -64,33 +60,33 @@ class Bindings:
     def __getattr__(self, name: str) -> Any:
         def call(*arguments: Any) -> tuple[Any, ...]:
             self.calls.append((name, *arguments))
-            if name == "cuMemImportFromShareableHandle" and arguments[1] == "fabric":
+            if name == "cuMemImportFromShareableHandle" and "FABRIC" in arguments[1]:
                 assert arguments[0] in FabricHandle.alive, (
                     "the handle was freed before the driver has read it"
                 )
             found = self.results[name]
-            return (
-                (found,)
-                if isinstance(found, SimpleNamespace)
-                else (self.CUresult.CUDA_SUCCESS, *found)
-            )
+            return (found,) if isinstance(found, SimpleNamespace) else ("CUDA_SUCCESS", *found)
 
         return call
 
+    @property
+    def properties(self) -> Any:
+        """Those that the size of a page was asked for last: of all memory from then on."""
+        calls = [call for call in self.calls if call[0] == "cuMemGetAllocationGranularity"]
+        return calls[-1][1]
 
-def test_an_allocation_is_shared_by_its_ipc_handle() -> None:
+
+def test_memory_of_peers_is_opened_by_ipc_handles_with_peer_access() -> None:
     bindings = Bindings(
-        cuMemGetAddressRange=(4096, 100), cuIpcGetMemHandle=(SimpleNamespace(reserved=FABRIC),)
+        cuMemGetAddressRange=(4096, 100),
+        cuIpcGetMemHandle=(SimpleNamespace(reserved=FABRIC),),
+        cuIpcOpenMemHandle=(8192,),
+        cuIpcCloseMemHandle=(),
     )
     driver = CudaMemoryDriver(0, bindings)
     assert driver.allocation_of(4100) == (4096, 100)
     assert driver.ipc_handle(4096) == FABRIC
     assert bindings.calls[-2:] == [("cuMemGetAddressRange", 4100), ("cuIpcGetMemHandle", 4096)]
-
-
-def test_an_ipc_handle_is_opened_with_peer_access_and_closed() -> None:
-    bindings = Bindings(cuIpcOpenMemHandle=(8192,), cuIpcCloseMemHandle=())
-    driver = CudaMemoryDriver(0, bindings)
     assert driver.open_ipc(FABRIC) == 8192
     name, handle, flags = bindings.calls[-1]
     assert (name, handle.reserved, flags) == ("cuIpcOpenMemHandle", FABRIC, 1)
@@ -102,26 +98,18 @@ def test_handles_are_imported_as_what_they_are() -> None:
     bindings = Bindings(cuMemImportFromShareableHandle=("memory",))
     driver = CudaMemoryDriver(0, bindings)
     assert driver.import_handle("posix_fd", 5) == "memory"
-    assert bindings.calls[-1] == ("cuMemImportFromShareableHandle", 5, "fd")
+    assert bindings.calls[-1][1:] == (5, "CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR")
     assert driver.import_handle("fabric", FABRIC) == "memory"
-    assert bindings.calls[-1][2] == "fabric"
+    assert bindings.calls[-1][2] == "CU_MEM_HANDLE_TYPE_FABRIC"
 
 
 def test_a_refusal_names_the_call() -> None:
-    driver = CudaMemoryDriver(
-        0, Bindings(cuIpcOpenMemHandle=SimpleNamespace(name="CUDA_ERROR_PEER_ACCESS_UNSUPPORTED"))
-    )
+    refusal = SimpleNamespace(name="CUDA_ERROR_PEER_ACCESS_UNSUPPORTED")
+    driver = CudaMemoryDriver(0, Bindings(cuIpcOpenMemHandle=refusal))
     with pytest.raises(
         DriverRefused, match="cuIpcOpenMemHandle: CUDA_ERROR_PEER_ACCESS_UNSUPPORTED"
     ):
         driver.open_ipc(FABRIC)
-
-
-def properties_in_use(bindings: Bindings) -> Any:
-    """Those that the size of a page was asked for last: of all memory that is made from then on."""
-    return next(
-        call[1] for call in reversed(bindings.calls) if call[0] == "cuMemGetAllocationGranularity"
-    )
 
 
 def test_memory_is_for_fabric_handles_and_rdma_where_the_device_has_both() -> None:
@@ -136,7 +124,8 @@ def test_memory_is_for_fabric_handles_and_rdma_where_the_device_has_both() -> No
     assert driver.handle_kind == "fabric"
     assert driver.export(driver.create(2 << 20)) == FABRIC
     (_, num_bytes, properties, _), (_, _, kind, _) = bindings.calls[-2:]
-    assert (num_bytes, properties.requestedHandleTypes, kind) == (2 << 20, "fabric", "fabric")
+    assert num_bytes == 2 << 20
+    assert properties.requestedHandleTypes == kind == "CU_MEM_HANDLE_TYPE_FABRIC"
     assert properties.allocFlags.gpuDirectRDMACapable == 1
 
 
@@ -151,14 +140,13 @@ def test_memory_is_for_descriptors_where_fabric_handles_are_not_permitted(
         refused: SimpleNamespace(name="CUDA_ERROR_NOT_PERMITTED"),
     }
     bindings = Bindings(cuDeviceGetAttribute=(1,), cuMemRelease=(), **results)
-    driver = CudaMemoryDriver(0, bindings)
-    properties = properties_in_use(bindings)
-    assert (driver.handle_kind, properties.requestedHandleTypes) == ("posix_fd", "fd")
-    assert properties.allocFlags.gpuDirectRDMACapable == 1
+    assert CudaMemoryDriver(0, bindings).handle_kind == "posix_fd"
+    assert bindings.properties.requestedHandleTypes.endswith("FILE_DESCRIPTOR")
+    assert bindings.properties.allocFlags.gpuDirectRDMACapable == 1
     assert [call[0] for call in bindings.calls].count("cuMemRelease") == num_given_back
 
 
 def test_a_device_without_rdma_is_not_asked_for_it() -> None:
     bindings = Bindings()
     assert CudaMemoryDriver(0, bindings).handle_kind == "posix_fd"
-    assert not hasattr(properties_in_use(bindings).allocFlags, "gpuDirectRDMACapable")
+    assert not hasattr(bindings.properties.allocFlags, "gpuDirectRDMACapable")
