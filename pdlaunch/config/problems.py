@@ -27,9 +27,6 @@ class Problem:
     fix: str | None = None
     where: str | None = None
     """``deploy.yaml:3:5``, ``PDLAUNCH_PORT`` or ``--port``."""
-    line: int | None = None
-    """The line of the file, counted from 1."""
-    column: int | None = None
 
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""

@@ -14,14 +14,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from pdlaunch.config.models import LaunchConfig
-from pdlaunch.config.problems import (
-    InvalidConfigError,
-    Problem,
-    nearest,
-    shown,
-    shown_name,
-    shown_path,
-)
+from pdlaunch.config.problems import InvalidConfigError, Problem, nearest, shown, shown_name
 from pdlaunch.config.roles import ROLES
 from pdlaunch.config.settings import (
     SECRET,
@@ -72,10 +65,8 @@ class _Given:
 
     value: object
     origin: Origin
-    line: int | None = None
-    column: int | None = None
-    inner: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """Lines and columns of entries within the value."""
+    places: Mapping[str, str] = field(default_factory=dict)
+    """Where entries of the value stand in a file, by dotted path."""
 
 
 def load_config(
@@ -105,12 +96,9 @@ def _from_file(path: Path | None) -> tuple[dict[str, _Given], list[Problem]]:
     if path is None:
         return {}, []
     values, places, problems = read_yaml(path)
-    given = {}
-    for name, value in values.items():
-        line, column = places[name]
-        origin = Origin("file", f"{shown_path(path)}:{line}:{column}")
-        inner = {at: place for at, place in places.items() if at.startswith(f"{name}.")}
-        given[name] = _Given(value, origin, line, column, inner)
+    given = {
+        name: _Given(value, Origin("file", places[name]), places) for name, value in values.items()
+    }
     return given, problems
 
 
@@ -164,43 +152,29 @@ def _from_flags(flags: Mapping[str, object]) -> tuple[dict[str, _Given], list[Pr
     given: dict[str, _Given] = {}
     problems = []
     for path, value in flags.items():
-        if path in all_settings() or path.rpartition(".")[0] in all_settings():
-            origin = (
-                Origin("argument", path.upper())
-                if isinstance(value, Argument)
-                else Origin("flag", flag_name(path, value))
-            )
-            given[path] = _Given(str(value) if isinstance(value, Argument) else value, origin)
-        else:
+        if path not in all_settings() and path.rpartition(".")[0] not in all_settings():
             match = nearest(path, all_settings())
-            problems.append(
-                Problem(
-                    "unknown field",
-                    shown_name(path),
-                    fix=f"did you mean {match}?" if match else None,
-                )
-            )
+            fix = f"did you mean {match}?" if match else None
+            problems.append(Problem("unknown field", shown_name(path), fix=fix))
+        elif isinstance(value, Argument):
+            given[path] = _Given(str(value), Origin("argument", path.upper()))
+        else:
+            given[path] = _Given(value, Origin("flag", flag_name(path, value)))
     return given, problems
 
 
 def _validate(given: Mapping[str, _Given], problems: list[Problem]) -> LaunchConfig | None:
     """Validate the merged values; whatever the models refuse is added to ``problems``."""
-    tree: dict[str, Any] = {}
+    usable = dict(given)
     for path, item in given.items():
-        *parents, name = split_path(path)
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
         # pydantic would take `port: yes` as port 1.
         if isinstance(item.value, bool) and not _takes_bool(path):
-            message, fix = (
-                "is a switch here, but needs a value",
-                "write it in quotes if it is a text",
-            )
+            message = "is a switch here, but needs a value"
+            fix = "write it in quotes if it is a text"
             problems.append(_refused(path, item, message, fix))
-        else:
-            node[name] = item.value
+            del usable[path]
     try:
+        tree = _nested({path: item.value for path, item in usable.items()})
         return LaunchConfig.model_validate(tree)
     except ValidationError as error:
         problems += [_from_pydantic(detail, given) for detail in error.errors(include_url=False)]
@@ -235,10 +209,8 @@ def _from_pydantic(detail: ErrorDetails, given: Mapping[str, _Given]) -> Problem
         match = other if other in values else nearest(detail["input"].lower(), values)
         fix = f"did you mean {match}?" if match else None
     item = given.get(path)
-    if item is not None and whole in item.inner:
-        line, column = item.inner[whole]
-        file = item.origin.detail.removesuffix(f":{item.line}:{item.column}")
-        item = _Given(item.value, Origin("file", f"{file}:{line}:{column}"), line, column)
+    if item is not None and whole in item.places:
+        item = _Given(item.value, Origin("file", item.places[whole]))
     return _refused(path, item, message, fix)
 
 
@@ -254,7 +226,7 @@ def _refused(path: str, item: _Given | None, message: str, fix: str | None) -> P
         if value is not None and (not isinstance(item.value, str) or value not in message)
         else message
     )
-    return Problem(text, shown_name(path), value, fix, item.origin.detail, item.line, item.column)
+    return Problem(text, shown_name(path), value, fix, item.origin.detail)
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,31 +242,26 @@ class ShownValue:
 def shown_values(loaded: LoadedConfig) -> list[ShownValue]:
     """Return every setting in the order of the models; a role's overrides only where given."""
     return [
-        ShownValue(path, value, origin)
-        for path, value, origin in _values(loaded)
-        if value is not None or origin.kind != "default" or path.partition(".")[0] not in ROLES
+        item
+        for item in _values(loaded)
+        if item.value is not None
+        or item.origin.kind != "default"
+        or item.path.partition(".")[0] not in ROLES
     ]
 
 
 def changed_values(loaded: LoadedConfig) -> list[ShownValue]:
     """Return the settings that were given another value than their default."""
-    defaults = {path: value for path, value, _ in _values(LoadedConfig(LaunchConfig(), {}))}
+    defaults = {item.path: item.value for item in _values(LoadedConfig(LaunchConfig(), {}))}
     return [item for item in shown_values(loaded) if item.value != defaults.get(item.path)]
 
 
 def shown_config(loaded: LoadedConfig) -> dict[str, Any]:
     """Return the whole configuration, nested as in a file."""
-    nested: dict[str, Any] = {}
-    for path, value, _ in _values(loaded):
-        *parents, name = split_path(path)
-        node = nested
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = value
-    return nested
+    return _nested({item.path: item.value for item in _values(loaded)})
 
 
-def _values(loaded: LoadedConfig) -> Iterator[tuple[str, Any, Origin]]:
+def _values(loaded: LoadedConfig) -> Iterator[ShownValue]:
     for path, setting in all_settings().items():
         value: Any = loaded.config
         for name in path.split("."):
@@ -305,9 +272,21 @@ def _values(loaded: LoadedConfig) -> Iterator[tuple[str, Any, Origin]]:
             else {path: value}
         )
         for entry_path, entry in entries.items():
-            origin = loaded.origins.get(entry_path, Origin("default"))
             if setting.has_sections:
                 entry = [item.model_dump(exclude_none=True) for item in entry]
             if is_secret(entry_path) and entry is not None:
                 entry = SECRET
-            yield entry_path, entry, origin
+            origin = loaded.origins.get(entry_path, Origin("default"))
+            yield ShownValue(entry_path, entry, origin)
+
+
+def _nested(values: Mapping[str, object]) -> dict[str, Any]:
+    """Return values by dotted path as sections within sections."""
+    tree: dict[str, Any] = {}
+    for path, value in values.items():
+        *parents, name = split_path(path)
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    return tree

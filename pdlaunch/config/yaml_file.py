@@ -1,7 +1,8 @@
 """Reads a YAML file into settings by dotted path, each with its line and column.
 
-Whatever bytes the file holds, the result is settings or problems. Messages repeat no text of the
-file but names of fields, so that a misplaced secret does not show.
+PyYAML alone would lose the lines, keep the last of two equal fields and read 010 as 8, so its nodes
+are read here. Whatever bytes the file holds, the result is settings or problems. Messages repeat no
+text of the file but names of fields, so that a misplaced secret does not show.
 """
 
 from __future__ import annotations
@@ -16,16 +17,14 @@ from pdlaunch.config.problems import InvalidConfigError, Problem, nearest, shown
 from pdlaunch.config.settings import all_flags, all_settings, known_names, sections
 
 MAX_FILE_BYTES = 256 * 1024
-MAX_VALUES = 10_000
 
+_SCALARS = frozenset({"null", "bool", "int", "float", "str", "timestamp"})
 _WHOLE = re.compile(r"[-+]?(?!0\d)\d{1,400}")
 _FRACTION = re.compile(r"[-+]?\d{1,20}\.\d{1,20}([eE][-+]?\d{1,2})?")
-_TOO_DEEP = ("nested too deeply", "a configuration has two levels")
 _QUOTED = re.compile(r"'[^'<>]{2,}'")
 
-
-Places = dict[str, tuple[int, int]]
-"""Lines and columns by dotted path, those of entries in lists included: ``hosts.0.roles``."""
+Places = dict[str, str]
+"""``deploy.yaml:3:5`` by dotted path, those of entries in lists included: ``hosts.0.roles``."""
 
 
 def read_yaml(path: Path) -> tuple[dict[str, object], Places, list[Problem]]:
@@ -33,22 +32,27 @@ def read_yaml(path: Path) -> tuple[dict[str, object], Places, list[Problem]]:
 
     Raises InvalidConfigError when the file as a whole cannot be read.
     """
-    reader = _Reader(str(path))
+    reader = _Reader(path)
     root = _compose(_read_text(path), path)
-    try:
-        if root is not None:
-            reader.read_section(root, "")
-    except RecursionError:  # An alias holds itself.
-        raise _unreadable(path, *_TOO_DEEP) from None
+    if root is not None:
+        reader.read_section(root, "")
     return reader.values, reader.places, reader.problems
+
+
+class _Loader(yaml.SafeLoader):
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        # Aliases of aliases let a short file expand without end.
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(problem="aliases are not supported", problem_mark=mark)
+        return super().compose_node(parent, index)
 
 
 class _Reader:
     """Walks the nodes of one document."""
 
-    def __init__(self, file: str) -> None:
+    def __init__(self, file: Path) -> None:
         self._file = file
-        self._num_seen = 0
         self.values: dict[str, object] = {}
         self.places: Places = {}
         self.problems: list[Problem] = []
@@ -71,53 +75,37 @@ class _Reader:
                     if item.tag.endswith(":null"):
                         self._problem(item, "needs a value", entry, "or remove the line")
                         continue
-                    is_text = not setting.holds_flags or not _is_json(item)
-                    self._keep(entry, item, is_text=is_text)
+                    is_json = not isinstance(item, yaml.ScalarNode) or item.tag.endswith(":bool")
+                    is_text = not (setting.holds_flags and is_json)
+                    self.values[entry] = self._plain(item, entry, is_text=is_text)
             else:
-                self._keep(path, value, is_text=setting.is_list)
-
-    def _keep(self, path: str, node: yaml.Node, *, is_text: bool) -> None:
-        value = self._plain(node, path, is_text=is_text)
-        if not isinstance(value, yaml.Node):
-            self.values[path] = value
+                self.values[path] = self._plain(value, path, is_text=setting.is_list)
 
     def _plain(self, node: yaml.Node, path: str, *, is_text: bool) -> object:
-        """Return what a node holds, or the node itself after noting a problem with it.
-
-        ``is_text``: numbers and switches are the text that was written.
-        """
-        self._count(node)
-        self.places[path] = (node.start_mark.line + 1, node.start_mark.column + 1)
-        match node:
-            case yaml.SequenceNode():
-                return [
-                    self._plain(item, f"{path}.{index}", is_text=is_text)
-                    for index, item in enumerate(node.value)
-                ]
-            case yaml.MappingNode():
-                entries = self._entries(node, path)
-                return {name: self._plain(it, at, is_text=is_text) for name, at, _, it in entries}
-            case _:
-                return self._scalar(node, path, is_text=is_text)
-
-    def _scalar(self, node: yaml.Node, path: str, *, is_text: bool) -> object:
-        text = str(node.value)
-        match node.tag.rpartition(":")[2]:
-            case "null":
-                return None
-            case "bool" if not is_text:
-                return text.lower() in ("yes", "true", "on")
-            # YAML 1.1 reads 010 as 8 and 1:30 as 90; such texts are left to the field to accept or
-            # refuse.
-            case "int" if _WHOLE.fullmatch(text) and not is_text:
-                return int(text)
-            case "float" if _FRACTION.fullmatch(text) and not is_text:
-                return float(text)
-            case "bool" | "int" | "float" | "str" | "timestamp":
-                return text
-            case _:
-                self._problem(node, "YAML tags are not supported", path, "write the value alone")
-                return node
+        """Return what a node holds. ``is_text``: numbers and switches are what was written."""
+        self.places[path] = _place(self._file, node.start_mark.line, node.start_mark.column)
+        if isinstance(node, yaml.SequenceNode):
+            return [
+                self._plain(item, f"{path}.{index}", is_text=is_text)
+                for index, item in enumerate(node.value)
+            ]
+        if isinstance(node, yaml.MappingNode):
+            entries = self._entries(node, path)
+            return {name: self._plain(it, at, is_text=is_text) for name, at, _, it in entries}
+        kind, text = node.tag.rpartition(":")[2], str(node.value)
+        if kind not in _SCALARS:
+            self._problem(node, "YAML tags are not supported", path, "write the value alone")
+        if kind == "null":
+            return None
+        if kind == "bool" and not is_text:
+            return text.lower() in ("yes", "true", "on")
+        # YAML 1.1 reads 010 as 8 and 1:30 as 90; such texts are left to the field to accept or
+        # refuse.
+        if kind == "int" and _WHOLE.fullmatch(text) and not is_text:
+            return int(text)
+        if kind == "float" and _FRACTION.fullmatch(text) and not is_text:
+            return float(text)
+        return text
 
     def _entries(
         self, node: yaml.Node, parent: str
@@ -129,15 +117,11 @@ class _Reader:
             return
         first_lines: dict[str, int] = {}
         for key, value in node.value:
-            self._count(key)
             name = str(key.value)
             path = f"{parent}.{name}" if parent else name
             if not isinstance(key, yaml.ScalarNode):
                 message = f"the name of a field must be a text, not {_kind(key)}"
                 self._problem(key, message, parent)
-            elif key.tag.endswith(":merge"):
-                fix = "settings of both roles go to the top level"
-                self._problem(key, "merge keys are not supported", parent, fix)
             # YAML would keep the last of two without a word.
             elif name in first_lines:
                 message = f"given twice, first on line {first_lines[name]}"
@@ -146,18 +130,10 @@ class _Reader:
                 first_lines[name] = key.start_mark.line + 1
                 yield name, path, key, value
 
-    def _count(self, node: yaml.Node) -> None:
-        """Count one more value. Raises InvalidConfigError when there are too many."""
-        self._num_seen += 1
-        # Aliases of aliases let a short file expand without end.
-        if self._num_seen > MAX_VALUES:
-            self._problem(node, f"more than {MAX_VALUES} fields", "", "remove repeated aliases")
-            raise InvalidConfigError(self.problems[-1:])
-
     def _problem(self, node: yaml.Node, message: str, path: str, fix: str | None = None) -> None:
+        where = _place(self._file, node.start_mark.line, node.start_mark.column)
         field = shown_name(path) if path else None
-        mark = node.start_mark
-        self.problems.append(_at(self._file, mark.line, mark.column, message, fix, field))
+        self.problems.append(Problem(message, field, fix=fix, where=where))
 
 
 def _path_of_flag(name: str) -> str | None:
@@ -166,27 +142,15 @@ def _path_of_flag(name: str) -> str | None:
     return next((path for path, flag in all_flags().items() if flag.name == plain), None)
 
 
-def _is_json(node: yaml.Node) -> bool:
-    return not isinstance(node, yaml.ScalarNode) or node.tag.endswith(":bool")
-
-
 def _kind(node: yaml.Node) -> str:
     if isinstance(node, yaml.CollectionNode):
         return "a mapping" if isinstance(node, yaml.MappingNode) else "a list"
     return "nothing" if node.tag.endswith(":null") else "a single value"
 
 
-def _at(
-    file: str | Path,
-    line: int,
-    column: int,
-    message: str,
-    fix: str | None,
-    field: str | None = None,
-) -> Problem:
-    """Make a problem at a YAML mark, whose ``line`` and ``column`` count from 0."""
-    where = f"{shown_path(file)}:{line + 1}:{column + 1}"
-    return Problem(message, field, fix=fix, where=where, line=line + 1, column=column + 1)
+def _place(file: Path, line: int, column: int) -> str:
+    """Return where a mark of YAML is, which counts from 0."""
+    return f"{shown_path(file)}:{line + 1}:{column + 1}"
 
 
 def _read_text(path: Path) -> str:
@@ -208,42 +172,40 @@ def _read_text(path: Path) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         before = data[: error.start].decode("utf-8", "replace")
-        raise _at_offset(path, before, "not UTF-8", "save the file as UTF-8") from None
+        raise _at_end(path, before, "not UTF-8", "save the file as UTF-8") from None
 
 
 def _compose(text: str, path: Path) -> yaml.Node | None:
     """Return the node tree of a document. Composing keeps positions and builds no objects."""
     try:
-        root: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
+        root: yaml.Node | None = yaml.compose(text, Loader=_Loader)
     except yaml.reader.ReaderError as error:
         message = "a character that YAML does not allow"
-        raise _at_offset(path, text[: error.position], message, "remove it") from None
+        raise _at_end(path, text[: error.position], message, "remove it") from None
     except yaml.MarkedYAMLError as error:
-        raise _syntax_error(path, error) from None
+        mark = error.problem_mark or error.context_mark
+        where = _place(path, mark.line, mark.column) if mark else shown_path(path)
+        said = " ".join(part for part in (error.context, error.problem) if part)
+        fix = None
+        if "'\\t'" in said:
+            fix = "indent with spaces, not with tabs"
+        elif "single document" in said:
+            fix = "keep one document, without further `---` lines"
+        message = _QUOTED.sub("'...'", f"bad YAML: {said}")
+        raise InvalidConfigError([Problem(message, fix=fix, where=where)]) from None
     except RecursionError:
-        raise _unreadable(path, *_TOO_DEEP) from None
+        fix = "a configuration has two levels"
+        raise _unreadable(path, "nested too deeply", fix) from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         message = f"bad YAML ({type(error).__name__})"
         raise _unreadable(path, message, "check the file with a YAML linter") from None
     return root
 
 
-def _syntax_error(path: Path, error: yaml.MarkedYAMLError) -> InvalidConfigError:
-    mark = error.problem_mark or error.context_mark
-    line, column = (mark.line, mark.column) if mark else (0, 0)
-    text = " ".join(part for part in (error.context, error.problem) if part)
-    fix = None
-    if "'\\t'" in text:
-        fix = "indent with spaces, not with tabs"
-    elif "single document" in text:
-        fix = "keep one document, without further `---` lines"
-    message = _QUOTED.sub("'...'", f"bad YAML: {text}")
-    return InvalidConfigError([_at(path, line, column, message, fix)])
-
-
-def _at_offset(path: Path, before: str, message: str, fix: str) -> InvalidConfigError:
-    column = len(before) - (before.rfind("\n") + 1)
-    return InvalidConfigError([_at(path, before.count("\n"), column, message, fix)])
+def _at_end(path: Path, before: str, message: str, fix: str) -> InvalidConfigError:
+    """Return the error of what comes after this text of the file."""
+    where = _place(path, before.count("\n"), len(before) - (before.rfind("\n") + 1))
+    return InvalidConfigError([Problem(message, fix=fix, where=where)])
 
 
 def _unreadable(path: Path, message: str, fix: str) -> InvalidConfigError:

@@ -56,7 +56,8 @@ def test_a_list_of_other_things_is_refused_at_its_place(text: str, tmp_path: Pat
     path = tmp_path / "deploy.yaml"
     path.write_text(f"allowed_hosts: {text}\n")
     problem = only(problems(path))
-    assert (problem.field, problem.line) == ("allowed_hosts", 1)
+    assert problem.field == "allowed_hosts"
+    assert f"{path}:1:" in str(problem)
     assert "should be a valid" in problem.message
 
 

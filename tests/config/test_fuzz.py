@@ -84,7 +84,6 @@ def check_problem(problem: Problem):
     assert problem.where or problem.field
     str(problem).encode()
     assert len(str(problem)) < 3000
-    assert (problem.line is None) == (problem.column is None)
 
 
 @pytest.fixture(scope="module")

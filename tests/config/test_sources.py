@@ -149,7 +149,8 @@ class TestFileProblems:
             ("prefill:\n", (1, 9), "must be a mapping of fields, not nothing", None),
             ("port: [1]\n", (1, 7), "valid integer", None),
             ("port: !!python/object:os.system 1\n", (1, 7), "tags are not supported", None),
-            ("a: &x {}\nprefill:\n  <<: *x\n", (3, 3), "merge keys", "top level"),
+            ("model: a\nprefill:\n  <<: *x\n", (3, 7), "aliases are not supported", None),
+            ("prefill:\n  <<: {port: 1}\n", (2, 3), "unknown field", None),
             ("prefill:\n\treplicas: 1\n", (2, 1), "bad YAML", "spaces, not with tabs"),
             ("port: {\n", (2, 1), "bad YAML", None),
             ("model: a\0b\n", (1, 9), "does not allow", "remove it"),
@@ -172,7 +173,7 @@ class TestFileProblems:
         found = problems(file(text))
         matching = [p for p in found if message in p.message]
         assert matching, found
-        assert (matching[0].line, matching[0].column) == place
+        assert matching[0].where.endswith("deploy.yaml:{}:{}".format(*place))
         assert fix is None or fix in (matching[0].fix or "")
 
     @pytest.mark.parametrize(
@@ -195,14 +196,9 @@ class TestFileProblems:
         assert "cannot be read" in only(problems(tmp_path)).message
         assert "not a usable path" in only(problems(Path("a\0b"))).message
 
-    def test_alias_bombs_are_bounded(self, file):
-        lines = ["a0: &a0 {x: 1}"]
-        entries = ", ".join(f"k{i}: *last" for i in range(9))
-        lines += [f"a{n}: &a{n} {{{entries.replace('*last', f'*a{n - 1}')}}}" for n in range(1, 30)]
-        assert len(problems(file("\n".join(lines)))) == 30
-
-    def test_recursive_alias_ends(self, file):
-        assert problems(file("prefill: &p {env: *p}\n"))
+    @pytest.mark.parametrize("text", ["prefill: &p {env: *p}\n", "a: &a [x]\nb: [*a, *a, *a]\n"])
+    def test_aliases_expand_nothing(self, file, text):
+        assert "aliases are not supported" in only(problems(file(text))).message
 
     def test_all_problems_of_all_sources_are_told_at_once(self, file):
         found = problems(file("modl: x\nport: 99999\n"), {"PDLAUNCH_X": "1"}, block_size=0)

@@ -64,4 +64,4 @@ def test_what_is_no_flag_is_refused_with_its_place(tmp_path: Path, line: str) ->
     path.write_text(f"engine_args:\n  {line}\n")
     with pytest.raises(InvalidConfigError) as caught:
         load_config(path, {}, {})
-    assert all(problem.line == 2 for problem in caught.value.problems)
+    assert all(f"{path}:2:" in str(problem.where) for problem in caught.value.problems)

@@ -105,7 +105,7 @@ async def test_a_new_engine_waits_for_another_s_work_only_where_it_needs_its_nam
         ("engines: ['prefill=http://h:1', 'prefill=http://h:1/']", "the url http://h:1"),
         ("engines: [", "expected the node content"),
         ("engines:\n- role: prefill\n  key: of secret: 1", ":3:17: bad YAML: mapping values"),
-        ("engines: [*secret]", ":1:11: bad YAML: found undefined alias"),
+        ("engines: [*secret]", ":1:11: bad YAML: aliases are not supported"),
         ("a" * 300_000, "larger than"),
     ],
 )
