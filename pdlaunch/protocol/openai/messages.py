@@ -53,8 +53,6 @@ class TextPart(RequestBody):
 
 
 class FunctionCall(RequestBody):
-    """Holds the call of a function that the model has made."""
-
     PLACE = "messages.tool_calls.function."
 
     name: str = Field(min_length=1)
@@ -72,9 +70,7 @@ class ToolCall(RequestBody):
     function: FunctionCall
 
     def for_template(self) -> dict[str, Any]:
-        """Return what a chat template sees: arguments as an object, unless they are no JSON
-        object.
-        """
+        """Return what a chat template sees: arguments as an object where they are one in JSON."""
         arguments: object = self.function.arguments or {}
         if isinstance(arguments, str):
             with contextlib.suppress(ValueError, RecursionError):
@@ -84,8 +80,6 @@ class ToolCall(RequestBody):
 
 
 class ToolFunction(RequestBody):
-    """Describes a function that the model may call."""
-
     PLACE = "tools.function."
 
     name: str = Field(min_length=1)
@@ -121,11 +115,7 @@ class ChatMessage(RequestBody):
     HINTS = frozenset({"annotations", "refusal"})
 
     role: str = Field(min_length=1, max_length=64)
-    content: Annotated[
-        list[TextPart],
-        BeforeValidator(_as_parts),
-        Field(max_length=MAX_PARTS),
-    ] = []
+    content: Annotated[list[TextPart], BeforeValidator(_as_parts), Field(max_length=MAX_PARTS)] = []
     name: str | None = None
     tool_calls: list[ToolCall] = []
     tool_call_id: str | None = None
@@ -138,17 +128,16 @@ class ChatMessage(RequestBody):
 
     def for_template(self) -> dict[str, Any]:
         """Return what a chat template sees, as in vLLM."""
-        message: dict[str, Any] = {"role": self.role, "content": self.text()}
-        if self.tool_calls:
-            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
         reasoning = self.reasoning or self.reasoning_content
-        others = {
+        members = {
+            "tool_calls": [call.for_template() for call in self.tool_calls] or None,
             "name": self.name,
             "tool_call_id": self.tool_call_id,
             "reasoning": reasoning,
             "reasoning_content": reasoning,
         }
-        return message | {name: value for name, value in others.items() if value is not None}
+        given = {name: value for name, value in members.items() if value is not None}
+        return {"role": self.role, "content": self.text()} | given
 
 
 def _check_size(messages: list[ChatMessage]) -> list[ChatMessage]:

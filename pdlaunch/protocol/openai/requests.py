@@ -31,8 +31,8 @@ class Resume(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Holds output tokens that exist already, by choice."""
 
     choices: list[list[TokenOutput]]
+    # The client has everything that these tokens give (role, text, logprobs, finish_reason).
     sent: bool = True
-    """The client has everything that these tokens give (role, text, logprobs, finish_reason)."""
 
 
 def _as_list(value: object) -> object:
@@ -68,8 +68,6 @@ def _names(names: str) -> frozenset[str]:
 
 
 class StreamOptions(RequestBody):
-    """Says what a stream carries besides text."""
-
     PLACE = "stream_options."
     HINTS = frozenset({"include_obfuscation"})
 
@@ -92,8 +90,8 @@ class SamplingFields(RequestBody):
 class SamplingDefaults(SamplingFields):
     """Holds the defaults of sampling fields that requests leave open."""
 
+    # Limits answers of chats; completions have OpenAI's default.
     max_new_tokens: int | None = Field(None, ge=1)
-    """Limits answers of chats; completions have OpenAI's default."""
 
 
 class GenerationRequest(SamplingFields):
@@ -147,7 +145,7 @@ class GenerationRequest(SamplingFields):
     skip_special_tokens: bool = True
     logit_bias: LogitBias = {}
     stream: bool = False
-    stream_options: StreamOptions | None = None
+    stream_options: StreamOptions = StreamOptions()
     cache_salt: Label = ""
     return_token_ids: bool = False
     user: Label = ""
@@ -160,7 +158,7 @@ class GenerationRequest(SamplingFields):
     def _check_together(self) -> GenerationRequest:
         if self.is_remote_prefill:
             return self
-        if self.stream_options is not None and not self.stream:
+        if "stream_options" in self.model_fields_set and not self.stream:
             raise RequestError("stream_options needs stream: true", param="stream_options")
         limit = self.token_limit
         if limit is not None and self.min_tokens > limit:
@@ -180,12 +178,11 @@ class GenerationRequest(SamplingFields):
 
     @property
     def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options.include_usage
 
     @property
     def continuous_usage(self) -> bool:
-        options = self.stream_options
-        return options is not None and options.include_usage and options.continuous_usage_stats
+        return self.include_usage and self.stream_options.continuous_usage_stats
 
     @property
     def num_top_logprobs(self) -> int | None:
@@ -240,14 +237,9 @@ def _token_ids(value: object) -> list[int] | None:
 
 
 class CompletionRequest(GenerationRequest):
-    """Asks for a text completion of one or several prompts."""
-
     NEUTRAL: ClassVar[Values] = GenerationRequest.NEUTRAL | {"best_of": (1,), "suffix": ("",)}
 
-    prompt: Annotated[
-        str | list[int] | list[str | list[int]],
-        PlainValidator(_check_prompt),
-    ]
+    prompt: Annotated[str | list[int] | list[str | list[int]], PlainValidator(_check_prompt)]
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     add_special_tokens: bool = True
 
@@ -267,9 +259,23 @@ class CompletionRequest(GenerationRequest):
         return self.logprobs
 
 
-class ChatCompletionRequest(GenerationRequest):
-    """Asks for a chat completion."""
+class ChatTemplateFields(RequestBody):
+    """Holds what is rendered by the chat template, and how."""
 
+    messages: Messages
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+    chat_template_kwargs: dict[str, Any] = {}
+    tools: Tools = []
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """Return the template's variables besides messages and tools, as in vLLM."""
+        return self.chat_template_kwargs
+
+
+class ChatCompletionRequest(ChatTemplateFields, GenerationRequest):
     NEUTRAL: ClassVar[Values] = GenerationRequest.NEUTRAL | {
         "audio": (),
         "chat_template": (),
@@ -284,15 +290,9 @@ class ChatCompletionRequest(GenerationRequest):
         "parallel_tool_calls prediction verbosity"
     )
 
-    messages: Messages
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
-    add_special_tokens: bool = False
-    chat_template_kwargs: dict[str, Any] = {}
     reasoning_effort: str | None = Field(None, max_length=64)
-    tools: Tools = []
     tool_choice: Any = "none"
 
     @model_validator(mode="after")
@@ -315,7 +315,6 @@ class ChatCompletionRequest(GenerationRequest):
 
     @property
     def template_variables(self) -> dict[str, Any]:
-        """Return the chat template's variables besides messages and tools, as in vLLM."""
         effort = self.reasoning_effort
         if effort is None:
             return self.chat_template_kwargs
@@ -328,29 +327,15 @@ class ChatCompletionRequest(GenerationRequest):
 
 
 class TokenizeCompletionRequest(RequestBody):
-    """Asks for the token ids of a text, in vLLM's form."""
-
     model: str | None = None
     prompt: str
     add_special_tokens: bool = True
     return_token_strs: bool = False
 
 
-class TokenizeChatRequest(RequestBody):
-    """Asks for the token ids of messages, rendered by the chat template."""
-
+class TokenizeChatRequest(ChatTemplateFields):
     model: str | None = None
-    messages: Messages
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
-    add_special_tokens: bool = False
     return_token_strs: bool = False
-    chat_template_kwargs: dict[str, Any] = {}
-    tools: Tools = []
-
-    @property
-    def template_variables(self) -> dict[str, Any]:
-        return self.chat_template_kwargs
 
 
 class DetokenizeRequest(RequestBody):

@@ -76,7 +76,7 @@ async def test_the_setting_vllm_is_neutral(make_engine, rank: FakeRank, sampling
 @pytest.mark.parametrize(
     ("content", "part"),
     [
-        ('{"temperature": -1}', "temperature: must be in [0, 2], got -1"),
+        ('{"temperature": -1}', "temperature: Input should be greater than or equal to 0, got -1"),
         ('{"top_k": "many"}', "top_k"),
         ("[]", "no JSON object"),
         ("{", "cannot be read"),
