@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from pdlaunch.config.kv_transfer import KVTransferSettings
+from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engine.kvcache.groups import KVCacheGroup
 from pdlaunch.engine.lifecycle import RequestLifecycle
 from pdlaunch.engine.rows import RowTable
@@ -38,19 +38,26 @@ class HostStep:
         self, batch_size: int, context_tokens: int, num_steps: int, *, records_spans: bool = False
     ) -> None:
         length = context_tokens + num_steps + 8
-        self._scheduler = Scheduler(
-            RequestLifecycle(
-                groups=[KVCacheGroup((0,), None)],
-                num_blocks=batch_size * (length // BLOCK_SIZE + 2),
-                block_size=BLOCK_SIZE,
-                max_num_seqs=batch_size,
-                max_model_len=length,
-                enable_prefix_caching=True,
-                model_digest="",
-                kv_transfer=KVTransferSettings(),
-                local=(EngineId("bench"), "127.0.0.1", 0, 1),
-            ),
+        spec = EngineSpec(
+            name="bench-0",
+            role="decode",
+            model_dir="",
+            served_model_name="bench",
+            dtype="float32",
+            max_model_len=length,
+            block_size=BLOCK_SIZE,
+            enable_cumem_allocator=False,
+            max_num_seqs=batch_size,
             max_num_batched_tokens=batch_size * context_tokens,
+            device="cpu",
+            device_indices=(),
+            tensor_parallel_size=1,
+            num_threads=1,
+        )
+        num_blocks = batch_size * (length // BLOCK_SIZE + 2)
+        groups, engine_id = [KVCacheGroup((0,), None)], EngineId("bench")
+        self._scheduler = Scheduler(
+            RequestLifecycle(spec, groups, num_blocks, model_digest="", engine_id=engine_id, port=0)
         )
         self._rows = RowTable(
             max_num_seqs=batch_size, max_model_len=length, block_size=BLOCK_SIZE, num_groups=1

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import zmq
 
@@ -82,9 +82,8 @@ class LeaderChannel:
         """Return what the other ranks have reported; never blocks."""
         reports = []
         for identity, *_, frame in _drain(self.socket):
-            report = step_done.decode(frame)
-            self._followers[report.tp_rank] = identity
-            reports.append(report)
+            reports.append(step_done.decode(frame))
+            self._followers[reports[-1].tp_rank] = identity
         return reports
 
 
@@ -93,7 +92,6 @@ class FollowerChannel:
 
     def __init__(self, context: SecureContext, endpoint: str, tp_rank: int) -> None:
         self.socket = context.connect(zmq.DEALER, endpoint)
-        self._tp_rank = tp_rank
         self.report(StepDone(tp_rank=tp_rank))
 
     def report(self, message: StepDone) -> None:
@@ -106,98 +104,69 @@ class FollowerChannel:
 
 class EventMerger:
     """Merges the transfer events of all ranks into one each: a block is moved only when every rank
-    has moved its heads. ``add`` returns events that are now true of the whole engine.
+    has moved its heads.
     """
 
     def __init__(self, tp_size: int) -> None:
         self._tp_size = tp_size
-        self._leases: dict[LeaseId, list[LeaseEnded]] = {}
-        self._finished: dict[PullId, list[PullFinished]] = {}
+        self._leases: dict[LeaseId, list[str]] = {}
+        self._pulls: dict[PullId, list[PullFinished]] = {}
         self._num_drained: dict[PullId, int] = {}
 
-    def add(self, event: TransferEvent) -> list[TransferEvent]:
-        match event:
-            case LeaseEnded():
-                events = self._add_lease(event)
-            case PullFinished():
-                self._finished.setdefault(event.pull_id, []).append(event)
-                events = self._pull_events(event.pull_id, newly_finished=True)
-            case PullDrained():
-                self._num_drained[event.pull_id] = self._num_drained.get(event.pull_id, 0) + 1
-                events = self._pull_events(event.pull_id, newly_finished=False)
-        return events
-
-    def _add_lease(self, event: LeaseEnded) -> list[TransferEvent]:
-        reports = self._leases.setdefault(event.lease_id, [])
-        reports.append(event)
+    def add(self, event: TransferEvent) -> TransferEvent | None:
+        """Return what is true of the whole engine now, None while a rank has yet to report."""
+        if isinstance(event, LeaseEnded):
+            reasons = self._leases.setdefault(event.lease_id, [])
+            reasons.append(event.reason)
+            if len(reasons) < self._tp_size:
+                return None
+            del self._leases[event.lease_id]
+            # One rank whose lease expired makes the whole lease an expired one.
+            reason = next(name for name in ("expired", "released", "pulled") if name in reasons)
+            return LeaseEnded(lease_id=event.lease_id, reason=reason)
+        pull_id = event.pull_id
+        reports = self._pulls.setdefault(pull_id, [])
+        num_drained = self._num_drained.setdefault(pull_id, 0)
+        if isinstance(event, PullDrained):
+            num_drained = self._num_drained[pull_id] = num_drained + 1
+        else:
+            reports.append(event)
         if len(reports) < self._tp_size:
-            return []
-        del self._leases[event.lease_id]
-        # One rank whose lease expired makes the whole lease an expired one.
-        reasons = {report.reason for report in reports}
-        reason = next(name for name in ("expired", "released", "pulled") if name in reasons)
-        return [LeaseEnded(lease_id=event.lease_id, reason=reason)]
-
-    def _pull_events(self, pull_id: PullId, *, newly_finished: bool) -> list[TransferEvent]:
-        reports = self._finished.get(pull_id, [])
-        if len(reports) < self._tp_size:
-            return []
+            return None
         # Each rank that reports a READ in flight sends a PullDrained, too, perhaps before the last
-        # rank reports.
-        num_in_flight = sum(report.in_flight for report in reports)
-        num_drained = self._num_drained.get(pull_id, 0)
-        all_drained = num_drained >= num_in_flight
-        events: list[TransferEvent] = []
-        if newly_finished:
-            # The last rank reports after others have drained: then nothing is in flight any more.
-            events.append(_merge(reports, in_flight=not all_drained))
-        elif all_drained:
-            events.append(PullDrained(pull_id=pull_id))
-        if all_drained:
-            del self._finished[pull_id]
-            self._num_drained.pop(pull_id, None)
-        return events
+        # rank reports: then nothing is in flight any more.
+        in_flight = num_drained < sum(report.in_flight for report in reports)
+        if not in_flight:
+            del self._pulls[pull_id], self._num_drained[pull_id]
+        if isinstance(event, PullDrained):
+            return None if in_flight else event
+        merged = {
+            name: merge([getattr(report, name) for report in reports])
+            for name, merge in _MERGED.items()
+        }
+        return PullFinished(**merged | {"in_flight": in_flight})
 
 
-def _merge(reports: list[PullFinished], *, in_flight: bool) -> PullFinished:
-    """Return all ranks' reports as one, which is right only if all are."""
+_MERGED: dict[str, Callable[[Sequence[Any]], Any]] = {
+    "pull_id": min,
     # One rank that has failed makes the engine compute the prompt again: the others' shares of the
     # lease are used up, so that nobody can pull it a second time.
-    failed = [report for report in reports if not report.ok]
-    return PullFinished(
-        pull_id=reports[0].pull_id,
-        ok=not failed,
-        error="; ".join(sorted({report.error for report in failed})),
-        in_flight=in_flight,
-        num_bytes=sum(report.num_bytes for report in reports),
-        seconds=max(report.seconds for report in reports),
-        read_s=max(report.read_s for report in reports),
-        prefill=next((report.prefill for report in reports if report.prefill), ""),
-        path=join_paths(report.path for report in reports),
-        verification_failed=any(report.verification_failed for report in reports),
-        late=any(report.late for report in reports),
-        num_retries=sum(report.num_retries for report in reports),
-        reports={rank: told for report in reports for rank, told in report.reports.items()},
-    )
-
-
-class Wakeup:
-    """Wakes a thread that polls ``fd`` and sockets, from any other thread; never blocks."""
-
-    def __init__(self) -> None:
-        self.fd, self._write_fd = os.pipe()
-        os.set_blocking(self.fd, False)
-        os.set_blocking(self._write_fd, False)
-
-    def set(self) -> None:
-        # A full pipe wakes the poller as well as one more byte would.
-        with contextlib.suppress(BlockingIOError):
-            os.write(self._write_fd, b"\0")
-
-    def clear(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while os.read(self.fd, 4096):
-                pass
+    "ok": all,
+    "error": lambda errors: "; ".join(sorted({*filter(None, errors)})),
+    "in_flight": any,
+    "num_bytes": sum,
+    "seconds": max,
+    "read_s": max,
+    "prefill": max,
+    "path": join_paths,
+    "verification_failed": any,
+    "late": any,
+    "num_retries": sum,
+    "reports": lambda of_ranks: {rank: told for one in of_ranks for rank, told in one.items()},
+}
+"""How the ranks' values of each field of PullFinished become that of the engine."""
+# A field that is missing here would be lost without a word.
+assert _MERGED.keys() == {*PullFinished.__struct_fields__}
 
 
 def _drain(socket: zmq.Socket[bytes]) -> list[list[bytes]]:

@@ -27,12 +27,11 @@ class Histograms:
         request.times.arrived_at = self._clock()
 
     def seated(self, request: Request) -> None:
-        """Note that a request enters the batch; again after a preemption, which changes nothing."""
+        # A second time, after a preemption, changes nothing.
         if request.times.started_at is None:
             request.times.started_at = self._clock()
 
     def drew_token(self, request: Request) -> None:
-        """Note a token that a step has drawn for a request."""
         times = request.times
         times.last_at = self._clock()
         if times.first_at is None:
@@ -44,34 +43,32 @@ class Histograms:
         times = request.times
         if times.started_at is None:
             return
-        self._observe("request_queue_time_seconds", times.started_at - times.arrived_at)
-        self._observe("request_num_preemptions", times.num_preemptions)
         num_computed = request.num_prompt_tokens - (request.num_cached_tokens or 0)
-        self._observe("request_prefill_kv_computed_tokens", num_computed)
-        if times.first_at is None or times.last_at is None:
-            return
-        decode_s = times.last_at - times.first_at
-        self._observe("request_prefill_time_seconds", times.first_at - times.started_at)
-        self._observe("request_decode_time_seconds", decode_s)
-        self._observe("request_inference_time_seconds", times.last_at - times.started_at)
-        if times.num_drawn > 1:
-            per_token_s = decode_s / (times.num_drawn - 1)
-            self._observe("request_time_per_output_token_seconds", per_token_s)
-
-    def ran_step(self, num_tokens: int) -> None:
-        """Count a step that has computed ``num_tokens``; without any it was none."""
-        if num_tokens:
-            self._observe("iteration_tokens_total", num_tokens)
+        seen: dict[str, float] = {
+            "request_queue_time_seconds": times.started_at - times.arrived_at,
+            "request_num_preemptions": times.num_preemptions,
+            "request_prefill_kv_computed_tokens": num_computed,
+        }
+        if times.first_at is not None and times.last_at is not None:
+            decode_s = times.last_at - times.first_at
+            seen["request_prefill_time_seconds"] = times.first_at - times.started_at
+            seen["request_decode_time_seconds"] = decode_s
+            seen["request_inference_time_seconds"] = times.last_at - times.started_at
+            if times.num_drawn > 1:
+                per_token_s = decode_s / (times.num_drawn - 1)
+                seen["request_time_per_output_token_seconds"] = per_token_s
+        for name, value in seen.items():
+            self.observe(name, value)
 
     def pulled(self, event: PullFinished) -> None:
         """Count a pull that has ended well, by engine and path as in the registry."""
         labels = (event.prefill, event.path)
-        self._observe("kv_pull_seconds", event.seconds, labels)
-        self._observe("kv_pull_bytes", event.num_bytes, labels)
+        self.observe("kv_pull_seconds", event.seconds, labels)
+        self.observe("kv_pull_bytes", event.num_bytes, labels)
         if read_s := event.read_s or event.seconds:
-            self._observe("kv_pull_bytes_per_second", event.num_bytes / read_s, labels)
+            self.observe("kv_pull_bytes_per_second", event.num_bytes / read_s, labels)
 
-    def _observe(self, name: str, value: float, labels: tuple[str, ...] = ()) -> None:
+    def observe(self, name: str, value: float, labels: tuple[str, ...] = ()) -> None:
         bounds = HISTOGRAMS[name].bounds
         series = self._series.get((name, labels))
         if series is None:

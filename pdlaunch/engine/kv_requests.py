@@ -4,9 +4,8 @@
     pull    start ─▶ in flight ─┬─ ok ──────────────────────────▶ the request's
                                 ├─ failed ──────────────────────▶ free
                                 └─ failed, READ may still write ▶ quarantined ─ PullDrained ─▶ free
-    load    find ─▶ start ─▶ in flight ─┬─ ok ──────────────────▶ the request's
-    (from host memory)                  ├─ ok, the rest is pulled ▶ cached
-                                        └─ failed, or nobody waits ▶ free
+    load    start ─▶ in flight ─┬─ ok ──────────────────────────▶ the request's
+    (from host memory)          └─ failed, or nobody waits ─────▶ free
     store   full blocks ─▶ owned by the copy, too ─▶ released
 
 The ranks' transfer threads own every deadline. Each lease, pull and copy ends in exactly one event
@@ -16,98 +15,26 @@ here.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import msgspec
 
-from pdlaunch.config.kv_transfer import KVTransferSettings
+from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engine.kvcache.manager import KVCacheManager, PrefixHit
 from pdlaunch.engine.offload.jobs import JobFinished, OffloadJob
 from pdlaunch.engine.offload.planner import HostHit, OffloadPlanner
-from pdlaunch.engine.request import Request
+from pdlaunch.engine.request import Phase, Request
 from pdlaunch.protocol.engine import EngineStats, FinishReason
 from pdlaunch.protocol.ids import EngineId, LeaseId, PullId, lease_of
 from pdlaunch.protocol.kv_params import RemoteKV
-from pdlaunch.protocol.transfer import CancelPull, GrantLease, PullFinished, StartPull
-
-
-class BlockLeases:
-    """Holds the blocks of finished requests that decode engines may pull.
-
-    ``local``: engine_id, host, port and tp_size of this engine.
-    """
-
-    def __init__(
-        self,
-        kv: KVCacheManager,
-        settings: KVTransferSettings,
-        local: tuple[EngineId, str, int, int],
-    ) -> None:
-        self._kv = kv
-        self._lease_s = settings.lease_s
-        self._local = local
-        self._block_ids: dict[LeaseId, list[list[int]]] = {}
-
-    def __len__(self) -> int:
-        return len(self._block_ids)
-
-    def __contains__(self, lease_id: LeaseId) -> bool:
-        return lease_id in self._block_ids
-
-    def grant(self, request: Request, reason: FinishReason) -> tuple[GrantLease, RemoteKV] | None:
-        """Keep the prompt's blocks of a request that ends now, if another engine may decode on.
-
-        A stopped choice gets a lease too if there are others, which may go on; the server ends a
-        lease that nobody needs. The request's other blocks are freed.
-        """
-        num_readers = request.message.num_readers
-        # It ends with its first token, so that no later step can still write to the blocks that are
-        # leased.
-        assert not (request.message.do_remote_decode and request.num_in_flight)
-        if (
-            not request.message.do_remote_decode
-            or num_readers < 1
-            or (reason == "stop" and num_readers == 1)
-        ):
-            return None
-        lease_id, num_tokens = lease_of(request.request_id), request.num_prompt_tokens
-        leased = self._kv.lease(request.tables, num_tokens)
-        self._block_ids[lease_id] = leased.block_ids
-        grant = GrantLease(
-            lease_id=lease_id,
-            block_ids=leased.block_ids,
-            first_block_index=leased.first,
-            block_hashes=request.prompt_hashes(),
-            num_tokens=num_tokens,
-            num_readers=num_readers,
-            lease_s=self._lease_s,
-        )
-        engine_id, host, port, tp_size = self._local
-        remote = RemoteKV(
-            engine_id=engine_id,
-            lease_id=lease_id,
-            host=host,
-            port=port,
-            block_ids=leased.block_ids,
-            num_tokens=num_tokens,
-            tp_size=tp_size,
-            lease_s=self._lease_s,
-        )
-        return grant, remote
-
-    def ended(self, lease_id: LeaseId) -> None:
-        """Free the blocks. Unknown ids are ignored."""
-        # Full ones stay in the prefix cache until they are needed; reversed, so that the tail of a
-        # prompt is reused before its head: without the head nobody finds the tail.
-        for block_ids in self._block_ids.pop(lease_id, []):
-            self._kv.pool.release(reversed(block_ids))
-
-    def all_ids(self) -> Iterator[int]:
-        """Yield each block once for each lease on it."""
-        for groups in self._block_ids.values():
-            for block_ids in groups:
-                yield from block_ids
+from pdlaunch.protocol.transfer import (
+    CancelPull,
+    GrantLease,
+    PullFinished,
+    StartPull,
+    TransferCommand,
+)
 
 
 @dataclass(slots=True)
@@ -118,199 +45,181 @@ class Incoming:
     """The request that waits for them; None once it has ended, or if nobody ever did."""
     hit: PrefixHit  # cached blocks that ``request`` shares meanwhile
     block_ids: list[list[int]]  # blocks to write to, by group; they follow those of ``hit``
+    chunk_ids: frozenset[int] = frozenset()  # chunks of host memory that a load reads
 
 
-class IncomingBlocks:
-    """Holds what pulls or loads in flight own, by their ids."""
+class KVTransfers:
+    """Owns the blocks of leases, pulls, loads and stores.
 
-    def __init__(self, kv: KVCacheManager) -> None:
+    ``planner`` is None where there is no host tier: then nothing is found or stored there.
+    """
+
+    def __init__(
+        self,
+        kv: KVCacheManager,
+        spec: EngineSpec,
+        counts: EngineStats,
+        engine_id: EngineId,
+        port: int,
+        planner: OffloadPlanner | None,
+    ) -> None:
+        """``counts``: the engine's totals, to which it adds; ``port``: of the side channel."""
         self._kv = kv
-        self.in_flight: dict[Hashable, Incoming] = {}
-        self._quarantined: dict[Hashable, list[list[int]]] = {}
+        self._spec = spec
+        self._counts = counts
+        self._local = engine_id, port
+        self._planner = planner
+        self.commands: list[TransferCommand] = []
+        self.jobs: list[OffloadJob] = []
+        """What the ranks have not been told of, oldest first."""
+        self.leases: dict[LeaseId, list[list[int]]] = {}
+        self._incoming: dict[PullId | int, Incoming] = {}
+        """Pulls and loads in flight; loads have the numbers of their jobs."""
+        self._quarantined: dict[PullId, list[list[int]]] = {}
+        self._num_pulls = 0
 
-    def take(self, hit: PrefixHit, counts: list[int]) -> list[list[int]]:
-        """Share ``hit``, take ``counts`` blocks by group and list them in ``in_flight``."""
-        self._kv.share_hit(hit)
-        return [self._kv.pool.allocate_for_pull(count) for count in counts]
+    # Leases
 
-    def leave(self, key: Hashable) -> None:
-        """Free the shared blocks of a request that has ended; the others wait for ``end``."""
-        incoming = self.in_flight[key]
-        incoming.request = None
-        self._kv.release_hit(incoming.hit)
+    def grant(self, request: Request, reason: FinishReason) -> RemoteKV | None:
+        """Keep the prompt's blocks of a request that ends now, if another engine may decode on.
 
-    def end(self, key: Hashable, *, ok: bool, writes: bool = False) -> Incoming | None:
-        """Give the blocks to the request, or free them unless something ``writes`` to them."""
-        incoming = self.in_flight.pop(key, None)
-        if incoming is None:
+        A stopped choice gets a lease too if there are others, which may go on; the server ends a
+        lease that nobody needs. The request's other blocks are freed.
+        """
+        message = request.message
+        # It ends with its first token, so that no later step can still write to the blocks that are
+        # leased.
+        assert not (message.do_remote_decode and request.num_in_flight)
+        is_over = message.num_readers < 1 or (reason == "stop" and message.num_readers == 1)
+        if is_over or not message.do_remote_decode:
             return None
-        request, pool = incoming.request, self._kv.pool
-        if ok and request is not None:
-            self._kv.adopt_pulled(request.tables, incoming.hit, incoming.block_ids)
-            return incoming
-        for block_ids in incoming.block_ids:
-            (pool.quarantine if writes else pool.drop_pull)(block_ids)
-        if writes:
-            self._quarantined[key] = incoming.block_ids
-        if request is not None:
-            self._kv.release_hit(incoming.hit)
-        return incoming
-
-    def drained(self, key: Hashable) -> None:
-        """Free quarantined blocks, to which nothing can write any more. Unknown ids are ignored."""
-        for block_ids in self._quarantined.pop(key, []):
-            self._kv.pool.drain(block_ids)
-
-    def shared_ids(self) -> Iterator[int]:
-        """Yield the blocks that waiting requests share."""
-        for incoming in self.in_flight.values():
-            if incoming.request is not None:
-                for block_ids in incoming.hit.block_ids:
-                    yield from block_ids
-
-    def written_ids(self) -> Iterator[int]:
-        for incoming in self.in_flight.values():
-            for block_ids in incoming.block_ids:
-                yield from block_ids
-
-    def quarantined_ids(self) -> Iterator[int]:
-        for groups in self._quarantined.values():
-            for block_ids in groups:
-                yield from block_ids
-
-
-class BlockPulls:
-    """Starts and ends pulls from other engines."""
-
-    def __init__(self, kv: KVCacheManager, settings: KVTransferSettings) -> None:
-        self._kv = kv
-        self._settings = settings
-        self.blocks = IncomingBlocks(kv)
-        self._num_started = 0
-
-    def is_waited_for(self, request: Request) -> bool:
-        """Return whether another choice of the same prompt waits for a pull from the same lease."""
-        source = _source_of(request)
-        return any(
-            pull.request is not None and _source_of(pull.request) == source
-            for pull in self.blocks.in_flight.values()
+        lease_id, num_tokens = lease_of(request.request_id), request.num_prompt_tokens
+        lease_s = self._spec.kv_transfer.lease_s
+        leased = self._kv.lease(request.tables, num_tokens)
+        self.leases[lease_id] = leased.block_ids
+        self.commands.append(
+            GrantLease(
+                lease_id=lease_id,
+                block_ids=leased.block_ids,
+                first_block_index=leased.first,
+                block_hashes=request.prompt_hashes(),
+                num_tokens=num_tokens,
+                num_readers=message.num_readers,
+                lease_s=lease_s,
+            )
+        )
+        num_blocks = sum(map(len, leased.block_ids))
+        request.spans.mark("lease granted", seconds=lease_s, blocks=num_blocks)
+        engine_id, port = self._local
+        return RemoteKV(
+            engine_id=engine_id,
+            lease_id=lease_id,
+            host=self._spec.advertise_address,
+            port=port,
+            block_ids=leased.block_ids,
+            num_tokens=num_tokens,
+            tp_size=self._spec.tensor_parallel_size,
+            lease_s=lease_s,
         )
 
-    def start(self, request: Request, hit: PrefixHit) -> StartPull | None:
-        """Share ``hit`` and pull the prompt's other blocks; None if no block is missing."""
-        num_logical = self._kv.num_logical_blocks(request.num_prompt_tokens)
-        ends = [hit.end(group) for group in range(self._kv.num_groups)]
-        if min(ends) == num_logical:
-            return None
-        block_ids = self.blocks.take(hit, [num_logical - end for end in ends])
-        command = self._begin(request, Incoming(request, hit, block_ids), ends)
-        request.pull_id = command.pull_id
-        return command
+    def end_lease(self, lease_id: LeaseId) -> None:
+        """Free the blocks. Unknown ids are ignored."""
+        # Full ones stay in the prefix cache until they are needed; reversed, so that the tail of a
+        # prompt is reused before its head: without the head nobody finds the tail.
+        for block_ids in self.leases.pop(lease_id, []):
+            self._kv.pool.release(reversed(block_ids))
 
-    def tell_prefill_side(self, request: Request) -> StartPull:
-        """Pull nothing, which tells the prefill side that this reader no longer needs the lease."""
+    # Pulls
+
+    def is_pulled(self, request: Request) -> bool:
+        """Return whether another choice of the same prompt pulls from the same lease."""
+        return any(
+            pull.request is not None
+            and pull.request.wants_pull
+            and _source_of(pull.request) == _source_of(request)
+            for pull in self._incoming.values()
+        )
+
+    def start_pull(self, request: Request, hit: PrefixHit) -> bool:
+        """Share ``hit`` and pull the prompt's other blocks. False: no block is missing."""
+        end = self._kv.num_logical_blocks(request.num_prompt_tokens)
+        starts = [hit.end(group) for group in range(self._kv.num_groups)]
+        if min(starts) == end:
+            return False
+        pull = self._take(request, hit, [end - start for start in starts])
+        request.incoming = self._begin_pull(request, pull, starts)
+        return True
+
+    def pull_nothing(self, request: Request) -> None:
+        """Tell the prefill side that this reader no longer needs the lease."""
         num_groups = self._kv.num_groups
         # No group wants a block: each begins where the prompt ends.
         end = self._kv.num_logical_blocks(request.num_prompt_tokens)
         nothing = Incoming(None, PrefixHit([], []), [[]] * num_groups)
-        return self._begin(request, nothing, [end] * num_groups)
+        self._begin_pull(request, nothing, [end] * num_groups)
 
-    def cancel(self, request: Request) -> CancelPull:
-        """End the pull of a request that has ended; it keeps its own blocks until it ends."""
-        assert request.pull_id is not None
-        self.blocks.leave(request.pull_id)
-        return CancelPull(pull_id=request.pull_id)
+    def _begin_pull(self, request: Request, pull: Incoming, starts: list[int]) -> PullId:
+        pull_id = PullId(f"pull-{self._num_pulls}")
+        self._num_pulls += 1
+        self._incoming[pull_id] = pull
+        remote, settings = request.message.remote_kv, self._spec.kv_transfer
+        assert remote is not None
+        self.commands.append(
+            StartPull(
+                pull_id=pull_id,
+                request_id=request.request_id,
+                remote=remote,
+                block_ids=pull.block_ids,
+                first_block_index=starts,
+                block_hashes=request.prompt_hashes(),
+                num_tokens=request.num_prompt_tokens,
+                timeout_s=settings.pull_timeout_s,
+                num_attempts=settings.pull_attempts,
+                records_spans=request.message.records_spans,
+            )
+        )
+        return pull_id
 
-    def finish(self, event: PullFinished) -> Incoming | None:
+    def finish_pull(self, event: PullFinished) -> Incoming | None:
         """Move the pull's blocks to where they belong now. None when the id is unknown."""
-        pull = self.blocks.end(event.pull_id, ok=event.ok, writes=event.in_flight)
-        if pull is not None and pull.request is not None:
-            pull.request.pull_id = None
+        pull = self._end(event.pull_id, ok=event.ok, writes=event.in_flight)
+        if pull is not None and event.in_flight:
+            self._quarantined[event.pull_id] = pull.block_ids
         return pull
 
-    def _begin(self, request: Request, pull: Incoming, first_block_index: list[int]) -> StartPull:
-        pull_id = PullId(f"pull-{self._num_started}")
-        self._num_started += 1
-        self.blocks.in_flight[pull_id] = pull
-        remote = request.message.remote_kv
-        assert remote is not None
-        return StartPull(
-            pull_id=pull_id,
-            request_id=request.request_id,
-            remote=remote,
-            block_ids=pull.block_ids,
-            first_block_index=first_block_index,
-            block_hashes=request.prompt_hashes(),
-            num_tokens=request.num_prompt_tokens,
-            timeout_s=self._settings.pull_timeout_s,
-            num_attempts=self._settings.pull_attempts,
-            records_spans=request.message.records_spans,
-        )
+    def drained(self, pull_id: PullId) -> None:
+        """Free quarantined blocks, to which nothing can write any more. Unknown ids are ignored."""
+        for block_ids in self._quarantined.pop(pull_id, []):
+            self._kv.pool.drain(block_ids)
 
+    # Loads and stores
 
-def _source_of(request: Request) -> tuple[EngineId, LeaseId]:
-    """Return the lease that the request pulls from; choices of one prompt have the same."""
-    remote = request.message.remote_kv
-    assert remote is not None
-    return remote.engine_id, remote.lease_id
-
-
-class HostLoads:
-    """Starts and ends loads from host memory and stores to it.
-
-    ``planner`` is None where there is no host tier: then nothing is found or stored. Every rank
-    executes the jobs (``offload/worker.py``).
-    """
-
-    def __init__(
-        self, kv: KVCacheManager, planner: OffloadPlanner | None, counts: EngineStats
-    ) -> None:
-        """``counts``: the engine's totals, to which it adds."""
-        self._kv = kv
-        self._planner = planner
-        self._counts = counts
-        self.blocks = IncomingBlocks(kv)
-        self._chunk_ids: dict[int, set[int]] = {}
-        """What loads in flight read."""
-        self._jobs: list[OffloadJob] = []
-
-    def find(self, request: Request, max_blocks: int) -> HostHit | None:
-        """Return the blocks that host memory has and the device lacks, None if there are none.
-
-        It looks at the first ``max_blocks`` logical blocks: for the longest prefix from which the
-        request can compute on or, before a pull, for what the pull would bring.
+    def find_on_host(self, request: Request, max_blocks: int) -> HostHit | None:
+        """Return the longest prefix of at most ``max_blocks`` blocks from which the request can
+        compute on with the help of host memory, None if that does not help.
         """
         if self._planner is None or not request.may_load:
             return None
-        hashes, find_on_device = request.hasher.block_hashes, self._kv.pool.find
-        if request.wants_pull:
-            return self._planner.find_for_pull(
-                hashes, max_blocks, request.num_pulled_tokens, find_on_device
-            )
-        return self._planner.find(hashes, max_blocks, find_on_device)
+        return self._planner.find(request.hasher.block_hashes, max_blocks, self._kv.pool.find)
 
-    def is_waited_for(self, hit: HostHit) -> bool:
+    def is_loaded(self, hit: HostHit) -> bool:
         """Return whether another request loads a part of ``hit``, which will be cached then."""
         wanted = {chunk_id for chunk_ids in hit.chunk_ids for chunk_id in chunk_ids}
         return any(
-            self.blocks.in_flight[job_id].request is not None and not wanted.isdisjoint(chunk_ids)
-            for job_id, chunk_ids in self._chunk_ids.items()
+            load.request is not None and not load.chunk_ids.isdisjoint(wanted)
+            for load in self._incoming.values()
         )
 
-    def start(self, request: Request, hit: HostHit) -> None:
+    def start_load(self, request: Request, hit: HostHit) -> None:
         """Share the hit's device blocks and load the others; the caller has looked for room."""
         assert self._planner is not None
         counts = [hit.num_blocks_to_load(group) for group in range(self._kv.num_groups)]
-        block_ids = self.blocks.take(hit.device, counts)
-        job = self._planner.begin_load(hit, block_ids, request.hasher.block_hashes)
-        self.blocks.in_flight[job.job_id] = Incoming(request, hit.device, block_ids)
-        self._chunk_ids[job.job_id] = {*job.chunk_ids}
-        request.load_id = job.job_id
-        self._jobs.append(job)
-
-    def cancel(self, request: Request) -> None:
-        """End the load of a request that has ended; it keeps its own blocks until it ends."""
-        self.blocks.leave(request.load_id)
+        load = self._take(request, hit.device, counts)
+        job = self._planner.begin_load(hit, load.block_ids, request.hasher.block_hashes)
+        load.chunk_ids = frozenset(job.chunk_ids)
+        self._incoming[job.job_id] = load
+        request.incoming = job.job_id
+        self.jobs.append(job)
 
     def store(self, request: Request, blocks: range) -> None:
         """Copy these logical blocks, which are full, to host memory as far as it lacks them."""
@@ -319,9 +228,9 @@ class HostLoads:
         hashes = request.hasher.block_hashes
         for job in self._planner.begin_stores(request.tables, hashes, blocks.start, blocks.stop):
             self._kv.pool.share(job.block_ids)
-            self._jobs.append(job)
+            self.jobs.append(job)
 
-    def finish(self, report: JobFinished) -> Incoming | None:
+    def finish_job(self, report: JobFinished) -> Incoming | None:
         """Move a job's blocks to where they belong now; return the load, if it was one."""
         job = None if self._planner is None else self._planner.finish(report)
         if job is None:
@@ -340,52 +249,58 @@ class HostLoads:
         counts.offload_loaded_seconds += report.seconds
         counts.offload_load_failures += not report.ok
         counts.offload_bad_blocks += len(report.failed_chunk_ids)
-        del self._chunk_ids[job.job_id]
-        request = self.blocks.in_flight[job.job_id].request
-        if request is not None:
-            request.load_id = None
-            # Even after a failure: another look would find the same blocks, or fail in the same
-            # way.
-            request.may_load = False
-            if report.ok and request.wants_pull:
-                return self._cache(job.job_id, request)
-        return self.blocks.end(job.job_id, ok=report.ok)
-
-    def _cache(self, job_id: int, request: Request) -> Incoming:
-        """Put the loaded blocks into the prefix cache, where the pull of the others finds them."""
-        load, hashes = self.blocks.in_flight.pop(job_id), request.hasher.block_hashes
-        # A block can be registered only while it has an owner.
-        for group, block_ids in enumerate(load.block_ids):
-            self._kv.pool.finish_pull(block_ids)
-            for index, block_id in enumerate(block_ids, load.hit.end(group)):
-                self._kv.pool.register(block_id, group, hashes[index])
-            self._kv.pool.release(reversed(block_ids))
-        self._kv.release_hit(load.hit)
-        return load
-
-    @property
-    def has_jobs(self) -> bool:
-        """Return whether ``take_jobs`` has a job."""
-        return bool(self._jobs)
-
-    def take_jobs(self) -> list[OffloadJob]:
-        """Return the jobs that the ranks have not been told of, oldest first."""
-        jobs, self._jobs = self._jobs, []
-        return jobs
+        return self._end(job.job_id, ok=report.ok)
 
     def frees_blocks_soon(self) -> bool:
         """Return whether copies will free blocks at their end, so no preemption is needed."""
         return any(
             self._kv.pool.num_owners(block_id) == num_copies
-            for block_id, num_copies in Counter(self.held_ids()).items()
+            for block_id, num_copies in Counter(self._stored_ids()).items()
         )
 
-    def held_ids(self) -> Iterator[int]:
-        """Return the blocks that stores read."""
-        return iter(()) if self._planner is None else self._planner.block_ids_in_flight("store")
+    # Both
+
+    def cancel(self, request: Request) -> None:
+        """Leave the pull or load of a request that has ended; it keeps its blocks until it ends."""
+        assert request.incoming is not None
+        incoming = self._incoming[request.incoming]
+        incoming.request = None
+        self._kv.release_hit(incoming.hit)
+        if request.phase is Phase.PULLING:
+            self.commands.append(CancelPull(pull_id=PullId(str(request.incoming))))
+
+    def _take(self, request: Request, hit: PrefixHit, counts: list[int]) -> Incoming:
+        """Share ``hit``, and take ``counts`` blocks by group to write to."""
+        self._kv.share_hit(hit)
+        return Incoming(request, hit, list(map(self._kv.pool.allocate_for_pull, counts)))
+
+    def _end(self, key: PullId | int, *, ok: bool, writes: bool = False) -> Incoming | None:
+        """Give the blocks to the request, or free them unless something ``writes`` to them."""
+        incoming = self._incoming.pop(key, None)
+        if incoming is None:
+            return None
+        request, pool = incoming.request, self._kv.pool
+        if request is not None:
+            request.incoming = None
+        if ok and request is not None:
+            self._kv.adopt_pulled(request.tables, incoming.hit, incoming.block_ids)
+            return incoming
+        for block_ids in incoming.block_ids:
+            (pool.quarantine if writes else pool.drop_pull)(block_ids)
+        if request is not None:
+            self._kv.release_hit(incoming.hit)
+        return incoming
+
+    # State
 
     def add_to(self, stats: EngineStats) -> EngineStats:
-        """Return ``stats`` with the tier's present contents."""
+        """Return ``stats`` with what is leased, set aside and on the host at present."""
+        stats = msgspec.structs.replace(
+            stats,
+            num_leased_requests=len(self.leases),
+            num_leased_blocks=len({*_flat(self.leases.values())}),
+            num_quarantined_blocks=self._kv.pool.num_quarantined_blocks,
+        )
         if self._planner is None:
             return stats
         tier = self._planner.tier
@@ -398,7 +313,36 @@ class HostLoads:
             offload_refused_blocks=tier.num_refused_chunks,
         )
 
-    def check_integrity(self) -> None:
-        """Prove that the tier's entries are those of the jobs. Raises AssertionError."""
+    def check_integrity(self, requests: Iterable[Request]) -> None:
+        """Prove that these requests and what is here own the pool's blocks. Raises
+        AssertionError.
+        """
+        incoming = list(self._incoming.values())
+        shared = [one.hit.block_ids for one in incoming if one.request is not None]
+        self._kv.pool.check_integrity(
+            owned=[
+                *(block_id for request in requests for block_id in request.tables.all_ids()),
+                *_flat([*self.leases.values(), *shared]),
+                *self._stored_ids(),
+            ],
+            pulling=_flat([one.block_ids for one in incoming]),
+            quarantined=_flat(self._quarantined.values()),
+        )
         if self._planner is not None:
             self._planner.check_integrity()
+
+    def _stored_ids(self) -> Iterator[int]:
+        """Return the blocks that stores read."""
+        return iter(()) if self._planner is None else self._planner.block_ids_in_flight("store")
+
+
+def _source_of(request: Request) -> tuple[EngineId, LeaseId]:
+    """Return the lease that the request pulls from; choices of one prompt have the same."""
+    remote = request.message.remote_kv
+    assert remote is not None
+    return remote.engine_id, remote.lease_id
+
+
+def _flat(owners: Iterable[list[list[int]]]) -> Iterator[int]:
+    """Yield the blocks of all owners and groups; one that several own comes several times."""
+    return (block_id for groups in owners for block_ids in groups for block_id in block_ids)

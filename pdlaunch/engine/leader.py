@@ -14,7 +14,7 @@ import zmq
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engine.channels import EventMerger, FollowerChannel, LeaderChannel, ServerLink
-from pdlaunch.engine.offload.jobs import JobMerger
+from pdlaunch.engine.offload.jobs import JobFinished, JobMerger
 from pdlaunch.engine.offload.worker import OffloadWorker
 from pdlaunch.engine.runner import LaunchedStep, ModelRunner
 from pdlaunch.engine.scheduler import Scheduler
@@ -37,11 +37,51 @@ from pdlaunch.protocol.engine import (
     Welcome,
 )
 from pdlaunch.protocol.ids import lease_of
+from pdlaunch.protocol.transfer import TransferEvent
 from pdlaunch.transfer.thread import TransferThread
 
 logger = logging.getLogger(__name__)
 
 STATS_INTERVAL_S = 1.0
+
+
+class RankParts:
+    """Holds what works for the step loop of any rank: runner, transfer thread, host tier."""
+
+    def __init__(
+        self,
+        spec: EngineSpec,
+        runner: ModelRunner,
+        transfer: TransferThread,
+        offload: OffloadWorker | None = None,
+        announce: Callable[[SleepState], None] = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``announce`` tells the supervisor of sleep."""
+        self.spec = spec
+        self.runner = runner
+        self.clock = clock
+        self.sleeper = RankSleeper(
+            runner,
+            transfer,
+            announce,
+            peers_timeout_s=spec.kv_transfer.handshake_timeout_s,
+            clock=clock,
+        )
+        self._transfer = transfer
+        self._offload = offload
+
+    def submit(self, plan: StepPlan) -> None:
+        """Give the plan's commands and jobs to the threads of this rank."""
+        # Before the step: a lease is granted on what earlier steps computed.
+        self._transfer.submit(plan.commands)
+        if self._offload is not None:
+            self._offload.submit(plan.jobs)
+
+    def take_ends(self) -> tuple[list[TransferEvent], list[JobFinished]]:
+        """Return which transfers and copies have ended on this rank."""
+        jobs = [] if self._offload is None else self._offload.take_finished()
+        return self._transfer.take_events(), jobs
 
 
 class Leader:
@@ -62,44 +102,33 @@ class Leader:
 
     def __init__(
         self,
-        *,
-        spec: EngineSpec,
-        runner: ModelRunner,
-        transfer: TransferThread,
+        rank: RankParts,
         scheduler: Scheduler,
         server: ServerLink,
-        followers: LeaderChannel | None,
-        offload: OffloadWorker | None = None,
-        announce: Callable[[SleepState], None] = lambda _: None,
+        followers: LeaderChannel | None = None,
         record: Callable[[Sequence[int]], None] = lambda _: None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``announce`` tells the supervisor of sleep; ``record`` notes for whom steps run."""
-        self._num_blocks = runner.num_blocks
-        self._runner = runner
-        self._transfer = transfer
+        """``record`` notes for whom steps run."""
+        self._rank = rank
+        self._runner = rank.runner
         self._scheduler = scheduler
         self._requests = scheduler.requests
         self._server = server
         self._followers = followers
-        self._offload = offload
-        self._jobs = JobMerger(spec.tensor_parallel_size)
-        self._events = EventMerger(spec.tensor_parallel_size)
-        self._clock = clock
-        self._runs_ahead = spec.async_scheduling
+        tp_size = rank.spec.tensor_parallel_size
+        self._jobs = JobMerger(tp_size)
+        self._events = EventMerger(tp_size)
         self._in_flight: deque[tuple[StepPlan, LaunchedStep]] = deque()
         """Launched and not collected, the oldest first: between turns at most one."""
         self._record = record
         self._stats_due_at = 0.0
-        peers_timeout_s = spec.kv_transfer.handshake_timeout_s
         self._sleep = SleepCoordinator(
-            RankSleeper(runner, transfer, announce, peers_timeout_s=peers_timeout_s, clock=clock),
-            enabled=spec.enable_sleep_mode,
-            num_ranks=spec.tensor_parallel_size,
+            rank.sleeper,
+            num_ranks=tp_size,
             tell_ranks=self._tell_followers,
             scheduler=scheduler,
             answer=server.send,
-            clock=clock,
+            clock=rank.clock,
         )
 
     @property
@@ -124,7 +153,7 @@ class Leader:
         plan = self._schedule()
         self._run(plan)
         # On a GPU the step that was launched just now is left running.
-        num_left = 1 if self._runs_ahead and plan.scheduled else 0
+        num_left = 1 if self._rank.spec.async_scheduling and plan.scheduled else 0
         while len(self._in_flight) > num_left:
             self._postprocess()
         self._sleep.advance()
@@ -132,8 +161,7 @@ class Leader:
 
     def close(self) -> None:
         """Let the other ranks leave their loops."""
-        if self._followers is not None:
-            self._followers.send(StopRank())
+        self._tell_followers(StopRank())
 
     def _schedule(self) -> StepPlan:
         """Plan the next step, ahead of the one in flight if its tokens are not needed for that."""
@@ -170,7 +198,18 @@ class Leader:
     def _receive(self) -> None:
         for message in self._server.receive():
             self._on_request(message)
-        self._receive_events()
+        events, jobs = self._rank.take_ends()
+        for report in self._followers.receive() if self._followers is not None else ():
+            events += report.events
+            jobs += report.jobs
+            if report.sleep is not None:
+                self._sleep.on_report(report.sleep)
+        for event in events:
+            if (merged := self._events.add(event)) is not None:
+                self._requests.on_transfer_event(merged)
+        for job in jobs:
+            if (ended := self._jobs.add(job)) is not None:
+                self._requests.on_job_finished(ended)
 
     def _on_request(self, message: ToRank) -> None:
         match message:
@@ -179,9 +218,8 @@ class Leader:
                 self._requests.abort_all()
                 self._requests.take_outputs()
                 self._sleep.forget_caller()
-                self._server.send(
-                    Welcome(num_blocks=self._num_blocks, sleeping_tags=self._sleep.sleeping_tags)
-                )
+                num_blocks, tags = self._runner.num_blocks, self._sleep.sleeping_tags
+                self._server.send(Welcome(num_blocks=num_blocks, sleeping_tags=tags))
             case AddRequest() if not self._sleep.computes:
                 refusal = RequestFinished(
                     request_id=message.request_id, reason="error", error="the engine sleeps"
@@ -189,10 +227,8 @@ class Leader:
                 self._server.send(Outputs(items=[refusal]))
             case AddRequest():
                 self._requests.add(message)
-            case Sleep():
-                self._sleep.sleep(message)
-            case WakeUp():
-                self._sleep.wake_up(message)
+            case Sleep() | WakeUp():
+                self._sleep.begin(message, enabled=self._rank.spec.enable_sleep_mode)
             case AbortRequest():
                 self._requests.abort(message.request_id)
             case SetReaders():
@@ -211,23 +247,7 @@ class Leader:
             error = str(found) or repr(found)
         return IntegrityReport(call_id=call_id, error=error, stats=self._requests.stats())
 
-    def _receive_events(self) -> None:
-        events = self._transfer.take_events()
-        jobs = [] if self._offload is None else self._offload.take_finished()
-        if self._followers is not None:
-            for report in self._followers.receive():
-                events.extend(report.events)
-                jobs.extend(report.jobs)
-                if report.sleep is not None:
-                    self._sleep.on_report(report.sleep)
-        for event in events:
-            for merged in self._events.add(event):
-                self._requests.on_transfer_event(merged)
-        for job in jobs:
-            if (ended := self._jobs.add(job)) is not None:
-                self._requests.on_job_finished(ended)
-
-    def _tell_followers(self, message: SleepRank | WakeRank) -> None:
+    def _tell_followers(self, message: StepPlan | SleepRank | WakeRank | StopRank) -> None:
         if self._followers is not None:
             self._followers.send(message)
 
@@ -236,13 +256,9 @@ class Leader:
         # The record is what blames a rank's death on a step: written before any rank begins one,
         # and also for an empty plan, as a step that was collected is to blame for nothing any more.
         self._record(self._requests.batch.marks())
-        if plan.is_empty:
-            return
-        if self._followers is not None:
-            self._followers.send(plan)
-        self._transfer.submit(plan.commands)
-        if self._offload is not None:
-            self._offload.submit(plan.jobs)
+        if not plan.is_empty:
+            self._tell_followers(plan)
+            self._rank.submit(plan)
 
     def _send_outputs(self) -> None:
         if outputs := self._requests.take_outputs():
@@ -250,7 +266,7 @@ class Leader:
 
     def _send_stats(self) -> None:
         """Send statistics every second, as the server takes silence for a rank that hangs."""
-        now_at = self._clock()
+        now_at = self._rank.clock()
         if now_at < self._stats_due_at:
             return
         self._stats_due_at = now_at + STATS_INTERVAL_S
@@ -263,70 +279,37 @@ class Follower:
 
     ready = True  # rank 0 waits for all others before it is ready, and so does the engine
 
-    def __init__(
-        self,
-        *,
-        spec: EngineSpec,
-        tp_rank: int,
-        runner: ModelRunner,
-        transfer: TransferThread,
-        leader: FollowerChannel,
-        offload: OffloadWorker | None,
-        announce: Callable[[SleepState], None],
-    ) -> None:
-        """``announce`` tells the supervisor of sleep."""
+    def __init__(self, rank: RankParts, tp_rank: int, leader: FollowerChannel) -> None:
+        self._rank = rank
         self._tp_rank = tp_rank
-        self._runner = runner
-        self._transfer = transfer
         self._leader = leader
-        self._offload = offload
-        self._sleeper = RankSleeper(
-            runner,
-            transfer,
-            announce,
-            peers_timeout_s=spec.kv_transfer.handshake_timeout_s,
-            clock=time.monotonic,
-        )
+        self.sockets = [leader.socket]
         self.stopped = False
-
-    @property
-    def sockets(self) -> list[zmq.Socket[bytes]]:
-        return [self._leader.socket]
 
     def wait_s(self) -> float:
         """Return how long the loop may sleep when no socket wakes it."""
-        return POLL_S if self._sleeper.waits_for_peers else STATS_INTERVAL_S
+        return POLL_S if self._rank.sleeper.is_busy else STATS_INTERVAL_S
 
     def turn(self) -> None:
         """Receive, run the steps that rank 0 has planned, report what has ended here."""
-        report = self._sleeper.advance()
         for message in self._leader.receive():
             match message:
                 case StepPlan():
-                    self._run(message)
-                case SleepRank(level=level):
-                    report = self._sleeper.sleep(level)
-                case WakeRank(tags=tags):
-                    report = self._sleeper.wake_up(tags)
+                    self._rank.submit(message)
+                    # Nobody collects the step here: rank 0 learns of its own end, which needs ours.
+                    self._rank.runner.launch(message)
+                case SleepRank() | WakeRank():
+                    self._rank.sleeper.begin(message)
                 case StopRank():
                     self.stopped = True
                     return
+        sleep = self._rank.sleeper.advance()
         # Ends are reported by themselves, whether or not a step runs: rank 0 counts the ranks.
-        events = self._transfer.take_events()
-        jobs = [] if self._offload is None else self._offload.take_finished()
-        if report is not None or events or jobs:
+        events, jobs = self._rank.take_ends()
+        if sleep is not None or events or jobs:
             self._leader.report(
-                StepDone(tp_rank=self._tp_rank, sleep=report, events=events, jobs=jobs)
+                StepDone(tp_rank=self._tp_rank, sleep=sleep, events=events, jobs=jobs)
             )
 
     def close(self) -> None:
         """Do nothing: only rank 0 has somebody to stop."""
-
-    def _run(self, plan: StepPlan) -> None:
-        # As on rank 0 commands come before the step: a lease is granted on what earlier steps
-        # computed.
-        self._transfer.submit(plan.commands)
-        if self._offload is not None:
-            self._offload.submit(plan.jobs)
-        # Nobody collects the step here: rank 0 learns of its own end, which needs ours.
-        self._runner.launch(plan)

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 import msgspec
 
-from pdlaunch.config.kv_transfer import KVTransferSettings
+from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engine.batch import Batch
 from pdlaunch.engine.histograms import Histograms
-from pdlaunch.engine.kv_requests import BlockLeases, BlockPulls, HostLoads
+from pdlaunch.engine.kv_requests import KVTransfers
 from pdlaunch.engine.kvcache.groups import KVCacheGroup
 from pdlaunch.engine.kvcache.hashing import TokenHasher, root_hash
 from pdlaunch.engine.kvcache.manager import KVCacheManager
@@ -30,7 +30,6 @@ from pdlaunch.protocol.transfer import (
     PullDrained,
     PullFinished,
     SetLeaseReaders,
-    TransferCommand,
     TransferEvent,
 )
 
@@ -47,39 +46,29 @@ class RequestLifecycle:
 
     def __init__(
         self,
-        *,
+        spec: EngineSpec,
         groups: Sequence[KVCacheGroup],
         num_blocks: int,
-        block_size: int,
-        max_num_seqs: int,
-        max_model_len: int,
-        enable_prefix_caching: bool,
+        *,
         model_digest: str,
-        kv_transfer: KVTransferSettings,
-        local: tuple[EngineId, str, int, int],
+        engine_id: EngineId,
+        port: int,
         offload: OffloadPlanner | None = None,
     ) -> None:
-        """``local``: engine_id, side channel's host and port, tp_size; for leases granted here."""
-        assert offload is None or enable_prefix_caching
-        self.kv = KVCacheManager(groups, num_blocks, block_size)
-        self.leases = BlockLeases(self.kv, kv_transfer, local)
-        self.pulls = BlockPulls(self.kv, kv_transfer)
+        """``port``: of the side channel, where leases that are granted here can be pulled."""
+        assert offload is None or spec.enable_prefix_caching
+        self.spec = spec
+        self.kv = KVCacheManager(groups, num_blocks, spec.block_size)
         self.queues = RequestQueues()
-        self.batch = Batch(max_num_seqs, tp_size=local[3])
+        self.batch = Batch(spec.max_num_seqs, spec.tensor_parallel_size)
         self.histograms = Histograms()
         self.counts = EngineStats(num_blocks=num_blocks)
         """Totals since the start; ``stats`` adds the present state."""
-        self.host = HostLoads(self.kv, offload, self.counts)
-        self.caches = enable_prefix_caching
-        self.commands: list[TransferCommand] = []
-        """Commands for the connectors that no plan carries yet."""
+        self.transfers = KVTransfers(self.kv, spec, self.counts, engine_id, port, offload)
         self.may_progress = False
         """A waiting request may be able to start now; the scheduler clears this."""
         self._outputs: list[Tokens | RequestFinished] = []
-        self._block_size = block_size
-        self._max_model_len = max_model_len
         self._model_digest = model_digest
-        self._settings = kv_transfer
         self._num_arrived = 0
 
     # Messages from the server
@@ -91,20 +80,16 @@ class RequestLifecycle:
                 "request %s is here already; the second one is dropped", message.request_id
             )
             return
-        room = self._max_model_len - len(message.prompt_token_ids)
+        room = self.spec.max_model_len - len(message.prompt_token_ids)
         output_limit = min(message.sampling.max_tokens, room)
         if message.do_remote_decode:
             # The lease is on the prompt: later tokens would push its blocks out of the windows.
             output_limit = min(output_limit, 1)
-        root = root_hash(self._model_digest, cache_salt=message.cache_salt)
-        self._num_arrived += 1
-        request = Request(
-            message,
-            self._num_arrived,
-            output_limit,
-            self.kv.new_tables(),
-            TokenHasher(root, self._block_size),
+        hasher = TokenHasher(
+            root_hash(self._model_digest, cache_salt=message.cache_salt), self.spec.block_size
         )
+        self._num_arrived += 1
+        request = Request(message, self._num_arrived, output_limit, self.kv.new_tables(), hasher)
         self.histograms.arrived(request)
         self.queues.add(request)
         self.may_progress = True
@@ -117,11 +102,11 @@ class RequestLifecycle:
         """Return why this engine cannot serve the request, or None if it can."""
         if request.num_prompt_tokens == 0:
             return "the prompt has no tokens"
-        if request.num_prompt_tokens >= self._max_model_len:
+        if request.num_prompt_tokens >= self.spec.max_model_len:
             return (
                 f"the prompt has {request.num_prompt_tokens} tokens, max_model_len is "
-                f"{self._max_model_len}: no room for an output token; shorten the prompt or raise "
-                "max_model_len"
+                f"{self.spec.max_model_len}: no room for an output token; shorten the prompt or "
+                "raise max_model_len"
             )
         # The last output token is never computed.
         num_tokens = request.num_prompt_tokens + request.output_limit - 1
@@ -131,7 +116,10 @@ class RequestLifecycle:
                 f"the request's {num_tokens} tokens need {num_needed} KV blocks, the engine has "
                 f"{num_blocks}; lower max_tokens or raise kv_cache_memory"
             )
-        if request.message.do_remote_decode and lease_of(request.request_id) in self.leases:
+        if (
+            request.message.do_remote_decode
+            and lease_of(request.request_id) in self.transfers.leases
+        ):
             return f"an earlier request {request.request_id} still has a lease; use another id"
         return None
 
@@ -139,8 +127,8 @@ class RequestLifecycle:
         """End a request, or the lease of a finished one. Unknown ids are ignored."""
         if request_id in self.queues.by_id:
             self._finish(self.queues.by_id[request_id], "abort")
-        elif (lease_id := lease_of(request_id)) in self.leases:
-            self.commands.append(EndLease(lease_id=lease_id))
+        elif (lease_id := lease_of(request_id)) in self.transfers.leases:
+            self.transfers.commands.append(EndLease(lease_id=lease_id))
 
     def abort_all(self) -> None:
         """End every request, because the server has restarted. Leases stay for their readers."""
@@ -149,30 +137,30 @@ class RequestLifecycle:
 
     def set_readers(self, lease_id: LeaseId, num_readers: int) -> None:
         """Lower the number of readers after which the lease of a finished request ends."""
-        if lease_id in self.leases:
-            self.commands.append(SetLeaseReaders(lease_id=lease_id, num_readers=num_readers))
+        if lease_id in self.transfers.leases:
+            command = SetLeaseReaders(lease_id=lease_id, num_readers=num_readers)
+            self.transfers.commands.append(command)
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached blocks, as their content is lost; nobody uses any block."""
         assert not self.queues.by_id
         self.kv.pool.forget_cached()
 
-    # Events of the connectors and of the host tier
+    # Events of the connectors and of the host tier, already merged over all TP ranks
 
     def on_transfer_event(self, event: TransferEvent) -> None:
-        """Take an event of a lease or a pull, already merged over all TP ranks."""
         self.may_progress = True
         match event:
             case LeaseEnded():
                 self.counts.leases_expired += event.reason == "expired"
-                self.leases.ended(event.lease_id)
+                self.transfers.end_lease(event.lease_id)
             case PullFinished():
                 self._on_pull_finished(event)
             case PullDrained():
-                self.pulls.blocks.drained(event.pull_id)
+                self.transfers.drained(event.pull_id)
 
     def _on_pull_finished(self, event: PullFinished) -> None:
-        pull = self.pulls.finish(event)
+        pull = self.transfers.finish_pull(event)
         if pull is None:
             return
         if any(pull.block_ids):
@@ -180,25 +168,21 @@ class RequestLifecycle:
         request = pull.request
         if request is None:
             return
-        num_tokens = max(0, request.num_pulled_tokens - pull.hit.end(0) * self._block_size)
-        request.spans.pulled(event, num_tokens=num_tokens, verifies=self._settings.verify)
-        self.queues.wait(request, Phase.READY if event.ok else Phase.WAITING)
+        num_tokens = max(0, request.num_pulled_tokens - pull.hit.end(0) * self.spec.block_size)
+        verifies = self.spec.kv_transfer.verify
+        request.spans.pulled(event, num_tokens=num_tokens, verifies=verifies)
+        self.queues.move(request, Phase.READY if event.ok else Phase.WAITING)
         request.wants_pull = False
         if event.ok:
             request.num_remote_tokens = num_tokens
-            self.take_pulled(request)
+            self.skip_to(request, request.num_pulled_tokens)
             return
         logger.warning("pull of request %s failed: %s", request.request_id, event.error)
-        if self._settings.on_failure == "fail":
+        if self.spec.kv_transfer.on_failure == "fail":
             error = f"the prompt's KV blocks could not be pulled: {event.error}"
             self._finish(request, "error", error=error)
         else:
             self.counts.recomputed_requests += 1
-
-    def take_pulled(self, request: Request) -> None:
-        """Note that the request owns all blocks of its prompt."""
-        request.wants_pull = False
-        self.skip_to(request, request.num_pulled_tokens)
 
     def _count_pull(self, event: PullFinished) -> None:
         counts = self.counts
@@ -214,26 +198,24 @@ class RequestLifecycle:
         counts.pull_retries += event.num_retries
 
     def on_job_finished(self, report: JobFinished) -> None:
-        """Take the end of a job of ``StepPlan.jobs``, already merged over all TP ranks."""
+        """Take the end of a job of ``StepPlan.jobs``."""
         self.may_progress = True
-        load = self.host.finish(report)
+        load = self.transfers.finish_job(report)
         if load is None or load.request is None:
             return
         request = load.request
-        num_tokens = len(load.block_ids[0]) * self._block_size
+        # Even after a failure: another look would find the same blocks, or fail in the same way.
+        request.may_load = False
+        num_tokens = len(load.block_ids[0]) * self.spec.block_size
         request.spans.loaded(ok=report.ok, num_tokens=num_tokens)
-        # It waits again after a failed load, and before a pull: then the loaded blocks are in the
-        # prefix cache, and the pull brings the rest.
-        is_ready = report.ok and not request.wants_pull
-        self.queues.wait(request, Phase.READY if is_ready else Phase.WAITING)
+        self.queues.move(request, Phase.READY if report.ok else Phase.WAITING)
         if report.ok:
             request.num_host_tokens = num_tokens
+            self.skip_to(request, request.tables.end * self.spec.block_size)
         else:
             logger.warning(
                 "load of request %s from host memory failed: %s", request.request_id, report.error
             )
-        if is_ready:
-            self.skip_to(request, request.tables.end * self._block_size)
 
     # Tokens and blocks
 
@@ -255,15 +237,15 @@ class RequestLifecycle:
     def register(self, request: Request) -> None:
         """Let others find the blocks that the request has filled, on device and host."""
         # Most tokens fill no block, and this is asked for each request of each step.
-        start, stop = request.num_registered_blocks, request.num_computed // self._block_size
-        if not self.caches or start >= stop:
+        start, stop = request.num_registered_blocks, request.num_computed // self.kv.block_size
+        if start >= stop or not self.spec.enable_prefix_caching:
             return
         request.hasher.extend(request.token_ids)
         self.kv.register(request.tables, request.hasher.block_hashes, start, stop)
         request.num_registered_blocks = stop
         # When they are full, not when they are evicted: an evicted block is needed at once, and its
         # new owner would wait for the copy.
-        self.host.store(request, range(start, stop))
+        self.transfers.store(request, range(start, stop))
 
     def skip_to(self, request: Request, num_computed: int) -> None:
         """Note that the request got its first ``num_computed`` tokens without computing them."""
@@ -286,13 +268,9 @@ class RequestLifecycle:
         reason = request.end_of(token_id)
         if reason is None:
             return False
-        remote_kv = None
         # Before ``_finish``, which frees the rest of the request's tables: a lease first takes its
         # blocks out of them.
-        if token is not None and (granted := self.leases.grant(request, reason)):
-            command, remote_kv = granted
-            request.spans.leased(command.lease_s, sum(map(len, command.block_ids)))
-            self.commands.append(command)
+        remote_kv = None if token is None else self.transfers.grant(request, reason)
         self._finish(request, reason, token=token, ending=token_id, remote_kv=remote_kv)
         return True
 
@@ -312,16 +290,14 @@ class RequestLifecycle:
         ``ending``: id of the last token; ``token``: the same if the server does not know it.
         """
         self.histograms.ended(request)
-        if request.phase is Phase.PULLING:
-            self.commands.append(self.pulls.cancel(request))
-        elif request.phase is Phase.LOADING:
-            self.host.cancel(request)
-        if request.wants_pull and request.phase is not Phase.PULLING:
-            self.commands.append(self.pulls.tell_prefill_side(request))
+        if request.incoming is not None:
+            self.transfers.cancel(request)
+        elif request.wants_pull:
+            self.transfers.pull_nothing(request)
         # A step in flight still writes to its blocks: ``postprocess`` lets it go after that step.
         if not request.num_in_flight:
             self.let_go(request)
-        self.queues.end(request)
+        self.queues.move(request, Phase.FINISHED)
         self._outputs.append(
             RequestFinished(
                 request_id=request.request_id,
@@ -351,35 +327,21 @@ class RequestLifecycle:
 
     def stats(self) -> EngineStats:
         """Return the totals since the start, and the present numbers of requests and blocks."""
-        pool = self.kv.pool
         return msgspec.structs.replace(
-            self.host.add_to(self.counts),
+            self.transfers.add_to(self.counts),
             num_running=len(self.queues.running),
             num_waiting=len(self.queues.waiting),
             num_waiting_for_kv=self.queues.num_waiting_for_kv,
-            num_leased_requests=len(self.leases),
-            num_free_blocks=pool.num_free_blocks,
-            num_leased_blocks=len({*self.leases.all_ids()}),
-            num_quarantined_blocks=pool.num_quarantined_blocks,
+            num_free_blocks=self.kv.pool.num_free_blocks,
         )
 
     def check_integrity(self) -> None:
-        """Prove that requests and blocks are where the counts and owners say."""
-        living = {*self.queues.by_id.values()}
-        requests = living | self.batch.ended()
-        self.kv.pool.check_integrity(
-            owned=[
-                *(block_id for request in requests for block_id in request.tables.all_ids()),
-                *self.leases.all_ids(),
-                *self.pulls.blocks.shared_ids(),
-                *self.host.blocks.shared_ids(),
-                *self.host.held_ids(),
-            ],
-            pulling=[*self.pulls.blocks.written_ids(), *self.host.blocks.written_ids()],
-            quarantined=self.pulls.blocks.quarantined_ids(),
-        )
-        self.host.check_integrity()
+        """Prove that requests and blocks are where the counts and owners say. Raises
+        AssertionError.
+        """
+        owners = {*self.queues.by_id.values()} | self.batch.ended()
+        self.transfers.check_integrity(owners)
         self.queues.check_integrity()
-        self.batch.check_integrity(living)
-        for request in requests:
-            assert request.num_scheduled <= request.tables.end * self._block_size
+        self.batch.check_integrity(owners)
+        for request in owners:
+            assert request.num_scheduled <= request.tables.end * self.spec.block_size

@@ -1,13 +1,13 @@
 """Runs a rank process: one device's share of an engine.
 
-Rank 0 turns ``leader.py``, which also schedules and talks to the engine's server; other ranks turn
-``follower.py``. ``RankProcess.run`` brings things up in the order that the handshake needs: TP
-group, engine_id (drawn by rank 0, broadcast over the group), model and KV cache, connector,
-addresses.
+``RankProcess.run`` brings things up in the order that the handshake needs: TP group, engine_id
+(drawn by rank 0, broadcast over the group), model and KV cache, connector, addresses. Then it turns
+a loop of ``leader.py``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
@@ -18,8 +18,8 @@ from collections.abc import Callable
 import zmq
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.engine.channels import FollowerChannel, LeaderChannel, ServerLink, Wakeup
-from pdlaunch.engine.leader import Follower, Leader
+from pdlaunch.engine.channels import FollowerChannel, LeaderChannel, ServerLink
+from pdlaunch.engine.leader import Follower, Leader, RankParts
 from pdlaunch.engine.lifecycle import RequestLifecycle
 from pdlaunch.engine.models.attention import ReportProgress
 from pdlaunch.engine.models.tensor_parallel import TPGroup, init_tp_group
@@ -80,20 +80,16 @@ class RankProcess:
         self._bootstrap = bootstrap
         self._draw_engine_id = draw_engine_id
         self._spec = bootstrap.engine()
-        self._wakeup = Wakeup()
+        self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._inbox: queue.SimpleQueue[FromSupervisor] = queue.SimpleQueue()
         self._context = SecureContext(bootstrap.keys)
-        self._control = ControlClient(
+        self.control = ControlClient(
             self._context, bootstrap.control, bootstrap.name, self._on_control
         )
-        self._heartbeat = Heartbeat(self._control.send, bootstrap.heartbeat_s)
+        self._heartbeat = Heartbeat(self.control.send, bootstrap.heartbeat_s)
         self._registry = Registry(version=0, entries=[])
         self._stopped = False
         self._transfer: TransferThread | None = None
-
-    @property
-    def control(self) -> ControlClient:
-        return self._control
 
     def run(self) -> None:
         """Start, then loop until Stop. Errors of the start and of a step are raised."""
@@ -112,90 +108,70 @@ class RankProcess:
         gc.enable()
         transfer = self._transfer = self._new_transfer(runner, engine_id)
         transfer.wait_started(CONNECTOR_TIMEOUT_S)
-        offload = new_offload_worker(
-            self._spec, runner, progress=self._progress, wake=self._wakeup.set
-        )
+        offload = new_offload_worker(self._spec, runner, progress=self._progress, wake=self._wake)
+        rank = RankParts(self._spec, runner, transfer, offload, self.control.send)
+        port = int(transfer.endpoint.rpartition(":")[2])
+        # Where there are no peers, nobody is told of the side channel.
+        has_peers, host = self._spec.has_peers, self._spec.advertise_address
+        address = Address(side_channel=tcp_endpoint(host, port) if has_peers else "")
         if self._bootstrap.tp_rank == 0:
+            planner = new_offload_planner(self._spec, runner, offload)
+            leader = self._new_leader(rank, engine_id, port, address, planner)
             self._turn(
-                self._new_leader(runner, transfer, offload, engine_id),
+                leader,
                 runner.model_files,
-                info={"num_blocks": str(runner.num_blocks), "dtype": self._spec.dtype},
+                {"num_blocks": str(runner.num_blocks), "dtype": self._spec.dtype},
             )
         else:
-            self._register(engine_id, Address(side_channel=self._side_channel(transfer)))
+            self._register(engine_id, address)
             tp_rank = self._bootstrap.tp_rank
-            follower = Follower(
-                spec=self._spec,
-                tp_rank=tp_rank,
-                runner=runner,
-                transfer=transfer,
-                leader=FollowerChannel(self._context, self._await_leader(), tp_rank),
-                offload=offload,
-                announce=self._control.send,
-            )
-            self._turn(follower, runner.model_files)
+            channel = FollowerChannel(self._context, self._await_leader(), tp_rank)
+            self._turn(Follower(rank, tp_rank, channel), runner.model_files, {})
         transfer.close(timeout_s=2.0)
         if offload is not None:
             offload.close(timeout_s=2.0)
 
     def close(self) -> None:
         """Send what is queued to the supervisor."""
-        self._control.close()
+        self.control.close()
 
     def _new_leader(
         self,
-        runner: ModelRunner,
-        transfer: TransferThread,
-        offload: OffloadWorker | None,
+        rank: RankParts,
         engine_id: EngineId,
+        port: int,
+        address: Address,
+        planner: OffloadPlanner | None,
     ) -> Leader:
-        spec = self._spec
-        followers = None
+        spec, runner = self._spec, rank.runner
+        requests = RequestLifecycle(
+            spec,
+            runner.layout.groups,
+            runner.num_blocks,
+            model_digest=runner.model_digest,
+            engine_id=engine_id,
+            port=port,
+            offload=planner,
+        )
+        beside_streams = CPU_TOKENS_BESIDE_STREAMS if spec.device == "cpu" else None
+        server, followers = ServerLink(self._context), None
+        address.requests = server.endpoint
         if spec.tensor_parallel_size > 1:
             followers = LeaderChannel(self._context, spec.tensor_parallel_size)
-        server = ServerLink(self._context)
-        address = Address(
-            requests=server.endpoint,
-            steps="" if followers is None else followers.endpoint,
-            side_channel=self._side_channel(transfer),
-        )
-        port = transfer.endpoint.rpartition(":")[2]
-        scheduler = Scheduler(
-            RequestLifecycle(
-                groups=runner.layout.groups,
-                num_blocks=runner.num_blocks,
-                block_size=spec.block_size,
-                max_num_seqs=spec.max_num_seqs,
-                max_model_len=spec.max_model_len,
-                enable_prefix_caching=spec.enable_prefix_caching,
-                model_digest=runner.model_digest,
-                kv_transfer=spec.kv_transfer,
-                local=(engine_id, spec.advertise_address, int(port), spec.tensor_parallel_size),
-                offload=new_offload_planner(spec, runner, offload),
-            ),
-            max_num_batched_tokens=spec.max_num_batched_tokens,
-            max_beside_streams=CPU_TOKENS_BESIDE_STREAMS if spec.device == "cpu" else None,
-        )
+            address.steps = followers.endpoint
         leader = Leader(
-            spec=spec,
-            runner=runner,
-            transfer=transfer,
-            scheduler=scheduler,
-            server=server,
-            followers=followers,
-            offload=offload,
-            announce=self._control.send,
-            record=StepRecord(self._bootstrap.step_record).write,
+            rank,
+            Scheduler(requests, beside_streams),
+            server,
+            followers,
+            StepRecord(self._bootstrap.step_record).write,
         )
         # Last: the registry brings the server's Hello and the handshakes of peers.
         self._register(engine_id, address)
         return leader
 
     def _turn(
-        self,
-        loop: Leader | Follower,
-        model_files: dict[str, str],
-        info: dict[str, str] | None = None,
+        self, loop: Leader | Follower, model_files: dict[str, str], info: dict[str, str]
     ) -> None:
         """Turn the step loop until the supervisor or rank 0 stops it; ``info`` is for status."""
         poller = self._poller(*loop.sockets)
@@ -205,7 +181,7 @@ class RankProcess:
             if loop.ready and not said_ready:
                 said_ready = True
                 leave_ends_to_supervisor()
-                self._control.send(Ready(info=info or {}, model=model_files))
+                self.control.send(Ready(info=info, model=model_files))
             self._wait(poller, loop.wait_s())
             loop.turn()
         loop.close()
@@ -244,18 +220,11 @@ class RankProcess:
             if spec.has_peers
             else NoConnector(bootstrap.name),
             context=self._context,
-            wake=self._wakeup.set,
-            report=self._control.send,
+            wake=self._wake,
+            report=self.control.send,
             host=spec.bind_address,
         )
         return rank_part(TransferThread, spec.kv_transfer)(setup)
-
-    def _side_channel(self, transfer: TransferThread) -> str:
-        """Return the endpoint that peers are told; empty where there are none."""
-        if not self._spec.has_peers:
-            return ""
-        port = transfer.endpoint.rpartition(":")[2]
-        return tcp_endpoint(self._spec.advertise_address, int(port))
 
     def _await_leader(self) -> str:
         """Return the endpoint of rank 0's step channel in this incarnation."""
@@ -277,7 +246,7 @@ class RankProcess:
 
     def _poller(self, *sockets: zmq.Socket[bytes]) -> zmq.Poller:
         poller = zmq.Poller()
-        poller.register(self._wakeup.fd, zmq.POLLIN)
+        poller.register(self._wakeup, zmq.POLLIN)
         for socket in sockets:
             poller.register(socket, zmq.POLLIN)
         return poller
@@ -286,7 +255,8 @@ class RankProcess:
         """Sleep until a socket or a thread has something; handle the supervisor's messages."""
         poller.poll(int(timeout_s * 1000))
         # Before the inbox is read: whoever puts something in afterwards wakes the next poll.
-        self._wakeup.clear()
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wakeup)
         # From the step loop and no thread beside it: it tells that this very loop turns.
         self._heartbeat.beat()
         while not self._inbox.empty():
@@ -300,7 +270,7 @@ class RankProcess:
                     self._transfer.update_registry(message.entries)
             case Drain():
                 # The router and the server hold back new requests; a rank has nothing to refuse.
-                self._control.send(Drained())
+                self.control.send(Drained())
             case Stop():
                 self._stopped = True
             case Suspects() | Answered() | EngineIdle() | Happened():
@@ -309,13 +279,17 @@ class RankProcess:
     def _on_control(self, message: FromSupervisor) -> None:
         """Take a message of the supervisor; called in the control thread."""
         self._inbox.put(message)
-        self._wakeup.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        """Wake the step loop; called in any thread."""
+        os.eventfd_write(self._wakeup, 1)
 
     def _progress(self, text: str, fraction: float | None) -> None:
-        self._control.send(Progress(text=text, fraction=fraction))
+        self.control.send(Progress(text=text, fraction=fraction))
 
     def _register(self, engine_id: EngineId, address: Address) -> None:
-        self._control.send(
+        self.control.send(
             Register(
                 name=self._bootstrap.name,
                 incarnation=self._bootstrap.incarnation,

@@ -1,11 +1,12 @@
-"""Describes one request inside the scheduler, and the queues in which requests wait and run."""
+"""Describes one request inside the scheduler, the spans that it records, and the queues in which
+requests wait and run.
+"""
 
 from __future__ import annotations
 
 import enum
 import time
-from bisect import bisect_left, insort
-from collections import deque
+from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 from pdlaunch.engine.kvcache.hashing import TokenHasher
 from pdlaunch.engine.kvcache.manager import BlockTables
-from pdlaunch.observe.spans import PREFILL, PULL, QUEUE, SEATED, SpanLog, SpanReport
+from pdlaunch.observe.spans import PREFILL, PULL, QUEUE, Attribute, SpanLog, SpanReport
 from pdlaunch.protocol.engine import AddRequest, FinishReason
 from pdlaunch.protocol.ids import PullId, RequestId
 from pdlaunch.protocol.transfer import PullFinished
@@ -29,8 +30,8 @@ class Phase(enum.Enum):
      │ │  └──────┘  │     preempted: has to find, load or compute all its tokens again
      │ └───────┐    │
      ▼         │    │
-    LOADING ─▶ READY┤     a failed load or pull leads back to WAITING, a preempted READY too;
-    PULLING ─▶ READY┘     so does a load that some blocks are left to be pulled after
+    LOADING ─▶ READY┤     a failed load or pull leads back to WAITING, a preempted READY too
+    PULLING ─▶ READY┘
     """
 
     WAITING = "waiting"  # it is queued and owns no block
@@ -43,16 +44,7 @@ class Phase(enum.Enum):
     FINISHED = "finished"
 
 
-@dataclass(slots=True)
-class RequestTimes:
-    """Holds the instants of one request; ``Histograms`` sets and reads them."""
-
-    arrived_at: float = 0.0
-    started_at: float | None = None
-    first_at: float | None = None  # instant of the first token drawn here
-    last_at: float | None = None
-    num_drawn: int = 0
-    num_preemptions: int = 0
+QUEUED = (Phase.WAITING, Phase.READY)
 
 
 class CachedTokens(NamedTuple):
@@ -77,43 +69,38 @@ class RequestSpans:
 
     def __init__(self, asked: bool, clock: Callable[[], float] = time.monotonic) -> None:
         self.wants_steps = asked
-        """The next step of the request is to be recorded."""
         self._log = SpanLog(clock) if asked else None
-        self._phase = QUEUE
+        self._phase = Phase.WAITING
         self._phase_at = 0.0 if self._log is None else self._log.start_at
-        self._launched_at: deque[float] = deque()
-        """Instants of the steps in flight, the oldest first."""
+        self._step_at = 0.0
         self._decodes_since_at: float | None = None
         self._has_reported = False
 
-    def enter(self, phase: str) -> None:
-        """Note that the request waits for something else now, or computes."""
-        log = self._log
-        if log is None or phase == self._phase:
+    def mark(self, name: str, /, **attributes: Attribute) -> None:
+        """Record an instant: now."""
+        if self._log is not None:
+            self._log.mark(name, **attributes)
+
+    def enter(self, phase: Phase) -> None:
+        log, before = self._log, self._phase
+        self._phase = phase
+        if log is None or (phase in QUEUED and before in QUEUED):
             return
         now_at = log.clock()
-        if self._phase == QUEUE:
+        if before in QUEUED:
             log.add(QUEUE, self._phase_at, now_at)
-        self._phase, self._phase_at = phase, now_at
-
-    def seated(self, *, device: int, host: int, remote: int) -> None:
-        """Note that the request is in the batch, and what of its prompt it need not compute."""
-        if self._log is not None:
-            self._log.mark(SEATED, device_tokens=device, host_tokens=host, remote_tokens=remote)
+        self._phase_at = now_at
 
     def preempted(self) -> None:
-        """Note that the request has lost its blocks and computes them again."""
-        if self._log is not None:
-            self._log.mark("preempted")
-            self.wants_steps, self._decodes_since_at = True, None
+        self.mark("preempted")
+        self.wants_steps, self._decodes_since_at = self._log is not None, None
 
     def loaded(self, *, ok: bool, num_tokens: int) -> None:
-        """Note that blocks have come from host memory, or have not."""
         if self._log is not None:
             self._log.add("load from host", self._phase_at, None, ok=ok, tokens=num_tokens)
 
     def pulled(self, event: PullFinished, *, num_tokens: int, verifies: bool) -> None:
-        """Note the end of the request's pull, and what the ranks tell of it."""
+        """Record the end of the request's pull, and what the ranks tell of it."""
         log = self._log
         if log is None:
             return
@@ -134,44 +121,34 @@ class RequestSpans:
         for tp_rank, report in event.reports.items():
             log.take(report, sent_at=asked_at, received_at=now_at, process=RANK.format(tp_rank))
 
-    def leased(self, lease_s: float, num_blocks: int) -> None:
-        """Note that the prompt's blocks can be pulled from here."""
-        if self._log is not None:
-            self._log.mark("lease granted", seconds=lease_s, blocks=num_blocks)
-
     def launched(self) -> None:
-        """Note that a step begins to compute the request, while ``wants_steps``."""
+        """Note the launch of a step, while ``wants_steps`` and no other step computes the
+        request.
+        """
         if self._log is not None:
-            self._launched_at.append(self._log.clock())
+            self._step_at = self._log.clock()
 
     def computed(self, num_tokens: int, *, of_prompt: bool, step_id: int) -> None:
-        """Note the end of the oldest step that was launched."""
-        log = self._log
-        if log is None or not self._launched_at:
+        """Record the end of a step. One that was launched meanwhile begins on the device now."""
+        if self._log is None:
             return
-        start_at, now_at = self._launched_at.popleft(), log.clock()
+        start_at, self._step_at = self._step_at, self._log.clock()
         if of_prompt:
-            log.add(PREFILL, start_at, now_at, tokens=num_tokens, step=step_id)
+            self._log.add(PREFILL, start_at, self._step_at, tokens=num_tokens, step=step_id)
         else:
-            log.add("first decode step", start_at, now_at, step=step_id)
-            self.wants_steps, self._decodes_since_at = False, now_at
-            # The next step may be in flight already: it is part of the span of the rest.
-            self._launched_at.clear()
+            self._log.add("first decode step", start_at, self._step_at, step=step_id)
+            self.wants_steps, self._decodes_since_at = False, self._step_at
 
     def first_report(self) -> SpanReport | None:
         """Return what goes with the first output; None if that has gone, or nobody asked."""
         return None if self._has_reported else self._report()
 
     def end(self, reason: str, num_tokens: int) -> SpanReport | None:
-        """Note the end; return all that has not been reported."""
-        log = self._log
-        if log is None:
-            return None
-        self.enter("")
-        now_at = log.clock()
-        if self._decodes_since_at is not None:
-            log.add("decode", self._decodes_since_at, now_at, tokens=num_tokens)
-        log.add("end", now_at, now_at, reason=reason, tokens=num_tokens)
+        """Record the end; return all that has not been reported."""
+        self.enter(Phase.FINISHED)
+        if self._log is not None and self._decodes_since_at is not None:
+            self._log.add("decode", self._decodes_since_at, None, tokens=num_tokens)
+        self.mark("end", reason=reason, tokens=num_tokens)
         return self._report()
 
     def _report(self) -> SpanReport | None:
@@ -182,6 +159,18 @@ class RequestSpans:
         log.spans.clear()
         log.num_dropped = 0
         return report
+
+
+@dataclass(slots=True)
+class RequestTimes:
+    """Holds the instants of one request for the histograms."""
+
+    arrived_at: float = 0.0
+    started_at: float | None = None
+    first_at: float | None = None  # instant of the first token drawn here
+    last_at: float | None = None
+    num_drawn: int = 0
+    num_preemptions: int = 0
 
 
 class Request:
@@ -217,9 +206,8 @@ class Request:
         self.num_cached_tokens: int | None = None
         """Prompt tokens not computed before its first step here; None until that is known."""
         self.num_host_tokens = 0
-        """Prompt tokens that came from host memory."""
         self.num_remote_tokens = 0
-        """Prompt tokens that a pull has brought."""
+        """Prompt tokens that a load and a pull have brought."""
         self.tables = tables
         self.hasher = hasher
         self.num_registered_blocks = 0
@@ -229,10 +217,10 @@ class Request:
         """Logical blocks that the ranks know of; None while they do not know the row."""
         self.wants_pull = message.remote_kv is not None
         """The prefill side still counts this request as a reader of its lease."""
-        self.pull_id: PullId | None = None
         self.may_load = True
         """Once a load has ended, well or not, the host is asked again only after preemption."""
-        self.load_id: int | None = None
+        self.incoming: PullId | int | None = None
+        """Id of the pull or load for which it waits."""
         self.is_suspect = message.is_suspect
         """A rank may have died of it; False once a step has drawn a token for it here."""
         self.spans = RequestSpans(message.records_spans)
@@ -303,19 +291,18 @@ class Request:
         return "length" if self.num_output_tokens >= self.output_limit else None
 
 
-# The order in which requests are seated; the last one gives its blocks up first. Keys are unique.
-_by_arrival = attrgetter("arrival")
-
-
 class RequestQueues:
-    """Holds requests from their arrival to their end; every move also sets ``Request.phase``."""
+    """Holds requests from their arrival to their end; queues are in the order of arrival."""
 
     def __init__(self) -> None:
         self.by_id: dict[RequestId, Request] = {}
         self.waiting: list[Request] = []
-        """Requests in the phases WAITING and READY, oldest first."""
         self.running: list[Request] = []
-        """Requests that have a place in the batch, oldest first."""
+        self._queue_of = {
+            Phase.WAITING: self.waiting,
+            Phase.READY: self.waiting,
+            Phase.RUNNING: self.running,
+        }
 
     @property
     def num_waiting_for_kv(self) -> int:
@@ -324,68 +311,35 @@ class RequestQueues:
 
     def add(self, request: Request) -> None:
         self.by_id[request.request_id] = request
-        self.wait(request)
+        self.waiting.append(request)
 
-    def wait(self, request: Request, phase: Phase = Phase.WAITING) -> None:
-        """Let a request that is in neither queue wait for a place in the batch."""
+    def move(self, request: Request, phase: Phase) -> None:
+        before, after = self._queue_of.get(request.phase), self._queue_of.get(phase)
         request.phase = phase
-        request.spans.enter(QUEUE)
-        insort(self.waiting, request, key=_by_arrival)
-
-    def run(self, request: Request) -> None:
-        """Move a waiting request into the batch."""
-        self._remove(request)
-        request.phase = Phase.RUNNING
-        request.spans.enter("run")
-        request.spans.seated(**request.cached_tokens._asdict())
-        insort(self.running, request, key=_by_arrival)
-
-    def await_kv(self, request: Request, phase: Phase) -> None:
-        """Take a waiting request out of the queues until its blocks are there."""
-        self._remove(request)
-        request.phase = phase
-        request.spans.enter(phase.value)
-
-    def preempt(self, request: Request) -> None:
-        """Let a running or ready request wait again."""
-        self._remove(request)
-        request.spans.preempted()
-        self.wait(request)
-
-    def end(self, request: Request) -> None:
-        del self.by_id[request.request_id]
-        self._remove(request)
-        request.phase = Phase.FINISHED
-
-    def latest_owner(self) -> Request:
-        """Return the latest arrival that owns blocks and waits for no connector; there is one."""
-        return max(self.ready()[-1:] + self.running[-1:], key=_by_arrival)
+        request.spans.enter(phase)
+        if before is not after:
+            if before is not None:
+                before.remove(request)
+            if after is not None:
+                insort(after, request, key=attrgetter("arrival"))
+        if phase is Phase.FINISHED:
+            del self.by_id[request.request_id]
 
     def ready(self) -> list[Request]:
         """Return the requests that wait and own blocks."""
         return [request for request in self.waiting if request.phase is Phase.READY]
 
+    def latest_owner(self) -> Request:
+        """Return the latest arrival that owns blocks and waits for no connector; there is one."""
+        return max(self.ready()[-1:] + self.running[-1:], key=attrgetter("arrival"))
+
     def check_integrity(self) -> None:
         """Prove that each request is where its phase says. Raises AssertionError."""
         for queue in (self.waiting, self.running):
-            assert queue == sorted(queue, key=_by_arrival)
-        num_apart = 0
+            assert queue == sorted(queue, key=attrgetter("arrival"))
         for request in self.by_id.values():
-            place = self._queue_of(request)
-            num_apart += place is None
-            assert place is None or request in place
+            for queue in (self.waiting, self.running):
+                assert (request in queue) == (self._queue_of.get(request.phase) is queue)
             assert request.phase is not Phase.FINISHED
             assert (request.row is not None) == (request.phase is Phase.RUNNING)
             assert request.tables.end == 0 or request.phase in (Phase.READY, Phase.RUNNING)
-        assert self.num_waiting_for_kv == num_apart
-
-    def _queue_of(self, request: Request) -> list[Request] | None:
-        if request.phase is Phase.RUNNING:
-            return self.running
-        return self.waiting if request.phase in (Phase.WAITING, Phase.READY) else None
-
-    def _remove(self, request: Request) -> None:
-        if (queue := self._queue_of(request)) is not None:
-            place = bisect_left(queue, request.arrival, key=_by_arrival)
-            assert queue[place] is request
-            del queue[place]

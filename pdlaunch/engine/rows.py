@@ -28,13 +28,10 @@ class Row:
     clean_block: int = -1
     """Logical index of the block whose slots past the row's last token are known to be zero."""
 
-    @property
-    def known(self) -> IntArray:
-        return self.token_ids[: self.num_tokens]
-
     def sample_row(self) -> SampleRow:
         """Return what its next token depends on."""
-        return SampleRow(self.sampling, self.known, self.num_prompt_tokens, self.bias)
+        known = self.token_ids[: self.num_tokens]
+        return SampleRow(self.sampling, known, self.num_prompt_tokens, self.bias)
 
     def append(self, position: int, token_ids: list[int]) -> None:
         """Write tokens from ``position`` on; tokens that are known there already must be equal."""
@@ -44,14 +41,9 @@ class Row:
         self.num_tokens = max(self.num_tokens, stop)
 
     def expect(self, number: int) -> int:
-        """Let ``number`` stand for a token that ``set`` writes later, and return its position."""
-        position = self.num_tokens
-        self.append(position, [number])
-        return position
-
-    def set(self, position: int, token_id: int) -> None:
-        """Write the token that was expected at ``position``."""
-        self.token_ids[position] = token_id
+        """Let ``number`` stand for a token that is known later, and return its position."""
+        self.append(self.num_tokens, [number])
+        return self.num_tokens - 1
 
 
 class RowTable:
@@ -67,9 +59,6 @@ class RowTable:
         self._block_tables = [
             np.zeros((max_num_seqs, max_blocks), dtype=np.int64) for _ in range(num_groups)
         ]
-
-    def __len__(self) -> int:
-        return len(self._rows)
 
     def __getitem__(self, row: int) -> Row:
         return self._rows[row]

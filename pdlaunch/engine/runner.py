@@ -192,12 +192,11 @@ class ModelRunner:
         tokens = step.drawn.collect()
         for (row, position), token in zip(step.places, tokens, strict=True):
             if token is not None:
-                row.set(position, token.token_id)
+                row.token_ids[position] = token.token_id
         return StepOutput(step_id=step.step_id, tokens=tokens)
 
     def warm_up(self) -> None:
         """Run some steps, so that requests pay for no lazy initialisation; capture graphs."""
-        assert len(self._rows) == 0
         self._attention.warm_up(self.num_heads, self._spec.max_num_batched_tokens, self._progress)
         used = 0
         for plan in warm_up_steps(self._spec, self.num_blocks, len(self.layout.groups)):

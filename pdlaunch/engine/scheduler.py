@@ -4,7 +4,7 @@ Continuous batching under a token budget, on paged KV. A step holds first the ne
 request that decodes, then chunks of prompts in order of arrival. When blocks run out, the latest
 arrival gives its own back and computes its tokens again later. Requests wait without row and budget
 while their blocks are pulled from another engine or loaded from host memory. A prefix is looked for
-on the device, then on the host, then at the prefill engine; the rest is computed.
+on the device, then at the prefill engine or on the host; the rest is computed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pdlaunch.engine.kvcache.manager import PrefixHit
 from pdlaunch.engine.lifecycle import RequestLifecycle
 from pdlaunch.engine.request import Phase, Request
 from pdlaunch.engine.step import StepOutput, StepPlan
-from pdlaunch.protocol.transfer import TransferCommand
+from pdlaunch.observe.spans import SEATED
 
 logger = logging.getLogger(__name__)
 
@@ -51,28 +51,23 @@ class Scheduler:
     between.
     """
 
-    def __init__(
-        self,
-        requests: RequestLifecycle,
-        *,
-        max_num_batched_tokens: int,
-        max_beside_streams: int | None = None,
-    ) -> None:
+    def __init__(self, requests: RequestLifecycle, max_beside_streams: int | None = None) -> None:
         """``max_beside_streams``: most prompt tokens in a step with streams; None: no limit."""
         self.requests = requests
         self._kv = requests.kv
         self._queues = requests.queues
         self._batch = requests.batch
-        self._host = requests.host
-        self._block_size = requests.kv.block_size
-        self._max_num_batched_tokens = max_num_batched_tokens
+        self._transfers = requests.transfers
+        self._caches = requests.spec.enable_prefix_caching
+        self._block_size = requests.spec.block_size
+        self._max_num_batched_tokens = requests.spec.max_num_batched_tokens
         self._max_beside_streams = max_beside_streams
         self._stalls = False
         """Nothing can be computed before copies to host memory release their blocks."""
 
     def schedule(self) -> StepPlan:
         """Choose what the next step computes, while no step is in flight."""
-        assert not self._batch.num_steps_in_flight
+        assert not self._batch.steps
         return self._schedule()
 
     def schedule_ahead(self) -> StepPlan | None:
@@ -83,8 +78,8 @@ class Scheduler:
         a request would have to give up blocks for others, draws from its own output, or is a
         suspect.
         """
-        assert self._batch.num_steps_in_flight == 1
-        arrived = self._queues.waiting if self._batch.has_free_row else []
+        assert len(self._batch.steps) == 1
+        arrived = self._queues.waiting if self._batch.free_rows else []
         if any(request.is_suspect for request in (*self._queues.running, *arrived)):
             # With two steps in flight nobody could tell which one killed the rank.
             return None
@@ -103,19 +98,19 @@ class Scheduler:
 
     def hand_over(self) -> StepPlan:
         """Return the commands and jobs that connectors must hear of before the server is told."""
-        return StepPlan(step_id=-1, commands=self._take_commands(), jobs=self._host.take_jobs())
+        return self._tell(StepPlan(step_id=-1))
 
     def has_work(self) -> bool:
         """Return whether ``schedule`` has something to do, and does not just wait for others."""
         computes = self._queues.running and not self._stalls
-        tells = self.requests.commands or self._host.has_jobs or self._batch.has_freed_rows
-        return bool(
-            computes or tells or self.requests.may_progress or self._batch.num_steps_in_flight
-        )
+        tells = self._transfers.commands or self._transfers.jobs or self._batch.freed_rows
+        return bool(computes or tells or self.requests.may_progress or self._batch.steps)
 
     def postprocess(self, plan: StepPlan, output: StepOutput) -> None:
         """Account for a step that has run, the oldest in flight; ``output`` is that of rank 0."""
-        self.requests.histograms.ran_step(sum(item.num_tokens for item in plan.scheduled))
+        if plan.scheduled:
+            num_tokens = sum(item.num_tokens for item in plan.scheduled)
+            self.requests.histograms.observe("iteration_tokens_total", num_tokens)
         tokens = iter(output.tokens)
         for item, request in self._batch.collect(plan):
             drawn = next(tokens) if item.sample else None
@@ -143,15 +138,18 @@ class Scheduler:
         if not step.preempted:
             self._schedule_waiting(step)
         self._stalls = bool(self._queues.running) and not step.scheduled
-        plan = self._batch.launch(step.scheduled, self._take_commands(), self._host.take_jobs())
+        plan = self._tell(self._batch.launch(step.scheduled))
         if plan.scheduled and logger.isEnabledFor(logging.DEBUG):
             work = [f"{each.request_id} computes {n};" for each, n in step.scheduled.items()]
             logger.debug("step %d: %s", plan.step_id, " ".join(work))
         return plan
 
-    def _take_commands(self) -> list[TransferCommand]:
-        commands, self.requests.commands = self.requests.commands, []
-        return commands
+    def _tell(self, plan: StepPlan) -> StepPlan:
+        """Add the commands and jobs that no plan has carried yet."""
+        transfers = self._transfers
+        plan.commands, transfers.commands = transfers.commands, []
+        plan.jobs, transfers.jobs = transfers.jobs, []
+        return plan
 
     def _schedule_running(self, step: _Draft) -> None:
         """Add the next tokens of all running requests, decoding ones before prompts."""
@@ -179,7 +177,7 @@ class Scheduler:
         if request.num_scheduled + num_tokens > request.tables.end * self._block_size:
             while not (room := self._room(request)):
                 # The request itself is the victim if it came last; then it is not computed now.
-                if self._host.frees_blocks_soon() or self._preempt_latest(step) is request:
+                if self._transfers.frees_blocks_soon() or self._preempt_latest(step) is request:
                     return
             num_tokens = min(num_tokens, room)
             self._kv.extend(request.tables, request.num_scheduled + num_tokens)
@@ -196,11 +194,11 @@ class Scheduler:
                 lacks_blocks |= not self._start_pull(request)
             if (
                 not request.wants_pull
-                and self._batch.has_free_row
+                and self._batch.free_rows
                 and not self._has_to_be_apart(request)
             ):
                 lacks_blocks |= not self._admit(request, step)
-        nothing_runs = not self._queues.running and not self._batch.num_steps_in_flight
+        nothing_runs = not self._queues.running and not self._batch.steps
         if lacks_blocks and nothing_runs and len(self._queues.ready()) > 1:
             # Waiting requests hold blocks that the others need.
             self._preempt_latest(step)
@@ -219,18 +217,17 @@ class Scheduler:
             step.prompt_budget = 0
             return True
         if request.phase is Phase.WAITING:
-            if self.requests.caches:
+            if self._caches:
                 request.hasher.extend(request.token_ids)
-            hit = self._kv.find_prefix(request.hasher.block_hashes, self._max_shared(request))
-            if self._is_computed_elsewhere(request, hit):
+            # The last known token is always computed.
+            max_shared = (len(request.token_ids) - 1) // self._block_size if self._caches else 0
+            hit = self._kv.find_prefix(request.hasher.block_hashes, max_shared)
+            if self._is_computed_elsewhere(request, hit, max_shared):
                 # It shares these blocks a few steps later instead of computing them twice.
                 return True
             if not self._has_room_for(request, hit):
                 return False
-            if self._start_load(request, self._max_shared(request)):
-                return True
-            if not step.room(request.num_remaining - hit.end(0) * self._block_size):
-                step.prompt_budget = 0
+            if self._start_load(request, max_shared):
                 return True
             self._kv.share(request.tables, hit)
             self.requests.skip_to(request, request.tables.end * self._block_size)
@@ -238,7 +235,9 @@ class Scheduler:
         if not room:
             return False
         self.requests.histograms.seated(request)
-        self._queues.run(request)
+        self._queues.move(request, Phase.RUNNING)
+        device, host, remote = request.cached_tokens
+        request.spans.mark(SEATED, device_tokens=device, host_tokens=host, remote_tokens=remote)
         self._batch.seat(request)
         num_tokens = min(step.room(request.num_remaining), room)
         self._kv.extend(request.tables, request.num_computed + num_tokens)
@@ -247,40 +246,37 @@ class Scheduler:
 
     def _start_load(self, request: Request, max_blocks: int) -> bool:
         """Load blocks that host memory has and the device lacks. False: there are none."""
-        hit = self._host.find(request, max_blocks)
+        hit = self._transfers.find_on_host(request, max_blocks)
         if hit is None or not self._has_room_for(request, hit.device):
             return False
-        if not self._host.is_waited_for(hit):
-            self._host.start(request, hit)
-            self._queues.await_kv(request, Phase.LOADING)
+        if not self._transfers.is_loaded(hit):
+            self._transfers.start_load(request, hit)
+            self._queues.move(request, Phase.LOADING)
         return True
 
     def _start_pull(self, request: Request) -> bool:
-        """Pull the prompt's blocks that are not cached here. False: there is no room for them."""
-        max_cached = request.num_pulled_tokens // self._block_size if self.requests.caches else 0
-        if max_cached and self.requests.pulls.is_waited_for(request):
+        """Pull the prompt's blocks that are not cached here. False: there is no room for them.
+
+        The host tier is not asked: the prefill engine has all blocks, and a READ of them is faster
+        than a copy from the host (392 against 54 GB/s on an H200).
+        """
+        max_cached = request.num_pulled_tokens // self._block_size if self._caches else 0
+        if max_cached and self._transfers.is_pulled(request):
             # Another choice of the same prompt: its full blocks will be in the cache soon.
             return True
         hit = self._kv.find_for_pull(request.prompt_hashes(), max_cached, request.num_pulled_tokens)
         if not self._has_room_for(request, hit):
             return False
-        if self._start_load(request, max_cached):
-            return True
-        command = self.requests.pulls.start(request, hit)
-        if command is not None:
-            self.requests.commands.append(command)
-            self._queues.await_kv(request, Phase.PULLING)
+        if self._transfers.start_pull(request, hit):
+            self._queues.move(request, Phase.PULLING)
             return True
         # All blocks are cached here, so the lease is not needed.
-        self.requests.commands.append(self.requests.pulls.tell_prefill_side(request))
+        self._transfers.pull_nothing(request)
         self._kv.share(request.tables, hit)
-        request.phase = Phase.READY  # which is in the same queue
-        self.requests.take_pulled(request)
+        self._queues.move(request, Phase.READY)
+        request.wants_pull = False
+        self.requests.skip_to(request, request.num_pulled_tokens)
         return True
-
-    def _max_shared(self, request: Request) -> int:
-        """Return how many full blocks may be shared: the last known token is always computed."""
-        return (len(request.token_ids) - 1) // self._block_size if self.requests.caches else 0
 
     def _room(self, request: Request) -> int:
         """Return how many tokens after the scheduled ones fit into its own and all free blocks."""
@@ -291,14 +287,13 @@ class Scheduler:
         num_running = len(self._queues.running)
         return self._kv.has_room_for(hit, len(request.token_ids), num_reserved=num_running)
 
-    def _is_computed_elsewhere(self, request: Request, hit: PrefixHit) -> bool:
+    def _is_computed_elsewhere(self, request: Request, hit: PrefixHit, max_shared: int) -> bool:
         """Return whether a running request will soon compute blocks for which this one should wait.
 
         It should if they are at least half of the blocks that it could share and does not find.
         """
-        max_blocks = self._max_shared(request)
-        middle = (hit.end(0) + max_blocks) // 2
-        if middle >= max_blocks:
+        middle = (hit.end(0) + max_shared) // 2
+        if middle >= max_shared:
             return False
         block_hash = request.hasher.block_hashes[middle]
         return any(
@@ -310,13 +305,14 @@ class Scheduler:
 
     def _preempt_latest(self, step: _Draft) -> Request:
         """Take all blocks from the latest arrival that owns some; it starts anew."""
-        assert not self._batch.num_steps_in_flight
+        assert not self._batch.steps
         victim = self._queues.latest_owner()
         if victim.phase is Phase.RUNNING:
             self._batch.unseat(victim)
-        self._queues.preempt(victim)
+        victim.spans.preempted()
+        self._queues.move(victim, Phase.WAITING)
         # While it still owns the blocks: it will find them in host memory.
-        self._host.store(victim, range(victim.num_registered_blocks))
+        self._transfers.store(victim, range(victim.num_registered_blocks))
         self._kv.free(victim.tables)
         victim.num_computed = victim.num_registered_blocks = 0
         victim.may_load = True

@@ -1,20 +1,14 @@
 """Puts an engine to sleep and wakes it: rank 0 decides when; every rank lets go of its peers and
 memory.
 
-::
-
-    AWAKE ── Sleep ──▶ DRAINING ── nothing holds a block ──▶ FALLING_ASLEEP ── all ranks ──▶ ASLEEP
-      ▲                   └── time is up: refused, AWAKE            └── a rank cannot ──▶ WAKING
-      └────────── all ranks, all tags, peers have shaken hands ── WAKING ◀── WakeUp ─────────┘
-                                                                     └── tags are missing ──▶ ASLEEP
+What takes more than one turn of the step loop is a generator: each ``yield`` ends a turn.
 """
 
 from __future__ import annotations
 
-import enum
 import logging
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Generator
 
 from pdlaunch.engine.memory.pools import TAGS
 from pdlaunch.engine.runner import ModelRunner
@@ -35,7 +29,7 @@ POLL_S = 0.05  # time between two looks at whether the engine is idle, or peers 
 
 
 class RankSleeper:
-    """Puts one rank to sleep and wakes it up; this may take seconds, as nothing runs."""
+    """Puts one rank to sleep and wakes it up; a turn may take seconds, as nothing runs."""
 
     def __init__(
         self,
@@ -52,25 +46,51 @@ class RankSleeper:
         self._announce = announce
         self._peers_timeout_s = peers_timeout_s
         self._clock = clock
-        self._woken: SleepReport | None = None
-        self._deadline_at: float | None = None
+        self._work: Generator[None, None, SleepReport] | None = None
 
     @property
     def sleeping_tags(self) -> list[str]:
         return sorted(self._memory.sleeping_tags)
 
     @property
-    def waits_for_peers(self) -> bool:
-        return self._woken is not None
+    def is_busy(self) -> bool:
+        return self._work is not None
 
-    def sleep(self, level: int) -> SleepReport:
-        """Let peers go, then give the memory back. An error leaves the rank awake."""
+    def begin(self, message: SleepRank | WakeRank) -> None:
+        """Do what rank 0 says; ``advance`` reports."""
+        self._work = self._obey(message)
+
+    def advance(self) -> SleepReport | None:
+        """Do what is due in this turn; return the report when all is done."""
+        if self._work is None:
+            return None
+        try:
+            next(self._work)
+        except StopIteration as end:
+            self._work = None
+            report: SleepReport = end.value
+            return report
+        return None
+
+    def _obey(self, message: SleepRank | WakeRank) -> Generator[None, None, SleepReport]:
+        num_bytes, error = 0, None
+        try:
+            if isinstance(message, SleepRank):
+                num_bytes = self._sleep(message.level)
+            else:
+                num_bytes = yield from self._wake_up(message.tags)
+        except (MemoryPoolError, ConfigError) as found:
+            error = str(found)
+        return SleepReport(num_bytes=num_bytes, sleeping_tags=self.sleeping_tags, error=error)
+
+    def _sleep(self, level: int) -> int:
+        """Let peers go, then give the memory back. Raises MemoryPoolError; then it is awake."""
         if self._memory.sleeping_tags:
-            return self._report()
+            return 0
         try:
             self._transfer.suspend(TRANSFER_TIMEOUT_S)
         except TransferError as error:
-            return self._report(error=error)
+            raise MemoryPoolError(str(error)) from None
         # Peers see this in the registry and unmap the memory. Only now: a rank whose transfers do
         # not end stays awake.
         self._announce(SleepState(state="sleeping"))
@@ -80,57 +100,31 @@ class RankSleeper:
                 UNMAP_TIMEOUT_S,
             )
         try:
-            return self._report(self._memory.sleep(level))
-        except MemoryPoolError as error:
+            return self._memory.sleep(level)
+        except MemoryPoolError:
             self._reconnect()
-            return self._report(error=error)
+            raise
 
-    def wake_up(self, tags: Collection[str]) -> SleepReport | None:
-        """Take memory back and let peers come; ``advance`` reports after a None."""
+    def _wake_up(self, tags: list[str]) -> Generator[None, None, int]:
+        """Take memory back, let peers come, and wait until all have shaken hands or their time is
+        up. Raises MemoryPoolError or ConfigError.
+        """
         was_asleep = bool(self._memory.sleeping_tags)
-        try:
-            num_bytes = self._memory.wake_up(tags)
-        except (MemoryPoolError, ConfigError) as error:
-            return self._report(error=error)
-        if self._memory.sleeping_tags or not was_asleep:
-            return self._report(num_bytes)
-        self._reconnect()
-        self._woken = self._report(num_bytes)
-        self._deadline_at = self._clock() + self._peers_timeout_s
-        return self.advance()
-
-    def advance(self) -> SleepReport | None:
-        """Report a ``wake_up`` once all peers have shaken hands or their time is up."""
-        if self._woken is None:
-            return None
-        if not self._transfer.connected:
-            if self._deadline_at is not None and self._clock() < self._deadline_at:
-                return None
-            logger.warning(
-                "not every peer has shaken hands within %g s after waking up", self._peers_timeout_s
-            )
-        report, self._woken = self._woken, None
-        return report
+        num_bytes = self._memory.wake_up(tags)
+        if was_asleep and not self._memory.sleeping_tags:
+            self._reconnect()
+            deadline_at = self._clock() + self._peers_timeout_s
+            while not self._transfer.connected:
+                if self._clock() >= deadline_at:
+                    logger.warning("not every peer has shaken hands in time after waking up")
+                    break
+                yield
+        return num_bytes
 
     def _reconnect(self) -> None:
         """Let peers come again. Raises TransferError; then the rank has to be replaced."""
         self._transfer.resume(TRANSFER_TIMEOUT_S)
         self._announce(SleepState(state="awake"))
-
-    def _report(self, num_bytes: int = 0, error: Exception | None = None) -> SleepReport:
-        return SleepReport(
-            num_bytes=num_bytes,
-            sleeping_tags=self.sleeping_tags,
-            error=None if error is None else str(error),
-        )
-
-
-class SleepPhase(enum.Enum):
-    AWAKE = enum.auto()
-    DRAINING = enum.auto()
-    FALLING_ASLEEP = enum.auto()
-    ASLEEP = enum.auto()
-    WAKING = enum.auto()
 
 
 class SleepCoordinator:
@@ -140,7 +134,6 @@ class SleepCoordinator:
         self,
         sleeper: RankSleeper,
         *,
-        enabled: bool,
         num_ranks: int,
         tell_ranks: Callable[[SleepRank | WakeRank], None],
         scheduler: Scheduler,
@@ -148,23 +141,15 @@ class SleepCoordinator:
         clock: Callable[[], float],
     ) -> None:
         self._sleeper = sleeper
-        self._enabled = enabled
         self._num_ranks = num_ranks
         self._tell_ranks = tell_ranks
         self._scheduler = scheduler
         self._answer = answer
         self._clock = clock
-        self._call: Sleep | WakeUp | None = None
-        self._deadline_at: float | None = None
+        self._work: Generator[None, None, None] | None = None
         self._reports: list[SleepReport] = []
-        self._failure: str | None = None
-        """Error of a rank that could not fall asleep; told once all are awake again."""
-        self.phase = SleepPhase.AWAKE
-
-    @property
-    def computes(self) -> bool:
-        """Return whether requests may be scheduled: all memory is there."""
-        return self.phase in (SleepPhase.AWAKE, SleepPhase.DRAINING)
+        self.computes = True
+        """Requests may be scheduled: all memory is there."""
 
     @property
     def sleeping_tags(self) -> list[str]:
@@ -173,102 +158,83 @@ class SleepCoordinator:
 
     def wait_s(self) -> float:
         """Return for how long nothing is due here."""
-        polls = self.phase is SleepPhase.DRAINING or self._sleeper.waits_for_peers
-        return POLL_S if polls else math.inf
+        return math.inf if self._work is None else POLL_S
 
-    def sleep(self, message: Sleep) -> None:
-        """Fall asleep as soon as nothing holds a block."""
-        error = self._refusal(message)
-        if error or self.phase is SleepPhase.ASLEEP:
-            self._reply(message, error=error)
+    def begin(self, call: Sleep | WakeUp, *, enabled: bool) -> None:
+        """Fall asleep as soon as nothing holds a block, or wake the pools named, or all."""
+        if not enabled:
+            self._reply(call, error="enable_sleep_mode is off")
+        elif isinstance(call, Sleep) and call.level not in (1, 2):
+            self._reply(call, error=f"level is {call.level}; it is 1 or 2")
+        elif isinstance(call, WakeUp) and (unknown := {*call.tags} - {*TAGS}):
+            names = ", ".join(sorted(unknown))
+            self._reply(call, error=f"unknown tags {names}; there are {', '.join(TAGS)}")
+        elif self._work is not None:
+            self._reply(call, error="the engine is busy with another call")
+        elif self.computes == isinstance(call, WakeUp):
+            self._reply(call)  # it is so already
         else:
-            self._call, self.phase = message, SleepPhase.DRAINING
-            self._deadline_at = self._clock() + message.timeout_s
-
-    def wake_up(self, message: WakeUp) -> None:
-        """Wake the pools named, or all."""
-        unknown = set(message.tags) - set(TAGS)
-        error = self._refusal(message)
-        if unknown:
-            error = f"unknown tags {', '.join(sorted(unknown))}; there are {', '.join(TAGS)}"
-        if error or self.phase is SleepPhase.AWAKE:
-            self._reply(message, error=error)
-        else:
-            self._call = message
-            self._wake(message.tags or list(TAGS))
+            self._work = self._fall_asleep(call) if isinstance(call, Sleep) else self._wake_up(call)
+            self.advance()
 
     def forget_caller(self) -> None:
-        """Forget the server that asked, as it has restarted; what has begun goes on."""
-        if self.phase is SleepPhase.DRAINING:
-            self._call, self.phase = None, SleepPhase.AWAKE
+        """Forget a call of a server that has restarted, unless ranks have begun it already."""
+        if self.computes:
+            self._work = None
 
     def on_report(self, report: SleepReport) -> None:
-        """Take the report of a rank that has done what it was told, or could not."""
+        """Take the report of another rank that has done what it was told, or could not."""
         self._reports.append(report)
-        if len(self._reports) == self._num_ranks:
-            self._conclude()
 
     def advance(self) -> None:
-        """Do what is due."""
-        if self.phase is SleepPhase.DRAINING:
-            self._advance_draining()
-        elif (report := self._sleeper.advance()) is not None:
-            self.on_report(report)
+        """Do what is due in this turn."""
+        # ``self`` stands for the end of the generator, which yields None.
+        if self._work is not None and next(self._work, self) is self:
+            self._work = None
 
-    def _advance_draining(self) -> None:
-        assert isinstance(self._call, Sleep)
-        busy = "work is queued" if self._scheduler.has_work() else ""
-        busy = what_holds_blocks(self._scheduler.requests.stats()) or busy
-        if not busy:
-            self.phase, self._reports = SleepPhase.FALLING_ASLEEP, []
-            self._tell_ranks(SleepRank(level=self._call.level))
-            self.on_report(self._sleeper.sleep(self._call.level))
-        elif self._deadline_at is not None and self._clock() >= self._deadline_at:
-            self.phase = SleepPhase.AWAKE
-            self._finish(error=f"the engine cannot sleep now: {busy}")
-
-    def _wake(self, tags: list[str]) -> None:
-        self.phase, self._reports = SleepPhase.WAKING, []
-        self._tell_ranks(WakeRank(tags=tags))
-        report = self._sleeper.wake_up(tags)
-        if report is not None:
-            self.on_report(report)
-
-    def _conclude(self) -> None:
-        """Answer, as all ranks have reported."""
-        errors = sorted({report.error for report in self._reports if report.error is not None})
-        num_bytes = sum(report.num_bytes for report in self._reports)
-        sleeping = any(report.sleeping_tags for report in self._reports)
-        if self.phase is SleepPhase.FALLING_ASLEEP:
-            # Also when a rank has failed: the KV cache of the others is lost.
-            self._scheduler.requests.reset_prefix_cache()
-            if errors:
-                self._failure = "; ".join(errors)
-                self._wake(list(TAGS))
+    def _fall_asleep(self, call: Sleep) -> Generator[None, None, None]:
+        deadline_at = self._clock() + call.timeout_s
+        while busy := self._what_is_busy():
+            if self._clock() >= deadline_at:
+                self._reply(call, error=f"the engine cannot sleep now: {busy}")
                 return
-        self.phase = SleepPhase.ASLEEP if sleeping else SleepPhase.AWAKE
-        failure, self._failure = self._failure, None
-        self._finish(num_bytes, failure or "; ".join(errors) or None)
+            yield
+        self.computes = False
+        num_bytes, error = yield from self._tell_all(SleepRank(level=call.level))
+        # Also when a rank has failed: the KV cache of the others is lost.
+        self._scheduler.requests.reset_prefix_cache()
+        if error is not None:
+            num_bytes, _ = yield from self._tell_all(WakeRank(tags=list(TAGS)))
+        self._reply(call, num_bytes, error)
 
-    def _refusal(self, message: Sleep | WakeUp) -> str | None:
-        if not self._enabled:
-            return "enable_sleep_mode is off"
-        if isinstance(message, Sleep) and message.level not in (1, 2):
-            return f"level is {message.level}; it is 1 or 2"
-        if self.phase not in (SleepPhase.AWAKE, SleepPhase.ASLEEP):
-            return (
-                f"the engine is busy with another call: {self.phase.name.lower().replace('_', ' ')}"
-            )
-        return None
+    def _wake_up(self, call: WakeUp) -> Generator[None, None, None]:
+        reply = yield from self._tell_all(WakeRank(tags=call.tags or list(TAGS)))
+        self._reply(call, *reply)
 
-    def _finish(self, num_bytes: int = 0, error: str | None = None) -> None:
-        call, self._call = self._call, None
-        if call is not None:
-            if error is not None:
-                logger.warning("%s: %s", type(call).__name__, error)
-            self._reply(call, num_bytes, error)
+    def _tell_all(
+        self, message: SleepRank | WakeRank
+    ) -> Generator[None, None, tuple[int, str | None]]:
+        """Have all ranks obey; return the bytes of all, and their errors."""
+        self._reports = []
+        self._tell_ranks(message)
+        self._sleeper.begin(message)
+        while (report := self._sleeper.advance()) is None:
+            yield
+        self._reports.append(report)
+        while len(self._reports) < self._num_ranks:
+            yield
+        self.computes = not any(report.sleeping_tags for report in self._reports)
+        errors = {report.error for report in self._reports if report.error is not None}
+        num_bytes = sum(report.num_bytes for report in self._reports)
+        return num_bytes, "; ".join(sorted(errors)) or None
+
+    def _what_is_busy(self) -> str:
+        holds = what_holds_blocks(self._scheduler.requests.stats())
+        return holds or ("work is queued" if self._scheduler.has_work() else "")
 
     def _reply(self, call: Sleep | WakeUp, num_bytes: int = 0, error: str | None = None) -> None:
+        if error is not None:
+            logger.warning("%s: %s", type(call).__name__, error)
         tags = self.sleeping_tags
         self._answer(
             SleepReply(call_id=call.call_id, sleeping_tags=tags, num_bytes=num_bytes, error=error)
@@ -278,17 +244,11 @@ class SleepCoordinator:
 def what_holds_blocks(stats: EngineStats) -> str:
     """Return, in words, what keeps the KV cache in use; empty when nothing does."""
     counts = {
-        "running": stats.num_running,
-        "waiting": stats.num_waiting,
-        "waiting for KV": stats.num_waiting_for_kv,
-        "leased": stats.num_leased_requests,
+        "requests running": stats.num_running,
+        "requests waiting": stats.num_waiting,
+        "requests waiting for KV": stats.num_waiting_for_kv,
+        "requests leased": stats.num_leased_requests,
+        "copies between device and host": stats.num_offload_jobs,
+        "KV blocks that an abandoned transfer may still write to": stats.num_quarantined_blocks,
     }
-    parts = [f"{count} requests {what}" for what, count in counts.items() if count]
-    if stats.num_offload_jobs:
-        parts.append(f"{stats.num_offload_jobs} copies between device and host")
-    if stats.num_quarantined_blocks:
-        parts.append(
-            f"{stats.num_quarantined_blocks} KV blocks that an abandoned transfer may still write "
-            "to"
-        )
-    return ", ".join(parts)
+    return ", ".join(f"{count} {what}" for what, count in counts.items() if count)

@@ -91,19 +91,17 @@ class WakeRank(Message):
 
 
 class SleepReport(Message, tag=False):
-    """Says what became of a SleepRank or WakeRank on one rank."""
-
     num_bytes: int = 0
     sleeping_tags: list[str] = []
     error: str | None = None
 
 
 class StopRank(Message):
-    """Rank 0 tells the other ranks to leave."""
+    """Tells the other ranks to leave."""
 
 
 class StepDone(Message):
-    """A rank other than 0 reports the end of transfers, offload jobs or a change of sleep."""
+    """Reports the end of transfers, offload jobs or a change of sleep on a rank other than 0."""
 
     tp_rank: int
     events: list[TransferEvent] = []

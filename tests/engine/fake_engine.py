@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
+from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.engine.kvcache.groups import KVCacheGroup
 from pdlaunch.engine.kvcache.hashing import TokenHasher, root_hash
@@ -32,8 +33,10 @@ from pdlaunch.protocol.transfer import (
 )
 from tests.engine.fake_host_memory import FakeHostMemory
 from tests.engine.fake_runner import KV, FakeRunner, FakeStep, expected_output, extend_chain
+from tests.engine.hand_scheduler import make_spec
 
 FULL = KVCacheGroup((0,), None)
+SPEC = make_spec("unused", enable_prefix_caching=True)
 GARBAGE: KV = (-1, -1)
 PROMPT = [1, 2, 3, 4, 5, 6, 0, 1, 2, 3]
 """Two full blocks of 4 tokens and half a block."""
@@ -60,6 +63,25 @@ def remote_kv(request_id: str, num_tokens: int, engine_id: str = "p") -> RemoteK
         block_ids=[],
         num_tokens=num_tokens,
     )
+
+
+def make_scheduler(
+    spec: EngineSpec = SPEC,
+    groups: Sequence[KVCacheGroup] = (FULL,),
+    num_blocks: int = 16,
+    offload: OffloadPlanner | None = None,
+    max_beside_streams: int | None = None,
+) -> Scheduler:
+    requests = RequestLifecycle(
+        spec,
+        groups,
+        num_blocks,
+        model_digest="model",
+        engine_id="local-engine",
+        port=5,
+        offload=offload,
+    )
+    return Scheduler(requests, max_beside_streams)
 
 
 class FakeEngine:
@@ -93,25 +115,22 @@ class FakeEngine:
         self.groups = groups
         self.num_blocks = num_blocks
         self.block_size = block_size
-        tier = HostTier(num_chunks) if num_chunks else None
-        self.scheduler = Scheduler(
-            RequestLifecycle(
-                groups=groups,
-                num_blocks=num_blocks,
-                block_size=block_size,
-                max_num_seqs=max_num_seqs,
-                max_model_len=max_model_len,
-                enable_prefix_caching=caching,
-                model_digest="model",
-                kv_transfer=kv_transfer or KVTransferSettings(),
-                local=("local-engine", "127.0.0.1", 5, tp_size),
-                offload=OffloadPlanner(groups, block_size, tier, blocks_per_chunk=blocks_per_chunk)
-                if tier
-                else None,
-            ),
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_beside_streams=max_beside_streams,
+        spec = SPEC.model_copy(
+            update={
+                "block_size": block_size,
+                "max_num_seqs": max_num_seqs,
+                "max_num_batched_tokens": max_num_batched_tokens,
+                "max_model_len": max_model_len,
+                "enable_prefix_caching": caching,
+                "tensor_parallel_size": tp_size,
+                "kv_transfer": kv_transfer or KVTransferSettings(),
+            }
         )
+        tier = HostTier(num_chunks) if num_chunks else None
+        planner = tier and OffloadPlanner(
+            groups, block_size, tier, blocks_per_chunk=blocks_per_chunk
+        )
+        self.scheduler = make_scheduler(spec, groups, num_blocks, planner, max_beside_streams)
         self.runners = [
             FakeRunner(
                 groups,

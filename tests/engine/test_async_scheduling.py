@@ -16,26 +16,24 @@ import pytest
 import torch
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.config.kv_transfer import KVTransferSettings
-from pdlaunch.engine.leader import Leader
-from pdlaunch.engine.lifecycle import RequestLifecycle
+from pdlaunch.engine.leader import Leader, RankParts
 from pdlaunch.engine.rows import LatestTokens
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.engine.sampler import SampleRow, draw_tokens, token_bias
-from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.step import StepOutput, StepPlan
 from pdlaunch.protocol.engine import (
     AbortRequest,
     AddRequest,
     RequestFinished,
     SamplingParams,
+    Tokens,
     ToRank,
 )
 from pdlaunch.protocol.kv_params import TokenOutput
-from pdlaunch.protocol.transfer import GrantLease
+from tests.engine.fake_engine import make_scheduler
 from tests.engine.hand_scheduler import GRAPHS, ignore_progress, make_spec
 from tests.engine.models.tiny import greedy, save_tiny_model
-from tests.engine.test_leader import Recorder, make_leader
+from tests.engine.test_leader import Recorder
 
 
 class CountingRunner(ModelRunner):
@@ -63,31 +61,10 @@ class Engine:
         self.runner = CountingRunner(spec)
         self.runner.warm_up()
         self.runner.num_ahead = self.runner.num_running = 0
-        self.scheduler = Scheduler(
-            RequestLifecycle(
-                groups=self.runner.layout.groups,
-                num_blocks=min(60, self.runner.num_blocks),
-                block_size=spec.block_size,
-                max_num_seqs=spec.max_num_seqs,
-                max_model_len=spec.max_model_len,
-                enable_prefix_caching=True,
-                model_digest="m",
-                kv_transfer=KVTransferSettings(),
-                local=("engine", "127.0.0.1", 1, 1),
-            ),
-            max_num_batched_tokens=spec.max_num_batched_tokens,
-        )
-        self.server = Recorder([])
-        transfer: Any = self.server
-        server: Any = self.server
-        self.leader = Leader(
-            spec=spec,
-            runner=self.runner,
-            transfer=transfer,
-            scheduler=self.scheduler,
-            server=server,
-            followers=None,
-        )
+        groups, num_blocks = self.runner.layout.groups, min(60, self.runner.num_blocks)
+        self.scheduler = make_scheduler(spec, groups, num_blocks)
+        self.server: Any = Recorder()
+        self.leader = Leader(RankParts(spec, self.runner, self.server), self.scheduler, self.server)
 
     def run(self, arrivals: dict[int, list[ToRank]]) -> dict[str, tuple[str, list[TokenOutput]]]:
         """``arrivals`` by turn. Returns how each request ended, and its tokens."""
@@ -100,9 +77,9 @@ class Engine:
         tokens: dict[str, list[TokenOutput]] = {}
         reasons: dict[str, str] = {}
         for item in self.server.told:
-            if not isinstance(item, GrantLease):
-                assert item.request_id not in reasons  # type: ignore[attr-defined]
-                tokens.setdefault(item.request_id, []).extend(item.tokens)  # type: ignore[attr-defined]
+            if isinstance(item, Tokens | RequestFinished):
+                assert item.request_id not in reasons
+                tokens.setdefault(item.request_id, []).extend(item.tokens)
             if isinstance(item, RequestFinished):
                 reasons[item.request_id] = item.reason
         return {request_id: (reasons[request_id], tokens[request_id]) for request_id in reasons}
@@ -198,56 +175,6 @@ def test_unknown_tokens_are_looked_up_by_the_order_in_which_they_were_drawn() ->
     latest = LatestTokens(vocab_size=10, max_rows=3, device=torch.device("cpu"))
     latest.keep(torch.tensor([7, 4]))
     assert latest.look_up(torch.tensor([0, 11, 9, 10], dtype=torch.int32)).tolist() == [0, 4, 9, 7]
-
-
-class OrderRecorder(Recorder):
-    """Also writes down when steps are launched and collected."""
-
-    def launch(self, plan: StepPlan) -> StepPlan:
-        if plan.scheduled:
-            self.told.append(f"launch {plan.step_id}")
-        return plan
-
-    def collect(self, plan: StepPlan) -> StepOutput:
-        self.told.append(f"collect {plan.step_id}")
-        return super().collect(plan)
-
-    @property
-    def order(self) -> list[str]:
-        return [item if isinstance(item, str) else type(item).__name__ for item in self.told]
-
-
-def add(request_id: str, max_tokens: int, **fields: object) -> AddRequest:
-    sampling = SamplingParams(max_tokens=max_tokens)
-    return AddRequest(
-        request_id=request_id, prompt_token_ids=[1, 2, 3], sampling=sampling, **fields
-    )  # type: ignore[arg-type]
-
-
-def test_a_steps_tokens_leave_while_the_next_one_runs() -> None:
-    recorder = OrderRecorder([add("a", 3)])
-    leader = make_leader(recorder, async_scheduling=True)
-    while leader.wait_s() == 0 or recorder.requests:
-        leader.turn()
-    assert recorder.order == [
-        *("launch 0", "launch 1", "collect 0", "Tokens"),
-        *("launch 2", "collect 1", "Tokens"),
-        *("collect 2", "RequestFinished"),
-    ]
-
-
-def test_a_prompt_waits_for_no_step_that_was_not_launched_before_it_came() -> None:
-    recorder = OrderRecorder([add("a", 9)])
-    leader = make_leader(recorder, async_scheduling=True)
-    for _ in range(3):
-        leader.turn()
-    recorder.told.clear()
-    recorder.requests = [add("b", 1)]
-    leader.turn()
-    assert recorder.order == ["collect 2", "Tokens", "launch 3"]
-    leader.turn()
-    finished = [item for item in recorder.told if isinstance(item, RequestFinished)]
-    assert [item.request_id for item in finished] == ["b"]
 
 
 @pytest.mark.gpu

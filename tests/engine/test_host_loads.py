@@ -9,7 +9,7 @@ import pytest
 from pdlaunch.engine.kvcache.groups import KVCacheGroup
 from pdlaunch.engine.sleep import what_holds_blocks
 from pdlaunch.protocol.engine import SamplingParams
-from tests.engine.fake_engine import FULL, FakeEngine, remote_kv, sliding
+from tests.engine.fake_engine import FULL, FakeEngine, sliding
 from tests.engine.fake_runner import expected_output
 
 PROMPT = [1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 3, 1, 4]
@@ -83,51 +83,6 @@ def test_a_prefix_lies_partly_on_the_device_and_partly_on_the_host() -> None:
     assert engine.token_ids("second") == output(PROMPT + OTHER)
 
 
-@pytest.mark.parametrize("groups", [(FULL,), HYBRID])
-def test_decode_loads_what_the_host_has_and_pulls_the_rest(
-    groups: tuple[KVCacheGroup, ...],
-) -> None:
-    engine = make_engine(groups, num_blocks=10)
-    engine.add("first", PROMPT)
-    engine.run_all()
-    for index in range(4):
-        engine.add(f"other-{index}", [index, *OTHER], max_tokens=10)
-        engine.run_all()
-    longer = PROMPT + OTHER[:5]
-    engine.add("second", longer, remote_kv=remote_kv("second", len(longer)))
-    engine.step()
-    assert engine.jobs
-    assert not engine.pulls
-    engine.end_jobs()
-    engine.run()
-    (pull,) = engine.pulls.values()
-    assert pull.first_block_index[0] == 3
-    assert pull.num_tokens == len(longer)
-    engine.end_pull(pull.pull_id)
-    engine.run_all()
-    assert engine.token_ids("second") == output(longer)
-    stats = engine.scheduler.requests.stats()
-    assert (stats.host_hit_tokens, stats.remote_hit_tokens) == (12, len(longer) - 1 - 12)
-
-
-def test_decode_tells_the_holder_when_the_host_has_all() -> None:
-    prompt = PROMPT[:12]
-    engine = make_engine(num_blocks=6)
-    engine.add("first", prompt)
-    engine.run_all()
-    push_out(engine)
-    known = output(prompt, 1)
-    engine.add("second", prompt, output=known, remote_kv=remote_kv("second", len(prompt)))
-    engine.step()
-    engine.end_jobs()
-    engine.run()
-    (pull,) = engine.pulls.values()
-    assert pull.block_ids == [[]]
-    engine.end_pull(pull.pull_id)
-    engine.run_all()
-    assert known + engine.token_ids("second") == output(prompt)
-
-
 def test_choices_of_one_prompt_load_it_once() -> None:
     engine = make_engine(num_blocks=10)
     engine.add("first", PROMPT)
@@ -178,17 +133,12 @@ def test_a_failed_load_is_computed_instead(num_bad: int) -> None:
 
 def test_blocks_of_an_aborted_load_are_free_when_it_has_ended() -> None:
     engine = engine_after_first()
-    engine.add("second", PROMPT, remote_kv=remote_kv("second", len(PROMPT)))
+    engine.add("second", PROMPT)
     engine.step()
     engine.scheduler.requests.abort("second")
     engine.take_outputs()
     assert engine.scheduler.requests.stats().num_free_blocks == 3
-    engine.run()
-    # The holder of the remote blocks hears of it as well.
-    (pull,) = engine.pulls.values()
-    assert pull.block_ids == [[]]
     engine.end_jobs()
-    engine.end_pull(pull.pull_id)
     assert engine.scheduler.requests.stats().num_free_blocks == 6
 
 

@@ -1,40 +1,46 @@
-"""The order in which rank 0 tells others what a step gave."""
+"""The order in which rank 0 does things: who is told what, and when."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
-from pdlaunch.config.kv_transfer import KVTransferSettings
+import pytest
+
 from pdlaunch.engine.kvcache.groups import make_groups
-from pdlaunch.engine.leader import STATS_INTERVAL_S, Leader
-from pdlaunch.engine.lifecycle import RequestLifecycle
+from pdlaunch.engine.leader import STATS_INTERVAL_S, Leader, RankParts
+from pdlaunch.engine.offload.jobs import JobFinished, OffloadJob
 from pdlaunch.engine.offload.planner import OffloadPlanner
-from pdlaunch.engine.scheduler import Scheduler
-from pdlaunch.engine.step import StepOutput, StepPlan
+from pdlaunch.engine.offload.tier import HostTier
+from pdlaunch.engine.step import StepDone, StepOutput, StepPlan
 from pdlaunch.protocol.engine import (
     AddRequest,
     EngineStats,
     FromRank,
     Outputs,
     ReadStats,
+    RequestFinished,
     SamplingParams,
     ToRank,
 )
 from pdlaunch.protocol.kv_params import TokenOutput
-from pdlaunch.protocol.transfer import GrantLease, TransferCommand, TransferEvent
+from pdlaunch.protocol.transfer import TransferCommand, TransferEvent
+from tests.engine.fake_engine import make_scheduler
 from tests.engine.hand_scheduler import make_spec
 
 
 class Recorder:
-    """Server link, transfer worker and runner in one: writes down who was told what, in order."""
+    """Server link, transfer thread and runner in one: writes down what happens, in order."""
 
     num_blocks = 16
 
-    def __init__(self, requests: list[ToRank]) -> None:
-        self.requests = requests
-        self.told: list[object] = []
+    def __init__(self, *requests: ToRank) -> None:
+        self.requests: list[ToRank] = list(requests)
+        self.told: list[Any] = []
+        self.steps: list[str] = []
+        """The same with the steps between: ``launch 0``, ``collect 0``, ``Tokens``."""
         self.num_stats = 0
 
     def receive(self) -> list[ToRank]:
@@ -43,99 +49,164 @@ class Recorder:
 
     def send(self, message: FromRank) -> None:
         if isinstance(message, Outputs):
-            self.told += message.items
-        self.num_stats += isinstance(message, EngineStats)
+            self.tell(message.items)
+        elif isinstance(message, EngineStats):
+            self.num_stats += 1
+        else:
+            self.tell([message])
+
+    def tell(self, messages: Sequence[Any]) -> None:
+        self.told += messages
+        self.steps += [type(message).__name__ for message in messages]
 
     def submit(self, commands: list[TransferCommand]) -> None:
-        self.told += commands
+        self.tell(commands)
 
     def take_events(self) -> list[TransferEvent]:
         return []
 
     def launch(self, plan: StepPlan) -> StepPlan:
+        if plan.scheduled:
+            self.steps.append(f"launch {plan.step_id}")
         return plan
 
     def collect(self, plan: StepPlan) -> StepOutput:
-        return StepOutput(
-            step_id=plan.step_id,
-            tokens=[TokenOutput(token_id=9) for row in plan.scheduled if row.sample],
-        )
-
-
-def make_scheduler(*, tp_size: int = 1, offload: OffloadPlanner | None = None) -> Scheduler:
-    """Of one full group, with 16 blocks of 4 tokens."""
-    return Scheduler(
-        RequestLifecycle(
-            groups=make_groups([None]),
-            num_blocks=16,
-            block_size=4,
-            max_num_seqs=2,
-            max_model_len=64,
-            enable_prefix_caching=True,
-            model_digest="m",
-            kv_transfer=KVTransferSettings(),
-            local=("engine", "127.0.0.1", 1, tp_size),
-            offload=offload,
-        ),
-        max_num_batched_tokens=64,
-    )
+        self.steps.append(f"collect {plan.step_id}")
+        tokens = [TokenOutput(token_id=9) for row in plan.scheduled if row.sample]
+        return StepOutput(step_id=plan.step_id, tokens=tokens)  # type: ignore[arg-type]
 
 
 def make_leader(
     recorder: Any,
     clock: Callable[[], float] = time.monotonic,
     *,
+    followers: Any = None,
+    offload: Any = None,
+    planner: OffloadPlanner | None = None,
     record: Callable[[Sequence[int]], None] = lambda _: None,
     **changes: object,
 ) -> Leader:
-    scheduler = make_scheduler()
-    return Leader(
-        spec=make_spec("unused", **changes),
-        runner=recorder,
-        transfer=recorder,
-        scheduler=scheduler,
-        server=recorder,
-        followers=None,
-        record=record,
-        clock=clock,
+    spec = make_spec("unused", max_num_seqs=2, **changes)
+    rank = RankParts(spec, recorder, recorder, offload, clock=clock)
+    return Leader(rank, make_scheduler(spec, offload=planner), recorder, followers, record)
+
+
+def add(name: str, max_tokens: int, prompt: Sequence[int] = (1, 2, 3), **fields: Any) -> AddRequest:
+    sampling = SamplingParams(max_tokens=max_tokens)
+    return AddRequest(
+        request_id=name,  # type: ignore[arg-type]
+        prompt_token_ids=list(prompt),
+        sampling=sampling,
+        **fields,
     )
+
+
+def run(leader: Leader, recorder: Recorder) -> None:
+    while leader.wait_s() == 0 or recorder.requests:
+        leader.turn()
 
 
 def test_a_lease_is_granted_before_anyone_hears_of_it() -> None:
-    request = AddRequest(
-        request_id="a/0",
-        prompt_token_ids=[1, 2, 3],
-        sampling=SamplingParams(max_tokens=1),
-        do_remote_decode=True,
-    )
-    recorder = Recorder([request])
-    leader = make_leader(recorder)
-    while leader.wait_s() == 0 or recorder.requests:
-        leader.turn()
-    kinds = [type(message).__name__ for message in recorder.told]
-    assert kinds == ["GrantLease", "RequestFinished"]
+    recorder = Recorder(add("a/0", 1, do_remote_decode=True))
+    run(make_leader(recorder), recorder)
+    assert recorder.steps == ["launch 0", "collect 0", "GrantLease", "RequestFinished"]
     grant, finished = recorder.told
-    assert isinstance(grant, GrantLease)
-    assert finished.remote_kv.lease_id == grant.lease_id  # type: ignore[attr-defined]
+    assert finished.remote_kv.lease_id == grant.lease_id
 
 
-def test_statistics_go_out_at_once_for_who_asks() -> None:
-    recorder = Recorder([])
-    leader = make_leader(recorder, clock=lambda: 50.0)
-    for asked, num_stats in [([], 1), ([], 1), ([ReadStats(), ReadStats()], 2), ([], 2)]:
-        recorder.requests = asked
+def test_a_steps_tokens_leave_while_the_next_one_runs() -> None:
+    recorder = Recorder(add("a", 3))
+    run(make_leader(recorder, async_scheduling=True), recorder)
+    assert recorder.steps == [
+        *("launch 0", "launch 1", "collect 0", "Tokens"),
+        *("launch 2", "collect 1", "Tokens"),
+        *("collect 2", "RequestFinished"),
+    ]
+
+
+def test_a_prompt_waits_for_no_step_that_was_not_launched_before_it_came() -> None:
+    recorder = Recorder(add("a", 9))
+    leader = make_leader(recorder, async_scheduling=True)
+    for _ in range(3):
+        leader.turn()
+    recorder.steps.clear()
+    recorder.requests = [add("b", 1)]
+    leader.turn()
+    assert recorder.steps == ["collect 2", "Tokens", "launch 3"]
+    leader.turn()
+    finished = [item for item in recorder.told if isinstance(item, RequestFinished)]
+    assert [item.request_id for item in finished] == ["b"]
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_each_step_is_noted_before_anybody_begins_it_and_its_end_too(runs_ahead: bool) -> None:
+    order: list[Any] = []
+
+    class Steps(Recorder):
+        def launch(self, plan: StepPlan) -> StepPlan:
+            order.append("launch")
+            return plan
+
+    recorder = Steps(*(add(str(number), 2, origin=number) for number in (4, 5)))
+    leader = make_leader(recorder, record=order.append, async_scheduling=runs_ahead)
+    for _ in range(6):
+        leader.turn()
+    noted = [sorted({*order[at - 1]}) for at, item in enumerate(order) if item == "launch"]
+    assert noted == [[4, 5], [4, 5], []], "the last launch computes nothing and frees the rows"
+    assert order[-1] == []
+
+
+def test_statistics_go_out_every_second_and_at_once_for_who_asks() -> None:
+    now_s = 50.0
+    recorder = Recorder()
+    leader = make_leader(recorder, clock=lambda: now_s)
+    for asked, passed_s, num_stats in [
+        ([], 0.0, 1),
+        ([], 0.0, 1),
+        ([ReadStats(), ReadStats()], 0.0, 2),
+        ([], 0.0, 2),
+        ([], STATS_INTERVAL_S, 3),
+        ([], STATS_INTERVAL_S, 4),
+    ]:
+        recorder.requests, now_s = list(asked), now_s + passed_s
         leader.turn()
         assert recorder.num_stats == num_stats
 
 
-def test_statistics_go_out_every_second_also_when_nothing_is_new() -> None:
-    now_s = 50.0
-    recorder = Recorder([])
-    leader = make_leader(recorder, clock=lambda: now_s)
-    for _ in range(2):
+def test_blocks_are_free_when_the_last_rank_has_stored_its_heads() -> None:
+    jobs: list[OffloadJob] = []
+    ended: list[JobFinished] = []  # of rank 0, whose copies end before somebody looks
+    reports: list[StepDone] = []  # of rank 1, whose copies end when the test says so
+
+    def ends() -> list[JobFinished]:
+        return [JobFinished(job.job_id, True, num_bytes=10) for job in jobs]
+
+    def submit(new: list[OffloadJob]) -> None:
+        jobs.extend(new)
+        ended.extend(ends() if new else ())
+
+    def take(items: list[Any]) -> list[Any]:
+        taken = items.copy()
+        items.clear()
+        return taken
+
+    told: list[StepPlan] = []
+    recorder = Recorder(add("a", 2, range(9)))
+    leader = make_leader(
+        recorder,
+        followers=SimpleNamespace(send=told.append, receive=lambda: take(reports)),
+        offload=SimpleNamespace(submit=submit, take_finished=lambda: take(ended)),
+        planner=OffloadPlanner(make_groups([None]), 4, HostTier(8)),
+        tensor_parallel_size=2,
+    )
+    while leader.wait_s() == 0 or recorder.requests or ended:
         leader.turn()
-    assert recorder.num_stats == 1
-    for _ in range(3):
-        now_s += STATS_INTERVAL_S
-        leader.turn()
-    assert recorder.num_stats == 4
+    assert [job.group_sizes for job in jobs] == [[2]]
+    assert [job for plan in told for job in plan.jobs] == jobs
+    stats = leader._requests.stats()
+    assert (stats.num_offload_jobs, stats.num_free_blocks, stats.num_running) == (1, 14, 0)
+    reports.append(StepDone(tp_rank=1, jobs=ends()))
+    leader.turn()
+    stats = leader._requests.stats()
+    assert (stats.num_offload_jobs, stats.num_free_blocks) == (0, 16)
+    assert stats.offload_stored_bytes == 20

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pdlaunch.engine.channels import EventMerger
-from pdlaunch.engine.request import RequestSpans
-from pdlaunch.observe.spans import Span, SpanReport
-from pdlaunch.protocol.transfer import PullFinished
+from pdlaunch.observe.spans import Span
 from tests.engine.fake_engine import PROMPT, FakeEngine, remote_kv
 
 
@@ -64,37 +61,3 @@ def test_a_pull_says_what_it_brought() -> None:
     assert pull.attributes["verified"] is True
     assert pull.attributes["tokens"] == seated.attributes["remote_tokens"] == len(PROMPT)
     assert not named(engine, "prefill")
-
-
-def test_the_reports_of_all_ranks_come_together() -> None:
-    now = [100.0]
-    spans = RequestSpans(True, clock=lambda: now[0])
-    spans.enter("pulling")
-    aggregator = EventMerger(2)
-    for rank in range(2):
-        report = SpanReport(elapsed_s=1.0, spans=[Span("read", 0.25, 0.75)])
-        merged = aggregator.add(
-            PullFinished(
-                pull_id="p",
-                ok=True,
-                num_bytes=10**9,
-                read_s=0.5,
-                seconds=0.75,
-                reports={rank: report},
-            )
-        )
-    now[0] = 101.0
-    (event,) = merged
-    assert isinstance(event, PullFinished)
-    spans.pulled(event, num_tokens=4, verifies=False)
-    told = spans.end("length", 1)
-    assert told is not None
-    by_process = [(span.process, span.name, span.start_at, span.end_at) for span in told.spans]
-    assert by_process[1:5] == [
-        ("rank-0", "lease", 0.0, 0.25),
-        ("rank-0", "pull", 0.25, 1.0),
-        ("rank-0", "read", 0.25, 0.75),
-        ("rank-1", "read", 0.25, 0.75),
-    ]
-    pull = told.spans[2]
-    assert (pull.attributes["gb_s"], pull.attributes["verified"]) == (4.0, False)

@@ -4,15 +4,11 @@ they have survived one.
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from pdlaunch.engine.step import StepPlan
-from pdlaunch.protocol.engine import AddRequest, SamplingParams
 from pdlaunch.protocol.process.step_record import SUSPECT_BIT
 from tests.engine.fake_engine import FakeEngine, output
-from tests.engine.test_leader import Recorder, make_leader
 
 PROMPTS = {"a": [1, 2, 3], "b": [2, 3, 4, 5, 6], "c": [3, 4], "innocent": [5, 5, 5]}
 
@@ -65,25 +61,3 @@ def test_others_do_not_wait_behind_a_suspect_that_waits() -> None:
     engine.add("innocent", PROMPTS["c"], max_tokens=2)
     plan = engine.step()
     assert [len(row.token_ids) for row in plan.new_rows] == [len(PROMPTS["c"])]
-
-
-@pytest.mark.parametrize("runs_ahead", [False, True])
-def test_rank_0_notes_each_step_before_anybody_begins_it_and_its_end(runs_ahead: bool) -> None:
-    order: list[Any] = []
-
-    class Steps(Recorder):
-        def launch(self, plan: StepPlan) -> StepPlan:
-            order.append("launch")
-            return plan
-
-    sampling = SamplingParams(max_tokens=2)
-    requests = [
-        AddRequest(request_id=str(n), prompt_token_ids=[1, n], sampling=sampling, origin=n)
-        for n in (4, 5)
-    ]
-    leader = make_leader(Steps([*requests]), record=order.append, async_scheduling=runs_ahead)
-    for _ in range(6):
-        leader.turn()
-    noted = [sorted(set(order[place - 1])) for place, item in enumerate(order) if item == "launch"]
-    assert noted == [[4, 5], [4, 5], []], "the last launch computes nothing and frees the rows"
-    assert order[-1] == []

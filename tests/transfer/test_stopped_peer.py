@@ -16,7 +16,6 @@ import msgspec
 import numpy as np
 import pytest
 
-from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.engine.kvcache.hashing import TokenHasher, root_hash
 from pdlaunch.engine.lifecycle import RequestLifecycle
 from pdlaunch.engine.scheduler import Scheduler
@@ -54,24 +53,18 @@ class DecodeEngine:
     """Blocks of each request that has entered the batch."""
 
     def __post_init__(self) -> None:
-        self.scheduler = Scheduler(
-            RequestLifecycle(
-                groups=layout_of(
-                    block_size=BLOCK_SIZE,
-                    num_layers=SHAPE["num_layers"],
-                    head_dim=SHAPE["head_dim"],
-                ).groups,
-                num_blocks=NUM_BLOCKS,
-                block_size=BLOCK_SIZE,
-                max_num_seqs=8,
-                max_model_len=1024,
-                enable_prefix_caching=False,
-                model_digest=MODEL,
-                kv_transfer=KVTransferSettings(),
-                local=("b" * 32, "127.0.0.1", 1, 1),
-            ),
-            max_num_batched_tokens=512,
+        spec = spec_of("decode").model_copy(update={"enable_prefix_caching": False})
+        num_layers, head_dim = SHAPE["num_layers"], SHAPE["head_dim"]
+        layout = layout_of(block_size=BLOCK_SIZE, num_layers=num_layers, head_dim=head_dim)
+        requests = RequestLifecycle(
+            spec,
+            layout.groups,
+            NUM_BLOCKS,
+            model_digest=MODEL,
+            engine_id="b" * 32,
+            port=1,
         )
+        self.scheduler = Scheduler(requests)
         self._lease_ids: dict[int, str] = {}
 
     def add(self, lease_id: str, prompt: list[int], holder: RankHandle | None = None) -> None:

@@ -9,9 +9,6 @@ host::
     full group       [ d   d   d   h   h   h ]        shared: 0..2, loaded: 3..5
     sliding group            . [ d   h   h   h ]      only what the next token sees
 
-Before a pull the groups are independent of each other: each may end where it will, the pull brings
-the rest.
-
 A host chunk is found by the hash of its last block, so only chunks that a request fills are stored
 and found.
 """
@@ -36,13 +33,12 @@ class HostHit:
     """Describes a prefix that is partly on the host."""
 
     device: PrefixHit  # cached blocks of each group to share; what follows them comes from the host
-    chunk_ids: list[list[int]]  # chunks of each group, with blocks [device.end(group), ends[group])
-    ends: list[int]
-    """Logical index, for each group, after its last block; all equal, except before a pull."""
+    chunk_ids: list[list[int]]  # chunks of each group, with blocks [device.end(group), end)
+    end: int  # logical index after the last block of each group
 
     def num_blocks_to_load(self, group: int) -> int:
         """Return the number of device blocks that the group needs for the load."""
-        return self.ends[group] - self.device.end(group)
+        return self.end - self.device.end(group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,25 +92,9 @@ class OffloadPlanner:
         limit = min(max_blocks, len(block_hashes))
         length = longest_prefix(self._windows, self._block_size, limit, end_of)
         num_computed = length * self._block_size
-        return self.find_for_pull(block_hashes, length, num_computed, find_on_device)
-
-    def find_for_pull(
-        self,
-        block_hashes: Sequence[bytes],
-        max_blocks: int,
-        num_computed: int,
-        find_on_device: FindOnDevice,
-    ) -> HostHit | None:
-        """Return the blocks that a pull need not bring: for each group those from the first one
-        visible to token ``num_computed`` on, within the first ``max_blocks``.
-
-        Return None when the host adds nothing to what the device has. Nothing is pinned, as by
-        ``find``.
-        """
-        limit = min(max_blocks, len(block_hashes))
         first = [first_visible(window, num_computed, self._block_size) for window in self._windows]
         runs = [
-            self._run(group, block_hashes, start, limit, find_on_device)
+            self._run(group, block_hashes, start, length, find_on_device)
             for group, start in enumerate(first)
         ]
         if not any(chunk_ids for _, chunk_ids in runs):
@@ -123,10 +103,7 @@ class OffloadPlanner:
             device=PrefixHit(first, [device for device, _ in runs]),
             # Neighbouring blocks may share a chunk, which is loaded once.
             chunk_ids=[list(dict.fromkeys(chunk_ids)) for _, chunk_ids in runs],
-            ends=[
-                start + len(device) + len(chunk_ids)
-                for start, (device, chunk_ids) in zip(first, runs, strict=True)
-            ],
+            end=length,
         )
 
     def begin_load(

@@ -85,7 +85,7 @@ def test_finds_the_longest_prefix(
         assert hit is None
         return
     assert hit is not None
-    assert hit.ends == [longest] * len(windows)
+    assert hit.end == longest
     for group in range(len(windows)):
         end = split(group, longest)
         assert hit.device.first[group] == first_visible(group, longest)
@@ -96,31 +96,6 @@ def test_finds_the_longest_prefix(
             tier.find(group, bytes([index])) for index in range(end, longest)
         ]
         assert hit.num_blocks_to_load(group) == longest - end
-
-
-def test_before_a_pull_each_group_ends_where_it_will() -> None:
-    planner, _ = make_planner([None, 9, 5])
-    (store,) = planner.begin_stores(tables_of([0, 2, 3], 4), hashes(6), 0, 4)
-    planner.finish(ok(store))
-    on_device = {(0, 0): 7, (1, 3): 8, (1, 4): 9}
-    hit = planner.find_for_pull(
-        hashes(6), 6, 22, lambda group, block_hash: on_device.get((group, block_hash[0]))
-    )
-    assert hit is not None
-    # Token 22 sees tokens from 14 and from 18 on: blocks 3 and 4. Nothing after block 3 was stored.
-    assert hit.device.first == [0, 3, 4]
-    assert hit.device.block_ids == [[7], [8, 9], []]
-    assert hit.ends == [4, 5, 4]
-    load = planner.begin_load(hit, [[20, 21, 22], [], []], hashes(6))
-    assert (load.group_sizes, load.chunk_hashes) == ([3, 0, 0], hashes(4)[1:])
-    assert (
-        planner.find_for_pull(
-            hashes(6), 1, 22, lambda group, block_hash: on_device.get((group, block_hash[0]))
-        )
-        is None
-    )
-    planner.finish(ok(load))
-    planner.check_integrity()
 
 
 def test_stores_what_became_full_and_loads_it_back() -> None:
@@ -142,7 +117,7 @@ def test_stores_what_became_full_and_loads_it_back() -> None:
     )
     assert hit is not None
     # Block 4 was not full; the token after block 3 sees blocks 2 and 3 of the sliding group.
-    assert (hit.ends, hit.device.first, hit.device.block_ids) == ([4, 4], [0, 2], [[7], []])
+    assert (hit.end, hit.device.first, hit.device.block_ids) == (4, [0, 2], [[7], []])
     load = planner.begin_load(hit, [[20, 21, 22], [23, 24]], hashes(5))
     assert load.group_sizes == [3, 2]
     assert load.block_indices == [1, 2]
@@ -167,7 +142,7 @@ def test_chunks_of_several_blocks_are_stored_when_full_and_loaded_from_inside() 
         hashes(8), 5, lambda group, block_hash: 50 if group == 0 and block_hash < b"\1" else None
     )
     assert hit is not None
-    assert (hit.ends, hit.device.first, hit.device.block_ids) == ([5, 5], [0, 4], [[50], []])
+    assert (hit.end, hit.device.first, hit.device.block_ids) == (5, [0, 4], [[50], []])
     load = planner.begin_load(hit, [[1, 2, 3, 4], [5]], hashes(8))
     assert (load.group_sizes, load.block_indices) == ([4, 1], [1, 4])
     assert load.chunk_ids == store.chunk_ids

@@ -105,8 +105,8 @@ async def test_reasons_and_parameters_of_requests_are_counted(
 
 async def test_the_rank_s_histograms_are_shown(engine: Engine, rank: FakeRank) -> None:
     histograms = Histograms()
-    histograms.ran_step(7)
-    histograms.ran_step(9)
+    for num_tokens in (7, 9):
+        histograms.observe("iteration_tokens_total", num_tokens)
     for num_bytes in (4096, 8192):
         histograms.pulled(
             PullFinished(
