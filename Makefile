@@ -127,10 +127,10 @@ format: $(DEV)  ## Format the code
 	$(BIN)/ruff format .
 
 rules: $(RUNTIME)  ## Write docs/rules.md
-	$(BIN)/pdlaunch explain --markdown > docs/rules.md
+	$(BIN)/python -m tools.pages rules > docs/rules.md
 
 settings: $(RUNTIME)  ## Write docs/settings.md
-	$(BIN)/pdlaunch config schema --markdown > docs/settings.md
+	$(BIN)/python -m tools.pages settings > docs/settings.md
 
 # setuptools is there, as torch needs it; a build/ of before would bring modules that are gone.
 wheel: $(RUNTIME)  ## Build dist/pdlaunch-*.whl

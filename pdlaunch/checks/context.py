@@ -23,7 +23,7 @@ from pdlaunch.planning.role_engines import RoleEngines
 Need = (
     Fact
     | Literal["model", "model_files", "ports", "nixl", "connector", "extras", "folders", "weights"]
-    | Literal["transport", "engine_commands", "engine_flags", "deployment", "canary", "handshake"]
+    | Literal["transport", "engine_commands", "engine_flags", "deployment", "canary"]
 )
 """Facts that can be missing."""
 
@@ -127,8 +127,6 @@ def make_context(launch: ResolvedLaunch, origins: Mapping[str, Origin], probes: 
             missing[need] = reason
     if probes.deployment is None or probes.deployment.pairs is None:
         missing["canary"] = "no canary was sent"
-    if probes.deployment is None or not probes.deployment.has_asked_side_channels:
-        missing["handshake"] = "side channels are asked with --handshake, after a canary"
     return Context(launch, origins, probes, missing)
 
 

@@ -93,12 +93,7 @@ class SeenPair:
     and other requests may have read them.
     """
     seconds: float = 0.0
-    side_channel: str = ""
-    """``HOST:PORT`` at which decode is told to shake hands; empty: of an engine without one."""
     wrong_address: str = ""  # the reason why decode cannot find the side channel there
-    handshake: str | None = None
-    """The metadata that a handshake with it returned; None: nobody asked."""
-    silence: str = ""  # the reason why it did not answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +102,6 @@ class SeenDeployment:
 
     engines: tuple[SeenEngine, ...]
     pairs: tuple[SeenPair, ...] | None  # none: no canary was sent
-    has_asked_side_channels: bool = False
 
     def of(self, role: Role) -> tuple[SeenEngine, ...]:
         """Return the engines of a role that answer."""

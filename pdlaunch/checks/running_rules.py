@@ -93,8 +93,6 @@ def _seen(context: Context) -> Iterator[Found]:
             moved = f"a canary moved {format_size(pair.num_bytes)} in {pair.seconds:.2f} s"
             caveat = "" if pair.is_told else _BYTES_ALONE
             yield Found(f"{moved}{caveat}", f"{pair.prefill} -> {pair.decode}")
-        if pair.handshake:
-            yield Found(pair.handshake, f"side channel {pair.side_channel}")
 
 
 def _reads(each: SeenEngine) -> str:
@@ -213,20 +211,6 @@ RULES = (
         fix="Start prefill with VLLM_NIXL_SIDE_CHANNEL_HOST set to its own address, seen from "
         "decode.", source="remote_host in prefill's kv_transfer_params; volcano-sh/kthena#1781.",
         needs=("canary",)),
-    error("PD662", "The side channel of a prefill engine does not answer.",
-        "Decode engines that are new, or are restarted, compute every prompt themselves. vLLM's "
-        "listener ends at a question for a rank that does not exist, and the engine stays healthy.",
-        over=_pairs,
-        when=lambda pair: (
-            pair.silence
-            and Found(
-                f"its side channel {pair.side_channel}: {pair.silence}", f"prefill {pair.prefill}"
-            )
-        ),
-        fix="Restart this prefill engine; let nobody but its decode engines reach the side "
-        "channel.",
-        source="A question to the side channel for each rank that prefill names (--handshake).",
-        needs=("handshake",)),
     warning("PD663", "KV blocks come far slower than over the link that is there.",
         "That is less than a tenth of what the link should give. READs that share it explain a "
         "part of such a gap, a path that does not use it explains all.",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Annotated, Any, NamedTuple
 from urllib.parse import urlsplit
@@ -24,7 +25,6 @@ from pdlaunch.config.roles import ROLES, EngineName, Role
 from pdlaunch.errors import ConfigError, PdlaunchError, ProtocolError
 from pdlaunch.http.watch.canary import BYTES_READ, SECONDS_READ, CanaryDied, send_canary
 from pdlaunch.http.watch.engine_api import Counts, EngineApi
-from pdlaunch.http.watch.handshake import SideChannel, shake_hands, side_channel_of
 from pdlaunch.launch.engines.vllm import OF_RUNNING_ENGINES
 from pdlaunch.machine.facts import Machine
 from pdlaunch.machine.link_speed import (
@@ -39,70 +39,12 @@ from pdlaunch.machine.probe import probe_machine
 from pdlaunch.planning.models import Model
 from pdlaunch.planning.resolve import THIS_HOST, resolve
 
-_CPU_BUILD = "+cpu"  # ends the version of a vLLM that computes on CPUs
-
-
-class Links:
-    """Tells of links; looks at this machine once, when a link lies within it."""
-
-    def __init__(self) -> None:
-        self._here: dict[bool, ExpectedSpeed] = {}
-        """By whether engines compute on CPUs although there may be GPUs."""
-
-    def expected(self, prefill: str, decode: str, versions: Sequence[str | None]) -> ExpectedSpeed:
-        """Return what the link between two engines should give.
-
-        ``prefill``, ``decode``: their URLs; ``versions``: of both.
-        """
-        far = [url for url in (prefill, decode) if not is_here(url)]
-        if len(far) == 2:
-            return ExpectedSpeed(None, "both run on other hosts; ask on one of these")
-        if far:
-            address = address_towards(urlsplit(far[0]).hostname or "")
-            device = None if address is None else device_of(address)
-            if device is None:
-                return ExpectedSpeed(None, f"this host has no route to {far[0]}")
-            return over_network(device)
-        on_cpus = any(version and version.endswith(_CPU_BUILD) for version in versions)
-        if on_cpus not in self._here:
-            self._here[on_cpus] = _within_host(on_cpus=on_cpus)
-        return self._here[on_cpus]
-
-
-def _within_host(*, on_cpus: bool) -> ExpectedSpeed:
-    machine = probe_machine()
-    if on_cpus or not (machine.gpus or machine.has_hidden_gpus):
-        return within_cpus(measure_copy_gigabytes_per_s())
-    if not machine.gpus:
-        return ExpectedSpeed(None, "this host has GPUs that this process does not see")
-    return between_gpus(machine)
-
-
-def is_here(url: str) -> bool:
-    """Tell whether a URL leads to this host, by the loopback device or an address of its own."""
-    host = urlsplit(url).hostname or ""
-    if url.startswith("unix:") or is_loopback(host):
-        return True
-    try:
-        found = {str(address[0]) for *_, address in socket.getaddrinfo(host, None)}
-    except OSError:
-        return False
-    own = {
-        each.address.partition("%")[0]
-        for device in psutil.net_if_addrs().values()
-        for each in device
-    }
-    return not found.isdisjoint(own)
-
-
 ASK_TIMEOUT_S = 10.0
-INFO_TIMEOUT_S = 60.0
-"""vLLM gathers what it tells there, which took more than 10 s on a machine with other work."""
+INFO_TIMEOUT_S = 60.0  # vLLM gathers /server_info for more than 10 s on a busy machine
 MEASURABLE_BYTES = 64 * 1024**2  # with fewer bytes the time is that of starting their READs
-HANDSHAKE_TIMEOUT_S = 5.0
-
-
+_CPU_BUILD = "+cpu"  # ends the version of a vLLM that computes on CPUs
 _ANSWER_TOKENS = "vllm:request_generation_tokens"
+_CACHE = "vllm:cache_config_info"
 
 
 class _Names(NamedTuple):
@@ -143,35 +85,31 @@ def doctor(
     canary: Annotated[
         bool, typer.Option(help="Send a short prompt through each pair of engines.")
     ] = True,
-    handshake: Annotated[
-        bool,
-        typer.Option("--handshake", help="Ask the side channels that canaries have named, too."),
-    ] = False,
     output: OutputOption = "table",
     strict: StrictOption = False,
 ) -> None:
     """Find what is wrong with engines that run already, of vLLM or native, and harm nothing.
 
     Each engine is asked for its health, version, models and metrics; through each pair goes one
-    prompt of two KV blocks with at most 4 tokens out. The side channel of vLLM is not touched
-    without --handshake.
+    prompt of two KV blocks with at most 4 tokens out.
     """
     try:
-        key = _key(engine_key_env, os.environ)
-        for url in routers or ():
-            _require_url("URL", url)
+        key = None if engine_key_env is None else os.environ.get(engine_key_env)
+        if engine_key_env is not None and not key:
+            raise ConfigError(
+                "the variable is not set, or empty",
+                field="--engine-key-env",
+                value=engine_key_env,
+                fix="export it with the engines' key",
+            )
         by_role: dict[Role, list[str] | None] = {"prefill": prefill, "decode": decode, "both": both}
         named = [(role, url) for role, given in by_role.items() for url in given or ()]
-        for role, url in named:
-            _require_url(f"--{role}", url)
+        for name, url in [("URL", url) for url in routers or ()] + [
+            (f"--{r}", u) for r, u in named
+        ]:
+            _require_url(name, url)
         listed = asyncio.run(_engines_of(routers or ()))
         urls = list(dict.fromkeys([*named, *listed]))
-        if handshake and not canary:
-            raise ConfigError(
-                "the ranks that exist are not known: a canary's answer names them",
-                field="--handshake",
-                fix="leave --no-canary out",
-            )
         if not urls:
             raise ConfigError(
                 "no engine is named",
@@ -180,40 +118,42 @@ def doctor(
     except ConfigError as error:
         refuse_input(error, output, None)
     # A router that is asked is not trusted with a key: it could list whom it likes.
-    keys = {} if key is None else {url: key for _, url in named}
-    seen = asyncio.run(
-        examine(urls, keys, sends_canaries=canary, is_exact=exact, shakes_hands=handshake)
-    )
+    keys = {url: key for _, url in named if key}
+    seen = asyncio.run(examine(urls, keys, sends_canaries=canary, is_exact=exact))
     print_report(judge(seen), output, strict=strict)
+
+
+def _require_url(name: str, url: str) -> None:
+    fix = "write http://HOST:PORT, https://HOST:PORT, or unix:/PATH of a socket"
+    if not url.startswith(("http://", "https://", UNIX)):
+        raise ConfigError("not a URL", field=name, value=url, fix=fix)
+    try:
+        # A path would not be asked, and a user's password would be sent as part of the host.
+        read_engine_url(url)
+    except ValueError as error:
+        raise ConfigError(str(error), field=name, fix=fix) from None
 
 
 async def _engines_of(routers: Sequence[str]) -> list[tuple[Role, str]]:
     """Return the engines that routers list. Raises ConfigError."""
     found: list[tuple[Role, str]] = []
     for url in routers:
-        # Without the key, which is for engines.
-        api = EngineApi(url)
+        api = EngineApi(url)  # without the key, which is for engines
         try:
-            engines = await api.listed_engines(ASK_TIMEOUT_S)
+            for name, engine, _ in await api.listed_engines(ASK_TIMEOUT_S):
+                role = next((role for role in ROLES if role == name), None)
+                if role is None:
+                    raise ProtocolError(f"it lists an engine of role {name[:100]}")
+                found.append((role, engine))
         except ProtocolError as error:
             raise ConfigError(
-                f"not a router of pdlaunch: {error}",
+                f"not a router of this pdlaunch: {error}",
                 field="URL",
                 value=url,
                 fix="name engines by --prefill and --decode: engines do not tell their role",
             ) from None
         finally:
             await api.close()
-        for name, engine, _ in engines:
-            role = next((role for role in ROLES if role == name), None)
-            if role is None:
-                raise ConfigError(
-                    f"it lists an engine of role {name[:100]}",
-                    field="URL",
-                    value=url,
-                    fix="use the pdlaunch of that router's version",
-                )
-            found.append((role, engine))
     return found
 
 
@@ -229,32 +169,30 @@ def judge(seen: SeenDeployment) -> Report:
 
 
 async def examine(
-    urls: list[tuple[Role, str]],
+    urls: Sequence[tuple[Role, str]],
     keys: Mapping[str, str],
     *,
     sends_canaries: bool,
     is_exact: bool,
-    shakes_hands: bool = False,
 ) -> SeenDeployment:
-    """Look at engines, all at the same time, then send a canary through each pair in turn.
+    """Look at all engines at the same time, then send a canary through each pair in turn.
 
-    ``keys``: of engines, by URL. ``shakes_hands``: then ask each side channel that a canary has
-    named.
+    ``keys``: of engines, by URL.
     """
     apis = {url: EngineApi(url, keys.get(url)) for _, url in urls}
     try:
         engines = await asyncio.gather(*(_look(role, url, apis[url]) for role, url in urls))
         seen = SeenDeployment(tuple(engines), None)
-        links = Links()
-        seen = replace(seen, engines=tuple(_with_link(each, seen, links) for each in engines))
+        link = link_finder()
+        seen = replace(seen, engines=tuple(_with_link(each, seen, link) for each in engines))
         if not sends_canaries:
             return seen
         pairs = [
-            await _prove(prefill, decode, apis, is_exact=is_exact, shakes_hands=shakes_hands)
+            await _prove(prefill, decode, apis, is_exact=is_exact)
             for prefill in seen.of("prefill")
             for decode in seen.of("decode")
         ]
-        return replace(seen, pairs=tuple(pairs), has_asked_side_channels=shakes_hands)
+        return replace(seen, pairs=tuple(pairs))
     finally:
         for api in apis.values():
             await api.close()
@@ -266,47 +204,110 @@ async def _look(role: Role, url: str, api: EngineApi) -> SeenEngine:
         return SeenEngine(role, url, problem=f"it {said}: GET /health")
     try:
         counts = await api.counts(ASK_TIMEOUT_S)
-        kind: EngineName = "native" if counts.has(_COUNTED["native"].prompt_tokens) else "vllm"
         version = await api.version(ASK_TIMEOUT_S)
         models = await api.models(ASK_TIMEOUT_S)
     except ProtocolError as error:
         return SeenEngine(role, url, problem=str(error))
     info = await api.server_info(INFO_TIMEOUT_S)
-    lengths = [length for length in models.values() if length is not None]
-    cache, names = "vllm:cache_config_info", _COUNTED[kind]
-    num_bytes = int(counts.total(BYTES_READ[kind]))
+    kind: EngineName = "native" if counts.has(_COUNTED["native"].prompt_tokens) else "vllm"
+    names = _COUNTED[kind]
+    num_bytes, seconds = int(counts.total(BYTES_READ[kind])), counts.total(SECONDS_READ[kind])
     return SeenEngine(
         role,
         url,
         kind=kind,
         version=version,
         models=tuple(models),
-        max_model_len=min(lengths, default=None),
-        block_size=counts.label(cache, "block_size"),
-        cache_dtype=counts.label(cache, "cache_dtype"),
-        prompt_tokens=int(counts.total(names.prompt_tokens)),
+        max_model_len=min(filter(None, models.values()), default=None),
+        block_size=counts.label(_CACHE, "block_size"),
+        cache_dtype=counts.label(_CACHE, "cache_dtype"),
+        prompt_tokens=_count(counts, names.prompt_tokens),
         bytes_read=num_bytes,
-        gigabytes_per_s=_speed(counts, num_bytes, kind),
-        num_expired=int(counts.total(names.expired)),
-        num_failed=sum(int(counts.total(name)) for name in names.failed),
-        num_answers=int(counts.total(f"{_ANSWER_TOKENS}_count")),
-        answer_tokens=int(counts.total(f"{_ANSWER_TOKENS}_sum")),
+        gigabytes_per_s=num_bytes / seconds / 1e9
+        if seconds and num_bytes >= MEASURABLE_BYTES
+        else None,
+        num_expired=_count(counts, names.expired),
+        num_failed=_count(counts, *names.failed),
+        num_answers=_count(counts, f"{_ANSWER_TOKENS}_count"),
+        answer_tokens=_count(counts, f"{_ANSWER_TOKENS}_sum"),
         has_dev_mode=info is not None,
         **_transfer_settings(info or {}),
     )
 
 
-def _with_link(engine: SeenEngine, seen: SeenDeployment, links: Links) -> SeenEngine:
-    """Return a decode engine with what the slowest of its links to prefill engines should give.
+def _count(counts: Counts, *names: str) -> int:
+    return sum(int(counts.total(name)) for name in names)
 
-    What it counts is of all of them.
+
+def _transfer_settings(info: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what /server_info tells of the connector; empty where it tells something else."""
+    match info:
+        case {"vllm_config": {"kv_transfer_config": dict(transfer)}}:
+            extra = transfer.get("kv_connector_extra_config")
+            lease = extra.get("kv_lease_duration", 30) if isinstance(extra, dict) else 30
+            return {
+                "kv_role": transfer.get("kv_role"),
+                "on_failure": transfer.get("kv_load_failure_policy"),
+                "lease_s": lease if isinstance(lease, int) else None,
+            }
+        case _:
+            return {}
+
+
+Link = Callable[[SeenEngine, SeenEngine], ExpectedSpeed]
+
+
+def link_finder() -> Link:
+    """Return what tells the speed that the link between two engines should have.
+
+    It looks at this machine at most once, when a link lies within it.
+    """
+
+    @functools.cache
+    def within_host(on_cpus: bool) -> ExpectedSpeed:
+        machine = probe_machine()
+        if on_cpus or not (machine.gpus or machine.has_hidden_gpus):
+            return within_cpus(measure_copy_gigabytes_per_s())
+        if not machine.gpus:
+            return ExpectedSpeed(None, "this host has GPUs that this process does not see")
+        return between_gpus(machine)
+
+    def link(prefill: SeenEngine, decode: SeenEngine) -> ExpectedSpeed:
+        far = [url for url in (prefill.url, decode.url) if not is_here(url)]
+        if len(far) == 2:
+            return ExpectedSpeed(None, "both run on other hosts; ask on one of these")
+        if far:
+            address = address_towards(urlsplit(far[0]).hostname or "")
+            device = None if address is None else device_of(address)
+            if device is None:
+                return ExpectedSpeed(None, f"this host has no route to {far[0]}")
+            return over_network(device)
+        versions = (prefill.version or "", decode.version or "")
+        return within_host(any(version.endswith(_CPU_BUILD) for version in versions))
+
+    return link
+
+
+def is_here(url: str) -> bool:
+    """Tell whether a URL leads to this host, by the loopback device or an address of its own."""
+    host = urlsplit(url).hostname or ""
+    if url.startswith(UNIX) or is_loopback(host):
+        return True
+    try:
+        found = {str(address[0]) for *_, address in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False
+    devices = psutil.net_if_addrs().values()
+    return any(each.address.partition("%")[0] in found for device in devices for each in device)
+
+
+def _with_link(engine: SeenEngine, seen: SeenDeployment, link: Link) -> SeenEngine:
+    """Return a decode engine with what the slowest of its links to prefill engines should give:
+    its counts are of all of them.
     """
     if engine.role != "decode" or engine.problem:
         return engine
-    expected = [
-        links.expected(peer.url, engine.url, (peer.version, engine.version))
-        for peer in seen.of("prefill")
-    ]
+    expected = [link(peer, engine) for peer in seen.of("prefill")]
     if not expected:
         return engine
     slowest = min(expected, key=lambda link: link.gigabytes_per_s or 0.0)
@@ -314,109 +315,45 @@ def _with_link(engine: SeenEngine, seen: SeenDeployment, links: Links) -> SeenEn
 
 
 async def _prove(
-    prefill: SeenEngine,
-    decode: SeenEngine,
-    apis: Mapping[str, EngineApi],
-    *,
-    is_exact: bool,
-    shakes_hands: bool,
+    prefill: SeenEngine, decode: SeenEngine, apis: Mapping[str, EngineApi], *, is_exact: bool
 ) -> SeenPair:
+    pair = SeenPair(prefill.url, decode.url)
     common = [name for name in prefill.models if name in decode.models]
     if not common:
-        return SeenPair(prefill.url, decode.url, "they serve no model of the same name")
-    kind: EngineName = "native" if decode.kind == "native" else "vllm"
+        return replace(pair, problem="they serve no model of the same name")
     try:
         proof = await send_canary(
-            apis[prefill.url], apis[decode.url], common[0], is_exact=is_exact, kind=kind
+            apis[prefill.url],
+            apis[decode.url],
+            common[0],
+            is_exact=is_exact,
+            kind="native" if decode.kind == "native" else "vllm",
         )
     except PdlaunchError as error:
-        pair = SeenPair(prefill.url, decode.url, str(error))
+        pair = replace(pair, problem=str(error))
         params = error.params if isinstance(error, CanaryDied) else {}
     else:
-        pair = SeenPair(
-            prefill.url,
-            decode.url,
+        pair = replace(
+            pair,
             num_bytes=proof.num_bytes,
             is_told=proof.is_told,
             seconds=round(proof.seconds, 3),
         )
         params = proof.params
-    channel = side_channel_of(params) if prefill.kind == "vllm" else None
-    if channel is None:
-        return pair
-    pair = replace(
-        pair,
-        side_channel=f"{channel.host}:{channel.port}",
-        wrong_address=_wrong_address(channel, prefill.url, decode.url),
-    )
-    # What an engine of another host calls localhost is somebody else here.
-    dialed = WILDCARDS.get(channel.host, channel.host)
-    if not shakes_hands or (is_loopback(dialed) and not is_here(prefill.url)):
-        return pair
-    try:
-        told = await shake_hands(channel._replace(host=dialed), HANDSHAKE_TIMEOUT_S)
-    except ProtocolError as error:
-        return replace(pair, silence=str(error))
-    return replace(
-        pair,
-        handshake=f"{told.num_ranks} of its ranks tell {told.num_blocks} KV blocks of "
-        f"{told.block_size} tokens, layout {told.layout}, {told.attention}",
-    )
+    host = params.get("remote_host") if prefill.kind == "vllm" else None
+    return replace(pair, wrong_address=_wrong_address(host, pair))
 
 
-def _wrong_address(channel: SideChannel, prefill: str, decode: str) -> str:
-    """Return why decode does not find the side channel where prefill says."""
-    if channel.host in WILDCARDS:
-        return f"it tells decode to dial {channel.host}, which is decode's own host"
-    if is_loopback(channel.host) and _host(prefill) != _host(decode):
-        return f"it tells decode on {_host(decode)} to dial {channel.host}, which is that host"
+def _wrong_address(host: object, pair: SeenPair) -> str:
+    """Return why decode does not find the side channel at the host that prefill names."""
+    if not isinstance(host, str):
+        return ""
+    if host in WILDCARDS:
+        return f"it tells decode to dial {host}, which is decode's own host"
+    prefill, decode = (
+        "localhost" if is_here(url) else urlsplit(url).hostname or ""
+        for url in (pair.prefill, pair.decode)
+    )
+    if is_loopback(host) and prefill != decode:
+        return f"it tells decode on {decode} to dial {host}, which is that host"
     return ""
-
-
-def _host(url: str) -> str:
-    """Return the host of a URL; all names of this one are one."""
-    return "localhost" if is_here(url) else urlsplit(url).hostname or ""
-
-
-def _speed(counts: Counts, num_bytes: int, kind: EngineName) -> float | None:
-    seconds = counts.total(SECONDS_READ[kind])
-    return num_bytes / seconds / 1e9 if seconds and num_bytes >= MEASURABLE_BYTES else None
-
-
-def _transfer_settings(info: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what /server_info tells of the connector; empty where it tells something else."""
-    config = info.get("vllm_config")
-    transfer = config.get("kv_transfer_config") if isinstance(config, dict) else None
-    if not isinstance(transfer, dict):
-        return {}
-    extra = transfer.get("kv_connector_extra_config")
-    lease = extra.get("kv_lease_duration", 30) if isinstance(extra, dict) else 30
-    return {
-        "kv_role": transfer.get("kv_role"),
-        "on_failure": transfer.get("kv_load_failure_policy"),
-        "lease_s": lease if isinstance(lease, int) else None,
-    }
-
-
-def _key(variable: str | None, environ: Mapping[str, str]) -> str | None:
-    if variable is None:
-        return None
-    if not (key := environ.get(variable)):
-        raise ConfigError(
-            "the variable is not set, or empty",
-            field="--engine-key-env",
-            value=variable,
-            fix="export it with the engines' key",
-        )
-    return key
-
-
-def _require_url(name: str, url: str) -> None:
-    fix = "write http://HOST:PORT, https://HOST:PORT, or unix:/PATH of a socket"
-    if not url.startswith(("http://", "https://", UNIX)):
-        raise ConfigError("not a URL", field=name, value=url, fix=fix)
-    try:
-        # A path would not be asked, and a user's password would be sent as part of the host.
-        read_engine_url(url)
-    except ValueError as error:
-        raise ConfigError(str(error), field=name, fix=fix) from None

@@ -1,15 +1,12 @@
-"""Shows the report of a check: a table for people; for programs JSON, GitHub's workflow commands,
-SARIF and JUnit.
-"""
+"""Shows the report of a check: a table for people; for programs JSON, SARIF and JUnit."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, NoReturn
@@ -18,6 +15,7 @@ from xml.etree import ElementTree
 
 import typer
 from rich.console import Console
+from rich.padding import Padding
 from rich.text import Text
 
 from pdlaunch import __version__
@@ -30,7 +28,7 @@ from pdlaunch.config.problems import InvalidConfigError, Problem
 from pdlaunch.errors import ConfigError
 from pdlaunch.machine.machine_file import AssumedMachine
 
-CheckFormat = Literal["table", "json", "github", "sarif", "junit"]
+CheckFormat = Literal["table", "json", "sarif", "junit"]
 OutputOption = Annotated[CheckFormat, typer.Option("--format", help="How findings are printed.")]
 StrictOption = Annotated[bool, typer.Option("--strict", help="Warnings count as errors.")]
 STYLES = {"error": "red", "warning": "yellow", "info": "cyan"}
@@ -38,7 +36,6 @@ UNUSABLE = "input"  # stands for a rule in what is reported of a configuration t
 _SARIF_SCHEMA = (
     "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 )
-_INDENT = 8
 _WIDTH_OF_A_PIPE = 100_000
 
 
@@ -54,14 +51,14 @@ def print_report(
 
     ``path``: of the configuration.
     """
-    ok = report.is_ok(strict=strict)
+    code = 0 if report.is_ok(strict=strict) else EXIT_FAILED
     if output == "table":
-        print_findings(report_console(), report, ok=ok, assumed=assumed)
+        _print_findings(report, ok=code == 0, assumed=assumed)
     else:
         about = assumed and {"name": assumed.name, "about": assumed.about}
         report = replace(report, resolved={**report.resolved, "assumed": about})
-        typer.echo(_written(report, output, 0 if ok else EXIT_FAILED, strict, path))
-    raise typer.Exit(0 if ok else EXIT_FAILED)
+        typer.echo(_written(report, output, code, strict, path))
+    raise typer.Exit(code)
 
 
 def refuse_input(error: ConfigError, output: CheckFormat, path: Path | None) -> NoReturn:
@@ -87,27 +84,77 @@ def _finding_of(problem: Problem) -> Finding:
 def _written(
     report: Report, output: CheckFormat, exit_code: int, strict: bool, path: Path | None
 ) -> str:
-    match output:
-        case "json":
-            return json.dumps(_json(report, ok=exit_code == 0), indent=2)
-        case "github":
-            return "\n".join(_github(report))
-        case "sarif":
-            return json.dumps(_sarif(report, exit_code, path), indent=2)
-        case _:
-            return _junit(report, strict=strict)
+    if output == "json":
+        return json.dumps(_json(report, ok=exit_code == 0), indent=2)
+    if output == "sarif":
+        return json.dumps(_sarif(report, exit_code, path), indent=2)
+    return _junit(report, strict=strict)
 
 
-def place(finding: Finding) -> str:
+def _place(finding: Finding) -> str:
     """Return ``block_size (deploy.yaml:3:13)``."""
     is_told = not finding.origin or finding.origin == finding.where
     return finding.where if is_told else f"{finding.where} ({finding.origin})"
 
 
-def _gaps(report: Report) -> list[str]:
-    """Return what was not checked, in the order of the rules: those for want of the same facts
-    together.
+def print_finding(console: Console, finding: Finding) -> None:
+    """Print two lines: what is wrong and where, and how to fix it."""
+    text = f"{finding.severity} {finding.rule} {_place(finding)}: {finding.message}"
+    console.print(Text(safe(text), style=STYLES[finding.severity]))
+    console.print(Text(f"  fix: {safe(finding.fix)}"))
+
+
+def _print_findings(report: Report, *, ok: bool, assumed: AssumedMachine | None) -> None:
+    """Print the findings by severity, the rules that were not checked, and a verdict; one line
+    where nothing is found and nothing but ``--probe`` would find more.
     """
+    console = Console()
+    # A pipe gets its lines whole; terminals and COLUMNS have their width.
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _WIDTH_OF_A_PIPE
+
+    def say(text: Text, indent: int = 0) -> None:
+        console.print(Padding(text, (0, 0, 0, indent), expand=False))
+
+    counts = []
+    for severity in SEVERITIES:
+        found = [finding for finding in report.findings if finding.severity == severity]
+        counts.append(f"{len(found)} {severity}{'' if len(found) == 1 else 's'}")
+        if found:
+            heading = f"{severity}s" if len(found) > 1 else severity
+            say(Text(heading, style=f"bold {STYLES[severity]}"))
+        for finding in found:
+            head = Text(f"{finding.rule} ", style=f"bold {STYLES[severity]}")
+            place = Text(safe(_place(finding)), style="bold")
+            say(head + place + Text(f"  {safe(finding.message)}", style="not bold default"), 2)
+            say(Text(f"fix: {safe(finding.fix)}", style="dim"), 8)
+    only_unprobed = _is_only_unprobed(report)
+    if report.not_checked and not only_unprobed:
+        say(Text("not checked", style="bold"))
+        for gap in _gaps(report):
+            say(Text(gap, style="dim"), 2)
+    if assumed is not None:
+        about = f": {safe(assumed.about)}" if assumed.about else ""
+        say(Text(f"for {safe(assumed.name)}{about}", style="dim"))
+    said = f"{'ok' if ok else 'not ok'}: {', '.join(counts) if report.findings else 'no findings'}"
+    verdict = Text(said, style="bold green" if ok else "bold red")
+    if only_unprobed:
+        first, *others = report.not_checked
+        rules = f"{first.rule} and {len(others)} more"
+        verdict += Text(f"; not checked without --probe: {rules}", style="not bold dim default")
+    say(verdict)
+    if report.findings:
+        say(Text(f"pdlaunch explain {report.findings[0].rule} says why", style="dim"))
+
+
+def _is_only_unprobed(report: Report) -> bool:
+    """Tell whether all that was not checked is what ``--probe`` finds out."""
+    missing = {need for item in report.not_checked for need in item.needs}
+    return len(missing) > 1 and missing <= WITHOUT_PROBE
+
+
+def _gaps(report: Report) -> list[str]:
+    """Return what was not checked: the rules that lack the same facts together."""
     by_facts: defaultdict[tuple[tuple[str, ...], str], list[str]] = defaultdict(list)
     for item in report.not_checked:
         by_facts[item.needs, item.reason].append(item.rule)
@@ -118,90 +165,12 @@ def _gaps(report: Report) -> list[str]:
     ]
 
 
-def _without_probe(report: Report) -> list[str]:
-    """Return the rules that were not checked when all that is missing is what ``--probe`` finds
-    out; empty when more or less is.
-    """
-    missing = {need for item in report.not_checked for need in item.needs}
-    is_all = len(missing) > 1 and missing <= WITHOUT_PROBE
-    return [item.rule for item in report.not_checked] if is_all else []
-
-
-def report_console() -> Console:
-    """Return a console whose lines a pipe gets whole; terminals and COLUMNS have their width."""
-    console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = _WIDTH_OF_A_PIPE
-    return console
-
-
-def print_findings(
-    console: Console, report: Report, *, ok: bool, assumed: AssumedMachine | None = None
-) -> None:
-    """Print the findings by severity, the rules that were not checked, and a verdict; one line
-    where nothing is found and nothing but ``--probe`` would find more.
-    """
-    counts = []
-    for severity in SEVERITIES:
-        found = [finding for finding in report.findings if finding.severity == severity]
-        counts.append(f"{len(found)} {severity}{'' if len(found) == 1 else 's'}")
-        if found:
-            heading = f"{severity}s" if len(found) > 1 else severity
-            console.print(Text(heading, style=f"bold {STYLES[severity]}"))
-        for finding in found:
-            _print_whole(console, finding)
-    quiet = _without_probe(report)
-    if report.not_checked and not quiet:
-        console.print(Text("not checked", style="bold"))
-        for gap in _gaps(report):
-            _print_indented(console, Text(gap, style="dim"), 2)
-    if assumed is not None:
-        about = f": {safe(assumed.about)}" if assumed.about else ""
-        _print_indented(console, Text(f"for {safe(assumed.name)}{about}", style="dim"), 0)
-    said = f"{'ok' if ok else 'not ok'}: {', '.join(counts) if report.findings else 'no findings'}"
-    verdict = Text(said, style="bold green" if ok else "bold red")
-    if quiet:
-        rules = f"{quiet[0]} and {len(quiet) - 1} more"
-        verdict += Text(f"; not checked without --probe: {rules}", style="not bold dim default")
-    _print_indented(console, verdict, 0)
-    if report.findings:
-        console.print(Text(f"pdlaunch explain {report.findings[0].rule} says why", style="dim"))
-
-
-def _print_whole(console: Console, finding: Finding) -> None:
-    """Print place and message in one line where they fit, else below each other; then the fix."""
-    head = Text(f"  {finding.rule} ", style=f"bold {STYLES[finding.severity]}")
-    head += Text(safe(place(finding)), style="bold")
-    message = Text(safe(finding.message), style="default")
-    # Cells, not characters: wide ones take two columns.
-    if head.cell_len + 2 + message.cell_len <= console.width:
-        console.print(head + Text("  ") + message, soft_wrap=True)
-    else:
-        _print_indented(console, head, 0)
-        _print_indented(console, message, _INDENT)
-    _print_indented(console, Text(f"fix: {safe(finding.fix)}", style="dim"), _INDENT)
-
-
-def _print_indented(console: Console, text: Text, indent: int) -> None:
-    """Print a text in lines that fit, without blanks at their ends."""
-    for line in text.wrap(console, max(console.width - indent, 1)):
-        line.rstrip()
-        console.print(Text(" " * indent) + line, soft_wrap=True)
-
-
-def print_finding(console: Console, finding: Finding) -> None:
-    """Print two lines: what is wrong and where, and how to fix it."""
-    text = f"{finding.severity} {finding.rule} {place(finding)}: {finding.message}"
-    console.print(Text(safe(text), style=STYLES[finding.severity]))
-    console.print(Text(f"  fix: {safe(finding.fix)}"))
-
-
 def _json(report: Report, *, ok: bool) -> dict[str, Any]:
     findings = [
         {
             "rule": finding.rule,
             "severity": finding.severity,
-            "where": place(finding),
+            "where": _place(finding),
             "message": finding.message,
             "fix": finding.fix,
         }
@@ -213,50 +182,6 @@ def _json(report: Report, *, ok: bool) -> dict[str, Any]:
     ]
     resolved = {**report.resolved, "not_checked": not_checked} if report.resolved else {}
     return {"ok": ok, "findings": findings, "resolved": resolved}
-
-
-def _split_origin(origin: str) -> tuple[str, str, str] | None:
-    """Return file, line and column of ``deploy.yaml:3:5``; None for what is no place in a file."""
-    file, _, column = origin.rpartition(":")
-    file, _, line = file.rpartition(":")
-    return (file, line, column) if file and line.isdigit() and column.isdigit() else None
-
-
-def _github(report: Report) -> Iterator[str]:
-    """Yield a workflow command for each finding, shown at its line of the file where it has one,
-    and for what was not checked.
-    """
-    for finding in report.findings:
-        level = {"info": "notice"}.get(finding.severity, finding.severity)
-        is_input = finding.rule == UNUSABLE
-        properties = {"title": "configuration" if is_input else finding.rule}
-        if split := _split_origin(finding.origin):
-            properties = dict(zip(("file", "line", "col"), split, strict=True)) | properties
-        message = finding.message if is_input else f"{finding.where}: {finding.message}"
-        yield _command(level, properties, f"{message}. Fix: {finding.fix}".removesuffix(". Fix: "))
-    quiet = _without_probe(report)
-    for line in [f"{_span(quiet)}: only with --probe"] if quiet else _gaps(report):
-        yield _command("notice", {"title": "not checked"}, line)
-
-
-def _span(codes: Sequence[str]) -> str:
-    """Return codes with three or more neighbours as a range: ``PD404, PD501 to PD505``."""
-    # Neighbours keep the same distance from their place in the list.
-    runs = itertools.groupby(enumerate(codes), key=lambda item: int(item[1][2:]) - item[0])
-    parts = [[code for _, code in run] for _, run in runs]
-    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(run) for run in parts)
-
-
-def _command(level: str, properties: dict[str, str], message: str) -> str:
-    given = ",".join(f"{name}={_escape(value, ':,')}" for name, value in properties.items())
-    return f"::{level} {given}::{_escape(message)}"
-
-
-def _escape(text: str, more: str = "") -> str:
-    """Escape a text the way that GitHub's runner decodes it."""
-    for char in ("%", "\r", "\n", *more):
-        text = text.replace(char, f"%{ord(char):02X}")
-    return safe(text)
 
 
 def _sarif(report: Report, exit_code: int, file: Path | None) -> dict[str, Any]:
@@ -310,15 +235,17 @@ def _sarif(report: Report, exit_code: int, file: Path | None) -> dict[str, Any]:
 
 def _location(finding: Finding, file: Path | None) -> dict[str, Any]:
     found: dict[str, Any] = {"logicalLocations": [{"fullyQualifiedName": safe(finding.where)}]}
-    split = _split_origin(finding.origin)
-    path: PurePath | None = PurePath(split[0]) if split else file
+    # ``deploy.yaml:3:5``, or what is no place in a file: ``--port``.
+    name, *place = finding.origin.rsplit(":", 2)
+    has_place = bool(name) and len(place) == 2 and all(part.isdigit() for part in place)
+    path: PurePath | None = PurePath(name) if has_place else file
     if path is None:
         return found
     # An absolute file's URI, or a relative reference: from the root of the sources.
     uri = path.as_uri() if path.is_absolute() else quote(str(path), errors="backslashreplace")
     physical: dict[str, Any] = {"artifactLocation": {"uri": uri}}
-    if split:
-        physical["region"] = {"startLine": int(split[1]), "startColumn": int(split[2])}
+    if has_place:
+        physical["region"] = {"startLine": int(place[0]), "startColumn": int(place[1])}
     return found | {"physicalLocation": physical}
 
 
@@ -331,21 +258,20 @@ def _junit(report: Report, *, strict: bool) -> str:
         rule.code: junit_case(f"{suite}.{family(rule)}", f"{rule.code} {rule.title}")
         for rule in report.rules
     } or {UNUSABLE: junit_case(f"{suite}.Input", "input The input can be used.")}
-    for code, case in cases.items():
-        found = [finding for finding in report.findings if finding.rule == code]
-        if not found:
-            continue
-        lines = [f"{each.severity} {code} {place(each)}: {each.message}" for each in found]
+    by_rule: defaultdict[str, list[Finding]] = defaultdict(list)
+    for finding in report.findings:
+        by_rule[finding.rule].append(finding)
+    for code, (first, *others) in by_rule.items():
         text = "\n".join(
-            f"{line}\nfix: {each.fix}" for line, each in zip(lines, found, strict=True)
+            f"{each.severity} {code} {_place(each)}: {each.message}\nfix: {each.fix}"
+            for each in (first, *others)
         )
-        severity = found[0].severity
-        if severity == "error" or (strict and severity == "warning"):
-            tag, kind = ("error", UNUSABLE) if code == UNUSABLE else ("failure", severity)
-            first = safe(f"{place(found[0])}: {found[0].message}")
-            ElementTree.SubElement(case, tag, type=kind, message=first).text = safe(text)
-        else:
-            ElementTree.SubElement(case, "system-out").text = safe(text)
+        outcome = ElementTree.SubElement(cases[code], "system-out")
+        if first.severity == "error" or (strict and first.severity == "warning"):
+            outcome.tag = "error" if code == UNUSABLE else "failure"
+            outcome.set("type", UNUSABLE if code == UNUSABLE else first.severity)
+            outcome.set("message", safe(f"{_place(first)}: {first.message}"))
+        outcome.text = safe(text)
     for item in report.not_checked:
         needs = f"not checked: needs {', '.join(item.needs)}: {safe(item.reason)}"
         ElementTree.SubElement(cases[item.rule], "skipped", message=needs)

@@ -1,5 +1,5 @@
-"""Gives commands the flags of ``serve``, with completion in shells, help on narrow terminals, and
-advice for flags of ``vllm serve`` that pdlaunch does not have.
+"""Gives commands the flags of ``serve``, with help on narrow terminals, and advice for flags of
+``vllm serve`` that pdlaunch does not have.
 
 Flags of the same name and meaning need no advice. Source: the flags of vLLM 0.32
 (``vllm/engine/arg_utils.py``, ``vllm/entrypoints/launchers/cli_args.py``).
@@ -7,80 +7,22 @@ Flags of the same name and meaning need no advice. Source: the flags of vLLM 0.3
 
 from __future__ import annotations
 
-import glob
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import field, fields
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast, get_type_hints
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
-from pdlaunch.config.connectors import connector_names
 from pdlaunch.config.field_types import Flag
-from pdlaunch.config.model_files.find import ALIASES
 from pdlaunch.config.models import ROUTER
 from pdlaunch.config.settings import Setting, all_flags, all_settings, flag_name, variable_name
 from pdlaunch.config.sources import Argument
 
 CONFIG_ENDINGS = (".yaml", ".yml", ".json")
 """Endings of a file with settings, as opposed to a model."""
-
-Complete = Callable[[str], Iterable[str]]  # returns what the beginning of a value may become
-
-
-def value_completion(setting: Setting) -> Complete | None:
-    """Return the completion of a setting's values; None where any value may stand."""
-    match setting.path:
-        case "model":
-            return complete_model
-        case "kv_transfer.connector":
-            return _one_of(connector_names())
-        case _:
-            return _one_of(setting.choices) if setting.choices else None
-
-
-def complete_model(incomplete: str) -> list[str]:
-    """Return aliases, folders and .gguf files."""
-    return [*_one_of(ALIASES)(incomplete), *_files(incomplete, (".gguf",))]
-
-
-def complete_target(incomplete: str) -> list[str]:
-    """Return aliases, folders, .gguf files and configuration files."""
-    return [*_one_of(ALIASES)(incomplete), *_files(incomplete, (".gguf", *CONFIG_ENDINGS))]
-
-
-def complete_rule(incomplete: str) -> list[tuple[str, str]]:
-    """Return the codes of rules with their titles."""
-    from pdlaunch.checks.run import all_rules
-
-    titles = {code: rule.title for code, rule in all_rules().items()}
-    if incomplete[:1].islower():
-        titles = {code.lower(): title for code, title in titles.items()}
-    return [item for item in titles.items() if item[0].startswith(incomplete)]
-
-
-def _one_of(values: Iterable[str]) -> Callable[[str], list[str]]:
-    known = list(values)
-
-    def complete(incomplete: str) -> list[str]:
-        return [value for value in known if value.startswith(incomplete)]
-
-    return complete
-
-
-def _files(incomplete: str, endings: tuple[str, ...]) -> list[str]:
-    """Return folders, with a slash behind, and files with one of ``endings``."""
-    names = sorted(glob.glob(f"{glob.escape(incomplete)}*"))  # noqa: PTH207 - a prefix, no folder
-    found = [Path(name) for name in names]
-    return [
-        f"{path}/" if path.is_dir() else str(path)
-        for path in found
-        if path.is_dir() or path.name.endswith(endings)
-    ]
-
 
 _RICH_FROM_COLUMNS = 96
 _BOTH_ROLES = "use --tensor-parallel-size, or --prefill-tp and --decode-tp"
@@ -184,13 +126,11 @@ def advice(name: str) -> str | None:
     return INSTEAD.get(name)
 
 
-T = TypeVar("T")
 _TARGET = Annotated[
     str | None,
     typer.Argument(
         metavar="MODEL|CONFIG",
         help="Model (as --model), or file of the deployment (.yaml, .yml or .json).",
-        autocompletion=complete_target,
     ),
 ]
 
@@ -203,43 +143,6 @@ def with_serve_flags(command: Callable[..., None]) -> Callable[..., None]:
 def with_router_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Give a typer command the flags of a router alone, as ``_with_flags`` says."""
     return _with_flags(command, lambda flag: flag.panel == ROUTER or flag.for_router)
-
-
-def option(default: T, help: str, **more: Any) -> T:
-    """Declare a field of a dataclass as an option of a command, for ``with_arguments``."""
-    shown = {"show_default": default is not None} | more
-    declared: Any = field(default=default, metadata={"option": typer.Option(help=help, **shown)})
-    return cast(T, declared)
-
-
-def with_arguments(kind: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return what gives a typer command an option for each field of a dataclass, which it takes as
-    the keyword ``arguments``.
-    """
-    hints, annotated = get_type_hints(kind), cast(Any, Annotated)
-    options = [
-        inspect.Parameter(
-            each.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=each.default,
-            annotation=annotated[hints[each.name], each.metadata["option"]],
-        )
-        for each in fields(kind)
-    ]
-
-    def give(command: Callable[..., None]) -> Callable[..., None]:
-        own = inspect.signature(command, eval_str=True).parameters.values()
-
-        def call(**values: Any) -> None:
-            arguments = kind(**{each.name: values.pop(each.name) for each in options})
-            command(**values, arguments=arguments)
-
-        parameters = [*(each for each in own if each.name != "arguments"), *options]
-        vars(call)["__signature__"] = inspect.Signature(parameters)
-        call.__name__, call.__doc__ = command.__name__, command.__doc__
-        return call
-
-    return give
 
 
 def _with_flags(
@@ -306,12 +209,10 @@ def _parameters(setting: Setting, flag: Flag) -> list[inspect.Parameter]:
         return [_parameter(flag, flag.name, bool), _parameter(flag, f"no-{flag.name}", bool)]
     kind = next((kind for kind in (int, float) if kind in setting.kinds), str)
     kind = str if setting.is_size else kind
-    return [_parameter(flag, flag.name, kind, value_completion(setting))]
+    return [_parameter(flag, flag.name, kind)]
 
 
-def _parameter(
-    flag: Flag, name: str, kind: type, complete: Complete | None = None
-) -> inspect.Parameter:
+def _parameter(flag: Flag, name: str, kind: type) -> inspect.Parameter:
     option = typer.Option(
         f"--{name}",
         help=flag.help,
@@ -319,7 +220,6 @@ def _parameter(
         show_default=False,
         rich_help_panel=flag.panel,
         hidden=name != flag.name,
-        autocompletion=complete,
     )
     annotated: Any = Annotated  # typed by value, which a type checker takes for a type
     return inspect.Parameter(

@@ -154,7 +154,7 @@ def on(
         "engine_flags",
     )
     known: dict[str, Any] = {name: {} for name in names}
-    known["deployment"] = SeenDeployment((), (), has_asked_side_channels=True)
+    known["deployment"] = SeenDeployment((), ())
     return make_context(
         launch,
         {path: Origin("default") for path in all_settings()} | given,

@@ -10,13 +10,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-import zmq
 from aiohttp import web
-from msgspec.msgpack import decode, encode
 from typer.testing import Result
 
+from pdlaunch.checks.probed import SeenEngine
+from pdlaunch.cli import doctor as doctor_module
+from pdlaunch.cli.doctor import Link, is_here, link_finder
 from pdlaunch.launch.engines.vllm import OF_RUNNING_ENGINES
+from pdlaunch.machine.facts import Machine
+from pdlaunch.machine.link_speed import ExpectedSpeed
+from tests.checks.contexts import GPU
 from tests.command_line import invoke
 from tests.launch.sidecar.fake_vllm import BLOCK_SIZE, BYTES_OF_TOKEN, FakeVllm, listen
 
@@ -112,7 +117,7 @@ def test_what_is_wrong_is_named_and_fails_the_check(tmp_path: Path, code: str) -
 
 
 def test_every_rule_of_the_doctor_is_seen_here() -> None:
-    assert {*WRONG, "PD660", "PD661", "PD662", "PD664"} == OF_RUNNING_ENGINES
+    assert {*WRONG, "PD660", "PD661", "PD664"} == OF_RUNNING_ENGINES
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
@@ -128,82 +133,6 @@ def test_an_address_at_which_decode_finds_itself(tmp_path: Path, host: str) -> N
         assert ("PD654" in messages) == (not moves_bytes)
 
 
-class SideChannel:
-    """Listens as vLLM does: it ends at a question for a rank that it does not have."""
-
-    def __init__(self, engine_id: str, num_ranks: int) -> None:
-        self.asked: list[list[Any]] = []
-        self._engine_id, self._num_ranks = engine_id, num_ranks
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
-        self.port = self._socket.bind_to_random_port("tcp://127.0.0.1")
-        self._socket.setsockopt(zmq.RCVTIMEO, 50)
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._listen)
-
-    def __enter__(self) -> SideChannel:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._is_over.set()
-        self._thread.join()
-        self._context.destroy(linger=0)
-
-    def _listen(self) -> None:
-        metadata = {
-            "engine_id": self._engine_id,
-            "kv_cache_layout": "HND",
-            "attn_backend_name": "CPU_ATTN",
-            "block_size": 32,
-            "num_blocks": 99,
-        }
-        payload = {"compatibility_hash": "x", "agent_metadata_bytes": encode(metadata)}
-        while not self._is_over.is_set():
-            try:
-                identity, _, raw = self._socket.recv_multipart()
-            except zmq.Again:
-                continue
-            question = decode(raw)
-            self.asked.append(question)
-            if question[1] > 0 or question[2] >= self._num_ranks:
-                return
-            self._socket.send_multipart([identity, b"", encode(payload), encode(1.0)])
-
-
-def test_a_handshake_asks_the_ranks_that_prefill_names(tmp_path: Path) -> None:
-    with serving(tmp_path) as (prefill, _, flags), SideChannel("prefill", num_ranks=2) as channel:
-        prefill.side_channel = ("127.0.0.1", channel.port)
-        assert run(*flags).exit_code == 0
-        assert not channel.asked, "without --handshake nobody asks"
-        result = run(*flags, "--handshake", "--format", "json")
-        assert channel.asked == [[b"get_meta_msg", 0, 0], [b"get_meta_msg", 0, 1]]
-    assert result.exit_code == 0, result.output
-    told = [item["message"] for item in report_of(result)["findings"]]
-    assert any("2 of its ranks tell 99 KV blocks of 32 tokens, layout HND" in text for text in told)
-
-
-@pytest.mark.parametrize(
-    ("engine_id", "num_ranks", "limit_s", "words"),
-    [("prefill", 1, 0.1, "says nothing within"), ("other", 2, 60.0, "another engine answers")],
-)
-def test_a_side_channel_that_does_not_answer_for_prefill(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    engine_id: str,
-    num_ranks: int,
-    limit_s: float,
-    words: str,
-) -> None:
-    monkeypatch.setattr("pdlaunch.cli.doctor.HANDSHAKE_TIMEOUT_S", limit_s)
-    with serving(tmp_path) as (prefill, _, flags), SideChannel(engine_id, num_ranks) as channel:
-        prefill.side_channel = ("127.0.0.1", channel.port)
-        result = run(*flags, "--handshake", "--format", "json")
-    assert result.exit_code == 1
-    found = {item["rule"]: item["message"] for item in report_of(result)["findings"]}
-    assert words in found["PD662"]
-
-
 def test_without_a_canary_no_prompt_is_sent(tmp_path: Path) -> None:
     with serving(tmp_path, moves_bytes=False) as (prefill, decode, flags):
         result = run(*flags, "--no-canary", "--format", "json")
@@ -211,7 +140,7 @@ def test_without_a_canary_no_prompt_is_sent(tmp_path: Path) -> None:
         assert not decode.bodies
     assert result.exit_code == 0
     unchecked = report_of(result)["resolved"]["not_checked"]
-    assert [item["rule"] for item in unchecked] == ["PD654", "PD661", "PD662"]
+    assert [item["rule"] for item in unchecked] == ["PD654", "PD661"]
 
 
 def test_exact_tokens_are_compared_where_they_must_be_equal(tmp_path: Path) -> None:
@@ -292,12 +221,62 @@ def test_unusable_input(monkeypatch: pytest.MonkeyPatch) -> None:
             ["--prefill=http://p", "--decode=http://d", "--engine-key-env=NO_SUCH_KEY"],
             "the variable is not set",
         ),
-        (
-            ["--prefill=http://p", "--decode=http://d", "--handshake", "--no-canary"],
-            "leave --no-canary out",
-        ),
     ):
         result = run(*flags)
         assert result.exit_code == 2
         assert words in result.stderr
         assert "of-mine" not in result.output
+
+
+FAR = "http://198.51.100.1:8000"
+"""An address of nobody."""
+HERE = "http://127.0.0.1:8000"
+
+
+def expected(link: Link, prefill: str, decode: str, version: str = "0.32.0") -> ExpectedSpeed:
+    engines = (SeenEngine("prefill", prefill), SeenEngine("decode", decode, version=version))
+    return link(*engines)
+
+
+def test_addresses_of_this_machine_are_here() -> None:
+    devices = psutil.net_if_addrs().values()
+    own = {each.address for found in devices for each in found if each.family.name == "AF_INET"}
+    assert own
+    assert all(is_here(f"http://{address}:8000") for address in own)
+    assert is_here("unix:/run/p.sock")
+    assert not is_here(FAR)
+    assert not is_here("http://no-such-host.invalid:1")
+
+
+@pytest.mark.parametrize("urls", [(FAR, HERE), (HERE, FAR)])
+def test_links_to_other_hosts_are_those_of_a_device(
+    monkeypatch: pytest.MonkeyPatch, urls: tuple[str, str]
+) -> None:
+    wire = ExpectedSpeed(12.5, "eth7 with 100 Gbit/s")
+    monkeypatch.setattr(doctor_module, "address_towards", {"198.51.100.1": "a"}.get)
+    monkeypatch.setattr(doctor_module, "device_of", {"a": "eth7"}.get)
+    monkeypatch.setattr(doctor_module, "over_network", {"eth7": wire}.get)
+    assert expected(link_finder(), *urls) is wire
+    monkeypatch.setattr(doctor_module, "address_towards", lambda host: None)
+    assert "no route" in expected(link_finder(), *urls).text
+    assert "both run on other hosts" in expected(link_finder(), FAR, "http://198.51.100.2:1").text
+
+
+@pytest.mark.parametrize(
+    ("machine", "version", "words"),
+    [
+        (Machine(), "0.32.0", "a plain copy reaches"),
+        (GPU, "0.32.0+cpu", "a plain copy reaches"),
+        (Machine(has_hidden_gpus=True), "0.32.0", "does not see"),
+        (GPU, "0.32.0", "GPU"),
+    ],
+)
+def test_engines_of_this_host_share_its_memory_or_its_gpus(
+    monkeypatch: pytest.MonkeyPatch, machine: Machine, version: str, words: str
+) -> None:
+    probed: list[Machine] = []
+    monkeypatch.setattr(doctor_module, "probe_machine", lambda: probed.append(machine) or machine)
+    monkeypatch.setattr(doctor_module, "measure_copy_gigabytes_per_s", lambda: 32.0)
+    link = link_finder()
+    assert all(words in expected(link, HERE, "unix:/run/d.sock", version).text for _ in range(3))
+    assert len(probed) == 1

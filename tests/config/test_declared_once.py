@@ -26,6 +26,7 @@ from pdlaunch.cli.app import build_app
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.problems import InvalidConfigError
 from pdlaunch.config.sources import load_config
+from tools.pages import settings_page
 
 def run(*arguments):
     with contextlib.redirect_stdout(io.StringIO()) as output:
@@ -53,7 +54,7 @@ json.dump({
     "help": run("serve", "--help"),
     "shown": run("config", "show", "--num-sparks", "9", "--format", "json"),
     "schema": run("config", "schema"),
-    "docs": run("config", "schema", "--markdown"),
+    "docs": settings_page(),
     "flag": sparks(flags={"num_sparks": 4}),
     "variable": sparks(environ={"PDLAUNCH_NUM_SPARKS": "4", "PDLAUNCH_PREFILL__NUM_SPARKS": "6"}),
     "file": sparks(file),
