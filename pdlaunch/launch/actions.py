@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from pdlaunch.protocol.control import Answered, FromSupervisor
+from pdlaunch.protocol.control import FromSupervisor
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,22 +25,14 @@ class SendSignal:
 
 @dataclass(frozen=True, slots=True)
 class SendMessage:
-    """Send a message at once."""
+    """Send a message; an answer to a command follows the registry that the command has changed."""
 
     process: str
     message: FromSupervisor
 
 
 @dataclass(frozen=True, slots=True)
-class SendAnswer:
-    """Answer a command, after the registry that it has changed was sent."""
-
-    process: str
-    message: Answered
-
-
-@dataclass(frozen=True, slots=True)
-class Note:
+class Announce:
     """Tell people, the log and the router what has happened."""
 
     text: str
@@ -49,21 +41,7 @@ class Note:
 
 
 @dataclass(frozen=True, slots=True)
-class Show:
-    """Show people a line of the router's log."""
-
-    line: str
-
-
-@dataclass(frozen=True, slots=True)
-class Greet:
-    """Send the registry to a process that has just registered."""
-
-    process: str
-
-
-@dataclass(frozen=True, slots=True)
-class TellSuspects:
+class SendSuspects:
     """Tell the router the requests of an engine's last step, before it repeats them elsewhere."""
 
     engine: str
@@ -84,15 +62,4 @@ class Chore(Enum):
     CLOSE_LISTENERS = auto()  # refuse connections: no router will accept any more
 
 
-Action = (
-    Start
-    | SendSignal
-    | SendMessage
-    | SendAnswer
-    | Note
-    | Show
-    | Greet
-    | TellSuspects
-    | ForgetEngine
-    | Chore
-)
+Action = Start | SendSignal | SendMessage | Announce | SendSuspects | ForgetEngine | Chore

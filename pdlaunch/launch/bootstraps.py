@@ -6,6 +6,7 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 from pydantic import SecretStr
 
 from pdlaunch.config.engine_spec import EngineSpec
@@ -14,12 +15,11 @@ from pdlaunch.launch.engines.plan import EngineKind
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.planning.roles import PlacedEngine
-from pdlaunch.protocol.control import Capabilities
 from pdlaunch.protocol.process.bootstrap import Bootstrap, DoorSpec, RouterSpec, RoutingLimits
 from pdlaunch.protocol.sockets import LaunchKeys
 
+# How often a process says Alive, and the supervisor looks, within ``hang_timeout_s``.
 HEARTBEATS = 6
-"""How often a process says Alive, and the supervisor looks, within ``hang_timeout_s``."""
 
 
 class Bootstraps:
@@ -69,16 +69,14 @@ class Bootstraps:
             path.unlink(missing_ok=True)
 
     def make(self, spec: ProcessSpec, incarnation: int) -> Bootstrap:
-        engine = self._engines.get(spec.engine)
-        host = self._resolved.host(spec.host)
+        engine, host = self._engines.get(spec.engine), self._resolved.host(spec.host)
         if engine is not None:
-            engine = engine.model_copy(
-                update={
-                    "bind_address": host.bind_address,
-                    "advertise_address": host.advertise_address,
-                }
-            )
-        return Bootstrap(
+            addresses = {
+                "bind_address": host.bind_address,
+                "advertise_address": host.advertise_address,
+            }
+            engine = engine.model_copy(update=addresses)
+        bootstrap = Bootstrap(
             name=spec.name,
             incarnation=incarnation,
             control=self._control,
@@ -86,23 +84,24 @@ class Bootstraps:
             run_dir=str(self._run_dir),
             log_level=self._config.log_level,
             log_format=self._config.log_format,
-            engine_api_key=_plain(self._config.engine_api_key)
-            if spec.kind in ("server", "router")
-            else None,
-            capabilities=self._kind.capabilities(spec, engine)
-            if spec.kind == "server"
-            else Capabilities(),
             engine_json=None if engine is None else engine.model_dump_json(),
-            router=router_spec(self._config, self._resolved.served_model_name, self._listeners)
-            if spec.kind == "router"
-            else None,
-            # Servers of native engines, which alone have a spec, listen for other hosts themselves.
-            door=self._door(spec) if spec.kind == "server" and engine is None else None,
-            tp_rank=spec.tp_rank,
-            rendezvous=self._rendezvous(spec, incarnation),
             launch_id=self._launch_id,
             heartbeat_s=self._config.hang_timeout_s / HEARTBEATS,
         )
+        key, replace = _plain(self._config.engine_api_key), msgspec.structs.replace
+        if spec.kind == "rank":
+            # Where the ranks of an engine meet. A file for each incarnation: the file of a dead one
+            # still lists its ranks.
+            file = self._run_dir / f"{spec.engine}.tp.{incarnation}"
+            return replace(bootstrap, tp_rank=spec.tp_rank, rendezvous=f"file://{file}")
+        if spec.kind == "server":
+            capabilities = self._kind.capabilities(spec, engine)
+            # Servers of native engines, which alone have a spec, listen for other hosts themselves.
+            door = self._door(spec) if engine is None else None
+            return replace(bootstrap, engine_api_key=key, capabilities=capabilities, door=door)
+        name = self._resolved.served_model_name
+        router = router_spec(self._config, name, self._listeners)
+        return replace(bootstrap, engine_api_key=key, router=router)
 
     def _door(self, spec: ProcessSpec) -> DoorSpec | None:
         """Return where a sidecar listens for other hosts; None in a launch on one host."""
@@ -121,46 +120,32 @@ class Bootstraps:
             max_connections=limits.max_connections,
         )
 
-    def _rendezvous(self, spec: ProcessSpec, incarnation: int) -> str:
-        """Return where the ranks of an engine meet."""
-        if spec.kind != "rank":
-            return ""
-        # A file for each incarnation: the file of a dead one still lists its ranks.
-        return f"file://{self._run_dir / f'{spec.engine}.tp.{incarnation}'}"
-
 
 def router_spec(
     config: LaunchConfig, served_model_name: str, listeners: Sequence[socket.socket]
 ) -> RouterSpec:
     """Return the settings of a router that accepts at ``listeners``, all of one port."""
-    return RouterSpec(
-        host=config.host,
-        port=int(listeners[0].getsockname()[1]),
-        listeners=tuple(listener.fileno() for listener in listeners),
-        served_model_name=served_model_name,
-        api_key=_plain(config.api_key),
-        admin_api_key=_plain(config.admin_api_key),
-        allowed_hosts=config.allowed_hosts,
-        cors_origins=config.cors_origins,
-        strict_fields=config.strict_fields,
-        page=config.page,
-        routing=RoutingLimits(
-            policy=config.routing.policy,
-            max_ttft_s=_seconds(config.routing.max_ttft_ms),
-            max_itl_s=_seconds(config.routing.max_itl_ms),
+    # Settings keep their names; the router reads no configuration itself.
+    settings = {
+        name: getattr(section, name)
+        for section in (config, config.limits, config.tracing)
+        for name in RouterSpec.__struct_fields__
+        if hasattr(section, name)
+    }
+    routing = config.routing
+    own = {
+        "port": int(listeners[0].getsockname()[1]),
+        "listeners": tuple(listener.fileno() for listener in listeners),
+        "served_model_name": served_model_name,
+        "api_key": _plain(config.api_key),
+        "admin_api_key": _plain(config.admin_api_key),
+        "routing": RoutingLimits(
+            policy=routing.policy,
+            max_ttft_s=_seconds(routing.max_ttft_ms),
+            max_itl_s=_seconds(routing.max_itl_ms),
         ),
-        max_body_bytes=config.limits.max_body_bytes,
-        body_budget_bytes=config.limits.body_budget_bytes,
-        max_queued_requests=config.limits.max_queued_requests,
-        max_connections=config.limits.max_connections,
-        request_timeout_s=config.limits.request_timeout_s,
-        drain_timeout_s=config.drain_timeout_s,
-        kept_requests=config.tracing.kept_requests,
-        log_requests=config.log_requests,
-        log_content=config.log_content,
-        otlp_endpoint=config.tracing.otlp_endpoint,
-        otlp_sample=config.tracing.otlp_sample,
-    )
+    }
+    return RouterSpec(**settings | own)
 
 
 def _plain(secret: SecretStr | None) -> str | None:

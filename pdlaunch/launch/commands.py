@@ -7,12 +7,12 @@ from collections.abc import Callable, Collection
 import msgspec
 
 from pdlaunch.errors import PdlaunchError
-from pdlaunch.launch.actions import Action, Note, SendAnswer
-from pdlaunch.launch.state import Desired, EngineChange, LaunchedEngine, Observed, RunningChange
+from pdlaunch.launch.actions import Action, SendMessage
+from pdlaunch.launch.state import Desired, EngineChange, LaunchedEngine, Observed, Turn
 from pdlaunch.launch.status import LaunchPhase
 from pdlaunch.protocol.control import Answered, ChangeEngines, RefusalCode, Restart, SetDrained
 
-PlanChange = Callable[[ChangeEngines, Collection[str], Collection[str]], EngineChange]
+PlanChange = Callable[[ChangeEngines, float, Collection[str], Collection[str]], EngineChange]
 """The type of ``EnginePlaces.plan``."""
 Command = Restart | SetDrained | ChangeEngines
 
@@ -27,28 +27,27 @@ def obey(
     command: Command, asker: str, wanted: Desired, seen: Observed, plan: PlanChange
 ) -> list[Action]:
     """Change the desired state, and answer."""
+    turn = Turn(wanted, seen, now=0.0)
     answer = Answered(question=command.question)
-    note = ""
     try:
         match command:
             case Restart():
-                note = _restart(command, answer, wanted, seen)
+                _restart(turn, command, answer)
             case SetDrained():
-                note = _set_drained(command, answer, wanted, seen)
+                _set_drained(turn, command, answer)
             case ChangeEngines():
-                note = _change(command, answer, asker, wanted, seen, plan)
+                _change(turn, command, answer, asker, plan)
     except _Refused as refusal:
         answer.error, answer.code = str(refusal), refusal.code
-    return [*([Note(note)] if note else []), SendAnswer(asker, answer)]
+    turn.do(SendMessage(asker, answer))
+    return turn.actions
 
 
 def _find(seen: Observed, name: str) -> LaunchedEngine:
     engine = seen.find_engine(name)
     if engine is None:
-        there = ", ".join(seen.engines)
-        raise _Refused(
-            f"there is no engine {name[:100]}; there are: {there}", code="engine_not_found"
-        )
+        reason = f"there is no engine {name[:100]}; there are: {', '.join(seen.engines)}"
+        raise _Refused(reason, code="engine_not_found")
     return engine
 
 
@@ -60,30 +59,29 @@ def _require_ready(what: str, seen: Observed, withheld: str = "") -> None:
         raise _Refused(f"{what}: {reason}", code="not_now")
 
 
-def _restart(command: Restart, answer: Answered, wanted: Desired, seen: Observed) -> str:
+def _restart(turn: Turn, command: Restart, answer: Answered) -> None:
     """Restart an engine; another request during the restart changes nothing."""
-    engine = _find(seen, command.name)
-    answer.engine, goal = engine.name, wanted.engines[engine.name]
-    _require_ready(f"{engine.name} cannot be restarted", seen, goal.withheld)
+    engine = _find(turn.seen, command.name)
+    answer.engine, goal = engine.name, turn.wanted.engines[engine.name]
+    _require_ready(f"{engine.name} cannot be restarted", turn.seen, goal.withheld)
     answer.incarnation = engine.server.incarnation
-    if goal.restart:
-        return ""
-    goal.restart, goal.drain_s = True, wanted.timing.drain_s
-    return f"{engine.name} is restarted, as was asked"
+    if not goal.restart:
+        goal.restart, goal.drain_s = True, turn.wanted.timing.drain_s
+        turn.announce(f"{engine.name} is restarted, as was asked")
 
 
-def _set_drained(command: SetDrained, answer: Answered, wanted: Desired, seen: Observed) -> str:
+def _set_drained(turn: Turn, command: SetDrained, answer: Answered) -> None:
     """Withhold new work from an engine, or give it work again; running requests go on.
 
     The last serving engine is not drained. A repeated command changes nothing.
     """
-    engine = _find(seen, command.name)
-    answer.engine, goal = engine.name, wanted.engines[engine.name]
+    engine = _find(turn.seen, command.name)
+    answer.engine, goal = engine.name, turn.wanted.engines[engine.name]
     verb = "drained" if command.is_drained else "undrained"
-    _require_ready(f"{engine.name} cannot be {verb}", seen, goal.withheld)
+    _require_ready(f"{engine.name} cannot be {verb}", turn.seen, goal.withheld)
     if bool(goal.withheld) == command.is_drained:
-        return ""
-    others = [each for each in seen.serving(wanted) if each is not engine]
+        return
+    others = [each for each in turn.seen.serving(turn.wanted) if each is not engine]
     if command.is_drained and not others:
         raise _Refused(
             f"{engine.name} is not drained: no other engine serves; add one with `pdlaunch "
@@ -93,18 +91,14 @@ def _set_drained(command: SetDrained, answer: Answered, wanted: Desired, seen: O
         names = ", ".join(each.name for each in others)
         answer.notes = [f"no other {engine.role} engine serves: its work goes to {names}"]
     goal.withheld = "draining" if command.is_drained else ""
-    return f"{engine.name} is {verb}, as was asked"
+    turn.announce(f"{engine.name} is {verb}, as was asked")
 
 
 def _change(
-    command: ChangeEngines,
-    answer: Answered,
-    asker: str,
-    wanted: Desired,
-    seen: Observed,
-    plan: PlanChange,
-) -> str:
+    turn: Turn, command: ChangeEngines, answer: Answered, asker: str, plan: PlanChange
+) -> None:
     """Check a change of the engines, and begin it unless it is a dry run."""
+    wanted, seen = turn.wanted, turn.seen
     _require_ready("engines cannot change", seen)
     if wanted.change is not None and not command.dry_run:
         raise _Refused(
@@ -117,28 +111,29 @@ def _change(
         command = msgspec.structs.replace(command, turn=engine.name)
     serving = {engine.name for engine in seen.serving(wanted)}
     drained = {name for name, goal in wanted.engines.items() if goal.withheld == "draining"}
+    drain_s = wanted.timing.drain_s if command.drain_s is None else command.drain_s
     try:
-        change = plan(command, serving, drained)
+        change = plan(command, drain_s, serving, drained)
     except PdlaunchError as error:
         fix = getattr(error, "fix", None)
         raise _Refused(f"{error}{f'; fix: {fix}' if fix else ''}") from None
-    drain_s = wanted.timing.drain_s if command.drain_s is None else command.drain_s
-    planned = change.planned(drain_s)
-    if not change.starts and not change.stops:
-        answer.change = planned
+    stops = change.planned.stops
+    if not change.starts and not stops:
+        answer.change = change.planned
         answer.notes = ["there is nothing to do: the engines are as you want them"]
-        return ""
-    if not serving.difference(change.stops) and (change.stops_first or not change.starts):
+        return
+    if not serving.difference(stops) and (change.planned.stops_first or not change.starts):
         raise _Refused(
-            f"{', '.join(change.stops)}: no other engine serves, so that requests would fail "
-            "meanwhile; add one first, or undrain or restart another one"
+            f"{', '.join(stops)}: no other engine serves, so that requests would fail meanwhile; "
+            "add one first, or undrain or restart another one"
         )
-    for name in change.stops:
+    for name in stops:
         if wanted.engines[name].restart:
             raise _Refused(f"{name} is being restarted", code="not_now")
-    answer.change, answer.notes = planned, list(change.notes)
+    answer.change, answer.notes = change.planned, list(change.warnings)
     if command.dry_run:
-        return ""
+        return
     answer.is_done = False
-    wanted.change = RunningChange(change, command.question, asker, drain_s)
-    return f"engines change, as was asked: {wanted.change.what}"
+    change.question, change.asker = command.question, asker
+    wanted.change = change
+    turn.announce(f"engines change, as was asked: {change.what}")

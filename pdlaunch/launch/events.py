@@ -13,7 +13,6 @@ import socket
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import FrameType, TracebackType
 from typing import Any
 
 import zmq
@@ -77,12 +76,8 @@ def causes_first(
     """
     # Exit codes below 0 are signals. Of the killed, those that somebody else killed come first.
     killed = [gone for gone in exits if gone.returncode < 0]
-    return [
-        *stops,
-        *sorted(killed, key=lambda gone: gone.by_itself),
-        *messages,
-        *(gone for gone in exits if gone.returncode >= 0),
-    ]
+    left = [gone for gone in exits if gone.returncode >= 0]
+    return [*stops, *sorted(killed, key=lambda gone: gone.by_itself), *messages, *left]
 
 
 class SignalInbox:
@@ -93,7 +88,6 @@ class SignalInbox:
     """
 
     def __init__(self) -> None:
-        self._received: list[int] = []
         self._reader, self._writer = socket.socketpair()
         self._reader.setblocking(False)
         self._writer.setblocking(False)
@@ -102,18 +96,17 @@ class SignalInbox:
 
     def __enter__(self) -> SignalInbox:
         if threading.current_thread() is threading.main_thread():
+            # The interpreter writes the number of each signal that has a handler.
             self._wakeup_before = signal.set_wakeup_fd(
                 self._writer.fileno(), warn_on_full_buffer=False
             )
-            self._before = {number: signal.signal(number, self._on_signal) for number in _wanted()}
+            wanted = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+            if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+                wanted.remove(signal.SIGHUP)  # `nohup` means it
+            self._before = {number: signal.signal(number, lambda *_: None) for number in wanted}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._before:
             for number, handler in self._before.items():
                 signal.signal(number, handler)
@@ -127,16 +120,5 @@ class SignalInbox:
     def take(self) -> list[int]:
         """Return the signals since the last call, oldest first."""
         with contextlib.suppress(BlockingIOError):
-            self._reader.recv(4096)
-        received, self._received = self._received, []
-        return received
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._received.append(number)
-
-
-def _wanted() -> list[int]:
-    """Return the stop signals, without a hangup that is ignored: ``nohup`` means it."""
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-        return [signal.SIGINT, signal.SIGTERM]
-    return [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+            return [number for number in self._reader.recv(4096) if number in self._before]
+        return []

@@ -7,7 +7,7 @@ import logging
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ import zmq
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch.bootstraps import Bootstraps
-from pdlaunch.launch.engines.plan import EngineKind, kind_of, plan_processes
+from pdlaunch.launch.engines.plan import kind_of, plan_processes
 from pdlaunch.launch.events import EventQueue, SignalInbox
 from pdlaunch.launch.folders import SUPERVISOR_LOG, keep_logs
 from pdlaunch.launch.hosts.agent_channel import AgentChannel, Joined, Lost
@@ -31,7 +31,6 @@ from pdlaunch.launch.status import Failure, Observer
 from pdlaunch.launch.supervisor import Supervisor, drive
 from pdlaunch.observe.logs import setup_logging
 from pdlaunch.planning.hosts import settled
-from pdlaunch.planning.plan import Plan
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.protocol.process.bootstrap import raise_open_files
 from pdlaunch.protocol.process.engine_ports import EnginePorts
@@ -90,21 +89,22 @@ def launch(
     the latest at the end. ``lifeline``: a descriptor whose end is a request to stop. ``agents``: of
     the other hosts, of which those of ``joined`` have joined.
     """
-    config, kind = resolved.config, kind_of(resolved)
+    config, kind, here = resolved.config, kind_of(resolved), resolved.hosts[0].name
     timing = Timing(
         startup_timeout_s=config.startup_timeout_s,
         drain_s=config.drain_timeout_s,
         hang_timeout_s=config.hang_timeout_s,
     )
-    setup_logging(
-        "supervisor", config.log_level, form=config.log_format, file=log_dir / SUPERVISOR_LOG
-    )
+    log_file = log_dir / SUPERVISOR_LOG
+    setup_logging("supervisor", config.log_level, form=config.log_format, file=log_file)
     raise_open_files()
     keys = new_launch_keys(with_certificate=resolved.spans_hosts)
     with (
         keep_logs(log_dir),
         new_run_dir() as run_dir,
         contextlib.closing(SecureContext(keys)) as context,
+        contextlib.closing(EnginePorts()) as engine_ports,
+        contextlib.closing(Children(log_dir)) as children,
     ):
         control, endpoint = context.listen(zmq.ROUTER, f"ipc://{run_dir}/control")
         bootstraps = Bootstraps(
@@ -116,32 +116,36 @@ def launch(
             listeners=listeners,
             kind=kind,
         )
-
-        here = resolved.hosts[0].name
         places = EnginePlaces(resolved, kind, bootstraps, {here, *joined})
-        hear = partial(_hear, config, places, observer)
-        return supervise(
+        local = LocalHost(control, children, engine_ports)
+        host: Host = local
+        if agents is not None:
+            hear = partial(_hear, config, places, observer)
+            host = HostGroup(local, here, agents, joined, on_change=hear)
+
+        def close_listeners() -> None:
+            for listener in listeners:
+                listener.close()
+
+        supervisor = Supervisor(
             plan_processes(resolved),
             kind,
-            control,
+            host,
             bootstraps,
             places,
             observer,
             timing,
-            log_dir,
-            lifeline,
-            listeners,
-            lambda local: (
-                local if agents is None else HostGroup(local, here, agents, joined, on_change=hear)
-            ),
+            time.monotonic,
+            close_listeners=close_listeners,
         )
+        return run(supervisor, host, lifeline)
 
 
 def _hear(
-    config: LaunchConfig, places: EnginePlaces, observer: Observer, news: Joined | Lost
+    config: LaunchConfig, places: EnginePlaces, observer: Observer, event: Joined | Lost
 ) -> None:
     """Take in that a host has joined again, or is lost, and tell people."""
-    match news:
+    match event:
         case Joined(join=join):
             settings = {host.name: host for host in config.hosts}[join.name]
             places.joined(settled(settings, joined_host(join)))
@@ -153,59 +157,21 @@ def _hear(
     observer.note(text)
 
 
-def supervise(
-    plan: Plan,
-    kind: EngineKind,
-    control: zmq.Socket[bytes],
-    bootstraps: Bootstraps,
-    places: EnginePlaces,
-    observer: Observer,
-    timing: Timing,
-    log_dir: Path,
-    lifeline: int | None = None,
-    listeners: Sequence[socket.socket] = (),
-    with_others: Callable[[LocalHost], Host] = lambda local: local,
-) -> LaunchOutcome:
-    """Run a plan to its end; no process of it is left when this returns.
-
-    ``with_others``: joins the other hosts of the launch to this one.
-    """
-    with (
-        SignalInbox() as signals,
-        contextlib.closing(EnginePorts()) as engine_ports,
-        contextlib.closing(Children(log_dir)) as children,
-    ):
-        host = with_others(LocalHost(control, children, engine_ports))
-        supervisor = Supervisor(
-            plan,
-            kind,
-            host,
-            bootstraps,
-            places,
-            observer,
-            timing,
-            time.monotonic,
-            close_listeners=lambda: _close(listeners),
-        )
+def run(supervisor: Supervisor, host: Host, lifeline: int | None = None) -> LaunchOutcome:
+    """Run a launch to its end; no process of it is left when this returns."""
+    with SignalInbox() as signals:
         drive(supervisor, EventQueue(host, signals, lifeline).wait, time.monotonic)
-        failure = supervisor.seen.failure
-        log = (
-            host.log_path(failure.process)
-            if failure is not None and failure.process is not None
-            else None
-        )
-        report = () if failure is None else tuple(failure.report(log))
-        for line in report:
-            logger.error("%s", line)
-        return LaunchOutcome(
-            failure,
-            report,
-            supervisor.seen.was_ready,
-            supervisor.wanted.stop_signal,
-            tuple(process.name for process in supervisor.seen.processes() if process.alive),
-        )
-
-
-def _close(listeners: Sequence[socket.socket]) -> None:
-    for listener in listeners:
-        listener.close()
+    seen = supervisor.seen
+    report: tuple[str, ...] = ()
+    if (failure := seen.failure) is not None:
+        log = None if failure.process is None else host.log_path(failure.process)
+        report = tuple(failure.report(log))
+    for line in report:
+        logger.error("%s", line)
+    return LaunchOutcome(
+        failure,
+        report,
+        seen.was_ready,
+        supervisor.wanted.stop_signal,
+        tuple(process.name for process in seen.processes() if process.alive),
+    )

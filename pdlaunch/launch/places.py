@@ -15,7 +15,7 @@ import msgspec
 from pdlaunch.checks.probed import Probes
 from pdlaunch.checks.rule import Finding
 from pdlaunch.checks.run import run_checks
-from pdlaunch.config.roles import PAIR, Role
+from pdlaunch.config.roles import PAIR, ROLES, Role
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch.bootstraps import Bootstraps
 from pdlaunch.launch.engines.plan import EngineKind, kind_of
@@ -24,21 +24,20 @@ from pdlaunch.planning.hosts import EnginePlace, Places, ResolvedHost
 from pdlaunch.planning.models import Model, read_models
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.planning.resolve import ResolvedLaunch, with_replicas
-from pdlaunch.planning.role_engines import RoleEngines
 from pdlaunch.planning.roles import PlacedEngine
-from pdlaunch.protocol.control import ChangeEngines
+from pdlaunch.protocol.control import ChangeEngines, PlannedChange, PlannedEngine
 
 MAX_REPLICAS = 1024
 
 Key = tuple[Role, int]  # role and index of an engine
-Busy = Mapping[tuple[str, int], str]
-"""The engine that uses a GPU, by host and the GPU's number on that machine."""
+Models = Mapping[Role, Model]
+GpuKey = tuple[str, int]  # a host and the number of a GPU on that machine
+# Rules on memory, of all engines that might be moved together; each is judged by its devices.
 _OF_MEMORY = frozenset(("PD207", "PD210", "PD212"))
-"""Rules on memory, of all engines that might be moved together; each is judged by its devices."""
+# Settings that a new plan may change: a running engine keeps its own devices and threads.
 _MAY_DIFFER = frozenset(
     ("environment", "devices", "num_threads", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 )
-"""Settings that a new plan may change: a running engine keeps its own devices and threads."""
 
 
 class EnginePlaces:
@@ -60,12 +59,12 @@ class EnginePlaces:
         self._bootstraps = bootstraps
         self._present = set(present)
         self._clock = clock
+        # Instants by which lost hosts have ended their processes.
         self._ended_by: dict[str, float] = {}
-        """Instants by which lost hosts have ended their processes."""
+        # By engine that is gone with a lost host: the instant by which its processes have ended.
         self._names_taken_until: dict[str, float] = {}
-        """By engine gone with a lost host: the instant by which its processes have ended."""
+        # Hosts that are back at a new address, for which their processes were not planned.
         self._readdressed: set[str] = set()
-        """Hosts that are back at a new address, for which their processes were not planned."""
 
     # Hosts that come and go
 
@@ -104,10 +103,9 @@ class EnginePlaces:
         # The server and the ranks of an engine are units of their own, and move together.
         if not unit.engine or any(p.alive or p.spec.host != host for p in own):
             return False
-        moved = self._move(unit.engine, host)
-        if moved is None:
+        if not self._move(unit.engine, host):
             return False
-        specs = self._specs(moved)
+        specs = self._specs(self._placed(unit.engine))
         for process in own:
             process.spec = specs[process.name]
         return True
@@ -118,36 +116,32 @@ class EnginePlaces:
     def _specs(self, engine: PlacedEngine) -> dict[str, ProcessSpec]:
         return {spec.name: spec for spec in self._kind.processes(engine)}
 
-    def _move(self, name: str, lost: str) -> PlacedEngine | None:
+    def _move(self, name: str, lost: str) -> bool:
         """Place an engine on a host with room; hosts of the same domain come first."""
-        key, domain = _key(self._placed(name)), self._resolved.host(lost).domain
+        engine, domain = self._placed(name), self._resolved.host(lost).domain
+        key, models, places = _key(engine), self._models(()), self._resolved.places
         busy = self._busy({key})
         for host in sorted(self._candidates(key[0]), key=lambda host: host.domain != domain):
-            moved = self._with(key, EnginePlace(host.name))
-            engines = moved.placed.by_host[host.name][key[0]]
-            devices = _free_devices(engines, host.name, busy)
-            others = (e for e in moved.engines if e.host.name == host.name and e.name != name)
-            num_ranks = sum(e.engines.tp_size for e in others if e.engines.device == "cpu")
-            is_full = num_ranks + engines.tp_size > host.machine.num_cpus
-            if devices is None or (engines.device == "cpu" and is_full):
+            place = self._fit(key, host, places, models, set(busy))
+            there = [each for each in self._resolved.engines if each.host.name == host.name]
+            on_cpu = [each.engines.tp_size for each in there if each.engines.device == "cpu"]
+            is_full = sum(on_cpu) + engine.engines.tp_size > host.machine.num_cpus
+            if place is None or (place.devices is None and is_full):
                 continue
-            if self._may_move(lost, host):
-                self._resolved = self._with(key, EnginePlace(host.name, devices or None))
+            if self._may_move(lost, host, models):
+                self._resolved = self._resolved.with_engines({**places, key: place}, models)
                 self._bootstraps.adopt(self._resolved, self._placed(name))
-                return self._placed(name)
-        return None
+                return True
+        return False
 
-    def _with(self, key: Key, place: EnginePlace) -> ResolvedLaunch:
-        return self._resolved.with_places({**self._resolved.places, key: place})
-
-    def _may_move(self, lost: str, host: ResolvedHost) -> bool:
+    def _may_move(self, lost: str, host: ResolvedHost, models: Models) -> bool:
         """Return whether rules find nothing new with all engines of a lost host on this one.
 
         Engines that find no room there are checked when they are moved themselves.
         """
         there = [_key(engine) for engine in self._resolved.engines if engine.host.name == lost]
         places = {**self._resolved.places, **dict.fromkeys(there, EnginePlace(host.name))}
-        new = self._new_findings(self._resolved.with_places(places))
+        new = self._new_findings(self._resolved.with_engines(places, models))
         return not any(each.severity == "error" and each.rule not in _OF_MEMORY for each in new)
 
     # Changes
@@ -176,7 +170,11 @@ class EnginePlaces:
         self._bootstraps.adopt(self._resolved)
 
     def plan(
-        self, wanted: ChangeEngines, serving: Collection[str], drained: Collection[str]
+        self,
+        wanted: ChangeEngines,
+        drain_s: float,
+        serving: Collection[str],
+        drained: Collection[str],
     ) -> EngineChange:
         """Plan a change, which starts and stops no engine if there is nothing to do.
 
@@ -204,8 +202,9 @@ class EnginePlaces:
             engines.sort(key=lambda e: (e.name in serving, e.name in drained, -e.index))
             stops += engines[: max(0, len(engines) - number)]
         if not starts and not stops:
-            return EngineChange(self._resolved, (), (), stops_first=False)
-        return self._change(starts, stops, stops_first=bool(wanted.turn))
+            planned = _planned(self._resolved, (), (), stops_first=False, drain_s=drain_s)
+            return EngineChange(self._resolved, (), planned)
+        return self._change(starts, stops, stops_first=bool(wanted.turn), drain_s=drain_s)
 
     def _new_keys(self, role: Role, number: int) -> Iterator[Key]:
         """Yield the lowest free numbers of the role."""
@@ -218,7 +217,12 @@ class EnginePlaces:
             index += 1
 
     def _change(
-        self, starts: Sequence[Key], stops: Sequence[PlacedEngine], *, stops_first: bool
+        self,
+        starts: Sequence[Key],
+        stops: Sequence[PlacedEngine],
+        *,
+        stops_first: bool,
+        drain_s: float,
     ) -> EngineChange:
         gone = {_key(engine) for engine in stops}
         places = self._resolved.places
@@ -240,22 +244,24 @@ class EnginePlaces:
         resolved = self._resolved.with_engines({**kept, **placed}, models)
         warnings = self._judge(resolved)
         self._require_as_they_run(resolved, kept)
-        return EngineChange(
-            resolved,
-            tuple(engine for engine in resolved.engines if _key(engine) in placed),
-            tuple(engine.name for engine in stops),
-            stops_first=stops_first,
-            notes=tuple(f"{each.rule} {each.where}: {each.message}" for each in warnings),
-        )
+        new = [engine for engine in resolved.engines if _key(engine) in placed]
+        planned = _planned(resolved, new, stops, stops_first=stops_first, drain_s=drain_s)
+        texts = [f"{each.rule} {each.where}: {each.message}" for each in warnings]
+        return EngineChange(resolved, new, planned, texts)
 
-    def _models(self, new: Collection[Role]) -> dict[Role, Model]:
-        """Return the models of all roles; those of running engines are not read again."""
-        known = {role: engines.model for role, engines in self._resolved.roles.items()}
-        if known.keys() >= set(new):
-            return known
-        return read_models(with_replicas(self._resolved.config, dict.fromkeys(new, 1))) | known
+    def _models(self, new: Collection[Role]) -> Models:
+        """Return the models of present and new roles; those that were read are not read again."""
+        known = {
+            role: engines.model
+            for role, engines in self._resolved.roles.items()
+            # It may have been converted since.
+            if not engines.model.pending
+        }
+        missing = {*new, *self._resolved.roles} - known.keys()
+        config = with_replicas(self._resolved.config, dict.fromkeys(missing, 1))
+        return known | (dict(read_models(config)) if missing else {})
 
-    def _busy(self, gone: Collection[Key]) -> dict[tuple[str, int], str]:
+    def _busy(self, gone: Collection[Key]) -> dict[GpuKey, str]:
         """Return which engine has each GPU once some engines are gone."""
         return {
             (engine.host.name, engine.engines.gpus[device].index): engine.name
@@ -270,9 +276,9 @@ class EnginePlaces:
         self,
         starts: Sequence[Key],
         kept: Places,
-        models: Mapping[Role, Model],
-        busy: Busy,
-        preferred: Collection[tuple[str, int]] = (),
+        models: Models,
+        busy: Collection[GpuKey],
+        preferred: Collection[GpuKey] = (),
         homes: Collection[str] = (),
     ) -> dict[Key, EnginePlace] | None:
         """Return hosts and devices for new engines, or None if one of them has no room.
@@ -280,22 +286,43 @@ class EnginePlaces:
         ``preferred``, ``homes``: GPUs and hosts to try first.
         """
         placed: dict[Key, EnginePlace] = {}
-        taken = dict(busy)
+        taken = set(busy)
         for key in starts:
-            for host in self._hosts(key[0], {**kept, **placed}, homes):
-                place = EnginePlace(host.name)
-                tried = self._resolved.with_engines({**kept, **placed, key: place}, models)
-                engines = tried.placed.by_host[host.name][key[0]]
-                devices = _free_devices(engines, host.name, taken, preferred)
-                if devices is None:
-                    continue
-                placed[key] = EnginePlace(host.name, devices or None)
-                for device in devices:
-                    taken[host.name, engines.gpus[device].index] = f"{key[0]}-{key[1]}"
-                break
+            places = {**kept, **placed}
+            for host in self._hosts(key[0], places, homes):
+                place = self._fit(key, host, places, models, taken, preferred)
+                if place is not None:
+                    placed[key] = place
+                    break
             else:
                 return None
         return placed
+
+    def _fit(
+        self,
+        key: Key,
+        host: ResolvedHost,
+        places: Places,
+        models: Models,
+        taken: set[GpuKey],
+        preferred: Collection[GpuKey] = (),
+    ) -> EnginePlace | None:
+        """Return the place of an engine on a host, or None if too few of its GPUs are free.
+
+        ``taken``: GPUs of other engines; those that this one gets are added.
+        """
+        tried = self._resolved.with_engines({**places, key: EnginePlace(host.name)}, models)
+        engines = tried.placed.by_host[host.name][key[0]]
+        if engines.device == "cpu":
+            return EnginePlace(host.name)
+        numbers = [(host.name, gpu.index) for gpu in engines.gpus]
+        free = [place for place, number in enumerate(numbers) if number not in taken]
+        if len(free) < engines.tp_size:
+            return None
+        free.sort(key=lambda place: numbers[place] not in preferred)
+        devices = tuple(free[: engines.tp_size])
+        taken |= {numbers[place] for place in devices}
+        return EnginePlace(host.name, devices)
 
     def _candidates(self, role: Role) -> list[ResolvedHost]:
         hosts = self._resolved.hosts
@@ -322,19 +349,19 @@ class EnginePlaces:
             ),
         )
 
-    def _no_room(self, starts: Sequence[Key], busy: Busy) -> ConfigError:
+    def _no_room(self, starts: Sequence[Key], busy: Mapping[GpuKey, str]) -> ConfigError:
         role = starts[0][0]
         size = self._resolved.config.engine_settings(role).tensor_parallel_size
-        words = []
+        found = []
         for host in self._hosts(role, self._resolved.places):
             gpus = [(gpu.index, busy.get((host.name, gpu.index))) for gpu in host.machine.gpus]
             owners = "".join(f", GPU {index} of {owner}" for index, owner in gpus if owner)
-            words.append(f"{host.name} has {len(gpus)}{owners}")
+            found.append(f"{host.name} has {len(gpus)}{owners}")
         names = ", ".join(f"{each}-{index}" for each, index in starts)
         return ConfigError(
             f"there is no room for {names}: an engine needs {size} free "
             f"{'GPU' if size == 1 else 'GPUs'} of one host, and "
-            f"{'; '.join(words) or f'no host takes {role} engines'}",
+            f"{'; '.join(found) or f'no host takes {role} engines'}",
             field=f"{role}.replicas",
             fix="stop an engine of another role in the same command, or free GPUs",
         )
@@ -403,16 +430,32 @@ class EnginePlaces:
         }
 
 
+def _planned(
+    resolved: ResolvedLaunch,
+    starts: Sequence[PlacedEngine],
+    stops: Sequence[PlacedEngine],
+    *,
+    stops_first: bool,
+    drain_s: float,
+) -> PlannedChange:
+    replicas = Counter(engine.engines.role for engine in resolved.engines)
+    return PlannedChange(
+        replicas={role: replicas[role] for role in ROLES},
+        starts=[
+            PlannedEngine(
+                name=engine.name,
+                role=engine.engines.role,
+                host=engine.host.name,
+                devices=[f"cuda:{each}" for each in engine.device_indices] or ["cpu"],
+                num_threads=engine.engines.num_threads,
+            )
+            for engine in starts
+        ],
+        stops=[engine.name for engine in stops],
+        stops_first=stops_first,
+        drain_s=drain_s,
+    )
+
+
 def _key(engine: PlacedEngine) -> Key:
     return engine.engines.role, engine.index
-
-
-def _free_devices(
-    engines: RoleEngines, host: str, busy: Busy, preferred: Collection[tuple[str, int]] = ()
-) -> tuple[int, ...] | None:
-    """Return devices for the ranks of one engine, or None without room. Empty on a CPU."""
-    if engines.device == "cpu":
-        return ()
-    free = [place for place, gpu in enumerate(engines.gpus) if (host, gpu.index) not in busy]
-    free.sort(key=lambda place: (host, engines.gpus[place].index) not in preferred)
-    return tuple(free[: engines.tp_size]) if len(free) >= engines.tp_size else None

@@ -5,35 +5,25 @@ Commands change ``Desired``, events change ``Observed``, and ``reconcile`` compa
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from pdlaunch.config.hosts import on_host
-from pdlaunch.config.roles import ROLES, Role
+from pdlaunch.config.roles import Role
+from pdlaunch.launch.actions import Action, Announce
 from pdlaunch.launch.bootstraps import HEARTBEATS
 from pdlaunch.launch.pairs import Pairs
 from pdlaunch.launch.status import Failure, LaunchPhase, LaunchStatus, ProcessState, ProcessStatus
 from pdlaunch.planning.plan import Plan, ProcessSpec
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.planning.roles import PlacedEngine
-from pdlaunch.protocol.control import (
-    EndReason,
-    PlannedChange,
-    PlannedEngine,
-    Progress,
-    Register,
-    Withheld,
-)
+from pdlaunch.protocol.control import EndReason, PlannedChange, Progress, Register, Withheld
 
-ALIVE = (
-    ProcessState.CONVERTING,
-    ProcessState.STARTING,
-    ProcessState.READY,
-    ProcessState.DRAINING,
-)
-"""States in which there is an operating system process."""
+_BEGINNING = (ProcessState.CONVERTING, ProcessState.STARTING)
+# States in which there is an operating system process.
+ALIVE = (*_BEGINNING, ProcessState.READY, ProcessState.DRAINING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +32,18 @@ class Timing:
 
     startup_timeout_s: float = 600.0
     drain_s: float = 30.0  # time to finish running requests
-    router_stop_s: float = 1.5
-    """Time for the router to end the requests that still run, before their engines are gone."""
+    router_stop_s: float = 1.5  # time for the router to end what still runs, before engines go
     stop_s: float = 5.0
     terminate_s: float = 3.0
     kill_s: float = 5.0
     hang_timeout_s: float = 0.0  # the longest silence of a ready process; 0: no limit
+    # Each quick death doubles the wait before the next restart, up to ``max_delay_s``.
     first_delay_s: float = 0.5
-    """The wait before the first restart; each quick death doubles it, up to ``max_delay_s``."""
     max_delay_s: float = 30.0
     quick_s: float = 60.0  # a death within this time of being ready, or before it, is quick
     max_quick_deaths: int = 5
+    # An engine that was given up is tried again after a wait that doubles up to ``max_retry_s``.
     first_retry_s: float = 60.0
-    """The wait before an engine that was given up is tried again; each time doubles it, up to
-    ``max_retry_s``."""
     max_retry_s: float = 900.0
 
     @property
@@ -115,8 +103,7 @@ class Instance:
         self.is_stalled = self.is_drained = False
 
     def status(self) -> ProcessStatus:
-        starts = self.state in (ProcessState.STARTING, ProcessState.CONVERTING)
-        progress = self.progress if starts else None
+        progress = self.progress if self.state in _BEGINNING else None
         return ProcessStatus(
             name=self.name,
             kind=self.spec.kind,
@@ -140,14 +127,12 @@ class Unit:
     processes: list[Instance]
     incarnation: int = 0
     num_quick_deaths: int = 0  # deaths in a row that came before the unit was ready, or soon after
+    # The first process to die in this incarnation; the others are killed for it.
     cause: Instance | None = None
-    """The first process to die in this incarnation; the others are killed for it."""
     died_at: float = 0.0  # the instant of that death, or the last sign of life of a hung process
     lost_with: str = ""  # the lost host that ended ``cause``; empty: another reason
     ready_at: float | None = None
-    kill_at: float | None = None
-    """The instant at which its processes are killed: they should have been ready, or gone, by then.
-    """
+    kill_at: float | None = None  # its processes should have been ready, or gone, by then
     is_killed: bool = False
     start_at: float | None = None  # the instant at which it is started, if there is room for it
     waits_for_room: bool = False
@@ -183,16 +168,14 @@ class LaunchedEngine:
     role: Role
     units: list[Unit]
     retires: bool = False  # it drains or stops, to be replaced or removed
-    stop_at: float | None = None
-    """The instant at which its drain ends, even if requests run; None: it does not drain."""
+    stop_at: float | None = None  # its drain ends then, even if requests run; None: no drain
+    # Its server has drained; a router was asked whether KV blocks are still to be read.
     awaits_readers: bool = False
-    """Its server has drained; a router was asked whether KV blocks are still to be read."""
     is_idle: bool = False
     failed_for: str = ""  # the reason why it was given up; empty once it serves again
     num_times: int = 0  # how often in a row it was given up
     retry_s: float = 0.0
-    retry_at: float | None = None
-    """The instant at which it is tried again; None: it is not given up, or on trial."""
+    retry_at: float | None = None  # it is tried again then; None: not given up, or on trial
 
     @property
     def processes(self) -> list[Instance]:
@@ -219,61 +202,31 @@ class LaunchedEngine:
 class Goal:
     """Holds the desired state of one engine."""
 
+    # Why it is given no new work. ``joining``: until its pairs are proven; ``leaving``: it will be
+    # removed.
     withheld: Withheld = ""
-    """Why it is given no new work. ``joining``: until its pairs are proven. ``leaving``: it will be
-    removed.
-    """
     restart: bool = False  # its processes will be replaced
     drain_s: float = 0.0  # time that running requests get before it stops
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class EngineChange:
-    """Holds a change of the engines that has been checked and can begin."""
+    """Holds a change of the engines that was checked, and how far it is once it has begun."""
 
     resolved: ResolvedLaunch  # the launch after the change
-    starts: tuple[PlacedEngine, ...]
-    stops: tuple[str, ...]
-    stops_first: bool  # the new engines need what the old ones have
-    notes: tuple[str, ...] = ()  # warnings of ``check-config`` that the launch did not have before
-
-    def planned(self, drain_s: float) -> PlannedChange:
-        """Return the change in the form that people see."""
-        replicas = Counter(engine.engines.role for engine in self.resolved.engines)
-        return PlannedChange(
-            replicas={role: replicas[role] for role in ROLES},
-            starts=[
-                PlannedEngine(
-                    name=engine.name,
-                    role=engine.engines.role,
-                    host=engine.host.name,
-                    devices=[f"cuda:{each}" for each in engine.device_indices] or ["cpu"],
-                    num_threads=engine.engines.num_threads,
-                )
-                for engine in self.starts
-            ],
-            stops=list(self.stops),
-            stops_first=self.stops_first,
-            drain_s=drain_s,
-        )
-
-
-@dataclass(slots=True)
-class RunningChange:
-    """A change of the engines that is under way."""
-
-    plan: EngineChange
-    question: int
-    asker: str
-    drain_s: float
+    starts: Sequence[PlacedEngine]
+    planned: PlannedChange  # the change in the form that people see
+    warnings: Sequence[str] = ()  # of ``check-config``, which the launch did not have before
+    question: int = 0
+    asker: str = ""
     deadline_at: float = 0.0  # the instant by which new engines must have joined
     failure: str = ""  # the reason why new engines cannot join
     error: str = ""  # the error to answer once new engines are taken back
 
     @property
     def what(self) -> str:
-        starts = [f"+{engine.name}" for engine in self.plan.starts]
-        return " ".join([*starts, *(f"-{engine}" for engine in self.plan.stops)])
+        starts = [f"+{engine.name}" for engine in self.starts]
+        return " ".join([*starts, *(f"-{engine}" for engine in self.planned.stops)])
 
 
 @dataclass(slots=True)
@@ -282,9 +235,12 @@ class Desired:
 
     timing: Timing
     engines: dict[str, Goal] = field(default_factory=dict)
-    change: RunningChange | None = None
+    change: EngineChange | None = None
     stop_signal: int | None = None  # the signal that asked for the end of the launch
     is_hurried: bool = False  # the user has asked for the end again
+
+    def joins(self, engine: str) -> bool:
+        return engine in self.engines and self.engines[engine].withheld == "joining"
 
 
 @dataclass(slots=True)
@@ -294,24 +250,22 @@ class Observed:
     conversions: list[Unit]
     pairs: Pairs
     started_at: float
-    units: list[Unit] = field(default_factory=list)
-    """Router, servers and ranks; conversions are not among them."""
+    units: list[Unit] = field(default_factory=list)  # router, servers and ranks
     engines: dict[str, LaunchedEngine] = field(default_factory=dict)
     routers: list[Instance] = field(default_factory=list)
     phase: LaunchPhase = LaunchPhase.PREPARING
     phase_ends_at: float = 0.0
+    # Router and engines share one deadline for the drain at the end of the launch.
     drain_ends_at: float = 0.0
-    """Router and engines share one deadline for the drain at the end of the launch."""
-    failure: Failure | None = None
-    """The earliest failure; later ones count as its consequences."""
+    failure: Failure | None = None  # the earliest one; later ones count as its consequences
     was_ready: bool = False
     listens: bool = True  # the public sockets are open
+    # Digests of the model's files, by name, as the first process of each kind has read them.
     model: dict[str, dict[str, str]] = field(default_factory=dict)
-    """Digests of the model's files, by name, as the first process of each kind has read them."""
+    # How often each process was the first of its unit to end while the launch served.
     ends: dict[str, dict[EndReason, int]] = field(default_factory=dict)
-    """How often each process was the first of its unit to end while the launch served."""
+    # Incarnations of removed units: a new unit of the same name continues the count.
     last_incarnations: dict[str, int] = field(default_factory=dict)
-    """Incarnations of removed units: a new unit of the same name continues the count."""
     _processes: dict[str, tuple[Unit, Instance]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -347,6 +301,7 @@ class Observed:
             self.last_incarnations[unit.name] = unit.incarnation
             self.units.remove(unit)
             for process in unit.processes:
+                self.pairs.forget(process.name)
                 del self._processes[process.name]
 
     def plan(self) -> Plan:
@@ -390,3 +345,36 @@ def make_units(specs: Iterable[ProcessSpec]) -> list[Unit]:
     for spec in specs:
         units.setdefault(spec.unit, Unit(spec.unit, [])).processes.append(Instance(spec))
     return list(units.values())
+
+
+@dataclass(slots=True)
+class Turn:
+    """Holds the state at one instant, and collects the actions that follow from it."""
+
+    wanted: Desired
+    seen: Observed
+    now: float
+    actions: list[Action] = field(default_factory=list)
+    next_at: float = math.inf  # the next turn is due then without an event
+
+    def do(self, action: Action) -> None:
+        self.actions.append(action)
+
+    def announce(self, text: str) -> None:
+        self.do(Announce(text))
+
+    def due(self, at: float | None) -> bool:
+        """Return True if an instant has come; remember it if it is in the future."""
+        if at is not None and at > self.now:
+            self.next_at = min(self.next_at, at)
+        return at is not None and at <= self.now
+
+    @property
+    def must_end(self) -> bool:
+        seen = self.seen
+        return seen.is_ending or seen.failure is not None or self.wanted.stop_signal is not None
+
+    def fail(self, failure: Failure) -> None:
+        """Keep the earliest failure, which ends the launch unless it ends already."""
+        if self.seen.failure is None and self.wanted.stop_signal is None:
+            self.seen.failure = failure

@@ -15,41 +15,47 @@ import msgspec
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.actions import (
     Action,
+    Announce,
     Chore,
     ForgetEngine,
-    Greet,
-    Note,
-    SendAnswer,
     SendMessage,
     SendSignal,
-    Show,
+    SendSuspects,
     Start,
-    TellSuspects,
 )
 from pdlaunch.launch.bootstraps import Bootstraps
 from pdlaunch.launch.commands import Command, obey
 from pdlaunch.launch.engines.plan import EngineKind, with_peers
 from pdlaunch.launch.events import Event
 from pdlaunch.launch.hosts.host import Host, MessageReceived
-from pdlaunch.launch.observe import fail, observe
+from pdlaunch.launch.observe import observe
 from pdlaunch.launch.pairs import Pairs
 from pdlaunch.launch.places import EnginePlaces
 from pdlaunch.launch.reconcile import reconcile
 from pdlaunch.launch.registry import Views, next_registry
-from pdlaunch.launch.state import Desired, Goal, Observed, Timing, make_units
+from pdlaunch.launch.state import Desired, Goal, Instance, Observed, Timing, Turn, make_units
 from pdlaunch.launch.status import Failure, LaunchPhase, Observer, ProcessState
 from pdlaunch.planning.plan import Plan
-from pdlaunch.protocol.control import Alive, EngineIdle, Happened, Registry, Suspects
+from pdlaunch.protocol.control import (
+    Alive,
+    Answered,
+    EngineIdle,
+    FromSupervisor,
+    Happened,
+    Register,
+    Registry,
+    ServedRequest,
+    Suspects,
+)
 
 logger = logging.getLogger(__name__)
 
+# Time for each process of the plan between two looks at all of them. One look costs a few
+# microseconds a process, and the registry after it about as much: with a thousand engines, a look
+# after each message would keep the supervisor from its work.
 SETTLE_S = 0.25e-3
-"""Time for each process of the plan between two looks at all of them.
-
-One look costs a few microseconds a process, and the registry after it about as much: with a
-thousand engines, a look after each message would keep the supervisor from its work."""
 LOOK_FOR_ROOM_S = 1.0
-MAX_NOTES = 100  # notes that are kept for the next router
+NUM_KEPT_EVENTS = 100  # of those that people were told, for the next router
 
 
 class Supervisor:
@@ -82,14 +88,13 @@ class Supervisor:
         self.seen.add(plan.processes)
         self.wanted.engines = {name: Goal() for name in self.seen.engines}
         self._registry = Registry(version=0, entries=[], serving=False)
-        self._views_are_new = True
-        self._answers: list[SendAnswer] = []
-        self._notes: deque[tuple[float, Happened]] = deque(maxlen=MAX_NOTES)
-        self.has_news = True
-        """Events have changed something, so ``tick`` is due soon."""
+        self._views = Views()
+        self._answers: list[SendMessage] = []
+        self._happened: deque[tuple[float, Happened]] = deque(maxlen=NUM_KEPT_EVENTS)
+        self.has_changed = True  # by events, so ``tick`` is due soon
         self._ticked_at = clock()
         self._next_at = -math.inf
-        self._use_plan(plan)
+        self._settle_s = SETTLE_S * len(plan.processes)
 
     @property
     def done(self) -> bool:
@@ -97,25 +102,32 @@ class Supervisor:
 
     def next_tick_at(self) -> float:
         """Return the instant at which ``tick`` is due without another event."""
-        settles_at = self._ticked_at + self._settle_s if self.has_news else math.inf
+        settles_at = self._ticked_at + self._settle_s if self.has_changed else math.inf
         return min(self._next_at, settles_at)
 
     def handle(self, event: Event) -> None:
         """Update the state with one event; ``tick`` does what follows."""
         found = self.seen.find(event.name) if isinstance(event, MessageReceived) else None
-        if isinstance(event, MessageReceived) and found is not None:
-            process, message = found[1], event.message
-            if isinstance(message, Alive) and not process.is_stalled:
-                # Frequent, and nobody else needs it: no tick is due.
-                process.heard_at = self._clock()
-                return
-            if isinstance(message, Command) and process.registration is not None:
-                plan = self._places.plan
-                for action in obey(message, event.name, self.wanted, self.seen, plan):
-                    self._perform(action)
-        for action in observe(self.wanted, self.seen, event, self._clock()):
-            self._perform(action)
-        self.has_news = True
+        if not isinstance(event, MessageReceived) or found is None:
+            self._observe(event)
+            return
+        process, message = found[1], event.message
+        if isinstance(message, ServedRequest):
+            self._observer.note(message.line)
+        if isinstance(message, Alive | ServedRequest) and not process.is_stalled:
+            # Frequent, and nobody else needs it: no tick is due.
+            process.heard_at = self._clock()
+            return
+        if isinstance(message, Command) and process.registration is not None:
+            plan = self._places.plan
+            self._perform(obey(message, event.name, self.wanted, self.seen, plan))
+        self._observe(event)
+        if isinstance(message, Register) and process.registration is message:
+            self._greet(process)
+
+    def _observe(self, event: Event) -> None:
+        self._perform(observe(self.wanted, self.seen, event, self._clock()))
+        self.has_changed = True
 
     def tick(self) -> None:
         """Do what is due, and send changes to children and views."""
@@ -124,14 +136,12 @@ class Supervisor:
             # The supervisor itself was stopped (Ctrl-Z, a frozen container) and heard nobody.
             for process in self.seen.processes():
                 process.heard_at = now
-        self._ticked_at, self.has_news = now, False
+        self._ticked_at, self.has_changed = now, False
         was_ready = self.seen.was_ready
-        while True:
+        actions: list[Action] | None = None
+        while actions != []:
             actions, self._next_at = reconcile(self.wanted, self.seen, now)
-            for action in actions:
-                self._perform(action)
-            if not actions:
-                break
+            self._perform(actions)
         status = self.seen.status()
         becomes_ready = self.seen.was_ready and not was_ready
         if becomes_ready:
@@ -146,66 +156,55 @@ class Supervisor:
 
         In this order, because a client that reads "done" must find the change in the registry.
         """
-        # After a change of peers every process gets its view again.
-        before = Registry(version=0, entries=[]) if self._views_are_new else self._registry
         registry = next_registry(self._registry, self.wanted, self.seen)
         if registry is not self._registry:
-            self._registry, self._views_are_new = registry, False
-            for name, view in self._views.changed(before, registry):
+            self._registry = registry
+            for name, view in self._views.changed(registry, self.seen):
                 self._host.send(name, view)
         answers, self._answers = self._answers, []
         for answer in answers:
             self._host.send(answer.process, answer.message)
 
-    def _use_plan(self, plan: Plan) -> None:
-        """Derive the due pairs and the views again after engines have come or gone."""
-        self.seen.pairs.use(plan)
-        self._views, self._views_are_new = Views(plan), True
-        self._settle_s = SETTLE_S * len(plan.processes)
-
     def _choose_peers(self) -> None:
+        """Derive peers and due pairs again after engines have come or gone."""
         members = [p for engine in self.seen.engines.values() for p in engine.processes]
         specs = with_peers([process.spec for process in members])
         for process, spec in zip(members, specs, strict=True):
             process.spec = spec
-        self._use_plan(self.seen.plan())
+        plan = self.seen.plan()
+        self.seen.pairs.use(plan)
+        self._settle_s = SETTLE_S * len(plan.processes)
 
-    def _perform(self, action: Action) -> None:
-        match action:
-            case Start(unit=name):
-                self._start(name)
-            case SendSignal(process=name, number=number):
-                self._host.signal(name, number)
-            case SendMessage(process=name, message=message):
-                self._host.send(name, message)
-            case SendAnswer():
-                self._answers.append(action)
-            case Note():
-                self._note(action)
-            case Show(line=line):
-                self._observer.note(line)
-            case Greet(process=name):
-                self._greet(name)
-            case TellSuspects(engine=engine):
-                step = self._host.last_step(engine)
-                if step.origins:
-                    suspects = Suspects(
-                        origins=sorted(step.origins), repeated=sorted(step.suspects)
-                    )
-                    for router in self.seen.routers:
-                        self._host.send(router.name, suspects)
-            case Chore.PREPARE:
-                self._prepare()
-            case Chore.ADD_ENGINES:
-                assert self.wanted.change is not None
-                self.seen.add(self._places.begin(self.wanted.change.plan))
-                self._choose_peers()
-            case ForgetEngine(engine=engine):
-                self._places.forget(engine)
-                self._host.forget(engine)
-                self._choose_peers()
-            case Chore.CLOSE_LISTENERS:
-                self._close_listeners()
+    def _perform(self, actions: Sequence[Action]) -> None:
+        for action in actions:
+            match action:
+                case Start(unit=name):
+                    self._start(name)
+                case SendSignal(process=name, number=number):
+                    self._host.signal(name, number)
+                case SendMessage(message=Answered()):
+                    self._answers.append(action)
+                case SendMessage(process=name, message=message):
+                    self._host.send(name, message)
+                case Announce():
+                    self._announce(action)
+                case SendSuspects(engine=engine):
+                    step = self._host.last_step(engine)
+                    origins, repeated = sorted(step.origins), sorted(step.suspects)
+                    if origins:
+                        self._send_to_routers(Suspects(origins=origins, repeated=repeated))
+                case ForgetEngine(engine=engine):
+                    self._places.forget(engine)
+                    self._host.forget(engine)
+                    self._choose_peers()
+                case Chore.PREPARE:
+                    self._prepare()
+                case Chore.ADD_ENGINES:
+                    assert self.wanted.change is not None
+                    self.seen.add(self._places.begin(self.wanted.change))
+                    self._choose_peers()
+                case Chore.CLOSE_LISTENERS:
+                    self._close_listeners()
 
     def _prepare(self) -> None:
         try:
@@ -213,7 +212,8 @@ class Supervisor:
         except PdlaunchError as error:
             fix = getattr(error, "fix", None)
             details = [f"fix: {fix}"] if fix else []
-            fail(self.wanted, self.seen, Failure(str(error), details=details, cause=error))
+            turn = Turn(self.wanted, self.seen, self._clock())
+            turn.fail(Failure(str(error), details=details, cause=error))
 
     def _start(self, name: str) -> None:
         """Start a unit if there is room for it, or look again a little later."""
@@ -224,7 +224,8 @@ class Supervisor:
             unit.start_at = now + LOOK_FOR_ROOM_S
             if not unit.waits_for_room:
                 unit.waits_for_room = True
-                self._note(Note(f"{name} waits until its host is back, or another one has room"))
+                text = f"{name} waits until its host is back, or another one has room"
+                self._announce(Announce(text))
             return
         # Before the launch is ready, the deadline of its start comes first.
         unit.begin(kill_at=now + self.wanted.timing.startup_timeout_s)
@@ -236,29 +237,32 @@ class Supervisor:
             )
             self._host.spawn(process.spec, unit.incarnation, bootstrap)
 
-    def _greet(self, name: str) -> None:
+    def _greet(self, process: Instance) -> None:
         """Send the registry to a new process, which cannot wait for the next change.
 
-        A router also gets the latest notes, and is asked whether draining engines are idle.
+        A router also gets what has happened, and is asked whether draining engines are idle.
         """
-        self._host.send(name, self._views.of(name, self._registry))
-        if not any(router.name == name for router in self.seen.routers):
+        self._host.send(process.name, self._views.of(process.spec, self._registry))
+        if process.spec.kind != "router":
             return
-        for at, happened in self._notes:
+        for at, happened in self._happened:
             ago_s = self._clock() - at
-            self._host.send(name, msgspec.structs.replace(happened, ago_s=ago_s))
+            self._host.send(process.name, msgspec.structs.replace(happened, ago_s=ago_s))
         for engine in self.seen.engines.values():
             if engine.awaits_readers and engine.stop_at is not None:
-                self._host.send(name, EngineIdle(engine=engine.name))
+                self._host.send(process.name, EngineIdle(engine=engine.name))
 
-    def _note(self, note: Note) -> None:
-        logger.info("%s", note.text)
-        self._observer.note(note.text)
-        happened = Happened(text=note.text, prefill=note.prefill, decode=note.decode)
-        self._notes.append((self._clock(), happened))
+    def _announce(self, what: Announce) -> None:
+        logger.info("%s", what.text)
+        self._observer.note(what.text)
+        happened = Happened(text=what.text, prefill=what.prefill, decode=what.decode)
+        self._happened.append((self._clock(), happened))
+        self._send_to_routers(happened)
+
+    def _send_to_routers(self, message: FromSupervisor) -> None:
         for router in self.seen.routers:
             if router.registration is not None:
-                self._host.send(router.name, happened)
+                self._host.send(router.name, message)
 
 
 def drive(

@@ -133,8 +133,12 @@ class FakeHost:
         return newest
 
 
+NO_KEYS = LaunchKeys("", "", "")
+
+
 class FakeBootstraps(Bootstraps):
-    def __init__(self) -> None:
+    def __init__(self, keys: LaunchKeys = NO_KEYS, control: str = "", run_dir: str = "") -> None:
+        self._common = {"keys": keys, "control": control, "run_dir": run_dir}
         self.prepare_error: PdlaunchError | None = None
 
     def prepare(self) -> None:
@@ -142,14 +146,7 @@ class FakeBootstraps(Bootstraps):
             raise self.prepare_error
 
     def make(self, spec: ProcessSpec, incarnation: int) -> Bootstrap:
-        return Bootstrap(
-            name=spec.name,
-            incarnation=incarnation,
-            control="",
-            keys=LaunchKeys("", "", ""),
-            run_dir="",
-            log_level="info",
-        )
+        return Bootstrap(name=spec.name, incarnation=incarnation, log_level="info", **self._common)
 
 
 class FakePlaces(EnginePlaces):
@@ -206,7 +203,7 @@ class World:
     def _handle(self, event: Event) -> None:
         """Have the supervisor act on an event and tell of it, as ``launch.drive`` does."""
         self.supervisor.handle(event)
-        if self.supervisor.has_news:
+        if self.supervisor.has_changed:
             self.supervisor.tick()
 
     @property

@@ -4,44 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 import zmq
 
-from pdlaunch.launch.bootstraps import Bootstraps
 from pdlaunch.launch.engines.native import NativeEngine
-from pdlaunch.launch.launch import LaunchOutcome, supervise
+from pdlaunch.launch.hosts.local import Children, LocalHost
+from pdlaunch.launch.launch import LaunchOutcome, run
 from pdlaunch.launch.state import Timing
 from pdlaunch.launch.status import Observer
-from pdlaunch.planning.plan import Plan, ProcessSpec
-from pdlaunch.protocol.process.bootstrap import Bootstrap
+from pdlaunch.launch.supervisor import Supervisor
+from pdlaunch.planning.plan import Plan
+from pdlaunch.protocol.process.engine_ports import EnginePorts
 from pdlaunch.protocol.process.run_dirs import new_run_dir
-from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
-from tests.launch.fakes import FakePlaces, make_plan
+from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
+from tests.launch.fakes import FakeBootstraps, FakePlaces, make_plan
 
 FAKE_CHILD = Path(__file__).with_name("fake_child.py")
-
-
-class FakeBootstraps(Bootstraps):
-    def __init__(self, keys: LaunchKeys, control: str, run_dir: Path) -> None:
-        self._keys = keys
-        self._control = control
-        self._run_dir = run_dir
-
-    def prepare(self) -> None:
-        pass
-
-    def make(self, spec: ProcessSpec, incarnation: int) -> Bootstrap:
-        return Bootstrap(
-            name=spec.name,
-            incarnation=incarnation,
-            control=self._control,
-            keys=self._keys,
-            run_dir=str(self._run_dir),
-            log_level="info",
-        )
 
 
 def real_plan(words: Mapping[str, str] | None = None, **shape: int) -> Plan:
@@ -65,16 +47,23 @@ def run_plan(
     lifeline: int | None = None,
 ) -> LaunchOutcome:
     keys = new_launch_keys()
-    with new_run_dir() as run_dir, contextlib.closing(SecureContext(keys)) as context:
+    with (
+        new_run_dir() as run_dir,
+        contextlib.closing(SecureContext(keys)) as context,
+        contextlib.closing(EnginePorts()) as engine_ports,
+        contextlib.closing(Children(folder)) as children,
+    ):
         control, endpoint = context.listen(zmq.ROUTER, f"ipc://{run_dir}/control")
-        return supervise(
+        host = LocalHost(control, children, engine_ports)
+        supervisor = Supervisor(
             plan,
             NativeEngine(),
-            control,
-            FakeBootstraps(keys, endpoint, run_dir),
+            host,
+            FakeBootstraps(keys, endpoint, str(run_dir)),
             FakePlaces(),
             observer,
             timing,
-            folder,
-            lifeline,
+            time.monotonic,
+            close_listeners=lambda: None,
         )
+        return run(supervisor, host, lifeline)

@@ -105,10 +105,7 @@ def port_of(channel: AgentChannel) -> int:
 
 def die(channel: AgentChannel) -> None:
     """End the thread as SIGKILL would: nobody is told, and nobody listens."""
-    channel._agents.clear()
-    channel._closing = True
-    os.eventfd_write(channel._wake, 1)
-    channel._thread.join(TIMEOUT_S)
+    channel.close(is_over=False)
     # ZMQ closes the socket in a thread of its own.
     free = PortState()
     await_true(lambda: probe_port("127.0.0.1", port_of(channel)) == free, "the port is free")
