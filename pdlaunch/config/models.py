@@ -89,7 +89,7 @@ class LaunchConfig(SharedSettings, EngineSettings):
         description="YAML file with further `engines`, which `pdlaunch router` watches.")
     engine_urls: Annotated[EngineUrls, Flag(panel=ROUTER)] = Field(
         (),
-        description="URLs at which engines may be that come by command, file or DNS, such as "
+        description="URLs at which engines may be that come by file or DNS, such as "
         "`http://10.0.0.0/24:8000-8100`; none when empty.")
     placement: Annotated[Placement, Flag(panel=HOSTS)] = Field(
         "local",
@@ -129,9 +129,6 @@ class LaunchConfig(SharedSettings, EngineSettings):
         "text", description="Form of the lines in log files.")
     log_requests: Annotated[bool, Flag(panel=DEPLOYMENT)] = Field(
         False, description="Show each request on the terminal, as router.log has it.")
-    log_content: Annotated[bool, Flag(panel=DEPLOYMENT, for_router=True)] = Field(
-        False,
-        description="Log how prompts and outputs begin; no text of them is logged otherwise.")
     tracing: TracingSettings = TracingSettings()
     startup_timeout_s: Annotated[float, Flag("startup-timeout", DEPLOYMENT)] = Field(
         600.0, gt=0,

@@ -10,11 +10,17 @@ from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.actions import Action, SendMessage
 from pdlaunch.launch.state import Desired, EngineChange, LaunchedEngine, Observed, Turn
 from pdlaunch.launch.status import LaunchPhase
-from pdlaunch.protocol.control import Answered, ChangeEngines, RefusalCode, Restart, SetDrained
+from pdlaunch.protocol.control import (
+    Answered,
+    ChangeEngines,
+    Command,
+    RefusalCode,
+    Restart,
+    SetDrained,
+)
 
 PlanChange = Callable[[ChangeEngines, float, Collection[str], Collection[str]], EngineChange]
 """The type of ``EnginePlaces.plan``."""
-Command = Restart | SetDrained | ChangeEngines
 
 
 class _Refused(Exception):

@@ -24,7 +24,7 @@ from pdlaunch.launch.actions import (
     Start,
 )
 from pdlaunch.launch.bootstraps import Bootstraps
-from pdlaunch.launch.commands import Command, obey
+from pdlaunch.launch.commands import obey
 from pdlaunch.launch.engines.plan import EngineKind, with_peers
 from pdlaunch.launch.events import Event
 from pdlaunch.launch.hosts.host import Host, MessageReceived
@@ -39,6 +39,7 @@ from pdlaunch.planning.plan import Plan
 from pdlaunch.protocol.control import (
     Alive,
     Answered,
+    Command,
     EngineIdle,
     FromSupervisor,
     Happened,

@@ -253,9 +253,11 @@ class ServedRequest(Message):
     line: str
 
 
+Command = Restart | SetDrained | ChangeEngines
+"""What a router asks for; the answer is an ``Answered``."""
 ToSupervisor = (
     Register | Progress | Ready | Alive | PairReady | PairFailed | PairSuspect | Failed | Drained
-    | SleepState | Restart | SetDrained | ChangeEngines | EngineIdle | ServedRequest
+    | SleepState | Command | EngineIdle | ServedRequest
 )  # fmt: skip
 
 

@@ -19,10 +19,8 @@ from urllib.parse import quote
 
 import msgspec
 from aiohttp import web
-from pydantic import ValidationError
 
-from pdlaunch.config.external import DNS, RunningEngine
-from pdlaunch.config.roles import EngineName, Role
+from pdlaunch.config.roles import Role
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.app import AppRoute, request_id_of
 from pdlaunch.http.errors import error_body, json_response
@@ -30,11 +28,9 @@ from pdlaunch.http.headers import REQUEST_ID_HEADER
 from pdlaunch.protocol.control import ChangeEngines, RefusalCode, Restart, SetDrained
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import EngineFailure
-from pdlaunch.router.membership import WatchedMembership
 from pdlaunch.router.state import RouterState
 from pdlaunch.router.supervisor_link import SupervisorLink
 from pdlaunch.router.vllm_sleep import fall_asleep, wake_up
-from pdlaunch.router.watched_engine import Member
 
 LISTED_TIMEOUT_S = 10.0
 """The registry may take this long to say what an engine, or the supervisor, has just said."""
@@ -45,7 +41,6 @@ SOCKET_BACKLOG = 32
 _STATUS: dict[RefusalCode, int] = {"engine_not_found": 404, "not_now": 409, "refused": 409}
 
 T = TypeVar("T")
-Query = Sequence[tuple[str, str]]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1024)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=3600)]
 
@@ -70,16 +65,6 @@ class RoleBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     drain_timeout_s: Seconds | None = None
 
 
-class NewEngine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Names an engine to add. ``kind``: null for that of the others."""
-
-    name: str
-    role: Role
-    url: str
-    kind: EngineName | None = None
-    api_key: str | None = None  # sent to this engine alone; without it the engine is sent none
-
-
 class Outcome(NamedTuple):
     """Holds what became of a command at one engine."""
 
@@ -89,50 +74,36 @@ class Outcome(NamedTuple):
 
 
 class Admin:
-    """Answers the commands of one router.
+    """Answers the commands of one router."""
 
-    ``membership`` is None in a launch, whose supervisor alone decides which engines there are.
-    """
-
-    def __init__(
-        self,
-        state: RouterState,
-        supervisor: SupervisorLink,
-        membership: WatchedMembership | None,
-        drain_timeout_s: float,
-    ) -> None:
+    def __init__(self, state: RouterState, supervisor: SupervisorLink) -> None:
         self._state = state
         self._supervisor = supervisor
-        self._membership = membership
-        self._drain_timeout_s = drain_timeout_s
 
     def routes(self) -> list[AppRoute]:
         """Return all of them; whoever adds a command adds a row."""
-        one_engine = "/pdlaunch/engines/{engine}"
         return [
-            AppRoute("POST", "/pdlaunch/engines", self._add),
-            AppRoute("DELETE", one_engine, self._remove),
             AppRoute("POST", "/sleep", self._sleep),
             AppRoute("POST", "/wake_up", self._wake_up),
             AppRoute("GET", "/is_sleeping", self._is_sleeping),
-            AppRoute("POST", "/pdlaunch/restart", self._restart),
             AppRoute("GET", "/pdlaunch/integrity", self._integrity),
-            AppRoute("*", one_engine + "/{path:.*}", self._one_engine),
+            AppRoute("POST", "/pdlaunch/restart", self._restart),
             AppRoute("POST", "/pdlaunch/drain", self._drain),
             AppRoute("POST", "/pdlaunch/undrain", self._undrain),
             AppRoute("POST", "/pdlaunch/scale", self._scale),
             AppRoute("POST", "/pdlaunch/role", self._role),
+            AppRoute("*", "/pdlaunch/engines/{engine}/{path:.*}", self._one_engine),
         ]
 
     async def _sleep(self, http: web.Request) -> web.Response:
         """Prefill engines first: decode engines fetch what those hold while awake."""
         engines = self._chosen(http, first="prefill")
-        return _together([await self._one_command(http, engine) for engine in engines])
+        return _together([await self._set_asleep(http, engine) for engine in engines])
 
     async def _wake_up(self, http: web.Request) -> web.Response:
         """Decode engines first: they shake hands with prefill engines as these come back."""
         engines = self._chosen(http, first="decode")
-        outcomes = [await self._one_command(http, engine) for engine in engines]
+        outcomes = [await self._set_asleep(http, engine) for engine in engines]
         awake = {each.engine for each in outcomes if each.answer.get("is_sleeping") is False}
         # Requests that follow must find these engines.
         await self._until_listed(
@@ -141,20 +112,26 @@ class Admin:
         )
         return _together(outcomes)
 
-    async def _one_command(self, http: web.Request, engine: Engine) -> Outcome:
-        """Put an engine to sleep, or wake it up."""
+    async def _set_asleep(self, http: web.Request, engine: Engine) -> Outcome:
+        """Put an engine to sleep, or wake it up, as the path says."""
         if engine.capabilities.kind != "vllm":
             query = [(name, value) for name, value in http.query.items() if name != "engine"]
             return await self._ask(engine, "POST", http.path, query)
-        if http.path == "/sleep":
-            return await _outcome(engine.name, fall_asleep(self._state, engine, http.query))
-        tags = http.query.getall("tags", [])
-        return await _outcome(engine.name, wake_up(self._state, engine, tags))
+        command = fall_asleep if http.path == "/sleep" else wake_up
+        return await _outcome(engine.name, command(self._state, engine, http.query))
 
     async def _is_sleeping(self, http: web.Request) -> web.Response:
         outcomes = [await self._ask(engine, "GET", "/is_sleeping") for engine in self._chosen(http)]
         is_sleeping = all(outcome.answer.get("is_sleeping", False) for outcome in outcomes)
         return _together(outcomes, is_sleeping=is_sleeping)
+
+    async def _integrity(self, http: web.Request) -> web.Response:
+        """Tell who owns each KV block of each engine; an engine that cannot be asked is not ok."""
+        outcomes = [
+            await self._ask(engine, "GET", "/pdlaunch/integrity", timeout_s=ENGINE_CHECK_TIMEOUT_S)
+            for engine in self._chosen(http)
+        ]
+        return _together(outcomes, ok=all(outcome.answer.get("ok", False) for outcome in outcomes))
 
     async def _restart(self, http: web.Request) -> web.Response:
         """Restart engines one after the other, so that others serve meanwhile; answer when they
@@ -185,37 +162,18 @@ class Admin:
             raise _unavailable(text, "engine_failed")
         return {"engine": begun.engine, "incarnation": found.processes[0]}
 
-    async def _integrity(self, http: web.Request) -> web.Response:
-        """Tell who owns each KV block of each engine; an engine that cannot be asked is not ok."""
-        outcomes = [
-            await self._ask(engine, "GET", "/pdlaunch/integrity", timeout_s=ENGINE_CHECK_TIMEOUT_S)
-            for engine in self._chosen(http)
-        ]
-        return _together(outcomes, ok=all(outcome.answer.get("ok", False) for outcome in outcomes))
-
-    async def _one_engine(self, http: web.Request) -> web.Response:
-        """Pass any call on to one engine, and its answer back once it is whole."""
-        (engine,) = self._named([http.match_info["engine"]])
-        path = f"/{quote(http.match_info['path'])}"
-        headers = {REQUEST_ID_HEADER: str(request_id_of(http))}
-        status, body, content_type = await self._state.client.call(
-            engine, http.method, path, list(http.query.items()), await http.read(), headers=headers
-        )
-        return web.Response(status=status, body=body, headers={"Content-Type": content_type})
-
     async def _drain(self, http: web.Request) -> web.Response:
         """Answer when nothing runs at the engines, at the latest after ``timeout_s``."""
-        names = _engines_named(http)
-        until_at = self._state.now() + _read_seconds(http.query.get("timeout_s", "0"), "timeout_s")
+        names, pool = _engines_named(http), self._state.pool
+        until_at = self._state.now() + _read_seconds(http.query.get("timeout_s", "0"))
         # All of them before the first is waited for.
         outcomes = [await _outcome(name, self._set_drained(name, True)) for name in names]
-        for outcome in outcomes:
-            if outcome.status == 200:
-                name = outcome.answer["engine"]
+        for _, status, answer in outcomes:
+            if status == 200:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout_at(until_at):
-                        await self._state.pool.until_idle(name)
-                outcome.answer["running"] = self._state.pool.num_outstanding(name)
+                        await pool.until_idle(answer["engine"])
+                answer["running"] = pool.num_outstanding(answer["engine"])
         return _together(outcomes)
 
     async def _undrain(self, http: web.Request) -> web.Response:
@@ -237,16 +195,20 @@ class Admin:
 
     async def _scale(self, http: web.Request) -> web.Response:
         """Answer when the engines are as they are wanted, or at once with ``dry_run``."""
-        body = _read(await http.read(), ScaleBody, "invalid_change")
-        roles: tuple[Role, ...] = ("prefill", "decode", "both")
-        replicas = {role: n for role in roles if (n := getattr(body, role)) is not None}
+        body = _read(await http.read(), ScaleBody)
+        wanted: dict[Role, int | None] = {
+            "prefill": body.prefill,
+            "decode": body.decode,
+            "both": body.both,
+        }
+        replicas = {role: number for role, number in wanted.items() if number is not None}
         if not replicas:
             message = "say how many engines there are to be: prefill, decode or both"
             raise RequestError(message, code="invalid_change")
         return await self._change(body, replicas=replicas)
 
     async def _role(self, http: web.Request) -> web.Response:
-        body = _read(await http.read(), RoleBody, "invalid_change")
+        body = _read(await http.read(), RoleBody)
         return await self._change(body, turn=body.engine, role=body.role)
 
     async def _change(self, asked: ScaleBody | RoleBody, **change: Any) -> web.Response:
@@ -265,50 +227,22 @@ class Admin:
         error = _refusal(answer.error, answer.code)
         return json_response(body | error_body(error), status=error.status)
 
-    async def _add(self, http: web.Request) -> web.Response:
-        """Answer at once; /pdlaunch/status says when the engine is ready, or why it is not."""
-        membership = self._open_membership()
-        new = _read(await http.read(), NewEngine, "invalid_engine")
-        try:
-            engine = RunningEngine(name=new.name, role=new.role, url=new.url, kind=new.kind)
-        except ValidationError as error:
-            (first, *_) = error.errors(include_url=False)
-            raise _invalid(
-                str(first["loc"][0]), first["msg"].removeprefix("Value error, ")
-            ) from None
-        if engine.url.startswith(DNS):
-            message = "a name in DNS is followed from the start: list it in engines"
-            raise RequestError(message, param="url", code="invalid_engine")
-        if new.api_key is not None and not all("!" <= each <= "~" for each in new.api_key or " "):
-            raise _invalid("api_key", "must be printable ASCII without spaces")
-        kind = engine.kind or membership.kind
-        membership.add(Member(new.name, engine.role, engine.url, kind, new.api_key), "command")
-        return json_response({"engine": new.name, "url": engine.url, "state": "starting"})
-
-    async def _remove(self, http: web.Request) -> web.Response:
-        """Answer when the engine is drained, at the latest after ``drain_timeout_s``."""
-        membership = self._open_membership()
-        name = http.match_info["engine"]
-        text = http.query.get("drain_timeout_s", str(self._drain_timeout_s))
-        num_works = await membership.remove(name, _read_seconds(text, "drain_timeout_s"))
-        return json_response({"engine": name, "drained": num_works == 0})
-
-    def _open_membership(self) -> WatchedMembership:
-        if self._membership is None:
-            raise RequestError(
-                "the engines of a launch are its own: `pdlaunch scale` adds and removes them; "
-                "`pdlaunch router` takes engines that run already",
-                status=409,
-                code="own_engines",
-            )
-        return self._membership
+    async def _one_engine(self, http: web.Request) -> web.Response:
+        """Pass any call on to one engine, and its answer back once it is whole."""
+        (engine,) = self._named([http.match_info["engine"]])
+        path = f"/{quote(http.match_info['path'])}"
+        headers = {REQUEST_ID_HEADER: str(request_id_of(http))}
+        status, body, content_type = await self._state.client.call(
+            engine, http.method, path, list(http.query.items()), await http.read(), headers=headers
+        )
+        return web.Response(status=status, body=body, headers={"Content-Type": content_type})
 
     async def _ask(
         self,
         engine: Engine,
         method: str,
         path: str,
-        query: Query = (),
+        query: Sequence[tuple[str, str]] = (),
         *,
         timeout_s: float | None = None,
     ) -> Outcome:
@@ -337,11 +271,8 @@ class Admin:
         known = {engine.name: engine for engine in self._engines()}
         if unknown := [name for name in names if name not in known]:
             there = ", ".join(known) or "none yet"
-            raise RequestError(
-                f"there is no engine {unknown[0][:100]}; there are: {there}",
-                param="engine",
-                status=404,
-                code="engine_not_found",
+            raise _refusal(
+                f"there is no engine {unknown[0][:100]}; there are: {there}", "engine_not_found"
             )
         return [known[name] for name in dict.fromkeys(names)]
 
@@ -365,27 +296,22 @@ def _engines_named(http: web.Request) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _read_seconds(text: str, param: str) -> float:
+def _read_seconds(text: str) -> float:
     try:
         seconds = float(text)
     except ValueError:
         seconds = math.nan
     if not 0 <= seconds < math.inf:
-        raise RequestError(
-            f"{param}: {text[:100]!r} is no number of seconds", param=param, code="invalid_timeout"
-        )
+        message = f"timeout_s: {text[:100]!r} is no number of seconds"
+        raise RequestError(message, param="timeout_s", code="invalid_timeout")
     return seconds
 
 
-def _read(raw: bytes, kind: type[T], code: str) -> T:
+def _read(raw: bytes, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(raw, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RequestError(str(error), code=code) from None
-
-
-def _invalid(field: str, message: str) -> RequestError:
-    return RequestError(f"{field}: {message}", param=field, code="invalid_engine")
+        raise RequestError(str(error), code="invalid_change") from None
 
 
 def _refusal(message: str, code: RefusalCode) -> RequestError:

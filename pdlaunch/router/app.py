@@ -32,7 +32,6 @@ from pdlaunch.protocol.openai.responses import ModelCard
 from pdlaunch.protocol.process.bootstrap import RouterSpec
 from pdlaunch.router.admin import Admin, came_through_admin_socket
 from pdlaunch.router.deployment_view import DeploymentView
-from pdlaunch.router.membership import WatchedMembership
 from pdlaunch.router.metrics import scrape
 from pdlaunch.router.otlp import OtlpExporter
 from pdlaunch.router.prompt_endpoints import PromptEndpoints, shutting_down
@@ -68,7 +67,6 @@ CLOSE_TIMEOUT_S = 1.0  # seconds that clients may take to read that the router l
 class RouterApp:
     """Answers every endpoint; ``app`` is what aiohttp serves, with ``handler_cancellation`` on.
 
-    ``membership``: engines that run already, which commands add and remove; None in a launch.
     ``show_request`` takes the line of each request for a terminal.
     """
 
@@ -77,7 +75,6 @@ class RouterApp:
         spec: RouterSpec,
         state: RouterState,
         supervisor: SupervisorLink,
-        membership: WatchedMembership | None = None,
         show_request: Callable[[str], None] | None = None,
     ) -> None:
         self._spec = spec
@@ -86,13 +83,15 @@ class RouterApp:
         self.admission = Admission(spec.max_queued_requests, shutting_down)
         self.view = DeploymentView(state, self.admission, spec.served_model_name)
         self._prompts = PromptEndpoints(spec, state, self.admission)
-        exporter = (
-            None
-            if spec.otlp_endpoint is None
-            else OtlpExporter(spec.otlp_endpoint, spec.otlp_sample)
+        exporter = spec.otlp_endpoint and OtlpExporter(spec.otlp_endpoint, spec.otlp_sample)
+        self.history = RequestHistory(
+            spec.kept_requests, show_request, exporter or None, state.spawn
         )
-        self.history = RequestHistory(spec.kept_requests, show_request, exporter, state.spawn)
         check_admin_key = _admin_key_check(spec.admin_api_key)
+        check_key = None
+        if spec.api_key is not None:
+            message = "the API key is missing or wrong"
+            check_key = bearer_check([spec.api_key], message=message, code="invalid_api_key")
         self.app = HttpApp(
             [
                 *self._prompts.routes(),
@@ -104,19 +103,13 @@ class RouterApp:
                 *(page_routes() if spec.page else []),
                 *(
                     route._replace(check_key=check_admin_key)
-                    for route in Admin(state, supervisor, membership, spec.drain_timeout_s).routes()
+                    for route in Admin(state, supervisor).routes()
                 ),
             ],
             guard=Guard(
                 spec.host, allowed_hosts=spec.allowed_hosts, cors_origins=spec.cors_origins
             ),
-            check_key=None
-            if spec.api_key is None
-            else bearer_check(
-                [spec.api_key],
-                message="the API key is missing or wrong",
-                code="invalid_api_key",
-            ),
+            check_key=check_key,
             metrics=state.metrics.requests,
             max_body_bytes=spec.max_body_bytes,
             open_paths=OPEN_PATHS,
@@ -132,22 +125,19 @@ class RouterApp:
         self._prompts.close()
         await self.view.close()
         if not await self.admission.drain(CLOSE_TIMEOUT_S):
-            logger.warning(
-                "%d requests could not be told that the router leaves", self.admission.in_flight
-            )
+            num_left = self.admission.in_flight
+            logger.warning("%d requests could not be told that the router leaves", num_left)
         await self.history.close()
 
     def _model_cards(self) -> list[ModelCard]:
         """Describe the served model, and what else engines with names of their own have told."""
         pool, name = self._state.pool, self._spec.served_model_name
-        own = ModelCard(
-            id=name,
-            created=self._started,
-            root=name,
-            max_model_len=pool.max_model_len("decode")
+        max_model_len = (
+            pool.max_model_len("decode")
             or pool.max_model_len("both")
-            or pool.max_model_len("prefill"),
+            or pool.max_model_len("prefill")
         )
+        own = ModelCard(id=name, created=self._started, root=name, max_model_len=max_model_len)
         others = {
             card.id: card
             for engine in pool.engines
@@ -164,17 +154,15 @@ class RouterApp:
 
     async def _metrics(self, _: web.Request) -> web.Response:
         pool, metrics = self._state.pool, self._state.metrics
-        health, pairs = pool.health_states(), pool.pair_states()
-        metrics.show(pool.engines, health, pairs, self.admission.in_flight)
+        metrics.show(pool, self.admission.in_flight)
         page = await scrape(metrics.text(), self._state.client, pool.engines)
         return web.Response(body=page, headers={"Content-Type": METRICS_CONTENT_TYPE})
 
 
 def _admin_key_check(key: str | None) -> KeyCheck:
     if key is not None:
-        return bearer_check(
-            [key], message="the admin API key is missing or wrong", code="invalid_admin_api_key"
-        )
+        message = "the admin API key is missing or wrong"
+        return bearer_check([key], message=message, code="invalid_admin_api_key")
 
     def refuse(_: web.Request) -> None:
         raise RequestError(
@@ -190,24 +178,21 @@ def _admin_key_check(key: str | None) -> KeyCheck:
 def page_routes() -> list[AppRoute]:
     """Return the routes of the page and of what it loads."""
     folder = resources.files("pdlaunch.router") / "static"
-    return [
-        AppRoute("GET", "/", _redirect),
-        *(
-            AppRoute("GET", path, partial(_answer, (folder / name).read_bytes(), kind))
-            for path, (name, kind) in _PAGE_FILES.items()
-        ),
-    ]
+    routes = [AppRoute("GET", "/", _redirect)]
+    for path, (name, kind) in _PAGE_FILES.items():
+        answer = partial(_answer_file, (folder / name).read_bytes(), kind)
+        routes.append(AppRoute("GET", path, answer))
+    return routes
 
 
 async def _redirect(_: web.Request) -> web.Response:
-    """Lead to the page by a relative URL, as a proxy may have put a prefix before it."""
+    # By a relative URL, as a proxy may have put a prefix before it.
     return web.Response(status=307, headers={hdrs.LOCATION: "pdlaunch/"} | _PAGE_HEADERS)
 
 
-async def _answer(body: bytes, kind: str, http: web.Request) -> web.Response:
+async def _answer_file(body: bytes, kind: str, http: web.Request) -> web.Response:
     tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
+    headers = _PAGE_HEADERS | {hdrs.ETAG: tag}
     if http.headers.get(hdrs.IF_NONE_MATCH) == tag:
-        return web.Response(status=304, headers=_PAGE_HEADERS | {hdrs.ETAG: tag})
-    return web.Response(
-        body=body, content_type=kind, charset="utf-8", headers=_PAGE_HEADERS | {hdrs.ETAG: tag}
-    )
+        return web.Response(status=304, headers=headers)
+    return web.Response(body=body, content_type=kind, charset="utf-8", headers=headers)

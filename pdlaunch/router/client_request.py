@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -29,19 +28,17 @@ from pdlaunch.protocol.openai.requests import MAX_CHOICES, MAX_PROMPTS, StreamOp
 from pdlaunch.router.prefix_index import PrefixHashes, hash_prefix
 
 CHARACTERS_PER_TOKEN = 4  # rough; only compares the work of engines
-
-_Positive = Annotated[int, msgspec.Meta(ge=1)]
-_NotNegative = Annotated[int, msgspec.Meta(ge=0)]
-
+DATA_URL_TOKENS = 1024  # rough, too
+_DATA_URL = re.compile(rb'"data:[^"]{256,}"')
+"""An image or another file; the tokens that an engine makes of it do not grow with its text."""
 _PROMPTS = re.compile(rb'\s*\[\s*["\[]')  # several prompts begin like this
 _NO_TEXT = (b"null", b'""', b"[]")
 """No prompt beside embeddings: OpenAI's client cannot leave it out."""
-_DATA_URL = re.compile(rb'"data:[^"]{256,}"')
-"""An image or another file; the tokens that an engine makes of it do not grow with its text."""
-DATA_URL_TOKENS = 1024  # rough, as ``CHARACTERS_PER_TOKEN``
 _TEXTS = ("messages", "prompt")
 """Long members, which go to the engines as they are written and are checked there."""
 _members_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_Positive = Annotated[int, msgspec.Meta(ge=1)]
+_NotNegative = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Endpoint(NamedTuple):
@@ -93,7 +90,56 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
     hop_id: HopId
     headers: dict[str, str]
     origin: PromptOrigin
-    wants_pair: bool = False  # the client has asked for a pair of engines
+    wants_pair: bool  # the client has asked for a pair of engines
+
+    @property
+    def is_stream(self) -> bool:
+        return bool(self.body.get("stream"))
+
+    @property
+    def tells_tokens(self) -> bool:
+        """Return whether the client sees single tokens."""
+        return bool(self.body.get("return_token_ids")) or bool(self.body.get("logprobs"))
+
+    @property
+    def asks_token_ids(self) -> bool:
+        """Return whether engines are asked for the ids of tokens.
+
+        With them vLLM leaves out the text of a prompt that is to be echoed.
+        """
+        body = self.body
+        return self.endpoint.is_chat or not body.get("echo") or bool(body.get("return_token_ids"))
+
+    @property
+    def text(self) -> msgspec.Raw | None:
+        """Return the prompt or the messages as the client wrote them."""
+        text = self.body.get("messages" if self.endpoint.is_chat else "prompt")
+        return text if isinstance(text, msgspec.Raw) else None
+
+    @property
+    def prefix(self) -> PrefixHashes:
+        salt, text = self.body.get("cache_salt"), self.text
+        return hash_prefix(
+            None if text is None else bytes(text), salt if isinstance(salt, str) else ""
+        )
+
+    @property
+    def alone(self) -> str:
+        """Return why two engines that need proof cannot share it; empty when they can.
+
+        A lease is given back by the first choice that has read it, and engines compute prompts
+        anew whose own log probabilities are wanted.
+        """
+        body = self.body
+        if self.num_choices > 1:
+            return "several choices cannot read one lease"
+        if body.get("use_beam_search"):
+            return "a beam search cannot read a lease"
+        if body.get("prompt_logprobs") is not None or (body.get("echo") and body.get("logprobs")):
+            return "log probabilities of the prompt are not handed over"
+        if body.get("prompt_embeds") is not None:
+            return "embeddings are not handed over"
+        return ""
 
     def prefill_body(self, *, knows_whole_request: bool) -> bytes:
         """Ask for the first token of each choice and a lease on the blocks.
@@ -116,6 +162,15 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
             body["min_tokens"] = min(1, body["min_tokens"])
         return msgspec.json.encode(body)
 
+    def decode_body(self, extra: dict[str, Any], *, is_whole: bool = False) -> bytes:
+        """Ask for the rest of the answer, as a stream unless ``is_whole``.
+
+        ``extra`` holds ``kv_transfer_params`` or ``resume``.
+        """
+        stream = {} if is_whole else {"stream": True, "stream_options": {"include_usage": True}}
+        own = {"return_token_ids": self.asks_token_ids, **stream, **extra}
+        return msgspec.json.encode(self.body | own)
+
     def check_length(self, num_prompt_tokens: int, limit: int | None) -> None:
         """Raise RequestError if prompt and output exceed a decode engine's limit.
 
@@ -129,71 +184,6 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
                 code="context_length_exceeded",
             )
 
-    @property
-    def is_stream(self) -> bool:
-        return bool(self.body.get("stream"))
-
-    @property
-    def tells_tokens(self) -> bool:
-        """Return whether the client sees single tokens."""
-        return bool(self.body.get("return_token_ids")) or bool(self.body.get("logprobs"))
-
-    @property
-    def alone(self) -> str:
-        """Return why two engines that need proof cannot share it; empty when they can.
-
-        A lease is given back by the first choice that has read it, and engines compute prompts
-        anew whose own log probabilities are wanted.
-        """
-        body = self.body
-        if self.num_choices > 1:
-            return "several choices cannot read one lease"
-        if body.get("use_beam_search"):
-            return "a beam search cannot read a lease"
-        if body.get("prompt_logprobs") is not None or (body.get("echo") and body.get("logprobs")):
-            return "log probabilities of the prompt are not handed over"
-        if body.get("prompt_embeds") is not None:
-            return "embeddings are not handed over"
-        return ""
-
-    @property
-    def asks_token_ids(self) -> bool:
-        """Return whether engines are asked for the ids of tokens.
-
-        With them vLLM leaves out the text of a prompt that is to be echoed.
-        """
-        body = self.body
-        return self.endpoint.is_chat or not body.get("echo") or bool(body.get("return_token_ids"))
-
-    def whole_body(self, extra: dict[str, Any]) -> bytes:
-        return msgspec.json.encode(self.body | {"return_token_ids": self.asks_token_ids} | extra)
-
-    @property
-    def text(self) -> msgspec.Raw | None:
-        """Return the prompt or the messages as the client wrote them."""
-        text = self.body.get("messages" if self.endpoint.is_chat else "prompt")
-        return text if isinstance(text, msgspec.Raw) else None
-
-    @property
-    def prefix(self) -> PrefixHashes:
-        salt = self.body.get("cache_salt")
-        text = self.text
-        return hash_prefix(
-            None if text is None else bytes(text), salt if isinstance(salt, str) else ""
-        )
-
-    def decode_body(self, extra: dict[str, Any]) -> bytes:
-        """Return the body that asks for the whole answer as a stream.
-
-        ``extra`` holds ``kv_transfer_params`` or ``resume``.
-        """
-        stream = {
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            "return_token_ids": self.asks_token_ids,
-        }
-        return msgspec.json.encode(self.body | stream | extra)
-
 
 class ClientRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Holds a client's request to one of the completion APIs."""
@@ -206,23 +196,14 @@ class ClientRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Names of unknown fields in ``stream_options``; the engines see all others."""
 
     @property
-    def stream(self) -> bool:
-        return bool(self.fields.stream)
-
-    @property
     def include_usage(self) -> bool:
-        return self.fields.stream_options is not None and bool(
-            self.fields.stream_options.include_usage
-        )
+        options = self.fields.stream_options
+        return options is not None and bool(options.include_usage)
 
     @property
     def continuous_usage(self) -> bool:
         options = self.fields.stream_options
         return self.include_usage and options is not None and bool(options.continuous_usage_stats)
-
-    @property
-    def return_token_ids(self) -> bool:
-        return bool(self.fields.return_token_ids)
 
 
 def read_client_request(
@@ -236,7 +217,6 @@ def read_client_request(
     strict_fields: bool = False,
     wants_pair: bool = False,
     has_own_fields: bool = False,
-    draw_seed: Callable[[], int] = lambda: secrets.randbits(63),
 ) -> ClientRequest:
     """Check and split a client's body. Raises RequestError. ``headers`` go to the engines with it.
 
@@ -254,32 +234,32 @@ def read_client_request(
     # vLLM scores a prompt that it echoes with no token of its own.
     max_tokens = _check_limits(fields, may_be_none=has_own_fields and bool(body.get("echo")))
     bodies = [body] if endpoint.is_chat else [body | one for one in _split_prompts(body)]
+    text, prompts = "messages" if endpoint.is_chat else "prompt", []
+    for index, one in enumerate(bodies):
+        if fields.seed is None and not has_own_fields:
+            # Once for all engines that the prompt may come to: they must draw the same tokens.
+            one["seed"] = secrets.randbits(63)
+        origin = PromptOrigin(secrets.randbelow(2**63 - 1) + 1)
+        prompts.append(
+            PromptRequest(
+                endpoint=endpoint,
+                origin=origin,
+                body=one,
+                index=index,
+                num_choices=fields.n or 1,
+                max_tokens=max_tokens,
+                num_prompt_tokens=_estimate_tokens(one.get(text)),
+                hop_id=hop_id if len(bodies) == 1 else HopId(f"{hop_id}-{index}"),
+                headers=headers | {ORIGIN_HEADER: format_origin(origin)},
+                wants_pair=wants_pair,
+            )
+        )
     return ClientRequest(
         endpoint=endpoint,
         request_id=request_id,
         fields=fields,
         ignored_fields=ignored_fields,
-        prompts=[
-            PromptRequest(
-                endpoint=endpoint,
-                origin=(origin := PromptOrigin(secrets.randbelow(2**63 - 1) + 1)),
-                # A seed is drawn here, once: every engine that the prompt may come to must draw the
-                # same tokens.
-                body=one
-                if fields.seed is not None or has_own_fields
-                else one | {"seed": draw_seed()},
-                index=index,
-                num_choices=fields.n or 1,
-                max_tokens=max_tokens,
-                num_prompt_tokens=_estimate_tokens(
-                    one.get("messages") if endpoint.is_chat else one.get("prompt")
-                ),
-                hop_id=hop_id if len(bodies) == 1 else HopId(f"{hop_id}-{index}"),
-                headers=headers | {ORIGIN_HEADER: format_origin(origin)},
-                wants_pair=wants_pair,
-            )
-            for index, one in enumerate(bodies)
-        ],
+        prompts=prompts,
     )
 
 
@@ -300,9 +280,7 @@ def _read_fields(body: dict[str, Any]) -> ClientFields:
     except msgspec.ValidationError as error:
         text, _, path = str(error).partition(" - at `$.")
         field = path.rstrip("`") or None
-        raise RequestError(
-            f"{field}: {text}" if field else text, param=field, code="invalid_value"
-        ) from None
+        raise _invalid(f"{field}: {text}" if field else text, field) from None
 
 
 def _unknown_stream_options(body: dict[str, Any]) -> tuple[str, ...]:
@@ -318,17 +296,15 @@ def _check_limits(fields: ClientFields, *, may_be_none: bool) -> int | None:
     Where ``may_be_none`` lets it be 0, it counts as 1: one engine does all. Raises RequestError.
     """
     if fields.max_tokens == 0 and not may_be_none:
-        raise RequestError("max_tokens must be 1 or more", param="max_tokens", code="invalid_value")
+        raise _invalid("max_tokens must be 1 or more", "max_tokens")
     if fields.stream_options is not None and not fields.stream:
-        raise RequestError(
-            "stream_options needs stream: true", param="stream_options", code="invalid_value"
-        )
+        raise _invalid("stream_options needs stream: true", "stream_options")
     limit = (
         fields.max_tokens if fields.max_completion_tokens is None else fields.max_completion_tokens
     )
     if limit is not None and (fields.min_tokens or 0) > limit:
         message = f"min_tokens {fields.min_tokens} is more than max_tokens {limit}"
-        raise RequestError(message, param="min_tokens", code="invalid_value")
+        raise _invalid(message, "min_tokens")
     return None if limit is None else max(1, limit)
 
 
@@ -348,11 +324,7 @@ def _split_prompts(body: dict[str, Any]) -> list[dict[str, Any]]:
         split = [{"prompt": None, "prompt_embeds": one} for one in tensors]
         split += [one | {"prompt_embeds": None} for one in texts]
     if len(split) > MAX_PROMPTS:
-        raise RequestError(
-            f"prompt: at most {MAX_PROMPTS} prompts in one request",
-            param="prompt",
-            code="invalid_value",
-        )
+        raise _invalid(f"prompt: at most {MAX_PROMPTS} prompts in one request", "prompt")
     return split
 
 
@@ -364,3 +336,7 @@ def _estimate_tokens(text: msgspec.Raw | None) -> int:
         return 1 + raw.count(b",")
     raw, num_files = _DATA_URL.subn(b"", raw)
     return 1 + len(raw) // CHARACTERS_PER_TOKEN + num_files * DATA_URL_TOKENS
+
+
+def _invalid(message: str, param: str | None) -> RequestError:
+    return RequestError(message, param=param, code="invalid_value")

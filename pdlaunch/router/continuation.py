@@ -37,13 +37,12 @@ NUM_CONTEXT_TOKENS = 64
 MAX_PARTS = 8  # tokens at the end that may be parts of one character
 _HALF_CHARACTER = "\ufffd"
 
-_PASSED = (
+_SAME_FIELDS = (
     "model temperature top_p top_k min_p repetition_penalty stop stop_token_ids "
     "include_stop_str_in_output ignore_eos skip_special_tokens spaces_between_special_tokens "
     "logit_bias allowed_token_ids cache_salt priority user"
 )
-"""Fields that mean the same behind a longer prompt."""
-_DONE = (
+_DONE_FIELDS = (
     "add_generation_prompt add_special_tokens chat_template chat_template_kwargs "
     "continue_final_message documents include_reasoning logprobs max_completion_tokens max_tokens "
     "messages metadata min_tokens n parallel_tool_calls prompt prompt_cache_key reasoning_effort "
@@ -51,7 +50,10 @@ _DONE = (
     "stream stream_interval stream_options tool_choice top_logprobs truncate_prompt_tokens "
     "truncation_side"
 )
-"""Fields that are labels, have shaped the prompt already, or are made anew here."""
+_PASSED = tuple(_SAME_FIELDS.split())
+"""Fields that mean the same behind a longer prompt."""
+_KNOWN = {*_PASSED, *_DONE_FIELDS.split()}
+"""Those, and labels, and what has shaped the prompt already or is made anew here."""
 _STRUCTURED = ("structured_outputs", "guided_json", "guided_regex", "guided_choice")
 
 
@@ -66,12 +68,11 @@ class StreamLostError(OverloadedError):
             retry_after_s=RETRY_AFTER_S,
             code="stream_lost",
         )
-        self.reason = reason
 
 
 def obstacle(prompt: PromptRequest, transcript: Transcript, capabilities: Capabilities) -> str:
     """Return why the answer cannot go on at another engine; empty when it can."""
-    body = prompt.body
+    body, is_chat = prompt.body, prompt.endpoint.is_chat
     response_format = body.get("response_format") or {"type": "text"}
     if not capabilities.goes_on:
         return "version"
@@ -83,12 +84,11 @@ def obstacle(prompt: PromptRequest, transcript: Transcript, capabilities: Capabi
         return "tools"
     if any(body.get(name) for name in _STRUCTURED) or response_format != {"type": "text"}:
         return "structured output"
-    if prompt.endpoint.is_chat and (capabilities.splits_reasoning or transcript.has_other_output):
+    if is_chat and (capabilities.splits_reasoning or transcript.has_other_output):
         return "reasoning"
-    if prompt.endpoint.is_chat and _has_media(prompt.text):
+    if is_chat and _has_media(prompt.text):
         return "images"
-    known = {*_PASSED.split(), *_DONE.split()}
-    if any(value and name not in known for name, value in body.items()):
+    if any(value and name not in _KNOWN for name, value in body.items()):
         return "fields"
     if not transcript.can_resume or not transcript.prompt_token_ids:
         return "token ids"
@@ -96,9 +96,7 @@ def obstacle(prompt: PromptRequest, transcript: Transcript, capabilities: Capabi
 
 
 def _has_media(messages: msgspec.Raw | None) -> bool:
-    if messages is None:
-        return False
-    return any(
+    return messages is not None and any(
         isinstance(part, dict) and part.get("type") != "text"
         for message in msgspec.json.decode(messages)
         if isinstance(message.get("content"), list)
@@ -106,36 +104,68 @@ def _has_media(messages: msgspec.Raw | None) -> bool:
     )
 
 
-class Continuation:
-    """Turns what the next engine says into chunks of the answer that was begun."""
+async def begin_continuation(
+    prompt: PromptRequest, transcript: Transcript, detokenize: Detokenize
+) -> Continuation:
+    """Return the continuation of an answer whose engine has died.
 
-    def __init__(
-        self,
-        prompt: PromptRequest,
-        prompt_token_ids: list[int],
-        output_token_ids: list[int],
-        *,
-        text: str,
-        num_told: int,
-        text_offset: int,
-    ) -> None:
+    Raises LookupError, with one of ``LOST_REASONS``, when its text or tokens cannot go on.
+    """
+    text, num_tokens = await _find_text(detokenize, transcript)
+    if num_tokens < len(transcript.output_token_ids):
+        if prompt.tells_tokens:
+            raise LookupError("half a character")
+        transcript.drop_tokens(num_tokens)
+    return Continuation(prompt, transcript, text)
+
+
+async def _find_text(detokenize: Detokenize, transcript: Transcript) -> tuple[str, int]:
+    """Return the text of the output, and the number of tokens that it is the text of.
+
+    The last ones are left out while they are parts of a character: an engine would tell all of the
+    prompt's text once that character is whole. Raises LookupError when the text is not what the
+    client was told.
+    """
+    output, told = transcript.output_token_ids, transcript.text
+    context = transcript.prompt_token_ids[-NUM_CONTEXT_TOKENS:]
+    before = await detokenize(context)
+    for num_parts in range(min(MAX_PARTS, len(output))):
+        num_tokens = len(output) - num_parts
+        whole = await detokenize(context + output[:num_tokens])
+        if whole.endswith(_HALF_CHARACTER):
+            continue
+        text = whole[len(before) :]
+        if not whole.startswith(before) or not text.startswith(told):
+            break
+        return text, num_tokens
+    raise LookupError("text")
+
+
+class Continuation:
+    """Turns what the next engine says into chunks of the answer that was begun.
+
+    ``text``: that of the transcript's tokens, of which the client may lack the end.
+    """
+
+    def __init__(self, prompt: PromptRequest, transcript: Transcript, text: str) -> None:
         self._prompt = prompt
-        self._prompt_token_ids = prompt_token_ids
-        self._output_token_ids = output_token_ids
-        self._text_offset = text_offset
+        self._prompt_token_ids = transcript.prompt_token_ids
+        # As they are now: the transcript grows while the next engine answers.
+        self._output_token_ids = list(transcript.output_token_ids)
+        self._text_offset = transcript.text_offset
         stops = prompt.body.get("stop") or []
         self._splice = Splice(
             [stops] if isinstance(stops, str) else stops,
             text,
-            num_told,
+            len(transcript.text),
             includes_stop=bool(prompt.body.get("include_stop_str_in_output")),
         )
 
     def body(self, max_model_len: int | None) -> bytes:
         """Return the body for /v1/completions. Raises LookupError when no limit is known."""
-        body, num_tokens = self._prompt.body, len(self._output_token_ids)
-        limit = self._prompt.max_tokens
-        if limit is None and self._prompt.endpoint.is_chat:
+        body, is_chat = self._prompt.body, self._prompt.endpoint.is_chat
+        num_tokens, limit = len(self._output_token_ids), self._prompt.max_tokens
+        if limit is None and is_chat:
             if max_model_len is None:
                 raise LookupError("length")
             limit = max_model_len - len(self._prompt_token_ids)
@@ -146,20 +176,19 @@ class Continuation:
         if min_tokens and self._splice.is_open:
             raise LookupError("min_tokens and stop strings")
         logprobs = body.get("logprobs")
-        if self._prompt.endpoint.is_chat:
+        if is_chat:
             logprobs = (body.get("top_logprobs") or 0) if logprobs else None
-        return msgspec.json.encode(
-            {name: body[name] for name in _PASSED.split() if body.get(name) is not None}
-            | {
-                "prompt": self._prompt_token_ids + self._output_token_ids,
-                "max_tokens": max_tokens,
-                "min_tokens": min_tokens,
-                "logprobs": logprobs,
-                "stream": True,
-                "stream_options": {"include_usage": True},
-                "return_token_ids": True,
-            }
-        )
+        passed = {name: body[name] for name in _PASSED if body.get(name) is not None}
+        own = {
+            "prompt": self._prompt_token_ids + self._output_token_ids,
+            "max_tokens": max_tokens,
+            "min_tokens": min_tokens,
+            "logprobs": logprobs,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "return_token_ids": True,
+        }
+        return msgspec.json.encode(passed | own)
 
     def take(self, chunk: Chunk) -> Chunk:
         """Return the chunk as one of the first engine's. Raises LookupError, TypeError."""
@@ -186,27 +215,25 @@ class Continuation:
                 offsets = logprobs["text_offset"]
                 logprobs["text_offset"] = [offset + self._text_offset for offset in offsets]
             return choice | {"text": text}
-        return choice | {
-            "delta": {"content": text},
-            "logprobs": _chat_logprobs(logprobs, self._prompt.body.get("top_logprobs") or 0),
-        }
+        num_top = self._prompt.body.get("top_logprobs") or 0
+        chat_logprobs = _chat_logprobs(logprobs, num_top) if logprobs else None
+        return choice | {"delta": {"content": text}, "logprobs": chat_logprobs}
 
 
-def _chat_logprobs(logprobs: dict[str, Any] | None, num_top: int) -> dict[str, Any] | None:
+def _chat_logprobs(logprobs: dict[str, Any], num_top: int) -> dict[str, Any]:
     """Return the log probabilities of a completion in the form of a chat's."""
-    if not logprobs:
-        return None
-    content = []
+
+    def entry(token: str, logprob: float) -> dict[str, Any]:
+        in_bytes = list(token.encode("utf-8", errors="replace"))
+        return {"token": token, "logprob": logprob, "bytes": in_bytes}
+
     values = (logprobs[name] for name in ("tokens", "token_logprobs", "top_logprobs"))
-    for token, logprob, top in zip(*values, strict=True):
-        others = [_token_logprob(*other) for other in list(top.items())[:num_top]]
-        content.append(_token_logprob(token, logprob) | {"top_logprobs": others})
+    content = [
+        entry(token, logprob)
+        | {"top_logprobs": [entry(*other) for other in list(top.items())[:num_top]]}
+        for token, logprob, top in zip(*values, strict=True)
+    ]
     return {"content": content}
-
-
-def _token_logprob(token: str, logprob: float) -> dict[str, Any]:
-    in_bytes = list(token.encode("utf-8", errors="replace"))
-    return {"token": token, "logprob": logprob, "bytes": in_bytes}
 
 
 class Splice:
@@ -227,8 +254,7 @@ class Splice:
         self._before = text[max(0, min(num_told, len(text) - self._window)) :]
         self._num_held = len(text) - num_told
         self._new = ""
-        self.is_open = self._window > 0
-        """A stop string may still lie across the seam."""
+        self.is_open = self._window > 0  # a stop string may still lie across the seam
         self._has_begun = False
 
     def take(self, text: str, *, is_end: bool) -> tuple[str, str | None]:
@@ -250,61 +276,12 @@ class Splice:
     def _find(self, joined: str) -> tuple[int, int, str] | None:
         """Return start, end and text of the stop string across the seam that ends first."""
         seam = len(self._before)
-        found = [
-            (start + len(stop), place, start, stop)
-            for place, stop in enumerate(self._stops)
-            if 0 <= (start := joined.find(stop, max(0, seam - len(stop) + 1))) < seam
-            and start + len(stop) > seam
-        ]
+        found = []
+        for place, stop in enumerate(self._stops):
+            start = joined.find(stop, max(0, seam - len(stop) + 1))
+            if 0 <= start < seam < start + len(stop):
+                found.append((start + len(stop), place, start, stop))
         if not found:
             return None
         end, _, start, stop = min(found)
         return start, end, stop
-
-
-async def find_text(
-    detokenize: Detokenize, prompt_token_ids: list[int], output_token_ids: list[int], told: str
-) -> tuple[str, int]:
-    """Return the text of the output, and the number of tokens that it is the text of.
-
-    The last ones are left out while they are parts of a character: an engine would tell all of the
-    prompt's text once that character is whole. Raises LookupError when the text is not what the
-    client was told.
-    """
-    context = prompt_token_ids[-NUM_CONTEXT_TOKENS:]
-    before = await detokenize(context)
-    for num_parts in range(min(MAX_PARTS, len(output_token_ids))):
-        num_tokens = len(output_token_ids) - num_parts
-        whole = await detokenize(context + output_token_ids[:num_tokens])
-        if whole.endswith(_HALF_CHARACTER):
-            continue
-        text = whole[len(before) :]
-        if not whole.startswith(before) or not text.startswith(told):
-            break
-        return text, num_tokens
-    raise LookupError("text")
-
-
-async def begin_continuation(
-    prompt: PromptRequest, transcript: Transcript, detokenize: Detokenize
-) -> Continuation:
-    """Return the continuation of an answer whose engine has died.
-
-    Raises LookupError, with one of ``LOST_REASONS``, when its text or tokens cannot go on.
-    """
-    told = transcript.text
-    text, num_tokens = await find_text(
-        detokenize, transcript.prompt_token_ids, transcript.output_token_ids, told
-    )
-    if num_tokens < len(transcript.output_token_ids):
-        if prompt.tells_tokens:
-            raise LookupError("half a character")
-        transcript.drop_tokens(num_tokens)
-    return Continuation(
-        prompt,
-        transcript.prompt_token_ids,
-        list(transcript.output_token_ids),
-        text=text,
-        num_told=len(told),
-        text_offset=transcript.text_offset,
-    )

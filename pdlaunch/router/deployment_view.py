@@ -35,7 +35,8 @@ from pdlaunch.protocol.status import (
 )
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_readings import EngineReadings
-from pdlaunch.router.metrics import RouterMetrics, engines_of
+from pdlaunch.router.metrics import Pair, RouterMetrics
+from pdlaunch.router.pool import engines_of
 from pdlaunch.router.state import RouterState
 
 READ_WAIT_S = 0.5
@@ -56,32 +57,27 @@ _ERRORS = "pdlaunch_router_request_errors_total"
 _PROMPT_TOKENS = "pdlaunch_router_prompt_tokens_total"
 _OUTPUT_TOKENS = "pdlaunch_router_generation_tokens_total"
 _NAMES = (_FIRST_TOKEN, _INTER_TOKEN, _REQUESTS, _ERRORS, _PROMPT_TOKENS, _OUTPUT_TOKENS)
+_STREAM_HEADERS = {
+    "Content-Type": "application/x-ndjson",
+    "Cache-Control": "no-store",
+    "X-Accel-Buffering": "no",  # nginx would collect lines before it passes them on
+}
 
 Buckets = Mapping[float, float]  # the number that took at most so many seconds
-PairNames = tuple[str, str]  # a prefill and a decode engine
 
 
 class DeploymentView:
     """Answers what the deployment is doing; ``run`` has to run meanwhile."""
 
-    def __init__(
-        self,
-        state: RouterState,
-        admission: Admission,
-        served_model_name: str,
-        clock: Callable[[], float] = time.monotonic,
-        wall_clock: Callable[[], float] = time.time,
-    ) -> None:
+    def __init__(self, state: RouterState, admission: Admission, served_model_name: str) -> None:
         self._state = state
         self._admission = admission
         self._model = served_model_name
-        self._clock = clock
-        self._wall_clock = wall_clock
-        self._start_at = clock()
-        self._history = RateHistory(state.metrics, clock, wall_clock)
-        self._readings = EngineReadings(state.client, state.events, clock)
+        self._start_at = time.monotonic()
+        self._history = RateHistory(state.metrics, time.monotonic, time.time)
+        self._readings = EngineReadings(state.client, state.events, time.monotonic)
         self._proven: Sequence[PairReady] = ()
-        self._links: Mapping[PairNames, PairReady] = {}
+        self._links: Mapping[Pair, PairReady] = {}
         self._num_watchers = 0
         self._closed = asyncio.Event()
 
@@ -114,26 +110,24 @@ class DeploymentView:
 
     def status(self, num_points: int | None = None) -> DeploymentStatus:
         """Describe the deployment as it is known now, with the last points of the history."""
-        pool, totals = self._state.pool, self._history.totals()
-        engines, now_at = pool.engines, pool.clock()
-        pairs = self._pairs(pool.pairs)
+        pool, totals, events = self._state.pool, self._history.totals(), self._state.events
         return DeploymentStatus(
-            at=self._wall_clock(),
+            at=totals.at,
             version=__version__,
             model=self._model,
             state=self.state(),
-            uptime_s=round(self._clock() - self._start_at, 1),
+            uptime_s=round(time.monotonic() - self._start_at, 1),
             in_flight=self._admission.in_flight,
-            requests=totals.requests,
-            errors=totals.errors,
-            engines=[self._engine(engine, now_at) for engine in engines],
-            gone=self._state.events.gone(),
-            pairs=pairs,
+            requests=int(totals.sums[_REQUESTS]),
+            errors=int(totals.sums[_ERRORS]),
+            engines=[self._engine(engine, pool.clock()) for engine in pool.engines],
+            gone=events.gone(),
+            pairs=self._pairs(pool.pairs),
             num_pairs=len(self._links),
             doubts=self._state.doubts(),
             rates=self._history.now(totals),
             history=self._history.points(num_points),
-            events=self._state.events.events,
+            events=events.events,
         )
 
     def _engine(self, engine: Engine, now_at: float) -> EngineStatus:
@@ -158,7 +152,9 @@ class DeploymentView:
     def _pairs(self, proven: Sequence[PairReady]) -> list[PairStatus]:
         """Return the pairs of engines that moved most bytes lately, ``MAX_PAIRS`` at most."""
         if proven is not self._proven:
-            self._proven, self._links = proven, _links(proven)
+            by_speed = sorted(proven, key=lambda pair: -(pair.gigabytes_per_s or 0.0))
+            # The slowest pair of ranks stands for two engines.
+            self._proven, self._links = proven, {engines_of(pair): pair for pair in by_speed}
         num_peers = Counter(decode for _, decode in self._links)
         pulls = {
             names: self._readings.pulls(*names, is_only=num_peers[names[1]] == 1)
@@ -190,21 +186,19 @@ class DeploymentView:
         return json_response(self.status())
 
     async def _answer_stream(self, http: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse(
-            headers={
-                "Content-Type": "application/x-ndjson",
-                "Cache-Control": "no-store",
-                "X-Accel-Buffering": "no",
-            }
-        )
+        response = web.StreamResponse(headers=_STREAM_HEADERS)
+
+        async def send(status: DeploymentStatus) -> None:
+            await response.write(msgspec.json.encode(status) + b"\n")
+
         with self._watching():
             await response.prepare(http)
             try:
-                await response.write(msgspec.json.encode(self.status()) + b"\n")
+                await send(self.status())
                 while not self._closed.is_set():
                     engines = self._state.pool.engines
                     await self._readings.refresh(engines, READ_WAIT_S)
-                    await response.write(msgspec.json.encode(self.status(NEWEST)) + b"\n")
+                    await send(self.status(NEWEST))
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(1.0 + len(engines) // ENGINES_A_SECOND):
                             await self._closed.wait()
@@ -231,14 +225,6 @@ class DeploymentView:
             self._num_watchers -= 1
 
 
-def _links(proven: Sequence[PairReady]) -> dict[PairNames, PairReady]:
-    """Return the slowest pair of ranks of each two engines."""
-    links: dict[PairNames, PairReady] = {}
-    for pair in sorted(proven, key=lambda pair: -(pair.gigabytes_per_s or 0.0)):
-        links[engines_of(pair)] = pair
-    return links
-
-
 class Totals(NamedTuple):
     """Holds the router's counters at an instant of both clocks."""
 
@@ -246,14 +232,6 @@ class Totals(NamedTuple):
     now_at: float
     sums: Mapping[str, float]
     buckets: Mapping[str, Buckets]
-
-    @property
-    def requests(self) -> int:
-        return int(self.sums[_REQUESTS])
-
-    @property
-    def errors(self) -> int:
-        return int(self.sums[_ERRORS])
 
 
 class RateHistory:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from types import TracebackType
 from urllib.parse import urlsplit
 
 import msgspec
@@ -37,10 +36,8 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     state: str  # ``ready``, or the ``ListedState`` that says why not; for people
     reason: str = ""  # the reason why it has ``failed`` or is given no work, and what comes next
     times_ready: int = 0
-    devices: frozenset[str] = frozenset()
-    """Those of its ranks, as ``host/cuda:0``, or ``cpu``; empty: not known."""
-    max_model_len: int | None = None
-    """Prompt plus output in tokens; None until the engine has been asked."""
+    devices: frozenset[str] = frozenset()  # as ``host/cuda:0``, or ``cpu``; empty: not known
+    max_model_len: int | None = None  # prompt plus output in tokens; None: it has not been asked
     models: list[ModelCard] = []  # the models that it lists: the served one, and adapters
     is_drained: bool = False  # somebody drains it: it is given no new work
     peers: frozenset[str] | None = None  # the engines that it exchanges KV blocks with; None: all
@@ -52,11 +49,9 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     num_leases: int = 0  # prompts that it has computed and whose KV blocks nobody has pulled yet
     num_streams: int = 0  # choices that have begun
     num_prompt_tokens: int = 0  # estimated tokens of the prompts it is working on
-    kv_tokens: int = 0
-    """Estimated tokens that its streams hold in the KV cache, with those that are to begin."""
+    kv_tokens: int = 0  # estimated tokens that its streams hold, or will hold, in the KV cache
     unanswered_tokens: int = 0  # uncached tokens of prompts of which no token has come yet
-    progressed_at: float = 0.0
-    """Instant since which the first of these are computed, on the pool's clock."""
+    progressed_at: float = 0.0  # when it began with the first of these, on the pool's clock
     computed_tokens: float = 0.0
     computing_s: float = 0.0
     """Moving sums of the prompt tokens that it has computed, and of the time that took."""
@@ -79,10 +74,8 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
         """Return whether it may be handed KV blocks of ``prefill``."""
         if self.peers is not None and prefill.name not in self.peers:
             return False
-        return (
-            not self.capabilities.needs_proof
-            or self.proofs.get(prefill.name) == prefill.processes[0]
-        )
+        is_proven = self.proofs.get(prefill.name) == prefill.processes[0]
+        return is_proven or not self.capabilities.needs_proof
 
     @property
     def tokens_per_s(self) -> float:
@@ -92,14 +85,6 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     def waiting_tokens(self, now_at: float, tokens_per_s: float) -> float:
         """Return how many prompt tokens it has to compute before those of a new prompt."""
         return max(0.0, self.unanswered_tokens - (now_at - self.progressed_at) * tokens_per_s)
-
-    def computed(self, num_tokens: int, now_at: float) -> None:
-        """Note that a prompt of which it had to compute these tokens has its first token."""
-        took_s = max(0.0, now_at - self.progressed_at)
-        keeps = math.exp(-took_s / SPEED_MEMORY_S)
-        self.computed_tokens = keeps * self.computed_tokens + num_tokens
-        self.computing_s = keeps * self.computing_s + took_s
-        self.progressed_at = now_at
 
     @contextlib.contextmanager
     def holding(self, num_tokens: int) -> Iterator[None]:
@@ -111,68 +96,53 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
             self.kv_tokens -= num_tokens
 
     @contextlib.contextmanager
-    def lending(self) -> Iterator[None]:
-        """Count the KV blocks of a prompt as lent for as long as the block runs."""
-        self.num_leases += 1
-        try:
-            yield
-        finally:
-            self.num_leases -= 1
-
-
-class Work:
-    """Counts a piece of work at an engine for as long as the block runs.
-
-    ``num_uncached``: tokens that it computes before the first token comes; 0 with pulled blocks.
-    ``num_streams``: choices that it streams then; 0 at a prefill engine.
-    """
-
-    def __init__(
+    def working(
         self,
-        engine: Engine,
         clock: Callable[[], float],
         *,
         num_prompt_tokens: int,
         num_uncached: int = 0,
         num_streams: int = 0,
-    ) -> None:
-        self._engine = engine
-        self._clock = clock
-        self._num_prompt_tokens = num_prompt_tokens
-        self._num_uncached = num_uncached
-        self._num_streams = num_streams
-        self.has_begun = False
+    ) -> Iterator[Callable[[], None]]:
+        """Count a piece of work while the block runs; yield what notes its first token.
 
-    def __enter__(self) -> Work:
-        engine = self._engine
-        engine.num_works += 1
-        engine.num_prompt_tokens += self._num_prompt_tokens
-        engine.kv_tokens += self._num_streams * self._num_prompt_tokens
-        if self._num_uncached and not engine.unanswered_tokens:
-            engine.progressed_at = self._clock()
-        engine.unanswered_tokens += self._num_uncached
-        return self
+        ``num_uncached``: tokens that it computes before the first token; 0 with pulled blocks.
+        ``num_streams``: choices that it streams then; 0 at a prefill engine.
+        """
+        has_begun = False
 
-    def begin(self) -> None:
-        if not self.has_begun:
-            self.has_begun = True
-            self._engine.num_streams += self._num_streams
-            if self._num_uncached:
-                self._engine.unanswered_tokens -= self._num_uncached
-                self._engine.computed(self._num_uncached, self._clock())
+        def begin() -> None:
+            nonlocal has_begun
+            if has_begun:
+                return
+            has_begun = True
+            self.num_streams += num_streams
+            if num_uncached:
+                self.unanswered_tokens -= num_uncached
+                self._computed(num_uncached, clock())
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        engine = self._engine
-        engine.num_works -= 1
-        engine.num_prompt_tokens -= self._num_prompt_tokens
-        engine.kv_tokens -= self._num_streams * self._num_prompt_tokens
-        if self.has_begun:
-            engine.num_streams -= self._num_streams
-        elif self._num_uncached:
-            engine.unanswered_tokens -= self._num_uncached
-            engine.progressed_at = self._clock()
+        self.num_works += 1
+        self.num_prompt_tokens += num_prompt_tokens
+        # Idle time is no time in which the first of the waiting prompts was computed.
+        if num_uncached and not self.unanswered_tokens:
+            self.progressed_at = clock()
+        self.unanswered_tokens += num_uncached
+        try:
+            with self.holding(num_streams * num_prompt_tokens):
+                yield begin
+        finally:
+            self.num_works -= 1
+            self.num_prompt_tokens -= num_prompt_tokens
+            if has_begun:
+                self.num_streams -= num_streams
+            elif num_uncached:
+                # It ended without a token, which says nothing of the engine's speed.
+                self.unanswered_tokens -= num_uncached
+                self.progressed_at = clock()
+
+    def _computed(self, num_tokens: int, now_at: float) -> None:
+        took_s = max(0.0, now_at - self.progressed_at)
+        keeps = math.exp(-took_s / SPEED_MEMORY_S)
+        self.computed_tokens = keeps * self.computed_tokens + num_tokens
+        self.computing_s = keeps * self.computing_s + took_s
+        self.progressed_at = now_at

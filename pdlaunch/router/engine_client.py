@@ -22,7 +22,6 @@ import msgspec
 
 from pdlaunch.errors import OverloadedError, PdlaunchError, ProtocolError
 from pdlaunch.http.engine_calls import (
-    CONNECT_S,
     MAX_BODY_BYTES,
     MAX_PAGE_BYTES,
     Answer,
@@ -33,16 +32,20 @@ from pdlaunch.http.engine_calls import (
 from pdlaunch.http.errors import RANK_LOST, RETRY_AFTER_S, RelayedError
 from pdlaunch.http.headers import IGNORED_FIELDS_HEADER, read_ignored_fields
 from pdlaunch.http.sse import DONE_DATA, EventDecoder
-from pdlaunch.observe.spans import SpanReport
 from pdlaunch.protocol.ids import HopId, LeaseId
 from pdlaunch.protocol.openai.responses import REPORT_KEY, ModelCard, ModelList
 from pdlaunch.router.engine import Engine
 
 logger = logging.getLogger(__name__)
 
-MAX_QUOTE_BYTES = 200
+Chunk = dict[str, Any]
+"""A chunk of an engine's stream; members that the router does not know are passed on."""
+
 _NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _MALFORMED = (LookupError, TypeError, AttributeError, ValueError, RecursionError)
+_GAVE_UP = frozenset({"error", "abort"})
+"""Reasons with which an engine gives a request up that nobody has cancelled."""
+_CLIENT_ERROR_TYPES = frozenset({"invalid_request_error", "BadRequestError", "NotFoundError"})
 
 
 class EngineFailure(OverloadedError):
@@ -50,8 +53,8 @@ class EngineFailure(OverloadedError):
 
     ``may_return``: it, or its successor, may be there again soon; the client gets 503, else 502.
     ``turned_away``: it did not begin. ``engine_code``: the code of its own error. ``is_told``: it
-    has reported the failure, so it is alive. ``quote``: the beginning of its own words, which may
-    quote a prompt and stand in no message.
+    has reported the failure, so it is alive. The engine's own words stand in no message: they may
+    quote a prompt.
     """
 
     def __init__(
@@ -62,20 +65,18 @@ class EngineFailure(OverloadedError):
         may_return: bool = True,
         turned_away: bool = False,
         engine_code: object = None,
-        quote: str = "",
         is_told: bool = False,
     ) -> None:
-        self.engine = engine
         super().__init__(
             f"engine {engine.name}: {reason}",
             status=503 if may_return else 502,
             retry_after_s=RETRY_AFTER_S,
             code="engine_failed",
         )
+        self.engine = engine
         self.may_return = may_return
         self.turned_away = turned_away
         self.engine_code = engine_code
-        self.quote = quote
         self.is_told = is_told and not turned_away and engine_code != RANK_LOST
 
 
@@ -91,7 +92,6 @@ class EngineRefusal(RelayedError):
         content_type: str = "application/json",
         retry_after: str | None = None,
     ) -> None:
-        self.engine = engine
         super().__init__(
             f"engine {engine.name} answered {status}",
             status=status,
@@ -99,6 +99,7 @@ class EngineRefusal(RelayedError):
             content_type=content_type,
             headers={} if retry_after is None else {"Retry-After": retry_after},
         )
+        self.engine = engine
 
     @property
     def is_busy(self) -> bool:
@@ -113,35 +114,30 @@ def _error_names(error: dict[str, Any]) -> str:
     return f" ({', '.join(names)})" if names else ""
 
 
-def _error_of(body: bytes) -> dict[str, Any]:
-    with contextlib.suppress(ValueError, RecursionError, LookupError, TypeError):
-        error = msgspec.json.decode(body)["error"]
-        return error if isinstance(error, dict) else {}
-    return {}
-
-
-def refuse_error(engine: Engine, answer: Answer, body: bytes) -> None:
+def _refuse_error(engine: Engine, answer: Answer, body: bytes) -> None:
     """Raise EngineFailure or EngineRefusal for an answer that is no 200."""
     if answer.status == 200:
         return
-    if answer.status >= 500 or 300 <= answer.status < 400:
-        error_fields = _error_of(body)
-        may_return = answer.status in (502, 503, 504)
-        raise EngineFailure(
+    if answer.status < 300 or 400 <= answer.status < 500:
+        content_type = answer.headers.get("content-type", "application/json").partition(";")[0]
+        raise EngineRefusal(
             engine,
-            f"answered {answer.status}{_error_names(error_fields)}",
-            may_return=may_return,
-            turned_away=answer.status == 503,
-            engine_code=error_fields.get("code"),
-            quote=body[:MAX_QUOTE_BYTES].decode(errors="replace"),
-            is_told=True,
+            status=answer.status,
+            body=body,
+            content_type=content_type,
+            retry_after=answer.headers.get("retry-after"),
         )
-    raise EngineRefusal(
+    error: Any = None
+    with contextlib.suppress(*_MALFORMED):
+        error = msgspec.json.decode(body)["error"]
+    fields = error if isinstance(error, dict) else {}
+    raise EngineFailure(
         engine,
-        status=answer.status,
-        body=body,
-        content_type=answer.headers.get("content-type", "application/json").partition(";")[0],
-        retry_after=answer.headers.get("retry-after"),
+        f"answered {answer.status}{_error_names(fields)}",
+        may_return=answer.status in (502, 503, 504),
+        turned_away=answer.status == 503,
+        engine_code=fields.get("code"),
+        is_told=True,
     )
 
 
@@ -170,30 +166,14 @@ class blames:  # noqa: N801
         if isinstance(error, _MALFORMED) and not isinstance(error, PdlaunchError):
             # The error's own words may be the answer's.
             reason = f"malformed answer ({type(error).__name__})"
-            raise EngineFailure(self._engine, reason, may_return=False, quote=str(error)) from error
+            raise EngineFailure(self._engine, reason, may_return=False) from error
 
 
-Chunk = dict[str, Any]
-"""A chunk of an engine's stream; members that the router does not know are passed on."""
-
-REPORT_BEGINNING = b'{"choices":[],"%s":' % REPORT_KEY.encode()
-"""Begins the event in which an engine of ours tells its spans."""
-_BROKEN = frozenset({"error", "abort"})
-"""Reasons with which an engine gives a request up that nobody has cancelled."""
-_CLIENT_ERROR_TYPES = frozenset({"invalid_request_error", "BadRequestError", "NotFoundError"})
-
-
-class _ReportEvent(msgspec.Struct, rename={"report": REPORT_KEY}):
-    report: SpanReport
-
-
-# Read into its types at once, at half the price of doing it in two steps.
-_report_event = msgspec.json.Decoder(_ReportEvent)
-
-
-def read_report(event: bytes) -> SpanReport:
-    """Return what an event that begins like one tells. Raises ValueError, RecursionError."""
-    return _report_event.decode(event).report
+def refuse_broken(engine: Engine, chunk: Chunk) -> None:
+    """Raise EngineFailure for a chunk with which the engine gives the request up."""
+    for choice in chunk["choices"]:
+        if choice.get("finish_reason") in _GAVE_UP:
+            raise EngineFailure(engine, "gave the request up")
 
 
 class EngineStream:
@@ -201,8 +181,7 @@ class EngineStream:
 
     def __init__(self, engine: Engine, answer: Answer) -> None:
         self.ignored_fields = _ignored_fields(answer)
-        self.is_done = False
-        """It has said ``[DONE]``."""
+        self.is_done = False  # it has said ``[DONE]``
         self.report: object = None
         """The engine's spans, once it has sent them, before its end."""
         self._engine = engine
@@ -222,10 +201,6 @@ class EngineStream:
         Raises EngineFailure, or EngineRefusal for an error event about the request.
         """
         while (data := await self._next_event()) is not None and data != DONE_DATA:
-            if data.startswith(REPORT_BEGINNING):
-                with contextlib.suppress(ValueError, RecursionError):
-                    self.report = read_report(data)
-                    continue
             chunk = self._decode(data)
             if REPORT_KEY not in chunk:
                 return chunk
@@ -256,8 +231,7 @@ class EngineStream:
             raise EngineFailure(self._engine, "an event that is no object", may_return=False)
         if "error" not in chunk:
             return chunk
-        told = chunk["error"]
-        fields = told if isinstance(told, dict) else {}
+        fields = chunk["error"] if isinstance(chunk["error"], dict) else {}
         if fields.get("type") in _CLIENT_ERROR_TYPES:
             raise EngineRefusal(self._engine, status=400, body=data)
         raise EngineFailure(
@@ -265,22 +239,13 @@ class EngineStream:
             f"error in its stream{_error_names(fields)}",
             may_return=fields.get("type") != "server_error",
             engine_code=fields.get("code"),
-            quote=str(fields.get("message", told))[:MAX_QUOTE_BYTES],
             is_told=True,
         )
-
-
-def refuse_broken(engine: Engine, chunk: Chunk) -> None:
-    """Raise EngineFailure for a chunk with which the engine gives the request up."""
-    for choice in chunk["choices"]:
-        if choice.get("finish_reason") in _BROKEN:
-            raise EngineFailure(engine, "gave the request up")
 
 
 class EngineTimeouts(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds until the router looks closer or gives up."""
 
-    connect_s: float = CONNECT_S
     stall_s: float = 15.0  # silence after which a working engine is asked whether it lives
     probe_s: float = 5.0  # limits the answer to that question, and the release of a lease
     metrics_s: float = 2.0
@@ -304,11 +269,11 @@ class EngineClient:
         timeouts: EngineTimeouts,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        self._timeouts = timeouts
-        self._calls = EngineCalls(timeouts.connect_s, tls)
         self._keys = keys
-        self._living: dict[str, asyncio.Task[bool]] = {}
-        """Questions that are under way, by the name of the engine."""
+        self._timeouts = timeouts
+        self._calls = EngineCalls(tls=tls)
+        self._probes: dict[str, asyncio.Task[bool]] = {}
+        """Questions whether an engine lives that are under way, by its name."""
 
     async def close(self) -> None:
         await self._calls.close()
@@ -328,35 +293,41 @@ class EngineClient:
         with blames(engine):
             return await self._calls.call(engine.url, method, target, own, body, silence)
 
+    async def _generate(
+        self, engine: Engine, path: str, body: bytes, headers: Mapping[str, str]
+    ) -> Answer:
+        silence = Silence(self._timeouts.stall_s, partial(self._probe, engine))
+        return await self._call(engine, "POST", path, body, headers, silence)
+
     async def ask(
-        self, engine: Engine, path: str, body: bytes, headers: dict[str, str]
+        self, engine: Engine, path: str, body: bytes, headers: Mapping[str, str]
     ) -> tuple[bytes, list[str]]:
         """Return the whole answer to a POST, and the names of the fields that were ignored.
 
         Raises EngineFailure, EngineRefusal.
         """
-        answer = await self._call(engine, "POST", path, body, headers, self._silence(engine))
+        answer = await self._generate(engine, path, body, headers)
         try:
             with blames(engine):
                 whole = await answer.read()
         finally:
             answer.close()
-        refuse_error(engine, answer, whole)
+        _refuse_error(engine, answer, whole)
         return whole, _ignored_fields(answer)
 
     @contextlib.asynccontextmanager
     async def stream(
-        self, engine: Engine, path: str, body: bytes, headers: dict[str, str]
+        self, engine: Engine, path: str, body: bytes, headers: Mapping[str, str]
     ) -> AsyncIterator[EngineStream]:
         """Open a stream (status 200); leaving the block early aborts it at the engine.
 
         Raises EngineFailure and EngineRefusal.
         """
-        answer = await self._call(engine, "POST", path, body, headers, self._silence(engine))
+        answer = await self._generate(engine, path, body, headers)
         try:
             if answer.status != 200:
                 with blames(engine):
-                    refuse_error(engine, answer, await answer.read())
+                    _refuse_error(engine, answer, await answer.read())
             yield (stream := EngineStream(engine, answer))
         except BaseException:
             answer.close()
@@ -398,6 +369,16 @@ class EngineClient:
         content_type = answer.headers.get("content-type", "application/octet-stream")
         return answer.status, whole, content_type
 
+    async def _call_briefly(
+        self, engine: Engine, method: str, path: str, body: bytes = b""
+    ) -> tuple[int, bytes]:
+        """Make a call that asks for no work, so that a living engine answers within ``probe_s``."""
+        timeout_s = self._timeouts.probe_s
+        status, answer, _ = await self.call(
+            engine, method, path, body=body, timeout_s=timeout_s, max_bytes=MAX_PAGE_BYTES
+        )
+        return status, answer
+
     async def release(self, engine: Engine, name: HopId | LeaseId) -> None:
         """End a lease that nobody will pull; after an error it ends by itself."""
         body = msgspec.json.encode({"request_id": name})
@@ -405,18 +386,6 @@ class EngineClient:
             await self._call_briefly(engine, "POST", "/pdlaunch/release", body)
         except EngineFailure as failure:
             logger.warning("lease of %s not released: %s", name, failure)
-
-    async def read_spans(self, engine: Engine, name: HopId) -> SpanReport | None:
-        """Return what an engine of ours has recorded of a hop whose answer was not waited for."""
-        probe_s, query = self._timeouts.probe_s, [("request_id", name)]
-        try:
-            status, body, _ = await self.call(
-                engine, "GET", "/pdlaunch/spans", query, timeout_s=probe_s
-            )
-            return msgspec.json.decode(body, type=SpanReport) if status == 200 else None
-        except (EngineFailure, ValueError, RecursionError) as error:
-            logger.debug("no spans of %s: %s", name, error)
-            return None
 
     async def refuse_lease(self, decode: Engine, params: Mapping[str, Any]) -> None:
         """Have a decode engine of vLLM end a lease that nobody will pull; errors are logged.
@@ -443,26 +412,40 @@ class EngineClient:
 
         One question serves all of its streams, which fall silent together.
         """
-        asking = self._living.get(engine.name)
-        if asking is None:
-            asking = self._living[engine.name] = asyncio.ensure_future(self._ask_health(engine))
-            asking.add_done_callback(lambda _: self._living.pop(engine.name))
-        return await asyncio.shield(asking)
+        probe = self._probes.get(engine.name)
+        if probe is None:
+            probe = self._probes[engine.name] = asyncio.ensure_future(self._is_healthy(engine))
+            probe.add_done_callback(lambda _: self._probes.pop(engine.name))
+        return await asyncio.shield(probe)
 
-    async def _ask_health(self, engine: Engine) -> bool:
+    async def _is_healthy(self, engine: Engine) -> bool:
         try:
-            status, _, _ = await self._call_briefly(engine, "GET", "/health")
+            status, _ = await self._call_briefly(engine, "GET", "/health")
         except EngineFailure:
             return False
         return status == 200
 
+    async def _probe(self, engine: Engine) -> None:
+        if not await self.is_alive(engine):
+            raise EngineFailure(engine, f"silent for {self._timeouts.stall_s:g} s and not healthy")
+
     async def read_models(self, engine: Engine) -> list[ModelCard]:
         try:
-            _, body, _ = await self._call_briefly(engine, "GET", "/v1/models")
+            _, body = await self._call_briefly(engine, "GET", "/v1/models")
             return msgspec.json.decode(body, type=ModelList).data
         except (EngineFailure, ValueError, RecursionError) as error:
             logger.info("%s does not tell its models: %s", engine.name, error)
             return []
+
+    async def read_spans(self, engine: Engine, name: HopId) -> object:
+        """Return what an engine of ours has recorded of a hop whose answer was not waited for."""
+        path = f"/pdlaunch/spans?{urlencode({'request_id': name})}"
+        try:
+            status, body = await self._call_briefly(engine, "GET", path)
+            return msgspec.json.decode(body) if status == 200 else None
+        except (EngineFailure, ValueError, RecursionError) as error:
+            logger.debug("no spans of %s: %s", name, error)
+            return None
 
     async def read_metrics(self, engine: Engine) -> str | None:
         """Return the engine's /metrics; None: no address yet, no answer in time, or too long."""
@@ -477,22 +460,6 @@ class EngineClient:
             logger.info("no metrics: %s", failure)
             return None
         return body.decode("utf-8", "replace") if status == 200 else None
-
-    async def _call_briefly(
-        self, engine: Engine, method: str, path: str, body: bytes = b""
-    ) -> tuple[int, bytes, str]:
-        """Make a call that asks for no work, so that a living engine answers within ``probe_s``."""
-        timeout_s = self._timeouts.probe_s
-        return await self.call(
-            engine, method, path, body=body, timeout_s=timeout_s, max_bytes=MAX_PAGE_BYTES
-        )
-
-    def _silence(self, engine: Engine) -> Silence:
-        return Silence(self._timeouts.stall_s, partial(self._probe, engine))
-
-    async def _probe(self, engine: Engine) -> None:
-        if not await self.is_alive(engine):
-            raise EngineFailure(engine, f"silent for {self._timeouts.stall_s:g} s and not healthy")
 
 
 def _ignored_fields(answer: Answer) -> list[str]:

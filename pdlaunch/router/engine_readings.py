@@ -70,14 +70,9 @@ _SOURCE = re.compile(r'[{,](source="[^"\\]*")')
 _PREFILL = re.compile(r'[{,]prefill="([^"\\]*)"')
 
 Counts = Mapping[str, float]
-"""By the names on the right of ``NAMES``; what a page does not have is missing."""
-
-
-class Page(NamedTuple):
-    """Holds what a metrics page says; ``pulls`` by prefill engine, with ``PULL_NAMES``."""
-
-    counts: Counts
-    pulls: Mapping[str, Counts]
+"""What a page says, by the names on the right of ``NAMES``, those of ``PULL_NAMES`` with the
+prefill engine behind: ``pulls@prefill-0``. What a page does not have is missing.
+"""
 
 
 class Pulls(NamedTuple):
@@ -89,17 +84,16 @@ class Pulls(NamedTuple):
     gigabytes_per_s: float | None = None  # speed of the last minute's pulls while they ran
 
 
-def scan(page: str) -> Page:
+def scan(page: str) -> Counts:
     """Return the sums over labels of what the tables name; usages are those of the fullest."""
     counts: dict[str, float] = {}
-    pulls: dict[str, dict[str, float]] = {}
     for line in page.splitlines():
         name = line.partition("{")[0].partition(" ")[0]
-        sums, word = counts, NAMES.get(name)
+        word = NAMES.get(name)
         if name in _WITH_SOURCE and (source := _SOURCE.search(line)):
             word = NAMES.get(f"{name}{{{source[1]}}}")
-        if word is None and (word := PULL_NAMES.get(name)) and (prefill := _PREFILL.search(line)):
-            sums = pulls.setdefault(prefill[1], {})
+        elif name in PULL_NAMES and (prefill := _PREFILL.search(line)):
+            word = f"{PULL_NAMES[name]}@{prefill[1]}"
         if word is None:
             continue
         try:
@@ -107,9 +101,9 @@ def scan(page: str) -> Page:
         except ValueError:
             continue
         if 0 <= value < float("inf"):
-            before = sums.get(word, 0.0)
-            sums[word] = max(value, before) if word.endswith("usage") else before + value
-    return Page(counts, pulls)
+            before = counts.get(word, 0.0)
+            counts[word] = max(value, before) if word.endswith("usage") else before + value
+    return counts
 
 
 class EngineHistory:
@@ -118,51 +112,47 @@ class EngineHistory:
     def __init__(self, processes: Processes) -> None:
         self.processes = processes
         self.asked_at = float("-inf")
-        self._past: deque[tuple[float, Page]] = deque()
-        self._latest: tuple[float, Page] | None = None
+        self._past: deque[tuple[float, Counts]] = deque()
+        self._at = 0.0
+        self._latest: Counts | None = None
 
-    def add(self, now_at: float, page: Page) -> Counts:
+    def add(self, now_at: float, counts: Counts) -> Counts:
         """Keep a page; return by how much its totals have grown since the one before."""
-        counts, before = page.counts, (self._latest[1] if self._latest else page).counts
-        grown = {word: counts[word] - before.get(word, 0.0) for word in counts.keys() - _GAUGES}
+        before = counts if self._latest is None else self._latest
+        grown = {word: _grown(word, counts, before) for word in counts.keys() - _GAUGES}
         if min(grown.values(), default=0.0) < 0:
             # It counts from zero again: its ranks were restarted.
             self._past.clear()
             grown = {}
-        self._latest = (now_at, page)
+        self._at, self._latest = now_at, counts
         if not self._past or now_at - self._past[-1][0] >= STEP_S:
-            self._past.append(self._latest)
+            self._past.append((now_at, counts))
         while now_at - self._past[0][0] > WINDOW_S and len(self._past) > 1:
             self._past.popleft()
         return grown
 
     def reading(self, now_at: float) -> EngineReading | None:
         """Return what the latest page says; None: there is none."""
-        if self._latest is None:
+        if (now := self._latest) is None:
             return None
-        (at, page), pulls = self._latest, self.pulls()
-        now, first, (recent_at, recent) = page.counts, self._past[0][1].counts, self._recent()
+        pulls, first = self.pulls(), self._past[0][1]
+        num_tokens = _grown("prompt_tokens", now, first)
 
         def total(word: str) -> int:
             return int(now.get(word, 0.0))
-
-        def rate(word: str) -> float:
-            return _rate(now.get(word, 0.0) - recent.counts.get(word, 0.0), at - recent_at)
-
-        num_tokens = _grown("prompt_tokens", now, first)
 
         def share(word: str) -> float:
             return min(1.0, _grown(word, now, first) / num_tokens)
 
         return EngineReading(
-            age_s=round(now_at - at, 1),
+            age_s=round(now_at - self._at, 1),
             running=total("running"),
             waiting=total("waiting"),
             leased_requests=total("leased"),
             kv_usage=now.get("kv_usage", 0.0),
             host_usage=now.get("host_usage", 0.0) if now.get("host_blocks") else None,
-            prompt_tokens_per_s=rate("prompt_tokens"),
-            output_tokens_per_s=rate("output_tokens"),
+            prompt_tokens_per_s=self._rate("prompt_tokens", now),
+            output_tokens_per_s=self._rate("output_tokens", now),
             pulled_bytes_per_s=pulls.bytes_per_s,
             pull_gigabytes_per_s=pulls.gigabytes_per_s,
             cache={tier: share(f"{tier}_hits") for tier in ("device", "host", "remote")}
@@ -180,43 +170,38 @@ class EngineHistory:
 
     def pulls(self, prefill: str | None = None) -> Pulls:
         """Return what was pulled from ``prefill``, or from all: the only place that computes it."""
-        if self._latest is None:
+        if (now := self._latest) is None:
             return Pulls()
-        (at, page), (recent_at, recent), first = self._latest, self._recent(), self._past[0][1]
-        now, before, lately = (
-            each.counts if prefill is None else each.pulls.get(prefill, {})
-            for each in (page, first, recent)
+        number, num_bytes, seconds = (
+            word if prefill is None else f"{word}@{prefill}"
+            for word in ("pulls", "pulled_bytes", "pull_seconds")
         )
-        seconds = _grown("pull_seconds", now, before)
+        first = self._past[0][1]
+        took_s, moved = _grown(seconds, now, first), _grown(num_bytes, now, first)
         return Pulls(
-            number=int(now.get("pulls", 0)),
-            num_bytes=int(now.get("pulled_bytes", 0.0)),
-            bytes_per_s=_rate(_grown("pulled_bytes", now, lately), at - recent_at),
-            gigabytes_per_s=_grown("pulled_bytes", now, before) / seconds / 1e9
-            if seconds > 0
-            else None,
+            number=int(now.get(number, 0)),
+            num_bytes=int(now.get(num_bytes, 0.0)),
+            bytes_per_s=self._rate(num_bytes, now),
+            gigabytes_per_s=moved / took_s / 1e9 if took_s > 0 else None,
         )
 
     @property
     def tells_peers(self) -> bool:
-        """Tell whether the engine counts its pulls by prefill engine."""
-        return self._latest is not None and bool(self._latest[1].pulls)
+        """Return whether the engine counts its pulls by prefill engine."""
+        return any("@" in word for word in self._latest or ())
 
-    def _recent(self) -> tuple[float, Page]:
-        """Return the page from which rates count: the oldest of the last seconds, else the one
+    def _rate(self, word: str, now: Counts) -> float:
+        """Return the growth a second since the oldest page of the last seconds, else since the one
         before the latest.
         """
-        assert self._latest is not None
-        before = [past for past in self._past if past is not self._latest] or [self._past[0]]
-        return next((past for past in before if self._latest[0] - past[0] <= RATE_S), before[-1])
+        before = [past for past in self._past if past[1] is not now] or [self._past[0]]
+        recent = (past for past in before if self._at - past[0] <= RATE_S)
+        at, counts = next(recent, before[-1])
+        return _grown(word, now, counts) / (self._at - at) if self._at > at else 0.0
 
 
 def _grown(word: str, now: Counts, before: Counts) -> float:
     return now.get(word, 0.0) - before.get(word, 0.0)
-
-
-def _rate(number: float, span_s: float) -> float:
-    return number / span_s if span_s > 0 else 0.0
 
 
 class EngineReadings:
@@ -260,19 +245,16 @@ class EngineReadings:
             await asyncio.gather(self._turn, return_exceptions=True)
 
     def _due(self, engines: Collection[Engine]) -> Sequence[Engine]:
-        before, known = self._clock() - FRESH_S, self._histories
-        self._histories = {}
+        known, self._histories = self._histories, {}
         for engine in engines:
             history = known.get(engine.name)
             if history is None or history.processes != engine.processes:
                 history = EngineHistory(engine.processes)
             self._histories[engine.name] = history
-
-        def asked_at(engine: Engine) -> float:
-            return self._histories[engine.name].asked_at
-
-        due = [engine for engine in engines if engine.url and asked_at(engine) <= before]
-        return sorted(due, key=lambda engine: (asked_at(engine), engine.name))[:MAX_READS]
+        asked_at = {name: history.asked_at for name, history in self._histories.items()}
+        before = self._clock() - FRESH_S
+        due = [engine for engine in engines if engine.url and asked_at[engine.name] <= before]
+        return sorted(due, key=lambda each: (asked_at[each.name], each.name))[:MAX_READS]
 
     async def _read(self, engines: Sequence[Engine]) -> None:
         at_once = asyncio.Semaphore(AT_ONCE)

@@ -21,8 +21,7 @@ class EventLog:
     def __init__(self, wall_clock: Callable[[], float]) -> None:
         self._wall_clock = wall_clock
         self._events: deque[StatusEvent] = deque(maxlen=MAX_EVENTS)
-        self._seen: dict[str, tuple[str | None, str]] = {}
-        """Roles and states of engines."""
+        self._seen: dict[str, tuple[str | None, str]] = {}  # roles and states of engines
         self._gone: dict[str, tuple[str | None, float]] = {}
         self._served: set[str] = set()
         """Engines that were ready, and were not seen to sleep or drain since."""
@@ -39,19 +38,16 @@ class EventLog:
         at = self._wall_clock() - ago_s
         event = StatusEvent(at=at, kind=kind, name=name, text=text[:MAX_TEXT], is_bad=is_bad)
         # What the supervisor tells a new router happened before what that one saw itself.
-        later = [self._events.pop() for _ in range(len(self._events)) if self._events[-1].at > at]
-        self._events.append(event)
-        self._events.extend(reversed(later))
+        in_order = sorted([*self._events, event], key=lambda each: each.at)
+        self._events = deque(in_order, maxlen=MAX_EVENTS)
 
     def gone(self) -> list[GoneEngine]:
         """Return the engines that have left in the last minutes and are not back."""
-        now = self._wall_clock()
-        self._gone = {
-            name: (role, at) for name, (role, at) in self._gone.items() if now - at < GONE_S
-        }
+        now_at = self._wall_clock()
         return [
-            GoneEngine(name=name, role=role, gone_s=now - at)
+            GoneEngine(name=name, role=role, gone_s=now_at - at)
             for name, (role, at) in self._gone.items()
+            if now_at - at < GONE_S
         ]
 
     def is_down(self, engine: Engine) -> bool:
@@ -61,34 +57,23 @@ class EventLog:
         return engine.state in ("failed", "stalled")
 
     def engines_changed(self, registry: Registry, engines: Sequence[Engine]) -> None:
-        """Note each engine whose state is another one than in the registry before.
-
-        The start of a launch is no event: it would be one for each engine.
-        """
-        before, self._seen = (
-            self._seen,
-            {engine.name: (engine.role, engine.state) for engine in engines},
-        )
+        """Note each engine whose state is another one than in the registry before."""
+        before, self._seen = self._seen, {each.name: (each.role, each.state) for each in engines}
         for engine in engines:
-            name = engine.name
-            if engine.state == "ready":
+            name, state = engine.name, engine.state
+            if state == "ready":
                 self._served.add(name)
-            elif engine.state in ("sleeping", "draining"):
+            elif state in ("sleeping", "draining"):
                 self._served.discard(name)
             self._gone.pop(name, None)
-            known = before.get(name)
-            if known is not None and known[1] == engine.state:
+            _, state_before = before.get(name, (None, ""))
+            # The start of a launch is no event: it would be one for each engine.
+            is_first = not state_before and (not before or not registry.serving)
+            if state_before == state or is_first:
                 continue
-            if known is None and (not before or not registry.serving):
-                continue
+            was = f"was {state_before}" if state_before else "is here"
             reason = f": {engine.reason}" if engine.reason else ""
-            text = "is here" if known is None else f"was {known[1]}"
-            self.add(
-                "engine",
-                name,
-                f"{engine.state} ({text}){reason}",
-                is_bad=self.is_down(engine),
-            )
+            self.add("engine", name, f"{state} ({was}){reason}", is_bad=self.is_down(engine))
         for name, (role, state) in before.items():
             if name not in self._seen:
                 self.add("engine", name, f"gone (was {state})", is_bad=state == "ready")

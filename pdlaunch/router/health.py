@@ -30,9 +30,7 @@ class Breaker(msgspec.Struct, kw_only=True):
     """Counts outcomes of an engine, or of the pulls of a pair. Instants are on the pool's clock."""
 
     num_failures: int = 0
-    """Failures since the last ``NUM_GOOD`` successes in a row; those that came at once count as
-    one.
-    """
+    """Since the last ``NUM_GOOD`` successes in a row; those that came at once count as one."""
     num_successes: int = 0  # successes in a row
     is_tripped: bool = False  # not closed
     open_until_at: float = 0.0
@@ -48,7 +46,6 @@ class Breaker(msgspec.Struct, kw_only=True):
         return not self.is_tripped or self.wants_try(now_at)
 
     def wants_try(self, now_at: float) -> bool:
-        """Return whether the next request is a try."""
         return self.is_tripped and now_at >= max(self.open_until_at, self.tried_until_at)
 
     def asked(self, now_at: float) -> None:
@@ -56,8 +53,8 @@ class Breaker(msgspec.Struct, kw_only=True):
             self.tried_until_at = now_at + TRY_LASTS_S
 
     def failed(self, now_at: float) -> None:
-        """Open, each time for twice as long. Failures while open are of earlier requests."""
         self.num_successes = 0
+        # While it is open, failures are those of requests that were sent before.
         if self.state(now_at) == "open":
             return
         open_s = min(MAX_OPEN_S, OPEN_S * 2 ** min(self.num_failures, _MAX_DOUBLINGS))
@@ -65,11 +62,9 @@ class Breaker(msgspec.Struct, kw_only=True):
         self.is_tripped, self.open_until_at, self.tried_until_at = True, now_at + open_s, 0.0
 
     def answers(self, now_at: float) -> None:
-        """Note that a first token has come, which ends a try.
-
-        A token that comes while it is open belongs to a request that was sent before. It closes
-        only after a single failure, which was probably the request's own.
-        """
+        """Note that a first token has come, which ends a try."""
+        # While it is open, the token belongs to a request that was sent before. It closes after a
+        # single failure alone, which was probably the failed request's own.
         if self.num_failures <= 1 or now_at >= self.open_until_at:
             self.is_tripped = False
 

@@ -30,11 +30,11 @@ from pdlaunch.config.http_names import local_url
 from pdlaunch.errors import PdlaunchError, RequestError
 from pdlaunch.http.connections import HttpRunner, fit_connections, fit_requests
 from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S, Supervised
-from pdlaunch.http.limits import Admission
 from pdlaunch.protocol.certificates import client_context
 from pdlaunch.protocol.control import (
     Answered,
     ChangeEngines,
+    Command,
     Drain,
     Drained,
     EngineIdle,
@@ -53,18 +53,17 @@ from pdlaunch.protocol.process.run_dirs import ADMIN_SOCKET, LaunchCard
 from pdlaunch.router.admin import listen_at_admin_socket
 from pdlaunch.router.app import RouterApp
 from pdlaunch.router.engine_client import EngineClient, EngineTimeouts, keys_of_launch
-from pdlaunch.router.membership import AnnouncedMembership, WatchedMembership
+from pdlaunch.router.membership import WatchedMembership
 from pdlaunch.router.membership_sources import follow_file, follow_name
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.state import RecoverySettings, RouterState
-from pdlaunch.router.supervisor_link import Question, SupervisorLink
+from pdlaunch.router.supervisor_link import SupervisorLink
 from pdlaunch.router.watched_engine import Member, WatchSettings
 
 _logger = logging.getLogger(__name__)
 
 CLIENT_READ_TIMEOUT_S = 20.0  # a client may take no byte of its answer for so long
-TELL_LEFT_EVERY_S = 2.0
 _NEW_OBJECTS = 10_000
 """Objects that are made, and not freed, before garbage is searched for among them."""
 
@@ -84,8 +83,12 @@ class AloneSpec:
 @contextlib.asynccontextmanager
 async def serving(
     router: RouterApp, spec: RouterSpec, run_dir: Path, launch_id: str
-) -> AsyncIterator[None]:
-    """Serve clients and commands while the block runs. Commands find the router by its card."""
+) -> AsyncIterator[str]:
+    """Serve clients and commands while the block runs, at the URL that this yields.
+
+    Commands find the router by its card.
+    """
+    url = local_url(spec.host, spec.port)
     runners: list[web.AppRunner] = []
     try:
         runner = HttpRunner(
@@ -99,7 +102,7 @@ async def serving(
             router.app, run_dir / ADMIN_SOCKET, shutdown_timeout_s=SHUTDOWN_TIMEOUT_S
         )
         runners.append(admin)
-        LaunchCard(launch_id=launch_id, url=local_url(spec.host, spec.port)).write(run_dir)
+        LaunchCard(launch_id=launch_id, url=url).write(run_dir)
         await listen(runner, spec.listeners)
         runner.drop_stalled_readers(CLIENT_READ_TIMEOUT_S)
         # Requests make no garbage of what is there once the router is ready, and hardly any at all:
@@ -107,7 +110,7 @@ async def serving(
         gc.collect()
         gc.freeze()
         gc.set_threshold(_NEW_OBJECTS)
-        yield
+        yield url
     finally:
         await asyncio.gather(*(each.cleanup() for each in runners))
 
@@ -117,7 +120,7 @@ async def run_in_launch(supervised: Supervised) -> None:
     bootstrap = supervised.bootstrap
     assert bootstrap.router is not None
     spec, certificate = fit(bootstrap.router), bootstrap.keys.certificate
-    membership, link = AnnouncedMembership(), SupervisorLink(supervised.send)
+    link = SupervisorLink(supervised.send)
     state = RouterState(
         EnginePool(time.monotonic, spec.routing),
         EngineClient(
@@ -127,15 +130,13 @@ async def run_in_launch(supervised: Supervised) -> None:
         ),
         RouterMetrics(spec.served_model_name),
         RecoverySettings(),
-        doubt=supervised.send,
+        prove_again=supervised.send,
     )
     show = (lambda line: supervised.send(ServedRequest(line=line))) if spec.log_requests else None
-    router = RouterApp(spec, state, link, show_request=show)
-    url = local_url(spec.host, spec.port)
-    supervised.register(url)
-    supervised.spawn(follow(membership.versions(), state))
+    router = RouterApp(spec, state, link, show)
+    supervised.register(local_url(spec.host, spec.port))
     supervised.spawn(router.view.run())
-    obeying = asyncio.ensure_future(_obey(supervised, router, state, membership, link))
+    obeying = asyncio.ensure_future(_obey(supervised, router, state, link))
     knowing = asyncio.ensure_future(state.knows_engines())
     try:
         # Clients who waited for this router are not to hear that the deployment starts.
@@ -143,7 +144,8 @@ async def run_in_launch(supervised: Supervised) -> None:
         if obeying.done():
             await obeying
             return
-        async with serving(router, spec, Path(bootstrap.run_dir), bootstrap.launch_id):
+        run_dir = Path(bootstrap.run_dir)
+        async with serving(router, spec, run_dir, bootstrap.launch_id) as url:
             supervised.send(Ready(info={"url": url}))
             await obeying
     finally:
@@ -153,11 +155,7 @@ async def run_in_launch(supervised: Supervised) -> None:
 
 
 async def _obey(
-    supervised: Supervised,
-    router: RouterApp,
-    state: RouterState,
-    membership: AnnouncedMembership,
-    link: SupervisorLink,
+    supervised: Supervised, router: RouterApp, state: RouterState, link: SupervisorLink
 ) -> None:
     """Do what the supervisor says until Stop; draining does not hold up the rest."""
     draining: asyncio.Task[None] | None = None
@@ -168,18 +166,15 @@ async def _obey(
 
     async def drain(timeout_s: float) -> None:
         if not await router.admission.drain(timeout_s):
-            _logger.warning(
-                "%d requests still run after %g s of draining",
-                router.admission.in_flight,
-                timeout_s,
-            )
+            num_left = router.admission.in_flight
+            _logger.warning("%d requests still run after %g s of draining", num_left, timeout_s)
             await router.close()
         supervised.send(Drained())
 
     while True:
         match await supervised.inbox.get():
             case Registry() as registry:
-                membership.announce(registry)
+                state.update(registry)
             case Happened() as told if told.prefill:
                 state.pair_failed(told.prefill, told.decode, told.text, told.ago_s)
             case Happened(text=text, ago_s=ago_s):
@@ -205,37 +200,36 @@ async def run_alone(alone: AloneSpec, signals: asyncio.Queue[None]) -> None:
     """Serve until the first of ``signals``, then drain until the time is up or the next one."""
     spec = fit(alone.router)
     pool, metrics = EnginePool(time.monotonic, spec.routing), RouterMetrics(spec.served_model_name)
-    membership = WatchedMembership(alone.watch, lambda: pool.engines, metrics)
+    membership = WatchedMembership(alone.watch, pool, metrics)
     client = EngineClient(membership.key_of, EngineTimeouts())
-    state = RouterState(pool, client, metrics, RecoverySettings(), doubt=membership.suspect)
+    state = RouterState(
+        pool, client, metrics, RecoverySettings(), prove_again=membership.prove_again
+    )
     link = SupervisorLink(lambda asked: link.answered(answer_alone(membership, asked)))
-    router = RouterApp(spec, state, link, membership)
+    router = RouterApp(spec, state, link)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, signals.put_nowait, None)
-    works: list[Coroutine[Any, Any, object]] = [
-        follow(membership.versions(), state),
-        router.view.run(),
-    ]
+    works: list[Coroutine[Any, Any, object]] = [router.view.run()]
     for member in alone.engines:
         if member.url.startswith(DNS):
             works.append(follow_name(member, membership, spec.drain_timeout_s))
         else:
-            membership.add(member, "config", is_trusted=True)
+            membership.add(member, "config")
     if alone.engines_file is not None:
         works.append(follow_file(alone.engines_file, membership, spec.drain_timeout_s))
-    membership.begin()
+    membership.announce = state.update
+    membership.publish()
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
-        await state.knows_engines()
-        async with serving(router, spec, alone.run_dir, alone.launch_id):
-            url, admin = local_url(spec.host, spec.port), alone.run_dir / ADMIN_SOCKET
-            _logger.info("listening at %s, for commands at %s", url, admin)
+        async with serving(router, spec, alone.run_dir, alone.launch_id) as url:
+            _logger.info("listening at %s, for commands at %s", url, alone.run_dir / ADMIN_SOCKET)
             await signals.get()
+            timeout_s, num_left = spec.drain_timeout_s, router.admission.in_flight
+            _logger.info("draining for %g s at most: %d requests left", timeout_s, num_left)
             ends: list[Coroutine[Any, Any, object]] = [
-                router.admission.drain(spec.drain_timeout_s),
+                router.admission.drain(timeout_s),
                 signals.get(),
-                _tell_left(router.admission, spec.drain_timeout_s),
             ]
             ending = [asyncio.ensure_future(end) for end in ends]
             tasks += ending
@@ -249,37 +243,26 @@ async def run_alone(alone: AloneSpec, signals: asyncio.Queue[None]) -> None:
         await state.close()
 
 
-async def _tell_left(admission: Admission, timeout_s: float) -> None:
-    """Log how many requests a drain waits for, when it begins and whenever fewer are left."""
-    told = admission.in_flight
-    _logger.info("draining for %g s at most: %d requests left", timeout_s, told)
-    while admission.in_flight:
-        await asyncio.sleep(TELL_LEFT_EVERY_S)
-        if admission.in_flight != told:
-            told = admission.in_flight
-            _logger.info("draining: %d requests left", told)
-
-
-def answer_alone(membership: WatchedMembership, asked: Question) -> Answered:
+def answer_alone(membership: WatchedMembership, command: Command) -> Answered:
     """Answer what a launch's router would ask its supervisor."""
-    number = asked.question
-    match asked:
+    answer = Answered(question=command.question)
+    match command:
         case Restart(name=name):
-            error = f"{name} runs already: whoever started it restarts it"
-            return Answered(question=number, engine=name, error=error)
+            answer.engine = name
+            answer.error = f"{name} runs already: whoever started it restarts it"
         case ChangeEngines():
-            error = (
-                "these engines run already: whoever started them starts and stops them; POST "
-                "and DELETE /pdlaunch/engines tell this router of it"
+            answer.error = (
+                "these engines run already: whoever started them starts and stops them; the router "
+                "follows engines_file and names in DNS"
             )
-            return Answered(question=number, error=error)
         case SetDrained(name=name, is_drained=is_drained):
+            answer.engine = name
             try:
                 membership.set_drained(name, is_drained=is_drained)
             except RequestError as error:
                 code: RefusalCode = "engine_not_found" if error.status == 404 else "refused"
-                return Answered(question=number, engine=name, error=str(error), code=code)
-            return Answered(question=number, engine=name)
+                answer.error, answer.code = str(error), code
+    return answer
 
 
 async def listen(runner: web.AppRunner, listeners: Sequence[int]) -> None:
@@ -301,9 +284,3 @@ def fit(spec: RouterSpec) -> RouterSpec:
             connections,
         )
     return msgspec.structs.replace(spec, max_queued_requests=requests, max_connections=connections)
-
-
-async def follow(versions: AsyncIterator[Registry], state: RouterState) -> None:
-    """Show the state each version of the registry, until cancelled."""
-    async for registry in versions:
-        state.update(registry)

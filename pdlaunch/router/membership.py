@@ -1,7 +1,6 @@
-"""Tells a router which engines it may use, as a stream of registries.
+"""Tells a router alone which engines it may use: registries of engines that somebody else started.
 
-The supervisor of a launch is one source (``AnnouncedMembership``). ``WatchedMembership`` makes
-registries of engines that somebody else started::
+::
 
     added ──> /health, /v1/models ──> canaries with the other role ──> ready ──> draining ──> gone
                     ▲                             │                      │
@@ -14,10 +13,10 @@ import asyncio
 import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from pdlaunch.config.external import is_allowed
-from pdlaunch.config.roles import EngineName, Role
+from pdlaunch.config.roles import Role
 from pdlaunch.errors import RequestError
 from pdlaunch.http.watch.canary import Canaries, CanaryDied, Proof, send_canary
 from pdlaunch.http.watch.engine_api import EngineApi
@@ -25,39 +24,14 @@ from pdlaunch.protocol.control import PairReady, PairSuspect, Registry
 from pdlaunch.protocol.due_pairs import Pair, due_pairs
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.metrics import RouterMetrics
+from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.watched_engine import Member, WatchedEngine, WatchSettings
 
 LOOK_S = 0.25e-3
 """Time for each engine between two looks at all of them, which take about a tenth of that."""
-DRAIN_POLL_S = 0.05
 Results = Mapping[Pair, Proof | CanaryDied]
 
 _logger = logging.getLogger(__name__)
-
-
-class AnnouncedMembership:
-    """Passes on the registries that it is told of; belongs to the event loop."""
-
-    def __init__(self) -> None:
-        self._latest: Registry | None = None
-        self._has_changed = asyncio.Event()
-
-    def announce(self, registry: Registry) -> None:
-        """Take over the latest registry."""
-        self._latest = registry
-        self._has_changed.set()
-
-    async def versions(self) -> AsyncIterator[Registry]:
-        """Yield the registry as it is, then each later version; each replaces the one before.
-
-        A reader that is slow may miss versions, never the latest.
-        """
-        while True:
-            await self._has_changed.wait()
-            # Cleared before the yield: what comes while the reader works is seen again.
-            self._has_changed.clear()
-            assert self._latest is not None
-            yield self._latest
 
 
 def judge(
@@ -70,15 +44,11 @@ def judge(
     engine waits for the canaries with those that are ready, which do not wait for it.
     """
     due_of: dict[str, list[Pair]] = defaultdict(list)
-    for pair in due_pairs(prefill, decode):
+    due = due_pairs(prefill, decode)
+    for pair in due:
         for name in pair:
             due_of[name].append(pair)
-    failed = {
-        pair
-        for pairs in due_of.values()
-        for pair in pairs
-        if isinstance(results.get(pair), CanaryDied)
-    }
+    failed = {pair for pair in due if isinstance(results.get(pair), CanaryDied)}
 
     def blame(name: str) -> tuple[int, int]:
         num_proofs = sum(isinstance(results.get(pair), Proof) for pair in due_of[name])
@@ -105,21 +75,16 @@ def judge(
 
 
 class WatchedMembership:
-    """Is the membership of engines that run already; belongs to the event loop.
+    """Watches engines that run already; belongs to the event loop.
 
-    ``engines``: the router's own view of them, with its counts.
+    ``pool``: the router's own view of them, with its counts. ``announce`` gets each registry.
     """
 
-    def __init__(
-        self,
-        settings: WatchSettings,
-        engines: Callable[[], Iterable[Engine]],
-        metrics: RouterMetrics,
-    ) -> None:
-        self._settings = settings
-        self._engines = engines
+    def __init__(self, settings: WatchSettings, pool: EnginePool, metrics: RouterMetrics) -> None:
+        self.settings = settings
+        self.announce: Callable[[Registry], None] = lambda _: None
+        self._pool = pool
         self._metrics = metrics
-        self._announced = AnnouncedMembership()
         self._watched: dict[str, WatchedEngine] = {}
         self._canaries: Canaries[Pair] = Canaries(self._send_canary, self._tell_canary)
         self._ready: set[str] = set()
@@ -127,19 +92,6 @@ class WatchedMembership:
         self._registry = Registry(version=0, entries=[], serving=False)
         self._publishes: asyncio.TimerHandle | None = None
         self._published_at = 0.0
-
-    @property
-    def kind(self) -> EngineName:
-        """The kind of all its engines."""
-        return self._settings.kind
-
-    def begin(self) -> None:
-        """Announce the first registry, which may have no engine yet."""
-        self._announced.announce(self._registry)
-
-    def versions(self) -> AsyncIterator[Registry]:
-        """Yield registries, as ``AnnouncedMembership`` does."""
-        return self._announced.versions()
 
     def key_of(self, engine: Engine) -> str | None:
         """Return the key that was given with the engine, None without one.
@@ -164,82 +116,64 @@ class WatchedMembership:
                 return name
         return None
 
-    def add(self, member: Member, source: str, *, is_trusted: bool = False) -> None:
-        """Watch an engine from now on. ``is_trusted``: the configuration itself names its URL.
+    def add(self, member: Member, source: str) -> None:
+        """Watch an engine from now on. Raises RequestError for one that may not be added.
 
-        Raises RequestError for one that may not be added.
+        The configuration itself may name any URL, other sources those that ``engine_urls`` allows.
         """
-        try:
-            is_allowed_here = is_trusted or is_allowed(member.url, self._settings.engine_urls)
-        except ValueError as error:  # A name may stand for an address of one link: fe80::1%eth0.
-            raise RequestError(str(error), param="url", code="invalid_engine") from None
-        if not is_allowed_here:
-            raise RequestError(
-                f"engine_urls does not allow {member.url}; whoever started the router can add it "
-                "there",
-                param="url",
-                status=403,
-                code="url_not_allowed",
+        reason = ""
+        if source != "config" and not _allows(self.settings.engine_urls, member.url):
+            reason = f"engine_urls does not allow {member.url}"
+        elif member.kind != self.settings.kind:
+            reason = (
+                f"it is {member.kind}, the others are {self.settings.kind}: they do not share KV "
+                "blocks; give each kind a router of its own"
             )
-        if member.kind != self._settings.kind:
-            raise RequestError(
-                f"{member.name} is {member.kind}, the others are {self._settings.kind}: they do "
-                "not share KV blocks; give each kind a router of its own",
-                param="kind",
-                code="kinds_differ",
-            )
-        if (name := self.holder(member)) is not None:
-            what = f"the name {name}" if name == member.name else f"the URL {member.url}"
-            raise RequestError(
-                f"engine {name} has {what} already; remove it first",
-                param="name" if name == member.name else "url",
-                status=409,
-                code="engine_exists",
-            )
+        elif (name := self.holder(member)) is not None:
+            what = "name" if name == member.name else f"URL {member.url}"
+            reason = f"engine {name} has its {what}"
+        if reason:
+            raise RequestError(reason, param=member.name)
         api = EngineApi(member.url, member.key)
-        watched = self._watched[member.name] = WatchedEngine(member, source, self._settings, api)
+        watched = self._watched[member.name] = WatchedEngine(member, source, self.settings, api)
         watched.task = asyncio.create_task(self._watch(watched))
         _logger.info("added %s (%s) at %s", member.name, member.role, member.url)
         self._publish_soon()
 
     def set_drained(self, name: str, *, is_drained: bool) -> None:
         """Give an engine no new work, or work again. Raises RequestError when it cannot be."""
-        watched = self._find(name)
-        others = [engine for engine in self._engines() if engine.ready and engine.name != name]
+        if (watched := self._watched.get(name)) is None:
+            there = ", ".join(sorted(self._watched)) or "none"
+            message = f"there is no engine {name[:100]}; there are: {there}"
+            raise RequestError(message, status=404, code="engine_not_found")
+        others = [engine for engine in self._pool.engines if engine.ready and engine.name != name]
         if is_drained and not watched.is_drained and not others:
             message = f"{name} is not drained: no other engine serves"
             raise RequestError(message, code="refused")
         watched.is_drained = is_drained
-        self._publish()
+        self.publish()
 
-    async def remove(self, name: str, drain_timeout_s: float) -> int:
-        """Give an engine no more work, wait for what it does, and forget it.
-
-        Returns how much it still did at the end. Raises RequestError when there is none.
-        """
-        watched = self._find(name)
+    async def remove(self, name: str, drain_timeout_s: float) -> None:
+        """Give an engine no more work, wait for what it does, and forget it."""
+        watched = self._watched[name]
         watched.is_leaving = True
-        self._publish()
+        self.publish()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(drain_timeout_s):
-                while self._num_works(name):  # noqa: ASYNC110 - counts tell nobody
-                    await asyncio.sleep(DRAIN_POLL_S)
-        num_works = self._num_works(name)
-        # Two may ask for the same: the second finds it gone, or another of its name.
-        if self._watched.get(name) is watched:
-            del self._watched[name]
-            if watched.task is not None:
-                watched.task.cancel()
-            self._canaries.forget(self._pairs_of(name))
-            self._publish()
-            await watched.api.close()
-            _logger.info("removed %s, with %d pieces of work running", name, num_works)
-        return num_works
+                await self._pool.until_idle(name)
+        num_works = self._pool.num_outstanding(name)
+        del self._watched[name]
+        if watched.task is not None:
+            watched.task.cancel()
+        self._canaries.forget(self._pairs_of(name))
+        self.publish()
+        await watched.api.close()
+        _logger.info("removed %s, with %d pieces of work running", name, num_works)
 
-    def suspect(self, pair: PairSuspect) -> None:
+    def prove_again(self, pair: PairSuspect) -> None:
         """Have a pair proven again that has served by decoding alone."""
         if self._canaries.doubt([(pair.peer, pair.local)]):
-            self._publish()
+            self.publish()
 
     async def close(self) -> None:
         """End all watching."""
@@ -253,62 +187,32 @@ class WatchedMembership:
         for watched in self._watched.values():
             await watched.api.close()
 
-    def _find(self, name: str) -> WatchedEngine:
-        if (watched := self._watched.get(name)) is None:
-            there = ", ".join(sorted(self._watched)) or "none"
-            raise RequestError(
-                f"there is no engine {name[:100]}; there are: {there}",
-                param="engine",
-                status=404,
-                code="engine_not_found",
-            )
-        return watched
-
-    def _engine(self, name: str) -> Engine | None:
-        return next((engine for engine in self._engines() if engine.name == name), None)
-
-    def _num_works(self, name: str) -> int:
-        engine = self._engine(name)
-        return 0 if engine is None else engine.num_outstanding
-
     def _pairs_of(self, name: str) -> list[Pair]:
         return [pair for pair in self._canaries.pairs() if name in pair]
 
     async def _watch(self, watched: WatchedEngine) -> None:
+        name = watched.member.name
         while True:
-            was_healthy, name = watched.is_healthy, watched.member.name
+            was_healthy = watched.is_healthy
             await watched.look()
+            failures = (e.health.num_failures for e in self._pool.engines if e.name == name)
             if not watched.may_pair:
                 self._canaries.forget(self._pairs_of(name))
-            elif was_healthy and self._is_doubtful(watched):
+            elif watched.has_trouble(next(failures, 0)) and was_healthy:
                 # Its pairs are used meanwhile: most failures are a request's own.
                 self._canaries.doubt(self._pairs_of(name))
             self._publish_soon()
-            await asyncio.sleep(self._settings.poll_s)
-
-    def _is_doubtful(self, watched: WatchedEngine) -> bool:
-        """Tell whether an engine has failed requests or READs since the last look."""
-        engine = self._engine(watched.member.name)
-        before, watched.num_failures = (
-            watched.num_failures,
-            0 if engine is None else engine.health.num_failures,
-        )
-        name, counts = watched.member.name, watched.counts
-        if watched.member.role == "decode" and counts and watched.failed_reads.look(counts):
-            _logger.warning("%s: READs of KV blocks fail, and none comes through", name)
-            return True
-        return watched.num_failures > before
+            await asyncio.sleep(self.settings.poll_s)
 
     async def _send_canary(self, pair: Pair) -> Proof:
         prefill, decode = (self._watched[name] for name in pair)
-        settings = self._settings
         async with decode.one_at_a_time:
             return await send_canary(
                 prefill.api,
                 decode.api,
-                settings.served_model_name,
-                is_exact=settings.is_exact,
-                kind=settings.kind,
+                self.settings.served_model_name,
+                is_exact=self.settings.is_exact,
+                kind=self.settings.kind,
             )
 
     def _tell_canary(self, pair: Pair, result: Proof | CanaryDied) -> None:
@@ -334,7 +238,7 @@ class WatchedMembership:
                 peer=prefill,
                 peer_incarnation=self._watched[prefill].incarnation,
                 seconds=proof.seconds,
-                path=f"canary/{self.kind}"
+                path=f"canary/{self.settings.kind}"
                 if self._watched[decode].tells_recomputes
                 else "canary, unchecked",
                 gigabytes_per_s=proof.gigabytes_per_s,
@@ -355,9 +259,9 @@ class WatchedMembership:
         if self._publishes is None:
             loop = asyncio.get_running_loop()
             at = max(loop.time(), self._published_at + LOOK_S * len(self._watched))
-            self._publishes = loop.call_at(at, self._publish)
+            self._publishes = loop.call_at(at, self.publish)
 
-    def _publish(self) -> None:
+    def publish(self) -> None:
         """Send the canaries that are due, and announce what has changed."""
         if self._publishes is not None:
             self._publishes.cancel()
@@ -381,15 +285,26 @@ class WatchedMembership:
             for name, watched in self._watched.items()
         ]
         pairs, now = self._proven(), self._registry
-        if (entries, pairs, self._serving) != (now.entries, now.pairs, now.serving):
+        if now.version == 0 or (entries, pairs, self._serving) != (
+            now.entries,
+            now.pairs,
+            now.serving,
+        ):
             self._registry = Registry(
                 version=now.version + 1, entries=entries, serving=self._serving, pairs=pairs
             )
-            self._announced.announce(self._registry)
+            self.announce(self._registry)
 
     def _can_serve(self, prefill: list[str], decode: list[str]) -> bool:
-        """Tell whether requests can be taken: where there are to be pairs, one must be proven."""
+        """Return whether requests can be taken: where there are to be pairs, one must be proven."""
         roles = {watched.member.role for watched in self._watched.values()}
         if roles == {"prefill", "decode"}:
             return not self._ready.isdisjoint(prefill) and not self._ready.isdisjoint(decode)
         return bool(self._ready)
+
+
+def _allows(engine_urls: Sequence[str], url: str) -> bool:
+    try:
+        return is_allowed(url, engine_urls)
+    except ValueError:  # a name may stand for an address of one link: fe80::1%eth0
+        return False

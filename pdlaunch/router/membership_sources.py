@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -59,13 +58,13 @@ async def set_members(
 ) -> None:
     """Make these the engines of ``source``: others of it are drained, new ones added.
 
-    New ones wait for those that go only where these have their name or URL. One that may not be
-    added is logged and left out. Returns when those that go are gone.
+    One that may not be added is logged and left out. Returns when those that go are gone.
     """
     wanted = {member.name: member for member in members}
     there = membership.members(source)
     gone = [name for name in there if there[name] != wanted.get(name)]
     new = [wanted[name] for name in wanted if name not in there or name in gone]
+    # New ones wait for those that go only where these have their name or URL.
     waiting = [member for member in new if membership.holder(member) is not None]
 
     def add(added: Iterable[Member]) -> None:
@@ -75,12 +74,8 @@ async def set_members(
             except RequestError as error:
                 _logger.error("%s: %s is left out: %s", source, member.name, error)
 
-    async def remove(name: str) -> None:
-        with contextlib.suppress(RequestError):  # a command was faster
-            await membership.remove(name, drain_timeout_s)
-
     add(member for member in new if member not in waiting)
-    await asyncio.gather(*map(remove, gone))
+    await asyncio.gather(*(membership.remove(name, drain_timeout_s) for name in gone))
     add(waiting)
 
 
@@ -120,18 +115,17 @@ async def follow_file(
     *,
     poll_s: float = FILE_POLL_S,
 ) -> None:
-    """Follow a file until cancelled; while it cannot be used, the engines stay as they are.
-
-    Its content is looked at, as its time may stay the same.
-    """
+    """Follow a file until cancelled; while it cannot be used, the engines stay as they are."""
     latest: list[Member] | None = None
     complaint = ""
     while True:
         try:
+            # Its content is compared, as its time may stay the same.
             engines = await asyncio.to_thread(read_engines_file, path)
             if names := [engine.name for engine in engines if engine.url.startswith(DNS)]:
                 raise _unusable(path, f"{names[0]}: a name in DNS stands in the configuration")
-            members = [to_member(engine, membership.kind, os.environ) for engine in engines]
+            kind = membership.settings.kind
+            members = [to_member(engine, kind, os.environ) for engine in engines]
             if members != latest:
                 latest = members
                 await set_members(membership, "file", members, drain_timeout_s)
@@ -143,8 +137,7 @@ async def follow_file(
         await asyncio.sleep(poll_s)
 
 
-async def resolve_name(host: str, port: int) -> set[str]:
-    """Return the addresses that a name has now. Raises OSError."""
+async def _resolve(host: str, port: int) -> set[str]:
     return {str(address[0]) for _, _, address in await look_up(host, port)}
 
 
@@ -154,7 +147,7 @@ async def follow_name(
     drain_timeout_s: float,
     *,
     poll_s: float = DNS_POLL_S,
-    resolve: Resolve = resolve_name,
+    resolve: Resolve = _resolve,
 ) -> None:
     """Follow the addresses of a name until cancelled: one engine at each; while it has none, those
     stay.

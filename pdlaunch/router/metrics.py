@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import get_args
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import CounterMetricFamily, Metric
@@ -15,13 +15,14 @@ from prometheus_client.samples import Sample
 
 from pdlaunch.observe.histograms import INTER_TOKEN_BUCKETS_S
 from pdlaunch.observe.metrics import RequestMetrics, render_metrics
-from pdlaunch.protocol.control import EndReason, ListedState, PairReady, Registry
+from pdlaunch.protocol.control import EndReason, ListedState, Registry
 from pdlaunch.protocol.transfer import join_paths
 from pdlaunch.router.continuation import LOST_REASONS
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import EngineClient
 from pdlaunch.router.health import HealthState
 from pdlaunch.router.policy import Hop
+from pdlaunch.router.pool import EnginePool, engines_of
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ _THERE_WITH_0: Mapping[str, Collection[str]] = {
     "canaries": ("proven", "failed"),
     "lost_streams": LOST_REASONS,
 }
+_PAIR_SPEED = "pdlaunch_pair_bytes_per_second"
 _GAUGES = {
     f"{_PREFIX}engines_ready": ("", "Engines that can be given work."),
     f"{_PREFIX}engines": ("state", "Engines by state; failed ones are left alone for a while."),
@@ -61,7 +63,7 @@ _GAUGES = {
         "prefill decode state",
         "1 for the state of the breaker of each pair of which a pull has failed lately.",
     ),
-    "pdlaunch_pair_bytes_per_second": (
+    _PAIR_SPEED: (
         "prefill decode holder puller path",
         "Speed that the handshake has measured between two ranks, over the path in use.",
     ),
@@ -118,38 +120,24 @@ class RouterMetrics:
             if pair.gigabytes_per_s is not None:
                 speeds[*names, pair.peer, pair.local, pair.path] = pair.gigabytes_per_s * 1e9
         self._paths = {names: join_paths(found) for names, found in paths.items()}
-        self._set("pdlaunch_pair_bytes_per_second", speeds)
+        self._set(_PAIR_SPEED, speeds)
 
-    def show(
-        self,
-        engines: Sequence[Engine],
-        health: Mapping[str, HealthState],
-        pairs: Mapping[Pair, HealthState],
-        in_flight: int,
-    ) -> None:
+    def show(self, pool: EnginePool, in_flight: int) -> None:
         """Show the present states of engines, of their breakers, and of those of pairs."""
+        engines, now_at = pool.engines, pool.clock()
         states = [engine.state for engine in engines]
         for engine in engines:
             for hop in get_args(Hop):
                 self._counters["engine_failures"].labels(engine.name, hop)
-        kinds = get_args(HealthState)
+        places = {(engine.name, engine.role or "", engine.place): 1 for engine in engines}
+        health = {(engine.name,): engine.health.state(now_at) for engine in engines}
+        counts = {(each,): states.count(each) for each in get_args(ListedState)}
         self._set(f"{_PREFIX}engines_ready", {(): states.count("ready")})
-        self._set(
-            f"{_PREFIX}engines", {(each,): states.count(each) for each in get_args(ListedState)}
-        )
-        self._set(
-            f"{_PREFIX}engine_info",
-            {(engine.name, engine.role or "", engine.place): 1 for engine in engines},
-        )
+        self._set(f"{_PREFIX}engines", counts)
+        self._set(f"{_PREFIX}engine_info", places)
         self._set(f"{_PREFIX}requests_in_flight", {(): in_flight})
-        self._set(
-            f"{_PREFIX}engine_health",
-            {(name, kind): kind == state for name, state in health.items() for kind in kinds},
-        )
-        self._set(
-            f"{_PREFIX}pair_health",
-            {(*names, kind): kind == state for names, state in pairs.items() for kind in kinds},
-        )
+        self._set(f"{_PREFIX}engine_health", _one_of_states(health))
+        self._set(f"{_PREFIX}pair_health", _one_of_states(pool.pair_states()))
 
     def samples(self, names: Collection[str]) -> Iterator[Sample]:
         """Yield the samples of these names as they are now."""
@@ -160,13 +148,18 @@ class RouterMetrics:
         """Return the metrics in Prometheus's text format."""
         return render_metrics(self._registry)
 
-    def _set(self, name: str, values: Mapping[tuple[str, ...], float]) -> None:
+    def _set(self, name: str, values: Mapping[Any, float]) -> None:
         """Show these values, by labels, in place of those before."""
         gauge = self._gauges[name]
         if () not in values:
             gauge.clear()
         for labels, value in values.items():
             (gauge.labels(*labels) if labels else gauge).set(value)
+
+
+def _one_of_states(states: Mapping[Any, HealthState]) -> dict[tuple[str, ...], float]:
+    kinds = get_args(HealthState)
+    return {(*names, kind): kind == state for names, state in states.items() for kind in kinds}
 
 
 class _Ends(Collector):
@@ -187,11 +180,6 @@ class _Ends(Collector):
         yield family
 
 
-def engines_of(pair: PairReady) -> Pair:
-    """Return the engines of a pair of ranks, whose names begin with those of their engines."""
-    return pair.peer.partition("/")[0], pair.local.partition("/")[0]
-
-
 async def scrape(own_page: bytes, client: EngineClient, engines: Collection[Engine]) -> bytes:
     """Return ``own_page`` merged with the pages of all engines.
 
@@ -210,13 +198,20 @@ async def scrape(own_page: bytes, client: EngineClient, engines: Collection[Engi
     return families.page().encode()
 
 
-_NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
-_LABEL = r'[a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\]|\\.)*"'
-_SAMPLE = re.compile(rf"({_NAME})(?:\{{((?:{_LABEL},?)*)\}})?[ \t]+(\S+(?:[ \t]+-?\d+)?)[ \t]*")
+# Possessive quantifiers (``*+``) never go back: half of the time, and none is lost to a page that
+# is made to be slow.
+_NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*+"
+_VALUE = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+_LABEL = rf"[a-zA-Z_][a-zA-Z0-9_]*+={_VALUE}"
+_SAMPLE = re.compile(
+    rf"({_NAME})(?:\{{((?:{_LABEL},?)*+)\}})?[ \t]++(\S++(?:[ \t]++-?\d++)?)[ \t]*+"
+)
 _HEADER = re.compile(rf"# (HELP|TYPE) ({_NAME})(?: (.*))?")
 _SUFFIXES = ("", "_total", "_bucket", "_sum", "_count", "_info")
 """Endings of the samples of one family."""
-_ENGINE = re.compile(r'(^|,)engine="(?:[^"\\]|\\.)*"')
+_ENGINE = re.compile(rf"(^|,)engine={_VALUE}")
+Families = dict[str, tuple[str, str, list[str]]]
+"""Type, help and samples by name."""
 
 
 class MetricFamilies:
@@ -226,8 +221,7 @@ class MetricFamilies:
     """
 
     def __init__(self) -> None:
-        self._families: dict[str, tuple[str, str, list[str]]] = {}
-        """Type, help and samples by name."""
+        self._families: Families = {}
 
     def add(self, page: str, *, engine: str | None = None) -> None:
         """Add a page in Prometheus's text format, its samples labelled with ``engine``.
@@ -250,11 +244,11 @@ class MetricFamilies:
         return "\n".join(lines) + "\n"
 
 
-def _read(page: str, engine: str | None) -> dict[str, tuple[str, str, list[str]]]:
-    """Return type, help and samples of the families of a page by name."""
+def _read(page: str, engine: str | None) -> Families:
+    families: Families = {}
     texts: dict[str, str] = {}
-    families: dict[str, tuple[str, str, list[str]]] = {}
-    current = ""
+    current, escaped = "", (engine or "").replace("\\", r"\\").replace('"', r"\"")
+    label = "" if engine is None else f'engine="{escaped}"'
     for line in page.splitlines():
         if line.startswith("#"):
             if header := _HEADER.fullmatch(line):
@@ -264,27 +258,24 @@ def _read(page: str, engine: str | None) -> dict[str, tuple[str, str, list[str]]
                 elif not current.endswith("_created"):
                     families.setdefault(current, (rest, texts.get(current, ""), []))
             continue
-        if not line.strip():
-            continue
         sample = _SAMPLE.fullmatch(line)
         if sample is None:
+            if not line.strip():
+                continue
             raise ValueError(f"not a sample: {line!r:.100}")
-        name, labels, value = sample.group(1), sample.group(2) or "", sample.group(3)
+        name, labels, value = sample.groups("")
         float(value.split()[0])
         if name.endswith("_created"):
             continue
         belongs = name.startswith(current) and name[len(current) :] in _SUFFIXES
-        family_name = current if belongs else name
-        new: tuple[str, str, list[str]] = ("untyped", texts.get(family_name, ""), [])
-        shown = labels if engine is None else _labelled(labels, engine)
-        _, _, samples = families.setdefault(family_name, new)
-        samples.append(f"{name}{{{shown}}} {value}" if shown else f"{name} {value}")
+        family = current if belongs else name
+        if family not in families:
+            families[family] = ("untyped", texts.get(family, ""), [])
+        # Most pages name their engine as the router does, and their lines go as they are. Of a page
+        # without an engine every line does: each ends in the empty label.
+        if f",{label}" not in f",{labels}":
+            others, num_found = _ENGINE.subn(lambda found: found[1] + label, labels)
+            shown = others if num_found else f"{label},{labels}".rstrip(",")
+            line = f"{name}{{{shown}}} {value}"
+        families[family][2].append(line)
     return families
-
-
-def _labelled(labels: str, engine: str) -> str:
-    """Return labels with that of the engine, in place of one that is there."""
-    escaped = engine.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-    label = f'engine="{escaped}"'
-    shown, num_found = _ENGINE.subn(lambda found: found.group(1) + label, labels)
-    return shown if num_found else f"{label},{labels}".rstrip(",")

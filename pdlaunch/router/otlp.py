@@ -69,16 +69,15 @@ class OtlpExporter:
         """
         names = (TRACEPARENT_HEADER, TRACESTATE_HEADER)
         known = {name: headers[name] for name in names if name in headers}
-        span = self._tracer(ROUTER).start_span(
+        record.otel_span = self._tracer(ROUTER).start_span(
             _OPERATIONS.get(record.path, f"POST {record.path}"),
             context=self._propagator.extract(known),
             kind=self._otel.SpanKind.SERVER,
             attributes={"http.request.method": "POST", "url.path": record.path},
             start_time=_ns(record.received_at),
         )
-        carrier: dict[str, str] = {}
-        self._propagator.inject(carrier, self._otel.set_span_in_context(span))
-        record.trace_headers, record.otel_span = carrier, span
+        context = self._otel.set_span_in_context(record.otel_span)
+        self._propagator.inject(record.trace_headers, context)
 
     def end(self, record: RequestRecord) -> None:
         """Send the spans of a request that has ended."""
@@ -95,42 +94,39 @@ class OtlpExporter:
         self._add_children(root, trace)
         root.end(_ns(trace.received_at, trace.total_ms or 0.0))
 
-    def flush(self) -> None:
-        """Send what is left, and wait for it."""
-        self._processor.force_flush()
-
     def close(self) -> None:
         """Send what is left, and wait a moment for it: a collector that is away gets nothing."""
-        sending = threading.Thread(target=self._finish, name="otlp-end", daemon=True)
+
+        def finish() -> None:
+            self._processor.force_flush()
+            self._processor.shutdown()
+
+        sending = threading.Thread(target=finish, name="otlp-end", daemon=True)
         sending.start()
         sending.join(_FLUSH_S)
 
-    def _finish(self) -> None:
-        self.flush()
-        self._processor.shutdown()
-
     def _add_children(self, root: Any, trace: RequestTrace) -> None:
         kinds = self._otel.SpanKind
-        made: dict[int, Any] = {}
-        ended: list[tuple[Any, int]] = []
+        made: dict[int, tuple[Any, int]] = {}  # spans and their ends, by place in the trace
+        # The router's own come first: engines' spans are inside its calls.
         numbered = enumerate(trace.spans[1:], 1)
-        for index, span in sorted(numbered, key=lambda pair: pair[1].process != ROUTER):
-            parent = made.get(span.parent, root)
+        for place, span in sorted(numbered, key=lambda each: each[1].process != ROUTER):
+            parent, _ = made.get(span.parent, (root, 0))
             start, end = _ns(trace.received_at, span.start_ms), _ns(trace.received_at, span.end_ms)
             if start == end:
                 parent.add_event(span.name, span.attributes, start)
                 continue
-            is_call = span.process == ROUTER and span.name.startswith(("prefill at ", "decode at "))
-            child = made[index] = self._tracer(span.process).start_span(
+            is_call = span.process == ROUTER and " at " in span.name
+            child = self._tracer(span.process).start_span(
                 span.name,
                 context=self._otel.set_span_in_context(parent),
                 kind=kinds.CLIENT if is_call else kinds.INTERNAL,
                 attributes=span.attributes,
                 start_time=start,
             )
-            ended.append((child, end))
+            made[place] = child, end
         # Only now: what is inside a call adds events to it.
-        for child, end in ended:
+        for child, end in made.values():
             child.end(end)
 
     def _tracer(self, process: str) -> Any:
@@ -138,15 +134,13 @@ class OtlpExporter:
             from opentelemetry.sdk.resources import Resource
             from opentelemetry.sdk.trace import TracerProvider
 
-            resource = Resource.create(
-                {
-                    "service.name": "pdlaunch",
-                    "service.version": __version__,
-                    "service.instance.id": process,
-                }
-            )
+            names = {
+                "service.name": "pdlaunch",
+                "service.version": __version__,
+                "service.instance.id": process,
+            }
             provider = TracerProvider(
-                sampler=self._sampler, resource=resource, shutdown_on_exit=False
+                sampler=self._sampler, resource=Resource.create(names), shutdown_on_exit=False
             )
             provider.add_span_processor(self._processor)
             self._tracers[process] = provider.get_tracer("pdlaunch", __version__)
@@ -168,13 +162,9 @@ def _root_attributes(trace: RequestTrace, operation: str | None) -> dict[str, An
         "http.response.status_code": trace.status,
         "error.type": str(trace.status) if trace.error else None,
         "pdlaunch.request_id": trace.id,
-        "pdlaunch.prefill": trace.prefill,
-        "pdlaunch.decode": trace.decode,
-        "pdlaunch.kv_path": trace.kv_path,
-        "pdlaunch.explanation": trace.explanation,
-        "pdlaunch.retries": trace.retries,
-        "pdlaunch.verified": trace.verified,
     }
+    for name in ("prefill", "decode", "kv_path", "explanation", "retries", "verified"):
+        attributes[f"pdlaunch.{name}"] = getattr(trace, name)
     return {name: value for name, value in attributes.items() if value is not None}
 
 

@@ -14,7 +14,7 @@ only on its arguments.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -47,10 +47,7 @@ KV_WEIGHT = 1 / 32
 a little longer. Simulated (docs/performance.md): with 1/8, TTFT p99 of bursts is 20 %
 worse; with 1/64, ITL p99 doubles at 50 requests a second.
 """
-
-
-MAX_RETRY_AFTER_S = 60
-"""The longest Retry-After for refused clients: long estimates may well be wrong."""
+MAX_RETRY_AFTER_S = 60  # the longest Retry-After for refused clients: estimates may be wrong
 
 
 class RoutingRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,7 +66,7 @@ class RoutingRequest(msgspec.Struct, frozen=True, kw_only=True):
     """The prefill engine whose blocks of this prompt can still be pulled."""
     tried: frozenset[EngineKey] = frozenset()
     """Engines that failed this prompt and must not be asked now."""
-    needs: frozenset[Need] = frozenset()  # what the next engine must be able to do
+    need: Need | None = None  # what the next engine must be able to do
     alone: str = ""
     """The reason why engines that need proof cannot share the request; empty: they can."""
 
@@ -84,7 +81,6 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     is_fallback: bool = False  # a pair was wanted, but none can take the prompt
     wait_s: float = 0.0
     """How long other prompts keep the first engine busy; 0 where its speed is not known."""
-    left_out: Mapping[str, str] = {}  # engines that get no new requests, and why
 
     @property
     def engines(self) -> tuple[Engine, ...]:
@@ -132,13 +128,7 @@ def choose(
     limits: RoutingLimits,
 ) -> Route:
     """Return the route for the rest of a request."""
-    left_out = {
-        engine.name: engine.health.why(now_at)
-        for engine in engines
-        if engine.ready and not engine.health.takes(now_at)
-    }
-    route = _Choice(request, engines, index, now_at, limits).route()
-    return msgspec.structs.replace(route, left_out=left_out) if left_out else route
+    return _Choice(request, engines, index, now_at, limits).route()
 
 
 class _Choice:
@@ -249,7 +239,7 @@ class _Choice:
             for engine in self._engines
             if engine.role != "prefill"
             and self._takes(engine)
-            and covers(engine.capabilities, request.needs)
+            and covers(engine.capabilities, request.need)
         ]
         offers = [] if request.tried else _on_own_gpus(offers, self._engines)
         return min(offers, key=lambda one: (one.cost_s, one.engine.num_picks), default=None)
@@ -278,7 +268,7 @@ class _Choice:
             for engine in self._engines
             if engine.ready
             and engine.key not in request.tried
-            and covers(engine.capabilities, request.needs)
+            and covers(engine.capabilities, request.need)
         ]
         if holder is not None and (holder.capabilities.needs_proof or holder.peers is not None):
             pullers = [
@@ -326,9 +316,9 @@ def _on_own_gpus(offers: Sequence[_Offer], engines: Sequence[Engine]) -> list[_O
     ]
 
 
-def covers(has: Capabilities, needs: Collection[Need]) -> bool:
-    """Return whether an engine can do everything that is needed."""
-    return all(getattr(has, need) for need in needs)
+def covers(has: Capabilities, need: Need | None) -> bool:
+    """Return whether an engine can do what is needed."""
+    return need is None or getattr(has, need)
 
 
 def may_pull(decode: Engine, prefill: Engine, now_at: float) -> bool:

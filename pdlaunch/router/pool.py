@@ -30,13 +30,11 @@ class EnginePool:
         index: ServedPrefixes | None = None,
     ) -> None:
         self.clock = clock
+        self.pairs: Sequence[PairReady] = ()  # the paths that are proven now
+        self.serving = False  # the supervisor has seen every process and every pair ready
         self._limits = limits or RoutingLimits()
         self._index = index or ServedPrefixes()
         self._engines: dict[str, Engine] = {}
-        self.pairs: Sequence[PairReady] = ()
-        """The paths that are proven now."""
-        self.serving = False
-        """The supervisor has seen every process and every pair ready."""
         self._registry = Registry(version=0, entries=[])
         self._held: dict[str, tuple[Processes, ListedState]] = {}
         """Engines without new work: their processes at the time, and the state to show."""
@@ -64,6 +62,23 @@ class EnginePool:
         """Return whether engines know fields that the router does not. All are of one kind."""
         return any(engine.capabilities.has_own_fields for engine in self._engines.values())
 
+    @property
+    def has_pairs(self) -> bool:
+        """Return whether the launch has, or had, prefill and decode engines."""
+        return self._roles_seen.issuperset(PAIR)
+
+    def has_ready(self, role: Role, need: Need | None = None) -> bool:
+        """Return whether some engine of this role can be given work."""
+        return any(
+            engine.ready and engine.role == role and covers(engine.capabilities, need)
+            for engine in self._engines.values()
+        )
+
+    def max_model_len(self, role: Role) -> int | None:
+        engines = [engine for engine in self._engines.values() if engine.role == role]
+        known = (engine.max_model_len for engine in engines if engine.max_model_len)
+        return min(known, default=None)
+
     def may_hand_over(self, prefill: Engine, decode: Engine) -> bool:
         """Return whether ``decode`` may be given KV blocks of ``prefill`` as it is now."""
         is_there = (
@@ -76,15 +91,8 @@ class EnginePool:
 
     def path(self, prefill: Engine, decode: Engine) -> str | None:
         """Return the path on which they exchange KV blocks; None: not known."""
-        return next(
-            (
-                pair.path
-                for pair in self.pairs
-                if pair.peer.partition("/")[0] == prefill.name
-                and pair.local.partition("/")[0] == decode.name
-            ),
-            None,
-        )
+        names = prefill.name, decode.name
+        return next((pair.path for pair in self.pairs if engines_of(pair) == names), None)
 
     def doubt(self, suspect: PairSuspect) -> None:
         """Forget the proof of a pair until the registry has a new one."""
@@ -103,32 +111,6 @@ class EnginePool:
         if self._held.pop(engine.name, None) is not None:
             self.update(self._registry)
 
-    def update(self, registry: Registry) -> None:
-        """Take over a registry; an engine whose processes are the same keeps its counts."""
-        self._registry = registry
-        ranks: dict[str, list[Entry]] = defaultdict(list)
-        for entry in registry.entries:
-            if entry.kind == "rank":
-                ranks[entry.engine].append(entry)
-        proofs: dict[str, dict[str, int]] = defaultdict(dict)
-        for pair in registry.pairs:
-            proofs[pair.local][pair.peer] = pair.peer_incarnation
-        self._engines = {
-            server.name: self._renew(server, ranks[server.name], proofs[server.name])
-            for server in registry.entries
-            if server.kind == "server"
-        }
-        # A sleeping engine forgets all blocks; a drained or stalled one does not.
-        self._index.keep(
-            name for name, engine in self._engines.items() if engine.state != "sleeping"
-        )
-        keys = [engine.key for engine in self._engines.values()]
-        for engine in self._engines.values():
-            engine.health.keep(keys)
-        self._roles_seen.update(engine.role for engine in self._engines.values())
-        self.pairs = registry.pairs
-        self.serving = registry.serving
-
     def route(self, request: RoutingRequest) -> Route:
         now_at = self.clock()
         route = choose(request, list(self._engines.values()), self._index, now_at, self._limits)
@@ -146,17 +128,13 @@ class EnginePool:
 
         Engines that fail requests come last.
         """
-        able = [
-            engine
-            for engine in self._engines.values()
-            if engine.ready and engine.key not in tried and can(engine)
-        ]
-        engine = min(
-            able,
-            key=lambda engine: (engine.health.is_tripped, engine.num_works, engine.num_picks),
-            default=None,
-        )
-        if engine is not None:
+        engines = self._engines.values()
+        able = [each for each in engines if each.ready and each.key not in tried and can(each)]
+
+        def load(engine: Engine) -> tuple[float, ...]:
+            return engine.health.is_tripped, engine.num_works, engine.num_picks
+
+        if (engine := min(able, key=load, default=None)) is not None:
             engine.num_picks += 1
         return engine
 
@@ -166,39 +144,12 @@ class EnginePool:
         return max(1, request.num_prompt_tokens - num_cached)
 
     def served(self, engine: Engine, request: RoutingRequest, num_output_tokens: int) -> None:
-        """Note that an engine has the blocks of a prompt and its output."""
+        """Note that an engine has done its part, and has the blocks of prompt and output."""
+        engine.health.succeeded(self.clock())
         self._index.served(engine, request.prefix, request.num_prompt_tokens, num_output_tokens)
-
-    @property
-    def has_pairs(self) -> bool:
-        """Return whether the launch has, or had, prefill and decode engines."""
-        return self._roles_seen.issuperset(PAIR)
-
-    def has_ready(self, role: Role, needs: Collection[Need] = ()) -> bool:
-        """Return whether some engine of this role can be given work."""
-        return any(
-            engine.ready and engine.role == role and covers(engine.capabilities, needs)
-            for engine in self._engines.values()
-        )
-
-    def max_model_len(self, role: Role) -> int | None:
-        return min(
-            (
-                engine.max_model_len
-                for engine in self._engines.values()
-                if engine.role == role and engine.max_model_len
-            ),
-            default=None,
-        )
 
     def failed(self, engine: Engine) -> None:
         engine.health.failed(self.clock())
-
-    def answers(self, engine: Engine) -> None:
-        engine.health.answers(self.clock())
-
-    def succeeded(self, engine: Engine) -> None:
-        engine.health.succeeded(self.clock())
 
     def pulled(self, prefill: Engine, decode: Engine, *, ok: bool) -> None:
         decode.health.pulled(prefill.key, self.clock(), ok=ok)
@@ -207,25 +158,46 @@ class EnginePool:
         """Return the states of the pairs of which a pull has failed lately, prefill first."""
         names, now_at = {engine.key: engine.name for engine in self.engines}, self.clock()
         return {
-            (name, engine.name): engine.health.pull(key).state(now_at)
+            (names[key], engine.name): breaker.state(now_at)
             for engine in self.engines
-            if engine.health.pulls
-            for key, name in names.items()
-            if key in engine.health.pulls
+            for key, breaker in engine.health.pulls.items()
+            if key in names
         }
 
-    def health_states(self) -> dict[str, HealthState]:
-        now_at = self.clock()
-        return {engine.name: engine.health.state(now_at) for engine in self.engines}
+    def update(self, registry: Registry) -> None:
+        """Take over a registry; an engine whose processes are the same keeps its counts."""
+        self._registry = registry
+        ranks: dict[str, list[Entry]] = defaultdict(list)
+        for entry in registry.entries:
+            if entry.kind == "rank":
+                ranks[entry.engine].append(entry)
+        proofs: dict[str, dict[str, int]] = defaultdict(dict)
+        for pair in registry.pairs:
+            proofs[pair.local][pair.peer] = pair.peer_incarnation
+        self._engines = {
+            server.name: self._renew(server, ranks[server.name], proofs[server.name])
+            for server in registry.entries
+            if server.kind == "server"
+        }
+        engines = self._engines.values()
+        # A sleeping engine forgets all blocks; a drained or stalled one does not.
+        self._index.keep(engine.name for engine in engines if engine.state != "sleeping")
+        keys = [engine.key for engine in engines]
+        for engine in engines:
+            engine.health.keep(keys)
+        self._roles_seen.update(engine.role for engine in engines)
+        self.pairs = registry.pairs
+        self.serving = registry.serving
 
     def _renew(self, server: Entry, ranks: list[Entry], proofs: dict[str, int]) -> Engine:
-        ready = self._is_ready(server, ranks)
+        """Return the engine as it is listed now: the one before if its processes still run."""
+        name, ready = server.name, self._is_ready(server, ranks)
         by_rank = sorted(ranks, key=lambda entry: entry.tp_rank)
         processes = (server.incarnation, *(entry.incarnation for entry in by_rank))
-        engine = self._engines.get(server.name)
+        engine = self._engines.get(name)
         if engine is None or engine.processes != processes or engine.url != server.address.http:
             engine = Engine(
-                name=server.name,
+                name=name,
                 processes=processes,
                 url=server.address.http,
                 host=server.host,
@@ -234,12 +206,12 @@ class EnginePool:
                 ready=False,
                 state="",
             )
-        incarnations, held_state = self._held.get(server.name, ((), None))
-        if incarnations == processes and held_state is not None:
-            ready = False
-        else:
-            held_state = None
-            self._held.pop(server.name, None)
+        engine.state = "ready" if ready else _why_not_ready(server, ranks)
+        if (held := self._held.get(name)) is not None:
+            if held[0] == processes:
+                ready, engine.state = False, held[1]
+            else:
+                del self._held[name]  # its successor is another engine
         # Once ready again it counts as a new engine: requests that it failed may ask again.
         engine.times_ready += ready and not engine.ready
         engine.ready = ready
@@ -254,32 +226,31 @@ class EnginePool:
         engine.is_drained = server.withheld == "draining"
         engine.peers = None if server.peers is None else frozenset(server.peers)
         engine.proofs = proofs
-        engine.state = held_state or ("ready" if ready else _why_not_ready(server, ranks))
         return engine
 
     def _is_ready(self, server: Entry, ranks: list[Entry]) -> bool:
-        """Return whether the engine can be given work.
-
-        Without native ranks an engine is as ready as its server; an engine that has shown ranks
-        needs all of them.
-        """
         if ranks:
             self._with_ranks.add(server.name)
         if server.state != "ready" or server.withheld or not server.address.http:
             return False
+        # Without native ranks an engine is as ready as its server; one that has shown ranks needs
+        # all of them.
         if server.name not in self._with_ranks:
             return True
-        return (
-            bool(ranks)
-            and len(ranks) == ranks[0].tp_size
-            and all(entry.state == "ready" for entry in ranks)
-        )
+        is_whole = bool(ranks) and len(ranks) == ranks[0].tp_size
+        return is_whole and all(entry.state == "ready" for entry in ranks)
+
+
+def engines_of(pair: PairReady) -> tuple[str, str]:
+    """Return the engines of a pair of ranks, prefill first; ranks' names begin with theirs."""
+    return pair.peer.partition("/")[0], pair.local.partition("/")[0]
 
 
 def _why_not_ready(server: Entry, ranks: list[Entry]) -> ListedState:
-    if any(entry.state == "stalled" for entry in (server, *ranks)):
+    states = {entry.state for entry in (server, *ranks)}
+    if "stalled" in states:
         return "stalled"
     if server.state in ("draining", "sleeping", "failed"):
         return server.state
-    is_there = all(entry.state == "ready" for entry in (server, *ranks))
-    return "draining" if is_there and server.withheld in ("draining", "leaving") else "starting"
+    is_withheld = states == {"ready"} and server.withheld in ("draining", "leaving")
+    return "draining" if is_withheld else "starting"

@@ -25,18 +25,11 @@ from pdlaunch.http.headers import (
     read_timeout_s,
     read_traceparent,
 )
-from pdlaunch.http.limits import (
-    LARGE_BODY_BYTES,
-    Admission,
-    BodyBudget,
-    Deadline,
-    Deadlines,
-    LargeInputs,
-)
+from pdlaunch.http.limits import LARGE_BODY_BYTES, Admission, BodyBudget, Deadlines, LargeInputs
 from pdlaunch.http.sse import ClientStream
 from pdlaunch.protocol.ids import HopId, HttpRequestId
 from pdlaunch.protocol.process.bootstrap import RouterSpec
-from pdlaunch.router.answers import ClientAnswer, StreamedAnswer, WholeAnswer
+from pdlaunch.router.answers import StreamedAnswer, WholeAnswer
 from pdlaunch.router.client_request import (
     CHAT,
     COMPLETIONS,
@@ -49,9 +42,7 @@ from pdlaunch.router.engine_client import EngineFailure
 from pdlaunch.router.policy import no_engine_ready
 from pdlaunch.router.relay import answer_prompt
 from pdlaunch.router.request_history import record_of
-from pdlaunch.router.request_record import RequestRecord
 from pdlaunch.router.state import RouterState
-from pdlaunch.router.transcript import Transcript
 
 T = TypeVar("T")
 
@@ -74,10 +65,8 @@ class PromptEndpoints:
         self._ignored_fields = IgnoredFields()
 
     def routes(self) -> list[AppRoute]:
-        completions, chat = (partial(self._generate, one) for one in (COMPLETIONS, CHAT))
         return [
-            AppRoute("POST", COMPLETIONS.path, completions),
-            AppRoute("POST", CHAT.path, chat),
+            *(AppRoute("POST", e.path, partial(self._generate, e)) for e in (COMPLETIONS, CHAT)),
             AppRoute("POST", "/tokenize", self._pass_on),
             AppRoute("POST", "/detokenize", self._pass_on),
         ]
@@ -85,7 +74,7 @@ class PromptEndpoints:
     def close(self) -> None:
         self._deadlines.close()
 
-    async def _generate(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
+    async def _generate(self, endpoint: Endpoint, http: web.Request) -> web.StreamResponse:
         if not self._state.pool.serving:
             raise OverloadedError(
                 "the deployment is starting",
@@ -93,120 +82,86 @@ class PromptEndpoints:
                 retry_after_s=RETRY_AFTER_S,
                 code="starting",
             )
-        async with self._bodies.read(request) as body:
-            client_request = await self._read(endpoint, request, body)
-            deadline = self._deadlines.start(read_timeout_s(request.headers.get(TIMEOUT_HEADER)))
-            record = record_of(request)
-            record.understood(client_request.fields.model, len(client_request.prompts))
-            if self._spec.log_content:
-                record.keep_content(bytes(client_request.prompts[0].text or b""))
+        # The body is held until the answer is whole: another engine may be asked meanwhile.
+        async with self._bodies.read(http) as body:
+            request = await self._read(endpoint, http, body)
+            record, num_prompts = record_of(http), len(request.prompts)
+            record.understood(request.fields.model, num_prompts)
             with (
-                self._admission.admit(len(client_request.prompts)),
+                self._admission.admit(num_prompts),
                 self._state.metrics.requests.in_flight.track_inprogress(),
             ):
-                if client_request.stream:
-                    stream = ClientStream(request, {REQUEST_ID_HEADER: request_id_of(request)})
-                    await self._stream(client_request, stream, record, deadline)
-                    return stream.response
-                return await self._whole(client_request, record, deadline)
+                return await self._answer(http, request)
 
-    async def _read(self, endpoint: Endpoint, request: web.Request, body: bytes) -> ClientRequest:
-        request_id = request_id_of(request)
-        return await self._inputs.run(
-            len(body) >= LARGE_BODY_BYTES,
-            partial(
-                read_client_request,
-                endpoint,
-                body,
-                served_model_name=self._spec.served_model_name,
-                request_id=request_id,
-                hop_id=_hop_id(request_id, is_own=REQUEST_ID_HEADER not in request.headers),
-                headers=_headers_to_pass(request),
-                strict_fields=self._spec.strict_fields,
-                wants_pair=request.headers.get(ROUTE_HEADER) == WANTS_PAIR,
-                has_own_fields=self._state.pool.has_own_fields,
-            ),
+    async def _read(self, endpoint: Endpoint, http: web.Request, body: bytes) -> ClientRequest:
+        request_id = request_id_of(http)
+        read = partial(
+            read_client_request,
+            endpoint,
+            body,
+            served_model_name=self._spec.served_model_name,
+            request_id=request_id,
+            hop_id=_hop_id(request_id, is_own=REQUEST_ID_HEADER not in http.headers),
+            headers=_headers_to_pass(http),
+            strict_fields=self._spec.strict_fields,
+            wants_pair=http.headers.get(ROUTE_HEADER) == WANTS_PAIR,
+            has_own_fields=self._state.pool.has_own_fields,
         )
+        return await self._inputs.run(len(body) >= LARGE_BODY_BYTES, read)
 
-    async def _stream(
-        self,
-        client_request: ClientRequest,
-        stream: ClientStream,
-        record: RequestRecord,
-        deadline: Deadline,
-    ) -> None:
-        answer = StreamedAnswer(
-            client_request,
-            client_request.fields.model or self._spec.served_model_name,
-            self._state.metrics.requests,
-            record,
-            stream,
-            self._ignored_fields,
+    async def _answer(self, http: web.Request, request: ClientRequest) -> web.StreamResponse:
+        """Answer all prompts at once; the first error ends the others and is the answer."""
+        state, record = self._state, record_of(http)
+        deadline = self._deadlines.start(read_timeout_s(http.headers.get(TIMEOUT_HEADER)))
+        model = request.fields.model or self._spec.served_model_name
+        parts = request, model, state.metrics.requests, record, self._ignored_fields
+        stream = ClientStream(http, {REQUEST_ID_HEADER: request_id_of(http)})
+        answer: StreamedAnswer | WholeAnswer = (
+            StreamedAnswer(*parts, stream) if request.fields.stream else WholeAnswer(*parts)
         )
         try:
             async with deadline.guard():
-                await answer.finish(
-                    await self._run(client_request, answer, record, deadline.wanted_at)
+                transcripts = await _together(
+                    [
+                        answer_prompt(prompt, state, answer, record, deadline.wanted_at)
+                        for prompt in request.prompts
+                    ]
                 )
-        except ConnectionError:
-            raise
+                if isinstance(answer, StreamedAnswer):
+                    await answer.finish(transcripts)
         except Exception as error:
-            if not stream.has_begun:
+            if isinstance(error, ConnectionError) or not stream.has_begun:
                 raise
-            self._state.metrics.requests.failed(error_status(error))
+            # The client has its status: the error can only be an event.
+            state.metrics.requests.failed(error_status(error))
             record.fail(error)
-            await answer.fail(error)
+            await answer.flush()
+            await stream.fail(error)
+        if isinstance(answer, StreamedAnswer):
+            return stream.response
+        return json_response(answer.finish(transcripts), headers=answer.headers())
 
-    async def _whole(
-        self, client_request: ClientRequest, record: RequestRecord, deadline: Deadline
-    ) -> web.Response:
-        model = client_request.fields.model or self._spec.served_model_name
-        answer = WholeAnswer(client_request, model, self._state.metrics.requests, record)
-        async with deadline.guard():
-            transcripts = await self._run(client_request, answer, record, deadline.wanted_at)
-        headers = self._ignored_fields.headers(answer.ignored_fields) | answer.headers()
-        return json_response(answer.finish(transcripts), headers=headers)
-
-    async def _run(
-        self,
-        client_request: ClientRequest,
-        answer: ClientAnswer,
-        record: RequestRecord,
-        wanted_at: float | None,
-    ) -> list[Transcript]:
-        """Answer all prompts at once; the first error ends the others and is raised."""
-        return await _together(
-            [
-                answer_prompt(prompt, self._state, answer, record, wanted_at)
-                for prompt in client_request.prompts
-            ]
-        )
-
-    async def _pass_on(self, request: web.Request) -> web.Response:
-        async with self._bodies.read(request) as body:
+    async def _pass_on(self, http: web.Request) -> web.Response:
+        """Answer a question about tokens by any engine."""
+        pool, tried = self._state.pool, frozenset[EngineKey]()
+        hop_id = _hop_id(request_id_of(http), is_own=False)
+        headers = _headers_to_pass(http) | {REQUEST_ID_HEADER: hop_id}
+        async with self._bodies.read(http) as body:
             with self._admission.admit(1):
-                return await self._ask_any(request, body)
-
-    async def _ask_any(self, request: web.Request, body: bytes) -> web.Response:
-        pool = self._state.pool
-        tried: frozenset[EngineKey] = frozenset()
-        while (engine := pool.pick_any(tried)) is not None:
-            try:
-                headers = _headers_to_pass(request) | {
-                    REQUEST_ID_HEADER: _hop_id(request_id_of(request), is_own=False)
-                }
-                async with self._deadlines.start().guard():
-                    answer, ignored = await self._state.client.ask(
-                        engine, request.path, body, headers
-                    )
-                return web.Response(
-                    body=answer,
-                    content_type="application/json",
-                    headers=self._ignored_fields.headers(ignored),
-                )
-            except EngineFailure:
-                pool.failed(engine)
-                tried |= {engine.key}
+                while (engine := pool.pick_any(tried)) is not None:
+                    try:
+                        async with self._deadlines.start().guard():
+                            answer, ignored = await self._state.client.ask(
+                                engine, http.path, body, headers
+                            )
+                        return web.Response(
+                            body=answer,
+                            content_type="application/json",
+                            headers=self._ignored_fields.headers(ignored),
+                        )
+                    except EngineFailure:
+                        pool.failed(engine)
+                        tried |= {engine.key}
         raise no_engine_ready("no engine is ready")
 
 
@@ -217,17 +172,16 @@ def _hop_id(request_id: HttpRequestId, *, is_own: bool) -> HopId:
     return HopId(f"{request_id[:MAX_HOP_ID_LENGTH]}-{secrets.token_hex(4)}")
 
 
-def _headers_to_pass(request: web.Request) -> dict[str, str]:
+def _headers_to_pass(http: web.Request) -> dict[str, str]:
     """Return what engines get of the client's headers, and the question for their spans."""
     headers = {SPANS_HEADER: "1"}
-    own = record_of(request).trace_headers
+    own = record_of(http).trace_headers
     if own:
         return headers | own
-    traceparent = read_traceparent(request.headers.get(TRACEPARENT_HEADER))
+    traceparent = read_traceparent(http.headers.get(TRACEPARENT_HEADER))
     if traceparent is not None:
         headers[TRACEPARENT_HEADER] = traceparent
-        tracestate = request.headers.get(TRACESTATE_HEADER)
-        if tracestate is not None:
+        if (tracestate := http.headers.get(TRACESTATE_HEADER)) is not None:
             headers[TRACESTATE_HEADER] = tracestate
     return headers
 

@@ -13,6 +13,8 @@ engine sends it. Migration is the loop in ``run``.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -25,7 +27,7 @@ from pdlaunch.protocol.ids import HopId
 from pdlaunch.router.answers import ClientAnswer
 from pdlaunch.router.client_request import COMPLETIONS, PromptRequest
 from pdlaunch.router.continuation import StreamLostError, begin_continuation, obstacle
-from pdlaunch.router.engine import Engine, EngineKey, Work
+from pdlaunch.router.engine import Engine, EngineKey
 from pdlaunch.router.engine_client import (
     Chunk,
     EngineFailure,
@@ -34,24 +36,13 @@ from pdlaunch.router.engine_client import (
     blames,
     refuse_broken,
 )
-from pdlaunch.router.handover import Handover, HeldLease, read_handover, whole_chunk
-from pdlaunch.router.policy import (
-    Hop,
-    Need,
-    Route,
-    RoutingRequest,
-    no_engine_ready,
-    too_late,
-)
-from pdlaunch.router.request_record import AskSpans, EngineCall, RequestRecord
+from pdlaunch.router.handover import Handover, whole_chunk
+from pdlaunch.router.policy import Hop, Need, Route, RoutingRequest, no_engine_ready, too_late
+from pdlaunch.router.request_record import EngineCall, RequestRecord
 from pdlaunch.router.state import RouterState
 from pdlaunch.router.transcript import Transcript
 
 logger = logging.getLogger(__name__)
-
-_NO_NEEDS: frozenset[Need] = frozenset()
-_RESUMES: frozenset[Need] = frozenset({"goes_on"})
-_TAKES_FIRST_TOKEN: frozenset[Need] = frozenset({"gives_first_token"})
 
 
 async def answer_prompt(
@@ -96,8 +87,7 @@ class Relay:
         self._record = record
         self._wanted_at = wanted_at
         self._prefix = prompt.prefix
-        self._lease: HeldLease | None = None
-        """The lease that prefill has handed over; None before that."""
+        self._lease: Handover | None = None  # what prefill has handed over
         self._first_token_sent = False
         """The client has the first tokens from prefill, so decode must not send them again."""
         self._decode_has_answered = False
@@ -109,9 +99,8 @@ class Relay:
         self._turned_away_by: set[EngineKey] = set()
         self._failure: EngineFailure | EngineRefusal | None = None
         self._trouble_since_at: float | None = None
-        """When the first engine failed since something was heard."""
-        self._retry_at = 0.0
-        """Instant from which engines that were tried may be asked again."""
+        """When the first engine failed, or had no room, since something was heard."""
+        self._retry_at = 0.0  # from when on engines that were tried may be asked again
         self._num_prefill_failures = 0
         self._num_decode_failures = 0
         self._num_decode_attempts = 0
@@ -152,8 +141,8 @@ class Relay:
         return (self._decode_has_answered or self._lease is None) and self.transcript.has_tokens
 
     def _routing_request(self) -> RoutingRequest:
-        needs = _TAKES_FIRST_TOKEN if self._first_token_sent else _NO_NEEDS
         prompt, lease = self._prompt, self._lease
+        need: Need | None = "gives_first_token" if self._first_token_sent else None
         return RoutingRequest(
             num_prompt_tokens=prompt.num_prompt_tokens,
             max_tokens=prompt.max_tokens,
@@ -164,9 +153,9 @@ class Relay:
             or self.transcript.has_tokens
             or self._num_decode_attempts > 0
             or self._num_prefill_failures >= self._state.recovery.max_attempts,
-            holder=None if lease is None or lease.is_taken else lease.prefill,
+            holder=None if lease is None or lease.is_taken else lease.engine,
             tried=frozenset(self._tried),
-            needs=_RESUMES if self._must_resume else needs,
+            need="goes_on" if self._must_resume else need,
             alone=prompt.alone,
         )
 
@@ -220,8 +209,8 @@ class Relay:
             is_fallback = route.is_fallback or self._num_prefill_failures > 0
             if route.prefill is None and is_fallback and self._state.pool.has_pairs:
                 metrics.count("fallbacks")
-        if lease is not None and lease.prefill is not route.decode:
-            route = msgspec.structs.replace(route, prefill=lease.prefill)
+        if lease is not None and lease.engine is not route.decode:
+            route = msgspec.structs.replace(route, prefill=lease.engine)
         self._answer.routed(self._prompt, route)
 
     def _can_use(self, decode: Engine) -> bool:
@@ -233,30 +222,33 @@ class Relay:
         """Have the first token of each choice drawn, and a lease on the blocks granted."""
         prompt, state = self._prompt, self._state
         body = prompt.prefill_body(knows_whole_request=engine.capabilities.gives_first_token)
+        # Until the engine has said no, its answer, or one that cannot be read, may name a lease
+        # that would last until its deadline.
+        may_be_leased = True
         try:
             with (
                 decode.holding(prompt.num_choices * prompt.num_prompt_tokens),
-                self._work(engine) as work,
+                self._work(engine) as begin,
                 self._call("prefill", engine, self._hop_id(0)) as call,
             ):
-                answer, ignored = await state.client.ask(
-                    engine, prompt.endpoint.path, body, self._headers(0)
-                )
-                work.begin()
+                try:
+                    answer, ignored = await state.client.ask(
+                        engine, prompt.endpoint.path, body, self._headers(0)
+                    )
+                except (EngineFailure, EngineRefusal):
+                    may_be_leased = False
+                    raise
+                begin()
                 self._answer.ignores(ignored)
                 with blames(engine):
-                    handover = read_handover(engine, answer, is_chat=prompt.endpoint.is_chat)
+                    is_chat = prompt.endpoint.is_chat
+                    handover = Handover(state, engine, answer, is_chat=is_chat)
                 call.hear(handover.report)
                 call.counts(handover.usage)
-                for chunk in handover.chunks:
-                    refuse_broken(engine, chunk)
-        except BaseException as error:
-            if not isinstance(error, EngineFailure | EngineRefusal):
-                # The answer may be on its way, and the lease that it names would last until its
-                # deadline.
+        except BaseException:
+            if may_be_leased:
                 state.release(engine, prompt.hop_id)
             raise
-        state.pool.succeeded(engine)
         state.pool.served(engine, self._routing_request(), 0)
         return handover
 
@@ -266,16 +258,16 @@ class Relay:
         Raises RequestError for a prompt that decode would refuse.
         """
         pool = self._state.pool
-        self._lease = HeldLease(self._state, handover)
+        self._lease = handover
         self._tried.clear()
         self._failure = self._trouble_since_at = None
         if handover.engine.capabilities.needs_proof:
-            self.transcript.note_prefill(handover.usage)
+            self.transcript.note_usage(handover.usage)
         if not handover.is_final:
             # Before anything is sent: afterwards no status can be set.
             self._prompt.check_length(handover.num_prompt_tokens, pool.max_model_len("decode"))
         self._first_token_sent = handover.is_final or (
-            handover.has_first_tokens and pool.has_ready("decode", _TAKES_FIRST_TOKEN)
+            handover.has_first_tokens and pool.has_ready("decode", "gives_first_token")
         )
         if self._first_token_sent:
             for chunk in handover.chunks:
@@ -295,21 +287,22 @@ class Relay:
         params = extra.get("kv_transfer_params", {})
         lease = self._lease if params.get("do_remote_prefill") else None
         if lease is not None:
-            self._pulls_from = lease.prefill
-            self._record.kv_path = self._state.pool.path(lease.prefill, engine)
+            self._pulls_from = lease.engine
+            self._record.kv_path = self._state.pool.path(lease.engine, engine)
+        is_whole = engine.capabilities.has_own_fields and not prompt.is_stream
+        body, headers = prompt.decode_body(extra, is_whole=is_whole), self._headers(attempt)
         with (
-            self._work(engine, computes=not extra, num_streams=prompt.num_choices) as work,
+            self._work(engine, computes=not extra, num_streams=prompt.num_choices) as begin,
             self._call("decode", engine, self._hop_id(attempt)) as call,
         ):
-            if engine.capabilities.has_own_fields and not prompt.is_stream:
-                await self._ask_whole(engine, prompt.whole_body(extra), attempt, lease, call)
+            if is_whole:
+                await self._ask_whole(engine, body, headers, lease, call)
             else:
                 async with self._state.client.stream(
-                    engine, prompt.endpoint.path, prompt.decode_body(extra), self._headers(attempt)
+                    engine, prompt.endpoint.path, body, headers
                 ) as stream:
                     self._answer.ignores(stream.ignored_fields)
-                    await self._relay(engine, stream, lease, call, work)
-        self._state.pool.succeeded(engine)
+                    await self._relay(engine, stream, lease, call, begin)
         self._state.pool.served(engine, self._routing_request(), self.transcript.num_tokens)
 
     def _extra(self, engine: Engine) -> dict[str, Any]:
@@ -325,9 +318,9 @@ class Relay:
         self,
         engine: Engine,
         stream: EngineStream,
-        lease: HeldLease | None,
+        lease: Handover | None,
         call: EngineCall,
-        work: Work,
+        begin: Callable[[], None],
     ) -> None:
         """Send the client everything that the engine sends.
 
@@ -343,24 +336,28 @@ class Relay:
                 call.counts(usage)
                 if lease is not None:
                     lease.check_pulled(engine, chunk)
-            await self._tell(engine, chunk, more_follows=stream.has_more, work=work)
+            await self._tell(engine, chunk, more_follows=stream.has_more, begin=begin)
         call.hear(stream.report)
         if lease is not None:
             has_failed = call.attributes(PULL).get("error") is not None
-            self._state.pool.pulled(lease.prefill, engine, ok=not has_failed)
+            self._state.pool.pulled(lease.engine, engine, ok=not has_failed)
         if not self.transcript.is_done:
             raise EngineFailure(engine, "its stream ended too early")
 
     async def _ask_whole(
-        self, engine: Engine, body: bytes, attempt: int, lease: HeldLease | None, call: EngineCall
+        self,
+        engine: Engine,
+        body: bytes,
+        headers: dict[str, str],
+        lease: Handover | None,
+        call: EngineCall,
     ) -> None:
         """Get the answer whole from the engine: streams lack some of its fields."""
-        answer, ignored = await self._state.client.ask(
-            engine, self._prompt.endpoint.path, body, self._headers(attempt)
-        )
+        path = self._prompt.endpoint.path
+        answer, ignored = await self._state.client.ask(engine, path, body, headers)
         self._answer.ignores(ignored)
         with blames(engine):
-            chunk = whole_chunk(msgspec.json.decode(answer))
+            chunk = whole_chunk(answer)
         call.counts(chunk.get("usage"))
         if lease is not None:
             lease.pulled()
@@ -379,7 +376,7 @@ class Relay:
         except LookupError as error:
             raise self._lost(engine, str(error.args[0])) from error
         with (
-            self._work(engine, computes=False, num_streams=1) as work,
+            self._work(engine, computes=False, num_streams=1) as begin,
             self._record.call("decode", engine.name),
         ):
             headers = self._headers(attempt)
@@ -391,11 +388,16 @@ class Relay:
                     with blames(engine):
                         refuse_broken(engine, chunk)
                         continued = continuation.take(chunk)
-                    await self._tell(engine, continued, work=work)
-        self._state.pool.succeeded(engine)
+                    await self._tell(engine, continued, begin=begin)
+        engine.health.succeeded(self._state.pool.clock())
 
     async def _tell(
-        self, engine: Engine, chunk: Chunk, *, more_follows: bool = False, work: Work | None = None
+        self,
+        engine: Engine,
+        chunk: Chunk,
+        *,
+        more_follows: bool = False,
+        begin: Callable[[], None] | None = None,
     ) -> None:
         """Send the client its new tokens. Raises EngineFailure when the engine gives up."""
         if self._goes_on_at is engine and (num_tokens := self.transcript.extend(chunk)):
@@ -407,9 +409,9 @@ class Relay:
             self._trouble_since_at = None
         if self.transcript.has_tokens:
             if engine.health.is_tripped:
-                self._state.pool.answers(engine)
-            if work is not None:
-                work.begin()
+                engine.health.answers(self._state.pool.clock())
+            if begin is not None:
+                begin()
         if has_news:
             self._time_second_token(engine)
             await self._answer.chunk(
@@ -427,8 +429,8 @@ class Relay:
             self._first_told_at = self._first_told_at or state.now()
         elif num_tokens > 1 and self._first_told_at is not None:
             told_s, self._first_told_at = state.now() - self._first_told_at, None
-            if self._lease is not None and self._lease.prefill is not engine:
-                state.metrics.second_token(self._lease.prefill.name, engine.name, told_s)
+            if self._lease is not None and self._lease.engine is not engine:
+                state.metrics.second_token(self._lease.engine.name, engine.name, told_s)
 
     async def _recover(self, hop: Hop, failure: EngineFailure | EngineRefusal) -> None:
         """Record a failure; raise it if no other attempt can help."""
@@ -444,21 +446,19 @@ class Relay:
                 state.pool.failed(engine)
             state.metrics.count("engine_failures", engine.name, hop)
             self._retry_at = state.now() + state.recovery.retry_wait_s
-            self._trouble_since_at = self._trouble_since_at or state.now()
             # An engine that turns the request away again has survived it: do not count that.
             is_free = failure.turned_away and engine.key in self._turned_away_by
             self._num_decode_failures += hop == "decode" and not is_free
             if failure.turned_away:
                 self._turned_away_by.add(engine.key)
-        elif failure.is_busy:
-            self._trouble_since_at = None
-        else:
+        elif not failure.is_busy:
             raise failure
+        self._trouble_since_at = self._trouble_since_at or state.now()
         self._tried.add(engine.key)
         self._failure = failure
         if isinstance(failure, EngineFailure) and failure.engine_code == RANK_LOST:
             # Before another engine gets the request that may have killed this one.
-            await state.news_of_death(engine)
+            await state.death_is_listed(engine)
         state.suspects.check(self._prompt.origin)
         if hop == "prefill":
             # Decode would go on behind first tokens that the client may not have.
@@ -488,10 +488,11 @@ class Relay:
             | {REQUEST_ID_HEADER: self._hop_id(attempt)}
         )
 
-    def _work(self, engine: Engine, *, computes: bool = True, num_streams: int = 0) -> Work:
+    def _work(
+        self, engine: Engine, *, computes: bool = True, num_streams: int = 0
+    ) -> AbstractContextManager[Callable[[], None]]:
         pool = self._state.pool
-        return Work(
-            engine,
+        return engine.working(
             pool.clock,
             num_prompt_tokens=self._prompt.num_prompt_tokens,
             num_uncached=pool.num_new_tokens(engine, self._routing_request()) if computes else 0,
@@ -500,7 +501,7 @@ class Relay:
 
     def _call(self, hop: Hop, engine: Engine, hop_id: HopId) -> EngineCall:
         """Begin the record of a call; native engines can report its spans if it is cut."""
-        ask: AskSpans | None = None
+        ask = None
         if engine.capabilities.gives_first_token:
             ask = partial(self._state.client.read_spans, engine, hop_id)
         return self._record.call(hop, engine.name, ask)

@@ -7,7 +7,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 from aiohttp import web
@@ -25,35 +25,33 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_LISTED = 20
 Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
-Choice = Literal["last", "slowest", "failed"]
-_CHOICES: tuple[Choice, ...] = ("last", "slowest", "failed")
+_CHOICES = ("last", "slowest", "failed")
 _RECORD = web.RequestKey("record", RequestRecord)
 
 
 def record_of(http: web.Request) -> RequestRecord:
-    """Return the record of a request; one that nobody keeps where the door has made none."""
-    return http.get(_RECORD) or RequestRecord()
+    """Return the record that the door has begun."""
+    return http[_RECORD]
 
 
 class RequestHistory:
     """Holds every record, and logs each request that has ended; watches the door of the router.
 
     ``keep``: how many of those that have ended. ``show`` gets each line with the id, for a terminal
-    that tells the time. ``exporter`` sends records away. ``spawn`` runs what outlives a request,
-    while engines can be asked.
+    that tells the time. ``spawn`` runs what outlives a request, while engines can be asked.
     """
 
     def __init__(
         self,
         keep: int,
-        show: Callable[[str], None] | None = None,
-        exporter: OtlpExporter | None = None,
-        spawn: Spawn = asyncio.ensure_future,
+        show: Callable[[str], None] | None,
+        exporter: OtlpExporter | None,
+        spawn: Spawn,
     ) -> None:
-        self._exporter = exporter
         self._running: dict[int, RequestRecord] = {}
         self._done: deque[RequestRecord] = deque(maxlen=keep)
         self._show = show
+        self._exporter = exporter
         self._spawn = spawn
         self._late: set[asyncio.Task[None]] = set()
 
@@ -96,7 +94,7 @@ class RequestHistory:
         if exporter is not None:
             await asyncio.to_thread(exporter.close)
 
-    def chosen(self, choice: Choice, limit: int) -> list[RequestRecord]:
+    def chosen(self, choice: str, limit: int) -> list[RequestRecord]:
         """Return at most ``limit`` records, the latest or the slowest first; running ones among the
         last and the slowest.
         """
@@ -108,21 +106,19 @@ class RequestHistory:
         return latest[:limit]
 
     def routes(self) -> list[AppRoute]:
-        """Return the routes that tell of requests."""
         return [
             AppRoute("GET", "/pdlaunch/requests", self._list),
             AppRoute("GET", "/pdlaunch/requests/{id:.+}", self._trace),
         ]
 
     async def _list(self, http: web.Request) -> web.Response:
-        choice, limit = _read_query(http.query)
-        records = self.chosen(choice, limit)
+        records = self.chosen(*_read_query(http.query))
         return json_response(RequestList(requests=[record.summary() for record in records]))
 
     async def _trace(self, http: web.Request) -> web.Response:
-        name, all_ = http.match_info["id"], len(self._running) + len(self._done)
-        found = (each for each in self.chosen("last", all_) if each.id == name)
-        if (record := next(found, None)) is None:
+        name = http.match_info["id"]
+        latest = [*reversed(self._running.values()), *reversed(self._done)]
+        if (record := next((each for each in latest if each.id == name), None)) is None:
             raise RequestError(
                 f"no request of this id is remembered; the last {self._done.maxlen} are",
                 param="id",
@@ -132,8 +128,8 @@ class RequestHistory:
         return json_response(record.trace())
 
 
-def _read_query(query: Mapping[str, str]) -> tuple[Choice, int]:
-    """Return what a list is to hold. Raises RequestError."""
+def _read_query(query: Mapping[str, str]) -> tuple[str, int]:
+    """Return which requests a list is to hold, and how many. Raises RequestError."""
     given = [choice for choice in _CHOICES if choice in query]
     if len(given) > 1:
         raise RequestError(f"{given[0]} and {given[1]} exclude each other", param=given[1])
@@ -152,9 +148,8 @@ def log_request(record: RequestRecord, show: Callable[[str], None] | None = None
     if show is None and not logger.isEnabledFor(logging.INFO):
         return
     summary = record.summary()
-    text, content = format_request(summary), record.content or {}
-    text += "".join(f' {name}="{value}"' for name, value in content.items())
-    fields = lambda: {"request": msgspec.to_builtins(summary) | content}  # noqa: E731
+    text = format_request(summary)
+    fields = lambda: {"request": msgspec.to_builtins(summary)}  # noqa: E731
     logger.info("%s", text, extra={FIELDS: fields})
     if show is not None:
         show(escape_controls(f"[{summary.id}] {text}"))
@@ -162,51 +157,37 @@ def log_request(record: RequestRecord, show: Callable[[str], None] | None = None
 
 def format_request(summary: RequestSummary) -> str:
     """Return what is known of a request in one line, without its id and time."""
-    words = [
-        f"{summary.status} {summary.path}",
-        *_known(summary.model, "model={}"),
-        *_known(summary.route and summary.route.replace("->", " -> "), "{}"),
-        *_known(summary.kv_path, "over {}"),
-        *_known(summary.prompt_tokens, "prompt={}"),
-        *_cached(summary),
-        *_known(summary.queue_ms, "queue={:.1f}ms"),
-        *_known(summary.prefill_ms, "prefill={:.1f}ms"),
-        *_pull(summary),
-        *_known(summary.first_token_ms, "first={:.1f}ms"),
-        *_known(summary.output_tokens, "tokens={}"),
-        *_known(summary.ms_per_token, "{:.2f}ms/token"),
-        *_known(summary.total_ms, "total={:.1f}ms"),
-        *([f"retries={summary.retries}"] if summary.retries else []),
-        *_known(summary.finish_reason, "finish={}"),
-        *_known(summary.explanation, "why: {}"),
-        *_known(summary.error, "error: {}"),
-    ]
-    return escape_controls(" ".join(words))
-
-
-def _known(value: object, form: str) -> list[str]:
-    return [] if value is None else [form.format(value)]
-
-
-def _cached(summary: RequestSummary) -> list[str]:
-    counts = {
+    tiers = {
         "device": summary.cached_device_tokens,
         "host": summary.cached_host_tokens,
         "remote": summary.remote_tokens,
     }
-    known = " ".join(f"{name} {count}" for name, count in counts.items() if count is not None)
-    known = known or " ".join(_known(summary.cached_tokens, "{}"))
-    return [f"(cached {known})"] if known else []
-
-
-def _pull(summary: RequestSummary) -> list[str]:
-    if summary.pull_ms is None:
-        return []
-    parts = [
-        f"pull={summary.pull_ms:.1f}ms",
-        *_known(summary.pull_mb, "{:.2f}MB"),
-        *_known(summary.pull_gb_s, "{:.2f}GB/s"),
+    cached = " ".join(f"{tier} {number}" for tier, number in tiers.items() if number is not None)
+    if not cached and summary.cached_tokens is not None:
+        cached = str(summary.cached_tokens)
+    proof = {None: None, True: "verified", False: "unverified"}[summary.verified]
+    words: list[tuple[object, str]] = [
+        (summary.status, "{}"),
+        (summary.path, "{}"),
+        (summary.model, "model={}"),
+        (summary.route and summary.route.replace("->", " -> "), "{}"),
+        (summary.kv_path, "over {}"),
+        (summary.prompt_tokens, "prompt={}"),
+        (cached or None, "(cached {})"),
+        (summary.queue_ms, "queue={:.1f}ms"),
+        (summary.prefill_ms, "prefill={:.1f}ms"),
+        (summary.pull_ms, "pull={:.1f}ms"),
+        (summary.pull_mb, "{:.2f}MB"),
+        (summary.pull_gb_s, "{:.2f}GB/s"),
+        (proof, "{}"),
+        (summary.first_token_ms, "first={:.1f}ms"),
+        (summary.output_tokens, "tokens={}"),
+        (summary.ms_per_token, "{:.2f}ms/token"),
+        (summary.total_ms, "total={:.1f}ms"),
+        (summary.retries or None, "retries={}"),
+        (summary.finish_reason, "finish={}"),
+        (summary.explanation, "why: {}"),
+        (summary.error, "error: {}"),
     ]
-    if summary.verified is not None:
-        parts.append("verified" if summary.verified else "unverified")
-    return parts
+    known = (form.format(value) for value, form in words if value is not None)
+    return escape_controls(" ".join(known))

@@ -63,11 +63,9 @@ class SuspectPrompts:
             del self._num_deaths[origin]
 
     def take(self, news: Suspects) -> None:
-        for origin in news.origins:
-            if origin in self._num_deaths:
-                self._num_deaths[origin] = (
-                    2 if origin in news.repeated else max(1, self._num_deaths[origin])
-                )
+        for origin in self._num_deaths.keys() & news.origins:
+            num_deaths = 2 if origin in news.repeated else 1
+            self._num_deaths[origin] = max(num_deaths, self._num_deaths[origin])
 
     def is_suspect(self, origin: PromptOrigin) -> bool:
         return self._num_deaths[origin] > 0
@@ -87,7 +85,10 @@ class SuspectPrompts:
 
 
 class RouterState:
-    """Holds what all requests of the process share; lives in its event loop."""
+    """Holds what all requests of the process share; lives in its event loop.
+
+    ``prove_again`` has a pair proven by a new canary.
+    """
 
     def __init__(
         self,
@@ -96,12 +97,9 @@ class RouterState:
         metrics: RouterMetrics,
         recovery: RecoverySettings,
         *,
-        doubt: Callable[[PairSuspect], None],
+        prove_again: Callable[[PairSuspect], None],
     ) -> None:
         self.pool = pool
-        self._doubt = doubt
-        self._doubts: dict[tuple[str, str], str] = {}
-        """The reason why a pair is not used, until the registry has shown a new proof."""
         self.client = client
         self.metrics = metrics
         self.recovery = recovery
@@ -109,22 +107,26 @@ class RouterState:
         self.events = EventLog(time.time)
         self.pair_failures: dict[tuple[str, str], str] = {}
         """The reason why a prefill and a decode engine could not work together the last time."""
+        self._prove_again = prove_again
+        self._doubts: dict[tuple[str, str], str] = {}
+        """The reason why a pair is not used, until the registry has shown a new proof."""
         self._changed = asyncio.Event()
         self._has_registry = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._asked: set[EngineKey] = set()
-        """Engines that are being asked for their models."""
+        self._asked: set[EngineKey] = set()  # engines that are being asked for their models
 
     def update(self, registry: Registry) -> None:
         """Take over a registry and wake the requests that wait for an engine."""
         self.pool.update(registry)
         self.events.engines_changed(registry, self.pool.engines)
-        # Of engines that have left nothing is to be proven.
         listed = {entry.name for entry in registry.entries}
-        for names in [names for names in self._doubts if not listed.issuperset(names)]:
-            del self._doubts[names]
-        for pair in registry.pairs:
-            self._doubts.pop((pair.peer, pair.local), None)
+        proven = {(pair.peer, pair.local) for pair in registry.pairs}
+        # Of engines that have left nothing is to be proven.
+        self._doubts = {
+            names: error
+            for names, error in self._doubts.items()
+            if listed.issuperset(names) and names not in proven
+        }
         self.metrics.show_registry(registry)
         self._has_registry.set()
         # A new event for each change: those that wait from now on wait for the next one.
@@ -144,14 +146,7 @@ class RouterState:
         logger.warning("%s -> %s: %s", prefill.name, decode.name, error)
         self.metrics.count("silent_recomputes", prefill.name, decode.name)
         self.pair_failed(prefill.name, decode.name, error)
-        self.doubt(
-            PairSuspect(
-                local=decode.name,
-                peer=prefill.name,
-                peer_incarnation=prefill.processes[0],
-                error=error,
-            )
-        )
+        self.doubt(decode.name, prefill.name, prefill.processes[0], error)
 
     def pair_failed(self, prefill: str, decode: str, error: str, ago_s: float = 0.0) -> None:
         """Note that blocks of one engine could not be used by another one."""
@@ -161,17 +156,15 @@ class RouterState:
         if len(self.pair_failures) > MAX_PAIR_FAILURES:
             del self.pair_failures[next(iter(self.pair_failures))]
 
-    def doubt(self, pair: PairSuspect) -> None:
+    def doubt(self, local: str, peer: str, peer_incarnation: int, error: str) -> None:
         """Use a pair no more until a new canary has proven it."""
-        self._doubts[pair.peer, pair.local] = pair.error
+        pair = PairSuspect(local=local, peer=peer, peer_incarnation=peer_incarnation, error=error)
+        self._doubts[peer, local] = error
         self.pool.doubt(pair)
-        self._doubt(pair)
+        self._prove_again(pair)
 
     def doubts(self) -> list[Doubt]:
-        return [
-            Doubt(prefill=prefill, decode=decode, error=error)
-            for (prefill, decode), error in self._doubts.items()
-        ]
+        return [Doubt(prefill=p, decode=d, error=error) for (p, d), error in self._doubts.items()]
 
     def release(self, engine: Engine, name: HopId | LeaseId) -> None:
         """Tell a prefill engine that nobody will pull, if it is one that listens."""
@@ -182,8 +175,8 @@ class RouterState:
     async def knows_engines(self) -> None:
         await self._has_registry.wait()
 
-    async def news_of_death(self, engine: Engine) -> None:
-        """Return when the registry knows of the death that an engine's server has spoken of.
+    async def death_is_listed(self, engine: Engine) -> None:
+        """Return when the registry shows the death that an engine's server has reported.
 
         Usually it does already.
         """

@@ -19,53 +19,34 @@ class ChoiceTranscript(msgspec.Struct):
 
     token_ids: list[int] = []
     finish_reason: str | None = None
-    has_role: bool = False
-    has_prompt_token_ids: bool = False
     texts: list[str] = []
     text_offset: int = 0
-
-
-def _require_form(choice: dict[str, Any], num_choices: int) -> None:
-    """Raise IndexError, TypeError or KeyError for a choice that ``admit`` could not take whole."""
-    if not 0 <= choice["index"] < num_choices:
-        raise IndexError("a choice that nobody asked for")
-    if not isinstance(choice.get("token_ids") or [], list):
-        raise TypeError("token ids that are no list")
-    if choice.get("delta") is None:
-        if not isinstance(choice["text"], str | None):
-            raise TypeError("a text that is no string")
-    elif not isinstance(choice["delta"], dict):
-        raise TypeError("a delta that is no object")
+    told: set[str] = set()  # members that it gets once: its role, the prompt's tokens
 
 
 class Transcript:
     """Remembers what the client has of one answer; every chunk passes through ``admit``."""
 
     def __init__(self, num_choices: int, *, keeps_text: bool = False) -> None:
-        self._keeps_text = keeps_text
-        self.prompt_token_ids: list[int] = []
-        """Kept only where text is kept."""
+        self.num_tokens = 0
+        self.prompt_token_ids: list[int] = []  # kept only where text is kept
         self.has_other_output = False
         """The client has output that is no content of a message: reasoning, tool calls."""
+        self._keeps_text = keeps_text
         self._choices = [ChoiceTranscript() for _ in range(num_choices)]
-        self._num_tokens = 0
         self._usage = Usage()
         self._has_usage = False
         self._has_untold_tokens = False
-        self._has_prompt_token_ids = False
+        self._told: set[str] = set()
 
     @property
     def is_done(self) -> bool:
         return all(choice.finish_reason is not None for choice in self._choices)
 
     @property
-    def num_tokens(self) -> int:
-        return self._num_tokens
-
-    @property
     def has_tokens(self) -> bool:
         """Return whether the client may have been sent output."""
-        return self._has_untold_tokens or self._num_tokens > 0
+        return self._has_untold_tokens or self.num_tokens > 0
 
     @property
     def can_resume(self) -> bool:
@@ -88,12 +69,8 @@ class Transcript:
     def drop_tokens(self, num_tokens: int) -> None:
         """Forget the tokens of the first choice after ``num_tokens``, whose text nobody has."""
         token_ids = self._choices[0].token_ids
-        self._num_tokens -= len(token_ids[num_tokens:])
+        self.num_tokens -= len(token_ids[num_tokens:])
         del token_ids[num_tokens:]
-
-    def note_prefill(self, usage: dict[str, Any]) -> None:
-        """Note the usage of a prefill engine that tells the client nothing itself."""
-        self._note_usage(usage)
 
     def admit(self, chunk: Chunk) -> bool:
         """Note what ``chunk`` says and take out of it what is not new; False when nothing is left
@@ -105,13 +82,10 @@ class Transcript:
         # All choices first: of a chunk that is refused no token may count as told.
         for choice in chunk["choices"]:
             _require_form(choice, len(self._choices))
-        self._note_usage(chunk.pop("usage", None))
+        self.note_usage(chunk.pop("usage", None))
         if self._keeps_text:
             self._keep(chunk)
-        if "prompt_token_ids" in chunk and self._has_prompt_token_ids:
-            del chunk["prompt_token_ids"]
-        elif chunk.get("prompt_token_ids") is not None:
-            self._has_prompt_token_ids = True
+        _is_new(chunk, "prompt_token_ids", self._told)
         chunk["choices"] = [choice for choice in chunk["choices"] if self._admit_choice(choice)]
         return bool(chunk["choices"])
 
@@ -145,7 +119,7 @@ class Transcript:
             return 0
         chunk.pop("usage", None)
         told.token_ids.extend(choice["token_ids"])
-        self._num_tokens += num_tokens
+        self.num_tokens += num_tokens
         if self._keeps_text:
             told.texts.append(text)
         return num_tokens
@@ -156,46 +130,18 @@ class Transcript:
     def usage(self) -> Usage:
         """Return the prompt tokens that the first engine counted, and the output as it went by."""
         # vLLM hides the ids with the reasoning, which may be all of an answer.
-        is_hidden = self.is_done and not self.num_tokens
-        completion_tokens = (
-            self._usage.completion_tokens
-            if self._has_untold_tokens or is_hidden
-            else self.num_tokens
-        )
-        return Usage(
-            prompt_tokens=self._usage.prompt_tokens,
-            completion_tokens=completion_tokens,
-            total_tokens=self._usage.prompt_tokens + completion_tokens,
-            prompt_tokens_details=self._usage.prompt_tokens_details,
-            completion_tokens_details=self._usage.completion_tokens_details,
+        is_hidden = self._has_untold_tokens or (self.is_done and not self.num_tokens)
+        num_tokens = self._usage.completion_tokens if is_hidden else self.num_tokens
+        total_tokens = self._usage.prompt_tokens + num_tokens
+        return msgspec.structs.replace(
+            self._usage, completion_tokens=num_tokens, total_tokens=total_tokens
         )
 
-    def _keep(self, chunk: Chunk) -> None:
-        for choice in chunk["choices"]:
-            told = self._choices[choice["index"]]
-            ids = chunk.get("prompt_token_ids") or choice.get("prompt_token_ids")
-            if ids and not self.prompt_token_ids:
-                self.prompt_token_ids = ids
-            delta = choice.get("delta") or {}
-            text = choice.get("text") or delta.get("content") or ""
-            if not isinstance(text, str):
-                raise TypeError("a text that is no string")
-            told.texts.append(text)
-            self.has_other_output |= any(
-                value for name, value in delta.items() if name not in ("role", "content")
-            )
-            logprobs = choice.get("logprobs") or {}
-            if logprobs.get("text_offset"):
-                told.text_offset = logprobs["text_offset"][-1] + len(logprobs["tokens"][-1])
-
-    def _note_usage(self, usage: dict[str, Any] | None) -> None:
-        """Note the usage of a chunk.
-
-        The first engine knows what its prefix cache held; for the second one all of the prompt had
-        been computed.
-        """
+    def note_usage(self, usage: dict[str, Any] | None) -> None:
         if usage is None:
             return
+        # The first engine knows what its prefix cache held; for the second one all of the prompt
+        # had been computed.
         if not self._has_usage:
             self._has_usage = "completion_tokens" in usage
             self._usage.prompt_tokens = usage["prompt_tokens"]
@@ -206,6 +152,24 @@ class Transcript:
             self._usage.completion_tokens_details = usage["completion_tokens_details"]
         self._usage.completion_tokens = usage.get("completion_tokens") or 0
 
+    def _keep(self, chunk: Chunk) -> None:
+        """Keep what another engine needs to go on behind the text."""
+        for choice in chunk["choices"]:
+            told = self._choices[choice["index"]]
+            ids = chunk.get("prompt_token_ids") or choice.get("prompt_token_ids")
+            if ids and not self.prompt_token_ids:
+                self.prompt_token_ids = ids
+            delta = choice.get("delta") or {}
+            text = choice.get("text") or delta.get("content") or ""
+            if not isinstance(text, str):
+                raise TypeError("a text that is no string")
+            told.texts.append(text)
+            others = (value for name, value in delta.items() if name not in ("role", "content"))
+            self.has_other_output |= any(others)
+            logprobs = choice.get("logprobs") or {}
+            if logprobs.get("text_offset"):
+                told.text_offset = logprobs["text_offset"][-1] + len(logprobs["tokens"][-1])
+
     def _admit_choice(self, choice: dict[str, Any]) -> bool:
         told = self._choices[choice["index"]]
         # Prefill may have ended the choice, or an engine before this one.
@@ -213,47 +177,44 @@ class Transcript:
             return False
         token_ids = choice.get("token_ids") or []
         told.token_ids.extend(token_ids)
-        self._num_tokens += len(token_ids)
+        self.num_tokens += len(token_ids)
         told.finish_reason = choice.get("finish_reason")
         delta = choice.get("delta")
-        has_news = (
-            _admit_prompt_token_ids(choice, told) if delta is None else _admit_role(delta, told)
-        )
-        has_text = (
-            bool(choice["text"])
-            if delta is None
-            else any(value for name, value in delta.items() if name != "role")
-        )
+        if delta is None:
+            has_news = _is_new(choice, "prompt_token_ids", told.told)
+            has_text = bool(choice["text"])
+        else:
+            has_news = _is_new(delta, "role", told.told)
+            has_text = any(value for name, value in delta.items() if name != "role")
         # Text that was held back comes without tokens of its own; text of which no token was ever
         # told cannot be resumed.
         self._has_untold_tokens |= has_text and not told.token_ids
-        return (
-            has_news
-            or has_text
-            or bool(token_ids)
-            or bool(choice.get("logprobs"))
-            or told.finish_reason is not None
-        )
+        is_end = told.finish_reason is not None
+        return has_news or has_text or is_end or bool(token_ids or choice.get("logprobs"))
 
 
-def _admit_role(delta: dict[str, Any], told: ChoiceTranscript) -> bool:
-    if "role" not in delta:
+def _require_form(choice: dict[str, Any], num_choices: int) -> None:
+    """Raise IndexError, TypeError or KeyError for a choice that ``admit`` could not take whole."""
+    if not 0 <= choice["index"] < num_choices:
+        raise IndexError("a choice that nobody asked for")
+    if not isinstance(choice.get("token_ids") or [], list):
+        raise TypeError("token ids that are no list")
+    if choice.get("delta") is None:
+        if not isinstance(choice["text"], str | None):
+            raise TypeError("a text that is no string")
+    elif not isinstance(choice["delta"], dict):
+        raise TypeError("a delta that is no object")
+
+
+def _is_new(fields: dict[str, Any], name: str, told: set[str]) -> bool:
+    """Return whether a member is there and new to the client; one that it has is taken out."""
+    if fields.get(name) is None:
         return False
-    is_new = not told.has_role
-    if not is_new:
-        del delta["role"]
-    told.has_role = True
-    return is_new
-
-
-def _admit_prompt_token_ids(choice: dict[str, Any], told: ChoiceTranscript) -> bool:
-    if choice.get("prompt_token_ids") is None:
+    if name in told:
+        del fields[name]
         return False
-    is_new = not told.has_prompt_token_ids
-    if not is_new:
-        del choice["prompt_token_ids"]
-    told.has_prompt_token_ids = True
-    return is_new
+    told.add(name)
+    return True
 
 
 def _resumed(choice: ChoiceTranscript) -> list[dict[str, Any]]:

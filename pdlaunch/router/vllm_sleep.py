@@ -9,14 +9,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
+from multidict import MultiMapping
 
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.watch.engine_api import Counts, is_vllm_busy
-from pdlaunch.protocol.control import PairSuspect
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.state import RouterState
 
@@ -25,7 +24,7 @@ IDLE_POLL_S = 0.2
 
 
 async def fall_asleep(
-    state: RouterState, engine: Engine, query: Mapping[str, str]
+    state: RouterState, engine: Engine, query: MultiMapping[str]
 ) -> dict[str, Any]:
     """Put an engine to sleep; return the answer of a native engine.
 
@@ -50,23 +49,18 @@ async def fall_asleep(
     return {"is_sleeping": is_asleep, "num_bytes": 0}
 
 
-async def wake_up(state: RouterState, engine: Engine, tags: Sequence[str]) -> dict[str, Any]:
-    """Wake an engine up; return a native engine's answer. Raises RequestError, EngineFailure."""
-    answer = await _call(state, engine, "/wake_up", [("tags", tag) for tag in tags])
+async def wake_up(state: RouterState, engine: Engine, query: MultiMapping[str]) -> dict[str, Any]:
+    """Wake an engine up, or its ``tags``; return a native engine's answer. Raises as above."""
+    tags = [("tags", tag) for tag in query.getall("tags", [])]
+    answer = await _call(state, engine, "/wake_up", tags)
     is_awake = answer.get("status") == "awake"
     if is_awake:
         state.pool.release(engine)
         # Its memory may lie elsewhere now.
         for pair in state.pool.pairs:
             if engine.name in (pair.local, pair.peer):
-                state.doubt(
-                    PairSuspect(
-                        local=pair.local,
-                        peer=pair.peer,
-                        peer_incarnation=pair.peer_incarnation,
-                        error=f"{engine.name} has slept",
-                    )
-                )
+                error = f"{engine.name} has slept"
+                state.doubt(pair.local, pair.peer, pair.peer_incarnation, error)
     return {"is_sleeping": not is_awake, "num_bytes": 0}
 
 
@@ -94,7 +88,7 @@ async def _await_idle(state: RouterState, engine: Engine, timeout_s: float) -> N
 
 
 async def _call(
-    state: RouterState, engine: Engine, path: str, query: Sequence[tuple[str, str]]
+    state: RouterState, engine: Engine, path: str, query: list[tuple[str, str]]
 ) -> dict[str, Any]:
     status, body, _ = await state.client.call(engine, "POST", path, query)
     if status == 404:

@@ -60,31 +60,31 @@ class WatchedEngine:
     """
 
     member: Member
-    source: str  # ``config``, ``file``, a name in DNS, or ``command``
+    source: str  # ``config``, ``file`` or a name in DNS
     settings: WatchSettings
     api: EngineApi
+    task: asyncio.Task[None] | None = None
     incarnation: int = 1
     is_healthy: bool = False
     has_been_healthy: bool = False
     is_leaving: bool = False  # it is about to be removed
     is_drained: bool = False  # it is given no new work until somebody says otherwise
-    tells_sleep: bool = False
     is_sleeping: bool = False
+    tells_sleep: bool = False
     reason: str = "it has not been asked yet"
     started_at: float = 0.0
     capabilities: Capabilities = field(default_factory=Capabilities)
-    num_failures: int = 0  # failures that the router had counted at the last look
     counts: Counts | None = None
+    num_failures: int = 0  # failures that the router had counted at the last look
     failed_reads: FailedReads = field(default_factory=FailedReads)
     tells_recomputes: bool = True
     """Its answers say how much of a prompt it has computed, as far as its canaries have shown."""
-    task: asyncio.Task[None] | None = None
     one_at_a_time: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held by the canary that reads its counts: the bytes of another one are no proof."""
 
     @property
     def may_pair(self) -> bool:
-        """Tell whether it could exchange KV blocks now."""
+        """Return whether it could exchange KV blocks now."""
         return self.is_healthy and not self.is_sleeping
 
     async def look(self) -> None:
@@ -107,31 +107,6 @@ class WatchedEngine:
             self.incarnation += self.has_been_healthy
             self.is_healthy = self.has_been_healthy = True
             self.reason = ""
-
-    def entry(self, reason: str, peers: Sequence[str], *, is_ready: bool) -> Entry:
-        """Return its entry in a registry; ``reason`` says why it is not ready."""
-        state: ListedState = "starting"
-        if self.is_leaving or self.is_sleeping:
-            state, reason = ("draining" if self.is_leaving else "sleeping"), ""
-        elif is_ready:
-            state, reason = "ready", ""
-        elif not self.is_healthy and self.has_been_healthy:
-            state = "stalled"
-        withheld: Withheld = "draining" if self.is_drained else ""
-        return Entry(
-            name=self.member.name,
-            kind="server",
-            incarnation=self.incarnation,
-            engine=self.member.name,
-            role=self.member.role,
-            address=Address(http=self.member.url),
-            capabilities=self.capabilities,
-            state=state,
-            reason=reason or why_withheld(withheld, self.member.name),
-            # Fewer than this many are all that there are.
-            peers=tuple(peers) if len(peers) >= MAX_PEERS else None,
-            withheld=withheld,
-        )
 
     async def _find_trouble(self) -> str:
         """Return what keeps the engine from being used; empty: nothing. Raises ProtocolError."""
@@ -157,3 +132,39 @@ class WatchedEngine:
         if self.tells_sleep:
             self.is_sleeping = bool(await api.is_sleeping(ASK_TIMEOUT_S))
         return ""
+
+    def has_trouble(self, num_failures: int) -> bool:
+        """Return whether it has failed requests or READs since the last look.
+
+        ``num_failures``: failures that the router has counted.
+        """
+        before, self.num_failures = self.num_failures, num_failures
+        if self.member.role == "decode" and self.counts and self.failed_reads.look(self.counts):
+            _logger.warning("%s: READs of KV blocks fail, and none comes through", self.member.name)
+            return True
+        return num_failures > before
+
+    def entry(self, reason: str, peers: Sequence[str], *, is_ready: bool) -> Entry:
+        """Return its entry in a registry; ``reason`` says why it is not ready."""
+        state: ListedState = "starting"
+        if self.is_leaving or self.is_sleeping:
+            state, reason = ("draining" if self.is_leaving else "sleeping"), ""
+        elif is_ready:
+            state, reason = "ready", ""
+        elif not self.is_healthy and self.has_been_healthy:
+            state = "stalled"
+        withheld: Withheld = "draining" if self.is_drained else ""
+        return Entry(
+            name=self.member.name,
+            kind="server",
+            incarnation=self.incarnation,
+            engine=self.member.name,
+            role=self.member.role,
+            address=Address(http=self.member.url),
+            capabilities=self.capabilities,
+            state=state,
+            reason=reason or why_withheld(withheld, self.member.name),
+            # Fewer than this many are all that there are.
+            peers=tuple(peers) if len(peers) >= MAX_PEERS else None,
+            withheld=withheld,
+        )

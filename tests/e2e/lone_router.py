@@ -21,8 +21,8 @@ def running_router(
     arguments: Sequence[str], environ: Mapping[str, str], log_file: Path
 ) -> Iterator[str]:
     """Yield its URL once it is healthy; it ends with the block, or with this process."""
-    command = [sys.executable, "-P", "-m", "pdlaunch", "router", *arguments]
-    command += ["--stop-on-stdin-eof", "--drain-timeout", "5"]
+    command = [sys.executable, "-P", "-m", "pdlaunch", "router", "--stop-on-stdin-eof"]
+    command += ["--drain-timeout", "5", *arguments]
     with (
         held_port() as port,
         log_file.open("wb") as log,

@@ -19,7 +19,6 @@ from pdlaunch.router.admin import listen_at_admin_socket
 from pdlaunch.router.app import RouterApp
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import EngineClient, EngineTimeouts
-from pdlaunch.router.main import follow
 from pdlaunch.router.membership import WatchedMembership
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
@@ -66,21 +65,21 @@ class Alone:
             engine_urls=(f"unix:{folder}",) if urls is None else urls,
             poll_s=0.01,
         )
-        self.watch = WatchedMembership(settings, lambda: self.pool.engines, self.metrics)
+        self.watch = WatchedMembership(settings, self.pool, self.metrics)
         client = EngineClient(self.watch.key_of, EngineTimeouts())
         self.state = RouterState(
             self.pool,
             client,
             self.metrics,
             RecoverySettings(wait_s=5.0),
-            doubt=self.watch.suspect,
+            prove_again=self.watch.prove_again,
         )
         spec = msgspec.structs.replace(SPEC, served_model_name="m")
-        router = RouterApp(spec, self.state, SupervisorLink(lambda _: None), self.watch)
+        router = RouterApp(spec, self.state, SupervisorLink(lambda _: None))
         self.app = router.app
 
     async def open(self) -> None:
-        self.following = asyncio.ensure_future(follow(self.watch.versions(), self.state))
+        self.watch.announce = self.state.update
         path = self.folder / "admin.sock"
         self.admin = await listen_at_admin_socket(self.app, path)
         self.session = aiohttp.ClientSession(
@@ -90,8 +89,6 @@ class Alone:
     async def close(self) -> None:
         await self.session.close()
         await self.admin.cleanup()
-        self.following.cancel()
-        await asyncio.gather(self.following, return_exceptions=True)
         await self.watch.close()
         await self.state.close()
         for runner in self.sockets.values():
@@ -117,7 +114,7 @@ class Alone:
     def add(self, name: str, key: str | None = None) -> None:
         roles: dict[str, Role] = {"prefill": "prefill", "decode": "decode", "both": "both"}
         role = roles[name.partition("-")[0]]
-        self.watch.add(Member(name, role, self.url(name), "vllm", key), "config", is_trusted=True)
+        self.watch.add(Member(name, role, self.url(name), "vllm", key), "config")
 
     async def pair(self) -> None:
         for name in ("prefill-0", "decode-0"):

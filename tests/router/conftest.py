@@ -3,6 +3,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import aiohttp
@@ -11,16 +12,16 @@ import pytest
 
 from pdlaunch.http.connections import HttpRunner
 from pdlaunch.observe.metrics import render_metrics
-from pdlaunch.protocol.control import PairReady, PairSuspect, Registry
+from pdlaunch.protocol.control import Command, PairReady, PairSuspect, Registry
 from pdlaunch.protocol.process.bootstrap import RouterSpec
 from pdlaunch.router.app import RouterApp
-from pdlaunch.router.engine import Engine, Work
+from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import EngineClient, EngineTimeouts, keys_of_launch
 from pdlaunch.router.main import listen
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.state import RecoverySettings, RouterState
-from pdlaunch.router.supervisor_link import Question, SupervisorLink
+from pdlaunch.router.supervisor_link import SupervisorLink
 from tests.router.fake_engine import FakeEngine
 
 SPEC = RouterSpec(
@@ -70,9 +71,9 @@ class Stand:
             client,
             self.metrics,
             RecoverySettings(wait_s=recovery_wait_s, busy_wait_s=0.01),
-            doubt=self.doubted.append,
+            prove_again=self.doubted.append,
         )
-        self.asked: list[Question] = []
+        self.asked: list[Command] = []
         self.link = SupervisorLink(self.asked.append)
         self.router = RouterApp(spec, self.state, self.link)
         self.runner = HttpRunner(
@@ -176,9 +177,9 @@ async def stand() -> AsyncIterator[Stand]:
     await stand.close()
 
 
-def working(engine: Engine) -> Work:
+def working(engine: Engine) -> AbstractContextManager[object]:
     """Count one stream at an engine for as long as the block runs."""
-    return Work(engine, time.monotonic, num_prompt_tokens=1, num_streams=1)
+    return engine.working(time.monotonic, num_prompt_tokens=1, num_streams=1)
 
 
 def pair(*, ours: bool = True) -> list[FakeEngine]:

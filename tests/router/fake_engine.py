@@ -65,6 +65,8 @@ class FakeEngine:
         self.go = asyncio.Event()
         self.ends: dict[int, int] = {}
         self.may_die: Callable[[], bool] = lambda: True
+        self.spoil: Callable[[dict[str, Any]], object] = lambda _: None
+        """Changes a whole answer."""
         self.padding = ""
         self.ignored_fields: str | None = None
         self.healthy = True
@@ -219,8 +221,10 @@ class FakeEngine:
             assert request.transport is not None
             request.transport.abort()
             raise ConnectionResetError
+        whole = job.whole() | self._reported(seen)
+        self.spoil(whole)
         return web.Response(
-            body=msgspec.json.encode(job.whole() | self._reported(seen)),
+            body=msgspec.json.encode(whole),
             content_type="application/json",
             headers=self._told(),
         )

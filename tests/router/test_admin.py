@@ -127,7 +127,7 @@ async def test_only_the_admin_key_opens_commands_over_tcp(
 
 
 async def test_no_row_of_the_table_opens_with_another_key(admin_stand: AdminStand) -> None:
-    rows = admin.Admin(admin_stand.stand.state, admin_stand.stand.link, None, 1.0).routes()
+    rows = admin.Admin(admin_stand.stand.state, admin_stand.stand.link).routes()
     assert {path.partition("?")[0] for _, path in COMMANDS[:4]} <= {row.path for row in rows}
     for row in rows:
         path = row.path.replace("{engine}", "decode-0").replace("{path:.*}", "metrics")

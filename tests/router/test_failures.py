@@ -316,6 +316,46 @@ async def test_an_answer_that_has_begun_waits_for_room(stand: Stand) -> None:
     assert rest.endswith(b"data: [DONE]\n\n")
 
 
+async def test_an_answer_that_has_begun_does_not_wait_for_room_for_ever(stand: Stand) -> None:
+    prefill, decode = pair()
+    decode.status = 429
+    await stand.start([prefill, decode], recovery_wait_s=0.1)
+    async with stand.session.post("/v1/completions", json=completion(stream=True)) as response:
+        await response.content.readuntil(b"\n\n")
+        prefill.status = 429
+        rest = await response.read()
+    assert msgspec.json.decode(rest.removeprefix(b"data: ")) == msgspec.json.decode(
+        decode.error_body
+    )
+    await stand.state.settled()
+    assert not prefill.leases
+
+
+SPOILT = {
+    "no usage": lambda answer: answer.pop("usage"),
+    "a text that is none": lambda answer: answer["choices"][0].update(text=7),
+    "it gave up": lambda answer: answer["choices"][0].update(finish_reason="error"),
+}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+async def test_no_lease_of_an_answer_that_cannot_be_read_is_kept(stand: Stand, how: str) -> None:
+    """One that is found wrong as it is sent on is an error: the client may have some of it."""
+    prefill, decode = pair()
+    prefill.spoil = SPOILT[how]
+    await stand.start([prefill, decode])
+    answer = await stand.post(completion())
+    if how == "a text that is none":
+        assert (answer.status, answer.json()["error"]["code"]) == (502, "engine_failed")
+        assert not decode.seen
+    else:
+        assert answer.texts() == {0: expected_text("hello", 6)}
+        assert "kv_transfer_params" not in decode.seen[0].body
+    await stand.state.settled()
+    assert len(prefill.released) == 1
+    assert all(engine.num_outstanding == 0 for engine in stand.pool.engines)
+
+
 async def test_no_ready_engine_is_503(stand: Stand) -> None:
     await stand.start(pair())
     stand.publish(starting=["prefill-0", "decode-0"])

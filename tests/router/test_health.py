@@ -112,7 +112,7 @@ def test_failed_pulls_leave_out_the_pair_and_no_engine() -> None:
     assert pool.route(prompt()).name == "prefill-0->decode-0"
     pool.pulled(prefill, decode, ok=False)
     route = pool.route(prompt())
-    assert (route.name, route.left_out) == ("prefill-0->decode-1", {})
+    assert route.name == "prefill-0->decode-1"
     clock.now_s += OPEN_S
     # The pair is tried once, and closed by a pull that comes through.
     assert pool.route(prompt()).name == "prefill-0->decode-0"

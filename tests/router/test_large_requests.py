@@ -172,7 +172,6 @@ def test_engines_take_what_the_router_makes_of_the_longest_body(text: str) -> No
         request_id="r",
         hop_id="r",
         headers={},
-        draw_seed=lambda: 2**63 - 1,
     )
     (prompt,) = request.prompts
     resume = {"choices": [[{"token_id": 2**31 - 1}] * max_model_len] * MAX_CHOICES, "sent": True}

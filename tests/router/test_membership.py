@@ -7,9 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdlaunch.http.watch.canary import CanaryDied, Proof
-from pdlaunch.protocol.control import Registry
 from pdlaunch.protocol.due_pairs import Pair, due_pairs
-from pdlaunch.router.membership import AnnouncedMembership, Results, judge
+from pdlaunch.router.membership import Results, judge
 
 WRONG = CanaryDied("wrong tokens")
 PROOF = Proof(seconds=0.1, num_bytes=1000, transfer_s=0.0)
@@ -66,13 +65,3 @@ def test_a_new_engine_waits_and_the_others_do_not() -> None:
 def test_engines_in_use_stay_while_their_pair_is_proven_again() -> None:
     ready, _ = judge(["p-0"], ["d-0"], {}, ready_before=("p-0", "d-0"))
     assert ready == {"p-0", "d-0"}
-
-
-async def test_a_reader_that_is_slow_gets_the_latest_version() -> None:
-    membership = AnnouncedMembership()
-    versions = membership.versions()
-    membership.announce(Registry(version=1, entries=[]))
-    assert (await anext(versions)).version == 1
-    membership.announce(Registry(version=2, entries=[]))
-    membership.announce(Registry(version=3, entries=[]))
-    assert (await anext(versions)).version == 3

@@ -5,14 +5,12 @@ its own.
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import pytest
 
 from pdlaunch.errors import RequestError
 from tests.launch.sidecar.fake_vllm import answer_of
 from tests.router.alone_router import PROMPT, Alone, alone
-from tests.router.conftest import working
 
 __all__ = ["alone"]
 
@@ -26,29 +24,6 @@ async def test_no_engine_is_sent_a_key_but_its_own(alone: Alone) -> None:
     assert (await alone.command("GET", "/metrics-of-nobody"))[0] == 404
     assert alone.keys["prefill-0"].seen == {None}
     assert alone.keys["decode-0"].seen == {"Bearer secret-of-decode-0"}
-
-
-async def test_commands_add_and_remove_engines_while_requests_run(alone: Alone) -> None:
-    await alone.pair()
-    await alone.start("decode-1")
-    new = {"name": "decode-1", "role": "decode", "url": alone.url("decode-1"), "api_key": "its"}
-    assert await alone.command("POST", "/pdlaunch/engines", new) == (
-        200,
-        {"engine": "decode-1", "url": alone.url("decode-1"), "state": "starting"},
-    )
-    await alone.until(lambda: "decode-1" in alone.ready)
-    assert alone.keys["decode-1"].seen == {"Bearer its"}
-
-    old = alone.engine("decode-0")
-    with working(old):
-        removal = asyncio.ensure_future(alone.command("DELETE", "/pdlaunch/engines/decode-0"))
-        await alone.until(lambda: old.state == "draining")
-        assert (await alone.complete())[0] == 200
-        assert not removal.done()
-    assert await removal == (200, {"engine": "decode-0", "drained": True})
-    await alone.until(lambda: alone.ready == {"prefill-0", "decode-1"})
-    assert (await alone.complete())[0] == 200
-    assert (await alone.command("DELETE", "/pdlaunch/engines/decode-0"))[0] == 404
 
 
 async def test_a_drained_engine_gets_no_request_and_keeps_its_proofs(alone: Alone) -> None:
@@ -76,7 +51,7 @@ async def test_a_prefill_engine_stays_until_its_blocks_are_read(alone: Alone, he
     num_bodies, num_bytes = len(alone.engines[held].bodies), decode.num_bytes
     answer = asyncio.ensure_future(alone.complete())
     await alone.until(lambda: len(alone.engines[held].bodies) > num_bodies)
-    removal = asyncio.ensure_future(alone.command("DELETE", "/pdlaunch/engines/prefill-0"))
+    removal = asyncio.ensure_future(alone.watch.remove("prefill-0", 60.0))
     await alone.until(lambda: lender.state == "draining")
     # Another request, which decode answers alone meanwhile.
     assert (await alone.complete())[0] == 200
@@ -90,30 +65,5 @@ async def test_a_prefill_engine_stays_until_its_blocks_are_read(alone: Alone, he
     assert (status, told["choices"][0]["text"]) == (200, text)
     assert decode.num_bytes > num_bytes
     assert not prefill.shares
-    assert await removal == (200, {"engine": "prefill-0", "drained": True})
-
-
-@pytest.mark.parametrize(
-    ("change", "status", "code"),
-    [
-        ({"url": "http://169.254.169.254"}, 403, "url_not_allowed"),
-        ({"url": "unix:/run/docker.sock"}, 403, "url_not_allowed"),
-        ({"url": "http://user@127.0.0.1:1"}, 400, "invalid_engine"),
-        ({"url": "file:///etc/passwd"}, 400, "invalid_engine"),
-        ({"url": "dns+http://localhost:1"}, 400, "invalid_engine"),
-        ({"kind": "native"}, 400, "kinds_differ"),
-        ({"name": "prefill-0"}, 409, "engine_exists"),
-        ({"name": "a/b"}, 400, "invalid_engine"),
-        ({"role": "other"}, 400, "invalid_engine"),
-        ({"api_key": "two words"}, 400, "invalid_engine"),
-        ({"surprise": 1}, 400, "invalid_engine"),
-    ],
-)
-async def test_what_cannot_be_added_is_refused_by_name(
-    alone: Alone, change: dict[str, Any], status: int, code: str
-) -> None:
-    await alone.start("prefill-0")
-    alone.add("prefill-0")
-    new = {"name": "decode-9", "role": "decode", "url": alone.url("decode-9")} | change
-    answered, answer = await alone.command("POST", "/pdlaunch/engines", new)
-    assert (answered, answer["error"]["code"]) == (status, code), answer
+    await removal
+    assert "prefill-0" not in {engine.name for engine in alone.pool.engines}

@@ -23,7 +23,6 @@ from tests.router.conftest import working
 async def alone(tmp_path: Path) -> AsyncIterator[Alone]:
     alone = Alone(tmp_path, urls=(f"unix:{tmp_path}", "http://127.0.0.0/29:1-9"))
     await alone.open()
-    alone.watch.begin()
     yield alone
     await alone.close()
 

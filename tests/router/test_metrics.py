@@ -57,7 +57,7 @@ async def test_failures_that_have_not_happened_are_there_with_0(stand: Stand) ->
     await stand.start(pair_of_engines())
     metrics = stand.metrics
     show(metrics, pair("decode-0/rank-0", "p2p/memfd", 9.5), router={"died": 0, "hung": 0})
-    metrics.show(stand.pool.engines, stand.pool.health_states(), {}, 0)
+    metrics.show(stand.pool, 0)
     for sample in (
         'pdlaunch_router_request_errors_total{model_name="tiny",status="503"}',
         'pdlaunch_router_request_success_total{finished_reason="error",model_name="tiny"}',

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager
 from typing import Literal
 
 import msgspec
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from pdlaunch.config.roles import Role
 from pdlaunch.protocol.control import Address, Entry, Registry
-from pdlaunch.router.engine import Engine, EngineKey, Work
+from pdlaunch.router.engine import Engine, EngineKey
 from pdlaunch.router.policy import Need, RoutingRequest
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.prefix_index import ServedPrefixes, hash_prefix
@@ -69,30 +71,30 @@ def pick(
     role: Role,
     *,
     tried: Collection[EngineKey] = (),
-    needs: Collection[Need] = (),
+    need: Need | None = None,
 ) -> Engine | None:
     """Have the pool choose one engine for all of a request, preferably of this role."""
     request = RoutingRequest(
         max_tokens=1 if role == "prefill" else None,
         is_begun=True,
         tried=frozenset(tried),
-        needs=frozenset(needs),
+        need=need,
     )
     return pool.route(request).decode
 
 
-def work(engine: Engine, *, num_streams: int = 0, num_prompt_tokens: int = 0) -> Work:
-    """Work of which the first token has come."""
-    made = Work(
-        engine,
+@contextlib.contextmanager
+def work(engine: Engine, *, num_streams: int = 0, num_prompt_tokens: int = 0) -> Iterator[None]:
+    """Work of which the first token has come, if it streams."""
+    with engine.working(
         lambda: 100.0,
         num_prompt_tokens=num_prompt_tokens,
         num_streams=num_streams,
         num_uncached=0 if num_streams else num_prompt_tokens,
-    )
-    if num_streams:
-        made.begin()
-    return made
+    ) as begin:
+        if num_streams:
+            begin()
+        yield
 
 
 def named(engine: Engine | None) -> str:
@@ -141,17 +143,17 @@ def test_the_speed_of_an_engine_is_that_of_its_prompts(clock: Clock, pool: Engin
     (engine,) = pool.engines
     assert engine.tokens_per_s == 0.0
 
-    def prompt() -> Work:
-        return Work(engine, clock, num_prompt_tokens=500, num_uncached=400)
+    def prompt() -> AbstractContextManager[Callable[[], None]]:
+        return engine.working(clock, num_prompt_tokens=500, num_uncached=400)
 
     with prompt() as first, prompt() as second:
         assert engine.waiting_tokens(clock(), 100.0) == 800
         clock.now_s += 2.0
         assert engine.waiting_tokens(clock(), 100.0) == 600
-        first.begin()
+        first()
         assert engine.waiting_tokens(clock(), 100.0) == 400
         clock.now_s += 2.0
-        second.begin()
+        second()
     assert engine.tokens_per_s == pytest.approx(200.0)
     # One that ends without a token says nothing, and idle time does not count.
     clock.now_s += 60.0
@@ -227,7 +229,7 @@ def test_no_engine_is_starved_or_overloaded(actions: list[Action]) -> None:
     clock = Clock()
     pool = EnginePool(clock)
     update(pool, *(server(f"decode-{index}") for index in range(3)))
-    running: list[Work] = []
+    running: list[AbstractContextManager[None]] = []
     for action, number in actions:
         if action == "start":
             usable = [one for one in pool.engines if one.health.takes(clock())]
@@ -237,7 +239,8 @@ def test_no_engine_is_starved_or_overloaded(actions: list[Action]) -> None:
             assert engine in (tries or usable) or not usable
             among = tries or usable
             assert not among or engine.num_streams == min(one.num_streams for one in among)
-            running.append(work(engine, num_streams=1, num_prompt_tokens=1).__enter__())
+            running.append(work(engine, num_streams=1, num_prompt_tokens=1))
+            running[-1].__enter__()
         elif action == "end" and running:
             running.pop(number % len(running)).__exit__(None, None, None)
         elif action == "fail":

@@ -16,7 +16,7 @@ from pdlaunch.http.watch.engine_api import with_version
 from pdlaunch.protocol.ids import HopId, HttpRequestId
 from pdlaunch.router.client_request import CHAT, read_client_request
 from pdlaunch.router.continuation import LOST_REASONS
-from pdlaunch.router.handover import Handover, HeldLease
+from pdlaunch.router.handover import Handover
 from pdlaunch.router.health import OPEN_S
 from tests.router.conftest import Stand
 from tests.router.fake_engine import until
@@ -470,18 +470,11 @@ async def test_the_end_of_a_lease_takes_no_engines_one_try(stand: Stand) -> None
         for one in failed:
             by_name[one.name].health.failed(stand.state.now() - OPEN_S)
         prefill.leases["lease"] = []
-        lease = HeldLease(
-            stand.state,
-            Handover(
-                engine=by_name[prefill.name],
-                params={"remote_request_id": "lease"},
-                has_first_tokens=False,
-                open_choices=frozenset({0}),
-                num_prompt_tokens=1,
-                chunks=[],
-            ),
+        raw = (
+            b'{"choices": [], "usage": {"prompt_tokens": 1}, '
+            b'"kv_transfer_params": {"remote_request_id": "lease"}}'
         )
-        lease.end()
+        Handover(stand.state, by_name[prefill.name], raw, is_chat=False).end()
         await until(lambda: not prefill.leases)
         assert all(by_name[one.name].health.wants_try(stand.pool.clock()) for one in failed)
     assert decode.seen

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,16 +13,8 @@ from pdlaunch.launch.client.deployment import Deployment
 from tests.e2e.api import complete, streamed
 from tests.e2e.conftest import clean_environ
 from tests.e2e.lone_router import running_router
-from tests.e2e.test_doors import ask, bearer
 from tests.e2e.waiting import await_true
 from tests.vllm.test_pair import NUM_TOKENS, bytes_read, prompt_of, states
-
-ADMIN = "of-the-operator"
-
-
-def command(method: str, url: str, body: object = None) -> tuple[int, dict[str, Any]]:
-    status, text = ask(method, url, body, Authorization=bearer(ADMIN))
-    return status, json.loads(text)
 
 
 @pytest.fixture(scope="module")
@@ -35,16 +24,31 @@ def urls(pair: Deployment) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def router(urls: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def engines_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("engines") / "engines.yaml"
+
+
+def listing(**decodes: str) -> str:
+    engines = [f"{{name: {name}, role: decode, url: '{url}'}}" for name, url in decodes.items()]
+    return f"engines: [{', '.join(engines)}]\n"
+
+
+@pytest.fixture(scope="module")
+def router(
+    urls: dict[str, str], engines_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
     folder = Path(urls["decode-0"].removeprefix("unix:")).parent
+    engines_file.write_text(listing(first=urls["decode-0"]))
     with running_router(
         (
             *("--engine", "vllm", "--engine-urls", f"unix:{folder}"),
-            *("--prefill", urls["prefill-0"], "--decode", urls["decode-0"]),
+            *("--prefill", urls["prefill-0"], "--engines-file", str(engines_file)),
+            *("--drain-timeout", "240"),
         ),
-        clean_environ() | {"PDLAUNCH_ADMIN_API_KEY": ADMIN},
+        clean_environ(),
         tmp_path_factory.mktemp("router") / "log",
     ) as url:
+        await_true(lambda: states(url).get("first") == "ready", "its pair is proven")
         yield url
 
 
@@ -62,30 +66,20 @@ def test_a_canary_has_come_through_and_tokens_are_those_of_one_engine(
 
 
 def test_an_engine_is_drained_removed_and_added_while_a_request_runs(
-    pair: Deployment, urls: dict[str, str], router: str
+    pair: Deployment, urls: dict[str, str], router: str, engines_file: Path
 ) -> None:
     prompt = prompt_of(50)
     expected = complete(router, prompt, 100)
-    answers: list[object] = []
-
-    def remove() -> None:
-        url = f"{router}/pdlaunch/engines/decode-0?drain_timeout_s=240"
-        answers.append(command("DELETE", url))
-
     with streamed(router, prompt, 100) as tokens:
         first = next(tokens)
-        removal = threading.Thread(target=remove)
-        removal.start()
-        await_true(lambda: states(router)["decode-0"] == "draining", "it is drained")
+        engines_file.write_text(listing())
+        await_true(lambda: states(router)["first"] == "draining", "it is drained")
         assert [first, *tokens] == expected
-    removal.join(300)
-    assert answers == [(200, {"engine": "decode-0", "drained": True})]
-    assert set(states(router)) == {"prefill-0"}
+    await_true(lambda: set(states(router)) == {"prefill-0"}, "it is removed")
     assert complete(router, prompt, NUM_TOKENS) == expected[:NUM_TOKENS]
 
-    new = {"name": "decode-again", "role": "decode", "url": urls["decode-0"]}
-    assert command("POST", f"{router}/pdlaunch/engines", new)[0] == 200
-    await_true(lambda: states(router).get("decode-again") == "ready", "it is proven")
+    engines_file.write_text(listing(again=urls["decode-0"]))
+    await_true(lambda: states(router).get("again") == "ready", "it is proven")
     before = bytes_read(router)
     assert complete(router, prompt_of(51), NUM_TOKENS)
     assert bytes_read(router) > before

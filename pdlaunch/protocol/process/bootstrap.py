@@ -71,7 +71,6 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     page: bool = True
     routing: RoutingLimits = RoutingLimits()
     log_requests: bool = False
-    log_content: bool = False
     otlp_endpoint: str | None = None
     otlp_sample: float = 1.0
 
