@@ -31,9 +31,8 @@ from pdlaunch.config.vllm_arguments import (
     values_like_flags,
     vllm_flag_name,
 )
-from pdlaunch.planning.derive import AWAITS_AGENT
 from pdlaunch.planning.role_engines import RoleEngines
-from pdlaunch.planning.step_time import least_step_s
+from pdlaunch.planning.vllm_engines import AWAITS_AGENT
 from pdlaunch.vllm.support import SUPPORTED_VERSIONS
 
 _PARSER = "The parser of vllm serve 0.32."
@@ -221,7 +220,7 @@ def _dev_ports(context: Context) -> Iterator[Found]:
 def _short_lease(context: Context) -> Iterator[Found]:
     for _, decode in vllm_pair(context):
         lease_s = int(context.kv_transfer.lease_s)
-        step_s = least_step_s(decode) or 0.0
+        step_s = decode.least_step_s or 0.0
         if renewed_for_s(lease_s) <= 0:
             yield Found(
                 f"lease_s is {lease_s} to vLLM, too short to be renewed while a request waits",
@@ -324,12 +323,12 @@ def _wrong_side_channel(context: Context) -> Iterator[Found]:
     for each, host in _side_channels(context):
         # Without a trusted network nobody is told an address that others reach.
         is_far = each.has_far_peers and context.kv_transfer.trusted_network
-        if not host and not each.bind_address:
+        if not host and not each.on.bind_address:
             continue  # That of a host whose agent has not joined.
         if host in _EVERYWHERE:
             shown = host or "empty"
-        elif is_far and host != each.bind_address:
-            shown = f"{host}, and its host is {each.bind_address or 'not known yet'}"
+        elif is_far and host != each.on.bind_address:
+            shown = f"{host}, and its host is {each.on.bind_address or 'not known yet'}"
         else:
             continue
         place = context.where_variable(each, _HOST)

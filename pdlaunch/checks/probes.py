@@ -25,10 +25,10 @@ from pdlaunch.machine.availability import (
 from pdlaunch.machine.engine_commands import EngineCommand, EngineFlags, ask_engine_flags
 from pdlaunch.machine.host import missing_modules
 from pdlaunch.machine.network import is_address
-from pdlaunch.planning.derive import engine_command_on
 from pdlaunch.planning.models import weight_error
 from pdlaunch.planning.resolve import ResolvedLaunch
 from pdlaunch.planning.role_engines import RoleEngines
+from pdlaunch.planning.vllm_engines import engine_command_on
 
 EXTRAS = {
     "otel": ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http"),

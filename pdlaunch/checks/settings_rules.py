@@ -14,7 +14,6 @@ from pdlaunch.checks.rule import Found, error, info, warning
 from pdlaunch.config.http_names import is_loopback
 from pdlaunch.config.model_files.shape import ModelShape
 from pdlaunch.config.roles import PAIR
-from pdlaunch.planning.step_time import least_step_s
 
 CUDA_BLOCK_STEP_TOKENS = 16
 
@@ -52,7 +51,7 @@ def _fitting_heads(shape: ModelShape) -> str:
 def _slow_step(context: Context) -> Iterator[Found]:
     limit_s = context.config.hang_timeout_s
     for each in engines(context):
-        step_s = least_step_s(each)
+        step_s = each.least_step_s
         if step_s is not None and 0 < limit_s < step_s:
             tokens = int(each.max_num_batched_tokens * limit_s / step_s)
             yield Found(

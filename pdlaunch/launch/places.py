@@ -20,11 +20,11 @@ from pdlaunch.errors import ConfigError
 from pdlaunch.launch.bootstraps import Bootstraps
 from pdlaunch.launch.engines.plan import EngineKind, kind_of
 from pdlaunch.launch.state import EngineChange, Unit
-from pdlaunch.planning.hosts import EnginePlace, Places, ResolvedHost
+from pdlaunch.planning.hosts import ResolvedHost
 from pdlaunch.planning.models import Model, read_models
 from pdlaunch.planning.plan import ProcessSpec
 from pdlaunch.planning.resolve import ResolvedLaunch, with_replicas
-from pdlaunch.planning.roles import PlacedEngine
+from pdlaunch.planning.roles import EnginePlace, PlacedEngine, Places
 from pdlaunch.protocol.control import ChangeEngines, PlannedChange, PlannedEngine
 
 MAX_REPLICAS = 1024

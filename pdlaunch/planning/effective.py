@@ -42,8 +42,8 @@ def effective_engines(launch: ResolvedLaunch) -> dict[str, dict[str, object]]:
             "tensor_parallel_size": engines.tp_size,
             "host": engines.host,
             # Not known before the agents of other hosts have joined.
-            "bind_address": engines.bind_address or None,
-            "advertise_address": engines.advertise_address or None,
+            "bind_address": engines.on.bind_address or None,
+            "advertise_address": engines.on.advertise_address or None,
             "served_model_name": launch.served_model_name,
             "model_dir": engines.model.path,
             "block_size": engines.block_size,

@@ -11,7 +11,6 @@ from pdlaunch.config.model_files.shape import DTYPE_BYTES, ModelShape
 from pdlaunch.config.sizes import format_size
 from pdlaunch.engine.kvcache.groups import (
     KVCacheLayout,
-    aligned_chunk_bytes,
     choose_blocks_per_chunk,
     make_groups,
     min_blocks,
@@ -50,13 +49,7 @@ class Footprint:
 
     @property
     def num_blocks_for_longest(self) -> int:
-        """Return the KV blocks that one request of max_model_len needs, all groups together."""
         return self.blocks_for(self.max_model_len)
-
-    @property
-    def host_chunk_bytes(self) -> int:
-        """Return the bytes of a chunk of the host tier, which holds ``blocks_per_chunk`` blocks."""
-        return aligned_chunk_bytes(self.blocks_per_chunk * self.block_bytes)
 
     def blocks_for(self, num_tokens: int) -> int:
         """Return the KV blocks that one request of so many tokens needs, all groups together."""

@@ -6,7 +6,7 @@ Checks judge a ``ResolvedLaunch``, ``serve`` starts it, ``--dry-run`` and ``conf
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,10 +18,10 @@ from pdlaunch.config.roles import PAIR, ROLES, Role
 from pdlaunch.errors import ConfigError
 from pdlaunch.machine.facts import Machine
 from pdlaunch.machine.visible_gpus import VISIBLE_DEVICES
-from pdlaunch.planning.hosts import EnginePlace, Places, ResolvedHost, one_host
+from pdlaunch.planning.hosts import ResolvedHost, one_host
 from pdlaunch.planning.models import Model, read_models
 from pdlaunch.planning.role_engines import RoleEngines
-from pdlaunch.planning.roles import PlacedEngine, PlacedRoles, resolve_roles
+from pdlaunch.planning.roles import EnginePlace, PlacedEngine, PlacedRoles, Places, resolve_roles
 
 THIS_HOST = LOCAL
 
@@ -71,11 +71,6 @@ class ResolvedLaunch:
         return tuple(host for host in launch.hosts if host.name in launch.placed.by_host)
 
     @property
-    def machines(self) -> Mapping[str, Machine]:
-        """Return the machines of the whole launch on which ranks run, by name."""
-        return {host.name: host.machine for host in self.engine_hosts}
-
-    @property
     def spans_hosts(self) -> bool:
         """Return whether processes of the launch talk to others on other hosts."""
         return len((self.whole or self).hosts) > 1
@@ -85,6 +80,11 @@ class ResolvedLaunch:
         """Return the roles of the whole launch, of which a host may have some."""
         return (self.whole or self).roles
 
+    @property
+    def has_pair(self) -> bool:
+        """Return whether KV blocks go from prefill engines to decode engines."""
+        return self.peers.keys() >= set(PAIR)
+
     def on_host(self, host: ResolvedHost) -> ResolvedLaunch:
         """Return the part of this launch that runs on a host, which rules on machines judge."""
         here = self.placed.by_host.get(host.name, {})
@@ -92,25 +92,22 @@ class ResolvedLaunch:
         part = PlacedRoles(here, {host.name: here}, engines)
         return replace(self, hosts=(host,), placed=part, whole=self)
 
-    @property
-    def has_pair(self) -> bool:
-        """Return whether KV blocks go from prefill engines to decode engines."""
-        return self.peers.keys() >= set(PAIR)
+    def host(self, name: str) -> ResolvedHost:
+        """Return the host of that name."""
+        return next(host for host in self.hosts if host.name == name)
 
     @property
     def conversions(self) -> tuple[str, ...]:
         """Return the models that must be converted before the processes are started."""
-        return tuple(dict.fromkeys(e.model.name for e in self._pending if not e.model.on_hub))
+        models = [engines.model for engines in self.roles.values()]
+        pending = [model.name for model in models if model.pending and not model.on_hub]
+        return tuple(dict.fromkeys(pending))
 
     @property
     def listeners(self) -> tuple[ListenAddress, ...]:
         """Return the addresses of the router and of the engines that have a fixed port."""
         router = ListenAddress("router", self.config.host, self.config.port, "port")
         return (router, *self.engine_addresses)
-
-    def host(self, name: str) -> ResolvedHost:
-        """Return the host of that name."""
-        return next(host for host in self.hosts if host.name == name)
 
     @property
     def engine_addresses(self) -> tuple[ListenAddress, ...]:
@@ -163,17 +160,23 @@ class ResolvedLaunch:
                 value=0,
                 fix="set prefill.replicas and decode.replicas, or both.replicas, to 1 or more",
             )
-        _require_one_kind(self.roles.values())
-        for engine in self.engines:
-            _require_devices(engine.engines)
-        for engines in self.roles.values():
-            _require_allocator(engines)
-            _require_length(engines)
+        kinds = {engines.settings.engine: role for role, engines in self.roles.items()}
+        if len(kinds) > 1:
+            raise ConfigError(
+                "the engines of a launch must be of one kind: engines of different kinds cannot "
+                "read each other's KV blocks",
+                field="engine",
+                value=", ".join(f"{role}: {kind}" for kind, role in kinds.items()),
+                fix="set engine once, at the top level",
+            )
+        for engines in [*(engine.engines for engine in self.engines), *self.roles.values()]:
+            _require_devices(engines)
+            _require_values(engines)
 
     def after_conversion(self) -> ResolvedLaunch:
         """Resolve again, now that all models can be read. Raises ConfigError."""
         launch = self
-        if self._pending:
+        if any(engines.model.pending for engines in self.roles.values()):
             launch = resolve_on(self.config, self.hosts, self.environ, places=self.places)
         launch.require_startable()
         return launch
@@ -209,16 +212,8 @@ class ResolvedLaunch:
 
         Only of a launch that can be started, and whose models have been converted.
         """
-        specs = [
-            self.engine_spec(engine)
-            for engine in self.engines
-            if engine.engines.settings.engine == "native"
-        ]
-        return {spec.name: spec for spec in specs}
-
-    @property
-    def _pending(self) -> list[RoleEngines]:
-        return [engines for engines in self.roles.values() if engines.model.pending]
+        native = [engine for engine in self.engines if engine.engines.is_native]
+        return {engine.name: self.engine_spec(engine) for engine in native}
 
     def engine_spec(self, engine: PlacedEngine) -> EngineSpec:
         """Return what the processes of one native engine are given, as ``engine_specs`` does."""
@@ -236,8 +231,8 @@ class ResolvedLaunch:
             blocks_per_chunk=engines.footprint.blocks_per_chunk,
             device_indices=engine.device_indices,
             tensor_parallel_size=engines.tp_size,
-            bind_address=engines.bind_address,
-            advertise_address=engines.advertise_address,
+            bind_address=engines.on.bind_address,
+            advertise_address=engines.on.advertise_address,
             http_port=engines.http_port(engine.index),
         )
 
@@ -281,19 +276,26 @@ def resolve_on(
     return ResolvedLaunch(config, tuple(hosts), dict(environ), placed)
 
 
-def _require_one_kind(roles: Iterable[RoleEngines]) -> None:
-    kinds = {engines.settings.engine: engines for engines in roles}
-    if len(kinds) > 1:
+def _require_devices(engines: RoleEngines) -> None:
+    num_gpus, where = len(engines.gpus), engines.where("tensor_parallel_size")
+    if engines.gpus_problem:
         raise ConfigError(
-            "the engines of a launch must be of one kind: engines of different kinds cannot "
-            "read each other's KV blocks",
-            field="engine",
-            value=", ".join(f"{engines.role}: {kind}" for kind, engines in kinds.items()),
-            fix="set engine once, at the top level",
+            f"the {VISIBLE_DEVICES} of {engines.role} cannot be used: {engines.gpus_problem}",
+            field=f"{engines.role}.env.{VISIBLE_DEVICES}",
+            value=engines.given_environ[VISIBLE_DEVICES],
+            fix="correct it, or leave it out",
+        )
+    if engines.device == "cuda" and engines.tp_size > num_gpus:
+        sees = f"its ranks see {num_gpus}" if num_gpus else "no CUDA device was found"
+        raise ConfigError(
+            f"an engine of {engines.tp_size} ranks needs {engines.tp_size} GPUs, {sees}",
+            field=where if num_gpus else "device",
+            value=engines.tp_size if num_gpus else engines.settings.device,
+            fix=f"set {where} to {num_gpus} or less, or device: cpu; nvidia-smi shows the GPUs",
         )
 
 
-def _require_allocator(engines: RoleEngines) -> None:
+def _require_values(engines: RoleEngines) -> None:
     if engines.cumem_allocator is None:
         raise ConfigError(
             "enable_sleep_mode needs the CuMem allocator, which enable_cumem_allocator: false "
@@ -302,37 +304,6 @@ def _require_allocator(engines: RoleEngines) -> None:
             value=False,
             fix="remove enable_cumem_allocator, or switch enable_sleep_mode off",
         )
-
-
-def _require_devices(engines: RoleEngines) -> None:
-    """Raise ConfigError without devices for engines."""
-    num_gpus, num_ranks = len(engines.gpus), engines.tp_size
-    if engines.gpus_problem:
-        raise ConfigError(
-            f"the {VISIBLE_DEVICES} of {engines.role} cannot be used: {engines.gpus_problem}",
-            field=f"{engines.role}.env.{VISIBLE_DEVICES}",
-            value=engines.given_environ[VISIBLE_DEVICES],
-            fix="correct it, or leave it out",
-        )
-    if engines.device == "cpu":
-        return
-    if not num_gpus:
-        raise ConfigError(
-            "no CUDA device was found",
-            field="device",
-            value=engines.settings.device,
-            fix="set device: cpu, or check nvidia-smi",
-        )
-    if num_ranks > num_gpus:
-        raise ConfigError(
-            f"an engine of {num_ranks} ranks needs {num_ranks} GPUs, its ranks see {num_gpus}",
-            field=engines.where("tensor_parallel_size"),
-            value=engines.tp_size,
-            fix=f"set it to {num_gpus} or less",
-        )
-
-
-def _require_length(engines: RoleEngines) -> None:
     wanted, limit = engines.settings.max_model_len, engines.max_model_len
     if wanted is not None and limit is not None and wanted > limit:
         raise ConfigError(

@@ -1,29 +1,50 @@
-"""Describes the engines of one role, as everything after ``resolve`` sees them."""
+"""Derives what the settings of a role come to on a host: devices, sizes, memory, environment."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
+from pdlaunch.config.connectors import KVNetwork, local_transports
 from pdlaunch.config.engine_settings import EngineSettings
+from pdlaunch.config.engine_spec import ENGINE_HOST
+from pdlaunch.config.field_types import set_paths
 from pdlaunch.config.model_files.shape import ModelShape
-from pdlaunch.config.roles import Role
+from pdlaunch.config.models import LaunchConfig
+from pdlaunch.config.roles import PAIR, Role
+from pdlaunch.config.sizes import parse_size
+from pdlaunch.machine.allocator_conf import expandable_segments_variable
 from pdlaunch.machine.facts import Gpu, Machine
-from pdlaunch.planning.footprint import Footprint
-from pdlaunch.planning.hosts import DeviceKind
+from pdlaunch.machine.visible_gpus import VISIBLE_DEVICES, VisibleGpus, visible_gpus
+from pdlaunch.planning.footprint import Footprint, make_footprint
+from pdlaunch.planning.hosts import DeviceKind, ResolvedHost
 from pdlaunch.planning.models import Model
+from pdlaunch.planning.vllm_engines import vllm_environment, whole_gibibytes
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
 Allocator = Literal["host", "cuda", "cumem", "expandable_segments"]  # allocators of KV caches
 
 CHOSEN_BY_ENGINE = frozenset(("max_num_batched_tokens", "async_scheduling"))
 """Derived settings that engines which are not native choose by themselves where they are unset."""
+CPU_KV_CACHE_BYTES = parse_size("1GiB")
+CPU_BATCHED_TOKENS = 512
+CUDA_BATCHED_TOKENS = 8192
+
+_FASTEST_CPU_THREAD = 100e9
+_FASTEST_CPU_THREAD_BF16 = 1e12
+_FASTEST_GPU: Mapping[DTypeName, float] = {
+    "float32": 80e12,
+    "bfloat16": 2.5e15,
+    "float16": 2.5e15,
+}
+"""Operations a second that nothing of this kind reaches in a model: dense, without sparsity."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class RoleEngines:
-    """Describes the engines of one role, with every derived value: all of them, or those of a host.
+    """Describes the engines of one role: all of them, or those of a host.
 
     All of a role are alike, but for what follows from the host; of all of them, this is as it is on
     the first one's host.
@@ -32,57 +53,71 @@ class RoleEngines:
     settings that contradict each other, or of a device's free memory, known only at start.
     """
 
+    config: LaunchConfig
     role: Role
-    replicas: int
-    tp_size: int
-    num_ranks: int  # ranks of all these engines; on a host, those that run there
-    settings: EngineSettings  # the settings as written, the role's own section over the top level
-    overrides: frozenset[str]  # settings that the role's own section gives
-    given: frozenset[str]  # settings that its section or the top level gives
-    ports: range  # fixed HTTP ports of the engines; empty when they take free ones
-
-    host: str
-    machine: Machine
-    bind_address: str  # servers and side channels listen here
-    advertise_address: str  # peers are told to connect here
-
+    on: ResolvedHost
     model: Model
-    device: DeviceKind
-    gpus: tuple[Gpu, ...]
-    """GPUs that its ranks see, which number them from 0: all of the machine, or those that their
-    own CUDA_VISIBLE_DEVICES names.
-    """
-    gpus_problem: str  # the fault of that variable; empty when it has none
+    replicas: int
+    num_neighbours: int  # ranks of all roles on the host, which share its cores
     first_gpu_rank: int
     """Number of ranks that are placed on the same GPUs of the host before those of this role."""
-    dtype: DTypeName | None
-    max_model_len: int | None
-    max_num_batched_tokens: int
-    kv_cache_bytes: int | None
-    """KV cache of one rank; None: what the device has left, known only at start."""
-    num_threads: int  # CPU threads of one rank
-    async_scheduling: bool
-    cumem_allocator: bool | None
-    allocator: Allocator  # allocator of the KV cache
-    footprint: Footprint | None  # memory of one rank
     unverified: str
     """The reason why pulled KV blocks are used unproven; empty: they are proven before use. It is
     the same for both roles.
     """
-    given_environ: Mapping[str, str]
-    """The user's environment of a rank: the supervisor's, and ``env`` over it."""
-    environment: Mapping[str, str]
-    """Variables that are set for a rank over the supervisor's environment."""
     has_far_peers: bool = False  # its ranks exchange KV blocks with ranks on other hosts
+
+    # What is given: by the settings, the host and the model.
+
+    @cached_property
+    def settings(self) -> EngineSettings:
+        """Return the settings as written, the role's own section over the top level."""
+        return self.config.engine_settings(self.role)
+
+    @cached_property
+    def overrides(self) -> frozenset[str]:
+        """Return the settings that the role's own section gives."""
+        return frozenset(set_paths(self.config.role(self.role)))
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Return the settings that its section or the top level gives."""
+        return self.overrides | self.config.model_fields_set
+
+    @cached_property
+    def given_environ(self) -> Mapping[str, str]:
+        """Return the user's environment of a rank: the supervisor's, and ``env`` over it."""
+        return {**self.on.environ, **self.settings.env}
+
+    @property
+    def ports(self) -> range:
+        """Return the fixed HTTP ports of the engines; empty when they take free ones."""
+        return self.config.role(self.role).ports()
+
+    @property
+    def tp_size(self) -> int:
+        return self.settings.tensor_parallel_size
+
+    @property
+    def num_ranks(self) -> int:
+        """Return the ranks of all these engines; on a host, those that run there."""
+        return self.replicas * self.tp_size
+
+    @property
+    def host(self) -> str:
+        return self.on.name
+
+    @property
+    def machine(self) -> Machine:
+        return self.on.machine
 
     @property
     def shape(self) -> ModelShape | None:
         return self.model.shape
 
     @property
-    def num_blocks(self) -> int | None:
-        """Return the KV blocks of one rank; None: known only at start."""
-        return None if self.footprint is None else self.footprint.num_blocks
+    def is_native(self) -> bool:
+        return self.settings.engine == "native"
 
     @property
     def host_tier_bytes(self) -> int:
@@ -90,14 +125,149 @@ class RoleEngines:
         return self.settings.kv_offload.host_memory
 
     @property
-    def is_native(self) -> bool:
-        return self.settings.engine == "native"
-
-    @property
     def block_size(self) -> int | None:
         """Return the tokens in a KV block; None: the engine is not native and chooses by itself."""
         is_known = self.is_native or "block_size" in self.given
         return self.settings.block_size if is_known else None
+
+    def where(self, name: str) -> str:
+        """Return the dotted path that decides a setting: the role's section or the top level."""
+        return f"{self.role}.{name}" if name in self.overrides else name
+
+    # What is derived.
+
+    @cached_property
+    def _visible(self) -> VisibleGpus:
+        return visible_on(self.on, self.settings)
+
+    @property
+    def gpus(self) -> tuple[Gpu, ...]:
+        """Return the GPUs that its ranks see, which number them from 0: all of the machine, or
+        those that their own CUDA_VISIBLE_DEVICES names.
+        """
+        return self._visible.gpus
+
+    @property
+    def gpus_problem(self) -> str:
+        """Return the fault of that variable; empty when it has none."""
+        return self._visible.problem
+
+    @cached_property
+    def device(self) -> DeviceKind:
+        return device_kind(self.settings, self.machine, self._visible)
+
+    @cached_property
+    def dtype(self) -> DTypeName | None:
+        """Return the dtype; ``auto`` is the checkpoint's.
+
+        But float32 where the CPU would emulate a 16-bit type (measured: 6 times slower prefill).
+        """
+        if self.settings.dtype != "auto":
+            return self.settings.dtype
+        if self.device == "cpu" and not self.machine.has_native_bf16:
+            return "float32"
+        if self.shape is None:
+            return None
+        match self.shape.dtype:
+            case "bfloat16" | "float16":
+                return self.shape.dtype
+            case _:
+                return "float32"
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Return the longest request, which is cut to the length that the model was made for."""
+        if self.shape is None:
+            return self.settings.max_model_len
+        limit = self.shape.max_position_embeddings
+        return min(self.settings.max_model_len or limit, limit)
+
+    @property
+    def max_num_batched_tokens(self) -> int:
+        default = CPU_BATCHED_TOKENS if self.device == "cpu" else CUDA_BATCHED_TOKENS
+        return self.settings.max_num_batched_tokens or default
+
+    @property
+    def kv_cache_bytes(self) -> int | None:
+        """Return the KV cache of one rank; None: what the device has left, known only at start."""
+        if self.device != "cpu":
+            return self.settings.kv_cache_memory
+        num_bytes = self.settings.kv_cache_memory or CPU_KV_CACHE_BYTES
+        return num_bytes if self.is_native else whole_gibibytes(num_bytes)
+
+    @property
+    def num_threads(self) -> int:
+        """Return the CPU threads of one rank: an even share of the host's cores."""
+        share = max(1, self.machine.num_cpus // self.num_neighbours)
+        return self.settings.num_threads or share
+
+    @property
+    def async_scheduling(self) -> bool:
+        # A CPU computes the step itself: nobody is free to prepare the next one meanwhile.
+        return self.settings.async_scheduling and self.device != "cpu"
+
+    @property
+    def cumem_allocator(self) -> bool | None:
+        """Return whether memory comes from CuMem pools, which sleep mode turns on.
+
+        None: sleep mode is on, and the pools are switched off by name.
+        """
+        asked = self.settings.enable_cumem_allocator
+        if self.settings.enable_sleep_mode:
+            return None if asked is False else True
+        return asked is True
+
+    @property
+    def allocator(self) -> Allocator:
+        """Return what allocates the KV cache."""
+        if self.device == "cpu":
+            return "host"
+        if self.cumem_allocator:
+            return "cumem"
+        is_expandable = expandable_segments_variable(self.given_environ)
+        return "expandable_segments" if is_expandable else "cuda"
+
+    @cached_property
+    def footprint(self) -> Footprint | None:
+        """Return the memory of one rank."""
+        if self.shape is None or self.dtype is None or self.max_model_len is None:
+            return None
+        return make_footprint(
+            self.shape,
+            self.settings,
+            tp_size=self.tp_size,
+            device=self.device,
+            dtype=self.dtype,
+            max_model_len=self.max_model_len,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            kv_cache_bytes=self.kv_cache_bytes,
+        )
+
+    @property
+    def num_blocks(self) -> int | None:
+        """Return the KV blocks of one rank; None: known only at start."""
+        return None if self.footprint is None else self.footprint.num_blocks
+
+    @property
+    def least_step_s(self) -> float | None:
+        """Return the least time of a step of the whole token budget; None: the model is not known.
+
+        Counts the multiplications with the weights of the layers alone. Attention, embeddings and
+        the output layer come on top.
+        """
+        shape, dtype, longest = self.shape, self.dtype, self.max_model_len
+        if shape is None or dtype is None or longest is None:
+            return None
+        tokens = min(self.max_num_batched_tokens, longest * self.settings.max_num_seqs)
+        embeddings = (1 if shape.tie_word_embeddings else 2) * shape.vocab_size * shape.hidden_size
+        weights = max(0, shape.num_parameters - shape.num_idle_parameters - embeddings)
+        speed = _FASTEST_GPU[dtype]
+        if self.device == "cpu":
+            # A CPU that emulates a type of 16 bits is no faster than in float32.
+            is_native = dtype == "bfloat16" and self.machine.has_native_bf16
+            thread = _FASTEST_CPU_THREAD_BF16 if is_native else _FASTEST_CPU_THREAD
+            speed = thread * min(self.num_threads, self.machine.num_cpus)
+        return 2 * weights * tokens / self.tp_size / speed
 
     def derived(self) -> dict[str, object]:
         """Return the settings that are derived where they are not set, by name.
@@ -120,10 +290,50 @@ class RoleEngines:
             "enable_cumem_allocator": self.cumem_allocator,
         }
 
+    @cached_property
+    def environment(self) -> Mapping[str, str]:
+        """Return the variables that are set for a rank over the supervisor's environment."""
+        common = {
+            "PYTHONUNBUFFERED": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "OMP_NUM_THREADS": str(self.num_threads),
+            "MKL_NUM_THREADS": str(self.num_threads),
+            # Models are folders by now; a rank that asks a hub would only wait for a time-out.
+            "HF_HUB_OFFLINE": self.given_environ.get("HF_HUB_OFFLINE", "1"),
+        }
+        transfer, env, network = self.config.kv_transfer, self.settings.env, None
+        if self.has_far_peers and transfer.trusted_network:
+            devices = self.machine.rdma_devices
+            network = KVNetwork(self.on.bind_address, transfer.data_ports, devices)
+        if self.is_native and self.role not in PAIR:
+            return common | env
+        if self.is_native:
+            # NIXL refuses a UCX_TLS without CUDA on a host with GPUs, even to a rank on the CPU
+            # that sees none.
+            has_gpus = self.machine.gpus or self.machine.has_hidden_gpus
+            device: DeviceKind = "cuda" if has_gpus else self.device
+            # Last: what the connector needs narrows what the user has set.
+            carrier = transfer.carrier_settings.environment(self.given_environ, device, network)
+            return common | env | carrier
+        cpu_bytes = self.kv_cache_bytes if self.device == "cpu" else None
+        address = ENGINE_HOST if network is None else network.address
+        given = common | vllm_environment(cpu_bytes, self.settings, address) | env
+        if network is not None:
+            carrier = transfer.carrier_settings.environment(
+                self.given_environ, self.device, network
+            )
+            return given | carrier
+        # pdlaunch's connector makes NIXL's agent such that UCX can do without a listener.
+        is_quiet = not self.unverified and self.role in PAIR
+        quiet = ",".join(local_transports(self.given_environ, self.device)) if is_quiet else ""
+        return given | ({"UCX_TLS": quiet} if quiet else {})
+
     @property
     def ucx_transports(self) -> tuple[str, ...]:
         """Return the transports that UCX may use in a rank; empty without UCX."""
         return tuple(self.environment.get("UCX_TLS", "").split(","))
+
+    # Single engines, and the devices of their ranks.
 
     def engine_name(self, index: int) -> str:
         """Return the name of one engine, unique in the launch and stable over restarts."""
@@ -154,15 +364,22 @@ class RoleEngines:
         if self.device == "cpu" or place is None:
             return 0
         # Counted, not listed: settings may name a million ranks, and checks still answer at once.
-        end = self.first_gpu_rank + self.num_ranks
-        return self._num_dealt(end, place) - self._num_dealt(self.first_gpu_rank, place)
-
-    def where(self, name: str) -> str:
-        """Return the dotted path that decides a setting: the role's section or the top level."""
-        return f"{self.role}.{name}" if name in self.overrides else name
-
-    def _num_dealt(self, num_ranks: int, gpu: int) -> int:
-        """Return how many of the ranks 0 to ``num_ranks`` - 1 are on one of the GPUs they see."""
         # Of 3 GPUs, GPU 1 has ranks 1, 4, 7, ..: of ranks 0 to 7 these are (8 - 1 + 2) // 3 = 3.
         num_gpus = len(self.gpus)
-        return max(0, (num_ranks - gpu + num_gpus - 1) // num_gpus)
+        ends = (self.first_gpu_rank, self.first_gpu_rank + self.num_ranks)
+        before, all_of_them = (max(0, (end - place + num_gpus - 1) // num_gpus) for end in ends)
+        return all_of_them - before
+
+
+def visible_on(host: ResolvedHost, settings: EngineSettings) -> VisibleGpus:
+    """Return the GPUs that ranks with these settings see on a host."""
+    own = {**host.environ, **settings.env}.get(VISIBLE_DEVICES)
+    return visible_gpus(host.machine.gpus, host.environ.get(VISIBLE_DEVICES), own)
+
+
+def device_kind(settings: EngineSettings, machine: Machine, visible: VisibleGpus) -> DeviceKind:
+    """Return the device that ranks with these settings run on."""
+    if settings.device != "auto":
+        return settings.device
+    # A variable that is wrong must not turn the role into one on the CPU.
+    return "cuda" if visible.gpus or (visible.problem and machine.gpus) else "cpu"

@@ -1,4 +1,8 @@
-"""Places the engines of each role on hosts, and has each role derived where its ranks run."""
+"""Places the engines of each role on hosts, where each role is derived for its ranks.
+
+Engines are placed in turn: ``prefill-0``, ``decode-0``, ``prefill-1`` and so on, so that the two
+sides of a pair find room beside each other.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +10,76 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pdlaunch.config.engine_settings import EngineSettings
+from pdlaunch.config.hosts import PlacementStrategy
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.roles import PAIR, ROLES, Role
-from pdlaunch.planning.derive import derive_engines, device_kind, unverified_because, visible_on
-from pdlaunch.planning.hosts import (
-    DeviceKind,
-    Places,
-    ResolvedHost,
-    Room,
-    demands_of,
-    is_same_machine,
-    place_engines,
-)
+from pdlaunch.planning.hosts import DeviceKind, ResolvedHost, is_same_machine
 from pdlaunch.planning.models import Model
-from pdlaunch.planning.role_engines import RoleEngines
+from pdlaunch.planning.role_engines import RoleEngines, device_kind, visible_on
+from pdlaunch.planning.vllm_engines import unverified_because
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Says what a host offers to engines of each role."""
+
+    host: str
+    devices: Mapping[Role, tuple[DeviceKind, int]]
+    """Kind and number of the devices that ranks of a role see; a core is one of a CPU host."""
+    domain: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePlace:
+    """The host of an engine, and the CUDA devices of its ranks as they number them."""
+
+    host: str
+    devices: tuple[int, ...] | None = None  # none: they are dealt in turn
+
+
+Places = Mapping[tuple[Role, int], EnginePlace]  # the place of each engine, by role and index
+
+
+def place_engines(
+    replicas: Mapping[Role, int],
+    tp_sizes: Mapping[Role, int],
+    rooms: Sequence[Room],
+    strategy: PlacementStrategy = "pack",
+) -> Places:
+    """Place every engine; never raises. Where no host has room, the least crowded gets it.
+
+    A host without devices for a role is taken only when there is no other one; rules tell.
+    """
+    places: dict[tuple[Role, int], EnginePlace] = {}
+    used: Counter[tuple[str, DeviceKind]] = Counter()
+    domains = {room.host: room.domain for room in rooms}
+
+    def cost(room: Room, role: Role, partner: str | None) -> tuple[object, ...]:
+        size = tp_sizes[role]
+        kind, num_devices = room.devices.get(role, ("cpu", 0))
+        taken = used[room.host, kind]
+        fits = taken + size <= num_devices
+        crowd = 0.0 if fits and strategy == "pack" else (taken + size) / max(1, num_devices)
+        if strategy == "spread":
+            return (not fits, size > num_devices, taken, crowd)
+        near = partner in (None, room.host)
+        is_far = not near and domains.get(partner or "") != room.domain
+        return (not fits, size > num_devices, crowd, not near, is_far)
+
+    for index in range(max(replicas.values(), default=0)):
+        for role in (role for role in ROLES if index < replicas.get(role, 0)):
+            # An engine of a pair should be near one of the other role.
+            peers = [other for other in PAIR if role in PAIR and other != role]
+            others = [place.host for (other, _), place in places.items() if other in peers]
+            partner = others[index % len(others)] if others else None
+            offers = [room for room in rooms if role in room.devices] or rooms
+            costs = [cost(room, role, partner) for room in offers]
+            # Hosts of equal cost keep the order in which they are listed.
+            chosen = offers[costs.index(min(costs))]
+            places[role, index] = EnginePlace(chosen.host)
+            kind, _ = chosen.devices.get(role, ("cpu", 0))
+            used[chosen.host, kind] += tp_sizes[role]
+    return places
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,108 +123,80 @@ def resolve_roles(
 
     ``environ``: the supervisor's. ``places``: those of engines that are placed already.
     """
-    used = [role for role in ROLES if config.role(role).replicas]
-    settings = {role: config.engine_settings(role) for role in used}
-    places = places or place_engines(
-        demands_of(
-            {role: config.role(role).replicas for role in used},
-            {role: settings[role].tensor_parallel_size for role in used},
-        ),
-        [_room(host, settings) for host in hosts if host.roles] or [_room(hosts[0], settings)],
-        config.placement_strategy,
-    )
+    replicas = {role: count for role in ROLES if (count := config.role(role).replicas)}
+    tp_sizes = {role: config.engine_settings(role).tensor_parallel_size for role in replicas}
+    if not places:
+        takers = [host for host in hosts if host.roles] or [hosts[0]]
+        rooms = [_room(config, host, [*replicas]) for host in takers]
+        places = place_engines(replicas, tp_sizes, rooms, config.placement_strategy)
     unverified = _unverified(config, hosts, environ, models, places)
-    num_engines = Counter((place.host, role) for (role, _), place in places.items())
-    num_ranks = {
-        host.name: sum(
-            num_engines[host.name, role] * settings[role].tensor_parallel_size for role in used
-        )
-        for host in hosts
-    }
+    counts = Counter((place.host, role) for (role, _), place in places.items())
     by_host: dict[str, dict[Role, RoleEngines]] = {}
     for host in hosts:
-        here = by_host.setdefault(host.name, {})
-        for role in used:
-            if not num_engines[host.name, role]:
-                continue
-            engines = derive_engines(
+        here: dict[Role, RoleEngines] = {}
+        num_ranks = sum(counts[host.name, role] * tp_sizes[role] for role in replicas)
+        for role in (role for role in replicas if counts[host.name, role]):
+            is_far = role in PAIR and any(
+                other is not host
+                and any(counts[other.name, peer] for peer in PAIR if peer != role)
+                # Agents of Ray may share a machine.
+                and not (config.placement == "ray" and is_same_machine(host, other))
+                for other in hosts
+            )
+            engines = RoleEngines(
                 config,
                 role,
                 host,
                 models[role],
-                unverified,
-                num_ranks[host.name],
-                has_far_peers=_has_far_peers(config, role, host, hosts, num_engines),
+                replicas=counts[host.name, role],
+                num_neighbours=num_ranks,
+                first_gpu_rank=0,
+                unverified=unverified,
+                has_far_peers=is_far,
             )
             before = sum(
                 other.num_ranks
                 for other in here.values()
                 if other.device == engines.device == "cuda" and other.gpus == engines.gpus
             )
-            here[role] = replace(
-                engines,
-                replicas=num_engines[host.name, role],
-                num_ranks=num_engines[host.name, role] * engines.tp_size,
-                first_gpu_rank=before,
-            )
-    placed = tuple(_placed(places, hosts, by_host, used))
-    roles: dict[Role, RoleEngines] = {}
-    for role in used:
-        first = next(engine for engine in placed if engine.engines.role == role)
-        replicas = config.role(role).replicas
-        roles[role] = replace(
-            first.engines, replicas=replicas, num_ranks=replicas * first.engines.tp_size
+            here[role] = replace(engines, first_gpu_rank=before)
+        if here:
+            by_host[host.name] = here
+    placed = tuple(_placed(places, {host.name: host for host in hosts}, by_host))
+    # Of all engines of a role, it is as on the host of the first one.
+    roles = {
+        role: replace(
+            next(engine.engines for engine in placed if engine.engines.role == role), replicas=count
         )
-    return PlacedRoles(roles, {name: here for name, here in by_host.items() if here}, placed)
-
-
-def _has_far_peers(
-    config: LaunchConfig,
-    role: Role,
-    host: ResolvedHost,
-    hosts: Sequence[ResolvedHost],
-    num_engines: Counter[tuple[str, Role]],
-) -> bool:
-    """Return whether a role's engines exchange KV blocks with some on another machine."""
-    return role in PAIR and any(
-        num_engines[other.name, peer]
-        for other in hosts
-        for peer in PAIR
-        if peer != role
-        and other is not host
-        # Agents of Ray may share a machine.
-        and not (config.placement == "ray" and is_same_machine(host, other))
-    )
+        for role, count in replicas.items()
+    }
+    return PlacedRoles(roles, by_host, placed)
 
 
 def _placed(
     places: Places,
-    hosts: Sequence[ResolvedHost],
+    hosts: Mapping[str, ResolvedHost],
     by_host: Mapping[str, Mapping[Role, RoleEngines]],
-    roles: Sequence[Role],
 ) -> Iterator[PlacedEngine]:
-    by_name = {host.name: host for host in hosts}
-    for role in roles:
-        dealt = dict.fromkeys(by_name, 0)
-        for index in sorted(index for other, index in places if other == role):
-            place = places[role, index]
-            engines = by_host[place.host][role]
-            devices = engines.device_indices(dealt[place.host], engines.tp_size)
-            dealt[place.host] += engines.tp_size
-            # Those of a host that has come back with fewer GPUs are dealt anew.
-            if place.devices and max(place.devices) < len(engines.gpus):
-                devices = place.devices
-            yield PlacedEngine(index, by_name[place.host], engines, devices)
+    dealt: Counter[tuple[str, Role]] = Counter()
+    for role, index in sorted(places, key=lambda key: (ROLES.index(key[0]), key[1])):
+        place = places[role, index]
+        engines = by_host[place.host][role]
+        devices = engines.device_indices(dealt[place.host, role], engines.tp_size)
+        dealt[place.host, role] += engines.tp_size
+        # Those of a host that has come back with fewer GPUs are dealt anew.
+        if place.devices and max(place.devices) < len(engines.gpus):
+            devices = place.devices
+        yield PlacedEngine(index, hosts[place.host], engines, devices)
 
 
-def _room(host: ResolvedHost, settings: Mapping[Role, EngineSettings]) -> Room:
+def _room(config: LaunchConfig, host: ResolvedHost, roles: Sequence[Role]) -> Room:
     devices: dict[Role, tuple[DeviceKind, int]] = {}
-    for role, own in settings.items():
-        if role in host.roles:
-            visible = visible_on(host, own)
-            kind = device_kind(own, host.machine, visible)
-            num = len(visible.gpus) if kind == "cuda" else host.machine.num_cpus
-            devices[role] = (kind, num)
+    for role in (role for role in roles if role in host.roles):
+        settings = config.engine_settings(role)
+        visible = visible_on(host, settings)
+        kind = device_kind(settings, host.machine, visible)
+        devices[role] = (kind, len(visible.gpus) if kind == "cuda" else host.machine.num_cpus)
     return Room(host.name, devices, host.domain)
 
 

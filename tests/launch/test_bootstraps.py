@@ -12,8 +12,9 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.launch.bootstraps import Bootstraps
 from pdlaunch.launch.engines.plan import kind_of, plan_processes
 from pdlaunch.launch.ports import listening
-from pdlaunch.planning.hosts import EnginePlace, ResolvedHost
+from pdlaunch.planning.hosts import ResolvedHost
 from pdlaunch.planning.resolve import ResolvedLaunch, resolve, resolve_on
+from pdlaunch.planning.roles import EnginePlace
 from pdlaunch.protocol.sockets import new_launch_keys
 from tests.planning.test_resolve import CPU, write_model
 

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.machine.facts import Gpu, Machine
-from pdlaunch.planning.hosts import Demand, ResolvedHost, Room, demands_of, place_engines
+from pdlaunch.planning.hosts import ResolvedHost
 from pdlaunch.planning.models import Model
 from pdlaunch.planning.resolve import resolve_on
+from pdlaunch.planning.roles import Room, place_engines
 
 FOUR = Machine(num_cpus=2, gpus=tuple(Gpu(index) for index in range(4)))
 
@@ -20,14 +21,10 @@ def room(name, num=4, domain="", roles=("prefill", "decode")):
 
 
 def placed(rooms, strategy="pack", **tp):
-    demands = demands_of(
-        {role: len(sizes) for role, sizes in tp.items()},
-        {role: sizes[0] for role, sizes in tp.items()},
-    )
-    return {
-        f"{role}-{index}": place.host
-        for (role, index), place in place_engines(demands, rooms, strategy).items()
-    }
+    replicas = {role: len(sizes) for role, sizes in tp.items()}
+    sizes = {role: sizes[0] for role, sizes in tp.items()}
+    places = place_engines(replicas, sizes, rooms, strategy)
+    return {f"{role}-{index}": place.host for (role, index), place in places.items()}
 
 
 def test_the_two_sides_of_a_pair_share_a_host_while_there_is_room():
@@ -64,26 +61,22 @@ def test_without_room_the_least_crowded_host_gets_the_engine():
 
 
 @given(
-    sizes=st.lists(st.integers(1, 8), min_size=1, max_size=4),
+    devices=st.lists(st.integers(1, 8), min_size=1, max_size=4),
     replicas=st.tuples(st.integers(0, 5), st.integers(0, 5)),
     tp=st.tuples(st.integers(1, 8), st.integers(1, 8)),
     strategy=st.sampled_from(["pack", "spread"]),
 )
-def test_devices_are_not_shared_while_any_host_has_room(sizes, replicas, tp, strategy):
-    rooms = [room(f"h{place}", num) for place, num in enumerate(sizes)]
-    free = {room.host: num for room, num in zip(rooms, sizes, strict=True)}
-    demands = [
-        Demand(role, index, size)
-        for role, number, size in zip(("prefill", "decode"), replicas, tp, strict=True)
-        for index in range(number)
-    ]
-    places = place_engines(demands, rooms, strategy)
-    assert len(places) == len(demands)
-    for demand in demands:
-        host = places[demand.role, demand.index].host
-        if max(free.values()) >= demand.tp_size:
-            assert free[host] >= demand.tp_size
-        free[host] -= demand.tp_size
+def test_devices_are_not_shared_while_any_host_has_room(devices, replicas, tp, strategy):
+    rooms = [room(f"h{place}", num) for place, num in enumerate(devices)]
+    free = {room.host: num for room, num in zip(rooms, devices, strict=True)}
+    roles = ("prefill", "decode")
+    sizes = dict(zip(roles, tp, strict=True))
+    places = place_engines(dict(zip(roles, replicas, strict=True)), sizes, rooms, strategy)
+    assert len(places) == sum(replicas)
+    for (role, _), place in places.items():
+        if max(free.values()) >= sizes[role]:
+            assert free[place.host] >= sizes[role]
+        free[place.host] -= sizes[role]
 
 
 def test_devices_are_counted_on_each_host():

@@ -179,8 +179,8 @@ def assert_same_settings(engines: RoleEngines, spec: EngineSpec, launch: Resolve
     assert spec.tensor_parallel_size == engines.tp_size
     assert spec.model_dir == engines.model.path
     assert (spec.bind_address, spec.advertise_address) == (
-        engines.bind_address,
-        engines.advertise_address,
+        engines.on.bind_address,
+        engines.on.advertise_address,
     )
     shown = effective_engines(launch)[engines.role]
     assert {name: shown[name] for name in derived} == derived

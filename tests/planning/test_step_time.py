@@ -2,14 +2,13 @@ from dataclasses import replace
 
 import pytest
 
-from pdlaunch.planning.step_time import least_step_s
 from tests.checks.contexts import CPU, GPU, SHAPE, on
 
 BIG = (SHAPE, SHAPE)
 
 
 def step_s(machine, **settings):
-    return least_step_s(on(machine, shapes=BIG, **settings).engines["prefill"])
+    return on(machine, shapes=BIG, **settings).engines["prefill"].least_step_s
 
 
 def test_a_step_takes_two_operations_for_each_weight_of_a_layer_and_token():
@@ -36,4 +35,4 @@ def test_an_emulated_type_is_no_faster_than_float32(dtype):
 
 
 def test_without_a_model_nobody_knows():
-    assert least_step_s(on(CPU, shapes=(None, None)).engines["prefill"]) is None
+    assert on(CPU, shapes=(None, None)).engines["prefill"].least_step_s is None

@@ -101,7 +101,7 @@ class VllmEngine:
         settings = engines.settings
         flags = dict(self._flags(engines))
         if (port := engines.http_port(index)) and not self._has_doors:
-            flags |= {"host": engines.bind_address, "port": port}
+            flags |= {"host": engines.on.bind_address, "port": port}
         executable = shutil.which(settings.engine_command) or settings.engine_command
         model = engines.model.path or settings.model
         return (executable, "serve", model, *_as_arguments(flags | settings.engine_args))
