@@ -23,13 +23,15 @@ from pdlaunch.config.model_files.download import fetch_part
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError
 from pdlaunch.launch.hosts.join import new_join_keys
-from pdlaunch.launch.render.compose import compose_endpoint, compose_file
-from pdlaunch.launch.render.kubernetes import (
-    control_endpoint,
+from pdlaunch.launch.render.manifests import (
+    JOIN_KEY,
+    SUPERVISOR_KEY,
+    PodLaunch,
+    PodOptions,
+    compose_file,
     kubernetes_objects,
     kubernetes_secret,
 )
-from pdlaunch.launch.render.pods import JOIN_KEY, SUPERVISOR_KEY, PodLaunch, PodOptions
 from pdlaunch.launch.render.settings import engine_groups, machine_names, place
 from pdlaunch.planning.hosts import ResolvedHost, planned_hosts
 from pdlaunch.planning.models import read_models, read_models_elsewhere
@@ -122,7 +124,7 @@ def kubernetes(
         launch = _placed(config, flags, options, assume, base=f"{name}-")
         if not print_secret:
             return kubernetes_objects(launch, namespace)
-        join, supervisor = _join_texts(control_endpoint(launch))
+        join, supervisor = _join_texts(launch.endpoint(f"{name}-control"))
         return [kubernetes_secret(launch, namespace, join=join, supervisor=supervisor)]
 
     _write(render, output, _object_file)
@@ -157,7 +159,7 @@ def compose(
         launch = _placed(config, flags, options, assume, base="")
         if secrets is None:
             return [compose_file(launch)]
-        texts = _join_texts(compose_endpoint(launch))
+        texts = _join_texts(launch.endpoint("router"))
         _write_secrets(secrets, dict(zip((JOIN_KEY, SUPERVISOR_KEY), texts, strict=True)))
         return []
 
@@ -182,7 +184,7 @@ def _placed(
     config = placed.config()
     judged = judged_machine(assume, config)
     errors = Console(stderr=True, soft_wrap=True)
-    names = [name for group in machines for name in group.names]
+    names = [name for group in machines.values() for name in group]
     pods = {
         name: ResolvedHost(
             name, judged.machine, judged.environ, _PLACEHOLDER_ADDRESS, _PLACEHOLDER_ADDRESS

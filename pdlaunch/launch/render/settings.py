@@ -5,9 +5,7 @@ What is secret leaves the settings: keys, and variables that look like one.
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,18 +20,13 @@ from pdlaunch.planning.role_engines import RoleEngines
 
 HTTP_PORT = 8000
 CONTROL_PORT = 7070
+# Agents and supervisor share no folder: each machine has its own file of this name.
 JOIN_FILE = "/run/pdlaunch/join"
-"""Agents and supervisor share no folder: each machine has its own file of this name."""
+# Host memory that a rank takes beside weights and KV cache: libraries, tokenizer, buffers.
+PROCESS_BYTES = 1 << 30
 ANY_ADDRESS = "0.0.0.0"
+Machines = Mapping[Role, tuple[str, ...]]  # names of pods or containers, one for each engine
 _CHOSEN = ("placement", "hosts", "placement_strategy", "control_address", "join_file")
-
-
-@dataclass(frozen=True, slots=True)
-class Machines:
-    """Names the pods or containers in which the engines of a role run, in their order."""
-
-    role: Role
-    names: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +46,16 @@ class PlacedSettings:
         )
 
 
-def machine_names(config: LaunchConfig, base: str) -> tuple[Machines, ...]:
+def machine_names(config: LaunchConfig, base: str) -> Machines:
     """Name the machines of each role with engines: ``base-prefill-0`` and so on."""
-    return tuple(
-        Machines(role, tuple(f"{base}{role}-{index}" for index in range(replicas)))
+    return {
+        role: tuple(f"{base}{role}-{index}" for index in range(replicas))
         for role in ROLES
         if (replicas := config.role(role).replicas)
-    )
+    }
 
 
-def place(config: LaunchConfig, machines: Sequence[Machines]) -> PlacedSettings:
+def place(config: LaunchConfig, machines: Machines) -> PlacedSettings:
     """Return the settings of a deployment whose engines run on these machines.
 
     Raises ConfigError where the deployment says itself where its engines run.
@@ -75,15 +68,12 @@ def place(config: LaunchConfig, machines: Sequence[Machines]) -> PlacedSettings:
                 field=name,
                 fix=f"leave {name} out, or render another file",
             )
-    settings: dict[str, Any] = copy.deepcopy(config.model_dump(mode="json", exclude_unset=True))
+    settings: dict[str, Any] = config.model_dump(mode="json", exclude_unset=True)
     variables = {path: name for name, path in variable_paths().items()}
-    keys = {
-        variables[name]: value.get_secret_value()
-        for name, value in given.items()
-        if isinstance(value, SecretStr)
-    }
+    keys = {}
     for name, value in given.items():
         if isinstance(value, SecretStr):
+            keys[variables[name]] = value.get_secret_value()
             del settings[name]
     secrets = _take_secrets(settings)
     settings |= {
@@ -95,7 +85,7 @@ def place(config: LaunchConfig, machines: Sequence[Machines]) -> PlacedSettings:
         "control_port": config.control_port or CONTROL_PORT,
         "join_file": JOIN_FILE,
         "hosts": [
-            {"name": name, "roles": group.role} for group in machines for name in group.names
+            {"name": name, "roles": role} for role, names in machines.items() for name in names
         ],
     }
     return PlacedSettings(settings, keys, secrets)
@@ -116,51 +106,29 @@ def _take_secrets(settings: dict[str, Any]) -> dict[Role, dict[str, str]]:
     return found
 
 
-PROCESS_BYTES = 1 << 30
-"""Host memory that a rank takes beside weights and KV cache: libraries, tokenizer, buffers."""
-GRACE_S = 20
-"""Time beside the drain: the router ends what is left, processes stop, stragglers are killed."""
-
-
 @dataclass(frozen=True, slots=True)
 class EngineGroup:
-    """Describes the machines of one role."""
+    """Describes the machines of one role, each with one engine."""
 
-    machines: Machines
-    num_ranks: int  # ranks on one machine
+    role: Role
+    names: tuple[str, ...]
     num_gpus: int
     num_cpus: int
-    memory_bytes: int | None
-    """Host memory that one machine needs; None: the model's shape is not known."""
-
-    @property
-    def role(self) -> Role:
-        return self.machines.role
-
-    @property
-    def num_engines(self) -> int:
-        return len(self.machines.names)
+    memory_bytes: int | None  # host memory of a machine; None: the model's shape is not known
 
 
-def engine_groups(launch: ResolvedLaunch, machines: Sequence[Machines]) -> tuple[EngineGroup, ...]:
+def engine_groups(launch: ResolvedLaunch, machines: Machines) -> tuple[EngineGroup, ...]:
     """Return what the machines of each role need."""
-    return tuple(_group(launch.roles[group.role], group) for group in machines)
+    return tuple(_group(launch.roles[role], names) for role, names in machines.items())
 
 
-def grace_s(launch: ResolvedLaunch) -> int:
-    """Return the seconds that a machine gets between SIGTERM and SIGKILL: longer than a drain."""
-    return math.ceil(launch.config.drain_timeout_s) + GRACE_S
-
-
-def _group(engines: RoleEngines, machines: Machines) -> EngineGroup:
-    num_ranks = engines.tp_size
-    on_gpu = engines.device == "cuda"
-    footprint = engines.footprint
+def _group(engines: RoleEngines, names: tuple[str, ...]) -> EngineGroup:
+    num_ranks, on_gpu, footprint = engines.tp_size, engines.device == "cuda", engines.footprint
     held = 0 if on_gpu or footprint is None else footprint.total_bytes
     rank_bytes = PROCESS_BYTES + engines.host_tier_bytes + held
     return EngineGroup(
-        machines=machines,
-        num_ranks=num_ranks,
+        role=engines.role,
+        names=names,
         num_gpus=num_ranks if on_gpu else 0,
         # A core for each rank of a GPU, and one for the engine's server.
         num_cpus=1 + num_ranks * (1 if on_gpu else engines.num_threads),

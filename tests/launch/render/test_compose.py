@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import yaml
 from compose_pydantic import ComposeSpecification
-from pydantic import ValidationError
 
 from pdlaunch.config.models import LaunchConfig
 from tests.launch.client.conftest import serving
@@ -54,25 +53,6 @@ def problems(file: dict[str, Any]) -> list[str]:
         if not any(each.partition(":")[0] == folder for each in service["tmpfs"]):
             found.append(f"{name}: {folder} cannot be written")
     return found
-
-
-def test_the_specification_finds_unknown_fields() -> None:
-    (file,) = render("compose", DEMO)
-    file["services"]["router"]["stop_grace"] = "5s"
-    with pytest.raises(ValidationError, match="stop_grace"):
-        check_specification(file)
-
-
-def test_the_rules_find_what_does_not_fit() -> None:
-    (file,) = render("compose", DEMO)
-    file["services"]["router"]["networks"] = ["elsewhere"]
-    file["services"]["prefill-0"]["secrets"] = ["supervisor"]
-    file["services"]["decode-0"]["tmpfs"] = []
-    assert problems(file) == [
-        "router: no elsewhere",
-        "prefill-0: /run/secrets/join is not mounted",
-        "decode-0: /run/pdlaunch cannot be written",
-    ]
 
 
 def test_gpus_are_reserved() -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from kubernetes_validate import ValidationError
 
 from pdlaunch.config.sources import load_config
 from pdlaunch.launch.state import Timing
@@ -37,67 +35,6 @@ def test_objects_of_all_examples_fit(path: Path) -> None:
     check_schema(objects)
     assert problems(objects) == []
     assert {found["metadata"]["namespace"] for found in objects} == {"serving"}
-
-
-@pytest.mark.parametrize(
-    ("kind", "path", "value"),
-    [
-        ("Service", ("spec", "bogus"), 1),
-        ("Deployment", ("spec", "replicas"), "many"),
-        ("NetworkPolicy", ("spec", "ingress", 0, "ports", 0, "endport"), 9),
-    ],
-)
-def test_the_schema_finds_unknown_fields_and_wrong_types(
-    demo: list[dict[str, Any]], kind: str, path: tuple[Any, ...], value: object
-) -> None:
-    objects = copy.deepcopy(demo)
-    _set(next(found for found in objects if found["kind"] == kind), path, value)
-    with pytest.raises(ValidationError):
-        check_schema(objects)
-
-
-@pytest.mark.parametrize(
-    ("kind", "path", "value", "problem"),
-    [
-        ("Service", ("spec", "ports", 0, "targetPort"), "htp", "no port htp"),
-        ("Service", ("spec", "selector", "app.kubernetes.io/instance"), "x", "selects no pod"),
-        ("NetworkPolicy", ("spec", "ingress", 0, "ports", 0, "port"), 1, "no policy opens 8000"),
-        ("StatefulSet", ("spec", "serviceName"), "nobody", "there is no service nobody"),
-        ("StatefulSet", ("spec", "selector", "matchLabels", "x"), "y", "its own pods"),
-        (
-            "Deployment",
-            ("spec", "template", "spec", "volumes", 0, "configMap", "name"),
-            "x",
-            "no ConfigMap x",
-        ),
-        (
-            "Deployment",
-            ("spec", "template", "spec", "containers", 0, "readinessProbe", "httpGet", "path"),
-            "/v1/models",
-            "needs a key",
-        ),
-        ("Deployment", ("spec", "template", "spec", "securityContext", "runAsUser"), 0, "as root"),
-        (
-            "StatefulSet",
-            ("spec", "template", "spec", "containers", 0, "command", 9),
-            "$(NOBODY)",
-            "is not known there",
-        ),
-    ],
-)
-def test_the_rules_find_what_does_not_fit(
-    demo: list[dict[str, Any]], kind: str, path: tuple[Any, ...], value: object, problem: str
-) -> None:
-    objects = copy.deepcopy(demo)
-    _set(next(found for found in objects if found["kind"] == kind), path, value)
-    assert any(problem in each for each in problems(objects)), problems(objects)
-
-
-def _set(found: Any, path: tuple[Any, ...], value: object) -> None:
-    *parents, last = path
-    for name in parents:
-        found = found[name]
-    found[last] = value
 
 
 def test_the_supervisors_file_places_each_engine_on_its_pod(tmp_path: Path) -> None:

@@ -1,0 +1,191 @@
+"""Renders a launch as objects of Kubernetes, or as a file of docker compose, from templates."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from pdlaunch import __version__
+from pdlaunch.launch.render.settings import JOIN_FILE, EngineGroup, PlacedSettings
+from pdlaunch.planning.resolve import ResolvedLaunch
+
+Object = dict[str, Any]
+
+JOIN_KEY = "join"  # key of the Secret that holds what agents join with
+SUPERVISOR_KEY = "supervisor"  # key of the Secret that holds the supervisor's side of it
+PROBE_S = 5
+# Ports that processes choose from by themselves; pods are told them, so policies can name them.
+OWN_PORTS = (32768, 60999)
+# Time beside the drain: the router ends what is left, processes stop, stragglers are killed.
+GRACE_S = 20
+_LLM_D_ROLES = {"prefill": "prefill", "decode": "decode", "both": "prefill-decode"}
+
+
+@dataclass(frozen=True, slots=True)
+class PodOptions:
+    """Holds what a cluster needs to know beside the deployment's settings."""
+
+    name: str
+    image: str
+    gpu_resource: str = "nvidia.com/gpu"
+    rdma_resource: str | None = None  # extended resource of which each engine pod gets one
+    # PersistentVolumeClaims (compose: folders or volumes) by the folder at which they are mounted.
+    claims: Mapping[str, str] | None = None
+    cache_claim: str | None = None  # a claim for ``/cache`` that exists; None: one is rendered
+    cache_size: str = "20Gi"
+
+
+@dataclass(frozen=True, slots=True)
+class PodLaunch:
+    """Holds a launch that is to run on pods."""
+
+    options: PodOptions
+    placed: PlacedSettings
+    resolved: ResolvedLaunch
+    groups: Sequence[EngineGroup]
+    config_yaml: str
+
+    def endpoint(self, host: str) -> str:
+        """Return where agents find the supervisor."""
+        return f"tcp://{host}:{self.resolved.config.control_port}"
+
+
+def kubernetes_objects(launch: PodLaunch, namespace: str | None) -> list[Object]:
+    """Return all objects but the Secret, in the order in which they are applied."""
+    name = launch.options.name
+    domains = [f"{name}.$(POD_NAMESPACE){end}" for end in ("", ".svc", ".svc.cluster.local")]
+    # The names by which clients in the cluster call the Service.
+    return _rendered("kubernetes", launch, [name, *domains], namespace=namespace)
+
+
+def compose_file(launch: PodLaunch) -> Object:
+    """Return the file. Its secrets are files and variables beside it, which it does not hold."""
+    (file,) = _rendered("compose", launch, ["router"])
+    return file
+
+
+def kubernetes_secret(
+    launch: PodLaunch, namespace: str | None, *, join: str, supervisor: str
+) -> Object:
+    """Return the Secret that the other objects refer to.
+
+    ``join``: what agents join with; ``supervisor``: the supervisor's side of it.
+    """
+    values = {JOIN_KEY: join, SUPERVISOR_KEY: supervisor, **launch.placed.keys}
+    for role, variables in launch.placed.engine_secrets.items():
+        values |= {f"{role}.{name}": value for name, value in variables.items()}
+    labels = _labels(launch, version=True, tool=True)
+    return {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": f"{launch.options.name}-keys", "labels": labels}
+        | ({} if namespace is None else {"namespace": namespace}),
+        "type": "Opaque",
+        "stringData": values,
+    }
+
+
+def _rendered(
+    template: str, launch: PodLaunch, own_hosts: Sequence[str], namespace: str | None = None
+) -> list[Object]:
+    options, config = launch.options, launch.resolved.config
+    start_s = config.join_timeout_s + config.startup_timeout_s
+    first, _, last = config.kv_transfer.data_ports.partition("-")
+    opens = config.kv_transfer.carrier_settings.opens_data_ports
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,
+    )
+    environment.policies["json.dumps_kwargs"] = {}  # keeps the order of keys
+    text = environment.get_template(f"{template}.yaml.j2").render(
+        options=options,
+        config=config,
+        namespace=namespace,
+        config_yaml=launch.config_yaml,
+        groups=launch.groups,
+        roles=[group.role for group in launch.groups],
+        keys=launch.placed.keys,
+        engine_secrets=launch.placed.engine_secrets,
+        claims=options.claims or {},
+        secret_name=f"{options.name}-keys",
+        cache_claim=options.cache_claim or f"{options.name}-cache",
+        # A machine gets longer between SIGTERM and SIGKILL than a drain takes.
+        grace_s=math.ceil(config.drain_timeout_s) + GRACE_S,
+        probe_s=PROBE_S,
+        start_s=math.ceil(start_s),
+        start_failures=math.ceil(start_s / PROBE_S),
+        own_ports=OWN_PORTS,
+        data_ports=(first, last) if opens else (),
+        fixed_ports={g.role: p for g in launch.groups if (p := config.role(g.role).ports())},
+        allowed_hosts=",".join([*config.allowed_hosts, *own_hosts]),
+        checksum=hashlib.sha256(launch.config_yaml.encode()).hexdigest(),
+        # --resume: the keys are those of the Secret, so that agents find a new supervisor, too.
+        serve_command=["pdlaunch", "serve", "/etc/pdlaunch/deployment.yaml", "--resume"],
+        agent_command=lambda group, name: _agent_command(launch, group, name),
+        labels=lambda *args, **kwargs: _labels(launch, *args, **kwargs),
+        resources=lambda group: _resources(options, group),
+        with_own_secret=_with_own_secret,
+    )
+    return list(yaml.safe_load_all(text))
+
+
+def _labels(
+    launch: PodLaunch,
+    component: str = "",
+    *,
+    version: bool = False,
+    tool: bool = False,
+) -> dict[str, str]:
+    """Return labels of objects; those without ``version`` select this launch, or a part of it."""
+    labels = {
+        "app.kubernetes.io/name": "pdlaunch",
+        "app.kubernetes.io/instance": launch.options.name,
+    }
+    if component:
+        labels["app.kubernetes.io/component"] = component
+    if version:
+        labels["app.kubernetes.io/version"] = __version__
+    if tool:
+        labels["app.kubernetes.io/managed-by"] = "pdlaunch-render"
+    if not tool and version and component in _LLM_D_ROLES:
+        labels["llm-d.ai/role"] = _LLM_D_ROLES[component]
+    return labels
+
+
+def _agent_command(launch: PodLaunch, group: EngineGroup, name: str) -> list[str]:
+    settings = launch.resolved.roles[group.role].settings
+    allowed = [] if settings.engine == "native" else ["--allow-executable", settings.engine_command]
+    return ["pdlaunch", "agent", "--join", JOIN_FILE, "--name", name, *allowed]
+
+
+def _with_own_secret(key: str, command: Sequence[str], arguments: str = "$@") -> list[str]:
+    """Return the command, behind a copy of the mounted secret to a file of the user's own.
+
+    Processes accept no file that others can read, and a supervisor that ends deletes its own.
+    """
+    file = JOIN_FILE if key == JOIN_KEY else f"{JOIN_FILE}.supervisor"
+    script = f'install -m 0600 /run/secrets/{key} {file} && exec "{arguments}"'
+    return ["sh", "-c", script, "sh", *command]
+
+
+def _resources(options: PodOptions, group: EngineGroup) -> Object:
+    requests: Object = {"cpu": str(group.num_cpus)}
+    if group.memory_bytes is not None:
+        requests["memory"] = f"{math.ceil(group.memory_bytes / (1 << 20))}Mi"
+    extended = {}
+    if group.num_gpus:
+        extended[options.gpu_resource] = str(group.num_gpus)
+    if options.rdma_resource is not None:
+        extended[options.rdma_resource] = "1"
+    # Of extended resources request and limit are equal.
+    return {"requests": requests | extended} | ({"limits": extended} if extended else {})
