@@ -30,13 +30,11 @@ from pdlaunch.protocol.engine import (
     Outputs,
     ReadStats,
     RequestFinished,
-    SetReaders,
     Sleep,
     ToRank,
     WakeUp,
     Welcome,
 )
-from pdlaunch.protocol.ids import lease_of
 from pdlaunch.protocol.transfer import TransferEvent
 from pdlaunch.transfer.thread import TransferThread
 
@@ -231,8 +229,6 @@ class Leader:
                 self._sleep.begin(message, enabled=self._rank.spec.enable_sleep_mode)
             case AbortRequest():
                 self._requests.abort(message.request_id)
-            case SetReaders():
-                self._requests.set_readers(lease_of(message.request_id), message.num_readers)
             case ReadStats():
                 self._stats_due_at = 0.0  # at the end of this turn
             case CheckIntegrity():

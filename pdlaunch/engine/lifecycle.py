@@ -22,14 +22,13 @@ from pdlaunch.engine.offload.jobs import JobFinished
 from pdlaunch.engine.offload.planner import OffloadPlanner
 from pdlaunch.engine.request import Phase, Request, RequestQueues
 from pdlaunch.protocol.engine import AddRequest, EngineStats, FinishReason, RequestFinished, Tokens
-from pdlaunch.protocol.ids import EngineId, LeaseId, RequestId, lease_of
+from pdlaunch.protocol.ids import EngineId, RequestId, lease_of
 from pdlaunch.protocol.kv_params import RemoteKV, TokenOutput
 from pdlaunch.protocol.transfer import (
     EndLease,
     LeaseEnded,
     PullDrained,
     PullFinished,
-    SetLeaseReaders,
     TransferEvent,
 )
 
@@ -134,12 +133,6 @@ class RequestLifecycle:
         """End every request, because the server has restarted. Leases stay for their readers."""
         for request in list(self.queues.by_id.values()):
             self._finish(request, "abort")
-
-    def set_readers(self, lease_id: LeaseId, num_readers: int) -> None:
-        """Lower the number of readers after which the lease of a finished request ends."""
-        if lease_id in self.transfers.leases:
-            command = SetLeaseReaders(lease_id=lease_id, num_readers=num_readers)
-            self.transfers.commands.append(command)
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached blocks, as their content is lost; nobody uses any block."""

@@ -66,16 +66,6 @@ class Hello(Message):
     """Opens the connection of a server; requests of the server before it are aborted."""
 
 
-class SetReaders(Message):
-    """Lower the number of readers: fewer choices go on after their first token.
-
-    The lease ends when this many have pulled. Unknown ids are ignored.
-    """
-
-    request_id: RequestId
-    num_readers: int
-
-
 class CheckIntegrity(Message):
     """Prove the owner of every KV block; answered with one IntegrityReport."""
 
@@ -105,9 +95,7 @@ class WakeUp(Message):
     tags: list[str] = []  # pools to wake up; none: all
 
 
-ToRank = (
-    AddRequest | AbortRequest | Hello | SetReaders | CheckIntegrity | ReadStats | Sleep | WakeUp
-)
+ToRank = AddRequest | AbortRequest | Hello | CheckIntegrity | ReadStats | Sleep | WakeUp
 
 
 class Tokens(Message):

@@ -33,13 +33,6 @@ class EndLease(Message):
     lease_id: LeaseId
 
 
-class SetLeaseReaders(Message):
-    """Prefill: expect fewer readers than granted; the lease ends when this many have pulled."""
-
-    lease_id: LeaseId
-    num_readers: int
-
-
 class StartPull(Message):
     """Decode: pull a prompt's blocks."""
 
@@ -63,7 +56,7 @@ class CancelPull(Message):
     pull_id: PullId
 
 
-PrefillCommand = GrantLease | EndLease | SetLeaseReaders
+PrefillCommand = GrantLease | EndLease
 DecodeCommand = StartPull | CancelPull
 TransferCommand = PrefillCommand | DecodeCommand
 

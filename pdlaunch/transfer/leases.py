@@ -49,7 +49,6 @@ from pdlaunch.protocol.transfer import (
     GrantLease,
     LeaseEnded,
     PrefillCommand,
-    SetLeaseReaders,
 )
 from pdlaunch.transfer.connectors.connector import Connector, PushJob
 from pdlaunch.transfer.integrity.checksum import Checksums, KVHasher
@@ -147,14 +146,6 @@ class LeaseTable:
                 f"request {lease_id} has no lease here: it has expired, ended or never was"
             )
         return lease
-
-    def set_readers(self, lease_id: LeaseId, num_readers: int) -> None:
-        """Set the number of readers: the lease ends after all of them. Unknown ids are
-        ignored.
-        """
-        if (lease := self._leases.get(lease_id)) is not None:
-            lease.num_readers = num_readers
-            self._end_if_done(lease)
 
     def begin(self, lease_id: LeaseId, reader: ReaderId, num_decode_ranks: int) -> Lease:
         """Begin a pull, or repeat its beginning, which extends the lease. Raises LeaseError, also
@@ -310,8 +301,6 @@ class PrefillSide:
                     self._hashing.append(lease)
             case EndLease():
                 self.leases.cancel(command.lease_id)
-            case SetLeaseReaders():
-                self.leases.set_readers(command.lease_id, command.num_readers)
 
     def turn(self, received: Iterable[tuple[bytes, ToPrefillSide]]) -> list[LeaseEnded]:
         """Answer what can be answered, have checksums computed, and return the leases that have

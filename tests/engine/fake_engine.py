@@ -27,7 +27,6 @@ from pdlaunch.protocol.transfer import (
     LeaseEnded,
     PullDrained,
     PullFinished,
-    SetLeaseReaders,
     StartPull,
     TransferCommand,
 )
@@ -162,7 +161,6 @@ class FakeEngine:
         self.quarantined: dict[str, StartPull] = {}
         self.leases: dict[str, tuple[GrantLease, list[list[list[KV | None]]]]] = {}
         self.end_asked: set[str] = set()
-        self.readers: dict[str, int] = {}
 
     def add(
         self, request_id: str, prompt: Sequence[int], max_tokens: int = 4, **fields: object
@@ -318,8 +316,6 @@ class FakeEngine:
                 assert command.lease_id not in self.leases
                 self._check_granted(command)
                 self.leases[command.lease_id] = (command, self._snapshot(command))
-            case SetLeaseReaders():
-                self.readers[command.lease_id] = command.num_readers
             case EndLease():
                 self.end_asked.add(command.lease_id)
             case StartPull():

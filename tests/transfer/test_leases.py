@@ -177,10 +177,6 @@ class LeaseLife(RuleBasedStateMachine):
         assert held == ((lease_id, reader) in self.begun and lease_id in self.alive)
         self.begun.discard((lease_id, reader))
 
-    @rule(lease_id=IDS, num_readers=st.integers(0, 1))
-    def set_readers(self, lease_id, num_readers):
-        self.table.set_readers(lease_id, num_readers)
-
     @rule(lease_id=IDS)
     def cancel(self, lease_id):
         self.table.cancel(lease_id)
@@ -206,17 +202,3 @@ class LeaseLife(RuleBasedStateMachine):
 
 LeaseLife.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 TestLeaseLife = LeaseLife.TestCase
-
-
-@pytest.mark.parametrize("set_first", [True, False])
-def test_fewer_readers_than_granted(leases, set_first):
-    """A choice has ended with its first token: told before or after the others have pulled."""
-    leases.grant(grant_of("r", num_readers=2))
-    steps = [
-        lambda: leases.set_readers("r", 1),
-        lambda: (leases.begin("r", "a", 1), leases.end("r", "a")),
-    ]
-    for step in steps if set_first else reversed(steps):
-        assert leases.take_ended() == []
-        step()
-    assert leases.take_ended() == [("r", "pulled")]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Collection
 from functools import partial
+from typing import Any
 
 import msgspec
 from aiohttp import web
 
 from pdlaunch.engine.server.engine_service import EngineService
 from pdlaunch.engine.server.generate import generate
-from pdlaunch.engine.server.sleep import read_sleep_query, read_tags
+from pdlaunch.engine.server.served_model import ServedModel
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.app import (
     AppRoute,
@@ -43,17 +44,15 @@ def make_app(service: EngineService, *, keys: Collection[str]) -> web.Applicatio
     def route(method: str, path: str, endpoint: Endpoint) -> AppRoute:
         return AppRoute(method, path, partial(endpoint, service))
 
-    def card() -> ModelCard:
-        return ModelCard(
-            id=spec.served_model_name, root=spec.model_dir, max_model_len=spec.max_model_len
-        )
-
+    card = ModelCard(
+        id=spec.served_model_name, root=spec.model_dir, max_model_len=spec.max_model_len
+    )
     routes = [
-        route("POST", "/v1/completions", _completions),
-        route("POST", "/v1/chat/completions", _chat),
-        *model_routes(lambda: [card()]),
-        route("POST", "/tokenize", _tokenize),
-        route("POST", "/detokenize", _detokenize),
+        route("POST", "/v1/completions", partial(generate, kind=CompletionRequest)),
+        route("POST", "/v1/chat/completions", partial(generate, kind=ChatCompletionRequest)),
+        *model_routes(lambda: [card]),
+        route("POST", "/tokenize", partial(_convert, convert=ServedModel.tokenize)),
+        route("POST", "/detokenize", partial(_convert, convert=ServedModel.detokenize)),
         *health_routes(partial(_health, service)),
         route("GET", "/metrics", _metrics),
         route("POST", "/pdlaunch/release", _release),
@@ -92,32 +91,16 @@ def _counted(route: AppRoute, service: EngineService) -> AppRoute:
     return route._replace(handler=handle)
 
 
-async def _completions(service: EngineService, http: web.Request) -> web.StreamResponse:
-    return await generate(service, CompletionRequest, http)
-
-
-async def _chat(service: EngineService, http: web.Request) -> web.StreamResponse:
-    return await generate(service, ChatCompletionRequest, http)
-
-
-async def _tokenize(service: EngineService, http: web.Request) -> web.Response:
-    return await _convert(service, http, service.model.tokenize)
-
-
-async def _detokenize(service: EngineService, http: web.Request) -> web.Response:
-    return await _convert(service, http, service.model.detokenize)
-
-
 async def _convert(
     service: EngineService,
     http: web.Request,
-    convert: Callable[[bytes], tuple[object, tuple[str, ...]]],
+    convert: Callable[[ServedModel, bytes], tuple[dict[str, Any], tuple[str, ...]]],
 ) -> web.Response:
     """Convert text to token ids or back; it takes a place as a request that generates does."""
     with service.admission.admit():
-        async with service.deadlines.start().guard(), service.read(http) as raw:
+        async with service.deadlines.start().guard(), service.bodies.read(http) as raw:
             answer, ignored_fields = await service.inputs.run(
-                len(raw) >= LARGE_TEXT_BYTES, partial(convert, raw)
+                len(raw) >= LARGE_TEXT_BYTES, partial(convert, service.model, raw)
             )
             body = msgspec.json.encode(answer)
     headers = service.ignored_fields.headers(ignored_fields)
@@ -147,11 +130,11 @@ async def _spans(service: EngineService, http: web.Request) -> web.Response:
 
 async def _release(service: EngineService, http: web.Request) -> web.Response:
     """End the lease of a remote prefill, named by the hop's id or by its remote_request_id."""
-    async with service.read(http) as raw:
+    async with service.bodies.read(http) as raw:
         name = read_json_object(raw).get("request_id")
     if not isinstance(name, str):
         raise RequestError("request_id must be a string", param="request_id")
-    request_id = service.leases.take(name)
+    request_id = service.leases.pop(name, None)
     if request_id is not None:
         service.link.abort(request_id)
     return json_response({"released": request_id is not None})
@@ -171,14 +154,11 @@ async def _integrity(service: EngineService, _: web.Request) -> web.Response:
 
 
 async def _sleep(service: EngineService, http: web.Request) -> web.Response:
-    """Take ``level=1|2`` and ``mode=wait|refuse``; answer when the engine sleeps."""
-    level, waits = read_sleep_query(http.query)
-    return json_response(await service.sleep.fall_asleep(level, waits=waits))
+    return json_response(await service.sleep.fall_asleep(http.query))
 
 
 async def _wake_up(service: EngineService, http: web.Request) -> web.Response:
-    """Take ``tags=weights&tags=kv_cache``, without them all pools."""
-    return json_response(await service.sleep.wake_up(read_tags(http.query)))
+    return json_response(await service.sleep.wake_up(http.query))
 
 
 async def _is_sleeping(service: EngineService, _: web.Request) -> web.Response:

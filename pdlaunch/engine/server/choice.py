@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pdlaunch.engine.server.text import TextTokenizer
-from pdlaunch.protocol.engine import AddRequest, RequestFinished
+from pdlaunch.protocol.engine import AddRequest
 from pdlaunch.protocol.kv_params import TokenOutput
 from pdlaunch.protocol.openai.requests import GenerationRequest
 
@@ -63,7 +63,6 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """Return the text to emit after one more token."""
-        assert self.stop_string is None
         self._num_tokens += 1
         new = self._detokenize(token_id)
         self.num_chars += len(new)
@@ -172,25 +171,38 @@ class Choice:
         )
         self._goes_on_elsewhere = goes_on_elsewhere
 
+    @property
     def is_over(self) -> bool:
         return self.finish_reason is not None
 
-    def take(self, tokens: Sequence[TokenOutput], finished: RequestFinished | None = None) -> Delta:
-        """Feed new tokens; a stop string ends the choice early and drops the tokens after it."""
-        assert not self.is_over()
+    def take(
+        self,
+        tokens: Sequence[TokenOutput],
+        reason: str | None = None,
+        *,
+        ends_with_stop_token: bool = False,
+    ) -> Delta:
+        """Feed new tokens, and the ``reason`` if they are the last; a stop string ends the choice
+        early and drops the tokens after it.
+        """
         delta = Delta(self.index)
-        ends_with_stop = (
-            bool(tokens) and finished is not None and finished.stop_token_id is not None
-        )
-        for token in tokens[:-1] if ends_with_stop else tokens:
-            self._add(delta, token)
-            if self.is_over():
+        for place, token in enumerate(tokens, 1):
+            is_stop_token = ends_with_stop_token and place == len(tokens)
+            self.num_tokens += 1
+            delta.tokens.append(token)
+            delta.text_offsets.append(self._text.num_chars)
+            # The text of a stop token is left out unless the client wants it.
+            if not is_stop_token or self._include_stop:
+                delta.text += self._text.push(token.token_id)
+            if self._text.stop_string is not None:
+                reason, self.stop_reason = "stop", self._text.stop_string
                 break
-        else:
-            if ends_with_stop:
-                self._add_stop_token(delta, tokens[-1])
-            elif finished is not None:
-                self._end(delta, finished.reason)
+            if is_stop_token and token.token_id not in self.request.sampling.eos_token_ids:
+                self.stop_reason = token.token_id
+        self.finish_reason = reason
+        continues = reason == "length" and self._goes_on_elsewhere
+        if self.is_over and self._text.stop_string is None and not continues:
+            delta.text += self._text.finish()
         delta.finish_reason, delta.stop_reason = self.finish_reason, self.stop_reason
         return delta
 
@@ -200,55 +212,22 @@ class Choice:
         ``sent``: the client has what a stream emits for the tokens, and for the end of the choice
         if the last token has a ``finish_reason``.
         """
-        sampling, reason = self.request.sampling, tokens[-1].finish_reason
+        sampling, told = self.request.sampling, tokens[-1].finish_reason
         self.request.output = list(tokens)
-        if reason is not None:
-            self.request.remote_kv = None  # the prefill side knows, and waits for no pull
         is_stop = (
             tokens[-1].token_id in sampling.stop_token_ids and len(tokens) >= sampling.min_tokens
         )
-        delta = self.take(tokens[:-1] if is_stop else tokens)
-        num_chars = len(delta.text)
-        if not self.is_over():
+        delta, end = self.take(tokens[:-1] if is_stop else tokens), Delta(self.index)
+        if not self.is_over:
             if is_stop:
-                self._add_stop_token(delta, tokens[-1])
-            elif reason is not None or self.num_tokens >= sampling.max_tokens:
-                self._end(delta, "stop" if reason == "stop" else "length")
-        if not sent:
-            delta.finish_reason, delta.stop_reason = self.finish_reason, self.stop_reason
-            return delta
-        if reason is not None or not self.is_over():
+                end = self.take(tokens[-1:], "stop", ends_with_stop_token=True)
+            elif told is not None or self.num_tokens >= sampling.max_tokens:
+                end = self.take((), "stop" if told == "stop" else "length")
+        if sent and (told is not None or not self.is_over):
             return None
-        return Delta(
-            self.index,
-            delta.text[num_chars:],
-            finish_reason=self.finish_reason,
-            stop_reason=self.stop_reason,
-        )
-
-    def _add(self, delta: Delta, token: TokenOutput) -> None:
-        self._count(delta, token)
-        delta.text += self._text.push(token.token_id)
-        if self._text.stop_string is not None:
-            self.finish_reason, self.stop_reason = "stop", self._text.stop_string
-
-    def _add_stop_token(self, delta: Delta, token: TokenOutput) -> None:
-        """Count the token that ends a choice; its text is left out unless the client wants it."""
-        if self._include_stop:
-            self._add(delta, token)
-        else:
-            self._count(delta, token)
-        if not self.is_over():
-            self._end(delta, "stop")
-            if token.token_id not in self.request.sampling.eos_token_ids:
-                self.stop_reason = token.token_id
-
-    def _end(self, delta: Delta, reason: str) -> None:
-        self.finish_reason = reason
-        if not (reason == "length" and self._goes_on_elsewhere):
-            delta.text += self._text.finish()
-
-    def _count(self, delta: Delta, token: TokenOutput) -> None:
-        self.num_tokens += 1
-        delta.tokens.append(token)
-        delta.text_offsets.append(self._text.num_chars)
+        if sent:
+            delta = Delta(self.index)
+            end.tokens, end.text_offsets = [], []
+        delta.add(end)
+        delta.finish_reason, delta.stop_reason = self.finish_reason, self.stop_reason
+        return delta

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 from collections import OrderedDict
 
-from aiohttp import web
 from prometheus_client import CollectorRegistry
 
 from pdlaunch.config.engine_spec import EngineSpec
@@ -26,7 +25,7 @@ from pdlaunch.http.limits import (
     max_engine_body_bytes,
 )
 from pdlaunch.observe.spans import SpanLog, SpanReport
-from pdlaunch.protocol.engine import EngineStats, Welcome
+from pdlaunch.protocol.engine import EngineStats, SleepReply, Welcome
 from pdlaunch.protocol.ids import HopId, RequestId
 
 MAX_REMEMBERED_LEASES = 4096
@@ -44,13 +43,13 @@ class EngineService:
 
     def __init__(self, spec: EngineSpec, registry: CollectorRegistry) -> None:
         self.spec = spec
-        self.admission = Admission(spec.limits.max_queued_requests, _shutting_down)
-        self.deadlines = Deadlines(spec.limits.request_timeout_s, _shutting_down)
-        self.max_body_bytes = max_engine_body_bytes(spec.limits.max_body_bytes, spec.max_model_len)
+        limits = spec.limits
+        self.admission = Admission(limits.max_queued_requests, _shutting_down)
+        self.deadlines = Deadlines(limits.request_timeout_s, _shutting_down)
+        self.max_body_bytes = max_engine_body_bytes(limits.max_body_bytes, spec.max_model_len)
         # Room for what a router lets in, and for one of the longest that it makes of it.
-        self.bodies = BodyBudget(
-            spec.limits.body_budget_bytes + 2 * self.max_body_bytes, self.max_body_bytes
-        )
+        budget_bytes = limits.body_budget_bytes + 2 * self.max_body_bytes
+        self.bodies = BodyBudget(budget_bytes, self.max_body_bytes)
         self.inputs = LargeInputs()
         self.ignored_fields = IgnoredFields()
         self.metrics = ServerMetrics(
@@ -65,7 +64,8 @@ class EngineService:
                 "gpu_memory_utilization": str(spec.gpu_memory_utilization),
             },
         )
-        self.leases = LeaseIndex()
+        self.leases: OrderedDict[str, RequestId] = OrderedDict()
+        """The requests whose leases were handed out, by the hop's id and by the lease's."""
         self.unsent_spans = UnsentSpans()
         self.sleep = SleepDesk(spec, self.admission, self.live_link)
         self.loaded: ServedModel | None = None
@@ -111,10 +111,6 @@ class EngineService:
         self.sleep.check_awake()
         return self.admission.admit()
 
-    def read(self, http: web.Request) -> contextlib.AbstractAsyncContextManager[bytes]:
-        """Read a request's body and hold its room while the block runs. Raises RequestError."""
-        return self.bodies.read(http)
-
     async def use_link(self, link: RankLink | None) -> None:
         """Replace the link; requests of the old one get RankLost."""
         old, self._link = self._link, link
@@ -129,34 +125,25 @@ class EngineService:
             async with asyncio.timeout(READ_STATS_TIMEOUT_S):
                 await self.live_link().read_stats()
 
-    def on_welcome(self, welcome: Welcome) -> None:
-        self.metrics.engine.stats = EngineStats(
-            num_blocks=welcome.num_blocks, num_free_blocks=welcome.num_blocks
-        )
-        self.sleep.settle(welcome.sleeping_tags)
-        self.welcomed.set()
+    def hear(self, message: Welcome | EngineStats | SleepReply) -> None:
+        """Take a message of rank 0 that is of no request."""
+        match message:
+            case Welcome(num_blocks=number):
+                self.metrics.engine.stats = EngineStats(num_blocks=number, num_free_blocks=number)
+                self.sleep.settle(message.sleeping_tags)
+                self.welcomed.set()
+            case EngineStats():
+                self.metrics.engine.stats = message
+            case SleepReply():
+                self.sleep.settle(message.sleeping_tags)
 
-    def on_stats(self, stats: EngineStats) -> None:
-        self.metrics.engine.stats = stats
-
-
-class LeaseIndex:
-    """Finds the leases that were handed out, by the hop's id and by the lease's."""
-
-    def __init__(self) -> None:
-        self._rank_ids: OrderedDict[str, RequestId] = OrderedDict()
-
-    def add(self, hop_id: HopId, request_id: RequestId) -> None:
-        """Remember a lease; the oldest are forgotten, they have ended by themselves."""
+    def remember_lease(self, hop_id: HopId, request_id: RequestId) -> None:
+        """Find a lease by these ids; the oldest are forgotten, they have ended by themselves."""
         for key in (hop_id, request_id):
-            self._rank_ids[key] = request_id
-            self._rank_ids.move_to_end(key)
-        while len(self._rank_ids) > MAX_REMEMBERED_LEASES:
-            self._rank_ids.popitem(last=False)
-
-    def take(self, name: str) -> RequestId | None:
-        """Forget a lease and return its request's id; None when there is none of this name."""
-        return self._rank_ids.pop(name, None)
+            self.leases[key] = request_id
+            self.leases.move_to_end(key)
+        while len(self.leases) > MAX_REMEMBERED_LEASES:
+            self.leases.popitem(last=False)
 
 
 class UnsentSpans:

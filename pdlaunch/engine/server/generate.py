@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -59,7 +59,7 @@ _log = logging.getLogger(__name__)
 R = TypeVar("R", CompletionRequest, ChatCompletionRequest)
 
 
-async def generate(service: EngineService, kind: type[R], http: web.Request) -> web.StreamResponse:
+async def generate(service: EngineService, http: web.Request, kind: type[R]) -> web.StreamResponse:
     """Answer one request of ``kind``. Raises RequestError before the answer begins."""
     origin, is_suspect = read_origin(http.headers.get(ORIGIN_HEADER))
     call = Call(
@@ -68,29 +68,25 @@ async def generate(service: EngineService, kind: type[R], http: web.Request) -> 
         is_suspect=is_suspect,
         wants_spans=http.headers.get(SPANS_HEADER) == "1",
     )
+    if traceparent := read_traceparent(http.headers.get(TRACEPARENT_HEADER)):
+        _log.debug("traceparent %s", traceparent)
     with service.admit() as grow:
         deadline = service.deadlines.start()
         async with deadline.guard():
-            request, prompts = await _read(service, kind, http, grow, call.spans)
-        generation = Generation(
-            service.live_link(),
-            call,
-            request,
-            prompts,
-            service.model,
-            has_peers=service.spec.has_peers,
-        )
-        return await _run(service, http, call, generation, deadline)
+            request, prompts = await _read(service, http, kind, grow, call.spans)
+        link, model, has_peers = service.live_link(), service.model, service.spec.has_peers
+        generation = Generation(link, call, request, prompts, model, has_peers=has_peers)
+        return await _run(service, http, generation, deadline)
 
 
 async def _read(
-    service: EngineService, kind: type[R], http: web.Request, grow: Grow, spans: SpanLog
+    service: EngineService, http: web.Request, kind: type[R], grow: Grow, spans: SpanLog
 ) -> tuple[R, list[list[int]]]:
     """Return the request and the token ids of its prompts; all its places are taken then.
 
     Raises RequestError.
     """
-    async with service.read(http) as raw:
+    async with service.bodies.read(http) as raw:
         model = service.model
         request = await service.inputs.run(
             len(raw) >= LARGE_BODY_BYTES, partial(model.read, kind, raw)
@@ -107,24 +103,17 @@ async def _read(
 
 
 async def _run(
-    service: EngineService,
-    http: web.Request,
-    call: Call,
-    generation: Generation,
-    deadline: Deadline,
+    service: EngineService, http: web.Request, generation: Generation, deadline: Deadline
 ) -> web.StreamResponse:
     """Answer; then abort whatever is not finished, or a lease whose answer was not written."""
-    metrics, request, choices = service.metrics, generation.request, generation.choices
+    metrics, request, call = service.metrics, generation.request, generation.call
+    choices = generation.choices
     clock = RequestClock(metrics.requests)
-    if traceparent := read_traceparent(http.headers.get(TRACEPARENT_HEADER)):
-        _log.debug("traceparent %s", traceparent)
     metrics.asked(request.n, generation.num_prompt_tokens, choices)
     headers = {REQUEST_ID_HEADER: call.hop_id} | service.ignored_fields.headers(
         request.ignored_fields
     )
-    writer = AnswerWriter(
-        generation, service.model, call.hop_id, clock, call.spans if call.wants_spans else None
-    )
+    writer = AnswerWriter(generation, service.model, clock)
     answered = False
     otherwise = "abort"  # the reason of choices without one: their client has gone away
     try:
@@ -147,7 +136,7 @@ async def _run(
             if generation.is_remote_prefill:
                 generation.release()
     if generation.is_remote_prefill:
-        service.leases.add(call.hop_id, choices[0].request.request_id)
+        service.remember_lease(call.hop_id, choices[0].request.request_id)
     num_output = sum(choice.num_tokens for choice in choices)
     clock.end(num_output)
     _log.info(
@@ -197,31 +186,22 @@ async def _stream(
     return stream.response, True
 
 
-_LOWEST = -9999.0  # JSON has no minus infinity; the value that OpenAI uses
-
-
 class AnswerWriter:
     """Forms one request's answer, or its stream, while ``generation`` runs."""
 
-    def __init__(
-        self,
-        generation: Generation,
-        model: ServedModel,
-        hop_id: HopId,
-        clock: RequestClock,
-        spans: SpanLog | None,
-    ) -> None:
-        """``spans``: what the caller is told, behind the answer; None: nothing."""
+    def __init__(self, generation: Generation, model: ServedModel, clock: RequestClock) -> None:
+        call, self._request = generation.call, generation.request
         self._generation = generation
-        self._request = generation.request
         self._tokenizer = model.tokenizer
         self._clock = clock
-        self._spans = spans
+        self._spans = call.spans if call.wants_spans else None
+        """What the caller is told behind the answer."""
         self._is_chat = isinstance(generation.request, ChatCompletionRequest)
-        self._wants_usage = generation.request.continuous_usage
-        self._id = f"{'chatcmpl-' if self._is_chat else 'cmpl-'}{hop_id}"
-        self._created = int(time.time())
-        self._model = model.name
+        self._head: dict[str, Any] = {
+            "id": f"{'chatcmpl-' if self._is_chat else 'cmpl-'}{call.hop_id}",
+            "created": int(time.time()),
+            "model": model.name,
+        }
 
     async def whole(self) -> bytes:
         """Return the answer as one JSON body. Raises RequestError."""
@@ -232,8 +212,7 @@ class AnswerWriter:
                 whole[delta.index].add(delta)
         for choice, delta in zip(generation.choices, whole, strict=True):
             delta.finish_reason, delta.stop_reason = choice.finish_reason, choice.stop_reason
-        answer = self._new([self._choice(delta, is_whole=True) for delta in whole], is_whole=True)
-        self._add_prompts(answer)
+        answer = self._new(whole, is_whole=True, names_prompts=True)
         answer.usage = generation.usage()
         if generation.is_remote_prefill:
             answer.kv_transfer_params = generation.hand_over(whole)
@@ -248,7 +227,10 @@ class AnswerWriter:
         """Yield the stream but for its end, in pieces; each piece is what has come at once."""
         chunks = [] if self._generation.continues else self._opening()
         async for deltas in self._generation.deltas(self._clock):
-            chunks += [self._chunk(delta) for delta in deltas if self._is_shown(delta)]
+            for delta in deltas:
+                if self._is_shown(delta):
+                    chunks.append(self._new([delta]))
+                    chunks[-1].usage = self._usage_so_far()
             if chunks:
                 yield b"".join(map(encode_event, chunks))
             chunks = []
@@ -269,81 +251,76 @@ class AnswerWriter:
 
         Tokens whose text is held back do so only where the client asked for more than text.
         """
-        if delta.text or delta.finish_reason is not None:
-            return True
-        request = self._request
-        return bool(delta.tokens) and (
-            request.return_token_ids or request.num_top_logprobs is not None
-        )
+        wants_tokens = self._request.return_token_ids or self._request.num_top_logprobs is not None
+        return bool(delta.text or delta.finish_reason or (delta.tokens and wants_tokens))
 
     def _opening(self) -> list[ChatCompletion | Completion]:
-        """Return the chunks before any text."""
+        """Return the chunks before any text: the role of every choice, the prompts' token ids."""
         num_choices = self._request.n
         if self._is_chat:
-            said = ChatText(role="assistant", content="")
-            chunk = self._new([ChatChoice(index=i, delta=said) for i in range(num_choices)])
+            chunk = self._new([Delta(index) for index in range(num_choices)], names_prompts=True)
+            for choice in chunk.choices:
+                assert isinstance(choice, ChatChoice)
+                choice.delta = ChatText(role="assistant", content="")
+                choice.token_ids = UNSET
         elif self._request.return_token_ids:
             firsts = range(0, num_choices * len(self._generation.prompts), num_choices)
-            chunk = self._new([self._choice(Delta(index)) for index in firsts])
+            chunk = self._new([Delta(index) for index in firsts], names_prompts=True)
         else:
             return []
         chunk.usage = self._usage_so_far()
-        self._add_prompts(chunk)
         return [chunk]
 
-    def _chunk(self, delta: Delta) -> ChatCompletion | Completion:
-        chunk = self._new([self._choice(delta)])
-        chunk.usage = self._usage_so_far()
-        return chunk
-
     def _usage_so_far(self) -> Usage | UnsetType:
-        return self._generation.usage() if self._wants_usage else UNSET
+        return self._generation.usage() if self._request.continuous_usage else UNSET
 
-    def _new(self, choices: list[Any], *, is_whole: bool = False) -> ChatCompletion | Completion:
+    def _new(
+        self, deltas: Sequence[Delta], *, is_whole: bool = False, names_prompts: bool = False
+    ) -> ChatCompletion | Completion:
         """Return an answer, or a chunk of a stream."""
-        answer: ChatCompletion | Completion
-        if self._is_chat:
-            answer = ChatCompletion(id=self._id, choices=choices)
-            if not is_whole:
-                answer.object = "chat.completion.chunk"
-        else:
-            answer = Completion(id=self._id, choices=choices)
-        answer.created, answer.model = self._created, self._model
+        request, prompts = self._request, self._generation.prompts
+        names_prompts = names_prompts and request.return_token_ids
+        if not self._is_chat:
+            choices = list(map(self._completion_choice, deltas))
+            for choice in choices if names_prompts else ():
+                choice.prompt_token_ids = prompts[choice.index // request.n]
+            return Completion(**self._head, choices=choices)
+        answer = ChatCompletion(
+            **self._head, choices=[self._chat_choice(delta, is_whole) for delta in deltas]
+        )
+        if not is_whole:
+            answer.object = "chat.completion.chunk"
+        if names_prompts:
+            (answer.prompt_token_ids,) = prompts
         return answer
 
-    def _add_prompts(self, answer: ChatCompletion | Completion) -> None:
-        """Add the prompts' token ids, where they are wanted."""
-        prompts = self._generation.prompts
-        if not self._request.return_token_ids:
-            return
-        if isinstance(answer, ChatCompletion):
-            (answer.prompt_token_ids,) = prompts
-        else:
-            for choice in answer.choices:
-                choice.prompt_token_ids = prompts[choice.index // self._request.n]
-
-    def _choice(self, delta: Delta, *, is_whole: bool = False) -> ChatChoice | CompletionChoice:
-        """Return a choice of an answer, or of a chunk."""
-        num_top = self._request.num_top_logprobs if delta.tokens else None
-        choice: ChatChoice | CompletionChoice
-        if self._is_chat:
-            choice = ChatChoice()
-            if num_top is not None:
-                choice.logprobs = chat_logprobs(delta, self._tokenizer, num_top)
-            if is_whole:
-                choice.message = ChatText(role="assistant", content=delta.text, refusal=None)
-            else:
-                has_text = delta.text or not delta.finish_reason
-                choice.delta = ChatText(content=delta.text) if has_text else ChatText()
-        else:
-            choice = CompletionChoice(text=delta.text)
-            if num_top is not None:
-                choice.logprobs = completion_logprobs(delta, self._tokenizer, num_top)
-        choice.index, choice.finish_reason = delta.index, delta.finish_reason
-        choice.stop_reason = delta.stop_reason
-        if self._request.return_token_ids:
-            choice.token_ids = [token.token_id for token in delta.tokens]
+    def _completion_choice(self, delta: Delta) -> CompletionChoice:
+        choice = CompletionChoice(text=delta.text, **self._common(delta))
+        num_top = self._request.num_top_logprobs
+        if delta.tokens and num_top is not None:
+            choice.logprobs = completion_logprobs(delta, self._tokenizer, num_top)
         return choice
+
+    def _chat_choice(self, delta: Delta, is_whole: bool) -> ChatChoice:
+        choice = ChatChoice(**self._common(delta))
+        num_top = self._request.num_top_logprobs
+        if delta.tokens and num_top is not None:
+            choice.logprobs = chat_logprobs(delta, self._tokenizer, num_top)
+        if is_whole:
+            choice.message = ChatText(role="assistant", content=delta.text, refusal=None)
+        else:
+            has_text = delta.text or not delta.finish_reason
+            choice.delta = ChatText(content=delta.text) if has_text else ChatText()
+        return choice
+
+    def _common(self, delta: Delta) -> dict[str, Any]:
+        tokens = [token.token_id for token in delta.tokens]
+        return {
+            "index": delta.index,
+            "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
+            "token_ids": tokens if self._request.return_token_ids else UNSET,
+        }
 
 
 def completion_logprobs(delta: Delta, tokenizer: TextTokenizer, num_top: int) -> CompletionLogprobs:
@@ -358,19 +335,17 @@ def completion_logprobs(delta: Delta, tokenizer: TextTokenizer, num_top: int) ->
         logprobs = dict(token.top_logprobs[:num_top])
         if token.logprob is not None:
             logprobs.setdefault(token.token_id, token.logprob)
-        return {
-            tokenizer.token_name(token_id): max(logprob, _LOWEST)
-            for token_id, logprob in logprobs.items()
-        }
+        return {tokenizer.token_name(token_id): value for token_id, value in logprobs.items()}
 
     return CompletionLogprobs(
         tokens=[tokenizer.token_name(token.token_id) for token in delta.tokens],
-        token_logprobs=[
-            None if token.logprob is None else max(token.logprob, _LOWEST) for token in delta.tokens
-        ],
+        token_logprobs=[token.logprob for token in delta.tokens],
         top_logprobs=list(map(top, delta.tokens)),
         text_offset=list(delta.text_offsets),
     )
+
+
+_LOWEST = -9999.0  # JSON has no minus infinity; the value that OpenAI uses
 
 
 def chat_logprobs(delta: Delta, tokenizer: TextTokenizer, num_top: int) -> ChatLogprobs:
@@ -379,7 +354,7 @@ def chat_logprobs(delta: Delta, tokenizer: TextTokenizer, num_top: int) -> ChatL
     def named(token_id: int, logprob: float | None) -> TokenLogprob:
         return TokenLogprob(
             token=tokenizer.token_name(token_id),
-            logprob=_LOWEST if logprob is None else max(logprob, _LOWEST),
+            logprob=_LOWEST if logprob is None else logprob,
             bytes=list(tokenizer.token_bytes(token_id)),
         )
 

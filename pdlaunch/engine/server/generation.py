@@ -26,13 +26,7 @@ from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.errors import RANK_LOST
 from pdlaunch.observe.metrics import RequestClock
 from pdlaunch.observe.spans import SpanLog
-from pdlaunch.protocol.engine import (
-    AddRequest,
-    RequestFinished,
-    SamplingParams,
-    SetReaders,
-    Tokens,
-)
+from pdlaunch.protocol.engine import AddRequest, RequestFinished, SamplingParams, Tokens
 from pdlaunch.protocol.ids import NO_ORIGIN, HopId, PromptOrigin, RequestId
 from pdlaunch.protocol.kv_params import (
     KVTransferParams,
@@ -80,13 +74,13 @@ class Generation:
 
         ``has_peers``: the engine exchanges KV blocks with others.
         """
+        self.call = call
         self.request = request
         self.prompts = list(prompts)
         self.choices: list[Choice] = []
         self.num_prompt_tokens = sum(map(len, prompts))
         self.ended = asyncio.Event()
         """Set once nothing more comes of choices that were aborted."""
-        self._spans = call.spans
         self._sent_at = 0.0
         self._link = link
         self._running: dict[RequestId, Choice] = {}
@@ -123,13 +117,8 @@ class Generation:
                     is_suspect=call.is_suspect,
                     records_spans=call.wants_spans,
                 )
-                choice = Choice(
-                    index,
-                    add,
-                    request,
-                    model.tokenizer,
-                    goes_on_elsewhere=transfer.do_remote_decode,
-                )
+                goes_on = transfer.do_remote_decode
+                choice = Choice(index, add, request, model.tokenizer, goes_on_elsewhere=goes_on)
                 self.choices.append(choice)
                 if known is not None and (tokens := known[number]):
                     delta = choice.resume(tokens, sent=sent)
@@ -137,10 +126,10 @@ class Generation:
 
     def start(self) -> None:
         """Submit the choices."""
-        self._sent_at = self._spans.clock()
+        self._sent_at = self.call.spans.clock()
         for choice in self.choices:
             add = choice.request
-            if not choice.is_over():
+            if not choice.is_over:
                 self._running[add.request_id] = choice
                 self._link.submit(add, self._events.put_nowait)
             elif add.remote_kv is not None:
@@ -199,9 +188,6 @@ class Generation:
                 "do_remote_decode": False,
                 "pdlaunch": msgspec.to_builtins(first_tokens),
             }
-        if num_open < len(self.choices):
-            lease_id = self.choices[0].request.request_id
-            self._link.send(SetReaders(request_id=lease_id, num_readers=num_open))
         return to_wire(self._remote_kv, first_tokens)
 
     def usage(self) -> Usage:
@@ -223,18 +209,20 @@ class Generation:
         match event:
             case RankLost():
                 raise OverloadedError("the engine is restarting", status=503, code=RANK_LOST)
-            case Tokens(tokens=tokens):
-                delta = choice.take(tokens)
-                if choice.is_over():  # by a stop string, of which the rank knows nothing
+            case Tokens():
+                delta = choice.take(event.tokens)
+                if choice.is_over:  # by a stop string, of which the rank knows nothing
                     del self._running[event.request_id]
                     self._link.abort(event.request_id)
             case RequestFinished():
                 del self._running[event.request_id]
                 if event.reason in ("error", "abort"):
-                    raise _failure(event)
+                    message = event.error or "the engine aborted the request"
+                    raise RequestError(message, status=500, code="engine_error")
                 choice.num_cached_tokens = event.num_cached_tokens
                 self._remote_kv = event.remote_kv or self._remote_kv
-                delta = choice.take(event.tokens, event)
+                stops = event.stop_token_id is not None
+                delta = choice.take(event.tokens, event.reason, ends_with_stop_token=stops)
         return delta
 
     def _take_last(self, event: RankEvent) -> None:
@@ -251,12 +239,8 @@ class Generation:
         if len(self.choices) > 1:
             for span in event.spans.spans:
                 span.attributes["choice"] = int(event.request_id.rpartition("/")[2])
-        self._spans.take(event.spans, sent_at=self._sent_at, received_at=self._spans.clock())
-
-
-def _failure(event: RequestFinished) -> RequestError:
-    message = event.error or "the engine aborted the request"
-    return RequestError(message, status=500, code="engine_error")
+        spans = self.call.spans
+        spans.take(event.spans, sent_at=self._sent_at, received_at=spans.clock())
 
 
 def _first_token(delta: Delta) -> TokenOutput:

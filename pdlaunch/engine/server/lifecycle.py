@@ -159,9 +159,7 @@ class ServerProcess:
                 self._supervised.context,
                 rank[1],
                 identity=self._supervised.bootstrap.name,
-                on_welcome=self._service.on_welcome,
-                on_stats=self._service.on_stats,
-                on_sleep=lambda reply: self._service.sleep.settle(reply.sleeping_tags),
+                hear=self._service.hear,
             )
         await self._service.use_link(link)
 

@@ -38,6 +38,8 @@ from pdlaunch.protocol.sockets import SecureContext
 
 _log = logging.getLogger(__name__)
 
+_STATS_CALL = -1  # stands for all who wait for the next EngineStats
+
 
 @dataclass(frozen=True, slots=True)
 class RankLost:
@@ -63,25 +65,20 @@ class RankLink:
         endpoint: str,
         *,
         identity: str,
-        on_welcome: Callable[[Welcome], None],
-        on_stats: Callable[[EngineStats], None],
-        on_sleep: Callable[[SleepReply], None] = lambda _: None,
+        hear: Callable[[Welcome | EngineStats | SleepReply], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``on_sleep``: for replies to calls of an earlier server."""
+        """``hear``: takes what is of no request, also replies to calls of an earlier server."""
         self._socket: Any = context.connect(
             zmq.DEALER, endpoint, identity=identity.encode(), socket_class=zmq.asyncio.Socket
         )
-        self._on_welcome = on_welcome
-        self._on_stats = on_stats
-        self._on_sleep = on_sleep
+        self._hear = hear
         self._clock = clock
         self._heard_at = clock()
         self._sinks: dict[RequestId, Sink] = {}
         self._calls: dict[int, asyncio.Future[Any]] = {}
         # Replies to calls of an earlier server have other numbers.
         self._call_ids = itertools.count(secrets.randbits(32))
-        self._stats_readers: set[int] = set()
         self.send(Hello())
         self._reader = asyncio.create_task(self._read())
 
@@ -121,29 +118,24 @@ class RankLink:
         Raises OverloadedError when the rank is lost.
         """
         call_id = next(self._call_ids)
-        self._calls[call_id] = asyncio.get_running_loop().create_future()
-        self.send(build(call_id))
-        return await self._calls[call_id]
+        return await self._call(call_id, build(call_id))
 
     async def read_stats(self) -> None:
-        """Have the rank send its totals, and wait until ``on_stats`` has them.
+        """Have the rank send its totals, and wait until ``hear`` has them.
 
         What the rank has said before is counted in them. Raises OverloadedError when it is lost.
         """
+        await self._call(_STATS_CALL, ReadStats())
 
-        def build(call_id: int) -> ReadStats:
-            self._stats_readers.add(call_id)
-            return ReadStats()
+    async def _call(self, call_id: int, message: ToRank) -> Any:
+        reply = self._calls.setdefault(call_id, asyncio.get_running_loop().create_future())
+        self.send(message)
+        # Shielded: one of several callers may go away.
+        return await asyncio.shield(reply)
 
-        await self.call(build)
-
-    def _reply(self, call_id: int, message: object) -> bool:
-        """Return False when nobody has made this call, or has gone away since."""
-        reply = self._calls.pop(call_id, None)
-        if reply is None or reply.done():
-            return False
-        reply.set_result(message)
-        return True
+    def _reply(self, call_id: int, message: object) -> None:
+        if (reply := self._calls.pop(call_id, None)) is not None:
+            reply.set_result(message)
 
     async def close(self) -> None:
         """End the connection; requests under way get RankLost."""
@@ -152,9 +144,10 @@ class RankLink:
             await self._reader
         self._socket.close()
         for reply in self._calls.values():
-            if not reply.done():
-                lost = OverloadedError("the rank has gone", status=503, code="engine_starting")
-                reply.set_exception(lost)
+            reply.set_exception(
+                OverloadedError("the rank has gone", status=503, code="engine_starting")
+            )
+            reply.exception()  # where nobody waits any more, nobody has to look at it
         sinks, self._sinks = self._sinks, {}
         for request_id, sink in sinks.items():
             sink(RankLost(request_id))
@@ -179,14 +172,12 @@ class RankLink:
                     if (sink := take(item.request_id, None)) is not None:
                         sink(item)
             case Welcome():
-                self._on_welcome(message)
+                self._hear(message)
             case EngineStats():
-                self._on_stats(message)
-                readers, self._stats_readers = self._stats_readers, set()
-                for call_id in readers:
-                    self._reply(call_id, None)
+                self._hear(message)
+                self._reply(_STATS_CALL, None)
             case SleepReply():
-                if not self._reply(message.call_id, message):
-                    self._on_sleep(message)
+                self._hear(message)
+                self._reply(message.call_id, message)
             case IntegrityReport():
                 self._reply(message.call_id, message)

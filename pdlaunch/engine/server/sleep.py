@@ -11,10 +11,10 @@ A caller that goes away changes nothing: what it has asked for goes on.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from typing import Any
 
-import msgspec
+from multidict import MultiMapping
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engine.server.rank_link import RankLink
@@ -27,44 +27,24 @@ from pdlaunch.protocol.engine import Sleep, SleepReply, WakeUp
 SLEEP_TAGS = ("weights", "kv_cache")
 
 
-class SleepStatus(msgspec.Struct, frozen=True):
-    """Answers calls of the sleep endpoints."""
+def _read_query(
+    query: MultiMapping[str], known: dict[str, tuple[str, ...]]
+) -> dict[str, list[str]]:
+    """Return the values of each parameter, repeated or with commas. Raises RequestError.
 
-    is_sleeping: bool
-    sleeping_tags: list[str]
-    num_bytes: int = 0  # device memory that the call gave back or took, over all ranks
-
-
-def read_sleep_query(query: Mapping[str, str]) -> tuple[int, bool]:
-    """Return the level of POST /sleep, and whether to wait for what runs. Raises RequestError."""
-    _check_names(query, ("level", "mode"))
-    level, mode = query.get("level", "1"), query.get("mode", "wait")
-    if level not in ("1", "2"):
-        raise RequestError(
-            "level must be 1 (weights wait in host memory) or 2 (weights are loaded again)",
-            param="level",
-        )
-    if mode not in ("wait", "refuse"):
-        raise RequestError(
-            "mode must be wait (for what runs) or refuse (while something runs)", param="mode"
-        )
-    return int(level), mode == "wait"
-
-
-def read_tags(query: Any) -> list[str]:
-    """Return the ``tags`` of POST /wake_up, repeated or with commas. Raises RequestError."""
-    _check_names(query, ("tags",))
-    tags = [tag for value in query.getall("tags", []) for tag in value.split(",")]
-    if unknown := [tag for tag in tags if tag not in SLEEP_TAGS]:
-        message = f"there is no pool {unknown[0]!r:.50}; tags are {' and '.join(SLEEP_TAGS)}"
-        raise RequestError(message, param="tags")
-    return list(dict.fromkeys(tags))
-
-
-def _check_names(query: Mapping[str, str], known: tuple[str, ...]) -> None:
-    if unknown := [name for name in query if name not in known]:
-        message = f"unknown query parameter {unknown[0]!r:.50}; there are {', '.join(known)}"
-        raise RequestError(message, param="query")
+    ``known``: the values that each may have.
+    """
+    found: dict[str, list[str]] = {name: [] for name in known}
+    for name, text in query.items():
+        if name not in known:
+            message = f"unknown query parameter {name!r:.50}; there are {', '.join(known)}"
+            raise RequestError(message, param="query")
+        for value in text.split(","):
+            if value not in known[name]:
+                message = f"{name} must be {' or '.join(known[name])}, not {value!r:.50}"
+                raise RequestError(message, param=name)
+            found[name].append(value)
+    return found
 
 
 class SleepDesk:
@@ -96,8 +76,10 @@ class SleepDesk:
                 code="engine_sleeping",
             )
 
-    def status(self, num_bytes: int = 0) -> SleepStatus:
-        return SleepStatus(bool(self._tags), self._tags, num_bytes)
+    def status(self, num_bytes: int = 0) -> dict[str, Any]:
+        """Answer a call; ``num_bytes`` of device memory, over all ranks, it gave back or took."""
+        tags = self._tags
+        return {"is_sleeping": bool(tags), "sleeping_tags": tags, "num_bytes": num_bytes}
 
     def settle(self, tags: list[str], *, draining: bool = False) -> None:
         """Take over which pools sleep, also of a rank 0 that is not the one known so far."""
@@ -107,19 +89,25 @@ class SleepDesk:
             self._state = state
             self.announce(state)
 
-    async def fall_asleep(self, level: int, *, waits: bool) -> SleepStatus:
-        """Put the engine to sleep.
+    async def fall_asleep(self, query: MultiMapping[str]) -> dict[str, Any]:
+        """Take ``level=1|2`` (1 keeps the weights in host memory, 2 loads them again) and
+        ``mode=wait|refuse``; answer when the engine sleeps.
 
         Raises RequestError: 400 without sleep mode, 409 while the engine is busy and the caller
         does not wait.
         """
+        found = _read_query(query, {"level": ("1", "2"), "mode": ("wait", "refuse")})
+        level, waits = int((found["level"] or ["1"])[-1]), "refuse" not in found["mode"]
         return await self._to_the_end(self._fall_asleep(level, waits))
 
-    async def wake_up(self, tags: list[str]) -> SleepStatus:
-        """Wake these pools up. Raises RequestError: 400 without sleep mode, 409 when it fails."""
-        return await self._to_the_end(self._wake_up(tags))
+    async def wake_up(self, query: MultiMapping[str]) -> dict[str, Any]:
+        """Wake the pools of ``tags=weights&tags=kv_cache``, without tags all. Raises RequestError:
+        400 without sleep mode, 409 when it fails.
+        """
+        tags = _read_query(query, {"tags": SLEEP_TAGS})["tags"]
+        return await self._to_the_end(self._wake_up(list(dict.fromkeys(tags))))
 
-    async def _fall_asleep(self, level: int, waits: bool) -> SleepStatus:
+    async def _fall_asleep(self, level: int, waits: bool) -> dict[str, Any]:
         if self._tags:
             return self.status()
         link = self._link()
@@ -128,33 +116,34 @@ class SleepDesk:
                 f"{self._admission.in_flight} requests are in flight; mode=wait waits for them"
             )
         timeout_s = self._timeout_s if waits else 0.0
-        reply: SleepReply | None = None
         try:
             # The registry first keeps routers away; then what is here can come to its end.
             self.settle(self._tags, draining=True)
             if not await self._admission.wait_idle(self._timeout_s):
                 raise _conflict(f"requests were still in flight after {self._timeout_s:g} s")
-            reply = await link.call(
-                lambda call_id: Sleep(call_id=call_id, level=level, timeout_s=timeout_s)
+            return self._answer(
+                await link.call(
+                    lambda call_id: Sleep(call_id=call_id, level=level, timeout_s=timeout_s)
+                )
             )
         finally:
-            self.settle(self._tags if reply is None else reply.sleeping_tags)
-        return self._answer(reply)
+            self.settle(self._tags)
 
-    async def _wake_up(self, tags: list[str]) -> SleepStatus:
+    async def _wake_up(self, tags: list[str]) -> dict[str, Any]:
         if not self._tags:
             return self.status()
-        reply = await self._link().call(lambda call_id: WakeUp(call_id=call_id, tags=tags))
-        self.settle(reply.sleeping_tags)
-        return self._answer(reply)
+        return self._answer(
+            await self._link().call(lambda call_id: WakeUp(call_id=call_id, tags=tags))
+        )
 
-    def _answer(self, reply: SleepReply) -> SleepStatus:
+    def _answer(self, reply: SleepReply) -> dict[str, Any]:
+        """Return the status, which the link has brought up to date."""
         if reply.error is not None:
             raise _conflict(reply.error)
         return self.status(reply.num_bytes)
 
-    async def _to_the_end(self, work: Coroutine[Any, Any, SleepStatus]) -> SleepStatus:
-        async def in_turn() -> SleepStatus:
+    async def _to_the_end(self, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
+        async def in_turn() -> dict[str, Any]:
             async with self._turn:
                 return await work
 

@@ -174,10 +174,8 @@ async def make_engine(
             secure,
             rank.endpoint,
             identity=spec.name,
-            on_welcome=service.on_welcome,
-            on_stats=service.on_stats,
+            hear=service.hear,
             clock=clock,
-            on_sleep=lambda reply: service.sleep.settle(reply.sleeping_tags),
         )
         await service.use_link(link)
         app = make_app(service, keys=[TOKEN, OTHER_ROUTERS_KEY])

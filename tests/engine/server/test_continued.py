@@ -110,16 +110,19 @@ async def test_decode_does_not_repeat_the_role_that_was_sent(engine: Engine, ran
     )
 
 
-async def test_choices_that_ended_on_prefill_need_no_rank(engine: Engine, rank: FakeRank):
+async def test_choices_that_ended_on_prefill_only_give_their_lease_up(
+    engine: Engine, rank: FakeRank
+):
     tokens = [{"token_id": rank.ids(END_TOKEN)[0], "finish_reason": "stop"}, {"token_id": 70}]
     request = AddRequest(
         request_id="x/0", prompt_token_ids=[1], sampling=SamplingParams(max_tokens=1)
     )
     params = to_wire(remote_kv(request), None) | {"pdlaunch": {"first_tokens": tokens}}
     answer = await engine.complete(n=2, max_tokens=3, kv_transfer_params=params)
-    assert len(rank.added()) == 1
     assert [choice["finish_reason"] for choice in answer["choices"]] == ["stop", "length"]
     assert answer["usage"]["completion_tokens"] == 4
+    (abort,) = await rank.wait_for(AbortRequest)
+    assert [add.request_id == abort.request_id for add in rank.added()] == [True, False]
     status, error = await engine.refusal(n=1, kv_transfer_params=params)
     assert (status, error["param"]) == (400, "kv_transfer_params.pdlaunch.first_tokens")
 
@@ -184,13 +187,3 @@ async def test_a_choice_that_needs_no_more_tokens_gives_its_lease_up(
     assert abort.request_id == request.request_id
     assert request.remote_kv is not None
     assert len(request.output) == 1
-
-
-async def test_a_choice_that_prefill_has_ended_is_no_reader_of_its_lease(
-    engine: Engine, rank: FakeRank
-):
-    params = REMOTE_PREFILL | first_token(rank.ids("hello")[0], finish_reason="stop")
-    answer = await engine.complete(max_tokens=4, kv_transfer_params=params)
-    assert answer["choices"][0]["finish_reason"] == "stop"
-    await engine.complete(max_tokens=4)
-    assert [request.remote_kv for request in rank.added()] == [None]

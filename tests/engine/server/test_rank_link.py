@@ -11,13 +11,7 @@ from tests.engine.server.fake_rank import FakeRank, silent
 
 
 def new_link(context: SecureContext, rank: FakeRank) -> RankLink:
-    return RankLink(
-        context,
-        rank.endpoint,
-        identity="server",
-        on_welcome=lambda message: None,
-        on_stats=lambda message: None,
-    )
+    return RankLink(context, rank.endpoint, identity="server", hear=lambda message: None)
 
 
 def request(name: str, max_tokens: int = 1) -> AddRequest:
