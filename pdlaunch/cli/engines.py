@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -18,9 +18,14 @@ from pdlaunch.cli.options import KeyOption, UrlOption
 from pdlaunch.cli.output import print_errors, safe
 from pdlaunch.config.roles import ROLES, Role
 from pdlaunch.errors import PdlaunchError
-from pdlaunch.launch.client import commands
 from pdlaunch.launch.client.admin import admin_api
-from pdlaunch.launch.client.commands import Change, ChangeOutcome, EngineOutcome
+from pdlaunch.launch.client.api import Api
+from pdlaunch.launch.client.commands import (
+    ChangeOutcome,
+    EngineOutcome,
+    change_engines,
+    command_engines,
+)
 
 GIB = 1024**3
 _GOES_ON = "what has begun goes on; `pdlaunch status` shows the engines"
@@ -79,9 +84,8 @@ def sleep(
     """Have engines give their device memory back; they serve nothing until `pdlaunch wake`. Needs
     enable_sleep_mode.
     """
-    with _errors_told():
-        admin = admin_api(url, admin_api_key)
-        outcomes = commands.sleep_engines(admin, level=level, mode=mode, names=engine or ())
+    with _commanding(url, admin_api_key) as admin:
+        outcomes = command_engines(admin, "/sleep", engine or (), level=level, mode=mode)
     _show_memory("given back", outcomes)
 
 
@@ -94,10 +98,8 @@ def wake(
     admin_api_key: KeyOption = None,
 ) -> None:
     """Have engines that sleep take their device memory again and serve."""
-    tags = [str(name) for name in tag or ()]
-    with _errors_told():
-        admin = admin_api(url, admin_api_key)
-        outcomes = commands.wake_engines(admin, tags=tags, names=engine or ())
+    with _commanding(url, admin_api_key) as admin:
+        outcomes = command_engines(admin, "/wake_up", engine or (), tags=tag or [])
     _show_memory("taken", outcomes)
 
 
@@ -106,11 +108,10 @@ def restart(name: NamesArgument, url: UrlOption = None, admin_api_key: KeyOption
     up starts at once.
     """
     failed = False
-    with _errors_told():
-        admin = admin_api(url, admin_api_key)
+    with _commanding(url, admin_api_key) as admin:
         # One after the other, so that the others of a role serve meanwhile.
         for each in dict.fromkeys(name):
-            outcome = commands.restart_engine(admin, each)
+            (outcome,) = command_engines(admin, "/pdlaunch/restart", [each])
             _show_line(outcome, "serves again")
             failed |= outcome.error is not None
     raise typer.Exit(int(failed))
@@ -134,9 +135,9 @@ def drain(
     holds until `pdlaunch undrain`, also while the engine is restarted.
     """
     names = " ".join(name)
-    with _errors_told(f"{names}: no new work; `pdlaunch undrain {names}` ends that"):
-        admin = admin_api(url, admin_api_key)
-        outcomes = commands.drain_engines(admin, name, timeout_s=timeout)
+    said = f"{names}: no new work; `pdlaunch undrain {names}` ends that"
+    with _commanding(url, admin_api_key, said) as admin:
+        outcomes = command_engines(admin, "/pdlaunch/drain", name, timeout_s=f"{timeout:g}")
     for each in outcomes:
         left = f"{each.running} still at work after {timeout:g} s" if each.running else ""
         _show_line(each, f"is given no new work; {left or 'nothing runs there'}")
@@ -145,8 +146,8 @@ def drain(
 
 def undrain(name: NamesArgument, url: UrlOption = None, admin_api_key: KeyOption = None) -> None:
     """Give engines work again that `pdlaunch drain` has kept it from."""
-    with _errors_told():
-        outcomes = commands.undrain_engines(admin_api(url, admin_api_key), name)
+    with _commanding(url, admin_api_key) as admin:
+        outcomes = command_engines(admin, "/pdlaunch/undrain", name)
     for outcome in outcomes:
         _show_line(outcome, "is given work")
     raise typer.Exit(int(any(outcome.error for outcome in outcomes)))
@@ -168,22 +169,20 @@ def scale(
     """Add and remove engines of a running launch. New ones get requests once their pairs are
     proven; those that go get none any more and finish what runs.
     """
-    replicas: dict[Role, int] = {}
+    replicas: dict[str, int] = {}
     for text in wanted:
-        name, _, number = text.partition("=")
-        known = next((role for role in get_args(Role) if role == name), None)
-        if known is None or not number.isdecimal() or known in replicas:
+        role, _, number = text.partition("=")
+        if role not in ROLES or not number.isdecimal() or role in replicas:
             raise typer.BadParameter(
                 f"{text[:80]!a}: write ROLE=NUMBER, each role of {', '.join(ROLES)} at most once",
                 param_hint="ROLE=NUMBER",
             )
-        replicas[known] = int(number)
-    with _errors_told("" if dry_run else _GOES_ON):
-        admin = admin_api(url, admin_api_key)
-        outcome = commands.scale_engines(
-            admin, replicas, dry_run=dry_run, drain_timeout_s=drain_timeout
+        replicas[role] = int(number)
+    with _commanding(url, admin_api_key, "" if dry_run else _GOES_ON) as admin:
+        outcome = change_engines(
+            admin, "/pdlaunch/scale", dry_run=dry_run, drain_timeout_s=drain_timeout, **replicas
         )
-    _show_outcome(outcome, dry_run=dry_run)
+    _show_change(outcome, dry_run=dry_run)
 
 
 def role(
@@ -197,19 +196,21 @@ def role(
     """Give an engine of a running launch another role: it finishes what runs, stops, and a new one
     of that role starts on its devices, under a name of that role.
     """
-    with _errors_told("" if dry_run else _GOES_ON):
-        admin = admin_api(url, admin_api_key)
-        outcome = commands.turn_engine(
-            admin, name, role, dry_run=dry_run, drain_timeout_s=drain_timeout
+    change = {"engine": name, "role": role}
+    with _commanding(url, admin_api_key, "" if dry_run else _GOES_ON) as admin:
+        outcome = change_engines(
+            admin, "/pdlaunch/role", dry_run=dry_run, drain_timeout_s=drain_timeout, **change
         )
-    _show_outcome(outcome, dry_run=dry_run)
+    _show_change(outcome, dry_run=dry_run)
 
 
 @contextmanager
-def _errors_told(on_interrupt: str = "") -> Iterator[None]:
-    """End the command at an error of the deployment; Ctrl-C says what stays."""
+def _commanding(
+    url: str | None, admin_api_key: str | None, on_interrupt: str = ""
+) -> Iterator[Api]:
+    """Yield what commands the launch; an error of it ends the command. Ctrl-C says what stays."""
     try:
-        yield
+        yield admin_api(url, admin_api_key)
     except KeyboardInterrupt:
         if on_interrupt:
             Console(stderr=True).print(Text(on_interrupt), soft_wrap=True)
@@ -239,33 +240,29 @@ def _show_memory(what: str, outcomes: Sequence[EngineOutcome]) -> None:
     raise typer.Exit(int(any(each.error for each in outcomes)))
 
 
-def _show_outcome(outcome: ChangeOutcome, *, dry_run: bool) -> None:
-    console = Console()
-    if outcome.change is not None:
-        _show_change(console, outcome.change, "would be" if dry_run or outcome.error else "is")
-    for note in outcome.notes:
-        console.print(Text(note, style="yellow"), soft_wrap=True)
-    if outcome.error:
-        console.print(Text(outcome.error, style="red"), soft_wrap=True)
-        raise typer.Exit(1)
-
-
-def _show_change(console: Console, change: Change, verb: str) -> None:
+def _show_change(outcome: ChangeOutcome, *, dry_run: bool) -> None:
     """Print a row for each engine that starts or stops, and what there is afterwards."""
-    table = Table("engine", "", "host", "devices", "threads", "running")
-    for engine in change.starts:
-        cells = (engine.name, "starts", engine.host, " ".join(engine.devices))
-        table.add_row(*map(Text, cells), str(engine.num_threads), "")
-    for name, number in change.stops.items():
-        table.add_row(Text(name), "stops", "", "", "", str(number))
-    if change.starts or change.stops:
-        console.print(table)
-    if change.stops:
-        first = "before others start" if change.stops_first else "last"
-        console.print(
-            f"What stops does so {first}; what runs there gets up to {change.drain_s:g} s, then it "
-            "goes on elsewhere.",
-            soft_wrap=True,
-        )
-    counts = ", ".join(f"{change.replicas[role]} {role}" for role in ROLES if change.replicas[role])
-    console.print(f"The launch {verb} {counts}.", soft_wrap=True)
+    console, change = Console(soft_wrap=True), outcome.change
+    if change is not None:
+        table = Table("engine", "", "host", "devices", "threads", "running")
+        for engine in change.starts:
+            cells = (engine.name, "starts", engine.host, " ".join(engine.devices))
+            table.add_row(*map(Text, cells), str(engine.num_threads), "")
+        for name, number in change.stops.items():
+            table.add_row(Text(name), "stops", "", "", "", str(number))
+        if table.rows:
+            console.print(table)
+        if change.stops:
+            first = "before others start" if change.stops_first else "last"
+            console.print(
+                f"What stops does so {first}; what runs there gets up to {change.drain_s:g} s, "
+                "then it goes on elsewhere."
+            )
+        counts = ", ".join(f"{number} {role}" for role, number in change.replicas.items() if number)
+        verb = "would be" if dry_run or outcome.error else "is"
+        console.print(f"The launch {verb} {counts}.")
+    for note in outcome.notes:
+        console.print(Text(note, style="yellow"))
+    if outcome.error:
+        console.print(Text(outcome.error, style="red"))
+        raise typer.Exit(1)

@@ -18,7 +18,7 @@ import pytest
 from pdlaunch.errors import StartupError
 from pdlaunch.launch.client.admin import admin_api, own_launches
 from pdlaunch.launch.client.api import Api
-from pdlaunch.launch.client.commands import scale_engines, turn_engine
+from pdlaunch.launch.client.commands import change_engines
 from pdlaunch.launch.client.deployment import Deployment, running_deployment
 from tests.e2e.api import complete
 from tests.e2e.conftest import clean_environ
@@ -127,13 +127,15 @@ def test_engines_come_turn_and_go(tmp_path: Path, model: Path) -> None:
     with launched(tmp_path, model) as deployment:
         admin = admin_api(deployment.url)
         run_dir = own_launches(deployment.url)[0].run_dir
-        assert scale_engines(admin, {"prefill": 2}).error == ""
+        assert change_engines(admin, "/pdlaunch/scale", prefill=2).error == ""
         assert state(deployment, "prefill-1") == "ready"
         # One whose canary fails is taken back; the others serve on.
         say(tmp_path, "prefill-2.has_connector", False)
-        assert "no KV connector" in scale_engines(admin, {"prefill": 3}).error
+        assert "no KV connector" in change_engines(admin, "/pdlaunch/scale", prefill=3).error
         assert "prefill-2" not in deployment.processes()
-        assert turn_engine(admin, "prefill-1", "decode").error == ""
+        assert (
+            change_engines(admin, "/pdlaunch/role", engine="prefill-1", role="decode").error == ""
+        )
         assert state(deployment, "decode-1") == "ready"
         assert complete(deployment.url, PROMPT, 5, model=None) == answer_of(PROMPT, 5)
         assert not list(run_dir.glob("prefill-[12].*"))

@@ -12,7 +12,7 @@ import torch
 
 from pdlaunch.launch.client.admin import admin_api
 from pdlaunch.launch.client.api import Api
-from pdlaunch.launch.client.commands import sleep_engines, wake_engines
+from pdlaunch.launch.client.commands import command_engines
 from pdlaunch.launch.client.deployment import Deployment, running_deployment
 from tests.e2e.api import engine_apis
 from tests.e2e.conftest import clean_environ
@@ -77,7 +77,9 @@ def test_engines_sleep_and_wake_up_ten_times_and_leak_nothing(tmp_path: Path) ->
         settled_bytes, settled_fds = 0, {}
         for cycle, level in enumerate((1, 2) * 5):
             awake_bytes = free_bytes()
-            outcomes = sleep_engines(admin_api(deployment.url), level=level, mode="wait")
+            outcomes = command_engines(
+                admin_api(deployment.url), "/sleep", level=level, mode="wait"
+            )
             assert [(outcome.is_sleeping, outcome.error) for outcome in outcomes] == [
                 (True, None)
             ] * 2
@@ -90,7 +92,9 @@ def test_engines_sleep_and_wake_up_ten_times_and_leak_nothing(tmp_path: Path) ->
                 30,
             )
             assert complete(router, "asleep")[0] == 503
-            assert not any(outcome.error for outcome in wake_engines(admin_api(deployment.url)))
+            assert not any(
+                outcome.error for outcome in command_engines(admin_api(deployment.url), "/wake_up")
+            )
             before = pulled_bytes(router)
             status, answer = complete(router, f"cycle {cycle}")
             assert status == 200, answer

@@ -1,12 +1,12 @@
 """Calls a router or an engine synchronously, for commands and tests.
 
 The server need not be one of pdlaunch: each answer is bounded in bytes and, unlike a timeout of
-``http.client``, which counts for each read alone, in time.
+``http.client``, which counts for each read alone, in time. Proxies of the environment are not used.
 """
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import http.client
 import io
 import json
@@ -14,15 +14,13 @@ import re
 import socket
 import time
 import urllib.parse
-import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pdlaunch.config.http_names import is_loopback
 from pdlaunch.errors import PdlaunchError
 
-MAX_ANSWER_BYTES = 64 << 20  # limit of one answer, its headers included
+MAX_ANSWER_BYTES = 64 << 20
 ROUTER_RETURN_S = 20.0
 """Time within which a launch starts a router again that has died, unless it dies again and again.
 """
@@ -52,21 +50,11 @@ class Api:
         self._timeout_s = timeout_s
         self._socket_path = socket_path
         self._headers = dict(headers or {})
-        host = urllib.parse.urlsplit(self.url).hostname or ""
-        self._opener = _opener(socket_path, is_here=socket_path is not None or is_loopback(host))
 
     def engine(self, name: str) -> Api:
         """Return the API of one engine behind this router, for those who may command the launch."""
         url = f"{self.url}/pdlaunch/engines/{urllib.parse.quote(name, safe='')}"
         return Api(url, self._api_key, self._timeout_s, socket_path=self._socket_path)
-
-    def post(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        """Return status and JSON body, also of an error."""
-        return self._object(path, *self._call(path, json.dumps(body).encode()))
-
-    def post_text(self, path: str, body: dict[str, Any]) -> str:
-        """Return a whole stream of events."""
-        return self._text(path, *self._call(path, json.dumps(body).encode()))
 
     def get(self, path: str) -> tuple[int, str]:
         """Return status and text."""
@@ -76,6 +64,14 @@ class Api:
     def get_object(self, path: str) -> tuple[int, dict[str, Any]]:
         """Return status and JSON body, also of an error."""
         return self._object(path, *self._call(path))
+
+    def post(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """Return status and JSON body, also of an error."""
+        return self._object(path, *self._call(path, json.dumps(body).encode()))
+
+    def post_text(self, path: str, body: dict[str, Any]) -> str:
+        """Return a whole stream of events."""
+        return self._text(path, *self._call(path, json.dumps(body).encode()))
 
     def metrics(self) -> dict[str, float]:
         """Return the samples of ``/metrics``, summed over their labels."""
@@ -115,7 +111,8 @@ class Api:
         )
 
     def _call(self, path: str, body: bytes | None = None) -> tuple[int, bytes]:
-        headers = dict(self._headers)
+        """Send a request; POST with a ``body``. Redirects are answers: a key goes nowhere else."""
+        headers = {"Connection": "close", **self._headers}
         if self._api_key:
             # http.client would show the value in its error.
             if _NO_KEY.search(self._api_key):
@@ -126,113 +123,52 @@ class Api:
             headers["Authorization"] = f"Bearer {self._api_key}"
         if body is not None:
             headers["Content-Type"] = "application/json"
-        request = urllib.request.Request(self.url + path, data=body, headers=headers)
+        target = urllib.parse.urlsplit(self.url).path + path
+        shown = self._shown(path)
         try:
-            with self._opener.open(request, timeout=self._timeout_s) as response:
-                return response.status, _read(response)
+            with contextlib.closing(self._connect()) as connection:
+                connection.request("GET" if body is None else "POST", target, body, headers)
+                with connection.getresponse() as response:
+                    return response.status, _read(response)
         except _BadAnswerError as error:
-            raise PdlaunchError(f"{self._shown(path)} {error}") from error
-        # ValueError: Python's own word for names that DNS cannot have, and of bad proxies.
+            raise PdlaunchError(f"{shown} {error}") from error
+        # ValueError: Python's own word for names that DNS cannot have.
         except (OSError, http.client.HTTPException, ValueError) as error:
-            cause = getattr(error, "reason", error)
-            reason = getattr(cause, "strerror", None) or str(cause)
-            raise PdlaunchError(f"{self._shown(path)} cannot be reached: {reason}") from error
+            reason = getattr(error, "strerror", None) or str(error)
+            raise PdlaunchError(f"{shown} cannot be reached: {reason}") from error
+
+    def _connect(self) -> http.client.HTTPConnection:
+        parts = urllib.parse.urlsplit(self.url)
+        kind = (
+            http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        )
+        connection = kind(parts.hostname or "", parts.port, timeout=self._timeout_s)
+        connection.response_class = _Response
+        if self._socket_path is None:
+            connection.connect()
+            return connection
+        until = time.monotonic() + ROUTER_RETURN_S
+        while True:
+            connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            connection.sock.settimeout(self._timeout_s)
+            try:
+                connection.sock.connect(str(self._socket_path))
+                return connection
+            except OSError as error:
+                connection.sock.close()
+                # A router that has died is being replaced.
+                is_replaced = isinstance(error, ConnectionRefusedError)
+                if not is_replaced or time.monotonic() >= until:
+                    raise
+            time.sleep(_POLL_S)
 
     def _shown(self, path: str) -> str:
         path = path.partition("?")[0]
         return f"{path} at {self._socket_path}" if self._socket_path else f"{self.url}{path}"
 
 
-def check_url(url: str) -> None:
-    """Raise PdlaunchError unless ``url`` is ``http://host:port`` or the like."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        is_usable = (
-            parts.scheme in ("http", "https")
-            and bool(parts.hostname)
-            and parts.port != 0
-            and parts.path in ("", "/")
-        )
-    except ValueError:
-        is_usable = False
-    if not is_usable:
-        raise PdlaunchError(f"{url} is no URL of a deployment; write http://host:port")
-
-
-@functools.cache
-def _opener(socket_path: Path | None, *, is_here: bool) -> urllib.request.OpenerDirector:
-    """Make an opener; what listens on this machine is asked past the environment's proxies."""
-    handlers: list[urllib.request.BaseHandler] = [_AnyStatus(), _Http(socket_path), _Https()]
-    if is_here:
-        handlers.append(urllib.request.ProxyHandler({}))
-    return urllib.request.build_opener(*handlers)
-
-
 class _BadAnswerError(http.client.HTTPException):
     """An answer cannot be read; the message goes on where the server's URL was named."""
-
-
-class _AnyStatus(urllib.request.HTTPErrorProcessor):
-    """Takes errors for answers, and redirects, too: urllib would send the key on to whatever host
-    they name.
-    """
-
-    def http_response(self, request: Any, response: Any) -> Any:
-        return response
-
-    https_response = http_response
-
-
-class _Bounded(urllib.request.AbstractHTTPHandler):
-    """Bounds every answer; goes before a handler of urllib."""
-
-    def do_open(
-        self, http_class: Any, req: urllib.request.Request, **options: Any
-    ) -> http.client.HTTPResponse:
-        def connection_to(host: str, **given: Any) -> http.client.HTTPConnection:
-            connection: http.client.HTTPConnection = http_class(host, **given)
-            connection.response_class = _Response
-            return connection
-
-        return super().do_open(connection_to, req, **options)
-
-
-class _Https(_Bounded, urllib.request.HTTPSHandler):
-    """Calls over TLS."""
-
-
-class _Http(_Bounded, urllib.request.HTTPHandler):
-    """Calls over TCP, or the Unix socket at ``path``."""
-
-    def __init__(self, path: Path | None) -> None:
-        super().__init__()
-        self._path = path
-
-    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        if self._path is None:
-            return super().http_open(request)
-        return self.do_open(functools.partial(_UnixConnection, self._path), request)
-
-
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: Path, host: str, **options: Any) -> None:
-        super().__init__(host, **options)
-        self._path = path
-
-    def connect(self) -> None:
-        """Connect, or wait for the next router while one that has died is being replaced."""
-        until = time.monotonic() + ROUTER_RETURN_S
-        while True:
-            self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            self.sock.settimeout(self.timeout)
-            try:
-                self.sock.connect(str(self._path))
-                return
-            except ConnectionRefusedError:
-                self.sock.close()
-                if time.monotonic() >= until:
-                    raise
-                time.sleep(_POLL_S)
 
 
 class _Response(http.client.HTTPResponse):
@@ -285,3 +221,19 @@ def _read(response: http.client.HTTPResponse) -> bytes:
     if response.length:
         raise _BadAnswerError("stopped in the middle of its answer")
     return content
+
+
+def check_url(url: str) -> None:
+    """Raise PdlaunchError unless ``url`` is ``http://host:port`` or the like."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        is_usable = (
+            parts.scheme in ("http", "https")
+            and bool(parts.hostname)
+            and parts.port != 0
+            and parts.path in ("", "/")
+        )
+    except ValueError:
+        is_usable = False
+    if not is_usable:
+        raise PdlaunchError(f"{url} is no URL of a deployment; write http://host:port")

@@ -1,4 +1,4 @@
-"""Servers that commands call, and a proxy in the environment."""
+"""Servers that commands call."""
 
 from __future__ import annotations
 
@@ -8,10 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from socketserver import BaseRequestHandler, ThreadingTCPServer
-
-import pytest
-
-from pdlaunch.launch.client import api as api_module
 
 
 @contextmanager
@@ -65,17 +61,3 @@ def answering(answer: Callable[[socket.socket], None]) -> Iterator[str]:
         finally:
             server.shutdown()
             thread.join()
-
-
-@pytest.fixture
-def proxied(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str | None]]:
-    """Name a proxy in the environment, and yield the keys that it sees."""
-    with serving() as (proxy, keys), monkeypatch.context() as patch:
-        for name in ("http_proxy", "https_proxy"):
-            patch.setenv(name, proxy)
-        for name in ("no_proxy", "NO_PROXY"):
-            patch.delenv(name, raising=False)
-        # A process looks there for proxies once.
-        api_module._opener.cache_clear()
-        yield keys
-    api_module._opener.cache_clear()

@@ -10,7 +10,7 @@ import pytest
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.launch.client import api as api_module
 from pdlaunch.launch.client.api import Api
-from tests.launch.client.conftest import answering
+from tests.launch.client.conftest import answering, serving
 
 OK, MISSING = b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 404 Not Found\r\n"
 CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
@@ -133,18 +133,24 @@ def test_a_whole_answer_is_read_in_each_form(answer: bytes) -> None:
         assert Api(url, timeout_s=PATIENCE_S).get_object("/x") == (200, {"a": 1})
 
 
-@pytest.mark.usefixtures("proxied")
-def test_a_proxy_that_is_no_url_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Undone before what the fixture has set.
-    with monkeypatch.context() as patch:
-        patch.setenv("http_proxy", "http:/proxy")
-        api = Api("http://a.example:80", timeout_s=PATIENCE_S)
-        with pytest.raises(PdlaunchError, match="cannot be reached: proxy URL"):
-            api.get("/x")
-
-
 @pytest.mark.parametrize("end", ["\r", "\n", "\r\n", "\u20ac", "\0"])
 def test_a_key_that_no_header_can_hold_is_an_error_that_does_not_show_it(end: str) -> None:
     with pytest.raises(PdlaunchError, match=r"the key for .* holds a") as caught:
         Api("http://127.0.0.1:1", f"secret{end}").get("/x")
     assert "secret" not in str(caught.value)
+
+
+def test_a_redirect_is_not_followed_with_the_key() -> None:
+    with serving() as (elsewhere, told), serving(elsewhere) as (url, keys):
+        api = Api(url, "key-of-a-command", 10.0)
+        assert api.get("/pdlaunch/status") == (302, "{}")
+        assert api.post("/sleep", {})[0] == 302
+        assert (len(keys), told) == (2, [])
+
+
+def test_a_call_has_its_key_and_one_to_nobody_says_so() -> None:
+    with serving() as (url, keys):
+        assert Api(url, "mine", 10.0).get_object("/pdlaunch/status") == (200, {})
+        assert keys == ["Bearer mine"]
+    with pytest.raises(PdlaunchError, match="/pdlaunch/status cannot be reached"):
+        Api(url, "mine", 10.0).get("/pdlaunch/status")
