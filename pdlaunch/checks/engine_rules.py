@@ -426,12 +426,6 @@ RULES = (
         "connector has UCX listen nowhere. Or use engine: native. In a network namespace of its "
         "own a deployment is safe, though the warning stays.",
         source="Listening sockets of vLLM 0.32 with NIXL 1.5.1 (ss -ltnp)."),
-    warning("PD617", "A failed transfer ends the request.",
-        "vLLM answers with an error where decode could have computed the prompt itself.",
-        over=lambda context: [context.kv_transfer for _ in vllm_pair(context)],
-        when=lambda transfer: transfer.on_failure == "fail", at="kv_transfer.on_failure",
-        message="decode engines of vLLM give up when a pull fails",
-        fix="Set kv_transfer.on_failure to recompute.", source="kv_load_failure_policy of vLLM."),
     warning("PD618", "Routes that run methods in an engine are open at its port.",
         "Sleep mode needs vLLM's dev mode, which also adds /collective_rpc, without any key. At a "
         "socket of the launch its user alone can open them.",

@@ -20,10 +20,9 @@ class NixlAnswer:
 
     import_error: str | None = None
     refusal: str | None = None  # the reason why UCX cannot make a rank's backend
-    unavailable: tuple[str, ...] = ()
-    """UCX's warnings of transports and devices that it does not find."""
-    unused: Mapping[str, str | None] = field(default_factory=dict)
-    """Variables that UCX did not look at, each with the name that UCX believes was meant."""
+    warnings: tuple[str, ...] = ()
+    """UCX's own words on transports that it does not find, and on variables that it does not know.
+    """
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from pdlaunch.checks.context import uses_ucx
@@ -42,9 +41,8 @@ _TRIAL = "pdlaunch.transfer.connectors.nixl"
 _ANSWER = re.compile(r"ok$|import: |refused: ")
 _UCX_LINE = re.compile(r"\bUCX\s+(WARN|ERROR|FATAL)\s+(.*\S)")
 _NIXL_LINE = re.compile(r"E\d{4} [\d:.]+ +\d+ \S+\] (.*\S)")
-_UNUSED = re.compile(r"unused environment variables?: (.*)")
-_UNUSED_ITEM = re.compile(r"(\w+)(?: \(maybe: ([^?)]*)\?\))?")
-_NOT_AVAILABLE = re.compile(r"\b(is|are) not available\b")
+_WORTH_SAYING = re.compile(r"\b(is|are) not available\b|\(maybe: ")
+"""In warnings of UCX: of variables of transports that it has not loaded it knows no likeness."""
 _OF_IMAGES = frozenset({"UCX_VERSION", "UCX_HOME", "UCX_ROOT", "UCX_DIR", "UCX_PATH"})
 """Variables of container images and module files, which are not for UCX."""
 
@@ -195,13 +193,5 @@ def read_nixl_answer(outcome: ProcessOutcome) -> NixlAnswer:
     return NixlAnswer(
         import_error=why if stage == "import" else None,
         refusal="; ".join(errors[:2]) or why if stage == "refused" else None,
-        unavailable=tuple(dict.fromkeys(text for text in warnings if _NOT_AVAILABLE.search(text))),
-        unused=dict(item for text in warnings for item in _unused(text)),
+        warnings=tuple(dict.fromkeys(text for text in warnings if _WORTH_SAYING.search(text))),
     )
-
-
-def _unused(text: str) -> Iterator[tuple[str, str | None]]:
-    if found := _UNUSED.search(text):
-        for item in found[1].split("; "):
-            if match := _UNUSED_ITEM.match(item):
-                yield match[1], match[2]

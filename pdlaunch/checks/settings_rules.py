@@ -62,17 +62,6 @@ def _slow_step(context: Context) -> Iterator[Found]:
             )
 
 
-def _few_admitted(context: Context) -> Iterator[Found]:
-    admitted = context.config.limits.max_queued_requests
-    seats = sum(
-        each.replicas * each.settings.max_num_seqs
-        for each in engines(context)
-        if each.role != "prefill"
-    )
-    if admitted < seats:
-        yield Found(f"{admitted} requests are let in, the engines can run {seats} at once")
-
-
 # fmt: off
 RULES = (
     error("PD101", "There is no engine at all.",
@@ -208,10 +197,5 @@ RULES = (
         "reaches: 100 GFLOP/s a CPU thread (measured with AVX2: 43), 1 TFLOP/s where it "
         "multiplies bfloat16; on a GPU 80 TFLOP/s in float32, 2.5 PFLOP/s in 16 bits.",
         needs=("model",)),
-    warning("PD123", "The router admits fewer requests than the engines can run at once.",
-        "Clients get 429 while engines have free seats.",
-        when=_few_admitted, at="limits.max_queued_requests",
-        fix="Raise limits.max_queued_requests, or lower max_num_seqs.",
-        source="The router's admission."),
 )
 # fmt: on

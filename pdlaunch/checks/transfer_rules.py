@@ -12,7 +12,6 @@ from pdlaunch.checks.context import Context, ucx_peers
 from pdlaunch.checks.probed import NixlAnswer, PairTransport
 from pdlaunch.checks.rule import Found, error, info, warning
 from pdlaunch.config.connectors import CUDA, RDMA, TCP, opens_network
-from pdlaunch.config.problems import nearest
 from pdlaunch.planning.role_engines import RoleEngines
 from pdlaunch.planning.roles import PlacedEngine
 
@@ -108,35 +107,22 @@ def _refused(item: tuple[RoleEngines, NixlAnswer]) -> Found | None:
 def _named_in(text: str, environ: Mapping[str, str]) -> str | None:
     """Return the user's variable that UCX complains of: it names RNDV_THRESH, or BW of CMA_BW."""
     given = [name for name in environ if name.startswith("UCX_")]
-    words = set(re.findall(r"[A-Z][A-Z0-9_]+", text))
+    words = {word.removeprefix("UCX_") for word in re.findall(r"[A-Z][A-Z0-9_]+", text)}
     found = [name for name in given if name.removeprefix("UCX_") in words]
     found += [name for name in given if any(name.endswith(f"_{word}") for word in words)]
     return next(iter(found or (given if len(given) == 1 else ())), None)
 
 
-def _unavailable(item: tuple[RoleEngines, NixlAnswer]) -> Iterator[Found]:
+def _warned(item: tuple[RoleEngines, NixlAnswer]) -> Iterator[Found]:
     each, answer = item
-    variables = {"intra-node": "UCX_SHM_DEVICES", "loopback": "UCX_SELF_DEVICES"}
-    variables |= {"accelerator": "UCX_ACC_DEVICES"}
-    for text in answer.unavailable:
+    for text in answer.warnings:
         # Ranks of one host use no network. A rank on the CPU of a host with GPUs is given CUDA's
         # transports for NIXL's sake, and needs none.
         named = set(re.findall(r"'(\w+)'", text)) or {text}
         needless = each.device == "cpu" and named <= CUDA
         if not text.startswith("network device") and not needless:
-            name = variables.get(text.partition(" ")[0], "UCX_TLS")
+            name = _named_in(text, each.given_environ) or "UCX_TLS"
             yield Found(f"UCX says: {text}", f"${name}")
-
-
-def _misspelt(item: tuple[RoleEngines, NixlAnswer]) -> Iterator[Found]:
-    each, answer = item
-    of_loaded = tuple(f"UCX_{name.upper()}_" for name in each.ucx_transports)
-    for name, likely in answer.unused.items():
-        if likely is None or name not in each.given_environ:
-            continue
-        # UCX knows nothing of the variables of transports that it has not loaded.
-        if name.startswith(of_loaded) or nearest(name, [likely]):
-            yield Found(f"UCX has no variable {name}", f"${name}", f"did you mean {likely}?")
 
 
 def _measured(context: Context) -> Iterator[tuple[PairTransport, str]]:
@@ -247,18 +233,12 @@ RULES = (
         fix="Correct the variable that the finding names, or unset it.",
         source="A NIXL backend, made in a process of its own with the ranks' environment.",
         needs=("nixl",)),
-    warning("PD442", "A variable of UCX is misspelt.",
-        "UCX does not look at it, and says so only on a terminal. UCX judges those of the "
-        "transports in use.",
-        over=_answers, when=_misspelt,
-        fix="Correct the name, or unset the variable.",
-        source="What UCX writes when a NIXL backend is made with the ranks' environment.",
-        needs=("nixl",)),
-    warning("PD444", "UCX does not find a transport or device that a rank is to use.",
-        "It goes on without: blocks take a slower way, or none.",
-        over=_answers, when=_unavailable,
-        fix="Correct UCX_TLS, UCX_MODULES and the UCX_..._DEVICES, or unset them; give the "
-        "container what the transport needs (cma: ptrace, cuda_ipc: the CUDA driver).",
+    warning("PD442", "UCX does not find what the environment of a rank names.",
+        "It goes on without a transport or device, so that blocks take a slower way, or none; and "
+        "it does not look at a misspelt variable. It says so only on a terminal.",
+        over=_answers, when=_warned,
+        fix="Correct the variable, or unset it; give the container what a transport needs (cma: "
+        "ptrace, cuda_ipc: the CUDA driver).",
         source="What UCX writes when a NIXL backend is made with the ranks' environment.",
         needs=("nixl",)),
     error("PD501", "Nothing can be moved between a pair of ranks.",

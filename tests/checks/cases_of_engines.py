@@ -145,22 +145,13 @@ CASES: dict[str, Case] = {
     ),
     "PD614": Case([vllm(kv_transfer__connector="mooncake")], [vllm()]),
     "PD615": Case(
-        [
-            vllm(strict_fields=True),
-            on(CPU, engine_command="vllm"),
-        ],
-        [
-            vllm(kv_cache_memory="2GiB"),
-            on(CPU),
-        ],
+        [vllm(strict_fields=True), on(CPU, engine_command="vllm")],
+        [vllm(kv_cache_memory="2GiB"), on(CPU)],
     ),
     "PD616": Case([vllm(), near_vllm()], [on(CPU), vllm(decode__replicas=0), far_vllm(**TRUSTED)]),
     "PD629": Case(
         [vllm(), vllm(engine_command="/no/vllm")],
         [on(CPU), vllm(decode__replicas=0), vllm(kv_transfer__verify="off")],
-    ),
-    "PD617": Case(
-        [vllm(kv_transfer__on_failure="fail")], [on(CPU, kv_transfer__on_failure="fail")]
     ),
     "PD618": Case(
         [vllm(GPU, enable_sleep_mode=True, decode__port=8200, engine_api_key="k")],

@@ -28,8 +28,7 @@ def near_vllm(**config):
 
 CASES = {
     "PD423": Case(
-        [far(kv_transfer__nixl__path="p2p")],
-        [far(), hosts(A, B, kv_transfer__nixl__path="p2p")],
+        [far(kv_transfer__nixl__path="p2p")], [far(), hosts(A, B, kv_transfer__nixl__path="p2p")]
     ),
     "PD428": Case(
         [

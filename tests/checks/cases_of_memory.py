@@ -133,18 +133,8 @@ CASES: dict[str, Case] = {
         ],
     ),
     "PD215": Case(
-        [
-            on(
-                OLD,
-                decode__enable_cumem_allocator=True,
-            ),
-            on(OLD, enable_sleep_mode=True),
-        ],
-        [
-            on(OLD),
-            on(GPU, enable_sleep_mode=True),
-            on(CPU, enable_cumem_allocator=True),
-        ],
+        [on(OLD, decode__enable_cumem_allocator=True), on(OLD, enable_sleep_mode=True)],
+        [on(OLD), on(GPU, enable_sleep_mode=True), on(CPU, enable_cumem_allocator=True)],
     ),
     "PD220": Case(
         [

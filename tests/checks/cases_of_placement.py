@@ -32,28 +32,17 @@ SPREAD = {"placement_strategy": "spread"}
 CASES = {
     "PD424": Case(
         [hosts(A, LONE), hosts(A, B, local="127.0.0.1")],
-        [
-            hosts(A, B),
-            hosts(LONE | {"name": "a"}, LONE, local="127.0.0.1"),
-        ],
+        [hosts(A, B), hosts(LONE | {"name": "a"}, LONE, local="127.0.0.1")],
     ),
     "PD452": Case(
-        [
-            hosts(A | {"roles": "prefill"}, B | {"roles": "prefill"}),
-        ],
+        [hosts(A | {"roles": "prefill"}, B | {"roles": "prefill"})],
         [hosts(A, B, decode__tensor_parallel_size=2)],
     ),
     "PD455": Case(
         [hosts(A, B, machines=(WIDE, GPU), prefill__replicas=3, **SPREAD)],
         [
             hosts(A, B, machines=(WIDE, GPU), **SPREAD),
-            hosts(
-                A,
-                B,
-                machines=(WIDE, replace(WIDE, num_cpus=64)),
-                prefill__replicas=3,
-                **SPREAD,
-            ),
+            hosts(A, B, machines=(WIDE, replace(WIDE, num_cpus=64)), prefill__replicas=3, **SPREAD),
         ],
     ),
 }

@@ -75,14 +75,6 @@ CASES: dict[str, Case] = {
             on(GPU, max_num_batched_tokens=1_000_000),
         ],
     ),
-    "PD123": Case(
-        [on(CPU, max_num_seqs=1025), on(CPU, decode__replicas=17, max_num_seqs=64)],
-        [
-            on(CPU, max_num_seqs=1024),
-            on(CPU, prefill__max_num_seqs=2000),
-            on(CPU, max_num_seqs=1025, limits__max_queued_requests=1025),
-        ],
-    ),
     "PD119": Case(
         [on(CPU, probes={"weight_errors": {"decode": ConfigError("only pickles", fix="convert")}})],
         [

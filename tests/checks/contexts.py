@@ -81,13 +81,7 @@ CPU = Machine(
 GPU = replace(
     CPU,
     gpus=tuple(
-        Gpu(
-            index,
-            "NVIDIA H200",
-            139 * GIB,
-            has_virtual_memory=True,
-            has_fabric_handles=False,
-        )
+        Gpu(index, "NVIDIA H200", 139 * GIB, has_virtual_memory=True, has_fabric_handles=False)
         for index in range(8)
     ),
     driver_cuda=(13, 0),
@@ -96,13 +90,7 @@ GPU = replace(
 GB200 = replace(
     GPU,
     gpus=tuple(
-        Gpu(
-            index,
-            "NVIDIA GB200",
-            186 * GIB,
-            has_virtual_memory=True,
-            has_fabric_handles=True,
-        )
+        Gpu(index, "NVIDIA GB200", 186 * GIB, has_virtual_memory=True, has_fabric_handles=True)
         for index in range(4)
     ),
 )

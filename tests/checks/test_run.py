@@ -186,10 +186,7 @@ def test_a_profile():
 
 
 def test_an_assumed_cpu_has_no_cumem_allocator():
-    report = check(
-        machine=find_profile("cpu", 2).machine,
-        flags={"enable_cumem_allocator": True},
-    )
+    report = check(machine=find_profile("cpu", 2).machine, flags={"enable_cumem_allocator": True})
     (finding,) = report.errors
     assert finding.rule == "PD202"
     assert "cumem allocator is not supported on the current platform" in finding.message

@@ -273,7 +273,7 @@ class TestSecrets:
 class TestHostTier:
     def test_a_role_overrides_single_settings_of_the_section(self, file):
         loaded = load(
-            file("kv_offload: {host_memory: 8GiB}\nprefill:\n  kv_offload:\n    host_memory: 0\n"),
+            file("kv_offload: {host_memory: 8GiB}\nprefill:\n  kv_offload:\n    host_memory: 0\n")
         )
         assert loaded.config.engine_settings("prefill").kv_offload.host_memory == 0
         assert loaded.config.engine_settings("decode").kv_offload == KVOffloadSettings(

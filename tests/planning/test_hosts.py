@@ -29,12 +29,7 @@ def placed(rooms, strategy="pack", **tp):
 
 def test_the_two_sides_of_a_pair_share_a_host_while_there_is_room():
     places = placed([room("a"), room("b")], prefill=(2, 2), decode=(2, 2))
-    assert places == {
-        "prefill-0": "a",
-        "decode-0": "a",
-        "prefill-1": "b",
-        "decode-1": "b",
-    }
+    assert places == {"prefill-0": "a", "decode-0": "a", "prefill-1": "b", "decode-1": "b"}
 
 
 def test_spread_takes_the_emptiest_host():
@@ -49,10 +44,7 @@ def test_a_decode_engine_without_room_beside_prefill_stays_in_its_domain():
 
 def test_a_host_takes_engines_of_its_roles_alone():
     rooms = [room("a", roles=("decode",)), room("b", roles=("prefill",))]
-    assert placed(rooms, prefill=(1,), decode=(1,)) == {
-        "prefill-0": "b",
-        "decode-0": "a",
-    }
+    assert placed(rooms, prefill=(1,), decode=(1,)) == {"prefill-0": "b", "decode-0": "a"}
 
 
 def test_without_room_the_least_crowded_host_gets_the_engine():
@@ -96,11 +88,7 @@ def test_devices_are_counted_on_each_host():
     launch = resolve_on(config, hosts, {}, models)
     assert {
         engine.name: (engine.host.name, engine.device_indices) for engine in launch.engines
-    } == {
-        "prefill-0": ("a", (0, 1)),
-        "prefill-1": ("a", (2, 3)),
-        "decode-0": ("b", (0, 1)),
-    }
+    } == {"prefill-0": ("a", (0, 1)), "prefill-1": ("a", (2, 3)), "decode-0": ("b", (0, 1))}
     assert [host.name for host in launch.engine_hosts] == ["a", "b"]
     on_a = launch.on_host(hosts[1])
     assert (on_a.roles["prefill"].num_ranks, on_a.roles["prefill"].num_ranks_on(3)) == (4, 1)

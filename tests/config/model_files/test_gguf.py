@@ -101,14 +101,8 @@ def without_tensors(part: str) -> Gguf:
             with_tensor("blk.0.attn_q.weight", kind=4),
             "tensor 'blk.0.attn_q.weight' has the impossible shape or type",
         ),
-        (
-            with_tensor("blk.0.attn_q.weight", kind=12),
-            "has the impossible shape or type (32, 32)",
-        ),
-        (
-            with_tensor("blk.0.attn_q.weight", offset=1),
-            "begins at 1, within the one before it",
-        ),
+        (with_tensor("blk.0.attn_q.weight", kind=12), "has the impossible shape or type (32, 32)"),
+        (with_tensor("blk.0.attn_q.weight", offset=1), "begins at 1, within the one before it"),
         (
             with_tensor("blk.0.attn_q.weight", offset=2**62),
             "it is cut off: tensor 'blk.0.attn_q.weight'",
