@@ -124,7 +124,7 @@ class DeploymentView:
             gone=events.gone(),
             pairs=self._pairs(pool.pairs),
             num_pairs=len(self._links),
-            doubts=self._state.doubts(),
+            doubts=list(self._state.doubts.values()),
             rates=self._history.now(totals),
             history=self._history.points(num_points),
             events=events.events,

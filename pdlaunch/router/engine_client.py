@@ -32,19 +32,18 @@ from pdlaunch.http.engine_calls import (
 from pdlaunch.http.errors import RANK_LOST, RETRY_AFTER_S, RelayedError
 from pdlaunch.http.headers import IGNORED_FIELDS_HEADER, read_ignored_fields
 from pdlaunch.http.sse import DONE_DATA, EventDecoder
-from pdlaunch.protocol.ids import HopId, LeaseId
-from pdlaunch.protocol.openai.responses import REPORT_KEY, ModelCard, ModelList
+from pdlaunch.protocol.openai.responses import REPORT_KEY
 from pdlaunch.router.engine import Engine
 
 logger = logging.getLogger(__name__)
 
+# A chunk of an engine's stream; members that the router does not know are passed on.
 Chunk = dict[str, Any]
-"""A chunk of an engine's stream; members that the router does not know are passed on."""
 
 _NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _MALFORMED = (LookupError, TypeError, AttributeError, ValueError, RecursionError)
+# Reasons with which an engine gives a request up that nobody has cancelled.
 _GAVE_UP = frozenset({"error", "abort"})
-"""Reasons with which an engine gives a request up that nobody has cancelled."""
 _CLIENT_ERROR_TYPES = frozenset({"invalid_request_error", "BadRequestError", "NotFoundError"})
 
 
@@ -52,9 +51,8 @@ class EngineFailure(OverloadedError):
     """An engine did not do its work; another one may.
 
     ``may_return``: it, or its successor, may be there again soon; the client gets 503, else 502.
-    ``turned_away``: it did not begin. ``engine_code``: the code of its own error. ``is_told``: it
-    has reported the failure, so it is alive. The engine's own words stand in no message: they may
-    quote a prompt.
+    ``turned_away``: it did not begin. ``error``: its own error. ``is_told``: it has reported the
+    failure, so it is alive. Its own words stand in no message: they may quote a prompt.
     """
 
     def __init__(
@@ -64,11 +62,13 @@ class EngineFailure(OverloadedError):
         *,
         may_return: bool = True,
         turned_away: bool = False,
-        engine_code: object = None,
-        is_told: bool = False,
+        error: object = None,
     ) -> None:
+        fields = error if isinstance(error, dict) else {}
+        values = [str(fields[key]) for key in ("type", "code") if fields.get(key) is not None]
+        names = ", ".join(value for value in values if _NAME.fullmatch(value))
         super().__init__(
-            f"engine {engine.name}: {reason}",
+            f"engine {engine.name}: {reason}" + (f" ({names})" if names else ""),
             status=503 if may_return else 502,
             retry_after_s=RETRY_AFTER_S,
             code="engine_failed",
@@ -76,28 +76,22 @@ class EngineFailure(OverloadedError):
         self.engine = engine
         self.may_return = may_return
         self.turned_away = turned_away
-        self.engine_code = engine_code
-        self.is_told = is_told and not turned_away and engine_code != RANK_LOST
+        self.lost_rank = fields.get("code") == RANK_LOST
+        self.is_told = error is not None and not turned_away and not self.lost_rank
 
 
 class EngineRefusal(RelayedError):
     """An engine's answer other than 200, which the client gets as it is."""
 
     def __init__(
-        self,
-        engine: Engine,
-        *,
-        status: int,
-        body: bytes,
-        content_type: str = "application/json",
-        retry_after: str | None = None,
+        self, engine: Engine, status: int, body: bytes, headers: Mapping[str, str]
     ) -> None:
         super().__init__(
             f"engine {engine.name} answered {status}",
             status=status,
             body=body,
-            content_type=content_type,
-            headers={} if retry_after is None else {"Retry-After": retry_after},
+            content_type=headers.get("content-type", "application/json").partition(";")[0],
+            headers={name: headers[name] for name in headers.keys() & {"retry-after"}},
         )
         self.engine = engine
 
@@ -107,37 +101,21 @@ class EngineRefusal(RelayedError):
         return self.status == 429
 
 
-def _error_names(error: dict[str, Any]) -> str:
-    """Return type and code of an engine's error, in parentheses, as far as these are names."""
-    values = [str(error[key]) for key in ("type", "code") if error.get(key) is not None]
-    names = [value for value in values if _NAME.fullmatch(value)]
-    return f" ({', '.join(names)})" if names else ""
-
-
 def _refuse_error(engine: Engine, answer: Answer, body: bytes) -> None:
     """Raise EngineFailure or EngineRefusal for an answer that is no 200."""
-    if answer.status == 200:
+    status, error = answer.status, None
+    if status == 200:
         return
-    if answer.status < 300 or 400 <= answer.status < 500:
-        content_type = answer.headers.get("content-type", "application/json").partition(";")[0]
-        raise EngineRefusal(
-            engine,
-            status=answer.status,
-            body=body,
-            content_type=content_type,
-            retry_after=answer.headers.get("retry-after"),
-        )
-    error: Any = None
+    if status < 300 or 400 <= status < 500:
+        raise EngineRefusal(engine, status, body, answer.headers)
     with contextlib.suppress(*_MALFORMED):
         error = msgspec.json.decode(body)["error"]
-    fields = error if isinstance(error, dict) else {}
     raise EngineFailure(
         engine,
-        f"answered {answer.status}{_error_names(fields)}",
-        may_return=answer.status in (502, 503, 504),
-        turned_away=answer.status == 503,
-        engine_code=fields.get("code"),
-        is_told=True,
+        f"answered {status}",
+        may_return=status in (502, 503, 504),
+        turned_away=status == 503,
+        error=error or {},
     )
 
 
@@ -182,8 +160,7 @@ class EngineStream:
     def __init__(self, engine: Engine, answer: Answer) -> None:
         self.ignored_fields = _ignored_fields(answer)
         self.is_done = False  # it has said ``[DONE]``
-        self.report: object = None
-        """The engine's spans, once it has sent them, before its end."""
+        self.report: object = None  # the engine's spans, which come before its end
         self._engine = engine
         self._answer = answer
         self._events = EventDecoder()
@@ -231,16 +208,12 @@ class EngineStream:
             raise EngineFailure(self._engine, "an event that is no object", may_return=False)
         if "error" not in chunk:
             return chunk
-        fields = chunk["error"] if isinstance(chunk["error"], dict) else {}
-        if fields.get("type") in _CLIENT_ERROR_TYPES:
-            raise EngineRefusal(self._engine, status=400, body=data)
-        raise EngineFailure(
-            self._engine,
-            f"error in its stream{_error_names(fields)}",
-            may_return=fields.get("type") != "server_error",
-            engine_code=fields.get("code"),
-            is_told=True,
-        )
+        told = chunk["error"]
+        kind = told.get("type") if isinstance(told, dict) else None
+        if kind in _CLIENT_ERROR_TYPES:
+            raise EngineRefusal(self._engine, 400, data, {})
+        may_return, reason = kind != "server_error", "error in its stream"
+        raise EngineFailure(self._engine, reason, may_return=may_return, error=told or {})
 
 
 class EngineTimeouts(msgspec.Struct, frozen=True, kw_only=True):
@@ -249,11 +222,6 @@ class EngineTimeouts(msgspec.Struct, frozen=True, kw_only=True):
     stall_s: float = 15.0  # silence after which a working engine is asked whether it lives
     probe_s: float = 5.0  # limits the answer to that question, and the release of a lease
     metrics_s: float = 2.0
-
-
-def keys_of_launch(http_token: str, engine_api_key: str | None) -> Callable[[Engine], str | None]:
-    """Return a function that picks the key of an engine; only native ones get the token."""
-    return lambda engine: http_token if engine.capabilities.takes_launch_token else engine_api_key
 
 
 class EngineClient:
@@ -269,35 +237,14 @@ class EngineClient:
         timeouts: EngineTimeouts,
         tls: ssl.SSLContext | None = None,
     ) -> None:
+        self.timeouts = timeouts
         self._keys = keys
-        self._timeouts = timeouts
         self._calls = EngineCalls(tls=tls)
-        self._probes: dict[str, asyncio.Task[bool]] = {}
-        """Questions whether an engine lives that are under way, by its name."""
+        # Questions whether an engine lives that are under way, by its name.
+        self._probes: dict[str, asyncio.Task[bytes | None]] = {}
 
     async def close(self) -> None:
         await self._calls.close()
-
-    async def _call(
-        self,
-        engine: Engine,
-        method: str,
-        target: str,
-        body: bytes,
-        headers: Mapping[str, str],
-        silence: Silence | None = None,
-    ) -> Answer:
-        own = {"Content-Type": "application/json", **headers}
-        if (key := self._keys(engine)) is not None:
-            own["Authorization"] = f"Bearer {key}"
-        with blames(engine):
-            return await self._calls.call(engine.url, method, target, own, body, silence)
-
-    async def _generate(
-        self, engine: Engine, path: str, body: bytes, headers: Mapping[str, str]
-    ) -> Answer:
-        silence = Silence(self._timeouts.stall_s, partial(self._probe, engine))
-        return await self._call(engine, "POST", path, body, headers, silence)
 
     async def ask(
         self, engine: Engine, path: str, body: bytes, headers: Mapping[str, str]
@@ -306,7 +253,7 @@ class EngineClient:
 
         Raises EngineFailure, EngineRefusal.
         """
-        answer = await self._generate(engine, path, body, headers)
+        answer = await self._call(engine, "POST", path, body, headers, self._silence(engine))
         try:
             with blames(engine):
                 whole = await answer.read()
@@ -323,7 +270,7 @@ class EngineClient:
 
         Raises EngineFailure and EngineRefusal.
         """
-        answer = await self._generate(engine, path, body, headers)
+        answer = await self._call(engine, "POST", path, body, headers, self._silence(engine))
         try:
             if answer.status != 200:
                 with blames(engine):
@@ -369,36 +316,34 @@ class EngineClient:
         content_type = answer.headers.get("content-type", "application/octet-stream")
         return answer.status, whole, content_type
 
-    async def _call_briefly(
-        self, engine: Engine, method: str, path: str, body: bytes = b""
-    ) -> tuple[int, bytes]:
-        """Make a call that asks for no work, so that a living engine answers within ``probe_s``."""
-        timeout_s = self._timeouts.probe_s
-        status, answer, _ = await self.call(
-            engine, method, path, body=body, timeout_s=timeout_s, max_bytes=MAX_PAGE_BYTES
-        )
-        return status, answer
-
-    async def release(self, engine: Engine, name: HopId | LeaseId) -> None:
-        """End a lease that nobody will pull; after an error it ends by itself."""
-        body = msgspec.json.encode({"request_id": name})
+    async def tell(self, engine: Engine, path: str, message: object) -> None:
+        """Send what may get lost, such as the end of a lease, which ends by itself."""
+        body, timeout_s = msgspec.json.encode(message), self.timeouts.probe_s
         try:
-            await self._call_briefly(engine, "POST", "/pdlaunch/release", body)
+            await self.call(engine, "POST", path, body=body, timeout_s=timeout_s)
         except EngineFailure as failure:
-            logger.warning("lease of %s not released: %s", name, failure)
+            logger.warning("%s is not told: %s", path, failure)
 
-    async def refuse_lease(self, decode: Engine, params: Mapping[str, Any]) -> None:
-        """Have a decode engine of vLLM end a lease that nobody will pull; errors are logged.
-
-        vLLM has prefill free the blocks of a request that it refuses, as it does a beam search that
-        is streamed, before it computes anything.
+    async def read(self, engine: Engine, path: str, timeout_s: float | None = None) -> bytes | None:
+        """Return what an engine tells of itself; None: no address yet, no answer in time (by
+        default ``probe_s``), one that is too long, or no 200.
         """
-        body = {"prompt": [0], "max_tokens": 1, "stream": True, "use_beam_search": True}
-        body["kv_transfer_params"] = params
+        if not engine.url:
+            return None
+        timeout_s = timeout_s or self.timeouts.probe_s
         try:
-            await self._call_briefly(decode, "POST", "/v1/completions", msgspec.json.encode(body))
+            status, body, _ = await self.call(
+                engine, "GET", path, timeout_s=timeout_s, max_bytes=MAX_PAGE_BYTES
+            )
         except EngineFailure as failure:
-            logger.warning("a lease is not released: %s", failure)
+            logger.info("%s is not told: %s", path, failure)
+            return None
+        return body if status == 200 else None
+
+    async def read_metrics(self, engine: Engine) -> str | None:
+        """Return the engine's /metrics; None as ``read`` does."""
+        page = await self.read(engine, "/metrics", self.timeouts.metrics_s)
+        return None if page is None else page.decode("utf-8", "replace")
 
     async def detokenize(
         self, engine: Engine, model: object, token_ids: list[int], headers: dict[str, str]
@@ -407,59 +352,32 @@ class EngineClient:
         answer, _ = await self.ask(engine, "/detokenize", body, headers)
         return str(msgspec.json.decode(answer)["prompt"])
 
-    async def is_alive(self, engine: Engine) -> bool:
-        """Return whether the engine's server answers.
+    async def _call(
+        self,
+        engine: Engine,
+        method: str,
+        target: str,
+        body: bytes,
+        headers: Mapping[str, str],
+        silence: Silence | None = None,
+    ) -> Answer:
+        own = {"Content-Type": "application/json", **headers}
+        if (key := self._keys(engine)) is not None:
+            own["Authorization"] = f"Bearer {key}"
+        with blames(engine):
+            return await self._calls.call(engine.url, method, target, own, body, silence)
 
-        One question serves all of its streams, which fall silent together.
-        """
-        probe = self._probes.get(engine.name)
-        if probe is None:
-            probe = self._probes[engine.name] = asyncio.ensure_future(self._is_healthy(engine))
-            probe.add_done_callback(lambda _: self._probes.pop(engine.name))
-        return await asyncio.shield(probe)
-
-    async def _is_healthy(self, engine: Engine) -> bool:
-        try:
-            status, _ = await self._call_briefly(engine, "GET", "/health")
-        except EngineFailure:
-            return False
-        return status == 200
+    def _silence(self, engine: Engine) -> Silence:
+        return Silence(self.timeouts.stall_s, partial(self._probe, engine))
 
     async def _probe(self, engine: Engine) -> None:
-        if not await self.is_alive(engine):
-            raise EngineFailure(engine, f"silent for {self._timeouts.stall_s:g} s and not healthy")
-
-    async def read_models(self, engine: Engine) -> list[ModelCard]:
-        try:
-            _, body = await self._call_briefly(engine, "GET", "/v1/models")
-            return msgspec.json.decode(body, type=ModelList).data
-        except (EngineFailure, ValueError, RecursionError) as error:
-            logger.info("%s does not tell its models: %s", engine.name, error)
-            return []
-
-    async def read_spans(self, engine: Engine, name: HopId) -> object:
-        """Return what an engine of ours has recorded of a hop whose answer was not waited for."""
-        path = f"/pdlaunch/spans?{urlencode({'request_id': name})}"
-        try:
-            status, body = await self._call_briefly(engine, "GET", path)
-            return msgspec.json.decode(body) if status == 200 else None
-        except (EngineFailure, ValueError, RecursionError) as error:
-            logger.debug("no spans of %s: %s", name, error)
-            return None
-
-    async def read_metrics(self, engine: Engine) -> str | None:
-        """Return the engine's /metrics; None: no address yet, no answer in time, or too long."""
-        if not engine.url:
-            return None
-        timeout_s, size = self._timeouts.metrics_s, MAX_PAGE_BYTES
-        try:
-            status, body, _ = await self.call(
-                engine, "GET", "/metrics", timeout_s=timeout_s, max_bytes=size
-            )
-        except EngineFailure as failure:
-            logger.info("no metrics: %s", failure)
-            return None
-        return body.decode("utf-8", "replace") if status == 200 else None
+        """Raise EngineFailure if the engine's server does not answer."""
+        # One question serves all of its streams, which fall silent together.
+        if (probe := self._probes.get(engine.name)) is None:
+            probe = self._probes[engine.name] = asyncio.ensure_future(self.read(engine, "/health"))
+            probe.add_done_callback(lambda _: self._probes.pop(engine.name))
+        if await asyncio.shield(probe) is None:
+            raise EngineFailure(engine, f"silent for {self.timeouts.stall_s:g} s and not healthy")
 
 
 def _ignored_fields(answer: Answer) -> list[str]:

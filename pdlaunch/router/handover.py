@@ -117,7 +117,11 @@ class Handover:
         params = self.decode_params(decode, first_token_sent=False)
         if params is not None:
             self._state.metrics.count("releases")
-            self._state.spawn(self._state.client.refuse_lease(decode, params))
+            # vLLM has prefill free the blocks of a request that it refuses, as it does a beam
+            # search that is streamed, before it computes anything.
+            refused = {"prompt": [0], "max_tokens": 1, "stream": True, "use_beam_search": True}
+            refused["kv_transfer_params"] = params
+            self._state.spawn(self._state.client.tell(decode, "/v1/completions", refused))
 
     def _uncount(self) -> None:
         self.engine.num_leases -= self._is_counted

@@ -52,9 +52,17 @@ from pdlaunch.protocol.process.bootstrap import LISTEN_BACKLOG, RouterSpec
 from pdlaunch.protocol.process.run_dirs import ADMIN_SOCKET, LaunchCard
 from pdlaunch.router.admin import listen_at_admin_socket
 from pdlaunch.router.app import RouterApp
-from pdlaunch.router.engine_client import EngineClient, EngineTimeouts, keys_of_launch
+from pdlaunch.router.engine import Engine
+from pdlaunch.router.engine_client import EngineClient, EngineTimeouts
 from pdlaunch.router.membership import WatchedMembership
-from pdlaunch.router.membership_sources import follow_file, follow_name
+from pdlaunch.router.membership_sources import (
+    DNS_POLL_S,
+    FILE_POLL_S,
+    Source,
+    dns_source,
+    file_source,
+    follow,
+)
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.state import RecoverySettings, RouterState
@@ -121,13 +129,15 @@ async def run_in_launch(supervised: Supervised) -> None:
     assert bootstrap.router is not None
     spec, certificate = fit(bootstrap.router), bootstrap.keys.certificate
     link = SupervisorLink(supervised.send)
+
+    def key_of(engine: Engine) -> str | None:
+        is_ours = engine.capabilities.takes_launch_token
+        return bootstrap.keys.http_token if is_ours else bootstrap.engine_api_key
+
+    tls = None if certificate is None else client_context(certificate)
     state = RouterState(
         EnginePool(time.monotonic, spec.routing),
-        EngineClient(
-            keys_of_launch(bootstrap.keys.http_token, bootstrap.engine_api_key),
-            EngineTimeouts(),
-            None if certificate is None else client_context(certificate),
-        ),
+        EngineClient(key_of, EngineTimeouts(), tls),
         RouterMetrics(spec.served_model_name),
         RecoverySettings(),
         prove_again=supervised.send,
@@ -137,7 +147,7 @@ async def run_in_launch(supervised: Supervised) -> None:
     supervised.register(local_url(spec.host, spec.port))
     supervised.spawn(router.view.run())
     obeying = asyncio.ensure_future(_obey(supervised, router, state, link))
-    knowing = asyncio.ensure_future(state.knows_engines())
+    knowing = asyncio.ensure_future(state.registry_change())
     try:
         # Clients who waited for this router are not to hear that the deployment starts.
         await asyncio.wait([obeying, knowing], return_when=asyncio.FIRST_COMPLETED)
@@ -210,14 +220,21 @@ async def run_alone(alone: AloneSpec, signals: asyncio.Queue[None]) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, signals.put_nowait, None)
-    works: list[Coroutine[Any, Any, object]] = [router.view.run()]
+    sources: list[tuple[Source, str, float]] = []
     for member in alone.engines:
         if member.url.startswith(DNS):
-            works.append(follow_name(member, membership, spec.drain_timeout_s))
+            sources.append((dns_source(member), f"dns:{member.name}", DNS_POLL_S))
         else:
             membership.add(member, "config")
     if alone.engines_file is not None:
-        works.append(follow_file(alone.engines_file, membership, spec.drain_timeout_s))
+        sources.append((file_source(alone.engines_file, alone.watch.kind), "file", FILE_POLL_S))
+    works: list[Coroutine[Any, Any, object]] = [
+        router.view.run(),
+        *(
+            follow(source, name, membership, spec.drain_timeout_s, poll_s=poll_s)
+            for source, name, poll_s in sources
+        ),
+    ]
     membership.announce = state.update
     membership.publish()
     tasks = [asyncio.ensure_future(work) for work in works]

@@ -11,13 +11,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from pdlaunch.config.external import (
-    DNS,
-    RunningEngine,
-    RunningEngines,
-    named,
-    read_engine_url,
-)
+from pdlaunch.config.external import DNS, RunningEngine, RunningEngines, named, read_engine_url
 from pdlaunch.config.problems import InvalidConfigError
 from pdlaunch.config.roles import EngineName
 from pdlaunch.config.yaml_file import read_yaml
@@ -32,8 +26,8 @@ FILE_POLL_S = 2.0
 DNS_POLL_S = 5.0
 
 _engines: TypeAdapter[tuple[RunningEngine, ...]] = TypeAdapter(RunningEngines)
-Resolve = Callable[[str, int], Awaitable[set[str]]]
-"""Returns the addresses of a name. Raises OSError."""
+Source = Callable[[], Awaitable[list[Member]]]
+"""Returns the engines as they are listed now. Raises ConfigError or OSError when it cannot."""
 
 
 def to_member(engine: RunningEngine, kind: EngineName, environ: Mapping[str, str]) -> Member:
@@ -50,11 +44,63 @@ def to_member(engine: RunningEngine, kind: EngineName, environ: Mapping[str, str
     return Member(engine.name, engine.role, engine.url, engine.kind or kind, key)
 
 
-async def set_members(
+def file_source(path: Path, kind: EngineName) -> Source:
+    """Return a source that reads a file."""
+
+    async def read() -> list[Member]:
+        engines = await asyncio.to_thread(read_engines_file, path)
+        if names := [engine.name for engine in engines if engine.url.startswith(DNS)]:
+            raise _unusable(path, f"{names[0]}: a name in DNS stands in the configuration")
+        return [to_member(engine, kind, os.environ) for engine in engines]
+
+    return read
+
+
+def dns_source(engine: Member) -> Source:
+    """Return a source of one engine at each address of the name in its URL."""
+    address = read_engine_url(engine.url)
+
+    async def read() -> list[Member]:
+        found = {str(ip) for _, _, (ip, *_) in await look_up(address.host, address.port)}
+        return [
+            replace(
+                engine,
+                name=f"{engine.name}-{ip.replace(':', '-')}",
+                url=str(address._replace(host=ip)),
+            )
+            for ip in sorted(found)
+        ]
+
+    return read
+
+
+async def follow(
+    source: Source,
+    name: str,
     membership: WatchedMembership,
-    source: str,
-    members: Iterable[Member],
     drain_timeout_s: float,
+    *,
+    poll_s: float,
+) -> None:
+    """Follow a source until cancelled; while it cannot be read, its engines stay as they are."""
+    latest: list[Member] = []
+    complaint = ""
+    while True:
+        try:
+            members = await source()
+            if members != latest:
+                latest = members
+                await _set_members(membership, name, members, drain_timeout_s)
+            complaint = ""
+        except (ConfigError, OSError) as error:
+            if str(error) != complaint:
+                _logger.error("%s: %s; the engines stay as they are", name, error)
+            complaint = str(error)
+        await asyncio.sleep(poll_s)
+
+
+async def _set_members(
+    membership: WatchedMembership, source: str, members: Iterable[Member], drain_timeout_s: float
 ) -> None:
     """Make these the engines of ``source``: others of it are drained, new ones added.
 
@@ -106,68 +152,3 @@ def _unusable(path: Path, reason: str) -> ConfigError:
         value=str(path),
         fix="write `engines: [{role: prefill, url: http://HOST:PORT}]`",
     )
-
-
-async def follow_file(
-    path: Path,
-    membership: WatchedMembership,
-    drain_timeout_s: float,
-    *,
-    poll_s: float = FILE_POLL_S,
-) -> None:
-    """Follow a file until cancelled; while it cannot be used, the engines stay as they are."""
-    latest: list[Member] | None = None
-    complaint = ""
-    while True:
-        try:
-            # Its content is compared, as its time may stay the same.
-            engines = await asyncio.to_thread(read_engines_file, path)
-            if names := [engine.name for engine in engines if engine.url.startswith(DNS)]:
-                raise _unusable(path, f"{names[0]}: a name in DNS stands in the configuration")
-            kind = membership.settings.kind
-            members = [to_member(engine, kind, os.environ) for engine in engines]
-            if members != latest:
-                latest = members
-                await set_members(membership, "file", members, drain_timeout_s)
-            complaint = ""
-        except ConfigError as error:
-            if str(error) != complaint:
-                _logger.error("%s; the engines stay as they are", error)
-            complaint = str(error)
-        await asyncio.sleep(poll_s)
-
-
-async def _resolve(host: str, port: int) -> set[str]:
-    return {str(address[0]) for _, _, address in await look_up(host, port)}
-
-
-async def follow_name(
-    engine: Member,
-    membership: WatchedMembership,
-    drain_timeout_s: float,
-    *,
-    poll_s: float = DNS_POLL_S,
-    resolve: Resolve = _resolve,
-) -> None:
-    """Follow the addresses of a name until cancelled: one engine at each; while it has none, those
-    stay.
-    """
-    address = read_engine_url(engine.url)
-    latest: set[str] = set()
-    while True:
-        try:
-            found = await resolve(address.host, address.port)
-            if found != latest:
-                latest = found
-                members = [
-                    replace(
-                        engine,
-                        name=f"{engine.name}-{ip.replace(':', '-')}",
-                        url=str(address._replace(host=ip)),
-                    )
-                    for ip in sorted(found)
-                ]
-                await set_members(membership, f"dns:{engine.name}", members, drain_timeout_s)
-        except OSError as error:
-            _logger.warning("%s has no address: %s", address.host, error)
-        await asyncio.sleep(poll_s)

@@ -17,10 +17,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
+from urllib.parse import urlencode
 
 import msgspec
 
-from pdlaunch.http.errors import RANK_LOST
 from pdlaunch.http.headers import REQUEST_ID_HEADER
 from pdlaunch.observe.spans import PULL
 from pdlaunch.protocol.ids import HopId
@@ -243,7 +243,7 @@ class Relay:
                 with blames(engine):
                     is_chat = prompt.endpoint.is_chat
                     handover = Handover(state, engine, answer, is_chat=is_chat)
-                call.hear(handover.report)
+                call.hear(handover.report, self._record.log.clock())
                 call.counts(handover.usage)
         except BaseException:
             if may_be_leased:
@@ -337,7 +337,7 @@ class Relay:
                 if lease is not None:
                     lease.check_pulled(engine, chunk)
             await self._tell(engine, chunk, more_follows=stream.has_more, begin=begin)
-        call.hear(stream.report)
+        call.hear(stream.report, self._record.log.clock())
         if lease is not None:
             has_failed = call.attributes(PULL).get("error") is not None
             self._state.pool.pulled(lease.engine, engine, ok=not has_failed)
@@ -456,7 +456,7 @@ class Relay:
         self._trouble_since_at = self._trouble_since_at or state.now()
         self._tried.add(engine.key)
         self._failure = failure
-        if isinstance(failure, EngineFailure) and failure.engine_code == RANK_LOST:
+        if isinstance(failure, EngineFailure) and failure.lost_rank:
             # Before another engine gets the request that may have killed this one.
             await state.death_is_listed(engine)
         state.suspects.check(self._prompt.origin)
@@ -499,9 +499,10 @@ class Relay:
             num_streams=num_streams,
         )
 
-    def _call(self, hop: Hop, engine: Engine, hop_id: HopId) -> EngineCall:
+    def _call(self, hop: Hop, engine: Engine, hop_id: HopId) -> AbstractContextManager[EngineCall]:
         """Begin the record of a call; native engines can report its spans if it is cut."""
         ask = None
         if engine.capabilities.gives_first_token:
-            ask = partial(self._state.client.read_spans, engine, hop_id)
+            path = f"/pdlaunch/spans?{urlencode({'request_id': hop_id})}"
+            ask = partial(self._state.client.read, engine, path)
         return self._record.call(hop, engine.name, ask)

@@ -82,7 +82,9 @@ class RequestHistory:
 
     async def _hear_late(self, record: RequestRecord, calls: Sequence[EngineCall]) -> None:
         """Ask engines for their parts of a request whose client went away."""
-        await asyncio.gather(*(call.ask() for call in calls))
+        told = await asyncio.gather(*(call.ask() for call in calls if call.ask is not None))
+        for call, report in zip(calls, told, strict=True):
+            call.hear(report, record.log.clock())
         if self._exporter is not None:
             self._exporter.end(record)
 
@@ -94,38 +96,40 @@ class RequestHistory:
         if exporter is not None:
             await asyncio.to_thread(exporter.close)
 
-    def chosen(self, choice: str, limit: int) -> list[RequestRecord]:
-        """Return at most ``limit`` records, the latest or the slowest first; running ones among the
-        last and the slowest.
-        """
-        latest = [*reversed(self._running.values()), *reversed(self._done)]
-        if choice == "slowest":
-            latest.sort(key=lambda record: record.duration_s, reverse=True)
-        elif choice == "failed":
-            latest = [record for record in latest if record.has_failed]
-        return latest[:limit]
-
     def routes(self) -> list[AppRoute]:
         return [
             AppRoute("GET", "/pdlaunch/requests", self._list),
             AppRoute("GET", "/pdlaunch/requests/{id:.+}", self._trace),
         ]
 
+    def chosen(self, choice: str, limit: int) -> list[RequestRecord]:
+        """Return at most ``limit`` records, the latest or the slowest first; running ones among the
+        last and the slowest.
+        """
+        latest = self._latest()
+        if choice == "slowest":
+            latest.sort(key=lambda record: record.duration_s, reverse=True)
+        elif choice == "failed":
+            latest = [record for record in latest if record.has_failed]
+        return latest[:limit]
+
+    def _latest(self) -> list[RequestRecord]:
+        return [*reversed(self._running.values()), *reversed(self._done)]
+
     async def _list(self, http: web.Request) -> web.Response:
         records = self.chosen(*_read_query(http.query))
         return json_response(RequestList(requests=[record.summary() for record in records]))
 
     async def _trace(self, http: web.Request) -> web.Response:
-        name = http.match_info["id"]
-        latest = [*reversed(self._running.values()), *reversed(self._done)]
-        if (record := next((each for each in latest if each.id == name), None)) is None:
-            raise RequestError(
-                f"no request of this id is remembered; the last {self._done.maxlen} are",
-                param="id",
-                status=404,
-                code="request_not_found",
-            )
-        return json_response(record.trace())
+        for record in self._latest():
+            if record.id == http.match_info["id"]:
+                return json_response(record.trace())
+        raise RequestError(
+            f"no request of this id is remembered; the last {self._done.maxlen} are",
+            param="id",
+            status=404,
+            code="request_not_found",
+        )
 
 
 def _read_query(query: Mapping[str, str]) -> tuple[str, int]:
@@ -135,12 +139,11 @@ def _read_query(query: Mapping[str, str]) -> tuple[str, int]:
         raise RequestError(f"{given[0]} and {given[1]} exclude each other", param=given[1])
     if not given:
         return "last", DEFAULT_LISTED
-    (choice,) = given
-    text = query[choice]
+    text = query[given[0]]
     # Longer numbers than any that can be meant are refused before Python would refuse to read them.
     if not (text.isascii() and text.isdecimal() and len(text) <= 9):
-        raise RequestError(f"{choice} must be a whole number, 0 or more", param=choice)
-    return choice, int(text)
+        raise RequestError(f"{given[0]} must be a whole number, 0 or more", param=given[0])
+    return given[0], int(text)
 
 
 def log_request(record: RequestRecord, show: Callable[[str], None] | None = None) -> None:
@@ -165,7 +168,6 @@ def format_request(summary: RequestSummary) -> str:
     cached = " ".join(f"{tier} {number}" for tier, number in tiers.items() if number is not None)
     if not cached and summary.cached_tokens is not None:
         cached = str(summary.cached_tokens)
-    proof = {None: None, True: "verified", False: "unverified"}[summary.verified]
     words: list[tuple[object, str]] = [
         (summary.status, "{}"),
         (summary.path, "{}"),
@@ -179,7 +181,7 @@ def format_request(summary: RequestSummary) -> str:
         (summary.pull_ms, "pull={:.1f}ms"),
         (summary.pull_mb, "{:.2f}MB"),
         (summary.pull_gb_s, "{:.2f}GB/s"),
-        (proof, "{}"),
+        ({None: None, True: "verified", False: "unverified"}[summary.verified], "{}"),
         (summary.first_token_ms, "first={:.1f}ms"),
         (summary.output_tokens, "tokens={}"),
         (summary.ms_per_token, "{:.2f}ms/token"),

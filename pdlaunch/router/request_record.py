@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
-from types import TracebackType
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -33,76 +33,51 @@ from pdlaunch.router.transcript import Transcript
 logger = logging.getLogger(__name__)
 
 ROUTER = "router"
-MAX_MODEL_LENGTH = 200
 CLIENT_LEFT = "the client went away"
+MAX_MODEL_LENGTH = 200
 MAX_ERROR_LENGTH = 300
-MAX_HEARD_SPANS = 4 * MAX_SPANS
-"""Spans that are kept of what one engine, with its ranks, tells of a call."""
+MAX_HEARD_SPANS = 4 * MAX_SPANS  # of what one engine, with its ranks, tells of a call
 
-AskSpans = Callable[[], Awaitable[object]]
+# Has an engine tell its spans of a call that was cut, as JSON; None when it does not.
+AskSpans = Callable[[], Awaitable[bytes | None]]
 
 
-class EngineCall:
-    """Records one call of an engine while a block runs.
+class EngineCall(msgspec.Struct):
+    """Records one call of an engine."""
 
-    ``ask`` has the engine tell its spans of a call that was cut; None: it cannot.
-    """
+    hop: Hop
+    engine: str
+    span: Span  # ends at 0 while the call runs
+    ask: AskSpans | None  # none: it cannot be asked afterwards
+    error: str | None = None
+    heard: list[Span] = []  # the engine's spans, on the router's clock
+    num_dropped: int = 0  # spans that the engine, or this process, has not kept
 
-    def __init__(self, hop: Hop, engine: str, log: SpanLog, ask: AskSpans | None) -> None:
-        self.hop: Hop = hop
-        self.engine = engine
-        self.error: str | None = None
-        self.heard: list[Span] = []  # the engine's spans, on the router's clock
-        self.num_dropped = 0  # spans that the engine, or this process, has not kept
-        self.is_over = False
-        self.span = Span(f"{hop} at {engine}", log.clock(), 0.0)
-        self._clock = log.clock
-        self._ask = ask
-
-    def __enter__(self) -> EngineCall:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        text = None if error is None else describe_error(error)
-        if text not in (None, CLIENT_LEFT):
-            self._ask = None  # the engine has failed it
-        self.end(text)
-
-    def end(self, error: str | None = None) -> None:
-        """End it, once."""
-        if not self.is_over:
-            self.is_over, self.span.end_at = True, self._clock()
-            if error is not None:
-                self.error = self.span.attributes["error"] = error
+    @property
+    def is_over(self) -> bool:
+        return self.span.end_at > 0
 
     @property
     def is_cut(self) -> bool:
-        """Return whether it ended before the engine told of it, which can be asked."""
-        return self.is_over and self._ask is not None and not self.heard
+        """Return whether its client left before the engine told of it, which can be asked."""
+        return self.error == CLIENT_LEFT and self.ask is not None and not self.heard
 
-    async def ask(self) -> None:
-        ask, self._ask = self._ask, None
-        if ask is not None:
-            self.hear(await ask())
-
-    def hear(self, told: object) -> None:
+    def hear(self, told: object, now_at: float) -> None:
         """Take the spans with which an engine has ended its answer, if any."""
         if told is None:
             return
         try:
+            if isinstance(told, bytes):
+                told = msgspec.json.decode(told)
             report = msgspec.convert(told, SpanReport)
-        except msgspec.ValidationError as error:
+        except (ValueError, RecursionError) as error:
             logger.debug("%s: its spans cannot be read: %s", self.engine, error)
             return
-        times = self.span.start_at, self._clock()
-        self.heard = report.placed(*times, self.engine)[:MAX_HEARD_SPANS]
+        sent_at = self.span.start_at
+        self.heard = report.placed(sent_at, now_at, self.engine)[:MAX_HEARD_SPANS]
         self.num_dropped = report.num_dropped + len(report.spans) - len(self.heard)
-        self.span.attributes["clock_error_ms"] = round(report.clock_error_s(*times) * 1000, 3)
+        error_s = report.clock_error_s(sent_at, now_at)
+        self.span.attributes["clock_error_ms"] = round(error_s * 1000, 3)
 
     def counts(self, usage: object) -> None:
         """Note by ``usage`` how much of the prompt was cached or pulled."""
@@ -132,8 +107,8 @@ class RequestRecord:
         self.status: int | None = None
         self.error: str | None = None
         self.log = SpanLog()
+        # Headers by which the engines' own tracing knows its parent.
         self.trace_headers: dict[str, str] = {}
-        """Headers by which the engines' own tracing knows its parent."""
         self.otel_span: Any = None
         self.usage: Usage | None = None
         self.clock: RequestClock | None = None  # knows when tokens have left for the client
@@ -158,6 +133,11 @@ class RequestRecord:
         end_at = self.log.clock() if self._end_at is None else self._end_at
         return end_at - self.log.start_at
 
+    @property
+    def num_tokens(self) -> int:
+        """Return the output tokens whose ids are known, so far."""
+        return self._num_tokens + sum(transcript.num_tokens for transcript in self.transcripts)
+
     def understood(self, model: str | None, num_prompts: int) -> None:
         self.model = None if model is None else model[:MAX_MODEL_LENGTH]
         self.log.add("receive", self.log.start_at, prompts=num_prompts)
@@ -165,18 +145,21 @@ class RequestRecord:
     def routed(self, hop: Hop, route: Route) -> None:
         logger.debug("route of %s: %s", hop, route)
         self._explanation = route.reason
-        self.log.mark(
-            "route",
-            hop=hop,
-            prefill=None if route.prefill is None else route.prefill.name,
-            decode=None if route.decode is None else route.decode.name,
-            explanation=route.reason,
-        )
+        prefill, decode = (e.name if e else None for e in (route.prefill, route.decode))
+        self.log.mark("route", hop=hop, prefill=prefill, decode=decode, explanation=route.reason)
 
-    def call(self, hop: Hop, engine: str, ask: AskSpans | None = None) -> EngineCall:
-        call = EngineCall(hop, engine, self.log, ask)
+    @contextlib.contextmanager
+    def call(self, hop: Hop, engine: str, ask: AskSpans | None = None) -> Iterator[EngineCall]:
+        """Record a call of an engine while the block runs."""
+        call = EngineCall(hop, engine, Span(f"{hop} at {engine}", self.log.clock(), 0.0), ask)
         self._calls.append(call)
-        return call
+        try:
+            yield call
+        except BaseException as error:
+            call.error = call.span.attributes["error"] = describe_error(error)
+            raise
+        finally:
+            call.span.end_at = self.log.clock()
 
     @property
     def cut_calls(self) -> list[EngineCall]:
@@ -189,21 +172,16 @@ class RequestRecord:
             self.status, self.error = error_status(error), describe_error(error)
 
     def end(self, status: int) -> None:
-        """End the record, once. A ``status`` that an error has set before stays."""
-        if self.is_done:
-            return
+        """End the record. A ``status`` that an error has set before stays."""
         if self.status is None:
             self.status = status
         if status == CLIENT_CLOSED_REQUEST and self.error is None:
             self.status, self.error = status, CLIENT_LEFT
-        for call in self._calls:
-            call.end()
         # The transcripts, which hold every token, go with the request.
-        self._num_tokens, self.transcripts = self._count_tokens(), []
-        times, first_at = self.clock, self._first_token_at
-        if times is not None and first_at is not None:
+        self._num_tokens, self.transcripts = self.num_tokens, []
+        if self.clock is not None and (first_at := self.clock.first_token_at) is not None:
             self.log.add("first token", first_at, first_at)
-            self.log.add("tokens", first_at, times.last_token_at, tokens=self._num_tokens)
+            self.log.add("tokens", first_at, self.clock.last_token_at, tokens=self._num_tokens)
         self._end_at = self.log.clock()
         self.log.add("end", self._end_at, self._end_at, status=self.status, error=self.error)
 
@@ -212,16 +190,18 @@ class RequestRecord:
         last = {call.hop: call for call in used}
         prefill, decode = last.get("prefill"), last.get("decode")
         computing = prefill or decode
-        pulls = [] if decode is None else decode.named(PULL)
-        pull = pulls[0].attributes if pulls else {}
         at_first = {} if computing is None else computing.attributes(SEATED)
         at_decode = {} if decode is None else decode.attributes(SEATED)
-        queued = [span for call in used for span in call.named(QUEUE)]
-        names = [call.engine for call in (prefill, decode) if call is not None]
-        num_bytes, usage, first_at = _number(pull.get("bytes")), self.usage, self._first_token_at
-        details = None if usage is None else usage.prompt_tokens_details
+        pulls = [] if decode is None else decode.named(PULL)
+        pull = pulls[0].attributes if pulls else {}
+        num_bytes = _number(pull.get("bytes"))
         # The choices of a prompt wait at the same time.
-        first_waits = [span.duration_s for span in queued if not span.attributes.get("choice")]
+        queued = [span for call in used for span in call.named(QUEUE)]
+        waits_s = [span.duration_s for span in queued if not span.attributes.get("choice")]
+        names = [call.engine for call in (prefill, decode) if call is not None]
+        usage, first_at = self.usage, None if self.clock is None else self.clock.first_token_at
+        details = None if usage is None else usage.prompt_tokens_details
+        output_tokens = self.num_tokens if self._calls else None
         return RequestSummary(
             id=self.id,
             received_at=self.received_at,
@@ -239,15 +219,15 @@ class RequestRecord:
             cached_device_tokens=_count(at_first.get("device_tokens")),
             cached_host_tokens=_count(at_first.get("host_tokens")),
             remote_tokens=_count(at_decode.get("remote_tokens")),
-            queue_ms=_ms(sum(first_waits) if first_waits else None),
+            queue_ms=_ms(sum(waits_s) if waits_s else None),
             prefill_ms=_ms(None if computing is None else _prefill_s(computing)),
             pull_ms=_ms(max((span.duration_s for span in pulls), default=None)),
             pull_mb=None if num_bytes is None else round(num_bytes / 1e6, 3),
             pull_gb_s=_number(pull.get("gb_s")),
             verified=bool(pull["verified"]) if "verified" in pull else None,
             first_token_ms=_ms(None if first_at is None else first_at - self.log.start_at),
-            output_tokens=self._num_output_tokens(),
-            ms_per_token=self._ms_per_token(),
+            output_tokens=output_tokens if usage is None else usage.completion_tokens,
+            ms_per_token=self._ms_per_token(first_at),
             total_ms=_ms(self.duration_s),
             retries=self.retries,
             finish_reason=",".join(self.finish_reasons) or None,
@@ -275,35 +255,18 @@ class RequestRecord:
             )
             for span, parent in [(whole, whole), *told]
         ]
-        return RequestTrace(
-            **msgspec.structs.asdict(self.summary()),
-            spans=spans,
-            dropped_spans=self.log.num_dropped + sum(call.num_dropped for call in self._calls),
-        )
+        dropped_spans = self.log.num_dropped + sum(call.num_dropped for call in self._calls)
+        summary = msgspec.structs.asdict(self.summary())
+        return RequestTrace(**summary, spans=spans, dropped_spans=dropped_spans)
 
-    def _num_output_tokens(self) -> int | None:
-        """Return the tokens so far; None for a request that no engine was asked for."""
-        if self.usage is not None:
-            return self.usage.completion_tokens
-        return self._count_tokens() if self._calls else None
-
-    @property
-    def _first_token_at(self) -> float | None:
-        return None if self.clock is None else self.clock.first_token_at
-
-    def _count_tokens(self) -> int:
-        """Return the tokens whose ids are known, so far."""
-        return self._num_tokens + sum(transcript.num_tokens for transcript in self.transcripts)
-
-    def _ms_per_token(self) -> float | None:
+    def _ms_per_token(self, first_at: float | None) -> float | None:
         """Return the mean time between two tokens of a choice."""
-        times, first_at = self.clock, self._first_token_at
-        if times is None or first_at is None:
+        if self.clock is None or first_at is None:
             return None
-        num_steps = self._count_tokens() - times.num_choices
-        if num_steps <= 0 or times.last_token_at <= first_at:
-            return None  # answers of vLLM that are no streams come whole
-        return _ms((times.last_token_at - first_at) * times.num_choices / num_steps)
+        num_choices, took_s = self.clock.num_choices, self.clock.last_token_at - first_at
+        num_steps = self.num_tokens - num_choices
+        # Answers of vLLM that are no streams come whole.
+        return _ms(took_s * num_choices / num_steps) if num_steps > 0 and took_s > 0 else None
 
 
 def _prefill_s(call: EngineCall) -> float | None:
@@ -329,22 +292,20 @@ def _count(value: Attribute) -> int | None:
 def describe_error(error: BaseException) -> str:
     """Say what went wrong.
 
-    An engine's refusal may quote the prompt: its message is left out.
+    An engine's refusal may quote the prompt: only the names in it are told.
     """
     if isinstance(error, ConnectionError) or not isinstance(error, Exception):
         return CLIENT_LEFT
     if isinstance(error, RelayedError):
-        return _relayed(error)
-    if not isinstance(error, RequestError):
-        return type(error).__name__
-    text = f"{error.code}: {error}" if error.code else str(error)
+        named: list[str] = []
+        with contextlib.suppress(
+            ValueError, RecursionError, LookupError, TypeError, AttributeError
+        ):
+            body = msgspec.json.decode(error.body)["error"]
+            named = [str(body[key]) for key in ("code", "param") if body.get(key)]
+        text = ": ".join([str(error), *named])
+    elif isinstance(error, RequestError):
+        text = f"{error.code}: {error}" if error.code else str(error)
+    else:
+        text = type(error).__name__
     return text[:MAX_ERROR_LENGTH]
-
-
-def _relayed(error: RelayedError) -> str:
-    try:
-        body = msgspec.json.decode(error.body)["error"]
-        named = [str(body[key]) for key in ("code", "param") if body.get(key)]
-    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-        named = []
-    return ": ".join([str(error), *named])[:MAX_ERROR_LENGTH]

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import msgspec
@@ -15,6 +15,7 @@ from pdlaunch.errors import KillsEngineError
 from pdlaunch.http.headers import ORIGIN_HEADER, format_origin
 from pdlaunch.protocol.control import PairSuspect, Registry, Suspects
 from pdlaunch.protocol.ids import HopId, LeaseId, PromptOrigin
+from pdlaunch.protocol.openai.responses import ModelList
 from pdlaunch.protocol.status import Doubt
 from pdlaunch.router.engine import Engine, EngineKey
 from pdlaunch.router.engine_client import EngineClient
@@ -26,20 +27,18 @@ logger = logging.getLogger(__name__)
 
 SETTLE_TIMEOUT_S = 2.0
 MAX_PAIR_FAILURES = 1000
-DEATH_NEWS_S = 5.0
-"""How long to wait until the registry shows a death that an engine's server has reported. Without
-the wait a request that kills engines may reach a third one.
-"""
+# How long to wait until the registry shows a death that an engine's server has reported. Without
+# the wait a request that kills engines may reach a third one.
+DEATH_LISTED_S = 5.0
 
 
 class RecoverySettings(msgspec.Struct, frozen=True, kw_only=True):
     """Limits the recovery of a request that engines have failed."""
 
+    # Failures of prefill, and of decode, before it gives up: a request may kill engines.
     max_attempts: int = 4
-    """Failures of prefill, and of decode, before it gives up: a request may kill engines."""
     wait_s: float = 60.0  # seconds to wait after a failure for an engine to come back
-    retry_wait_s: float = 1.0
-    """Seconds before an engine that failed is asked again, where there is no other."""
+    retry_wait_s: float = 1.0  # seconds until the only engine is asked again after a failure
     busy_wait_s: float = 1.0  # seconds to leave a busy engine alone
 
 
@@ -51,8 +50,8 @@ class SuspectPrompts:
     """
 
     def __init__(self) -> None:
+        # 1 for a suspect, 2 for one that was a suspect already.
         self._num_deaths: dict[PromptOrigin, int] = {}
-        """1 for a suspect, 2 for one that was a suspect already."""
 
     @contextmanager
     def watch(self, origin: PromptOrigin) -> Iterator[None]:
@@ -62,18 +61,17 @@ class SuspectPrompts:
         finally:
             del self._num_deaths[origin]
 
-    def take(self, news: Suspects) -> None:
-        for origin in self._num_deaths.keys() & news.origins:
-            num_deaths = 2 if origin in news.repeated else 1
+    def take(self, suspects: Suspects) -> None:
+        for origin in self._num_deaths.keys() & suspects.origins:
+            num_deaths = 2 if origin in suspects.repeated else 1
             self._num_deaths[origin] = max(num_deaths, self._num_deaths[origin])
 
     def is_suspect(self, origin: PromptOrigin) -> bool:
         return self._num_deaths[origin] > 0
 
     def header(self, origin: PromptOrigin) -> dict[str, str]:
-        if not self.is_suspect(origin):
-            return {}
-        return {ORIGIN_HEADER: format_origin(origin, is_suspect=True)}
+        marked = format_origin(origin, is_suspect=True)
+        return {ORIGIN_HEADER: marked} if self.is_suspect(origin) else {}
 
     def check(self, origin: PromptOrigin) -> None:
         """Raise KillsEngineError when a second rank has died of the request."""
@@ -105,13 +103,12 @@ class RouterState:
         self.recovery = recovery
         self.suspects = SuspectPrompts()
         self.events = EventLog(time.time)
+        # Why a prefill and a decode engine could not work together the last time.
         self.pair_failures: dict[tuple[str, str], str] = {}
-        """The reason why a prefill and a decode engine could not work together the last time."""
+        # Why a pair is not used, until the registry has shown a new proof; prefill first.
+        self.doubts: dict[tuple[str, str], Doubt] = {}
         self._prove_again = prove_again
-        self._doubts: dict[tuple[str, str], str] = {}
-        """The reason why a pair is not used, until the registry has shown a new proof."""
         self._changed = asyncio.Event()
-        self._has_registry = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._asked: set[EngineKey] = set()  # engines that are being asked for their models
 
@@ -120,22 +117,25 @@ class RouterState:
         self.pool.update(registry)
         self.events.engines_changed(registry, self.pool.engines)
         listed = {entry.name for entry in registry.entries}
-        proven = {(pair.peer, pair.local) for pair in registry.pairs}
         # Of engines that have left nothing is to be proven.
-        self._doubts = {
-            names: error
-            for names, error in self._doubts.items()
-            if listed.issuperset(names) and names not in proven
-        }
+        settled = {names for names in self.doubts if not listed.issuperset(names)}
+        settled.update((pair.peer, pair.local) for pair in registry.pairs)
+        self.doubts = {each: doubt for each, doubt in self.doubts.items() if each not in settled}
         self.metrics.show_registry(registry)
-        self._has_registry.set()
         # A new event for each change: those that wait from now on wait for the next one.
         self._changed.set()
         self._changed = asyncio.Event()
         for engine in self.pool.engines:
             if engine.ready and engine.max_model_len is None and engine.key not in self._asked:
                 self._asked.add(engine.key)
-                self.spawn(self._learn_models(engine))
+                self.spawn(self._learn_models(engine, engine.key))
+
+    async def _learn_models(self, engine: Engine, key: EngineKey) -> None:
+        page = await self.client.read(engine, "/v1/models")
+        self._asked.discard(key)
+        with suppress(ValueError, RecursionError):
+            engine.models = msgspec.json.decode(page or b"", type=ModelList).data
+            engine.max_model_len = engine.models[0].max_model_len if engine.models else None
 
     def recomputed(self, prefill: Engine, decode: Engine, num_tokens: int) -> None:
         """Note that decode has computed ``num_tokens`` that it was handed KV blocks for.
@@ -159,39 +159,31 @@ class RouterState:
     def doubt(self, local: str, peer: str, peer_incarnation: int, error: str) -> None:
         """Use a pair no more until a new canary has proven it."""
         pair = PairSuspect(local=local, peer=peer, peer_incarnation=peer_incarnation, error=error)
-        self._doubts[peer, local] = error
+        self.doubts[peer, local] = Doubt(prefill=peer, decode=local, error=error)
         self.pool.doubt(pair)
         self._prove_again(pair)
-
-    def doubts(self) -> list[Doubt]:
-        return [Doubt(prefill=p, decode=d, error=error) for (p, d), error in self._doubts.items()]
 
     def release(self, engine: Engine, name: HopId | LeaseId) -> None:
         """Tell a prefill engine that nobody will pull, if it is one that listens."""
         if engine.capabilities.gives_first_token:
             self.metrics.count("releases")
-            self.spawn(self.client.release(engine, name))
-
-    async def knows_engines(self) -> None:
-        await self._has_registry.wait()
+            self.spawn(self.client.tell(engine, "/pdlaunch/release", {"request_id": name}))
 
     async def death_is_listed(self, engine: Engine) -> None:
         """Return when the registry shows the death that an engine's server has reported.
 
         Usually it does already.
         """
-        end_at = self.now() + DEATH_NEWS_S
+        end_at = self.now() + DEATH_LISTED_S
         while self.pool.lists(engine) and (left_s := end_at - self.now()) > 0:
             await self.registry_change(left_s)
 
-    async def registry_change(self, timeout_s: float) -> None:
+    async def registry_change(self, timeout_s: float | None = None) -> None:
         """Return at the next change of the registry, at the latest after ``timeout_s``."""
         changed = self._changed
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await changed.wait()
-        except TimeoutError:
-            return
 
     def now(self) -> float:
         return asyncio.get_running_loop().time()
@@ -210,12 +202,3 @@ class RouterState:
     async def close(self) -> None:
         await self.settled()
         await self.client.close()
-
-    async def _learn_models(self, engine: Engine) -> None:
-        key = engine.key
-        try:
-            engine.models = await self.client.read_models(engine)
-        finally:
-            self._asked.discard(key)
-        if engine.models:
-            engine.max_model_len = engine.models[0].max_model_len

@@ -16,7 +16,7 @@ from pdlaunch.protocol.control import Command, PairReady, PairSuspect, Registry
 from pdlaunch.protocol.process.bootstrap import RouterSpec
 from pdlaunch.router.app import RouterApp
 from pdlaunch.router.engine import Engine
-from pdlaunch.router.engine_client import EngineClient, EngineTimeouts, keys_of_launch
+from pdlaunch.router.engine_client import EngineClient, EngineTimeouts
 from pdlaunch.router.main import listen
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
@@ -63,7 +63,9 @@ class Stand:
         self.metrics = RouterMetrics("tiny")
         self.pool = EnginePool(time.monotonic)
         client = EngineClient(
-            keys_of_launch("launch-token", "engine-key"),
+            lambda engine: (
+                "launch-token" if engine.capabilities.takes_launch_token else "engine-key"
+            ),
             EngineTimeouts(stall_s=stall_s, probe_s=1.0, metrics_s=metrics_s),
         )
         self.state = RouterState(

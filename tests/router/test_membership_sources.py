@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pdlaunch.errors import ConfigError
+from pdlaunch.router import membership_sources
 from pdlaunch.router.membership_sources import (
-    follow_file,
-    follow_name,
+    dns_source,
+    file_source,
+    follow,
     read_engines_file,
 )
 from pdlaunch.router.watched_engine import Member
@@ -42,7 +45,9 @@ async def test_the_file_s_engines_come_and_go_and_bad_content_changes_nothing(
         await alone.start(name)
     file = tmp_path / "engines.yaml"
     file.write_text(listing(alone, "prefill-0", "decode-0"))
-    following = asyncio.ensure_future(follow_file(file, alone.watch, 5.0, poll_s=0.01))
+    following = asyncio.ensure_future(
+        follow(file_source(file, "vllm"), "file", alone.watch, 5.0, poll_s=0.01)
+    )
     try:
         await alone.until(lambda: alone.ready == {"prefill-0", "decode-0"})
         file.write_text("engines: [{role: prefill}]")
@@ -73,7 +78,9 @@ async def test_a_new_engine_waits_for_another_s_work_only_where_it_needs_its_nam
         await alone.start(name)
     file = tmp_path / "engines.yaml"
     file.write_text(listing(alone, "prefill-0", "decode-0"))
-    following = asyncio.ensure_future(follow_file(file, alone.watch, 3600.0, poll_s=0.01))
+    following = asyncio.ensure_future(
+        follow(file_source(file, "vllm"), "file", alone.watch, 3600.0, poll_s=0.01)
+    )
     try:
         await alone.until(lambda: alone.ready == {"prefill-0", "decode-0"})
         with working(alone.engine("decode-0")):
@@ -118,19 +125,22 @@ def test_what_is_wrong_with_a_file_is_named(tmp_path: Path, content: str, messag
 
 
 async def test_a_name_stands_for_an_engine_at_each_of_its_addresses(
-    alone: Alone, caplog: pytest.LogCaptureFixture
+    alone: Alone, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: set[str] | None = {"127.0.0.1", "127.0.0.2", "127.9.9.9"}
 
-    async def resolve(host: str, port: int) -> set[str]:
+    async def look_up(host: str, port: int) -> list[tuple[Any, int, tuple[Any, ...]]]:
         assert (host, port) == ("prefill.svc", 7)
         if found is None:
             raise OSError("no such name")
-        return found
+        return [(None, 0, (ip, port)) for ip in found]
+
+    monkeypatch.setattr(membership_sources, "look_up", look_up)
 
     member = Member("prefill", "prefill", "dns+http://prefill.svc:7", "vllm", "key")
-    source = follow_name(member, alone.watch, 5.0, poll_s=0.01, resolve=resolve)
-    following = asyncio.ensure_future(source)
+    following = asyncio.ensure_future(
+        follow(dns_source(member), "dns:prefill", alone.watch, 5.0, poll_s=0.01)
+    )
 
     def urls() -> set[str]:
         return {engine.url for engine in alone.pool.engines}
@@ -142,7 +152,7 @@ async def test_a_name_stands_for_an_engine_at_each_of_its_addresses(
         found = {"127.0.0.2", "127.0.0.3"}
         await alone.until(lambda: urls() == {"http://127.0.0.2:7", "http://127.0.0.3:7"})
         found = None
-        await alone.until(lambda: "has no address" in caplog.text)
+        await alone.until(lambda: "no such name" in caplog.text)
         assert urls() == {"http://127.0.0.2:7", "http://127.0.0.3:7"}
     finally:
         following.cancel()
