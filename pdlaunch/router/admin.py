@@ -13,6 +13,7 @@ import math
 import os
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 from urllib.parse import quote
@@ -40,7 +41,10 @@ ENGINE_CHECK_TIMEOUT_S = 40.0  # longer than an engine waits for its rank
 SOCKET_BACKLOG = 32
 _STATUS: dict[RefusalCode, int] = {"engine_not_found": 404, "not_now": 409, "refused": 409}
 
+_ROLES: tuple[Role, ...] = ("prefill", "decode", "both")
+
 T = TypeVar("T")
+Query = Sequence[tuple[str, str]]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1024)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=3600)]
 
@@ -83,27 +87,32 @@ class Admin:
     def routes(self) -> list[AppRoute]:
         """Return all of them; whoever adds a command adds a row."""
         return [
-            AppRoute("POST", "/sleep", self._sleep),
-            AppRoute("POST", "/wake_up", self._wake_up),
-            AppRoute("GET", "/is_sleeping", self._is_sleeping),
-            AppRoute("GET", "/pdlaunch/integrity", self._integrity),
+            AppRoute("POST", "/sleep", self._set_asleep),
+            AppRoute("POST", "/wake_up", self._set_asleep),
+            AppRoute("GET", "/is_sleeping", partial(self._ask_all, "is_sleeping")),
+            AppRoute("GET", "/pdlaunch/integrity", partial(self._ask_all, "ok")),
             AppRoute("POST", "/pdlaunch/restart", self._restart),
-            AppRoute("POST", "/pdlaunch/drain", self._drain),
-            AppRoute("POST", "/pdlaunch/undrain", self._undrain),
+            AppRoute("POST", "/pdlaunch/drain", partial(self._drain, True)),
+            AppRoute("POST", "/pdlaunch/undrain", partial(self._drain, False)),
             AppRoute("POST", "/pdlaunch/scale", self._scale),
             AppRoute("POST", "/pdlaunch/role", self._role),
             AppRoute("*", "/pdlaunch/engines/{engine}/{path:.*}", self._one_engine),
         ]
 
-    async def _sleep(self, http: web.Request) -> web.Response:
-        """Prefill engines first: decode engines fetch what those hold while awake."""
-        engines = self._chosen(http, first="prefill")
-        return _together([await self._set_asleep(http, engine) for engine in engines])
-
-    async def _wake_up(self, http: web.Request) -> web.Response:
-        """Decode engines first: they shake hands with prefill engines as these come back."""
-        engines = self._chosen(http, first="decode")
-        outcomes = [await self._set_asleep(http, engine) for engine in engines]
+    async def _set_asleep(self, http: web.Request) -> web.Response:
+        """Put engines to sleep, or wake them up, as the path says."""
+        sleeps = http.path == "/sleep"
+        # Prefill sleeps first: decode engines fetch what it holds while awake. Decode wakes first:
+        # it shakes hands with prefill engines as these come back.
+        engines = self._chosen(http, first="prefill" if sleeps else "decode")
+        query = [(name, value) for name, value in http.query.items() if name != "engine"]
+        outcomes = []
+        for engine in engines:
+            if engine.capabilities.kind != "vllm":
+                outcomes.append(await self._ask(engine, "POST", http.path, query))
+            else:
+                command = fall_asleep if sleeps else wake_up
+                outcomes.append(await _outcome(engine.name, command(self._state, engine, query)))
         awake = {each.engine for each in outcomes if each.answer.get("is_sleeping") is False}
         # Requests that follow must find these engines.
         await self._until_listed(
@@ -112,26 +121,13 @@ class Admin:
         )
         return _together(outcomes)
 
-    async def _set_asleep(self, http: web.Request, engine: Engine) -> Outcome:
-        """Put an engine to sleep, or wake it up, as the path says."""
-        if engine.capabilities.kind != "vllm":
-            query = [(name, value) for name, value in http.query.items() if name != "engine"]
-            return await self._ask(engine, "POST", http.path, query)
-        command = fall_asleep if http.path == "/sleep" else wake_up
-        return await _outcome(engine.name, command(self._state, engine, http.query))
-
-    async def _is_sleeping(self, http: web.Request) -> web.Response:
-        outcomes = [await self._ask(engine, "GET", "/is_sleeping") for engine in self._chosen(http)]
-        is_sleeping = all(outcome.answer.get("is_sleeping", False) for outcome in outcomes)
-        return _together(outcomes, is_sleeping=is_sleeping)
-
-    async def _integrity(self, http: web.Request) -> web.Response:
-        """Tell who owns each KV block of each engine; an engine that cannot be asked is not ok."""
+    async def _ask_all(self, key: str, http: web.Request) -> web.Response:
+        """Ask engines for something that each says under ``key``; false where it does not."""
         outcomes = [
-            await self._ask(engine, "GET", "/pdlaunch/integrity", timeout_s=ENGINE_CHECK_TIMEOUT_S)
+            await self._ask(engine, "GET", http.path, timeout_s=ENGINE_CHECK_TIMEOUT_S)
             for engine in self._chosen(http)
         ]
-        return _together(outcomes, ok=all(outcome.answer.get("ok", False) for outcome in outcomes))
+        return _together(outcomes, **{key: all(each.answer.get(key, False) for each in outcomes)})
 
     async def _restart(self, http: web.Request) -> web.Response:
         """Restart engines one after the other, so that others serve meanwhile; answer when they
@@ -162,23 +158,22 @@ class Admin:
             raise _unavailable(text, "engine_failed")
         return {"engine": begun.engine, "incarnation": found.processes[0]}
 
-    async def _drain(self, http: web.Request) -> web.Response:
-        """Answer when nothing runs at the engines, at the latest after ``timeout_s``."""
+    async def _drain(self, is_drained: bool, http: web.Request) -> web.Response:
+        """Give engines no new work, or work again.
+
+        A drain is answered when nothing runs there, at the latest after ``timeout_s``.
+        """
         names, pool = _engines_named(http), self._state.pool
         until_at = self._state.now() + _read_seconds(http.query.get("timeout_s", "0"))
         # All of them before the first is waited for.
-        outcomes = [await _outcome(name, self._set_drained(name, True)) for name in names]
-        for _, status, answer in outcomes:
+        outcomes = [await _outcome(name, self._set_drained(name, is_drained)) for name in names]
+        for _, status, answer in outcomes if is_drained else ():
             if status == 200:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout_at(until_at):
                         await pool.until_idle(answer["engine"])
                 answer["running"] = pool.num_outstanding(answer["engine"])
         return _together(outcomes)
-
-    async def _undrain(self, http: web.Request) -> web.Response:
-        names = _engines_named(http)
-        return _together([await _outcome(name, self._set_drained(name, False)) for name in names])
 
     async def _set_drained(self, name: str, is_drained: bool) -> dict[str, Any]:
         question = SetDrained(question=0, name=name, is_drained=is_drained)
@@ -196,12 +191,8 @@ class Admin:
     async def _scale(self, http: web.Request) -> web.Response:
         """Answer when the engines are as they are wanted, or at once with ``dry_run``."""
         body = _read(await http.read(), ScaleBody)
-        wanted: dict[Role, int | None] = {
-            "prefill": body.prefill,
-            "decode": body.decode,
-            "both": body.both,
-        }
-        replicas = {role: number for role, number in wanted.items() if number is not None}
+        roles = msgspec.to_builtins(body)
+        replicas = {role: roles[role] for role in _ROLES if roles[role] is not None}
         if not replicas:
             message = "say how many engines there are to be: prefill, decode or both"
             raise RequestError(message, code="invalid_change")
@@ -242,7 +233,7 @@ class Admin:
         engine: Engine,
         method: str,
         path: str,
-        query: Sequence[tuple[str, str]] = (),
+        query: Query = (),
         *,
         timeout_s: float | None = None,
     ) -> Outcome:

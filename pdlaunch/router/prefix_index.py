@@ -11,9 +11,8 @@ of this router. A wrong entry costs time, never a token.
 
 from __future__ import annotations
 
-import itertools
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import xxhash
@@ -21,17 +20,16 @@ import xxhash
 from pdlaunch.router.engine import Engine, Processes
 
 PIECE_BYTES = 128
+# A piece has at least a 256th of the bytes before it: ``MAX_PIECES`` cover a million tokens.
 PIECE_SHARE = 256
-"""A piece has at least a 256th of the bytes before it: ``MAX_PIECES`` cover a million tokens."""
+# A message ends like this in most clients' JSON. Pieces end there too, so that a chat with a short
+# question is told apart from others with the same system prompt.
 MESSAGE_END = b'"}'
-"""A message ends like this in most clients' JSON. Pieces end there too, so that a chat with a short
-question is told apart from others with the same system prompt.
-"""
+# Shorter pieces, ends of objects in a message, are not made. Grows with the size of pieces.
 LEAST_MESSAGE_BYTES = 24
-"""Shorter pieces, ends of objects in a message, are not made. Grows with the size of pieces."""
 MAX_PIECES = 2048  # pieces of one prompt that are looked at
+# Pieces for each engine, about 200 bytes each; the ones not used for longest are forgotten.
 MAX_REMEMBERED_PIECES = 32_768
-"""Pieces for each engine, about 200 bytes each; the ones not used for longest are forgotten."""
 
 
 class Piece(NamedTuple):
@@ -49,34 +47,28 @@ def hash_prefix(text: bytes | None, cache_salt: str) -> PrefixHashes:
     if text is None:
         return ()
     running = xxhash.xxh3_64(cache_salt.encode("utf-8", "surrogatepass") + b"\0")
-    pieces, begin = [], 0
-    for end in itertools.islice(_cuts(text), MAX_PIECES):
+    pieces: list[Piece] = []
+    begin = 0
+    while len(pieces) < MAX_PIECES:
+        size = max(PIECE_BYTES, begin // PIECE_SHARE)
+        least = LEAST_MESSAGE_BYTES * size // PIECE_BYTES
+        found = text.find(MESSAGE_END, begin + least, begin + size)
+        end = begin + size if found < 0 else found + len(MESSAGE_END)
+        if end > len(text):
+            break
         running.update(text[begin:end])
         pieces.append(Piece(running.intdigest(), end / len(text)))
         begin = end
     return tuple(pieces)
 
 
-def _cuts(text: bytes) -> Iterator[int]:
-    """Yield where pieces end; texts that begin alike are cut alike."""
-    end = 0
-    while True:
-        size = max(PIECE_BYTES, end // PIECE_SHARE)
-        least = LEAST_MESSAGE_BYTES * size // PIECE_BYTES
-        found = text.find(MESSAGE_END, end + least, end + size)
-        end = end + size if found < 0 else found + len(MESSAGE_END)
-        if end > len(text):
-            return
-        yield end
-
-
 class ServedPrefixes:
-    """A PrefixIndex of what engines have served."""
+    """Remembers what engines have served."""
 
     def __init__(self, max_pieces: int = MAX_REMEMBERED_PIECES) -> None:
         self._max_pieces = max_pieces
+        # Tokens up to the end of a piece, by engine and hash; the least recently used first.
         self._engines: dict[str, tuple[Processes, OrderedDict[int, int]]] = {}
-        """Tokens up to the end of a piece, by engine and hash; the least recently used first."""
 
     def num_cached_tokens(self, engine: Engine, prefix: PrefixHashes) -> int:
         """Return how many tokens of the prefix this engine need not compute."""
@@ -88,10 +80,7 @@ class ServedPrefixes:
     def served(
         self, engine: Engine, prefix: PrefixHashes, num_prompt_tokens: int, num_output_tokens: int
     ) -> None:
-        """Note that an engine has the blocks of a prompt and of the output after it.
-
-        The next turn begins with the output, so that counts as known behind the last piece.
-        """
+        """Note that an engine has the blocks of a prompt and of the output after it."""
         if not prefix:
             return
         processes, pieces = self._engines.get(engine.name, ((), OrderedDict[int, int]()))
@@ -102,6 +91,7 @@ class ServedPrefixes:
             num_tokens = int(num_prompt_tokens * piece.share)
             pieces[piece.hash] = max(num_tokens, pieces.pop(piece.hash, 0))
         if len(prefix) < MAX_PIECES:
+            # The next turn begins with the output: it counts as known behind the last piece.
             last = prefix[-1].hash
             pieces[last] = max(num_prompt_tokens + num_output_tokens, pieces[last])
         while len(pieces) > self._max_pieces:

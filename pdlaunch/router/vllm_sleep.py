@@ -9,10 +9,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-from multidict import MultiMapping
 
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.watch.engine_api import Counts, is_vllm_busy
@@ -21,16 +21,16 @@ from pdlaunch.router.state import RouterState
 
 IDLE_TIMEOUT_S = 600.0
 IDLE_POLL_S = 0.2
+_DEFAULTS = (("level", "1"), ("mode", "wait"))
+Query = Sequence[tuple[str, str]]
 
 
-async def fall_asleep(
-    state: RouterState, engine: Engine, query: MultiMapping[str]
-) -> dict[str, Any]:
+async def fall_asleep(state: RouterState, engine: Engine, query: Query) -> dict[str, Any]:
     """Put an engine to sleep; return the answer of a native engine.
 
     ``query``: ``level`` 1 or 2, ``mode`` wait or refuse. Raises RequestError, EngineFailure.
     """
-    level, mode = query.get("level", "1"), query.get("mode", "wait")
+    level, mode = (dict(query).get(name, default) for name, default in _DEFAULTS)
     if level not in ("1", "2") or mode not in ("wait", "refuse"):
         raise RequestError("level is 1 or 2, mode is wait or refuse", param="query")
     state.pool.hold(engine, "draining")
@@ -49,10 +49,9 @@ async def fall_asleep(
     return {"is_sleeping": is_asleep, "num_bytes": 0}
 
 
-async def wake_up(state: RouterState, engine: Engine, query: MultiMapping[str]) -> dict[str, Any]:
+async def wake_up(state: RouterState, engine: Engine, query: Query) -> dict[str, Any]:
     """Wake an engine up, or its ``tags``; return a native engine's answer. Raises as above."""
-    tags = [("tags", tag) for tag in query.getall("tags", [])]
-    answer = await _call(state, engine, "/wake_up", tags)
+    answer = await _call(state, engine, "/wake_up", query)
     is_awake = answer.get("status") == "awake"
     if is_awake:
         state.pool.release(engine)
@@ -87,9 +86,7 @@ async def _await_idle(state: RouterState, engine: Engine, timeout_s: float) -> N
         await asyncio.sleep(IDLE_POLL_S)
 
 
-async def _call(
-    state: RouterState, engine: Engine, path: str, query: list[tuple[str, str]]
-) -> dict[str, Any]:
+async def _call(state: RouterState, engine: Engine, path: str, query: Query) -> dict[str, Any]:
     status, body, _ = await state.client.call(engine, "POST", path, query)
     if status == 404:
         raise RequestError(
